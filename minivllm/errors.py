@@ -1,0 +1,45 @@
+"""Typed errors. Each message says what was wrong and what to do about it."""
+
+
+class MiniVLLMError(Exception):
+    """Base of every error that minivllm raises on purpose."""
+
+
+class ConfigError(MiniVLLMError, ValueError):
+    """An engine option has a value that cannot work, alone or together with another."""
+
+
+class UnsupportedModelError(MiniVLLMError):
+    """The checkpoint's config asks for something minivllm does not implement; the message names it."""
+
+
+class WeightLoadingError(MiniVLLMError):
+    """A checkpoint's tensors do not fit the model: missing, unexpected, or of another shape."""
+
+
+class RequestError(MiniVLLMError, ValueError):
+    """A request that cannot be served. Only this request is refused; the others in its batch are unharmed."""
+
+
+class EmptyPromptError(RequestError):
+    """The prompt has no tokens."""
+
+
+class PromptTooLongError(RequestError):
+    """The prompt leaves no room to generate within `max_model_len`, or can never fit into the KV cache."""
+
+
+class InvalidTokenError(RequestError):
+    """A token id is outside the model's vocabulary."""
+
+
+class SamplingParamsError(RequestError):
+    """A sampling parameter, or a combination of them, is out of range or not supported."""
+
+
+class TokenizerRequiredError(RequestError):
+    """The request needs a tokenizer, and the engine runs without one (`skip_tokenizer_init=True`)."""
+
+
+class OutOfMemoryError(MiniVLLMError):
+    """The device has no room for what was asked; the message names the option to turn."""

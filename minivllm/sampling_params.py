@@ -1,0 +1,134 @@
+"""How the next token of a request is chosen. Names, defaults and meaning are vLLM's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from minivllm.errors import SamplingParamsError
+
+#: Most alternatives that `logprobs` and `prompt_logprobs` may ask for (vLLM's `max_logprobs`).
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Immutable and validated: an invalid value raises `SamplingParamsError` here, before any engine sees it."""
+
+    #: How many independent completions of the prompt to return.
+    n: int = 1
+    #: 0 is greedy. Applied first, before the filters below.
+    temperature: float = 1.0
+    #: Keep the k most likely tokens; 0 (or -1) keeps all.
+    top_k: int = 0
+    #: Keep the smallest set of most likely tokens whose probability reaches top_p (nucleus sampling).
+    top_p: float = 1.0
+    #: Drop tokens less likely than min_p times the likeliest one.
+    min_p: float = 0.0
+    #: The same seed gives the same text whatever else is in the batch; None derives one from the engine's seed.
+    seed: int | None = None
+    #: Generation ends before the first of these strings, which is left out of the text.
+    stop: str | Sequence[str] | None = None
+    #: Generation ends after any of these tokens.
+    stop_token_ids: Sequence[int] | None = None
+    #: Neither end-of-sequence nor a stop token may be chosen before this many tokens.
+    min_tokens: int = 0
+    #: Generation ends after this many tokens; None means as many as `max_model_len` leaves room for.
+    max_tokens: int | None = 16
+    #: Go on past the model's end-of-sequence tokens.
+    ignore_eos: bool = False
+    #: Subtracted from the logit of each token that the output holds already.
+    presence_penalty: float = 0.0
+    #: Subtracted once for every time the output holds the token.
+    frequency_penalty: float = 0.0
+    #: Divides positive and multiplies negative logits of tokens in prompt or output (Keskar et al., 2019).
+    repetition_penalty: float = 1.0
+    #: Return the log-probabilities of the chosen token and of this many likeliest ones; 0 is the chosen alone.
+    logprobs: int | None = None
+    #: The same for the prompt's tokens. Such a request takes no prefix-cache hits: every position must be computed.
+    prompt_logprobs: int | None = None
+    #: Added to the logits of these tokens.
+    logit_bias: dict[int, float] | None = None
+    #: Leave special tokens out of the text.
+    skip_special_tokens: bool = True
+
+    _normalised_stop: tuple[str, ...] = field(init=False, repr=False, compare=False, default=())
+
+    def __post_init__(self) -> None:
+        self._check_integers()
+        self._check_floats()
+        self._check_stops()
+        self._check_logit_bias()
+
+    def _check_integers(self) -> None:
+        _integer("n", self.n, 1)
+        _integer("top_k", self.top_k, -1)
+        _integer("min_tokens", self.min_tokens, 0)
+        if self.max_tokens is not None:
+            _integer("max_tokens", self.max_tokens, 1)
+            if self.min_tokens > self.max_tokens:
+                raise SamplingParamsError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}.")
+        if self.seed is not None:
+            _integer("seed", self.seed, 0)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
+
+    def _check_floats(self) -> None:
+        _number("temperature", self.temperature, 0.0, math.inf)
+        _number("top_p", self.top_p, 0.0, 1.0)
+        if self.top_p == 0.0:
+            raise SamplingParamsError("top_p must be above 0; use temperature=0 for greedy decoding.")
+        _number("min_p", self.min_p, 0.0, 1.0)
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, 2.0)
+        if self.repetition_penalty == 0.0:
+            raise SamplingParamsError("repetition_penalty must be above 0; 1 switches it off.")
+
+    def _check_stops(self) -> None:
+        stops = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+        if not all(isinstance(s, str) and s for s in stops):
+            raise SamplingParamsError(f"stop must be a non-empty string or a list of them, got {self.stop!r}.")
+        object.__setattr__(self, "_normalised_stop", tuple(stops))
+        for token_id in self.stop_token_ids or ():
+            _integer("stop_token_ids", token_id, 0)
+
+    def _check_logit_bias(self) -> None:
+        for token_id, bias in (self.logit_bias or {}).items():
+            _integer("logit_bias token id", token_id, 0)
+            _number("logit_bias", bias, -100.0, 100.0)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple, empty when none was given."""
+        return self._normalised_stop
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def has_filter(self) -> bool:
+        """Whether any of top-k, top-p and min-p restricts the choice."""
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
+    @property
+    def has_penalty(self) -> bool:
+        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
+
+
+def _integer(name: str, value: Any, low: int, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        limits = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
+        raise SamplingParamsError(f"{name} must be {limits}, got {value!r}.")
+
+
+def _number(name: str, value: Any, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise SamplingParamsError(f"{name} must be a finite number, got {value!r}.")
+    if not low <= value <= high:
+        limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        raise SamplingParamsError(f"{name} must be {limits}, got {value!r}.")
