@@ -1,0 +1,72 @@
+"""Triton at the first launch, not at import: it costs 0.2 s, and macOS and Windows have no wheel for it.
+
+A kernel file writes ``from minivllm.kernels._triton import tl, triton`` and then reads like any other Triton file.
+Until the first launch the two names are stand-ins. That launch puts the real modules in their place, and Triton's
+own functions in place of the `Kernel`s, so that from then on nothing of this file is in the way.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+tl: Any = None  # annotations are strings (`from __future__ import annotations`): nobody reads this before a launch
+
+
+def _load() -> Any:
+    try:
+        import triton
+        import triton.language
+    except ImportError as error:
+        raise ImportError(
+            "Triton is not installed: it has wheels for Linux only (pip install 'minivllm[triton]'). "
+            "Everywhere else use Kernels.reference(), which is what attention_backend='auto' does."
+        ) from error
+    return triton
+
+
+class Kernel:
+    """A function under ``@triton.jit`` that Triton has not seen yet."""
+
+    def __init__(self, function: Callable, options: dict[str, Any]):
+        functools.update_wrapper(self, function)  # keeps name, docstring and inspect.getsource
+        self._options, self._jitted = options, None
+
+    def jitted(self) -> Any:
+        if self._jitted is None:
+            self._jitted = _load().jit(self.__wrapped__, **self._options)
+            _settle(self.__wrapped__.__globals__)
+        return self._jitted
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self.jitted()[grid]
+
+
+def _settle(namespace: dict[str, Any]) -> None:
+    """Replace a kernel file's stand-ins; Triton looks `tl` and helper functions up in the file's globals."""
+    namespace.update(triton=_load(), tl=_load().language)
+    for name, value in list(namespace.items()):
+        if isinstance(value, Kernel):
+            namespace[name] = value.jitted()
+
+
+class _Triton:
+    """`triton` before the first launch: `jit` waits, whatever else is asked for imports the real one."""
+
+    @staticmethod
+    def jit(function: Callable | None = None, **options: Any) -> Any:
+        return Kernel(function, options) if function else functools.partial(_Triton.jit, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_load(), name)
+
+
+triton: Any = _Triton()
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    """How many programs run at once, about; the interpreter runs one, and 4 there lets splits be seen."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -1,0 +1,110 @@
+"""Softmax in one pass, and the merging of softmaxes computed apart (Milakov & Gimelshein 2018, arXiv:1805.02867).
+
+Going through a row tile by tile, keep the maximum m so far and the sum l of ``exp(x - m)``. A new tile with maximum m' gives
+``M = max(m, m')`` and ``l <- l·exp(m - M) + sum(exp(tile - M))``: what was summed under the old maximum is rescaled, never summed
+again. FlashAttention rescales its output accumulator by the same factor, and split-KV decoding uses it once more: parts of a
+context give (out_s, lse_s), with ``lse = m + log(l)``, and ``out = sum(exp(lse_s - LSE)·out_s)``, ``LSE = logsumexp(lse_s)``.
+
+Cost of softmax over [T, N], e bytes a number: 3·T·N·e bytes (two reads and one write; a three-pass softmax reads thrice) against
+some 5·T·N FLOPs: bandwidth. Merging S parts reads 4·S·B·H·(D + 1) bytes and writes 4·B·H·D.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from minivllm.kernels._triton import tl, triton
+
+
+@triton.jit
+def _softmax_kernel(out_ptr, x_ptr, row_stride, N, BLOCK: tl.constexpr):
+    """One program a row: a pass for maximum and sum together, a pass to write."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    row_max = float("-inf")
+    row_sum = 0.0
+    for start in range(0, N, BLOCK):
+        x = tl.load(x_ptr + row * row_stride + start + columns, mask=start + columns < N, other=float("-inf"))
+        x = x.to(tl.float32)
+        new_max = tl.maximum(row_max, tl.max(x, axis=0))
+        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)  # -inf - -inf would be NaN
+        row_sum = row_sum * tl.exp(row_max - finite_max) + tl.sum(tl.exp(x - finite_max), axis=0)
+        row_max = new_max
+    finite_max = tl.where(row_max == float("-inf"), 0.0, row_max)
+    for start in range(0, N, BLOCK):
+        inside = start + columns < N
+        x = tl.load(x_ptr + row * row_stride + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
+        tl.store(out_ptr + row * N + start + columns, tl.exp(x - finite_max) / row_sum, mask=inside)
+
+
+def softmax(x: torch.Tensor, block: int = 1024) -> torch.Tensor:
+    """``[T, N] -> [T, N]`` in x.dtype; block columns (a power of two) a tile. Rows may be strided.
+
+    A row of nothing but -inf gives NaN, as in torch. Raises ValueError where the last dimension is not contiguous.
+    """
+    if x.stride(1) != 1:
+        raise ValueError(f"softmax: the last dimension must be contiguous, got strides {x.stride()}")
+    rows, width = x.shape
+    out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    if rows:
+        _softmax_kernel[(rows,)](out, x, x.stride(0), width, BLOCK=block)
+    return out
+
+
+def softmax_reference(x: torch.Tensor) -> torch.Tensor:
+    weights = torch.exp(x.float() - x.float().amax(dim=-1, keepdim=True))
+    return (weights / weights.sum(dim=-1, keepdim=True)).to(x.dtype)
+
+
+@triton.jit(do_not_specialize=["num_splits", "rows"])
+def _merge_kernel(
+    out_ptr, partial_out_ptr, partial_lse_ptr, num_splits, rows,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """One program a (sequence, head): BLOCK_S parts at a time, merged online."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_D)
+    total_max = float("-inf")
+    total = 0.0
+    acc = tl.zeros([BLOCK_D], dtype=tl.float32)
+    for start in range(0, num_splits, BLOCK_S):
+        splits = start + tl.arange(0, BLOCK_S)
+        lse = tl.load(partial_lse_ptr + splits * rows + row, mask=splits < num_splits, other=float("-inf"))
+        inside = (splits < num_splits)[:, None] & (columns < D)[None, :]
+        part = tl.load(partial_out_ptr + (splits * rows + row)[:, None] * D + columns[None, :], mask=inside, other=0.0)
+        new_max = tl.maximum(total_max, tl.max(lse, axis=0))
+        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+        rescale = tl.exp(total_max - finite_max)
+        weights = tl.exp(lse - finite_max)
+        total = total * rescale + tl.sum(weights, axis=0)
+        acc = acc * rescale + tl.sum(weights[:, None] * part, axis=0)
+        total_max = new_max
+    out = acc / tl.where(total > 0.0, total, 1.0)
+    tl.store(out_ptr + row * D + columns, out, mask=columns < D)
+
+
+def merge_attention(partial_out: torch.Tensor, partial_lse: torch.Tensor) -> torch.Tensor:
+    """Merge S parts: outputs ``[S, B, H, D]`` and natural log-sum-exps ``[S, B, H]``, float32, contiguous -> ``[B, H, D]`` float32.
+
+    An empty part has lse -inf and a finite output; a row whose parts are all empty gives 0.
+    Raises ValueError for tensors that are not contiguous.
+    """
+    if not (partial_out.is_contiguous() and partial_lse.is_contiguous()):
+        raise ValueError("merge_attention: needs contiguous parts")
+    splits, batch, heads, dim = partial_out.shape
+    out = torch.empty(batch, heads, dim, dtype=torch.float32, device=partial_out.device)
+    if batch:
+        _merge_kernel[(batch * heads,)](
+            out, partial_out, partial_lse, splits, batch * heads,
+            D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_S=8,
+        )  # fmt: skip
+    return out
+
+
+def merge_attention_reference(partial_out: torch.Tensor, partial_lse: torch.Tensor) -> torch.Tensor:
+    total_max = partial_lse.amax(dim=0)
+    total_max = total_max.masked_fill(total_max == float("-inf"), 0.0)  # all parts empty: weights 0, not NaN
+    weights = torch.exp(partial_lse - total_max)
+    total = weights.sum(dim=0)
+    acc = (weights.unsqueeze(-1) * partial_out).sum(dim=0)
+    return acc / total.masked_fill(total == 0.0, 1.0).unsqueeze(-1)
