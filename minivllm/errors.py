@@ -43,3 +43,7 @@ class TokenizerRequiredError(RequestError):
 
 class OutOfMemoryError(MiniVLLMError):
     """The device has no room for what was asked; the message names the option to turn."""
+
+
+class SchedulerStalledError(MiniVLLMError):
+    """The scheduler planned nothing although requests are waiting; a scheduler of one's own has a bug."""

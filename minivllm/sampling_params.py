@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,17 @@ from minivllm.errors import SamplingParamsError
 
 #: Most alternatives that `logprobs` and `prompt_logprobs` may ask for (vLLM's `max_logprobs`).
 MAX_LOGPROBS = 20
+
+
+class RequestOutputKind(enum.Enum):
+    """What a step reports of a running request."""
+
+    #: Everything so far, each time something is new.
+    CUMULATIVE = "cumulative"
+    #: Only what is new.
+    DELTA = "delta"
+    #: Nothing until the request has finished.
+    FINAL_ONLY = "final_only"
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,8 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None
     #: Leave special tokens out of the text.
     skip_special_tokens: bool = True
+    #: What `LLMEngine.step` reports; `LLM.generate` and `LLM.stream` set it themselves.
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     _normalised_stop: tuple[str, ...] = field(init=False, repr=False, compare=False, default=())
 

@@ -1,0 +1,93 @@
+"""The tensors of one step: all scheduled tokens of all sequences, laid end to end.
+
+No padding: sequence i owns the tokens from ``query_start_loc[i]`` to ``query_start_loc[i + 1]``. Sequences with one
+new token come first (`num_decodes` of them), so that decode and prefill attention each get a contiguous part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class AttentionMetadata:
+    """Which tokens belong to which sequence, and where their keys and values live. B sequences, T tokens."""
+
+    #: [B + 1] int32: cumulative number of new tokens.
+    query_start_loc: torch.Tensor
+    #: [B] int32: context length, this step's tokens included.
+    seq_lens: torch.Tensor
+    #: [B, max_blocks] int32: entries beyond a context are arbitrary.
+    block_table: torch.Tensor
+    #: [T] int64: block * block_size + offset, where a token's K and V are written; -1 writes nowhere.
+    slot_mapping: torch.Tensor
+    #: The first so many sequences have exactly one new token.
+    num_decodes: int
+    max_query_len: int
+    max_seq_len: int
+    #: The longest context among the decodes; 0 when there are none.
+    max_decode_seq_len: int
+
+
+@dataclass(frozen=True)
+class BatchInputs:
+    """What the model's forward takes, and which rows of its output are wanted."""
+
+    #: [T] int64
+    token_ids: torch.Tensor
+    #: [T] int64
+    positions: torch.Tensor
+    attention: AttentionMetadata
+    #: [R] int64: rows of the hidden states whose logits are needed.
+    logits_indices: torch.Tensor
+
+
+@dataclass(frozen=True)
+class BatchRow:
+    """One sequence's part of a step: its new tokens, and the position of the first of them."""
+
+    token_ids: Sequence[int]
+    start: int
+    #: Whether the last of the tokens gives a logit row to sample from.
+    samples: bool
+
+
+def build_batch(rows: Sequence[BatchRow], block_table: np.ndarray, block_size: int) -> BatchInputs:
+    """Flatten the rows of a step into tensors on the CPU.
+
+    rows: B of them, those with one token first. block_table: [B, max_blocks] int32. Returns CPU tensors; the runner
+    moves them. This is the function that a learner writes in chapter 07 and hands to ``LLM(build_batch=...)``.
+    """
+    query_lens = np.array([len(row.token_ids) for row in rows], dtype=np.int64)
+    starts = np.array([row.start for row in rows], dtype=np.int64)
+    query_start_loc = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.cumsum(query_lens, out=query_start_loc[1:])
+
+    token_ids = np.fromiter((t for row in rows for t in row.token_ids), np.int64, count=query_start_loc[-1])
+    row_of_token = np.repeat(np.arange(len(rows)), query_lens)
+    positions = np.arange(len(token_ids)) - query_start_loc[row_of_token] + starts[row_of_token]
+    slot_mapping = block_table[row_of_token, positions // block_size] * np.int64(block_size) + positions % block_size
+    seq_lens = starts + query_lens
+    num_decodes = int((query_lens == 1).sum())
+    samples = np.array([row.samples for row in rows], dtype=bool)
+
+    used_blocks = -(-int(seq_lens.max()) // block_size)
+    return BatchInputs(
+        token_ids=torch.from_numpy(token_ids),
+        positions=torch.from_numpy(positions),
+        attention=AttentionMetadata(
+            query_start_loc=torch.from_numpy(query_start_loc.astype(np.int32)),
+            seq_lens=torch.from_numpy(seq_lens.astype(np.int32)),
+            block_table=torch.from_numpy(np.ascontiguousarray(block_table[:, :used_blocks])),
+            slot_mapping=torch.from_numpy(slot_mapping),
+            num_decodes=num_decodes,
+            max_query_len=int(query_lens.max()),
+            max_seq_len=int(seq_lens.max()),
+            max_decode_seq_len=int(seq_lens[:num_decodes].max(initial=0)),
+        ),
+        logits_indices=torch.from_numpy((query_start_loc[1:] - 1)[samples]),
+    )

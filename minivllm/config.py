@@ -1,0 +1,240 @@
+"""What the model is (`ModelConfig`, from the checkpoint) and how the engine runs it (`EngineConfig`, from the caller).
+
+No hyper-parameter is typed in by hand: everything about the model comes from the checkpoint's config.json, and what
+this package does not implement is refused by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from minivllm.errors import ConfigError, UnsupportedModelError
+
+ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding: base frequency and how it is stretched for contexts beyond the trained one."""
+
+    theta: float
+    rope_type: str = "default"
+    factor: float = 1.0
+    original_max_position: int = 0
+    # llama3 (Llama 3.1's config): below low_freq_factor a wave is stretched, above high_freq_factor it is kept.
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    # yarn (Peng et al., 2023, arXiv 2309.00071)
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder. Sizes are in elements."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    dtype: str
+    eos_token_ids: tuple[int, ...]
+
+    @staticmethod
+    def from_hf(config: dict[str, Any], generation_config: dict[str, Any] | None = None) -> ModelConfig:
+        """Read a Hugging Face config.json, and generation_config.json for further end-of-sequence tokens.
+
+        Raises `UnsupportedModelError` for anything that would otherwise give silently wrong tokens.
+        """
+        architecture = (config.get("architectures") or ["(none)"])[0]
+        _refuse_unsupported(config, architecture)
+        is_qwen2, is_qwen3 = architecture.startswith("Qwen2"), architecture.startswith("Qwen3")
+        attention_bias = bool(config.get("attention_bias", is_qwen2))
+        heads = config["num_attention_heads"]
+        return ModelConfig(
+            architecture=architecture,
+            vocab_size=config["vocab_size"],
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            num_hidden_layers=config["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            max_position_embeddings=config["max_position_embeddings"],
+            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+            rope=_rope_from_hf(config),
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            qkv_bias=True if is_qwen2 else attention_bias,
+            o_bias=False if is_qwen2 else attention_bias,
+            mlp_bias=bool(config.get("mlp_bias", False)),
+            qk_norm=is_qwen3,
+            dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
+            eos_token_ids=_eos_token_ids(config, generation_config or {}),
+        )
+
+    @property
+    def kv_elements_per_token(self) -> int:
+        """Elements of K and V that one token occupies in the cache, over all layers."""
+        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
+
+
+def _refuse_unsupported(config: dict[str, Any], architecture: str) -> None:
+    if architecture not in ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"Architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}."
+        )
+    sliding = "sliding_attention" in (config.get("layer_types") or [])
+    if sliding or (config.get("use_sliding_window") and config.get("sliding_window")):
+        raise UnsupportedModelError("This checkpoint uses sliding-window attention, which minivllm does not implement.")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise UnsupportedModelError(
+            f"This checkpoint is quantized ({method}); minivllm loads unquantized weights only."
+        )
+    if config.get("hidden_act", "silu") != "silu":
+        raise UnsupportedModelError(
+            f"Activation {config['hidden_act']!r} is not supported; the decoder's MLP is SwiGLU."
+        )
+    if config["num_attention_heads"] % (config.get("num_key_value_heads") or config["num_attention_heads"]):
+        raise UnsupportedModelError("num_attention_heads must be a multiple of num_key_value_heads.")
+
+
+def _rope_from_hf(config: dict[str, Any]) -> RopeConfig:
+    # transformers 5 writes `rope_parameters`; before it, `rope_scaling` stood beside `rope_theta`.
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    if rope_type not in ROPE_TYPES:
+        raise UnsupportedModelError(f"Rope type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}.")
+    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise UnsupportedModelError("Partial rotary embeddings are not supported.")
+    optional = ("low_freq_factor", "high_freq_factor", "attention_factor", "mscale", "mscale_all_dim", "truncate")
+    original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
+    # A null factor means the ratio of the two lengths (DeepSeek-V3's convention, followed by transformers).
+    factor = rope.get("factor") or (config["max_position_embeddings"] / original if rope_type == "yarn" else 1.0)
+    return RopeConfig(
+        theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+        rope_type=rope_type,
+        factor=float(factor),
+        original_max_position=original,
+        beta_fast=rope.get("beta_fast") or 32.0,
+        beta_slow=rope.get("beta_slow") or 1.0,
+        **{name: rope[name] for name in optional if rope.get(name) is not None},
+    )
+
+
+def _eos_token_ids(config: dict[str, Any], generation_config: dict[str, Any]) -> tuple[int, ...]:
+    found: list[int] = []
+    for source in (generation_config, config):
+        ids = source.get("eos_token_id")
+        found += ids if isinstance(ids, list) else [] if ids is None else [ids]
+    return tuple(dict.fromkeys(found))
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the engine runs. Names are vLLM's where it has them; None means "decide for me", stated beside each."""
+
+    #: "auto": the checkpoint's dtype on a GPU, float32 on a CPU.
+    dtype: str = "auto"
+    #: "auto": cuda when there is one.
+    device: str = "auto"
+    #: Longest prompt plus output, in tokens. None: what the checkpoint was trained for.
+    max_model_len: int | None = None
+    #: Most sequences running at once.
+    max_num_seqs: int = 256
+    #: Token budget of one step. None: 8192 on a GPU, 2048 on a CPU.
+    max_num_batched_tokens: int | None = None
+    #: Tokens in a KV block. None: 64 on a GPU, 16 on a CPU.
+    block_size: int | None = None
+    #: Blocks in the KV cache. None: what gpu_memory_utilization leaves on a GPU, a modest fixed size on a CPU.
+    num_kv_blocks: int | None = None
+    #: Share of the GPU's memory that weights, activations and KV cache may take together.
+    gpu_memory_utilization: float = 0.9
+    enable_prefix_caching: bool = True
+    #: No CUDA graphs.
+    enforce_eager: bool = False
+    #: "auto": Triton on a GPU, torch on a CPU; "triton" on a CPU means Triton's interpreter.
+    attention_backend: str = "auto"
+    #: "auto" reads safetensors; "dummy" draws random weights and needs config.json only.
+    load_format: str = "auto"
+    #: Token ids in and out, no text.
+    skip_tokenizer_init: bool = False
+    tensor_parallel_size: int = 1
+    #: Seeds requests that bring no seed of their own, and dummy weights.
+    seed: int = 0
+    #: Record what happens at each step; see `minivllm.engine.trace`.
+    trace: bool = False
+
+    def __post_init__(self) -> None:
+        _choice("dtype", self.dtype, ("auto", *DTYPES))
+        _choice("attention_backend", self.attention_backend, ("auto", "triton", "torch"))
+        _choice("load_format", self.load_format, ("auto", "safetensors", "dummy"))
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "num_kv_blocks"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}.")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ConfigError(
+                f"gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}."
+            )
+        if self.tensor_parallel_size != 1:
+            raise ConfigError("tensor_parallel_size must be 1: tensor parallelism is not implemented yet.")
+
+    def resolve(self, model: ModelConfig, device_type: str) -> EngineConfig:
+        """A copy with every "auto" and None decided, but for num_kv_blocks, which needs the loaded model.
+
+        device_type: "cuda" or "cpu". Raises `ConfigError` for combinations that cannot work.
+        """
+        on_gpu = device_type == "cuda"
+        backend = self.attention_backend if self.attention_backend != "auto" else ("triton" if on_gpu else "torch")
+        resolved = dataclasses.replace(
+            self,
+            device=self.device if self.device != "auto" else device_type,
+            dtype=self.dtype if self.dtype != "auto" else (model.dtype if on_gpu else "float32"),
+            attention_backend=backend,
+            max_model_len=self.max_model_len or model.max_position_embeddings,
+            max_num_batched_tokens=self.max_num_batched_tokens or (8192 if on_gpu else 2048),
+            block_size=self.block_size or (64 if on_gpu else 16),
+        )
+        resolved._check_against(model, on_gpu)
+        return resolved
+
+    def _check_against(self, model: ModelConfig, on_gpu: bool) -> None:
+        if self.max_model_len > model.max_position_embeddings:
+            raise ConfigError(
+                f"max_model_len={self.max_model_len} is beyond the {model.max_position_embeddings} positions of the "
+                "checkpoint's config; lower it, or set rope scaling in config.json."
+            )
+        power_of_two = self.block_size & (self.block_size - 1) == 0
+        if self.attention_backend == "triton" and not (power_of_two and self.block_size >= 16):
+            raise ConfigError(
+                f"block_size={self.block_size}: the Triton kernels need a power of two of at least 16; "
+                "attention_backend='torch' takes any size."
+            )
+        if self.attention_backend == "triton" and not on_gpu and self.dtype != "float32":
+            raise ConfigError("Triton's interpreter on a CPU computes right in float32 only; set dtype='float32'.")
+
+
+def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")

@@ -1,0 +1,183 @@
+"""The block manager: which sequence owns which KV blocks, and which blocks can be shared. Plain Python, no tensors.
+
+The KV cache is an array of blocks of `block_size` tokens. A sequence's `block_table` lists its blocks in order, so
+its token at position p lies in ``block_table[p // block_size]`` at offset ``p % block_size``
+(PagedAttention: Kwon et al., 2023, arXiv 2309.06180).
+
+A block is in one of three states:
+
+    used    ref_count >= 1: that many sequences have it in their table
+    cached  ref_count == 0, but its content is known by hash: free to take, worth keeping
+    free    ref_count == 0, content unknown
+
+Prefix caching: a full block is registered under a hash of its tokens chained to the hash of the block before it, so
+that equal hashes mean equal *prefixes*; keys and values depend on all that came before. Shared blocks are full, hence
+never written again, and so need no copy-on-write: a sequence appends only to blocks of its own.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import xxhash
+
+from minivllm.engine.sequence import PENDING, Sequence
+
+
+def hash_block(previous_hash: int | None, token_ids: SequenceOf[int]) -> int:
+    """Hash of a block's tokens, chained to the hash of the block before it (None for the first). 128 bits."""
+    hasher = xxhash.xxh3_128()
+    if previous_hash is not None:
+        hasher.update(previous_hash.to_bytes(16, "little"))
+    hasher.update(array("q", token_ids).tobytes())
+    return hasher.intdigest()
+
+
+@dataclass(slots=True)
+class Block:
+    block_id: int
+    ref_count: int = 0
+    #: Set, with the tokens behind it, when the block is registered in the prefix cache.
+    block_hash: int | None = None
+    token_ids: tuple[int, ...] = ()
+
+
+class BlockManager:
+    """Hands out blocks, shares full ones, and keeps freed ones for reuse until their space is needed."""
+
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self.blocks = [Block(block_id) for block_id in range(num_blocks)]
+        #: Blocks with ref_count 0 in order of eviction: content unknown first, then least recently used.
+        self.free_blocks: OrderedDict[int, None] = OrderedDict((i, None) for i in range(num_blocks))
+        self.hash_to_block: dict[int, int] = {}
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that can be allocated now, the cached ones included."""
+        return len(self.free_blocks)
+
+    @property
+    def num_cached_blocks(self) -> int:
+        """Free blocks whose content the prefix cache still knows."""
+        return sum(self.blocks[i].block_hash is not None for i in self.free_blocks)
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold num_tokens tokens: the quotient, rounded up."""
+        return -(-num_tokens // self.block_size)
+
+    def find_cached_prefix(self, seq: Sequence) -> list[int]:
+        """Block ids of the longest cached prefix of seq. Changes no block.
+
+        The prefix ends at the first miss, whatever is cached beyond it, and leaves at least the last token of seq to
+        compute: without that token there would be no logits to sample from.
+        """
+        if not self.enable_prefix_caching or seq.params.prompt_logprobs is not None:
+            return []
+        found: list[int] = []
+        self.extend_hashes(seq)
+        for index in range((seq.num_tokens - 1) // self.block_size):
+            block_id = self.hash_to_block.get(seq.block_hashes[index])
+            if block_id is None or self.blocks[block_id].token_ids != self._tokens_of_block(seq, index):
+                break
+            found.append(block_id)
+        return found
+
+    def allocate(self, seq: Sequence, num_tokens: int, cached_prefix: SequenceOf[int] = ()) -> bool:
+        """Grow seq's block table until it holds num_tokens tokens; all or nothing.
+
+        cached_prefix, from `find_cached_prefix`, comes first in the table of a sequence that has none yet.
+        Returns False, and changes nothing, when there are too few free blocks.
+        """
+        num_new = self.num_blocks_for(num_tokens) - len(seq.block_table) - len(cached_prefix)
+        # A cached block that nobody uses is counted as free; taking it for the prefix makes it unavailable.
+        num_revived = sum(self.blocks[i].ref_count == 0 for i in cached_prefix)
+        if num_new + num_revived > len(self.free_blocks):
+            return False
+        for block_id in cached_prefix:
+            self.blocks[block_id].ref_count += 1
+            self.free_blocks.pop(block_id, None)
+            seq.block_table.append(block_id)
+        for _ in range(num_new):
+            block_id, _ = self.free_blocks.popitem(last=False)
+            self._forget(self.blocks[block_id])
+            self.blocks[block_id].ref_count = 1
+            seq.block_table.append(block_id)
+        return True
+
+    def register_computed(self, seq: Sequence, start: int, end: int) -> None:
+        """Tell the cache that seq's tokens from start to end (positions) are computed, so that its full blocks can be shared."""
+        if not self.enable_prefix_caching:
+            return
+        first, last = start // self.block_size, end // self.block_size
+        if first == last:
+            return
+        self.extend_hashes(seq)
+        for index in range(first, last):
+            block = self.blocks[seq.block_table[index]]
+            block_hash = seq.block_hashes[index]
+            # Two sequences may compute equal blocks side by side; the first one registered serves both.
+            if block.block_hash is None and block_hash not in self.hash_to_block:
+                block.block_hash = block_hash
+                block.token_ids = self._tokens_of_block(seq, index)
+                self.hash_to_block[block_hash] = block.block_id
+
+    def free(self, seq: Sequence) -> None:
+        """Give back all blocks of seq. Registered ones stay in the cache until their space is needed."""
+        # Backwards, so that the end of a prefix is evicted before its beginning: a tail is useless without its head.
+        for block_id in reversed(seq.block_table):
+            block = self.blocks[block_id]
+            block.ref_count -= 1
+            if block.ref_count == 0:
+                self.free_blocks[block_id] = None
+                if block.block_hash is None:
+                    self.free_blocks.move_to_end(block_id, last=False)
+        seq.block_table.clear()
+
+    def extend_hashes(self, seq: Sequence) -> None:
+        """Bring seq.block_hashes up to all full blocks of known tokens."""
+        num_known = seq.num_tokens - seq.has_pending_token
+        for index in range(len(seq.block_hashes), num_known // self.block_size):
+            previous = seq.block_hashes[-1] if seq.block_hashes else None
+            seq.block_hashes.append(hash_block(previous, self._tokens_of_block(seq, index)))
+
+    def reset_prefix_cache(self) -> None:
+        """Forget the content of all blocks; those in use stay in use."""
+        for block in self.blocks:
+            self._forget(block)
+
+    def check(self, sequences: SequenceOf[Sequence]) -> None:
+        """Raise AssertionError unless every invariant holds. sequences: all that may own blocks."""
+        references = [0] * self.num_blocks
+        for seq in sequences:
+            assert len(set(seq.block_table)) == len(seq.block_table), f"sequence {seq.seq_id} lists a block twice"
+            assert len(seq.block_table) * self.block_size >= seq.num_computed_tokens, "computed tokens without a block"
+            for block_id in seq.block_table:
+                references[block_id] += 1
+        for block in self.blocks:
+            assert block.ref_count == references[block.block_id], f"block {block.block_id}: wrong reference count"
+            assert (block.ref_count == 0) == (block.block_id in self.free_blocks), f"block {block.block_id}: leaked"
+            if block.block_hash is None:
+                assert block.token_ids == (), f"block {block.block_id}: tokens without a hash"
+            else:
+                assert self.hash_to_block[block.block_hash] == block.block_id, "a registered block is not in the table"
+                assert len(block.token_ids) == self.block_size, "a block that is not full was registered"
+                assert PENDING not in block.token_ids, "a block with an unknown token was registered"
+        for block_hash, block_id in self.hash_to_block.items():
+            assert self.blocks[block_id].block_hash == block_hash, "the hash of an evicted block is still in the table"
+
+    def _tokens_of_block(self, seq: Sequence, index: int) -> tuple[int, ...]:
+        return tuple(seq.token_ids[index * self.block_size : (index + 1) * self.block_size])
+
+    def _forget(self, block: Block) -> None:
+        if block.block_hash is not None:
+            del self.hash_to_block[block.block_hash]
+            block.block_hash, block.token_ids = None, ()

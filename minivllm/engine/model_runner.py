@@ -1,0 +1,228 @@
+"""The model runner: owns the model, the KV cache and the per-slot state, and turns a planned step into tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from minivllm.batch import BatchInputs, BatchRow, build_batch
+from minivllm.config import EngineConfig, ModelConfig
+from minivllm.engine.sampler import Sampler, TokenLogprobs, token_logprobs
+from minivllm.engine.sequence import PENDING, ScheduledBatch, ScheduledSequence
+from minivllm.errors import ConfigError, OutOfMemoryError
+from minivllm.kernels import Kernels
+from minivllm.layers.attention import KVCache
+from minivllm.models.loader import load_model
+from minivllm.models.qwen3 import Qwen3ForCausalLM
+
+#: On a CPU the cache has a stated, modest size, never a share of the machine's memory.
+CPU_KV_CACHE_BYTES = 256 << 20
+#: Rows of logits that prompt_logprobs holds at a time: a whole prompt of a large vocabulary would be gigabytes.
+LOGIT_ROWS = 256
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step computed, still on the device. Token ids [R] belong to `batch.sampled`, in order."""
+
+    token_ids: torch.Tensor
+    logprobs: TokenLogprobs | None
+    #: (item, its logprobs at positions item.start + 1 ... ) for each item that asked.
+    prompt_logprobs: list[tuple[ScheduledSequence, TokenLogprobs]]
+
+    def wait(self) -> list[int]:
+        """The token ids as integers, once they are there."""
+        return self.token_ids.tolist()
+
+
+class ModelRunner:
+    """config must be resolved (`EngineConfig.resolve`); num_kv_blocks may still be None."""
+
+    def __init__(
+        self,
+        path: Path,
+        model_config: ModelConfig,
+        config: EngineConfig,
+        kernels: Kernels,
+        *,
+        model_cls: Callable[..., nn.Module] = Qwen3ForCausalLM,
+        build_batch: Callable[..., BatchInputs] = build_batch,
+    ) -> None:
+        self.model_config, self.config, self.build_batch = model_config, config, build_batch
+        self.device, self.dtype = torch.device(config.device), getattr(torch, config.dtype)
+        try:
+            self.model = load_model(
+                path,
+                model_config,
+                kernels,
+                dtype=self.dtype,
+                device=self.device,
+                max_position=config.max_model_len,
+                load_format=config.load_format,
+                seed=config.seed,
+                model_cls=model_cls,
+            )
+            self.sampler = Sampler(config.max_num_seqs, model_config.vocab_size, kernels, self.device)
+            self.num_kv_blocks = config.num_kv_blocks or self._default_num_kv_blocks()
+            self.kv_caches = self._allocate_kv_caches(self.num_kv_blocks)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                f"The {self.device.type} has too little memory to start: lower num_kv_blocks, gpu_memory_utilization, "
+                f"max_num_batched_tokens or max_num_seqs, or use a smaller dtype. ({str(error).splitlines()[0]})"
+            ) from error
+        max_blocks = -(-config.max_model_len // config.block_size)
+        #: Per slot: block ids, and how many of them have been written; a step writes only the new ones.
+        self._block_table = np.zeros((config.max_num_seqs, max_blocks), np.int32)
+        self._num_blocks = np.zeros(config.max_num_seqs, np.int64)
+        #: Per slot: the token sampled last, for steps planned before its value reached the CPU.
+        self._last_token = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self.device)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return self.model_config.kv_elements_per_token * self.dtype.itemsize
+
+    @torch.inference_mode()
+    def execute(self, batch: ScheduledBatch) -> StepResult:
+        """Run one step. Sorts `batch.items` so that those with a single token come first."""
+        batch.items.sort(key=lambda item: item.num_new_tokens > 1)
+        for seq in batch.admitted:
+            self._num_blocks[seq.slot] = 0
+            self.sampler.admit(seq)
+        inputs = self._prepare(batch.items)
+        hidden = self.model(inputs.token_ids, inputs.positions, self.kv_caches, inputs.attention)
+        sampled = batch.sampled
+        if sampled:
+            logits = self.model.compute_logits(hidden[inputs.logits_indices])
+            token_ids, logprobs = self.sampler(logits, sampled)
+            slots = torch.tensor([item.sequence.slot for item in sampled], device=self.device)
+            self._last_token[slots] = token_ids
+        else:
+            token_ids, logprobs = inputs.token_ids[:0], None
+        return StepResult(token_ids, logprobs, self._prompt_logprobs(batch.items, hidden))
+
+    def _prepare(self, items: list[ScheduledSequence]) -> BatchInputs:
+        for item in items:
+            seq = item.sequence
+            known, total = self._num_blocks[seq.slot], len(seq.block_table)
+            if known < total:
+                self._block_table[seq.slot, known:total] = seq.block_table[known:]
+                self._num_blocks[seq.slot] = total
+        rows = [
+            BatchRow(item.sequence.token_ids[item.start : item.end], item.start, item.sample_position is not None)
+            for item in items
+        ]
+        slots = [item.sequence.slot for item in items]
+        inputs = self.build_batch(rows, self._block_table[slots], self.config.block_size)
+        if self.device.type != "cpu":
+            inputs = self._to_device(inputs)
+        # A token that is not known on the CPU yet is the last one of its slot, alone in its row, and the rows of one
+        # token come first: row and token have the same index.
+        pending = [row for row, item in enumerate(items) if rows[row].token_ids[-1] == PENDING]
+        if pending:
+            values = self._last_token[torch.tensor([slots[row] for row in pending], device=self.device)]
+            inputs.token_ids[torch.tensor(pending, device=self.device)] = values
+        return inputs
+
+    def _to_device(self, inputs: BatchInputs) -> BatchInputs:
+        def move(obj: object) -> dict[str, torch.Tensor]:
+            tensors = {name: value for name, value in vars(obj).items() if isinstance(value, torch.Tensor)}
+            return {name: t.to(self.device, non_blocking=True) for name, t in tensors.items()}
+
+        return replace(inputs, attention=replace(inputs.attention, **move(inputs.attention)), **move(inputs))
+
+    def _prompt_logprobs(
+        self, items: list[ScheduledSequence], hidden: torch.Tensor
+    ) -> list[tuple[ScheduledSequence, TokenLogprobs]]:
+        """Logits at position p speak of the token at p + 1, so a chunk covers the prompt's tokens one further on."""
+        found, row = [], 0
+        for item in items:
+            seq = item.sequence
+            end = min(item.end, seq.num_prompt_tokens - 1)
+            if seq.params.prompt_logprobs is not None and item.start < end:
+                targets = torch.tensor(seq.token_ids[item.start + 1 : end + 1], device=self.device)
+                rows = hidden[row : row + end - item.start]
+                parts = [
+                    token_logprobs(self.model.compute_logits(part), ids, seq.params.prompt_logprobs)
+                    for part, ids in zip(rows.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
+                ]
+                found += [(replace(item, start=item.start + i * LOGIT_ROWS), part) for i, part in enumerate(parts)]
+            row += item.num_new_tokens
+        return found
+
+    # --- KV cache -------------------------------------------------------------------------------------------------
+
+    def _allocate_kv_caches(self, num_blocks: int) -> list[KVCache]:
+        """Zeroed once, so that every entry is finite: kernels may load rows past a context and mask them afterwards."""
+        config = self.model_config
+        shape = (num_blocks, config.num_key_value_heads, self.config.block_size, config.head_dim)
+
+        def cache() -> torch.Tensor:
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+        return [(cache(), cache()) for _ in range(config.num_hidden_layers)]
+
+    def _default_num_kv_blocks(self) -> int:
+        block_bytes = self.kv_bytes_per_token * self.config.block_size
+        blocks_per_seq = -(-self.config.max_model_len // self.config.block_size)
+        if self.device.type == "cpu":
+            return max(CPU_KV_CACHE_BYTES // block_bytes, blocks_per_seq)
+        free = self._measure_free_memory()
+        num_blocks = int(free) // block_bytes
+        if num_blocks < blocks_per_seq:
+            raise OutOfMemoryError(
+                f"gpu_memory_utilization={self.config.gpu_memory_utilization} leaves {max(free, 0) / 2**30:.2f} GiB "
+                f"for the KV cache, less than one sequence of max_model_len={self.config.max_model_len} needs "
+                f"({blocks_per_seq * block_bytes / 2**30:.2f} GiB). Raise the first or lower the second."
+            )
+        return num_blocks
+
+    @torch.inference_mode()
+    def _measure_free_memory(self) -> float:
+        """Bytes left for the cache after the largest step that the budget allows has shown its peak."""
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        self._run_largest_step()
+        torch.cuda.synchronize(self.device)
+        activations = torch.cuda.max_memory_allocated(self.device) - before
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self.device)
+        return total * self.config.gpu_memory_utilization - (total - free) - activations
+
+    def _run_largest_step(self) -> None:
+        """A full token budget over as many sequences as may run, writing nowhere and reading one block."""
+        budget, size = self.config.max_num_batched_tokens, self.config.block_size
+        num_seqs = min(self.config.max_num_seqs, budget)
+        lengths = [len(part) for part in np.array_split(np.arange(budget), num_seqs)]
+        lengths = sorted((min(n, self.config.max_model_len) for n in lengths), key=lambda n: n > 1)
+        rows = [BatchRow([0] * n, 0, True) for n in lengths]
+        table = np.zeros((num_seqs, -(-max(lengths) // size)), np.int32)
+        inputs = self._to_device(self.build_batch(rows, table, size))
+        inputs.attention.slot_mapping.fill_(-1)
+        caches = self._allocate_kv_caches(1)
+        hidden = self.model(inputs.token_ids, inputs.positions, caches, inputs.attention)
+        logits = self.model.compute_logits(hidden[inputs.logits_indices])
+        ones = torch.ones(num_seqs, device=self.device)
+        zeros = torch.zeros(num_seqs, dtype=torch.int64, device=self.device)
+        self.sampler.kernels.sample(logits.float(), ones, None, ones, None, zeros, zeros)
+
+
+def pick_device(device: str) -> str:
+    """ "auto" becomes "cuda" where there is one; raises `ConfigError` for a device that is not there."""
+    available = torch.cuda.is_available()
+    if device == "auto":
+        return "cuda" if available else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ConfigError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}.") from error
+    if kind not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}.")
+    if kind == "cuda" and not available:
+        raise ConfigError("device='cuda' was asked for, but torch sees no CUDA GPU; `minivllm doctor` says more.")
+    return device

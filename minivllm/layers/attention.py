@@ -1,0 +1,57 @@
+"""Attention over the paged KV cache: write this step's keys and values, then read through the block table."""
+
+from __future__ import annotations
+
+import torch
+
+from minivllm.batch import AttentionMetadata
+from minivllm.kernels import Kernels
+
+#: (k_cache, v_cache) of one layer, each [num_blocks, num_kv_heads, block_size, head_dim].
+KVCache = tuple[torch.Tensor, torch.Tensor]
+
+
+def paged_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: KVCache,
+    metadata: AttentionMetadata,
+    scale: float,
+    kernels: Kernels,
+) -> torch.Tensor:
+    """query: [T, H, D]; key, value: [T, KH, D] -> [T, H, D].
+
+    The first `metadata.num_decodes` sequences have one token each and take the decode kernel, which spreads a long
+    context over the machine; the others take the prefill kernel, which works on tiles of queries.
+    """
+    kernels.store_kv(key, value, *cache, metadata.slot_mapping)
+    num_decodes, num_seqs = metadata.num_decodes, metadata.seq_lens.shape[0]
+    parts = []
+    if num_decodes:
+        parts.append(
+            kernels.decode_attention(
+                query[:num_decodes],
+                *cache,
+                metadata.block_table[:num_decodes],
+                metadata.seq_lens[:num_decodes],
+                scale,
+                max_seq_len=metadata.max_decode_seq_len,
+                merge_attention=kernels.merge_attention,
+            )
+        )
+    if num_decodes < num_seqs:
+        parts.append(
+            kernels.prefill_attention(
+                query[num_decodes:],
+                *cache,
+                metadata.block_table[num_decodes:],
+                # Each decode has one token, so what is left starts at num_decodes.
+                metadata.query_start_loc[num_decodes:] - num_decodes,
+                metadata.seq_lens[num_decodes:],
+                scale,
+                max_query_len=metadata.max_query_len,
+                max_seq_len=metadata.max_seq_len,
+            )
+        )
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

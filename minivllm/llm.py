@@ -1,0 +1,229 @@
+"""`LLM`: the offline face of the engine. Prompts in, texts out.
+
+from minivllm import LLM, SamplingParams
+
+llm = LLM()                                             # the bundled model; or a directory, or a hub id
+outputs = llm.generate(["Once upon a time", "KV cache:"], SamplingParams(max_tokens=64))
+for chunk in llm.stream("Tell me a story."):
+    print(chunk.text, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from minivllm.engine.llm_engine import EngineMetrics, LLMEngine
+from minivllm.engine.trace import Trace
+from minivllm.errors import RequestError, TokenizerRequiredError
+from minivllm.outputs import CompletionOutput, RequestOutput, StreamOutput
+from minivllm.sampling_params import RequestOutputKind, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | Sequence[int]
+Message = dict[str, Any]
+
+
+class LLM:
+    """One model and its engine. Arguments are those of `LLMEngine`. A context manager: leaving it frees the memory."""
+
+    def __init__(self, model: str | Path | None = None, **options: Any) -> None:
+        self.llm_engine = LLMEngine(model, **options)
+        #: Outputs that arrived while somebody else was stepping the engine; a stream may be open during a `generate`.
+        self._mailboxes: dict[str, deque[RequestOutput]] = {}
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Abort what is running and let go of model and cache. The object cannot be used afterwards."""
+        if self.llm_engine is not None:
+            self.abort(list(self._mailboxes))
+            self.llm_engine = None
+
+    @property
+    def trace(self) -> Trace | None:
+        """What happened at each step, if the engine was made with ``trace=True``."""
+        return self.llm_engine.trace
+
+    def metrics(self) -> EngineMetrics:
+        return self.llm_engine.metrics()
+
+    def get_tokenizer(self) -> Any:
+        """The tokenizer (`encode`, `decode`, `apply_chat_template`); raises without one."""
+        if self.llm_engine.tokenizer is None:
+            raise TokenizerRequiredError("This engine was made with skip_tokenizer_init=True.")
+        return self.llm_engine.tokenizer
+
+    # --- the three ways to ask ------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete the prompts; results in their order.
+
+        prompts: one or a list, each a string or token ids. sampling_params: one for all, or one each.
+        A request that cannot be served raises if it is the only one. In a list it comes back in its place with
+        `error` set and finish_reason "error", and the others are served as if it were not there.
+        """
+        batch, single = _as_list(prompts)
+        results: dict[int, RequestOutput] = {}
+        position_of: dict[str, int] = {}
+        for position, (prompt, params) in enumerate(zip(batch, _one_each(sampling_params, len(batch)), strict=True)):
+            try:
+                position_of[self._submit(prompt, replace(params, output_kind=RequestOutputKind.FINAL_ONLY))] = position
+            except RequestError as error:
+                if single:
+                    raise
+                logger.warning("Prompt %d of %d was refused: %s", position, len(batch), error)
+                results[position] = _refused(position, prompt, params, error)
+        try:
+            with tqdm(total=len(batch), initial=len(results), disable=not use_tqdm, unit="req") as bar:
+                for output in self._outputs_of(list(position_of)):
+                    results[position_of[output.request_id]] = output
+                    bar.update()
+        finally:
+            self.abort([request_id for request_id in position_of if request_id in self._mailboxes])
+        return [results[position] for position in range(len(batch))]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several, rendered with the checkpoint's chat template (in a sandbox).
+
+        messages: a list of ``{"role": ..., "content": ...}``, or a list of such lists.
+        """
+        single = not messages or isinstance(messages[0], dict)
+        conversations = [messages] if single else messages
+        prompts = [
+            self.render_chat(m, add_generation_prompt=add_generation_prompt, **(chat_template_kwargs or {}))
+            for m in conversations
+        ]
+        return self.generate(prompts[0] if single else prompts, sampling_params, use_tqdm)
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[StreamOutput]:
+        """Yield what each completion gains as it comes; `text` never ends inside a character or a stop string.
+
+        Joined, the increments are the text that `generate` returns. Bad requests raise before the first increment.
+        Closing the iterator aborts what is still running.
+        """
+        batch, _ = _as_list(prompts)
+        position_of: dict[str, int] = {}
+        try:
+            for position, (prompt, params) in enumerate(
+                zip(batch, _one_each(sampling_params, len(batch)), strict=True)
+            ):
+                position_of[self._submit(prompt, replace(params, output_kind=RequestOutputKind.DELTA))] = position
+            ended: set[tuple[str, int]] = set()
+            for output in self._outputs_of(list(position_of)):
+                yield from _increments(output, position_of[output.request_id], ended)
+        finally:
+            self.abort([request_id for request_id in position_of if request_id in self._mailboxes])
+
+    def stream_chat(
+        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, **template_variables: Any
+    ) -> Iterator[StreamOutput]:
+        """`stream` for one conversation."""
+        return self.stream(self.render_chat(messages, **template_variables), sampling_params)
+
+    def render_chat(self, messages: Sequence[Message], **template_variables: Any) -> list[int]:
+        """Token ids of the prompt that the chat template makes of a conversation.
+
+        The template writes the special tokens itself, so none are added.
+        """
+        tokenizer = self.get_tokenizer()
+        return tokenizer.encode(tokenizer.apply_chat_template(messages, **template_variables), add_special_tokens=False)
+
+    def abort(self, request_ids: str | Iterable[str]) -> None:
+        """End requests early; whoever waits for them gets what there is, with finish_reason "abort"."""
+        self.llm_engine.abort_request(request_ids)
+
+    # --- plumbing -------------------------------------------------------------------------------------------------
+
+    def _submit(self, prompt: Prompt, params: SamplingParams) -> str:
+        request_id = self.llm_engine.add_request(prompt, params)
+        self._mailboxes[request_id] = deque()
+        return request_id
+
+    def _outputs_of(self, request_ids: list[str]) -> Iterator[RequestOutput]:
+        """Step the engine until these requests have finished; outputs of others wait in their mailboxes."""
+        open_ids = set(request_ids)
+        try:
+            while open_ids:
+                for request_id in request_ids:
+                    while self._mailboxes.get(request_id):
+                        output = self._mailboxes[request_id].popleft()
+                        if output.finished:
+                            open_ids.discard(request_id)
+                            del self._mailboxes[request_id]
+                        yield output
+                if open_ids:
+                    for output in self.llm_engine.step():
+                        if output.request_id in self._mailboxes:
+                            self._mailboxes[output.request_id].append(output)
+        finally:
+            if open_ids:  # the caller stopped listening
+                self.abort(open_ids)
+                for request_id in open_ids:
+                    self._mailboxes.pop(request_id, None)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
+    """(list of prompts, whether it was a single one: a string, or token ids)."""
+    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+        return [prompts], True
+    return list(prompts), False
+
+
+def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise ValueError(f"{len(params)} sampling_params for {count} prompts; give one, or one each.")
+    return params
+
+
+def _refused(position: int, prompt: Prompt, params: SamplingParams, error: RequestError) -> RequestOutput:
+    is_text = isinstance(prompt, str)
+    return RequestOutput(
+        request_id=f"refused-{position}",
+        prompt=prompt if is_text else None,
+        prompt_token_ids=[] if is_text else list(prompt),
+        outputs=[CompletionOutput(index=i, finish_reason="error") for i in range(params.n)],
+        finished=True,
+        error=error,
+    )
+
+
+def _increments(output: RequestOutput, position: int, ended: set[tuple[str, int]]) -> Iterator[StreamOutput]:
+    """The completions of a DELTA output that gained something; each reports its end once."""
+    for c in output.outputs:
+        key = (output.request_id, c.index)
+        if key in ended or not (c.text or c.token_ids or c.finished):
+            continue
+        if c.finished:
+            ended.add(key)
+        yield StreamOutput(output.request_id, position, c.index, c.text, c.token_ids, c.finish_reason, c.stop_reason)

@@ -1,0 +1,161 @@
+"""From a directory or a hub id to a model with its weights. Reads safetensors only: nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from minivllm.config import ModelConfig
+from minivllm.errors import ConfigError, WeightLoadingError
+from minivllm.kernels import Kernels
+from minivllm.layers.linear import FusedLinear
+from minivllm.models.qwen3 import Qwen3ForCausalLM
+
+#: What a model needs besides weights; the rest of a hub repository is not downloaded.
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
+
+
+def resolve_model_path(model: str | Path) -> Path:
+    """A local directory as it is, or a hub id (``owner/name``) downloaded to the Hugging Face cache."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") != 1:
+        raise ConfigError(
+            f"No model directory at {str(model)!r}; give a directory, a hub id like 'Qwen/Qwen3-0.6B' or None."
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=HUB_PATTERNS))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigError(
+            f"{str(model)!r} is no directory here and could not be fetched from the Hugging Face hub ({error}). "
+            "Check the name and the network, or use model=None for the bundled model."
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The file's content, or {} when there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def load_config(path: Path) -> ModelConfig:
+    """The model's shape from config.json and generation_config.json."""
+    config = read_json(path / "config.json")
+    if not config:
+        raise ConfigError(f"{path} has no config.json, so it is not a Hugging Face model directory.")
+    try:
+        return ModelConfig.from_hf(config, read_json(path / "generation_config.json"))
+    except KeyError as error:
+        raise ConfigError(f"{path / 'config.json'} lacks the field {error}.") from error
+
+
+def load_model(
+    path: Path,
+    config: ModelConfig,
+    kernels: Kernels,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_position: int,
+    load_format: str = "auto",
+    seed: int = 0,
+    model_cls: Callable[..., nn.Module] = Qwen3ForCausalLM,
+) -> nn.Module:
+    """Build the model on `device` and fill every parameter, from the checkpoint or ("dummy") at random."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            model = model_cls(config, kernels, max_position, device)
+    finally:
+        torch.set_default_dtype(previous)
+    if load_format == "dummy":
+        _fill_at_random(model, seed)
+    else:
+        load_weights(model, iterate_weights(path), tied=config.tie_word_embeddings)
+    return model.eval()
+
+
+def iterate_weights(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor on the CPU) of every tensor, from one file or from the shards that the index lists."""
+    index = read_json(path / "model.safetensors.index.json")
+    names = sorted(set(index["weight_map"].values())) if index else [f.name for f in sorted(path.glob("*.safetensors"))]
+    if not names:
+        raise WeightLoadingError(
+            f"{path} holds no *.safetensors file. minivllm never unpickles a checkpoint: convert it to safetensors, "
+            "or use load_format='dummy' for random weights."
+        )
+    for name in names:
+        if not (path / name).is_file():
+            raise WeightLoadingError(f"The index of {path} lists {name}, which is not there.")
+        try:
+            with safe_open(path / name, framework="pt") as shard:
+                for key in shard.keys():  # noqa: SIM118 (not a dict)
+                    yield key, shard.get_tensor(key)
+        except SafetensorError as error:
+            raise WeightLoadingError(f"{path / name} is not a readable safetensors file ({error}).") from error
+
+
+def load_weights(model: nn.Module, weights: Iterator[tuple[str, torch.Tensor]], tied: bool = False) -> None:
+    """Copy each tensor to its place. Raises `WeightLoadingError` naming what is missing, unexpected or misshapen."""
+    places = parameter_places(model)
+    if tied:
+        # The head is the embedding; a checkpoint may still carry a copy of it.
+        places.pop("lm_head.weight", None)
+    missing, unexpected = set(places), []
+    for name, tensor in weights:
+        if name in places:
+            _copy(places[name], tensor, name)
+            missing.discard(name)
+        elif not (tied and name == "lm_head.weight") and not name.endswith("rotary_emb.inv_freq"):
+            unexpected.append(name)
+    if missing or unexpected:
+        raise WeightLoadingError(
+            f"The checkpoint does not fit the model: missing {_few(sorted(missing))}; unexpected {_few(unexpected)}."
+        )
+
+
+def parameter_places(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Checkpoint name -> the (part of a) parameter it fills. Fused layers have one place for each of their shards."""
+    places: dict[str, torch.Tensor] = {}
+    for prefix, module in model.named_modules():
+        for kind, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, FusedLinear):
+                parent = prefix.rpartition(".")[0]
+                places |= {f"{parent}.{name}.{kind}": module.shard(kind, name) for name in module.shards}
+            else:
+                places[f"{prefix}.{kind}"] = parameter
+    return places
+
+
+def _copy(place: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
+    if place.shape != tensor.shape:
+        raise WeightLoadingError(f"{name} has shape {tuple(tensor.shape)}; the config asks for {tuple(place.shape)}.")
+    place.data.copy_(tensor)
+
+
+def _fill_at_random(model: nn.Module, seed: int) -> None:
+    """Normal weights that keep activations near unit size; norms at 1, biases at 0."""
+    for parameter in model.parameters():
+        generator = torch.Generator(device=parameter.device).manual_seed(seed)
+        if parameter.dim() == 1:
+            parameter.data.fill_(1.0)
+        else:
+            parameter.data.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
+        seed += 1
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.zero_()
+
+
+def _few(names: list[str]) -> str:
+    return "nothing" if not names else ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

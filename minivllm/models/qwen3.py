@@ -1,0 +1,128 @@
+"""Qwen3, and through the same decoder Qwen2, Qwen2.5 and Llama: they differ in biases and in QK-norm only.
+
+A block reads the residual stream, normalises, attends, adds; normalises, applies the MLP, adds. The additions are
+fused into the next norm, so `hidden` (what a block has just produced) and `residual` (the stream before it) travel
+together. Module names follow the checkpoint's tensor names; q, k, v and gate, up are fused (layers/linear.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from minivllm.batch import AttentionMetadata
+from minivllm.config import ModelConfig
+from minivllm.kernels import Kernels
+from minivllm.layers.attention import KVCache, paged_attention
+from minivllm.layers.embedding import Embedding, OutputHead
+from minivllm.layers.linear import FusedLinear, Linear
+from minivllm.layers.mlp import SwiGLU
+from minivllm.layers.norm import RMSNorm
+from minivllm.layers.rotary import rope_table
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al., 2023) with rotary positions and, in Qwen3, a norm on every head."""
+
+    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
+        super().__init__()
+        self.config, self.kernels = config, kernels
+        self.q_size = config.num_attention_heads * config.head_dim
+        self.kv_size = config.num_key_value_heads * config.head_dim
+        shards = {"q_proj": self.q_size, "k_proj": self.kv_size, "v_proj": self.kv_size}
+        self.qkv_proj = FusedLinear(config.hidden_size, shards, config.qkv_bias)
+        self.o_proj = Linear(self.q_size, config.hidden_size, config.o_bias)
+        # Two norms, with a weight each (reference bug 9); applied inside the qk_norm_rope kernel.
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, kernels) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, kernels) if config.qk_norm else None
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        cache: KVCache,
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """[T, hidden_size] -> [T, hidden_size]."""
+        head_dim = self.config.head_dim
+        query, key, value = self.qkv_proj(hidden).split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        query, key = self.kernels.qk_norm_rope(
+            query.unflatten(-1, (-1, head_dim)),
+            key.unflatten(-1, (-1, head_dim)),
+            self.q_norm.weight if self.q_norm is not None else None,
+            self.k_norm.weight if self.k_norm is not None else None,
+            cos_sin,
+            positions,
+            self.config.rms_norm_eps,
+        )
+        value = value.unflatten(-1, (-1, head_dim))
+        out = paged_attention(query, key, value, cache, metadata, head_dim**-0.5, self.kernels)
+        return self.o_proj(out.flatten(-2))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
+        self.self_attn = Attention(config, kernels)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, config.mlp_bias, kernels)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        cache: KVCache,
+        metadata: AttentionMetadata,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(hidden, residual) -> (hidden, residual), each [T, hidden_size]; the stream is their sum."""
+        hidden, residual = self.input_layernorm(hidden, residual)
+        hidden = self.self_attn(hidden, positions, cos_sin, cache, metadata)
+        hidden, residual = self.post_attention_layernorm(hidden, residual)
+        return self.mlp(hidden), residual
+
+
+class Decoder(nn.Module):
+    """Everything between token ids and the final norm; called `model` in checkpoints."""
+
+    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, kernels) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
+
+
+class Qwen3ForCausalLM(nn.Module):
+    """The decoder and its head. `max_position` is the number of rows of the rope table: the engine's max_model_len."""
+
+    def __init__(self, config: ModelConfig, kernels: Kernels, max_position: int, device: torch.device) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config, kernels)
+        tied_to = self.model.embed_tokens if config.tie_word_embeddings else None
+        self.lm_head = OutputHead(config.vocab_size, config.hidden_size, tied_to)
+        # A plain attribute: derived, in float32 whatever the model's dtype, and in no checkpoint.
+        self.cos_sin = rope_table(config.rope, config.head_dim, max_position, device)
+
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        caches: Sequence[KVCache],
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """token_ids, positions: [T] int64; caches: one a layer -> normalised hidden states, [T, hidden_size]."""
+        hidden, residual = self.model.embed_tokens(token_ids), None
+        for layer, cache in zip(self.model.layers, caches, strict=True):
+            hidden, residual = layer(hidden, residual, positions, self.cos_sin, cache, metadata)
+        hidden, _ = self.model.norm(hidden, residual)
+        return hidden
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[R, hidden_size] -> [R, vocab_size]."""
+        return self.lm_head(hidden)

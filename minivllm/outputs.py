@@ -1,0 +1,99 @@
+"""What a caller gets back. Field names are vLLM's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from minivllm.errors import RequestError
+
+
+@dataclass
+class Logprob:
+    """One token's natural-log probability at one position, before penalties, temperature and filters."""
+
+    logprob: float
+    #: 1 is the likeliest token of the position.
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+@dataclass
+class CompletionOutput:
+    """One completion of a prompt; a request with n > 1 has n of them."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float | None = None
+    #: One dict a generated token: token id -> Logprob, the chosen token always among them.
+    logprobs: list[dict[int, Logprob]] | None = None
+    #: "stop" (end of sequence, stop token or stop string), "length", "abort", "error"; None while running.
+    finish_reason: str | None = None
+    #: The stop string or stop token that ended it; None for end of sequence.
+    stop_reason: str | int | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass
+class RequestMetrics:
+    """When things happened to one request, in seconds of `time.perf_counter`."""
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    #: Tokens of the longest completion, which is what TPOT divides by.
+    num_generation_tokens: int = 0
+
+    @property
+    def queue_time(self) -> float | None:
+        """Seconds from arrival to the first step that computed a token of it."""
+        return None if self.first_scheduled_time is None else self.first_scheduled_time - self.arrival_time
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """TTFT: seconds from arrival to the first generated token."""
+        return None if self.first_token_time is None else self.first_token_time - self.arrival_time
+
+    @property
+    def time_per_output_token(self) -> float | None:
+        """TPOT: mean seconds between generated tokens after the first."""
+        if self.finished_time is None or self.first_token_time is None or self.num_generation_tokens < 2:
+            return None
+        return (self.finished_time - self.first_token_time) / (self.num_generation_tokens - 1)
+
+
+@dataclass
+class RequestOutput:
+    """The state of one request: so far, or final when `finished`."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    #: One entry a prompt token; the first is None, for nothing precedes it.
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    #: Prompt tokens found in the prefix cache when the request was first scheduled.
+    num_cached_tokens: int = 0
+    metrics: RequestMetrics | None = None
+    #: Why this request of a batch was refused; its completion then has finish_reason "error".
+    error: RequestError | None = None
+
+
+@dataclass
+class StreamOutput:
+    """What one completion gained since the last increment."""
+
+    request_id: str
+    #: Position of the prompt in the list given to `stream`.
+    prompt_index: int
+    #: Which of the n completions.
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
