@@ -114,7 +114,7 @@ class BlockManager:
         return True
 
     def register_computed(self, seq: Sequence, start: int, end: int) -> None:
-        """Tell the cache that seq's tokens from start to end (positions) are computed, so that its full blocks can be shared."""
+        """Tell the cache that seq's tokens from position start to end are computed: its full blocks can be shared."""
         if not self.enable_prefix_caching:
             return
         first, last = start // self.block_size, end // self.block_size

@@ -31,7 +31,6 @@ from minivllm.engine.sampler import TokenLogprobs
 from minivllm.engine.scheduler import Scheduler
 from minivllm.engine.sequence import ScheduledBatch, ScheduledSequence
 from minivllm.engine.sequence import Sequence as EngineSequence
-from minivllm.engine.tokenizer import Detokenizer, Tokenizer
 from minivllm.engine.trace import Trace, record_step
 from minivllm.errors import (
     EmptyPromptError,
@@ -47,6 +46,7 @@ from minivllm.models.loader import load_config, resolve_model_path
 from minivllm.models.qwen3 import Qwen3ForCausalLM
 from minivllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
+from minivllm.tokenizer import Detokenizer, Tokenizer
 
 
 @dataclass(eq=False)

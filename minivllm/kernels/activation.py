@@ -1,8 +1,7 @@
-"""SwiGLU's elementwise half: ``silu(gate) * up`` with ``silu(z) = z / (1 + exp(-z))`` (Shazeer 2020, arXiv:2002.05202).
+"""SwiGLU's elementwise half: ``silu(gate) · up`` with ``silu(z) = z / (1 + exp(-z))`` (Shazeer 2020, arXiv:2002.05202).
 
-One matmul gives gate and up side by side, ``[T, 2N]``, so the kernel reads two halves of a row and writes one.
-Cost with e bytes a number: 3·T·N·e bytes against some 5·T·N FLOPs: bandwidth. Eager torch writes silu(gate) and reads it
-back, 5·T·N·e.
+One matmul gives gate and up side by side, ``[T, 2N]``; the kernel reads both halves of a row and writes one. Cost with
+e bytes a number: 3·T·N·e bytes against some 5·T·N FLOPs: bandwidth. Eager torch writes silu(gate) and reads it again, 5·T·N·e.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from minivllm.kernels._triton import tl, triton
+from minivllm.kernels._triton import check_rows, tl, triton
 
 
 @triton.jit
@@ -27,13 +26,11 @@ def _silu_mul_kernel(out_ptr, gate_up_ptr, row_stride, N, BLOCK: tl.constexpr):
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """``[T, 2N] -> [T, N]`` in gate_up.dtype. Rows may be strided.
-
-    Raises ValueError for an odd width or where the last dimension is not contiguous.
-    """
+    """``[T, 2N] -> [T, N]`` in gate_up.dtype. ValueError for an odd width or anything but the rows strided."""
+    check_rows("silu_mul", gate_up)
     rows, width = gate_up.shape
-    if width % 2 or gate_up.stride(1) != 1:
-        raise ValueError(f"silu_mul: needs [T, 2N] with contiguous rows, got {tuple(gate_up.shape)} {gate_up.stride()}")
+    if width % 2:
+        raise ValueError(f"silu_mul: gate and up must have the same width, got {width} columns together")
     out = torch.empty(rows, width // 2, dtype=gate_up.dtype, device=gate_up.device)
     if rows:
         block = min(1024, triton.next_power_of_2(width // 2))

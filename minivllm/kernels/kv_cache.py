@@ -1,71 +1,81 @@
-"""The paged KV cache (Kwon et al. 2023, arXiv:2309.06180): where a token's key and value live, and how they get there.
+"""The paged KV cache (Kwon et al. 2023, arXiv:2309.06180): where a token's key and value lie, and how they get there.
 
 A cache is ``[num_blocks, KH, block_size, D]``. Token p of a sequence lies in block ``block_table[p // block_size]`` at offset
-``p % block_size``; its *slot* is ``block * block_size + offset``. The heads come before the offset, so that what one attention
+``p % block_size``; its *slot* is ``block · block_size + offset``. Heads come before offsets, so that what one attention
 program reads of a block, one head's ``[block_size, D]``, is one contiguous piece.
 
-Cost of storing with e bytes a number: 4·T·KH·D·e bytes (K and V, read and written), no arithmetic. One token of Qwen3-0.6B's
-shape is 4 kB a layer each way.
+Cost of storing with e bytes a number: 4·T·KH·D·e bytes (K and V, read and written), no arithmetic: bandwidth. A token
+of Qwen3-0.6B's shape in bf16 is 4 kB a layer.
 """
 
 from __future__ import annotations
 
 import torch
 
-from minivllm.kernels._triton import tl, triton
+from minivllm.kernels._triton import check_rows, tl, triton
 
 
 @triton.jit
-def page_of(table_ptr, first, seq_len, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Block number and offset within it of the tokens first ... first + BLOCK_N - 1 of one sequence.
+def cache_rows(
+    table_ptr, first, context, kv_head,
+    KH: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Where in a cache the rows of tokens first ... first + BLOCK_N - 1 of one sequence begin, ``[BLOCK_N]`` int64.
 
-    first is a multiple of BLOCK_N. Entries of the table at or beyond seq_len are never read: they may be anything.
+    first is a multiple of BLOCK_N. The table's entries beyond the context are never read: they may be anything.
     """
+    tokens = first + tl.arange(0, BLOCK_N)
     if BLOCK_SIZE % BLOCK_N == 0:  # the tile lies within one block: one look-up
         block = tl.load(table_ptr + first // BLOCK_SIZE).to(tl.int64)
-        return block, first % BLOCK_SIZE + tl.arange(0, BLOCK_N)
     else:
-        tokens = first + tl.arange(0, BLOCK_N)
-        block = tl.load(table_ptr + tokens // BLOCK_SIZE, mask=tokens < seq_len, other=0).to(tl.int64)
-        return block, tokens % BLOCK_SIZE
+        block = tl.load(table_ptr + tokens // BLOCK_SIZE, mask=tokens < context, other=0).to(tl.int64)
+    return ((block * KH + kv_head) * BLOCK_SIZE + tokens % BLOCK_SIZE) * D
+
+
+def check_attention(name: str, query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, table: torch.Tensor):
+    """What both attention kernels ask of their inputs; ValueError otherwise."""
+    check_rows(name, query, table)
+    heads, num_kv_heads, block_size = query.shape[1], k_cache.shape[1], k_cache.shape[2]
+    if heads % num_kv_heads:
+        raise ValueError(f"{name}: {heads} query heads cannot share {num_kv_heads} KV heads evenly")
+    if block_size < 16 or block_size & (block_size - 1):
+        raise ValueError(f"{name}: block_size must be a power of two from 16 up, got {block_size}")
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous() and query.dtype == k_cache.dtype == v_cache.dtype):
+        raise ValueError(f"{name}: needs contiguous caches of the query's dtype, {query.dtype}")
 
 
 @triton.jit
 def _store_kv_kernel(
-    key_ptr, value_ptr, k_cache_ptr, v_cache_ptr, slot_mapping_ptr, key_stride, key_head_stride, value_stride,
-    value_head_stride, block_stride, head_stride, slot_stride,
+    key_ptr, value_ptr, k_cache_ptr, v_cache_ptr, slot_mapping_ptr, key_stride, value_stride,
     KH: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a token moves all KH·D numbers of its key and its value."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping_ptr + token)
     index = tl.arange(0, BLOCK)
-    head, column = index // D, index % D
-    inside = (index < KH * D) & (slot >= 0)  # -1: a padded row, or a token whose K/V are there already
-    target = slot // BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * slot_stride + head * head_stride + column
-    key = tl.load(key_ptr + token * key_stride + head * key_head_stride + column, mask=inside)
-    tl.store(k_cache_ptr + target, key, mask=inside)
-    value = tl.load(value_ptr + token * value_stride + head * value_head_stride + column, mask=inside)
-    tl.store(v_cache_ptr + target, value, mask=inside)
+    inside = (index < KH * D) & (slot >= 0)  # -1: a padded row, or a token whose K and V are there already
+    block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+    target = ((block * KH + index // D) * BLOCK_SIZE + offset) * D + index % D
+    tl.store(k_cache_ptr + target, tl.load(key_ptr + token * key_stride + index, mask=inside), mask=inside)
+    tl.store(v_cache_ptr + target, tl.load(value_ptr + token * value_stride + index, mask=inside), mask=inside)
 
 
 def store_kv(
     key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
 ) -> None:
-    """Write key, value ``[T, KH, D]`` (strided views allowed) to slot_mapping ``[T]`` int64; -1 writes nowhere.
+    """Write key, value ``[T, KH, D]`` (tokens may be strided) into the caches, at slot_mapping ``[T]`` int64; -1 = nowhere.
 
-    Caches ``[num_blocks, KH, block_size, D]``, the same strides for both, changed in place. Slots must differ, and lie within
-    the cache (not checked: a check would wait for the GPU). Raises ValueError for last dimensions that are not contiguous
-    or caches of different layout.
+    Contiguous caches ``[num_blocks, KH, block_size, D]``, any block_size, changed in place. Slots differ and lie within the
+    cache (not checked: a check would wait for the GPU). ValueError for other strides.
     """
+    check_rows("store_kv", key, value)
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+        raise ValueError("store_kv: needs contiguous caches")
     tokens, num_kv_heads, dim = key.shape
-    if k_cache.stride() != v_cache.stride() or any(t.stride(-1) != 1 for t in (key, value, k_cache)):
-        raise ValueError("store_kv: needs contiguous last dimensions and two caches of one layout")
     if tokens:
         _store_kv_kernel[(tokens,)](
-            key, value, k_cache, v_cache, slot_mapping, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
-            k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
-            KH=num_kv_heads, D=dim, BLOCK_SIZE=k_cache.shape[2], BLOCK=triton.next_power_of_2(num_kv_heads * dim),
+            key, value, k_cache, v_cache, slot_mapping, key.stride(0), value.stride(0), KH=num_kv_heads, D=dim,
+            BLOCK_SIZE=k_cache.shape[2], BLOCK=triton.next_power_of_2(num_kv_heads * dim),
         )  # fmt: skip
 
 

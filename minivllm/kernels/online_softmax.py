@@ -1,19 +1,20 @@
 """Softmax in one pass, and the merging of softmaxes computed apart (Milakov & Gimelshein 2018, arXiv:1805.02867).
 
-Going through a row tile by tile, keep the maximum m so far and the sum l of ``exp(x - m)``. A new tile with maximum m' gives
-``M = max(m, m')`` and ``l <- l·exp(m - M) + sum(exp(tile - M))``: what was summed under the old maximum is rescaled, never summed
-again. FlashAttention rescales its output accumulator by the same factor, and split-KV decoding uses it once more: parts of a
-context give (out_s, lse_s), with ``lse = m + log(l)``, and ``out = sum(exp(lse_s - LSE)·out_s)``, ``LSE = logsumexp(lse_s)``.
+Going through a row tile by tile, keep the maximum m so far and the sum l of ``exp(x - m)``. A tile with maximum m' gives
+``M = max(m, m')`` and ``l <- l·exp(m - M) + sum(exp(tile - M))``: what was summed under the old maximum is rescaled, never
+summed again. FlashAttention rescales its output by the same factor, and split-KV decoding needs it once more: the parts
+of a context give (out_s, lse_s) with ``lse = m + log(l)``, and then ``out = sum(exp(lse_s - LSE)·out_s)`` with ``LSE =
+logsumexp(lse_s)``.
 
-Cost of softmax over [T, N], e bytes a number: 3·T·N·e bytes (two reads and one write; a three-pass softmax reads thrice) against
-some 5·T·N FLOPs: bandwidth. Merging S parts reads 4·S·B·H·(D + 1) bytes and writes 4·B·H·D.
+Cost of softmax over [T, N], e bytes a number: 3·T·N·e bytes (two reads, one write; maximum, sum and result each in a pass of
+their own read thrice) against some 5·T·N FLOPs: bandwidth. Merging reads 4·S·B·H·(D + 1) bytes and writes 4·B·H·D.
 """
 
 from __future__ import annotations
 
 import torch
 
-from minivllm.kernels._triton import tl, triton
+from minivllm.kernels._triton import check_rows, tl, triton
 
 
 @triton.jit
@@ -30,24 +31,21 @@ def _softmax_kernel(out_ptr, x_ptr, row_stride, N, BLOCK: tl.constexpr):
         finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)  # -inf - -inf would be NaN
         row_sum = row_sum * tl.exp(row_max - finite_max) + tl.sum(tl.exp(x - finite_max), axis=0)
         row_max = new_max
-    finite_max = tl.where(row_max == float("-inf"), 0.0, row_max)
     for start in range(0, N, BLOCK):
         inside = start + columns < N
         x = tl.load(x_ptr + row * row_stride + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
-        tl.store(out_ptr + row * N + start + columns, tl.exp(x - finite_max) / row_sum, mask=inside)
+        tl.store(out_ptr + row * N + start + columns, tl.exp(x - row_max) / row_sum, mask=inside)
 
 
 def softmax(x: torch.Tensor, block: int = 1024) -> torch.Tensor:
-    """``[T, N] -> [T, N]`` in x.dtype; block columns (a power of two) a tile. Rows may be strided.
+    """``[T, N] -> [T, N]`` in x.dtype, by tiles of block columns, a power of two. A row of -inf alone gives NaN, as in torch.
 
-    A row of nothing but -inf gives NaN, as in torch. Raises ValueError where the last dimension is not contiguous.
+    ValueError where anything but the rows is strided.
     """
-    if x.stride(1) != 1:
-        raise ValueError(f"softmax: the last dimension must be contiguous, got strides {x.stride()}")
-    rows, width = x.shape
-    out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
-    if rows:
-        _softmax_kernel[(rows,)](out, x, x.stride(0), width, BLOCK=block)
+    check_rows("softmax", x)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if len(x):
+        _softmax_kernel[(len(x),)](out, x, x.stride(0), x.shape[1], BLOCK=block)
     return out
 
 
@@ -73,21 +71,19 @@ def _merge_kernel(
         inside = (splits < num_splits)[:, None] & (columns < D)[None, :]
         part = tl.load(partial_out_ptr + (splits * rows + row)[:, None] * D + columns[None, :], mask=inside, other=0.0)
         new_max = tl.maximum(total_max, tl.max(lse, axis=0))
-        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)  # all parts empty so far: weights 0, not NaN
         rescale = tl.exp(total_max - finite_max)
         weights = tl.exp(lse - finite_max)
         total = total * rescale + tl.sum(weights, axis=0)
         acc = acc * rescale + tl.sum(weights[:, None] * part, axis=0)
         total_max = new_max
-    out = acc / tl.where(total > 0.0, total, 1.0)
-    tl.store(out_ptr + row * D + columns, out, mask=columns < D)
+    tl.store(out_ptr + row * D + columns, acc / tl.where(total > 0.0, total, 1.0), mask=columns < D)
 
 
 def merge_attention(partial_out: torch.Tensor, partial_lse: torch.Tensor) -> torch.Tensor:
-    """Merge S parts: outputs ``[S, B, H, D]`` and natural log-sum-exps ``[S, B, H]``, float32, contiguous -> ``[B, H, D]`` float32.
+    """Merge S parts, outputs ``[S, B, H, D]`` and natural log-sum-exps ``[S, B, H]``, float32 -> ``[B, H, D]`` float32.
 
-    An empty part has lse -inf and a finite output; a row whose parts are all empty gives 0.
-    Raises ValueError for tensors that are not contiguous.
+    An empty part has lse -inf and a finite output; a row whose parts are all empty gives 0. ValueError unless contiguous.
     """
     if not (partial_out.is_contiguous() and partial_lse.is_contiguous()):
         raise ValueError("merge_attention: needs contiguous parts")
@@ -95,16 +91,14 @@ def merge_attention(partial_out: torch.Tensor, partial_lse: torch.Tensor) -> tor
     out = torch.empty(batch, heads, dim, dtype=torch.float32, device=partial_out.device)
     if batch:
         _merge_kernel[(batch * heads,)](
-            out, partial_out, partial_lse, splits, batch * heads,
-            D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_S=8,
-        )  # fmt: skip
+            out, partial_out, partial_lse, splits, batch * heads, D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_S=8
+        )
     return out
 
 
 def merge_attention_reference(partial_out: torch.Tensor, partial_lse: torch.Tensor) -> torch.Tensor:
     total_max = partial_lse.amax(dim=0)
-    total_max = total_max.masked_fill(total_max == float("-inf"), 0.0)  # all parts empty: weights 0, not NaN
-    weights = torch.exp(partial_lse - total_max)
+    weights = torch.exp(partial_lse - total_max.masked_fill(total_max == float("-inf"), 0.0))
     total = weights.sum(dim=0)
     acc = (weights.unsqueeze(-1) * partial_out).sum(dim=0)
     return acc / total.masked_fill(total == 0.0, 1.0).unsqueeze(-1)

@@ -26,17 +26,16 @@ def philox_uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor
     Ten rounds on a 128-bit counter, here the position, under a 64-bit key, the seed. The first 23 bits of the first word,
     plus a half, times 2^-23: exact in float32, and neither 0 nor 1 can come out.
     """
-    word = 0xFFFFFFFF
-    multiplier = torch.tensor([[0xD2511F53], [0xCD9E8D57]], device=seeds.device)
-    weyl = torch.tensor([[0x9E3779B9], [0xBB67AE85]], device=seeds.device)
-    key = torch.stack((seeds & word, seeds >> 32 & word))
+    word, device = 0xFFFFFFFF, seeds.device
+    multiplier = torch.tensor([[0xD2511F53], [0xCD9E8D57]], device=device)
+    weyl = torch.tensor([[0x9E3779B9], [0xBB67AE85]], device=device)
+    keys = torch.stack((seeds & word, seeds >> 32 & word)) + weyl * torch.arange(10, device=device).view(10, 1, 1)
     even = torch.stack((positions & word, torch.zeros_like(positions)))  # counter words 0 and 2
     odd = torch.stack((positions >> 32 & word, torch.zeros_like(positions)))  # counter words 1 and 3
-    for _ in range(10):
+    for key in keys & word:
         product = multiplier * even  # 64 bits; int64 wraps, and the mask undoes the sign
         even = (product >> 32 & word).flip(0) ^ odd ^ key
         odd = (product & word).flip(0)
-        key = key + weyl & word
     return ((even[0] >> 9).float() + 0.5) * 2.0**-23
 
 
@@ -196,10 +195,11 @@ def sample(
 
 def _pick_reference(weights: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     running = weights.cumsum(dim=-1)
-    reached = (running > target) & (weights > 0)
-    last = torch.where(weights > 0, torch.arange(weights.shape[1], device=weights.device), 0).amax(-1, keepdim=True)
-    choice = torch.where(reached.any(-1, keepdim=True), reached.int().argmax(-1, keepdim=True), last)
-    return choice, target - (running - weights).gather(1, choice)
+    choice = torch.searchsorted(running, target, right=True).clamp_max(weights.shape[1] - 1)
+    if (weights.gather(1, choice) == 0).any():  # rounding left the target above the last sum: the last weight above 0
+        index = torch.arange(weights.shape[1], device=weights.device)
+        choice = torch.where((weights > 0) & (index <= choice), index, 0).amax(dim=-1, keepdim=True)
+    return choice, (target - (running - weights).gather(1, choice)).clamp_min(0.0)
 
 
 def sample_reference(
@@ -218,12 +218,12 @@ def sample_reference(
         raise ValueError("sample: needs seeds and positions unless all rows are greedy")
     if not (top_k is None and top_p is None and min_p is None):
         logits = filter_logits(logits, temperature, top_k, top_p, min_p)
-    batch, vocabulary = logits.shape
-    scaled = (logits.float() - logits.gather(1, greedy.unsqueeze(1)).float()) / _divisor(temperature).unsqueeze(1)
-    tiles = F.pad(scaled.exp(), (0, -vocabulary % TILE)).view(batch, -1, TILE)
+    width = min(TILE, logits.shape[1])
+    best = logits.gather(1, greedy.unsqueeze(1)).float()
+    weights = ((logits.float() - best) / _divisor(temperature).unsqueeze(1)).exp()
+    tiles = F.pad(weights, (0, -logits.shape[1] % width)).unflatten(1, (-1, width))
     tile_sums = tiles.sum(dim=-1)
     target = philox_uniform(seeds, positions).unsqueeze(1) * tile_sums.sum(dim=-1, keepdim=True)
     tile, target = _pick_reference(tile_sums, target)
-    weights = tiles.gather(1, tile.unsqueeze(2).expand(-1, -1, TILE)).squeeze(1)
-    choice, _ = _pick_reference(weights, target)
-    return torch.where(temperature == 0, greedy, (tile * TILE + choice).squeeze(1))
+    choice, _ = _pick_reference(tiles.gather(1, tile.unsqueeze(2).expand(-1, -1, width)).squeeze(1), target)
+    return torch.where(temperature == 0, greedy, (tile * width + choice).squeeze(1))

@@ -6,6 +6,7 @@ a checkpoint that has no tokenizer.json.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from datetime import datetime
 from functools import cached_property
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from minivllm.errors import ConfigError, RequestError
-from minivllm.models.loader import read_json
 
 #: What decoders put in place of bytes that are not (yet) a whole character.
 REPLACEMENT = "\ufffd"
@@ -26,7 +26,8 @@ class Tokenizer:
         import tokenizers
 
         self.path = path
-        self.config = read_json(path / "tokenizer_config.json")
+        config_file = path / "tokenizer_config.json"
+        self.config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
         if (path / "tokenizer.json").is_file():
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
         else:
