@@ -1,8 +1,8 @@
 """Triton at the first launch, not at import: it costs 0.2 s, and macOS and Windows have no wheel for it.
 
-A kernel file writes ``from minivllm.kernels._triton import tl, triton`` and then reads like any other Triton file. Until the
-first launch the two names are stand-ins. That launch puts the real modules in their place, and Triton's own functions
-in place of the `Kernel`s, so that from then on nothing of this file is in the way.
+A kernel file writes ``from minivllm.kernels._triton import tl, triton`` and then reads like any other Triton file.
+Until the first launch the two names are stand-ins. That launch puts the real modules in their place, and Triton's own
+functions in place of the `Kernel`s, so that from then on nothing of this file is in the way.
 """
 
 from __future__ import annotations
@@ -68,7 +68,12 @@ triton: Any = _Triton()
 
 
 def check_rows(operation: str, *tensors: torch.Tensor) -> None:
-    """Kernels step through the first dimension by its stride and take the others as contiguous; ValueError otherwise."""
+    """Kernels step through the first dimension by its stride and take the rest as contiguous; else ValueError."""
     for tensor in tensors:
         if not tensor[:1].is_contiguous():
             raise ValueError(f"{operation}: only the first dimension may be strided, got strides {tensor.stride()}")
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    """About how many programs run at once; the interpreter runs one, and 4 there lets splits be seen."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -1,7 +1,8 @@
 """SwiGLU's elementwise half: ``silu(gate) · up`` with ``silu(z) = z / (1 + exp(-z))`` (Shazeer 2020, arXiv:2002.05202).
 
 One matmul gives gate and up side by side, ``[T, 2N]``; the kernel reads both halves of a row and writes one. Cost with
-e bytes a number: 3·T·N·e bytes against some 5·T·N FLOPs: bandwidth. Eager torch writes silu(gate) and reads it again, 5·T·N·e.
+e bytes a number: 3·T·N·e bytes against some 5·T·N FLOPs: bandwidth. Eager torch writes silu(gate) and reads it again,
+5·T·N·e.
 """
 
 from __future__ import annotations

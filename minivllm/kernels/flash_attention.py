@@ -1,14 +1,15 @@
-"""Causal attention of many query tokens over the paged cache, without ever writing the score matrix
+"""Causal attention of many query tokens over the paged cache, without ever writing the matrix of scores
 (FlashAttention: Dao et al. 2022, arXiv:2205.14135; FlashAttention-2: Dao 2023, arXiv:2307.08691).
 
-``out = softmax(scale · q Kᵀ + mask) V``. A program takes BLOCK_M queries of one head of one sequence and walks along the keys
-in tiles of BLOCK_N, keeping running maximum, sum and output (`online_softmax`). The mask is aligned to the END: query i of
-q_len sits at position ``context - q_len + i`` and sees the keys up to there, so a whole prompt, a chunk of one and what a prefix
-hit leaves over are the same case. Keys below every query of the tile need no mask, those above all are never visited;
-only the tiles on the diagonal are masked. ``exp(x) = exp2(x · log2 e)``: the constant is folded into the scale.
+``out = softmax(scale · q Kᵀ + mask) V``. A program takes BLOCK_M queries of one head of one sequence and walks along
+the keys by tiles of BLOCK_N with a running maximum, sum and output (`online_softmax`). The mask is aligned to the END:
+query i of q_len sits at position ``context - q_len + i`` and sees the keys up to there; so a whole prompt, a chunk of
+one and the rest after a prefix hit are one case. Keys below every query of the tile need no mask, keys above all of
+them are never visited, and only the tiles on the diagonal are masked.
 
-Cost of n queries at context n, per head: 4·D·n²/2 FLOPs (two matmuls, half of them above the diagonal) against 4·n·D numbers:
-arithmetic is the floor from a few hundred tokens on (16 heads, D = 128, n = 4096: 69 GFLOP, 0.1 ms at 680 TFLOP/s).
+Cost of a prompt of n tokens, a head: 4·D·n²/2 FLOPs (two matmuls, half of each above the diagonal) against 4·n·D
+numbers, so arithmetic is the floor from a few hundred tokens on: 16 heads of 128, n = 4096: 69 GFLOP, 0.1 ms at 680
+TFLOP/s.
 """
 
 from __future__ import annotations
@@ -18,28 +19,26 @@ import math
 import torch
 
 from minivllm.kernels._triton import tl, triton
-from minivllm.kernels.kv_cache import check_layout, page_of
+from minivllm.kernels.kv_cache import cache_rows, check_attention
 
 
 @triton.jit
 def _attend_tile(
-    acc, row_max, row_sum, query, k_ptr, v_ptr, table_ptr, first, context, positions,
-    block_stride, slot_stride, scale_log2,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    acc, row_max, row_sum, query, k_cache_ptr, v_cache_ptr, table_ptr, first, context, positions, kv_head, scale_log2,
+    KH: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One online-softmax step over keys first ... first + BLOCK_N - 1."""
-    block, offset = page_of(table_ptr, first, context, BLOCK_SIZE, BLOCK_N)
+    """One step of the online softmax, over keys first ... first + BLOCK_N - 1."""
     columns = tl.arange(0, BLOCK_D)
-    rows = (block * block_stride + offset * slot_stride)[:, None] + columns[None, :]
     tokens = first + tl.arange(0, BLOCK_N)
+    rows = cache_rows(table_ptr, first, context, kv_head, KH, D, BLOCK_SIZE, BLOCK_N)[:, None] + columns[None, :]
     inside = (columns < D)[None, :]
-    if MASKED:  # beyond the context lies anything, NaN too: it is not read, for 0 · NaN is NaN
+    if MASKED:  # beyond the context lies anything, NaN too, and 0 · NaN is NaN: it must be read as 0
         inside = inside & (tokens < context)[:, None]
-    key = tl.load(k_ptr + rows, mask=inside, other=0.0)
+    key = tl.load(k_cache_ptr + rows, mask=inside, other=0.0)
     scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
     if MASKED:
-        visible = (tokens[None, :] <= positions[:, None]) & (tokens < context)[None, :]
-        scores = tl.where(visible, scores, float("-inf"))
+        scores = tl.where(tokens[None, :] <= positions[:, None], scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, axis=1))
     finite_max = new_max
     if MASKED:  # a row that has seen no key yet: -inf - -inf would be NaN
@@ -47,98 +46,86 @@ def _attend_tile(
     rescale = tl.exp2(row_max - finite_max)
     weights = tl.exp2(scores - finite_max[:, None])
     row_sum = row_sum * rescale + tl.sum(weights, axis=1)
-    value = tl.load(v_ptr + rows, mask=inside, other=0.0)
+    value = tl.load(v_cache_ptr + rows, mask=inside, other=0.0)
     acc = tl.dot(weights.to(value.dtype), value, acc * rescale[:, None], input_precision="ieee")
     return acc, new_max, row_sum
 
 
 @triton.jit(do_not_specialize=["table_stride"])
 def _prefill_kernel(
-    out_ptr, query_ptr, k_cache_ptr, v_cache_ptr, block_table_ptr, query_start_loc_ptr, seq_lens_ptr, scale_log2,
-    query_stride, query_head_stride, block_stride, head_stride, slot_stride, table_stride,
-    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    out_ptr, query_ptr, k_cache_ptr, v_cache_ptr, block_table_ptr, query_start_loc_ptr, seq_lens_ptr,
+    scale_log2, query_stride, table_stride,
+    H: tl.constexpr, KH: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of queries, head, sequence). The grid is as high as the longest query; tiles beyond end at once."""
+    """Program (tile of queries, head, sequence). The grid suits the longest query; tiles beyond others end at once."""
     # The last tile has the most keys: it starts first, so that no long program is left for the end.
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     head = tl.program_id(1)
-    sequence = tl.program_id(2)
+    sequence = tl.program_id(2).to(tl.int64)
     start = tl.load(query_start_loc_ptr + sequence)
     query_len = tl.load(query_start_loc_ptr + sequence + 1) - start
     context = tl.load(seq_lens_ptr + sequence)
     if first_row < query_len:
-        rows = first_row + tl.arange(0, BLOCK_M)
+        members = first_row + tl.arange(0, BLOCK_M)
+        positions = tl.minimum(context - query_len + members, context - 1)  # rows beyond query_len: see, but not stored
         columns = tl.arange(0, BLOCK_D)
-        positions = context - query_len + rows
-        inside = (rows < query_len)[:, None] & (columns < D)[None, :]
-        token = (start + rows).to(tl.int64)
-        query_rows = query_ptr + (token * query_stride + head * query_head_stride)[:, None] + columns[None, :]
-        query = tl.load(query_rows, mask=inside, other=0.0)
-        k_ptr = k_cache_ptr + (head // GROUP).to(tl.int64) * head_stride
-        v_ptr = v_cache_ptr + (head // GROUP).to(tl.int64) * head_stride
-        table_ptr = block_table_ptr + sequence.to(tl.int64) * table_stride
+        inside = (members < query_len)[:, None] & (columns < D)[None, :]
+        token = (start + members).to(tl.int64)
+        query_rows = query_ptr + token * query_stride + head * D
+        query = tl.load(query_rows[:, None] + columns[None, :], mask=inside, other=0.0)
+        table_ptr = block_table_ptr + sequence * table_stride
 
         acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
         row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
         row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-        lowest = context - query_len + first_row  # position of the tile's first query: it sees lowest + 1 keys
-        unmasked = tl.maximum(lowest + 1, 0) // BLOCK_N * BLOCK_N
-        end = tl.minimum(lowest + BLOCK_M, context)
-        for first in range(0, unmasked, BLOCK_N):
+        seen_by_all = tl.maximum(context - query_len + first_row + 1, 0)  # keys that the tile's first query sees
+        diagonal = seen_by_all // BLOCK_N * BLOCK_N
+        end = tl.minimum(context - query_len + first_row + BLOCK_M, context)
+        for first in range(0, diagonal, BLOCK_N):
             acc, row_max, row_sum = _attend_tile(
-                acc, row_max, row_sum, query, k_ptr, v_ptr, table_ptr, first, context, positions,
-                block_stride, slot_stride, scale_log2, D, BLOCK_D, BLOCK_SIZE, BLOCK_N, MASKED=False,
+                acc, row_max, row_sum, query, k_cache_ptr, v_cache_ptr, table_ptr, first, context, positions,
+                head // (H // KH), scale_log2, KH, D, BLOCK_D, BLOCK_SIZE, BLOCK_N, MASKED=False,
             )  # fmt: skip
-        for first in range(unmasked, end, BLOCK_N):
+        for first in range(diagonal, end, BLOCK_N):
             acc, row_max, row_sum = _attend_tile(
-                acc, row_max, row_sum, query, k_ptr, v_ptr, table_ptr, first, context, positions,
-                block_stride, slot_stride, scale_log2, D, BLOCK_D, BLOCK_SIZE, BLOCK_N, MASKED=True,
+                acc, row_max, row_sum, query, k_cache_ptr, v_cache_ptr, table_ptr, first, context, positions,
+                head // (H // KH), scale_log2, KH, D, BLOCK_D, BLOCK_SIZE, BLOCK_N, MASKED=True,
             )  # fmt: skip
-        out = acc / tl.where(row_sum > 0.0, row_sum, 1.0)[:, None]  # a row without a key gives 0
-        tl.store(out_ptr + (token * H + head)[:, None] * D + columns[None, :], out, mask=inside)
+        out = acc / tl.where(row_sum > 0.0, row_sum, 1.0)[:, None]  # a row that sees no key gives 0
+        tl.store(out_ptr + ((token * H + head) * D)[:, None] + columns[None, :], out, mask=inside)
 
 
-def _tiles(dim: int, itemsize: int, max_query_len: int) -> tuple[int, int, int, int]:
-    """BLOCK_M, BLOCK_N, warps, stages; from a sweep on an H200 for head_dim 128 in bf16, scaled to fit elsewhere."""
-    if itemsize == 4 or dim > 128:
+def _tiles(row_bytes: int, max_query_len: int) -> tuple[int, int, int, int]:
+    """BLOCK_M, BLOCK_N, warps, stages, swept on an H200 for head_dim 128 in bf16; narrower where a row is longer."""
+    if row_bytes > 256:
         return 32, 32, 4, 2
-    if max_query_len <= 16:  # a mixed batch of mostly decodes: narrow tiles waste less
+    if max_query_len <= 16:  # a few tokens each: wide tiles would be mostly padding
         return 16, 64, 4, 4
     return (64, 32, 4, 2) if max_query_len <= 256 else (64, 64, 4, 5)
 
 
 def prefill_attention(
-    query: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    scale: float,
-    *,
-    max_query_len: int,
-    max_seq_len: int,
-) -> torch.Tensor:
-    """``[T, H, D] -> [T, H, D]`` in query.dtype: causal attention of every sequence's new tokens over its whole context.
+    query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
+    query_start_loc: torch.Tensor, seq_lens: torch.Tensor, scale: float, *, max_query_len: int, max_seq_len: int,
+) -> torch.Tensor:  # fmt: skip
+    """query ``[T, H, D]`` (tokens may be strided) -> ``[T, H, D]``: each sequence's new tokens over its whole context.
 
-    query may be a strided view, and holds the sequences one after another: those of sequence i are rows query_start_loc[i]
-    to query_start_loc[i + 1] (``[B + 1]`` int32; T is its last entry). Caches ``[num_blocks, KH, block_size, D]`` of one layout and
-    of query.dtype, which hold these tokens' K and V already; block_size a power of two. block_table ``[B, max_blocks]`` int32,
-    entries beyond a context are never read; seq_lens ``[B]`` int32 counts the context with the new tokens.
-    max_query_len, max_seq_len: upper bounds known to the host, so that the launch needs no answer from the GPU.
-    Raises ValueError for heads that do not divide, a block_size that is no power of two, or an unsuitable layout.
+    Rows query_start_loc[i] to query_start_loc[i + 1] (``[B + 1]`` int32, from 0 to T) belong to sequence i. Contiguous
+    caches ``[num_blocks, KH, block_size, D]`` of query.dtype, which hold these tokens' K and V already; block_size a
+    power of two from 16 up. block_table ``[B, max_blocks]`` int32, never read beyond a context; seq_lens ``[B]`` int32,
+    the context with the new tokens. max_query_len, max_seq_len: upper bounds that the host knows, so that no launch
+    waits for the GPU. ValueError for other shapes, strides or dtypes.
     """
+    check_attention("prefill_attention", query, k_cache, v_cache, block_table)
     tokens, heads, dim = query.shape
     num_kv_heads, block_size = k_cache.shape[1:3]
-    check_layout("prefill_attention", query, k_cache, v_cache, block_table)
-    out = torch.empty(tokens, heads, dim, dtype=query.dtype, device=query.device)
-    block_m, block_n, warps, stages = _tiles(dim, query.element_size(), max_query_len)
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    block_m, block_n, warps, stages = _tiles(dim * query.element_size(), max_query_len)
     if tokens:
         _prefill_kernel[(triton.cdiv(max_query_len, block_m), heads, len(seq_lens))](
             out, query, k_cache, v_cache, block_table, query_start_loc, seq_lens, scale * math.log2(math.e),
-            query.stride(0), query.stride(1), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
-            block_table.stride(0), H=heads, GROUP=heads // num_kv_heads, D=dim,
+            query.stride(0), block_table.stride(0), H=heads, KH=num_kv_heads, D=dim,
             BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_SIZE=block_size, BLOCK_M=block_m, BLOCK_N=block_n,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
@@ -146,35 +133,27 @@ def prefill_attention(
 
 
 def prefill_attention_reference(
-    query: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    scale: float,
-    *,
-    max_query_len: int,
-    max_seq_len: int,
-) -> torch.Tensor:
+    query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
+    query_start_loc: torch.Tensor, seq_lens: torch.Tensor, scale: float, *, max_query_len: int, max_seq_len: int,
+) -> torch.Tensor:  # fmt: skip
     num_kv_heads, block_size, dim = k_cache.shape[1:]
     group = query.shape[1] // num_kv_heads
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     starts = query_start_loc.tolist()
     for i, context in enumerate(seq_lens.tolist()):
         first, last = starts[i], starts[i + 1]
-        if first == last:
-            continue
         blocks = block_table[i, : -(-context // block_size)]
         key = k_cache.index_select(0, blocks).transpose(0, 1).reshape(num_kv_heads, -1, dim)[:, :context].float()
         value = v_cache.index_select(0, blocks).transpose(0, 1).reshape(num_kv_heads, -1, dim)[:, :context].float()
-        # The query heads that share a KV head stand below each other: [KH, q_len * group, D].
+        # The query heads that share a KV head stand below each other: [KH, q_len · group, D].
         rows = query[first:last].unflatten(1, (num_kv_heads, group)).transpose(0, 1).flatten(1, 2).float()
-        scores = torch.matmul(rows, key.transpose(1, 2)).mul_(scale).unflatten(1, (-1, group))
+        scores = torch.matmul(rows, key.transpose(1, 2)).mul_(scale).unflatten(1, (last - first, group))
         positions = torch.arange(context - (last - first), context, device=query.device)  # aligned to the END
-        hidden = torch.arange(context, device=query.device) > positions.unsqueeze(1)
-        weights = scores.masked_fill_(hidden.unsqueeze(1), float("-inf")).softmax(dim=-1)
-        weights = weights.masked_fill_(hidden.unsqueeze(1), 0.0)  # a row that sees no key: 0, not NaN
-        attended = torch.matmul(weights.flatten(1, 2), value).unflatten(1, (-1, group))  # [KH, q_len, group, D]
+        hidden = (torch.arange(context, device=query.device) > positions.unsqueeze(1)).unsqueeze(1)
+        weights = scores.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
+        weights = weights.masked_fill_(hidden, 0.0)  # a row that sees no key: 0, not NaN
+        attended = torch.matmul(weights.flatten(1, 2), value).unflatten(
+            1, (last - first, group)
+        )  # [KH, q_len, group, D]
         out[first:last] = attended.transpose(0, 1).flatten(1, 2)
     return out

@@ -1,8 +1,8 @@
 """The paged KV cache (Kwon et al. 2023, arXiv:2309.06180): where a token's key and value lie, and how they get there.
 
-A cache is ``[num_blocks, KH, block_size, D]``. Token p of a sequence lies in block ``block_table[p // block_size]`` at offset
-``p % block_size``; its *slot* is ``block · block_size + offset``. Heads come before offsets, so that what one attention
-program reads of a block, one head's ``[block_size, D]``, is one contiguous piece.
+A cache is ``[num_blocks, KH, block_size, D]``. Token p of a sequence lies in block ``block_table[p // block_size]`` at
+offset ``p % block_size``; its *slot* is ``block · block_size + offset``. Heads come before offsets, so that what one
+attention program reads of a block, one head's ``[block_size, D]``, is one contiguous piece.
 
 Cost of storing with e bytes a number: 4·T·KH·D·e bytes (K and V, read and written), no arithmetic: bandwidth. A token
 of Qwen3-0.6B's shape in bf16 is 4 kB a layer.
@@ -63,10 +63,10 @@ def _store_kv_kernel(
 def store_kv(
     key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
 ) -> None:
-    """Write key, value ``[T, KH, D]`` (tokens may be strided) into the caches, at slot_mapping ``[T]`` int64; -1 = nowhere.
+    """Write key, value ``[T, KH, D]`` (tokens may be strided) to slot_mapping ``[T]`` int64; -1 = nowhere.
 
-    Contiguous caches ``[num_blocks, KH, block_size, D]``, any block_size, changed in place. Slots differ and lie within the
-    cache (not checked: a check would wait for the GPU). ValueError for other strides.
+    Contiguous caches ``[num_blocks, KH, block_size, D]``, any block_size, changed in place. Slots differ and lie within
+    the cache (not checked: a check would wait for the GPU). ValueError for other strides.
     """
     check_rows("store_kv", key, value)
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()):

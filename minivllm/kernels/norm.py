@@ -1,4 +1,4 @@
-"""RMSNorm, ``x / sqrt(mean(x²) + eps) · weight`` (Zhang & Sennrich 2019, arXiv:1910.07467), alone and after adding a residual.
+"""RMSNorm, ``x / sqrt(mean(x²) + eps) · weight`` (Zhang & Sennrich 2019, arXiv:1910.07467), alone and with a residual.
 
 Rounding follows transformers' `Qwen3RMSNorm`: statistics and division in float32, back to x.dtype, then the weight.
 

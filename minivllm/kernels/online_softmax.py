@@ -1,13 +1,14 @@
 """Softmax in one pass, and the merging of softmaxes computed apart (Milakov & Gimelshein 2018, arXiv:1805.02867).
 
-Going through a row tile by tile, keep the maximum m so far and the sum l of ``exp(x - m)``. A tile with maximum m' gives
-``M = max(m, m')`` and ``l <- l·exp(m - M) + sum(exp(tile - M))``: what was summed under the old maximum is rescaled, never
-summed again. FlashAttention rescales its output by the same factor, and split-KV decoding needs it once more: the parts
-of a context give (out_s, lse_s) with ``lse = m + log(l)``, and then ``out = sum(exp(lse_s - LSE)·out_s)`` with ``LSE =
-logsumexp(lse_s)``.
+Going through a row tile by tile, keep the maximum m so far and the sum l of ``exp(x - m)``. A tile with maximum m'
+gives ``M = max(m, m')`` and ``l <- l·exp(m - M) + sum(exp(tile - M))``: what was summed under the old maximum is
+rescaled, never summed again. FlashAttention rescales its output by the same factor, and split-KV decoding needs it once
+more: the parts of a context give (out_s, lse_s) with ``lse = m + log(l)``, and then ``out = sum(exp(lse_s -
+LSE)·out_s)`` with ``LSE = logsumexp(lse_s)``.
 
-Cost of softmax over [T, N], e bytes a number: 3·T·N·e bytes (two reads, one write; maximum, sum and result each in a pass of
-their own read thrice) against some 5·T·N FLOPs: bandwidth. Merging reads 4·S·B·H·(D + 1) bytes and writes 4·B·H·D.
+Cost of softmax over [T, N], e bytes a number: 3·T·N·e bytes (two reads, one write; maximum, sum and result each in a
+pass of their own read thrice) against some 5·T·N FLOPs: bandwidth. Merging reads 4·S·B·H·(D + 1) bytes and writes
+4·B·H·D.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def _softmax_kernel(out_ptr, x_ptr, row_stride, N, BLOCK: tl.constexpr):
 
 
 def softmax(x: torch.Tensor, block: int = 1024) -> torch.Tensor:
-    """``[T, N] -> [T, N]`` in x.dtype, by tiles of block columns, a power of two. A row of -inf alone gives NaN, as in torch.
+    """``[T, N] -> [T, N]`` in x.dtype, by tiles of block (a power of two). A row of -inf alone gives NaN, as in torch.
 
     ValueError where anything but the rows is strided.
     """
@@ -83,7 +84,8 @@ def _merge_kernel(
 def merge_attention(partial_out: torch.Tensor, partial_lse: torch.Tensor) -> torch.Tensor:
     """Merge S parts, outputs ``[S, B, H, D]`` and natural log-sum-exps ``[S, B, H]``, float32 -> ``[B, H, D]`` float32.
 
-    An empty part has lse -inf and a finite output; a row whose parts are all empty gives 0. ValueError unless contiguous.
+    An empty part has lse -inf and a finite output; a row whose parts are all empty gives 0. ValueError unless
+    contiguous.
     """
     if not (partial_out.is_contiguous() and partial_lse.is_contiguous()):
         raise ValueError("merge_attention: needs contiguous parts")

@@ -1,8 +1,8 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), with Qwen3's per-head RMSNorm before it.
 
-A head is D/2 pairs ``(x[i], x[i + D/2])`` ("rotate half", the neox order), and pair i is turned by the angle
-``position · base^(-2i/D)``: ``(a, b) -> (a·cos - b·sin, b·cos + a·sin)``. So the dot product of two turned vectors depends on
-the difference of their positions only.
+A head is D/2 pairs ``(x[i], x[i + D/2])`` ("rotate half", the neox order), and pair i is turned by the angle ``position
+· base^(-2i/D)``: ``(a, b) -> (a·cos - b·sin, b·cos + a·sin)``. So the dot product of two turned vectors depends on the
+difference of their positions only.
 
 Cost with e bytes a number: 2·T·(H + KH)·D·e bytes, and 4·D a token of table, against some 10 FLOPs a number: bandwidth.
 The fusion saves the norm's write and the rotation's read.
@@ -79,7 +79,7 @@ def qk_norm_rope(
     query: torch.Tensor, key: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
     cos_sin: torch.Tensor, positions: torch.Tensor, eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """query ``[T, H, D]``, key ``[T, KH, D]`` (slices of a fused projection allowed) -> the same shapes, new and contiguous.
+    """query ``[T, H, D]``, key ``[T, KH, D]`` (slices of a fused projection allowed) -> the same shapes, new.
 
     q_weight, k_weight ``[D]``, or both None for rotation alone; cos_sin ``[max_pos, D]`` float32, D/2 cosines then D/2
     sines; positions ``[T]`` int64 below max_pos (not checked: a check would wait for the GPU).
@@ -95,7 +95,8 @@ def qk_norm_rope(
         _qk_norm_rope_kernel[(tokens, groups)](
             q_out, k_out, query, key, query if q_weight is None else q_weight, key if k_weight is None else k_weight,
             cos_sin, positions, q_heads, key.shape[1], query.stride(0), key.stride(0), eps, HALF=dim // 2,
-            BLOCK_HALF=triton.next_power_of_2(dim // 2), BLOCK_HEADS=block_heads, NORM=q_weight is not None, num_warps=2,
+            BLOCK_HALF=triton.next_power_of_2(dim // 2), BLOCK_HEADS=block_heads, NORM=q_weight is not None,
+            num_warps=2,
         )  # fmt: skip
     return q_out, k_out
 

@@ -1,13 +1,13 @@
-"""Choosing a token: one uniform number a row, inverted through the cumulative distribution in token order.
+"""Choosing a token: one uniform number a row, inverted through the cumulative distribution in the order of the tokens.
 
-With ``w[i] = exp((logit[i] - max) / temperature)`` the token is the first i with ``w[0] + ... + w[i] > u·sum(w)``. The kernel does it
-on two levels: a pass sums w tile by tile, then one program a row finds the tile in which the target falls and reads only
-that tile again. Gumbel-max (argmax of logit + Gumbel noise) needs a random number for every vocabulary entry and is bound by
-that arithmetic: 71 µs at best for [256, 151936] bf16 on an H200, against 35 µs for this and a floor of 17.7 µs, the 78 MB
-of logits read once. (A softmax in eager torch and its argmax over exponentials: 826 µs.)
+With ``w[i] = exp((logit[i] - max) / temperature)`` the token is the first i with ``w[0] + ... + w[i] > u·sum(w)``. The
+kernels do it on two levels: one sums w tile by tile, the other finds the tile into which the target falls and reads
+only that tile again. Floor of [256, 151936] bf16 logits: 78 MB read once, 17.7 µs on an H200. This reached 35 µs there;
+Gumbel-max (argmax of logit + noise), which needs a random number for every entry and is bound by that arithmetic, 71 µs
+at best; the softmax, division by exponentials and argmax of eager torch 826 µs.
 
-u comes from Philox4x32-10, a counter-based generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): a
-pure function of (seed, position), with no state to keep or share. So a seeded request draws the same numbers in any batch.
+u comes from Philox4x32-10, a counter-based generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
+3"): a pure function of (seed, position), without a state. So a seeded request draws the same numbers in any batch.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from minivllm.kernels._triton import tl, triton
+from minivllm.kernels._triton import check_rows, tl, triton
 
 TILE = 4096  # vocabulary entries summed together
 
 
 def philox_uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Uniform float32 ``[B]`` in (0, 1) from seeds, positions ``[B]`` int64; the very bits that the Triton kernel computes.
+    """Uniform float32 ``[B]`` in (0, 1) from seeds, positions ``[B]`` int64: the very bits of the Triton kernel.
 
-    Ten rounds on a 128-bit counter, here the position, under a 64-bit key, the seed. The first 23 bits of the first word,
-    plus a half, times 2^-23: exact in float32, and neither 0 nor 1 can come out.
+    Ten rounds on a 128-bit counter, here the position, under a 64-bit key, the seed. The result is the first 23 bits of
+    the first word, plus a half, times 2^-23: exact in float32, and neither 0 nor 1 can come out.
     """
     word, device = 0xFFFFFFFF, seeds.device
     multiplier = torch.tensor([[0xD2511F53], [0xCD9E8D57]], device=device)
@@ -40,17 +40,14 @@ def philox_uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor
 
 
 def filter_logits(
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor | None,
-    top_p: torch.Tensor | None,
-    min_p: torch.Tensor | None,
-) -> torch.Tensor:
-    """logits ``[B, V]`` with -inf for what top-k, then top-p, then min-p exclude; plain torch, for the rows that ask only.
+    logits: torch.Tensor, temperature: torch.Tensor,
+    top_k: torch.Tensor | None, top_p: torch.Tensor | None, min_p: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """logits ``[B, V]`` with -inf for what top-k, then top-p, then min-p exclude; only the rows that ask are touched.
 
-    top_k <= 0, top_p >= 1 and min_p <= 0 ask for nothing. top-k keeps exactly k tokens, the lower id first among equals;
-    top-p the fewest whose probability reaches top_p, of what top-k left; min-p those at least min_p times as probable as the
-    best. The best token always stays. Finding the rows that ask waits for the GPU.
+    top_k <= 0, top_p >= 1 and min_p <= 0 ask for nothing. top-k keeps exactly k tokens, of equal ones the lower id
+    first; top-p the fewest whose probability reaches top_p, of what top-k left; min-p those at least min_p times as
+    probable as the best. The best token always stays. Plain torch; finding the rows that ask waits for the GPU.
     """
     asks = torch.zeros(logits.shape[0], dtype=torch.bool, device=logits.device)
     if top_k is not None:
@@ -83,6 +80,14 @@ def filter_logits(
 
 def _divisor(temperature: torch.Tensor) -> torch.Tensor:
     return temperature.masked_fill(temperature == 0, 1.0)  # greedy rows: the result is not used
+
+
+def _prepare(logits, temperature, top_k, top_p, min_p, seeds, positions) -> torch.Tensor:
+    if seeds is None or positions is None:
+        raise ValueError("sample: needs seeds and positions unless temperature is None, that is, all rows are greedy")
+    if top_k is None and top_p is None and min_p is None:
+        return logits
+    return filter_logits(logits, temperature, top_k, top_p, min_p)
 
 
 @triton.jit
@@ -154,27 +159,20 @@ def _choose_kernel(
 
 
 def sample(
-    logits: torch.Tensor,
-    temperature: torch.Tensor | None,
-    top_k: torch.Tensor | None,
-    top_p: torch.Tensor | None,
-    min_p: torch.Tensor | None,
-    seeds: torch.Tensor | None,
-    positions: torch.Tensor | None,
-) -> torch.Tensor:
-    """Token ids ``[B]`` int64 from logits ``[B, V]`` of any float dtype; everything is computed in float32.
+    logits: torch.Tensor, temperature: torch.Tensor | None,
+    top_k: torch.Tensor | None, top_p: torch.Tensor | None, min_p: torch.Tensor | None,
+    seeds: torch.Tensor | None, positions: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """Token ids ``[B]`` int64 from logits ``[B, V]`` (rows may be strided) of any float dtype; computed in float32.
 
-    temperature ``[B]`` float32, 0 = greedy; None = all rows greedy (argmax, the first among equals). top_k ``[B]`` int32,
-    top_p, min_p ``[B]`` float32: see `filter_logits`; None = nobody asks. seeds, positions ``[B]`` int64: see
-    `philox_uniform`; needed unless temperature is None. Entries of -inf are never chosen.
-    Raises ValueError for missing seeds or a vocabulary dimension that is not contiguous.
+    temperature ``[B]`` float32, 0 = greedy; None = all rows greedy (argmax, the first among equals). top_k ``[B]``
+    int32, top_p, min_p ``[B]`` float32, see `filter_logits`; None = nobody asks. seeds, positions ``[B]`` int64, see
+    `philox_uniform`. Entries of -inf are never chosen. ValueError for missing seeds or positions, or other strides.
     """
     if temperature is None:
         return logits.argmax(dim=-1)
-    if seeds is None or positions is None or logits.stride(-1) != 1:
-        raise ValueError("sample: needs seeds and positions unless all rows are greedy, and contiguous rows")
-    if not (top_k is None and top_p is None and min_p is None):
-        logits = filter_logits(logits, temperature, top_k, top_p, min_p)
+    check_rows("sample", logits)
+    logits = _prepare(logits, temperature, top_k, top_p, min_p, seeds, positions)
     batch, vocabulary = logits.shape
     num_tiles = triton.cdiv(vocabulary, TILE)
     tile_max = torch.empty(batch, num_tiles, dtype=torch.float32, device=logits.device)
@@ -203,21 +201,14 @@ def _pick_reference(weights: torch.Tensor, target: torch.Tensor) -> tuple[torch.
 
 
 def sample_reference(
-    logits: torch.Tensor,
-    temperature: torch.Tensor | None,
-    top_k: torch.Tensor | None,
-    top_p: torch.Tensor | None,
-    min_p: torch.Tensor | None,
-    seeds: torch.Tensor | None,
-    positions: torch.Tensor | None,
-) -> torch.Tensor:
+    logits: torch.Tensor, temperature: torch.Tensor | None,
+    top_k: torch.Tensor | None, top_p: torch.Tensor | None, min_p: torch.Tensor | None,
+    seeds: torch.Tensor | None, positions: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
     greedy = logits.argmax(dim=-1)
     if temperature is None:
         return greedy
-    if seeds is None or positions is None:
-        raise ValueError("sample: needs seeds and positions unless all rows are greedy")
-    if not (top_k is None and top_p is None and min_p is None):
-        logits = filter_logits(logits, temperature, top_k, top_p, min_p)
+    logits = _prepare(logits, temperature, top_k, top_p, min_p, seeds, positions)
     width = min(TILE, logits.shape[1])
     best = logits.gather(1, greedy.unsqueeze(1)).float()
     weights = ((logits.float() - best) / _divisor(temperature).unsqueeze(1)).exp()
