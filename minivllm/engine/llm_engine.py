@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ from minivllm.bundled import BUNDLED_MODEL_PATH
 from minivllm.config import EngineConfig
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.model_runner import ModelRunner, StepResult, pick_device
-from minivllm.engine.sampler import TokenLogprobs
-from minivllm.engine.scheduler import Scheduler
-from minivllm.engine.sequence import ScheduledBatch, ScheduledSequence
+from minivllm.engine.request import Request
+from minivllm.engine.scheduler import Scheduler, SchedulerStats
+from minivllm.engine.sequence import ScheduledBatch
 from minivllm.engine.sequence import Sequence as EngineSequence
 from minivllm.engine.trace import Trace, record_step
 from minivllm.errors import (
@@ -44,54 +44,22 @@ from minivllm.errors import (
 from minivllm.kernels import Kernels
 from minivllm.models.loader import load_config, resolve_model_path
 from minivllm.models.qwen3 import Qwen3ForCausalLM
-from minivllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from minivllm.outputs import RequestMetrics, RequestOutput
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
-from minivllm.tokenizer import Detokenizer, Tokenizer
+from minivllm.tokenizer import Tokenizer
 
 
-@dataclass(eq=False)
-class Request:
-    """What the engine keeps of a request besides its sequences: how to report them."""
+@dataclass
+class EngineMetrics(SchedulerStats):
+    """Counters since the engine started: the scheduler's, and these."""
 
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    params: SamplingParams
-    sequences: list[EngineSequence]
-    completions: list[CompletionOutput]
-    #: One a completion; None without a tokenizer.
-    detokenizers: list[Detokenizer | None]
-    metrics: RequestMetrics
-    num_cached_tokens: int = 0
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-    #: Tokens of each completion that a DELTA output has reported.
-    num_reported: list[int] = field(default_factory=list)
-
-    @property
-    def finished(self) -> bool:
-        return all(completion.finished for completion in self.completions)
-
-
-@dataclass(frozen=True)
-class EngineMetrics:
-    """Counters since the engine started."""
-
-    num_steps: int
-    num_preemptions: int
-    num_mixed_steps: int
-    num_chunks: int
-    #: Tokens that went through the model, and tokens that came out of it.
-    num_computed_tokens: int
-    num_generated_tokens: int
-    #: Tokens that admitted sequences brought, and how many of them the prefix cache supplied.
-    prefix_cache_queries: int
-    prefix_cache_hits: int
-    num_finished_requests: int
-    num_kv_blocks: int
-    num_used_kv_blocks: int
-    peak_used_kv_blocks: int
+    num_generated_tokens: int = 0
+    num_finished_requests: int = 0
+    num_kv_blocks: int = 0
+    num_used_kv_blocks: int = 0
+    peak_used_kv_blocks: int = 0
     #: Seconds spent in `step`.
-    step_time: float
+    step_time: float = 0.0
 
 
 class LLMEngine:
@@ -133,8 +101,8 @@ class LLMEngine:
         self._request_numbers, self._seq_ids = itertools.count(), itertools.count()
         #: Outputs of aborted requests, for the next step to return.
         self._undelivered: list[RequestOutput] = []
-        self._num_generated = self._num_finished = self._peak_used = 0
-        self._step_time = self._trace_start = 0.0
+        self._metrics = EngineMetrics(num_kv_blocks=self.config.num_kv_blocks)
+        self._trace_start = 0.0
 
     # --- requests -------------------------------------------------------------------------------------------------
 
@@ -152,23 +120,13 @@ class LLMEngine:
             raise RequestError(f"Request id {request_id!r} is in use; finish or abort that request first.")
         token_ids = self._encode(prompt)
         max_num_tokens = self._check_request(token_ids, params)
-        request = Request(
-            request_id=request_id,
-            prompt=prompt if isinstance(prompt, str) else None,
-            prompt_token_ids=token_ids,
-            params=params,
-            sequences=[self._new_sequence(token_ids, params, i, number, max_num_tokens) for i in range(params.n)],
-            completions=[CompletionOutput(index=i) for i in range(params.n)],
-            detokenizers=[self._new_detokenizer(params) for _ in range(params.n)],
-            metrics=RequestMetrics(arrival_time=time.perf_counter()),
-            prompt_logprobs=None if params.prompt_logprobs is None else [None] * len(token_ids),
-            num_reported=[0] * params.n,
-        )
-        if params.logprobs is not None:
-            for completion in request.completions:
-                completion.logprobs, completion.cumulative_logprob = [], 0.0
+        prompt_text = prompt if isinstance(prompt, str) else None
+        metrics = RequestMetrics(arrival_time=time.perf_counter())
+        request = Request(request_id, prompt_text, token_ids, params, self.tokenizer, metrics)
         self._requests[request_id] = request
-        for index, seq in enumerate(request.sequences):
+        for index in range(params.n):
+            seq = self._new_sequence(token_ids, params, index, number, max_num_tokens)
+            request.add_completion(seq)
             self._owners[seq.seq_id] = (request, index)
             self.scheduler.add(seq)
         return request_id
@@ -182,11 +140,11 @@ class LLMEngine:
             request = self._requests.get(one)
             if request is None:
                 continue
-            for index, seq in enumerate(request.sequences):
-                if not seq.is_finished:
-                    self.scheduler.finish(seq, "abort")
-                    self._finish_completion(request, index)
-            self._undelivered.append(self._report(request))
+            for index, completion in enumerate(request.completions):
+                if not completion.sequence.is_finished:
+                    self.scheduler.finish(completion.sequence, "abort")
+                    request.finish_completion(index)
+            self._undelivered.append(request.report())
             self._forget(request)
 
     def has_unfinished_requests(self) -> bool:
@@ -208,7 +166,7 @@ class LLMEngine:
         touched: dict[str, Request] = {}
         if batch:
             used = self.config.num_kv_blocks - self.scheduler.block_manager.num_free_blocks
-            self._peak_used = max(self._peak_used, used)
+            self._metrics.peak_used_kv_blocks = max(self._metrics.peak_used_kv_blocks, used)
             record = self._record(batch, start) if self.trace is not None else None
             self._note_admissions(batch, start)
             result = self.model_runner.execute(batch)
@@ -221,23 +179,14 @@ class LLMEngine:
             if request.finished:
                 self._forget(request)
             if request.finished or request.params.output_kind is not RequestOutputKind.FINAL_ONLY:
-                outputs.append(self._report(request))
-        self._step_time += time.perf_counter() - start
+                outputs.append(request.report())
+        self._metrics.step_time += time.perf_counter() - start
         return outputs
 
     def metrics(self) -> EngineMetrics:
         """A snapshot of the counters."""
-        stats = self.scheduler.stats
-        num_free = self.scheduler.block_manager.num_free_blocks
-        return EngineMetrics(
-            **vars(stats),
-            num_generated_tokens=self._num_generated,
-            num_finished_requests=self._num_finished,
-            num_kv_blocks=self.config.num_kv_blocks,
-            num_used_kv_blocks=self.config.num_kv_blocks - num_free,
-            peak_used_kv_blocks=self._peak_used,
-            step_time=self._step_time,
-        )
+        self._metrics.num_used_kv_blocks = self.config.num_kv_blocks - self.scheduler.block_manager.num_free_blocks
+        return replace(self._metrics, **vars(self.scheduler.stats))
 
     # --- what a request may ask -----------------------------------------------------------------------------------
 
@@ -309,11 +258,6 @@ class LLMEngine:
         origin = f"request {seed}" if seed is not None else f"engine {self.config.seed} {number}"
         return xxhash.xxh3_64_intdigest(f"{origin} {index}".encode()) >> 1
 
-    def _new_detokenizer(self, params: SamplingParams) -> Detokenizer | None:
-        if self.tokenizer is None:
-            return None
-        return Detokenizer(self.tokenizer, params.stop_strings, params.skip_special_tokens)
-
     # --- results --------------------------------------------------------------------------------------------------
 
     def _note_admissions(self, batch: ScheduledBatch, now: float) -> None:
@@ -328,122 +272,32 @@ class LLMEngine:
         accepted = self.scheduler.update(batch, result.wait())
         now = time.perf_counter()
         for item, logprobs in result.prompt_logprobs:
-            self._add_prompt_logprobs(item, logprobs)
-        row_of = {id(item): row for row, item in enumerate(batch.sampled)} if result.logprobs is not None else {}
+            if item.sequence.seq_id in self._owners:
+                self._owners[item.sequence.seq_id][0].add_prompt_logprobs(item.start + 1, logprobs)
+        row_of = {id(item): row for row, item in enumerate(batch.sampled)}
         touched: dict[str, Request] = {}
         for item in accepted:
-            request, index = self._owners[item.sequence.seq_id]
+            seq, token_id = item.sequence, item.sequence.token_ids[item.sample_position]
+            request, index = self._owners[seq.seq_id]
             touched[request.request_id] = request
-            token_id = item.sequence.token_ids[item.sample_position]
-            self._num_generated += 1
+            self._metrics.num_generated_tokens += 1
             if request.metrics.first_token_time is None:
                 request.metrics.first_token_time = now
             if request.params.logprobs is not None:
-                self._add_logprobs(request.completions[index], result.logprobs, row_of[id(item)], request.params)
-            self._detokenize(request, index, item.sequence, token_id)
-            if item.sequence.is_finished:
-                self._finish_completion(request, index)
+                request.add_logprobs(index, result.logprobs, row_of[id(item)])
+            stop_string = request.add_token(index, token_id)
+            if stop_string is not None:
+                self.scheduler.finish(seq, "stop", stop_string)
+            if seq.is_finished:
+                request.finish_completion(index)
                 request.metrics.finished_time = now
         return touched
 
-    def _detokenize(self, request: Request, index: int, seq: EngineSequence, token_id: int) -> None:
-        """Follow the text where somebody looks at it while it grows; otherwise it is decoded once, at the end."""
-        detokenizer, params = request.detokenizers[index], request.params
-        wanted = params.stop_strings or params.output_kind is not RequestOutputKind.FINAL_ONLY
-        if detokenizer is None or not wanted or seq.finish_reason == "stop":
-            return  # the token that stopped a sequence is not part of its text
-        stop = detokenizer.append(token_id, check_stop=seq.num_output_tokens >= params.min_tokens)
-        if stop is not None:
-            if seq.is_finished:  # its last permitted token completed the stop string
-                seq.finish_reason, seq.stop_reason = "stop", stop
-            else:
-                self.scheduler.finish(seq, "stop", stop)
-
-    def _finish_completion(self, request: Request, index: int) -> None:
-        seq, completion, detokenizer = request.sequences[index], request.completions[index], request.detokenizers[index]
-        completion.finish_reason, completion.stop_reason = seq.finish_reason, seq.stop_reason
-        completion.token_ids = [t for t in seq.output_token_ids if t >= 0]
-        if detokenizer is None:
-            return
-        if request.params.stop_strings or request.params.output_kind is not RequestOutputKind.FINAL_ONLY:
-            if not isinstance(seq.stop_reason, str):
-                detokenizer.finish()
-            return
-        by_token = seq.finish_reason == "stop"
-        shown = completion.token_ids[:-1] if by_token else completion.token_ids
-        detokenizer.text = self.tokenizer.decode(shown, request.params.skip_special_tokens)
-
-    def _report(self, request: Request) -> RequestOutput:
-        """The request as its caller sees it now."""
-        delta = request.params.output_kind is RequestOutputKind.DELTA
-        outputs = []
-        for index, (seq, state) in enumerate(zip(request.sequences, request.completions, strict=True)):
-            detokenizer = request.detokenizers[index]
-            start = request.num_reported[index] if delta else 0
-            token_ids = [t for t in seq.token_ids[seq.num_prompt_tokens + start :] if t >= 0]
-            text = ""
-            if detokenizer is not None:
-                new_text = detokenizer.emit(state.finished)
-                text = new_text if delta else detokenizer.emitted
-            outputs.append(
-                replace(
-                    state,
-                    text=text,
-                    token_ids=token_ids,
-                    logprobs=None if state.logprobs is None else state.logprobs[start:],
-                )
-            )
-            request.num_reported[index] = start + len(token_ids) if delta else 0
-        request.metrics.num_generation_tokens = max(seq.num_output_tokens for seq in request.sequences)
-        return RequestOutput(
-            request_id=request.request_id,
-            prompt=request.prompt,
-            prompt_token_ids=request.prompt_token_ids,
-            outputs=outputs,
-            finished=request.finished,
-            prompt_logprobs=request.prompt_logprobs,
-            num_cached_tokens=request.num_cached_tokens,
-            metrics=request.metrics,
-        )
-
     def _forget(self, request: Request) -> None:
-        self._num_finished += 1
+        self._metrics.num_finished_requests += 1
         del self._requests[request.request_id]
-        for seq in request.sequences:
-            del self._owners[seq.seq_id]
-
-    # --- logprobs -------------------------------------------------------------------------------------------------
-
-    def _add_logprobs(
-        self, completion: CompletionOutput, logprobs: TokenLogprobs, row: int, params: SamplingParams
-    ) -> None:
-        completion.logprobs.append(self._logprob_dict(logprobs, row, params.logprobs))
-        completion.cumulative_logprob += logprobs.logprobs[row].item()
-
-    def _add_prompt_logprobs(self, item: ScheduledSequence, logprobs: TokenLogprobs) -> None:
-        request, _ = self._owners.get(item.sequence.seq_id, (None, 0))
-        if request is None:
-            return
-        for row in range(len(logprobs.token_ids)):
-            position = item.start + 1 + row
-            request.prompt_logprobs[position] = self._logprob_dict(logprobs, row, request.params.prompt_logprobs)
-
-    def _logprob_dict(self, logprobs: TokenLogprobs, row: int, k: int) -> dict[int, Logprob]:
-        """The k likeliest tokens and the chosen one."""
-        found = {
-            token_id: Logprob(value, rank, self._decode_one(token_id))
-            for rank, (token_id, value) in enumerate(
-                zip(logprobs.top_ids[row, :k].tolist(), logprobs.top_logprobs[row, :k].tolist(), strict=True), start=1
-            )
-        }
-        chosen = logprobs.token_ids[row].item()
-        if chosen not in found:
-            rank = logprobs.ranks[row].item()
-            found[chosen] = Logprob(logprobs.logprobs[row].item(), rank, self._decode_one(chosen))
-        return found
-
-    def _decode_one(self, token_id: int) -> str | None:
-        return None if self.tokenizer is None else self.tokenizer.decode([token_id], skip_special_tokens=False)
+        for completion in request.completions:
+            del self._owners[completion.sequence.seq_id]
 
     # --- trace ----------------------------------------------------------------------------------------------------
 

@@ -96,12 +96,10 @@ class Scheduler:
     def finish(self, seq: Sequence, reason: str, stop_reason: str | int | None = None) -> None:
         """End seq, wherever it is, and free what it holds. A step in flight may still write to its blocks: steps run
         in order, so whoever gets such a block next writes it later."""
-        if seq.is_finished:
-            return
         if seq.status is SequenceStatus.RUNNING:
             self.running.remove(seq)
             self._release(seq)
-        else:
+        elif not seq.is_finished:  # a stop string may come with a sequence's last permitted token
             self.waiting.remove(seq)
         seq.status = SequenceStatus.FINISHED
         seq.finish_reason, seq.stop_reason = reason, stop_reason

@@ -1,0 +1,217 @@
+"""Tokens a second on a batch of requests of random lengths, beside `transformers` on the same weights.
+
+All prompts are random token ids, so that nothing depends on a tokenizer; outputs have fixed lengths (ignore_eos). The
+time is wall clock from the first request handed over to the last token received, after a warm-up.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from minivllm.bench.report import environment, spread
+from minivllm.config import ModelConfig
+from minivllm.llm import LLM
+from minivllm.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests with prompt and output lengths drawn uniformly, all prompts first (the order of nano-vLLM's bench)."""
+
+    num_requests: int = 32
+    prompt_tokens: tuple[int, int] = (10, 128)
+    output_tokens: tuple[int, int] = (16, 128)
+    seed: int = 0
+    temperature: float = 0.0
+
+    def draw(self, vocab_size: int) -> tuple[list[list[int]], list[int]]:
+        """(prompts as token ids, output lengths). Prompts differ, so the prefix cache cannot help."""
+        rng = random.Random(self.seed)
+        top = min(vocab_size - 1, 10_000)
+        prompts = [
+            [rng.randint(0, top) for _ in range(rng.randint(*self.prompt_tokens))] for _ in range(self.num_requests)
+        ]
+        return prompts, [rng.randint(*self.output_tokens) for _ in range(self.num_requests)]
+
+
+#: A way to run the workload once; returns seconds.
+Runner = Callable[[list[list[int]], list[int]], float]
+
+
+def minivllm_runner(llm: LLM, temperature: float = 0.0) -> Runner:
+    """`LLM.generate` on all requests at once. The prefix cache is emptied first: a repeat must not profit."""
+
+    def run(prompts: list[list[int]], output_lens: list[int]) -> float:
+        llm.llm_engine.scheduler.block_manager.reset_prefix_cache()
+        params = [SamplingParams(temperature=temperature, max_tokens=n, ignore_eos=True) for n in output_lens]
+        start = time.perf_counter()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        elapsed = time.perf_counter() - start
+        assert [len(output.outputs[0].token_ids) for output in outputs] == output_lens
+        return elapsed
+
+    return run
+
+
+def static_batch_runner(model: Any) -> Runner:
+    """transformers' `generate` on one left-padded batch, which runs until its longest output is done."""
+
+    def run(prompts: list[list[int]], output_lens: list[int]) -> float:
+        longest = max(len(prompt) for prompt in prompts)
+        start = time.perf_counter()
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=model.device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+        out = model.generate(
+            ids, attention_mask=mask, max_new_tokens=max(output_lens), do_sample=False, pad_token_id=0, eos_token_id=-1
+        )
+        out.tolist()
+        elapsed = time.perf_counter() - start
+        assert out.shape[1] == longest + max(output_lens)
+        return elapsed
+
+    return run
+
+
+def generate_batch_runner(model: Any) -> Runner:
+    """transformers' continuous batching, with the output length of each request."""
+    from transformers import GenerationConfig
+
+    def run(prompts: list[list[int]], output_lens: list[int]) -> float:
+        config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=max(output_lens))
+        start = time.perf_counter()
+        with model.continuous_batching_context_manager(generation_config=config, block=True, timeout=5) as manager:
+            for prompt, length in zip(prompts, output_lens, strict=True):
+                manager.add_request(prompt, max_new_tokens=length, eos_token_id=-1)
+            finished: dict[str, list[int]] = {}
+            while len(finished) < len(prompts):
+                result = manager.get_result(timeout=1)
+                if result is not None and result.is_finished():
+                    finished[result.request_id] = result.generated_tokens
+                elif not manager.is_running():
+                    raise RuntimeError("transformers' continuous batching stopped before the requests had finished")
+        elapsed = time.perf_counter() - start
+        assert sorted(map(len, finished.values())) == sorted(output_lens)
+        return elapsed
+
+    return run
+
+
+def gemm_floor(config: ModelConfig, num_rows: list[int], num_logit_rows: list[int]) -> dict[str, float]:
+    """Seconds that the matrix products of these steps take at this machine's own rate for them, and their FLOPs.
+
+    num_rows: tokens through the layers in each step; num_logit_rows: rows through the head. The rate is measured with
+    the model's own shapes, since a small product runs far below a large one's rate.
+    """
+    h, i = config.hidden_size, config.intermediate_size
+    qkv = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    shapes = [(h, qkv), (config.num_attention_heads * config.head_dim, h), (h, 2 * i), (i, h)]
+    seconds_of: dict[int, float] = {}
+    head_of: dict[int, float] = {}
+    for rows in sorted(set(num_rows)):
+        seconds_of[rows] = config.num_hidden_layers * sum(_time_linear(rows, *shape) for shape in shapes)
+    for rows in sorted(set(num_logit_rows)):
+        head_of[rows] = _time_linear(rows, h, config.vocab_size)
+    flops_per_row = 2 * config.num_hidden_layers * sum(a * b for a, b in shapes)
+    return {
+        "flops": float(flops_per_row * sum(num_rows) + 2 * h * config.vocab_size * sum(num_logit_rows)),
+        "seconds": sum(seconds_of[n] for n in num_rows) + sum(head_of[n] for n in num_logit_rows),
+    }
+
+
+@torch.inference_mode()
+def _time_linear(rows: int, in_features: int, out_features: int, repeats: int = 9) -> float:
+    x, weight = torch.randn(rows, in_features), torch.randn(out_features, in_features)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        times.append(time.perf_counter() - start)
+    return sorted(times)[repeats // 2]
+
+
+def run(
+    model: str | Path | None = None,
+    workload: Workload | None = None,
+    *,
+    repeats: int = 3,
+    compare: bool = False,
+    **engine_options: Any,
+) -> dict[str, Any]:
+    """Run the workload `repeats` times after a warm-up; with compare, in turn with transformers, order alternated."""
+    workload = workload or Workload()
+    llm = LLM(model, skip_tokenizer_init=True, **engine_options)
+    engine = llm.llm_engine
+    prompts, output_lens = workload.draw(engine.model_config.vocab_size)
+    runners: dict[str, Runner] = {"minivllm": minivllm_runner(llm, workload.temperature)}
+    if compare:
+        runners |= _transformers_runners(engine.model_path, engine.model_runner.dtype, engine.config.device)
+    order = list(runners)
+    for name in tqdm(order, desc="warm-up"):
+        runners[name](prompts, output_lens)
+    times: dict[str, list[float]] = {name: [] for name in order}
+    for round_number in tqdm(range(repeats), desc="rounds"):
+        for name in order if round_number % 2 == 0 else reversed(order):
+            times[name].append(runners[name](prompts, output_lens))
+    num_output = sum(output_lens)
+    report = {
+        "benchmark": "throughput",
+        "model": engine.model_path.name,
+        "dtype": engine.config.dtype,
+        "workload": asdict(workload),
+        "engine": {k: v for k, v in asdict(engine.config).items() if k != "device"},
+        "prompt_tokens": sum(map(len, prompts)),
+        "output_tokens": num_output,
+        "results": {
+            name: {"seconds": spread(values), "output_tokens_per_second": spread([num_output / t for t in values])}
+            for name, values in times.items()
+        },
+        "environment": environment(),
+    }
+    for name in order[1:]:
+        ratios = [theirs / ours for theirs, ours in zip(times[name], times["minivllm"], strict=True)]
+        report["results"][name]["minivllm_is_faster_by"] = spread(ratios)
+    if engine.config.device == "cpu":
+        report["floor"] = _floor(llm, prompts, output_lens)
+    return report
+
+
+def _transformers_runners(path: Path, dtype: torch.dtype, device: str) -> dict[str, Runner]:
+    from transformers import AutoModelForCausalLM
+
+    def load() -> Any:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval().to(device)
+        model.generation_config.eos_token_id = None
+        return model
+
+    # One model each: continuous batching replaces the attention implementation of the model it is given.
+    return {
+        "transformers.generate": static_batch_runner(load()),
+        "transformers.generate_batch": generate_batch_runner(load()),
+    }
+
+
+def _floor(llm: LLM, prompts: list[list[int]], output_lens: list[int]) -> dict[str, float]:
+    """The matrix products of the steps that the engine really took."""
+    engine = llm.llm_engine
+    rows, logit_rows = [], []
+    execute = engine.model_runner.execute
+
+    def counted(batch: Any) -> Any:
+        rows.append(batch.num_tokens)
+        logit_rows.append(len(batch.sampled))
+        return execute(batch)
+
+    engine.model_runner.execute = counted
+    try:
+        minivllm_runner(llm)(prompts, output_lens)
+    finally:
+        engine.model_runner.execute = execute
+    return gemm_floor(engine.model_config, rows, [n for n in logit_rows if n]) | {"steps": len(rows)}
