@@ -309,6 +309,7 @@ class LLMEngine:
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
             kv_bytes_per_token=self.model_runner.kv_bytes_per_token,
+            max_model_len=self.config.max_model_len,
         )
 
     def _record(self, batch: ScheduledBatch, now: float) -> Any:

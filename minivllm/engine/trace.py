@@ -70,6 +70,8 @@ class Trace:
     max_num_seqs: int
     max_num_batched_tokens: int
     kv_bytes_per_token: int
+    #: Longest sequence, prompt included: what an engine without pages would reserve for each.
+    max_model_len: int
     steps: list[StepRecord] = field(default_factory=list)
     version: int = TRACE_VERSION
 
