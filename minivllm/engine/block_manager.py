@@ -144,10 +144,12 @@ class BlockManager:
 
     def extend_hashes(self, seq: Sequence) -> None:
         """Bring seq.block_hashes up to all full blocks of known tokens."""
-        num_known = seq.num_tokens - seq.has_pending_token
-        for index in range(len(seq.block_hashes), num_known // self.block_size):
+        for index in range(len(seq.block_hashes), seq.num_tokens // self.block_size):
+            token_ids = self._tokens_of_block(seq, index)
+            if token_ids[-1] == PENDING:  # planned one step ahead, the last two tokens may both be unknown
+                break
             previous = seq.block_hashes[-1] if seq.block_hashes else None
-            seq.block_hashes.append(hash_block(previous, self._tokens_of_block(seq, index)))
+            seq.block_hashes.append(hash_block(previous, token_ids))
 
     def reset_prefix_cache(self) -> None:
         """Forget the content of all blocks; those in use stay in use."""
