@@ -32,13 +32,12 @@ class Kernel:
     """A function under ``@triton.jit`` that Triton has not seen yet."""
 
     def __init__(self, function: Callable, options: dict[str, Any]):
-        functools.update_wrapper(self, function)  # keeps name, docstring and inspect.getsource
-        self._options, self._jitted = options, None
+        self.fn, self._options, self._jitted = function, options, None  # `fn` as in Triton's own JITFunction
 
     def jitted(self) -> Any:
         if self._jitted is None:
-            self._jitted = _load().jit(self.__wrapped__, **self._options)
-            _settle(self.__wrapped__.__globals__)
+            self._jitted = _load().jit(self.fn, **self._options)
+            _settle(self.fn.__globals__)
         return self._jitted
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:

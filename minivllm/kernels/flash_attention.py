@@ -51,7 +51,7 @@ def _attend_tile(
     return acc, new_max, row_sum
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit(do_not_specialize=["block_table_ptr", "query_start_loc_ptr", "seq_lens_ptr", "table_stride"])
 def _prefill_kernel(
     out_ptr, query_ptr, k_cache_ptr, v_cache_ptr, block_table_ptr, query_start_loc_ptr, seq_lens_ptr,
     scale_log2, query_stride, table_stride,

@@ -23,7 +23,8 @@ from minivllm.kernels._triton import num_multiprocessors, tl, triton
 from minivllm.kernels.kv_cache import cache_rows, check_attention
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_splits"])
+# What changes from step to step must not make Triton compile anew: neither numbers nor the alignment of slices.
+@triton.jit(do_not_specialize=["block_table_ptr", "seq_lens_ptr", "table_stride", "num_splits"])
 def _decode_kernel(
     out_ptr, lse_ptr, query_ptr, k_cache_ptr, v_cache_ptr, block_table_ptr, seq_lens_ptr,
     scale_log2, query_stride, table_stride, num_splits,
@@ -119,8 +120,8 @@ def decode_attention_reference(
 ) -> torch.Tensor:  # fmt: skip
     """As `decode_attention`, for any block_size. Every block is a split: nothing is padded to the longest context.
 
-    Float32 on two threads of a laptop-like CPU, 32 sequences of 10 to 256 tokens, 4 query and 2 KV heads of 64,
-    block_size 16 (best of 80): this 0.64 ms, SDPA sequence by sequence 1.2, a padded gather with matmuls 0.87, with SDPA 1.8.
+    Float32 on two CPU threads, 32 sequences of 10 to 256 tokens, 4 query and 2 KV heads of 64, block_size 16:
+    this 0.64 ms, SDPA sequence by sequence 1.2, a padded gather with matmuls 0.87, with SDPA 1.8.
     """
     batch, heads, dim = query.shape
     num_kv_heads, block_size = k_cache.shape[1:3]

@@ -176,7 +176,7 @@ def sample(
     batch, vocabulary = logits.shape
     num_tiles = triton.cdiv(vocabulary, TILE)
     tile_max = torch.empty(batch, num_tiles, dtype=torch.float32, device=logits.device)
-    tile_sum = torch.empty_like(tile_max)
+    tile_sum = torch.empty(batch, num_tiles, dtype=torch.float32, device=logits.device)
     tile_argmax = torch.empty(batch, num_tiles, dtype=torch.int32, device=logits.device)
     out = torch.empty(batch, dtype=torch.int64, device=logits.device)
     if batch:

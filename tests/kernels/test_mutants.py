@@ -1,0 +1,143 @@
+"""The checks have power: kernels with one line made wrong, each a mistake that people make, must be caught by them.
+
+A mutant is the source of a kernel file with one piece replaced, imported from a temporary file. They run in the
+interpreter only: a wrong address there reads a fence, on a GPU it can end the process's CUDA context.
+"""
+
+import dataclasses
+import importlib.util
+import pathlib
+import sys
+
+import kernel_checks as checks
+import pytest
+import torch
+
+from minivllm.kernels import Kernels, online_softmax, paged_attention
+
+CPU, FLOAT = torch.device("cpu"), torch.float32
+FOLDER = pathlib.Path(paged_attention.__file__).parent
+
+
+def with_operation(name: str, function) -> Kernels:
+    return dataclasses.replace(Kernels.triton(), **{name: function})
+
+
+# How a mutated module is checked.
+CHECKS = {
+    "rms_norm": lambda m: checks.check_norm(
+        dataclasses.replace(Kernels.triton(), rms_norm=m.rms_norm, add_rms_norm=m.add_rms_norm), CPU, FLOAT
+    ),
+    "silu_mul": lambda m: checks.check_silu_mul(with_operation("silu_mul", m.silu_mul), CPU, FLOAT),
+    "qk_norm_rope": lambda m: checks.check_qk_norm_rope(with_operation("qk_norm_rope", m.qk_norm_rope), CPU, FLOAT),
+    "store_kv": lambda m: checks.check_store_kv(with_operation("store_kv", m.store_kv), CPU, FLOAT),
+    "softmax": lambda m: checks.check_softmax(lambda x: m.softmax(x, block=16), CPU, FLOAT),
+    "merge": lambda m: checks.check_merge(m.merge_attention, CPU),
+    "decode": lambda m: checks.check_decode(with_operation("decode_attention", m.decode_attention), CPU, FLOAT),
+    "prefill": lambda m: checks.check_prefill(with_operation("prefill_attention", m.prefill_attention), CPU, FLOAT),
+    "sample": lambda m: checks.check_sample(with_operation("sample", m.sample), CPU, FLOAT),
+}
+
+# file, check, what is wrong, right piece, wrong piece
+MUTANTS = [
+    ("norm", "rms_norm", "mean over the padded width", "axis=0) / N + eps", "axis=0) / BLOCK + eps"),
+    ("norm", "rms_norm", "eps outside of the root", "/ N + eps))", "/ N) + eps)"),
+    ("norm", "rms_norm", "stride taken for the width", "x_ptr + row * x_stride", "x_ptr + row * N"),
+    ("norm", "rms_norm", "the sum is not stored", "tl.store(sum_ptr + row * N + columns, x,", "tl.store(sum_ptr + row * N + columns, wide,"),  # noqa: E501
+    ("activation", "silu_mul", "halves swapped", "silu * up", "(up.to(tl.float32) / (1.0 + tl.exp(-up))) * gate"),
+    ("activation", "silu_mul", "no mask at the edge", "silu * up, mask=inside)", "silu * up)"),
+    ("rotary", "qk_norm_rope", "turned the other way", "a * cos - b * sin", "a * cos + b * sin"),
+    ("rotary", "qk_norm_rope", "keys by the queries' weight", "k_out_ptr, k_ptr, k_weight_ptr", "k_out_ptr, k_ptr, q_weight_ptr"),  # noqa: E501
+    ("rotary", "qk_norm_rope", "row number for position", "tl.load(positions_ptr + token) *", "token *"),
+    ("rotary", "qk_norm_rope", "heads not masked", "(heads < num_heads) & (columns < HALF)", "(heads >= 0) & (columns < HALF)"),  # noqa: E501
+    ("rotary", "qk_norm_rope", "mean over half a head", "axis=1)) / (2 * HALF)", "axis=1)) / HALF"),
+    ("kv_cache", "store_kv", "-1 is written", "& (slot >= 0)", ""),
+    ("kv_cache", "store_kv", "heads and offsets exchanged", "((block * KH + index // D) * BLOCK_SIZE + offset) * D", "((block * BLOCK_SIZE + offset) * KH + index // D) * D"),  # noqa: E501
+    ("kv_cache", "store_kv", "values from the keys' rows", "value_ptr + token * value_stride", "key_ptr + token * key_stride"),  # noqa: E501
+    ("online_softmax", "softmax", "sum not rescaled", "row_sum = row_sum * tl.exp(row_max - finite_max) +", "row_sum = row_sum +"),  # noqa: E501
+    ("online_softmax", "softmax", "edge read as 0", 'mask=start + columns < N, other=float("-inf")', "mask=start + columns < N, other=0.0"),  # noqa: E501
+    ("online_softmax", "softmax", "-inf minus -inf", 'tl.where(new_max == float("-inf"), 0.0, new_max)  # -inf - -inf', "new_max  # -inf - -inf"),  # noqa: E501
+    ("online_softmax", "merge", "output not rescaled", "acc = acc * rescale +", "acc = acc +"),
+    ("online_softmax", "merge", "sum not rescaled", "total = total * rescale +", "total = total +"),
+    ("online_softmax", "merge", "empty parts give NaN", 'tl.where(new_max == float("-inf"), 0.0, new_max)  # all', "new_max  # all"),  # noqa: E501
+    ("online_softmax", "merge", "0 / 0 in empty rows", "tl.where(total > 0.0, total, 1.0)", "total"),
+    ("online_softmax", "merge", "parts weighted equally", "weights = tl.exp(lse - finite_max)", "weights = tl.where(lse > -1e30, 1.0, 0.0)"),  # noqa: E501
+    ("online_softmax", "merge", "no maximum subtracted", "new_max = tl.maximum(total_max, tl.max(lse, axis=0))", "new_max = total_max * 0 + 1.0"),  # noqa: E501
+    ("paged_attention", "decode", "values beyond the context read", "value = tl.load(v_cache_ptr + rows[:, None] + columns[None, :], mask=inside,", "value = tl.load(v_cache_ptr + rows[:, None] + columns[None, :], mask=(columns < D)[None, :],"),  # noqa: E501
+    ("paged_attention", "decode", "scores beyond the context kept", 'tl.where(known[None, :], scores, float("-inf"))', "scores"),  # noqa: E501
+    ("paged_attention", "decode", "output not rescaled", "acc * rescale[:, None]", "acc"),
+    ("paged_attention", "decode", "sum not rescaled", "row_sum * rescale + ", "row_sum + "),
+    ("paged_attention", "decode", "last token left out", "begin + share, context)", "begin + share, context - 1)"),
+    ("paged_attention", "decode", "log-sum-exp in base 2", "* 0.6931471805599453", ""),
+    ("paged_attention", "decode", "heads of a group interleaved", "heads = kv_head * GROUP + members", "heads = kv_head + members * KH"),  # noqa: E501
+    ("paged_attention", "decode", "padding rows stored", "out_ptr + target[:, None] * D + columns[None, :], acc / safe_sum[:, None], mask=inside_q", "out_ptr + target[:, None] * D + columns[None, :], acc / safe_sum[:, None], mask=(columns < D)[None, :]"),  # noqa: E501
+    ("paged_attention", "decode", "exp2 without log2 e", "scale * math.log2(math.e)", "scale"),
+    ("paged_attention", "decode", "shares rounded down", "tl.cdiv(tl.cdiv(context, BLOCK_N), num_splits)", "(tl.cdiv(context, BLOCK_N) // num_splits)"),  # noqa: E501
+    ("paged_attention", "decode", "empty splits weigh something", "lse = (row_max + tl.log2(safe_sum))", "lse = (tl.where(row_sum > 0.0, row_max, 0.0) + tl.log2(safe_sum))"),  # noqa: E501
+    ("paged_attention", "decode", "empty splits divide 0 by 0", "tl.where(row_sum > 0.0, row_sum, 1.0)", "row_sum"),
+    ("paged_attention", "decode", "another block size than the cache's", "BLOCK_SIZE=block_size,", "BLOCK_SIZE=2 * block_size,"),  # noqa: E501
+    ("paged_attention", "decode", "stride taken for the width", "sequence * query_stride", "sequence * (KH * GROUP * D)"),
+    ("paged_attention", "decode", "block table row of one sequence", "sequence * table_stride", "0 * table_stride"),
+    ("flash_attention", "prefill", "mask aligned to the start", "context - query_len + members, context - 1)", "members, context - 1)"),  # noqa: E501
+    ("flash_attention", "prefill", "a token does not see itself", "tokens[None, :] <= positions", "tokens[None, :] < positions"),  # noqa: E501
+    ("flash_attention", "prefill", "diagonal taken for unmasked", "seen_by_all // BLOCK_N", "(seen_by_all + BLOCK_N - 1) // BLOCK_N"),  # noqa: E501
+    ("flash_attention", "prefill", "stops before the diagonal's end", "first_row + BLOCK_M, context)", "first_row + 1, context)"),  # noqa: E501
+    ("flash_attention", "prefill", "everything beyond the context read", "inside = inside & (tokens < context)[:, None]", "inside = inside & (tokens >= 0)[:, None]"),  # noqa: E501
+    ("flash_attention", "prefill", "output not rescaled", "acc * rescale[:, None]", "acc"),
+    ("flash_attention", "prefill", "sum not rescaled", "row_sum * rescale + ", "row_sum + "),
+    ("flash_attention", "prefill", "the wrong KV head", "head // (H // KH)", "head % KH"),
+    ("flash_attention", "prefill", "rows of the next sequence stored", "(members < query_len)[:, None]", "(members >= 0)[:, None]"),  # noqa: E501
+    ("flash_attention", "prefill", "-inf minus -inf", 'tl.where(new_max == float("-inf"), 0.0, new_max)', "new_max"),
+    ("flash_attention", "prefill", "0 / 0 in rows without a key", "tl.where(row_sum > 0.0, row_sum, 1.0)", "row_sum"),
+    ("flash_attention", "prefill", "tiles of short queries not ended", "if first_row < query_len:", "if first_row < query_len - BLOCK_M:"),  # noqa: E501
+    ("flash_attention", "prefill", "another block size than the cache's", "BLOCK_SIZE=block_size,", "BLOCK_SIZE=2 * block_size,"),  # noqa: E501
+    ("sampling", "sample", "tiles not weighted by their maxima", "tile_sum * tl.exp((tile_max - row_max) / temperature)", "tile_sum"),  # noqa: E501
+    ("sampling", "sample", "temperature only between tiles", "tl.exp((logits - row_max) / temperature), target", "tl.exp(logits - row_max), target"),  # noqa: E501
+    ("sampling", "sample", "position cut to 32 bits", "low, high, low * 0", "low, low * 0, low * 0"),
+    ("sampling", "sample", "edge of the vocabulary read", "mask=tokens < V, other", "mask=tokens >= 0, other"),
+    ("sampling", "sample", "the tile's start is forgotten", "token = tile * TILE + choice", "token = choice"),
+    ("sampling", "sample", "what was before the tile not subtracted", "return choice, target - tl.sum(", "return choice, target - 0.0 * tl.sum("),  # noqa: E501
+    ("sampling", "sample", "the last among equals", "tl.load(tile_argmax_ptr + row * num_tiles + best)", "tl.load(tile_argmax_ptr + row * num_tiles + best) + 1"),  # noqa: E501
+    ("sampling", "sample", "top-p ignores what top-k left", "scaled.masked_fill(~keep, float(\"-inf\")).softmax", "scaled.softmax"),  # noqa: E501
+    ("sampling", "sample", "top-p drops the token that crosses", "probability.cumsum(dim=-1) - probability < p", "probability.cumsum(dim=-1) < p"),  # noqa: E501
+    ("sampling", "sample", "filters before temperature", "(ordered - ordered[:, :1]) / _divisor(temperature[rows]).unsqueeze(1)", "(ordered - ordered[:, :1])"),  # noqa: E501
+    ("sampling", "sample", "ties cut at random", "descending=True, stable=True)", "descending=True, stable=True); order = order.flip(1) if (ordered[:, 0] == ordered[:, -1]).any() else order"),  # noqa: E501
+]  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="mutants run in the interpreter: on a GPU they could end CUDA")
+@pytest.mark.parametrize(
+    ("file", "check", "mistake", "right", "wrong"), MUTANTS, ids=[f"{m[1]}: {m[2]}" for m in MUTANTS]
+)
+def test_mutant_is_caught(
+    triton_kernels: Kernels,
+    tmp_path: pathlib.Path,
+    monkeypatch,
+    file: str,
+    check: str,
+    mistake: str,
+    right: str,
+    wrong: str,
+):
+    source = (FOLDER / f"{file}.py").read_text()
+    assert right in source, "the kernel changed: bring the mutant up to date"
+    path = tmp_path / f"mutant_{file}.py"
+    path.write_text(source.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, path.stem, module)
+    spec.loader.exec_module(module)
+    with pytest.raises((AssertionError, IndexError)):
+        CHECKS[check](module)
+
+
+def test_mutants_of_the_merge_are_caught_through_the_references_too():
+    """A learner's merge runs inside the reference's decode_attention on a CPU, and is judged there as well."""
+
+    def forgets_to_rescale(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+        return out.mean(0)
+
+    kernels = dataclasses.replace(Kernels.reference(), merge_attention=forgets_to_rescale)
+    with pytest.raises(AssertionError):
+        checks.check_decode(kernels, CPU, FLOAT)
+    checks.check_merge(online_softmax.merge_attention_reference, CPU)
