@@ -1,0 +1,386 @@
+"""Train the bundled model from nothing: corpus, tokenizer, weights, in a few minutes on one GPU.
+
+    python -m minivllm.bundled.train --out DIR --minutes 5
+
+Worker processes draw and tokenize fresh documents while the GPU trains, so no document is seen twice. Rows of 2,048
+tokens start with the start of a document and are filled with whole documents; only what the assistant says, and raw
+text, is trained on. AdamW with warm-up and a cosine that ends when the time (or the number of steps) is over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import math
+import multiprocessing
+import os
+import platform
+import time
+from collections.abc import Collection, Iterator
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from minivllm.bundled import corpus, glossary
+
+log = logging.getLogger("minivllm.bundled.train")
+
+VOCAB_SIZE = 2048
+ROW_LENGTH = 2048
+# Qwen's split: contractions, words with their leading space, single digits, punctuation, white space.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# In a row each entry is a token id, plus this bit where the token is not trained on.
+NOT_TRAINED = 1 << 15
+IGNORED_LABEL = -100
+
+ARCHITECTURE: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "hidden_size": 256,
+    "head_dim": 64,
+    "initializer_range": 0.02,
+    "intermediate_size": 768,
+    "max_position_embeddings": ROW_LENGTH,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 6,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": VOCAB_SIZE,
+}
+
+
+# --- tokenizer ---------------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(num_documents: int) -> Tokenizer:
+    """Byte-level BPE without a normalizer: any text survives encode and decode."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=list(corpus.SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (
+        segment.text.replace(corpus.TURN_END, "").replace(corpus.END_OF_TEXT, "")
+        for document in islice(corpus.documents("tokenizer"), num_documents)
+        for segment in document.segments
+        if segment.trained
+    )
+    names = "system user assistant"
+    tokenizer.train_from_iterator((names, *texts), trainer)
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
+    tokenizer.save(str(out / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": ROW_LENGTH,
+        "clean_up_tokenization_spaces": False,
+        "bos_token": None,
+        "eos_token": corpus.TURN_END,
+        "pad_token": corpus.END_OF_TEXT,
+        "unk_token": None,
+        "extra_special_tokens": {},
+        "chat_template": corpus.CHAT_TEMPLATE,
+    }
+    write_json(out / "tokenizer_config.json", config)
+
+
+# --- rows of tokens ----------------------------------------------------------------------------------------------
+
+
+def encode(tokenizer: Tokenizer, document: corpus.Document) -> np.ndarray:
+    """Token ids of a document, with NOT_TRAINED set where the text is only read."""
+    encoded = tokenizer.encode_batch([s.text for s in document.segments], add_special_tokens=False)
+    parts = [
+        np.array(e.ids, dtype=np.uint16) | np.uint16(0 if s.trained else NOT_TRAINED)
+        for s, e in zip(document.segments, encoded, strict=True)
+    ]
+    return np.concatenate(parts)[:ROW_LENGTH]
+
+
+def pack(pieces: Iterator[np.ndarray], num_rows: int, padding: int, waiting_limit: int = 64) -> np.ndarray:
+    """Fill rows with whole documents: the longest waiting one that still fits comes next, padding ends the row."""
+    rows = np.full((num_rows, ROW_LENGTH), padding | NOT_TRAINED, dtype=np.uint16)
+    waiting: list[np.ndarray] = []
+    for row in rows:
+        filled = 0
+        while True:
+            while len(waiting) < waiting_limit:
+                waiting.append(next(pieces))
+            # The oldest one opens the row; afterwards take them as they come, and the best fit near the end.
+            room = ROW_LENGTH - filled
+            fitting = [i for i, piece in enumerate(waiting) if len(piece) <= room]
+            if not fitting:
+                break
+            at = fitting[0] if room > 400 else max(fitting, key=lambda i: len(waiting[i]))
+            piece = waiting.pop(at)
+            row[filled : filled + len(piece)] = piece
+            filled += len(piece)
+    return rows
+
+
+_WORKER: dict[str, Any] = {}
+
+
+def _start_worker(tokenizer_json: str, excluded: frozenset[str], rows_per_shard: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _WORKER.update(tokenizer=Tokenizer.from_str(tokenizer_json), excluded=excluded, rows=rows_per_shard)
+
+
+def make_shard(index: int) -> np.ndarray:
+    """Rows of fresh documents; the same for the same index."""
+    tokenizer: Tokenizer = _WORKER["tokenizer"]
+    stream = (encode(tokenizer, document) for document in corpus.documents(f"train {index}", _WORKER["excluded"]))
+    return pack(stream, _WORKER["rows"], padding=tokenizer.token_to_id(corpus.END_OF_TEXT))
+
+
+# --- training ----------------------------------------------------------------------------------------------------
+
+
+def new_model(seed: int, special: dict[str, int]) -> Qwen3ForCausalLM:
+    torch.manual_seed(seed)
+    settings = {k: v for k, v in ARCHITECTURE.items() if k not in ("architectures", "model_type")}
+    config = Qwen3Config(**settings, pad_token_id=special["pad"], eos_token_id=special["eos"], bos_token_id=None)
+    model = Qwen3ForCausalLM(config)
+    with torch.no_grad():  # what each layer adds to the residual stream starts small
+        for name, parameter in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.mul_(1 / math.sqrt(2 * config.num_hidden_layers))
+    return model
+
+
+def loss_of(model: torch.nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    logits = model(input_ids=ids, use_cache=False).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED_LABEL)
+
+
+def to_batch(rows: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    packed = torch.from_numpy(rows.astype(np.int64))
+    if device.type == "cuda":
+        packed = packed.pin_memory().to(device, non_blocking=True)
+    ids = packed & (NOT_TRAINED - 1)
+    return ids, torch.where(packed >= NOT_TRAINED, IGNORED_LABEL, ids)
+
+
+def learning_rate(progress: float, step: int, peak: float, warmup: int) -> float:
+    """Linear warm-up over some steps, then a cosine from the peak to 1 % of it."""
+    return peak * min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def train(arguments: argparse.Namespace) -> None:
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    excluded, record_excluded = read_excluded(arguments.exclude_questions)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    tokenizer = train_tokenizer(arguments.tokenizer_documents)
+    save_tokenizer(tokenizer, out)
+    log.info("tokenizer of %d tokens after %.0f s", tokenizer.get_vocab_size(), time.monotonic() - began)
+    special = {
+        "pad": tokenizer.token_to_id(corpus.END_OF_TEXT),
+        "eos": tokenizer.token_to_id(corpus.TURN_END),
+    }
+
+    # The banks are built here, once: the workers are forked and share them.
+    for term in glossary.TERMS:
+        glossary.question_bank(term, excluded=excluded)
+    log.info("question banks after %.0f s", time.monotonic() - began)
+    pool = multiprocessing.get_context("fork").Pool(
+        arguments.workers, _start_worker, (tokenizer.to_str(), excluded, arguments.rows_per_shard)
+    )
+    shards = pool.imap(make_shard, range(arguments.shards))
+
+    def batches() -> Iterator[np.ndarray]:
+        for shard in shards:
+            for start in range(0, len(shard) - arguments.batch_rows + 1, arguments.batch_rows):
+                yield shard[start : start + arguments.batch_rows]
+
+    stream = batches()
+    first = next(stream)
+    padding_share = float((first == (special["pad"] | NOT_TRAINED)).mean())
+    trained_share = float((first < NOT_TRAINED).mean())
+    log.info("first rows after %.0f s: %.0f %% trained on, %.1f %% padding", time.monotonic() - began,
+             100 * trained_share, 100 * padding_share)  # fmt: skip
+
+    model = new_model(arguments.seed, special).to(device).train()
+    num_parameters = sum(p.numel() for p in model.parameters())
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": arguments.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=arguments.learning_rate, betas=(0.9, 0.95), fused=device.type == "cuda",
+    )  # fmt: skip
+    forward = torch.compile(loss_of) if arguments.compile else loss_of
+    torch.set_float32_matmul_precision("high")
+
+    def step_once(rows: np.ndarray) -> torch.Tensor:
+        ids, labels = to_batch(rows, device)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+            loss = forward(model, ids, labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        return loss.detach()
+
+    step_once(first)  # compile before the clock starts; no update
+    optimizer.zero_grad(set_to_none=True)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    log.info("%.2f M parameters; first step after %.0f s", num_parameters / 1e6, time.monotonic() - began)
+
+    clock, step, losses = time.monotonic(), 0, []
+    history: list[dict[str, float]] = []
+    for rows in stream:
+        elapsed = time.monotonic() - clock
+        progress = step / arguments.steps if arguments.steps else elapsed / (60 * arguments.minutes)
+        if progress >= 1:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(progress, step, arguments.learning_rate, arguments.warmup)
+        losses.append(step_once(rows))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        if step % arguments.log_every == 0:
+            loss = torch.stack(losses).mean().item()
+            losses.clear()
+            rate = step * rows.size / (time.monotonic() - clock)
+            history.append({"step": step, "loss": round(loss, 4), "tokens_per_second": round(rate)})
+            log.info("step %5d  %4.0f s  loss %.4f  %.2f M tokens/s", step, elapsed, loss, rate / 1e6)
+    else:
+        log.warning("the shards ran out before the time did: ask for more with --shards")
+    seconds = time.monotonic() - clock
+    pool.terminate()
+
+    save_model(model, out, special)
+    write_json(
+        out / "training_record.json",
+        {
+            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "hardware": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU",
+            "versions": versions(),
+            "parameters": num_parameters,
+            "steps": step,
+            "tokens": step * arguments.batch_rows * ROW_LENGTH,
+            "share_of_tokens_trained_on": round(trained_share, 3),
+            "share_of_padding": round(padding_share, 4),
+            "training_seconds": round(seconds),
+            "total_seconds": round(time.monotonic() - began),
+            "final_loss": history[-1]["loss"] if history else None,
+            "settings": {
+                name: getattr(arguments, name)
+                for name in ("batch_rows", "learning_rate", "weight_decay", "warmup", "seed", "minutes", "steps",
+                             "rows_per_shard", "tokenizer_documents", "compile")
+            },
+            "excluded_questions": record_excluded,
+            "history": history[:: max(1, len(history) // 40)],
+        },
+    )  # fmt: skip
+    log.info("%d steps in %.0f s; everything took %.0f s", step, seconds, time.monotonic() - began)
+
+
+def save_model(model: Qwen3ForCausalLM, out: Path, special: dict[str, int]) -> None:
+    """bfloat16 weights under the names that Qwen3 checkpoints use, and the configuration in their style."""
+    from safetensors.torch import save_file
+
+    tensors = {
+        name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
+        for name, tensor in model.state_dict().items()
+        if name != "lm_head.weight"  # tied to the embedding
+    }
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    ends = {"bos_token_id": None, "eos_token_id": special["eos"], "pad_token_id": special["pad"]}
+    write_json(out / "config.json", {**ARCHITECTURE, **ends, "torch_dtype": "bfloat16"})
+    write_json(
+        out / "generation_config.json",
+        {
+            "do_sample": True,
+            "temperature": 0.7,
+            "top_p": 0.95,
+            "eos_token_id": [special["eos"], special["pad"]],
+            "pad_token_id": special["pad"],
+        },
+    )
+
+
+def read_excluded(path: Path | None) -> tuple[frozenset[str], dict[str, Any] | None]:
+    """Normalised questions that the corpus must not contain, and what the record says about them."""
+    if path is None:
+        return frozenset(), None
+    content = path.read_bytes()
+    questions = frozenset(glossary.normalise(item["question"]) for item in json.loads(content))
+    return questions, {"count": len(questions), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def versions() -> dict[str, str]:
+    import tokenizers
+    import transformers
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "tokenizers": tokenizers.__version__,
+    }
+
+
+def write_json(path: Path, value: Collection[Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
+    parser.add_argument("--minutes", type=float, default=5.0, help="time for the training loop alone")
+    parser.add_argument("--steps", type=int, default=0, help="stop after so many steps instead of by the clock")
+    parser.add_argument("--batch-rows", type=int, default=32, help=f"rows of {ROW_LENGTH} tokens a step")
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--warmup", type=int, default=150, help="steps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
+    parser.add_argument("--shards", type=int, default=600, help="at most so many shards of fresh text")
+    parser.add_argument("--rows-per-shard", type=int, default=512)
+    parser.add_argument("--tokenizer-documents", type=int, default=60_000)
+    parser.add_argument("--exclude-questions", type=Path, help="JSON list with a 'question' in each item, kept out")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    parser.add_argument("--log-every", type=int, default=100)
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    train(parse_arguments())
+
+
+if __name__ == "__main__":
+    main()
