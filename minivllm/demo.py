@@ -1,0 +1,291 @@
+"""`minivllm demo`: a batch of requests through the engine, with its block tables and KV cache on the screen.
+
+The pool is small on purpose, so that there is something to see: requests queue for blocks, long prompts are computed
+in chunks beside the others' decodes, a common system message is found in the prefix cache, and now and then the newest
+request loses its blocks and computes them again.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
+
+from minivllm.viz.palette import request_color, request_letter
+from minivllm.viz.terminal import engine_view, events, kv_bar, step_counts, summary_table
+
+if TYPE_CHECKING:
+    from minivllm.engine.trace import StepRecord, Trace
+    from minivllm.llm import LLM
+
+#: Small enough that twelve requests do not fit, and that a long prompt takes several steps.
+ENGINE_OPTIONS: dict[str, Any] = {
+    "block_size": 16,
+    "num_kv_blocks": 40,
+    "max_num_batched_tokens": 64,
+    "max_num_seqs": 6,
+}
+#: Seconds that a step stays on the screen; the engine itself is faster than the eye.
+PACE = 0.05
+
+SYSTEM = (
+    "You are a helpful assistant that explains terms, tells stories and solves small tasks. Answer in a few sentences. "
+    "You are the tiny model bundled with minivllm. You are a patient teacher of LLM inference. Be brief and correct."
+)
+
+
+@dataclass(frozen=True)
+class DemoRequest:
+    """One line of the demo's script."""
+
+    messages: tuple[tuple[str, str], ...]
+    max_tokens: int = 120
+    #: The step before which it arrives.
+    arrival: int = 0
+    n: int = 1
+
+    @property
+    def question(self) -> str:
+        return self.messages[-1][1]
+
+
+def _ask(question: str, *, system: bool = False, **options: Any) -> DemoRequest:
+    return DemoRequest(((("system", SYSTEM),) if system else ()) + (("user", question),), **options)
+
+
+_CONVERSATION = (
+    ("system", SYSTEM),
+    ("user", "What is a KV cache?"),
+    (
+        "assistant",
+        "A KV cache keeps the keys and values of the tokens that the model has read, so that each new token needs one "
+        "step of work and not the whole text again. It grows by one entry per layer and head with every token.",
+    ),
+    ("user", "What is a block table?"),
+    (
+        "assistant",
+        "A block table lists, for one sequence, the physical blocks that hold its keys and values, in order. They "
+        "may lie anywhere in memory, as the pages of a process do.",
+    ),
+    ("user", "What is prefix caching?"),
+)
+
+SCRIPT: tuple[DemoRequest, ...] = (
+    _ask("Tell me a story about a fox named Pip and a silver key.", system=True, max_tokens=160),
+    _ask("What is continuous batching?", system=True),
+    _ask("Count from 1 to 12.", max_tokens=60),
+    _ask("Tell me a story about a clockmaker and a broken bell.", max_tokens=140),
+    _ask("Why is the KV cache split into blocks?", system=True, arrival=2),
+    _ask("What is 17 + 25?", max_tokens=30, arrival=2),
+    DemoRequest(_CONVERSATION, arrival=4),
+    _ask("Sort these numbers: 42, 7, 19, 88, 3", max_tokens=40, arrival=8),
+    _ask("Write a story with a penguin and a balloon.", system=True, n=2, max_tokens=130, arrival=12),
+    _ask("What is preemption?", system=True, arrival=16),
+    DemoRequest(_CONVERSATION[:4], arrival=20),
+    _ask("Can you tell me a story about an owl and a golden lantern?", system=True, max_tokens=160, arrival=30),
+)
+
+
+def run_demo(open_llm: Callable[[dict[str, Any]], LLM], pace: float | None = None) -> Trace:
+    """Serve `SCRIPT` and show it; returns the trace. open_llm: makes an LLM from engine options.
+
+    In a terminal the view is live, and a step stays for at least `pace` seconds (four times that if it reads a
+    prompt); elsewhere it is plain lines.
+    """
+    console = Console(highlight=False)
+    live = console.is_terminal and not console.is_dumb_terminal and "NO_COLOR" not in os.environ
+    console.print("Loading the model …", style="dim")
+    llm = open_llm({**ENGINE_OPTIONS, "trace": True})
+    run = _Run(llm)
+    show = _live_view(console, run) if live else _plain_lines(console, run)
+    pace = (PACE if live else 0.0) if pace is None else pace
+    with show as on_step:
+        for record in run.steps():
+            on_step(record)
+            reads_prompt = any(item.kind == "prefill" for item in record.scheduled)
+            time.sleep(max(0.0, (4 * pace if reads_prompt else pace) - record.duration))
+    _print_summary(console, run, paced=pace > 0)
+    return llm.trace
+
+
+class _Run:
+    """The script being served: what the pictures need to know of it."""
+
+    def __init__(self, llm: LLM) -> None:
+        from minivllm.sampling_params import RequestOutputKind, SamplingParams
+
+        self.llm, self.trace = llm, llm.trace
+        self._params = [
+            SamplingParams(
+                n=request.n, temperature=0.7, max_tokens=request.max_tokens, output_kind=RequestOutputKind.DELTA
+            )
+            for request in SCRIPT
+        ]
+        #: "request/index" of every completion, by arrival: gives letters and colours.
+        self.order = [f"{i}/{index}" for i, request in enumerate(SCRIPT) for index in range(request.n)]
+        self.texts = dict.fromkeys(self.order, "")
+        self.num_tokens = 0
+        self.num_finished = 0
+        #: Labels of the completions that ended in the last step.
+        self.ended: list[str] = []
+        #: Engine seconds (steps only, without the pauses of the view) from arrival to the first token.
+        self.first_token: dict[str, float] = {}
+        self.seconds = 0.0
+
+    def letter(self, label: str) -> str:
+        return request_letter(self.order.index(label))
+
+    def color(self, label: str) -> str:
+        return request_color(self.order.index(label))
+
+    def question(self, label: str) -> str:
+        return SCRIPT[int(label.partition("/")[0])].question
+
+    def steps(self) -> Iterator[StepRecord]:
+        """Add what arrives, step, and yield the step's record, until everything has finished."""
+        engine = self.llm.llm_engine
+        to_come = list(enumerate(SCRIPT))
+        arrived: dict[str, float] = {}
+        step = 0
+        while to_come or engine.has_unfinished_requests():
+            while to_come and to_come[0][1].arrival <= step:
+                i, request = to_come.pop(0)
+                messages = [{"role": role, "content": content} for role, content in request.messages]
+                engine.add_request(self.llm.render_chat(messages), self._params[i], request_id=str(i))
+                arrived[str(i)] = self.seconds
+            outputs = engine.step()
+            self.seconds = engine.metrics().step_time
+            self.ended = []
+            for output in outputs:
+                self.first_token.setdefault(output.request_id, self.seconds - arrived[output.request_id])
+                for completion in output.outputs:
+                    label = f"{output.request_id}/{completion.index}"
+                    self.texts[label] += completion.text
+                    self.num_tokens += len(completion.token_ids)
+            record = self.trace.steps[-1]
+            self.ended = [label for label in record.finished if label in self.texts]
+            self.num_finished += len(self.ended)
+            step += 1
+            yield record
+
+
+@contextmanager
+def _live_view(console: Console, run: _Run) -> Iterator[Callable[[StepRecord], None]]:
+    """The picture of the engine stays at the bottom; texts that are done scroll away above it."""
+    progress = Progress(
+        TextColumn("[bold]minivllm"),
+        BarColumn(bar_width=None, complete_style="#56B4E9", finished_style="#009E73"),
+        TextColumn(
+            "{task.completed}/{task.total} texts · {task.fields[tokens]} tokens · {task.fields[speed]:.0f} a second"
+        ),
+        console=console,
+        expand=True,
+    )
+    names = {label: run.letter(label) for label in run.order}
+    recent: deque[str] = deque(maxlen=2)
+    task = progress.add_task("", total=len(run.order), tokens=0, speed=0.0)
+    with Live(console=console, transient=True, auto_refresh=False, vertical_overflow="crop") as live:
+
+        def on_step(record: StepRecord) -> None:
+            for label in run.ended:
+                console.print(Group(*_finished_text(run, label)))
+            progress.update(
+                task, completed=run.num_finished, tokens=run.num_tokens, speed=run.num_tokens / max(run.seconds, 1e-9)
+            )
+            recent.extend(events(record, names))
+            max_rows = max(1, min(run.trace.max_num_seqs, (console.height - 6) // 2))
+            view = engine_view(
+                run.trace,
+                record,
+                run.texts,
+                run.order,
+                width=console.width,
+                max_rows=max_rows,
+                header=[progress],
+                news="; ".join(recent),
+            )
+            live.update(view, refresh=True)
+
+        yield on_step
+
+
+@contextmanager
+def _plain_lines(console: Console, run: _Run) -> Iterator[Callable[[StepRecord], None]]:
+    """A line for every step in which something changes, and the texts when they are done. No colour, no cursor."""
+    names = {label: run.letter(label) for label in run.order}
+
+    def on_step(record: StepRecord) -> None:
+        happened = events(record, names)
+        if happened or any(item.kind == "prefill" for item in record.scheduled):
+            bar = kv_bar(run.trace, record, 60).plain
+            line = f"step {record.step:>3}  {step_counts(record):<42} {bar}"
+            console.print(Text(line, no_wrap=True), soft_wrap=True)
+            for event in happened:
+                console.print(Text(f"          {event}"), soft_wrap=True)
+        for label in run.ended:
+            for text in _finished_text(run, label):
+                console.print(text, soft_wrap=True)
+            done = round(20 * run.num_finished / len(run.order))
+            console.print(f"[{'#' * done}{'.' * (20 - done)}] {run.num_finished}/{len(run.order)} texts", markup=False)
+
+    yield on_step
+
+
+def _finished_text(run: _Run, label: str) -> list[Text]:
+    text = "".join(c for c in run.texts[label].strip() if c == "\n" or c.isprintable() or ord(c) > 0x9F)
+    question = Text(f"{run.letter(label)}  {run.question(label)}", style=f"bold {run.color(label)}")
+    return [question, Text(text), Text()]
+
+
+def _print_summary(console: Console, run: _Run, paced: bool) -> None:
+    metrics, trace = run.llm.metrics(), run.trace
+    hits, queries = metrics.prefix_cache_hits, metrics.prefix_cache_queries
+    config = run.llm.llm_engine.config
+    rows = [
+        (
+            "tokens per second",
+            f"{metrics.num_generated_tokens / metrics.step_time:.0f}",
+            f"{metrics.num_generated_tokens} tokens in {metrics.step_time:.2f} s of {metrics.num_steps} steps, "
+            f"{config.dtype} on {config.device}" + (", without the pauses of the view" if paced else ""),
+        ),
+        (
+            "time to first token",
+            f"{1000 * statistics.median(run.first_token.values()):.0f} ms",
+            f"median of {len(run.first_token)} requests, waiting for blocks included",
+        ),
+        (
+            "blocks used",
+            f"{metrics.peak_used_kv_blocks} of {metrics.num_kv_blocks}",
+            f"at the peak; a block holds the keys and values of {trace.block_size} tokens, "
+            f"{trace.block_size * trace.kv_bytes_per_token / 1024:.0f} KiB",
+        ),
+        (
+            "prefix-cache hits",
+            f"{hits} tokens",
+            f"of {queries} in prompts ({100 * hits / max(queries, 1):.0f} %): computed once, used again",
+        ),
+        ("chunks", str(metrics.num_chunks), "parts of prompts too long for one step; others decode beside them"),
+        ("mixed steps", str(metrics.num_mixed_steps), "steps that read prompts and wrote tokens at once"),
+        (
+            "preemptions",
+            str(metrics.num_preemptions),
+            "times the newest request gave up its blocks, to compute them again later",
+        ),
+    ]
+    console.print(summary_table(rows))
+    console.print(
+        "\nminivllm chat talks with the model, make lab opens the course, and\n"
+        "minivllm demo --out trace.json; minivllm trace --show trace.json  looks closer at what you saw.\n"
+        "(The command is .venv/bin/minivllm until you activate the environment: . .venv/bin/activate)",
+        style="dim",
+    )
