@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from minivllm.errors import SamplingParamsError
@@ -68,57 +68,31 @@ class SamplingParams:
     #: What `LLMEngine.step` reports; `LLM.generate` and `LLM.stream` set it themselves.
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
-    _normalised_stop: tuple[str, ...] = field(init=False, repr=False, compare=False, default=())
-
     def __post_init__(self) -> None:
-        self._check_integers()
-        self._check_floats()
-        self._check_stops()
-        self._check_logit_bias()
-
-    def _check_integers(self) -> None:
-        _integer("n", self.n, 1)
-        _integer("top_k", self.top_k, -1)
-        _integer("min_tokens", self.min_tokens, 0)
-        if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1)
-            if self.min_tokens > self.max_tokens:
-                raise SamplingParamsError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}.")
-        if self.seed is not None:
-            _integer("seed", self.seed, 0)
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
-
-    def _check_floats(self) -> None:
-        _number("temperature", self.temperature, 0.0, math.inf)
-        _number("top_p", self.top_p, 0.0, 1.0)
-        if self.top_p == 0.0:
-            raise SamplingParamsError("top_p must be above 0; use temperature=0 for greedy decoding.")
-        _number("min_p", self.min_p, 0.0, 1.0)
-        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, 2.0)
-        if self.repetition_penalty == 0.0:
-            raise SamplingParamsError("repetition_penalty must be above 0; 1 switches it off.")
-
-    def _check_stops(self) -> None:
-        stops = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
-        if not all(isinstance(s, str) and s for s in stops):
+        for name, kind in _KINDS.items():
+            if not isinstance(getattr(self, name), kind):
+                raise SamplingParamsError(f"{name} has the wrong type: {getattr(self, name)!r}.")
+        for name, (low, high) in _INTEGERS.items():
+            if getattr(self, name) is not None or name not in _OPTIONAL:
+                _check_integer(name, getattr(self, name), low, high)
+        for name, (low, high) in _NUMBERS.items():
+            _check_number(name, getattr(self, name), low, high)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise SamplingParamsError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}.")
+        for name in ("top_p", "repetition_penalty"):
+            if getattr(self, name) == 0.0:
+                raise SamplingParamsError(f"{name} must be above 0; 1 switches it off.")
+        if not all(isinstance(s, str) and s for s in self.stop_strings):
             raise SamplingParamsError(f"stop must be a non-empty string or a list of them, got {self.stop!r}.")
-        object.__setattr__(self, "_normalised_stop", tuple(stops))
-        for token_id in self.stop_token_ids or ():
-            _integer("stop_token_ids", token_id, 0)
-
-    def _check_logit_bias(self) -> None:
-        for token_id, bias in (self.logit_bias or {}).items():
-            _integer("logit_bias token id", token_id, 0)
-            _number("logit_bias", bias, -100.0, 100.0)
+        for token_id in (*(self.stop_token_ids or ()), *(self.logit_bias or ())):
+            _check_integer("a token id in stop_token_ids or logit_bias", token_id, 0, None)
+        for bias in (self.logit_bias or {}).values():
+            _check_number("a value of logit_bias", bias, -100.0, 100.0)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` as a tuple, empty when none was given."""
-        return self._normalised_stop
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def is_greedy(self) -> bool:
@@ -134,13 +108,40 @@ class SamplingParams:
         return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
 
 
-def _integer(name: str, value: Any, low: int, high: int | None = None) -> None:
+_OPTIONAL = ("seed", "max_tokens", "logprobs", "prompt_logprobs")
+_KINDS = {
+    "stop": str | Sequence | None,
+    "stop_token_ids": Sequence | None,
+    "logit_bias": dict | None,
+    "output_kind": RequestOutputKind,
+}
+#: Least and greatest legal value; None is no limit.
+_INTEGERS = {
+    "n": (1, None),
+    "top_k": (-1, None),
+    "seed": (0, None),
+    "min_tokens": (0, None),
+    "max_tokens": (1, None),
+    "logprobs": (0, MAX_LOGPROBS),
+    "prompt_logprobs": (0, MAX_LOGPROBS),
+}
+_NUMBERS = {
+    "temperature": (0.0, math.inf),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "repetition_penalty": (0.0, 2.0),
+}
+
+
+def _check_integer(name: str, value: Any, low: int, high: int | None) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         limits = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
         raise SamplingParamsError(f"{name} must be {limits}, got {value!r}.")
 
 
-def _number(name: str, value: Any, low: float, high: float) -> None:
+def _check_number(name: str, value: Any, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise SamplingParamsError(f"{name} must be a finite number, got {value!r}.")
     if not low <= value <= high:

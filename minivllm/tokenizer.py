@@ -163,7 +163,4 @@ class Detokenizer:
         return stop
 
     def _num_held_back(self) -> int:
-        return max(
-            (k for s in self._stops for k in range(1, len(s)) if self.text.endswith(s[:k])),
-            default=0,
-        )
+        return max((k for s in self._stops for k in range(1, len(s)) if self.text.endswith(s[:k])), default=0)

@@ -110,11 +110,7 @@ class Qwen3ForCausalLM(nn.Module):
         self.cos_sin = rope_table(config.rope, config.head_dim, max_position, device)
 
     def forward(
-        self,
-        token_ids: torch.Tensor,
-        positions: torch.Tensor,
-        caches: Sequence[KVCache],
-        metadata: AttentionMetadata,
+        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: Sequence[KVCache], metadata: AttentionMetadata
     ) -> torch.Tensor:
         """token_ids, positions: [T] int64; caches: one a layer -> normalised hidden states, [T, hidden_size]."""
         hidden, residual = self.model.embed_tokens(token_ids), None
