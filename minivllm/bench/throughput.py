@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from minivllm.bench.report import environment, spread
 from minivllm.config import ModelConfig
+from minivllm.kernels import Kernels
 from minivllm.llm import LLM
 from minivllm.sampling_params import SamplingParams
 
@@ -180,6 +181,7 @@ def run(
         report["results"][name]["minivllm_is_faster_by"] = spread(ratios)
     if engine.config.device == "cpu":
         report["floor"] = _floor(llm, prompts, output_lens)
+        report["step_parts"] = _step_parts(model, prompts, output_lens, engine_options)
     return report
 
 
@@ -210,8 +212,43 @@ def _floor(llm: LLM, prompts: list[list[int]], output_lens: list[int]) -> dict[s
         return execute(batch)
 
     engine.model_runner.execute = counted
-    try:
-        minivllm_runner(llm)(prompts, output_lens)
-    finally:
-        engine.model_runner.execute = execute
+    minivllm_runner(llm)(prompts, output_lens)
     return gemm_floor(engine.model_config, rows, [n for n in logit_rows if n]) | {"steps": len(rows)}
+
+
+def _step_parts(
+    model: str | Path | None, prompts: list[list[int]], output_lens: list[int], engine_options: dict[str, Any]
+) -> dict[str, float]:
+    """Share of a run's time by part of a step, on an engine whose parts are wrapped in timers."""
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+            return result
+
+        return wrapper
+
+    # merge_attention runs inside decode_attention and is part of its time.
+    names = [field.name for field in fields(Kernels) if field.name not in ("name", "merge_attention")]
+    kernels = Kernels.reference()
+    kernels = replace(kernels, **{name: timed(name, getattr(kernels, name)) for name in names})
+    llm = LLM(model, skip_tokenizer_init=True, kernels=kernels, **engine_options)
+    runner, scheduler = llm.llm_engine.model_runner, llm.llm_engine.scheduler
+    for owner, attribute, name in (
+        (runner, "_prepare", "build_batch"),
+        (runner.model, "forward", "forward"),
+        (runner.model, "compute_logits", "lm_head"),
+        (scheduler, "schedule", "schedule"),
+        (scheduler, "update", "update"),
+    ):
+        setattr(owner, attribute, timed(name, getattr(owner, attribute)))
+    minivllm_runner(llm)(prompts, output_lens)  # warm-up
+    seconds.clear()
+    total = minivllm_runner(llm)(prompts, output_lens)
+    forward = seconds.pop("forward")
+    seconds["linear layers, embedding and module calls"] = forward - sum(seconds[n] for n in names if n != "sample")
+    seconds["everything else"] = total - sum(seconds.values())
+    return {name: value / total for name, value in sorted(seconds.items(), key=lambda pair: -pair[1])}
