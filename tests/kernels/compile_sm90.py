@@ -1,7 +1,7 @@
 """Compile for Hopper what every launcher would launch, on a machine without a GPU; prints one JSON object.
 
-Run by test_compile.py in a process of its own, because TRITON_INTERPRET must not be set here. The launchers run as they
-are, on CPU tensors; instead of a launch, the kernel is compiled with the very arguments and options they chose.
+Run by test_kernel_compile.py in a process of its own, because TRITON_INTERPRET must not be set here. The launchers run as they
+are, on CPU tensors; instead of a launch, the kernel is compiled with the very arguments and options that they chose.
 """
 
 import inspect
@@ -12,7 +12,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -26,95 +25,114 @@ from minivllm.kernels import Kernels, online_softmax
 
 CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
-results: dict[str, dict] = {}
+launches: list[tuple[JITFunction, dict, dict, dict, dict]] = []
 
 
-def compile_instead(self, *args, grid, warmup, **kwargs):
+def record(self: JITFunction, *args, grid, warmup, **kwargs) -> None:
+    """Instead of `JITFunction.run`: what Triton would specialise this launch on."""
     options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
-    bound = inspect.signature(self.fn).bind(*args, **kwargs).arguments
+    values = inspect.signature(self.fn).bind(*args, **kwargs).arguments.values()
     signature, constants, attributes = {}, {}, {}
-    for index, (parameter, value) in enumerate(zip(self.params, bound.values(), strict=True)):
-        divisible = False
-        if parameter.is_constexpr or (
-            value == 1 if isinstance(value, int) and not parameter.do_not_specialize else False
-        ):
+    for index, (parameter, value) in enumerate(zip(self.params, values, strict=True)):
+        specialised = not parameter.do_not_specialize
+        if parameter.is_constexpr or (specialised and isinstance(value, int) and value == 1):
             signature[parameter.name], constants[(index,)] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
+            continue
+        if isinstance(value, torch.Tensor):
             signature[parameter.name], divisible = POINTERS[value.dtype], value.data_ptr() % 16 == 0
-        elif isinstance(value, int):
-            signature[parameter.name], divisible = "i32", value % 16 == 0 and not parameter.do_not_specialize
         else:
-            signature[parameter.name] = "fp32"
-        if divisible:
+            signature[parameter.name] = "i32" if isinstance(value, int) else "fp32"
+            divisible = isinstance(value, int) and value % 16 == 0
+        if divisible and specialised:
             attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(self, signature, constants, attributes)
+    launches.append((self, signature, constants, attributes, options))
+
+
+def compile_for_hopper(kernel: JITFunction, signature: dict, constants: dict, attributes: dict, options: dict) -> dict:
+    source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
-    numbers = {name: int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK")}
-    results.setdefault(case, {})[self.fn.__name__] = {**numbers, "shared": compiled.metadata.shared, **options}
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    return {"registers": registers, "stack": stack, "shared": compiled.metadata.shared, **options}
 
 
-def launch_everything(dtype: torch.dtype) -> None:
-    """Qwen3-0.6B's shape; every constexpr variant that an engine meets."""
-    global case
+def cases(dtype: torch.dtype) -> dict:
+    """Launches of Qwen3-0.6B's shape; between them every variant that an engine meets."""
     kernels = Kernels.triton()
-    tokens, heads, kv_heads, dim, block_size, vocabulary = 64, 16, 8, 128, 64, 9000
+    tokens, heads, kv_heads, dim = 64, 16, 8, 128
     x = torch.zeros(tokens, 1024, dtype=dtype)
     qkv = torch.zeros(tokens, (heads + 2 * kv_heads) * dim, dtype=dtype).unflatten(1, (-1, dim))
     query, key, value = qkv.split((heads, kv_heads, kv_heads), dim=1)
-    cache = torch.zeros(8, kv_heads, block_size, dim, dtype=dtype)
-    small = torch.zeros(8, kv_heads, 16, dim, dtype=dtype)
-    table = torch.zeros(4, 20, dtype=torch.int32)
-    lengths, starts = torch.ones(4, dtype=torch.int32), torch.arange(5, dtype=torch.int32)
-    weight, cos_sin, long = torch.zeros(dim, dtype=dtype), torch.zeros(99, dim), torch.zeros(tokens, dtype=torch.int64)
-    rows = torch.zeros(4, dtype=torch.int64)
-    case = f"{str(dtype).removeprefix('torch.')}"
+    pages = {size: torch.zeros(8, kv_heads, size, dim, dtype=dtype) for size in (16, 64)}
+    weight, cos_sin = torch.zeros(dim, dtype=dtype), torch.zeros(99, dim)
+    longs = torch.zeros(tokens, dtype=torch.int64)
 
-    def prefill(cache, longest):
+    def prefill(block_size: int, longest: int, batch: int = 4, width: int = 20, skip: int = 0) -> None:
+        table, lengths = (
+            torch.zeros(batch, width, dtype=torch.int32)[skip:],
+            torch.ones(batch, dtype=torch.int32)[skip:],
+        )
+        starts = torch.arange(batch + 1, dtype=torch.int32)[skip:]
+        bounds = {"max_query_len": longest, "max_seq_len": 999}
         kernels.prefill_attention(
-            query, cache, cache, table, starts, lengths, 0.1, max_query_len=longest, max_seq_len=999
+            query[skip:], pages[block_size], pages[block_size], table, starts, lengths, 0.1, **bounds
         )
 
-    def decode(cache, splits):
+    def decode(block_size: int, splits: int, batch: int = 4, width: int = 20, longest: int = 999) -> None:
+        table, lengths = torch.zeros(batch, width, dtype=torch.int32), torch.ones(batch, dtype=torch.int32)
         kernels.decode_attention(
-            query[:4], cache, cache, table, lengths, 0.1, max_seq_len=999, num_splits=splits,
-            merge_attention=kernels.merge_attention,
+            query[:batch], pages[block_size], pages[block_size], table, lengths, 0.1, max_seq_len=longest,
+            num_splits=splits, merge_attention=kernels.merge_attention,
         )  # fmt: skip
 
-    cases = {
+    def sample(batch: int = 4) -> None:
+        logits, row = torch.zeros(batch, 9000, dtype=dtype), longs[:batch]
+        kernels.sample(logits, torch.ones(batch), None, None, None, row, row)
+
+    def many_shapes() -> None:
+        """Nothing here may need a second version of a kernel (but for 1, which Triton always treats apart)."""
+        for batch, width, longest in ((2, 20, 900), (3, 21, 901), (16, 32, 1024), (33, 77, 4000)):
+            prefill(64, longest, batch, width, skip=batch // 3)
+            decode(64, 1 + batch, batch, width, longest)
+            sample(batch)
+
+    return {
         "rms_norm": lambda: kernels.rms_norm(x, x[0], 1e-6),
         "add_rms_norm": lambda: kernels.add_rms_norm(x, x, x[0], 1e-6),
-        "qk_norm_rope": lambda: kernels.qk_norm_rope(query, key, weight, weight, cos_sin, long, 1e-6),
-        "rope": lambda: kernels.qk_norm_rope(query, key, None, None, cos_sin, long, 1e-6),
+        "qk_norm_rope": lambda: kernels.qk_norm_rope(query, key, weight, weight, cos_sin, longs, 1e-6),
+        "rope": lambda: kernels.qk_norm_rope(query, key, None, None, cos_sin, longs, 1e-6),
         "silu_mul": lambda: kernels.silu_mul(x),
-        "store_kv": lambda: kernels.store_kv(key, value, cache, cache, long),
+        "store_kv": lambda: kernels.store_kv(key, value, pages[64], pages[64], longs),
         "softmax": lambda: online_softmax.softmax(x),
-        "prefill, block_size 64": lambda: prefill(cache, 999),
-        "prefill, short": lambda: prefill(cache, 99),
-        "prefill, decodes": lambda: prefill(cache, 9),
-        "prefill, block_size 16": lambda: prefill(small, 999),
-        "decode": lambda: decode(cache, 1),
-        "decode, splits": lambda: decode(cache, 4),
-        "decode, block_size 16": lambda: decode(small, 4),
-        "sample": lambda: kernels.sample(
-            torch.zeros(4, vocabulary, dtype=dtype), torch.ones(4), None, None, None, rows, rows
-        ),
+        "prefill, block_size 64": lambda: prefill(64, 999),
+        "prefill, block_size 64, short": lambda: prefill(64, 99),
+        "prefill, block_size 64, single tokens": lambda: prefill(64, 9),
+        "prefill, block_size 16": lambda: prefill(16, 999),
+        "decode, block_size 64": lambda: decode(64, 1),
+        "decode, block_size 64, splits": lambda: decode(64, 4),
+        "decode, block_size 16, splits": lambda: decode(16, 4),
+        "sample": sample,
+        "many shapes": many_shapes,
     }
-    for name, launch in cases.items():
-        case = f"{name} {str(dtype).removeprefix('torch.')}"
-        started = time.perf_counter()
-        try:
-            launch()
-        except Exception as error:
-            results.setdefault(case, {})["error"] = f"{type(error).__name__}: {error}"
-        results[case]["seconds"] = round(time.perf_counter() - started, 2)
 
 
-JITFunction.run = compile_instead
-case = ""
+JITFunction.run = record
+results: dict[str, dict] = {}
 for dtype in (torch.float32, torch.bfloat16):
-    launch_everything(dtype)
+    for name, launch in cases(dtype).items():
+        result = results[f"{name} {str(dtype).removeprefix('torch.')}"] = {"kernels": [], "versions": {}}
+        try:
+            launches.clear()
+            launch()
+            versions = {repr(launched): launched for launched in launches}
+            for launched in versions.values():
+                count = result["versions"].get(launched[0].fn.__name__, 0)
+                result["versions"][launched[0].fn.__name__] = count + 1
+                if name != "many shapes":
+                    result["kernels"].append({"name": launched[0].fn.__name__, **compile_for_hopper(*launched)})
+        except Exception as error:
+            result["error"] = f"{type(error).__name__}: {error}"
 json.dump(results, sys.stdout, indent=1)

@@ -1,27 +1,10 @@
 """Every check runs on both implementations: the references everywhere, Triton on the GPU or in the interpreter."""
 
-import importlib.metadata
-
 import pytest
 import torch
+from kernel_checks import DEVICE, require_triton
 
 from minivllm.kernels import Kernels
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _version(package: str) -> tuple[int, int]:
-    major, minor = importlib.metadata.version(package).split(".")[:2]
-    return int(major), int(minor)
-
-
-def require_triton() -> None:
-    try:
-        version = _version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("Triton is not installed (it has wheels for Linux only)")
-    if DEVICE.type == "cpu" and version < (3, 7) and _version("numpy") > (2, 2):
-        pytest.skip("Triton's interpreter before 3.7 breaks on NumPy newer than 2.2")
 
 
 @pytest.fixture(params=["torch", "triton"])

@@ -7,15 +7,32 @@ bands, inputs stand between bands of NaN, caches are NaN wherever no token lies,
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import math
 from collections.abc import Iterator, Sequence
 
+import pytest
 import torch
 
 from minivllm.kernels import Kernels
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BAND = 8192  # numbers before and after a fenced tensor: more than one cache block of any case here
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def _version(package: str) -> tuple[int, int]:
+    major, minor = importlib.metadata.version(package).split(".")[:2]
+    return int(major), int(minor)
+
+
+def require_triton() -> None:
+    try:
+        version = _version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("Triton is not installed (it has wheels for Linux only)")
+    if DEVICE.type == "cpu" and version < (3, 7) and _version("numpy") > (2, 2):
+        pytest.skip("Triton's interpreter before 3.7 breaks on NumPy newer than 2.2")
 
 
 def fence(tensor: torch.Tensor) -> torch.Tensor:
@@ -329,10 +346,30 @@ def filter_by_hand(logits: list[float], temperature: float, top_k: int, top_p: f
     return [i for i, power in zip(kept, powers, strict=True) if i == kept[0] or power >= min_p]
 
 
+def check_filter(filter_logits) -> None:
+    generator = torch.Generator().manual_seed(8)
+    for vocabulary in (1, 6, 100):
+        rows = 40
+        logits = torch.randn(rows, vocabulary, generator=generator) * 2
+        logits[::3, ::2] = -math.inf if vocabulary > 1 else 0.0
+        logits[::5] = logits[::5].round()  # many equal ones
+        temperature = torch.rand(rows, generator=generator) * 2 + 0.2
+        top_k = torch.randint(-1, 8, (rows,), generator=generator, dtype=torch.int32)
+        top_p = (torch.rand(rows, generator=generator) * 1.2).clamp_max(1.0)
+        min_p = (torch.rand(rows, generator=generator) - 0.6).clamp_min(0.0)
+        for filters in ((top_k, None, None), (None, top_p, None), (None, None, min_p), (top_k, top_p, min_p)):
+            out = filter_logits(logits, temperature, *filters)
+            for row in range(rows):
+                asked = [off if f is None else f[row].item() for f, off in zip(filters, (0, 1.0, 0.0), strict=True)]
+                kept = sorted(filter_by_hand(logits[row].tolist(), temperature[row].item(), *asked))
+                assert (out[row] > -math.inf).nonzero().flatten().tolist() == kept, f"row {row}, asked for {asked}"
+                assert torch.equal(out[row, kept], logits[row, kept])
+
+
 def check_sample(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> None:
     """Each token is the one at which the float64 distribution, summed in order, passes the row's uniform number."""
     generator = torch.Generator().manual_seed(7)
-    for vocabulary in (1, 2, 50, 4096, 4097, 9000):
+    for vocabulary in (1, 50, 4096, 4097, 9000):
         rows = 12
         logits = torch.randn(rows, vocabulary + 3, generator=generator) * 3
         logits[1:, : vocabulary // 3] = -math.inf  # masked at the start, and at the end, where whole tiles are empty

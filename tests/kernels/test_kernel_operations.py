@@ -56,7 +56,7 @@ def test_references_take_any_block_size(block_size: int):
 
 @pytest.mark.parametrize("lengths", [(0, 0), (5,), (0, 16)])
 def test_decode_of_padded_rows_and_single_blocks(kernels: Kernels, lengths):
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = checks.DEVICE
     pages = checks.PagedContexts(lengths, 2, 16, 16, device, torch.float32)
     query = torch.randn(len(lengths), 2, 16, device=device)
     out = kernels.decode_attention(

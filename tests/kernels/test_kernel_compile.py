@@ -1,0 +1,51 @@
+"""A kernel that does not compile for Hopper (sm_90) is noticed here, on a machine without a GPU."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from kernel_checks import require_triton
+
+SCRIPT = pathlib.Path(__file__).parent / "compile_sm90.py"
+OPERATIONS = [
+    "rms_norm", "add_rms_norm", "qk_norm_rope", "rope", "silu_mul", "store_kv", "softmax", "sample",
+    "prefill, block_size 64", "prefill, block_size 64, short", "prefill, block_size 64, single tokens",
+    "prefill, block_size 16", "decode, block_size 64", "decode, block_size 64, splits", "decode, block_size 16, splits",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict:
+    require_triton()
+    if torch.cuda.is_available():
+        pytest.skip("every other test compiles the kernels for the GPU that is here")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(SCRIPT.parents[2])
+    done = subprocess.run(
+        [sys.executable, SCRIPT], capture_output=True, text=True, env=environment, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_compiles_for_hopper(compiled: dict, operation: str, dtype: str):
+    result = compiled[f"{operation} {dtype}"]
+    assert "error" not in result, result["error"]
+    assert result["kernels"]
+    for kernel in result["kernels"]:
+        assert kernel["shared"] <= 227 * 1024, f"more shared memory than a multiprocessor has: {kernel}"
+        if dtype == "bfloat16":  # float32 attention is there to be right, not to be fast
+            assert kernel["stack"] == 0, f"registers spill: {kernel}"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_new_lengths_and_batches_do_not_compile_again(compiled: dict, dtype: str):
+    result = compiled[f"many shapes {dtype}"]
+    assert "error" not in result, result["error"]
+    assert set(result["versions"].values()) == {1}, result["versions"]
