@@ -1,7 +1,7 @@
 """Compile for Hopper what every launcher would launch, on a machine without a GPU; prints one JSON object.
 
-Run by test_kernel_compile.py in a process of its own, because TRITON_INTERPRET must not be set here. The launchers run as they
-are, on CPU tensors; instead of a launch, the kernel is compiled with the very arguments and options that they chose.
+Run by test_kernel_compile.py in a process of its own, because TRITON_INTERPRET must not be set here. The launchers run
+as they are, on CPU tensors; instead of a launch, the kernel is compiled with the arguments and options that they chose.
 """
 
 import inspect

@@ -124,7 +124,7 @@ def check_qk_norm_rope(kernels: Kernels, device: torch.device, dtype: torch.dtyp
         positions = torch.tensor([39, 0, 7, 7, 20])[:tokens]
         width = (heads + 2 * kv_heads) * dim
         qkv = fence(torch.randn(tokens, width, generator=generator).to(device, dtype)).unflatten(1, (-1, dim))
-        weights = [fence(torch.randn(dim, generator=generator).to(device, dtype)) for _ in range(2)]
+        weights = [fence((torch.rand(dim, generator=generator) / 2 + 0.5).to(device, dtype)) for _ in range(2)]
         for with_norm in (True, False):
             query, key, _ = qkv.split((heads, kv_heads, kv_heads), dim=1)
             q_weight, k_weight = weights if with_norm else (None, None)
@@ -404,7 +404,7 @@ def check_sample(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> 
                 running = powers.cumsum(0) / powers.sum()
                 target = uniform_by_hand(int(seeds[row]), int(positions[row]))
                 before_token = running[token - 1].item() if token else 0.0
-                assert before_token - 2e-6 <= target <= running[token].item() + 2e-6, f"row {row}: not the token at u"
+                assert before_token - 5e-6 <= target <= running[token].item() + 5e-6, f"row {row}: not the token at u"
     ties = torch.zeros(3, 9000, device=device, dtype=dtype)
     ties[1, 5000:5003] = 1.0
     ties[2, 4095:4097] = 1.0
