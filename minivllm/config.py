@@ -1,7 +1,6 @@
 """What the model is (`ModelConfig`, from the checkpoint) and how the engine runs it (`EngineConfig`, from the caller).
 
-No hyper-parameter is typed in by hand: everything about the model comes from the checkpoint's config.json, and what
-this package does not implement is refused by name.
+No hyper-parameter is typed in by hand; what a checkpoint asks for and this package lacks is refused by name.
 """
 
 from __future__ import annotations
@@ -25,11 +24,9 @@ class RopeConfig:
     rope_type: str = "default"
     factor: float = 1.0
     original_max_position: int = 0
-    # llama3 (Llama 3.1's config): below low_freq_factor a wave is stretched, above high_freq_factor it is kept.
-    low_freq_factor: float = 1.0
+    low_freq_factor: float = 1.0  # llama3, both
     high_freq_factor: float = 4.0
-    # yarn (Peng et al., 2023, arXiv 2309.00071)
-    beta_fast: float = 32.0
+    beta_fast: float = 32.0  # yarn, this and all below
     beta_slow: float = 1.0
     attention_factor: float | None = None
     mscale: float | None = None
@@ -68,26 +65,23 @@ class ModelConfig:
         """
         architecture = (config.get("architectures") or ["(none)"])[0]
         _refuse_unsupported(config, architecture)
-        is_qwen2, is_qwen3 = architecture.startswith("Qwen2"), architecture.startswith("Qwen3")
-        attention_bias = bool(config.get("attention_bias", is_qwen2))
+        is_qwen2 = architecture.startswith("Qwen2")
+        attention_bias = bool(config.get("attention_bias", False))
         heads = config["num_attention_heads"]
+        required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
         return ModelConfig(
             architecture=architecture,
-            vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            num_hidden_layers=config["num_hidden_layers"],
+            **{name: config[name] for name in required},
             num_attention_heads=heads,
             num_key_value_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            max_position_embeddings=config["max_position_embeddings"],
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
             rope=_rope_from_hf(config),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=True if is_qwen2 else attention_bias,
-            o_bias=False if is_qwen2 else attention_bias,
+            qkv_bias=is_qwen2 or attention_bias,
+            o_bias=attention_bias and not is_qwen2,
             mlp_bias=bool(config.get("mlp_bias", False)),
-            qk_norm=is_qwen3,
+            qk_norm=architecture.startswith("Qwen3"),
             dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
             eos_token_ids=_eos_token_ids(config, generation_config or {}),
         )

@@ -7,6 +7,7 @@ time is wall clock from the first request handed over to the last token received
 from __future__ import annotations
 
 import random
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -14,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from minivllm.bench.report import environment, spread
-from minivllm.config import ModelConfig
 from minivllm.kernels import Kernels
+from minivllm.layers.linear import FusedLinear, Linear
 from minivllm.llm import LLM
 from minivllm.sampling_params import SamplingParams
 
@@ -105,37 +107,32 @@ def generate_batch_runner(model: Any) -> Runner:
     return run
 
 
-def gemm_floor(config: ModelConfig, num_rows: list[int], num_logit_rows: list[int]) -> dict[str, float]:
-    """Seconds that the matrix products of these steps take at this machine's own rate for them, and their FLOPs.
-
-    num_rows: tokens through the layers in each step; num_logit_rows: rows through the head. The rate is measured with
-    the model's own shapes, since a small product runs far below a large one's rate.
-    """
-    h, i = config.hidden_size, config.intermediate_size
-    qkv = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-    shapes = [(h, qkv), (config.num_attention_heads * config.head_dim, h), (h, 2 * i), (i, h)]
-    seconds_of: dict[int, float] = {}
-    head_of: dict[int, float] = {}
-    for rows in sorted(set(num_rows)):
-        seconds_of[rows] = config.num_hidden_layers * sum(_time_linear(rows, *shape) for shape in shapes)
-    for rows in sorted(set(num_logit_rows)):
-        head_of[rows] = _time_linear(rows, h, config.vocab_size)
-    flops_per_row = 2 * config.num_hidden_layers * sum(a * b for a, b in shapes)
-    return {
-        "flops": float(flops_per_row * sum(num_rows) + 2 * h * config.vocab_size * sum(num_logit_rows)),
-        "seconds": sum(seconds_of[n] for n in num_rows) + sum(head_of[n] for n in num_logit_rows),
-    }
-
-
 @torch.inference_mode()
-def _time_linear(rows: int, in_features: int, out_features: int, repeats: int = 9) -> float:
-    x, weight = torch.randn(rows, in_features), torch.randn(out_features, in_features)
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        torch.nn.functional.linear(x, weight)
-        times.append(time.perf_counter() - start)
-    return sorted(times)[repeats // 2]
+def gemm_floor(model: nn.Module, num_rows: list[int], num_logit_rows: list[int], repeats: int = 5) -> dict[str, float]:
+    """Seconds that the matrix products of these steps take here by themselves, and their FLOPs.
+
+    num_rows: tokens through the layers in each step; num_logit_rows: rows through the head. Timed with the model's own
+    matrices in their order, so that they come from memory as they do in a step and not from the cache.
+    """
+    linears = [module for module in model.modules() if isinstance(module, FusedLinear | Linear)]
+    weights = [linear.weight for linear in linears]
+
+    def seconds(rows: int, matrices: list[torch.Tensor]) -> float:
+        inputs = [torch.randn(rows, matrix.shape[1]) for matrix in matrices]
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            for x, matrix in zip(inputs, matrices, strict=True):
+                torch.nn.functional.linear(x, matrix)
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    head = [model.lm_head.weight]
+    layers_take = {rows: seconds(rows, weights) for rows in sorted(set(num_rows))}
+    head_takes = {rows: seconds(rows, head) for rows in sorted(set(num_logit_rows))}
+    flops = 2 * sum(num_rows) * sum(w.numel() for w in weights) + 2 * sum(num_logit_rows) * head[0].numel()
+    total = sum(layers_take[n] for n in num_rows) + sum(head_takes[n] for n in num_logit_rows)
+    return {"flops": float(flops), "seconds": total}
 
 
 def run(
@@ -213,7 +210,7 @@ def _floor(llm: LLM, prompts: list[list[int]], output_lens: list[int]) -> dict[s
 
     engine.model_runner.execute = counted
     minivllm_runner(llm)(prompts, output_lens)
-    return gemm_floor(engine.model_config, rows, [n for n in logit_rows if n]) | {"steps": len(rows)}
+    return gemm_floor(engine.model_runner.model, rows, [n for n in logit_rows if n]) | {"steps": len(rows)}
 
 
 def _step_parts(

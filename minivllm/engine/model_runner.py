@@ -45,28 +45,16 @@ class ModelRunner:
 
     def __init__(
         self,
-        path: Path,
-        model_config: ModelConfig,
-        config: EngineConfig,
-        kernels: Kernels,
-        *,
-        model_cls: Callable[..., nn.Module] = Qwen3ForCausalLM,
-        build_batch: Callable[..., BatchInputs] = build_batch,
-    ) -> None:
+        path: Path, model_config: ModelConfig, config: EngineConfig, kernels: Kernels, *,
+        model_cls: Callable[..., nn.Module] = Qwen3ForCausalLM, build_batch: Callable[..., BatchInputs] = build_batch,
+    ) -> None:  # fmt: skip
         self.model_config, self.config, self.build_batch = model_config, config, build_batch
         self.device, self.dtype = torch.device(config.device), getattr(torch, config.dtype)
         try:
             self.model = load_model(
-                path,
-                model_config,
-                kernels,
-                dtype=self.dtype,
-                device=self.device,
-                max_position=config.max_model_len,
-                load_format=config.load_format,
-                seed=config.seed,
-                model_cls=model_cls,
-            )
+                path, model_config, kernels, dtype=self.dtype, device=self.device, max_position=config.max_model_len,
+                load_format=config.load_format, seed=config.seed, model_cls=model_cls,
+            )  # fmt: skip
             self.sampler = Sampler(config.max_num_seqs, model_config.vocab_size, kernels, self.device)
             self.num_kv_blocks = config.num_kv_blocks or self._default_num_kv_blocks()
             self.kv_caches = self._allocate_kv_caches(self.num_kv_blocks)
@@ -112,10 +100,7 @@ class ModelRunner:
             if known < total:
                 self._block_table[seq.slot, known:total] = seq.block_table[known:]
                 self._num_blocks[seq.slot] = total
-        rows = [
-            BatchRow(item.sequence.token_ids[item.start : item.end], item.start, item.sample_position is not None)
-            for item in items
-        ]
+        rows = [BatchRow(i.sequence.token_ids[i.start : i.end], i.start, i.sample_position is not None) for i in items]
         slots = [item.sequence.slot for item in items]
         inputs = self.build_batch(rows, self._block_table[slots], self.config.block_size)
         if self.device.type != "cpu":

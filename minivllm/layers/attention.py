@@ -12,14 +12,9 @@ KVCache = tuple[torch.Tensor, torch.Tensor]
 
 
 def paged_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cache: KVCache,
-    metadata: AttentionMetadata,
-    scale: float,
-    kernels: Kernels,
-) -> torch.Tensor:
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: KVCache, metadata: AttentionMetadata,
+    scale: float, kernels: Kernels,
+) -> torch.Tensor:  # fmt: skip
     """query: [T, H, D]; key, value: [T, KH, D] -> [T, H, D].
 
     The first `metadata.num_decodes` sequences have one token each and take the decode kernel, which spreads a long
@@ -29,29 +24,12 @@ def paged_attention(
     num_decodes, num_seqs = metadata.num_decodes, metadata.seq_lens.shape[0]
     parts = []
     if num_decodes:
-        parts.append(
-            kernels.decode_attention(
-                query[:num_decodes],
-                *cache,
-                metadata.block_table[:num_decodes],
-                metadata.seq_lens[:num_decodes],
-                scale,
-                max_seq_len=metadata.max_decode_seq_len,
-                merge_attention=kernels.merge_attention,
-            )
-        )
+        table, seq_lens = metadata.block_table[:num_decodes], metadata.seq_lens[:num_decodes]
+        limits = {"max_seq_len": metadata.max_decode_seq_len, "merge_attention": kernels.merge_attention}
+        parts.append(kernels.decode_attention(query[:num_decodes], *cache, table, seq_lens, scale, **limits))
     if num_decodes < num_seqs:
-        parts.append(
-            kernels.prefill_attention(
-                query[num_decodes:],
-                *cache,
-                metadata.block_table[num_decodes:],
-                # Each decode has one token, so what is left starts at num_decodes.
-                metadata.query_start_loc[num_decodes:] - num_decodes,
-                metadata.seq_lens[num_decodes:],
-                scale,
-                max_query_len=metadata.max_query_len,
-                max_seq_len=metadata.max_seq_len,
-            )
-        )
+        table, seq_lens = metadata.block_table[num_decodes:], metadata.seq_lens[num_decodes:]
+        starts = metadata.query_start_loc[num_decodes:] - num_decodes  # each decode has one token
+        limits = {"max_query_len": metadata.max_query_len, "max_seq_len": metadata.max_seq_len}
+        parts.append(kernels.prefill_attention(query[num_decodes:], *cache, table, starts, seq_lens, scale, **limits))
     return parts[0] if len(parts) == 1 else torch.cat(parts)

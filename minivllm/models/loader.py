@@ -23,8 +23,7 @@ HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
 
 def resolve_model_path(model: str | Path) -> Path:
     """A local directory as it is, or a hub id (``owner/name``) downloaded to the Hugging Face cache."""
-    path = Path(model).expanduser()
-    if path.is_dir():
+    if (path := Path(model).expanduser()).is_dir():
         return path
     if path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") != 1:
         raise ConfigError(
@@ -59,17 +58,9 @@ def load_config(path: Path) -> ModelConfig:
 
 
 def load_model(
-    path: Path,
-    config: ModelConfig,
-    kernels: Kernels,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    max_position: int,
-    load_format: str = "auto",
-    seed: int = 0,
-    model_cls: Callable[..., nn.Module] = Qwen3ForCausalLM,
-) -> nn.Module:
+    path: Path, config: ModelConfig, kernels: Kernels, *, dtype: torch.dtype, device: torch.device, max_position: int,
+    load_format: str = "auto", seed: int = 0, model_cls: Callable[..., nn.Module] = Qwen3ForCausalLM,
+) -> nn.Module:  # fmt: skip
     """Build the model on `device` and fill every parameter, from the checkpoint or ("dummy") at random."""
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -145,16 +136,12 @@ def _copy(place: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
 
 def _fill_at_random(model: nn.Module, seed: int) -> None:
     """Normal weights that keep activations near unit size; norms at 1, biases at 0."""
-    for parameter in model.parameters():
-        generator = torch.Generator(device=parameter.device).manual_seed(seed)
+    for number, (name, parameter) in enumerate(model.named_parameters()):
         if parameter.dim() == 1:
-            parameter.data.fill_(1.0)
+            parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
+            generator = torch.Generator(device=parameter.device).manual_seed(seed + number)
             parameter.data.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
-        seed += 1
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            parameter.data.zero_()
 
 
 def _few(names: list[str]) -> str:

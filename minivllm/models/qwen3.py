@@ -39,26 +39,15 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, kernels) if config.qk_norm else None
 
     def forward(
-        self,
-        hidden: torch.Tensor,
-        positions: torch.Tensor,
-        cos_sin: torch.Tensor,
-        cache: KVCache,
+        self, hidden: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
         metadata: AttentionMetadata,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor:  # fmt: skip
         """[T, hidden_size] -> [T, hidden_size]."""
         head_dim = self.config.head_dim
         query, key, value = self.qkv_proj(hidden).split([self.q_size, self.kv_size, self.kv_size], dim=-1)
-        query, key = self.kernels.qk_norm_rope(
-            query.unflatten(-1, (-1, head_dim)),
-            key.unflatten(-1, (-1, head_dim)),
-            self.q_norm.weight if self.q_norm is not None else None,
-            self.k_norm.weight if self.k_norm is not None else None,
-            cos_sin,
-            positions,
-            self.config.rms_norm_eps,
-        )
-        value = value.unflatten(-1, (-1, head_dim))
+        query, key, value = (x.unflatten(-1, (-1, head_dim)) for x in (query, key, value))
+        norms = (self.q_norm.weight, self.k_norm.weight) if self.q_norm is not None else (None, None)
+        query, key = self.kernels.qk_norm_rope(query, key, *norms, cos_sin, positions, self.config.rms_norm_eps)
         out = paged_attention(query, key, value, cache, metadata, head_dim**-0.5, self.kernels)
         return self.o_proj(out.flatten(-2))
 
@@ -72,14 +61,9 @@ class DecoderLayer(nn.Module):
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, config.mlp_bias, kernels)
 
     def forward(
-        self,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        positions: torch.Tensor,
-        cos_sin: torch.Tensor,
-        cache: KVCache,
-        metadata: AttentionMetadata,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, hidden: torch.Tensor, residual: torch.Tensor | None, positions: torch.Tensor, cos_sin: torch.Tensor,
+        cache: KVCache, metadata: AttentionMetadata,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """(hidden, residual) -> (hidden, residual), each [T, hidden_size]; the stream is their sum."""
         hidden, residual = self.input_layernorm(hidden, residual)
         hidden = self.self_attn(hidden, positions, cos_sin, cache, metadata)
