@@ -169,8 +169,11 @@ class LLMEngine:
             self._metrics.peak_used_kv_blocks = max(self._metrics.peak_used_kv_blocks, used)
             record = self._record(batch, start) if self.trace is not None else None
             self._note_admissions(batch, start)
-            result = self.model_runner.execute(batch)
-            touched = self._apply(batch, result)
+            try:
+                touched = self._apply(batch, self.model_runner.execute(batch))
+            except BaseException:  # Ctrl-C in a notebook included: the requests go on at the next step
+                self.scheduler.recover()
+                raise
             if record is not None:
                 record.duration = time.perf_counter() - start
                 record.finished = [self._label(item.sequence) for item in batch.sampled if item.sequence.is_finished]

@@ -104,6 +104,15 @@ class Scheduler:
         seq.status = SequenceStatus.FINISHED
         seq.finish_reason, seq.stop_reason = reason, stop_reason
 
+    def recover(self) -> None:
+        """After a step that failed or was interrupted, whose results will never come: compute again what was running."""
+        self._in_flight.clear()
+        while self.running:
+            self._preempt(self.running.pop(), ScheduledBatch())
+        for seq in self.waiting:
+            while seq.has_pending_token:
+                seq.token_ids.pop()
+
     def check(self) -> None:
         """Raise AssertionError unless every invariant of queues, slots and blocks holds."""
         order = [seq.seq_id for seq in [*self.running, *self.waiting]]
