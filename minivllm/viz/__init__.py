@@ -1,0 +1,33 @@
+"""Pictures that replay a trace, or plain numbers. Imports matplotlib with the first picture, ipywidgets with a slider.
+
+from minivllm.viz import draw_block_table, draw_kv_memory, scrub
+
+draw_block_table(llm.trace, step=3)     # which request owns which block
+draw_kv_memory(llm.trace)               # what the cache's memory was used for
+scrub(llm.trace)                        # the first picture with a slider, where there is a live kernel
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minivllm.viz.block_table import block_tables, draw_block_table
+    from minivllm.viz.memory import draw_kv_memory, kv_memory
+    from minivllm.viz.widgets import scrub
+
+_HOMES = {
+    "block_tables": "minivllm.viz.block_table",
+    "draw_block_table": "minivllm.viz.block_table",
+    "kv_memory": "minivllm.viz.memory",
+    "draw_kv_memory": "minivllm.viz.memory",
+    "scrub": "minivllm.viz.widgets",
+}
+__all__ = ["block_tables", "draw_block_table", "draw_kv_memory", "kv_memory", "scrub"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'minivllm.viz' has no attribute {name!r}")

@@ -1,0 +1,84 @@
+"""`Figure`: a matplotlib figure that brings its alt text and shows itself the same way everywhere.
+
+JupyterLab, nbconvert's default template and GitHub ignore alt text in an output's metadata, so it is not enough to put
+it there. A figure therefore displays as two outputs: the PNG, with `alt` in the metadata (where front ends that honour
+it look) and as ``text/plain``; and `caption`, the picture in words and numbers, as Markdown below it. Both are computed
+from the plotted data, and nbval compares them, which it does not do with images.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure as MatplotlibFigure
+
+from minivllm.viz import palette
+
+#: Inches across; all pictures of a page are equally wide.
+WIDTH = 9.0
+#: Pixels an inch in the file, and on the page: sharp on dense screens.
+FILE_DPI, PAGE_DPI = 160, 96
+#: Colours in the file. Flat pictures need few, and the file becomes a fourth of the size.
+NUM_COLORS = 96
+
+
+class Figure(MatplotlibFigure):
+    """A figure with `alt` (one sentence: what it is) and `caption` (what it shows, in numbers).
+
+    Made without pyplot: nothing is registered globally, and no cell shows it twice.
+    """
+
+    def __init__(self, height: float) -> None:
+        super().__init__(figsize=(WIDTH, height), facecolor=palette.PAPER)
+        FigureCanvasAgg(self)
+        self.alt = ""
+        self.caption = ""
+
+    def to_png(self) -> bytes:
+        """The picture as a small PNG; alt text and caption are in its metadata too."""
+        from PIL import Image, PngImagePlugin
+
+        canvas: FigureCanvasAgg = self.canvas  # type: ignore[assignment]
+        self.set_dpi(FILE_DPI)
+        canvas.draw()
+        image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt("Description", f"{self.alt} {self.caption}")
+        file = io.BytesIO()
+        image.quantize(NUM_COLORS, dither=Image.Dither.NONE).save(file, "PNG", optimize=True, pnginfo=info)
+        return file.getvalue()
+
+    def mimebundle(self) -> tuple[dict[str, str], dict[str, Any]]:
+        """(data, metadata) of the picture as a notebook output."""
+        width, height = (round(PAGE_DPI * inches) for inches in self.get_size_inches())
+        data = {"image/png": base64.b64encode(self.to_png()).decode("ascii"), "text/plain": self.alt}
+        return data, {"image/png": {"alt": self.alt, "width": width, "height": height}}
+
+    def _ipython_display_(self) -> None:
+        show(*self.mimebundle(), self.caption)
+
+
+def show(data: dict[str, Any], metadata: dict[str, Any], caption: str) -> None:
+    """Display a mimebundle and, below it, its caption."""
+    from IPython.display import display
+
+    display(data, metadata=metadata, raw=True)
+    display({"text/markdown": f"*{caption}*", "text/plain": caption}, raw=True)
+
+
+def prepare(ax: Axes | None, height: float) -> tuple[MatplotlibFigure, Axes]:
+    """The axes to draw on, and their figure: a new one of this height unless axes were given."""
+    if ax is not None:
+        return ax.figure, ax  # type: ignore[return-value]
+    figure = Figure(height)
+    return figure, figure.add_axes((0.0, 0.0, 1.0, 1.0))
+
+
+def describe(figure: MatplotlibFigure, alt: str, caption: str) -> None:
+    """Give one of our figures its words; a figure of the caller's keeps its own."""
+    if isinstance(figure, Figure):
+        figure.alt, figure.caption = alt, caption

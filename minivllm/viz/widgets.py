@@ -1,0 +1,70 @@
+"""The interactive twin of the pictures: the same functions under a slider. Imports ipywidgets when used, not before."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from minivllm.engine.trace import Trace
+from minivllm.viz.block_table import busiest_step, check_step, draw_block_table
+from minivllm.viz.figure import Figure, show
+
+logger = logging.getLogger(__name__)
+
+STILL = "A still of step {}; in JupyterLab, run the cell and drag the slider or press play."
+WIDGET_MIMETYPE = "application/vnd.jupyter.widget-view+json"
+
+
+class Scrubber:
+    """A picture with a slider over the steps of a trace.
+
+    Where a kernel is alive, JupyterLab shows the slider; elsewhere (GitHub, nbconvert, a closed notebook whose widget
+    output was dropped by `minivllm.course.authoring`) the static twin of the same output shows.
+    """
+
+    def __init__(self, trace: Trace, draw: Callable[..., Figure], step: int) -> None:
+        self.trace, self.draw, self.step = trace, draw, step
+        self.figure = lru_cache(maxsize=256)(lambda step: draw(trace, step=step))
+        self.png = lru_cache(maxsize=256)(lambda step: self.figure(step).to_png())
+
+    def widget(self) -> Any:
+        """The ipywidgets box: a play button, a slider, the picture and its caption."""
+        import ipywidgets
+
+        width = {"width": "100%", "max_width": "900px"}
+        image = ipywidgets.Image(format="png", layout=width)
+        caption = ipywidgets.HTML()
+        last = len(self.trace.steps) - 1
+        slider = ipywidgets.IntSlider(self.step, 0, last, description="step", layout={"width": "420px"})
+        play = ipywidgets.Play(value=self.step, min=0, max=last, interval=400)
+        ipywidgets.jslink((play, "value"), (slider, "value"))
+
+        def update(step: int) -> None:
+            image.value = self.png(step)
+            image.alt = self.figure(step).alt
+            caption.value = f"<em>{self.figure(step).caption}</em>"
+
+        slider.observe(lambda change: update(change["new"]), "value")
+        update(self.step)
+        return ipywidgets.VBox([ipywidgets.HBox([play, slider]), image, caption])
+
+    def _ipython_display_(self) -> None:
+        figure = self.figure(self.step)
+        data, metadata = figure.mimebundle()
+        try:
+            data[WIDGET_MIMETYPE] = self.widget()._repr_mimebundle_()[WIDGET_MIMETYPE]
+        except ImportError:
+            logger.warning("ipywidgets is not installed, so the picture stands still: pip install ipywidgets")
+        data["text/plain"] = f"{figure.alt} {figure.caption}"
+        show(data, metadata, STILL.format(self.step))
+
+
+def scrub(trace: Trace, draw: Callable[..., Figure] = draw_block_table, step: int | None = None) -> Scrubber:
+    """A picture of the trace with a slider over its steps, and a play button.
+
+    draw: a function of this package that takes ``(trace, step=...)``. step: where to begin; None is the step with the
+    most blocks in use.
+    """
+    return Scrubber(trace, draw, busiest_step(trace) if step is None else check_step(trace, step))
