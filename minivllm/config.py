@@ -116,15 +116,24 @@ def _refuse_unsupported(config: dict[str, Any], architecture: str) -> None:
 def _rope_from_hf(config: dict[str, Any]) -> RopeConfig:
     # transformers 5 writes `rope_parameters`; before it, `rope_scaling` stood beside `rope_theta`.
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise UnsupportedModelError("A rope of its own for each type of layer is not supported.")
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     if rope_type not in ROPE_TYPES:
         raise UnsupportedModelError(f"Rope type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}.")
-    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
+    if (rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
         raise UnsupportedModelError("Partial rotary embeddings are not supported.")
     optional = ("low_freq_factor", "high_freq_factor", "attention_factor", "mscale", "mscale_all_dim", "truncate")
-    original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
-    # A null factor means the ratio of the two lengths (DeepSeek-V3's convention, followed by transformers).
-    factor = rope.get("factor") or (config["max_position_embeddings"] / original if rope_type == "yarn" else 1.0)
+    longest = config["max_position_embeddings"]
+    # Some configs have the length before stretching beside the rope's fields; transformers prefers that one.
+    name = "original_max_position_embeddings"
+    original = config.get(name) or rope.get(name) or longest
+    if rope_type == "default":
+        factor = 1.0
+    elif rope_type == "yarn" and rope.get("factor") is None:
+        factor = longest / original  # DeepSeek-V3's convention, followed by transformers
+    else:
+        factor = rope["factor"]
     return RopeConfig(
         theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
         rope_type=rope_type,

@@ -42,8 +42,16 @@ def resolve_model_path(model: str | Path) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The file's content, or {} when there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """The file's content, or {} when there is no such file. Raises `ConfigError` for anything but a JSON object."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds no JSON object.")
+    return content
 
 
 def load_config(path: Path) -> ModelConfig:
@@ -79,7 +87,12 @@ def load_model(
 def iterate_weights(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor on the CPU) of every tensor, from one file or from the shards that the index lists."""
     index = read_json(path / "model.safetensors.index.json")
-    names = sorted(set(index["weight_map"].values())) if index else [f.name for f in sorted(path.glob("*.safetensors"))]
+    if (path / "model.safetensors").is_file():  # a repository may hold other files beside it, an adapter for example
+        names = ["model.safetensors"]
+    elif index:
+        names = sorted(set(index.get("weight_map", {}).values()))
+    else:
+        names = [file.name for file in sorted(path.glob("*.safetensors"))]
     if not names:
         raise WeightLoadingError(
             f"{path} holds no *.safetensors file. minivllm never unpickles a checkpoint: convert it to safetensors, "
@@ -131,6 +144,8 @@ def parameter_places(model: nn.Module) -> dict[str, torch.Tensor]:
 def _copy(place: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
     if place.shape != tensor.shape:
         raise WeightLoadingError(f"{name} has shape {tuple(tensor.shape)}; the config asks for {tuple(place.shape)}.")
+    if not tensor.is_floating_point():
+        raise WeightLoadingError(f"{name} is of type {tensor.dtype}; minivllm loads unquantized weights only.")
     place.data.copy_(tensor)
 
 
