@@ -17,7 +17,7 @@ def write_checkpoint(
     """Write a small random checkpoint of a family ("qwen3", "qwen2", "llama") and return its directory.
 
     Plain initialisation makes a model repeat two tokens, which hides bugs: the weights are scaled so that attention
-    patterns are sharp and the output varied.
+    patterns are sharp and the output varied, and epsilon is large enough to show. `changes` are fields of the config.
     """
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -27,14 +27,14 @@ def write_checkpoint(
         "llama": (LlamaConfig, LlamaForCausalLM),
     }[family]
     shape = {
-        "vocab_size": 384,
+        "vocab_size": 1024,
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 1024,
-        "rms_norm_eps": 1e-6,
+        "rms_norm_eps": 1e-3,
         "tie_word_embeddings": False,
         "eos_token_id": None,
         "bos_token_id": None,
@@ -51,12 +51,19 @@ def write_checkpoint(
                     1.0 + 0.3 * torch.randn_like(parameter) if "norm" in name else 0.2 * torch.randn_like(parameter)
                 )
             elif "embed" in name or "lm_head" in name:
-                parameter.normal_()
+                # A tied head prefers the token it has just read, unless the layers outweigh the embedding.
+                parameter.normal_(0.0, 0.1 if model.config.tie_word_embeddings else 1.0)
             else:
                 parameter.normal_(0.0, 1.6 * parameter.shape[1] ** -0.5)
     model.generation_config.eos_token_id = None
     model.save_pretrained(path, max_shard_size=max_shard_size)
     return path
+
+
+def random_prompt(length: int, salt: int = 0, vocab_size: int = 1024) -> list[int]:
+    """The same tokens for the same arguments; another salt, other tokens from the first on."""
+    generator = torch.Generator().manual_seed(1000 * salt + length)
+    return torch.randint(0, vocab_size, (length,), generator=generator).tolist()
 
 
 @dataclass
