@@ -110,7 +110,7 @@ def main(
 @app.command()
 def generate(
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="PROMPT...", help="One prompt or several; standard input if none.")
+        list[str] | None, typer.Argument(metavar="PROMPT", help="One prompt or several; standard input if none.")
     ] = None,
     model: Model = None,
     max_tokens: MaxTokens = 256,
@@ -321,7 +321,7 @@ def demo(
 @app.command()
 def trace(
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="PROMPT...", help="What to record: one prompt or several.")
+        list[str] | None, typer.Argument(metavar="PROMPT", help="What to record: one prompt or several.")
     ] = None,
     show: Annotated[Path | None, typer.Option("--show", help="Print a saved trace instead of recording one.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where to save the record.")] = Path("trace.json"),
@@ -375,9 +375,8 @@ def _print_trace(trace: Trace, every_step: bool) -> None:
 
     from minivllm.viz.terminal import step_table
 
-    console = Console()
-    # A table for a file or a pipe is as wide as it needs to be.
-    console.print(step_table(trace, every_step), width=console.width if console.is_terminal else 200)
+    # For a file or a pipe, the table is as wide as it needs to be.
+    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(step_table(trace, every_step))
 
 
 @app.command(

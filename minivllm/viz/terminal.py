@@ -174,15 +174,14 @@ def summary_table(rows: Sequence[tuple[str, str, str]], title: str = "") -> Tabl
 def step_table(trace: Trace, every_step: bool = False) -> Table:
     """The trace as a table, a row a step; steps in a row that do the same and change nothing share a row."""
     title = (
-        f"{trace.model}: {trace.num_blocks} blocks of {trace.block_size} tokens "
-        f"({trace.num_blocks * trace.block_size * trace.kv_bytes_per_token / 2**20:.1f} MiB of KV cache), "
-        f"at most {trace.max_num_batched_tokens} tokens and {trace.max_num_seqs} sequences a step"
+        f"{trace.model}: {trace.num_blocks} blocks of {trace.block_size} tokens, "
+        f"{trace.num_blocks * trace.block_size * trace.kv_bytes_per_token / 2**20:.1f} MiB; a step takes at most "
+        f"{trace.max_num_batched_tokens} tokens of {trace.max_num_seqs} sequences"
     )
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for name in ("step", "ms", "running", "waiting", "used", "cached", "free"):
+    for name in ("step", "ms", "run", "wait", "used", "cached", "free"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("computed", no_wrap=True)
-    table.add_column("what happened", overflow="fold")
+    table.add_column("what it computed, and what changed", overflow="fold")
     several = {item.request_id for record in trace.steps for item in record.scheduled if item.index > 0}
     names = {
         label: label if label.rpartition("/")[0] in several else label.rpartition("/")[0]
@@ -193,6 +192,7 @@ def step_table(trace: Trace, every_step: bool = False) -> Table:
         records = list(group)
         first, last = records[0], records[-1]
         cached = len(last.cached_blocks)
+        times = "" if first is last else f", {len(records)} times"
         table.add_row(
             str(first.step) if first is last else f"{first.step}–{last.step}",
             f"{1000 * sum(record.duration for record in records):.1f}",
@@ -201,8 +201,7 @@ def step_table(trace: Trace, every_step: bool = False) -> Table:
             str(used_blocks(trace, last)),
             str(cached),
             str(last.num_free_blocks - cached),
-            step_counts(last) + ("" if first is last else f", {len(records)} times"),
-            "; ".join(events(last, names)),
+            "; ".join([step_counts(last) + times, *(f"request {event}" for event in events(last, names))]),
         )
     return table
 
