@@ -147,6 +147,16 @@ class Simulation:
         assert known == self.truths[seq.seq_id].output[: len(known)]
         self.check()
 
+    def interrupt(self) -> None:
+        """A step fails while it is computed, maybe after it wrote: the results in flight never arrive."""
+        batch = self.scheduler.schedule()
+        self._execute(batch)
+        self.results.clear()
+        self.scheduler.recover()
+        assert not self.scheduler.running
+        assert not any(seq.has_pending_token for seq in self.live.values())
+        self.check()
+
     def step(self) -> None:
         """Plan and run a step; report it at once, or report the one before."""
         if not self.live and not self.results:
@@ -324,6 +334,8 @@ def run_random(seed: int, *, late: bool, num_events: int = 40, **classes) -> Sim
             sim.abort(rng.choice(list(sim.live.values())))
         elif event < 0.36:
             sim.manager.reset_prefix_cache()
+        elif event < 0.37:
+            sim.interrupt()
         else:
             sim.step()
     sim.drain()
@@ -403,6 +415,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     def abort(self, which):
         live = list(self.sim.live.values())
         self.sim.abort(live[which % len(live)])
+
+    @rule()
+    def interrupt(self):
+        self.sim.interrupt()
 
     @rule()
     def forget_the_cache(self):
