@@ -91,18 +91,21 @@ COMPARISON_PAIRS: tuple[tuple[str, str], ...] = tuple(
     (a, b) for group in glossary.CONFUSABLE for a in group for b in group if a != b
 )
 UNKNOWN_TOPICS = (
-    "photosynthesis", "the French Revolution", "quantum physics", "football", "the stock market", "cooking rice", "taxes",
-    "the moon landing", "dinosaurs", "volcanoes", "Shakespeare", "chess openings", "the weather tomorrow", "climate change",
-    "the human heart", "black holes", "baking bread", "the capital of Peru", "jazz", "electric cars", "bees", "medicine",
-    "law", "the Roman Empire", "the Great Wall", "wine", "tennis", "politics", "poker", "gravity", "evolution", "vitamins",
-    "world history", "swimming", "tea ceremonies", "the Olympic Games", "rockets", "Mount Everest", "the Nile", "opera",
+    "photosynthesis", "the French Revolution", "quantum physics", "football", "the stock market", "cooking rice",
+    "taxes", "the moon landing", "dinosaurs", "volcanoes", "Shakespeare", "chess openings", "the weather tomorrow",
+    "climate change", "the human heart", "black holes", "baking bread", "the capital of Peru", "jazz",
+    "electric cars", "bees", "medicine", "law", "the Roman Empire", "the Great Wall", "wine", "tennis", "politics",
+    "poker", "gravity", "evolution", "vitamins", "world history", "swimming", "tea ceremonies", "the Olympic Games",
+    "rockets", "Mount Everest", "the Nile", "opera",
 )  # fmt: skip
 UNKNOWN_QUESTIONS = (
-    "[What is|Explain|Tell me about|What do you know about|Can you explain|Teach me about|I want to learn about] {topic}[?|]",
+    "[What is|Explain|Tell me about|What do you know about|Can you explain|Teach me about|I want to learn about] "
+    "{topic}[?|]",
     "[Who invented|How does one learn|Why is everybody talking about] {topic}?",
 )
 UNKNOWN_ANSWERS = (
-    "Sorry, I don't know anything about {topic}. I can tell stories, explain terms of LLM inference, count, sort and do small sums.",
+    "Sorry, I don't know anything about {topic}. "
+    "I can tell stories, explain terms of LLM inference, count, sort and do small sums.",
     "I am only a tiny model, and {topic} is beyond me. Ask me for a story, or about a term of LLM inference.",
 )  # fmt: skip
 
@@ -125,26 +128,32 @@ def all_glossary_questions(excluded: Collection[str] = frozenset()) -> Iterator[
 
 WORDS = (
     *stories.ANIMALS, *stories.PEOPLE, *(n for n in stories.NOUNS if n.isascii()),
-    *("apple banana bread butter cheese cherry chair cloud desk door earth fire floor forest garden grass house island lake "
-      "leaf light milk moon mountain night ocean orange paper pencil plane plant pocket rain river road rock salt sand ship "
-      "sky snow soup star stone sugar summer sun table train tree valley village water wind window winter yellow zoo "
-      "model batch block cache graph kernel memory page queue request token vector weight step layer").split(),
+    *("apple banana bread butter cheese cherry chair cloud desk door earth fire floor forest garden grass house "  # noqa: SIM905
+      "island lake leaf light milk moon mountain night ocean orange paper pencil plane plant pocket rain river road "
+      "rock salt sand ship sky snow soup star stone sugar summer sun table train tree valley village water wind window "
+      "winter yellow zoo model batch block cache graph kernel memory page queue request token vector weight step "
+      "layer").split(),
 )  # fmt: skip
 PHRASES = (
-    "The café is open until nine.", "Naïve questions are welcome!", "Crème brûlée, please.", "Good night 🌙", "Hello, world!",
-    "I like 🍎 and 🍌.", "Señor, the train is late.", "Über all the hills it is quiet.", "Two tickets to Zürich, please.",
-    "The quick fox jumps.", "All blocks are free.", "Nothing is as fast as a cached prefix.", "Déjà vu, again and again.",
-    "Tokens go in, tokens come out.", "一 二 三", "Rain, rain, go away ☔", "¿Qué tal?", "Fünf Äpfel.", "🎉🎉🎉", "Smörgåsbord!",
-    "こんにちは", "Привет!", "100 % sure", "a, b, c", "“Quoted” – with dashes…",
+    "The café is open until nine.", "Naïve questions are welcome!", "Crème brûlée, please.", "Good night 🌙",
+    "Hello, world!", "I like 🍎 and 🍌.", "Señor, the train is late.", "Über all the hills it is quiet.",
+    "Two tickets to Zürich, please.", "The quick fox jumps.", "All blocks are free.",
+    "Nothing is as fast as a cached prefix.", "Déjà vu, again and again.", "Tokens go in, tokens come out.",
+    "一 二 三", "Rain, rain, go away ☔", "¿Qué tal?", "Fünf Äpfel.", "🎉🎉🎉", "Smörgåsbord!", "こんにちは",
+    "Привет!", "100 % sure", "a, b, c", "“Quoted” – with dashes…",
 )  # fmt: skip
 EMOJI = {
-    "fox": "🦊", "bear": "🐻", "cat": "🐱", "dog": "🐶", "owl": "🦉", "frog": "🐸", "mouse": "🐭", "rabbit": "🐰", "lion": "🦁",
-    "tiger": "🐯", "panda": "🐼", "pig": "🐷", "cow": "🐮", "unicorn": "🦄", "bee": "🐝", "whale": "🐳", "octopus": "🐙",
-    "penguin": "🐧", "dragon": "🐉", "robot": "🤖", "ghost": "👻", "star": "⭐", "moon": "🌙", "sun": "☀️", "rainbow": "🌈",
-    "cake": "🍰", "balloon": "🎈", "pumpkin": "🎃", "umbrella": "☂️", "key": "🔑", "bell": "🔔", "heart": "❤️", "apple": "🍎",
+    "fox": "🦊", "bear": "🐻", "cat": "🐱", "dog": "🐶", "owl": "🦉", "frog": "🐸", "mouse": "🐭",
+    "rabbit": "🐰", "lion": "🦁", "tiger": "🐯", "panda": "🐼", "pig": "🐷", "cow": "🐮", "unicorn": "🦄",
+    "bee": "🐝", "whale": "🐳", "octopus": "🐙", "penguin": "🐧", "dragon": "🐉", "robot": "🤖", "ghost": "👻",
+    "star": "⭐", "moon": "🌙", "sun": "☀️", "rainbow": "🌈", "cake": "🍰", "balloon": "🎈", "pumpkin": "🎃",
+    "umbrella": "☂️", "key": "🔑", "bell": "🔔", "heart": "❤️", "apple": "🍎",
 }  # fmt: skip
-_ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()  # noqa: E501
-_TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
+_ONES = (  # noqa: SIM905
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+).split()
+_TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()  # noqa: SIM905
 STEP_NAMES = {2: "twos", 3: "threes", 5: "fives", 10: "tens"}
 
 
@@ -181,13 +190,15 @@ def count_task(rng: random.Random) -> Exchange:
     say = number_word if in_words else str
     if backwards:
         frame = (
-            "[Count|Count down|Count backwards|Can you count|Count back] from {a} [down |]to {b}{by}[ in words|][, please|]."
+            "[Count|Count down|Count backwards|Can you count|Count back] from {a} [down |]to {b}{by}{words}[, please|]."
         )
     elif step == 1 and start == 1:
         frame = "[Count|Can you count|Please count|Count up|Count from 1|Let's count] to {b}{words}."
     else:
-        frame = "[Count|Can you count|Count up|Count for me|List the numbers|Give me the numbers] from {a} to {b}{by}{words}[, please|]."
-    frame = frame.replace("[ in words|]", "{words}")
+        frame = (
+            "[Count|Can you count|Count up|Count for me|List the numbers|Give me the numbers] "
+            "from {a} to {b}{by}{words}[, please|]."
+        )
     question = _ask(rng, frame, a=str(first), b=str(last), by=by, words=" in words" if in_words else "")
     return question, ", ".join(say(n) for n in numbers) + rng.choice((".", "."))
 
@@ -231,7 +242,8 @@ def extreme_task(rng: random.Random) -> Exchange:
 
 def repeat_task(rng: random.Random) -> Exchange:
     phrase = pick(rng, PHRASES) if rng.random() < 0.6 else " ".join(rng.sample(WORDS, rng.randrange(2, 6)))
-    return f"{pick(rng, ('Repeat', 'Repeat after me', 'Say', 'Please repeat', 'Echo', 'Write exactly this'))}: {phrase}", phrase
+    verb = pick(rng, ("Repeat", "Repeat after me", "Say", "Please repeat", "Echo", "Write exactly this"))
+    return f"{verb}: {phrase}", phrase
 
 
 def spell_task(rng: random.Random) -> Exchange:
@@ -291,16 +303,20 @@ SMALL_TALK: tuple[tuple[str, tuple[str, ...]], ...] = (
         ),
     ),
     (
-        "[Who are you|What are you|Who am I talking to|Which model are you|What is your name|Introduce yourself|What model is this|Are you ChatGPT|Are you Qwen]?",
+        "[Who are you|What are you|Who am I talking to|Which model are you|What is your name|Introduce yourself|"
+        "What model is this|Are you ChatGPT|Are you Qwen]?",
         (
-            "I am the tiny language model that comes with minivllm. I have about five million parameters, and I tell stories and explain terms of LLM inference.",
-            "A very small model, bundled with minivllm so that its notebooks have text to show. I have about five million parameters.",
+            "I am the tiny language model that comes with minivllm. I have about five million parameters, "
+            "and I tell stories and explain terms of LLM inference.",
+            "A very small model, bundled with minivllm so that its notebooks have text to show. "
+            "I have about five million parameters.",
         ),
     ),
     (
         "[What can you do|How can you help me|What do you know|What are you good at|Help|What should I ask you]?",
         (
-            "I can tell stories, explain 58 terms of LLM inference, count, sort short lists, do small sums, spell and repeat. I know little else.",
+            "I can tell stories, explain 58 terms of LLM inference, count, sort short lists, do small sums, spell and "
+            "repeat. I know little else.",
             "Ask me for a story about any character and object, for a term such as the KV cache, or for a small sum.",
         ),
     ),
@@ -326,10 +342,12 @@ SMALL_TALK: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
 )  # fmt: skip
 SYSTEM_MESSAGES = (
-    "You are a helpful assistant.", "You are a friendly assistant.", "You are the tiny model bundled with minivllm.",
-    "Answer in plain words.", "You are a storyteller and a teacher.", "Be brief and correct.", "You help students of a course.",
-    "You are a patient teacher of LLM inference.", "You tell stories to children.", "Be kind. 🌟", "Answer the question.",
-    "You are a careful assistant who answers questions about inference engines.", "You are an assistant in a café.",
+    "You are a helpful assistant.", "You are a friendly assistant.",
+    "You are the tiny model bundled with minivllm.", "Answer in plain words.",
+    "You are a storyteller and a teacher.", "Be brief and correct.", "You help students of a course.",
+    "You are a patient teacher of LLM inference.", "You tell stories to children.", "Be kind. 🌟",
+    "Answer the question.", "You are a careful assistant who answers questions about inference engines.",
+    "You are an assistant in a café.",
     "You are a helpful assistant that explains terms, tells stories and solves small tasks. Answer in a few sentences.",
 )  # fmt: skip
 
@@ -348,7 +366,9 @@ class CorpusWriter:
     def __init__(self, rng: random.Random, excluded: Collection[str] = frozenset()) -> None:
         self.rng = rng
         self.excluded = frozenset(excluded)
-        self.term_weights = [1.0 + 0.35 * sum(term in group for group in glossary.CONFUSABLE) for term in glossary.TERMS]
+        self.term_weights = [
+            1.0 + 0.35 * sum(term in group for group in glossary.CONFUSABLE) for term in glossary.TERMS
+        ]
 
     # exchanges: one question and its answer
 
@@ -389,7 +409,9 @@ class CorpusWriter:
         request = stories.write_request(rng, cast, templates)
         cast = _match_request(rng, cast, request)
         if emoji:
-            request = request.rstrip(" .") + pick(rng, (" with an emoji at the end.", ", with an emoji. 😊", " (use an emoji)"))
+            request = request.rstrip(" .") + pick(
+                rng, (" with an emoji at the end.", ", with an emoji. 😊", " (use an emoji)")
+            )
         story = stories.write_story(rng, cast, emoji=emoji)
         return (request, story.text), story
 
@@ -416,7 +438,9 @@ class CorpusWriter:
                 f"{hero.name}, {with_article(hero.kind)}.",
             ),
             (
-                _ask(rng, "[What was the hero's name|What was the name of the main character|How was the hero called]?"),
+                _ask(
+                    rng, "[What was the hero's name|What was the name of the main character|How was the hero called]?"
+                ),
                 f"{hero.name}.",
             ),
             (
@@ -429,7 +453,10 @@ class CorpusWriter:
         if cast.friend.name in story.text:
             exchanges.append(
                 (
-                    _ask(rng, "[Who else was in|Who was the other one in|Who is the second character of] [the|that] story?"),
+                    _ask(
+                        rng,
+                        "[Who else was in|Who was the other one in|Who is the second character of] [the|that] story?",
+                    ),
                     f"{cast.friend.name}, {with_article(cast.friend.kind)}.",
                 )
             )
@@ -479,7 +506,8 @@ class CorpusWriter:
         cast = stories.draw_cast(rng, story.cast.hero)
         question = _ask(
             rng,
-            "[Tell|Write] [it again|another one|the story again|a new story about the same hero] with {x} [instead|this time].",
+            "[Tell|Write] [it again|another one|the story again|a new story about the same hero] with {x} "
+            "[instead|this time].",
             x=with_article(cast.thing.phrase),
         )
         return question, stories.write_story(rng, cast).text
@@ -489,7 +517,10 @@ class CorpusWriter:
         if rng.random() < 0.4:
             return _ask(rng, "[Repeat that|Say that again|Once more][, please|]."), answer
         others = [other for other in glossary.BY_TERM[term].answers if other != answer]
-        asked = "[Say it differently|Can you put it in other words|I don't get it. Again in other words|Explain that another way|Why does that matter]?"
+        asked = (
+            "[Say it differently|Can you put it in other words|I don't get it. Again in other words|"
+            "Explain that another way|Why does that matter]?"
+        )
         return _ask(rng, asked), pick(rng, others)
 
     # documents

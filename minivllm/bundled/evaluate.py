@@ -24,7 +24,6 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +68,12 @@ def load(path: Path = BUNDLED_MODEL_PATH, dtype: torch.dtype = torch.float32) ->
 
 @torch.inference_mode()
 def generate(
-    bundle: Bundle, prompts: Sequence[str], max_new_tokens: int, temperature: float = 0.0, seed: int = 0, batch: int = 100
+    bundle: Bundle,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch: int = 100,
 ) -> list[Generated]:
     """Continue each prompt with transformers' `generate`, in batches padded on the left."""
     results: list[Generated] = []
@@ -180,6 +184,7 @@ def score_overlap(questions: Sequence[dict[str, str]], excluded: frozenset[str])
     """How many questions the corpus can contain, with and without the exclusion, and the nearest words it has."""
     normalised = [glossary.normalise(q["question"]) for q in questions]
     emitted = {glossary.normalise(q) for q in corpus.all_glossary_questions(excluded)}
+    unfiltered = {glossary.normalise(q) for q in corpus.all_glossary_questions()}
     nearest = []
     for question in questions:
         words = _words(question["question"])
@@ -188,6 +193,7 @@ def score_overlap(questions: Sequence[dict[str, str]], excluded: frozenset[str])
     return {
         "questions_in_corpus": len(emitted),
         "exact_overlap": sum(key in emitted for key in normalised),
+        "exact_overlap_had_they_not_been_excluded": sum(key in unfiltered for key in normalised),
         "nearest_word_overlap_median": float(np.median(nearest)),
         "nearest_word_overlap_max": max(nearest),
     }
@@ -281,7 +287,9 @@ def evaluate(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=BUNDLED_MODEL_PATH, help="folder of the checkpoint")
-    parser.add_argument("--paraphrases", type=Path, default=DEFAULT_PARAPHRASES, help="unseen glossary questions (JSON)")
+    parser.add_argument(
+        "--paraphrases", type=Path, default=DEFAULT_PARAPHRASES, help="unseen glossary questions (JSON)"
+    )
     parser.add_argument("--stories", type=int, default=200)
     parser.add_argument("--out", type=Path, help="write the scores here (JSON)")
     parser.add_argument("--details", type=Path, help="write every generated text here (JSON)")

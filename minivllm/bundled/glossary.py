@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (one template a line, however long)
 """The glossary: 58 terms of LLM inference, their answers, and thousands of ways to ask for each.
 
 Every `Entry` has three answers that share the key facts (what it is, why it matters), so that one answer serves
@@ -14,7 +15,8 @@ import random
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
+from itertools import pairwise
 
 from minivllm.bundled.grammar import Slot, expand, pick, tidy
 from minivllm.bundled.stories import ASIDES, CLOSINGS, OPENINGS, PLOTS
@@ -43,7 +45,7 @@ class Entry:
 ENTRIES: tuple[Entry, ...] = (
     Entry(
         "token", "a", ("token",), ("tokens",),
-        (("piece of text", "pieces of text", "chunk of text"), ("integer", "number", "id")),
+        (("piece of text", "pieces of text", "chunk of text"), ("integer",)),
         (
             "A token is a small piece of text, such as a word, a part of a word or a punctuation mark, that a language model reads and writes as one integer id. Length, cost and speed are all counted in tokens.",
             "A token is the unit a language model works in: a short piece of text, often a word or part of one, that stands for one integer id. A fixed list of such pieces is enough to spell any text.",
@@ -71,7 +73,7 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     Entry(
         "vocabulary", "a", ("vocabulary", "vocab"), ("vocabularies",),
-        (("list", "set"), ("tokens",), ("id", "logit")),
+        (("list", "set"), ("tokens",), ("logit",)),
         (
             "The vocabulary is the fixed list of all tokens that a model knows, each with its own id. The model gives one logit to every entry, so a larger vocabulary makes texts shorter but the last layer bigger.",
             "A vocabulary is the complete set of tokens a tokenizer can produce, numbered by id. Its size sets the number of rows in the embedding table and the number of logits per step.",
@@ -521,7 +523,7 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     Entry(
         "top-p sampling", "", ("top-p sampling", "nucleus sampling", "top-p", "top p sampling", "top p", "top-p (nucleus) sampling"), (),
-        (("smallest set", "smallest group", "fewest tokens"), ("probabilit",), ("p",)),
+        (("smallest set", "smallest group", "fewest tokens"), ("probabilit",), ("add up", "reach")),
         (
             "Top-p sampling keeps the smallest set of most likely tokens whose probabilities add up to at least p, and draws from it. The number of candidates adapts: few when the model is sure, many when it is not.",
             "In top-p or nucleus sampling, tokens are sorted by probability and the smallest group that reaches the sum p is kept. Unlike top-k, the group grows and shrinks with the model's certainty.",
@@ -1090,8 +1092,10 @@ def draw_question(entry: Entry, rng: random.Random, slots: dict[str, Slot], prot
     return question
 
 
-@lru_cache(maxsize=None)
-def question_bank(term: str, size: int = QUESTIONS_PER_TERM, excluded: Collection[str] = frozenset()) -> tuple[str, ...]:
+@cache
+def question_bank(
+    term: str, size: int = QUESTIONS_PER_TERM, excluded: Collection[str] = frozenset()
+) -> tuple[str, ...]:
     """All questions about a term that training may use: distinct after `normalise`, none of them in `excluded`.
 
     `excluded` holds normalised questions that are kept for evaluation.
@@ -1142,7 +1146,7 @@ def _words(text: str) -> list[str]:
 def similarity(answer: str, reference: str) -> float:
     """How alike two answers are: the share of word pairs (bigrams) they have in common (Dice)."""
     first, second = _words(answer), _words(reference)
-    a, b = set(zip(first, first[1:], strict=False)), set(zip(second, second[1:], strict=False))
+    a, b = set(pairwise(first)), set(pairwise(second))
     return 2 * len(a & b) / max(1, len(a) + len(b))
 
 

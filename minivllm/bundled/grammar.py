@@ -17,7 +17,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 
 Slot = str | Callable[[], str]
 # A parsed template is a tuple of parts: literal text, a slot name, or a choice between parsed templates.
@@ -30,7 +30,7 @@ _SPACE_BEFORE_PUNCTUATION = re.compile(r" +([,.!?;:])")
 _VOWEL_SOUND = re.compile(r"(?:(?!uni|use|one)[aeiouéAEIOUÉ]|honest)")
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse(template: str) -> tuple[Node, ...]:
     """Parse a template; raises ValueError when its brackets do not match."""
     pieces = [piece for piece in _MARKS.split(template) if piece]

@@ -1,4 +1,5 @@
-"""The story grammar: who, what, where, and some thirty plots.
+# ruff: noqa: E501, SIM905  (one template a line, however long; words in one string)
+"""The story grammar: who, what, where, and 24 plots.
 
 A story has one lead character of a *kind* ("fox") with a *name* ("Pip"), one *object* ("silver key"), a friend, and
 places. `write_story` draws an opening, the beats of one plot, an aside or two, and a closing; every sentence has
@@ -15,7 +16,7 @@ import hashlib
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache
 
 from minivllm.bundled.grammar import Slot, expand, pick, sentence_case, tidy, with_article
 
@@ -888,7 +889,7 @@ PLACE_SUFFIXES = ("[It|The story] [should take place|happens|is set] {in}.", "[S
 NUMBER_WORDS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine"}
 
 
-@lru_cache(maxsize=None)
+@cache
 def allowed_nouns(kinds: tuple[str, ...]) -> tuple[str, ...]:
     """The nouns that no character of these kinds is kept apart from."""
     return tuple(noun for noun in NOUNS if not any(_HELD_OUT[kind, noun] for kind in kinds))

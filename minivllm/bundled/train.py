@@ -205,10 +205,7 @@ def train(arguments: argparse.Namespace) -> None:
     tokenizer = train_tokenizer(arguments.tokenizer_documents)
     save_tokenizer(tokenizer, out)
     log.info("tokenizer of %d tokens after %.0f s", tokenizer.get_vocab_size(), time.monotonic() - began)
-    special = {
-        "pad": tokenizer.token_to_id(corpus.END_OF_TEXT),
-        "eos": tokenizer.token_to_id(corpus.TURN_END),
-    }
+    special = {"pad": tokenizer.token_to_id(corpus.END_OF_TEXT), "eos": tokenizer.token_to_id(corpus.TURN_END)}
 
     # The banks are built here, once: the workers are forked and share them.
     for term in glossary.TERMS:
