@@ -8,12 +8,15 @@ request loses its blocks and computes them again.
 from __future__ import annotations
 
 import os
+import shutil
 import statistics
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
@@ -21,8 +24,8 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from minivllm.viz.palette import request_color, request_letter
-from minivllm.viz.terminal import engine_view, events, kv_bar, step_counts, summary_table
+from minivllm.viz.palette import request_letter
+from minivllm.viz.terminal import engine_view, events, kv_bar, request_tag, step_counts, summary_table
 
 if TYPE_CHECKING:
     from minivllm.engine.trace import StepRecord, Trace
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
 #: Small enough that twelve requests do not fit, and that a long prompt takes several steps.
 ENGINE_OPTIONS: dict[str, Any] = {
     "block_size": 16,
-    "num_kv_blocks": 40,
+    "num_kv_blocks": 48,
     "max_num_batched_tokens": 64,
     "max_num_seqs": 6,
 }
@@ -81,18 +84,18 @@ _CONVERSATION = (
 )
 
 SCRIPT: tuple[DemoRequest, ...] = (
-    _ask("Tell me a story about a fox named Pip and a silver key.", system=True, max_tokens=160),
+    _ask("Tell me a story about a fox named Pip and a silver key.", system=True, max_tokens=300),
     _ask("What is continuous batching?", system=True),
     _ask("Count from 1 to 12.", max_tokens=60),
-    _ask("Tell me a story about a clockmaker and a broken bell.", max_tokens=140),
-    _ask("Why is the KV cache split into blocks?", system=True, arrival=2),
-    _ask("What is 17 + 25?", max_tokens=30, arrival=2),
-    DemoRequest(_CONVERSATION, arrival=4),
-    _ask("Sort these numbers: 42, 7, 19, 88, 3", max_tokens=40, arrival=8),
-    _ask("Write a story with a penguin and a balloon.", system=True, n=2, max_tokens=130, arrival=12),
-    _ask("What is preemption?", system=True, arrival=16),
-    DemoRequest(_CONVERSATION[:4], arrival=20),
-    _ask("Can you tell me a story about an owl and a golden lantern?", system=True, max_tokens=160, arrival=30),
+    _ask("Write a story with a penguin and a balloon.", system=True, n=2, max_tokens=300, arrival=2),
+    _ask("What is paged attention?", system=True, arrival=4),
+    _ask("What is 17 + 25?", max_tokens=30, arrival=6),
+    DemoRequest(_CONVERSATION, arrival=10),
+    _ask("Tell me a story about a clockmaker and a broken bell.", max_tokens=300, arrival=14),
+    _ask("Sort these numbers: 42, 7, 19, 88, 3", max_tokens=40, arrival=18),
+    _ask("What is preemption?", system=True, arrival=22),
+    DemoRequest(_CONVERSATION[:4], arrival=26),
+    _ask("What does the scheduler do?", system=True, arrival=30),
 )
 
 
@@ -144,9 +147,6 @@ class _Run:
 
     def letter(self, label: str) -> str:
         return request_letter(self.order.index(label))
-
-    def color(self, label: str) -> str:
-        return request_color(self.order.index(label))
 
     def question(self, label: str) -> str:
         return SCRIPT[int(label.partition("/")[0])].question
@@ -243,7 +243,7 @@ def _plain_lines(console: Console, run: _Run) -> Iterator[Callable[[StepRecord],
 
 def _finished_text(run: _Run, label: str) -> list[Text]:
     text = "".join(c for c in run.texts[label].strip() if c == "\n" or c.isprintable() or ord(c) > 0x9F)
-    question = Text(f"{run.letter(label)}  {run.question(label)}", style=f"bold {run.color(label)}")
+    question = request_tag(run.order.index(label)).append(f" {run.question(label)}", style="bold default on default")
     return [question, Text(text), Text()]
 
 
@@ -251,41 +251,47 @@ def _print_summary(console: Console, run: _Run, paced: bool) -> None:
     metrics, trace = run.llm.metrics(), run.trace
     hits, queries = metrics.prefix_cache_hits, metrics.prefix_cache_queries
     config = run.llm.llm_engine.config
+    block_bytes = trace.block_size * trace.kv_bytes_per_token
     rows = [
         (
             "tokens per second",
             f"{metrics.num_generated_tokens / metrics.step_time:.0f}",
-            f"{metrics.num_generated_tokens} tokens in {metrics.step_time:.2f} s of {metrics.num_steps} steps, "
-            f"{config.dtype} on {config.device}" + (", without the pauses of the view" if paced else ""),
+            f"{metrics.num_generated_tokens} in {metrics.step_time:.2f} s ({metrics.num_steps} steps), {config.device}"
+            + (", pauses left out" if paced else ""),
         ),
         (
             "time to first token",
             f"{1000 * statistics.median(run.first_token.values()):.0f} ms",
-            f"median of {len(run.first_token)} requests, waiting for blocks included",
+            f"median of {len(run.first_token)} requests, queueing included",
         ),
         (
             "blocks used",
             f"{metrics.peak_used_kv_blocks} of {metrics.num_kv_blocks}",
-            f"at the peak; a block holds the keys and values of {trace.block_size} tokens, "
-            f"{trace.block_size * trace.kv_bytes_per_token / 1024:.0f} KiB",
+            f"at the peak; each is {trace.block_size} tokens, {block_bytes / 1024:.0f} KiB",
         ),
         (
             "prefix-cache hits",
             f"{hits} tokens",
-            f"of {queries} in prompts ({100 * hits / max(queries, 1):.0f} %): computed once, used again",
+            f"{100 * hits / max(queries, 1):.0f} % of prompt tokens: not computed again",
         ),
-        ("chunks", str(metrics.num_chunks), "parts of prompts too long for one step; others decode beside them"),
-        ("mixed steps", str(metrics.num_mixed_steps), "steps that read prompts and wrote tokens at once"),
-        (
-            "preemptions",
-            str(metrics.num_preemptions),
-            "times the newest request gave up its blocks, to compute them again later",
-        ),
+        ("chunks", str(metrics.num_chunks), "parts of prompts too long for one step"),
+        ("mixed steps", str(metrics.num_mixed_steps), "read prompts and wrote tokens at once"),
+        ("preemptions", str(metrics.num_preemptions), "blocks taken away, computed again later"),
     ]
     console.print(summary_table(rows))
+    command = _command()
     console.print(
-        "\nminivllm chat talks with the model, make lab opens the course, and\n"
-        "minivllm demo --out trace.json; minivllm trace --show trace.json  looks closer at what you saw.\n"
-        "(The command is .venv/bin/minivllm until you activate the environment: . .venv/bin/activate)",
+        f"\n{'Talk with the model':<28} {command} chat"
+        f"\n{'Look closer at this run':<28} {command} demo --out trace.json; {command} trace --show trace.json"
+        f"\n{'Learn how all of it works':<28} make lab",
         style="dim",
+        soft_wrap=True,
     )
+
+
+def _command() -> str:
+    """How to call `minivllm` from here: by its name if it is on the path, or where it lies."""
+    beside = Path(sys.executable).with_name("minivllm")
+    if shutil.which("minivllm") or not beside.exists():
+        return "minivllm"
+    return min(str(beside), os.path.relpath(beside), key=len)

@@ -66,6 +66,12 @@ def block_table_cells(
     return text
 
 
+def request_tag(index: int) -> Text:
+    """The letter of the index-th request on its colour, which reads on dark and light terminals alike."""
+    color = request_color(index)
+    return Text(f"{request_letter(index):^3}", style=f"bold {text_on(color)} on {color}")
+
+
 def kv_bar(trace: Trace, record: StepRecord, width: int) -> Text:
     """The KV pool as one bar of at most `width` cells: used, free but cached, free; and the counts."""
     used, cached = used_blocks(trace, record), len(record.cached_blocks)
@@ -136,14 +142,14 @@ def engine_view(
     state.append(f"step {record.step:<4}", style="bold").append(step_counts(record))
     state.append(f"   running {len(record.running)}, waiting {len(record.waiting)}", style="dim")
     rows = Table.grid(padding=(0, 1))
-    rows.add_column(width=2)
+    rows.add_column(width=3)
     rows.add_column(no_wrap=True, overflow="crop")
     cell = len(str(trace.num_blocks - 1)) + 2
     for label in record.running[:max_rows]:
         color = request_color(rank.get(label, 0))
-        letter = Text(request_letter(rank.get(label, 0)), style=f"bold {color}")
-        rows.add_row(letter, block_table_cells(trace, record, label, color, shared, (width - 3) // cell))
-        rows.add_row("", Text(tail(tails.get(label, ""), width - 4) or "…", style="dim", no_wrap=True))
+        letter = request_tag(rank.get(label, 0))
+        rows.add_row(letter, block_table_cells(trace, record, label, color, shared, (width - 4) // cell))
+        rows.add_row("", Text(tail(tails.get(label, ""), width - 5) or "…", style="dim", no_wrap=True))
     for _ in range(max_rows - len(record.running)):
         rows.add_row("", "")
         rows.add_row("", "")
