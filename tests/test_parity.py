@@ -475,6 +475,7 @@ def test_results_one_step_late(model: Checkpoint, backend: str, options: dict[st
     stats = late.metrics()
     assert stats.prefix_cache_hits > 0
     assert (stats.num_preemptions > 0) == (options["num_kv_blocks"] < 64)
+    assert stats.num_preemptions == 0 or max(late.outputs_at_preemption) > 1
     assert (stats.num_chunks > 0) == ("max_num_batched_tokens" in options)
     assert stats.num_used_kv_blocks == 0
 
