@@ -176,6 +176,8 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     #: No CUDA graphs.
     enforce_eager: bool = False
+    #: Plan a step while the one before it runs. None: on a GPU, where planning can hide behind it.
+    async_scheduling: bool | None = None
     #: "auto": Triton on a GPU, torch on a CPU; "triton" on a CPU means Triton's interpreter.
     attention_backend: str = "auto"
     #: "auto" reads safetensors; "dummy" draws random weights and needs config.json only.
@@ -215,6 +217,7 @@ class EngineConfig:
             device=self.device if self.device != "auto" else device_type,
             dtype=self.dtype if self.dtype != "auto" else (model.dtype if on_gpu else "float32"),
             attention_backend=backend,
+            async_scheduling=on_gpu if self.async_scheduling is None else self.async_scheduling,
             max_model_len=self.max_model_len or model.max_position_embeddings,
             max_num_batched_tokens=self.max_num_batched_tokens or (8192 if on_gpu else 2048),
             block_size=self.block_size or (64 if on_gpu else 16),

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from minivllm.engine.request import Request
 from minivllm.engine.scheduler import Scheduler, SchedulerStats
 from minivllm.engine.sequence import ScheduledBatch
 from minivllm.engine.sequence import Sequence as EngineSequence
-from minivllm.engine.trace import Trace, record_step
+from minivllm.engine.trace import StepRecord, Trace, record_step
 from minivllm.errors import (
     EmptyPromptError,
     InvalidTokenError,
@@ -99,6 +100,9 @@ class LLMEngine:
         #: seq_id -> (its request, which of its completions).
         self._owners: dict[int, tuple[Request, int]] = {}
         self._request_numbers, self._seq_ids = itertools.count(), itertools.count()
+        #: Steps that have been started and not looked at, and how many may be.
+        self._in_flight: deque[tuple[ScheduledBatch, StepResult, StepRecord | None]] = deque()
+        self._depth = int(self.config.async_scheduling)
         #: Outputs of aborted requests, for the next step to return.
         self._undelivered: list[RequestOutput] = []
         self._metrics = EngineMetrics(num_kv_blocks=self.config.num_kv_blocks)
@@ -158,25 +162,20 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         """Compute one step for everything that is running; returns the requests that have something to report."""
         start = time.perf_counter()
-        batch = self.scheduler.schedule()
-        if not batch and self._requests:
-            raise SchedulerStalledError(
-                f"The scheduler planned nothing while {len(self._requests)} requests are unfinished."
-            )
         touched: dict[str, Request] = {}
-        if batch:
-            used = self.config.num_kv_blocks - self.scheduler.block_manager.num_free_blocks
-            self._metrics.peak_used_kv_blocks = max(self._metrics.peak_used_kv_blocks, used)
-            record = self._record(batch, start) if self.trace is not None else None
-            self._note_admissions(batch, start)
-            try:
-                touched = self._apply(batch, self.model_runner.execute(batch))
-            except BaseException:  # Ctrl-C in a notebook included: the requests go on at the next step
-                self.scheduler.recover()
-                raise
-            if record is not None:
-                record.duration = time.perf_counter() - start
-                record.finished = [self._label(item.sequence) for item in batch.sampled if item.sequence.is_finished]
+        try:
+            batch = self.scheduler.schedule()
+            if batch:
+                self._launch(batch, start)
+            elif self._requests and not self._in_flight:
+                raise SchedulerStalledError(f"Nothing was planned while {len(self._requests)} requests are unfinished.")
+            # The results of the step before this one are looked at while this one runs; without overlap, its own.
+            while len(self._in_flight) > (self._depth if batch else 0):
+                touched |= self._apply(*self._in_flight.popleft())
+        except BaseException:  # Ctrl-C in a notebook included: the requests go on at the next step
+            self._in_flight.clear()
+            self.scheduler.recover()
+            raise
         outputs, self._undelivered = self._undelivered, []
         for request in touched.values():
             if request.finished:
@@ -185,6 +184,14 @@ class LLMEngine:
                 outputs.append(request.report())
         self._metrics.step_time += time.perf_counter() - start
         return outputs
+
+    def _launch(self, batch: ScheduledBatch, start: float) -> None:
+        """Start a step that has just been planned."""
+        used = self.config.num_kv_blocks - self.scheduler.block_manager.num_free_blocks
+        self._metrics.peak_used_kv_blocks = max(self._metrics.peak_used_kv_blocks, used)
+        record = self._record(batch, start) if self.trace is not None else None
+        self._note_admissions(batch, start)
+        self._in_flight.append((batch, self.model_runner.execute(batch), record))
 
     def metrics(self) -> EngineMetrics:
         """A snapshot of the counters."""
@@ -270,7 +277,7 @@ class LLMEngine:
                 request.metrics.first_scheduled_time = now
                 request.num_cached_tokens = seq.num_cached_tokens
 
-    def _apply(self, batch: ScheduledBatch, result: StepResult) -> dict[str, Request]:
+    def _apply(self, batch: ScheduledBatch, result: StepResult, record: StepRecord | None) -> dict[str, Request]:
         """Give every sequence its token; returns the requests that changed, by id."""
         accepted = self.scheduler.update(batch, result.wait())
         now = time.perf_counter()
@@ -294,6 +301,9 @@ class LLMEngine:
             if seq.is_finished:
                 request.finish_completion(index)
                 request.metrics.finished_time = now
+        if record is not None:
+            record.duration = now - self._trace_start - record.start_time
+            record.finished = [self._label(item.sequence) for item in accepted if item.sequence.is_finished]
         return touched
 
     def _forget(self, request: Request) -> None:
@@ -315,7 +325,7 @@ class LLMEngine:
             max_model_len=self.config.max_model_len,
         )
 
-    def _record(self, batch: ScheduledBatch, now: float) -> Any:
+    def _record(self, batch: ScheduledBatch, now: float) -> StepRecord:
         if not self.trace.steps:
             self._trace_start = now
         names = {seq_id: (request.request_id, index) for seq_id, (request, index) in self._owners.items()}

@@ -12,6 +12,7 @@ from torch import nn
 
 from minivllm.batch import BatchInputs, BatchRow, build_batch
 from minivllm.config import EngineConfig, ModelConfig
+from minivllm.engine.cuda_graphs import DecodeGraphs, DecodeState, graph_sizes
 from minivllm.engine.sampler import Sampler, TokenLogprobs, token_logprobs
 from minivllm.engine.sequence import PENDING, ScheduledBatch, ScheduledSequence
 from minivllm.errors import ConfigError, OutOfMemoryError
@@ -28,15 +29,19 @@ LOGIT_ROWS = 256
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step computed, still on the device. Token ids [R] belong to `batch.sampled`, in order."""
+    """What a step computes. Token ids [R] belong to `batch.sampled`, in order."""
 
+    #: On the CPU; from a GPU they have arrived when the event has passed.
     token_ids: torch.Tensor
+    arrived: torch.cuda.Event | None
     logprobs: TokenLogprobs | None
     #: (item, its logprobs at positions item.start + 1 ... ) for each item that asked.
     prompt_logprobs: list[tuple[ScheduledSequence, TokenLogprobs]]
 
     def wait(self) -> list[int]:
         """The token ids as integers, once they are there."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
         return self.token_ids.tolist()
 
 
@@ -55,20 +60,22 @@ class ModelRunner:
                 path, model_config, kernels, dtype=self.dtype, device=self.device, max_position=config.max_model_len,
                 load_format=config.load_format, seed=config.seed, model_cls=model_cls,
             )  # fmt: skip
+            num_slots, max_blocks = config.max_num_seqs, -(-config.max_model_len // config.block_size)
+            #: Per slot: block ids, how many of them have been written (a step writes only the new ones), and whether
+            #: the device's state of the slot is that of the sequence in it.
+            self._block_table = np.zeros((num_slots, max_blocks), np.int32)
+            self._num_blocks = np.zeros(num_slots, np.int64)
+            self._is_ready = np.zeros(num_slots, bool)
+            self._state = DecodeState.empty(num_slots, max_blocks, self.device)
             self.sampler = Sampler(config.max_num_seqs, model_config.vocab_size, kernels, self.device)
             self.num_kv_blocks = config.num_kv_blocks or self._default_num_kv_blocks()
             self.kv_caches = self._allocate_kv_caches(self.num_kv_blocks)
+            self.graphs = self._capture_graphs() if self.device.type == "cuda" and not config.enforce_eager else None
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(
                 f"The {self.device.type} has too little memory to start: lower num_kv_blocks, gpu_memory_utilization, "
                 f"max_num_batched_tokens or max_num_seqs, or use a smaller dtype. ({str(error).splitlines()[0]})"
             ) from error
-        max_blocks = -(-config.max_model_len // config.block_size)
-        #: Per slot: block ids, and how many of them have been written; a step writes only the new ones.
-        self._block_table = np.zeros((config.max_num_seqs, max_blocks), np.int32)
-        self._num_blocks = np.zeros(config.max_num_seqs, np.int64)
-        #: Per slot: the token sampled last, for steps planned before its value reached the CPU.
-        self._last_token = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self.device)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -80,26 +87,82 @@ class ModelRunner:
         batch.items.sort(key=lambda item: item.num_new_tokens > 1)
         for seq in batch.admitted:
             self._num_blocks[seq.slot] = 0
-            self.sampler.admit(seq)
+            self._is_ready[seq.slot] = False
+        self.sampler.admit(batch.admitted)
+        self._write_new_blocks(batch.items)
+        slots = [item.sequence.slot for item in batch.items]
+        if self.graphs is not None and self._is_ready[slots].all():
+            return self._replay(batch.items, slots)
         inputs = self._prepare(batch.items)
         hidden = self.model(inputs.token_ids, inputs.positions, self.kv_caches, inputs.attention)
-        sampled = batch.sampled
+        sampled, logprobs = batch.sampled, None
+        token_ids = inputs.token_ids[:0]
         if sampled:
             logits = self.model.compute_logits(hidden[inputs.logits_indices])
             token_ids, logprobs = self.sampler(logits, sampled)
-            slots = torch.tensor([item.sequence.slot for item in sampled], device=self.device)
-            self._last_token[slots] = token_ids
-        else:
-            token_ids, logprobs = inputs.token_ids[:0], None
-        return StepResult(token_ids, logprobs, self._prompt_logprobs(batch.items, hidden))
+            self._note_sampled(sampled, token_ids)
+        return self._result(token_ids, logprobs, self._prompt_logprobs(batch.items, hidden))
+
+    def _replay(self, items: list[ScheduledSequence], slots: list[int]) -> StepResult:
+        """A step in which every sequence decodes the token that it sampled last: as a recorded graph."""
+        token_ids, hidden = self.graphs.replay(slots)
+        logprobs = None
+        if self.sampler.needs_edit(slots):
+            # The graph samples by temperature alone; where a request asks for more, sample its logits again.
+            token_ids, logprobs = self.sampler(self.model.compute_logits(hidden), items)
+            self._state.last_token[self._tensor(slots)] = token_ids
+        return self._result(token_ids, logprobs, [])
+
+    def _decode_step(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a graph records. slots [B] int64 -> token ids [B], hidden states [B, hidden_size]."""
+        state = self._state
+        metadata = state.decode_metadata(slots, self.config.block_size, self.config.max_model_len)
+        position = state.position[slots]
+        hidden = self.model(state.last_token[slots], position, self.kv_caches, metadata)
+        token_ids = self.sampler.sample_by_temperature(self.model.compute_logits(hidden), slots, position + 1)
+        state.advance(slots, token_ids)
+        return token_ids, hidden
+
+    @torch.inference_mode()
+    def _capture_graphs(self) -> DecodeGraphs:
+        sizes = graph_sizes(self.config.max_num_seqs)
+        return DecodeGraphs(self._decode_step, sizes, self.config.max_num_seqs, self.device)
+
+    def _note_sampled(self, sampled: list[ScheduledSequence], token_ids: torch.Tensor) -> None:
+        """Keep on the device what the next decode of these sequences needs."""
+        slots = [item.sequence.slot for item in sampled]
+        on_device = self._tensor(slots)
+        self._state.last_token[on_device] = token_ids
+        self._state.position[on_device] = self._tensor([item.end for item in sampled])
+        self._is_ready[slots] = True
+
+    def _result(self, token_ids: torch.Tensor, logprobs: TokenLogprobs | None, prompt_logprobs: list) -> StepResult:
+        if self.device.type == "cpu":
+            return StepResult(token_ids, None, logprobs, prompt_logprobs)
+        # Pinned memory, so that the copy waits in the GPU's queue and not here.
+        host = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
+        host.copy_(token_ids, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return StepResult(host, arrived, logprobs, prompt_logprobs)
+
+    def _write_new_blocks(self, items: list[ScheduledSequence]) -> None:
+        new: list[tuple[int, int, int]] = []
+        for item in items:
+            seq, slot = item.sequence, item.sequence.slot
+            known, total = self._num_blocks[slot], len(seq.block_table)
+            if known < total:
+                self._block_table[slot, known:total] = seq.block_table[known:]
+                self._num_blocks[slot] = total
+                new += [(slot, index, seq.block_table[index]) for index in range(known, total)]
+        if new and self.graphs is not None:
+            slots, indices, blocks = self._tensor(new).unbind(1)
+            self._state.block_table[slots, indices] = blocks.int()
+
+    def _tensor(self, values: list) -> torch.Tensor:
+        return torch.tensor(values, device=self.device)
 
     def _prepare(self, items: list[ScheduledSequence]) -> BatchInputs:
-        for item in items:
-            seq = item.sequence
-            known, total = self._num_blocks[seq.slot], len(seq.block_table)
-            if known < total:
-                self._block_table[seq.slot, known:total] = seq.block_table[known:]
-                self._num_blocks[seq.slot] = total
         rows = [BatchRow(i.sequence.token_ids[i.start : i.end], i.start, i.sample_position is not None) for i in items]
         slots = [item.sequence.slot for item in items]
         inputs = self.build_batch(rows, self._block_table[slots], self.config.block_size)
@@ -109,8 +172,8 @@ class ModelRunner:
         # token come first: row and token have the same index.
         pending = [row for row, item in enumerate(items) if rows[row].token_ids[-1] == PENDING]
         if pending:
-            values = self._last_token[torch.tensor([slots[row] for row in pending], device=self.device)]
-            inputs.token_ids[torch.tensor(pending, device=self.device)] = values
+            values = self._state.last_token[self._tensor([slots[row] for row in pending])]
+            inputs.token_ids[self._tensor(pending)] = values
         return inputs
 
     def _to_device(self, inputs: BatchInputs) -> BatchInputs:
@@ -175,6 +238,8 @@ class ModelRunner:
         self._run_largest_step()
         torch.cuda.synchronize(self.device)
         activations = torch.cuda.max_memory_allocated(self.device) - before
+        if not self.config.enforce_eager:
+            activations *= 2  # recorded graphs keep a pool of their own, no larger than the largest step
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
         return total * self.config.gpu_memory_utilization - (total - free) - activations

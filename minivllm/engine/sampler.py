@@ -50,12 +50,34 @@ class Sampler:
         self._seed = np.zeros(num_slots, np.int64)
         self._has_filter = np.zeros(num_slots, bool)
         self._has_penalty = np.zeros(num_slots, bool)
+        #: Whether the sequence asks for anything but a temperature.
+        self._needs_edit = np.zeros(num_slots, bool)
+        #: The same two on the device, for recorded graphs; the last entry is the spare slot's.
+        self._device_temperature = torch.zeros(num_slots + 1, device=device)
+        self._device_seed = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
         #: [num_slots, V] times a token was generated, and whether it stood in the prompt; made when first needed.
         self._output_counts: torch.Tensor | None = None
         self._in_prompt: torch.Tensor | None = None
 
-    def admit(self, seq: Sequence) -> None:
-        """Take note of a sequence that has just been given its slot."""
+    def admit(self, sequences: SequenceOf[Sequence]) -> None:
+        """Take note of sequences that have just been given their slots."""
+        for seq in sequences:
+            self._admit(seq)
+        if sequences and self.device.type == "cuda":
+            slots = np.array([seq.slot for seq in sequences])
+            self._device_temperature[self._tensor(slots)] = self._tensor(self._temperature[slots])
+            self._device_seed[self._tensor(slots)] = self._tensor(self._seed[slots])
+
+    def needs_edit(self, slots: SequenceOf[int]) -> bool:
+        """Whether `sample_by_temperature` would be wrong for any of these."""
+        return bool(self._needs_edit[slots].any())
+
+    def sample_by_temperature(self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """What a recorded graph can do: no filter, no edit. logits: [B, V]; slots, positions: [B] int64 on the GPU."""
+        temperature, seeds = self._device_temperature[slots], self._device_seed[slots]
+        return self.kernels.sample(logits, temperature, None, None, None, seeds, positions)
+
+    def _admit(self, seq: Sequence) -> None:
         slot, params = seq.slot, seq.params
         self._temperature[slot] = params.temperature
         self._top_k[slot] = max(params.top_k, 0)
@@ -64,6 +86,8 @@ class Sampler:
         self._seed[slot] = seq.seed
         self._has_filter[slot] = params.has_filter and not params.is_greedy
         self._has_penalty[slot] = params.has_penalty
+        edits = params.has_penalty or params.logit_bias or params.min_tokens or params.logprobs is not None
+        self._needs_edit[slot] = bool(edits) or self._has_filter[slot]
         if params.has_penalty:
             self._admit_penalties(seq)
 

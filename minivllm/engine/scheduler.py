@@ -105,7 +105,7 @@ class Scheduler:
         seq.finish_reason, seq.stop_reason = reason, stop_reason
 
     def recover(self) -> None:
-        """After a step that failed or was interrupted, whose results will never come: compute again what was running."""
+        """After a step that failed or was interrupted, whose results will not come: compute again what was running."""
         self._in_flight.clear()
         while self.running:
             self._preempt(self.running.pop(), ScheduledBatch())

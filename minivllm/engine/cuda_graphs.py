@@ -1,0 +1,96 @@
+"""CUDA graphs of the decode step: from the slots of the running sequences to their next tokens in one launch.
+
+A decode step is some hundred small kernels; launched one by one from Python they take longer than they run. A graph
+is recorded once for each of a few batch sizes and then replayed whole. Its addresses are fixed, so what changes from
+step to step lies in tensors that stay (`DecodeState`): block tables, positions, last tokens. The graph reads them,
+advances them itself, and the CPU sends only which slots run, and blocks that are new.
+
+A batch is padded to the next recorded size. A padded row stands for the spare slot: its context is 0 tokens long and
+its K and V are written nowhere (slot_mapping -1), so it can harm nobody.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from minivllm.batch import AttentionMetadata
+
+
+@dataclass(frozen=True)
+class DecodeState:
+    """What the GPU knows of each slot. N slots and, last, the spare one."""
+
+    #: [N + 1, max_blocks] int32
+    block_table: torch.Tensor
+    #: [N + 1] int64: position of the token to compute next, and that token.
+    position: torch.Tensor
+    last_token: torch.Tensor
+
+    @staticmethod
+    def empty(num_slots: int, max_blocks: int, device: torch.device) -> DecodeState:
+        """All zero."""
+        table = torch.zeros(num_slots + 1, max_blocks, dtype=torch.int32, device=device)
+        return DecodeState(table, *torch.zeros(2, num_slots + 1, dtype=torch.int64, device=device))
+
+    def decode_metadata(self, slots: torch.Tensor, block_size: int, max_seq_len: int) -> AttentionMetadata:
+        """One token for each of slots [B] int64, at its position. max_seq_len: an upper bound for all of them."""
+        is_real, position = slots < len(self.position) - 1, self.position[slots]
+        block_table = self.block_table[slots]
+        block = block_table.gather(1, (position // block_size)[:, None])[:, 0]
+        return AttentionMetadata(
+            query_start_loc=torch.arange(len(slots) + 1, dtype=torch.int32, device=slots.device),
+            seq_lens=torch.where(is_real, position + 1, 0).int(),
+            block_table=block_table,
+            slot_mapping=torch.where(is_real, block * block_size + position % block_size, -1),
+            num_decodes=len(slots),
+            max_query_len=1,
+            max_seq_len=max_seq_len,
+            max_decode_seq_len=max_seq_len,
+        )
+
+    def advance(self, slots: torch.Tensor, token_ids: torch.Tensor) -> None:
+        """Each slot has got a token; the spare one stays at position 0."""
+        self.last_token[slots] = token_ids
+        self.position[slots] = torch.where(slots < len(self.position) - 1, self.position[slots] + 1, 0)
+
+
+def graph_sizes(max_num_seqs: int) -> list[int]:
+    """Batch sizes to record: close together where steps are short; above 64 at most a quarter of a step is padding."""
+    sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 129, 16), *range(160, 257, 32), *range(320, 1025, 64)]
+    return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
+
+
+class DecodeGraphs:
+    """Recorded decode steps. step: slots [B] int64 -> (token ids [B], hidden states [B, hidden_size]) on the GPU."""
+
+    def __init__(self, step: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], sizes: Sequence[int],
+                 spare_slot: int, device: torch.device) -> None:  # fmt: skip
+        self.sizes, self.spare_slot = list(sizes), spare_slot
+        self._slots = torch.full((max(sizes),), spare_slot, dtype=torch.int64, device=device)
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
+        before = torch.cuda.mem_get_info(device)[0]
+        pool = torch.cuda.graph_pool_handle()
+        # The largest first: the others find its memory in the pool.
+        for size in tqdm(sorted(sizes, reverse=True), desc="CUDA graphs", leave=False):
+            step(self._slots[:size])  # compiles kernels, which a recording must not
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                outputs = step(self._slots[:size])
+            self._graphs[size] = (graph, *outputs)
+        torch.cuda.synchronize(device)
+        #: Bytes of GPU memory that the recordings took.
+        self.memory_bytes = max(0, before - torch.cuda.mem_get_info(device)[0])
+
+    def replay(self, slots: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the step for these slots. The results are overwritten by the next replay."""
+        size = self.sizes[bisect.bisect_left(self.sizes, len(slots))]
+        padded = [*slots, *[self.spare_slot] * (size - len(slots))]
+        self._slots[:size].copy_(torch.tensor(padded), non_blocking=True)
+        graph, token_ids, hidden = self._graphs[size]
+        graph.replay()
+        return token_ids[: len(slots)], hidden[: len(slots)]
