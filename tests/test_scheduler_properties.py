@@ -113,6 +113,8 @@ class Simulation:
         self.results: deque = deque()
         self.num_steps = self.num_deferrals = self.num_late_accepted = 0
         self.chain_of_hash: dict[int, int] = {}
+        #: Tokens of each sequence, the prompt's included, whose values have been brought.
+        self.num_reported: dict[int, int] = {}
 
     # --- what happens ---------------------------------------------------------------------------------------------
 
@@ -264,6 +266,8 @@ class Simulation:
         for item in accepted:
             seq = item.sequence
             assert seq.seq_id in self.live, "a token for a sequence that has ended"
+            self.num_reported[seq.seq_id] = self.num_reported.get(seq.seq_id, seq.num_prompt_tokens) + 1
+            assert item.sample_position == self.num_reported[seq.seq_id] - 1, "a position is sampled twice, or never"
             self.num_late_accepted += item.generation != seq.num_preemptions
             assert seq.token_ids[item.sample_position] == self.truths[seq.seq_id].token(item.sample_position)
             if seq.is_finished:
