@@ -157,38 +157,24 @@ def _eos_token_ids(config: dict[str, Any], generation_config: dict[str, Any]) ->
 class EngineConfig:
     """How the engine runs. Names are vLLM's where it has them; None means "decide for me", stated beside each."""
 
-    #: "auto": the checkpoint's dtype on a GPU, float32 on a CPU.
-    dtype: str = "auto"
-    #: "auto": cuda when there is one.
-    device: str = "auto"
-    #: Longest prompt plus output, in tokens. None: what the checkpoint was trained for.
-    max_model_len: int | None = None
-    #: Most sequences running at once.
-    max_num_seqs: int = 256
-    #: Token budget of one step. None: 8192 on a GPU, 2048 on a CPU.
-    max_num_batched_tokens: int | None = None
-    #: Tokens in a KV block. None: 64 on a GPU, 16 on a CPU.
-    block_size: int | None = None
+    dtype: str = "auto"  # "auto": the checkpoint's dtype on a GPU, float32 on a CPU
+    device: str = "auto"  # "auto": cuda when there is one
+    max_model_len: int | None = None  # longest prompt plus output, in tokens; None: what the checkpoint was trained for
+    max_num_seqs: int = 256  # most sequences running at once
+    max_num_batched_tokens: int | None = None  # token budget of one step; None: 8192 on a GPU, 2048 on a CPU
+    block_size: int | None = None  # tokens in a KV block; None: 64 on a GPU, 16 on a CPU
     #: Blocks in the KV cache. None: what gpu_memory_utilization leaves on a GPU, a modest fixed size on a CPU.
     num_kv_blocks: int | None = None
-    #: Share of the GPU's memory that weights, activations and KV cache may take together.
-    gpu_memory_utilization: float = 0.9
+    gpu_memory_utilization: float = 0.9  # share of its memory that weights, activations and KV cache may take together
     enable_prefix_caching: bool = True
-    #: No CUDA graphs.
-    enforce_eager: bool = False
-    #: Plan a step while the one before it runs. None: on a GPU, where planning can hide behind it.
-    async_scheduling: bool | None = None
-    #: "auto": Triton on a GPU, torch on a CPU; "triton" on a CPU means Triton's interpreter.
-    attention_backend: str = "auto"
-    #: "auto" reads safetensors; "dummy" draws random weights and needs config.json only.
-    load_format: str = "auto"
-    #: Token ids in and out, no text.
-    skip_tokenizer_init: bool = False
+    enforce_eager: bool = False  # no CUDA graphs; always so on a CPU and with kernels that wait for the GPU
+    async_scheduling: bool | None = None  # plan a step while the one before runs; None: on a GPU, not on a CPU
+    attention_backend: str = "auto"  # "auto": Triton on a GPU, torch on a CPU, where "triton" means its interpreter
+    load_format: str = "auto"  # "auto" reads safetensors; "dummy" draws random weights and needs config.json only
+    skip_tokenizer_init: bool = False  # token ids in and out, no text
     tensor_parallel_size: int = 1
-    #: Seeds requests that bring no seed of their own, and dummy weights.
-    seed: int = 0
-    #: Record what happens at each step; see `minivllm.engine.trace`.
-    trace: bool = False
+    seed: int = 0  # of dummy weights, and of requests that bring none of their own
+    trace: bool = False  # record what happens at each step; see `minivllm.engine.trace`
 
     def __post_init__(self) -> None:
         _choice("dtype", self.dtype, ("auto", *DTYPES))
@@ -217,6 +203,7 @@ class EngineConfig:
             device=self.device if self.device != "auto" else device_type,
             dtype=self.dtype if self.dtype != "auto" else (model.dtype if on_gpu else "float32"),
             attention_backend=backend,
+            enforce_eager=self.enforce_eager or not on_gpu or backend != "triton",
             async_scheduling=on_gpu if self.async_scheduling is None else self.async_scheduling,
             max_model_len=self.max_model_len or model.max_position_embeddings,
             max_num_batched_tokens=self.max_num_batched_tokens or (8192 if on_gpu else 2048),

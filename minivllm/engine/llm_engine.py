@@ -89,6 +89,8 @@ class LLMEngine:
         self.tokenizer = None if config.skip_tokenizer_init else Tokenizer(self.model_path)
         if kernels is None:
             kernels = Kernels.triton() if self.config.attention_backend == "triton" else Kernels.reference()
+        elif kernels.name != "triton":  # a graph cannot record a function that waits for the GPU
+            self.config = replace(self.config, enforce_eager=True)
         self.model_runner = ModelRunner(
             self.model_path, self.model_config, self.config, kernels, model_cls=model_cls, build_batch=build_batch
         )

@@ -70,7 +70,7 @@ class ModelRunner:
             self.sampler = Sampler(config.max_num_seqs, model_config.vocab_size, kernels, self.device)
             self.num_kv_blocks = config.num_kv_blocks or self._default_num_kv_blocks()
             self.kv_caches = self._allocate_kv_caches(self.num_kv_blocks)
-            self.graphs = self._capture_graphs() if self.device.type == "cuda" and not config.enforce_eager else None
+            self.graphs = None if config.enforce_eager else self._capture_graphs()
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(
                 f"The {self.device.type} has too little memory to start: lower num_kv_blocks, gpu_memory_utilization, "
