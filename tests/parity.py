@@ -1,8 +1,8 @@
 """How the engine is compared with transformers: a run that is recorded, and the one rule by which it is judged.
 
 `RecordedLLM` is the engine with nothing changed: through its own seams (`kernels`, `scheduler_cls`) it counts launches,
-notes what the scheduler did, and keeps the logits that every token was chosen from. `assert_same_greedy` compares those
-logits and tokens with transformers' on the same weights, in float32.
+notes what the scheduler did, and keeps the logits that every token was chosen from, those of recorded graphs too.
+`assert_same_greedy` compares logits and tokens with transformers' on the same weights, in float32.
 """
 
 from __future__ import annotations
@@ -94,16 +94,19 @@ class RecordedLLM(LLM):
         skip_tokenizer_init: bool = True,
         **options: Any,
     ) -> None:
-        #: Calls of each of the fields of `Kernels`.
+        #: Calls of each of the fields of `Kernels`; a graph calls them once, when it is recorded.
         self.launches: Counter[str] = Counter()
+        self.num_replays = 0
         self.max_batch = 0
         #: Output tokens that sequences had when they were preempted.
         self.outputs_at_preemption: list[int] = []
         self._sequences: list[Any] = []
         self._logits: dict[tuple[int, int], torch.Tensor] = {}
         self._tables: dict[int, list[int]] = {}
-        #: Logits of steps whose results the scheduler has not seen.
+        #: Logits of the step being run, of steps whose results the scheduler has not seen, and of each graph.
+        self._fresh: torch.Tensor | None = None
         self._in_flight: deque[torch.Tensor] = deque()
+        self._captured: dict[int, torch.Tensor] = {}
         if kernels is None:
             kernels = Kernels.triton() if attention_backend == "triton" else Kernels.reference()
         super().__init__(
@@ -113,8 +116,9 @@ class RecordedLLM(LLM):
             kernels=self._counting(kernels),
             scheduler_cls=self._recording(scheduler_cls),
             skip_tokenizer_init=skip_tokenizer_init,
-            **options,
+            **{"max_num_seqs": 16, **options},
         )
+        self._watch(self.llm_engine.model_runner)
 
     def complete(
         self, prompts: Sequence[Sequence[int]], num_tokens: int = NUM_TOKENS, **params: Any
@@ -171,13 +175,33 @@ class RecordedLLM(LLM):
             def call(*args: Any, **kwargs: Any) -> Any:
                 self.launches[name] += 1
                 if name == "sample":
-                    self._in_flight.append((args[0] if args else kwargs["logits"]).detach().float().clone())
+                    logits = (args[0] if args else kwargs["logits"]).detach().float().clone()
+                    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                        self._captured[len(logits)] = logits  # written anew by every replay
+                    else:
+                        self._fresh = logits
                 return function(*args, **kwargs)
 
             return call
 
         fields = [f.name for f in dataclasses.fields(kernels) if callable(getattr(kernels, f.name))]
         return dataclasses.replace(kernels, **{name: counted(name, getattr(kernels, name)) for name in fields})
+
+    def _watch(self, runner: Any) -> None:
+        execute = runner.execute
+
+        def recorded(batch: Any) -> Any:
+            self._fresh = None
+            result = execute(batch)
+            if batch.sampled:
+                rows = len(batch.sampled)
+                if self._fresh is None:
+                    self.num_replays += 1
+                    self._fresh = self._captured[min(n for n in self._captured if n >= rows)][:rows].clone()
+                self._in_flight.append(self._fresh)
+            return result
+
+        runner.execute = recorded
 
     def _recording(self, base: type[Scheduler]) -> type[Scheduler]:
         llm = self

@@ -288,22 +288,22 @@ class StaleBlockTable(ModelRunner):
     """A new sequence in a slot keeps the block ids of the one before it."""
 
     def execute(self, batch: Any) -> Any:
-        admitted, batch.admitted = batch.admitted, []
-        for seq in admitted:
-            self.sampler.admit(seq)
-        result = super().execute(batch)
-        batch.admitted = admitted
-        return result
+        self._written_before = self._num_blocks.copy()
+        return super().execute(batch)
+
+    def _write_new_blocks(self, items: Any) -> None:
+        self._num_blocks[:] = self._written_before
+        super()._write_new_blocks(items)
 
 
 class StaleLastToken(ModelRunner):
     """A step planned before its tokens are known reads the token of the step before."""
 
-    def execute(self, batch: Any) -> Any:
-        before = self._last_token.clone()
-        result = super().execute(batch)
-        self._older, self._last_token = self._last_token, getattr(self, "_older", before)
-        return result
+    def _note_sampled(self, sampled: Any, token_ids: torch.Tensor) -> None:
+        super()._note_sampled(sampled, token_ids)
+        newest, last = self._state.last_token.clone(), self._state.last_token
+        last.copy_(getattr(self, "_older", torch.zeros_like(last)))
+        self._older = newest
 
 
 def unchained_hash(_previous: int | None, token_ids: Any) -> int:

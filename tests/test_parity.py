@@ -480,6 +480,39 @@ def test_results_one_step_late(model: Checkpoint, backend: str, options: dict[st
     assert stats.num_used_kv_blocks == 0
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"num_kv_blocks": 64}, id="roomy"),
+        pytest.param({"num_kv_blocks": 64, "max_num_batched_tokens": 7, "max_num_seqs": 3}, id="chunks"),
+        pytest.param({"num_kv_blocks": 9}, id="preemption"),
+    ],
+)
+def test_async_scheduling(model: Checkpoint, backend: str, options: dict[str, Any]) -> None:
+    """The engine's own loop running one step ahead, with several completions and logprobs of a prompt."""
+    llm = RecordedLLM(model.path, attention_backend=backend, block_size=16, async_scheduling=True, **options)
+    ahead, execute = [], llm.llm_engine.model_runner.execute
+
+    def noticing(batch: Any) -> Any:
+        ahead.append(any(item.sequence.token_ids[item.start] < 0 for item in batch.items))
+        return execute(batch)
+
+    llm.llm_engine.model_runner.execute = noticing
+    [shared] = model.prompts(33)
+    outputs = llm.generate([shared, model.prompt(5)], [greedy(n=2), greedy(prompt_logprobs=1)], use_tqdm=False)
+    again = llm.complete([model.prompt(3, after=shared), shared])
+    assert sum(ahead) > NUM_TOKENS, "steps were not planned before their tokens were known"
+    assert [len(o.outputs) for o in outputs] == [2, 1]
+    assert all(len(entry) >= 1 for entry in outputs[1].prompt_logprobs[1:])
+    metrics = llm.metrics()
+    assert metrics.prefix_cache_hits > 0
+    assert (metrics.num_preemptions > 0) == (options["num_kv_blocks"] == 9)
+    assert (metrics.num_chunks > 0) == ("max_num_batched_tokens" in options)
+    assert len(again) == 2
+    assert_same_greedy(model.reference, llm.completions())
+
+
 def test_stop_token_one_step_late(model: Checkpoint) -> None:
     """The step after a stop token is computed for nothing, and must leave no trace in blocks that others take over."""
     prompts = model.prompts(20, 33, 16, 5)
@@ -548,8 +581,36 @@ def test_triton_compiled(name: str, tmp_path: Path) -> None:
     llm = RecordedLLM(tmp_path, attention_backend="triton", num_kv_blocks=48, max_num_batched_tokens=50)
     completions = llm.complete(checkpoint.prompts(1, 16, 75))
     assert llm.metrics().num_mixed_steps > 0
+    assert llm.num_replays > 0
     assert_only_triton(llm)
     assert_same_greedy(checkpoint.reference, completions)
+
+
+@pytest.mark.gpu
+def test_triton_without_graphs(model: Checkpoint) -> None:
+    llm = RecordedLLM(model.path, attention_backend="triton", num_kv_blocks=48, enforce_eager=True)
+    completions = llm.complete(model.prompts(1, 16, 75))
+    assert llm.num_replays == 0
+    assert_only_triton(llm)
+    assert_same_greedy(model.reference, completions)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [1, 3, 8, 9])
+def test_padded_graphs(model: Checkpoint, size: int) -> None:
+    """Batches of 1, 3 (padded to 4), 8 and 9 (padded to 16); padded rows must not write where others read."""
+    llm = RecordedLLM(model.path, attention_backend="triton", block_size=16, num_kv_blocks=80)
+    completions = llm.complete(model.prompts(*[20 + i for i in range(size)]))
+    assert llm.num_replays > NUM_TOKENS // 2
+    assert llm.max_batch == size
+    assert_same_greedy(model.reference, completions)
+
+
+@pytest.mark.gpu
+def test_reference_kernels_on_a_gpu(model: Checkpoint) -> None:
+    """attention_backend="torch" needs no further option: the references ask the GPU for numbers, no graph can."""
+    completions = RecordedLLM(model.path, attention_backend="torch", num_kv_blocks=48).complete(model.prompts(5, 33))
+    assert_same_greedy(model.reference, completions)
 
 
 def assert_only_triton(llm: RecordedLLM) -> None:
