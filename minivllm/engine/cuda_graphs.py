@@ -72,6 +72,7 @@ class DecodeGraphs:
                  spare_slot: int, device: torch.device) -> None:  # fmt: skip
         self.sizes, self.spare_slot = list(sizes), spare_slot
         self._slots = torch.full((max(sizes),), spare_slot, dtype=torch.int64, device=device)
+        self._padded: list[int] = []  # what `_slots` holds
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
         before = torch.cuda.mem_get_info(device)[0]
         pool = torch.cuda.graph_pool_handle()
@@ -90,7 +91,10 @@ class DecodeGraphs:
         """Run the step for these slots. The results are overwritten by the next replay."""
         size = self.sizes[bisect.bisect_left(self.sizes, len(slots))]
         padded = [*slots, *[self.spare_slot] * (size - len(slots))]
-        self._slots[:size].copy_(torch.tensor(padded), non_blocking=True)
+        if padded != self._padded:
+            # Pinned: from pageable memory the copy would first wait for all that the GPU has to do.
+            self._slots[:size].copy_(torch.tensor(padded, pin_memory=True), non_blocking=True)
+            self._padded = padded
         graph, token_ids, hidden = self._graphs[size]
         graph.replay()
         return token_ids[: len(slots)], hidden[: len(slots)]

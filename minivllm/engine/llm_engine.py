@@ -297,7 +297,7 @@ class LLMEngine:
                 request.metrics.first_token_time = now
             if request.params.logprobs is not None:
                 request.add_logprobs(index, result.logprobs, row_of[id(item)])
-            stop_string = request.add_token(index, token_id)
+            stop_string = request.add_token(index, token_id, item.sample_position + 1 - seq.num_prompt_tokens)
             if stop_string is not None:
                 self.scheduler.finish(seq, "stop", stop_string)
             if seq.is_finished:

@@ -13,7 +13,7 @@ from torch import nn
 from minivllm.batch import BatchInputs, BatchRow, build_batch
 from minivllm.config import EngineConfig, ModelConfig
 from minivllm.engine.cuda_graphs import DecodeGraphs, DecodeState, graph_sizes
-from minivllm.engine.sampler import Sampler, TokenLogprobs, token_logprobs
+from minivllm.engine.sampler import Sampler, TokenLogprobs, to_device, token_logprobs
 from minivllm.engine.sequence import PENDING, ScheduledBatch, ScheduledSequence
 from minivllm.errors import ConfigError, OutOfMemoryError
 from minivllm.kernels import Kernels
@@ -160,7 +160,7 @@ class ModelRunner:
             self._state.block_table[slots, indices] = blocks.int()
 
     def _tensor(self, values: list) -> torch.Tensor:
-        return torch.tensor(values, device=self.device)
+        return to_device(torch.tensor(values), self.device)
 
     def _prepare(self, items: list[ScheduledSequence]) -> BatchInputs:
         rows = [BatchRow(i.sequence.token_ids[i.start : i.end], i.start, i.sample_position is not None) for i in items]
@@ -179,7 +179,7 @@ class ModelRunner:
     def _to_device(self, inputs: BatchInputs) -> BatchInputs:
         def move(obj: object) -> dict[str, torch.Tensor]:
             tensors = {name: value for name, value in vars(obj).items() if isinstance(value, torch.Tensor)}
-            return {name: t.to(self.device, non_blocking=True) for name, t in tensors.items()}
+            return {name: to_device(tensor, self.device) for name, tensor in tensors.items()}
 
         return replace(inputs, attention=replace(inputs.attention, **move(inputs.attention)), **move(inputs))
 

@@ -59,14 +59,14 @@ class Request:
         """Whether somebody looks at the text while it grows; otherwise it is decoded once, at the end."""
         return bool(self.params.stop_strings) or self.params.output_kind is not RequestOutputKind.FINAL_ONLY
 
-    def add_token(self, index: int, token_id: int) -> str | None:
-        """Follow the text of a completion. Returns the stop string that the token completed, if any."""
+    def add_token(self, index: int, token_id: int, num_output_tokens: int) -> str | None:
+        """Follow the text of a completion, which now has so many tokens. Returns the stop string completed, if any."""
         completion = self.completions[index]
         seq = completion.sequence
         # The token that stopped a sequence is not part of its text.
         if completion.detokenizer is None or not self.follows_text or seq.finish_reason == "stop":
             return None
-        return completion.detokenizer.append(token_id, seq.num_output_tokens >= self.params.min_tokens)
+        return completion.detokenizer.append(token_id, num_output_tokens >= self.params.min_tokens)
 
     def add_logprobs(self, index: int, logprobs: TokenLogprobs, row: int) -> None:
         """Note the logprobs of the token that a completion has just got."""
@@ -95,13 +95,13 @@ class Request:
 
     def report(self) -> RequestOutput:
         """The request as it is now; in DELTA mode, what is new since the last report."""
-        seqs = [completion.sequence for completion in self.completions]
-        self.metrics.num_generation_tokens = max(len(_known(seq.output_token_ids)) for seq in seqs)
+        outputs = [self._report_completion(completion) for completion in self.completions]
+        self.metrics.num_generation_tokens = max(completion.num_reported for completion in self.completions)
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=self.prompt_token_ids,
-            outputs=[self._report_completion(completion) for completion in self.completions],
+            outputs=outputs,
             finished=self.finished,
             prompt_logprobs=self.prompt_logprobs,
             num_cached_tokens=self.num_cached_tokens,
@@ -134,4 +134,8 @@ class Request:
 
 
 def _known(token_ids: list[int]) -> list[int]:
-    return [token_id for token_id in token_ids if token_id != PENDING]
+    """Without the tokens at the end that steps in flight will bring."""
+    end = len(token_ids)
+    while end and token_ids[end - 1] == PENDING:
+        end -= 1
+    return token_ids[:end]

@@ -38,6 +38,11 @@ def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> Tok
     return TokenLogprobs(token_ids, chosen[:, 0], (logprobs > chosen).sum(-1) + 1, top.indices, top.values)
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy without waiting: from pageable memory the copy would first wait for all that the GPU has to do."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 class Sampler:
     """Samples for sequences in slots. V is the vocabulary size."""
 
@@ -162,4 +167,4 @@ class Sampler:
         self._in_prompt[seq.slot, prompt] = True
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device)
+        return to_device(torch.from_numpy(array), self.device)
