@@ -24,6 +24,9 @@ MAX_ROWS = 24
 _NAME, _STATE, _GAP = 1.1, 2.6, 1.0
 #: Inches: largest side of a cell; room for title and subtitles, and for the legend.
 _MAX_CELL, _TOP, _BOTTOM, _MARGIN = 0.42, 0.85, 0.5, 0.2
+#: Inches: below this the halves go one above the other, with room for a subtitle between them.
+_MIN_CELL_ABREAST, _SUBTITLE = 0.36, 0.5
+_POOL_WIDTHS = (8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 _CACHED_STYLE = {
     "facecolor": palette.CACHED,
@@ -147,27 +150,39 @@ def draw_block_table(trace: Trace, step: int | None = None, ax: Axes | None = No
 
 
 class _Layout:
-    """Where everything goes, in cells. It depends on the trace, hardly on the step, so that a replay does not jump."""
+    """Where everything goes, in cells. It depends on the trace, not on the step, so that a replay does not jump.
+
+    The halves stand side by side, or one above the other where long block tables would make the cells too small.
+    """
 
     def __init__(self, trace: Trace, tables: BlockTables) -> None:
-        names = names_in_order(trace)
-        rows = tables.rows if len(names) <= MAX_FIXED_ROWS else [r for r in tables.rows if r.state in _PRESENT]
-        self.rows = list(rows[:MAX_ROWS])
+        fixed = len(tables.rows) <= MAX_FIXED_ROWS
+        rows = [row for row in tables.rows if fixed or row.state in _PRESENT]
+        self.rows = rows[:MAX_ROWS]
         self.num_hidden_rows = len(rows) - len(self.rows)
-        lengths = [len(table) for record in trace.steps for table in record.block_tables.values()]
-        self.table_width = max(1, *lengths) if lengths else 1
-        touched = [b for record in trace.steps for table in record.block_tables.values() for b in table]
+        most_rows = len(rows) if fixed else max(len(step.running) + len(step.waiting) for step in trace.steps)
+        row_lines = max(4, min(most_rows, MAX_ROWS)) + (most_rows > MAX_ROWS)
+        in_tables = [table for record in trace.steps for table in record.block_tables.values()]
+        table_width = max(1, *map(len, in_tables), 1)
         # Blocks above the highest that the trace ever used are all alike: in a large pool they are left out.
-        last = max(touched, default=0) if trace.num_blocks > 128 else trace.num_blocks - 1
-        self.pool = range(last + 1)
+        last = max((max(table) for table in in_tables if table), default=0)
+        self.pool = range(trace.num_blocks if trace.num_blocks <= 128 else last + 1)
         self.num_untouched = trace.num_blocks - len(self.pool)
-        fewest = max(len(self.rows), 4)
-        widths = (8, 12, 16, 24, 32, 48, 64, 96, 128)
-        self.pool_width = next((w for w in widths if -(-len(self.pool) // w) <= max(fewest, w * 0.75)), 128)
-        self.pool_x = _NAME + self.table_width + _STATE + _GAP
-        self.num_lines = max(fewest, -(-len(self.pool) // self.pool_width)) + (self.num_untouched > 0)
-        self.cell = min(_MAX_CELL, (WIDTH - 2 * _MARGIN) / (self.pool_x + self.pool_width))
+        self.pool_width = next((w for w in _POOL_WIDTHS if self._pool_lines(w) <= max(row_lines, w * 0.75)), 128)
+        self.pool_x, self.pool_y = _NAME + table_width + _STATE + _GAP, 0.0
+        room = WIDTH - 2 * _MARGIN
+        self.cell = min(_MAX_CELL, room / (self.pool_x + self.pool_width))
+        self.num_lines: float = max(row_lines, self._pool_lines(self.pool_width))
+        if self.cell < _MIN_CELL_ABREAST:
+            self.cell = min(_MAX_CELL, room / (_NAME + table_width + _STATE))
+            fitting = [w for w in _POOL_WIDTHS if _NAME + w <= room / self.cell]
+            self.pool_width = max(fitting, default=_POOL_WIDTHS[0])
+            self.pool_x, self.pool_y = _NAME, row_lines + _SUBTITLE / self.cell
+            self.num_lines = self.pool_y + self._pool_lines(self.pool_width)
         self.height = _TOP + self.num_lines * self.cell + _BOTTOM
+
+    def _pool_lines(self, width: int) -> int:
+        return -(-len(self.pool) // width) + (self.num_untouched > 0)
 
 
 _PRESENT = ("running", "waiting")
@@ -217,7 +232,8 @@ class _Painter:
             color=palette.SOFT_INK,
         )
         self.text(0, -0.2 / cell, "What each request sees: its block table", 9.5, palette.SOFT_INK)
-        self.text(self.layout.pool_x, -0.2 / cell, "Where the blocks lie: the KV cache", 9.5, palette.SOFT_INK)
+        x, y = self.layout.pool_x, self.layout.pool_y - 0.2 / cell
+        self.text(x, y, "Where the blocks lie: the KV cache", 9.5, palette.SOFT_INK)
 
     def row(self, line: int, row: Row, tables: BlockTables) -> None:
         present = row.state in _PRESENT
@@ -236,23 +252,23 @@ class _Painter:
 
     def pool_cell(self, index: int, block: int, tables: BlockTables) -> None:
         line, column = divmod(index, self.layout.pool_width)
-        x = self.layout.pool_x + column
+        x, y = self.layout.pool_x + column, self.layout.pool_y + line
         owners = tables.owners.get(block)
         size = min(8.5, self.points * 0.3)
         if column == 0:
             first = min(8, max(6, self.points * 0.3))
-            self.text(x - 0.1, line + 0.5, str(block), first, palette.SOFT_INK, ha="right")
+            self.text(x - 0.1, y + 0.5, str(block), first, palette.SOFT_INK, ha="right")
         if owners:
             fill = tables.filled[block] / tables.block_size
-            self.cell(x, line, tuple(row.color for row in owners), fill, len(owners) > 1)
+            self.cell(x, y, tuple(row.color for row in owners), fill, len(owners) > 1)
             if self.has_text:
                 letters = "".join(row.letter for row in owners) if len(owners) <= 3 else f"×{len(owners)}"
-                self.chip_text(x + 0.5, line + 0.52, letters, owners[0].color, size, fill if len(owners) == 1 else 0)
+                self.chip_text(x + 0.5, y + 0.52, letters, owners[0].color, size, fill if len(owners) == 1 else 0)
             return
-        self.unused(x + 0.08, line + 0.08, 0.84, block in tables.cached)
+        self.unused(x + 0.08, y + 0.08, 0.84, block in tables.cached)
         if self.has_text:
-            box = _LABEL if block in tables.cached else None
-            self.text(x + 0.5, line + 0.52, str(block), size * 0.85, palette.SOFT_INK, ha="center", bbox=box)
+            box, color = (_LABEL, palette.INK) if block in tables.cached else (None, palette.SOFT_INK)
+            self.text(x + 0.5, y + 0.52, str(block), size * 0.85, color, ha="center", bbox=box)
 
     def unused(self, x: float, y: float, side: float, cached: bool) -> None:
         self.box(x, y, side, side, **(_CACHED_STYLE if cached else _FREE_STYLE))
@@ -306,7 +322,7 @@ def _caption(trace: Trace, tables: BlockTables) -> str:
     return text
 
 
-def _shared_groups(tables: BlockTables, limit: int = 2) -> list[tuple[list[int], str]]:
+def _shared_groups(tables: BlockTables, limit: int = 3) -> list[tuple[list[int], str]]:
     """(blocks, owners' letters) of the largest groups of blocks with the same owners."""
     groups: dict[str, list[int]] = {}
     for block in sorted(tables.shared):

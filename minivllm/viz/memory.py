@@ -16,7 +16,7 @@ from minivllm.viz import palette
 from minivllm.viz.block_table import block_tables, busiest_step, check_step
 from minivllm.viz.figure import describe, prepare
 
-#: The axis reaches at most to so many times the pool; beyond, the legend's number says how far.
+#: The axis reaches at most to so many times the pool; beyond, a label says how far.
 MAX_OVERSHOOT = 2.4
 _CACHED_STYLE = {"facecolor": palette.CACHED, "edgecolor": palette.SOFT_INK, "hatch": palette.HATCH_CACHED}
 
@@ -98,8 +98,17 @@ def draw_kv_memory(trace: Trace, step: int | None = None, ax: Axes | None = None
     ax.stairs([memory.capacity] * count, edges, baseline=bottom, fill=True, linewidth=0, facecolor=palette.FREE)
     ax.axhline(memory.capacity, color=palette.SOFT_INK, linewidth=1)
     ceiling = max(memory.capacity, min(max(memory.reserved), MAX_OVERSHOOT * memory.capacity)) * 1.08
-    clipped = [min(r, ceiling * 1.1) for r in memory.reserved]
-    ax.stairs(clipped, edges, baseline=None, color=palette.RESERVED, linewidth=2, linestyle=(0, (4, 2)))
+    if max(memory.reserved) > ceiling:
+        label = f"▲ up to {max(memory.reserved):,}"
+        ax.text(0.99, 0.985, label, transform=ax.transAxes, fontsize=9, color=palette.RESERVED, ha="right", va="top")
+    ax.stairs(
+        [min(r, ceiling * 0.992) for r in memory.reserved],
+        edges,
+        baseline=None,
+        color=palette.RESERVED,
+        linewidth=2,
+        linestyle=(0, (4, 2)),
+    )
     ax.axvline(step, color=palette.INK, linewidth=1.2)
     _style_axes(ax, count, ceiling)
     _key(ax, memory, step)

@@ -9,13 +9,13 @@ outline. tests/test_viz.py holds the contrasts and the distances.
 from __future__ import annotations
 
 PAPER = "#FFFFFF"
-INK = "#1F2430"
+INK = "#14171F"
 #: Secondary text and outlines.
 SOFT_INK = "#596070"
 LINE = "#B4BAC6"
 
-#: Requests, by order of arrival; repeated after the last.
-REQUESTS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#8A8F99")
+#: Requests, by order of arrival; repeated after the last. In this order neighbours stay furthest apart.
+REQUESTS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#F0E442", "#56B4E9", "#5F6673")
 
 #: States of KV memory.
 USED = "#0072B2"
