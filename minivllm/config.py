@@ -63,10 +63,9 @@ class ModelConfig:
 
         Raises `UnsupportedModelError` for anything that would otherwise give silently wrong tokens.
         """
-        architecture = (config.get("architectures") or ["(none)"])[0]
-        _refuse_unsupported(config, architecture)
-        is_qwen2 = architecture.startswith("Qwen2")
-        attention_bias = bool(config.get("attention_bias", False))
+        _refuse_unsupported(config)
+        architecture = config["architectures"][0]
+        is_qwen2, attention_bias = architecture.startswith("Qwen2"), bool(config.get("attention_bias", False))
         heads = config["num_attention_heads"]
         required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
         return ModelConfig(
@@ -83,7 +82,7 @@ class ModelConfig:
             mlp_bias=bool(config.get("mlp_bias", False)),
             qk_norm=architecture.startswith("Qwen3"),
             dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
-            eos_token_ids=_eos_token_ids(config, generation_config or {}),
+            eos_token_ids=_eos_token_ids(generation_config or {}, config),
         )
 
     @property
@@ -92,23 +91,20 @@ class ModelConfig:
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
 
 
-def _refuse_unsupported(config: dict[str, Any], architecture: str) -> None:
+def _refuse_unsupported(config: dict[str, Any]) -> None:
+    architecture = (config.get("architectures") or ["(none)"])[0]
     if architecture not in ARCHITECTURES:
-        raise UnsupportedModelError(
-            f"Architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}."
-        )
-    sliding = "sliding_attention" in (config.get("layer_types") or [])
-    if sliding or (config.get("use_sliding_window") and config.get("sliding_window")):
+        raise UnsupportedModelError(f"Architecture {architecture} is none of the supported {', '.join(ARCHITECTURES)}.")
+    sliding = config.get("use_sliding_window") and config.get("sliding_window")
+    if sliding or "sliding_attention" in (config.get("layer_types") or []):
         raise UnsupportedModelError("This checkpoint uses sliding-window attention, which minivllm does not implement.")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown")
         raise UnsupportedModelError(
             f"This checkpoint is quantized ({method}); minivllm loads unquantized weights only."
         )
-    if config.get("hidden_act", "silu") != "silu":
-        raise UnsupportedModelError(
-            f"Activation {config['hidden_act']!r} is not supported; the decoder's MLP is SwiGLU."
-        )
+    if (activation := config.get("hidden_act", "silu")) != "silu":
+        raise UnsupportedModelError(f"Activation {activation!r} is not supported; the decoder's MLP is SwiGLU.")
     if config["num_attention_heads"] % (config.get("num_key_value_heads") or config["num_attention_heads"]):
         raise UnsupportedModelError("num_attention_heads must be a multiple of num_key_value_heads.")
 
@@ -124,20 +120,15 @@ def _rope_from_hf(config: dict[str, Any]) -> RopeConfig:
     if (rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
         raise UnsupportedModelError("Partial rotary embeddings are not supported.")
     optional = ("low_freq_factor", "high_freq_factor", "attention_factor", "mscale", "mscale_all_dim", "truncate")
-    longest = config["max_position_embeddings"]
     # Some configs have the length before stretching beside the rope's fields; transformers prefers that one.
     name = "original_max_position_embeddings"
-    original = config.get(name) or rope.get(name) or longest
-    if rope_type == "default":
-        factor = 1.0
-    elif rope_type == "yarn" and rope.get("factor") is None:
-        factor = longest / original  # DeepSeek-V3's convention, followed by transformers
-    else:
-        factor = rope["factor"]
+    original = config.get(name) or rope.get(name) or config["max_position_embeddings"]
+    if rope_type == "yarn" and rope.get("factor") is None:  # DeepSeek-V3's convention, followed by transformers
+        rope["factor"] = config["max_position_embeddings"] / original
     return RopeConfig(
         theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
         rope_type=rope_type,
-        factor=float(factor),
+        factor=1.0 if rope_type == "default" else float(rope["factor"]),
         original_max_position=original,
         beta_fast=rope.get("beta_fast") or 32.0,
         beta_slow=rope.get("beta_slow") or 1.0,
@@ -145,12 +136,9 @@ def _rope_from_hf(config: dict[str, Any]) -> RopeConfig:
     )
 
 
-def _eos_token_ids(config: dict[str, Any], generation_config: dict[str, Any]) -> tuple[int, ...]:
-    found: list[int] = []
-    for source in (generation_config, config):
-        ids = source.get("eos_token_id")
-        found += ids if isinstance(ids, list) else [] if ids is None else [ids]
-    return tuple(dict.fromkeys(found))
+def _eos_token_ids(*sources: dict[str, Any]) -> tuple[int, ...]:
+    found = [source["eos_token_id"] for source in sources if source.get("eos_token_id") is not None]
+    return tuple(dict.fromkeys(i for ids in found for i in (ids if isinstance(ids, list) else [ids])))
 
 
 @dataclass(frozen=True)
@@ -185,9 +173,8 @@ class EngineConfig:
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}.")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
-            raise ConfigError(
-                f"gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}."
-            )
+            share = self.gpu_memory_utilization
+            raise ConfigError(f"gpu_memory_utilization must be above 0 and at most 1, got {share}.")
         if self.tensor_parallel_size != 1:
             raise ConfigError("tensor_parallel_size must be 1: tensor parallelism is not implemented yet.")
 
@@ -218,8 +205,7 @@ class EngineConfig:
                 f"max_model_len={self.max_model_len} is beyond the {model.max_position_embeddings} positions of the "
                 "checkpoint's config; lower it, or set rope scaling in config.json."
             )
-        power_of_two = self.block_size & (self.block_size - 1) == 0
-        if self.attention_backend == "triton" and not (power_of_two and self.block_size >= 16):
+        if self.attention_backend == "triton" and (self.block_size < 16 or self.block_size & (self.block_size - 1)):
             raise ConfigError(
                 f"block_size={self.block_size}: the Triton kernels need a power of two of at least 16; "
                 "attention_backend='torch' takes any size."

@@ -1,7 +1,5 @@
 """How the next token of a request is chosen. Names, defaults and meaning are vLLM's."""
 
-from __future__ import annotations
-
 import enum
 import math
 from collections.abc import Sequence
@@ -10,61 +8,42 @@ from typing import Any
 
 from minivllm.errors import SamplingParamsError
 
-#: Most alternatives that `logprobs` and `prompt_logprobs` may ask for (vLLM's `max_logprobs`).
-MAX_LOGPROBS = 20
+MAX_LOGPROBS = 20  # most alternatives that `logprobs` and `prompt_logprobs` may ask for (vLLM's `max_logprobs`)
 
 
 class RequestOutputKind(enum.Enum):
     """What a step reports of a running request."""
 
-    #: Everything so far, each time something is new.
-    CUMULATIVE = "cumulative"
-    #: Only what is new.
-    DELTA = "delta"
-    #: Nothing until the request has finished.
-    FINAL_ONLY = "final_only"
+    CUMULATIVE = "cumulative"  # everything so far, each time something is new
+    DELTA = "delta"  # only what is new
+    FINAL_ONLY = "final_only"  # nothing until the request has finished
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """Immutable and validated: an invalid value raises `SamplingParamsError` here, before any engine sees it."""
 
-    #: How many independent completions of the prompt to return.
-    n: int = 1
-    #: 0 is greedy. Applied first, before the filters below.
-    temperature: float = 1.0
-    #: Keep the k most likely tokens; 0 (or -1) keeps all.
-    top_k: int = 0
-    #: Keep the smallest set of most likely tokens whose probability reaches top_p (nucleus sampling).
-    top_p: float = 1.0
-    #: Drop tokens less likely than min_p times the likeliest one.
-    min_p: float = 0.0
+    n: int = 1  # how many independent completions of the prompt to return
+    temperature: float = 1.0  # 0 is greedy; applied first, before the filters below
+    top_k: int = 0  # keep the k most likely tokens; 0 (or -1) keeps all
+    top_p: float = 1.0  # keep the smallest set of most likely tokens whose probability reaches it (nucleus sampling)
+    min_p: float = 0.0  # drop tokens less likely than min_p times the likeliest one
     #: The same seed gives the same text whatever else is in the batch; None derives one from the engine's seed.
     seed: int | None = None
-    #: Generation ends before the first of these strings, which is left out of the text.
-    stop: str | Sequence[str] | None = None
-    #: Generation ends after any of these tokens.
-    stop_token_ids: Sequence[int] | None = None
-    #: Neither end-of-sequence nor a stop token may be chosen before this many tokens.
-    min_tokens: int = 0
-    #: Generation ends after this many tokens; None means as many as `max_model_len` leaves room for.
-    max_tokens: int | None = 16
-    #: Go on past the model's end-of-sequence tokens.
-    ignore_eos: bool = False
-    #: Subtracted from the logit of each token that the output holds already.
-    presence_penalty: float = 0.0
-    #: Subtracted once for every time the output holds the token.
-    frequency_penalty: float = 0.0
+    stop: str | Sequence[str] | None = None  # end before the first of these strings, which is left out of the text
+    stop_token_ids: Sequence[int] | None = None  # end after any of these tokens
+    min_tokens: int = 0  # neither end-of-sequence nor a stop token may be chosen before this many tokens
+    max_tokens: int | None = 16  # end after this many tokens; None: as many as `max_model_len` leaves room for
+    ignore_eos: bool = False  # go on past the model's end-of-sequence tokens
+    presence_penalty: float = 0.0  # subtracted from the logit of each token that the output holds already
+    frequency_penalty: float = 0.0  # subtracted once for every time the output holds the token
     #: Divides positive and multiplies negative logits of tokens in prompt or output (Keskar et al., 2019).
     repetition_penalty: float = 1.0
-    #: Return the log-probabilities of the chosen token and of this many likeliest ones; 0 is the chosen alone.
-    logprobs: int | None = None
+    logprobs: int | None = None  # return those of the chosen token and of this many likeliest; 0 is the chosen alone
     #: The same for the prompt's tokens. Such a request takes no prefix-cache hits: every position must be computed.
     prompt_logprobs: int | None = None
-    #: Added to the logits of these tokens.
-    logit_bias: dict[int, float] | None = None
-    #: Leave special tokens out of the text.
-    skip_special_tokens: bool = True
+    logit_bias: dict[int, float] | None = None  # added to the logits of these tokens
+    skip_special_tokens: bool = True  # leave special tokens out of the text
     #: What `LLMEngine.step` reports; `LLM.generate` and `LLM.stream` set it themselves.
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
@@ -108,31 +87,20 @@ class SamplingParams:
         return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
 
 
-_OPTIONAL = ("seed", "max_tokens", "logprobs", "prompt_logprobs")
 _KINDS = {
-    "stop": str | Sequence | None,
-    "stop_token_ids": Sequence | None,
-    "logit_bias": dict | None,
+    "stop": str | Sequence | None, "stop_token_ids": Sequence | None, "logit_bias": dict | None,
     "output_kind": RequestOutputKind,
-}
+}  # fmt: skip
+_OPTIONAL = ("seed", "max_tokens", "logprobs", "prompt_logprobs")
 #: Least and greatest legal value; None is no limit.
 _INTEGERS = {
-    "n": (1, None),
-    "top_k": (-1, None),
-    "seed": (0, None),
-    "min_tokens": (0, None),
-    "max_tokens": (1, None),
-    "logprobs": (0, MAX_LOGPROBS),
-    "prompt_logprobs": (0, MAX_LOGPROBS),
-}
+    "n": (1, None), "top_k": (-1, None), "seed": (0, None), "min_tokens": (0, None), "max_tokens": (1, None),
+    "logprobs": (0, MAX_LOGPROBS), "prompt_logprobs": (0, MAX_LOGPROBS),
+}  # fmt: skip
 _NUMBERS = {
-    "temperature": (0.0, math.inf),
-    "top_p": (0.0, 1.0),
-    "min_p": (0.0, 1.0),
-    "presence_penalty": (-2.0, 2.0),
-    "frequency_penalty": (-2.0, 2.0),
-    "repetition_penalty": (0.0, 2.0),
-}
+    "temperature": (0.0, math.inf), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0), "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0), "repetition_penalty": (0.0, 2.0),
+}  # fmt: skip
 
 
 def _check_integer(name: str, value: Any, low: int, high: int | None) -> None:
