@@ -43,9 +43,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 # --- scenarios --------------------------------------------------------------------------------------------------------
 
 
+def in_step(model: Checkpoint, **options: Any) -> RecordedLLM:
+    """An engine whose results arrive at once (on a GPU too), so that a mutated scheduler meets tokens, not places."""
+    return RecordedLLM(model.path, **{"block_size": 4, "num_kv_blocks": 64, "async_scheduling": False, **options})
+
+
 def batch(model: Checkpoint, **options: Any) -> list[Completion]:
     """Prompts of several lengths together, in blocks of 4."""
-    llm = RecordedLLM(model.path, **{"block_size": 4, "num_kv_blocks": 64, **options})
+    llm = in_step(model, **options)
     return llm.complete(model.prompts(5, 20, 33), NUM_TOKENS)
 
 
@@ -54,31 +59,31 @@ def chunks(model: Checkpoint, **options: Any) -> list[Completion]:
 
 
 def repeated_prompt(model: Checkpoint, **options: Any) -> list[Completion]:
-    llm = RecordedLLM(model.path, block_size=4, num_kv_blocks=64, **options)
+    llm = in_step(model, **options)
     return llm.complete([model.prompt(20)], NUM_TOKENS) + llm.complete([model.prompt(20)], NUM_TOKENS)
 
 
 def preemption(model: Checkpoint, **options: Any) -> list[Completion]:
-    llm = RecordedLLM(model.path, block_size=4, num_kv_blocks=19, **options)
+    llm = in_step(model, num_kv_blocks=19, **options)
     completions = llm.complete(model.prompts(20, 33, 16), NUM_TOKENS)
     assert max(llm.outputs_at_preemption) > 1
     return completions
 
 
 def one_step_late(model: Checkpoint, **options: Any) -> list[Completion]:
-    llm = RecordedLLM(model.path, block_size=4, num_kv_blocks=64, max_num_seqs=2, **options)
+    llm = in_step(model, max_num_seqs=2, **options)
     for prompt in model.prompts(5, 20, 16, 33):
         llm.add(prompt, NUM_TOKENS)
     return llm.run_one_step_late()
 
 
 def hit_after_miss(model: Checkpoint, **options: Any) -> list[Completion]:
-    return run_hit_after_miss(RecordedLLM(model.path, block_size=4, num_kv_blocks=20, **options), model)
+    return run_hit_after_miss(in_step(model, num_kv_blocks=20, **options), model)
 
 
 def same_block_elsewhere(model: Checkpoint, **options: Any) -> list[Completion]:
     """The second block of the last prompt is cached, but behind another first block."""
-    llm = RecordedLLM(model.path, block_size=4, num_kv_blocks=64, **options)
+    llm = in_step(model, **options)
     a, b, c = model.prompt(4), model.prompt(4, 1), model.prompt(4, 2)
     prompts = [model.prompt(3, after=a + b), model.prompt(3, after=c), model.prompt(5, after=c + b)]
     completions = [completion for prompt in prompts for completion in llm.complete([prompt], NUM_TOKENS)]
@@ -88,7 +93,7 @@ def same_block_elsewhere(model: Checkpoint, **options: Any) -> list[Completion]:
 
 def slots_change_hands(model: Checkpoint, late: bool = False, **options: Any) -> list[Completion]:
     """Many requests, two slots, and a pool so small that blocks change hands with them."""
-    llm = RecordedLLM(model.path, block_size=4, num_kv_blocks=24, max_num_seqs=2, **options)
+    llm = in_step(model, num_kv_blocks=24, max_num_seqs=2, **options)
     prompts = model.prompts(33, 5, 20, 16, 31, 9)
     for prompt in prompts if late else ():
         llm.add(prompt, NUM_TOKENS)
@@ -101,7 +106,7 @@ def slots_change_hands_late(model: Checkpoint, **options: Any) -> list[Completio
 
 def prompt_of_an_aborted_request(model: Checkpoint, **options: Any) -> list[Completion]:
     """A request is aborted in the middle of its prompt; the next one has the same prompt."""
-    llm = RecordedLLM(model.path, block_size=4, num_kv_blocks=64, max_num_batched_tokens=9, **options)
+    llm = in_step(model, max_num_batched_tokens=9, **options)
     aborted = llm.add(model.prompt(33), NUM_TOKENS)
     llm.llm_engine.step()
     llm.abort(aborted)
