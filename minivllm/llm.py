@@ -83,21 +83,21 @@ class LLM:
         batch, single = _as_list(prompts)
         results: dict[int, RequestOutput] = {}
         position_of: dict[str, int] = {}
-        for position, (prompt, params) in enumerate(zip(batch, _one_each(sampling_params, len(batch)), strict=True)):
-            try:
-                position_of[self._submit(prompt, replace(params, output_kind=RequestOutputKind.FINAL_ONLY))] = position
-            except RequestError as error:
-                if single:
-                    raise
-                logger.warning("Prompt %d of %d was refused: %s", position, len(batch), error)
-                results[position] = _refused(position, prompt, params, error)
         try:
+            for position, (prompt, params) in enumerate(_with_params(batch, sampling_params)):
+                try:
+                    position_of[self._submit(prompt, params, RequestOutputKind.FINAL_ONLY)] = position
+                except RequestError as error:
+                    if single:
+                        raise
+                    logger.warning("Prompt %d of %d was refused: %s", position, len(batch), error)
+                    results[position] = _refused(position, prompt, params, error)
             with tqdm(total=len(batch), initial=len(results), disable=not use_tqdm, unit="req") as bar:
                 for output in self._outputs_of(list(position_of)):
                     results[position_of[output.request_id]] = output
                     bar.update()
         finally:
-            self.abort([request_id for request_id in position_of if request_id in self._mailboxes])
+            self._discard(position_of)
         return [results[position] for position in range(len(batch))]
 
     def chat(
@@ -133,15 +133,13 @@ class LLM:
         batch, _ = _as_list(prompts)
         position_of: dict[str, int] = {}
         try:
-            for position, (prompt, params) in enumerate(
-                zip(batch, _one_each(sampling_params, len(batch)), strict=True)
-            ):
-                position_of[self._submit(prompt, replace(params, output_kind=RequestOutputKind.DELTA))] = position
+            for position, (prompt, params) in enumerate(_with_params(batch, sampling_params)):
+                position_of[self._submit(prompt, params, RequestOutputKind.DELTA)] = position
             ended: set[tuple[str, int]] = set()
             for output in self._outputs_of(list(position_of)):
                 yield from _increments(output, position_of[output.request_id], ended)
         finally:
-            self.abort([request_id for request_id in position_of if request_id in self._mailboxes])
+            self._discard(position_of)
 
     def stream_chat(
         self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, **template_variables: Any
@@ -163,47 +161,53 @@ class LLM:
 
     # --- plumbing -------------------------------------------------------------------------------------------------
 
-    def _submit(self, prompt: Prompt, params: SamplingParams) -> str:
-        request_id = self.llm_engine.add_request(prompt, params)
+    def _submit(self, prompt: Prompt, params: SamplingParams, output_kind: RequestOutputKind) -> str:
+        request_id = self.llm_engine.add_request(prompt, replace(params, output_kind=output_kind))
         self._mailboxes[request_id] = deque()
         return request_id
 
+    def _discard(self, request_ids: Iterable[str]) -> None:
+        """End those of these requests that have not finished, and forget what has come of them."""
+        if self.llm_engine is not None:
+            self.abort(list(request_ids))
+        for request_id in request_ids:
+            self._mailboxes.pop(request_id, None)
+
     def _outputs_of(self, request_ids: list[str]) -> Iterator[RequestOutput]:
         """Step the engine until these requests have finished; outputs of others wait in their mailboxes."""
-        open_ids = set(request_ids)
-        try:
-            while open_ids:
-                for request_id in request_ids:
-                    while self._mailboxes.get(request_id):
-                        output = self._mailboxes[request_id].popleft()
-                        if output.finished:
-                            open_ids.discard(request_id)
-                            del self._mailboxes[request_id]
-                        yield output
-                if open_ids:
-                    for output in self.llm_engine.step():
-                        if output.request_id in self._mailboxes:
-                            self._mailboxes[output.request_id].append(output)
-        finally:
-            if open_ids:  # the caller stopped listening
-                self.abort(open_ids)
-                for request_id in open_ids:
-                    self._mailboxes.pop(request_id, None)
+        open_ids = dict.fromkeys(request_ids)
+        while open_ids:
+            for request_id in list(open_ids):
+                while self._mailboxes[request_id]:
+                    output = self._mailboxes[request_id].popleft()
+                    if output.finished:
+                        del open_ids[request_id]
+                    yield output
+            if open_ids:
+                for output in self.llm_engine.step():
+                    if output.request_id in self._mailboxes:
+                        self._mailboxes[output.request_id].append(output)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
     """(list of prompts, whether it was a single one: a string, or token ids)."""
-    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-        return [prompts], True
-    return list(prompts), False
+    if isinstance(prompts, dict):
+        raise RequestError("A prompt is a string or a list of token ids, not a dict.")
+    holds_tokens = len(prompts) > 0 and isinstance(prompts[0], int)
+    if not isinstance(prompts, str) and not holds_tokens:
+        if len(prompts) == 0 or any(isinstance(prompt, Sequence) for prompt in prompts):
+            return list(prompts), False
+    return [prompts], True
 
 
-def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams]:
+def _with_params(
+    batch: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+) -> Iterator[tuple[Prompt, SamplingParams]]:
     if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if len(params) != count:
-        raise ValueError(f"{len(params)} sampling_params for {count} prompts; give one, or one each.")
-    return params
+        params = [params or SamplingParams()] * len(batch)
+    if len(params) != len(batch):
+        raise ValueError(f"{len(params)} sampling_params for {len(batch)} prompts; give one, or one each.")
+    return zip(batch, params, strict=True)
 
 
 def _refused(position: int, prompt: Prompt, params: SamplingParams, error: RequestError) -> RequestOutput:
@@ -211,7 +215,7 @@ def _refused(position: int, prompt: Prompt, params: SamplingParams, error: Reque
     return RequestOutput(
         request_id=f"refused-{position}",
         prompt=prompt if is_text else None,
-        prompt_token_ids=[] if is_text else list(prompt),
+        prompt_token_ids=list(prompt) if isinstance(prompt, Sequence) and not is_text else [],
         outputs=[CompletionOutput(index=i, finish_reason="error") for i in range(params.n)],
         finished=True,
         error=error,

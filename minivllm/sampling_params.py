@@ -89,7 +89,7 @@ class SamplingParams:
 
 _KINDS = {
     "stop": str | Sequence | None, "stop_token_ids": Sequence | None, "logit_bias": dict | None,
-    "output_kind": RequestOutputKind,
+    "ignore_eos": bool, "skip_special_tokens": bool, "output_kind": RequestOutputKind,
 }  # fmt: skip
 _OPTIONAL = ("seed", "max_tokens", "logprobs", "prompt_logprobs")
 #: Least and greatest legal value; None is no limit.
@@ -110,7 +110,7 @@ def _check_integer(name: str, value: Any, low: int, high: int | None) -> None:
 
 
 def _check_number(name: str, value: Any, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
         raise SamplingParamsError(f"{name} must be a finite number, got {value!r}.")
     if not low <= value <= high:
         limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"

@@ -35,7 +35,10 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of text; add_special_tokens as the checkpoint's tokenizer says (e.g. a leading BOS)."""
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except (TypeError, UnicodeError) as error:  # a lone surrogate, which no UTF-8 can say
+            raise RequestError(f"The prompt is not valid Unicode text: {error}") from error
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
@@ -48,14 +51,15 @@ class Tokenizer:
         messages: ``{"role": "user" | "assistant" | "system", "content": text}`` each. The template comes with the
         checkpoint and is not trusted: it runs in Jinja's sandbox. Raises `RequestError` when it refuses the messages.
         """
-        import jinja2
-
-        template, specials = self._chat_template, self._special_tokens
         try:
-            return template.render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **{**specials, **variables}
+            return self._chat_template.render(
+                messages=list(messages),
+                add_generation_prompt=add_generation_prompt,
+                **{**self._special_tokens, **variables},
             )
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
+        except ConfigError:
+            raise
+        except Exception as error:  # a template is a program of somebody else's and may fail in any way
             raise RequestError(f"The chat template does not accept these messages: {error}") from error
 
     @cached_property

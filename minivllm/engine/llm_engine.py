@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import xxhash
 
@@ -120,12 +121,14 @@ class LLMEngine:
         Raises a `RequestError` for a request that can never be served; nothing else is affected by it.
         """
         params = params or SamplingParams()
-        number = next(self._request_numbers)
-        request_id = str(number) if request_id is None else request_id
         if request_id in self._requests:
             raise RequestError(f"Request id {request_id!r} is in use; finish or abort that request first.")
         token_ids = self._encode(prompt)
         max_num_tokens = self._check_request(token_ids, params)
+        number = next(self._request_numbers)  # of served requests: seeds derived from it do not depend on refused ones
+        if request_id is None:
+            # A caller may have used the number as an id of its own.
+            request_id = str(number) if str(number) not in self._requests else f"{number}-{uuid4().hex}"
         prompt_text = prompt if isinstance(prompt, str) else None
         metrics = RequestMetrics(arrival_time=time.perf_counter())
         request = Request(request_id, prompt_text, token_ids, params, self.tokenizer, metrics)
@@ -207,6 +210,8 @@ class LLMEngine:
             if self.tokenizer is None:
                 raise TokenizerRequiredError("This engine has no tokenizer; give the prompt as token ids.")
             return self.tokenizer.encode(prompt)
+        if not isinstance(prompt, Iterable):
+            raise RequestError(f"A prompt is a string or a list of token ids, not {prompt!r}.")
         vocab_size = self.model_config.vocab_size
         for token_id in prompt:
             if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:

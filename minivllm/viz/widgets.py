@@ -13,7 +13,7 @@ from minivllm.viz.figure import Figure, show
 
 logger = logging.getLogger(__name__)
 
-STILL = "A still of step {}; in JupyterLab, run the cell and drag the slider or press play."
+STILL = "Without a running kernel you see a still of step {}; in JupyterLab, run the cell to scrub."
 WIDGET_MIMETYPE = "application/vnd.jupyter.widget-view+json"
 
 
@@ -43,7 +43,6 @@ class Scrubber:
 
         def update(step: int) -> None:
             image.value = self.png(step)
-            image.alt = self.figure(step).alt
             caption.value = f"<em>{self.figure(step).caption}</em>"
 
         slider.observe(lambda change: update(change["new"]), "value")
