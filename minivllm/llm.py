@@ -193,11 +193,11 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
     """(list of prompts, whether it was a single one: a string, or token ids)."""
     if isinstance(prompts, dict):
         raise RequestError("A prompt is a string or a list of token ids, not a dict.")
-    holds_tokens = len(prompts) > 0 and isinstance(prompts[0], int)
-    if not isinstance(prompts, str) and not holds_tokens:
-        if len(prompts) == 0 or any(isinstance(prompt, Sequence) for prompt in prompts):
-            return list(prompts), False
-    return [prompts], True
+    if isinstance(prompts, str):
+        return [prompts], True
+    # A list that begins with a number, or holds nothing that could be a prompt, is meant as token ids.
+    is_one = len(prompts) > 0 and (isinstance(prompts[0], int) or not any(isinstance(p, Sequence) for p in prompts))
+    return ([prompts], True) if is_one else (list(prompts), False)
 
 
 def _with_params(
