@@ -6,6 +6,7 @@ says a given text whatever it is asked, so that every kind of text passes throug
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -24,6 +25,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minivllm import LLM, LLMEngine, SamplingParams
+from minivllm.engine.request import Request
 from minivllm.engine.trace import Trace
 from minivllm.errors import (
     ConfigError,
@@ -49,11 +51,6 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
-
-
-def _reported(reason: str):
-    """A bug of the engine that these tests found; the mark goes with the bug."""
-    return pytest.mark.xfail(strict=True, reason=reason)
 
 
 def write_tokenizer(path, vocab_size: int = 420) -> int:
@@ -97,7 +94,7 @@ def checkpoint(tmp_path_factory):
 
 
 def make_llm(checkpoint, **options) -> LLM:
-    return LLM(checkpoint, **{"block_size": 4, "num_kv_blocks": 256, **options})
+    return LLM(checkpoint, device="cpu", **{"block_size": 4, "num_kv_blocks": 256, **options})
 
 
 @pytest.fixture(scope="module")
@@ -303,14 +300,12 @@ class TestRefusals:
         outputs = generate(small, ["", [10**6]])
         assert [type(output.error) for output in outputs] == [EmptyPromptError, InvalidTokenError]
 
-    @_reported("refused requests use up arrival numbers, from which unseeded requests derive their seed")
     def test_unseeded_requests_are_served_as_if_the_bad_one_were_not_there(self, checkpoint):
         params = SamplingParams(temperature=3.0, max_tokens=9)
         without = generate(make_llm(checkpoint), ["one", "two"], params)
         outputs = generate(make_llm(checkpoint), ["one", "", "two"], params)
         assert tokens_of([outputs[0], outputs[2]]) == tokens_of(without)
 
-    @_reported("TypeError from _encode or tokenizers instead of a RequestError")
     @pytest.mark.parametrize("prompt", [None, 5, 1.5, "\ud800"], ids=ascii)
     def test_what_is_no_prompt_at_all_is_refused_in_a_list(self, checkpoint, prompt):
         llm = make_llm(checkpoint)
@@ -318,18 +313,15 @@ class TestRefusals:
         assert tokens_of(outputs[:1]) == tokens_of(generate(llm, "one"))
         assert isinstance(outputs[1].error, RequestError)
 
-    @_reported("a list that begins with no int is taken for a list of prompts: TypeError")
     @pytest.mark.parametrize("prompt", [[1.5, 2], [None, 1], np.array([1, 2])], ids=str)
     def test_a_single_prompt_that_begins_with_no_integer_is_refused(self, checkpoint, prompt):
         with pytest.raises(RequestError):
             generate(make_llm(checkpoint), prompt)
 
-    @_reported("the keys of a dict are taken for prompts")
     def test_a_dict_is_no_list_of_prompts(self, checkpoint):
         with pytest.raises((RequestError, TypeError)):
             generate(make_llm(checkpoint), {"prompt": "one"})
 
-    @_reported("_submit runs outside of the try: what was submitted before stays in the engine")
     def test_an_unexpected_error_while_submitting_leaves_nothing_behind(self, checkpoint):
         llm = make_llm(checkpoint)
         with pytest.raises((TypeError, AttributeError, RequestError)):
@@ -368,7 +360,7 @@ def drain(engine: LLMEngine) -> list:
 class TestEngine:
     @pytest.fixture
     def engine(self, checkpoint):
-        return LLMEngine(checkpoint, block_size=4, num_kv_blocks=64)
+        return LLMEngine(checkpoint, device="cpu", block_size=4, num_kv_blocks=64)
 
     def test_a_loop_of_ones_own(self, engine, llm):
         prompts = {engine.add_request(prompt, GREEDY): prompt for prompt in PROMPTS[1:]}
@@ -406,7 +398,6 @@ class TestEngine:
         assert engine.add_request("two", GREEDY, "mine") == "mine"  # free again
         drain(engine)
 
-    @_reported("an id given by the caller may equal the next number, which is then refused as in use")
     def test_ids_given_never_collide_with_ids_made(self, engine):
         engine.add_request("one", GREEDY, request_id="1")
         other = engine.add_request("two", GREEDY)
@@ -463,7 +454,7 @@ class TestEngine:
         assert [c.finish_reason is not None for c in outputs[-1].outputs] == [True] * 4
 
     def test_abort_while_waiting_and_while_running(self, checkpoint):
-        engine = LLMEngine(checkpoint, block_size=4, num_kv_blocks=64, max_num_seqs=1)
+        engine = LLMEngine(checkpoint, device="cpu", block_size=4, num_kv_blocks=64, max_num_seqs=1)
         running, waiting, other = (engine.add_request([i, i], GREEDY) for i in range(3))
         for _ in range(3):
             engine.step()
@@ -510,7 +501,7 @@ class TestEngine:
 
     def test_abort_does_not_change_what_others_get(self, checkpoint, llm):
         expected = tokens_of(generate(llm, PROMPTS[3:]))
-        engine = LLMEngine(checkpoint, block_size=4, num_kv_blocks=20, max_num_batched_tokens=7)
+        engine = LLMEngine(checkpoint, device="cpu", block_size=4, num_kv_blocks=20, max_num_batched_tokens=7)
         victims = [engine.add_request(PROMPTS[2], dataclasses.replace(GREEDY, max_tokens=30)) for _ in range(2)]
         ids = [engine.add_request(prompt, GREEDY) for prompt in PROMPTS[3:]]
         for _ in range(4):
@@ -523,8 +514,8 @@ class TestEngine:
         write_tokenizer(tmp_path)
         write_checkpoint(tmp_path, "llama", seed=9, vocab_size=432, hidden_size=32, num_attention_heads=2, head_dim=16)
         engines = [
-            LLMEngine(checkpoint, block_size=4, num_kv_blocks=64),
-            LLMEngine(tmp_path, block_size=3, num_kv_blocks=90, max_num_batched_tokens=5),
+            LLMEngine(checkpoint, device="cpu", block_size=4, num_kv_blocks=64),
+            LLMEngine(tmp_path, device="cpu", block_size=3, num_kv_blocks=90, max_num_batched_tokens=5),
         ]
         alone = [[], []]
         for which, engine in enumerate(engines):
@@ -557,6 +548,27 @@ class TestEngine:
         with pytest.raises(KeyboardInterrupt):
             generate(other, PROMPTS)
         assert tokens_of(generate(other, PROMPTS)) == expected
+
+    @pytest.mark.xfail(
+        strict=True,
+        reason="an interrupt in _apply, after Scheduler.update: tokens that their requests never hear of; a sequence that "
+        "ended there leaves its request unfinished for ever (SchedulerStalledError)",
+    )
+    def test_the_engine_survives_an_interrupt_while_it_reports(self, engine, monkeypatch):
+        ids = [engine.add_request([i, 1, 2], dataclasses.replace(GREEDY, max_tokens=4 + i)) for i in range(3)]
+        add_token, calls = Request.add_token, itertools.count()
+
+        def interrupted(self, *args):
+            if next(calls) in (4, 9):
+                raise KeyboardInterrupt
+            return add_token(self, *args)
+
+        monkeypatch.setattr(Request, "add_token", interrupted)
+        finished = set()
+        for _ in range(50):
+            with contextlib.suppress(KeyboardInterrupt):
+                finished |= {output.request_id for output in engine.step() if output.finished}
+        assert finished == set(ids)
 
 
 # --- streams --------------------------------------------------------------------------------------------------------
@@ -606,7 +618,6 @@ class TestStream:
         assert llm.llm_engine.get_num_unfinished_requests() == 0
         assert llm.llm_engine.step()[0].outputs[0].finish_reason == "abort"
 
-    @_reported("the mailbox of a request that was submitted before the bad one is never removed")
     def test_and_leaves_nothing_behind(self, checkpoint):
         llm = make_llm(checkpoint)
         with pytest.raises(EmptyPromptError):
@@ -696,7 +707,6 @@ class TestClosing:
         with pytest.raises(KeyError), make_llm(checkpoint):
             raise KeyError("mine")
 
-    @_reported("LLM.abort dereferences llm_engine, which close() has set to None")
     def test_a_stream_may_outlive_its_engine(self, checkpoint):
         with make_llm(checkpoint) as llm:
             stream = llm.stream("one", GREEDY)
@@ -830,6 +840,112 @@ class TestText:
         outputs = generate(llm, ["The scheduler"] * 2, [dataclasses.replace(GREEDY, stop=stop), GREEDY])
         assert outputs[0].outputs[0].text == text[: text.index(stop)]
         assert outputs[1].outputs[0].text == text
+
+
+class TestOneStepLate:
+    """Steps planned before the results of the last are known (the default on a GPU): no answer changes."""
+
+    CASES = [
+        ("one two three", GREEDY),
+        (
+            "one two three",
+            SamplingParams(temperature=5.0, seed=1, max_tokens=20, n=3, stop_token_ids=list(range(0, 300, 9))),
+        ),
+        ("The scheduler", dataclasses.replace(GREEDY, frequency_penalty=1.0, logprobs=2, prompt_logprobs=1)),
+        (
+            "ten",
+            SamplingParams(temperature=5.0, seed=3, max_tokens=15, min_tokens=6, stop_token_ids=list(range(0, 300, 5))),
+        ),
+        ("日本語", dataclasses.replace(GREEDY, max_tokens=1)),
+        ("", GREEDY),
+    ]
+
+    def test_generate(self, checkpoint, llm):
+        late = make_llm(checkpoint, async_scheduling=True, num_kv_blocks=24)
+        prompts, params = map(list, zip(*self.CASES, strict=True))
+        for a, b in zip(generate(llm, prompts, params), generate(late, prompts, params), strict=True):
+            for one, other in zip(a.outputs, b.outputs, strict=True):
+                assert dataclasses.replace(one, logprobs=None, cumulative_logprob=None) == dataclasses.replace(
+                    other, logprobs=None, cumulative_logprob=None
+                )
+                assert [list(d) for d in one.logprobs or []] == [list(d) for d in other.logprobs or []]
+            assert a.error is None or type(a.error) is type(b.error)
+        late.llm_engine.step()
+        assert_empty(late)
+
+    def test_stream(self, checkpoint, llm):
+        late = make_llm(checkpoint, async_scheduling=True, num_kv_blocks=24)
+        for prompt, params in self.CASES[:-1]:
+            found: dict[int, list] = {}
+            for i in late.stream(prompt, params):
+                found.setdefault(i.index, []).append(i)
+            for c in generate(llm, prompt, params)[0].outputs:
+                assert "".join(i.text for i in found[c.index]) == c.text
+                assert [t for i in found[c.index] for t in i.token_ids] == c.token_ids
+                assert found[c.index][-1].finish_reason == c.finish_reason
+
+    def test_the_first_increment_comes_before_the_third_step(self, checkpoint):
+        llm = make_llm(checkpoint, async_scheduling=True)
+        stream = llm.stream("one two", GREEDY)
+        next(stream)
+        assert llm.metrics().num_steps <= 2
+        stream.close()
+
+    def test_stop_strings(self, checkpoint, tokenizer):
+        script = [5, *tokenizer.encode("one two three")]
+        llm = speak(checkpoint, script, async_scheduling=True)
+        params = SamplingParams(temperature=0.0, max_tokens=len(script) - 1, stop=["two", "e"])
+        out = llm.generate([5], params, use_tqdm=False)[0].outputs[0]
+        assert (out.text, out.finish_reason, out.stop_reason) == ("on", "stop", "e")
+        assert tokenizer.decode(out.token_ids) in ("one", "one ")
+        assert "".join(i.text for i in llm.stream([5], params)) == "on"
+
+    def test_a_stop_string_within_min_tokens_is_passed_over(self, checkpoint, tokenizer):
+        script = [5, *tokenizer.encode("one two one two one two")]
+        first = next(n for n in range(len(script)) if "two" in tokenizer.decode(script[1 : 1 + n]))
+        llm = speak(checkpoint, script, async_scheduling=True)
+        params = SamplingParams(temperature=0.0, max_tokens=len(script) - 1, min_tokens=first + 1, stop="two")
+        assert llm.generate([5], params, use_tqdm=False)[0].outputs[0].text == "one two one "
+
+    def test_abort(self, checkpoint, llm):
+        late = make_llm(checkpoint, async_scheduling=True)
+        stream = late.stream("one two three", GREEDY)
+        increments = [next(stream), next(stream)]
+        late.abort(increments[0].request_id)
+        increments += list(stream)
+        assert increments[-1].finish_reason == "abort"
+        found = [t for i in increments for t in i.token_ids]
+        assert found == tokens_of(generate(llm, "one two three"))[0][: len(found)]
+        assert tokens_of(generate(late, PROMPTS)) == tokens_of(generate(llm, PROMPTS))
+
+    def test_an_interrupt(self, checkpoint, llm, monkeypatch):
+        late = make_llm(checkpoint, async_scheduling=True)
+        execute, steps = late.llm_engine.model_runner.execute, itertools.count()
+
+        def interrupted(batch):
+            if next(steps) in (3, 4, 9):
+                raise KeyboardInterrupt
+            return execute(batch)
+
+        monkeypatch.setattr(late.llm_engine.model_runner, "execute", interrupted)
+        engine, last = late.llm_engine, {}
+        ids = [engine.add_request(prompt, GREEDY) for prompt in PROMPTS]
+        while engine.has_unfinished_requests():
+            try:
+                last |= {output.request_id: output for output in engine.step()}
+            except KeyboardInterrupt:
+                engine.scheduler.check()
+        assert tokens_of([last[i] for i in ids]) == tokens_of(generate(llm, PROMPTS))
+
+    def test_trace(self, checkpoint, tmp_path):
+        late = make_llm(checkpoint, async_scheduling=True, trace=True)
+        generate(late, PROMPTS)
+        trace = late.trace
+        samples = sum(item.samples for record in trace.steps for item in record.scheduled)
+        assert samples >= late.metrics().num_generated_tokens
+        assert len({label for record in trace.steps for label in record.finished}) == len(PROMPTS)
+        trace.save(tmp_path / "trace.json")
+        assert Trace.load(tmp_path / "trace.json") == trace
 
 
 PROFILE = settings(
@@ -1002,7 +1118,6 @@ class TestTemplates:
         with pytest.raises(RequestError):
             with_template(attack).apply_chat_template([{"role": "user", "content": "x"}])
 
-    @_reported("only TemplateError, TypeError and KeyError are caught, and from_string runs outside of the try")
     @pytest.mark.parametrize(
         "template", ["{{ 1 / 0 }}", "{{ range(10**9) | list }}", "{% if %}", "{{ 'x'.encode('no') }}"]
     )
@@ -1060,7 +1175,7 @@ class TestMetrics:
         assert second.metrics.queue_time >= first.metrics.finished_time - first.metrics.first_scheduled_time > 0
 
     def test_of_an_aborted_request_that_was_never_scheduled(self, checkpoint):
-        engine = LLMEngine(checkpoint, num_kv_blocks=32, max_num_seqs=1)
+        engine = LLMEngine(checkpoint, device="cpu", num_kv_blocks=32, max_num_seqs=1)
         engine.add_request("one", GREEDY)
         waiting = engine.add_request("two", GREEDY)
         engine.step()
