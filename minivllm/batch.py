@@ -4,8 +4,6 @@ No padding: sequence i owns the tokens from ``query_start_loc[i]`` to ``query_st
 new token come first (`num_decodes` of them), so that decode and prefill attention each get a contiguous part.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,33 +15,24 @@ import torch
 class AttentionMetadata:
     """Which tokens belong to which sequence, and where their keys and values live. B sequences, T tokens."""
 
-    #: [B + 1] int32: cumulative number of new tokens.
-    query_start_loc: torch.Tensor
-    #: [B] int32: context length, this step's tokens included.
-    seq_lens: torch.Tensor
-    #: [B, max_blocks] int32: entries beyond a context are arbitrary.
-    block_table: torch.Tensor
-    #: [T] int64: block * block_size + offset, where a token's K and V are written; -1 writes nowhere.
-    slot_mapping: torch.Tensor
-    #: The first so many sequences have exactly one new token.
-    num_decodes: int
+    query_start_loc: torch.Tensor  # [B + 1] int32: cumulative number of new tokens
+    seq_lens: torch.Tensor  # [B] int32: context length, this step's tokens included
+    block_table: torch.Tensor  # [B, max_blocks] int32: entries beyond a context are arbitrary
+    slot_mapping: torch.Tensor  # [T] int64: block * block_size + offset, where K and V are written; -1 writes nowhere
+    num_decodes: int  # the first so many sequences have exactly one new token
     max_query_len: int
     max_seq_len: int
-    #: The longest context among the decodes; 0 when there are none.
-    max_decode_seq_len: int
+    max_decode_seq_len: int  # the longest context among the decodes; 0 when there are none
 
 
 @dataclass(frozen=True)
 class BatchInputs:
     """What the model's forward takes, and which rows of its output are wanted."""
 
-    #: [T] int64
-    token_ids: torch.Tensor
-    #: [T] int64
-    positions: torch.Tensor
+    token_ids: torch.Tensor  # [T] int64
+    positions: torch.Tensor  # [T] int64
     attention: AttentionMetadata
-    #: [R] int64: rows of the hidden states whose logits are needed.
-    logits_indices: torch.Tensor
+    logits_indices: torch.Tensor  # [R] int64: rows of the hidden states whose logits are needed
 
 
 @dataclass(frozen=True)
@@ -52,8 +41,7 @@ class BatchRow:
 
     token_ids: Sequence[int]
     start: int
-    #: Whether the last of the tokens gives a logit row to sample from.
-    samples: bool
+    samples: bool  # whether the last of the tokens gives a logit row to sample from
 
 
 def build_batch(rows: Sequence[BatchRow], block_table: np.ndarray, block_size: int) -> BatchInputs:
@@ -64,8 +52,7 @@ def build_batch(rows: Sequence[BatchRow], block_table: np.ndarray, block_size: i
     """
     query_lens = np.array([len(row.token_ids) for row in rows], dtype=np.int64)
     starts = np.array([row.start for row in rows], dtype=np.int64)
-    query_start_loc = np.zeros(len(rows) + 1, dtype=np.int64)
-    np.cumsum(query_lens, out=query_start_loc[1:])
+    query_start_loc = np.concatenate(([0], query_lens.cumsum()))
 
     token_ids = np.fromiter((t for row in rows for t in row.token_ids), np.int64, count=query_start_loc[-1])
     row_of_token = np.repeat(np.arange(len(rows)), query_lens)

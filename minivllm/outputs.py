@@ -1,7 +1,5 @@
 """What a caller gets back. Field names are vLLM's."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from minivllm.errors import RequestError
@@ -12,8 +10,7 @@ class Logprob:
     """One token's natural-log probability at one position, before penalties, temperature and filters."""
 
     logprob: float
-    #: 1 is the likeliest token of the position.
-    rank: int | None = None
+    rank: int | None = None  # 1 is the likeliest token of the position
     decoded_token: str | None = None
 
 
@@ -25,12 +22,10 @@ class CompletionOutput:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     cumulative_logprob: float | None = None
-    #: One dict a generated token: token id -> Logprob, the chosen token always among them.
-    logprobs: list[dict[int, Logprob]] | None = None
+    logprobs: list[dict[int, Logprob]] | None = None  # one dict a generated token; the chosen one is always in it
     #: "stop" (end of sequence, stop token or stop string), "length", "abort", "error"; None while running.
     finish_reason: str | None = None
-    #: The stop string or stop token that ended it; None for end of sequence.
-    stop_reason: str | int | None = None
+    stop_reason: str | int | None = None  # the stop string or stop token that ended it; None for end of sequence
 
     @property
     def finished(self) -> bool:
@@ -45,8 +40,7 @@ class RequestMetrics:
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
-    #: Tokens of the longest completion, which is what TPOT divides by.
-    num_generation_tokens: int = 0
+    num_generation_tokens: int = 0  # tokens of the longest completion, which is what TPOT divides by
 
     @property
     def queue_time(self) -> float | None:
@@ -77,11 +71,9 @@ class RequestOutput:
     finished: bool
     #: One entry a prompt token; the first is None, for nothing precedes it.
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-    #: Prompt tokens found in the prefix cache when the request was first scheduled.
-    num_cached_tokens: int = 0
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache when the request was first scheduled
     metrics: RequestMetrics | None = None
-    #: Why this request of a batch was refused; its completion then has finish_reason "error".
-    error: RequestError | None = None
+    error: RequestError | None = None  # why this request of a batch was refused; finish_reason is then "error"
 
 
 @dataclass
@@ -89,10 +81,8 @@ class StreamOutput:
     """What one completion gained since the last increment."""
 
     request_id: str
-    #: Position of the prompt in the list given to `stream`.
-    prompt_index: int
-    #: Which of the n completions.
-    index: int
+    prompt_index: int  # position of the prompt in the list given to `stream`
+    index: int  # which of the n completions
     text: str
     token_ids: list[int]
     finish_reason: str | None = None
