@@ -8,15 +8,12 @@ for chunk in llm.stream("Tell me a story."):
     print(chunk.text, end="", flush=True)
 """
 
-from __future__ import annotations
-
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from tqdm.auto import tqdm
 
@@ -29,6 +26,8 @@ from minivllm.sampling_params import RequestOutputKind, SamplingParams
 logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int]
+Prompts = Prompt | Sequence[Prompt]
+Params = SamplingParams | Sequence[SamplingParams] | None
 Message = dict[str, Any]
 
 
@@ -40,10 +39,10 @@ class LLM:
         #: Outputs that arrived while somebody else was stepping the engine; a stream may be open during a `generate`.
         self._mailboxes: dict[str, deque[RequestOutput]] = {}
 
-    def __enter__(self) -> LLM:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -68,12 +67,7 @@ class LLM:
 
     # --- the three ways to ask ------------------------------------------------------------------------------------
 
-    def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: bool = True,
-    ) -> list[RequestOutput]:
+    def generate(self, prompts: Prompts, sampling_params: Params = None, use_tqdm: bool = True) -> list[RequestOutput]:
         """Complete the prompts; results in their order.
 
         prompts: one or a list, each a string or token ids. sampling_params: one for all, or one each.
@@ -93,7 +87,7 @@ class LLM:
                     logger.warning("Prompt %d of %d was refused: %s", position, len(batch), error)
                     results[position] = _refused(position, prompt, params, error)
             with tqdm(total=len(batch), initial=len(results), disable=not use_tqdm, unit="req") as bar:
-                for output in self._outputs_of(list(position_of)):
+                for output in self._outputs_of(position_of):
                     results[position_of[output.request_id]] = output
                     bar.update()
         finally:
@@ -101,30 +95,19 @@ class LLM:
         return [results[position] for position in range(len(batch))]
 
     def chat(
-        self,
-        messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: bool = True,
-        add_generation_prompt: bool = True,
-        chat_template_kwargs: dict[str, Any] | None = None,
-    ) -> list[RequestOutput]:
+        self, messages: Sequence[Message] | Sequence[Sequence[Message]], sampling_params: Params = None,
+        use_tqdm: bool = True, add_generation_prompt: bool = True, chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[RequestOutput]:  # fmt: skip
         """Answer one conversation or several, rendered with the checkpoint's chat template (in a sandbox).
 
         messages: a list of ``{"role": ..., "content": ...}``, or a list of such lists.
         """
         single = not messages or isinstance(messages[0], dict)
-        conversations = [messages] if single else messages
-        prompts = [
-            self.render_chat(m, add_generation_prompt=add_generation_prompt, **(chat_template_kwargs or {}))
-            for m in conversations
-        ]
+        variables = {"add_generation_prompt": add_generation_prompt, **(chat_template_kwargs or {})}
+        prompts = [self.render_chat(conversation, **variables) for conversation in ([messages] if single else messages)]
         return self.generate(prompts[0] if single else prompts, sampling_params, use_tqdm)
 
-    def stream(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-    ) -> Iterator[StreamOutput]:
+    def stream(self, prompts: Prompts, sampling_params: Params = None) -> Iterator[StreamOutput]:
         """Yield what each completion gains as it comes; `text` never ends inside a character or a stop string.
 
         Joined, the increments are the text that `generate` returns. Bad requests raise before the first increment.
@@ -132,12 +115,19 @@ class LLM:
         """
         batch, _ = _as_list(prompts)
         position_of: dict[str, int] = {}
+        ended: set[tuple[int, int]] = set()  # (prompt, completion): each reports its end once
         try:
             for position, (prompt, params) in enumerate(_with_params(batch, sampling_params)):
                 position_of[self._submit(prompt, params, RequestOutputKind.DELTA)] = position
-            ended: set[tuple[str, int]] = set()
-            for output in self._outputs_of(list(position_of)):
-                yield from _increments(output, position_of[output.request_id], ended)
+            for output in self._outputs_of(position_of):
+                position = position_of[output.request_id]
+                for c in output.outputs:
+                    if (position, c.index) in ended or not (c.text or c.token_ids or c.finished):
+                        continue
+                    if c.finished:
+                        ended.add((position, c.index))
+                    gained = (c.text, c.token_ids, c.finish_reason, c.stop_reason)
+                    yield StreamOutput(output.request_id, position, c.index, *gained)
         finally:
             self._discard(position_of)
 
@@ -173,7 +163,7 @@ class LLM:
         for request_id in request_ids:
             self._mailboxes.pop(request_id, None)
 
-    def _outputs_of(self, request_ids: list[str]) -> Iterator[RequestOutput]:
+    def _outputs_of(self, request_ids: Iterable[str]) -> Iterator[RequestOutput]:
         """Step the engine until these requests have finished; outputs of others wait in their mailboxes."""
         open_ids = dict.fromkeys(request_ids)
         while open_ids:
@@ -183,10 +173,9 @@ class LLM:
                     if output.finished:
                         del open_ids[request_id]
                     yield output
-            if open_ids:
-                for output in self.llm_engine.step():
-                    if output.request_id in self._mailboxes:
-                        self._mailboxes[output.request_id].append(output)
+            for output in self.llm_engine.step() if open_ids else ():
+                if output.request_id in self._mailboxes:
+                    self._mailboxes[output.request_id].append(output)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
@@ -200,9 +189,7 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
     return ([prompts], True) if is_one else (list(prompts), False)
 
 
-def _with_params(
-    batch: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
-) -> Iterator[tuple[Prompt, SamplingParams]]:
+def _with_params(batch: list[Prompt], params: Params) -> Iterator[tuple[Prompt, SamplingParams]]:
     if params is None or isinstance(params, SamplingParams):
         params = [params or SamplingParams()] * len(batch)
     if len(params) != len(batch):
@@ -211,23 +198,7 @@ def _with_params(
 
 
 def _refused(position: int, prompt: Prompt, params: SamplingParams, error: RequestError) -> RequestOutput:
-    is_text = isinstance(prompt, str)
-    return RequestOutput(
-        request_id=f"refused-{position}",
-        prompt=prompt if is_text else None,
-        prompt_token_ids=list(prompt) if isinstance(prompt, Sequence) and not is_text else [],
-        outputs=[CompletionOutput(index=i, finish_reason="error") for i in range(params.n)],
-        finished=True,
-        error=error,
-    )
-
-
-def _increments(output: RequestOutput, position: int, ended: set[tuple[str, int]]) -> Iterator[StreamOutput]:
-    """The completions of a DELTA output that gained something; each reports its end once."""
-    for c in output.outputs:
-        key = (output.request_id, c.index)
-        if key in ended or not (c.text or c.token_ids or c.finished):
-            continue
-        if c.finished:
-            ended.add(key)
-        yield StreamOutput(output.request_id, position, c.index, c.text, c.token_ids, c.finish_reason, c.stop_reason)
+    text = prompt if isinstance(prompt, str) else None
+    token_ids = list(prompt) if isinstance(prompt, Sequence) and text is None else []
+    outputs = [CompletionOutput(index=i, finish_reason="error") for i in range(params.n)]
+    return RequestOutput(f"refused-{position}", text, token_ids, outputs, finished=True, error=error)
