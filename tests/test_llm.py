@@ -551,7 +551,7 @@ class TestEngine:
 
     @pytest.mark.xfail(
         strict=True,
-        reason="an interrupt in _apply, after Scheduler.update: tokens that their requests never hear of; a sequence that "
+        reason="an interrupt in _apply, after Scheduler.update: requests never hear of some tokens; a sequence that "
         "ended there leaves its request unfinished for ever (SchedulerStalledError)",
     )
     def test_the_engine_survives_an_interrupt_while_it_reports(self, engine, monkeypatch):
