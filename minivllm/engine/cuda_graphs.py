@@ -12,6 +12,7 @@ its K and V are written nowhere (slot_mapping -1), so it can harm nobody.
 from __future__ import annotations
 
 import bisect
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -76,16 +77,27 @@ class DecodeGraphs:
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
         before = torch.cuda.mem_get_info(device)[0]
         pool = torch.cuda.graph_pool_handle()
-        # The largest first: the others find its memory in the pool.
-        for size in tqdm(sorted(sizes, reverse=True), desc="CUDA graphs", leave=False):
-            step(self._slots[:size])  # compiles kernels, which a recording must not
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                outputs = step(self._slots[:size])
-            self._graphs[size] = (graph, *outputs)
+        # Garbage collected during a recording may be another engine's, whose release would invalidate the recording.
+        gc.collect()
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            # The largest first: the others find its memory in the pool.
+            for size in tqdm(sorted(sizes, reverse=True), desc="CUDA graphs", leave=False):
+                self._graphs[size] = self._record(step, size, pool)
+        finally:
+            if was_enabled:
+                gc.enable()
         torch.cuda.synchronize(device)
         #: Bytes of GPU memory that the recordings took.
         self.memory_bytes = max(0, before - torch.cuda.mem_get_info(device)[0])
+
+    def _record(self, step: Callable, size: int, pool: tuple[int, int]) -> tuple[torch.cuda.CUDAGraph, ...]:
+        step(self._slots[:size])  # compiles kernels, which a recording must not
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            outputs = step(self._slots[:size])
+        return graph, *outputs
 
     def replay(self, slots: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the step for these slots. The results are overwritten by the next replay."""

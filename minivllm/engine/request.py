@@ -1,7 +1,5 @@
 """A request as its caller sees it: one prompt, n completions, each with its text, its logprobs and its end."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 
 from minivllm.engine.sampler import TokenLogprobs
@@ -18,8 +16,7 @@ class Completion:
     sequence: Sequence
     output: CompletionOutput
     detokenizer: Detokenizer | None
-    #: Tokens that a DELTA output has reported.
-    num_reported: int = 0
+    num_reported: int = 0  # tokens that a DELTA output has reported
 
 
 @dataclass(eq=False)
@@ -61,12 +58,11 @@ class Request:
 
     def add_token(self, index: int, token_id: int, num_output_tokens: int) -> str | None:
         """Follow the text of a completion, which now has so many tokens. Returns the stop string completed, if any."""
-        completion = self.completions[index]
-        seq = completion.sequence
+        seq, detokenizer = self.completions[index].sequence, self.completions[index].detokenizer
         # The token that stopped a sequence is not part of its text.
-        if completion.detokenizer is None or not self.follows_text or seq.finish_reason == "stop":
+        if detokenizer is None or not self.follows_text or seq.finish_reason == "stop":
             return None
-        return completion.detokenizer.append(token_id, num_output_tokens >= self.params.min_tokens)
+        return detokenizer.append(token_id, num_output_tokens >= self.params.min_tokens)
 
     def add_logprobs(self, index: int, logprobs: TokenLogprobs, row: int) -> None:
         """Note the logprobs of the token that a completion has just got."""
@@ -98,15 +94,9 @@ class Request:
         outputs = [self._report_completion(completion) for completion in self.completions]
         self.metrics.num_generation_tokens = max(completion.num_reported for completion in self.completions)
         return RequestOutput(
-            request_id=self.request_id,
-            prompt=self.prompt,
-            prompt_token_ids=self.prompt_token_ids,
-            outputs=outputs,
-            finished=self.finished,
-            prompt_logprobs=self.prompt_logprobs,
-            num_cached_tokens=self.num_cached_tokens,
-            metrics=self.metrics,
-        )
+            self.request_id, self.prompt, self.prompt_token_ids, outputs, self.finished, self.prompt_logprobs,
+            num_cached_tokens=self.num_cached_tokens, metrics=self.metrics,
+        )  # fmt: skip
 
     def _report_completion(self, completion: Completion) -> CompletionOutput:
         output, detokenizer = completion.output, completion.detokenizer

@@ -4,8 +4,6 @@ One idea carries the engine: a sequence has `num_computed_tokens`, and each step
 Decode is the case of one token; a prefix-cache hit starts the count above 0; preemption sets it back to 0.
 """
 
-from __future__ import annotations
-
 import enum
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -27,33 +25,25 @@ class SequenceStatus(enum.Enum):
 class Sequence:
     """Counts are derived from `token_ids` wherever they can be, so that they cannot disagree with it."""
 
-    #: Arrival order; also the key of everything kept per sequence.
-    seq_id: int
-    #: Prompt, then output; the last may be PENDING.
-    token_ids: list[int]
+    seq_id: int  # arrival order; also the key of everything kept per sequence
+    token_ids: list[int]  # prompt, then output; the last may be PENDING
     params: SamplingParams
     #: Tokens that end the sequence: end-of-sequence unless ignored, and the request's stop tokens.
     stop_ids: frozenset[int] = frozenset()
-    #: The sequence ends at this many tokens, prompt included.
-    max_num_tokens: int = 1 << 30
-    #: Key of the random numbers; see kernels/sampling.py.
-    seed: int = 0
+    max_num_tokens: int = 1 << 30  # the sequence ends at this many tokens, prompt included
+    seed: int = 0  # key of the random numbers; see kernels/sampling.py
 
     status: SequenceStatus = SequenceStatus.WAITING
     num_prompt_tokens: int = 0
-    #: Tokens whose K and V are in the cache once every step scheduled so far has run.
-    num_computed_tokens: int = 0
-    #: Of these, how many the prefix cache supplied when the sequence was last admitted.
-    num_cached_tokens: int = 0
+    num_computed_tokens: int = 0  # tokens whose K and V are in the cache once every step scheduled so far has run
+    num_cached_tokens: int = 0  # of these, how many the prefix cache supplied when the sequence was last admitted
     num_preemptions: int = 0
     block_table: list[int] = field(default_factory=list)
     #: Chained hashes of the full blocks of known tokens; grown by the block manager, kept across preemptions.
     block_hashes: list[int] = field(default_factory=list)
-    #: Row of the runner's per-sequence tensors while running.
-    slot: int | None = None
-    #: "stop", "length" or "abort" once finished; `stop_reason` is the stop string or token.
-    finish_reason: str | None = None
-    stop_reason: str | int | None = None
+    slot: int | None = None  # row of the runner's per-sequence tensors while running
+    finish_reason: str | None = None  # "stop", "length" or "abort" once finished
+    stop_reason: str | int | None = None  # the stop string or token
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
@@ -77,9 +67,7 @@ class Sequence:
     @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens left to compute now; 0 once the last token it may have is planned, for nothing follows that one."""
-        if self.num_tokens >= self.max_num_tokens:
-            return 0
-        return self.num_tokens - self.num_computed_tokens
+        return 0 if self.num_tokens >= self.max_num_tokens else self.num_tokens - self.num_computed_tokens
 
     @property
     def is_finished(self) -> bool:
@@ -98,10 +86,10 @@ class ScheduledSequence:
     sequence: Sequence
     start: int
     num_new_tokens: int
-    #: Position of the token this step samples, or None where a prompt is still incomplete.
-    sample_position: int | None
-    #: `num_preemptions` at planning time: results that arrive after a preemption must not touch its blocks.
-    generation: int
+    sample_position: int | None  # of the token this step samples; None where a prompt is still incomplete
+    generation: (
+        int  # `num_preemptions` at planning time: results that come after a preemption must not touch its blocks
+    )
 
     @property
     def end(self) -> int:
@@ -114,8 +102,9 @@ class ScheduledBatch:
 
     items: list[ScheduledSequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
-    #: Sequences that entered `running` in this step: their slots hold nothing of them yet.
-    admitted: list[Sequence] = field(default_factory=list)
+    admitted: list[Sequence] = field(
+        default_factory=list
+    )  # entered `running` now: their slots hold nothing of them yet
     #: Hashes of the prompt blocks that this step computes: nobody may read them yet, and nobody need compute them too.
     block_hashes: set[int] = field(default_factory=set)
 
