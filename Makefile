@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
 #: What `make test` checks and how; the options of pytest and nbval themselves stand in pyproject.toml.
-PYTEST_ARGS ?= --nbval -n 2 --dist loadfile
+PYTEST_ARGS ?= --nbval -n logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lab lint test-real-weights wheel constraints clean
@@ -28,7 +28,7 @@ lint: $(VENV)/.stamp-dev  ## Style, formatting, and who imports whom
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/lint-imports --no-logo --no-cache
 
-# Two workers with one thread each: on small models a second thread of a matrix product brings nothing.
+# A worker a core with one thread each: on small models a second thread of a matrix product brings nothing.
 test: lint  ## Run every test: units, parity, notebooks
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS) $(ARGS)
 
