@@ -125,8 +125,16 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _capture_graphs(self) -> DecodeGraphs:
-        sizes = graph_sizes(self.config.max_num_seqs)
-        return DecodeGraphs(self._decode_step, sizes, self.config.max_num_seqs, self.device)
+        sizes, num_slots = graph_sizes(self.config.max_num_seqs), self.config.max_num_seqs
+        try:
+            return DecodeGraphs(self._decode_step, sizes, num_slots, self.device)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise ConfigError(
+                "The decode step could not be recorded as a CUDA graph, perhaps because a kernel of your own waits for "
+                f"the GPU (.item(), .tolist()). Use enforce_eager=True. ({error})"
+            ) from error
 
     def _note_sampled(self, sampled: list[ScheduledSequence], token_ids: torch.Tensor) -> None:
         """Keep on the device what the next decode of these sequences needs."""
