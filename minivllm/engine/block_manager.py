@@ -15,8 +15,6 @@ that equal hashes mean equal *prefixes*; keys and values depend on all that came
 never written again, and so need no copy-on-write: a sequence appends only to blocks of its own.
 """
 
-from __future__ import annotations
-
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence as SequenceOf
@@ -40,8 +38,7 @@ def hash_block(previous_hash: int | None, token_ids: SequenceOf[int]) -> int:
 class Block:
     block_id: int
     ref_count: int = 0
-    #: Set, with the tokens behind it, when the block is registered in the prefix cache.
-    block_hash: int | None = None
+    block_hash: int | None = None  # set, with the tokens behind it, when the block is registered in the prefix cache
     token_ids: tuple[int, ...] = ()
 
 
@@ -49,8 +46,7 @@ class BlockManager:
     """Hands out blocks, shares full ones, and keeps freed ones for reuse until their space is needed."""
 
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
-        self.block_size = block_size
-        self.enable_prefix_caching = enable_prefix_caching
+        self.block_size, self.enable_prefix_caching = block_size, enable_prefix_caching
         self.blocks = [Block(block_id) for block_id in range(num_blocks)]
         #: Blocks with ref_count 0 in order of eviction: content unknown first, then least recently used.
         self.free_blocks: OrderedDict[int, None] = OrderedDict((i, None) for i in range(num_blocks))
@@ -115,19 +111,15 @@ class BlockManager:
 
     def register_computed(self, seq: Sequence, start: int, end: int) -> None:
         """Tell the cache that seq's tokens from position start to end are computed: its full blocks can be shared."""
-        if not self.enable_prefix_caching:
-            return
         first, last = start // self.block_size, end // self.block_size
-        if first == last:
+        if first == last or not self.enable_prefix_caching:
             return
         self.extend_hashes(seq)
         for index in range(first, last):
-            block = self.blocks[seq.block_table[index]]
-            block_hash = seq.block_hashes[index]
+            block, block_hash = self.blocks[seq.block_table[index]], seq.block_hashes[index]
             # Two sequences may compute equal blocks side by side; the first one registered serves both.
             if block.block_hash is None and block_hash not in self.hash_to_block:
-                block.block_hash = block_hash
-                block.token_ids = self._tokens_of_block(seq, index)
+                block.block_hash, block.token_ids = block_hash, self._tokens_of_block(seq, index)
                 self.hash_to_block[block_hash] = block.block_id
 
     def free(self, seq: Sequence) -> None:

@@ -11,8 +11,6 @@ No starvation: `running` followed by `waiting` is always in order of arrival, th
 oldest gets at least one token in every step. `sequence.max_steps` states the bound that follows.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
@@ -27,14 +25,11 @@ class SchedulerStats:
 
     num_steps: int = 0
     num_preemptions: int = 0
-    #: Steps that computed prompt tokens and decodes together.
-    num_mixed_steps: int = 0
-    #: Parts of a prompt that left the rest of it to a later step.
-    num_chunks: int = 0
+    num_mixed_steps: int = 0  # steps that computed prompt tokens and decodes together
+    num_chunks: int = 0  # parts of a prompt that left the rest of it to a later step
     num_computed_tokens: int = 0
-    #: Tokens that admitted sequences had, and how many of those the prefix cache supplied.
-    prefix_cache_queries: int = 0
-    prefix_cache_hits: int = 0
+    prefix_cache_queries: int = 0  # tokens that admitted sequences had
+    prefix_cache_hits: int = 0  # how many of those the prefix cache supplied
 
 
 @dataclass
@@ -50,8 +45,7 @@ class Scheduler:
 
     def __post_init__(self) -> None:
         self._free_slots = list(reversed(range(self.max_num_seqs)))
-        #: Batches whose results have not arrived.
-        self._in_flight: deque[ScheduledBatch] = deque()
+        self._in_flight: deque[ScheduledBatch] = deque()  # batches whose results have not arrived
 
     @property
     def has_unfinished(self) -> bool:
@@ -153,8 +147,7 @@ class Scheduler:
     def _preempt(self, seq: Sequence, batch: ScheduledBatch) -> None:
         """Preemption by recompute: all tokens are kept, all blocks given up, and the sequence is next in line."""
         self._release(seq)
-        seq.status = SequenceStatus.PREEMPTED
-        seq.num_computed_tokens = 0
+        seq.status, seq.num_computed_tokens = SequenceStatus.PREEMPTED, 0
         seq.num_preemptions += 1
         self.waiting.appendleft(seq)
         batch.preempted.append(seq)
@@ -176,8 +169,7 @@ class Scheduler:
             budget -= num_new
 
     def _admit(self, batch: ScheduledBatch, seq: Sequence, num_cached: int) -> None:
-        seq.status = SequenceStatus.RUNNING
-        seq.slot = self._free_slots.pop()
+        seq.status, seq.slot = SequenceStatus.RUNNING, self._free_slots.pop()
         seq.num_computed_tokens = seq.num_cached_tokens = num_cached
         self.running.append(seq)
         batch.admitted.append(seq)
@@ -200,13 +192,10 @@ class Scheduler:
             return False
         return any(seq.block_hashes[index] in other.block_hashes for other in (batch, *self._in_flight))
 
-    # --- bookkeeping ----------------------------------------------------------------------------------------------
-
     def _finish_if_done(self, seq: Sequence, position: int, token_id: int) -> None:
         num_output = position + 1 - seq.num_prompt_tokens
         if token_id in seq.stop_ids and num_output >= seq.params.min_tokens:
-            explicit = token_id in (seq.params.stop_token_ids or ())
-            self.finish(seq, "stop", token_id if explicit else None)
+            self.finish(seq, "stop", token_id if token_id in (seq.params.stop_token_ids or ()) else None)
         elif position + 1 >= seq.max_num_tokens:
             self.finish(seq, "length")
 
