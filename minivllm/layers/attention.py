@@ -1,7 +1,5 @@
 """Attention over the paged KV cache: write this step's keys and values, then read through the block table."""
 
-from __future__ import annotations
-
 import torch
 
 from minivllm.batch import AttentionMetadata

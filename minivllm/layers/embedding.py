@@ -1,7 +1,5 @@
 """Token embedding and the output head, which are one matrix in models with tied embeddings."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -24,8 +22,7 @@ class OutputHead(nn.Module):
 
     def __init__(self, vocab_size: int, hidden_size: int, tied_to: Embedding | None = None) -> None:
         super().__init__()
-        own = nn.Parameter(torch.empty(vocab_size, hidden_size), requires_grad=False) if tied_to is None else None
-        self.weight = own if tied_to is None else tied_to.weight
+        self.weight = (tied_to or Embedding(vocab_size, hidden_size)).weight
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, hidden_size] -> [R, vocab_size]."""

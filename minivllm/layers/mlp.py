@@ -1,7 +1,5 @@
 """The feed-forward part of a block: SwiGLU (Shazeer, 2020, arXiv 2002.05202), ``down(silu(gate(x)) * up(x))``."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -1,7 +1,5 @@
 """RMSNorm (Zhang and Sennrich, 2019): divide by the root mean square, multiply by a learned weight."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 
@@ -13,8 +11,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         # A parameter, not a buffer, so that the loader notices when the checkpoint does not fill it.
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
-        self.eps = eps
-        self.kernels = kernels
+        self.eps, self.kernels = eps, kernels
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """x, residual: [T, size] -> (the norm of their sum, the sum): the block's input and the residual stream."""

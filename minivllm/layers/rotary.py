@@ -4,8 +4,6 @@ Dimension pair i of a head is rotated by ``position * frequency[i]``. The freque
 type; the rotation itself is the kernel `qk_norm_rope`.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -53,9 +51,7 @@ def _yarn(rope: RopeConfig, frequencies: torch.Tensor, head_dim: int) -> tuple[t
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = (torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low) / (
-        high - low if high != low else 0.001
-    )
+    ramp = (torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low) / ((high - low) or 0.001)
     keep = 1.0 - ramp.clamp(0.0, 1.0)
     scale = rope.attention_factor
     if scale is None:

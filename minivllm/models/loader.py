@@ -1,7 +1,5 @@
 """From a directory or a hub id to a model with its weights. Reads safetensors only: nothing is ever unpickled."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,8 +15,7 @@ from minivllm.kernels import Kernels
 from minivllm.layers.linear import FusedLinear
 from minivllm.models.qwen3 import Qwen3ForCausalLM
 
-#: What a model needs besides weights; the rest of a hub repository is not downloaded.
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]  # the rest of a hub repository is not downloaded
 
 
 def resolve_model_path(model: str | Path) -> Path:
@@ -26,15 +23,12 @@ def resolve_model_path(model: str | Path) -> Path:
     if (path := Path(model).expanduser()).is_dir():
         return path
     if path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") != 1:
-        raise ConfigError(
-            f"No model directory at {str(model)!r}; give a directory, a hub id like 'Qwen/Qwen3-0.6B' or None."
-        )
+        raise ConfigError(f"No model directory at {str(model)!r}; give one, a hub id like 'Qwen/Qwen3-0.6B' or None.")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(str(model), allow_patterns=HUB_PATTERNS))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except OSError as error:  # the hub's own errors are of this kind
         raise ConfigError(
             f"{str(model)!r} is no directory here and could not be fetched from the Hugging Face hub ({error}). "
             "Check the name and the network, or use model=None for the bundled model."
@@ -113,8 +107,7 @@ def load_weights(model: nn.Module, weights: Iterator[tuple[str, torch.Tensor]], 
     """Copy each tensor to its place. Raises `WeightLoadingError` naming what is missing, unexpected or misshapen."""
     places = parameter_places(model)
     if tied:
-        # The head is the embedding; a checkpoint may still carry a copy of it.
-        places.pop("lm_head.weight", None)
+        places.pop("lm_head.weight", None)  # it is the embedding; a checkpoint may still carry a copy of it
     missing, unexpected = set(places), []
     for name, tensor in weights:
         if name in places:
@@ -123,9 +116,8 @@ def load_weights(model: nn.Module, weights: Iterator[tuple[str, torch.Tensor]], 
         elif not (tied and name == "lm_head.weight") and not name.endswith("rotary_emb.inv_freq"):
             unexpected.append(name)
     if missing or unexpected:
-        raise WeightLoadingError(
-            f"The checkpoint does not fit the model: missing {_few(sorted(missing))}; unexpected {_few(unexpected)}."
-        )
+        lists = f"missing {_few(sorted(missing))}; unexpected {_few(unexpected)}"
+        raise WeightLoadingError(f"The checkpoint does not fit the model: {lists}.")
 
 
 def parameter_places(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -5,8 +5,6 @@ fused into the next norm, so `hidden` (what a block has just produced) and `resi
 together. Module names follow the checkpoint's tensor names; q, k, v and gate, up are fused (layers/linear.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -86,8 +84,7 @@ class Qwen3ForCausalLM(nn.Module):
 
     def __init__(self, config: ModelConfig, kernels: Kernels, max_position: int, device: torch.device) -> None:
         super().__init__()
-        self.config = config
-        self.model = Decoder(config, kernels)
+        self.config, self.model = config, Decoder(config, kernels)
         tied_to = self.model.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = OutputHead(config.vocab_size, config.hidden_size, tied_to)
         # A plain attribute: derived, in float32 whatever the model's dtype, and in no checkpoint.
@@ -100,8 +97,7 @@ class Qwen3ForCausalLM(nn.Module):
         hidden, residual = self.model.embed_tokens(token_ids), None
         for layer, cache in zip(self.model.layers, caches, strict=True):
             hidden, residual = layer(hidden, residual, positions, self.cos_sin, cache, metadata)
-        hidden, _ = self.model.norm(hidden, residual)
-        return hidden
+        return self.model.norm(hidden, residual)[0]
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, hidden_size] -> [R, vocab_size]."""
