@@ -14,8 +14,9 @@ PYTEST_ARGS ?= --nbval -n logical --maxprocesses 4 --dist loadfile
 help:  ## Show this list
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/  make \1\t\2/p' Makefile | expand -t 26
 
+# One thread: the bundled model is too small for a second to help, and on a busy machine two wait for each other.
 demo: $(VENV)/.stamp-base  ## Watch the engine serve a batch of prompts with the bundled model
-	@$(PY) -m minivllm demo
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m minivllm demo
 
 lab: $(VENV)/.stamp-lab  ## Open the course in JupyterLab
 	$(PY) -m jupyterlab --notebook-dir=. --ServerApp.default_url=/lab/tree/notebooks/00_tour.ipynb
