@@ -8,6 +8,7 @@ from typing import Any
 
 from minivllm.errors import SamplingParamsError
 
+MAX_N = 16384  # most completions of one prompt; each is a sequence of its own
 MAX_LOGPROBS = 20  # most alternatives that `logprobs` and `prompt_logprobs` may ask for (vLLM's `max_logprobs`)
 
 
@@ -94,11 +95,11 @@ _KINDS = {
 _OPTIONAL = ("seed", "max_tokens", "logprobs", "prompt_logprobs")
 #: Least and greatest legal value; None is no limit.
 _INTEGERS = {
-    "n": (1, None), "top_k": (-1, None), "seed": (0, None), "min_tokens": (0, None), "max_tokens": (1, None),
+    "n": (1, MAX_N), "top_k": (-1, None), "seed": (0, None), "min_tokens": (0, None), "max_tokens": (1, None),
     "logprobs": (0, MAX_LOGPROBS), "prompt_logprobs": (0, MAX_LOGPROBS),
 }  # fmt: skip
 _NUMBERS = {
-    "temperature": (0.0, math.inf), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0), "presence_penalty": (-2.0, 2.0),
+    "temperature": (0.0, 1e6), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0), "presence_penalty": (-2.0, 2.0),
     "frequency_penalty": (-2.0, 2.0), "repetition_penalty": (0.0, 2.0),
 }  # fmt: skip
 

@@ -132,9 +132,9 @@ class Detokenizer:
             return None  # the next tokens bring the rest of the character
         return self._accept(new_text, check_stop)
 
-    def finish(self) -> None:
-        """No more tokens: accept what is left, even if it is no whole character."""
-        self._accept(self._decode_new(), check_stop=False)
+    def finish(self) -> str | None:
+        """No more tokens: accept what is left, even if it is no whole character. Returns as `append`."""
+        return self._accept(self._decode_new(), check_stop=True)
 
     def emit(self, finished: bool) -> str:
         """The text that is new since the last call, less an end that may turn out to be part of a stop string."""

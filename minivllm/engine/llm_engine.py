@@ -31,7 +31,7 @@ from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.model_runner import ModelRunner, StepResult, pick_device
 from minivllm.engine.request import Request
 from minivllm.engine.scheduler import Scheduler, SchedulerStats
-from minivllm.engine.sequence import ScheduledBatch
+from minivllm.engine.sequence import ScheduledBatch, ScheduledSequence
 from minivllm.engine.sequence import Sequence as EngineSequence
 from minivllm.engine.trace import StepRecord, Trace, record_step
 from minivllm.errors import (
@@ -106,7 +106,9 @@ class LLMEngine:
         #: Steps that have been started and not looked at, and how many may be.
         self._in_flight: deque[tuple[ScheduledBatch, StepResult, StepRecord | None]] = deque()
         self._depth = int(self.config.async_scheduling)
-        #: Outputs of aborted requests, for the next step to return.
+        #: Requests that changed and are not reported yet, and reports that no step has returned yet: of requests that
+        #: were aborted between steps, or of a step that was interrupted.
+        self._touched: dict[str, Request] = {}
         self._undelivered: list[RequestOutput] = []
         self._metrics = EngineMetrics(num_kv_blocks=self.config.num_kv_blocks)
         self._trace_start = 0.0
@@ -150,9 +152,11 @@ class LLMEngine:
             if request is None:
                 continue
             for index, completion in enumerate(request.completions):
-                if not completion.sequence.is_finished:
-                    self.scheduler.finish(completion.sequence, "abort")
+                if not completion.output.finished:
+                    if not completion.sequence.is_finished:
+                        self.scheduler.finish(completion.sequence, "abort")
                     request.finish_completion(index)
+            self._touched.pop(one, None)
             self._undelivered.append(request.report())
             self._forget(request)
 
@@ -167,27 +171,27 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         """Compute one step for everything that is running; returns the requests that have something to report."""
         start = time.perf_counter()
-        touched: dict[str, Request] = {}
         try:
             batch = self.scheduler.schedule()
             if batch:
                 self._launch(batch, start)
-            elif self._requests and not self._in_flight:
+            elif self._requests and not self._in_flight and not self._touched:
                 raise SchedulerStalledError(f"Nothing was planned while {len(self._requests)} requests are unfinished.")
             # The results of the step before this one are looked at while this one runs; without overlap, its own.
             while len(self._in_flight) > (self._depth if batch else 0):
-                touched |= self._apply(*self._in_flight.popleft())
+                self._apply(*self._in_flight.popleft())
         except BaseException:  # Ctrl-C in a notebook included: the requests go on at the next step
             self._in_flight.clear()
             self.scheduler.recover()
             raise
-        outputs, self._undelivered = self._undelivered, []
-        for request in touched.values():
+        for request in list(self._touched.values()):
+            if request.finished or request.params.output_kind is not RequestOutputKind.FINAL_ONLY:
+                self._undelivered.append(request.report())
             if request.finished:
                 self._forget(request)
-            if request.finished or request.params.output_kind is not RequestOutputKind.FINAL_ONLY:
-                outputs.append(request.report())
+            del self._touched[request.request_id]
         self._metrics.step_time += time.perf_counter() - start
+        outputs, self._undelivered = self._undelivered, []
         return outputs
 
     def _launch(self, batch: ScheduledBatch, start: float) -> None:
@@ -256,7 +260,7 @@ class LLMEngine:
     ) -> EngineSequence:
         stop_ids = set(params.stop_token_ids or ())
         if not params.ignore_eos:
-            stop_ids.update(self.model_config.eos_token_ids)
+            stop_ids.update(t for t in self.model_config.eos_token_ids if t < self.model_config.vocab_size)
         # Only the first completion computes the prompt's logprobs; the others may share its blocks.
         params = params if index == 0 else replace(params, prompt_logprobs=None)
         return EngineSequence(
@@ -284,34 +288,40 @@ class LLMEngine:
                 request.metrics.first_scheduled_time = now
                 request.num_cached_tokens = seq.num_cached_tokens
 
-    def _apply(self, batch: ScheduledBatch, result: StepResult, record: StepRecord | None) -> dict[str, Request]:
-        """Give every sequence its token; returns the requests that changed, by id."""
+    def _apply(self, batch: ScheduledBatch, result: StepResult, record: StepRecord | None) -> None:
+        """Give every sequence its token."""
         accepted = self.scheduler.update(batch, result.wait())
         now = time.perf_counter()
         for item, logprobs in result.prompt_logprobs:
             if item.sequence.seq_id in self._owners:
                 self._owners[item.sequence.seq_id][0].add_prompt_logprobs(item.start + 1, logprobs)
         row_of = {id(item): row for row, item in enumerate(batch.sampled)}
-        touched: dict[str, Request] = {}
-        for item in accepted:
-            seq, token_id = item.sequence, item.sequence.token_ids[item.sample_position]
-            request, index = self._owners[seq.seq_id]
-            touched[request.request_id] = request
-            self._metrics.num_generated_tokens += 1
-            if request.metrics.first_token_time is None:
-                request.metrics.first_token_time = now
-            if request.params.logprobs is not None:
-                request.add_logprobs(index, result.logprobs, row_of[id(item)])
-            stop_string = request.add_token(index, token_id, item.sample_position + 1 - seq.num_prompt_tokens)
-            if stop_string is not None:
-                self.scheduler.finish(seq, "stop", stop_string)
-            if seq.is_finished:
-                request.finish_completion(index)
-                request.metrics.finished_time = now
+        for number, item in enumerate(accepted):
+            try:
+                self._note_token(item, result, row_of[id(item)], now)
+            except BaseException:  # interrupted: these have lost a token's text, so they end here
+                self.abort_request([self._owners[i.sequence.seq_id][0].request_id for i in accepted[number:]])
+                raise
         if record is not None:
             record.duration = now - self._trace_start - record.start_time
             record.finished = [self._label(item.sequence) for item in accepted if item.sequence.is_finished]
-        return touched
+
+    def _note_token(self, item: ScheduledSequence, result: StepResult, row: int, now: float) -> None:
+        """Report the token that a sequence has got to its request."""
+        seq, token_id = item.sequence, item.sequence.token_ids[item.sample_position]
+        request, index = self._owners[seq.seq_id]
+        self._touched[request.request_id] = request
+        self._metrics.num_generated_tokens += 1
+        if request.metrics.first_token_time is None:
+            request.metrics.first_token_time = now
+        if request.params.logprobs is not None:
+            request.add_logprobs(index, result.logprobs, row)
+        stop_string = request.add_token(index, token_id, item.sample_position + 1 - seq.num_prompt_tokens)
+        if stop_string is not None:
+            self.scheduler.finish(seq, "stop", stop_string)
+        if seq.is_finished:
+            request.finish_completion(index)
+            request.metrics.finished_time = now
 
     def _forget(self, request: Request) -> None:
         self._metrics.num_finished_requests += 1

@@ -86,8 +86,8 @@ class Request:
             token_ids = _known(seq.output_token_ids)
             shown = token_ids[:-1] if seq.finish_reason == "stop" else token_ids
             detokenizer.text = self.tokenizer.decode(shown, self.params.skip_special_tokens)
-        elif not isinstance(seq.stop_reason, str):
-            detokenizer.finish()
+        elif not isinstance(seq.stop_reason, str) and (stop := detokenizer.finish()) is not None:
+            output.finish_reason, output.stop_reason = "stop", stop
 
     def report(self) -> RequestOutput:
         """The request as it is now; in DELTA mode, what is new since the last report."""

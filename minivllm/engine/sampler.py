@@ -34,7 +34,7 @@ def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> Tok
     """logits: [R, V]; token_ids: [R]. Natural logarithms, in float32."""
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     chosen = logprobs.gather(1, token_ids[:, None])
-    top = logprobs.topk(k, dim=-1)
+    top = logprobs.topk(min(k, logprobs.shape[-1]), dim=-1)
     return TokenLogprobs(token_ids, chosen[:, 0], (logprobs > chosen).sum(-1) + 1, top.indices, top.values)
 
 
@@ -85,7 +85,7 @@ class Sampler:
     def _admit(self, seq: Sequence) -> None:
         slot, params = seq.slot, seq.params
         self._temperature[slot] = params.temperature
-        self._top_k[slot] = max(params.top_k, 0)
+        self._top_k[slot] = min(max(params.top_k, 0), self.vocab_size)
         self._top_p[slot] = params.top_p
         self._min_p[slot] = params.min_p
         self._seed[slot] = seq.seed
