@@ -1,15 +1,20 @@
 """The checks have power: kernels with one line made wrong, each a mistake that people make, must be caught by them.
 
 A mutant is the source of a kernel file with one piece replaced, imported from a temporary file. They run in the
-interpreter only: a wrong address there reads a fence, on a GPU it can end the process's CUDA context.
+interpreter only: a wrong address there reads a fence, on a GPU it can end the process's CUDA context. Each runs in a
+forked process, for one that writes outside of its tensors may leave that process's memory corrupted.
 """
 
 # ruff: noqa: E501 (a mutant is one line)
 
 import dataclasses
 import importlib.util
+import os
 import pathlib
+import signal
 import sys
+import traceback
+from collections.abc import Callable
 
 import kernel_checks as checks
 import pytest
@@ -23,6 +28,28 @@ FOLDER = pathlib.Path(paged_attention.__file__).parent
 
 def with_operation(name: str, function) -> Kernels:
     return dataclasses.replace(Kernels.triton(), **{name: function})
+
+
+SURVIVED, CAUGHT, BROKEN = 0, 1, 2
+
+
+def run_forked(check: Callable[[], None]) -> int:
+    """SURVIVED, CAUGHT, BROKEN (an error of another kind), or minus the signal that ended the process."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(120)
+        torch.set_num_threads(1)  # OpenMP's other threads are not in the fork
+        code = BROKEN
+        try:
+            check()
+            code = SURVIVED
+        except (AssertionError, IndexError):
+            code = CAUGHT
+        except Exception:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 # How a mutated module is checked.
@@ -122,8 +149,10 @@ def test_mutant_is_caught(triton_kernels, tmp_path, monkeypatch, file, check, mi
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, path.stem, module)
     spec.loader.exec_module(module)
-    with pytest.raises((AssertionError, IndexError)):
-        CHECKS[check](module)
+    triton_kernels.silu_mul(torch.ones(1, 2))  # imports Triton here, once, and not in every fork
+    exit_code = run_forked(lambda: CHECKS[check](module))
+    assert exit_code != SURVIVED, "the mutant passes"
+    assert exit_code == CAUGHT or exit_code == -signal.SIGSEGV, f"the mutant failed in another way: {exit_code}"
 
 
 def test_mutants_of_the_merge_are_caught_through_the_references_too():
