@@ -94,6 +94,8 @@ class BlockManager:
         Returns False, and changes nothing, when there are too few free blocks.
         """
         num_new = self.num_blocks_for(num_tokens) - len(seq.block_table) - len(cached_prefix)
+        if num_new <= 0 and not cached_prefix:
+            return True
         # A cached block that nobody uses is counted as free; taking it for the prefix makes it unavailable.
         num_revived = sum(self.blocks[i].ref_count == 0 for i in cached_prefix)
         if num_new + num_revived > len(self.free_blocks):

@@ -106,8 +106,7 @@ class LLMEngine:
         #: Steps that have been started and not looked at, and how many may be.
         self._in_flight: deque[tuple[ScheduledBatch, StepResult, StepRecord | None]] = deque()
         self._depth = int(self.config.async_scheduling)
-        #: Requests that changed and are not reported yet, and reports that no step has returned yet: of requests that
-        #: were aborted between steps, or of a step that was interrupted.
+        #: Requests with news for the next report, and reports that no step has returned yet.
         self._touched: dict[str, Request] = {}
         self._undelivered: list[RequestOutput] = []
         self._metrics = EngineMetrics(num_kv_blocks=self.config.num_kv_blocks)
@@ -185,8 +184,7 @@ class LLMEngine:
             self.scheduler.recover()
             raise
         for request in list(self._touched.values()):
-            if request.finished or request.params.output_kind is not RequestOutputKind.FINAL_ONLY:
-                self._undelivered.append(request.report())
+            self._undelivered.append(request.report())
             if request.finished:
                 self._forget(request)
             del self._touched[request.request_id]
@@ -310,7 +308,6 @@ class LLMEngine:
         """Report the token that a sequence has got to its request."""
         seq, token_id = item.sequence, item.sequence.token_ids[item.sample_position]
         request, index = self._owners[seq.seq_id]
-        self._touched[request.request_id] = request
         self._metrics.num_generated_tokens += 1
         if request.metrics.first_token_time is None:
             request.metrics.first_token_time = now
@@ -322,6 +319,8 @@ class LLMEngine:
         if seq.is_finished:
             request.finish_completion(index)
             request.metrics.finished_time = now
+        if request.finished or request.params.output_kind is not RequestOutputKind.FINAL_ONLY:
+            self._touched[request.request_id] = request
 
     def _forget(self, request: Request) -> None:
         self._metrics.num_finished_requests += 1

@@ -31,6 +31,7 @@ class Request:
     metrics: RequestMetrics
     completions: list[Completion] = field(default_factory=list)
     num_cached_tokens: int = 0
+    finished: bool = False
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
     def __post_init__(self) -> None:
@@ -46,10 +47,6 @@ class Request:
         if self.tokenizer is not None:
             detokenizer = Detokenizer(self.tokenizer, self.params.stop_strings, self.params.skip_special_tokens)
         self.completions.append(Completion(seq, output, detokenizer))
-
-    @property
-    def finished(self) -> bool:
-        return all(completion.output.finished for completion in self.completions)
 
     @property
     def follows_text(self) -> bool:
@@ -80,6 +77,7 @@ class Request:
         completion = self.completions[index]
         seq, output, detokenizer = completion.sequence, completion.output, completion.detokenizer
         output.finish_reason, output.stop_reason = seq.finish_reason, seq.stop_reason
+        self.finished = all(completion.output.finished for completion in self.completions)
         if detokenizer is None:
             return
         if not self.follows_text:

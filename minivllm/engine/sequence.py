@@ -79,7 +79,7 @@ class Sequence:
         return self.num_tokens - 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class ScheduledSequence:
     """One sequence's part in a step: compute `num_new_tokens` tokens from position `start` on."""
 
