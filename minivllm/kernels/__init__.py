@@ -7,8 +7,6 @@ side in one process. To try your own RMSNorm: ``LLM(kernels=dataclasses.replace(
 One file an operation; each holds the formula, its cost, the kernel, its launcher and the reference.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,57 +19,38 @@ class Kernels:
     """One implementation of every operation. Signatures are those of the `*_reference` functions.
 
     Shapes: T tokens of the step, B sequences, H query heads, KH key/value heads, D head_dim, V vocabulary.
-    Caches are ``[num_blocks, KH, block_size, D]``.
+    Caches are ``[num_blocks, KH, block_size, D]``. Prefill is attention of any number of new tokens, decode of one.
     """
 
     name: str
-    #: (query [T, H, D], caches, block_table, query_start_loc, seq_lens, ...) -> [T, H, D]; any query length
-    prefill_attention: Callable
-    #: (query [B, H, D], caches, block_table, seq_lens, ..., merge_attention) -> [B, H, D]; one query token a sequence
-    decode_attention: Callable
-    #: (partial outputs [S, B, H, D], log-sum-exps [S, B, H]) -> [B, H, D]
-    merge_attention: Callable
-    #: (key [T, KH, D], value, caches, slot_mapping [T]) -> None, writes the caches in place
-    store_kv: Callable
-    #: (x [T, N], weight [N], eps) -> [T, N]
-    rms_norm: Callable
-    #: (x, residual, weight, eps) -> (normalised sum, sum)
-    add_rms_norm: Callable
-    #: (query, key, q_weight | None, k_weight | None, cos_sin, positions, eps) -> (query, key)
-    qk_norm_rope: Callable
-    #: (gate_up [T, 2N]) -> [T, N]
-    silu_mul: Callable
-    #: (logits [B, V], temperature, top_k, top_p, min_p, seeds, positions) -> token ids [B]
-    sample: Callable
+    prefill_attention: Callable  # (query [T, H, D], caches, block_table, query_start_loc, seq_lens, ...) -> [T, H, D]
+    decode_attention: Callable  # (query [B, H, D], caches, block_table, seq_lens, ..., merge_attention) -> [B, H, D]
+    merge_attention: Callable  # (partial outputs [S, B, H, D], log-sum-exps [S, B, H]) -> [B, H, D]
+    store_kv: Callable  # (key [T, KH, D], value, caches, slot_mapping [T]) -> None, writes the caches in place
+    rms_norm: Callable  # (x [T, N], weight [N], eps) -> [T, N]
+    add_rms_norm: Callable  # (x, residual, weight, eps) -> (normalised sum, sum)
+    qk_norm_rope: Callable  # (query, key, q_weight | None, k_weight | None, cos_sin, positions, eps) -> (query, key)
+    silu_mul: Callable  # (gate_up [T, 2N]) -> [T, N]
+    sample: Callable  # (logits [B, V], temperature, top_k, top_p, min_p, seeds, positions) -> token ids [B]
 
     @staticmethod
-    def reference() -> Kernels:
+    def reference() -> "Kernels":
         """Plain torch; runs everywhere, defines what is right."""
         return Kernels(
-            name="torch",
-            prefill_attention=flash_attention.prefill_attention_reference,
+            name="torch", prefill_attention=flash_attention.prefill_attention_reference,
             decode_attention=paged_attention.decode_attention_reference,
-            merge_attention=online_softmax.merge_attention_reference,
-            store_kv=kv_cache.store_kv_reference,
-            rms_norm=norm.rms_norm_reference,
-            add_rms_norm=norm.add_rms_norm_reference,
-            qk_norm_rope=rotary.qk_norm_rope_reference,
-            silu_mul=activation.silu_mul_reference,
+            merge_attention=online_softmax.merge_attention_reference, store_kv=kv_cache.store_kv_reference,
+            rms_norm=norm.rms_norm_reference, add_rms_norm=norm.add_rms_norm_reference,
+            qk_norm_rope=rotary.qk_norm_rope_reference, silu_mul=activation.silu_mul_reference,
             sample=sampling_kernels.sample_reference,
-        )
+        )  # fmt: skip
 
     @staticmethod
-    def triton() -> Kernels:
+    def triton() -> "Kernels":
         """Triton kernels: compiled on a GPU, interpreted on a CPU when ``TRITON_INTERPRET=1`` (float32 only)."""
         return Kernels(
-            name="triton",
-            prefill_attention=flash_attention.prefill_attention,
-            decode_attention=paged_attention.decode_attention,
-            merge_attention=online_softmax.merge_attention,
-            store_kv=kv_cache.store_kv,
-            rms_norm=norm.rms_norm,
-            add_rms_norm=norm.add_rms_norm,
-            qk_norm_rope=rotary.qk_norm_rope,
-            silu_mul=activation.silu_mul,
-            sample=sampling_kernels.sample,
-        )
+            name="triton", prefill_attention=flash_attention.prefill_attention,
+            decode_attention=paged_attention.decode_attention, merge_attention=online_softmax.merge_attention,
+            store_kv=kv_cache.store_kv, rms_norm=norm.rms_norm, add_rms_norm=norm.add_rms_norm,
+            qk_norm_rope=rotary.qk_norm_rope, silu_mul=activation.silu_mul, sample=sampling_kernels.sample,
+        )  # fmt: skip

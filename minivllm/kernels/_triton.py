@@ -5,20 +5,18 @@ Until the first launch the two names are stand-ins. That launch puts the real mo
 functions in place of the `Kernel`s, so that from then on nothing of this file is in the way.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-tl: Any = None  # annotations are strings (`from __future__ import annotations`): nobody reads this before a launch
+tl: Any = SimpleNamespace(constexpr="tl.constexpr")  # before a launch only annotations are read; Triton takes strings
 
 
 def _load() -> Any:
     try:
-        import triton
         import triton.language
     except ImportError as error:
         raise ImportError(
@@ -35,21 +33,16 @@ class Kernel:
         self.fn, self._options, self._jitted = function, options, None  # `fn` as in Triton's own JITFunction
 
     def jitted(self) -> Any:
+        """Triton's function; the stand-ins in its file's globals go, where Triton looks `tl` and helpers up."""
         if self._jitted is None:
             self._jitted = _load().jit(self.fn, **self._options)
-            _settle(self.fn.__globals__)
+            names = self.fn.__globals__
+            names.update(triton=_load(), tl=_load().language)
+            names.update({name: value.jitted() for name, value in list(names.items()) if isinstance(value, Kernel)})
         return self._jitted
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return self.jitted()[grid]
-
-
-def _settle(namespace: dict[str, Any]) -> None:
-    """Replace a kernel file's stand-ins; Triton looks `tl` and helper functions up in the file's globals."""
-    namespace.update(triton=_load(), tl=_load().language)
-    for name, value in list(namespace.items()):
-        if isinstance(value, Kernel):
-            namespace[name] = value.jitted()
 
 
 class _Triton:

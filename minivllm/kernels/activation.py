@@ -5,8 +5,6 @@ e bytes a number: 3·T·N·e bytes against some 5·T·N FLOPs: bandwidth. Eager 
 5·T·N·e.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

@@ -13,8 +13,6 @@ numbers, so arithmetic is the floor from a few hundred tokens on: 16 heads of 12
 TFLOP/s.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -153,8 +151,6 @@ def prefill_attention_reference(
         hidden = (torch.arange(context, device=query.device) > positions.unsqueeze(1)).unsqueeze(1)
         weights = scores.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
         weights = weights.masked_fill_(hidden, 0.0)  # a row that sees no key: 0, not NaN
-        attended = torch.matmul(weights.flatten(1, 2), value).unflatten(
-            1, (last - first, group)
-        )  # [KH, q_len, group, D]
+        attended = torch.matmul(weights.flatten(1, 2), value).unflatten(1, (last - first, group))
         out[first:last] = attended.transpose(0, 1).flatten(1, 2)
     return out

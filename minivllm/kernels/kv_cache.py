@@ -8,9 +8,7 @@ Cost of storing with e bytes a number: 4·T·KH·D·e bytes (K and V, read and w
 of Qwen3-0.6B's shape in bf16 is 4 kB a layer.
 """
 
-from __future__ import annotations
-
-import torch
+from torch import Tensor
 
 from minivllm.kernels._triton import check_rows, tl, triton
 
@@ -32,7 +30,7 @@ def cache_rows(
     return ((block * KH + kv_head) * BLOCK_SIZE + tokens % BLOCK_SIZE) * D
 
 
-def check_attention(name: str, query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, table: torch.Tensor):
+def check_attention(name: str, query: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor):
     """What both attention kernels ask of their inputs; ValueError otherwise."""
     check_rows(name, query, table)
     heads, num_kv_heads, block_size = query.shape[1], k_cache.shape[1], k_cache.shape[2]
@@ -60,9 +58,7 @@ def _store_kv_kernel(
     tl.store(v_cache_ptr + target, tl.load(value_ptr + token * value_stride + index, mask=inside), mask=inside)
 
 
-def store_kv(
-    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
-) -> None:
+def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """Write key, value ``[T, KH, D]`` (tokens may be strided) to slot_mapping ``[T]`` int64; -1 = nowhere.
 
     Contiguous caches ``[num_blocks, KH, block_size, D]``, any block_size, changed in place. Slots differ and lie within
@@ -79,9 +75,7 @@ def store_kv(
         )  # fmt: skip
 
 
-def store_kv_reference(
-    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
-) -> None:
+def store_kv_reference(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     wanted = slot_mapping >= 0
     slots, block_size = slot_mapping[wanted], k_cache.shape[2]
     block, offset = slots // block_size, slots % block_size

@@ -7,9 +7,8 @@ Cost of [T, N] with e bytes a number: 2·T·N·e bytes (4·T·N·e with the resi
 than the launch. Fusing pays because each of the five eager operations reads and writes those bytes again.
 """
 
-from __future__ import annotations
-
 import torch
+from torch import Tensor
 
 from minivllm.kernels._triton import check_rows, tl, triton
 
@@ -33,41 +32,36 @@ def _rms_norm_kernel(
     tl.store(out_ptr + row * N + columns, normed.to(x.dtype) * weight, mask=inside)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``[T, N] -> [T, N]`` in x.dtype. Rows may be strided (a slice of a fused projection), else ValueError."""
     check_rows("rms_norm", x)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(out, out, x, x, weight, eps, add=False)
-    return out
+    return _launch(x, None, weight, eps)[0]
 
 
-def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """``(rms_norm(x + residual), x + residual)``, both new, ``[T, N]`` in x.dtype; strides as for `rms_norm`."""
     check_rows("add_rms_norm", x, residual)
-    out, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    _launch(out, total, x, residual, weight, eps, add=True)
-    return out, total
+    return _launch(x, residual, weight, eps)
 
 
-def _launch(out, total, x, residual, weight, eps: float, add: bool) -> None:
-    rows, width = x.shape
+def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    (rows, width), add = x.shape, residual is not None
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total, residual = (torch.empty_like(out), residual) if add else (out, x)  # without a residual, neither is touched
     if rows:
         block = triton.next_power_of_2(width)
         _rms_norm_kernel[(rows,)](
             out, total, x, residual, weight, x.stride(0), residual.stride(0), eps,
             N=width, BLOCK=block, ADD=add, num_warps=8 if block > 2048 else 4,
         )  # fmt: skip
+    return out, total
 
 
-def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
-def add_rms_norm_reference(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     total = x + residual
     return rms_norm_reference(total, weight, eps), total

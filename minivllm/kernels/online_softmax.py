@@ -11,8 +11,6 @@ pass of their own read thrice) against some 5·T·N FLOPs: bandwidth. Merging re
 4·B·H·D.
 """
 
-from __future__ import annotations
-
 import torch
 
 from minivllm.kernels._triton import check_rows, tl, triton

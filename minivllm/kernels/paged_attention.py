@@ -12,8 +12,6 @@ byte, that is 2 for Qwen3-0.6B in bf16. Bandwidth is the floor: 256 sequences of
 - ``exp(x) = exp2(x · log2 e)``, and that constant is folded into the scale.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 
@@ -147,7 +145,5 @@ def decode_attention_reference(
     partial_out = torch.zeros(splits * batch, heads, dim, device=query.device).index_copy_(0, used, out)
     partial_lse = torch.full((splits * batch, heads), float("-inf"), device=query.device).index_copy_(0, used, lse)
     if splits > 1:
-        partial_out = merge_attention(
-            partial_out.unflatten(0, (splits, batch)), partial_lse.unflatten(0, (splits, batch))
-        )
+        partial_out = merge_attention(*(x.unflatten(0, (splits, batch)) for x in (partial_out, partial_lse)))
     return partial_out.to(query.dtype)

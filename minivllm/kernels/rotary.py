@@ -8,8 +8,6 @@ Cost with e bytes a number: 2·T·(H + KH)·D·e bytes, and 4·D a token of tabl
 The fusion saves the norm's write and the rotation's read.
 """
 
-from __future__ import annotations
-
 import torch
 
 from minivllm.kernels._triton import check_rows, tl, triton

@@ -10,17 +10,16 @@ u comes from Philox4x32-10, a counter-based generator (Salmon et al. 2011, "Para
 3"): a pure function of (seed, position), without a state. So a seeded request draws the same numbers in any batch.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from minivllm.kernels._triton import check_rows, tl, triton
 
 TILE = 4096  # vocabulary entries summed together
 
 
-def philox_uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def philox_uniform(seeds: Tensor, positions: Tensor) -> Tensor:
     """Uniform float32 ``[B]`` in (0, 1) from seeds, positions ``[B]`` int64: the very bits of the Triton kernel.
 
     Ten rounds on a 128-bit counter, here the position, under a 64-bit key, the seed. The result is the first 23 bits of
@@ -40,37 +39,29 @@ def philox_uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor
 
 
 def filter_logits(
-    logits: torch.Tensor, temperature: torch.Tensor,
-    top_k: torch.Tensor | None, top_p: torch.Tensor | None, min_p: torch.Tensor | None,
-) -> torch.Tensor:  # fmt: skip
+    logits: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None
+) -> Tensor:
     """logits ``[B, V]`` with -inf for what top-k, then top-p, then min-p exclude; only the rows that ask are touched.
 
     top_k <= 0, top_p >= 1 and min_p <= 0 ask for nothing. top-k keeps exactly k tokens, of equal ones the lower id
     first; top-p the fewest whose probability reaches top_p, of what top-k left; min-p those at least min_p times as
     probable as the best. The best token always stays. Plain torch; finding the rows that ask waits for the GPU.
     """
-    asks = torch.zeros(logits.shape[0], dtype=torch.bool, device=logits.device)
-    if top_k is not None:
-        asks |= (top_k > 0) & (top_k < logits.shape[1])
-    if top_p is not None:
-        asks |= top_p < 1
-    if min_p is not None:
-        asks |= min_p > 0
-    rows = asks.nonzero().squeeze(1)
+    if top_k is None and top_p is None and min_p is None:
+        return logits
+    nobody = torch.zeros_like(temperature)
+    top_k, min_p = (nobody if asked is None else asked for asked in (top_k, min_p))
+    top_p = nobody + 1 if top_p is None else top_p
+    rows = (((top_k > 0) & (top_k < logits.shape[1])) | (top_p < 1) | (min_p > 0)).nonzero().squeeze(1)
     if rows.numel() == 0:
         return logits
     ordered, order = logits[rows].float().sort(dim=-1, descending=True, stable=True)
     scaled = (ordered - ordered[:, :1]) / _divisor(temperature[rows]).unsqueeze(1)
-    keep = torch.ones_like(ordered, dtype=torch.bool)
-    if top_k is not None:
-        k = top_k[rows].unsqueeze(1)
-        keep &= (torch.arange(logits.shape[1], device=logits.device) < k) | (k <= 0)
-    if top_p is not None:
-        p = top_p[rows].unsqueeze(1)
-        probability = scaled.masked_fill(~keep, float("-inf")).softmax(dim=-1)
-        keep &= (probability.cumsum(dim=-1) - probability < p) | (p >= 1)
-    if min_p is not None:
-        keep &= scaled >= min_p[rows].unsqueeze(1).log()
+    k, p, least = (asked[rows].unsqueeze(1) for asked in (top_k, top_p, min_p))
+    keep = (torch.arange(logits.shape[1], device=logits.device) < k) | (k <= 0)
+    probability = scaled.masked_fill(~keep, float("-inf")).softmax(dim=-1)
+    keep &= (probability.cumsum(dim=-1) - probability < p) | (p >= 1)
+    keep &= scaled >= least.log()
     keep[:, 0] = True
     kept = torch.empty_like(ordered).scatter_(1, order, ordered.masked_fill(~keep, float("-inf")))
     filtered = logits.clone()
@@ -78,15 +69,13 @@ def filter_logits(
     return filtered
 
 
-def _divisor(temperature: torch.Tensor) -> torch.Tensor:
+def _divisor(temperature: Tensor) -> Tensor:
     return temperature.masked_fill(temperature == 0, 1.0)  # greedy rows: the result is not used
 
 
-def _prepare(logits, temperature, top_k, top_p, min_p, seeds, positions) -> torch.Tensor:
+def _prepare(logits, temperature, top_k, top_p, min_p, seeds, positions) -> Tensor:
     if seeds is None or positions is None:
         raise ValueError("sample: needs seeds and positions unless temperature is None, that is, all rows are greedy")
-    if top_k is None and top_p is None and min_p is None:
-        return logits
     return filter_logits(logits, temperature, top_k, top_p, min_p)
 
 
@@ -159,10 +148,9 @@ def _choose_kernel(
 
 
 def sample(
-    logits: torch.Tensor, temperature: torch.Tensor | None,
-    top_k: torch.Tensor | None, top_p: torch.Tensor | None, min_p: torch.Tensor | None,
-    seeds: torch.Tensor | None, positions: torch.Tensor | None,
-) -> torch.Tensor:  # fmt: skip
+    logits: Tensor, temperature: Tensor | None, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None,
+    seeds: Tensor | None, positions: Tensor | None,
+) -> Tensor:  # fmt: skip
     """Token ids ``[B]`` int64 from logits ``[B, V]`` (rows may be strided) of any float dtype; computed in float32.
 
     temperature ``[B]`` float32, 0 = greedy; None = all rows greedy (argmax, the first among equals). top_k ``[B]``
@@ -175,8 +163,7 @@ def sample(
     logits = _prepare(logits, temperature, top_k, top_p, min_p, seeds, positions)
     batch, vocabulary = logits.shape
     num_tiles = triton.cdiv(vocabulary, TILE)
-    tile_max = torch.empty(batch, num_tiles, dtype=torch.float32, device=logits.device)
-    tile_sum = torch.empty(batch, num_tiles, dtype=torch.float32, device=logits.device)
+    tile_max, tile_sum = (torch.empty(batch, num_tiles, dtype=torch.float32, device=logits.device) for _ in range(2))
     tile_argmax = torch.empty(batch, num_tiles, dtype=torch.int32, device=logits.device)
     out = torch.empty(batch, dtype=torch.int64, device=logits.device)
     if batch:
@@ -191,7 +178,7 @@ def sample(
     return out
 
 
-def _pick_reference(weights: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _pick_reference(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     running = weights.cumsum(dim=-1)
     choice = torch.searchsorted(running, target, right=True).clamp_max(weights.shape[1] - 1)
     if (weights.gather(1, choice) == 0).any():  # rounding left the target above the last sum: the last weight above 0
@@ -201,10 +188,9 @@ def _pick_reference(weights: torch.Tensor, target: torch.Tensor) -> tuple[torch.
 
 
 def sample_reference(
-    logits: torch.Tensor, temperature: torch.Tensor | None,
-    top_k: torch.Tensor | None, top_p: torch.Tensor | None, min_p: torch.Tensor | None,
-    seeds: torch.Tensor | None, positions: torch.Tensor | None,
-) -> torch.Tensor:  # fmt: skip
+    logits: Tensor, temperature: Tensor | None, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None,
+    seeds: Tensor | None, positions: Tensor | None,
+) -> Tensor:  # fmt: skip
     greedy = logits.argmax(dim=-1)
     if temperature is None:
         return greedy
