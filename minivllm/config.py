@@ -3,8 +3,6 @@
 No hyper-parameter is typed in by hand; what a checkpoint asks for and this package lacks is refused by name.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +56,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
 
     @staticmethod
-    def from_hf(config: dict[str, Any], generation_config: dict[str, Any] | None = None) -> ModelConfig:
+    def from_hf(config: dict[str, Any], generation_config: dict[str, Any] | None = None) -> "ModelConfig":
         """Read a Hugging Face config.json, and generation_config.json for further end-of-sequence tokens.
 
         Raises `UnsupportedModelError` for anything that would otherwise give silently wrong tokens.
@@ -165,9 +163,11 @@ class EngineConfig:
     trace: bool = False  # record what happens at each step; see `minivllm.engine.trace`
 
     def __post_init__(self) -> None:
-        _choice("dtype", self.dtype, ("auto", *DTYPES))
-        _choice("attention_backend", self.attention_backend, ("auto", "triton", "torch"))
-        _choice("load_format", self.load_format, ("auto", "safetensors", "dummy"))
+        backends, formats = ("auto", "triton", "torch"), ("auto", "safetensors", "dummy")
+        choices = {"dtype": ("auto", *DTYPES), "attention_backend": backends, "load_format": formats}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "num_kv_blocks"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -178,7 +178,7 @@ class EngineConfig:
         if self.tensor_parallel_size != 1:
             raise ConfigError("tensor_parallel_size must be 1: tensor parallelism is not implemented yet.")
 
-    def resolve(self, model: ModelConfig, device_type: str) -> EngineConfig:
+    def resolve(self, model: ModelConfig, device_type: str) -> "EngineConfig":
         """A copy with every "auto" and None decided, but for num_kv_blocks, which needs the loaded model.
 
         device_type: "cuda" or "cpu". Raises `ConfigError` for combinations that cannot work.
@@ -212,8 +212,3 @@ class EngineConfig:
             )
         if self.attention_backend == "triton" and not on_gpu and self.dtype != "float32":
             raise ConfigError("Triton's interpreter on a CPU computes right in float32 only; set dtype='float32'.")
-
-
-def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")
