@@ -8,6 +8,7 @@ Cost of storing with e bytes a number: 4·T·KH·D·e bytes (K and V, read and w
 of Qwen3-0.6B's shape in bf16 is 4 kB a layer.
 """
 
+import torch
 from torch import Tensor
 
 from minivllm.kernels._triton import check_rows, tl, triton
@@ -76,8 +77,11 @@ def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_
 
 
 def store_kv_reference(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    _, num_kv_heads, block_size, dim = k_cache.shape
     wanted = slot_mapping >= 0
-    slots, block_size = slot_mapping[wanted], k_cache.shape[2]
-    block, offset = slots // block_size, slots % block_size
-    k_cache[block, :, offset] = key[wanted]
-    v_cache[block, :, offset] = value[wanted]
+    if not wanted.all():
+        slot_mapping, key, value = slot_mapping[wanted], key[wanted], value[wanted]
+    first = slot_mapping // block_size * (num_kv_heads * block_size) + slot_mapping % block_size
+    rows = (first.unsqueeze(1) + torch.arange(num_kv_heads, device=key.device) * block_size).flatten()  # [T · KH]
+    k_cache.view(-1, dim).index_copy_(0, rows, key.reshape(-1, dim))
+    v_cache.view(-1, dim).index_copy_(0, rows, value.reshape(-1, dim))

@@ -135,12 +135,16 @@ def decode_attention_reference(
     last = beyond[:, -1].nonzero().squeeze(1)  # only a last block has such tokens; they may be NaN, and 0 · NaN is NaN
     value[last] = value[last].masked_fill(beyond[last].view(-1, 1, block_size, 1), 0.0)
 
-    group = query.float().index_select(0, sequence).view(-1, heads // num_kv_heads, dim)  # [P · KH, H / KH, D]
-    scores = torch.bmm(group, key.flatten(0, 1).transpose(1, 2)).mul_(scale).view(len(used), heads, block_size)
+    scaled = query.float() * scale
+    group = scaled.index_select(0, sequence).view(-1, heads // num_kv_heads, dim)  # [P · KH, H / KH, D]
+    scores = torch.bmm(group, key.flatten(0, 1).transpose(1, 2)).view(len(used), heads, block_size)
     scores.masked_fill_(beyond.unsqueeze(1), float("-inf"))
-    lse = scores.logsumexp(dim=-1)
-    weights = scores.sub_(lse.unsqueeze(2)).exp_().view(-1, heads // num_kv_heads, block_size)
-    out = torch.bmm(weights, value.flatten(0, 1)).view(len(used), heads, dim)
+    row_max = scores.amax(dim=-1, keepdim=True)  # finite: a block in use has a token
+    weights = scores.sub_(row_max).exp_()
+    row_sum = weights.sum(dim=-1, keepdim=True)
+    out = torch.bmm(weights.view(-1, heads // num_kv_heads, block_size), value.flatten(0, 1))
+    out = out.view(len(used), heads, dim).div_(row_sum)
+    lse = row_sum.log_().add_(row_max).squeeze(2)
 
     partial_out = torch.zeros(splits * batch, heads, dim, device=query.device).index_copy_(0, used, out)
     partial_lse = torch.full((splits * batch, heads), float("-inf"), device=query.device).index_copy_(0, used, lse)

@@ -104,12 +104,12 @@ def qk_norm_rope_reference(
     cos_sin: torch.Tensor, positions: torch.Tensor, eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     _check(query, q_weight, k_weight)
+    q_heads, k_heads = query.shape[1], key.shape[1]
+    heads = torch.cat((query, key), dim=1)  # all heads are turned alike, and normed alike but for the weight
     if q_weight is not None and k_weight is not None:
-        query, key = rms_norm_reference(query, q_weight, eps), rms_norm_reference(key, k_weight, eps)
+        weight = torch.cat((q_weight.expand(q_heads, -1), k_weight.expand(k_heads, -1)))
+        heads = rms_norm_reference(heads, weight, eps)
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)  # [T, 1, D/2]: one angle for all heads
-
-    def turn(x: torch.Tensor) -> torch.Tensor:
-        a, b = x.float().chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
-    return turn(query), turn(key)
+    a, b = heads.float().chunk(2, dim=-1)
+    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(heads.dtype)
+    return turned[:, :q_heads], turned[:, q_heads:]
