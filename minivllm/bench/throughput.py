@@ -6,6 +6,7 @@ time is wall clock from the first request handed over to the last token received
 
 from __future__ import annotations
 
+import gc
 import random
 import statistics
 import time
@@ -157,6 +158,7 @@ def run(
     times: dict[str, list[float]] = {name: [] for name in order}
     for round_number in tqdm(range(repeats), desc="rounds"):
         for name in order if round_number % 2 == 0 else reversed(order):
+            gc.collect()  # what one runner leaves behind (gigabytes of cache, say) must not be freed on another's time
             times[name].append(runners[name](prompts, output_lens))
     num_output = sum(output_lens)
     report = {
