@@ -1,0 +1,471 @@
+"""How an answer is checked: `check("01.2", answer)` runs the function registered under that id, and raises or prints.
+
+For those who write checks: raise `Mistake(name, message)`; `diagnose` compares an answer with the right implementation
+and names the mistake when a known wrong one agrees with it; `guarded` and `intact` show what is read or written out of
+bounds; `engine_agrees` hands a piece to the whole engine. torch is imported by those that need it, when they do.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import itertools
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+from minivllm.errors import MiniVLLMError
+
+if TYPE_CHECKING:
+    import torch
+
+#: What the body of a stub raises: ``NotImplementedError("01.2: your code here")``.
+STUB = "your code here"
+#: Poisoned numbers on either side of a `guarded` tensor.
+MARGIN = 1024
+
+
+class CheckError(MiniVLLMError):
+    """An answer that did not pass. A notebook shows the message alone, without a traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"{type(self).__name__}: {self}"]
+
+
+class Mistake(CheckError):
+    """A wrong answer. name: what is wrong, in kebab-case ("no-rescale"); message: written to the learner."""
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(f"{name}\n{message}")
+        self.name, self.message = name, message
+
+
+class NotAttempted(CheckError):
+    """The answer is still, or in part, the stub."""
+
+
+class NotRunnableHere(CheckError):
+    """This machine cannot run the check, for example because Triton has no wheels for it."""
+
+
+class UnknownExerciseError(MiniVLLMError, KeyError):
+    """No exercise has this id."""
+
+    __str__ = Exception.__str__  # KeyError's shows the repr
+
+
+# --- the registry -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """What `exercise` registers. function(answer, …) returns the line to print when it is right."""
+
+    id: str
+    title: str
+    function: Callable[..., str]
+
+
+_EXERCISES: dict[str, Exercise] = {}
+
+
+def exercise(id: str, title: str) -> Callable[[Callable[..., str]], Callable[..., str]]:
+    """Decorator: this function checks exercise id. ValueError where another function already does."""
+
+    def register(function: Callable[..., str]) -> Callable[..., str]:
+        old = _EXERCISES.get(id)
+        if old and (old.function.__module__, old.function.__name__) != (function.__module__, function.__name__):
+            raise ValueError(f"Exercise {id} is checked by {old.function.__module__}.{old.function.__name__} already.")
+        _EXERCISES[id] = Exercise(id, title, function)
+        return function
+
+    return register
+
+
+def find(id: str) -> Exercise:
+    """The exercise with this id; imports its chapter's checks. UnknownExerciseError if there is none."""
+    chapter = str(id).partition(".")[0]
+    name = f"minivllm.course.checks.ch{chapter}"
+    if id not in _EXERCISES and chapter.isdecimal():
+        try:
+            import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name:
+                raise
+    if id not in _EXERCISES:
+        known = ", ".join(sorted(known for known in _EXERCISES if known.startswith(f"{chapter}.")))
+        raise UnknownExerciseError(
+            f"There is no exercise {id!r}" + (f"; chapter {chapter} has {known}." if known else ".")
+        )
+    return _EXERCISES[id]
+
+
+def check(id: str, *answers: Any, **more: Any) -> None:
+    """Check the answer to an exercise: prints one line when it is right, and raises a CheckError when it is not.
+
+    Mistake: what is wrong, named. NotAttempted: still the stub. NotRunnableHere: this machine cannot tell.
+    """
+    function = find(id).function
+    if missing := [part for answer in (*answers, *more.values()) for part in unattempted(answer)]:
+        raise NotAttempted(f"{id}: still to write: {', '.join(dict.fromkeys(missing))}.")
+    try:
+        line = function(*answers, **more)
+    except CheckError:
+        raise
+    except Exception as error:
+        if any(STUB in str(cause) for cause in _causes(error)):
+            raise NotAttempted(f"{id}: your code calls a part that is still to write.") from error
+        raise _raised(error) from error
+    print(f"{id} passed: {line}")
+
+
+def attempted(*answers: Any) -> bool:
+    """Whether none of these still is (or holds) a stub or the `...` of a prediction."""
+    return not any(unattempted(answer) for answer in answers)
+
+
+def unattempted(answer: Any) -> list[str]:
+    """Names of the parts of an answer (a function, class, kernel, value) that are stubs; [] if it is all there."""
+    if answer is ...:
+        return ["the value that is still `...`"]
+    if isinstance(answer, functools.partial):
+        return unattempted(answer.func)
+    if isinstance(answer, dict | list | tuple):
+        return [
+            part for value in (answer.values() if isinstance(answer, dict) else answer) for part in unattempted(value)
+        ]
+    if isinstance(answer, type):
+        members = [getattr(member, "fget", None) or member for member in vars(answer).values()]
+        return [
+            part for member in members if not isinstance(member, type) for part in unattempted(member) if _code(member)
+        ]
+    code = _code(answer)
+    stub = code is not None and any(isinstance(value, str) and STUB in value for value in code.co_consts)
+    return [code.co_qualname.rpartition("<locals>.")[2]] if stub else []
+
+
+def _code(answer: Any) -> Any:
+    """The code object of a function, method or Triton kernel (which keeps its function as `fn`), else None."""
+    for name in ("fn", "__func__", "__wrapped__"):
+        inner = inspect.getattr_static(answer, name, None)
+        if name == "fn" and not isinstance(inner, FunctionType):
+            inner = getattr(answer, "fn", None) if type(answer).__module__.startswith("triton") else None
+        if isinstance(inner, FunctionType):
+            return inner.__code__
+    return getattr(answer, "__code__", None) if isinstance(answer, FunctionType) else None
+
+
+def _causes(error: BaseException | None) -> list[BaseException]:
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
+
+
+_LIBRARIES = tuple(str(Path(p).resolve()) for p in (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")))
+_PACKAGE = str(Path(__file__).resolve().parents[1])
+
+
+def _raised(error: Exception, case: str = "") -> Mistake:
+    """An exception out of a learner's code as a Mistake that says where in that code."""
+    what = f"{type(error).__name__}: {error}".strip().removesuffix(":")
+    for cause in reversed(_causes(error)):  # Triton's interpreter wraps what a kernel raises
+        for frame in reversed(traceback.extract_tb(cause.__traceback__)):
+            if not frame.filename.startswith((*_LIBRARIES, _PACKAGE, "<frozen", "<string")):
+                where = f"in {frame.name}, line {frame.lineno} of its cell" + (f": {frame.line}" if frame.line else "")
+                return Mistake("raised", f"Your code raised {what}\n{where}{case and chr(10) + case}")
+    return Mistake("raised", f"The check could not work with what your code gave it: {what}{case and chr(10) + case}")
+
+
+# --- for checks: saying what is wrong -----------------------------------------------------------------------------
+
+
+def expect(condition: Any, name: str, message: str) -> None:
+    """Raise ``Mistake(name, message)`` unless the condition holds."""
+    if not condition:
+        raise Mistake(name, message)
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A generator of its own, so that no check depends on what was drawn before it."""
+    import torch
+
+    return torch.Generator().manual_seed(seed)
+
+
+def counted(function: Callable) -> Callable:
+    """The same function, which counts its calls in `.calls`: for pieces that must have been used."""
+
+    @functools.wraps(function)
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        counting.calls += 1
+        return function(*args, **kwargs)
+
+    counting.calls = 0
+    return counting
+
+
+def show(value: Any, limit: int = 6) -> str:
+    """A value in a few characters: of a tensor its dtype, shape and first numbers."""
+    if "torch" in sys.modules and isinstance(value, sys.modules["torch"].Tensor):
+        kind = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        numbers = value.detach().flatten()[: limit + 1].tolist()
+        texts = [f"{x:.5g}" if isinstance(x, float) else str(x) for x in numbers[:limit]]
+        return f"{kind} ({', '.join(texts)}{', …' if len(numbers) > limit else ''})"
+    if isinstance(value, tuple | list):
+        text = ", ".join([show(item, limit) for item in value[:limit]] + ["…"] * (len(value) > limit))
+        return f"({text})" if isinstance(value, tuple) else f"[{text}]"
+    text = f"{value:.6g}" if isinstance(value, float) else repr(value)
+    return text if len(text) <= 120 else f"{text[:119]}…"
+
+
+def difference(got: Any, expected: Any, rtol: float = 1e-4, atol: float = 1e-5) -> tuple[str, str] | None:
+    """None where the two agree, else (mistake's name, what differs): wrong-type, -shape, -dtype or -values.
+
+    Tensors agree in dtype, shape and, within the tolerances, numbers (NaN agrees with NaN); floats within the
+    tolerances, lists, tuples and dicts item by item, and everything else as `==` says.
+    """
+    import torch
+
+    if isinstance(expected, torch.Tensor):
+        return _tensor_difference(got, expected, rtol, atol)
+    if isinstance(expected, tuple | list):
+        if not isinstance(got, tuple | list):
+            return "wrong-type", f"got {_kind(got)}, expected {_kind(expected)} of {len(expected)}"
+        if len(got) != len(expected):
+            return "wrong-values", f"got {len(got)} items, {show(got)}, expected {len(expected)}, {show(expected)}"
+        for index, (mine, right) in enumerate(zip(got, expected, strict=True)):
+            if found := difference(mine, right, rtol, atol):
+                return found[0], f"item {index}: {found[1]}"
+        return None
+    if isinstance(expected, dict):
+        if not isinstance(got, dict) or got.keys() != expected.keys():
+            return "wrong-values", f"got {show(got)}, expected {show(expected)}"
+        return next((f for key in expected if (f := difference(got[key], expected[key], rtol, atol))), None)
+    if isinstance(expected, float) and isinstance(got, int | float):
+        same = bool(torch.isclose(torch.tensor(float(got)), torch.tensor(expected), rtol, atol, equal_nan=True))
+    elif isinstance(expected, bool | int | str | None.__class__) and isinstance(got, torch.Tensor):
+        same = got.numel() == 1 and got.item() == expected
+    else:
+        same = bool(got == expected)
+    return None if same else ("wrong-values", f"got {show(got)}, expected {show(expected)}")
+
+
+def _tensor_difference(got: Any, expected: torch.Tensor, rtol: float, atol: float) -> tuple[str, str] | None:
+    import torch
+
+    if not isinstance(got, torch.Tensor):
+        hint = " (is a `return` missing?)" if got is None else ""
+        return "wrong-type", f"got {_kind(got)}{hint}, expected a tensor {show(expected)}"
+    if got.shape != expected.shape:
+        return "wrong-shape", f"got the shape {list(got.shape)}, expected {list(expected.shape)}"
+    if got.dtype != expected.dtype:
+        return "wrong-dtype", f"got {got.dtype}, expected {expected.dtype}"
+    wrong = ~torch.isclose(got.cpu(), expected.cpu(), rtol=rtol, atol=atol, equal_nan=True)
+    if not wrong.any():
+        return None
+    where = wrong.nonzero()[0].tolist()
+    mine, right = got[tuple(where)].item(), expected[tuple(where)].item()
+    count = f"{int(wrong.sum())} of {wrong.numel()} numbers differ, the first at {where}: " if where else ""
+    return "wrong-values", f"{count}got {show(mine)}, expected {show(right)}"
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+# --- for checks: running an answer beside the right one and the usual wrong ones --------------------------------------
+
+Suspects = Mapping[str, tuple[str, Callable]]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a call gave: its result together with what it wrote, or the exception that it raised."""
+
+    result: Any
+    error: Exception | None = None
+
+    def differs(self, other: _Run, tolerances: dict[str, float]) -> tuple[str, str] | None:
+        if self.error or other.error:
+            same = type(self.error) is type(other.error)
+            return None if same else ("raised", f"{type(self.error).__name__}: {self.error}")
+        return difference(self.result, other.result, **tolerances)
+
+
+def diagnose(
+    answer: Callable, cases: Iterable[Sequence[Any]], right: Callable, suspects: Suspects | None = None, *,
+    writes: Sequence[int] = (), rtol: float = 1e-4, atol: float = 1e-5,
+) -> int:  # fmt: skip
+    """Run answer and right on copies of each case (a tuple of arguments); return the number of cases, or raise Mistake.
+
+    suspects: mistake's name -> (explanation for the learner, wrong implementation). The first that gives what the
+    answer gave in all cases, and is not right in all of them, names the Mistake. Otherwise its name is "raised",
+    "wrong-type", "wrong-shape", "wrong-dtype" or "wrong-values", with the smallest failing case. An answer that gives
+    the right result and changes an argument other than those at the positions `writes`, whose final values are part of
+    the result, is "changed-input"; one that writes beyond a `guarded` argument, "out-of-bounds-write".
+    """
+    cases, tolerances = [tuple(case) for case in cases], {"rtol": rtol, "atol": atol}
+    names = list(inspect.signature(right).parameters) if callable(right) else []
+    expected = [_call(right, case, writes)[0] for case in cases]
+    for run in expected:
+        if run.error:
+            raise run.error  # a bug of the check
+    calls = [_call(answer, case, writes) for case in cases]
+    runs = [run for run, _ in calls]
+    failing = [i for i in range(len(cases)) if runs[i].differs(expected[i], tolerances)]
+    described = {
+        i: "With " + ", ".join(f"{n} = {show(v)}" for n, v in zip(names, cases[i], strict=False))
+        for i in range(len(cases))
+    }
+    if failing:
+        first = min(failing, key=lambda i: _size(cases[i]))
+        name, what = runs[first].differs(expected[first], tolerances)
+        for suspect, (explanation, wrong) in (suspects or {}).items():
+            theirs = [_call(wrong, case, writes)[0] for case in cases]
+            agrees = not any(mine.differs(other, tolerances) for mine, other in zip(runs, theirs, strict=True))
+            if agrees and any(a.differs(b, tolerances) for a, b in zip(theirs, expected, strict=True)):
+                raise Mistake(suspect, f"{explanation}\n{described[first]}: {what}.")
+        if error := runs[first].error:
+            if any(STUB in str(cause) for cause in _causes(error)):
+                raise error
+            raise _raised(error, described[first]) from error
+    for i, (_, after) in enumerate(calls):
+        if not intact(*(value for value in after if _is_guarded(value))):
+            raise Mistake("out-of-bounds-write", f"Your code wrote outside of a tensor it was given.\n{described[i]}.")
+    if failing:
+        share = f"{len(failing)} of {len(cases)} cases differ, this is the smallest. " if len(cases) > 1 else ""
+        raise Mistake(name, f"{share}{described[first]}: {what}.")
+    for i, (_, after) in enumerate(calls):
+        for position, (before, now) in enumerate(zip(cases[i], after, strict=True)):
+            if position not in writes and _is_plain(before) and difference(now, before, 0.0, 0.0):
+                name = names[position] if position < len(names) else f"argument {position}"
+                why = f"Your result is right, but your code changed {name}, which belongs to its caller"
+                raise Mistake("changed-input", f"{why}: work on a copy, or on a new tensor.\n{described[i]}.")
+    return len(cases)
+
+
+def _call(function: Callable, case: tuple, writes: Sequence[int]) -> tuple[_Run, tuple]:
+    """(what it gave, the arguments as it left them); the arguments are copies, guard bands included."""
+    args = copy.deepcopy(case)
+    try:
+        result = function(*args)
+    except Exception as error:
+        return _Run(None, error), args
+    return _Run([result, *(args[i] for i in writes)] if writes else result), args
+
+
+def _is_plain(value: Any) -> bool:
+    import torch
+
+    return isinstance(value, torch.Tensor | list | dict | tuple)
+
+
+def _size(case: Any) -> int:
+    if isinstance(case, tuple | list):
+        return sum(map(_size, case))
+    return case.numel() if hasattr(case, "numel") else abs(case) if isinstance(case, int) else 1
+
+
+# --- for checks: what lies out of bounds ------------------------------------------------------------------------------
+
+_payloads = itertools.count(1)
+
+
+def guarded(*shape: int, dtype: torch.dtype | None = None, fill: float | None = None) -> torch.Tensor:
+    """A contiguous tensor inside a larger buffer of poison: a read beyond it gives NaN (integers: a huge negative
+    number), a write beyond it is seen by `intact`. The inside is poison too, unless fill is given."""
+    import torch
+
+    dtype = dtype or torch.float32
+    numel = functools.reduce(int.__mul__, shape, 1)
+    bits = {torch.float32: (torch.int32, 0x7FC00000), torch.float16: (torch.int16, 0x7E00),
+            torch.bfloat16: (torch.int16, 0x7FC0), torch.float64: (torch.int64, 0x7FF8 << 48)}  # fmt: skip
+    if dtype in bits:  # a NaN of its own for each buffer, so that no NaN that was read elsewhere looks like it
+        integer, pattern = bits[dtype]
+        buffer = torch.full((numel + 2 * MARGIN,), pattern + next(_payloads) % 63 + 1, dtype=integer).view(dtype)
+    else:
+        buffer = torch.full((numel + 2 * MARGIN,), torch.iinfo(dtype).min // 2, dtype=dtype)
+    inside = buffer[MARGIN : MARGIN + numel].view(shape)
+    return inside if fill is None else inside.fill_(fill)
+
+
+def guard(tensor: torch.Tensor) -> torch.Tensor:
+    """A `guarded` copy of a tensor."""
+    return guarded(*tensor.shape, dtype=tensor.dtype).copy_(tensor)
+
+
+def intact(*tensors: torch.Tensor) -> bool:
+    """Whether the poison around these `guarded` tensors is as it was. ValueError for a tensor that has none."""
+    import torch
+
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64, 1: torch.int8}
+    for tensor in tensors:
+        if not _is_guarded(tensor):
+            raise ValueError("intact: this tensor was not made by guarded()")
+        whole = torch.as_strided(tensor, (tensor.numel() + 2 * MARGIN,), (1,), 0).view(integers[tensor.element_size()])
+        if not (whole[:MARGIN] == whole[0]).all() or not (whole[-MARGIN:] == whole[0]).all():
+            return False
+        if tensor.is_floating_point() and not torch.as_strided(tensor, (1,), (1,), 0).isnan().all():
+            return False
+    return True
+
+
+def _is_guarded(value: Any) -> bool:
+    if not hasattr(value, "untyped_storage"):
+        return False
+    room = value.untyped_storage().nbytes() // value.element_size()
+    return value.is_contiguous() and value.storage_offset() == MARGIN and room == value.numel() + 2 * MARGIN
+
+
+# --- for checks: the whole engine -------------------------------------------------------------------------------------
+
+PROMPTS = ("Tell me a story about a fox named Pip.", "What is a KV cache?", "What is a block table?", "What is 12 + 7?")
+
+
+def engine_agrees(*used: Callable, max_tokens: int = 20, **options: Any) -> str:
+    """The bundled model must write the same greedy tokens with these options of `LLM` as without; else Mistake.
+
+    used: pieces under `counted` of which each must have been called. Returns a line such as "the engine writes the
+    same 70 tokens with it". For kernels: ``engine_agrees(mine, kernels=replace(Kernels.reference(), rms_norm=mine))``.
+    """
+    expected = _engine_tokens(max_tokens)
+    got = _generate(max_tokens, options)
+    for prompt, mine, right in zip(PROMPTS, got, expected, strict=True):
+        if mine != right:
+            same = next(
+                (i for i, (a, b) in enumerate(zip(mine, right, strict=False)) if a != b), min(len(mine), len(right))
+            )
+            raise Mistake(
+                "engine-differs",
+                f"With your piece the engine writes other tokens than without. The answer to {prompt!r} begins with "
+                f"{same} tokens that agree; then comes {mine[same : same + 1]}, expected "
+                f"{right[same : same + 1]}.",
+            )
+    for piece in used:
+        expect(piece.calls, "not-used", f"The engine never called {getattr(piece, '__name__', 'your piece')}.")
+    return f"the engine writes the same {sum(map(len, expected))} tokens with it"
+
+
+@functools.cache
+def _engine_tokens(max_tokens: int = 20) -> list[list[int]]:
+    return _generate(max_tokens, {})
+
+
+def _generate(max_tokens: int, options: dict[str, Any]) -> list[list[int]]:
+    from minivllm import LLM, SamplingParams
+
+    with LLM(**{"device": "cpu", **options}) as llm:
+        outputs = llm.generate(list(PROMPTS), SamplingParams(temperature=0, max_tokens=max_tokens), use_tqdm=False)
+    for output in outputs:
+        if output.error is not None:
+            raise output.error
+    return [list(output.outputs[0].token_ids) for output in outputs]
