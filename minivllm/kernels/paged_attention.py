@@ -133,7 +133,8 @@ def decode_attention_reference(
     tokens_left = seq_lens[sequence] - split * block_size
     beyond = torch.arange(block_size, device=query.device) >= tokens_left.unsqueeze(1)  # [P, bs]
     last = beyond[:, -1].nonzero().squeeze(1)  # only a last block has such tokens; they may be NaN, and 0 · NaN is NaN
-    value[last] = value[last].masked_fill(beyond[last].view(-1, 1, block_size, 1), 0.0)
+    hidden = beyond.index_select(0, last).view(-1, 1, block_size, 1)
+    value.index_copy_(0, last, value.index_select(0, last).masked_fill_(hidden, 0.0))
 
     scaled = query.float() * scale
     group = scaled.index_select(0, sequence).view(-1, heads // num_kv_heads, dim)  # [P · KH, H / KH, D]
