@@ -1,17 +1,27 @@
-"""For those who write notebooks: `python -m minivllm.course.authoring execute notebooks/00_tour.ipynb`.
+"""For those who write notebooks: `python -m minivllm.course.authoring execute notebooks/00_tour.ipynb`, or `stubs`.
 
-Executes in place with a fresh kernel, removes what belongs to this machine, and saves only what has no `problems`.
+`execute` runs in place with a fresh kernel, removes what belongs to this machine, and saves only what has no
+`problems`. `stubs` writes exercises/ from solutions/, where every answer becomes a stub, and the digests by which a
+changed solution is noticed.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import base64
+import copy
+import io
+import json
 import re
+import tokenize
 from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
+
+from minivllm.course.chapters import KINDS, Chapter, Statement, chapters, digests, role
+from minivllm.course.checking import STUB
 
 ROOT = Path(__file__).resolve().parents[2]
 MACHINE_PATH = re.compile(r"(?<![\w.])(/(work|home|root|Users|tmp|usr|opt)/|[A-Z]:\\)")
@@ -66,9 +76,159 @@ def problems(notebook: NotebookNode) -> list[str]:
             image = base64.b64decode(output.get("data", {}).get("image/png", ""))
             if len(image) > MAX_IMAGE_BYTES:
                 found.append(f"cell {number}: an image of {len(image):,} bytes; {MAX_IMAGE_BYTES:,} are allowed")
-    if compared < MIN_COMPARED_SHARE * len(code):
+    if any(role(cell)[0] != "given" for cell in notebook.cells):
+        found += misplaced(notebook)
+        for cell in code:
+            if role(cell)[0] == "check" and not any(map(compared_text, cell.outputs)):
+                found.append(f"the check of {role(cell)[1]} printed nothing")
+            if role(cell)[0] == "exercise" and cell.outputs:
+                found.append(f"the answer to {role(cell)[1]} prints or shows something")
+    elif compared < MIN_COMPARED_SHARE * len(code):
         found.append(f"only {compared} of {len(code)} code cells have outputs that nbval compares")
     return found
+
+
+def misplaced(solution: NotebookNode) -> list[str]:
+    """What is wrong with the order and the metadata of a solution's cells."""
+    found: list[str] = []
+    roles = [(role(cell), cell) for cell in solution.cells if role(cell)[0] != "given"]
+    expected = [(kind, id) for (first, id), _ in roles if first == "statement" for kind in KINDS]
+    if [what for what, _ in roles] != expected:
+        found.append(f"statement, answer, check of each exercise in this order, not {[what for what, _ in roles]}")
+    for (kind, id), cell in roles:
+        if (cell.cell_type == "markdown") != (kind == "statement"):
+            found.append(f"{id}: its {kind} is a {cell.cell_type} cell")
+        if kind == "statement":
+            statement = Statement.parse(id, cell.source)
+            if not (statement.minutes and statement.difficulty and statement.hints):
+                found.append(f"{id}: its statement needs a line like `●●○ · 15 minutes` and hints in <details>")
+        elif kind not in cell.metadata.get("tags", []):
+            found.append(f"{id}: its {kind} cell lacks the tag")
+        if kind == "exercise":
+            try:
+                stub_source(cell)
+            except ValueError as error:
+                found.append(f"{id}: {error}")
+    return found
+
+
+# --- stubs ------------------------------------------------------------------------------------------------------------
+
+
+def stub_source(cell: NotebookNode) -> str:
+    """What a learner finds in place of this answer cell.
+
+    metadata.minivllm.stub where there is one. Otherwise functions and methods keep decorators, signature and docstring,
+    and raise; in a cell without functions the values of `name = value` become `...`; imports stay, comments between
+    definitions do not. ValueError where the cell has something else at its top level, or the stub defines other names.
+    """
+    _, id = role(cell)
+    given = cell.metadata.minivllm.get("stub")
+    tree = ast.parse(cell.source)
+    if given is None:
+        definitions = any(isinstance(node, _DEFINITIONS) for node in tree.body)
+        parts = [_stub(node, cell.source, id, definitions) for node in tree.body]
+        return _spaced(parts, tree.body)
+    if (names := defined_names(given)) != defined_names(cell.source):
+        raise ValueError(f"the stub defines {sorted(names)}, the answer {sorted(defined_names(cell.source))}")
+    return given
+
+
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+_DEFINITIONS = (*_FUNCTIONS, ast.ClassDef)
+
+
+def _stub(node: ast.stmt, source: str, id: str, definitions: bool = True, indent: str = "") -> str:
+    lines = source.splitlines()
+    if isinstance(node, _DEFINITIONS):
+        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1
+        head = lines[first : node.lineno - 1] + _header(lines[node.lineno - 1 :])
+        inner = indent + " " * 4
+        if ast.get_docstring(node, clean=False) is not None:
+            head += lines[node.body[0].lineno - 1 : node.body[0].end_lineno]
+        if isinstance(node, _FUNCTIONS):
+            return "\n".join([*head, f'{inner}raise NotImplementedError("{id}: {STUB}")'])
+        members = node.body[1:] if ast.get_docstring(node) is not None else node.body
+        body = _spaced([_stub(member, source, id, True, inner) for member in members], members)
+        return "\n".join(head) + ("\n" + ("\n" if ast.get_docstring(node) else "") + body if body else "")
+    if isinstance(node, ast.Assign | ast.AnnAssign) and not definitions:
+        return f"{_before_value(node)} = ..."
+    docstring = (
+        isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    )
+    if docstring or isinstance(node, ast.Import | ast.ImportFrom | ast.Assign | ast.AnnAssign | ast.Pass):
+        return "\n".join(lines[node.lineno - 1 : node.end_lineno])
+    raise ValueError(f"`{ast.unparse(node).splitlines()[0]}` in an answer: write its stub as metadata.minivllm.stub")
+
+
+def _before_value(node: ast.Assign | ast.AnnAssign) -> str:
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    if len(targets) != 1 or not isinstance(targets[0], ast.Name):
+        raise ValueError(f"`{ast.unparse(node)}`: a prediction is `name = value`")
+    annotation = f": {ast.unparse(node.annotation)}" if isinstance(node, ast.AnnAssign) else ""
+    return targets[0].id + annotation
+
+
+def _header(lines: list[str]) -> list[str]:
+    """The lines from `def` or `class` to the colon that ends it, and a comment behind that."""
+    depth = 0
+    for token in tokenize.generate_tokens(io.StringIO("\n".join(lines)).readline):
+        if token.type == tokenize.OP:
+            depth += (token.string in "([{") - (token.string in ")]}")
+            if token.string == ":" and depth == 0:
+                row, column = token.end
+                rest = lines[row - 1][column:].strip()
+                end = f"  {rest}" if rest.startswith("#") else ""
+                return [*lines[: row - 1], lines[row - 1][:column] + end]
+    raise ValueError("a definition without an end")
+
+
+def _spaced(parts: list[str], nodes: list[ast.stmt]) -> str:
+    """The parts below each other, with the empty lines that Python's style has."""
+    text = ""
+    for i, part in enumerate(parts):
+        if i and isinstance(nodes[i], _DEFINITIONS) | isinstance(nodes[i - 1], _DEFINITIONS):
+            text += "\n" if part.startswith(" ") else "\n\n"
+        text += ("\n" if i else "") + part
+    return text
+
+
+def defined_names(source: str) -> set[str]:
+    """What a cell binds at its top level, imports apart."""
+    names = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, _DEFINITIONS):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
+    return names
+
+
+def make_exercises(chapter: Chapter) -> NotebookNode:
+    """The notebook that a learner gets: the solution with stubs for answers, and without outputs."""
+    notebook = copy.deepcopy(chapter.solution)
+    clean(notebook)
+    notebook.metadata.minivllm = {"chapter": chapter.name}
+    for cell in notebook.cells:
+        if role(cell)[0] == "exercise":
+            cell.source = stub_source(cell)
+            cell.metadata.minivllm.pop("stub", None)
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    return notebook
+
+
+def write_stubs(chapter: Chapter) -> list[str]:
+    """Write the chapter's exercises and digests, unless there are problems, which are returned."""
+    if not (found := problems(chapter.solution)):
+        chapter.exercises.parent.mkdir(exist_ok=True)
+        nbformat.write(make_exercises(chapter), chapter.exercises)
+        chapter.digests.write_text(json.dumps(digests(chapter.solution), indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
 
 
 def execute(path: Path) -> list[str]:
@@ -87,9 +247,19 @@ def execute(path: Path) -> list[str]:
 def main() -> int:
     """The command line; the exit code is the number of notebooks refused."""
     parser = argparse.ArgumentParser(prog="python -m minivllm.course.authoring", description=__doc__.split("\n")[0])
-    parser.add_argument("command", choices=["execute"])
-    parser.add_argument("notebooks", nargs="+", type=Path)
-    results = {path: execute(path) for path in parser.parse_args().notebooks}
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, what, number in (
+        ("execute", "execute notebooks in place", "+"),
+        ("stubs", "write exercises/ from solutions/ (all, or those given)", "*"),
+    ):
+        commands.add_parser(name, help=what).add_argument("notebooks", nargs=number, type=Path)
+    arguments = parser.parse_args()
+    if arguments.command == "execute":
+        results = {path: execute(path) for path in arguments.notebooks}
+    else:
+        paths = arguments.notebooks or [chapter.solution_path for chapter in chapters(ROOT)]
+        chosen = [Chapter(path.resolve().parent.parent, path.stem) for path in paths]
+        results = {chapter.exercises: write_stubs(chapter) for chapter in chosen}
     for path, found in results.items():
         print(f"{path}: " + ("\n  ".join(["not saved:", *found]) if found else f"saved, {path.stat().st_size:,} bytes"))
     return sum(map(bool, results.values()))

@@ -1,0 +1,161 @@
+"""Where the course's notebooks are, and what their cells are for.
+
+Cells say what they are in their metadata, ``{"minivllm": {kind: id}}`` with kind "statement", "exercise" (the answer)
+or "check". All other cells are given. A notebook in exercises/ names its chapter in its own metadata, so that a copy of
+it is still known for what it is. Cells are matched by their ids, which Jupyter keeps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minivllm.errors import MiniVLLMError
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
+
+KINDS = ("statement", "exercise", "check")
+DIGESTS = Path(__file__).parent / "checks"
+_EFFORT = re.compile(r"^\s*([●○]+)\s*·\s*(\d+) minutes?\s*$", re.MULTILINE)
+
+
+class CourseNotFoundError(MiniVLLMError, FileNotFoundError):
+    """The notebooks are not here: this is not the repository, or the chapter does not exist."""
+
+
+def find_root(start: Path | None = None) -> Path:
+    """The nearest folder at or above start (default: the working directory) with solutions/ and exercises/ in it.
+
+    Failing that the one that this package stands in. CourseNotFoundError where that has none either.
+    """
+    start = (start or Path.cwd()).resolve()
+    for folder in (start, *start.parents, Path(__file__).resolve().parents[2]):
+        if (folder / "solutions").is_dir() and (folder / "exercises").is_dir():
+            return folder
+    raise CourseNotFoundError(
+        "The course's notebooks are not here: minivllm is installed without them. Clone its repository, and run this "
+        "in it."
+    )
+
+
+def read(path: Path) -> NotebookNode:
+    """The notebook in the current format. CourseNotFoundError where it is missing or cannot be read."""
+    import nbformat
+
+    try:
+        return nbformat.read(path, as_version=4)
+    except (OSError, ValueError, KeyError, AttributeError, nbformat.ValidationError) as error:
+        what = "is missing" if isinstance(error, FileNotFoundError) else f"is not a notebook that can be read ({error})"
+        raise CourseNotFoundError(f"{path} {what}.") from error
+
+
+def role(cell: NotebookNode) -> tuple[str, str]:
+    """(kind, exercise's id) of a cell; ("given", "") for all that are none of `KINDS`."""
+    ours = cell.metadata.get("minivllm", {})
+    return next(((kind, str(ours[kind])) for kind in KINDS if kind in ours), ("given", ""))
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """One chapter's files. name: "01_online_softmax"."""
+
+    root: Path
+    name: str
+
+    @property
+    def number(self) -> str:
+        return self.name[:2]
+
+    @property
+    def notebook(self) -> Path:
+        return self.root / "notebooks" / f"{self.name}.ipynb"
+
+    @property
+    def exercises(self) -> Path:
+        return self.root / "exercises" / f"{self.name}.ipynb"
+
+    @property
+    def solution_path(self) -> Path:
+        return self.root / "solutions" / f"{self.name}.ipynb"
+
+    @property
+    def digests(self) -> Path:
+        return DIGESTS / f"ch{self.number}.json"
+
+    @cached_property
+    def solution(self) -> NotebookNode:
+        return read(self.solution_path)
+
+    @cached_property
+    def statements(self) -> list[Statement]:
+        return [
+            Statement.parse(id, cell.source)
+            for cell in self.solution.cells
+            for kind, id in [role(cell)]
+            if kind == "statement"
+        ]
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What an exercise's statement says about it. hints: from a nudge to nearly the answer."""
+
+    id: str
+    title: str
+    difficulty: str
+    minutes: int
+    hints: tuple[str, ...]
+
+    @staticmethod
+    def parse(id: str, text: str) -> Statement:
+        title = re.search(r"^#+\s*(?:[\d.]+\s*·\s*)?(.+)$", text, re.MULTILINE)
+        effort = _EFFORT.search(text)
+        hints = re.findall(r"<details>\s*<summary>.*?</summary>(.*?)</details>", text, re.DOTALL)
+        return Statement(
+            id,
+            title[1].strip() if title else id,
+            effort[1] if effort else "",
+            int(effort[2]) if effort else 0,
+            tuple(hint.strip() for hint in hints),
+        )
+
+
+def chapters(root: Path) -> list[Chapter]:
+    """All chapters that have a solution, in order."""
+    return [Chapter(root, path.stem) for path in sorted((root / "solutions").glob("[0-9][0-9]_*.ipynb"))]
+
+
+def compared_text(cell: NotebookNode) -> str:
+    """What a check cell printed on stdout."""
+    return "".join(o.get("text", "") for o in cell.get("outputs", []) if o.get("name") == "stdout").strip()
+
+
+def digests(solution: NotebookNode) -> dict[str, str]:
+    """Of every code cell but the answers, a digest by cell id; of checks it includes what they printed."""
+    found = {}
+    for cell in solution.cells:
+        kind, _ = role(cell)
+        if cell.cell_type == "code" and kind != "exercise":
+            text = cell.source + ("\0" + compared_text(cell) if kind == "check" else "")
+            found[cell.id] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return found
+
+
+def changed_cells(chapter: Chapter) -> Iterator[str]:
+    """In words, the cells of the solution that are not as they were published; nothing where it was never published."""
+    if not chapter.digests.exists():
+        return
+    published = json.loads(chapter.digests.read_text(encoding="utf-8"))
+    now = digests(chapter.solution)
+    cells = {cell.id: cell for cell in chapter.solution.cells}
+    for name in published.keys() | now.keys():
+        if published.get(name) != now.get(name):
+            kind, id = role(cells[name]) if name in cells else ("given", "")
+            yield f"the check of {id}" if kind == "check" else f"the cell {name!r}"

@@ -1,0 +1,181 @@
+"""Every chapter's exercises: solutions pass, stubs fail at their own check, wrong answers fail with the right name.
+
+Wrong answers stand in tests/wrong_answers/chNN.py, in sections ``# %% 01.2 no-rescale: what is wrong``, each a full
+replacement of the answer cell; a section named ``right`` is another right way. `-k ch01` selects a chapter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from children import Children
+
+from minivllm.course.authoring import ROOT, defined_names, make_exercises, problems, stub_source
+from minivllm.course.chapters import Chapter, chapters, compared_text, role
+
+SECTION = re.compile(r"^# %% (\d\d\.\d+) ([a-z0-9-]+): *(.+)$", re.MULTILINE)
+WRONG_ANSWERS = ROOT / "tests/wrong_answers"
+LEAST_WRONG_ANSWERS = 3
+
+
+@dataclass
+class Part:
+    """One exercise of a solution: sources of its cells. pictures: the given cells before the next statement."""
+
+    id: str
+    answer: str = ""
+    stub: str = ""
+    given_stub: bool = False
+    pictures: list[str] = field(default_factory=list)
+    check: str = ""
+    printed: str = ""
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """A section of tests/wrong_answers/chNN.py."""
+
+    id: str
+    name: str
+    why: str
+    source: str
+
+
+def parts_of(chapter: Chapter) -> tuple[list[str], list[Part]]:
+    """(sources of the given cells before the first exercise, the exercises)."""
+    setup: list[str] = []
+    parts: list[Part] = []
+    for cell in chapter.solution.cells:
+        kind, id = role(cell)
+        if kind == "statement":
+            parts.append(Part(id))
+        elif kind == "exercise":
+            given = "stub" in cell.metadata.minivllm
+            parts[-1].answer, parts[-1].stub, parts[-1].given_stub = cell.source, stub_source(cell), given
+        elif kind == "check":
+            parts[-1].check, parts[-1].printed = cell.source, compared_text(cell)
+        elif cell.cell_type == "code":
+            (parts[-1].pictures if parts else setup).append(cell.source)
+    return setup, parts
+
+
+def sections(text: str) -> list[Wrong]:
+    """The sections of a file of wrong answers. ValueError for a line that looks like a heading and is none."""
+    if bad := [line for line in text.splitlines() if line.startswith("# %%") and not SECTION.match(line)]:
+        raise ValueError(f"not of the form `# %% 01.2 its-name: what is wrong`: {bad}")
+    found = list(SECTION.finditer(text))
+    ends = [match.start() for match in found[1:]] + [len(text)]
+    return [Wrong(m[1], m[2], m[3], text[m.end() : end].strip()) for m, end in zip(found, ends, strict=True)]
+
+
+def wrong_answers(chapter: Chapter) -> list[Wrong]:
+    path = WRONG_ANSWERS / f"ch{chapter.number}.py"
+    return sections(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+CHAPTERS = chapters(ROOT)
+PARTS = [(chapter, part) for chapter in CHAPTERS for part in parts_of(chapter)[1]]
+WRONG = [(chapter, wrong) for chapter in CHAPTERS for wrong in wrong_answers(chapter)]
+
+
+def label(chapter: Chapter, *what: str) -> str:
+    return "-".join([f"ch{chapter.number}", *what])
+
+
+@pytest.fixture(params=CHAPTERS, ids=label, scope="module")
+def chapter(request: pytest.FixtureRequest) -> Chapter:
+    return request.param
+
+
+_running: dict[str, Children] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_child_stays() -> Iterator[None]:
+    yield
+    while _running:
+        _running.popitem()[1].close()
+
+
+def children(chapter: Chapter) -> Children:
+    if chapter.name not in _running:
+        folder = chapter.exercises.parent
+        _running[chapter.name] = Children(parts_of(chapter)[0], chapter.number, folder)
+    return _running[chapter.name]
+
+
+# --- the exercises ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("chapter", "part"), PARTS, ids=[label(c, part.id, "solution") for c, part in PARTS])
+def test_the_solution_passes(chapter: Chapter, part: Part) -> None:
+    result = children(chapter).run(part.answer, *part.pictures, part.check)
+    assert result["raised"] is None, result
+    assert result["printed"] == part.printed, "the check prints something else than the committed solution shows"
+
+
+@pytest.mark.parametrize(("chapter", "part"), PARTS, ids=[label(c, part.id, "stub") for c, part in PARTS])
+def test_the_stub_fails_at_its_own_check(chapter: Chapter, part: Part) -> None:
+    result = children(chapter).run(part.stub, *part.pictures, part.check)
+    assert result["cell"] == 1 + len(part.pictures), f"failed before its check: {result}"
+    assert result["raised"] in ("NotAttempted", *["Mistake"] * part.given_stub), result
+
+
+@pytest.mark.parametrize(("chapter", "wrong"), WRONG, ids=[label(c, w.id, w.name) for c, w in WRONG])
+def test_wrong_answers_are_named(chapter: Chapter, wrong: Wrong) -> None:
+    part = next(part for part in parts_of(chapter)[1] if part.id == wrong.id)
+    assert defined_names(wrong.source) >= defined_names(part.answer), "it replaces the whole answer cell"
+    result = children(chapter).run(wrong.source, part.check)
+    if wrong.name == "right":
+        assert result["raised"] is None, f"{wrong.why}: this is right, and the check says: {result}"
+        assert result["printed"] == part.printed
+    else:
+        assert result["raised"] == "Mistake", f"{wrong.why}: {result}"
+        assert result["name"] == wrong.name, result
+        assert len(result["message"].splitlines()) >= 2, f"say what is wrong: {result['message']}"
+
+
+def test_enough_wrong_answers(chapter: Chapter) -> None:
+    wrong = wrong_answers(chapter)
+    ids = {part.id for part in parts_of(chapter)[1]}
+    assert {w.id for w in wrong} <= ids, "a wrong answer to an exercise that is not there"
+    counts = Counter(w.id for w in wrong if w.name not in ("right", "raised"))
+    assert {id: counts[id] for id in ids if counts[id] < LEAST_WRONG_ANSWERS} == {}
+
+
+# --- the notebooks ----------------------------------------------------------------------------------------------------
+
+
+def test_the_solution_may_be_committed(chapter: Chapter) -> None:
+    assert problems(chapter.solution) == []
+
+
+def test_answers_do_not_leak(chapter: Chapter) -> None:
+    assert leaks(chapter) == []
+
+
+def leaks(chapter: Chapter, path: Path | None = None) -> list[str]:
+    """Cells of the generated exercises that hold most of an answer's lines, and outputs and stubs left in them."""
+    found = []
+    exercises = make_exercises(chapter)
+    for cell in exercises.cells:
+        if cell.get("outputs") or "stub" in cell.metadata.get("minivllm", {}):
+            found.append(f"cell {cell.id}: an output, or the stub's metadata")
+    for part in parts_of(chapter)[1]:
+        lines = _lines(part.answer) - _lines(part.stub)
+        for cell in exercises.cells:
+            if len(lines) >= 3 and len(lines & _lines(cell.source)) > len(lines) / 2:
+                found.append(f"cell {cell.id}: most of the answer to {part.id}")
+    return found
+
+
+def _lines(source: str) -> set[str]:
+    """Its lines that say something: no comments, nothing shorter than 12 characters."""
+    return {
+        line.strip() for line in source.splitlines() if len(line.strip()) >= 12 and not line.strip().startswith("#")
+    }
