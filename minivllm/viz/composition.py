@@ -1,0 +1,133 @@
+"""What each step is made of: its tokens by kind, against the token budget. `composition` computes what is drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from minivllm.engine.trace import Trace
+from minivllm.viz import palette
+from minivllm.viz.block_table import check_step
+from minivllm.viz.figure import describe, prepare
+from minivllm.viz.timeline import AGAIN, DECODE, PROMPT, is_prompt, name_of, num_again
+
+
+@dataclass(frozen=True)
+class Composition:
+    """Tokens of each step. decode + prompt + again is what the step computes; never more than the budget."""
+
+    budget: int
+    decode: list[int]
+    prompt: list[int]
+    again: list[int]  # computed before, and lost in a preemption
+    #: What was left of the budget, and requests that waited all the same.
+    unused: list[int]
+    waiting: list[int]
+
+    def total(self, step: int) -> int:
+        """Tokens that the step computes."""
+        return self.decode[step] + self.prompt[step] + self.again[step]
+
+
+def composition(trace: Trace) -> Composition:
+    """Count the tokens of each step by kind. Raises IndexError for an empty trace."""
+    check_step(trace, 0)
+    found = Composition(trace.max_num_batched_tokens, [], [], [], [], [])
+    for record, lost in zip(trace.steps, num_again(trace), strict=True):
+        decode = sum(item.num_new_tokens for item in record.scheduled if not is_prompt(item))
+        again = sum(lost[name_of(item)] for item in record.scheduled if is_prompt(item))
+        found.decode.append(decode)
+        found.again.append(again)
+        found.prompt.append(record.num_tokens - decode - again)
+        found.unused.append(trace.max_num_batched_tokens - record.num_tokens)
+        found.waiting.append(len(record.waiting))
+    return found
+
+
+def draw_composition(trace: Trace, step: int | None = None, ax: Axes | None = None) -> Figure:
+    """Draw the tokens of every step by kind, under the budget, with the numbers of one step beside it.
+
+    step: whose numbers; negative ones count from the end; None is the (first) step with the most tokens.
+    ax: draw there instead of on a new figure. Returns the figure; it displays itself, with a caption in words.
+    """
+    made = composition(trace)
+    count = len(made.decode)
+    step = max(range(count), key=made.total) if step is None else check_step(trace, step)
+    own = ax is None
+    figure, ax = prepare(ax, 3.2)
+    if own:
+        ax.set_position((0.075, 0.155, 0.65, 0.7))
+    edges = [float(i) for i in range(count + 1)]
+    bottom = [0] * count
+    for values, color, hatch in ((made.decode, DECODE, ""), (made.prompt, PROMPT, ""), (made.again, AGAIN, "xxxx")):
+        top = [b + v for b, v in zip(bottom, values, strict=True)]
+        style = {"hatch": hatch, "edgecolor": palette.PAPER} if hatch else {}
+        ax.stairs(top, edges, baseline=bottom, fill=True, linewidth=0, facecolor=color, **style)
+        bottom = top
+    highest = max(bottom)
+    beyond = made.budget > 3 * highest  # then the line would press everything else to the ground
+    if not beyond:
+        ax.axhline(made.budget, color=palette.RESERVED, linewidth=2, linestyle=(0, (4, 2)))
+    ax.axvline(step + 0.5, color=palette.INK, linewidth=1.2)
+    _style(ax, count, 1.12 * (highest if beyond else max(made.budget, highest)))
+    _key(ax, made, step)
+    describe(figure, f"Chart: the tokens of each of {count} steps, by kind, and the budget.", _caption(made, step))
+    return figure
+
+
+def _style(ax: Axes, count: int, top: float) -> None:
+    ax.set_facecolor(palette.PAPER)
+    ax.set(xlim=(0, count), ylim=(0, top))
+    ax.set_title("What each step is made of", loc="left", fontsize=12, weight="bold", color=palette.INK)
+    ax.set_xlabel("step", fontsize=9.5, color=palette.SOFT_INK)
+    ax.set_ylabel("tokens", fontsize=9.5, color=palette.SOFT_INK)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+    ax.tick_params(colors=palette.SOFT_INK, labelsize=9, length=3)
+    ax.spines[["top", "right"]].set_visible(False)
+    for spine in ax.spines.values():
+        spine.set_color(palette.LINE)
+
+
+def _key(ax: Axes, made: Composition, step: int) -> None:
+    """The legend, with the numbers of one step, right of the axes."""
+    again = Patch(facecolor=AGAIN, hatch="xxxx", edgecolor=palette.PAPER, linewidth=0)
+    entries = [
+        (Line2D([], [], color=palette.RESERVED, linewidth=2, linestyle=(0, (4, 2))), "the budget", made.budget),
+        (again, "computed again", made.again[step]),
+        (Patch(facecolor=PROMPT), "of prompts", made.prompt[step]),
+        (Patch(facecolor=DECODE), "decodes", made.decode[step]),
+    ]
+    if not any(made.again):
+        del entries[1]
+    legend = ax.legend(
+        [handle for handle, _, _ in entries],
+        [f"{number:,}  {name}" for _, name, number in entries],
+        title=f"Tokens of step {step}",
+        loc="center left",
+        bbox_to_anchor=(1.02, 0.55),
+        frameon=False,
+        fontsize=9.5,
+        labelcolor=palette.INK,
+        alignment="left",
+        handlelength=1.6,
+        handleheight=1.2,
+        labelspacing=0.7,
+    )
+    legend.get_title().set(color=palette.INK, fontsize=10.5, fontweight="bold")
+
+
+def _caption(made: Composition, step: int) -> str:
+    text = (
+        f"Step {step}: {made.total(step):,} tokens of at most {made.budget:,}: {made.decode[step]:,} decoded, "
+        f"{made.prompt[step]:,} of prompts"
+    )
+    if any(made.again):
+        text += f", {made.again[step]:,} computed again"
+    mixed = sum(d > 0 and p + a > 0 for d, p, a in zip(made.decode, made.prompt, made.again, strict=True))
+    return f"{text}. {mixed} of {len(made.decode)} steps compute prompt tokens and decodes together."
