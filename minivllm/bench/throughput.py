@@ -2,6 +2,9 @@
 
 All prompts are random token ids, so that nothing depends on a tokenizer; outputs have fixed lengths (ignore_eos). The
 time is wall clock from the first request handed over to the last token received, after a warm-up.
+
+`run` measures one workload, beside transformers if asked to; `run_cases` measures named ones (`CASES`, among them
+nano-vLLM's protocol) in one engine, each beside its floor.
 """
 
 from __future__ import annotations
@@ -19,7 +22,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from minivllm.bench.report import environment, spread
+from minivllm.bench.costs import ModelCosts
+from minivllm.bench.report import Deadline, attempt, environment, say, spread
+from minivllm.bench.roofline import case_floor
+from minivllm.bench.running import drain
+from minivllm.bench.timing import measure_rates, rates_of
 from minivllm.kernels import Kernels
 from minivllm.layers.linear import FusedLinear, Linear
 from minivllm.llm import LLM
@@ -45,6 +52,18 @@ class Workload:
         ]
         return prompts, [rng.randint(*self.output_tokens) for _ in range(self.num_requests)]
 
+
+#: The cases of the H200 issue. `nano` is nano-vLLM's bench.py: random.seed(0); 256 prompts of randint(100, 1024) tokens
+#: of randint(0, 10000) each; then max_tokens = randint(100, 1024) each; temperature 0.6, ignore_eos.
+CASES: dict[str, Workload] = {
+    "nano": Workload(256, (100, 1024), (100, 1024), 0, 0.6),
+    "decode1": Workload(1, (128, 128), (512, 512), 0, 0.6),
+    "decode64": Workload(64, (128, 128), (512, 512), 0, 0.6),
+    "decode256": Workload(256, (128, 128), (512, 512), 0, 0.6),
+    "prefill": Workload(64, (4096, 4096), (1, 1), 0, 0.6),
+}
+#: Tokens a request of the warm-up gets: it compiles every kernel and shows every size of step, and is short.
+WARM_UP_TOKENS = 8
 
 #: A way to run the workload once; returns seconds.
 Runner = Callable[[list[list[int]], list[int]], float]
@@ -182,6 +201,80 @@ def run(
         report["floor"] = _floor(llm, prompts, output_lens)
         report["step_parts"] = _step_parts(model, prompts, output_lens, engine_options)
     return report
+
+
+def run_cases(
+    cases: dict[str, Workload],
+    model: str | Path | None = None,
+    *,
+    repeats: int = 3,
+    max_seconds: float | None = None,
+    **engine_options: Any,
+) -> dict[str, Any]:
+    """Run each workload `repeats` times on one engine, after a short warm-up of its own.
+
+    max_seconds: a case, or a repeat of one, that would begin later is left out. The engine takes sequences just long
+    enough for the longest case unless max_model_len says otherwise.
+    """
+    deadline = Deadline(max_seconds)
+    longest = max(w.prompt_tokens[1] + w.output_tokens[1] for w in cases.values())
+    engine_options.setdefault("max_model_len", -(-(longest + 1) // 64) * 64)
+    say("throughput: starting the engine")
+    start = time.perf_counter()
+    llm = LLM(model, skip_tokenizer_init=True, **engine_options)
+    engine = llm.llm_engine
+    started = time.perf_counter() - start
+    minivllm_runner(llm)([[1] * 16], [1])
+    first_token = time.perf_counter() - start
+    runner = engine.model_runner
+    measured = measure_rates(runner.device, runner.dtype)
+    config = asdict(engine.model_config)
+    costs = ModelCosts.of(config, runner.dtype.itemsize)
+    limits = {name: getattr(engine.config, name) for name in ("max_num_seqs", "max_num_batched_tokens")}
+    results: dict[str, Any] = {}
+    for name, workload in cases.items():
+        found = attempt(name, deadline, lambda w=workload: _run_case(llm, w, repeats, deadline))
+        if "failed" in found:
+            attempt(f"{name}, clearing up", Deadline(), lambda: drain(engine) or {}, quiet=True)
+        else:
+            prompts, output_lens = workload.draw(engine.model_config.vocab_size)
+            floor = case_floor(list(map(len, prompts)), output_lens, costs, rates_of(measured), **limits)
+            found |= {"floor": floor, "share_of_floor": floor["seconds"] / found["seconds"]["median"]}
+        results[name] = {"workload": asdict(workload)} | found
+    return {
+        "benchmark": "throughput",
+        "model": engine.model_path.name,
+        "model_config": config,
+        "dtype": engine.config.dtype,
+        "engine": {k: v for k, v in asdict(engine.config).items() if k != "device"},
+        "start": {"engine_seconds": started, "first_token_seconds": first_token},
+        "rates": measured,
+        "cases": results,
+        "seconds": round(deadline.elapsed, 1),
+        "environment": environment(),
+    }
+
+
+def _run_case(llm: LLM, workload: Workload, repeats: int, deadline: Deadline) -> dict[str, Any]:
+    prompts, output_lens = workload.draw(llm.llm_engine.model_config.vocab_size)
+    runner = minivllm_runner(llm, workload.temperature)
+    runner(prompts, [min(WARM_UP_TOKENS, n) for n in output_lens])
+    before = llm.metrics()
+    times: list[float] = []
+    while len(times) < repeats and not (times and deadline.passed):
+        gc.collect()
+        times.append(runner(prompts, output_lens))
+    after = llm.metrics()
+    num_prompt, num_output = sum(map(len, prompts)), sum(output_lens)
+    return {
+        "prompt_tokens": num_prompt,
+        "output_tokens": num_output,
+        "seconds": spread(times),
+        "output_tokens_per_second": spread([num_output / t for t in times]),
+        "prompt_tokens_per_second": spread([num_prompt / t for t in times]),
+        "steps": (after.num_steps - before.num_steps) // len(times),
+        "preemptions": after.num_preemptions - before.num_preemptions,
+    }
 
 
 def _transformers_runners(path: Path, dtype: torch.dtype, device: str) -> dict[str, Runner]:

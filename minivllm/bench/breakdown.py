@@ -1,0 +1,277 @@
+"""Where the time of a decode step goes: kernels by name, gaps between them, and what the CPU lets the GPU wait for.
+
+Two measurements of the same steps. Without a profiler: the wall time of a step. Under `torch.profiler`: what ran on the
+GPU and when. A profiler slows the CPU down but not the GPU, so the wall time comes from the first, the kernels from the
+second, and their difference is what the CPU adds:
+
+    step = kernels (any running) + gaps (between kernels of one step) + exposed CPU time (between two steps)
+
+A step begins again where a kernel that runs once a step runs again; the longest gap before that is the one between two
+steps. Without CUDA graphs Python launches each kernel, and the gaps too are its doing.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from minivllm.bench.report import Deadline, attempt, environment, percentiles, say
+from minivllm.bench.running import drain, start_decoding, timed_steps
+from minivllm.engine.llm_engine import LLMEngine
+from minivllm.engine.model_runner import StepResult, pick_device
+
+#: Kernels listed by name; the others are summed up.
+MOST_NAMES = 30
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Something that ran on the GPU, in microseconds from some start."""
+
+    name: str
+    start: float
+    end: float
+    is_kernel: bool = True  # and not a copy or a fill
+
+
+def gpu_intervals(profiler: Any) -> list[Interval]:
+    """What ran on the GPU, in order of its start."""
+    found = []
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA and event.time_range.end > event.time_range.start:
+            copied = event.name.startswith(("Memcpy", "Memset"))
+            found.append(Interval(event.name, event.time_range.start, event.time_range.end, not copied))
+    return sorted(found, key=lambda interval: interval.start)
+
+
+def busy_us(intervals: Sequence[Interval]) -> float:
+    """Microseconds in which at least one of them (in order of start) ran."""
+    total, reached = 0.0, float("-inf")
+    for interval in intervals:
+        total += max(0.0, interval.end - max(interval.start, reached))
+        reached = max(reached, interval.end)
+    return total
+
+
+def step_marker(intervals: Sequence[Interval], num_steps: int) -> str:
+    """The name of a kernel that ran once in every step; ValueError when there is none."""
+    counts = Counter(interval.name for interval in intervals if interval.is_kernel)
+    for tolerance in (0, 1):  # the profiler may begin or end within a step that overlaps
+        names = [name for name, count in counts.items() if abs(count - num_steps) <= tolerance]
+        if names:
+            return names[-1]
+    raise ValueError(f"no kernel ran once in each of the {num_steps} steps")
+
+
+def split_steps(intervals: Sequence[Interval], num_steps: int) -> list[dict[str, float]]:
+    """Of every whole step: microseconds of its period, of kernels running in it, and of its longest gap."""
+    kernels = [interval for interval in intervals if interval.is_kernel]
+    marker = step_marker(kernels, num_steps)
+    marks = [index for index, kernel in enumerate(kernels) if kernel.name == marker]
+    steps = []
+    for first, last in pairwise(marks):
+        inside = kernels[first:last]
+        gaps, reached = [], inside[0].end
+        for kernel in kernels[first + 1 : last + 1]:
+            gaps.append(max(0.0, kernel.start - reached))
+            reached = max(reached, kernel.end)
+        period = kernels[last].start - kernels[first].start
+        steps.append({"period": period, "busy": busy_us(inside), "longest_gap": max(gaps)})
+    return steps
+
+
+def by_name(intervals: Sequence[Interval], num_steps: int) -> list[dict[str, Any]]:
+    """Microseconds and calls a step of each name, the longest first; beyond `MOST_NAMES` they are one row."""
+    times: dict[str, list[float]] = defaultdict(list)
+    for interval in intervals:
+        times[interval.name].append(interval.end - interval.start)
+    total = sum(map(sum, times.values())) or 1.0
+    ordered = sorted(times.items(), key=lambda pair: -sum(pair[1]))
+    rows = [(_short(name), values) for name, values in ordered[:MOST_NAMES]]
+    if rest := [value for _, values in ordered[MOST_NAMES:] for value in values]:
+        rows.append((f"{len(ordered) - MOST_NAMES} others", rest))
+    return [
+        {"name": name, "calls_per_step": len(values) / num_steps, "us_per_step": sum(values) / num_steps,
+         "share": sum(values) / total}
+        for name, values in rows
+    ]  # fmt: skip
+
+
+def _short(name: str) -> str:
+    """Without template arguments, which fill lines."""
+    name = name.removeprefix("void ")
+    return name if len(name) <= 90 else f"{name[:87]}..."
+
+
+class _Timers:
+    """Seconds of the CPU's parts of a step, by wrapping the engine's own objects."""
+
+    def __init__(self, engine: LLMEngine) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        scheduler, runner = engine.scheduler, engine.model_runner
+        execute = self._timed("launch the step", runner.execute)
+        waited = self._timed("wait for the GPU", lambda result: StepResult.wait(result))
+        scheduler.schedule = self._timed("schedule", scheduler.schedule)
+        scheduler.update = self._timed("update", scheduler.update)
+
+        class Waiting(StepResult):
+            def wait(self) -> list[int]:
+                return waited(self)
+
+        runner.execute = lambda batch: Waiting(**vars(execute(batch)))
+        self._owners = [(scheduler, "schedule"), (scheduler, "update"), (runner, "execute")]
+
+    def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args)
+            finally:
+                self.seconds[name] += time.perf_counter() - start
+
+        return wrapper
+
+    def remove(self) -> None:
+        for owner, attribute in self._owners:
+            delattr(owner, attribute)
+
+
+def cpu_parts(engine: LLMEngine, num_steps: int) -> dict[str, float]:
+    """Milliseconds a step of the CPU's parts; "wait for the GPU" is what the CPU had to spare."""
+    timers = _Timers(engine)
+    try:
+        total = sum(timed_steps(engine, num_steps))
+    finally:
+        timers.remove()
+    parts = dict(timers.seconds)
+    parts["everything else"] = total - sum(parts.values())
+    return {name: 1e3 * seconds / num_steps for name, seconds in sorted(parts.items(), key=lambda pair: -pair[1])}
+
+
+def profile_gpu(engine: LLMEngine, num_steps: int) -> list[Interval]:
+    """What ran on the GPU in so many steps."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(num_steps):
+            engine.step()
+        torch.cuda.synchronize()
+    return gpu_intervals(profiler)
+
+
+def profile_cpu(engine: LLMEngine, num_steps: int) -> list[dict[str, Any]]:
+    """Operations by name on a CPU, each without those that it calls."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for _ in range(num_steps):
+            engine.step()
+    found = [(e.key, e.count, e.self_cpu_time_total) for e in profiler.key_averages() if e.self_cpu_time_total > 0]
+    total = sum(us for _, _, us in found) or 1.0
+    ordered = sorted(found, key=lambda row: -row[2])[:MOST_NAMES]
+    return [
+        {"name": name, "calls_per_step": count / num_steps, "us_per_step": us / num_steps, "share": us / total}
+        for name, count, us in ordered
+    ]
+
+
+def gpu_summary(intervals: list[Interval], num_steps: int, step_us: float) -> dict[str, Any]:
+    """Milliseconds a step: kernels, gaps between them, and exposed CPU time. step_us: without the profiler."""
+    found: dict[str, Any] = {"kernels": by_name(intervals, num_steps)}
+    found["copies_per_step"] = sum(not interval.is_kernel for interval in intervals) / num_steps
+    try:
+        steps = split_steps(intervals, num_steps)
+    except ValueError as error:  # the list of kernels is worth having by itself
+        return found | {"failed": str(error)}
+    busy = statistics.median(step["busy"] for step in steps)
+    span = statistics.median(step["period"] - step["longest_gap"] for step in steps)
+    found |= {
+        "kernels_ms": busy / 1e3,
+        "gaps_ms": (span - busy) / 1e3,
+        "exposed_cpu_ms": max(0.0, step_us - span) / 1e3,
+        "gpu_idle_share": max(0.0, 1 - busy / step_us),
+        "profiled_period_ms": statistics.median(step["period"] for step in steps) / 1e3,
+        "profiled_longest_gap_ms": statistics.median(step["longest_gap"] for step in steps) / 1e3,
+    }
+    return found
+
+
+def one_engine(
+    model: str | Path | None, requests: Sequence[int], context: int, num_steps: int, deadline: Deadline, overlap: bool,
+    engine_options: dict[str, Any],
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
+    """(what the engine is, a row for each number of requests), on one engine with overlap on or off."""
+    say(f"breakdown: starting the engine, overlap {'on' if overlap else 'off'}")
+    engine = LLMEngine(model, skip_tokenizer_init=True, async_scheduling=overlap, **engine_options)
+    on_gpu = engine.model_runner.device.type == "cuda"
+    num_profiled = max(4, num_steps // 4)
+
+    def one(num_requests: int) -> dict[str, Any]:
+        try:
+            start_decoding(engine, num_requests, context, 3 * num_steps)
+            times = timed_steps(engine, num_steps)
+            step_us = 1e6 * sum(times) / len(times)
+            row: dict[str, Any] = {"step_seconds": percentiles(times), "mean_step_ms": step_us / 1e3}
+            row["cpu_ms"] = cpu_parts(engine, num_steps)
+            if on_gpu:
+                name = f"{num_requests} running, kernels"
+                row |= attempt(
+                    name, Deadline(), lambda: gpu_summary(profile_gpu(engine, num_profiled), num_profiled, step_us)
+                )
+            else:
+                row["operations"] = profile_cpu(engine, num_profiled)
+            return row
+        finally:
+            drain(engine)
+
+    rows = [
+        {"running": n, "context": context, "overlap": overlap, "graphs": not engine.config.enforce_eager}
+        | attempt(f"{n} running, overlap {'on' if overlap else 'off'}", deadline, lambda n=n: one(n))
+        for n in requests
+    ]
+    about = {
+        "model": engine.model_path.name,
+        "model_config": asdict(engine.model_config),
+        "dtype": engine.config.dtype,
+        "engine": {k: v for k, v in asdict(engine.config).items() if k not in ("device", "async_scheduling")},
+    }
+    return about, rows
+
+
+def run(
+    model: str | Path | None = None,
+    *,
+    requests: Sequence[int] | None = None,
+    context: int | None = None,
+    num_steps: int = 64,
+    overlaps: Sequence[bool] = (True, False),
+    max_seconds: float | None = None,
+    **engine_options: Any,
+) -> dict[str, Any]:
+    """Break a decode step down at each number of running requests, with overlap on and off.
+
+    context: tokens of each prompt; None is 512 on a GPU, 64 on a CPU. max_seconds: rows that would begin later are left
+    out. Other options are the engine's.
+    """
+    on_gpu = pick_device(engine_options.get("device", "auto")).startswith("cuda")
+    requests, context = requests or ((256,) if on_gpu else (8,)), context or (512 if on_gpu else 64)
+    deadline = Deadline(max_seconds)
+    engine_options.setdefault("max_num_seqs", max(requests))
+    engine_options.setdefault("max_model_len", -(-(context + 4 * num_steps + 128) // 64) * 64)
+    about: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    for overlap in overlaps:
+        about, found = one_engine(model, requests, context, num_steps, deadline, overlap, engine_options)
+        rows += found
+        gc.collect()
+        if on_gpu:
+            torch.cuda.empty_cache()
+    seconds = round(deadline.elapsed, 1)
+    return {"benchmark": "breakdown", **about, "rows": rows, "seconds": seconds, "environment": environment()}

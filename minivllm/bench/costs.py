@@ -1,0 +1,65 @@
+"""What a model's operations cost at least: bytes that must cross the memory bus once, and floating-point operations.
+
+A multiplication and an addition are two operations. Bytes count each input read once and each output written once;
+weights and caches come from memory, for they are far larger than any cache on the way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from minivllm.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine can do: bytes read a second, operations of matrix products a second."""
+
+    read_bytes_per_second: float
+    matmul_flops_per_second: float
+
+    def seconds(self, num_bytes: float, flops: float) -> float:
+        """The longer of the two: no implementation is faster."""
+        return max(num_bytes / self.read_bytes_per_second, flops / self.matmul_flops_per_second)
+
+
+@dataclass(frozen=True)
+class ModelCosts:
+    """A decoder in numbers; all counts are of elements but for the last two."""
+
+    layer_weights: int  # of the matrices of all layers
+    head_weights: int  # of the matrix that gives the logits
+    kv_elements_per_token: int
+    attention_flops_per_pair: int  # of one query token looking at one key, over all heads and layers
+    bytes_per_element: int
+
+    @staticmethod
+    def of(config: ModelConfig | dict[str, Any], bytes_per_element: int) -> ModelCosts:
+        """config: a `ModelConfig`, or the "model_config" of a report."""
+        get = config.get if isinstance(config, dict) else lambda name: getattr(config, name)
+        hidden, layers, dim = get("hidden_size"), get("num_hidden_layers"), get("head_dim")
+        heads, kv_heads = get("num_attention_heads"), get("num_key_value_heads")
+        layer = hidden * (heads + 2 * kv_heads) * dim + heads * dim * hidden + 3 * hidden * get("intermediate_size")
+        return ModelCosts(
+            layer_weights=layers * layer,
+            head_weights=get("vocab_size") * hidden,
+            kv_elements_per_token=2 * layers * kv_heads * dim,
+            attention_flops_per_pair=layers * attention_flops(heads, dim, 1),
+            bytes_per_element=bytes_per_element,
+        )
+
+
+def attention_flops(heads: int, head_dim: int, pairs: int) -> int:
+    """Two matrix products of head_dim for every pair of a query token and a key that it sees."""
+    return 4 * heads * head_dim * pairs
+
+
+def causal_pairs(query_len: int, context: int) -> int:
+    """Pairs of query and visible key: the last query_len tokens of a context, each of which sees itself and before."""
+    return query_len * (context - query_len) + query_len * (query_len + 1) // 2
+
+
+def attention_bytes(query_len: int, context: int, heads: int, kv_heads: int, head_dim: int, element: int) -> int:
+    """Queries and outputs once, keys and values of the context once. element: bytes a number."""
+    return (2 * query_len * heads + 2 * context * kv_heads) * head_dim * element

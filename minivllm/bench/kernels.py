@@ -1,0 +1,429 @@
+"""Each kernel beside its floor, and beside torch's own ways to compute the same.
+
+The floor of a row is the longer of bytes / (read bandwidth) and FLOPs / (matmul rate), both measured in the same run.
+On a GPU "minivllm" means the Triton kernels; on a CPU the torch references, with few and small cases.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from minivllm.bench.costs import Rates, attention_bytes, attention_flops, causal_pairs
+from minivllm.bench.report import Deadline, attempt, environment, say
+from minivllm.bench.shapes import shape_config
+from minivllm.bench.timing import measure, measure_rates, num_sets, rates_of
+from minivllm.config import ModelConfig
+from minivllm.engine.model_runner import pick_device
+from minivllm.kernels import Kernels
+
+#: (sequences, new tokens each, context each, the new tokens included)
+PREFILL = {
+    "cuda": [(64, 256, 256), (16, 1024, 1024), (4, 4096, 4096), (1, 16384, 16384), (4, 512, 8192)],
+    "cpu": [(4, 64, 64), (1, 256, 256), (2, 32, 192)],
+}
+#: (sequences, context each); a pair of contexts is a range to draw from.
+DECODE: dict[str, list[tuple[int, int | tuple[int, int]]]] = {
+    "cuda": [(256, 1024), (64, 8192), (256, 4096), (256, (100, 2000)), (32, 1024), (1, 4096)],
+    "cpu": [(8, 256), (1, 1024), (16, (10, 200))],
+}
+#: Tokens of a step, for the operations on rows; rows and vocabulary of the logits (None: the model's).
+ROWS = {"cuda": [256, 8192], "cpu": [16, 256]}
+LOGITS: dict[str, tuple[int, int | None]] = {"cuda": (256, None), "cpu": (16, 8192)}
+#: What `kernels` may be asked for by name.
+NAMES = ("decode_attention", "prefill_attention", "sample", "rms_norm", "add_rms_norm", "qk_norm_rope", "silu_mul",
+         "store_kv")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute a case. prepare: what to make of a set of inputs first, outside of the time."""
+
+    call: Callable[..., Any]
+    prepare: Callable[..., tuple] | None = None
+    graph: bool = True
+    #: Brings the output into the form of ours, to compare them.
+    view: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """Some work: its cost, a maker of inputs, and the ways to do it; the first is ours."""
+
+    kernel: str
+    name: str
+    bytes: int
+    flops: int
+    make: Callable[[], tuple]
+    variants: dict[str, Variant]
+    #: Whether arithmetic is the limit, so that rows quote TFLOP/s.
+    arithmetic: bool = False
+    comparable: bool = True
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the cases are made for."""
+
+    config: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
+    block_size: int
+    kernels: Kernels
+    compiled: bool
+    generator: random.Random = field(default_factory=lambda: random.Random(0))
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """Query heads, KV heads, head_dim."""
+        return self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
+
+    def randn(self, *shape: int) -> Tensor:
+        return torch.randn(shape, dtype=self.dtype, device=self.device)
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+def paged_inputs(setting: Setting, contexts: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """K cache, V cache, block table, context lengths; every sequence's blocks lie scattered over the cache."""
+    _, kv_heads, dim = setting.heads
+    size = setting.block_size
+    needed = [-(-context // size) for context in contexts]
+    shape = (sum(needed), kv_heads, size, dim)
+    caches = setting.randn(*shape), setting.randn(*shape)
+    blocks = torch.randperm(sum(needed)).int().split(needed)
+    table = torch.nn.utils.rnn.pad_sequence(blocks, batch_first=True)
+    return (*caches, table.to(setting.device), torch.tensor(contexts, dtype=torch.int32, device=setting.device))
+
+
+def dense(cache: Tensor, table: Tensor, context: int) -> Tensor:
+    """``[B, KH, context, D]`` from pages, for what reads contiguous keys and values; all contexts are equal."""
+    pages = cache[table.long()]  # [B, blocks, KH, size, D]
+    return pages.transpose(1, 2).flatten(2, 3)[:, :, :context].contiguous()
+
+
+def _sdpa(backend: SDPBackend | None, causal: bool, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    gqa = query.shape[1] != key.shape[1]
+    if backend is None:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=gqa)
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=gqa)
+
+
+def _sdpa_variants(setting: Setting, causal: bool, prepare: Callable[..., tuple], view: Callable) -> dict[str, Variant]:
+    backends: dict[str, SDPBackend | None] = {"sdpa": None}
+    if setting.device.type == "cuda":
+        backends = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION}
+    return {name: Variant(partial(_sdpa, b, causal), prepare, view=view) for name, b in backends.items()}
+
+
+def decode_cases(setting: Setting) -> Iterator[Case]:
+    """One new token a sequence over its paged context."""
+    for batch, context in DECODE[setting.device.type]:
+        if isinstance(context, tuple):
+            contexts = [setting.generator.randint(*context) for _ in range(batch)]
+            yield _decode_case(setting, f"{batch} ragged {context[0]}..{context[1]}", contexts)
+        else:
+            yield _decode_case(setting, f"{batch} x {context}", [context] * batch)
+
+
+def _decode_case(setting: Setting, name: str, contexts: list[int]) -> Case:
+    (heads, kv_heads, dim), longest, batch = setting.heads, max(contexts), len(contexts)
+    element = setting.dtype.itemsize
+    kernels, scale = setting.kernels, dim**-0.5
+
+    def make() -> tuple:
+        return setting.randn(batch, heads, dim), *paged_inputs(setting, contexts)
+
+    def ours(query: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, lens: Tensor) -> Tensor:
+        limits = {"max_seq_len": longest, "merge_attention": kernels.merge_attention}
+        return kernels.decode_attention(query, k_cache, v_cache, table, lens, scale, **limits)
+
+    def contiguous(query: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, _: Tensor) -> tuple:
+        # The query heads that share a KV head become that head's query tokens: the same result, and no GQA is needed.
+        packed = query.view(batch, kv_heads, heads // kv_heads, dim)
+        return packed, dense(k_cache, table, longest), dense(v_cache, table, longest)
+
+    def eager(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return torch.softmax(query @ key.transpose(2, 3) * scale, dim=-1) @ value
+
+    def view(out: Tensor) -> Tensor:
+        return out.reshape(batch, heads, dim)
+
+    variants = {"minivllm": Variant(ours, graph=kernels.name == "triton")}
+    if min(contexts) == longest:  # a dense cache would be padded to the longest
+        variants |= _sdpa_variants(setting, False, contiguous, view)
+        variants["torch matmuls"] = Variant(eager, contiguous, view=view)
+    moved = sum(attention_bytes(1, context, heads, kv_heads, dim, element) for context in contexts)
+    flops = sum(attention_flops(heads, dim, context) for context in contexts)
+    return Case("decode_attention", name, moved, flops, make, variants)
+
+
+def prefill_cases(setting: Setting) -> Iterator[Case]:
+    """Many new tokens a sequence, causal, over the paged context that already holds them."""
+    for batch, query_len, context in PREFILL[setting.device.type]:
+        name = f"{batch} x {query_len}" + (f" at context {context}" if context > query_len else "")
+        yield _prefill_case(setting, name, batch, query_len, context)
+
+
+def _prefill_case(setting: Setting, name: str, batch: int, query_len: int, context: int) -> Case:
+    heads, kv_heads, dim = setting.heads
+    kernels, scale = setting.kernels, dim**-0.5
+
+    def make() -> tuple:
+        starts = torch.arange(0, batch * query_len + 1, query_len, dtype=torch.int32, device=setting.device)
+        return setting.randn(batch * query_len, heads, dim), starts, *paged_inputs(setting, [context] * batch)
+
+    def ours(query: Tensor, starts: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, lens: Tensor) -> Tensor:
+        limits = {"max_query_len": query_len, "max_seq_len": context}
+        return kernels.prefill_attention(query, k_cache, v_cache, table, starts, lens, scale, **limits)
+
+    def contiguous(query: Tensor, _: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, __: Tensor) -> tuple:
+        rows = query.view(batch, query_len, heads, dim).transpose(1, 2).contiguous()
+        return rows, dense(k_cache, table, context), dense(v_cache, table, context)
+
+    def expanded(*inputs: Tensor) -> tuple:
+        rows, key, value = contiguous(*inputs)
+        group = heads // kv_heads
+        return rows, key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+
+    def view(out: Tensor) -> Tensor:
+        return out.transpose(1, 2).reshape(batch * query_len, heads, dim)
+
+    variants = {"minivllm": Variant(ours, graph=kernels.name == "triton")}
+    if context == query_len:  # torch aligns a causal mask to the start: chunks of a prompt are beyond it
+        variants |= _sdpa_variants(setting, True, contiguous, view)
+        cudnn = _sdpa_variants(setting, True, expanded, view).get("sdpa cudnn")
+        if cudnn is not None:
+            variants["sdpa cudnn, heads expanded"] = cudnn
+    moved = batch * attention_bytes(query_len, context, heads, kv_heads, dim, setting.dtype.itemsize)
+    flops = batch * attention_flops(heads, dim, causal_pairs(query_len, context))
+    return Case("prefill_attention", name, moved, flops, make, variants, arithmetic=True)
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def _sample_eager(logits: Tensor, temperature: Tensor) -> Tensor:
+    """Softmax, then the largest of probability / Exponential(1): the usual way without a search."""
+    probabilities = torch.softmax(logits.float() / temperature.unsqueeze(1), dim=-1)
+    return (probabilities / torch.empty_like(probabilities).exponential_(1)).argmax(dim=-1)
+
+
+def sample_cases(setting: Setting) -> Iterator[Case]:
+    """One token a row by temperature alone."""
+    rows, vocabulary = LOGITS[setting.device.type]
+    vocabulary = vocabulary or setting.config.vocab_size
+
+    def make() -> tuple:
+        temperature = torch.full((rows,), 0.6, device=setting.device)
+        seeds, positions = torch.arange(2 * rows, device=setting.device).chunk(2)
+        return setting.randn(rows, vocabulary), temperature, seeds, positions
+
+    def ours(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+        return setting.kernels.sample(logits, temperature, None, None, None, seeds, positions)
+
+    def two(logits: Tensor, temperature: Tensor, *_: Tensor) -> tuple:
+        return logits, temperature
+
+    variants = {
+        "minivllm": Variant(ours, graph=setting.kernels.name == "triton"),
+        "torch eager": Variant(_sample_eager, two),
+        "torch argmax (greedy)": Variant(lambda logits, _: logits.argmax(dim=-1), two),
+    }
+    if setting.compiled:
+        variants["torch compiled"] = Variant(torch.compile(_sample_eager), two, graph=False)
+    moved = rows * vocabulary * setting.dtype.itemsize
+    name = f"{rows} x {vocabulary}, temperature"
+    yield Case("sample", name, moved, 5 * rows * vocabulary, make, variants, comparable=False)
+
+
+# --- operations on rows -----------------------------------------------------------------------------------------------
+
+
+def row_cases(setting: Setting) -> Iterator[Case]:
+    """Norms, SwiGLU, rotation and the cache's write, on the tokens of a decode step and of a prefill step."""
+    for rows in ROWS[setting.device.type]:
+        yield from _norm_cases(setting, rows)
+        yield _silu_case(setting, rows)
+        yield _rope_case(setting, rows)
+        yield _store_case(setting, rows)
+
+
+def _beside_eager(setting: Setting, name: str, wait: bool = False) -> dict[str, Variant]:
+    """Ours and, where ours is Triton, the reference in eager torch. wait: the reference waits for the GPU."""
+    ours, reference = getattr(setting.kernels, name), getattr(Kernels.reference(), name)
+    if ours is reference:
+        return {"minivllm": Variant(ours)}
+    return {"minivllm": Variant(ours), "torch eager": Variant(reference, graph=not wait)}
+
+
+def _norm_cases(setting: Setting, rows: int) -> Iterator[Case]:
+    width, element, eps = setting.config.hidden_size, setting.dtype.itemsize, setting.config.rms_norm_eps
+    once = rows * width * element
+
+    def make(residual: bool) -> tuple:
+        x = [setting.randn(rows, width) for _ in range(1 + residual)]
+        return *x, setting.randn(width), eps
+
+    for name, passes in (("rms_norm", 2), ("add_rms_norm", 4)):
+        variants = _beside_eager(setting, name)
+        yield Case(name, f"{rows} x {width}", passes * once, 4 * rows * width, partial(make, passes == 4), variants)
+
+
+def _silu_case(setting: Setting, rows: int) -> Case:
+    width, element = setting.config.intermediate_size, setting.dtype.itemsize
+    variants = _beside_eager(setting, "silu_mul")
+    moved = 3 * rows * width * element
+    return Case(
+        "silu_mul", f"{rows} x {width}", moved, 5 * rows * width, lambda: (setting.randn(rows, 2 * width),), variants
+    )
+
+
+def _rope_case(setting: Setting, rows: int) -> Case:
+    heads, kv_heads, dim = setting.heads
+    numbers = rows * (heads + kv_heads) * dim
+
+    def make() -> tuple:
+        # One tensor, as the fused projection gives it: V stands behind Q and K in a row.
+        fused = setting.randn(rows, heads + 2 * kv_heads, dim)
+        table = torch.randn(4096, dim, device=setting.device)
+        positions = torch.randint(4096, (rows,), device=setting.device)
+        weights = setting.randn(dim), setting.randn(dim)
+        return fused[:, :heads], fused[:, heads : heads + kv_heads], *weights, table, positions, 1e-6
+
+    moved = 2 * numbers * setting.dtype.itemsize + rows * dim * 4
+    variants = _beside_eager(setting, "qk_norm_rope")
+    return Case("qk_norm_rope", f"{rows} x ({heads} + {kv_heads}) x {dim}", moved, 10 * numbers, make, variants)
+
+
+def _store_case(setting: Setting, rows: int) -> Case:
+    _, kv_heads, dim = setting.heads
+    num_blocks = 2 * -(-rows // setting.block_size)
+
+    def make() -> tuple:
+        caches = [torch.zeros(num_blocks, kv_heads, setting.block_size, dim, dtype=setting.dtype, device=setting.device)
+                  for _ in range(2)]  # fmt: skip
+        slots = torch.randperm(num_blocks * setting.block_size, device=setting.device)[:rows]
+        return setting.randn(rows, kv_heads, dim), setting.randn(rows, kv_heads, dim), *caches, slots
+
+    moved = 4 * rows * kv_heads * dim * setting.dtype.itemsize + 8 * rows
+    variants = _beside_eager(setting, "store_kv", wait=True)
+    return Case("store_kv", f"{rows} x {kv_heads} x {dim}", moved, 0, make, variants, comparable=False)
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def make_row(case: Case, variant: str, timing: Any, rates: Rates) -> dict[str, Any]:
+    """The row of one variant: its time, what it moved and computed a second, and which share of the floor that is."""
+    seconds = timing.median_us * 1e-6
+    speed = {"tflops": case.flops / seconds / 1e12} if case.arithmetic else {"tb_per_s": case.bytes / seconds / 1e12}
+    return {
+        "kernel": case.kernel, "case": case.name, "variant": variant, **asdict(timing),
+        "bytes": case.bytes, "flops": case.flops, **speed,
+        "share_of_floor": rates.seconds(case.bytes, case.flops) / seconds,
+    }  # fmt: skip
+
+
+def difference(out: Any, expected: Any) -> float:
+    """Root mean square of out - expected, relative to expected's."""
+    out, expected = (x[0] if isinstance(x, tuple) else x for x in (out, expected))
+    return ((out.float() - expected.float()).square().mean() / expected.float().square().mean()).sqrt().item()
+
+
+def run_case(case: Case, rates: Rates, device: torch.device, deadline: Deadline, seconds: float) -> list[dict]:
+    """The case's rows, one a variant; a variant that fails is a row with "failed"."""
+    inputs: list[tuple] = []
+    outputs: dict[str, Any] = {}
+
+    def make_inputs() -> dict[str, Any]:
+        inputs.extend(case.make() for _ in range(num_sets(case.bytes, device)))
+        return {}
+
+    def row(name: str, variant: Variant) -> dict[str, Any]:
+        prepared = [variant.prepare(*each) if variant.prepare else each for each in inputs]
+        calls = [partial(variant.call, *each) for each in prepared]
+        found = make_row(case, name, measure(calls, device, graph=variant.graph, seconds=seconds), rates)
+        if case.comparable:
+            out = calls[0]()
+            out = variant.view(out) if variant.view else out
+            if name == "minivllm":
+                outputs[name] = out
+            elif outputs:
+                found["differs_from_ours"] = difference(out, outputs["minivllm"])
+        return found
+
+    rows = []
+    problem = attempt(f"{case.kernel} {case.name}", deadline, make_inputs, quiet=True)
+    for name, variant in case.variants.items():
+        label = f"{case.kernel} {case.name} {name}"
+        found = problem or attempt(label, deadline, partial(row, name, variant))
+        rows.append({"kernel": case.kernel, "case": case.name, "variant": name} | found)
+        _release(device)
+    return rows
+
+
+def _release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@torch.inference_mode()
+def run(
+    shape: str | None = None,
+    *,
+    names: tuple[str, ...] = NAMES,
+    device: str = "auto",
+    dtype: str = "auto",
+    block_size: int | None = None,
+    compiled: bool | None = None,
+    seconds: float = 0.2,
+    max_seconds: float | None = None,
+) -> dict[str, Any]:
+    """Time the kernels that are named.
+
+    shape: heads and widths; None is Qwen3-0.6B's on a GPU, tiny on a CPU. compiled: whether torch.compile is tried too;
+    None is on a GPU. seconds: of measuring a row, about. max_seconds: rows that begin later are left out.
+    """
+    where = torch.device(pick_device(device))
+    on_gpu = where.type == "cuda"
+    shape = shape or ("qwen3-0.6b" if on_gpu else "tiny")
+    number_type = getattr(torch, dtype) if dtype != "auto" else (torch.bfloat16 if on_gpu else torch.float32)
+    size = block_size or (64 if on_gpu else 16)
+    kernels = Kernels.triton() if on_gpu else Kernels.reference()
+    compiled = on_gpu if compiled is None else compiled
+    torch.manual_seed(0)
+    setting = Setting(shape_config(shape), where, number_type, size, kernels, compiled)
+    deadline = Deadline(max_seconds)
+    say("kernels: measuring the machine's own rates")
+    measured = measure_rates(where, number_type)
+    _release(where)
+    rows: list[dict[str, Any]] = []
+    for maker in (decode_cases, prefill_cases, sample_cases, row_cases):
+        for case in maker(setting):
+            if case.kernel in names:
+                rows += run_case(case, rates_of(measured), where, deadline, seconds)
+                _release(where)
+    return {
+        "benchmark": "kernels",
+        "shape": shape,
+        "dtype": str(number_type).removeprefix("torch."),
+        "kernels": kernels.name,
+        "block_size": size,
+        "rates": measured,
+        "rows": rows,
+        "seconds": round(deadline.elapsed, 1),
+        "environment": environment(),
+    }

@@ -1,0 +1,154 @@
+"""How long one waits: for the first token (TTFT), between tokens (TPOT), and how that grows with the work.
+
+Requests arrive all at once, so a TTFT holds the whole batch's prefill. TPOT is a request's mean time between its tokens
+after the first. Growth is measured on requests that are all decoding.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from minivllm.bench.report import Deadline, attempt, environment, percentiles, say, spread
+from minivllm.bench.running import drain, start_decoding, timed_steps
+from minivllm.bench.throughput import Workload
+from minivllm.engine.model_runner import pick_device
+from minivllm.llm import LLM
+from minivllm.sampling_params import SamplingParams
+
+BATCHES = {"cuda": (1, 8, 64, 256), "cpu": (1, 4, 16)}
+RUNNING = {"cuda": (1, 4, 16, 64, 256, 1024), "cpu": (1, 4, 16)}
+CONTEXTS = {"cuda": (1024, 8192, 32768), "cpu": (64, 256)}
+#: (requests, tokens of the prefix they share, tokens of their own)
+PREFIX = {"cuda": (64, 2048, 64), "cpu": (8, 128, 16)}
+
+
+def serve(llm: LLM, batch: int, prompt_tokens: int, output_tokens: int, repeats: int) -> dict[str, Any]:
+    """TTFT and TPOT in seconds over `repeats` rounds of `batch` requests, and output tokens a second of each round."""
+    workload = Workload(batch, (prompt_tokens, prompt_tokens), (output_tokens, output_tokens), 0, 0.6)
+    prompts, output_lens = workload.draw(llm.llm_engine.model_config.vocab_size)
+    params = SamplingParams(temperature=0.6, max_tokens=output_tokens, ignore_eos=True)
+    first, between, rates = [], [], []
+    for round_number in range(1 + repeats):
+        llm.llm_engine.scheduler.block_manager.reset_prefix_cache()
+        start = time.perf_counter()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        elapsed = time.perf_counter() - start
+        if round_number:  # the first is the warm-up
+            first += [output.metrics.time_to_first_token for output in outputs]
+            between += [output.metrics.time_per_output_token for output in outputs]
+            rates.append(sum(output_lens) / elapsed)
+    return {
+        "batch": batch, "prompt_tokens": prompt_tokens, "output_tokens": output_tokens,
+        "ttft": percentiles(first), "tpot": percentiles(between), "output_tokens_per_second": spread(rates),
+    }  # fmt: skip
+
+
+def decode_steps(llm: LLM, num_requests: int, context: int, num_steps: int) -> dict[str, Any]:
+    """Seconds of a step, and tokens a second, while so many requests of about this context decode."""
+    engine = llm.llm_engine
+    try:
+        start_decoding(engine, num_requests, context, num_steps)
+        before = engine.metrics()
+        times = timed_steps(engine, num_steps)
+        after = engine.metrics()
+    finally:
+        drain(engine)
+    return {
+        "running": num_requests,
+        "context": context,
+        "steps": num_steps,
+        "step_seconds": percentiles(times),
+        "tokens_per_second": (after.num_generated_tokens - before.num_generated_tokens) / sum(times),
+    }
+
+
+def shared_prefix(llm: LLM, num_requests: int, prefix: int, own: int, repeats: int) -> dict[str, Any]:
+    """Seconds until every request has its first token, where all share a prefix and where none does.
+
+    The cache is emptied before each round: computing the prefix once is part of the time.
+    """
+    engine = llm.llm_engine
+    params = SamplingParams(temperature=0.6, max_tokens=1, ignore_eos=True)
+    times: dict[str, list[float]] = {"distinct": [], "shared": []}
+    for round_number in range(1 + repeats):
+        for kind, seconds in times.items():
+            prompts = _prompts(kind == "shared", num_requests, prefix, own, engine.model_config.vocab_size)
+            engine.scheduler.block_manager.reset_prefix_cache()
+            start = time.perf_counter()
+            llm.generate(prompts, params, use_tqdm=False)
+            if round_number:
+                seconds.append(time.perf_counter() - start)
+    ratios = [slow / fast for slow, fast in zip(times["distinct"], times["shared"], strict=True)]
+    return {
+        "requests": num_requests, "prefix_tokens": prefix, "own_tokens": own,
+        **{f"{kind}_seconds": spread(values) for kind, values in times.items()}, "faster_by": spread(ratios),
+    }  # fmt: skip
+
+
+def _prompts(shared: bool, num_requests: int, prefix: int, own: int, vocab_size: int) -> list[list[int]]:
+    rng = random.Random(prefix)
+    first = [rng.randrange(vocab_size) for _ in range(prefix)]
+    prompts = []
+    for _ in range(num_requests):
+        start = first if shared else [rng.randrange(vocab_size) for _ in range(prefix)]
+        prompts.append(start + [rng.randrange(vocab_size) for _ in range(own)])
+    return prompts
+
+
+def run(
+    model: str | Path | None = None,
+    *,
+    batches: Sequence[int] | None = None,
+    running: Sequence[int] | None = None,
+    contexts: Sequence[int] | None = None,
+    prompt_tokens: int = 512,
+    output_tokens: int = 128,
+    context_requests: int = 8,
+    num_steps: int = 64,
+    repeats: int = 3,
+    max_seconds: float | None = None,
+    **engine_options: Any,
+) -> dict[str, Any]:
+    """TTFT and TPOT at these batch sizes, steps at these numbers of requests and contexts, and prefix hits.
+
+    None takes the defaults for the device. running: requests of 128 prompt tokens; contexts: context_requests of them.
+    max_seconds: rows that would begin later are left out. Other options are the engine's.
+    """
+    kind = pick_device(engine_options.get("device", "auto")).partition(":")[0]
+    batches, running, contexts = batches or BATCHES[kind], running or RUNNING[kind], contexts or CONTEXTS[kind]
+    deadline = Deadline(max_seconds)
+    short_context = 128 if kind == "cuda" else 32
+    longest = max(*contexts, short_context, prompt_tokens + output_tokens, sum(PREFIX[kind][1:]))
+    engine_options.setdefault("max_model_len", -(-(longest + num_steps + 128) // 64) * 64)
+    engine_options.setdefault("max_num_seqs", max(*running, *batches, context_requests, PREFIX[kind][0]))
+    say("latency: starting the engine")
+    llm = LLM(model, skip_tokenizer_init=True, **engine_options)
+    report: dict[str, Any] = {
+        "benchmark": "latency",
+        "model": llm.llm_engine.model_path.name,
+        "model_config": asdict(llm.llm_engine.model_config),
+        "dtype": llm.llm_engine.config.dtype,
+        "engine": {k: v for k, v in asdict(llm.llm_engine.config).items() if k != "device"},
+        "serving": [
+            {"batch": n}
+            | attempt(f"batch {n}", deadline, lambda n=n: serve(llm, n, prompt_tokens, output_tokens, repeats))
+            for n in batches
+        ],
+        "growth_with_requests": [
+            {"running": n, "context": short_context}
+            | attempt(f"{n} running", deadline, lambda n=n: decode_steps(llm, n, short_context, num_steps))
+            for n in running
+        ],
+        "growth_with_context": [
+            {"running": context_requests, "context": n}
+            | attempt(f"context {n}", deadline, lambda n=n: decode_steps(llm, context_requests, n, num_steps))
+            for n in contexts
+        ],
+        "shared_prefix": attempt("shared prefix", deadline, lambda: shared_prefix(llm, *PREFIX[kind], repeats)),
+    }
+    return report | {"seconds": round(deadline.elapsed, 1), "environment": environment()}
