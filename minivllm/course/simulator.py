@@ -10,7 +10,8 @@ request by request. The result brings a `minivllm.engine.trace.Trace`, the recor
     run = simulate(azure_chat(faster=4), max_num_batched_tokens=512)
     print(run.summary())
 
-Left out: prefix caching, sampling, stop tokens (output lengths are given), and the CPU's own time.
+Left out: prefix caching, sampling, and the CPU's own time. When a request ends is known to the simulator alone: the
+scheduler sees an end-of-sequence token, as it does in the engine.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ H200 = CostModel(
     pair=1.25e-9,
     source="fitted to the gpu_seconds of minivllm/bench/recorded/steps-h200.json",
 )
+#: What every sequence ends with here.
+END = 1
 #: One second a step, whatever is in it: with it, times are step numbers.
 STEPS = CostModel("one second a step", weights=1.0, token=0.0, key=0.0, pair=0.0)
 
@@ -88,8 +91,7 @@ class SimulatedRequest:
     sequence: EngineSequence
     token_times: list[float] = field(default_factory=list)
     first_scheduled: float | None = None
-    #: Steps that were planned while it stood in the queue, from arrival to its first token's step; and in all.
-    steps_waited: int = 0
+    steps_waited: int = 0  # steps after whose planning it stood in the queue
 
     @property
     def finished(self) -> bool:
@@ -123,8 +125,8 @@ class Simulation:
 
     @property
     def lost(self) -> list[int]:
-        """Numbers of the requests that the scheduler forgot: neither finished nor in one of its queues."""
-        return [i for i, request in enumerate(self.requests) if not request.finished]
+        """Numbers of the requests that did not get all their tokens, although the scheduler has nothing left to do."""
+        return [i for i, r in enumerate(self.requests) if len(r.token_times) < r.arrival.output_tokens]
 
     @property
     def throughput(self) -> float:
@@ -171,8 +173,8 @@ def simulate(
     num_blocks: int = 12_288,
     block_size: int = 64,
     block_manager_cls: Callable[..., Any] = BlockManager,
-    trace: bool = True,
     max_model_len: int = 8192,
+    trace: bool = True,
 ) -> Simulation:
     """Serve the workload. The defaults are those of an engine on an H200: 12,288 blocks of 64 tokens are 116 GB of KV.
 
@@ -181,7 +183,8 @@ def simulate(
     requests wait, or does not come to an end. Requests that it forgets are in `Simulation.lost`.
     """
     scheduler = scheduler_cls(block_manager_cls(num_blocks, block_size, False), max_num_seqs, max_num_batched_tokens)
-    clock = _Clock(sorted(workload, key=lambda arrival: arrival.time), scheduler)
+    arrivals = sorted(workload, key=lambda arrival: arrival.time)
+    clock = _Clock([SimulatedRequest(a, _sequence(i, a, max_model_len)) for i, a in enumerate(arrivals)], scheduler)
     recorder = Trace(cost.name, num_blocks, block_size, max_num_seqs, max_num_batched_tokens, 0, max_model_len)
     names = {i: (str(i), 0) for i in range(len(workload))}
     limit = 2 * max_steps((a.prompt_tokens, a.output_tokens) for a in workload) + 100
@@ -203,7 +206,9 @@ def simulate(
         for seq in scheduler.waiting:
             clock.requests[seq.seq_id].steps_waited += 1
         clock.now += seconds
-        accepted = scheduler.update(batch, [0] * len(batch.sampled))
+        sampled = [clock.requests[item.sequence.seq_id] for item in batch.sampled]
+        ends = [len(request.token_times) + 1 == request.arrival.output_tokens for request in sampled]
+        accepted = scheduler.update(batch, [END if end else 0 for end in ends])
         for item in accepted:
             clock.requests[item.sequence.seq_id].token_times.append(clock.now)
         if record is not None:
@@ -215,9 +220,8 @@ def simulate(
 class _Clock:
     """Hands requests to the scheduler when their time has come."""
 
-    def __init__(self, arrivals: list[Arrival], scheduler: Any) -> None:
-        self.now, self.scheduler = 0.0, scheduler
-        self.requests = [SimulatedRequest(a, _sequence(i, a)) for i, a in enumerate(arrivals)]
+    def __init__(self, requests: list[SimulatedRequest], scheduler: Any) -> None:
+        self.now, self.requests, self.scheduler = 0.0, requests, scheduler
         self._next = 0
 
     def admit(self) -> bool:
@@ -232,11 +236,9 @@ class _Clock:
         return True
 
 
-def _sequence(number: int, arrival: Arrival) -> EngineSequence:
-    params = SamplingParams(max_tokens=arrival.output_tokens, ignore_eos=True)
-    return EngineSequence(
-        number, [0] * arrival.prompt_tokens, params, max_num_tokens=arrival.prompt_tokens + arrival.output_tokens
-    )
+def _sequence(number: int, arrival: Arrival, max_num_tokens: int) -> EngineSequence:
+    prompt = [0] * arrival.prompt_tokens
+    return EngineSequence(number, prompt, SamplingParams(), frozenset([END]), max_num_tokens)
 
 
 def _stalled(scheduler: Any, num_steps: int, planned: bool) -> str:

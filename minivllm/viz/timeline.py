@@ -6,6 +6,7 @@ All of it is read from a `minivllm.engine.trace.Trace`: the engine's own, or tha
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -43,8 +44,10 @@ _WORDS = {
     "wait": "waits", "chunk": "a chunk of its prompt", "prefill": "prompt, to its end", "decode": "decodes a token",
     "idle": "held, not computed", "again": "computed again",
 }  # fmt: skip
-#: Inches around the rows, the room that labels take, and what a row takes at most; all rows together take so many.
-_TOP, _BOTTOM, _LEFT, _RIGHT, _LABELS = 0.52, 0.9, 0.55, 0.2, 1.9
+#: Inches around the rows, what a letter of a label takes, and what a row takes at most; all rows together take so many.
+_TOP, _BOTTOM, _LEFT, _RIGHT, _LETTER = 0.52, 0.9, 0.55, 0.2, 0.064
+#: Letters that a label may have.
+_LABEL = 44
 _ROW, _ALL_ROWS = 0.27, 6.5
 #: Lower rows get no letter, narrower cells no edges (inches).
 _LETTER_ROW, _EDGE_CELL = 0.13, 0.045
@@ -150,7 +153,8 @@ def draw_timeline(
     height = min(_ROW, _ALL_ROWS / len(rows))
     figure, ax = prepare(ax, _TOP + _BOTTOM + height * max(len(rows), 2))
     total = figure.get_size_inches()[1]
-    left = _LEFT + (_LABELS if labels else 0)
+    names = [textwrap.shorten(label, _LABEL, placeholder=" …") for label in labels or [""] * len(rows)]
+    left = _LEFT + _LETTER * max(map(len, names))
     if own:
         ax.set_position(
             (left / WIDTH, _BOTTOM / total, (WIDTH - left - _RIGHT) / WIDTH, (total - _TOP - _BOTTOM) / total)
@@ -159,7 +163,7 @@ def draw_timeline(
     for y, row in enumerate(rows):
         _draw_row(ax, y, row, step, cell, height)
         if height >= _LETTER_ROW:
-            _draw_name(ax, y, row, labels[y] if labels else "", height)
+            _draw_name(ax, y, row, names[y], height)
     if step is not None:
         ax.axvspan(step, step + 1, ymin=0, ymax=1, facecolor="none", edgecolor=palette.INK, linewidth=1.2, zorder=5)
     _style(ax, len(trace.steps), max(len(rows), 2), "The scheduler's timeline", "step")
@@ -236,6 +240,7 @@ class _Bar(HandlerBase):
 
     def create_artists(self, legend, handle, x, y, width, height, fontsize, transform):
         color, tall, hatch = STYLES[handle]
+        tall = max(tall, 0.2)
         box = Rectangle((x, y + height * (0.5 - 0.6 * tall)), width, 1.2 * height * tall, transform=transform)
         idle = handle == "idle"
         box.set(
