@@ -1,0 +1,810 @@
+"""Chapter 02, flash attention: the checks of its exercises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from minivllm.course.checking import (
+    Mistake,
+    NotRunnableHere,
+    counted,
+    diagnose,
+    engine_agrees,
+    exercise,
+    expect,
+    guard,
+    guarded,
+    seeded,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+INF = math.inf
+LOG2E = math.log2(math.e)
+#: Mistake's name -> (explanation, wrong implementation, another one of the same mistake …).
+Suspects = dict[str, tuple]
+
+
+def _diagnose(answer: Callable, cases: Sequence[tuple], right: Callable, suspects: Suspects, **more: Any) -> int:
+    """`diagnose`, with several wrong implementations a name."""
+    named = {f"{name} {i}": (why, f) for name, (why, *functions) in suspects.items() for i, f in enumerate(functions)}
+    try:
+        return diagnose(answer, cases, right, named, **more)
+    except Mistake as mistake:
+        raise Mistake(mistake.name.split()[0], mistake.message) from mistake.__cause__
+
+
+# --- 02.1 -------------------------------------------------------------------------------------------------------------
+
+
+@exercise("02.1", "Warm-up: who may look at whom")
+def check_causal_mask(answer: Callable) -> str:
+    import torch
+
+    def mask(query_len: int, context: int, offset: Callable[[int, int], int]) -> torch.Tensor:
+        positions = torch.arange(query_len) + offset(query_len, context)
+        return torch.arange(context) <= positions[:, None]
+
+    def causal_mask(query_len: int, context: int) -> torch.Tensor:
+        return mask(query_len, context, lambda q, n: n - q)
+
+    suspects = {
+        "aligned-to-start": (
+            "Your triangle begins at the top left: query 0 sees key 0 and nothing else, though all keys of the past "
+            "come "
+            "before it.\nThe queries are the LAST tokens of the context: query i stands at position "
+            "context - query_len + i.",
+            lambda q, n: mask(q, n, lambda q, n: 0),
+        ),
+        "sees-the-next-token": (
+            "Each query sees one key too many: the token after its own, which the model is about to predict.\n"
+            "Compare with <=, not with < and one more; the last row's last key is its own.",
+            lambda q, n: mask(q, n, lambda q, n: n - q + 1),
+        ),
+        "hides-its-own-token": (
+            "A query does not see its own token. It may: only what comes AFTER it is the future.\n"
+            "Key j is visible when j <= position, not j < position.",
+            lambda q, n: mask(q, n, lambda q, n: n - q - 1),
+        ),
+        "hides-nothing": (
+            "All queries see all keys. Only the last one may: for the others, later tokens are the future.\n"
+            "A mask that does not care for the row is none.",
+            lambda q, n: mask(q, n, lambda q, n: n),
+        ),
+        "same-for-all-queries": (
+            "All rows are alike. Each query sees one key more than the one before it: its own.\n"
+            "Query i stands at position context - query_len + i.",
+            lambda q, n: mask(q, n, lambda q, n: n - q)[:1].expand(q, n).clone(),
+        ),
+        "true-means-hidden": (
+            "The triangle is right, and turned over: here True means that the query MAY look.\nReturn its opposite, "
+            "~mask.",
+            lambda q, n: ~causal_mask(q, n),
+        ),
+    }
+    cases = [(1, 1), (4, 4), (1, 7), (3, 8), (5, 6), (2, 2), (16, 70)]
+    number = _diagnose(answer, cases, causal_mask, suspects)
+    return f"{number} masks, of whole prompts, of chunks with a past, and of single tokens"
+
+
+# --- 02.2 -------------------------------------------------------------------------------------------------------------
+
+
+@exercise("02.2", "Predict: what a chunk costs")
+def check_predictions(computed_tiles: float, masked_tiles: float, matrix_mb: float, flash_mb: float) -> str:
+    import torch
+
+    from minivllm.viz.tiles import attention_tiles
+
+    new, context, heads, kv_heads, dim, block = 1024, 4096, 16, 8, 128, 64
+    counts = attention_tiles(new, context, block, block).counts
+    computed, rows, columns = counts["full"] + counts["masked"], new // block, context // block
+
+    def megabytes(*shapes: tuple[int, ...]) -> float:
+        return sum(torch.empty(shape, dtype=torch.bfloat16, device="meta").nbytes for shape in shapes) / 1e6
+
+    matrix = megabytes((heads, new, context))
+    flash = megabytes((new, heads, dim), (context, kv_heads, dim), (context, kv_heads, dim), (new, heads, dim))
+
+    def judge(what: str, said: Any, right: float, unit: str, near: float, usual: dict) -> None:
+        if not isinstance(said, int | float) or isinstance(said, bool):
+            raise Mistake("wrong-type", f"{what} should be one number.\nIt is {said!r}.")
+        if abs(said - right) <= near * right:
+            return
+        for name, (wrong, why) in usual.items():
+            if abs(said - wrong) <= near * wrong:
+                raise Mistake(name, f"{what}: you said {said:,.6g}, measured are {right:,.6g} {unit}.\n{why}")
+        raise Mistake(
+            f"wrong-{what.replace('_', '-')}", f"{what}: you said {said:,.6g}, measured are {right:,.6g} {unit}.\n"
+            "Draw it: draw_attention_tiles(1024, 4096, 64, 64), or take it on paper with 4 new tokens after 12."
+        )  # fmt: skip
+
+    start_aligned = attention_tiles(new, new, block, block).counts
+    judge("computed_tiles", computed_tiles, computed, f"of {rows * columns:,}", 0.0, {
+        "half-is-skipped": (rows * columns // 2, "Half is skipped for a whole prompt. This chunk has a past of 3,072 "
+                            "tokens, which all its queries see: only the corner at the end is skipped."),
+        "nothing-is-skipped": (rows * columns, "The first queries of the chunk do not see its last: that corner is "
+                               "skipped, 15 tiles in the first row of tiles, 14 in the second, and so on."),
+        "past-forgotten": (start_aligned["full"] + start_aligned["masked"], "That is the chunk alone, without its "
+                                                                            "past. "
+                           "All queries also see the 3,072 keys from the cache."),
+        "diagonal-forgotten": (counts["full"], "The tiles on the diagonal are computed, too: with a mask."),
+    })  # fmt: skip
+    judge("masked_tiles", masked_tiles, counts["masked"], "tiles", 0.0, {
+        "all-computed-are-masked": (computed, "A tile whose queries all see all of its keys needs no mask, and that is "
+                                    "nearly every one. Only the diagonal does."),
+        "a-mask-for-each-column": (columns, "The diagonal crosses one tile in each ROW of tiles; the past's columns "
+                                            "are "
+                                   "seen by all queries."),
+        "two-in-a-row": (2 * rows, "3,072 is a multiple of 64: the diagonal starts at a tile's corner, and crosses one "
+                         "tile in each row of tiles, not two."),
+    })  # fmt: skip
+    judge("matrix_mb", matrix_mb, matrix, "MB", 0.06, {
+        "one-head": (matrix / heads, "That is one head; each of the 16 has scores of its own."),
+        "kv-heads": (matrix / heads * kv_heads, "Scores are there for each QUERY head, 16: two that share keys still "
+                                                "ask "
+                     "different questions."),
+        "in-float32": (2 * matrix, "bfloat16 takes two bytes a number."),
+        "square": (megabytes((heads, context, context)), "Only the 1,024 new tokens are queries; the matrix is 1,024 × "
+                   "4,096."),
+        "chunk-only": (megabytes((heads, new, new)), "Each query has a score for all 4,096 keys, not only for those of "
+                       "its chunk."),
+    })  # fmt: skip
+    query, keys = megabytes((new, heads, dim)), megabytes((context, kv_heads, dim))
+    judge("flash_mb", flash_mb, flash, "MB", 0.06, {
+        "heads-not-shared": (2 * query + 4 * keys, "Keys and values have 8 heads, not 16: two query heads share one."),
+        "keys-of-the-chunk-only": (2 * query + 2 * keys * new / context, "The chunk reads the keys and values of its "
+                                   "whole context, 4,096 tokens, from the cache."),
+        "result-forgotten": (query + 2 * keys, "The result is written, and as large as Q."),
+        "values-forgotten": (2 * query + keys, "Keys AND values are read, and are equally large."),
+        "as-if-whole-prompt": (megabytes((context, 2 * heads + 2 * kv_heads, dim)), "Only 1,024 tokens have a query "
+                                                                                    "and a "
+                               "result; keys and values have all 4,096."),
+    })  # fmt: skip
+    return f"{computed} of {rows * columns:,} tiles, {counts['masked']} masked; {matrix:.0f} MB become {flash:.0f}"
+
+
+# --- walks, right and wrong -------------------------------------------------------------------------------------------
+
+
+def _exact(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """Attention of the last tokens of a context, one head, by the formula and in float64; float32."""
+    import torch
+
+    queries, keys = len(query), len(key)
+    scores = query.double() @ key.double().T * scale
+    hidden = torch.arange(keys) > torch.arange(keys - queries, keys)[:, None]
+    return (scores.masked_fill(hidden, -INF).softmax(dim=-1) @ value.double()).float()
+
+
+def _walk(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16,
+    wrong: str = "",
+) -> torch.Tensor:  # fmt: skip
+    """Flash attention of one head in tiles, right by default, and wrong in the way that `wrong` names."""
+    import torch
+
+    queries, keys = len(query), len(key)
+    past = 0 if wrong == "aligned-to-start" else keys - queries
+    factor = {"no-scale": 1.0, "scaled-twice": scale * scale, "no-log2e": scale / LOG2E, "log2e-and-exp": scale * LOG2E}
+    query, out = query * factor.get(wrong, scale), torch.empty_like(query)
+    for top in range(0, queries, block_m):
+        rows = torch.arange(top, min(top + block_m, queries))
+        acc, m, l = torch.zeros(len(rows), value.shape[1]), torch.full((len(rows),), -INF), torch.zeros(len(rows))
+        end, walked = min(past + int(rows[-1]) + 1, keys), 0
+        if wrong == "tail-dropped":
+            end = end // block_n * block_n
+        elif wrong == "stops-before-the-diagonal":
+            end = (past + top) // block_n * block_n
+        elif wrong == "no-mask":
+            end = keys
+        elif wrong == "walk-ends-too-early":
+            end = min(top + block_m, keys)
+        elif wrong == "past-and-start":  # the walk is mended and the mask is spoilt
+            end = min(past + top + block_m, keys)
+        for first in range(0, end, block_n):
+            columns = torch.arange(first, min(first + block_n, keys))
+            positions = past + rows if wrong != "past-and-start" else rows
+            hidden = _hidden(columns, positions, first, past + top, block_n, wrong)
+            scores = (query[rows] @ key[columns].T).masked_fill(hidden, 0.0 if wrong == "hidden-are-zero" else -INF)
+            new = torch.maximum(m, scores.amax(dim=1))
+            if wrong == "one-maximum-for-all-rows":
+                new = new.max().expand_as(new)
+            under = scores.amax(dim=1) if wrong == "own-maximum" else new
+            rescale, weights = torch.exp(m - new), torch.exp(scores - under[:, None])
+            if wrong in ("rescale-base-e", "rescale-base-2"):  # maxima in base two, and the other way round
+                rescale = torch.exp((m - new) * (LOG2E if wrong == "rescale-base-e" else 1 / LOG2E))
+            if wrong in ("softmax-a-tile", "mean-of-softmaxes"):
+                weights, rescale = scores.softmax(dim=1), 1.0
+            of_acc = 1.0 if wrong in ("not-rescaled", "output-not-rescaled") else rescale
+            of_sum = 1.0 if wrong in ("not-rescaled", "sum-not-rescaled") else rescale
+            acc = acc * (of_acc if isinstance(of_acc, float) else of_acc[:, None]) + weights @ value[columns]
+            l = l * of_sum + weights.sum(dim=1)
+            m, walked = new, walked + 1
+            if wrong == "divided-in-each-tile":
+                acc = acc / l[:, None]
+        undivided = wrong in ("not-divided", "softmax-a-tile", "divided-in-each-tile")
+        out[rows] = acc if undivided else acc / (walked if wrong == "mean-of-softmaxes" else l[:, None])
+    return out
+
+
+def _hidden(columns: Any, positions: Any, first: int, top: int, block_n: int, wrong: str) -> Any:
+    """Which scores of a tile are hidden; top is the position of the tile's first query."""
+    import torch
+
+    hidden = columns > positions[:, None]
+    if wrong == "sees-the-next-token":
+        return columns > positions[:, None] + 1
+    if wrong == "hides-its-own-token":
+        return columns >= positions[:, None]
+    if wrong == "indices-within-the-tile":
+        return torch.arange(len(columns)) > torch.arange(len(positions))[:, None]
+    if wrong in ("no-mask", "diagonal-not-masked"):
+        return torch.zeros_like(hidden)
+    if wrong == "mask-of-the-first-query":
+        return (columns > top).expand_as(hidden)
+    return hidden
+
+
+_WALKS = {
+    "aligned-to-start": (
+        "Your mask is aligned to the start: query 0 sees key 0 only, whatever came before it. Whole prompts are right "
+        "with it, and chunks with a past are not.\nThe queries are the LAST tokens: query i stands at position "
+        "(number of keys) - (number of queries) + i.",
+        "aligned-to-start",
+    ),
+    "walk-ends-too-early": (
+        "The mask is right, but the walk ends where it would for a chunk without a past: the last keys are never "
+        "visited.\nA tile's last query stands at position past + its row; the walk must come so far.",
+        "walk-ends-too-early",
+    ),
+    "no-mask": (
+        "Queries see the future: changing a later token changes what earlier ones get.\n"
+        "In tiles on the diagonal, scores of keys after the query's position must be -inf.",
+        "no-mask",
+    ),
+    "diagonal-not-masked": (
+        "The walk ends at the diagonal, but its last tile is used whole: its first queries see keys that come after "
+        "them.\n"
+        "Tiles on the diagonal need the mask: -inf where key > position.",
+        "diagonal-not-masked",
+    ),
+    "stops-before-the-diagonal": (
+        "The walk ends before the tile on the diagonal. There the queries' own tokens stand, and they may be seen, "
+        "with "
+        "a mask.\nWalk until the position of the tile's LAST query, that key included.",
+        "stops-before-the-diagonal",
+    ),
+    "indices-within-the-tile": (
+        "Your mask compares indices within the tile: row 3 of ANY tile sees columns 0 to 3 of it.\n"
+        "Compare positions in the context: first key of the tile + column against position of the query.",
+        "indices-within-the-tile",
+    ),
+    "mask-of-the-first-query": (
+        "All queries of a tile get the mask of its first one.\nThe mask has two axes: keys across, and down the "
+        "position "
+        "of each query ([:, None]).",
+        "mask-of-the-first-query",
+    ),
+    "sees-the-next-token": (
+        "Each query sees one key too many: the token after its own.\nHidden is key > position.",
+        "sees-the-next-token",
+    ),
+    "hides-its-own-token": (
+        "A query does not see its own token; the very first one sees nothing at all.\nHidden is key > position, not "
+        ">=.",
+        "hides-its-own-token",
+    ),
+    "hidden-scores-are-zero": (
+        "Hidden scores are 0 instead of -inf. exp(0 - m) is a weight like any other, so the future counts.\n"
+        "Fill with -inf (-math.inf): its exp is 0.",
+        "hidden-are-zero",
+    ),
+    "no-scale": ("Scores are not multiplied by `scale`, so the softmax is far too sharp.\nscale · q·k.", "no-scale"),
+    "scaled-twice": (
+        "Scores are multiplied by `scale` twice, perhaps once with the query and once as a product.\nOnce is enough.",
+        "scaled-twice",
+    ),
+    "no-log2e": (
+        "You use exp2 on scores that are meant for exp. 2^x is not e^x.\n"
+        "exp(x) = exp2(x · log2 e): multiply `scale` by math.log2(math.e).",
+        "no-log2e",
+    ),
+    "exp-of-base-two-scores": (
+        "The scores are made for base two, with log2 e in them, and you take exp of them: the softmax is too sharp.\n"
+        "exp2 for both, the weights and the rescaling; or leave log2 e out.",
+        "log2e-and-exp",
+    ),
+    "mixed-bases": (
+        "Two bases are mixed: the weights are powers of one, and the factor for the old sums is a power of the "
+        "other. It "
+        "shows only where a maximum grows.\nMaximum and scores are in the same unit: exp2 for both, or exp for both.",
+        "rescale-base-e",
+        "rescale-base-2",
+    ),
+    "not-rescaled": (
+        "When a later tile brings a larger maximum, neither the old sum nor the old output is scaled down.\n"
+        "Multiply both by exp(old maximum - new maximum) before you add the tile.",
+        "not-rescaled",
+    ),
+    "sum-not-rescaled": (
+        "The output is rescaled when the maximum grows, and the sum is not: in the end you divide by too much.\n"
+        "l = l · rescale + …, with the same factor.",
+        "sum-not-rescaled",
+    ),
+    "output-not-rescaled": (
+        "The sum is rescaled when the maximum grows, and the output so far is not: old values count too much.\n"
+        "acc = acc · rescale + …, with the same factor, for each row.",
+        "output-not-rescaled",
+    ),
+    "tile-under-its-own-maximum": (
+        "A tile's weights are taken under its own maximum. Where an earlier tile had a larger score they are too "
+        "large.\n"
+        "Take them under the new running maximum: exp(scores - new).",
+        "own-maximum",
+    ),
+    "a-softmax-for-each-tile": (
+        "Each tile gets a softmax of its own, as if there were no other keys.\n"
+        "Carry m and l along the whole walk, and divide once, behind the loop.",
+        "softmax-a-tile",
+        "mean-of-softmaxes",
+    ),
+    "divided-in-each-tile": (
+        "You divide by the sum in every tile, so that older tiles are divided again and again.\n"
+        "Divide once, after the walk.",
+        "divided-in-each-tile",
+    ),
+    "not-divided": (
+        "The weights do not add up to 1: the division by the sum is missing.\nDivide each row by its l after the walk.",
+        "not-divided",
+    ),
+    "one-maximum-for-all-rows": (
+        "One maximum serves all queries of a tile. A query whose scores are far below it gets weights of 0 alone, and "
+        "0 / 0 is nan.\nEach row needs its own maximum: amax(dim=1), or tl.max(…, axis=1).",
+        "one-maximum-for-all-rows",
+    ),
+    "tail-dropped": (
+        "The last tile of keys is left out where it is not full.\n"
+        "range(first, end, block) comes to it; counting end // block whole tiles does not. Its missing keys are "
+        "masked.",
+        "tail-dropped",
+    ),
+}
+
+
+def _suspects(use: Callable[[Callable], Callable] = lambda walk: walk, without: Sequence[str] = ()) -> Suspects:
+    """All wrong walks; use makes of a walk what is compared with the answer."""
+    return {
+        name: (why, *(use(partial(_walk, wrong=wrong)) for wrong in wrongs))
+        for name, (why, *wrongs) in _WALKS.items()
+        if name not in without
+    }
+
+
+def _inputs(queries: int, keys: int, dim: int, seed: int, size: float = 1.0, spread: float = 0.0) -> tuple:
+    """Query, key, value and scale. spread: how far the scores of one query lie from those of the next."""
+    import torch
+
+    random, scale = seeded(seed), dim**-0.5
+    query, key = (torch.randn(count, dim, generator=random) * size for count in (queries, keys))
+    value = torch.randn(keys, dim, generator=random)
+    if spread:
+        key[:, 0] = 1.0
+        query[:, 0] = spread / scale * (torch.arange(queries) - queries // 2)
+    return query, key, value, scale
+
+
+# --- 02.3 -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Watched:
+    """What torch did meanwhile: the largest tensor made, and the FLOPs of matrix products."""
+
+    largest: int = 0
+    flops: int = 0
+    fused: bool = False
+
+
+def _watch(function: Callable, *args: Any) -> _Watched:
+    """Run a function and watch; views count like tensors."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = _Watched()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = operation(*args, **(kwargs or {}))
+            name = operation.overloadpacket.__name__
+            seen.fused |= "scaled_dot_product" in name
+            for tensor in result if isinstance(result, tuple | list) else [result]:
+                if isinstance(tensor, torch.Tensor):
+                    seen.largest = max(seen.largest, tensor.numel())
+            if name in ("mm", "bmm", "mv", "addmm", "baddbmm"):
+                one = args[1 if "add" in name else 0]
+                seen.flops += 2 * result.numel() * one.shape[-1]
+            return result
+
+    with Watch():
+        function(*args)
+    return seen
+
+
+def _expect_tiles(answer: Callable, dim: int, block: int) -> None:
+    """An answer that is right must not hold the matrix, nor multiply tiles that nobody sees."""
+    from minivllm.viz.tiles import attention_tiles
+
+    queries, keys = 64, 1024
+    seen = _watch(answer, *_inputs(queries, keys, dim, 99), block, block)
+    expect(
+        not seen.fused,
+        "done-by-torch",
+        "The result is right, but scaled_dot_product_attention made it.\nHere you build what stands behind it.",
+    )
+    expect(
+        seen.largest < queries * keys,
+        "whole-matrix",
+        f"The result is right, but a tensor of {seen.largest:,} numbers was made on the way: for {queries} queries and "
+        f"{keys:,} keys that is the whole matrix (masks count, too).\nHold one tile of scores, {block} × {block}, at "
+        "a time.",
+    )
+    limit = keys * dim  # all keys, which are given
+    expect(
+        seen.largest <= limit,
+        "whole-rows",
+        f"The result is right, but a tensor of {seen.largest:,} numbers was made on the way: {block} queries against "
+        "all "
+        f"{keys:,} keys.\nThe keys come in tiles, too, with a running maximum and sum: {block} × {block} scores at a "
+        "time.",
+    )
+    queries = keys = 128
+    counts = attention_tiles(queries, keys, block, block).counts
+    computed, tile_flops = counts["full"] + counts["masked"], 4 * block * block * dim
+    flops = _watch(answer, *_inputs(queries, keys, dim, 98), block, block).flops
+    expect(
+        flops <= computed * tile_flops,
+        "visits-the-future",
+        f"The result is right, but matrix products of {flops / tile_flops:.0f} tiles were computed, and only "
+        f"{computed} of "
+        f"{counts.total()} hold a pair that counts.\nA walk ends at the diagonal: at the position of the tile's last "
+        "query.",
+    )
+
+
+@exercise("02.3", "Flash attention, tile by tile")
+def check_flash_attention(answer: Callable) -> str:
+    shapes = [
+        # queries, keys, dim, block_m, block_n
+        (1, 1, 4, 16, 16), (4, 4, 8, 16, 16), (16, 16, 8, 16, 16), (32, 32, 8, 16, 16), (33, 33, 16, 16, 16),
+        (1, 40, 8, 16, 16), (7, 40, 8, 16, 16), (20, 61, 16, 8, 16), (48, 48, 16, 16, 8), (17, 50, 8, 4, 32),
+        (9, 9, 8, 1, 1),
+    ]  # fmt: skip
+    cases = [(*_inputs(q, n, d, seed), m, b) for seed, (q, n, d, m, b) in enumerate(shapes)]
+    cases += [(*_inputs(24, 40, 8, 50, size=5.0), 8, 8), (*_inputs(12, 30, 8, 51, spread=40.0), 4, 8)]
+    query, key, value, _ = _inputs(5, 21, 8, 52)
+    cases += [(query, key, value, 1.0, 4, 8), (query * 0, key, value, 0.3, 2, 4)]
+
+    def right(query: Any, key: Any, value: Any, scale: float, block_m: int, block_n: int) -> Any:
+        return _exact(query, key, value, scale)
+
+    number = _diagnose(answer, cases, right, _suspects(without=["walk-ends-too-early"]), rtol=2e-4)
+    _expect_tiles(answer, dim=8, block=16)
+    return f"{number} cases; one tile of scores at a time, and none in vain"
+
+
+# --- 02.4 -------------------------------------------------------------------------------------------------------------
+
+
+@exercise("02.4", "Debug this: the chunk that forgets")
+def check_chunk_attention(answer: Callable) -> str:
+    from minivllm.viz.tiles import attention_tiles
+
+    shapes = [
+        (1, 1, 4),
+        (16, 16, 16),
+        (16, 16, 4),
+        (30, 30, 8),
+        (1, 33, 8),
+        (8, 40, 8),
+        (16, 56, 8),
+        (13, 50, 8),
+        (40, 41, 16),
+    ]
+    cases = [(*_inputs(q, n, 8, 100 + seed), block) for seed, (q, n, block) in enumerate(shapes)]
+
+    def right(query: Any, key: Any, value: Any, scale: float, block: int) -> Any:
+        return _exact(query, key, value, scale)
+
+    def square(walk: Callable) -> Callable:
+        return lambda query, key, value, scale, block: walk(query, key, value, scale, block, block)
+
+    def first_walk_for_all(query: Any, key: Any, value: Any, scale: float, block: int) -> Any:
+        import torch
+
+        past, rows = len(key) - len(query), []
+        for top in range(0, len(query), block):
+            seen = min(past + block, len(key))
+            scores = query[top : top + block] @ key[:seen].T * scale
+            hidden = torch.arange(seen) > past + torch.arange(top, top + len(scores))[:, None]
+            rows.append(scores.masked_fill(hidden, -INF).softmax(dim=1) @ value[:seen])
+        return torch.cat(rows)
+
+    walk_ends = _WALKS["walk-ends-too-early"][0]
+    suspects = _suspects(square)
+    suspects = {
+        "walk-ends-too-early": (walk_ends, square(partial(_walk, wrong="walk-ends-too-early"))),
+        "mask-spoilt-instead": (
+            "The walk comes far enough now, but the mask has been moved to the start: queries of a chunk see its first "
+            "keys only.\nThe mask was right as it stood: key > past + row. Undo that.",
+            square(partial(_walk, wrong="past-and-start")),
+        ),
+        "all-walks-end-alike": (
+            "All walks end where the first one does: the tiles further down miss the chunk's own tokens before them.\n"
+            "The end depends on the tile of queries, `top`, as well as on the past.",
+            first_walk_for_all,
+        ),
+        **suspects,
+    }
+    number = _diagnose(lambda *args: answer(*args), cases, right, suspects)
+    for (q, n, block), case in zip(shapes, cases, strict=True):
+        tiles, visited = attention_tiles(q, n, block, block).kinds, []
+        answer(*case, visited=visited)
+        needed = {
+            (i * block, j * block) for i, row in enumerate(tiles) for j, kind in enumerate(row) if kind != "skipped"
+        }
+        where = f"A chunk of {q} after {n - q}, tiles of {block}: "
+        expect(
+            set(visited) >= needed,
+            "visited-not-noted",
+            f"{where}{len(needed)} tiles are needed, and {len(set(visited) & needed)} of them stand in `visited`.\n"
+            "The result is right; leave the line that notes (top, first) where a tile is visited.",
+        )
+        wasted = len(set(visited) - needed)
+        expect(
+            not wasted,
+            "visits-the-future",
+            f"{where}the result is right, but {wasted} of {len(visited)} visited tiles hold nothing but the future.\n"
+            "A walk ends at the position of the tile's last query, not at the end of the context.",
+        )
+    return f"{number} chunks, every tile visited that is needed, and no other"
+
+
+# --- 02.5 -------------------------------------------------------------------------------------------------------------
+
+
+def _batch(
+    query_lens: Sequence[int], contexts: Sequence[int], heads: int, kv_heads: int, dim: int, block_size: int, seed: int,
+    in_order: bool = False, scale: float | None = None,
+) -> tuple:  # fmt: skip
+    """Arguments of prefill_attention. NaN lies where no token does, and in blocks that a table names past a context."""
+    import torch
+
+    random = seeded(seed)
+    needed = [-(-context // block_size) for context in contexts]
+    total, width = sum(needed) + 3, max(needed) + 2
+    blocks = torch.arange(total) if in_order else torch.randperm(total, generator=random)
+    table = blocks[-1].repeat(len(contexts), width).to(torch.int32)
+    caches = [guarded(total, kv_heads, block_size, dim, fill=math.nan) for _ in range(2)]
+    used = 0
+    for i, (context, count) in enumerate(zip(contexts, needed, strict=True)):
+        mine = blocks[used : used + count]
+        table[i, :count], used = mine, used + count
+        for cache in caches:
+            tokens = torch.randn(kv_heads, context, dim, generator=random)
+            for j, block in enumerate(mine.tolist()):
+                part = tokens[:, j * block_size : (j + 1) * block_size]
+                cache[block, :, : part.shape[1]] = part
+    query = torch.randn(sum(query_lens), heads, dim, generator=random)
+    starts = torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32)
+    lengths = torch.tensor(contexts, dtype=torch.int32)
+    return query, *caches, table, starts, lengths, dim**-0.5 if scale is None else scale
+
+
+def _prefill(
+    query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
+    query_start_loc: torch.Tensor, seq_lens: torch.Tensor, scale: float, *, wrong: str = "",
+    attend: Callable | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Attention of a ragged batch over the paged cache, head by head with `attend`; wrong in the way that is named."""
+    import torch
+
+    out = torch.full_like(query, math.nan)
+    heads, (kv_heads, block_size) = query.shape[1], k_cache.shape[1:3]
+    starts = query_start_loc.tolist()
+    for i, context in enumerate(seq_lens.tolist()):
+        rows = slice(starts[i], starts[i + 1])
+        count = -(-context // block_size)
+        blocks = block_table[0 if wrong == "first-table" else i, :count].long()
+        if wrong == "block-table-ignored":
+            blocks = torch.arange(count)
+        room = count * block_size if wrong == "reads-beyond-the-context" else context
+        key, value = (cache[blocks].transpose(0, 1).flatten(1, 2)[:, :room] for cache in (k_cache, v_cache))
+        for head in range(heads):
+            kv_head = head % kv_heads if wrong == "wrong-kv-head" else head // (heads // kv_heads)
+            inputs = query[rows, head], key[kv_head], value[kv_head]
+            if wrong == "reads-beyond-the-context":
+                out[rows, head] = _beyond(*inputs, scale, context)
+            else:
+                out[rows, head] = (attend or _exact)(*inputs, scale)
+    return out
+
+
+def _beyond(query: Any, key: Any, value: Any, scale: float, context: int) -> Any:
+    """As `_exact` for the context, over keys and values that are longer: hidden, but 0 · NaN is NaN."""
+    import torch
+
+    scores = query @ key.T * scale
+    hidden = torch.arange(len(key)) > torch.arange(context - len(query), context)[:, None]
+    return scores.masked_fill(hidden, -INF).softmax(dim=-1) @ value
+
+
+@exercise("02.5", "Your attention reads for the engine")
+def check_prefill_attention(answer: Callable) -> str:
+    from minivllm.kernels import Kernels
+
+    cases = [
+        _batch([4], [4], 1, 1, 8, 16, 1, in_order=True),
+        _batch([1], [1], 4, 2, 8, 16, 2),
+        _batch([16], [16], 2, 2, 8, 16, 3),
+        _batch([5, 20, 1], [5, 20, 1], 4, 2, 8, 16, 4),
+        _batch([7, 7], [7, 7], 4, 4, 8, 4, 5),
+        _batch([3], [35], 2, 1, 8, 16, 6, scale=1.0),
+        _batch([16, 2, 9], [48, 33, 9], 4, 2, 16, 16, 7),
+        _batch([33, 64, 17], [70, 64, 80], 6, 2, 8, 32, 8),
+    ]
+
+    def call(*args: Any) -> Any:
+        query_lens = (args[4][1:] - args[4][:-1]).tolist()
+        return answer(*args, max_query_len=max(query_lens), max_seq_len=int(args[5].max()))
+
+    def right(
+        query: Any, k_cache: Any, v_cache: Any, block_table: Any, query_start_loc: Any, seq_lens: Any, scale: float
+    ) -> Any:
+        return _prefill(query, k_cache, v_cache, block_table, query_start_loc, seq_lens, scale)
+
+    suspects: Suspects = {
+        "wrong-kv-head": (
+            "The query heads read the wrong KV heads: as if 0, 2, 4 shared one and 1, 3, 5 another (head % KH).\n"
+            "NEIGHBOURS share: query head h reads KV head h // (H // KH).",
+            partial(_prefill, wrong="wrong-kv-head"),
+        ),
+        "block-table-ignored": (
+            "You read blocks 0, 1, 2, … of the cache, which belong to anybody.\n"
+            "Block j of sequence i lies in block_table[i, j].",
+            partial(_prefill, wrong="block-table-ignored"),
+        ),
+        "table-of-the-first-sequence": (
+            "All sequences read through the block table of the first one.\nRow i of block_table belongs to sequence i.",
+            partial(_prefill, wrong="first-table"),
+        ),
+        "reads-beyond-the-context": (
+            "The last block is read to its end, and what lies beyond the context can be anything: here it is nan. A "
+            "weight "
+            "of 0 does not help: 0 · nan is nan.\nCut keys and values at the context, seq_lens[i].",
+            partial(_prefill, wrong="reads-beyond-the-context"),
+        ),
+        **_suspects(lambda walk: partial(_prefill, attend=walk)),
+    }
+    number = _diagnose(call, cases, right, suspects)
+
+    queries = keys = 320
+    seen = _watch(call, *_batch([queries], [keys], 2, 1, 8, 16, 9))
+    limit = 2 * queries * 64
+    expect(
+        not seen.fused,
+        "done-by-torch",
+        "The result is right, but scaled_dot_product_attention made it.\nHere you build what stands behind it.",
+    )
+    expect(
+        seen.largest <= limit,
+        "whole-matrix",
+        f"The result is right, but a tensor of {seen.largest:,} numbers was made on the way, for a prompt of {keys} "
+        "tokens and "
+        f"2 heads: a score for each pair of tokens.\nWalk along the keys in tiles of at most 64: {limit:,} numbers "
+        "for all "
+        "queries and heads at once.",
+    )
+    mine = counted(answer)
+    kernels = replace(Kernels.reference(), prefill_attention=mine)
+    line = engine_agrees(mine, kernels=kernels, max_num_batched_tokens=16)
+    return f"{number} batches; in chunks of 16, {line}"
+
+
+# --- 02.6 -------------------------------------------------------------------------------------------------------------
+
+
+def _expect_triton() -> None:
+    """Whether Triton works here, tried with a kernel that is known to be right; else NotRunnableHere."""
+    import torch
+
+    from minivllm.kernels.online_softmax import softmax
+
+    x = torch.tensor([[1.0, 2.0, 3.0]])
+    try:
+        works = torch.allclose(softmax(x, block=2), torch.softmax(x, dim=1))
+    except Exception as error:
+        raise NotRunnableHere(
+            f"This kernel cannot run here: {type(error).__name__}: {str(error).splitlines()[0]}\nTriton has wheels for "
+            "Linux only, and on a CPU needs TRITON_INTERPRET=1 before it is imported: restart the kernel, and run the "
+            "first cell first. Exercise 02.3 is the same walk in torch."
+        ) from None
+    if not works:
+        raise NotRunnableHere("Triton's interpreter gives wrong numbers here, even for the package's own kernel.")
+
+
+@exercise("02.6", "The walk in Triton")
+def check_flash_kernel(answer: Any) -> str:
+    import torch
+
+    _expect_triton()
+    shapes = [
+        # queries, keys, dim, block_m, block_n
+        (16, 16, 16, 16, 16), (1, 1, 16, 16, 16), (5, 5, 16, 16, 16), (32, 32, 16, 16, 16), (33, 33, 16, 16, 16),
+        (7, 40, 32, 16, 32), (20, 61, 16, 16, 16), (40, 40, 16, 32, 16), (17, 64, 16, 16, 32),
+    ]  # fmt: skip
+    made = [(_inputs(q, n, d, 200 + seed), m, b) for seed, (q, n, d, m, b) in enumerate(shapes)]
+    made += [(_inputs(20, 40, 16, 250, size=4.0), 16, 16), (_inputs(12, 30, 16, 251, spread=40.0), 16, 16)]
+    query, key, value, _ = _inputs(9, 20, 16, 252)
+    made.append(((query, key, value, 1.0), 16, 16))
+    cases = [(guarded(*q.shape), guard(q), guard(k), guard(v), scale, m, n) for (q, k, v, scale), m, n in made]
+
+    def launch(out: Any, query: Any, key: Any, value: Any, scale: float, block_m: int, block_n: int) -> None:
+        grid = (-(-len(query) // block_m),)
+        constants = {"D": query.shape[1], "BLOCK_M": block_m, "BLOCK_N": block_n}
+        answer[grid](out, query, key, value, len(query), len(key), scale * LOG2E, **constants)
+
+    def right(out: Any, query: Any, key: Any, value: Any, scale: float, block_m: int, block_n: int) -> None:
+        out.copy_(_exact(query, key, value, scale))
+
+    def written(walk: Callable, factor: float | None = None) -> Callable:
+        def run(out: Any, query: Any, key: Any, value: Any, scale: float, block_m: int, block_n: int) -> None:
+            out.copy_(walk(query, key, value, factor or scale, block_m, block_n))
+
+        return run
+
+    def beyond(out: Any, query: Any, key: Any, value: Any, scale: float, block_m: int, block_n: int) -> None:
+        out.copy_(_exact(query, key, value, scale))
+        for top in range(0, len(query), block_m):
+            seen = len(key) - len(query) + min(top + block_m, len(query))
+            if -(-seen // block_n) * block_n > len(key):
+                out[top : top + block_m] = math.nan
+
+    def first_program(out: Any, query: Any, key: Any, value: Any, scale: float, block_m: int, block_n: int) -> None:
+        out[:block_m] = _exact(query, key, value, scale)[:block_m]
+
+    suspects = {
+        "reads-beyond-the-keys": (
+            "Where the last tile of keys is not full, its rows beyond N are read: poison here, nan. A weight of 0 "
+            "does not "
+            "help, for 0 · nan is nan.\nLoad key AND value with mask=(…< N)[:, None] and other=0.0.",
+            beyond,
+        ),
+        "program-id-ignored": (
+            "Only the first BLOCK_M queries have a result; the other programs did the same ones again.\n"
+            "Program p does the queries from p · BLOCK_M on: tl.program_id(0).",
+            first_program,
+        ),
+        **_suspects(written, without=["walk-ends-too-early", "no-log2e"]),
+    }
+    suspects["no-scale"] = (*suspects["no-scale"], written(_walk, factor=math.log(2.0)))
+    number = _diagnose(launch, cases, right, suspects, writes=(0,), rtol=2e-4)
+
+    # The first tile of a prompt of three, where keys that it must not visit are nan.
+    query, key, value, scale = _inputs(48, 48, 16, 260)
+    expected = _exact(query, key, value, scale)[:16]
+    key[16:], value[16:], out = math.nan, math.nan, guarded(48, 16)
+    answer[(1,)](out, guard(query), guard(key), guard(value), 48, 48, scale * LOG2E, D=16, BLOCK_M=16, BLOCK_N=16)
+    expect(
+        torch.allclose(out[:16], expected, rtol=2e-4, atol=1e-5),
+        "visits-the-future",
+        "The result is right, but tiles are visited that hold nothing but the future (here they are nan, which "
+        "shows).\n"
+        "End the loop at the position after the tile's last query, N - Q + (program + 1) · BLOCK_M, or at N.",
+    )
+    return f"{number} cases, ragged at both ends, and no tile in vain"
