@@ -97,7 +97,7 @@ def draw_online_softmax(replay: SoftmaxReplay, step: int = -1, found: Sequence[f
         ax.set_xticks([])
         _plain(ax)
     _draw_scores(top, replay, step)
-    _draw_sums(bottom, replay, step)
+    _draw_sums(bottom, replay, step, numbers=found is None)
     bottom.set_xticks(range(len(replay.scores)), [_shown(label) for label in replay.labels])
     bottom.tick_params(axis="x", colors=palette.INK, length=0, labelsize=10 if len(replay.scores) <= 14 else 8)
     figure.text(0.075, 0.025, _sentence(replay, step), fontsize=10.5, color=palette.INK)
@@ -132,7 +132,7 @@ def _draw_scores(ax: Axes, replay: SoftmaxReplay, step: int) -> None:
                 ax.plot([left, left], [record.old_max, record.new_max], color=palette.INK, linewidth=1.2)
 
 
-def _draw_sums(ax: Axes, replay: SoftmaxReplay, step: int) -> None:
+def _draw_sums(ax: Axes, replay: SoftmaxReplay, step: int, numbers: bool) -> None:
     # The scale is that of the whole replay, so that a slider does not make it jump.
     height = max(record.new_sum for record in replay.steps) or 1.0
     ax.set_ylim(0, 1.3 * height)
@@ -146,6 +146,8 @@ def _draw_sums(ax: Axes, replay: SoftmaxReplay, step: int) -> None:
             style = {"facecolor": face, "edgecolor": palette.PAPER, "linewidth": 0.6}
             ax.add_patch(Rectangle((left, base), right - left, piece, **style))
             base += piece
+        if not numbers:
+            continue
         middle = (left + right) / 2
         weight = "bold" if index == step else "normal"
         ax.text(middle, base + 0.03 * height, f"{record.new_sum:.2f}", ha="center", fontsize=9, weight=weight)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -35,13 +36,21 @@ def _finite(maximum: torch.Tensor) -> torch.Tensor:
     return maximum.masked_fill(maximum == -INF, 0.0)
 
 
-def _diagnose(answer: Callable, cases: Sequence[tuple], right: Callable, suspects: dict, **more: Any) -> int:
-    """`diagnose`, with suspects name -> (explanation, wrong implementation, another one of the same mistake …)."""
+def _diagnose(
+    answer: Callable, cases: Sequence[tuple], right: Callable, suspects: dict, items: Sequence[str] = (), **more: Any
+) -> int:  # fmt: skip
+    """`diagnose`, with suspects name -> (explanation, wrong implementation, another one of the same mistake …).
+
+    items: what to call the parts of a result in a message.
+    """
     named = {f"{name} {i}": (why, f) for name, (why, *functions) in suspects.items() for i, f in enumerate(functions)}
     try:
         return diagnose(answer, cases, right, named, **more)
     except Mistake as mistake:
-        raise Mistake(mistake.name.split()[0], mistake.message) from mistake.__cause__
+        message = mistake.message
+        for i, item in enumerate(items):
+            message = message.replace(f"item {i}: ", f"{item}: ")
+        raise Mistake(mistake.name.split()[0], message) from mistake.__cause__
 
 
 # --- 01.1 -------------------------------------------------------------------------------------------------------------
@@ -97,6 +106,11 @@ def check_safe_softmax(answer: Callable) -> str:
             "Your columns add up to 1, not your rows.\nOf [T, N], dim=1 runs along a row; look at both reductions.",
             lambda x: by_exp(x - _finite(x.amax(dim=0, keepdim=True)), dim=0),
         ),
+        "not-divided": (
+            "Your rows do not add up to 1: nothing divides by their sums.\nexp(x - max) are the weights; a row's "
+            "probabilities are its weights divided by the row's sum.",
+            lambda x: torch.exp(x - x.amax(dim=1, keepdim=True)),
+        ),
         "clamped": (
             "You cut large scores off instead of shifting them. Then all scores beyond the limit look alike: 500 and "
             "503 get the same probability.\nSubtract the row's maximum; differences between scores stay as they are.",
@@ -104,8 +118,32 @@ def check_safe_softmax(answer: Callable) -> str:
             *(lambda x, limit=limit: by_exp(x.clamp(max=limit)) for limit in (80.0, 85.0, 88.0, 88.7, 100.0, 50.0)),
         ),
     }
-    number = _diagnose(answer, [(case,) for case in cases], softmax_reference, suspects)
+    cases = [(x,) for x in cases]
+    number = _diagnose(answer, cases, softmax_reference, suspects)
+    _expect_own_work(answer, cases[0], "softmax", "log_softmax")
     return f"{number} tables, scores from -1000 to 1000"
+
+
+def _expect_own_work(answer: Callable, case: tuple, *forbidden: str) -> None:
+    """No call of these functions or methods of torch."""
+    from torch.overrides import TorchFunctionMode
+
+    used: list[str] = []
+
+    class Names(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            used.append(getattr(func, "__name__", ""))
+            return func(*args, **(kwargs or {}))
+
+    with Names():
+        answer(*case)
+    for name in used:
+        if name in forbidden:
+            raise Mistake(
+                "torch-did-it",
+                f"The result is right, but torch computed it: your code calls {name}.\n"
+                "Here the point is to see what happens inside: use exp, maxima, sums and products.",
+            )
 
 
 # --- 01.2 -------------------------------------------------------------------------------------------------------------
@@ -206,7 +244,7 @@ def check_max_and_sum(answer: Callable) -> str:
         ),
     }
     suspects = {name: (why, *map(numbers, functions)) for name, (why, *functions) in suspects.items()}
-    _diagnose(numbers(answer), cases, right, suspects)
+    _diagnose(numbers(answer), cases, right, suspects, items=("m", "l"))
     return f"{len(rows)} rows in tiles of 1, 2, 4 and 16"
 
 
@@ -361,14 +399,16 @@ def check_merge(answer: Callable) -> str:
         out = torch.randn(splits, batch, heads, dim, generator=random)
         return out, torch.randn(splits, batch, heads, generator=random) * spread
 
+    simple = torch.tensor([[[[1.0, 0.0]]], [[[0.0, 1.0]]]]), torch.tensor([[[0.0]], [[2.0]]])
     one_part, alike, large = parts(1, 2, 3, 4), parts(3, 1, 2, 5), parts(4, 2, 2, 8, spread=300.0)
     apart, empty, nothing = parts(3, 3, 2, 4), parts(4, 2, 3, 8), parts(2, 2, 2, 4)
-    apart[1].add_(torch.tensor([0.0, 400.0, -400.0])[None, :, None])  # sequences far from each other
+    apart[1].add_(torch.tensor([0.0, 900.0, -900.0])[None, :, None])  # sequences far from each other
     empty[1][2:, 0] = -INF
     empty[0][2:, 0] = 5.0  # any finite number may stand in an empty part
     nothing[1][:, 1] = -INF
     cases = [
         parts(1, 1, 1, 1),
+        simple,
         one_part,
         (alike[0], torch.full_like(alike[1], 1.5)),
         parts(2, 3, 4, 7),
@@ -495,8 +535,16 @@ def check_attend(answer: Callable) -> str:
     far = case(2, 9, 4, 4, 4)
     far[0].copy_(torch.tensor([[40.0] * 4, [-40.0] * 4]))  # the scores of one query are high, of the other low
     far[1].fill_(2.0).add_(torch.randn(9, 4, generator=random) * 0.01)
-    cases = [case(1, 1, 2, 2, 4), case(1, 5, 4, 3, 8), case(3, 8, 4, 4, 4), case(4, 33, 8, 6, 16), case(5, 7, 4, 4, 1)]
-    cases += [case(2, 32, 16, 16, 8), falling, rising, equal, case(3, 21, 8, 8, 4, size=12.0), far]
+    simple = torch.ones(1, 1), torch.tensor([[1.0], [2.0], [0.0]]), torch.tensor([[1.0], [0.0], [0.0]]), 1.0, 1
+    cases = [
+        case(1, 1, 1, 1, 4),
+        simple,
+        case(1, 5, 4, 3, 8),
+        case(3, 8, 4, 4, 4),
+        case(4, 33, 8, 6, 16),
+        case(5, 7, 4, 4, 1),
+    ]
+    cases += [case(2, 32, 16, 16, 8), falling, rising, equal, case(3, 21, 8, 8, 4, size=5.0), far]
 
     def right(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, block: int) -> torch.Tensor:
         return torch.softmax(q @ k.T * scale, dim=1) @ v
@@ -566,6 +614,7 @@ def check_attend(answer: Callable) -> str:
         ),
     }
     _diagnose(answer, cases, right, suspects)
+    _expect_own_work(answer, cases[0], "scaled_dot_product_attention")
     _expect_one_pass(answer, case(5, 509, 8, 8, 16))
     return f"{len(cases)} cases, each key and value read once, and no row of scores kept"
 
@@ -694,6 +743,9 @@ def check_softmax_kernel(answer: Any) -> str:
     def no_max(out: torch.Tensor, x: torch.Tensor, block: int) -> None:
         out.copy_(torch.exp(x) / torch.exp(x).sum(dim=1, keepdim=True))
 
+    def undivided(out: torch.Tensor, x: torch.Tensor, block: int) -> None:
+        out.copy_(torch.exp(x - x.amax(dim=1, keepdim=True)))
+
     def tail_unmasked(out: torch.Tensor, x: torch.Tensor, block: int) -> None:
         whole = x.as_strided((len(x), -(-x.shape[1] // block) * block), x.stride())  # on into the next row, or poison
         out.copy_(torch.softmax(whole, dim=1)[:, : x.shape[1]])
@@ -743,6 +795,11 @@ def check_softmax_kernel(answer: Any) -> str:
             "Your second loop must come to it as the first does; the mask keeps it inside.",
             tail_unwritten,
         ),
+        "not-divided": (
+            "Your rows do not add up to 1: what you store is not divided by the row's sum.\n"
+            "Store tl.exp(x - row_max) / row_sum.",
+            undivided,
+        ),
         "first-tile-only": (
             "Only the first BLOCK numbers of a row are computed; the row may be longer.\n"
             "Loop: for start in range(0, N, BLOCK).",
@@ -769,7 +826,9 @@ def check_softmax_kernel(answer: Any) -> str:
             tail_unmasked,
         ),
     }
-    _diagnose(launch, cases, right, suspects, writes=(0,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, about the nan of a wrong kernel
+        _diagnose(launch, cases, right, suspects, items=("what it returned", "out"), writes=(0,))
     loops = _loops_that_load(answer)
     expect(
         loops <= 2,
@@ -789,11 +848,16 @@ def _expect_triton() -> None:
     x = torch.tensor([[1.0, 2.0, 3.0]])
     try:
         works = torch.allclose(softmax(x, block=2), torch.softmax(x, dim=1))
-    except Exception as error:
+    except ImportError:
         raise NotRunnableHere(
-            f"This kernel cannot run here: {type(error).__name__}: {str(error).splitlines()[0]}\nTriton has wheels for "
-            "Linux only, and on a CPU needs TRITON_INTERPRET=1 before it is imported: restart the kernel, and run the "
-            "first cell first."
+            "Triton is not installed, so no kernel can run: it has wheels for Linux only.\n"
+            "Exercise 01.5 asks for the same recurrence in torch, and runs everywhere."
+        ) from None
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise NotRunnableHere(
+            f"Triton cannot run a kernel here, not even the package's own: {what}\nOn a CPU it needs "
+            "TRITON_INTERPRET=1 before it is imported: restart the kernel, and run the first cell first."
         ) from None
     if not works:
         raise NotRunnableHere("Triton's interpreter gives wrong numbers here, even for the package's own kernel.")
