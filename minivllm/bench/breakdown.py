@@ -1,13 +1,13 @@
 """Where the time of a decode step goes: kernels by name, gaps between them, and what the CPU lets the GPU wait for.
 
-Two measurements of the same steps. Without a profiler: the wall time of a step. Under `torch.profiler`: what ran on the
-GPU and when. A profiler slows the CPU down but not the GPU, so the wall time comes from the first, the kernels from the
-second, and their difference is what the CPU adds:
+Three measurements of the same requests. The wall time of a step. The GPU's time for a step's CUDA graph: replays queued
+one behind the other, so that nobody waits for the CPU. And under `torch.profiler`: which kernels ran, and how long.
 
-    step = kernels (any running) + gaps (between kernels of one step) + exposed CPU time (between two steps)
+    step = kernels (any running) + gaps (between kernels of a graph) + exposed CPU time (a step's time beyond its graph)
 
-A step begins again where a kernel that runs once a step runs again; the longest gap before that is the one between two
-steps. Without CUDA graphs Python launches each kernel, and the gaps too are its doing.
+Where there is no graph, the time between the kernels of a step is taken from the profile. There a step begins again
+where a kernel that runs once a step runs again, and the longest gap before that is the one between two steps; Python
+launches every kernel, and the gaps too are its doing.
 """
 
 from __future__ import annotations
@@ -160,12 +160,33 @@ def cpu_parts(engine: LLMEngine, num_steps: int) -> dict[str, float]:
 
 def profile_gpu(engine: LLMEngine, num_steps: int) -> list[Interval]:
     """What ran on the GPU in so many steps."""
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(num_steps):
-            engine.step()
+    for count in (2, num_steps):  # the first time, the profiler itself has to start
         torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            for _ in range(count):
+                engine.step()
+            torch.cuda.synchronize()
     return gpu_intervals(profiler)
+
+
+@torch.inference_mode()
+def graph_us(engine: LLMEngine, num_replays: int = 16) -> float | None:
+    """Microseconds of the running requests' graph, replayed back to back; None without graphs.
+
+    Their positions advance with every replay, behind the scheduler's back: these requests must end now.
+    """
+    runner = engine.model_runner
+    if runner.graphs is None:
+        return None
+    slots = [seq.slot for seq in engine.scheduler.running]
+    runner.graphs.replay(slots)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(num_replays + 1)]
+    events[0].record()
+    for event in events[1:]:
+        runner.graphs.replay(slots)
+        event.record()
+    torch.cuda.synchronize()
+    return statistics.median(1e3 * start.elapsed_time(end) for start, end in pairwise(events))
 
 
 def profile_cpu(engine: LLMEngine, num_steps: int) -> list[dict[str, Any]]:
@@ -182,24 +203,34 @@ def profile_cpu(engine: LLMEngine, num_steps: int) -> list[dict[str, Any]]:
     ]
 
 
-def gpu_summary(intervals: list[Interval], num_steps: int, step_us: float) -> dict[str, Any]:
-    """Milliseconds a step: kernels, gaps between them, and exposed CPU time. step_us: without the profiler."""
+def gpu_summary(
+    intervals: list[Interval], num_steps: int, step_us: float, replay_us: float | None = None
+) -> dict[str, Any]:
+    """Milliseconds a step: kernels, gaps between them, and exposed CPU time.
+
+    step_us: a step's time without the profiler. replay_us: of its graph, see `graph_us`.
+    """
     found: dict[str, Any] = {"kernels": by_name(intervals, num_steps)}
     found["copies_per_step"] = sum(not interval.is_kernel for interval in intervals) / num_steps
     try:
         steps = split_steps(intervals, num_steps)
     except ValueError as error:  # the list of kernels is worth having by itself
-        return found | {"failed": str(error)}
-    busy = statistics.median(step["busy"] for step in steps)
-    span = statistics.median(step["period"] - step["longest_gap"] for step in steps)
-    found |= {
-        "kernels_ms": busy / 1e3,
-        "gaps_ms": (span - busy) / 1e3,
-        "exposed_cpu_ms": max(0.0, step_us - span) / 1e3,
-        "gpu_idle_share": max(0.0, 1 - busy / step_us),
-        "profiled_period_ms": statistics.median(step["period"] for step in steps) / 1e3,
-        "profiled_longest_gap_ms": statistics.median(step["longest_gap"] for step in steps) / 1e3,
-    }
+        steps = []
+        found["profile_not_split"] = str(error)
+    busy = sum(interval.end - interval.start for interval in intervals if interval.is_kernel) / num_steps
+    span = None
+    if steps:
+        busy = statistics.median(step["busy"] for step in steps)
+        span = statistics.median(step["period"] - step["longest_gap"] for step in steps)
+        found["profiled_period_ms"] = statistics.median(step["period"] for step in steps) / 1e3
+        found["profiled_longest_gap_ms"] = statistics.median(step["longest_gap"] for step in steps) / 1e3
+    found |= {"kernels_ms": busy / 1e3, "gpu_idle_share": max(0.0, 1 - busy / step_us)}
+    if replay_us is not None:
+        found["graph_ms"] = replay_us / 1e3
+    on_gpu = span if replay_us is None else replay_us
+    if on_gpu is not None:
+        found["gaps_ms"] = max(0.0, on_gpu - busy) / 1e3
+        found["exposed_cpu_ms"] = max(0.0, step_us - on_gpu) / 1e3
     return found
 
 
@@ -213,18 +244,19 @@ def one_engine(
     on_gpu = engine.model_runner.device.type == "cuda"
     num_profiled = max(4, num_steps // 4)
 
+    def on_gpu_part(step_us: float) -> dict[str, Any]:
+        intervals = profile_gpu(engine, num_profiled)
+        return gpu_summary(intervals, num_profiled, step_us, graph_us(engine))
+
     def one(num_requests: int) -> dict[str, Any]:
         try:
-            start_decoding(engine, num_requests, context, 3 * num_steps)
+            start_decoding(engine, num_requests, context, 3 * num_steps + 8)
             times = timed_steps(engine, num_steps)
             step_us = 1e6 * sum(times) / len(times)
             row: dict[str, Any] = {"step_seconds": percentiles(times), "mean_step_ms": step_us / 1e3}
             row["cpu_ms"] = cpu_parts(engine, num_steps)
             if on_gpu:
-                name = f"{num_requests} running, kernels"
-                row |= attempt(
-                    name, Deadline(), lambda: gpu_summary(profile_gpu(engine, num_profiled), num_profiled, step_us)
-                )
+                row |= attempt(f"{num_requests} running, kernels", Deadline(), lambda: on_gpu_part(step_us))
             else:
                 row["operations"] = profile_cpu(engine, num_profiled)
             return row
@@ -264,7 +296,7 @@ def run(
     requests, context = requests or ((256,) if on_gpu else (8,)), context or (512 if on_gpu else 64)
     deadline = Deadline(max_seconds)
     engine_options.setdefault("max_num_seqs", max(requests))
-    engine_options.setdefault("max_model_len", -(-(context + 4 * num_steps + 128) // 64) * 64)
+    engine_options.setdefault("max_model_len", -(-(context + 4 * num_steps + 192) // 64) * 64)
     about: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     for overlap in overlaps:
