@@ -1,4 +1,4 @@
-"""The command `minivllm`: generate, chat, demo, trace, bench, doctor.
+"""The command `minivllm`: generate, chat, demo, trace, bench, check, course, doctor.
 
 torch takes seconds to import, so it is imported by the commands that compute, when they start to.
 """
@@ -297,7 +297,7 @@ def _interrupts() -> Iterator[Any]:
         signal.signal(signal.SIGINT, previous)
 
 
-# --- demo, trace, bench, doctor -----------------------------------------------------------------------------------
+# --- demo, trace, bench, check, course, doctor ----------------------------------------------------------------------
 
 
 @app.command()
@@ -390,6 +390,46 @@ def bench(
     from minivllm.bench.cli import app as bench_app
 
     bench_app(args=[*(arguments or []), *ctx.args], prog_name="minivllm bench")
+
+
+@app.command()
+def check(
+    what: Annotated[
+        str | None, typer.Argument(metavar="[NN | PATH]", help="A chapter (03), an exercise (03.2) or its notebook.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds that one cell may take.", min=1.0)] = 120.0,
+) -> None:
+    """Check the exercises of a chapter, or of all that were begun. Exits with 0 when all of them passed."""
+    from rich.console import Console
+
+    from minivllm.course import progress
+
+    raise typer.Exit(progress.check(what, Console(), timeout))
+
+
+course_app = typer.Typer(help="Show how far you are in the course, and what comes next.", invoke_without_command=True)
+app.add_typer(course_app, name="course")
+
+
+@course_app.callback()
+def course(ctx: typer.Context) -> None:
+    if ctx.invoked_subcommand is None:
+        from rich.console import Console
+
+        from minivllm.course import progress
+
+        progress.overview(Console())
+
+
+@course_app.command()
+def reset(
+    what: Annotated[str, typer.Argument(metavar="NN | PATH", help="The chapter whose exercises to renew.")],
+) -> None:
+    """Begin a chapter's exercises anew; what you have is kept beside it."""
+    from minivllm.course import progress
+
+    fresh, kept = progress.reset(what)
+    typer.echo(f"{fresh.name} is as it came." + (f" What you had is {kept.name}." if kept else ""))
 
 
 @app.command()

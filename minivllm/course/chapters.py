@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,8 @@ from minivllm.errors import MiniVLLMError
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
+#: The repository's folders of notebooks that are committed with their outputs.
+FOLDERS = ("notebooks", "solutions")
 KINDS = ("statement", "exercise", "check")
 DIGESTS = Path(__file__).parent / "checks"
 _EFFORT = re.compile(r"^\s*([●○]+)\s*·\s*(\d+) minutes?\s*$", re.MULTILINE)
@@ -28,6 +31,10 @@ _EFFORT = re.compile(r"^\s*([●○]+)\s*·\s*(\d+) minutes?\s*$", re.MULTILINE)
 
 class CourseNotFoundError(MiniVLLMError, FileNotFoundError):
     """The notebooks are not here: this is not the repository, or the chapter does not exist."""
+
+
+class JupyterMissingError(MiniVLLMError, ImportError):
+    """Notebooks cannot be read or run, for Jupyter is not installed or does not start."""
 
 
 def find_root(start: Path | None = None) -> Path:
@@ -47,13 +54,40 @@ def find_root(start: Path | None = None) -> Path:
 
 def read(path: Path) -> NotebookNode:
     """The notebook in the current format. CourseNotFoundError where it is missing or cannot be read."""
-    import nbformat
+    try:
+        import nbformat
+    except ImportError as error:
+        raise JupyterMissingError(f"Notebooks need Jupyter ({error}): make lab") from error
 
     try:
         return nbformat.read(path, as_version=4)
     except (OSError, ValueError, KeyError, AttributeError, nbformat.ValidationError) as error:
         what = "is missing" if isinstance(error, FileNotFoundError) else f"is not a notebook that can be read ({error})"
         raise CourseNotFoundError(f"{path} {what}.") from error
+
+
+def as_committed(path: Path) -> tuple[str | None, str]:
+    """(text of a notebook to hold against the rules, "" or a note that says why it is not the file's own).
+
+    A learner runs notebooks again and saves them with other outputs, or makes some of their own. So where git knows the
+    file, its committed text counts; where it does not, nothing does (None). Without git it is the file's own text.
+    """
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    here = {"cwd": path.parent, "capture_output": True, "text": True, "encoding": "utf-8", "check": False}
+    try:
+        known = subprocess.run(["git", "ls-files", "--cached", "--", path.name], **here)
+        committed = subprocess.run(["git", "show", f"HEAD:./{path.name}"], **here)
+    except OSError:
+        return text, ""
+    shown = f"{path.parent.name}/{path.name}"
+    if known.returncode:  # not a repository
+        return text, ""
+    if not known.stdout:
+        return None, f"{shown} is not in git, and was left out."
+    if committed.returncode or committed.stdout == text:
+        return text, ""
+    restore = f"To have that again: git checkout -- {shown}"
+    return committed.stdout, f"{shown} was changed; its committed copy was tested. {restore}"
 
 
 def role(cell: NotebookNode) -> tuple[str, str]:
@@ -72,6 +106,10 @@ class Chapter:
     @property
     def number(self) -> str:
         return self.name[:2]
+
+    @property
+    def title(self) -> str:
+        return self.name.replace("_", " ")
 
     @property
     def notebook(self) -> Path:
@@ -125,6 +163,11 @@ class Statement:
             int(effort[2]) if effort else 0,
             tuple(hint.strip() for hint in hints),
         )
+
+
+def is_kept(path: Path) -> bool:
+    """Whether this is what `minivllm course reset` kept aside."""
+    return ".kept-" in path.name
 
 
 def chapters(root: Path) -> list[Chapter]:

@@ -11,6 +11,7 @@ import copy
 import functools
 import inspect
 import itertools
+import math
 import sys
 import sysconfig
 import traceback
@@ -215,7 +216,7 @@ def counted(function: Callable) -> Callable:
 
 def show(value: Any, limit: int = 6) -> str:
     """A value in a few characters: of a tensor its dtype, shape and first numbers."""
-    if "torch" in sys.modules and isinstance(value, sys.modules["torch"].Tensor):
+    if _is_tensor(value):
         kind = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
         numbers = value.detach().flatten()[: limit + 1].tolist()
         texts = [f"{x:.5g}" if isinstance(x, float) else str(x) for x in numbers[:limit]]
@@ -227,15 +228,17 @@ def show(value: Any, limit: int = 6) -> str:
     return text if len(text) <= 120 else f"{text[:119]}…"
 
 
+def _is_tensor(value: Any) -> bool:
+    return "torch" in sys.modules and isinstance(value, sys.modules["torch"].Tensor)
+
+
 def difference(got: Any, expected: Any, rtol: float = 1e-4, atol: float = 1e-5) -> tuple[str, str] | None:
     """None where the two agree, else (mistake's name, what differs): wrong-type, -shape, -dtype or -values.
 
     Tensors agree in dtype, shape and, within the tolerances, numbers (NaN agrees with NaN); floats within the
     tolerances, lists, tuples and dicts item by item, and everything else as `==` says.
     """
-    import torch
-
-    if isinstance(expected, torch.Tensor):
+    if _is_tensor(expected):
         return _tensor_difference(got, expected, rtol, atol)
     if isinstance(expected, tuple | list):
         if not isinstance(got, tuple | list):
@@ -250,10 +253,11 @@ def difference(got: Any, expected: Any, rtol: float = 1e-4, atol: float = 1e-5) 
         if not isinstance(got, dict) or got.keys() != expected.keys():
             return "wrong-values", f"got {show(got)}, expected {show(expected)}"
         return next((f for key in expected if (f := difference(got[key], expected[key], rtol, atol))), None)
+    if _is_tensor(got) and got.numel() == 1:
+        got = got.item()
     if isinstance(expected, float) and isinstance(got, int | float):
-        same = bool(torch.isclose(torch.tensor(float(got)), torch.tensor(expected), rtol, atol, equal_nan=True))
-    elif isinstance(expected, bool | int | str | None.__class__) and isinstance(got, torch.Tensor):
-        same = got.numel() == 1 and got.item() == expected
+        near = abs(got - expected) <= atol + rtol * abs(expected)
+        same = near or got == expected or (math.isnan(got) and math.isnan(expected))
     else:
         same = bool(got == expected)
     return None if same else ("wrong-values", f"got {show(got)}, expected {show(expected)}")
@@ -364,9 +368,7 @@ def _call(function: Callable, case: tuple, writes: Sequence[int]) -> tuple[_Run,
 
 
 def _is_plain(value: Any) -> bool:
-    import torch
-
-    return isinstance(value, torch.Tensor | list | dict | tuple)
+    return _is_tensor(value) or isinstance(value, list | dict | tuple)
 
 
 def _size(case: Any) -> int:

@@ -14,15 +14,8 @@ from nbformat.v4 import new_code_cell
 from test_chapters import leaks, parts_of, sections
 
 from minivllm.course import authoring
-from minivllm.course.authoring import make_exercises, misplaced, problems, stub_source, write_stubs
+from minivllm.course.authoring import make_exercises, misplaced, problems, stub_source
 from minivllm.course.chapters import Chapter, changed_cells, read, role
-
-
-@pytest.fixture
-def chapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Chapter:
-    monkeypatch.setattr("minivllm.course.chapters.DIGESTS", tmp_path)
-    return demo.make_chapter(tmp_path)
-
 
 # --- children ---------------------------------------------------------------------------------------------------------
 
@@ -140,8 +133,7 @@ def test_what_cannot_be_a_stub_is_refused(cell, complaint: str) -> None:
         stub_source(cell)
 
 
-def test_exercises_are_written(chapter: Chapter, capsys: pytest.CaptureFixture) -> None:
-    assert write_stubs(chapter) == []
+def test_exercises_are_written(chapter: Chapter) -> None:
     written = read(chapter.exercises)
     assert written.metadata.minivllm.chapter == "99_demo"
     assert [cell.id for cell in written.cells] == [cell.id for cell in chapter.solution.cells]
@@ -152,7 +144,6 @@ def test_exercises_are_written(chapter: Chapter, capsys: pytest.CaptureFixture) 
 
 
 def test_a_changed_solution_is_named(chapter: Chapter) -> None:
-    write_stubs(chapter)
     chapter.solution.cells[1].source += "\nmore = 1"
     check = next(cell for cell in chapter.solution.cells if role(cell) == ("check", "99.2"))
     check.outputs = []

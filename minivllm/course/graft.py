@@ -1,0 +1,206 @@
+"""A learner's answers in the notebook that they were written for.
+
+A saved notebook may certify anything: its check cells may be edited or gone, its outputs stale. So only the answers are
+taken from it, with the cells that the learner added; everything else, and what each check has to print, comes from the
+solution. The learner's file is read and never written.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minivllm.course.chapters import Chapter, CourseNotFoundError, changed_cells, compared_text, find_root, read, role
+from minivllm.errors import MiniVLLMError
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
+
+#: Comments that tell nbval not to look; an answer may not say that.
+_MARKER = re.compile(r"^(\s*)#+\s*(NBVAL_\w+|PYTEST_VALIDATE_IGNORE_OUTPUT)\s*$", re.MULTILINE)
+
+
+class ChangedSolutionError(MiniVLLMError):
+    """The notebook in solutions/ is not as it was published, so it cannot be what answers are checked by."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell to run. kind: "given", "answer", "check" or "own" (the learner's, which is run and not judged)."""
+
+    kind: str
+    source: str
+
+
+@dataclass
+class Group:
+    """An exercise: what is run from its statement to the next. id "" is what stands before the first.
+
+    printed: what its check prints when the answer is right. notes: what the learner should know about the file.
+    broken: (name, why) where there is nothing that could be run. untouched: the answer still is the stub.
+    """
+
+    id: str
+    cells: list[Cell] = field(default_factory=list)
+    printed: str = ""
+    notes: list[str] = field(default_factory=list)
+    broken: tuple[str, str] | None = None
+    untouched: bool = False
+
+
+def chapter_of(path: Path) -> Chapter | None:
+    """The chapter that a file has the exercises of: by the name in its metadata, or as exercises/NN_name.ipynb.
+
+    None for any other file. CourseNotFoundError where the repository is not to be found.
+    """
+    import json
+
+    path = path.resolve()
+    try:
+        metadata = json.loads(path.read_text(encoding="utf-8")).get("metadata", {})
+        name = metadata.get("minivllm", {}).get("chapter")
+    except (OSError, ValueError, AttributeError):
+        name = None
+    if name is None and path.parent.name == "exercises" and (path.parent.parent / "solutions" / path.name).exists():
+        name = path.stem
+    return Chapter(find_root(path.parent), name) if isinstance(name, str) else None
+
+
+def answers(path: Path) -> dict[str, str]:
+    """The sources of the answers in a learner's notebook, by exercise: {"01.2": "def …"}.
+
+    Stubs are among them. Parts of an answer in more than one cell are put together in their order.
+    """
+    return {id: "\n\n".join(source for _, source in cells) for id, cells in _answer_cells(read(path)).items()}
+
+
+def _answer_cells(notebook: NotebookNode) -> dict[str, list[tuple[int, str]]]:
+    found = defaultdict(list)
+    for number, cell in enumerate(notebook.cells, start=1):
+        kind, id = role(cell)
+        if kind == "exercise" and cell.cell_type == "code":
+            found[id].append((number, without_markers(cell.source)))
+    return dict(found)
+
+
+def without_markers(source: str) -> str:
+    """The source without the comments by which nbval would skip a cell or not compare it."""
+    return _MARKER.sub(r"\1# (a marker stood here)", source)
+
+
+def graft(path: Path, chapter: Chapter) -> list[Group]:
+    """What to run: the solution's cells in their order, with the learner's answers, and their own cells after those
+    that they stand after. The first group is what comes before the first exercise.
+
+    ChangedSolutionError where the solution is not as published; CourseNotFoundError where a file cannot be read.
+    """
+    from minivllm.course.authoring import stub_source
+
+    if changed := sorted(changed_cells(chapter)):
+        name = f"solutions/{chapter.name}.ipynb"
+        raise ChangedSolutionError(
+            f"{name} is not as it was published ({', '.join(changed)}), and answers are checked by it. "
+            f"Restore it: git checkout -- {name}"
+        )
+    if not path.exists():
+        raise CourseNotFoundError(
+            f"{path.name} is missing; `minivllm course reset {chapter.number}` writes a fresh one."
+        )
+    learner, solution = read(path), chapter.solution
+    found = _answer_cells(learner)
+    own = _own_cells(learner, solution)
+    groups = [Group("", own[""])]
+    for cell in solution.cells:
+        kind, id = role(cell)
+        if kind == "statement":
+            groups.append(Group(id))
+        group = groups[-1]
+        if kind == "exercise" and id not in found:
+            group.broken = "answer-missing", _missing(id, cell, learner)
+        elif kind == "exercise":
+            _put_answer(group, found[id], stub_source(cell))
+        elif cell.cell_type == "code":
+            group.cells.append(Cell("check" if kind == "check" else "given", cell.source))
+        if kind == "check":
+            group.printed = compared_text(cell)
+            group.notes += _notes_on_check(id, cell, learner)
+        group.cells += own[cell.id]
+    return groups
+
+
+def _put_answer(group: Group, cells: list[tuple[int, str]], stub: str) -> None:
+    sources = [source for _, source in cells]
+    group.untouched = all(_same_code(source, stub) for source in sources)
+    group.cells += [Cell("answer", source) for source in sources]
+    if len(cells) > 1:
+        where = " and ".join(str(number) for number, _ in cells)
+        group.notes.append(
+            f"It has {len(cells)} answer cells (cells {where} of your file). They were run in this order."
+        )
+    if any("(a marker stood here)" in source for source in sources):
+        group.notes.append("NBVAL markers in an answer are ignored.")
+
+
+def _own_cells(learner: NotebookNode, solution: NotebookNode) -> dict[str, list[Cell]]:
+    """What the learner added, by the id of the cell of the solution that it comes after ("": before all).
+
+    A given cell that was edited is run as it was given, and then as it is now.
+    """
+    given = {cell.id: cell.source for cell in solution.cells if role(cell)[0] == "given"}
+    place = {role(cell): cell.id for cell in solution.cells if role(cell)[0] != "given"}
+    found, after = defaultdict(list), ""
+    for cell in learner.cells:
+        kind, id = role(cell)
+        if (kind, id) in place:
+            after = place[kind, id]
+        elif cell.get("id") in given or cell.source in given.values():
+            after = cell.id if cell.get("id") in given else next(id for id in given if given[id] == cell.source)
+            if cell.cell_type == "code" and cell.source != given[after]:
+                found[after].append(Cell("own", without_markers(cell.source)))
+        elif cell.cell_type == "code" and cell.source.strip():
+            found[after].append(Cell("own", without_markers(cell.source)))
+    return found
+
+
+def _missing(id: str, answer: NotebookNode, learner: NotebookNode) -> str:
+    """Why there is no answer, as far as can be told, and what to do."""
+    for number, cell in enumerate(learner.cells, start=1):
+        if role(cell) == ("exercise", id):
+            return (
+                f"The answer to {id}, cell {number} of your file, is a {cell.cell_type} cell: make it code (press Y)."
+            )
+    from minivllm.course.authoring import defined_names
+
+    names = defined_names(answer.source)
+    for number, cell in enumerate(learner.cells, start=1):
+        try:
+            defines = cell.cell_type == "code" and names <= defined_names(cell.source)
+        except SyntaxError:
+            defines = False
+        if defines and names:
+            why = f"Cell {number} defines {', '.join(sorted(names))}, but it is not the cell that came for the answer"
+            break
+    else:
+        why = f"The cell for the answer to {id} is gone from your file"
+    return (
+        f"{why}. Get a fresh copy with `minivllm course reset {id[:2]}` (yours is kept beside it), and paste your code."
+    )
+
+
+def _notes_on_check(id: str, check: NotebookNode, learner: NotebookNode) -> list[str]:
+    sources = [cell.source for cell in learner.cells if role(cell) == ("check", id)]
+    if sources == [check.source]:
+        return []
+    return [f"Its check cell was {'changed' if sources else 'deleted'} in your file; the original was run."]
+
+
+def _same_code(left: str, right: str) -> bool:
+    """Whether two sources differ at most in comments and layout."""
+    try:
+        return ast.dump(ast.parse(left)) == ast.dump(ast.parse(right))
+    except SyntaxError:
+        return left.strip() == right.strip()

@@ -1,0 +1,233 @@
+"""What `minivllm check` and `minivllm course` say: how the answers are, how far a learner has come, what comes next.
+
+What was found is kept in exercises/.progress.json, each verdict with a digest of the answer it is about, so that an
+answer that was changed since counts as not checked. Nothing depends on that file; it may be deleted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import textwrap
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from minivllm.course.chapters import Chapter, CourseNotFoundError, Statement, chapters, find_root, read
+from minivllm.course.graft import Group, chapter_of, graft
+from minivllm.course.runner import CELL_TIMEOUT, FAILED, NOT_ATTEMPTED, NOT_RUNNABLE, PASSED, Verdict, verdicts
+from minivllm.errors import MiniVLLMError
+
+UNCHECKED = "not checked"
+SIGNS = {PASSED: ("✓", "green"), FAILED: ("✗", "red"), NOT_ATTEMPTED: ("·", "dim"), NOT_RUNNABLE: ("–", "yellow")}
+
+
+@dataclass
+class Record:
+    """What is known of an exercise. answer: digest of the answer that state is about; tries: those that failed."""
+
+    answer: str = ""
+    state: str = NOT_ATTEMPTED
+    tries: int = 0
+
+
+class Records:
+    """The records of all exercises, by id, in exercises/.progress.json."""
+
+    def __init__(self, root: Path) -> None:
+        self._path = root / "exercises" / ".progress.json"
+        try:
+            kept = json.loads(self._path.read_text(encoding="utf-8"))
+            self._records = {str(id): Record(**record) for id, record in kept.items()}
+        except (OSError, ValueError, TypeError, AttributeError):  # none yet, or not ours
+            self._records = {}
+
+    def __getitem__(self, id: str) -> Record:
+        return self._records.setdefault(id, Record())
+
+    def note(self, group: Group, verdict: Verdict) -> Record:
+        """Keep a verdict; the same failing answer checked twice is one try."""
+        record, answer = self[group.id], _digest(group)
+        record.tries += verdict.state == FAILED and (record.answer, record.state) != (answer, FAILED)
+        record.answer, record.state = answer, verdict.state
+        return record
+
+    def save(self) -> None:
+        text = json.dumps({id: asdict(record) for id, record in sorted(self._records.items())}, indent=1)
+        beside = self._path.with_suffix(f".{os.getpid()}")
+        beside.write_text(text + "\n", encoding="utf-8")
+        beside.replace(self._path)
+
+
+def _digest(group: Group) -> str:
+    answer = "\0".join(cell.source for cell in group.cells if cell.kind == "answer")
+    return hashlib.sha256(answer.encode()).hexdigest()[:16]
+
+
+# --- minivllm check ---------------------------------------------------------------------------------------------------
+
+
+def check(what: str | None, console: Console, timeout: float = CELL_TIMEOUT) -> int:
+    """Check a chapter ("3", "03"), an exercise ("03.2") or a file; with None, all chapters that were begun.
+
+    Returns the exit code: 0 when all of them passed (or cannot run on this machine), else 1. CourseNotFoundError where
+    there is no such chapter; ChangedSolutionError, JupyterMissingError.
+    """
+    if what is not None:
+        chosen = [_find(what)]
+    else:
+        begun = [c for c in chapters(find_root()) if c.exercises.exists() and not all(g.untouched for g in _groups(c))]
+        chosen = [(chapter, chapter.exercises, None) for chapter in begun]
+    if not chosen:
+        console.print("No exercise has been attempted yet. `minivllm course` says where to begin.", markup=False)
+        return 1
+    return max([_check(*one, console, timeout) for one in chosen])
+
+
+def _find(what: str) -> tuple[Chapter, Path, Collection[str] | None]:
+    """(chapter, its exercises' file, the ids to check or None for all) for what somebody typed."""
+    path = Path(what)
+    if path.suffix == ".ipynb":
+        if not path.exists():
+            raise CourseNotFoundError(f"There is no file {what}.")
+        chapter = chapter_of(path)
+        if chapter is not None:
+            return chapter, path.resolve(), None
+        what = path.stem
+    known = chapters(find_root())
+    number, _, exercise = what.partition(".")
+    name = number.zfill(2) if number.isdecimal() else number
+    for chapter in known:
+        if name in (chapter.number, chapter.name):
+            id = f"{chapter.number}.{exercise}"
+            if exercise and id not in [statement.id for statement in chapter.statements]:
+                break
+            return chapter, chapter.exercises, {id} if exercise else None
+    names = ", ".join(chapter.number for chapter in known) or "none yet"
+    raise CourseNotFoundError(f"There are no exercises {what!r}. Chapters with exercises: {names}.")
+
+
+def _groups(chapter: Chapter) -> list[Group]:
+    return graft(chapter.exercises, chapter)[1:]
+
+
+def _check(chapter: Chapter, path: Path, ids: Collection[str] | None, console: Console, timeout: float) -> int:
+    groups = graft(path, chapter)
+    by_id = {group.id: group for group in groups}
+    statements = {statement.id: statement for statement in chapter.statements}
+    records, found = Records(chapter.root), []
+    console.print(Text(f"{chapter.title}  ({_shown(path, chapter.root)})", style="bold"))
+    for verdict in verdicts(groups, path.parent, ids, timeout):
+        record = records.note(by_id[verdict.id], verdict)
+        _print(verdict, statements[verdict.id], record.tries, console)
+        found.append(verdict.state)
+    try:
+        records.save()
+    except OSError as error:
+        console.print(Text(f"Your progress could not be kept: {error}", style="yellow"))
+    console.print(f"{found.count(PASSED)} of {len(found)} passed.\n", highlight=False)
+    return int(not set(found) <= {PASSED, NOT_RUNNABLE})
+
+
+def _print(verdict: Verdict, statement: Statement, tries: int, console: Console) -> None:
+    sign, style = SIGNS[verdict.state]
+    name = f": {verdict.name}" if verdict.name else ""
+    minutes = f" · {statement.minutes} minutes" if verdict.state == NOT_ATTEMPTED else ""
+    console.print(Text(f" {sign} {verdict.id}  {statement.title}: {verdict.state}{name}{minutes}", style=style))
+    parts = [verdict.message if verdict.state != PASSED else "", *verdict.notes]
+    if verdict.state == FAILED and statement.hints:
+        number = min(max(tries, 1), len(statement.hints))
+        parts.append(f"Hint {number} of {len(statement.hints)}: {statement.hints[number - 1]}")
+    for part in filter(None, parts):
+        console.print(Text(textwrap.indent(part, " " * 8)), highlight=False)
+
+
+def _shown(path: Path, root: Path) -> str:
+    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
+
+
+# --- minivllm course --------------------------------------------------------------------------------------------------
+
+
+def overview(console: Console) -> None:
+    """Print how far each chapter is, the minutes left, and what to do next."""
+    root = find_root()
+    table = Table("chapter", "exercises", "passed", "minutes left", box=None, pad_edge=False)
+    records, left, following = Records(root), 0, ""
+    for chapter in chapters(root):
+        try:
+            states = _states(chapter, records)
+        except MiniVLLMError as error:
+            table.add_row(chapter.title, "?", "?", "?")
+            following = following or str(error)
+            continue
+        minutes = sum(s.minutes for s in chapter.statements if states[s.id] != PASSED)
+        if set(states.values()) == {NOT_ATTEMPTED}:
+            minutes += _reading_minutes(chapter)
+        signs = " ".join(SIGNS.get(state, ("?", ""))[0] for state in states.values())
+        table.add_row(chapter.title, signs, f"{list(states.values()).count(PASSED)} of {len(states)}", str(minutes))
+        left += minutes
+        following = following or _next(chapter, states)
+    if not table.rows:
+        raise CourseNotFoundError(f"There are no chapters in {root / 'solutions'}.")
+    console.print(table)
+    console.print(
+        "\n✓ passed  ✗ failed  · not attempted  ? not checked  – not runnable here", style="dim", highlight=False
+    )
+    console.print(f"{left} minutes left." if left or following else "All exercises have passed.", highlight=False)
+    if following:
+        console.print(Text(f"Next: {following}"))
+
+
+def _states(chapter: Chapter, records: Records) -> dict[str, str]:
+    states = {}
+    for group in _groups(chapter):
+        record = records[group.id]
+        same = record.answer == _digest(group)
+        states[group.id] = NOT_ATTEMPTED if group.untouched else record.state if same else UNCHECKED
+    return states
+
+
+def _next(chapter: Chapter, states: dict[str, str]) -> str:
+    """What there is to do in this chapter, "" when all has passed."""
+    if set(states.values()) == {NOT_ATTEMPTED} and chapter.notebook.exists():
+        return f"read notebooks/{chapter.name}.ipynb, then open exercises/{chapter.name}.ipynb."
+    if UNCHECKED in states.values():
+        return f"minivllm check {chapter.number}"
+    for statement in chapter.statements:
+        if states[statement.id] in (FAILED, NOT_ATTEMPTED):
+            what = f"{statement.id}, {statement.title} ({statement.minutes} minutes)"
+            return f"{what}, in exercises/{chapter.name}.ipynb; then minivllm check {chapter.number}"
+    return ""
+
+
+def _reading_minutes(chapter: Chapter) -> int:
+    """What the chapter's notebook says at its beginning; 0 where there is none."""
+    try:
+        cells = read(chapter.notebook).cells[:4]
+    except CourseNotFoundError:
+        return 0
+    said = re.search(r"(\d+)\s+minutes", "\n".join(cell.source for cell in cells if cell.cell_type == "markdown"))
+    return int(said[1]) if said else 0
+
+
+def reset(what: str) -> tuple[Path, Path | None]:
+    """Write a fresh copy of a chapter's exercises. Returns (it, what was there before and is kept, or None)."""
+    import nbformat
+
+    from minivllm.course.authoring import make_exercises
+
+    chapter, path, _ = _find(what)
+    fresh, kept = nbformat.writes(make_exercises(chapter)), None
+    if path.exists():
+        numbers = (path.with_name(f"{path.stem}.kept-{number}.ipynb") for number in range(1, 10_000))
+        kept = next(candidate for candidate in numbers if not candidate.exists())
+        path.replace(kept)
+    path.write_text(fresh + "\n", encoding="utf-8")
+    return path, kept

@@ -1,0 +1,261 @@
+"""Runs a grafted notebook in a kernel, and says of each exercise how it went; in bounded time, whatever an answer does.
+
+It is what `minivllm check` and `pytest --nbval` on an exercise both do. Not nbval's own run: that would compare what
+answers print as well, and wait two minutes for a kernel that has died.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
+
+from minivllm.course.chapters import JupyterMissingError
+from minivllm.course.graft import Group
+
+PASSED, FAILED, NOT_ATTEMPTED, NOT_RUNNABLE = "passed", "failed", "not attempted", "not runnable here"
+#: Seconds that a cell may take, and those that it has to end when it is interrupted.
+CELL_TIMEOUT, GRACE = 120.0, 5.0
+MAX_OUTPUT = 100_000
+_ANSI = re.compile(r"\x1b\[[\d;]*m")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How an exercise went. name: the mistake's, when it failed. notes: what else to know about the file."""
+
+    id: str
+    state: str
+    name: str = ""
+    message: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def headline(self) -> str:
+        return f"{self.id} {self.state}" + (f": {self.name}" if self.name else "")
+
+
+@dataclass
+class Result:
+    """What a cell did. error: (exception's name, message, traceback). ended: why there is no kernel any more."""
+
+    printed: str = ""
+    error: tuple[str, str, str] | None = None
+    timed_out: bool = False
+    ended: str = ""
+
+
+class Kernel:
+    """A Jupyter kernel of this Python in folder; JupyterMissingError where there can be none."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from ipykernel.kernelspec import RESOURCES, get_kernel_dict
+            from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+            from jupyter_client.manager import KernelManager
+        except ImportError as error:
+            raise JupyterMissingError(
+                f"Checking runs your notebook, which needs Jupyter ({error}): make lab"
+            ) from error
+
+        class ThisPython(KernelSpecManager):
+            def get_kernel_spec(self, _: str) -> KernelSpec:
+                return KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())
+
+        self._manager = KernelManager(kernel_name="python3", kernel_spec_manager=ThisPython())
+        self._manager.start_kernel(cwd=str(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._client = self._manager.client()
+        self._client.start_channels()
+        try:
+            self._client.wait_for_ready(timeout=60)
+        except RuntimeError as error:
+            self.close()
+            raise JupyterMissingError(f"The Jupyter kernel does not start: {error}") from error
+
+    def close(self) -> None:
+        self._client.stop_channels()
+        self._manager.shutdown_kernel(now=True)
+
+    def execute(self, source: str, timeout: float = CELL_TIMEOUT) -> Result:
+        """Execute a cell; returns after timeout + `GRACE` at the latest. After a result with `ended`, call `close`."""
+        from queue import Empty
+
+        message = self._client.execute(source, allow_stdin=False, stop_on_error=False)
+        result, deadline = Result(), time.monotonic() + timeout
+        while True:
+            try:
+                reply = self._client.get_iopub_msg(timeout=0.2)
+            except Empty:
+                if not self._manager.is_alive():
+                    result.ended = "the Python process ended (exit(), a crash, or out of memory)"
+                    return result
+            else:
+                if reply["parent_header"].get("msg_id") == message and _take(reply, result):
+                    break
+            if time.monotonic() > deadline:
+                if result.timed_out:
+                    result.ended = "it could not be interrupted"
+                    return result
+                result.timed_out, deadline = True, time.monotonic() + GRACE
+                self._manager.interrupt_kernel()
+        try:
+            payload = self._client.get_shell_msg(timeout=GRACE)["content"].get("payload", [])
+        except Empty:
+            payload = []
+        if any(part.get("source") == "ask_exit" for part in payload):
+            result.ended = "it calls exit(), which ends the Python process"
+        return result
+
+
+def _take(reply: dict[str, Any], result: Result) -> bool:
+    """Add a message of the kernel to the result; whether it was the last."""
+    content = reply["content"]
+    if reply["msg_type"] == "stream" and content["name"] == "stdout":
+        result.printed = (result.printed + content["text"])[-MAX_OUTPUT:]
+    elif reply["msg_type"] == "error":
+        result.error = content["ename"], content["evalue"], _ANSI.sub("", "\n".join(content["traceback"]))
+    return reply["msg_type"] == "status" and content["execution_state"] == "idle"
+
+
+# --- in the kernel ----------------------------------------------------------------------------------------------------
+
+_given: dict[str, Any] = {}
+
+
+def remember(namespace: dict[str, Any], names: list[str]) -> None:
+    """Keep what given cells called by these names."""
+    _given.update({name: namespace[name] for name in names if name in namespace})
+
+
+def restore(namespace: dict[str, Any], names: list[str]) -> None:
+    """Put back what was kept, and print the names of functions and modules that had come to mean something else."""
+    for name in sorted(_given.keys() & set(names)):
+        if namespace.get(name, _given[name]) is not _given[name] and isinstance(
+            _given[name], ModuleType | FunctionType | type
+        ):
+            print(name)
+        namespace[name] = _given[name]
+
+
+def _hidden(call: str, names: Collection[str]) -> str:
+    return f"__import__('minivllm.course.runner').course.runner.{call}(globals(), {sorted(names)!r})"
+
+
+# --- verdicts ---------------------------------------------------------------------------------------------------------
+
+
+def verdicts(
+    groups: list[Group], folder: Path, ids: Collection[str] | None = None, timeout: float = CELL_TIMEOUT
+) -> Iterator[Verdict]:
+    """Run the groups of a `graft` and yield a verdict on each exercise (of those in ids) as soon as it is known.
+
+    Exercises do not depend on each other: where one ends the kernel, the next gets a fresh one. folder: the working
+    directory, as for a notebook in it. timeout: seconds a cell. The kernel is closed with the iterator.
+    """
+    setup, *exercises = groups
+    kernel: Kernel | None = None
+    try:
+        for group in exercises:
+            if ids is not None and group.id not in ids:
+                continue
+            if group.broken:
+                yield Verdict(group.id, FAILED, *group.broken, tuple(group.notes))
+                continue
+            if group.untouched:
+                yield Verdict(group.id, NOT_ATTEMPTED, notes=tuple(group.notes))
+                continue
+            ended = False
+            if kernel is None:
+                kernel = Kernel(folder)
+                verdict, ended = _run(kernel, setup, timeout)
+                before = verdict.notes
+            if not ended:
+                verdict, ended = _run(kernel, group, timeout, before)
+            yield replace(verdict, id=group.id)
+            if ended:
+                kernel.close()
+                kernel = None
+    finally:
+        if kernel is not None:
+            kernel.close()
+
+
+_WHAT = {"answer": "your answer", "own": "a cell of yours", "check": "its check", "given": "a given cell"}
+
+
+def _run(kernel: Kernel, group: Group, timeout: float, notes: tuple[str, ...] = ()) -> tuple[Verdict, bool]:
+    """(the verdict on a group, whether the kernel has ended). What the learner's own cells do decides nothing."""
+    verdict, trouble, warnings = Verdict(group.id, FAILED, "no-verdict", "Its check did not run."), None, list(notes)
+    for cell in group.cells:
+        if cell.kind == "check":
+            taken = kernel.execute(_hidden("restore", _names(cell.source))).printed.split()
+            warnings += [f"Your cells give `{name}` another meaning; the check took the original." for name in taken]
+        result = kernel.execute(cell.source, timeout)
+        if result.timed_out or result.ended:
+            why = result.ended or f"it still ran after {timeout:g} seconds, and was interrupted"
+            what = f"While {_WHAT[cell.kind]} ran: {why}."
+            if cell.kind != "own":
+                verdict = Verdict(group.id, FAILED, "endless" if result.timed_out else "process-ended", what)
+            elif result.ended and verdict.name == "no-verdict":
+                verdict = replace(verdict, name="process-ended", message=what)
+            else:
+                warnings.append(what)
+            if cell.kind != "own" or result.ended:
+                return replace(verdict, notes=(*group.notes, *warnings)), bool(result.ended)
+        elif cell.kind == "check":
+            verdict = _judge(group, result, trouble)
+        elif cell.kind == "given" and not result.error:
+            kernel.execute(_hidden("remember", _names(cell.source, ast.Store)))
+        elif result.error and cell.kind == "answer":
+            trouble = trouble or result
+        elif result.error:
+            warnings.append(f"{_WHAT[cell.kind].capitalize()} raises {_error(result)}")
+    return replace(verdict, notes=(*group.notes, *(warnings if verdict.state != PASSED else ()))), False
+
+
+def _judge(group: Group, result: Result, trouble: Result | None) -> Verdict:
+    """The verdict by what the check did. trouble: what the answer's cell raised."""
+    if trouble is not None:
+        return Verdict(group.id, FAILED, "raised", f"The cell of your answer raises {_error(trouble)}")
+    if result.error is None:
+        if group.printed and result.printed.strip().endswith(group.printed):
+            return Verdict(group.id, PASSED, message=group.printed)
+        why = (
+            "Its check ran, but the line it prints did not come out: does one of your cells change print or sys.stdout?"
+        )
+        return Verdict(group.id, FAILED, "no-verdict", why)
+    kind, text, _ = result.error
+    if kind == "Mistake":
+        name, _, message = text.partition("\n")
+        return Verdict(group.id, FAILED, name, message)
+    if kind in ("NotAttempted", "NotRunnableHere"):
+        return Verdict(group.id, {"NotAttempted": NOT_ATTEMPTED, "NotRunnableHere": NOT_RUNNABLE}[kind], message=text)
+    return Verdict(group.id, FAILED, "raised", f"The check raises {_error(result)}")
+
+
+def _error(result: Result) -> str:
+    """An exception in one line or two: its message, and the line of the cell that it came from."""
+    kind, text, trace = result.error
+    where = re.search(r"^-+> (\d+) (.*)$", trace, re.MULTILINE)
+    text = re.sub(r"\(\S+\.py, line (\d+)\)", r"(line \1)", text)
+    return f"{kind}: {text}" + (f"\nline {where[1]}: {where[2].strip()}" if where else "")
+
+
+def _names(source: str, context: type[ast.expr_context] = ast.Load) -> set[str]:
+    """The names that a source reads, or those that it binds (ast.Store); none where it has magics."""
+    try:
+        nodes = list(ast.walk(ast.parse(source)))
+    except SyntaxError:
+        return set()
+    names = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, context)}
+    if context is ast.Store:
+        names |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        imports = [alias for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names]
+        names |= {(alias.asname or alias.name).partition(".")[0] for alias in imports}
+    return names
