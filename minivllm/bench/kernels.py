@@ -39,9 +39,13 @@ DECODE: dict[str, list[tuple[int, int | tuple[int, int]]]] = {
 #: Tokens of a step, for the operations on rows; rows and vocabulary of the logits (None: the model's).
 ROWS = {"cuda": [256, 8192], "cpu": [16, 256]}
 LOGITS: dict[str, tuple[int, int | None]] = {"cuda": (256, None), "cpu": (16, 8192)}
+#: Tokens of a step, for the matrix products.
+LINEAR_ROWS = {"cuda": [1, 64, 256], "cpu": [1, 16]}
 #: What `kernels` may be asked for by name.
-NAMES = ("decode_attention", "prefill_attention", "sample", "rms_norm", "add_rms_norm", "qk_norm_rope", "silu_mul",
-         "store_kv")  # fmt: skip
+NAMES = (
+    "decode_attention", "prefill_attention", "sample", "linear", "rms_norm", "add_rms_norm", "qk_norm_rope",
+    "qk_norm_rope_store", "silu_mul", "store_kv",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -257,6 +261,8 @@ def row_cases(setting: Setting) -> Iterator[Case]:
         yield from _norm_cases(setting, rows)
         yield _silu_case(setting, rows)
         yield _rope_case(setting, rows)
+        if setting.kernels.qk_norm_rope_store is not None:
+            yield _fused_case(setting, rows)
         yield _store_case(setting, rows)
 
 
@@ -290,36 +296,87 @@ def _silu_case(setting: Setting, rows: int) -> Case:
     )
 
 
+def _rope_inputs(setting: Setting, rows: int) -> tuple:
+    """Query, key, value, norm weights, table, positions. Q, K and V stand in one row, as the projection gives them."""
+    heads, kv_heads, dim = setting.heads
+    fused = setting.randn(rows, heads + 2 * kv_heads, dim)
+    table = torch.randn(4096, dim, device=setting.device)
+    positions = torch.randint(4096, (rows,), device=setting.device)
+    return (*fused.split([heads, kv_heads, kv_heads], dim=1), setting.randn(dim), setting.randn(dim), table, positions)
+
+
 def _rope_case(setting: Setting, rows: int) -> Case:
     heads, kv_heads, dim = setting.heads
     numbers = rows * (heads + kv_heads) * dim
 
     def make() -> tuple:
-        # One tensor, as the fused projection gives it: V stands behind Q and K in a row.
-        fused = setting.randn(rows, heads + 2 * kv_heads, dim)
-        table = torch.randn(4096, dim, device=setting.device)
-        positions = torch.randint(4096, (rows,), device=setting.device)
-        weights = setting.randn(dim), setting.randn(dim)
-        return fused[:, :heads], fused[:, heads : heads + kv_heads], *weights, table, positions, 1e-6
+        query, key, _, *rest = _rope_inputs(setting, rows)
+        return query, key, *rest, 1e-6
 
     moved = 2 * numbers * setting.dtype.itemsize + rows * dim * 4
     variants = _beside_eager(setting, "qk_norm_rope")
     return Case("qk_norm_rope", f"{rows} x ({heads} + {kv_heads}) x {dim}", moved, 10 * numbers, make, variants)
 
 
-def _store_case(setting: Setting, rows: int) -> Case:
+def _cache_inputs(setting: Setting, rows: int) -> tuple:
+    """K cache, V cache with room for twice the tokens, and where in them to write."""
     _, kv_heads, dim = setting.heads
     num_blocks = 2 * -(-rows // setting.block_size)
+    shape = (num_blocks, kv_heads, setting.block_size, dim)
+    caches = [torch.zeros(shape, dtype=setting.dtype, device=setting.device) for _ in range(2)]
+    return *caches, torch.randperm(num_blocks * setting.block_size, device=setting.device)[:rows]
+
+
+def _fused_case(setting: Setting, rows: int) -> Case:
+    """Norm, rotation and the cache's write in one launch, beside our two."""
+    heads, kv_heads, dim = setting.heads
+    kernels, numbers = setting.kernels, rows * (heads + kv_heads) * dim
 
     def make() -> tuple:
-        caches = [torch.zeros(num_blocks, kv_heads, setting.block_size, dim, dtype=setting.dtype, device=setting.device)
-                  for _ in range(2)]  # fmt: skip
-        slots = torch.randperm(num_blocks * setting.block_size, device=setting.device)[:rows]
-        return setting.randn(rows, kv_heads, dim), setting.randn(rows, kv_heads, dim), *caches, slots
+        return *_rope_inputs(setting, rows), 1e-6, *_cache_inputs(setting, rows)
+
+    def apart(query, key, value, q_weight, k_weight, table, positions, eps, k_cache, v_cache, slots) -> Tensor:
+        query, key = kernels.qk_norm_rope(query, key, q_weight, k_weight, table, positions, eps)
+        kernels.store_kv(key, value, k_cache, v_cache, slots)
+        return query
+
+    moved = 2 * (numbers + rows * kv_heads * dim) * setting.dtype.itemsize + rows * (dim * 4 + 8)
+    variants = {"minivllm": Variant(kernels.qk_norm_rope_store), "minivllm, two launches": Variant(apart)}
+    name = f"{rows} x ({heads} + 2 x {kv_heads}) x {dim}"
+    return Case("qk_norm_rope_store", name, moved, 10 * numbers, make, variants)
+
+
+def _store_case(setting: Setting, rows: int) -> Case:
+    _, kv_heads, dim = setting.heads
+
+    def make() -> tuple:
+        pairs = [setting.randn(rows, kv_heads, dim) for _ in range(2)]
+        return *pairs, *_cache_inputs(setting, rows)
 
     moved = 4 * rows * kv_heads * dim * setting.dtype.itemsize + 8 * rows
     variants = _beside_eager(setting, "store_kv", wait=True)
     return Case("store_kv", f"{rows} x {kv_heads} x {dim}", moved, 0, make, variants, comparable=False)
+
+
+def linear_cases(setting: Setting) -> Iterator[Case]:
+    """The model's matrix products at the rows of decode steps; from a few rows on ours is torch's."""
+    config, (heads, kv_heads, dim) = setting.config, setting.heads
+    hidden, inner = config.hidden_size, config.intermediate_size
+    matrices = {
+        "qkv_proj": ((heads + 2 * kv_heads) * dim, hidden), "o_proj": (hidden, heads * dim),
+        "gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner), "lm_head": (config.vocab_size, hidden),
+    }  # fmt: skip
+    for rows in LINEAR_ROWS[setting.device.type]:
+        for name, (out, into) in matrices.items():
+
+            def make(rows: int = rows, out: int = out, into: int = into) -> tuple:
+                return setting.randn(rows, into), setting.randn(out, into)
+
+            moved = (out * into + rows * (out + into)) * setting.dtype.itemsize
+            variants = {"minivllm": Variant(setting.kernels.linear)}
+            if setting.kernels.name == "triton":
+                variants["torch"] = Variant(F.linear)
+            yield Case("linear", f"{rows} x {into} to {out} ({name})", moved, 2 * rows * out * into, make, variants)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -375,8 +432,8 @@ def run_case(case: Case, rates: Rates, device: torch.device, deadline: Deadline,
 
 
 def _release(device: torch.device) -> None:
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
@@ -411,7 +468,7 @@ def run(
     measured = measure_rates(where, number_type)
     _release(where)
     rows: list[dict[str, Any]] = []
-    for maker in (decode_cases, prefill_cases, sample_cases, row_cases):
+    for maker in (decode_cases, prefill_cases, sample_cases, linear_cases, row_cases):
         for case in maker(setting):
             if case.kernel in names:
                 rows += run_case(case, rates_of(measured), where, deadline, seconds)

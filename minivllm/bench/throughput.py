@@ -13,8 +13,9 @@ import gc
 import random
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -312,21 +313,25 @@ def _step_parts(
     model: str | Path | None, prompts: list[list[int]], output_lens: list[int], engine_options: dict[str, Any]
 ) -> dict[str, float]:
     """Share of a run's time by part of a step, on an engine whose parts are wrapped in timers."""
-    seconds: dict[str, float] = {}
+    seconds: dict[str, float] = defaultdict(float)
+    inside: list[float] = [0.0]  # of each timed call that is open: seconds of the timed calls within it
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
+            inside.append(0.0)
             start = time.perf_counter()
             result = function(*args, **kwargs)
-            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+            elapsed = time.perf_counter() - start
+            seconds[name] += elapsed - inside.pop()  # every second belongs to the innermost part
+            inside[-1] += elapsed
             return result
 
         return wrapper
 
+    reference = Kernels.reference()
     # merge_attention runs inside decode_attention and is part of its time.
-    names = [field.name for field in fields(Kernels) if field.name not in ("name", "merge_attention")]
-    kernels = Kernels.reference()
-    kernels = replace(kernels, **{name: timed(name, getattr(kernels, name)) for name in names})
+    names = [name for name, part in vars(reference).items() if callable(part) and name != "merge_attention"]
+    kernels = replace(reference, **{name: timed(name, getattr(reference, name)) for name in names})
     llm = LLM(model, skip_tokenizer_init=True, kernels=kernels, **engine_options)
     runner, scheduler = llm.llm_engine.model_runner, llm.llm_engine.scheduler
     for owner, attribute, name in (
@@ -340,7 +345,6 @@ def _step_parts(
     minivllm_runner(llm)(prompts, output_lens)  # warm-up
     seconds.clear()
     total = minivllm_runner(llm)(prompts, output_lens)
-    forward = seconds.pop("forward")
-    seconds["linear layers, embedding and module calls"] = forward - sum(seconds[n] for n in names if n != "sample")
+    seconds["embedding and module calls"] = seconds.pop("forward")
     seconds["everything else"] = total - sum(seconds.values())
     return {name: value / total for name, value in sorted(seconds.items(), key=lambda pair: -pair[1])}
