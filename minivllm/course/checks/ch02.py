@@ -56,9 +56,8 @@ def check_causal_mask(answer: Callable) -> str:
     suspects = {
         "aligned-to-start": (
             "Your triangle begins at the top left: query 0 sees key 0 and nothing else, though all keys of the past "
-            "come "
-            "before it.\nThe queries are the LAST tokens of the context: query i stands at position "
-            "context - query_len + i.",
+            "come before it.\n"
+            "The queries are the LAST tokens of the context: query i stands at position context - query_len + i.",
             lambda q, n: mask(q, n, lambda q, n: 0),
         ),
         "sees-the-next-token": (
@@ -82,8 +81,8 @@ def check_causal_mask(answer: Callable) -> str:
             lambda q, n: mask(q, n, lambda q, n: n - q)[:1].expand(q, n).clone(),
         ),
         "true-means-hidden": (
-            "The triangle is right, and turned over: here True means that the query MAY look.\nReturn its opposite, "
-            "~mask.",
+            "The triangle is right, and turned over: here True means that the query MAY look.\n"
+            "Return its opposite, ~mask.",
             lambda q, n: ~causal_mask(q, n),
         ),
     }
@@ -186,126 +185,152 @@ def _walk(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16,
     wrong: str = "",
 ) -> torch.Tensor:  # fmt: skip
-    """Flash attention of one head in tiles, right by default, and wrong in the way that `wrong` names."""
+    """Flash attention of one head in tiles; `wrong` holds words for what is done otherwise. "" is right."""
     import torch
 
+    how = set(wrong.split())
     queries, keys = len(query), len(key)
-    past = 0 if wrong == "aligned-to-start" else keys - queries
-    factor = {"no-scale": 1.0, "scaled-twice": scale * scale, "no-log2e": scale / LOG2E, "log2e-and-exp": scale * LOG2E}
-    query, out = query * factor.get(wrong, scale), torch.empty_like(query)
+    past = keys - queries
+    factors = {"unscaled": 1.0, "scaled-twice": scale**2, "no-log2e": scale / LOG2E, "log2e": scale * LOG2E}
+    factors["base-2-unscaled"] = 1 / LOG2E
+    query, out = query * next((factors[word] for word in how & factors.keys()), scale), torch.empty_like(query)
     for top in range(0, queries, block_m):
         rows = torch.arange(top, min(top + block_m, queries))
-        acc, m, l = torch.zeros(len(rows), value.shape[1]), torch.full((len(rows),), -INF), torch.zeros(len(rows))
-        end, walked = min(past + int(rows[-1]) + 1, keys), 0
-        if wrong == "tail-dropped":
-            end = end // block_n * block_n
-        elif wrong == "stops-before-the-diagonal":
-            end = (past + top) // block_n * block_n
-        elif wrong == "no-mask":
-            end = keys
-        elif wrong == "walk-ends-too-early":
-            end = min(top + block_m, keys)
-        elif wrong == "past-and-start":  # the walk is mended and the mask is spoilt
-            end = min(past + top + block_m, keys)
+        m = torch.full((len(rows),), 0.0 if "start-at-zero" in how else -INF)
+        acc, l, walked = torch.zeros(len(rows), value.shape[1]), torch.zeros(len(rows)), 0
+        end = _end(past, top, int(rows[-1]) + 1, keys, block_m, block_n, how)
         for first in range(0, end, block_n):
-            columns = torch.arange(first, min(first + block_n, keys))
-            positions = past + rows if wrong != "past-and-start" else rows
-            hidden = _hidden(columns, positions, first, past + top, block_n, wrong)
-            scores = (query[rows] @ key[columns].T).masked_fill(hidden, 0.0 if wrong == "hidden-are-zero" else -INF)
+            columns = torch.arange(first, min(first + block_n, end if "cut" in how else keys))
+            hidden = _hidden(columns, past, rows, how)
+            scores = (query[rows] @ key[columns].T).masked_fill(hidden, 0.0 if "hidden-are-zero" in how else -INF)
             new = torch.maximum(m, scores.amax(dim=1))
-            if wrong == "one-maximum-for-all-rows":
+            if "one-maximum" in how:
                 new = new.max().expand_as(new)
-            under = scores.amax(dim=1) if wrong == "own-maximum" else new
-            rescale, weights = torch.exp(m - new), torch.exp(scores - under[:, None])
-            if wrong in ("rescale-base-e", "rescale-base-2"):  # maxima in base two, and the other way round
-                rescale = torch.exp((m - new) * (LOG2E if wrong == "rescale-base-e" else 1 / LOG2E))
-            if wrong in ("softmax-a-tile", "mean-of-softmaxes"):
-                weights, rescale = scores.softmax(dim=1), 1.0
-            of_acc = 1.0 if wrong in ("not-rescaled", "output-not-rescaled") else rescale
-            of_sum = 1.0 if wrong in ("not-rescaled", "sum-not-rescaled") else rescale
-            acc = acc * (of_acc if isinstance(of_acc, float) else of_acc[:, None]) + weights @ value[columns]
-            l = l * of_sum + weights.sum(dim=1)
+            if "padded" in how and len(rows) < block_m:  # rows that do not exist have scores of 0
+                new = new.clamp(min=0.0)
+            under = scores.amax(dim=1) if "own-maximum" in how else new
+            weights, rescale = torch.exp(scores - under[:, None]), torch.exp(m - new)
+            if "rescale-base-e" in how:  # while maxima and weights are in base two; and the other way round
+                rescale = torch.exp((m - new) * LOG2E)
+            if "rescale-base-2" in how:
+                rescale = torch.exp((m - new) / LOG2E)
+            if "softmax-a-tile" in how:
+                weights, rescale = scores.softmax(dim=1), torch.ones_like(m)
+            acc = acc * (1.0 if "same-acc" in how else rescale[:, None]) + weights @ value[columns]
+            l = l * (1.0 if "same-sum" in how else rescale) + weights.sum(dim=1)
             m, walked = new, walked + 1
-            if wrong == "divided-in-each-tile":
+            if "divide-at-once" in how:
                 acc = acc / l[:, None]
-        undivided = wrong in ("not-divided", "softmax-a-tile", "divided-in-each-tile")
-        out[rows] = acc if undivided else acc / (walked if wrong == "mean-of-softmaxes" else l[:, None])
+        out[rows] = acc if "undivided" in how else acc / (walked if "mean" in how else l[:, None])
     return out
 
 
-def _hidden(columns: Any, positions: Any, first: int, top: int, block_n: int, wrong: str) -> Any:
-    """Which scores of a tile are hidden; top is the position of the tile's first query."""
+def _end(past: int, top: int, last: int, keys: int, block_m: int, block_n: int, how: set[str]) -> int:
+    """Where the walk of the queries top … last - 1 ends."""
+    end = min(past + last, keys)
+    ends = {
+        "walk-all": keys,
+        "walk-from-start": min(top + block_m, keys),
+        "walk-from-start-cut": min(last, keys),
+        "walk-of-the-first": min(past + block_m, keys),
+        "walk-before": (past + top) // block_n * block_n,
+        "walk-whole-tiles": end // block_n * block_n,
+        "walk-one-more": min(end + 1, keys),
+    }
+    return next((ends[word] for word in how & ends.keys()), end)
+
+
+def _hidden(columns: torch.Tensor, past: int, rows: torch.Tensor, how: set[str]) -> torch.Tensor:
+    """Which scores of a tile are hidden."""
     import torch
 
+    positions = rows if "mask-from-start" in how else past + rows
+    if "mask-one-more" in how:
+        positions = positions + 1
+    if "mask-one-less" in how:
+        positions = positions - 1
+    if "mask-of-the-first" in how:
+        positions = positions[:1].expand_as(positions)
     hidden = columns > positions[:, None]
-    if wrong == "sees-the-next-token":
-        return columns > positions[:, None] + 1
-    if wrong == "hides-its-own-token":
-        return columns >= positions[:, None]
-    if wrong == "indices-within-the-tile":
-        return torch.arange(len(columns)) > torch.arange(len(positions))[:, None]
-    if wrong in ("no-mask", "diagonal-not-masked"):
-        return torch.zeros_like(hidden)
-    if wrong == "mask-of-the-first-query":
-        return (columns > top).expand_as(hidden)
-    return hidden
+    on_diagonal = columns[-1] > past + rows[0]
+    if "mask-in-the-tile" in how and ("diagonal-only" not in how or on_diagonal):
+        hidden = torch.arange(len(columns)) > torch.arange(len(rows))[:, None]
+    return torch.zeros_like(hidden) if "unmasked" in how else hidden
 
 
 _WALKS = {
     "aligned-to-start": (
         "Your mask is aligned to the start: query 0 sees key 0 only, whatever came before it. Whole prompts are right "
-        "with it, and chunks with a past are not.\nThe queries are the LAST tokens: query i stands at position "
-        "(number of keys) - (number of queries) + i.",
-        "aligned-to-start",
+        "with it, and chunks with a past are not.\n"
+        "The queries are the LAST tokens: query i stands at position (number of keys) - (number of queries) + i.",
+        "mask-from-start walk-from-start",
+        "mask-from-start",
+        "mask-from-start walk-all",
+        "mask-from-start walk-from-start-cut cut",
     ),
     "walk-ends-too-early": (
         "The mask is right, but the walk ends where it would for a chunk without a past: the last keys are never "
-        "visited.\nA tile's last query stands at position past + its row; the walk must come so far.",
-        "walk-ends-too-early",
+        "visited.\n"
+        "A tile's last query stands at position past + its row; the walk must come so far.",
+        "walk-from-start",
+        "walk-from-start-cut cut",
+        "walk-from-start cut",
     ),
     "no-mask": (
         "Queries see the future: changing a later token changes what earlier ones get.\n"
         "In tiles on the diagonal, scores of keys after the query's position must be -inf.",
-        "no-mask",
+        "unmasked walk-all",
     ),
     "diagonal-not-masked": (
         "The walk ends at the diagonal, but its last tile is used whole: its first queries see keys that come after "
         "them.\n"
         "Tiles on the diagonal need the mask: -inf where key > position.",
-        "diagonal-not-masked",
+        "unmasked",
+        "unmasked cut",
     ),
     "stops-before-the-diagonal": (
         "The walk ends before the tile on the diagonal. There the queries' own tokens stand, and they may be seen, "
-        "with "
-        "a mask.\nWalk until the position of the tile's LAST query, that key included.",
-        "stops-before-the-diagonal",
+        "with a mask.\n"
+        "Walk until the position of the tile's LAST query, that key included.",
+        "walk-before",
     ),
     "indices-within-the-tile": (
         "Your mask compares indices within the tile: row 3 of ANY tile sees columns 0 to 3 of it.\n"
         "Compare positions in the context: first key of the tile + column against position of the query.",
-        "indices-within-the-tile",
+        "mask-in-the-tile",
+        "mask-in-the-tile cut",
+        "mask-in-the-tile diagonal-only",
+        "mask-in-the-tile diagonal-only cut",
     ),
     "mask-of-the-first-query": (
-        "All queries of a tile get the mask of its first one.\nThe mask has two axes: keys across, and down the "
-        "position "
-        "of each query ([:, None]).",
-        "mask-of-the-first-query",
+        "All queries of a tile get the mask of its first one.\n"
+        "The mask has two axes: keys across, and down the position of each query ([:, None]).",
+        "mask-of-the-first",
     ),
     "sees-the-next-token": (
         "Each query sees one key too many: the token after its own.\nHidden is key > position.",
-        "sees-the-next-token",
+        "mask-one-more walk-one-more",
+        "mask-one-more walk-one-more cut",
+        "mask-one-more",
+        "mask-one-more cut",
     ),
     "hides-its-own-token": (
-        "A query does not see its own token; the very first one sees nothing at all.\nHidden is key > position, not "
-        ">=.",
-        "hides-its-own-token",
+        "A query does not see its own token; the very first one sees nothing at all.\n"
+        "Hidden is key > position, not >=.",
+        "mask-one-less",
     ),
     "hidden-scores-are-zero": (
         "Hidden scores are 0 instead of -inf. exp(0 - m) is a weight like any other, so the future counts.\n"
         "Fill with -inf (-math.inf): its exp is 0.",
         "hidden-are-zero",
+        "hidden-are-zero cut",
+        "hidden-are-zero walk-all",
     ),
-    "no-scale": ("Scores are not multiplied by `scale`, so the softmax is far too sharp.\nscale · q·k.", "no-scale"),
+    "no-scale": (
+        "Scores are not multiplied by `scale`, so the softmax is far too sharp.\nscale · q·k.",
+        "unscaled",
+        "base-2-unscaled",
+    ),
     "scaled-twice": (
         "Scores are multiplied by `scale` twice, perhaps once with the query and once as a product.\nOnce is enough.",
         "scaled-twice",
@@ -318,29 +343,29 @@ _WALKS = {
     "exp-of-base-two-scores": (
         "The scores are made for base two, with log2 e in them, and you take exp of them: the softmax is too sharp.\n"
         "exp2 for both, the weights and the rescaling; or leave log2 e out.",
-        "log2e-and-exp",
+        "log2e",
     ),
     "mixed-bases": (
-        "Two bases are mixed: the weights are powers of one, and the factor for the old sums is a power of the "
-        "other. It "
-        "shows only where a maximum grows.\nMaximum and scores are in the same unit: exp2 for both, or exp for both.",
+        "Two bases are mixed: the weights are powers of one, and the factor for the old sums is a power of the other. "
+        "It shows only where a maximum grows.\n"
+        "Maximum and scores are in the same unit: exp2 for both, or exp for both.",
         "rescale-base-e",
         "rescale-base-2",
     ),
     "not-rescaled": (
         "When a later tile brings a larger maximum, neither the old sum nor the old output is scaled down.\n"
         "Multiply both by exp(old maximum - new maximum) before you add the tile.",
-        "not-rescaled",
+        "same-acc same-sum",
     ),
     "sum-not-rescaled": (
         "The output is rescaled when the maximum grows, and the sum is not: in the end you divide by too much.\n"
         "l = l · rescale + …, with the same factor.",
-        "sum-not-rescaled",
+        "same-sum",
     ),
     "output-not-rescaled": (
         "The sum is rescaled when the maximum grows, and the output so far is not: old values count too much.\n"
         "acc = acc · rescale + …, with the same factor, for each row.",
-        "output-not-rescaled",
+        "same-acc",
     ),
     "tile-under-its-own-maximum": (
         "A tile's weights are taken under its own maximum. Where an earlier tile had a larger score they are too "
@@ -351,38 +376,51 @@ _WALKS = {
     "a-softmax-for-each-tile": (
         "Each tile gets a softmax of its own, as if there were no other keys.\n"
         "Carry m and l along the whole walk, and divide once, behind the loop.",
-        "softmax-a-tile",
-        "mean-of-softmaxes",
+        "softmax-a-tile undivided",
+        "softmax-a-tile mean",
     ),
     "divided-in-each-tile": (
         "You divide by the sum in every tile, so that older tiles are divided again and again.\n"
         "Divide once, after the walk.",
-        "divided-in-each-tile",
+        "divide-at-once undivided",
     ),
     "not-divided": (
         "The weights do not add up to 1: the division by the sum is missing.\nDivide each row by its l after the walk.",
-        "not-divided",
+        "undivided",
     ),
     "one-maximum-for-all-rows": (
         "One maximum serves all queries of a tile. A query whose scores are far below it gets weights of 0 alone, and "
-        "0 / 0 is nan.\nEach row needs its own maximum: amax(dim=1), or tl.max(…, axis=1).",
-        "one-maximum-for-all-rows",
+        "0 / 0 is nan.\n"
+        "Each row needs its own maximum: amax(dim=1), or tl.max(…, axis=1).",
+        "one-maximum",
+        "one-maximum padded",
     ),
     "tail-dropped": (
         "The last tile of keys is left out where it is not full.\n"
         "range(first, end, block) comes to it; counting end // block whole tiles does not. Its missing keys are "
         "masked.",
-        "tail-dropped",
+        "walk-whole-tiles",
+    ),
+    "maximum-starts-at-zero": (
+        "The running maximum starts at 0: a query whose scores are all far below that gets weights of 0 alone, and 0 "
+        "/ 0 is nan.\n"
+        "Start at -inf.",
+        "start-at-zero",
     ),
 }
+#: What depends on where tiles begin.
+_TILE_BY_TILE = {
+    "stops-before-the-diagonal", "indices-within-the-tile", "mixed-bases", "not-rescaled", "sum-not-rescaled",
+    "output-not-rescaled", "tile-under-its-own-maximum", "a-softmax-for-each-tile", "divided-in-each-tile",
+    "tail-dropped",
+}  # fmt: skip
 
 
-def _suspects(use: Callable[[Callable], Callable] = lambda walk: walk, without: Sequence[str] = ()) -> Suspects:
+def _suspects(use: Callable[[Callable], Callable] = lambda walk: walk, **tiles: Any) -> Suspects:
     """All wrong walks; use makes of a walk what is compared with the answer."""
     return {
-        name: (why, *(use(partial(_walk, wrong=wrong)) for wrong in wrongs))
+        name: (why, *(use(partial(_walk, wrong=wrong, **tiles)) for wrong in wrongs))
         for name, (why, *wrongs) in _WALKS.items()
-        if name not in without
     }
 
 
@@ -395,7 +433,7 @@ def _inputs(queries: int, keys: int, dim: int, seed: int, size: float = 1.0, spr
     value = torch.randn(keys, dim, generator=random)
     if spread:
         key[:, 0] = 1.0
-        query[:, 0] = spread / scale * (torch.arange(queries) - queries // 2)
+        query[:, 0] = spread / scale * (torch.arange(queries) - queries + 1)
     return query, key, value, scale
 
 
@@ -414,15 +452,20 @@ class _Watched:
 def _watch(function: Callable, *args: Any) -> _Watched:
     """Run a function and watch; views count like tensors."""
     import torch
+    from torch.overrides import TorchFunctionMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
     seen = _Watched()
+
+    class Names(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.fused |= "scaled_dot_product" in getattr(function, "__name__", "")
+            return function(*args, **(kwargs or {}))
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = operation(*args, **(kwargs or {}))
             name = operation.overloadpacket.__name__
-            seen.fused |= "scaled_dot_product" in name
             for tensor in result if isinstance(result, tuple | list) else [result]:
                 if isinstance(tensor, torch.Tensor):
                     seen.largest = max(seen.largest, tensor.numel())
@@ -431,7 +474,7 @@ def _watch(function: Callable, *args: Any) -> _Watched:
                 seen.flops += 2 * result.numel() * one.shape[-1]
             return result
 
-    with Watch():
+    with Names(), Watch():
         function(*args)
     return seen
 
@@ -451,17 +494,16 @@ def _expect_tiles(answer: Callable, dim: int, block: int) -> None:
         seen.largest < queries * keys,
         "whole-matrix",
         f"The result is right, but a tensor of {seen.largest:,} numbers was made on the way: for {queries} queries and "
-        f"{keys:,} keys that is the whole matrix (masks count, too).\nHold one tile of scores, {block} × {block}, at "
-        "a time.",
+        f"{keys:,} keys that is the whole matrix (masks count, too).\n"
+        f"Hold one tile of scores, {block} × {block}, at a time.",
     )
     limit = keys * dim  # all keys, which are given
     expect(
         seen.largest <= limit,
         "whole-rows",
         f"The result is right, but a tensor of {seen.largest:,} numbers was made on the way: {block} queries against "
-        "all "
-        f"{keys:,} keys.\nThe keys come in tiles, too, with a running maximum and sum: {block} × {block} scores at a "
-        "time.",
+        f"all {keys:,} keys.\n"
+        f"The keys come in tiles, too, with a running maximum and sum: {block} × {block} scores at a time.",
     )
     queries = keys = 128
     counts = attention_tiles(queries, keys, block, block).counts
@@ -471,9 +513,8 @@ def _expect_tiles(answer: Callable, dim: int, block: int) -> None:
         flops <= computed * tile_flops,
         "visits-the-future",
         f"The result is right, but matrix products of {flops / tile_flops:.0f} tiles were computed, and only "
-        f"{computed} of "
-        f"{counts.total()} hold a pair that counts.\nA walk ends at the diagonal: at the position of the tile's last "
-        "query.",
+        f"{computed} of {counts.total()} hold a pair that counts.\n"
+        "A walk ends at the diagonal: at the position of the tile's last query.",
     )
 
 
@@ -486,14 +527,14 @@ def check_flash_attention(answer: Callable) -> str:
         (9, 9, 8, 1, 1),
     ]  # fmt: skip
     cases = [(*_inputs(q, n, d, seed), m, b) for seed, (q, n, d, m, b) in enumerate(shapes)]
-    cases += [(*_inputs(24, 40, 8, 50, size=5.0), 8, 8), (*_inputs(12, 30, 8, 51, spread=40.0), 4, 8)]
+    cases += [(*_inputs(24, 40, 8, 50, size=5.0), 8, 8), (*_inputs(4, 30, 8, 51, spread=60.0), 16, 8)]
     query, key, value, _ = _inputs(5, 21, 8, 52)
     cases += [(query, key, value, 1.0, 4, 8), (query * 0, key, value, 0.3, 2, 4)]
 
     def right(query: Any, key: Any, value: Any, scale: float, block_m: int, block_n: int) -> Any:
         return _exact(query, key, value, scale)
 
-    number = _diagnose(answer, cases, right, _suspects(without=["walk-ends-too-early"]), rtol=2e-4)
+    number = _diagnose(answer, cases, right, _suspects(), rtol=1e-3, atol=2e-4)
     _expect_tiles(answer, dim=8, block=16)
     return f"{number} cases; one tile of scores at a time, and none in vain"
 
@@ -524,32 +565,21 @@ def check_chunk_attention(answer: Callable) -> str:
     def square(walk: Callable) -> Callable:
         return lambda query, key, value, scale, block: walk(query, key, value, scale, block, block)
 
-    def first_walk_for_all(query: Any, key: Any, value: Any, scale: float, block: int) -> Any:
-        import torch
-
-        past, rows = len(key) - len(query), []
-        for top in range(0, len(query), block):
-            seen = min(past + block, len(key))
-            scores = query[top : top + block] @ key[:seen].T * scale
-            hidden = torch.arange(seen) > past + torch.arange(top, top + len(scores))[:, None]
-            rows.append(scores.masked_fill(hidden, -INF).softmax(dim=1) @ value[:seen])
-        return torch.cat(rows)
-
-    walk_ends = _WALKS["walk-ends-too-early"][0]
-    suspects = _suspects(square)
     suspects = {
-        "walk-ends-too-early": (walk_ends, square(partial(_walk, wrong="walk-ends-too-early"))),
         "mask-spoilt-instead": (
-            "The walk comes far enough now, but the mask has been moved to the start: queries of a chunk see its first "
-            "keys only.\nThe mask was right as it stood: key > past + row. Undo that.",
-            square(partial(_walk, wrong="past-and-start")),
+            "The walk comes far enough now, but the mask has been moved to the start: queries of a chunk see its "
+            "first keys only.\n"
+            "The mask was right as it stood: key > past + row. Undo that.",
+            square(partial(_walk, wrong="mask-from-start")),
         ),
+        "walk-ends-too-early": (_WALKS["walk-ends-too-early"][0], square(partial(_walk, wrong="walk-from-start"))),
         "all-walks-end-alike": (
-            "All walks end where the first one does: the tiles further down miss the chunk's own tokens before them.\n"
+            "All walks end where the first one does: the tiles further down miss the chunk's own tokens before "
+            "them.\n"
             "The end depends on the tile of queries, `top`, as well as on the past.",
-            first_walk_for_all,
+            square(partial(_walk, wrong="walk-of-the-first")),
         ),
-        **suspects,
+        **{name: suspect for name, suspect in _suspects(square).items() if name != "walk-ends-too-early"},
     }
     number = _diagnose(lambda *args: answer(*args), cases, right, suspects)
     for (q, n, block), case in zip(shapes, cases, strict=True):
@@ -657,6 +687,7 @@ def check_prefill_attention(answer: Callable) -> str:
         _batch([3], [35], 2, 1, 8, 16, 6, scale=1.0),
         _batch([16, 2, 9], [48, 33, 9], 4, 2, 16, 16, 7),
         _batch([33, 64, 17], [70, 64, 80], 6, 2, 8, 32, 8),
+        _batch([30, 5], [150, 200], 2, 2, 8, 16, 10),
     ]
 
     def call(*args: Any) -> Any:
@@ -667,6 +698,13 @@ def check_prefill_attention(answer: Callable) -> str:
         query: Any, k_cache: Any, v_cache: Any, block_table: Any, query_start_loc: Any, seq_lens: Any, scale: float
     ) -> Any:
         return _prefill(query, k_cache, v_cache, block_table, query_start_loc, seq_lens, scale)
+
+    # Nobody is told how large a tile is here, and many keep all queries of a request in one.
+    tiles = [(queries, keys) for keys in (64, 16, 32) for queries in (1 << 20, keys)]
+
+    def walks(name: str, way: str) -> list[Callable]:
+        sizes = tiles if name in _TILE_BY_TILE else tiles[:1]
+        return [partial(_prefill, attend=partial(_walk, block_m=m, block_n=n, wrong=way)) for m, n in sizes]
 
     suspects: Suspects = {
         "wrong-kv-head": (
@@ -685,11 +723,11 @@ def check_prefill_attention(answer: Callable) -> str:
         ),
         "reads-beyond-the-context": (
             "The last block is read to its end, and what lies beyond the context can be anything: here it is nan. A "
-            "weight "
-            "of 0 does not help: 0 · nan is nan.\nCut keys and values at the context, seq_lens[i].",
+            "weight of 0 does not help: 0 · nan is nan.\n"
+            "Cut keys and values at the context, seq_lens[i].",
             partial(_prefill, wrong="reads-beyond-the-context"),
         ),
-        **_suspects(lambda walk: partial(_prefill, attend=walk)),
+        **{name: (why, *(f for way in ways for f in walks(name, way))) for name, (why, *ways) in _WALKS.items()},
     }
     number = _diagnose(call, cases, right, suspects)
 
@@ -705,10 +743,8 @@ def check_prefill_attention(answer: Callable) -> str:
         seen.largest <= limit,
         "whole-matrix",
         f"The result is right, but a tensor of {seen.largest:,} numbers was made on the way, for a prompt of {keys} "
-        "tokens and "
-        f"2 heads: a score for each pair of tokens.\nWalk along the keys in tiles of at most 64: {limit:,} numbers "
-        "for all "
-        "queries and heads at once.",
+        "tokens and 2 heads: a score for each pair of tokens.\n"
+        f"Walk along the keys in tiles of at most 64: {limit:,} numbers for all queries and heads at once.",
     )
     mine = counted(answer)
     kernels = replace(Kernels.reference(), prefill_attention=mine)
@@ -730,9 +766,9 @@ def _expect_triton() -> None:
         works = torch.allclose(softmax(x, block=2), torch.softmax(x, dim=1))
     except Exception as error:
         raise NotRunnableHere(
-            f"This kernel cannot run here: {type(error).__name__}: {str(error).splitlines()[0]}\nTriton has wheels for "
-            "Linux only, and on a CPU needs TRITON_INTERPRET=1 before it is imported: restart the kernel, and run the "
-            "first cell first. Exercise 02.3 is the same walk in torch."
+            f"This kernel cannot run here: {type(error).__name__}: {str(error).splitlines()[0]}\n"
+            "Triton has wheels for Linux only, and on a CPU needs TRITON_INTERPRET=1 before it is imported: restart "
+            "the kernel, and run the first cell first. Exercise 02.3 is the same walk in torch."
         ) from None
     if not works:
         raise NotRunnableHere("Triton's interpreter gives wrong numbers here, even for the package's own kernel.")
@@ -749,7 +785,7 @@ def check_flash_kernel(answer: Any) -> str:
         (7, 40, 32, 16, 32), (20, 61, 16, 16, 16), (40, 40, 16, 32, 16), (17, 64, 16, 16, 32),
     ]  # fmt: skip
     made = [(_inputs(q, n, d, 200 + seed), m, b) for seed, (q, n, d, m, b) in enumerate(shapes)]
-    made += [(_inputs(20, 40, 16, 250, size=4.0), 16, 16), (_inputs(12, 30, 16, 251, spread=40.0), 16, 16)]
+    made += [(_inputs(20, 40, 16, 250, size=4.0), 16, 16), (_inputs(4, 30, 16, 251, spread=60.0), 16, 16)]
     query, key, value, _ = _inputs(9, 20, 16, 252)
     made.append(((query, key, value, 1.0), 16, 16))
     cases = [(guarded(*q.shape), guard(q), guard(k), guard(v), scale, m, n) for (q, k, v, scale), m, n in made]
@@ -762,9 +798,9 @@ def check_flash_kernel(answer: Any) -> str:
     def right(out: Any, query: Any, key: Any, value: Any, scale: float, block_m: int, block_n: int) -> None:
         out.copy_(_exact(query, key, value, scale))
 
-    def written(walk: Callable, factor: float | None = None) -> Callable:
+    def written(walk: Callable) -> Callable:
         def run(out: Any, query: Any, key: Any, value: Any, scale: float, block_m: int, block_n: int) -> None:
-            out.copy_(walk(query, key, value, factor or scale, block_m, block_n))
+            out.copy_(walk(query, key, value, scale, block_m, block_n))
 
         return run
 
@@ -781,8 +817,8 @@ def check_flash_kernel(answer: Any) -> str:
     suspects = {
         "reads-beyond-the-keys": (
             "Where the last tile of keys is not full, its rows beyond N are read: poison here, nan. A weight of 0 "
-            "does not "
-            "help, for 0 · nan is nan.\nLoad key AND value with mask=(…< N)[:, None] and other=0.0.",
+            "does not help, for 0 · nan is nan.\n"
+            "Load key AND value with mask=(…< N)[:, None] and other=0.0.",
             beyond,
         ),
         "program-id-ignored": (
@@ -790,10 +826,9 @@ def check_flash_kernel(answer: Any) -> str:
             "Program p does the queries from p · BLOCK_M on: tl.program_id(0).",
             first_program,
         ),
-        **_suspects(written, without=["walk-ends-too-early", "no-log2e"]),
+        **_suspects(written),
     }
-    suspects["no-scale"] = (*suspects["no-scale"], written(_walk, factor=math.log(2.0)))
-    number = _diagnose(launch, cases, right, suspects, writes=(0,), rtol=2e-4)
+    number = _diagnose(launch, cases, right, suspects, writes=(0,), rtol=1e-3, atol=2e-4)
 
     # The first tile of a prompt of three, where keys that it must not visit are nan.
     query, key, value, scale = _inputs(48, 48, 16, 260)
@@ -801,7 +836,7 @@ def check_flash_kernel(answer: Any) -> str:
     key[16:], value[16:], out = math.nan, math.nan, guarded(48, 16)
     answer[(1,)](out, guard(query), guard(key), guard(value), 48, 48, scale * LOG2E, D=16, BLOCK_M=16, BLOCK_N=16)
     expect(
-        torch.allclose(out[:16], expected, rtol=2e-4, atol=1e-5),
+        torch.allclose(out[:16], expected, rtol=1e-3, atol=2e-4),
         "visits-the-future",
         "The result is right, but tiles are visited that hold nothing but the future (here they are nan, which "
         "shows).\n"
