@@ -41,10 +41,10 @@ def jobs(shape: str, on_gpu: bool, compiled: bool = True) -> list[Job]:
         ]
     compile_option = "--compile" if compiled else "--no-compile"
     return [
-        Job("kernels", ("--shape", shape, compile_option), 80, 150),
+        Job("kernels", ("--shape", shape, compile_option), 100, 170),
         Job("throughput", ("--shape", shape, "--case", "all", "--repeats", "3"), 100, 170),
         Job("latency", ("--shape", shape), 90, 150),
-        Job("breakdown", ("--shape", shape, "--running", "1,64,256"), 80, 130),
+        Job("breakdown", ("--shape", shape, "--running", "1,64,256"), 70, 120),
     ]
 
 
