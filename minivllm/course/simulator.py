@@ -122,6 +122,7 @@ class Simulation:
     seconds: float  # from the first arrival to the last token
     trace: Trace | None
     num_wasted_tokens: int  # tokens computed a second time, after preemptions
+    stalled: str = ""  # why it came to no end
 
     @property
     def lost(self) -> list[int]:
@@ -175,12 +176,14 @@ def simulate(
     block_manager_cls: Callable[..., Any] = BlockManager,
     max_model_len: int = 8192,
     trace: bool = True,
+    raise_on_stall: bool = True,
 ) -> Simulation:
     """Serve the workload. The defaults are those of an engine on an H200: 12,288 blocks of 64 tokens are 116 GB of KV.
 
     scheduler_cls: called as the engine calls it, with (block manager, max_num_seqs, max_num_batched_tokens).
-    trace: record every step; False is faster. Raises SchedulerStalledError where the scheduler plans nothing although
-    requests wait, or does not come to an end. Requests that it forgets are in `Simulation.lost`.
+    trace: record every step; False is faster. Requests that the scheduler forgets are in `Simulation.lost`. Where it
+    plans nothing although requests wait, or comes to no end, SchedulerStalledError is raised; without raise_on_stall
+    the run ends there, and `Simulation.stalled` says why.
     """
     scheduler = scheduler_cls(block_manager_cls(num_blocks, block_size, False), max_num_seqs, max_num_batched_tokens)
     arrivals = sorted(workload, key=lambda arrival: arrival.time)
@@ -190,11 +193,13 @@ def simulate(
     limit = 2 * max_steps((a.prompt_tokens, a.output_tokens) for a in workload) + 100
     num_steps = num_wasted = 0
     furthest = [0] * len(workload)
+    stalled = ""
     while clock.admit():
         batch = scheduler.schedule()
         num_steps += 1
         if not batch or num_steps > limit:
-            raise SchedulerStalledError(_stalled(scheduler, num_steps, bool(batch)))
+            stalled = _stalled(scheduler, num_steps - 1, bool(batch))
+            break
         record = record_step(recorder, batch, scheduler, names, clock.now) if trace else None
         seconds = cost.seconds((item.start, item.num_new_tokens) for item in batch.items)
         for item in batch.items:
@@ -214,7 +219,9 @@ def simulate(
         if record is not None:
             record.duration = seconds
             record.finished = [f"{i.sequence.seq_id}/0" for i in accepted if i.sequence.is_finished]
-    return Simulation(clock.requests, scheduler.stats, clock.now, recorder if trace else None, num_wasted)
+    if stalled and raise_on_stall:
+        raise SchedulerStalledError(stalled)
+    return Simulation(clock.requests, scheduler.stats, clock.now, recorder if trace else None, num_wasted, stalled)
 
 
 class _Clock:

@@ -281,7 +281,7 @@ def _timeline_caption(trace: Trace, rows: list[TimelineRow], step: int | None) -
     if max(waits):
         text += f" {longest.letter} waits longest, {max(waits)} steps."
     if chunked := [row.letter for row in rows if row.count("chunk")]:
-        text += f" Computed in chunks: the {_plural(len(chunked), 'prompt')} of {_list(chunked)}."
+        text += f" Computed in chunks: the prompt{'s' * (len(chunked) > 1)} of {_list(chunked)}."
     if again := [row for row in rows if row.preempted]:
         times = sum(len(row.preempted) for row in again)
         tokens = sum(sum(step.values()) for step in num_again(trace))
