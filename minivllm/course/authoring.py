@@ -112,6 +112,45 @@ def misplaced(solution: NotebookNode) -> list[str]:
     return found
 
 
+def broken_links(notebook: NotebookNode, folder: Path) -> list[str]:
+    """The links in markdown that lead nowhere from a notebook in folder.
+
+    Relative ones must name a file or folder, with #L12 or #L12-L20 lines that it has, or a heading of a notebook;
+    those to arXiv must be of the form https://arxiv.org/abs/2205.14135. Others on the web are not looked at.
+    """
+    found = []
+    for cell in notebook.cells:
+        text = _CODE.sub("", cell.source) if cell.cell_type == "markdown" else ""
+        found += [f"cell {cell.id}: {url}" for url in _ARXIV.findall(text) if not _ARXIV_PAPER.fullmatch(url)]
+        for target in map("".join, _LINK.findall(text)):
+            path, _, anchor = target.partition("#")
+            on_the_web = re.match(r"[a-z]+:", path)
+            if not on_the_web and not _leads_somewhere(folder / path if path else None, anchor, notebook):
+                found.append(f"cell {cell.id}: {target}")
+    return found
+
+
+_CODE = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
+_LINK = re.compile(r"""\]\(\s*<?([^)>\s]+)|\b(?:href|src)=["']([^"']+)["']""")
+_ARXIV = re.compile(r"[\w:/.]*\barxiv\.org/[\w./-]*\w", re.IGNORECASE)
+_ARXIV_PAPER = re.compile(r"https://arxiv\.org/(abs|pdf)/\d\d(0[1-9]|1[0-2])\.\d{4,5}(v\d+)?")
+
+
+def _leads_somewhere(path: Path | None, anchor: str, notebook: NotebookNode) -> bool:
+    if path is not None and not path.exists():
+        return False
+    if path is not None and path.suffix == ".ipynb":
+        notebook = nbformat.read(path, as_version=4)
+    if not anchor:
+        return True
+    if path is None or path.suffix == ".ipynb":  # JupyterLab's anchors: the heading with - for spaces
+        headings = re.findall(r"^#+ +(.+?)\s*$", "\n".join(c.source for c in notebook.cells), re.MULTILINE)
+        return anchor.lower() in {heading.replace(" ", "-").lower() for heading in headings}
+    lines = re.fullmatch(r"L(\d+)(?:-L(\d+))?", anchor)
+    last = len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
+    return bool(lines) and 1 <= int(lines[1]) <= int(lines[2] or lines[1]) <= last
+
+
 # --- stubs ------------------------------------------------------------------------------------------------------------
 
 
@@ -207,9 +246,14 @@ def defined_names(source: str) -> set[str]:
 
 def make_exercises(chapter: Chapter) -> NotebookNode:
     """The notebook that a learner gets: the solution with stubs for answers, and without outputs."""
-    notebook = copy.deepcopy(chapter.solution)
+    return exercises_of(chapter.solution, chapter.name)
+
+
+def exercises_of(solution: NotebookNode, name: str) -> NotebookNode:
+    """`make_exercises` for a solution that is not in a file. name: the chapter's."""
+    notebook = copy.deepcopy(solution)
     clean(notebook)
-    notebook.metadata.minivllm = {"chapter": chapter.name}
+    notebook.metadata.minivllm = {"chapter": name}
     for cell in notebook.cells:
         if role(cell)[0] == "exercise":
             cell.source = stub_source(cell)

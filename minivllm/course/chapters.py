@@ -60,10 +60,14 @@ def read(path: Path) -> NotebookNode:
         raise JupyterMissingError(f"Notebooks need Jupyter ({error}): make lab") from error
 
     try:
-        return nbformat.read(path, as_version=4)
-    except (OSError, ValueError, KeyError, AttributeError, nbformat.ValidationError) as error:
-        what = "is missing" if isinstance(error, FileNotFoundError) else f"is not a notebook that can be read ({error})"
-        raise CourseNotFoundError(f"{path} {what}.") from error
+        notebook = nbformat.reads(path.read_text(encoding="utf-8"), as_version=4)
+        for cell in notebook.cells:
+            _ = cell.cell_type, cell.source + "", cell.metadata.items()
+        return notebook
+    except FileNotFoundError as error:
+        raise CourseNotFoundError(f"{path.parent.name}/{path.name} is missing.") from error
+    except Exception as error:  # what nbformat raises depends on what is wrong
+        raise CourseNotFoundError(f"{path.name} is not a notebook that can be read ({error}).") from error
 
 
 def as_committed(path: Path) -> tuple[str | None, str]:

@@ -7,16 +7,19 @@ replacement of the answer cell; a section named ``right`` is another right way. 
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import nbformat
 import pytest
 from children import Children
+from nbformat import NotebookNode
 
-from minivllm.course.authoring import ROOT, defined_names, make_exercises, problems, stub_source
-from minivllm.course.chapters import Chapter, chapters, compared_text, role
+from minivllm.course.authoring import ROOT, defined_names, exercises_of, make_exercises, problems, stub_source
+from minivllm.course.chapters import Chapter, as_committed, changed_cells, chapters, compared_text, read, role
 
 SECTION = re.compile(r"^# %% (\d\d\.\d+) ([a-z0-9-]+): *(.+)$", re.MULTILINE)
 WRONG_ANSWERS = ROOT / "tests/wrong_answers"
@@ -115,7 +118,7 @@ def children(chapter: Chapter) -> Children:
 @pytest.mark.parametrize(("chapter", "part"), PARTS, ids=[label(c, part.id, "solution") for c, part in PARTS])
 def test_the_solution_passes(chapter: Chapter, part: Part) -> None:
     result = children(chapter).run(part.answer, *part.pictures, part.check)
-    assert result["raised"] is None, result
+    assert result["raised"] is None, f"{result}\n{as_committed(chapter.solution_path)[1]}"
     assert result["printed"] == part.printed, "the check prints something else than the committed solution shows"
 
 
@@ -153,6 +156,35 @@ def test_enough_wrong_answers(chapter: Chapter) -> None:
 
 def test_the_solution_may_be_committed(chapter: Chapter) -> None:
     assert problems(chapter.solution) == []
+
+
+def test_the_solution_is_as_it_was_published(chapter: Chapter) -> None:
+    """A learner who changed it is told what, and how to restore it; an author, to write the digests anew."""
+    name = f"solutions/{chapter.name}.ipynb"
+    assert chapter.digests.exists(), "python -m minivllm.course.authoring stubs"
+    assert sorted(changed_cells(chapter)) == [], (
+        f"{name} was changed. Restore it: git checkout -- {name}"
+        " (its authors: python -m minivllm.course.authoring stubs)"
+    )
+
+
+def test_the_exercises_are_in_step(chapter: Chapter) -> None:
+    """Compared: everything but answers and outputs. A learner may change more; then the committed files count."""
+    if given_cells(read(chapter.exercises)) == given_cells(make_exercises(chapter)):
+        return
+    texts, notes = zip(as_committed(chapter.exercises), as_committed(chapter.solution_path), strict=True)
+    assert any(notes), f"out of step: python -m minivllm.course.authoring stubs {chapter.name}"
+    exercises, solution = (nbformat.reads(text or "{}", as_version=4) for text in texts)
+    assert exercises == exercises_of(solution, chapter.name), "out of step, and committed so"
+    warnings.warn("\n".join(filter(None, notes)), stacklevel=1)
+
+
+def given_cells(exercises: NotebookNode) -> list[tuple]:
+    """What a learner has no reason to change."""
+    return [
+        (cell.cell_type, cell.metadata.get("minivllm"), role(cell)[0] != "exercise" and cell.source)
+        for cell in exercises.cells
+    ]
 
 
 def test_answers_do_not_leak(chapter: Chapter) -> None:
