@@ -26,8 +26,8 @@ BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.gpu)]
 #: (backend, block size): the reference kernels take any size, the Triton kernels powers of two from 16 up.
 BLOCK_SIZES = [("torch", n) for n in (1, 3, 16, 256)]
 BLOCK_SIZES += [pytest.param("triton", n, marks=pytest.mark.gpu) for n in (16, 64, 256)]
-KERNEL_FIELDS = {"prefill_attention", "decode_attention", "store_kv", "rms_norm", "add_rms_norm", "qk_norm_rope"}
-KERNEL_FIELDS |= {"silu_mul", "sample"}
+KERNEL_FIELDS = {"prefill_attention", "decode_attention", "qk_norm_rope_store", "rms_norm", "add_rms_norm"}
+KERNEL_FIELDS |= {"linear", "silu_mul", "sample"}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from minivllm.kernels import activation, flash_attention, kv_cache, norm, online_softmax, paged_attention, rotary
+from minivllm.kernels import linear as linear_kernels
 from minivllm.kernels import sampling as sampling_kernels
 
 
@@ -30,8 +31,16 @@ class Kernels:
     rms_norm: Callable  # (x [T, N], weight [N], eps) -> [T, N]
     add_rms_norm: Callable  # (x, residual, weight, eps) -> (normalised sum, sum)
     qk_norm_rope: Callable  # (query, key, q_weight | None, k_weight | None, cos_sin, positions, eps) -> (query, key)
+    linear: Callable  # (x [T, K], weight [N, K], bias [N] | None) -> [T, N]
     silu_mul: Callable  # (gate_up [T, 2N]) -> [T, N]
     sample: Callable  # (logits [B, V], temperature, top_k, top_p, min_p, seeds, positions) -> token ids [B]
+    #: qk_norm_rope and store_kv in one launch; None where they are called one after the other.
+    qk_norm_rope_store: Callable | None = None
+
+    def __post_init__(self) -> None:
+        parts = (self.qk_norm_rope, self.store_kv)
+        if self.qk_norm_rope_store is rotary.qk_norm_rope_store and parts != (rotary.qk_norm_rope, kv_cache.store_kv):
+            object.__setattr__(self, "qk_norm_rope_store", None)  # a part was replaced, and must be called
 
     @staticmethod
     def reference() -> "Kernels":
@@ -41,8 +50,8 @@ class Kernels:
             decode_attention=paged_attention.decode_attention_reference,
             merge_attention=online_softmax.merge_attention_reference, store_kv=kv_cache.store_kv_reference,
             rms_norm=norm.rms_norm_reference, add_rms_norm=norm.add_rms_norm_reference,
-            qk_norm_rope=rotary.qk_norm_rope_reference, silu_mul=activation.silu_mul_reference,
-            sample=sampling_kernels.sample_reference,
+            qk_norm_rope=rotary.qk_norm_rope_reference, linear=linear_kernels.linear_reference,
+            silu_mul=activation.silu_mul_reference, sample=sampling_kernels.sample_reference,
         )  # fmt: skip
 
     @staticmethod
@@ -52,5 +61,6 @@ class Kernels:
             name="triton", prefill_attention=flash_attention.prefill_attention,
             decode_attention=paged_attention.decode_attention, merge_attention=online_softmax.merge_attention,
             store_kv=kv_cache.store_kv, rms_norm=norm.rms_norm, add_rms_norm=norm.add_rms_norm,
-            qk_norm_rope=rotary.qk_norm_rope, silu_mul=activation.silu_mul, sample=sampling_kernels.sample,
+            qk_norm_rope=rotary.qk_norm_rope, linear=linear_kernels.linear, silu_mul=activation.silu_mul,
+            sample=sampling_kernels.sample, qk_norm_rope_store=rotary.qk_norm_rope_store,
         )  # fmt: skip

@@ -35,15 +35,15 @@ def _attend_tile(
     if MASKED:  # beyond the context lies anything, NaN too, and 0 · NaN is NaN: it must be read as 0
         inside = inside & (tokens < context)[:, None]
     key = tl.load(k_cache_ptr + rows, mask=inside, other=0.0)
-    scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
+    scores = tl.dot(query, tl.trans(key), input_precision="ieee")
     if MASKED:
         scores = tl.where(tokens[None, :] <= positions[:, None], scores, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+    new_max = tl.maximum(row_max, tl.max(scores, axis=1) * scale_log2)
     finite_max = new_max
     if MASKED:  # a row that has seen no key yet: -inf - -inf would be NaN
         finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
     rescale = tl.exp2(row_max - finite_max)
-    weights = tl.exp2(scores - finite_max[:, None])
+    weights = tl.exp2(scores * scale_log2 - finite_max[:, None])  # one fused multiply-add a score
     row_sum = row_sum * rescale + tl.sum(weights, axis=1)
     value = tl.load(v_cache_ptr + rows, mask=inside, other=0.0)
     acc = tl.dot(weights.to(value.dtype), value, acc * rescale[:, None], input_precision="ieee")
@@ -95,13 +95,15 @@ def _prefill_kernel(
         tl.store(out_ptr + ((token * H + head) * D)[:, None] + columns[None, :], out, mask=inside)
 
 
-def _tiles(row_bytes: int, max_query_len: int) -> tuple[int, int, int, int]:
+def _tiles(row_bytes: int, max_query_len: int, max_seq_len: int) -> tuple[int, int, int, int]:
     """BLOCK_M, BLOCK_N, warps, stages, swept on an H200 for head_dim 128 in bf16; narrower where a row is longer."""
     if row_bytes > 256:
         return 32, 32, 4, 2
     if max_query_len <= 16:  # a few tokens each: wide tiles would be mostly padding
         return 16, 64, 4, 4
-    return (64, 32, 4, 2) if max_query_len <= 256 else (64, 64, 4, 5)
+    if max_query_len <= 256:
+        return 64, 32, 4, 5
+    return (64, 64, 4, 5) if max_seq_len <= 2048 else (128, 64, 8, 5)
 
 
 def prefill_attention(
@@ -120,7 +122,7 @@ def prefill_attention(
     tokens, heads, dim = query.shape
     num_kv_heads, block_size = k_cache.shape[1:3]
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    block_m, block_n, warps, stages = _tiles(dim * query.element_size(), max_query_len)
+    block_m, block_n, warps, stages = _tiles(dim * query.element_size(), max_query_len, max_seq_len)
     if tokens:
         _prefill_kernel[(triton.cdiv(max_query_len, block_m), heads, len(seq_lens))](
             out, query, k_cache, v_cache, block_table, query_start_loc, seq_lens, scale * math.log2(math.e),

@@ -53,6 +53,9 @@ def softmax_reference(x: torch.Tensor) -> torch.Tensor:
     return (weights / weights.sum(dim=-1, keepdim=True)).to(x.dtype)
 
 
+BLOCK_S = 32  # parts merged at a time
+
+
 @triton.jit(do_not_specialize=["num_splits", "rows"])
 def _merge_kernel(
     out_ptr, partial_out_ptr, partial_lse_ptr, num_splits, rows,
@@ -79,8 +82,10 @@ def _merge_kernel(
     tl.store(out_ptr + row * D + columns, acc / tl.where(total > 0.0, total, 1.0), mask=columns < D)
 
 
-def merge_attention(partial_out: torch.Tensor, partial_lse: torch.Tensor) -> torch.Tensor:
-    """Merge S parts, outputs ``[S, B, H, D]`` and natural log-sum-exps ``[S, B, H]``, float32 -> ``[B, H, D]`` float32.
+def merge_attention(
+    partial_out: torch.Tensor, partial_lse: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Merge S float32 parts, outputs ``[S, B, H, D]`` and natural log-sum-exps ``[S, B, H]`` -> ``[B, H, D]`` of dtype.
 
     An empty part has lse -inf and a finite output; a row whose parts are all empty gives 0. ValueError unless
     contiguous.
@@ -88,10 +93,17 @@ def merge_attention(partial_out: torch.Tensor, partial_lse: torch.Tensor) -> tor
     if not (partial_out.is_contiguous() and partial_lse.is_contiguous()):
         raise ValueError("merge_attention: needs contiguous parts")
     splits, batch, heads, dim = partial_out.shape
-    out = torch.empty(batch, heads, dim, dtype=torch.float32, device=partial_out.device)
+    out = torch.empty(batch, heads, dim, dtype=dtype, device=partial_out.device)
     if batch:
         _merge_kernel[(batch * heads,)](
-            out, partial_out, partial_lse, splits, batch * heads, D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_S=8
+            out,
+            partial_out,
+            partial_lse,
+            splits,
+            batch * heads,
+            D=dim,
+            BLOCK_D=triton.next_power_of_2(dim),
+            BLOCK_S=BLOCK_S,
         )
     return out
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import torch
 
+from minivllm.kernels import online_softmax
 from minivllm.kernels._triton import num_multiprocessors, tl, triton
 from minivllm.kernels.kv_cache import cache_rows, check_attention
 
@@ -53,11 +54,11 @@ def _decode_kernel(
         known = first + tl.arange(0, BLOCK_N) < context  # true for a tile's first token: no tile is without a key
         inside = known[:, None] & (columns < D)[None, :]
         key = tl.load(k_cache_ptr + rows[:, None] + columns[None, :], mask=inside, other=0.0)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
         scores = tl.where(known[None, :], scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+        new_max = tl.maximum(row_max, tl.max(scores, axis=1) * scale_log2)
         rescale = tl.exp2(row_max - new_max)
-        weights = tl.exp2(scores - new_max[:, None])
+        weights = tl.exp2(scores * scale_log2 - new_max[:, None])
         row_sum = row_sum * rescale + tl.sum(weights, axis=1)
         # Beyond the context lies anything, NaN too, and 0 · NaN is NaN: it must be read as 0.
         value = tl.load(v_cache_ptr + rows[:, None] + columns[None, :], mask=inside, other=0.0)
@@ -101,7 +102,7 @@ def decode_attention(
     out = torch.empty(num_splits, batch, heads, dim, dtype=out_dtype, device=query.device)
     lse = torch.empty(num_splits, batch, heads, dtype=torch.float32, device=query.device) if split else out
     # From a sweep on an H200 for head_dim 128 in bf16 (BLOCK_N, warps, stages), narrower where a row is longer.
-    block_n, warps, stages = (32, 4, 2) if dim * query.element_size() > 256 else (64, 4, 4)
+    block_n, warps, stages = (32, 4, 2) if dim * query.element_size() > 256 else (64, 4, 5)
     if batch:
         _decode_kernel[(batch, num_kv_heads, num_splits)](
             out, lse, query, k_cache, v_cache, block_table, seq_lens, scale * math.log2(math.e),
@@ -109,7 +110,11 @@ def decode_attention(
             BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_SIZE=block_size, BLOCK_N=block_n, SPLIT=split,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
-    return merge_attention(out, lse).to(query.dtype) if split else out[0]
+    if not split:
+        return out[0]
+    if merge_attention is online_softmax.merge_attention:  # ours can write the query's dtype itself: a launch less
+        return merge_attention(out, lse, query.dtype)
+    return merge_attention(out, lse).to(query.dtype)
 
 
 def decode_attention_reference(

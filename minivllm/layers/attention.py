@@ -1,4 +1,4 @@
-"""Attention over the paged KV cache: write this step's keys and values, then read through the block table."""
+"""Attention over the paged KV cache: read this step's and all earlier keys and values through the block table."""
 
 import torch
 
@@ -10,15 +10,13 @@ KVCache = tuple[torch.Tensor, torch.Tensor]
 
 
 def paged_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: KVCache, metadata: AttentionMetadata,
-    scale: float, kernels: Kernels,
-) -> torch.Tensor:  # fmt: skip
-    """query: [T, H, D]; key, value: [T, KH, D] -> [T, H, D].
+    query: torch.Tensor, cache: KVCache, metadata: AttentionMetadata, scale: float, kernels: Kernels
+) -> torch.Tensor:
+    """query: [T, H, D] -> [T, H, D]. The cache holds this step's keys and values already.
 
     The first `metadata.num_decodes` sequences have one token each and take the decode kernel, which spreads a long
     context over the machine; the others take the prefill kernel, which works on tiles of queries.
     """
-    kernels.store_kv(key, value, *cache, metadata.slot_mapping)
     num_decodes, num_seqs = metadata.num_decodes, metadata.seq_lens.shape[0]
     parts = []
     if num_decodes:

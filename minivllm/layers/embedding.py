@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from minivllm.kernels import Kernels
+
 
 class Embedding(nn.Module):
     """weight ``[vocab_size, hidden_size]``: row t is the vector of token t."""
@@ -20,10 +22,11 @@ class Embedding(nn.Module):
 class OutputHead(nn.Module):
     """Logits by comparing the hidden state with every row of ``[vocab_size, hidden_size]``."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, tied_to: Embedding | None = None) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, tied_to: Embedding | None, kernels: Kernels) -> None:
         super().__init__()
+        self.kernels = kernels
         self.weight = (tied_to or Embedding(vocab_size, hidden_size)).weight
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, hidden_size] -> [R, vocab_size]."""
-        return F.linear(hidden, self.weight)
+        return self.kernels.linear(hidden, self.weight)

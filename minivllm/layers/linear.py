@@ -1,21 +1,23 @@
 """Linear layers, and how they take their weights from a checkpoint."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from minivllm.kernels import Kernels
 
 
 class Linear(nn.Module):
     """One linear layer; weight ``[out_features, in_features]``."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool, kernels: Kernels) -> None:
         super().__init__()
+        self.kernels = kernels
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [T, in_features] -> [T, out_features]."""
-        return F.linear(x, self.weight, self.bias)
+        return self.kernels.linear(x, self.weight, self.bias)
 
 
 class FusedLinear(Linear):
@@ -25,8 +27,8 @@ class FusedLinear(Linear):
     ``[sum of the outputs, in_features]``; the loader copies one checkpoint tensor into the rows of each `shard`.
     """
 
-    def __init__(self, in_features: int, shards: dict[str, int], bias: bool = False) -> None:
-        super().__init__(in_features, sum(shards.values()), bias)
+    def __init__(self, in_features: int, shards: dict[str, int], bias: bool, kernels: Kernels) -> None:
+        super().__init__(in_features, sum(shards.values()), bias, kernels)
         self.shards = shards
 
     def shard(self, kind: str, name: str) -> torch.Tensor:

@@ -11,8 +11,8 @@ class SwiGLU(nn.Module):
     def __init__(self, hidden_size: int, intermediate_size: int, bias: bool, kernels: Kernels) -> None:
         super().__init__()
         shards = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
-        self.gate_up_proj = FusedLinear(hidden_size, shards, bias)
-        self.down_proj = Linear(intermediate_size, hidden_size, bias)
+        self.gate_up_proj = FusedLinear(hidden_size, shards, bias, kernels)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias, kernels)
         self.kernels = kernels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

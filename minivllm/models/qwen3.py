@@ -30,8 +30,8 @@ class Attention(nn.Module):
         self.q_size = config.num_attention_heads * config.head_dim
         self.kv_size = config.num_key_value_heads * config.head_dim
         shards = {"q_proj": self.q_size, "k_proj": self.kv_size, "v_proj": self.kv_size}
-        self.qkv_proj = FusedLinear(config.hidden_size, shards, config.qkv_bias)
-        self.o_proj = Linear(self.q_size, config.hidden_size, config.o_bias)
+        self.qkv_proj = FusedLinear(config.hidden_size, shards, config.qkv_bias, kernels)
+        self.o_proj = Linear(self.q_size, config.hidden_size, config.o_bias, kernels)
         # Two norms, with a weight each (reference bug 9); applied inside the qk_norm_rope kernel.
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, kernels) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, kernels) if config.qk_norm else None
@@ -45,8 +45,13 @@ class Attention(nn.Module):
         query, key, value = self.qkv_proj(hidden).split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         query, key, value = (x.unflatten(-1, (-1, head_dim)) for x in (query, key, value))
         norms = (self.q_norm.weight, self.k_norm.weight) if self.q_norm is not None else (None, None)
-        query, key = self.kernels.qk_norm_rope(query, key, *norms, cos_sin, positions, self.config.rms_norm_eps)
-        out = paged_attention(query, key, value, cache, metadata, head_dim**-0.5, self.kernels)
+        turn = (*norms, cos_sin, positions, self.config.rms_norm_eps)
+        if self.kernels.qk_norm_rope_store is not None:
+            query = self.kernels.qk_norm_rope_store(query, key, value, *turn, *cache, metadata.slot_mapping)
+        else:
+            query, key = self.kernels.qk_norm_rope(query, key, *turn)
+            self.kernels.store_kv(key, value, *cache, metadata.slot_mapping)
+        out = paged_attention(query, cache, metadata, head_dim**-0.5, self.kernels)
         return self.o_proj(out.flatten(-2))
 
 
@@ -86,7 +91,7 @@ class Qwen3ForCausalLM(nn.Module):
         super().__init__()
         self.config, self.model = config, Decoder(config, kernels)
         tied_to = self.model.embed_tokens if config.tie_word_embeddings else None
-        self.lm_head = OutputHead(config.vocab_size, config.hidden_size, tied_to)
+        self.lm_head = OutputHead(config.vocab_size, config.hidden_size, tied_to, kernels)
         # A plain attribute: derived, in float32 whatever the model's dtype, and in no checkpoint.
         self.cos_sin = rope_table(config.rope, config.head_dim, max_position, device)
 

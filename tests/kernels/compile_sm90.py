@@ -70,13 +70,15 @@ def cases(dtype: torch.dtype) -> dict:
     weight, cos_sin = torch.zeros(dim, dtype=dtype), torch.zeros(99, dim)
     longs = torch.zeros(tokens, dtype=torch.int64)
 
-    def prefill(block_size: int, longest: int, batch: int = 4, width: int = 20, skip: int = 0) -> None:
+    def prefill(
+        block_size: int, longest: int, batch: int = 4, width: int = 20, skip: int = 0, context: int = 999
+    ) -> None:
         table, lengths = (
             torch.zeros(batch, width, dtype=torch.int32)[skip:],
             torch.ones(batch, dtype=torch.int32)[skip:],
         )
         starts = torch.arange(batch + 1, dtype=torch.int32)[skip:]
-        bounds = {"max_query_len": longest, "max_seq_len": 999}
+        bounds = {"max_query_len": longest, "max_seq_len": context}
         kernels.prefill_attention(
             query[skip:], pages[block_size], pages[block_size], table, starts, lengths, 0.1, **bounds
         )
@@ -106,8 +108,13 @@ def cases(dtype: torch.dtype) -> dict:
         "rope": lambda: kernels.qk_norm_rope(query, key, None, None, cos_sin, longs, 1e-6),
         "silu_mul": lambda: kernels.silu_mul(x),
         "store_kv": lambda: kernels.store_kv(key, value, pages[64], pages[64], longs),
+        "qk_norm_rope_store": lambda: kernels.qk_norm_rope_store(
+            query, key, value, weight, weight, cos_sin, longs, 1e-6, pages[64], pages[64], longs
+        ),
+        "linear": lambda: kernels.linear(x[:1], torch.zeros(4096, 1024, dtype=dtype)),
         "softmax": lambda: online_softmax.softmax(x),
         "prefill, block_size 64": lambda: prefill(64, 999),
+        "prefill, block_size 64, long": lambda: prefill(64, 999, context=9999),
         "prefill, block_size 64, short": lambda: prefill(64, 99),
         "prefill, block_size 64, single tokens": lambda: prefill(64, 9),
         "prefill, block_size 16": lambda: prefill(16, 999),

@@ -168,6 +168,48 @@ def check_store_kv(kernels: Kernels, device: torch.device, dtype: torch.dtype) -
             assert torch.equal(cache, right), "a cache differs from what was to be stored"
 
 
+def check_qk_norm_rope_store(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> None:
+    """The fused operation gives the very numbers of its parts, and writes nothing else."""
+    generator = torch.Generator().manual_seed(14)
+    for tokens, heads, kv_heads, dim, block_size in (
+        (1, 1, 1, 2, 16),
+        (9, 4, 2, 24, 16),
+        (6, 17, 3, 64, 3),
+        (0, 2, 1, 8, 1),
+    ):
+        cos_sin = fence(torch.randn(40, dim, generator=generator).to(device))
+        positions = torch.randint(0, 40, (tokens,), generator=generator).to(device)
+        slots = torch.randperm(20 * block_size, generator=generator)[:tokens]
+        slots[1::4] = -1
+        qkv = fence(torch.randn(tokens, (heads + 2 * kv_heads) * dim, generator=generator).to(device, dtype))
+        parts = qkv.unflatten(1, (-1, dim)).split((heads, kv_heads, kv_heads), dim=1)
+        weights = [fence((torch.rand(dim, generator=generator) / 2 + 0.5).to(device, dtype)) for _ in range(2)]
+        for norms in (weights, (None, None)):
+            blank = torch.full((20, kv_heads, block_size, dim), 9.0, dtype=dtype, device=device)
+            caches, expected = [fence(blank), fence(blank)], [blank.clone(), blank.clone()]
+            with guarded_outputs():
+                turn = (*norms, cos_sin, positions, 0.01)
+                actual = kernels.qk_norm_rope_store(*parts, *turn, *caches, slots.to(device))
+            query, key = kernels.qk_norm_rope(*parts[:2], *turn)
+            kernels.store_kv(key, parts[2], *expected, slots.to(device))
+            assert torch.equal(actual, query)
+            for cache, right in zip(caches, expected, strict=True):
+                assert_fence(cache)
+                assert torch.equal(cache, right)
+
+
+def check_linear(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(15)
+    for rows, width, features in ((1, 1, 1), (1, 100, 21), (3, 1030, 9), (4, 64, 40), (5, 100, 8), (0, 8, 8)):
+        x = fence(torch.randn(rows, 2 * width, generator=generator).to(device, dtype))[:, width:]
+        weight = fence((torch.randn(features, width, generator=generator) / width**0.5).to(device, dtype))
+        for bias in (None, fence(torch.randn(features, generator=generator).to(device, dtype))):
+            with guarded_outputs():
+                actual = kernels.linear(x, weight, bias)
+            expected = (x.double().unsqueeze(1) * weight.double()).sum(-1) + (0 if bias is None else bias.double())
+            assert_near(actual, expected, dtype)
+
+
 # --- softmax and merging ------------------------------------------------------------------------------------------
 
 
@@ -186,7 +228,7 @@ def check_softmax(softmax, device: torch.device, dtype: torch.dtype) -> None:
 def check_merge(merge_attention, device: torch.device) -> None:
     """Parts of one attention, in which some rows have empty parts, nothing but empty parts, or very unequal ones."""
     generator = torch.Generator().manual_seed(6)
-    for splits, batch, heads, dim in ((1, 1, 1, 4), (2, 3, 2, 24), (9, 2, 3, 64), (19, 3, 1, 80)):
+    for splits, batch, heads, dim in ((1, 1, 1, 4), (2, 3, 2, 24), (21, 2, 3, 64), (53, 3, 1, 80)):
         out = torch.randn(splits, batch, heads, dim, generator=generator)
         lse = torch.randn(splits, batch, heads, generator=generator) * 6
         lse[:: max(2, splits - 1), 0] = -math.inf  # the first part, and one in the middle of or behind the others
@@ -296,6 +338,7 @@ PREFILL_CASES = [
     (2, 1, 16, 64, ((16, 16), (1, 130), (15, 79), (3, 64), (0, 0))),
     (3, 3, 80, 32, ((33, 33), (32, 64), (5, 95), (40, 41))),
     (6, 2, 64, 16, ((17, 49), (5, 3))),
+    (2, 1, 64, 128, ((70, 200), (65, 65), (0, 0), (1, 129))),
 ]
 
 

@@ -12,8 +12,10 @@ from kernel_checks import require_triton
 
 SCRIPT = pathlib.Path(__file__).parent / "compile_sm90.py"
 OPERATIONS = [
-    "rms_norm", "add_rms_norm", "qk_norm_rope", "rope", "silu_mul", "store_kv", "softmax", "sample",
-    "prefill, block_size 64", "prefill, block_size 64, short", "prefill, block_size 64, single tokens",
+    "rms_norm", "add_rms_norm", "qk_norm_rope", "rope", "silu_mul", "store_kv", "qk_norm_rope_store", "linear",
+    "softmax", "sample",
+    "prefill, block_size 64", "prefill, block_size 64, long", "prefill, block_size 64, short",
+    "prefill, block_size 64, single tokens",
     "prefill, block_size 16", "decode, block_size 64", "decode, block_size 64, splits", "decode, block_size 16, splits",
 ]  # fmt: skip
 

@@ -1,5 +1,7 @@
 """Every operation against the textbook, in both implementations; then what only one of the two promises."""
 
+import dataclasses
+
 import kernel_checks as checks
 import pytest
 import torch
@@ -22,6 +24,23 @@ def test_qk_norm_rope(kernels: Kernels, device_dtype):
 
 def test_store_kv(kernels: Kernels, device_dtype):
     checks.check_store_kv(kernels, *device_dtype)
+
+
+def test_qk_norm_rope_store(triton_kernels: Kernels, device_dtype):
+    checks.check_qk_norm_rope_store(triton_kernels, *device_dtype)
+
+
+@pytest.mark.parametrize("part", ["qk_norm_rope", "store_kv"])
+def test_a_replaced_part_is_called(part: str):
+    """The fused operation must not bypass what somebody put in the place of one of its parts."""
+    whole = Kernels.triton()
+    assert whole.qk_norm_rope_store is not None
+    assert dataclasses.replace(whole, rms_norm=lambda *a: None).qk_norm_rope_store is not None
+    assert dataclasses.replace(whole, **{part: lambda *a: None}).qk_norm_rope_store is None
+
+
+def test_linear(kernels: Kernels, device_dtype):
+    checks.check_linear(kernels, *device_dtype)
 
 
 def test_softmax(kernels: Kernels, device_dtype):
