@@ -406,7 +406,8 @@ def _draw_state(ax: Axes, replay: TileReplay, step: int, left: float, top: float
                 ax.plot([old], [y], "o", ms=5, markerfacecolor=palette.PAPER, markeredgecolor=_GONE)
             ax.plot([at(state.row_max[i])], [y], "o", ms=6, color=_GONE if grew else palette.INK)
             x, width = columns["factor"]
-            word = f"× {state.rescale[i]:.2f}" if grew else ("first" if before is None else "× 1")
+            factor = f"{state.rescale[i]:.2f}" if state.rescale[i] >= 0.005 else "0.00…"
+            word = f"× {factor}" if grew else ("first" if before is None else "× 1")
             color = _GONE if grew else palette.SOFT_INK
             ax.text(x + width, y, word, fontsize=9, color=color, va="center", ha="right")
         x, width = columns["sum"]
