@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerBase
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from minivllm.engine.trace import StepRecord, Trace, TracedSequence
@@ -28,7 +29,7 @@ from minivllm.viz.figure import WIDTH, describe, prepare
 State = Literal["absent", "wait", "prefill", "chunk", "again", "decode", "idle", "finished", "gone"]
 
 #: Tokens of prompts, tokens that a decode computes, and tokens computed again.
-PROMPT, DECODE, AGAIN = "#E69F00", "#0072B2", "#CC79A7"
+PROMPT, DECODE, AGAIN = "#E69F00", "#0072B2", "#882255"
 #: Where a request is preempted, or vanishes.
 STOP = palette.RESERVED
 #: Every state has a height or a hatch of its own besides its colour: state -> (colour, height in rows, hatch).
@@ -186,7 +187,10 @@ def _draw_row(ax: Axes, y: int, row: TimelineRow, step: int | None, cell: float,
     for kind, at in [("✕", i) for i in row.preempted] + [("?", row.gone)] * (row.gone is not None):
         if step is None or at <= step:
             size = min(13.0, max(6.0, 48 * height))
-            ax.text(at, y + 0.5, kind, color=STOP, fontsize=size, weight="bold", ha="center", va="center", zorder=6)
+            mark = ax.text(
+                at, y + 0.5, kind, color=STOP, fontsize=size, weight="bold", ha="center", va="center", zorder=6
+            )
+            mark.set_path_effects([withStroke(linewidth=2.5, foreground=palette.PAPER)])
     if row.finished is not None and (step is None or row.finished <= step):
         ax.plot([row.finished + 1] * 2, [y + 0.1, y + 0.9], color=palette.INK, linewidth=1.6, zorder=4)
 
