@@ -11,7 +11,6 @@ import hashlib
 import json
 import re
 import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +30,10 @@ _EFFORT = re.compile(r"^\s*([●○]+)\s*·\s*(\d+) minutes?\s*$", re.MULTILINE)
 
 class CourseNotFoundError(MiniVLLMError, FileNotFoundError):
     """The notebooks are not here: this is not the repository, or the chapter does not exist."""
+
+
+class ChangedSolutionError(MiniVLLMError):
+    """The notebook in solutions/ is not as it was published, so it cannot be what answers are checked by."""
 
 
 class JupyterMissingError(MiniVLLMError, ImportError):
@@ -185,24 +188,42 @@ def compared_text(cell: NotebookNode) -> str:
 
 
 def digests(solution: NotebookNode) -> dict[str, str]:
-    """Of every code cell but the answers, a digest by cell id; of checks it includes what they printed."""
+    """A digest of every code cell, by its id: of checks with what they printed, of answers only of their stubs."""
+    from minivllm.course.authoring import stub_source
+
     found = {}
     for cell in solution.cells:
         kind, _ = role(cell)
-        if cell.cell_type == "code" and kind != "exercise":
-            text = cell.source + ("\0" + compared_text(cell) if kind == "check" else "")
-            found[cell.id] = hashlib.sha256(text.encode()).hexdigest()[:16]
+        if cell.cell_type != "code":
+            continue
+        text = cell.source + ("\0" + compared_text(cell) if kind == "check" else "")
+        if kind == "exercise":
+            try:
+                text = stub_source(cell)
+            except (ValueError, SyntaxError):
+                text = ""
+        found[cell.id] = hashlib.sha256(text.encode()).hexdigest()[:16]
     return found
 
 
-def changed_cells(chapter: Chapter) -> Iterator[str]:
-    """In words, the cells of the solution that are not as they were published; nothing where it was never published."""
+def require_published(chapter: Chapter) -> None:
+    """ChangedSolutionError where a code cell of the solution is not as it was published; it names them all.
+
+    A chapter without digests is taken as it is.
+    """
     if not chapter.digests.exists():
         return
-    published = json.loads(chapter.digests.read_text(encoding="utf-8"))
-    now = digests(chapter.solution)
-    cells = {cell.id: cell for cell in chapter.solution.cells}
-    for name in published.keys() | now.keys():
+    published, now = json.loads(chapter.digests.read_text(encoding="utf-8")), digests(chapter.solution)
+    cells = {cell.id: role(cell) for cell in chapter.solution.cells}
+    changed = []
+    for name in published | now:
         if published.get(name) != now.get(name):
-            kind, id = role(cells[name]) if name in cells else ("given", "")
-            yield f"the check of {id}" if kind == "check" else f"the cell {name!r}"
+            kind, id = cells.get(name, ("given", ""))
+            of = {"check": f"the check of {id}", "exercise": f"the names or signatures in the answer to {id}"}
+            changed.append(of.get(kind, f"the cell {name!r}"))
+    if changed:
+        name = f"solutions/{chapter.name}.ipynb"
+        raise ChangedSolutionError(
+            f"{name} is not as it was published ({', '.join(changed)}), and answers are checked by it. "
+            f"Restore it: git checkout -- {name} (its authors: python -m minivllm.course.authoring stubs)"
+        )

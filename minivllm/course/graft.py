@@ -14,18 +14,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minivllm.course.chapters import Chapter, CourseNotFoundError, changed_cells, compared_text, find_root, read, role
-from minivllm.errors import MiniVLLMError
+from minivllm.course.chapters import (
+    Chapter,
+    CourseNotFoundError,
+    compared_text,
+    find_root,
+    read,
+    require_published,
+    role,
+)
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
 #: Comments that tell nbval not to look; an answer may not say that.
 _MARKER = re.compile(r"^(\s*)#+\s*(NBVAL_\w+|PYTEST_VALIDATE_IGNORE_OUTPUT)\s*$", re.MULTILINE)
-
-
-class ChangedSolutionError(MiniVLLMError):
-    """The notebook in solutions/ is not as it was published, so it cannot be what answers are checked by."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +103,7 @@ def graft(path: Path, chapter: Chapter) -> list[Group]:
     """
     from minivllm.course.authoring import stub_source
 
-    if changed := sorted(changed_cells(chapter)):
-        name = f"solutions/{chapter.name}.ipynb"
-        raise ChangedSolutionError(
-            f"{name} is not as it was published ({', '.join(changed)}), and answers are checked by it. "
-            f"Restore it: git checkout -- {name}"
-        )
+    require_published(chapter)
     if not path.exists():
         raise CourseNotFoundError(
             f"{path.name} is missing; `minivllm course reset {chapter.number}` writes a fresh one."
@@ -173,9 +171,9 @@ def _missing(id: str, answer: NotebookNode, learner: NotebookNode) -> str:
             return (
                 f"The answer to {id}, cell {number} of your file, is a {cell.cell_type} cell: make it code (press Y)."
             )
-    from minivllm.course.authoring import defined_names
+    from minivllm.course.authoring import defined_names, stub_source
 
-    names = defined_names(answer.source)
+    names = defined_names(stub_source(answer))
     for number, cell in enumerate(learner.cells, start=1):
         try:
             defines = cell.cell_type == "code" and names <= defined_names(cell.source)

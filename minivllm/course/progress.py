@@ -19,7 +19,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from minivllm.course.chapters import Chapter, CourseNotFoundError, Statement, chapters, find_root, read
+from minivllm.course.chapters import (
+    Chapter,
+    CourseNotFoundError,
+    Statement,
+    chapters,
+    find_root,
+    read,
+    require_published,
+)
 from minivllm.course.graft import Group, chapter_of, graft
 from minivllm.course.runner import CELL_TIMEOUT, FAILED, NOT_ATTEMPTED, NOT_RUNNABLE, PASSED, Verdict, verdicts
 from minivllm.errors import MiniVLLMError
@@ -224,6 +232,7 @@ def reset(what: str) -> tuple[Path, Path | None]:
     from minivllm.course.authoring import make_exercises
 
     chapter, path, _ = _find(what)
+    require_published(chapter)
     fresh, kept = nbformat.writes(make_exercises(chapter)), None
     if path.exists():
         numbers = (path.with_name(f"{path.stem}.kept-{number}.ipynb") for number in range(1, 10_000))

@@ -19,7 +19,7 @@ from children import Children
 from nbformat import NotebookNode
 
 from minivllm.course.authoring import ROOT, defined_names, exercises_of, make_exercises, problems, stub_source
-from minivllm.course.chapters import Chapter, as_committed, changed_cells, chapters, compared_text, read, role
+from minivllm.course.chapters import Chapter, as_committed, chapters, compared_text, read, require_published, role
 
 SECTION = re.compile(r"^# %% (\d\d\.\d+) ([a-z0-9-]+): *(.+)$", re.MULTILINE)
 WRONG_ANSWERS = ROOT / "tests/wrong_answers"
@@ -160,12 +160,8 @@ def test_the_solution_may_be_committed(chapter: Chapter) -> None:
 
 def test_the_solution_is_as_it_was_published(chapter: Chapter) -> None:
     """A learner who changed it is told what, and how to restore it; an author, to write the digests anew."""
-    name = f"solutions/{chapter.name}.ipynb"
     assert chapter.digests.exists(), "python -m minivllm.course.authoring stubs"
-    assert sorted(changed_cells(chapter)) == [], (
-        f"{name} was changed. Restore it: git checkout -- {name}"
-        " (its authors: python -m minivllm.course.authoring stubs)"
-    )
+    require_published(chapter)
 
 
 def test_the_exercises_are_in_step(chapter: Chapter) -> None:

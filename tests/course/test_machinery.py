@@ -15,7 +15,7 @@ from test_chapters import leaks, parts_of, sections
 
 from minivllm.course import authoring
 from minivllm.course.authoring import make_exercises, misplaced, problems, stub_source
-from minivllm.course.chapters import Chapter, changed_cells, read, role
+from minivllm.course.chapters import ChangedSolutionError, Chapter, read, require_published, role
 
 # --- children ---------------------------------------------------------------------------------------------------------
 
@@ -140,7 +140,7 @@ def test_exercises_are_written(chapter: Chapter) -> None:
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in written.cells)
     assert "stub" not in str(written.cells[6].metadata)
     assert leaks(chapter) == []
-    assert list(changed_cells(chapter)) == []
+    require_published(chapter)
 
 
 def test_a_changed_solution_is_named(chapter: Chapter) -> None:
@@ -148,8 +148,13 @@ def test_a_changed_solution_is_named(chapter: Chapter) -> None:
     check = next(cell for cell in chapter.solution.cells if role(cell) == ("check", "99.2"))
     check.outputs = []
     answer = next(cell for cell in chapter.solution.cells if role(cell) == ("exercise", "99.1"))
-    answer.source, answer.outputs = "tried = 1", []
-    assert sorted(changed_cells(chapter)) == ["the cell 'setup'", "the check of 99.2"]
+    answer.source = answer.source.replace("_times(x, 2)", "x + x")
+    with pytest.raises(ChangedSolutionError, match=r"published \(the cell 'setup', the check of 99\.2\), and"):
+        require_published(chapter)
+    for other in ("def double(y): pass", "def double(x"):
+        answer.source = other
+        with pytest.raises(ChangedSolutionError, match=r"the names or signatures in the answer to 99\.1"):
+            require_published(chapter)
 
 
 def test_a_leak_is_found(chapter: Chapter) -> None:

@@ -1,0 +1,208 @@
+"""`minivllm check`, `minivllm course` and `minivllm course reset`: what they say, write, and answer with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import demo
+import nbformat
+import pytest
+from nbformat import NotebookNode
+from test_graft import WRONG, without
+from typer.testing import CliRunner
+
+from minivllm.cli import app
+from minivllm.course.authoring import make_exercises
+from minivllm.course.chapters import Chapter, Statement, find_root, read
+
+Learner = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(chapter: Chapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(chapter.root)
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def minivllm(*arguments: str, code: int = 0) -> str:
+    """What the command prints, lines joined where the terminal broke them."""
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def two_wrong(notebook: NotebookNode) -> None:
+    demo.fill_in(notebook, answer_1=WRONG, answer_3="blocks = ...\ntokens: int = ...  # yet")
+
+
+# --- check ------------------------------------------------------------------------------------------------------------
+
+
+def test_check_says_how_each_exercise_is(learner: Learner) -> None:
+    learner(two_wrong)
+    said = minivllm("check", "99", code=1)
+    assert "99 demo  (exercises/99_demo.ipynb)" in said
+    assert " ✗ 99.1  Double: failed: squared\n        You square; twice is asked for." in said
+    assert "Hint 1 of 1: Twice." in said
+    assert " ✓ 99.2  Debug this: passed\n" in said
+    assert " · 99.3  Predict: not attempted · 5 minutes\n" in said
+    assert "1 of 3 passed." in said
+
+
+def test_hints_come_one_by_one_with_answers_that_fail(chapter: Chapter, learner: Learner) -> None:
+    text = demo.find(chapter.solution, "text-1")
+    text.source += "<details><summary>Hint 2</summary>\n\nNearly all.\n\n</details>"
+    nbformat.write(chapter.solution, chapter.solution_path)
+    learner(two_wrong)
+    for _ in range(2):  # the same answer again is no new try
+        assert "Hint 1 of 2: Twice." in minivllm("check", "99.1", code=1)
+    learner(lambda notebook: demo.fill_in(notebook, answer_1="def double(x): return x"))
+    for _ in range(2):
+        assert "Hint 2 of 2: Nearly all." in minivllm("check", "99.1", code=1)
+
+
+def test_all_right_exits_with_0(learner: Learner) -> None:
+    learner()
+    assert "3 of 3 passed." in minivllm("check")
+
+
+@pytest.mark.parametrize("what", ["99", "99_demo", "exercises/99_demo.ipynb", "solutions/99_demo.ipynb"])
+def test_a_chapter_has_many_names(learner: Learner, what: str) -> None:
+    learner(lambda notebook: without(notebook, "answer-1", "answer-2", "answer-3"))
+    assert "0 of 3 passed." in minivllm("check", what, code=1)
+
+
+def test_one_exercise_is_enough(learner: Learner) -> None:
+    learner(two_wrong)
+    said = minivllm("check", "99.2")
+    assert "99.2" in said
+    assert "99.1" not in said
+
+
+def test_a_copy_elsewhere_is_checked(chapter: Chapter, learner: Learner) -> None:
+    copy = chapter.root / "mine.ipynb"
+    learner().replace(copy)
+    assert "99 demo  (mine.ipynb)" in minivllm("check", "mine.ipynb")
+
+
+def test_it_works_in_a_subfolder(chapter: Chapter, learner: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner(two_wrong)
+    monkeypatch.chdir(chapter.root / "notebooks")
+    assert "1 of 1 passed." in minivllm("check", "99.2")
+    assert "0 of 1 passed." in minivllm("check", "99.3", code=1)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("12", "There are no exercises '12'. Chapters with exercises: 99."),
+        ("99.7", "There are no exercises '99.7'"),
+        ("nowhere/x.ipynb", "There is no file nowhere/x.ipynb"),
+        ("", "There are no exercises ''"),
+    ],
+)
+def test_what_does_not_exist_is_an_error(what: str, message: str) -> None:
+    assert message in minivllm("check", what, code=2)
+
+
+def test_where_nothing_was_begun(chapter: Chapter) -> None:
+    assert "minivllm course" in minivllm("check", code=1)
+    chapter.exercises.unlink()
+    assert "minivllm course reset 99" in minivllm("check", "99", code=2)
+
+
+def test_a_changed_solution_is_an_error_that_says_what_to_do(chapter: Chapter, learner: Learner) -> None:
+    learner()
+    demo.find(chapter.solution, "check-1").source += "  # mine"
+    nbformat.write(chapter.solution, chapter.solution_path)
+    for command in (["check", "99"], ["check"], ["course", "reset", "99"]):
+        said = minivllm(*command, code=2)
+        assert "the check of 99.1" in said
+        assert "git checkout -- solutions/99_demo.ipynb" in said
+    assert "git checkout -- solutions/99_demo.ipynb" in minivllm("course")
+
+
+def test_without_the_notebooks_it_says_so(tmp_path_factory, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.setattr(
+        "minivllm.course.chapters.__file__", str(elsewhere / "site-packages/minivllm/course/chapters.py")
+    )
+    monkeypatch.chdir(elsewhere)
+    for command in (["check"], ["course"], ["course", "reset", "1"]):
+        assert "minivllm is installed without them" in minivllm(*command, code=2)
+
+
+def test_without_jupyter_it_says_so(learner: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner()
+    monkeypatch.setitem(__import__("sys").modules, "nbformat", None)
+    assert "make lab" in minivllm("check", "99", code=2)
+    monkeypatch.undo()
+
+
+def test_the_repository_is_found_from_inside(chapter: Chapter) -> None:
+    assert find_root(chapter.root / "exercises") == chapter.root
+    assert (find_root(Path("/")) / "minivllm").is_dir(), "the one that the package stands in"
+
+
+# --- course -----------------------------------------------------------------------------------------------------------
+
+
+def test_course_says_what_to_do_next(chapter: Chapter, learner: Learner) -> None:
+    text = "# Demo\n\n20 minutes"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)])
+    nbformat.write(notebook, chapter.notebook)
+    said = minivllm("course")
+    assert "0 of 3" in said
+    assert "35 minutes left." in said
+    assert "Next: read notebooks/99_demo.ipynb, then open exercises/99_demo.ipynb." in said
+
+    learner(two_wrong)
+    said = minivllm("course")
+    assert "? ? ·" in said
+    assert "15 minutes left." in said
+    assert "Next: minivllm check 99" in said
+
+    minivllm("check", code=1)
+    said = minivllm("course")
+    assert "✗ ✓ ·" in said
+    assert "1 of 3" in said
+    assert "10 minutes left." in said
+    assert "Next: 99.1, Double (5 minutes), in exercises/99_demo.ipynb; then minivllm check 99" in said
+
+    learner()
+    assert "? ✓ ?" in minivllm("course"), "what was changed since has not been checked"
+    minivllm("check")
+    assert "All exercises have passed." in minivllm("course")
+
+
+@pytest.mark.parametrize("kept", ["", "[]", '{"99.1": 3}', '{"99.1": {"colour": "red"}}', "\x00"])
+def test_a_spoilt_record_is_no_harm(chapter: Chapter, learner: Learner, kept: str) -> None:
+    learner(two_wrong)
+    record = chapter.root / "exercises/.progress.json"
+    record.write_text(kept)
+    assert "Next: minivllm check 99" in minivllm("course")
+    minivllm("check", "99.2")
+    assert json.loads(record.read_text())["99.2"]["state"] == "passed"
+
+
+# --- reset ------------------------------------------------------------------------------------------------------------
+
+
+def test_reset_keeps_what_there_was(chapter: Chapter, learner: Learner) -> None:
+    before = learner(two_wrong).read_bytes()
+    assert "What you had is 99_demo.kept-1.ipynb" in minivllm("course", "reset", "99")
+    assert (chapter.root / "exercises/99_demo.kept-1.ipynb").read_bytes() == before
+    assert read(chapter.exercises) == make_exercises(chapter)
+    assert "99_demo.kept-2.ipynb" in minivllm("course", "reset", "99")
+    chapter.exercises.unlink()
+    assert "kept" not in minivllm("course", "reset", "exercises/99_demo.ipynb", code=2)
+    assert "kept" not in minivllm("course", "reset", "99")
+    assert "Error" in minivllm("course", "reset", "12", code=2)
+
+
+def test_statements_are_read() -> None:
+    text = "## 01.2 · One · two\n\n●●○ · 15 minutes\n\nDo.\n\n<details><summary>Hint 1</summary>\n\nA\n</details>"
+    assert Statement.parse("01.2", text) == Statement("01.2", "One · two", "●●○", 15, ("A",))
+    assert Statement.parse("01.2", "nothing") == Statement("01.2", "01.2", "", 0, ())
