@@ -70,7 +70,9 @@ def read(path: Path) -> NotebookNode:
     except FileNotFoundError as error:
         raise CourseNotFoundError(f"{path.parent.name}/{path.name} is missing.") from error
     except Exception as error:  # what nbformat raises depends on what is wrong
-        raise CourseNotFoundError(f"{path.name} is not a notebook that can be read ({error}).") from error
+        raise CourseNotFoundError(
+            f"{path.parent.name}/{path.name} is not a notebook that can be read ({error})."
+        ) from error
 
 
 def as_committed(path: Path) -> tuple[str | None, str]:
@@ -136,7 +138,11 @@ class Chapter:
 
     @cached_property
     def solution(self) -> NotebookNode:
-        return read(self.solution_path)
+        """ChangedSolutionError where it is missing or cannot be read."""
+        try:
+            return read(self.solution_path)
+        except CourseNotFoundError as error:
+            raise ChangedSolutionError(f"{error} Restore it: git checkout -- solutions/{self.name}.ipynb") from error
 
     @cached_property
     def statements(self) -> list[Statement]:

@@ -343,7 +343,7 @@ def test_files_that_cannot_be_read(chapter: Chapter) -> None:
     with pytest.raises(CourseNotFoundError, match="minivllm course reset 99"):
         graft(chapter.exercises, chapter)
     chapter.solution_path.unlink()
-    with pytest.raises(CourseNotFoundError, match=r"solutions/99_demo\.ipynb is missing"):
+    with pytest.raises(ChangedSolutionError, match=r"99_demo\.ipynb is missing.*git checkout -- solutions/99_demo"):
         graft(chapter.exercises, Chapter(chapter.root, chapter.name))
 
 
