@@ -30,6 +30,8 @@ _FULL = palette.tint(palette.USED, 0.75)
 _MASKED = palette.WASTED
 _HIDDEN = {"facecolor": palette.FREE, "edgecolor": palette.LINE, "hatch": "////", "linewidth": 0.0}
 _GONE = palette.RESERVED
+#: Beside what a function really visited, a tile's kind says what should have been done.
+_NEEDED = {"full": "needed, no mask", "masked": "needed, masked", "skipped": "not needed"}
 _NAMES = {
     "full": "computed, no mask",
     "masked": "computed, masked",
@@ -124,8 +126,9 @@ def draw_attention_tiles(
     title = f"The scores of {what}, in tiles of {block_m} × {block_n}"
     ax.text(side, 0.2, title, fontsize=12, weight="bold", color=palette.INK, va="center")
     shown = ["full", "masked", "skipped", *(name for name in ("missed", "wasted") if faults[name])]
-    _legend(ax, {name: total[name] for name in shown[:3]}, side, 0.52)
-    _legend(ax, {name: faults[name] for name in shown[3:]}, side, 0.78)
+    names = _NAMES if went is None else _NAMES | _NEEDED
+    _legend(ax, {name: total[name] for name in shown[:3]}, names, side, 0.52)
+    _legend(ax, {name: faults[name] for name in shown[3:]}, names, side, 0.78)
     describe(figure, _tiles_alt(tiles, went), _tiles_caption(tiles, total, faults if went is not None else None))
     return figure
 
@@ -165,9 +168,10 @@ def _draw_grid(ax: Axes, one: SequenceTiles, left: float, top: float, unit: floa
         if polygons[name]:
             ax.add_collection(PolyCollection(polygons[name], linewidth=0 if name == "masked" else width, **style))
     for fault, x, y, w, h in marks:
-        face = palette.PAPER if fault == "missed" else "none"
         style = "-" if fault == "missed" else (0, (2, 1.5))
-        ax.add_patch(Rectangle((x, y), w, h, facecolor=face, edgecolor=_GONE, linewidth=1.6, linestyle=style, zorder=3))
+        if fault == "missed":
+            ax.add_patch(Rectangle((x, y), w, h, facecolor=palette.PAPER, alpha=0.75, linewidth=0, zorder=3))
+        ax.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor=_GONE, linewidth=1.6, linestyle=style, zorder=3))
         if fault == "missed":
             ax.plot([x, x + w], [y, y + h], color=_GONE, linewidth=1.0, zorder=3)
             ax.plot([x, x + w], [y + h, y], color=_GONE, linewidth=1.0, zorder=3)
@@ -203,7 +207,7 @@ def _label_grid(ax: Axes, one: SequenceTiles, left: float, top: float, unit: flo
     ax.text(left - 0.14, middle, words, **small, ha="center", va="center", rotation=90)
 
 
-def _legend(ax: Axes, numbers: dict[str, int], x: float, y: float) -> None:
+def _legend(ax: Axes, numbers: dict[str, int], names: dict[str, str], x: float, y: float) -> None:
     swatches: dict[str, dict[str, Any]] = {
         "full": {"facecolor": _FULL, "linewidth": 0},
         "masked": {"facecolor": _MASKED, "linewidth": 0},
@@ -219,7 +223,7 @@ def _legend(ax: Axes, numbers: dict[str, int], x: float, y: float) -> None:
         if name == "missed":
             ax.plot([x, x + 0.18], [y - 0.08, y + 0.08], color=_GONE, linewidth=1.0)
             ax.plot([x, x + 0.18], [y + 0.08, y - 0.08], color=_GONE, linewidth=1.0)
-        text = f"{_NAMES[name]} ({number:,})"
+        text = f"{names[name]} ({number:,})"
         ax.text(x + 0.25, y, text, fontsize=9, color=palette.INK, va="center")
         x += 0.25 + 0.0725 * len(text) + 0.15
 
@@ -243,8 +247,9 @@ def _tiles_caption(tiles: list[SequenceTiles], total: Counter[str], faults: Coun
         else "; ".join(f"{palette.request_letter(i)}: {part}" for i, part in enumerate(parts))
     )
     count = sum(total.values())
+    what = "computed" if faults is None else "needed"
     text += (
-        f". Of {count:,} tiles {total['full']:,} are computed without a mask, {total['masked']:,} with one, "
+        f". Of {count:,} tiles {total['full']:,} are {what} without a mask, {total['masked']:,} with one, "
         f"{total['skipped']:,} ({100 * total['skipped'] / count:.0f} %) never."
     )
     if len(tiles) > 1:

@@ -203,7 +203,8 @@ flash_mb = 24
 
 # %% 02.3 aligned-to-start: no past in mask and walk
 def flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
 ) -> torch.Tensor:
     """Causal attention of the last Q of N tokens, one head: [Q, D], [N, D], [N, D] -> [Q, D]."""
     past, out = 0, torch.empty_like(query)
@@ -229,7 +230,8 @@ def flash_attention(
 
 # %% 02.3 walk-ends-too-early: the mask knows of the past, the walk does not
 def flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
 ) -> torch.Tensor:
     """Causal attention of the last Q of N tokens, one head: [Q, D], [N, D], [N, D] -> [Q, D]."""
     past, out = len(key) - len(query), torch.empty_like(query)
@@ -255,7 +257,8 @@ def flash_attention(
 
 # %% 02.3 no-scale: the constant for base two without scale
 def flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
 ) -> torch.Tensor:
     """Causal attention of the last Q of N tokens, one head: [Q, D], [N, D], [N, D] -> [Q, D]."""
     past, out = len(key) - len(query), torch.empty_like(query)
@@ -281,7 +284,8 @@ def flash_attention(
 
 # %% 02.3 scaled-twice: with the query, and again with the scores
 def flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
 ) -> torch.Tensor:
     """Causal attention of the last Q of N tokens, one head: [Q, D], [N, D], [N, D] -> [Q, D]."""
     past, out = len(key) - len(query), torch.empty_like(query)
@@ -307,7 +311,8 @@ def flash_attention(
 
 # %% 02.3 no-log2e: exp2 with the scale for exp
 def flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
 ) -> torch.Tensor:
     """Causal attention of the last Q of N tokens, one head: [Q, D], [N, D], [N, D] -> [Q, D]."""
     past, out = len(key) - len(query), torch.empty_like(query)
@@ -333,7 +338,8 @@ def flash_attention(
 
 # %% 02.3 exp-of-base-two-scores: exp of scores for base two
 def flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
 ) -> torch.Tensor:
     """Causal attention of the last Q of N tokens, one head: [Q, D], [N, D], [N, D] -> [Q, D]."""
     past, out = len(key) - len(query), torch.empty_like(query)
@@ -359,7 +365,8 @@ def flash_attention(
 
 # %% 02.3 mixed-bases: the rescaling stays in base e
 def flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
 ) -> torch.Tensor:
     """Causal attention of the last Q of N tokens, one head: [Q, D], [N, D], [N, D] -> [Q, D]."""
     past, out = len(key) - len(query), torch.empty_like(query)
@@ -385,7 +392,8 @@ def flash_attention(
 
 # %% 02.3 mixed-bases: base e, and the rescaling in base two
 def flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
 ) -> torch.Tensor:
     """Causal attention of the last Q of N tokens, one head: [Q, D], [N, D], [N, D] -> [Q, D]."""
     past, out = len(key) - len(query), torch.empty_like(query)
@@ -411,7 +419,8 @@ def flash_attention(
 
 # %% 02.3 sum-not-rescaled: only acc is
 def flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
 ) -> torch.Tensor:
     """Causal attention of the last Q of N tokens, one head: [Q, D], [N, D], [N, D] -> [Q, D]."""
     past, out = len(key) - len(query), torch.empty_like(query)
@@ -437,7 +446,8 @@ def flash_attention(
 
 # %% 02.3 output-not-rescaled: only l is
 def flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
 ) -> torch.Tensor:
     """Causal attention of the last Q of N tokens, one head: [Q, D], [N, D], [N, D] -> [Q, D]."""
     past, out = len(key) - len(query), torch.empty_like(query)
@@ -463,7 +473,8 @@ def flash_attention(
 
 # %% 02.3 not-rescaled: neither is
 def flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
 ) -> torch.Tensor:
     """Causal attention of the last Q of N tokens, one head: [Q, D], [N, D], [N, D] -> [Q, D]."""
     past, out = len(key) - len(query), torch.empty_like(query)
@@ -489,7 +500,8 @@ def flash_attention(
 
 # %% 02.3 tile-under-its-own-maximum: scores - scores.amax
 def flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
 ) -> torch.Tensor:
     """Causal attention of the last Q of N tokens, one head: [Q, D], [N, D], [N, D] -> [Q, D]."""
     past, out = len(key) - len(query), torch.empty_like(query)
@@ -515,7 +527,8 @@ def flash_attention(
 
 # %% 02.3 not-divided: returns acc
 def flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
 ) -> torch.Tensor:
     """Causal attention of the last Q of N tokens, one head: [Q, D], [N, D], [N, D] -> [Q, D]."""
     past, out = len(key) - len(query), torch.empty_like(query)
@@ -541,7 +554,8 @@ def flash_attention(
 
 # %% 02.3 divided-in-each-tile: normalised at once
 def flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
 ) -> torch.Tensor:
     """Causal attention of the last Q of N tokens, one head: [Q, D], [N, D], [N, D] -> [Q, D]."""
     past, out = len(key) - len(query), torch.empty_like(query)
@@ -568,7 +582,8 @@ def flash_attention(
 
 # %% 02.3 diagonal-not-masked: stops at the diagonal and thinks that is enough
 def flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
 ) -> torch.Tensor:
     """Causal attention of the last Q of N tokens, one head: [Q, D], [N, D], [N, D] -> [Q, D]."""
     past, out = len(key) - len(query), torch.empty_like(query)
@@ -592,7 +607,8 @@ def flash_attention(
 
 # %% 02.3 indices-within-the-tile: torch.triu of the tile
 def flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
 ) -> torch.Tensor:
     """Causal attention of the last Q of N tokens, one head: [Q, D], [N, D], [N, D] -> [Q, D]."""
     past, out = len(key) - len(query), torch.empty_like(query)
@@ -617,7 +633,8 @@ def flash_attention(
 
 # %% 02.3 mask-of-the-first-query: one position for the tile
 def flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
 ) -> torch.Tensor:
     """Causal attention of the last Q of N tokens, one head: [Q, D], [N, D], [N, D] -> [Q, D]."""
     past, out = len(key) - len(query), torch.empty_like(query)
@@ -643,7 +660,8 @@ def flash_attention(
 
 # %% 02.3 hides-its-own-token: >= for >
 def flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
 ) -> torch.Tensor:
     """Causal attention of the last Q of N tokens, one head: [Q, D], [N, D], [N, D] -> [Q, D]."""
     past, out = len(key) - len(query), torch.empty_like(query)
@@ -669,7 +687,8 @@ def flash_attention(
 
 # %% 02.3 sees-the-next-token: one too many
 def flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
 ) -> torch.Tensor:
     """Causal attention of the last Q of N tokens, one head: [Q, D], [N, D], [N, D] -> [Q, D]."""
     past, out = len(key) - len(query), torch.empty_like(query)
@@ -695,7 +714,8 @@ def flash_attention(
 
 # %% 02.3 maximum-starts-at-zero: zeros for everything
 def flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
 ) -> torch.Tensor:
     """Causal attention of the last Q of N tokens, one head: [Q, D], [N, D], [N, D] -> [Q, D]."""
     past, out = len(key) - len(query), torch.empty_like(query)
@@ -721,7 +741,8 @@ def flash_attention(
 
 # %% 02.3 hidden-scores-are-zero: multiplies with the mask
 def flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
 ) -> torch.Tensor:
     """Causal attention of the last Q of N tokens, one head: [Q, D], [N, D], [N, D] -> [Q, D]."""
     past, out = len(key) - len(query), torch.empty_like(query)
@@ -747,7 +768,8 @@ def flash_attention(
 
 # %% 02.3 one-maximum-for-all-rows: the tile's largest score
 def flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
 ) -> torch.Tensor:
     """Causal attention of the last Q of N tokens, one head: [Q, D], [N, D], [N, D] -> [Q, D]."""
     past, out = len(key) - len(query), torch.empty_like(query)
@@ -773,7 +795,8 @@ def flash_attention(
 
 # %% 02.3 stops-before-the-diagonal: only the tiles before
 def flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
 ) -> torch.Tensor:
     """Causal attention of the last Q of N tokens, one head: [Q, D], [N, D], [N, D] -> [Q, D]."""
     past, out = len(key) - len(query), torch.empty_like(query)
@@ -799,7 +822,8 @@ def flash_attention(
 
 # %% 02.3 tail-dropped: whole tiles only
 def flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
 ) -> torch.Tensor:
     """Causal attention of the last Q of N tokens, one head: [Q, D], [N, D], [N, D] -> [Q, D]."""
     past, out = len(key) - len(query), torch.empty_like(query)
@@ -825,7 +849,8 @@ def flash_attention(
 
 # %% 02.3 a-softmax-for-each-tile: torch.softmax of each tile, added up
 def flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
 ) -> torch.Tensor:
     """Causal attention of the last Q of N tokens, one head: [Q, D], [N, D], [N, D] -> [Q, D]."""
     past, out = len(key) - len(query), torch.empty_like(query)
@@ -847,7 +872,8 @@ def flash_attention(
 
 # %% 02.3 visits-the-future: walks to the end of the context
 def flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
 ) -> torch.Tensor:
     """Causal attention of the last Q of N tokens, one head: [Q, D], [N, D], [N, D] -> [Q, D]."""
     past, out = len(key) - len(query), torch.empty_like(query)
@@ -873,7 +899,8 @@ def flash_attention(
 
 # %% 02.3 whole-matrix: the naive way, and it is right
 def flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
 ) -> torch.Tensor:
     hidden = torch.arange(len(key)) > torch.arange(len(key) - len(query), len(key))[:, None]
     return (query @ key.T * scale).masked_fill(hidden, -math.inf).softmax(-1) @ value
@@ -881,7 +908,8 @@ def flash_attention(
 
 # %% 02.3 whole-matrix: tiles of scores, and the mask of all tokens
 def flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
 ) -> torch.Tensor:
     past, out = len(key) - len(query), torch.empty_like(query)
     hidden = torch.ones(len(query), len(key), dtype=torch.bool).triu(past + 1)
@@ -900,7 +928,8 @@ def flash_attention(
 
 # %% 02.3 whole-rows: tiles of queries against all keys
 def flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
 ) -> torch.Tensor:
     past, out = len(key) - len(query), torch.empty_like(query)
     for top in range(0, len(query), block_m):
@@ -914,7 +943,8 @@ def flash_attention(
 
 # %% 02.3 done-by-torch: what torch has
 def flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
 ) -> torch.Tensor:
     hidden = torch.arange(len(key)) > torch.arange(len(key) - len(query), len(key))[:, None]
     return torch.nn.functional.scaled_dot_product_attention(
@@ -924,7 +954,8 @@ def flash_attention(
 
 # %% 02.3 changed-input: scales the caller's query
 def flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
 ) -> torch.Tensor:
     """Causal attention of the last Q of N tokens, one head: [Q, D], [N, D], [N, D] -> [Q, D]."""
     past, out = len(key) - len(query), torch.empty_like(query)
@@ -951,7 +982,8 @@ def flash_attention(
 
 # %% 02.3 right: base e, all tiles masked, -1e30 for -inf
 def flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
 ) -> torch.Tensor:
     """Causal attention of the last Q of N tokens, one head: [Q, D], [N, D], [N, D] -> [Q, D]."""
     past, out = len(key) - len(query), torch.empty_like(query)
@@ -976,7 +1008,8 @@ def flash_attention(
 
 # %% 02.3 right: slices, columns of m and l, padded tiles
 def flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
 ) -> torch.Tensor:
     past, out = len(key) - len(query), torch.empty_like(query)
     dim = query.shape[1]
@@ -1000,7 +1033,8 @@ def flash_attention(
 
 # %% 02.3 right: the full tiles first, then the diagonal, with einsum
 def flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block_m: int = 16, block_n: int = 16
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
 ) -> torch.Tensor:
     past, out = len(key) - len(query), torch.zeros_like(query)
 
@@ -1027,15 +1061,16 @@ def flash_attention(
 
 # %% 02.4 walk-ends-too-early: as it came
 def chunk_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block: int = 16, visited: list | None = None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block: int = 16, visited: list | None = None,
 ) -> torch.Tensor:
-    """Causal attention of the last Q of N tokens, one head; notes (first query, first key) of each tile in `visited`."""
+    """Causal attention of the last Q of N tokens, one head; appends (first query, first key) of each tile to visited."""
     past, out = len(key) - len(query), torch.empty_like(query)
-    for top in range(0, len(query), block):
+    for top in range(0, len(query), block):  # a tile of queries …
         rows = torch.arange(top, min(top + block, len(query)))
         acc = torch.zeros(len(rows), value.shape[1])
         m, l = torch.full((len(rows),), -math.inf), torch.zeros(len(rows))
-        for first in range(0, min(top + block, len(key)), block):
+        for first in range(0, min(top + block, len(key)), block):  # … walks along the keys
             if visited is not None:
                 visited.append((top, first))
             columns = torch.arange(first, min(first + block, len(key)))
@@ -1052,15 +1087,16 @@ def chunk_attention(
 
 # %% 02.4 mask-spoilt-instead: the walk mended, and the mask changed with it
 def chunk_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block: int = 16, visited: list | None = None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block: int = 16, visited: list | None = None,
 ) -> torch.Tensor:
-    """Causal attention of the last Q of N tokens, one head; notes (first query, first key) of each tile in `visited`."""
+    """Causal attention of the last Q of N tokens, one head; appends (first query, first key) of each tile to visited."""
     past, out = len(key) - len(query), torch.empty_like(query)
-    for top in range(0, len(query), block):
+    for top in range(0, len(query), block):  # a tile of queries …
         rows = torch.arange(top, min(top + block, len(query)))
         acc = torch.zeros(len(rows), value.shape[1])
         m, l = torch.full((len(rows),), -math.inf), torch.zeros(len(rows))
-        for first in range(0, min(past + top + block, len(key)), block):
+        for first in range(0, min(past + top + block, len(key)), block):  # … walks along the keys
             if visited is not None:
                 visited.append((top, first))
             columns = torch.arange(first, min(first + block, len(key)))
@@ -1077,15 +1113,16 @@ def chunk_attention(
 
 # %% 02.4 mask-spoilt-instead: mask and walk both without a past
 def chunk_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block: int = 16, visited: list | None = None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block: int = 16, visited: list | None = None,
 ) -> torch.Tensor:
-    """Causal attention of the last Q of N tokens, one head; notes (first query, first key) of each tile in `visited`."""
+    """Causal attention of the last Q of N tokens, one head; appends (first query, first key) of each tile to visited."""
     past, out = len(key) - len(query), torch.empty_like(query)
-    for top in range(0, len(query), block):
+    for top in range(0, len(query), block):  # a tile of queries …
         rows = torch.arange(top, min(top + block, len(query)))
         acc = torch.zeros(len(rows), value.shape[1])
         m, l = torch.full((len(rows),), -math.inf), torch.zeros(len(rows))
-        for first in range(0, min(top + block, len(key)), block):
+        for first in range(0, min(top + block, len(key)), block):  # … walks along the keys
             if visited is not None:
                 visited.append((top, first))
             columns = torch.arange(first, min(first + block, len(key)))
@@ -1102,15 +1139,16 @@ def chunk_attention(
 
 # %% 02.4 stops-before-the-diagonal: up to the past and the tile's first row
 def chunk_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block: int = 16, visited: list | None = None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block: int = 16, visited: list | None = None,
 ) -> torch.Tensor:
-    """Causal attention of the last Q of N tokens, one head; notes (first query, first key) of each tile in `visited`."""
+    """Causal attention of the last Q of N tokens, one head; appends (first query, first key) of each tile to visited."""
     past, out = len(key) - len(query), torch.empty_like(query)
-    for top in range(0, len(query), block):
+    for top in range(0, len(query), block):  # a tile of queries …
         rows = torch.arange(top, min(top + block, len(query)))
         acc = torch.zeros(len(rows), value.shape[1])
         m, l = torch.full((len(rows),), -math.inf), torch.zeros(len(rows))
-        for first in range(0, (past + top) // block * block, block):
+        for first in range(0, (past + top) // block * block, block):  # … walks along the keys
             if visited is not None:
                 visited.append((top, first))
             columns = torch.arange(first, min(first + block, len(key)))
@@ -1127,15 +1165,16 @@ def chunk_attention(
 
 # %% 02.4 all-walks-end-alike: top is gone
 def chunk_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block: int = 16, visited: list | None = None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block: int = 16, visited: list | None = None,
 ) -> torch.Tensor:
-    """Causal attention of the last Q of N tokens, one head; notes (first query, first key) of each tile in `visited`."""
+    """Causal attention of the last Q of N tokens, one head; appends (first query, first key) of each tile to visited."""
     past, out = len(key) - len(query), torch.empty_like(query)
-    for top in range(0, len(query), block):
+    for top in range(0, len(query), block):  # a tile of queries …
         rows = torch.arange(top, min(top + block, len(query)))
         acc = torch.zeros(len(rows), value.shape[1])
         m, l = torch.full((len(rows),), -math.inf), torch.zeros(len(rows))
-        for first in range(0, min(past + block, len(key)), block):
+        for first in range(0, min(past + block, len(key)), block):  # … walks along the keys
             if visited is not None:
                 visited.append((top, first))
             columns = torch.arange(first, min(first + block, len(key)))
@@ -1152,15 +1191,16 @@ def chunk_attention(
 
 # %% 02.4 visits-the-future: simply all keys
 def chunk_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block: int = 16, visited: list | None = None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block: int = 16, visited: list | None = None,
 ) -> torch.Tensor:
-    """Causal attention of the last Q of N tokens, one head; notes (first query, first key) of each tile in `visited`."""
+    """Causal attention of the last Q of N tokens, one head; appends (first query, first key) of each tile to visited."""
     past, out = len(key) - len(query), torch.empty_like(query)
-    for top in range(0, len(query), block):
+    for top in range(0, len(query), block):  # a tile of queries …
         rows = torch.arange(top, min(top + block, len(query)))
         acc = torch.zeros(len(rows), value.shape[1])
         m, l = torch.full((len(rows),), -math.inf), torch.zeros(len(rows))
-        for first in range(0, len(key), block):
+        for first in range(0, len(key), block):  # … walks along the keys
             if visited is not None:
                 visited.append((top, first))
             columns = torch.arange(first, min(first + block, len(key)))
@@ -1177,15 +1217,16 @@ def chunk_attention(
 
 # %% 02.4 visits-the-future: all keys, but for the last tile
 def chunk_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block: int = 16, visited: list | None = None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block: int = 16, visited: list | None = None,
 ) -> torch.Tensor:
-    """Causal attention of the last Q of N tokens, one head; notes (first query, first key) of each tile in `visited`."""
+    """Causal attention of the last Q of N tokens, one head; appends (first query, first key) of each tile to visited."""
     past, out = len(key) - len(query), torch.empty_like(query)
-    for top in range(0, len(query), block):
+    for top in range(0, len(query), block):  # a tile of queries …
         rows = torch.arange(top, min(top + block, len(query)))
         acc = torch.zeros(len(rows), value.shape[1])
         m, l = torch.full((len(rows),), -math.inf), torch.zeros(len(rows))
-        for first in range(0, min(past + len(query), len(key)), block):
+        for first in range(0, min(past + len(query), len(key)), block):  # … walks along the keys
             if visited is not None:
                 visited.append((top, first))
             columns = torch.arange(first, min(first + block, len(key)))
@@ -1202,15 +1243,16 @@ def chunk_attention(
 
 # %% 02.4 visited-not-noted: the notes thrown away
 def chunk_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block: int = 16, visited: list | None = None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block: int = 16, visited: list | None = None,
 ) -> torch.Tensor:
-    """Causal attention of the last Q of N tokens, one head; notes (first query, first key) of each tile in `visited`."""
+    """Causal attention of the last Q of N tokens, one head; appends (first query, first key) of each tile to visited."""
     past, out = len(key) - len(query), torch.empty_like(query)
-    for top in range(0, len(query), block):
+    for top in range(0, len(query), block):  # a tile of queries …
         rows = torch.arange(top, min(top + block, len(query)))
         acc = torch.zeros(len(rows), value.shape[1])
         m, l = torch.full((len(rows),), -math.inf), torch.zeros(len(rows))
-        for first in range(0, min(past + top + block, len(key)), block):
+        for first in range(0, min(past + top + block, len(key)), block):  # … walks along the keys
             columns = torch.arange(first, min(first + block, len(key)))
             scores = query[rows] @ key[columns].T * scale
             scores = scores.masked_fill(columns > past + rows[:, None], -math.inf)
@@ -1225,15 +1267,16 @@ def chunk_attention(
 
 # %% 02.4 right: by the last row
 def chunk_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block: int = 16, visited: list | None = None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block: int = 16, visited: list | None = None,
 ) -> torch.Tensor:
-    """Causal attention of the last Q of N tokens, one head; notes (first query, first key) of each tile in `visited`."""
+    """Causal attention of the last Q of N tokens, one head; appends (first query, first key) of each tile to visited."""
     past, out = len(key) - len(query), torch.empty_like(query)
-    for top in range(0, len(query), block):
+    for top in range(0, len(query), block):  # a tile of queries …
         rows = torch.arange(top, min(top + block, len(query)))
         acc = torch.zeros(len(rows), value.shape[1])
         m, l = torch.full((len(rows),), -math.inf), torch.zeros(len(rows))
-        for first in range(0, past + int(rows[-1]) + 1, block):
+        for first in range(0, past + int(rows[-1]) + 1, block):  # … walks along the keys
             if visited is not None:
                 visited.append((top, first))
             columns = torch.arange(first, min(first + block, len(key)))
@@ -1250,15 +1293,16 @@ def chunk_attention(
 
 # %% 02.4 right: all keys, with a break
 def chunk_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, block: int = 16, visited: list | None = None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block: int = 16, visited: list | None = None,
 ) -> torch.Tensor:
-    """Causal attention of the last Q of N tokens, one head; notes (first query, first key) of each tile in `visited`."""
+    """Causal attention of the last Q of N tokens, one head; appends (first query, first key) of each tile to visited."""
     past, out = len(key) - len(query), torch.empty_like(query)
-    for top in range(0, len(query), block):
+    for top in range(0, len(query), block):  # a tile of queries …
         rows = torch.arange(top, min(top + block, len(query)))
         acc = torch.zeros(len(rows), value.shape[1])
         m, l = torch.full((len(rows),), -math.inf), torch.zeros(len(rows))
-        for first in range(0, len(key), block):
+        for first in range(0, len(key), block):  # … walks along the keys
             if first > past + rows[-1]:
                 break
             if visited is not None:

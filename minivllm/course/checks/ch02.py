@@ -274,6 +274,7 @@ _WALKS = {
         "A tile's last query stands at position past + its row; the walk must come so far.",
         "walk-from-start",
         "walk-from-start-cut cut",
+        "walk-from-start-cut",
         "walk-from-start cut",
     ),
     "no-mask": (
@@ -743,7 +744,7 @@ def check_prefill_attention(answer: Callable) -> str:
         seen.largest <= limit,
         "whole-matrix",
         f"The result is right, but a tensor of {seen.largest:,} numbers was made on the way, for a prompt of {keys} "
-        "tokens and 2 heads: a score for each pair of tokens.\n"
+        "tokens and 2 heads: a score for each pair of tokens (a mask counts, too).\n"
         f"Walk along the keys in tiles of at most 64: {limit:,} numbers for all queries and heads at once.",
     )
     mine = counted(answer)
