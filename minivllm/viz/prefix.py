@@ -26,9 +26,9 @@ _MARGIN = 0.2
 _PLAIN = {"lw": 0.8, "edgecolor": palette.SOFT_INK}
 
 
-def short_name(block_hash: int) -> str:
-    """The first digits of a 128-bit hash."""
-    return f"{block_hash:032x}"[:DIGITS]
+def short_name(name: int | str) -> str:
+    """The first digits of a 128-bit hash, or characters of a name in words."""
+    return (name if isinstance(name, str) else f"{name:032x}")[:DIGITS]
 
 
 # --- prompts as a tree ------------------------------------------------------------------------------------------------
@@ -219,10 +219,10 @@ class BlockStory:
         text: str,
         ref_counts: Sequence[int],
         free: Sequence[int],
-        names: Mapping[int, int],
+        names: Mapping[int, int | str],
         tables: Mapping[str, Sequence[int]],
     ) -> None:
-        """Note what the pool looks like now. text: what just happened; names: block -> hash; tables: letter -> table.
+        """Note what the pool looks like now, after what `text` says. names: block -> hash, or a word.
 
         A letter keeps its row and its colour through the story, by order of first appearance.
         """
