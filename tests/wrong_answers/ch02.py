@@ -739,6 +739,86 @@ def flash_attention(
     return out
 
 
+# %% 02.3 rescaled-the-wrong-way: new - m for m - new
+def flash_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
+) -> torch.Tensor:
+    """Causal attention of the last Q of N tokens, one head: [Q, D], [N, D], [N, D] -> [Q, D]."""
+    past, out = len(key) - len(query), torch.empty_like(query)
+    for top in range(0, len(query), block_m):
+        rows = torch.arange(top, min(top + block_m, len(query)))
+        tile = query[rows] * (scale * math.log2(math.e))  # scores in base two
+        acc = torch.zeros(len(rows), value.shape[1])
+        m, l = torch.full((len(rows),), -math.inf), torch.zeros(len(rows))
+        end = past + int(rows[-1]) + 1  # behind the last key that the last of these queries sees
+        for first in range(0, end, block_n):
+            columns = torch.arange(first, min(first + block_n, end))
+            scores = tile @ key[columns].T
+            if columns[-1] > past + top:  # on the diagonal
+                scores = scores.masked_fill(columns > past + rows[:, None], -math.inf)
+            new = torch.maximum(m, scores.amax(dim=1))
+            rescale, weights = torch.exp2(new - m), torch.exp2(scores - new[:, None])
+            acc = acc * rescale[:, None] + weights @ value[columns]
+            l = l * rescale + weights.sum(dim=1)
+            m = new
+        out[rows] = acc / l[:, None]
+    return out
+
+
+# %% 02.3 maximum-not-kept: m = new is missing
+def flash_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
+) -> torch.Tensor:
+    """Causal attention of the last Q of N tokens, one head: [Q, D], [N, D], [N, D] -> [Q, D]."""
+    past, out = len(key) - len(query), torch.empty_like(query)
+    for top in range(0, len(query), block_m):
+        rows = torch.arange(top, min(top + block_m, len(query)))
+        tile = query[rows] * (scale * math.log2(math.e))  # scores in base two
+        acc = torch.zeros(len(rows), value.shape[1])
+        m, l = torch.full((len(rows),), -math.inf), torch.zeros(len(rows))
+        end = past + int(rows[-1]) + 1  # behind the last key that the last of these queries sees
+        for first in range(0, end, block_n):
+            columns = torch.arange(first, min(first + block_n, end))
+            scores = tile @ key[columns].T
+            if columns[-1] > past + top:  # on the diagonal
+                scores = scores.masked_fill(columns > past + rows[:, None], -math.inf)
+            new = torch.maximum(m, scores.amax(dim=1))
+            rescale, weights = torch.exp2(m - new), torch.exp2(scores - new[:, None])
+            acc = acc * rescale[:, None] + weights @ value[columns]
+            l = l * rescale + weights.sum(dim=1)
+        out[rows] = acc / l[:, None]
+    return out
+
+
+# %% 02.3 straddling-tile-not-masked: masked from the tile on that begins at the diagonal
+def flash_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
+) -> torch.Tensor:
+    """Causal attention of the last Q of N tokens, one head: [Q, D], [N, D], [N, D] -> [Q, D]."""
+    past, out = len(key) - len(query), torch.empty_like(query)
+    for top in range(0, len(query), block_m):
+        rows = torch.arange(top, min(top + block_m, len(query)))
+        tile = query[rows] * (scale * math.log2(math.e))  # scores in base two
+        acc = torch.zeros(len(rows), value.shape[1])
+        m, l = torch.full((len(rows),), -math.inf), torch.zeros(len(rows))
+        end = past + int(rows[-1]) + 1  # behind the last key that the last of these queries sees
+        for first in range(0, end, block_n):
+            columns = torch.arange(first, min(first + block_n, end))
+            scores = tile @ key[columns].T
+            if first >= past + top:  # on the diagonal
+                scores = scores.masked_fill(columns > past + rows[:, None], -math.inf)
+            new = torch.maximum(m, scores.amax(dim=1))
+            rescale, weights = torch.exp2(m - new), torch.exp2(scores - new[:, None])
+            acc = acc * rescale[:, None] + weights @ value[columns]
+            l = l * rescale + weights.sum(dim=1)
+            m = new
+        out[rows] = acc / l[:, None]
+    return out
+
+
 # %% 02.3 hidden-scores-are-zero: multiplies with the mask
 def flash_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
@@ -1624,6 +1704,39 @@ def prefill_attention(
     return out
 
 
+# %% 02.5 maximum-not-kept: m = new is missing
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """Causal attention of the last Q of N tokens, one head, in tiles of keys: [Q, D], [N, D], [N, D] -> [Q, D]."""
+    positions = torch.arange(len(key) - len(query), len(key))[:, None]
+    acc, m, l = torch.zeros_like(query), torch.full((len(query), 1), -math.inf), torch.zeros(len(query), 1)
+    for first in range(0, len(key), 64):
+        tile = slice(first, min(first + 64, len(key)))
+        scores = query @ key[tile].T * scale
+        scores = scores.masked_fill(torch.arange(tile.start, tile.stop) > positions, -math.inf)
+        new = torch.maximum(m, scores.amax(dim=1, keepdim=True))
+        rescale, weights = torch.exp(m - new), torch.exp(scores - new)
+        acc = acc * rescale + weights @ value[tile]
+        l = l * rescale + weights.sum(dim=1, keepdim=True)
+    return acc / l
+
+
+def prefill_attention(
+    query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
+    query_start_loc: torch.Tensor, seq_lens: torch.Tensor, scale: float, *, max_query_len: int, max_seq_len: int,
+) -> torch.Tensor:
+    """Each request's new tokens over its whole context: [T, H, D] -> [T, H, D]."""
+    out, starts = torch.empty_like(query), query_start_loc.tolist()
+    heads, (kv_heads, block_size) = query.shape[1], k_cache.shape[1:3]
+    for i, context in enumerate(seq_lens.tolist()):
+        rows = slice(starts[i], starts[i + 1])
+        blocks = block_table[i, : -(-context // block_size)]
+        keys, values = (side_by_side(cache, blocks, context) for cache in (k_cache, v_cache))
+        for head in range(heads):
+            kv_head = head // (heads // kv_heads)
+            out[rows, head] = attend(query[rows, head], keys[kv_head], values[kv_head], scale)
+    return out
+
+
 # %% 02.5 whole-matrix: the naive way for each head
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
     hidden = torch.arange(len(key)) > torch.arange(len(key) - len(query), len(key))[:, None]
@@ -2145,6 +2258,69 @@ def flash_kernel(
     tl.store(out_ptr + query_places, acc / l[:, None], mask=(rows < Q)[:, None])
 
 
+# %% 02.6 diagonal-not-masked: no tl.where at all
+@triton.jit
+def flash_kernel(
+    out_ptr, query_ptr, key_ptr, value_ptr, Q, N, scale_log2,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """Causal attention of the last Q of N tokens, one head; program p does the queries from p · BLOCK_M on."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, D)
+    query_places = rows[:, None] * D + columns[None, :]
+    query = tl.load(query_ptr + query_places, mask=(rows < Q)[:, None], other=0.0)
+    positions = N - Q + rows
+
+    acc = tl.zeros([BLOCK_M, D], dtype=tl.float32)
+    m = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    l = tl.zeros([BLOCK_M], dtype=tl.float32)
+    end = tl.minimum(N - Q + (tl.program_id(0) + 1) * BLOCK_M, N)
+    for first in range(0, end, BLOCK_N):
+        tokens = first + tl.arange(0, BLOCK_N)
+        places, inside = tokens[:, None] * D + columns[None, :], (tokens < N)[:, None]
+        key = tl.load(key_ptr + places, mask=inside, other=0.0)
+        value = tl.load(value_ptr + places, mask=inside, other=0.0)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
+        new = tl.maximum(m, tl.max(scores, axis=1))
+        rescale, weights = tl.exp2(m - new), tl.exp2(scores - new[:, None])
+        acc = acc * rescale[:, None] + tl.dot(weights, value, input_precision="ieee")
+        l = l * rescale + tl.sum(weights, axis=1)
+        m = new
+    tl.store(out_ptr + query_places, acc / l[:, None], mask=(rows < Q)[:, None])
+
+
+# %% 02.6 hidden-scores-are-zero: 0 for -inf
+@triton.jit
+def flash_kernel(
+    out_ptr, query_ptr, key_ptr, value_ptr, Q, N, scale_log2,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """Causal attention of the last Q of N tokens, one head; program p does the queries from p · BLOCK_M on."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, D)
+    query_places = rows[:, None] * D + columns[None, :]
+    query = tl.load(query_ptr + query_places, mask=(rows < Q)[:, None], other=0.0)
+    positions = N - Q + rows
+
+    acc = tl.zeros([BLOCK_M, D], dtype=tl.float32)
+    m = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    l = tl.zeros([BLOCK_M], dtype=tl.float32)
+    end = tl.minimum(N - Q + (tl.program_id(0) + 1) * BLOCK_M, N)
+    for first in range(0, end, BLOCK_N):
+        tokens = first + tl.arange(0, BLOCK_N)
+        places, inside = tokens[:, None] * D + columns[None, :], (tokens < N)[:, None]
+        key = tl.load(key_ptr + places, mask=inside, other=0.0)
+        value = tl.load(value_ptr + places, mask=inside, other=0.0)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
+        scores = tl.where(tokens[None, :] <= positions[:, None], scores, 0.0)
+        new = tl.maximum(m, tl.max(scores, axis=1))
+        rescale, weights = tl.exp2(m - new), tl.exp2(scores - new[:, None])
+        acc = acc * rescale[:, None] + tl.dot(weights, value, input_precision="ieee")
+        l = l * rescale + tl.sum(weights, axis=1)
+        m = new
+    tl.store(out_ptr + query_places, acc / l[:, None], mask=(rows < Q)[:, None])
+
+
 # %% 02.6 one-maximum-for-all-rows: tl.max over everything
 @triton.jit
 def flash_kernel(
@@ -2201,6 +2377,69 @@ def flash_kernel(
         value = tl.load(value_ptr + places, mask=inside, other=0.0)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
         scores = tl.where(tokens[None, :] <= positions[:, None], scores, float("-inf"))
+        new = tl.maximum(m, tl.max(scores, axis=1))
+        rescale, weights = tl.exp2(m - new), tl.exp2(scores - new[:, None])
+        acc = acc * rescale[:, None] + tl.dot(weights, value, input_precision="ieee")
+        l = l * rescale + tl.sum(weights, axis=1)
+        m = new
+    tl.store(out_ptr + query_places, acc / l[:, None], mask=(rows < Q)[:, None])
+
+
+# %% 02.6 maximum-not-kept: m = new is missing
+@triton.jit
+def flash_kernel(
+    out_ptr, query_ptr, key_ptr, value_ptr, Q, N, scale_log2,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """Causal attention of the last Q of N tokens, one head; program p does the queries from p · BLOCK_M on."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, D)
+    query_places = rows[:, None] * D + columns[None, :]
+    query = tl.load(query_ptr + query_places, mask=(rows < Q)[:, None], other=0.0)
+    positions = N - Q + rows
+
+    acc = tl.zeros([BLOCK_M, D], dtype=tl.float32)
+    m = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    l = tl.zeros([BLOCK_M], dtype=tl.float32)
+    end = tl.minimum(N - Q + (tl.program_id(0) + 1) * BLOCK_M, N)
+    for first in range(0, end, BLOCK_N):
+        tokens = first + tl.arange(0, BLOCK_N)
+        places, inside = tokens[:, None] * D + columns[None, :], (tokens < N)[:, None]
+        key = tl.load(key_ptr + places, mask=inside, other=0.0)
+        value = tl.load(value_ptr + places, mask=inside, other=0.0)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
+        scores = tl.where(tokens[None, :] <= positions[:, None], scores, float("-inf"))
+        new = tl.maximum(m, tl.max(scores, axis=1))
+        rescale, weights = tl.exp2(m - new), tl.exp2(scores - new[:, None])
+        acc = acc * rescale[:, None] + tl.dot(weights, value, input_precision="ieee")
+        l = l * rescale + tl.sum(weights, axis=1)
+    tl.store(out_ptr + query_places, acc / l[:, None], mask=(rows < Q)[:, None])
+
+
+# %% 02.6 straddling-tile-not-masked: no mask before the tile's first position
+@triton.jit
+def flash_kernel(
+    out_ptr, query_ptr, key_ptr, value_ptr, Q, N, scale_log2,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """Causal attention of the last Q of N tokens, one head; program p does the queries from p · BLOCK_M on."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, D)
+    query_places = rows[:, None] * D + columns[None, :]
+    query = tl.load(query_ptr + query_places, mask=(rows < Q)[:, None], other=0.0)
+    positions = N - Q + rows
+
+    acc = tl.zeros([BLOCK_M, D], dtype=tl.float32)
+    m = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    l = tl.zeros([BLOCK_M], dtype=tl.float32)
+    end = tl.minimum(N - Q + (tl.program_id(0) + 1) * BLOCK_M, N)
+    for first in range(0, end, BLOCK_N):
+        tokens = first + tl.arange(0, BLOCK_N)
+        places, inside = tokens[:, None] * D + columns[None, :], (tokens < N)[:, None]
+        key = tl.load(key_ptr + places, mask=inside, other=0.0)
+        value = tl.load(value_ptr + places, mask=inside, other=0.0)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
+        scores = tl.where((tokens[None, :] <= positions[:, None]) | (first < N - Q + tl.program_id(0) * BLOCK_M), scores, float("-inf"))
         new = tl.maximum(m, tl.max(scores, axis=1))
         rescale, weights = tl.exp2(m - new), tl.exp2(scores - new[:, None])
         acc = acc * rescale[:, None] + tl.dot(weights, value, input_precision="ieee")

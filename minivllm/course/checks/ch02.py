@@ -191,6 +191,8 @@ def _walk(
     how = set(wrong.split())
     queries, keys = len(query), len(key)
     past = keys - queries
+    if "padded-keys" in how:  # keys that do not exist have scores of 0, and values of 0
+        key, value = (torch.nn.functional.pad(x, (0, 0, 0, -keys % block_n)) for x in (key, value))
     factors = {"unscaled": 1.0, "scaled-twice": scale**2, "no-log2e": scale / LOG2E, "log2e": scale * LOG2E}
     factors["base-2-unscaled"] = 1 / LOG2E
     query, out = query * next((factors[word] for word in how & factors.keys()), scale), torch.empty_like(query)
@@ -200,7 +202,7 @@ def _walk(
         acc, l, walked = torch.zeros(len(rows), value.shape[1]), torch.zeros(len(rows)), 0
         end = _end(past, top, int(rows[-1]) + 1, keys, block_m, block_n, how)
         for first in range(0, end, block_n):
-            columns = torch.arange(first, min(first + block_n, end if "cut" in how else keys))
+            columns = torch.arange(first, min(first + block_n, end if "cut" in how else len(key)))
             hidden = _hidden(columns, past, rows, how)
             scores = (query[rows] @ key[columns].T).masked_fill(hidden, 0.0 if "hidden-are-zero" in how else -INF)
             new = torch.maximum(m, scores.amax(dim=1))
@@ -210,6 +212,8 @@ def _walk(
                 new = new.clamp(min=0.0)
             under = scores.amax(dim=1) if "own-maximum" in how else new
             weights, rescale = torch.exp(scores - under[:, None]), torch.exp(m - new)
+            if "rescale-inverted" in how:
+                rescale = torch.exp(new - m)
             if "rescale-base-e" in how:  # while maxima and weights are in base two; and the other way round
                 rescale = torch.exp((m - new) * LOG2E)
             if "rescale-base-2" in how:
@@ -218,7 +222,7 @@ def _walk(
                 weights, rescale = scores.softmax(dim=1), torch.ones_like(m)
             acc = acc * (1.0 if "same-acc" in how else rescale[:, None]) + weights @ value[columns]
             l = l * (1.0 if "same-sum" in how else rescale) + weights.sum(dim=1)
-            m, walked = new, walked + 1
+            m, walked = m if "maximum-forgotten" in how else new, walked + 1
             if "divide-at-once" in how:
                 acc = acc / l[:, None]
         out[rows] = acc if "undivided" in how else acc / (walked if "mean" in how else l[:, None])
@@ -255,7 +259,8 @@ def _hidden(columns: torch.Tensor, past: int, rows: torch.Tensor, how: set[str])
     on_diagonal = columns[-1] > past + rows[0]
     if "mask-in-the-tile" in how and ("diagonal-only" not in how or on_diagonal):
         hidden = torch.arange(len(columns)) > torch.arange(len(rows))[:, None]
-    return torch.zeros_like(hidden) if "unmasked" in how else hidden
+    late = "mask-late" in how and columns[0] < past + rows[0]
+    return torch.zeros_like(hidden) if "unmasked" in how or late else hidden
 
 
 _WALKS = {
@@ -302,6 +307,13 @@ _WALKS = {
         "mask-in-the-tile cut",
         "mask-in-the-tile diagonal-only",
         "mask-in-the-tile diagonal-only cut",
+    ),
+    "straddling-tile-not-masked": (
+        "You mask the tiles that begin at the diagonal or behind it. Where past and tiles do not fit together, the "
+        "diagonal starts WITHIN a tile that begins before it: its last keys are the future of its first queries.\n"
+        "A tile needs no mask only when its last key comes no later than the tile's first query.",
+        "mask-late",
+        "mask-late cut",
     ),
     "mask-of-the-first-query": (
         "All queries of a tile get the mask of its first one.\n"
@@ -358,6 +370,18 @@ _WALKS = {
         "Multiply both by exp(old maximum - new maximum) before you add the tile.",
         "same-acc same-sum",
     ),
+    "rescaled-the-wrong-way": (
+        "The factor for the old sums is upside down: exp(new - old) is at least 1, and inf at the first tile.\n"
+        "Under a larger maximum, old terms must shrink: exp(old - new).",
+        "rescale-inverted",
+    ),
+    "maximum-not-kept": (
+        "The new maximum is never kept: for each tile the old one is still -inf, so that the factor is exp(-inf) = "
+        "0, and "
+        "only the last tile counts.\n"
+        "m = new, at the end of each step.",
+        "maximum-forgotten",
+    ),
     "sum-not-rescaled": (
         "The output is rescaled when the maximum grows, and the sum is not: in the end you divide by too much.\n"
         "l = l · rescale + …, with the same factor.",
@@ -411,18 +435,19 @@ _WALKS = {
 }
 #: What depends on where tiles begin.
 _TILE_BY_TILE = {
-    "stops-before-the-diagonal", "indices-within-the-tile", "mixed-bases", "not-rescaled", "sum-not-rescaled",
-    "output-not-rescaled", "tile-under-its-own-maximum", "a-softmax-for-each-tile", "divided-in-each-tile",
-    "tail-dropped",
+    "stops-before-the-diagonal", "straddling-tile-not-masked", "indices-within-the-tile", "mixed-bases", "not-rescaled",
+    "maximum-not-kept", "sum-not-rescaled", "output-not-rescaled", "tile-under-its-own-maximum", "tail-dropped",
+    "a-softmax-for-each-tile", "divided-in-each-tile",
 }  # fmt: skip
 
 
-def _suspects(use: Callable[[Callable], Callable] = lambda walk: walk, **tiles: Any) -> Suspects:
-    """All wrong walks; use makes of a walk what is compared with the answer."""
-    return {
-        name: (why, *(use(partial(_walk, wrong=wrong, **tiles)) for wrong in wrongs))
-        for name, (why, *wrongs) in _WALKS.items()
-    }
+def _suspects(use: Callable[[Callable], Callable] = lambda walk: walk, also: str = "") -> Suspects:
+    """All wrong walks; use makes of a walk what is compared with the answer. also: done as well, a second time."""
+    found = {}
+    for name, (why, *ways) in _WALKS.items():
+        ways += [f"{way} {also}" for way in ways if also]
+        found[name] = (why, *(use(partial(_walk, wrong=way)) for way in ways))
+    return found
 
 
 def _inputs(queries: int, keys: int, dim: int, seed: int, size: float = 1.0, spread: float = 0.0) -> tuple:
@@ -827,7 +852,7 @@ def check_flash_kernel(answer: Any) -> str:
             "Program p does the queries from p · BLOCK_M on: tl.program_id(0).",
             first_program,
         ),
-        **_suspects(written),
+        **_suspects(written, also="padded-keys"),
     }
     number = _diagnose(launch, cases, right, suspects, writes=(0,), rtol=1e-3, atol=2e-4)
 
