@@ -27,6 +27,7 @@ class SchedulerBase(Scheduler):
 
         num_cached: how many of its tokens lie in blocks that it got from the prefix cache.
         """
+        assert seq not in self.waiting, f"sequence {seq.seq_id} is started, and stands in `waiting` still"
         assert self._free_slots, f"sequence {seq.seq_id} is started, but all {self.max_num_seqs} places are taken"
         seq.status, seq.slot = SequenceStatus.RUNNING, self._free_slots.pop()
         seq.num_computed_tokens = seq.num_cached_tokens = num_cached
@@ -50,6 +51,7 @@ class SchedulerBase(Scheduler):
         It keeps its tokens; none of them counts as computed any more.
         """
         assert seq.slot is not None, f"sequence {seq.seq_id} is given up, but was not running"
+        assert seq not in self.running, f"sequence {seq.seq_id} is given up, and stands in `running` still"
         assert all(item.sequence is not seq for item in batch.items), f"this step computes sequence {seq.seq_id}"
         self._release(seq)
         seq.status, seq.num_computed_tokens = SequenceStatus.PREEMPTED, 0

@@ -375,8 +375,8 @@ def _check_admission(run: Simulation, told: str, limits: dict[str, int]) -> None
         raise Mistake(
             "lost-request",
             f"{told} {len(run.lost)} never get an answer. The first is number {first}: it stood in the queue for "
-            f"{waited} steps, then it was neither there nor running.\nWho takes a request out of the queue must run "
-            "it, or put it back where it was.",
+            f"{_count(waited, 'step')}, then it was neither there nor running.\nWho takes a request out of the queue "
+            "must run it, or put it back where it was.",
         )
     started = sorted(run.requests, key=lambda r: (r.first_scheduled, r.sequence.seq_id))
     ids = [request.sequence.seq_id for request in started]
@@ -397,10 +397,14 @@ def _plans(run: Simulation) -> list[dict[str, int]]:
     return [{item.request_id: item.num_new_tokens for item in step.scheduled} for step in run.trace.steps]
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def _words(limits: dict[str, int]) -> str:
     return (
-        f"a budget of {limits['max_num_batched_tokens']}, {limits['max_num_seqs']} places and {limits['num_blocks']} "
-        f"blocks of {limits['block_size']} tokens"
+        f"a budget of {limits['max_num_batched_tokens']}, {_count(limits['max_num_seqs'], 'place')} and "
+        f"{limits['num_blocks']} blocks of {limits['block_size']} tokens"
     )
 
 
@@ -423,11 +427,10 @@ class _Machine:
         self.content: dict[tuple[int, int], int] = {}
         self.live: dict[int, Any] = {}
         self.texts: dict[int, list[int]] = {}
-        self.number = 0
+        self.number = -1
         self.room = blocks * self.size
-        self.told = f"With a budget of {self.budget}, {self.places} places, {blocks} blocks of {self.size} tokens" + (
-            ", prefix caching on" if caching else ""
-        )
+        self.told = f"With a budget of {budget}, {_count(places, 'place')}, {blocks} blocks of {_count(size, 'token')}"
+        self.told += ", prefix caching on" * caching
 
     def fail(self, name: str, what: str, hint: str) -> None:
         raise Mistake(name, f"{self.told}: {what}\n{hint}")
@@ -482,12 +485,15 @@ class _Machine:
         waiting = [seq.seq_id for seq in self.scheduler.waiting]
         preempted = [seq.seq_id for seq in batch.preempted]
         if missing := sorted(set(self.live) - {*running, *waiting}):
-            why = "it was preempted" if missing[0] in preempted else "it waited" if known[missing[0]] else "it ran"
-            self.fail(
-                "lost-request",
-                f"{here} request {missing[0]} is neither in `running` nor in `waiting` ({why}).",
-                "Whoever is preempted goes back to `waiting`, also when it is the one that you were making room for.",
-            )
+            lost = missing[0]
+            why, hint = "You took it out of a queue", "Who leaves `waiting` runs, and who leaves `running` waits."
+            if lost in preempted:
+                why = "It was preempted"
+                hint = "It goes back to `waiting`, also when it is the one that you were making room for."
+            elif lost in [seq.seq_id for seq in batch.admitted]:
+                why, hint = "You started it", "Whoever is started belongs at the end of `running`."
+            where = f"{here} request {lost} is neither in `running` nor in `waiting`."
+            self.fail("lost-request", where, f"{why}. {hint}")
         if twice := {i for i in [*running, *waiting] if [*running, *waiting].count(i) > 1}:
             self.fail(
                 "queued-twice", f"{here} request {min(twice)} stands in the queues twice.", "One queue, one place."
@@ -653,7 +659,7 @@ def check_scheduler(answer: type) -> str:
         f"Hand in a subclass of SchedulerBase with a method `schedule` of its own.\nYou handed in {answer!r}.",
     )
     rng = Random(5)
-    num_steps = preemptions = chunks = 0
+    preemptions = chunks = 0
     for number in range(240):
         sizes = (rng.randint(4, 14), rng.randint(1, 4), rng.randint(1, 4), rng.choice([1, 2, 3, 5, 8, 16, 64]))
         machine = _Machine(answer, *sizes, caching=number % 2 == 1)
@@ -670,10 +676,9 @@ def check_scheduler(answer: type) -> str:
             if limit < 0:
                 machine.fail(
                     "starves",
-                    f"after {machine.number} steps {len(machine.live)} requests are still not done.",
+                    f"after {machine.number + 1} steps {len(machine.live)} requests are still not done.",
                     "The oldest must get on in every step.",
                 )
-        num_steps += machine.number
         preemptions += machine.scheduler.stats.num_preemptions
         chunks += machine.scheduler.stats.num_chunks
     _check_prefix_hits(answer)
