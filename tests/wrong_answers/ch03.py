@@ -182,7 +182,8 @@ def slot_mapping(
 
 # %% 03.3 minus-one-is-the-last-slot: -1 // 16 is -1, which is a block, too
 def store_kv(
-    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
 ) -> None:
     size = k_cache.shape[2]
     for token, slot in enumerate(slot_mapping.tolist()):
@@ -192,7 +193,8 @@ def store_kv(
 
 def decode_attention(
     query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
-    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable, num_splits: int | None = None,
+    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable,
+    num_splits: int | None = None,
 ) -> torch.Tensor:
     kv_heads, size = k_cache.shape[1:3]
     out = torch.zeros_like(query)
@@ -207,7 +209,8 @@ def decode_attention(
 
 # %% 03.3 minus-one-is-slot-0: clamped, so that it does not fail
 def store_kv(
-    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
 ) -> None:
     size, slots = k_cache.shape[2], slot_mapping.clamp(min=0).tolist()
     for token, slot in enumerate(slots):
@@ -217,7 +220,8 @@ def store_kv(
 
 def decode_attention(
     query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
-    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable, num_splits: int | None = None,
+    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable,
+    num_splits: int | None = None,
 ) -> torch.Tensor:
     kv_heads, size = k_cache.shape[1:3]
     out = torch.zeros_like(query)
@@ -232,7 +236,8 @@ def decode_attention(
 
 # %% 03.3 stops-at-minus-one: padding is at the end, is it not?
 def store_kv(
-    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
 ) -> None:
     size = k_cache.shape[2]
     for token, slot in enumerate(slot_mapping.tolist()):
@@ -244,7 +249,8 @@ def store_kv(
 
 def decode_attention(
     query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
-    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable, num_splits: int | None = None,
+    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable,
+    num_splits: int | None = None,
 ) -> torch.Tensor:
     kv_heads, size = k_cache.shape[1:3]
     out = torch.zeros_like(query)
@@ -259,7 +265,8 @@ def decode_attention(
 
 # %% 03.3 rows-out-of-step: filters the slots, not the rows
 def store_kv(
-    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
 ) -> None:
     slots, size = slot_mapping[slot_mapping >= 0], k_cache.shape[2]
     k_cache[slots // size, :, slots % size] = key[: len(slots)]
@@ -268,7 +275,8 @@ def store_kv(
 
 def decode_attention(
     query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
-    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable, num_splits: int | None = None,
+    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable,
+    num_splits: int | None = None,
 ) -> torch.Tensor:
     kv_heads, size = k_cache.shape[1:3]
     out = torch.zeros_like(query)
@@ -283,7 +291,8 @@ def decode_attention(
 
 # %% 03.3 tokens-before-heads: the cache as rows of slots
 def store_kv(
-    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
 ) -> None:
     wanted = slot_mapping >= 0
     _, kv_heads, _, dim = k_cache.shape
@@ -293,7 +302,8 @@ def store_kv(
 
 def decode_attention(
     query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
-    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable, num_splits: int | None = None,
+    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable,
+    num_splits: int | None = None,
 ) -> torch.Tensor:
     kv_heads, size = k_cache.shape[1:3]
     out = torch.zeros_like(query)
@@ -308,7 +318,8 @@ def decode_attention(
 
 # %% 03.3 keys-as-values: copied the line, changed one name
 def store_kv(
-    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
 ) -> None:
     wanted = slot_mapping >= 0
     size, slots = k_cache.shape[2], slot_mapping[wanted]
@@ -318,7 +329,8 @@ def store_kv(
 
 def decode_attention(
     query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
-    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable, num_splits: int | None = None,
+    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable,
+    num_splits: int | None = None,
 ) -> torch.Tensor:
     kv_heads, size = k_cache.shape[1:3]
     out = torch.zeros_like(query)
@@ -333,7 +345,8 @@ def decode_attention(
 
 # %% 03.3 not-in-place: indexing twice makes a copy
 def store_kv(
-    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
 ) -> None:
     wanted = slot_mapping >= 0
     size, slots = k_cache.shape[2], slot_mapping[wanted]
@@ -343,7 +356,8 @@ def store_kv(
 
 def decode_attention(
     query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
-    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable, num_splits: int | None = None,
+    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable,
+    num_splits: int | None = None,
 ) -> torch.Tensor:
     kv_heads, size = k_cache.shape[1:3]
     out = torch.zeros_like(query)
@@ -358,7 +372,8 @@ def decode_attention(
 
 # %% 03.3 reads-beyond-the-context: the last block in full
 def store_kv(
-    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
 ) -> None:
     wanted = slot_mapping >= 0
     size, slots = k_cache.shape[2], slot_mapping[wanted]
@@ -368,7 +383,8 @@ def store_kv(
 
 def decode_attention(
     query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
-    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable, num_splits: int | None = None,
+    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable,
+    num_splits: int | None = None,
 ) -> torch.Tensor:
     kv_heads, size = k_cache.shape[1:3]
     out = torch.zeros_like(query)
@@ -383,7 +399,8 @@ def decode_attention(
 
 # %% 03.3 values-not-masked: scores are masked, values are not
 def store_kv(
-    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
 ) -> None:
     wanted = slot_mapping >= 0
     size, slots = k_cache.shape[2], slot_mapping[wanted]
@@ -393,7 +410,8 @@ def store_kv(
 
 def decode_attention(
     query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
-    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable, num_splits: int | None = None,
+    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable,
+    num_splits: int | None = None,
 ) -> torch.Tensor:
     kv_heads, size = k_cache.shape[1:3]
     out = torch.zeros_like(query)
@@ -411,7 +429,8 @@ def decode_attention(
 
 # %% 03.3 heads-interleaved: repeat instead of repeat_interleave
 def store_kv(
-    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
 ) -> None:
     wanted = slot_mapping >= 0
     size, slots = k_cache.shape[2], slot_mapping[wanted]
@@ -421,7 +440,8 @@ def store_kv(
 
 def decode_attention(
     query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
-    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable, num_splits: int | None = None,
+    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable,
+    num_splits: int | None = None,
 ) -> torch.Tensor:
     group, size = query.shape[1] // k_cache.shape[1], k_cache.shape[2]
     out = torch.zeros_like(query)
@@ -436,7 +456,8 @@ def decode_attention(
 
 # %% 03.3 own-scale: 1 / √head_dim, as always
 def store_kv(
-    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
 ) -> None:
     wanted = slot_mapping >= 0
     size, slots = k_cache.shape[2], slot_mapping[wanted]
@@ -446,7 +467,8 @@ def store_kv(
 
 def decode_attention(
     query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
-    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable, num_splits: int | None = None,
+    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable,
+    num_splits: int | None = None,
 ) -> torch.Tensor:
     kv_heads, size = k_cache.shape[1:3]
     out = torch.zeros_like(query)
@@ -461,7 +483,8 @@ def decode_attention(
 
 # %% 03.3 table-ignored: blocks from 0 on
 def store_kv(
-    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
 ) -> None:
     wanted = slot_mapping >= 0
     size, slots = k_cache.shape[2], slot_mapping[wanted]
@@ -471,7 +494,8 @@ def store_kv(
 
 def decode_attention(
     query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
-    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable, num_splits: int | None = None,
+    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable,
+    num_splits: int | None = None,
 ) -> torch.Tensor:
     kv_heads, size = k_cache.shape[1:3]
     out = torch.zeros_like(query)
@@ -486,7 +510,8 @@ def decode_attention(
 
 # %% 03.3 one-table-for-all: block_table[0]
 def store_kv(
-    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
 ) -> None:
     wanted = slot_mapping >= 0
     size, slots = k_cache.shape[2], slot_mapping[wanted]
@@ -496,7 +521,8 @@ def store_kv(
 
 def decode_attention(
     query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
-    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable, num_splits: int | None = None,
+    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable,
+    num_splits: int | None = None,
 ) -> torch.Tensor:
     kv_heads, size = k_cache.shape[1:3]
     out = torch.zeros_like(query)
@@ -511,7 +537,8 @@ def decode_attention(
 
 # %% 03.3 new-token-missing: the context without the new token
 def store_kv(
-    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
 ) -> None:
     wanted = slot_mapping >= 0
     size, slots = k_cache.shape[2], slot_mapping[wanted]
@@ -521,7 +548,8 @@ def store_kv(
 
 def decode_attention(
     query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
-    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable, num_splits: int | None = None,
+    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable,
+    num_splits: int | None = None,
 ) -> torch.Tensor:
     kv_heads, size = k_cache.shape[1:3]
     out = torch.zeros_like(query)
@@ -536,7 +564,8 @@ def decode_attention(
 
 # %% 03.3 last-block-missing: rounds down
 def store_kv(
-    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
 ) -> None:
     wanted = slot_mapping >= 0
     size, slots = k_cache.shape[2], slot_mapping[wanted]
@@ -546,7 +575,8 @@ def store_kv(
 
 def decode_attention(
     query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
-    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable, num_splits: int | None = None,
+    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable,
+    num_splits: int | None = None,
 ) -> torch.Tensor:
     kv_heads, size = k_cache.shape[1:3]
     out = torch.zeros_like(query)
@@ -561,7 +591,8 @@ def decode_attention(
 
 # %% 03.3 heads-and-tokens-mixed: reshape without transpose
 def store_kv(
-    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
 ) -> None:
     wanted = slot_mapping >= 0
     size, slots = k_cache.shape[2], slot_mapping[wanted]
@@ -571,7 +602,8 @@ def store_kv(
 
 def decode_attention(
     query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
-    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable, num_splits: int | None = None,
+    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable,
+    num_splits: int | None = None,
 ) -> torch.Tensor:
     kv_heads, size = k_cache.shape[1:3]
     out = torch.zeros_like(query)
@@ -586,7 +618,8 @@ def decode_attention(
 
 # %% 03.3 padded-row: a mask over one block, even for a context of 0
 def store_kv(
-    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
 ) -> None:
     wanted = slot_mapping >= 0
     size, slots = k_cache.shape[2], slot_mapping[wanted]
@@ -596,7 +629,8 @@ def store_kv(
 
 def decode_attention(
     query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
-    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable, num_splits: int | None = None,
+    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable,
+    num_splits: int | None = None,
 ) -> torch.Tensor:
     kv_heads, size = k_cache.shape[1:3]
     out = torch.zeros_like(query)
@@ -612,7 +646,8 @@ def decode_attention(
 
 # %% 03.3 table-beyond-the-context: all entries first, then the cut
 def store_kv(
-    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
 ) -> None:
     wanted = slot_mapping >= 0
     size, slots = k_cache.shape[2], slot_mapping[wanted]
@@ -622,7 +657,8 @@ def store_kv(
 
 def decode_attention(
     query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
-    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable, num_splits: int | None = None,
+    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable,
+    num_splits: int | None = None,
 ) -> torch.Tensor:
     kv_heads, size = k_cache.shape[1:3]
     out = torch.zeros_like(query)
@@ -637,7 +673,8 @@ def decode_attention(
 
 # %% 03.3 right: plain loops, token by token and head by head
 def store_kv(
-    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
 ) -> None:
     size = k_cache.shape[2]
     for token, slot in enumerate(slot_mapping.tolist()):
@@ -650,7 +687,8 @@ def store_kv(
 
 def decode_attention(
     query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
-    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable, num_splits: int | None = None,
+    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable,
+    num_splits: int | None = None,
 ) -> torch.Tensor:
     heads, size = query.shape[1], k_cache.shape[2]
     group = heads // k_cache.shape[1]
@@ -669,7 +707,8 @@ def decode_attention(
 
 # %% 03.3 right: block by block, with the online softmax, and parts merged
 def store_kv(
-    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
 ) -> None:
     _, kv_heads, size, dim = k_cache.shape
     heads = torch.arange(kv_heads)
@@ -681,7 +720,8 @@ def store_kv(
 
 def decode_attention(
     query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
-    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable, num_splits: int | None = None,
+    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable,
+    num_splits: int | None = None,
 ) -> torch.Tensor:
     (batch, heads, dim), (kv_heads, size) = query.shape, k_cache.shape[1:3]
     splits = max(1, -(-max_seq_len // size))

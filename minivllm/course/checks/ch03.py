@@ -565,9 +565,9 @@ def check_read_context(answer: Callable) -> str:
 
     suspects = {
         "tile-taken-for-a-block": (
-            "The table is still asked for tile number first // tile, and the offset is still counted in tiles. That "
-            "is right "
-            "only when a tile is exactly a block.\nThe cache was laid out in blocks of cache.shape[2].",
+            "It reads as if a tile were a block: right as long as both are 16.\nLook at the picture: which slots of "
+            "its own "
+            "blocks are read, and which others? The block size is cache.shape[2].",
             reader(lambda f, p, t, s: f // t, lambda f, p, t, s: p % t),
             reader(lambda f, p, t, s: p // t, lambda f, p, t, s: p % t),
         ),
