@@ -1178,6 +1178,20 @@ def _rule_eviction(answer: type) -> None:
         f"Of four blocks one ({table[0]}) is cached and three hold nothing known. Three were taken, and the cached "
         "one was among them.\nTake blocks of unknown content first: they are worth nothing.",
     )
+    manager = answer(2, 2)
+    known, unknown = _seq(0, [1, 2]), _seq(1, [9])
+    _compute(manager, known)
+    _compute(manager, unknown)
+    _release(manager, known)
+    _release(manager, unknown)
+    manager.allocate(_seq(2, [8]), 1)
+    expect(
+        len(_find(manager, _seq(3, [1, 2, 3]))) == 1,
+        "cached-evicted-first",
+        "Two blocks are free: one that is cached, and one, freed after it, that was never full, so nobody can find "
+        "what is in it. One was taken, and it was the cached one.\nTake blocks of unknown content first, whenever "
+        "they were freed.",
+    )
     manager = answer(3, 2)
     seq = _seq(0, [1, 2, 3, 4, 5, 6])
     _compute(manager, seq)
