@@ -159,13 +159,15 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with "+" when files differ from it. Outside a checkout MINIVLLM_COMMIT, or None."""
+    """MINIVLLM_COMMIT if set (for a copy without its history), else the checkout's, with "+" when files differ."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
 
+    if commit := os.environ.get("MINIVLLM_COMMIT"):
+        return commit
     try:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("MINIVLLM_COMMIT")
+        return None

@@ -1,11 +1,12 @@
-"""A linear layer, ``x Wᵀ + b``: cuBLAS's matrix product, except for a few rows of x, which is what decoding asks for.
+"""A linear layer, ``x Wᵀ + b``: cuBLAS's matrix product, except for the few rows of x that one request's decode has.
 
 Cost of x [T, K] and W [N, K] with e bytes a number: N·K·e bytes of weights (x and the result are small) against 2·T·N·K
 FLOPs. For few rows bandwidth is the floor: 4096 x 1024 in bf16 is 8.4 MB, 1.9 µs at 4.4 TB/s. A matrix product is cut
 into tiles for the tensor cores, and at T = 1 the narrow ones (o_proj, down_proj) leave most of the GPU idle. Here every
 program takes a few rows of W instead and reads them once, in order. On an H200, T = 1, µs (cuBLAS / this): 4096 x 1024
-5.3 / 4.3, 1024 x 2048 12.8 / 3.4, 1024 x 3072 7.5 / 4.4. Tiles of 16 rows with `tl.dot` gained nothing over it, and
-from 8 rows of x on cuBLAS is as fast.
+5.3 / 4.2, 1024 x 2048 12.8 / 3.3, 6144 x 1024 5.9 / 5.2, 1024 x 3072 6.6 / 4.2, 151936 x 1024 77 / 71. T = 4: 1024 x
+2048 8.3 / 4.6, but 4096 x 1024 5.3 / 5.5: each row of x reads W again, from the L2 cache. Tried: all rows in one
+program, slower from T = 2 (registers); `tl.dot` with x padded to 16 rows, no faster, and behind cuBLAS from T = 8.
 """
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from minivllm.kernels._triton import check_rows, tl, triton
 
-MAX_ROWS = 4  # of x; from 8 on cuBLAS was as fast
+#: T and N up to which a product of several rows is one for the kernel.
+MAX_ROWS, MAX_FEATURES = 4, 2048
 
 
 @triton.jit
@@ -44,19 +46,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Rows of x may be strided, weight and bias are contiguous, all of one dtype; ValueError otherwise.
     """
-    if len(x) > MAX_ROWS:
+    (rows, width), features = x.shape, len(weight)
+    if rows == 0 or rows > (MAX_ROWS if features <= MAX_FEATURES else 1):
         return F.linear(x, weight, bias)
     check_rows("linear", x)
-    if not weight.is_contiguous() or x.dtype != weight.dtype or x.shape[1] != weight.shape[1]:
-        raise ValueError(f"linear: needs a contiguous weight [N, {x.shape[1]}] of dtype {x.dtype}")
-    (rows, width), features = x.shape, len(weight)
+    if not weight.is_contiguous() or x.dtype != weight.dtype or weight.shape[1] != width:
+        raise ValueError(f"linear: needs a contiguous weight [N, {width}] of dtype {x.dtype}")
     out = torch.empty(rows, features, dtype=x.dtype, device=x.device)
-    if rows:
-        block_n, block_k = 8, min(1024, triton.next_power_of_2(width))
-        _linear_kernel[(triton.cdiv(features, block_n), rows)](
-            out, x, weight, weight if bias is None else bias, x.stride(0), features, width,
-            BLOCK_N=block_n, BLOCK_K=block_k, BIAS=bias is not None, num_warps=8,
-        )  # fmt: skip
+    block_n, block_k = 8, min(1024, triton.next_power_of_2(width))
+    _linear_kernel[(triton.cdiv(features, block_n), rows)](
+        out, x, weight, weight if bias is None else bias, x.stride(0), features, width,
+        BLOCK_N=block_n, BLOCK_K=block_k, BIAS=bias is not None, num_warps=8,
+    )  # fmt: skip
     return out
 
 

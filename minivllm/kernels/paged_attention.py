@@ -30,9 +30,9 @@ def _decode_kernel(
     KH: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Program (sequence, KV head, split): an equal share of the context's tiles."""
-    sequence = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1)
+    """Program (KV head, sequence, split): an equal share of the context's tiles."""
+    kv_head = tl.program_id(0)
+    sequence = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     context = tl.load(seq_lens_ptr + sequence)
     members = tl.arange(0, 16)  # query heads of this KV head; rows from GROUP on are padding
@@ -66,7 +66,7 @@ def _decode_kernel(
         row_max = new_max
 
     safe_sum = tl.where(row_sum > 0.0, row_sum, 1.0)  # an empty split, or a padded sequence: output 0, lse -inf
-    target = (split * tl.num_programs(0) + sequence) * (KH * GROUP) + heads
+    target = (split * tl.num_programs(1) + sequence) * (KH * GROUP) + heads
     tl.store(out_ptr + target[:, None] * D + columns[None, :], acc / safe_sum[:, None], mask=inside_q)
     if SPLIT:
         lse = (row_max + tl.log2(safe_sum)) * 0.6931471805599453  # from base 2 to the natural logarithm
@@ -74,8 +74,8 @@ def _decode_kernel(
 
 
 def choose_num_splits(programs: int, max_seq_len: int, multiprocessors: int) -> int:
-    """As many splits as keep to one wave of programs, but none of fewer than 128 tokens: merging costs a launch."""
-    return max(1, min(multiprocessors // max(1, programs), -(-max_seq_len // 128)))
+    """As many as give every multiprocessor a program, but none of fewer than 128 tokens: merging costs a launch."""
+    return max(1, min(-(-multiprocessors // max(1, programs)), -(-max_seq_len // 128)))
 
 
 def decode_attention(
@@ -101,10 +101,13 @@ def decode_attention(
     out_dtype = torch.float32 if split else query.dtype
     out = torch.empty(num_splits, batch, heads, dim, dtype=out_dtype, device=query.device)
     lse = torch.empty(num_splits, batch, heads, dtype=torch.float32, device=query.device) if split else out
-    # From a sweep on an H200 for head_dim 128 in bf16 (BLOCK_N, warps, stages), narrower where a row is longer.
-    block_n, warps, stages = (32, 4, 2) if dim * query.element_size() > 256 else (64, 4, 5)
+    # BLOCK_N, warps, stages from a sweep on an H200 for head_dim 128 in bf16, narrower where a row is longer. With many
+    # programs, small ones keep more bytes in flight; a few that share a context do better with a deeper pipeline.
+    block_n, warps, stages = (64, 4, 5) if split else (32, 2, 5)
+    if dim * query.element_size() > 256:
+        block_n, warps, stages = 32, 4, 2
     if batch:
-        _decode_kernel[(batch, num_kv_heads, num_splits)](
+        _decode_kernel[(num_kv_heads, batch, num_splits)](
             out, lse, query, k_cache, v_cache, block_table, seq_lens, scale * math.log2(math.e),
             query.stride(0), block_table.stride(0), num_splits, KH=num_kv_heads, GROUP=heads // num_kv_heads, D=dim,
             BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_SIZE=block_size, BLOCK_N=block_n, SPLIT=split,
