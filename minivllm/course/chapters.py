@@ -7,8 +7,6 @@ it is still known for what it is. Cells are matched by their ids, which Jupyter 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import subprocess
 from dataclasses import dataclass
@@ -191,45 +189,3 @@ def chapters(root: Path) -> list[Chapter]:
 def compared_text(cell: NotebookNode) -> str:
     """What a check cell printed on stdout."""
     return "".join(o.get("text", "") for o in cell.get("outputs", []) if o.get("name") == "stdout").strip()
-
-
-def digests(solution: NotebookNode) -> dict[str, str]:
-    """A digest of every code cell, by its id: of checks with what they printed, of answers only of their stubs."""
-    from minivllm.course.authoring import stub_source
-
-    found = {}
-    for cell in solution.cells:
-        kind, _ = role(cell)
-        if cell.cell_type != "code":
-            continue
-        text = cell.source + ("\0" + compared_text(cell) if kind == "check" else "")
-        if kind == "exercise":
-            try:
-                text = stub_source(cell)
-            except (ValueError, SyntaxError):
-                text = ""
-        found[cell.id] = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return found
-
-
-def require_published(chapter: Chapter) -> None:
-    """ChangedSolutionError where a code cell of the solution is not as it was published; it names them all.
-
-    A chapter without digests is taken as it is.
-    """
-    if not chapter.digests.exists():
-        return
-    published, now = json.loads(chapter.digests.read_text(encoding="utf-8")), digests(chapter.solution)
-    cells = {cell.id: role(cell) for cell in chapter.solution.cells}
-    changed = []
-    for name in published | now:
-        if published.get(name) != now.get(name):
-            kind, id = cells.get(name, ("given", ""))
-            of = {"check": f"the check of {id}", "exercise": f"the names or signatures in the answer to {id}"}
-            changed.append(of.get(kind, f"the cell {name!r}"))
-    if changed:
-        name = f"solutions/{chapter.name}.ipynb"
-        raise ChangedSolutionError(
-            f"{name} is not as it was published ({', '.join(changed)}), and answers are checked by it. "
-            f"Restore it: git checkout -- {name} (its authors: python -m minivllm.course.authoring stubs)"
-        )

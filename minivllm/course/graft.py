@@ -14,15 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minivllm.course.chapters import (
-    Chapter,
-    CourseNotFoundError,
-    compared_text,
-    find_root,
-    read,
-    require_published,
-    role,
-)
+from minivllm.course.chapters import Chapter, CourseNotFoundError, compared_text, find_root, read, role
+from minivllm.course.stubs import defined_names, names_in, require_published, stub_source
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -101,8 +94,6 @@ def graft(path: Path, chapter: Chapter) -> list[Group]:
 
     ChangedSolutionError where the solution is not as published; CourseNotFoundError where a file cannot be read.
     """
-    from minivllm.course.authoring import stub_source
-
     require_published(chapter)
     if not path.exists():
         raise CourseNotFoundError(
@@ -111,6 +102,7 @@ def graft(path: Path, chapter: Chapter) -> list[Group]:
     learner, solution = read(path), chapter.solution
     found = _answer_cells(learner)
     own = _own_cells(learner, solution)
+    wanted = {id: names_in(cell.source) for cell in solution.cells for kind, id in [role(cell)] if kind == "check"}
     groups = [Group("", own[""])]
     for cell in solution.cells:
         kind, id = role(cell)
@@ -120,7 +112,7 @@ def graft(path: Path, chapter: Chapter) -> list[Group]:
         if kind == "exercise" and id not in found:
             group.broken = "answer-missing", _missing(id, cell, learner)
         elif kind == "exercise":
-            _put_answer(group, found[id], stub_source(cell))
+            _put_answer(group, found[id], stub_source(cell), wanted[id])
         elif cell.cell_type == "code":
             group.cells.append(Cell("check" if kind == "check" else "given", cell.source))
         if kind == "check":
@@ -130,9 +122,9 @@ def graft(path: Path, chapter: Chapter) -> list[Group]:
     return groups
 
 
-def _put_answer(group: Group, cells: list[tuple[int, str]], stub: str) -> None:
+def _put_answer(group: Group, cells: list[tuple[int, str]], stub: str, wanted: set[str]) -> None:
     sources = [source for _, source in cells]
-    group.untouched = all(_same_code(source, stub) for source in sources)
+    group.untouched = all(_same_code(source, stub) or _same_code(source, "") for source in sources)
     group.cells += [Cell("answer", source) for source in sources]
     if len(cells) > 1:
         where = " and ".join(str(number) for number, _ in cells)
@@ -141,6 +133,9 @@ def _put_answer(group: Group, cells: list[tuple[int, str]], stub: str) -> None:
         )
     if any("(a marker stood here)" in source for source in sources):
         group.notes.append("NBVAL markers in an answer are ignored.")
+    lost = sorted((defined_names(stub) & wanted).difference(*(names_in(source, ast.Store) for source in sources)))
+    if lost and not group.untouched:
+        group.notes.append(f"Your answer does not define {', '.join(lost)}, which its check asks for.")
 
 
 def _own_cells(learner: NotebookNode, solution: NotebookNode) -> dict[str, list[Cell]]:
@@ -171,8 +166,6 @@ def _missing(id: str, answer: NotebookNode, learner: NotebookNode) -> str:
             return (
                 f"The answer to {id}, cell {number} of your file, is a {cell.cell_type} cell: make it code (press Y)."
             )
-    from minivllm.course.authoring import defined_names, stub_source
-
     names = defined_names(stub_source(answer))
     for number, cell in enumerate(learner.cells, start=1):
         try:

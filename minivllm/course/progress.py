@@ -10,26 +10,19 @@ import hashlib
 import json
 import os
 import re
-import textwrap
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from minivllm.course.chapters import (
-    Chapter,
-    CourseNotFoundError,
-    Statement,
-    chapters,
-    find_root,
-    read,
-    require_published,
-)
+from minivllm.course.chapters import Chapter, CourseNotFoundError, Statement, chapters, find_root, read
 from minivllm.course.graft import Group, chapter_of, graft
 from minivllm.course.runner import CELL_TIMEOUT, FAILED, NOT_ATTEMPTED, NOT_RUNNABLE, PASSED, Verdict, verdicts
+from minivllm.course.stubs import make_exercises, require_published
 from minivllm.errors import MiniVLLMError
 
 UNCHECKED = "not checked"
@@ -153,7 +146,7 @@ def _print(verdict: Verdict, statement: Statement, tries: int, console: Console)
         number = min(max(tries, 1), len(statement.hints))
         parts.append(f"Hint {number} of {len(statement.hints)}: {statement.hints[number - 1]}")
     for part in filter(None, parts):
-        console.print(Text(textwrap.indent(part, " " * 8)), highlight=False)
+        console.print(Padding(Text(part), (0, 0, 0, 8), expand=False))
 
 
 def _shown(path: Path, root: Path) -> str:
@@ -228,8 +221,6 @@ def _reading_minutes(chapter: Chapter) -> int:
 def reset(what: str) -> tuple[Path, Path | None]:
     """Write a fresh copy of a chapter's exercises. Returns (it, what was there before and is kept, or None)."""
     import nbformat
-
-    from minivllm.course.authoring import make_exercises
 
     chapter, path, _ = _find(what)
     require_published(chapter)

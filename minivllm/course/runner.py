@@ -18,6 +18,7 @@ from typing import Any
 
 from minivllm.course.chapters import JupyterMissingError
 from minivllm.course.graft import Group
+from minivllm.course.stubs import names_in
 
 PASSED, FAILED, NOT_ATTEMPTED, NOT_RUNNABLE = "passed", "failed", "not attempted", "not runnable here"
 #: Seconds that a cell may take, and those that it has to end when it is interrupted.
@@ -194,7 +195,7 @@ def _run(kernel: Kernel, group: Group, timeout: float, notes: tuple[str, ...] = 
     verdict, trouble, warnings = Verdict(group.id, FAILED, "no-verdict", "Its check did not run."), None, list(notes)
     for cell in group.cells:
         if cell.kind == "check":
-            taken = kernel.execute(_hidden("restore", _names(cell.source))).printed.split()
+            taken = kernel.execute(_hidden("restore", names_in(cell.source))).printed.split()
             warnings += [f"Your cells give `{name}` another meaning; the check took the original." for name in taken]
         result = kernel.execute(cell.source, timeout)
         if result.timed_out or result.ended:
@@ -211,7 +212,7 @@ def _run(kernel: Kernel, group: Group, timeout: float, notes: tuple[str, ...] = 
         elif cell.kind == "check":
             verdict = _judge(group, result, trouble)
         elif cell.kind == "given" and not result.error:
-            kernel.execute(_hidden("remember", _names(cell.source, ast.Store)))
+            kernel.execute(_hidden("remember", names_in(cell.source, ast.Store)))
         elif result.error and cell.kind == "answer":
             trouble = trouble or result
         elif result.error:
@@ -245,17 +246,3 @@ def _error(result: Result) -> str:
     where = re.search(r"^-+> (\d+) (.*)$", trace, re.MULTILINE)
     text = re.sub(r"\(\S+\.py, line (\d+)\)", r"(line \1)", text)
     return f"{kind}: {text}" + (f"\nline {where[1]}: {where[2].strip()}" if where else "")
-
-
-def _names(source: str, context: type[ast.expr_context] = ast.Load) -> set[str]:
-    """The names that a source reads, or those that it binds (ast.Store); none where it has magics."""
-    try:
-        nodes = list(ast.walk(ast.parse(source)))
-    except SyntaxError:
-        return set()
-    names = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, context)}
-    if context is ast.Store:
-        names |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-        imports = [alias for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names]
-        names |= {(alias.asname or alias.name).partition(".")[0] for alias in imports}
-    return names

@@ -10,8 +10,9 @@ import nbformat
 import pytest
 from nbformat import NotebookNode
 
-from minivllm.course.authoring import make_exercises, write_stubs
+from minivllm.course.authoring import write_stubs
 from minivllm.course.chapters import Chapter
+from minivllm.course.stubs import make_exercises
 
 
 @pytest.fixture

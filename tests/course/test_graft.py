@@ -200,6 +200,16 @@ def test_stubs_are_not_attempted(chapter: Chapter) -> None:
     assert time.perf_counter() - began < 1, "no kernel is needed to know that"
 
 
+def test_an_empty_answer_is_not_attempted_and_a_renamed_one_is_told(chapter: Chapter, learner: Learner) -> None:
+    path = learner(
+        lambda notebook: demo.fill_in(notebook, answer_1="def my_double(x): return 2 * x", answer_2="# later")
+    )
+    found = judge(chapter, path)
+    assert states(found) == {"99.1": FAILED, "99.2": NOT_ATTEMPTED, "99.3": PASSED}
+    assert "NameError: name 'double' is not defined" in found["99.1"].message
+    assert "Your answer does not define double, which its check asks for." in found["99.1"].notes
+
+
 def test_half_an_answer_is_not_attempted(chapter: Chapter, learner: Learner) -> None:
     half = demo.DOUBLE.replace(
         "result = x * by\n    return result", 'raise NotImplementedError("99.1: your code here")'

@@ -14,8 +14,9 @@ from nbformat.v4 import new_code_cell
 from test_chapters import leaks, parts_of, sections
 
 from minivllm.course import authoring
-from minivllm.course.authoring import make_exercises, misplaced, problems, stub_source
-from minivllm.course.chapters import ChangedSolutionError, Chapter, read, require_published, role
+from minivllm.course.authoring import misplaced, problems
+from minivllm.course.chapters import ChangedSolutionError, Chapter, read, role
+from minivllm.course.stubs import make_exercises, require_published, stub_source
 
 # --- children ---------------------------------------------------------------------------------------------------------
 

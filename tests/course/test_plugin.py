@@ -20,7 +20,8 @@ import test_graft as changes
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from minivllm.course.authoring import make_exercises, write_stubs
+from minivllm.course.authoring import write_stubs
+from minivllm.course.stubs import make_exercises
 
 Outcomes = dict[str, dict[str, str]]
 PASSED = "passed"

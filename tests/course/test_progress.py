@@ -14,8 +14,8 @@ from test_graft import WRONG, without
 from typer.testing import CliRunner
 
 from minivllm.cli import app
-from minivllm.course.authoring import make_exercises
 from minivllm.course.chapters import Chapter, Statement, find_root, read
+from minivllm.course.stubs import make_exercises
 
 Learner = Callable[..., Path]
 
