@@ -1,0 +1,788 @@
+"""A simulated GPU: one stream of kernels, events and graphs, on a CPU, by the rules of CUDA.
+
+Its tensors take PyTorch's operations. Each operation is *launched*: the CPU goes on at once, and the kernel runs when
+the simulated clock reaches it, on what lies in memory then. `gpu.graph` records what is launched, and `replay` launches
+all of it together, at the same addresses. What CUDA forbids raises CUDA's error; what CUDA lets pass silently (a buffer
+overwritten too early, a result read too early, a Python number baked into a recording) passes silently here too, and
+gives wrong numbers.
+
+    gpu = SimulatedGPU()
+    x, graph = gpu.zeros(3), gpu.CUDAGraph()
+    with gpu.graph(graph):
+        y = x + 1                  # recorded, not run
+    x.fill_(41)
+    graph.replay()
+    y.tolist()                     # waits for the GPU: [42.0, 42.0, 42.0]
+
+Names are those of `torch.cuda` where it has them. Simplified: one stream; constant costs of a launch and a replay, no
+gaps between kernels; a kernel takes its bytes at the memory's rate, or a least time; freed memory is used again by
+recordings only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from minivllm.batch import AttentionMetadata, BatchRow, build_batch
+from minivllm.bundled import BUNDLED_MODEL_PATH
+from minivllm.engine.block_manager import BlockManager
+from minivllm.engine.cuda_graphs import DecodeState
+from minivllm.engine.scheduler import Scheduler
+from minivllm.engine.sequence import ScheduledBatch
+from minivllm.engine.sequence import Sequence as EngineSequence
+from minivllm.errors import MiniVLLMError
+from minivllm.kernels import Kernels
+from minivllm.models.loader import load_config, load_model
+from minivllm.sampling_params import SamplingParams
+
+aten = torch.ops.aten
+
+#: What CUDA says where a recording waits for the GPU.
+NOT_WHILE_CAPTURING = "CUDA error: operation not permitted when stream is capturing"
+#: Operations whose result has a size that depends on values: PyTorch waits for them.
+_NEEDS_VALUES = ("nonzero", "masked_select", "unique", "unique_dim", "unique_consecutive", "bincount")
+#: Bytes that the pools of recordings give out at least, and in multiples of which.
+_GRAIN = 512
+
+
+class CudaError(MiniVLLMError, RuntimeError):
+    """What CUDA, or PyTorch for it, would have raised."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Something that the CPU or the GPU did, in microseconds of the simulated clock."""
+
+    lane: str  # "CPU" or "GPU"
+    name: str
+    kind: str  # CPU: "launch", "replay", "work", "wait"; GPU: "kernel", "copy"
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class _Op:
+    """A kernel or a copy, as it is launched or recorded."""
+
+    name: str
+    kind: str
+    us: float
+    run: Callable[[], Any]
+
+
+class DeviceTensor(torch.Tensor):
+    """A tensor in the simulated GPU's memory. Made by `SimulatedGPU`, and by operations on such tensors."""
+
+    _memory: torch.Tensor
+    _gpu: SimulatedGPU
+    _block: _Block | None
+
+    @staticmethod
+    def __new__(cls, memory: torch.Tensor, gpu: SimulatedGPU, block: _Block | None = None) -> DeviceTensor:
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, memory.shape, strides=memory.stride(), storage_offset=memory.storage_offset(), dtype=memory.dtype
+        )
+        self._memory, self._gpu, self._block = memory, gpu, block
+        return self
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        found: list[DeviceTensor] = []
+        tree_map(lambda x: found.append(x) if isinstance(x, DeviceTensor) else None, (args, kwargs or {}))
+        return found[0]._gpu._operation(func, args, kwargs or {})
+
+    def cpu(self) -> torch.Tensor:  # type: ignore[override]
+        """A copy in the CPU's memory: waits for the GPU."""
+        return self._gpu._read(self).clone()
+
+    def tolist(self) -> list:
+        return self._gpu._read(self).tolist()
+
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(
+            "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory "
+            "first."
+        )
+
+    __array__ = numpy
+
+    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+        target = kwargs.get("device", args[0] if args else None)
+        if isinstance(target, str | torch.device) and torch.device(target).type == "cpu":
+            return self.cpu()
+        return super().to(*args, **kwargs)
+
+    def data_ptr(self) -> int:
+        """Its address: the same number means the same place in memory."""
+        return self._memory.data_ptr()
+
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+        return f"{repr(self._gpu._read(self))[:-1]}, device='simulated')"
+
+    def __deepcopy__(self, memo: Any) -> DeviceTensor:
+        raise CudaError("a tensor of the simulated GPU is not copied this way; use .clone()")
+
+
+class SimulatedGPU:
+    """See the module. Times in microseconds.
+
+    launch_us: CPU time of launching a kernel or a copy; replay_us: of a whole graph. kernel_us: the least time of a
+    kernel on the GPU; bytes_per_us: what it reads and writes in a microsecond. `now` is the CPU's clock; `spans` is
+    what has happened; num_launches, num_replays and num_waits count.
+    """
+
+    def __init__(
+        self, *, launch_us: float = 10.0, replay_us: float = 20.0, kernel_us: float = 2.0, bytes_per_us: float = 4e6
+    ) -> None:
+        self.launch_us, self.replay_us, self.kernel_us, self.bytes_per_us = (
+            launch_us,
+            replay_us,
+            kernel_us,
+            bytes_per_us,
+        )
+        self.now = 0.0
+        self.spans: list[Span] = []
+        self.num_launches = self.num_replays = self.num_waits = 0
+        self._stream_free = 0.0  # when everything launched so far will have run
+        self._pending: deque[tuple[float, _Op]] = deque()  # launched, not run: (end, what)
+        self._capture: CUDAGraph | None = None
+        self._pinned: dict[int, torch.Tensor] = {}
+        self._broken = ""
+
+    # --- memory ---------------------------------------------------------------------------------------------------
+
+    def empty(self, *size: int, dtype: torch.dtype = torch.float32) -> DeviceTensor:
+        """Memory that holds whatever lay there: NaN, or a huge negative integer."""
+        return self._allocate(_size(size), dtype)
+
+    def zeros(self, *size: int, dtype: torch.dtype = torch.float32) -> DeviceTensor:
+        """Launches a kernel that writes the zeros."""
+        return self.full(_size(size), 0, dtype=dtype)
+
+    def full(self, size: Sequence[int], value: float, dtype: torch.dtype | None = None) -> DeviceTensor:
+        """Launches a kernel that writes the value."""
+        kind = dtype or (torch.float32 if isinstance(value, float) else torch.int64)
+        return self._allocate(tuple(size), kind).fill_(value)
+
+    def tensor(self, values: Any, dtype: torch.dtype | None = None) -> DeviceTensor:
+        """Copy from the CPU's ordinary (pageable) memory: waits for all that the GPU has to do."""
+        host = values.detach() if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=dtype)
+        if self._capture is not None:
+            raise CudaError(NOT_WHILE_CAPTURING)
+        return self._allocate(tuple(host.shape), dtype or host.dtype).copy_(host)
+
+    def pinned(self, values: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A tensor in the CPU's memory that the GPU can reach by itself: copies of it need not wait."""
+        host = torch.tensor(values, dtype=dtype) if not isinstance(values, torch.Tensor) else values.clone()
+        self._pinned[host.untyped_storage().data_ptr()] = host  # kept, so that no other tensor gets this address
+        return host
+
+    def move(self, module: torch.nn.Module) -> torch.nn.Module:
+        """The module with its parameters, and tensors that are plain attributes, in the GPU's memory."""
+        moved: dict[int, DeviceTensor] = {}
+        for part in module.modules():
+            for holder in (part._parameters, part.__dict__):
+                for name, value in list(holder.items()):
+                    if isinstance(value, torch.Tensor) and not isinstance(value, DeviceTensor):
+                        if id(value) not in moved:
+                            moved[id(value)] = DeviceTensor(value.detach(), self)
+                        holder[name] = moved[id(value)]
+        return module
+
+    def _allocate(self, size: Sequence[int], dtype: torch.dtype, stride: Sequence[int] | None = None) -> DeviceTensor:
+        stride = torch.empty(size, device="meta").stride() if stride is None else stride
+        if self._capture is not None:
+            block = self._capture.pool.allocate(_extent(size, stride) * dtype.itemsize)
+            memory = block.memory.view(dtype).as_strided(size, stride, block.offset // dtype.itemsize)
+        else:
+            block, memory = None, torch.empty_strided(size, stride, dtype=dtype)
+        memory.fill_(float("nan") if dtype.is_floating_point else False if dtype == torch.bool else -(1 << 30))
+        return DeviceTensor(memory, self, block)
+
+    # --- the clock ------------------------------------------------------------------------------------------------
+
+    def work(self, name: str, us: float) -> None:
+        """The CPU does something for so long, and the GPU goes on meanwhile."""
+        self._check()
+        self._advance(name, "work", us)
+
+    def launch(self, name: str, us: float) -> None:
+        """Launch a kernel that only takes time."""
+        self._launch(_Op(name, "kernel", us, lambda: None))
+
+    def synchronize(self) -> None:
+        """Wait for everything that was launched."""
+        self._wait(self._stream_free, "wait for the GPU")
+
+    @property
+    def elapsed_us(self) -> float:
+        """From the start to the end of the last thing that was done or launched."""
+        return max([self.now, *(span.end for span in self.spans[-1:]), self._stream_free])
+
+    def forget_spans(self) -> None:
+        """Set the clock back to 0 and begin a new record of what happens. Waits for the GPU first."""
+        self.synchronize()
+        self.now = self._stream_free = 0.0
+        self.spans.clear()
+        self.num_launches = self.num_replays = self.num_waits = 0
+
+    def _advance(self, name: str, kind: str, us: float) -> None:
+        self.spans.append(Span("CPU", name, kind, self.now, self.now + us))
+        self.now += us
+        self._settle()
+
+    def _settle(self) -> None:
+        """Run what the GPU has finished by now."""
+        while self._pending and self._pending[0][0] <= self.now + 1e-9:
+            _, op = self._pending.popleft()
+            try:
+                op.run()
+            except (IndexError, RuntimeError) as error:
+                self._broken = f"CUDA error: device-side assert triggered\n(in the kernel {op.name}: {error})"
+                self._pending.clear()
+
+    def _wait(self, until: float, name: str) -> None:
+        if self._capture is not None:
+            raise CudaError(NOT_WHILE_CAPTURING)
+        self.num_waits += 1
+        if until > self.now:
+            self._advance(name, "wait", until - self.now)
+        self._settle()
+        self._check()
+
+    def _check(self) -> None:
+        if self._broken:
+            raise CudaError(self._broken)
+
+    def _read(self, tensor: DeviceTensor) -> torch.Tensor:
+        """The CPU looks at values."""
+        self._wait(self._stream_free, "read a value")
+        return tensor._memory
+
+    # --- operations -----------------------------------------------------------------------------------------------
+
+    def _launch(self, op: _Op) -> None:
+        self._check()
+        if self._capture is not None:
+            self._capture.ops.append(op)
+            return
+        self.num_launches += 1
+        self._advance(op.name, "launch", self.launch_us)
+        self._enqueue(op)
+
+    def _enqueue(self, op: _Op) -> None:
+        start = max(self.now, self._stream_free)
+        self._stream_free = start + op.us
+        self.spans.append(Span("GPU", op.name, op.kind, start, self._stream_free))
+        self._pending.append((self._stream_free, op))
+
+    def _microseconds(self, *values: Any) -> float:
+        """Of a kernel that reads and writes these."""
+        numbers = [0]
+        tree_map(
+            lambda x: numbers.append(x.numel() * x.element_size()) if isinstance(x, torch.Tensor) else None, values
+        )
+        return max(self.kernel_us, sum(numbers) / self.bytes_per_us)
+
+    def _operation(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """One operation of PyTorch on tensors of which at least one is ours."""
+        name = func._schema.name.removeprefix("aten::")
+        if func is aten._local_scalar_dense.default:
+            return self._read(args[0]).item()
+        if func is aten.equal.default:
+            return torch.equal(*(self._read(x) if isinstance(x, DeviceTensor) else x for x in args))
+        if func is aten.copy_.default and not all(isinstance(x, DeviceTensor) or x.dim() == 0 for x in args[:2]):
+            return self._copy(*args, **kwargs)
+        returns = func._schema.returns
+        if returns and returns[0].alias_info is not None and not returns[0].alias_info.is_write:
+            return self._view(func, args, kwargs)
+        args, kwargs = self._on_device(name, args), self._on_device(name, kwargs)
+        if name in _NEEDS_VALUES or _has_mask(name, args):
+            return self._with_values(func, args, kwargs)
+        return self._kernel(name, func, args, kwargs)
+
+    def _view(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The same memory seen otherwise: nothing to launch."""
+        memory = func(*_memory(args), **_memory(kwargs))
+        return tree_map(lambda x: DeviceTensor(x, self, args[0]._block) if isinstance(x, torch.Tensor) else x, memory)
+
+    def _on_device(self, name: str, values: Any) -> Any:
+        """Numbers in tensors of the CPU are passed along by value; whole tensors are not at hand for a kernel."""
+
+        def one(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor) or isinstance(value, DeviceTensor):
+                return value
+            if value.dim() == 0:
+                return value.clone()
+            if name in ("index", "index_put_", "index_put"):  # PyTorch moves indices by itself
+                return self.tensor(value)
+            raise CudaError(
+                "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!\n"
+                f"(in {name}; gpu.tensor(...), gpu.zeros(...) and x.new_zeros(...) make tensors on the simulated GPU)"
+            )
+
+        return tree_map(one, values)
+
+    def _kernel(self, name: str, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        shapes = func(*_meta(args), **_meta(kwargs))
+        written = [x for x, about in zip(args, func._schema.arguments, strict=False) if _is_write(about)]
+        written += [kwargs[a.name] for a in func._schema.arguments if a.name in kwargs and _is_write(a)]
+        if written:
+            ours = written[0]
+            inputs, named = _memory(args), _memory(kwargs)
+            us = self._microseconds(inputs, named)
+            self._launch(_Op(name, "kernel", us, lambda: func(*inputs, **named)))
+            return ours
+        out = tree_map(lambda x: self._allocate(x.shape, x.dtype, x.stride()) if _is_tensor(x) else x, shapes)
+        if name not in ("empty_like", "new_empty", "empty_strided", "new_empty_strided"):
+            self._launch_into(name, func, args, kwargs, out)
+        return out
+
+    def _launch_into(self, name: str, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+        inputs, named, results = _memory(args), _memory(kwargs), _memory(out)
+
+        def run() -> None:
+            tree_map(lambda into, new: into.copy_(new) if _is_tensor(into) else None, results, func(*inputs, **named))
+
+        self._launch(_Op(name, "kernel", self._microseconds(inputs, named, results), run))
+
+    def _with_values(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """PyTorch must know how many there are before it can go on."""
+        self._read(next(x for x in args if isinstance(x, DeviceTensor)))
+        out = func(*_memory(args), **_memory(kwargs))
+        self.launch(func._schema.name.removeprefix("aten::"), self.kernel_us)
+        if any(map(_is_write, func._schema.arguments)):
+            return args[0]
+        return tree_map(lambda x: DeviceTensor(x, self) if _is_tensor(x) else x, out)
+
+    def _copy(self, into: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        """Between the two memories. Pinned and non_blocking: in the stream, like a kernel; otherwise the CPU waits."""
+        host, name = (source, "copy to the GPU") if isinstance(into, DeviceTensor) else (into, "copy to the CPU")
+        free = non_blocking and host.untyped_storage().data_ptr() in self._pinned
+        if self._capture is not None and not free:
+            raise CudaError(NOT_WHILE_CAPTURING)
+        one, other = _memory((into, source))
+        self._launch(_Op(name, "copy", self.kernel_us, lambda: one.copy_(other)))
+        if not free:
+            self._wait(self._stream_free, "wait for a copy")
+        return into
+
+    def kernel(self, function: Callable, outputs: Callable[..., list] = lambda *args: [], name: str = "") -> Callable:
+        """A kernel of one's own, such as one in Triton: one launch, whatever it computes.
+
+        function works on the tensors' memory, as if on a CPU, when its time comes; outputs(*args) says what it returns:
+        (size, dtype) of each tensor. The first launch compiles it, which a recording must not do.
+        """
+        name, compiled = name or getattr(function, "__name__", "kernel"), False
+
+        def launcher(*args: Any, **kwargs: Any) -> Any:
+            nonlocal compiled
+            if not compiled and self._capture is not None:
+                raise CudaError(
+                    f"{NOT_WHILE_CAPTURING}\n(the kernel {name} is compiled and loaded when it is first launched)"
+                )
+            compiled = True
+            out = [self._allocate(tuple(size), dtype) for size, dtype in outputs(*args)]
+            # The recorded call must not refer to `out`, whose memory is free again when nobody else does.
+            self._launch_into(name, _lists if out else _nothing, (function, *args), kwargs, out)
+            return out[0] if len(out) == 1 else tuple(out) if out else None
+
+        return launcher
+
+    # --- graphs and events ----------------------------------------------------------------------------------------
+
+    def CUDAGraph(self) -> CUDAGraph:
+        """An empty graph, to be recorded with `graph` and replayed."""
+        return CUDAGraph(self)
+
+    def graph_pool_handle(self) -> Pool:
+        """Memory that several graphs can share, if they never run at the same time."""
+        return Pool()
+
+    @contextlib.contextmanager
+    def graph(self, cuda_graph: CUDAGraph, pool: Pool | None = None) -> Iterator[None]:
+        """Record what is launched inside, without running it. pool: where its tensors come from; else a new one."""
+        self.synchronize()
+        cuda_graph.pool, cuda_graph.ops = pool or Pool(), []
+        self._capture = cuda_graph
+        try:
+            yield
+        except BaseException:
+            cuda_graph.ops = None
+            raise
+        finally:
+            self._capture = None
+
+    def Event(self) -> Event:
+        """A mark to put into the stream, and to wait for."""
+        return Event(self)
+
+
+class CUDAGraph:
+    """A recorded sequence of kernels and copies, at fixed addresses. Made by `SimulatedGPU.CUDAGraph`."""
+
+    def __init__(self, gpu: SimulatedGPU) -> None:
+        self._gpu = gpu
+        self.ops: list[_Op] | None = None
+        self.pool = Pool()
+        self.num_replays = 0
+
+    def __len__(self) -> int:
+        """How many kernels and copies it holds."""
+        return len(self.ops or [])
+
+    def replay(self) -> None:
+        """Launch all of it at once. Returns before it has run."""
+        gpu = self._gpu
+        if gpu._capture is not None:
+            raise CudaError(NOT_WHILE_CAPTURING)
+        if self.ops is None:
+            raise CudaError("Called CUDAGraph::replay without a preceding successful capture.")
+        gpu._check()
+        gpu.num_replays += 1
+        self.num_replays += 1
+        gpu._advance("replay", "replay", gpu.replay_us)
+        for op in self.ops:
+            gpu._enqueue(op)
+
+
+class Event:
+    """A place in the stream. Made by `SimulatedGPU.Event`."""
+
+    def __init__(self, gpu: SimulatedGPU) -> None:
+        self._gpu, self._time = gpu, None
+
+    def record(self) -> None:
+        """Put it behind everything launched so far."""
+        if self._gpu._capture is not None:
+            raise CudaError(NOT_WHILE_CAPTURING)  # simplified: CUDA records it, too
+        self._time = max(self._gpu.now, self._gpu._stream_free)
+
+    def query(self) -> bool:
+        """Whether the GPU has come that far."""
+        return self._time is None or self._time <= self._gpu.now + 1e-9
+
+    def synchronize(self) -> None:
+        """Wait until it has, and no longer."""
+        self._gpu._wait(self._time or 0.0, "wait for an event")
+
+    def elapsed_time(self, end: Event) -> float:
+        """Milliseconds from this event to another."""
+        if self._time is None or end._time is None:
+            raise CudaError("Both events must be recorded before calculating elapsed time.")
+        return (end._time - self._time) / 1000
+
+
+@dataclass(eq=False)
+class Pool:
+    """The memory of recordings. What no tensor refers to any more is given out again, also to another recording."""
+
+    _free: list[tuple[torch.Tensor, int, int]] = field(default_factory=list)  # (memory, offset, bytes)
+    num_bytes: int = 0
+
+    def allocate(self, num_bytes: int) -> _Block:
+        """The smallest free piece that is large enough, or new memory."""
+        num_bytes = max(1, math.ceil(num_bytes / _GRAIN)) * _GRAIN
+        fitting = [piece for piece in self._free if piece[2] >= num_bytes]
+        if not fitting:
+            self.num_bytes += num_bytes
+            return _Block(self, torch.empty(num_bytes, dtype=torch.uint8), 0, num_bytes)
+        memory, offset, size = piece = min(fitting, key=lambda piece: piece[2])
+        self._free = [other for other in self._free if other is not piece]
+        if size > num_bytes:
+            self._free.append((memory, offset + num_bytes, size - num_bytes))
+        return _Block(self, memory, offset, num_bytes)
+
+    def release(self, memory: torch.Tensor, offset: int, num_bytes: int) -> None:
+        """Take a piece back, and join it with its free neighbours."""
+        for piece in [p for p in self._free if p[0] is memory]:
+            if piece[1] + piece[2] == offset or offset + num_bytes == piece[1]:
+                self._free = [other for other in self._free if other is not piece]
+                offset, num_bytes = min(offset, piece[1]), num_bytes + piece[2]
+        self._free.append((memory, offset, num_bytes))
+
+
+class _Block:
+    """A piece of a pool, for as long as a tensor refers to it."""
+
+    def __init__(self, pool: Pool, memory: torch.Tensor, offset: int, num_bytes: int) -> None:
+        self.pool, self.memory, self.offset, self.num_bytes = pool, memory, offset, num_bytes
+
+    def __del__(self) -> None:
+        self.pool.release(self.memory, self.offset, self.num_bytes)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def _lists(function: Callable, *args: Any, **kwargs: Any) -> list:
+    value = function(*args, **kwargs)
+    return [value] if _is_tensor(value) else list(value)
+
+
+def _nothing(function: Callable, *args: Any, **kwargs: Any) -> list:
+    function(*args, **kwargs)
+    return []
+
+
+def _memory(values: Any) -> Any:
+    """Our tensors as the memory behind them."""
+    return tree_map(lambda x: x._memory if isinstance(x, DeviceTensor) else x, values)
+
+
+def _meta(values: Any) -> Any:
+    """Our tensors as shapes without numbers, by which PyTorch says what an operation will return."""
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, DeviceTensor):
+            return x
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+    return tree_map(one, values)
+
+
+def _is_write(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def _has_mask(name: str, args: tuple) -> bool:
+    """Whether this is an index of truth values, of which PyTorch must know how many are true."""
+    if name not in ("index", "index_put_", "index_put"):
+        return False
+    return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+
+
+def _size(size: tuple) -> tuple[int, ...]:
+    return tuple(size[0]) if len(size) == 1 and isinstance(size[0], Sequence) else tuple(size)
+
+
+def _extent(size: Sequence[int], stride: Sequence[int]) -> int:
+    """Elements from the first to the last of a strided tensor."""
+    return 0 if 0 in size else 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+
+
+# --- the bundled model on a simulated GPU -----------------------------------------------------------------------------
+
+
+def simulated_kernels(gpu: SimulatedGPU) -> Kernels:
+    """The operations of a model, each one launch on this GPU, computed by the torch reference."""
+    r = Kernels.reference()
+
+    def like(*which: int) -> Callable[..., list]:
+        return lambda *args: [(args[i].shape, args[i].dtype) for i in which]
+
+    def attend(query: Any, k_cache: Any, v_cache: Any, block_table: Any, seq_lens: Any, *args: Any, **more: Any) -> Any:
+        """A kernel follows the pointer to a row of the table; where the row is too short, into the next row."""
+        width, needed = block_table.shape[1], -(-int(seq_lens.max()) // k_cache.shape[2])
+        if needed > width:
+            at = (torch.arange(len(seq_lens)) * width)[:, None] + torch.arange(needed)
+            block_table = block_table.flatten()[at.clamp(max=block_table.numel() - 1)]
+        return r.decode_attention(query, k_cache, v_cache, block_table, seq_lens, *args, **more)
+
+    return Kernels(
+        name="simulated",
+        prefill_attention=gpu.kernel(r.prefill_attention, like(0), "prefill_attention"),
+        decode_attention=gpu.kernel(attend, like(0), "decode_attention"),
+        merge_attention=r.merge_attention,
+        store_kv=gpu.kernel(r.store_kv, name="store_kv"),
+        rms_norm=gpu.kernel(r.rms_norm, like(0), "rms_norm"),
+        add_rms_norm=gpu.kernel(r.add_rms_norm, like(0, 0), "add_rms_norm"),
+        qk_norm_rope=gpu.kernel(r.qk_norm_rope, like(0, 1), "qk_norm_rope"),
+        linear=gpu.kernel(r.linear, lambda x, w, *_: [((*x.shape[:-1], w.shape[0]), x.dtype)], "linear"),
+        silu_mul=gpu.kernel(r.silu_mul, lambda x: [((*x.shape[:-1], x.shape[-1] // 2), x.dtype)], "silu_mul"),
+        sample=gpu.kernel(r.sample, lambda logits, *_: [(logits.shape[:1], torch.int64)], "sample"),
+    )
+
+
+class SimulatedModel:
+    """The bundled model with its KV cache on a simulated GPU, for sequences in slots: greedy decoding.
+
+    state: what the GPU knows of each slot, as in the engine; the last slot, `spare_slot`, is nobody's. A slot gets all
+    blocks that it will need when it is admitted, scattered over the cache, and block 0 belongs to the first.
+    """
+
+    def __init__(
+        self, gpu: SimulatedGPU, *, num_slots: int = 8, block_size: int = 16, max_model_len: int = 256,
+        num_blocks: int = 64,
+    ) -> None:  # fmt: skip
+        self.gpu, self.block_size, self.max_model_len, self.spare_slot = gpu, block_size, max_model_len, num_slots
+        config = load_config(BUNDLED_MODEL_PATH)
+        self._model = load_model(
+            BUNDLED_MODEL_PATH, config, simulated_kernels(gpu), dtype=torch.float32, device=torch.device("cpu"),
+            max_position=max_model_len,
+        )  # fmt: skip
+        gpu.move(self._model)
+        shape = (num_blocks, config.num_key_value_heads, block_size, config.head_dim)
+        self.caches = [(gpu.zeros(*shape), gpu.zeros(*shape)) for _ in range(config.num_hidden_layers)]
+        self.max_blocks = -(-max_model_len // block_size)
+        self.state = DecodeState(
+            gpu.zeros(num_slots + 1, self.max_blocks, dtype=torch.int32), *(gpu.zeros(num_slots + 1, dtype=torch.int64)
+                                                                           for _ in range(2))
+        )  # fmt: skip
+        #: Slot -> its blocks.
+        self.blocks: dict[int, list[int]] = {}
+        self._free_blocks = list(range(num_blocks))
+
+    @torch.no_grad()
+    def admit(self, slot: int, prompt: Sequence[int], num_tokens: int) -> int:
+        """Compute the prompt of a sequence, which will have up to num_tokens, in a slot. Returns its first token."""
+        gpu, size = self.gpu, self.block_size
+        needed = -(-num_tokens // size)
+        # Every third free block, so that neighbours in a table are no neighbours in memory.
+        order = [block for start in range(3) for block in self._free_blocks[start::3]][:needed]
+        self.blocks[slot] = order
+        self._free_blocks = [block for block in self._free_blocks if block not in order]
+        table = torch.zeros(1, self.max_blocks, dtype=torch.int32)
+        table[0, :needed] = torch.tensor(order)
+        inputs = build_batch([BatchRow(list(prompt), 0, True)], table.numpy(), size)
+        about = inputs.attention
+        metadata = AttentionMetadata(
+            **vars(about) | {name: gpu.tensor(value) for name, value in vars(about).items() if _is_tensor(value)}
+        )
+        ids, positions = gpu.tensor(inputs.token_ids), gpu.tensor(inputs.positions)
+        hidden = self._model(ids, positions, self.caches, metadata)
+        token = int(self._model.compute_logits(hidden[-1:]).argmax(dim=-1)[0])
+        self.state.block_table[slot] = gpu.tensor(table[0])
+        self.state.last_token[slot], self.state.position[slot] = token, len(prompt)
+        return token
+
+    def release(self, slot: int) -> None:
+        """A sequence has ended: its blocks are free for others. The state of its slot stays as it is."""
+        self._free_blocks = self.blocks.pop(slot) + self._free_blocks
+
+    @torch.no_grad()
+    def forward(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """One token of each of B sequences -> the next one of each, [B] int64.
+
+        token_ids, positions: [B] int64. seq_lens: [B] int32, the context with this token; 0 reads nothing. block_table:
+        [B, blocks] int32. slot_mapping: [B] int64, where K and V are written; -1 is nowhere.
+        """
+        batch = len(token_ids)
+        metadata = AttentionMetadata(
+            query_start_loc=seq_lens,
+            seq_lens=seq_lens,
+            block_table=block_table,
+            slot_mapping=slot_mapping,
+            num_decodes=batch,
+            max_query_len=1,
+            max_seq_len=self.max_model_len,
+            max_decode_seq_len=self.max_model_len,
+        )  # fmt: skip  (query_start_loc is for prompts)
+        hidden = self._model(token_ids, positions, self.caches, metadata)
+        return self._model.compute_logits(hidden).argmax(dim=-1)
+
+    def step(self, slots: torch.Tensor) -> torch.Tensor:
+        """What the engine records: slots [B] int64 -> their next tokens [B], which `state` keeps, too."""
+        state = self.state
+        about = state.decode_metadata(slots, self.block_size, self.max_model_len)
+        token_ids = self.forward(
+            state.last_token[slots], state.position[slots], about.seq_lens, about.block_table, about.slot_mapping
+        )
+        state.advance(slots, token_ids)
+        return token_ids
+
+    def written(self) -> torch.Tensor:
+        """[num_blocks, block_size] on the CPU: the first layer's keys, each place summed up; 0 where nothing is yet."""
+        return self.gpu._read(self.caches[0][0]).abs().sum(dim=(1, 3)).clone()
+
+
+# --- steps planned by the real scheduler ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StepInFlight:
+    """A step that was launched. token_ids: pinned, one for each of `batch.sampled`; there when `arrived` has passed."""
+
+    token_ids: torch.Tensor
+    arrived: Event
+
+
+class SimulatedEngine:
+    """The package's scheduler over a simulated GPU, with a model that only does sums: for drivers of one's own.
+
+    requests: (tokens of the prompt, most tokens of the answer) each. Some answers end earlier, by a token of their own.
+    schedule_us, update_us: CPU time of planning a step and of looking at its tokens; step_us: GPU time of a step.
+    """
+
+    VOCABULARY, END = 97, 1
+
+    def __init__(
+        self, gpu: SimulatedGPU, requests: Sequence[tuple[int, int]], *, schedule_us: float = 400.0,
+        update_us: float = 600.0, step_us: float = 1500.0, max_num_seqs: int = 4,
+    ) -> None:  # fmt: skip
+        self.gpu, self.schedule_us, self.update_us, self.step_us = gpu, schedule_us, update_us, step_us
+        manager = BlockManager(512, 16, False)
+        self._scheduler = Scheduler(manager, max_num_seqs, 4096)
+        self.sequences = [
+            EngineSequence(i, [(5 * i + j) % 90 + 2 for j in range(prompt)], SamplingParams(), frozenset([self.END]),
+                           prompt + answer)
+            for i, (prompt, answer) in enumerate(requests)
+        ]  # fmt: skip
+        for seq in self.sequences:
+            self._scheduler.add(seq)
+        self._last = [0] * max_num_seqs  # on the GPU: the last token of each slot
+        self._in_flight: deque[ScheduledBatch] = deque()
+        self.num_steps = self.most_in_flight = 0
+
+    @property
+    def answers(self) -> list[list[int]]:
+        """The tokens of every request so far."""
+        return [seq.output_token_ids for seq in self.sequences]
+
+    @property
+    def unfinished(self) -> int:
+        """How many requests are not finished."""
+        return sum(not seq.is_finished for seq in self.sequences)
+
+    def schedule(self) -> ScheduledBatch | None:
+        """Plan the next step; None when there is nothing to compute, or nothing until results arrive."""
+        self.gpu.work("schedule", self.schedule_us)
+        return self._scheduler.schedule() or None
+
+    def launch(self, batch: ScheduledBatch) -> StepInFlight:
+        """Start a step, and the copy of its tokens to the CPU behind it. Returns at once."""
+        gpu = self.gpu
+        rows = [
+            (item.sequence.slot, list(item.sequence.token_ids[item.start : item.end]), item.sample_position)
+            for item in batch.items
+        ]
+        sampled: list[int] = []
+
+        def run() -> None:
+            for slot, tokens, position in rows:
+                last = self._last[slot] if tokens == [-1] else sum(tokens)
+                self._last[slot] = (31 * last + 7 * (position or 0) + 3) % self.VOCABULARY
+                sampled.append(self._last[slot])
+
+        host = gpu.pinned([0] * len(batch.sampled))
+        gpu._advance("launch", "replay", gpu.replay_us)
+        gpu._enqueue(_Op(f"step {self.num_steps}", "kernel", self.step_us, run))
+        gpu._enqueue(_Op("tokens", "copy", gpu.kernel_us, lambda: host.copy_(torch.tensor(sampled))))
+        arrived = gpu.Event()
+        arrived.record()
+        self._in_flight.append(batch)
+        self.num_steps += 1
+        self.most_in_flight = max(self.most_in_flight, len(self._in_flight))
+        return StepInFlight(host, arrived)
+
+    def update(self, batch: ScheduledBatch, token_ids: Sequence[int]) -> None:
+        """Bring the tokens of a step, steps in the order in which they were launched."""
+        if not self._in_flight or self._in_flight[0] is not batch:
+            raise ValueError("update: results must be brought in the order of the steps, each once")
+        self._in_flight.popleft()
+        self.gpu.work("update", self.update_us)
+        self._scheduler.update(batch, list(token_ids))
