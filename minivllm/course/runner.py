@@ -17,7 +17,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from minivllm.course.chapters import JupyterMissingError
-from minivllm.course.graft import Group
+from minivllm.course.graft import Cell, Group
 from minivllm.course.stubs import names_in
 
 PASSED, FAILED, NOT_ATTEMPTED, NOT_RUNNABLE = "passed", "failed", "not attempted", "not runnable here"
@@ -61,9 +61,7 @@ class Kernel:
             from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
             from jupyter_client.manager import KernelManager
         except ImportError as error:
-            raise JupyterMissingError(
-                f"Checking runs your notebook, which needs Jupyter ({error}): make lab"
-            ) from error
+            raise JupyterMissingError(f"Checking runs a notebook, which needs Jupyter ({error}): make lab") from error
 
         class ThisPython(KernelSpecManager):
             def get_kernel_spec(self, _: str) -> KernelSpec:
@@ -106,10 +104,11 @@ class Kernel:
                 result.timed_out, deadline = True, time.monotonic() + GRACE
                 self._manager.interrupt_kernel()
         try:
-            payload = self._client.get_shell_msg(timeout=GRACE)["content"].get("payload", [])
+            while (reply := self._client.get_shell_msg(timeout=GRACE))["parent_header"].get("msg_id") != message:
+                pass
         except Empty:
-            payload = []
-        if any(part.get("source") == "ask_exit" for part in payload):
+            return result
+        if any(part.get("source") == "ask_exit" for part in reply["content"].get("payload", [])):
             result.ended = "it calls exit(), which ends the Python process"
         return result
 
@@ -137,11 +136,10 @@ def remember(namespace: dict[str, Any], names: list[str]) -> None:
 def restore(namespace: dict[str, Any], names: list[str]) -> None:
     """Put back what was kept, and print the names of functions and modules that had come to mean something else."""
     for name in sorted(_given.keys() & set(names)):
-        if namespace.get(name, _given[name]) is not _given[name] and isinstance(
-            _given[name], ModuleType | FunctionType | type
-        ):
+        given = _given[name]
+        if namespace.get(name, given) is not given and isinstance(given, ModuleType | FunctionType | type):
             print(name)
-        namespace[name] = _given[name]
+        namespace[name] = given
 
 
 def _hidden(call: str, names: Collection[str]) -> str:
@@ -156,32 +154,39 @@ def verdicts(
 ) -> Iterator[Verdict]:
     """Run the groups of a `graft` and yield a verdict on each exercise (of those in ids) as soon as it is known.
 
-    Exercises do not depend on each other: where one ends the kernel, the next gets a fresh one. folder: the working
-    directory, as for a notebook in it. timeout: seconds a cell. The kernel is closed with the iterator.
+    Where one ends the kernel, the next gets a fresh one. What the learner wrote for exercises that are not judged is
+    run all the same, before the next that is: it may be used there. folder: the working directory, as for a notebook in
+    it. timeout: seconds a cell. The kernel is closed with the iterator.
     """
     setup, *exercises = groups
     kernel: Kernel | None = None
+    earlier: list[Cell] = []  # what the learner wrote for the exercises before, but those that ended a kernel
+    waiting: list[Cell] = []  # what of that this kernel has not run
     try:
         for group in exercises:
-            if ids is not None and group.id not in ids:
-                continue
-            if group.broken:
-                yield Verdict(group.id, FAILED, *group.broken, tuple(group.notes))
-                continue
-            if group.untouched:
-                yield Verdict(group.id, NOT_ATTEMPTED, notes=tuple(group.notes))
+            theirs = [Cell("own", cell.source) for cell in group.cells if cell.kind in ("answer", "own")]
+            judged = ids is None or group.id in ids
+            if not judged or group.broken or group.untouched:
+                if judged and group.broken:
+                    yield Verdict(group.id, FAILED, *group.broken, tuple(group.notes))
+                elif judged:
+                    yield Verdict(group.id, NOT_ATTEMPTED, notes=tuple(group.notes))
+                waiting, earlier = waiting + theirs, earlier + theirs
                 continue
             ended = False
             if kernel is None:
                 kernel = Kernel(folder)
                 verdict, ended = _run(kernel, setup, timeout)
-                before = verdict.notes
+                notes, waiting = verdict.notes, earlier
             if not ended:
-                verdict, ended = _run(kernel, group, timeout, before)
+                verdict, ended = _run(kernel, replace(group, cells=[*waiting, *group.cells]), timeout, notes)
             yield replace(verdict, id=group.id)
+            waiting = []
             if ended:
                 kernel.close()
                 kernel = None
+            else:
+                earlier = earlier + theirs
     finally:
         if kernel is not None:
             kernel.close()
@@ -227,9 +232,7 @@ def _judge(group: Group, result: Result, trouble: Result | None) -> Verdict:
     if result.error is None:
         if group.printed and result.printed.strip().endswith(group.printed):
             return Verdict(group.id, PASSED, message=group.printed)
-        why = (
-            "Its check ran, but the line it prints did not come out: does one of your cells change print or sys.stdout?"
-        )
+        why = "Its check ran, but the line it prints did not come out: does a cell of yours change print or sys.stdout?"
         return Verdict(group.id, FAILED, "no-verdict", why)
     kind, text, _ = result.error
     if kind == "Mistake":

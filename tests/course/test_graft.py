@@ -73,6 +73,23 @@ def test_an_import_added_to_the_setup_is_there(chapter: Chapter, learner: Learne
     assert states(judge(chapter, learner(change))) == ALL_PASSED
 
 
+def test_what_was_written_for_other_exercises_may_be_used(chapter: Chapter, learner: Learner) -> None:
+    def change(notebook: NotebookNode) -> None:
+        stub = "def double(x):\n    raise NotImplementedError('99.1: your code here')\n\nsixteen = 16"
+        demo.fill_in(notebook, answer_1=stub, answer_3="blocks = four\ntokens = sixteen * four")
+        insert(notebook, "check-1", "four = 4")
+        insert(notebook, "check-2", "import os")
+
+    assert states(judge(chapter, learner(change))) == ALL_PASSED | {"99.1": NOT_ATTEMPTED}
+    assert states(judge(chapter, learner(change), ids={"99.3"})) == {"99.3": PASSED}
+
+    def ends(notebook: NotebookNode) -> None:
+        change(notebook)
+        demo.fill_in(notebook, answer_2="exit()", answer_3="blocks = four\ntokens = 64")
+
+    assert states(judge(chapter, learner(ends))) == ALL_PASSED | {"99.2": FAILED}
+
+
 def test_answers_are_found_wherever_they_stand(chapter: Chapter, learner: Learner) -> None:
     def change(notebook: NotebookNode) -> None:
         notebook.cells = [cell for cell in notebook.cells if role(cell)[0] == "exercise"][::-1]
