@@ -786,3 +786,21 @@ class SimulatedEngine:
         self._in_flight.popleft()
         self.gpu.work("update", self.update_us)
         self._scheduler.update(batch, list(token_ids))
+
+
+def drive(engine: SimulatedEngine, ahead: int) -> int:
+    """Serve all requests, with up to `ahead` steps planned before the tokens of the one before are known (0: none).
+
+    The loop of `LLMEngine.step`, with async_scheduling (1) and without (0). Returns the number of steps.
+    """
+    in_flight: deque[tuple[ScheduledBatch, StepInFlight]] = deque()
+    while True:
+        batch = engine.schedule()
+        if batch is not None:
+            in_flight.append((batch, engine.launch(batch)))
+        elif not in_flight:
+            return engine.num_steps
+        while len(in_flight) > (ahead if batch is not None else 0):
+            batch_before, step = in_flight.popleft()
+            step.arrived.synchronize()
+            engine.update(batch_before, step.token_ids.tolist())

@@ -1,0 +1,494 @@
+"""A CPU and a GPU at work, and what a batch padded to a recorded size does: two timelines, buckets, rows, writes.
+
+`draw_streams` takes anything with lane, name, kind, start and end, such as `minivllm.course.streams.Span`; the others
+take plain numbers. The library knows nothing of them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from minivllm.viz import palette
+from minivllm.viz.block_table import check_step
+from minivllm.viz.figure import WIDTH, describe, prepare
+
+#: What is done in a lane: kind -> (colour, hatch, words of the legend).
+KINDS: dict[str, tuple[str, str, str]] = {
+    "launch": (palette.REQUESTS[1], "", "CPU launches a kernel"),
+    "replay": (palette.REQUESTS[3], "", "CPU launches a whole graph"),
+    "work": (palette.REQUESTS[4], "", "CPU plans and looks at results"),
+    "wait": (palette.FREE, "/////", "CPU waits for the GPU"),
+    "kernel": (palette.REQUESTS[0], "", "GPU computes"),
+    "copy": (palette.REQUESTS[6], "", "GPU copies"),
+}
+LANES = ("CPU", "GPU")
+#: Rows that compute something, and rows that are only there to fill a recorded size.
+REAL, PADDING = palette.USED, palette.WASTED
+#: A place written by somebody who must not.
+HARM = palette.RESERVED
+#: Inches of a lane, of a run's heading, and around all runs. Narrower bars (inches) get no edge, and no name.
+_LANE, _HEAD, _TOP, _BOTTOM, _LEFT, _RIGHT = 0.42, 0.42, 0.1, 0.95, 0.62, 0.25
+_EDGE_BAR, _LETTER = 0.05, 0.078
+
+
+class SpanLike(Protocol):
+    """Times in microseconds."""
+
+    lane: str
+    name: str
+    kind: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class LaneTimes:
+    """A run in numbers, microseconds."""
+
+    total: float  # until the last thing ends
+    gpu: float  # in which the GPU does something
+    waiting: float  # in which the CPU waits for it
+    launches: int  # of single kernels, and of whole graphs
+    replays: int
+
+    @property
+    def gpu_share(self) -> float:
+        return self.gpu / self.total if self.total else 0.0
+
+
+def lane_times(spans: Sequence[SpanLike]) -> LaneTimes:
+    """What the spans of a run add up to. ValueError for none."""
+    if not spans:
+        raise ValueError("nothing has happened: there is no span to draw")
+    kinds = Counter(span.kind for span in spans)
+    total = max(span.end for span in spans)
+    gpu = sum(span.end - span.start for span in spans if span.lane == "GPU")
+    waiting = sum(span.end - span.start for span in spans if span.kind == "wait")
+    return LaneTimes(total, gpu, waiting, kinds["launch"], kinds["replay"])
+
+
+def draw_streams(runs: Mapping[str, Sequence[SpanLike]], ax: Axes | None = None) -> Figure:
+    """What CPU and GPU do, a pair of lanes for each run, all on one scale of time.
+
+    runs: title -> spans. ax: draw there instead of on a new figure.
+    """
+    times = {title: lane_times(spans) for title, spans in runs.items()}
+    if not times:
+        raise ValueError("there is no run to draw")
+    height = _TOP + _BOTTOM + len(runs) * (_HEAD + 2 * _LANE)
+    own_figure = ax is None
+    figure, ax = prepare(ax, height)
+    if own_figure:
+        ax.set_position((_LEFT / WIDTH, _BOTTOM / height, 1 - (_LEFT + _RIGHT) / WIDTH, 1 - (_TOP + _BOTTOM) / height))
+    longest = max(run.total for run in times.values())
+    unit, name = (1.0, "microseconds") if longest < 10_000 else (1000.0, "milliseconds")
+    inches = (WIDTH - _LEFT - _RIGHT) / longest
+    y = 0.0
+    for title, spans in runs.items():
+        _draw_heading(ax, y, title, times[title], unit, longest)
+        y += _HEAD
+        for lane in LANES:
+            ax.add_patch(Rectangle((0, y), times[title].total / unit, _LANE, facecolor=palette.FREE, linewidth=0))
+            ax.annotate(
+                lane, (0, y + _LANE / 2), (-6, 0), textcoords="offset points", ha="right", va="center", fontsize=9,
+                weight="bold", color=palette.INK,
+            )  # fmt: skip
+            for span in spans:
+                if span.lane == lane:
+                    _draw_span(ax, span, y, unit, inches)
+            y += _LANE
+    _style_streams(ax, longest / unit, y, name)
+    _stream_legend(figure, [span.kind for spans in runs.values() for span in spans], height, own_figure)
+    describe(figure, _streams_alt(runs), _streams_caption(times))
+    return figure
+
+
+def _draw_heading(ax: Axes, y: float, title: str, run: LaneTimes, unit: float, longest: float) -> None:
+    ax.text(0, y + _HEAD * 0.68, title, fontsize=10.5, weight="bold", color=palette.INK, va="center")
+    ax.text(
+        longest / unit, y + _HEAD * 0.68, f"{_duration(run.total)}, GPU busy {run.gpu_share:.0%}", fontsize=9,
+        color=palette.SOFT_INK, ha="right", va="center",
+    )  # fmt: skip
+
+
+def _draw_span(ax: Axes, span: SpanLike, y: float, unit: float, inches: float) -> None:
+    color, hatch, _ = KINDS[span.kind]
+    wide, pad = (span.end - span.start) * inches, 0.05
+    box = Rectangle((span.start / unit, y + pad), (span.end - span.start) / unit, _LANE - 2 * pad, facecolor=color)
+    box.set(linewidth=0.6 if wide >= _EDGE_BAR else 0, edgecolor=palette.PAPER)
+    if hatch:
+        box.set(hatch=hatch, edgecolor=palette.LINE)
+    ax.add_patch(box)
+    if wide >= _LETTER * (len(span.name) + 1):
+        words = {"boxstyle": "square,pad=0.12", "facecolor": color, "edgecolor": "none"} if hatch else None
+        ax.text(
+            (span.start + span.end) / 2 / unit, y + _LANE / 2, span.name, fontsize=8.5, ha="center", va="center",
+            color=palette.text_on(color), bbox=words,
+        )  # fmt: skip
+
+
+def _style_streams(ax: Axes, longest: float, bottom: float, unit: str) -> None:
+    ax.set_facecolor(palette.PAPER)
+    ax.set_xlim(0, longest)
+    ax.set_ylim(bottom, 0)
+    ax.set_yticks([])
+    ax.set_xlabel(unit, fontsize=9.5, color=palette.SOFT_INK)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=9))
+    ax.tick_params(colors=palette.SOFT_INK, labelsize=9, length=3)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.spines["bottom"].set_color(palette.LINE)
+
+
+def _stream_legend(figure: Figure, kinds: Sequence[str], height: float, own_figure: bool) -> None:
+    if not own_figure:
+        return
+    handles = [
+        Patch(facecolor=color, hatch=hatch, label=words, edgecolor=palette.LINE if hatch else color)
+        for kind, (color, hatch, words) in KINDS.items()
+        if kind in kinds
+    ]
+    figure.legend(
+        handles=handles, loc="lower left", bbox_to_anchor=(_LEFT / WIDTH - 0.01, 0.06 / height), ncols=5, frameon=False,
+        fontsize=8.5, labelcolor=palette.INK, handlelength=1.4, columnspacing=1.2, handletextpad=0.5,
+    )  # fmt: skip
+
+
+def _duration(us: float) -> str:
+    return f"{us:,.0f} µs" if us < 10_000 else f"{us / 1000:,.1f} ms"
+
+
+def _streams_alt(runs: Mapping[str, Any]) -> str:
+    return f"Chart: what a CPU and a GPU do over time, a lane for each, in {_plural(len(runs), 'run')}."
+
+
+def _streams_caption(times: Mapping[str, LaneTimes]) -> str:
+    parts = []
+    for title, run in times.items():
+        text = f"{title}: {_words(run.total)}, of which the GPU is busy {run.gpu_share:.0%}"
+        counts = [_plural(run.launches, "launch", "launches")] * bool(run.launches)
+        counts += [_plural(run.replays, "launch of a graph", "launches of a graph")] * bool(run.replays)
+        text += f", after {' and '.join(counts)}" if counts else ""
+        text += f"; the CPU waits {_words(run.waiting)}" if run.waiting else ""
+        parts.append(text)
+    return ". ".join(parts) + "."
+
+
+def _words(us: float) -> str:
+    """Written out, so that nobody takes a simulated time for one of this machine."""
+    return f"{us:,.0f} microseconds" if us < 10_000 else f"{us / 1000:,.1f} milliseconds"
+
+
+def _plural(count: int, word: str, many: str = "") -> str:
+    return f"{count:,} {word if count == 1 else many or word + 's'}"
+
+
+# --- buckets ----------------------------------------------------------------------------------------------------------
+
+
+def recorded_size(sizes: Sequence[int], count: int) -> int:
+    """The smallest recorded size for so many sequences. ValueError where the largest is too small."""
+    ordered = sorted(sizes)
+    if not ordered or count > ordered[-1]:
+        raise ValueError(f"no graph for {count} sequences: the recorded sizes are {ordered}")
+    return ordered[bisect_left(ordered, count)]
+
+
+def draw_buckets(choices: Mapping[str, Sequence[int]], seen: Mapping[int, int], ax: Axes | None = None) -> Figure:
+    """Recorded sizes, and what they make of the batches that were seen.
+
+    choices: title -> sizes. seen: sequences in a step -> how many steps had so many. A panel for each choice: a step of
+    n sequences computes n rows, and padding up to the stairs. ax: draw the only choice there.
+    """
+    top = max(max(sizes) for sizes in choices.values())
+    for sizes in choices.values():
+        recorded_size(sizes, max(seen))
+    height = 3.4
+    figure, first = prepare(ax, height)
+    axes = [first]
+    if ax is None:
+        figure.delaxes(first)
+        wide = (1 - 0.11) / len(choices)
+        axes = [
+            figure.add_axes((0.06 + i * (wide + 0.01), 0.24, wide - 0.02, 0.6)) for i in range(len(choices))
+        ]  # fmt: skip
+    elif len(choices) > 1:
+        raise ValueError("one choice on axes of your own")
+    for axes_of, (title, sizes) in zip(axes, choices.items(), strict=True):
+        _draw_choice(axes_of, title, sizes, seen, top)
+    for later in axes[1:]:
+        later.set_yticklabels([])
+    if ax is None:
+        axes[0].set_ylabel("rows computed", fontsize=9.5, color=palette.SOFT_INK)
+        handles = [
+            Patch(facecolor=REAL, label="a sequence"),
+            Patch(facecolor=palette.PAPER, hatch="////", edgecolor=PADDING, label="padding"),
+            Patch(facecolor=palette.CACHED, label="how many steps had so many sequences"),
+        ]
+        figure.legend(
+            handles=handles, loc="lower left", bbox_to_anchor=(0.05, 0.0), ncols=3, frameon=False, fontsize=8.5,
+            labelcolor=palette.INK, handlelength=1.4,
+        )  # fmt: skip
+    describe(figure, _buckets_alt(choices, seen), _buckets_caption(choices, seen))
+    return figure
+
+
+def _draw_choice(ax: Axes, title: str, sizes: Sequence[int], seen: Mapping[int, int], top: int) -> None:
+    counts = range(1, top + 1)
+    rows = [recorded_size(sizes, n) if n <= max(sizes) else n for n in counts]
+    edges = [n - 0.5 for n in range(1, top + 2)]
+    most = max(seen.values())
+    steps = [0.3 * top * seen.get(n, 0) / most for n in counts]
+    ax.stairs(steps, edges, fill=True, color=palette.CACHED, baseline=0, zorder=3)
+    ax.stairs(list(counts), edges, fill=True, color=REAL, zorder=1)
+    hatched = ax.stairs(rows, edges, baseline=list(counts), fill=True, facecolor=palette.PAPER, zorder=2)
+    hatched.set(hatch="////", edgecolor=PADDING, linewidth=0)
+    ax.stairs(rows, edges, baseline=None, color=palette.INK, linewidth=1.1, zorder=4)
+    ax.set_xlim(0.5, top + 0.5)
+    ax.set_ylim(0, top * 1.04)
+    share = padded_rows(sizes, seen) / sum(n * steps for n, steps in seen.items())
+    ax.set_title(
+        f"{title}: {_plural(len(set(sizes)), 'graph')}", loc="left", fontsize=10.5, weight="bold", color=palette.INK
+    )
+    box = {"boxstyle": "square,pad=0.2", "facecolor": palette.PAPER, "edgecolor": "none"}
+    ax.text(0.04 * top, 0.92 * top, f"{share:.1%} more rows", fontsize=9, color=palette.INK, bbox=box, zorder=5)
+    ax.set_xlabel("sequences in the step", fontsize=9.5, color=palette.SOFT_INK)
+    ax.tick_params(colors=palette.SOFT_INK, labelsize=9, length=3)
+    ax.spines[["top", "right"]].set_visible(False)
+    for spine in ax.spines.values():
+        spine.set_color(palette.LINE)
+
+
+def padded_rows(sizes: Sequence[int], seen: Mapping[int, int]) -> int:
+    """Rows of padding in all the steps that were seen."""
+    return sum(steps * (recorded_size(sizes, count) - count) for count, steps in seen.items())
+
+
+def _buckets_alt(choices: Mapping[str, Sequence[int]], seen: Mapping[int, int]) -> str:
+    return (
+        f"Chart: for every number of sequences in a step, up to {max(seen)}, how many rows are computed with "
+        f"{_plural(len(choices), 'choice')} of recorded sizes."
+    )
+
+
+def _buckets_caption(choices: Mapping[str, Sequence[int]], seen: Mapping[int, int]) -> str:
+    total, steps = sum(n * count for n, count in seen.items()), sum(seen.values())
+    parts = [f"{_plural(steps, 'step')} with {total:,} rows of sequences."]
+    for title, sizes in choices.items():
+        rows = padded_rows(sizes, seen)
+        parts.append(
+            f"{title}: {_plural(len(set(sizes)), 'graph')}, {_plural(rows, 'row')} of padding ({rows / total:.1%})."
+        )
+    return " ".join(parts)
+
+
+# --- one batch after the other ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PaddedStep:
+    """A step of `count` sequences, in a graph of `size` rows."""
+
+    count: int
+    size: int
+
+
+@dataclass(frozen=True)
+class PaddingReplay:
+    """What `scrub` steps through."""
+
+    steps: tuple[PaddedStep, ...]
+    sizes: tuple[int, ...]
+
+
+def replay_padding(counts: Iterable[int], sizes: Sequence[int]) -> PaddingReplay:
+    """counts: sequences in each step. sizes: what is recorded. ValueError for a step that fits no graph."""
+    steps = tuple(PaddedStep(count, recorded_size(sizes, count)) for count in counts)
+    return PaddingReplay(steps, tuple(sorted(sizes)))
+
+
+def draw_padding(replay: PaddingReplay, step: int = -1, ax: Axes | None = None) -> Figure:
+    """Above: sequences and rows of each step. Below: the rows of one step."""
+    step = check_step(replay, step)  # type: ignore[arg-type]
+    own_figure = ax is None
+    figure, ax = prepare(ax, 3.0)
+    if own_figure:
+        ax.set_position((0.06, 0.42, 0.925, 0.46))
+    edges = list(range(len(replay.steps) + 1))
+    counts, sizes = [s.count for s in replay.steps], [s.size for s in replay.steps]
+    ax.stairs(counts, edges, fill=True, color=REAL)
+    hatched = ax.stairs(sizes, edges, baseline=counts, fill=True, facecolor=palette.PAPER)
+    hatched.set(hatch="////", edgecolor=PADDING, linewidth=0)
+    ax.stairs(sizes, edges, baseline=None, color=palette.INK, linewidth=1.1)
+    ax.axvline(step + 0.5, color=palette.INK, linewidth=1.2, linestyle=(0, (3, 2)))
+    ax.set_xlim(0, len(replay.steps))
+    ax.set_ylim(0, max(sizes) * 1.08)
+    ax.set_title("Rows of each step's graph", loc="left", fontsize=12, weight="bold", color=palette.INK)
+    ax.set_xlabel("step", fontsize=9.5, color=palette.SOFT_INK)
+    ax.tick_params(colors=palette.SOFT_INK, labelsize=9, length=3)
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+    ax.spines[["top", "right"]].set_visible(False)
+    for spine in ax.spines.values():
+        spine.set_color(palette.LINE)
+    if own_figure:
+        _draw_rows(figure, replay, replay.steps[step], step)
+    describe(figure, _padding_alt(replay, step), _padding_caption(replay, step))
+    return figure
+
+
+def _draw_rows(figure: Figure, replay: PaddingReplay, now: PaddedStep, step: int) -> None:
+    rows = figure.add_axes((0.06, 0.03, 0.925, 0.17))
+    rows.axis("off")
+    largest = replay.sizes[-1]
+    rows.set_xlim(0, largest)
+    rows.set_ylim(0, 1.75)
+    for row in range(now.size):
+        real = row < now.count
+        box = Rectangle((row + 0.06, 0.1), 0.88, 0.8, facecolor=REAL if real else palette.PAPER, linewidth=0.8)
+        box.set(edgecolor=REAL if real else PADDING, hatch="" if real else "////")
+        rows.add_patch(box)
+    words = f"step {step}: {_plural(now.count, 'sequence')} in the graph of {now.size}"
+    rows.text(0, 1.25, words, fontsize=9.5, color=palette.INK)
+
+
+def _padding_alt(replay: PaddingReplay, step: int) -> str:
+    return (
+        f"Chart: sequences and padded rows of {_plural(len(replay.steps), 'step')}, and below it the rows of step "
+        f"{step}."
+    )
+
+
+def _padding_caption(replay: PaddingReplay, step: int) -> str:
+    now = replay.steps[step]
+    padding = now.size - now.count
+    total = sum(s.count for s in replay.steps)
+    return (
+        f"Step {step}: {_plural(now.count, 'sequence')} in the graph of {now.size}, {padding} of its rows padding. "
+        f"Over all {len(replay.steps)} steps {sum(s.size for s in replay.steps) - total:,} rows of padding beside "
+        f"{total:,} of sequences."
+    )
+
+
+# --- what a step wrote ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Write:
+    """A place of the cache that changed. owner: the letter of the table that it belongs to, "" for nobody's."""
+
+    block: int
+    offset: int
+    owner: str
+    allowed: bool
+
+
+def find_writes(
+    before: Any, after: Any, tables: Mapping[str, Sequence[int]], expected: Iterable[tuple[int, int]]
+) -> list[Write]:
+    """Places that differ. before, after: a number for each place, [num_blocks][block_size]. tables: letter -> blocks.
+
+    expected: (block, offset) of the places that the step's sequences write.
+    """
+    owners = {block: letter for letter, blocks in tables.items() for block in blocks}
+    allowed = set(expected)
+    return [
+        Write(block, offset, owners.get(block, ""), (block, offset) in allowed)
+        for block in range(len(before))
+        for offset in range(len(before[block]))
+        if float(before[block][offset]) != float(after[block][offset])
+    ]
+
+
+def draw_writes(
+    before: Any, after: Any, tables: Mapping[str, Sequence[int]], expected: Iterable[tuple[int, int]],
+    ax: Axes | None = None,
+) -> Figure:  # fmt: skip
+    """The blocks of some sequences, and the places that a step wrote: a dot where it should, a cross where not.
+
+    Arguments as of `find_writes`. Blocks stand in the order of the tables, a row of blocks a sequence.
+    """
+    writes = find_writes(before, after, tables, expected)
+    shown = {letter: list(blocks) for letter, blocks in tables.items()}
+    strays = sorted({w.block for w in writes if not w.owner})
+    if strays:
+        shown["nobody"] = strays
+    size, most = len(before[0]), max(len(blocks) for blocks in shown.values())
+    row, gap = 0.34, 0.1
+    height = 0.5 + len(shown) * (row + gap) + 0.35
+    own_figure = ax is None
+    figure, ax = prepare(ax, height)
+    if own_figure:
+        ax.set_position((0.0, 0.0, 1.0, 1.0))
+    ax.set_xlim(0, WIDTH)
+    ax.set_ylim(height, 0)
+    ax.axis("off")
+    cell = min((WIDTH - 1.1 - 0.12 * most) / (most * size), 0.24)
+    ax.text(0.15, 0.26, "What one step wrote", fontsize=12, weight="bold", color=palette.INK, va="center")
+    by_place = {(w.block, w.offset): w for w in writes}
+    y = 0.5
+    for index, (letter, blocks) in enumerate(shown.items()):
+        color = palette.CACHED if letter == "nobody" else palette.request_color(index)
+        _draw_owner(ax, y, row, letter, color)
+        x = 0.95
+        for block in blocks:
+            _draw_block(ax, x, y, row, cell, block, after, by_place, color)
+            x += cell * size + 0.12
+        y += row + gap
+    notes = "●  written by the sequence that it belongs to      ✕  written by somebody else      number: the block"
+    ax.text(0.95, height - 0.17, notes, fontsize=8.5, color=palette.INK, va="center")
+    describe(figure, _writes_alt(shown), _writes_caption(writes))
+    return figure
+
+
+def _draw_owner(ax: Axes, y: float, row: float, letter: str, color: str) -> None:
+    chip = {"boxstyle": "square,pad=0.25", "facecolor": color, "edgecolor": "none"}
+    ax.text(
+        0.75, y + row / 2, letter, fontsize=8.5, weight="bold", ha="right", va="center", bbox=chip,
+        color=palette.text_on(color),
+    )  # fmt: skip
+
+
+def _draw_block(
+    ax: Axes, x: float, y: float, row: float, cell: float, block: int, after: Any, writes: dict, color: str
+) -> None:
+    size = len(after[block])
+    for offset in range(size):
+        filled = float(after[block][offset]) != 0.0
+        write = writes.get((block, offset))
+        face = palette.tint(color, 0.45) if filled else palette.FREE
+        if write is not None:
+            face = color if write.allowed else palette.PAPER
+        box = Rectangle((x + offset * cell, y), cell, row, facecolor=face, edgecolor=palette.PAPER, linewidth=0.5)
+        ax.add_patch(box)
+        if write is not None:
+            mark = "●" if write.allowed else "✕"
+            ink = palette.text_on(color) if write.allowed else HARM
+            ax.text(
+                x + (offset + 0.5) * cell, y + row / 2, mark, fontsize=6 if write.allowed else 11, weight="bold",
+                color=ink, ha="center", va="center",
+            )  # fmt: skip
+    ax.add_patch(Rectangle((x, y), cell * size, row, fill=False, edgecolor=palette.SOFT_INK, linewidth=0.9))
+    ax.text(x + 0.03, y + 0.075, str(block), fontsize=6.5, color=palette.SOFT_INK, va="center")
+
+
+def _writes_alt(shown: Mapping[str, Sequence[int]]) -> str:
+    return f"Picture: the KV blocks of {', '.join(shown)}, with the places that one step wrote."
+
+
+def _writes_caption(writes: Sequence[Write]) -> str:
+    right = [w for w in writes if w.allowed]
+    wrong = [w for w in writes if not w.allowed]
+    text = f"{_plural(len(writes), 'place')} written, {len(right)} of them by the sequence that it belongs to."
+    for w in wrong[:4]:
+        text += f" Block {w.block}, place {w.offset}, of {w.owner or 'nobody'}, was written by somebody else."
+    if len(wrong) > 4:
+        text += f" And {len(wrong) - 4} more."
+    return text
