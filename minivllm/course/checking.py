@@ -16,10 +16,10 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 from minivllm.errors import MiniVLLMError
@@ -154,13 +154,12 @@ def unattempted(answer: Any) -> list[str]:
 
 def _code(answer: Any) -> Any:
     """The code object of a function, method or Triton kernel (which keeps its function as `fn`), else None."""
-    for name in ("fn", "__func__", "__wrapped__"):
-        inner = inspect.getattr_static(answer, name, None)
-        if name == "fn" and not isinstance(inner, FunctionType):
-            inner = getattr(answer, "fn", None) if type(answer).__module__.startswith("triton") else None
-        if isinstance(inner, FunctionType):
-            return inner.__code__
-    return getattr(answer, "__code__", None) if isinstance(answer, FunctionType) else None
+    if isinstance(answer, staticmethod | classmethod | MethodType):
+        return _code(answer.__func__)
+    if isinstance(answer, FunctionType):
+        return inspect.unwrap(answer).__code__
+    kernel = type(answer).__module__.startswith(("triton.", "minivllm.kernels."))
+    return _code(answer.fn) if kernel and hasattr(answer, "fn") else None
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:
@@ -252,7 +251,10 @@ def difference(got: Any, expected: Any, rtol: float = 1e-4, atol: float = 1e-5) 
     if isinstance(expected, dict):
         if not isinstance(got, dict) or got.keys() != expected.keys():
             return "wrong-values", f"got {show(got)}, expected {show(expected)}"
-        return next((f for key in expected if (f := difference(got[key], expected[key], rtol, atol))), None)
+        for key in expected:
+            if found := difference(got[key], expected[key], rtol, atol):
+                return found[0], f"{key}: {found[1]}"
+        return None
     if _is_tensor(got) and got.numel() == 1:
         got = got.item()
     if isinstance(expected, float) and isinstance(got, int | float):
@@ -293,16 +295,19 @@ Suspects = Mapping[str, tuple[str, Callable]]
 
 @dataclass(frozen=True)
 class _Run:
-    """What a call gave: its result together with what it wrote, or the exception that it raised."""
+    """What a call gave: its result, and by name what it wrote into; or the exception that it raised."""
 
-    result: Any
+    result: Any = None
+    written: dict[str, Any] = field(default_factory=dict)
     error: Exception | None = None
 
     def differs(self, other: _Run, tolerances: dict[str, float]) -> tuple[str, str] | None:
         if self.error or other.error:
             same = type(self.error) is type(other.error)
             return None if same else ("raised", f"{type(self.error).__name__}: {self.error}")
-        return difference(self.result, other.result, **tolerances)
+        ignored = other.written and other.result is None  # what a function returns that is there to write
+        found = None if ignored else difference(self.result, other.result, **tolerances)
+        return found or difference(self.written, other.written, **tolerances)
 
 
 def diagnose(
@@ -318,12 +323,13 @@ def diagnose(
     the result, is "changed-input"; one that writes beyond a `guarded` argument, "out-of-bounds-write".
     """
     cases, tolerances = [tuple(case) for case in cases], {"rtol": rtol, "atol": atol}
-    names = list(inspect.signature(right).parameters) if callable(right) else []
-    expected = [_call(right, case, writes)[0] for case in cases]
+    names = list(inspect.signature(right).parameters)
+    names += [f"argument {i}" for i in range(len(names), max(map(len, cases), default=0))]
+    expected = [_call(right, case, writes, names)[0] for case in cases]
     for run in expected:
         if run.error:
             raise run.error  # a bug of the check
-    calls = [_call(answer, case, writes) for case in cases]
+    calls = [_call(answer, case, writes, names) for case in cases]
     runs = [run for run, _ in calls]
     failing = [i for i in range(len(cases)) if runs[i].differs(expected[i], tolerances)]
     described = {
@@ -334,7 +340,7 @@ def diagnose(
         first = min(failing, key=lambda i: _size(cases[i]))
         name, what = runs[first].differs(expected[first], tolerances)
         for suspect, (explanation, wrong) in (suspects or {}).items():
-            theirs = [_call(wrong, case, writes)[0] for case in cases]
+            theirs = [_call(wrong, case, writes, names)[0] for case in cases]
             agrees = not any(mine.differs(other, tolerances) for mine, other in zip(runs, theirs, strict=True))
             if agrees and any(a.differs(b, tolerances) for a, b in zip(theirs, expected, strict=True)):
                 raise Mistake(suspect, f"{explanation}\n{described[first]}: {what}.")
@@ -351,20 +357,19 @@ def diagnose(
     for i, (_, after) in enumerate(calls):
         for position, (before, now) in enumerate(zip(cases[i], after, strict=True)):
             if position not in writes and _is_plain(before) and difference(now, before, 0.0, 0.0):
-                name = names[position] if position < len(names) else f"argument {position}"
-                why = f"Your result is right, but your code changed {name}, which belongs to its caller"
+                why = f"Your result is right, but your code changed {names[position]}, which belongs to its caller"
                 raise Mistake("changed-input", f"{why}: work on a copy, or on a new tensor.\n{described[i]}.")
     return len(cases)
 
 
-def _call(function: Callable, case: tuple, writes: Sequence[int]) -> tuple[_Run, tuple]:
+def _call(function: Callable, case: tuple, writes: Sequence[int], names: Sequence[str]) -> tuple[_Run, tuple]:
     """(what it gave, the arguments as it left them); the arguments are copies, guard bands included."""
     args = copy.deepcopy(case)
     try:
         result = function(*args)
     except Exception as error:
-        return _Run(None, error), args
-    return _Run([result, *(args[i] for i in writes)] if writes else result), args
+        return _Run(error=error), args
+    return _Run(result, {names[i]: args[i] for i in writes}), args
 
 
 def _is_plain(value: Any) -> bool:
@@ -439,7 +444,7 @@ def engine_agrees(*used: Callable, max_tokens: int = 20, **options: Any) -> str:
     used: pieces under `counted` of which each must have been called. Returns a line such as "the engine writes the
     same 70 tokens with it". For kernels: ``engine_agrees(mine, kernels=replace(Kernels.reference(), rms_norm=mine))``.
     """
-    expected = _engine_tokens(max_tokens)
+    expected = engine_tokens(max_tokens)
     got = _generate(max_tokens, options)
     for prompt, mine, right in zip(PROMPTS, got, expected, strict=True):
         if mine != right:
@@ -458,8 +463,12 @@ def engine_agrees(*used: Callable, max_tokens: int = 20, **options: Any) -> str:
 
 
 @functools.cache
-def _engine_tokens(max_tokens: int = 20) -> list[list[int]]:
+def engine_tokens(max_tokens: int = 20) -> list[list[int]]:
+    """What the bundled model answers to `PROMPTS`, greedily, on the package's own pieces."""
     return _generate(max_tokens, {})
+
+
+_engine_tokens = engine_tokens
 
 
 def _generate(max_tokens: int, options: dict[str, Any]) -> list[list[int]]:

@@ -156,7 +156,7 @@ def preload(chapter: str) -> None:
         checking.find(f"{chapter}.0")
     module = sys.modules.get(f"minivllm.course.checks.ch{chapter}")
     if module is not None and "engine_agrees" in vars(module):
-        checking._engine_tokens()
+        checking.engine_tokens()
 
 
 if __name__ == "__main__":
