@@ -632,19 +632,19 @@ class SimulatedModel:
         )  # fmt: skip
         #: Slot -> its blocks.
         self.blocks: dict[int, list[int]] = {}
-        self._free_blocks = list(range(num_blocks))
+        # Neighbours in a table are no neighbours in memory.
+        self._free_blocks = [block for start in range(3) for block in range(start, num_blocks, 3)]
 
     @torch.no_grad()
     def admit(self, slot: int, prompt: Sequence[int], num_tokens: int) -> int:
         """Compute the prompt of a sequence, which will have up to num_tokens, in a slot. Returns its first token."""
         gpu, size = self.gpu, self.block_size
         needed = -(-num_tokens // size)
-        # Every third free block, so that neighbours in a table are no neighbours in memory.
-        order = [block for start in range(3) for block in self._free_blocks[start::3]][:needed]
-        self.blocks[slot] = order
-        self._free_blocks = [block for block in self._free_blocks if block not in order]
+        if needed > min(len(self._free_blocks), self.max_blocks) or slot in self.blocks:
+            raise ValueError(f"admit: no {needed} free blocks for slot {slot}, or it is taken")
+        self.blocks[slot], self._free_blocks = self._free_blocks[:needed], self._free_blocks[needed:]
         table = torch.zeros(1, self.max_blocks, dtype=torch.int32)
-        table[0, :needed] = torch.tensor(order)
+        table[0, :needed] = torch.tensor(self.blocks[slot])
         inputs = build_batch([BatchRow(list(prompt), 0, True)], table.numpy(), size)
         about = inputs.attention
         metadata = AttentionMetadata(
@@ -658,8 +658,8 @@ class SimulatedModel:
         return token
 
     def release(self, slot: int) -> None:
-        """A sequence has ended: its blocks are free for others. The state of its slot stays as it is."""
-        self._free_blocks = self.blocks.pop(slot) + self._free_blocks
+        """A sequence has ended: its blocks are the next to be given out. The state of its slot stays as it is."""
+        self._free_blocks = self.blocks.pop(slot)[::-1] + self._free_blocks
 
     @torch.no_grad()
     def forward(

@@ -261,6 +261,8 @@ def _draw_choice(ax: Axes, title: str, sizes: Sequence[int], seen: Mapping[int, 
     box = {"boxstyle": "square,pad=0.2", "facecolor": palette.PAPER, "edgecolor": "none"}
     ax.text(0.04 * top, 0.92 * top, f"{share:.1%} more rows", fontsize=9, color=palette.INK, bbox=box, zorder=5)
     ax.set_xlabel("sequences in the step", fontsize=9.5, color=palette.SOFT_INK)
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     ax.tick_params(colors=palette.SOFT_INK, labelsize=9, length=3)
     ax.spines[["top", "right"]].set_visible(False)
     for spine in ax.spines.values():
@@ -434,8 +436,10 @@ def draw_writes(
     ax.text(0.15, 0.26, "What one step wrote", fontsize=12, weight="bold", color=palette.INK, va="center")
     by_place = {(w.block, w.offset): w for w in writes}
     y = 0.5
+    letters = [palette.request_letter(index) for index in range(64)]
     for index, (letter, blocks) in enumerate(shown.items()):
-        color = palette.CACHED if letter == "nobody" else palette.request_color(index)
+        number = letters.index(letter) if letter in letters else index
+        color = palette.CACHED if letter == "nobody" else palette.request_color(number)
         _draw_owner(ax, y, row, letter, color)
         x = 0.95
         for block in blocks:
