@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from minivllm.viz.block_table import block_tables, draw_block_table
+    from minivllm.viz.composition import draw_composition
     from minivllm.viz.memory import draw_kv_memory, kv_memory
+    from minivllm.viz.prefix import draw_prefix_tree
+    from minivllm.viz.roofline import draw_floor, draw_roofline
+    from minivllm.viz.softmax import draw_online_softmax
+    from minivllm.viz.tiles import draw_attention_tiles
+    from minivllm.viz.timeline import draw_places, draw_timeline, draw_token_gaps
     from minivllm.viz.widgets import scrub
 
 _HOMES = {
@@ -23,8 +29,32 @@ _HOMES = {
     "kv_memory": "minivllm.viz.memory",
     "draw_kv_memory": "minivllm.viz.memory",
     "scrub": "minivllm.viz.widgets",
+    "draw_timeline": "minivllm.viz.timeline",
+    "draw_places": "minivllm.viz.timeline",
+    "draw_token_gaps": "minivllm.viz.timeline",
+    "draw_composition": "minivllm.viz.composition",
+    "draw_attention_tiles": "minivllm.viz.tiles",
+    "draw_online_softmax": "minivllm.viz.softmax",
+    "draw_prefix_tree": "minivllm.viz.prefix",
+    "draw_roofline": "minivllm.viz.roofline",
+    "draw_floor": "minivllm.viz.roofline",
 }
-__all__ = ["block_tables", "draw_block_table", "draw_kv_memory", "kv_memory", "scrub"]
+__all__ = [
+    "block_tables",
+    "draw_attention_tiles",
+    "draw_block_table",
+    "draw_composition",
+    "draw_floor",
+    "draw_kv_memory",
+    "draw_online_softmax",
+    "draw_places",
+    "draw_prefix_tree",
+    "draw_roofline",
+    "draw_timeline",
+    "draw_token_gaps",
+    "kv_memory",
+    "scrub",
+]
 
 
 def __getattr__(name: str) -> Any:
