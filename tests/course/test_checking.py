@@ -88,7 +88,7 @@ def test_check_prints_one_line(capsys: pytest.CaptureFixture) -> None:
         ("98.1", lambda x: {}[x], Mistake, "Your code raised KeyError: 1\nin <lambda>, line"),
         ("98.2", 1, NotRunnableHere, "no GPU"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_check_raises_what_it_found(id: str, answer: Any, kind: type, said: str) -> None:
     with pytest.raises(kind) as caught:
