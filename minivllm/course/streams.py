@@ -700,6 +700,81 @@ class SimulatedModel:
         return self.gpu._read(self.caches[0][0]).abs().sum(dim=(1, 3)).clone()
 
 
+@dataclass(frozen=True)
+class Row:
+    """What a decode step must know of one sequence: its last token, where that stands, and its blocks."""
+
+    token_id: int
+    position: int
+    blocks: list[int]
+
+
+class RowServer:
+    """Requests that come and go, decoded by recordings that read a batch of rows at fixed addresses.
+
+    batch_cls: called with (gpu, sizes, block_size, max_model_len, longest_prompt); has tensors token_ids, positions,
+    seq_lens, block_table and slot_mapping with a row for each sequence, of which a graph of size n takes the first n,
+    and a method `fill(rows)` that returns the size to replay.
+    """
+
+    def __init__(
+        self, gpu: SimulatedGPU, batch_cls: Callable[..., Any], sizes: Sequence[int], longest_prompt: int
+    ) -> None:
+        self.gpu, self.model = gpu, SimulatedModel(gpu, num_slots=max(sizes))
+        model = self.model
+        self.batch = batch_cls(gpu, list(sizes), model.block_size, model.max_model_len, longest_prompt)
+        #: Name -> (slot, its prompt's length, its tokens), in the order of the rows.
+        self.running: dict[str, tuple[int, int, list[int]]] = {}
+        self.answers: dict[str, list[int]] = {}
+        #: Sequences, and rows of the graph, of each step.
+        self.counts: list[tuple[int, int]] = []
+        self._graphs: dict[int, tuple[CUDAGraph, DeviceTensor]] = {}
+        self._pool = gpu.graph_pool_handle()
+
+    def admit(self, name: str, prompt: Sequence[int], max_tokens: int) -> None:
+        """A request comes: its prompt is computed, and it has its first token."""
+        slot = min(set(range(len(self.running) + 1)) - {slot for slot, _, _ in self.running.values()})
+        first = self.model.admit(slot, prompt, len(prompt) + max_tokens)
+        self.answers[name] = [first]
+        self.running[name] = slot, len(prompt), self.answers[name]
+
+    def leave(self, name: str) -> None:
+        """A request ends: its blocks are the next to be given out."""
+        self.model.release(self.running.pop(name)[0])
+
+    def rows(self) -> list[Row]:
+        """What the next step is about."""
+        return [
+            Row(tokens[-1], prompt + len(tokens) - 1, list(self.model.blocks[slot]))
+            for slot, prompt, tokens in self.running.values()
+        ]
+
+    def tables(self) -> dict[str, list[int]]:
+        """Name -> blocks of those who run."""
+        return {name: self.model.blocks[slot] for name, (slot, _, _) in self.running.items()}
+
+    def step(self) -> None:
+        """Everybody gets a token."""
+        size = self.batch.fill(self.rows())
+        self.counts.append((len(self.running), size))
+        if size not in self._graphs:
+            self._graphs[size] = self._record(size)
+        graph, token_ids = self._graphs[size]
+        graph.replay()
+        for (_, _, tokens), token in zip(self.running.values(), token_ids.tolist(), strict=False):
+            tokens.append(token)
+
+    def _record(self, size: int) -> tuple[CUDAGraph, DeviceTensor]:
+        graph, batch = self.gpu.CUDAGraph(), self.batch
+        inputs = (batch.token_ids, batch.positions, batch.seq_lens, batch.block_table, batch.slot_mapping)
+        if not self._graphs:  # kernels are compiled when they are first launched; nothing is written
+            empty = [torch.zeros_like(tensor[:1]) for tensor in inputs]
+            self.model.forward(*empty[:-1], empty[-1] - 1)
+        with self.gpu.graph(graph, pool=self._pool):
+            token_ids = self.model.forward(*(tensor[:size] for tensor in inputs))
+        return graph, token_ids
+
+
 # --- steps planned by the real scheduler ------------------------------------------------------------------------------
 
 
@@ -741,7 +816,7 @@ class SimulatedEngine:
     @property
     def answers(self) -> list[list[int]]:
         """The tokens of every request so far."""
-        return [seq.output_token_ids for seq in self.sequences]
+        return [[token for token in seq.output_token_ids if token >= 0] for seq in self.sequences]
 
     @property
     def unfinished(self) -> int:
