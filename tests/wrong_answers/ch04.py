@@ -567,6 +567,90 @@ class CountedPool:
                 self.free[block] = None
 
 
+# %% 04.3 half-released: looks at a block when it comes to it, from the end
+class CountedPool:
+    """Blocks by number, with a reference count each."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.counts = [0] * num_blocks
+        self.free = OrderedDict.fromkeys(range(num_blocks))
+
+    @property
+    def num_free(self) -> int:
+        """Blocks without an owner."""
+        return len(self.free)
+
+    def ref_count(self, block: int) -> int:
+        """How many owners a block has."""
+        return self.counts[block]
+
+    def allocate(self, count: int) -> list[int] | None:
+        """Take that many free blocks, each with one owner now; None, and no change, if there are fewer."""
+        if count > len(self.free):
+            return None
+        taken = [self.free.popitem(last=False)[0] for _ in range(count)]
+        for block in taken:
+            self.counts[block] = 1
+        return taken
+
+    def share(self, blocks: list[int]) -> None:
+        """One more owner for each of these blocks, free or not."""
+        for block in blocks:
+            self.counts[block] += 1
+            self.free.pop(block, None)
+
+    def release(self, blocks: list[int]) -> None:
+        """One owner less for each, the last block first. ValueError, and no change, where one has no owner."""
+        for block in reversed(blocks):
+            if self.counts[block] == 0:
+                raise ValueError(f"{block} is not in use")
+            self.counts[block] -= 1
+            if self.counts[block] == 0:
+                self.free[block] = None
+
+
+# %% 04.3 double-free: looks at the last block only
+class CountedPool:
+    """Blocks by number, with a reference count each."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.counts = [0] * num_blocks
+        self.free = OrderedDict.fromkeys(range(num_blocks))
+
+    @property
+    def num_free(self) -> int:
+        """Blocks without an owner."""
+        return len(self.free)
+
+    def ref_count(self, block: int) -> int:
+        """How many owners a block has."""
+        return self.counts[block]
+
+    def allocate(self, count: int) -> list[int] | None:
+        """Take that many free blocks, each with one owner now; None, and no change, if there are fewer."""
+        if count > len(self.free):
+            return None
+        taken = [self.free.popitem(last=False)[0] for _ in range(count)]
+        for block in taken:
+            self.counts[block] = 1
+        return taken
+
+    def share(self, blocks: list[int]) -> None:
+        """One more owner for each of these blocks, free or not."""
+        for block in blocks:
+            self.counts[block] += 1
+            self.free.pop(block, None)
+
+    def release(self, blocks: list[int]) -> None:
+        """One owner less for each, the last block first. ValueError, and no change, where one has no owner."""
+        if blocks and self.counts[blocks[-1]] == 0:
+            raise ValueError(f"{blocks[-1]} is not in use")
+        for block in reversed(blocks):
+            self.counts[block] -= 1
+            if self.counts[block] == 0:
+                self.free[block] = None
+
+
 # %% 04.3 heads-first: frees a list from its beginning
 class CountedPool:
     """Blocks by number, with a reference count each."""

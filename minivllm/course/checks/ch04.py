@@ -372,10 +372,11 @@ def _check_revival(answer: type) -> None:
 
 def _check_double_free(answer: type) -> None:
     pool = answer(4)
-    mine, other = _took(pool, 2, "From a new pool of 4"), _took(pool, 1, "Two of four are taken")
+    mine, other = _took(pool, 2, "From a new pool of 4"), _took(pool, 2, "Two of four are taken")
     pool.release(mine)
     before = (_counts(pool, 4), pool.num_free)
-    for blocks in (mine, [*other, *mine]):
+    # Ownerless blocks at the end, at the beginning and in the middle: whatever is looked at first, or alone.
+    for blocks in (mine, [*other, *mine], [*mine, *other], [other[0], *mine, other[1]]):
         try:
             pool.release(blocks)
         except ValueError:
