@@ -1,0 +1,604 @@
+"""The capstone: all pieces that a learner wrote in chapters 01 to 07, taken from their exercises, run as one engine.
+
+`check`, which is ``minivllm check capstone``, collects answers and hands them to a worker, a Python process of its own
+that may hang or crash: this file, run as a program. The worker runs the bundled model with all of the pieces, watching
+whether any of the package's own implementations is called in their places; where that goes wrong, `check` has every
+piece run alone in the package's engine, and so finds the one to name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import linecache
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minivllm.course.chapters import CourseNotFoundError, chapters, find_root, role
+
+if TYPE_CHECKING:
+    from types import CodeType
+
+    from rich.console import Console
+
+    from minivllm.course.checks.ch07 import TokenText
+    from minivllm.engine.sequence import Sequence
+    from minivllm.llm import LLM
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A place in the engine that a learner's answer takes.
+
+    name: how it is called in the report; chapter and answer: where it is, and the name that the answer gives it. own:
+    the package's implementations, as "module:function" or "module:Class.method", none of which may be called then.
+    """
+
+    name: str
+    chapter: str
+    answer: str
+    own: tuple[str, ...]
+
+
+def _pair(module: str, *names: str) -> tuple[str, ...]:
+    """The kernels of these names: the launcher and the reference."""
+    return tuple(f"minivllm.kernels.{module}:{name}{end}" for name in names for end in ("", "_reference"))
+
+
+def _methods(owner: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"minivllm.{owner}.{name}" for name in names)
+
+
+#: The table of the design's section 4, in the order of the chapters.
+PIECES = (
+    Piece("merging softmaxes", "01", "merge_attention", _pair("online_softmax", "merge_attention")),
+    Piece("flash attention", "02", "prefill_attention", _pair("flash_attention", "prefill_attention")),
+    Piece("writing pages", "03", "store_kv", _pair("kv_cache", "store_kv")),
+    Piece("reading pages", "03", "decode_attention", _pair("paged_attention", "decode_attention")),
+    Piece(
+        "block manager", "04", "MyBlockManager",
+        _methods("engine.block_manager:BlockManager", "allocate", "free", "find_cached_prefix", "register_computed"),
+    ),
+    Piece(
+        "scheduler", "05", "MyScheduler",
+        _methods("engine.scheduler:Scheduler", "schedule", "_schedule_running", "_schedule_waiting", "_make_room"),
+    ),
+    Piece("RMSNorm", "06", "rms_norm", _pair("norm", "rms_norm", "add_rms_norm")),
+    Piece("QK-norm and RoPE", "06", "qk_norm_rope", _pair("rotary", "qk_norm_rope")),
+    Piece("SwiGLU", "06", "silu_mul", _pair("activation", "silu_mul")),
+    Piece("model", "06", "Qwen3", _methods("models.qwen3:Qwen3ForCausalLM", "forward", "compute_logits")),
+    Piece("batch", "07", "build_batch", ("minivllm.batch:build_batch",)),
+    Piece("sampler", "07", "sample", (*_pair("sampling", "sample"), "minivllm.kernels.sampling:filter_logits")),
+    Piece("text stream", "07", "TextStream", _methods("tokenizer:Detokenizer", "append", "finish", "emit")),
+    Piece("loop", "07", "MyEngine", _methods("engine.llm_engine:LLMEngine", "step", "add_request")),
+)  # fmt: skip
+KERNELS = (
+    "merge_attention", "prefill_attention", "store_kv", "decode_attention",
+    "rms_norm", "qk_norm_rope", "silu_mul", "sample",
+)  # fmt: skip
+OPTIONS = {"block_manager_cls": "MyBlockManager", "scheduler_cls": "MyScheduler", "model_cls": "Qwen3",
+           "build_batch": "build_batch"}  # fmt: skip
+
+#: Chunks, mixed steps, preemptions and prefix hits, in a small cache.
+ROOM = {"max_num_batched_tokens": 32, "num_kv_blocks": 16, "max_num_seqs": 6, "max_model_len": 160, "block_size": 16}
+_LONG = "You know many stories, and you explain terms in a few words. "
+REQUESTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("What is 12 + 7?", {"temperature": 0.0}),
+    (f"{_LONG}What is a KV cache?", {"temperature": 0.0}),
+    ("Tell me a story about a fox named Zoë.", {"temperature": 0.0}),
+    ("Show me the emoji for a fox.", {"temperature": 0.0}),
+    (f"{_LONG}Tell me a story about an owl.", {"temperature": 1.0, "seed": 1}),
+    ("Tell me a story about a robot.", {"temperature": 0.8, "top_p": 0.9, "seed": 2}),
+    ("Tell me a story about a robot.", {"temperature": 1.2, "top_k": 30, "seed": 3}),
+    (f"{_LONG}What is a block table?", {"temperature": 1.0, "min_p": 0.1, "seed": 4, "stop": ". "}),
+)
+MAX_TOKENS = 32
+SHOWN = 1  # the request whose answer is printed
+
+
+# --- what the command does --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Finding:
+    """What is wrong with a piece. name as that of a `Mistake`; piece "" where no single one is to blame."""
+
+    piece: str
+    name: str
+    message: str
+
+
+@dataclass
+class Report:
+    """How it went. found: exercise of each piece, by its answer's name. speed: tokens a second, yours first."""
+
+    found: dict[str, str] = field(default_factory=dict)
+    problems: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    num_tokens: int = 0
+    text: str = ""
+    stats: dict[str, int] = field(default_factory=dict)
+    speed: tuple[float, float] | None = None
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems and self.speed is not None
+
+
+def check(console: Console, timeout: float = 120.0) -> int:
+    """Run the capstone on the exercises of this repository and print how it went. Returns the exit code."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console.print(Text("Capstone: the engine that you wrote", style="bold"))
+    report = examine(find_root(), timeout)
+    wrong = {finding.piece: finding for finding in report.problems}
+    for piece in PIECES:
+        finding = wrong.get(piece.answer)
+        sign, style = ("✗", "red") if finding else ("✓", "green") if report.passed else ("·", "dim")
+        where = f"{report.found.get(piece.answer, piece.chapter)}"
+        line = f" {sign} {piece.name:18} {piece.answer:18} {where}"
+        console.print(Text(line + (f"  {finding.name}" if finding else ""), style=style))
+    said = dict.fromkeys((finding.name, finding.message) for finding in report.problems)
+    for name, message in said:
+        pieces = [f.piece for f in report.problems if (f.name, f.message) == (name, message) and f.piece]
+        title = ", ".join([*pieces, name])
+        console.print(Padding(Text(f"{title}: {message}"), (1, 0, 0, 3), expand=False))
+    for note in report.notes:
+        console.print(Padding(Text(note, style="dim"), (1, 0, 0, 3), expand=False))
+    if report.passed:
+        _celebrate(report, console)
+    elif not report.problems:
+        console.print(Padding(Text("It did not come to an end, and nothing says why."), (1, 0, 0, 3)))
+    return int(not report.passed)
+
+
+def _celebrate(report: Report, console: Console) -> None:
+    from rich.padding import Padding
+    from rich.text import Text
+
+    mine, packages = report.speed or (1.0, 1.0)
+    ratio = packages / mine
+    beside = f"{ratio:.1f} times as fast as yours" if ratio >= 1 else f"slower than yours, {1 / ratio:.1f} times"
+    stats = report.stats
+    lines = [
+        f"Asked “{REQUESTS[SHOWN][0].removeprefix(_LONG)}”, your engine says:",
+        f"    {report.text}",
+        "",
+        f"{len(REQUESTS)} requests, greedy and seeded: all {report.num_tokens} tokens are the package's, and so are "
+        f"the texts; in {stats['num_steps']} steps, {stats['num_mixed_steps']} of them mixed, with "
+        f"{stats['num_preemptions']} preemptions.",
+        f"Yours: {mine:,.0f} tokens a second. The package: {packages:,.0f}, {beside}, on this CPU, in plain torch.",
+        "",
+        "None of the package's own pieces was used in these places. You have built an inference engine.",
+    ]
+    console.print(Padding(Text("\n".join(lines)), (1, 0, 1, 3), expand=False), highlight=False)
+
+
+def examine(root: Path, timeout: float = 120.0) -> Report:
+    """Run the capstone on root's exercises. timeout: seconds that each part of it may take.
+
+    ChangedSolutionError where a solution is not as it was published.
+    """
+    report = Report()
+    cells = _collect(root, report)
+    if report.problems:
+        return report
+    job = {"cells": cells, "found": report.found}
+    for event in _work({**job, "task": "together"}, root / "exercises", timeout):
+        _take(event, report)
+    blamed = [finding for finding in report.problems if finding.piece]
+    if not report.problems or blamed:
+        return report
+    report.problems, trouble = [], report.problems
+    _find_out_which(job, root / "exercises", timeout, report)
+    report.problems = report.problems or trouble
+    return report
+
+
+def _find_out_which(job: dict[str, Any], folder: Path, timeout: float, report: Report) -> None:
+    """Each piece alone among the package's; if all of them work so, all but one of the pieces."""
+    for task in ("alone", "without"):
+        left = [piece.answer for piece in PIECES]
+        while left:
+            events = list(_work({**job, "task": task, "pieces": left}, folder, timeout))
+            for event in events:
+                _take(event, report)
+            last = next((event["piece"] for event in reversed(events) if "piece" in event), left[0])
+            done = left.index(last) + 1 if last in left else len(left)
+            left = left[done:] if any("ended" in event for event in events) else []
+        if report.problems:
+            return
+
+
+def _collect(root: Path, report: Report) -> dict[str, list[tuple[str, str, str]]]:
+    """chapter -> (exercise's id, kind, source) of what is to be run for its pieces. Problems go to the report."""
+    from minivllm.course.graft import graft
+    from minivllm.course.stubs import defined_names
+
+    known, cells = {chapter.number: chapter for chapter in chapters(root)}, {}
+    for number in dict.fromkeys(piece.chapter for piece in PIECES):
+        pieces = [piece for piece in PIECES if piece.chapter == number]
+        try:
+            chapter = known[number]
+            groups = graft(chapter.exercises, chapter)
+        except (KeyError, CourseNotFoundError) as error:
+            why = str(error) if isinstance(error, CourseNotFoundError) else f"There is no chapter {number} here."
+            report.problems += [Finding(piece.answer, "missing", why) for piece in pieces]
+            continue
+        homes = {
+            name: role(cell)[1]
+            for cell in reversed(chapter.solution.cells)
+            if role(cell)[0] == "exercise"
+            for name in defined_names(cell.source)
+        }
+        by_id = {group.id: group for group in groups}
+        for piece in pieces:
+            report.found[piece.answer] = id = homes[piece.answer]
+            if by_id[id].broken:
+                report.problems.append(Finding(piece.answer, *by_id[id].broken))
+            elif by_id[id].untouched:
+                report.problems.append(_not_written(piece, id))
+        # Pictures and checks are left out; what was written for other exercises may be used in these.
+        cells[number] = [
+            (group.id, cell.kind, cell.source)
+            for group in groups
+            for cell in group.cells
+            if cell.kind in (("given", "own") if not group.id else ("answer", "own"))
+        ]
+    return cells
+
+
+def _not_written(piece: Piece, id: str) -> Finding:
+    why = f"{piece.answer} is still to write: exercise {id}. `minivllm check {id}` checks it by itself."
+    return Finding(piece.answer, "not-attempted", why)
+
+
+def _take(event: dict[str, Any], report: Report) -> None:
+    """Add what the worker says to the report."""
+    if "problem" in event:
+        report.problems.append(Finding(**event["problem"]))
+    elif "ended" in event:
+        piece, id = event.get("piece", ""), report.found.get(event.get("piece", ""), "")
+        where = f"With {piece} ({id}) alone in the package's engine" if piece else "With all of your pieces together"
+        report.problems.append(Finding(piece, event["name"], f"{where}: {event['ended']}."))
+    elif "note" in event:
+        report.notes.append(event["note"])
+    elif "result" in event:
+        for name, value in event["result"].items():
+            setattr(report, name, tuple(value) if isinstance(value, list) else value)
+
+
+def _work(job: dict[str, Any], folder: Path, timeout: float) -> Iterator[dict[str, Any]]:
+    """What a worker says, as it comes. A worker that is silent for longer than timeout is ended: {"ended": why}."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUTF8": "1"}
+    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    command = [sys.executable, "-m", "minivllm.course.capstone"]
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, text=True, encoding="utf-8",
+    )  # fmt: skip
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        with contextlib.suppress(ValueError):  # closed
+            for line in process.stdout:
+                lines.put(line)
+        lines.put(None)
+
+    piece: dict[str, str] = {}
+    try:
+        threading.Thread(target=read, daemon=True).start()
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(job))
+            process.stdin.close()
+        while True:
+            try:
+                line = lines.get(timeout=timeout)
+            except queue.Empty:
+                yield {**piece, "name": "endless", "ended": f"it still ran after {timeout:g} seconds"}
+                return
+            if line is None:
+                yield {**piece, "name": "process-ended", "ended": "the Python process ended (exit(), or a crash)"}
+                return
+            event = json.loads(line)
+            if "begins" in event:
+                piece = {"piece": event["begins"]} if event["begins"] else {}
+            elif "done" in event:
+                return
+            else:
+                yield event
+    finally:
+        process.kill()
+        process.wait()
+
+
+# --- the worker -------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Do what the job on the standard input says, and tell it line by line."""
+    said = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    job = json.loads(sys.stdin.read())
+
+    def say(**event: Any) -> None:
+        print(json.dumps(event), file=said, flush=True)
+
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        say(begins="")
+        answers, problems = _load(job["cells"], job["found"])
+        if problems:
+            for finding in problems:
+                say(problem=vars(finding))
+        elif job["task"] == "together":
+            _together(answers, job["found"], say)
+        else:
+            right = _package_run()
+            for name in job["pieces"]:
+                say(begins=name)
+                task = _alone if job["task"] == "alone" else _without
+                for finding in task(name, answers, job["found"], right):
+                    say(problem=vars(finding))
+    say(done=True)
+
+
+def _load(cells: dict[str, list], found: dict[str, str]) -> tuple[dict[str, Any], list[Finding]]:
+    """(what the answers define, by name; what is wrong with them). A chapter is run in a namespace of its own."""
+    from minivllm.course.checking import _raised, unattempted
+
+    answers: dict[str, Any] = {}
+    problems: list[Finding] = []
+    for chapter, sources in cells.items():
+        namespace: dict[str, Any] = {"__name__": "__main__"}
+        for number, (id, kind, source) in enumerate(sources):
+            pieces = [p.answer for p in PIECES if p.chapter == chapter and found[p.answer] == id]
+            try:
+                _execute(source, f"<{id or chapter}, cell {number}>", namespace)
+            except Exception as error:
+                if kind == "answer":
+                    problems += [Finding(name, "raised", _raised(error).message) for name in pieces]
+                elif kind == "given":
+                    raise
+            if kind == "answer":  # as it is now: a later exercise may use the name for something else
+                answers |= {name: namespace[name] for name in pieces if name in namespace}
+    for piece in PIECES:
+        id = found[piece.answer]
+        if any(finding.piece == piece.answer for finding in problems):
+            continue
+        if piece.answer not in answers:
+            problems.append(Finding(piece.answer, "missing", f"The answer to {id} defines no {piece.answer}."))
+        elif unattempted(answers[piece.answer]):
+            problems.append(_not_written(piece, id))
+    return answers, problems
+
+
+def _execute(source: str, name: str, namespace: dict[str, Any]) -> None:
+    """Execute a cell whose lines can be found again, as Triton does to compile a kernel."""
+    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+    exec(compile(source, name, "exec"), namespace)
+
+
+@dataclass
+class Run:
+    """What an engine wrote. own: names of the package's functions that were called, of those that were watched for."""
+
+    tokens: list[list[int]]
+    texts: list[str]
+    used: set[str] = field(default_factory=set)
+    own: dict[str, str] = field(default_factory=dict)  # piece -> the package's function that was called for it
+    stats: dict[str, int] = field(default_factory=dict)
+
+
+def _package_run() -> Run:
+    """The right answers: the package's engine, by its own face."""
+    from minivllm import LLM, SamplingParams
+
+    with LLM(device="cpu", **ROOM) as llm:
+        chats = [llm.render_chat([{"role": "user", "content": prompt}]) for prompt, _ in REQUESTS]
+        params = [SamplingParams(max_tokens=MAX_TOKENS, **wishes) for _, wishes in REQUESTS]
+        outputs = llm.generate(chats, params, use_tqdm=False)
+        stats = vars(llm.llm_engine.scheduler.stats)
+    return Run([o.outputs[0].token_ids for o in outputs], [o.outputs[0].text for o in outputs], stats=dict(stats))
+
+
+def _engine(answers: dict[str, Any], used: set[str], room: dict[str, Any]) -> tuple[LLM, Callable[[], Any]]:
+    """(an LLM with these answers in their places, what makes its loop). used: gets the names of pieces as they run."""
+    from minivllm import LLM, Kernels
+    from minivllm.course.checks import ch07
+
+    def noted(name: str) -> Callable:
+        def note(*args: Any, **kwargs: Any) -> Any:
+            used.add(name)
+            return answers[name](*args, **kwargs)
+
+        return note
+
+    fields: dict[str, Any] = {name: noted(name) for name in KERNELS if name in answers}
+    if "rms_norm" in answers:  # its fused form, which the package's model calls
+        norm = fields["rms_norm"]
+        fields["add_rms_norm"] = lambda x, residual, weight, eps: (norm(x + residual, weight, eps), x + residual)
+    kernels = replace(Kernels.reference(), name="yours", **fields)
+    options = {option: noted(name) for option, name in OPTIONS.items() if name in answers}
+    llm = LLM(device="cpu", kernels=kernels, **options, **room)
+    tokenizer = llm.get_tokenizer()
+
+    def stream(stops: Iterable[str] = ()) -> TokenText:
+        if "TextStream" not in answers:
+            return ch07.TokenText(tokenizer, tuple(stops))
+        return noted("TextStream")(lambda token_ids: tokenizer.decode(list(token_ids)), tuple(stops))
+
+    def loop() -> Any:
+        parts = (llm.llm_engine.scheduler, llm.llm_engine.model_runner, stream)
+        return noted("MyEngine")(*parts) if "MyEngine" in answers else ch07._RightEngine(*parts)
+
+    return llm, loop
+
+
+def _run(answers: dict[str, Any], watched: Iterable[str]) -> Run:
+    """Serve the requests with these answers, the package's elsewhere. watched: pieces whose own are looked for."""
+    from minivllm.course.checks.ch07 import new_sequence
+
+    run = Run([], [])
+    codes = {
+        code: (piece.answer, name) for piece in PIECES if piece.answer in set(watched) for code, name in _own(piece)
+    }
+
+    def profile(frame: Any, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code in codes:
+            piece, name = codes[frame.f_code]
+            run.own.setdefault(piece, name)
+
+    llm, loop = _engine(answers, run.used, ROOM)
+    sequences = [
+        new_sequence(llm, number, prompt, max_tokens=MAX_TOKENS, **wishes)
+        for number, (prompt, wishes) in enumerate(REQUESTS)
+    ]
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        texts = loop().run(sequences)
+    finally:
+        sys.setprofile(before)
+    run.texts = list(texts)
+    run.tokens = [[token for token in seq.output_token_ids if token >= 0] for seq in sequences]
+    run.stats = dict(vars(llm.llm_engine.scheduler.stats))
+    return run
+
+
+def _own(piece: Piece) -> Iterator[tuple[CodeType, str]]:
+    """(code, name) of the package's implementations of a piece."""
+    from importlib import import_module
+
+    for path in piece.own:
+        module, _, name = path.partition(":")
+        found: Any = import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+        code = getattr(getattr(found, "__wrapped__", found), "__code__", None)
+        if code is not None:
+            yield code, name
+
+
+def _differs(run: Run, right: Run) -> str:
+    """Where a run first says something else, in words; "" if it does not."""
+    for (prompt, wishes), mine, theirs in zip(REQUESTS, run.tokens, right.tokens, strict=True):
+        if mine != theirs:
+            same = next(
+                (i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), min(len(mine), len(theirs))
+            )
+            how = "greedy" if not wishes["temperature"] else ", ".join(f"{k}={v}" for k, v in wishes.items())
+            return (
+                f"the answer to {prompt!r} ({how}) begins with {same} tokens of the package's; then comes "
+                f"{mine[same : same + 1]}, expected {theirs[same : same + 1]}"
+            )
+    for (prompt, _), mine, theirs in zip(REQUESTS, [*run.texts, *[""] * len(REQUESTS)], right.texts, strict=False):
+        if mine != theirs:
+            return f"the tokens are right, but the text for {prompt!r} is {mine!r}, expected {theirs!r}"
+    return ""
+
+
+def _together(answers: dict[str, Any], found: dict[str, str], say: Callable[..., None]) -> None:
+    """All of the pieces in one engine; and alone those that the others had no use for."""
+    from minivllm.course.checking import _raised
+
+    right = _package_run()
+    try:
+        run = _run(answers, answers)
+    except Exception as error:
+        say(problem=vars(Finding("", "raised", _raised(error).message)))
+        return
+    problems = _packages_own(run.own, found)
+    why = _differs(run, right)
+    if why and not problems:
+        say(problem=vars(Finding("", "together", f"With all of your pieces together, {why}.")))
+        return
+    for name in answers:
+        if name not in run.used and not problems:
+            say(begins=name)
+            problems += _alone(name, answers, found, right)
+            others = "your other pieces had no use for it, so it ran alone in the package's engine"
+            if not problems:
+                say(note=f"{name} ({found[name]}): {others}.")
+    for finding in problems:
+        say(problem=vars(finding))
+    if problems:
+        return
+    say(begins="")
+    result = {"num_tokens": sum(map(len, run.tokens)), "text": run.texts[SHOWN], "stats": run.stats}
+    say(result={**result, "speed": [_speed(answers), _speed({})]})
+
+
+def _packages_own(own: dict[str, str], found: dict[str, str]) -> list[Finding]:
+    return [
+        Finding(
+            piece,
+            "packages-own",
+            f"In the place of {piece} ({found[piece]}) the package's own `{name}` is at work: your answer is it, "
+            "inherits it, or calls it. The capstone wants yours.",
+        )
+        for piece, name in own.items()
+    ]
+
+
+def _alone(name: str, answers: dict[str, Any], found: dict[str, str], right: Run) -> list[Finding]:
+    """What is wrong with one piece in the package's engine, if anything is."""
+    from minivllm.course.checking import _raised
+
+    closer = f"`minivllm check {found[name]}` looks closer."
+    try:
+        run = _run({name: answers[name]}, [name])
+    except Exception as error:
+        return [Finding(name, "raised", f"Alone in the package's engine: {_raised(error).message}\n{closer}")]
+    if problems := _packages_own(run.own, found):
+        return problems
+    if why := _differs(run, right):
+        return [Finding(name, "wrong", f"With {name} ({found[name]}) alone in the package's engine, {why}.\n{closer}")]
+    if name not in run.used:
+        return [Finding(name, "not-used", f"The engine never called {name} ({found[name]}).\n{closer}")]
+    return []
+
+
+def _without(name: str, answers: dict[str, Any], found: dict[str, str], right: Run) -> list[Finding]:
+    """Whether all works with the package's own in the place of this piece: then the others do not get on with it."""
+    others = {other: answer for other, answer in answers.items() if other != name}
+    try:
+        heals = not _differs(_run(others, []), right)
+    except Exception:
+        return []
+    why = (
+        f"Each piece is right alone, and with the package's own in the place of {name} ({found[name]}) the others are "
+        f"right together. So {name} and another of yours disagree, about what they hand to each other."
+    )
+    return [Finding(name, "disagrees", why)] if heals else []
+
+
+def _speed(answers: dict[str, Any]) -> float:
+    """Tokens a second, for the greedy requests in an engine with room; the better of two runs."""
+    from minivllm.course.checks.ch07 import new_sequence
+
+    seconds, count = [], 0
+    for _ in range(2):
+        llm, loop = _engine(answers, set(), {})
+        prompts = [prompt for prompt, wishes in REQUESTS if not wishes["temperature"]]
+        sequences: list[Sequence] = [
+            new_sequence(llm, i, prompt, temperature=0.0, max_tokens=MAX_TOKENS) for i, prompt in enumerate(prompts)
+        ]
+        engine, start = loop(), time.perf_counter()
+        engine.run(sequences)
+        seconds.append(time.perf_counter() - start)
+        count = sum(seq.num_output_tokens for seq in sequences)
+    return count / min(seconds)
+
+
+if __name__ == "__main__":
+    main()
