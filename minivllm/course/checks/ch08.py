@@ -275,6 +275,8 @@ def check_choose_sizes(answer: Callable) -> str:
         ({3: 5, 8: 2}, 8, 2),
         ({1: 9, 2: 1, 7: 4, 8: 4}, 8, 2),
         ({5: 10}, 16, 4),
+        ({1: 8, 2: 5, 3: 7, 4: 8}, 6, 3),
+        ({1: 2, 3: 3, 4: 3, 5: 6, 6: 1}, 6, 3),
         ({5: 10, 6: 1}, 16, 1),
         ({1: 10, 4: 10, 9: 10, 12: 1, 16: 1}, 16, 3),
         ({1: 100, 9: 40, 10: 40, 11: 40, 20: 1, 31: 60, 32: 60}, 32, 4),
@@ -444,7 +446,7 @@ def _name_what_differs(
     if kind != "wrong-values":
         raise Mistake(kind, f"{name}: {what}.\nWith {where}.")
     seq_lens, places, right_lens, right_places = values[1], values[3], expected[1], expected[3]
-    if found[1] and torch.equal(seq_lens[real], right_lens[real] - 1):
+    if found[1] and real and torch.equal(seq_lens[real], right_lens[real] - 1):
         raise Mistake(
             "own-token-not-read",
             f"seq_lens: got {show(seq_lens)}, expected {show(right_lens)}, with {where}.\nThe token at the row's "
@@ -605,12 +607,12 @@ class _Bench:
 
         self.gpu = Watched(kernel_us=80)
         self.values = self.gpu.full((self.NUM_SLOTS + 1,), 5)
-        self.rows: list[int] = []  # of every step that ran
+        self.rows: list[list[int]] = []  # slots of every step that ran
         self.steps: list[int] = []  # sizes the step was called with
         self._mix = self.gpu.kernel(self._mixed, lambda values, slots: [(slots.shape, slots.dtype)], "mix")
 
     def _mixed(self, values: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        self.rows.append(len(slots))
+        self.rows.append(slots.tolist())
         return (31 * values + 17 * slots + 3) % 101
 
     def step(self, slots: Any) -> Any:
@@ -664,7 +666,7 @@ def check_decode_graphs(answer: Callable) -> str:
 def _replay_and_compare(graphs: Any, bench: _Bench, sizes: list[int]) -> int:
     """Batches of all sizes, slots in any order, and somebody left out."""
     random, gpu = Random(4), bench.gpu
-    batches = [[0], [1, 2, 3, 4, 5], [7, 6], [3], [0, 1, 2, 3, 4, 5, 6, 7], [8, 2, 5], [8, 2, 5], [4, 1, 0]]
+    batches = [[3], [1, 2, 4, 5, 6], [7, 6], [0], [0, 1, 2, 3, 4, 5, 6, 7], [8, 2, 5], [8, 2, 5], [4, 1, 0]]
     batches += [random.sample(range(bench.NUM_SLOTS), random.randint(1, 8)) for _ in range(16)]
     previous: list[int] = []
     for batch in batches:
@@ -730,7 +732,8 @@ def _name_what_happened(
             f"the "
             f"spare slot, {bench.NUM_SLOTS}, which is nobody's; 0 is somebody.",
         )
-    size, best = bench.rows[-1] if bench.rows else 0, min(size for size in sizes if size >= len(batch))
+    rows = bench.rows[-1] if bench.rows else []
+    size, best = len(rows), min(size for size in sizes if size >= len(batch))
     if size != best and size == max(sizes):
         raise Mistake(
             "largest-graph-always",
@@ -752,6 +755,13 @@ def _name_what_happened(
         )
     if found := difference(got, right):
         raise Mistake("wrong-values", f"{what}: {found[1]}.\nIs it the result of the graph that was replayed?")
+    if padding := [slot for slot in rows[len(batch) :] if slot != bench.NUM_SLOTS]:
+        raise Mistake(
+            "padded-with-somebody",
+            f"{what} computed slot {padding[0]} a second time, in a padded row.\nHere no harm is done, but it reads "
+            f"that "
+            f"slot's whole context again, for nothing. The spare slot, {bench.NUM_SLOTS}, has none.",
+        )
 
 
 def _replay_in_a_row(answer: Callable, sizes: list[int]) -> None:
@@ -966,10 +976,11 @@ class _TooLong(Exception):
 @exercise("08.6", "One step ahead")
 def check_serve(answer: Callable) -> str:
     random = Random(6)
-    cases: list[tuple[list[tuple[int, int]], dict[str, float]]] = [
+    cases: list[tuple[list[tuple[int, int]], dict[str, Any]]] = [
         ([(5, 1)], {}),
         ([(5, 6)], {}),
         ([(5, 9), (7, 20), (3, 4)], {}),
+        ([(5, 4), (7, 3), (3, 5)], {"max_num_seqs": 1}),
         ([(5, 9), (7, 20), (3, 4), (9, 30), (4, 12), (6, 25), (8, 1)], {}),
         ([(4, 10)] * 3, {"schedule_us": 900.0, "update_us": 900.0, "step_us": 1000.0}),
         ([(random.randint(2, 40), random.randint(1, 40)) for _ in range(14)], {"step_us": 2500.0}),
@@ -981,7 +992,7 @@ def check_serve(answer: Callable) -> str:
     return f"{len(cases)} loads, the right tokens, and never more than two steps under way"
 
 
-def _serve_one(answer: Callable, requests: list[tuple[int, int]], times: dict[str, float]) -> float:
+def _serve_one(answer: Callable, requests: list[tuple[int, int]], times: dict[str, Any]) -> float:
     """How many times faster than waiting for each step it was."""
     from minivllm.course.streams import SimulatedEngine, SimulatedGPU, drive
 
