@@ -120,7 +120,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     source = torch.randint(-(1 << 62), 1 << 62, (words,), device=device)
     read = measure([source.sum], device)
     target = torch.empty_like(source)
-    # An elementwise kernel: in a graph, copy_ would become a node of the copy engine, which is slower (2.8 of 4.3 TB/s).
+    # An elementwise kernel: in a graph, copy_ would be a node of the copy engine, which is slower (2.8 of 4.3 TB/s).
     copied = measure([partial(torch.neg, source, out=target)], device)
     del source, target
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))

@@ -205,8 +205,8 @@ def draw_block(config: ModelConfig) -> Figure:
         ("silu · up", f"{wide}", palette.CACHED),
         ("down", f"{hidden}", PARTS["MLP"]),
     ]
-    _branch(ax, [box for box in attention if box[0]], 3, 57, "attention: looks at other tokens")
-    _branch(ax, mlp, 61, 95, "MLP: each token for itself")
+    _branch(ax, [box for box in attention if box[0]], 2, 58, "attention: looks at other tokens")
+    _branch(ax, mlp, 59.5, 96.5, "MLP: each token for itself")
     describe(
         figure,
         "Picture: a decoder block, with the residual stream as a band and two branches that read it and add to it.",
@@ -229,7 +229,7 @@ def _branch(ax: Axes, boxes: Sequence[tuple[str, str, str]], left: float, right:
                                facecolor=color)  # fmt: skip
         ax.add_patch(shape)
         center = x + width / 2 - 0.6
-        ax.text(center, 22.5, name, ha="center", va="center", fontsize=9.2, color=palette.text_on(color))
+        ax.text(center, 22.5, name, ha="center", va="center", fontsize=8.8, color=palette.text_on(color))
         ax.text(center, 29.4, size.replace(" heads", "\nheads"), ha="center", va="center", fontsize=8.2,
                 color=palette.SOFT_INK, linespacing=1.1)  # fmt: skip
         if i:
@@ -262,7 +262,7 @@ def draw_stream(sizes: Sequence[float], labels: Sequence[str], found: Sequence[f
     ax.set_ylim(0, 1.14 * top)
     ax.set_xticks(range(len(sizes)), [label.replace(" ", "\n") for label in labels])
     ax.set_ylabel("size of the stream", fontsize=9.5, color=palette.SOFT_INK)
-    ax.set_title("The residual stream, half block by half block", loc="left", **_TITLE)
+    ax.set_title("The residual stream, as it grows", loc="left", **_TITLE)
     ax.tick_params(axis="both", colors=palette.INK, length=0, labelsize=9.5)
     for side in ("top", "right", "left"):
         ax.spines[side].set_visible(False)
@@ -407,7 +407,7 @@ def _bars(figure: Figure, rows: Mapping[str, Mapping[str, int]], total: object, 
         x, parts = left, []
         for part in shown:
             share = row.get(part, 0) / whole
-            if not share:
+            if share < 0.005:
                 continue
             ax.add_patch(Rectangle((x, i + 0.08), width * share, 0.76, facecolor=colors[part], linewidth=0))
             if share > 0.05:

@@ -1494,7 +1494,8 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = Weight(config.head_dim), Weight(config.head_dim)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         eps, head_dim = self.config.rms_norm_eps, self.config.head_dim
         matrices = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
@@ -1529,7 +1530,8 @@ class Block(nn.Module):
         self.mlp = MLP(config, kernels)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         norm, eps = self.kernels.rms_norm, self.config.rms_norm_eps
         x = norm(x, self.input_layernorm.weight, eps)
@@ -1555,7 +1557,7 @@ class Qwen3(nn.Module):
         self.cos_sin = rope_table(config.rope, config.head_dim, max_position, device)
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata
+        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata: AttentionMetadata
     ) -> torch.Tensor:
         x = self.model.embed_tokens.weight[token_ids]
         for layer, cache in zip(self.model.layers, caches):
@@ -1577,7 +1579,8 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = Weight(config.head_dim), Weight(config.head_dim)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         eps, head_dim = self.config.rms_norm_eps, self.config.head_dim
         matrices = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
@@ -1612,7 +1615,8 @@ class Block(nn.Module):
         self.mlp = MLP(config, kernels)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         norm, eps = self.kernels.rms_norm, self.config.rms_norm_eps
         x = x + self.self_attn(norm(x, self.input_layernorm.weight, eps), positions, cos_sin, cache, metadata)
@@ -1636,7 +1640,7 @@ class Qwen3(nn.Module):
         self.cos_sin = rope_table(config.rope, config.head_dim, max_position, device)
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata
+        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata: AttentionMetadata
     ) -> torch.Tensor:
         x = self.model.embed_tokens.weight[token_ids]
         for layer, cache in zip(self.model.layers, caches):
@@ -1658,7 +1662,8 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = Weight(config.head_dim), Weight(config.head_dim)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         eps, head_dim = self.config.rms_norm_eps, self.config.head_dim
         matrices = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
@@ -1693,7 +1698,8 @@ class Block(nn.Module):
         self.mlp = MLP(config, kernels)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         norm, eps = self.kernels.rms_norm, self.config.rms_norm_eps
         x = x + self.self_attn(norm(x, self.input_layernorm.weight, eps), positions, cos_sin, cache, metadata)
@@ -1718,7 +1724,7 @@ class Qwen3(nn.Module):
         self.cos_sin = rope_table(config.rope, config.head_dim, max_position, device)
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata
+        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata: AttentionMetadata
     ) -> torch.Tensor:
         x = self.model.embed_tokens.weight[token_ids]
         for layer, cache in zip(self.model.layers, caches):
@@ -1740,7 +1746,8 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = Weight(config.head_dim), Weight(config.head_dim)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         eps, head_dim = self.config.rms_norm_eps, self.config.head_dim
         matrices = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
@@ -1775,7 +1782,8 @@ class Block(nn.Module):
         self.mlp = MLP(config, kernels)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         norm, eps = self.kernels.rms_norm, self.config.rms_norm_eps
         x = x + self.self_attn(norm(x, self.input_layernorm.weight, eps), positions, cos_sin, cache, metadata)
@@ -1799,7 +1807,7 @@ class Qwen3(nn.Module):
         self.cos_sin = rope_table(config.rope, config.head_dim, max_position, device)
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata
+        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata: AttentionMetadata
     ) -> torch.Tensor:
         x = self.model.embed_tokens.weight[token_ids]
         for layer, cache in zip(self.model.layers, caches):
@@ -1821,7 +1829,8 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = Weight(config.head_dim), Weight(config.head_dim)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         eps, head_dim = self.config.rms_norm_eps, self.config.head_dim
         matrices = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
@@ -1856,7 +1865,8 @@ class Block(nn.Module):
         self.mlp = MLP(config, kernels)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         norm, eps = self.kernels.rms_norm, self.config.rms_norm_eps
         x = x + self.self_attn(norm(x, self.input_layernorm.weight, eps), positions, cos_sin, cache, metadata)
@@ -1880,7 +1890,7 @@ class Qwen3(nn.Module):
         self.cos_sin = rope_table(config.rope, config.head_dim, max_position, device)
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata
+        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata: AttentionMetadata
     ) -> torch.Tensor:
         x = self.model.embed_tokens.weight[token_ids]
         for layer, cache in zip(self.model.layers, caches):
@@ -1902,7 +1912,8 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = Weight(config.head_dim), Weight(config.head_dim)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         eps, head_dim = self.config.rms_norm_eps, self.config.head_dim
         matrices = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
@@ -1936,7 +1947,8 @@ class Block(nn.Module):
         self.mlp = MLP(config, kernels)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         norm, eps = self.kernels.rms_norm, self.config.rms_norm_eps
         x = x + self.self_attn(norm(x, self.input_layernorm.weight, eps), positions, cos_sin, cache, metadata)
@@ -1960,7 +1972,7 @@ class Qwen3(nn.Module):
         self.cos_sin = rope_table(config.rope, config.head_dim, max_position, device)
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata
+        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata: AttentionMetadata
     ) -> torch.Tensor:
         x = self.model.embed_tokens.weight[token_ids]
         for layer, cache in zip(self.model.layers, caches):
@@ -1982,7 +1994,8 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = Weight(config.head_dim), Weight(config.head_dim)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         eps, head_dim = self.config.rms_norm_eps, self.config.head_dim
         matrices = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
@@ -2017,7 +2030,8 @@ class Block(nn.Module):
         self.mlp = MLP(config, kernels)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         norm, eps = self.kernels.rms_norm, self.config.rms_norm_eps
         x = x + self.self_attn(norm(x, self.input_layernorm.weight, eps), positions, cos_sin, cache, metadata)
@@ -2041,7 +2055,7 @@ class Qwen3(nn.Module):
         self.cos_sin = rope_table(config.rope, config.head_dim, max_position, device)
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata
+        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata: AttentionMetadata
     ) -> torch.Tensor:
         x = self.model.embed_tokens.weight[token_ids]
         for layer, cache in zip(self.model.layers, caches):
@@ -2063,7 +2077,8 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = Weight(config.head_dim), Weight(config.head_dim)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         eps, head_dim = self.config.rms_norm_eps, self.config.head_dim
         matrices = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
@@ -2098,7 +2113,8 @@ class Block(nn.Module):
         self.mlp = MLP(config, kernels)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         norm, eps = self.kernels.rms_norm, self.config.rms_norm_eps
         x = x + self.self_attn(norm(x, self.input_layernorm.weight, eps), positions, cos_sin, cache, metadata)
@@ -2122,7 +2138,7 @@ class Qwen3(nn.Module):
         self.cos_sin = rope_table(config.rope, config.head_dim, max_position, device)
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata
+        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata: AttentionMetadata
     ) -> torch.Tensor:
         x = self.model.embed_tokens.weight[token_ids]
         for layer in self.model.layers:
@@ -2144,7 +2160,8 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = Weight(config.head_dim), Weight(config.head_dim)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         eps, head_dim = self.config.rms_norm_eps, self.config.head_dim
         matrices = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
@@ -2179,7 +2196,8 @@ class Block(nn.Module):
         self.mlp = MLP(config, kernels)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         norm, eps = self.kernels.rms_norm, self.config.rms_norm_eps
         x = x + self.self_attn(norm(x, self.input_layernorm.weight, eps), positions, cos_sin, cache, metadata)
@@ -2203,7 +2221,7 @@ class Qwen3(nn.Module):
         self.cos_sin = rope_table(config.rope, config.head_dim, max_position, device)
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata
+        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata: AttentionMetadata
     ) -> torch.Tensor:
         x = self.model.embed_tokens.weight[token_ids]
         for layer, cache in zip(self.model.layers, caches):
@@ -2225,7 +2243,8 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = Weight(config.head_dim), Weight(config.head_dim)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         eps, head_dim = self.config.rms_norm_eps, self.config.head_dim
         matrices = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
@@ -2260,7 +2279,8 @@ class Block(nn.Module):
         self.mlp = MLP(config, kernels)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         norm, eps = self.kernels.rms_norm, self.config.rms_norm_eps
         x = x + self.self_attn(norm(x, self.input_layernorm.weight, eps), positions, cos_sin, cache, metadata)
@@ -2284,7 +2304,7 @@ class Qwen3(nn.Module):
         self.cos_sin = rope_table(config.rope, config.head_dim, max_position, device)
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata
+        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata: AttentionMetadata
     ) -> torch.Tensor:
         x = self.model.embed_tokens.weight[token_ids]
         for layer, cache in zip(self.model.layers, caches):
@@ -2307,7 +2327,8 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = Weight(config.head_dim), Weight(config.head_dim)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         eps, head_dim = self.config.rms_norm_eps, self.config.head_dim
         matrices = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
@@ -2342,7 +2363,8 @@ class Block(nn.Module):
         self.mlp = MLP(config, kernels)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         norm, eps = self.kernels.rms_norm, self.config.rms_norm_eps
         x = x + self.self_attn(norm(x, self.input_layernorm.weight, eps), positions, cos_sin, cache, metadata)
@@ -2366,7 +2388,7 @@ class Qwen3(nn.Module):
         self.cos_sin = rope_table(config.rope, config.head_dim, max_position, device)
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata
+        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata: AttentionMetadata
     ) -> torch.Tensor:
         x = self.model.embed_tokens.weight[token_ids]
         for layer, cache in zip(self.model.layers, caches):
@@ -2388,7 +2410,8 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = Weight(config.head_dim), Weight(config.head_dim)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         eps, head_dim = self.config.rms_norm_eps, self.config.head_dim
         matrices = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
@@ -2423,7 +2446,8 @@ class Block(nn.Module):
         self.mlp = MLP(config, kernels)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         norm, eps = self.kernels.rms_norm, self.config.rms_norm_eps
         x = x + self.self_attn(norm(x, self.input_layernorm.weight, eps), positions, cos_sin, cache, metadata)
@@ -2447,7 +2471,7 @@ class Qwen3(nn.Module):
         self.cos_sin = rope_table(config.rope, config.head_dim, max_position, device)
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata
+        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata: AttentionMetadata
     ) -> torch.Tensor:
         x = self.model.embed_tokens.weight[token_ids]
         for layer, cache in zip(self.model.layers, caches):
@@ -2469,7 +2493,8 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = Weight(config.head_dim), Weight(config.head_dim)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         eps, head_dim = self.config.rms_norm_eps, self.config.head_dim
         matrices = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
@@ -2504,7 +2529,8 @@ class Block(nn.Module):
         self.mlp = MLP(config, kernels)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         norm, eps = self.kernels.rms_norm, self.config.rms_norm_eps
         x = x + self.self_attn(norm(x, self.input_layernorm.weight, eps), positions, cos_sin, cache, metadata)
@@ -2528,7 +2554,7 @@ class Qwen3(nn.Module):
         self.cos_sin = rope_table(config.rope, config.head_dim, max_position, device)
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata
+        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata: AttentionMetadata
     ) -> torch.Tensor:
         x = self.model.embed_tokens.weight[token_ids]
         for layer, cache in zip(self.model.layers, caches):
@@ -2550,7 +2576,8 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = Weight(config.head_dim), Weight(config.head_dim)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         eps, head_dim = self.config.rms_norm_eps, self.config.head_dim
         matrices = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
@@ -2585,7 +2612,8 @@ class Block(nn.Module):
         self.mlp = MLP(config, kernels)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         norm, eps = self.kernels.rms_norm, self.config.rms_norm_eps
         h = norm(x, self.post_attention_layernorm.weight, eps)
@@ -2610,7 +2638,7 @@ class Qwen3(nn.Module):
         self.cos_sin = rope_table(config.rope, config.head_dim, max_position, device)
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata
+        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata: AttentionMetadata
     ) -> torch.Tensor:
         x = self.model.embed_tokens.weight[token_ids]
         for layer, cache in zip(self.model.layers, caches):
@@ -2632,7 +2660,8 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = Weight(config.head_dim), Weight(config.head_dim)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         eps, head_dim = self.config.rms_norm_eps, self.config.head_dim
         matrices = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
@@ -2667,7 +2696,8 @@ class Block(nn.Module):
         self.mlp = MLP(config, kernels)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         norm, eps = self.kernels.rms_norm, self.config.rms_norm_eps
         x = x + self.self_attn(norm(x, self.input_layernorm.weight, eps), positions, cos_sin, cache, metadata)
@@ -2691,7 +2721,7 @@ class Qwen3(nn.Module):
         self.cos_sin = rope_table(config.rope, config.head_dim, max_position, device)
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata
+        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata: AttentionMetadata
     ) -> torch.Tensor:
         x = self.model.embed_tokens.weight[token_ids]
         for layer, cache in zip(self.model.layers, caches):
@@ -2716,7 +2746,8 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = Weight(config.head_dim), Weight(config.head_dim)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         eps, head_dim = self.config.rms_norm_eps, self.config.head_dim
         matrices = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
@@ -2751,7 +2782,8 @@ class Block(nn.Module):
         self.mlp = MLP(config, kernels)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         norm, eps = self.kernels.rms_norm, self.config.rms_norm_eps
         x = x + self.self_attn(norm(x, self.input_layernorm.weight, eps), positions, cos_sin, cache, metadata)
@@ -2775,7 +2807,7 @@ class Qwen3(nn.Module):
         self.cos_sin = rope_table(config.rope, config.head_dim, max_position, device)
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata
+        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata: AttentionMetadata
     ) -> torch.Tensor:
         x = self.model.embed_tokens.weight[token_ids]
         for layer, cache in zip(self.model.layers, caches):
@@ -2797,7 +2829,8 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = Weight(config.head_dim), Weight(config.head_dim)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         eps, head_dim = self.config.rms_norm_eps, self.config.head_dim
         matrices = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
@@ -2832,7 +2865,8 @@ class Block(nn.Module):
         self.mlp = MLP(config, kernels)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         norm, eps = self.kernels.rms_norm, self.config.rms_norm_eps
         h = self.self_attn(norm(x, self.input_layernorm.weight, eps), positions, cos_sin, cache, metadata)
@@ -2857,7 +2891,7 @@ class Qwen3(nn.Module):
         self.cos_sin = rope_table(config.rope, config.head_dim, max_position, device)
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata
+        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata: AttentionMetadata
     ) -> torch.Tensor:
         x = self.model.embed_tokens.weight[token_ids]
         for layer, cache in zip(self.model.layers, caches):
@@ -2879,7 +2913,8 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = Weight(config.head_dim), Weight(config.head_dim)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         eps, head_dim = self.config.rms_norm_eps, self.config.head_dim
         matrices = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
@@ -2915,7 +2950,8 @@ class Block(nn.Module):
         self.mlp = MLP(config, kernels)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache, metadata
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        metadata: AttentionMetadata,
     ) -> torch.Tensor:
         norm, eps = self.kernels.rms_norm, self.config.rms_norm_eps
         x = x + self.self_attn(norm(x, self.input_layernorm.weight, eps), positions, cos_sin, cache, metadata)
@@ -2939,7 +2975,7 @@ class Qwen3(nn.Module):
         self.cos_sin = rope_table(config.rope, config.head_dim, max_position, device)
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata
+        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[KVCache], metadata: AttentionMetadata
     ) -> torch.Tensor:
         x = F.embedding(token_ids, self.model.embed_tokens.weight)
         for layer, cache in zip(self.model.layers, caches):

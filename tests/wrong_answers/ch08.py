@@ -1202,7 +1202,7 @@ class StaticBatch:
         tensor[: len(values)].copy_(host, non_blocking=True)
 
 
-# %% 08.5 wrong-values: the table is wide enough, but still filled only as far as the longest prompt
+# %% 08.5 table-not-filled: the table is wide enough, but still filled only as far as the longest prompt
 class StaticBatch:
     def __init__(self, gpu, sizes, block_size, max_model_len, longest_prompt):
         self.gpu, self.sizes = gpu, sorted(sizes)

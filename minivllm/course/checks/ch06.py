@@ -453,10 +453,19 @@ def bundled_weights() -> dict[str, torch.Tensor]:
     return {name: tensor.float() for name, tensor in iterate_weights(BUNDLED_MODEL_PATH)}
 
 
+class Layer(dict):
+    """The tensors of a layer by name; a dict that a message shows in a few words."""
+
+    def __repr__(self) -> str:
+        fresh = all(bool((t == 1).all()) for name, t in self.items() if "norm" in name)
+        return f"a layer's tensors (norm weights {'all 1' if fresh else 'not 1'})"
+
+
 def layer_weights(index: int) -> dict[str, torch.Tensor]:
     """The tensors of one layer of the bundled model, by what follows ``model.layers.N.`` in their names."""
     prefix = f"model.layers.{index}."
-    return {name.removeprefix(prefix): t for name, t in bundled_weights().items() if name.startswith(prefix)}
+    mine = [(name, tensor) for name, tensor in bundled_weights().items() if name.startswith(prefix)]
+    return Layer((name.removeprefix(prefix), tensor) for name, tensor in mine)
 
 
 def run_blocks(block: Callable, token_ids: Sequence[int]) -> list[torch.Tensor]:
@@ -532,7 +541,7 @@ def _random_layer(
     def matrix(rows: int, columns: int) -> torch.Tensor:
         return torch.randn(rows, columns, generator=random) * columns**-0.5
 
-    return {
+    return Layer({
         "input_layernorm.weight": norm(hidden), "post_attention_layernorm.weight": norm(hidden),
         "self_attn.q_proj.weight": matrix(heads * dim, hidden),
         "self_attn.k_proj.weight": matrix(kv_heads * dim, hidden),
@@ -541,7 +550,7 @@ def _random_layer(
         "self_attn.q_norm.weight": norm(dim), "self_attn.k_norm.weight": norm(dim),
         "mlp.gate_proj.weight": matrix(wide, hidden), "mlp.up_proj.weight": matrix(wide, hidden),
         "mlp.down_proj.weight": matrix(hidden, wide),
-    }  # fmt: skip
+    })  # fmt: skip
 
 
 @exercise("06.3", "Debug this: a block that forgets")

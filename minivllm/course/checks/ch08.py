@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from minivllm.course.checking import Mistake, counted, difference, exercise, expect, show
+from minivllm.course.checking import Mistake, _raised, counted, difference, exercise, expect, show
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +20,10 @@ QUESTIONS = (
     "Tell me a story about an owl and a silver key.",
     "What is 12 + 7?",
 )
+
+
+def _n(count: int, word: str) -> str:
+    return f"{count} {word}{'s' * (count != 1)}"
 
 
 @functools.cache
@@ -48,7 +52,9 @@ def _cuda_errors(what: str) -> Iterator[None]:
     try:
         yield
     except CudaError as error:
-        text = str(error)
+        text, told = str(error), _raised(error).message
+        if told.startswith("Your code"):  # its last line says where
+            text += "\n" + told.splitlines()[-1]
         if "compiled and loaded" in text:
             raise Mistake(
                 "not-warmed-up",
@@ -643,12 +649,12 @@ def check_decode_graphs(answer: Callable) -> str:
         f"{len(bench.pools)} graphs were recorded for the {len(sizes)} sizes {sizes}.\nOne for each size is enough.",
     )  # fmt: skip
     changed = [slot for slot, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
-    expect(
-        not changed, "warmed-up-on-somebody",
-        f"Making your object has changed the state of slot {changed[:1]}.\nThe warm-up really runs the step. Let it "
-        f"run for "
-        "the spare slot, which is nobody's.",
-    )  # fmt: skip
+    if changed:
+        raise Mistake(
+            "warmed-up-on-somebody",
+            f"Making your object has changed the state of slot {changed[0]}.\nThe warm-up really runs the step. Let it run "
+            "for the spare slot, which is nobody's.",
+        )
     shared = {id(pool) for pool in bench.pools if pool is not None}
     expect(
         len(shared) == 1 and None not in bench.pools, "a-pool-for-each",
@@ -691,7 +697,8 @@ def _replay_and_compare(graphs: Any, bench: _Bench, sizes: list[int]) -> int:
         _name_what_happened(bench, what, batch, previous, (before, after), (got, right), sizes)
         expect(
             waited == 0, "waits-for-the-gpu",
-            f"{what} waited {waited} times for the GPU.\nA tensor made by gpu.tensor(…), and every copy without "
+            f"{what} waited for the GPU ({_n(waited, 'time')}).\nA tensor made by gpu.tensor(…), and every copy "
+            f"without "
             "non_blocking=True from pinned memory, waits for all steps that still run. So does looking at values.",
         )  # fmt: skip
         previous = batch
@@ -863,9 +870,20 @@ def _some_rows(count: int, blocks: int = 2) -> list[Any]:
 
 
 def _table_fault(answer: Callable) -> str:
-    _, batch = _make_batch(answer)
+    gpu, batch = _make_batch(answer)
     room = batch.block_table.shape[1] * 16
     if room >= 256:
+        rows = _some_rows(3, blocks=16)
+        with _cuda_errors("in fill"):
+            batch.fill(rows)
+        gpu.synchronize()
+        for row, table in zip(rows, batch.block_table.tolist(), strict=False):
+            if table[:16] != row.blocks:
+                raise Mistake(
+                    "table-not-filled",
+                    f"The table is wide enough now, but for a sequence of 16 blocks, {show(row.blocks)}, fill wrote "
+                    f"{show(table)}.\nEvery block of the sequence must stand in its row.",
+                )
         return ""
     return (
         f"block_table has {batch.block_table.shape[1]} columns: room for {room} tokens of 16 a block.\nSequences may "
@@ -913,11 +931,11 @@ def _size_fault(answer: Callable) -> str:
             size = batch.fill(_some_rows(count))
         if size not in (1, 2, 4, 8) or size < count:
             raise Mistake(
-                "no-such-graph", f"For {count} sequences fill returned {show(size)}.\nRecorded are 1, 2, 4 and 8."
+                "no-such-graph", f"For {_n(count, 'sequence')} fill returned {show(size)}.\nRecorded are 1, 2, 4 and 8."
             )
         if size != best:
             return (
-                f"For {count} sequences fill returned {size}; the smallest graph that is large enough has {best} "
+                f"For {_n(count, 'sequence')} fill returned {size}; the smallest graph that is large enough has {best} "
                 f"rows.\nAll "
                 "others are computed for nobody."
             )
@@ -1046,11 +1064,9 @@ def _serve_one(answer: Callable, requests: list[tuple[int, int]], times: dict[st
     except _TooLong:
         raise Mistake(
             "never-ends",
-            f"{what}: after {limit} calls of schedule() your loop still runs, with {engine.unfinished} requests "
-            f"unfinished "
-            f"and {len(engine._in_flight)} steps under way.\nWhen schedule() gives None, the tokens of a step that is "
-            f"under "
-            "way may be what it lacks: bring them. When nothing is under way either, you are done.",
+            f"{what}: after {limit} calls of schedule() your loop still runs; {_n(engine.unfinished, 'request')} unfinished, "
+            f"{_n(len(engine._in_flight), 'step')} under way.\nWhen schedule() gives None, the tokens of a step that is "
+            "under way may be what it lacks: bring them. When nothing is under way either, you are done.",
         ) from None
     except ValueError as error:
         if "in the order of the steps" not in str(error):
@@ -1069,13 +1085,13 @@ def _judge_serve(engine: Any, gpu: Any, what: str, count: Any, others: tuple[Any
     if engine._in_flight:
         raise Mistake(
             "last-step-lost",
-            f"{what}: your loop has ended with {len(engine._in_flight)} steps under way, whose tokens nobody "
+            f"{what}: your loop has ended with {_n(len(engine._in_flight), 'step')} under way, whose tokens nobody "
             f"got.\nBefore "
             "you leave, bring what is still under way.",
         )
     expect(
         not engine.unfinished, "stops-too-early",
-        f"{what}: your loop has ended, and {engine.unfinished} requests are not finished.\nschedule() may give None "
+        f"{what}: your loop has ended; {_n(engine.unfinished, 'request')} unfinished.\nschedule() may give None "
         f"only "
         "because tokens are missing. After an update, ask again.",
     )  # fmt: skip
