@@ -68,7 +68,7 @@ def _expect_own_work(answer: Callable, case: tuple, *forbidden: str) -> None:
         raise Mistake(
             "torch-did-it",
             f"The result is right, but torch computed it: your code calls {name}.\n"
-            "Here the point is to see what happens inside: use squares, means, roots and products.",
+            "Here the point is to see what happens inside: use squares, means, roots, sigmoid and products.",
         )
 
 
@@ -142,7 +142,7 @@ def _check_rms_norm(answer: Callable) -> int:
             partial(norm, low=True),
         ),
         "sum-not-mean": (
-            "You divide by the root of the *sum* of squares, which makes vectors of length 1: numbers get smaller the "
+            "You divide by the root of the sum of squares, which makes vectors of length 1: numbers get smaller the "
             "more there are.\nRMSNorm takes the mean of the squares.",
             partial(norm, mean=lambda y: y.square().sum(-1, keepdim=True)),
             partial(norm, mean=lambda y: y.square().sum(-1, keepdim=True), root=lambda s: s.sqrt().clamp(min=1e-12)),
@@ -369,7 +369,7 @@ def check_predictions(
         "all_weights", all_weights, m["all"],
         "Measured: the model was built, and its matrices counted.",
         {
-            layers * m["layer"] + 2 * embedding: ("head-counted-twice", "The head is tied: it *is* the embedding."),
+            layers * m["layer"] + 2 * embedding: ("head-counted-twice", "The head is tied: it is the embedding."),
             layers * m["layer"]: ("forgot-the-embedding", "A row of 2,560 for each of 151,936 tokens is missing."),
             layers * square + embedding: ("head-dim-from-hidden-size", not_square),
         },
@@ -378,19 +378,19 @@ def check_predictions(
         "flops", flops, m["flops"],
         "Measured: one token went through the model, and every product was counted.",
         {
-            m["all"]: ("multiplications-only", "Each weight is multiplied *and* added: two operations."),
+            m["all"]: ("multiplications-only", "Each weight is multiplied and added: two operations."),
             2 * (m["all"] - embedding): ("forgot-the-head", "Looking a row up is free, but the head is a product with "
                                          "all of the embedding."),
             2 * (m["all"] + embedding): ("look-up-counted", "The embedding is only looked up at the start; it is "
                                          "multiplied once, as the head."),
-            m["all"] - embedding: ("multiplications-only", "Each weight is multiplied *and* added, the head's too."),
+            m["all"] - embedding: ("multiplications-only", "Each weight is multiplied and added, the head's too."),
             6 * m["all"]: ("training", "Six FLOPs a weight is for training, with the backward pass."),
         },
     )  # fmt: skip
     judge(
         "kv_bytes", kv_bytes, m["kv"], "Measured: a tensor of [2, 36, 8, 128] in bfloat16.",
         {
-            m["kv"] / 2: ("keys-or-values", "Keys *and* values are kept, of two bytes a number."),
+            m["kv"] / 2: ("keys-or-values", "Keys and values are kept, of two bytes a number."),
             m["kv"] * 2: ("float32", "bfloat16 has 2 bytes a number."),
             m["kv_all_heads"]: ("forgot-gqa", "Only the 8 KV heads are kept; queries are used once and forgotten."),
             m["kv"] / layers: ("one-layer", "Each of the 36 layers keeps its own."),
@@ -402,7 +402,7 @@ def check_predictions(
         {
             m["kv"]: ("forgot-gqa", "That is with GQA. Without it each of the 32 query heads has keys and values."),
             2 * 2 * layers * hidden: ("head-dim-from-hidden-size", not_square),
-            m["kv_all_heads"] / 2: ("keys-or-values", "Keys *and* values are kept, of two bytes a number."),
+            m["kv_all_heads"] / 2: ("keys-or-values", "Keys and values are kept, of two bytes a number."),
         },
     )  # fmt: skip
     judge(
@@ -574,7 +574,7 @@ def check_block(answer: Callable) -> str:
     cases += [(x, layer_weights(i), torch.arange(12)) for x, i in zip(real, (0, 5), strict=True)]
 
     stream = (
-        "A branch reads the norm, but what it finds is added to the stream as it was *before* the norm.\n"
+        "What a branch finds is added to the normed copy; it belongs to the stream as it was before the norm.\n"
         "Give the norm a name of its own (`h = norm(x, …)`), so that x is still there to add to."
     )
     shared = (
@@ -582,10 +582,11 @@ def check_block(answer: Callable) -> str:
         "fresh "
         "model, nobody sees it.\nGive each its own."
     )
-    wrong = {"attention": ("h", "x"), "MLP": ("x", "h")}
     suspects = {
         "not-mended": (
-            f"Both bugs are still there. {stream}\n{shared}", partial(_block, stream=("h", "h"), norms="qq"),
+            "This block still has both bugs.\nBegin with the picture: which line makes something else of the stream, so "
+            "that the addition has nothing of it left to add to? Then look for a tensor of the layer that is never used.",
+            partial(_block, stream=("h", "h"), norms="qq"),
         ),
         "one-norm-for-q-and-k": (
             f"The stream is right now. But: {shared}", partial(_block, norms="qq"), partial(_block, norms="kk"),
@@ -595,11 +596,11 @@ def check_block(answer: Callable) -> str:
             *(partial(_block, stream=("h", "h"), norms=norms) for norms in ("kk", "kq")),
         ),
         **{
-            f"residual-is-the-norm-in-the-{name}": (
-                f"In the {name} branch the result is still added to the norm, not to the stream. {stream}",
+            f"residual-is-the-norm-in-the-{name.lower()}": (
+                f"The {name} branch is still wrong. {stream}",
                 partial(_block, stream=how), partial(_block, stream=how, norms="qq"),
             )
-            for name, how in (("attention", wrong["attention"]), ("mlp", wrong["MLP"]))
+            for name, how in (("attention", ("h", "x")), ("MLP", ("x", "h")))
         },
         "norms-swapped": (
             "Two norms now, but the query gets the key's, and the key the query's.\nq_norm is for q.",
@@ -759,7 +760,7 @@ def check_qk_norm_rope(answer: Callable) -> str:
         ),
         "not-a-rotation": (
             "The second number of a pair is not that of a rotation: lengths change.\n"
-            "(a, b) becomes (a·cos - b·sin, b·cos + a·sin), both from the *old* a and b.",
+            "(a, b) becomes (a·cos - b·sin, b·cos + a·sin), both from the old a and b.",
             wrong(broken="sign"), wrong(broken="in place"), wrong(broken="no cross"),
         ),
         "cos-and-sin-swapped": (
@@ -1011,7 +1012,7 @@ def check_loading(answer: Callable) -> str:
         "unexpected": "A tensor of the file fits nowhere, and is passed over in silence. Then the model is not the "
                       "one that "
         "the file is for.\nRaise ValueError with its name.",
-        "shape": "A tensor of another shape was taken: copy_ *broadcasts*, so that one row fills many.\n"
+        "shape": "A tensor of another shape was taken: copy_ broadcasts, so that one row fills many.\n"
         "Compare the shapes before you copy, and raise ValueError.",
         "tied-copy": "The model's head is tied, and the file has a copy of it, as many have: that is no error.\n"
         "With tied=True, pass over lm_head.weight.",
@@ -1024,7 +1025,7 @@ def check_loading(answer: Callable) -> str:
     orders = {
         "by arrival": ("rows-by-arrival", "You fill the rows of a fused matrix in the order in which the parts come. "
                                           "In "
-                       "the file that is alphabetical: k, q, v. In the matrix it is q, k, v.\nThe *name* says which "
+                       "the file that is alphabetical: k, q, v. In the matrix it is q, k, v.\nThe name says which "
                        "rows; `fused` says how many each has."),
         "equal": ("equal-parts", "You cut a fused matrix into equal parts. With grouped-query attention q has more "
                                  "rows "
@@ -1277,8 +1278,10 @@ def check_model(answer: Any) -> str:
     def wrong(**how: Any) -> Callable:
         return outcome(partial(_wrong_model, **how))
 
-    stream = ("A branch reads the norm, but adds to the stream as it was *before* the norm.\n"
-              "Keep x, and give the norm another name.")  # fmt: skip
+    stream = (
+        "A branch adds to the normed copy; its result belongs to the stream as it was before the norm.\n"
+        "Keep x, and give the norm another name."
+    )
     suspects = {
         "residual-is-the-norm": (stream, *(wrong(stream=s) for s in (("h", "h"), ("h", "x"), ("x", "h")))),
         "nothing-added": (
@@ -1305,7 +1308,7 @@ def check_model(answer: Any) -> str:
             "Both branches use the same norm.\nThe MLP's is post_attention_layernorm.", wrong(same_norm=True),
         ),
         "no-final-norm": (
-            "The last norm is missing: forward returns *normed* states (model.norm), of which compute_logits makes "
+            "The last norm is missing: forward returns normed states (model.norm), of which compute_logits makes "
             "scores.\nNorm once, after the last layer.",
             wrong(no_final_norm=True),
         ),
