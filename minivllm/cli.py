@@ -395,7 +395,11 @@ def bench(
 @app.command()
 def check(
     what: Annotated[
-        str | None, typer.Argument(metavar="[NN | PATH]", help="A chapter (03), an exercise (03.2) or its notebook.")
+        str | None,
+        typer.Argument(
+            metavar="[NN | PATH | capstone]",
+            help="A chapter (03), an exercise (03.2) or its notebook; or all that you wrote, as one engine.",
+        ),
     ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds that one cell may take.", min=1.0)] = 120.0,
 ) -> None:

@@ -75,11 +75,15 @@ def _digest(group: Group) -> str:
 
 
 def check(what: str | None, console: Console, timeout: float = CELL_TIMEOUT) -> int:
-    """Check a chapter ("3", "03"), an exercise ("03.2") or a file; with None, all chapters that were begun.
+    """Check a chapter ("3", "03"), an exercise ("03.2"), a file or "capstone"; with None, all chapters that were begun.
 
     Returns the exit code: 0 when all of them passed (or cannot run on this machine), else 1. CourseNotFoundError where
     there is no such chapter; ChangedSolutionError, JupyterMissingError.
     """
+    if what == "capstone":
+        from minivllm.course import capstone
+
+        return capstone.check(console, timeout)
     if what is not None:
         chosen = [_find(what)]
     else:
@@ -163,7 +167,7 @@ def overview(console: Console) -> None:
     records, left, following = Records(root), 0, ""
     for chapter in chapters(root):
         try:
-            states = _states(chapter, records)
+            states = states_of(chapter, records)
         except MiniVLLMError as error:
             table.add_row(chapter.title, "?", "?", "?")
             following = following or str(error)
@@ -186,7 +190,8 @@ def overview(console: Console) -> None:
         console.print(Text(f"Next: {following}"))
 
 
-def _states(chapter: Chapter, records: Records) -> dict[str, str]:
+def states_of(chapter: Chapter, records: Records) -> dict[str, str]:
+    """Exercise -> its state, as far as the records are of the answers that are there now."""
     states = {}
     for group in _groups(chapter):
         record = records[group.id]
