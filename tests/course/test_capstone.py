@@ -12,7 +12,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbformat import NotebookNode
 from typer.testing import CliRunner
 
 from minivllm.cli import app
