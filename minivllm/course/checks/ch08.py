@@ -935,9 +935,8 @@ def _size_fault(answer: Callable) -> str:
             )
         if size != best:
             return (
-                f"For {_n(count, 'sequence')} fill returned {size}; the smallest graph that is large enough has {best} "
-                f"rows.\nAll "
-                "others are computed for nobody."
+                f"For {_n(count, 'sequence')} fill returned {size}; the smallest graph that is large enough has "
+                f"{_n(best, 'row')}.\nAll others are computed for nobody."
             )
     return ""
 
