@@ -172,7 +172,7 @@ def draw_ruler(replay: SampledText, step: int = -1, names: int = 7) -> Figure:
     """
     count = len(replay.steps)
     if not -count <= step < count:
-        raise IndexError(f"There is no step {step}: {_plural(count, 'token')} were drawn.")
+        raise IndexError(f"There is no step {step} among {count}.")
     step %= count
     draw = replay.steps[step]
     parts = ruler(draw.probabilities)
@@ -207,7 +207,7 @@ def draw_ruler(replay: SampledText, step: int = -1, names: int = 7) -> Figure:
     rest = 1 - sum(parts[i][1] - parts[i][0] for i in likeliest)
     caption = (
         f"Step {step}: u = {draw.u:.3f} falls into the part of {_shown(replay.words[draw.chosen])!r}, from {begin:.3f} "
-        f"to {end:.3f}. The {len(likeliest)} likeliest tokens take {1 - rest:.2f} of the line."
+        f"to {end:.3f}. The {len(likeliest)} likeliest take {1 - rest:.2f} of the line."
     )
     describe(figure, alt, caption)
     return figure
