@@ -124,7 +124,8 @@ def draw_distributions(labels: Sequence[str], panels: Mapping[str, Sequence[floa
     for name, values in panels.items():
         best = max(range(len(values)), key=values.__getitem__)
         kept = sum(value > 0 for value in values)
-        parts.append(f"{name}: {_shown(labels[best])!r} has {values[best]:.2f}, {kept} of {len(labels)} left")
+        left = f", {kept} of {len(labels)} left" if kept < len(labels) else ""
+        parts.append(f"{name}: {_shown(labels[best])!r} has {values[best]:.2f}{left}")
     alt = f"Chart: {_plural(len(panels), 'distribution')} over the same {len(labels)} tokens, side by side."
     describe(figure, alt, f"{'; '.join(parts)}.")
     return figure
