@@ -375,7 +375,7 @@ def main() -> None:
 
 def _load(cells: dict[str, list], found: dict[str, str]) -> tuple[dict[str, Any], list[Finding]]:
     """(what the answers define, by name; what is wrong with them). A chapter is run in a namespace of its own."""
-    from minivllm.course.checking import _raised, unattempted
+    from minivllm.course.checking import raised, unattempted
 
     answers: dict[str, Any] = {}
     problems: list[Finding] = []
@@ -387,7 +387,7 @@ def _load(cells: dict[str, list], found: dict[str, str]) -> tuple[dict[str, Any]
                 _execute(source, f"<{id or chapter}, cell {number}>", namespace)
             except Exception as error:
                 if kind == "answer":
-                    problems += [Finding(name, "raised", _raised(error).message) for name in pieces]
+                    problems += [Finding(name, "raised", raised(error).message) for name in pieces]
                 elif kind == "given":
                     raise
             if kind == "answer":  # as it is now: a later exercise may use the name for something else
@@ -532,13 +532,13 @@ def _differs(run: Run, right: Run) -> str:
 
 def _together(answers: dict[str, Any], found: dict[str, str], say: Callable[..., None]) -> None:
     """All of the pieces in one engine; and alone those that the others had no use for."""
-    from minivllm.course.checking import _raised
+    from minivllm.course.checking import raised
 
     right = _package_run()
     try:
         run = _run(answers, answers)
     except Exception as error:
-        say(problem=vars(Finding("", "raised", _raised(error).message)))
+        say(problem=vars(Finding("", "raised", raised(error).message)))
         return
     problems = _packages_own(run.own, found)
     why = _differs(run, right)
@@ -575,13 +575,13 @@ def _packages_own(own: dict[str, str], found: dict[str, str]) -> list[Finding]:
 
 def _alone(name: str, answers: dict[str, Any], found: dict[str, str], right: Run) -> list[Finding]:
     """What is wrong with one piece in the package's engine, if anything is."""
-    from minivllm.course.checking import _raised
+    from minivllm.course.checking import raised
 
     closer = f"`minivllm check {found[name]}` looks closer."
     try:
         run = _run({name: answers[name]}, [name])
     except Exception as error:
-        return [Finding(name, "raised", f"Alone in the package's engine: {_raised(error).message}\n{closer}")]
+        return [Finding(name, "raised", f"Alone in the package's engine: {raised(error).message}\n{closer}")]
     if problems := _packages_own(run.own, found):
         return problems
     if why := _differs(run, right):

@@ -123,7 +123,7 @@ def check(id: str, *answers: Any, **more: Any) -> None:
     except Exception as error:
         if any(STUB in str(cause) for cause in _causes(error)):
             raise NotAttempted(f"{id}: your code calls a part that is still to write.") from error
-        raise _raised(error) from error
+        raise raised(error) from error
     print(f"{id} passed: {line}")
 
 
@@ -174,8 +174,8 @@ _LIBRARIES = tuple(str(Path(p).resolve()) for p in (sysconfig.get_path("stdlib")
 _PACKAGE = str(Path(__file__).resolve().parents[1])
 
 
-def _raised(error: Exception, case: str = "") -> Mistake:
-    """An exception out of a learner's code as a Mistake that says where in that code."""
+def raised(error: Exception, case: str = "") -> Mistake:
+    """An exception out of a learner's code as a Mistake that says where in that code. case: what it was called with."""
     what = f"{type(error).__name__}: {error}".strip().removesuffix(":")
     for cause in reversed(_causes(error)):  # Triton's interpreter wraps what a kernel raises
         for frame in reversed(traceback.extract_tb(cause.__traceback__)):
@@ -290,7 +290,8 @@ def _kind(value: Any) -> str:
 
 # --- for checks: running an answer beside the right one and the usual wrong ones --------------------------------------
 
-Suspects = Mapping[str, tuple[str, Callable]]
+#: Mistake's name -> (explanation for the learner, wrong implementation, another one of the same mistake …).
+Suspects = Mapping[str, tuple]
 
 
 @dataclass(frozen=True)
@@ -312,17 +313,31 @@ class _Run:
 
 def diagnose(
     answer: Callable, cases: Iterable[Sequence[Any]], right: Callable, suspects: Suspects | None = None, *,
-    writes: Sequence[int] = (), rtol: float = 1e-4, atol: float = 1e-5,
+    writes: Sequence[int] = (), wording: Mapping[str, str] | None = None, rtol: float = 1e-4, atol: float = 1e-5,
 ) -> int:  # fmt: skip
     """Run answer and right on copies of each case (a tuple of arguments); return the number of cases, or raise Mistake.
 
-    suspects: mistake's name -> (explanation for the learner, wrong implementation). The first that gives what the
-    answer gave in all cases, and is not right in all of them, names the Mistake. Otherwise its name is "raised",
-    "wrong-type", "wrong-shape", "wrong-dtype" or "wrong-values", with the smallest failing case. An answer that gives
-    the right result and changes an argument other than those at the positions `writes`, whose final values are part of
-    the result, is "changed-input"; one that writes beyond a `guarded` argument, "out-of-bounds-write".
+    suspects: mistake's name -> (explanation for the learner, wrong implementation, another one of the same mistake …).
+    The first that gives what the answer gave in all cases, and is not right in all of them, names the Mistake.
+    Otherwise its name is "raised", "wrong-type", "wrong-shape", "wrong-dtype" or "wrong-values", with the smallest
+    failing case. An answer that gives the right result and changes an argument other than those at the positions
+    `writes`, whose final values are part of the result, is "changed-input"; one that writes beyond a `guarded`
+    argument, "out-of-bounds-write". wording: what to write in a message in place of what ("item 0: " -> "the sum: ").
     """
-    cases, tolerances = [tuple(case) for case in cases], {"rtol": rtol, "atol": atol}
+    try:
+        return _compare(answer, cases, right, suspects or {}, writes, {"rtol": rtol, "atol": atol})
+    except Mistake as mistake:
+        message = mistake.message
+        for what, instead in (wording or {}).items():
+            message = message.replace(what, instead)
+        raise Mistake(mistake.name, message) from mistake.__cause__
+
+
+def _compare(
+    answer: Callable, cases: Iterable[Sequence[Any]], right: Callable, suspects: Suspects, writes: Sequence[int],
+    tolerances: dict[str, float],
+) -> int:  # fmt: skip
+    cases = [tuple(case) for case in cases]
     names = list(inspect.signature(right).parameters)
     names += [f"argument {i}" for i in range(len(names), max(map(len, cases), default=0))]
     expected = [_call(right, case, writes, names)[0] for case in cases]
@@ -339,7 +354,7 @@ def diagnose(
     if failing:
         first = min(failing, key=lambda i: _size(cases[i]))
         name, what = runs[first].differs(expected[first], tolerances)
-        for suspect, (explanation, wrong) in (suspects or {}).items():
+        for suspect, explanation, wrong in ((n, why, f) for n, (why, *usual) in suspects.items() for f in usual):
             theirs = [_call(wrong, case, writes, names)[0] for case in cases]
             agrees = not any(mine.differs(other, tolerances) for mine, other in zip(runs, theirs, strict=True))
             if agrees and any(a.differs(b, tolerances) for a, b in zip(theirs, expected, strict=True)):
@@ -347,7 +362,7 @@ def diagnose(
         if error := runs[first].error:
             if any(STUB in str(cause) for cause in _causes(error)):
                 raise error
-            raise _raised(error, described[first]) from error
+            raise raised(error, described[first]) from error
     for i, (_, after) in enumerate(calls):
         if not intact(*(value for value in after if _is_guarded(value))):
             raise Mistake("out-of-bounds-write", f"Your code wrote outside of a tensor it was given.\n{described[i]}.")
@@ -380,6 +395,54 @@ def _size(case: Any) -> int:
     if isinstance(case, tuple | list):
         return sum(map(_size, case))
     return case.numel() if hasattr(case, "numel") else abs(case) if isinstance(case, int) else 1
+
+
+def expect_own_work(answer: Callable, case: Sequence[Any], forbidden: Sequence[str], use: str) -> None:
+    """answer(*case) must not call these functions or methods of torch; Mistake("torch-did-it") says what to use."""
+    from torch.overrides import TorchFunctionMode
+
+    called: list[str] = []
+
+    class Names(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(getattr(func, "__name__", ""))
+            return func(*args, **(kwargs or {}))
+
+    with Names():
+        answer(*case)
+    for name in called:
+        expect(
+            name not in forbidden,
+            "torch-did-it",
+            f"The result is right, but torch computed it: your code calls {name}.\n"
+            f"Here the point is to see what happens inside: use {use}.",
+        )
+
+
+def expect_triton(instead: str) -> None:
+    """Whether Triton works here, tried with a kernel that is known to be right; else NotRunnableHere.
+
+    instead: a sentence on what the learner can do without Triton.
+    """
+    import torch
+
+    from minivllm.kernels.online_softmax import softmax
+
+    x = torch.tensor([[1.0, 2.0, 3.0]])
+    try:
+        works = torch.allclose(softmax(x, block=2), torch.softmax(x, dim=1))
+    except ImportError:
+        raise NotRunnableHere(
+            f"Triton is not installed, so no kernel can run: it has wheels for Linux only.\n{instead}"
+        ) from None
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise NotRunnableHere(
+            f"Triton cannot run a kernel here, not even the package's own: {what}\nOn a CPU it needs "
+            "TRITON_INTERPRET=1 before it is imported: restart the kernel, and run the first cell first."
+        ) from None
+    if not works:
+        raise NotRunnableHere("Triton's interpreter gives wrong numbers here, even for the package's own kernel.")
 
 
 # --- for checks: what lies out of bounds ------------------------------------------------------------------------------
@@ -466,9 +529,6 @@ def engine_agrees(*used: Callable, max_tokens: int = 20, **options: Any) -> str:
 def engine_tokens(max_tokens: int = 20) -> list[list[int]]:
     """What the bundled model answers to `PROMPTS`, greedily, on the package's own pieces."""
     return _generate(max_tokens, {})
-
-
-_engine_tokens = engine_tokens
 
 
 def _generate(max_tokens: int, options: dict[str, Any]) -> list[list[int]]:

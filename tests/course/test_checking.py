@@ -25,6 +25,8 @@ from minivllm.course.checking import (
     difference,
     engine_agrees,
     exercise,
+    expect_own_work,
+    expect_triton,
     guard,
     guarded,
     intact,
@@ -173,6 +175,33 @@ def test_a_suspect_that_is_right_or_differs_once_is_not_named() -> None:
     with pytest.raises(Mistake) as caught:
         diagnose(lambda x: x, CASES, right, suspects)
     assert caught.value.name == "wrong-values"
+
+
+def test_a_mistake_has_several_forms_and_words_of_its_own() -> None:
+    suspects = {"halves": ("You halve.", lambda x: (x / 2, x), lambda x: (x, x / 2))}
+    for answer, item in ((lambda x: (x / 2, x), "the first"), (lambda x: (x, x / 2), "item 1")):
+        with pytest.raises(Mistake, match=f"{item}: ") as caught:
+            diagnose(answer, [(2.0,)], lambda x: (x, x), suspects, wording={"item 0: ": "the first: "})
+        assert caught.value.name == "halves"
+
+
+def test_torch_must_not_do_the_work() -> None:
+    expect_own_work(lambda x: x.exp(), (torch.ones(2),), ("softmax",), "exp")
+    with pytest.raises(Mistake, match="calls softmax") as caught:
+        expect_own_work(lambda x: torch.softmax(x, 0), (torch.ones(2),), ("softmax",), "exp")
+    assert caught.value.name == "torch-did-it"
+
+
+def test_a_machine_without_triton_is_told_what_to_do_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: Any, **__: Any) -> None:
+        raise ImportError("no triton")
+
+    monkeypatch.setattr("minivllm.kernels.online_softmax.softmax", missing)
+    with pytest.raises(NotRunnableHere, match="it has wheels for Linux only"):
+        expect_triton("Do 1.1.")
+    monkeypatch.setattr("minivllm.kernels.online_softmax.softmax", lambda x, block: x)
+    with pytest.raises(NotRunnableHere, match="wrong numbers"):
+        expect_triton("Do 1.1.")
 
 
 def test_what_is_written_counts_where_it_may() -> None:

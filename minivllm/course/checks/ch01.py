@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from minivllm.course.checking import (
     Mistake,
-    NotRunnableHere,
     counted,
     diagnose,
     engine_agrees,
     exercise,
     expect,
+    expect_own_work,
+    expect_triton,
     guarded,
     seeded,
     show,
@@ -34,23 +35,6 @@ INF = math.inf
 def _finite(maximum: torch.Tensor) -> torch.Tensor:
     """What to subtract: the maximum, but 0 for -inf, because -inf - -inf is NaN."""
     return maximum.masked_fill(maximum == -INF, 0.0)
-
-
-def _diagnose(
-    answer: Callable, cases: Sequence[tuple], right: Callable, suspects: dict, items: Sequence[str] = (), **more: Any
-) -> int:  # fmt: skip
-    """`diagnose`, with suspects name -> (explanation, wrong implementation, another one of the same mistake …).
-
-    items: what to call the parts of a result in a message.
-    """
-    named = {f"{name} {i}": (why, f) for name, (why, *functions) in suspects.items() for i, f in enumerate(functions)}
-    try:
-        return diagnose(answer, cases, right, named, **more)
-    except Mistake as mistake:
-        message = mistake.message
-        for i, item in enumerate(items):
-            message = message.replace(f"item {i}: ", f"{item}: ")
-        raise Mistake(mistake.name.split()[0], message) from mistake.__cause__
 
 
 # --- 01.1 -------------------------------------------------------------------------------------------------------------
@@ -119,31 +103,9 @@ def check_safe_softmax(answer: Callable) -> str:
         ),
     }
     cases = [(x,) for x in cases]
-    number = _diagnose(answer, cases, softmax_reference, suspects)
-    _expect_own_work(answer, cases[0], "softmax", "log_softmax")
+    number = diagnose(answer, cases, softmax_reference, suspects)
+    expect_own_work(answer, cases[0], ("softmax", "log_softmax"), "exp, maxima, sums and products")
     return f"{number} tables, scores from -1000 to 1000"
-
-
-def _expect_own_work(answer: Callable, case: tuple, *forbidden: str) -> None:
-    """No call of these functions or methods of torch."""
-    from torch.overrides import TorchFunctionMode
-
-    used: list[str] = []
-
-    class Names(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            used.append(getattr(func, "__name__", ""))
-            return func(*args, **(kwargs or {}))
-
-    with Names():
-        answer(*case)
-    for name in used:
-        if name in forbidden:
-            raise Mistake(
-                "torch-did-it",
-                f"The result is right, but torch computed it: your code calls {name}.\n"
-                "Here the point is to see what happens inside: use exp, maxima, sums and products.",
-            )
 
 
 # --- 01.2 -------------------------------------------------------------------------------------------------------------
@@ -244,7 +206,7 @@ def check_max_and_sum(answer: Callable) -> str:
         ),
     }
     suspects = {name: (why, *map(numbers, functions)) for name, (why, *functions) in suspects.items()}
-    _diagnose(numbers(answer), cases, right, suspects, items=("m", "l"))
+    diagnose(numbers(answer), cases, right, suspects, wording={"item 0: ": "m: ", "item 1: ": "l: "})
     return f"{len(rows)} rows in tiles of 1, 2, 4 and 16"
 
 
@@ -477,7 +439,7 @@ def check_merge(answer: Callable) -> str:
             with_weights(lambda lse: torch.exp2(lse - lse.amax(dim=0))),
         ),
     }
-    _diagnose(answer, cases, merge_attention_reference, suspects)
+    diagnose(answer, cases, merge_attention_reference, suspects)
     mine = counted(answer)
     line = engine_agrees(mine, kernels=replace(Kernels.reference(), merge_attention=mine))
     return f"{len(cases)} merges, and {line}"
@@ -613,8 +575,8 @@ def check_attend(answer: Callable) -> str:
             lambda q, k, v, scale, block: right(q, k, v, scale * scale, block),
         ),
     }
-    _diagnose(answer, cases, right, suspects)
-    _expect_own_work(answer, cases[0], "scaled_dot_product_attention")
+    diagnose(answer, cases, right, suspects)
+    expect_own_work(answer, cases[0], ("scaled_dot_product_attention",), "exp, maxima, sums and products")
     _expect_one_pass(answer, case(5, 509, 8, 8, 16))
     return f"{len(cases)} cases, each key and value read once, and no row of scores kept"
 
@@ -682,7 +644,7 @@ def _watch(answer: Callable, case: tuple, watched: dict[str, torch.Tensor], leng
 def check_softmax_kernel(answer: Any) -> str:
     import torch
 
-    _expect_triton()
+    expect_triton("Exercise 01.5 asks for the same recurrence in torch, and runs everywhere.")
     random = seeded(6)
 
     def case(rows: int, columns: int, block: int, size: float = 2.0, shift: float = 0.0, pad: int = 0) -> tuple:
@@ -828,7 +790,7 @@ def check_softmax_kernel(answer: Any) -> str:
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, about the nan of a wrong kernel
-        _diagnose(launch, cases, right, suspects, items=("what it returned", "out"), writes=(0,))
+        diagnose(launch, cases, right, suspects, writes=(0,))
     loops = _loops_that_load(answer)
     expect(
         loops <= 2,
@@ -837,30 +799,6 @@ def check_softmax_kernel(answer: Any) -> str:
         "Find maximum and sum in one loop: rescale the sum when the maximum grows.",
     )
     return f"{len(cases)} tables, with ragged tails, gaps between rows and masked tiles"
-
-
-def _expect_triton() -> None:
-    """Whether Triton's interpreter works here, tried with a kernel that is known to be right; else NotRunnableHere."""
-    import torch
-
-    from minivllm.kernels.online_softmax import softmax
-
-    x = torch.tensor([[1.0, 2.0, 3.0]])
-    try:
-        works = torch.allclose(softmax(x, block=2), torch.softmax(x, dim=1))
-    except ImportError:
-        raise NotRunnableHere(
-            "Triton is not installed, so no kernel can run: it has wheels for Linux only.\n"
-            "Exercise 01.5 asks for the same recurrence in torch, and runs everywhere."
-        ) from None
-    except Exception as error:
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise NotRunnableHere(
-            f"Triton cannot run a kernel here, not even the package's own: {what}\nOn a CPU it needs "
-            "TRITON_INTERPRET=1 before it is imported: restart the kernel, and run the first cell first."
-        ) from None
-    if not works:
-        raise NotRunnableHere("Triton's interpreter gives wrong numbers here, even for the package's own kernel.")
 
 
 def _loops_that_load(kernel: Any) -> int:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from minivllm.course.checking import (
     Mistake,
-    NotRunnableHere,
+    Suspects,
     counted,
     diagnose,
     engine_agrees,
     exercise,
     expect,
+    expect_triton,
     guard,
     guarded,
     seeded,
@@ -26,19 +27,6 @@ if TYPE_CHECKING:
 
 INF = math.inf
 LOG2E = math.log2(math.e)
-#: Mistake's name -> (explanation, wrong implementation, another one of the same mistake …).
-Suspects = dict[str, tuple]
-
-
-def _diagnose(answer: Callable, cases: Sequence[tuple], right: Callable, suspects: Suspects, **more: Any) -> int:
-    """`diagnose`, with several wrong implementations a name."""
-    named = {f"{name} {i}": (why, f) for name, (why, *functions) in suspects.items() for i, f in enumerate(functions)}
-    try:
-        return diagnose(answer, cases, right, named, **more)
-    except Mistake as mistake:
-        raise Mistake(mistake.name.split()[0], mistake.message) from mistake.__cause__
-
-
 # --- 02.1 -------------------------------------------------------------------------------------------------------------
 
 
@@ -87,7 +75,7 @@ def check_causal_mask(answer: Callable) -> str:
         ),
     }
     cases = [(1, 1), (4, 4), (1, 7), (3, 8), (5, 6), (2, 2), (16, 70)]
-    number = _diagnose(answer, cases, causal_mask, suspects)
+    number = diagnose(answer, cases, causal_mask, suspects)
     return f"{number} masks, of whole prompts, of chunks with a past, and of single tokens"
 
 
@@ -560,7 +548,7 @@ def check_flash_attention(answer: Callable) -> str:
     def right(query: Any, key: Any, value: Any, scale: float, block_m: int, block_n: int) -> Any:
         return _exact(query, key, value, scale)
 
-    number = _diagnose(answer, cases, right, _suspects(), rtol=1e-3, atol=2e-4)
+    number = diagnose(answer, cases, right, _suspects(), rtol=1e-3, atol=2e-4)
     _expect_tiles(answer, dim=8, block=16)
     return f"{number} cases; one tile of scores at a time, and none in vain"
 
@@ -607,7 +595,7 @@ def check_chunk_attention(answer: Callable) -> str:
         ),
         **{name: suspect for name, suspect in _suspects(square).items() if name != "walk-ends-too-early"},
     }
-    number = _diagnose(lambda *args: answer(*args), cases, right, suspects)
+    number = diagnose(lambda *args: answer(*args), cases, right, suspects)
     for (q, n, block), case in zip(shapes, cases, strict=True):
         tiles, visited = attention_tiles(q, n, block, block).kinds, []
         answer(*case, visited=visited)
@@ -755,7 +743,7 @@ def check_prefill_attention(answer: Callable) -> str:
         ),
         **{name: (why, *(f for way in ways for f in walks(name, way))) for name, (why, *ways) in _WALKS.items()},
     }
-    number = _diagnose(call, cases, right, suspects)
+    number = diagnose(call, cases, right, suspects)
 
     queries = keys = 320
     seen = _watch(call, *_batch([queries], [keys], 2, 1, 8, 16, 9))
@@ -781,30 +769,11 @@ def check_prefill_attention(answer: Callable) -> str:
 # --- 02.6 -------------------------------------------------------------------------------------------------------------
 
 
-def _expect_triton() -> None:
-    """Whether Triton works here, tried with a kernel that is known to be right; else NotRunnableHere."""
-    import torch
-
-    from minivllm.kernels.online_softmax import softmax
-
-    x = torch.tensor([[1.0, 2.0, 3.0]])
-    try:
-        works = torch.allclose(softmax(x, block=2), torch.softmax(x, dim=1))
-    except Exception as error:
-        raise NotRunnableHere(
-            f"This kernel cannot run here: {type(error).__name__}: {str(error).splitlines()[0]}\n"
-            "Triton has wheels for Linux only, and on a CPU needs TRITON_INTERPRET=1 before it is imported: restart "
-            "the kernel, and run the first cell first. Exercise 02.3 is the same walk in torch."
-        ) from None
-    if not works:
-        raise NotRunnableHere("Triton's interpreter gives wrong numbers here, even for the package's own kernel.")
-
-
 @exercise("02.6", "The walk in Triton")
 def check_flash_kernel(answer: Any) -> str:
     import torch
 
-    _expect_triton()
+    expect_triton("Exercise 02.3 is the same walk in torch.")
     shapes = [
         # queries, keys, dim, block_m, block_n
         (16, 16, 16, 16, 16), (1, 1, 16, 16, 16), (5, 5, 16, 16, 16), (32, 32, 16, 16, 16), (33, 33, 16, 16, 16),
@@ -854,7 +823,7 @@ def check_flash_kernel(answer: Any) -> str:
         ),
         **_suspects(written, also="padded-keys"),
     }
-    number = _diagnose(launch, cases, right, suspects, writes=(0,), rtol=1e-3, atol=2e-4)
+    number = diagnose(launch, cases, right, suspects, writes=(0,), rtol=1e-3, atol=2e-4)
 
     # The first tile of a prompt of three, where keys that it must not visit are nan.
     query, key, value, scale = _inputs(48, 48, 16, 260)

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from minivllm.course.checking import (
     Mistake,
-    NotRunnableHere,
     counted,
     diagnose,
     engine_agrees,
     exercise,
     expect,
+    expect_triton,
     guard,
     guarded,
     intact,
@@ -31,23 +31,13 @@ if TYPE_CHECKING:
 NO_BLOCK = -1
 
 
-def _diagnose(
-    answer: Callable, cases: Sequence[tuple], right: Callable, suspects: dict, items: Sequence[str] = (), **more: Any
-) -> int:  # fmt: skip
-    """`diagnose`, with suspects name -> (explanation, wrong implementation, another one of the same mistake …).
-
-    items: what to call the parts of a result in a message.
-    """
-    named = {f"{name} {i}": (why, f) for name, (why, *functions) in suspects.items() for i, f in enumerate(functions)}
+def _diagnose(answer: Callable, cases: Sequence[tuple], right: Callable, suspects: dict, **more: Any) -> int:
+    """`diagnose`, without the numbers of tensors: of keys and values the shape says enough, and the table is seen."""
     try:
-        return diagnose(answer, cases, right, named, **more)
+        return diagnose(answer, cases, right, suspects, **more)
     except Mistake as mistake:
-        message = mistake.message
-        for i, item in enumerate(items):
-            message = message.replace(f"item {i}: ", f"{item}: ")
-        # Of keys and values the shape says enough; their numbers would hide the block table.
-        message = re.sub(r"= (float32 \[[\d, ]+\]) \([^()]*\)", r"= \1", message)
-        raise Mistake(mistake.name.split()[0], message) from mistake.__cause__
+        message = re.sub(r"= (float32 \[[\d, ]+\]) \([^()]*\)", r"= \1", mistake.message)
+        raise Mistake(mistake.name, message) from mistake.__cause__
 
 
 # --- 03.1 -------------------------------------------------------------------------------------------------------------
@@ -371,9 +361,7 @@ def _check_store(answer: Callable) -> int:
             lambda *all: None,
         ),
     }
-    return _diagnose(
-        answer, cases, store_kv_reference, suspects, ("what store_kv returned", "k_cache", "v_cache"), writes=(2, 3)
-    )
+    return _diagnose(answer, cases, store_kv_reference, suspects, writes=(2, 3))
 
 
 def _check_decode(answer: Callable) -> int:
@@ -748,7 +736,7 @@ def check_split_kernel(answer: Any) -> str:
     from minivllm.kernels import Kernels
     from minivllm.kernels.online_softmax import merge_attention_reference
 
-    _expect_triton()
+    expect_triton("Exercise 03.3 asks for the same in torch, but for the splitting, and runs everywhere.")
     random = seeded(6)
 
     def case(
@@ -883,7 +871,12 @@ def check_split_kernel(answer: Any) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, about the NaN of a wrong kernel
         _diagnose(
-            launch, cases, right, suspects, items=("the merged output", "the log-sum-exp of all splits"), atol=1e-4
+            launch,
+            cases,
+            right,
+            suspects,
+            wording={"item 0: ": "the merged output: ", "item 1: ": "the log-sum-exp of all splits: "},
+            atol=1e-4,
         )
         expect(
             all(outputs_intact),
@@ -980,27 +973,3 @@ def _share(mistake: str, context: int, tile: int, split: int, num_splits: int) -
         share = -(-context // num_splits)
     begin = split * share
     return begin, context if mistake == "to-the-end" else min(begin + share, context)
-
-
-def _expect_triton() -> None:
-    """Whether Triton works here, tried with a kernel that is known to be right; else NotRunnableHere."""
-    import torch
-
-    from minivllm.kernels.kv_cache import store_kv
-
-    cache = torch.zeros(1, 1, 4, 4)
-    try:
-        store_kv(torch.ones(1, 1, 4), torch.ones(1, 1, 4), cache, cache.clone(), torch.tensor([2]))
-    except ImportError:
-        raise NotRunnableHere(
-            "Triton is not installed, so no kernel can run: it has wheels for Linux only.\n"
-            "Exercise 03.3 asks for the same in torch, but for the splitting, and runs everywhere."
-        ) from None
-    except Exception as error:
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise NotRunnableHere(
-            f"Triton cannot run a kernel here, not even the package's own: {what}\nOn a CPU it needs "
-            "TRITON_INTERPRET=1 before it is imported: restart the kernel, and run the first cell first."
-        ) from None
-    if cache.sum() != 4:
-        raise NotRunnableHere("Triton's interpreter gives wrong numbers here, even for the package's own kernel.")

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from minivllm.course.checking import (
     PROMPTS,
     Mistake,
-    Suspects,
     counted,
     diagnose,
     engine_agrees,
     exercise,
     expect,
+    expect_own_work,
     seeded,
     show,
 )
@@ -29,47 +29,6 @@ if TYPE_CHECKING:
     from minivllm.config import ModelConfig
 
 EPS = 1e-6
-
-
-def _diagnose(
-    answer: Callable, cases: Sequence[tuple], right: Callable, suspects: Mapping,
-    items: Mapping[str, str] | None = None, **more: Any,
-) -> int:  # fmt: skip
-    """`diagnose`, with suspects name -> (explanation, wrong implementation, another one of the same mistake …).
-
-    items: what to write in a message in place of what.
-    """
-    named: Suspects = {
-        f"{name} {i}": (why, f) for name, (why, *functions) in suspects.items() for i, f in enumerate(functions)
-    }
-    try:
-        return diagnose(answer, cases, right, named, **more)
-    except Mistake as mistake:
-        message = mistake.message
-        for item, text in (items or {}).items():
-            message = message.replace(item, text)
-        raise Mistake(mistake.name.split()[0], message) from mistake.__cause__
-
-
-def _expect_own_work(answer: Callable, case: tuple, *forbidden: str) -> None:
-    """No call of these functions of torch."""
-    from torch.overrides import TorchFunctionMode
-
-    used: set[str] = set()
-
-    class Names(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            used.add(getattr(func, "__name__", ""))
-            return func(*args, **(kwargs or {}))
-
-    with Names():
-        answer(*case)
-    for name in sorted(used & set(forbidden)):
-        raise Mistake(
-            "torch-did-it",
-            f"The result is right, but torch computed it: your code calls {name}.\n"
-            "Here the point is to see what happens inside: use squares, means, roots, sigmoid and products.",
-        )
 
 
 # --- 06.1 -------------------------------------------------------------------------------------------------------------
@@ -199,8 +158,10 @@ def _check_rms_norm(answer: Callable) -> int:
         ),
     }  # fmt: skip
     # Half precision: whoever stays in float32 up to the weight rounds once less.
-    number = _diagnose(answer, cases, rms_norm_reference, suspects, rtol=3e-3)
-    _expect_own_work(answer, cases[2], "rms_norm", "layer_norm", "normalize")
+    number = diagnose(answer, cases, rms_norm_reference, suspects, rtol=3e-3)
+    expect_own_work(
+        answer, cases[2], ("rms_norm", "layer_norm", "normalize"), "squares, means, roots, sigmoid and products"
+    )
     return number
 
 
@@ -271,8 +232,8 @@ def _check_silu_mul(answer: Callable) -> int:
         ),
     }  # fmt: skip
     cases = [(table,) for table in tables]
-    number = _diagnose(answer, cases, silu_mul_reference, suspects, rtol=3e-3)
-    _expect_own_work(answer, cases[2], "silu", "glu")
+    number = diagnose(answer, cases, silu_mul_reference, suspects, rtol=3e-3)
+    expect_own_work(answer, cases[2], ("silu", "glu"), "squares, means, roots, sigmoid and products")
     return number
 
 
@@ -636,7 +597,7 @@ def check_block(answer: Callable) -> str:
             partial(_block, post=True),
         ),
     }  # fmt: skip
-    number = _diagnose(answer, cases, _block, suspects, rtol=1e-3, atol=1e-4)
+    number = diagnose(answer, cases, _block, suspects, rtol=1e-3, atol=1e-4)
     return f"{number} blocks, fresh ones and trained ones"
 
 
@@ -826,9 +787,9 @@ def check_qk_norm_rope(answer: Callable) -> str:
         ),
     }  # fmt: skip
     items = {"item 0: ": "the query: ", "item 1: ": "the key: "}
-    number = _diagnose(answer, cases, qk_norm_rope_reference, suspects, items, rtol=1e-3, atol=1e-4)
+    number = diagnose(answer, cases, qk_norm_rope_reference, suspects, wording=items, rtol=1e-3, atol=1e-4)
     # In 16 bits, rounding once more or less is no mistake.
-    number += _diagnose(answer, low, qk_norm_rope_reference, {}, items, rtol=0.03, atol=0.03)
+    number += diagnose(answer, low, qk_norm_rope_reference, {}, wording=items, rtol=0.03, atol=0.03)
     mine = counted(answer)
     line = engine_agrees(mine, kernels=replace(Kernels.reference(), qk_norm_rope=mine))
     return f"{number} batches of heads, and {line}"
@@ -1043,7 +1004,7 @@ def check_loading(answer: Callable) -> str:
     for rows, (name, why) in orders.items():
         suspects[name] = (why, *(outcome(partial(_load, rows=rows, slips=slips)) for slips in loose))
     items = {"item 0: ": "", "item 1: ": "not filled: ", "item 2: item": "parameter"}
-    _diagnose(outcome(answer), [(one,) for one in good + bad], outcome(_load), suspects, items)
+    diagnose(outcome(answer), [(one,) for one in good + bad], outcome(_load), suspects, wording=items)
     return f"{len(good)} checkpoints that fit, {len(bad)} that do not, and {_speaks(answer)}"
 
 
@@ -1056,7 +1017,7 @@ def _speaks(load: Callable) -> str:
     from minivllm.course import checking
     from minivllm.models.loader import iterate_weights
 
-    expected = checking._engine_tokens()
+    expected = checking.engine_tokens()
     with LLM(device="cpu", load_format="dummy") as llm:
         model = llm.llm_engine.model_runner.model
         params = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -1395,7 +1356,7 @@ def check_model(answer: Any) -> str:
     for changes in ((), untied):  # outside of diagnose, which would take a Mistake for an exception of the answer's
         mine(ModelConfig.from_hf({**_SIZES, **dict(changes)}), 0)
     cases = [(run,) for run in runs]
-    number = _diagnose(outcome(mine), cases, outcome(package), suspects, names, rtol=1e-3, atol=1e-4)
+    number = diagnose(outcome(mine), cases, outcome(package), suspects, wording=names, rtol=1e-3, atol=1e-4)
     forwards = 0
 
     class Counted(answer):

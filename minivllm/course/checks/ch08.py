@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from minivllm.course.checking import Mistake, _raised, counted, difference, exercise, expect, show
+from minivllm.course.checking import Mistake, counted, difference, exercise, expect, raised, show
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +52,7 @@ def _cuda_errors(what: str) -> Iterator[None]:
     try:
         yield
     except CudaError as error:
-        text, told = str(error), _raised(error).message
+        text, told = str(error), raised(error).message
         if told.startswith("Your code"):  # its last line says where
             text += "\n" + told.splitlines()[-1]
         if "compiled and loaded" in text:
