@@ -11,9 +11,7 @@ fitted to such a report. Weights are random; speed does not depend on them.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -22,16 +20,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from minivllm.bench.report import environment, save_report
+from minivllm.bench.shapes import shape_directory
 from minivllm.engine.llm_engine import LLMEngine
 from minivllm.sampling_params import SamplingParams
 
-#: The fields of Qwen3-8B's config.json that say how large it is.
-QWEN3_8B = {
-    "architectures": ["Qwen3ForCausalLM"], "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288,
-    "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 40960, "rope_theta": 1000000, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-    "eos_token_id": 151645, "hidden_act": "silu", "attention_bias": False,
-}  # fmt: skip
 #: (decoding sequences, tokens each of them has, tokens of a prompt in the same step, prompt tokens computed before).
 DECODES = [(n, context, 0, 0) for n in (1, 8, 32, 64, 128, 256) for context in (128, 1024, 4096) if n * context < 6e5]
 CHUNKS = [(0, 0, n, start) for n in (64, 128, 256, 512, 1024, 2048, 4096, 8192) for start in (0, 4096)]
@@ -110,8 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m minivllm.bench.steps", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(QWEN3_8B), encoding="utf-8")
+    with shape_directory("qwen3-8b") as folder:
         save_report(run(folder, "Qwen3-8B (random weights)", load_format="dummy", max_model_len=16384), out)
 
 

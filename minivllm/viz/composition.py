@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from minivllm.engine.trace import Trace
 from minivllm.viz import palette
 from minivllm.viz.block_table import check_step
-from minivllm.viz.figure import describe, prepare
+from minivllm.viz.figure import describe, plain_axes, prepare, side_legend
 from minivllm.viz.timeline import AGAIN, DECODE, PROMPT, is_prompt, name_of, num_again
 
 
@@ -81,17 +81,13 @@ def draw_composition(trace: Trace, step: int | None = None, ax: Axes | None = No
 
 
 def _style(ax: Axes, count: int, top: float) -> None:
-    ax.set_facecolor(palette.PAPER)
     ax.set(xlim=(0, count), ylim=(0, top))
     ax.set_title("What each step is made of", loc="left", fontsize=12, weight="bold", color=palette.INK)
     ax.set_xlabel("step", fontsize=9.5, color=palette.SOFT_INK)
     ax.set_ylabel("tokens", fontsize=9.5, color=palette.SOFT_INK)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
-    ax.tick_params(colors=palette.SOFT_INK, labelsize=9, length=3)
-    ax.spines[["top", "right"]].set_visible(False)
-    for spine in ax.spines.values():
-        spine.set_color(palette.LINE)
+    plain_axes(ax)
 
 
 def _key(ax: Axes, made: Composition, step: int) -> None:
@@ -105,21 +101,12 @@ def _key(ax: Axes, made: Composition, step: int) -> None:
     ]
     if not any(made.again):
         del entries[1]
-    legend = ax.legend(
+    side_legend(
+        ax,
         [handle for handle, _, _ in entries],
         [f"{number:,}  {name}" for _, name, number in entries],
-        title=f"Tokens of step {step}",
-        loc="center left",
-        bbox_to_anchor=(1.02, 0.55),
-        frameon=False,
-        fontsize=9.5,
-        labelcolor=palette.INK,
-        alignment="left",
-        handlelength=1.6,
-        handleheight=1.2,
-        labelspacing=0.7,
+        f"Tokens of step {step}",
     )
-    legend.get_title().set(color=palette.INK, fontsize=10.5, fontweight="bold")
 
 
 def _caption(made: Composition, step: int) -> str:

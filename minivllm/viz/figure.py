@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -82,3 +83,31 @@ def describe(figure: MatplotlibFigure, alt: str, caption: str) -> None:
     """Give one of our figures its words; a figure of the caller's keeps its own."""
     if isinstance(figure, Figure):
         figure.alt, figure.caption = alt, caption
+
+
+def plain_axes(ax: Axes) -> None:
+    """The look of every chart: no frame above and on the right, quiet ticks."""
+    ax.set_facecolor(palette.PAPER)
+    ax.tick_params(colors=palette.SOFT_INK, labelsize=9, length=3)
+    ax.spines[["top", "right"]].set_visible(False)
+    for spine in ax.spines.values():
+        spine.set_color(palette.LINE)
+
+
+def side_legend(ax: Axes, handles: Sequence[Any], labels: Sequence[str], title: str) -> None:
+    """A legend right of the axes, with a title in bold."""
+    legend = ax.legend(
+        handles,
+        labels,
+        title=title,
+        loc="center left",
+        bbox_to_anchor=(1.02, 0.55),
+        frameon=False,
+        fontsize=9.5,
+        labelcolor=palette.INK,
+        alignment="left",
+        handlelength=1.6,
+        handleheight=1.2,
+        labelspacing=0.7,
+    )
+    legend.get_title().set(color=palette.INK, fontsize=10.5, fontweight="bold")

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from minivllm.engine.trace import Trace
 from minivllm.viz import palette
 from minivllm.viz.block_table import block_tables, busiest_step, check_step
-from minivllm.viz.figure import describe, prepare
+from minivllm.viz.figure import describe, plain_axes, prepare, side_legend
 
 #: The axis reaches at most to so many times the pool; beyond, a label says how far.
 MAX_OVERSHOOT = 2.4
@@ -126,10 +126,7 @@ def _style_axes(ax: Axes, count: int, ceiling: float) -> None:
     ax.set_ylabel("room for tokens", fontsize=9.5, color=palette.SOFT_INK)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    ax.tick_params(colors=palette.SOFT_INK, labelsize=9, length=3)
-    ax.spines[["top", "right"]].set_visible(False)
-    for spine in ax.spines.values():
-        spine.set_color(palette.LINE)
+    plain_axes(ax)
 
 
 def _key(ax: Axes, memory: KVMemory, step: int) -> None:
@@ -150,21 +147,12 @@ def _key(ax: Axes, memory: KVMemory, step: int) -> None:
         (pool, "the whole pool", memory.capacity),
         *patches,
     ]
-    legend = ax.legend(
+    side_legend(
+        ax,
         [handle for handle, _, _ in entries],
         [f"{_padded(number)}  {name}" for _, name, number in entries],
-        title=f"At step {step}",
-        loc="center left",
-        bbox_to_anchor=(1.02, 0.55),
-        frameon=False,
-        fontsize=9.5,
-        labelcolor=palette.INK,
-        alignment="left",
-        handlelength=1.6,
-        handleheight=1.2,
-        labelspacing=0.7,
+        f"At step {step}",
     )
-    legend.get_title().set(color=palette.INK, fontsize=10.5, fontweight="bold")
 
 
 def _padded(number: int, width: int = 6) -> str:

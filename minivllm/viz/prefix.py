@@ -18,7 +18,7 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from minivllm.engine.block_manager import hash_block
 from minivllm.viz import palette
-from minivllm.viz.figure import WIDTH, describe, prepare
+from minivllm.viz.figure import WIDTH, describe, plain_axes, prepare
 
 #: Hexadecimal digits of a block's name that pictures show.
 DIGITS = 4
@@ -452,12 +452,8 @@ def draw_hit_rates(
 
 
 def _style(ax: Axes, title: str) -> None:
-    ax.set_facecolor(palette.PAPER)
     ax.set_title(title, loc="left", fontsize=12, weight="bold", color=palette.INK)
-    ax.tick_params(colors=palette.SOFT_INK, labelsize=9, length=3)
-    ax.spines[["top", "right"]].set_visible(False)
-    for spine in ax.spines.values():
-        spine.set_color(palette.LINE)
+    plain_axes(ax)
 
 
 def _listed(words: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 
 from minivllm.engine.trace import Trace
 from minivllm.viz import palette
-from minivllm.viz.figure import Figure, describe
+from minivllm.viz.figure import Figure, describe, plain_axes
 from minivllm.viz.timeline import STYLES, timeline
 
 _BOLD = {"fontsize": 12, "weight": "bold", "color": palette.INK}
@@ -116,7 +116,7 @@ def draw_distributions(labels: Sequence[str], panels: Mapping[str, Sequence[floa
         ax.set_title(name, fontsize=10.5, color=palette.INK, loc="left")
         ax.set_xticks([])
         ax.set_yticks(range(len(labels)), [_shown(label) if column == 0 else "" for label in labels])
-        _plain(ax)
+        plain_axes(ax)
         ax.tick_params(axis="y", colors=palette.INK, length=0, labelsize=10)
         ax.spines["bottom"].set_visible(False)
     figure.text(0.01, 1 - 0.3 / height, title or "What may come next", **_BOLD)
@@ -243,7 +243,7 @@ def draw_frequencies(
     ax.set_xlim(-0.55, len(labels) - 0.45)
     ax.set_ylim(0, 1.18 * max(max(values) for values in everything.values()))
     ax.set_xticks(range(len(labels)), [_shown(label) for label in labels])
-    _plain(ax)
+    plain_axes(ax)
     ax.tick_params(axis="x", colors=palette.INK, length=0, labelsize=10)
     ax.legend(frameon=False, fontsize=9.5, loc="upper right", ncols=len(everything))
     figure.text(0.01, 0.92, "How often each token comes", **_BOLD)
@@ -355,11 +355,3 @@ def _shown(label: str) -> str:
 
 def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}" + "s" * (count != 1)
-
-
-def _plain(ax: Axes) -> None:
-    ax.set_facecolor(palette.PAPER)
-    ax.tick_params(colors=palette.SOFT_INK, labelsize=9, length=3)
-    ax.spines[["top", "right"]].set_visible(False)
-    for spine in ax.spines.values():
-        spine.set_color(palette.LINE)

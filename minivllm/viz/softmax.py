@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from minivllm.viz import palette
-from minivllm.viz.figure import Figure, describe, prepare
+from minivllm.viz.figure import Figure, describe, plain_axes, prepare
 
 #: The largest x whose exp a format can hold: the logarithm of its largest number.
 EXP_LIMITS = {"float16": math.log(65504.0), "float32, bfloat16": math.log(3.4028234e38)}
@@ -95,7 +95,7 @@ def draw_online_softmax(replay: SoftmaxReplay, step: int = -1, found: Sequence[f
     for ax in (top, bottom):
         ax.set_xlim(-0.6, len(replay.scores) - 0.4)
         ax.set_xticks([])
-        _plain(ax)
+        plain_axes(ax)
     _draw_scores(top, replay, step)
     _draw_sums(bottom, replay, step, numbers=found is None)
     bottom.set_xticks(range(len(replay.scores)), [_shown(label) for label in replay.labels])
@@ -232,7 +232,7 @@ def draw_exp_range(rows: Mapping[str, Sequence[float]]) -> Figure:
     ax.set_yticks(range(len(rows)), rows)
     ax.set_title("Where exp leaves the number format", **_BOLD)
     ax.set_xlabel("score", fontsize=9.5, color=palette.SOFT_INK)
-    _plain(ax)
+    plain_axes(ax)
     ax.spines["left"].set_visible(False)
     ax.tick_params(axis="y", colors=palette.INK, length=0, labelsize=10)
     lost = {name: sum(x > limit for x in scores) for name, scores in rows.items()}
@@ -267,7 +267,7 @@ def draw_merge(scores: Sequence[float], cuts: Sequence[int], labels: Sequence[st
         ax.set_ylim(0, 1.28)
         ax.set_xticks([])
         ax.set_ylabel("exp(score − max)", fontsize=9.5, color=palette.SOFT_INK)
-        _plain(ax)
+        plain_axes(ax)
     top.set_title("Summed apart, each part under its own maximum", **_BOLD)
     captions = []
     for index, (part, (begin, end)) in enumerate(zip(parts, pairwise(edges), strict=True)):
@@ -322,7 +322,7 @@ def draw_passes(versions: Mapping[str, Sequence[str]]) -> Figure:
     ax.set_yticks(range(len(versions)), versions)
     ax.set_xticks([])
     ax.set_title("How often a row of N numbers goes through memory", **_BOLD)
-    _plain(ax)
+    plain_axes(ax)
     ax.spines[["left", "bottom"]].set_visible(False)
     ax.tick_params(axis="y", colors=palette.INK, length=0, labelsize=10.5)
     counts = [f"{name}: {len(moves)}" for name, moves in versions.items()]
@@ -387,11 +387,3 @@ def _exp(score: float, maximum: float) -> float:
 
 def _shown(label: str) -> str:
     return label.strip() or "␣"
-
-
-def _plain(ax: Axes) -> None:
-    ax.set_facecolor(palette.PAPER)
-    ax.tick_params(colors=palette.SOFT_INK, labelsize=9, length=3)
-    ax.spines[["top", "right"]].set_visible(False)
-    for spine in ax.spines.values():
-        spine.set_color(palette.LINE)

@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from minivllm.viz import palette
 from minivllm.viz.block_table import check_step
-from minivllm.viz.figure import WIDTH, describe, prepare
+from minivllm.viz.figure import WIDTH, describe, plain_axes, prepare
 
 #: What is done in a lane: kind -> (colour, hatch, words of the legend).
 KINDS: dict[str, tuple[str, str, str]] = {
@@ -263,10 +263,7 @@ def _draw_choice(ax: Axes, title: str, sizes: Sequence[int], seen: Mapping[int, 
     ax.set_xlabel("sequences in the step", fontsize=9.5, color=palette.SOFT_INK)
     ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
-    ax.tick_params(colors=palette.SOFT_INK, labelsize=9, length=3)
-    ax.spines[["top", "right"]].set_visible(False)
-    for spine in ax.spines.values():
-        spine.set_color(palette.LINE)
+    plain_axes(ax)
 
 
 def padded_rows(sizes: Sequence[int], seen: Mapping[int, int]) -> int:
@@ -335,11 +332,8 @@ def draw_padding(replay: PaddingReplay, step: int = -1, ax: Axes | None = None) 
     ax.set_ylim(0, max(sizes) * 1.08)
     ax.set_title("Rows of each step's graph", loc="left", fontsize=12, weight="bold", color=palette.INK)
     ax.set_xlabel("step", fontsize=9.5, color=palette.SOFT_INK)
-    ax.tick_params(colors=palette.SOFT_INK, labelsize=9, length=3)
     ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
-    ax.spines[["top", "right"]].set_visible(False)
-    for spine in ax.spines.values():
-        spine.set_color(palette.LINE)
+    plain_axes(ax)
     if own_figure:
         _draw_rows(figure, replay, replay.steps[step], step)
     describe(figure, _padding_alt(replay, step), _padding_caption(replay, step))
