@@ -96,15 +96,9 @@ def merge_attention(
     out = torch.empty(batch, heads, dim, dtype=dtype, device=partial_out.device)
     if batch:
         _merge_kernel[(batch * heads,)](
-            out,
-            partial_out,
-            partial_lse,
-            splits,
-            batch * heads,
-            D=dim,
-            BLOCK_D=triton.next_power_of_2(dim),
-            BLOCK_S=BLOCK_S,
-        )
+            out, partial_out, partial_lse, splits, batch * heads,
+            D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_S=BLOCK_S,
+        )  # fmt: skip
     return out
 
 

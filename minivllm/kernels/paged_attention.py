@@ -74,7 +74,7 @@ def _decode_kernel(
 
 
 def choose_num_splits(programs: int, max_seq_len: int, multiprocessors: int) -> int:
-    """As many as give every multiprocessor a program, but none of fewer than 128 tokens: merging costs a launch."""
+    """As many as give every multiprocessor a program, but at most one for 128 tokens begun: merging costs a launch."""
     return max(1, min(-(-multiprocessors // max(1, programs)), -(-max_seq_len // 128)))
 
 
