@@ -83,11 +83,6 @@ class ModelConfig:
             eos_token_ids=_eos_token_ids(generation_config or {}, config),
         )
 
-    @property
-    def kv_elements_per_token(self) -> int:
-        """Elements of K and V that one token occupies in the cache, over all layers."""
-        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
-
 
 def _refuse_unsupported(config: dict[str, Any]) -> None:
     architecture = (config.get("architectures") or ["(none)"])[0]
@@ -158,7 +153,7 @@ class EngineConfig:
     attention_backend: str = "auto"  # "auto": Triton on a GPU, torch on a CPU, where "triton" means its interpreter
     load_format: str = "auto"  # "auto" reads safetensors; "dummy" draws random weights and needs config.json only
     skip_tokenizer_init: bool = False  # token ids in and out, no text
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: int = 1  # ranks that share the model; under torchrun, the number of its processes
     seed: int = 0  # of dummy weights, and of requests that bring none of their own
     trace: bool = False  # record what happens at each step; see `minivllm.engine.trace`
 
@@ -168,15 +163,14 @@ class EngineConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "num_kv_blocks"):
+        sizes = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "num_kv_blocks")
+        for name in (*sizes, "tensor_parallel_size"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}.")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             share = self.gpu_memory_utilization
             raise ConfigError(f"gpu_memory_utilization must be above 0 and at most 1, got {share}.")
-        if self.tensor_parallel_size != 1:
-            raise ConfigError("tensor_parallel_size must be 1: tensor parallelism is not implemented yet.")
 
     def resolve(self, model: ModelConfig, device_type: str) -> "EngineConfig":
         """A copy with every "auto" and None decided, but for num_kv_blocks, which needs the loaded model.
@@ -197,6 +191,7 @@ class EngineConfig:
             block_size=self.block_size or (64 if on_gpu else 16),
         )
         resolved._check_against(model, on_gpu)
+        resolved._check_ranks(model)
         return resolved
 
     def _check_against(self, model: ModelConfig, on_gpu: bool) -> None:
@@ -212,3 +207,16 @@ class EngineConfig:
             )
         if self.attention_backend == "triton" and not on_gpu and self.dtype != "float32":
             raise ConfigError("Triton's interpreter on a CPU computes right in float32 only; set dtype='float32'.")
+
+    def _check_ranks(self, model: ModelConfig) -> None:
+        heads, kv_heads, width = model.num_attention_heads, model.num_key_value_heads, model.intermediate_size
+        possible = [
+            n
+            for n in range(1, heads + 1)
+            if not heads % n and not width % n and (kv_heads % n == 0 or n % kv_heads == 0)
+        ]
+        if self.tensor_parallel_size not in possible:
+            raise ConfigError(
+                f"tensor_parallel_size={self.tensor_parallel_size} does not divide this model of {heads} query heads, "
+                f"{kv_heads} KV heads and intermediate_size {width}; possible: {', '.join(map(str, possible))}."
+            )

@@ -47,3 +47,19 @@ class OutOfMemoryError(MiniVLLMError):
 
 class SchedulerStalledError(MiniVLLMError):
     """The scheduler planned nothing although requests are waiting; a scheduler of one's own has a bug."""
+
+
+class RankError(MiniVLLMError):
+    """Ranks of a tensor-parallel engine can no longer work together. Make a new engine."""
+
+
+class RankFailedError(RankError):
+    """A rank died, or failed with an error of its own; the message names the rank and its cause."""
+
+
+class RankMismatchError(RankError):
+    """A rank has other tokens, or other requests, than rank 0."""
+
+
+class EngineEndedError(RankError):
+    """The engine was closed, or a step that failed or was interrupted has ended its ranks."""

@@ -49,6 +49,7 @@ class LLM:
         """Abort what is running and let go of model and cache. The object cannot be used afterwards."""
         if self.llm_engine is not None:
             self.abort(list(self._mailboxes))
+            self.llm_engine.close()
             self.llm_engine = None
 
     @property

@@ -95,7 +95,8 @@ class DecodeGraphs:
     def _record(self, step: Callable, size: int, pool: tuple[int, int]) -> tuple[torch.cuda.CUDAGraph, ...]:
         step(self._slots[:size])  # compiles kernels, which a recording must not
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # Other threads may go on using the GPU: NCCL's, which looks after the collectives, does.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             outputs = step(self._slots[:size])
         return graph, *outputs
 

@@ -13,8 +13,12 @@ Not safe for use from several threads at once.
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import os
 import time
+import weakref
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -22,11 +26,13 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import torch
 import xxhash
 
 from minivllm.batch import build_batch
 from minivllm.bundled import BUNDLED_MODEL_PATH
 from minivllm.config import EngineConfig
+from minivllm.distributed import SINGLE, RankProcesses, TensorParallelGroup
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.model_runner import ModelRunner, StepResult, pick_device
 from minivllm.engine.request import Request
@@ -35,9 +41,13 @@ from minivllm.engine.sequence import ScheduledBatch, ScheduledSequence
 from minivllm.engine.sequence import Sequence as EngineSequence
 from minivllm.engine.trace import StepRecord, Trace, record_step
 from minivllm.errors import (
+    ConfigError,
     EmptyPromptError,
+    EngineEndedError,
     InvalidTokenError,
     PromptTooLongError,
+    RankFailedError,
+    RankMismatchError,
     RequestError,
     SamplingParamsError,
     SchedulerStalledError,
@@ -69,6 +79,10 @@ class LLMEngine:
 
     model: None (the bundled one), a directory, or a Hugging Face hub id. options: the fields of `EngineConfig`.
     kernels, block_manager_cls, scheduler_cls, model_cls, build_batch: your own pieces in place of the package's.
+    group: for a rank of an engine whose other ranks have been started already.
+
+    With tensor_parallel_size > 1 every rank runs an engine like this one. Rank 0 sends the calls it gets to the ranks
+    that it has started; ranks that torchrun has started are all called by the same script, and send nothing.
     """
 
     def __init__(
@@ -80,9 +94,12 @@ class LLMEngine:
         scheduler_cls: Callable[..., Scheduler] = Scheduler,
         model_cls: Callable[..., Any] = Qwen3ForCausalLM,
         build_batch: Callable[..., Any] = build_batch,
+        group: TensorParallelGroup | None = None,
         **options: Any,
     ) -> None:
         config = EngineConfig(**options)
+        pieces = {"kernels": kernels, "block_manager_cls": block_manager_cls, "scheduler_cls": scheduler_cls}
+        pieces |= {"model_cls": model_cls, "build_batch": build_batch}
         device = pick_device(config.device)
         self.model_path = BUNDLED_MODEL_PATH if model is None else resolve_model_path(model)
         self.model_config = load_config(self.model_path)
@@ -92,9 +109,21 @@ class LLMEngine:
             kernels = Kernels.triton() if self.config.attention_backend == "triton" else Kernels.reference()
         elif kernels.name != "triton":  # a graph cannot record a function that waits for the GPU
             self.config = replace(self.config, enforce_eager=True)
-        self.model_runner = ModelRunner(
-            self.model_path, self.model_config, self.config, kernels, model_cls=model_cls, build_batch=build_batch
-        )
+        #: The ranks that this engine has started, the calls that they have yet to make, and why the engine ended.
+        self._ranks: RankProcesses | None = None
+        self._calls: list[tuple[str, tuple]] = []
+        self._ended: str | None = None
+        #: Of every token so far: the same on every rank, or something is wrong.
+        self._token_hash = xxhash.xxh3_64()
+        self.group = group or self._form_group(self.config.device.partition(":")[0], pieces, options)
+        try:
+            self.model_runner = ModelRunner(
+                self.model_path, self.model_config, self.config, kernels, model_cls=model_cls,
+                build_batch=build_batch, group=self.group,
+            )  # fmt: skip
+        except BaseException as error:
+            self._end_ranks(error)
+            raise
         self.config = replace(self.config, num_kv_blocks=self.model_runner.num_kv_blocks)
         manager = block_manager_cls(self.config.num_kv_blocks, self.config.block_size, config.enable_prefix_caching)
         self.scheduler = scheduler_cls(manager, self.config.max_num_seqs, self.config.max_num_batched_tokens)
@@ -139,6 +168,7 @@ class LLMEngine:
             request.add_completion(seq)
             self._owners[seq.seq_id] = (request, index)
             self.scheduler.add(seq)
+        self._mirror("add_request", token_ids, params, request_id)
         return request_id
 
     def abort_request(self, request_id: str | Iterable[str]) -> None:
@@ -158,6 +188,7 @@ class LLMEngine:
             self._touched.pop(one, None)
             self._undelivered.append(request.report())
             self._forget(request)
+            self._mirror("abort_request", one)
 
     def has_unfinished_requests(self) -> bool:
         return bool(self._requests or self._undelivered)
@@ -170,7 +201,11 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         """Compute one step for everything that is running; returns the requests that have something to report."""
         start = time.perf_counter()
+        if self._ended is not None:
+            raise EngineEndedError(f"{self._ended} Make a new engine.")
         try:
+            if self.group.size > 1:
+                self._agree()
             batch = self.scheduler.schedule()
             if batch:
                 self._launch(batch, start)
@@ -179,9 +214,10 @@ class LLMEngine:
             # The results of the step before this one are looked at while this one runs; without overlap, its own.
             while len(self._in_flight) > (self._depth if batch else 0):
                 self._apply(*self._in_flight.popleft())
-        except BaseException:  # Ctrl-C in a notebook included: the requests go on at the next step
+        except BaseException as error:  # Ctrl-C in a notebook included: the requests go on at the next step
             self._in_flight.clear()
             self.scheduler.recover()
+            self._end_ranks(error)
             raise
         for request in list(self._touched.values()):
             self._undelivered.append(request.report())
@@ -288,7 +324,10 @@ class LLMEngine:
 
     def _apply(self, batch: ScheduledBatch, result: StepResult, record: StepRecord | None) -> None:
         """Give every sequence its token."""
-        accepted = self.scheduler.update(batch, result.wait())
+        token_ids = result.wait()
+        self.group.check()
+        self._token_hash.update(array("q", token_ids).tobytes())
+        accepted = self.scheduler.update(batch, token_ids)
         now = time.perf_counter()
         for item, logprobs in result.prompt_logprobs:
             if item.sequence.seq_id in self._owners:
@@ -328,6 +367,69 @@ class LLMEngine:
         for completion in request.completions:
             del self._owners[completion.sequence.seq_id]
 
+    # --- ranks ----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End the other ranks; a later `step` raises `EngineEndedError`. An engine of one rank has nothing to end."""
+        if self.group.size > 1:
+            self._ended = self._ended or "This engine has been closed."
+            (self._ranks or self.group).close()
+
+    def _form_group(self, device_type: str, pieces: dict[str, Any], options: dict[str, Any]) -> TensorParallelGroup:
+        size, started = self.config.tensor_parallel_size, int(os.environ.get("WORLD_SIZE", 1))
+        if size == 1:
+            return SINGLE
+        if "group" not in inspect.signature(pieces["model_cls"]).parameters:
+            raise ConfigError(
+                "tensor_parallel_size > 1 needs a model_cls that takes a `group`, as Qwen3ForCausalLM does."
+            )
+        if started == size:
+            return TensorParallelGroup.from_torchrun(device_type)
+        if started > 1:
+            raise ConfigError(f"torchrun has started {started} ranks; set tensor_parallel_size={started}.")
+        if device_type == "cuda" and (self.config.device != "cuda" or size > torch.cuda.device_count()):
+            found = torch.cuda.device_count()
+            raise ConfigError(f"tensor_parallel_size={size} takes device='cuda' and the first {size} GPUs of {found}.")
+        self._ranks = RankProcesses(size, device_type, _run_rank, self.model_path, {**options, **pieces})
+        weakref.finalize(self, self._ranks.close)
+        return self._ranks.group
+
+    def _mirror(self, name: str, *args: Any) -> None:
+        """Have the ranks that this engine has started make the same call, before the next step."""
+        if self._ranks is not None:
+            self._calls.append((name, args))
+
+    def _agree(self) -> None:
+        """Bring all ranks to the same point, and see that they are there: same requests, same tokens, same plans."""
+        state, calls = self.group.broadcast(self._state_hash(), self._calls)
+        self._calls = []
+        if self.group.rank > 0:
+            for name, args in calls:
+                getattr(self, name)(*args)
+            if self._state_hash() != state:
+                step = self.scheduler.stats.num_steps
+                raise RankMismatchError(
+                    f"Rank {self.group.rank} does not stand where rank 0 does after step {step}: it has sampled other "
+                    "tokens, or got other requests. Every rank must run the same code and get the same calls."
+                )
+
+    def _state_hash(self) -> int:
+        scheduler, state = self.scheduler, self._token_hash.copy()
+        plan = [seq.seq_id for seq in (*scheduler.running, *scheduler.waiting)]
+        state.update(array("q", [*plan, scheduler.block_manager.num_free_blocks]).tobytes())
+        return state.intdigest() >> 1
+
+    def _end_ranks(self, error: BaseException) -> None:
+        """After a step cut short no rank knows where the others stand. Raises what has happened to another rank."""
+        if self.group.size == 1:
+            return
+        lost = self._ranks is not None and isinstance(error, RankFailedError)
+        failure = self._ranks.failure() if lost else None
+        self._ended = f"A step was cut short ({type(failure or error).__name__}), which has ended the engine's ranks."
+        self.close()
+        if failure is not None:
+            raise failure from error
+
     # --- trace ----------------------------------------------------------------------------------------------------
 
     def _new_trace(self) -> Trace:
@@ -350,3 +452,10 @@ class LLMEngine:
     def _label(self, seq: EngineSequence) -> str:
         request, index = self._owners[seq.seq_id]
         return f"{request.request_id}/{index}"
+
+
+def _run_rank(group: TensorParallelGroup, model: Path, arguments: dict[str, Any]) -> None:
+    """The engine of a rank that `RankProcesses` has started: it steps whenever rank 0 does."""
+    engine = LLMEngine(model, group=group, **arguments)
+    while True:
+        engine.step()

@@ -12,6 +12,7 @@ from torch import nn
 
 from minivllm.batch import BatchInputs, BatchRow, build_batch
 from minivllm.config import EngineConfig, ModelConfig
+from minivllm.distributed import SINGLE, TensorParallelGroup
 from minivllm.engine.cuda_graphs import DecodeGraphs, DecodeState, graph_sizes
 from minivllm.engine.sampler import Sampler, TokenLogprobs, to_device, token_logprobs
 from minivllm.engine.sequence import PENDING, ScheduledBatch, ScheduledSequence
@@ -52,13 +53,17 @@ class ModelRunner:
         self,
         path: Path, model_config: ModelConfig, config: EngineConfig, kernels: Kernels, *,
         model_cls: Callable[..., nn.Module] = Qwen3ForCausalLM, build_batch: Callable[..., BatchInputs] = build_batch,
+        group: TensorParallelGroup = SINGLE,
     ) -> None:  # fmt: skip
-        self.model_config, self.config, self.build_batch = model_config, config, build_batch
+        self.model_config, self.config, self.build_batch, self.group = model_config, config, build_batch, group
         self.device, self.dtype = torch.device(config.device), getattr(torch, config.dtype)
+        if group.size > 1 and self.device.type == "cuda":  # one process, one rank, one GPU
+            self.device = torch.device("cuda", group.gpu)
+            torch.cuda.set_device(self.device)
         try:
             self.model = load_model(
                 path, model_config, kernels, dtype=self.dtype, device=self.device, max_position=config.max_model_len,
-                load_format=config.load_format, seed=config.seed, model_cls=model_cls,
+                load_format=config.load_format, seed=config.seed, model_cls=model_cls, group=group,
             )  # fmt: skip
             num_slots, max_blocks = config.max_num_seqs, -(-config.max_model_len // config.block_size)
             #: Per slot: block ids, how many of them have been written (a step writes only the new ones), and whether
@@ -68,7 +73,7 @@ class ModelRunner:
             self._is_ready = np.zeros(num_slots, bool)
             self._state = DecodeState.empty(num_slots, max_blocks, self.device)
             self.sampler = Sampler(config.max_num_seqs, model_config.vocab_size, kernels, self.device)
-            self.num_kv_blocks = config.num_kv_blocks or self._default_num_kv_blocks()
+            self.num_kv_blocks = min(group.exchange(config.num_kv_blocks or self._default_num_kv_blocks()))
             self.kv_caches = self._allocate_kv_caches(self.num_kv_blocks)
             self.graphs = None if config.enforce_eager else self._capture_graphs()
         except torch.OutOfMemoryError as error:
@@ -78,8 +83,15 @@ class ModelRunner:
             ) from error
 
     @property
+    def num_kv_heads(self) -> int:
+        """Those that this rank has; at least one."""
+        return max(1, self.model_config.num_key_value_heads // self.group.size)
+
+    @property
     def kv_bytes_per_token(self) -> int:
-        return self.model_config.kv_elements_per_token * self.dtype.itemsize
+        """Of this rank's cache, over all layers."""
+        config = self.model_config
+        return 2 * config.num_hidden_layers * self.num_kv_heads * config.head_dim * self.dtype.itemsize
 
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> StepResult:
@@ -217,7 +229,7 @@ class ModelRunner:
     def _allocate_kv_caches(self, num_blocks: int) -> list[KVCache]:
         """Zeroed once, so that every entry is finite: kernels may load rows past a context and mask them afterwards."""
         config = self.model_config
-        shape = (num_blocks, config.num_key_value_heads, self.config.block_size, config.head_dim)
+        shape = (num_blocks, self.num_kv_heads, self.config.block_size, config.head_dim)
 
         def cache() -> torch.Tensor:
             return torch.zeros(shape, dtype=self.dtype, device=self.device)

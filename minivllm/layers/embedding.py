@@ -1,32 +1,47 @@
-"""Token embedding and the output head, which are one matrix in models with tied embeddings."""
+"""Token embedding and the output head, which are one matrix in models with tied embeddings.
+
+Each rank has an equal share of the vocabulary. Where it does not divide, rows of zeros fill up the last one.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from minivllm.distributed import SINGLE, TensorParallelGroup
 from minivllm.kernels import Kernels
+from minivllm.layers.linear import holds_part
 
 
 class Embedding(nn.Module):
-    """weight ``[vocab_size, hidden_size]``: row t is the vector of token t."""
+    """weight ``[vocab_size, hidden_size]``, or this rank's rows of it: row t is the vector of token t."""
 
-    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, group: TensorParallelGroup = SINGLE) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size), requires_grad=False)
+        self.group, self.part = group, group.part(vocab_size, pad=True)
+        self.weight = nn.Parameter(torch.empty(-(-vocab_size // group.size), hidden_size), requires_grad=False)
+        self.weight[len(self.part) :] = 0.0
+        holds_part(self.weight, (vocab_size, hidden_size), self.part.slice)
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[T] int64 -> [T, hidden_size]."""
-        return F.embedding(token_ids, self.weight)
+        if self.group.size == 1:
+            return F.embedding(token_ids, self.weight)
+        # A rank finds the vectors of its own tokens and 0 for the others; the sum over the ranks has them all.
+        elsewhere = (token_ids < self.part.start) | (token_ids >= self.part.stop)
+        rows = (token_ids - self.part.start).masked_fill(elsewhere, 0)
+        return self.group.all_reduce(F.embedding(rows, self.weight).masked_fill(elsewhere[:, None], 0.0))
 
 
 class OutputHead(nn.Module):
     """Logits by comparing the hidden state with every row of ``[vocab_size, hidden_size]``."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, tied_to: Embedding | None, kernels: Kernels) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, tied_to: Embedding | None, kernels: Kernels,
+                 group: TensorParallelGroup = SINGLE) -> None:  # fmt: skip
         super().__init__()
-        self.kernels = kernels
-        self.weight = (tied_to or Embedding(vocab_size, hidden_size)).weight
+        self.kernels, self.group, self.vocab_size = kernels, group, vocab_size
+        self.weight = (tied_to or Embedding(vocab_size, hidden_size, group)).weight
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[R, hidden_size] -> [R, vocab_size]."""
-        return self.kernels.linear(hidden, self.weight)
+        """[R, hidden_size] -> [R, vocab_size], on every rank."""
+        logits = self.group.all_gather(self.kernels.linear(hidden, self.weight))
+        return logits[:, : self.vocab_size]

@@ -1,9 +1,21 @@
-"""Linear layers, and how they take their weights from a checkpoint."""
+"""Linear layers, and how they take their weights from a checkpoint. Two kinds are split over the ranks of a group.
+
+By output features (`FusedLinear`): every rank has all of x and computes some of y. By input features
+(`RowParallelLinear`): every rank has some of x and computes a part of every y; their sum is y. The first and then the
+second, as in attention and in the MLP, cost one all-reduce together.
+"""
 
 import torch
 from torch import nn
 
+from minivllm.distributed import SINGLE, Part, TensorParallelGroup
 from minivllm.kernels import Kernels
+
+
+def holds_part(tensor: torch.Tensor, shape: tuple[int, ...], *index: slice) -> torch.Tensor:
+    """Note on a parameter, for the loader, that it holds what stands at `index` of a checkpoint tensor of `shape`."""
+    tensor.part = (torch.Size(shape), index)
+    return tensor
 
 
 class Linear(nn.Module):
@@ -23,15 +35,32 @@ class Linear(nn.Module):
 class FusedLinear(Linear):
     """Several linear layers on the same input as one matrix product, e.g. Q, K and V, or gate and up.
 
-    shards: name in the checkpoint -> number of output features, in the order of the output. The weight is
-    ``[sum of the outputs, in_features]``; the loader copies one checkpoint tensor into the rows of each `shard`.
+    shards: name in the checkpoint -> number of output features, or this rank's part of them, in the output's order.
+    The weight is ``[sum of the outputs, in_features]``; the loader copies one checkpoint tensor, or this rank's part of
+    it, into the rows of each `shard`.
     """
 
-    def __init__(self, in_features: int, shards: dict[str, int], bias: bool, kernels: Kernels) -> None:
-        super().__init__(in_features, sum(shards.values()), bias, kernels)
-        self.shards = shards
+    def __init__(self, in_features: int, shards: dict[str, int | Part], bias: bool, kernels: Kernels) -> None:
+        self.shards = {name: Part(n, 0, n) if isinstance(n, int) else n for name, n in shards.items()}
+        super().__init__(in_features, sum(map(len, self.shards.values())), bias, kernels)
 
     def shard(self, kind: str, name: str) -> torch.Tensor:
         """The rows of `weight` or `bias` (kind) that belong to the shard of this name; a view."""
-        parts = getattr(self, kind).split(list(self.shards.values()))
-        return dict(zip(self.shards, parts, strict=True))[name]
+        parts = getattr(self, kind).split([len(part) for part in self.shards.values()])
+        rows, part = dict(zip(self.shards, parts, strict=True))[name], self.shards[name]
+        return holds_part(rows, (part.total, *rows.shape[1:]), part.slice)
+
+
+class RowParallelLinear(Linear):
+    """A linear layer of which each rank has some columns: its weight is ``[out_features, in_features / size]``."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, kernels: Kernels,
+                 group: TensorParallelGroup = SINGLE) -> None:  # fmt: skip
+        part, self.group = group.part(in_features), group
+        super().__init__(len(part), out_features, bias, kernels)
+        holds_part(self.weight, (out_features, in_features), slice(None), part.slice)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [T, in_features / size], this rank's -> [T, out_features], on every rank."""
+        bias = self.bias if self.group.rank == 0 else None  # it is added once
+        return self.group.all_reduce(self.kernels.linear(x, self.weight, bias))

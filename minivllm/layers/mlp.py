@@ -3,16 +3,18 @@
 import torch
 from torch import nn
 
+from minivllm.distributed import SINGLE, TensorParallelGroup
 from minivllm.kernels import Kernels
-from minivllm.layers.linear import FusedLinear, Linear
+from minivllm.layers.linear import FusedLinear, RowParallelLinear
 
 
 class SwiGLU(nn.Module):
-    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool, kernels: Kernels) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool, kernels: Kernels,
+                 group: TensorParallelGroup = SINGLE) -> None:  # fmt: skip
         super().__init__()
-        shards = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
+        shards = dict.fromkeys(("gate_proj", "up_proj"), group.part(intermediate_size))
         self.gate_up_proj = FusedLinear(hidden_size, shards, bias, kernels)
-        self.down_proj = Linear(intermediate_size, hidden_size, bias, kernels)
+        self.down_proj = RowParallelLinear(intermediate_size, hidden_size, bias, kernels, group)
         self.kernels = kernels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from minivllm.config import ModelConfig
+from minivllm.distributed import SINGLE, TensorParallelGroup
 from minivllm.errors import ConfigError, WeightLoadingError
 from minivllm.kernels import Kernels
 from minivllm.layers.linear import FusedLinear
@@ -62,24 +63,28 @@ def load_config(path: Path) -> ModelConfig:
 def load_model(
     path: Path, config: ModelConfig, kernels: Kernels, *, dtype: torch.dtype, device: torch.device, max_position: int,
     load_format: str = "auto", seed: int = 0, model_cls: Callable[..., nn.Module] = Qwen3ForCausalLM,
+    group: TensorParallelGroup = SINGLE,
 ) -> nn.Module:  # fmt: skip
     """Build the model on `device` and fill every parameter, from the checkpoint or ("dummy") at random."""
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with device:
-            model = model_cls(config, kernels, max_position, device)
+            model = model_cls(config, kernels, max_position, device, **({"group": group} if group.size > 1 else {}))
     finally:
         torch.set_default_dtype(previous)
     if load_format == "dummy":
-        _fill_at_random(model, seed)
+        _fill_at_random(model, seed, config.tie_word_embeddings)
     else:
         load_weights(model, iterate_weights(path), tied=config.tie_word_embeddings)
     return model.eval()
 
 
 def iterate_weights(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor on the CPU) of every tensor, from one file or from the shards that the index lists."""
+    """(name, tensor on the CPU) of every tensor, from one file or from the shards that the index lists.
+
+    A tensor is the mapped file: only what is then copied from it, the part that a rank holds, is read.
+    """
     index = read_json(path / "model.safetensors.index.json")
     if (path / "model.safetensors").is_file():  # a repository may hold other files beside it, an adapter for example
         names = ["model.safetensors"]
@@ -134,21 +139,30 @@ def parameter_places(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _copy(place: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
-    if place.shape != tensor.shape:
-        raise WeightLoadingError(f"{name} has shape {tuple(tensor.shape)}; the config asks for {tuple(place.shape)}.")
+    shape, index = _part(place)
+    if shape != tensor.shape:
+        raise WeightLoadingError(f"{name} has shape {tuple(tensor.shape)}; the config asks for {tuple(shape)}.")
     if not tensor.is_floating_point():
         raise WeightLoadingError(f"{name} is of type {tensor.dtype}; minivllm loads unquantized weights only.")
-    place.data.copy_(tensor)
+    part = tensor[index]
+    place.data[tuple(map(slice, part.shape))].copy_(part)  # a padded vocabulary is longer than its part
 
 
-def _fill_at_random(model: nn.Module, seed: int) -> None:
-    """Normal weights that keep activations near unit size; norms at 1, biases at 0."""
-    for number, (name, parameter) in enumerate(model.named_parameters()):
-        if parameter.dim() == 1:
-            parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
-        else:
-            generator = torch.Generator(device=parameter.device).manual_seed(seed + number)
-            parameter.data.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
+def _part(place: torch.Tensor) -> tuple[torch.Size, tuple[slice, ...]]:
+    """(shape of the tensor in the checkpoint, where in it stands what this rank holds); see `holds_part`."""
+    return getattr(place, "part", (place.shape, ()))
+
+
+def _fill_at_random(model: nn.Module, seed: int, tied: bool) -> None:
+    """Normal weights that keep activations near unit size; norms 1, biases 0. The same for any number of ranks."""
+    for number, (name, place) in enumerate(parameter_places(model).items()):
+        shape, _ = _part(place)
+        if len(shape) == 1:
+            place.data.fill_(0.0 if name.endswith("bias") else 1.0)
+        elif not (tied and name == "lm_head.weight"):
+            generator = torch.Generator(device=place.device).manual_seed(seed + number)
+            whole = place.data if shape == place.shape else torch.empty(shape, dtype=place.dtype, device=place.device)
+            _copy(place, whole.normal_(0.0, shape[1] ** -0.5, generator=generator), name)
 
 
 def _few(names: list[str]) -> str:

@@ -12,10 +12,11 @@ from torch import nn
 
 from minivllm.batch import AttentionMetadata
 from minivllm.config import ModelConfig
+from minivllm.distributed import SINGLE, TensorParallelGroup
 from minivllm.kernels import Kernels
 from minivllm.layers.attention import KVCache, paged_attention
 from minivllm.layers.embedding import Embedding, OutputHead
-from minivllm.layers.linear import FusedLinear, Linear
+from minivllm.layers.linear import FusedLinear, RowParallelLinear
 from minivllm.layers.mlp import SwiGLU
 from minivllm.layers.norm import RMSNorm
 from minivllm.layers.rotary import rope_table
@@ -24,14 +25,14 @@ from minivllm.layers.rotary import rope_table
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al., 2023) with rotary positions and, in Qwen3, a norm on every head."""
 
-    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels, group: TensorParallelGroup = SINGLE) -> None:
         super().__init__()
         self.config, self.kernels = config, kernels
-        self.q_size = config.num_attention_heads * config.head_dim
-        self.kv_size = config.num_key_value_heads * config.head_dim
-        shards = {"q_proj": self.q_size, "k_proj": self.kv_size, "v_proj": self.kv_size}
+        # Whole heads: this rank's query heads, and the KV heads that those attend to.
+        q, kv = (group.part(n, config.head_dim) for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_size, self.kv_size, shards = len(q), len(kv), {"q_proj": q, "k_proj": kv, "v_proj": kv}
         self.qkv_proj = FusedLinear(config.hidden_size, shards, config.qkv_bias, kernels)
-        self.o_proj = Linear(self.q_size, config.hidden_size, config.o_bias, kernels)
+        self.o_proj = RowParallelLinear(q.total, config.hidden_size, config.o_bias, kernels, group)
         # Two norms, with a weight each (reference bug 9); applied inside the qk_norm_rope kernel.
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, kernels) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, kernels) if config.qk_norm else None
@@ -56,12 +57,12 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels, group: TensorParallelGroup = SINGLE) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
-        self.self_attn = Attention(config, kernels)
+        self.self_attn = Attention(config, kernels, group)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, config.mlp_bias, kernels)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, config.mlp_bias, kernels, group)
 
     def forward(
         self, hidden: torch.Tensor, residual: torch.Tensor | None, positions: torch.Tensor, cos_sin: torch.Tensor,
@@ -77,21 +78,22 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Everything between token ids and the final norm; called `model` in checkpoints."""
 
-    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels, group: TensorParallelGroup = SINGLE) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, kernels) for _ in range(config.num_hidden_layers))
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, group)
+        self.layers = nn.ModuleList(DecoderLayer(config, kernels, group) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
 
 
 class Qwen3ForCausalLM(nn.Module):
-    """The decoder and its head. `max_position` is the number of rows of the rope table: the engine's max_model_len."""
+    """The decoder and its head, or one rank's share of them. max_position: rows of the rope table."""
 
-    def __init__(self, config: ModelConfig, kernels: Kernels, max_position: int, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels, max_position: int, device: torch.device,
+                 group: TensorParallelGroup = SINGLE) -> None:  # fmt: skip
         super().__init__()
-        self.config, self.model = config, Decoder(config, kernels)
+        self.config, self.model = config, Decoder(config, kernels, group)
         tied_to = self.model.embed_tokens if config.tie_word_embeddings else None
-        self.lm_head = OutputHead(config.vocab_size, config.hidden_size, tied_to, kernels)
+        self.lm_head = OutputHead(config.vocab_size, config.hidden_size, tied_to, kernels, group)
         # A plain attribute: derived, in float32 whatever the model's dtype, and in no checkpoint.
         self.cos_sin = rope_table(config.rope, config.head_dim, max_position, device)
 
