@@ -13,9 +13,7 @@ Not safe for use from several threads at once.
 
 from __future__ import annotations
 
-import inspect
 import itertools
-import os
 import time
 import weakref
 from array import array
@@ -26,13 +24,12 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import torch
 import xxhash
 
 from minivllm.batch import build_batch
 from minivllm.bundled import BUNDLED_MODEL_PATH
 from minivllm.config import EngineConfig
-from minivllm.distributed import SINGLE, RankProcesses, TensorParallelGroup
+from minivllm.distributed import TensorParallelGroup
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.model_runner import ModelRunner, StepResult, pick_device
 from minivllm.engine.request import Request
@@ -41,7 +38,6 @@ from minivllm.engine.sequence import ScheduledBatch, ScheduledSequence
 from minivllm.engine.sequence import Sequence as EngineSequence
 from minivllm.engine.trace import StepRecord, Trace, record_step
 from minivllm.errors import (
-    ConfigError,
     EmptyPromptError,
     EngineEndedError,
     InvalidTokenError,
@@ -54,6 +50,7 @@ from minivllm.errors import (
     TokenizerRequiredError,
 )
 from minivllm.kernels import Kernels
+from minivllm.launch import find_ranks
 from minivllm.models.loader import load_config, resolve_model_path
 from minivllm.models.qwen3 import Qwen3ForCausalLM
 from minivllm.outputs import RequestMetrics, RequestOutput
@@ -109,20 +106,24 @@ class LLMEngine:
             kernels = Kernels.triton() if self.config.attention_backend == "triton" else Kernels.reference()
         elif kernels.name != "triton":  # a graph cannot record a function that waits for the GPU
             self.config = replace(self.config, enforce_eager=True)
-        #: The ranks that this engine has started, the calls that they have yet to make, and why the engine ended.
-        self._ranks: RankProcesses | None = None
-        self._calls: list[tuple[str, tuple]] = []
+        self.group, self._ranks = group, None
+        if group is None:
+            arguments = (self.config.device, _run_rank, self.model_path, {**options, **pieces})
+            self.group, self._ranks = find_ranks(config.tensor_parallel_size, *arguments)
+        if self._ranks is not None:
+            weakref.finalize(self, self._ranks.close)
+        #: Calls that the ranks started here have yet to make; why the engine ended; all tokens so far, hashed.
+        self._calls: deque[tuple] = deque(maxlen=None if self._ranks else 0)
         self._ended: str | None = None
-        #: Of every token so far: the same on every rank, or something is wrong.
         self._token_hash = xxhash.xxh3_64()
-        self.group = group or self._form_group(self.config.device.partition(":")[0], pieces, options)
         try:
             self.model_runner = ModelRunner(
                 self.model_path, self.model_config, self.config, kernels, model_cls=model_cls,
                 build_batch=build_batch, group=self.group,
             )  # fmt: skip
         except BaseException as error:
-            self._end_ranks(error)
+            if self.group.size > 1:
+                self._end_ranks(error)
             raise
         self.config = replace(self.config, num_kv_blocks=self.model_runner.num_kv_blocks)
         manager = block_manager_cls(self.config.num_kv_blocks, self.config.block_size, config.enable_prefix_caching)
@@ -168,7 +169,7 @@ class LLMEngine:
             request.add_completion(seq)
             self._owners[seq.seq_id] = (request, index)
             self.scheduler.add(seq)
-        self._mirror("add_request", token_ids, params, request_id)
+        self._calls.append(("add_request", token_ids, params, request_id))
         return request_id
 
     def abort_request(self, request_id: str | Iterable[str]) -> None:
@@ -188,7 +189,7 @@ class LLMEngine:
             self._touched.pop(one, None)
             self._undelivered.append(request.report())
             self._forget(request)
-            self._mirror("abort_request", one)
+            self._calls.append(("abort_request", one))
 
     def has_unfinished_requests(self) -> bool:
         return bool(self._requests or self._undelivered)
@@ -217,7 +218,8 @@ class LLMEngine:
         except BaseException as error:  # Ctrl-C in a notebook included: the requests go on at the next step
             self._in_flight.clear()
             self.scheduler.recover()
-            self._end_ranks(error)
+            if self.group.size > 1:
+                self._end_ranks(error)
             raise
         for request in list(self._touched.values()):
             self._undelivered.append(request.report())
@@ -375,57 +377,29 @@ class LLMEngine:
             self._ended = self._ended or "This engine has been closed."
             (self._ranks or self.group).close()
 
-    def _form_group(self, device_type: str, pieces: dict[str, Any], options: dict[str, Any]) -> TensorParallelGroup:
-        size, started = self.config.tensor_parallel_size, int(os.environ.get("WORLD_SIZE", 1))
-        if size == 1:
-            return SINGLE
-        if "group" not in inspect.signature(pieces["model_cls"]).parameters:
-            raise ConfigError(
-                "tensor_parallel_size > 1 needs a model_cls that takes a `group`, as Qwen3ForCausalLM does."
-            )
-        if started == size:
-            return TensorParallelGroup.from_torchrun(device_type)
-        if started > 1:
-            raise ConfigError(f"torchrun has started {started} ranks; set tensor_parallel_size={started}.")
-        if device_type == "cuda" and (self.config.device != "cuda" or size > torch.cuda.device_count()):
-            found = torch.cuda.device_count()
-            raise ConfigError(f"tensor_parallel_size={size} takes device='cuda' and the first {size} GPUs of {found}.")
-        self._ranks = RankProcesses(size, device_type, _run_rank, self.model_path, {**options, **pieces})
-        weakref.finalize(self, self._ranks.close)
-        return self._ranks.group
-
-    def _mirror(self, name: str, *args: Any) -> None:
-        """Have the ranks that this engine has started make the same call, before the next step."""
-        if self._ranks is not None:
-            self._calls.append((name, args))
-
     def _agree(self) -> None:
-        """Bring all ranks to the same point, and see that they are there: same requests, same tokens, same plans."""
-        state, calls = self.group.broadcast(self._state_hash(), self._calls)
-        self._calls = []
-        if self.group.rank > 0:
-            for name, args in calls:
-                getattr(self, name)(*args)
-            if self._state_hash() != state:
-                step = self.scheduler.stats.num_steps
-                raise RankMismatchError(
-                    f"Rank {self.group.rank} does not stand where rank 0 does after step {step}: it has sampled other "
-                    "tokens, or got other requests. Every rank must run the same code and get the same calls."
-                )
+        """Bring all ranks to the same point and see that they are there: the same requests, tokens and plan."""
+        state, calls = self.group.broadcast(self._state(), list(self._calls))
+        self._calls.clear()
+        for name, *args in calls if self.group.rank else ():
+            getattr(self, name)(*args)
+        if self._state() != state:
+            raise RankMismatchError(
+                f"Rank {self.group.rank} does not stand where rank 0 does before step {self.scheduler.stats.num_steps}: "
+                "it has other requests, or has sampled other tokens. Every rank must get the same calls."
+            )
 
-    def _state_hash(self) -> int:
-        scheduler, state = self.scheduler, self._token_hash.copy()
+    def _state(self) -> int:
+        """A hash of all that the next plan depends on, but for what is the same on any rank."""
+        state, scheduler = self._token_hash.copy(), self.scheduler
         plan = [seq.seq_id for seq in (*scheduler.running, *scheduler.waiting)]
         state.update(array("q", [*plan, scheduler.block_manager.num_free_blocks]).tobytes())
         return state.intdigest() >> 1
 
     def _end_ranks(self, error: BaseException) -> None:
         """After a step cut short no rank knows where the others stand. Raises what has happened to another rank."""
-        if self.group.size == 1:
-            return
-        lost = self._ranks is not None and isinstance(error, RankFailedError)
-        failure = self._ranks.failure() if lost else None
-        self._ended = f"A step was cut short ({type(failure or error).__name__}), which has ended the engine's ranks."
+        failure = self._ranks.failure() if self._ranks and isinstance(error, RankFailedError) else None
+        self._ended = f"A step was cut short ({type(failure or error).__name__}), and with it the engine's ranks."
         self.close()
         if failure is not None:
             raise failure from error

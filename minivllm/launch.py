@@ -1,0 +1,180 @@
+"""How the ranks of a tensor-parallel engine come to be: started here, on this machine, or by torchrun, on many."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing import get_context
+
+from minivllm.distributed import SINGLE, TensorParallelGroup
+from minivllm.errors import ConfigError, RankFailedError, RankMismatchError
+
+TO_MEET = timedelta(seconds=60)  # for ranks that are running already
+
+
+def find_ranks(
+    size: int, device: str, target: Callable[..., None], *args: Any
+) -> tuple[TensorParallelGroup, RankProcesses | None]:
+    """The group of `size` ranks that this process belongs to, and the others' processes if they had to be started.
+
+    Under torchrun the ranks are there, and each has come here by itself. Otherwise this process is rank 0 and the others
+    are started, to run ``target(group, *args)``. device: "cpu", or "cuda" for a GPU a rank. Raises `ConfigError`.
+    """
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        return SINGLE, None
+    if started not in (1, size):
+        raise ConfigError(f"torchrun has started {started} ranks; set tensor_parallel_size={started}.")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", size)) if started == size else size
+    if device != "cpu" and (device != "cuda" or local > torch.cuda.device_count()):
+        raise ConfigError(
+            f"{local} ranks on this machine take device='cuda' and {local} GPUs; device is {device!r}, and there are "
+            f"{torch.cuda.device_count()}."
+        )
+    if started == size:
+        return join_torchrun(device), None
+    ranks = RankProcesses(size, device, target, *args)
+    return ranks.group, ranks
+
+
+def join_torchrun(device_type: str) -> TensorParallelGroup:
+    """The group of all ranks that torchrun has started, on however many machines."""
+    store, rank, size = next(dist.rendezvous("env://"))
+    number = store.add(
+        f"minivllm engines of rank {rank}", 1
+    )  # a process may make several, every rank in the same order
+    store = dist.PrefixStore(f"minivllm engine {number}", store)
+    return TensorParallelGroup.connect(store, rank, size, device_type, None, int(os.environ.get("LOCAL_RANK", rank)))
+
+
+class RankProcesses:
+    """Ranks 1 to size - 1 as processes on this machine, each running ``target(group, *args)``. This process is rank 0.
+
+    Each holds one end of a pipe, on which it reports why it failed, and lives until the pipe is closed at this end: by
+    `close`, or because this process is gone.
+    """
+
+    def __init__(self, size: int, device_type: str, target: Callable[..., None], *args: Any) -> None:
+        self.group, self._ranks, self._reports = SINGLE, [], {}
+        try:
+            work = pickle.dumps((target, args))
+        except Exception as error:
+            raise ConfigError(
+                f"The other ranks cannot be sent this ({error}). Define your pieces at the top level of a module."
+            ) from error
+        listener = socket.create_server(("127.0.0.1", 0))  # a port that is free, and nobody else's from here on
+        port, fd = listener.getsockname()[1], listener.detach()
+        store = dist.TCPStore("127.0.0.1", port, size, True, TO_MEET, False, master_listen_fd=fd)
+        try:
+            # Ctrl-C reaches every process of the terminal. The ranks leave it to this one: they are born deaf to it.
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                for rank in range(1, size):
+                    self._start(rank, size, port, device_type, work)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            for _, pipe in self._ranks:  # wait here, where their end is noticed
+                with suppress(EOFError):
+                    if pipe.recv() == "ready":
+                        continue
+                raise self.failure()
+            self.group = TensorParallelGroup.connect(store, 0, size, device_type)
+        except BaseException:
+            self.close()
+            raise
+        if device_type == "cuda":
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def failure(self) -> Exception:
+        """The error to raise now that a rank is lost: it names the rank that failed first, and why."""
+        deadline = time.monotonic() + 5.0
+        while True:
+            causes = {rank: self._cause(rank) for rank in range(1, len(self._ranks) + 1)}
+            # The others fail with `RankFailedError`: they have only noticed.
+            first = [(r, *cause) for r, cause in causes.items() if cause and cause[0] != "RankFailedError"]
+            if first or time.monotonic() > deadline:
+                break
+            time.sleep(0.01)
+        if not first:
+            return RankFailedError(f"The ranks have lost each other: {[c for c in causes.values() if c]}")
+        rank, kind, text = first[0]
+        error = RankMismatchError if kind == "RankMismatchError" else RankFailedError
+        return error(f"Rank {rank} {text}")
+
+    def close(self) -> None:
+        """End the ranks; returns when they are gone."""
+        for _, pipe in self._ranks:
+            pipe.close()
+        for process, _ in self._ranks:
+            process.join(5.0)
+            process.kill()  # nothing, if it has ended
+            process.join()
+        self._ranks.clear()
+        self.group.close()
+
+    def _start(self, rank: int, *args: Any) -> None:
+        context = get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_run_rank, args=(theirs, rank, *args), name=f"rank {rank}", daemon=True)
+        self._ranks.append((process, ours))
+        process.start()
+        theirs.close()
+
+    def _cause(self, rank: int) -> tuple[str, str] | None:
+        """(kind of error, what happened) of a rank that has ended."""
+        process, pipe = self._ranks[rank - 1]
+        code = process.exitcode
+        with suppress(EOFError, OSError):
+            while pipe.poll():
+                self._reports[rank] = pipe.recv()
+        if isinstance(self._reports.get(rank), tuple) or code is None:
+            return self._reports.get(rank) if code is not None else None
+        if code < 0:
+            return "", f"was killed by signal {-code} ({signal.Signals(-code).name})."
+        return "", (
+            f"exited with code {code} before it could say why; what it printed may. A script that starts ranks needs "
+            "`if __name__ == '__main__':` around what it does."
+        )
+
+    def _watch(self) -> None:
+        """A GPU waits for ever for a rank that is gone: abort its communication."""
+        ranks = list(self._ranks)
+        wait([process.sentinel for process, _ in ranks])
+        if self._ranks:  # not closed by ourselves
+            self.group.abort()
+
+
+def _run_rank(pipe: Connection, rank: int, size: int, port: int, device_type: str, work: bytes) -> None:
+    """The life of a rank that `RankProcesses` has started."""
+    threading.Thread(target=_end_with_rank_0, args=(pipe,), daemon=True).start()
+    report = ("SystemExit", "ended.")
+    try:
+        pipe.send("ready")
+        target, args = pickle.loads(work)
+        store = dist.TCPStore("127.0.0.1", port, size, False, TO_MEET)
+        target(TensorParallelGroup.connect(store, rank, size, device_type), *args)
+    except BaseException as error:
+        report = (type(error).__name__, f"failed: {type(error).__name__}: {error}")
+    with suppress(OSError):
+        pipe.send(report)
+    sys.stdout.flush()
+    os._exit(1)
+
+
+def _end_with_rank_0(pipe: Connection) -> None:
+    with suppress(EOFError, OSError):
+        pipe.recv()
+    os._exit(0)
