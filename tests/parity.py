@@ -109,15 +109,14 @@ class RecordedLLM(LLM):
         self._captured: dict[int, torch.Tensor] = {}
         if kernels is None:
             kernels = Kernels.triton() if attention_backend == "triton" else Kernels.reference()
-        super().__init__(
-            path,
-            dtype="float32",
-            attention_backend=attention_backend,
-            kernels=self._counting(kernels),
-            scheduler_cls=self._recording(scheduler_cls),
-            skip_tokenizer_init=skip_tokenizer_init,
-            **{"max_num_seqs": 16, **options},
-        )
+        options = {"skip_tokenizer_init": skip_tokenizer_init, "max_num_seqs": 16, **options}
+        if options.get("tensor_parallel_size", 1) == 1 or "group" in options:
+            options |= {"kernels": self._counting(kernels), "scheduler_cls": self._recording(scheduler_cls)}
+        super().__init__(path, dtype="float32", attention_backend=attention_backend, **options)
+        if "kernels" not in options:  # what records cannot be sent to other ranks: here is enough
+            engine = self.llm_engine
+            engine.model_runner.sampler.kernels = self._counting(kernels)
+            engine.scheduler.__class__ = self._recording(scheduler_cls)
         self._watch(self.llm_engine.model_runner)
 
     def complete(
