@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from minivllm.errors import ConfigError, RankFailedError
 
-IDLE = timedelta(days=365)  # how long a rank waits for the others: an engine may have nothing to do
+#: How long ranks wait for each other: those of one machine to meet, and any for an engine that has nothing to do.
+MEETING, IDLE = timedelta(seconds=20), timedelta(days=365)
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,10 @@ class TensorParallelGroup:
         """Meet the other ranks at `store`. host: None when they run on several machines. gpu: this rank's."""
         gloo = dist.ProcessGroupGloo
         options = gloo._Options()
-        options._timeout = IDLE
+        options._timeout = MEETING if host else IDLE
         options._devices = [gloo.create_device(hostname=host) if host else gloo.create_default_device()]
         objects = tensors = gloo(dist.PrefixStore("objects", store), rank, size, options)
+        objects._set_default_timeout(IDLE)
         if device_type == "cuda":
             nccl = dist.ProcessGroupNCCL
             tensors = nccl(dist.PrefixStore("tensors", store), rank, size, nccl.Options())

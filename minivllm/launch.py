@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -19,10 +18,8 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import get_context
 
-from minivllm.distributed import SINGLE, TensorParallelGroup
+from minivllm.distributed import MEETING, SINGLE, TensorParallelGroup
 from minivllm.errors import ConfigError, RankFailedError, RankMismatchError
-
-TO_MEET = timedelta(seconds=60)  # for ranks that are running already
 
 
 def find_ranks(
@@ -30,8 +27,8 @@ def find_ranks(
 ) -> tuple[TensorParallelGroup, RankProcesses | None]:
     """The group of `size` ranks that this process belongs to, and the others' processes if they had to be started.
 
-    Under torchrun the ranks are there, and each has come here by itself. Otherwise this process is rank 0 and the others
-    are started, to run ``target(group, *args)``. device: "cpu", or "cuda" for a GPU a rank. Raises `ConfigError`.
+    Under torchrun the ranks are there, and each has come here by itself. Otherwise this process is rank 0, and the
+    others are started to run ``target(group, *args)``. device: "cpu", or "cuda" for a GPU a rank; else `ConfigError`.
     """
     started = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
@@ -77,7 +74,7 @@ class RankProcesses:
             ) from error
         listener = socket.create_server(("127.0.0.1", 0))  # a port that is free, and nobody else's from here on
         port, fd = listener.getsockname()[1], listener.detach()
-        store = dist.TCPStore("127.0.0.1", port, size, True, TO_MEET, False, master_listen_fd=fd)
+        store = dist.TCPStore("127.0.0.1", port, size, True, MEETING, False, master_listen_fd=fd)
         try:
             # Ctrl-C reaches every process of the terminal. The ranks leave it to this one: they are born deaf to it.
             blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -86,12 +83,15 @@ class RankProcesses:
                     self._start(rank, size, port, device_type, work)
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-            for _, pipe in self._ranks:  # wait here, where their end is noticed
+            for rank, (_, pipe) in enumerate(self._ranks, 1):  # wait here, where their end is noticed
                 with suppress(EOFError):
-                    if pipe.recv() == "ready":
-                        continue
-                raise self.failure()
-            self.group = TensorParallelGroup.connect(store, 0, size, device_type)
+                    self._reports[rank] = pipe.recv()
+                if self._reports.get(rank) != "ready":
+                    raise self.failure()
+            try:
+                self.group = TensorParallelGroup.connect(store, 0, size, device_type)
+            except RuntimeError as error:
+                raise self.failure() from error
         except BaseException:
             self.close()
             raise
@@ -162,9 +162,9 @@ def _run_rank(pipe: Connection, rank: int, size: int, port: int, device_type: st
     threading.Thread(target=_end_with_rank_0, args=(pipe,), daemon=True).start()
     report = ("SystemExit", "ended.")
     try:
-        pipe.send("ready")
         target, args = pickle.loads(work)
-        store = dist.TCPStore("127.0.0.1", port, size, False, TO_MEET)
+        pipe.send("ready")
+        store = dist.TCPStore("127.0.0.1", port, size, False, MEETING)
         target(TensorParallelGroup.connect(store, rank, size, device_type), *args)
     except BaseException as error:
         report = (type(error).__name__, f"failed: {type(error).__name__}: {error}")

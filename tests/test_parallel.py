@@ -263,14 +263,14 @@ def test_a_rank_is_killed_while_it_generates() -> None:
 def fails_elsewhere(*args: Any, group: Any) -> Any:
     if group.rank == 1:
         raise ValueError("no luck on this rank")
-    return Qwen3ForCausalLM(*args, group)
+    return Qwen3ForCausalLM(*args, group=group)
 
 
 def dies_elsewhere(*args: Any, group: Any) -> Any:
     if group.rank == 1:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5.0)
-    return Qwen3ForCausalLM(*args, group)
+    return Qwen3ForCausalLM(*args, group=group)
 
 
 class OnlyHere:
@@ -310,7 +310,7 @@ def test_rank_0_fails_to_start(tmp_path: Path) -> None:
 
 
 def fails_here(*args: Any, group: Any) -> Any:
-    return 1 / 0 if group.rank == 0 else Qwen3ForCausalLM(*args, group)
+    return 1 / 0 if group.rank == 0 else Qwen3ForCausalLM(*args, group=group)
 
 
 def test_what_cannot_be_sent_is_refused() -> None:

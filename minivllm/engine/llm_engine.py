@@ -385,7 +385,7 @@ class LLMEngine:
             getattr(self, name)(*args)
         if self._state() != state:
             raise RankMismatchError(
-                f"Rank {self.group.rank} does not stand where rank 0 does before step {self.scheduler.stats.num_steps}: "
+                f"Rank {self.group.rank} does not stand where rank 0 does after step {self.scheduler.stats.num_steps}: "
                 "it has other requests, or has sampled other tokens. Every rank must get the same calls."
             )
 

@@ -67,14 +67,14 @@ def load_model(
     group: TensorParallelGroup = SINGLE,
 ) -> nn.Module:  # fmt: skip
     """Build the model on `device` and fill every parameter, from the checkpoint or ("dummy") at random."""
-    ranks = (group,) if group.size > 1 else ()
+    ranks = {"group": group} if group.size > 1 else {}
     if ranks and "group" not in inspect.signature(model_cls).parameters:
         raise ConfigError("tensor_parallel_size > 1 needs a model_cls that takes a group, as Qwen3ForCausalLM does.")
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with device:
-            model = model_cls(config, kernels, max_position, device, *ranks)
+            model = model_cls(config, kernels, max_position, device, **ranks)
     finally:
         torch.set_default_dtype(previous)
     if load_format == "dummy":
