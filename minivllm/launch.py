@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -77,6 +78,7 @@ class RankProcesses:
         store = dist.TCPStore("127.0.0.1", port, size, True, MEETING, False, master_listen_fd=fd)
         try:
             # Ctrl-C reaches every process of the terminal. The ranks leave it to this one: they are born deaf to it.
+            resource_tracker.ensure_running()  # multiprocessing's own; its start would let the signal through again
             blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 for rank in range(1, size):
@@ -129,9 +131,9 @@ class RankProcesses:
         context = get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_run_rank, args=(theirs, rank, *args), name=f"rank {rank}", daemon=True)
-        self._ranks.append((process, ours))
         process.start()
         theirs.close()
+        self._ranks.append((process, ours))
 
     def _cause(self, rank: int) -> tuple[str, str] | None:
         """(kind of error, what happened) of a rank that has ended."""
