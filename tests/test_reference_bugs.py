@@ -3,20 +3,23 @@
 The numbers are those of the list of 35 behaviours that the project set out to get right. Each test applies a check to
 the real thing, which passes, and to a small mutant that has the bug again, which must not.
 
-Left out, because they belong to parts that come later: 29 and 30 (CUDA graphs: which graph is replayed, what padded
-rows write, how wide the graph's block table is) and 31 (tensor parallelism). Of 28, the host syncs are counted in
-layers and model here; those of the kernels show on a GPU only.
+Left out: 29 and 30 (CUDA graphs: which graph is replayed, what padded rows write, how wide the graph's block table is),
+which have tests of their own. Of 28, the host syncs are counted in layers and model here; those of the kernels show on
+a GPU only. The ranks of 31 are threads where that is enough (tests/ranks.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import shutil
+import socket
 
 import pytest
 import torch
 from checkpoints import TransformersReference, write_checkpoint
+from ranks import ThreadGroup, run_ranks
 from safetensors.torch import load_file, save_file
 from test_llm import write_tokenizer
 from test_scheduler_properties import Pool, Simulation, compute, make_seq, release, run_many
@@ -24,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minivllm import LLM, Kernels, LLMEngine, SamplingParams
 from minivllm.batch import build_batch
+from minivllm.distributed import Part, TensorParallelGroup
 from minivllm.engine import block_manager as block_manager_module
 from minivllm.engine import llm_engine, model_runner
 from minivllm.engine.block_manager import BlockManager, hash_block
@@ -31,11 +35,12 @@ from minivllm.engine.model_runner import ModelRunner, StepResult
 from minivllm.engine.sampler import Sampler
 from minivllm.engine.scheduler import Scheduler
 from minivllm.engine.sequence import Sequence, max_steps
-from minivllm.errors import PromptTooLongError, SamplingParamsError, WeightLoadingError
+from minivllm.errors import PromptTooLongError, RankMismatchError, SamplingParamsError, WeightLoadingError
 from minivllm.kernels import kv_cache, paged_attention
 from minivllm.kernels.flash_attention import prefill_attention, prefill_attention_reference
 from minivllm.kernels.sampling import filter_logits, philox_uniform, sample_reference
-from minivllm.layers.linear import FusedLinear
+from minivllm.launch import RankProcesses
+from minivllm.layers.linear import FusedLinear, RowParallelLinear
 from minivllm.models import loader, qwen3
 from minivllm.tokenizer import Tokenizer
 
@@ -291,8 +296,8 @@ def test_bug_08_fused_names_are_not_mapped(checkpoint, reference, monkeypatch):
 def test_bug_09_one_norm_for_q_and_k_or_norms_as_buffers(checkpoint, reference, monkeypatch):
     real = qwen3.Attention.__init__
 
-    def shared(self, config, kernels):
-        real(self, config, kernels)
+    def shared(self, config, kernels, *group):
+        real(self, config, kernels, *group)
         self.k_norm = self.q_norm
 
     class Buffered(qwen3.RMSNorm):
@@ -852,6 +857,117 @@ def test_bug_28_the_host_waits_in_every_layer(checkpoint):
     check(stores_nothing)
     with pytest.raises(AssertionError, match="host syncs"):
         check(curious)
+
+
+# --- F. tensor parallelism ------------------------------------------------------------------------------------------
+
+
+def check_ranks(checkpoint, reference, size=2) -> None:
+    """Two ranks give transformers' tokens, and agree on the pool."""
+
+    def run(group):
+        options = {"tensor_parallel_size": size, "group": group, "num_kv_blocks": 64 - group.rank}
+        llm = make_llm(checkpoint, **options)
+        return llm.llm_engine.config.num_kv_blocks, tokens_of(generate(llm, PROMPTS))
+
+    expected = [reference.greedy(prompt, GREEDY.max_tokens).token_ids for prompt in PROMPTS]
+    for num_blocks, found in run_ranks(size, run):
+        assert num_blocks == 64 - size + 1, "ranks disagree about the number of blocks"
+        assert found == expected
+
+
+def test_bug_31_the_return_value_of_all_reduce_is_none(checkpoint, reference, monkeypatch):
+    check_ranks(checkpoint, reference)
+    real = ThreadGroup.all_reduce
+
+    def in_place(self, x):  # as torch.distributed.all_reduce
+        real(self, x)
+
+    monkeypatch.setattr(ThreadGroup, "all_reduce", in_place)
+    with pytest.raises((TypeError, AttributeError), match="NoneType"):
+        check_ranks(checkpoint, reference)
+
+
+def test_bug_31_shares_are_divided_twice(checkpoint, reference, monkeypatch):
+    real = TensorParallelGroup.part
+
+    def twice(self, count, unit=1, pad=False):
+        part = real(self, count, unit, pad)
+        return part if pad else Part(part.total // self.size, part.start // self.size, part.stop // self.size)
+
+    monkeypatch.setattr(TensorParallelGroup, "part", twice)
+    with pytest.raises(WeightLoadingError, match="has shape"):
+        check_ranks(checkpoint, reference)
+
+
+def test_bug_31_kv_heads_are_not_split(checkpoint, reference, monkeypatch):
+    """Every rank attends to all KV heads with the query heads it has: the wrong pairs."""
+    real = qwen3.Attention.__init__
+
+    def whole(self, config, kernels, group):
+        kv = config.num_key_value_heads * config.head_dim
+        part = group.part
+
+        def unsplit(count, unit=1, pad=False):
+            return (
+                Part(kv, 0, kv) if (count, unit) == (config.num_key_value_heads, config.head_dim) else part(count, unit)
+            )
+
+        group.part = unsplit
+        real(self, config, kernels, group)
+        del group.part
+
+    monkeypatch.setattr(qwen3.Attention, "__init__", whole)
+    monkeypatch.setattr(ModelRunner, "num_kv_heads", property(lambda self: self.model_config.num_key_value_heads))
+    with pytest.raises(AssertionError):
+        check_ranks(checkpoint, reference)
+
+
+def test_bug_31_every_rank_takes_the_first_columns(checkpoint, reference, monkeypatch):
+    """The row-parallel weight is not the part that belongs to the rank's input."""
+    real = RowParallelLinear.__init__
+
+    def first(self, in_features, out_features, bias, kernels, group):
+        real(self, in_features, out_features, bias, kernels, group)
+        shape, (rows, columns) = self.weight.part
+        self.weight.part = shape, (rows, slice(0, columns.stop - columns.start))
+
+    monkeypatch.setattr(RowParallelLinear, "__init__", first)
+    with pytest.raises(AssertionError):
+        check_ranks(checkpoint, reference)
+
+
+def test_bug_31_ranks_disagree_about_the_number_of_blocks(checkpoint, reference, monkeypatch):
+    monkeypatch.setattr(ThreadGroup, "exchange", lambda self, number: [number])
+    with pytest.raises(RankMismatchError, match="Rank 1 does not stand where rank 0 does after step 0"):
+        check_ranks(checkpoint, reference)
+
+
+def wait_for_rank_0(group):
+    while True:
+        group.broadcast(0)
+
+
+def test_bug_31_a_fixed_port_and_a_worker_loop_without_an_end(monkeypatch):
+    """Two groups at once, and no process after `close`: a rank's loop need not know how to end."""
+
+    def check():
+        groups = [RankProcesses(2, "cpu", wait_for_rank_0) for _ in range(2)]
+        try:
+            for number, ranks in enumerate(groups):
+                assert ranks.group.broadcast(number)[0] == number
+        finally:
+            for ranks in groups:
+                ranks.close()
+        assert not multiprocessing.active_children()
+
+    check()
+    real = socket.create_server
+    with real(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setattr(socket, "create_server", lambda address: real((address[0], port)))
+    with pytest.raises(OSError, match="in use"):
+        check()
 
 
 # --- G. preemption ----------------------------------------------------------------------------------------------------
