@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from minivllm.course.chapters import Chapter, CourseNotFoundError, Statement, chapters, find_root, read
+from minivllm.course.checking import UnknownExerciseError, find
 from minivllm.course.graft import Group, chapter_of, graft
 from minivllm.course.runner import CELL_TIMEOUT, FAILED, NOT_ATTEMPTED, NOT_RUNNABLE, PASSED, Verdict, verdicts
 from minivllm.course.stubs import make_exercises, require_published
@@ -31,7 +32,10 @@ SIGNS = {PASSED: ("✓", "green"), FAILED: ("✗", "red"), NOT_ATTEMPTED: ("·",
 
 @dataclass
 class Record:
-    """What is known of an exercise. answer: digest of the answer that state is about; tries: those that failed."""
+    """What is known of an exercise. answer: digest of the answer that state is about.
+
+    tries: answers that failed and were ready for a hint.
+    """
 
     answer: str = ""
     state: str = NOT_ATTEMPTED
@@ -55,7 +59,7 @@ class Records:
     def note(self, group: Group, verdict: Verdict) -> Record:
         """Keep a verdict; the same failing answer checked twice is one try."""
         record, answer = self[group.id], _digest(group)
-        record.tries += verdict.state == FAILED and (record.answer, record.state) != (answer, FAILED)
+        record.tries += verdict.hinted and (record.answer, record.state) != (answer, FAILED)
         record.answer, record.state = answer, verdict.state
         return record
 
@@ -111,8 +115,9 @@ def _find(what: str) -> tuple[Chapter, Path, Collection[str] | None]:
     for chapter in known:
         if name in (chapter.number, chapter.name):
             id = f"{chapter.number}.{exercise}"
-            if exercise and id not in [statement.id for statement in chapter.statements]:
-                break
+            ids = [statement.id for statement in chapter.statements]
+            if exercise and id not in ids:
+                raise CourseNotFoundError(f"There is no exercise {id}. Chapter {chapter.number} has {', '.join(ids)}.")
             return chapter, chapter.exercises, {id} if exercise else None
     names = ", ".join(chapter.number for chapter in known) or "none yet"
     raise CourseNotFoundError(f"There are no exercises {what!r}. Chapters with exercises: {names}.")
@@ -146,11 +151,19 @@ def _print(verdict: Verdict, statement: Statement, tries: int, console: Console)
     minutes = f" · {statement.minutes} minutes" if verdict.state == NOT_ATTEMPTED else ""
     console.print(Text(f" {sign} {verdict.id}  {statement.title}: {verdict.state}{name}{minutes}", style=style))
     parts = [verdict.message if verdict.state != PASSED else "", *verdict.notes]
-    if verdict.state == FAILED and statement.hints:
-        number = min(max(tries, 1), len(statement.hints))
+    if verdict.hinted and statement.hints:
+        number = _hints(verdict.id).get(verdict.name) or min(max(tries, 1), len(statement.hints))
         parts.append(f"Hint {number} of {len(statement.hints)}: {statement.hints[number - 1]}")
     for part in filter(None, parts):
         console.print(Padding(Text(part), (0, 0, 0, 8), expand=False))
+
+
+def _hints(id: str) -> Mapping[str, int]:
+    """Which hint is about which mistake, as far as the exercise's check says."""
+    try:
+        return find(id).hints
+    except UnknownExerciseError:  # its check stands in the notebook
+        return {}
 
 
 def _shown(path: Path, root: Path) -> str:
