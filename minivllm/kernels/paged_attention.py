@@ -48,12 +48,12 @@ def _decode_kernel(
     share = tl.cdiv(tl.cdiv(context, BLOCK_N), num_splits) * BLOCK_N
     begin = split * share
     for first in range(begin, tl.minimum(begin + share, context), BLOCK_N):
-        rows = cache_rows(
+        base, rows = cache_rows(
             block_table_ptr + sequence * table_stride, first, context, kv_head, KH, D, BLOCK_SIZE, BLOCK_N
         )
         known = first + tl.arange(0, BLOCK_N) < context  # true for a tile's first token: no tile is without a key
         inside = known[:, None] & (columns < D)[None, :]
-        key = tl.load(k_cache_ptr + rows[:, None] + columns[None, :], mask=inside, other=0.0)
+        key = tl.load(k_cache_ptr + base + rows[:, None] + columns[None, :], mask=inside, other=0.0)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
         scores = tl.where(known[None, :], scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, axis=1) * scale_log2)
@@ -61,7 +61,7 @@ def _decode_kernel(
         weights = tl.exp2(scores * scale_log2 - new_max[:, None])
         row_sum = row_sum * rescale + tl.sum(weights, axis=1)
         # Beyond the context lies anything, NaN too, and 0 · NaN is NaN: it must be read as 0.
-        value = tl.load(v_cache_ptr + rows[:, None] + columns[None, :], mask=inside, other=0.0)
+        value = tl.load(v_cache_ptr + base + rows[:, None] + columns[None, :], mask=inside, other=0.0)
         acc = tl.dot(weights.to(value.dtype), value, acc * rescale[:, None], input_precision="ieee")
         row_max = new_max
 
