@@ -287,6 +287,8 @@ class TileReplay:
     block_n: int
     steps: tuple[TileStep, ...]
     first_position: int
+    #: What `scrub` and the captions call the first step.
+    first_step = 1
 
 
 def replay_tiles(scores: Any, block_n: int) -> TileReplay:
@@ -317,7 +319,10 @@ def replay_tiles(scores: Any, block_n: int) -> TileReplay:
 
 
 def draw_tile_replay(replay: TileReplay, step: int = -1, ax: Axes | None = None) -> Figure:
-    """Draw the running maximum and sum after one tile of keys; step counts from 0, negative from the end."""
+    """Draw the running maximum and sum after one tile of keys.
+
+    step: index into replay.steps, negative from the end; IndexError for one that it lacks. (The picture counts from 1.)
+    """
     count = len(replay.steps)
     if not -count <= step < count:
         raise IndexError(f"There is no tile {step}: the walk has tiles 0 to {count - 1}.")
@@ -331,7 +336,7 @@ def draw_tile_replay(replay: TileReplay, step: int = -1, ax: Axes | None = None)
     ax.set_xlim(0, WIDTH)
     ax.set_ylim(height, 0)
     ax.set_axis_off()
-    title = f"Tile {step} of {count - 1}: keys {state.first} to {state.last - 1}"
+    title = f"Tile {step + 1} of {count}: keys {state.first} to {state.last - 1}"
     ax.text(left, 0.2, title, fontsize=12, weight="bold", color=palette.INK, va="center")
     _draw_scores(ax, replay, state, left, top, 4.1 / keys, row)
     _draw_state(ax, replay, step, left + 4.1 + 0.3, top, row)
@@ -434,7 +439,7 @@ def _replay_alt(replay: TileReplay) -> str:
 
 def _replay_caption(replay: TileReplay, step: int) -> str:
     state, queries = replay.steps[step], len(replay.scores)
-    text = f"Tile {step} of {len(replay.steps) - 1}, keys {state.first} to {state.last - 1}: "
+    text = f"Tile {step + 1} of {len(replay.steps)}, keys {state.first} to {state.last - 1}: "
     if step == 0:
         text += f"all {queries} queries get their first maximum and sum."
     else:
