@@ -145,11 +145,11 @@ def _alt(stops: Sequence[StopLike]) -> str:
 def _caption(stops: Sequence[StopLike]) -> str:
     reading, exercises = (sum(getattr(stop, name) for stop in stops) for name in ("reading", "exercises"))
     arrows = [f"{stop.number} after {' and '.join(direct(stops)[stop.number])}" for stop in stops if stop.needs]
-    free = ", ".join(stop.number for stop in stops if not stop.needs)
+    free = " and ".join(stop.number for stop in stops if not stop.needs)
     later = [stop.number for stop in stops if not stop.reading]
     to_come = f" Still to come: {', '.join(later)}." if later else ""
     return (
-        f"{_hours(reading)} of reading and {_hours(exercises)} of exercises. To begin with: {free}. "
+        f"{_hours(reading)} of reading and {_hours(exercises)} of exercises. Nothing is needed for {free}; "
         f"{', '.join(arrows)}.{to_come}"
     )
 
