@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from minivllm.course.ranks import Call, Group, RankError, Ranks
+from minivllm.course.ranks import Call, CollectiveError, Group, Ranks
 
 
 def number(group: Group) -> torch.Tensor:
@@ -18,9 +18,9 @@ def number(group: Group) -> torch.Tensor:
 
 
 def named(size: int, program: Callable[[Group], Any], time_limit: float = 20.0) -> tuple[str, str]:
-    """(name, message) of the RankError that the program ends with, in good time; no thread stays."""
+    """(name, message) of the CollectiveError that the program ends with, in good time; no thread stays."""
     start = time.monotonic()
-    with pytest.raises(RankError) as found:
+    with pytest.raises(CollectiveError) as found:
         Ranks(size, time_limit).run(program)
     assert time.monotonic() - start < time_limit + 5
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("rank ")]

@@ -10,9 +10,9 @@
     ranks.calls                                  # which collectives ran, of what shape
 
 One rank computes at a time, until it calls a collective or ends; then the next one does. So a run gives the same result
-and prints the same lines every time, and a rank that the others would wait for in vain is found at once: `RankError`
-says which. What differs from real ranks: memory is shared, so that nothing stops a program from looking at the
-tensors of another rank; and nothing is gained in time.
+and prints the same lines every time, and a rank that the others would wait for in vain is found at once:
+`CollectiveError` says which. What differs from real ranks: memory is shared, so that nothing stops a program from
+looking at the tensors of another rank; and nothing is gained in time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from minivllm.errors import MiniVLLMError
 TIME_LIMIT = 20.0
 
 
-class RankError(MiniVLLMError, RuntimeError):
+class CollectiveError(MiniVLLMError, RuntimeError):
     """Ranks that do not fit together. name: "never-called", "different-collectives", "different-shapes", "endless"."""
 
     def __init__(self, name: str, message: str) -> None:
@@ -133,9 +133,9 @@ class Ranks:
     def run(self, program: Callable[..., Any], *args: Any) -> list[Any]:
         """Run program(group, *args) on every rank; what the ranks returned, in their order.
 
-        What a rank raises is raised here, of the lowest rank that does, and the other ranks are ended. RankError where
-        the ranks do not meet in the same collective, with the same shape and dtype, or where one computes for longer
-        than the time limit.
+        What a rank raises is raised here, of the lowest rank that does, and the other ranks are ended.
+        CollectiveError where the ranks do not meet in the same collective, with the same shape and dtype, or where one
+        computes for longer than the time limit.
         """
         self.calls = []
         inference = torch.is_inference_mode_enabled()  # a new thread would begin without
@@ -186,7 +186,7 @@ class Ranks:
         rank.turn.release()
         if not rank.stopped.acquire(timeout=self.time_limit):
             after = f"after {self.calls[-1].name} number {len(self.calls)}" if self.calls else "from the start"
-            raise RankError(
+            raise CollectiveError(
                 "endless",
                 f"rank {rank.rank} computed for more than {self.time_limit:g} seconds {after}, without calling a "
                 "collective or ending. The others wait for it.",
@@ -206,12 +206,12 @@ class Ranks:
 
 
 def _agreed(ranks: list[_Rank]) -> Call:
-    """The collective that all ranks wait in. RankError where there is none."""
+    """The collective that all ranks wait in. CollectiveError where there is none."""
     waiting = [rank for rank in ranks if not rank.ended]
     first = waiting[0]
     for rank in ranks:
         if rank.ended:
-            raise RankError(
+            raise CollectiveError(
                 "never-called",
                 f"rank {rank.rank} never called {first.call.name}: it has ended, and {_these(waiting)} in "
                 f"{first.call} would wait for it for ever.",
@@ -224,7 +224,7 @@ def _agreed(ranks: list[_Rank]) -> Call:
             name, what = "different-shapes", "All ranks must bring the same shape and dtype"
         else:
             continue
-        raise RankError(name, f"{what}: rank {first.rank} calls {mine}, rank {rank.rank} calls {theirs}.")
+        raise CollectiveError(name, f"{what}: rank {first.rank} calls {mine}, rank {rank.rank} calls {theirs}.")
     return first.call
 
 

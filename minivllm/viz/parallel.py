@@ -65,7 +65,7 @@ def draw_splits(num_ranks: int = 2) -> Figure:
         figure,
         f"Picture: the product of x and a matrix, on {num_ranks} ranks, with the matrix cut in two ways.",
         f"By columns: every rank has all of x and {parts} of the columns, and computes {parts} of the result's "
-        f"columns; the parts stand side by side, nothing is sent. By rows: every rank has {parts} of x's columns and "
+        f"columns; who needs all of them, gathers. By rows: every rank has {parts} of x's columns and "
         f"{parts} of the rows, and computes a term as large as the whole result; an all-reduce adds the terms.",
     )
     return figure
