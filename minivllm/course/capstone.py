@@ -10,6 +10,7 @@ pieces whose own checks have not passed yet are checked, too: those see more tha
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import linecache
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from minivllm.course.checks.ch07 import TokenText
+    from minivllm.course.progress import Records
     from minivllm.engine.sequence import Sequence
     from minivllm.llm import LLM
 
@@ -157,8 +159,10 @@ def check(console: Console, timeout: float = 120.0) -> int:
     from rich.text import Text
 
     console.print(Text("Capstone: the engine that you wrote", style="bold"))
+    root = find_root()
     with console.status("Running your pieces together …"):
-        report = examine(find_root(), timeout / 2)
+        report = examine(root, timeout / 2)
+    _keep(root, report)
     wrong = {finding.piece: finding for finding in report.problems}
     for piece in PIECES:
         finding = wrong.get(piece.answer)
@@ -181,13 +185,74 @@ def check(console: Console, timeout: float = 120.0) -> int:
     return int(not report.passed)
 
 
+def _keep(root: Path, report: Report) -> None:
+    """Note in the records how it went, and with which answers."""
+    from minivllm.course.progress import FAILED, PASSED, Records
+
+    records = Records(root)
+    record = records["capstone"]
+    record.answer, record.state = _digest(root, records), PASSED if report.passed else FAILED
+    with contextlib.suppress(OSError):
+        records.save()
+
+
+def standing(root: Path) -> tuple[str, bool]:
+    """(how far a learner is on the way to the capstone, in a few words; whether it is what comes next).
+
+    ("", False) where its chapters are not here.
+    """
+    from minivllm.course.progress import PASSED, Records
+
+    records = Records(root)
+    known = {chapter.number for chapter in chapters(root)}
+    if not {piece.chapter for piece in PIECES} <= known:
+        return "", False
+    if records["capstone"].state == PASSED and records["capstone"].answer == _digest(root, records):
+        return "passed", False
+    states = _states(root, records)
+    count = sum(states.get(id) == PASSED for id in _homes(root).values())
+    return f"{count} of {len(PIECES)} pieces have passed their checks", count == len(PIECES)
+
+
+def _homes(root: Path) -> dict[str, str]:
+    """The exercise that each piece is an answer of, by the answer's name."""
+    from minivllm.course.stubs import defined_names
+
+    homes = {}
+    for chapter in chapters(root):
+        names = {piece.answer for piece in PIECES if piece.chapter == chapter.number}
+        for cell in chapter.solution.cells if names else ():
+            if role(cell)[0] == "exercise":
+                for name in (defined_names(cell.source) & names) - homes.keys():
+                    homes[name] = role(cell)[1]
+    return homes
+
+
+def _states(root: Path, records: Records) -> dict[str, str]:
+    """Exercise -> its state, in the chapters that pieces are from."""
+    from minivllm.course.progress import states_of
+
+    numbers = {piece.chapter for piece in PIECES}
+    here = [chapter for chapter in chapters(root) if chapter.number in numbers and chapter.exercises.exists()]
+    return {id: state for chapter in here for id, state in states_of(chapter, records).items()}
+
+
+def _digest(root: Path, records: Records) -> str:
+    """A digest of what all pieces were when they were last checked, and whether they have changed since."""
+    states = _states(root, records)
+    pieces = [(id, states.get(id), records[id].answer) for id in sorted(set(_homes(root).values()))]
+    return hashlib.sha256(json.dumps(pieces).encode()).hexdigest()[:16]
+
+
 def _celebrate(report: Report, console: Console) -> None:
     from rich.padding import Padding
     from rich.text import Text
 
     mine, packages = report.speed or (1.0, 1.0)
     ratio = packages / mine
-    beside = f"{ratio:.1f} times as fast as yours" if ratio >= 1 else f"slower than yours, {1 / ratio:.1f} times"
+    beside = f"{ratio:.1f} times as fast as yours" if ratio >= 1 else f"{1 / ratio:.1f} times slower than yours"
+    if 0.95 < ratio < 1.05:
+        beside = "as fast as yours"
     stats = report.stats
     lines = [
         f"Asked “{REQUESTS[SHOWN][0].removeprefix(_LONG)}”, your engine says:",
@@ -229,13 +294,13 @@ def examine(root: Path, timeout: float = 60.0) -> Report:
 def _own_checks(root: Path, report: Report, timeout: float) -> list[Finding]:
     """What the pieces' own checks find, of the answers that have not passed them yet. The verdicts are kept."""
     from minivllm.course.graft import graft
-    from minivllm.course.progress import PASSED, Records, states_of
+    from minivllm.course.progress import PASSED, Records
     from minivllm.course.runner import FAILED, NOT_RUNNABLE, verdicts
 
     records, problems = Records(root), []
+    states = _states(root, records)
     for chapter in chapters(root):
-        states = states_of(chapter, records) if chapter.number in {piece.chapter for piece in PIECES} else {}
-        ids = {id for id in report.found.values() if states.get(id, PASSED) != PASSED}
+        ids = {id for id in report.found.values() if id[:2] == chapter.number and states[id] != PASSED}
         if not ids:
             continue
         groups = graft(chapter.exercises, chapter)
@@ -271,9 +336,8 @@ def _find_out_which(job: dict[str, Any], folder: Path, timeout: float, report: R
 def _collect(root: Path, report: Report) -> dict[str, list[tuple[str, str, str]]]:
     """chapter -> (exercise's id, kind, source) of what is to be run for its pieces. Problems go to the report."""
     from minivllm.course.graft import graft
-    from minivllm.course.stubs import defined_names
 
-    known, cells = {chapter.number: chapter for chapter in chapters(root)}, {}
+    known, homes, cells = {chapter.number: chapter for chapter in chapters(root)}, _homes(root), {}
     for number in dict.fromkeys(piece.chapter for piece in PIECES):
         pieces = [piece for piece in PIECES if piece.chapter == number]
         try:
@@ -283,12 +347,6 @@ def _collect(root: Path, report: Report) -> dict[str, list[tuple[str, str, str]]
             why = str(error) if isinstance(error, CourseNotFoundError) else f"There is no chapter {number} here."
             report.problems += [Finding(piece.answer, "missing", why) for piece in pieces]
             continue
-        homes = {
-            name: role(cell)[1]
-            for cell in reversed(chapter.solution.cells)
-            if role(cell)[0] == "exercise"
-            for name in defined_names(cell.source)
-        }
         by_id = {group.id: group for group in groups}
         for piece in pieces:
             report.found[piece.answer] = id = homes[piece.answer]

@@ -174,11 +174,17 @@ def _shown(path: Path, root: Path) -> str:
 
 
 def overview(console: Console) -> None:
-    """Print how far each chapter is, the minutes left, and what to do next."""
+    """Print how far each chapter is, the minutes left, how near the capstone is, and what to do next."""
+    from minivllm.course import capstone
+
     root = find_root()
     table = Table("chapter", "exercises", "passed", "minutes left", box=None, pad_edge=False)
     records, left, following = Records(root), 0, ""
-    for chapter in chapters(root):
+    for chapter in _road(root):
+        if not chapter.solution_path.exists():
+            minutes = _reading_minutes(chapter)
+            table.add_row(chapter.title, "to read", "", f"({minutes})" if minutes else "")
+            continue
         try:
             states = states_of(chapter, records)
         except MiniVLLMError as error:
@@ -192,15 +198,32 @@ def overview(console: Console) -> None:
         table.add_row(chapter.title, signs, f"{list(states.values()).count(PASSED)} of {len(states)}", str(minutes))
         left += minutes
         following = following or _next(chapter, states)
-    if not table.rows:
+    if not chapters(root):
         raise CourseNotFoundError(f"There are no chapters in {root / 'solutions'}.")
     console.print(table)
     console.print(
         "\n✓ passed  ✗ failed  · not attempted  ? not checked  – not runnable here", style="dim", highlight=False
     )
     console.print(f"{left} minutes left." if left or following else "All exercises have passed.", highlight=False)
+    try:
+        standing, is_next = capstone.standing(root)
+    except MiniVLLMError:  # the table says of which chapter
+        standing, is_next = "", False
+    if standing:
+        how = "" if is_next or standing == "passed" else " `minivllm check capstone` runs all of them as one engine."
+        console.print(f"The goal, the engine that you wrote: {standing}.{how}", highlight=False)
+    if is_next:
+        following = "minivllm check capstone, which runs all that you wrote as one engine."
     if following:
         console.print(Text(f"Next: {following}"))
+
+
+def _road(root: Path) -> list[Chapter]:
+    """All chapters: those with exercises, and the notebooks that are only read."""
+    pages = [Chapter(root, path.stem) for path in (root / "notebooks").glob("[0-9][0-9]_*.ipynb")]
+    numbers = {chapter.number for chapter in chapters(root)}
+    own = [page for page in pages if page.number not in numbers and "-" not in page.name]
+    return sorted([*chapters(root), *own], key=lambda chapter: chapter.name)
 
 
 def states_of(chapter: Chapter, records: Records) -> dict[str, str]:

@@ -9,20 +9,20 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import forked
 import nbformat
 import pytest
+from solved import answers_of, write_solved
 from test_chapters import wrong_answers
 from typer.testing import CliRunner
 
 from minivllm.cli import app
 from minivllm.course import capstone
 from minivllm.course.capstone import PIECES, examine
-from minivllm.course.chapters import Chapter, chapters, role
+from minivllm.course.chapters import chapters, role
 from minivllm.course.progress import FAILED, PASSED, Records, _digest, _groups
 from minivllm.course.stubs import defined_names, make_exercises
 
@@ -32,24 +32,10 @@ CHAPTERS = [c for c in chapters(ROOT) if c.number in {piece.chapter for piece in
 Answers = Callable[..., Path]
 
 
-def answers_of(chapter: Chapter) -> dict[str, str]:
-    """The solution's answers, by exercise."""
-    return {role(cell)[1]: cell.source for cell in chapter.solution.cells if role(cell)[0] == "exercise"}
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository whose learner has solved everything."""
-    root = tmp_path_factory.mktemp("finished")
-    for folder in ("notebooks", "solutions", "exercises"):
-        (root / folder).mkdir()
-    for chapter in CHAPTERS:
-        shutil.copy(chapter.solution_path, root / "solutions")
-        notebook, right = make_exercises(chapter), answers_of(chapter)
-        for cell in notebook.cells:
-            if role(cell)[0] == "exercise":
-                cell.source = right[role(cell)[1]]
-        nbformat.write(notebook, root / "exercises" / f"{chapter.name}.ipynb")
+    root = write_solved(tmp_path_factory.mktemp("finished"), CHAPTERS)
     records = Records(root)
     for chapter in chapters(root):
         for group in _groups(chapter):
@@ -156,6 +142,21 @@ def test_everything_right_passes(with_answers: Answers, monkeypatch: pytest.Monk
     calls = dict(re.findall(r"✓ .* (\w+) +\d\d\.\d +([\d,]+) calls", result.output))
     assert set(calls) == {piece.answer for piece in PIECES}
     assert "0" not in calls.values()
+
+
+def test_the_road_shows_it(with_answers: Answers, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = with_answers()
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert capstone.standing(root) == ("14 of 14 pieces have passed their checks", True)
+    assert "Next: minivllm check capstone" in CliRunner().invoke(app, ["course"]).output
+    capstone._keep(root, capstone.Report(speed=(1.0, 1.0)))
+    assert capstone.standing(root) == ("passed", False)
+    with_answers(rms_norm="=more = 1")
+    assert capstone.standing(root) == ("12 of 14 pieces have passed their checks", False)
+    said = CliRunner().invoke(app, ["course"]).output
+    assert "The goal, the engine that you wrote: 12 of 14 pieces have passed their checks. `minivllm check" in said
+    assert "Next: minivllm check 06" in said
 
 
 def test_a_piece_that_the_others_do_not_use_runs_alone(with_answers: Answers, quick: None) -> None:
