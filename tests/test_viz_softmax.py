@@ -151,7 +151,7 @@ def test_programs_and_masked_lanes() -> None:
     one, many = draw_programs(10, 4), draw_programs(10, 4, rows=3)
     assert one.caption == "3 programs of one tile; 2 lanes lie beyond the end and are masked."
     assert many.caption == (
-        "3 programs, one for each row, which walk over 3 tiles; 2 lanes of each row lie beyond its end and are masked."
+        "3 programs, one for each row, with 3 tiles each; 2 lanes of each row lie beyond its end and are masked."
     )
     for figure, lanes in ((one, 12), (many, 36)):
         assert len(figure.axes[0].patches) == lanes

@@ -125,8 +125,13 @@ def _draw_scores(ax: Axes, replay: SoftmaxReplay, step: int) -> None:
         color = palette.request_color(i) if i < seen else palette.CACHED
         if math.isfinite(score):
             ax.add_patch(Rectangle((i - 0.3, base), 0.6, score - base, facecolor=color, linewidth=0))
-            kind = {"color": palette.INK if i < seen else palette.SOFT_INK, "fontsize": 9, "ha": "center"}
-            ax.text(i, score + 0.02 * room, f"{score:.1f}", va="bottom", **kind)
+            kind = {
+                "color": palette.INK if i < seen else palette.SOFT_INK,
+                "fontsize": 9,
+                "ha": "center",
+                "bbox": _LABEL,
+            }
+            ax.text(i, score + 0.03 * room, f"{score:.1f}", va="bottom", **kind)
     for record in replay.steps[: step + 1]:
         left, right = record.start - 0.5, record.end - 0.5
         if math.isfinite(record.new_max):
@@ -377,9 +382,9 @@ def draw_programs(columns: int, block: int, rows: int | None = None) -> Figure:
     if rows is None:
         who, beyond = f"{lines} programs of one tile", f"{masked} lanes lie beyond the end"
     else:
-        who = f"{rows} programs, one for each row, which walk over {tiles} tiles"
+        who = f"{rows} programs, one for each row, with {tiles} tiles each"
         beyond = f"{masked // rows} lanes of each row lie beyond its end"
-    alt = f"Picture: {who}, each tile {block} lanes wide, with the offset that each lane works on."
+    alt = f"Picture: {who}, a tile {block} lanes wide, with the offset that each lane works on."
     describe(figure, alt, f"{who[0].upper()}{who[1:]}; {beyond} and are masked.")
     return figure  # type: ignore[return-value]
 

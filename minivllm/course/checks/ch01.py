@@ -362,11 +362,9 @@ def check_predictions(
             "Find out where the difference comes from, then correct your number.",
         )  # fmt: skip
 
-    def judged(*prediction: Any) -> Callable[[], None]:
-        return partial(judge, *prediction)
-
     output = 4 * 16 * 128 * 4
-    expect_all(judged(
+    expect_all(partial(
+        judge,
         "safe_bytes", safe_bytes, table * safe * 4,
         f"Counted: {safe} numbers moved for each number of the table, 3 read and 1 written.",
         {
@@ -374,7 +372,8 @@ def check_predictions(
             table * 2 * 4: ("forgot-passes", "Maximum, sum and result are a pass each."),
             table * 4: ("forgot-passes", "Maximum, sum and result are a pass each."),
         },
-    ), judged(
+    ), partial(
+        judge,
         "online_bytes", online_bytes, table * online * 4,
         f"Counted: {online} numbers moved for each number of the table, 2 read and 1 written.",
         {
@@ -382,25 +381,29 @@ def check_predictions(
             table * 4 * 4: ("no-pass-saved", "Maximum and sum share a pass now: one read fewer than safe softmax."),
             table * 4: ("forgot-passes", "It is one pass to find m and l, but another to write the result."),
         },
-    ), judged(
+    ), partial(
+        judge,
         "exps_one_by_one", exps_one_by_one, single,
         "Each score takes two: exp(m - new) for the old sum, exp(x - new) for itself.",
         {4096: ("forgot-the-rescale", "The factor for the old sum is an exp as well, even when it is exp(0).")},
-    ), judged(
+    ), partial(
+        judge,
         "exps_in_tiles", exps_in_tiles, tiles, "One for each score, and one a tile to rescale: 4096 + 64.",
         {
             4096: ("forgot-the-rescale", "Each of the 64 tiles also takes an exp to rescale the old sum."),
             64: ("forgot-the-scores", "That is the rescaling alone; each score still takes its own exp."),
             2 * 4096: ("rescaled-each-score", "In tiles the old sum is rescaled once a tile, not once a score."),
         },
-    ), judged(
+    ), partial(
+        judge,
         "matrix_bytes", matrix_bytes, matrix, "A float32 tensor of [8192, 8192] was made, and asked for its size.",
         {
             matrix / 2: ("half-the-matrix", "Half of it is masked, but a matrix in memory is whole: zeros take room."),
             8192 * 4: ("one-row", "That is a row. All 8192 words of a prompt are queries, with a row each."),
             8192 * 128 * 4: ("keys-not-scores", "That is the keys. Scores are a number for each query with each key."),
         },
-    ), judged(
+    ), partial(
+        judge,
         "merge_bytes", merge_bytes, merge, "Measured: the tensors [8, 4, 16, 128] and [8, 4, 16] in float32.",
         {
             parts[0].nbytes: ("forgot-lse", "Beside its output, each part hands over a log-sum-exp."),
