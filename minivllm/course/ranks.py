@@ -12,7 +12,7 @@
 One rank computes at a time, until it calls a collective or ends; then the next one does. So a run gives the same result
 and prints the same lines every time, and a rank that the others would wait for in vain is found at once:
 `CollectiveError` says which. What differs from real ranks: memory is shared, so that nothing stops a program from
-looking at the tensors of another rank; and nothing is gained in time.
+looking at the tensors of another rank; and nothing is gained in time. Taught in notebooks/09_tensor_parallel.ipynb.
 """
 
 from __future__ import annotations

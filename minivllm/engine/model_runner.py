@@ -1,4 +1,6 @@
-"""The model runner: owns the model, the KV cache and the per-slot state, and turns a planned step into tokens."""
+"""The model runner: owns the model, the KV cache and the per-slot state, and turns a planned step into tokens.
+
+Taught in notebooks/07_engine.ipynb."""
 
 from __future__ import annotations
 

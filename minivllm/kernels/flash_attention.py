@@ -6,7 +6,7 @@ the keys by tiles of BLOCK_N with a running maximum, sum and output (`online_sof
 query i of q_len sits at position ``context - q_len + i`` and sees the keys up to there; so a whole prompt, a chunk of
 one and the rest after a prefix hit are one case. Keys below every query of the tile need no mask, keys above all of
 them are never visited, and only the tiles on the diagonal are masked. ``exp(x) = exp2(x · log2 e)``, the constant
-folded into scale.
+folded into scale. Taught in notebooks/02_flash_attention.ipynb.
 
 Cost of a prompt of n tokens, a head: 4·D·n²/2 FLOPs (two matmuls, half of each above the diagonal) against 4·n·D
 numbers, so arithmetic is the floor from a few hundred tokens on: 16 heads of 128, n = 4096: 69 GFLOP, 0.1 ms at 680

@@ -1,4 +1,6 @@
-"""Token embedding and the output head, which are one matrix in models with tied embeddings."""
+"""Token embedding and the output head, which are one matrix in models with tied embeddings.
+
+Taught in notebooks/09_tensor_parallel.ipynb."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""Linear layers, and how they take their weights from a checkpoint."""
+"""Linear layers, and how they take their weights from a checkpoint. Taught in notebooks/09_tensor_parallel.ipynb."""
 
 import torch
 from torch import nn
