@@ -69,6 +69,25 @@ def my_heads(rank, size, num_heads, num_kv_heads):
     return queries, range(queries[0] // group, queries[-1] // group)
 
 
+# %% 09.1 no-kv-head-left: rounded down at both ends
+def my_heads(rank, size, num_heads, num_kv_heads):
+    if num_heads % size or (num_kv_heads % size and size % num_kv_heads):
+        raise ValueError('cannot be split')
+    q = num_heads // size
+    queries = range(rank * q, (rank + 1) * q)
+    return queries, range(rank * num_kv_heads // size, (rank + 1) * num_kv_heads // size)
+
+
+# %% 09.1 order-exchanged: KV heads first
+def my_heads(rank, size, num_heads, num_kv_heads):
+    if num_heads % size or (num_kv_heads % size and size % num_kv_heads):
+        raise ValueError('cannot be split')
+    q = num_heads // size
+    queries = range(rank * q, (rank + 1) * q)
+    group = num_heads // num_kv_heads
+    return range(queries[0] // group, queries[-1] // group + 1), queries
+
+
 # %% 09.1 not-refused: rounds down instead
 def my_heads(rank, size, num_heads, num_kv_heads):
     q = num_heads // size

@@ -75,23 +75,22 @@ def _collect(program: Callable[[Case], Any], cases: Sequence[Case]) -> dict[Case
     return found
 
 
-def _alike(results: Sequence[Any], case: Case, what: str) -> None:
-    """All ranks must end with the same tensor."""
+def _alike(results: Sequence[Any], what: str, where: str = "") -> None:
+    """All ranks must end with the same tensor. what: its name; where: "With 2 ranks: ", or nothing."""
     import torch
 
     for rank, result in enumerate(results):
-        if not isinstance(result, torch.Tensor) or not isinstance(results[0], torch.Tensor):
-            hint = " (is a `return` missing?)" if result is None else ""
-            kind = type(result).__name__
-            expect(isinstance(result, torch.Tensor), "wrong-type", f"With {case}: {what} of rank {rank} is of type "
-                   f"{kind}{hint}.\nIt should be a tensor, on every rank.")  # fmt: skip
+        hint = " (is a `return` missing?)" if result is None else ""
+        expect(isinstance(result, torch.Tensor), "wrong-type", f"{where}{what} on rank {rank} is {show(result)}{hint}.\n"
+               "It should be a tensor, on every rank.")  # fmt: skip
+    for rank, result in enumerate(results):
         same = result.shape == results[0].shape and torch.allclose(result, results[0], rtol=1e-4, atol=1e-5)
         expect(
             same,
             "ranks-differ",
-            f"With {case}: {what} of rank 0 is {show(results[0])}, of rank {rank} {show(result)}.\n"
-            "After the collective all ranks must go on with the same numbers; from here on they would compute different "
-            "things.",
+            f"{where}{what} on rank 0 is {show(results[0])}, on rank {rank} {show(result)}.\n"
+            "All ranks must have the same result, for from here on they all go on with it. Is a collective missing, or is "
+            "something added after it on some of the ranks only?",
         )
 
 
@@ -131,13 +130,13 @@ def right_heads(rank: int, size: int, num_heads: int, num_kv_heads: int) -> tupl
     return queries, range(queries.start // group, (queries.stop - 1) // group + 1)
 
 
-def _all_heads(function: Callable, case: Case) -> list[tuple[list[int], list[int]]]:
-    found = []
+def _all_heads(function: Callable, case: Case) -> dict[str, list[int]]:
+    found = {}
     for rank in range(case.size):
         pair = function(rank, case.size, case.data["heads"], case.data["kv_heads"])
         expect(isinstance(pair, tuple | list) and len(pair) == 2, "wrong-type", f"rank {rank} gets {show(pair)}.\n"
                "Return a pair: the query heads, then the KV heads.")  # fmt: skip
-        found.append(([*pair[0]], [*pair[1]]))
+        found |= {f"rank {rank}, query heads": [*pair[0]], f"rank {rank}, KV heads": [*pair[1]]}
     return found
 
 
@@ -168,6 +167,11 @@ def check_heads(answer: Callable) -> str:
             "You divide the KV heads among the ranks, and with more ranks than KV heads nothing is left for a rank. Its "
             "query heads need keys and values all the same: such a KV head is kept by several ranks.",
             lambda r, n, h, k: (range(r * h // n, (r + 1) * h // n), range(r * (k // n), (r + 1) * (k // n))),
+            lambda r, n, h, k: (range(r * h // n, (r + 1) * h // n), range(r * k // n, (r + 1) * k // n)),
+        ),
+        "order-exchanged": (
+            "The pair is the wrong way round: query heads first, then KV heads.",
+            lambda r, n, h, k: right_heads(r, n, h, k)[::-1],
         ),
         "kv-heads-beyond-the-last": (
             "Each rank takes the next KV head, also when there are fewer of them than ranks. Head numbers must stay below "
@@ -216,12 +220,8 @@ def check_heads(answer: Callable) -> str:
         return lambda case: _all_heads(function, case)
 
     known = {name: (why, *map(every, wrong)) for name, (why, *wrong) in suspects.items()}
-    words = {"case = ": "", "item 0: item 0: ": "rank 0, query heads: ", "item 0: item 1: ": "rank 0, KV heads: "}
-    words |= {
-        f"item {r}: item {i}: ": f"rank {r}, {w} heads: " for r in range(32) for i, w in enumerate(("query", "KV"))
-    }
-    number = diagnose(found.__getitem__, [(case,) for case in cases], lambda case: _all_heads(right_heads, case), known,
-                      wording=words)  # fmt: skip
+    number = diagnose(found.__getitem__, [(case,) for case in cases], partial(_all_heads, right_heads), known,
+                      wording={"case = ": ""})  # fmt: skip
     for size, heads, kv in ((3, 32, 8), (8, 4, 2), (2, 3, 1), (6, 12, 4), (4, 12, 6)):
         what = f"With {size} ranks, {heads} query heads and {kv} KV heads"
         _refuses(lambda s=size, h=heads, k=kv: answer(1, s, h, k), "not-refused", what)
@@ -323,14 +323,12 @@ def _rank_model(**how: Any) -> type:
 
 
 @cache
-def _measure(size: int, sequences: int) -> dict[str, float]:
-    """A decode step of Qwen3-8B's shape in bfloat16, on ranks without memory: collectives, weights, cache."""
+def _meta_weights() -> tuple[ModelConfig, Any, dict[str, torch.Tensor], torch.Tensor]:
+    """Qwen3-8B's shape in bfloat16, without memory: its config, kernels that compute nothing, weights, rope table."""
     import torch
 
     from minivllm.bench.shapes import shape_config
-    from minivllm.course.ranks import Ranks
     from minivllm.kernels import Kernels
-    from minivllm.layers.attention import paged_attention  # noqa: F401 (imported once, outside of the threads)
     from minivllm.models.loader import parameter_places
     from minivllm.models.qwen3 import Qwen3ForCausalLM
 
@@ -344,27 +342,45 @@ def _measure(size: int, sequences: int) -> dict[str, float]:
     try:
         with meta:
             weights = parameter_places(Qwen3ForCausalLM(config, nothing, 16, meta))
-            cos_sin = torch.empty(16, config.head_dim, dtype=torch.float32)
-            ids = torch.empty(sequences, dtype=torch.int64)
     finally:
         torch.set_default_dtype(before)
-    model, metadata = _rank_model(), _DecodeOnly(sequences)
-    parts = [model(config, nothing, weights, cos_sin, rank, size) for rank in range(size)]
+    return config, nothing, weights, torch.empty(16, config.head_dim, device=meta)
+
+
+def _parts(size: int, count: int) -> list[Any]:
+    """The first `count` of `size` ranks."""
+    config, kernels, weights, cos_sin = _meta_weights()
+    return [_rank_model()(config, kernels, weights, cos_sin, rank, size) for rank in range(count)]
+
+
+def _kv_bytes(parts: Sequence[Any]) -> int:
+    keys = parts[0].w["model.layers.0.self_attn.k_proj.weight"].shape[0]
+    return 2 * 2 * parts[0].config.num_hidden_layers * keys
+
+
+@cache
+def _measure() -> dict[str, float]:
+    """A decode step of 16 sequences on 4 ranks without memory: its collectives, a rank's weights and cache."""
+    import torch
+
+    from minivllm.course.ranks import Ranks
+
+    parts, metadata = _parts(4, 4), _DecodeOnly(16)
+    ids = torch.empty(16, dtype=torch.int64, device="meta")
 
     def step(group: Group) -> None:
         mine = parts[group.rank]
-        hidden = mine.forward(group, ids, ids, [(None, None)] * config.num_hidden_layers, metadata)
-        mine.compute_logits(group, hidden)
+        caches = [(None, None)] * mine.config.num_hidden_layers
+        mine.compute_logits(group, mine.forward(group, ids, ids, caches, metadata))
 
-    ranks = Ranks(size)
+    ranks = Ranks(4)
     ranks.run(step)
     reduces = [call for call in ranks.calls if call.name == "all_reduce"]
     [gather] = [call for call in ranks.calls if call.name == "all_gather"]
-    matrices = sum(t.numel() for t in parts[0].w.values() if t.dim() == 2)
-    keys = parts[0].w["model.layers.0.self_attn.k_proj.weight"].shape[0]
     return {
         "all_reduces": len(reduces), "one": reduces[0].num_bytes, "sent": sum(call.sent_bytes for call in reduces),
-        "gathered": gather.sent_bytes, "weights": 2 * matrices, "kv": 2 * 2 * config.num_hidden_layers * keys,
+        "gathered": gather.sent_bytes, "weights": 2 * sum(t.numel() for t in parts[0].w.values() if t.dim() == 2),
+        "kv": _kv_bytes(parts),
     }  # fmt: skip
 
 
@@ -385,7 +401,7 @@ def check_predictions(
     all_reduces: float, one_all_reduce: float, sent: float, gathered: float, weights: float, kv_bytes: float,
     kv_bytes_16: float,
 ) -> str:  # fmt: skip
-    m, wide = _measure(4, 16), _measure(16, 16)
+    m, wide = _measure(), {"kv": _kv_bytes(_parts(16, 1))}
     one, count, whole = m["one"], m["all_reduces"], 4 * m["weights"]
     vocabulary, layers = 151_936, 36
 
@@ -468,7 +484,7 @@ def check_predictions(
     )  # fmt: skip
     keys = "Four ranks share 8 KV heads: two each."
     judge(
-        "kv_bytes", kv_bytes, m["kv"], f"Measured: keys and values of 2 heads, 36 layers. {keys}",
+        "kv_bytes", kv_bytes, m["kv"], "Measured: keys and values of 2 heads, 36 layers.",
         {
             4 * m["kv"]: ("not-divided", keys), m["kv"] / 2: ("keys-or-values", "Keys and values are kept."),
             2 * m["kv"]: in_float32, m["kv"] / layers: ("one-layer", "Each of the 36 layers keeps its own."),
@@ -628,7 +644,7 @@ def check_swiglu(shard: Callable, swiglu: Callable) -> str:
     known = {name: (why, *map(quietly, pairs)) for name, (why, *pairs) in suspects.items()}
     words = {"case = ": "", **{f"item {r}: ": f"rank {r}: " for r in range(8)}}
     number = diagnose(found.__getitem__, [(case,) for case in cases], right, known, wording=words, rtol=1e-3, atol=1e-4)
-    for case in cases:
+    for case in sorted(cases, key=lambda case: case.size == 1):
         shape = tuple(case.data["x"].shape)
         _same_calls(made[case], [("all_reduce", shape)], case, "Columns, then rows: only the last result is summed.")
     gate_up, down = torch.zeros(20, 4), torch.zeros(4, 10)
@@ -735,7 +751,7 @@ def check_vocabulary(shard_rows: Callable, embed: Callable, logits: Callable) ->
              _embed_suspects().items()}  # fmt: skip
     number = diagnose(embedded.__getitem__, [(case,) for case in cases], lambda case: [
         case.data["table"][case.data["token_ids"]]] * case.size, known, wording=words)  # fmt: skip
-    for case in cases:
+    for case in sorted(cases, key=lambda case: case.size == 1):
         shape = (len(case.data["token_ids"]), case.data["table"].shape[1])
         _same_calls(embed_calls[case], [("all_reduce", shape)], case, "Weights stay where they are; what was looked up is "
                     "added.")  # fmt: skip
@@ -746,7 +762,7 @@ def check_vocabulary(shard_rows: Callable, embed: Callable, logits: Callable) ->
              _logit_suspects().items()}  # fmt: skip
     diagnose(scored.__getitem__, [(case,) for case in cases],
              lambda case: [case.data["hidden"] @ case.data["table"].T] * case.size, known, wording=words)  # fmt: skip
-    for case in cases:
+    for case in sorted(cases, key=lambda case: case.size == 1):
         shape = (len(case.data["hidden"]), -(-len(case.data["table"]) // case.size))
         _same_calls(logit_calls[case], [("all_gather", shape)], case, "Each rank brings the scores of its own tokens.")
     return f"{number} vocabularies, looked up and scored"
@@ -958,12 +974,12 @@ def check_debug(answer: Callable) -> str:
         ),
     }  # fmt: skip
     for case in cases:
-        _alike(found[case], case, "the result")
+        _alike(found[case], "the result", f"With {case}: ")
     words = {"case = ": "", **{f"item {r}: ": f"rank {r}: " for r in range(8)}}
     right = {case: [_relu_whole(case)] * case.size for case in cases}
     number = diagnose(found.__getitem__, [(case,) for case in cases], lambda case: right[case], suspects, wording=words,
                       rtol=1e-3, atol=1e-4)  # fmt: skip
-    for case in cases:
+    for case in sorted(cases, key=lambda case: case.size == 1):
         _same_calls(made[case], [("all_reduce", tuple(case.data["x"].shape))], case, "One sum is enough.")
     return f"{number} batches, idle ranks and all"
 
@@ -1022,14 +1038,14 @@ def on_ranks(rank_model: type, size: int) -> type:
                 lambda group: parts[group.rank].forward(group, token_ids, positions, pages[group.rank], metadata)
             )
             OnRanks.calls = self.ranks.calls
-            _alike(found, Case(_n(size, "rank"), size), "forward's result")
+            _alike(found, "forward's result")
             return found[0]
 
         def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
             parts = self.load()
             found = self.ranks.run(lambda group: parts[group.rank].compute_logits(group, hidden.clone()))
             OnRanks.calls = [*OnRanks.calls, *self.ranks.calls]
-            _alike(found, Case(_n(size, "rank"), size), "compute_logits")
+            _alike(found, "compute_logits' result")
             return found[0]
 
     return OnRanks
@@ -1143,7 +1159,7 @@ def _check_parts(answer: type, case: Case) -> None:
     model = answer(*common, case.size - 1, case.size)
     for name, tensor in weights.items():
         mine, theirs = model.w.get(name), right.w[name]
-        where = f"With {case}: {name}, {list(tensor.shape)}, "
+        where = f"{name}, {list(tensor.shape)}, "
         expect(
             isinstance(mine, torch.Tensor), "wrong-type", f"{where}has the part {show(mine)}.\npart returns a tensor."
         )
@@ -1212,7 +1228,7 @@ def check_rank_model(answer: type) -> str:
     words |= {f"item {i}: ": f"step {i // 2 + 1}, {'logits' if i % 2 else 'states'}: " for i in range(6)}
     number = diagnose(found.__getitem__, [(case,) for case in cases], partial(_computed, Qwen3ForCausalLM), suspects,
                       wording=words, rtol=1e-3, atol=1e-3)  # fmt: skip
-    for case in cases:
+    for case in sorted(cases, key=lambda case: case.size == 1):
         layers = _config_of(case).num_hidden_layers
         for calls in made[case]:
             expected = ["all_reduce"] * (2 * layers + 1) + ["all_gather"]
