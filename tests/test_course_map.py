@@ -56,8 +56,14 @@ def test_the_road_is_the_notebooks() -> None:
     assert [stop.name for stop in ROAD if stop.name in committed] == committed
 
 
-@pytest.mark.parametrize("stop", road(ROOT), ids=lambda stop: stop.name)
-def test_a_page_says_what_the_road_says(stop: Stop) -> None:
+@pytest.fixture(scope="module")
+def stops() -> dict[str, Stop]:
+    return {stop.name: stop for stop in road(ROOT)}
+
+
+@pytest.mark.parametrize("name", [stop.name for stop in ROAD])
+def test_a_page_says_what_the_road_says(name: str, stops: dict[str, Stop]) -> None:
+    stop = stops[name]
     path = ROOT / "notebooks" / f"{stop.name}.ipynb"
     if not path.exists():
         pytest.skip(f"{path.name} is to come")

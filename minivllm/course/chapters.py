@@ -225,10 +225,32 @@ ROAD = (
     Stop("06_qwen3", "model", "the model, layer by layer, from its checkpoint", ("01",)),
     Stop("07_engine", "engine", "the loop that ties it together, and sampling", ("03", "05"), ("06",)),
     Stop("08_cuda_graphs", "engine", "where a GPU's time goes when nothing computes", ("03", "05")),
-    Stop("09_tensor_parallel", "engine", "one model on several GPUs", ("06", "07")),
+    Stop("09_tensor_parallel", "engine", "one model on several GPUs", ("05", "06")),
     Stop("10_measuring", "use", "how fast it is, and how fast it could be", ("07",), ("08",)),
     Stop("11_using_minivllm", "use", "every option, with an example", ("07",)),
 )
+
+
+#: The modules of the package that a chapter teaches: each names its chapter, and the chapter's notebook links to it.
+MODULES = {
+    "01": ("kernels/online_softmax.py",),
+    "02": ("kernels/flash_attention.py",),
+    "03": ("kernels/kv_cache.py", "kernels/paged_attention.py", "layers/attention.py"),
+    "04": ("engine/block_manager.py",),
+    "05": ("engine/scheduler.py", "engine/sequence.py", "course/simulator.py"),
+    "06": (
+        "models/qwen3.py", "models/loader.py", "kernels/norm.py", "kernels/rotary.py", "kernels/activation.py",
+        "layers/norm.py", "layers/rotary.py",
+    ),
+    "07": (
+        "engine/llm_engine.py", "engine/model_runner.py", "engine/sampler.py", "kernels/sampling.py", "batch.py",
+        "tokenizer.py",
+    ),
+    "08": ("engine/cuda_graphs.py", "course/streams.py"),
+    "09": ("layers/linear.py", "layers/embedding.py", "course/ranks.py"),
+    "10": ("bench/costs.py", "bench/roofline.py", "bench/latency.py", "bench/breakdown.py"),
+    "11": ("llm.py", "config.py", "sampling_params.py", "outputs.py", "engine/trace.py", "errors.py"),
+}  # fmt: skip
 
 
 def road(root: Path) -> list[Stop]:

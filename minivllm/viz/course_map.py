@@ -18,15 +18,9 @@ from minivllm.viz.figure import Figure, describe
 
 #: Size of a box, in units of a column's width and a row's height.
 BOX_WIDTH, BOX_HEIGHT = 0.82, 0.66
-#: Inches that a row takes.
-ROW = 1.12
-WORDS = (
-    "Numbers: minutes to read + minutes of exercises.",
-    "Arrow: the first is needed for the second.",
-    "Dashed: good to know, but you can do without.",
-)
-
-
+#: Inches that a row, and the words below the map, take.
+ROW, MARGIN = 1.12, 0.3
+WORDS = "Minutes to read + minutes of exercises.   Arrow: needed for the next.   Dashed: good to know, not needed."
 #: Too pale for the outline of a box.
 YELLOW = palette.REQUESTS[5]
 
@@ -87,10 +81,10 @@ def draw_course_map(stops: Sequence[StopLike]) -> Figure:
     """Draw the chapters in the order in which they need each other, with the minutes to read and to do each."""
     where = places(stops)
     wide, high = max(x for x, _ in where.values()) + 1, max(y for _, y in where.values()) + 1
-    figure = Figure(ROW * high)
+    figure = Figure(ROW * high + MARGIN)
     colors = [color for color in palette.REQUESTS if color != YELLOW]
     ax = figure.add_axes((0.005, 0.0, 0.99, 1.0))
-    ax.set(xlim=(0, wide), ylim=(high, 0))
+    ax.set(xlim=(0, wide), ylim=(high + MARGIN / ROW, 0))
     ax.axis("off")
     parts = list(dict.fromkeys(stop.part for stop in stops))
     for stop in stops:
@@ -100,8 +94,7 @@ def draw_course_map(stops: Sequence[StopLike]) -> Figure:
             _arrow(ax, where[number], where[stop.number], (0, (3, 2)))
     for stop in stops:
         _box(ax, *where[stop.number], stop, colors[parts.index(stop.part) % len(colors)])
-    for line, words in enumerate(WORDS):
-        ax.text(0.09, high - 0.62 + 0.24 * line, words, fontsize=9.5, color=palette.SOFT_INK, va="center")
+    ax.text(0.09, high + 0.08, WORDS, fontsize=9.5, color=palette.SOFT_INK, va="center")
     describe(figure, _alt(stops), _caption(stops))
     return figure
 
@@ -125,14 +118,18 @@ def _minutes(stop: StopLike) -> str:
 
 
 def _arrow(ax: Axes, start: tuple[int, int], end: tuple[int, int], style: object) -> None:
-    """From the right edge of one box to the left edge of another, with the turn in the gap before the second."""
+    """From the right edge of one box to the left edge of another.
+
+    Downwards it turns in the gap after the first, upwards in the one before the second: rows above are fuller.
+    """
     half, gap = BOX_WIDTH / 2, (1 - BOX_WIDTH) / 2
     a, b = (start[0] + 0.5 + half, start[1] + 0.5), (end[0] + 0.5 - half, end[1] + 0.5)
     if start[1] == end[1]:
         points = [a, b]
     else:  # those that come from below arrive a little lower, so that their heads can be told apart
         b = (b[0], b[1] + (0.14 if end[1] < start[1] else 0.0))
-        turn = b[0] - (0.8 if style == "-" else 1.5) * gap
+        shift = (0.8 if style == "-" else 1.5) * gap
+        turn = b[0] - shift if end[1] < start[1] else a[0] + 2 * gap - shift
         points = [a, (turn, a[1]), (turn, b[1]), b]
     ax.add_patch(FancyArrowPatch(path=Path(points), arrowstyle="-|>", mutation_scale=11, linewidth=1.5,
                                  linestyle=style, color=palette.SOFT_INK, zorder=1))  # fmt: skip
