@@ -1,6 +1,7 @@
 """What the model is (`ModelConfig`, from the checkpoint) and how the engine runs it (`EngineConfig`, from the caller).
 
 No hyper-parameter is typed in by hand; what a checkpoint asks for and this package lacks is refused by name.
+Taught in notebooks/11_using_minivllm.ipynb.
 """
 
 import dataclasses

@@ -1,4 +1,6 @@
-"""Typed errors. Each message says what was wrong and what to do about it."""
+"""Typed errors. Each message says what was wrong and what to do about it.
+
+Taught in notebooks/11_using_minivllm.ipynb."""
 
 
 class MiniVLLMError(Exception):

@@ -1,4 +1,4 @@
-"""`LLM`: the offline face of the engine. Prompts in, texts out.
+"""`LLM`: the offline face of the engine. Prompts in, texts out. Taught in notebooks/11_using_minivllm.ipynb.
 
 from minivllm import LLM, SamplingParams
 

@@ -1,4 +1,4 @@
-"""What a caller gets back. Field names are vLLM's."""
+"""What a caller gets back. Field names are vLLM's. Taught in notebooks/11_using_minivllm.ipynb."""
 
 from dataclasses import dataclass, field
 

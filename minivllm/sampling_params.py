@@ -1,4 +1,6 @@
-"""How the next token of a request is chosen. Names, defaults and meaning are vLLM's."""
+"""How the next token of a request is chosen. Names, defaults and meaning are vLLM's.
+
+Taught in notebooks/11_using_minivllm.ipynb."""
 
 import enum
 import math

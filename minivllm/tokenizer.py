@@ -1,4 +1,4 @@
-"""Text to token ids and back, whole or as tokens come, and chat templates.
+"""Text to token ids and back, whole or as tokens come, and chat templates. Taught in notebooks/07_engine.ipynb.
 
 Uses the `tokenizers` library directly: importing `transformers` for its wrapper costs seconds. It is imported only for
 a checkpoint that has no tokenizer.json.

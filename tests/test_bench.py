@@ -21,6 +21,7 @@ from minivllm.bench.running import drain, start_decoding, timed_steps
 from minivllm.bench.shapes import SHAPES, shape_config, shape_directory
 from minivllm.bench.throughput import CASES, Workload, minivllm_runner, run_cases
 from minivllm.bench.timing import Timing, measure, num_sets
+from minivllm.bench.yours import your_gpu
 from minivllm.engine.llm_engine import LLMEngine
 from minivllm.kernels import Kernels
 
@@ -558,3 +559,13 @@ def test_pictures_say_in_words_what_they_show(kernel_report: dict[str, Any]) -> 
     widths = [patch.get_width() for patch in figure.axes[0].patches]
     assert widths == pytest.approx([0.125, 0.0625, 0.25, 0.0625, 0.5, 0.25, 0.125, 0.5, 0.125])
     assert len(figure.to_png()) < 60_000
+
+
+def test_your_gpu_measures_in_a_process_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert your_gpu("silu_mul") is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # here; the other process finds what there is
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert {row["kernel"] for row in your_gpu("silu_mul", seconds=0.001)} == {"silu_mul"}
+    with pytest.raises(RuntimeError, match="bench kernels failed"):
+        your_gpu("no_such_kernel")

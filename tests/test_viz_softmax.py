@@ -79,7 +79,7 @@ def test_columns_are_made_of_the_pieces(block: int) -> None:
 def test_caption_and_sentence_say_the_numbers() -> None:
     figure = draw_online_softmax(online_softmax(SCORES, labels=[f"w{i}" for i in range(12)]), 5)
     assert figure.caption == (
-        "Step 5: 6 of 12 scores seen, maximum 6.9, sum 2.13. The sum was rescaled 3 times: × 0.74, × 0.37, × 0.50."
+        "Step 6: 6 of 12 scores seen, maximum 6.9, sum 2.13. The sum was rescaled 3 times: × 0.74, × 0.37, × 0.50."
     )
     [sentence] = [text.get_text() for text in figure.texts]
     assert sentence.endswith("exp(6.2 − 6.9) = 0.50. 2.27 × 0.50 + 1.00 = 2.13")
@@ -103,7 +103,7 @@ def test_another_function_s_sums_are_marked() -> None:
     assert draw_online_softmax(replay, found=right).caption.endswith("agree.")
     found = [*right[:2], right[2] + 0.5, *right[3:]]
     figure = draw_online_softmax(replay, found=found)
-    assert figure.caption.endswith("differ from step 2 on: 2.61, not 2.11.")
+    assert figure.caption.endswith("differ from step 3 on: 2.61, not 2.11.")
     [crosses] = figure.axes[1].lines
     assert list(crosses.get_ydata()) == pytest.approx(found)
     assert "nan, not 1.00" in draw_online_softmax(replay, found=[math.nan] * 12).caption
@@ -115,8 +115,8 @@ def test_the_slider_shows_each_step() -> None:
     replay = online_softmax(SCORES)
     controls, image, caption = scrub(replay, draw_online_softmax, step=5).widget().children
     slider = controls.children[1]
-    assert (slider.value, slider.max) == (5, 11)
-    slider.value = 9
+    assert (slider.min, slider.value, slider.max) == (1, 6, 12), "a lesson counts from 1, as its captions do"
+    slider.value = 10
     assert image.value == draw_online_softmax(replay, 9).to_png()
     assert draw_online_softmax(replay, 9).caption in caption.value
 
@@ -150,7 +150,9 @@ def test_passes_are_counted() -> None:
 def test_programs_and_masked_lanes() -> None:
     one, many = draw_programs(10, 4), draw_programs(10, 4, rows=3)
     assert one.caption == "3 programs of one tile; 2 lanes lie beyond the end and are masked."
-    assert many.caption == "3 programs, one a row, of 3 tiles; 6 lanes lie beyond the end and are masked."
+    assert many.caption == (
+        "3 programs, one for each row, with 3 tiles each; 2 lanes of each row lie beyond its end and are masked."
+    )
     for figure, lanes in ((one, 12), (many, 36)):
         assert len(figure.axes[0].patches) == lanes
         assert sum(bool(patch.get_hatch()) for patch in figure.axes[0].patches) == lanes // 6

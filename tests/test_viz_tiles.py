@@ -20,6 +20,7 @@ from minivllm.viz.tiles import (
     draw_attention_tiles,
     draw_attention_weights,
     draw_tile_replay,
+    draw_tile_room,
     replay_tiles,
 )
 
@@ -166,9 +167,23 @@ def test_a_replay_scrubs(scores: torch.Tensor) -> None:
     replay = replay_tiles(scores, block_n=8)
     controls, image, caption = scrub(replay, draw_tile_replay, step=1).widget().children
     assert image.value == draw_tile_replay(replay, 1).to_png()
-    controls.children[1].value = 4
+    assert "Tile 2 of 6" in caption.value
+    controls.children[1].value = 5
     assert image.value == draw_tile_replay(replay, 4).to_png()
     assert draw_tile_replay(replay, 4).caption in caption.value
+
+
+def test_what_tiles_take_is_held_against_what_there_is() -> None:
+    figure = draw_tile_room({"small": (96, 112), "wide": (256, 227), "deep": (100, 448), "both": (300, 448)}, 255, 227)
+    assert figure.caption == (
+        "small: fits; wide: too many registers; deep: too much shared memory; both: too many registers and shared "
+        "memory."
+    )
+    hatched = [sum(bool(patch.get_hatch()) for patch in ax.patches) for ax in figure.axes[1:]]
+    assert hatched == [2, 2]
+    said = [text.get_text() for text in figure.texts]
+    assert said.count("too large") == 3
+    assert len(figure.to_png()) < MAX_PNG_BYTES
 
 
 def test_weights_are_explained() -> None:

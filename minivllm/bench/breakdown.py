@@ -7,7 +7,7 @@ one behind the other, so that nobody waits for the CPU. And under `torch.profile
 
 Where there is no graph, the time between the kernels of a step is taken from the profile. There a step begins again
 where a kernel that runs once a step runs again, and the longest gap before that is the one between two steps; Python
-launches every kernel, and the gaps too are its doing.
+launches every kernel, and the gaps too are its doing. Taught in notebooks/10_measuring.ipynb.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 A multiplication and an addition are two operations. Bytes count each input read once and each output written once;
 weights and caches come from memory, for they are far larger than any cache on the way.
+Taught in notebooks/10_measuring.ipynb.
 """
 
 from __future__ import annotations

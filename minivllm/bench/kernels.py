@@ -25,6 +25,7 @@ from minivllm.bench.timing import measure, measure_rates, num_sets, rates_of
 from minivllm.config import ModelConfig
 from minivllm.engine.model_runner import pick_device
 from minivllm.kernels import Kernels
+from minivllm.kernels.online_softmax import softmax, softmax_reference
 
 #: (sequences, new tokens each, context each, the new tokens included)
 PREFILL = {
@@ -38,12 +39,14 @@ DECODE: dict[str, list[tuple[int, int | tuple[int, int]]]] = {
 }
 #: Tokens of a step, for the operations on rows; rows and vocabulary of the logits (None: the model's).
 ROWS = {"cuda": [256, 8192], "cpu": [16, 256]}
+#: Rows and numbers a row, for the softmax of chapter 01. The long rows do not stay in the cache between two passes.
+SOFTMAX = {"cuda": [(8192, 1024), (512, 262_144)], "cpu": [(64, 512)]}
 LOGITS: dict[str, tuple[int, int | None]] = {"cuda": (256, None), "cpu": (16, 8192)}
 #: Tokens of a step, for the matrix products.
 LINEAR_ROWS = {"cuda": [1, 64, 256], "cpu": [1, 16]}
 #: What `kernels` may be asked for by name.
 NAMES = (
-    "decode_attention", "prefill_attention", "sample", "linear", "rms_norm", "add_rms_norm", "qk_norm_rope",
+    "decode_attention", "prefill_attention", "sample", "softmax", "linear", "rms_norm", "add_rms_norm", "qk_norm_rope",
     "qk_norm_rope_store", "silu_mul", "store_kv",
 )  # fmt: skip
 
@@ -250,6 +253,25 @@ def sample_cases(setting: Setting) -> Iterator[Case]:
     moved = rows * vocabulary * setting.dtype.itemsize
     name = f"{rows} x {vocabulary}, temperature"
     yield Case("sample", name, moved, 5 * rows * vocabulary, make, variants, comparable=False)
+
+
+def softmax_cases(setting: Setting) -> Iterator[Case]:
+    """Whole rows, read and written once at best; ours reads them twice, eager torch once for each of its operations."""
+
+    def three_passes(x: Tensor) -> Tensor:
+        weights = torch.exp(x - x.amax(dim=-1, keepdim=True))
+        return weights / weights.sum(dim=-1, keepdim=True)
+
+    for rows, width in SOFTMAX[setting.device.type]:
+        ours = softmax if setting.kernels.name == "triton" else softmax_reference
+        variants = {"minivllm": Variant(ours), "torch": Variant(partial(torch.softmax, dim=-1))}
+        variants["torch, operation by operation"] = Variant(three_passes)
+        moved = 2 * rows * width * setting.dtype.itemsize
+
+        def make(rows: int = rows, width: int = width) -> tuple:
+            return (setting.randn(rows, width),)
+
+        yield Case("softmax", f"{rows} x {width}", moved, 5 * rows * width, make, variants)
 
 
 # --- operations on rows -----------------------------------------------------------------------------------------------
@@ -468,7 +490,7 @@ def run(
     measured = measure_rates(where, number_type)
     _release(where)
     rows: list[dict[str, Any]] = []
-    for maker in (decode_cases, prefill_cases, sample_cases, linear_cases, row_cases):
+    for maker in (decode_cases, prefill_cases, sample_cases, softmax_cases, linear_cases, row_cases):
         for case in maker(setting):
             if case.kernel in names:
                 rows += run_case(case, rates_of(measured), where, deadline, seconds)

@@ -1,7 +1,7 @@
 """How long one waits: for the first token (TTFT), between tokens (TPOT), and how that grows with the work.
 
 Requests arrive all at once, so a TTFT holds the whole batch's prefill. TPOT is a request's mean time between its tokens
-after the first. Growth is measured on requests that are all decoding.
+after the first. Growth is measured on requests that are all decoding. Taught in notebooks/10_measuring.ipynb.
 """
 
 from __future__ import annotations

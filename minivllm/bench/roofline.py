@@ -8,6 +8,7 @@ The engine's steps are simulated (`steps_of`), and each costs the sum of four pa
     prefill attention  the same for the requests with several new tokens
 
 Left out: activations, norms, sampling, launches, Python. So the floor is a bound, not a forecast.
+Taught in notebooks/10_measuring.ipynb.
 """
 
 from __future__ import annotations

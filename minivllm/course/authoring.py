@@ -2,7 +2,7 @@
 
 `execute` runs in place with a fresh kernel, removes what belongs to this machine, and saves only what has no
 `problems`. `stubs` writes exercises/ from solutions/, where every answer becomes a stub, and the digests by which a
-changed solution is noticed.
+changed solution is noticed. `glossary` writes notebooks/glossary.md, `picture` the picture in the README.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
+from minivllm.course import glossary
 from minivllm.course.chapters import KINDS, Chapter, Statement, chapters, role
 from minivllm.course.stubs import digests, make_exercises, stub_source
 
 ROOT = Path(__file__).resolve().parents[2]
+GLOSSARY = "notebooks/glossary.md"
 MACHINE_PATH = re.compile(r"(?<![\w.])(/(work|home|root|Users|tmp|usr|opt)/|[A-Z]:\\)")
 TIMING = re.compile(r"\d ?(ms|µs|it/s|tok/s|tokens/s)\b|\d\.\d+ ?(s|seconds)\b")
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -181,7 +183,12 @@ def main() -> int:
         ("stubs", "write exercises/ from solutions/ (all, or those given)", "*"),
     ):
         commands.add_parser(name, help=what).add_argument("notebooks", nargs=number, type=Path)
+    commands.add_parser("glossary", help="write notebooks/glossary.md")
     arguments = parser.parse_args()
+    if arguments.command == "glossary":
+        (ROOT / GLOSSARY).write_text(glossary.render(), encoding="utf-8")
+        print(f"{GLOSSARY}: {len(glossary.TERMS)} terms")
+        return 0
     if arguments.command == "execute":
         results = {path: execute(path) for path in arguments.notebooks}
     else:

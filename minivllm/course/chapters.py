@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -142,6 +142,19 @@ class Chapter:
         except CourseNotFoundError as error:
             raise ChangedSolutionError(f"{error} Restore it: git checkout -- solutions/{self.name}.ipynb") from error
 
+    @property
+    def reading_minutes(self) -> int:
+        """What the chapter's notebook says at its beginning ("about 50 minutes"); 0 where there is none."""
+        try:
+            cells = read(self.notebook).cells[:4]
+        except CourseNotFoundError:
+            return 0
+        text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+        said = re.search(r"(\d+|five)\s+minutes|\ban hour\b", text)
+        if not said:
+            return 0
+        return 60 if said[1] is None else 5 if said[1] == "five" else int(said[1])
+
     @cached_property
     def statements(self) -> list[Statement]:
         return [
@@ -174,6 +187,81 @@ class Statement:
             int(effort[2]) if effort else 0,
             tuple(hint.strip() for hint in hints),
         )
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A chapter's place on the course's map. needs: chapters to read before it; helps: those that are good to know.
+
+    reading, exercises: minutes, 0 where there is nothing to read or to do (or nothing yet); `road` fills them in.
+    """
+
+    name: str
+    part: str
+    #: What the reader does, in a few words.
+    about: str
+    needs: tuple[str, ...] = ()
+    helps: tuple[str, ...] = ()
+    reading: int = 0
+    exercises: int = 0
+
+    @property
+    def number(self) -> str:
+        return self.name[:2]
+
+    @property
+    def title(self) -> str:
+        return _TITLES.get(self.number, self.name[3:].replace("_", " "))
+
+
+_TITLES = {"00": "the tour", "03": "paged KV cache", "06": "Qwen3", "08": "CUDA graphs", "11": "using minivllm"}
+ROAD = (
+    Stop("00_tour", "begin", "generate, and look inside"),
+    Stop("01_online_softmax", "kernels", "attention without ever seeing a whole row"),
+    Stop("02_flash_attention", "kernels", "why the N² matrix is never written down", ("01",)),
+    Stop("03_paged_kv_cache", "kernels", "the block table, in memory and in a kernel", ("01", "02")),
+    Stop("04_block_manager", "plain Python", "sharing, hashing, evicting", ("03",)),
+    Stop("05_scheduler", "plain Python", "who runs in the next step, and who waits", ("03", "04")),
+    Stop("06_qwen3", "model", "the model, layer by layer, from its checkpoint", ("01",)),
+    Stop("07_engine", "engine", "the loop that ties it together, and sampling", ("03", "05"), ("06",)),
+    Stop("08_cuda_graphs", "engine", "where a GPU's time goes when nothing computes", ("03", "05")),
+    Stop("09_tensor_parallel", "engine", "one model on several GPUs", ("05", "06")),
+    Stop("10_measuring", "use", "how fast it is, and how fast it could be", ("07",), ("08",)),
+    Stop("11_using_minivllm", "use", "every option, with an example", ("07",)),
+)
+
+
+#: The modules of the package that a chapter teaches: each names its chapter, and the chapter's notebook links to it.
+MODULES = {
+    "01": ("kernels/online_softmax.py",),
+    "02": ("kernels/flash_attention.py",),
+    "03": ("kernels/kv_cache.py", "kernels/paged_attention.py", "layers/attention.py"),
+    "04": ("engine/block_manager.py",),
+    "05": ("engine/scheduler.py", "engine/sequence.py", "course/simulator.py"),
+    "06": (
+        "models/qwen3.py", "models/loader.py", "kernels/norm.py", "kernels/rotary.py", "kernels/activation.py",
+        "layers/norm.py", "layers/rotary.py",
+    ),
+    "07": (
+        "engine/llm_engine.py", "engine/model_runner.py", "engine/sampler.py", "kernels/sampling.py", "batch.py",
+        "tokenizer.py",
+    ),
+    "08": ("engine/cuda_graphs.py", "course/streams.py"),
+    "09": ("layers/linear.py", "layers/embedding.py", "course/ranks.py"),
+    "10": ("bench/costs.py", "bench/roofline.py", "bench/latency.py", "bench/breakdown.py"),
+    "11": ("llm.py", "config.py", "sampling_params.py", "outputs.py", "engine/trace.py", "errors.py"),
+}  # fmt: skip
+
+
+def road(root: Path) -> list[Stop]:
+    """The map of the course, with the minutes that its notebooks and exercises say. A chapter not there has none."""
+    stops = []
+    for stop in ROAD:
+        chapter = Chapter(root, stop.name)
+        there = chapter.solution_path.exists()
+        exercises = sum(statement.minutes for statement in chapter.statements) if there else 0
+        stops.append(replace(stop, reading=chapter.reading_minutes, exercises=exercises))
+    return stops
 
 
 def is_kept(path: Path) -> bool:

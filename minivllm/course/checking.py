@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 STUB = "your code here"
 #: Poisoned numbers on either side of a `guarded` tensor.
 MARGIN = 1024
+#: What to look at where something was written out of bounds; a check says it better through `wording`.
+BEYOND = "Does each store have a mask, and does each row begin where it does in the tensor that is written?"
 
 
 class CheckError(MiniVLLMError):
@@ -67,24 +69,33 @@ class UnknownExerciseError(MiniVLLMError, KeyError):
 
 @dataclass(frozen=True)
 class Exercise:
-    """What `exercise` registers. function(answer, …) returns the line to print when it is right."""
+    """What `exercise` registers. function(answer, …) returns the line to print when it is right.
+
+    hints: mistake's name -> number of the hint in the statement that is about it.
+    """
 
     id: str
     title: str
     function: Callable[..., str]
+    hints: Mapping[str, int] = field(default_factory=dict)
 
 
 _EXERCISES: dict[str, Exercise] = {}
 
 
-def exercise(id: str, title: str) -> Callable[[Callable[..., str]], Callable[..., str]]:
-    """Decorator: this function checks exercise id. ValueError where another function already does."""
+def exercise(
+    id: str, title: str, hints: Mapping[str, int] | None = None
+) -> Callable[[Callable[..., str]], Callable[..., str]]:
+    """Decorator: this function checks exercise id. ValueError where another function already does.
+
+    hints: {"no-rescale": 2} has the report on this mistake show hint 2; on others it shows the next hint in order.
+    """
 
     def register(function: Callable[..., str]) -> Callable[..., str]:
         old = _EXERCISES.get(id)
         if old and (old.function.__module__, old.function.__name__) != (function.__module__, function.__name__):
             raise ValueError(f"Exercise {id} is checked by {old.function.__module__}.{old.function.__name__} already.")
-        _EXERCISES[id] = Exercise(id, title, function)
+        _EXERCISES[id] = Exercise(id, title, function, hints or {})
         return function
 
     return register
@@ -114,17 +125,25 @@ def check(id: str, *answers: Any, **more: Any) -> None:
     Mistake: what is wrong, named. NotAttempted: still the stub. NotRunnableHere: this machine cannot tell.
     """
     function = find(id).function
-    if missing := [part for answer in (*answers, *more.values()) for part in unattempted(answer)]:
+    named = [*zip(_parameters(function, len(answers)), answers, strict=True), *more.items()]
+    if missing := [part for name, answer in named for part in unattempted(answer, name)]:
         raise NotAttempted(f"{id}: still to write: {', '.join(dict.fromkeys(missing))}.")
     try:
         line = function(*answers, **more)
     except CheckError:
         raise
     except Exception as error:
-        if any(STUB in str(cause) for cause in _causes(error)):
-            raise NotAttempted(f"{id}: your code calls a part that is still to write.") from error
+        if stubs := [cause for cause in _causes(error) if STUB in str(cause)]:
+            called = traceback.extract_tb(stubs[-1].__traceback__)[-1].name
+            raise NotAttempted(f"{id}: your code calls {called}, which is still to write.") from error
         raise raised(error) from error
     print(f"{id} passed: {line}")
+
+
+def _parameters(function: Callable, count: int) -> list[str]:
+    """What the check calls its first parameters, "" where that says nothing ("answer")."""
+    names = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return ["" if name == "answer" else name for name in (names + [""] * count)[:count]]
 
 
 def attempted(*answers: Any) -> bool:
@@ -132,16 +151,18 @@ def attempted(*answers: Any) -> bool:
     return not any(unattempted(answer) for answer in answers)
 
 
-def unattempted(answer: Any) -> list[str]:
-    """Names of the parts of an answer (a function, class, kernel, value) that are stubs; [] if it is all there."""
+def unattempted(answer: Any, name: str = "") -> list[str]:
+    """Names of the parts of an answer (a function, class, kernel, value) that are stubs; [] if it is all there.
+
+    name: what a value is called, if anybody knows.
+    """
     if answer is ...:
-        return ["the value that is still `...`"]
+        return [f"{name or 'a value'} (still `...`)"]
     if isinstance(answer, functools.partial):
         return unattempted(answer.func)
     if isinstance(answer, dict | list | tuple):
-        return [
-            part for value in (answer.values() if isinstance(answer, dict) else answer) for part in unattempted(value)
-        ]
+        items = answer.items() if isinstance(answer, dict) else enumerate(answer)
+        return [part for key, value in items for part in unattempted(value, f"{name or 'the value of '}[{key!r}]")]
     if isinstance(answer, type):
         members = [getattr(member, "fget", None) or member for member in vars(answer).values()]
         return [
@@ -192,6 +213,18 @@ def expect(condition: Any, name: str, message: str) -> None:
     """Raise ``Mistake(name, message)`` unless the condition holds."""
     if not condition:
         raise Mistake(name, message)
+
+
+def expect_all(*judgements: Callable[[], None]) -> None:
+    """Call each; Mistake with the name of the first that raises one, and with the messages of all."""
+    found: list[Mistake] = []
+    for judge in judgements:
+        try:
+            judge()
+        except Mistake as mistake:
+            found.append(mistake)
+    if found:
+        raise Mistake(found[0].name, "\n".join(mistake.message for mistake in found))
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -249,8 +282,11 @@ def difference(got: Any, expected: Any, rtol: float = 1e-4, atol: float = 1e-5) 
                 return found[0], f"item {index}: {found[1]}"
         return None
     if isinstance(expected, dict):
-        if not isinstance(got, dict) or got.keys() != expected.keys():
+        if not isinstance(got, dict):
             return "wrong-values", f"got {show(got)}, expected {show(expected)}"
+        keys = {"missing": expected.keys() - got.keys(), "not asked for": got.keys() - expected.keys()}
+        if said := [f"{what}: {', '.join(sorted(map(repr, some)))}" for what, some in keys.items() if some]:
+            return "wrong-values", f"the keys differ ({'; '.join(said)})"
         for key in expected:
             if found := difference(got[key], expected[key], rtol, atol):
                 return found[0], f"{key}: {found[1]}"
@@ -320,9 +356,10 @@ def diagnose(
     suspects: mistake's name -> (explanation for the learner, wrong implementation, another one of the same mistake …).
     The first that gives what the answer gave in all cases, and is not right in all of them, names the Mistake.
     Otherwise its name is "raised", "wrong-type", "wrong-shape", "wrong-dtype" or "wrong-values", with the smallest
-    failing case. An answer that gives the right result and changes an argument other than those at the positions
-    `writes`, whose final values are part of the result, is "changed-input"; one that writes beyond a `guarded`
-    argument, "out-of-bounds-write". wording: what to write in a message in place of what ("item 0: " -> "the sum: ").
+    failing case. A CheckError that comes out of the answer (who wraps it may look at what it does) is passed on.
+    An answer that gives the right result and changes an argument other than those at the positions `writes`, whose
+    final values are part of the result, is "changed-input"; one that writes beyond a `guarded` argument,
+    "out-of-bounds-write". wording: what to write in a message in place of what ("item 0: " -> "the sum: ").
     """
     try:
         return _compare(answer, cases, right, suspects or {}, writes, {"rtol": rtol, "atol": atol})
@@ -347,13 +384,12 @@ def _compare(
     calls = [_call(answer, case, writes, names) for case in cases]
     runs = [run for run, _ in calls]
     failing = [i for i in range(len(cases)) if runs[i].differs(expected[i], tolerances)]
-    described = {
-        i: "With " + ", ".join(f"{n} = {show(v)}" for n, v in zip(names, cases[i], strict=False))
-        for i in range(len(cases))
-    }
+    described = [_described(case, names, writes) for case in cases]
     if failing:
         first = min(failing, key=lambda i: _size(cases[i]))
         name, what = runs[first].differs(expected[first], tolerances)
+        if said := [i for i in failing if isinstance(runs[i].error, CheckError)]:
+            raise runs[min(said, key=lambda i: _size(cases[i]))].error
         for suspect, explanation, wrong in ((n, why, f) for n, (why, *usual) in suspects.items() for f in usual):
             theirs = [_call(wrong, case, writes, names)[0] for case in cases]
             agrees = not any(mine.differs(other, tolerances) for mine, other in zip(runs, theirs, strict=True))
@@ -364,8 +400,10 @@ def _compare(
                 raise error
             raise raised(error, described[first]) from error
     for i, (_, after) in enumerate(calls):
-        if not intact(*(value for value in after if _is_guarded(value))):
-            raise Mistake("out-of-bounds-write", f"Your code wrote outside of a tensor it was given.\n{described[i]}.")
+        for argument, value in zip(names, after, strict=False):
+            if _is_guarded(value) and not intact(value):
+                where = f"Your code wrote outside of {argument}, a tensor that it was given."
+                raise Mistake("out-of-bounds-write", f"{where}\n{BEYOND}\n{described[i]}.")
     if failing:
         share = f"{len(failing)} of {len(cases)} cases differ, this is the smallest. " if len(cases) > 1 else ""
         raise Mistake(name, f"{share}{described[first]}: {what}.")
@@ -375,6 +413,15 @@ def _compare(
                 why = f"Your result is right, but your code changed {names[position]}, which belongs to its caller"
                 raise Mistake("changed-input", f"{why}: work on a copy, or on a new tensor.\n{described[i]}.")
     return len(cases)
+
+
+def _described(case: tuple, names: Sequence[str], writes: Sequence[int]) -> str:
+    """The arguments of a case; of a tensor that is there to be written no numbers, which would be poison."""
+    parts = []
+    for i, (name, value) in enumerate(zip(names, case, strict=False)):
+        blank = i in writes and _is_guarded(value) and bool(value.isnan().all())
+        parts.append(f"{name} = " + (f"{show(value).partition(' (')[0]} (to be written)" if blank else show(value)))
+    return "With " + ", ".join(parts)
 
 
 def _call(function: Callable, case: tuple, writes: Sequence[int], names: Sequence[str]) -> tuple[_Run, tuple]:

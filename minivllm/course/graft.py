@@ -8,6 +8,7 @@ solution. The learner's file is read and never written.
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -103,7 +104,7 @@ def graft(path: Path, chapter: Chapter) -> list[Group]:
     found = _answer_cells(learner)
     own = _own_cells(learner, solution)
     wanted = {id: names_in(cell.source) for cell in solution.cells for kind, id in [role(cell)] if kind == "check"}
-    groups = [Group("", own[""])]
+    groups = [Group("", own[""], notes=_changed_setup(learner, solution))]
     for cell in solution.cells:
         kind, id = role(cell)
         if kind == "statement":
@@ -157,6 +158,17 @@ def _own_cells(learner: NotebookNode, solution: NotebookNode) -> dict[str, list[
         elif cell.cell_type == "code" and cell.source.strip():
             found[after].append(Cell("own", without_markers(cell.source)))
     return found
+
+
+def _changed_setup(learner: NotebookNode, solution: NotebookNode) -> list[str]:
+    """Which of the cells before the first exercise are other than they were given."""
+    before = itertools.takewhile(lambda cell: role(cell)[0] == "given", solution.cells)
+    given = {cell.id: cell.source for cell in before if cell.cell_type == "code"}
+    return [
+        f"Cell {number} of your file, which came with it, was changed. It was run as it came, and then as it is now."
+        for number, cell in enumerate(learner.cells, start=1)
+        if cell.get("id") in given and cell.cell_type == "code" and cell.source != given[cell.id]
+    ]
 
 
 def _missing(id: str, answer: NotebookNode, learner: NotebookNode) -> str:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from minivllm.course.chapters import Chapter, CourseNotFoundError, Statement, chapters, find_root, read
+from minivllm.course.checking import UnknownExerciseError, find
 from minivllm.course.graft import Group, chapter_of, graft
 from minivllm.course.runner import CELL_TIMEOUT, FAILED, NOT_ATTEMPTED, NOT_RUNNABLE, PASSED, Verdict, verdicts
 from minivllm.course.stubs import make_exercises, require_published
@@ -31,7 +32,10 @@ SIGNS = {PASSED: ("✓", "green"), FAILED: ("✗", "red"), NOT_ATTEMPTED: ("·",
 
 @dataclass
 class Record:
-    """What is known of an exercise. answer: digest of the answer that state is about; tries: those that failed."""
+    """What is known of an exercise. answer: digest of the answer that state is about.
+
+    tries: answers that failed and were ready for a hint.
+    """
 
     answer: str = ""
     state: str = NOT_ATTEMPTED
@@ -55,7 +59,7 @@ class Records:
     def note(self, group: Group, verdict: Verdict) -> Record:
         """Keep a verdict; the same failing answer checked twice is one try."""
         record, answer = self[group.id], _digest(group)
-        record.tries += verdict.state == FAILED and (record.answer, record.state) != (answer, FAILED)
+        record.tries += verdict.hinted and (record.answer, record.state) != (answer, FAILED)
         record.answer, record.state = answer, verdict.state
         return record
 
@@ -111,8 +115,9 @@ def _find(what: str) -> tuple[Chapter, Path, Collection[str] | None]:
     for chapter in known:
         if name in (chapter.number, chapter.name):
             id = f"{chapter.number}.{exercise}"
-            if exercise and id not in [statement.id for statement in chapter.statements]:
-                break
+            ids = [statement.id for statement in chapter.statements]
+            if exercise and id not in ids:
+                raise CourseNotFoundError(f"There is no exercise {id}. Chapter {chapter.number} has {', '.join(ids)}.")
             return chapter, chapter.exercises, {id} if exercise else None
     names = ", ".join(chapter.number for chapter in known) or "none yet"
     raise CourseNotFoundError(f"There are no exercises {what!r}. Chapters with exercises: {names}.")
@@ -146,11 +151,19 @@ def _print(verdict: Verdict, statement: Statement, tries: int, console: Console)
     minutes = f" · {statement.minutes} minutes" if verdict.state == NOT_ATTEMPTED else ""
     console.print(Text(f" {sign} {verdict.id}  {statement.title}: {verdict.state}{name}{minutes}", style=style))
     parts = [verdict.message if verdict.state != PASSED else "", *verdict.notes]
-    if verdict.state == FAILED and statement.hints:
-        number = min(max(tries, 1), len(statement.hints))
+    if verdict.hinted and statement.hints:
+        number = _hints(verdict.id).get(verdict.name) or min(max(tries, 1), len(statement.hints))
         parts.append(f"Hint {number} of {len(statement.hints)}: {statement.hints[number - 1]}")
     for part in filter(None, parts):
         console.print(Padding(Text(part), (0, 0, 0, 8), expand=False))
+
+
+def _hints(id: str) -> Mapping[str, int]:
+    """Which hint is about which mistake, as far as the exercise's check says."""
+    try:
+        return find(id).hints
+    except UnknownExerciseError:  # its check stands in the notebook
+        return {}
 
 
 def _shown(path: Path, root: Path) -> str:
@@ -161,11 +174,17 @@ def _shown(path: Path, root: Path) -> str:
 
 
 def overview(console: Console) -> None:
-    """Print how far each chapter is, the minutes left, and what to do next."""
+    """Print how far each chapter is, the minutes left, how near the capstone is, and what to do next."""
+    from minivllm.course import capstone
+
     root = find_root()
     table = Table("chapter", "exercises", "passed", "minutes left", box=None, pad_edge=False)
     records, left, following = Records(root), 0, ""
-    for chapter in chapters(root):
+    for chapter in _road(root):
+        if not chapter.solution_path.exists():
+            minutes = _reading_minutes(chapter)
+            table.add_row(chapter.title, "to read", "", f"({minutes})" if minutes else "")
+            continue
         try:
             states = states_of(chapter, records)
         except MiniVLLMError as error:
@@ -179,15 +198,32 @@ def overview(console: Console) -> None:
         table.add_row(chapter.title, signs, f"{list(states.values()).count(PASSED)} of {len(states)}", str(minutes))
         left += minutes
         following = following or _next(chapter, states)
-    if not table.rows:
+    if not chapters(root):
         raise CourseNotFoundError(f"There are no chapters in {root / 'solutions'}.")
     console.print(table)
     console.print(
         "\n✓ passed  ✗ failed  · not attempted  ? not checked  – not runnable here", style="dim", highlight=False
     )
     console.print(f"{left} minutes left." if left or following else "All exercises have passed.", highlight=False)
+    try:
+        standing, is_next = capstone.standing(root)
+    except MiniVLLMError:  # the table says of which chapter
+        standing, is_next = "", False
+    if standing:
+        how = "" if is_next or standing == "passed" else " `minivllm check capstone` runs all of them as one engine."
+        console.print(f"The goal, the engine that you wrote: {standing}.{how}", highlight=False)
+    if is_next:
+        following = "minivllm check capstone, which runs all that you wrote as one engine."
     if following:
         console.print(Text(f"Next: {following}"))
+
+
+def _road(root: Path) -> list[Chapter]:
+    """All chapters: those with exercises, and the notebooks that are only read."""
+    pages = [Chapter(root, path.stem) for path in (root / "notebooks").glob("[0-9][0-9]_*.ipynb")]
+    numbers = {chapter.number for chapter in chapters(root)}
+    own = [page for page in pages if page.number not in numbers and "-" not in page.name]
+    return sorted([*chapters(root), *own], key=lambda chapter: chapter.name)
 
 
 def states_of(chapter: Chapter, records: Records) -> dict[str, str]:

@@ -24,6 +24,9 @@ PASSED, FAILED, NOT_ATTEMPTED, NOT_RUNNABLE = "passed", "failed", "not attempted
 #: Seconds that a cell may take, and those that it has to end when it is interrupted.
 CELL_TIMEOUT, GRACE = 120.0, 5.0
 MAX_OUTPUT = 100_000
+#: Mistakes of the file, not of the answer: none of the hints is about them.
+NOT_ABOUT_THE_ANSWER = ("syntax-error", "answer-missing", "process-ended", "no-verdict")
+_HINTS = "The hints are in the notebook, under the statement of the exercise."
 _ANSI = re.compile(r"\x1b\[[\d;]*m")
 
 
@@ -36,6 +39,11 @@ class Verdict:
     name: str = ""
     message: str = ""
     notes: tuple[str, ...] = ()
+
+    @property
+    def hinted(self) -> bool:
+        """Whether one of the exercise's hints may help."""
+        return self.state == FAILED and self.name not in NOT_ABOUT_THE_ANSWER
 
     @property
     def headline(self) -> str:
@@ -168,7 +176,8 @@ def verdicts(
             judged = ids is None or group.id in ids
             if not judged or group.broken or group.untouched:
                 if judged and group.broken:
-                    yield Verdict(group.id, FAILED, *group.broken, tuple(group.notes))
+                    name, why = group.broken
+                    yield Verdict(group.id, FAILED, name, f"{why}\n{_HINTS}", tuple(group.notes))
                 elif judged:
                     yield Verdict(group.id, NOT_ATTEMPTED, notes=tuple(group.notes))
                 waiting, earlier = waiting + theirs, earlier + theirs
@@ -181,6 +190,8 @@ def verdicts(
             if not ended:
                 verdict, ended = _run(kernel, replace(group, cells=[*waiting, *group.cells]), timeout, notes)
             yield replace(verdict, id=group.id)
+            if verdict.state != PASSED:
+                notes = ()  # what is to be known of the cells before the first exercise is said once
             waiting = []
             if ended:
                 kernel.close()
@@ -198,6 +209,7 @@ _WHAT = {"answer": "your answer", "own": "a cell of yours", "check": "its check"
 def _run(kernel: Kernel, group: Group, timeout: float, notes: tuple[str, ...] = ()) -> tuple[Verdict, bool]:
     """(the verdict on a group, whether the kernel has ended). What the learner's own cells do decides nothing."""
     verdict, trouble, warnings = Verdict(group.id, FAILED, "no-verdict", "Its check did not run."), None, list(notes)
+    given: list[str] = []  # what given cells raised: noise once a check has said what is wrong
     for cell in group.cells:
         if cell.kind == "check":
             taken = kernel.execute(_hidden("restore", names_in(cell.source))).printed.split()
@@ -206,6 +218,8 @@ def _run(kernel: Kernel, group: Group, timeout: float, notes: tuple[str, ...] = 
         if result.timed_out or result.ended:
             why = result.ended or f"it still ran after {timeout:g} seconds, and was interrupted"
             what = f"While {_WHAT[cell.kind]} ran: {why}."
+            if not result.timed_out:
+                what += f"\n{_what_to_do(why)}"
             if cell.kind != "own":
                 verdict = Verdict(group.id, FAILED, "endless" if result.timed_out else "process-ended", what)
             elif result.ended and verdict.name == "no-verdict":
@@ -221,12 +235,31 @@ def _run(kernel: Kernel, group: Group, timeout: float, notes: tuple[str, ...] = 
         elif result.error and cell.kind == "answer":
             trouble = trouble or result
         elif result.error:
-            warnings.append(f"{_WHAT[cell.kind].capitalize()} raises {_error(result)}")
+            said = f"{_WHAT[cell.kind].capitalize()} raises {_error(result)}"
+            (given if cell.kind == "given" else warnings).append(said)
+    if verdict.name == "no-verdict" or verdict.message.startswith(_BROKEN):
+        warnings += given
     return replace(verdict, notes=(*group.notes, *(warnings if verdict.state != PASSED else ()))), False
+
+
+def _what_to_do(why: str) -> str:
+    """About a process that has ended."""
+    if "exit()" in why:
+        return f"Take that call out, and check again. {_HINTS}"
+    return (
+        "A process ends without an error when a kernel writes beyond a tensor (does each store have a mask?), or when "
+        f"memory runs out. Try it on smaller inputs. {_HINTS}"
+    )
+
+
+_BROKEN = "The check raises"
 
 
 def _judge(group: Group, result: Result, trouble: Result | None) -> Verdict:
     """The verdict by what the check did. trouble: what the answer's cell raised."""
+    if trouble is not None and trouble.error[0] in ("SyntaxError", "IndentationError", "TabError"):
+        what = f"Python cannot read the cell of your answer, so nothing of it ran. It raises {_error(trouble)}"
+        return Verdict(group.id, FAILED, "syntax-error", f"{what}\nMend that line, and check again. {_HINTS}")
     if trouble is not None:
         return Verdict(group.id, FAILED, "raised", f"The cell of your answer raises {_error(trouble)}")
     if result.error is None:
@@ -240,7 +273,7 @@ def _judge(group: Group, result: Result, trouble: Result | None) -> Verdict:
         return Verdict(group.id, FAILED, name, message)
     if kind in ("NotAttempted", "NotRunnableHere"):
         return Verdict(group.id, {"NotAttempted": NOT_ATTEMPTED, "NotRunnableHere": NOT_RUNNABLE}[kind], message=text)
-    return Verdict(group.id, FAILED, "raised", f"The check raises {_error(result)}")
+    return Verdict(group.id, FAILED, "raised", f"{_BROKEN} {_error(result)}")
 
 
 def _error(result: Result) -> str:

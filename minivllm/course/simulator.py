@@ -11,7 +11,7 @@ request by request. The result brings a `minivllm.engine.trace.Trace`, the recor
     print(run.summary())
 
 Left out: prefix caching, sampling, and the CPU's own time. When a request ends is known to the simulator alone: the
-scheduler sees an end-of-sequence token, as it does in the engine.
+scheduler sees an end-of-sequence token, as it does in the engine. Taught in notebooks/05_scheduler.ipynb.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Its tensors take PyTorch's operations. Each operation is *launched*: the CPU goe
 the simulated clock reaches it, on what lies in memory then. `gpu.graph` records what is launched, and `replay` launches
 all of it together, at the same addresses. What CUDA forbids raises CUDA's error; what CUDA lets pass silently (a buffer
 overwritten too early, a result read too early, a Python number baked into a recording) passes silently here too, and
-gives wrong numbers.
+gives wrong numbers. Taught in notebooks/08_cuda_graphs.ipynb.
 
     gpu = SimulatedGPU()
     x, graph = gpu.zeros(3), gpu.CUDAGraph()

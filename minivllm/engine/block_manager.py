@@ -2,7 +2,7 @@
 
 The KV cache is an array of blocks of `block_size` tokens. A sequence's `block_table` lists its blocks in order, so
 its token at position p lies in ``block_table[p // block_size]`` at offset ``p % block_size``
-(PagedAttention: Kwon et al., 2023, arXiv 2309.06180).
+(PagedAttention: Kwon et al., 2023, arXiv 2309.06180). Taught in notebooks/04_block_manager.ipynb.
 
 A block is in one of three states:
 

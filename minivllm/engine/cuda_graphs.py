@@ -6,7 +6,7 @@ step to step lies in tensors that stay (`DecodeState`): block tables, positions,
 advances them itself, and the CPU sends only which slots run, and blocks that are new.
 
 A batch is padded to the next recorded size. A padded row stands for the spare slot: its context is 0 tokens long and
-its K and V are written nowhere (slot_mapping -1), so it can harm nobody.
+its K and V are written nowhere (slot_mapping -1), so it can harm nobody. Taught in notebooks/08_cuda_graphs.ipynb.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ For a loop of one's own::
         for output in engine.step():           # one forward pass for everything that is running
             print(output.request_id, output.outputs[0].text)
 
-Not safe for use from several threads at once.
+Not safe for use from several threads at once. Taught in notebooks/07_engine.ipynb.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The model runner: owns the model, the KV cache and the per-slot state, and turns a planned step into tokens."""
+"""The model runner: owns the model, the KV cache and the per-slot state, and turns a planned step into tokens.
+
+Taught in notebooks/07_engine.ipynb."""
 
 from __future__ import annotations
 
@@ -75,7 +77,7 @@ class ModelRunner:
             self.sampler = Sampler(config.max_num_seqs, model_config.vocab_size, kernels, self.device)
             self.num_kv_blocks = min(group.exchange(config.num_kv_blocks or self._default_num_kv_blocks()))
             self.kv_caches = self._allocate_kv_caches(self.num_kv_blocks)
-            self.graphs = None if config.enforce_eager else self._capture_graphs()
+            self.graphs = None if config.enforce_eager else self._capture_graphs(graph_sizes(config.max_num_seqs))
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(
                 f"The {self.device.type} has too little memory to start: lower num_kv_blocks, gpu_memory_utilization, "
@@ -138,10 +140,9 @@ class ModelRunner:
         return token_ids, hidden
 
     @torch.inference_mode()
-    def _capture_graphs(self) -> DecodeGraphs:
-        sizes, num_slots = graph_sizes(self.config.max_num_seqs), self.config.max_num_seqs
+    def _capture_graphs(self, sizes: list[int]) -> DecodeGraphs:
         try:
-            return DecodeGraphs(self._decode_step, sizes, num_slots, self.device)
+            return DecodeGraphs(self._decode_step, sizes, self.config.max_num_seqs, self.device)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -253,18 +254,22 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _measure_free_memory(self) -> float:
-        """Bytes left for the cache after the largest step that the budget allows has shown its peak."""
+        """Bytes left for the cache after the largest step that the budget allows and a graph have shown their peaks."""
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         self._run_largest_step()
         torch.cuda.synchronize(self.device)
         activations = torch.cuda.max_memory_allocated(self.device) - before
+        recorded = 0
         if not self.config.enforce_eager:
-            activations *= 2  # recorded graphs keep a pool of their own, no larger than the largest step
+            # All sizes share one pool: the largest takes what all take (on an H200 104 MiB, one size or nineteen).
+            self.kv_caches = self._allocate_kv_caches(1)
+            recorded = self._capture_graphs([self.config.max_num_seqs]).memory_bytes
+            self.kv_caches = []
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
-        return total * self.config.gpu_memory_utilization - (total - free) - activations
+        return total * self.config.gpu_memory_utilization - (total - free) - activations - recorded
 
     def _run_largest_step(self) -> None:
         """A full token budget over as many sequences as may run, writing nowhere and reading one block."""

@@ -1,4 +1,4 @@
-"""From logits to tokens, for the whole batch at once.
+"""From logits to tokens, for the whole batch at once. Taught in notebooks/07_engine.ipynb.
 
 Order, as in vLLM: log-probabilities of the raw logits; logit_bias and min_tokens; penalties; then the kernel `sample`:
 temperature, top-k, top-p, min-p, and one keyed uniform number a row inverted through what is left.

@@ -1,6 +1,7 @@
 """A record of what the engine did at each step, for pictures and for questions afterwards. Plain data, saved as JSON.
 
 The engine only appends records; whoever draws them (minivllm.viz) reads them. With ``trace=False`` none is made.
+Taught in notebooks/11_using_minivllm.ipynb.
 """
 
 import dataclasses

@@ -6,7 +6,7 @@ the keys by tiles of BLOCK_N with a running maximum, sum and output (`online_sof
 query i of q_len sits at position ``context - q_len + i`` and sees the keys up to there; so a whole prompt, a chunk of
 one and the rest after a prefix hit are one case. Keys below every query of the tile need no mask, keys above all of
 them are never visited, and only the tiles on the diagonal are masked. ``exp(x) = exp2(x · log2 e)``, the constant
-folded into scale.
+folded into scale. Taught in notebooks/02_flash_attention.ipynb.
 
 Cost of a prompt of n tokens, a head: 4·D·n²/2 FLOPs (two matmuls, half of each above the diagonal) against 4·n·D
 numbers, so arithmetic is the floor from a few hundred tokens on: 16 heads of 128, n = 4096: 69 GFLOP, 0.1 ms at 680
@@ -30,11 +30,12 @@ def _attend_tile(
     """One step of the online softmax, over keys first ... first + BLOCK_N - 1."""
     columns = tl.arange(0, BLOCK_D)
     tokens = first + tl.arange(0, BLOCK_N)
-    rows = cache_rows(table_ptr, first, context, kv_head, KH, D, BLOCK_SIZE, BLOCK_N)[:, None] + columns[None, :]
+    base, offsets = cache_rows(table_ptr, first, context, kv_head, KH, D, BLOCK_SIZE, BLOCK_N)
+    offsets = offsets[:, None] + columns[None, :]
     inside = (columns < D)[None, :]
     if MASKED:  # beyond the context lies anything, NaN too, and 0 · NaN is NaN: it must be read as 0
         inside = inside & (tokens < context)[:, None]
-    key = tl.load(k_cache_ptr + rows, mask=inside, other=0.0)
+    key = tl.load(k_cache_ptr + base + offsets, mask=inside, other=0.0)
     scores = tl.dot(query, tl.trans(key), input_precision="ieee")
     if MASKED:
         scores = tl.where(tokens[None, :] <= positions[:, None], scores, float("-inf"))
@@ -45,7 +46,7 @@ def _attend_tile(
     rescale = tl.exp2(row_max - finite_max)
     weights = tl.exp2(scores * scale_log2 - finite_max[:, None])  # one fused multiply-add a score
     row_sum = row_sum * rescale + tl.sum(weights, axis=1)
-    value = tl.load(v_cache_ptr + rows, mask=inside, other=0.0)
+    value = tl.load(v_cache_ptr + base + offsets, mask=inside, other=0.0)
     acc = tl.dot(weights.to(value.dtype), value, acc * rescale[:, None], input_precision="ieee")
     return acc, new_max, row_sum
 
@@ -57,10 +58,10 @@ def _prefill_kernel(
     H: tl.constexpr, KH: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of queries, head, sequence). The grid suits the longest query; tiles beyond others end at once."""
+    """Program (head, tile of queries, sequence). The grid suits the longest query; tiles beyond others end at once."""
+    head = tl.program_id(0)
     # The last tile has the most keys: it starts first, so that no long program is left for the end.
-    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
-    head = tl.program_id(1)
+    first_row = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
     sequence = tl.program_id(2).to(tl.int64)
     start = tl.load(query_start_loc_ptr + sequence)
     query_len = tl.load(query_start_loc_ptr + sequence + 1) - start
@@ -103,7 +104,7 @@ def _tiles(row_bytes: int, max_query_len: int, max_seq_len: int) -> tuple[int, i
         return 16, 64, 4, 4
     if max_query_len <= 256:
         return 64, 32, 4, 5
-    return (64, 64, 4, 5) if max_seq_len <= 2048 else (128, 64, 8, 5)
+    return (64, 64, 4, 5) if max_seq_len <= 8192 else (128, 64, 8, 5)
 
 
 def prefill_attention(
@@ -124,7 +125,7 @@ def prefill_attention(
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     block_m, block_n, warps, stages = _tiles(dim * query.element_size(), max_query_len, max_seq_len)
     if tokens:
-        _prefill_kernel[(triton.cdiv(max_query_len, block_m), heads, len(seq_lens))](
+        _prefill_kernel[(heads, triton.cdiv(max_query_len, block_m), len(seq_lens))](
             out, query, k_cache, v_cache, block_table, query_start_loc, seq_lens, scale * math.log2(math.e),
             query.stride(0), block_table.stride(0), H=heads, KH=num_kv_heads, D=dim,
             BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_SIZE=block_size, BLOCK_M=block_m, BLOCK_N=block_n,

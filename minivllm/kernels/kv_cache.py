@@ -5,7 +5,7 @@ offset ``p % block_size``; its *slot* is ``block · block_size + offset``. Heads
 attention program reads of a block, one head's ``[block_size, D]``, is one contiguous piece.
 
 Cost of storing with e bytes a number: 4·T·KH·D·e bytes (K and V, read and written), no arithmetic: bandwidth. A token
-of Qwen3-0.6B's shape in bf16 is 4 kB a layer.
+of Qwen3-0.6B's shape in bf16 is 4 kB a layer. Taught in notebooks/03_paged_kv_cache.ipynb.
 """
 
 import torch
@@ -19,16 +19,20 @@ def cache_rows(
     table_ptr, first, context, kv_head,
     KH: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Where in a cache the rows of tokens first ... first + BLOCK_N - 1 of one sequence begin, ``[BLOCK_N]`` int64.
+    """Where in a cache the rows of tokens first ... first + BLOCK_N - 1 begin: a base, and offsets [BLOCK_N] from it.
 
     first is a multiple of BLOCK_N. The table's entries beyond the context are never read: they may be anything.
     """
-    tokens = first + tl.arange(0, BLOCK_N)
-    if BLOCK_SIZE % BLOCK_N == 0:  # the tile lies within one block: one look-up
+    base = kv_head.to(tl.int64) * BLOCK_SIZE * D
+    if BLOCK_SIZE % BLOCK_N == 0:  # the tile lies within one block: one look-up, and every tile has the same offsets
         block = tl.load(table_ptr + first // BLOCK_SIZE).to(tl.int64)
+        base += (block * KH * BLOCK_SIZE + first % BLOCK_SIZE) * D
+        offsets = tl.arange(0, BLOCK_N) * D
     else:
+        tokens = first + tl.arange(0, BLOCK_N)
         block = tl.load(table_ptr + tokens // BLOCK_SIZE, mask=tokens < context, other=0).to(tl.int64)
-    return ((block * KH + kv_head) * BLOCK_SIZE + tokens % BLOCK_SIZE) * D
+        offsets = (block * KH * BLOCK_SIZE + tokens % BLOCK_SIZE) * D
+    return base, offsets
 
 
 def check_attention(name: str, query: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor):

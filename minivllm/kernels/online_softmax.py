@@ -4,7 +4,7 @@ Going through a row tile by tile, keep the maximum m so far and the sum l of ``e
 gives ``M = max(m, m')`` and ``l <- l·exp(m - M) + sum(exp(tile - M))``: what was summed under the old maximum is
 rescaled, never summed again. FlashAttention rescales its output by the same factor, and split-KV decoding needs it once
 more: the parts of a context give (out_s, lse_s) with ``lse = m + log(l)``, and then ``out = sum(exp(lse_s -
-LSE)·out_s)`` with ``LSE = logsumexp(lse_s)``.
+LSE)·out_s)`` with ``LSE = logsumexp(lse_s)``. Taught in notebooks/01_online_softmax.ipynb.
 
 Cost of softmax over [T, N], e bytes a number: 3·T·N·e bytes (two reads, one write; maximum, sum and result each in a
 pass of their own read thrice) against some 5·T·N FLOPs: bandwidth. Merging reads 4·S·B·H·(D + 1) bytes and writes

@@ -2,7 +2,7 @@
 
 A head is D/2 pairs ``(x[i], x[i + D/2])`` ("rotate half", the neox order), and pair i is turned by the angle ``position
 · base^(-2i/D)``: ``(a, b) -> (a·cos - b·sin, b·cos + a·sin)``. So the dot product of two turned vectors depends on the
-difference of their positions only.
+difference of their positions only. Taught in notebooks/06_qwen3.ipynb.
 
 Cost with e bytes a number: 2·T·(H + KH)·D·e bytes, and 4·D a token of table, against some 10 FLOPs a number: bandwidth.
 The fusion saves the norm's write and the rotation's read, and `qk_norm_rope_store` the key's way into the cache.

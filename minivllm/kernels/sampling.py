@@ -8,6 +8,7 @@ that arithmetic, 71 µs at best; softmax, division by exponentials and argmax in
 
 u comes from Philox4x32-10, a counter-based generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
 3"): a pure function of (seed, position), without a state. So a seeded request draws the same numbers in any batch.
+Taught in notebooks/07_engine.ipynb.
 """
 
 import torch
@@ -101,27 +102,25 @@ def _pick(weights, target, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_tiles"])
 def _tile_sums_kernel(
-    tile_max_ptr, tile_argmax_ptr, tile_sum_ptr, logits_ptr, temperature_ptr, row_stride, V, num_tiles,
-    TILE: tl.constexpr,
+    tile_max_ptr, tile_sum_ptr, logits_ptr, temperature_ptr, row_stride, V, num_tiles, TILE: tl.constexpr
 ):  # fmt: skip
-    """Program (row, tile): maximum, where it is, and the sum of ``exp((logit - tile's maximum) / temperature)``."""
+    """Program (row, tile): the maximum, and the sum of ``exp((logit - tile's maximum) / temperature)``."""
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     tokens = tile * TILE + tl.arange(0, TILE)
     logits = tl.load(logits_ptr + row * row_stride + tokens, mask=tokens < V, other=float("-inf")).to(tl.float32)
     temperature = tl.load(temperature_ptr + row)
     temperature = tl.where(temperature == 0.0, 1.0, temperature)
-    tile_max, tile_argmax = tl.max(logits, axis=0, return_indices=True)  # the first among equals
+    tile_max = tl.max(logits, axis=0)
     finite_max = tl.where(tile_max == float("-inf"), 0.0, tile_max)
-    tile_sum = tl.sum(tl.exp((logits - finite_max) / temperature), axis=0)
+    tile_sum = tl.sum(tl.exp((logits - finite_max) * (1.0 / temperature)), axis=0)  # a division a row, not an entry
     tl.store(tile_max_ptr + row * num_tiles + tile, tile_max)
-    tl.store(tile_argmax_ptr + row * num_tiles + tile, tile * TILE + tile_argmax)
     tl.store(tile_sum_ptr + row * num_tiles + tile, tile_sum)
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
 def _choose_kernel(
-    out_ptr, tile_max_ptr, tile_argmax_ptr, tile_sum_ptr, logits_ptr, temperature_ptr, seeds_ptr, positions_ptr,
+    out_ptr, tile_max_ptr, tile_sum_ptr, logits_ptr, temperature_ptr, seeds_ptr, positions_ptr,
     row_stride, V, num_tiles, TILE: tl.constexpr, BLOCK_TILES: tl.constexpr,
 ):  # fmt: skip
     """One program a row: the tile first, then the token in it."""
@@ -132,19 +131,20 @@ def _choose_kernel(
     tile_sum = tl.load(tile_sum_ptr + row * num_tiles + tiles, mask=there, other=0.0)
     temperature = tl.load(temperature_ptr + row)
     row_max = tl.max(tile_max, axis=0)
-    if temperature == 0.0:
-        best = tl.min(tl.where(there & (tile_max == row_max), tiles, BLOCK_TILES), axis=0)
-        best = tl.where(best < num_tiles, best, 0)
-        token = tl.load(tile_argmax_ptr + row * num_tiles + best)
-    else:
-        weights = tile_sum * tl.exp((tile_max - row_max) / temperature)
-        target = uniform(tl.load(seeds_ptr + row), tl.load(positions_ptr + row)) * tl.sum(weights, axis=0)
-        tile, target = _pick(weights, target, BLOCK_TILES)
-        tokens = tile * TILE + tl.arange(0, TILE)
-        logits = tl.load(logits_ptr + row * row_stride + tokens, mask=tokens < V, other=float("-inf")).to(tl.float32)
-        choice, _ = _pick(tl.exp((logits - row_max) / temperature), target, TILE)
-        token = tile * TILE + choice
-    tl.store(out_ptr + row, token.to(tl.int64))
+    # Greedy: all the weight lies on what equals the maximum, and a target of 0 finds the first of it.
+    greedy = temperature == 0.0
+    temperature = tl.where(greedy, 1.0, temperature)
+    weights = tile_sum * tl.exp((tile_max - row_max) / temperature)
+    weights = tl.where(there, tl.where(greedy, (tile_max == row_max).to(tl.float32), weights), 0.0)
+    number = uniform(tl.load(seeds_ptr + row), tl.load(positions_ptr + row))
+    target = tl.where(greedy, 0.0, number * tl.sum(weights, axis=0))
+    tile, target = _pick(weights, target, BLOCK_TILES)
+    tokens = tile * TILE + tl.arange(0, TILE)
+    logits = tl.load(logits_ptr + row * row_stride + tokens, mask=tokens < V, other=float("-inf")).to(tl.float32)
+    weights = tl.exp((logits - row_max) / temperature)
+    weights = tl.where(greedy, (logits == row_max).to(tl.float32), weights)
+    choice, _ = _pick(weights, target, TILE)
+    tl.store(out_ptr + row, (tile * TILE + choice).to(tl.int64))
 
 
 def sample(
@@ -164,16 +164,14 @@ def sample(
     batch, vocabulary = logits.shape
     num_tiles = triton.cdiv(vocabulary, TILE)
     tile_max, tile_sum = (torch.empty(batch, num_tiles, dtype=torch.float32, device=logits.device) for _ in range(2))
-    tile_argmax = torch.empty(batch, num_tiles, dtype=torch.int32, device=logits.device)
     out = torch.empty(batch, dtype=torch.int64, device=logits.device)
     if batch:
         _tile_sums_kernel[(batch, num_tiles)](
-            tile_max, tile_argmax, tile_sum, logits, temperature, logits.stride(0), vocabulary, num_tiles,
-            TILE=TILE, num_warps=8,
+            tile_max, tile_sum, logits, temperature, logits.stride(0), vocabulary, num_tiles, TILE=TILE, num_warps=8
         )  # fmt: skip
         _choose_kernel[(batch,)](
-            out, tile_max, tile_argmax, tile_sum, logits, temperature, seeds, positions, logits.stride(0), vocabulary,
-            num_tiles, TILE=TILE, BLOCK_TILES=triton.next_power_of_2(num_tiles), num_warps=8,
+            out, tile_max, tile_sum, logits, temperature, seeds, positions, logits.stride(0), vocabulary, num_tiles,
+            TILE=TILE, BLOCK_TILES=triton.next_power_of_2(num_tiles), num_warps=8,
         )  # fmt: skip
     return out
 

@@ -1,4 +1,6 @@
-"""Attention over the paged KV cache: read this step's and all earlier keys and values through the block table."""
+"""Attention over the paged KV cache: read this step's and all earlier keys and values through the block table.
+
+Taught in notebooks/03_paged_kv_cache.ipynb."""
 
 import torch
 

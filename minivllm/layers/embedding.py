@@ -1,7 +1,7 @@
 """Token embedding and the output head, which are one matrix in models with tied embeddings.
 
-Each rank has an equal share of the vocabulary. Where it does not divide, rows of zeros fill up the last one.
-"""
+Each rank has an equal share of the vocabulary; where it does not divide, rows of zeros fill up the last one.
+Taught in notebooks/09_tensor_parallel.ipynb."""
 
 import torch
 import torch.nn.functional as F

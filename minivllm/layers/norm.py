@@ -1,4 +1,6 @@
-"""RMSNorm (Zhang and Sennrich, 2019): divide by the root mean square, multiply by a learned weight."""
+"""RMSNorm (Zhang and Sennrich, 2019): divide by the root mean square, multiply by a learned weight.
+
+Taught in notebooks/06_qwen3.ipynb."""
 
 import torch
 from torch import nn

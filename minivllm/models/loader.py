@@ -1,4 +1,6 @@
-"""From a directory or a hub id to a model with its weights. Reads safetensors only: nothing is ever unpickled."""
+"""From a directory or a hub id to a model with its weights. Reads safetensors only: nothing is ever unpickled.
+
+Taught in notebooks/06_qwen3.ipynb."""
 
 import inspect
 import json

@@ -3,6 +3,7 @@
 A block reads the residual stream, normalises, attends, adds; normalises, applies the MLP, adds. The additions are
 fused into the next norm, so `hidden` (what a block has just produced) and `residual` (the stream before it) travel
 together. Module names follow the checkpoint's tensor names; q, k, v and gate, up are fused (layers/linear.py).
+Taught in notebooks/06_qwen3.ipynb.
 """
 
 from collections.abc import Sequence

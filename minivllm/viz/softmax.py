@@ -50,6 +50,8 @@ class SoftmaxReplay:
     labels: tuple[str, ...]
     block: int
     steps: tuple[SoftmaxStep, ...]
+    #: What `scrub` and the captions call the first step.
+    first_step = 1
 
     def pieces(self, step: int) -> list[float]:
         """What each score seen so far contributes to the sum after this step: exp(score - maximum)."""
@@ -82,7 +84,8 @@ def online_softmax(scores: Sequence[float], block: int = 1, labels: Sequence[str
 def draw_online_softmax(replay: SoftmaxReplay, step: int = -1, found: Sequence[float] | None = None) -> Figure:
     """Draw the scores with the running maximum, and below, what the running sum is made of, up to one step.
 
-    step: index into replay.steps, negative from the end; IndexError for one that it lacks. found: sums that another
+    step: index into replay.steps, negative from the end; IndexError for one that it lacks. (The picture counts from 1.)
+    found: sums that another
     function found after each step, marked beside the right ones; NaN is left out. With a slider:
     ``scrub(replay, draw_online_softmax, step=0)``.
     """
@@ -115,15 +118,20 @@ def _draw_scores(ax: Axes, replay: SoftmaxReplay, step: int) -> None:
     room = max(high - low, 1.0)
     base = low - 0.12 * room
     ax.set_ylim(base, high + 0.25 * room)
-    ax.set_title(f"Step {step} of {len(replay.steps) - 1}: scores, as they come", **_BOLD)
+    ax.set_title(f"Step {step + 1} of {len(replay.steps)}: scores, as they come", **_BOLD)
     ax.set_ylabel("score and maximum", fontsize=9.5, color=palette.SOFT_INK)
     ax.spines["bottom"].set_visible(False)
     for i, score in enumerate(replay.scores):
         color = palette.request_color(i) if i < seen else palette.CACHED
         if math.isfinite(score):
             ax.add_patch(Rectangle((i - 0.3, base), 0.6, score - base, facecolor=color, linewidth=0))
-            kind = {"color": palette.INK if i < seen else palette.SOFT_INK, "fontsize": 9, "ha": "center"}
-            ax.text(i, score + 0.02 * room, f"{score:.1f}", va="bottom", **kind)
+            kind = {
+                "color": palette.INK if i < seen else palette.SOFT_INK,
+                "fontsize": 9,
+                "ha": "center",
+                "bbox": _LABEL,
+            }
+            ax.text(i, score + 0.03 * room, f"{score:.1f}", va="bottom", **kind)
     for record in replay.steps[: step + 1]:
         left, right = record.start - 0.5, record.end - 0.5
         if math.isfinite(record.new_max):
@@ -169,7 +177,7 @@ def _mark_found(ax: Axes, replay: SoftmaxReplay, step: int, found: Sequence[floa
     if not wrong:
         return " The crosses, sums found by another function, agree."
     return (
-        f" The crosses, sums found by another function, differ from step {wrong[0]} on: {found[wrong[0]]:.2f}, "
+        f" The crosses, sums found by another function, differ from step {wrong[0] + 1} on: {found[wrong[0]]:.2f}, "
         f"not {replay.steps[wrong[0]].new_sum:.2f}."
     )
 
@@ -189,8 +197,8 @@ def _sentence(replay: SoftmaxReplay, step: int) -> str:
 
 def _replay_alt(replay: SoftmaxReplay, step: int) -> str:
     return (
-        f"Chart: {len(replay.scores)} scores with their running maximum after step {step}, and below it the running "
-        "sum, each column made of one piece a score."
+        f"Chart: {len(replay.scores)} scores with their running maximum after step {step + 1}, and below it the "
+        "running sum, each column made of one piece a score."
     )
 
 
@@ -198,7 +206,7 @@ def _replay_caption(replay: SoftmaxReplay, step: int) -> str:
     done = replay.steps[: step + 1]
     jumps = [f"× {record.rescale:.2f}" for record in done if record.jumped]
     text = (
-        f"Step {step}: {done[-1].end} of {len(replay.scores)} scores seen, maximum {done[-1].new_max:.1f}, "
+        f"Step {step + 1}: {done[-1].end} of {len(replay.scores)} scores seen, maximum {done[-1].new_max:.1f}, "
         f"sum {done[-1].new_sum:.2f}. "
     )
     if not jumps:
@@ -371,9 +379,13 @@ def draw_programs(columns: int, block: int, rows: int | None = None) -> Figure:
     figure.text(0.02, 1 - 0.25 / height, f"Tiles of {block} for {what}", fontsize=12, weight="bold", color=palette.INK)
     masked = (tiles * block - columns) * (1 if rows is None else rows)
     figure.text(0.02, 0.1 / height, "Hatched: lanes that the mask switches off.", fontsize=9.5, color=palette.SOFT_INK)
-    who = f"{lines} programs of one tile" if rows is None else f"{rows} programs, one a row, of {tiles} tiles"
-    alt = f"Picture: {who}, each tile {block} lanes wide, with the offset that each lane works on."
-    describe(figure, alt, f"{who}; {masked} lanes lie beyond the end and are masked.")
+    if rows is None:
+        who, beyond = f"{lines} programs of one tile", f"{masked} lanes lie beyond the end"
+    else:
+        who = f"{rows} programs, one for each row, with {tiles} tiles each"
+        beyond = f"{masked // rows} lanes of each row lie beyond its end"
+    alt = f"Picture: {who}, a tile {block} lanes wide, with the offset that each lane works on."
+    describe(figure, alt, f"{who[0].upper()}{who[1:]}; {beyond} and are masked.")
     return figure  # type: ignore[return-value]
 
 

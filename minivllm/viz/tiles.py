@@ -7,7 +7,7 @@ online softmax of one tile of queries, key tile by key tile (`scrub(replay, draw
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -287,6 +287,8 @@ class TileReplay:
     block_n: int
     steps: tuple[TileStep, ...]
     first_position: int
+    #: What `scrub` and the captions call the first step.
+    first_step = 1
 
 
 def replay_tiles(scores: Any, block_n: int) -> TileReplay:
@@ -317,7 +319,10 @@ def replay_tiles(scores: Any, block_n: int) -> TileReplay:
 
 
 def draw_tile_replay(replay: TileReplay, step: int = -1, ax: Axes | None = None) -> Figure:
-    """Draw the running maximum and sum after one tile of keys; step counts from 0, negative from the end."""
+    """Draw the running maximum and sum after one tile of keys.
+
+    step: index into replay.steps, negative from the end; IndexError for one that it lacks. (The picture counts from 1.)
+    """
     count = len(replay.steps)
     if not -count <= step < count:
         raise IndexError(f"There is no tile {step}: the walk has tiles 0 to {count - 1}.")
@@ -331,7 +336,7 @@ def draw_tile_replay(replay: TileReplay, step: int = -1, ax: Axes | None = None)
     ax.set_xlim(0, WIDTH)
     ax.set_ylim(height, 0)
     ax.set_axis_off()
-    title = f"Tile {step} of {count - 1}: keys {state.first} to {state.last - 1}"
+    title = f"Tile {step + 1} of {count}: keys {state.first} to {state.last - 1}"
     ax.text(left, 0.2, title, fontsize=12, weight="bold", color=palette.INK, va="center")
     _draw_scores(ax, replay, state, left, top, 4.1 / keys, row)
     _draw_state(ax, replay, step, left + 4.1 + 0.3, top, row)
@@ -434,7 +439,7 @@ def _replay_alt(replay: TileReplay) -> str:
 
 def _replay_caption(replay: TileReplay, step: int) -> str:
     state, queries = replay.steps[step], len(replay.scores)
-    text = f"Tile {step} of {len(replay.steps) - 1}, keys {state.first} to {state.last - 1}: "
+    text = f"Tile {step + 1} of {len(replay.steps)}, keys {state.first} to {state.last - 1}: "
     if step == 0:
         text += f"all {queries} queries get their first maximum and sum."
     else:
@@ -541,3 +546,55 @@ def draw_attention_memory(
         f"together, at {lengths[-1]:,} tokens {scores[-1] / others[-1]:,.0f} times.{full}",
     )
     return figure
+
+
+# --- what a tile takes of a multiprocessor ----------------------------------------------------------------------------
+
+
+def draw_tile_room(tiles: Mapping[str, tuple[float, float]], registers: float, shared_kib: float) -> Figure:
+    """Draw what tiles take of a multiprocessor: name -> (registers of a thread, KiB of shared memory).
+
+    registers, shared_kib: the most that there is; what goes beyond is hatched.
+    """
+    names, limits = list(tiles), {"registers of a thread": registers, "KiB of shared memory": shared_kib}
+    height = 1.05 + 0.34 * len(names)
+    figure, ax = prepare(None, height)
+    ax.set_axis_off()
+    lacks: dict[str, list[str]] = {name: [] for name in names}
+    for index, (what, limit) in enumerate(limits.items()):
+        ax = figure.add_axes((0.26 + 0.33 * index, 0.08 / height, 0.27, 0.34 * len(names) / height))
+        _draw_room(ax, what, limit, numbers := [tiles[name][index] for name in names])
+        for line, (name, number) in enumerate(zip(names, numbers, strict=True)):
+            lacks[name] += [what.split(" of ")[index]] * (number > limit)
+            if index == 0:
+                style = {"fontsize": 9.5, "color": palette.INK, "ha": "right", "va": "center"}
+                ax.text(-0.04 * ax.get_xlim()[1], line, name, **style)
+    title = "What a tile takes of a multiprocessor, and what there is"
+    figure.text(0.02, 1 - 0.25 / height, title, fontsize=12, weight="bold", color=palette.INK)
+    for line, missing in enumerate(lacks.values()):
+        style = {"color": _GONE, "weight": "bold"} if missing else {"color": palette.INK}
+        y = (0.08 + 0.34 * (len(names) - line - 0.5)) / height
+        figure.text(0.9, y, "too large" if missing else "fits", fontsize=9.5, va="center", **style)
+    said = [f"{name}: " + (f"too much {' and '.join(m)}" if m else "fits") for name, m in lacks.items()]
+    alt = f"Chart: registers and shared memory that {len(names)} tiles take, beside what a multiprocessor has of each."
+    describe(figure, alt, f"{'; '.join(said).replace('too much registers', 'too many registers')}.")
+    return figure  # type: ignore[return-value]
+
+
+def _draw_room(ax: Axes, what: str, limit: float, numbers: Sequence[float]) -> None:
+    """A bar for each number, hatched beyond the limit."""
+    ax.set_xlim(0, 1.05 * max(limit, *numbers))
+    ax.set_ylim(len(numbers) - 0.5, -0.5)
+    ax.set_axis_off()
+    for line, number in enumerate(numbers):
+        ax.add_patch(Rectangle((0, line - 0.32), min(number, limit), 0.64, facecolor=palette.USED, linewidth=0))
+        if number > limit:
+            style = {"facecolor": palette.PAPER, "edgecolor": _GONE, "hatch": "/////", "linewidth": 1.0}
+            ax.add_patch(Rectangle((limit, line - 0.32), number - limit, 0.64, **style))
+        inside = {"color": palette.text_on(palette.USED), "fontsize": 9.5, "va": "center", "weight": "bold"}
+        ax.text(
+            0.02 * ax.get_xlim()[1], line, f"{number:.0f}" + (f" > {limit:.0f}" if number > limit else ""), **inside
+        )
+    ax.axvline(limit, color=_GONE, linewidth=1.6)
+    ax.text(0, -1.25, what, fontsize=9.5, color=palette.INK, va="bottom")
+    ax.text(limit, -0.6, f"{limit:.0f}", fontsize=9.5, color=_GONE, ha="center", va="bottom", weight="bold")

@@ -26,6 +26,7 @@ class Scrubber:
 
     def __init__(self, trace: Trace, draw: Callable[..., Figure], step: int) -> None:
         self.trace, self.draw, self.step = trace, draw, step
+        self._first: int = getattr(trace, "first_step", 0)  # an engine counts its steps from 0, a lesson from 1
         self.figure = lru_cache(maxsize=256)(lambda step: draw(trace, step=step))
         self.png = lru_cache(maxsize=256)(lambda step: self.figure(step).to_png())
 
@@ -36,16 +37,16 @@ class Scrubber:
         width = {"width": "100%", "max_width": "900px"}
         image = ipywidgets.Image(format="png", layout=width)
         caption = ipywidgets.HTML()
-        last = len(self.trace.steps) - 1
-        slider = ipywidgets.IntSlider(self.step, 0, last, description="step", layout={"width": "420px"})
-        play = ipywidgets.Play(value=self.step, min=0, max=last, interval=400)
+        first, last = self._first, self._first + len(self.trace.steps) - 1
+        slider = ipywidgets.IntSlider(first + self.step, first, last, description="step", layout={"width": "420px"})
+        play = ipywidgets.Play(value=first + self.step, min=first, max=last, interval=400)
         ipywidgets.jslink((play, "value"), (slider, "value"))
 
         def update(step: int) -> None:
             image.value = self.png(step)
             caption.value = f"<em>{self.figure(step).caption}</em>"
 
-        slider.observe(lambda change: update(change["new"]), "value")
+        slider.observe(lambda change: update(change["new"] - first), "value")
         update(self.step)
         return ipywidgets.VBox([ipywidgets.HBox([play, slider]), image, caption])
 
@@ -57,7 +58,7 @@ class Scrubber:
         except ImportError:
             logger.warning("ipywidgets is not installed, so the picture stands still: pip install ipywidgets")
         data["text/plain"] = f"{figure.alt} {figure.caption}"
-        show(data, metadata, STILL.format(self.step))
+        show(data, metadata, STILL.format(self._first + self.step))
 
 
 def scrub(trace: Trace, draw: Callable[..., Figure] = draw_block_table, step: int | None = None) -> Scrubber:

@@ -31,6 +31,7 @@ from minivllm.course.chapters import (
     read,
     role,
 )
+from minivllm.course.checking import find
 from minivllm.course.stubs import defined_names, exercises_of, make_exercises, require_published, stub_source
 
 SECTION = re.compile(r"^# %% (\d\d\.\d+) ([a-z0-9-]+): *(.+)$", re.MULTILINE)
@@ -158,6 +159,14 @@ def test_wrong_answers_are_named(chapter: Chapter, wrong: Wrong) -> None:
         assert result["raised"] == "Mistake", f"{wrong.why}: {result}"
         assert result["name"] == wrong.name, result
         assert len(result["message"].splitlines()) >= 2, f"say what is wrong: {result['message']}"
+
+
+def test_hints_belong_to_mistakes_that_are_shown(chapter: Chapter) -> None:
+    shown = {(wrong.id, wrong.name) for wrong in wrong_answers(chapter)}
+    for statement in chapter.statements:
+        for name, number in find(statement.id).hints.items():
+            assert 1 <= number <= len(statement.hints), f"{statement.id} has no hint {number}"
+            assert (statement.id, name) in shown, f"{statement.id}: no wrong answer is called {name}"
 
 
 def test_enough_wrong_answers(chapter: Chapter) -> None:

@@ -25,6 +25,7 @@ from minivllm.course.checking import (
     difference,
     engine_agrees,
     exercise,
+    expect_all,
     expect_own_work,
     expect_triton,
     guard,
@@ -67,6 +68,10 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     def check_elsewhere(answer: Any) -> str:
         raise NotRunnableHere("no GPU")
 
+    @exercise("98.3", "Predict", hints={"too-few": 2})
+    def check_numbers(blocks: int, tokens: int, rest: Any = None) -> str:
+        raise Mistake("too-few", f"{blocks} and {tokens}")
+
 
 # --- check ------------------------------------------------------------------------------------------------------------
 
@@ -82,9 +87,10 @@ def test_check_prints_one_line(capsys: pytest.CaptureFixture) -> None:
         ("98.1", lambda x: 2, Mistake, "wrong-values\n1 of 2 cases differ, this is the smallest. With x = 3: got 2"),
         ("98.1", stub, NotAttempted, "98.1: still to write: stub."),
         ("98.1", ..., NotAttempted, "still `...`"),
-        ("98.1", [1, {"a": ...}], NotAttempted, "still `...`"),
+        ("98.1", [1, {"a": ...}], NotAttempted, "98.1: still to write: the value of [1]['a'] (still `...`)."),
+        ("98.3", {"a": 3, "b": ...}, NotAttempted, "98.3: still to write: blocks['b'] (still `...`)."),
         ("98.1", Half, NotAttempted, "98.1: still to write: Half.late, Half.later."),
-        ("98.1", lambda x: stub(x), NotAttempted, "calls a part that is still to write"),
+        ("98.1", lambda x: stub(x), NotAttempted, "98.1: your code calls stub, which is still to write."),
         ("98.1", None, Mistake, "raised"),
         ("98.1", lambda: 1, Mistake, "raised\n"),
         ("98.1", lambda x: {}[x], Mistake, "Your code raised KeyError: 1\nin <lambda>, line"),
@@ -97,6 +103,18 @@ def test_check_raises_what_it_found(id: str, answer: Any, kind: type, said: str)
         check(id, answer)
     assert said in str(caught.value)
     assert caught.value._render_traceback_() == [f"{kind.__name__}: {caught.value}"]
+
+
+def test_values_that_are_missing_are_named() -> None:
+    with pytest.raises(NotAttempted, match=r"98\.3: still to write: tokens \(still `\.\.\.`\), rest \(still"):
+        check("98.3", 3, ..., rest=...)
+    with pytest.raises(Mistake, match="3 and 4"):
+        check("98.3", 3, 4)
+
+
+def test_hints_may_belong_to_mistakes() -> None:
+    assert checking.find("98.1").hints == {}
+    assert checking.find("98.3").hints == {"too-few": 2}
 
 
 @pytest.mark.parametrize(
@@ -210,7 +228,8 @@ def test_what_is_written_counts_where_it_may() -> None:
 
     cases = [(guarded(3), torch.arange(3.0))]
     assert diagnose(lambda out, x: out.copy_(x), cases, store, writes=[0]) == 1
-    with pytest.raises(Mistake, match="out: 3 of 3 numbers differ"):
+    said = r"With out = float32 \[3\] \(to be written\), x = .*: out: 3 of 3 numbers differ"
+    with pytest.raises(Mistake, match=said):
         diagnose(lambda out, x: None, cases, store, writes=[0])
 
     def too_far(out: torch.Tensor, x: torch.Tensor) -> None:
@@ -220,6 +239,26 @@ def test_what_is_written_counts_where_it_may() -> None:
     with pytest.raises(Mistake) as caught:
         diagnose(too_far, cases, store, writes=[0])
     assert caught.value.name == "out-of-bounds-write"
+    assert "wrote outside of out," in caught.value.message
+
+
+def test_what_a_check_says_while_it_runs_the_answer_is_passed_on() -> None:
+    def watched(x: torch.Tensor) -> torch.Tensor:
+        raise Mistake("read-twice", f"{len(x)} numbers")
+
+    with pytest.raises(Mistake, match="1 numbers") as caught:
+        diagnose(watched, CASES, right, {"other": ("?", watched)})
+    assert caught.value.name == "read-twice"
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    def says(name: str) -> Callable[[], None]:
+        return lambda: checking.expect(name == "right", name, f"because {name}")
+
+    expect_all(says("right"), says("right"))
+    with pytest.raises(Mistake, match=r"because one\nbecause two$") as caught:
+        expect_all(says("right"), says("one"), says("two"))
+    assert caught.value.name == "one"
 
 
 def test_a_bug_of_the_check_is_not_the_learners() -> None:
@@ -240,6 +279,11 @@ def test_a_bug_of_the_check_is_not_the_learners() -> None:
 )  # fmt: skip
 def test_differences(got: Any, expected: Any, name: str | None) -> None:
     assert (difference(got, expected) or (None,))[0] == name
+
+
+def test_keys_that_differ_are_named() -> None:
+    assert difference({"a": 1, "b": 1}, {"b": 1, "c": 1})[1] == "the keys differ (missing: 'c'; not asked for: 'a')"
+    assert difference({"w": torch.zeros(1)}, {"w": torch.ones(1)})[1].startswith("w: 1 of 1 numbers differ")
 
 
 def test_values_are_shown_in_a_line() -> None:

@@ -234,8 +234,8 @@ def test_half_an_answer_is_not_attempted(chapter: Chapter, learner: Learner) -> 
     path = learner(lambda notebook: demo.fill_in(notebook, answer_1=half, answer_3="blocks = 4\ntokens = ..."))
     found = judge(chapter, path)
     assert states(found) == {"99.1": NOT_ATTEMPTED, "99.2": PASSED, "99.3": NOT_ATTEMPTED}
-    assert "calls a part that is still to write" in found["99.1"].message
-    assert "still `...`" in found["99.3"].message
+    assert "your code calls _times, which is still to write" in found["99.1"].message
+    assert "still to write: tokens (still `...`)" in found["99.3"].message
 
 
 def test_missing_answers_are_told(chapter: Chapter, learner: Learner) -> None:
@@ -248,6 +248,7 @@ def test_missing_answers_are_told(chapter: Chapter, learner: Learner) -> None:
     assert {id: verdict.name for id, verdict in found.items()} == dict.fromkeys(demo.SOURCES, "answer-missing")
     assert "is gone from your file" in found["99.1"].message
     assert "minivllm course reset 99" in found["99.1"].message
+    assert "The hints are in the notebook" in found["99.1"].message
     assert "defines Counter, but it is not the cell that came for the answer" in found["99.2"].message
     assert "is a raw cell: make it code" in found["99.3"].message
 
@@ -282,7 +283,7 @@ def test_an_answer_in_two_cells_is_put_together(chapter: Chapter, learner: Learn
         ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "process-ended", "While your answer ran"),
         ("def double(x):\n    import sys\n    sys.exit()", "raised", "SystemExit"),
         ("def double(x):\n    return input('x? ')", "raised", "input"),
-        ("def double(x:\n    return 2 * x", "raised", "SyntaxError"),
+        ("def double(x:\n    return 2 * x", "syntax-error", "Python cannot read the cell of your answer"),
         ("def double(x):\n    return 2 * x\n\nraise KeyError('z')", "raised", "line 4: raise KeyError('z')"),
         ("def double(x):\n    return y", "raised", "line 2 of its cell: return y"),
     ],
@@ -296,6 +297,8 @@ def test_trouble_is_named_soon_and_harms_no_other(
     assert time.perf_counter() - began < 20
     assert (found["99.1"].state, found["99.1"].name) == (FAILED, name), found
     assert said in found["99.1"].message
+    assert found["99.1"].hinted == (name in ("raised", "endless"))
+    assert found["99.1"].hinted or "The hints are in the notebook" in found["99.1"].message
     assert states(found) == ALL_PASSED | {"99.1": FAILED}
 
 
@@ -329,6 +332,29 @@ def test_what_a_cell_of_theirs_raises_is_noted_when_it_may_matter(chapter: Chapt
     verdict = judge(chapter, learner(change))["99.1"]
     assert verdict.name == "raised"
     assert any("A cell of yours raises SyntaxError" in note for note in verdict.notes)
+
+
+def test_what_given_cells_raise_is_noise_once_the_check_has_spoken(chapter: Chapter, learner: Learner) -> None:
+    for answer, noted in (("def double(x): return x / 0", False), ("def doubled(x): return 2 * x", True)):
+        verdict = judge(chapter, learner(lambda n, answer=answer: demo.fill_in(n, answer_1=answer)))["99.1"]
+        assert verdict.name == "raised"
+        assert any("A given cell raises" in note for note in verdict.notes) == noted, verdict
+
+
+def test_a_changed_setup_is_said_once_and_not_to_those_who_passed(chapter: Chapter, learner: Learner) -> None:
+    def change(notebook: NotebookNode) -> None:
+        demo.find(notebook, "setup").source += "\noffset = 3"
+        demo.find(notebook, "picture").source += "\n# tried"
+
+    assert not any(verdict.notes for verdict in judge(chapter, learner(change)).values())
+
+    def wrong(notebook: NotebookNode) -> None:
+        change(notebook)
+        demo.fill_in(notebook, answer_2="Counter = dict", answer_3="blocks, tokens = 3, 64")
+
+    found = judge(chapter, learner(wrong))
+    said = "Cell 2 of your file, which came with it, was changed. It was run as it came, and then as it is now."
+    assert [found[id].notes for id in demo.SOURCES] == [(), (said,), ()]
 
 
 def test_not_runnable_here_is_never_passed(chapter: Chapter, learner: Learner) -> None:

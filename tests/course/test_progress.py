@@ -14,6 +14,7 @@ from test_graft import WRONG, without
 from typer.testing import CliRunner
 
 from minivllm.cli import app
+from minivllm.course import checking
 from minivllm.course.chapters import Chapter, Statement, find_root, read
 from minivllm.course.stubs import make_exercises
 
@@ -63,6 +64,29 @@ def test_hints_come_one_by_one_with_answers_that_fail(chapter: Chapter, learner:
         assert "Hint 2 of 2: Nearly all." in minivllm("check", "99.1", code=1)
 
 
+def test_a_hint_may_belong_to_the_mistake(chapter: Chapter, learner: Learner, monkeypatch) -> None:
+    monkeypatch.setattr(checking, "_EXERCISES", {})
+    checking.exercise("99.1", "Double", hints={"squared": 2})(lambda answer: "")
+    text = demo.find(chapter.solution, "text-1")
+    text.source += "<details><summary>Hint 2</summary>\n\nNot a square.\n\n</details>"
+    nbformat.write(chapter.solution, chapter.solution_path)
+    learner(two_wrong)
+    assert "Hint 2 of 2: Not a square." in minivllm("check", "99.1", code=1)
+
+
+@pytest.mark.parametrize("source", ["def double(x) return 2 * x", "exit()", None])
+def test_no_hint_is_about_a_file_that_does_not_run(learner: Learner, source: str | None) -> None:
+    def change(notebook: NotebookNode) -> None:
+        demo.fill_in(notebook, answer_1=source or "")
+        without(notebook, *["answer-1"] * (source is None))
+
+    learner(change)
+    said = minivllm("check", "99.1", code=1)
+    assert "The hints are in the notebook, under the statement of the exercise." in said
+    assert "Hint 1" not in said
+    assert json.loads(Path("exercises/.progress.json").read_text())["99.1"]["tries"] == 0
+
+
 def test_all_right_exits_with_0(learner: Learner) -> None:
     learner()
     assert "3 of 3 passed." in minivllm("check")
@@ -98,7 +122,7 @@ def test_it_works_in_a_subfolder(chapter: Chapter, learner: Learner, monkeypatch
     ("what", "message"),
     [
         ("12", "There are no exercises '12'. Chapters with exercises: 99."),
-        ("99.7", "There are no exercises '99.7'"),
+        ("99.7", "There is no exercise 99.7. Chapter 99 has 99.1, 99.2, 99.3."),
         ("nowhere/x.ipynb", "There is no file nowhere/x.ipynb"),
         ("", "There are no exercises ''"),
     ],

@@ -150,6 +150,51 @@ def max_and_sum(scores: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.T
     return m, l
 
 
+# %% 01.2 two-passes: the maximum first, in a loop of its own
+def max_and_sum(scores: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    m, l = torch.tensor(-math.inf), torch.tensor(0.0)
+    for tile in scores.split(block):
+        m = torch.maximum(m, tile.max())
+    finite = torch.where(m == -math.inf, 0.0, m)
+    for tile in scores.split(block):
+        l = l + torch.exp(tile - finite).sum()
+    return m, l
+
+
+# %% 01.2 whole-row: the maximum of the row before its tiles
+def max_and_sum(scores: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    m = scores.max()
+    finite = torch.where(m == -math.inf, 0.0, m)
+    return m, sum(torch.exp(tile - finite).sum() for tile in scores.split(block))
+
+
+# %% 01.2 whole-row: by the log-sum-exp of all
+def max_and_sum(scores: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    m = torch.tensor(-math.inf)
+    for tile in scores.split(block):
+        m = torch.maximum(m, tile.max())
+    finite = torch.where(m == -math.inf, 0.0, m)
+    return m, torch.exp(torch.logsumexp(scores, 0) - finite)
+
+
+# %% 01.2 whole-row: as a list
+def max_and_sum(scores: torch.Tensor, block: int) -> tuple[float, float]:
+    row = scores.tolist()
+    m = max(row)
+    return m, sum(math.exp(x - m) for x in row if x > -math.inf)
+
+
+# %% 01.2 right: score by score, whatever the block
+def max_and_sum(scores: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    m, l = torch.tensor(-math.inf), torch.tensor(0.0)
+    for x in scores:
+        new = torch.maximum(m, x)
+        finite = torch.where(new == -math.inf, 0.0, new)
+        l = l * torch.exp(m - finite) + torch.exp(x - finite)
+        m = new
+    return m, l
+
+
 # %% 01.2 right: each tile under its own maximum, then merged
 def max_and_sum(scores: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
     m, l = torch.tensor(-math.inf), torch.tensor(0.0)
@@ -334,6 +379,12 @@ def merge_attention(partial_out: torch.Tensor, partial_lse: torch.Tensor) -> tor
     total = weights.sum(dim=0)
     merged = (weights.unsqueeze(-1) * partial_out).sum(dim=0)
     return merged / torch.where(total == 0.0, 1.0, total).unsqueeze(-1)
+
+
+# %% 01.4 no-maximum: every nan taken for an empty row
+def merge_attention(partial_out: torch.Tensor, partial_lse: torch.Tensor) -> torch.Tensor:
+    weights = torch.exp(partial_lse).unsqueeze(-1)
+    return torch.nan_to_num((weights * partial_out).sum(dim=0) / weights.sum(dim=0), 0.0)
 
 
 # %% 01.4 not-divided: weights that do not add up to 1
@@ -852,7 +903,7 @@ def softmax_kernel(out_ptr, x_ptr, row_stride, N, BLOCK: tl.constexpr):
         tl.store(out_ptr + row * N + start + lanes, tl.exp(x - row_max) / row_sum)
 
 
-# %% 01.6 out-of-bounds-write: the output's rows as far apart as the input's
+# %% 01.6 output-rows-too-far-apart: the output's rows as far apart as the input's
 @triton.jit
 def softmax_kernel(out_ptr, x_ptr, row_stride, N, BLOCK: tl.constexpr):
     row = tl.program_id(0)

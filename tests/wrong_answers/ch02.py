@@ -1060,6 +1060,58 @@ def flash_attention(
     return out
 
 
+# %% 02.3 mixed-bases: natural scores, weights in base two, rescaling in base e
+def flash_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
+) -> torch.Tensor:
+    past, out = len(key) - len(query), torch.empty_like(query)
+    for top in range(0, len(query), block_m):
+        rows = torch.arange(top, min(top + block_m, len(query)))
+        tile = query[rows] * scale
+        acc = torch.zeros(len(rows), value.shape[1])
+        m, l = torch.full((len(rows),), -math.inf), torch.zeros(len(rows))
+        end = past + int(rows[-1]) + 1  # behind the last key that the last of these queries sees
+        for first in range(0, end, block_n):
+            columns = torch.arange(first, min(first + block_n, end))
+            scores = tile @ key[columns].T
+            if columns[-1] > past + top:  # on the diagonal
+                scores = scores.masked_fill(columns > past + rows[:, None], -math.inf)
+            new = torch.maximum(m, scores.amax(dim=1))
+            rescale, weights = torch.exp(m - new), torch.exp2(scores - new[:, None])
+            acc = acc * rescale[:, None] + weights @ value[columns]
+            l = l * rescale + weights.sum(dim=1)
+            m = new
+        out[rows] = acc / l[:, None]
+    return out
+
+
+# %% 02.3 mixed-bases: scores in base two, weights in base e, rescaling in base two
+def flash_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block_m: int = 16, block_n: int = 16,
+) -> torch.Tensor:
+    past, out = len(key) - len(query), torch.empty_like(query)
+    for top in range(0, len(query), block_m):
+        rows = torch.arange(top, min(top + block_m, len(query)))
+        tile = query[rows] * (scale * math.log2(math.e))  # scores in base two
+        acc = torch.zeros(len(rows), value.shape[1])
+        m, l = torch.full((len(rows),), -math.inf), torch.zeros(len(rows))
+        end = past + int(rows[-1]) + 1  # behind the last key that the last of these queries sees
+        for first in range(0, end, block_n):
+            columns = torch.arange(first, min(first + block_n, end))
+            scores = tile @ key[columns].T
+            if columns[-1] > past + top:  # on the diagonal
+                scores = scores.masked_fill(columns > past + rows[:, None], -math.inf)
+            new = torch.maximum(m, scores.amax(dim=1))
+            rescale, weights = torch.exp2(m - new), torch.exp(scores - new[:, None])
+            acc = acc * rescale[:, None] + weights @ value[columns]
+            l = l * rescale + weights.sum(dim=1)
+            m = new
+        out[rows] = acc / l[:, None]
+    return out
+
+
 # %% 02.3 right: base e, all tiles masked, -1e30 for -inf
 def flash_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
@@ -1333,6 +1385,131 @@ def chunk_attention(
         acc = torch.zeros(len(rows), value.shape[1])
         m, l = torch.full((len(rows),), -math.inf), torch.zeros(len(rows))
         for first in range(0, min(past + top + block, len(key)), block):  # … walks along the keys
+            columns = torch.arange(first, min(first + block, len(key)))
+            scores = query[rows] @ key[columns].T * scale
+            scores = scores.masked_fill(columns > past + rows[:, None], -math.inf)
+            new = torch.maximum(m, scores.amax(dim=1))
+            rescale, weights = torch.exp(m - new), torch.exp(scores - new[:, None])
+            acc = acc * rescale[:, None] + weights @ value[columns]
+            l = l * rescale + weights.sum(dim=1)
+            m = new
+        out[rows] = acc / l[:, None]
+    return out
+
+
+# %% 02.4 walk-ends-too-early: the length of the queries for that of the keys
+def chunk_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block: int = 16, visited: list | None = None,
+) -> torch.Tensor:
+    past, out = len(key) - len(query), torch.empty_like(query)
+    for top in range(0, len(query), block):  # a tile of queries …
+        rows = torch.arange(top, min(top + block, len(query)))
+        acc = torch.zeros(len(rows), value.shape[1])
+        m, l = torch.full((len(rows),), -math.inf), torch.zeros(len(rows))
+        for first in range(0, min(past + top + block, len(query)), block):  # … walks along the keys
+            if visited is not None:
+                visited.append((top, first))
+            columns = torch.arange(first, min(first + block, len(key)))
+            scores = query[rows] @ key[columns].T * scale
+            scores = scores.masked_fill(columns > past + rows[:, None], -math.inf)
+            new = torch.maximum(m, scores.amax(dim=1))
+            rescale, weights = torch.exp(m - new), torch.exp(scores - new[:, None])
+            acc = acc * rescale[:, None] + weights @ value[columns]
+            l = l * rescale + weights.sum(dim=1)
+            m = new
+        out[rows] = acc / l[:, None]
+    return out
+
+
+# %% 02.4 stops-before-the-diagonal: up to the position of the first query
+def chunk_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block: int = 16, visited: list | None = None,
+) -> torch.Tensor:
+    past, out = len(key) - len(query), torch.empty_like(query)
+    for top in range(0, len(query), block):  # a tile of queries …
+        rows = torch.arange(top, min(top + block, len(query)))
+        acc = torch.zeros(len(rows), value.shape[1])
+        m, l = torch.full((len(rows),), -math.inf), torch.zeros(len(rows))
+        for first in range(0, past + top, block):  # … walks along the keys
+            if visited is not None:
+                visited.append((top, first))
+            columns = torch.arange(first, min(first + block, len(key)))
+            scores = query[rows] @ key[columns].T * scale
+            scores = scores.masked_fill(columns > past + rows[:, None], -math.inf)
+            new = torch.maximum(m, scores.amax(dim=1))
+            rescale, weights = torch.exp(m - new), torch.exp(scores - new[:, None])
+            acc = acc * rescale[:, None] + weights @ value[columns]
+            l = l * rescale + weights.sum(dim=1)
+            m = new
+        out[rows] = acc / l[:, None]
+    return out
+
+
+# %% 02.4 stops-one-short: up to the position of the last query, which range leaves out
+def chunk_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block: int = 16, visited: list | None = None,
+) -> torch.Tensor:
+    past, out = len(key) - len(query), torch.empty_like(query)
+    for top in range(0, len(query), block):  # a tile of queries …
+        rows = torch.arange(top, min(top + block, len(query)))
+        acc = torch.zeros(len(rows), value.shape[1])
+        m, l = torch.full((len(rows),), -math.inf), torch.zeros(len(rows))
+        for first in range(0, past + int(rows[-1]), block):  # … walks along the keys
+            if visited is not None:
+                visited.append((top, first))
+            columns = torch.arange(first, min(first + block, len(key)))
+            scores = query[rows] @ key[columns].T * scale
+            scores = scores.masked_fill(columns > past + rows[:, None], -math.inf)
+            new = torch.maximum(m, scores.amax(dim=1))
+            rescale, weights = torch.exp(m - new), torch.exp(scores - new[:, None])
+            acc = acc * rescale[:, None] + weights @ value[columns]
+            l = l * rescale + weights.sum(dim=1)
+            m = new
+        out[rows] = acc / l[:, None]
+    return out
+
+
+# %% 02.4 walks-beyond-the-context: no min at the end of the context
+def chunk_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block: int = 16, visited: list | None = None,
+) -> torch.Tensor:
+    past, out = len(key) - len(query), torch.empty_like(query)
+    for top in range(0, len(query), block):  # a tile of queries …
+        rows = torch.arange(top, min(top + block, len(query)))
+        acc = torch.zeros(len(rows), value.shape[1])
+        m, l = torch.full((len(rows),), -math.inf), torch.zeros(len(rows))
+        for first in range(0, past + top + block, block):  # … walks along the keys
+            if visited is not None:
+                visited.append((top, first))
+            columns = torch.arange(first, min(first + block, len(key)))
+            scores = query[rows] @ key[columns].T * scale
+            scores = scores.masked_fill(columns > past + rows[:, None], -math.inf)
+            new = torch.maximum(m, scores.amax(dim=1))
+            rescale, weights = torch.exp(m - new), torch.exp(scores - new[:, None])
+            acc = acc * rescale[:, None] + weights @ value[columns]
+            l = l * rescale + weights.sum(dim=1)
+            m = new
+        out[rows] = acc / l[:, None]
+    return out
+
+
+# %% 02.4 past-not-visited: the walk begins where the chunk does
+def chunk_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+    block: int = 16, visited: list | None = None,
+) -> torch.Tensor:
+    past, out = len(key) - len(query), torch.empty_like(query)
+    for top in range(0, len(query), block):  # a tile of queries …
+        rows = torch.arange(top, min(top + block, len(query)))
+        acc = torch.zeros(len(rows), value.shape[1])
+        m, l = torch.full((len(rows),), -math.inf), torch.zeros(len(rows))
+        for first in range(past, min(past + top + block, len(key)), block):  # … walks along the keys
+            if visited is not None:
+                visited.append((top, first))
             columns = torch.arange(first, min(first + block, len(key)))
             scores = query[rows] @ key[columns].T * scale
             scores = scores.masked_fill(columns > past + rows[:, None], -math.inf)
@@ -1776,6 +1953,126 @@ def prefill_attention(
     heads, (kv_heads, block_size) = query.shape[1], k_cache.shape[1:3]
     for i, context in enumerate(seq_lens.tolist()):
         rows = slice(starts[i], starts[i + 1])
+        blocks = block_table[i, : -(-context // block_size)]
+        keys, values = (side_by_side(cache, blocks, context) for cache in (k_cache, v_cache))
+        for head in range(heads):
+            kv_head = head // (heads // kv_heads)
+            out[rows, head] = attend(query[rows, head], keys[kv_head], values[kv_head], scale)
+    return out
+
+
+# %% 02.5 blocks-rounded-down: whole blocks only
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    positions = torch.arange(len(key) - len(query), len(key))[:, None]
+    acc, m, l = torch.zeros_like(query), torch.full((len(query), 1), -math.inf), torch.zeros(len(query), 1)
+    for first in range(0, len(key), 64):
+        tile = slice(first, min(first + 64, len(key)))
+        scores = query @ key[tile].T * scale
+        scores = scores.masked_fill(torch.arange(tile.start, tile.stop) > positions, -math.inf)
+        new = torch.maximum(m, scores.amax(dim=1, keepdim=True))
+        rescale, weights = torch.exp(m - new), torch.exp(scores - new)
+        acc = acc * rescale + weights @ value[tile]
+        l = l * rescale + weights.sum(dim=1, keepdim=True)
+        m = new
+    return acc / l
+
+
+def prefill_attention(
+    query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
+    query_start_loc: torch.Tensor, seq_lens: torch.Tensor, scale: float, *, max_query_len: int, max_seq_len: int,
+) -> torch.Tensor:
+    out, starts = torch.empty_like(query), query_start_loc.tolist()
+    heads, (kv_heads, block_size) = query.shape[1], k_cache.shape[1:3]
+    for i, context in enumerate(seq_lens.tolist()):
+        rows = slice(starts[i], starts[i + 1])
+        blocks = block_table[i, : context // block_size]
+        keys, values = (side_by_side(cache, blocks, context) for cache in (k_cache, v_cache))
+        for head in range(heads):
+            kv_head = head // (heads // kv_heads)
+            out[rows, head] = attend(query[rows, head], keys[kv_head], values[kv_head], scale)
+    return out
+
+
+# %% 02.5 blocks-rounded-down: whole blocks only, and the formula
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    hidden = torch.ones(len(query), len(key), dtype=torch.bool).triu(len(key) - len(query) + 1)
+    return (query @ key.T * scale).masked_fill(hidden, -math.inf).softmax(dim=-1) @ value
+
+
+def prefill_attention(
+    query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
+    query_start_loc: torch.Tensor, seq_lens: torch.Tensor, scale: float, *, max_query_len: int, max_seq_len: int,
+) -> torch.Tensor:
+    out, starts = torch.empty_like(query), query_start_loc.tolist()
+    heads, (kv_heads, block_size) = query.shape[1], k_cache.shape[1:3]
+    for i, context in enumerate(seq_lens.tolist()):
+        rows = slice(starts[i], starts[i + 1])
+        blocks = block_table[i, : context // block_size]
+        keys, values = (side_by_side(cache, blocks, context) for cache in (k_cache, v_cache))
+        for head in range(heads):
+            kv_head = head // (heads // kv_heads)
+            out[rows, head] = attend(query[rows, head], keys[kv_head], values[kv_head], scale)
+    return out
+
+
+# %% 02.5 one-length-for-all: the longest context for all
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    positions = torch.arange(len(key) - len(query), len(key))[:, None]
+    acc, m, l = torch.zeros_like(query), torch.full((len(query), 1), -math.inf), torch.zeros(len(query), 1)
+    for first in range(0, len(key), 64):
+        tile = slice(first, min(first + 64, len(key)))
+        scores = query @ key[tile].T * scale
+        scores = scores.masked_fill(torch.arange(tile.start, tile.stop) > positions, -math.inf)
+        new = torch.maximum(m, scores.amax(dim=1, keepdim=True))
+        rescale, weights = torch.exp(m - new), torch.exp(scores - new)
+        acc = acc * rescale + weights @ value[tile]
+        l = l * rescale + weights.sum(dim=1, keepdim=True)
+        m = new
+    return acc / l
+
+
+def prefill_attention(
+    query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
+    query_start_loc: torch.Tensor, seq_lens: torch.Tensor, scale: float, *, max_query_len: int, max_seq_len: int,
+) -> torch.Tensor:
+    out, starts = torch.empty_like(query), query_start_loc.tolist()
+    heads, (kv_heads, block_size) = query.shape[1], k_cache.shape[1:3]
+    for i, context in enumerate(seq_lens.tolist()):
+        rows = slice(starts[i], starts[i + 1])
+        context = max_seq_len
+        blocks = block_table[i, : -(-context // block_size)]
+        keys, values = (side_by_side(cache, blocks, context) for cache in (k_cache, v_cache))
+        for head in range(heads):
+            kv_head = head // (heads // kv_heads)
+            out[rows, head] = attend(query[rows, head], keys[kv_head], values[kv_head], scale)
+    return out
+
+
+# %% 02.5 one-length-for-all: the first request's context for all
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    positions = torch.arange(len(key) - len(query), len(key))[:, None]
+    acc, m, l = torch.zeros_like(query), torch.full((len(query), 1), -math.inf), torch.zeros(len(query), 1)
+    for first in range(0, len(key), 64):
+        tile = slice(first, min(first + 64, len(key)))
+        scores = query @ key[tile].T * scale
+        scores = scores.masked_fill(torch.arange(tile.start, tile.stop) > positions, -math.inf)
+        new = torch.maximum(m, scores.amax(dim=1, keepdim=True))
+        rescale, weights = torch.exp(m - new), torch.exp(scores - new)
+        acc = acc * rescale + weights @ value[tile]
+        l = l * rescale + weights.sum(dim=1, keepdim=True)
+        m = new
+    return acc / l
+
+
+def prefill_attention(
+    query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
+    query_start_loc: torch.Tensor, seq_lens: torch.Tensor, scale: float, *, max_query_len: int, max_seq_len: int,
+) -> torch.Tensor:
+    out, starts = torch.empty_like(query), query_start_loc.tolist()
+    heads, (kv_heads, block_size) = query.shape[1], k_cache.shape[1:3]
+    for i, context in enumerate(seq_lens.tolist()):
+        rows = slice(starts[i], starts[i + 1])
+        context = int(seq_lens[0])
         blocks = block_table[i, : -(-context // block_size)]
         keys, values = (side_by_side(cache, blocks, context) for cache in (k_cache, v_cache))
         for head in range(heads):

@@ -13,12 +13,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from minivllm.course.checking import (
+    BEYOND,
     Mistake,
     counted,
     diagnose,
     engine_agrees,
     exercise,
     expect,
+    expect_all,
     expect_own_work,
     expect_triton,
     guarded,
@@ -40,7 +42,11 @@ def _finite(maximum: torch.Tensor) -> torch.Tensor:
 # --- 01.1 -------------------------------------------------------------------------------------------------------------
 
 
-@exercise("01.1", "Warm-up: safe softmax")
+@exercise(
+    "01.1",
+    "Warm-up: safe softmax",
+    hints={"no-maximum": 1, "clamped": 1, "one-maximum-for-all-rows": 2, "sum-over-all-rows": 2, "wrong-axis": 2},
+)
 def check_safe_softmax(answer: Callable) -> str:
     import torch
 
@@ -134,7 +140,11 @@ def _online(
     return m, l
 
 
-@exercise("01.2", "Debug this: the sum depends on the tile size")
+@exercise(
+    "01.2",
+    "Debug this: the sum depends on the tile size",
+    hints={"not-mended": 1, "tile-under-its-own-maximum": 2, "no-rescale": 2, "masked-tile-is-nan": 3},
+)
 def check_max_and_sum(answer: Callable) -> str:
     import torch
 
@@ -207,7 +217,60 @@ def check_max_and_sum(answer: Callable) -> str:
     }
     suspects = {name: (why, *map(numbers, functions)) for name, (why, *functions) in suspects.items()}
     diagnose(numbers(answer), cases, right, suspects, wording={"item 0: ": "m: ", "item 1: ": "l: "})
+    _expect_one_walk(answer)
     return f"{len(rows)} rows in tiles of 1, 2, 4 and 16"
+
+
+def _expect_one_walk(answer: Callable) -> None:
+    """Watch where in the row each operation reads: at most a tile at a time, and never back to an earlier tile."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    block = 16
+    scores = torch.randn(5 * block, generator=seeded(22)) * 4
+    place = scores.untyped_storage().data_ptr()
+    reads: list[tuple[int, int, str]] = []  # first score, how many, by what
+
+    def within(tree: Any) -> list[torch.Tensor]:
+        tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+        return [tensor for tensor in tensors if tensor.untyped_storage().data_ptr() == place]
+
+    def note(args: Any, name: str) -> None:
+        reads.extend((tensor.storage_offset(), tensor.numel(), name) for tensor in within(args))
+
+    class Python(TorchFunctionMode):  # what goes to Python's own numbers
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = getattr(func, "__name__", "")
+            if name in ("tolist", "numpy", "__array__"):
+                note(args, name)
+            return func(*args, **(kwargs or {}))
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if not within(result):  # else a view, which reads nothing
+                note((args, kwargs), func.overloadpacket.__name__.strip("_"))
+            return result
+
+    with Python(), Watch():
+        answer(scores, block)
+    farthest = 0
+    for first, count, name in reads:
+        expect(
+            count <= block,
+            "whole-row",
+            f"The result is right, but `{name}` takes in {count} scores at once, in tiles of {block}: the row does not "
+            "come tile by tile.\nTake each tile's maximum when you come to it, and rescale the sum when it grows.",
+        )
+        expect(
+            first >= farthest,
+            "two-passes",
+            f"The result is right, but after score {farthest} your code goes back to score {first}: a second pass.\n"
+            "The maximum needs no pass of its own: when it grows, multiply the sum so far by exp(old - new).",
+        )
+        farthest = first
 
 
 # --- 01.3 -------------------------------------------------------------------------------------------------------------
@@ -263,7 +326,14 @@ def _count_exps(n: int, block: int) -> int:
     return exps
 
 
-@exercise("01.3", "Predict: what moves")
+@exercise(
+    "01.3",
+    "Predict: what moves",
+    hints={
+        "forgot-the-write": 1, "forgot-passes": 1, "no-pass-saved": 1, "forgot-lse": 3, "max-and-sum": 3,
+        "forgot-the-rescale": 2, "rescaled-each-score": 2,
+    },
+)  # fmt: skip
 def check_predictions(
     safe_bytes: float, online_bytes: float, exps_one_by_one: float, exps_in_tiles: float, matrix_bytes: float,
     merge_bytes: float,
@@ -292,7 +362,9 @@ def check_predictions(
             "Find out where the difference comes from, then correct your number.",
         )  # fmt: skip
 
-    judge(
+    output = 4 * 16 * 128 * 4
+    expect_all(partial(
+        judge,
         "safe_bytes", safe_bytes, table * safe * 4,
         f"Counted: {safe} numbers moved for each number of the table, 3 read and 1 written.",
         {
@@ -300,8 +372,8 @@ def check_predictions(
             table * 2 * 4: ("forgot-passes", "Maximum, sum and result are a pass each."),
             table * 4: ("forgot-passes", "Maximum, sum and result are a pass each."),
         },
-    )  # fmt: skip
-    judge(
+    ), partial(
+        judge,
         "online_bytes", online_bytes, table * online * 4,
         f"Counted: {online} numbers moved for each number of the table, 2 read and 1 written.",
         {
@@ -309,30 +381,29 @@ def check_predictions(
             table * 4 * 4: ("no-pass-saved", "Maximum and sum share a pass now: one read fewer than safe softmax."),
             table * 4: ("forgot-passes", "It is one pass to find m and l, but another to write the result."),
         },
-    )  # fmt: skip
-    judge(
+    ), partial(
+        judge,
         "exps_one_by_one", exps_one_by_one, single,
         "Each score takes two: exp(m - new) for the old sum, exp(x - new) for itself.",
         {4096: ("forgot-the-rescale", "The factor for the old sum is an exp as well, even when it is exp(0).")},
-    )  # fmt: skip
-    judge(
+    ), partial(
+        judge,
         "exps_in_tiles", exps_in_tiles, tiles, "One for each score, and one a tile to rescale: 4096 + 64.",
         {
             4096: ("forgot-the-rescale", "Each of the 64 tiles also takes an exp to rescale the old sum."),
             64: ("forgot-the-scores", "That is the rescaling alone; each score still takes its own exp."),
             2 * 4096: ("rescaled-each-score", "In tiles the old sum is rescaled once a tile, not once a score."),
         },
-    )  # fmt: skip
-    judge(
+    ), partial(
+        judge,
         "matrix_bytes", matrix_bytes, matrix, "A float32 tensor of [8192, 8192] was made, and asked for its size.",
         {
             matrix / 2: ("half-the-matrix", "Half of it is masked, but a matrix in memory is whole: zeros take room."),
             8192 * 4: ("one-row", "That is a row. All 8192 words of a prompt are queries, with a row each."),
             8192 * 128 * 4: ("keys-not-scores", "That is the keys. Scores are a number for each query with each key."),
         },
-    )  # fmt: skip
-    output = 4 * 16 * 128 * 4
-    judge(
+    ), partial(
+        judge,
         "merge_bytes", merge_bytes, merge, "Measured: the tensors [8, 4, 16, 128] and [8, 4, 16] in float32.",
         {
             parts[0].nbytes: ("forgot-lse", "Beside its output, each part hands over a log-sum-exp."),
@@ -341,14 +412,21 @@ def check_predictions(
             merge + output: ("counted-the-write", "Asked was what the merge reads; the result is written."),
             merge / 8: ("one-part", "That is one part; there are 8."),
         },
-    )  # fmt: skip
+    ))  # fmt: skip
     return "six predictions, all as measured"
 
 
 # --- 01.4 -------------------------------------------------------------------------------------------------------------
 
 
-@exercise("01.4", "Merge what was computed apart")
+@exercise(
+    "01.4",
+    "Merge what was computed apart",
+    hints={
+        "equal-weights": 1, "lse-as-weight": 1, "no-maximum": 2, "one-maximum-for-all": 2, "wrong-axis": 2,
+        "not-divided": 2, "empty-row-is-nan": 3,
+    },
+)  # fmt: skip
 def check_merge(answer: Callable) -> str:
     import torch
 
@@ -371,6 +449,7 @@ def check_merge(answer: Callable) -> str:
     cases = [
         parts(1, 1, 1, 1),
         simple,
+        (simple[0], simple[1] + 800.0),
         one_part,
         (alike[0], torch.full_like(alike[1], 1.5)),
         parts(2, 3, 4, 7),
@@ -411,7 +490,12 @@ def check_merge(answer: Callable) -> str:
     )
     suspects = {
         "equal-weights": (equal, lambda out, lse: out.mean(dim=0), lambda out, lse: _merged(out, (lse > -INF).float())),
-        "no-maximum": (no_max, with_weights(torch.exp), lambda out, lse: _merged(out, torch.exp(lse))),
+        "no-maximum": (
+            no_max,
+            with_weights(torch.exp),
+            lambda out, lse: _merged(out, torch.exp(lse)),
+            lambda out, lse: with_weights(torch.exp)(out, lse).nan_to_num(0.0),
+        ),
         "not-divided": (undivided, with_weights(below, divide=False), with_weights(unguarded, divide=False)),
         "empty-row-is-nan": (empty_row, with_weights(unguarded), with_weights(below)),
         "one-maximum-for-all": (
@@ -479,7 +563,15 @@ def _attend(
     return acc / l if divide else acc
 
 
-@exercise("01.5", "softmax·V in one pass")
+@exercise(
+    "01.5",
+    "softmax·V in one pass",
+    hints={
+        "one-maximum-for-all-queries": 1, "tail-dropped": 2, "output-not-rescaled": 3, "sum-not-rescaled": 3,
+        "no-rescale": 3, "tile-under-its-own-maximum": 3, "not-divided": 3, "whole-row": 2, "two-passes": 3,
+        "query-by-query": 1,
+    },
+)  # fmt: skip
 def check_attend(answer: Callable) -> str:
     import torch
 
@@ -640,7 +732,14 @@ def _watch(answer: Callable, case: tuple, watched: dict[str, torch.Tensor], leng
 # --- 01.6 -------------------------------------------------------------------------------------------------------------
 
 
-@exercise("01.6", "A Triton kernel for rows of any length")
+@exercise(
+    "01.6",
+    "A Triton kernel for rows of any length",
+    hints={
+        "row-stride-ignored": 1, "output-rows-too-far-apart": 1, "first-tile-only": 1, "tail-as-zero": 2,
+        "no-rescale": 2, "masked-tile-is-nan": 3, "a-softmax-for-each-tile": 3, "out-of-bounds-write": 3,
+    },
+)  # fmt: skip
 def check_softmax_kernel(answer: Any) -> str:
     import torch
 
@@ -698,6 +797,12 @@ def check_softmax_kernel(answer: Any) -> str:
 
     def stride_ignored(out: torch.Tensor, x: torch.Tensor, block: int) -> None:
         out.copy_(torch.softmax(x.as_strided(x.shape, (x.shape[1], 1)), dim=1))
+
+    def output_stride(out: torch.Tensor, x: torch.Tensor, block: int) -> None:
+        flat = out.view(-1)
+        for r, row in enumerate(torch.softmax(x, dim=1)):
+            inside = flat[r * x.stride(0) :][: len(row)]  # the rest is written beyond the tensor
+            inside.copy_(row[: len(inside)])
 
     def tile_wise(out: torch.Tensor, x: torch.Tensor, block: int) -> None:
         out.copy_(torch.cat([torch.softmax(tile, dim=1) for tile in x.split(block, dim=1)], dim=1))
@@ -777,6 +882,11 @@ def check_softmax_kernel(answer: Any) -> str:
             "Of x, row r begins at x_ptr + r · row_stride. (Only `out` has its rows side by side.)",
             stride_ignored,
         ),
+        "output-rows-too-far-apart": (
+            "Your results lie as far apart as the rows of x, in `out` and beyond its end. Its rows lie side by side.\n"
+            "Of out, row r begins at out_ptr + r · N. (Only x has gaps between its rows: row_stride.)",
+            output_stride,
+        ),
         "no-maximum": (
             "You take exp of the scores as they are: large ones give inf, and inf / inf is nan.\n"
             "Keep a running maximum, and rescale the sum when it grows.",
@@ -788,9 +898,13 @@ def check_softmax_kernel(answer: Any) -> str:
             tail_unmasked,
         ),
     }
+    beyond = (
+        "Where the last tile is not full, tl.store writes over what follows the row, unless it has mask=inside; and in "
+        "out, row r begins at out_ptr + r · N."
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, about the nan of a wrong kernel
-        diagnose(launch, cases, right, suspects, writes=(0,))
+        diagnose(launch, cases, right, suspects, writes=(0,), wording={BEYOND: beyond})
     loops = _loops_that_load(answer)
     expect(
         loops <= 2,

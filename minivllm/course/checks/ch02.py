@@ -16,6 +16,7 @@ from minivllm.course.checking import (
     engine_agrees,
     exercise,
     expect,
+    expect_all,
     expect_triton,
     guard,
     guarded,
@@ -27,10 +28,16 @@ if TYPE_CHECKING:
 
 INF = math.inf
 LOG2E = math.log2(math.e)
+
+
 # --- 02.1 -------------------------------------------------------------------------------------------------------------
 
 
-@exercise("02.1", "Warm-up: who may look at whom")
+@exercise(
+    "02.1",
+    "Warm-up: who may look at whom",
+    hints={"aligned-to-start": 2, "same-for-all-queries": 2, "sees-the-next-token": 3, "hides-its-own-token": 3},
+)
 def check_causal_mask(answer: Callable) -> str:
     import torch
 
@@ -82,7 +89,15 @@ def check_causal_mask(answer: Callable) -> str:
 # --- 02.2 -------------------------------------------------------------------------------------------------------------
 
 
-@exercise("02.2", "Predict: what a chunk costs")
+@exercise(
+    "02.2",
+    "Predict: what a chunk costs",
+    hints={
+        "half-is-skipped": 1, "nothing-is-skipped": 1, "past-forgotten": 1, "diagonal-forgotten": 1,
+        "all-computed-are-masked": 1, "heads-not-shared": 2, "keys-of-the-chunk-only": 2, "result-forgotten": 2,
+        "values-forgotten": 2, "as-if-whole-prompt": 2,
+    },
+)  # fmt: skip
 def check_predictions(computed_tiles: float, masked_tiles: float, matrix_mb: float, flash_mb: float) -> str:
     import torch
 
@@ -112,47 +127,76 @@ def check_predictions(computed_tiles: float, masked_tiles: float, matrix_mb: flo
         )  # fmt: skip
 
     start_aligned = attention_tiles(new, new, block, block).counts
-    judge("computed_tiles", computed_tiles, computed, f"of {rows * columns:,}", 0.0, {
-        "half-is-skipped": (rows * columns // 2, "Half is skipped for a whole prompt. This chunk has a past of 3,072 "
-                            "tokens, which all its queries see: only the corner at the end is skipped."),
-        "nothing-is-skipped": (rows * columns, "The first queries of the chunk do not see its last: that corner is "
-                               "skipped, 15 tiles in the first row of tiles, 14 in the second, and so on."),
-        "past-forgotten": (start_aligned["full"] + start_aligned["masked"], "That is the chunk alone, without its "
-                                                                            "past. "
-                           "All queries also see the 3,072 keys from the cache."),
+    usual_computed = {
+        "half-is-skipped": (
+            rows * columns // 2,
+            "Half is skipped for a whole prompt. This chunk has a past of 3,072 tokens, which all its queries see: only "
+            "the corner at the end is skipped.",
+        ),
+        "nothing-is-skipped": (
+            rows * columns,
+            "The first queries of the chunk do not see its last: that corner is skipped, 15 tiles in the first row of "
+            "tiles, 14 in the second, and so on.",
+        ),
+        "past-forgotten": (
+            start_aligned["full"] + start_aligned["masked"],
+            "That is the chunk alone, without its past. All queries also see the 3,072 keys from the cache.",
+        ),
         "diagonal-forgotten": (counts["full"], "The tiles on the diagonal are computed, too: with a mask."),
-    })  # fmt: skip
-    judge("masked_tiles", masked_tiles, counts["masked"], "tiles", 0.0, {
-        "all-computed-are-masked": (computed, "A tile whose queries all see all of its keys needs no mask, and that is "
-                                    "nearly every one. Only the diagonal does."),
-        "a-mask-for-each-column": (columns, "The diagonal crosses one tile in each ROW of tiles; the past's columns "
-                                            "are "
-                                   "seen by all queries."),
-        "two-in-a-row": (2 * rows, "3,072 is a multiple of 64: the diagonal starts at a tile's corner, and crosses one "
-                         "tile in each row of tiles, not two."),
-    })  # fmt: skip
-    judge("matrix_mb", matrix_mb, matrix, "MB", 0.06, {
+    }
+    usual_masked = {
+        "all-computed-are-masked": (
+            computed,
+            "A tile whose queries all see all of its keys needs no mask, and that is nearly every one. Only the "
+            "diagonal does.",
+        ),
+        "a-mask-for-each-column": (
+            columns,
+            "The diagonal crosses one tile in each ROW of tiles; the past's columns are seen by all queries.",
+        ),
+        "two-in-a-row": (
+            2 * rows,
+            "3,072 is a multiple of 64: the diagonal starts at a tile's corner, and crosses one tile in each row of "
+            "tiles, not two.",
+        ),
+    }
+    usual_matrix = {
         "one-head": (matrix / heads, "That is one head; each of the 16 has scores of its own."),
-        "kv-heads": (matrix / heads * kv_heads, "Scores are there for each QUERY head, 16: two that share keys still "
-                                                "ask "
-                     "different questions."),
+        "kv-heads": (
+            matrix / heads * kv_heads,
+            "Scores are there for each QUERY head, 16: two that share keys still ask different questions.",
+        ),
         "in-float32": (2 * matrix, "bfloat16 takes two bytes a number."),
-        "square": (megabytes((heads, context, context)), "Only the 1,024 new tokens are queries; the matrix is 1,024 × "
-                   "4,096."),
-        "chunk-only": (megabytes((heads, new, new)), "Each query has a score for all 4,096 keys, not only for those of "
-                       "its chunk."),
-    })  # fmt: skip
+        "square": (
+            megabytes((heads, context, context)),
+            "Only the 1,024 new tokens are queries; the matrix is 1,024 × 4,096.",
+        ),
+        "chunk-only": (
+            megabytes((heads, new, new)),
+            "Each query has a score for all 4,096 keys, not only for those of its chunk.",
+        ),
+    }
     query, keys = megabytes((new, heads, dim)), megabytes((context, kv_heads, dim))
-    judge("flash_mb", flash_mb, flash, "MB", 0.06, {
+    usual_flash = {
         "heads-not-shared": (2 * query + 4 * keys, "Keys and values have 8 heads, not 16: two query heads share one."),
-        "keys-of-the-chunk-only": (2 * query + 2 * keys * new / context, "The chunk reads the keys and values of its "
-                                   "whole context, 4,096 tokens, from the cache."),
+        "keys-of-the-chunk-only": (
+            2 * query + 2 * keys * new / context,
+            "The chunk reads the keys and values of its whole context, 4,096 tokens, from the cache.",
+        ),
         "result-forgotten": (query + 2 * keys, "The result is written, and as large as Q."),
         "values-forgotten": (2 * query + keys, "Keys AND values are read, and are equally large."),
-        "as-if-whole-prompt": (megabytes((context, 2 * heads + 2 * kv_heads, dim)), "Only 1,024 tokens have a query "
-                                                                                    "and a "
-                               "result; keys and values have all 4,096."),
-    })  # fmt: skip
+        "as-if-whole-prompt": (
+            megabytes((context, 2 * heads + 2 * kv_heads, dim)),
+            "Only 1,024 tokens have a query and a result; keys and values have all 4,096.",
+        ),
+    }
+    tiles = f"of {rows * columns:,}"
+    expect_all(
+        partial(judge, "computed_tiles", computed_tiles, computed, tiles, 0.0, usual_computed),
+        partial(judge, "masked_tiles", masked_tiles, counts["masked"], "tiles", 0.0, usual_masked),
+        partial(judge, "matrix_mb", matrix_mb, matrix, "MB", 0.06, usual_matrix),
+        partial(judge, "flash_mb", flash_mb, flash, "MB", 0.06, usual_flash),
+    )
     return f"{computed} of {rows * columns:,} tiles, {counts['masked']} masked; {matrix:.0f} MB become {flash:.0f}"
 
 
@@ -189,7 +233,8 @@ def _walk(
         m = torch.full((len(rows),), 0.0 if "start-at-zero" in how else -INF)
         acc, l, walked = torch.zeros(len(rows), value.shape[1]), torch.zeros(len(rows)), 0
         end = _end(past, top, int(rows[-1]) + 1, keys, block_m, block_n, how)
-        for first in range(0, end, block_n):
+        starts = {"walk-of-the-chunk": past, "walk-of-the-chunk's-tiles": past // block_n * block_n}
+        for first in range(next((starts[word] for word in how & starts.keys()), 0), end, block_n):
             columns = torch.arange(first, min(first + block_n, end if "cut" in how else len(key)))
             hidden = _hidden(columns, past, rows, how)
             scores = (query[rows] @ key[columns].T).masked_fill(hidden, 0.0 if "hidden-are-zero" in how else -INF)
@@ -225,7 +270,11 @@ def _end(past: int, top: int, last: int, keys: int, block_m: int, block_n: int, 
         "walk-from-start": min(top + block_m, keys),
         "walk-from-start-cut": min(last, keys),
         "walk-of-the-first": min(past + block_m, keys),
+        "walk-to-the-queries": min(past + last, keys - past),
         "walk-before": (past + top) // block_n * block_n,
+        "walk-up-to-the-first": past + top,
+        "walk-one-less": end - 1,
+        "walk-beyond": past + top + block_m,
         "walk-whole-tiles": end // block_n * block_n,
         "walk-one-more": min(end + 1, keys),
     }
@@ -269,6 +318,17 @@ _WALKS = {
         "walk-from-start-cut cut",
         "walk-from-start-cut",
         "walk-from-start cut",
+        "walk-to-the-queries",
+        "walk-to-the-queries cut",
+    ),
+    "past-not-visited": (
+        "The walk begins at the chunk: the keys of the past are never visited, and a chunk forgets what came before "
+        "it.\n"
+        "A walk begins at key 0. Only its end depends on the tile of queries.",
+        "walk-of-the-chunk",
+        "walk-of-the-chunk cut",
+        "walk-of-the-chunk's-tiles",
+        "walk-of-the-chunk's-tiles cut",
     ),
     "no-mask": (
         "Queries see the future: changing a later token changes what earlier ones get.\n"
@@ -287,6 +347,21 @@ _WALKS = {
         "with a mask.\n"
         "Walk until the position of the tile's LAST query, that key included.",
         "walk-before",
+        "walk-up-to-the-first",
+        "walk-up-to-the-first cut",
+    ),
+    "stops-one-short": (
+        "The walk ends one key too early: range() stops BEFORE its end. Where the tile's last query stands at the "
+        "beginning of a tile of keys, that tile is missed, and with it the query's own key.\n"
+        "The end is one more than the position of the tile's last query.",
+        "walk-one-less",
+        "walk-one-less cut",
+    ),
+    "walks-beyond-the-context": (
+        "Where the last tile of queries is not full, the walk goes on past the end of the context: there is a tile "
+        "without a single key, and torch has no maximum of nothing.\n"
+        "It ends at min(…, len(key)).",
+        "walk-beyond",
     ),
     "indices-within-the-tile": (
         "Your mask compares indices within the tile: row 3 of ANY tile sees columns 0 to 3 of it.\n"
@@ -352,6 +427,8 @@ _WALKS = {
         "Maximum and scores are in the same unit: exp2 for both, or exp for both.",
         "rescale-base-e",
         "rescale-base-2",
+        "no-log2e rescale-base-e",
+        "log2e rescale-base-2",
     ),
     "not-rescaled": (
         "When a later tile brings a larger maximum, neither the old sum nor the old output is scaled down.\n"
@@ -423,7 +500,7 @@ _WALKS = {
 }
 #: What depends on where tiles begin.
 _TILE_BY_TILE = {
-    "stops-before-the-diagonal", "straddling-tile-not-masked", "indices-within-the-tile", "mixed-bases", "not-rescaled",
+    "stops-before-the-diagonal", "stops-one-short", "past-not-visited", "straddling-tile-not-masked", "indices-within-the-tile", "mixed-bases", "not-rescaled",
     "maximum-not-kept", "sum-not-rescaled", "output-not-rescaled", "tile-under-its-own-maximum", "tail-dropped",
     "a-softmax-for-each-tile", "divided-in-each-tile",
 }  # fmt: skip
@@ -532,7 +609,16 @@ def _expect_tiles(answer: Callable, dim: int, block: int) -> None:
     )
 
 
-@exercise("02.3", "Flash attention, tile by tile")
+@exercise(
+    "02.3",
+    "Flash attention, tile by tile",
+    hints={
+        "aligned-to-start": 2, "walk-ends-too-early": 2, "stops-before-the-diagonal": 2, "visits-the-future": 2,
+        "tail-dropped": 2, "diagonal-not-masked": 3, "straddling-tile-not-masked": 3, "indices-within-the-tile": 3,
+        "mask-of-the-first-query": 3, "not-rescaled": 3, "maximum-not-kept": 3, "divided-in-each-tile": 3,
+        "not-divided": 3,
+    },
+)  # fmt: skip
 def check_flash_attention(answer: Callable) -> str:
     shapes = [
         # queries, keys, dim, block_m, block_n
@@ -556,7 +642,14 @@ def check_flash_attention(answer: Callable) -> str:
 # --- 02.4 -------------------------------------------------------------------------------------------------------------
 
 
-@exercise("02.4", "Debug this: the chunk that forgets")
+@exercise(
+    "02.4",
+    "Debug this: the chunk that forgets",
+    hints={
+        "mask-spoilt-instead": 2, "walk-ends-too-early": 2, "past-not-visited": 2, "all-walks-end-alike": 3,
+        "stops-before-the-diagonal": 3, "stops-one-short": 3, "walks-beyond-the-context": 3, "visits-the-future": 3,
+    },
+)  # fmt: skip
 def check_chunk_attention(answer: Callable) -> str:
     from minivllm.viz.tiles import attention_tiles
 
@@ -579,6 +672,7 @@ def check_chunk_attention(answer: Callable) -> str:
     def square(walk: Callable) -> Callable:
         return lambda query, key, value, scale, block: walk(query, key, value, scale, block, block)
 
+    walks = _suspects(square)
     suspects = {
         "mask-spoilt-instead": (
             "The walk comes far enough now, but the mask has been moved to the start: queries of a chunk see its "
@@ -586,14 +680,14 @@ def check_chunk_attention(answer: Callable) -> str:
             "The mask was right as it stood: key > past + row. Undo that.",
             square(partial(_walk, wrong="mask-from-start")),
         ),
-        "walk-ends-too-early": (_WALKS["walk-ends-too-early"][0], square(partial(_walk, wrong="walk-from-start"))),
+        "walk-ends-too-early": walks["walk-ends-too-early"],
         "all-walks-end-alike": (
             "All walks end where the first one does: the tiles further down miss the chunk's own tokens before "
             "them.\n"
             "The end depends on the tile of queries, `top`, as well as on the past.",
             square(partial(_walk, wrong="walk-of-the-first")),
         ),
-        **{name: suspect for name, suspect in _suspects(square).items() if name != "walk-ends-too-early"},
+        **{name: suspect for name, suspect in walks.items() if name != "walk-ends-too-early"},
     }
     number = diagnose(lambda *args: answer(*args), cases, right, suspects)
     for (q, n, block), case in zip(shapes, cases, strict=True):
@@ -606,7 +700,7 @@ def check_chunk_attention(answer: Callable) -> str:
         expect(
             set(visited) >= needed,
             "visited-not-noted",
-            f"{where}{len(needed)} tiles are needed, and {len(set(visited) & needed)} of them stand in `visited`.\n"
+            f"{where}of the tiles that are needed ({len(needed)}) only {len(set(visited) & needed)} stand in `visited`.\n"
             "The result is right; leave the line that notes (top, first) where a tile is visited.",
         )
         wasted = len(set(visited) - needed)
@@ -663,7 +757,9 @@ def _prefill(
     starts = query_start_loc.tolist()
     for i, context in enumerate(seq_lens.tolist()):
         rows = slice(starts[i], starts[i + 1])
-        count = -(-context // block_size)
+        if wrong in ("length-of-the-longest", "length-of-the-first"):
+            context = int(seq_lens.max() if wrong == "length-of-the-longest" else seq_lens[0])
+        count = context // block_size if wrong == "blocks-rounded-down" else -(-context // block_size)
         blocks = block_table[0 if wrong == "first-table" else i, :count].long()
         if wrong == "block-table-ignored":
             blocks = torch.arange(count)
@@ -679,6 +775,11 @@ def _prefill(
     return out
 
 
+def _right_walks(tiles: Sequence[tuple[int, int]]) -> list[Callable]:
+    """Attention of one head in tiles of these sizes; where no key is left to see, it is 0 / 0."""
+    return [partial(_walk, block_m=queries, block_n=keys) for queries, keys in tiles]
+
+
 def _beyond(query: Any, key: Any, value: Any, scale: float, context: int) -> Any:
     """As `_exact` for the context, over keys and values that are longer: hidden, but 0 · NaN is NaN."""
     import torch
@@ -688,7 +789,14 @@ def _beyond(query: Any, key: Any, value: Any, scale: float, context: int) -> Any
     return scores.masked_fill(hidden, -INF).softmax(dim=-1) @ value
 
 
-@exercise("02.5", "Your attention reads for the engine")
+@exercise(
+    "02.5",
+    "Your attention reads for the engine",
+    hints={
+        "blocks-rounded-down": 2, "one-length-for-all": 2, "reads-beyond-the-context": 2, "block-table-ignored": 2,
+        "table-of-the-first-sequence": 2, "wrong-kv-head": 3, "whole-matrix": 3,
+    },
+)  # fmt: skip
 def check_prefill_attention(answer: Callable) -> str:
     from minivllm.kernels import Kernels
 
@@ -735,6 +843,24 @@ def check_prefill_attention(answer: Callable) -> str:
             "All sequences read through the block table of the first one.\nRow i of block_table belongs to sequence i.",
             partial(_prefill, wrong="first-table"),
         ),
+        "blocks-rounded-down": (
+            "The last block of a request is left out where it is not full: its keys are missing, among them those of "
+            "the newest tokens.\n"
+            "A context of 35 tokens lies in 3 blocks of 16: round up, -(-context // block_size).",
+            partial(_prefill, wrong="blocks-rounded-down"),
+            *(partial(_prefill, wrong="blocks-rounded-down", attend=walk) for walk in _right_walks(tiles)),
+        ),
+        "one-length-for-all": (
+            "All requests get the same length of context, that of the longest or of the first. What lies in the cache "
+            "beyond a request's own context belongs to nobody (here it is nan).\n"
+            "Request i has seq_lens[i] tokens; max_seq_len is only what a kernel's grid needs.",
+            *(partial(_prefill, wrong=f"length-of-the-{which}") for which in ("longest", "first")),
+            *(
+                partial(_prefill, wrong=f"length-of-the-{which}", attend=walk)
+                for which in ("longest", "first")
+                for walk in _right_walks(tiles)
+            ),
+        ),
         "reads-beyond-the-context": (
             "The last block is read to its end, and what lies beyond the context can be anything: here it is nan. A "
             "weight of 0 does not help: 0 · nan is nan.\n"
@@ -769,7 +895,15 @@ def check_prefill_attention(answer: Callable) -> str:
 # --- 02.6 -------------------------------------------------------------------------------------------------------------
 
 
-@exercise("02.6", "The walk in Triton")
+@exercise(
+    "02.6",
+    "The walk in Triton",
+    hints={
+        "not-divided": 1, "not-rescaled": 1, "maximum-not-kept": 1, "reads-beyond-the-keys": 2,
+        "aligned-to-start": 3, "walk-ends-too-early": 3, "visits-the-future": 3, "exp-of-base-two-scores": 3,
+        "one-maximum-for-all-rows": 3, "diagonal-not-masked": 3,
+    },
+)  # fmt: skip
 def check_flash_kernel(answer: Any) -> str:
     import torch
 

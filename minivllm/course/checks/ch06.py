@@ -955,9 +955,9 @@ def check_loading(answer: Callable) -> str:
             try:
                 load(own, iter(checkpoint.tensors), SMALL_FUSED, checkpoint.tied)
             except ValueError:
-                return "ValueError", [], []
+                return "ValueError", [], {}
             empty = [name for name, tensor in checkpoint.params.items() if tensor.isnan().any()]
-            return "no error", empty, list(checkpoint.params.values())
+            return "no error", empty, dict(checkpoint.params)
 
         return of
 
@@ -1003,7 +1003,7 @@ def check_loading(answer: Callable) -> str:
     loose = [frozenset(s) for n in range(4) for s in combinations(("missing", "unexpected", "shape", "tied-copy"), n)]
     for rows, (name, why) in orders.items():
         suspects[name] = (why, *(outcome(partial(_load, rows=rows, slips=slips)) for slips in loose))
-    items = {"item 0: ": "", "item 1: ": "not filled: ", "item 2: item": "parameter"}
+    items = {"item 0: ": "", "item 1: ": "not filled: ", "item 2: ": "parameter "}
     diagnose(outcome(answer), [(one,) for one in good + bad], outcome(_load), suspects, wording=items)
     return f"{len(good)} checkpoints that fit, {len(bad)} that do not, and {_speaks(answer)}"
 

@@ -1,0 +1,157 @@
+"""The map of the course: one box a chapter, with its minutes, and an arrow from each chapter to those that need it.
+
+Chapters come as plain data (`minivllm.course.chapters.road`); where a box stands follows from what needs what.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import Protocol
+
+from matplotlib.axes import Axes
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.path import Path
+
+from minivllm.viz import palette
+from minivllm.viz.figure import Figure, describe
+
+#: Size of a box, in units of a column's width and a row's height.
+BOX_WIDTH, BOX_HEIGHT = 0.82, 0.66
+#: Inches that a row, and the words below the map, take.
+ROW, MARGIN = 1.12, 0.3
+WORDS = "Minutes to read + minutes of exercises.   Arrow: needed for the next.   Dashed: good to know, not needed."
+#: Too pale for the outline of a box.
+YELLOW = palette.REQUESTS[5]
+
+
+class StopLike(Protocol):
+    """A chapter: number, title, part (chapters of one part have one colour), minutes, and what comes before it."""
+
+    number: str
+    title: str
+    part: str
+    needs: Sequence[str]
+    helps: Sequence[str]
+    reading: int
+    exercises: int
+
+
+def columns(stops: Sequence[StopLike]) -> dict[str, int]:
+    """Number -> column: one further right than the last chapter that it needs.
+
+    Raises ValueError when a chapter needs one that does not come before it.
+    """
+    column: dict[str, int] = {}
+    for stop in stops:
+        before = [*stop.needs, *stop.helps]
+        if unknown := [number for number in before if number not in column]:
+            raise ValueError(f"{stop.number} needs {', '.join(unknown)}, which do not come before it.")
+        column[stop.number] = max((column[number] for number in stop.needs), default=-1) + 1
+    return column
+
+
+def direct(stops: Sequence[StopLike]) -> dict[str, list[str]]:
+    """Number -> the chapters it needs, without those that another one of them needs already."""
+    before: dict[str, set[str]] = {}
+    arrows = {}
+    for stop in stops:
+        beyond: set[str] = set().union(*(before[number] for number in stop.needs))
+        arrows[stop.number] = [number for number in stop.needs if number not in beyond]
+        before[stop.number] = beyond.union(stop.needs, stop.helps)
+    return arrows
+
+
+def places(stops: Sequence[StopLike]) -> dict[str, tuple[int, int]]:
+    """Number -> (column, row from the top). Row 0 is the road; chapters beside it stand below.
+
+    A chapter that nothing needs and that needs nothing (the tour) stands on its own below the first.
+    """
+    column = columns(stops)
+    used = {number for stop in stops for number in (*stop.needs, *stop.helps)}
+    alone = [s.number for s in stops if s.number not in used and not s.needs]
+    found, height = {}, dict.fromkeys(column.values(), 0)
+    for stop in sorted(stops, key=lambda stop: (stop.number in alone, stop.number)):
+        found[stop.number] = (column[stop.number], height[column[stop.number]])
+        height[column[stop.number]] += 1
+    return found
+
+
+def draw_course_map(stops: Sequence[StopLike]) -> Figure:
+    """Draw the chapters in the order in which they need each other, with the minutes to read and to do each."""
+    where = places(stops)
+    wide, high = max(x for x, _ in where.values()) + 1, max(y for _, y in where.values()) + 1
+    figure = Figure(ROW * high + MARGIN)
+    colors = [color for color in palette.REQUESTS if color != YELLOW]
+    ax = figure.add_axes((0.005, 0.0, 0.99, 1.0))
+    ax.set(xlim=(0, wide), ylim=(high + MARGIN / ROW, 0))
+    ax.axis("off")
+    parts = list(dict.fromkeys(stop.part for stop in stops))
+    for stop in stops:
+        for number in direct(stops)[stop.number]:
+            _arrow(ax, where[number], where[stop.number], "-")
+        for number in stop.helps:
+            _arrow(ax, where[number], where[stop.number], (0, (3, 2)))
+    for stop in stops:
+        _box(ax, *where[stop.number], stop, colors[parts.index(stop.part) % len(colors)])
+    ax.text(0.09, high + 0.08, WORDS, fontsize=9.5, color=palette.SOFT_INK, va="center")
+    describe(figure, _alt(stops), _caption(stops))
+    return figure
+
+
+def _box(ax: Axes, column: int, row: int, stop: StopLike, color: str) -> None:
+    x, y = column + (1 - BOX_WIDTH) / 2, row + (1 - BOX_HEIGHT) / 2
+    style = "round,pad=0,rounding_size=0.06"
+    ax.add_patch(FancyBboxPatch((x, y), BOX_WIDTH, BOX_HEIGHT, boxstyle=style, linewidth=1.6, edgecolor=color,
+                                facecolor=palette.tint(color, 0.14), zorder=2))  # fmt: skip
+    center = x + BOX_WIDTH / 2
+    ax.text(center, y + 0.13, stop.number, ha="center", va="center", fontsize=10, weight="bold", color=palette.INK)
+    title = "\n".join(textwrap.wrap(stop.title, 11))
+    ax.text(center, y + 0.34, title, ha="center", va="center", fontsize=9, color=palette.INK, linespacing=1.1)
+    ax.text(center, y + 0.56, _minutes(stop), ha="center", va="center", fontsize=8.5, color=palette.SOFT_INK)
+
+
+def _minutes(stop: StopLike) -> str:
+    if not stop.reading:
+        return "to come"
+    return f"{stop.reading} + {stop.exercises}" if stop.exercises else f"{stop.reading}"
+
+
+def _arrow(ax: Axes, start: tuple[int, int], end: tuple[int, int], style: object) -> None:
+    """From the right edge of one box to the left edge of another.
+
+    Downwards it turns in the gap after the first, upwards in the one before the second: rows above are fuller.
+    """
+    half, gap = BOX_WIDTH / 2, (1 - BOX_WIDTH) / 2
+    a, b = (start[0] + 0.5 + half, start[1] + 0.5), (end[0] + 0.5 - half, end[1] + 0.5)
+    if start[1] == end[1]:
+        points = [a, b]
+    else:  # those that come from below arrive a little lower, so that their heads can be told apart
+        b = (b[0], b[1] + (0.14 if end[1] < start[1] else 0.0))
+        shift = (0.8 if style == "-" else 1.5) * gap
+        turn = b[0] - shift if end[1] < start[1] else a[0] + 2 * gap - shift
+        points = [a, (turn, a[1]), (turn, b[1]), b]
+    ax.add_patch(FancyArrowPatch(path=Path(points), arrowstyle="-|>", mutation_scale=11, linewidth=1.5,
+                                 linestyle=style, color=palette.SOFT_INK, zorder=1))  # fmt: skip
+
+
+def _alt(stops: Sequence[StopLike]) -> str:
+    return f"Map: the {len(stops)} chapters of the course, their minutes, and which must be read before which."
+
+
+def _caption(stops: Sequence[StopLike]) -> str:
+    reading, exercises = (sum(getattr(stop, name) for stop in stops) for name in ("reading", "exercises"))
+    arrows = [f"{stop.number} after {' and '.join(direct(stops)[stop.number])}" for stop in stops if stop.needs]
+    free = " and ".join(stop.number for stop in stops if not stop.needs)
+    later = [stop.number for stop in stops if not stop.reading]
+    to_come = f" Still to come: {', '.join(later)}." if later else ""
+    return (
+        f"{_hours(reading)} of reading and {_hours(exercises)} of exercises. Nothing is needed for {free}; "
+        f"{', '.join(arrows)}.{to_come}"
+    )
+
+
+def _hours(minutes: int) -> str:
+    """To the half hour: these are estimates."""
+    halves = round(minutes / 30)
+    return f"{halves // 2}½ hours" if halves % 2 else f"{halves // 2} hours"

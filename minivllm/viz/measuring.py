@@ -1,0 +1,332 @@
+"""Pictures of measurements: the floor of a decode step, where a step's time goes, throughput against latency, repeats.
+
+All take plain numbers. Times are seconds unless a parameter says otherwise.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from minivllm.viz import palette
+from minivllm.viz.figure import describe, plain_axes, prepare, side_legend
+
+#: Line styles by order, so that no line is known by its colour alone.
+_STYLES = ("-", "--", ":", "-.")
+_MARKERS = ("o", "s", "^", "D", "v")
+
+
+def _number(value: float) -> str:
+    """Three digits that matter: 0.27, 5.28, 41.6, 1,230."""
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    return f"{value:,.{digits}f}"
+
+
+# --- the floor of a decode step ---------------------------------------------------------------------------------------
+
+
+def crossing(batches: Sequence[float], one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Where line `other` overtakes line `one`, linear between the batches; None where it does not."""
+    gaps = [b - a for a, b in zip(one, other, strict=True)]
+    for i in range(1, len(gaps)):
+        if gaps[i - 1] < 0 <= gaps[i]:
+            share = gaps[i - 1] / (gaps[i - 1] - gaps[i])
+            return batches[i - 1] + share * (batches[i] - batches[i - 1])
+    return None
+
+
+def draw_decode_floor(
+    batches: Sequence[int], parts: Mapping[str, Sequence[float]], measured: Sequence[tuple[int, float]] = (),
+    ax: Axes | None = None,
+) -> Figure:  # fmt: skip
+    """What a decode step takes at least, by number of sequences; and what it took.
+
+    batches: ascending. parts: name of a part -> its seconds at each batch, the first of them the weights. The step's
+    floor is their sum. measured: (sequences, seconds) of real steps. ValueError without parts.
+    """
+    if not parts:
+        raise ValueError("no part of a step to draw")
+    floor = [sum(values) for values in zip(*parts.values(), strict=True)]
+    own_figure = ax is None
+    figure, ax = prepare(ax, 3.9)
+    if own_figure:
+        ax.set_position((0.085, 0.14, 0.62, 0.73))
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    handles, labels = [], []
+    for index, (name, values) in enumerate(parts.items()):
+        style, color = _STYLES[(index + 1) % len(_STYLES)], palette.REQUESTS[index]
+        handles += ax.plot(batches, [1e3 * v for v in values], style, color=color, linewidth=2)
+        labels.append(name)
+    handles += ax.plot(batches, [1e3 * v for v in floor], color=palette.INK, linewidth=2.2)
+    labels.append("together: the floor")
+    if measured:
+        points = [(batch, 1e3 * seconds) for batch, seconds in measured]
+        handles += ax.plot(*zip(*points, strict=True), "o", color=palette.PAPER, markeredgecolor=palette.INK, ms=7)
+        labels.append("measured")
+    _style_decode_floor(ax, batches)
+    side_legend(ax, handles, labels, "A decode step")
+    alt = f"Chart: the least time of a decode step for {batches[0]} to {batches[-1]:,} sequences, by part."
+    describe(figure, alt, _decode_floor_caption(batches, parts, floor, measured))
+    return figure
+
+
+def _style_decode_floor(ax: Axes, batches: Sequence[int]) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    plain_axes(ax)
+    ax.set_title("What a decode step costs at least", loc="left", fontsize=12, weight="bold", color=palette.INK)
+    ax.set_xlabel("sequences in the step", fontsize=9.5, color=palette.SOFT_INK)
+    ax.set_ylabel("milliseconds", fontsize=9.5, color=palette.SOFT_INK)
+    ax.set_xlim(batches[0], batches[-1])
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.grid(color=palette.LINE, linewidth=0.5, alpha=0.6)
+
+
+def _decode_floor_caption(
+    batches: Sequence[int], parts: Mapping[str, Sequence[float]], floor: Sequence[float],
+    measured: Sequence[tuple[int, float]],
+) -> str:  # fmt: skip
+    (first, weights), *others = parts.items()
+    text = f"With {batches[0]}, a step takes at least {_number(1e3 * floor[0])} milliseconds"
+    text += f", with {batches[-1]:,} at least {_number(1e3 * floor[-1])}."
+    for name, values in others:
+        place = crossing(batches, weights, values)
+        where = f"from about {place:.0f} sequences on" if place else "nowhere in this range"
+        text += f" {name[0].upper()}{name[1:]}: more than {first} {where}."
+    if measured:
+        text += f" Measured: {', '.join(f'{_number(1e3 * s)} with {n:,}' for n, s in measured)}."
+    return text
+
+
+# --- where the time goes ----------------------------------------------------------------------------------------------
+
+
+def draw_parts(
+    rows: Mapping[str, Mapping[str, float]], title: str = "Where a step's time goes", unit: str = "milliseconds",
+    ax: Axes | None = None,
+) -> Figure:  # fmt: skip
+    """A bar for each row, cut into its parts. rows: name of a bar -> name of a part -> amount, in `unit`.
+
+    Parts with one name have one colour; legend and bars are in the order in which names come up. ValueError without a
+    row, or for a negative part.
+    """
+    if not rows:
+        raise ValueError("no bar to draw")
+    if bad := [name for parts in rows.values() for name, value in parts.items() if value < 0]:
+        raise ValueError(f"negative: {', '.join(bad)}")
+    names = list(dict.fromkeys(name for parts in rows.values() for name in parts))
+    own_figure = ax is None
+    height = 1.15 + 0.55 * len(rows) + 0.28 * (-(-len(names) // 4))
+    figure, ax = prepare(ax, height)
+    label_width = min(0.27, 0.03 + 0.0088 * max(map(len, rows)))
+    if own_figure:
+        bottom = (0.62 + 0.28 * (-(-len(names) // 4))) / height
+        ax.set_position((label_width, bottom, 0.9 - label_width, 0.55 * len(rows) / height))
+    for y, parts in enumerate(rows.values()):
+        left = 0.0
+        for name in names:
+            if value := parts.get(name, 0.0):
+                color, hatch = _part_style(names.index(name))
+                ax.barh(y, value, left=left, height=0.64, color=color, hatch=hatch, edgecolor=palette.PAPER, lw=0.8)
+                left += value
+        text = _number(left)
+        ax.annotate(text, (left, y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9.5)
+    _style_parts(ax, list(rows), names, title, unit, height)
+    alt = f"Chart: {len(rows)} bars cut into {len(names)} parts, {title[0].lower()}{title[1:]}."
+    describe(figure, alt, _parts_caption(rows, unit))
+    return figure
+
+
+def _part_style(index: int) -> tuple[str, str]:
+    return palette.request_color(index), "" if index < len(palette.REQUESTS) else "////"
+
+
+def _style_parts(ax: Axes, rows: list[str], names: list[str], title: str, unit: str, height: float) -> None:
+    from matplotlib.patches import Patch
+
+    plain_axes(ax)
+    ax.set_title(title, loc="left", fontsize=12, weight="bold", color=palette.INK)
+    ax.set_yticks(range(len(rows)), rows, fontsize=9.5, color=palette.INK)
+    ax.set_ylim(len(rows) - 0.45, -0.55)
+    ax.tick_params(axis="y", length=0, labelcolor=palette.INK)
+    ax.set_xlabel(unit, fontsize=9.5, color=palette.SOFT_INK)
+    styles = [_part_style(index) for index in range(len(names))]
+    handles = [Patch(facecolor=color, hatch=hatch, edgecolor=palette.PAPER) for color, hatch in styles]
+    ax.figure.legend(
+        handles, names, loc="lower left", ncols=4, frameon=False, bbox_to_anchor=(0.02, 0.0), fontsize=9,
+        labelcolor=palette.INK, handlelength=1.2, columnspacing=1.4, handletextpad=0.5,
+    )  # fmt: skip
+
+
+def _parts_caption(rows: Mapping[str, Mapping[str, float]], unit: str) -> str:
+    sentences = []
+    for name, parts in rows.items():
+        total = sum(parts.values())
+        shares = sorted(parts.items(), key=lambda part: -part[1])[:3]
+        said = ", ".join(f"{part} {value / total:.0%}" for part, value in shares if value)
+        sentences.append(f"{name}: {_number(total)} {unit}, most of it {said}.")
+    return " ".join(sentences)
+
+
+# --- throughput against latency ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Load:
+    """One point of a throughput-latency curve: so many sequences at once, seconds between the tokens of each."""
+
+    sequences: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all sequences together (Little's law: sequences = rate · time)."""
+        return self.sequences / self.seconds
+
+
+def draw_tradeoff(curves: Mapping[str, Sequence[Load]], ax: Axes | None = None) -> Figure:
+    """Tokens a second of the whole machine against the time that each request waits for a token.
+
+    curves: name -> its points, by growing load. Up and left is better. ValueError where a curve has no point.
+    """
+    if not curves or not all(curves.values()):
+        raise ValueError("a curve without points")
+    own_figure = ax is None
+    figure, ax = prepare(ax, 3.9)
+    if own_figure:
+        ax.set_position((0.1, 0.14, 0.6, 0.73))
+    handles = []
+    for index, points in enumerate(curves.values()):
+        x, y = [1e3 * p.seconds for p in points], [p.tokens_per_second for p in points]
+        handles += ax.plot(
+            x, y, _STYLES[index % 4], marker=_MARKERS[index % 5], ms=6, color=palette.REQUESTS[index], linewidth=2
+        )
+        if index == 0:
+            for point, px, py in zip(points, x, y, strict=True):
+                ax.annotate(f"{point.sequences:,}", (px, py), xytext=(7, -11), textcoords="offset points",
+                            fontsize=9, color=palette.INK)  # fmt: skip
+    _style_tradeoff(ax)
+    side_legend(ax, handles, list(curves), "Sequences at once")
+    alt = f"Chart: tokens a second against the time between a request's tokens, {len(curves)} curves."
+    describe(figure, alt, _tradeoff_caption(curves))
+    return figure
+
+
+def _style_tradeoff(ax: Axes) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    plain_axes(ax)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_title("More for all, slower for each", loc="left", fontsize=12, weight="bold", color=palette.INK)
+    ax.set_xlabel("milliseconds between a request's tokens", fontsize=9.5, color=palette.SOFT_INK)
+    ax.set_ylabel("tokens a second, all together", fontsize=9.5, color=palette.SOFT_INK)
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if str(value)[0] in "25" else ""))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    ax.tick_params(which="minor", labelsize=8, labelcolor=palette.SOFT_INK)
+    ax.grid(color=palette.LINE, linewidth=0.5, alpha=0.6)
+
+
+def _tradeoff_caption(curves: Mapping[str, Sequence[Load]]) -> str:
+    sentences = []
+    for name, points in curves.items():
+        first, last = points[0], points[-1]
+        text = f"{name}: {first.sequences:,} to {last.sequences:,} sequences make "
+        text += f"{last.tokens_per_second / first.tokens_per_second:,.0f} times as many tokens a second, and each "
+        text += f"waits {last.seconds / first.seconds:,.1f} times as long for its own."
+        sentences.append(text)
+    return " ".join(sentences)
+
+
+# --- repeats ----------------------------------------------------------------------------------------------------------
+
+
+def draw_samples(
+    samples: Mapping[str, Sequence[float]], title: str = "Every repeat", unit: str = "microseconds",
+    ax: Axes | None = None,
+) -> Figure:  # fmt: skip
+    """A row of dots for each name, one dot a repeat, from the first (left) to the last; a line marks the median.
+
+    samples: name -> what was measured, in `unit`, in the order in which it was. ValueError where one is empty.
+    """
+    if not samples or not all(samples.values()):
+        raise ValueError("nothing was measured")
+    own_figure = ax is None
+    figure, ax = prepare(ax, 3.3)
+    if own_figure:
+        ax.set_position((0.085, 0.16, 0.6, 0.69))
+    handles = []
+    for index, values in enumerate(samples.values()):
+        color = palette.REQUESTS[index]
+        marker = _MARKERS[index % len(_MARKERS)]
+        handles += ax.plot(range(1, len(values) + 1), values, marker, color=color, ms=5, alpha=0.85)
+        ax.axhline(statistics.median(values), color=color, linestyle=_STYLES[(index + 1) % 4], linewidth=1.4)
+    plain_axes(ax)
+    ax.set_title(title, loc="left", fontsize=12, weight="bold", color=palette.INK)
+    ax.set_xlabel("repeat", fontsize=9.5, color=palette.SOFT_INK)
+    ax.set_ylabel(unit, fontsize=9.5, color=palette.SOFT_INK)
+    labels = [f"{name}: median {_number(statistics.median(values))}" for name, values in samples.items()]
+    side_legend(ax, handles, labels, "Measured")
+    alt = f"Chart: {sum(map(len, samples.values()))} measured times, repeat by repeat, of {', '.join(samples)}."
+    describe(figure, alt, _samples_caption(samples, unit))
+    return figure
+
+
+def _samples_caption(samples: Mapping[str, Sequence[float]], unit: str) -> str:
+    return " ".join(
+        f"{name}: median {_number(statistics.median(values))} {unit}, mean {_number(statistics.fmean(values))}, from "
+        f"{_number(min(values))} to {_number(max(values))}."
+        for name, values in samples.items()
+    )
+
+
+# --- a step as a profiler sees it -------------------------------------------------------------------------------------
+
+
+def draw_intervals(
+    lanes: Mapping[str, Sequence[tuple[float, float]]], begin: float, end: float, unit: str = "microseconds",
+    ax: Axes | None = None,
+) -> Figure:  # fmt: skip
+    """Who worked when: a row for each lane. lanes: name -> (start, end) of what ran. begin, end: the step, unshaded.
+
+    ValueError without a lane.
+    """
+    if not lanes:
+        raise ValueError("no lane to draw")
+    height = 0.95 + 0.45 * len(lanes)
+    own_figure = ax is None
+    figure, ax = prepare(ax, height)
+    if own_figure:
+        ax.set_position((0.12, 0.52 / height, 0.84, 0.45 * len(lanes) / height))
+    spans = [span for lane in lanes.values() for span in lane]
+    low, high = min([begin, *(s for s, _ in spans)]), max([end, *(e for _, e in spans)])
+    for left, right in ((low, begin), (end, high)):
+        if right > left:
+            ax.axvspan(left, right, color=palette.CACHED, linewidth=0)
+    for y, lane in enumerate(lanes.values()):
+        color = palette.REQUESTS[y]
+        ax.barh([y] * len(lane), [e - s for s, e in lane], left=[s for s, _ in lane], height=0.6, color=color,
+                edgecolor=palette.INK, linewidth=0.7)  # fmt: skip
+    plain_axes(ax)
+    ax.set_title("One step, as it was recorded", loc="left", fontsize=12, weight="bold", color=palette.INK)
+    ax.set_yticks(range(len(lanes)), list(lanes), fontsize=9.5)
+    ax.tick_params(axis="y", length=0, labelcolor=palette.INK)
+    ax.set_ylim(len(lanes) - 0.4, -0.6)
+    ax.set_xlim(low, high)
+    ax.set_xlabel(unit, fontsize=9.5, color=palette.SOFT_INK)
+    said = ", ".join(f"{name} {sum(e - s for s, e in lane):g}" for name, lane in lanes.items())
+    caption = f"A step of {end - begin:g} {unit}. Sums of the lanes' bars: {said}. Shaded: not in this step."
+    describe(figure, f"Chart: what ran when, in {len(lanes)} lanes: {', '.join(lanes)}.", caption)
+    return figure
+
+
+__all__ = [
+    "Load", "crossing", "draw_decode_floor", "draw_intervals", "draw_parts", "draw_samples", "draw_tradeoff",
+]  # fmt: skip

@@ -1,0 +1,156 @@
+"""The pictures of chapter 09 show what ranks do: cuts, heads, a ring that really adds up, shares; and stay small."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from matplotlib.patches import Rectangle
+
+from minivllm.bench.shapes import shape_config
+from minivllm.viz import palette, scrub
+from minivllm.viz.parallel import (
+    PARTS,
+    WRONG,
+    Heads,
+    Ring,
+    draw_heads,
+    draw_parallel_block,
+    draw_ring,
+    draw_shares,
+    draw_splits,
+)
+
+MAX_PNG_BYTES = 60_000
+TIMES = {
+    "one": {"1 GPU": {"weights": 3.0}, "2 GPUs": {"weights": 1.5, "collectives": 0.75}},
+    "many": {"1 GPU": {"weights": 4.0}, "2 GPUs": {"weights": 2.0, "collectives": 0.75}},
+}
+
+
+def heads(size: int, num_heads: int = 32, num_kv_heads: int = 8) -> Heads:
+    queries = [range(r * num_heads // size, (r + 1) * num_heads // size) for r in range(size)]
+    group = num_heads // num_kv_heads
+    return [(q, range(q.start // group, (q.stop - 1) // group + 1)) for q in queries]
+
+
+def texts(figure) -> list[str]:
+    return [text.get_text() for ax in figure.axes for text in ax.texts]
+
+
+# --- cuts and blocks --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_every_rank_has_a_part_in_both_cuts(size: int) -> None:
+    found = texts(draw_splits(size))
+    assert [found.count(f"rank {rank}") for rank in range(size)] == [4 if size < 4 else 3] * size
+    assert sum(text.startswith("a term") for text in found) == size
+    for wrong in (1, 5):
+        with pytest.raises(ValueError, match="2 to 4"):
+            draw_splits(wrong)
+
+
+def test_the_block_has_a_lane_for_each_rank_and_two_all_reduces() -> None:
+    figure = draw_parallel_block(shape_config("qwen3-8b"), 4)
+    found = texts(figure)
+    assert found.count("all-reduce") == 2
+    assert found.count("8 + 2 + 2 heads") == found.count("2 × 3072") == 4
+    assert "8 of 32 query heads and 3,072 of 12,288 MLP columns each" in figure.caption
+    for size in (3, 8):
+        with pytest.raises(ValueError, match="up to 4, that divide 32"):
+            draw_parallel_block(shape_config("qwen3-8b"), size)
+
+
+# --- heads ------------------------------------------------------------------------------------------------------------
+
+
+def test_heads_say_what_a_rank_has() -> None:
+    figure = draw_heads(32, 8, {f"{size} ranks": heads(size) for size in (2, 16)})
+    assert figure.caption == (
+        "2 ranks: rank 0 has 16 query heads and 4 KV heads. "
+        "16 ranks: rank 0 has 2 query heads and 1 KV head, and each KV head is on 2 ranks."
+    )
+    assert not [patch for patch in figure.axes[0].patches if patch.get_linewidth() == 2], "nothing is framed"
+
+
+def test_heads_that_nobody_has_or_two_ranks_compute_are_framed() -> None:
+    figure = draw_heads(4, 2, {"wrong": [((0, 1), (0,)), ((1, 2), (0,))]})
+    assert "nobody has 1 query head; 1 query head computed twice; nobody has 1 KV head" in figure.caption
+    framed = [patch for patch in figure.axes[0].patches if patch.get_linewidth() == 2]
+    assert len(framed) == 3
+    assert {tuple(patch.get_edgecolor()) for patch in framed} == {(*palette.rgb(WRONG), 1.0)}
+
+
+# --- the ring ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 8])
+def test_the_ring_adds_up_what_it_sends(size: int) -> None:
+    """Played with numbers: what `sends` names is moved, and in the end every rank has every sum."""
+    ring = Ring(size)
+    held = [[10.0**rank + part for part in range(size)] for rank in range(size)]
+    for step in ring.steps[1:]:
+        before = [list(row) for row in held]
+        assert len({part for _, part in ring.sends(step)}) == size, "each rank sends another part"
+        for rank, part in ring.sends(step):
+            right = (rank + 1) % size
+            held[right][part] = before[rank][part] + (before[right][part] if step < size else 0.0)
+    total = sum(10.0**rank for rank in range(size))
+    assert held == [[total + size * part for part in range(size)]] * size
+    last = ring.state(ring.steps[-1])
+    assert all(terms == frozenset(range(size)) for row in last for terms in row)
+
+
+def test_the_ring_draws_its_steps() -> None:
+    ring = Ring(4)
+    first, third, last = (draw_ring(ring, step) for step in (0, 3, 6))
+    assert "0 of 16 parts hold the terms of all 4 ranks" in first.caption
+    assert "4 of 16" in third.caption
+    assert "Just sent: part 2 by rank 0" in third.caption
+    assert "16 of 16" in last.caption
+    with pytest.raises(IndexError, match="steps 0 to 6"):
+        draw_ring(ring, 7)
+    assert scrub(ring, draw_ring, step=2).step == 2
+    with pytest.raises(ValueError, match="2 to 8"):
+        Ring(1)
+
+
+# --- shares -----------------------------------------------------------------------------------------------------------
+
+
+def test_columns_stack_their_parts_on_one_scale() -> None:
+    figure = draw_shares(TIMES, "milliseconds", "A step", limit=5, limit_name="too slow")
+    one, many = figure.axes
+    boxes = [(p.get_y(), p.get_height()) for p in one.patches if isinstance(p, Rectangle)]
+    assert boxes == [(0, 3.0), (3.0, 0), (0, 1.5), (1.5, 0.75)]
+    assert one.get_ylim() == many.get_ylim()
+    assert "one, in milliseconds: 1 GPU: 3, 2 GPUs: 2.25." in figure.caption
+    assert figure.caption.endswith("The line is at 5: too slow.")
+    assert len(PARTS) == len(set(PARTS))
+    with pytest.raises(ValueError, match="nothing to draw"):
+        draw_shares({}, "GB", "Memory")
+
+
+def test_pictures_are_small_and_say_what_they_are() -> None:
+    config = shape_config("qwen3-8b")
+    figures = [
+        draw_splits(4),
+        draw_parallel_block(config, 4),
+        draw_heads(32, 8, {f"{size} ranks": heads(size) for size in (2, 4, 8, 16)}),
+        draw_ring(Ring(8), 9),
+        draw_shares(TIMES, "milliseconds", "A step"),
+    ]
+    for figure in figures:
+        assert len(figure.to_png()) < MAX_PNG_BYTES
+        assert len(figure.alt) > 30
+        assert len(figure.caption) > 30
+
+
+def test_importing_it_needs_no_torch() -> None:
+    code = "import sys, minivllm.viz.parallel; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
