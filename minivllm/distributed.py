@@ -11,16 +11,11 @@ from __future__ import annotations
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from minivllm.errors import ConfigError, RankFailedError
-
-#: How long ranks wait for each other: those of one machine to meet, and any for an engine that has nothing to do.
-MEETING, IDLE = timedelta(seconds=20), timedelta(days=365)
 
 
 @dataclass(frozen=True)
@@ -45,21 +40,6 @@ class TensorParallelGroup:
     def __init__(self, rank: int = 0, size: int = 1, tensors: Any = None, objects: Any = None, gpu: int = 0) -> None:
         self.rank, self.size, self.gpu, self._tensors, self._objects = rank, size, gpu, tensors, objects
         self._is_broken = False
-
-    @staticmethod
-    def connect(store: dist.Store, rank: int, size: int, device_type: str, host: str | None = "127.0.0.1",
-                gpu: int | None = None) -> TensorParallelGroup:  # fmt: skip
-        """Meet the other ranks at `store`. host: None when they run on several machines. gpu: this rank's."""
-        gloo = dist.ProcessGroupGloo
-        options = gloo._Options()
-        options._timeout = MEETING if host else IDLE
-        options._devices = [gloo.create_device(hostname=host) if host else gloo.create_default_device()]
-        objects = tensors = gloo(dist.PrefixStore("objects", store), rank, size, options)
-        objects._set_default_timeout(IDLE)
-        if device_type == "cuda":
-            nccl = dist.ProcessGroupNCCL
-            tensors = nccl(dist.PrefixStore("tensors", store), rank, size, nccl.Options())
-        return TensorParallelGroup(rank, size, tensors, objects, rank if gpu is None else gpu)
 
     def part(self, count: int, unit: int = 1, pad: bool = False) -> Part:
         """This rank's share of `count` units of `unit` rows, in order of rank.

@@ -1,4 +1,7 @@
-"""How the ranks of a tensor-parallel engine come to be: started here, on this machine, or by torchrun, on many."""
+"""The ranks of a tensor-parallel engine: how they come to be, keep in step, and end.
+
+They are started here, on this machine, or by torchrun, on however many. Taught in notebooks/09_tensor_parallel.ipynb.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import timedelta
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -19,33 +23,100 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import get_context
 
-from minivllm.distributed import MEETING, SINGLE, TensorParallelGroup
-from minivllm.errors import ConfigError, RankFailedError, RankMismatchError
+from minivllm.distributed import SINGLE, TensorParallelGroup
+from minivllm.errors import ConfigError, EngineEndedError, RankFailedError, RankMismatchError
+
+#: How long ranks wait for each other: those of one machine to meet, and any for an engine that has nothing to do.
+MEETING, IDLE = timedelta(seconds=20), timedelta(days=365)
 
 
-def find_ranks(
-    size: int, device: str, target: Callable[..., None], *args: Any
-) -> tuple[TensorParallelGroup, RankProcesses | None]:
-    """The group of `size` ranks that this process belongs to, and the others' processes if they had to be started.
+def connect(
+    store: dist.Store, rank: int, size: int, device_type: str, host: str | None = "127.0.0.1", gpu: int | None = None
+) -> TensorParallelGroup:
+    """Meet the other ranks at `store`. host: None when they run on several machines. gpu: this rank's, else its number.
 
-    Under torchrun the ranks are there, and each has come here by itself. Otherwise this process is rank 0, and the
-    others are started to run ``target(group, *args)``. device: "cpu", or "cuda" for a GPU a rank; else `ConfigError`.
+    The process groups are made directly and belong to nobody else: no `init_process_group`, so no global state.
     """
-    started = int(os.environ.get("WORLD_SIZE", 1))
-    if size == 1:
-        return SINGLE, None
-    if started not in (1, size):
-        raise ConfigError(f"torchrun has started {started} ranks; set tensor_parallel_size={started}.")
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", size)) if started == size else size
-    if device != "cpu" and (device != "cuda" or local > torch.cuda.device_count()):
-        raise ConfigError(
-            f"{local} ranks on this machine take device='cuda' and {local} GPUs; device is {device!r}, and there are "
-            f"{torch.cuda.device_count()}."
-        )
-    if started == size:
-        return join_torchrun(device), None
-    ranks = RankProcesses(size, device, target, *args)
-    return ranks.group, ranks
+    gloo = dist.ProcessGroupGloo
+    options = gloo._Options()
+    options._timeout = MEETING if host else IDLE
+    options._devices = [gloo.create_device(hostname=host) if host else gloo.create_default_device()]
+    objects = tensors = gloo(dist.PrefixStore("objects", store), rank, size, options)
+    objects._set_default_timeout(IDLE)
+    if device_type == "cuda":
+        nccl = dist.ProcessGroupNCCL
+        tensors = nccl(dist.PrefixStore("tensors", store), rank, size, nccl.Options())
+    return TensorParallelGroup(rank, size, tensors, objects, rank if gpu is None else gpu)
+
+
+class Ranks:
+    """The ranks that run an engine together, as one of them sees them; keeps their engines in step.
+
+    Under torchrun the ranks are there and get the same calls from the same script. Otherwise this process is rank 0:
+    it starts the others, to run ``target(group, *args)``, and passes on to them the calls that it gets. Each plans and
+    samples for itself; before every step rank 0 tells where it stands, and whoever stands elsewhere says so.
+    """
+
+    def __init__(self, size: int, device: str, target: Callable[..., None], *args: Any,
+                 group: TensorParallelGroup | None = None) -> None:  # fmt: skip
+        """device: "cpu", or "cuda" for a GPU a rank. group: where the ranks have met already. Raises `ConfigError`."""
+        self._processes: RankProcesses | None = None
+        self._calls: list[tuple[str, tuple]] = []  # that the processes have yet to make
+        self._ended = ""  # why there are no ranks any more
+        self.group = group or self._find(size, device, target, *args)
+
+    def mirror(self, name: str, *args: Any) -> None:
+        """Have the engines of the ranks that were started here make this call before their next step."""
+        if self._processes is not None:
+            self._calls.append((name, args))
+
+    def agree(self, engine: Any, state: Callable[[], int]) -> None:
+        """Bring this rank's engine to where rank 0's is. state: a hash of what its plans depend on, 63 bits."""
+        if self._ended:
+            raise EngineEndedError(f"{self._ended} Make a new engine.")
+        if self.group.size == 1:
+            return
+        expected, calls = self.group.broadcast(state(), self._calls)
+        self._calls = []
+        for name, args in calls if self.group.rank else ():
+            getattr(engine, name)(*args)
+        if state() != expected:
+            raise RankMismatchError(
+                f"Rank {self.group.rank} does not stand where rank 0 does: it has other requests, or has sampled other "
+                "tokens. Every rank must run the same code and get the same calls."
+            )
+
+    def give_up(self, error: BaseException) -> None:
+        """After a step cut short no rank knows where the others stand. Raises what has happened to another rank."""
+        if self.group.size == 1:
+            return
+        failure = self._processes.failure() if self._processes and isinstance(error, RankFailedError) else None
+        self.close(f"A step was cut short ({type(failure or error).__name__}), and with it the engine's ranks.")
+        if failure is not None:
+            raise failure from error
+
+    def close(self, reason: str = "This engine has been closed.") -> None:
+        """End the processes that were started here, and leave the group."""
+        if self.group.size > 1:
+            self._ended = self._ended or reason
+            (self._processes or self.group).close()
+
+    def _find(self, size: int, device: str, target: Callable[..., None], *args: Any) -> TensorParallelGroup:
+        started = int(os.environ.get("WORLD_SIZE", 1))
+        if size == 1:
+            return SINGLE
+        if started not in (1, size):
+            raise ConfigError(f"torchrun has started {started} ranks; set tensor_parallel_size={started}.")
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", size)) if started == size else size
+        if device != "cpu" and (device != "cuda" or local > torch.cuda.device_count()):
+            raise ConfigError(
+                f"{local} ranks on this machine take device='cuda' and {local} GPUs; device is {device!r}, and there "
+                f"are {torch.cuda.device_count()}."
+            )
+        if started == size:
+            return join_torchrun(device)
+        self._processes = RankProcesses(size, device, target, *args)
+        return self._processes.group
 
 
 def join_torchrun(device_type: str) -> TensorParallelGroup:
@@ -55,7 +126,7 @@ def join_torchrun(device_type: str) -> TensorParallelGroup:
         f"minivllm engines of rank {rank}", 1
     )  # a process may make several, every rank in the same order
     store = dist.PrefixStore(f"minivllm engine {number}", store)
-    return TensorParallelGroup.connect(store, rank, size, device_type, None, int(os.environ.get("LOCAL_RANK", rank)))
+    return connect(store, rank, size, device_type, None, int(os.environ.get("LOCAL_RANK", rank)))
 
 
 class RankProcesses:
@@ -91,7 +162,7 @@ class RankProcesses:
                 if self._reports.get(rank) != "ready":
                     raise self.failure()
             try:
-                self.group = TensorParallelGroup.connect(store, 0, size, device_type)
+                self.group = connect(store, 0, size, device_type)
             except RuntimeError as error:
                 raise self.failure() from error
         except BaseException:
@@ -167,7 +238,7 @@ def _run_rank(pipe: Connection, rank: int, size: int, port: int, device_type: st
         target, args = pickle.loads(work)
         pipe.send("ready")
         store = dist.TCPStore("127.0.0.1", port, size, False, MEETING)
-        target(TensorParallelGroup.connect(store, rank, size, device_type), *args)
+        target(connect(store, rank, size, device_type), *args)
     except BaseException as error:
         report = (type(error).__name__, f"failed: {type(error).__name__}: {error}")
     with suppress(OSError):

@@ -39,18 +39,15 @@ from minivllm.engine.sequence import Sequence as EngineSequence
 from minivllm.engine.trace import StepRecord, Trace, record_step
 from minivllm.errors import (
     EmptyPromptError,
-    EngineEndedError,
     InvalidTokenError,
     PromptTooLongError,
-    RankFailedError,
-    RankMismatchError,
     RequestError,
     SamplingParamsError,
     SchedulerStalledError,
     TokenizerRequiredError,
 )
 from minivllm.kernels import Kernels
-from minivllm.launch import find_ranks
+from minivllm.launch import Ranks
 from minivllm.models.loader import load_config, resolve_model_path
 from minivllm.models.qwen3 import Qwen3ForCausalLM
 from minivllm.outputs import RequestMetrics, RequestOutput
@@ -78,8 +75,7 @@ class LLMEngine:
     kernels, block_manager_cls, scheduler_cls, model_cls, build_batch: your own pieces in place of the package's.
     group: for a rank of an engine whose other ranks have been started already.
 
-    With tensor_parallel_size > 1 every rank runs an engine like this one. Rank 0 sends the calls it gets to the ranks
-    that it has started; ranks that torchrun has started are all called by the same script, and send nothing.
+    With tensor_parallel_size > 1 every rank runs an engine like this one on its share of the model; see launch.py.
     """
 
     def __init__(
@@ -106,24 +102,17 @@ class LLMEngine:
             kernels = Kernels.triton() if self.config.attention_backend == "triton" else Kernels.reference()
         elif kernels.name != "triton":  # a graph cannot record a function that waits for the GPU
             self.config = replace(self.config, enforce_eager=True)
-        self.group, self._ranks = group, None
-        if group is None:
-            arguments = (self.config.device, _run_rank, self.model_path, {**options, **pieces})
-            self.group, self._ranks = find_ranks(config.tensor_parallel_size, *arguments)
-        if self._ranks is not None:
-            weakref.finalize(self, self._ranks.close)
-        #: Calls that the ranks started here have yet to make; why the engine ended; all tokens so far, hashed.
-        self._calls: deque[tuple] = deque(maxlen=None if self._ranks else 0)
-        self._ended: str | None = None
-        self._token_hash = xxhash.xxh3_64()
+        arguments = (self.config.device, _run_rank, self.model_path, {**options, **pieces})
+        self.ranks = Ranks(config.tensor_parallel_size, *arguments, group=group)
+        weakref.finalize(self, self.ranks.close)
+        self._token_hash = xxhash.xxh3_64()  # of every token so far
         try:
             self.model_runner = ModelRunner(
                 self.model_path, self.model_config, self.config, kernels, model_cls=model_cls,
-                build_batch=build_batch, group=self.group,
+                build_batch=build_batch, group=self.ranks.group,
             )  # fmt: skip
         except BaseException as error:
-            if self.group.size > 1:
-                self._end_ranks(error)
+            self.ranks.give_up(error)
             raise
         self.config = replace(self.config, num_kv_blocks=self.model_runner.num_kv_blocks)
         manager = block_manager_cls(self.config.num_kv_blocks, self.config.block_size, config.enable_prefix_caching)
@@ -169,7 +158,7 @@ class LLMEngine:
             request.add_completion(seq)
             self._owners[seq.seq_id] = (request, index)
             self.scheduler.add(seq)
-        self._calls.append(("add_request", token_ids, params, request_id))
+        self.ranks.mirror("add_request", token_ids, params, request_id)
         return request_id
 
     def abort_request(self, request_id: str | Iterable[str]) -> None:
@@ -189,7 +178,7 @@ class LLMEngine:
             self._touched.pop(one, None)
             self._undelivered.append(request.report())
             self._forget(request)
-            self._calls.append(("abort_request", one))
+            self.ranks.mirror("abort_request", one)
 
     def has_unfinished_requests(self) -> bool:
         return bool(self._requests or self._undelivered)
@@ -202,11 +191,8 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         """Compute one step for everything that is running; returns the requests that have something to report."""
         start = time.perf_counter()
-        if self._ended is not None:
-            raise EngineEndedError(f"{self._ended} Make a new engine.")
         try:
-            if self.group.size > 1:
-                self._agree()
+            self.ranks.agree(self, self._state)
             batch = self.scheduler.schedule()
             if batch:
                 self._launch(batch, start)
@@ -218,8 +204,7 @@ class LLMEngine:
         except BaseException as error:  # Ctrl-C in a notebook included: the requests go on at the next step
             self._in_flight.clear()
             self.scheduler.recover()
-            if self.group.size > 1:
-                self._end_ranks(error)
+            self.ranks.give_up(error)
             raise
         for request in list(self._touched.values()):
             self._undelivered.append(request.report())
@@ -237,6 +222,10 @@ class LLMEngine:
         record = self._record(batch, start) if self.trace is not None else None
         self._note_admissions(batch, start)
         self._in_flight.append((batch, self.model_runner.execute(batch), record))
+
+    def close(self) -> None:
+        """End the other ranks, if there are any; this engine cannot step any more then."""
+        self.ranks.close()
 
     def metrics(self) -> EngineMetrics:
         """A snapshot of the counters."""
@@ -327,7 +316,7 @@ class LLMEngine:
     def _apply(self, batch: ScheduledBatch, result: StepResult, record: StepRecord | None) -> None:
         """Give every sequence its token."""
         token_ids = result.wait()
-        self.group.check()
+        self.ranks.group.check()
         self._token_hash.update(array("q", token_ids).tobytes())
         accepted = self.scheduler.update(batch, token_ids)
         now = time.perf_counter()
@@ -363,46 +352,18 @@ class LLMEngine:
         if request.finished or request.params.output_kind is not RequestOutputKind.FINAL_ONLY:
             self._touched[request.request_id] = request
 
-    def _forget(self, request: Request) -> None:
-        self._metrics.num_finished_requests += 1
-        del self._requests[request.request_id]
-        for completion in request.completions:
-            del self._owners[completion.sequence.seq_id]
-
-    # --- ranks ----------------------------------------------------------------------------------------------------
-
-    def close(self) -> None:
-        """End the other ranks; a later `step` raises `EngineEndedError`. An engine of one rank has nothing to end."""
-        if self.group.size > 1:
-            self._ended = self._ended or "This engine has been closed."
-            (self._ranks or self.group).close()
-
-    def _agree(self) -> None:
-        """Bring all ranks to the same point and see that they are there: the same requests, tokens and plan."""
-        state, calls = self.group.broadcast(self._state(), list(self._calls))
-        self._calls.clear()
-        for name, *args in calls if self.group.rank else ():
-            getattr(self, name)(*args)
-        if self._state() != state:
-            raise RankMismatchError(
-                f"Rank {self.group.rank} does not stand where rank 0 does after step {self.scheduler.stats.num_steps}: "
-                "it has other requests, or has sampled other tokens. Every rank must get the same calls."
-            )
-
     def _state(self) -> int:
-        """A hash of all that the next plan depends on, but for what is the same on any rank."""
+        """A hash of the tokens so far and of what the next plan depends on: the same on every rank."""
         state, scheduler = self._token_hash.copy(), self.scheduler
         plan = [seq.seq_id for seq in (*scheduler.running, *scheduler.waiting)]
         state.update(array("q", [*plan, scheduler.block_manager.num_free_blocks]).tobytes())
         return state.intdigest() >> 1
 
-    def _end_ranks(self, error: BaseException) -> None:
-        """After a step cut short no rank knows where the others stand. Raises what has happened to another rank."""
-        failure = self._ranks.failure() if self._ranks and isinstance(error, RankFailedError) else None
-        self._ended = f"A step was cut short ({type(failure or error).__name__}), and with it the engine's ranks."
-        self.close()
-        if failure is not None:
-            raise failure from error
+    def _forget(self, request: Request) -> None:
+        self._metrics.num_finished_requests += 1
+        del self._requests[request.request_id]
+        for completion in request.completions:
+            del self._owners[completion.sequence.seq_id]
 
     # --- trace ----------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """Linear layers, and how they take their weights from a checkpoint. Two kinds are split over the ranks of a group.
 
 By output features (`FusedLinear`): every rank has all of x and computes some of y. By input features
-(`RowParallelLinear`): every rank has some of x and computes a part of every y, and the sum of the parts is y. The first
-and then the second, as in attention and in the MLP, cost one all-reduce. Taught in notebooks/09_tensor_parallel.ipynb."""
+(`RowParallelLinear`): every rank has some of x and computes a part of every y, and the sum of these is y. The first
+and then the second, as in attention and the MLP, cost one all-reduce. Taught in notebooks/09_tensor_parallel.ipynb."""
 
 import torch
 from torch import nn
