@@ -63,18 +63,11 @@ def build_batch(rows: Sequence[BatchRow], block_table: np.ndarray, block_size: i
     samples = np.array([row.samples for row in rows], dtype=bool)
 
     used_blocks = -(-int(seq_lens.max()) // block_size)
-    return BatchInputs(
-        token_ids=torch.from_numpy(token_ids),
-        positions=torch.from_numpy(positions),
-        attention=AttentionMetadata(
-            query_start_loc=torch.from_numpy(query_start_loc.astype(np.int32)),
-            seq_lens=torch.from_numpy(seq_lens.astype(np.int32)),
-            block_table=torch.from_numpy(np.ascontiguousarray(block_table[:, :used_blocks])),
-            slot_mapping=torch.from_numpy(slot_mapping),
-            num_decodes=num_decodes,
-            max_query_len=int(query_lens.max()),
-            max_seq_len=int(seq_lens.max()),
-            max_decode_seq_len=int(seq_lens[:num_decodes].max(initial=0)),
-        ),
-        logits_indices=torch.from_numpy((query_start_loc[1:] - 1)[samples]),
-    )
+    attention = AttentionMetadata(
+        torch.from_numpy(query_start_loc.astype(np.int32)), torch.from_numpy(seq_lens.astype(np.int32)),
+        torch.from_numpy(np.ascontiguousarray(block_table[:, :used_blocks])), torch.from_numpy(slot_mapping),
+        num_decodes=num_decodes, max_query_len=int(query_lens.max()), max_seq_len=int(seq_lens.max()),
+        max_decode_seq_len=int(seq_lens[:num_decodes].max(initial=0)),
+    )  # fmt: skip
+    logits_indices = torch.from_numpy((query_start_loc[1:] - 1)[samples])
+    return BatchInputs(torch.from_numpy(token_ids), torch.from_numpy(positions), attention, logits_indices)

@@ -68,21 +68,16 @@ class ModelConfig:
         heads = config["num_attention_heads"]
         required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
         return ModelConfig(
-            architecture=architecture,
-            **{name: config[name] for name in required},
-            num_attention_heads=heads,
+            architecture=architecture, **{name: config[name] for name in required}, num_attention_heads=heads,
             num_key_value_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-            rope=_rope_from_hf(config),
+            rms_norm_eps=config.get("rms_norm_eps", 1e-6), rope=_rope_from_hf(config),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=is_qwen2 or attention_bias,
-            o_bias=attention_bias and not is_qwen2,
-            mlp_bias=bool(config.get("mlp_bias", False)),
-            qk_norm=architecture.startswith("Qwen3"),
+            qkv_bias=is_qwen2 or attention_bias, o_bias=attention_bias and not is_qwen2,
+            mlp_bias=bool(config.get("mlp_bias", False)), qk_norm=architecture.startswith("Qwen3"),
             dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
             eos_token_ids=_eos_token_ids(generation_config or {}, config),
-        )
+        )  # fmt: skip
 
 
 def _refuse_unsupported(config: dict[str, Any]) -> None:
@@ -94,9 +89,7 @@ def _refuse_unsupported(config: dict[str, Any]) -> None:
         raise UnsupportedModelError("This checkpoint uses sliding-window attention, which minivllm does not implement.")
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method", "unknown")
-        raise UnsupportedModelError(
-            f"This checkpoint is quantized ({method}); minivllm loads unquantized weights only."
-        )
+        raise UnsupportedModelError(f"The checkpoint is quantized ({method}); minivllm loads unquantized weights only.")
     if (activation := config.get("hidden_act", "silu")) != "silu":
         raise UnsupportedModelError(f"Activation {activation!r} is not supported; the decoder's MLP is SwiGLU.")
     if config["num_attention_heads"] % (config.get("num_key_value_heads") or config["num_attention_heads"]):
@@ -120,14 +113,11 @@ def _rope_from_hf(config: dict[str, Any]) -> RopeConfig:
     if rope_type == "yarn" and rope.get("factor") is None:  # DeepSeek-V3's convention, followed by transformers
         rope["factor"] = config["max_position_embeddings"] / original
     return RopeConfig(
-        theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-        rope_type=rope_type,
-        factor=1.0 if rope_type == "default" else float(rope["factor"]),
-        original_max_position=original,
-        beta_fast=rope.get("beta_fast") or 32.0,
-        beta_slow=rope.get("beta_slow") or 1.0,
+        theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0), rope_type=rope_type,
+        factor=1.0 if rope_type == "default" else float(rope["factor"]), original_max_position=original,
+        beta_fast=rope.get("beta_fast") or 32.0, beta_slow=rope.get("beta_slow") or 1.0,
         **{name: rope[name] for name in optional if rope.get(name) is not None},
-    )
+    )  # fmt: skip
 
 
 def _eos_token_ids(*sources: dict[str, Any]) -> tuple[int, ...]:

@@ -45,14 +45,10 @@ class DecodeState:
         block = block_table.gather(1, (position // block_size)[:, None])[:, 0]
         return AttentionMetadata(
             query_start_loc=torch.arange(len(slots) + 1, dtype=torch.int32, device=slots.device),
-            seq_lens=torch.where(is_real, position + 1, 0).int(),
-            block_table=block_table,
+            seq_lens=torch.where(is_real, position + 1, 0).int(), block_table=block_table,
             slot_mapping=torch.where(is_real, block * block_size + position % block_size, -1),
-            num_decodes=len(slots),
-            max_query_len=1,
-            max_seq_len=max_seq_len,
-            max_decode_seq_len=max_seq_len,
-        )
+            num_decodes=len(slots), max_query_len=1, max_seq_len=max_seq_len, max_decode_seq_len=max_seq_len,
+        )  # fmt: skip
 
     def advance(self, slots: torch.Tensor, token_ids: torch.Tensor) -> None:
         """Each slot has got a token; the spare one stays at position 0."""

@@ -26,6 +26,7 @@ from uuid import uuid4
 
 import xxhash
 
+from minivllm import errors
 from minivllm.batch import build_batch
 from minivllm.bundled import BUNDLED_MODEL_PATH
 from minivllm.config import EngineConfig
@@ -37,15 +38,6 @@ from minivllm.engine.scheduler import Scheduler, SchedulerStats
 from minivllm.engine.sequence import ScheduledBatch, ScheduledSequence
 from minivllm.engine.sequence import Sequence as EngineSequence
 from minivllm.engine.trace import StepRecord, Trace, record_step
-from minivllm.errors import (
-    EmptyPromptError,
-    InvalidTokenError,
-    PromptTooLongError,
-    RequestError,
-    SamplingParamsError,
-    SchedulerStalledError,
-    TokenizerRequiredError,
-)
 from minivllm.kernels import Kernels
 from minivllm.launch import Ranks
 from minivllm.models.loader import load_config, resolve_model_path
@@ -79,17 +71,11 @@ class LLMEngine:
     """
 
     def __init__(
-        self,
-        model: str | Path | None = None,
-        *,
-        kernels: Kernels | None = None,
+        self, model: str | Path | None = None, *, kernels: Kernels | None = None,
         block_manager_cls: Callable[..., BlockManager] = BlockManager,
-        scheduler_cls: Callable[..., Scheduler] = Scheduler,
-        model_cls: Callable[..., Any] = Qwen3ForCausalLM,
-        build_batch: Callable[..., Any] = build_batch,
-        group: TensorParallelGroup | None = None,
-        **options: Any,
-    ) -> None:
+        scheduler_cls: Callable[..., Scheduler] = Scheduler, model_cls: Callable[..., Any] = Qwen3ForCausalLM,
+        build_batch: Callable[..., Any] = build_batch, group: TensorParallelGroup | None = None, **options: Any,
+    ) -> None:  # fmt: skip
         config = EngineConfig(**options)
         pieces = {"kernels": kernels, "block_manager_cls": block_manager_cls, "scheduler_cls": scheduler_cls}
         pieces |= {"model_cls": model_cls, "build_batch": build_batch}
@@ -142,7 +128,7 @@ class LLMEngine:
         """
         params = params or SamplingParams()
         if request_id in self._requests:
-            raise RequestError(f"Request id {request_id!r} is in use; finish or abort that request first.")
+            raise errors.RequestError(f"Request id {request_id!r} is in use; finish or abort that request first.")
         token_ids = self._encode(prompt)
         max_num_tokens = self._check_request(token_ids, params)
         number = next(self._request_numbers)  # of served requests: seeds derived from it do not depend on refused ones
@@ -197,7 +183,9 @@ class LLMEngine:
             if batch:
                 self._launch(batch, start)
             elif self._requests and not self._in_flight and not self._touched:
-                raise SchedulerStalledError(f"Nothing was planned while {len(self._requests)} requests are unfinished.")
+                raise errors.SchedulerStalledError(
+                    f"Nothing was planned while {len(self._requests)} requests are unfinished."
+                )
             # The results of the step before this one are looked at while this one runs; without overlap, its own.
             while len(self._in_flight) > (self._depth if batch else 0):
                 self._apply(*self._in_flight.popleft())
@@ -237,23 +225,23 @@ class LLMEngine:
     def _encode(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
-                raise TokenizerRequiredError("This engine has no tokenizer; give the prompt as token ids.")
+                raise errors.TokenizerRequiredError("This engine has no tokenizer; give the prompt as token ids.")
             return self.tokenizer.encode(prompt)
         if not isinstance(prompt, Iterable):
-            raise RequestError(f"A prompt is a string or a list of token ids, not {prompt!r}.")
+            raise errors.RequestError(f"A prompt is a string or a list of token ids, not {prompt!r}.")
         vocab_size = self.model_config.vocab_size
         for token_id in prompt:
             if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
-                raise InvalidTokenError(f"Token id {token_id!r} is not an integer from 0 to {vocab_size - 1}.")
+                raise errors.InvalidTokenError(f"Token id {token_id!r} is not an integer from 0 to {vocab_size - 1}.")
         return list(prompt)
 
     def _check_request(self, token_ids: list[int], params: SamplingParams) -> int:
         """Raise for what can never be served; returns at how many tokens, prompt included, its sequences end."""
         if not token_ids:
-            raise EmptyPromptError("The prompt has no tokens; give at least one.")
+            raise errors.EmptyPromptError("The prompt has no tokens; give at least one.")
         limit = self.config.max_model_len
         if len(token_ids) >= limit:
-            raise PromptTooLongError(
+            raise errors.PromptTooLongError(
                 f"The prompt has {len(token_ids)} tokens; max_model_len={limit} leaves room for {limit - 1} and one of "
                 "output. Shorten the prompt or raise max_model_len."
             )
@@ -262,7 +250,7 @@ class LLMEngine:
         wanted = len(token_ids) + (params.max_tokens or limit)
         max_num_tokens = min(limit, wanted if params.max_tokens else min(wanted, pool))
         if max_num_tokens > pool or len(token_ids) >= pool:
-            raise PromptTooLongError(
+            raise errors.PromptTooLongError(
                 f"{len(token_ids)} prompt tokens with max_tokens={params.max_tokens} never fit the KV cache of "
                 f"{pool - 1} tokens. Lower max_tokens, shorten the prompt or raise num_kv_blocks."
             )
@@ -274,11 +262,13 @@ class LLMEngine:
         for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
             for token_id in ids or ():
                 if token_id >= vocab_size:
-                    raise SamplingParamsError(
-                        f"{name} names token {token_id}; the vocabulary ends at {vocab_size - 1}."
+                    raise errors.SamplingParamsError(
+                        f"{name}: token {token_id}; the vocabulary ends at {vocab_size - 1}."
                     )
         if params.stop_strings and self.tokenizer is None:
-            raise TokenizerRequiredError("Stop strings need a tokenizer, and this engine has none; use stop_token_ids.")
+            raise errors.TokenizerRequiredError(
+                "Stop strings need a tokenizer, and this engine has none; use stop_token_ids."
+            )
 
     def _new_sequence(
         self, token_ids: list[int], params: SamplingParams, index: int, number: int, max_num_tokens: int
@@ -288,13 +278,9 @@ class LLMEngine:
             stop_ids.update(t for t in self.model_config.eos_token_ids if t < self.model_config.vocab_size)
         # Only the first completion computes the prompt's logprobs; the others may share its blocks.
         params = params if index == 0 else replace(params, prompt_logprobs=None)
+        seed = self._seed(params.seed, number, index)
         return EngineSequence(
-            seq_id=next(self._seq_ids),
-            token_ids=list(token_ids),
-            params=params,
-            stop_ids=frozenset(stop_ids),
-            max_num_tokens=max_num_tokens,
-            seed=self._seed(params.seed, number, index),
+            next(self._seq_ids), list(token_ids), params, frozenset(stop_ids), max_num_tokens=max_num_tokens, seed=seed
         )
 
     def _seed(self, seed: int | None, number: int, index: int) -> int:
@@ -368,15 +354,11 @@ class LLMEngine:
     # --- trace ----------------------------------------------------------------------------------------------------
 
     def _new_trace(self) -> Trace:
+        names = ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len")
         return Trace(
-            model=self.model_path.name,
-            num_blocks=self.config.num_kv_blocks,
-            block_size=self.config.block_size,
-            max_num_seqs=self.config.max_num_seqs,
-            max_num_batched_tokens=self.config.max_num_batched_tokens,
-            kv_bytes_per_token=self.model_runner.kv_bytes_per_token,
-            max_model_len=self.config.max_model_len,
-        )
+            self.model_path.name, self.config.num_kv_blocks, kv_bytes_per_token=self.model_runner.kv_bytes_per_token,
+            **{name: getattr(self.config, name) for name in names},
+        )  # fmt: skip
 
     def _record(self, batch: ScheduledBatch, now: float) -> StepRecord:
         if not self.trace.steps:

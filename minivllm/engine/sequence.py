@@ -88,9 +88,7 @@ class ScheduledSequence:
     start: int
     num_new_tokens: int
     sample_position: int | None  # of the token this step samples; None where a prompt is still incomplete
-    generation: (
-        int  # `num_preemptions` at planning time: results that come after a preemption must not touch its blocks
-    )
+    generation: int  # `num_preemptions` when planned: results that come after a preemption leave the blocks alone
 
     @property
     def end(self) -> int:
@@ -103,9 +101,7 @@ class ScheduledBatch:
 
     items: list[ScheduledSequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
-    admitted: list[Sequence] = field(
-        default_factory=list
-    )  # entered `running` now: their slots hold nothing of them yet
+    admitted: list[Sequence] = field(default_factory=list)  # entered `running` now: their slots are not theirs yet
     #: Hashes of the prompt blocks that this step computes: nobody may read them yet, and nobody need compute them too.
     block_hashes: set[int] = field(default_factory=set)
 

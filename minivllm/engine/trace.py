@@ -97,18 +97,13 @@ def record_step(
         num_cached = seq.num_cached_tokens if seq in admitted else 0
         scheduled.append(TracedSequence(*names[seq.seq_id], kind, item.start, item.num_new_tokens, samples, num_cached))
     record = StepRecord(
-        step=len(trace.steps),
-        start_time=start_time,
-        duration=0.0,
-        scheduled=scheduled,
+        step=len(trace.steps), start_time=start_time, duration=0.0, scheduled=scheduled,
         block_tables={label(seq): list(seq.block_table) for seq in running},
         num_computed_tokens={label(seq): seq.num_computed_tokens for seq in running},
-        running=[label(seq) for seq in running],
-        waiting=[label(seq) for seq in scheduler.waiting],
-        preempted=[label(seq) for seq in batch.preempted],
-        num_free_blocks=manager.num_free_blocks,
+        running=[label(seq) for seq in running], waiting=[label(seq) for seq in scheduler.waiting],
+        preempted=[label(seq) for seq in batch.preempted], num_free_blocks=manager.num_free_blocks,
         cached_blocks=[i for i in manager.free_blocks if manager.blocks[i].block_hash is not None],
         registered_blocks=sorted(manager.hash_to_block.values()),
-    )
+    )  # fmt: skip
     trace.steps.append(record)
     return record
