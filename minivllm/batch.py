@@ -1,8 +1,7 @@
 """The tensors of one step: all scheduled tokens of all sequences, laid end to end. Taught in notebooks/07_engine.ipynb.
 
 No padding: sequence i owns the tokens from ``query_start_loc[i]`` to ``query_start_loc[i + 1]``. Sequences with one
-new token come first (`num_decodes` of them), so that decode and prefill attention each get a contiguous part.
-"""
+new token come first (`num_decodes` of them), so that decode and prefill attention each get a contiguous part."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,8 +1,7 @@
 """What the model is (`ModelConfig`, from the checkpoint) and how the engine runs it (`EngineConfig`, from the caller).
 
 No hyper-parameter is typed in by hand; what a checkpoint asks for and this package lacks is refused by name.
-Taught in notebooks/11_using_minivllm.ipynb.
-"""
+Taught in notebooks/11_using_minivllm.ipynb."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -160,8 +159,7 @@ class EngineConfig:
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}.")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
-            share = self.gpu_memory_utilization
-            raise ConfigError(f"gpu_memory_utilization must be above 0 and at most 1, got {share}.")
+            raise ConfigError(f"gpu_memory_utilization is above 0 and at most 1, not {self.gpu_memory_utilization}.")
 
     def resolve(self, model: ModelConfig, device_type: str) -> "EngineConfig":
         """A copy with every "auto" and None decided, but for num_kv_blocks, which needs the loaded model.
@@ -171,18 +169,15 @@ class EngineConfig:
         on_gpu = device_type == "cuda"
         backend = self.attention_backend if self.attention_backend != "auto" else ("triton" if on_gpu else "torch")
         resolved = dataclasses.replace(
-            self,
-            device=self.device if self.device != "auto" else device_type,
+            self, device=self.device if self.device != "auto" else device_type,
             dtype=self.dtype if self.dtype != "auto" else (model.dtype if on_gpu else "float32"),
-            attention_backend=backend,
-            enforce_eager=self.enforce_eager or not on_gpu or backend != "triton",
+            attention_backend=backend, enforce_eager=self.enforce_eager or not on_gpu or backend != "triton",
             async_scheduling=on_gpu if self.async_scheduling is None else self.async_scheduling,
             max_model_len=self.max_model_len or model.max_position_embeddings,
             max_num_batched_tokens=self.max_num_batched_tokens or (8192 if on_gpu else 2048),
             block_size=self.block_size or (64 if on_gpu else 16),
-        )
+        )  # fmt: skip
         resolved._check_against(model, on_gpu)
-        resolved._check_ranks(model)
         return resolved
 
     def _check_against(self, model: ModelConfig, on_gpu: bool) -> None:
@@ -198,16 +193,12 @@ class EngineConfig:
             )
         if self.attention_backend == "triton" and not on_gpu and self.dtype != "float32":
             raise ConfigError("Triton's interpreter on a CPU computes right in float32 only; set dtype='float32'.")
-
-    def _check_ranks(self, model: ModelConfig) -> None:
         heads, kv_heads, width = model.num_attention_heads, model.num_key_value_heads, model.intermediate_size
-        possible = [
-            n
-            for n in range(1, heads + 1)
-            if not heads % n and not width % n and (kv_heads % n == 0 or n % kv_heads == 0)
+        fits = [
+            n for n in range(1, heads + 1) if not heads % n and not width % n and (not kv_heads % n or not n % kv_heads)
         ]
-        if self.tensor_parallel_size not in possible:
+        if self.tensor_parallel_size not in fits:
             raise ConfigError(
                 f"tensor_parallel_size={self.tensor_parallel_size} does not divide this model of {heads} query heads, "
-                f"{kv_heads} KV heads and intermediate_size {width}; possible: {', '.join(map(str, possible))}."
+                f"{kv_heads} KV heads and intermediate_size {width}; possible: {', '.join(map(str, fits))}."
             )

@@ -3,8 +3,7 @@
 Every layer's weights are split over the ranks (Shoeybi et al., Megatron-LM, 2019, arXiv 1909.08053): a rank computes
 some attention heads and some features of the MLP alone, and one all-reduce a branch adds up what the ranks have found.
 No global state: a group has process groups of its own, NCCL's for tensors on a GPU and gloo's for all else, and two
-groups in one process never meet. A group of one rank (`SINGLE`) takes the same code path and communicates nothing.
-"""
+groups in one process never meet. A group of one rank (`SINGLE`) takes the same code path and communicates nothing."""
 
 from __future__ import annotations
 
@@ -37,8 +36,8 @@ class Part:
 class TensorParallelGroup:
     """One rank's view of its group. tensors, objects: process groups for model tensors and for what the CPU says."""
 
-    def __init__(self, rank: int = 0, size: int = 1, tensors: Any = None, objects: Any = None, gpu: int = 0) -> None:
-        self.rank, self.size, self.gpu, self._tensors, self._objects = rank, size, gpu, tensors, objects
+    def __init__(self, rank: int = 0, size: int = 1, tensors: Any = None, objects: Any = None) -> None:
+        self.rank, self.size, self._tensors, self._objects = rank, size, tensors, objects
         self._is_broken = False
 
     def part(self, count: int, unit: int = 1, pad: bool = False) -> Part:
@@ -60,19 +59,11 @@ class TensorParallelGroup:
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """[..., n] of every rank -> [..., size * n], in order of rank."""
-        if self.size == 1:
-            return x
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        self._run("allgather", self._tensors, [parts], [x])
-        return torch.cat(parts, dim=-1)
+        return self._gather(self._tensors, x)
 
     def exchange(self, number: int) -> list[int]:
         """An integer of every rank, by rank."""
-        if self.size == 1:
-            return [number]
-        numbers = list(torch.empty(self.size, dtype=torch.int64).split(1))
-        self._run("allgather", self._objects, [numbers], [torch.tensor([number])])
-        return [int(n) for n in numbers]
+        return self._gather(self._objects, torch.tensor([number])).tolist()
 
     def broadcast(self, number: int, items: Sequence[Any] = ()) -> tuple[int, Sequence[Any]]:
         """Rank 0's integer and list, on every rank: 16 bytes, and a second message only if there are items."""
@@ -102,6 +93,13 @@ class TensorParallelGroup:
             self.abort()
         self._tensors = self._objects = None
 
+    def _gather(self, group: Any, x: torch.Tensor) -> torch.Tensor:
+        if self.size == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        self._run("allgather", group, [parts], [x])
+        return torch.cat(parts, dim=-1)
+
     def _run(self, name: str, group: Any, *args: Any) -> None:
         self.check()
         try:
@@ -110,5 +108,4 @@ class TensorParallelGroup:
             raise RankFailedError(f"Rank {self.rank} has lost another rank: {error}") from error
 
 
-#: One rank that needs nobody.
-SINGLE = TensorParallelGroup()
+SINGLE = TensorParallelGroup()  # one rank that needs nobody

@@ -1,4 +1,4 @@
-"""The ranks of a tensor-parallel engine: how they come to be, keep in step, and end.
+"""On which device an engine runs, and its ranks: how they come to be, keep in step, and end.
 
 They are started here, on this machine, or by torchrun, on however many. Taught in notebooks/09_tensor_parallel.ipynb.
 """
@@ -44,9 +44,26 @@ def connect(
     objects = tensors = gloo(dist.PrefixStore("objects", store), rank, size, options)
     objects._set_default_timeout(IDLE)
     if device_type == "cuda":
+        torch.cuda.set_device(rank if gpu is None else gpu)  # one rank, one process, one GPU: the engine's "cuda"
         nccl = dist.ProcessGroupNCCL
         tensors = nccl(dist.PrefixStore("tensors", store), rank, size, nccl.Options())
-    return TensorParallelGroup(rank, size, tensors, objects, rank if gpu is None else gpu)
+    return TensorParallelGroup(rank, size, tensors, objects)
+
+
+def pick_device(device: str) -> str:
+    """ "auto" becomes "cuda" where there is one; raises `ConfigError` for a device that is not there."""
+    available = torch.cuda.is_available()
+    if device == "auto":
+        return "cuda" if available else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ConfigError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}.") from error
+    if kind not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}.")
+    if kind == "cuda" and not available:
+        raise ConfigError("device='cuda' was asked for, but torch sees no CUDA GPU; `minivllm doctor` says more.")
+    return device
 
 
 class Ranks:

@@ -5,8 +5,7 @@ from minivllm import LLM, SamplingParams
 llm = LLM()                                             # the bundled model; or a directory, or a hub id
 outputs = llm.generate(["Once upon a time", "KV cache:"], SamplingParams(max_tokens=64))
 for chunk in llm.stream("Tell me a story."):
-    print(chunk.text, end="", flush=True)
-"""
+    print(chunk.text, end="", flush=True)"""
 
 import logging
 from collections import deque
@@ -132,9 +131,8 @@ class LLM:
         finally:
             self._discard(position_of)
 
-    def stream_chat(
-        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, **template_variables: Any
-    ) -> Iterator[StreamOutput]:
+    def stream_chat(self, messages: Sequence[Message], sampling_params: SamplingParams | None = None,
+                    **template_variables: Any) -> Iterator[StreamOutput]:  # fmt: skip
         """`stream` for one conversation."""
         return self.stream(self.render_chat(messages, **template_variables), sampling_params)
 

@@ -116,5 +116,4 @@ def _check_number(name: str, value: Any, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
         raise SamplingParamsError(f"{name} must be a finite number, got {value!r}.")
     if not low <= value <= high:
-        limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-        raise SamplingParamsError(f"{name} must be {limits}, got {value!r}.")
+        raise SamplingParamsError(f"{name} must be from {low} to {high}, got {value!r}.")

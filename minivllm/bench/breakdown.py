@@ -28,7 +28,8 @@ from torch.profiler import ProfilerActivity, profile
 from minivllm.bench.report import Deadline, attempt, environment, percentiles, say
 from minivllm.bench.running import drain, start_decoding, timed_steps
 from minivllm.engine.llm_engine import LLMEngine
-from minivllm.engine.model_runner import StepResult, pick_device
+from minivllm.engine.model_runner import StepResult
+from minivllm.launch import pick_device
 
 #: Kernels listed by name; the others are summed up.
 MOST_NAMES = 30

@@ -23,9 +23,9 @@ from minivllm.bench.report import Deadline, attempt, environment, say
 from minivllm.bench.shapes import shape_config
 from minivllm.bench.timing import measure, measure_rates, num_sets, rates_of
 from minivllm.config import ModelConfig
-from minivllm.engine.model_runner import pick_device
 from minivllm.kernels import Kernels
 from minivllm.kernels.online_softmax import softmax, softmax_reference
+from minivllm.launch import pick_device
 
 #: (sequences, new tokens each, context each, the new tokens included)
 PREFILL = {

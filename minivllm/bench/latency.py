@@ -16,7 +16,7 @@ from typing import Any
 from minivllm.bench.report import Deadline, attempt, environment, percentiles, say, spread
 from minivllm.bench.running import drain, start_decoding, timed_steps
 from minivllm.bench.throughput import Workload
-from minivllm.engine.model_runner import pick_device
+from minivllm.launch import pick_device
 from minivllm.llm import LLM
 from minivllm.sampling_params import SamplingParams
 

@@ -12,8 +12,7 @@ A block is in one of three states:
 
 Prefix caching: a full block is registered under a hash of its tokens chained to the hash of the block before it, so
 that equal hashes mean equal *prefixes*; keys and values depend on all that came before. Shared blocks are full, hence
-never written again, and so need no copy-on-write: a sequence appends only to blocks of its own.
-"""
+never written again, and so need no copy-on-write: a sequence appends only to blocks of its own."""
 
 from array import array
 from collections import OrderedDict

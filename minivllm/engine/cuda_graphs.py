@@ -6,8 +6,7 @@ step to step lies in tensors that stay (`DecodeState`): block tables, positions,
 advances them itself, and the CPU sends only which slots run, and blocks that are new.
 
 A batch is padded to the next recorded size. A padded row stands for the spare slot: its context is 0 tokens long and
-its K and V are written nowhere (slot_mapping -1), so it can harm nobody. Taught in notebooks/08_cuda_graphs.ipynb.
-"""
+its K and V are written nowhere (slot_mapping -1), so it can harm nobody. Taught in notebooks/08_cuda_graphs.ipynb."""
 
 from __future__ import annotations
 
@@ -26,11 +25,9 @@ from minivllm.batch import AttentionMetadata
 class DecodeState:
     """What the GPU knows of each slot. N slots and, last, the spare one."""
 
-    #: [N + 1, max_blocks] int32
-    block_table: torch.Tensor
-    #: [N + 1] int64: position of the token to compute next, and that token.
-    position: torch.Tensor
-    last_token: torch.Tensor
+    block_table: torch.Tensor  # [N + 1, max_blocks] int32
+    position: torch.Tensor  # [N + 1] int64: of the token to compute next
+    last_token: torch.Tensor  # [N + 1] int64: that token
 
     @staticmethod
     def empty(num_slots: int, max_blocks: int, device: torch.device) -> DecodeState:
@@ -85,8 +82,7 @@ class DecodeGraphs:
             if was_enabled:
                 gc.enable()
         torch.cuda.synchronize(device)
-        #: Bytes of GPU memory that the recordings took.
-        self.memory_bytes = max(0, before - torch.cuda.mem_get_info(device)[0])
+        self.memory_bytes = max(0, before - torch.cuda.mem_get_info(device)[0])  # of the GPU, for the recordings
 
     def _record(self, step: Callable, size: int, pool: tuple[int, int]) -> tuple[torch.cuda.CUDAGraph, ...]:
         step(self._slots[:size])  # compiles kernels, which a recording must not

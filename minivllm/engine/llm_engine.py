@@ -8,8 +8,7 @@ For a loop of one's own::
         for output in engine.step():           # one forward pass for everything that is running
             print(output.request_id, output.outputs[0].text)
 
-Not safe for use from several threads at once. Taught in notebooks/07_engine.ipynb.
-"""
+Not safe for use from several threads at once. Taught in notebooks/07_engine.ipynb."""
 
 from __future__ import annotations
 
@@ -32,14 +31,14 @@ from minivllm.bundled import BUNDLED_MODEL_PATH
 from minivllm.config import EngineConfig
 from minivllm.distributed import TensorParallelGroup
 from minivllm.engine.block_manager import BlockManager
-from minivllm.engine.model_runner import ModelRunner, StepResult, pick_device
+from minivllm.engine.model_runner import ModelRunner, StepResult
 from minivllm.engine.request import Request
 from minivllm.engine.scheduler import Scheduler, SchedulerStats
 from minivllm.engine.sequence import ScheduledBatch, ScheduledSequence
 from minivllm.engine.sequence import Sequence as EngineSequence
 from minivllm.engine.trace import StepRecord, Trace, record_step
 from minivllm.kernels import Kernels
-from minivllm.launch import Ranks
+from minivllm.launch import Ranks, pick_device
 from minivllm.models.loader import load_config, resolve_model_path
 from minivllm.models.qwen3 import Qwen3ForCausalLM
 from minivllm.outputs import RequestMetrics, RequestOutput
@@ -56,8 +55,7 @@ class EngineMetrics(SchedulerStats):
     num_kv_blocks: int = 0
     num_used_kv_blocks: int = 0
     peak_used_kv_blocks: int = 0
-    #: Seconds spent in `step`.
-    step_time: float = 0.0
+    step_time: float = 0.0  # seconds spent in `step`
 
 
 class LLMEngine:
@@ -105,8 +103,7 @@ class LLMEngine:
         self.scheduler = scheduler_cls(manager, self.config.max_num_seqs, self.config.max_num_batched_tokens)
         self.trace = self._new_trace() if config.trace else None
         self._requests: dict[str, Request] = {}
-        #: seq_id -> (its request, which of its completions).
-        self._owners: dict[int, tuple[Request, int]] = {}
+        self._owners: dict[int, tuple[Request, int]] = {}  # seq_id -> (its request, which of its completions)
         self._request_numbers, self._seq_ids = itertools.count(), itertools.count()
         #: Steps that have been started and not looked at, and how many may be.
         self._in_flight: deque[tuple[ScheduledBatch, StepResult, StepRecord | None]] = deque()
@@ -119,9 +116,8 @@ class LLMEngine:
 
     # --- requests -------------------------------------------------------------------------------------------------
 
-    def add_request(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None, request_id: str | None = None
-    ) -> str:
+    def add_request(self, prompt: str | Sequence[int], params: SamplingParams | None = None,
+                    request_id: str | None = None) -> str:  # fmt: skip
         """Queue a request and return its id. prompt: text, or token ids.
 
         Raises a `RequestError` for a request that can never be served; nothing else is affected by it.
@@ -270,9 +266,8 @@ class LLMEngine:
                 "Stop strings need a tokenizer, and this engine has none; use stop_token_ids."
             )
 
-    def _new_sequence(
-        self, token_ids: list[int], params: SamplingParams, index: int, number: int, max_num_tokens: int
-    ) -> EngineSequence:
+    def _new_sequence(self, token_ids: list[int], params: SamplingParams, index: int, number: int,
+                      max_num_tokens: int) -> EngineSequence:  # fmt: skip
         stop_ids = set(params.stop_token_ids or ())
         if not params.ignore_eos:
             stop_ids.update(t for t in self.model_config.eos_token_ids if t < self.model_config.vocab_size)

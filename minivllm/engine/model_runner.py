@@ -1,6 +1,4 @@
-"""The model runner: owns the model, the KV cache and the per-slot state, and turns a planned step into tokens.
-
-Taught in notebooks/07_engine.ipynb."""
+"""Owns model, KV cache and per-slot state; turns a planned step into tokens. Taught in notebooks/07_engine.ipynb."""
 
 from __future__ import annotations
 
@@ -24,8 +22,7 @@ from minivllm.layers.attention import KVCache
 from minivllm.models.loader import load_model
 from minivllm.models.qwen3 import Qwen3ForCausalLM
 
-#: On a CPU the cache has a stated, modest size, never a share of the machine's memory.
-CPU_KV_CACHE_BYTES = 256 << 20
+CPU_KV_CACHE_BYTES = 256 << 20  # on a CPU the cache has a modest size, never a share of the machine's memory
 #: Rows of logits that prompt_logprobs holds at a time: a whole prompt of a large vocabulary would be gigabytes.
 LOGIT_ROWS = 256
 
@@ -34,8 +31,7 @@ LOGIT_ROWS = 256
 class StepResult:
     """What a step computes. Token ids [R] belong to `batch.sampled`, in order."""
 
-    #: On the CPU; from a GPU they have arrived when the event has passed.
-    token_ids: torch.Tensor
+    token_ids: torch.Tensor  # on the CPU; from a GPU they have arrived when the event has passed
     arrived: torch.cuda.Event | None
     logprobs: TokenLogprobs | None
     #: (item, its logprobs at positions item.start + 1 ... ) for each item that asked.
@@ -59,9 +55,7 @@ class ModelRunner:
     ) -> None:  # fmt: skip
         self.model_config, self.config, self.build_batch, self.group = model_config, config, build_batch, group
         self.device, self.dtype = torch.device(config.device), getattr(torch, config.dtype)
-        if group.size > 1 and self.device.type == "cuda":  # one process, one rank, one GPU
-            self.device = torch.device("cuda", group.gpu)
-            torch.cuda.set_device(self.device)
+        self.num_kv_heads = len(group.part(model_config.num_key_value_heads))  # this rank's
         try:
             self.model = load_model(
                 path, model_config, kernels, dtype=self.dtype, device=self.device, max_position=config.max_model_len,
@@ -83,11 +77,6 @@ class ModelRunner:
                 f"The {self.device.type} has too little memory to start: lower num_kv_blocks, gpu_memory_utilization, "
                 f"max_num_batched_tokens or max_num_seqs, or use a smaller dtype. ({str(error).splitlines()[0]})"
             ) from error
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Those that this rank has; at least one."""
-        return max(1, self.model_config.num_key_value_heads // self.group.size)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -206,9 +195,8 @@ class ModelRunner:
 
         return replace(inputs, attention=replace(inputs.attention, **move(inputs.attention)), **move(inputs))
 
-    def _prompt_logprobs(
-        self, items: list[ScheduledSequence], hidden: torch.Tensor
-    ) -> list[tuple[ScheduledSequence, TokenLogprobs]]:
+    def _prompt_logprobs(self, items: list[ScheduledSequence],
+                         hidden: torch.Tensor) -> list[tuple[ScheduledSequence, TokenLogprobs]]:  # fmt: skip
         """Logits at position p speak of the token at p + 1, so a chunk covers the prompt's tokens one further on."""
         found, row = [], 0
         for item in items:
@@ -287,19 +275,3 @@ class ModelRunner:
         ones = torch.ones(num_seqs, device=self.device)
         zeros = torch.zeros(num_seqs, dtype=torch.int64, device=self.device)
         self.sampler.kernels.sample(logits.float(), ones, None, ones, None, zeros, zeros)
-
-
-def pick_device(device: str) -> str:
-    """ "auto" becomes "cuda" where there is one; raises `ConfigError` for a device that is not there."""
-    available = torch.cuda.is_available()
-    if device == "auto":
-        return "cuda" if available else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ConfigError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}.") from error
-    if kind not in ("cpu", "cuda"):
-        raise ConfigError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}.")
-    if kind == "cuda" and not available:
-        raise ConfigError("device='cuda' was asked for, but torch sees no CUDA GPU; `minivllm doctor` says more.")
-    return device

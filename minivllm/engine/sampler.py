@@ -2,8 +2,7 @@
 
 Order, as in vLLM: log-probabilities of the raw logits; logit_bias and min_tokens; penalties; then the kernel `sample`:
 temperature, top-k, top-p, min-p, and one keyed uniform number a row inverted through what is left.
-Each running sequence has a slot; what the sampler knows of it is written once, when it is admitted.
-"""
+Each running sequence has a slot; what the sampler knows of it is written once, when it is admitted."""
 
 from __future__ import annotations
 
@@ -21,13 +20,11 @@ from minivllm.kernels import Kernels
 class TokenLogprobs:
     """Log-probabilities at R positions: of the token there, with its rank, and of the k likeliest tokens."""
 
-    #: [R] int64, float32, int64; rank 1 is the likeliest.
-    token_ids: torch.Tensor
-    logprobs: torch.Tensor
-    ranks: torch.Tensor
-    #: [R, k]
-    top_ids: torch.Tensor
-    top_logprobs: torch.Tensor
+    token_ids: torch.Tensor  # [R] int64
+    logprobs: torch.Tensor  # [R] float32
+    ranks: torch.Tensor  # [R] int64; 1 is the likeliest
+    top_ids: torch.Tensor  # [R, k] int64
+    top_logprobs: torch.Tensor  # [R, k] float32
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> TokenLogprobs:
@@ -55,8 +52,7 @@ class Sampler:
         self._seed = np.zeros(num_slots, np.int64)
         self._has_filter = np.zeros(num_slots, bool)
         self._has_penalty = np.zeros(num_slots, bool)
-        #: Whether the sequence asks for anything but a temperature.
-        self._needs_edit = np.zeros(num_slots, bool)
+        self._needs_edit = np.zeros(num_slots, bool)  # whether the sequence asks for anything but a temperature
         #: The same two on the device, for recorded graphs; the last entry is the spare slot's.
         self._device_temperature = torch.zeros(num_slots + 1, device=device)
         self._device_seed = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
@@ -96,9 +92,8 @@ class Sampler:
         if params.has_penalty:
             self._admit_penalties(seq)
 
-    def __call__(
-        self, logits: torch.Tensor, items: SequenceOf[ScheduledSequence]
-    ) -> tuple[torch.Tensor, TokenLogprobs | None]:
+    def __call__(self, logits: torch.Tensor,
+                 items: SequenceOf[ScheduledSequence]) -> tuple[torch.Tensor, TokenLogprobs | None]:  # fmt: skip
         """logits: [R, V], one row an item. Returns token ids [R] int64, and log-probabilities if anyone asked."""
         slots = np.fromiter((item.sequence.slot for item in items), np.int64, count=len(items))
         raw_logits = logits

@@ -9,8 +9,7 @@ brings their values, at once or one step late. A driver may therefore plan step 
 
 No starvation: `running` followed by `waiting` is always in order of arrival, the newest is preempted first, and the
 oldest gets at least one token in every step. `sequence.max_steps` states the bound that follows.
-Taught in notebooks/05_scheduler.ipynb.
-"""
+Taught in notebooks/05_scheduler.ipynb."""
 
 from collections import deque
 from collections.abc import Sequence as SequenceOf

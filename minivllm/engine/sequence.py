@@ -2,8 +2,7 @@
 
 One idea carries the engine: a sequence has `num_computed_tokens`, and each step computes some more of its tokens.
 Decode is the case of one token; a prefix-cache hit starts the count above 0; preemption sets it back to 0.
-Taught in notebooks/05_scheduler.ipynb.
-"""
+Taught in notebooks/05_scheduler.ipynb."""
 
 import enum
 from collections.abc import Iterable

@@ -1,8 +1,7 @@
 """A record of what the engine did at each step, for pictures and for questions afterwards. Plain data, saved as JSON.
 
 The engine only appends records; whoever draws them (minivllm.viz) reads them. With ``trace=False`` none is made.
-Taught in notebooks/11_using_minivllm.ipynb.
-"""
+Taught in notebooks/11_using_minivllm.ipynb."""
 
 import dataclasses
 import json
@@ -81,9 +80,8 @@ class Trace:
         return Trace(**data)
 
 
-def record_step(
-    trace: Trace, batch: ScheduledBatch, scheduler: Scheduler, names: dict[int, tuple[str, int]], start_time: float
-) -> StepRecord:
+def record_step(trace: Trace, batch: ScheduledBatch, scheduler: Scheduler, names: dict[int, tuple[str, int]],
+                start_time: float) -> StepRecord:  # fmt: skip
     """Append the record of a step that has just been planned. names: seq_id -> (request id, index)."""
 
     def label(seq: Sequence) -> str:

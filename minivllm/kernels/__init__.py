@@ -4,8 +4,7 @@
 Triton kernel and the torch reference are interchangeable, and two engines with different kernels can live side by
 side in one process. To try your own RMSNorm: ``LLM(kernels=dataclasses.replace(Kernels.reference(), rms_norm=mine))``.
 
-One file an operation; each holds the formula, its cost, the kernel, its launcher and the reference.
-"""
+One file an operation; each holds the formula, its cost, the kernel, its launcher and the reference."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -2,8 +2,7 @@
 
 A kernel file writes ``from minivllm.kernels._triton import tl, triton`` and then reads like any other Triton file.
 Until the first launch the two names are stand-ins. That launch puts the real modules in their place, and Triton's own
-functions in place of the `Kernel`s, so that from then on nothing of this file is in the way.
-"""
+functions in place of the `Kernel`s, so that from then on nothing of this file is in the way."""
 
 import functools
 from collections.abc import Callable

@@ -2,8 +2,7 @@
 
 One matmul gives gate and up side by side, ``[T, 2N]``; the kernel reads both halves of a row and writes one. Cost with
 e bytes a number: 3·T·N·e bytes against some 5·T·N FLOPs: bandwidth. Eager torch writes silu(gate) and reads it again,
-5·T·N·e. Taught in notebooks/06_qwen3.ipynb.
-"""
+5·T·N·e. Taught in notebooks/06_qwen3.ipynb."""
 
 import torch
 import torch.nn.functional as F

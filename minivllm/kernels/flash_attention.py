@@ -10,8 +10,7 @@ folded into scale. Taught in notebooks/02_flash_attention.ipynb.
 
 Cost of a prompt of n tokens, a head: 4·D·n²/2 FLOPs (two matmuls, half of each above the diagonal) against 4·n·D
 numbers, so arithmetic is the floor from a few hundred tokens on: 16 heads of 128, n = 4096: 69 GFLOP, 0.1 ms at 680
-TFLOP/s.
-"""
+TFLOP/s."""
 
 import math
 

@@ -5,8 +5,7 @@ offset ``p % block_size``; its *slot* is ``block · block_size + offset``. Heads
 attention program reads of a block, one head's ``[block_size, D]``, is one contiguous piece.
 
 Cost of storing with e bytes a number: 4·T·KH·D·e bytes (K and V, read and written), no arithmetic: bandwidth. A token
-of Qwen3-0.6B's shape in bf16 is 4 kB a layer. Taught in notebooks/03_paged_kv_cache.ipynb.
-"""
+of Qwen3-0.6B's shape in bf16 is 4 kB a layer. Taught in notebooks/03_paged_kv_cache.ipynb."""
 
 import torch
 from torch import Tensor

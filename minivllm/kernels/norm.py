@@ -5,8 +5,7 @@ Rounding follows transformers' `Qwen3RMSNorm`: statistics and division in float3
 Cost of [T, N] with e bytes a number: 2·T·N·e bytes (4·T·N·e with the residual: two reads, two writes) against about
 4·T·N FLOPs. Under one FLOP a byte, so bandwidth is the floor: 256 x 1024 in bf16 is 1 MB, 0.24 µs at 4.4 TB/s, far less
 than the launch. Fusing pays because each of the five eager operations reads and writes those bytes again.
-Taught in notebooks/06_qwen3.ipynb.
-"""
+Taught in notebooks/06_qwen3.ipynb."""
 
 import torch
 from torch import Tensor

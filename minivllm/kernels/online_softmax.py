@@ -8,8 +8,7 @@ LSE)·out_s)`` with ``LSE = logsumexp(lse_s)``. Taught in notebooks/01_online_so
 
 Cost of softmax over [T, N], e bytes a number: 3·T·N·e bytes (two reads, one write; maximum, sum and result each in a
 pass of their own read thrice) against some 5·T·N FLOPs: bandwidth. Merging reads 4·S·B·H·(D + 1) bytes and writes
-4·B·H·D.
-"""
+4·B·H·D."""
 
 import torch
 

@@ -5,8 +5,7 @@ A head is D/2 pairs ``(x[i], x[i + D/2])`` ("rotate half", the neox order), and 
 difference of their positions only. Taught in notebooks/06_qwen3.ipynb.
 
 Cost with e bytes a number: 2·T·(H + KH)·D·e bytes, and 4·D a token of table, against some 10 FLOPs a number: bandwidth.
-The fusion saves the norm's write and the rotation's read, and `qk_norm_rope_store` the key's way into the cache.
-"""
+The fusion saves the norm's write and the rotation's read, and `qk_norm_rope_store` the key's way into the cache."""
 
 import torch
 from torch import Tensor

@@ -8,8 +8,7 @@ that arithmetic, 71 µs at best; softmax, division by exponentials and argmax in
 
 u comes from Philox4x32-10, a counter-based generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
 3"): a pure function of (seed, position), without a state. So a seeded request draws the same numbers in any batch.
-Taught in notebooks/07_engine.ipynb.
-"""
+Taught in notebooks/07_engine.ipynb."""
 
 import torch
 import torch.nn.functional as F

@@ -11,9 +11,8 @@ from minivllm.kernels import Kernels
 KVCache = tuple[torch.Tensor, torch.Tensor]
 
 
-def paged_attention(
-    query: torch.Tensor, cache: KVCache, metadata: AttentionMetadata, scale: float, kernels: Kernels
-) -> torch.Tensor:
+def paged_attention(query: torch.Tensor, cache: KVCache, metadata: AttentionMetadata, scale: float,
+                    kernels: Kernels) -> torch.Tensor:  # fmt: skip
     """query: [T, H, D] -> [T, H, D]. The cache holds this step's keys and values already.
 
     The first `metadata.num_decodes` sequences have one token each and take the decode kernel, which spreads a long

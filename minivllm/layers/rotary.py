@@ -1,8 +1,7 @@
 """Rotary position embedding (Su et al., RoFormer, 2021, arXiv 2104.09864): the table of angles.
 
 Dimension pair i of a head is rotated by ``position * frequency[i]``. The frequencies depend on the checkpoint's rope
-type; the rotation itself is the kernel `qk_norm_rope`. Taught in notebooks/06_qwen3.ipynb.
-"""
+type; the rotation itself is the kernel `qk_norm_rope`. Taught in notebooks/06_qwen3.ipynb."""
 
 import math
 

@@ -3,8 +3,7 @@
 A block reads the residual stream, normalises, attends, adds; normalises, applies the MLP, adds. The additions are
 fused into the next norm, so `hidden` (what a block has just produced) and `residual` (the stream before it) travel
 together. Module names follow the checkpoint's tensor names; q, k, v and gate, up are fused (layers/linear.py).
-Taught in notebooks/06_qwen3.ipynb.
-"""
+Taught in notebooks/06_qwen3.ipynb."""
 
 from collections.abc import Sequence
 
@@ -98,9 +97,8 @@ class Qwen3ForCausalLM(nn.Module):
         # A plain attribute: derived, in float32 whatever the model's dtype, and in no checkpoint.
         self.cos_sin = rope_table(config.rope, config.head_dim, max_position, device)
 
-    def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: Sequence[KVCache], metadata: AttentionMetadata
-    ) -> torch.Tensor:
+    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, caches: Sequence[KVCache],
+                metadata: AttentionMetadata) -> torch.Tensor:  # fmt: skip
         """token_ids, positions: [T] int64; caches: one a layer -> normalised hidden states, [T, hidden_size]."""
         hidden, residual = self.model.embed_tokens(token_ids), None
         for layer, cache in zip(self.model.layers, caches, strict=True):
