@@ -162,8 +162,7 @@ class RankProcesses:
                 f"The other ranks cannot be sent this ({error}). Define your pieces at the top level of a module."
             ) from error
         listener = socket.create_server(("127.0.0.1", 0))  # a port that is free, and nobody else's from here on
-        port, fd = listener.getsockname()[1], listener.detach()
-        store = dist.TCPStore("127.0.0.1", port, size, True, MEETING, False, master_listen_fd=fd)
+        port = listener.getsockname()[1]
         try:
             # Ctrl-C reaches every process of the terminal. The ranks leave it to this one: they are born deaf to it.
             resource_tracker.ensure_running()  # multiprocessing's own; its start would let the signal through again
@@ -173,6 +172,8 @@ class RankProcesses:
                     self._start(rank, size, port, device_type, work)
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            # Only now, for it brings a thread, and a signal goes to whichever thread lets it through.
+            store = dist.TCPStore("127.0.0.1", port, size, True, MEETING, False, master_listen_fd=listener.detach())
             for rank, (_, pipe) in enumerate(self._ranks, 1):  # wait here, where their end is noticed
                 with suppress(EOFError):
                     self._reports[rank] = pipe.recv()
@@ -183,6 +184,7 @@ class RankProcesses:
             except RuntimeError as error:
                 raise self.failure() from error
         except BaseException:
+            listener.close()
             self.close()
             raise
         if device_type == "cuda":
