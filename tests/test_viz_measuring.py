@@ -86,6 +86,9 @@ def test_bars_are_the_parts() -> None:
     colors = [patch.get_facecolor() for patch in ax.patches]
     assert colors[0] == colors[3] != colors[1]
     assert tuple(round(c, 3) for c in colors[2][:3]) == tuple(round(c, 3) for c in palette.rgb(palette.FREE))
+    shares = draw_parts({"x": {"a": 60.0, "b": 40.0}}, unit="percent of a step")
+    assert shares.caption == "x: a 60%, b 40%."
+    assert not shares.axes[0].texts, "every bar is 100 long"
     with pytest.raises(ValueError, match="no bar"):
         draw_parts({})
     with pytest.raises(ValueError, match="negative: a"):

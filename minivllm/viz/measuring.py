@@ -136,12 +136,18 @@ def draw_parts(
             if value := parts.get(name, 0.0):
                 ax.barh(y, value, left=left, height=0.64, linewidth=0.8, **_part_style(names, name, pale))
                 left += value
-        text = _number(left)
-        ax.annotate(text, (left, y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9.5)
+        if not _is_share(unit):
+            where = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+            ax.annotate(_number(left), (left, y), fontsize=9.5, color=palette.INK, **where)
     _style_parts(ax, list(rows), names, pale, title, unit)
     alt = f"Chart: {len(rows)} bars cut into {len(names)} parts, {title[0].lower()}{title[1:]}."
     describe(figure, alt, _parts_caption(rows, unit))
     return figure
+
+
+def _is_share(unit: str) -> bool:
+    """Whether the bars are shares of something, so that their lengths say nothing."""
+    return unit.startswith("percent")
 
 
 def _part_style(names: Sequence[str], name: str, pale: Sequence[str]) -> dict[str, str]:
@@ -176,7 +182,8 @@ def _parts_caption(rows: Mapping[str, Mapping[str, float]], unit: str) -> str:
         total = sum(parts.values())
         shares = sorted(parts.items(), key=lambda part: -part[1])[:3]
         said = ", ".join(f"{part} {value / total:.0%}" for part, value in shares if value)
-        sentences.append(f"{name}: {_number(total)} {unit}, most of it {said}.")
+        whole = "" if _is_share(unit) else f"{_number(total)} {unit}, most of it "
+        sentences.append(f"{name}: {whole}{said}.")
     return " ".join(sentences)
 
 
