@@ -308,12 +308,15 @@ def demo(
         typer.Option(help="Least seconds a step stays on the screen; 0 is full speed.", min=0.0, show_default="0.05"),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also save the trace to this file.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Also draw the step in which most happens, as SVG, to this file.")
+    ] = None,
     engine: Engine = None,
 ) -> None:
     """Watch the engine serve a batch of prompts: its block tables, its KV cache, and the texts as they come."""
     from minivllm.demo import run_demo
 
-    trace = run_demo(lambda options: _open_llm(model, engine, **options), pace)
+    trace = run_demo(lambda options: _open_llm(model, engine, **options), pace, picture)
     if out is not None:
         _save_trace(trace, out)
 

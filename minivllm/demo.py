@@ -7,7 +7,9 @@ request loses its blocks and computes them again.
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import shutil
 import statistics
 import sys
@@ -25,7 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from minivllm.viz.palette import request_letter
-from minivllm.viz.terminal import engine_view, events, kv_bar, request_tag, step_counts, summary_table
+from minivllm.viz.terminal import engine_view, events, kv_bar, request_tag, shared_blocks, step_counts, summary_table
 
 if TYPE_CHECKING:
     from minivllm.engine.trace import StepRecord, Trace
@@ -99,11 +101,13 @@ SCRIPT: tuple[DemoRequest, ...] = (
 )
 
 
-def run_demo(open_llm: Callable[[dict[str, Any]], LLM], pace: float | None = None) -> Trace:
+def run_demo(
+    open_llm: Callable[[dict[str, Any]], LLM], pace: float | None = None, picture: Path | None = None
+) -> Trace:
     """Serve `SCRIPT` and show it; returns the trace. open_llm: makes an LLM from engine options.
 
     In a terminal the view is live, and a step stays for at least `pace` seconds (four times that if it reads a
-    prompt); elsewhere it is plain lines.
+    prompt); elsewhere it is plain lines. picture: where to save the busiest step's view as SVG.
     """
     console = Console(highlight=False)
     live = console.is_terminal and not console.is_dumb_terminal and "NO_COLOR" not in os.environ
@@ -112,13 +116,45 @@ def run_demo(open_llm: Callable[[dict[str, Any]], LLM], pace: float | None = Non
     run = _Run(llm)
     show = _live_view(console, run) if live else _plain_lines(console, run)
     pace = (PACE if live else 0.0) if pace is None else pace
+    busiest: tuple[tuple[int, ...], Group] | None = None
     with show as on_step:
         for record in run.steps():
             on_step(record)
+            if picture is not None and (busiest is None or _busy(record) > busiest[0]):
+                busiest = _busy(record), _still(run, record)
             reads_prompt = any(item.kind == "prefill" for item in record.scheduled)
             time.sleep(max(0.0, (4 * pace if reads_prompt else pace) - record.duration))
     _print_summary(console, run, paced=pace > 0)
+    if busiest is not None:
+        picture.write_text(_svg(busiest[1]), encoding="utf-8")
     return llm.trace
+
+
+_STILL_WIDTH = 104
+
+
+def _busy(record: StepRecord) -> tuple[int, ...]:
+    """What makes a step worth looking at: prompts beside decodes, something that changed, shared blocks, a queue."""
+    prompts = sum(item.kind == "prefill" for item in record.scheduled)
+    mixed = 0 < prompts < len(record.scheduled)
+    return int(mixed), len(record.running), bool(events(record)), len(shared_blocks(record)), len(record.waiting)
+
+
+def _still(run: _Run, record: StepRecord) -> Group:
+    """The view of one step, without what depends on the machine's speed."""
+    names = {label: run.letter(label) for label in run.order}
+    news, texts = "; ".join(events(record, names)), dict(run.texts)
+    return engine_view(run.trace, record, texts, run.order, width=_STILL_WIDTH, max_rows=len(record.running), news=news)
+
+
+def _svg(view: Group) -> str:
+    """A drawing of a terminal that shows view. The fonts are the reader's: nothing is fetched from the web."""
+    console = Console(
+        record=True, width=_STILL_WIDTH, file=io.StringIO(), force_terminal=True, color_system="truecolor"
+    )
+    console.print(view)
+    drawn = console.export_svg(title="minivllm demo", unique_id="demo")
+    return re.sub(r"\s*@font-face \{.*?\}", "", drawn, flags=re.DOTALL)
 
 
 class _Run:

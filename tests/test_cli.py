@@ -282,8 +282,13 @@ def test_block_table_cells_show_ids_sharing_and_fill():
 
 def test_demo_prints_plain_lines_where_there_is_no_terminal(checkpoint, tmp_path):
     file = tmp_path / "trace.json"
-    output = run("demo", "-m", checkpoint, "-e", "num_kv_blocks=120", "-o", str(file))
+    picture = tmp_path / "demo.svg"
+    output = run("demo", "-m", checkpoint, "-e", "num_kv_blocks=120", "-o", str(file), "--picture", str(picture))
     assert "\x1b" not in output
+    drawn = picture.read_text(encoding="utf-8")
+    assert drawn.startswith("<svg")
+    assert "is&#160;shared&#160;by&#160;several&#160;requests" in drawn
+    assert "font-face" not in drawn
     assert "from the prefix cache" in output
     assert "13/13 texts" in output
     for name in ("tokens per second", "time to first token", "blocks used", "prefix-cache hits", "preemptions"):

@@ -26,8 +26,8 @@ ERRORS = {
     for name, kind in inspect.getmembers(errors, inspect.isclass)
     if issubclass(kind, errors.MiniVLLMError) and kind.__module__ == errors.__name__
 }
-#: Errors that one process on a CPU cannot have; the guide's text tells of them.
-ONLY_TOLD: set[str] = set()
+#: Errors that one process cannot have; the guide's text tells of them.
+ONLY_TOLD = {name for name in ERRORS if name.startswith("Rank") or name == "EngineEndedError"}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,6 @@ def test_every_error_is_provoked(guide: NotebookNode) -> None:
     assert ERRORS.keys() - ONLY_TOLD - provoked(guide) == set()
     told = set(re.findall(r"\w+", "\n".join(cell.source for cell in guide.cells)))
     assert ONLY_TOLD - told == set()
-    assert ERRORS.keys() >= ONLY_TOLD
 
 
 def test_every_command_is_listed(guide: NotebookNode) -> None:

@@ -2,7 +2,7 @@
 
 `execute` runs in place with a fresh kernel, removes what belongs to this machine, and saves only what has no
 `problems`. `stubs` writes exercises/ from solutions/, where every answer becomes a stub, and the digests by which a
-changed solution is noticed. `glossary` writes notebooks/glossary.md, `picture` the picture in the README.
+changed solution is noticed. `glossary` writes notebooks/glossary.md.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ def _put_answer(group: Group, cells: list[tuple[int, str]], stub: str, wanted: s
     if any("(a marker stood here)" in source for source in sources):
         group.notes.append("NBVAL markers in an answer are ignored.")
     lost = sorted((defined_names(stub) & wanted).difference(*(names_in(source, ast.Store) for source in sources)))
-    if lost and not group.untouched:
+    if lost and not group.untouched and all(map(_is_python, sources)):
         group.notes.append(f"Your answer does not define {', '.join(lost)}, which its check asks for.")
 
 
@@ -199,6 +199,14 @@ def _notes_on_check(id: str, check: NotebookNode, learner: NotebookNode) -> list
     if sources == [check.source]:
         return []
     return [f"Its check cell was {'changed' if sources else 'deleted'} in your file; the original was run."]
+
+
+def _is_python(source: str) -> bool:
+    try:
+        ast.parse(source)
+    except SyntaxError:
+        return False
+    return True
 
 
 def _same_code(left: str, right: str) -> bool:

@@ -19,7 +19,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from minivllm.course.chapters import Chapter, CourseNotFoundError, Statement, chapters, find_root, read
+from minivllm.course.chapters import Chapter, CourseNotFoundError, Statement, chapters, find_root
 from minivllm.course.checking import UnknownExerciseError, find
 from minivllm.course.graft import Group, chapter_of, graft
 from minivllm.course.runner import CELL_TIMEOUT, FAILED, NOT_ATTEMPTED, NOT_RUNNABLE, PASSED, Verdict, verdicts
@@ -153,7 +153,7 @@ def _print(verdict: Verdict, statement: Statement, tries: int, console: Console)
     parts = [verdict.message if verdict.state != PASSED else "", *verdict.notes]
     if verdict.hinted and statement.hints:
         number = _hints(verdict.id).get(verdict.name) or min(max(tries, 1), len(statement.hints))
-        parts.append(f"Hint {number} of {len(statement.hints)}: {statement.hints[number - 1]}")
+        parts.append(f"Hint {number} of {len(statement.hints)}: {_joined(statement.hints[number - 1])}")
     for part in filter(None, parts):
         console.print(Padding(Text(part), (0, 0, 0, 8), expand=False))
 
@@ -164,6 +164,11 @@ def _hints(id: str) -> Mapping[str, int]:
         return find(id).hints
     except UnknownExerciseError:  # its check stands in the notebook
         return {}
+
+
+def _joined(hint: str) -> str:
+    """A line for each paragraph, for the terminal breaks lines elsewhere; lists, tables and code stay as they are."""
+    return hint if "```" in hint else re.sub(r"(?<=\S)\n(?=[^\s\-*|\d])", " ", hint)
 
 
 def _shown(path: Path, root: Path) -> str:
@@ -182,7 +187,7 @@ def overview(console: Console) -> None:
     records, left, following = Records(root), 0, ""
     for chapter in _road(root):
         if not chapter.solution_path.exists():
-            minutes = _reading_minutes(chapter)
+            minutes = chapter.reading_minutes
             table.add_row(chapter.title, "to read", "", f"({minutes})" if minutes else "")
             continue
         try:
@@ -193,7 +198,7 @@ def overview(console: Console) -> None:
             continue
         minutes = sum(s.minutes for s in chapter.statements if states[s.id] != PASSED)
         if set(states.values()) == {NOT_ATTEMPTED}:
-            minutes += _reading_minutes(chapter)
+            minutes += chapter.reading_minutes
         signs = " ".join(SIGNS.get(state, ("?", ""))[0] for state in states.values())
         table.add_row(chapter.title, signs, f"{list(states.values()).count(PASSED)} of {len(states)}", str(minutes))
         left += minutes
@@ -247,16 +252,6 @@ def _next(chapter: Chapter, states: dict[str, str]) -> str:
             what = f"{statement.id}, {statement.title} ({statement.minutes} minutes)"
             return f"{what}, in exercises/{chapter.name}.ipynb; then minivllm check {chapter.number}"
     return ""
-
-
-def _reading_minutes(chapter: Chapter) -> int:
-    """What the chapter's notebook says at its beginning; 0 where there is none."""
-    try:
-        cells = read(chapter.notebook).cells[:4]
-    except CourseNotFoundError:
-        return 0
-    said = re.search(r"(\d+)\s+minutes", "\n".join(cell.source for cell in cells if cell.cell_type == "markdown"))
-    return int(said[1]) if said else 0
 
 
 def reset(what: str) -> tuple[Path, Path | None]:

@@ -170,6 +170,8 @@ def verdicts(
     kernel: Kernel | None = None
     earlier: list[Cell] = []  # what the learner wrote for the exercises before, but those that ended a kernel
     waiting: list[Cell] = []  # what of that this kernel has not run
+    notes: tuple[str, ...] = ()  # what is to be known of the cells before the first exercise
+    told = False
     try:
         for group in exercises:
             theirs = [Cell("own", cell.source) for cell in group.cells if cell.kind in ("answer", "own")]
@@ -186,12 +188,12 @@ def verdicts(
             if kernel is None:
                 kernel = Kernel(folder)
                 verdict, ended = _run(kernel, setup, timeout)
-                notes, waiting = verdict.notes, earlier
+                notes, waiting = () if told else verdict.notes, earlier
             if not ended:
                 verdict, ended = _run(kernel, replace(group, cells=[*waiting, *group.cells]), timeout, notes)
             yield replace(verdict, id=group.id)
             if verdict.state != PASSED:
-                notes = ()  # what is to be known of the cells before the first exercise is said once
+                notes, told = (), True
             waiting = []
             if ended:
                 kernel.close()

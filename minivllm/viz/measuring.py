@@ -66,7 +66,9 @@ def draw_decode_floor(
     labels.append("together: the floor")
     if measured:
         points = [(batch, 1e3 * seconds) for batch, seconds in measured]
-        handles += ax.plot(*zip(*points, strict=True), "o", color=palette.PAPER, markeredgecolor=palette.INK, ms=7)
+        handles += ax.plot(
+            *zip(*points, strict=True), "o", color=palette.PAPER, markeredgecolor=palette.INK, ms=7, clip_on=False
+        )
         labels.append("measured")
     _style_decode_floor(ax, batches)
     side_legend(ax, handles, labels, "A decode step")
@@ -109,12 +111,12 @@ def _decode_floor_caption(
 
 def draw_parts(
     rows: Mapping[str, Mapping[str, float]], title: str = "Where a step's time goes", unit: str = "milliseconds",
-    ax: Axes | None = None,
+    pale: Sequence[str] = (), ax: Axes | None = None,
 ) -> Figure:  # fmt: skip
     """A bar for each row, cut into its parts. rows: name of a bar -> name of a part -> amount, in `unit`.
 
-    Parts with one name have one colour; legend and bars are in the order in which names come up. ValueError without a
-    row, or for a negative part.
+    Parts with one name have one colour; legend and bars are in the order in which names come up. pale: parts drawn
+    without a colour. ValueError without a row, or for a negative part.
     """
     if not rows:
         raise ValueError("no bar to draw")
@@ -132,22 +134,33 @@ def draw_parts(
         left = 0.0
         for name in names:
             if value := parts.get(name, 0.0):
-                color, hatch = _part_style(names.index(name))
-                ax.barh(y, value, left=left, height=0.64, color=color, hatch=hatch, edgecolor=palette.PAPER, lw=0.8)
+                ax.barh(y, value, left=left, height=0.64, linewidth=0.8, **_part_style(names, name, pale))
                 left += value
-        text = _number(left)
-        ax.annotate(text, (left, y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9.5)
-    _style_parts(ax, list(rows), names, title, unit, height)
+        if not _is_share(unit):
+            where = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+            ax.annotate(_number(left), (left, y), fontsize=9.5, color=palette.INK, **where)
+    _style_parts(ax, list(rows), names, pale, title, unit)
     alt = f"Chart: {len(rows)} bars cut into {len(names)} parts, {title[0].lower()}{title[1:]}."
     describe(figure, alt, _parts_caption(rows, unit))
     return figure
 
 
-def _part_style(index: int) -> tuple[str, str]:
-    return palette.request_color(index), "" if index < len(palette.REQUESTS) else "////"
+def _is_share(unit: str) -> bool:
+    """Whether the bars are shares of something, so that their lengths say nothing."""
+    return unit.startswith("percent")
 
 
-def _style_parts(ax: Axes, rows: list[str], names: list[str], title: str, unit: str, height: float) -> None:
+def _part_style(names: Sequence[str], name: str, pale: Sequence[str]) -> dict[str, str]:
+    if name in pale:
+        return {"facecolor": palette.FREE, "edgecolor": palette.SOFT_INK}
+    index = [other for other in names if other not in pale].index(name)
+    hatch = "" if index < len(palette.REQUESTS) else "////"
+    return {"facecolor": palette.request_color(index), "edgecolor": palette.PAPER, "hatch": hatch}
+
+
+def _style_parts(
+    ax: Axes, rows: Sequence[str], names: Sequence[str], pale: Sequence[str], title: str, unit: str
+) -> None:
     from matplotlib.patches import Patch
 
     plain_axes(ax)
@@ -156,8 +169,7 @@ def _style_parts(ax: Axes, rows: list[str], names: list[str], title: str, unit: 
     ax.set_ylim(len(rows) - 0.45, -0.55)
     ax.tick_params(axis="y", length=0, labelcolor=palette.INK)
     ax.set_xlabel(unit, fontsize=9.5, color=palette.SOFT_INK)
-    styles = [_part_style(index) for index in range(len(names))]
-    handles = [Patch(facecolor=color, hatch=hatch, edgecolor=palette.PAPER) for color, hatch in styles]
+    handles = [Patch(**_part_style(names, name, pale)) for name in names]
     ax.figure.legend(
         handles, names, loc="lower left", ncols=4, frameon=False, bbox_to_anchor=(0.02, 0.0), fontsize=9,
         labelcolor=palette.INK, handlelength=1.2, columnspacing=1.4, handletextpad=0.5,
@@ -170,7 +182,8 @@ def _parts_caption(rows: Mapping[str, Mapping[str, float]], unit: str) -> str:
         total = sum(parts.values())
         shares = sorted(parts.items(), key=lambda part: -part[1])[:3]
         said = ", ".join(f"{part} {value / total:.0%}" for part, value in shares if value)
-        sentences.append(f"{name}: {_number(total)} {unit}, most of it {said}.")
+        whole = "" if _is_share(unit) else f"{_number(total)} {unit}, most of it "
+        sentences.append(f"{name}: {whole}{said}.")
     return " ".join(sentences)
 
 

@@ -252,9 +252,13 @@ def test_a_wrong_piece_is_found(with_answers: Answers, quick: None, name: str) -
     """Neither together with the others nor alone does it write the package's tokens."""
     root = with_answers(**{name: sections_of(*WRONG[name])[0]})
     report = capstone.Report()
-    job = {"cells": capstone._collect(root, report), "found": report.found, "pieces": [name]}
-    for task, expected in (("together", ("", "together")), ("alone", (name, "wrong"))):
-        events = [event["problem"] for event in capstone._work({**job, "task": task}, root / "exercises", 60.0)]
+    cells, found, number = capstone._collect(root, report), report.found, WRONG[name][0][:2]
+    alone = {"cells": {number: cells[number]}, "found": {k: id for k, id in found.items() if id[:2] == number}}
+    for job, expected in (
+        ({"task": "together", "cells": cells, "found": found}, ("", "together")),
+        ({"task": "alone", "pieces": [name], **alone}, (name, "wrong")),
+    ):
+        events = [event["problem"] for event in capstone._work(job, root / "exercises", 60.0)]
         assert [(problem["piece"], problem["name"]) for problem in events] == [expected]
 
 
@@ -286,7 +290,7 @@ def test_a_cell_that_raises_is_named(with_answers: Answers, quick: None) -> None
 
 def test_an_endless_piece_is_named(with_answers: Answers, few: None) -> None:
     source = "=class MyEngine(MyEngine):\n    def run(self, sequences):\n        while True:\n            self.step()"
-    assert problems(with_answers(MyEngine=source), timeout=4.0) == [("MyEngine", "endless")]
+    assert problems(with_answers(MyEngine=source), timeout=3.0) == [("MyEngine", "endless")]
 
 
 def test_a_crash_is_named(with_answers: Answers, few: None) -> None:

@@ -299,6 +299,7 @@ def test_trouble_is_named_soon_and_harms_no_other(
     assert said in found["99.1"].message
     assert found["99.1"].hinted == (name in ("raised", "endless"))
     assert found["99.1"].hinted or "The hints are in the notebook" in found["99.1"].message
+    assert name != "syntax-error" or not found["99.1"].notes, "that nothing is defined needs no saying"
     assert states(found) == ALL_PASSED | {"99.1": FAILED}
 
 
@@ -355,6 +356,13 @@ def test_a_changed_setup_is_said_once_and_not_to_those_who_passed(chapter: Chapt
     found = judge(chapter, learner(wrong))
     said = "Cell 2 of your file, which came with it, was changed. It was run as it came, and then as it is now."
     assert [found[id].notes for id in demo.SOURCES] == [(), (said,), ()]
+
+    def ends(notebook: NotebookNode) -> None:
+        wrong(notebook)
+        demo.fill_in(notebook, answer_2="class Counter: pass\nexit()", answer_3="blocks, tokens = 3, 64")
+
+    found = judge(chapter, learner(ends))
+    assert [found[id].notes for id in demo.SOURCES] == [(), (said,), ()], "not again after a new kernel"
 
 
 def test_not_runnable_here_is_never_passed(chapter: Chapter, learner: Learner) -> None:

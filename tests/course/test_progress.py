@@ -64,6 +64,16 @@ def test_hints_come_one_by_one_with_answers_that_fail(chapter: Chapter, learner:
         assert "Hint 2 of 2: Nearly all." in minivllm("check", "99.1", code=1)
 
 
+def test_a_hint_s_lines_are_joined_but_not_its_lists(chapter: Chapter, learner: Learner) -> None:
+    text = demo.find(chapter.solution, "text-1")
+    text.source = text.source.replace("Twice.", "Once, and\nonce more:\n\n- one\n- two")
+    nbformat.write(chapter.solution, chapter.solution_path)
+    learner(two_wrong)
+    said = [line.strip() for line in minivllm("check", "99.1", code=1).splitlines()]
+    assert "Hint 1 of 1: Once, and once more:" in said
+    assert {"- one", "- two"} <= set(said)
+
+
 def test_a_hint_may_belong_to_the_mistake(chapter: Chapter, learner: Learner, monkeypatch) -> None:
     monkeypatch.setattr(checking, "_EXERCISES", {})
     checking.exercise("99.1", "Double", hints={"squared": 2})(lambda answer: "")

@@ -343,7 +343,7 @@ kv_bytes_16 = 2 * 36 * 1 * 128 * 2
 def shard(
     gate_up: torch.Tensor, down: torch.Tensor, rank: int, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's part of gate_up [2·I, hidden] and of down [hidden, I]. ValueError where I cannot be split."""
+    """This rank's part of gate_up [2·I, hidden] and down [hidden, I]. ValueError: I cannot be split."""
     if down.shape[1] % size:
         raise ValueError(f"an MLP of {down.shape[1]} columns on {size} ranks")
     return gate_up.chunk(size)[rank], down.chunk(size, dim=1)[rank]
@@ -352,14 +352,14 @@ def shard(
 def swiglu(group: Group, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """The whole MLP, [T, hidden] -> [T, hidden], from this rank's parts of its matrices."""
     gate, up = (x @ gate_up.T).chunk(2, dim=-1)
-    return group.all_reduce(F.silu(gate) * up @ down.T)
+    return group.all_reduce((F.silu(gate) * up) @ down.T)
 
 
 # %% 09.3 down-cut-the-wrong-way: rows of down as stored
 def shard(
     gate_up: torch.Tensor, down: torch.Tensor, rank: int, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's part of gate_up [2·I, hidden] and of down [hidden, I]. ValueError where I cannot be split."""
+    """This rank's part of gate_up [2·I, hidden] and down [hidden, I]. ValueError: I cannot be split."""
     if down.shape[1] % size:
         raise ValueError(f"an MLP of {down.shape[1]} columns on {size} ranks")
     gate, up = gate_up.chunk(2)
@@ -369,14 +369,14 @@ def shard(
 def swiglu(group: Group, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """The whole MLP, [T, hidden] -> [T, hidden], from this rank's parts of its matrices."""
     gate, up = (x @ gate_up.T).chunk(2, dim=-1)
-    return group.all_reduce(F.silu(gate) * up @ down.T)
+    return group.all_reduce((F.silu(gate) * up) @ down.T)
 
 
 # %% 09.3 kept-whole: down is needed whole, one thinks
 def shard(
     gate_up: torch.Tensor, down: torch.Tensor, rank: int, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's part of gate_up [2·I, hidden] and of down [hidden, I]. ValueError where I cannot be split."""
+    """This rank's part of gate_up [2·I, hidden] and down [hidden, I]. ValueError: I cannot be split."""
     if down.shape[1] % size:
         raise ValueError(f"an MLP of {down.shape[1]} columns on {size} ranks")
     gate, up = gate_up.chunk(2)
@@ -386,14 +386,14 @@ def shard(
 def swiglu(group: Group, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """The whole MLP, [T, hidden] -> [T, hidden], from this rank's parts of its matrices."""
     gate, up = (x @ gate_up.T).chunk(2, dim=-1)
-    return group.all_reduce(F.silu(gate) * up @ down.T)
+    return group.all_reduce((F.silu(gate) * up) @ down.T)
 
 
 # %% 09.3 columns-of-others: gate and up strided, down in blocks
 def shard(
     gate_up: torch.Tensor, down: torch.Tensor, rank: int, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's part of gate_up [2·I, hidden] and of down [hidden, I]. ValueError where I cannot be split."""
+    """This rank's part of gate_up [2·I, hidden] and down [hidden, I]. ValueError: I cannot be split."""
     if down.shape[1] % size:
         raise ValueError(f"an MLP of {down.shape[1]} columns on {size} ranks")
     gate, up = gate_up.chunk(2)
@@ -403,14 +403,14 @@ def shard(
 def swiglu(group: Group, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """The whole MLP, [T, hidden] -> [T, hidden], from this rank's parts of its matrices."""
     gate, up = (x @ gate_up.T).chunk(2, dim=-1)
-    return group.all_reduce(F.silu(gate) * up @ down.T)
+    return group.all_reduce((F.silu(gate) * up) @ down.T)
 
 
 # %% 09.3 not-summed: each rank's own term
 def shard(
     gate_up: torch.Tensor, down: torch.Tensor, rank: int, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's part of gate_up [2·I, hidden] and of down [hidden, I]. ValueError where I cannot be split."""
+    """This rank's part of gate_up [2·I, hidden] and down [hidden, I]. ValueError: I cannot be split."""
     if down.shape[1] % size:
         raise ValueError(f"an MLP of {down.shape[1]} columns on {size} ranks")
     gate, up = gate_up.chunk(2)
@@ -420,14 +420,14 @@ def shard(
 def swiglu(group: Group, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """The whole MLP, [T, hidden] -> [T, hidden], from this rank's parts of its matrices."""
     gate, up = (x @ gate_up.T).chunk(2, dim=-1)
-    return F.silu(gate) * up @ down.T
+    return (F.silu(gate) * up) @ down.T
 
 
 # %% 09.3 summed-too-early: before down
 def shard(
     gate_up: torch.Tensor, down: torch.Tensor, rank: int, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's part of gate_up [2·I, hidden] and of down [hidden, I]. ValueError where I cannot be split."""
+    """This rank's part of gate_up [2·I, hidden] and down [hidden, I]. ValueError: I cannot be split."""
     if down.shape[1] % size:
         raise ValueError(f"an MLP of {down.shape[1]} columns on {size} ranks")
     gate, up = gate_up.chunk(2)
@@ -444,7 +444,7 @@ def swiglu(group: Group, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Ten
 def shard(
     gate_up: torch.Tensor, down: torch.Tensor, rank: int, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's part of gate_up [2·I, hidden] and of down [hidden, I]. ValueError where I cannot be split."""
+    """This rank's part of gate_up [2·I, hidden] and down [hidden, I]. ValueError: I cannot be split."""
     if down.shape[1] % size:
         raise ValueError(f"an MLP of {down.shape[1]} columns on {size} ranks")
     gate, up = gate_up.chunk(2)
@@ -461,7 +461,7 @@ def swiglu(group: Group, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Ten
 def shard(
     gate_up: torch.Tensor, down: torch.Tensor, rank: int, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's part of gate_up [2·I, hidden] and of down [hidden, I]. ValueError where I cannot be split."""
+    """This rank's part of gate_up [2·I, hidden] and down [hidden, I]. ValueError: I cannot be split."""
     if down.shape[1] % size:
         raise ValueError(f"an MLP of {down.shape[1]} columns on {size} ranks")
     gate, up = gate_up.chunk(2)
@@ -471,14 +471,14 @@ def shard(
 def swiglu(group: Group, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """The whole MLP, [T, hidden] -> [T, hidden], from this rank's parts of its matrices."""
     gate, up = (x @ gate_up.T).chunk(2, dim=-1)
-    return group.all_reduce(F.silu(gate) * up @ down.T) / group.size
+    return group.all_reduce((F.silu(gate) * up) @ down.T) / group.size
 
 
 # %% 09.3 wrong-shape: terms side by side
 def shard(
     gate_up: torch.Tensor, down: torch.Tensor, rank: int, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's part of gate_up [2·I, hidden] and of down [hidden, I]. ValueError where I cannot be split."""
+    """This rank's part of gate_up [2·I, hidden] and down [hidden, I]. ValueError: I cannot be split."""
     if down.shape[1] % size:
         raise ValueError(f"an MLP of {down.shape[1]} columns on {size} ranks")
     gate, up = gate_up.chunk(2)
@@ -488,14 +488,14 @@ def shard(
 def swiglu(group: Group, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """The whole MLP, [T, hidden] -> [T, hidden], from this rank's parts of its matrices."""
     gate, up = (x @ gate_up.T).chunk(2, dim=-1)
-    return group.all_gather(F.silu(gate) * up @ down.T)
+    return group.all_gather((F.silu(gate) * up) @ down.T)
 
 
 # %% 09.3 too-much-sent: terms gathered, then summed
 def shard(
     gate_up: torch.Tensor, down: torch.Tensor, rank: int, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's part of gate_up [2·I, hidden] and of down [hidden, I]. ValueError where I cannot be split."""
+    """This rank's part of gate_up [2·I, hidden] and down [hidden, I]. ValueError: I cannot be split."""
     if down.shape[1] % size:
         raise ValueError(f"an MLP of {down.shape[1]} columns on {size} ranks")
     gate, up = gate_up.chunk(2)
@@ -505,7 +505,7 @@ def shard(
 def swiglu(group: Group, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """The whole MLP, [T, hidden] -> [T, hidden], from this rank's parts of its matrices."""
     gate, up = (x @ gate_up.T).chunk(2, dim=-1)
-    terms = group.all_gather(F.silu(gate) * up @ down.T)
+    terms = group.all_gather((F.silu(gate) * up) @ down.T)
     return terms.unflatten(-1, (group.size, -1)).sum(dim=1)
 
 
@@ -513,7 +513,7 @@ def swiglu(group: Group, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Ten
 def shard(
     gate_up: torch.Tensor, down: torch.Tensor, rank: int, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's part of gate_up [2·I, hidden] and of down [hidden, I]. ValueError where I cannot be split."""
+    """This rank's part of gate_up [2·I, hidden] and down [hidden, I]. ValueError: I cannot be split."""
     n = down.shape[1] // size
     gate, up = gate_up.chunk(2)
     mine = slice(rank * n, (rank + 1) * n)
@@ -523,14 +523,14 @@ def shard(
 def swiglu(group: Group, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """The whole MLP, [T, hidden] -> [T, hidden], from this rank's parts of its matrices."""
     gate, up = (x @ gate_up.T).chunk(2, dim=-1)
-    return group.all_reduce(F.silu(gate) * up @ down.T)
+    return group.all_reduce((F.silu(gate) * up) @ down.T)
 
 
 # %% 09.3 never-called: only rank 0 wants the sum
 def shard(
     gate_up: torch.Tensor, down: torch.Tensor, rank: int, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's part of gate_up [2·I, hidden] and of down [hidden, I]. ValueError where I cannot be split."""
+    """This rank's part of gate_up [2·I, hidden] and down [hidden, I]. ValueError: I cannot be split."""
     if down.shape[1] % size:
         raise ValueError(f"an MLP of {down.shape[1]} columns on {size} ranks")
     gate, up = gate_up.chunk(2)
@@ -540,7 +540,7 @@ def shard(
 def swiglu(group: Group, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """The whole MLP, [T, hidden] -> [T, hidden], from this rank's parts of its matrices."""
     gate, up = (x @ gate_up.T).chunk(2, dim=-1)
-    term = F.silu(gate) * up @ down.T
+    term = (F.silu(gate) * up) @ down.T
     return group.all_reduce(term) if group.rank == 0 else term
 
 
@@ -548,7 +548,7 @@ def swiglu(group: Group, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Ten
 def shard(
     gate_up: torch.Tensor, down: torch.Tensor, rank: int, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's part of gate_up [2·I, hidden] and of down [hidden, I]. ValueError where I cannot be split."""
+    """This rank's part of gate_up [2·I, hidden] and down [hidden, I]. ValueError: I cannot be split."""
     if down.shape[1] % size:
         raise ValueError(f"an MLP of {down.shape[1]} columns on {size} ranks")
     gate, up = gate_up.chunk(2)
@@ -558,14 +558,14 @@ def shard(
 def swiglu(group: Group, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """The whole MLP, [T, hidden] -> [T, hidden], from this rank's parts of its matrices."""
     up, gate = (x @ gate_up.T).chunk(2, dim=-1)
-    return group.all_reduce(F.silu(gate) * up @ down.T)
+    return group.all_reduce((F.silu(gate) * up) @ down.T)
 
 
 # %% 09.3 right: slices, and all three strided alike
 def shard(
     gate_up: torch.Tensor, down: torch.Tensor, rank: int, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's part of gate_up [2·I, hidden] and of down [hidden, I]. ValueError where I cannot be split."""
+    """This rank's part of gate_up [2·I, hidden] and down [hidden, I]. ValueError: I cannot be split."""
     if down.shape[1] % size:
         raise ValueError(f"an MLP of {down.shape[1]} columns on {size} ranks")
     gate, up = gate_up.chunk(2)
@@ -575,14 +575,14 @@ def shard(
 def swiglu(group: Group, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """The whole MLP, [T, hidden] -> [T, hidden], from this rank's parts of its matrices."""
     gate, up = (x @ gate_up.T).chunk(2, dim=-1)
-    return group.all_reduce(F.silu(gate) * up @ down.T)
+    return group.all_reduce((F.silu(gate) * up) @ down.T)
 
 
 # %% 09.3 right: F.linear, and a reshape of the fused matrix
 def shard(
     gate_up: torch.Tensor, down: torch.Tensor, rank: int, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's part of gate_up [2·I, hidden] and of down [hidden, I]. ValueError where I cannot be split."""
+    """This rank's part of gate_up [2·I, hidden] and down [hidden, I]. ValueError: I cannot be split."""
     if down.shape[1] % size:
         raise ValueError(f"an MLP of {down.shape[1]} columns on {size} ranks")
     wide = down.shape[1] // size
@@ -991,7 +991,8 @@ def logits(group: Group, hidden: torch.Tensor, rows: torch.Tensor, vocab_size: i
 
 # %% 09.5 bias-on-every-rank: only the skip mended
 def mlp(
-    group: Group, x: torch.Tensor, up: torch.Tensor, up_bias: torch.Tensor, down: torch.Tensor, down_bias: torch.Tensor
+    group: Group, x: torch.Tensor, up: torch.Tensor, up_bias: torch.Tensor,
+    down: torch.Tensor, down_bias: torch.Tensor,
 ) -> torch.Tensor:
     """down(relu(up(x))), [T, hidden] -> [T, hidden], from this rank's parts of both layers."""
     h = torch.relu(F.linear(x, up, up_bias))
@@ -1000,7 +1001,8 @@ def mlp(
 
 # %% 09.5 never-called: only the bias mended
 def mlp(
-    group: Group, x: torch.Tensor, up: torch.Tensor, up_bias: torch.Tensor, down: torch.Tensor, down_bias: torch.Tensor
+    group: Group, x: torch.Tensor, up: torch.Tensor, up_bias: torch.Tensor,
+    down: torch.Tensor, down_bias: torch.Tensor,
 ) -> torch.Tensor:
     """down(relu(up(x))), [T, hidden] -> [T, hidden], from this rank's parts of both layers."""
     h = torch.relu(F.linear(x, up, up_bias))
@@ -1011,7 +1013,8 @@ def mlp(
 
 # %% 09.5 never-called: nothing mended
 def mlp(
-    group: Group, x: torch.Tensor, up: torch.Tensor, up_bias: torch.Tensor, down: torch.Tensor, down_bias: torch.Tensor
+    group: Group, x: torch.Tensor, up: torch.Tensor, up_bias: torch.Tensor,
+    down: torch.Tensor, down_bias: torch.Tensor,
 ) -> torch.Tensor:
     """down(relu(up(x))), [T, hidden] -> [T, hidden], from this rank's parts of both layers."""
     h = torch.relu(F.linear(x, up, up_bias))
@@ -1022,7 +1025,8 @@ def mlp(
 
 # %% 09.5 bias-forgotten: gone
 def mlp(
-    group: Group, x: torch.Tensor, up: torch.Tensor, up_bias: torch.Tensor, down: torch.Tensor, down_bias: torch.Tensor
+    group: Group, x: torch.Tensor, up: torch.Tensor, up_bias: torch.Tensor,
+    down: torch.Tensor, down_bias: torch.Tensor,
 ) -> torch.Tensor:
     """down(relu(up(x))), [T, hidden] -> [T, hidden], from this rank's parts of both layers."""
     h = torch.relu(F.linear(x, up, up_bias))
@@ -1031,7 +1035,8 @@ def mlp(
 
 # %% 09.5 bias-twice: before and after
 def mlp(
-    group: Group, x: torch.Tensor, up: torch.Tensor, up_bias: torch.Tensor, down: torch.Tensor, down_bias: torch.Tensor
+    group: Group, x: torch.Tensor, up: torch.Tensor, up_bias: torch.Tensor,
+    down: torch.Tensor, down_bias: torch.Tensor,
 ) -> torch.Tensor:
     """down(relu(up(x))), [T, hidden] -> [T, hidden], from this rank's parts of both layers."""
     h = torch.relu(F.linear(x, up, up_bias))
@@ -1040,7 +1045,8 @@ def mlp(
 
 # %% 09.5 column-bias-divided: both biases divided
 def mlp(
-    group: Group, x: torch.Tensor, up: torch.Tensor, up_bias: torch.Tensor, down: torch.Tensor, down_bias: torch.Tensor
+    group: Group, x: torch.Tensor, up: torch.Tensor, up_bias: torch.Tensor,
+    down: torch.Tensor, down_bias: torch.Tensor,
 ) -> torch.Tensor:
     """down(relu(up(x))), [T, hidden] -> [T, hidden], from this rank's parts of both layers."""
     h = torch.relu(F.linear(x, up, up_bias / group.size))
@@ -1049,7 +1055,8 @@ def mlp(
 
 # %% 09.5 ranks-differ: an idle rank takes part, but leaves without the bias
 def mlp(
-    group: Group, x: torch.Tensor, up: torch.Tensor, up_bias: torch.Tensor, down: torch.Tensor, down_bias: torch.Tensor
+    group: Group, x: torch.Tensor, up: torch.Tensor, up_bias: torch.Tensor,
+    down: torch.Tensor, down_bias: torch.Tensor,
 ) -> torch.Tensor:
     """down(relu(up(x))), [T, hidden] -> [T, hidden], from this rank's parts of both layers."""
     h = torch.relu(F.linear(x, up, up_bias))
@@ -1060,7 +1067,8 @@ def mlp(
 
 # %% 09.5 too-much-sent: asks the others first whether anybody is active
 def mlp(
-    group: Group, x: torch.Tensor, up: torch.Tensor, up_bias: torch.Tensor, down: torch.Tensor, down_bias: torch.Tensor
+    group: Group, x: torch.Tensor, up: torch.Tensor, up_bias: torch.Tensor,
+    down: torch.Tensor, down_bias: torch.Tensor,
 ) -> torch.Tensor:
     """down(relu(up(x))), [T, hidden] -> [T, hidden], from this rank's parts of both layers."""
     h = torch.relu(F.linear(x, up, up_bias))
@@ -1071,7 +1079,8 @@ def mlp(
 
 # %% 09.5 right: rank 0 adds it
 def mlp(
-    group: Group, x: torch.Tensor, up: torch.Tensor, up_bias: torch.Tensor, down: torch.Tensor, down_bias: torch.Tensor
+    group: Group, x: torch.Tensor, up: torch.Tensor, up_bias: torch.Tensor,
+    down: torch.Tensor, down_bias: torch.Tensor,
 ) -> torch.Tensor:
     """down(relu(up(x))), [T, hidden] -> [T, hidden], from this rank's parts of both layers."""
     h = torch.relu(F.linear(x, up, up_bias))
@@ -1080,7 +1089,8 @@ def mlp(
 
 # %% 09.5 right: a share of the bias on each rank, and no product on an idle one
 def mlp(
-    group: Group, x: torch.Tensor, up: torch.Tensor, up_bias: torch.Tensor, down: torch.Tensor, down_bias: torch.Tensor
+    group: Group, x: torch.Tensor, up: torch.Tensor, up_bias: torch.Tensor,
+    down: torch.Tensor, down_bias: torch.Tensor,
 ) -> torch.Tensor:
     """down(relu(up(x))), [T, hidden] -> [T, hidden], from this rank's parts of both layers."""
     h = torch.relu(F.linear(x, up, up_bias))

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from minivllm.course.checking import (
+    BEYOND,
     Mistake,
     Suspects,
     counted,
@@ -121,10 +122,11 @@ def check_predictions(computed_tiles: float, masked_tiles: float, matrix_mb: flo
         for name, (wrong, why) in usual.items():
             if abs(said - wrong) <= near * wrong:
                 raise Mistake(name, f"{what}: you said {said:,.6g}, measured are {right:,.6g} {unit}.\n{why}")
-        raise Mistake(
-            f"wrong-{what.replace('_', '-')}", f"{what}: you said {said:,.6g}, measured are {right:,.6g} {unit}.\n"
-            "Draw it: draw_attention_tiles(1024, 4096, 64, 64), or take it on paper with 4 new tokens after 12."
-        )  # fmt: skip
+        draw = "Draw it: draw_attention_tiles(1024, 4096, 64, 64), or take it on paper with 4 new tokens after 12."
+        count = "Write down each tensor's shape, multiply its sides, by two bytes a number, and divide by 10⁶."
+        said_and_right = f"{what}: you said {said:,.6g}, measured are {right:,.6g} {unit}."
+        advice = draw if what.endswith("tiles") else count
+        raise Mistake(f"wrong-{what.replace('_', '-')}", f"{said_and_right}\n{advice}")
 
     start_aligned = attention_tiles(new, new, block, block).counts
     usual_computed = {
@@ -957,7 +959,11 @@ def check_flash_kernel(answer: Any) -> str:
         ),
         **_suspects(written, also="padded-keys"),
     }
-    number = diagnose(launch, cases, right, suspects, writes=(0,), rtol=1e-3, atol=2e-4)
+    store = (
+        "The last tile of queries may stick out: its rows from Q on do not exist. tl.store needs the mask that loaded "
+        "them, (rows < Q)[:, None]."
+    )
+    number = diagnose(launch, cases, right, suspects, writes=(0,), wording={BEYOND: store}, rtol=1e-3, atol=2e-4)
 
     # The first tile of a prompt of three, where keys that it must not visit are nan.
     query, key, value, scale = _inputs(48, 48, 16, 260)
