@@ -38,7 +38,7 @@ class TensorParallelGroup:
 
     def __init__(self, rank: int = 0, size: int = 1, tensors: Any = None, objects: Any = None) -> None:
         self.rank, self.size, self._tensors, self._objects = rank, size, tensors, objects
-        self._is_broken = False
+        self.is_broken = False
 
     def part(self, count: int, unit: int = 1, pad: bool = False) -> Part:
         """This rank's share of `count` units of `unit` rows, in order of rank.
@@ -79,17 +79,17 @@ class TensorParallelGroup:
 
     def check(self) -> None:
         """Raise `RankFailedError` where the group was aborted: what the GPU has computed since means nothing."""
-        if self._is_broken:
+        if self.is_broken:
             raise RankFailedError("The ranks' communication has been aborted.")
 
     def abort(self) -> None:
         """End the communication of tensors, also for a GPU that is waiting for a rank that is gone."""
-        self._is_broken = True
+        self.is_broken = True
         self._tensors.abort()
 
     def close(self) -> None:
         """Leave the group. The other ranks' next collective fails."""
-        if self._tensors is not self._objects and not self._is_broken:
+        if self._tensors is not self._objects and not self.is_broken:
             self.abort()
         self._tensors = self._objects = None
 

@@ -26,7 +26,8 @@ from torch.multiprocessing import get_context
 from minivllm.distributed import SINGLE, TensorParallelGroup
 from minivllm.errors import ConfigError, EngineEndedError, RankFailedError, RankMismatchError
 
-#: How long ranks wait for each other: those of one machine to meet, and any for an engine that has nothing to do.
+#: How long rank 0 waits for processes that are ready to meet it, and how long ranks wait in all other cases: others may
+#: be loading, and an engine may have nothing to do. Whoever waits is ended by the end of rank 0, or by torchrun.
 MEETING, IDLE = timedelta(seconds=20), timedelta(days=365)
 
 
@@ -39,7 +40,7 @@ def connect(
     """
     gloo = dist.ProcessGroupGloo
     options = gloo._Options()
-    options._timeout = MEETING if host else IDLE
+    options._timeout = MEETING if host and rank == 0 else IDLE
     options._devices = [gloo.create_device(hostname=host) if host else gloo.create_default_device()]
     objects = tensors = gloo(dist.PrefixStore("objects", store), rank, size, options)
     objects._set_default_timeout(IDLE)
@@ -107,7 +108,8 @@ class Ranks:
         """After a step cut short no rank knows where the others stand. Raises what has happened to another rank."""
         if self.group.size == 1:
             return
-        failure = self._processes.failure() if self._processes and isinstance(error, RankFailedError) else None
+        lost = isinstance(error, RankFailedError) or self.group.is_broken
+        failure = self._processes.failure() if self._processes and lost else None
         self.close(f"A step was cut short ({type(failure or error).__name__}), and with it the engine's ranks.")
         if failure is not None:
             raise failure from error
@@ -139,9 +141,8 @@ class Ranks:
 def join_torchrun(device_type: str) -> TensorParallelGroup:
     """The group of all ranks that torchrun has started, on however many machines."""
     store, rank, size = next(dist.rendezvous("env://"))
-    number = store.add(
-        f"minivllm engines of rank {rank}", 1
-    )  # a process may make several, every rank in the same order
+    # A process may make several engines, every rank in the same order.
+    number = store.add(f"minivllm engines of rank {rank}", 1)
     store = dist.PrefixStore(f"minivllm engine {number}", store)
     return connect(store, rank, size, device_type, None, int(os.environ.get("LOCAL_RANK", rank)))
 
@@ -173,7 +174,7 @@ class RankProcesses:
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             # Only now, for it brings a thread, and a signal goes to whichever thread lets it through.
-            store = dist.TCPStore("127.0.0.1", port, size, True, MEETING, False, master_listen_fd=listener.detach())
+            store = dist.TCPStore("127.0.0.1", port, size, True, IDLE, False, master_listen_fd=listener.detach())
             for rank, (_, pipe) in enumerate(self._ranks, 1):  # wait here, where their end is noticed
                 with suppress(EOFError):
                     self._reports[rank] = pipe.recv()
@@ -255,8 +256,10 @@ def _run_rank(pipe: Connection, rank: int, size: int, port: int, device_type: st
     report = ("SystemExit", "ended.")
     try:
         target, args = pickle.loads(work)
+        if device_type == "cpu":
+            torch.set_num_threads(max(1, torch.get_num_threads() // size))
         pipe.send("ready")
-        store = dist.TCPStore("127.0.0.1", port, size, False, MEETING)
+        store = dist.TCPStore("127.0.0.1", port, size, False, IDLE)
         target(connect(store, rank, size, device_type), *args)
     except BaseException as error:
         report = (type(error).__name__, f"failed: {type(error).__name__}: {error}")
