@@ -6,6 +6,7 @@ Greedy tokens are compared with transformers' (the margin rule of parity.py), al
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import json
 import multiprocessing
@@ -19,17 +20,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import parity
 import pytest
 import torch
-from parity import Checkpoint, RecordedLLM, assert_same_greedy
+from parity import Checkpoint, assert_same_greedy
 
-from minivllm import LLM, Kernels, LLMEngine, SamplingParams
+import minivllm
+from minivllm import Kernels, SamplingParams
 from minivllm.bundled import BUNDLED_MODEL_PATH
 from minivllm.errors import ConfigError, EngineEndedError, RankFailedError, RankMismatchError, RequestError
 from minivllm.kernels.sampling import sample_reference
 from minivllm.models.qwen3 import Qwen3ForCausalLM
 
-TESTS = Path(__file__).parent
+# On the CPU wherever this runs: ranks take a GPU each.
+LLM, LLMEngine, RecordedLLM = (
+    functools.partial(cls, device="cpu") for cls in (minivllm.LLM, minivllm.LLMEngine, parity.RecordedLLM)
+)
 LONG = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
 #: Small enough that prompts are chunked, sequences preempted and prefixes shared.
 TIGHT = {"num_kv_blocks": 20, "block_size": 16, "max_num_batched_tokens": 48, "max_num_seqs": 8}
@@ -62,12 +68,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def alone(checkpoint: Checkpoint) -> LLM:
+def alone(checkpoint: Checkpoint) -> minivllm.LLM:
     return LLM(checkpoint.path, dtype="float32", skip_tokenizer_init=True, **TIGHT)
 
 
 @pytest.fixture(scope="module", params=[(2, False), (4, True)], ids=["2", "4-overlapped"])
-def ranks(request: pytest.FixtureRequest, checkpoint: Checkpoint) -> Iterator[RecordedLLM]:
+def ranks(request: pytest.FixtureRequest, checkpoint: Checkpoint) -> Iterator[parity.RecordedLLM]:
     """An engine of two ranks, then one of four that plans a step ahead."""
     size, overlap = request.param
     llm = RecordedLLM(checkpoint.path, tensor_parallel_size=size, async_scheduling=overlap, **TIGHT)
@@ -75,7 +81,7 @@ def ranks(request: pytest.FixtureRequest, checkpoint: Checkpoint) -> Iterator[Re
     llm.close()
 
 
-def generate(llm: LLM, prompts: Any, params: Any) -> list[Any]:
+def generate(llm: minivllm.LLM, prompts: Any, params: Any) -> list[Any]:
     return llm.generate(prompts, params, use_tqdm=False)
 
 
@@ -86,7 +92,7 @@ def tokens(outputs: list[Any]) -> list[list[int]]:
 # --- the same tokens --------------------------------------------------------------------------------------------------
 
 
-def test_greedy_with_prefix_hits_chunks_and_preemption(checkpoint: Checkpoint, ranks: RecordedLLM) -> None:
+def test_greedy_with_prefix_hits_chunks_and_preemption(checkpoint: Checkpoint, ranks: parity.RecordedLLM) -> None:
     shared = checkpoint.prompt(40)
     prompts = [shared, *(checkpoint.prompt(n, after=shared) for n in (5, 30)), *checkpoint.prompts(75, 60, 1)]
     completions = ranks.complete(prompts)
@@ -99,7 +105,7 @@ def test_greedy_with_prefix_hits_chunks_and_preemption(checkpoint: Checkpoint, r
     assert_same_greedy(checkpoint.reference, completions)
 
 
-def test_sampling_and_logprobs(checkpoint: Checkpoint, alone: LLM, ranks: RecordedLLM) -> None:
+def test_sampling_and_logprobs(checkpoint: Checkpoint, alone: minivllm.LLM, ranks: parity.RecordedLLM) -> None:
     """Seeds, filters, penalties, a bias, several completions, the engine's own seeds; what the logits are asked for."""
     base = SamplingParams(temperature=0.8, max_tokens=24, ignore_eos=True)
     changes = [
@@ -120,7 +126,9 @@ def test_sampling_and_logprobs(checkpoint: Checkpoint, alone: LLM, ranks: Record
             assert here[token].rank == there[token].rank
 
 
-def test_aborts_and_refused_requests_leave_the_ranks_together(checkpoint: Checkpoint, ranks: RecordedLLM) -> None:
+def test_aborts_and_refused_requests_leave_the_ranks_together(
+    checkpoint: Checkpoint, ranks: parity.RecordedLLM
+) -> None:
     engine = ranks.llm_engine
     first = len(ranks._sequences)
     prompts = checkpoint.prompts(30, 40, 50)
@@ -141,7 +149,7 @@ def test_aborts_and_refused_requests_leave_the_ranks_together(checkpoint: Checkp
     assert_same_greedy(checkpoint.reference, completions, partial=True)
 
 
-def test_a_stream_that_is_closed_early(ranks: RecordedLLM) -> None:
+def test_a_stream_that_is_closed_early(ranks: parity.RecordedLLM) -> None:
     stream = ranks.stream([1, 2, 3], LONG)
     assert next(stream).token_ids
     stream.close()
@@ -177,7 +185,8 @@ from minivllm.errors import RankError
 
 path, prompts, tight, out = json.loads(sys.argv[1])
 rank = int(os.environ["RANK"])
-options = dict(tensor_parallel_size=int(os.environ["WORLD_SIZE"]), dtype="float32", skip_tokenizer_init=True, **tight)
+options = dict(tensor_parallel_size=int(os.environ["WORLD_SIZE"]), dtype="float32", device="cpu", **tight)
+options["skip_tokenizer_init"] = True
 llm, other = LLM(path, **options), LLM(path, **options)
 params = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
 found = [[o.outputs[0].token_ids for o in one.generate(prompts, params, use_tqdm=False)] for one in (llm, other)]
@@ -199,7 +208,7 @@ Path(out, f"{rank}.json").write_text(json.dumps(report))
 """
 
 
-def test_under_torchrun(checkpoint: Checkpoint, alone: LLM, tmp_path: Path) -> None:
+def test_under_torchrun(checkpoint: Checkpoint, alone: minivllm.LLM, tmp_path: Path) -> None:
     """The same script on two ranks: tokens, shares of the memory in bytes, and a call that only one rank gets."""
     prompts = [
         *checkpoint.prompts(75, 60, 33),
@@ -396,7 +405,7 @@ TALKER = """
 from minivllm import LLM, SamplingParams
 if __name__ == "__main__":
     print("starting", flush=True)
-    llm = LLM(tensor_parallel_size=2, num_kv_blocks=400)
+    llm = LLM(tensor_parallel_size=2, num_kv_blocks=400, device="cpu")
     for chunk in llm.stream("Once", SamplingParams(temperature=0.0, max_tokens=250, ignore_eos=True)):
         print(chunk.text, flush=True)
 """
@@ -463,7 +472,7 @@ def test_a_killed_parent_takes_its_ranks_along(tmp_path: Path) -> None:
 
 def test_a_script_without_a_guard_says_what_it_lacks(tmp_path: Path) -> None:
     script = tmp_path / "unguarded.py"
-    script.write_text("from minivllm import LLM\nLLM(tensor_parallel_size=2)\n")
+    script.write_text("from minivllm import LLM\nLLM(tensor_parallel_size=2, device='cpu')\n")
     found = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
     assert found.returncode == 1
     assert "RankFailedError: Rank 1 exited with code 1" in found.stderr
@@ -471,8 +480,32 @@ def test_a_script_without_a_guard_says_what_it_lacks(tmp_path: Path) -> None:
 
 
 def test_the_command_line() -> None:
-    options = ["-e", "tensor_parallel_size=2", "-e", "num_kv_blocks=40", "-t", "0", "-n", "12", "--raw"]
-    command = [sys.executable, "-m", "minivllm", "generate", "Once upon a time", *options]
+    options = [
+        "-e",
+        "tensor_parallel_size=2",
+        "-e",
+        "num_kv_blocks=40",
+        "-e",
+        "device=cpu",
+        "-t",
+        "0",
+        "-n",
+        "12",
+        "--raw",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "minivllm",
+        "generate",
+        "Once upon a time",
+        *engine,
+        "-t",
+        "0",
+        "-n",
+        "12",
+        "--raw",
+    ]
     found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     params = SamplingParams(temperature=0.0, max_tokens=12)
     assert found.stdout.rstrip("\n") == generate(LLM(BUNDLED_MODEL_PATH), "Once upon a time", params)[0].outputs[0].text

@@ -63,7 +63,7 @@ def test_the_same_tokens_and_logits_as_transformers(
     prompts = [[token % vocab_size for token in prompt] for prompt in checkpoint.prompts(1, 16, 75)]
 
     def run(group: ThreadGroup) -> Any:
-        options = {"num_kv_blocks": 48, "tensor_parallel_size": size, "group": group}
+        options = {"num_kv_blocks": 48, "tensor_parallel_size": size, "group": group, "device": "cpu"}
         if group.rank == 0:
             return RecordedLLM(tmp_path, **options).complete(prompts), group.num_collectives
         llm = LLM(tmp_path, dtype="float32", max_num_seqs=16, skip_tokenizer_init=True, **options)
@@ -140,7 +140,7 @@ def test_the_cache_takes_a_share_of_the_memory(size: int, path: Path) -> None:
     config = load_config(path)
 
     def run(group: ThreadGroup) -> int:
-        options = {"num_kv_blocks": 10, "block_size": 8, "tensor_parallel_size": size, "group": group}
+        options = {"num_kv_blocks": 10, "block_size": 8, "tensor_parallel_size": size, "group": group, "device": "cpu"}
         runner = LLM(path, skip_tokenizer_init=True, **options).llm_engine.model_runner
         held = sum(cache.nbytes for layer in runner.kv_caches for cache in layer)
         assert held == 10 * 8 * runner.kv_bytes_per_token
@@ -152,7 +152,7 @@ def test_the_cache_takes_a_share_of_the_memory(size: int, path: Path) -> None:
 
 def test_ranks_agree_on_the_smallest_number_of_blocks(path: Path) -> None:
     def run(group: ThreadGroup) -> tuple[int, int]:
-        options = {"num_kv_blocks": 40 - 7 * group.rank, "tensor_parallel_size": 4, "group": group}
+        options = {"num_kv_blocks": 40 - 7 * group.rank, "tensor_parallel_size": 4, "group": group, "device": "cpu"}
         engine = LLM(path, skip_tokenizer_init=True, **options).llm_engine
         return engine.config.num_kv_blocks, engine.model_runner.kv_caches[0][0].shape[0]
 
@@ -162,6 +162,7 @@ def test_ranks_agree_on_the_smallest_number_of_blocks(path: Path) -> None:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux says which pages are in memory")
 def test_a_rank_reads_only_its_part_of_the_file(tmp_path: Path) -> None:
     """Pages of the checkpoint that reading has brought into this process's memory: a mapped tensor is read where it is
     touched. Rows are whole pages; a column split leaves most of a page's neighbours, and is not counted on here."""
