@@ -480,32 +480,8 @@ def test_a_script_without_a_guard_says_what_it_lacks(tmp_path: Path) -> None:
 
 
 def test_the_command_line() -> None:
-    options = [
-        "-e",
-        "tensor_parallel_size=2",
-        "-e",
-        "num_kv_blocks=40",
-        "-e",
-        "device=cpu",
-        "-t",
-        "0",
-        "-n",
-        "12",
-        "--raw",
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "minivllm",
-        "generate",
-        "Once upon a time",
-        *engine,
-        "-t",
-        "0",
-        "-n",
-        "12",
-        "--raw",
-    ]
+    options = ["-e", "tensor_parallel_size=2", "-e", "num_kv_blocks=40", "-e", "device=cpu", "-t", "0", "-n", "12"]
+    command = [sys.executable, "-m", "minivllm", "generate", "Once upon a time", "--raw", *options]
     found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     params = SamplingParams(temperature=0.0, max_tokens=12)
     assert found.stdout.rstrip("\n") == generate(LLM(BUNDLED_MODEL_PATH), "Once upon a time", params)[0].outputs[0].text
