@@ -428,6 +428,7 @@ def test_breakdown_on_a_cpu(tmp_path: Path) -> None:
     ]
     for row in found["rows"]:
         assert "failed" not in row
+        assert row["mean_context"] == row["context"] + 8 + 2
         assert sum(operation["share"] for operation in row["operations"]) <= 1 + 1e-9
         assert any(operation["name"].startswith("aten::") for operation in row["operations"])
         assert {"schedule", "update", "launch the step", "wait for the GPU", "everything else"} == row["cpu_ms"].keys()

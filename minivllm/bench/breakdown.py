@@ -1,7 +1,8 @@
 """Where the time of a decode step goes: kernels by name, gaps between them, and what the CPU lets the GPU wait for.
 
-Three measurements of the same requests. The wall time of a step. The GPU's time for a step's CUDA graph: replays queued
-one behind the other, so that nobody waits for the CPU. And under `torch.profiler`: which kernels ran, and how long.
+Three measurements of such requests, in the middle of each at the same length. The wall time of a step. The GPU's time
+for a step's CUDA graph: replays queued one behind the other, so that nobody waits for the CPU. And under
+`torch.profiler`: which kernels ran, and how long.
 
     step = kernels (any running) + gaps (between kernels of a graph) + exposed CPU time (a step's time beyond its graph)
 
@@ -18,6 +19,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from minivllm.bench.report import Deadline, attempt, environment, percentiles, say
-from minivllm.bench.running import drain, start_decoding, timed_steps
+from minivllm.bench.running import WARM_UP_STEPS, drain, start_decoding, timed_steps
 from minivllm.engine.llm_engine import LLMEngine
 from minivllm.engine.model_runner import StepResult
 from minivllm.launch import pick_device
@@ -171,7 +173,7 @@ def profile_gpu(engine: LLMEngine, num_steps: int) -> list[Interval]:
 
 
 @torch.inference_mode()
-def graph_us(engine: LLMEngine, num_replays: int = 16) -> float | None:
+def graph_us(engine: LLMEngine, num_replays: int) -> float | None:
     """Microseconds of the running requests' graph, replayed back to back; None without graphs.
 
     Their positions advance with every replay, behind the scheduler's back: these requests must end now.
@@ -245,20 +247,33 @@ def one_engine(
     on_gpu = engine.model_runner.device.type == "cuda"
     num_profiled = max(4, num_steps // 4)
 
-    def on_gpu_part(step_us: float) -> dict[str, Any]:
+    def decode(num_requests: int, measured: int = num_steps) -> None:
+        """All requests anew, with as many steps behind them as bring the measured ones to the middle of num_steps."""
+        drain(engine)
+        start_decoding(engine, num_requests, context, num_steps + num_profiled + 8)
+        for _ in range((num_steps - measured) // 2):
+            engine.step()
+
+    def on_gpu_part(num_requests: int, step_us: float) -> dict[str, Any]:
+        decode(num_requests, num_profiled)
         intervals = profile_gpu(engine, num_profiled)
-        return gpu_summary(intervals, num_profiled, step_us, graph_us(engine))
+        decode(num_requests, num_profiled)
+        return gpu_summary(intervals, num_profiled, step_us, graph_us(engine, num_profiled))
 
     def one(num_requests: int) -> dict[str, Any]:
         try:
-            start_decoding(engine, num_requests, context, 3 * num_steps + 8)
+            decode(num_requests)
             times = timed_steps(engine, num_steps)
             step_us = 1e6 * sum(times) / len(times)
             row: dict[str, Any] = {"step_seconds": percentiles(times), "mean_step_ms": step_us / 1e3}
+            row["mean_context"] = context + WARM_UP_STEPS + num_steps / 2
+            decode(num_requests)
             row["cpu_ms"] = cpu_parts(engine, num_steps)
             if on_gpu:
-                row |= attempt(f"{num_requests} running, kernels", Deadline(), lambda: on_gpu_part(step_us))
+                kernels = partial(on_gpu_part, num_requests, step_us)
+                row |= attempt(f"{num_requests} running, kernels", Deadline(), kernels)
             else:
+                decode(num_requests, num_profiled)
                 row["operations"] = profile_cpu(engine, num_profiled)
             return row
         finally:

@@ -72,7 +72,7 @@ def draw_kv_bytes(models: Sequence[ModelShape], ax: Axes | None = None) -> Matpl
         ax.text(1.16, y, f"{_tokens_of_weights(model):,}", ha="right", color=palette.INK, transform=column, **text)
     _plain_axes(ax, "KiB of keys and values a token")
     ax.set_yticks(range(len(models)), [model.name for model in models], fontsize=10, color=palette.INK)
-    ax.set_xlim(0, longest * 1.22)
+    ax.set_xlim(0, longest * 1.3)
     ax.set_ylim(len(models) - 0.5, -0.5)
     ax.set_title("What one token takes", loc="left", fontsize=12, weight="bold", color=palette.INK, pad=16)
     small = {"transform": ax.transAxes, "fontsize": 9, "va": "bottom"}

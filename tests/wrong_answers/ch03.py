@@ -154,6 +154,17 @@ def slot_mapping(
     return torch.tensor(slots + [-1] * (pad_to - len(slots)), dtype=torch.int32)
 
 
+# %% 03.2 slots-in-a-row: only the first slot is looked up
+def slot_mapping(
+    block_table: torch.Tensor, starts: list[int], query_lens: list[int], block_size: int, pad_to: int
+) -> torch.Tensor:
+    slots = []
+    for table, start, count in zip(block_table.tolist(), starts, query_lens):
+        first = table[start // block_size] * block_size + start % block_size
+        slots += range(first, first + count)
+    return torch.tensor(slots + [-1] * (pad_to - len(slots)), dtype=torch.int64)
+
+
 # %% 03.2 right: vectorised
 def slot_mapping(
     block_table: torch.Tensor, starts: list[int], query_lens: list[int], block_size: int, pad_to: int
@@ -671,6 +682,87 @@ def decode_attention(
     return out
 
 
+# %% 03.3 table-beyond-the-context: one block more, when the last is full
+def store_kv(
+    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    wanted = slot_mapping >= 0
+    size, slots = k_cache.shape[2], slot_mapping[wanted]
+    k_cache[slots // size, :, slots % size] = key[wanted]
+    v_cache[slots // size, :, slots % size] = value[wanted]
+
+
+def decode_attention(
+    query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
+    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable,
+    num_splits: int | None = None,
+) -> torch.Tensor:
+    kv_heads, size = k_cache.shape[1:3]
+    out = torch.zeros_like(query)
+    for i, context in enumerate(seq_lens.tolist()):
+        blocks = block_table[i, : context // size + 1]
+        k, v = (cache[blocks].transpose(0, 1).flatten(1, 2)[:, :context] for cache in (k_cache, v_cache))
+        q = query[i].unflatten(0, (kv_heads, -1))
+        weights = torch.softmax(q @ k.transpose(1, 2) * scale, dim=-1)
+        out[i] = (weights @ v).flatten(0, 1)
+    return out
+
+
+# %% 03.3 wrong-dtype: float32, always
+def store_kv(
+    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    wanted = slot_mapping >= 0
+    size, slots = k_cache.shape[2], slot_mapping[wanted]
+    k_cache[slots // size, :, slots % size] = key[wanted]
+    v_cache[slots // size, :, slots % size] = value[wanted]
+
+
+def decode_attention(
+    query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
+    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable,
+    num_splits: int | None = None,
+) -> torch.Tensor:
+    kv_heads, size = k_cache.shape[1:3]
+    out = torch.zeros(query.shape)
+    for i, context in enumerate(seq_lens.tolist()):
+        blocks = block_table[i, : math.ceil(context / size)]
+        k, v = (cache[blocks].transpose(0, 1).flatten(1, 2)[:, :context] for cache in (k_cache, v_cache))
+        q, k, v = query[i].unflatten(0, (kv_heads, -1)).float(), k.float(), v.float()
+        weights = torch.softmax(q @ k.transpose(1, 2) * scale, dim=-1)
+        out[i] = (weights @ v).flatten(0, 1)
+    return out
+
+
+# %% 03.3 slot-0-dropped: more than 0
+def store_kv(
+    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    wanted = slot_mapping > 0
+    size, slots = k_cache.shape[2], slot_mapping[wanted]
+    k_cache[slots // size, :, slots % size] = key[wanted]
+    v_cache[slots // size, :, slots % size] = value[wanted]
+
+
+def decode_attention(
+    query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
+    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable,
+    num_splits: int | None = None,
+) -> torch.Tensor:
+    kv_heads, size = k_cache.shape[1:3]
+    out = torch.zeros_like(query)
+    for i, context in enumerate(seq_lens.tolist()):
+        blocks = block_table[i, : math.ceil(context / size)]
+        k, v = (cache[blocks].transpose(0, 1).flatten(1, 2)[:, :context] for cache in (k_cache, v_cache))
+        q = query[i].unflatten(0, (kv_heads, -1))
+        weights = torch.softmax(q @ k.transpose(1, 2) * scale, dim=-1)
+        out[i] = (weights @ v).flatten(0, 1)
+    return out
+
+
 # %% 03.3 right: plain loops, token by token and head by head
 def store_kv(
     key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
@@ -692,7 +784,7 @@ def decode_attention(
 ) -> torch.Tensor:
     heads, size = query.shape[1], k_cache.shape[2]
     group = heads // k_cache.shape[1]
-    out = torch.zeros(query.shape)
+    out = torch.zeros_like(query)
     for i in range(len(query)):
         context = int(seq_lens[i])
         if context == 0:
@@ -732,7 +824,7 @@ def decode_attention(
             inside = min(size, context - s * size)
             k, v = (cache[block_table[i, s], :, :inside] for cache in (k_cache, v_cache))
             scores = query[i].view(kv_heads, -1, dim) @ k.transpose(1, 2) * scale
-            lse[s, i] = torch.logsumexp(scores, dim=-1).flatten()
+            lse[s, i] = torch.logsumexp(scores.float(), dim=-1).flatten()
             out[s, i] = (torch.softmax(scores, dim=-1) @ v).flatten(0, 1)
     return merge_attention(out, lse).to(query.dtype)
 

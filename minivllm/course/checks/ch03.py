@@ -168,6 +168,11 @@ def check_slot_mapping(answer: Callable) -> str:
             "lie.\nLook up block_table[i, position // block_size].",
             partial(slots, slot=lambda t, p, j, size: p),
         ),
+        "slots-in-a-row": (
+            "You give a request's new tokens consecutive slots. Right inside one block; the next block lies "
+            "elsewhere: ask the table for every position.",
+            partial(slots, slot=lambda t, p, j, size: good(t, p - j, 0, size) + j),
+        ),
         "block-not-a-slot": (
             "You add the offset to the block's number. Block b begins at slot b · block_size.\nMultiply first.",
             partial(slots, slot=lambda t, p, j, size: t[p // size] + p % size),
@@ -287,7 +292,7 @@ def _check_store(answer: Callable) -> int:
         case(2, 4, 8, [22, 3, 8, 17]),
         case(2, 16, 4, [40, 33, 95, 1], strided=True),
         case(3, 3, 5, [2, 17, 9, 4], strided=True),
-        case(2, 4, 8, [7, 13, -1, -1]),
+        case(2, 4, 8, [0, 13, -1, -1]),
         case(2, 4, 8, [7, -1, 13, -1, 2], strided=True),
         case(2, 4, 8, [-1, -1]),
         case(2, 4, 8, []),
@@ -330,6 +335,10 @@ def _check_store(answer: Callable) -> int:
             "tokens "
             "instead of clamping their slots.",
             partial(wrong, rows=lambda k, v, s: (k, v, s.clamp(min=0)), put=put),
+        ),
+        "slot-0-dropped": (
+            "A token of slot 0 was not stored.\nSlot 0 is a slot like any other: keep `slot_mapping >= 0`.",
+            partial(wrong, rows=lambda k, v, s: (k[s > 0], v[s > 0], s[s > 0]), put=put),
         ),
         "stops-at-minus-one": (
             "You stop at the first slot of -1. Tokens behind it may have real slots.\nSkip, and go on.",
@@ -464,7 +473,15 @@ def _check_decode(answer: Callable) -> int:
         ),
     }
     count = _diagnose(call(answer), cases, right, suspects)
-    poisoned = case([5, 11], 2, 2, 8, 4)
+    low = case([5, 8], 2, 2, 8, 4)
+    low = (*(x.bfloat16() for x in low[:3]), *low[3:])
+    dtype = call(answer)(*low).dtype
+    expect(
+        dtype == torch.bfloat16,
+        "wrong-dtype",
+        f"query is bfloat16, and your result {dtype}.\nIt has query's dtype: torch.zeros_like(query).",
+    )
+    poisoned = case([5, 12], 2, 2, 8, 4)  # 12 is three whole blocks: the entry right behind them is not needed
     poisoned[3][0, 2:], poisoned[3][1, 3:] = 10**6, 10**6
     expected = right(*poisoned)
     try:
@@ -793,7 +810,8 @@ def check_split_kernel(answer: Any) -> str:
         "splits-overlap": (
             "Some tokens belong to more than one split, and count more than once.\nLet a split begin at a whole "
             "number of tiles, "
-            "and end where the next one begins: range(begin, tl.minimum(begin + share, context), TILE).",
+            "and end where the next one begins: range(begin, tl.minimum(begin + share, context), TILE). "
+            "Or your `known` is too wide: end at tl.minimum(begin + share, context).",
             *wrong("to-the-end", "shares-of-tokens"),
         ),
         "tokens-left-out": (
