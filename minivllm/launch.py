@@ -209,13 +209,13 @@ class RankProcesses:
 
     def close(self) -> None:
         """End the ranks; returns when they are gone."""
-        for _, pipe in self._ranks:
+        ranks, self._ranks = self._ranks, []
+        for _, pipe in ranks:
             pipe.close()
-        for process, _ in self._ranks:
+        for process, _ in ranks:
             process.join(5.0)
             process.kill()  # nothing, if it has ended
             process.join()
-        self._ranks.clear()
         self.group.close()
 
     def _start(self, rank: int, *args: Any) -> None:
@@ -244,8 +244,7 @@ class RankProcesses:
 
     def _watch(self) -> None:
         """A GPU waits for ever for a rank that is gone: abort its communication."""
-        ranks = list(self._ranks)
-        wait([process.sentinel for process, _ in ranks])
+        wait([process.sentinel for process, _ in self._ranks])
         if self._ranks:  # not closed by ourselves
             self.group.abort()
 
@@ -254,6 +253,7 @@ def _run_rank(pipe: Connection, rank: int, size: int, port: int, device_type: st
     """The life of a rank that `RankProcesses` has started."""
     threading.Thread(target=_end_with_rank_0, args=(pipe,), daemon=True).start()
     report = ("SystemExit", "ended.")
+    os.environ["TQDM_DISABLE"] = "1"  # rank 0's progress bars are enough
     try:
         target, args = pickle.loads(work)
         if device_type == "cpu":
