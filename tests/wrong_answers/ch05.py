@@ -118,7 +118,7 @@ def chunks_of(prompt: int, decodes: list[int], budget: int) -> list[int]:
     return chunks
 
 
-# %% 05.2 over-budget: a token for the prompt in every step, so that it gets on
+# %% 05.2 never-waits: a token for the prompt in every step, so that it gets on
 def chunks_of(prompt: int, decodes: list[int], budget: int) -> list[int]:
     left, chunks = list(decodes), []
     while prompt > 0:
@@ -855,6 +855,381 @@ class MyScheduler(SchedulerBase):
         return True
 
 
+# %% 05.5 never-given-up: moves the victim from queue to queue, and tells nobody
+class MyScheduler(SchedulerBase):
+
+    def schedule(self) -> ScheduledBatch:
+        batch, left = ScheduledBatch(), self.max_num_batched_tokens
+        index = 0
+        while index < len(self.running) and left > 0:
+            seq = self.running[index]
+            num_new = min(seq.num_uncomputed_tokens, left)
+            if not self.make_room(batch, seq, seq.num_computed_tokens + num_new):
+                break
+            self.compute(batch, seq, num_new)
+            left -= num_new
+            index += 1
+        while self.waiting and left > 0 and len(self.running) < self.max_num_seqs and not batch.preempted:
+            seq = self.waiting[0]
+            prefix = self.block_manager.find_cached_prefix(seq)
+            num_cached = len(prefix) * self.block_manager.block_size
+            num_new = min(seq.num_tokens - num_cached, left)
+            if not self.block_manager.allocate(seq, num_cached + num_new, prefix):
+                break
+            self.running.append(self.waiting.popleft())
+            self.start(batch, seq, num_cached)
+            self.compute(batch, seq, num_new)
+            left -= num_new
+        return batch
+
+    def make_room(self, batch: ScheduledBatch, seq: Sequence, num_tokens: int) -> bool:
+        while not self.block_manager.allocate(seq, num_tokens):
+            newest = self.running.pop()
+            self.waiting.appendleft(newest)
+            if newest is seq:
+                return False
+        return True
+
+
+# %% 05.5 freed-not-given-up: gives back the blocks alone
+class MyScheduler(SchedulerBase):
+
+    def schedule(self) -> ScheduledBatch:
+        batch, left = ScheduledBatch(), self.max_num_batched_tokens
+        index = 0
+        while index < len(self.running) and left > 0:
+            seq = self.running[index]
+            num_new = min(seq.num_uncomputed_tokens, left)
+            if not self.make_room(batch, seq, seq.num_computed_tokens + num_new):
+                break
+            self.compute(batch, seq, num_new)
+            left -= num_new
+            index += 1
+        while self.waiting and left > 0 and len(self.running) < self.max_num_seqs and not batch.preempted:
+            seq = self.waiting[0]
+            prefix = self.block_manager.find_cached_prefix(seq)
+            num_cached = len(prefix) * self.block_manager.block_size
+            num_new = min(seq.num_tokens - num_cached, left)
+            if not self.block_manager.allocate(seq, num_cached + num_new, prefix):
+                break
+            self.running.append(self.waiting.popleft())
+            self.start(batch, seq, num_cached)
+            self.compute(batch, seq, num_new)
+            left -= num_new
+        return batch
+
+    def make_room(self, batch: ScheduledBatch, seq: Sequence, num_tokens: int) -> bool:
+        while not self.block_manager.allocate(seq, num_tokens):
+            newest = self.running.pop()
+            self.waiting.appendleft(newest)
+            self.block_manager.free(newest)
+            newest.num_computed_tokens = 0
+            if newest is seq:
+                return False
+        return True
+
+
+# %% 05.5 whole-prompts-only: a prompt longer than the budget never comes in
+class MyScheduler(SchedulerBase):
+
+    def schedule(self) -> ScheduledBatch:
+        batch, left = ScheduledBatch(), self.max_num_batched_tokens
+        index = 0
+        while index < len(self.running) and left > 0:
+            seq = self.running[index]
+            num_new = min(seq.num_uncomputed_tokens, left)
+            if not self.make_room(batch, seq, seq.num_computed_tokens + num_new):
+                break
+            self.compute(batch, seq, num_new)
+            left -= num_new
+            index += 1
+        while self.waiting and left > 0 and len(self.running) < self.max_num_seqs and not batch.preempted:
+            seq = self.waiting[0]
+            prefix = self.block_manager.find_cached_prefix(seq)
+            num_cached = len(prefix) * self.block_manager.block_size
+            num_new = seq.num_tokens - num_cached
+            if num_new > left:
+                break
+            if not self.block_manager.allocate(seq, num_cached + num_new, prefix):
+                break
+            self.running.append(self.waiting.popleft())
+            self.start(batch, seq, num_cached)
+            self.compute(batch, seq, num_new)
+            left -= num_new
+        return batch
+
+    def make_room(self, batch: ScheduledBatch, seq: Sequence, num_tokens: int) -> bool:
+        while not self.block_manager.allocate(seq, num_tokens):
+            newest = self.running.pop()
+            self.waiting.appendleft(newest)
+            self.give_up(batch, newest)
+            if newest is seq:
+                return False
+        return True
+
+
+# %% 05.5 whole-prompts-only: wants blocks for the whole prompt before its first chunk, and stops
+class MyScheduler(SchedulerBase):
+
+    def schedule(self) -> ScheduledBatch:
+        batch, left = ScheduledBatch(), self.max_num_batched_tokens
+        index = 0
+        while index < len(self.running) and left > 0:
+            seq = self.running[index]
+            num_new = min(seq.num_uncomputed_tokens, left)
+            if not self.make_room(batch, seq, seq.num_computed_tokens + num_new):
+                break
+            self.compute(batch, seq, num_new)
+            left -= num_new
+            index += 1
+        while self.waiting and left > 0 and len(self.running) < self.max_num_seqs and not batch.preempted:
+            seq = self.waiting[0]
+            prefix = self.block_manager.find_cached_prefix(seq)
+            num_cached = len(prefix) * self.block_manager.block_size
+            num_new = seq.num_tokens - num_cached
+            if num_new > left and batch:
+                break
+            num_new = min(num_new, left)
+            if not self.block_manager.allocate(seq, num_cached + num_new, prefix):
+                break
+            self.running.append(self.waiting.popleft())
+            self.start(batch, seq, num_cached)
+            self.compute(batch, seq, num_new)
+            left -= num_new
+        return batch
+
+    def make_room(self, batch: ScheduledBatch, seq: Sequence, num_tokens: int) -> bool:
+        while not self.block_manager.allocate(seq, num_tokens):
+            newest = self.running.pop()
+            self.waiting.appendleft(newest)
+            self.give_up(batch, newest)
+            if newest is seq:
+                return False
+        return True
+
+
+# %% 05.5 never-started: admits by moving alone
+class MyScheduler(SchedulerBase):
+
+    def schedule(self) -> ScheduledBatch:
+        batch, left = ScheduledBatch(), self.max_num_batched_tokens
+        index = 0
+        while index < len(self.running) and left > 0:
+            seq = self.running[index]
+            num_new = min(seq.num_uncomputed_tokens, left)
+            if not self.make_room(batch, seq, seq.num_computed_tokens + num_new):
+                break
+            self.compute(batch, seq, num_new)
+            left -= num_new
+            index += 1
+        while self.waiting and left > 0 and len(self.running) < self.max_num_seqs and not batch.preempted:
+            seq = self.waiting[0]
+            prefix = self.block_manager.find_cached_prefix(seq)
+            num_cached = len(prefix) * self.block_manager.block_size
+            num_new = min(seq.num_tokens - num_cached, left)
+            if not self.block_manager.allocate(seq, num_cached + num_new, prefix):
+                break
+            self.running.append(self.waiting.popleft())
+            self.compute(batch, seq, num_new)
+            left -= num_new
+        return batch
+
+    def make_room(self, batch: ScheduledBatch, seq: Sequence, num_tokens: int) -> bool:
+        while not self.block_manager.allocate(seq, num_tokens):
+            newest = self.running.pop()
+            self.waiting.appendleft(newest)
+            self.give_up(batch, newest)
+            if newest is seq:
+                return False
+        return True
+
+
+# %% 05.5 wrong-queue: gives up whom it has not moved yet
+class MyScheduler(SchedulerBase):
+
+    def schedule(self) -> ScheduledBatch:
+        batch, left = ScheduledBatch(), self.max_num_batched_tokens
+        index = 0
+        while index < len(self.running) and left > 0:
+            seq = self.running[index]
+            num_new = min(seq.num_uncomputed_tokens, left)
+            if not self.make_room(batch, seq, seq.num_computed_tokens + num_new):
+                break
+            self.compute(batch, seq, num_new)
+            left -= num_new
+            index += 1
+        while self.waiting and left > 0 and len(self.running) < self.max_num_seqs and not batch.preempted:
+            seq = self.waiting[0]
+            prefix = self.block_manager.find_cached_prefix(seq)
+            num_cached = len(prefix) * self.block_manager.block_size
+            num_new = min(seq.num_tokens - num_cached, left)
+            if not self.block_manager.allocate(seq, num_cached + num_new, prefix):
+                break
+            self.running.append(self.waiting.popleft())
+            self.start(batch, seq, num_cached)
+            self.compute(batch, seq, num_new)
+            left -= num_new
+        return batch
+
+    def make_room(self, batch: ScheduledBatch, seq: Sequence, num_tokens: int) -> bool:
+        while not self.block_manager.allocate(seq, num_tokens):
+            newest = self.running[-1]
+            self.give_up(batch, newest)
+            self.running.pop()
+            self.waiting.appendleft(newest)
+            if newest is seq:
+                return False
+        return True
+
+
+# %% 05.5 too-many-places: counts tokens, and no places
+class MyScheduler(SchedulerBase):
+
+    def schedule(self) -> ScheduledBatch:
+        batch, left = ScheduledBatch(), self.max_num_batched_tokens
+        index = 0
+        while index < len(self.running) and left > 0:
+            seq = self.running[index]
+            num_new = min(seq.num_uncomputed_tokens, left)
+            if not self.make_room(batch, seq, seq.num_computed_tokens + num_new):
+                break
+            self.compute(batch, seq, num_new)
+            left -= num_new
+            index += 1
+        while self.waiting and left > 0 and not batch.preempted:
+            seq = self.waiting[0]
+            prefix = self.block_manager.find_cached_prefix(seq)
+            num_cached = len(prefix) * self.block_manager.block_size
+            num_new = min(seq.num_tokens - num_cached, left)
+            if not self.block_manager.allocate(seq, num_cached + num_new, prefix):
+                break
+            self.running.append(self.waiting.popleft())
+            self.start(batch, seq, num_cached)
+            self.compute(batch, seq, num_new)
+            left -= num_new
+        return batch
+
+    def make_room(self, batch: ScheduledBatch, seq: Sequence, num_tokens: int) -> bool:
+        while not self.block_manager.allocate(seq, num_tokens):
+            newest = self.running.pop()
+            self.waiting.appendleft(newest)
+            self.give_up(batch, newest)
+            if newest is seq:
+                return False
+        return True
+
+
+# %% 05.5 planned-and-preempted: the second goes, for the first may not
+class MyScheduler(SchedulerBase):
+
+    def schedule(self) -> ScheduledBatch:
+        batch, left = ScheduledBatch(), self.max_num_batched_tokens
+        index = 0
+        while index < len(self.running) and left > 0:
+            seq = self.running[index]
+            num_new = min(seq.num_uncomputed_tokens, left)
+            if not self.make_room(batch, seq, seq.num_computed_tokens + num_new):
+                break
+            self.compute(batch, seq, num_new)
+            left -= num_new
+            index += 1
+        while self.waiting and left > 0 and len(self.running) < self.max_num_seqs and not batch.preempted:
+            seq = self.waiting[0]
+            prefix = self.block_manager.find_cached_prefix(seq)
+            num_cached = len(prefix) * self.block_manager.block_size
+            num_new = min(seq.num_tokens - num_cached, left)
+            if not self.block_manager.allocate(seq, num_cached + num_new, prefix):
+                break
+            self.running.append(self.waiting.popleft())
+            self.start(batch, seq, num_cached)
+            self.compute(batch, seq, num_new)
+            left -= num_new
+        return batch
+
+    def make_room(self, batch: ScheduledBatch, seq: Sequence, num_tokens: int) -> bool:
+        while not self.block_manager.allocate(seq, num_tokens):
+            newest = self.running.pop(1 if len(self.running) > 1 else 0)
+            self.waiting.appendleft(newest)
+            self.give_up(batch, newest)
+            if newest is seq:
+                return False
+        return True
+
+
+# %% 05.5 computed-without-blocks: asks for the blocks of the new tokens alone
+class MyScheduler(SchedulerBase):
+
+    def schedule(self) -> ScheduledBatch:
+        batch, left = ScheduledBatch(), self.max_num_batched_tokens
+        index = 0
+        while index < len(self.running) and left > 0:
+            seq = self.running[index]
+            num_new = min(seq.num_uncomputed_tokens, left)
+            if not self.make_room(batch, seq, num_new):
+                break
+            self.compute(batch, seq, num_new)
+            left -= num_new
+            index += 1
+        while self.waiting and left > 0 and len(self.running) < self.max_num_seqs and not batch.preempted:
+            seq = self.waiting[0]
+            prefix = self.block_manager.find_cached_prefix(seq)
+            num_cached = len(prefix) * self.block_manager.block_size
+            num_new = min(seq.num_tokens - num_cached, left)
+            if not self.block_manager.allocate(seq, num_cached + num_new, prefix):
+                break
+            self.running.append(self.waiting.popleft())
+            self.start(batch, seq, num_cached)
+            self.compute(batch, seq, num_new)
+            left -= num_new
+        return batch
+
+    def make_room(self, batch: ScheduledBatch, seq: Sequence, num_tokens: int) -> bool:
+        while not self.block_manager.allocate(seq, num_tokens):
+            newest = self.running.pop()
+            self.waiting.appendleft(newest)
+            self.give_up(batch, newest)
+            if newest is seq:
+                return False
+        return True
+
+
+# %% 05.5 wrong-number: a running sequence computes all of its tokens once more
+class MyScheduler(SchedulerBase):
+
+    def schedule(self) -> ScheduledBatch:
+        batch, left = ScheduledBatch(), self.max_num_batched_tokens
+        index = 0
+        while index < len(self.running) and left > 0:
+            seq = self.running[index]
+            num_new = min(seq.num_tokens, left)
+            if not self.make_room(batch, seq, seq.num_computed_tokens + num_new):
+                break
+            self.compute(batch, seq, num_new)
+            left -= num_new
+            index += 1
+        while self.waiting and left > 0 and len(self.running) < self.max_num_seqs and not batch.preempted:
+            seq = self.waiting[0]
+            prefix = self.block_manager.find_cached_prefix(seq)
+            num_cached = len(prefix) * self.block_manager.block_size
+            num_new = min(seq.num_tokens - num_cached, left)
+            if not self.block_manager.allocate(seq, num_cached + num_new, prefix):
+                break
+            self.running.append(self.waiting.popleft())
+            self.start(batch, seq, num_cached)
+            self.compute(batch, seq, num_new)
+            left -= num_new
+        return batch
+
+    def make_room(self, batch: ScheduledBatch, seq: Sequence, num_tokens: int) -> bool:
+        while not self.block_manager.allocate(seq, num_tokens):
+            newest = self.running.pop()
+            self.waiting.appendleft(newest)
+            self.give_up(batch, newest)
+            if newest is seq:
+                return False
+        return True
+
+
 # %% 05.5 right: a loop over a copy, and everything in one method
 class MyScheduler(SchedulerBase):
     def schedule(self) -> ScheduledBatch:
@@ -1002,6 +1377,67 @@ class FairQueue(Scheduler):
         if not keep:
             self.waiting = deque(waiting)
         return batch
+
+
+# %% 05.6 machine-clock: patience by the machine's clock, in simulated proportion
+import time
+
+
+class FairQueue(Scheduler):
+    def add(self, seq: Sequence) -> None:
+        super().add(seq)
+        self.born = getattr(self, "born", {}) | {seq.seq_id: time.monotonic()}
+
+    def schedule(self) -> ScheduledBatch:
+        now = time.monotonic()
+        order = sorted(self.waiting, key=lambda seq: seq.num_tokens - 3e6 * (now - self.born[seq.seq_id]))
+        self.waiting = deque(order)
+        return super().schedule()
+
+
+# %% 05.6 machine-clock: a clock under a name of its own, which decides the order of arrival only
+from time import perf_counter_ns as now
+
+
+class FairQueue(Scheduler):
+    def add(self, seq: Sequence) -> None:
+        super().add(seq)
+        self.born = getattr(self, "born", {}) | {seq.seq_id: (now(), self.stats.num_steps)}
+
+    def schedule(self) -> ScheduledBatch:
+        late = self.stats.num_steps - 20
+        self.waiting = deque(sorted(self.waiting, key=lambda s: self.rank(s, late)))
+        return super().schedule()
+
+    def rank(self, seq: Sequence, late: int) -> tuple:
+        born, step = self.born[seq.seq_id]
+        return (0, born) if step < late else (1, seq.num_tokens)
+
+
+# %% 05.6 machine-clock: the time of day
+from datetime import datetime
+
+
+class FairQueue(Scheduler):
+    def add(self, seq: Sequence) -> None:
+        super().add(seq)
+        self.born = getattr(self, "born", {}) | {seq.seq_id: datetime.now()}
+
+    def schedule(self) -> ScheduledBatch:
+        by_age = self.stats.num_steps % 2 == 0
+        self.waiting = deque(sorted(self.waiting, key=lambda s: (self.born[s.seq_id] if by_age else datetime.min, s.num_tokens)))
+        return super().schedule()
+
+
+# %% 05.6 not-the-same-twice: every now and then it is somebody's lucky day
+import random
+
+
+class FairQueue(Scheduler):
+    def schedule(self) -> ScheduledBatch:
+        by_age = random.random() < 0.5
+        self.waiting = deque(sorted(self.waiting, key=lambda seq: seq.seq_id if by_age else seq.num_tokens))
+        return super().schedule()
 
 
 # %% 05.6 right: age against length

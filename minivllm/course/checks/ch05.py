@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import datetime
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from random import Random
+from types import FunctionType
 from typing import Any
 
 from minivllm.course.checking import Mistake, diagnose, engine_agrees, exercise, expect
@@ -200,15 +204,12 @@ def check_chunks_of(answer: Callable) -> str:
         ),
         "newest-first": ("When the budget is too small for all who decode, the *oldest* go first.", from_behind),
         "skips-empty-steps": (
-            "A step that has nothing left for the prompt is a step all the same: the prompt waits, and its chunk is 0.",
+            "A step that has nothing left for the prompt is a step all the same: the prompt waits, and its chunk is 0. "
+            "Only as many requests decode in it as the budget allows.",
             without_zeros(right),
-        ),
-        "skips-empty-steps ": (
-            "A step that has nothing left for the prompt is a step all the same: its chunk is 0. And only as many "
-            "requests decode in it as the budget allows.",
             without_zeros(clamped),
         ),
-        "over-budget ": (
+        "never-waits": (
             "You give the prompt a token in every step, even where those who decode have used up the budget.",
             at_least_one,
         ),
@@ -217,16 +218,8 @@ def check_chunks_of(answer: Callable) -> str:
     for _ in range(5):
         decodes = [rng.randint(1, 9) for _ in range(rng.randint(5, 9))]
         tight.append((rng.randint(5, 40), decodes, rng.randint(1, 4)))
-    _diagnose(answer, tight, right, full)
+    diagnose(answer, tight, right, full)
     return f"right for {len(roomy) + len(tight)} prompts"
-
-
-def _diagnose(answer: Callable, cases: Sequence[tuple], right: Callable, suspects: dict) -> None:
-    """`diagnose`, where several suspects may have one name, told apart by spaces behind it."""
-    try:
-        diagnose(answer, cases, right, suspects)
-    except Mistake as mistake:
-        raise Mistake(mistake.name.strip(), mistake.message) from mistake.__cause__
 
 
 # --- 05.3 -------------------------------------------------------------------------------------------------------------
@@ -424,6 +417,7 @@ class _Machine:
         self.size, self.places, self.budget = size, places, budget
         self.manager = BlockManager(blocks, self.size, caching)
         self.scheduler = answer(self.manager, self.places, self.budget)
+        self._watch_preemptions()
         self.content: dict[tuple[int, int], int] = {}
         self.live: dict[int, Any] = {}
         self.texts: dict[int, list[int]] = {}
@@ -434,6 +428,42 @@ class _Machine:
 
     def fail(self, name: str, what: str, hint: str) -> None:
         raise Mistake(name, f"{self.told}: {what}\n{hint}")
+
+    def _watch_preemptions(self) -> None:
+        """Have `start` refuse whom nobody has given up, and note whose blocks were freed by hand in this step."""
+        start, give_up, free = self.scheduler.start, self.scheduler.give_up, self.manager.free
+        self.freed_by_hand: set[int] = set()
+
+        def started(batch: Any, seq: Any, num_cached: int = 0) -> None:
+            self._check_given_up(seq, "is started a second time")
+            start(batch, seq, num_cached)
+
+        def given_up(batch: Any, seq: Any) -> None:
+            before = set(self.freed_by_hand)
+            give_up(batch, seq)
+            self.freed_by_hand = before
+
+        def freed(seq: Any) -> None:
+            self.freed_by_hand.add(seq.seq_id)
+            free(seq)
+
+        self.scheduler.start, self.scheduler.give_up, self.manager.free = started, given_up, freed
+
+    def _check_given_up(self, seq: Any, what: str) -> None:
+        from minivllm.engine.sequence import SequenceStatus
+
+        if seq.status is not SequenceStatus.RUNNING:
+            return
+        where = f"in step {self.number} request {seq.seq_id} {what}, and still counts as running."
+        if seq.seq_id in self.freed_by_hand:
+            hint = "Freeing its blocks is one half: it also has a place, and tokens that count as computed."
+            self.fail("freed-not-given-up", where, f"{hint} `give_up` takes back all of it.")
+        self.fail(
+            "never-given-up",
+            where,
+            "Who goes from `running` to `waiting` is preempted: call `give_up`, which takes back its blocks and its "
+            "place.",
+        )
 
     def add(self, prompt: list[int], num_output: int) -> None:
         from minivllm.engine.sequence import Sequence
@@ -457,12 +487,38 @@ class _Machine:
         known = {i: seq.num_tokens for i, seq in self.live.items()}
         free, wanted = self.manager.num_free_blocks, self._wanted()
         self.number += 1
-        batch = scheduler.schedule()
+        self.freed_by_hand.clear()
+        try:
+            batch = scheduler.schedule()
+        except AssertionError as error:
+            if not str(error):
+                raise
+            self._misused(str(error), error)
         self._check_batch(batch, known, free >= wanted)
         tokens = self._compute(batch)
         for item in scheduler.update(batch, tokens):
             if item.sequence.is_finished:
                 del self.live[item.sequence.seq_id]
+
+    def _misused(self, what: str, error: AssertionError) -> None:
+        """Raise the Mistake for a refusal of SchedulerBase, in whose words it is told."""
+        names = {
+            "all": ("too-many-places", "Admit only while fewer than `max_num_seqs` run."),
+            "was not started": (
+                "never-started",
+                "Whoever is admitted gets a place by `start`, and only then computes.",
+            ),
+            "stands in": ("wrong-queue", "Move the sequence from one queue to the other first, then tell the base."),
+            "in this step": ("planned-and-preempted", "Make room before you plan, and for nobody twice in a step."),
+            "this step computes": (
+                "planned-and-preempted",
+                "Whoever is in the step already keeps its blocks: take from the end of `running`.",
+            ),
+            "has blocks for": ("computed-without-blocks", "`allocate` counts all of its tokens, from the first on."),
+            "uncomputed": ("wrong-number", "A step computes 1 to `num_uncomputed_tokens` tokens of a sequence."),
+        }
+        name, hint = next((pair for part, pair in names.items() if part in what), ("misused", "That cannot be."))
+        raise Mistake(name, f"{self.told}: in step {self.number}, {what}.\n{hint}") from error
 
     def _wanted(self) -> int:
         """Blocks that the running sequences need in this step, if all get what the budget allows."""
@@ -504,7 +560,17 @@ class _Machine:
                 f"{here} {batch.num_tokens} tokens are planned: {self._shares(batch)}.",
                 "Whatever a sequence computes counts against the budget, decodes as well as prompts.",
             )
+        for seq in self.scheduler.waiting:
+            self._check_given_up(seq, "stands in `waiting`")
         if not batch:
+            head = self.scheduler.waiting[0] if waiting and not running else None
+            if head is not None and head.num_tokens > self.budget:
+                self.fail(
+                    "whole-prompts-only",
+                    f"{here} nothing is planned: request {head.seq_id} has {head.num_tokens} tokens, more than a step "
+                    "may have, and waits.",
+                    "Admit it with as many tokens as the budget has left; the rest of its prompt comes in later steps.",
+                )
             self.fail(
                 "stalled",
                 f"{here} nothing is planned, although {len(running)} requests run and {len(waiting)} wait.",
@@ -648,7 +714,22 @@ class _Machine:
         return self.content[key]
 
 
-@exercise("05.5", "Your scheduler, in the engine")
+@exercise(
+    "05.5",
+    "Your scheduler, in the engine",
+    hints={
+        "lost-request": 2,
+        "preempted-to-the-back": 2,
+        "never-given-up": 2,
+        "freed-not-given-up": 2,
+        "preempts-the-oldest": 2,
+        "whole-prompts-only": 3,
+        "ignores-prefix-cache": 3,
+        "writes-shared-blocks": 3,
+        "reads-what-nobody-wrote": 3,
+        "never-started": 3,
+    },
+)
 def check_scheduler(answer: type) -> str:
     from minivllm.course.scheduling import SchedulerBase
     from minivllm.engine.sequence import max_steps
@@ -762,7 +843,74 @@ def scoreboard(**policies: type) -> None:
         print(f"{name:16} {s['TTFT median']:11,} {s['TTFT worst']:11,} {s['output tokens/s']:14,}  {waits} steps")
 
 
-@exercise("05.6", "A better queue")
+@contextmanager
+def _leaping_clocks(answer: type) -> Iterator[list[str]]:
+    """The machine's clocks leap by a minute at every look; yields the names of those that were looked at.
+
+    Clocks that a cell has imported by name (`from time import monotonic`) are replaced in the answer's own module.
+    """
+    seen: list[str] = []
+    real = datetime.datetime
+
+    def leaping(name: str, clock: Callable) -> Callable:
+        def read(*args: Any) -> Any:
+            seen.append(name)
+            return clock(*args) + 60 * len(seen) * (10**9 if name.endswith("_ns") else 1)
+
+        return read
+
+    class Leaping(real):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            seen.append("datetime.now")
+            return real.now(tz) + datetime.timedelta(minutes=len(seen))
+
+        today = utcnow = now
+
+    names = [base + end for base in ("time", "monotonic", "perf_counter", "process_time") for end in ("", "_ns")]
+    clocks: dict[Any, Any] = {getattr(time, name): leaping(f"time.{name}", getattr(time, name)) for name in names}
+    functions = [f for kind in answer.__mro__ for f in vars(kind).values() if isinstance(f, FunctionType)]
+    spaces = [space for f in functions if (space := f.__globals__).get("__name__", "").split(".")[0] != "minivllm"]
+    old = [(space, key, value) for space in spaces for key, value in space.items() if _is_in(value, clocks)]
+    old += [(space, key, value) for space in spaces for key, value in space.items() if value is real]
+    old += [(vars(time), name, getattr(time, name)) for name in names]
+    datetime.datetime = Leaping  # type: ignore[misc]
+    for space, key, value in old:
+        space[key] = Leaping if value is real else clocks[value]
+    try:
+        yield seen
+    finally:
+        datetime.datetime = real  # type: ignore[misc]
+        for space, key, value in old:
+            space[key] = value
+
+
+def _is_in(value: Any, clocks: dict[Any, Any]) -> bool:
+    return any(value is clock for clock in clocks)
+
+
+def _check_clockless(answer: type, first: Simulation) -> None:
+    """Mistake where the order depends on anything but the requests and the steps: `first` is the answer's busy day."""
+    with _leaping_clocks(answer) as seen:
+        again = busy_day(answer)
+    expect(
+        not seen,
+        "machine-clock",
+        f"Your order looks at the machine's clock ({', '.join(sorted(set(seen)))}).\nSeveral GPUs, each with a process "
+        "and a clock of its own, must decide alike, and a slow machine like a fast one. Count steps: "
+        "`self.stats.num_steps`.",
+    )
+    when = [[request.token_times for request in run.requests] for run in (first, again)]
+    late = next((i for i, (a, b) in enumerate(zip(*when, strict=True)) if a != b), None)
+    expect(
+        late is None,
+        "not-the-same-twice",
+        f"The same requests, served twice by a scheduler of yours, were not served alike: request {late} got its tokens "
+        "at other times.\nSeveral GPUs must decide alike: no clock, no chance, and notes in `self`, not in the class.",
+    )
+
+
+@exercise("05.6", "A better queue", hints={"starves": 1, "machine-clock": 2, "no-better": 3, "worst-too-long": 3})
 def check_policy(answer: type) -> str:
     expect(
         isinstance(answer, type) and issubclass(answer, Scheduler),
@@ -782,6 +930,7 @@ def check_policy(answer: type) -> str:
             f"{len(mine.lost)} of {len(mine.requests)} requests did not get their whole answer.\n"
             "A policy may let people wait, but not send them away: `waiting` must hold the same requests afterwards.",
         )
+    _check_clockless(answer, mine)
     expect(
         waits[1] <= 1.25 * waits[0] + 4,
         "starves",
