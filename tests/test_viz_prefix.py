@@ -164,7 +164,7 @@ def test_every_moment_is_drawn(step: int) -> None:
     assert texts.count("AB") == shared
     used = sum(count > 0 for count in moment.ref_counts)
     assert f"{used} blocks used" in figure.caption
-    assert f"{len(moment.cached)} cached, {len(moment.free) - len(moment.cached)} free." in figure.caption
+    assert f"{len(moment.cached)} cached, {len(moment.free) - len(moment.cached)} empty." in figure.caption
     assert texts.count("holds nothing") == len(story.letters) - len(moment.tables)
     check_words_and_size(figure)
 

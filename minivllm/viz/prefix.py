@@ -329,7 +329,7 @@ def _pool_cell(
 
 def _story_legend(ax: Axes, y: float) -> None:
     x = _MARGIN
-    for kind in ("used", "shared", "cached: free, content known", "free, content unknown"):
+    for kind in ("used", "shared", "cached: free, content known", "empty: free, nothing known"):
         if kind in ("used", "shared"):
             edge = {"edgecolor": palette.INK, "lw": 1.8} if kind == "shared" else _PLAIN
             ax.add_patch(Rectangle((x, y - 0.1), 0.2, 0.2, facecolor=palette.REQUESTS[0], **edge))
@@ -345,7 +345,7 @@ def _story_caption(step: int, moment: Moment) -> str:
     cached = moment.cached
     text = f"Event {step}: {moment.text} {used} blocks used"
     text += f", {len(shared)} of them shared ({_listed(shared)})" if shared else ", none shared"
-    text += f"; {len(cached)} cached, {len(moment.free) - len(cached)} free."
+    text += f"; {len(cached)} cached, {len(moment.free) - len(cached)} empty."
     return text + (f" Next to be taken: {_listed([str(b) for b in moment.free[:3]])}." if moment.free else "")
 
 
