@@ -256,8 +256,9 @@ def draw_block_story(story: BlockStory, step: int = -1, ax: Axes | None = None) 
     def say(x: float, y: float, text: str, size: float = 9.5, color: str = palette.SOFT_INK, **options) -> None:
         ax.text(x, y, text, **{"fontsize": size, "color": color, "va": "center", **options})
 
-    say(_MARGIN, 0.24, f"{step} of {len(story.steps) - 1}", 12, palette.INK, weight="bold")
-    say(_MARGIN + 0.75, 0.24, moment.text, 11, palette.INK)
+    number = f"{step} of {len(story.steps) - 1}"
+    say(_MARGIN, 0.24, number, 12, palette.INK, weight="bold")
+    say(_MARGIN + 0.15 + 0.1 * len(number), 0.24, moment.text, 11, palette.INK)
     say(_MARGIN, pool_y - 0.3, "The pool: who uses each block, its name if it has one, and its reference count")
     for block, count in enumerate(moment.ref_counts):
         x = x0 + block * cell

@@ -27,7 +27,11 @@ def _names(tokens: Sequence[int], size: int) -> list[int]:
     return names
 
 
-@exercise("04.1", "Warm-up: name the blocks of a prompt")
+@exercise(
+    "04.1",
+    "Warm-up: name the blocks of a prompt",
+    hints={"last-block-dropped": 1, "partial-block-named": 2, "unchained": 2},
+)
 def check_block_names(answer: Callable) -> str:
     rng = random.Random(1)
     sizes = ((0, 4), (1, 1), (3, 4), (4, 4), (5, 4), (11, 4), (12, 4), (13, 4), (64, 16), (70, 16), (6, 1))
@@ -155,7 +159,17 @@ _ADVICE = {
 }
 
 
-@exercise("04.2", "Predict: hits, blocks, evictions")
+@exercise(
+    "04.2",
+    "Predict: hits, blocks, evictions",
+    hints={
+        "nothing-left-to-compute": 1,
+        "partial-block-shared": 1,
+        "hit-after-a-miss": 1,
+        "last-token-not-fed-back": 2,
+        "heads-first": 2,
+    },
+)
 def check_predictions(
     same_again: int, longer: int, changed: int, second_turn: int, blocks_of_four: int, evicted: list[int]
 ) -> str:
@@ -287,7 +301,7 @@ def _took(pool: Any, count: int, story: str) -> list[int]:
     return taken
 
 
-@exercise("04.3", "Reference counts")
+@exercise("04.3", "Reference counts", hints={"still-in-the-queue": 2, "half-released": 3, "heads-first": 3})
 def check_counted_pool(answer: type) -> str:
     pool = answer(8)
     expect(
@@ -530,7 +544,19 @@ def _prefix_cases() -> list[tuple[list[int], Cache, int]]:
     return [*cases, (tokens, alone, 4)]
 
 
-@exercise("04.4", "The longest prefix that may be reused")
+@exercise(
+    "04.4",
+    "The longest prefix that may be reused",
+    hints={
+        "nothing-left-to-compute": 1,
+        "last-hit-given-up": 1,
+        "block-given-up": 2,
+        "unchained": 3,
+        "list-against-tuple": 3,
+        "block-index-for-position": 3,
+        "not-the-numbers": 3,
+    },
+)
 def check_cached_prefix(answer: Callable) -> str:
     def walk(
         tokens: list[int],
@@ -685,7 +711,11 @@ def _serve(cache: Any, names: list, num_rest: int = 1) -> list[int] | None:
     return table
 
 
-@exercise("04.5", "Debug this: one block, two owners")
+@exercise(
+    "04.5",
+    "Debug this: one block, two owners",
+    hints={"still-in-the-queue": 1, "revived-not-counted": 2, "shared-refused": 2, "name-outlives-content": 3},
+)
 def check_mended_cache(answer: type) -> str:
     cache = answer(6)
     table = _serve(cache, ["a1", "a2"])
@@ -888,7 +918,20 @@ def _find(manager: Any, seq: EngineSequence) -> list[int]:
     return list(found)
 
 
-@exercise("04.6", "Your block manager, in the engine")
+@exercise(
+    "04.6",
+    "Your block manager, in the engine",
+    hints={
+        "wrong-boundary": 2,
+        "revived-not-counted": 2,
+        "still-in-the-queue": 2,
+        "name-outlives-content": 2,
+        "registered-before-computed": 3,
+        "registered-too-late": 3,
+        "heads-first": 3,
+        "cached-evicted-first": 3,
+    },
+)
 def check_block_manager(answer: type) -> str:
     expect(
         inspect.isclass(answer),

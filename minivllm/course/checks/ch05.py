@@ -19,7 +19,7 @@ from minivllm.errors import SchedulerStalledError
 # --- 05.1 -------------------------------------------------------------------------------------------------------------
 
 
-@exercise("05.1", "Warm-up: what static batching wastes")
+@exercise("05.1", "Warm-up: what static batching wastes", hints={"no-empty-places": 2, "longest-of-all": 2})
 def check_wasted_share(answer: Callable) -> str:
     def batches(lengths: list[int], places: int) -> list[list[int]]:
         return [lengths[i : i + places] for i in range(0, len(lengths), places)]
@@ -84,7 +84,11 @@ def check_wasted_share(answer: Callable) -> str:
 # --- 05.2 -------------------------------------------------------------------------------------------------------------
 
 
-@exercise("05.2", "Chunks between decodes")
+@exercise(
+    "05.2",
+    "Chunks between decodes",
+    hints={"negative-chunk": 2, "over-budget": 2, "newest-first": 2, "last-chunk-too-long": 3},
+)
 def check_chunks_of(answer: Callable) -> str:
     def planned(prompt: int, decodes: list[int], budget: int, decode: Callable, limit: int = 400) -> list[int]:
         """Chunks where decode(tokens left of each, budget) says how many decodes a step has, and counts them off."""
@@ -310,7 +314,7 @@ def check_prediction(victim: Any, num_steps: Any, first_step_back: Any, computed
 # --- 05.4 -------------------------------------------------------------------------------------------------------------
 
 
-@exercise("05.4", "Debug this: requests that vanish")
+@exercise("05.4", "Debug this: requests that vanish", hints={"overtaken": 3})
 def check_admission(answer: type) -> str:
     expect(
         isinstance(answer, type) and issubclass(answer, Scheduler),
