@@ -971,6 +971,79 @@ def cached_prefix(token_ids: list[int], cache: dict[int, tuple[int, tuple[int, .
     return found
 
 
+# %% 04.4 two-tokens-left: one token more than needed
+def cached_prefix(token_ids: list[int], cache: dict[int, tuple[int, tuple[int, ...]]], block_size: int) -> list[int]:
+    """Numbers of the cached blocks that hold the longest usable beginning of a prompt."""
+    found, name = [], None
+    for index in range(max(0, len(token_ids) - 2) // block_size):
+        tokens = tuple(token_ids[index * block_size : (index + 1) * block_size])
+        name = hash_block(name, tokens)
+        hit = cache.get(name)
+        if hit is None or hit[1] != tokens:
+            break
+        found.append(hit[0])
+    return found
+
+
+# %% 04.4 another-chain: chains to the block's number
+def cached_prefix(token_ids: list[int], cache: dict[int, tuple[int, tuple[int, ...]]], block_size: int) -> list[int]:
+    """Numbers of the cached blocks that hold the longest usable beginning of a prompt."""
+    found, name = [], None
+    for index in range((len(token_ids) - 1) // block_size):
+        tokens = tuple(token_ids[index * block_size : (index + 1) * block_size])
+        name = hash_block(name, tokens)
+        hit = cache.get(name)
+        if hit is None or hit[1] != tokens:
+            break
+        name = hit[0]
+        found.append(name)
+    return found
+
+
+# %% 04.4 another-chain: the whole beginning, hashed at once
+def cached_prefix(token_ids: list[int], cache: dict[int, tuple[int, tuple[int, ...]]], block_size: int) -> list[int]:
+    """Numbers of the cached blocks that hold the longest usable beginning of a prompt."""
+    found, name = [], None
+    for index in range((len(token_ids) - 1) // block_size):
+        tokens = tuple(token_ids[index * block_size : (index + 1) * block_size])
+        name = hash_block(None, token_ids[: (index + 1) * block_size])
+        hit = cache.get(name)
+        if hit is None or hit[1] != tokens:
+            break
+        found.append(hit[0])
+    return found
+
+
+# %% 04.4 hit-after-a-miss: passes over a miss, and chains to the last hit
+def cached_prefix(token_ids: list[int], cache: dict[int, tuple[int, tuple[int, ...]]], block_size: int) -> list[int]:
+    """Numbers of the cached blocks that hold the longest usable beginning of a prompt."""
+    found, name = [], None
+    for index in range((len(token_ids) - 1) // block_size):
+        tokens = tuple(token_ids[index * block_size : (index + 1) * block_size])
+        hit = cache.get(hash_block(name, tokens))
+        if hit is None or hit[1] != tokens:
+            continue
+        name = hash_block(name, tokens)
+        found.append(hit[0])
+    return found
+
+
+# %% 04.4 hit-after-a-miss: stops at a miss, passes over a collision
+def cached_prefix(token_ids: list[int], cache: dict[int, tuple[int, tuple[int, ...]]], block_size: int) -> list[int]:
+    """Numbers of the cached blocks that hold the longest usable beginning of a prompt."""
+    found, name = [], None
+    for index in range((len(token_ids) - 1) // block_size):
+        tokens = tuple(token_ids[index * block_size : (index + 1) * block_size])
+        name = hash_block(name, tokens)
+        hit = cache.get(name)
+        if hit is None:
+            break
+        if hit[1] != tokens:
+            continue
+        found.append(hit[0])
+    return found
+
+
 # %% 04.4 right: names first, then the walk
 def cached_prefix(token_ids: list[int], cache: dict[int, tuple[int, tuple[int, ...]]], block_size: int) -> list[int]:
     blocks = [token_ids[i : i + block_size] for i in range(0, len(token_ids), block_size)][:-1]
@@ -1400,10 +1473,12 @@ class MyBlockManager:
 
     def _extend_names(self, seq: Sequence) -> None:
         """Bring seq.block_hashes up to all full blocks of seq whose tokens are known."""
-        num_known = seq.num_tokens - seq.has_pending_token
-        for index in range(len(seq.block_hashes), num_known // self.block_size):
+        for index in range(len(seq.block_hashes), seq.num_tokens // self.block_size):
+            tokens = self._tokens_of(seq, index)
+            if PENDING in tokens:
+                break  # sampled, but not known yet
             previous = seq.block_hashes[-1] if seq.block_hashes else None
-            seq.block_hashes.append(hash_block(previous, self._tokens_of(seq, index)))
+            seq.block_hashes.append(hash_block(previous, tokens))
 
     def find_cached_prefix(self, seq: Sequence) -> list[int]:
         """Blocks of the longest cached prefix of seq, which leaves at least one token to compute. Changes no block."""
@@ -1481,10 +1556,12 @@ class MyBlockManager:
 
     def _extend_names(self, seq: Sequence) -> None:
         """Bring seq.block_hashes up to all full blocks of seq whose tokens are known."""
-        num_known = seq.num_tokens - seq.has_pending_token
-        for index in range(len(seq.block_hashes), num_known // self.block_size):
+        for index in range(len(seq.block_hashes), seq.num_tokens // self.block_size):
+            tokens = self._tokens_of(seq, index)
+            if PENDING in tokens:
+                break  # sampled, but not known yet
             previous = seq.block_hashes[-1] if seq.block_hashes else None
-            seq.block_hashes.append(hash_block(previous, self._tokens_of(seq, index)))
+            seq.block_hashes.append(hash_block(previous, tokens))
 
     def find_cached_prefix(self, seq: Sequence) -> list[int]:
         """Blocks of the longest cached prefix of seq, which leaves at least one token to compute. Changes no block."""
@@ -1561,10 +1638,12 @@ class MyBlockManager:
 
     def _extend_names(self, seq: Sequence) -> None:
         """Bring seq.block_hashes up to all full blocks of seq whose tokens are known."""
-        num_known = seq.num_tokens - seq.has_pending_token
-        for index in range(len(seq.block_hashes), num_known // self.block_size):
+        for index in range(len(seq.block_hashes), seq.num_tokens // self.block_size):
+            tokens = self._tokens_of(seq, index)
+            if PENDING in tokens:
+                break  # sampled, but not known yet
             previous = seq.block_hashes[-1] if seq.block_hashes else None
-            seq.block_hashes.append(hash_block(previous, self._tokens_of(seq, index)))
+            seq.block_hashes.append(hash_block(previous, tokens))
 
     def find_cached_prefix(self, seq: Sequence) -> list[int]:
         """Blocks of the longest cached prefix of seq, which leaves at least one token to compute. Changes no block."""
@@ -1644,10 +1723,12 @@ class MyBlockManager:
 
     def _extend_names(self, seq: Sequence) -> None:
         """Bring seq.block_hashes up to all full blocks of seq whose tokens are known."""
-        num_known = seq.num_tokens - seq.has_pending_token
-        for index in range(len(seq.block_hashes), num_known // self.block_size):
+        for index in range(len(seq.block_hashes), seq.num_tokens // self.block_size):
+            tokens = self._tokens_of(seq, index)
+            if PENDING in tokens:
+                break  # sampled, but not known yet
             previous = seq.block_hashes[-1] if seq.block_hashes else None
-            seq.block_hashes.append(hash_block(previous, self._tokens_of(seq, index)))
+            seq.block_hashes.append(hash_block(previous, tokens))
 
     def find_cached_prefix(self, seq: Sequence) -> list[int]:
         """Blocks of the longest cached prefix of seq, which leaves at least one token to compute. Changes no block."""
@@ -1725,10 +1806,12 @@ class MyBlockManager:
 
     def _extend_names(self, seq: Sequence) -> None:
         """Bring seq.block_hashes up to all full blocks of seq whose tokens are known."""
-        num_known = seq.num_tokens - seq.has_pending_token
-        for index in range(len(seq.block_hashes), num_known // self.block_size):
+        for index in range(len(seq.block_hashes), seq.num_tokens // self.block_size):
+            tokens = self._tokens_of(seq, index)
+            if PENDING in tokens:
+                break  # sampled, but not known yet
             previous = seq.block_hashes[-1] if seq.block_hashes else None
-            seq.block_hashes.append(hash_block(previous, self._tokens_of(seq, index)))
+            seq.block_hashes.append(hash_block(previous, tokens))
 
     def find_cached_prefix(self, seq: Sequence) -> list[int]:
         """Blocks of the longest cached prefix of seq, which leaves at least one token to compute. Changes no block."""
@@ -1806,10 +1889,12 @@ class MyBlockManager:
 
     def _extend_names(self, seq: Sequence) -> None:
         """Bring seq.block_hashes up to all full blocks of seq whose tokens are known."""
-        num_known = seq.num_tokens - seq.has_pending_token
-        for index in range(len(seq.block_hashes), num_known // self.block_size):
+        for index in range(len(seq.block_hashes), seq.num_tokens // self.block_size):
+            tokens = self._tokens_of(seq, index)
+            if PENDING in tokens:
+                break  # sampled, but not known yet
             previous = seq.block_hashes[-1] if seq.block_hashes else None
-            seq.block_hashes.append(hash_block(previous, self._tokens_of(seq, index)))
+            seq.block_hashes.append(hash_block(previous, tokens))
 
     def find_cached_prefix(self, seq: Sequence) -> list[int]:
         """Blocks of the longest cached prefix of seq, which leaves at least one token to compute. Changes no block."""
@@ -1887,10 +1972,12 @@ class MyBlockManager:
 
     def _extend_names(self, seq: Sequence) -> None:
         """Bring seq.block_hashes up to all full blocks of seq whose tokens are known."""
-        num_known = seq.num_tokens - seq.has_pending_token
-        for index in range(len(seq.block_hashes), num_known // self.block_size):
+        for index in range(len(seq.block_hashes), seq.num_tokens // self.block_size):
+            tokens = self._tokens_of(seq, index)
+            if PENDING in tokens:
+                break  # sampled, but not known yet
             previous = seq.block_hashes[-1] if seq.block_hashes else None
-            seq.block_hashes.append(hash_block(previous, self._tokens_of(seq, index)))
+            seq.block_hashes.append(hash_block(previous, tokens))
 
     def find_cached_prefix(self, seq: Sequence) -> list[int]:
         """Blocks of the longest cached prefix of seq, which leaves at least one token to compute. Changes no block."""
@@ -1968,10 +2055,12 @@ class MyBlockManager:
 
     def _extend_names(self, seq: Sequence) -> None:
         """Bring seq.block_hashes up to all full blocks of seq whose tokens are known."""
-        num_known = seq.num_tokens - seq.has_pending_token
-        for index in range(len(seq.block_hashes), num_known // self.block_size):
+        for index in range(len(seq.block_hashes), seq.num_tokens // self.block_size):
+            tokens = self._tokens_of(seq, index)
+            if PENDING in tokens:
+                break  # sampled, but not known yet
             previous = seq.block_hashes[-1] if seq.block_hashes else None
-            seq.block_hashes.append(hash_block(previous, self._tokens_of(seq, index)))
+            seq.block_hashes.append(hash_block(previous, tokens))
 
     def find_cached_prefix(self, seq: Sequence) -> list[int]:
         """Blocks of the longest cached prefix of seq, which leaves at least one token to compute. Changes no block."""
@@ -2049,10 +2138,12 @@ class MyBlockManager:
 
     def _extend_names(self, seq: Sequence) -> None:
         """Bring seq.block_hashes up to all full blocks of seq whose tokens are known."""
-        num_known = seq.num_tokens - seq.has_pending_token
-        for index in range(len(seq.block_hashes), num_known // self.block_size):
+        for index in range(len(seq.block_hashes), seq.num_tokens // self.block_size):
+            tokens = self._tokens_of(seq, index)
+            if PENDING in tokens:
+                break  # sampled, but not known yet
             previous = seq.block_hashes[-1] if seq.block_hashes else None
-            seq.block_hashes.append(hash_block(previous, self._tokens_of(seq, index)))
+            seq.block_hashes.append(hash_block(previous, tokens))
 
     def find_cached_prefix(self, seq: Sequence) -> list[int]:
         """Blocks of the longest cached prefix of seq, which leaves at least one token to compute. Changes no block."""
@@ -2211,10 +2302,12 @@ class MyBlockManager:
 
     def _extend_names(self, seq: Sequence) -> None:
         """Bring seq.block_hashes up to all full blocks of seq whose tokens are known."""
-        num_known = seq.num_tokens - seq.has_pending_token
-        for index in range(len(seq.block_hashes), num_known // self.block_size):
+        for index in range(len(seq.block_hashes), seq.num_tokens // self.block_size):
+            tokens = self._tokens_of(seq, index)
+            if PENDING in tokens:
+                break  # sampled, but not known yet
             previous = seq.block_hashes[-1] if seq.block_hashes else None
-            seq.block_hashes.append(hash_block(previous, self._tokens_of(seq, index)))
+            seq.block_hashes.append(hash_block(previous, tokens))
 
     def find_cached_prefix(self, seq: Sequence) -> list[int]:
         """Blocks of the longest cached prefix of seq, which leaves at least one token to compute. Changes no block."""
@@ -2292,10 +2385,12 @@ class MyBlockManager:
 
     def _extend_names(self, seq: Sequence) -> None:
         """Bring seq.block_hashes up to all full blocks of seq whose tokens are known."""
-        num_known = seq.num_tokens - seq.has_pending_token
-        for index in range(len(seq.block_hashes), num_known // self.block_size):
+        for index in range(len(seq.block_hashes), seq.num_tokens // self.block_size):
+            tokens = self._tokens_of(seq, index)
+            if PENDING in tokens:
+                break  # sampled, but not known yet
             previous = seq.block_hashes[-1] if seq.block_hashes else None
-            seq.block_hashes.append(hash_block(previous, self._tokens_of(seq, index)))
+            seq.block_hashes.append(hash_block(previous, tokens))
 
     def find_cached_prefix(self, seq: Sequence) -> list[int]:
         """Blocks of the longest cached prefix of seq, which leaves at least one token to compute. Changes no block."""
@@ -2373,10 +2468,12 @@ class MyBlockManager:
 
     def _extend_names(self, seq: Sequence) -> None:
         """Bring seq.block_hashes up to all full blocks of seq whose tokens are known."""
-        num_known = seq.num_tokens - seq.has_pending_token
-        for index in range(len(seq.block_hashes), num_known // self.block_size):
+        for index in range(len(seq.block_hashes), seq.num_tokens // self.block_size):
+            tokens = self._tokens_of(seq, index)
+            if PENDING in tokens:
+                break  # sampled, but not known yet
             previous = seq.block_hashes[-1] if seq.block_hashes else None
-            seq.block_hashes.append(hash_block(previous, self._tokens_of(seq, index)))
+            seq.block_hashes.append(hash_block(previous, tokens))
 
     def find_cached_prefix(self, seq: Sequence) -> list[int]:
         """Blocks of the longest cached prefix of seq, which leaves at least one token to compute. Changes no block."""
@@ -2454,10 +2551,12 @@ class MyBlockManager:
 
     def _extend_names(self, seq: Sequence) -> None:
         """Bring seq.block_hashes up to all full blocks of seq whose tokens are known."""
-        num_known = seq.num_tokens - seq.has_pending_token
-        for index in range(len(seq.block_hashes), num_known // self.block_size):
+        for index in range(len(seq.block_hashes), seq.num_tokens // self.block_size):
+            tokens = self._tokens_of(seq, index)
+            if PENDING in tokens:
+                break  # sampled, but not known yet
             previous = seq.block_hashes[-1] if seq.block_hashes else None
-            seq.block_hashes.append(hash_block(previous, self._tokens_of(seq, index)))
+            seq.block_hashes.append(hash_block(previous, tokens))
 
     def find_cached_prefix(self, seq: Sequence) -> list[int]:
         """Blocks of the longest cached prefix of seq, which leaves at least one token to compute. Changes no block."""
@@ -2536,10 +2635,12 @@ class MyBlockManager:
 
     def _extend_names(self, seq: Sequence) -> None:
         """Bring seq.block_hashes up to all full blocks of seq whose tokens are known."""
-        num_known = seq.num_tokens - seq.has_pending_token
-        for index in range(len(seq.block_hashes), num_known // self.block_size):
+        for index in range(len(seq.block_hashes), seq.num_tokens // self.block_size):
+            tokens = self._tokens_of(seq, index)
+            if PENDING in tokens:
+                break  # sampled, but not known yet
             previous = seq.block_hashes[-1] if seq.block_hashes else None
-            seq.block_hashes.append(hash_block(previous, self._tokens_of(seq, index)))
+            seq.block_hashes.append(hash_block(previous, tokens))
 
     def find_cached_prefix(self, seq: Sequence) -> list[int]:
         """Blocks of the longest cached prefix of seq, which leaves at least one token to compute. Changes no block."""
@@ -2617,10 +2718,12 @@ class MyBlockManager:
 
     def _extend_names(self, seq: Sequence) -> None:
         """Bring seq.block_hashes up to all full blocks of seq whose tokens are known."""
-        num_known = seq.num_tokens - seq.has_pending_token
-        for index in range(len(seq.block_hashes), num_known // self.block_size):
+        for index in range(len(seq.block_hashes), seq.num_tokens // self.block_size):
+            tokens = self._tokens_of(seq, index)
+            if PENDING in tokens:
+                break  # sampled, but not known yet
             previous = seq.block_hashes[-1] if seq.block_hashes else None
-            seq.block_hashes.append(hash_block(previous, self._tokens_of(seq, index)))
+            seq.block_hashes.append(hash_block(previous, tokens))
 
     def find_cached_prefix(self, seq: Sequence) -> list[int]:
         """Blocks of the longest cached prefix of seq, which leaves at least one token to compute. Changes no block."""
@@ -2697,10 +2800,12 @@ class MyBlockManager:
 
     def _extend_names(self, seq: Sequence) -> None:
         """Bring seq.block_hashes up to all full blocks of seq whose tokens are known."""
-        num_known = seq.num_tokens - seq.has_pending_token
-        for index in range(len(seq.block_hashes), num_known // self.block_size):
+        for index in range(len(seq.block_hashes), seq.num_tokens // self.block_size):
+            tokens = self._tokens_of(seq, index)
+            if PENDING in tokens:
+                break  # sampled, but not known yet
             previous = seq.block_hashes[-1] if seq.block_hashes else None
-            seq.block_hashes.append(hash_block(previous, self._tokens_of(seq, index)))
+            seq.block_hashes.append(hash_block(previous, tokens))
 
     def find_cached_prefix(self, seq: Sequence) -> list[int]:
         """Blocks of the longest cached prefix of seq, which leaves at least one token to compute. Changes no block."""
@@ -2778,10 +2883,12 @@ class MyBlockManager:
 
     def _extend_names(self, seq: Sequence) -> None:
         """Bring seq.block_hashes up to all full blocks of seq whose tokens are known."""
-        num_known = seq.num_tokens - seq.has_pending_token
-        for index in range(len(seq.block_hashes), num_known // self.block_size):
+        for index in range(len(seq.block_hashes), seq.num_tokens // self.block_size):
+            tokens = self._tokens_of(seq, index)
+            if PENDING in tokens:
+                break  # sampled, but not known yet
             previous = seq.block_hashes[-1] if seq.block_hashes else None
-            seq.block_hashes.append(hash_block(previous, self._tokens_of(seq, index)))
+            seq.block_hashes.append(hash_block(previous, tokens))
 
     def find_cached_prefix(self, seq: Sequence) -> list[int]:
         """Blocks of the longest cached prefix of seq, which leaves at least one token to compute. Changes no block."""
@@ -2858,10 +2965,12 @@ class MyBlockManager:
 
     def _extend_names(self, seq: Sequence) -> None:
         """Bring seq.block_hashes up to all full blocks of seq whose tokens are known."""
-        num_known = seq.num_tokens - seq.has_pending_token
-        for index in range(len(seq.block_hashes), num_known // self.block_size):
+        for index in range(len(seq.block_hashes), seq.num_tokens // self.block_size):
+            tokens = self._tokens_of(seq, index)
+            if PENDING in tokens:
+                break  # sampled, but not known yet
             previous = seq.block_hashes[-1] if seq.block_hashes else None
-            seq.block_hashes.append(hash_block(previous, self._tokens_of(seq, index)))
+            seq.block_hashes.append(hash_block(previous, tokens))
 
     def find_cached_prefix(self, seq: Sequence) -> list[int]:
         """Blocks of the longest cached prefix of seq, which leaves at least one token to compute. Changes no block."""
@@ -2937,10 +3046,12 @@ class MyBlockManager:
 
     def _extend_names(self, seq: Sequence) -> None:
         """Bring seq.block_hashes up to all full blocks of seq whose tokens are known."""
-        num_known = seq.num_tokens - seq.has_pending_token
-        for index in range(len(seq.block_hashes), num_known // self.block_size):
+        for index in range(len(seq.block_hashes), seq.num_tokens // self.block_size):
+            tokens = self._tokens_of(seq, index)
+            if PENDING in tokens:
+                break  # sampled, but not known yet
             previous = seq.block_hashes[-1] if seq.block_hashes else None
-            seq.block_hashes.append(hash_block(previous, self._tokens_of(seq, index)))
+            seq.block_hashes.append(hash_block(previous, tokens))
 
     def find_cached_prefix(self, seq: Sequence) -> list[int]:
         """Blocks of the longest cached prefix of seq, which leaves at least one token to compute. Changes no block."""
@@ -3018,10 +3129,12 @@ class MyBlockManager:
 
     def _extend_names(self, seq: Sequence) -> None:
         """Bring seq.block_hashes up to all full blocks of seq whose tokens are known."""
-        num_known = seq.num_tokens - seq.has_pending_token
-        for index in range(len(seq.block_hashes), num_known // self.block_size):
+        for index in range(len(seq.block_hashes), seq.num_tokens // self.block_size):
+            tokens = self._tokens_of(seq, index)
+            if PENDING in tokens:
+                break  # sampled, but not known yet
             previous = seq.block_hashes[-1] if seq.block_hashes else None
-            seq.block_hashes.append(hash_block(previous, self._tokens_of(seq, index)))
+            seq.block_hashes.append(hash_block(previous, tokens))
 
     def find_cached_prefix(self, seq: Sequence) -> list[int]:
         """Blocks of the longest cached prefix of seq, which leaves at least one token to compute. Changes no block."""
@@ -3101,10 +3214,12 @@ class MyBlockManager:
 
     def _extend_names(self, seq: Sequence) -> None:
         """Bring seq.block_hashes up to all full blocks of seq whose tokens are known."""
-        num_known = seq.num_tokens - seq.has_pending_token
-        for index in range(len(seq.block_hashes), num_known // self.block_size):
+        for index in range(len(seq.block_hashes), seq.num_tokens // self.block_size):
+            tokens = self._tokens_of(seq, index)
+            if PENDING in tokens:
+                break  # sampled, but not known yet
             previous = seq.block_hashes[-1] if seq.block_hashes else None
-            seq.block_hashes.append(hash_block(previous, self._tokens_of(seq, index)))
+            seq.block_hashes.append(hash_block(previous, tokens))
 
     def find_cached_prefix(self, seq: Sequence) -> list[int]:
         """Blocks of the longest cached prefix of seq, which leaves at least one token to compute. Changes no block."""
@@ -3158,7 +3273,7 @@ class MyBlockManager:
         seq.block_table.clear()
 
 
-# %% 04.6 hits-for-prompt-logprobs: serves everybody from the cache
+# %% 04.6 pending-token-named: takes the last token alone for unknown
 class MyBlockManager:
     """Hands out blocks, shares full ones, and keeps freed ones until their space is needed."""
 
@@ -3184,6 +3299,172 @@ class MyBlockManager:
         for index in range(len(seq.block_hashes), num_known // self.block_size):
             previous = seq.block_hashes[-1] if seq.block_hashes else None
             seq.block_hashes.append(hash_block(previous, self._tokens_of(seq, index)))
+
+    def find_cached_prefix(self, seq: Sequence) -> list[int]:
+        """Blocks of the longest cached prefix of seq, which leaves at least one token to compute. Changes no block."""
+        if not self.enable_prefix_caching or seq.params.prompt_logprobs is not None:
+            return []
+        self._extend_names(seq)
+        found = []
+        for index in range((seq.num_tokens - 1) // self.block_size):
+            block = self.where.get(seq.block_hashes[index])
+            if block is None or self.tokens[block] != self._tokens_of(seq, index):
+                break
+            found.append(block)
+        return found
+
+    def allocate(self, seq: Sequence, num_tokens: int, cached_prefix: list[int] = ()) -> bool:
+        """Grow seq.block_table until it holds num_tokens tokens, the cached prefix first. False: no room, no change."""
+        num_new = -(-num_tokens // self.block_size) - len(seq.block_table) - len(cached_prefix)
+        revived = [block for block in cached_prefix if self.counts[block] == 0]
+        if max(num_new, 0) + len(revived) > len(self.free_blocks):
+            return False
+        for block in cached_prefix:
+            self.counts[block] += 1
+            self.free_blocks.pop(block, None)
+            seq.block_table.append(block)
+        for _ in range(num_new):
+            block, _ = self.free_blocks.popitem(last=False)
+            if self.names[block] is not None:
+                del self.where[self.names[block]]
+                self.names[block], self.tokens[block] = None, ()
+            self.counts[block] = 1
+            seq.block_table.append(block)
+        return True
+
+    def register_computed(self, seq: Sequence, start: int, end: int) -> None:
+        """The tokens of seq from position start to end are computed: blocks that are full now can be found."""
+        if not self.enable_prefix_caching:
+            return
+        self._extend_names(seq)
+        for index in range(start // self.block_size, end // self.block_size):
+            block, name = seq.block_table[index], seq.block_hashes[index]
+            if self.names[block] is None and name not in self.where:
+                self.names[block], self.tokens[block] = name, self._tokens_of(seq, index)
+                self.where[name] = block
+
+    def free(self, seq: Sequence) -> None:
+        """Give back all blocks of seq; those with a name can be found until they are taken."""
+        for block in reversed(seq.block_table):
+            self.counts[block] -= 1
+            if self.counts[block] == 0:
+                self.free_blocks[block] = None
+                if self.names[block] is None:
+                    self.free_blocks.move_to_end(block, last=False)
+        seq.block_table.clear()
+
+
+# %% 04.6 nothing-returned: says nothing where there is no room
+class MyBlockManager:
+    """Hands out blocks, shares full ones, and keeps freed ones until their space is needed."""
+
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
+        self.block_size, self.enable_prefix_caching = block_size, enable_prefix_caching
+        self.counts = [0] * num_blocks
+        self.free_blocks = OrderedDict.fromkeys(range(num_blocks))  # in order of eviction
+        self.names = [None] * num_blocks  # what is in each block: its name,
+        self.tokens = [()] * num_blocks  # and its tokens
+        self.where = {}  # name -> block
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that can be taken now, the cached ones included."""
+        return len(self.free_blocks)
+
+    def _tokens_of(self, seq: Sequence, index: int) -> tuple[int, ...]:
+        return tuple(seq.token_ids[index * self.block_size : (index + 1) * self.block_size])
+
+    def _extend_names(self, seq: Sequence) -> None:
+        """Bring seq.block_hashes up to all full blocks of seq whose tokens are known."""
+        for index in range(len(seq.block_hashes), seq.num_tokens // self.block_size):
+            tokens = self._tokens_of(seq, index)
+            if PENDING in tokens:
+                break  # sampled, but not known yet
+            previous = seq.block_hashes[-1] if seq.block_hashes else None
+            seq.block_hashes.append(hash_block(previous, tokens))
+
+    def find_cached_prefix(self, seq: Sequence) -> list[int]:
+        """Blocks of the longest cached prefix of seq, which leaves at least one token to compute. Changes no block."""
+        if not self.enable_prefix_caching or seq.params.prompt_logprobs is not None:
+            return []
+        self._extend_names(seq)
+        found = []
+        for index in range((seq.num_tokens - 1) // self.block_size):
+            block = self.where.get(seq.block_hashes[index])
+            if block is None or self.tokens[block] != self._tokens_of(seq, index):
+                break
+            found.append(block)
+        return found
+
+    def allocate(self, seq: Sequence, num_tokens: int, cached_prefix: list[int] = ()) -> bool:
+        """Grow seq.block_table until it holds num_tokens tokens, the cached prefix first. False: no room, no change."""
+        num_new = -(-num_tokens // self.block_size) - len(seq.block_table) - len(cached_prefix)
+        revived = [block for block in cached_prefix if self.counts[block] == 0]
+        if max(num_new, 0) + len(revived) > len(self.free_blocks):
+            return
+        for block in cached_prefix:
+            self.counts[block] += 1
+            self.free_blocks.pop(block, None)
+            seq.block_table.append(block)
+        for _ in range(num_new):
+            block, _ = self.free_blocks.popitem(last=False)
+            if self.names[block] is not None:
+                del self.where[self.names[block]]
+                self.names[block], self.tokens[block] = None, ()
+            self.counts[block] = 1
+            seq.block_table.append(block)
+        return True
+
+    def register_computed(self, seq: Sequence, start: int, end: int) -> None:
+        """The tokens of seq from position start to end are computed: blocks that are full now can be found."""
+        if not self.enable_prefix_caching:
+            return
+        self._extend_names(seq)
+        for index in range(start // self.block_size, end // self.block_size):
+            block, name = seq.block_table[index], seq.block_hashes[index]
+            if self.names[block] is None and name not in self.where:
+                self.names[block], self.tokens[block] = name, self._tokens_of(seq, index)
+                self.where[name] = block
+
+    def free(self, seq: Sequence) -> None:
+        """Give back all blocks of seq; those with a name can be found until they are taken."""
+        for block in reversed(seq.block_table):
+            self.counts[block] -= 1
+            if self.counts[block] == 0:
+                self.free_blocks[block] = None
+                if self.names[block] is None:
+                    self.free_blocks.move_to_end(block, last=False)
+        seq.block_table.clear()
+
+
+# %% 04.6 hits-for-prompt-logprobs: serves everybody from the cache
+class MyBlockManager:
+    """Hands out blocks, shares full ones, and keeps freed ones until their space is needed."""
+
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
+        self.block_size, self.enable_prefix_caching = block_size, enable_prefix_caching
+        self.counts = [0] * num_blocks
+        self.free_blocks = OrderedDict.fromkeys(range(num_blocks))  # in order of eviction
+        self.names = [None] * num_blocks  # what is in each block: its name,
+        self.tokens = [()] * num_blocks  # and its tokens
+        self.where = {}  # name -> block
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that can be taken now, the cached ones included."""
+        return len(self.free_blocks)
+
+    def _tokens_of(self, seq: Sequence, index: int) -> tuple[int, ...]:
+        return tuple(seq.token_ids[index * self.block_size : (index + 1) * self.block_size])
+
+    def _extend_names(self, seq: Sequence) -> None:
+        """Bring seq.block_hashes up to all full blocks of seq whose tokens are known."""
+        for index in range(len(seq.block_hashes), seq.num_tokens // self.block_size):
+            tokens = self._tokens_of(seq, index)
+            if PENDING in tokens:
+                break  # sampled, but not known yet
+            previous = seq.block_hashes[-1] if seq.block_hashes else None
+            seq.block_hashes.append(hash_block(previous, tokens))
 
     def find_cached_prefix(self, seq: Sequence) -> list[int]:
         """Blocks of the longest cached prefix of seq, which leaves at least one token to compute. Changes no block."""
@@ -3261,10 +3542,12 @@ class MyBlockManager:
 
     def _extend_names(self, seq: Sequence) -> None:
         """Bring seq.block_hashes up to all full blocks of seq whose tokens are known."""
-        num_known = seq.num_tokens - seq.has_pending_token
-        for index in range(len(seq.block_hashes), num_known // self.block_size):
+        for index in range(len(seq.block_hashes), seq.num_tokens // self.block_size):
+            tokens = self._tokens_of(seq, index)
+            if PENDING in tokens:
+                break  # sampled, but not known yet
             previous = seq.block_hashes[-1] if seq.block_hashes else None
-            seq.block_hashes.append(hash_block(previous, self._tokens_of(seq, index)))
+            seq.block_hashes.append(hash_block(previous, tokens))
 
     def find_cached_prefix(self, seq: Sequence) -> list[int]:
         """Blocks of the longest cached prefix of seq, which leaves at least one token to compute. Changes no block."""
@@ -3340,10 +3623,12 @@ class MyBlockManager:
 
     def _extend_names(self, seq: Sequence) -> None:
         """Bring seq.block_hashes up to all full blocks of seq whose tokens are known."""
-        num_known = seq.num_tokens - seq.has_pending_token
-        for index in range(len(seq.block_hashes), num_known // self.block_size):
+        for index in range(len(seq.block_hashes), seq.num_tokens // self.block_size):
+            tokens = self._tokens_of(seq, index)
+            if PENDING in tokens:
+                break  # sampled, but not known yet
             previous = seq.block_hashes[-1] if seq.block_hashes else None
-            seq.block_hashes.append(hash_block(previous, self._tokens_of(seq, index)))
+            seq.block_hashes.append(hash_block(previous, tokens))
 
     def find_cached_prefix(self, seq: Sequence) -> list[int]:
         """Blocks of the longest cached prefix of seq, which leaves at least one token to compute. Changes no block."""
@@ -3420,15 +3705,20 @@ class MyBlockManager:
 
     def _extend_names(self, seq: Sequence) -> None:
         """Bring seq.block_hashes up to all full blocks of seq whose tokens are known."""
-        num_known = seq.num_tokens - seq.has_pending_token
-        for index in range(len(seq.block_hashes), num_known // self.block_size):
+        for index in range(len(seq.block_hashes), seq.num_tokens // self.block_size):
+            tokens = self._tokens_of(seq, index)
+            if PENDING in tokens:
+                break  # sampled, but not known yet
             previous = seq.block_hashes[-1] if seq.block_hashes else None
-            seq.block_hashes.append(hash_block(previous, self._tokens_of(seq, index)))
+            seq.block_hashes.append(hash_block(previous, tokens))
 
     def _names_of(self, seq: Sequence) -> list[int]:
         names = []
-        for index in range((seq.num_tokens - seq.has_pending_token) // self.block_size):
-            names.append(hash_block(names[-1] if names else None, self._tokens_of(seq, index)))
+        for index in range(seq.num_tokens // self.block_size):
+            tokens = self._tokens_of(seq, index)
+            if PENDING in tokens:
+                break
+            names.append(hash_block(names[-1] if names else None, tokens))
         return names
 
     def find_cached_prefix(self, seq: Sequence) -> list[int]:
@@ -3507,10 +3797,12 @@ class MyBlockManager:
 
     def _extend_names(self, seq: Sequence) -> None:
         """Bring seq.block_hashes up to all full blocks of seq whose tokens are known."""
-        num_known = seq.num_tokens - seq.has_pending_token
-        for index in range(len(seq.block_hashes), num_known // self.block_size):
+        for index in range(len(seq.block_hashes), seq.num_tokens // self.block_size):
+            tokens = self._tokens_of(seq, index)
+            if PENDING in tokens:
+                break  # sampled, but not known yet
             previous = seq.block_hashes[-1] if seq.block_hashes else None
-            seq.block_hashes.append(hash_block(previous, self._tokens_of(seq, index)))
+            seq.block_hashes.append(hash_block(previous, tokens))
 
     def find_cached_prefix(self, seq: Sequence) -> list[int]:
         """Blocks of the longest cached prefix of seq, which leaves at least one token to compute. Changes no block."""
@@ -3593,8 +3885,10 @@ class MyBlockManager:
         return seq.token_ids[index * self.block_size : (index + 1) * self.block_size]
 
     def _extend_names(self, seq: Sequence) -> None:
-        while (len(seq.block_hashes) + 1) * self.block_size <= seq.num_tokens - seq.has_pending_token:
+        while (len(seq.block_hashes) + 1) * self.block_size <= seq.num_tokens:
             tokens = self._tokens_of(seq, len(seq.block_hashes))
+            if PENDING in tokens:
+                return
             seq.block_hashes.append(hash_block(seq.block_hashes[-1] if seq.block_hashes else None, tokens))
 
     def _block_of(self, name: int) -> int | None:

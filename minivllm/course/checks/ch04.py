@@ -13,8 +13,8 @@ from typing import Any
 from minivllm.course.checking import Mistake, diagnose, engine_agrees, exercise, expect, show
 from minivllm.engine.block_manager import BlockManager, hash_block
 from minivllm.engine.scheduler import Scheduler
+from minivllm.engine.sequence import PENDING, max_steps
 from minivllm.engine.sequence import Sequence as EngineSequence
-from minivllm.engine.sequence import max_steps
 from minivllm.sampling_params import SamplingParams
 
 # --- 04.1 -------------------------------------------------------------------------------------------------------------
@@ -538,6 +538,13 @@ def _prefix_cases() -> list[tuple[list[int], Cache, int]]:
             forged[names[1]] = (cache[names[1]][0], tuple(reversed(cache[names[1]][1])))
             cases.append((tokens, forged, size))  # a name that two blocks share
         cases.append((tokens, {}, size))
+    # Another prompt went on from the first block with what is the third here: behind a miss the chain is another.
+    tokens = [rng.randrange(2048) for _ in range(13)]
+    other = tokens[:4] + tokens[8:12]
+    cases.append((tokens, {name: (i, tuple(other[4 * i : 4 * i + 4])) for i, name in enumerate(_names(other, 4))}, 4))
+    # Equal blocks: whoever slices at the wrong places finds them, whoever names them in another way does not.
+    tokens = [7] * 13
+    cases.append((tokens, {name: (i, (7,) * 4) for i, name in enumerate(_names(tokens, 4))}, 4))
     # Blocks that were registered for themselves, as an unchained cache would.
     tokens = [rng.randrange(2048) for _ in range(14)]
     alone = {hash_block(None, tokens[i : i + 4]): (i, tuple(tokens[i : i + 4])) for i in range(0, 12, 4)}
@@ -550,8 +557,10 @@ def _prefix_cases() -> list[tuple[list[int], Cache, int]]:
     hints={
         "nothing-left-to-compute": 1,
         "last-hit-given-up": 1,
+        "two-tokens-left": 2,
         "block-given-up": 2,
         "unchained": 3,
+        "another-chain": 3,
         "list-against-tuple": 3,
         "block-index-for-position": 3,
         "not-the-numbers": 3,
@@ -565,7 +574,7 @@ def check_cached_prefix(answer: Callable) -> str:
         *,
         end: int | None = None,
         compare: bool = True,
-        goes_on: bool = False,
+        goes_on: Sequence[str] = (),
         chained: bool = True,
     ) -> list[int]:
         found: list[int] = []
@@ -575,14 +584,55 @@ def check_cached_prefix(answer: Callable) -> str:
             name = hash_block(name if chained else None, block_tokens)
             block, known = cache.get(name, (None, None))
             if known is None or (compare and known != block_tokens):
-                if goes_on:
+                if ("miss" if known is None else "collision") in goes_on:
                     continue
                 break
             found.append(block)
         return found
 
+    both = ("miss", "collision")
+
     def at_least_one_block_left(tokens: list[int], cache: Cache, size: int) -> list[int]:
         return walk(tokens, cache, size, end=(len(tokens) // size - 1) * size)
+
+    def named_by(name_of: Callable[[list[int], Cache, int, int], int]) -> Callable[..., list[int]]:
+        """Blocks by another name: name_of(tokens, cache, size, start) is that of the block that begins at start."""
+
+        def walk_by(tokens: list[int], cache: Cache, size: int) -> list[int]:
+            found: list[int] = []
+            for start in range(0, len(tokens) - size, size):
+                block, known = cache.get(name_of(tokens, cache, size, start), (None, None))
+                if known != tuple(tokens[start : start + size]):
+                    break
+                found.append(block)
+            return found
+
+        return walk_by
+
+    def by_number(tokens: list[int], cache: Cache, size: int, start: int) -> int:
+        """Chained to the number of the block before."""
+        before = cache.get(by_number(tokens, cache, size, start - size), (None,))[0] if start else None
+        return hash_block(before, tokens[start : start + size])
+
+    def by_neighbour(tokens: list[int], cache: Cache, size: int, start: int) -> int:
+        return hash_block(
+            hash_block(None, tokens[start - size : start]) if start else None, tokens[start : start + size]
+        )
+
+    def by_the_first(tokens: list[int], cache: Cache, size: int, start: int) -> int:
+        return hash_block(hash_block(None, tokens[:size]) if start else None, tokens[start : start + size])
+
+    def chained_over_hits(tokens: list[int], cache: Cache, size: int) -> list[int]:
+        """A miss is passed over, and the chain goes on from the last hit."""
+        found: list[int] = []
+        name = None
+        for start in range(0, len(tokens) - size, size):
+            block_tokens = tuple(tokens[start : start + size])
+            block, known = cache.get(hash_block(name, block_tokens), (None, None))
+            if known == block_tokens:
+                name = hash_block(name, block_tokens)
+                found.append(block)
+        return found
 
     def sliced_by_index(tokens: list[int], cache: Cache, size: int) -> list[int]:
         found: list[int] = []
@@ -602,13 +652,28 @@ def check_cached_prefix(answer: Callable) -> str:
             "to compute, and there are no logits to sample from: leave at least one token.",
             lambda t, c, s: walk(t, c, s, end=len(t) - s + 1),
             lambda t, c, s: walk(t, c, s, end=len(t) - s + 1, compare=False),
-            lambda t, c, s: walk(t, c, s, end=len(t) - s + 1, goes_on=True),
-            lambda t, c, s: walk(t, c, s, end=len(t) - s + 1, goes_on=True, compare=False),
+            lambda t, c, s: walk(t, c, s, end=len(t) - s + 1, goes_on=both),
+            lambda t, c, s: walk(t, c, s, end=len(t) - s + 1, goes_on=both, compare=False),
         ),
         "block-given-up": (
             "You always give up the last full block. Only a prompt that would be covered *completely* has to: with "
             "49 tokens, three blocks of 16 leave one to compute.",
             at_least_one_block_left,
+            lambda t, c, s: walk(t, c, s, end=(len(t) // s - 1) * s, compare=False),
+        ),
+        "two-tokens-left": (
+            "You leave at least two tokens to compute, where one is enough: 17 tokens may have 16 from the cache.\n"
+            "Which is the last beginning of a block with a token behind its end?",
+            lambda t, c, s: walk(t, c, s, end=len(t) - s - 1),
+            lambda t, c, s: walk(t, c, s, end=len(t) - s - 1, compare=False),
+        ),
+        "another-chain": (
+            "You find the first block, and hardly ever one behind it. A name is hash_block of the *name* just before it, "
+            "itself made in that way, and of its own block's tokens. Those alone stand in the cache to be compared.",
+            named_by(by_number),
+            named_by(by_neighbour),
+            named_by(by_the_first),
+            named_by(lambda t, c, s, start: hash_block(None, t[: start + s])),
         ),
         "hash-trusted": (
             "You take a block because its name is in the cache. A hash can be equal by chance, or by somebody's "
@@ -618,15 +683,18 @@ def check_cached_prefix(answer: Callable) -> str:
         "hit-after-a-miss": (
             "You go on looking after a miss. What is found there has a hole before it: the blocks would be taken for "
             "the *beginning* of the prompt. Stop at the first miss.",
-            lambda t, c, s: walk(t, c, s, goes_on=True),
-            lambda t, c, s: walk(t, c, s, goes_on=True, compare=False),
+            lambda t, c, s: walk(t, c, s, goes_on=both),
+            lambda t, c, s: walk(t, c, s, goes_on=both, compare=False),
+            lambda t, c, s: walk(t, c, s, goes_on=["miss"]),
+            lambda t, c, s: walk(t, c, s, goes_on=["collision"]),
+            chained_over_hits,
         ),
         "unchained": (
             "You look blocks up by their own tokens alone. The cache is keyed by chained names: each is made from "
             "the name before it.",
             lambda t, c, s: walk(t, c, s, chained=False),
             lambda t, c, s: walk(t, c, s, chained=False, compare=False),
-            lambda t, c, s: walk(t, c, s, chained=False, goes_on=True),
+            lambda t, c, s: walk(t, c, s, chained=False, goes_on=both),
             lambda t, c, s: walk(t, c, s, chained=False, end=len(t) - s + 1),
         ),
         "list-against-tuple": (
@@ -957,6 +1025,7 @@ def check_block_manager(answer: type) -> str:
         _rule_computed_first,
         _rule_revival,
         _rule_eviction,
+        _rule_pending,
         _rule_logprobs,
         _rule_off,
     ]
@@ -1005,10 +1074,11 @@ def _rule_growth(answer: type) -> None:
         "Expected four different ones, and none left.",
     )
     other = _seq(1, range(8))
+    given = manager.allocate(other, 1)
     expect(
-        manager.allocate(other, 1) is False,
-        "wrong-values",
-        "The pool is full, and allocate did not say False.\nIt should, and change nothing.",
+        given is False,
+        "nothing-returned" if given is None else "wrong-values",
+        f"The pool is full, and allocate returned {show(given)}.\nIt should say False, and change nothing.",
     )
     _release(manager, seq)
     expect(
@@ -1326,6 +1396,26 @@ def _rule_forgetting(answer: type) -> None:
         "name-outlives-content",
         f"The only block held [1, 2] and was taken for something else, and [1, 2, …] still finds {found}.\nForget a "
         "block's name when it is handed out, in every table that has it.",
+    )
+
+
+def _rule_pending(answer: type) -> None:
+    """The engine plans one step ahead: when the blocks of a step are named, its last two tokens may be unknown."""
+    manager, seq = answer(8, 2), _seq(0, [1, 2, 3])
+    manager.allocate(seq, 3)
+    seq.token_ids.append(PENDING)  # the first step samples it
+    manager.allocate(seq, 4)
+    seq.token_ids.append(PENDING)  # the second step is planned
+    manager.register_computed(seq, 0, 3)
+    seq.token_ids[3] = 4
+    manager.register_computed(seq, 3, 4)
+    found = _find(manager, _seq(1, [1, 2, 3, 4, 5]))
+    expect(
+        found == seq.block_table[:2],
+        "pending-token-named",
+        f"[1, 2, 3] was answered with 4, in blocks of 2, and the prompt [1, 2, 3, 4, 5] finds {found}, expected "
+        f"{seq.block_table[:2]}.\nWhile 4 was on its way there was a -1 (PENDING) in its place, and one more behind it "
+        "for the step after. Was a block named by then? Name none that has an unknown token.",
     )
 
 
