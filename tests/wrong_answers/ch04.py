@@ -3437,6 +3437,334 @@ class MyBlockManager:
         seq.block_table.clear()
 
 
+# %% 04.6 names-not-extended: looks for names that nobody has made
+class MyBlockManager:
+    """Hands out blocks, shares full ones, and keeps freed ones until their space is needed."""
+
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
+        self.block_size, self.enable_prefix_caching = block_size, enable_prefix_caching
+        self.counts = [0] * num_blocks
+        self.free_blocks = OrderedDict.fromkeys(range(num_blocks))  # in order of eviction
+        self.names = [None] * num_blocks  # what is in each block: its name,
+        self.tokens = [()] * num_blocks  # and its tokens
+        self.where = {}  # name -> block
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that can be taken now, the cached ones included."""
+        return len(self.free_blocks)
+
+    def _tokens_of(self, seq: Sequence, index: int) -> tuple[int, ...]:
+        return tuple(seq.token_ids[index * self.block_size : (index + 1) * self.block_size])
+
+    def _extend_names(self, seq: Sequence) -> None:
+        """Bring seq.block_hashes up to all full blocks of seq whose tokens are known."""
+        for index in range(len(seq.block_hashes), seq.num_tokens // self.block_size):
+            tokens = self._tokens_of(seq, index)
+            if PENDING in tokens:
+                break  # sampled, but not known yet
+            previous = seq.block_hashes[-1] if seq.block_hashes else None
+            seq.block_hashes.append(hash_block(previous, tokens))
+
+    def find_cached_prefix(self, seq: Sequence) -> list[int]:
+        """Blocks of the longest cached prefix of seq, which leaves at least one token to compute. Changes no block."""
+        if not self.enable_prefix_caching or seq.params.prompt_logprobs is not None:
+            return []
+        found = []
+        for index in range((seq.num_tokens - 1) // self.block_size):
+            block = self.where.get(seq.block_hashes[index])
+            if block is None or self.tokens[block] != self._tokens_of(seq, index):
+                break
+            found.append(block)
+        return found
+
+    def allocate(self, seq: Sequence, num_tokens: int, cached_prefix: list[int] = ()) -> bool:
+        """Grow seq.block_table until it holds num_tokens tokens, the cached prefix first. False: no room, no change."""
+        num_new = -(-num_tokens // self.block_size) - len(seq.block_table) - len(cached_prefix)
+        revived = [block for block in cached_prefix if self.counts[block] == 0]
+        if max(num_new, 0) + len(revived) > len(self.free_blocks):
+            return False
+        for block in cached_prefix:
+            self.counts[block] += 1
+            self.free_blocks.pop(block, None)
+            seq.block_table.append(block)
+        for _ in range(num_new):
+            block, _ = self.free_blocks.popitem(last=False)
+            if self.names[block] is not None:
+                del self.where[self.names[block]]
+                self.names[block], self.tokens[block] = None, ()
+            self.counts[block] = 1
+            seq.block_table.append(block)
+        return True
+
+    def register_computed(self, seq: Sequence, start: int, end: int) -> None:
+        """The tokens of seq from position start to end are computed: blocks that are full now can be found."""
+        if not self.enable_prefix_caching:
+            return
+        self._extend_names(seq)
+        for index in range(start // self.block_size, end // self.block_size):
+            block, name = seq.block_table[index], seq.block_hashes[index]
+            if self.names[block] is None and name not in self.where:
+                self.names[block], self.tokens[block] = name, self._tokens_of(seq, index)
+                self.where[name] = block
+
+    def free(self, seq: Sequence) -> None:
+        """Give back all blocks of seq; those with a name can be found until they are taken."""
+        for block in reversed(seq.block_table):
+            self.counts[block] -= 1
+            if self.counts[block] == 0:
+                self.free_blocks[block] = None
+                if self.names[block] is None:
+                    self.free_blocks.move_to_end(block, last=False)
+        seq.block_table.clear()
+
+
+# %% 04.6 names-not-extended: goes through the names that are there, and none is
+class MyBlockManager:
+    """Hands out blocks, shares full ones, and keeps freed ones until their space is needed."""
+
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
+        self.block_size, self.enable_prefix_caching = block_size, enable_prefix_caching
+        self.counts = [0] * num_blocks
+        self.free_blocks = OrderedDict.fromkeys(range(num_blocks))  # in order of eviction
+        self.names = [None] * num_blocks  # what is in each block: its name,
+        self.tokens = [()] * num_blocks  # and its tokens
+        self.where = {}  # name -> block
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that can be taken now, the cached ones included."""
+        return len(self.free_blocks)
+
+    def _tokens_of(self, seq: Sequence, index: int) -> tuple[int, ...]:
+        return tuple(seq.token_ids[index * self.block_size : (index + 1) * self.block_size])
+
+    def _extend_names(self, seq: Sequence) -> None:
+        """Bring seq.block_hashes up to all full blocks of seq whose tokens are known."""
+        for index in range(len(seq.block_hashes), seq.num_tokens // self.block_size):
+            tokens = self._tokens_of(seq, index)
+            if PENDING in tokens:
+                break  # sampled, but not known yet
+            previous = seq.block_hashes[-1] if seq.block_hashes else None
+            seq.block_hashes.append(hash_block(previous, tokens))
+
+    def find_cached_prefix(self, seq: Sequence) -> list[int]:
+        """Blocks of the longest cached prefix of seq, which leaves at least one token to compute. Changes no block."""
+        if not self.enable_prefix_caching or seq.params.prompt_logprobs is not None:
+            return []
+        found = []
+        for index, name in enumerate(seq.block_hashes[: (seq.num_tokens - 1) // self.block_size]):
+            block = self.where.get(name)
+            if block is None or self.tokens[block] != self._tokens_of(seq, index):
+                break
+            found.append(block)
+        return found
+
+    def allocate(self, seq: Sequence, num_tokens: int, cached_prefix: list[int] = ()) -> bool:
+        """Grow seq.block_table until it holds num_tokens tokens, the cached prefix first. False: no room, no change."""
+        num_new = -(-num_tokens // self.block_size) - len(seq.block_table) - len(cached_prefix)
+        revived = [block for block in cached_prefix if self.counts[block] == 0]
+        if max(num_new, 0) + len(revived) > len(self.free_blocks):
+            return False
+        for block in cached_prefix:
+            self.counts[block] += 1
+            self.free_blocks.pop(block, None)
+            seq.block_table.append(block)
+        for _ in range(num_new):
+            block, _ = self.free_blocks.popitem(last=False)
+            if self.names[block] is not None:
+                del self.where[self.names[block]]
+                self.names[block], self.tokens[block] = None, ()
+            self.counts[block] = 1
+            seq.block_table.append(block)
+        return True
+
+    def register_computed(self, seq: Sequence, start: int, end: int) -> None:
+        """The tokens of seq from position start to end are computed: blocks that are full now can be found."""
+        if not self.enable_prefix_caching:
+            return
+        self._extend_names(seq)
+        for index in range(start // self.block_size, end // self.block_size):
+            block, name = seq.block_table[index], seq.block_hashes[index]
+            if self.names[block] is None and name not in self.where:
+                self.names[block], self.tokens[block] = name, self._tokens_of(seq, index)
+                self.where[name] = block
+
+    def free(self, seq: Sequence) -> None:
+        """Give back all blocks of seq; those with a name can be found until they are taken."""
+        for block in reversed(seq.block_table):
+            self.counts[block] -= 1
+            if self.counts[block] == 0:
+                self.free_blocks[block] = None
+                if self.names[block] is None:
+                    self.free_blocks.move_to_end(block, last=False)
+        seq.block_table.clear()
+
+
+# %% 04.6 names-not-extended: leaves it to find_cached_prefix
+class MyBlockManager:
+    """Hands out blocks, shares full ones, and keeps freed ones until their space is needed."""
+
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
+        self.block_size, self.enable_prefix_caching = block_size, enable_prefix_caching
+        self.counts = [0] * num_blocks
+        self.free_blocks = OrderedDict.fromkeys(range(num_blocks))  # in order of eviction
+        self.names = [None] * num_blocks  # what is in each block: its name,
+        self.tokens = [()] * num_blocks  # and its tokens
+        self.where = {}  # name -> block
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that can be taken now, the cached ones included."""
+        return len(self.free_blocks)
+
+    def _tokens_of(self, seq: Sequence, index: int) -> tuple[int, ...]:
+        return tuple(seq.token_ids[index * self.block_size : (index + 1) * self.block_size])
+
+    def _extend_names(self, seq: Sequence) -> None:
+        """Bring seq.block_hashes up to all full blocks of seq whose tokens are known."""
+        for index in range(len(seq.block_hashes), seq.num_tokens // self.block_size):
+            tokens = self._tokens_of(seq, index)
+            if PENDING in tokens:
+                break  # sampled, but not known yet
+            previous = seq.block_hashes[-1] if seq.block_hashes else None
+            seq.block_hashes.append(hash_block(previous, tokens))
+
+    def find_cached_prefix(self, seq: Sequence) -> list[int]:
+        """Blocks of the longest cached prefix of seq, which leaves at least one token to compute. Changes no block."""
+        if not self.enable_prefix_caching or seq.params.prompt_logprobs is not None:
+            return []
+        self._extend_names(seq)
+        found = []
+        for index in range((seq.num_tokens - 1) // self.block_size):
+            block = self.where.get(seq.block_hashes[index])
+            if block is None or self.tokens[block] != self._tokens_of(seq, index):
+                break
+            found.append(block)
+        return found
+
+    def allocate(self, seq: Sequence, num_tokens: int, cached_prefix: list[int] = ()) -> bool:
+        """Grow seq.block_table until it holds num_tokens tokens, the cached prefix first. False: no room, no change."""
+        num_new = -(-num_tokens // self.block_size) - len(seq.block_table) - len(cached_prefix)
+        revived = [block for block in cached_prefix if self.counts[block] == 0]
+        if max(num_new, 0) + len(revived) > len(self.free_blocks):
+            return False
+        for block in cached_prefix:
+            self.counts[block] += 1
+            self.free_blocks.pop(block, None)
+            seq.block_table.append(block)
+        for _ in range(num_new):
+            block, _ = self.free_blocks.popitem(last=False)
+            if self.names[block] is not None:
+                del self.where[self.names[block]]
+                self.names[block], self.tokens[block] = None, ()
+            self.counts[block] = 1
+            seq.block_table.append(block)
+        return True
+
+    def register_computed(self, seq: Sequence, start: int, end: int) -> None:
+        """The tokens of seq from position start to end are computed: blocks that are full now can be found."""
+        if not self.enable_prefix_caching:
+            return
+        for index in range(start // self.block_size, end // self.block_size):
+            block, name = seq.block_table[index], seq.block_hashes[index]
+            if self.names[block] is None and name not in self.where:
+                self.names[block], self.tokens[block] = name, self._tokens_of(seq, index)
+                self.where[name] = block
+
+    def free(self, seq: Sequence) -> None:
+        """Give back all blocks of seq; those with a name can be found until they are taken."""
+        for block in reversed(seq.block_table):
+            self.counts[block] -= 1
+            if self.counts[block] == 0:
+                self.free_blocks[block] = None
+                if self.names[block] is None:
+                    self.free_blocks.move_to_end(block, last=False)
+        seq.block_table.clear()
+
+
+# %% 04.6 names-not-extended: names what has been named, at its registration
+class MyBlockManager:
+    """Hands out blocks, shares full ones, and keeps freed ones until their space is needed."""
+
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
+        self.block_size, self.enable_prefix_caching = block_size, enable_prefix_caching
+        self.counts = [0] * num_blocks
+        self.free_blocks = OrderedDict.fromkeys(range(num_blocks))  # in order of eviction
+        self.names = [None] * num_blocks  # what is in each block: its name,
+        self.tokens = [()] * num_blocks  # and its tokens
+        self.where = {}  # name -> block
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that can be taken now, the cached ones included."""
+        return len(self.free_blocks)
+
+    def _tokens_of(self, seq: Sequence, index: int) -> tuple[int, ...]:
+        return tuple(seq.token_ids[index * self.block_size : (index + 1) * self.block_size])
+
+    def _extend_names(self, seq: Sequence) -> None:
+        """Bring seq.block_hashes up to all full blocks of seq whose tokens are known."""
+        for index in range(len(seq.block_hashes), seq.num_tokens // self.block_size):
+            tokens = self._tokens_of(seq, index)
+            if PENDING in tokens:
+                break  # sampled, but not known yet
+            previous = seq.block_hashes[-1] if seq.block_hashes else None
+            seq.block_hashes.append(hash_block(previous, tokens))
+
+    def find_cached_prefix(self, seq: Sequence) -> list[int]:
+        """Blocks of the longest cached prefix of seq, which leaves at least one token to compute. Changes no block."""
+        if not self.enable_prefix_caching or seq.params.prompt_logprobs is not None:
+            return []
+        self._extend_names(seq)
+        found = []
+        for index in range((seq.num_tokens - 1) // self.block_size):
+            block = self.where.get(seq.block_hashes[index])
+            if block is None or self.tokens[block] != self._tokens_of(seq, index):
+                break
+            found.append(block)
+        return found
+
+    def allocate(self, seq: Sequence, num_tokens: int, cached_prefix: list[int] = ()) -> bool:
+        """Grow seq.block_table until it holds num_tokens tokens, the cached prefix first. False: no room, no change."""
+        num_new = -(-num_tokens // self.block_size) - len(seq.block_table) - len(cached_prefix)
+        revived = [block for block in cached_prefix if self.counts[block] == 0]
+        if max(num_new, 0) + len(revived) > len(self.free_blocks):
+            return False
+        for block in cached_prefix:
+            self.counts[block] += 1
+            self.free_blocks.pop(block, None)
+            seq.block_table.append(block)
+        for _ in range(num_new):
+            block, _ = self.free_blocks.popitem(last=False)
+            if self.names[block] is not None:
+                del self.where[self.names[block]]
+                self.names[block], self.tokens[block] = None, ()
+            self.counts[block] = 1
+            seq.block_table.append(block)
+        return True
+
+    def register_computed(self, seq: Sequence, start: int, end: int) -> None:
+        """The tokens of seq from position start to end are computed: blocks that are full now can be found."""
+        if not self.enable_prefix_caching:
+            return
+        for index in range(start // self.block_size, min(end // self.block_size, len(seq.block_hashes))):
+            block, name = seq.block_table[index], seq.block_hashes[index]
+            if self.names[block] is None and name not in self.where:
+                self.names[block], self.tokens[block] = name, self._tokens_of(seq, index)
+                self.where[name] = block
+
+    def free(self, seq: Sequence) -> None:
+        """Give back all blocks of seq; those with a name can be found until they are taken."""
+        for block in reversed(seq.block_table):
+            self.counts[block] -= 1
+            if self.counts[block] == 0:
+                self.free_blocks[block] = None
+                if self.names[block] is None:
+                    self.free_blocks.move_to_end(block, last=False)
+        seq.block_table.clear()
+
+
 # %% 04.6 hits-for-prompt-logprobs: serves everybody from the cache
 class MyBlockManager:
     """Hands out blocks, shares full ones, and keeps freed ones until their space is needed."""
