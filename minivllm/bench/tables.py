@@ -119,13 +119,13 @@ def _breakdown(report: dict[str, Any]) -> Iterable[Table]:
     )  # fmt: skip
     for row in report["rows"]:
         name, overlap = str(row["running"]), "on" if row["overlap"] else "off"
-        if "mean_step_ms" not in row:
+        if "median_step_ms" not in row:
             table.add_row(name, overlap, f"[red]{row['failed'][:80]}[/red]")
             continue
         parts = ", ".join(f"{part} {ms:.2f}" for part, ms in row["cpu_ms"].items() if ms >= 0.005)
         gpu = [f"{row[k]:.3f}" if k in row else "" for k in ("kernels_ms", "gaps_ms", "exposed_cpu_ms")]
         idle = f"{row['gpu_idle_share']:.0%}" if "gpu_idle_share" in row else ""
-        table.add_row(name, overlap, f"{row['mean_step_ms']:.3f}", *gpu, idle, parts)
+        table.add_row(name, overlap, f"{row['median_step_ms']:.3f}", *gpu, idle, parts)
     yield table
     for row in report["rows"]:
         if named := row.get("kernels") or row.get("operations"):

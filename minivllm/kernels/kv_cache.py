@@ -22,14 +22,14 @@ def cache_rows(
 
     first is a multiple of BLOCK_N. The table's entries beyond the context are never read: they may be anything.
     """
-    base = kv_head.to(tl.int64) * BLOCK_SIZE * D
     if BLOCK_SIZE % BLOCK_N == 0:  # the tile lies within one block: one look-up, and every tile has the same offsets
         block = tl.load(table_ptr + first // BLOCK_SIZE).to(tl.int64)
-        base += (block * KH * BLOCK_SIZE + first % BLOCK_SIZE) * D
+        base = ((block * KH + kv_head) * BLOCK_SIZE + first % BLOCK_SIZE) * D
         offsets = tl.arange(0, BLOCK_N) * D
     else:
         tokens = first + tl.arange(0, BLOCK_N)
         block = tl.load(table_ptr + tokens // BLOCK_SIZE, mask=tokens < context, other=0).to(tl.int64)
+        base = kv_head.to(tl.int64) * BLOCK_SIZE * D
         offsets = (block * KH * BLOCK_SIZE + tokens % BLOCK_SIZE) * D
     return base, offsets
 
