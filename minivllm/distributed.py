@@ -3,7 +3,8 @@
 Every layer's weights are split over the ranks (Shoeybi et al., Megatron-LM, 2019, arXiv 1909.08053): a rank computes
 some attention heads and some features of the MLP alone, and one all-reduce a branch adds up what the ranks have found.
 No global state: a group has process groups of its own, NCCL's for tensors on a GPU and gloo's for all else, and two
-groups in one process never meet. A group of one rank (`SINGLE`) takes the same code path and communicates nothing."""
+groups in one process never meet. A group of one rank (`SINGLE`) takes the same code path and communicates nothing.
+Taught in notebooks/09_tensor_parallel.ipynb."""
 
 from __future__ import annotations
 

@@ -12,8 +12,6 @@ from minivllm.course.chapters import Stop, as_committed, road
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PICTURE = ROOT / "notebooks/images/demo.svg"
-#: Named before it is there: comes with the engine's part of chapter 09.
-TO_COME = {"minivllm/distributed.py"}
 COMMITTED = [stop for stop in road(ROOT) if as_committed(ROOT / "notebooks" / f"{stop.name}.ipynb")[0]]
 
 
@@ -21,7 +19,7 @@ def test_its_links_lead_somewhere() -> None:
     page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(README)])
     headings = {re.sub(r"[^\w -]", "", h).replace(" ", "-").lower() for h in re.findall(r"^#+ (.+)$", README, re.M)}
     found = {problem.partition(": ")[2] for problem in broken_links(page, ROOT)}
-    assert {link for link in found if link.removeprefix("#") not in headings} - TO_COME == set()
+    assert {link for link in found if link.removeprefix("#") not in headings} == set()
 
 
 def test_the_picture_is_small_and_described() -> None:

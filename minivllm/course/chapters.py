@@ -247,7 +247,7 @@ MODULES = {
         "tokenizer.py",
     ),
     "08": ("engine/cuda_graphs.py", "course/streams.py"),
-    "09": ("layers/linear.py", "layers/embedding.py", "course/ranks.py"),
+    "09": ("distributed.py", "launch.py", "layers/linear.py", "layers/embedding.py", "course/ranks.py"),
     "10": ("bench/costs.py", "bench/roofline.py", "bench/latency.py", "bench/breakdown.py"),
     "11": ("llm.py", "config.py", "sampling_params.py", "outputs.py", "engine/trace.py", "errors.py"),
 }  # fmt: skip

@@ -6,7 +6,7 @@ into tiles for the tensor cores, and at T = 1 the narrow ones (o_proj, down_proj
 program takes a few rows of W instead and reads them once, in order. On an H200, T = 1, µs (cuBLAS / this): 4096 x 1024
 5.3 / 4.2, 1024 x 2048 12.8 / 3.3, 6144 x 1024 5.9 / 5.2, 1024 x 3072 6.6 / 4.2, 151936 x 1024 77 / 71. T = 4: 1024 x
 2048 8.3 / 4.6, but 4096 x 1024 5.3 / 5.5: each row of x reads W again, from the L2 cache. Tried: all rows in one
-program, slower from T = 2 (registers); `tl.dot` with x padded to 16 rows, no faster, and behind cuBLAS from T = 8."""
+program, slower from T = 2 (registers); `tl.dot`, from 9 % ahead of cuBLAS (T = 64) to 21 % behind it (T = 256)."""
 
 import torch
 import torch.nn.functional as F
