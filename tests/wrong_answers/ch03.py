@@ -165,6 +165,53 @@ def slot_mapping(
     return torch.tensor(slots + [-1] * (pad_to - len(slots)), dtype=torch.int64)
 
 
+# %% 03.2 wrong-block-size: 16, as the engine has it
+def slot_mapping(
+    block_table: torch.Tensor, starts: list[int], query_lens: list[int], block_size: int, pad_to: int
+) -> torch.Tensor:
+    slots = []
+    for table, start, count in zip(block_table.tolist(), starts, query_lens):
+        for i in range(count):
+            position = start + i
+            slots.append(table[position // 16] * 16 + position % 16)
+    return torch.tensor(slots + [-1] * (pad_to - len(slots)), dtype=torch.int64)
+
+
+# %% 03.2 wrong-block-size: 4, as in the example
+def slot_mapping(
+    block_table: torch.Tensor, starts: list[int], query_lens: list[int], block_size: int, pad_to: int
+) -> torch.Tensor:
+    slots = []
+    for table, start, count in zip(block_table.tolist(), starts, query_lens):
+        for i in range(count):
+            position = start + i
+            slots.append(table[position // 4] * 4 + position % 4)
+    return torch.tensor(slots + [-1] * (pad_to - len(slots)), dtype=torch.int64)
+
+
+# %% 03.2 wrong-block-size: the table's width
+def slot_mapping(
+    block_table: torch.Tensor, starts: list[int], query_lens: list[int], block_size: int, pad_to: int
+) -> torch.Tensor:
+    slots = []
+    for table, start, count in zip(block_table.tolist(), starts, query_lens):
+        for i in range(count):
+            position = start + i
+            slots.append(table[position // block_table.shape[1]] * block_table.shape[1] + position % block_table.shape[1])
+    return torch.tensor(slots + [-1] * (pad_to - len(slots)), dtype=torch.int64)
+
+
+# %% 03.2 ends-at-the-length: range(start, n)
+def slot_mapping(
+    block_table: torch.Tensor, starts: list[int], query_lens: list[int], block_size: int, pad_to: int
+) -> torch.Tensor:
+    slots = []
+    for table, start, count in zip(block_table.tolist(), starts, query_lens):
+        for position in range(start, count):
+            slots.append(table[position // block_size] * block_size + position % block_size)
+    return torch.tensor(slots + [-1] * (pad_to - len(slots)), dtype=torch.int64)
+
+
 # %% 03.2 right: vectorised
 def slot_mapping(
     block_table: torch.Tensor, starts: list[int], query_lens: list[int], block_size: int, pad_to: int
@@ -763,6 +810,114 @@ def decode_attention(
     return out
 
 
+# %% 03.3 not-in-place: a transposed cache cannot be laid out anew without a copy
+def store_kv(
+    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    wanted = slot_mapping >= 0
+    _, kv_heads, _, dim = k_cache.shape
+    k_cache.transpose(1, 2).reshape(-1, kv_heads, dim)[slot_mapping[wanted]] = key[wanted]
+    v_cache.transpose(1, 2).reshape(-1, kv_heads, dim)[slot_mapping[wanted]] = value[wanted]
+
+
+def decode_attention(
+    query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
+    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable,
+    num_splits: int | None = None,
+) -> torch.Tensor:
+    kv_heads, size = k_cache.shape[1:3]
+    out = torch.zeros_like(query)
+    for i, context in enumerate(seq_lens.tolist()):
+        blocks = block_table[i, : math.ceil(context / size)]
+        k, v = (cache[blocks].transpose(0, 1).flatten(1, 2)[:, :context] for cache in (k_cache, v_cache))
+        q = query[i].unflatten(0, (kv_heads, -1))
+        weights = torch.softmax(q @ k.transpose(1, 2) * scale, dim=-1)
+        out[i] = (weights @ v).flatten(0, 1)
+    return out
+
+
+# %% 03.3 wrong-block-size: 16, as the engine has it, to store
+def store_kv(
+    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    wanted = slot_mapping >= 0
+    size, slots = 16, slot_mapping[wanted]
+    k_cache[slots // size, :, slots % size] = key[wanted]
+    v_cache[slots // size, :, slots % size] = value[wanted]
+
+
+def decode_attention(
+    query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
+    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable,
+    num_splits: int | None = None,
+) -> torch.Tensor:
+    kv_heads, size = k_cache.shape[1:3]
+    out = torch.zeros_like(query)
+    for i, context in enumerate(seq_lens.tolist()):
+        blocks = block_table[i, : math.ceil(context / size)]
+        k, v = (cache[blocks].transpose(0, 1).flatten(1, 2)[:, :context] for cache in (k_cache, v_cache))
+        q = query[i].unflatten(0, (kv_heads, -1))
+        weights = torch.softmax(q @ k.transpose(1, 2) * scale, dim=-1)
+        out[i] = (weights @ v).flatten(0, 1)
+    return out
+
+
+# %% 03.3 wrong-block-size: the number of KV heads, to store
+def store_kv(
+    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    wanted = slot_mapping >= 0
+    size, slots = k_cache.shape[1], slot_mapping[wanted]
+    k_cache[slots // size, :, slots % size] = key[wanted]
+    v_cache[slots // size, :, slots % size] = value[wanted]
+
+
+def decode_attention(
+    query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
+    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable,
+    num_splits: int | None = None,
+) -> torch.Tensor:
+    kv_heads, size = k_cache.shape[1:3]
+    out = torch.zeros_like(query)
+    for i, context in enumerate(seq_lens.tolist()):
+        blocks = block_table[i, : math.ceil(context / size)]
+        k, v = (cache[blocks].transpose(0, 1).flatten(1, 2)[:, :context] for cache in (k_cache, v_cache))
+        q = query[i].unflatten(0, (kv_heads, -1))
+        weights = torch.softmax(q @ k.transpose(1, 2) * scale, dim=-1)
+        out[i] = (weights @ v).flatten(0, 1)
+    return out
+
+
+# %% 03.3 wrong-block-size: 16, to read
+def store_kv(
+    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    wanted = slot_mapping >= 0
+    size, slots = k_cache.shape[2], slot_mapping[wanted]
+    k_cache[slots // size, :, slots % size] = key[wanted]
+    v_cache[slots // size, :, slots % size] = value[wanted]
+
+
+def decode_attention(
+    query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
+    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable,
+    num_splits: int | None = None,
+) -> torch.Tensor:
+    kv_heads, size = k_cache.shape[1], 16
+    out = torch.zeros_like(query)
+    for i, context in enumerate(seq_lens.tolist()):
+        blocks = block_table[i, : math.ceil(context / size)]
+        k, v = (cache[blocks].transpose(0, 1).flatten(1, 2)[:, :context] for cache in (k_cache, v_cache))
+        q = query[i].unflatten(0, (kv_heads, -1))
+        weights = torch.softmax(q @ k.transpose(1, 2) * scale, dim=-1)
+        out[i] = (weights @ v).flatten(0, 1)
+    return out
+
+
 # %% 03.3 right: plain loops, token by token and head by head
 def store_kv(
     key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
@@ -900,6 +1055,38 @@ def read_context(cache: torch.Tensor, table: torch.Tensor, context: int, tile: i
     for first in range(0, context, tile):
         for token in range(first, first + tile):
             rows.append(cache[table[token // size], :, token % size])
+    return torch.stack(rows)
+
+
+# %% 03.4 wrong-block-size: 16
+def read_context(cache: torch.Tensor, table: torch.Tensor, context: int, tile: int) -> torch.Tensor:
+    size = 16
+    rows = []
+    for first in range(0, context, tile):
+        for token in range(first, min(first + tile, context)):
+            rows.append(cache[table[token // size], :, token % size])
+    return torch.stack(rows)
+
+
+# %% 03.4 wrong-block-size: the number of KV heads
+def read_context(cache: torch.Tensor, table: torch.Tensor, context: int, tile: int) -> torch.Tensor:
+    size = cache.shape[1]
+    rows = []
+    for first in range(0, context, tile):
+        for token in range(first, min(first + tile, context)):
+            rows.append(cache[table[token // size], :, token % size])
+    return torch.stack(rows)
+
+
+# %% 03.4 one-look-up-a-tile: steps that are no larger than a block
+def read_context(cache: torch.Tensor, table: torch.Tensor, context: int, tile: int) -> torch.Tensor:
+    size = cache.shape[2]
+    rows = []
+    tile = min(tile, size)
+    for first in range(0, context, tile):
+        block = table[first // size]
+        for token in range(first, min(first + tile, context)):
+            rows.append(cache[block, :, token % size])
     return torch.stack(rows)
 
 
@@ -1773,6 +1960,242 @@ def split_decode_kernel(
     tl.store(out_ptr + target * D + columns, acc / safe)
     if target == tl.num_programs(0) * KH * GROUP * num_splits - 1:
         tl.store(out_ptr + (target + 1) * D + columns, acc)
+    tl.store(lse_ptr + target, m + tl.log(safe))
+
+
+# %% 03.6 no-maximum: exp of the scores as they are
+@triton.jit
+def split_decode_kernel(
+    out_ptr, lse_ptr, query_ptr, k_cache_ptr, v_cache_ptr, block_table_ptr, seq_lens_ptr,
+    scale, query_stride, table_stride, num_splits,
+    KH: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
+):
+    """Program (request, query head, split): attention over the split's share of the context."""
+    request, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    target = (split * tl.num_programs(0) + request) * KH * GROUP + head  # of [num_splits, B, heads]
+    columns = tl.arange(0, D)
+    context = tl.load(seq_lens_ptr + request)
+    table_ptr = block_table_ptr + request * table_stride
+    query = tl.load(query_ptr + request * query_stride + head * D + columns) * scale
+    l, acc = 0.0, tl.zeros([D], dtype=tl.float32)
+    share = tl.cdiv(tl.cdiv(context, TILE), num_splits) * TILE
+    begin = split * share
+    for first in range(begin, tl.minimum(begin + share, context), TILE):
+        tokens = first + tl.arange(0, TILE)
+        known = tokens < context
+        rows = rows_of(table_ptr, tokens, known, head // GROUP, KH, SIZE, D)[:, None] + columns[None, :]
+        k = tl.load(k_cache_ptr + rows, mask=known[:, None], other=0.0)
+        v = tl.load(v_cache_ptr + rows, mask=known[:, None], other=0.0)
+        scores = tl.where(known, tl.sum(k * query[None, :], axis=1), float("-inf"))
+        weights = tl.exp(scores)
+        l = l + tl.sum(weights, axis=0)
+        acc = acc + tl.sum(weights[:, None] * v, axis=0)
+    safe = tl.where(l > 0.0, l, 1.0)
+    tl.store(out_ptr + target * D + columns, acc / safe)
+    tl.store(lse_ptr + target, tl.log(l))
+
+
+# %% 03.6 no-maximum: nor is an empty split thought of
+@triton.jit
+def split_decode_kernel(
+    out_ptr, lse_ptr, query_ptr, k_cache_ptr, v_cache_ptr, block_table_ptr, seq_lens_ptr,
+    scale, query_stride, table_stride, num_splits,
+    KH: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
+):
+    """Program (request, query head, split): attention over the split's share of the context."""
+    request, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    target = (split * tl.num_programs(0) + request) * KH * GROUP + head  # of [num_splits, B, heads]
+    columns = tl.arange(0, D)
+    context = tl.load(seq_lens_ptr + request)
+    table_ptr = block_table_ptr + request * table_stride
+    query = tl.load(query_ptr + request * query_stride + head * D + columns) * scale
+    l, acc = 0.0, tl.zeros([D], dtype=tl.float32)
+    share = tl.cdiv(tl.cdiv(context, TILE), num_splits) * TILE
+    begin = split * share
+    for first in range(begin, tl.minimum(begin + share, context), TILE):
+        tokens = first + tl.arange(0, TILE)
+        known = tokens < context
+        rows = rows_of(table_ptr, tokens, known, head // GROUP, KH, SIZE, D)[:, None] + columns[None, :]
+        k = tl.load(k_cache_ptr + rows, mask=known[:, None], other=0.0)
+        v = tl.load(v_cache_ptr + rows, mask=known[:, None], other=0.0)
+        scores = tl.where(known, tl.sum(k * query[None, :], axis=1), float("-inf"))
+        weights = tl.exp(scores)
+        l = l + tl.sum(weights, axis=0)
+        acc = acc + tl.sum(weights[:, None] * v, axis=0)
+    tl.store(out_ptr + target * D + columns, acc / l)
+    tl.store(lse_ptr + target, tl.log(l))
+
+
+# %% 03.6 empty-split-wrote-nothing: returns early
+@triton.jit
+def split_decode_kernel(
+    out_ptr, lse_ptr, query_ptr, k_cache_ptr, v_cache_ptr, block_table_ptr, seq_lens_ptr,
+    scale, query_stride, table_stride, num_splits,
+    KH: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
+):
+    """Program (request, query head, split): attention over the split's share of the context."""
+    request, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    target = (split * tl.num_programs(0) + request) * KH * GROUP + head  # of [num_splits, B, heads]
+    columns = tl.arange(0, D)
+    context = tl.load(seq_lens_ptr + request)
+    table_ptr = block_table_ptr + request * table_stride
+    query = tl.load(query_ptr + request * query_stride + head * D + columns) * scale
+    m, l, acc = float("-inf"), 0.0, tl.zeros([D], dtype=tl.float32)
+    share = tl.cdiv(tl.cdiv(context, TILE), num_splits) * TILE
+    begin = split * share
+    if begin >= context:
+        return
+    for first in range(begin, tl.minimum(begin + share, context), TILE):
+        tokens = first + tl.arange(0, TILE)
+        known = tokens < context
+        rows = rows_of(table_ptr, tokens, known, head // GROUP, KH, SIZE, D)[:, None] + columns[None, :]
+        k = tl.load(k_cache_ptr + rows, mask=known[:, None], other=0.0)
+        v = tl.load(v_cache_ptr + rows, mask=known[:, None], other=0.0)
+        scores = tl.where(known, tl.sum(k * query[None, :], axis=1), float("-inf"))
+        new = tl.maximum(m, tl.max(scores, axis=0))
+        weights, rescale = tl.exp(scores - new), tl.exp(m - new)
+        l = l * rescale + tl.sum(weights, axis=0)
+        acc = acc * rescale + tl.sum(weights[:, None] * v, axis=0)
+        m = new
+    safe = tl.where(l > 0.0, l, 1.0)
+    tl.store(out_ptr + target * D + columns, acc / safe)
+    tl.store(lse_ptr + target, m + tl.log(safe))
+
+
+# %% 03.6 target-counts-rows: out at target + columns
+@triton.jit
+def split_decode_kernel(
+    out_ptr, lse_ptr, query_ptr, k_cache_ptr, v_cache_ptr, block_table_ptr, seq_lens_ptr,
+    scale, query_stride, table_stride, num_splits,
+    KH: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
+):
+    """Program (request, query head, split): attention over the split's share of the context."""
+    request, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    target = (split * tl.num_programs(0) + request) * KH * GROUP + head  # of [num_splits, B, heads]
+    columns = tl.arange(0, D)
+    context = tl.load(seq_lens_ptr + request)
+    table_ptr = block_table_ptr + request * table_stride
+    query = tl.load(query_ptr + request * query_stride + head * D + columns) * scale
+    m, l, acc = float("-inf"), 0.0, tl.zeros([D], dtype=tl.float32)
+    share = tl.cdiv(tl.cdiv(context, TILE), num_splits) * TILE
+    begin = split * share
+    for first in range(begin, tl.minimum(begin + share, context), TILE):
+        tokens = first + tl.arange(0, TILE)
+        known = tokens < context
+        rows = rows_of(table_ptr, tokens, known, head // GROUP, KH, SIZE, D)[:, None] + columns[None, :]
+        k = tl.load(k_cache_ptr + rows, mask=known[:, None], other=0.0)
+        v = tl.load(v_cache_ptr + rows, mask=known[:, None], other=0.0)
+        scores = tl.where(known, tl.sum(k * query[None, :], axis=1), float("-inf"))
+        new = tl.maximum(m, tl.max(scores, axis=0))
+        weights, rescale = tl.exp(scores - new), tl.exp(m - new)
+        l = l * rescale + tl.sum(weights, axis=0)
+        acc = acc * rescale + tl.sum(weights[:, None] * v, axis=0)
+        m = new
+    safe = tl.where(l > 0.0, l, 1.0)
+    tl.store(out_ptr + target + columns, acc / safe)
+    tl.store(lse_ptr + target, m + tl.log(safe))
+
+
+# %% 03.6 walks-beyond-the-context: walks over tiles beyond the context
+@triton.jit
+def split_decode_kernel(
+    out_ptr, lse_ptr, query_ptr, k_cache_ptr, v_cache_ptr, block_table_ptr, seq_lens_ptr,
+    scale, query_stride, table_stride, num_splits,
+    KH: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
+):
+    """Program (request, query head, split): attention over the split's share of the context."""
+    request, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    target = (split * tl.num_programs(0) + request) * KH * GROUP + head  # of [num_splits, B, heads]
+    columns = tl.arange(0, D)
+    context = tl.load(seq_lens_ptr + request)
+    table_ptr = block_table_ptr + request * table_stride
+    query = tl.load(query_ptr + request * query_stride + head * D + columns) * scale
+    m, l, acc = float("-inf"), 0.0, tl.zeros([D], dtype=tl.float32)
+    share = tl.cdiv(tl.cdiv(context, TILE), num_splits) * TILE
+    begin = split * share
+    for first in range(begin, begin + share, TILE):
+        tokens = first + tl.arange(0, TILE)
+        known = tokens < context
+        rows = rows_of(table_ptr, tokens, known, head // GROUP, KH, SIZE, D)[:, None] + columns[None, :]
+        k = tl.load(k_cache_ptr + rows, mask=known[:, None], other=0.0)
+        v = tl.load(v_cache_ptr + rows, mask=known[:, None], other=0.0)
+        scores = tl.where(known, tl.sum(k * query[None, :], axis=1), float("-inf"))
+        new = tl.maximum(m, tl.max(scores, axis=0))
+        weights, rescale = tl.exp(scores - new), tl.exp(m - new)
+        l = l * rescale + tl.sum(weights, axis=0)
+        acc = acc * rescale + tl.sum(weights[:, None] * v, axis=0)
+        m = new
+    safe = tl.where(l > 0.0, l, 1.0)
+    tl.store(out_ptr + target * D + columns, acc / safe)
+    tl.store(lse_ptr + target, m + tl.log(safe))
+
+
+# %% 03.6 tokens-left-out: context // num_splits
+@triton.jit
+def split_decode_kernel(
+    out_ptr, lse_ptr, query_ptr, k_cache_ptr, v_cache_ptr, block_table_ptr, seq_lens_ptr,
+    scale, query_stride, table_stride, num_splits,
+    KH: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
+):
+    """Program (request, query head, split): attention over the split's share of the context."""
+    request, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    target = (split * tl.num_programs(0) + request) * KH * GROUP + head  # of [num_splits, B, heads]
+    columns = tl.arange(0, D)
+    context = tl.load(seq_lens_ptr + request)
+    table_ptr = block_table_ptr + request * table_stride
+    query = tl.load(query_ptr + request * query_stride + head * D + columns) * scale
+    m, l, acc = float("-inf"), 0.0, tl.zeros([D], dtype=tl.float32)
+    share = context // num_splits
+    begin = split * share
+    for first in range(begin, tl.minimum(begin + share, context), TILE):
+        tokens = first + tl.arange(0, TILE)
+        known = tokens < context
+        rows = rows_of(table_ptr, tokens, known, head // GROUP, KH, SIZE, D)[:, None] + columns[None, :]
+        k = tl.load(k_cache_ptr + rows, mask=known[:, None], other=0.0)
+        v = tl.load(v_cache_ptr + rows, mask=known[:, None], other=0.0)
+        scores = tl.where(known, tl.sum(k * query[None, :], axis=1), float("-inf"))
+        new = tl.maximum(m, tl.max(scores, axis=0))
+        weights, rescale = tl.exp(scores - new), tl.exp(m - new)
+        l = l * rescale + tl.sum(weights, axis=0)
+        acc = acc * rescale + tl.sum(weights[:, None] * v, axis=0)
+        m = new
+    safe = tl.where(l > 0.0, l, 1.0)
+    tl.store(out_ptr + target * D + columns, acc / safe)
+    tl.store(lse_ptr + target, m + tl.log(safe))
+
+
+# %% 03.6 tokens-left-out: context // num_splits, with a mask for the split's end
+@triton.jit
+def split_decode_kernel(
+    out_ptr, lse_ptr, query_ptr, k_cache_ptr, v_cache_ptr, block_table_ptr, seq_lens_ptr,
+    scale, query_stride, table_stride, num_splits,
+    KH: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
+):
+    """Program (request, query head, split): attention over the split's share of the context."""
+    request, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    target = (split * tl.num_programs(0) + request) * KH * GROUP + head  # of [num_splits, B, heads]
+    columns = tl.arange(0, D)
+    context = tl.load(seq_lens_ptr + request)
+    table_ptr = block_table_ptr + request * table_stride
+    query = tl.load(query_ptr + request * query_stride + head * D + columns) * scale
+    m, l, acc = float("-inf"), 0.0, tl.zeros([D], dtype=tl.float32)
+    share = context // num_splits
+    begin = split * share
+    end = tl.minimum(begin + share, context)
+    for first in range(begin, end, TILE):
+        tokens = first + tl.arange(0, TILE)
+        known = tokens < end
+        rows = rows_of(table_ptr, tokens, known, head // GROUP, KH, SIZE, D)[:, None] + columns[None, :]
+        k = tl.load(k_cache_ptr + rows, mask=known[:, None], other=0.0)
+        v = tl.load(v_cache_ptr + rows, mask=known[:, None], other=0.0)
+        scores = tl.where(known, tl.sum(k * query[None, :], axis=1), float("-inf"))
+        new = tl.maximum(m, tl.max(scores, axis=0))
+        weights, rescale = tl.exp(scores - new), tl.exp(m - new)
+        l = l * rescale + tl.sum(weights, axis=0)
+        acc = acc * rescale + tl.sum(weights[:, None] * v, axis=0)
+        m = new
+    safe = tl.where(l > 0.0, l, 1.0)
+    tl.store(out_ptr + target * D + columns, acc / safe)
     tl.store(lse_ptr + target, m + tl.log(safe))
 
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 #: A block that is none: what stands in it lies before the cache, in the poison of a guarded tensor.
 NO_BLOCK = -1
+#: What a block size is taken to be by somebody who writes a number.
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 def _diagnose(answer: Callable, cases: Sequence[tuple], right: Callable, suspects: dict, **more: Any) -> int:
@@ -43,7 +45,11 @@ def _diagnose(answer: Callable, cases: Sequence[tuple], right: Callable, suspect
 # --- 03.1 -------------------------------------------------------------------------------------------------------------
 
 
-@exercise("03.1", "Warm-up: bytes a token")
+@exercise(
+    "03.1",
+    "Warm-up: bytes a token",
+    hints={"one-layer": 1, "hidden-size": 1, "query-heads": 2, "head-dim-from-hidden-size": 2},
+)
 def check_kv_bytes(answer: Callable) -> str:
     def config(layers: int, hidden: int, heads: int, kv_heads: int, dim: int) -> dict[str, int]:
         return {
@@ -108,7 +114,24 @@ def check_kv_bytes(answer: Callable) -> str:
 # --- 03.2 -------------------------------------------------------------------------------------------------------------
 
 
-@exercise("03.2", "Slot mapping")
+@exercise(
+    "03.2",
+    "Slot mapping",
+    hints={
+        "position-from-zero": 1,
+        "table-from-its-first-entry": 1,
+        "offset-from-the-chunk": 1,
+        "table-ignored": 1,
+        "block-not-a-slot": 1,
+        "no-offset": 1,
+        "slots-in-a-row": 2,
+        "one-table-for-all": 2,
+        "ends-at-the-length": 3,
+        "wrong-block-size": 3,
+        "padded-with-zero": 3,
+        "not-padded": 3,
+    },
+)
 def check_slot_mapping(answer: Callable) -> str:
     import torch
 
@@ -145,7 +168,30 @@ def check_slot_mapping(answer: Callable) -> str:
     def right(block_table: Any, starts: list, query_lens: list, block_size: int, pad_to: int) -> torch.Tensor:
         return slots(block_table, starts, query_lens, block_size, pad_to, good)
 
+    def until(block_table: Any, starts: list, query_lens: list, block_size: int, pad_to: int) -> torch.Tensor:
+        left = [max(0, count - start) for start, count in zip(starts, query_lens, strict=True)]
+        return right(block_table, starts, left, block_size, pad_to)
+
+    def in_blocks_of(size: int) -> Callable:
+        """With another block size; 0: the table's width. A look-up beyond the table fails, as an answer's does."""
+
+        def wrong(block_table: Any, starts: list, query_lens: list, block_size: int, pad_to: int) -> torch.Tensor:
+            slot = lambda t, p, j, _: good(t[: block_table.shape[1]], p, j, size or block_table.shape[1])  # noqa: E731
+            return slots(block_table, starts, query_lens, block_size, pad_to, slot)
+
+        return wrong
+
     suspects = {
+        "ends-at-the-length": (
+            "A request's positions end at query_lens[i]. That is how many new tokens it has, not where they end: "
+            "a request with many tokens in the cache stores none.\nThe range ends at starts[i] + query_lens[i].",
+            until,
+        ),
+        "wrong-block-size": (
+            "Your blocks have another size than the cache's.\nIt is the argument block_size, here and in the engine: no "
+            "number of your own, and nothing that block_table's shape says.",
+            *(in_blocks_of(size) for size in (0, *SIZES)),
+        ),
         "position-from-zero": (
             "The new tokens of a request do not begin at position 0, but at starts[i]: what came before is in the "
             "cache, "
@@ -258,7 +304,27 @@ def _pages(
 # --- 03.3 -------------------------------------------------------------------------------------------------------------
 
 
-@exercise("03.3", "Your pages carry the engine")
+@exercise(
+    "03.3",
+    "Your pages carry the engine",
+    hints={
+        "minus-one-is-the-last-slot": 1,
+        "minus-one-is-slot-0": 1,
+        "slot-0-dropped": 1,
+        "stops-at-minus-one": 1,
+        "rows-out-of-step": 1,
+        "tokens-before-heads": 1,
+        "not-in-place": 1,
+        "reads-beyond-the-context": 2,
+        "values-not-masked": 2,
+        "table-ignored": 2,
+        "last-block-missing": 2,
+        "heads-and-tokens-mixed": 2,
+        "table-beyond-the-context": 2,
+        "heads-interleaved": 3,
+        "own-scale": 3,
+    },
+)
 def check_pages(store: Callable, decode: Callable) -> str:
     from minivllm.kernels import Kernels
 
@@ -320,6 +386,23 @@ def _check_store(answer: Callable) -> int:
         for slot, row in zip(slots.tolist(), rows, strict=True):  # in order, as a loop would
             cache[slot // size, :, slot % size] = row
 
+    def put_in_blocks_of(size: int) -> Callable:
+        """With another block size; 0: the number of blocks."""
+
+        def put(cache, slots, rows) -> None:
+            other = size or cache.shape[0]
+            for slot, row in zip(slots.tolist(), rows, strict=True):
+                cache[slot // other, :, slot % other] = row
+
+        return put
+
+    def put_in_copy(cache, slots, rows) -> None:
+        cache.transpose(1, 2).reshape(-1, *cache.shape[1::2])[slots] = rows  # a view only of a single KV head
+
+    def put_by_heads(cache, slots, rows) -> None:
+        for slot, row in zip(slots.tolist(), rows, strict=True):
+            cache[slot // cache.shape[1], :, slot % cache.shape[1]] = row
+
     def put_tokens_first(cache, slots, rows) -> None:
         cache.view(-1, *cache.shape[1::2])[slots] = rows
 
@@ -366,8 +449,16 @@ def _check_store(answer: Callable) -> int:
         "not-in-place": (
             "The caches are as they were before: you wrote to copies. `cache[...] = rows` writes in place; `cache = "
             "…`, "
-            "index_put and indexing twice, cache[blocks][…], do not.",
+            "index_put and indexing twice, cache[blocks][…], do not; nor does what you assign to a transposed cache after "
+            "reshape, flatten or contiguous.",
             lambda *all: None,
+            partial(wrong, rows=wanted, put=put_in_copy),
+        ),
+        "wrong-block-size": (
+            "store_kv: your blocks have another size than the cache's.\nIt is k_cache.shape[2]: the caches are "
+            "[num_blocks, KV heads, block_size, head_dim].",
+            partial(wrong, rows=wanted, put=put_by_heads),
+            *(partial(wrong, rows=wanted, put=put_in_blocks_of(size)) for size in (0, *SIZES)),
         ),
     }
     return _diagnose(answer, cases, store_kv_reference, suspects, writes=(2, 3))
@@ -411,6 +502,9 @@ def _check_decode(answer: Callable) -> int:
 
     def wrong(mistake: str) -> Callable:
         return partial(_wrong_decode, mistake)
+
+    sizes = [lambda shape, axis=axis: shape[axis] for axis in (0, 1, 3)]
+    sizes += [lambda shape, size=size: size for size in SIZES]
 
     suspects = {
         "reads-beyond-the-context": (
@@ -471,6 +565,11 @@ def _check_decode(answer: Callable) -> int:
             "is 0.",
             wrong("padded-row"),
         ),
+        "wrong-block-size": (
+            "decode_attention: your blocks have another size than the cache's.\nIt is k_cache.shape[2]: the caches are "
+            "[num_blocks, KV heads, block_size, head_dim].",
+            *(partial(_decode_in_blocks_of, f, tokens) for f in sizes for tokens in (False, True)),
+        ),
     }
     count = _diagnose(call(answer), cases, right, suspects)
     low = case([5, 8], 2, 2, 8, 4)
@@ -481,21 +580,43 @@ def _check_decode(answer: Callable) -> int:
         "wrong-dtype",
         f"query is bfloat16, and your result {dtype}.\nIt has query's dtype: torch.zeros_like(query).",
     )
-    poisoned = case([5, 12], 2, 2, 8, 4)  # 12 is three whole blocks: the entry right behind them is not needed
-    poisoned[3][0, 2:], poisoned[3][1, 3:] = 10**6, 10**6
-    expected = right(*poisoned)
-    try:
-        same = torch.allclose(call(answer)(*poisoned), expected, atol=1e-4)
-    except IndexError:
-        same = False
-    expect(
-        same,
-        "table-beyond-the-context",
-        "You look up entries of the block table that the context does not need. They may be anything, here a "
-        "million; on "
-        "a GPU that reads from a wild address.\nTake only the first ⌈context / block_size⌉ entries of a row.",
-    )
+    for size in (4, 16):
+        poisoned = case([size + 1, 3 * size], 2, 2, 8, size)  # three whole blocks: the entry behind them is not needed
+        poisoned[3][0, 2:], poisoned[3][1, 3:] = 10**6, 10**6
+        expected = right(*poisoned)
+        try:
+            same = torch.allclose(call(answer)(*poisoned), expected, atol=1e-4)
+        except IndexError:
+            same = False
+        expect(
+            same,
+            "table-beyond-the-context",
+            "You look up entries of the block table that the context does not need. They may be anything, here a "
+            "million; on a GPU that reads from a wild address.\nTake only the first ⌈context / block_size⌉ entries of "
+            "a row; block_size is k_cache.shape[2].",
+        )
     return count + 1
+
+
+def _decode_in_blocks_of(
+    size_of: Callable, tokens: bool, query, k_cache, v_cache, block_table, seq_lens, scale
+) -> torch.Tensor:
+    """Decode attention with another block size; tokens: read one by one, not by blocks."""
+    import torch
+
+    size, kv_heads, out = size_of(k_cache.shape), k_cache.shape[1], torch.zeros_like(query)
+    for i, context in enumerate(seq_lens.tolist()):
+        if tokens and context:
+            k, v = (
+                torch.stack([cache[block_table[i, p // size], :, p % size] for p in range(context)], dim=1)
+                for cache in (k_cache, v_cache)
+            )
+        else:
+            blocks = block_table[i, : -(-context // size)].long()
+            k, v = (cache[blocks].transpose(0, 1).flatten(1, 2)[:, :context] for cache in (k_cache, v_cache))
+        q = query[i].unflatten(0, (kv_heads, -1))
+        out[i] = ((q @ k.transpose(1, 2) * scale).softmax(dim=-1) @ v).flatten(0, 1)
+    return out
 
 
 def _wrong_decode(mistake: str, query, k_cache, v_cache, block_table, seq_lens, scale) -> Any:
@@ -535,7 +656,17 @@ def _wrong_decode(mistake: str, query, k_cache, v_cache, block_table, seq_lens, 
 # --- 03.4 -------------------------------------------------------------------------------------------------------------
 
 
-@exercise("03.4", "Debug this: right for months")
+@exercise(
+    "03.4",
+    "Debug this: right for months",
+    hints={
+        "tile-taken-for-a-block": 1,
+        "look-up-in-tiles": 2,
+        "offset-in-tiles": 2,
+        "one-look-up-a-tile": 3,
+        "wrong-block-size": 3,
+    },
+)
 def check_read_context(answer: Callable) -> str:
     import torch
 
@@ -548,12 +679,13 @@ def check_read_context(answer: Callable) -> str:
 
     cases = [
         case(1, 4, 4), case(16, 16, 16), case(45, 16, 16), case(27, 8, 4), case(20, 8, 8), case(21, 4, 1),
-        case(37, 4, 16), case(30, 8, 12), case(25, 8, 5), case(64, 16, 32),
+        case(37, 4, 16), case(30, 8, 12), case(25, 8, 5), case(64, 16, 32), case(41, 16, 6),
     ]  # fmt: skip
 
-    def reader(block: Callable, offset: Callable, whole: bool = False) -> Callable:
+    def reader(block: Callable, offset: Callable, whole: bool = False, smaller: bool = False) -> Callable:
         def read(cache, table, context: int, tile: int) -> torch.Tensor:
             size, rows = cache.shape[2], []
+            tile = min(tile, size) if smaller else tile
             for first in range(0, context, tile):
                 last = first + tile if whole else min(first + tile, context)
                 rows += [
@@ -596,6 +728,15 @@ def check_read_context(answer: Callable) -> str:
             "that does not divide the block, reaches into the next.\nLook up table[token // size] for each token.",
             reader(lambda f, p, t, s: f // s, lambda f, p, t, s: p % s),
             reader(lambda f, p, t, s: f // s, lambda f, p, t, s: f % s + p - f),
+            reader(lambda f, p, t, s: f // s, lambda f, p, t, s: p % s, smaller=True),
+            reader(lambda f, p, t, s: f // s, lambda f, p, t, s: f % s + p - f, smaller=True),
+        ),
+        "wrong-block-size": (
+            "Your blocks have another size than the cache's.\nIt is cache.shape[2]: the cache is [num_blocks, KH, "
+            "block_size, D].",
+            *(reader(lambda f, p, t, s, n=n: p // n, lambda f, p, t, s, n=n: p % n) for n in SIZES),  # KH is 2, D is 4
+            *(reader(lambda f, p, t, s, n=n: p // n, lambda f, p, t, s: p % s) for n in SIZES),
+            *(reader(lambda f, p, t, s: p // s, lambda f, p, t, s, n=n: p % n) for n in SIZES),
         ),
         "whole-tiles": (
             "The last tile is read to its end, beyond the context.\nStop at min(first + tile, context).",
@@ -622,7 +763,19 @@ def check_read_context(answer: Callable) -> str:
 # --- 03.5 -------------------------------------------------------------------------------------------------------------
 
 
-@exercise("03.5", "Predict: who fits")
+@exercise(
+    "03.5",
+    "Predict: who fits",
+    hints={
+        "rounded-up": 1,
+        "rounded-down": 1,
+        "tokens-not-blocks": 1,
+        "whole-block": 2,
+        "share-of-tokens": 2,
+        "only-keys": 3,
+        "query-heads": 3,
+    },
+)
 def check_predictions(
     blocks: int, reserved: int, paged: int, wasted_16: float, wasted_256: float, splits: int
 ) -> str:  # fmt: skip
@@ -746,7 +899,26 @@ def _empty_share(size: int) -> float:
 # --- 03.6 -------------------------------------------------------------------------------------------------------------
 
 
-@exercise("03.6", "A Triton kernel that splits")
+@exercise(
+    "03.6",
+    "A Triton kernel that splits",
+    hints={
+        "no-maximum": 1,
+        "no-rescale": 1,
+        "reads-beyond-the-context": 1,
+        "values-not-masked": 1,
+        "tile-taken-for-a-block": 1,
+        "query-head-as-kv-head": 1,
+        "no-scale": 1,
+        "every-split-reads-all": 2,
+        "splits-overlap": 2,
+        "tokens-left-out": 2,
+        "empty-split-is-nan": 3,
+        "empty-split-counts": 3,
+        "empty-split-wrote-nothing": 3,
+        "walks-beyond-the-context": 2,
+    },
+)
 def check_split_kernel(answer: Any) -> str:
     import torch
 
@@ -757,11 +929,12 @@ def check_split_kernel(answer: Any) -> str:
     random = seeded(6)
 
     def case(
-        contexts: list[int], kv_heads: int, group: int, size: int, tile: int, splits: int, junk="nan", pad=0
-    ) -> tuple:
+        contexts: list[int], kv_heads: int, group: int, size: int, tile: int, splits: int, junk="nan", pad=0,
+        loud=2.0,
+    ) -> tuple:  # fmt: skip
         pages = _pages(contexts, kv_heads, 16, size, seed=sum(contexts) + splits, junk=junk, stale="none")
         wide = guarded(len(contexts), kv_heads * group + pad, 16)
-        wide.copy_(torch.randn(wide.shape, generator=random) * 2)
+        wide.copy_(torch.randn(wide.shape, generator=random) * loud)
         return wide[:, : kv_heads * group], *pages, 0.3, tile, splits
 
     cases = [
@@ -774,6 +947,7 @@ def check_split_kernel(answer: Any) -> str:
         case([26, 5], 1, 2, 8, 4, 3),
         case([40, 3], 2, 1, 8, 16, 2, junk="numbers"),
         case([5, 0], 1, 2, 4, 4, 4),
+        case([24, 19], 1, 2, 8, 8, 2, loud=200.0),  # scores of several hundred: exp of them is more than float32 holds
     ]
 
     outputs_intact = []
@@ -787,11 +961,19 @@ def check_split_kernel(answer: Any) -> str:
         batch, heads, dim = query.shape
         kv_heads, size = k_cache.shape[1:3]
         out, lse = guarded(splits, batch, heads, dim), guarded(splits, batch, heads)
+        poison = lse.view(torch.int32).clone()
         answer[(batch, heads, splits)](
             out, lse, query, k_cache, v_cache, table, lens, scale, query.stride(0), table.stride(0), splits,
             KH=kv_heads, GROUP=heads // kv_heads, D=dim, SIZE=size, TILE=tile,
         )  # fmt: skip
         outputs_intact.append(intact(out, lse))
+        nothing = lse.view(torch.int32) == poison
+        expect(
+            not (intact(out, lse) and nothing.any() and not nothing.all() and out[nothing].isnan().all()),
+            "empty-split-wrote-nothing",
+            "A split without tokens wrote nothing: in out and lse stays what was there, and the merge reads it.\n"
+            "Write 0 to out and -inf to lse; so do not return early.",
+        )
         return joined(out, lse)
 
     def right(query, k_cache, v_cache, block_table, seq_lens, scale, tile, num_splits) -> tuple:
@@ -818,7 +1000,19 @@ def check_split_kernel(answer: Any) -> str:
             "Tokens at the end of a context belong to no split: the share was rounded down.\nUse tl.cdiv, which "
             "rounds up: the last "
             "split may get less.",
-            *wrong("rounded-down-tiles", "rounded-down-tokens", "whole-tiles-only"),
+            *wrong(
+                "rounded-down-tiles", "rounded-down-tokens", "whole-tiles-only", "rounded-down", "rounded-down-and-cut"
+            ),
+        ),
+        "no-maximum": (
+            "Scores of several hundred are given to exp as they are: the result is more than a float32 holds, inf, and "
+            "inf / inf is NaN.\nKeep a running maximum m: the weights are tl.exp(scores - new).",
+            *wrong("no-maximum", "no-maximum-empty-nan"),
+        ),
+        "target-counts-rows": (
+            "You write out at target + columns: the programs write over each other's numbers. target counts rows, and a "
+            "row of out has D numbers.\nIt begins at target * D: `target * D + columns`.",
+            *wrong("target-plus-columns"),
         ),
         "lse-without-the-maximum": (
             "lse is log(l) alone. l was summed under the split's own maximum, and another split has another: the "
@@ -839,6 +1033,11 @@ def check_split_kernel(answer: Any) -> str:
             "A split without tokens gives 0 / 0 = NaN. Its weight in the merge is 0, but 0 · NaN is NaN.\nDivide by "
             "tl.where(l > 0.0, l, 1.0).",
             *wrong("empty-nan", "empty-nan-lse"),
+        ),
+        "walks-beyond-the-context": (
+            "A split that ends beyond the context walks over tiles in which no token is known. Where nothing "
+            "came before, scores - new is -inf - -inf, which is NaN.\nEnd at tl.minimum(begin + share, context).",
+            *wrong("unclamped", "unclamped-empty-nan"),
         ),
         "empty-split-counts": (
             "A split without tokens has the log-sum-exp 0: in the merge that is a weight of 1, for nothing.\nIts lse "
@@ -941,11 +1140,11 @@ def _split_decode(mistake: str, query, k_cache, v_cache, block_table, seq_lens, 
             begin, end = _share(mistake, context, tile, split, num_splits)
             for head in range(heads):
                 kv_head = {"interleaved": head % kv_heads, "no-group": head}.get(mistake, head // (heads // kv_heads))
-                start = 0.0 if mistake == "starts-at-zero" else -math.inf
+                start = 0.0 if mistake == "starts-at-zero" or mistake.startswith("no-maximum") else -math.inf
                 m, l, acc = torch.tensor(start), torch.tensor(0.0), torch.zeros(dim)
                 for first in range(begin, end, tile):
                     tokens = first + torch.arange(tile)
-                    known = tokens < context
+                    known = tokens < (end if mistake == "rounded-down-and-cut" else context)
                     entries = torch.full_like(tokens, first // tile) if mistake == "table-by-tile" else tokens // size
                     blocks = table[i].long()[entries.clamp(max=table.shape[1] - 1)]
                     if mistake != "unmasked":
@@ -959,19 +1158,28 @@ def _split_decode(mistake: str, query, k_cache, v_cache, block_table, seq_lens, 
                     scores = k @ query[i, head] * (1.0 if mistake == "no-scale" else scale)
                     if not mistake.startswith("unmasked"):
                         scores = scores.masked_fill(~known, -math.inf)
-                    new = torch.maximum(m, scores.max())
+                    new = torch.tensor(0.0) if mistake.startswith("no-maximum") else torch.maximum(m, scores.max())
                     weights, rescale = torch.exp(scores - new), torch.exp(m - new)
                     l = l * (1.0 if mistake in ("no-rescale", "no-rescale-l") else rescale) + weights.sum()
                     acc = acc * (1.0 if mistake in ("no-rescale", "no-rescale-acc") else rescale) + (
                         weights[:, None] * v
                     ).sum(0)
                     m = new
-                safe = l if mistake.startswith("empty-nan") else torch.where(l > 0, l, 1.0)
+                safe = l if "empty-nan" in mistake else torch.where(l > 0, l, 1.0)
                 out[split, i, head] = acc if mistake == "not-divided" else acc / safe
                 log = torch.log2(safe) if mistake == "lse-base-2" else torch.log(safe)
                 lse[split, i, head] = log if mistake == "lse-log-l" else m + log
+                if mistake.startswith("no-maximum"):
+                    lse[split, i, head] = torch.log(l)
                 if mistake in ("empty-nan-lse", "empty-lse-zero") and not l > 0:
                     lse[split, i, head] = math.nan if mistake == "empty-nan-lse" else 0.0
+    if mistake == "target-plus-columns":
+        rows, out = out.flatten(0, 2), torch.full_like(out, math.nan)
+        for i in range(batch):  # in the order in which the interpreter runs the programs
+            for head in range(heads):
+                for split in range(num_splits):
+                    target = (split * batch + i) * heads + head
+                    out.view(-1)[target : target + dim] = rows[target]
     return out, lse
 
 
@@ -987,7 +1195,11 @@ def _share(mistake: str, context: int, tile: int, split: int, num_splits: int) -
         share = context // num_splits // tile * tile
     elif mistake == "whole-tiles-only":
         context = context // tile * tile
+    elif mistake.startswith("rounded-down"):
+        share = context // num_splits
     elif mistake == "shares-of-tokens":
         share = -(-context // num_splits)
     begin = split * share
+    if mistake.startswith("unclamped"):
+        return begin, begin + share
     return begin, context if mistake == "to-the-end" else min(begin + share, context)
