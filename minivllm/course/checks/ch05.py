@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -233,7 +234,11 @@ CROWDED = [Arrival(0, 6, 6)] * 3
 CROWDED_LIMITS = {"max_num_batched_tokens": 32, "max_num_seqs": 3, "num_blocks": 6, "block_size": 4}
 
 
-@exercise("05.3", "Predict: who has to go")
+@exercise(
+    "05.3",
+    "Predict: who has to go",
+    hints={"nobody-waits": 2, "forgets-its-answer": 3, "only-the-prompt": 3, "wrong-first-step": 3},
+)
 def check_prediction(victim: Any, num_steps: Any, first_step_back: Any, computed_again: Any) -> str:
     run = simulate(CROWDED, cost=STEPS, **CROWDED_LIMITS)
     preempted = [name for step in run.trace.steps for name in step.preempted]
@@ -314,7 +319,7 @@ def check_prediction(victim: Any, num_steps: Any, first_step_back: Any, computed
 # --- 05.4 -------------------------------------------------------------------------------------------------------------
 
 
-@exercise("05.4", "Debug this: requests that vanish", hints={"overtaken": 3})
+@exercise("05.4", "Debug this: requests that vanish", hints={"lost-request": 2, "stalled": 2, "overtaken": 3})
 def check_admission(answer: type) -> str:
     expect(
         isinstance(answer, type) and issubclass(answer, Scheduler),
@@ -851,13 +856,16 @@ def scoreboard(**policies: type) -> None:
 def _leaping_clocks(answer: type) -> Iterator[list[str]]:
     """The machine's clocks leap by a minute at every look; yields the names of those that were looked at.
 
-    Clocks that a cell has imported by name (`from time import monotonic`) are replaced in the answer's own module.
+    Clocks that a cell has imported by name (`from time import monotonic`) are replaced in the answer's own module. They
+    leap for this thread only: those of a Jupyter kernel that wait for messages look at the clock as well.
     """
     seen: list[str] = []
-    real = datetime.datetime
+    real, here = datetime.datetime, threading.get_ident()
 
     def leaping(name: str, clock: Callable) -> Callable:
         def read(*args: Any) -> Any:
+            if threading.get_ident() != here:
+                return clock(*args)
             seen.append(name)
             return clock(*args) + 60 * len(seen) * (10**9 if name.endswith("_ns") else 1)
 
@@ -866,6 +874,8 @@ def _leaping_clocks(answer: type) -> Iterator[list[str]]:
     class Leaping(real):
         @classmethod
         def now(cls, tz: Any = None) -> Any:
+            if threading.get_ident() != here:
+                return real.now(tz)
             seen.append("datetime.now")
             return real.now(tz) + datetime.timedelta(minutes=len(seen))
 
