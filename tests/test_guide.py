@@ -64,6 +64,7 @@ def test_every_sampling_field_has_an_example(guide: NotebookNode) -> None:
 def test_every_seam_has_an_example(guide: NotebookNode) -> None:
     parameters = inspect.signature(LLMEngine.__init__).parameters.values()
     seams = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+    seams.remove("group")  # not a piece of one's own: what a rank gets from whoever starts it
     assert len(seams) >= 5
     assert seams - given_names(guide) == set()
 
