@@ -44,6 +44,9 @@ def test_compiles_for_hopper(compiled: dict, operation: str, dtype: str):
         assert kernel["shared"] <= 227 * 1024, f"more shared memory than a multiprocessor has: {kernel}"
         if dtype == "bfloat16":  # float32 attention is there to be right, not to be fast
             assert kernel["stack"] == 0, f"registers spill: {kernel}"
+        if operation == "prefill, block_size 64, short" and dtype == "bfloat16":
+            # Three programs of four warps a multiprocessor; with two, 64 prompts of 256 took 17 % longer on an H200.
+            assert kernel["registers"] <= 168, f"too many registers for three programs: {kernel}"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
