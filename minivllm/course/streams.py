@@ -45,6 +45,9 @@ from minivllm.sampling_params import SamplingParams
 
 aten = torch.ops.aten
 
+#: What `Event.query` raises when it is asked over and over: only waiting, or work, moves the simulated clock.
+STANDS_STILL = "the simulated clock stands still"
+
 #: What CUDA says where a recording waits for the GPU.
 NOT_WHILE_CAPTURING = "CUDA error: operation not permitted when stream is capturing"
 #: Operations whose result has a size that depends on values: PyTorch waits for them.
@@ -158,6 +161,7 @@ class SimulatedGPU:
         self._capture: CUDAGraph | None = None
         self._pinned: dict[int, torch.Tensor] = {}
         self._broken = ""
+        self._asked = (0.0, 0)  # queries in vain, and at what time
 
     # --- memory ---------------------------------------------------------------------------------------------------
 
@@ -469,8 +473,14 @@ class Event:
         self._time = max(self._gpu.now, self._gpu._stream_free)
 
     def query(self) -> bool:
-        """Whether the GPU has come that far."""
-        return self._time is None or self._time <= self._gpu.now + 1e-9
+        """Whether the GPU has come that far. CudaError after 10,000 questions in vain at the same time."""
+        gpu = self._gpu
+        if self._time is None or self._time <= gpu.now + 1e-9:
+            return True
+        gpu._asked = (gpu.now, gpu._asked[1] + 1 if gpu._asked[0] == gpu.now else 1)
+        if gpu._asked[1] > 10_000:
+            raise CudaError(f"{STANDS_STILL}: query() was asked 10,000 times in a row; synchronize() waits")
+        return False
 
     def synchronize(self) -> None:
         """Wait until it has, and no longer."""

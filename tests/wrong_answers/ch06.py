@@ -2984,3 +2984,191 @@ class Qwen3(nn.Module):
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden @ self.lm_head.weight.T
+
+
+# %% 06.5 same-numel: counts the numbers
+def load(
+    params: dict[str, torch.Tensor], tensors: Iterable[tuple[str, torch.Tensor]],
+    fused: dict[str, dict[str, int]], tied: bool,
+) -> None:
+    """Fill every parameter in place from a checkpoint's tensors. ValueError where the two do not fit."""
+    places = {}
+    for name, parameter in params.items():
+        module, _, kind = name.rpartition(".")
+        parent, _, last = module.rpartition(".")
+        if last in fused:
+            rows = parameter.split(list(fused[last].values()))
+            places |= {f"{parent}.{part}.{kind}": place for part, place in zip(fused[last], rows)}
+        else:
+            places[name] = parameter
+    for name, tensor in tensors:
+        if tied and name == "lm_head.weight":
+            continue
+        if name not in places:
+            raise ValueError(f"{name} fits nowhere")
+        place = places.pop(name)
+        if place.numel() != tensor.numel():
+            raise ValueError(f"{name} has the shape {list(tensor.shape)}, its place {list(place.shape)}")
+        place.copy_(tensor.reshape(place.shape))
+    if places:
+        raise ValueError(f"not in the file: {', '.join(places)}")
+
+
+# %% 06.5 same-numel: looks at it as the place is
+def load(
+    params: dict[str, torch.Tensor], tensors: Iterable[tuple[str, torch.Tensor]],
+    fused: dict[str, dict[str, int]], tied: bool,
+) -> None:
+    """Fill every parameter in place from a checkpoint's tensors. ValueError where the two do not fit."""
+    places = {}
+    for name, parameter in params.items():
+        module, _, kind = name.rpartition(".")
+        parent, _, last = module.rpartition(".")
+        if last in fused:
+            rows = parameter.split(list(fused[last].values()))
+            places |= {f"{parent}.{part}.{kind}": place for part, place in zip(fused[last], rows)}
+        else:
+            places[name] = parameter
+    for name, tensor in tensors:
+        if tied and name == "lm_head.weight":
+            continue
+        if name not in places:
+            raise ValueError(f"{name} fits nowhere")
+        place = places.pop(name)
+        if place.numel() != tensor.numel():
+            raise ValueError(f"{name} has the shape {list(tensor.shape)}, its place {list(place.shape)}")
+        place.copy_(tensor.view_as(place))
+    if places:
+        raise ValueError(f"not in the file: {', '.join(places)}")
+
+
+# %% 06.5 rows-only: compares the first dimension
+def load(
+    params: dict[str, torch.Tensor], tensors: Iterable[tuple[str, torch.Tensor]],
+    fused: dict[str, dict[str, int]], tied: bool,
+) -> None:
+    """Fill every parameter in place from a checkpoint's tensors. ValueError where the two do not fit."""
+    places = {}
+    for name, parameter in params.items():
+        module, _, kind = name.rpartition(".")
+        parent, _, last = module.rpartition(".")
+        if last in fused:
+            rows = parameter.split(list(fused[last].values()))
+            places |= {f"{parent}.{part}.{kind}": place for part, place in zip(fused[last], rows)}
+        else:
+            places[name] = parameter
+    for name, tensor in tensors:
+        if tied and name == "lm_head.weight":
+            continue
+        if name not in places:
+            raise ValueError(f"{name} fits nowhere")
+        place = places.pop(name)
+        if place.shape[0] != tensor.shape[0]:
+            raise ValueError(f"{name} has the shape {list(tensor.shape)}, its place {list(place.shape)}")
+        place.copy_(tensor)
+    if places:
+        raise ValueError(f"not in the file: {', '.join(places)}")
+
+
+# %% 06.5 turned-to-fit: transposes what is on its side
+def load(
+    params: dict[str, torch.Tensor], tensors: Iterable[tuple[str, torch.Tensor]],
+    fused: dict[str, dict[str, int]], tied: bool,
+) -> None:
+    """Fill every parameter in place from a checkpoint's tensors. ValueError where the two do not fit."""
+    places = {}
+    for name, parameter in params.items():
+        module, _, kind = name.rpartition(".")
+        parent, _, last = module.rpartition(".")
+        if last in fused:
+            rows = parameter.split(list(fused[last].values()))
+            places |= {f"{parent}.{part}.{kind}": place for part, place in zip(fused[last], rows)}
+        else:
+            places[name] = parameter
+    for name, tensor in tensors:
+        if tied and name == "lm_head.weight":
+            continue
+        if name not in places:
+            raise ValueError(f"{name} fits nowhere")
+        place = places.pop(name)
+        if place.shape == tensor.T.shape:
+            tensor = tensor.T
+        if place.shape != tensor.shape:
+            raise ValueError(f"{name} has the shape {list(tensor.shape)}, its place {list(place.shape)}")
+        place.copy_(tensor)
+    if places:
+        raise ValueError(f"not in the file: {', '.join(places)}")
+
+
+# %% 06.5 error-without-name: says only that there was one
+def load(
+    params: dict[str, torch.Tensor], tensors: Iterable[tuple[str, torch.Tensor]],
+    fused: dict[str, dict[str, int]], tied: bool,
+) -> None:
+    """Fill every parameter in place from a checkpoint's tensors. ValueError where the two do not fit."""
+    places = {}
+    for name, parameter in params.items():
+        module, _, kind = name.rpartition(".")
+        parent, _, last = module.rpartition(".")
+        if last in fused:
+            rows = parameter.split(list(fused[last].values()))
+            places |= {f"{parent}.{part}.{kind}": place for part, place in zip(fused[last], rows)}
+        else:
+            places[name] = parameter
+    for name, tensor in tensors:
+        if tied and name == "lm_head.weight":
+            continue
+        if name not in places:
+            raise ValueError("unexpected tensor")
+        place = places.pop(name)
+        if place.shape != tensor.shape:
+            raise ValueError(f"a tensor has the shape {list(tensor.shape)}, its place {list(place.shape)}")
+        place.copy_(tensor)
+    if places:
+        raise ValueError(f"not in the file: {', '.join(places)}")
+
+
+# %% 06.5 error-without-name: does not say what is missing
+def load(
+    params: dict[str, torch.Tensor], tensors: Iterable[tuple[str, torch.Tensor]],
+    fused: dict[str, dict[str, int]], tied: bool,
+) -> None:
+    """Fill every parameter in place from a checkpoint's tensors. ValueError where the two do not fit."""
+    places = {}
+    for name, parameter in params.items():
+        module, _, kind = name.rpartition(".")
+        parent, _, last = module.rpartition(".")
+        if last in fused:
+            rows = parameter.split(list(fused[last].values()))
+            places |= {f"{parent}.{part}.{kind}": place for part, place in zip(fused[last], rows)}
+        else:
+            places[name] = parameter
+    for name, tensor in tensors:
+        if tied and name == "lm_head.weight":
+            continue
+        if name not in places:
+            raise ValueError(f"{name} fits nowhere")
+        place = places.pop(name)
+        if place.shape != tensor.shape:
+            raise ValueError(f"{name} has the shape {list(tensor.shape)}, its place {list(place.shape)}")
+        place.copy_(tensor)
+    if places:
+        raise ValueError(f"{len(places)} missing")
+
+
+# %% 06.4 norm-in-16-bits: norms in the dtype of the input
+def qk_norm_rope(
+    query: torch.Tensor, key: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
+    cos_sin: torch.Tensor, positions: torch.Tensor, eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Norm, where weights are given, and turn each head: [T, H, D], [T, KH, D] -> both, new."""
+    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
+
+    def turn(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        wide = x.float()
+        if weight is not None:
+            wide = (x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight).float()
+        a, b = wide.chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+    return turn(query, q_weight), turn(key, k_weight)

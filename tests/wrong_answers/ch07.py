@@ -3235,5 +3235,150 @@ class MyEngine:
             self.add(seq)
         while any(not seq.is_finished for seq in sequences):
             for seq_id, piece in self.step().items():
-                pieces[number[seq_id]].append(piece)
+                if seq_id in number:
+                    pieces[number[seq_id]].append(piece)
         return ["".join(parts) for parts in pieces]
+
+
+# %% 07.6 foreign-request: run knows only its own requests
+class MyEngine:
+    """Requests in, steps, texts out."""
+
+    def __init__(self, scheduler: Scheduler, runner: ModelRunner, new_stream: Callable) -> None:
+        self.scheduler, self.runner, self.new_stream = scheduler, runner, new_stream
+        self.streams = {}
+        self.planned = False
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a request."""
+        self.streams[seq.seq_id] = self.new_stream(seq.params.stop_strings)
+        self.scheduler.add(seq)
+
+    def step(self) -> dict[int, str]:
+        """One step for everything that runs: seq_id -> its new text."""
+        batch = self.scheduler.schedule()
+        self.planned = bool(batch)
+        if not batch:
+            return {}
+        tokens = self.runner.execute(batch).wait()
+        news = {}
+        for item in self.scheduler.update(batch, tokens):
+            seq, stream, text = item.sequence, self.streams[item.sequence.seq_id], ""
+            if seq.finish_reason != "stop":
+                text = stream.append(seq.token_ids[item.sample_position])
+            if stream.stopped is not None:
+                self.scheduler.finish(seq, "stop", stream.stopped)
+            if seq.is_finished:
+                text += stream.finish()
+                del self.streams[seq.seq_id]
+            news[seq.seq_id] = text
+        return news
+
+    def run(self, sequences: list[Sequence]) -> list[str]:
+        """Serve these to their ends; their texts, in their order."""
+        texts = {seq.seq_id: "" for seq in sequences}
+        for seq in sequences:
+            self.add(seq)
+        while not all(seq.is_finished for seq in sequences):
+            for seq_id, text in self.step().items():
+                texts[seq_id] += text
+            if not self.planned:
+                raise RuntimeError("Nothing was planned, and requests are unfinished: one is too large for the cache.")
+        return [texts[seq.seq_id] for seq in sequences]
+
+
+# %% 07.6 empty-text-left-out: only where there is text
+class MyEngine:
+    """Requests in, steps, texts out."""
+
+    def __init__(self, scheduler: Scheduler, runner: ModelRunner, new_stream: Callable) -> None:
+        self.scheduler, self.runner, self.new_stream = scheduler, runner, new_stream
+        self.streams = {}
+        self.planned = False
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a request."""
+        self.streams[seq.seq_id] = self.new_stream(seq.params.stop_strings)
+        self.scheduler.add(seq)
+
+    def step(self) -> dict[int, str]:
+        """One step for everything that runs: seq_id -> its new text."""
+        batch = self.scheduler.schedule()
+        self.planned = bool(batch)
+        if not batch:
+            return {}
+        tokens = self.runner.execute(batch).wait()
+        news = {}
+        for item in self.scheduler.update(batch, tokens):
+            seq, stream, text = item.sequence, self.streams[item.sequence.seq_id], ""
+            if seq.finish_reason != "stop":
+                text = stream.append(seq.token_ids[item.sample_position])
+            if stream.stopped is not None:
+                self.scheduler.finish(seq, "stop", stream.stopped)
+            if seq.is_finished:
+                text += stream.finish()
+                del self.streams[seq.seq_id]
+            if text:
+                news[seq.seq_id] = text
+        return news
+
+    def run(self, sequences: list[Sequence]) -> list[str]:
+        """Serve these to their ends; their texts, in their order."""
+        texts = {seq.seq_id: "" for seq in sequences}
+        for seq in sequences:
+            self.add(seq)
+        while not all(seq.is_finished for seq in sequences):
+            for seq_id, text in self.step().items():
+                if seq_id in texts:
+                    texts[seq_id] += text
+            if not self.planned:
+                raise RuntimeError("Nothing was planned, and requests are unfinished: one is too large for the cache.")
+        return [texts[seq.seq_id] for seq in sequences]
+
+
+# %% 07.6 texts-overwritten: streams kept by prompt
+class MyEngine:
+    """Requests in, steps, texts out."""
+
+    def __init__(self, scheduler: Scheduler, runner: ModelRunner, new_stream: Callable) -> None:
+        self.scheduler, self.runner, self.new_stream = scheduler, runner, new_stream
+        self.streams = {}
+        self.planned = False
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a request."""
+        self.streams[tuple(seq.token_ids)] = self.new_stream(seq.params.stop_strings)
+        self.scheduler.add(seq)
+
+    def step(self) -> dict[int, str]:
+        """One step for everything that runs: seq_id -> its new text."""
+        batch = self.scheduler.schedule()
+        self.planned = bool(batch)
+        if not batch:
+            return {}
+        tokens = self.runner.execute(batch).wait()
+        news = {}
+        for item in self.scheduler.update(batch, tokens):
+            seq, stream, text = item.sequence, self.streams[tuple(item.sequence.token_ids[: item.sequence.num_prompt_tokens])], ""
+            if seq.finish_reason != "stop":
+                text = stream.append(seq.token_ids[item.sample_position])
+            if stream.stopped is not None:
+                self.scheduler.finish(seq, "stop", stream.stopped)
+            if seq.is_finished:
+                text += stream.finish()
+                del self.streams[tuple(seq.token_ids[: seq.num_prompt_tokens])]
+            news[seq.seq_id] = text
+        return news
+
+    def run(self, sequences: list[Sequence]) -> list[str]:
+        """Serve these to their ends; their texts, in their order."""
+        texts = {seq.seq_id: "" for seq in sequences}
+        for seq in sequences:
+            self.add(seq)
+        while not all(seq.is_finished for seq in sequences):
+            for seq_id, text in self.step().items():
+                if seq_id in texts:
+                    texts[seq_id] += text
+            if not self.planned:
+                raise RuntimeError("Nothing was planned, and requests are unfinished: one is too large for the cache.")
+        return [texts[seq.seq_id] for seq in sequences]

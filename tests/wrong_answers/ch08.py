@@ -1471,3 +1471,131 @@ def serve(engine):
             engine.update(oldest, [int(token) for token in step.token_ids])
         batch = engine.schedule()
     return count
+
+
+# %% 08.3 block-size-fixed: 16 typed in
+def decode_inputs(state, slots, block_size):
+    is_real, position = slots < len(state.position) - 1, state.position[slots]
+    table = state.block_table[slots]
+    block = table.gather(1, (position // 16)[:, None])[:, 0]
+    places = torch.where(is_real, block * 16 + position % 16, -1)
+    return position, torch.where(is_real, position + 1, 0).int(), table, places
+
+
+def advance(state, slots, token_ids):
+    is_real = slots < len(state.position) - 1
+    state.last_token[slots] = token_ids
+    state.position[slots] = torch.where(is_real, state.position[slots] + 1, 0)
+
+
+# %% 08.3 not-in-place: new tensors in the state
+def decode_inputs(state, slots, block_size):
+    is_real, position = slots < len(state.position) - 1, state.position[slots]
+    table = state.block_table[slots]
+    block = table.gather(1, (position // block_size)[:, None])[:, 0]
+    places = torch.where(is_real, block * block_size + position % block_size, -1)
+    return position, torch.where(is_real, position + 1, 0).int(), table, places
+
+
+def advance(state, slots, token_ids):
+    position = state.position.clone()
+    position[slots] += 1
+    state.position = position
+
+
+# %% 08.4 changed-input: sorts the caller's sizes
+class DecodeGraphs:
+    def __init__(self, gpu, step, sizes, spare_slot):
+        self.gpu, self.spare_slot, self.graphs = gpu, spare_slot, {}
+        sizes.sort()
+        self.slots = gpu.full((sizes[-1],), spare_slot)
+        pool = gpu.graph_pool_handle()
+        for size in sizes:
+            step(self.slots[:size])
+            graph = gpu.CUDAGraph()
+            with gpu.graph(graph, pool=pool):
+                out = step(self.slots[:size])
+            self.graphs[size] = graph, out
+
+    def replay(self, slots):
+        size = min((s for s in self.graphs if s >= len(slots)), default=None)
+        if size is None:
+            raise ValueError("too many")
+        padded = slots + [self.spare_slot] * (size - len(slots))
+        self.slots[:size].copy_(self.gpu.pinned(padded), non_blocking=True)
+        graph, out = self.graphs[size]
+        graph.replay()
+        return out[: len(slots)]
+
+
+# %% 08.4 changed-input: pads the caller's slots
+class DecodeGraphs:
+    def __init__(self, gpu, step, sizes, spare_slot):
+        self.gpu, self.spare_slot, self.graphs = gpu, spare_slot, {}
+        self.slots = gpu.full((max(sizes),), spare_slot)
+        pool = gpu.graph_pool_handle()
+        for size in sizes:
+            step(self.slots[:size])
+            graph = gpu.CUDAGraph()
+            with gpu.graph(graph, pool=pool):
+                out = step(self.slots[:size])
+            self.graphs[size] = graph, out
+
+    def replay(self, slots):
+        size, count = min((s for s in self.graphs if s >= len(slots)), default=None), len(slots)
+        if size is None:
+            raise ValueError("too many")
+        slots += [self.spare_slot] * (size - count)
+        self.slots[:size].copy_(self.gpu.pinned(slots), non_blocking=True)
+        graph, out = self.graphs[size]
+        graph.replay()
+        return out[:count]
+
+
+# %% 08.6 waits-before-launch: plans, waits for the older step, launches
+def serve(engine):
+    in_flight, count = deque(), 0
+    while True:
+        batch = engine.schedule()
+        if batch is None and not in_flight:
+            return count
+        while len(in_flight) > (1 if batch is not None else 0):
+            before, step = in_flight.popleft()
+            step.arrived.synchronize()
+            engine.update(before, step.token_ids.tolist())
+        if batch is not None:
+            in_flight.append((batch, engine.launch(batch)))
+            count += 1
+
+
+# %% 08.6 spins: asks until the answer is yes
+def serve(engine):
+    in_flight, count = deque(), 0
+    while True:
+        batch = engine.schedule()
+        if batch is not None:
+            in_flight.append((batch, engine.launch(batch)))
+            count += 1
+        elif not in_flight:
+            return count
+        while len(in_flight) > (1 if batch is not None else 0):
+            before, step = in_flight.popleft()
+            while not step.arrived.query():
+                pass
+            engine.update(before, step.token_ids.tolist())
+
+
+# %% 08.6 no-list-of-integers: the tensor as it is
+def serve(engine):
+    in_flight, count = deque(), 0
+    while True:
+        batch = engine.schedule()
+        if batch is not None:
+            in_flight.append((batch, engine.launch(batch)))
+            count += 1
+        elif not in_flight:
+            return count
+        while len(in_flight) > (1 if batch is not None else 0):
+            before, step = in_flight.popleft()
+            step.arrived.synchronize()
+            engine.update(before, step.token_ids)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import combinations
@@ -630,7 +631,11 @@ def check_qk_norm_rope(answer: Callable) -> str:
         case([7], 2, 2, 6, size=3.0), case([5, 6, 7, 8], 3, 1, 16), case([63, 0, 9, 9, 30], 4, 4, 8, norm=False),
         case([3, 40], 2, 1, 8, size=0.01, eps=1e-3), case(range(17), 4, 2, 64, theta=1e4),
     ]  # fmt: skip
-    low = [case([2, 11, 50], 4, 2, 16, dtype=torch.bfloat16), case([4], 2, 1, 8, norm=False, dtype=torch.bfloat16)]
+    low = [
+        case([2, 11, 50], 4, 2, 16, dtype=torch.bfloat16),
+        case([4], 2, 1, 8, norm=False, dtype=torch.bfloat16),
+        case([3, 20], 2, 1, 16, size=1000.0, dtype=torch.float16),
+    ]  # squares beyond float16
 
     def turned(
         query: torch.Tensor, key: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
@@ -789,10 +794,29 @@ def check_qk_norm_rope(answer: Callable) -> str:
     items = {"item 0: ": "the query: ", "item 1: ": "the key: "}
     number = diagnose(answer, cases, qk_norm_rope_reference, suspects, wording=items, rtol=1e-3, atol=1e-4)
     # In 16 bits, rounding once more or less is no mistake.
-    number += diagnose(answer, low, qk_norm_rope_reference, {}, wording=items, rtol=0.03, atol=0.03)
+    narrow = {
+        "norm-in-16-bits": (
+            "You norm in the inputs' dtype. In float16 the square of 300 is infinite already, and nothing is left of the "
+            "head.\nx.float() first, and back to x.dtype at the end.",
+            lambda *given: turned(*_normed_narrowly(*given)),
+        )
+    }
+    number += diagnose(answer, low, qk_norm_rope_reference, narrow, wording=items, rtol=0.03, atol=0.03)
     mine = counted(answer)
     line = engine_agrees(mine, kernels=replace(Kernels.reference(), qk_norm_rope=mine))
     return f"{number} batches of heads, and {line}"
+
+
+def _normed_narrowly(
+    query: torch.Tensor, key: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
+    cos_sin: torch.Tensor, positions: torch.Tensor, eps: float,
+) -> tuple:  # fmt: skip
+    """Arguments for RoPE alone, normed without leaving the inputs' dtype."""
+
+    def norm(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        return x if weight is None else x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+
+    return norm(query, q_weight), norm(key, k_weight), None, None, cos_sin, positions, eps
 
 
 # --- 06.5 -------------------------------------------------------------------------------------------------------------
@@ -870,7 +894,12 @@ def _load(
                 continue
             raise ValueError(name)
         place = places[name]
-        if place.shape != tensor.shape and "shape" not in slips:
+        if "turned-to-fit" in slips and tensor.ndim == 2 and place.shape == tensor.T.shape:
+            tensor = tensor.T
+        if "same-numel" in slips and place.numel() == tensor.numel():
+            tensor = tensor.reshape(place.shape)
+        same = len(place) == len(tensor) if "rows-only" in slips else place.shape == tensor.shape
+        if not same and "shape" not in slips:
             raise ValueError(name)
         if rows == "by arrival" and name in whole:
             start = arrived.get(whole[name], 0)
@@ -945,7 +974,12 @@ def check_loading(answer: Callable) -> str:
         files("an input_layernorm of one number", change=reshaped("input_layernorm", lambda t: t[:1])),
         files("a k_proj of one row", change=reshaped("k_proj", lambda t: t[:1])),
         files("a q_proj with another number of rows", change=reshaped("q_proj", lambda t: t[:5])),
+        files("an o_proj on its side, [6, 3] for [3, 6]", change=reshaped("o_proj", lambda t: t.T.contiguous())),
+        files("a v_proj of one column", change=reshaped("v_proj", lambda t: t[:, :1])),
+        files("a down_proj of one column", change=reshaped("down_proj", lambda t: t[:, :1])),
     ]
+    named = ("model.norm", "v_proj|qkv_proj", "k_norm", "lm_head", "g_proj", r"layers\.1\.", "input_layernorm", "k_proj",
+             "q_proj", "o_proj", "v_proj", "down_proj")  # fmt: skip
     del_layer = bad[5].params
     bad[5].params = {name: tensor for name, tensor in del_layer.items() if ".1." not in name}
 
@@ -975,6 +1009,13 @@ def check_loading(answer: Callable) -> str:
         "the file is for.\nRaise ValueError with its name.",
         "shape": "A tensor of another shape was taken: copy_ broadcasts, so that one row fills many.\n"
         "Compare the shapes before you copy, and raise ValueError.",
+        "turned-to-fit": "A matrix of the wrong shape was turned until it fitted. Its numbers lie in another order then.\n"
+        "A shape that is not exactly the place's is a ValueError.",
+        "same-numel": "You compare how many numbers there are, not the shapes: a matrix on its side has as many, in "
+                      "another "
+        "order.\nCompare place.shape and tensor.shape.",
+        "rows-only": "You compare the first dimension only: copy_ broadcasts one column into many.\n"
+        "Compare the whole shapes.",
         "tied-copy": "The model's head is tied, and the file has a copy of it, as many have: that is no error.\n"
         "With tied=True, pass over lm_head.weight.",
         "bias-forgotten": "Weights are loaded, biases of fused layers are not. Qwen2 has them on q, k and v.\n"
@@ -1005,6 +1046,16 @@ def check_loading(answer: Callable) -> str:
         suspects[name] = (why, *(outcome(partial(_load, rows=rows, slips=slips)) for slips in loose))
     items = {"item 0: ": "", "item 1: ": "not filled: ", "item 2: ": "parameter "}
     diagnose(outcome(answer), [(one,) for one in good + bad], outcome(_load), suspects, wording=items)
+    for checkpoint, name in zip(bad, named, strict=True):
+        fresh = deepcopy(checkpoint)
+        try:
+            answer(fresh.params, iter(fresh.tensors), SMALL_FUSED, fresh.tied)
+        except ValueError as error:
+            expect(
+                re.search(name, str(error)), "error-without-name",
+                f"{checkpoint}: your ValueError says {str(error)!r}.\nWhoever reads it wants to know which tensor: put its "
+                "name in.",
+            )  # fmt: skip
     return f"{len(good)} checkpoints that fit, {len(bad)} that do not, and {_speaks(answer)}"
 
 

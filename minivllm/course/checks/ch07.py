@@ -1219,6 +1219,7 @@ class _Rig:
         self.llm = LLM(device="cpu", **options)
         self.scheduler, self.runner = self.llm.llm_engine.scheduler, self.llm.llm_engine.model_runner
         self.steps, self.batches, self.updates = 0, [], 0
+        self.served: set[int] = set()  # who got a token in the last step
         self._schedule, self._execute, self._update = (
             self.scheduler.schedule,
             self.runner.execute,
@@ -1230,6 +1231,7 @@ class _Rig:
         self.steps += 1
         if self.steps > _MOST_STEPS:
             raise _TooManySteps
+        self.served = set()
         return self._schedule()
 
     def execute(self, batch: Any) -> Any:
@@ -1251,7 +1253,9 @@ class _Rig:
             f"`update` got {len(token_ids)} tokens for a batch in which {len(batch.sampled)} requests are "
             "sampled.\nIt wants what `runner.execute(batch).wait()` returns: a token for each of batch.sampled.",
         )
-        return self._update(batch, token_ids)
+        items = self._update(batch, token_ids)
+        self.served = {item.sequence.seq_id for item in items}
+        return items
 
     def stream(self, stops: Sequence[str] = ()) -> TokenText:
         return TokenText(self.llm.get_tokenizer(), stops)
@@ -1287,10 +1291,13 @@ def check_loop(answer: Callable) -> str:
     served = _check_texts(answer)
     _check_steps(answer)
     _check_crowd(answer)
+    _check_guest(answer)
     _check_ends(answer)
     _check_stops(answer)
     _check_stall(answer)
-    return f"{served} requests in chunks, preempted, stopped and streamed: the package's texts, and nothing left behind"
+    return (
+        f"{served} requests in chunks, preempted, stopped and streamed: the package's texts, and no blocks left behind"
+    )
 
 
 def _check_texts(answer: Callable) -> int:
@@ -1389,6 +1396,13 @@ def _check_steps(answer: Callable) -> None:
         expect(isinstance(news, dict), "wrong-type", f"`step` gave {show(news)}, expected a dict: seq_id -> its new "
                                                      f"text.\n{{}} where "
                                                      f"there is none.{_return_missing(news)}")  # fmt: skip
+        silent = rig.served - set(news)
+        expect(
+            not silent,
+            "empty-text-left-out",
+            f"Request {', '.join(map(str, sorted(silent)))} got a token, and `step` does not mention it: {show(news)}.\n"
+            'Where nothing can be shown, its text is "": so the caller knows that the request is alive.',
+        )
         strangers = set(news) - {7, 3}
         expect(not strangers, "wrong-key", f"`step` speaks of requests {sorted(map(str, strangers))}, and there are 7 "
                                            "and 3.\nThe keys are the sequences' seq_id.")  # fmt: skip
@@ -1496,9 +1510,15 @@ def _check_crowd(answer: Callable) -> None:
         )
     rig = _Rig(**options)
     engine = rig.engine(answer)
-    got = rig.run(
-        engine, [rig.sequence(i, p, temperature=1.0, seed=s, max_tokens=32) for i, (p, s) in enumerate(wishes)]
-    )
+    sequences = [rig.sequence(i, p, temperature=1.0, seed=s, max_tokens=32) for i, (p, s) in enumerate(wishes)]
+    try:
+        got = rig.run(engine, sequences)
+    except KeyError as error:
+        raise Mistake(
+            "texts-overwritten",
+            f"Requests have the same prompt and other seeds: KeyError: {show(error.args[0])}.\nKeep what belongs to a "
+            "request by its seq_id, also its stream; prompts are no keys.",
+        ) from error
     assert rig.scheduler.stats.num_preemptions > 0, "this case should preempt"
     expect(
         len(set(got)) == len(set(right)) or not any(got.count(text) > right.count(text) for text in got),
@@ -1514,6 +1534,29 @@ def _check_crowd(answer: Callable) -> None:
             "alone.\nTake each item's token from `seq.token_ids[item.sample_position]` of what `update` returned: "
             "order and number change in every step.",
         )
+
+
+def _check_guest(answer: Callable) -> None:
+    """`run`, while a request that was added before is still being served."""
+    rig = _Rig()
+    engine = rig.engine(answer)
+    guest, mine = rig.sequence(9, _ASKED[2], max_tokens=12), rig.sequence(5, _ASKED[0], max_tokens=30)
+    engine.add(guest)
+    try:
+        texts = rig.run(engine, [mine])
+    except KeyError as error:
+        raise Mistake(
+            "foreign-request",
+            f"Request 9 was added before `run` was called for request 5: KeyError: {show(error.args[0])}.\nA step serves "
+            "everybody. `run` collects the texts of its own requests, and passes over the others.",
+        ) from error
+    wanted = [rig.llm.get_tokenizer().decode(mine.output_token_ids)]
+    expect(
+        texts == wanted,
+        "foreign-request",
+        f"Request 9 was added before `run` was called for request 5, and `run` gave {show(texts)}, expected "
+        f"{show(wanted)}.\nA step serves everybody; `run` returns the texts of its own requests.",
+    )
 
 
 def _check_stall(answer: Callable) -> None:

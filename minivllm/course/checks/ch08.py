@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import FrozenInstanceError
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ def _expected(num_tokens: int) -> tuple[list[int], ...]:
 @contextmanager
 def _cuda_errors(what: str) -> Iterator[None]:
     """CUDA's errors out of a learner's code, as mistakes. what: "while your code was recorded"."""
-    from minivllm.course.streams import NOT_WHILE_CAPTURING, CudaError
+    from minivllm.course.streams import NOT_WHILE_CAPTURING, STANDS_STILL, CudaError
 
     try:
         yield
@@ -68,6 +69,12 @@ def _cuda_errors(what: str) -> Iterator[None]:
                 "While it records, nothing runs, and there is nothing to wait for. These wait: .item(), .tolist(), "
                 "bool() "
                 "and `if` of a tensor, x[mask], .nonzero(), and copies from ordinary memory, such as gpu.tensor([…]).",
+            ) from error
+        if text.startswith(STANDS_STILL):
+            raise Mistake(
+                "spins",
+                f"Your code asks query() in a loop {what}: {text}.\nOn a real machine that keeps a CPU core busy with "
+                "nothing but asking. `event.synchronize()` waits.",
             ) from error
         if "same device" in text:
             raise Mistake(
@@ -420,6 +427,13 @@ def _one_batch(decode_inputs: Callable, advance: Callable, gpu: Any, batch: list
         values = [_cpu(value) for value in got]
     spare = [i for i, slot in enumerate(batch) if slot == len(state.position) - 1]
     real = [i for i in range(len(batch)) if i not in spare]
+    of_16 = on_cpu.decode_metadata(torch.tensor(batch), 16, 64).slot_mapping
+    if block_size != 16 and difference(values[3], expected[3]) and not difference(values[3], of_16):
+        raise Mistake(
+            "block-size-fixed",
+            f"slot_mapping: got {show(values[3])}, expected {show(expected[3])}, with {where}.\nThat would be right for "
+            "blocks of 16. Use `block_size`.",
+        )
     _name_what_differs(values, expected, spare, real, where, block_size)
     for name, tensor, before in zip(vars(state), vars(state).values(), vars(on_cpu).values(), strict=True):
         expect(
@@ -428,7 +442,14 @@ def _one_batch(decode_inputs: Callable, advance: Callable, gpu: Any, batch: list
         )  # fmt: skip
     token_ids = gpu.tensor([90 + i for i in range(len(batch))])
     with _cuda_errors("in advance, launched eagerly"):
-        advance(state, slots, token_ids)
+        try:
+            advance(state, slots, token_ids)
+        except FrozenInstanceError as error:
+            raise Mistake(
+                "not-in-place",
+                f"advance puts new tensors in place of the state's: {error}.\nA recording knows the old ones' addresses. "
+                "Write into them: `state.position[slots] = …`.",
+            ) from error
         gpu.synchronize()
     _after_advance(state, on_cpu, batch, token_ids.tolist(), where)
 
@@ -636,9 +657,15 @@ def check_decode_graphs(answer: Callable) -> str:
     sizes = [4, 1, 8, 2]
     bench = _Bench()
     before = bench.values.tolist()[:-1]
+    given = list(sizes)
     with _cuda_errors("while your class recorded"):
-        graphs = answer(bench.gpu, bench.step, list(sizes), bench.NUM_SLOTS)
+        graphs = answer(bench.gpu, bench.step, given, bench.NUM_SLOTS)
         after = bench.values.tolist()[:-1]
+    expect(
+        given == sizes, "changed-input",
+        f"Your __init__ changed the list of sizes, from {sizes} to {given}. It belongs to the caller.\nsorted(sizes) "
+        "makes a new list.",
+    )  # fmt: skip
     expect(
         len(bench.pools) >= len(sizes), "not-recorded",
         f"{len(bench.pools)} graphs were recorded for the sizes {sizes}.\nOne for each, with `with gpu.graph(…):` in "
@@ -677,11 +704,17 @@ def _replay_and_compare(graphs: Any, bench: _Bench, sizes: list[int]) -> int:
     previous: list[int] = []
     for batch in batches:
         before = bench.values.tolist()
+        asked = list(batch)
         waits, launches, replays, bench.rows[:] = gpu.num_waits, gpu.num_launches, gpu.num_replays, []
         with _cuda_errors("in replay"):
-            out = graphs.replay(list(batch))
+            out = graphs.replay(asked)
         waited, launched, replayed = gpu.num_waits - waits, gpu.num_launches - launches, gpu.num_replays - replays
         what = f"replay({batch}), with graphs for {sorted(sizes)}"
+        expect(
+            asked == batch, "changed-input",
+            f"{what} changed the list of slots to {asked}. It belongs to the caller.\nPad a new list: "
+            "`slots + [spare] * n`; `+=` and append change the old one.",
+        )  # fmt: skip
         expect(
             hasattr(out, "tolist") and out.dim() == 1, "wrong-type",
             f"{what} returned {type(out).__name__}.\nExpected a tensor of token ids, one for each slot.",
@@ -1022,19 +1055,32 @@ def _serve_one(answer: Callable, requests: list[tuple[int, int]], times: dict[st
     class Watched(SimulatedEngine):
         calls = 0
         launched: list = []
+        waits_when_planned = 0
 
         def schedule(self) -> Any:
             self.calls += 1
             if self.calls > limit:
                 raise _TooLong
-            return super().schedule()
+            batch = super().schedule()
+            self.waits_when_planned = self.gpu.num_waits
+            return batch
 
         def launch(self, batch: Any) -> Any:
+            expect(
+                self.gpu.num_waits == self.waits_when_planned, "waits-before-launch",
+                f"{what}: between schedule() and launch() your loop waits for the GPU. Meanwhile the step that you have "
+                "planned could run already.\nPlan, launch, and only then wait for the older step.",
+            )  # fmt: skip
             step = super().launch(batch)
             self.launched = [*self.launched, (batch, step)]
             return step
 
         def update(self, batch: Any, token_ids: Any) -> None:
+            expect(
+                isinstance(token_ids, list | tuple) and all(isinstance(token, int) for token in token_ids),
+                "no-list-of-integers",
+                f"{what}: update got {show(token_ids)}.\nIt wants a list of integers: step.token_ids.tolist().",
+            )
             step = next((step for other, step in self.launched if other is batch), None)
             if step is not None and not step.arrived.query():
                 raise Mistake(
