@@ -178,8 +178,11 @@ def _triton() -> Iterator[Finding]:
         return
     where = "on the GPU" if _has_gpu() else "in Triton's interpreter, on the CPU: right in float32, slow"
     note = ""
-    if not _has_gpu() and _release(triton.__version__) < (3, 7) and _release(_version("numpy") or "0") >= (2, 3):
-        note = f" Triton {triton.__version__}'s interpreter breaks on this NumPy; install triton 3.7."
+    if _release(triton.__version__) < (3, 7) and _release(_version("numpy") or "0") >= (2, 4):
+        # Seen with Triton 3.6 on NumPy 2.5; on NumPy 2.3 chapters 01 to 03 ran through.
+        cure = f"Run: {sys.executable} -m pip install 'numpy<2.4'"  # constraints.txt has a newer one
+        note = f" Triton {triton.__version__}'s interpreter, which chapters 01 to 03 use, fails on NumPy"
+        note += f" {_version('numpy')}. {cure}"
     yield Finding("triton", NOTE if note else OK, triton.__version__, f"Kernels run {where}.{note}")
 
 

@@ -360,6 +360,20 @@ def test_doctor_reports_missing_packages_and_untested_versions(monkeypatch):
     assert "numpy 2.99.0" in found["tested versions"].found
 
 
+def test_doctor_knows_which_numpy_an_older_tritons_interpreter_fails_on(monkeypatch):
+    import triton
+
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    from minivllm import doctor
+
+    true_version = doctor._version
+    for numpy, status in (("2.5.2", "note"), ("2.3.5", "ok")):
+        versions = {"numpy": numpy}
+        found = findings(monkeypatch, _version=lambda name, v=versions: v.get(name, true_version(name)))
+        assert found["triton"].status == status
+        assert ("numpy<2.4" in found["triton"].meaning) == (status == "note")
+
+
 def test_a_missing_torch_is_said_by_the_command(checkpoint):
     code = (
         "import sys; sys.modules['torch'] = None\n"

@@ -10,9 +10,9 @@ folded into scale. Taught in notebooks/02_flash_attention.ipynb.
 
 Cost of a prompt of n tokens, a head: 4·D·n²/2 FLOPs (two matmuls, half of each above the diagonal) against 4·n·D
 numbers, so arithmetic is the floor from a few hundred tokens on: 16 heads of 128, n = 4096: 69 GFLOP, 0.1 ms at 680
-TFLOP/s. An H200 reached (cuDNN): 16 x 1024 310 TFLOP/s (412), 4 x 4096 424 (511), 1 x 16384 458 (561). What paid: the
+TFLOP/s. An H200 reached (cuDNN): 16 x 1024 311 TFLOP/s (403), 4 x 4096 417 (507), 1 x 16384 462 (561). What paid: the
 tiles and stages of `_tiles`, equal offsets in every tile (`cache_rows`: 313 to 328), for short prompts at most 168
-registers (64 x 256: 146 to 170). What did not: tensor descriptors (+1 to 3 %), loads without the mask of columns."""
+registers (64 x 256: 146 to 168). What did not: tensor descriptors (+1 to 3 %), loads without the mask of columns."""
 
 import math
 

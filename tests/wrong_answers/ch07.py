@@ -3382,3 +3382,44 @@ class MyEngine:
             if not self.planned:
                 raise RuntimeError("Nothing was planned, and requests are unfinished: one is too large for the cache.")
         return [texts[seq.seq_id] for seq in sequences]
+
+
+# %% 07.4 half-precision: filters in bfloat16
+def filter_logits(
+    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor | None, top_p: torch.Tensor | None,
+    min_p: torch.Tensor | None,
+) -> torch.Tensor:
+    """logits [B, V] with -inf for what top-k, then top-p, then min-p exclude, after the temperature."""
+    filtered = logits.clone()
+    for i in range(len(logits)):
+        divisor = temperature[i] if temperature[i] > 0 else 1.0
+        scaled = logits[i] / divisor
+        order = scaled.sort(descending=True, stable=True).indices
+        keep = torch.ones_like(scaled, dtype=torch.bool)
+        if top_k is not None and 0 < top_k[i] < len(scaled):
+            keep[order[top_k[i] :]] = False
+        if top_p is not None and top_p[i] < 1:
+            probability = scaled.masked_fill(~keep, -torch.inf).softmax(0)[order]
+            before = probability.cumsum(0) - probability
+            keep[order[before >= top_p[i]]] = False
+        if min_p is not None and min_p[i] > 0:
+            keep &= scaled >= scaled.max() + min_p[i].log()
+        keep[order[0]] = True
+        filtered[i, ~keep] = -torch.inf
+    return filtered
+
+
+def sample(
+    logits: torch.Tensor, temperature: torch.Tensor | None, top_k: torch.Tensor | None, top_p: torch.Tensor | None,
+    min_p: torch.Tensor | None, seeds: torch.Tensor | None, positions: torch.Tensor | None,
+) -> torch.Tensor:
+    """Token ids [B] int64 from logits [B, V]: greedy, or one number a row inverted through the running sum."""
+    greedy = logits.argmax(dim=-1)
+    if temperature is None:
+        return greedy
+    logits = filter_logits(logits, temperature, top_k, top_p, min_p).float()
+    divisor = torch.where(temperature == 0, 1.0, temperature)
+    ruler = (logits / divisor[:, None]).softmax(dim=-1).cumsum(dim=-1)
+    u = philox_uniform(seeds, positions)[:, None]
+    chosen = torch.searchsorted(ruler, u * ruler[:, -1:], right=True)[:, 0]
+    return torch.where(temperature == 0, greedy, chosen.clamp(max=logits.shape[1] - 1))

@@ -1599,3 +1599,36 @@ def serve(engine):
             before, step = in_flight.popleft()
             step.arrived.synchronize()
             engine.update(before, step.token_ids)
+
+
+# %% 08.5 rounded-down: whole blocks only
+class StaticBatch:
+    """The inputs of recorded steps: a row for each sequence, at fixed addresses."""
+
+    def __init__(self, gpu, sizes: list[int], block_size: int, max_model_len: int, longest_prompt: int) -> None:
+        self.gpu, self.sizes = gpu, sorted(sizes)
+        rows, width = self.sizes[-1], max_model_len // block_size
+        self.token_ids = gpu.full((rows,), 0)
+        self.positions = gpu.full((rows,), 0)
+        self.seq_lens = gpu.full((rows,), 0, dtype=torch.int32)
+        self.block_table = gpu.full((rows, width), 0, dtype=torch.int32)
+        self.slot_mapping = gpu.full((rows,), -1)
+        self.block_size = block_size
+
+    def fill(self, rows: list[Row]) -> int:
+        """Write these sequences into the first rows; returns the size of the graph to replay."""
+        size, width = self.block_size, self.block_table.shape[1]
+        graph_size = next(graph_size for graph_size in self.sizes if graph_size >= len(rows))
+        padding = graph_size - len(rows)
+        places = [row.blocks[row.position // size] * size + row.position % size for row in rows]
+        tables = [(row.blocks + [0] * width)[:width] for row in rows]
+        self._put(self.token_ids, [row.token_id for row in rows] + [0] * padding)
+        self._put(self.positions, [row.position for row in rows] + [0] * padding)
+        self._put(self.seq_lens, [row.position + 1 for row in rows] + [0] * padding)
+        self._put(self.block_table, tables + [[0] * width] * padding)
+        self._put(self.slot_mapping, places + [-1] * padding)
+        return graph_size
+
+    def _put(self, tensor: torch.Tensor, values: list) -> None:
+        host = self.gpu.pinned(values, dtype=tensor.dtype)
+        tensor[: len(values)].copy_(host, non_blocking=True)

@@ -577,7 +577,8 @@ def _filter(
         k = int(top_k[j]) if top_k is not None else 0
         p = float(top_p[j]) if top_p is not None else 1.0
         least = float(min_p[j]) if min_p is not None else 0.0
-        row, heat = logits[i].float(), float(temperature[0 if mistake == "first-row-too-hot" else i])
+        row = logits[i] if mistake == "half" else logits[i].float()
+        heat = float(temperature[0 if mistake == "first-row-too-hot" else i])
         scaled = row / heat
         ordered, order = scaled.sort(descending=True, stable=True)
         keep = torch.ones(len(row), dtype=torch.bool)
@@ -614,6 +615,11 @@ def _first(order: torch.Tensor, k: int) -> torch.Tensor:
 
 
 _FILTER_MISTAKES = {
+    "half-precision": (
+        "You filter in the dtype of the logits. In bfloat16 a sum stops growing long before it reaches top_p, and "
+        "tokens that should go stay.\nlogits.float() first.",
+        "half",
+    ),
     "top-p-before-temperature": (
         "Top-p looks at the probabilities before the temperature. A hot distribution is flatter, so more tokens are "
         "needed to reach top_p, and a cold one needs fewer.\nThe temperature comes first: take the softmax of logits "
@@ -697,6 +703,7 @@ def _filter_cases() -> list[tuple]:
         case(spread, {"k": 50, "t": 2.0}, {"p": 0.01}, {"m": 1.0, "t": 0.7}),
         case(spread, {}, {"k": 12, "p": 0.7, "m": 0.05, "t": 1.7}, {"k": 1}),
         case(torch.randn(2, 700, generator=random) * 3, {"p": 0.95, "t": 0.6}, {"k": 30, "p": 0.9, "m": 0.2}),
+        case((torch.randn(2, 700, generator=random) * 2).bfloat16(), {"p": 0.95}, {"p": 0.9, "m": 0.003}),
     ]
 
 

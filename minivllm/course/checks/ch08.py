@@ -903,6 +903,15 @@ def _some_rows(count: int, blocks: int = 2) -> list[Any]:
 
 
 def _table_fault(answer: Callable) -> str:
+    from minivllm.course.streams import SimulatedGPU
+
+    width = answer(SimulatedGPU(), [1, 2], 16, 250, 40).block_table.shape[1]
+    if width == 15:
+        raise Mistake(
+            "rounded-down",
+            "For max_model_len = 250 and blocks of 16 your table has 15 columns: room for 240 tokens.\nThe last block of "
+            "a sequence need not be full: round up, -(-max_model_len // block_size).",
+        )
     gpu, batch = _make_batch(answer)
     room = batch.block_table.shape[1] * 16
     if room >= 256:
