@@ -3172,3 +3172,38 @@ def qk_norm_rope(
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
     return turn(query, q_weight), turn(key, k_weight)
+
+
+# %% 06.3 mlp-not-normed: the MLP reads x
+def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """RMSNorm over the last dimension (given, and right)."""
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-6) * weight
+
+
+def block(x: torch.Tensor, w: dict[str, torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
+    """One decoder block: the stream [T, hidden] before it -> the stream after it."""
+    head_dim = len(w["self_attn.q_norm.weight"])
+    h = norm(x, w["input_layernorm.weight"])
+    q, k, v = ((h @ w[f"self_attn.{p}_proj.weight"].T).unflatten(-1, (-1, head_dim)) for p in "qkv")
+    q, k = (rope(norm(y, w[f"self_attn.{p}_norm.weight"]), positions) for y, p in ((q, "q"), (k, "k")))
+    x = x + attend(q, k, v).flatten(-2) @ w["self_attn.o_proj.weight"].T
+    h = x
+    gate, up = (h @ w[f"mlp.{p}_proj.weight"].T for p in ("gate", "up"))
+    return x + (F.silu(gate) * up) @ w["mlp.down_proj.weight"].T
+
+
+# %% 06.3 mlp-reads-the-first-norm: one h for both
+def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """RMSNorm over the last dimension (given, and right)."""
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-6) * weight
+
+
+def block(x: torch.Tensor, w: dict[str, torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
+    """One decoder block: the stream [T, hidden] before it -> the stream after it."""
+    head_dim = len(w["self_attn.q_norm.weight"])
+    h = norm(x, w["input_layernorm.weight"])
+    q, k, v = ((h @ w[f"self_attn.{p}_proj.weight"].T).unflatten(-1, (-1, head_dim)) for p in "qkv")
+    q, k = (rope(norm(y, w[f"self_attn.{p}_norm.weight"]), positions) for y, p in ((q, "q"), (k, "k")))
+    x = x + attend(q, k, v).flatten(-2) @ w["self_attn.o_proj.weight"].T
+    gate, up = (h @ w[f"mlp.{p}_proj.weight"].T for p in ("gate", "up"))
+    return x + (F.silu(gate) * up) @ w["mlp.down_proj.weight"].T

@@ -458,7 +458,7 @@ def _norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _block(
     x: torch.Tensor, w: dict[str, torch.Tensor], positions: torch.Tensor, *, stream: tuple[str, str] = ("x", "x"),
     norms: str = "qk", swapped: bool = False, post: bool = False, same_norm: bool = False,
-    order: str = "norm first",
+    order: str = "norm first", mlp_reads: str = "its norm",
 ) -> torch.Tensor:  # fmt: skip
     """A decoder block: right by default, and wrong in the ways that the options name.
 
@@ -484,7 +484,10 @@ def _block(
     x = added(branch, h, stream[0])
     if post:
         x = _norm(x, w["input_layernorm.weight"])
-    h = x if post else _norm(x, w["input_layernorm.weight" if same_norm else "post_attention_layernorm.weight"])
+    if mlp_reads == "its norm":
+        h = x if post else _norm(x, w["input_layernorm.weight" if same_norm else "post_attention_layernorm.weight"])
+    elif mlp_reads == "the stream":
+        h = x
     gate, up = (h @ w[f"mlp.{p}_proj.weight"].T for p in ("gate", "up"))
     if swapped:
         gate, up = up, gate
@@ -591,6 +594,15 @@ def check_block(answer: Callable) -> str:
         "one-norm-for-both-branches": (
             "Both branches use input_layernorm. The MLP has its own: post_attention_layernorm.",
             partial(_block, same_norm=True),
+        ),
+        "mlp-not-normed": (
+            "The MLP reads the stream itself, not its normed copy.\nh = norm(x, w[\"post_attention_layernorm.weight\"]).",
+            partial(_block, mlp_reads="the stream"),
+        ),
+        "mlp-reads-the-first-norm": (
+            "The MLP reads the copy that was made for attention: it does not see what attention has added.\n"
+            "Norm the new x, with post_attention_layernorm.",
+            partial(_block, mlp_reads="the first norm"),
         ),
         "post-norm": (
             "You norm after the addition, as the first transformers did: the stream itself is normed.\n"

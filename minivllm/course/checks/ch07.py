@@ -181,7 +181,10 @@ def _expect_number(name: str, value: Any, right: Any, known: Known) -> None:
         )
         if value == wrong or same:
             raise Mistake(mistake, f"{shown}not what the package counts.\n{why}")
-    raise Mistake("wrong-values", f"{shown}the package counts {show(right)}.\nGo through the step token by token.")
+    how = "Go through the step token by token."
+    if name == "tpot":
+        how = "The mean of the gaps between tokens, in milliseconds: from the first token to the last, by their number."
+    raise Mistake("wrong-values", f"{shown}the package counts {show(right)}.\n{how}")
 
 
 # --- 07.2 -------------------------------------------------------------------------------------------------------------
