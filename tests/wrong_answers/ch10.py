@@ -1003,3 +1003,99 @@ max_num_seqs = 768
 # %% 10.6 wrong-type: a text
 max_num_batched_tokens = "768"
 max_num_seqs = 192
+
+
+# %% 10.1 query-as-wide-as-the-stream: hidden_size for q
+def decode_floor(config, batch, context, element_bytes, bandwidth):
+    h = config.hidden_size
+    q = h
+    kv = config.num_key_value_heads * config.head_dim
+    layer = h * (q + 2 * kv) + q * h + 3 * h * config.intermediate_size
+    weights = (layer * config.num_hidden_layers + config.vocab_size * h) * element_bytes
+    cache = 2 * kv * config.num_hidden_layers * batch * context * element_bytes
+    return weights, cache, (weights + cache) / bandwidth
+
+
+# %% 10.1 element-size-typed: bfloat16 for ever
+def decode_floor(config, batch, context, element_bytes, bandwidth):
+    h = config.hidden_size
+    q = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    layer = h * (q + 2 * kv) + q * h + 3 * h * config.intermediate_size
+    weights = (layer * config.num_hidden_layers + config.vocab_size * h) * 2
+    cache = 2 * kv * config.num_hidden_layers * batch * context * 2
+    return weights, cache, (weights + cache) / bandwidth
+
+
+# %% 10.4 one-answer-for-all: counts the first
+def tokens_per_second(llm, prompts, params, clock, repeats=5):
+    llm.generate(prompts, params, use_tqdm=False)
+    rates = []
+    for _ in range(repeats):
+        llm.llm_engine.scheduler.block_manager.reset_prefix_cache()
+        start = clock()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        seconds = clock() - start
+        rates.append(len(outputs) * len(outputs[0].outputs[0].token_ids) / seconds)
+    return median(rates)
+
+
+# %% 10.4 one-at-a-time: a call for each prompt
+def tokens_per_second(llm, prompts, params, clock, repeats=5):
+    llm.generate(prompts, params, use_tqdm=False)
+    rates = []
+    for _ in range(repeats):
+        llm.llm_engine.scheduler.block_manager.reset_prefix_cache()
+        start = clock()
+        outputs = [llm.generate([p], params, use_tqdm=False)[0] for p in prompts]
+        seconds = clock() - start
+        rates.append(sum(len(o.outputs[0].token_ids) for o in outputs) / seconds)
+    return median(rates)
+
+
+# %% 10.5 overlap-counted-twice: in both sums
+def union(spans, begin, end):
+    total, reached = 0, begin
+    for a, b in sorted(spans):
+        a, b = max(a, begin), min(b, end)
+        total += max(0, b - a)
+        reached = max(reached, b)
+    return total
+
+
+def attribute(begin, end, kernels, cpu):
+    gpu = union(kernels, begin, end)
+    some = union(kernels + cpu, begin, end)
+    return {"gpu": gpu, "exposed_cpu": some - gpu, "idle": end - begin - some}
+
+
+# %% 10.5 cpu-counted-as-idle: all but the kernels
+def union(spans, begin, end):
+    total, reached = 0, begin
+    for a, b in sorted(spans):
+        a, b = max(a, begin), min(b, end)
+        total += max(0, b - max(a, reached))
+        reached = max(reached, b)
+    return total
+
+
+def attribute(begin, end, kernels, cpu):
+    gpu = union(kernels, begin, end)
+    some = union(kernels + cpu, begin, end)
+    return {"gpu": gpu, "exposed_cpu": some - gpu, "idle": end - begin - gpu}
+
+
+# %% 10.5 less-than-nothing: no max(0, ...)
+def union(spans, begin, end):
+    total, reached = 0, begin
+    for a, b in sorted(spans):
+        a, b = max(a, begin), min(b, end)
+        total += b - max(a, reached)
+        reached = max(reached, b)
+    return total
+
+
+def attribute(begin, end, kernels, cpu):
+    gpu = union(kernels, begin, end)
+    some = union(kernels + cpu, begin, end)
+    return {"gpu": gpu, "exposed_cpu": some - gpu, "idle": end - begin - some}

@@ -80,6 +80,23 @@ _FLOOR_SUSPECTS: dict[str, tuple] = {
         "is twice that.",
         _guessed,
     ),
+    "query-as-wide-as-the-stream": (
+        "You take hidden_size for the width of the queries. It is num_attention_heads · head_dim; in Qwen3-0.6B that "
+        "is twice as much.",
+        *(
+            lambda config, *more, both=both: _floor(
+                config,
+                *more,
+                layer=_layer(config)
+                - (1 + both) * config.hidden_size * (config.num_attention_heads * config.head_dim - config.hidden_size),
+            )
+            for both in (0, 1)
+        ),
+    ),
+    "element-size-typed": (
+        "You take two bytes for every number, whatever element_bytes says. In float32 there are four.",
+        lambda c, b, n, e, w: _floor(c, b, n, 2, w),
+    ),
     "output-projection-forgotten": (
         "Attention has four matrices: for q, k, v, and the one that its output goes through.",
         lambda config, *more: _floor(config, *more, layer=_layer(config, output=False)),
@@ -100,7 +117,11 @@ _FLOOR_SUSPECTS: dict[str, tuple] = {
 }
 
 
-@exercise("10.1", "Warm-up: the floor of a step", hints={"embedding-counted": 2, "head-forgotten": 2})
+@exercise(
+    "10.1",
+    "Warm-up: the floor of a step",
+    hints=dict.fromkeys(_FLOOR_SUSPECTS, 1) | {"embedding-counted": 2, "head-forgotten": 2},
+)
 def check_decode_floor(answer: Callable) -> str:
     from minivllm.bench.shapes import shape_config
     from minivllm.bundled import BUNDLED_MODEL_PATH
@@ -435,6 +456,28 @@ def _counts_tokens(answer: Callable) -> None:
     )
 
 
+def _counts_everybody(answer: Callable) -> None:
+    """Answers of different lengths, served together."""
+    questions = (SUMS[0], "What is a KV cache?")
+    truth, alone = _truth(questions, 200, False), [_truth((question,), 200, False) for question in questions]
+    found, _ = _served(answer, questions, _params(200, False), 3)
+    got = f"Answers of {alone[0].tokens} and {alone[1].tokens} tokens: you report {found:,.1f} tokens a second, it is "
+    got += f"{truth.rate:,.1f}."
+    guesses = [2 * one.tokens / seconds for one in alone for seconds in (truth.seconds, truth.cached)]
+    expect(
+        not any(_close(found, guess) for guess in guesses),
+        "one-answer-for-all",
+        f"{got}\nYou count one answer, and take the others to be as long. Add up the tokens of all outputs.",
+    )
+    one_by_one = (sum(one.seconds for one in alone), sum(one.cached for one in alone))
+    expect(
+        not any(_close(found, truth.tokens / seconds) for seconds in one_by_one),
+        "one-at-a-time",
+        f"{got}\nYou serve one request after the other. Hand all prompts to one call of generate: the engine is fast "
+        "because it serves them together.",
+    )
+
+
 def _reads_prompts(answer: Callable) -> None:
     truth = _truth(STORIES, 4, True)
     found, _ = _served(answer, STORIES, _params(4, True), 3)
@@ -483,7 +526,7 @@ def _is_warm(answer: Callable) -> None:
     hints={"counts-what-was-allowed": 1, "served-from-the-cache": 2, "not-warmed-up": 3},
 )  # fmt: skip
 def check_tokens_per_second(answer: Callable) -> str:
-    judges = (_counts_tokens, _reads_prompts, _is_typical, _is_warm)
+    judges = (_counts_everybody, _counts_tokens, _reads_prompts, _is_typical, _is_warm)
     expect_all(*(functools.partial(judge, answer) for judge in judges))
     return "the engine is as fast as it is, whatever the prompts, the limits and the neighbours"
 
@@ -591,11 +634,34 @@ def _walked_back(begin: float, end: float, kernels: Spans, cpu: Spans) -> dict[s
     return {"gpu": gpu, "exposed_cpu": either - gpu, "idle": end - begin - either}
 
 
+def _all_summed(begin: float, end: float, kernels: Spans, cpu: Spans) -> dict[str, float]:
+    gpu, both = (sum(max(0.0, min(e, end) - max(s, begin)) for s, e in spans) for spans in (kernels, [*kernels, *cpu]))
+    return {"gpu": gpu, "exposed_cpu": both - gpu, "idle": end - begin - both}
+
+
+def _gaps_as_idle(begin: float, end: float, kernels: Spans, cpu: Spans) -> dict[str, float]:
+    right = _attribute(begin, end, kernels, cpu)
+    return {**right, "idle": end - begin - right["gpu"]}
+
+
+def _below_zero(begin: float, end: float, kernels: Spans, cpu: Spans) -> dict[str, float]:
+    def union(spans: Spans) -> float:
+        total, reached = 0.0, begin
+        for s, e in sorted(spans):
+            s, e = max(s, begin), min(e, end)
+            total += e - max(s, reached)
+            reached = max(reached, e)
+        return total
+
+    gpu, either = union(kernels), union([*kernels, *cpu])
+    return {"gpu": gpu, "exposed_cpu": either - gpu, "idle": end - begin - either}
+
+
 _ATTRIBUTE_SUSPECTS: dict[str, tuple] = {
     "overlap-counted-twice": (
         "Kernels on two streams can run at the same time. Whenever at least one runs, the GPU is busy: once, not "
         "twice. Add up the union, not the kernels.",
-        _summed, _summed_kept_idle, _summed_clamped,
+        _summed, _summed_kept_idle, _summed_clamped, _all_summed,
     ),
     "hidden-cpu-counted": (
         "CPU time costs something only where no kernel runs meanwhile. What the GPU's work hides is free.",
@@ -605,6 +671,14 @@ _ATTRIBUTE_SUSPECTS: dict[str, tuple] = {
         "Where no kernel runs, the CPU may be at fault, or it may be waiting too (for a lock, for the network, for the "
         "next request). Only time in which it works is exposed CPU time.",
         _cpu_for_idle,
+    ),
+    "cpu-counted-as-idle": (
+        "Your idle time holds the CPU's as well. Idle is where neither works: the three numbers add up to the step.",
+        _gaps_as_idle,
+    ),
+    "less-than-nothing": (
+        "A span that lies within an earlier one adds nothing; yours takes something away: max(0, …).",
+        _below_zero,
     ),
     "gaps-counted": (
         "From the first kernel's start to the last one's end is not what the kernels ran: there are gaps between them.",
