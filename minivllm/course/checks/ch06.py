@@ -484,10 +484,8 @@ def _block(
     x = added(branch, h, stream[0])
     if post:
         x = _norm(x, w["input_layernorm.weight"])
-    if mlp_reads == "its norm":
-        h = x if post else _norm(x, w["input_layernorm.weight" if same_norm else "post_attention_layernorm.weight"])
-    elif mlp_reads == "the stream":
-        h = x
+    second = x if post else _norm(x, w["input_layernorm.weight" if same_norm else "post_attention_layernorm.weight"])
+    h = {"its norm": second, "the stream": x, "the first norm": h}[mlp_reads]
     gate, up = (h @ w[f"mlp.{p}_proj.weight"].T for p in ("gate", "up"))
     if swapped:
         gate, up = up, gate
@@ -646,8 +644,8 @@ def check_qk_norm_rope(answer: Callable) -> str:
     low = [
         case([2, 11, 50], 4, 2, 16, dtype=torch.bfloat16),
         case([4], 2, 1, 8, norm=False, dtype=torch.bfloat16),
-        case([3, 20], 2, 1, 16, size=1000.0, dtype=torch.float16),
-    ]  # squares beyond float16
+        case([3, 20], 2, 1, 16, size=1000.0, dtype=torch.float16),  # its squares are beyond float16
+    ]
 
     def turned(
         query: torch.Tensor, key: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
@@ -668,8 +666,9 @@ def check_qk_norm_rope(answer: Callable) -> str:
             if weight is None:
                 return x
             dims = (-1,) if over == "head" else (-2, -1)
-            square = x.float().square().mean(dims, keepdim=True)
-            normed = (x.float() * torch.rsqrt(square + eps)).to(x.dtype)
+            wide = x if broken == "narrow" else x.float()
+            square = wide.square().mean(dims, keepdim=True)
+            normed = (wide * torch.rsqrt(square + eps)).to(x.dtype)
             return normed * weight if weigh else normed
 
         def turn(x: torch.Tensor) -> torch.Tensor:
@@ -805,30 +804,18 @@ def check_qk_norm_rope(answer: Callable) -> str:
     }  # fmt: skip
     items = {"item 0: ": "the query: ", "item 1: ": "the key: "}
     number = diagnose(answer, cases, qk_norm_rope_reference, suspects, wording=items, rtol=1e-3, atol=1e-4)
-    # In 16 bits, rounding once more or less is no mistake.
     narrow = {
         "norm-in-16-bits": (
             "You norm in the inputs' dtype. In float16 the square of 300 is infinite already, and nothing is left of the "
             "head.\nx.float() first, and back to x.dtype at the end.",
-            lambda *given: turned(*_normed_narrowly(*given)),
+            wrong(broken="narrow"),
         )
     }
+    # In 16 bits, rounding once more or less is no mistake.
     number += diagnose(answer, low, qk_norm_rope_reference, narrow, wording=items, rtol=0.03, atol=0.03)
     mine = counted(answer)
     line = engine_agrees(mine, kernels=replace(Kernels.reference(), qk_norm_rope=mine))
     return f"{number} batches of heads, and {line}"
-
-
-def _normed_narrowly(
-    query: torch.Tensor, key: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
-    cos_sin: torch.Tensor, positions: torch.Tensor, eps: float,
-) -> tuple:  # fmt: skip
-    """Arguments for RoPE alone, normed without leaving the inputs' dtype."""
-
-    def norm(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-        return x if weight is None else x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
-
-    return norm(query, q_weight), norm(key, k_weight), None, None, cos_sin, positions, eps
 
 
 # --- 06.5 -------------------------------------------------------------------------------------------------------------
@@ -849,6 +836,7 @@ class Files:
     tensors: list[tuple[str, torch.Tensor]]
     params: dict[str, torch.Tensor]
     tied: bool
+    culprit: str = ""  # where they do not fit: what an error must name, a regular expression
 
     def __repr__(self) -> str:
         return self.what
@@ -880,9 +868,10 @@ def _small_checkpoint(random: torch.Generator, layers: int, tied: bool, bias: bo
 
 def _load(
     params: dict[str, torch.Tensor], tensors: Iterable[tuple[str, torch.Tensor]], fused: dict[str, dict[str, int]],
-    tied: bool, *, slips: frozenset[str] = frozenset(), rows: str = "by name",
+    tied: bool, *, slips: frozenset[str] = frozenset(), rows: str = "by name", shapes: str = "exact",
 ) -> None:  # fmt: skip
-    """Right by default; slips: what is not looked at; rows: how the parts of a fused parameter are found."""
+    """Right by default; slips: what is not looked at; rows: how the parts of a fused parameter are found; shapes: how a
+    tensor's shape is held against its place's."""
     places: dict[str, torch.Tensor] = {}
     whole: dict[str, str] = {}
     for name, parameter in params.items():
@@ -906,12 +895,12 @@ def _load(
                 continue
             raise ValueError(name)
         place = places[name]
-        if "turned-to-fit" in slips and tensor.ndim == 2 and place.shape == tensor.T.shape:
+        if shapes == "turned" and tensor.ndim == 2 and place.shape == tensor.T.shape:
             tensor = tensor.T
-        if "same-numel" in slips and place.numel() == tensor.numel():
+        if shapes == "numel" and place.numel() == tensor.numel():
             tensor = tensor.reshape(place.shape)
-        same = len(place) == len(tensor) if "rows-only" in slips else place.shape == tensor.shape
-        if not same and "shape" not in slips:
+        fits = len(place) == len(tensor) if shapes == "rows" else place.shape == tensor.shape
+        if not fits and "shape" not in slips:
             raise ValueError(name)
         if rows == "by arrival" and name in whole:
             start = arrived.get(whole[name], 0)
@@ -942,14 +931,14 @@ def check_loading(answer: Callable) -> str:
 
     def files(
         what: str, layers: int = 1, tied: bool = True, bias: bool = False, change: Callable | None = None,
-        mixed: bool = False,
+        mixed: bool = False, culprit: str = "",
     ) -> Files:  # fmt: skip
         tensors, params = _small_checkpoint(random, layers, tied, bias)
         if change:
             tensors = [pair for name, tensor in tensors for pair in change(name, tensor)]
         if mixed:
             tensors = [tensors[i] for i in shuffle if i < len(tensors)]
-        return Files(what, tensors, params, tied)
+        return Files(what, tensors, params, tied, culprit)
 
     def without(pattern: str) -> Callable:
         return lambda name, tensor: [] if re.search(pattern, name) else [(name, tensor)]
@@ -975,23 +964,36 @@ def check_loading(answer: Callable) -> str:
         files("tensors in bfloat16", change=lambda n, t: [(n, t.bfloat16())]),
     ]
     bad = [
-        files("no model.norm.weight in the file", change=without("model.norm")),
-        files("no v_proj of layer 1 in the file", layers=2, change=without(r"1\.self_attn\.v_proj")),
-        files("no k_norm in the file", change=without("k_norm")),
-        files("the head is missing, and nothing is tied", tied=False, change=without("lm_head")),
+        files("no model.norm.weight in the file", change=without("model.norm"), culprit="model.norm"),
         files(
-            "a tensor that belongs nowhere", change=extra("model.norm.weight", "model.layers.0.self_attn.g_proj.weight")
+            "no v_proj of layer 1 in the file",
+            layers=2,
+            change=without(r"1\.self_attn\.v_proj"),
+            culprit="v_proj|qkv_proj",
         ),
-        files("a layer too many", layers=2),
-        files("an input_layernorm of one number", change=reshaped("input_layernorm", lambda t: t[:1])),
-        files("a k_proj of one row", change=reshaped("k_proj", lambda t: t[:1])),
-        files("a q_proj with another number of rows", change=reshaped("q_proj", lambda t: t[:5])),
-        files("an o_proj on its side, [6, 3] for [3, 6]", change=reshaped("o_proj", lambda t: t.T.contiguous())),
-        files("a v_proj of one column", change=reshaped("v_proj", lambda t: t[:, :1])),
-        files("a down_proj of one column", change=reshaped("down_proj", lambda t: t[:, :1])),
+        files("no k_norm in the file", change=without("k_norm"), culprit="k_norm"),
+        files("the head is missing, and nothing is tied", tied=False, change=without("lm_head"), culprit="lm_head"),
+        files(
+            "a tensor that belongs nowhere",
+            change=extra("model.norm.weight", "model.layers.0.self_attn.g_proj.weight"),
+            culprit="g_proj",
+        ),
+        files("a layer too many", layers=2, culprit=r"layers\.1\."),
+        files(
+            "an input_layernorm of one number",
+            change=reshaped("input_layernorm", lambda t: t[:1]),
+            culprit="input_layernorm",
+        ),
+        files("a k_proj of one row", change=reshaped("k_proj", lambda t: t[:1]), culprit="k_proj"),
+        files("a q_proj with another number of rows", change=reshaped("q_proj", lambda t: t[:5]), culprit="q_proj"),
+        files(
+            "an o_proj on its side, [6, 3] for [3, 6]",
+            change=reshaped("o_proj", lambda t: t.T.contiguous()),
+            culprit="o_proj",
+        ),
+        files("a v_proj of one column", change=reshaped("v_proj", lambda t: t[:, :1]), culprit="v_proj"),
+        files("a down_proj of one column", change=reshaped("down_proj", lambda t: t[:, :1]), culprit="down_proj"),
     ]
-    named = ("model.norm", "v_proj|qkv_proj", "k_norm", "lm_head", "g_proj", r"layers\.1\.", "input_layernorm", "k_proj",
-             "q_proj", "o_proj", "v_proj", "down_proj")  # fmt: skip
     del_layer = bad[5].params
     bad[5].params = {name: tensor for name, tensor in del_layer.items() if ".1." not in name}
 
@@ -1021,13 +1023,6 @@ def check_loading(answer: Callable) -> str:
         "the file is for.\nRaise ValueError with its name.",
         "shape": "A tensor of another shape was taken: copy_ broadcasts, so that one row fills many.\n"
         "Compare the shapes before you copy, and raise ValueError.",
-        "turned-to-fit": "A matrix of the wrong shape was turned until it fitted. Its numbers lie in another order then.\n"
-        "A shape that is not exactly the place's is a ValueError.",
-        "same-numel": "You compare how many numbers there are, not the shapes: a matrix on its side has as many, in "
-                      "another "
-        "order.\nCompare place.shape and tensor.shape.",
-        "rows-only": "You compare the first dimension only: copy_ broadcasts one column into many.\n"
-        "Compare the whole shapes.",
         "tied-copy": "The model's head is tied, and the file has a copy of it, as many have: that is no error.\n"
         "With tied=True, pass over lm_head.weight.",
         "bias-forgotten": "Weights are loaded, biases of fused layers are not. Qwen2 has them on q, k and v.\n"
@@ -1048,6 +1043,14 @@ def check_loading(answer: Callable) -> str:
                                                         "order of "
                          "`fused` is what counts: the model cuts its result into q, k, v.\nDo not sort."),
     }  # fmt: skip
+    measures = {
+        "turned": ("turned-to-fit", "A matrix of the wrong shape was turned until it fitted. Its numbers lie in another "
+                   "order then.\nA shape that is not exactly the place's is a ValueError."),
+        "numel": ("same-numel", "You compare how many numbers there are, not the shapes: a matrix on its side has as "
+                  "many, in another order.\nCompare place.shape and tensor.shape."),
+        "rows": ("rows-only", "You compare the first dimension only: copy_ broadcasts one column into many.\n"
+                 "Compare the whole shapes."),
+    }  # fmt: skip
     suspects: dict[str, tuple] = {}
     for count in (1, 2, 3, 4):
         for slips in combinations(explain, count):
@@ -1056,15 +1059,17 @@ def check_loading(answer: Callable) -> str:
     loose = [frozenset(s) for n in range(4) for s in combinations(("missing", "unexpected", "shape", "tied-copy"), n)]
     for rows, (name, why) in orders.items():
         suspects[name] = (why, *(outcome(partial(_load, rows=rows, slips=slips)) for slips in loose))
+    for shapes, (name, why) in measures.items():
+        suspects[name] = (why, *(outcome(partial(_load, shapes=shapes, slips=s)) for s in loose if "shape" not in s))
     items = {"item 0: ": "", "item 1: ": "not filled: ", "item 2: ": "parameter "}
     diagnose(outcome(answer), [(one,) for one in good + bad], outcome(_load), suspects, wording=items)
-    for checkpoint, name in zip(bad, named, strict=True):
+    for checkpoint in bad:
         fresh = deepcopy(checkpoint)
         try:
             answer(fresh.params, iter(fresh.tensors), SMALL_FUSED, fresh.tied)
         except ValueError as error:
             expect(
-                re.search(name, str(error)), "error-without-name",
+                re.search(checkpoint.culprit, str(error)), "error-without-name",
                 f"{checkpoint}: your ValueError says {str(error)!r}.\nWhoever reads it wants to know which tensor: put its "
                 "name in.",
             )  # fmt: skip

@@ -165,12 +165,14 @@ def check_predictions(
         "median": (10.0, "That is the gap in the middle. TPOT is their mean, and the last gap was long."),
         "in-seconds": (metrics.time_per_output_token / 1000, "Asked for are milliseconds."),
         "ttft": (50.0, "That is the time to the first token, TTFT. TPOT is about the tokens after it."),
-    })  # fmt: skip
+    }, "The mean of the gaps between tokens, in milliseconds: from the first token to the last, by their number.")  # fmt: skip
     return "seven predictions; the package's own functions say the same"
 
 
-def _expect_number(name: str, value: Any, right: Any, known: Known) -> None:
-    """Raise a Mistake unless value is right; one of the known wrong ones gives it its name."""
+def _expect_number(
+    name: str, value: Any, right: Any, known: Known, advice: str = "Go through the step token by token."
+) -> None:  # fmt: skip
+    """Raise a Mistake unless value is right; one of the known wrong ones gives it its name, for others there is advice."""
     near = isinstance(right, float) and isinstance(value, int | float) and abs(value - right) <= 0.01 * right
     if value == right or near:
         return
@@ -181,10 +183,7 @@ def _expect_number(name: str, value: Any, right: Any, known: Known) -> None:
         )
         if value == wrong or same:
             raise Mistake(mistake, f"{shown}not what the package counts.\n{why}")
-    how = "Go through the step token by token."
-    if name == "tpot":
-        how = "The mean of the gaps between tokens, in milliseconds: from the first token to the last, by their number."
-    raise Mistake("wrong-values", f"{shown}the package counts {show(right)}.\n{how}")
+    raise Mistake("wrong-values", f"{shown}the package counts {show(right)}.\n{advice}")
 
 
 # --- 07.2 -------------------------------------------------------------------------------------------------------------
@@ -1630,5 +1629,6 @@ class _RightEngine:
             self.add(seq)
         while not all(seq.is_finished for seq in sequences):
             for seq_id, text in self.step().items():
-                texts[seq_id] += text
+                if seq_id in texts:
+                    texts[seq_id] += text
         return [texts[seq.seq_id] for seq in sequences]

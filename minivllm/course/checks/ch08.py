@@ -889,11 +889,14 @@ def check_static_batch(answer: Callable) -> str:
     return f"rows come and go, and {tokens} tokens are what they should be"
 
 
+_MAX_MODEL_LEN = 254  # 15 full blocks of 16, and one that is not
+
+
 def _make_batch(answer: Callable) -> tuple[Any, Any]:
     from minivllm.course.streams import SimulatedGPU
 
     gpu = SimulatedGPU()
-    return gpu, answer(gpu, [8, 1, 4, 2], 16, 256, 40)
+    return gpu, answer(gpu, [8, 1, 4, 2], 16, _MAX_MODEL_LEN, 40)
 
 
 def _some_rows(count: int, blocks: int = 2) -> list[Any]:
@@ -903,18 +906,16 @@ def _some_rows(count: int, blocks: int = 2) -> list[Any]:
 
 
 def _table_fault(answer: Callable) -> str:
-    from minivllm.course.streams import SimulatedGPU
-
-    width = answer(SimulatedGPU(), [1, 2], 16, 250, 40).block_table.shape[1]
-    if width == 15:
+    gpu, batch = _make_batch(answer)
+    columns = batch.block_table.shape[1]
+    room = columns * 16
+    if columns == _MAX_MODEL_LEN // 16:
         raise Mistake(
             "rounded-down",
-            "For max_model_len = 250 and blocks of 16 your table has 15 columns: room for 240 tokens.\nThe last block of "
-            "a sequence need not be full: round up, -(-max_model_len // block_size).",
+            f"For max_model_len = {_MAX_MODEL_LEN} and blocks of 16 your table has {columns} columns: room for {room} "
+            "tokens.\nThe last block of a sequence need not be full: round up, -(-max_model_len // block_size).",
         )
-    gpu, batch = _make_batch(answer)
-    room = batch.block_table.shape[1] * 16
-    if room >= 256:
+    if room >= _MAX_MODEL_LEN:
         rows = _some_rows(3, blocks=16)
         with _cuda_errors("in fill"):
             batch.fill(rows)
@@ -928,10 +929,8 @@ def _table_fault(answer: Callable) -> str:
                 )
         return ""
     return (
-        f"block_table has {batch.block_table.shape[1]} columns: room for {room} tokens of 16 a block.\nSequences may "
-        f"get "
-        "max_model_len = 256 tokens, 16 blocks. What is cut off is then read from somewhere else. The recording's "
-        "table must "
+        f"block_table has {columns} columns: room for {room} tokens of 16 a block.\nSequences may get max_model_len = "
+        f"{_MAX_MODEL_LEN} tokens, 16 blocks. What is cut off is then read from somewhere else. The recording's table must "
         "be wide enough for the longest sequence there can ever be."
     )
 
