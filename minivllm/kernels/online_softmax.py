@@ -102,8 +102,5 @@ def merge_attention(
 
 
 def merge_attention_reference(partial_out: torch.Tensor, partial_lse: torch.Tensor) -> torch.Tensor:
-    total_max = partial_lse.amax(dim=0)
-    weights = torch.exp(partial_lse - total_max.masked_fill(total_max == float("-inf"), 0.0))
-    total = weights.sum(dim=0)
-    acc = (weights.unsqueeze(-1) * partial_out).sum(dim=0)
-    return acc / total.masked_fill(total == 0.0, 1.0).unsqueeze(-1)
+    weights = partial_lse.softmax(dim=0).nan_to_num_(0.0)  # exp(lse_s - LSE); NaN where all parts are empty
+    return (weights.unsqueeze(-1) * partial_out).sum(dim=0)
