@@ -8,14 +8,19 @@ program takes a few rows of W instead and reads them once, in order. On an H200,
 2048 8.3 / 4.6, but 4096 x 1024 5.3 / 5.5: each row of x reads W again, from the L2 cache. Tried: all rows in one
 program, slower from T = 2 (registers); `tl.dot`, from 9 % ahead of cuBLAS (T = 64) to 21 % behind it (T = 256)."""
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from minivllm.kernels._triton import check_rows, tl, triton
 
 #: T and N up to which a product of several rows is one for the kernel.
 MAX_ROWS, MAX_FEATURES = 4, 2048
+CPUINFO = Path("/proc/cpuinfo")
+#: MKL, torch's choice for a CPU's float32, leaves half of AMD's AVX-512 unused. The bundled model's shapes, one thread,
+#: T = 1, 32: on an EPYC MKL 92, 936 µs, oneDNN 114, 534; on a Xeon MKL 318, 1311, oneDNN 411, 1682.
+PREFERS_ONEDNN = torch.backends.mkldnn.is_available() and CPUINFO.exists() and "AuthenticAMD" in CPUINFO.read_text()
 
 
 @triton.jit
@@ -40,7 +45,7 @@ def _linear_kernel(
     tl.store(out_ptr + row * N + features, total, mask=features < N)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x ``[T, K]``, weight ``[N, K]``, bias ``[N]`` or None -> ``[T, N]`` in x.dtype, summed in float32.
 
     Rows of x may be strided, weight and bias are contiguous, all of one dtype; ValueError otherwise.
@@ -60,9 +65,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out
 
 
-def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As `linear`. A CPU's float32 goes to oneDNN, as in torch.compile: MKL, torch's own choice, leaves half of AMD's
-    AVX-512 unused. One thread of an EPYC, the bundled model's shapes, T = 1, 32: MKL 92, 936 µs, oneDNN 114, 534."""
-    if len(x) > 2 and x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    if PREFERS_ONEDNN and len(x) > 2 and x.device.type == "cpu" and x.dtype == torch.float32:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # as torch.compile calls it
     return F.linear(x, weight, bias)

@@ -132,8 +132,7 @@ def decode_attention_reference(
     group, device = heads // num_kv_heads, query.device
     blocks_used = (seq_lens + block_size - 1) // block_size
     splits = max(1, int(blocks_used.max()))
-    numbers = torch.arange(splits, device=device).unsqueeze(1)
-    split, sequence = (numbers < blocks_used).nonzero(as_tuple=True)  # [P] each: all blocks of all sequences
+    split, sequence = (torch.arange(splits, device=device)[:, None] < blocks_used).nonzero(as_tuple=True)  # [P] each
     blocks = block_table[sequence, split]
     tokens = (seq_lens[sequence] - split * block_size).unsqueeze(1)  # [P, 1] of the context, from this block on
     offsets, kv_heads = torch.arange(block_size, device=device), torch.arange(heads, device=device) // group
@@ -145,12 +144,11 @@ def decode_attention_reference(
     weights = scores.softmax(dim=-1)
     lse = scores.amax(dim=-1) - weights.amax(dim=-1).log_()  # the largest weight is 1 / sum(exp(score - maximum))
 
-    # V's rows are weighted and added up where they lie: gathered like K, they take a quarter of this function's time.
+    # V's rows are added up where they lie, not gathered like K; weights of 0 go with the context's last token.
     if v_cache.dtype != torch.float32:
         v_cache, blocks = v_cache.index_select(0, blocks).float(), torch.arange(len(blocks), device=device)
     first = ((blocks * num_kv_heads).unsqueeze(1) + kv_heads) * block_size  # [P, H]: a block's row of token 0
-    inside = torch.minimum(offsets, tokens - 1)  # a weight of 0 goes with the last token, not with what is beyond it
-    rows = (first.unsqueeze(2) + inside.unsqueeze(1)).view(-1, block_size)  # [P · H, bs]
+    rows = (first.unsqueeze(2) + torch.minimum(offsets, tokens - 1).unsqueeze(1)).view(-1, block_size)  # [P · H, bs]
     out = F.embedding_bag(rows, v_cache.view(-1, dim), mode="sum", per_sample_weights=weights.view(-1, block_size))
 
     used, out = split * batch + sequence, out.view(-1, heads * dim)

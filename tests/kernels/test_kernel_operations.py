@@ -6,7 +6,7 @@ import kernel_checks as checks
 import pytest
 import torch
 
-from minivllm.kernels import Kernels, online_softmax
+from minivllm.kernels import Kernels, linear, online_softmax
 from minivllm.kernels.paged_attention import choose_num_splits
 
 
@@ -148,3 +148,25 @@ def test_unsuitable_inputs_are_refused(triton_kernels: Kernels):
             kernels.qk_norm_rope(heads, heads, torch.ones(4), None, x, torch.zeros(2, dtype=torch.int64), 1e-6)
         with pytest.raises(ValueError, match="seeds"):
             kernels.sample(x, torch.ones(4), None, None, None, None, None)
+
+
+@pytest.mark.parametrize("prefers", [True, False])
+def test_linear_reference_gives_the_same_by_onednn_and_by_mkl(prefers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which library multiplies depends on the CPU, so both are shown to be right on every CPU, and to be asked."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this build of torch has no oneDNN")
+    calls: list[torch.Size] = []
+
+    def by_mkl(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        calls.append(x.shape)
+        return x @ weight.t() + (0 if bias is None else bias)
+
+    monkeypatch.setattr(linear, "PREFERS_ONEDNN", prefers)
+    monkeypatch.setattr(linear.F, "linear", by_mkl)
+    checks.check_linear(Kernels.reference(), torch.device("cpu"), torch.float32)
+    few, many = (sum(min(shape[0], 3) == n for shape in calls) for n in (1, 3))
+    assert few == 4
+    assert many == (0 if prefers else 6)
+    calls.clear()
+    checks.check_linear(Kernels.reference(), torch.device("cpu"), torch.bfloat16)
+    assert len(calls) == 12, "oneDNN is asked for float32 only"
