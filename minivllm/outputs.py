@@ -87,3 +87,4 @@ class StreamOutput:
     token_ids: list[int]
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    error: RequestError | None = None  # why the request ended early; finish_reason is then "error"

@@ -99,11 +99,14 @@ class Sampler:
         raw_logits = logits
         logits = self._edit(logits, items, slots)
         token_ids = self.kernels.sample(logits, **self._arguments(items, slots))
+        wanted = [item.sequence.params.logprobs for item in items if item.sequence.params.logprobs is not None]
+        if not wanted and not self._has_penalty[slots].any():
+            return token_ids, None
+        known = token_ids & 0xFFFFFFFF  # a valid index for `NOT_A_TOKEN`, too
         if self._has_penalty[slots].any():
             rows = np.flatnonzero(self._has_penalty[slots])
-            self._output_counts[self._tensor(slots[rows]), token_ids[self._tensor(rows)]] += 1
-        wanted = [item.sequence.params.logprobs for item in items if item.sequence.params.logprobs is not None]
-        return token_ids, token_logprobs(raw_logits, token_ids, max(wanted)) if wanted else None
+            self._output_counts[self._tensor(slots[rows]), known[self._tensor(rows)]] += 1
+        return token_ids, token_logprobs(raw_logits, known, max(wanted)) if wanted else None
 
     def _arguments(self, items: SequenceOf[ScheduledSequence], slots: np.ndarray) -> dict[str, torch.Tensor | None]:
         """Keyword arguments of the kernel; None for what no row asks for, so that nothing is computed for it."""
