@@ -379,7 +379,7 @@ def test_mutation_is_found(model: Checkpoint, name: str) -> None:
 def test_stale_slot_is_found(
     model: Checkpoint, scenario: Callable, runner: type[ModelRunner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llm_engine, "ModelRunner", runner)
+    monkeypatch.setattr(engine_core, "ModelRunner", runner)
     with pytest.raises(ParityError):
         judge(model, scenario(model))
 
