@@ -146,9 +146,9 @@ class Ranks:
             (self._processes or self.group).close()
 
     def _find(self, size: int, device: str, target: Callable[..., None], *args: Any) -> TensorParallelGroup:
-        started = int(os.environ.get("WORLD_SIZE", 1))
         if size == 1:
             return SINGLE
+        started = _torchrun_size()
         if started not in (1, size):
             raise ConfigError(f"torchrun has started {started} ranks; set tensor_parallel_size={started}.")
         local = int(os.environ.get("LOCAL_WORLD_SIZE", size)) if started == size else size
@@ -161,6 +161,24 @@ class Ranks:
             return join_torchrun(device)
         self._processes = RankProcesses(size, device, target, *args)
         return self._processes.group
+
+
+def _torchrun_size() -> int:
+    """How many ranks torchrun has started; 1 without it. Raises `ConfigError` for half of its variables."""
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    wrong = [f"{name}={value!r}" for name, value in found.items() if not value.isdecimal()]
+    size = 1 if wrong else int(found.get("WORLD_SIZE", 1))
+    if size > 1:
+        wrong += [f"no {name}" for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if int(found.get("RANK", 0)) >= size:
+            wrong.append(f"RANK={found['RANK']} of {size}")
+    if wrong:
+        raise ConfigError(
+            f"The variables that torchrun sets are not complete: {', '.join(wrong)}. Start with torchrun, or "
+            "unset WORLD_SIZE to have the ranks started here."
+        )
+    return size
 
 
 def join_torchrun(device_type: str) -> TensorParallelGroup:
