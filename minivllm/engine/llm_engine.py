@@ -74,7 +74,7 @@ class LLMEngine:
         scheduler_cls: Callable[..., Scheduler] = Scheduler, model_cls: Callable[..., Any] = Qwen3ForCausalLM,
         build_batch: Callable[..., Any] = build_batch, group: TensorParallelGroup | None = None, **options: Any,
     ) -> None:  # fmt: skip
-        config = EngineConfig(**options)
+        config = EngineConfig.from_options(options)
         pieces = {"kernels": kernels, "block_manager_cls": block_manager_cls, "scheduler_cls": scheduler_cls}
         pieces |= {"model_cls": model_cls, "build_batch": build_batch}
         device = pick_device(config.device)
