@@ -57,13 +57,15 @@ def pick_device(device: str) -> str:
     if device == "auto":
         return "cuda" if available else "cpu"
     try:
-        kind = torch.device(device).type
+        kind, index = torch.device(device).type, torch.device(device).index or 0
     except RuntimeError as error:
         raise ConfigError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}.") from error
     if kind not in ("cpu", "cuda"):
         raise ConfigError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}.")
     if kind == "cuda" and not available:
         raise ConfigError("device='cuda' was asked for, but torch sees no CUDA GPU; `minivllm doctor` says more.")
+    if kind == "cuda" and index >= torch.cuda.device_count():
+        raise ConfigError(f"device={device!r} was asked for; torch sees {torch.cuda.device_count()} GPUs, from cuda:0.")
     return device
 
 
@@ -121,12 +123,12 @@ class Ranks:
             (self._processes or self.group).close()
 
     def _find(self, size: int, device: str, target: Callable[..., None], *args: Any) -> TensorParallelGroup:
-        started = int(os.environ.get("WORLD_SIZE", 1))
         if size == 1:
             return SINGLE
+        started = _number_from_torchrun("WORLD_SIZE", 1)
         if started not in (1, size):
             raise ConfigError(f"torchrun has started {started} ranks; set tensor_parallel_size={started}.")
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", size)) if started == size else size
+        local = _number_from_torchrun("LOCAL_WORLD_SIZE", size) if started == size else size
         if device != "cpu" and (device != "cuda" or local > torch.cuda.device_count()):
             raise ConfigError(
                 f"{local} ranks on this machine take device='cuda' and {local} GPUs; device is {device!r}, and there "
@@ -140,11 +142,34 @@ class Ranks:
 
 def join_torchrun(device_type: str) -> TensorParallelGroup:
     """The group of all ranks that torchrun has started, on however many machines."""
-    store, rank, size = next(dist.rendezvous("env://"))
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise ConfigError(
+            f"The environment has WORLD_SIZE and lacks {', '.join(missing)}, all of which torchrun sets. Start this "
+            "script by torchrun, or unset WORLD_SIZE."
+        )
+    rank, size = _number_from_torchrun("RANK", 0), _number_from_torchrun("WORLD_SIZE", 1)
+    if rank >= size:  # it would wait for ever
+        raise ConfigError(f"The environment has RANK={rank} with WORLD_SIZE={size}; ranks count from 0.")
+    try:
+        store, rank, size = next(dist.rendezvous("env://"))
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            "The ranks that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT speak of cannot meet; torchrun sets them. "
+            f"({str(error).splitlines()[0]})"
+        ) from error
     # A process may make several engines, every rank in the same order.
     number = store.add(f"minivllm engines of rank {rank}", 1)
     store = dist.PrefixStore(f"minivllm engine {number}", store)
-    return connect(store, rank, size, device_type, None, int(os.environ.get("LOCAL_RANK", rank)))
+    return connect(store, rank, size, device_type, None, _number_from_torchrun("LOCAL_RANK", rank))
+
+
+def _number_from_torchrun(name: str, default: int) -> int:
+    """What torchrun has put into the environment."""
+    value = os.environ.get(name) or str(default)
+    if not value.isdecimal():
+        raise ConfigError(f"The environment variable {name} must be a number, as torchrun sets it, got {value!r}.")
+    return int(value)
 
 
 class RankProcesses:
