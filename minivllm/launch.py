@@ -70,13 +70,15 @@ def pick_device(device: str) -> str:
     if device == "auto":
         return "cuda" if available else "cpu"
     try:
-        kind = torch.device(device).type
+        kind, index = torch.device(device).type, torch.device(device).index or 0
     except RuntimeError as error:
         raise ConfigError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}.") from error
     if kind not in ("cpu", "cuda"):
         raise ConfigError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}.")
     if kind == "cuda" and not available:
         raise ConfigError("device='cuda' was asked for, but torch sees no CUDA GPU; `minivllm doctor` says more.")
+    if kind == "cuda" and index >= torch.cuda.device_count():
+        raise ConfigError(f"device={device!r} was asked for; torch sees {torch.cuda.device_count()} GPUs, from cuda:0.")
     return device
 
 
@@ -183,7 +185,13 @@ def _torchrun_size() -> int:
 
 def join_torchrun(device_type: str) -> TensorParallelGroup:
     """The group of all ranks that torchrun has started, on however many machines."""
-    store, rank, size = next(dist.rendezvous("env://"))
+    try:
+        store, rank, size = next(dist.rendezvous("env://"))
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            "The ranks that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT speak of cannot meet; torchrun sets them. "
+            f"({str(error).splitlines()[0]})"
+        ) from error
     # A process may make several engines, every rank in the same order.
     number = store.add(f"minivllm engines of rank {rank}", 1)
     store = dist.PrefixStore(f"minivllm engine {number}", store)

@@ -20,12 +20,7 @@ from tqdm.auto import tqdm
 from minivllm.engine.llm_engine import EngineMetrics, LLMEngine
 from minivllm.engine.output_processor import OutputCollector
 from minivllm.engine.trace import Trace
-from minivllm.errors import (
-    ConcurrentUseError,
-    EngineEndedError,
-    RequestError,
-    TokenizerRequiredError,
-)
+from minivllm.errors import ConcurrentUseError, EngineEndedError, RequestError, TokenizerRequiredError
 from minivllm.outputs import CompletionOutput, RequestOutput, StreamOutput
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
 

@@ -291,7 +291,7 @@ def _describe(seq: Sequence) -> dict[str, Any]:
 def _from_description(description: dict[str, Any]) -> Sequence:
     params = dict(description["params"])
     if "logit_bias" in params:
-        params["logit_bias"] = {token_id: bias for token_id, bias in params["logit_bias"]}
+        params["logit_bias"] = dict(params["logit_bias"])
     stop_ids = frozenset(description["stop_ids"])
     return Sequence(
         **{**description, "params": SamplingParams(**params), "stop_ids": stop_ids}

@@ -88,7 +88,7 @@ class LLMEngine:
         pieces = EnginePieces(
             **{n: options.pop(n) for n in list(options) if n in EnginePieces.__annotations__}
         )
-        config = EngineConfig(**options)
+        config = EngineConfig.from_options(options)
         self.model_path = BUNDLED_MODEL_PATH if model is None else resolve_model_path(model)
         self.tokenizer = None if config.skip_tokenizer_init else Tokenizer(self.model_path)
         self.core = EngineCore(self.model_path, config, pieces)

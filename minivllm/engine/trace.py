@@ -172,7 +172,10 @@ def record_step(
         seq, samples = item.sequence, item.sample_position is not None
         kind = "decode" if item.start >= seq.num_prompt_tokens else "prefill"
         num_cached = seq.num_cached_tokens if seq in admitted else 0
-        scheduled.append(TracedSequence(seq.request_id, seq.index, kind, item.start, item.num_new_tokens, samples, num_cached))
+        span = (item.start, item.num_new_tokens)
+        scheduled.append(
+            TracedSequence(seq.request_id, seq.index, kind, *span, samples, num_cached)
+        )
     record = StepRecord(
         step=len(trace.steps), start_time=start_time, duration=0.0, scheduled=scheduled,
         block_tables={label(seq): list(seq.block_table) for seq in running},
