@@ -11,7 +11,7 @@ from minivllm.tokenizer import Detokenizer, Tokenizer
 
 @dataclass(eq=False)
 class Completion:
-    """What becomes of one sequence. detokenizer: None without a tokenizer."""
+    """What becomes of one sequence. detokenizer: None without a tokenizer, or if no text is wanted."""
 
     sequence: Sequence
     output: CompletionOutput
@@ -43,10 +43,21 @@ class Request:
         output = CompletionOutput(index=len(self.completions))
         if self.params.logprobs is not None:
             output.logprobs, output.cumulative_logprob = [], 0.0
-        detokenizer = None
-        if self.tokenizer is not None:
-            detokenizer = Detokenizer(self.tokenizer, self.params.stop_strings, self.params.skip_special_tokens)
-        self.completions.append(Completion(seq, output, detokenizer))
+        self.completions.append(Completion(seq, output, self.new_detokenizer()))
+
+    def new_detokenizer(self) -> Detokenizer | None:
+        """For the text of one completion, before its first token. None if nobody wants text."""
+        params = self.params
+        if self.tokenizer is None or not params.detokenize:
+            return None
+        return Detokenizer(
+            self.tokenizer,
+            params.stop_strings,
+            params.skip_special_tokens,
+            self.prompt_token_ids,
+            include_stop=params.include_stop_str_in_output,
+            spaces_between_special_tokens=params.spaces_between_special_tokens,
+        )
 
     @property
     def follows_text(self) -> bool:
@@ -56,8 +67,11 @@ class Request:
     def add_token(self, index: int, token_id: int, num_output_tokens: int) -> str | None:
         """Follow the text of a completion, which now has so many tokens. Returns the stop string completed, if any."""
         seq, detokenizer = self.completions[index].sequence, self.completions[index].detokenizer
-        # The token that stopped a sequence is not part of its text.
-        if detokenizer is None or not self.follows_text or seq.finish_reason == "stop":
+        if detokenizer is None or not self.follows_text:
+            return None
+        if seq.finish_reason == "stop":  # the token that stopped a sequence is not part of its text
+            if self.params.include_stop_str_in_output:
+                detokenizer.append(token_id, check_stop=False)
             return None
         return detokenizer.append(token_id, num_output_tokens >= self.params.min_tokens)
 
@@ -82,8 +96,9 @@ class Request:
             return
         if not self.follows_text:
             token_ids = _known(seq.output_token_ids)
-            shown = token_ids[:-1] if seq.finish_reason == "stop" else token_ids
-            detokenizer.text = self.tokenizer.decode(shown, self.params.skip_special_tokens)
+            stopped = seq.finish_reason == "stop" and not self.params.include_stop_str_in_output
+            detokenizer.extend(token_ids[:-1] if stopped else token_ids)
+            detokenizer.finish(check_stop=False)
         elif not isinstance(seq.stop_reason, str) and (stop := detokenizer.finish()) is not None:
             output.finish_reason, output.stop_reason = "stop", stop
 
@@ -118,7 +133,9 @@ class Request:
         return found
 
     def _decode_one(self, token_id: int) -> str | None:
-        return None if self.tokenizer is None else self.tokenizer.decode([token_id], skip_special_tokens=False)
+        if self.tokenizer is None or not self.params.detokenize:
+            return None
+        return self.tokenizer.decode([token_id], skip_special_tokens=False)
 
 
 def _known(token_ids: list[int]) -> list[int]:
