@@ -97,10 +97,14 @@ class Tokenizer:
 
     # --- what a detokenizer needs to know ---------------------------------------------------------
 
-    def is_shown(self, token_id: int, skip_special_tokens: bool) -> bool:
-        """Whether decoding looks at this token at all."""
-        token = self._tokenizer.id_to_token(token_id)
-        return token is not None and not (skip_special_tokens and token in self._special_texts)
+    def knows(self, token_id: int) -> bool:
+        """Whether there is such a token; decoding passes over others."""
+        return self._tokenizer.id_to_token(token_id) is not None
+
+    @cached_property
+    def special_token_ids(self) -> frozenset[int]:
+        """Those that skip_special_tokens leaves out."""
+        return frozenset(i for i, text in self.added_tokens.items() if text in self._special_texts)
 
     @cached_property
     def added_tokens(self) -> dict[int, str]:
@@ -439,6 +443,8 @@ def _num_unfinished(text: str) -> int:
     Four bytes make the longest character, so at most three can wait for the rest; what stands before
     those is broken for good.
     """
+    if not text.endswith(REPLACEMENT):
+        return 0
     return min(3, len(text) - len(text.rstrip(REPLACEMENT)))
 
 
@@ -451,8 +457,9 @@ class Detokenizer:
     same tokens and set `num_emitted`.
     """
 
-    #: So many tokens before the new ones are decoded with them; decoders look back by fewer.
-    CONTEXT = 8
+    #: At least so many tokens before the new ones are decoded with them. A character has four bytes at
+    #: most, and a byte may be a token: so the end of an unfinished one is always among them.
+    CONTEXT = 4
 
     def __init__(
         self,
@@ -472,23 +479,24 @@ class Detokenizer:
         self.num_emitted = 0
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
         self._stops, self._include_stop = stop_strings, include_stop
-        # Tokens that are decoded together: some context, then those that came since.
-        self._window = self._context_of(prompt_token_ids)
-        self._context_text = self._decode(self._window)
+        self._hidden = tokenizer.special_token_ids if skip_special_tokens else frozenset()
+        # Tokens that are decoded together, hidden ones left out: some context, then those that came since.
+        self._window, self._context_text = self._context_of(prompt_token_ids)
         self._num_known = len(self._context_text)  # characters of the window's text before the new ones
+        self._is_open = False  # whether the window's text has an end that is not accepted yet
         self._tight = not (spaces_between_special_tokens or skip_special_tokens)
         self._last_token: int | None = None
 
     def append(self, token_id: int, check_stop: bool = True) -> str | None:
         """Add a token. Returns the stop string it completed, if any; `text` then ends before that string."""
-        if not self._tokenizer.is_shown(token_id, self._skip):
+        if token_id in self._hidden:
             return None
         self._window.append(token_id)
         decoded = self._decode(self._window)
-        stop = self._accept(self._new_text(decoded, _num_unfinished(decoded), token_id), check_stop)
+        new_text = self._new_text(decoded, _num_unfinished(decoded), token_id)
         if len(self._window) >= 3 * self.CONTEXT:
             self._forget(decoded)
-        return stop
+        return self._accept(new_text, check_stop)
 
     def extend(self, token_ids: Sequence[int]) -> None:
         """Add many tokens at once, and look for no stop string."""
@@ -498,12 +506,11 @@ class Detokenizer:
         elif token_ids:
             self._window.extend(token_ids)
             decoded = self._decode(self._window)
-            self._accept(self._new_text(decoded, _num_unfinished(decoded)), check_stop=False)
-            self._forget(decoded)
+            self.text += self._new_text(decoded, _num_unfinished(decoded))
 
     def finish(self, check_stop: bool = True) -> str | None:
         """No more tokens: accept what is left, even if it is no whole character. Returns as `append`."""
-        return self._accept(self._new_text(self._decode(self._window), 0), check_stop)
+        return self._accept(self._new_text(self._decode(self._window), 0), check_stop) if self._is_open else None
 
     def emit(self, finished: bool) -> str:
         """The text that is new since the last call, less an end that may turn out to be part of a stop string."""
@@ -528,7 +535,7 @@ class Detokenizer:
             self._num_known = len(os.path.commonprefix([self._context_text, decoded]))
         end = len(decoded) - num_unfinished
         new = decoded[self._num_known : end]
-        self._num_known = max(self._num_known, end)
+        self._num_known, self._is_open = max(self._num_known, end), num_unfinished > 0
         if self._tight and token_id is not None:
             added, before = self._tokenizer.added_tokens, self._last_token
             self._last_token = token_id
@@ -536,28 +543,27 @@ class Detokenizer:
                 return added[token_id]
         return new
 
-    def _context_of(self, token_ids: Sequence[int]) -> list[int]:
-        """The last tokens after which the next are decoded as they are after all of these.
+    def _context_of(self, token_ids: Sequence[int]) -> tuple[list[int], str]:
+        """The last tokens after which the next are decoded as they are after all of these, and their text.
 
         A decoder treats the first token of all differently (its space, its ##), and looks at neighbours
         for bytes that make a character. So it is enough to have some tokens that show some text, and the
         same text as they do after others.
         """
-        count, shown = self.CONTEXT, self._last_shown(token_ids, 2 * self.CONTEXT)
-        while count < len(shown):
+        count = self.CONTEXT
+        while len(shown := self._last_shown(token_ids, 2 * count)) > count:
             text = self._decode(shown[-count:])
             if text and self._decode(shown).endswith(text):
-                return shown[-count:]
+                return shown[-count:], text
             count *= 2
-            shown = self._last_shown(token_ids, 2 * count)
-        return shown
+        return shown, self._decode(shown)
 
     def _last_shown(self, token_ids: Sequence[int], count: int) -> list[int]:
-        found = []
+        found: list[int] = []
         for token_id in reversed(token_ids):
             if len(found) == count:
                 break
-            if self._tokenizer.is_shown(token_id, self._skip):
+            if token_id not in self._hidden and self._tokenizer.knows(token_id):
                 found.append(token_id)
         return found[::-1]
 
@@ -568,6 +574,8 @@ class Detokenizer:
         if len(text) > unfinished and decoded.endswith(text):
             self._window, self._num_known = rest, len(text) - unfinished
             self._context_text = text[: self._num_known]
+        else:
+            self._window = [token_id for token_id in self._window if self._tokenizer.knows(token_id)]
 
     # --- stop strings ---------------------------------------------------------------------------------
 
