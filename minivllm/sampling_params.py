@@ -47,6 +47,9 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     logit_bias: dict[int, float] | None = None  # added to the logits of these tokens
     skip_special_tokens: bool = True  # leave special tokens out of the text
+    include_stop_str_in_output: bool = False
+    detokenize: bool = True
+    spaces_between_special_tokens: bool = True
     #: What `LLMEngine.step` reports; `LLM.generate` and `LLM.stream` set it themselves.
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
