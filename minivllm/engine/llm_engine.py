@@ -13,11 +13,12 @@ Not safe for use from several threads at once. Taught in notebooks/07_engine.ipy
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 import weakref
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,14 @@ from minivllm.bundled import BUNDLED_MODEL_PATH
 from minivllm.config import EngineConfig
 from minivllm.distributed import TensorParallelGroup
 from minivllm.engine.block_manager import BlockManager
+from minivllm.engine.input_processor import EngineInput, InputProcessor, in_our_order
 from minivllm.engine.model_runner import ModelRunner, StepResult
 from minivllm.engine.request import Request
 from minivllm.engine.scheduler import Scheduler, SchedulerStats
 from minivllm.engine.sequence import ScheduledBatch, ScheduledSequence
 from minivllm.engine.sequence import Sequence as EngineSequence
 from minivllm.engine.trace import StepRecord, Trace, record_step
+from minivllm.inputs import PromptType
 from minivllm.kernels import Kernels
 from minivllm.launch import Ranks, pick_device
 from minivllm.models.loader import load_config, resolve_model_path
@@ -44,6 +47,8 @@ from minivllm.models.qwen3 import Qwen3ForCausalLM
 from minivllm.outputs import RequestMetrics, RequestOutput
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
 from minivllm.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -99,6 +104,7 @@ class LLMEngine:
             self.ranks.give_up(error)
             raise
         self.config = replace(self.config, num_kv_blocks=self.model_runner.num_kv_blocks)
+        self.input_processor = InputProcessor(self.model_path, self.model_config, self.config, self.tokenizer)
         manager = block_manager_cls(self.config.num_kv_blocks, self.config.block_size, config.enable_prefix_caching)
         self.scheduler = scheduler_cls(manager, self.config.max_num_seqs, self.config.max_num_batched_tokens)
         self.trace = self._new_trace() if config.trace else None
@@ -116,31 +122,31 @@ class LLMEngine:
 
     # --- requests -------------------------------------------------------------------------------------------------
 
-    def add_request(self, prompt: str | Sequence[int], params: SamplingParams | None = None,
+    def add_request(self, prompt: PromptType, params: SamplingParams | None = None,
                     request_id: str | None = None) -> str:  # fmt: skip
-        """Queue a request and return its id. prompt: text, or token ids.
+        """Queue a request and return its id. prompt: text, token ids, or a dict as in vLLM (`TextPrompt`, ...).
 
-        Raises a `RequestError` for a request that can never be served; nothing else is affected by it.
+        params: None takes the checkpoint's own. Raises a `RequestError` for a request that can never be served;
+        nothing else is affected by it. vLLM's order of arguments (request_id, prompt, params) is understood.
         """
-        params = params or SamplingParams()
+        prompt, params, request_id = in_our_order(prompt, params, request_id)
         if request_id in self._requests:
             raise errors.RequestError(f"Request id {request_id!r} is in use; finish or abort that request first.")
-        token_ids = self._encode(prompt)
-        max_num_tokens = self._check_request(token_ids, params)
+        new = self.input_processor.process(prompt, params)
         number = next(self._request_numbers)  # of served requests: seeds derived from it do not depend on refused ones
         if request_id is None:
             # A caller may have used the number as an id of its own.
             request_id = str(number) if str(number) not in self._requests else f"{number}-{uuid4().hex}"
-        prompt_text = prompt if isinstance(prompt, str) else None
+        tokenizer = self.tokenizer if new.params.detokenize else None
         metrics = RequestMetrics(arrival_time=time.perf_counter())
-        request = Request(request_id, prompt_text, token_ids, params, self.tokenizer, metrics)
+        request = Request(request_id, new.prompt_text, new.prompt_token_ids, new.params, tokenizer, metrics)
         self._requests[request_id] = request
-        for index in range(params.n):
-            seq = self._new_sequence(token_ids, params, index, number, max_num_tokens)
+        for index in range(new.params.n):
+            seq = self._new_sequence(new, index, number)
             request.add_completion(seq)
             self._owners[seq.seq_id] = (request, index)
             self.scheduler.add(seq)
-        self.ranks.mirror("add_request", token_ids, params, request_id)
+        self.ranks.mirror("add_request", new.prompt_token_ids, new.params, request_id)
         return request_id
 
     def abort_request(self, request_id: str | Iterable[str]) -> None:
@@ -207,6 +213,23 @@ class LLMEngine:
         self._note_admissions(batch, start)
         self._in_flight.append((batch, self.model_runner.execute(batch), record))
 
+    def reset_prefix_cache(self) -> bool:
+        """Forget the content of all KV blocks. False, and nothing done, while requests are unfinished.
+
+        Raises `UnsupportedFeatureError` for a block manager of your own without `reset_prefix_cache`.
+        """
+        reset = getattr(self.scheduler.block_manager, "reset_prefix_cache", None)
+        if reset is None:
+            raise errors.UnsupportedFeatureError(
+                f"{type(self.scheduler.block_manager).__name__} has no method reset_prefix_cache; write one."
+            )
+        if self._requests:
+            logger.warning("The prefix cache is not reset: %d requests are unfinished.", len(self._requests))
+            return False
+        reset()
+        self.ranks.mirror("reset_prefix_cache")
+        return True
+
     def close(self) -> None:
         """End the other ranks, if there are any; this engine cannot step any more then."""
         self.ranks.close()
@@ -216,67 +239,15 @@ class LLMEngine:
         self._metrics.num_used_kv_blocks = self.config.num_kv_blocks - self.scheduler.block_manager.num_free_blocks
         return replace(self._metrics, **vars(self.scheduler.stats))
 
-    # --- what a request may ask -----------------------------------------------------------------------------------
+    # --- sequences ------------------------------------------------------------------------------------------------
 
-    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise errors.TokenizerRequiredError("This engine has no tokenizer; give the prompt as token ids.")
-            return self.tokenizer.encode(prompt)
-        if not isinstance(prompt, Iterable):
-            raise errors.RequestError(f"A prompt is a string or a list of token ids, not {prompt!r}.")
-        vocab_size = self.model_config.vocab_size
-        for token_id in prompt:
-            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
-                raise errors.InvalidTokenError(f"Token id {token_id!r} is not an integer from 0 to {vocab_size - 1}.")
-        return list(prompt)
-
-    def _check_request(self, token_ids: list[int], params: SamplingParams) -> int:
-        """Raise for what can never be served; returns at how many tokens, prompt included, its sequences end."""
-        if not token_ids:
-            raise errors.EmptyPromptError("The prompt has no tokens; give at least one.")
-        limit = self.config.max_model_len
-        if len(token_ids) >= limit:
-            raise errors.PromptTooLongError(
-                f"The prompt has {len(token_ids)} tokens; max_model_len={limit} leaves room for {limit - 1} and one of "
-                "output. Shorten the prompt or raise max_model_len."
-            )
-        # The last token of a sequence is never fed back, so it needs no place in the cache.
-        pool = self.config.num_kv_blocks * self.config.block_size + 1
-        wanted = len(token_ids) + (params.max_tokens or limit)
-        max_num_tokens = min(limit, wanted if params.max_tokens else min(wanted, pool))
-        if max_num_tokens > pool or len(token_ids) >= pool:
-            raise errors.PromptTooLongError(
-                f"{len(token_ids)} prompt tokens with max_tokens={params.max_tokens} never fit the KV cache of "
-                f"{pool - 1} tokens. Lower max_tokens, shorten the prompt or raise num_kv_blocks."
-            )
-        self._check_params(params)
-        return max_num_tokens
-
-    def _check_params(self, params: SamplingParams) -> None:
-        vocab_size = self.model_config.vocab_size
-        for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
-            for token_id in ids or ():
-                if token_id >= vocab_size:
-                    raise errors.SamplingParamsError(
-                        f"{name}: token {token_id}; the vocabulary ends at {vocab_size - 1}."
-                    )
-        if params.stop_strings and self.tokenizer is None:
-            raise errors.TokenizerRequiredError(
-                "Stop strings need a tokenizer, and this engine has none; use stop_token_ids."
-            )
-
-    def _new_sequence(self, token_ids: list[int], params: SamplingParams, index: int, number: int,
-                      max_num_tokens: int) -> EngineSequence:  # fmt: skip
-        stop_ids = set(params.stop_token_ids or ())
-        if not params.ignore_eos:
-            stop_ids.update(t for t in self.model_config.eos_token_ids if t < self.model_config.vocab_size)
+    def _new_sequence(self, request: EngineInput, index: int, number: int) -> EngineSequence:
         # Only the first completion computes the prompt's logprobs; the others may share its blocks.
-        params = params if index == 0 else replace(params, prompt_logprobs=None)
-        seed = self._seed(params.seed, number, index)
+        params = request.params if index == 0 else replace(request.params, prompt_logprobs=None)
         return EngineSequence(
-            next(self._seq_ids), list(token_ids), params, frozenset(stop_ids), max_num_tokens=max_num_tokens, seed=seed
-        )
+            next(self._seq_ids), list(request.prompt_token_ids), params, request.stop_ids, request.max_num_tokens,
+            seed=self._seed(params.seed, number, index), bad_words=request.bad_words,
+        )  # fmt: skip
 
     def _seed(self, seed: int | None, number: int, index: int) -> int:
         """The key of a sequence's random numbers: the request's seed, or one from the engine's seed and the arrival."""

@@ -32,6 +32,7 @@ class Sequence:
     stop_ids: frozenset[int] = frozenset()
     max_num_tokens: int = 1 << 30  # the sequence ends at this many tokens, prompt included
     seed: int = 0  # key of the random numbers; see kernels/sampling.py
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that the output may not complete
 
     status: SequenceStatus = SequenceStatus.WAITING
     num_prompt_tokens: int = 0
