@@ -2,7 +2,7 @@
 
 Here the forms are told apart and checked as far as that is possible without a model; what depends on
 the tokenizer and the vocabulary is `engine/input_processor.py`'s. Names are vLLM's.
-Taught in notebooks/11_using_minivllm.ipynb."""
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What `LLM.get_metrics` returns: vLLM's metrics, under vLLM's names, as far as minivllm counts them.
 
 Code that reads them by name and type, as vLLM's `vllm.v1.metrics.reader` is read, goes on working.
-Taught in notebooks/11_using_minivllm.ipynb."""
+"""
 
 from dataclasses import dataclass
 

@@ -2,7 +2,7 @@
 
 Whoever changes only the import of a vLLM script either gets what the script asks for, or an error that names the part
 that is missing. Nothing is ignored in silence.
-Taught in notebooks/11_using_minivllm.ipynb."""
+"""
 
 import difflib
 from collections.abc import Iterable, Mapping

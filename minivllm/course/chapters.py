@@ -244,15 +244,12 @@ MODULES = {
     ),
     "07": (
         "engine/llm_engine.py", "engine/model_runner.py", "engine/sampler.py", "kernels/sampling.py", "batch.py",
-        "tokenizer.py", "engine/input_processor.py",
+        "tokenizer.py",
     ),
     "08": ("engine/cuda_graphs.py", "course/streams.py"),
     "09": ("distributed.py", "launch.py", "layers/linear.py", "layers/embedding.py", "course/ranks.py"),
     "10": ("bench/costs.py", "bench/roofline.py", "bench/latency.py", "bench/breakdown.py"),
-    "11": (
-        "llm.py", "config.py", "sampling_params.py", "outputs.py", "engine/trace.py", "errors.py", "inputs.py",
-        "metrics.py", "unsupported.py",
-    ),
+    "11": ("llm.py", "config.py", "sampling_params.py", "outputs.py", "engine/trace.py", "errors.py"),
 }  # fmt: skip
 
 

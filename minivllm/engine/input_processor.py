@@ -2,7 +2,7 @@
 
 The only place that decides what is refused before a request exists. A refusal raises a `RequestError`
 and leaves nothing behind, so it never touches another request.
-Taught in notebooks/07_engine.ipynb."""
+"""
 
 from __future__ import annotations
 

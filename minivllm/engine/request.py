@@ -56,12 +56,10 @@ class Request:
     def add_token(self, index: int, token_id: int, num_output_tokens: int) -> str | None:
         """Follow the text of a completion, which now has so many tokens. Returns the stop string completed, if any."""
         seq, detokenizer = self.completions[index].sequence, self.completions[index].detokenizer
-        # The token that stopped a sequence is not part of its text, unless the caller wants it.
-        left_out = seq.finish_reason == "stop" and not self.params.include_stop_str_in_output
-        if detokenizer is None or not self.follows_text or left_out:
+        # The token that stopped a sequence is not part of its text.
+        if detokenizer is None or not self.follows_text or seq.finish_reason == "stop":
             return None
-        stop = detokenizer.append(token_id, num_output_tokens >= self.params.min_tokens)
-        return self._stopped_by(detokenizer, stop)
+        return detokenizer.append(token_id, num_output_tokens >= self.params.min_tokens)
 
     def add_logprobs(self, index: int, logprobs: TokenLogprobs, row: int) -> None:
         """Note the logprobs of the token that a completion has just got."""
@@ -84,17 +82,10 @@ class Request:
             return
         if not self.follows_text:
             token_ids = _known(seq.output_token_ids)
-            left_out = seq.finish_reason == "stop" and not self.params.include_stop_str_in_output
-            shown = token_ids[:-1] if left_out else token_ids
+            shown = token_ids[:-1] if seq.finish_reason == "stop" else token_ids
             detokenizer.text = self.tokenizer.decode(shown, self.params.skip_special_tokens)
         elif not isinstance(seq.stop_reason, str) and (stop := detokenizer.finish()) is not None:
-            output.finish_reason, output.stop_reason = "stop", self._stopped_by(detokenizer, stop)
-
-    def _stopped_by(self, detokenizer: Detokenizer, stop: str | None) -> str | None:
-        """The stop string, if there is one; the text, which ends before it, takes it in if the caller wants that."""
-        if stop is not None and self.params.include_stop_str_in_output:
-            detokenizer.text += stop
-        return stop
+            output.finish_reason, output.stop_reason = "stop", stop
 
     def report(self) -> RequestOutput:
         """The request as it is now; in DELTA mode, what is new since the last report."""
