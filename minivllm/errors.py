@@ -59,6 +59,29 @@ class UnsupportedMethodError(UnsupportedFeatureError, AttributeError):
     """A method of vLLM's `LLM` that is not here. Also an AttributeError, so that `hasattr` says False."""
 
 
+class InvalidLogitsError(RequestError):
+    """The model's logits for this request are not finite, so no token can be chosen."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(
+            message
+            or "The model's logits are not finite (NaN or infinity), so no token can be chosen. Either the weights are "
+            "broken, or numbers have overflowed: with dtype='float16', try 'bfloat16' or 'float32'."
+        )
+
+
+class ConcurrentUseError(MiniVLLMError, RuntimeError):
+    """Another thread is using this engine, which is for one thread at a time."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(
+            message
+            or "Another thread is using this engine, and an engine is for one thread at a time. Give each thread an "
+            "engine of its own, let one thread make all calls (one generate() with all prompts is fastest), or hold a "
+            "threading.Lock around every call."
+        )
+
+
 class OutOfMemoryError(MiniVLLMError):
     """The device has no room for what was asked; the message names the option to turn."""
 

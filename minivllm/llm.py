@@ -8,7 +8,8 @@ for chunk in llm.stream("Tell me a story."):
     print(chunk.text, end="", flush=True)"""
 
 import logging
-from collections import deque
+import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,8 +20,14 @@ from tqdm.auto import tqdm
 
 from minivllm import inputs
 from minivllm.engine.llm_engine import EngineMetrics, LLMEngine
+from minivllm.engine.output_processor import OutputCollector
 from minivllm.engine.trace import Trace
-from minivllm.errors import RequestError, TokenizerRequiredError
+from minivllm.errors import (
+    ConcurrentUseError,
+    EngineEndedError,
+    RequestError,
+    TokenizerRequiredError,
+)
 from minivllm.inputs import Message, Params, Prompts, PromptType, RefusedPrompt, TokensPrompt
 from minivllm.metrics import COUNTERS, Counter, Gauge, Metric
 from minivllm.outputs import CompletionOutput, RequestOutput, StreamOutput
@@ -37,9 +44,9 @@ class LLM:
     """One model and its engine. Arguments are those of `LLMEngine`. A context manager: leaving it frees the memory."""
 
     def __init__(self, model: str | Path | None = None, **options: Any) -> None:
-        self.llm_engine = LLMEngine(model, **options)
-        #: Outputs that arrived while somebody else was stepping the engine; a stream may be open during a `generate`.
-        self._mailboxes: dict[str, deque[RequestOutput]] = {}
+        self.llm_engine: LLMEngine | None = LLMEngine(model, **options)
+        #: The calls that are under way, and the thread that is at each; a stream may be open during a `generate`.
+        self._turns: dict[OutputCollector, int] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -50,17 +57,16 @@ class LLM:
     def close(self) -> None:
         """Abort what is running and let go of model and cache. The object cannot be used afterwards."""
         if self.llm_engine is not None:
-            self.abort(list(self._mailboxes))
             self.llm_engine.close()
             self.llm_engine = None
 
     @property
     def trace(self) -> Trace | None:
         """What happened at each step, if the engine was made with ``trace=True``."""
-        return self.llm_engine.trace
+        return self._open_engine().trace
 
     def metrics(self) -> EngineMetrics:
-        return self.llm_engine.metrics()
+        return self._open_engine().metrics()
 
     def __getattr__(self, name: str) -> NoReturn:
         # Only called for what is not there: a method of vLLM's says what to do instead.
@@ -68,7 +74,7 @@ class LLM:
 
     def get_metrics(self) -> list[Metric]:
         """`metrics` in vLLM's form: a list of named counters and gauges."""
-        engine, found = self.llm_engine, self.metrics()
+        engine, found = self._open_engine(), self.metrics()
         labels = {"model_name": engine.model_path.name, "engine": "0"}
         running, waiting = len(engine.scheduler.running), len(engine.scheduler.waiting)
         usage = found.num_used_kv_blocks / found.num_kv_blocks
@@ -84,22 +90,26 @@ class LLM:
 
         With ``generation_config="vllm"`` they are `SamplingParams()`.
         """
-        return self.llm_engine.input_processor.default_params
+        return self._open_engine().input_processor.default_params
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes. False, and nothing done, while requests are unfinished."""
-        return self.llm_engine.reset_prefix_cache()
+        return self._open_engine().reset_prefix_cache()
 
     def get_tokenizer(self) -> Any:
         """The tokenizer (`encode`, `decode`, `apply_chat_template`); raises without one."""
-        if self.llm_engine.tokenizer is None:
+        if self._open_engine().tokenizer is None:
             raise TokenizerRequiredError("This engine was made with skip_tokenizer_init=True.")
         return self.llm_engine.tokenizer
 
     # --- the three ways to ask ------------------------------------------------------------------------------------
 
     def generate(
-        self, prompts: Prompts | None = None, sampling_params: Params = None, use_tqdm: Tqdm = True, **unsupported: Any
+        self,
+        prompts: Prompts | None = None,
+        sampling_params: Params = None,
+        use_tqdm: Tqdm = True,
+        **unsupported: Any,
     ) -> list[RequestOutput]:
         """Complete the prompts; results in their order.
 
@@ -112,25 +122,16 @@ class LLM:
         """
         refuse_arguments("LLM.generate", unsupported, ("prompts", "sampling_params", "use_tqdm"))
         batch, single = inputs.as_batch(prompts)
-        all_params = self._params_for(batch, sampling_params)
         results: dict[int, RequestOutput] = {}
-        position_of: dict[str, int] = {}
-        try:
-            for position, (prompt, params) in enumerate(zip(batch, all_params, strict=True)):
-                try:
-                    position_of[self._submit(prompt, params, RequestOutputKind.FINAL_ONLY)] = position
-                except RequestError as error:
-                    if single:
-                        raise
-                    logger.warning("Prompt %d of %d was refused: %s", position, len(batch), error)
-                    results[position] = _refused(position, prompt, params, error)
-            with _progress(use_tqdm, len(batch)) as bar:
-                bar.update(len(results))
-                for output in self._outputs_of(position_of):
-                    results[position_of[output.request_id]] = output
-                    bar.update(1)
-        finally:
-            self._discard(position_of)
+        with _progress(use_tqdm, len(batch)) as bar:
+            # Never bound to a name: whatever cuts this loop short ends the iterator, and so its requests.
+            for position, output in self._outputs(
+                batch, sampling_params, RequestOutputKind.FINAL_ONLY, raises=single
+            ):
+                results[position] = output
+                bar.update(1)
+        if single and results[0].error is not None:
+            raise results[0].error
         return [results[position] for position in range(len(batch))]
 
     def chat(
@@ -154,10 +155,19 @@ class LLM:
 
         A conversation that cannot be answered is treated like a prompt that cannot be served, see `generate`.
         """
-        names = ("messages", "sampling_params", "use_tqdm", "chat_template", "add_generation_prompt")
+        names = (
+            "messages",
+            "sampling_params",
+            "use_tqdm",
+            "chat_template",
+            "add_generation_prompt",
+        )
         known = (*names, "continue_final_message", "chat_template_kwargs")
         refuse_arguments("LLM.chat", unsupported, known)
-        variables = {"add_generation_prompt": add_generation_prompt, **(chat_template_kwargs or {})}
+        variables = {
+            "add_generation_prompt": add_generation_prompt,
+            **inputs.check_template_kwargs(chat_template_kwargs),
+        }
         if continue_final_message:
             if variables["add_generation_prompt"]:
                 raise RequestError("continue_final_message=True needs add_generation_prompt=False.")
@@ -184,23 +194,26 @@ class LLM:
         Closing the iterator aborts what is still running.
         """
         batch, _ = inputs.as_batch(prompts)
-        all_params = self._params_for(batch, sampling_params)
-        position_of: dict[str, int] = {}
+        collector = OutputCollector()
+        increments = self._increments(
+            self._run(collector, batch, sampling_params, RequestOutputKind.DELTA, raises=True)
+        )
+        collector.read_by(increments)
+        return increments
+
+    def _increments(self, outputs: Iterator[tuple[int, RequestOutput]]) -> Iterator[StreamOutput]:
         ended: set[tuple[int, int]] = set()  # (prompt, completion): each reports its end once
         try:
-            for position, (prompt, params) in enumerate(zip(batch, all_params, strict=True)):
-                position_of[self._submit(prompt, params, RequestOutputKind.DELTA)] = position
-            for output in self._outputs_of(position_of):
-                position = position_of[output.request_id]
+            for position, output in outputs:
                 for c in output.outputs:
                     if (position, c.index) in ended or not (c.text or c.token_ids or c.finished):
                         continue
                     if c.finished:
                         ended.add((position, c.index))
-                    gained = (c.text, c.token_ids, c.finish_reason, c.stop_reason)
+                    gained = (c.text, c.token_ids, c.finish_reason, c.stop_reason, output.error)
                     yield StreamOutput(output.request_id, position, c.index, *gained)
         finally:
-            self._discard(position_of)
+            outputs.close()
 
     def stream_chat(self, messages: Sequence[Message], sampling_params: SamplingParams | None = None,
                     **template_variables: Any) -> Iterator[StreamOutput]:  # fmt: skip
@@ -215,47 +228,92 @@ class LLM:
         """
         return list(self._chat_prompt(messages, template_variables)["prompt_token_ids"])
 
-    def _chat_prompt(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> TokensPrompt:
+    def _chat_prompt(
+        self, messages: Sequence[Message], variables: Mapping[str, Any]
+    ) -> TokensPrompt:
         tokenizer = self.get_tokenizer()
         inputs.check_conversation(messages)
-        text = tokenizer.apply_chat_template(messages, **variables)
-        return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
+        rendered = tokenizer.apply_chat_template(messages, **variables)
+        if not isinstance(rendered, str):  # with the variable tokenize=True
+            return {"prompt_token_ids": rendered}
+        token_ids = tokenizer.encode(rendered, add_special_tokens=False)
+        return {"prompt": rendered, "prompt_token_ids": token_ids}
 
     def abort(self, request_ids: str | Iterable[str]) -> None:
         """End requests early; whoever waits for them gets what there is, with finish_reason "abort"."""
-        self.llm_engine.abort_request(request_ids)
+        self._open_engine().abort_request(request_ids)
 
     # --- plumbing -------------------------------------------------------------------------------------------------
 
     def _params_for(self, batch: list[Any], params: Params) -> list[SamplingParams]:
         """One for each prompt of a batch."""
-        return inputs.as_params(self.get_default_sampling_params() if params is None else params, len(batch))
+        return inputs.as_params(
+            self.get_default_sampling_params() if params is None else params, len(batch)
+        )
 
-    def _submit(self, prompt: PromptType, params: SamplingParams, output_kind: RequestOutputKind) -> str:
-        request_id = self.llm_engine.add_request(prompt, replace(params, output_kind=output_kind))
-        self._mailboxes[request_id] = deque()
-        return request_id
+    def _outputs(
+        self, batch: list[Any], params: Params, output_kind: RequestOutputKind, raises: bool
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """(position, output) of these prompts as they come. Their requests live as long as this iterator.
 
-    def _discard(self, request_ids: Iterable[str]) -> None:
-        """End those of these requests that have not finished, and forget what has come of them."""
-        if self.llm_engine is not None:
-            self.abort(list(request_ids))
-        for request_id in request_ids:
-            self._mailboxes.pop(request_id, None)
+        raises: whether a request that is refused raises; otherwise it is an output with an error.
+        """
+        collector = OutputCollector()
+        outputs = self._run(collector, batch, params, output_kind, raises)
+        collector.read_by(outputs)
+        return outputs
 
-    def _outputs_of(self, request_ids: Iterable[str]) -> Iterator[RequestOutput]:
-        """Step the engine until these requests have finished; outputs of others wait in their mailboxes."""
-        open_ids = dict.fromkeys(request_ids)
-        while open_ids:
-            for request_id in list(open_ids):
-                while self._mailboxes[request_id]:
-                    output = self._mailboxes[request_id].popleft()
+    def _run(
+        self,
+        collector: OutputCollector,
+        batch: list[Any],
+        params: Params,
+        output_kind: RequestOutputKind,
+        raises: bool,
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        engine = self._open_engine()
+        self._take_turn(collector)
+        position_of: dict[str, int] = {}
+        try:
+            engine.drop_abandoned()
+            for position, (prompt, own) in enumerate(
+                zip(batch, self._params_for(batch, params), strict=True)
+            ):
+                try:
+                    own = replace(own, output_kind=output_kind)
+                    position_of[engine.add_request(prompt, own, collector=collector)] = position
+                except RequestError as error:
+                    if raises:
+                        raise
+                    logger.warning("Prompt %d of %d was refused: %s", position, len(batch), error)
+                    yield position, _refused(position, prompt, own, error)
+            while position_of:
+                self._take_turn(collector)
+                if not collector.news:
+                    engine.advance()
+                for output in engine.collect(collector):
+                    yield position_of[output.request_id], output
                     if output.finished:
-                        del open_ids[request_id]
-                    yield output
-            for output in self.llm_engine.step() if open_ids else ():
-                if output.request_id in self._mailboxes:
-                    self._mailboxes[output.request_id].append(output)
+                        del position_of[output.request_id]
+        finally:
+            self._turns.pop(collector, None)
+            collector.is_closed = True
+            engine.drop_abandoned()
+
+    def _take_turn(self, collector: OutputCollector) -> None:
+        """Note which thread reads these outputs; raises `ConcurrentUseError` while another thread reads others."""
+        me = threading.get_ident()
+        for other, thread in list(self._turns.items()):
+            if other.is_abandoned:
+                self._turns.pop(other, None)
+            elif other is not collector and thread != me and thread in sys._current_frames():
+                raise ConcurrentUseError()
+        self._turns[collector] = me
+
+    def _open_engine(self) -> LLMEngine:
+        if self.llm_engine is None:
+            raise EngineEndedError("This LLM has been closed. Make a new one.")
+        return self.llm_engine
 
 
 @contextmanager
@@ -270,7 +328,11 @@ def _progress(use_tqdm: Tqdm, total: int) -> Iterator[Any]:
         bar.close()
 
 
-def _refused(position: int, prompt: Any, params: SamplingParams, error: RequestError) -> RequestOutput:
+def _refused(
+    position: int, prompt: Any, params: SamplingParams, error: RequestError
+) -> RequestOutput:
     text, token_ids = inputs.describe_prompt(prompt)
     outputs = [CompletionOutput(index=i, finish_reason="error") for i in range(params.n)]
-    return RequestOutput(f"refused-{position}", text, token_ids, outputs, finished=True, error=error)
+    return RequestOutput(
+        f"refused-{position}", text, token_ids, outputs, finished=True, error=error
+    )

@@ -22,10 +22,14 @@ class CompletionOutput:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     cumulative_logprob: float | None = None
-    logprobs: list[dict[int, Logprob]] | None = None  # one dict a generated token; the chosen one is always in it
+    logprobs: list[dict[int, Logprob]] | None = (
+        None  # one dict a generated token; the chosen one is always in it
+    )
     #: "stop" (end of sequence, stop token or stop string), "length", "abort", "error"; None while running.
     finish_reason: str | None = None
-    stop_reason: str | int | None = None  # the stop string or stop token that ended it; None for end of sequence
+    stop_reason: str | int | None = (
+        None  # the stop string or stop token that ended it; None for end of sequence
+    )
 
     @property
     def finished(self) -> "Answer":
@@ -51,12 +55,18 @@ class RequestMetrics:
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
-    num_generation_tokens: int = 0  # tokens of the longest completion, which is what TPOT divides by
+    num_generation_tokens: int = (
+        0  # tokens of the longest completion, which is what TPOT divides by
+    )
 
     @property
     def queue_time(self) -> float | None:
         """Seconds from arrival to the first step that computed a token of it."""
-        return None if self.first_scheduled_time is None else self.first_scheduled_time - self.arrival_time
+        return (
+            None
+            if self.first_scheduled_time is None
+            else self.first_scheduled_time - self.arrival_time
+        )
 
     @property
     def time_to_first_token(self) -> float | None:
@@ -66,7 +76,11 @@ class RequestMetrics:
     @property
     def time_per_output_token(self) -> float | None:
         """TPOT: mean seconds between generated tokens after the first."""
-        if self.finished_time is None or self.first_token_time is None or self.num_generation_tokens < 2:
+        if (
+            self.finished_time is None
+            or self.first_token_time is None
+            or self.num_generation_tokens < 2
+        ):
             return None
         return (self.finished_time - self.first_token_time) / (self.num_generation_tokens - 1)
 
@@ -82,9 +96,13 @@ class RequestOutput:
     finished: bool
     #: One entry a prompt token; the first is None, for nothing precedes it.
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache when the request was first scheduled
+    num_cached_tokens: int = (
+        0  # prompt tokens found in the prefix cache when the request was first scheduled
+    )
     metrics: RequestMetrics | None = None
-    error: RequestError | None = None  # why this request of a batch was refused; finish_reason is then "error"
+    error: RequestError | None = (
+        None  # why this request of a batch was refused; finish_reason is then "error"
+    )
 
 
 @dataclass
@@ -98,3 +116,4 @@ class StreamOutput:
     token_ids: list[int]
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    error: RequestError | None = None  # why the request ended early; finish_reason is then "error"

@@ -136,9 +136,17 @@ class Detokenizer:
         """No more tokens: accept what is left, even if it is no whole character. Returns as `append`."""
         return self._accept(self._decode_new(), check_stop=True)
 
+    def whole(self, token_ids: Sequence[int]) -> str:
+        """The text of all tokens at once."""
+        return self._tokenizer.decode(token_ids, self._skip)
+
+    def num_safe(self, finished: bool) -> int:
+        """Characters of `text` that stay, whatever comes: all but an end that may become part of a stop string."""
+        return len(self.text) if finished else len(self.text) - self._num_held_back()
+
     def emit(self, finished: bool) -> str:
         """The text that is new since the last call, less an end that may turn out to be part of a stop string."""
-        end = len(self.text) if finished else len(self.text) - self._num_held_back()
+        end = self.num_safe(finished)
         new = self.text[self._num_emitted : end]
         self._num_emitted = max(self._num_emitted, end)
         return new

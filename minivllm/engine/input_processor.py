@@ -37,7 +37,11 @@ class InputProcessor:
     """Checks and encodes requests for one model. config: resolved, with its number of KV blocks."""
 
     def __init__(
-        self, path: Path, model_config: ModelConfig, config: EngineConfig, tokenizer: Tokenizer | None
+        self,
+        path: Path,
+        model_config: ModelConfig,
+        config: EngineConfig,
+        tokenizer: Tokenizer | None,
     ) -> None:
         self.path, self.config, self.tokenizer = path, config, tokenizer
         self.vocab_size = model_config.vocab_size
@@ -78,7 +82,9 @@ class InputProcessor:
             stop_ids |= self.eos_ids
         bad_words = self._encode_bad_words(params.bad_words or ())
         self._check_choice(params, stop_ids, bad_words)
-        return EngineInput(parsed.text, token_ids, self._count_all(params), stop_ids, bad_words, max_num_tokens)
+        return EngineInput(
+            parsed.text, token_ids, self._count_all(params), stop_ids, bad_words, max_num_tokens
+        )
 
     # --- the prompt -------------------------------------------------------------------------------
 
@@ -87,13 +93,17 @@ class InputProcessor:
         token_ids = prompt.token_ids
         if token_ids is None:
             if self.tokenizer is None:
-                raise errors.TokenizerRequiredError("This engine has no tokenizer; give the prompt as token ids.")
+                raise errors.TokenizerRequiredError(
+                    "This engine has no tokenizer; give the prompt as token ids."
+                )
             token_ids = self.tokenizer.encode(prompt.text)
         if not token_ids or (min(token_ids) >= 0 and max(token_ids) < self.vocab_size):
             return token_ids
         bad = next(t for t in token_ids if not 0 <= t < self.vocab_size)
         if prompt.token_ids is not None:
-            raise errors.InvalidTokenError(f"Token id {bad} is not an integer from 0 to {self.vocab_size - 1}.")
+            raise errors.InvalidTokenError(
+                f"Token id {bad} is not an integer from 0 to {self.vocab_size - 1}."
+            )
         text = self.tokenizer.decode([bad], skip_special_tokens=False)
         raise errors.InvalidTokenError(
             f"The tokenizer makes token {bad} of {text!r} in the prompt, and the model's vocabulary "
@@ -106,7 +116,9 @@ class InputProcessor:
         if keep is None:
             return token_ids
         if keep > limit:
-            raise errors.SamplingParamsError(f"truncate_prompt_tokens={keep} is above max_model_len={limit}.")
+            raise errors.SamplingParamsError(
+                f"truncate_prompt_tokens={keep} is above max_model_len={limit}."
+            )
         return token_ids[-(limit - 1 if keep == -1 else keep) :]  # one token of output needs room
 
     def _max_num_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
@@ -161,7 +173,9 @@ class InputProcessor:
         if self.tokenizer is None or not self.eos_ids:
             return
         token_id = min(self.eos_ids)
-        one, two = (self.tokenizer.decode([token_id] * n, skip_special_tokens=False) for n in (1, 2))
+        one, two = (
+            self.tokenizer.decode([token_id] * n, skip_special_tokens=False) for n in (1, 2)
+        )
         if two != one * 2:
             raise errors.SamplingParamsError(
                 "spaces_between_special_tokens=False is not supported with this tokenizer, which "
@@ -182,7 +196,8 @@ class InputProcessor:
         found: dict[tuple[int, ...], None] = {}
         for word in words:
             plain, spaced = (
-                tuple(self.tokenizer.encode(space + word.lstrip(), add_special_tokens=False)) for space in ("", " ")
+                tuple(self.tokenizer.encode(space + word.lstrip(), add_special_tokens=False))
+                for space in ("", " ")
             )
             if not plain:
                 raise errors.SamplingParamsError(f"bad_words: {word!r} has no tokens.")
@@ -197,7 +212,10 @@ class InputProcessor:
         return tuple(found)
 
     def _check_choice(
-        self, params: SamplingParams, stop_ids: frozenset[int], bad_words: tuple[tuple[int, ...], ...]
+        self,
+        params: SamplingParams,
+        stop_ids: frozenset[int],
+        bad_words: tuple[tuple[int, ...], ...],
     ) -> None:
         """Raise if a step might come at which no token may be chosen."""
         allowed = None if params.allowed_token_ids is None else set(params.allowed_token_ids)
