@@ -42,9 +42,7 @@ CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 def clean(text: str, limit: int = MAX_MESSAGE) -> str:
     """Somebody else's text, safe to print: no control characters, no escape sequences, not too long."""
     text = text if len(text) <= limit else text[: limit - 1] + "…"
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else " " if c.isspace() else "\ufffd" for c in text
-    )
+    return "".join(c if c.isprintable() or c in "\n\t" else " " if c.isspace() else "\ufffd" for c in text)
 
 
 # --- what a conversation is made of -------------------------------------------------------------
@@ -157,9 +155,7 @@ def _plain(value: Any) -> Any:
 # --- going on with the last message (transformers' way) ------------------------------------------
 
 
-def _open_final_message(
-    messages: list[dict[str, Any]], conversation: Conversation, source: TemplateSource
-) -> str:
+def _open_final_message(messages: list[dict[str, Any]], conversation: Conversation, source: TemplateSource) -> str:
     """Mark in messages where the last one ends. Returns its text."""
     if conversation.add_generation_prompt:
         raise RequestError(
@@ -279,8 +275,7 @@ class TemplateWorker:
         if (ready := self._exchange(b"", START_LIMIT)) is None:
             self.close()
             raise RequestError(
-                f"The process that renders chat templates does not start ({sys.executable} -c …); is jinja2 "
-                "installed?"
+                f"The process that renders chat templates does not start ({sys.executable} -c …); is jinja2 installed?"
             )
         if not ready["limits_memory"]:
             logger.info("This system cannot limit a chat template's memory, only its time.")

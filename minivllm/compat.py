@@ -170,11 +170,7 @@ MISSING = (
         "models with a sliding window are refused, so there is nothing to switch off",
         (None, False, True),
     ),
-    Missing(
-        "max_logprobs logprobs_mode",
-        "the limit is fixed (minivllm.sampling_params.MAX_LOGPROBS), and logprobs are of the raw logits",
-        (None, "raw_logprobs"),
-    ),
+    Missing("logprobs_mode", "logprobs are of the raw logits", (None, "raw_logprobs")),
     Missing(
         "mm_processor_kwargs limit_mm_per_prompt allowed_local_media_path allowed_media_domains "
         "disable_mm_preprocessor_cache mm_processor_cache_gb mm_processor_cache_type mm_hasher_algorithm "

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 
 from minivllm.compat import own_options
 from minivllm.errors import ConfigError, UnsupportedModelError
+from minivllm.sampling_params import MAX_LOGPROBS
 from minivllm.validation import Range, annotations_of, check, shown
 
 logger = logging.getLogger(__name__)
@@ -291,6 +292,8 @@ class EngineConfig:
     #: generation_config.json; "vllm": those of `SamplingParams`. End-of-sequence tokens come from that
     #: file either way.
     generation_config: Literal["auto", "vllm"] = "auto"
+    #: Most alternatives that a request's `logprobs` and `prompt_logprobs` may ask for; -1: the whole vocabulary.
+    max_logprobs: Annotated[int, Range(-1)] = MAX_LOGPROBS
     trace: bool = False  # record what happens at each step; see `minivllm.engine.trace`
 
     @classmethod

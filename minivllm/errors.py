@@ -45,8 +45,24 @@ class SamplingParamsError(RequestError):
     """A sampling parameter, or a combination of them, is out of range or not supported."""
 
 
+class UnsupportedParameterError(SamplingParamsError, TypeError):
+    """`SamplingParams` has no field of this name; the message says what to use instead, or what may have been meant."""
+
+
 class TokenizerRequiredError(RequestError):
     """The request needs a tokenizer, and the engine runs without one (`skip_tokenizer_init=True`)."""
+
+
+class UnsupportedFeatureError(MiniVLLMError, NotImplementedError):
+    """vLLM has this and minivllm does not; the message says what to do instead."""
+
+
+class UnsupportedArgumentError(UnsupportedFeatureError, TypeError):
+    """An argument of vLLM's that a method here does not take, or one that nobody knows."""
+
+
+class UnsupportedMethodError(UnsupportedFeatureError, AttributeError):
+    """A method of vLLM's `LLM` that is not here. Also an AttributeError, so that `hasattr` says False."""
 
 
 class InvalidLogitsError(RequestError):

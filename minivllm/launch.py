@@ -196,9 +196,7 @@ def join_torchrun(device_type: str) -> TensorParallelGroup:
     number = store.add(f"minivllm engines of rank {rank}", 1)
     store = dist.PrefixStore(f"minivllm engine {number}", store)
     key = os.environ.get("MINIVLLM_RANK_KEY", "").encode()  # the same on every machine, if the network is shared
-    return connect(
-        store, rank, size, device_type, None, int(os.environ.get("LOCAL_RANK", rank)), key
-    )
+    return connect(store, rank, size, device_type, None, int(os.environ.get("LOCAL_RANK", rank)), key)
 
 
 class RankProcesses:
@@ -304,9 +302,7 @@ class RankProcesses:
             self.group.abort()
 
 
-def _run_rank(
-    pipe: Connection, rank: int, size: int, port: int, device_type: str, key: bytes, work: bytes
-) -> None:
+def _run_rank(pipe: Connection, rank: int, size: int, port: int, device_type: str, key: bytes, work: bytes) -> None:
     """The life of a rank that `RankProcesses` has started."""
     threading.Thread(target=_end_with_rank_0, args=(pipe,), daemon=True).start()
     report = ("SystemExit", "ended.")

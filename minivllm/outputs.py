@@ -28,8 +28,19 @@ class CompletionOutput:
     stop_reason: str | int | None = None  # the stop string or stop token that ended it; None for end of sequence
 
     @property
-    def finished(self) -> bool:
-        return self.finish_reason is not None
+    def finished(self) -> "Answer":
+        """Whether it has ended; `finished()`, vLLM's form, says the same."""
+        return Answer(self.finish_reason is not None)
+
+
+class Answer(int):
+    """True or False, also as a call: vLLM has as a method what is a property here."""
+
+    def __call__(self) -> bool:
+        return bool(self)
+
+    def __repr__(self) -> str:
+        return repr(bool(self))
 
 
 @dataclass

@@ -6,6 +6,7 @@ a checkpoint that has no tokenizer.json. Files beside tokenizer.json are read as
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -24,15 +25,7 @@ logger = logging.getLogger(__name__)
 #: What decoders put in place of bytes that are not (yet) a whole character.
 REPLACEMENT = "\ufffd"
 #: Special tokens that a checkpoint's files name; other keys that end in "_token" name further ones.
-SPECIAL_TOKENS = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 #: transformers' arguments of `apply_chat_template` that ask for another kind of result.
 NOT_HERE = (
@@ -153,9 +146,7 @@ class Tokenizer:
             add_generation_prompt = not continue_final_message
         source = self._pick_template(chat_template, tools is not None)
         names = {**self._special_lists, **self.special_tokens, **variables}
-        conversation = Conversation(
-            messages, tools, documents, add_generation_prompt, continue_final_message, names
-        )
+        conversation = Conversation(messages, tools, documents, add_generation_prompt, continue_final_message, names)
         text = chat_templates.render(self._worker, source, conversation)
         return self.encode(text, add_special_tokens=False) if tokenize else text
 
@@ -254,9 +245,7 @@ def _convert_slow_tokenizer(path: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False).backend_tokenizer
     except Exception as error:  # whatever transformers and its converters raise
-        raise ConfigError(
-            f"{path} has no tokenizer that can be loaded ({clean(str(error))}); {way_out}."
-        ) from error
+        raise ConfigError(f"{path} has no tokenizer that can be loaded ({clean(str(error))}); {way_out}.") from error
 
 
 def _templates_of_config(path: Path, config: dict[str, Any]) -> dict[str, TemplateSource]:
@@ -341,9 +330,7 @@ class _SideFiles:
         if "added_tokens_decoder" in config:
             file, entries = self._path / "tokenizer_config.json", config["added_tokens_decoder"]
             if not isinstance(entries, dict):
-                raise ConfigError(
-                    f"{clean(str(file))}: added_tokens_decoder must be an object, got {entries!r:.80}."
-                )
+                raise ConfigError(f"{clean(str(file))}: added_tokens_decoder must be an object, got {entries!r:.80}.")
             found = [
                 _Declared(_token_id(file, key), _token(file, key, entry, special=False))
                 for key, entry in entries.items()
@@ -536,7 +523,8 @@ class Detokenizer:
     def _new_text(self, decoded: str, num_unfinished: int, token_id: int | None = None) -> str:
         """What the window's text has got since the last call."""
         if not self.text:  # if the prompt ends within a character, the output may complete it
-            self._num_known = len(os.path.commonprefix([self._context_text, decoded]))
+            pairs = zip(self._context_text, decoded, strict=False)
+            self._num_known = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         end = len(decoded) - num_unfinished
         new = decoded[self._num_known : end]
         self._num_known, self._is_open = max(self._num_known, end), num_unfinished > 0

@@ -196,7 +196,7 @@ class TestGenerate:
 
     def test_special_tokens_are_left_out_of_the_text_on_demand(self, llm):
         end = llm.get_tokenizer().encode("<|im_end|>")[0]
-        params = SamplingParams(temperature=0.0, max_tokens=2, logit_bias={end: 100.0})
+        params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True, logit_bias={end: 100.0})
         assert generate(llm, "one", params)[0].outputs[0].text == ""
         shown = generate(llm, "one", dataclasses.replace(params, skip_special_tokens=False))[0]
         assert shown.outputs[0].text == "<|im_end|>" * 2
@@ -275,7 +275,7 @@ class TestRefusals:
             ([2, 0.5], seeded, InvalidTokenError),
             ([1] * 80, dataclasses.replace(seeded, n=3), PromptTooLongError),
             ("one", SamplingParams(max_tokens=50), PromptTooLongError),
-            (np.array([1, 2]), GREEDY, InvalidTokenError),
+            (np.array([1.0, 2.0]), GREEDY, InvalidTokenError),
         ]
         alone = [tokens_of(generate(small, prompt, params)) for prompt, params in good]
         cases = [*bad[:3], good[0], *bad[3:5], good[1], good[2], *bad[5:]]
@@ -313,14 +313,14 @@ class TestRefusals:
         assert tokens_of(outputs[:1]) == tokens_of(generate(llm, "one"))
         assert isinstance(outputs[1].error, RequestError)
 
-    @pytest.mark.parametrize("prompt", [[1.5, 2], [None, 1], np.array([1, 2])], ids=str)
+    @pytest.mark.parametrize("prompt", [[1.5, 2], [None, 1], np.array([1.5, 2])], ids=str)
     def test_a_single_prompt_that_begins_with_no_integer_is_refused(self, checkpoint, prompt):
         with pytest.raises(RequestError):
             generate(make_llm(checkpoint), prompt)
 
     def test_a_dict_is_no_list_of_prompts(self, checkpoint):
-        with pytest.raises((RequestError, TypeError)):
-            generate(make_llm(checkpoint), {"prompt": "one"})
+        with pytest.raises(RequestError, match="'prompt'"):
+            generate(make_llm(checkpoint), {"text": "one"})
 
     def test_an_unexpected_error_while_submitting_leaves_nothing_behind(self, checkpoint):
         llm = make_llm(checkpoint)

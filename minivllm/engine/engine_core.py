@@ -8,6 +8,7 @@ With tensor_parallel_size > 1 every rank runs a core like this one on its share 
 
 from __future__ import annotations
 
+import logging
 import time
 import weakref
 from array import array
@@ -28,13 +29,15 @@ from minivllm.engine.sampler import TokenLogprobs
 from minivllm.engine.scheduler import Scheduler
 from minivllm.engine.sequence import ScheduledBatch, Sequence
 from minivllm.engine.trace import StepRecord, Trace, label, record_step
-from minivllm.errors import SchedulerStalledError
+from minivllm.errors import SchedulerStalledError, UnsupportedFeatureError
 from minivllm.kernels import Kernels
 from minivllm.kernels.sampling import NOT_A_TOKEN
 from minivllm.launch import Ranks, pick_device
 from minivllm.models.loader import load_config
 from minivllm.models.qwen3 import Qwen3ForCausalLM
 from minivllm.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,17 +78,11 @@ class EngineCore:
     """Scheduler, block manager, model runner and the other ranks. config: as the caller gave it, not yet resolved."""
 
     def __init__(
-        self,
-        model_path: Path,
-        config: EngineConfig,
-        pieces: EnginePieces,
-        group: TensorParallelGroup | None = None,
+        self, model_path: Path, config: EngineConfig, pieces: EnginePieces, group: TensorParallelGroup | None = None
     ) -> None:
         device = pick_device(config.device)
         self.model_path, self.model_config = model_path, load_config(model_path)
-        self.config = replace(config, device=device).resolve(
-            self.model_config, device.partition(":")[0]
-        )
+        self.config = replace(config, device=device).resolve(self.model_config, device.partition(":")[0])
         kernels = pieces.kernels
         if kernels is None:
             on_triton = self.config.attention_backend == "triton"
@@ -145,6 +142,18 @@ class EngineCore:
                 if reason == "stop" and self._last_record is not None:
                     self._last_record.finished.append(label(seq))
 
+    def reset_prefix_cache(self) -> bool:
+        """Forget the content of all blocks; False, and nothing done, while there are sequences."""
+        manager = self.scheduler.block_manager
+        if not hasattr(manager, "reset_prefix_cache"):
+            raise UnsupportedFeatureError(f"{type(manager).__name__} has no method reset_prefix_cache; write one.")
+        if self._sequences:
+            logger.warning("The prefix cache stays: %d sequences are unfinished.", len(self._sequences))
+            return False
+        manager.reset_prefix_cache()
+        self.ranks.mirror("reset_prefix_cache")
+        return True
+
     def restart(self, sequences: Iterable[Sequence]) -> None:
         """Forget queues, slots, blocks and steps in flight, and begin anew with these sequences.
 
@@ -178,9 +187,7 @@ class EngineCore:
                 self._launch(batch, output)
             elif self._sequences and not self._in_flight:
                 waiting = len(self._sequences)
-                raise SchedulerStalledError(
-                    f"Nothing was planned while {waiting} sequences are unfinished."
-                )
+                raise SchedulerStalledError(f"Nothing was planned while {waiting} sequences are unfinished.")
             # The results of the step before this one are looked at while this one runs; without overlap, its own.
             while len(self._in_flight) > (self._depth if batch else 0):
                 self._apply(*self._in_flight.popleft(), output)
@@ -196,13 +203,7 @@ class EngineCore:
         output.admitted = [(seq.seq_id, seq.num_cached_tokens) for seq in batch.admitted]
         self._in_flight.append((batch, self.model_runner.execute(batch), record))
 
-    def _apply(
-        self,
-        batch: ScheduledBatch,
-        result: StepResult,
-        record: StepRecord | None,
-        output: StepOutput,
-    ) -> None:
+    def _apply(self, batch: ScheduledBatch, result: StepResult, record: StepRecord | None, output: StepOutput) -> None:
         """Bring the results of a step to the scheduler and to `output`."""
         token_ids = result.wait()
         self.ranks.group.check()
@@ -227,9 +228,7 @@ class EngineCore:
             record.finished = [label(i.sequence) for i in accepted if i.sequence.is_finished]
             self._last_record = record
 
-    def _end_failed(
-        self, batch: ScheduledBatch, token_ids: list[int], output: StepOutput
-    ) -> None:
+    def _end_failed(self, batch: ScheduledBatch, token_ids: list[int], output: StepOutput) -> None:
         """End the sequences whose logits were not finite, and forget what the cache holds: it may not be either."""
         for item, token_id in zip(batch.sampled, token_ids, strict=True):
             seq = item.sequence
@@ -248,9 +247,7 @@ class EngineCore:
 
     def _new_scheduler(self) -> Scheduler:
         config, pieces = self.config, self._pieces
-        manager = pieces.block_manager_cls(
-            config.num_kv_blocks, config.block_size, config.enable_prefix_caching
-        )
+        manager = pieces.block_manager_cls(config.num_kv_blocks, config.block_size, config.enable_prefix_caching)
         return pieces.scheduler_cls(manager, config.max_num_seqs, config.max_num_batched_tokens)
 
     # --- trace ----------------------------------------------------------------------------------------------------
@@ -279,7 +276,7 @@ def _describe(seq: Sequence) -> dict[str, Any]:
     }
     # JSON's keys are text; the ids of a bias are numbers.
     changed |= {k: [list(p) for p in v.items()] for k, v in changed.items() if isinstance(v, dict)}
-    names = ("seq_id", "token_ids", "max_num_tokens", "seed", "request_id", "index")
+    names = ("seq_id", "token_ids", "max_num_tokens", "seed", "bad_words", "request_id", "index")
     return {
         **{name: getattr(seq, name) for name in names},
         "num_prompt_tokens": seq.num_prompt_tokens,
@@ -292,15 +289,15 @@ def _from_description(description: dict[str, Any]) -> Sequence:
     params = dict(description["params"])
     if "logit_bias" in params:
         params["logit_bias"] = dict(params["logit_bias"])
-    stop_ids = frozenset(description["stop_ids"])
-    return Sequence(
-        **{**description, "params": SamplingParams(**params), "stop_ids": stop_ids}
-    )
+    read = {
+        "params": SamplingParams(**params),
+        "stop_ids": frozenset(description["stop_ids"]),
+        "bad_words": tuple(map(tuple, description["bad_words"])),
+    }
+    return Sequence(**{**description, **read})
 
 
-def _run_rank(
-    group: TensorParallelGroup, model_path: Path, config: EngineConfig, pieces: EnginePieces
-) -> None:
+def _run_rank(group: TensorParallelGroup, model_path: Path, config: EngineConfig, pieces: EnginePieces) -> None:
     """The core of a rank that `RankProcesses` has started: it steps whenever rank 0 does."""
     core = EngineCore(model_path, config, pieces, group=group)
     while True:

@@ -20,7 +20,7 @@ import itertools
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,13 @@ from minivllm import errors
 from minivllm.bundled import BUNDLED_MODEL_PATH
 from minivllm.config import EngineConfig
 from minivllm.engine.engine_core import EngineCore, EnginePieces
+from minivllm.engine.input_processor import EngineInput, InputProcessor, in_our_order
 from minivllm.engine.model_runner import ModelRunner
 from minivllm.engine.output_processor import OutputCollector, OutputProcessor, Request
 from minivllm.engine.scheduler import Scheduler, SchedulerStats
 from minivllm.engine.sequence import Sequence as EngineSequence
 from minivllm.engine.trace import Trace
+from minivllm.inputs import PromptType
 from minivllm.models.loader import resolve_model_path
 from minivllm.outputs import RequestMetrics, RequestOutput
 from minivllm.sampling_params import SamplingParams
@@ -85,14 +87,13 @@ class LLMEngine:
     """
 
     def __init__(self, model: str | Path | None = None, **options: Any) -> None:
-        pieces = EnginePieces(
-            **{n: options.pop(n) for n in list(options) if n in EnginePieces.__annotations__}
-        )
+        pieces = EnginePieces(**{n: options.pop(n) for n in list(options) if n in EnginePieces.__annotations__})
         config = EngineConfig.from_options(options)
         self.model_path = BUNDLED_MODEL_PATH if model is None else resolve_model_path(model)
         self.tokenizer = None if config.skip_tokenizer_init else Tokenizer(self.model_path)
         self.core = EngineCore(self.model_path, config, pieces)
         self.model_config, self.config = self.core.model_config, self.core.config
+        self.input_processor = InputProcessor(self.model_path, self.model_config, self.config, self.tokenizer)
         self.processor = OutputProcessor()
         self.collector = OutputCollector()  # of the requests for which nobody else waits: `step` returns their outputs
         self._request_numbers = itertools.count()
@@ -118,40 +119,26 @@ class LLMEngine:
 
     def add_request(
         self,
-        prompt: str | Sequence[int],
+        prompt: PromptType,
         params: SamplingParams | None = None,
         request_id: str | None = None,
         collector: OutputCollector | None = None,
     ) -> str:
-        """Queue a request and return its id. prompt: text, or token ids.
+        """Queue a request and return its id. prompt: text, token ids, or a dict as in vLLM (`TextPrompt`, ...).
 
-        collector: who waits for its outputs; None: whoever calls `step`. Raises a `RequestError` for a request that
-        can never be served; nothing else is affected by it.
+        params: None takes the checkpoint's own. collector: who waits for its outputs; None: whoever calls `step`.
+        Raises a `RequestError` for a request that can never be served; nothing else is affected by it.
+        vLLM's order of arguments, (request_id, prompt, params), is understood.
         """
         self._check_open()
-        params = params or SamplingParams()
+        prompt, params, request_id = in_our_order(prompt, params, request_id)
         if request_id in self.processor.requests:
-            raise errors.RequestError(
-                f"Request id {request_id!r} is in use; finish or abort that request first."
-            )
-        token_ids = self._encode(prompt)
-        max_num_tokens = self._check_request(token_ids, params)
-        new_sequence = functools.partial(self._new_sequence, max_num_tokens)
-        prompt_text = prompt if isinstance(prompt, str) else None
-        return self._add(
-            request_id, prompt_text, token_ids, params, collector or self.collector, new_sequence
-        )
+            raise errors.RequestError(f"Request id {request_id!r} is in use; finish or abort that request first.")
+        checked = self.input_processor.process(prompt, params)
+        return self._add(request_id, checked, collector or self.collector)
 
     @_changes_engine
-    def _add(
-        self,
-        request_id: str | None,
-        prompt: str | None,
-        token_ids: list[int],
-        params: SamplingParams,
-        collector: OutputCollector,
-        new_sequence: Callable[[Request, int], EngineSequence],
-    ) -> str:
+    def _add(self, request_id: str | None, checked: EngineInput, collector: OutputCollector) -> str:
         number = next(self._request_numbers)  # of served requests: seeds derived from it do not depend on refused ones
         if request_id is None:
             # A caller may have used the number as an id of its own.
@@ -160,17 +147,17 @@ class LLMEngine:
         request = Request(
             request_id,
             number,
-            prompt,
-            token_ids,
-            params,
+            checked.prompt_text,
+            checked.prompt_token_ids,
+            checked.params,
             self.tokenizer,
             RequestMetrics(arrival_time=time.perf_counter()),
             collector,
-            new_sequence,
+            functools.partial(self._new_sequence, checked),
         )
         self.processor.add(request)
-        for index in range(params.n):
-            self.core.add(new_sequence(request, index))
+        for index in range(checked.params.n):
+            self.core.add(request.new_sequence(request, index))
         return request_id
 
     def abort_request(self, request_id: str | Iterable[str]) -> None:
@@ -236,6 +223,14 @@ class LLMEngine:
         """What is new of the requests that were added with this collector, since the last call."""
         return self.processor.collect(collector)
 
+    @_changes_engine
+    def reset_prefix_cache(self) -> bool:
+        """Forget the content of all KV blocks. False, and nothing done, while requests are unfinished.
+
+        Raises `UnsupportedFeatureError` for a block manager of your own without `reset_prefix_cache`.
+        """
+        return self.core.reset_prefix_cache()
+
     def close(self) -> None:
         """Let go of model and cache, and end the other ranks, if there are any; this engine cannot step any more."""
         self._is_closed = True
@@ -272,9 +267,7 @@ class LLMEngine:
             raise errors.EngineEndedError("This engine has been closed. Make a new one.")
 
     def _recover_if_cut_short(self) -> None:
-        if self._is_cut_short and threading.get_ident() == self._inside.get(
-            "thread", threading.get_ident()
-        ):
+        if self._is_cut_short and threading.get_ident() == self._inside.get("thread", threading.get_ident()):
             self._recover()
 
     def _recover(self) -> None:
@@ -282,70 +275,20 @@ class LLMEngine:
         self.core.restart(self.processor.settle())
         self._is_cut_short = False
 
-    # --- what a request may ask -----------------------------------------------------------------------------------
+    # --- sequences ------------------------------------------------------------------------------------------------
 
-    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise errors.TokenizerRequiredError("This engine has no tokenizer; give the prompt as token ids.")
-            return self.tokenizer.encode(prompt)
-        if not isinstance(prompt, Iterable):
-            raise errors.RequestError(f"A prompt is a string or a list of token ids, not {prompt!r}.")
-        vocab_size = self.model_config.vocab_size
-        for token_id in prompt:
-            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
-                raise errors.InvalidTokenError(f"Token id {token_id!r} is not an integer from 0 to {vocab_size - 1}.")
-        return list(prompt)
-
-    def _check_request(self, token_ids: list[int], params: SamplingParams) -> int:
-        """Raise for what can never be served; returns at how many tokens, prompt included, its sequences end."""
-        if not token_ids:
-            raise errors.EmptyPromptError("The prompt has no tokens; give at least one.")
-        limit = self.config.max_model_len
-        if len(token_ids) >= limit:
-            raise errors.PromptTooLongError(
-                f"The prompt has {len(token_ids)} tokens; max_model_len={limit} leaves room for {limit - 1} and one of "
-                "output. Shorten the prompt or raise max_model_len."
-            )
-        # The last token of a sequence is never fed back, so it needs no place in the cache.
-        pool = self.config.num_kv_blocks * self.config.block_size + 1
-        wanted = len(token_ids) + (params.max_tokens or limit)
-        max_num_tokens = min(limit, wanted if params.max_tokens else min(wanted, pool))
-        if max_num_tokens > pool or len(token_ids) >= pool:
-            raise errors.PromptTooLongError(
-                f"{len(token_ids)} prompt tokens with max_tokens={params.max_tokens} never fit the KV cache of "
-                f"{pool - 1} tokens. Lower max_tokens, shorten the prompt or raise num_kv_blocks."
-            )
-        self._check_params(params)
-        return max_num_tokens
-
-    def _check_params(self, params: SamplingParams) -> None:
-        vocab_size = self.model_config.vocab_size
-        for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
-            for token_id in ids or ():
-                if token_id >= vocab_size:
-                    raise errors.SamplingParamsError(
-                        f"{name}: token {token_id}; the vocabulary ends at {vocab_size - 1}."
-                    )
-        if params.stop_strings and self.tokenizer is None:
-            raise errors.TokenizerRequiredError(
-                "Stop strings need a tokenizer, and this engine has none; use stop_token_ids."
-            )
-
-    def _new_sequence(self, max_num_tokens: int, request: Request, index: int) -> EngineSequence:
+    def _new_sequence(self, checked: EngineInput, request: Request, index: int) -> EngineSequence:
         """The sequence of one completion, with the tokens that it has so far."""
         params, completion = request.params, request.completions[index]
-        stop_ids = set(params.stop_token_ids or ())
-        if not params.ignore_eos:
-            stop_ids.update(t for t in self.model_config.eos_token_ids if t < self.model_config.vocab_size)
         return EngineSequence(
             completion.seq_id,
             [*request.prompt_token_ids, *completion.token_ids],
             # Only the first completion computes the prompt's logprobs; the others may share its blocks.
             params if index == 0 else replace(params, prompt_logprobs=None),
-            frozenset(stop_ids),
-            max_num_tokens=max_num_tokens,
+            checked.stop_ids,
+            max_num_tokens=checked.max_num_tokens,
             seed=self._seed(params.seed, request.number, index),
+            bad_words=checked.bad_words,
             request_id=request.request_id,
             index=index,
             num_prompt_tokens=len(request.prompt_token_ids),

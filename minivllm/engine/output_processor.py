@@ -210,9 +210,7 @@ class Request:
             return 0
         return max(completion.num_shown, completion.detokenizer.num_safe(completion.is_finished))
 
-    def _settle_at(
-        self, completion: Completion, finish_reason: str | None, stop_reason: str | int | None
-    ) -> None:
+    def _settle_at(self, completion: Completion, finish_reason: str | None, stop_reason: str | int | None) -> None:
         if finish_reason is not None and (detokenizer := completion.detokenizer) is not None:
             if not self.follows_text:
                 stopped = finish_reason == "stop" and not self.params.include_stop_str_in_output

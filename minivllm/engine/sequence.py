@@ -34,6 +34,7 @@ class Sequence:
     seed: int = 0  # key of the random numbers; see kernels/sampling.py
     request_id: str = ""  # whose it is, for traces
     index: int = 0  # which of the request's completions
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that the output may not complete
 
     status: SequenceStatus = SequenceStatus.WAITING
     num_prompt_tokens: int = 0  # 0: all of token_ids

@@ -161,9 +161,7 @@ def label(seq: Sequence) -> str:
     return f"{seq.request_id}/{seq.index}"
 
 
-def record_step(
-    trace: Trace, batch: ScheduledBatch, scheduler: Scheduler, start_time: float
-) -> StepRecord:
+def record_step(trace: Trace, batch: ScheduledBatch, scheduler: Scheduler, start_time: float) -> StepRecord:
     """Append the record of a step that has just been planned. start_time: seconds since the trace began."""
 
     manager, running, admitted = scheduler.block_manager, scheduler.running, set(batch.admitted)
@@ -173,9 +171,7 @@ def record_step(
         kind = "decode" if item.start >= seq.num_prompt_tokens else "prefill"
         num_cached = seq.num_cached_tokens if seq in admitted else 0
         span = (item.start, item.num_new_tokens)
-        scheduled.append(
-            TracedSequence(seq.request_id, seq.index, kind, *span, samples, num_cached)
-        )
+        scheduled.append(TracedSequence(seq.request_id, seq.index, kind, *span, samples, num_cached))
     record = StepRecord(
         step=len(trace.steps), start_time=start_time, duration=0.0, scheduled=scheduled,
         block_tables={label(seq): list(seq.block_table) for seq in running},
