@@ -74,7 +74,7 @@ wheel: $(VENV)/.stamp-base  ## Build dist/minivllm-*.whl, bundled model included
 
 constraints: $(VENV)/.stamp-dev  ## Write the versions in .venv to constraints.txt
 	{ grep '^#' constraints.txt; \
-	  $(PY) -m pip freeze --exclude-editable | grep -vE '^#|^setuptools=' \
+	  $(PY) -m pip freeze --exclude-editable | grep -vE '^(#|setuptools=|nvidia-|cuda-)' \
 	    | sed -E 's/^(torch==[^+]*)\+.*/\1/; s/^(triton==.*)/\1; sys_platform == "linux"/'; \
 	  $(PY) -c 'import setuptools; print(f"setuptools=={setuptools.__version__}")'; } > constraints.new
 	mv constraints.new constraints.txt
@@ -88,7 +88,7 @@ clean:  ## Remove .venv and everything that was built or cached
 $(VENV)/.stamp-venv:
 	@if [ -z "$(PYTHON)$(UV)" ]; then \
 		echo "minivllm needs Python 3.11 or newer; python3 here is: $$(python3 --version 2>&1)." >&2; \
-		echo "Install a newer Python, or name one: make demo PYTHON=/path/to/python3.12" >&2; exit 1; fi
+		echo "Install a newer Python or uv, or name a Python: make demo PYTHON=/path/to/python3.12" >&2; exit 1; fi
 	@echo "Setting up $(VENV), once. The largest part is PyTorch; README.md says how to keep to its CPU build."
 	@$(NEW_VENV) || { echo "That was: $(NEW_VENV)" >&2; echo "$(NEW_VENV_HINT)" >&2; exit 1; }
 	@touch $@
