@@ -174,12 +174,18 @@ def test_the_names_of_models_and_files(checkpoint: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["generate", "-e", f"{HOSTILE}=1", "x"], ["generate", "-e", f"block_size={HOSTILE}", "x"],
-        ["generate", "-m", f"/nowhere{HOSTILE}", "x"], [HOSTILE],
-        ["generate", f"--{HOSTILE}"], ["check", HOSTILE], ["course", "reset", HOSTILE], ["bench", HOSTILE], ["bench", "kernels", "--only", HOSTILE],
+        [HOSTILE],
+        ["generate", f"--{HOSTILE}"],
+        ["generate", "-m", f"/nowhere{HOSTILE}", "x"],
+        ["generate", "-e", f"{HOSTILE}=1", "x"],
+        ["generate", "-e", f"block_size={HOSTILE}", "x"],
+        ["check", HOSTILE],
+        ["course", "reset", HOSTILE],
+        ["bench", HOSTILE],
+        ["bench", "kernels", "--only", HOSTILE],
         ["bench", "roofline", HOSTILE],
     ],
-)  # fmt: skip
+)
 def test_mistakes_quote_what_was_typed(arguments: list[str]) -> None:
     assert_harmless(minivllm(*arguments, code=2))
 
