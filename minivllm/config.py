@@ -208,12 +208,12 @@ def _rope_from_hf(read: _Fields) -> RopeConfig:
     parameters = {**read.a(dict, "rope_scaling"), **read.a(dict, "rope_parameters")}
     if any(isinstance(value, dict) for value in parameters.values()):
         raise UnsupportedModelError("A rope of its own for each type of layer is not supported.")
-    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
+    rope = _Fields(parameters, f"{read.where}, rope parameters")
+    rope_type = rope("rope_type", str, rope("type", str, "default"))
     if rope_type not in ROPE_TYPES:
         raise UnsupportedModelError(
             f"Rope type {shown(rope_type)} is not supported; supported: {', '.join(ROPE_TYPES)}."
         )
-    rope = _Fields(parameters, f"{read.where}, rope parameters")
     if any(fields("partial_rotary_factor", float, 1.0) != 1.0 for fields in (rope, read)):
         raise UnsupportedModelError("Partial rotary embeddings are not supported.")
     name, longest = "original_max_position_embeddings", read("max_position_embeddings", Size)
