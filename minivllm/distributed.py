@@ -43,12 +43,7 @@ class TensorParallelGroup:
     """
 
     def __init__(
-        self,
-        rank: int = 0,
-        size: int = 1,
-        tensors: Any = None,
-        objects: Any = None,
-        key: bytes = b"",
+        self, rank: int = 0, size: int = 1, tensors: Any = None, objects: Any = None, key: bytes = b""
     ) -> None:
         self.rank, self.size, self._tensors, self._objects = rank, size, tensors, objects
         self._key = key

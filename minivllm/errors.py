@@ -2,9 +2,15 @@
 
 Taught in notebooks/11_using_minivllm.ipynb."""
 
+from minivllm.text import printable
+
 
 class MiniVLLMError(Exception):
     """Base of every error that minivllm raises on purpose."""
+
+    def __str__(self) -> str:
+        """The message. What it quotes of prompts, templates and files cannot steer a terminal."""
+        return printable(super().__str__())
 
 
 class ConfigError(MiniVLLMError, ValueError):

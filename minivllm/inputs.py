@@ -88,24 +88,16 @@ def _parse_dict(prompt: Mapping[Any, Any]) -> ParsedPrompt:
         if key in _KEYS or (key in _UNSUPPORTED_KEYS and value is None):
             continue
         if key in _UNSUPPORTED_KEYS:
-            raise RequestError(
-                f"A prompt's {key} is not supported by minivllm; {_UNSUPPORTED_KEYS[key]}."
-            )
+            raise RequestError(f"A prompt's {key} is not supported by minivllm; {_UNSUPPORTED_KEYS[key]}.")
         hint = did_you_mean(key, _KEYS) if isinstance(key, str) else ""
-        raise RequestError(
-            f"A prompt given as a dict has the key 'prompt' or 'prompt_token_ids', not {key!r}.{hint}"
-        )
+        raise RequestError(f"A prompt given as a dict has the key 'prompt' or 'prompt_token_ids', not {key!r}.{hint}")
     text, token_ids = (prompt.get(key) for key in _KEYS)
     if text is None and token_ids is None:
         raise RequestError("A prompt given as a dict needs the key 'prompt' or 'prompt_token_ids'.")
     if text is not None and not isinstance(text, str):
-        raise RequestError(
-            f"A prompt's 'prompt' is a string, not {_kind(text)}; token ids are 'prompt_token_ids'."
-        )
+        raise RequestError(f"A prompt's 'prompt' is a string, not {_kind(text)}; token ids are 'prompt_token_ids'.")
     if isinstance(token_ids, str | Mapping):
-        raise RequestError(
-            f"A prompt's 'prompt_token_ids' is a list of integers, not {_kind(token_ids)}."
-        )
+        raise RequestError(f"A prompt's 'prompt_token_ids' is a list of integers, not {_kind(token_ids)}.")
     return ParsedPrompt(text, None if token_ids is None else _token_ids(token_ids))
 
 
@@ -181,9 +173,7 @@ def as_params(params: Any, num_prompts: int) -> list[SamplingParams]:
     if isinstance(params, str | bytes | Mapping) or not isinstance(params, Sequence):
         check_params(params)
     if len(params) != num_prompts:
-        raise SamplingParamsError(
-            f"{len(params)} sampling_params for {num_prompts} prompts; give one, or one each."
-        )
+        raise SamplingParamsError(f"{len(params)} sampling_params for {num_prompts} prompts; give one, or one each.")
     for one in params:
         check_params(one)
     return list(params)
@@ -208,11 +198,7 @@ def as_conversations(messages: Any) -> tuple[list[Any], bool]:
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         check_conversation(messages)
     several = any(isinstance(m, list | tuple) for m in messages)
-    return (
-        (list(messages), False)
-        if several and not isinstance(messages[0], Mapping)
-        else ([messages], True)
-    )
+    return (list(messages), False) if several and not isinstance(messages[0], Mapping) else ([messages], True)
 
 
 def check_conversation(messages: Any) -> None:
@@ -233,9 +219,7 @@ def check_conversation(messages: Any) -> None:
                 f"it has {message.get('role')!r}."
             )
         if not isinstance(message.get("content"), str | list | tuple | None):
-            raise RequestError(
-                f"The content of message {number} is text, not {_kind(message['content'])}."
-            )
+            raise RequestError(f"The content of message {number} is text, not {_kind(message['content'])}.")
 
 
 def check_template_kwargs(variables: Any) -> Mapping[str, Any]:

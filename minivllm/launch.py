@@ -70,13 +70,15 @@ def pick_device(device: str) -> str:
     if device == "auto":
         return "cuda" if available else "cpu"
     try:
-        kind = torch.device(device).type
+        kind, index = torch.device(device).type, torch.device(device).index or 0
     except RuntimeError as error:
         raise ConfigError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}.") from error
     if kind not in ("cpu", "cuda"):
         raise ConfigError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}.")
     if kind == "cuda" and not available:
         raise ConfigError("device='cuda' was asked for, but torch sees no CUDA GPU; `minivllm doctor` says more.")
+    if kind == "cuda" and index >= torch.cuda.device_count():
+        raise ConfigError(f"device={device!r} was asked for; torch sees {torch.cuda.device_count()} GPUs, from cuda:0.")
     return device
 
 
@@ -146,9 +148,9 @@ class Ranks:
             (self._processes or self.group).close()
 
     def _find(self, size: int, device: str, target: Callable[..., None], *args: Any) -> TensorParallelGroup:
-        started = int(os.environ.get("WORLD_SIZE", 1))
         if size == 1:
             return SINGLE
+        started = _torchrun_size()
         if started not in (1, size):
             raise ConfigError(f"torchrun has started {started} ranks; set tensor_parallel_size={started}.")
         local = int(os.environ.get("LOCAL_WORLD_SIZE", size)) if started == size else size
@@ -163,16 +165,38 @@ class Ranks:
         return self._processes.group
 
 
+def _torchrun_size() -> int:
+    """How many ranks torchrun has started; 1 without it. Raises `ConfigError` for half of its variables."""
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    wrong = [f"{name}={value!r}" for name, value in found.items() if not value.isdecimal()]
+    size = 1 if wrong else int(found.get("WORLD_SIZE", 1))
+    if size > 1:
+        wrong += [f"no {name}" for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if int(found.get("RANK", 0)) >= size:
+            wrong.append(f"RANK={found['RANK']} of {size}")
+    if wrong:
+        raise ConfigError(
+            f"The variables that torchrun sets are not complete: {', '.join(wrong)}. Start with torchrun, or "
+            "unset WORLD_SIZE to have the ranks started here."
+        )
+    return size
+
+
 def join_torchrun(device_type: str) -> TensorParallelGroup:
     """The group of all ranks that torchrun has started, on however many machines."""
-    store, rank, size = next(dist.rendezvous("env://"))
+    try:
+        store, rank, size = next(dist.rendezvous("env://"))
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            "The ranks that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT speak of cannot meet; torchrun sets them. "
+            f"({str(error).splitlines()[0]})"
+        ) from error
     # A process may make several engines, every rank in the same order.
     number = store.add(f"minivllm engines of rank {rank}", 1)
     store = dist.PrefixStore(f"minivllm engine {number}", store)
     key = os.environ.get("MINIVLLM_RANK_KEY", "").encode()  # the same on every machine, if the network is shared
-    return connect(
-        store, rank, size, device_type, None, int(os.environ.get("LOCAL_RANK", rank)), key
-    )
+    return connect(store, rank, size, device_type, None, int(os.environ.get("LOCAL_RANK", rank)), key)
 
 
 class RankProcesses:
@@ -278,9 +302,7 @@ class RankProcesses:
             self.group.abort()
 
 
-def _run_rank(
-    pipe: Connection, rank: int, size: int, port: int, device_type: str, key: bytes, work: bytes
-) -> None:
+def _run_rank(pipe: Connection, rank: int, size: int, port: int, device_type: str, key: bytes, work: bytes) -> None:
     """The life of a rank that `RankProcesses` has started."""
     threading.Thread(target=_end_with_rank_0, args=(pipe,), daemon=True).start()
     report = ("SystemExit", "ended.")

@@ -22,12 +22,7 @@ from minivllm import inputs
 from minivllm.engine.llm_engine import EngineMetrics, LLMEngine
 from minivllm.engine.output_processor import OutputCollector
 from minivllm.engine.trace import Trace
-from minivllm.errors import (
-    ConcurrentUseError,
-    EngineEndedError,
-    RequestError,
-    TokenizerRequiredError,
-)
+from minivllm.errors import ConcurrentUseError, EngineEndedError, RequestError, TokenizerRequiredError
 from minivllm.inputs import Message, Params, Prompts, PromptType, RefusedPrompt, TokensPrompt
 from minivllm.metrics import COUNTERS, Counter, Gauge, Metric
 from minivllm.outputs import CompletionOutput, RequestOutput, StreamOutput
@@ -105,11 +100,7 @@ class LLM:
     # --- the three ways to ask ------------------------------------------------------------------------------------
 
     def generate(
-        self,
-        prompts: Prompts | None = None,
-        sampling_params: Params = None,
-        use_tqdm: Tqdm = True,
-        **unsupported: Any,
+        self, prompts: Prompts | None = None, sampling_params: Params = None, use_tqdm: Tqdm = True, **unsupported: Any
     ) -> list[RequestOutput]:
         """Complete the prompts; results in their order.
 
@@ -125,9 +116,7 @@ class LLM:
         results: dict[int, RequestOutput] = {}
         with _progress(use_tqdm, len(batch)) as bar:
             # Never bound to a name: whatever cuts this loop short ends the iterator, and so its requests.
-            for position, output in self._outputs(
-                batch, sampling_params, RequestOutputKind.FINAL_ONLY, raises=single
-            ):
+            for position, output in self._outputs(batch, sampling_params, RequestOutputKind.FINAL_ONLY, raises=single):
                 results[position] = output
                 bar.update(1)
         if single and results[0].error is not None:
@@ -155,13 +144,7 @@ class LLM:
 
         A conversation that cannot be answered is treated like a prompt that cannot be served, see `generate`.
         """
-        names = (
-            "messages",
-            "sampling_params",
-            "use_tqdm",
-            "chat_template",
-            "add_generation_prompt",
-        )
+        names = ("messages", "sampling_params", "use_tqdm", "chat_template", "add_generation_prompt")
         known = (*names, "continue_final_message", "chat_template_kwargs")
         refuse_arguments("LLM.chat", unsupported, known)
         variables = {
@@ -228,9 +211,7 @@ class LLM:
         """
         return list(self._chat_prompt(messages, template_variables)["prompt_token_ids"])
 
-    def _chat_prompt(
-        self, messages: Sequence[Message], variables: Mapping[str, Any]
-    ) -> TokensPrompt:
+    def _chat_prompt(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> TokensPrompt:
         tokenizer = self.get_tokenizer()
         inputs.check_conversation(messages)
         rendered = tokenizer.apply_chat_template(messages, **variables)
@@ -247,9 +228,7 @@ class LLM:
 
     def _params_for(self, batch: list[Any], params: Params) -> list[SamplingParams]:
         """One for each prompt of a batch."""
-        return inputs.as_params(
-            self.get_default_sampling_params() if params is None else params, len(batch)
-        )
+        return inputs.as_params(self.get_default_sampling_params() if params is None else params, len(batch))
 
     def _outputs(
         self, batch: list[Any], params: Params, output_kind: RequestOutputKind, raises: bool
@@ -264,21 +243,14 @@ class LLM:
         return outputs
 
     def _run(
-        self,
-        collector: OutputCollector,
-        batch: list[Any],
-        params: Params,
-        output_kind: RequestOutputKind,
-        raises: bool,
+        self, collector: OutputCollector, batch: list[Any], params: Params, output_kind: RequestOutputKind, raises: bool
     ) -> Iterator[tuple[int, RequestOutput]]:
         engine = self._open_engine()
         self._take_turn(collector)
         position_of: dict[str, int] = {}
         try:
             engine.drop_abandoned()
-            for position, (prompt, own) in enumerate(
-                zip(batch, self._params_for(batch, params), strict=True)
-            ):
+            for position, (prompt, own) in enumerate(zip(batch, self._params_for(batch, params), strict=True)):
                 try:
                     own = replace(own, output_kind=output_kind)
                     position_of[engine.add_request(prompt, own, collector=collector)] = position
@@ -328,11 +300,7 @@ def _progress(use_tqdm: Tqdm, total: int) -> Iterator[Any]:
         bar.close()
 
 
-def _refused(
-    position: int, prompt: Any, params: SamplingParams, error: RequestError
-) -> RequestOutput:
+def _refused(position: int, prompt: Any, params: SamplingParams, error: RequestError) -> RequestOutput:
     text, token_ids = inputs.describe_prompt(prompt)
     outputs = [CompletionOutput(index=i, finish_reason="error") for i in range(params.n)]
-    return RequestOutput(
-        f"refused-{position}", text, token_ids, outputs, finished=True, error=error
-    )
+    return RequestOutput(f"refused-{position}", text, token_ids, outputs, finished=True, error=error)

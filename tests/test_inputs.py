@@ -14,13 +14,7 @@ import torch
 
 from minivllm import LLM, SamplingParams, TextPrompt, TokensPrompt
 from minivllm.bundled import BUNDLED_MODEL_PATH
-from minivllm.errors import (
-    EmptyPromptError,
-    InvalidTokenError,
-    PromptTooLongError,
-    RequestError,
-    SamplingParamsError,
-)
+from minivllm.errors import EmptyPromptError, InvalidTokenError, PromptTooLongError, RequestError, SamplingParamsError
 from minivllm.inputs import as_batch, as_conversations, as_params, check_conversation, parse_prompt
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4)
@@ -394,8 +388,7 @@ def test_a_bad_conversation_in_a_batch_harms_nobody(llm):
 
 def test_a_template_that_refuses_one_conversation(llm):
     template = (
-        "{% if messages[0].role != 'user' %}{{ raise_exception('users first') }}{% endif %}"
-        "{{ messages[0].content }}"
+        "{% if messages[0].role != 'user' %}{{ raise_exception('users first') }}{% endif %}{{ messages[0].content }}"
     )
     fresh = LLM(llm.llm_engine.model_path, device="cpu", num_kv_blocks=64)
     fresh.get_tokenizer().apply_chat_template = renderer(template)

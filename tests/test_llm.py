@@ -196,7 +196,7 @@ class TestGenerate:
 
     def test_special_tokens_are_left_out_of_the_text_on_demand(self, llm):
         end = llm.get_tokenizer().encode("<|im_end|>")[0]
-        params = SamplingParams(temperature=0.0, max_tokens=2, logit_bias={end: 100.0})
+        params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True, logit_bias={end: 100.0})
         assert generate(llm, "one", params)[0].outputs[0].text == ""
         shown = generate(llm, "one", dataclasses.replace(params, skip_special_tokens=False))[0]
         assert shown.outputs[0].text == "<|im_end|>" * 2

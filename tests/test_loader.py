@@ -353,7 +353,9 @@ def test_length_before_stretching_beside_the_rope(checkpoint: Path) -> None:
     [
         (3, None, (3,)),
         (None, 5, (5,)),
-        ([3, 4], 5, (5, 3, 4)),
+        ([3, 4], 5, (5,)),
+        ([3, 4], [], (3, 4)),
+        ([3, 64, -1], None, (3,)),
         (3, [5, 7, 3], (5, 7, 3)),
         (0, [0], (0,)),
         (None, None, ()),

@@ -649,7 +649,9 @@ def test_every_field_is_covered_here():
     assert fields == set(BAD_VALUES) | set(WRONG_TYPES)
 
 
-@pytest.mark.parametrize("params", [{"stop_token_ids": [VOCAB]}, {"logit_bias": {VOCAB: 1.0}}, {"allowed_token_ids": [0, VOCAB]}], ids=str)
+@pytest.mark.parametrize(
+    "params", [{"stop_token_ids": [VOCAB]}, {"logit_bias": {VOCAB: 1.0}}, {"allowed_token_ids": [0, VOCAB]}], ids=str
+)
 def test_tokens_beyond_the_vocabulary_are_refused_by_the_engine(llm, params):
     with pytest.raises(SamplingParamsError, match=str(VOCAB - 1)):
         generate(llm, PROMPT, SamplingParams(**params))

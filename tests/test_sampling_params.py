@@ -18,12 +18,7 @@ from minivllm import LLM, RequestOutputKind, SamplingParams
 from minivllm.engine.input_processor import InputProcessor
 from minivllm.engine.sampler import FIT_FOR_GRAPHS, Sampler
 from minivllm.engine.sequence import Sequence
-from minivllm.errors import (
-    MiniVLLMError,
-    SamplingParamsError,
-    TokenizerRequiredError,
-    UnsupportedParameterError,
-)
+from minivllm.errors import MiniVLLMError, SamplingParamsError, TokenizerRequiredError, UnsupportedParameterError
 from minivllm.kernels import Kernels
 from minivllm.unsupported import PARAMETERS
 
@@ -353,11 +348,7 @@ def cases(reference):
         for banned, allowed, penalties in wishes:
             expected = decode_reference(reference, prompt, banned, allowed, **penalties)
             params = SamplingParams(
-                temperature=0.0,
-                max_tokens=20,
-                bad_words=words(*banned),
-                allowed_token_ids=allowed,
-                **penalties,
+                temperature=0.0, max_tokens=20, bad_words=words(*banned), allowed_token_ids=allowed, **penalties
             )
             assert expected != free
             found.append((prompt, params, expected))
@@ -389,12 +380,7 @@ def test_bad_words(checkpoint, cases, options):
 def test_bad_words_never_stand_in_a_sampled_output(llm):
     banned = [[3], [4, 5], [6, 7, 8], [9, 9]]
     params = SamplingParams(
-        n=60,
-        seed=1,
-        max_tokens=40,
-        temperature=30.0,
-        bad_words=words(*banned),
-        allowed_token_ids=range(3, 12),
+        n=60, seed=1, max_tokens=40, temperature=30.0, bad_words=words(*banned), allowed_token_ids=range(3, 12)
     )
     outputs = llm.generate(PROMPT, params, use_tqdm=False)[0].outputs
     for output in outputs:
@@ -427,6 +413,7 @@ class Spaced:
 
     TABLE = {"ab": [1, 2], " ab": [11, 2], "x": [7], " x": [0, 7], "same": [3, 4], " same": [3, 5]}
     TABLE |= {"": [], " ": [], "far": [99], " far": [99], "one": [8], " one": [9]}
+    eos_token_id = None
 
     def encode(self, text, add_special_tokens):
         assert not add_special_tokens
@@ -435,13 +422,7 @@ class Spaced:
 
 @pytest.mark.parametrize(
     ("word", "expected"),
-    [
-        ("ab", [(1, 2), (11, 2)]),
-        (" ab", [(1, 2), (11, 2)]),
-        ("x", [(7,)]),
-        ("same", [(3, 4)]),
-        ("one", [(8,), (9,)]),
-    ],
+    [("ab", [(1, 2), (11, 2)]), (" ab", [(1, 2), (11, 2)]), ("x", [(7,)]), ("same", [(3, 4)]), ("one", [(8,), (9,)])],
 )
 def test_words_are_banned_with_and_without_a_space_before_them(llm, word, expected):
     """vLLM's `SamplingParams.update_from_tokenizer`: the spaced form counts where it is as long, and begins otherwise."""
@@ -501,8 +482,7 @@ def test_logprobs_beyond_max_logprobs_are_refused(llm):
 
 
 def test_logprobs_of_the_whole_vocabulary(checkpoint, reference):
-    llm = make_llm(checkpoint)
-    llm.llm_engine.input_processor.max_logprobs = VOCAB
+    llm = make_llm(checkpoint, max_logprobs=-1)
     params = SamplingParams(temperature=0.0, max_tokens=3, logprobs=-1, prompt_logprobs=-1)
     [output] = llm.generate(PROMPT, params, use_tqdm=False)
     ids = [*PROMPT, *output.outputs[0].token_ids]
@@ -514,3 +494,12 @@ def test_logprobs_of_the_whole_vocabulary(checkpoint, reference):
         assert sorted(entry.rank for entry in entries.values()) == list(range(1, VOCAB + 1))
         values = torch.tensor([entries[token].logprob for token in range(VOCAB)])
         torch.testing.assert_close(values, expected[position], atol=1e-4, rtol=0)
+
+
+def test_max_logprobs_is_the_bound(checkpoint):
+    llm = make_llm(checkpoint, max_logprobs=30)
+    params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=30)
+    [output] = llm.generate(PROMPT, params, use_tqdm=False)
+    assert len(output.outputs[0].logprobs[0]) == 30
+    with pytest.raises(SamplingParamsError, match="max_logprobs=30"):
+        tokens_of(llm, PROMPT, params.clone(logprobs=31))

@@ -8,6 +8,7 @@ import json
 import shutil
 
 import pytest
+import tokenizers
 from checkpoints import write_checkpoint
 from tqdm.auto import tqdm
 
@@ -185,6 +186,25 @@ def test_what_chat_tells_the_template(llm):
             fresh.chat(MESSAGES, GREEDY, False, chat_template_kwargs=kwargs)
 
 
+def test_a_template_of_ones_own(llm):
+    template = "{{ messages[0].content }}{% if add_generation_prompt %}!{% endif %}"
+    [output] = llm.chat(MESSAGES, GREEDY, use_tqdm=False, chat_template=template)
+    assert output.prompt == "Hi!"
+    assert output.prompt_token_ids == llm.get_tokenizer().encode("Hi!", add_special_tokens=False)
+    both = llm.chat([MESSAGES] * 2, GREEDY, False, chat_template=template, add_generation_prompt=False)
+    assert [output.prompt for output in both] == ["Hi"] * 2
+    kwargs = {"tokenize": True}
+    [output] = llm.chat(MESSAGES, GREEDY, False, chat_template=template, chat_template_kwargs=kwargs)
+    assert (output.prompt, output.prompt_token_ids) == (None, llm.render_chat(MESSAGES, chat_template=template))
+
+
+def test_the_last_message_can_be_continued(llm):
+    begun = [*MESSAGES, {"role": "assistant", "content": "Once upon"}]
+    options = {"add_generation_prompt": False, "continue_final_message": True}
+    [output] = llm.chat(begun, GREEDY, use_tqdm=False, **options)
+    assert output.prompt.endswith("Once upon")
+
+
 def test_a_progress_bar_of_ones_own(llm):
     class Bar(tqdm):
         made = []
@@ -300,29 +320,23 @@ def test_defaults_that_cannot_be_harm_only_who_asks_for_them(tmp_path):
 
 def test_the_tokenizers_own_end_of_sequence_ends_too(tmp_path):
     """vLLM's rule: the ids of generation_config.json and config.json, and the tokenizer's."""
-    llm = make_llm()
-    free = llm.generate("Once upon a time", GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+    plain = make_llm()
+    free = plain.generate("Once upon a time", GREEDY, use_tqdm=False)[0].outputs[0].token_ids
     assert len(set(free[:3])) == 3
-    processor = llm.llm_engine.input_processor
-    known = processor.eos_ids
-    tokenizer = llm.get_tokenizer()
-
-    class Ending:
-        eos_token_id = free[2]
-
-        def __getattr__(self, name):
-            return getattr(tokenizer, name)
-
-    engine = llm.llm_engine
-    made = type(processor)(engine.model_path, engine.model_config, engine.config, Ending())
-    assert made.eos_ids == known | {free[2]}
-    engine.input_processor = made
+    path = copy_of_bundled(tmp_path / "model")
+    file = path / "tokenizer_config.json"
+    own = json.loads(file.read_text(encoding="utf-8"))
+    token = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")).id_to_token(free[2])
+    file.write_text(json.dumps(own | {"eos_token": token}), encoding="utf-8")
+    llm = make_llm(path)
+    known = plain.llm_engine.input_processor.eos_ids
+    assert llm.llm_engine.input_processor.eos_ids == known | {free[2]}
     output = llm.generate("Once upon a time", GREEDY, use_tqdm=False)[0].outputs[0]
     assert (output.token_ids, output.finish_reason, output.stop_reason) == (free[:3], "stop", None)
-    ignoring = GREEDY.clone(ignore_eos=True)
-    assert llm.generate("Once upon a time", ignoring, use_tqdm=False)[0].outputs[0].token_ids == free
-    Ending.eos_token_id = 10**6  # more than the model has rows
-    assert type(processor)(engine.model_path, engine.model_config, engine.config, Ending()).eos_ids == known
+    held_back = llm.generate("Once upon a time", GREEDY.clone(min_tokens=4), use_tqdm=False)[0]
+    assert free[2] not in held_back.outputs[0].token_ids[:4]
+    ignoring = llm.generate("Once upon a time", GREEDY.clone(ignore_eos=True), use_tqdm=False)[0]
+    assert ignoring.outputs[0].token_ids == free
 
 
 # --- the prefix cache, metrics --------------------------------------------------------------------

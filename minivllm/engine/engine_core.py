@@ -78,17 +78,11 @@ class EngineCore:
     """Scheduler, block manager, model runner and the other ranks. config: as the caller gave it, not yet resolved."""
 
     def __init__(
-        self,
-        model_path: Path,
-        config: EngineConfig,
-        pieces: EnginePieces,
-        group: TensorParallelGroup | None = None,
+        self, model_path: Path, config: EngineConfig, pieces: EnginePieces, group: TensorParallelGroup | None = None
     ) -> None:
         device = pick_device(config.device)
         self.model_path, self.model_config = model_path, load_config(model_path)
-        self.config = replace(config, device=device).resolve(
-            self.model_config, device.partition(":")[0]
-        )
+        self.config = replace(config, device=device).resolve(self.model_config, device.partition(":")[0])
         kernels = pieces.kernels
         if kernels is None:
             on_triton = self.config.attention_backend == "triton"
@@ -152,9 +146,7 @@ class EngineCore:
         """Forget the content of all blocks; False, and nothing done, while there are sequences."""
         manager = self.scheduler.block_manager
         if not hasattr(manager, "reset_prefix_cache"):
-            raise UnsupportedFeatureError(
-                f"{type(manager).__name__} has no method reset_prefix_cache; write one."
-            )
+            raise UnsupportedFeatureError(f"{type(manager).__name__} has no method reset_prefix_cache; write one.")
         if self._sequences:
             logger.warning("The prefix cache stays: %d sequences are unfinished.", len(self._sequences))
             return False
@@ -195,9 +187,7 @@ class EngineCore:
                 self._launch(batch, output)
             elif self._sequences and not self._in_flight:
                 waiting = len(self._sequences)
-                raise SchedulerStalledError(
-                    f"Nothing was planned while {waiting} sequences are unfinished."
-                )
+                raise SchedulerStalledError(f"Nothing was planned while {waiting} sequences are unfinished.")
             # The results of the step before this one are looked at while this one runs; without overlap, its own.
             while len(self._in_flight) > (self._depth if batch else 0):
                 self._apply(*self._in_flight.popleft(), output)
@@ -213,13 +203,7 @@ class EngineCore:
         output.admitted = [(seq.seq_id, seq.num_cached_tokens) for seq in batch.admitted]
         self._in_flight.append((batch, self.model_runner.execute(batch), record))
 
-    def _apply(
-        self,
-        batch: ScheduledBatch,
-        result: StepResult,
-        record: StepRecord | None,
-        output: StepOutput,
-    ) -> None:
+    def _apply(self, batch: ScheduledBatch, result: StepResult, record: StepRecord | None, output: StepOutput) -> None:
         """Bring the results of a step to the scheduler and to `output`."""
         token_ids = result.wait()
         self.ranks.group.check()
@@ -244,9 +228,7 @@ class EngineCore:
             record.finished = [label(i.sequence) for i in accepted if i.sequence.is_finished]
             self._last_record = record
 
-    def _end_failed(
-        self, batch: ScheduledBatch, token_ids: list[int], output: StepOutput
-    ) -> None:
+    def _end_failed(self, batch: ScheduledBatch, token_ids: list[int], output: StepOutput) -> None:
         """End the sequences whose logits were not finite, and forget what the cache holds: it may not be either."""
         for item, token_id in zip(batch.sampled, token_ids, strict=True):
             seq = item.sequence
@@ -265,9 +247,7 @@ class EngineCore:
 
     def _new_scheduler(self) -> Scheduler:
         config, pieces = self.config, self._pieces
-        manager = pieces.block_manager_cls(
-            config.num_kv_blocks, config.block_size, config.enable_prefix_caching
-        )
+        manager = pieces.block_manager_cls(config.num_kv_blocks, config.block_size, config.enable_prefix_caching)
         return pieces.scheduler_cls(manager, config.max_num_seqs, config.max_num_batched_tokens)
 
     # --- trace ----------------------------------------------------------------------------------------------------
@@ -317,9 +297,7 @@ def _from_description(description: dict[str, Any]) -> Sequence:
     return Sequence(**{**description, **read})
 
 
-def _run_rank(
-    group: TensorParallelGroup, model_path: Path, config: EngineConfig, pieces: EnginePieces
-) -> None:
+def _run_rank(group: TensorParallelGroup, model_path: Path, config: EngineConfig, pieces: EnginePieces) -> None:
     """The core of a rank that `RankProcesses` has started: it steps whenever rank 0 does."""
     core = EngineCore(model_path, config, pieces, group=group)
     while True:

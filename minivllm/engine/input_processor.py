@@ -6,7 +6,6 @@ and leaves nothing behind, so it never touches another request.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,7 +15,8 @@ from typing import Any
 from minivllm import errors
 from minivllm.config import EngineConfig, ModelConfig
 from minivllm.inputs import ParsedPrompt, PromptType, check_params, parse_prompt
-from minivllm.sampling_params import MAX_LOGPROBS, SamplingParams
+from minivllm.models.loader import default_sampling_params
+from minivllm.sampling_params import SamplingParams
 from minivllm.tokenizer import Tokenizer
 
 
@@ -37,32 +37,19 @@ class InputProcessor:
     """Checks and encodes requests for one model. config: resolved, with its number of KV blocks."""
 
     def __init__(
-        self,
-        path: Path,
-        model_config: ModelConfig,
-        config: EngineConfig,
-        tokenizer: Tokenizer | None,
+        self, path: Path, model_config: ModelConfig, config: EngineConfig, tokenizer: Tokenizer | None
     ) -> None:
         self.path, self.config, self.tokenizer = path, config, tokenizer
         self.vocab_size = model_config.vocab_size
-        max_logprobs = getattr(config, "max_logprobs", MAX_LOGPROBS)
-        self.max_logprobs = self.vocab_size if max_logprobs == -1 else max_logprobs
+        self.max_logprobs = self.vocab_size if config.max_logprobs == -1 else config.max_logprobs
         # vLLM's rule: those of the model's configs, and the tokenizer's.
-        eos_ids = (*model_config.eos_token_ids, getattr(tokenizer, "eos_token_id", None))
+        eos_ids = (*model_config.eos_token_ids, tokenizer.eos_token_id if tokenizer else None)
         self.eos_ids = frozenset(i for i in eos_ids if i is not None and 0 <= i < self.vocab_size)
 
     @cached_property
     def default_params(self) -> SamplingParams:
         """What holds for a request that brings no parameters."""
-        if getattr(self.config, "generation_config", "auto") == "vllm":
-            return SamplingParams()
-        try:
-            return SamplingParams(**default_sampling_params(self.path))
-        except errors.SamplingParamsError as error:
-            raise errors.ConfigError(
-                f"{self.path / 'generation_config.json'} has sampling parameters that cannot be used: "
-                f"{error} Give sampling_params, or start with generation_config='vllm'."
-            ) from error
+        return SamplingParams(**default_sampling_params(self.path, self.config.generation_config))
 
     def process(self, prompt: PromptType, params: SamplingParams | None = None) -> EngineInput:
         """Check a request. prompt: text, token ids, or a dict of vLLM's.
@@ -82,9 +69,7 @@ class InputProcessor:
             stop_ids |= self.eos_ids
         bad_words = self._encode_bad_words(params.bad_words or ())
         self._check_choice(params, stop_ids, bad_words)
-        return EngineInput(
-            parsed.text, token_ids, self._count_all(params), stop_ids, bad_words, max_num_tokens
-        )
+        return EngineInput(parsed.text, token_ids, self._count_all(params), stop_ids, bad_words, max_num_tokens)
 
     # --- the prompt -------------------------------------------------------------------------------
 
@@ -93,17 +78,13 @@ class InputProcessor:
         token_ids = prompt.token_ids
         if token_ids is None:
             if self.tokenizer is None:
-                raise errors.TokenizerRequiredError(
-                    "This engine has no tokenizer; give the prompt as token ids."
-                )
+                raise errors.TokenizerRequiredError("This engine has no tokenizer; give the prompt as token ids.")
             token_ids = self.tokenizer.encode(prompt.text)
         if not token_ids or (min(token_ids) >= 0 and max(token_ids) < self.vocab_size):
             return token_ids
         bad = next(t for t in token_ids if not 0 <= t < self.vocab_size)
         if prompt.token_ids is not None:
-            raise errors.InvalidTokenError(
-                f"Token id {bad} is not an integer from 0 to {self.vocab_size - 1}."
-            )
+            raise errors.InvalidTokenError(f"Token id {bad} is not an integer from 0 to {self.vocab_size - 1}.")
         text = self.tokenizer.decode([bad], skip_special_tokens=False)
         raise errors.InvalidTokenError(
             f"The tokenizer makes token {bad} of {text!r} in the prompt, and the model's vocabulary "
@@ -116,9 +97,7 @@ class InputProcessor:
         if keep is None:
             return token_ids
         if keep > limit:
-            raise errors.SamplingParamsError(
-                f"truncate_prompt_tokens={keep} is above max_model_len={limit}."
-            )
+            raise errors.SamplingParamsError(f"truncate_prompt_tokens={keep} is above max_model_len={limit}.")
         return token_ids[-(limit - 1 if keep == -1 else keep) :]  # one token of output needs room
 
     def _max_num_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
@@ -165,22 +144,6 @@ class InputProcessor:
                     f"{name} needs a tokenizer, and this engine has none; use stop_token_ids, "
                     "allowed_token_ids and logit_bias."
                 )
-        if not params.spaces_between_special_tokens and not params.skip_special_tokens:
-            self._check_special_tokens()
-
-    def _check_special_tokens(self) -> None:
-        """spaces_between_special_tokens=False: right if the tokenizer puts none there by itself."""
-        if self.tokenizer is None or not self.eos_ids:
-            return
-        token_id = min(self.eos_ids)
-        one, two = (
-            self.tokenizer.decode([token_id] * n, skip_special_tokens=False) for n in (1, 2)
-        )
-        if two != one * 2:
-            raise errors.SamplingParamsError(
-                "spaces_between_special_tokens=False is not supported with this tokenizer, which "
-                "puts spaces between its tokens; leave special tokens out: skip_special_tokens=True."
-            )
 
     def _count_all(self, params: SamplingParams) -> SamplingParams:
         """Say the whole vocabulary as a number."""
@@ -196,8 +159,7 @@ class InputProcessor:
         found: dict[tuple[int, ...], None] = {}
         for word in words:
             plain, spaced = (
-                tuple(self.tokenizer.encode(space + word.lstrip(), add_special_tokens=False))
-                for space in ("", " ")
+                tuple(self.tokenizer.encode(space + word.lstrip(), add_special_tokens=False)) for space in ("", " ")
             )
             if not plain:
                 raise errors.SamplingParamsError(f"bad_words: {word!r} has no tokens.")
@@ -212,10 +174,7 @@ class InputProcessor:
         return tuple(found)
 
     def _check_choice(
-        self,
-        params: SamplingParams,
-        stop_ids: frozenset[int],
-        bad_words: tuple[tuple[int, ...], ...],
+        self, params: SamplingParams, stop_ids: frozenset[int], bad_words: tuple[tuple[int, ...], ...]
     ) -> None:
         """Raise if a step might come at which no token may be chosen."""
         allowed = None if params.allowed_token_ids is None else set(params.allowed_token_ids)
@@ -229,17 +188,6 @@ class InputProcessor:
                 "allowed_token_ids, bad_words and min_tokens (which bans stop tokens at first) "
                 "together can leave no token to choose; allow more."
             )
-
-
-def default_sampling_params(path: Path) -> dict[str, Any]:
-    """Fields of SamplingParams that a checkpoint's generation_config.json sets, as vLLM takes them."""
-    file = path / "generation_config.json"
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    names = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
-    params = {name: found[name] for name in names if found.get(name) is not None}
-    if found.get("max_new_tokens") is not None:
-        params["max_tokens"] = found["max_new_tokens"]
-    return params
 
 
 def in_our_order(prompt: Any, params: Any, request_id: Any) -> tuple[Any, Any, str | None]:

@@ -87,17 +87,13 @@ class LLMEngine:
     """
 
     def __init__(self, model: str | Path | None = None, **options: Any) -> None:
-        pieces = EnginePieces(
-            **{n: options.pop(n) for n in list(options) if n in EnginePieces.__annotations__}
-        )
-        config = EngineConfig(**options)
+        pieces = EnginePieces(**{n: options.pop(n) for n in list(options) if n in EnginePieces.__annotations__})
+        config = EngineConfig.from_options(options)
         self.model_path = BUNDLED_MODEL_PATH if model is None else resolve_model_path(model)
         self.tokenizer = None if config.skip_tokenizer_init else Tokenizer(self.model_path)
         self.core = EngineCore(self.model_path, config, pieces)
         self.model_config, self.config = self.core.model_config, self.core.config
-        self.input_processor = InputProcessor(
-            self.model_path, self.model_config, self.config, self.tokenizer
-        )
+        self.input_processor = InputProcessor(self.model_path, self.model_config, self.config, self.tokenizer)
         self.processor = OutputProcessor()
         self.collector = OutputCollector()  # of the requests for which nobody else waits: `step` returns their outputs
         self._request_numbers = itertools.count()
@@ -137,9 +133,7 @@ class LLMEngine:
         self._check_open()
         prompt, params, request_id = in_our_order(prompt, params, request_id)
         if request_id in self.processor.requests:
-            raise errors.RequestError(
-                f"Request id {request_id!r} is in use; finish or abort that request first."
-            )
+            raise errors.RequestError(f"Request id {request_id!r} is in use; finish or abort that request first.")
         checked = self.input_processor.process(prompt, params)
         return self._add(request_id, checked, collector or self.collector)
 
@@ -273,9 +267,7 @@ class LLMEngine:
             raise errors.EngineEndedError("This engine has been closed. Make a new one.")
 
     def _recover_if_cut_short(self) -> None:
-        if self._is_cut_short and threading.get_ident() == self._inside.get(
-            "thread", threading.get_ident()
-        ):
+        if self._is_cut_short and threading.get_ident() == self._inside.get("thread", threading.get_ident()):
             self._recover()
 
     def _recover(self) -> None:

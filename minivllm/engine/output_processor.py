@@ -93,9 +93,8 @@ class Request:
 
     def __post_init__(self) -> None:
         self.shows_progress = self.params.output_kind is not RequestOutputKind.FINAL_ONLY
-        self.follows_text = self.tokenizer is not None and (
-            self.shows_progress or bool(self.params.stop_strings)
-        )
+        wants_text = self.tokenizer is not None and self.params.detokenize
+        self.follows_text = wants_text and (self.shows_progress or bool(self.params.stop_strings))
         if self.params.prompt_logprobs is not None:
             self.prompt_logprobs = [None] * len(self.prompt_token_ids)
 
@@ -126,10 +125,10 @@ class Request:
             completion.token_ids.append(token_id)
             if completion.logprobs is not None:
                 self._add_logprobs(completion, output.logprobs, output.row + number)
-            # The token that stopped a sequence is not part of its text.
+            # The token that stopped a sequence is not part of its text, unless the caller wants it.
             is_stop = finish_reason == "stop" and number == len(output.token_ids) - 1
-            if self.follows_text and not is_stop:
-                may_stop = len(completion.token_ids) >= self.params.min_tokens
+            if self.follows_text and not (is_stop and not self.params.include_stop_str_in_output):
+                may_stop = len(completion.token_ids) >= self.params.min_tokens and not is_stop
                 ended_by = completion.detokenizer.append(token_id, may_stop)
             if ended_by is not None:
                 finish_reason, stop_reason = "stop", ended_by
@@ -211,22 +210,29 @@ class Request:
             return 0
         return max(completion.num_shown, completion.detokenizer.num_safe(completion.is_finished))
 
-    def _settle_at(
-        self, completion: Completion, finish_reason: str | None, stop_reason: str | int | None
-    ) -> None:
+    def _settle_at(self, completion: Completion, finish_reason: str | None, stop_reason: str | int | None) -> None:
         if finish_reason is not None and (detokenizer := completion.detokenizer) is not None:
             if not self.follows_text:
+                stopped = finish_reason == "stop" and not self.params.include_stop_str_in_output
                 ids = completion.token_ids
-                detokenizer.text = detokenizer.whole(ids[:-1] if finish_reason == "stop" else ids)
+                detokenizer.extend(ids[:-1] if stopped else ids)
+                detokenizer.finish(check_stop=False)
             elif not isinstance(stop_reason, str) and (stop := detokenizer.finish()) is not None:
                 finish_reason, stop_reason = "stop", stop
         completion.settled = (len(completion.token_ids), finish_reason, stop_reason)
 
     def _new_detokenizer(self) -> Detokenizer | None:
-        if self.tokenizer is None:
-            return None
         params = self.params
-        return Detokenizer(self.tokenizer, params.stop_strings, params.skip_special_tokens)
+        if self.tokenizer is None or not params.detokenize:
+            return None
+        return Detokenizer(
+            self.tokenizer,
+            params.stop_strings,
+            params.skip_special_tokens,
+            self.prompt_token_ids,
+            include_stop=params.include_stop_str_in_output,
+            spaces_between_special_tokens=params.spaces_between_special_tokens,
+        )
 
     def _add_logprobs(self, completion: Completion, logprobs: TokenLogprobs, row: int) -> None:
         completion.logprobs.append(self._logprob_dict(logprobs, row, self.params.logprobs))
@@ -244,7 +250,7 @@ class Request:
         return found
 
     def _decode_one(self, token_id: int) -> str | None:
-        if self.tokenizer is None:
+        if self.tokenizer is None or not self.params.detokenize:
             return None
         return self.tokenizer.decode([token_id], skip_special_tokens=False)
 

@@ -44,9 +44,7 @@ def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> Tok
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     chosen = logprobs.gather(1, token_ids[:, None])
     top = logprobs.topk(min(k, logprobs.shape[-1]), dim=-1)
-    return TokenLogprobs(
-        token_ids, chosen[:, 0], (logprobs > chosen).sum(-1) + 1, top.indices, top.values
-    )
+    return TokenLogprobs(token_ids, chosen[:, 0], (logprobs > chosen).sum(-1) + 1, top.indices, top.values)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -120,9 +118,7 @@ class BadWords:
 class Sampler:
     """Samples for sequences in slots. V is the vocabulary size."""
 
-    def __init__(
-        self, num_slots: int, vocab_size: int, kernels: Kernels, device: torch.device
-    ) -> None:
+    def __init__(self, num_slots: int, vocab_size: int, kernels: Kernels, device: torch.device) -> None:
         self.kernels, self.device, self.vocab_size = kernels, device, vocab_size
         self._temperature = np.zeros(num_slots, np.float32)
         self._top_k = np.zeros(num_slots, np.int32)
@@ -131,9 +127,7 @@ class Sampler:
         self._seed = np.zeros(num_slots, np.int64)
         self._has_filter = np.zeros(num_slots, bool)
         self._has_penalty = np.zeros(num_slots, bool)
-        self._needs_edit = np.zeros(
-            num_slots, bool
-        )  # whether the sequence asks for more than FIT_FOR_GRAPHS
+        self._needs_edit = np.zeros(num_slots, bool)  # whether the sequence asks for more than FIT_FOR_GRAPHS
         self._edits: list[LogitEdits | None] = [None] * num_slots
         self._has_edits = np.zeros(num_slots, bool)
         #: The same two on the device, for recorded graphs; the last entry is the spare slot's.
@@ -156,9 +150,7 @@ class Sampler:
         """Whether `sample_by_temperature` would be wrong for any of these."""
         return bool(self._needs_edit[slots].any())
 
-    def sample_by_temperature(
-        self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor
-    ) -> torch.Tensor:
+    def sample_by_temperature(self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """What a recorded graph can do: no filter, no edit. logits: [B, V]; slots, positions: [B] int64 on the GPU."""
         temperature, seeds = self._device_temperature[slots], self._device_seed[slots]
         return self.kernels.sample(logits, temperature, None, None, None, seeds, positions)
@@ -189,11 +181,7 @@ class Sampler:
         for row in np.flatnonzero(self._has_edits[slots]):
             if (bad_words := self._edits[slots[row]].bad_words) is not None:
                 bad_words.note(token_ids[row : row + 1])
-        wanted = [
-            item.sequence.params.logprobs
-            for item in items
-            if item.sequence.params.logprobs is not None
-        ]
+        wanted = [item.sequence.params.logprobs for item in items if item.sequence.params.logprobs is not None]
         if not wanted and not self._has_penalty[slots].any():
             return token_ids, None
         known = token_ids & 0xFFFFFFFF  # a valid index for `NOT_A_TOKEN`, too
@@ -202,31 +190,19 @@ class Sampler:
             self._output_counts[self._tensor(slots[rows]), known[self._tensor(rows)]] += 1
         return token_ids, token_logprobs(raw_logits, known, max(wanted)) if wanted else None
 
-    def _arguments(
-        self, items: SequenceOf[ScheduledSequence], slots: np.ndarray
-    ) -> dict[str, torch.Tensor | None]:
+    def _arguments(self, items: SequenceOf[ScheduledSequence], slots: np.ndarray) -> dict[str, torch.Tensor | None]:
         """Keyword arguments of the kernel; None for what no row asks for, so that nothing is computed for it."""
         temperature = self._temperature[slots]
         names = ("temperature", "top_k", "top_p", "min_p", "seeds", "positions")
         if not temperature.any():
             return dict.fromkeys(names)
         filtered = self._has_filter[slots].any()
-        positions = np.fromiter(
-            (item.sample_position for item in items), np.int64, count=len(items)
-        )
-        filters = (
-            (self._top_k[slots], self._top_p[slots], self._min_p[slots])
-            if filtered
-            else (None, None, None)
-        )
+        positions = np.fromiter((item.sample_position for item in items), np.int64, count=len(items))
+        filters = (self._top_k[slots], self._top_p[slots], self._min_p[slots]) if filtered else (None, None, None)
         values = (temperature, *filters, self._seed[slots], positions)
-        return {
-            n: None if v is None else self._tensor(v) for n, v in zip(names, values, strict=True)
-        }
+        return {n: None if v is None else self._tensor(v) for n, v in zip(names, values, strict=True)}
 
-    def _edit(
-        self, logits: torch.Tensor, items: SequenceOf[ScheduledSequence], slots: np.ndarray
-    ) -> torch.Tensor:
+    def _edit(self, logits: torch.Tensor, items: SequenceOf[ScheduledSequence], slots: np.ndarray) -> torch.Tensor:
         """Apply what the rows ask for; a copy in float32 if any does, else logits itself."""
         edited = None
         for row in np.flatnonzero(self._has_edits[slots]):
@@ -237,29 +213,19 @@ class Sampler:
             edited = logits.float().clone() if edited is None else edited
             rows = np.flatnonzero(self._has_penalty[slots])
             params = [items[row].sequence.params for row in rows]
-            edited[self._tensor(rows)] = self._penalise(
-                edited[self._tensor(rows)], self._tensor(slots[rows]), params
-            )
+            edited[self._tensor(rows)] = self._penalise(edited[self._tensor(rows)], self._tensor(slots[rows]), params)
         return logits if edited is None else edited
 
     def _penalise(self, logits: torch.Tensor, slots: torch.Tensor, params: list) -> torch.Tensor:
         """Repetition (Keskar et al., CTRL, 2019), then frequency and presence (OpenAI's API). logits: [rows, V]."""
 
         def column(name: str) -> torch.Tensor:
-            return torch.tensor(
-                [getattr(p, name) for p in params], device=self.device, dtype=torch.float32
-            )[:, None]
+            return torch.tensor([getattr(p, name) for p in params], device=self.device, dtype=torch.float32)[:, None]
 
         counts = self._output_counts[slots].float()
-        repetition = torch.where(
-            (counts > 0) | self._in_prompt[slots], column("repetition_penalty"), 1.0
-        )
+        repetition = torch.where((counts > 0) | self._in_prompt[slots], column("repetition_penalty"), 1.0)
         logits = torch.where(logits > 0, logits / repetition, logits * repetition)
-        return (
-            logits
-            - column("frequency_penalty") * counts
-            - column("presence_penalty") * (counts > 0)
-        )
+        return logits - column("frequency_penalty") * counts - column("presence_penalty") * (counts > 0)
 
     def _admit_penalties(self, seq: Sequence) -> None:
         if self._output_counts is None:
@@ -271,9 +237,7 @@ class Sampler:
         output = output[output >= 0]
         self._output_counts[seq.slot] = torch.bincount(output, minlength=self.vocab_size).int()
         self._in_prompt[seq.slot] = False
-        prompt = torch.tensor(
-            seq.token_ids[: seq.num_prompt_tokens], dtype=torch.int64, device=self.device
-        )
+        prompt = torch.tensor(seq.token_ids[: seq.num_prompt_tokens], dtype=torch.int64, device=self.device)
         self._in_prompt[seq.slot, prompt] = True
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:

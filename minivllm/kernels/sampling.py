@@ -16,8 +16,9 @@ from torch import Tensor
 from minivllm.kernels._triton import check_rows, tl, triton
 
 TILE = 4096  # vocabulary entries summed together
-#: Stands for a token where there is none to choose, because a logit is NaN or the greatest one is infinite. Beyond every
-#: vocabulary; its low 32 bits are the valid token 0, with which a step that has begun already can go on.
+#: Stands for a token where there is none to choose, because a logit is NaN or the greatest one is
+#: infinite. Beyond every vocabulary; its low 32 bits are the valid token 0, with which a step that
+#: has begun already can go on.
 NOT_A_TOKEN = 1 << 32
 
 
