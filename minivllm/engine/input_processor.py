@@ -144,20 +144,6 @@ class InputProcessor:
                     f"{name} needs a tokenizer, and this engine has none; use stop_token_ids, "
                     "allowed_token_ids and logit_bias."
                 )
-        if not params.spaces_between_special_tokens and not params.skip_special_tokens:
-            self._check_special_tokens()
-
-    def _check_special_tokens(self) -> None:
-        """spaces_between_special_tokens=False: right if the tokenizer puts none there by itself."""
-        if self.tokenizer is None or not self.eos_ids:
-            return
-        token_id = min(self.eos_ids)
-        one, two = (self.tokenizer.decode([token_id] * n, skip_special_tokens=False) for n in (1, 2))
-        if two != one * 2:
-            raise errors.SamplingParamsError(
-                "spaces_between_special_tokens=False is not supported with this tokenizer, which "
-                "puts spaces between its tokens; leave special tokens out: skip_special_tokens=True."
-            )
 
     def _count_all(self, params: SamplingParams) -> SamplingParams:
         """Say the whole vocabulary as a number."""
