@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from minivllm.errors import ConfigError
+from minivllm.errors import ConfigError, UnknownOptionError
 from minivllm.validation import shown
 
 
@@ -228,7 +228,7 @@ def own_options(options: Mapping[str, Any], known: tuple[str, ...]) -> dict[str,
             if value is not None or name not in NONE_IS_DEFAULT:
                 own[name] = value
         elif name not in missing:
-            raise ConfigError(_unknown(name, (*known, *missing)))
+            raise UnknownOptionError(_unknown(name, (*known, *missing)))
         elif not any(type(value) is type(harmless) and value == harmless for harmless in missing[name].accepted):
             raise ConfigError(f"{name}={shown(value)} is an option of vLLM that minivllm lacks: {missing[name].hint}.")
     return own

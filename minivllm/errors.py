@@ -17,6 +17,10 @@ class ConfigError(MiniVLLMError, ValueError):
     """An engine option has a value that cannot work, alone or together with another."""
 
 
+class UnknownOptionError(ConfigError, TypeError):
+    """There is no engine option of this name; the message says which one may have been meant, or what to do."""
+
+
 class UnsupportedModelError(MiniVLLMError):
     """The checkpoint's config asks for something minivllm does not implement; the message names it."""
 

@@ -132,7 +132,7 @@ class Ranks:
 
     def give_up(self, error: BaseException) -> None:
         """After a step cut short no rank knows where the others stand. Raises what has happened to another rank."""
-        if self.group.size == 1:
+        if self.group.size == 1 or self._ended:
             return
         lost = isinstance(error, RankFailedError) or self.group.is_broken
         failure = self._processes.failure() if self._processes and lost else None
@@ -143,8 +143,8 @@ class Ranks:
     def close(self, reason: str = "This engine has been closed.") -> None:
         """Let go of what was recorded, end the processes that were started here, and leave the group."""
         self._ended = self._ended or reason
-        self.release()
         if self.group.size > 1:
+            self.release()
             (self._processes or self.group).close()
 
     def _find(self, size: int, device: str, target: Callable[..., None], *args: Any) -> TensorParallelGroup:

@@ -576,7 +576,7 @@ class TestStream:
         expected = generate(llm, prompt)[0].outputs[0]
         assert "".join(i.text for i in increments) == expected.text
         assert [t for i in increments for t in i.token_ids] == expected.token_ids
-        assert [i.finish_reason for i in increments if i.finish_reason] == ["length"]
+        assert [i.finish_reason for i in increments if i.finish_reason] == [expected.finish_reason]
         assert increments[-1].finish_reason == "length"
 
     def test_several_prompts_and_completions(self, llm):

@@ -107,7 +107,7 @@ class EngineCore:
         except BaseException as error:
             self.ranks.give_up(error)
             raise
-        self.ranks.release = self.model_runner.release
+        self.ranks.release = self.model_runner.release_graphs
         self.config = replace(self.config, num_kv_blocks=self.model_runner.num_kv_blocks)
         self.trace = self._new_trace() if config.trace else None
         self._trace_start = 0.0

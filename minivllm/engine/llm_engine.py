@@ -31,6 +31,7 @@ import xxhash
 from minivllm import errors
 from minivllm.bundled import BUNDLED_MODEL_PATH
 from minivllm.config import EngineConfig
+from minivllm.distributed import TensorParallelGroup
 from minivllm.engine.engine_core import EngineCore, EnginePieces
 from minivllm.engine.input_processor import EngineInput, InputProcessor, in_our_order
 from minivllm.engine.model_runner import ModelRunner
@@ -84,14 +85,17 @@ class LLMEngine:
 
     model: None (the bundled one), a directory, or a Hugging Face hub id. options: the fields of `EngineConfig`.
     kernels, block_manager_cls, scheduler_cls, model_cls, build_batch: your own pieces in place of the package's.
+    group: of ranks that have met already; otherwise tensor_parallel_size > 1 starts them, or finds torchrun's.
     """
 
-    def __init__(self, model: str | Path | None = None, **options: Any) -> None:
+    def __init__(
+        self, model: str | Path | None = None, *, group: TensorParallelGroup | None = None, **options: Any
+    ) -> None:
         pieces = EnginePieces(**{n: options.pop(n) for n in list(options) if n in EnginePieces.__annotations__})
         config = EngineConfig.from_options(options)
         self.model_path = BUNDLED_MODEL_PATH if model is None else resolve_model_path(model)
         self.tokenizer = None if config.skip_tokenizer_init else Tokenizer(self.model_path)
-        self.core = EngineCore(self.model_path, config, pieces)
+        self.core = EngineCore(self.model_path, config, pieces, group)
         self.model_config, self.config = self.core.model_config, self.core.config
         self.input_processor = InputProcessor(self.model_path, self.model_config, self.config, self.tokenizer)
         self.processor = OutputProcessor()
@@ -235,6 +239,7 @@ class LLMEngine:
         """Let go of model and cache, and end the other ranks, if there are any; this engine cannot step any more."""
         self._is_closed = True
         self.core.close()
+        self.core.model_runner.release()
 
     def metrics(self) -> EngineMetrics:
         """A snapshot of the counters."""

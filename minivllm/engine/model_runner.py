@@ -86,11 +86,16 @@ class ModelRunner:
             self.release()
             raise
 
+    def release_graphs(self) -> None:
+        """Destroy what was recorded; steps are run kernel by kernel from here on."""
+        graphs, self.graphs = self.graphs, None
+        if graphs is not None:
+            graphs.release()
+
     def release(self) -> None:
         """Let go of graphs, caches and model; nothing can be run any more. May be called twice."""
-        if self.graphs is not None:
-            self.graphs.release()
-        self.graphs, self.kv_caches, self.model = None, [], None
+        self.release_graphs()
+        self.kv_caches, self.model = [], None
 
     def forget_sequences(self) -> None:
         """No slot is anybody's. Those who get one next are admitted, and bring what is to be known of them."""
