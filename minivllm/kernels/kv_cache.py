@@ -55,7 +55,7 @@ def _store_kv_kernel(
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping_ptr + token)
     index = tl.arange(0, BLOCK)
-    inside = (index < KH * D) & (slot >= 0)  # -1: a padded row, or a token whose K and V are there already
+    inside = index < tl.where(slot >= 0, KH * D, 0)  # -1: a padded row, or a token whose K and V are there already
     block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
     target = ((block * KH + index // D) * BLOCK_SIZE + offset) * D + index % D
     tl.store(k_cache_ptr + target, tl.load(key_ptr + token * key_stride + index, mask=inside), mask=inside)

@@ -92,7 +92,7 @@ MUTANTS = [
     ("rotary", "qk_norm_rope", "row number for position", "tl.load(positions_ptr + token) *", "token *"),
     ("rotary", "qk_norm_rope", "heads not masked", "(heads < num_heads) & (columns < HALF)", "(heads >= 0) & (columns < HALF)"),
     ("rotary", "qk_norm_rope", "mean over half a head", "axis=1)) / (2 * HALF)", "axis=1)) / HALF"),
-    ("kv_cache", "store_kv", "-1 is written", "& (slot >= 0)", ""),
+    ("kv_cache", "store_kv", "-1 is written", "tl.where(slot >= 0, KH * D, 0)", "KH * D"),
     ("kv_cache", "store_kv", "heads and offsets exchanged", "((block * KH + index // D) * BLOCK_SIZE + offset) * D", "((block * BLOCK_SIZE + offset) * KH + index // D) * D"),
     ("kv_cache", "store_kv", "values from the keys' rows", "value_ptr + token * value_stride", "key_ptr + token * key_stride"),
     ("online_softmax", "softmax", "sum not rescaled", "row_sum = row_sum * tl.exp(row_max - finite_max) +", "row_sum = row_sum +"),
