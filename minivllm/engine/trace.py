@@ -156,12 +156,13 @@ def _require_whole(trace: Trace) -> None:
             raise ValueError(f"steps[{number}].scheduled has a kind other than prefill and decode")
 
 
-def record_step(trace: Trace, batch: ScheduledBatch, scheduler: Scheduler, names: dict[int, tuple[str, int]],
-                start_time: float) -> StepRecord:  # fmt: skip
-    """Append the record of a step that has just been planned. names: seq_id -> (request id, index)."""
+def label(seq: Sequence) -> str:
+    """The name of a sequence in a trace."""
+    return f"{seq.request_id}/{seq.index}"
 
-    def label(seq: Sequence) -> str:
-        return "{}/{}".format(*names[seq.seq_id])
+
+def record_step(trace: Trace, batch: ScheduledBatch, scheduler: Scheduler, start_time: float) -> StepRecord:
+    """Append the record of a step that has just been planned. start_time: seconds since the trace began."""
 
     manager, running, admitted = scheduler.block_manager, scheduler.running, set(batch.admitted)
     scheduled = []
@@ -169,7 +170,8 @@ def record_step(trace: Trace, batch: ScheduledBatch, scheduler: Scheduler, names
         seq, samples = item.sequence, item.sample_position is not None
         kind = "decode" if item.start >= seq.num_prompt_tokens else "prefill"
         num_cached = seq.num_cached_tokens if seq in admitted else 0
-        scheduled.append(TracedSequence(*names[seq.seq_id], kind, item.start, item.num_new_tokens, samples, num_cached))
+        span = (item.start, item.num_new_tokens)
+        scheduled.append(TracedSequence(seq.request_id, seq.index, kind, *span, samples, num_cached))
     record = StepRecord(
         step=len(trace.steps), start_time=start_time, duration=0.0, scheduled=scheduled,
         block_tables={label(seq): list(seq.block_table) for seq in running},
