@@ -132,7 +132,7 @@ def _records(root: Path, console: Console) -> Records:
     """The records; where their file is damaged, that is said."""
     records = Records(root)
     if records.damage:
-        console.print(Text(records.damage, style="yellow"))
+        console.print(Text(records.damage, style="yellow"), soft_wrap=True)
     return records
 
 
@@ -141,12 +141,13 @@ def save(records: Records, console: Console) -> None:
     try:
         records.save()
     except OSError as error:
-        console.print(Text(f"Your progress could not be kept in exercises/: {reason(error)}.", style="yellow"))
+        said = f"Your progress could not be kept in exercises/: {reason(error)}."
+        console.print(Text(said, style="yellow"), soft_wrap=True)
 
 
 def _digest(group: Group) -> str:
     answer = "\0".join(cell.source for cell in group.cells if cell.kind == "answer")
-    return hashlib.sha256(answer.encode(errors="surrogatepass")).hexdigest()[:16]
+    return hashlib.sha256(answer.encode()).hexdigest()[:16]
 
 
 # --- minivllm check ---------------------------------------------------------------------------------------------------
