@@ -200,7 +200,7 @@ def test_a_slip_of_the_pen(name, meant):
 
 
 def test_a_name_that_is_like_no_other():
-    with pytest.raises(UnsupportedParameterError, match="no field 'zzz'\\.$"):
+    with pytest.raises(UnsupportedParameterError, match=r"no field 'zzz'\.$"):
         SamplingParams(zzz=1)
 
 
@@ -365,6 +365,7 @@ def cases(reference):
         {"async_scheduling": True},
         {"async_scheduling": True, "num_kv_blocks": 14, "enable_prefix_caching": False},
         {"max_num_seqs": 1},
+        {"tensor_parallel_size": 2},
     ],
     ids=str,
 )
@@ -425,7 +426,7 @@ class Spaced:
     [("ab", [(1, 2), (11, 2)]), (" ab", [(1, 2), (11, 2)]), ("x", [(7,)]), ("same", [(3, 4)]), ("one", [(8,), (9,)])],
 )
 def test_words_are_banned_with_and_without_a_space_before_them(llm, word, expected):
-    """vLLM's `SamplingParams.update_from_tokenizer`: the spaced form counts where it is as long, and begins otherwise."""
+    """vLLM's rule: the spaced form counts where it is as long as the plain one, and begins differently."""
     engine = llm.llm_engine
     processor = InputProcessor(engine.model_path, engine.model_config, engine.config, Spaced())
     assert list(processor._encode_bad_words([word])) == expected
