@@ -291,7 +291,7 @@ def reference(checkpoint):
 
 
 def make_llm(checkpoint, **options) -> LLM:
-    return LLM(checkpoint, device="cpu", **{"block_size": 4, "num_kv_blocks": 256, **options})
+    return LLM(checkpoint, **{"device": "cpu", "block_size": 4, "num_kv_blocks": 256, **options})
 
 
 @pytest.fixture(scope="module")
