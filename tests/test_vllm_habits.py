@@ -138,7 +138,7 @@ def test_a_slip_of_the_pen(llm):
         llm.generate("Hi", sampling_param=GREEDY)
     with pytest.raises(UnsupportedArgumentError, match="Did you mean 'chat_template_kwargs'"):
         llm.chat(MESSAGES, chat_template_kwarg={})
-    with pytest.raises(TypeError, match="no argument 'zzz'\\.$"):
+    with pytest.raises(TypeError, match=r"no argument 'zzz'\.$"):
         llm.generate("Hi", zzz=1)
     assert did_you_mean("zzz", ["abc"]) == ""
 
