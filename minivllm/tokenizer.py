@@ -525,9 +525,13 @@ class Detokenizer:
         """No more tokens: accept what is left, even half a character. Returns as `append`."""
         return self._accept(self._new_text(self._decode(self._window), 0), check_stop) if self._is_open else None
 
+    def num_safe(self, finished: bool) -> int:
+        """Characters of `text` that stay, whatever comes: all but an end that may begin a stop string."""
+        return len(self.text) if finished else len(self.text) - self._num_held_back()
+
     def emit(self, finished: bool) -> str:
         """The text that is new since the last call, less an end that may begin a stop string."""
-        end = len(self.text) if finished else len(self.text) - self._num_held_back()
+        end = self.num_safe(finished)
         new = self.text[self.num_emitted : end]
         self.num_emitted = max(self.num_emitted, end)
         return new

@@ -7,14 +7,19 @@ requirements suffice is shown by .ci/run, which installs it with them into an em
 
 from __future__ import annotations
 
+import ast
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
 import tomllib
 import venv
 import zipfile
+from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -62,6 +67,124 @@ def test_constraints_pin_every_requirement_and_name_no_place():
         if minimum and name in pins:
             pinned, least = ([int(x) for x in version.split(".")] for version in (pins[name], minimum.group(1)))
             assert pinned >= least, requirement
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _brought_by(extra: str) -> set[str]:
+    """The distributions that pyproject.toml names for an extra, its own extras followed."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names, extras = set(), [extra]
+    lines = [*project["dependencies"]]
+    while extras:
+        lines += project["optional-dependencies"][extras.pop()]
+        for line in lines:
+            if own := re.match(r"minivllm\[([\w,]+)\]", line):
+                extras += own.group(1).split(",")
+            else:
+                names.add(_normal(re.match(r"[\w.-]+", line).group()))
+        lines = []
+    return names
+
+
+def _sources(path: Path) -> Iterator[str]:
+    """A module's text, or a notebook's cells without the lines that are IPython's and not Python's."""
+    if path.suffix == ".py":
+        yield path.read_text()
+        return
+    for cell in json.loads(path.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            yield re.sub(r"(?m)^(\s*)[%!].*$", r"\1pass", "".join(cell["source"]))
+
+
+def _third_party_imports(path: Path) -> set[str]:
+    modules = set()
+    for source in _sources(path):
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                modules |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                modules.add(node.module)
+    return {name.partition(".")[0] for name in modules} - sys.stdlib_module_names - {"minivllm"}
+
+
+COURSE = ("notebooks", "exercises", "solutions", "minivllm/course", "minivllm/viz")
+
+
+@pytest.mark.parametrize("folder", COURSE)
+def test_lab_brings_all_that_the_course_imports(folder):
+    distributions, brought = metadata.packages_distributions(), _brought_by("lab")
+    files = [f for f in (ROOT / folder).rglob("*") if f.suffix in (".py", ".ipynb")]
+    files = [f for f in files if ".ipynb_checkpoints" not in f.parts and ".kept-" not in f.name]
+    imports = {name: file.name for file in files for name in _third_party_imports(file)}
+    assert imports, f"nothing is imported in {folder}"
+    lacking = {
+        name: file
+        for name, file in imports.items()
+        if not brought & {_normal(d) for d in distributions.get(name, [name])}
+    }
+    assert lacking == {}
+
+
+def test_lab_brings_what_the_options_of_pytest_need():
+    """`pytest --nbval exercises/…` after `make lab`: addopts names options of nbval, and `timeout` is a plugin's."""
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    assert "--nbval" in options["addopts"]
+    assert "timeout" in options
+    assert _brought_by("lab") >= {"pytest", "nbval", "pytest-timeout"}
+    assert _brought_by("dev") >= _brought_by("lab")
+
+
+def _make(tmp_path: Path, *arguments: str) -> str:
+    """What `make` would run in a fresh checkout, without running it."""
+    if shutil.which("make") is None:
+        pytest.skip("there is no make here")
+    ours = ("MAKE", "MFLAGS", "VENV", "PINS", "UV", "PIP_", "PYTHON")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    command = ["make", "-n", *arguments]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize(("target", "extra"), [("demo", "."), ("lab", ".[lab]"), ("test", ".[dev]")])
+def test_make_installs_the_same_pins_with_pip_and_with_uv(tmp_path, target, extra):
+    pip = _make(tmp_path, target, "UV=", f"PYTHON={sys.executable}")
+    uv = _make(tmp_path, target, "UV=/bin/uv", f"PYTHON={sys.executable}")
+    assert f"{sys.executable} -m venv .venv" in pip
+    assert f"/bin/uv venv -q --seed --allow-existing --python {sys.executable} .venv" in uv
+    wanted = f"-c constraints.txt -e '{extra}'" if extra != "." else "-c constraints.txt -e ."
+    assert f".venv/bin/python -m pip install --disable-pip-version-check {wanted}" in pip
+    assert f"/bin/uv pip install --python .venv/bin/python {wanted}" in uv
+    assert "uv" not in re.findall(r"[\w.-]+", pip)
+
+
+def test_make_fetches_a_python_by_uv_where_there_is_none(tmp_path):
+    assert "--python '>=3.11' .venv" in _make(tmp_path, "demo", "UV=/bin/uv", "PYTHON=")
+
+
+def test_make_hands_pips_settings_to_uv(tmp_path):
+    (tmp_path / "show.mk").write_text("include Makefile\nshow:\n\t+@env | grep '^UV_'\n")
+    settings = ("PIP_INDEX_URL=a", "PIP_EXTRA_INDEX_URL=b", "PIP_FIND_LINKS=c")
+    shown = _make(tmp_path, "-f", "show.mk", "show", "UV=/bin/uv", *settings).splitlines()
+    assert {"UV_DEFAULT_INDEX=a", "UV_INDEX=b", "UV_FIND_LINKS=c"} <= set(shown)
+    assert "UV_INDEX_STRATEGY=unsafe-best-match" in shown
+
+
+@pytest.mark.parametrize("uv", ["", "/bin/uv"])
+def test_make_test_newest_has_no_pins_and_an_environment_of_its_own(tmp_path, uv):
+    shown = _make(tmp_path, "test-newest", f"UV={uv}", f"PYTHON={sys.executable}", "ARGS=-k one")
+    newest = ".venv-newest-{}.{}".format(*sys.version_info)
+    assert f"{newest}/bin/python -m pytest --nbval -n logical" in shown
+    assert f"install{f' --python {newest}/bin/python' if uv else ''}" in shown
+    assert "--upgrade" in shown
+    assert "constraints.txt" not in shown
+    assert ".venv/" not in shown.replace(sys.executable, "")
+    assert shown.rstrip().endswith("-k one")
 
 
 @pytest.fixture(scope="module")

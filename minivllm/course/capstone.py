@@ -162,7 +162,7 @@ def check(console: Console, timeout: float = 120.0) -> int:
     root = find_root()
     with console.status("Running your pieces together …"):
         report = examine(root, timeout / 2)
-    _keep(root, report)
+    _keep(root, report, console)
     wrong = {finding.piece: finding for finding in report.problems}
     for piece in PIECES:
         finding = wrong.get(piece.answer)
@@ -185,15 +185,14 @@ def check(console: Console, timeout: float = 120.0) -> int:
     return int(not report.passed)
 
 
-def _keep(root: Path, report: Report) -> None:
+def _keep(root: Path, report: Report, console: Console) -> None:
     """Note in the records how it went, and with which answers."""
-    from minivllm.course.progress import FAILED, PASSED, Records
+    from minivllm.course.progress import FAILED, PASSED, Records, save
 
     records = Records(root)
     record = records["capstone"]
     record.answer, record.state = _digest(root, records), PASSED if report.passed else FAILED
-    with contextlib.suppress(OSError):
-        records.save()
+    save(records, console)
 
 
 def standing(root: Path) -> tuple[str, bool]:
