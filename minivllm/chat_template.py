@@ -1,7 +1,7 @@
 """Conversations to prompts: a checkpoint's chat templates, rendered as transformers renders them.
 
-Templates come with checkpoints and are not trusted. They run in a process of their own, started with
-the first conversation and kept, which has limits of time and memory; see template_worker.py.
+Templates come with checkpoints and are not trusted. They run in a process of their own, started
+with the first conversation and kept, which has limits of time and memory; see template_worker.py.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ MAX_MESSAGE = 500  # characters of a template's own text in an error
 
 #: What a text part may be called: OpenAI's names in its two interfaces.
 TEXT_PARTS = ("text", "input_text", "output_text")
-#: Names under which a message's reasoning is passed; templates read the first (gpt-oss's the second).
+#: Names under which a message's reasoning is passed; templates read the first (gpt-oss's the
+#: second).
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
 def clean(text: str, limit: int = MAX_MESSAGE) -> str:
-    """Somebody else's text, safe to print: no control characters, no escape sequences, not too long."""
+    """Somebody else's text, safe to print: no control characters or escapes, not too long."""
     text = text if len(text) <= limit else text[: limit - 1] + "…"
     return "".join(c if c.isprintable() or c in "\n\t" else " " if c.isspace() else "\ufffd" for c in text)
 
@@ -70,7 +71,7 @@ class Conversation:
 
 
 def render(worker: TemplateWorker, source: TemplateSource, conversation: Conversation) -> str:
-    """The prompt. Raises `RequestError` for what the template cannot take, `ConfigError` if it is broken."""
+    """The prompt. Raises `RequestError` if the template refuses, `ConfigError` if it is broken."""
     try:
         variables = _template_variables(conversation)
     except RecursionError as error:
@@ -133,7 +134,7 @@ def _text_part(number: int, part: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Value rebuilt of JSON's types, as transformers does: what is left has no methods to be abused."""
+    """Value rebuilt of JSON's types, as transformers does: no methods are left to be abused."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     for kind in (str, int, float):  # of a subclass (an enum, a number of NumPy's), only the value
@@ -203,7 +204,7 @@ def _cut_after(text: str, final: str) -> str:
 
 
 class TemplateWorker:
-    """The process that renders templates: started when it is first needed, and again after it was ended."""
+    """The process that renders templates: started when it is needed, and again after an end."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -237,7 +238,7 @@ class TemplateWorker:
         return _text_of(answer, source)
 
     def _ask(self, body: bytes) -> dict[str, Any]:
-        if self._process is None or self._owner != os.getpid():
+        if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
             self._start()
         start = time.monotonic()
         answer = self._exchange(body, TIME_LIMIT)
@@ -253,7 +254,8 @@ class TemplateWorker:
             "import sys; sys.path += sys.argv[1:]; from minivllm import template_worker as w; "
             f"w.main({MEMORY_LIMIT}, {TIME_LIMIT + 1})"
         )
-        # -I and -S: the quickest start. A session (group) of its own: Ctrl-C is the parent's to handle.
+        # -I and -S: the quickest start. A session (group) of its own: Ctrl-C is the parent's to
+        # handle.
         group: dict[str, Any] = {"start_new_session": True}
         if sys.platform == "win32":
             group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
@@ -270,6 +272,7 @@ class TemplateWorker:
                 f"The process that renders chat templates cannot be started ({error}); render the prompt "
                 "yourself and use generate()."
             ) from error
+        self.close()
         self._finalizer = weakref.finalize(self, _end, process, os.getpid())
         self._process, self._owner = process, os.getpid()
         if (ready := self._exchange(b"", START_LIMIT)) is None:
@@ -281,7 +284,7 @@ class TemplateWorker:
             logger.info("This system cannot limit a chat template's memory, only its time.")
 
     def _exchange(self, body: bytes, seconds: float) -> dict[str, Any] | None:
-        """Send a request (none if empty) and wait for an answer; None when the process ended before."""
+        """Send a request (none if empty) and wait for an answer; None if the process ended."""
         process = self._process
         timer = threading.Timer(seconds, process.kill)
         timer.daemon = True

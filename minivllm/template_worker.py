@@ -1,7 +1,8 @@
-"""The program that renders chat templates: a process of its own, with limits. chat_template.py starts it.
+"""The program that renders chat templates: a process of its own, with limits. chat_template.py
+starts it.
 
-A template comes with a checkpoint and is not trusted. Jinja's sandbox keeps it from reaching Python,
-but not from looping for ever or from doubling a string until the memory is full. No list of
+A template comes with a checkpoint and is not trusted. Jinja's sandbox keeps it from reaching
+Python, but not from looping for ever or from doubling a string until the memory is full. No list of
 forbidden operations would be complete; limits that the operating system keeps are. So templates run
 here, where a process can be ended without harm to anybody.
 
@@ -30,6 +31,7 @@ from minivllm.pipes import read_frame, write_frame
 #: A prompt of more characters than this is refused, plus `OUTPUT_FACTOR` for each that was put in.
 MAX_OUTPUT = 1_000_000
 OUTPUT_FACTOR = 4
+MAX_MESSAGE = 2000  # characters of an error's text that are passed on
 
 
 class OutputTooLongError(Exception):
@@ -38,7 +40,7 @@ class OutputTooLongError(Exception):
 
 @dataclass(frozen=True)
 class Template:
-    """A compiled template. takes_parts: it goes through a message's content, so that may be a list."""
+    """A compiled template. takes_parts: it goes through a message's content, a list of parts."""
 
     compiled: jinja2.Template
     takes_parts: bool
@@ -118,15 +120,15 @@ def _is_content(node: nodes.Node, names: set[str]) -> bool:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """The answer to {"source": template, "variables": {...}}: {"text"}, or {"error", "message", "line"}."""
+    """The answer to {"source": …, "variables": …}: {"text"}, or {"error", "message", "line"}."""
     try:
         template = compile_template(request["source"])
-    except jinja2.TemplateSyntaxError as error:
-        return {"error": "syntax", "message": error.message or "", "line": error.lineno}
     except MemoryError:
-        return {"error": "memory", "message": "", "line": None}
+        return _failure("memory")
+    except jinja2.TemplateSyntaxError as error:
+        return _failure("syntax", error.message or "", error.lineno)
     except Exception as error:  # Python's compiler refuses it: too deeply nested, for example
-        return {"error": "syntax", "message": str(error) or type(error).__name__, "line": None}
+        return _failure("syntax", str(error) or type(error).__name__)
     variables = request["variables"]
     if not template.takes_parts:
         variables["messages"] = [_flatten(message) for message in variables["messages"]]
@@ -134,11 +136,15 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         most = MAX_OUTPUT + OUTPUT_FACTOR * request["num_chars"]
         return {"text": "".join(_pieces(template, variables, most))}
     except MemoryError:
-        return {"error": "memory", "message": "", "line": None}
+        return _failure("memory")
     except OutputTooLongError:
-        return {"error": "output", "message": "", "line": None}
+        return _failure("output")
     except Exception as error:  # a template is a program of somebody else's and may fail in any way
-        return {"error": "render", "message": str(error) or type(error).__name__, "line": _line_of(error)}
+        return _failure("render", str(error) or type(error).__name__, _line_of(error))
+
+
+def _failure(kind: str, message: str = "", line: int | None = None) -> dict[str, Any]:
+    return {"error": kind, "message": message[:MAX_MESSAGE], "line": line}
 
 
 def _pieces(template: Template, variables: dict[str, Any], most: int) -> Iterator[str]:
@@ -185,7 +191,7 @@ def limit_memory(num_bytes: int) -> bool:
 
 
 def set_alarm(seconds: int) -> None:
-    """End this process after so many seconds (0: no longer), should the parent no longer be there to do it."""
+    """End this process after so many seconds (0: no longer), in case the parent cannot."""
     if sys.platform != "win32":
         import signal
 

@@ -1,12 +1,12 @@
-"""Text to token ids and back, whole or as tokens come, and chat templates. Taught in notebooks/07_engine.ipynb.
+"""Text to token ids and back, whole or as tokens come. Taught in notebooks/07_engine.ipynb.
 
-Uses the `tokenizers` library directly: importing `transformers` for its wrapper costs seconds. It is imported only for
-a checkpoint that has no tokenizer.json. Files beside tokenizer.json are read as transformers 5 reads them.
+Uses the `tokenizers` library directly: importing `transformers` for its wrapper costs seconds. It
+is imported only for a checkpoint that has no tokenizer.json. Files beside tokenizer.json are read
+as transformers 5 reads them. Chat templates are in chat_template.py.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import os
@@ -41,7 +41,7 @@ NOT_HERE = (
 
 
 class Tokenizer:
-    """The tokenizer of a model directory. Raises `ConfigError` for files that cannot be used, and names them."""
+    """The tokenizer of a model directory. Raises `ConfigError`, with its name, for a broken file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -60,7 +60,7 @@ class Tokenizer:
         self._worker = TemplateWorker()
 
     def close(self) -> None:
-        """End the process that renders chat templates, if there is one. It starts again when it is needed."""
+        """End the process that renders chat templates. It starts again when it is needed."""
         self._worker.close()
 
     @property
@@ -70,19 +70,24 @@ class Tokenizer:
         return None if token is None else self._tokenizer.token_to_id(token)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of text; add_special_tokens as the checkpoint's tokenizer says (e.g. a leading BOS)."""
+        """Token ids of text; add_special_tokens as the tokenizer says (e.g. a leading BOS)."""
         try:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         except (TypeError, UnicodeError) as error:  # a lone surrogate, which no UTF-8 can say
             raise RequestError(f"The prompt is not valid Unicode text: {error}") from error
+        except BaseException as error:
+            if _is_of_the_library(error):
+                raise RequestError(f"The tokenizer fails on this prompt: {clean(str(error))}") from error
+            raise
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of these tokens. Bytes that are no character become U+FFFD."""
         text = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
         if REPLACEMENT not in text or not self._falls_back_to_bytes:
             return text
-        # A decoder that falls back to bytes gives up a whole run of them for one that is wrong. Then a
-        # character that was shown would have to be taken back. So wrong bytes are set apart here.
+        # A decoder that falls back to bytes gives up a whole run of them for one that is wrong.
+        # Then a character that was shown would have to be taken back. So wrong bytes are set apart
+        # here.
         tokens = map(self._tokenizer.id_to_token, token_ids)
         hidden = self._special_texts if skip_special_tokens else frozenset()
         shown = [token for token in tokens if token is not None and token not in hidden]
@@ -128,16 +133,18 @@ class Tokenizer:
         tokenize: bool = False,
         **variables: Any,
     ) -> str | list[int]:
-        """The prompt that the model was trained to see for a conversation; with tokenize=True its token ids.
+        """The prompt that a model was trained to see for a conversation, or its token ids.
 
-        messages: ``{"role": "user" | "assistant" | "system", "content": text}`` each; content may be a list
-        of ``{"type": "text", "text": text}``. tools, documents: lists of dicts, for templates that know them.
-        chat_template: a template, or the name of one of the checkpoint's. add_generation_prompt: open the
-        model's turn (by default, unless continue_final_message leaves the last message open).
-        variables: further names that the template reads.
+        messages: ``{"role": "user" | "assistant" | "system", "content": text}`` each; content may
+        be a list of ``{"type": "text", "text": text}``. tools, documents: lists of dicts, for
+        templates that know them. chat_template: a template, or the name of one of the checkpoint's.
+        add_generation_prompt: open the model's turn (by default, unless continue_final_message
+        leaves the last message open). tokenize: return token ids. variables: further names that
+        the template reads.
 
-        A template is not trusted: it runs in a sandbox, in a process with limits. Raises `RequestError` when
-        it refuses the messages or exceeds a limit, `ConfigError` when there is none or it is broken.
+        A template is not trusted: it runs in a sandbox, in a process with limits. Raises
+        `RequestError` when it refuses the messages or exceeds a limit, `ConfigError` when there is
+        none or it is broken.
         """
         for name in NOT_HERE:
             if variables.pop(name, None):
@@ -225,13 +232,18 @@ def _load_tokenizer(path: Path) -> Any:
     content = _read_bytes(file)
     try:
         return tokenizers.Tokenizer.from_buffer(content)
-    except BaseException as error:  # the library has no error type of its own, and panics are none
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+    except BaseException as error:
+        if not _is_of_the_library(error):
             raise
         raise ConfigError(
             f"{clean(str(file))} is not a tokenizer that can be loaded: {clean(str(error))}. Is it whole? "
             "Fetch it again."
         ) from error
+
+
+def _is_of_the_library(error: BaseException) -> bool:
+    """Whether `tokenizers` raised it: it has no error type, and its panics are no Exceptions."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _convert_slow_tokenizer(path: Path) -> Any:
@@ -243,9 +255,13 @@ def _convert_slow_tokenizer(path: Path) -> Any:
             f"{path} has no tokenizer.json. `pip install transformers` to convert its tokenizer, or {way_out}."
         ) from error
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False).backend_tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False).backend_tokenizer
     except Exception as error:  # whatever transformers and its converters raise
         raise ConfigError(f"{path} has no tokenizer that can be loaded ({clean(str(error))}); {way_out}.") from error
+    if tokenizer.get_vocab_size() <= len(tokenizer.get_added_tokens_decoder()):
+        # For some models transformers makes an empty tokenizer when there are no files at all.
+        raise ConfigError(f"{path} has no files of a tokenizer (tokenizer.json); {way_out}.")
+    return tokenizer
 
 
 def _templates_of_config(path: Path, config: dict[str, Any]) -> dict[str, TemplateSource]:
@@ -305,7 +321,7 @@ class _SideFiles:
         self._declared = self._declared_tokens(config)
 
     def add_tokens(self, tokenizer: Any) -> None:
-        """Make the tokenizer know all these tokens; those that it does not know get the next free ids."""
+        """Make the tokenizer know all these tokens; new ones get the next free ids."""
         known = {repr(token): token for token in tokenizer.get_added_tokens_decoder().values()}
         contents = {token.content for token in known.values()}
         new = [d.token for d in self._declared if repr(d.token) not in known]
@@ -427,25 +443,34 @@ def _byte_of(token: str) -> int | None:
 def _num_unfinished(text: str) -> int:
     """Characters at the end of text that the next tokens may change.
 
-    Four bytes make the longest character, so at most three can wait for the rest; what stands before
-    those is broken for good.
+    Four bytes make the longest character, so at most three can wait for the rest; what stands
+    before those is broken for good.
     """
     if not text.endswith(REPLACEMENT):
         return 0
     return min(3, len(text) - len(text.rstrip(REPLACEMENT)))
 
 
-class Detokenizer:
-    """The text of one completion as its tokens come: never half a character, never a part of a stop string.
+def _length_in_common(one: str, other: str) -> int:
+    """How many characters at the beginning are the same."""
+    if other.startswith(one):
+        return len(one)
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
-    The text is what its tokens add to the prompt's, so that prompt + text reads as all tokens decoded
-    together do: the first word keeps the space before it. It is a function of the tokens alone,
-    however they come: one at a time, or all at the end. To rebuild a detokenizer, give a new one the
-    same tokens and set `num_emitted`.
+
+class Detokenizer:
+    """The text of one completion as its tokens come: never half a character, never a part of a stop
+    string.
+
+    The text is what its tokens add to the prompt's, so that prompt + text reads as all tokens
+    decoded together do: the first word keeps the space before it. It is a function of the tokens
+    alone, however they come: one at a time, or all at the end. To rebuild a detokenizer, give a new
+    one the same tokens and set `num_emitted`.
     """
 
-    #: At least so many tokens before the new ones are decoded with them. A character has four bytes at
-    #: most, and a byte may be a token: so the end of an unfinished one is always among them.
+    #: At least so many tokens before the new ones are decoded with them. A character has four bytes
+    #: at most, and a byte may be a token: so the end of an unfinished one is always among them.
     CONTEXT = 4
 
     def __init__(
@@ -458,8 +483,8 @@ class Detokenizer:
         include_stop: bool = False,
         spaces_between_special_tokens: bool = True,
     ) -> None:
-        """include_stop: the text ends after the stop string. spaces_between_special_tokens: False takes out
-        the space that decoding puts between two special tokens of the output, if those are shown.
+        """include_stop: the text ends after the stop string. spaces_between_special_tokens: False
+        takes out the space that decoding puts between two special tokens of the output.
         """
         self.text = ""
         #: Characters of `text` that `emit` has given out.
@@ -467,7 +492,8 @@ class Detokenizer:
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
         self._stops, self._include_stop = stop_strings, include_stop
         self._hidden = tokenizer.special_token_ids if skip_special_tokens else frozenset()
-        # Tokens that are decoded together, hidden ones left out: some context, then those that came since.
+        # Tokens that are decoded together, hidden ones left out: some context, then those that came
+        # since.
         self._window, self._context_text = self._context_of(prompt_token_ids)
         self._num_known = len(self._context_text)  # characters of the window's text before the new ones
         self._is_open = False  # whether the window's text has an end that is not accepted yet
@@ -475,7 +501,7 @@ class Detokenizer:
         self._last_token: int | None = None
 
     def append(self, token_id: int, check_stop: bool = True) -> str | None:
-        """Add a token. Returns the stop string it completed, if any; `text` then ends before that string."""
+        """Add a token. Returns the stop string it completed, if any; `text` then ends before it."""
         if token_id in self._hidden:
             return None
         self._window.append(token_id)
@@ -496,15 +522,15 @@ class Detokenizer:
             self.text += self._new_text(decoded, _num_unfinished(decoded))
 
     def finish(self, check_stop: bool = True) -> str | None:
-        """No more tokens: accept what is left, even if it is no whole character. Returns as `append`."""
+        """No more tokens: accept what is left, even half a character. Returns as `append`."""
         return self._accept(self._new_text(self._decode(self._window), 0), check_stop) if self._is_open else None
 
     def num_safe(self, finished: bool) -> int:
-        """Characters of `text` that stay, whatever comes: all but an end that may become part of a stop string."""
+        """Characters of `text` that stay, whatever comes: all but an end that may begin a stop string."""
         return len(self.text) if finished else len(self.text) - self._num_held_back()
 
     def emit(self, finished: bool) -> str:
-        """The text that is new since the last call, less an end that may turn out to be part of a stop string."""
+        """The text that is new since the last call, less an end that may begin a stop string."""
         end = self.num_safe(finished)
         new = self.text[self.num_emitted : end]
         self.num_emitted = max(self.num_emitted, end)
@@ -515,7 +541,8 @@ class Detokenizer:
         """All that `emit` has given out so far."""
         return self.text[: self.num_emitted]
 
-    # --- decoding the new tokens as if all were decoded ----------------------------------------------
+    # --- decoding the new tokens as if all were decoded
+    # ----------------------------------------------
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids, self._skip)
@@ -523,8 +550,7 @@ class Detokenizer:
     def _new_text(self, decoded: str, num_unfinished: int, token_id: int | None = None) -> str:
         """What the window's text has got since the last call."""
         if not self.text:  # if the prompt ends within a character, the output may complete it
-            pairs = zip(self._context_text, decoded, strict=False)
-            self._num_known = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+            self._num_known = _length_in_common(self._context_text, decoded)
         end = len(decoded) - num_unfinished
         new = decoded[self._num_known : end]
         self._num_known, self._is_open = max(self._num_known, end), num_unfinished > 0
@@ -536,11 +562,12 @@ class Detokenizer:
         return new
 
     def _context_of(self, token_ids: Sequence[int]) -> tuple[list[int], str]:
-        """The last tokens after which the next are decoded as they are after all of these, and their text.
+        """The last tokens after which the next are decoded as they are after all of these, and
+        their text.
 
-        A decoder treats the first token of all differently (its space, its ##), and looks at neighbours
-        for bytes that make a character. So it is enough to have some tokens that show some text, and the
-        same text as they do after others.
+        A decoder treats the first token of all differently (its space, its ##), and looks at
+        neighbours for bytes that make a character. So it is enough to have some tokens that show
+        some text, and the same text as they do after others.
         """
         count = self.CONTEXT
         while len(shown := self._last_shown(token_ids, 2 * count)) > count:
@@ -560,7 +587,7 @@ class Detokenizer:
         return found[::-1]
 
     def _forget(self, decoded: str) -> None:
-        """Make the window shorter, if what remains of it is decoded as it was. decoded: the window's text."""
+        """Make the window (decoded: its text) shorter, if what remains is decoded as it was."""
         rest = self._window[-self.CONTEXT :]
         text, unfinished = self._decode(rest), len(decoded) - self._num_known
         if len(text) > unfinished and decoded.endswith(text):
@@ -569,7 +596,8 @@ class Detokenizer:
         else:
             self._window = [token_id for token_id in self._window if self._tokenizer.knows(token_id)]
 
-    # --- stop strings ---------------------------------------------------------------------------------
+    # --- stop strings
+    # ---------------------------------------------------------------------------------
 
     def _accept(self, new_text: str, check_stop: bool) -> str | None:
         old_length = len(self.text)
