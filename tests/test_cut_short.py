@@ -1,13 +1,14 @@
-"""Ctrl-C, or any error, at every line of engine and LLM, twice in a row: no engine is broken by it, and nothing is lost.
+"""Ctrl-C, or any error, at every line of engine and LLM, twice in a row: no engine breaks, and nothing is lost.
 
-A strike is an exception raised by a trace function at the n-th line that runs in the files below: all that lies between
-a caller and the model. After it the engine must serve new requests with the right tokens, give all blocks and slots
-back, and a stream that was open must go on as if nothing had been.
+A strike is an exception raised by a trace function at the n-th line that runs in the files below: all that lies
+between a caller and the model. After it the engine must serve new requests with the right tokens, give all blocks and
+slots back, and a stream that was open must go on as if nothing had been.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import sys
 import threading
@@ -30,6 +31,8 @@ STRUCK = {str(PACKAGE / "llm.py"), *(str(PACKAGE / "engine" / f"{name}.py") for 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
 #: A small pool and budget: chunks, preemptions, prefix hits and waiting are met within few steps.
 TIGHT = {"num_kv_blocks": 12, "block_size": 4, "max_num_seqs": 3, "max_num_batched_tokens": 12}
+#: How often every line is struck; MINIVLLM_STRIKES=20 for more.
+ROUNDS = int(os.environ.get("MINIVLLM_STRIKES", 1))
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 3, 4, 5, 6, 7, 8, 11, 12], [7, 8], [9, 10, 11]]
 
 
@@ -48,7 +51,8 @@ class Strikes:
     """Raises at the lines of these numbers, counted from the beginning of the block; counts on where none is left."""
 
     def __init__(self, *at: int, error: type[BaseException] = KeyboardInterrupt) -> None:
-        self.at, self.error, self.count, self.places = set(at), error, 0, []
+        self.at: set[int] | None = set(at)
+        self.error, self.count, self.places = error, 0, []
 
     def __enter__(self) -> Strikes:
         sys.settrace(self._call)
@@ -63,10 +67,29 @@ class Strikes:
     def _line(self, frame: Any, event: str, _: Any) -> Callable:
         if event == "line":
             self.count += 1
-            if self.count in self.at:
-                self.places.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
+            if self.at is None or self.count in self.at:
+                self.places.append((Path(frame.f_code.co_filename).name, frame.f_lineno))
+            if self.at is not None and self.count in self.at:
                 raise self.error
         return self._line
+
+
+def lines_of(action: Callable[[], Any]) -> list[tuple[str, int]]:
+    """(file, line) of each line that runs; strike number n is the n-th of them, from 1 on."""
+    strikes = Strikes()
+    strikes.at = None
+    with strikes:
+        action()
+    return strikes.places
+
+
+def one_each(lines: list[tuple[str, int]], seed: int) -> list[int]:
+    """For every line of code one of the times that it runs, in order."""
+    times: dict[tuple[str, int], list[int]] = {}
+    for number, line in enumerate(lines, 1):
+        times.setdefault(line, []).append(number)
+    rng = random.Random(seed)
+    return sorted(rng.choice(numbers) for numbers in times.values())
 
 
 def ids(outputs: list) -> list[list[int]]:
@@ -89,12 +112,6 @@ def assert_whole(llm: LLM, expected: list[list[int]], where: Any) -> None:
     assert engine.metrics().num_used_kv_blocks == 0, where
 
 
-def count_lines(action: Callable[[], Any]) -> int:
-    with Strikes() as strikes:
-        action()
-    return strikes.count
-
-
 @pytest.mark.parametrize("late", [False, True], ids=["at-once", "one-step-late"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_at_every_line_of_generate(path: Path, late: bool, error: type[BaseException]) -> None:
@@ -102,13 +119,11 @@ def test_at_every_line_of_generate(path: Path, late: bool, error: type[BaseExcep
     expected = ids(generate(make(path)))
     llm = make(path, async_scheduling=late)
     params = [GREEDY, SamplingParams(**{**vars(GREEDY), "n": 2, "logprobs": 1}), GREEDY, GREEDY]
-    lines = count_lines(lambda: generate(llm, params=params))
+    lines = lines_of(lambda: generate(llm, params=params))
+    assert len(set(lines)) > 250
     rng = random.Random(0)
-    # Every line of the first steps, where all kinds of things happen, and every seventh of the rest.
-    places = [*range(1, 700), *range(700, lines, 7)]
-    if error is MemoryError:
-        places = places[::5]
-    for place in places:
+    places = [n for seed in range(ROUNDS) for n in one_each(lines, seed)]
+    for place in places if error is KeyboardInterrupt else places[::4]:
         with (
             Strikes(place, place + rng.choice([1, 2, 3, 5, 9, 20, 60, 200]), error=error) as strikes,
             contextlib.suppress(error),
@@ -118,7 +133,7 @@ def test_at_every_line_of_generate(path: Path, late: bool, error: type[BaseExcep
         assert ids(generate(llm, PROMPTS[2:3])) == expected[2:3], strikes.places
         # Nobody waits for the requests that were cut short, so nothing is computed for them any more.
         assert llm.metrics().num_generated_tokens - made == GREEDY.max_tokens, strikes.places
-        if place % 5 == 0:
+        if place % 20 == 0:
             assert_whole(llm, expected, strikes.places)
     assert_whole(llm, expected, "at the end")
     assert llm.metrics().num_preemptions > 0
@@ -130,8 +145,8 @@ def test_an_open_stream_goes_on_as_if_nothing_had_been(path: Path, late: bool) -
     long = SamplingParams(temperature=0.8, seed=3, max_tokens=24, ignore_eos=True, logprobs=1, presence_penalty=0.5)
     llm = make(path, async_scheduling=late)
     [expected] = generate(llm, PROMPTS[:1], long)
-    lines = count_lines(lambda: generate(llm))
-    for place in range(1, lines, 11):
+    lines = lines_of(lambda: generate(llm))
+    for place in one_each(lines, 1)[:: 1 if ROUNDS > 1 else 5]:
         stream = llm.stream(PROMPTS[0], long)
         parts = [next(stream), next(stream)]
         with Strikes(place, place + 7) as strikes, contextlib.suppress(KeyboardInterrupt):
@@ -150,7 +165,7 @@ def test_a_stream_that_is_struck_is_over_and_forgotten(path: Path) -> None:
         for _ in llm.stream(PROMPTS, GREEDY):
             pass
 
-    for place in range(1, count_lines(read), 5):
+    for place in one_each(lines_of(read), 2)[:: 1 if ROUNDS > 1 else 4]:
         with Strikes(place, place + 4) as strikes:
             try:
                 read()
@@ -167,7 +182,7 @@ def test_a_loop_of_ones_own_gets_every_token(path: Path, kind: RequestOutputKind
     """The engine is driven by hand and struck again and again; whoever goes on stepping gets all, once."""
     expected = ids(generate(make(path)))
     params = SamplingParams(**{**vars(GREEDY), "output_kind": kind})
-    for place in range(1, 400, 3):
+    for place in range(1, 400, 3 if ROUNDS > 1 else 40):
         engine = make(path).llm_engine
         found: dict[str, list[int]] = {}
         for number, prompt in enumerate(PROMPTS):
@@ -194,7 +209,7 @@ def test_an_abort_that_is_cut_short_is_carried_out(path: Path) -> None:
         engine.abort_request(request_id)
 
     request_id = engine.add_request(PROMPTS[0], params)
-    lines = count_lines(abort)
+    lines = len(lines_of(abort))
     engine.step()
     for place in range(1, lines + 1):
         request_id = engine.add_request(PROMPTS[0], params)
@@ -213,7 +228,7 @@ def test_add_request_is_all_or_nothing(path: Path) -> None:
     llm = make(path)
     engine = llm.llm_engine
     params = SamplingParams(**{**vars(GREEDY), "n": 3})
-    lines = count_lines(lambda: engine.add_request(PROMPTS[0], params, "counted"))
+    lines = len(lines_of(lambda: engine.add_request(PROMPTS[0], params, "counted")))
     engine.abort_request("counted")
     engine.step()
     for place in range(1, lines + 1):
@@ -240,8 +255,6 @@ def interrupts(count: int) -> Iterator[threading.Thread]:
 
 def test_timed_interrupts(path: Path) -> None:
     """MINIVLLM_INTERRUPTS=1000 for more."""
-    import os
-
     expected = ids(generate(make(path)))
     llm = make(path)
     num_struck = 0
@@ -286,12 +299,9 @@ def test_a_second_thread_is_refused_while_the_first_is_at_work(path: Path) -> No
     execute = llm.llm_engine.model_runner.execute
 
     def watched(batch: Any) -> Any:
-        actions = (
-            lambda: generate(llm),
-            llm.llm_engine.step,
-            lambda: llm.abort("0"),
-            lambda: llm.llm_engine.add_request([1]),
-        )
+        engine = llm.llm_engine
+        actions = [lambda: generate(llm), engine.step, lambda: llm.abort("0")]
+        actions.append(lambda: engine.add_request([1]))
         refused.extend(in_another_thread(action) for action in actions)
         return execute(batch)
 
