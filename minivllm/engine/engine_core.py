@@ -210,13 +210,15 @@ class EngineCore:
         self._token_hash.update(array("q", token_ids).tobytes())
         if NOT_A_TOKEN in token_ids:
             self._end_failed(batch, token_ids, output)
-        row_of = {id(item): row for row, item in enumerate(batch.sampled)}
+        row_of = {}
+        if result.logprobs is not None:
+            row_of = {id(item): row for row, item in enumerate(batch.sampled)}
         accepted = self.scheduler.update(batch, token_ids)
         for item in accepted:
             seq = item.sequence
             tokens = [seq.token_ids[item.sample_position]]
             found = SequenceOutput(seq.seq_id, tokens, seq.finish_reason, seq.stop_reason)
-            if result.logprobs is not None:
+            if row_of:
                 found.logprobs, found.row = result.logprobs, row_of[id(item)]
             if found.finish_reason is not None:
                 self._sequences.pop(seq.seq_id, None)

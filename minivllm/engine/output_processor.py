@@ -119,6 +119,10 @@ class Request:
         """Take in what a step gave a completion; returns the stop string with which that ends it, if any."""
         completion = self.completions[index]
         finish_reason, stop_reason, ended_by = output.finish_reason, output.stop_reason, None
+        if finish_reason is None and completion.logprobs is None and not self.follows_text:
+            completion.token_ids += output.token_ids  # the usual case: nobody looks yet
+            completion.settled = (len(completion.token_ids), None, None)
+            return None
         if finish_reason == "error":
             self.error, self.ends_with = InvalidLogitsError(), "error"
         for number, token_id in enumerate(output.token_ids):

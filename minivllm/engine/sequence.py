@@ -70,7 +70,8 @@ class Sequence:
     @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens left to compute now; 0 once the last token it may have is planned, for nothing follows that one."""
-        return 0 if self.num_tokens >= self.max_num_tokens else self.num_tokens - self.num_computed_tokens
+        num_tokens = len(self.token_ids)
+        return 0 if num_tokens >= self.max_num_tokens else num_tokens - self.num_computed_tokens
 
     @property
     def is_finished(self) -> bool:
@@ -78,8 +79,9 @@ class Sequence:
 
     def append_pending(self) -> int:
         """Make room for the token that the step being planned will sample; returns its position."""
+        position = len(self.token_ids)
         self.token_ids.append(PENDING)
-        return self.num_tokens - 1
+        return position
 
 
 @dataclass(eq=False, slots=True)
