@@ -235,6 +235,8 @@ class LLMEngine:
         """Let go of model and cache, and end the other ranks, if there are any; this engine cannot step any more."""
         self._is_closed = True
         self.core.close()
+        if self.tokenizer is not None:
+            self.tokenizer.close()
 
     def metrics(self) -> EngineMetrics:
         """A snapshot of the counters."""
