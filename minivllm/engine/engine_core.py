@@ -186,8 +186,8 @@ class EngineCore:
             if batch:
                 self._launch(batch, output)
             elif self._sequences and not self._in_flight:
-                waiting = len(self._sequences)
-                raise SchedulerStalledError(f"Nothing was planned while {waiting} sequences are unfinished.")
+                waiting = len({seq.request_id for seq in self._sequences.values()})
+                raise SchedulerStalledError(f"Nothing was planned while {waiting} requests are unfinished.")
             # The results of the step before this one are looked at while this one runs; without overlap, its own.
             while len(self._in_flight) > (self._depth if batch else 0):
                 self._apply(*self._in_flight.popleft(), output)

@@ -240,6 +240,8 @@ class LLMEngine:
         self._is_closed = True
         self.core.close()
         self.core.model_runner.release()
+        if self.tokenizer is not None:
+            self.tokenizer.close()
 
     def metrics(self) -> EngineMetrics:
         """A snapshot of the counters."""
