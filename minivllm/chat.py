@@ -106,6 +106,8 @@ class Chat:
                 while not self._interrupts.pressed and (output := next(stream, None)) is not None:
                     parts.append(output.text)
                     write(output.text)
+                    if output.error is not None:
+                        raise output.error
         except KeyboardInterrupt:  # pressed again, for the step took too long
             if not self._interactive:
                 raise

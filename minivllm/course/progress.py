@@ -136,13 +136,13 @@ def _records(root: Path, console: Console) -> Records:
     return records
 
 
-def save(records: Records, console: Console) -> None:
-    """Keep the records, or say that they cannot be kept."""
+def keep(records: Records) -> str:
+    """Save the records. Returns "", or why they could not be kept."""
     try:
         records.save()
     except OSError as error:
-        said = f"Your progress could not be kept in exercises/: {reason(error)}."
-        console.print(Text(said, style="yellow"), soft_wrap=True)
+        return f"Your progress could not be kept in exercises/: {reason(error)}."
+    return ""
 
 
 def _digest(group: Group) -> str:
@@ -213,7 +213,8 @@ def _check(chapter: Chapter, path: Path, ids: Collection[str] | None, console: C
         record = records.note(by_id[verdict.id], verdict)
         _print(verdict, statements[verdict.id], record.tries, console)
         found.append(verdict.state)
-    save(records, console)
+    if problem := keep(records):
+        console.print(Text(problem, style="yellow"), soft_wrap=True)
     console.print(f"{found.count(PASSED)} of {len(found)} passed.\n", highlight=False)
     return int(not set(found) <= {PASSED, NOT_RUNNABLE})
 
