@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import TransformersReference, random_prompt, write_checkpoint
+from ids import plain
 from parity import greedy
 
 from minivllm import LLM
@@ -44,7 +45,7 @@ def refused(folder: Path, name: str, value: Any) -> str:
 # --- nonsense ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [-1, 0, "7", 7.0, 1e9, True, [4], {"a": 4}, 2**31, 10**30], ids=str)
+@pytest.mark.parametrize("value", [-1, 0, "7", 7.0, 1e9, True, [4], {"a": 4}, 2**31, 10**30], ids=plain)
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes(tmp_path: Path, name: str, value: Any) -> None:
     message = refused(tmp_path, name, value)
@@ -59,7 +60,7 @@ def test_a_required_field_is_missing_or_null(tmp_path: Path, name: str, is_null:
         load_config(written(tmp_path, config))
 
 
-@pytest.mark.parametrize("value", ["false", "true", 0, 1, [], {}], ids=repr)
+@pytest.mark.parametrize("value", ["false", "true", 0, 1, [], {}], ids=plain)
 @pytest.mark.parametrize("name", FLAGS)
 def test_flags(tmp_path: Path, name: str, value: Any) -> None:
     """Any text is true in Python, "false" too."""
@@ -103,7 +104,7 @@ def test_flags(tmp_path: Path, name: str, value: Any) -> None:
         ("dtype", "float8_e4m3fn", "must be one of"),
         ("original_max_position_embeddings", 0, "from 1 to"),
     ],
-    ids=str,
+    ids=plain,
 )
 def test_other_fields(tmp_path: Path, name: str, value: Any, said: str) -> None:
     message = refused(tmp_path, name, value)
@@ -144,7 +145,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
         (LLAMA3 | {"high_freq_factor": 1.0}, "high_freq_factor"),
         (LLAMA3 | {"high_freq_factor": "x"}, "high_freq_factor"),
     ],
-    ids=str,
+    ids=plain,
 )
 @pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
 def test_rope(tmp_path: Path, name: str, rope: dict[str, Any], field: str) -> None:
@@ -153,7 +154,7 @@ def test_rope(tmp_path: Path, name: str, rope: dict[str, Any], field: str) -> No
     assert field in message
 
 
-@pytest.mark.parametrize("rope_type", [5, [], ["yarn"], True, {"a": 1}], ids=str)
+@pytest.mark.parametrize("rope_type", [5, [], ["yarn"], True, {"a": 1}], ids=plain)
 def test_rope_type(tmp_path: Path, rope_type: Any) -> None:
     with pytest.raises((ConfigError, UnsupportedModelError), match=r"rope_type must be text|each type of layer"):
         load_config(written(tmp_path, CONFIG | {"rope_scaling": {"rope_type": rope_type, "factor": 2.0}}))
@@ -171,7 +172,7 @@ def test_rope_type(tmp_path: Path, rope_type: Any) -> None:
         ({"hidden_act": None}, "Activation None"),
         ({"num_key_value_heads": 8}, "multiple of num_key_value_heads, got 4 and 8"),
     ],
-    ids=str,
+    ids=plain,
 )
 def test_what_is_not_implemented(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(UnsupportedModelError) as caught:
@@ -284,7 +285,7 @@ def test_parameters_are_counted(tmp_path: Path, tied: bool) -> None:
         ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 256}}, 2048),
         ({"rope_scaling": {"rope_type": "default", "factor": 4.0}}, 2048),
     ],
-    ids=str,
+    ids=plain,
 )
 def test_longest_sequence(tmp_path: Path, changes: dict[str, Any], length: int) -> None:
     """As vLLM derives it."""
@@ -346,7 +347,7 @@ def test_without_a_generation_config_the_config_ends(tmp_path: Path) -> None:
         ({}, {}),
         (None, {}),
     ],
-    ids=str,
+    ids=plain,
 )
 def test_sampling_defaults(tmp_path: Path, generation: dict[str, Any] | None, expected: dict[str, Any]) -> None:
     written(tmp_path, CONFIG, generation)
@@ -394,7 +395,7 @@ def test_sampling_defaults_that_cannot_be(tmp_path: Path, name: str, value: Any)
         (0.1, Annotated[float, Range(0.0, above=True)], 0.1),
         (-5, Annotated[int, Range(high=3)], -5),
     ],
-    ids=str,
+    ids=plain,
 )
 def test_check_takes(value: Any, annotation: Any, taken: Any) -> None:
     got = check(value, annotation)

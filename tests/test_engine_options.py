@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import write_checkpoint
+from ids import plain
 
 from minivllm import LLM
 from minivllm.config import EngineArgs, EngineConfig, ModelConfig
@@ -49,7 +50,7 @@ def write_config(folder: Path, **changes: Any) -> Path:
 # --- types ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", NONSENSE, ids=str)
+@pytest.mark.parametrize("value", NONSENSE, ids=plain)
 @pytest.mark.parametrize("name", FIELDS)
 def test_no_option_takes_nonsense(name: str, value: Any) -> None:
     if name == "device" and isinstance(value, str):  # text: what it may be is known where devices are
@@ -186,7 +187,7 @@ def test_engine_args_are_checked(options: dict[str, Any]) -> None:
         {"block_size": 10**9},
         {"block_size": 2**62},
     ],
-    ids=str,
+    ids=plain,
 )
 def test_more_memory_than_there_is(options: dict[str, int]) -> None:
     """Said at once, before anything is allocated, with the option to turn."""
@@ -291,7 +292,7 @@ assert 3.9 * 2**30 < after - available_bytes() < 4.1 * 2**30
         (OSError(13, "Permission denied"), OSError),
         (ImportError("No module named mine"), ImportError),
     ],
-    ids=repr,
+    ids=plain,
 )
 def test_a_start_that_fails(error: Exception, typed: type[Exception]) -> None:
     def failing(*_: object) -> None:
@@ -340,7 +341,7 @@ MET = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511", "RANK": "0"}
         ({"WORLD_SIZE": "-2"}, "WORLD_SIZE must be a number"),
         ({"WORLD_SIZE": "3"}, "set tensor_parallel_size=3"),
     ],
-    ids=str,
+    ids=plain,
 )
 def test_half_of_what_torchrun_sets(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], said: str) -> None:
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from ids import plain
 
 from minivllm import LLM, SamplingParams, TextPrompt, TokensPrompt
 from minivllm.bundled import BUNDLED_MODEL_PATH
@@ -73,7 +74,7 @@ def generate(llm, prompts, params=GREEDY):
         TokensPrompt(prompt_token_ids=torch.tensor(IDS)),
         collections.OrderedDict(prompt_token_ids=tuple(IDS)),
     ],
-    ids=repr,
+    ids=plain,
 )
 def test_token_ids_of_any_kind(llm, prompt):
     expected = generate(llm, IDS)[0]
@@ -138,7 +139,7 @@ def test_what_the_caller_gave_is_not_changed(llm):
         (torch.tensor([[1, 2], [3, 4], [5, 6]]), 3, False),
         (np.array(["a", "b"]), 2, False),
     ],
-    ids=repr,
+    ids=plain,
 )
 def test_one_prompt_or_several(prompts, num_prompts, single):
     batch, is_single = as_batch(prompts)
@@ -308,7 +309,7 @@ def test_truncate_to_what_the_model_takes():
         {GREEDY.temperature},
         SamplingParams,
     ],
-    ids=repr,
+    ids=plain,
 )
 def test_wrong_sampling_params_are_refused_before_anything_is_queued(llm, params):
     number = llm.metrics().num_finished_requests
@@ -353,7 +354,7 @@ MESSAGE = {"role": "user", "content": "Hi"}
         ([MESSAGE, [MESSAGE]], "Message 1 is a dict, not a list"),
         (iter([MESSAGE]), "list of messages"),
     ],
-    ids=repr,
+    ids=plain,
 )
 def test_what_is_no_conversation(llm, messages, match):
     calls = [
