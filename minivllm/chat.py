@@ -1,4 +1,4 @@
-"""`minivllm chat`: a conversation that no line, no answer and no Ctrl-C can end, except where its user means it to."""
+"""`minivllm chat`: a conversation that only its user ends; no line, no answer and no Ctrl-C does."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Message = dict[str, str]
 class Chat:
     """A conversation with a model.
 
-    interactive: whether a person types; otherwise the lines come from a file or a pipe, and are not commented on.
+    interactive: whether a person types; otherwise lines come from a file or a pipe, without comments.
     Raises `ConfigError` for a model without a chat template.
     """
 
@@ -95,7 +95,8 @@ class Chat:
             after, elapsed = self._llm.metrics(), time.perf_counter() - start
             num_tokens = after.num_generated_tokens - before.num_generated_tokens
             hits = after.prefix_cache_hits - before.prefix_cache_hits
-            note(f"{num_tokens} tokens in {elapsed:.1f} s; {hits} of {len(prompt)} prompt tokens from the prefix cache")
+            cached = f"{hits} of {len(prompt)} prompt tokens from the prefix cache"
+            note(f"{num_tokens} tokens in {elapsed:.1f} s; {cached}")
 
     def _stream(self, prompt: list[int], params: SamplingParams) -> tuple[str, bool]:
         """(the answer, whether Ctrl-C has cut it short)."""
@@ -123,7 +124,7 @@ class Chat:
         return min(config.max_model_len, config.num_kv_blocks * config.block_size)
 
     def _fit(self, messages: list[Message]) -> tuple[list[Message], list[int]]:
-        """(messages, their prompt), without the oldest turns if there is no room for an answer to all of them."""
+        """(messages, their prompt), without the oldest turns if there is no room for an answer."""
         limit, first = self._limit(), len(self._opening)
         room = min(self._params.max_tokens or limit, limit // 4)
         forgotten = 0
@@ -134,8 +135,8 @@ class Chat:
             forgotten += 1
         if len(prompt) >= limit:
             raise PromptTooLongError(
-                f"The line makes a prompt of {len(prompt)} tokens, and {limit - 1} fit. Shorten it, or raise "
-                "max_model_len or num_kv_blocks (-e max_model_len=…)."
+                f"The line makes a prompt of {len(prompt)} tokens, and {limit - 1} fit. Shorten it, or "
+                "raise max_model_len or num_kv_blocks (-e max_model_len=…)."
             )
         if not prompt:
             raise EmptyPromptError("The chat template makes nothing of this line.")
@@ -146,9 +147,10 @@ class Chat:
 
 
 class _Interrupts:
-    """What Ctrl-C does in a chat: it is noted in `pressed`, so that nothing is cut in two; it raises in two places.
+    """What Ctrl-C does in a chat: it is noted in `pressed`, so that nothing is cut in two.
 
-    `with interrupts.reading`: at once. `with interrupts.stoppable`: if it has been pressed since the line was read.
+    It raises in two places. `with interrupts.reading`: at once. `with interrupts.stoppable`: if it
+    was pressed before, since the line was read.
     """
 
     def __init__(self) -> None:

@@ -36,8 +36,8 @@ app = App(
     cls=Commands,
     name="minivllm",
     help=(
-        "A vLLM-like inference engine that you can read. Without --model, every command uses the small model that "
-        "comes with it."
+        "A vLLM-like inference engine that you can read. Without --model, every command uses the small "
+        "model that comes with it."
     ),
     epilog=EXIT_CODES,
     no_args_is_help=True,
@@ -170,9 +170,10 @@ def _prompts_from_stdin() -> list[str]:
 def _serve(
     llm: LLM, inputs: list[Any], params: list[SamplingParams], stream: bool
 ) -> Iterator[tuple[int, str | RequestError]]:
-    """(prompt, a piece of its text) as it comes, but the second prompt's only when the first has ended, and so on.
+    """(prompt, a piece of its text) as it comes; the second prompt's only when the first has ended.
 
-    Prompts run as one batch. In the place of one that is refused comes its error; the others are not harmed by it.
+    Prompts run as one batch. In the place of one that is refused comes its error; the others are
+    not harmed by it.
     stream: whether a text comes in pieces, or when it is done.
     """
     from tqdm.auto import tqdm
@@ -206,7 +207,7 @@ def _serve(
 
 
 def _say_refused(error: RequestError, index: int, count: int) -> None:
-    """A refused prompt of several has a line in the place of its text; a single one ends the command."""
+    """One of several has a line in the place of its text; a single one ends the command."""
     if count == 1:
         raise error
     complain(f"Error: prompt {index + 1} of {count} was refused: {error}")
@@ -356,7 +357,7 @@ def check(
         str | None,
         typer.Argument(
             metavar="[NN | PATH | capstone]",
-            help="A chapter (03), an exercise (03.2) or its notebook; or all that you wrote, run as one engine.",
+            help="A chapter (03), an exercise (03.2), its notebook; or all you wrote, as one engine.",
         ),
     ] = None,
     timeout: Annotated[float, typer.Option(help="How many seconds one cell may take.", min=1.0, max=86400.0)] = 120.0,
@@ -369,7 +370,7 @@ def check(
 
 
 def _console() -> Console:
-    """For what the course says: an answer of a learner, or an error it raised, may hold anything."""
+    """For what the course says: a learner's answer, and its errors, may hold anything."""
     from minivllm.viz.terminal import SafeConsole
 
     return SafeConsole(highlight=True)
@@ -421,7 +422,7 @@ def _open_llm(model: str | None, engine: list[str] | None, **options: Any) -> LL
 
 
 def _engine_options(assignments: list[str] | None) -> dict[str, Any]:
-    """``["block_size=16"]`` -> ``{"block_size": 16}``: each value is read as the type that `EngineConfig` declares."""
+    """``["block_size=16"]`` -> ``{"block_size": 16}``: read as the types that `EngineConfig` declares."""
     from minivllm.config import EngineConfig
 
     known, types = [field.name for field in fields(EngineConfig)], get_type_hints(EngineConfig)
@@ -444,7 +445,7 @@ _WORDS = {"on": True, "yes": True, "true": True, "1": True, "off": False, "no": 
 
 
 def _as_option(value: str, kind: Any) -> Any:
-    """What somebody typed as a value of this type. Raises ValueError that says what is wanted: "on or off"."""
+    """A typed word as a value of this type. ValueError says what is wanted: "on or off"."""
     members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     if type(None) in members and value.lower() in ("none", "null", "auto"):
         return None
@@ -487,7 +488,7 @@ def _sampling_params(
 def _render_all(
     llm: LLM, prompts: list[str], chat: bool | None, system: str | None
 ) -> list[str | list[int] | RequestError]:
-    """The prompts as the engine is to see them: bare text, or a chat's token ids; or why one cannot be rendered."""
+    """What the engine is to see: bare text, or a chat's token ids; or why there is none."""
     if chat is False and system is not None:
         raise ConfigError("--system needs a chat; --raw continues the bare text.")
     rendered: list[str | list[int] | RequestError] = []

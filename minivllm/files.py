@@ -1,4 +1,4 @@
-"""Files that the package writes: refused before the work if they cannot be written, and never left half written."""
+"""Files that the package writes: refused before the work, and never left half written."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from minivllm.errors import ConfigError
 
 
 def require_writable(path: str | Path, what: str, make_folder: bool = False) -> None:
-    """Raise `ConfigError` if a file cannot be written at `path`. To be called before minutes of work, not after them.
+    """Raise `ConfigError` if a file cannot be written at `path`. Called before the work, not after it.
 
-    what: the subject of the message, such as "The trace". make_folder: make the folder if it is missing.
+    what: the message's subject, such as "The trace". make_folder: make the folder if it is missing.
     """
     path, target = Path(path), _target(path)
     refused = f"{what} cannot be written to {path}:"
@@ -35,10 +35,10 @@ def require_writable(path: str | Path, what: str, make_folder: bool = False) -> 
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Write a file by way of another one beside it: readers see the old content or the new one, never a part.
+    """Write a file by way of another one beside it: readers see the old content or the new one.
 
-    Raises OSError; the old content is then still there. Where there can be no other file (a pipe, /dev/stdout, a
-    folder that is not writable), it is written directly.
+    Raises OSError; the old content is then still there. Where there can be no other file (a pipe,
+    /dev/stdout, a folder that is not writable), it is written directly.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
     target = _target(path)
@@ -59,7 +59,7 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
 
 
 def reason(error: OSError) -> str:
-    """Why it did not work, in the system's words and without the path: "No space left on device"."""
+    """Why it did not work, in the system's words: "No space left on device"."""
     return error.strerror or str(error) or type(error).__name__
 
 

@@ -1,4 +1,4 @@
-"""A command as a process: its exit codes, its errors in one line, and standard streams that may be closed or full."""
+"""A command as a process: exit codes, errors in one line, streams that may be closed or full."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from minivllm.errors import ConfigError, MiniVLLMError
 from minivllm.files import reason
 from minivllm.text import printable
 
-#: Exit codes: a bug, or output that nobody reads; what the caller can put right; Ctrl-C (128 + SIGINT).
+#: Exit codes: a bug or unread output; what the caller can put right; Ctrl-C (128 + SIGINT).
 FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
 EXIT_CODES = "Exit codes: 0 is success, 2 an error that you can put right, 130 Ctrl-C, and 1 any other failure."
 
-#: The root of what typer raises for a wrong command line. Its home differs between typer's versions.
+#: The root of what typer raises for a wrong command line. Its home depends on typer's version.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 
 
@@ -50,14 +50,14 @@ class Commands(TyperGroup):
             complain(f"Error: {error}")
             raise typer.Exit(USER_ERROR) from error
         except MemoryError as error:
-            complain("Error: this takes more memory than there is. Less num_kv_blocks, or a smaller model, needs less.")
+            complain("Error: not enough memory. Lower num_kv_blocks, or take a smaller model.")
             raise typer.Exit(USER_ERROR) from error
         except KeyboardInterrupt as error:
             raise typer.Exit(INTERRUPTED) from error
 
 
 class App(typer.Typer):
-    """The whole command. As a process it ends with an exit code whatever happens; in a test it is an ordinary Typer."""
+    """The whole command: called, it ends with an exit code, whatever happens."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         streams = sys.stdin, sys.stdout, sys.stderr
@@ -66,7 +66,7 @@ class App(typer.Typer):
             try:
                 return super().__call__(*args, **options)
             finally:
-                sys.stdout.flush()  # what is still in the buffer fails here, and not when the interpreter ends
+                sys.stdout.flush()  # here, and not when the interpreter ends, where it would fail again
         except OutputError as error:
             _discard_output(streams[1])
             if error.reader_is_gone:  # as after `| head`: there is nobody to tell
@@ -124,7 +124,7 @@ def _report(error: Exception) -> None:
 
 
 class _SafeUsageErrors:
-    """Makes the messages about a wrong command line safe: they quote it, and files that it names."""
+    """Makes the messages about a wrong command line safe: they quote it."""
 
     def __enter__(self) -> None:
         pass
@@ -170,7 +170,7 @@ class _Output:
 
 
 def _open_streams() -> None:
-    """Stand-ins for streams that are closed; without standard output there is no point in going on."""
+    """Stand-ins for streams that are closed; without standard output nothing is done."""
     if sys.stdin is None:
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
     if sys.stderr is None:

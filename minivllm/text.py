@@ -7,16 +7,16 @@ a line's reading direction. Whatever this package prints goes through `printable
 
 import re
 
-#: Control characters (C0 but tab and newline, DEL, C1) and the characters that change a line's reading direction.
+#: Control characters (C0 but tab and newline, DEL, C1), and what turns a line's reading direction.
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-#: Halves of a surrogate pair, which no encoding can write. Python puts them where bytes were not UTF-8.
+#: Halves of a surrogate pair. Python puts them where bytes were not UTF-8; no encoding has them.
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
     """`text` without the characters that a terminal obeys; tabs and newlines stay.
 
-    What cannot be encoded becomes U+FFFD. Parts of a text may be passed one by one: the result is the same.
+    What cannot be encoded becomes U+FFFD. A text may be passed in parts: the result is the same.
     """
     return _SURROGATES.sub("\ufffd", _OBEYED.sub("", text))
 

@@ -50,7 +50,7 @@ class Record:
 class Records:
     """The records of all exercises, by id, in exercises/.progress.json.
 
-    damage: "" or, in a sentence or two, what is wrong with that file and what has been done about it.
+    damage: "", or what is wrong with that file and what has been done about it.
     """
 
     def __init__(self, root: Path) -> None:
@@ -75,7 +75,7 @@ class Records:
         return record
 
     def save(self) -> None:
-        """Write the file anew, whole or not at all. Raises OSError, also where it would overwrite a damaged one."""
+        """Write the file anew, whole or not at all. OSError, also instead of overwriting a damaged one."""
         if self._in_the_way:
             raise FileExistsError(None, f"the damaged {self._path.name} is in the way")
         text = json.dumps({id: asdict(record) for id, record in sorted(self._records.items())}, indent=1)
@@ -88,8 +88,10 @@ class Records:
             self._path.rename(kept)
         except OSError as error:
             self._in_the_way = True
-            return f"{what} It cannot be renamed either ({reason(error)}), so no progress is read or kept."
-        return f"{what} It is kept as {kept.name}. All exercises count as not checked until you check them again."
+            why = reason(error)
+            return f"{what} It cannot be renamed either ({why}), so no progress is read or kept."
+        so = "All exercises count as not checked until you check them again."
+        return f"{what} It is kept as {kept.name}. {so}"
 
 
 #: Bytes; what the course writes takes some thousand.
@@ -352,7 +354,7 @@ def reset(what: str) -> tuple[Path, Path | None]:
 
 
 def _exchange(path: Path, fresh: Path) -> Path | None:
-    """Put the file `fresh` at path. What was there is kept under the name that is returned; or all is as it was."""
+    """Put the file `fresh` at path. Returns the new name of what was there. All of it, or nothing."""
     if not os.path.lexists(path):
         fresh.replace(path)
         return None

@@ -22,7 +22,7 @@ LARGEST_FILE = 1 << 30
 
 
 class TraceError(MiniVLLMError, ValueError):
-    """A trace file that cannot be read, or that holds something else than a trace. The message names the file."""
+    """A trace file that cannot be read, or that holds no trace. The message names the file."""
 
 
 @dataclass
@@ -81,9 +81,10 @@ class Trace:
 
     @staticmethod
     def load(path: str | Path) -> "Trace":
-        """Read what `save` wrote. Raises `TraceError` for anything else: the file may come from a stranger.
+        """Read what `save` wrote. Raises `TraceError` for anything else.
 
-        What is returned is whole: every field has its type, and every label and block that is named exists.
+        The file may come from a stranger. What is returned is whole: every field has its type, and
+        every label and block that is named exists.
         """
         try:
             with Path(path).open("rb") as file:
@@ -107,7 +108,7 @@ class Trace:
 
 
 def _as_type(value: Any, kind: Any, where: str) -> Any:
-    """A value of JSON as the type that a field declares. Raises ValueError with the place where it does not fit."""
+    """A value of JSON as a field's type. Raises ValueError with the place where it does not fit."""
     if dataclasses.is_dataclass(kind):
         return _as_dataclass(value, kind, where)
     if kind == list[int] and type(value) is list and set(map(type, value)) <= {int} and min(value, default=0) >= 0:

@@ -1,7 +1,7 @@
 """The same pictures for a terminal, as rich renderables: block tables, KV memory, and a trace as a table.
 
 Every cell says what it is twice, by colour and by a character, so that nothing depends on telling colours apart.
-Names and texts of strangers are made safe here (`printable`), and once more by `SafeConsole`, which shows them.
+Names and texts of strangers are made safe here, and once more by `SafeConsole`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SHARED_MARK = "="
 
 
 class SafeConsole(Console):
-    """A console for texts of strangers: no character of them steers the terminal, and "[red]" is a word like others."""
+    """A console for texts of strangers: none steers the terminal, and "[red]" is a word like others."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"markup": False, "emoji": False, "highlight": False, **options})
