@@ -267,7 +267,7 @@ class TemplateWorker:
                 stderr=subprocess.DEVNULL,
                 **group,
             )
-        except OSError as error:
+        except (OSError, TypeError) as error:  # TypeError: an embedded Python knows no executable
             raise RequestError(
                 f"The process that renders chat templates cannot be started ({error}); render the prompt "
                 "yourself and use generate()."

@@ -2,12 +2,17 @@
 
 from typing import BinaryIO
 
+MAX_FRAME = 1 << 30  # bytes; nobody here sends more
+
 
 def read_frame(stream: BinaryIO) -> bytes | None:
-    """The next message; None when the other end is gone."""
+    """The next message; None when the other end is gone, or talks nonsense."""
     head = stream.read(8)
-    body = stream.read(int.from_bytes(head, "little"))
-    return body if len(head) == 8 and len(body) == int.from_bytes(head, "little") else None
+    size = int.from_bytes(head, "little")
+    if len(head) < 8 or size > MAX_FRAME:
+        return None
+    body = stream.read(size)
+    return body if len(body) == size else None
 
 
 def write_frame(stream: BinaryIO, body: bytes) -> None:

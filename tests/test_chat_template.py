@@ -597,7 +597,7 @@ class TestLimits:
 
     def test_a_start_that_fails(self, make, monkeypatch):
         tokenizer = make(LOOP)
-        for executable in (sys.executable + "-missing", "/bin/false"):
+        for executable in (sys.executable + "-missing", "/bin/false", None):
             monkeypatch.setattr(sys, "executable", executable)
             with pytest.raises(RequestError, match="process that renders chat templates"):
                 tokenizer.apply_chat_template(CHAT)
