@@ -198,7 +198,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("prompt", "error", "match"), REFUSED, ids=lambda v: repr(v)[:40])
+@pytest.mark.parametrize(("prompt", "error", "match"), REFUSED, ids=lambda v: plain(v)[:40])
 def test_what_is_no_prompt_raises_alone(llm, prompt, error, match):
     with pytest.raises(error, match=match):
         generate(llm, prompt)
