@@ -259,10 +259,10 @@ def test_the_installed_wheel_generates_from_its_own_model(wheel, tmp_path):
         "--no-deps",
         "--no-index",
     ]
-    subprocess.run([*install, str(wheel)], check=True, timeout=120)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL"))}
+    subprocess.run([*install, str(wheel)], check=True, timeout=120, env=environment)
     # Appended to the path, so the wheel's files come first; an editable finder of this environment is not followed.
     (site / "lent.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL"))}
 
     def run(*command: str) -> str:
         result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
