@@ -9,10 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from minivllm.config import EngineArgs
     from minivllm.engine.llm_engine import LLMEngine
+    from minivllm.inputs import PromptType, TextPrompt, TokensPrompt
     from minivllm.kernels import Kernels
     from minivllm.llm import LLM
-    from minivllm.sampling_params import SamplingParams
+    from minivllm.outputs import CompletionOutput, RequestOutput
+    from minivllm.sampling_params import RequestOutputKind, SamplingParams
 
 __version__ = "0.1.0"
 
@@ -20,9 +23,19 @@ _HOMES = {
     "LLM": "minivllm.llm",
     "LLMEngine": "minivllm.engine.llm_engine",
     "SamplingParams": "minivllm.sampling_params",
+    "RequestOutputKind": "minivllm.sampling_params",
+    "RequestOutput": "minivllm.outputs",
+    "CompletionOutput": "minivllm.outputs",
+    "PromptType": "minivllm.inputs",
+    "TextPrompt": "minivllm.inputs",
+    "TokensPrompt": "minivllm.inputs",
+    "EngineArgs": "minivllm.config",
     "Kernels": "minivllm.kernels",
 }
-__all__ = ["LLM", "Kernels", "LLMEngine", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM", "CompletionOutput", "EngineArgs", "Kernels", "LLMEngine", "PromptType", "RequestOutput", "RequestOutputKind",
+    "SamplingParams", "TextPrompt", "TokensPrompt", "__version__",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

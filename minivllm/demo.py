@@ -26,8 +26,20 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
+from minivllm.errors import ConfigError
+from minivllm.files import reason, write_atomically
+from minivllm.text import printable
 from minivllm.viz.palette import request_letter
-from minivllm.viz.terminal import engine_view, events, kv_bar, request_tag, shared_blocks, step_counts, summary_table
+from minivllm.viz.terminal import (
+    SafeConsole,
+    engine_view,
+    events,
+    kv_bar,
+    request_tag,
+    shared_blocks,
+    step_counts,
+    summary_table,
+)
 
 if TYPE_CHECKING:
     from minivllm.engine.trace import StepRecord, Trace
@@ -109,7 +121,7 @@ def run_demo(
     In a terminal the view is live, and a step stays for at least `pace` seconds (four times that if it reads a
     prompt); elsewhere it is plain lines. picture: where to save the busiest step's view as SVG.
     """
-    console = Console(highlight=False)
+    console = SafeConsole()
     live = console.is_terminal and not console.is_dumb_terminal and "NO_COLOR" not in os.environ
     console.print("Loading the model …", style="dim")
     llm = open_llm({**ENGINE_OPTIONS, "trace": True})
@@ -126,7 +138,10 @@ def run_demo(
             time.sleep(max(0.0, (4 * pace if reads_prompt else pace) - record.duration))
     _print_summary(console, run, paced=pace > 0)
     if busiest is not None:
-        picture.write_text(_svg(busiest[1]), encoding="utf-8")
+        try:
+            write_atomically(picture, _svg(busiest[1]))
+        except OSError as error:
+            raise ConfigError(f"The picture cannot be written to {picture}: {reason(error)}.") from error
     return llm.trace
 
 
@@ -149,7 +164,7 @@ def _still(run: _Run, record: StepRecord) -> Group:
 
 def _svg(view: Group) -> str:
     """A drawing of a terminal that shows view. The fonts are the reader's: nothing is fetched from the web."""
-    console = Console(
+    console = SafeConsole(
         record=True, width=_STILL_WIDTH, file=io.StringIO(), force_terminal=True, color_system="truecolor"
     )
     console.print(view)
@@ -206,7 +221,7 @@ class _Run:
                 self.first_token.setdefault(output.request_id, self.seconds - arrived[output.request_id])
                 for completion in output.outputs:
                     label = f"{output.request_id}/{completion.index}"
-                    self.texts[label] += completion.text
+                    self.texts[label] += completion.text if output.error is None else f" ({output.error})"
                     self.num_tokens += len(completion.token_ids)
             record = self.trace.steps[-1]
             self.ended = [label for label in record.finished if label in self.texts]
@@ -272,15 +287,14 @@ def _plain_lines(console: Console, run: _Run) -> Iterator[Callable[[StepRecord],
             for text in _finished_text(run, label):
                 console.print(text, soft_wrap=True)
             done = round(20 * run.num_finished / len(run.order))
-            console.print(f"[{'#' * done}{'.' * (20 - done)}] {run.num_finished}/{len(run.order)} texts", markup=False)
+            console.print(f"[{'#' * done}{'.' * (20 - done)}] {run.num_finished}/{len(run.order)} texts")
 
     yield on_step
 
 
 def _finished_text(run: _Run, label: str) -> list[Text]:
-    text = "".join(c for c in run.texts[label].strip() if c == "\n" or c.isprintable() or ord(c) > 0x9F)
     question = request_tag(run.order.index(label)).append(f" {run.question(label)}", style="bold default on default")
-    return [question, Text(text), Text()]
+    return [question, Text(printable(run.texts[label].strip())), Text()]
 
 
 def _print_summary(console: Console, run: _Run, paced: bool) -> None:

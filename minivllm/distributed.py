@@ -8,7 +8,9 @@ Taught in notebooks/09_tensor_parallel.ipynb."""
 
 from __future__ import annotations
 
-import pickle
+import hashlib
+import hmac
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,10 +37,16 @@ class Part:
 
 
 class TensorParallelGroup:
-    """One rank's view of its group. tensors, objects: process groups for model tensors and for what the CPU says."""
+    """One rank's view of its group. tensors, objects: process groups for model tensors and for what the CPU says.
 
-    def __init__(self, rank: int = 0, size: int = 1, tensors: Any = None, objects: Any = None) -> None:
+    key: a secret of the group, which signs what rank 0 tells the others.
+    """
+
+    def __init__(
+        self, rank: int = 0, size: int = 1, tensors: Any = None, objects: Any = None, key: bytes = b""
+    ) -> None:
         self.rank, self.size, self._tensors, self._objects = rank, size, tensors, objects
+        self._key = key
         self.is_broken = False
 
     def part(self, count: int, unit: int = 1, pad: bool = False) -> Part:
@@ -67,16 +75,31 @@ class TensorParallelGroup:
         return self._gather(self._objects, torch.tensor([number])).tolist()
 
     def broadcast(self, number: int, items: Sequence[Any] = ()) -> tuple[int, Sequence[Any]]:
-        """Rank 0's integer and list, on every rank: 16 bytes, and a second message only if there are items."""
-        data = torch.frombuffer(bytearray(pickle.dumps(items)), dtype=torch.uint8) if items else ()
+        """Rank 0's integer and list, on every rank: 16 bytes, and a second message only if there are items.
+
+        items: what JSON can say; it comes back as JSON has it (tuples as lists). Nothing that arrives is ever
+        unpickled. A message that does not carry the group's signature raises `RankFailedError`.
+        """
+        data = self._sign(json.dumps(items).encode()) if items else b""
         head = torch.tensor([number, len(data)])
         self._run("broadcast", self._objects, head, 0)
         number, length = head.tolist()
         if length:
-            data = data if self.rank == 0 else torch.empty(length, dtype=torch.uint8)
-            self._run("broadcast", self._objects, data, 0)
-            items = pickle.loads(data.numpy().tobytes())
+            message = torch.empty(length, dtype=torch.uint8)
+            if self.rank == 0:
+                message = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            self._run("broadcast", self._objects, message, 0)
+            items = json.loads(self._verify(message.numpy().tobytes()))
         return number, items
+
+    def _sign(self, message: bytes) -> bytes:
+        return hmac.digest(self._key, message, hashlib.sha256) + message
+
+    def _verify(self, data: bytes) -> bytes:
+        message = data[hashlib.sha256().digest_size :]
+        if not hmac.compare_digest(self._sign(message), data):
+            raise RankFailedError("A message between the ranks does not carry their signature.")
+        return message
 
     def check(self) -> None:
         """Raise `RankFailedError` where the group was aborted: what the GPU has computed since means nothing."""

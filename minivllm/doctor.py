@@ -42,11 +42,12 @@ class Finding:
 
 def run_doctor() -> int:
     """Print the report; returns the exit code: 1 when something is broken."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False)
+    from minivllm.viz.terminal import SafeConsole
+
+    console = SafeConsole()
     table = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
     table.add_column(width=1)
     table.add_column(style="bold", no_wrap=True)

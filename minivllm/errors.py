@@ -2,13 +2,23 @@
 
 Taught in notebooks/11_using_minivllm.ipynb."""
 
+from minivllm.text import printable
+
 
 class MiniVLLMError(Exception):
     """Base of every error that minivllm raises on purpose."""
 
+    def __str__(self) -> str:
+        """The message. What it quotes of prompts, templates and files cannot steer a terminal."""
+        return printable(super().__str__())
+
 
 class ConfigError(MiniVLLMError, ValueError):
     """An engine option has a value that cannot work, alone or together with another."""
+
+
+class UnknownOptionError(ConfigError, TypeError):
+    """There is no engine option of this name; the message says which one may have been meant, or what to do."""
 
 
 class UnsupportedModelError(MiniVLLMError):
@@ -39,8 +49,47 @@ class SamplingParamsError(RequestError):
     """A sampling parameter, or a combination of them, is out of range or not supported."""
 
 
+class UnsupportedParameterError(SamplingParamsError, TypeError):
+    """`SamplingParams` has no field of this name; the message says what to use instead, or what may have been meant."""
+
+
 class TokenizerRequiredError(RequestError):
     """The request needs a tokenizer, and the engine runs without one (`skip_tokenizer_init=True`)."""
+
+
+class UnsupportedFeatureError(MiniVLLMError, NotImplementedError):
+    """vLLM has this and minivllm does not; the message says what to do instead."""
+
+
+class UnsupportedArgumentError(UnsupportedFeatureError, TypeError):
+    """An argument of vLLM's that a method here does not take, or one that nobody knows."""
+
+
+class UnsupportedMethodError(UnsupportedFeatureError, AttributeError):
+    """A method of vLLM's `LLM` that is not here. Also an AttributeError, so that `hasattr` says False."""
+
+
+class InvalidLogitsError(RequestError):
+    """The model's logits for this request are not finite, so no token can be chosen."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(
+            message
+            or "The model's logits are not finite (NaN or infinity), so no token can be chosen. Either the weights are "
+            "broken, or numbers have overflowed: with dtype='float16', try 'bfloat16' or 'float32'."
+        )
+
+
+class ConcurrentUseError(MiniVLLMError, RuntimeError):
+    """Another thread is using this engine, which is for one thread at a time."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(
+            message
+            or "Another thread is using this engine, and an engine is for one thread at a time. Give each thread an "
+            "engine of its own, let one thread make all calls (one generate() with all prompts is fastest), or hold a "
+            "threading.Lock around every call."
+        )
 
 
 class OutOfMemoryError(MiniVLLMError):

@@ -5,8 +5,10 @@ They are started here, on this machine, or by torchrun, on however many. Taught 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
+import secrets
 import signal
 import socket
 import sys
@@ -32,12 +34,23 @@ MEETING, IDLE = timedelta(seconds=20), timedelta(days=365)
 
 
 def connect(
-    store: dist.Store, rank: int, size: int, device_type: str, host: str | None = "127.0.0.1", gpu: int | None = None
+    store: dist.Store,
+    rank: int,
+    size: int,
+    device_type: str,
+    host: str | None = "127.0.0.1",
+    gpu: int | None = None,
+    key: bytes = b"",
 ) -> TensorParallelGroup:
     """Meet the other ranks at `store`. host: None when they run on several machines. gpu: this rank's, else its number.
 
+    key: a secret of these ranks. It signs their messages, and names the places in the store where they meet, which
+    any process of the machine can reach.
+
     The process groups are made directly and belong to nobody else: no `init_process_group`, so no global state.
     """
+    if key:
+        store = dist.PrefixStore(hashlib.sha256(b"store" + key).hexdigest(), store)
     gloo = dist.ProcessGroupGloo
     options = gloo._Options()
     options._timeout = MEETING if host and rank == 0 else IDLE
@@ -48,7 +61,7 @@ def connect(
         torch.cuda.set_device(rank if gpu is None else gpu)  # one rank, one process, one GPU: the engine's "cuda"
         nccl = dist.ProcessGroupNCCL
         tensors = nccl(dist.PrefixStore("tensors", store), rank, size, nccl.Options())
-    return TensorParallelGroup(rank, size, tensors, objects)
+    return TensorParallelGroup(rank, size, tensors, objects, key)
 
 
 def pick_device(device: str) -> str:
@@ -57,13 +70,15 @@ def pick_device(device: str) -> str:
     if device == "auto":
         return "cuda" if available else "cpu"
     try:
-        kind = torch.device(device).type
+        kind, index = torch.device(device).type, torch.device(device).index or 0
     except RuntimeError as error:
         raise ConfigError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}.") from error
     if kind not in ("cpu", "cuda"):
         raise ConfigError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}.")
     if kind == "cuda" and not available:
         raise ConfigError("device='cuda' was asked for, but torch sees no CUDA GPU; `minivllm doctor` says more.")
+    if kind == "cuda" and index >= torch.cuda.device_count():
+        raise ConfigError(f"device={device!r} was asked for; torch sees {torch.cuda.device_count()} GPUs, from cuda:0.")
     return device
 
 
@@ -81,15 +96,26 @@ class Ranks:
         self._processes: RankProcesses | None = None
         self._calls: list[tuple[str, tuple]] = []  # that the processes have yet to make
         self._ended = ""  # why there are no ranks any more
+        #: Lets go of what this rank's GPU has recorded; set by whoever records. Communication cannot end before that:
+        #: NCCL waits for every CUDA graph that holds one of its collectives.
+        self.release: Callable[[], None] = lambda: None
         self.group = group or self._find(size, device, target, *args)
 
+    @property
+    def were_started_here(self) -> bool:
+        """Whether the other ranks are processes of this one, which get their calls from here."""
+        return self._processes is not None
+
     def mirror(self, name: str, *args: Any) -> None:
-        """Have the engines of the ranks that were started here make this call before their next step."""
-        if self._processes is not None:
+        """Have the cores of the ranks that were started here make this call before their next step.
+
+        args: what JSON can say: numbers, texts, lists, dicts with texts as keys.
+        """
+        if self.were_started_here:
             self._calls.append((name, args))
 
-    def agree(self, engine: Any, state: Callable[[], int]) -> None:
-        """Bring this rank's engine to where rank 0's is. state: a hash of what its plans depend on, 63 bits."""
+    def agree(self, core: Any, state: Callable[[], int]) -> None:
+        """Bring this rank's core to where rank 0's is. state: a hash of what its plans depend on, 63 bits."""
         if self._ended:
             raise EngineEndedError(f"{self._ended} Make a new engine.")
         if self.group.size == 1:
@@ -97,7 +123,7 @@ class Ranks:
         expected, calls = self.group.broadcast(state(), self._calls)
         self._calls = []
         for name, args in calls if self.group.rank else ():
-            getattr(engine, name)(*args)
+            getattr(core, name)(*args)
         if state() != expected:
             raise RankMismatchError(
                 f"Rank {self.group.rank} does not stand where rank 0 does: it has other requests, or has sampled other "
@@ -106,7 +132,7 @@ class Ranks:
 
     def give_up(self, error: BaseException) -> None:
         """After a step cut short no rank knows where the others stand. Raises what has happened to another rank."""
-        if self.group.size == 1:
+        if self.group.size == 1 or self._ended:
             return
         lost = isinstance(error, RankFailedError) or self.group.is_broken
         failure = self._processes.failure() if self._processes and lost else None
@@ -115,15 +141,16 @@ class Ranks:
             raise failure from error
 
     def close(self, reason: str = "This engine has been closed.") -> None:
-        """End the processes that were started here, and leave the group."""
+        """Let go of what was recorded, end the processes that were started here, and leave the group."""
+        self._ended = self._ended or reason
         if self.group.size > 1:
-            self._ended = self._ended or reason
+            self.release()
             (self._processes or self.group).close()
 
     def _find(self, size: int, device: str, target: Callable[..., None], *args: Any) -> TensorParallelGroup:
-        started = int(os.environ.get("WORLD_SIZE", 1))
         if size == 1:
             return SINGLE
+        started = _torchrun_size()
         if started not in (1, size):
             raise ConfigError(f"torchrun has started {started} ranks; set tensor_parallel_size={started}.")
         local = int(os.environ.get("LOCAL_WORLD_SIZE", size)) if started == size else size
@@ -138,13 +165,38 @@ class Ranks:
         return self._processes.group
 
 
+def _torchrun_size() -> int:
+    """How many ranks torchrun has started; 1 without it. Raises `ConfigError` for half of its variables."""
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    wrong = [f"{name}={value!r}" for name, value in found.items() if not value.isdecimal()]
+    size = 1 if wrong else int(found.get("WORLD_SIZE", 1))
+    if size > 1:
+        wrong += [f"no {name}" for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if int(found.get("RANK", 0)) >= size:
+            wrong.append(f"RANK={found['RANK']} of {size}")
+    if wrong:
+        raise ConfigError(
+            f"The variables that torchrun sets are not complete: {', '.join(wrong)}. Start with torchrun, or "
+            "unset WORLD_SIZE to have the ranks started here."
+        )
+    return size
+
+
 def join_torchrun(device_type: str) -> TensorParallelGroup:
     """The group of all ranks that torchrun has started, on however many machines."""
-    store, rank, size = next(dist.rendezvous("env://"))
+    try:
+        store, rank, size = next(dist.rendezvous("env://"))
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            "The ranks that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT speak of cannot meet; torchrun sets them. "
+            f"({str(error).splitlines()[0]})"
+        ) from error
     # A process may make several engines, every rank in the same order.
     number = store.add(f"minivllm engines of rank {rank}", 1)
     store = dist.PrefixStore(f"minivllm engine {number}", store)
-    return connect(store, rank, size, device_type, None, int(os.environ.get("LOCAL_RANK", rank)))
+    key = os.environ.get("MINIVLLM_RANK_KEY", "").encode()  # the same on every machine, if the network is shared
+    return connect(store, rank, size, device_type, None, int(os.environ.get("LOCAL_RANK", rank)), key)
 
 
 class RankProcesses:
@@ -156,6 +208,7 @@ class RankProcesses:
 
     def __init__(self, size: int, device_type: str, target: Callable[..., None], *args: Any) -> None:
         self.group, self._ranks, self._reports = SINGLE, [], {}
+        key = secrets.token_bytes(32)  # goes to the ranks through the pipe that starts them
         try:
             work = pickle.dumps((target, args))
         except Exception as error:
@@ -170,7 +223,7 @@ class RankProcesses:
             blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 for rank in range(1, size):
-                    self._start(rank, size, port, device_type, work)
+                    self._start(rank, size, port, device_type, key, work)
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             # Only now, for it brings a thread, and a signal goes to whichever thread lets it through.
@@ -181,7 +234,7 @@ class RankProcesses:
                 if self._reports.get(rank) != "ready":
                     raise self.failure()
             try:
-                self.group = connect(store, 0, size, device_type)
+                self.group = connect(store, 0, size, device_type, key=key)
             except RuntimeError as error:
                 raise self.failure() from error
         except BaseException:
@@ -249,7 +302,7 @@ class RankProcesses:
             self.group.abort()
 
 
-def _run_rank(pipe: Connection, rank: int, size: int, port: int, device_type: str, work: bytes) -> None:
+def _run_rank(pipe: Connection, rank: int, size: int, port: int, device_type: str, key: bytes, work: bytes) -> None:
     """The life of a rank that `RankProcesses` has started."""
     threading.Thread(target=_end_with_rank_0, args=(pipe,), daemon=True).start()
     report = ("SystemExit", "ended.")
@@ -260,7 +313,7 @@ def _run_rank(pipe: Connection, rank: int, size: int, port: int, device_type: st
             torch.set_num_threads(max(1, torch.get_num_threads() // size))
         pipe.send("ready")
         store = dist.TCPStore("127.0.0.1", port, size, False, IDLE)
-        target(connect(store, rank, size, device_type), *args)
+        target(connect(store, rank, size, device_type, key=key), *args)
     except BaseException as error:
         report = (type(error).__name__, f"failed: {type(error).__name__}: {error}")
     with suppress(OSError):

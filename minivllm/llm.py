@@ -8,35 +8,40 @@ for chunk in llm.stream("Tell me a story."):
     print(chunk.text, end="", flush=True)"""
 
 import logging
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from tqdm.auto import tqdm
 
+from minivllm import inputs
 from minivllm.engine.llm_engine import EngineMetrics, LLMEngine
+from minivllm.engine.output_processor import OutputCollector
 from minivllm.engine.trace import Trace
-from minivllm.errors import RequestError, TokenizerRequiredError
+from minivllm.errors import ConcurrentUseError, EngineEndedError, RequestError, TokenizerRequiredError
+from minivllm.inputs import Message, Params, Prompts, PromptType, RefusedPrompt, TokensPrompt
+from minivllm.metrics import COUNTERS, Counter, Gauge, Metric
 from minivllm.outputs import CompletionOutput, RequestOutput, StreamOutput
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
+from minivllm.unsupported import refuse_arguments, refuse_method
 
 logger = logging.getLogger(__name__)
 
-Prompt = str | Sequence[int]
-Prompts = Prompt | Sequence[Prompt]
-Params = SamplingParams | Sequence[SamplingParams] | None
-Message = dict[str, Any]
+#: True or False, or what makes a bar, called as `tqdm` is.
+Tqdm = bool | Callable[..., Any]
 
 
 class LLM:
     """One model and its engine. Arguments are those of `LLMEngine`. A context manager: leaving it frees the memory."""
 
     def __init__(self, model: str | Path | None = None, **options: Any) -> None:
-        self.llm_engine = LLMEngine(model, **options)
-        #: Outputs that arrived while somebody else was stepping the engine; a stream may be open during a `generate`.
-        self._mailboxes: dict[str, deque[RequestOutput]] = {}
+        self.llm_engine: LLMEngine | None = LLMEngine(model, **options)
+        #: The calls that are under way, and the thread that is at each; a stream may be open during a `generate`.
+        self._turns: dict[OutputCollector, int] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -47,64 +52,122 @@ class LLM:
     def close(self) -> None:
         """Abort what is running and let go of model and cache. The object cannot be used afterwards."""
         if self.llm_engine is not None:
-            self.abort(list(self._mailboxes))
             self.llm_engine.close()
             self.llm_engine = None
 
     @property
     def trace(self) -> Trace | None:
         """What happened at each step, if the engine was made with ``trace=True``."""
-        return self.llm_engine.trace
+        return self._open_engine().trace
 
     def metrics(self) -> EngineMetrics:
-        return self.llm_engine.metrics()
+        return self._open_engine().metrics()
+
+    def __getattr__(self, name: str) -> NoReturn:
+        # Only called for what is not there: a method of vLLM's says what to do instead.
+        refuse_method(self, name)
+
+    def get_metrics(self) -> list[Metric]:
+        """`metrics` in vLLM's form: a list of named counters and gauges."""
+        engine, found = self._open_engine(), self.metrics()
+        labels = {"model_name": engine.model_path.name, "engine": "0"}
+        running, waiting = len(engine.scheduler.running), len(engine.scheduler.waiting)
+        usage = found.num_used_kv_blocks / found.num_kv_blocks
+        return [
+            Gauge("vllm:num_requests_running", labels, running),
+            Gauge("vllm:num_requests_waiting", labels, waiting),
+            Gauge("vllm:kv_cache_usage_perc", labels, usage),  # 1.0 is full
+            *(Counter(name, labels, getattr(found, field)) for name, field in COUNTERS.items()),
+        ]
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What holds for requests without parameters: those of the checkpoint's generation_config.json.
+
+        With ``generation_config="vllm"`` they are `SamplingParams()`.
+        """
+        return self._open_engine().input_processor.default_params
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes. False, and nothing done, while requests are unfinished."""
+        return self._open_engine().reset_prefix_cache()
 
     def get_tokenizer(self) -> Any:
         """The tokenizer (`encode`, `decode`, `apply_chat_template`); raises without one."""
-        if self.llm_engine.tokenizer is None:
+        if self._open_engine().tokenizer is None:
             raise TokenizerRequiredError("This engine was made with skip_tokenizer_init=True.")
         return self.llm_engine.tokenizer
 
     # --- the three ways to ask ------------------------------------------------------------------------------------
 
-    def generate(self, prompts: Prompts, sampling_params: Params = None, use_tqdm: bool = True) -> list[RequestOutput]:
+    def generate(
+        self, prompts: Prompts | None = None, sampling_params: Params = None, use_tqdm: Tqdm = True, **unsupported: Any
+    ) -> list[RequestOutput]:
         """Complete the prompts; results in their order.
 
-        prompts: one or a list, each a string or token ids. sampling_params: one for all, or one each.
+        prompts: one or a list, each a string, token ids, or a dict of vLLM's (`TextPrompt`, `TokensPrompt`).
+        sampling_params: one for all, or one each; None takes `get_default_sampling_params`.
+        use_tqdm: whether to show progress, or what makes the bar. Other arguments of vLLM's are refused by name.
+
         A request that cannot be served raises if it is the only one. In a list it comes back in its place with
         `error` set and finish_reason "error", and the others are served as if it were not there.
         """
-        batch, single = _as_list(prompts)
+        refuse_arguments("LLM.generate", unsupported, ("prompts", "sampling_params", "use_tqdm"))
+        batch, single = inputs.as_batch(prompts)
         results: dict[int, RequestOutput] = {}
-        position_of: dict[str, int] = {}
-        try:
-            for position, (prompt, params) in enumerate(_with_params(batch, sampling_params)):
-                try:
-                    position_of[self._submit(prompt, params, RequestOutputKind.FINAL_ONLY)] = position
-                except RequestError as error:
-                    if single:
-                        raise
-                    logger.warning("Prompt %d of %d was refused: %s", position, len(batch), error)
-                    results[position] = _refused(position, prompt, params, error)
-            with tqdm(total=len(batch), initial=len(results), disable=not use_tqdm, unit="req") as bar:
-                for output in self._outputs_of(position_of):
-                    results[position_of[output.request_id]] = output
-                    bar.update()
-        finally:
-            self._discard(position_of)
+        with _progress(use_tqdm, len(batch)) as bar:
+            # Never bound to a name: whatever cuts this loop short ends the iterator, and so its requests.
+            for position, output in self._outputs(batch, sampling_params, RequestOutputKind.FINAL_ONLY, raises=single):
+                results[position] = output
+                bar.update(1)
+        if single and results[0].error is not None:
+            raise results[0].error
         return [results[position] for position in range(len(batch))]
 
     def chat(
-        self, messages: Sequence[Message] | Sequence[Sequence[Message]], sampling_params: Params = None,
-        use_tqdm: bool = True, add_generation_prompt: bool = True, chat_template_kwargs: dict[str, Any] | None = None,
-    ) -> list[RequestOutput]:  # fmt: skip
-        """Answer one conversation or several, rendered with the checkpoint's chat template (in a sandbox).
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: Params = None,
+        use_tqdm: Tqdm = True,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **unsupported: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several, rendered with a chat template (in a sandbox).
 
         messages: a list of ``{"role": ..., "content": ...}``, or a list of such lists.
+        chat_template: a template's text in place of the checkpoint's. add_generation_prompt: end with the start of an
+        answer. continue_final_message: go on writing the last message; needs add_generation_prompt=False.
+        chat_template_kwargs: further variables for the template, such as tools.
+
+        A conversation that cannot be answered is treated like a prompt that cannot be served, see `generate`.
         """
-        single = not messages or isinstance(messages[0], dict)
-        variables = {"add_generation_prompt": add_generation_prompt, **(chat_template_kwargs or {})}
-        prompts = [self.render_chat(conversation, **variables) for conversation in ([messages] if single else messages)]
+        names = ("messages", "sampling_params", "use_tqdm", "chat_template", "add_generation_prompt")
+        known = (*names, "continue_final_message", "chat_template_kwargs")
+        refuse_arguments("LLM.chat", unsupported, known)
+        variables = {
+            "add_generation_prompt": add_generation_prompt,
+            **inputs.check_template_kwargs(chat_template_kwargs),
+        }
+        if continue_final_message:
+            if variables["add_generation_prompt"]:
+                raise RequestError("continue_final_message=True needs add_generation_prompt=False.")
+            variables["continue_final_message"] = True
+        if chat_template is not None:
+            variables["chat_template"] = chat_template
+        conversations, single = inputs.as_conversations(messages)
+        prompts: list[PromptType | RefusedPrompt] = []
+        for conversation in conversations:
+            try:
+                prompts.append(self._chat_prompt(conversation, variables))
+            except TokenizerRequiredError:
+                raise  # true of all of them
+            except RequestError as error:
+                if single:
+                    raise
+                prompts.append(RefusedPrompt(error))
         return self.generate(prompts[0] if single else prompts, sampling_params, use_tqdm)
 
     def stream(self, prompts: Prompts, sampling_params: Params = None) -> Iterator[StreamOutput]:
@@ -113,91 +176,131 @@ class LLM:
         Joined, the increments are the text that `generate` returns. Bad requests raise before the first increment.
         Closing the iterator aborts what is still running.
         """
-        batch, _ = _as_list(prompts)
-        position_of: dict[str, int] = {}
+        batch, _ = inputs.as_batch(prompts)
+        collector = OutputCollector()
+        increments = self._increments(
+            self._run(collector, batch, sampling_params, RequestOutputKind.DELTA, raises=True)
+        )
+        collector.read_by(increments)
+        return increments
+
+    def _increments(self, outputs: Iterator[tuple[int, RequestOutput]]) -> Iterator[StreamOutput]:
         ended: set[tuple[int, int]] = set()  # (prompt, completion): each reports its end once
         try:
-            for position, (prompt, params) in enumerate(_with_params(batch, sampling_params)):
-                position_of[self._submit(prompt, params, RequestOutputKind.DELTA)] = position
-            for output in self._outputs_of(position_of):
-                position = position_of[output.request_id]
+            for position, output in outputs:
                 for c in output.outputs:
                     if (position, c.index) in ended or not (c.text or c.token_ids or c.finished):
                         continue
                     if c.finished:
                         ended.add((position, c.index))
-                    gained = (c.text, c.token_ids, c.finish_reason, c.stop_reason)
+                    gained = (c.text, c.token_ids, c.finish_reason, c.stop_reason, output.error)
                     yield StreamOutput(output.request_id, position, c.index, *gained)
         finally:
-            self._discard(position_of)
+            outputs.close()
 
     def stream_chat(self, messages: Sequence[Message], sampling_params: SamplingParams | None = None,
                     **template_variables: Any) -> Iterator[StreamOutput]:  # fmt: skip
         """`stream` for one conversation."""
-        return self.stream(self.render_chat(messages, **template_variables), sampling_params)
+        return self.stream(self._chat_prompt(messages, template_variables), sampling_params)
 
     def render_chat(self, messages: Sequence[Message], **template_variables: Any) -> list[int]:
         """Token ids of the prompt that the chat template makes of a conversation.
 
-        The template writes the special tokens itself, so none are added.
+        The template writes the special tokens itself, so none are added. Raises `RequestError` for a conversation
+        that is none, or that the template refuses.
         """
+        return list(self._chat_prompt(messages, template_variables)["prompt_token_ids"])
+
+    def _chat_prompt(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> TokensPrompt:
         tokenizer = self.get_tokenizer()
-        return tokenizer.encode(tokenizer.apply_chat_template(messages, **template_variables), add_special_tokens=False)
+        inputs.check_conversation(messages)
+        rendered = tokenizer.apply_chat_template(messages, **variables)
+        if not isinstance(rendered, str):  # with the variable tokenize=True
+            return {"prompt_token_ids": rendered}
+        token_ids = tokenizer.encode(rendered, add_special_tokens=False)
+        return {"prompt": rendered, "prompt_token_ids": token_ids}
 
     def abort(self, request_ids: str | Iterable[str]) -> None:
         """End requests early; whoever waits for them gets what there is, with finish_reason "abort"."""
-        self.llm_engine.abort_request(request_ids)
+        self._open_engine().abort_request(request_ids)
 
     # --- plumbing -------------------------------------------------------------------------------------------------
 
-    def _submit(self, prompt: Prompt, params: SamplingParams, output_kind: RequestOutputKind) -> str:
-        request_id = self.llm_engine.add_request(prompt, replace(params, output_kind=output_kind))
-        self._mailboxes[request_id] = deque()
-        return request_id
+    def _params_for(self, batch: list[Any], params: Params) -> list[SamplingParams]:
+        """One for each prompt of a batch."""
+        return inputs.as_params(self.get_default_sampling_params() if params is None else params, len(batch))
 
-    def _discard(self, request_ids: Iterable[str]) -> None:
-        """End those of these requests that have not finished, and forget what has come of them."""
-        if self.llm_engine is not None:
-            self.abort(list(request_ids))
-        for request_id in request_ids:
-            self._mailboxes.pop(request_id, None)
+    def _outputs(
+        self, batch: list[Any], params: Params, output_kind: RequestOutputKind, raises: bool
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """(position, output) of these prompts as they come. Their requests live as long as this iterator.
 
-    def _outputs_of(self, request_ids: Iterable[str]) -> Iterator[RequestOutput]:
-        """Step the engine until these requests have finished; outputs of others wait in their mailboxes."""
-        open_ids = dict.fromkeys(request_ids)
-        while open_ids:
-            for request_id in list(open_ids):
-                while self._mailboxes[request_id]:
-                    output = self._mailboxes[request_id].popleft()
+        raises: whether a request that is refused raises; otherwise it is an output with an error.
+        """
+        collector = OutputCollector()
+        outputs = self._run(collector, batch, params, output_kind, raises)
+        collector.read_by(outputs)
+        return outputs
+
+    def _run(
+        self, collector: OutputCollector, batch: list[Any], params: Params, output_kind: RequestOutputKind, raises: bool
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        engine = self._open_engine()
+        self._take_turn(collector)
+        position_of: dict[str, int] = {}
+        try:
+            engine.drop_abandoned()
+            for position, (prompt, own) in enumerate(zip(batch, self._params_for(batch, params), strict=True)):
+                try:
+                    own = replace(own, output_kind=output_kind)
+                    position_of[engine.add_request(prompt, own, collector=collector)] = position
+                except RequestError as error:
+                    if raises:
+                        raise
+                    logger.warning("Prompt %d of %d was refused: %s", position, len(batch), error)
+                    yield position, _refused(position, prompt, own, error)
+            while position_of:
+                self._take_turn(collector)
+                if not collector.news:
+                    engine.advance()
+                for output in engine.collect(collector):
+                    yield position_of[output.request_id], output
                     if output.finished:
-                        del open_ids[request_id]
-                    yield output
-            for output in self.llm_engine.step() if open_ids else ():
-                if output.request_id in self._mailboxes:
-                    self._mailboxes[output.request_id].append(output)
+                        del position_of[output.request_id]
+        finally:
+            self._turns.pop(collector, None)
+            collector.is_closed = True
+            engine.drop_abandoned()
+
+    def _take_turn(self, collector: OutputCollector) -> None:
+        """Note which thread reads these outputs; raises `ConcurrentUseError` while another thread reads others."""
+        me = threading.get_ident()
+        for other, thread in list(self._turns.items()):
+            if other.is_abandoned:
+                self._turns.pop(other, None)
+            elif other is not collector and thread != me and thread in sys._current_frames():
+                raise ConcurrentUseError()
+        self._turns[collector] = me
+
+    def _open_engine(self) -> LLMEngine:
+        if self.llm_engine is None:
+            raise EngineEndedError("This LLM has been closed. Make a new one.")
+        return self.llm_engine
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
-    """(list of prompts, whether it was a single one: a string, or token ids)."""
-    if isinstance(prompts, dict):
-        raise RequestError("A prompt is a string or a list of token ids, not a dict.")
-    if isinstance(prompts, str):
-        return [prompts], True
-    # A list that begins with a number, or holds nothing that could be a prompt, is meant as token ids.
-    is_one = len(prompts) > 0 and (isinstance(prompts[0], int) or not any(isinstance(p, Sequence) for p in prompts))
-    return ([prompts], True) if is_one else (list(prompts), False)
+@contextmanager
+def _progress(use_tqdm: Tqdm, total: int) -> Iterator[Any]:
+    """A bar with `update`; called and closed as vLLM does it with a bar of the caller's."""
+    make = use_tqdm if callable(use_tqdm) else tqdm
+    options = {} if callable(use_tqdm) else {"disable": not use_tqdm, "unit": "req"}
+    bar = make(total=total, desc="Processed prompts", dynamic_ncols=True, **options)
+    try:
+        yield bar
+    finally:
+        bar.close()
 
 
-def _with_params(batch: list[Prompt], params: Params) -> Iterator[tuple[Prompt, SamplingParams]]:
-    if params is None or isinstance(params, SamplingParams):
-        params = [params or SamplingParams()] * len(batch)
-    if len(params) != len(batch):
-        raise ValueError(f"{len(params)} sampling_params for {len(batch)} prompts; give one, or one each.")
-    return zip(batch, params, strict=True)
-
-
-def _refused(position: int, prompt: Prompt, params: SamplingParams, error: RequestError) -> RequestOutput:
-    text = prompt if isinstance(prompt, str) else None
-    token_ids = list(prompt) if isinstance(prompt, Sequence) and text is None else []
+def _refused(position: int, prompt: Any, params: SamplingParams, error: RequestError) -> RequestOutput:
+    text, token_ids = inputs.describe_prompt(prompt)
     outputs = [CompletionOutput(index=i, finish_reason="error") for i in range(params.n)]
     return RequestOutput(f"refused-{position}", text, token_ids, outputs, finished=True, error=error)

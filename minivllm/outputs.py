@@ -7,7 +7,7 @@ from minivllm.errors import RequestError
 
 @dataclass
 class Logprob:
-    """One token's natural-log probability at one position, before penalties, temperature and filters."""
+    """One token's natural-log probability at one position, before all edits and filters."""
 
     logprob: float
     rank: int | None = None  # 1 is the likeliest token of the position
@@ -22,14 +22,28 @@ class CompletionOutput:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     cumulative_logprob: float | None = None
-    logprobs: list[dict[int, Logprob]] | None = None  # one dict a generated token; the chosen one is always in it
-    #: "stop" (end of sequence, stop token or stop string), "length", "abort", "error"; None while running.
+    #: One dict per generated token; the chosen one is always in it.
+    logprobs: list[dict[int, Logprob]] | None = None
+    #: "stop" (end of sequence, stop token or stop string), "length", "abort", "error"; None while
+    #: running.
     finish_reason: str | None = None
-    stop_reason: str | int | None = None  # the stop string or stop token that ended it; None for end of sequence
+    #: The stop string or stop token that ended it; None for end of sequence.
+    stop_reason: str | int | None = None
 
     @property
-    def finished(self) -> bool:
-        return self.finish_reason is not None
+    def finished(self) -> "Answer":
+        """Whether it has ended; `finished()`, vLLM's form, says the same."""
+        return Answer(self.finish_reason is not None)
+
+
+class Answer(int):
+    """True or False, also as a call: vLLM has as a method what is a property here."""
+
+    def __call__(self) -> bool:
+        return bool(self)
+
+    def __repr__(self) -> str:
+        return repr(bool(self))
 
 
 @dataclass
@@ -40,12 +54,15 @@ class RequestMetrics:
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
-    num_generation_tokens: int = 0  # tokens of the longest completion, which is what TPOT divides by
+    #: Tokens of the longest completion, which is what TPOT divides by.
+    num_generation_tokens: int = 0
 
     @property
     def queue_time(self) -> float | None:
         """Seconds from arrival to the first step that computed a token of it."""
-        return None if self.first_scheduled_time is None else self.first_scheduled_time - self.arrival_time
+        if self.first_scheduled_time is None:
+            return None
+        return self.first_scheduled_time - self.arrival_time
 
     @property
     def time_to_first_token(self) -> float | None:
@@ -55,7 +72,9 @@ class RequestMetrics:
     @property
     def time_per_output_token(self) -> float | None:
         """TPOT: mean seconds between generated tokens after the first."""
-        if self.finished_time is None or self.first_token_time is None or self.num_generation_tokens < 2:
+        if self.finished_time is None or self.first_token_time is None:
+            return None
+        if self.num_generation_tokens < 2:
             return None
         return (self.finished_time - self.first_token_time) / (self.num_generation_tokens - 1)
 
@@ -69,11 +88,13 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
-    #: One entry a prompt token; the first is None, for nothing precedes it.
+    #: One entry per prompt token; the first is None, for nothing precedes it.
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache when the request was first scheduled
+    #: Prompt tokens found in the prefix cache when the request was first scheduled.
+    num_cached_tokens: int = 0
     metrics: RequestMetrics | None = None
-    error: RequestError | None = None  # why this request of a batch was refused; finish_reason is then "error"
+    #: Why this request of a batch was refused; finish_reason is then "error".
+    error: RequestError | None = None
 
 
 @dataclass
@@ -87,3 +108,4 @@ class StreamOutput:
     token_ids: list[int]
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    error: RequestError | None = None  # why the request ended early; finish_reason is then "error"

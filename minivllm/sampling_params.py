@@ -1,17 +1,26 @@
-"""How the next token of a request is chosen. Names, defaults and meaning are vLLM's.
+"""How the next token of a request is chosen. Names, defaults, order and meaning are vLLM's.
 
 Taught in notebooks/11_using_minivllm.ipynb."""
 
+import dataclasses
 import enum
+import functools
 import math
-from collections.abc import Sequence
+import numbers
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self, TypeVar
 
 from minivllm.errors import SamplingParamsError
+from minivllm.unsupported import refuse_parameter
 
 MAX_N = 16384  # most completions of one prompt; each is a sequence of its own
-MAX_LOGPROBS = 20  # most alternatives that `logprobs` and `prompt_logprobs` may ask for (vLLM's `max_logprobs`)
+#: Default of the engine option max_logprobs: the most alternatives that `logprobs` and
+#: `prompt_logprobs` may ask for.
+MAX_LOGPROBS = 20
+
+_T = TypeVar("_T")
 
 
 class RequestOutputKind(enum.Enum):
@@ -22,54 +31,154 @@ class RequestOutputKind(enum.Enum):
     FINAL_ONLY = "final_only"  # nothing until the request has finished
 
 
+def _names_unknown_fields(cls: type[_T]) -> type[_T]:
+    """Have the constructor refuse unknown keywords by name, in place of Python's bare TypeError.
+
+    The signature stays the dataclass's own.
+    """
+    init, names = cls.__init__, [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+
+    @functools.wraps(init)
+    def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name in kwargs:
+            if name not in names:
+                refuse_parameter(name, names)
+        init(self, *args, **kwargs)
+
+    cls.__init__ = checked_init  # type: ignore[method-assign]
+    return cls
+
+
+@_names_unknown_fields
 @dataclass(frozen=True)
 class SamplingParams:
-    """Immutable and validated: an invalid value raises `SamplingParamsError` here, before any engine sees it."""
+    """Immutable and validated: an invalid value raises `SamplingParamsError` here, before any engine sees it.
+
+    Values are kept as plain numbers, strings and lists: NumPy's scalars and arrays are converted.
+    `clone(temperature=0.5)` makes a changed copy.
+    """
 
     n: int = 1  # how many independent completions of the prompt to return
-    temperature: float = 1.0  # 0 is greedy; applied first, before the filters below
-    top_k: int = 0  # keep the k most likely tokens; 0 (or -1) keeps all
-    top_p: float = 1.0  # keep the smallest set of most likely tokens whose probability reaches it (nucleus sampling)
-    min_p: float = 0.0  # drop tokens less likely than min_p times the likeliest one
-    #: The same seed gives the same text whatever else is in the batch; None derives one from the engine's seed.
-    seed: int | None = None
-    stop: str | Sequence[str] | None = None  # end before the first of these strings, which is left out of the text
-    stop_token_ids: Sequence[int] | None = None  # end after any of these tokens
-    min_tokens: int = 0  # neither end-of-sequence nor a stop token may be chosen before this many tokens
-    max_tokens: int | None = 16  # end after this many tokens; None: as many as `max_model_len` leaves room for
-    ignore_eos: bool = False  # go on past the model's end-of-sequence tokens
-    presence_penalty: float = 0.0  # subtracted from the logit of each token that the output holds already
-    frequency_penalty: float = 0.0  # subtracted once for every time the output holds the token
-    #: Divides positive and multiplies negative logits of tokens in prompt or output (Keskar et al., 2019).
+    #: Subtracted from the logit of each token that the output holds already.
+    presence_penalty: float = 0.0
+    #: Subtracted once for every time the output holds the token.
+    frequency_penalty: float = 0.0
+    #: Divides positive and multiplies negative logits of tokens in prompt or output
+    #: (Keskar et al., 2019).
     repetition_penalty: float = 1.0
-    logprobs: int | None = None  # return those of the chosen token and of this many likeliest; 0 is the chosen alone
-    #: The same for the prompt's tokens. Such a request takes no prefix-cache hits: every position must be computed.
+    temperature: float = 1.0  # 0 is greedy; applied before the filters below
+    #: Keep the smallest set of most likely tokens whose probability reaches it (nucleus sampling).
+    top_p: float = 1.0
+    top_k: int = 0  # keep the k most likely tokens; 0 (or -1) keeps all
+    min_p: float = 0.0  # drop tokens less likely than min_p times the likeliest one
+    #: The same seed gives the same text whatever else is in the batch; None derives one from the
+    #: engine's seed.
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None  # end before the first of these strings
+    stop_token_ids: Sequence[int] | None = None  # end after any of these tokens
+    ignore_eos: bool = False  # go on past the model's end-of-sequence tokens
+    #: End after this many tokens; None: as many as `max_model_len` leaves room for.
+    max_tokens: int | None = 16
+    #: Neither end-of-sequence nor a stop token may be chosen before this many tokens.
+    min_tokens: int = 0
+    #: Return the log-probabilities of the chosen token and of this many likeliest; 0 is the chosen
+    #: token alone, -1 the whole vocabulary. The engine option `max_logprobs` bounds it.
+    logprobs: int | None = None
+    #: The same for the prompt's tokens. Such a request takes no prefix-cache hits: every position
+    #: must be computed.
     prompt_logprobs: int | None = None
-    logit_bias: dict[int, float] | None = None  # added to the logits of these tokens
+    detokenize: bool = True  # False: token ids only, no text
     skip_special_tokens: bool = True  # leave special tokens out of the text
+    #: False: no space between special tokens that follow each other in the text.
+    spaces_between_special_tokens: bool = True
+    #: Leave the stop string, or the token that stopped, in the text.
+    include_stop_str_in_output: bool = False
     #: What `LLMEngine.step` reports; `LLM.generate` and `LLM.stream` set it themselves.
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    logit_bias: dict[int, float] | None = None  # added to the logits of these tokens
+    allowed_token_ids: Sequence[int] | None = None  # no other token may be chosen
+    #: Words that the output may not contain, at the start of a text or after a space. A word of
+    #: several tokens is stopped at its last: that token is banned where the others precede it.
+    bad_words: Sequence[str] | None = None
+    #: Keep only this many tokens at the end of the prompt; -1: as many as `max_model_len` allows.
+    truncate_prompt_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name, kind in _KINDS.items():
-            if not isinstance(getattr(self, name), kind):
-                raise SamplingParamsError(f"{name} has the wrong type: {getattr(self, name)!r}.")
+        for name in _FLAGS:
+            if type(value := getattr(self, name)) is not bool:
+                self._set(name, _flag(name, value))
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise SamplingParamsError(f"output_kind has the wrong type: {self.output_kind!r}; use RequestOutputKind.")
         for name, (low, high) in _INTEGERS.items():
-            if getattr(self, name) is not None or name not in _OPTIONAL:
-                _check_integer(name, getattr(self, name), low, high)
+            given = getattr(self, name)
+            if given is None and name in _OPTIONAL:
+                continue
+            if (value := _integer(name, given, low, high)) is not given:
+                self._set(name, value)
         for name, (low, high) in _NUMBERS.items():
-            _check_number(name, getattr(self, name), low, high)
+            given = getattr(self, name)
+            if (value := _number(name, given, low, high)) is not given:
+                self._set(name, value)
+        self._take_lists()
+        self._check_together()
+
+    def _take_lists(self) -> None:
+        """Check the fields that hold several values, and keep them as lists of our own."""
+        for name in ("stop", "bad_words"):
+            words = getattr(self, name)
+            if words is None or (name == "stop" and isinstance(words, str) and words):
+                continue
+            words = [words] if isinstance(words, str) else _list(name, words)
+            if not all(isinstance(word, str) and word for word in words):
+                raise SamplingParamsError(
+                    f"{name} must be a non-empty string or a list of them, got {getattr(self, name)!r}."
+                )
+            self._set(name, words)
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            if (ids := getattr(self, name)) is not None:
+                self._set(name, [_integer(f"a token id in {name}", t, 0, None) for t in _list(name, ids)])
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, Mapping):
+                raise SamplingParamsError(
+                    f"logit_bias has the wrong type: {self.logit_bias!r}; it maps token ids to numbers."
+                )
+            self._set("logit_bias", {_bias_key(t): _bias(b) for t, b in self.logit_bias.items()})
+
+    def _check_together(self) -> None:
+        """Raise for values that are wrong in company, or wrong though their type and range are right."""
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise SamplingParamsError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}.")
         for name in ("top_p", "repetition_penalty"):
             if getattr(self, name) == 0.0:
                 raise SamplingParamsError(f"{name} must be above 0; 1 switches it off.")
-        if not all(isinstance(s, str) and s for s in self.stop_strings):
-            raise SamplingParamsError(f"stop must be a non-empty string or a list of them, got {self.stop!r}.")
-        for token_id in (*(self.stop_token_ids or ()), *(self.logit_bias or ())):
-            _check_integer("a token id in stop_token_ids or logit_bias", token_id, 0, None)
-        for bias in (self.logit_bias or {}).values():
-            _check_number("a value of logit_bias", bias, -100.0, 100.0)
+        if self.truncate_prompt_tokens == 0:
+            raise SamplingParamsError("truncate_prompt_tokens must be -1 or at least 1, got 0.")
+        if self.allowed_token_ids == []:
+            raise SamplingParamsError("allowed_token_ids is empty: no token could be chosen. None allows all.")
+        if self.stop_strings and not self.detokenize:
+            raise SamplingParamsError("stop needs the text, and detokenize=False makes none.")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the dataclass is frozen for everybody else
+
+    def clone(self, **changes: Any) -> Self:
+        """A copy, with these fields changed."""
+        return dataclasses.replace(self, **{**_copies(self), **changes})
+
+    @classmethod
+    def from_optional(cls, **fields: Any) -> Self:
+        """Make one from fields of which None means the default."""
+        return cls(**{name: value for name, value in fields.items() if value is not None})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as values that JSON can hold; `from_dict` makes the same parameters of them."""
+        return {**_copies(self), "output_kind": self.output_kind.value}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """What `to_dict` gave, also after a way through JSON, whose keys are strings."""
+        kind = fields.get("output_kind", RequestOutputKind.CUMULATIVE)
+        return cls(**{**fields, "output_kind": RequestOutputKind(kind)})
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -90,30 +199,92 @@ class SamplingParams:
         return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
 
 
-_KINDS = {
-    "stop": str | Sequence | None, "stop_token_ids": Sequence | None, "logit_bias": dict | None,
-    "ignore_eos": bool, "skip_special_tokens": bool, "output_kind": RequestOutputKind,
-}  # fmt: skip
-_OPTIONAL = ("seed", "max_tokens", "logprobs", "prompt_logprobs")
+_FLAGS = (
+    "ignore_eos",
+    "detokenize",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "include_stop_str_in_output",
+)
+_OPTIONAL = ("seed", "max_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens")
 #: Least and greatest legal value; None is no limit.
-_INTEGERS = {
-    "n": (1, MAX_N), "top_k": (-1, None), "seed": (0, None), "min_tokens": (0, None), "max_tokens": (1, None),
-    "logprobs": (0, MAX_LOGPROBS), "prompt_logprobs": (0, MAX_LOGPROBS),
-}  # fmt: skip
+_INTEGERS: dict[str, tuple[int, int | None]] = {
+    "n": (1, MAX_N),
+    "top_k": (-1, None),
+    "seed": (0, None),
+    "min_tokens": (0, None),
+    "max_tokens": (1, None),
+    "logprobs": (-1, None),
+    "prompt_logprobs": (-1, None),
+    "truncate_prompt_tokens": (-1, None),
+}
 _NUMBERS = {
-    "temperature": (0.0, 1e6), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0), "presence_penalty": (-2.0, 2.0),
-    "frequency_penalty": (-2.0, 2.0), "repetition_penalty": (0.0, 2.0),
-}  # fmt: skip
+    "temperature": (0.0, 1e6),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "repetition_penalty": (0.0, 2.0),
+}
 
 
-def _check_integer(name: str, value: Any, low: int, high: int | None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+def _plain(value: Any) -> Any:
+    """A scalar of NumPy's or torch's as Python's own; anything else as it is."""
+    is_scalar = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
+    return value.item() if is_scalar else value
+
+
+def _flag(name: str, value: Any) -> bool:
+    if type(value := _plain(value)) is not bool:
+        raise SamplingParamsError(f"{name} has the wrong type: {value!r}; it is True or False.")
+    return value
+
+
+def _integer(name: str, value: Any, low: int, high: int | None) -> int:
+    if type(value) is not int:
+        value = _plain(value)
+        # Other libraries' integers count; True does not, and neither does 1.0.
+        if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+            value = operator.index(value)
+    if type(value) is not int or value < low or (high is not None and value > high):
         limits = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
         raise SamplingParamsError(f"{name} must be {limits}, got {value!r}.")
+    return value
 
 
-def _check_number(name: str, value: Any, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
+def _number(name: str, value: Any, low: float, high: float) -> float:
+    if type(value) is not float and type(value) is not int:
+        value = _plain(value)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise SamplingParamsError(f"{name} must be a finite number, got {value!r}.")
+    if not abs(value) < math.inf:
         raise SamplingParamsError(f"{name} must be a finite number, got {value!r}.")
     if not low <= value <= high:
         raise SamplingParamsError(f"{name} must be from {low} to {high}, got {value!r}.")
+    return value
+
+
+def _list(name: str, values: Any) -> list[Any]:
+    """A list of our own, from a sequence or a one-dimensional array."""
+    if getattr(values, "ndim", None) == 1 and hasattr(values, "tolist"):
+        return values.tolist()
+    if isinstance(values, str | bytes | bytearray) or not isinstance(values, Sequence):
+        raise SamplingParamsError(f"{name} has the wrong type: {values!r}; give a list.")
+    return list(values)
+
+
+def _bias_key(token: Any) -> int:
+    """OpenAI's API and JSON have the token ids as strings."""
+    if isinstance(token, str) and token.isdecimal() and token.isascii():
+        token = int(token)
+    return _integer("a token id in logit_bias", token, 0, None)
+
+
+def _bias(value: Any) -> float:
+    return _number("a value of logit_bias", value, -100.0, 100.0)
+
+
+def _copies(params: SamplingParams) -> dict[str, Any]:
+    """The fields, with lists and dicts of their own. (`dataclasses.asdict` would call deepcopy.)"""
+    fields = {field.name: getattr(params, field.name) for field in dataclasses.fields(params)}
+    return {k: v.copy() if isinstance(v, list | dict) else v for k, v in fields.items()}

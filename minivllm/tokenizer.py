@@ -1,161 +1,607 @@
-"""Text to token ids and back, whole or as tokens come, and chat templates. Taught in notebooks/07_engine.ipynb.
+"""Text to token ids and back, whole or as tokens come. Taught in notebooks/07_engine.ipynb.
 
-Uses the `tokenizers` library directly: importing `transformers` for its wrapper costs seconds. It is imported only for
-a checkpoint that has no tokenizer.json.
+Uses the `tokenizers` library directly: importing `transformers` for its wrapper costs seconds. It
+is imported only for a checkpoint that has no tokenizer.json. Files beside tokenizer.json are read
+as transformers 5 reads them. Chat templates are in chat_template.py.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from datetime import datetime
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from minivllm import chat_template as chat_templates
+from minivllm.chat_template import Conversation, TemplateSource, TemplateWorker, clean
 from minivllm.errors import ConfigError, RequestError
+
+logger = logging.getLogger(__name__)
 
 #: What decoders put in place of bytes that are not (yet) a whole character.
 REPLACEMENT = "\ufffd"
+#: Special tokens that a checkpoint's files name; other keys that end in "_token" name further ones.
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+#: transformers' arguments of `apply_chat_template` that ask for another kind of result.
+NOT_HERE = (
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "sanitize_control_tokens",
+    "tokenizer_kwargs",
+)
 
 
 class Tokenizer:
-    """The tokenizer of a model directory."""
+    """The tokenizer of a model directory. Raises `ConfigError`, with its name, for a broken file."""
 
     def __init__(self, path: Path) -> None:
-        import tokenizers
-
         self.path = path
-        config_file = path / "tokenizer_config.json"
-        self.config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-        if (path / "tokenizer.json").is_file():
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
-        else:
-            self._tokenizer = _convert_slow_tokenizer(path)
+        self.config = _read_object(path / "tokenizer_config.json")
+        self._tokenizer = _load_tokenizer(path)
+        # Those of training; transformers resets them for a prompt, too.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = self.config.get("split_special_tokens") is True
+        side_files = _SideFiles(path, self.config)
+        side_files.add_tokens(self._tokenizer)
+        #: "bos_token" and the like -> the token's text.
+        self.special_tokens: dict[str, str] = side_files.special_tokens
+        self._special_lists = side_files.special_lists
+        self._chat_templates = _templates_of_config(path, self.config)
+        self._worker = TemplateWorker()
+
+    def close(self) -> None:
+        """End the process that renders chat templates. It starts again when it is needed."""
+        self._worker.close()
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The id of the tokenizer's own end-of-sequence token."""
+        token = self.special_tokens.get("eos_token")
+        return None if token is None else self._tokenizer.token_to_id(token)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of text; add_special_tokens as the checkpoint's tokenizer says (e.g. a leading BOS)."""
+        """Token ids of text; add_special_tokens as the tokenizer says (e.g. a leading BOS)."""
         try:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         except (TypeError, UnicodeError) as error:  # a lone surrogate, which no UTF-8 can say
             raise RequestError(f"The prompt is not valid Unicode text: {error}") from error
+        except BaseException as error:
+            if _is_of_the_library(error):
+                raise RequestError(f"The tokenizer fails on this prompt: {clean(str(error))}") from error
+            raise
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        """The text of these tokens. Bytes that are no character become U+FFFD."""
+        text = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        if REPLACEMENT not in text or not self._falls_back_to_bytes:
+            return text
+        # A decoder that falls back to bytes gives up a whole run of them for one that is wrong.
+        # Then a character that was shown would have to be taken back. So wrong bytes are set apart
+        # here.
+        tokens = map(self._tokenizer.id_to_token, token_ids)
+        hidden = self._special_texts if skip_special_tokens else frozenset()
+        shown = [token for token in tokens if token is not None and token not in hidden]
+        return self._tokenizer.decoder.decode(_replace_wrong_bytes(shown))
+
+    # --- what a detokenizer needs to know ---------------------------------------------------------
+
+    def knows(self, token_id: int) -> bool:
+        """Whether there is such a token; decoding passes over others."""
+        return self._tokenizer.id_to_token(token_id) is not None
+
+    @cached_property
+    def special_token_ids(self) -> frozenset[int]:
+        """Those that skip_special_tokens leaves out."""
+        return frozenset(i for i, text in self.added_tokens.items() if text in self._special_texts)
+
+    @cached_property
+    def added_tokens(self) -> dict[int, str]:
+        """Tokens that stand beside the model's vocabulary (special or not): id -> text."""
+        found = self._tokenizer.get_added_tokens_decoder()
+        return {token_id: token.content for token_id, token in found.items()}
+
+    @cached_property
+    def _special_texts(self) -> frozenset[str]:
+        found = self._tokenizer.get_added_tokens_decoder().values()
+        return frozenset(token.content for token in found if token.special)
+
+    @cached_property
+    def _falls_back_to_bytes(self) -> bool:
+        decoder = self._tokenizer.decoder
+        return decoder is not None and b'"ByteFallback"' in decoder.__getstate__()
+
+    # --- chat -------------------------------------------------------------------------------------
 
     def apply_chat_template(
-        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any
-    ) -> str:
-        """The prompt that the model was trained to see for a conversation.
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | str = False,
+        tokenize: bool = False,
+        **variables: Any,
+    ) -> str | list[int]:
+        """The prompt that a model was trained to see for a conversation, or its token ids.
 
-        messages: ``{"role": "user" | "assistant" | "system", "content": text}`` each. The template comes with the
-        checkpoint and is not trusted: it runs in Jinja's sandbox. Raises `RequestError` when it refuses the messages.
+        messages: ``{"role": "user" | "assistant" | "system", "content": text}`` each; content may
+        be a list of ``{"type": "text", "text": text}``. tools, documents: lists of dicts, for
+        templates that know them. chat_template: a template, or the name of one of the checkpoint's.
+        add_generation_prompt: open the model's turn (by default, unless continue_final_message
+        leaves the last message open). tokenize: return token ids. variables: further names that
+        the template reads.
+
+        A template is not trusted: it runs in a sandbox, in a process with limits. Raises
+        `RequestError` when it refuses the messages or exceeds a limit, `ConfigError` when there is
+        none or it is broken.
         """
-        try:
-            return self._chat_template.render(
-                messages=list(messages),
-                add_generation_prompt=add_generation_prompt,
-                **{**self._special_tokens, **variables},
-            )
-        except ConfigError:
-            raise
-        except Exception as error:  # a template is a program of somebody else's and may fail in any way
-            raise RequestError(f"The chat template does not accept these messages: {error}") from error
+        for name in NOT_HERE:
+            if variables.pop(name, None):
+                raise RequestError(f"{name}: not supported; the result is a string, or ids with tokenize=True.")
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
+        source = self._pick_template(chat_template, tools is not None)
+        names = {**self._special_lists, **self.special_tokens, **variables}
+        conversation = Conversation(messages, tools, documents, add_generation_prompt, continue_final_message, names)
+        text = chat_templates.render(self._worker, source, conversation)
+        return self.encode(text, add_special_tokens=False) if tokenize else text
+
+    def _pick_template(self, wanted: str | None, has_tools: bool) -> TemplateSource:
+        known = self._all_templates
+        if wanted is not None and not isinstance(wanted, str):
+            raise RequestError(f"chat_template must be a string, got {wanted!r:.80}.")
+        if wanted is not None:
+            return known.get(wanted) or TemplateSource(wanted)
+        if has_tools and "tool_use" in known:
+            return known["tool_use"]
+        if "default" in known:
+            return known["default"]
+        if known:
+            names = clean(", ".join(sorted(known)))
+            raise ConfigError(f"{self.path.name} has no default chat template; pass chat_template=, one of: {names}.")
+        raise ConfigError(f"{self.path.name} has no chat template; use generate() with a prompt of your own.")
 
     @cached_property
-    def _chat_template(self) -> Any:
-        import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def raise_exception(message: str) -> None:
-            raise jinja2.TemplateError(message)
-
-        source = self._chat_template_source()
-        # The options are those that Hugging Face templates are written for.
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "sort_keys": False}
-        environment.globals["raise_exception"] = raise_exception
-        environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-        return environment.from_string(source)
-
-    def _chat_template_source(self) -> str:
+    def _all_templates(self) -> dict[str, TemplateSource]:
+        """By name. Those in files of their own come before those of the config."""
+        found = dict(self._chat_templates)
+        for file in sorted(self.path.glob("additional_chat_templates/*.jinja")):
+            found[file.stem] = TemplateSource(_read_text(file), file)
         file = self.path / "chat_template.jinja"
-        source = file.read_text(encoding="utf-8") if file.is_file() else self.config.get("chat_template")
-        if isinstance(source, list):
-            source = {entry["name"]: entry["template"] for entry in source}.get("default")
-        if not source:
-            raise ConfigError(f"{self.path.name} has no chat template; use generate() with a prompt of your own.")
-        return source
+        if os.path.lexists(file):
+            found["default"] = TemplateSource(_read_text(file), file)
+        return {name: source for name, source in found.items() if source.text}
 
-    @cached_property
-    def _special_tokens(self) -> dict[str, str]:
-        names = ("bos_token", "eos_token", "unk_token", "pad_token")
-        values = {name: self.config.get(name) for name in names}
-        return {name: v["content"] if isinstance(v, dict) else v for name, v in values.items() if v is not None}
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def _read_bytes(file: Path) -> bytes:
+    """What is in a file, without the mark that some editors put before UTF-8."""
+    try:
+        content = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise ConfigError(f"{clean(str(file))} cannot be read: {error.strerror or error}.") from error
+    if content.startswith(b"version https://git-lfs"):
+        raise ConfigError(
+            f"{clean(str(file))} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`."
+        )
+    return content
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return _read_bytes(file).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{clean(str(file))} is not UTF-8 text: {error}. Save it as UTF-8.") from error
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """A JSON file that holds an object; empty if there is no such file."""
+    if not os.path.lexists(file):
+        return {}
+    text = _read_text(file)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{clean(str(file))} is not valid JSON: {clean(str(error))}. Is it whole? Fetch it again."
+        ) from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{clean(str(file))} must hold a JSON object, not {type(value).__name__}.")
+    return value
+
+
+def _load_tokenizer(path: Path) -> Any:
+    import tokenizers
+
+    file = path / "tokenizer.json"
+    if not os.path.lexists(file):
+        return _convert_slow_tokenizer(path)
+    content = _read_bytes(file)
+    try:
+        return tokenizers.Tokenizer.from_buffer(content)
+    except BaseException as error:
+        if not _is_of_the_library(error):
+            raise
+        raise ConfigError(
+            f"{clean(str(file))} is not a tokenizer that can be loaded: {clean(str(error))}. Is it whole? "
+            "Fetch it again."
+        ) from error
+
+
+def _is_of_the_library(error: BaseException) -> bool:
+    """Whether `tokenizers` raised it: it has no error type, and its panics are no Exceptions."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _convert_slow_tokenizer(path: Path) -> Any:
+    way_out = "pass skip_tokenizer_init=True and use token ids"
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise ConfigError(
-            f"{path} has no tokenizer.json. `pip install transformers` to convert its tokenizer, or pass "
-            "skip_tokenizer_init=True and use token ids."
+            f"{path} has no tokenizer.json. `pip install transformers` to convert its tokenizer, or {way_out}."
         ) from error
     try:
-        return AutoTokenizer.from_pretrained(path).backend_tokenizer
-    except (OSError, ValueError, AttributeError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False).backend_tokenizer
+    except Exception as error:  # whatever transformers and its converters raise
+        raise ConfigError(f"{path} has no tokenizer that can be loaded ({clean(str(error))}); {way_out}.") from error
+    if tokenizer.get_vocab_size() <= len(tokenizer.get_added_tokens_decoder()):
+        # For some models transformers makes an empty tokenizer when there are no files at all.
+        raise ConfigError(f"{path} has no files of a tokenizer (tokenizer.json); {way_out}.")
+    return tokenizer
+
+
+def _templates_of_config(path: Path, config: dict[str, Any]) -> dict[str, TemplateSource]:
+    """tokenizer_config.json's templates by name: one is called "default"."""
+    file, value = path / "tokenizer_config.json", config.get("chat_template")
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"default": TemplateSource(value, file)}
+    if isinstance(value, dict):
+        value = [{"name": name, "template": text} for name, text in value.items()]
+    if not isinstance(value, list) or not all(_is_named_template(entry) for entry in value):
         raise ConfigError(
-            f"{path} has no tokenizer that can be loaded ({error}); pass skip_tokenizer_init=True and use token ids."
-        ) from error
+            f"{clean(str(file))}: chat_template must be a string, or a list of "
+            f'{{"name": …, "template": …}}, got {value!r:.80}.'
+        )
+    return {entry["name"]: TemplateSource(entry["template"], file) for entry in value}
+
+
+def _is_named_template(entry: Any) -> bool:
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("name", "template"))
+
+
+# --- tokens beside tokenizer.json ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Declared:
+    """A token that a file says has this id."""
+
+    token_id: int
+    token: Any  # tokenizers.AddedToken
+
+
+class _SideFiles:
+    """What tokenizer_config.json, special_tokens_map.json and added_tokens.json say of tokens.
+
+    The last two are older: they count where the config has no "added_tokens_decoder".
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any]) -> None:
+        self._path = path
+        named, lists = {}, {}
+        files = [(path / "tokenizer_config.json", config)]
+        if "added_tokens_decoder" not in config:
+            file = path / "special_tokens_map.json"
+            files.append((file, _read_object(file)))
+        for file, content in files:
+            more_named, more_lists = _special_tokens_of(file, content)
+            named |= more_named
+            lists |= more_lists
+        self._named = named
+        self._extra = [token for tokens in lists.values() for token in tokens]
+        #: Named special tokens, and lists of them, as texts.
+        self.special_tokens = {name: token.content for name, token in named.items()}
+        self.special_lists = {name: [t.content for t in tokens] for name, tokens in lists.items()}
+        self._declared = self._declared_tokens(config)
+
+    def add_tokens(self, tokenizer: Any) -> None:
+        """Make the tokenizer know all these tokens; new ones get the next free ids."""
+        known = {repr(token): token for token in tokenizer.get_added_tokens_decoder().values()}
+        contents = {token.content for token in known.values()}
+        new = [d.token for d in self._declared if repr(d.token) not in known]
+        contents |= {token.content for token in new}
+        for token in (*self._named.values(), *self._extra):
+            if token.content not in contents:
+                new.append(token)
+                contents.add(token.content)
+        special = set(self.special_tokens.values())
+        for token in new:
+            token.special = token.special or token.content in special
+        tokenizer.add_tokens(new)
+        for declared in self._declared:
+            found = tokenizer.token_to_id(declared.token.content)
+            if found != declared.token_id:
+                logger.warning(
+                    "%s: the token %r should have the id %d, but gets %s.",
+                    self._path, declared.token.content, declared.token_id, found,
+                )  # fmt: skip
+
+    def _declared_tokens(self, config: dict[str, Any]) -> list[_Declared]:
+        if "added_tokens_decoder" in config:
+            file, entries = self._path / "tokenizer_config.json", config["added_tokens_decoder"]
+            if not isinstance(entries, dict):
+                raise ConfigError(f"{clean(str(file))}: added_tokens_decoder must be an object, got {entries!r:.80}.")
+            found = [
+                _Declared(_token_id(file, key), _token(file, key, entry, special=False))
+                for key, entry in entries.items()
+            ]
+        else:
+            file = self._path / "added_tokens.json"
+            special = {token.content for token in (*self._named.values(), *self._extra)}
+            found = [
+                _Declared(_token_id(file, value), _plain_token(content, content in special))
+                for content, value in _read_object(file).items()
+            ]
+        return sorted(found, key=lambda declared: declared.token_id)
+
+
+def _special_tokens_of(file: Path, content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """(special tokens by name, lists of further ones by name) of a file."""
+    named = {}
+    for name, value in content.items():
+        if name in SPECIAL_TOKENS and value is not None:
+            named[name] = _token(file, name, value, special=True)
+        elif name.endswith("_token") and isinstance(value, str):
+            named[name] = _plain_token(value, special=True)
+    lists = {}
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        value = content.get(name)
+        if isinstance(value, dict):
+            named |= {key: _token(file, name, item, special=True) for key, item in value.items()}
+        elif isinstance(value, list):
+            lists[name] = [_token(file, name, item, special=True) for item in value]
+        elif value is not None:
+            raise ConfigError(f"{clean(str(file))}: {name} must be a list of tokens, got {value!r:.80}.")
+    return named, lists
+
+
+def _plain_token(content: str, special: bool) -> Any:
+    from tokenizers import AddedToken
+
+    return AddedToken(content, special=special, normalized=not special)
+
+
+def _token(file: Path, name: str, value: Any, special: bool) -> Any:
+    """The token that an entry of a file describes: its text, or an object with its flags."""
+    from tokenizers import AddedToken
+
+    if isinstance(value, str) and special:
+        return _plain_token(value, special)
+    if isinstance(value, dict) and isinstance(value.get("content"), str):
+        flags = {key: value[key] for key in TOKEN_FLAGS if key in value}
+        try:
+            return AddedToken(value["content"], **(flags | {"special": True} if special else flags))
+        except TypeError as error:
+            raise ConfigError(f"{clean(str(file))}: the token {name!r}: {clean(str(error))}.") from error
+    raise ConfigError(f"{clean(str(file))}: {name!r} must be a token, got {value!r:.80}.")
+
+
+def _token_id(file: Path, value: Any) -> int:
+    if isinstance(value, bool) or not str(value).isdecimal():
+        raise ConfigError(f"{clean(str(file))}: {value!r:.80} is not the id of a token.")
+    return int(value)
+
+
+# --- text as tokens come --------------------------------------------------------------------------
+
+
+def _replace_wrong_bytes(tokens: list[str]) -> list[str]:
+    """Tokens like <0xE4> that are no part of a character become U+FFFD; the others are left."""
+    result: list[str] = []
+    run: list[str] = []
+    for token in [*tokens, ""]:
+        if _byte_of(token) is not None:
+            run.append(token)
+            continue
+        # Python marks each wrong byte by a surrogate.
+        for char in bytes(map(_byte_of, run)).decode("utf-8", errors="surrogateescape"):
+            if "\udc80" <= char <= "\udcff":
+                result.append(REPLACEMENT)
+            else:
+                result += [f"<0x{byte:02X}>" for byte in char.encode()]
+        run = []
+        result.append(token)
+    return result[:-1]
+
+
+def _byte_of(token: str) -> int | None:
+    """The byte that a token like <0xE4> stands for."""
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        try:
+            return int(token[3:5], 16)
+        except ValueError:
+            return None
+    return None
+
+
+def _num_unfinished(text: str) -> int:
+    """Characters at the end of text that the next tokens may change.
+
+    Four bytes make the longest character, so at most three can wait for the rest; what stands
+    before those is broken for good.
+    """
+    if not text.endswith(REPLACEMENT):
+        return 0
+    return min(3, len(text) - len(text.rstrip(REPLACEMENT)))
+
+
+def _length_in_common(one: str, other: str) -> int:
+    """How many characters at the beginning are the same."""
+    if other.startswith(one):
+        return len(one)
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 class Detokenizer:
-    """The text of one completion as its tokens come: never half a character, never a part of a stop string."""
+    """The text of one completion as its tokens come: never half a character, never a part of a stop
+    string.
 
-    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str], skip_special_tokens: bool) -> None:
+    The text is what its tokens add to the prompt's, so that prompt + text reads as all tokens
+    decoded together do: the first word keeps the space before it. It is a function of the tokens
+    alone, however they come: one at a time, or all at the end. To rebuild a detokenizer, give a new
+    one the same tokens and set `num_emitted`.
+    """
+
+    #: At least so many tokens before the new ones are decoded with them. A character has four bytes
+    #: at most, and a byte may be a token: so the end of an unfinished one is always among them.
+    CONTEXT = 4
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop_strings: Sequence[str],
+        skip_special_tokens: bool,
+        prompt_token_ids: Sequence[int] = (),
+        *,
+        include_stop: bool = False,
+        spaces_between_special_tokens: bool = True,
+    ) -> None:
+        """include_stop: the text ends after the stop string. spaces_between_special_tokens: False
+        takes out the space that decoding puts between two special tokens of the output.
+        """
         self.text = ""
-        self._tokenizer, self._stops, self._skip = tokenizer, stop_strings, skip_special_tokens
-        self._token_ids: list[int] = []
-        # Tokens from _prefix on are decoded together, for a token's text can depend on its neighbour; those before
-        # _read are in `text` already.
-        self._prefix = self._read = 0
-        self._num_emitted = 0
+        #: Characters of `text` that `emit` has given out.
+        self.num_emitted = 0
+        self._tokenizer, self._skip = tokenizer, skip_special_tokens
+        self._stops, self._include_stop = stop_strings, include_stop
+        self._hidden = tokenizer.special_token_ids if skip_special_tokens else frozenset()
+        # Tokens that are decoded together, hidden ones left out: some context, then those that came
+        # since.
+        self._window, self._context_text = self._context_of(prompt_token_ids)
+        self._num_known = len(self._context_text)  # characters of the window's text before the new ones
+        self._is_open = False  # whether the window's text has an end that is not accepted yet
+        self._tight = not (spaces_between_special_tokens or skip_special_tokens)
+        self._last_token: int | None = None
 
     def append(self, token_id: int, check_stop: bool = True) -> str | None:
-        """Add a token. Returns the stop string it completed, if any; `text` then ends before that string."""
-        self._token_ids.append(token_id)
-        new_text = self._decode_new()
-        if new_text.endswith(REPLACEMENT):
-            return None  # the next tokens bring the rest of the character
+        """Add a token. Returns the stop string it completed, if any; `text` then ends before it."""
+        if token_id in self._hidden:
+            return None
+        self._window.append(token_id)
+        decoded = self._decode(self._window)
+        new_text = self._new_text(decoded, _num_unfinished(decoded), token_id)
+        if len(self._window) >= 3 * self.CONTEXT:
+            self._forget(decoded)
         return self._accept(new_text, check_stop)
 
-    def finish(self) -> str | None:
-        """No more tokens: accept what is left, even if it is no whole character. Returns as `append`."""
-        return self._accept(self._decode_new(), check_stop=True)
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """Add many tokens at once, and look for no stop string."""
+        if self._tight:
+            for token_id in token_ids:
+                self.append(token_id, check_stop=False)
+        elif token_ids:
+            self._window.extend(token_ids)
+            decoded = self._decode(self._window)
+            self.text += self._new_text(decoded, _num_unfinished(decoded))
+
+    def finish(self, check_stop: bool = True) -> str | None:
+        """No more tokens: accept what is left, even half a character. Returns as `append`."""
+        return self._accept(self._new_text(self._decode(self._window), 0), check_stop) if self._is_open else None
+
+    def num_safe(self, finished: bool) -> int:
+        """Characters of `text` that stay, whatever comes: all but an end that may begin a stop string."""
+        return len(self.text) if finished else len(self.text) - self._num_held_back()
 
     def emit(self, finished: bool) -> str:
-        """The text that is new since the last call, less an end that may turn out to be part of a stop string."""
-        end = len(self.text) if finished else len(self.text) - self._num_held_back()
-        new = self.text[self._num_emitted : end]
-        self._num_emitted = max(self._num_emitted, end)
+        """The text that is new since the last call, less an end that may begin a stop string."""
+        end = self.num_safe(finished)
+        new = self.text[self.num_emitted : end]
+        self.num_emitted = max(self.num_emitted, end)
         return new
 
     @property
     def emitted(self) -> str:
         """All that `emit` has given out so far."""
-        return self.text[: self._num_emitted]
+        return self.text[: self.num_emitted]
 
-    def _decode_new(self) -> str:
-        known = self._tokenizer.decode(self._token_ids[self._prefix : self._read], self._skip)
-        return self._tokenizer.decode(self._token_ids[self._prefix :], self._skip)[len(known) :]
+    # --- decoding the new tokens as if all were decoded
+    # ----------------------------------------------
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(token_ids, self._skip)
+
+    def _new_text(self, decoded: str, num_unfinished: int, token_id: int | None = None) -> str:
+        """What the window's text has got since the last call."""
+        if not self.text:  # if the prompt ends within a character, the output may complete it
+            self._num_known = _length_in_common(self._context_text, decoded)
+        end = len(decoded) - num_unfinished
+        new = decoded[self._num_known : end]
+        self._num_known, self._is_open = max(self._num_known, end), num_unfinished > 0
+        if self._tight and token_id is not None:
+            added, before = self._tokenizer.added_tokens, self._last_token
+            self._last_token = token_id
+            if before in added and token_id in added and new == f" {added[token_id]}":
+                return added[token_id]
+        return new
+
+    def _context_of(self, token_ids: Sequence[int]) -> tuple[list[int], str]:
+        """The last tokens after which the next are decoded as they are after all of these, and
+        their text.
+
+        A decoder treats the first token of all differently (its space, its ##), and looks at
+        neighbours for bytes that make a character. So it is enough to have some tokens that show
+        some text, and the same text as they do after others.
+        """
+        count = self.CONTEXT
+        while len(shown := self._last_shown(token_ids, 2 * count)) > count:
+            text = self._decode(shown[-count:])
+            if text and self._decode(shown).endswith(text):
+                return shown[-count:], text
+            count *= 2
+        return shown, self._decode(shown)
+
+    def _last_shown(self, token_ids: Sequence[int], count: int) -> list[int]:
+        found: list[int] = []
+        for token_id in reversed(token_ids):
+            if len(found) == count:
+                break
+            if token_id not in self._hidden and self._tokenizer.knows(token_id):
+                found.append(token_id)
+        return found[::-1]
+
+    def _forget(self, decoded: str) -> None:
+        """Make the window (decoded: its text) shorter, if what remains is decoded as it was."""
+        rest = self._window[-self.CONTEXT :]
+        text, unfinished = self._decode(rest), len(decoded) - self._num_known
+        if len(text) > unfinished and decoded.endswith(text):
+            self._window, self._num_known = rest, len(text) - unfinished
+            self._context_text = text[: self._num_known]
+        else:
+            self._window = [token_id for token_id in self._window if self._tokenizer.knows(token_id)]
+
+    # --- stop strings
+    # ---------------------------------------------------------------------------------
 
     def _accept(self, new_text: str, check_stop: bool) -> str | None:
         old_length = len(self.text)
         self.text += new_text
-        self._prefix, self._read = self._read, len(self._token_ids)
         if not check_stop:
             return None
         found = [(self.text.find(s, max(0, old_length - len(s) + 1)), s) for s in self._stops]
@@ -163,8 +609,10 @@ class Detokenizer:
         if not found:
             return None
         position, stop = min(found, key=lambda match: match[0])
-        self.text = self.text[:position]
+        self.text = self.text[: position + len(stop) if self._include_stop else position]
         return stop
 
     def _num_held_back(self) -> int:
+        if self._include_stop:
+            return 0
         return max((k for s in self._stops for k in range(1, len(s)) if self.text.endswith(s[:k])), default=0)

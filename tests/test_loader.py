@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import random_prompt, write_checkpoint
+from checkpoints import TransformersReference, random_prompt, write_checkpoint
 from parity import greedy
 from safetensors.torch import load_file, save_file
 
 from minivllm import LLM
 from minivllm.config import ModelConfig
+from minivllm.distributed import TensorParallelGroup
 from minivllm.errors import ConfigError, UnsupportedModelError, WeightLoadingError
-from minivllm.models.loader import iterate_weights, load_config, resolve_model_path
+from minivllm.kernels import Kernels
+from minivllm.models.loader import iterate_weights, load_config, load_model, resolve_model_path
+from minivllm.models.qwen3 import Qwen3ForCausalLM
 
 TINY = {"num_hidden_layers": 1, "hidden_size": 16, "head_dim": 8, "intermediate_size": 24, "vocab_size": 64}
 
@@ -133,6 +137,86 @@ def test_tied_head(tmp_path: Path) -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+def own_head(path: Path, **options: Any) -> Path:
+    """A checkpoint with a head of its own whose config says that there is none."""
+    write_checkpoint(path, "qwen3", **{**TINY, "vocab_size": 131}, **options)
+    return edit_config(path, tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "4KB"}], ids=["one file", "shards, the head first"])
+def test_a_head_that_the_config_does_not_speak_of(
+    tmp_path: Path, options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is used, as transformers does."""
+    own_head(tmp_path, **options)
+    prompt = random_prompt(9, vocab_size=131)
+    llm = load(tmp_path)
+    [output] = llm.generate([prompt], greedy(12), use_tqdm=False)
+    reference = TransformersReference(tmp_path)
+    assert reference.model.lm_head.weight is not reference.model.model.embed_tokens.weight
+    assert output.outputs[0].token_ids == reference.greedy(prompt, 12).token_ids
+    tensors = dict(iterate_weights(tmp_path))
+    assert torch.equal(parameters(llm)["lm_head.weight"], tensors["lm_head.weight"])
+    assert torch.equal(parameters(llm)["model.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
+    assert "ships another lm_head.weight" in caplog.text
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2, 3])
+def test_a_rank_takes_its_part_of_such_a_head(tmp_path: Path, rank: int) -> None:
+    """131 rows over 4 ranks: 33 each, and the last one has 32 and a row of zeros."""
+    own_head(tmp_path, num_attention_heads=4, num_key_value_heads=4)
+    options = {"dtype": torch.float32, "device": torch.device("cpu"), "max_position": 16}
+    group = TensorParallelGroup(rank, 4)
+    model = load_model(tmp_path, load_config(tmp_path), Kernels.reference(), group=group, **options)
+    whole = load_file(tmp_path / "model.safetensors")
+    for place, name in ((model.lm_head, "lm_head.weight"), (model.model.embed_tokens, "model.embed_tokens.weight")):
+        rows = whole[name][rank * 33 : rank * 33 + 33]
+        assert torch.equal(place.weight[: len(rows)], rows)
+        assert not place.weight[len(rows) :].any()
+        assert len(place.weight) == 33
+
+
+def test_one_number_makes_another_head(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "qwen3", **TINY, tie_word_embeddings=True)
+    edit_weights(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    edit_weights(tmp_path, lambda t: t["lm_head.weight"][-1, -1].add_(1.0))
+    model = load(tmp_path).llm_engine.model_runner.model
+    difference = model.lm_head.weight - model.model.embed_tokens.weight
+    assert difference.nonzero().tolist() == [[63, 15]]
+
+
+def test_a_tied_checkpoint_with_the_head_alone(tmp_path: Path) -> None:
+    """transformers ties either way."""
+    write_checkpoint(tmp_path, "qwen3", **TINY, tie_word_embeddings=True)
+    matrix = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    edit_weights(tmp_path, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+    model = load(tmp_path).llm_engine.model_runner.model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, matrix)
+
+
+def test_a_misshapen_head_of_a_tied_checkpoint(tmp_path: Path) -> None:
+    own_head(tmp_path)
+    edit_weights(tmp_path, lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:5].clone()}))
+    with pytest.raises(WeightLoadingError, match=r"lm_head\.weight has shape \(5"):
+        load(tmp_path)
+
+
+def test_dummy_weights_are_tied_as_the_config_says(tmp_path: Path) -> None:
+    model = load(own_head(tmp_path), load_format="dummy").llm_engine.model_runner.model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_model_of_ones_own_without_a_head(tmp_path: Path) -> None:
+    class Headless(Qwen3ForCausalLM):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            del self.lm_head
+
+    with pytest.raises(WeightLoadingError, match="differs from the embedding, and this model has no such parameter"):
+        load(own_head(tmp_path), model_cls=Headless)
+
+
 def test_old_rotary_buffers_are_ignored(checkpoint: Path) -> None:
     edit_weights(checkpoint, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
     assert load(checkpoint).generate([[1, 2]], greedy(2), use_tqdm=False)[0].finished
@@ -218,6 +302,73 @@ def test_index_without_a_map(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "weight_map",
+    [
+        None, [], {}, "model.safetensors", 5, ["a"],
+        {"a": None}, {"a": 5, "b": "x"}, {"a": ["x"]}, {"a": {"x": 1}}, {"a": ""}, {"a": True},
+        {"a": "../model.safetensors"}, {"a": "/etc/passwd"}, {"a": "sub/model.safetensors"}, {"a": ".."}, {"a": "."},
+        {"a": "..\\model.safetensors"}, {"a": "C:model.safetensors"}, {"a": "x\0.safetensors"},
+        {"a": "model/../../model.safetensors"},
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_what_an_index_may_not_say(tmp_path: Path, weight_map: Any) -> None:
+    """Files lie beside it: it is somebody else's, and must not make us read what is elsewhere."""
+    shards = sharded(tmp_path / "sub")
+    for shard in shards:
+        shard.rename(tmp_path / shard.name)
+    (tmp_path / shards[0].name).rename(tmp_path / "model.safetensors")  # what ../ would find
+    index = tmp_path / "sub" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(WeightLoadingError) as caught:
+        load(tmp_path / "sub")
+    assert str(caught.value).startswith(str(index))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "null"])
+def test_an_index_that_is_no_json_object(tmp_path: Path, content: str) -> None:
+    sharded(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"model\.safetensors\.index\.json"):
+        load(tmp_path)
+
+
+def test_a_shard_may_be_a_link(tmp_path: Path) -> None:
+    """In the hub's cache all files are links to another folder."""
+    shards = sharded(tmp_path / "model")
+    (tmp_path / "blobs").mkdir()
+    for number, shard in enumerate(shards):
+        shard.rename(tmp_path / "blobs" / str(number))
+        shard.symlink_to(f"../blobs/{number}")
+    load(tmp_path / "model")
+
+
+def test_a_link_to_nothing(tmp_path: Path) -> None:
+    shard = sharded(tmp_path)[0]
+    shard.unlink()
+    shard.symlink_to("nowhere")
+    with pytest.raises(WeightLoadingError, match=f"lists {shard.name}, which is not there"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "a shard"])
+def test_a_folder_in_place_of_a_file(tmp_path: Path, name: str) -> None:
+    shard = sharded(tmp_path)[0]
+    file = shard if name == "a shard" else tmp_path / name
+    file.unlink(missing_ok=True)
+    file.mkdir()
+    with pytest.raises(WeightLoadingError, match=f"{file.name} is not a readable safetensors file"):
+        load(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read every file")
+def test_a_file_that_may_not_be_read(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").chmod(0)
+    with pytest.raises(WeightLoadingError, match=r"model\.safetensors is not a readable"):
+        load(checkpoint)
+
+
 def test_other_files_beside_the_model(checkpoint: Path) -> None:
     save_file({"stranger": torch.zeros(1)}, checkpoint / "adapter_model.safetensors")
     load(checkpoint)
@@ -245,6 +396,102 @@ def test_no_config(tmp_path: Path) -> None:
 def test_no_such_directory(name: str) -> None:
     with pytest.raises(ConfigError, match="No model directory"):
         LLM(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("a/", "could not be fetched"),
+        ("a b/c..d", "could not be fetched"),
+        ("/", "no config"),
+        ("owner/" + "x" * 300, "could not be fetched"),
+        ("x" * 300, "No model directory"),
+        ("x" * 5000, "No model directory"),
+        ("~nobodyhere/x", "No model directory"),
+        ("~nobodyhere", "No model directory"),
+        ("a\0/b", "could not be fetched"),
+        ("a\0b", "No model directory"),
+        ("\ud800/x", "could not be fetched"),
+        ("", "model is a directory"),
+        (5, "model is a directory"),
+        (b"x", "model is a directory"),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_names_that_are_none(name: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    with pytest.raises(ConfigError, match=said):
+        LLM(name)
+
+
+def test_a_file_is_no_model_directory(checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match="No model directory"):
+        LLM(checkpoint / "model.safetensors")
+
+
+def hub_errors() -> list[Exception]:
+    import httpx
+    from huggingface_hub import errors
+
+    response = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co"))
+    return [
+        errors.HFValidationError("no id"), errors.GatedRepoError("gated", response=response),
+        errors.RepositoryNotFoundError("not found", response=response), errors.OfflineModeIsEnabled("offline"),
+        errors.LocalEntryNotFoundError("no network"), httpx.ConnectError("no network"), httpx.ReadTimeout("slow"),
+        ConnectionError("reset"), TimeoutError("slow"), PermissionError(13, "the cache"), OSError(28, "disk full"),
+        ImportError("No module named 'huggingface_hub'"), RuntimeError("hub"), ValueError("hub"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", hub_errors(), ids=lambda error: type(error).__name__)
+def test_whatever_the_hub_says(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def failing(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", failing)
+    with pytest.raises(ConfigError, match="'someone/model' is no directory here and could not be fetched") as caught:
+        resolve_model_path("someone/model")
+    assert str(error) in str(caught.value)
+
+
+def test_an_interrupt_while_downloading_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def interrupted(*_: object, **__: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        resolve_model_path("someone/model")
+
+
+FETCHED = """config.json generation_config.json model.safetensors model-00001-of-00002.safetensors
+model.safetensors.index.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json
+chat_template.jinja chat_template.json additional_chat_templates/tool_use.jinja vocab.json merges.txt vocab.txt
+tokenizer.model spiece.model sentencepiece.bpe.model"""
+LEFT_THERE = """original/consolidated.00.pth original/params.json original/tokenizer.model
+original/model.safetensors consolidated.safetensors consolidated.00.pth pytorch_model.bin model.pth README.md
+onnx/model.onnx onnx/config.json onnx/model.safetensors adapter_model.safetensors flax_model.msgpack
+tf_model.h5 model.gguf training_args.bin runs/events.json LICENSE.txt modeling_mine.py"""
+
+
+def test_what_is_fetched_from_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Slow tokenizers' files too; not the same weights again in another format."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    wanted = FETCHED.split()
+    asked = {}
+
+    def snapshot_download(name: str, **options: Any) -> str:
+        asked.update(options)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert resolve_model_path("someone/model") == tmp_path
+    assert list(filter_repo_objects([*wanted, *LEFT_THERE.split()], **asked)) == wanted
 
 
 def test_hub_id_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,7 +600,9 @@ def test_length_before_stretching_beside_the_rope(checkpoint: Path) -> None:
     [
         (3, None, (3,)),
         (None, 5, (5,)),
-        ([3, 4], 5, (5, 3, 4)),
+        ([3, 4], 5, (5,)),
+        ([3, 4], [], (3, 4)),
+        ([3, 64, -1], None, (3,)),
         (3, [5, 7, 3], (5, 7, 3)),
         (0, [0], (0,)),
         (None, None, ()),

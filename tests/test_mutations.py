@@ -18,7 +18,7 @@ from test_parity import run_hit_after_miss
 
 from minivllm import Kernels
 from minivllm.batch import BatchInputs, BatchRow, build_batch
-from minivllm.engine import block_manager, llm_engine
+from minivllm.engine import block_manager, engine_core
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.model_runner import ModelRunner
 from minivllm.engine.scheduler import Scheduler
@@ -379,7 +379,7 @@ def test_mutation_is_found(model: Checkpoint, name: str) -> None:
 def test_stale_slot_is_found(
     model: Checkpoint, scenario: Callable, runner: type[ModelRunner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llm_engine, "ModelRunner", runner)
+    monkeypatch.setattr(engine_core, "ModelRunner", runner)
     with pytest.raises(ParityError):
         judge(model, scenario(model))
 

@@ -341,7 +341,9 @@ def of_one_rank(config: Any, kernels: Any, max_position: int, device: Any) -> An
 
 
 def test_torchrun_with_another_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    torchrun = {"WORLD_SIZE": "4", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29501"}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="set tensor_parallel_size=4"):
         LLM(tensor_parallel_size=2)
 

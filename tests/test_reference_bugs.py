@@ -29,7 +29,7 @@ from minivllm import LLM, Kernels, LLMEngine, SamplingParams
 from minivllm.batch import build_batch
 from minivllm.distributed import Part, TensorParallelGroup
 from minivllm.engine import block_manager as block_manager_module
-from minivllm.engine import llm_engine, model_runner
+from minivllm.engine import engine_core, llm_engine, model_runner
 from minivllm.engine.block_manager import BlockManager, hash_block
 from minivllm.engine.model_runner import ModelRunner, StepResult
 from minivllm.engine.sampler import Sampler
@@ -331,7 +331,7 @@ def test_bug_10_hyper_parameters_typed_by_hand(checkpoint, reference, tmp_path, 
             assert (output.token_ids, output.finish_reason) == ([eos], "stop"), "an end-of-sequence token is not known"
 
     check()
-    real = llm_engine.load_config
+    real = engine_core.load_config
     mutants = {
         "head_dim": lambda c: dataclasses.replace(c, head_dim=c.hidden_size // c.num_attention_heads),
         "rope": lambda c: dataclasses.replace(c, rope=dataclasses.replace(c.rope, theta=10000.0)),
@@ -340,7 +340,7 @@ def test_bug_10_hyper_parameters_typed_by_hand(checkpoint, reference, tmp_path, 
         "eos": lambda c: dataclasses.replace(c, eos_token_ids=c.eos_token_ids[:1]),
     }
     for change in mutants.values():
-        monkeypatch.setattr(llm_engine, "load_config", lambda path, change=change: change(real(path)))
+        monkeypatch.setattr(engine_core, "load_config", lambda path, change=change: change(real(path)))
         with pytest.raises((AssertionError, WeightLoadingError)):
             check()
 
@@ -365,8 +365,8 @@ def test_bug_11_another_models_tokenizer(tmp_path, monkeypatch):
 
 def test_bug_12_epsilon_is_dropped(checkpoint, reference, monkeypatch):
     check_model(checkpoint, reference)
-    real = llm_engine.load_config
-    monkeypatch.setattr(llm_engine, "load_config", lambda path: dataclasses.replace(real(path), rms_norm_eps=1e-6))
+    real = engine_core.load_config
+    monkeypatch.setattr(engine_core, "load_config", lambda path: dataclasses.replace(real(path), rms_norm_eps=1e-6))
     with pytest.raises(AssertionError):
         check_model(checkpoint, reference)
 

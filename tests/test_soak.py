@@ -180,8 +180,8 @@ def measure(engine: LLMEngine, soak: Soak) -> int:
     """Let everything finish, see that nothing is left, and return the bytes of Python objects."""
     while engine.has_unfinished_requests():
         soak.step()
-    assert soak.open == engine._requests == engine._owners == {}
-    assert engine._undelivered == []
+    assert soak.open == engine.processor.requests == engine.processor._owners == {}
+    assert engine.collector.news == engine.core._sequences == {}
     assert engine.metrics().num_used_kv_blocks == 0
     manager = engine.scheduler.block_manager
     assert manager.num_free_blocks == NUM_BLOCKS

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from minivllm.bench import breakdown as breakdowns
@@ -22,19 +23,76 @@ from minivllm.bench.report import machine, save_report
 from minivllm.bench.shapes import SHAPES, shape_directory
 from minivllm.bench.tables import show
 from minivllm.bench.throughput import CASES, Workload, run, run_cases
+from minivllm.config import DTYPES
+from minivllm.errors import ConfigError
+from minivllm.files import reason, require_writable, write_atomically
+from minivllm.launch import pick_device
+from minivllm.stdio import Commands
+from minivllm.text import printable
+from minivllm.viz.terminal import SafeConsole
 
 app = typer.Typer(
-    help="Measure speed, and print what was measured on which machine.", no_args_is_help=True, add_completion=False
+    cls=Commands,
+    help="Measure speed, and print what was measured on which machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
 )
+
+
+def _dtype(name: str) -> str:
+    if name not in ("auto", *DTYPES):
+        raise typer.BadParameter(f"{name!r} is none of auto, {', '.join(DTYPES)}")
+    return name
+
+
+def _device(name: str) -> str:
+    pick_device(name)
+    return name
+
+
+def _no_nan(value: float | None) -> float | None:
+    """NaN passes every comparison with a bound."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no number to measure with")
+    return value
+
+
+def _rate(value: float | None) -> float | None:
+    if _no_nan(value) is not None and value <= 0:
+        raise typer.BadParameter("a rate is above 0")
+    return value
+
+
+def _range(least_and_most: tuple[int, int]) -> tuple[int, int]:
+    least, most = least_and_most
+    if not 1 <= least <= most:
+        raise typer.BadParameter(f"give the least, from 1, and the most; not {least} {most}")
+    return least_and_most
+
+
+def _folder(path: Path) -> Path:
+    require_writable(path / "summary", "What is measured", make_folder=True)
+    return path
+
+
+def _writable(path: Path | None) -> Path | None:
+    """Before minutes of measuring, not after them. The folder is made."""
+    if path is not None:
+        require_writable(path, "What is measured", make_folder=True)
+    return path
+
 
 Model = Annotated[str | None, typer.Option(help="Directory or hub id; the bundled model if left out.")]
 Shape = Annotated[
     str | None, typer.Option(help=f"Random weights in this shape instead of a model: {', '.join(SHAPES)}.")
 ]
-Dtype = Annotated[str, typer.Option(help="'auto', 'float32', 'float16' or 'bfloat16'.")]
-Device = Annotated[str, typer.Option(help="'auto', 'cpu' or 'cuda'.")]
-Out = Annotated[Path | None, typer.Option(help="Write everything measured to this JSON file.")]
-MaxSeconds = Annotated[float | None, typer.Option(min=0, help="Rows that would begin later are left out.")]
+Dtype = Annotated[str, typer.Option(callback=_dtype, help="'auto', 'float32', 'float16' or 'bfloat16'.")]
+Device = Annotated[str, typer.Option(callback=_device, help="'auto', 'cpu' or 'cuda'.")]
+Out = Annotated[Path | None, typer.Option(callback=_writable, help="Write everything measured to this JSON file.")]
+MaxSeconds = Annotated[
+    float | None, typer.Option(min=0, callback=_no_nan, help="Rows that would begin later are left out.")
+]
 Eager = Annotated[bool, typer.Option(help="Without CUDA graphs.")]
 SmallInt = Annotated[int, typer.Option(min=1)]
 Maybe = Annotated[int | None, typer.Option(min=1)]
@@ -72,11 +130,17 @@ def _model(model: str | None, shape: str | None) -> Iterator[tuple[str | Path | 
 
 
 def _finish(report: dict[str, Any], out: Path | None, show: Callable[[dict[str, Any]], None] = show) -> None:
-    if out is not None:  # first: a table that cannot be drawn must not lose the numbers
-        save_report(report, out)
+    problem = None
+    try:
+        if out is not None:  # first: a table that cannot be drawn must not lose the numbers
+            save_report(report, out)
+    except OSError as error:  # nor must a full disk
+        problem = ConfigError(f"What was measured cannot be written to {out}: {reason(error)}.")
     show(report)
+    if problem is not None:
+        raise problem
     if out is not None:
-        typer.echo(f"Saved to {out}.")
+        typer.echo(printable(f"Saved to {out}."))
 
 
 def _set(**options: Any) -> dict[str, Any]:
@@ -100,9 +164,13 @@ def throughput(
     protocol: Annotated[str | None, typer.Option(help="'nano': nano-vLLM's bench.py; the same as --case nano.")] = None,
     compare: Annotated[str | None, typer.Option(help="'transformers': run it beside us on the same requests.")] = None,
     num_requests: SmallInt = 32,
-    prompt_tokens: Annotated[tuple[int, int], typer.Option(help="Least and most tokens of a prompt.")] = (10, 128),
-    output_tokens: Annotated[tuple[int, int], typer.Option(help="Least and most tokens of an output.")] = (16, 128),
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    prompt_tokens: Annotated[
+        tuple[int, int], typer.Option(callback=_range, help="Least and most tokens of a prompt.")
+    ] = (10, 128),
+    output_tokens: Annotated[
+        tuple[int, int], typer.Option(callback=_range, help="Least and most tokens of an output.")
+    ] = (16, 128),
+    temperature: Annotated[float, typer.Option(min=0.0, callback=_no_nan, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Draws lengths and prompts.")] = 0,
     repeats: Annotated[int | None, typer.Option(min=1, help="Rounds after the warm-up; 3 of a case, else 7.")] = None,
     dtype: Dtype = "auto",
@@ -126,6 +194,8 @@ def throughput(
         raise typer.BadParameter("only 'transformers' can be compared with", param_hint="--compare")
     if compare and (temperature or names or shape):
         raise typer.BadParameter("the comparison is greedy, on one batch and real weights", param_hint="--compare")
+    if compare and find_spec("transformers") is None:
+        raise typer.BadParameter("transformers is not installed: pip install transformers", param_hint="--compare")
     options = _set(max_model_len=max_model_len, enforce_eager=enforce_eager or None)
     options |= {"dtype": dtype, "device": device, "max_num_seqs": max_num_seqs}
     options |= {"max_num_batched_tokens": max_num_batched_tokens, "load_format": "dummy" if dummy_weights else "auto"}
@@ -179,7 +249,9 @@ def kernels(
     compile: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="torch.compile too; on a GPU unless refused.")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.001, help="Measuring time of a row, about.")] = 0.2,
+    seconds: Annotated[
+        float, typer.Option(min=0.001, max=3600.0, callback=_no_nan, help="Measuring time of a row, about.")
+    ] = 0.2,
     dtype: Dtype = "auto",
     device: Device = "auto",
     max_seconds: MaxSeconds = None,
@@ -227,43 +299,74 @@ def breakdown(
 def roofline(
     report: Annotated[Path, typer.Argument(help="JSON of `minivllm bench throughput --case … --out FILE`.")],
     case: Annotated[list[str] | None, typer.Option(help="Only these cases of it.")] = None,
-    read_tb_per_s: Annotated[float | None, typer.Option(help="Instead of what was measured in that run.")] = None,
-    matmul_tflops: Annotated[float | None, typer.Option(help="Instead of what was measured in that run.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Draw it into this PNG file.")] = None,
+    read_tb_per_s: Annotated[
+        float | None, typer.Option(callback=_rate, help="Instead of what was measured in that run.")
+    ] = None,
+    matmul_tflops: Annotated[
+        float | None, typer.Option(callback=_rate, help="Instead of what was measured in that run.")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(callback=_writable, help="Draw it into this PNG file.")] = None,
     out: Out = None,
 ) -> None:
     """The floor of a throughput report's cases, computed step by step, and the share of it that was reached."""
-    measured = json.loads(report.read_text(encoding="utf-8"))
-    known = measured.get("rates")
-    if known is None or measured.get("benchmark") != "throughput":
+    found = _floors(_read_report(report), case, read_tb_per_s, matmul_tflops)
+    if picture is not None:
+        try:
+            from minivllm.viz.roofline import draw_floor
+        except ImportError as error:
+            raise ConfigError(f"Drawing takes matplotlib ({error}): make lab") from error
+        try:
+            write_atomically(picture, draw_floor(found).to_png())
+        except OSError as error:
+            raise ConfigError(f"The picture cannot be written to {picture}: {reason(error)}.") from error
+    _finish(found, out)
+
+
+def _read_report(path: Path) -> dict[str, Any]:
+    """A report of `minivllm bench throughput --case …`, as far as its parts are there."""
+    try:
+        measured = json.loads(path.read_bytes())
+    except OSError as error:
+        raise typer.BadParameter(f"{path} cannot be read: {reason(error)}", param_hint="REPORT") from error
+    except (ValueError, RecursionError) as error:
+        raise typer.BadParameter(f"{path} is not JSON ({error})", param_hint="REPORT") from error
+    parts = (dict, "rates"), (dict, "cases")
+    whole = isinstance(measured, dict) and all(isinstance(measured.get(name), kind) for kind, name in parts)
+    if not whole or measured.get("benchmark") != "throughput":
         raise typer.BadParameter("no report of `minivllm bench throughput --case …`", param_hint="REPORT")
+    return measured
+
+
+def _floors(
+    measured: dict[str, Any], case: list[str] | None, read_tb_per_s: float | None, matmul_tflops: float | None
+) -> dict[str, Any]:
     if unknown := [name for name in case or () if name not in measured["cases"]]:
         raise typer.BadParameter(f"{unknown[0]!r} is not in the report", param_hint="--case")
-    read = 1e12 * read_tb_per_s if read_tb_per_s else known["read_bytes_per_second"]
-    matmul = 1e12 * matmul_tflops if matmul_tflops else known["matmul_flops_per_second"]
-    found = rooflines.run(measured, Rates(read, matmul), case)
-    if picture is not None:
-        from minivllm.viz.roofline import draw_floor
-
-        picture.write_bytes(draw_floor(found).to_png())
-    _finish(found, out)
+    known = measured["rates"]
+    try:
+        read = 1e12 * read_tb_per_s if read_tb_per_s else known["read_bytes_per_second"]
+        matmul = 1e12 * matmul_tflops if matmul_tflops else known["matmul_flops_per_second"]
+        return rooflines.run(measured, Rates(read, matmul), case)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise typer.BadParameter(f"the report is damaged ({why})", param_hint="REPORT") from error
 
 
 @app.command()
 def record(
-    out: Annotated[Path, typer.Option(help="Directory for the JSON files and logs.")],
+    out: Annotated[Path, typer.Option(callback=_folder, help="Directory for the JSON files and logs.")],
     shape: Shape = None,
     compile: Annotated[bool, typer.Option("--compile/--no-compile", help="torch.compile beside sampling.")] = True,
 ) -> None:
     """Run kernels, throughput, latency, breakdown and roofline, each in a process of its own; minutes on a GPU."""
     summary = recording.run(out, shape, compile)
     for name, found in summary.items():
-        typer.echo(f"{name}: {found['problem'] or 'done'} ({found['seconds']} s)")
+        typer.echo(printable(f"{name}: {found['problem'] or 'done'} ({found['seconds']} s)"))
     raise typer.Exit(any(found["problem"] for found in summary.values()))
 
 
 def _print(report: dict[str, Any]) -> None:
-    console = Console()
+    console = SafeConsole(highlight=True)
     title = f"{report['model']}, {report['dtype']}: {report['workload']['num_requests']} requests, "
     table = Table(title=title + f"{report['prompt_tokens']} prompt + {report['output_tokens']} output tokens")
     for column in ("", "seconds (min…max)", "output tokens/s", "minivllm is faster by"):

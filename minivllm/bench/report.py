@@ -21,6 +21,8 @@ from typing import Any
 import torch
 
 import minivllm
+from minivllm.files import write_atomically
+from minivllm.text import printable
 
 #: Where recorded reports lie.
 RECORDED = Path(__file__).parent / "recorded"
@@ -77,7 +79,7 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
 def save_report(report: dict[str, Any], path: str | Path) -> None:
     """Write a report as JSON. What cannot be a JSON number (NaN, infinity) is refused with ValueError."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
 
 
 def recorded(name: str) -> dict[str, Any]:
@@ -118,7 +120,7 @@ class Deadline:
 
 def say(text: str) -> None:
     """Progress, to stderr, at once."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def attempt(

@@ -6,16 +6,17 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from minivllm.bench.report import machine
+from minivllm.viz.terminal import SafeConsole
 
 
 def show(report: dict[str, Any]) -> None:
     """Print a report's tables, and where it was measured."""
     # For a file or a pipe, the tables are as wide as they need to be.
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = SafeConsole(width=None if sys.stdout.isatty() else 160)
     for table in _TABLES[report["benchmark"]](report):
         console.print(table)
     console.print(machine(report))
@@ -38,7 +39,7 @@ def _range(spread: dict[str, Any], digits: int = 3) -> str:
 
 def _failed(table: Table, name: str, row: dict[str, Any]) -> bool:
     if "failed" in row:
-        table.add_row(name, f"[red]{row['failed'][:100]}[/red]")
+        table.add_row(name, Text(row["failed"][:100], style="red"))
     return "failed" in row
 
 
@@ -60,7 +61,7 @@ def _kernels(report: dict[str, Any]) -> Iterable[Table]:
         names = head if head != last else ("", "")
         last = head
         if "failed" in row:
-            table.add_row(*names, row["variant"], f"[red]{row['failed'][:80]}[/red]")
+            table.add_row(*names, row["variant"], Text(row["failed"][:80], style="red"))
             continue
         times = f"{row['median_us']:,.1f} ({row['min_us']:,.1f}…{row['max_us']:,.1f})"
         table.add_row(
@@ -120,7 +121,7 @@ def _breakdown(report: dict[str, Any]) -> Iterable[Table]:
     for row in report["rows"]:
         name, overlap = str(row["running"]), "on" if row["overlap"] else "off"
         if "median_step_ms" not in row:
-            table.add_row(name, overlap, f"[red]{row['failed'][:80]}[/red]")
+            table.add_row(name, overlap, Text(row["failed"][:80], style="red"))
             continue
         parts = ", ".join(f"{part} {ms:.2f}" for part, ms in row["cpu_ms"].items() if ms >= 0.005)
         gpu = [f"{row[k]:.3f}" if k in row else "" for k in ("kernels_ms", "gaps_ms", "exposed_cpu_ms")]

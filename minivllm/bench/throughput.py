@@ -28,6 +28,7 @@ from minivllm.bench.report import Deadline, attempt, environment, say, spread
 from minivllm.bench.roofline import case_floor
 from minivllm.bench.running import drain
 from minivllm.bench.timing import measure_rates, rates_of
+from minivllm.errors import ConfigError
 from minivllm.kernels import Kernels
 from minivllm.layers.linear import FusedLinear, Linear
 from minivllm.llm import LLM
@@ -79,7 +80,12 @@ def minivllm_runner(llm: LLM, temperature: float = 0.0) -> Runner:
         start = time.perf_counter()
         outputs = llm.generate(prompts, params, use_tqdm=False)
         elapsed = time.perf_counter() - start
-        assert [len(output.outputs[0].token_ids) for output in outputs] == output_lens
+        for output in outputs:
+            if output.error is not None:
+                raise output.error
+        if [len(output.outputs[0].token_ids) for output in outputs] != output_lens:
+            limit = llm.llm_engine.config.max_model_len
+            raise ConfigError(f"max_model_len={limit} has no room for these prompts and outputs; raise it.")
         return elapsed
 
     return run

@@ -162,7 +162,8 @@ def check(console: Console, timeout: float = 120.0) -> int:
     root = find_root()
     with console.status("Running your pieces together …"):
         report = examine(root, timeout / 2)
-    _keep(root, report)
+    if problem := _keep(root, report):
+        console.print(Text(problem, style="yellow"), soft_wrap=True)
     wrong = {finding.piece: finding for finding in report.problems}
     for piece in PIECES:
         finding = wrong.get(piece.answer)
@@ -185,15 +186,14 @@ def check(console: Console, timeout: float = 120.0) -> int:
     return int(not report.passed)
 
 
-def _keep(root: Path, report: Report) -> None:
-    """Note in the records how it went, and with which answers."""
-    from minivllm.course.progress import FAILED, PASSED, Records
+def _keep(root: Path, report: Report) -> str:
+    """Note in the records how it went, and with which answers. Returns "", or why that could not be done."""
+    from minivllm.course.progress import FAILED, PASSED, Records, keep
 
     records = Records(root)
     record = records["capstone"]
     record.answer, record.state = _digest(root, records), PASSED if report.passed else FAILED
-    with contextlib.suppress(OSError):
-        records.save()
+    return keep(records)
 
 
 def standing(root: Path) -> tuple[str, bool]:

@@ -63,7 +63,7 @@ def read(path: Path) -> NotebookNode:
     try:
         notebook = nbformat.reads(path.read_text(encoding="utf-8"), as_version=4)
         for cell in notebook.cells:
-            _ = cell.cell_type, cell.source + "", cell.metadata.items()
+            _ = cell.cell_type, cell.source.encode(), cell.metadata.items()
         return notebook
     except FileNotFoundError as error:
         raise CourseNotFoundError(f"{path.parent.name}/{path.name} is missing.") from error

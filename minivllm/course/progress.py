@@ -1,16 +1,19 @@
 """What `minivllm check` and `minivllm course` say: how the answers are, how far a learner has come, what comes next.
 
 What was found is kept in exercises/.progress.json, each verdict with a digest of the answer it is about, so that an
-answer that was changed since counts as not checked. Nothing depends on that file; it may be deleted.
+answer that was changed since counts as not checked. Nothing depends on that file; it may be deleted. One that cannot be
+read is put aside, never overwritten.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,7 +27,9 @@ from minivllm.course.checking import UnknownExerciseError, find
 from minivllm.course.graft import Group, chapter_of, graft
 from minivllm.course.runner import CELL_TIMEOUT, FAILED, NOT_ATTEMPTED, NOT_RUNNABLE, PASSED, Verdict, verdicts
 from minivllm.course.stubs import make_exercises, require_published
-from minivllm.errors import MiniVLLMError
+from minivllm.errors import ConfigError, MiniVLLMError
+from minivllm.files import reason, write_atomically
+from minivllm.text import one_line
 
 UNCHECKED = "not checked"
 SIGNS = {PASSED: ("✓", "green"), FAILED: ("✗", "red"), NOT_ATTEMPTED: ("·", "dim"), NOT_RUNNABLE: ("–", "yellow")}
@@ -43,15 +48,21 @@ class Record:
 
 
 class Records:
-    """The records of all exercises, by id, in exercises/.progress.json."""
+    """The records of all exercises, by id, in exercises/.progress.json.
+
+    damage: "", or what is wrong with that file and what has been done about it.
+    """
 
     def __init__(self, root: Path) -> None:
         self._path = root / "exercises" / ".progress.json"
+        self._records: dict[str, Record] = {}
+        self.damage, self._in_the_way = "", False
         try:
-            kept = json.loads(self._path.read_text(encoding="utf-8"))
-            self._records = {str(id): Record(**record) for id, record in kept.items()}
-        except (OSError, ValueError, TypeError, AttributeError):  # none yet, or not ours
-            self._records = {}
+            self._records = _read_records(self._path)
+        except FileNotFoundError:
+            pass  # nothing has been checked yet
+        except (OSError, ValueError, RecursionError) as error:
+            self.damage = self._put_aside(reason(error) if isinstance(error, OSError) else str(error))
 
     def __getitem__(self, id: str) -> Record:
         return self._records.setdefault(id, Record())
@@ -64,10 +75,76 @@ class Records:
         return record
 
     def save(self) -> None:
+        """Write the file anew, whole or not at all. OSError, also instead of overwriting a damaged one."""
+        if self._in_the_way:
+            raise FileExistsError(None, f"the damaged {self._path.name} is in the way")
         text = json.dumps({id: asdict(record) for id, record in sorted(self._records.items())}, indent=1)
-        beside = self._path.with_suffix(f".{os.getpid()}")
-        beside.write_text(text + "\n", encoding="utf-8")
-        beside.replace(self._path)
+        write_atomically(self._path, text + "\n")
+
+    def _put_aside(self, problem: str) -> str:
+        kept = _free_name(self._path, "damaged")
+        what = f"{self._path} cannot be read ({problem})."
+        try:
+            self._path.rename(kept)
+        except OSError as error:
+            self._in_the_way = True
+            why = reason(error)
+            return f"{what} It cannot be renamed either ({why}), so no progress is read or kept."
+        so = "All exercises count as not checked until you check them again."
+        return f"{what} It is kept as {kept.name}. {so}"
+
+
+#: Bytes; what the course writes takes some thousand.
+_LARGEST = 1 << 24
+
+
+def _read_records(path: Path) -> dict[str, Record]:
+    """ValueError where the file holds anything else than what `Records.save` writes."""
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no file")
+    with path.open("rb") as file:
+        content = file.read(_LARGEST + 1)
+    if len(content) > _LARGEST:
+        raise ValueError("it is too large")
+    kept = json.loads(content)
+    if not isinstance(kept, dict):
+        raise ValueError("it holds no object")
+    return {id: _as_record(id, entry) for id, entry in kept.items()}
+
+
+def _as_record(id: str, entry: object) -> Record:
+    names = {"answer", "state", "tries"}
+    if not isinstance(entry, dict) or not entry.keys() <= names:
+        raise ValueError(f"the entry {one_line(id, 40)!r} is no record")
+    record = Record(**entry)
+    if type(record.answer) is not str or type(record.state) is not str or record.state not in SIGNS:
+        raise ValueError(f"the entry {one_line(id, 40)!r} has no such state")
+    if type(record.tries) is not int or record.tries < 0:
+        raise ValueError(f"the entry {one_line(id, 40)!r} has no number of tries")
+    return record
+
+
+def _free_name(path: Path, word: str) -> Path:
+    """A name beside path for what it was: "01_x.kept-1.ipynb"."""
+    names = (path.with_name(f"{path.stem}.{word}-{number}{path.suffix}") for number in itertools.count(1))
+    return next(candidate for candidate in names if not os.path.lexists(candidate))
+
+
+def _records(root: Path, console: Console) -> Records:
+    """The records; where their file is damaged, that is said."""
+    records = Records(root)
+    if records.damage:
+        console.print(Text(records.damage, style="yellow"), soft_wrap=True)
+    return records
+
+
+def keep(records: Records) -> str:
+    """Save the records. Returns "", or why they could not be kept."""
+    try:
+        records.save()
+    except OSError as error:
+        return f"Your progress could not be kept in exercises/: {reason(error)}."
+    return ""
 
 
 def _digest(group: Group) -> str:
@@ -87,6 +164,7 @@ def check(what: str | None, console: Console, timeout: float = CELL_TIMEOUT) -> 
     if what == "capstone":
         from minivllm.course import capstone
 
+        _records(find_root(), console)  # says what is damaged; the capstone itself would not
         return capstone.check(console, timeout)
     if what is not None:
         chosen = [_find(what)]
@@ -94,7 +172,7 @@ def check(what: str | None, console: Console, timeout: float = CELL_TIMEOUT) -> 
         begun = [c for c in chapters(find_root()) if c.exercises.exists() and not all(g.untouched for g in _groups(c))]
         chosen = [(chapter, chapter.exercises, None) for chapter in begun]
     if not chosen:
-        console.print("No exercise has been attempted yet. `minivllm course` says where to begin.", markup=False)
+        console.print(Text("No exercise has been attempted yet. `minivllm course` says where to begin."))
         return 1
     return max([_check(*one, console, timeout) for one in chosen])
 
@@ -103,7 +181,7 @@ def _find(what: str) -> tuple[Chapter, Path, Collection[str] | None]:
     """(chapter, its exercises' file, the ids to check or None for all) for what somebody typed."""
     path = Path(what)
     if path.suffix == ".ipynb":
-        if not path.exists():
+        if not os.path.exists(path):  # Path.exists raises for a name that is too long
             raise CourseNotFoundError(f"There is no file {what}.")
         chapter = chapter_of(path)
         if chapter is not None:
@@ -131,16 +209,14 @@ def _check(chapter: Chapter, path: Path, ids: Collection[str] | None, console: C
     groups = graft(path, chapter)
     by_id = {group.id: group for group in groups}
     statements = {statement.id: statement for statement in chapter.statements}
-    records, found = Records(chapter.root), []
+    records, found = _records(chapter.root, console), []
     console.print(Text(f"{chapter.title}  ({_shown(path, chapter.root)})", style="bold"))
     for verdict in verdicts(groups, path.parent, ids, timeout):
         record = records.note(by_id[verdict.id], verdict)
         _print(verdict, statements[verdict.id], record.tries, console)
         found.append(verdict.state)
-    try:
-        records.save()
-    except OSError as error:
-        console.print(Text(f"Your progress could not be kept: {error}", style="yellow"))
+    if problem := keep(records):
+        console.print(Text(problem, style="yellow"), soft_wrap=True)
     console.print(f"{found.count(PASSED)} of {len(found)} passed.\n", highlight=False)
     return int(not set(found) <= {PASSED, NOT_RUNNABLE})
 
@@ -184,7 +260,7 @@ def overview(console: Console) -> None:
 
     root = find_root()
     table = Table("chapter", "exercises", "passed", "minutes left", box=None, pad_edge=False)
-    records, left, following = Records(root), 0, ""
+    records, left, following = _records(root, console), 0, ""
     for chapter in _road(root):
         if not chapter.solution_path.exists():
             minutes = chapter.reading_minutes
@@ -255,15 +331,38 @@ def _next(chapter: Chapter, states: dict[str, str]) -> str:
 
 
 def reset(what: str) -> tuple[Path, Path | None]:
-    """Write a fresh copy of a chapter's exercises. Returns (it, what was there before and is kept, or None)."""
+    """Write a fresh copy of a chapter's exercises. Returns (it, what was there before and is kept, or None).
+
+    ConfigError where the folder cannot be written to; nothing has been changed then.
+    """
     import nbformat
 
     chapter, path, _ = _find(what)
     require_published(chapter)
-    fresh, kept = nbformat.writes(make_exercises(chapter)), None
-    if path.exists():
-        numbers = (path.with_name(f"{path.stem}.kept-{number}.ipynb") for number in range(1, 10_000))
-        kept = next(candidate for candidate in numbers if not candidate.exists())
-        path.replace(kept)
-    path.write_text(fresh + "\n", encoding="utf-8")
-    return path, kept
+    fresh = nbformat.writes(make_exercises(chapter)) + "\n"
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(fresh, encoding="utf-8")
+        return path, _exchange(path, beside)
+    except OSError as error:
+        raise ConfigError(
+            f"{path.name} cannot be renewed in the folder {path.parent}: {reason(error)}. Nothing was changed."
+        ) from error
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def _exchange(path: Path, fresh: Path) -> Path | None:
+    """Put the file `fresh` at path. Returns the new name of what was there. All of it, or nothing."""
+    if not os.path.lexists(path):
+        fresh.replace(path)
+        return None
+    kept = _free_name(path, "kept")
+    path.rename(kept)
+    try:
+        fresh.replace(path)
+    except BaseException:
+        kept.rename(path)
+        raise
+    return kept

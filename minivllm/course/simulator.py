@@ -189,7 +189,6 @@ def simulate(
     arrivals = sorted(workload, key=lambda arrival: arrival.time)
     clock = _Clock([SimulatedRequest(a, _sequence(i, a, max_model_len)) for i, a in enumerate(arrivals)], scheduler)
     recorder = Trace(cost.name, num_blocks, block_size, max_num_seqs, max_num_batched_tokens, 0, max_model_len)
-    names = {i: (str(i), 0) for i in range(len(workload))}
     limit = 2 * max_steps((a.prompt_tokens, a.output_tokens) for a in workload) + 100
     num_steps = num_wasted = 0
     furthest = [0] * len(workload)
@@ -200,7 +199,7 @@ def simulate(
         if not batch or num_steps > limit:
             stalled = _stalled(scheduler, num_steps - 1, bool(batch))
             break
-        record = record_step(recorder, batch, scheduler, names, clock.now) if trace else None
+        record = record_step(recorder, batch, scheduler, clock.now) if trace else None
         seconds = cost.seconds((item.start, item.num_new_tokens) for item in batch.items)
         for item in batch.items:
             request = clock.requests[item.sequence.seq_id]
@@ -245,7 +244,8 @@ class _Clock:
 
 def _sequence(number: int, arrival: Arrival, max_num_tokens: int) -> EngineSequence:
     prompt = [0] * arrival.prompt_tokens
-    return EngineSequence(number, prompt, SamplingParams(), frozenset([END]), max_num_tokens)
+    ends = frozenset([END])
+    return EngineSequence(number, prompt, SamplingParams(), ends, max_num_tokens, request_id=str(number))
 
 
 def _stalled(scheduler: Any, num_steps: int, planned: bool) -> str:

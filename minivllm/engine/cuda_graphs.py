@@ -47,10 +47,19 @@ class DecodeState:
             num_decodes=len(slots), max_query_len=1, max_seq_len=max_seq_len, max_decode_seq_len=max_seq_len,
         )  # fmt: skip
 
+    def set_last_token(self, slots: torch.Tensor, token_ids: torch.Tensor) -> None:
+        """Of `NOT_A_TOKEN` only the low word, a valid id, is kept: views and one write, no kernel to replace it."""
+        _low_words(self.last_token)[slots] = _low_words(token_ids)
+
     def advance(self, slots: torch.Tensor, token_ids: torch.Tensor) -> None:
         """Each slot has got a token; the spare one stays at position 0."""
-        self.last_token[slots] = token_ids
+        self.set_last_token(slots, token_ids)
         self.position[slots] = torch.where(slots < len(self.position) - 1, self.position[slots] + 1, 0)
+
+
+def _low_words(numbers: torch.Tensor) -> torch.Tensor:
+    """[N] int64 -> [N] int32, a view of the lower halves (machines that run torch are little-endian)."""
+    return numbers.contiguous().view(torch.int32).view(-1, 2)[:, 0]
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
@@ -78,6 +87,9 @@ class DecodeGraphs:
             # The largest first: the others find its memory in the pool.
             for size in tqdm(sorted(sizes, reverse=True), desc="CUDA graphs", leave=False):
                 self._graphs[size] = self._record(step, size, pool)
+        except BaseException:
+            self.release()
+            raise
         finally:
             if was_enabled:
                 gc.enable()
@@ -92,11 +104,18 @@ class DecodeGraphs:
             outputs = step(self._slots[:size])
         return graph, *outputs
 
+    def release(self) -> None:
+        """Destroy the recordings. What they hold, NCCL's communicators above all, cannot end before them."""
+        for graph, *_ in self._graphs.values():
+            graph.reset()
+        self._graphs.clear()
+
     def replay(self, slots: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the step for these slots. The results are overwritten by the next replay."""
         size = self.sizes[bisect.bisect_left(self.sizes, len(slots))]
         padded = [*slots, *[self.spare_slot] * (size - len(slots))]
         if padded != self._padded:
+            self._padded = []  # until the copy is on its way
             # Pinned: from pageable memory the copy would first wait for all that the GPU has to do.
             self._slots[:size].copy_(torch.tensor(padded, pin_memory=True), non_blocking=True)
             self._padded = padded

@@ -8,16 +8,19 @@ For a loop of one's own::
         for output in engine.step():           # one forward pass for everything that is running
             print(output.request_id, output.outputs[0].text)
 
-Not safe for use from several threads at once. Taught in notebooks/07_engine.ipynb."""
+Three parts in one thread: `EngineCore` computes tokens, `OutputProcessor` makes texts of them, and this class checks
+requests and passes on. It can be cut short anywhere, by Ctrl-C, an error in a callback or a lack of memory: the next
+call begins with `_recover`, which builds the core anew from what is known of the requests. So no place in the code
+needs care of its own, and nothing is lost but the work of the step. Taught in notebooks/07_engine.ipynb."""
 
 from __future__ import annotations
 
+import functools
 import itertools
+import sys
+import threading
 import time
-import weakref
-from array import array
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,23 +29,20 @@ from uuid import uuid4
 import xxhash
 
 from minivllm import errors
-from minivllm.batch import build_batch
 from minivllm.bundled import BUNDLED_MODEL_PATH
 from minivllm.config import EngineConfig
 from minivllm.distributed import TensorParallelGroup
-from minivllm.engine.block_manager import BlockManager
-from minivllm.engine.model_runner import ModelRunner, StepResult
-from minivllm.engine.request import Request
+from minivllm.engine.engine_core import EngineCore, EnginePieces
+from minivllm.engine.input_processor import EngineInput, InputProcessor, in_our_order
+from minivllm.engine.model_runner import ModelRunner
+from minivllm.engine.output_processor import OutputCollector, OutputProcessor, Request
 from minivllm.engine.scheduler import Scheduler, SchedulerStats
-from minivllm.engine.sequence import ScheduledBatch, ScheduledSequence
 from minivllm.engine.sequence import Sequence as EngineSequence
-from minivllm.engine.trace import StepRecord, Trace, record_step
-from minivllm.kernels import Kernels
-from minivllm.launch import Ranks, pick_device
-from minivllm.models.loader import load_config, resolve_model_path
-from minivllm.models.qwen3 import Qwen3ForCausalLM
+from minivllm.engine.trace import Trace
+from minivllm.inputs import PromptType
+from minivllm.models.loader import resolve_model_path
 from minivllm.outputs import RequestMetrics, RequestOutput
-from minivllm.sampling_params import RequestOutputKind, SamplingParams
+from minivllm.sampling_params import SamplingParams
 from minivllm.tokenizer import Tokenizer
 
 
@@ -58,89 +58,110 @@ class EngineMetrics(SchedulerStats):
     step_time: float = 0.0  # seconds spent in `step`
 
 
+def _changes_engine(method: Callable) -> Callable:
+    """A method that changes the engine: for one thread at a time, and safe to cut short.
+
+    `_is_cut_short` stands from the beginning to the end of such a method. Whoever finds it standing recovers first.
+    """
+
+    @functools.wraps(method)
+    def run(self: LLMEngine, *args: Any, **kwargs: Any) -> Any:
+        self._enter()
+        try:
+            if self._is_cut_short:
+                self._recover()
+            self._is_cut_short = True
+            result = method(self, *args, **kwargs)
+            self._is_cut_short = False
+            return result
+        finally:
+            self._inside.clear()
+
+    return run
+
+
 class LLMEngine:
     """Continuous batching over one model.
 
     model: None (the bundled one), a directory, or a Hugging Face hub id. options: the fields of `EngineConfig`.
     kernels, block_manager_cls, scheduler_cls, model_cls, build_batch: your own pieces in place of the package's.
-    group: for a rank of an engine whose other ranks have been started already.
-
-    With tensor_parallel_size > 1 every rank runs an engine like this one on its share of the model; see launch.py.
+    group: of ranks that have met already; otherwise tensor_parallel_size > 1 starts them, or finds torchrun's.
     """
 
     def __init__(
-        self, model: str | Path | None = None, *, kernels: Kernels | None = None,
-        block_manager_cls: Callable[..., BlockManager] = BlockManager,
-        scheduler_cls: Callable[..., Scheduler] = Scheduler, model_cls: Callable[..., Any] = Qwen3ForCausalLM,
-        build_batch: Callable[..., Any] = build_batch, group: TensorParallelGroup | None = None, **options: Any,
-    ) -> None:  # fmt: skip
-        config = EngineConfig(**options)
-        pieces = {"kernels": kernels, "block_manager_cls": block_manager_cls, "scheduler_cls": scheduler_cls}
-        pieces |= {"model_cls": model_cls, "build_batch": build_batch}
-        device = pick_device(config.device)
+        self, model: str | Path | None = None, *, group: TensorParallelGroup | None = None, **options: Any
+    ) -> None:
+        pieces = EnginePieces(**{n: options.pop(n) for n in list(options) if n in EnginePieces.__annotations__})
+        config = EngineConfig.from_options(options)
         self.model_path = BUNDLED_MODEL_PATH if model is None else resolve_model_path(model)
-        self.model_config = load_config(self.model_path)
-        self.config = replace(config, device=device).resolve(self.model_config, device.partition(":")[0])
         self.tokenizer = None if config.skip_tokenizer_init else Tokenizer(self.model_path)
-        if kernels is None:
-            kernels = Kernels.triton() if self.config.attention_backend == "triton" else Kernels.reference()
-        elif kernels.name != "triton":  # a graph cannot record a function that waits for the GPU
-            self.config = replace(self.config, enforce_eager=True)
-        arguments = (self.config.device, _run_rank, self.model_path, {**options, **pieces})
-        self.ranks = Ranks(config.tensor_parallel_size, *arguments, group=group)
-        weakref.finalize(self, self.ranks.close)
-        self._token_hash = xxhash.xxh3_64()  # of every token so far
-        try:
-            self.model_runner = ModelRunner(
-                self.model_path, self.model_config, self.config, kernels, model_cls=model_cls,
-                build_batch=build_batch, group=self.ranks.group,
-            )  # fmt: skip
-        except BaseException as error:
-            self.ranks.give_up(error)
-            raise
-        self.config = replace(self.config, num_kv_blocks=self.model_runner.num_kv_blocks)
-        manager = block_manager_cls(self.config.num_kv_blocks, self.config.block_size, config.enable_prefix_caching)
-        self.scheduler = scheduler_cls(manager, self.config.max_num_seqs, self.config.max_num_batched_tokens)
-        self.trace = self._new_trace() if config.trace else None
-        self._requests: dict[str, Request] = {}
-        self._owners: dict[int, tuple[Request, int]] = {}  # seq_id -> (its request, which of its completions)
-        self._request_numbers, self._seq_ids = itertools.count(), itertools.count()
-        #: Steps that have been started and not looked at, and how many may be.
-        self._in_flight: deque[tuple[ScheduledBatch, StepResult, StepRecord | None]] = deque()
-        self._depth = int(self.config.async_scheduling)
-        #: Requests with news for the next report, and reports that no step has returned yet.
-        self._touched: dict[str, Request] = {}
-        self._undelivered: list[RequestOutput] = []
-        self._metrics = EngineMetrics(num_kv_blocks=self.config.num_kv_blocks)
-        self._trace_start = 0.0
+        self.core = EngineCore(self.model_path, config, pieces, group)
+        self.model_config, self.config = self.core.model_config, self.core.config
+        self.input_processor = InputProcessor(self.model_path, self.model_config, self.config, self.tokenizer)
+        self.processor = OutputProcessor()
+        self.collector = OutputCollector()  # of the requests for which nobody else waits: `step` returns their outputs
+        self._request_numbers = itertools.count()
+        self._step_time = 0.0
+        self._is_cut_short = False
+        self._is_closed = False
+        self._inside: dict[str, int] = {}  # "thread" -> the one that is in a method which changes the engine
+
+    @property
+    def scheduler(self) -> Scheduler:
+        self._recover_if_cut_short()
+        return self.core.scheduler
+
+    @property
+    def model_runner(self) -> ModelRunner:
+        return self.core.model_runner
+
+    @property
+    def trace(self) -> Trace | None:
+        return self.core.trace
 
     # --- requests -------------------------------------------------------------------------------------------------
 
-    def add_request(self, prompt: str | Sequence[int], params: SamplingParams | None = None,
-                    request_id: str | None = None) -> str:  # fmt: skip
-        """Queue a request and return its id. prompt: text, or token ids.
+    def add_request(
+        self,
+        prompt: PromptType,
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+        collector: OutputCollector | None = None,
+    ) -> str:
+        """Queue a request and return its id. prompt: text, token ids, or a dict as in vLLM (`TextPrompt`, ...).
 
+        params: None takes the checkpoint's own. collector: who waits for its outputs; None: whoever calls `step`.
         Raises a `RequestError` for a request that can never be served; nothing else is affected by it.
+        vLLM's order of arguments, (request_id, prompt, params), is understood.
         """
-        params = params or SamplingParams()
-        if request_id in self._requests:
+        self._check_open()
+        prompt, params, request_id = in_our_order(prompt, params, request_id)
+        if request_id in self.processor.requests:
             raise errors.RequestError(f"Request id {request_id!r} is in use; finish or abort that request first.")
-        token_ids = self._encode(prompt)
-        max_num_tokens = self._check_request(token_ids, params)
+        checked = self.input_processor.process(prompt, params)
+        return self._add(request_id, checked, collector or self.collector)
+
+    @_changes_engine
+    def _add(self, request_id: str | None, checked: EngineInput, collector: OutputCollector) -> str:
         number = next(self._request_numbers)  # of served requests: seeds derived from it do not depend on refused ones
         if request_id is None:
             # A caller may have used the number as an id of its own.
-            request_id = str(number) if str(number) not in self._requests else f"{number}-{uuid4().hex}"
-        prompt_text = prompt if isinstance(prompt, str) else None
-        metrics = RequestMetrics(arrival_time=time.perf_counter())
-        request = Request(request_id, prompt_text, token_ids, params, self.tokenizer, metrics)
-        self._requests[request_id] = request
-        for index in range(params.n):
-            seq = self._new_sequence(token_ids, params, index, number, max_num_tokens)
-            request.add_completion(seq)
-            self._owners[seq.seq_id] = (request, index)
-            self.scheduler.add(seq)
-        self.ranks.mirror("add_request", token_ids, params, request_id)
+            taken = str(number) in self.processor.requests
+            request_id = f"{number}-{uuid4().hex}" if taken else str(number)
+        request = Request(
+            request_id,
+            number,
+            checked.prompt_text,
+            checked.prompt_token_ids,
+            checked.params,
+            self.tokenizer,
+            RequestMetrics(arrival_time=time.perf_counter()),
+            collector,
+            functools.partial(self._new_sequence, checked),
+        )
+        self.processor.add(request)
+        for index in range(checked.params.n):
+            self.core.add(request.new_sequence(request, index))
         return request_id
 
     def abort_request(self, request_id: str | Iterable[str]) -> None:
@@ -148,134 +169,136 @@ class LLMEngine:
 
         Ids of requests that have finished, or never were, are ignored: a request may finish while one decides.
         """
-        for one in [request_id] if isinstance(request_id, str) else list(request_id):
-            request = self._requests.get(one)
-            if request is None:
-                continue
-            for index, completion in enumerate(request.completions):
-                if not completion.output.finished:
-                    if not completion.sequence.is_finished:
-                        self.scheduler.finish(completion.sequence, "abort")
-                    request.finish_completion(index)
-            self._touched.pop(one, None)
-            self._undelivered.append(request.report())
-            self._forget(request)
-            self.ranks.mirror("abort_request", one)
+        self._check_open()
+        self._abort([request_id] if isinstance(request_id, str) else list(request_id))
+
+    @_changes_engine
+    def _abort(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            request = self.processor.requests.get(request_id)
+            if request is not None and not request.is_finished:
+                self._end_aborted(request)
+
+    @_changes_engine
+    def drop_abandoned(self) -> None:
+        """End and forget the requests that nobody waits for any more: an interrupt took away who did."""
+        for request in list(self.processor.requests.values()):
+            if request.collector.is_abandoned:
+                if not request.is_finished:
+                    self._end_aborted(request)
+                self.processor.forget(request)
+
+    def _end_aborted(self, request: Request) -> None:
+        request.ends_with = "abort"  # the intention first: should this be cut short, `_recover` carries it out
+        self.core.finish(self.processor.end(request), "abort")
 
     def has_unfinished_requests(self) -> bool:
-        return bool(self._requests or self._undelivered)
+        """Whether a `step` has anything to compute or to report."""
+        return bool(self.collector.news) or self.get_num_unfinished_requests() > 0
 
     def get_num_unfinished_requests(self) -> int:
-        return len(self._requests)
+        return sum(not request.is_finished for request in self.processor.requests.values())
 
     # --- stepping -------------------------------------------------------------------------------------------------
 
     def step(self) -> list[RequestOutput]:
         """Compute one step for everything that is running; returns the requests that have something to report."""
-        start = time.perf_counter()
-        try:
-            self.ranks.agree(self, self._state)
-            batch = self.scheduler.schedule()
-            if batch:
-                self._launch(batch, start)
-            elif self._requests and not self._in_flight and not self._touched:
-                raise errors.SchedulerStalledError(
-                    f"Nothing was planned while {len(self._requests)} requests are unfinished."
-                )
-            # The results of the step before this one are looked at while this one runs; without overlap, its own.
-            while len(self._in_flight) > (self._depth if batch else 0):
-                self._apply(*self._in_flight.popleft())
-        except BaseException as error:  # Ctrl-C in a notebook included: the requests go on at the next step
-            self._in_flight.clear()
-            self.scheduler.recover()
-            self.ranks.give_up(error)
-            raise
-        for request in list(self._touched.values()):
-            self._undelivered.append(request.report())
-            if request.finished:
-                self._forget(request)
-            del self._touched[request.request_id]
-        self._metrics.step_time += time.perf_counter() - start
-        outputs, self._undelivered = self._undelivered, []
-        return outputs
+        self.advance()
+        return self.collect(self.collector)
 
-    def _launch(self, batch: ScheduledBatch, start: float) -> None:
-        """Start a step that has just been planned."""
-        used = self.config.num_kv_blocks - self.scheduler.block_manager.num_free_blocks
-        self._metrics.peak_used_kv_blocks = max(self._metrics.peak_used_kv_blocks, used)
-        record = self._record(batch, start) if self.trace is not None else None
-        self._note_admissions(batch, start)
-        self._in_flight.append((batch, self.model_runner.execute(batch), record))
+    def advance(self) -> None:
+        """Compute one step. What it brings waits for `collect`."""
+        self._check_open()
+        self._advance()
+
+    @_changes_engine
+    def _advance(self) -> None:
+        step = self.core.step()
+        for seq_id, stop_string in self.processor.process(step):
+            self.core.finish([seq_id], "stop", stop_string)
+        for output in step.outputs:
+            if output.finish_reason == "error":  # and so ends the whole request
+                request = self.processor.owner_of(output.seq_id)
+                self.core.finish(self.processor.end(request), "error")
+        self._step_time += time.perf_counter() - step.start_time
+
+    @_changes_engine
+    def collect(self, collector: OutputCollector) -> list[RequestOutput]:
+        """What is new of the requests that were added with this collector, since the last call."""
+        return self.processor.collect(collector)
+
+    @_changes_engine
+    def reset_prefix_cache(self) -> bool:
+        """Forget the content of all KV blocks. False, and nothing done, while requests are unfinished.
+
+        Raises `UnsupportedFeatureError` for a block manager of your own without `reset_prefix_cache`.
+        """
+        return self.core.reset_prefix_cache()
 
     def close(self) -> None:
-        """End the other ranks, if there are any; this engine cannot step any more then."""
-        self.ranks.close()
+        """Let go of model and cache, and end the other ranks, if there are any; this engine cannot step any more."""
+        self._is_closed = True
+        self.core.close()
+        self.core.model_runner.release()
+        if self.tokenizer is not None:
+            self.tokenizer.close()
 
     def metrics(self) -> EngineMetrics:
         """A snapshot of the counters."""
-        self._metrics.num_used_kv_blocks = self.config.num_kv_blocks - self.scheduler.block_manager.num_free_blocks
-        return replace(self._metrics, **vars(self.scheduler.stats))
+        self._recover_if_cut_short()
+        core, processor = self.core, self.processor
+        return EngineMetrics(
+            **vars(core.scheduler.stats),
+            num_generated_tokens=processor.num_generated_tokens,
+            num_finished_requests=processor.num_finished_requests,
+            num_kv_blocks=self.config.num_kv_blocks,
+            num_used_kv_blocks=core.num_used_kv_blocks,
+            peak_used_kv_blocks=core.peak_used_kv_blocks,
+            step_time=self._step_time,
+        )
 
-    # --- what a request may ask -----------------------------------------------------------------------------------
+    # --- one thread, and interrupts -------------------------------------------------------------------------------
 
-    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise errors.TokenizerRequiredError("This engine has no tokenizer; give the prompt as token ids.")
-            return self.tokenizer.encode(prompt)
-        if not isinstance(prompt, Iterable):
-            raise errors.RequestError(f"A prompt is a string or a list of token ids, not {prompt!r}.")
-        vocab_size = self.model_config.vocab_size
-        for token_id in prompt:
-            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
-                raise errors.InvalidTokenError(f"Token id {token_id!r} is not an integer from 0 to {vocab_size - 1}.")
-        return list(prompt)
+    def _enter(self) -> None:
+        """Note which thread is inside; raises `ConcurrentUseError` where another one is."""
+        me = threading.get_ident()
+        owner = self._inside.setdefault("thread", me)  # one operation of the interpreter: only one thread sets it
+        if owner == me:
+            return
+        if owner in sys._current_frames():
+            raise errors.ConcurrentUseError()
+        self._inside["thread"] = me  # left behind by a thread that is gone
 
-    def _check_request(self, token_ids: list[int], params: SamplingParams) -> int:
-        """Raise for what can never be served; returns at how many tokens, prompt included, its sequences end."""
-        if not token_ids:
-            raise errors.EmptyPromptError("The prompt has no tokens; give at least one.")
-        limit = self.config.max_model_len
-        if len(token_ids) >= limit:
-            raise errors.PromptTooLongError(
-                f"The prompt has {len(token_ids)} tokens; max_model_len={limit} leaves room for {limit - 1} and one of "
-                "output. Shorten the prompt or raise max_model_len."
-            )
-        # The last token of a sequence is never fed back, so it needs no place in the cache.
-        pool = self.config.num_kv_blocks * self.config.block_size + 1
-        wanted = len(token_ids) + (params.max_tokens or limit)
-        max_num_tokens = min(limit, wanted if params.max_tokens else min(wanted, pool))
-        if max_num_tokens > pool or len(token_ids) >= pool:
-            raise errors.PromptTooLongError(
-                f"{len(token_ids)} prompt tokens with max_tokens={params.max_tokens} never fit the KV cache of "
-                f"{pool - 1} tokens. Lower max_tokens, shorten the prompt or raise num_kv_blocks."
-            )
-        self._check_params(params)
-        return max_num_tokens
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise errors.EngineEndedError("This engine has been closed. Make a new one.")
 
-    def _check_params(self, params: SamplingParams) -> None:
-        vocab_size = self.model_config.vocab_size
-        for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
-            for token_id in ids or ():
-                if token_id >= vocab_size:
-                    raise errors.SamplingParamsError(
-                        f"{name}: token {token_id}; the vocabulary ends at {vocab_size - 1}."
-                    )
-        if params.stop_strings and self.tokenizer is None:
-            raise errors.TokenizerRequiredError(
-                "Stop strings need a tokenizer, and this engine has none; use stop_token_ids."
-            )
+    def _recover_if_cut_short(self) -> None:
+        if self._is_cut_short and threading.get_ident() == self._inside.get("thread", threading.get_ident()):
+            self._recover()
 
-    def _new_sequence(self, token_ids: list[int], params: SamplingParams, index: int, number: int,
-                      max_num_tokens: int) -> EngineSequence:  # fmt: skip
-        stop_ids = set(params.stop_token_ids or ())
-        if not params.ignore_eos:
-            stop_ids.update(t for t in self.model_config.eos_token_ids if t < self.model_config.vocab_size)
-        # Only the first completion computes the prompt's logprobs; the others may share its blocks.
-        params = params if index == 0 else replace(params, prompt_logprobs=None)
-        seed = self._seed(params.seed, number, index)
+    def _recover(self) -> None:
+        """A method was cut short: build the core anew from the requests. May be cut short itself, and called again."""
+        self.core.restart(self.processor.settle())
+        self._is_cut_short = False
+
+    # --- sequences ------------------------------------------------------------------------------------------------
+
+    def _new_sequence(self, checked: EngineInput, request: Request, index: int) -> EngineSequence:
+        """The sequence of one completion, with the tokens that it has so far."""
+        params, completion = request.params, request.completions[index]
         return EngineSequence(
-            next(self._seq_ids), list(token_ids), params, frozenset(stop_ids), max_num_tokens=max_num_tokens, seed=seed
+            completion.seq_id,
+            [*request.prompt_token_ids, *completion.token_ids],
+            # Only the first completion computes the prompt's logprobs; the others may share its blocks.
+            params if index == 0 else replace(params, prompt_logprobs=None),
+            checked.stop_ids,
+            max_num_tokens=checked.max_num_tokens,
+            seed=self._seed(params.seed, request.number, index),
+            bad_words=checked.bad_words,
+            request_id=request.request_id,
+            index=index,
+            num_prompt_tokens=len(request.prompt_token_ids),
         )
 
     def _seed(self, seed: int | None, number: int, index: int) -> int:
@@ -284,90 +307,3 @@ class LLMEngine:
             return seed % (1 << 63)
         origin = f"request {seed}" if seed is not None else f"engine {self.config.seed} {number}"
         return xxhash.xxh3_64_intdigest(f"{origin} {index}".encode()) >> 1
-
-    # --- results --------------------------------------------------------------------------------------------------
-
-    def _note_admissions(self, batch: ScheduledBatch, now: float) -> None:
-        for seq in batch.admitted:
-            request, _ = self._owners[seq.seq_id]
-            if request.metrics.first_scheduled_time is None:
-                request.metrics.first_scheduled_time = now
-                request.num_cached_tokens = seq.num_cached_tokens
-
-    def _apply(self, batch: ScheduledBatch, result: StepResult, record: StepRecord | None) -> None:
-        """Give every sequence its token."""
-        token_ids = result.wait()
-        self.ranks.group.check()
-        self._token_hash.update(array("q", token_ids).tobytes())
-        accepted = self.scheduler.update(batch, token_ids)
-        now = time.perf_counter()
-        for item, logprobs in result.prompt_logprobs:
-            if item.sequence.seq_id in self._owners:
-                self._owners[item.sequence.seq_id][0].add_prompt_logprobs(item.start + 1, logprobs)
-        row_of = {id(item): row for row, item in enumerate(batch.sampled)}
-        for number, item in enumerate(accepted):
-            try:
-                self._note_token(item, result, row_of[id(item)], now)
-            except BaseException:  # interrupted: these have lost a token's text, so they end here
-                self.abort_request([self._owners[i.sequence.seq_id][0].request_id for i in accepted[number:]])
-                raise
-        if record is not None:
-            record.duration = now - self._trace_start - record.start_time
-            record.finished = [self._label(item.sequence) for item in accepted if item.sequence.is_finished]
-
-    def _note_token(self, item: ScheduledSequence, result: StepResult, row: int, now: float) -> None:
-        """Report the token that a sequence has got to its request."""
-        seq, token_id = item.sequence, item.sequence.token_ids[item.sample_position]
-        request, index = self._owners[seq.seq_id]
-        self._metrics.num_generated_tokens += 1
-        if request.metrics.first_token_time is None:
-            request.metrics.first_token_time = now
-        if request.params.logprobs is not None:
-            request.add_logprobs(index, result.logprobs, row)
-        stop_string = request.add_token(index, token_id, item.sample_position + 1 - seq.num_prompt_tokens)
-        if stop_string is not None:
-            self.scheduler.finish(seq, "stop", stop_string)
-        if seq.is_finished:
-            request.finish_completion(index)
-            request.metrics.finished_time = now
-        if request.finished or request.params.output_kind is not RequestOutputKind.FINAL_ONLY:
-            self._touched[request.request_id] = request
-
-    def _state(self) -> int:
-        """A hash of the tokens so far and of what the next plan depends on: the same on every rank."""
-        state, scheduler = self._token_hash.copy(), self.scheduler
-        plan = [seq.seq_id for seq in (*scheduler.running, *scheduler.waiting)]
-        state.update(array("q", [*plan, scheduler.block_manager.num_free_blocks]).tobytes())
-        return state.intdigest() >> 1
-
-    def _forget(self, request: Request) -> None:
-        self._metrics.num_finished_requests += 1
-        del self._requests[request.request_id]
-        for completion in request.completions:
-            del self._owners[completion.sequence.seq_id]
-
-    # --- trace ----------------------------------------------------------------------------------------------------
-
-    def _new_trace(self) -> Trace:
-        names = ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len")
-        return Trace(
-            self.model_path.name, self.config.num_kv_blocks, kv_bytes_per_token=self.model_runner.kv_bytes_per_token,
-            **{name: getattr(self.config, name) for name in names},
-        )  # fmt: skip
-
-    def _record(self, batch: ScheduledBatch, now: float) -> StepRecord:
-        if not self.trace.steps:
-            self._trace_start = now
-        names = {seq_id: (request.request_id, index) for seq_id, (request, index) in self._owners.items()}
-        return record_step(self.trace, batch, self.scheduler, names, now - self._trace_start)
-
-    def _label(self, seq: EngineSequence) -> str:
-        request, index = self._owners[seq.seq_id]
-        return f"{request.request_id}/{index}"
-
-
-def _run_rank(group: TensorParallelGroup, model: Path, arguments: dict[str, Any]) -> None:
-    """The engine of a rank that `RankProcesses` has started: it steps whenever rank 0 does."""
-    engine = LLMEngine(model, group=group, **arguments)
-    while True:
-        engine.step()

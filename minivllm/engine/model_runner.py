@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from minivllm.batch import BatchInputs, BatchRow, build_batch
 from minivllm.config import EngineConfig, ModelConfig
 from minivllm.distributed import SINGLE, TensorParallelGroup
 from minivllm.engine.cuda_graphs import DecodeGraphs, DecodeState, graph_sizes
+from minivllm.engine.memory import check_memory, typed_start_errors
 from minivllm.engine.sampler import Sampler, TokenLogprobs, to_device, token_logprobs
 from minivllm.engine.sequence import PENDING, ScheduledBatch, ScheduledSequence
 from minivllm.errors import ConfigError, OutOfMemoryError
@@ -56,7 +58,10 @@ class ModelRunner:
         self.model_config, self.config, self.build_batch, self.group = model_config, config, build_batch, group
         self.device, self.dtype = torch.device(config.device), getattr(torch, config.dtype)
         self.num_kv_heads = len(group.part(model_config.num_key_value_heads))  # this rank's
-        try:
+        self.graphs: DecodeGraphs | None = None
+        self.kv_caches: list[KVCache] = []
+        with self._released_on_failure(), typed_start_errors(self.device.type):
+            check_memory(model_config, config, group.size, self._cpu_cache_bytes())
             self.model = load_model(
                 path, model_config, kernels, dtype=self.dtype, device=self.device, max_position=config.max_model_len,
                 load_format=config.load_format, seed=config.seed, model_cls=model_cls, group=group,
@@ -72,11 +77,30 @@ class ModelRunner:
             self.num_kv_blocks = min(group.exchange(config.num_kv_blocks or self._default_num_kv_blocks()))
             self.kv_caches = self._allocate_kv_caches(self.num_kv_blocks)
             self.graphs = None if config.enforce_eager else self._capture_graphs(graph_sizes(config.max_num_seqs))
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemoryError(
-                f"The {self.device.type} has too little memory to start: lower num_kv_blocks, gpu_memory_utilization, "
-                f"max_num_batched_tokens or max_num_seqs, or use a smaller dtype. ({str(error).splitlines()[0]})"
-            ) from error
+
+    @contextmanager
+    def _released_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.release()
+            raise
+
+    def release_graphs(self) -> None:
+        """Destroy what was recorded; steps are run kernel by kernel from here on."""
+        graphs, self.graphs = self.graphs, None
+        if graphs is not None:
+            graphs.release()
+
+    def release(self) -> None:
+        """Let go of graphs, caches and model; nothing can be run any more. May be called twice."""
+        self.release_graphs()
+        self.kv_caches, self.model = [], None
+
+    def forget_sequences(self) -> None:
+        """No slot is anybody's. Those who get one next are admitted, and bring what is to be known of them."""
+        self._num_blocks[:] = 0
+        self._is_ready[:] = False
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -115,7 +139,7 @@ class ModelRunner:
         if self.sampler.needs_edit(slots):
             # The graph samples by temperature alone; where a request asks for more, sample its logits again.
             token_ids, logprobs = self.sampler(self.model.compute_logits(hidden), items)
-            self._state.last_token[self._tensor(slots)] = token_ids
+            self._state.set_last_token(self._tensor(slots), token_ids)
         return self._result(token_ids, logprobs, [])
 
     def _decode_step(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,7 +168,7 @@ class ModelRunner:
         """Keep on the device what the next decode of these sequences needs."""
         slots = [item.sequence.slot for item in sampled]
         on_device = self._tensor(slots)
-        self._state.last_token[on_device] = token_ids
+        self._state.set_last_token(on_device, token_ids)
         self._state.position[on_device] = self._tensor([item.end for item in sampled])
         self._is_ready[slots] = True
 
@@ -224,6 +248,11 @@ class ModelRunner:
             return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
         return [(cache(), cache()) for _ in range(config.num_hidden_layers)]
+
+    def _cpu_cache_bytes(self) -> int:
+        on_cpu = self.device.type == "cpu"
+        num_blocks = (self.config.num_kv_blocks or self._default_num_kv_blocks()) if on_cpu else 0
+        return num_blocks * self.config.block_size * self.kv_bytes_per_token
 
     def _default_num_kv_blocks(self) -> int:
         block_bytes = self.kv_bytes_per_token * self.config.block_size

@@ -1,19 +1,31 @@
 """From logits to tokens, for the whole batch at once. Taught in notebooks/07_engine.ipynb.
 
-Order, as in vLLM: log-probabilities of the raw logits; logit_bias and min_tokens; penalties; then the kernel `sample`:
-temperature, top-k, top-p, min-p, and one keyed uniform number a row inverted through what is left.
+Order, as in vLLM: log-probabilities of the raw logits; allowed_token_ids, bad_words, min_tokens and logit_bias;
+penalties; then the kernel `sample`: temperature, top-k, top-p, min-p, and one keyed uniform number per row inverted
+through what is left.
 Each running sequence has a slot; what the sampler knows of it is written once, when it is admitted."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 
 from minivllm.engine.sequence import ScheduledSequence, Sequence
 from minivllm.kernels import Kernels
+from minivllm.sampling_params import SamplingParams
+
+#: Parameters that `sample_by_temperature` obeys, or that do not bear on the choice of a token. A recorded graph samples
+#: for a sequence only if all its other parameters have their default values; so a parameter that nobody thought of here
+#: costs speed, and is never ignored.
+FIT_FOR_GRAPHS = frozenset({
+    "n", "temperature", "seed", "max_tokens", "ignore_eos", "stop", "stop_token_ids", "detokenize",
+    "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output", "output_kind",
+    "prompt_logprobs", "truncate_prompt_tokens", *("top_k", "top_p", "min_p"),  # these three: see `has_filter`
+})  # fmt: skip
+_DEFAULTS = {f.name: f.default for f in fields(SamplingParams) if f.name not in FIT_FOR_GRAPHS}
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,69 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
+class LogitEdits:
+    """What one sequence bans, allows and favours, in tensors on the device: made once, when it is admitted."""
+
+    def __init__(self, seq: Sequence, device: torch.device) -> None:
+        params = seq.params
+        ids = params.allowed_token_ids
+        self.allowed = None if ids is None else to_device(torch.tensor(ids), device)
+        self.min_tokens = params.min_tokens if seq.stop_ids else 0
+        self.stop_ids = to_device(torch.tensor(sorted(seq.stop_ids), dtype=torch.int64), device)
+        bias = params.logit_bias or {}
+        self.bias_ids = to_device(torch.tensor(list(bias), dtype=torch.int64), device)
+        self.bias = to_device(torch.tensor(list(bias.values()), dtype=torch.float32), device)
+        self.bad_words = BadWords(seq, device) if seq.bad_words else None
+
+    @staticmethod
+    def wanted_by(seq: Sequence) -> bool:
+        params = seq.params
+        asked = params.allowed_token_ids is not None or params.logit_bias or seq.bad_words
+        return bool(asked or (params.min_tokens and seq.stop_ids))
+
+    def apply(self, logits: torch.Tensor, num_output_tokens: int) -> None:
+        """Edit logits [V] float32 in place, before the token that follows so many of output."""
+        if self.allowed is not None:
+            kept = logits[self.allowed]
+            logits.fill_(-torch.inf)
+            logits[self.allowed] = kept
+        if self.bad_words is not None:
+            self.bad_words.apply(logits)
+        if num_output_tokens < self.min_tokens:
+            logits[self.stop_ids] = -torch.inf
+        if len(self.bias):
+            logits[self.bias_ids] += self.bias
+
+
+class BadWords:
+    """Token sequences that the output of one sequence may not complete. W words, of at most L + 1 tokens.
+
+    The last L tokens of output are followed on the device: the CPU may not know the newest yet.
+    """
+
+    #: In `prefixes`, matches whatever stands there; in `recent`, stands for no token at all.
+    ANY, NOTHING = -1, -2
+
+    def __init__(self, seq: Sequence, device: torch.device) -> None:
+        width = max(len(word) for word in seq.bad_words) - 1
+        rows = [[self.ANY] * (width + 1 - len(word)) + list(word) for word in seq.bad_words]
+        words = to_device(torch.tensor(rows), device)
+        self.prefixes, self.last = words[:, :-1], words[:, -1]  # [W, L], [W]
+        known = [token_id for token_id in seq.output_token_ids if token_id >= 0]
+        recent = [*[self.NOTHING] * width, *known][len(known) :]
+        self.recent = to_device(torch.tensor(recent, dtype=torch.int64), device)  # [L]
+
+    def apply(self, logits: torch.Tensor) -> None:
+        """Ban the last token of each word whose other tokens have just been chosen. logits: [V]."""
+        begun = ((self.prefixes == self.recent) | (self.prefixes == self.ANY)).all(dim=1)
+        # Added, not assigned: several words may end alike, and one that has begun decides.
+        logits.index_add_(0, self.last, torch.where(begun, -torch.inf, 0.0))
+
+    def note(self, token_id: torch.Tensor) -> None:
+        """The sequence has got this token [1]."""
+        self.recent = torch.cat((self.recent, token_id))[1:]
+
+
 class Sampler:
     """Samples for sequences in slots. V is the vocabulary size."""
 
@@ -52,7 +127,9 @@ class Sampler:
         self._seed = np.zeros(num_slots, np.int64)
         self._has_filter = np.zeros(num_slots, bool)
         self._has_penalty = np.zeros(num_slots, bool)
-        self._needs_edit = np.zeros(num_slots, bool)  # whether the sequence asks for anything but a temperature
+        self._needs_edit = np.zeros(num_slots, bool)  # whether the sequence asks for more than FIT_FOR_GRAPHS
+        self._edits: list[LogitEdits | None] = [None] * num_slots
+        self._has_edits = np.zeros(num_slots, bool)
         #: The same two on the device, for recorded graphs; the last entry is the spare slot's.
         self._device_temperature = torch.zeros(num_slots + 1, device=device)
         self._device_seed = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
@@ -87,8 +164,10 @@ class Sampler:
         self._seed[slot] = seq.seed
         self._has_filter[slot] = params.has_filter and not params.is_greedy
         self._has_penalty[slot] = params.has_penalty
-        edits = params.has_penalty or params.logit_bias or params.min_tokens or params.logprobs is not None
-        self._needs_edit[slot] = bool(edits) or self._has_filter[slot]
+        self._edits[slot] = LogitEdits(seq, self.device) if LogitEdits.wanted_by(seq) else None
+        self._has_edits[slot] = self._edits[slot] is not None
+        asks_more = any(getattr(params, name) != default for name, default in _DEFAULTS.items())
+        self._needs_edit[slot] = asks_more or self._has_filter[slot] or self._has_edits[slot]
         if params.has_penalty:
             self._admit_penalties(seq)
 
@@ -99,11 +178,17 @@ class Sampler:
         raw_logits = logits
         logits = self._edit(logits, items, slots)
         token_ids = self.kernels.sample(logits, **self._arguments(items, slots))
+        for row in np.flatnonzero(self._has_edits[slots]):
+            if (bad_words := self._edits[slots[row]].bad_words) is not None:
+                bad_words.note(token_ids[row : row + 1])
+        wanted = [item.sequence.params.logprobs for item in items if item.sequence.params.logprobs is not None]
+        if not wanted and not self._has_penalty[slots].any():
+            return token_ids, None
+        known = token_ids & 0xFFFFFFFF  # a valid index for `NOT_A_TOKEN`, too
         if self._has_penalty[slots].any():
             rows = np.flatnonzero(self._has_penalty[slots])
-            self._output_counts[self._tensor(slots[rows]), token_ids[self._tensor(rows)]] += 1
-        wanted = [item.sequence.params.logprobs for item in items if item.sequence.params.logprobs is not None]
-        return token_ids, token_logprobs(raw_logits, token_ids, max(wanted)) if wanted else None
+            self._output_counts[self._tensor(slots[rows]), known[self._tensor(rows)]] += 1
+        return token_ids, token_logprobs(raw_logits, known, max(wanted)) if wanted else None
 
     def _arguments(self, items: SequenceOf[ScheduledSequence], slots: np.ndarray) -> dict[str, torch.Tensor | None]:
         """Keyword arguments of the kernel; None for what no row asks for, so that nothing is computed for it."""
@@ -118,18 +203,12 @@ class Sampler:
         return {n: None if v is None else self._tensor(v) for n, v in zip(names, values, strict=True)}
 
     def _edit(self, logits: torch.Tensor, items: SequenceOf[ScheduledSequence], slots: np.ndarray) -> torch.Tensor:
-        """Apply logit_bias, min_tokens and penalties; a copy in float32 if any row has one, else logits itself."""
+        """Apply what the rows ask for; a copy in float32 if any does, else logits itself."""
         edited = None
-        for row, item in enumerate(items):
-            seq, params = item.sequence, item.sequence.params
-            too_short = item.sample_position - seq.num_prompt_tokens < params.min_tokens
-            if params.logit_bias or (too_short and seq.stop_ids):
-                edited = logits.float().clone() if edited is None else edited
-                if params.logit_bias:
-                    ids = torch.tensor(list(params.logit_bias), device=self.device)
-                    edited[row, ids] += torch.tensor(list(params.logit_bias.values()), device=self.device)
-                if too_short and seq.stop_ids:
-                    edited[row, list(seq.stop_ids)] = -torch.inf
+        for row in np.flatnonzero(self._has_edits[slots]):
+            edited = logits.float().clone() if edited is None else edited
+            num_output_tokens = items[row].sample_position - items[row].sequence.num_prompt_tokens
+            self._edits[slots[row]].apply(edited[row], num_output_tokens)
         if self._has_penalty[slots].any():
             edited = logits.float().clone() if edited is None else edited
             rows = np.flatnonzero(self._has_penalty[slots])

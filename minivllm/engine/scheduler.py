@@ -73,18 +73,20 @@ class Scheduler:
         sequence that ended in the meantime, whose last step was computed for nothing.
         """
         assert self._in_flight.popleft() is batch, "results must arrive in the order of the steps"
+        finished, register_computed = SequenceStatus.FINISHED, self.block_manager.register_computed
         for item in batch.items:
-            if not item.sequence.is_finished and item.generation == item.sequence.num_preemptions:
-                self.block_manager.register_computed(item.sequence, item.start, item.end)
+            seq = item.sequence
+            if seq.status is not finished and item.generation == seq.num_preemptions:
+                register_computed(seq, item.start, item.start + item.num_new_tokens)
         accepted = []
         for item, token_id in zip(batch.sampled, token_ids, strict=True):
-            seq = item.sequence
-            if seq.is_finished:
+            seq, position = item.sequence, item.sample_position
+            if seq.status is finished:
                 continue
-            assert seq.token_ids[item.sample_position] == PENDING
-            seq.token_ids[item.sample_position] = token_id
+            assert seq.token_ids[position] == PENDING
+            seq.token_ids[position] = token_id
             accepted.append(item)
-            self._finish_if_done(seq, item.sample_position, token_id)
+            self._finish_if_done(seq, position, token_id)
         return accepted
 
     def finish(self, seq: Sequence, reason: str, stop_reason: str | int | None = None) -> None:
@@ -177,12 +179,11 @@ class Scheduler:
         self.stats.prefix_cache_hits += num_cached
 
     def _plan(self, batch: ScheduledBatch, seq: Sequence, num_new: int) -> None:
-        start = seq.num_computed_tokens
-        seq.num_computed_tokens += num_new
-        samples = seq.num_computed_tokens == seq.num_tokens
-        size = self.block_manager.block_size
-        batch.block_hashes.update(seq.block_hashes[start // size : seq.num_computed_tokens // size])
-        position = seq.append_pending() if samples else None
+        start, size = seq.num_computed_tokens, self.block_manager.block_size
+        seq.num_computed_tokens = end = start + num_new
+        if start // size != end // size:
+            batch.block_hashes.update(seq.block_hashes[start // size : end // size])
+        position = seq.append_pending() if end == len(seq.token_ids) else None
         batch.items.append(ScheduledSequence(seq, start, num_new, position, seq.num_preemptions))
 
     def _is_being_computed(self, seq: Sequence, index: int, batch: ScheduledBatch) -> bool:

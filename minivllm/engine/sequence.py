@@ -32,9 +32,12 @@ class Sequence:
     stop_ids: frozenset[int] = frozenset()
     max_num_tokens: int = 1 << 30  # the sequence ends at this many tokens, prompt included
     seed: int = 0  # key of the random numbers; see kernels/sampling.py
+    request_id: str = ""  # whose it is, for traces
+    index: int = 0  # which of the request's completions
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that the output may not complete
 
     status: SequenceStatus = SequenceStatus.WAITING
-    num_prompt_tokens: int = 0
+    num_prompt_tokens: int = 0  # 0: all of token_ids
     num_computed_tokens: int = 0  # tokens whose K and V are in the cache once every step scheduled so far has run
     num_cached_tokens: int = 0  # of these, how many the prefix cache supplied when the sequence was last admitted
     num_preemptions: int = 0
@@ -42,11 +45,11 @@ class Sequence:
     #: Chained hashes of the full blocks of known tokens; grown by the block manager, kept across preemptions.
     block_hashes: list[int] = field(default_factory=list)
     slot: int | None = None  # row of the runner's per-sequence tensors while running
-    finish_reason: str | None = None  # "stop", "length" or "abort" once finished
+    finish_reason: str | None = None  # "stop", "length", "abort" or "error" once finished
     stop_reason: str | int | None = None  # the stop string or token
 
     def __post_init__(self) -> None:
-        self.num_prompt_tokens = len(self.token_ids)
+        self.num_prompt_tokens = self.num_prompt_tokens or len(self.token_ids)
 
     @property
     def num_tokens(self) -> int:
@@ -67,7 +70,8 @@ class Sequence:
     @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens left to compute now; 0 once the last token it may have is planned, for nothing follows that one."""
-        return 0 if self.num_tokens >= self.max_num_tokens else self.num_tokens - self.num_computed_tokens
+        num_tokens = len(self.token_ids)
+        return 0 if num_tokens >= self.max_num_tokens else num_tokens - self.num_computed_tokens
 
     @property
     def is_finished(self) -> bool:
@@ -75,8 +79,9 @@ class Sequence:
 
     def append_pending(self) -> int:
         """Make room for the token that the step being planned will sample; returns its position."""
+        position = len(self.token_ids)
         self.token_ids.append(PENDING)
-        return self.num_tokens - 1
+        return position
 
 
 @dataclass(eq=False, slots=True)

@@ -5,13 +5,24 @@ Taught in notebooks/11_using_minivllm.ipynb."""
 
 import dataclasses
 import json
+import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, get_args, get_origin
 
 from minivllm.engine.scheduler import Scheduler
 from minivllm.engine.sequence import ScheduledBatch, Sequence
+from minivllm.errors import MiniVLLMError
+from minivllm.files import reason, write_atomically
 
 TRACE_VERSION = 1
+#: Bytes; a longer file is not read. 10,000 steps of 256 long sequences take about half of it.
+LARGEST_FILE = 1 << 30
+
+
+class TraceError(MiniVLLMError, ValueError):
+    """A trace file that cannot be read, or that holds no trace. The message names the file."""
 
 
 @dataclass
@@ -65,27 +76,94 @@ class Trace:
     version: int = TRACE_VERSION
 
     def save(self, path: str | Path) -> None:
-        """Write the trace as JSON."""
-        Path(path).write_text(json.dumps(dataclasses.asdict(self)), encoding="utf-8")
+        """Write the trace as JSON. Raises OSError, and then leaves what was at `path` as it was."""
+        write_atomically(path, json.dumps(dataclasses.asdict(self)))
 
     @staticmethod
     def load(path: str | Path) -> "Trace":
-        """Read what `save` wrote. Raises ValueError for a file of another version."""
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        if data.get("version") != TRACE_VERSION:
-            raise ValueError(f"{path} is not a minivllm trace of version {TRACE_VERSION}.")
-        for step in data["steps"]:
-            step["scheduled"] = [TracedSequence(**item) for item in step["scheduled"]]
-        data["steps"] = [StepRecord(**step) for step in data["steps"]]
-        return Trace(**data)
+        """Read what `save` wrote. Raises `TraceError` for anything else.
+
+        The file may come from a stranger. What is returned is whole: every field has its type, and
+        every label and block that is named exists.
+        """
+        try:
+            with Path(path).open("rb") as file:
+                too_large = os.fstat(file.fileno()).st_size > LARGEST_FILE
+                content = b"" if too_large else file.read(LARGEST_FILE + 1)  # of a pipe, the size is not known
+        except OSError as error:
+            raise TraceError(f"The trace {path} cannot be read: {reason(error)}.") from error
+        try:
+            if too_large or len(content) > LARGEST_FILE:
+                raise ValueError(f"it is larger than {LARGEST_FILE >> 20} MiB")
+            data = json.loads(content)
+            version = data.get("version") if isinstance(data, dict) else None
+            if type(version) is not int or version != TRACE_VERSION:
+                raise ValueError(f"it is not of version {TRACE_VERSION}")
+            trace = _as_type(data, Trace, "")
+            _require_whole(trace)
+        except (ValueError, RecursionError) as error:
+            problem = "it is nested too deeply" if isinstance(error, RecursionError) else error
+            raise TraceError(f"{path} holds no trace that this version of minivllm can read ({problem}).") from error
+        return trace
 
 
-def record_step(trace: Trace, batch: ScheduledBatch, scheduler: Scheduler, names: dict[int, tuple[str, int]],
-                start_time: float) -> StepRecord:  # fmt: skip
-    """Append the record of a step that has just been planned. names: seq_id -> (request id, index)."""
+def _as_type(value: Any, kind: Any, where: str) -> Any:
+    """A value of JSON as a field's type. Raises ValueError with the place where it does not fit."""
+    if dataclasses.is_dataclass(kind):
+        return _as_dataclass(value, kind, where)
+    if kind == list[int] and type(value) is list and set(map(type, value)) <= {int} and min(value, default=0) >= 0:
+        return value  # most of a trace is this
+    if get_origin(kind) is list and isinstance(value, list):
+        return [_as_type(item, get_args(kind)[0], f"{where}[{i}]") for i, item in enumerate(value)]
+    if get_origin(kind) is dict and isinstance(value, dict):
+        return {key: _as_type(item, get_args(kind)[1], f"{where}.{key}"[:200]) for key, item in value.items()}
+    if kind is int and type(value) is int and 0 <= value < 1 << 63:
+        return value
+    if kind is float and type(value) in (int, float) and math.isfinite(value) and 0 <= value < 1e12:
+        return value
+    if kind in (bool, str) and type(value) is kind:
+        return value
+    name = {int: "a number from 0", float: "a number of seconds from 0", bool: "true or false", str: "a text"}
+    raise ValueError(f"{where} should be {name.get(kind) or 'a ' + get_origin(kind).__name__}")
 
-    def label(seq: Sequence) -> str:
-        return "{}/{}".format(*names[seq.seq_id])
+
+def _as_dataclass(value: Any, kind: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where or 'all of it'} should be an object")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    prefix = f"{where}." if where else ""
+    if unknown := sorted(value.keys() - fields.keys()):
+        raise ValueError(f"{prefix}{unknown[0][:100]} is unknown")
+    for name, f in fields.items():
+        if name not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{prefix}{name} is missing")
+    return kind(**{name: _as_type(item, fields[name].type, prefix + name) for name, item in value.items()})
+
+
+def _require_whole(trace: Trace) -> None:
+    """Raise ValueError where fields contradict each other; whoever draws a trace relies on them."""
+    if not trace.num_blocks or not trace.block_size:
+        raise ValueError("num_blocks and block_size should be at least 1")
+    for number, record in enumerate(trace.steps):
+        tables = record.block_tables
+        blocks = [*record.cached_blocks, *record.registered_blocks, *(b for table in tables.values() for b in table)]
+        if max(blocks, default=0) >= trace.num_blocks:
+            raise ValueError(f"steps[{number}] names block {max(blocks)} of {trace.num_blocks}")
+        if not len(record.cached_blocks) <= record.num_free_blocks <= trace.num_blocks:
+            raise ValueError(f"steps[{number}].num_free_blocks does not fit the other numbers of blocks")
+        if lost := set(record.running) - (tables.keys() & record.num_computed_tokens.keys()):
+            raise ValueError(f"steps[{number}] lacks the blocks or tokens of {min(lost)[:100]}")
+        if any(item.kind not in ("prefill", "decode") for item in record.scheduled):
+            raise ValueError(f"steps[{number}].scheduled has a kind other than prefill and decode")
+
+
+def label(seq: Sequence) -> str:
+    """The name of a sequence in a trace."""
+    return f"{seq.request_id}/{seq.index}"
+
+
+def record_step(trace: Trace, batch: ScheduledBatch, scheduler: Scheduler, start_time: float) -> StepRecord:
+    """Append the record of a step that has just been planned. start_time: seconds since the trace began."""
 
     manager, running, admitted = scheduler.block_manager, scheduler.running, set(batch.admitted)
     scheduled = []
@@ -93,7 +171,8 @@ def record_step(trace: Trace, batch: ScheduledBatch, scheduler: Scheduler, names
         seq, samples = item.sequence, item.sample_position is not None
         kind = "decode" if item.start >= seq.num_prompt_tokens else "prefill"
         num_cached = seq.num_cached_tokens if seq in admitted else 0
-        scheduled.append(TracedSequence(*names[seq.seq_id], kind, item.start, item.num_new_tokens, samples, num_cached))
+        span = (item.start, item.num_new_tokens)
+        scheduled.append(TracedSequence(seq.request_id, seq.index, kind, *span, samples, num_cached))
     record = StepRecord(
         step=len(trace.steps), start_time=start_time, duration=0.0, scheduled=scheduled,
         block_tables={label(seq): list(seq.block_table) for seq in running},

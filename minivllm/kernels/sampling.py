@@ -16,6 +16,10 @@ from torch import Tensor
 from minivllm.kernels._triton import check_rows, tl, triton
 
 TILE = 4096  # vocabulary entries summed together
+#: Stands for a token where there is none to choose, because a logit is NaN or the greatest one is
+#: infinite. Beyond every vocabulary; its low 32 bits are the valid token 0, with which a step that
+#: has begun already can go on.
+NOT_A_TOKEN = 1 << 32
 
 
 def philox_uniform(seeds: Tensor, positions: Tensor) -> Tensor:
@@ -72,6 +76,13 @@ def _divisor(temperature: Tensor) -> Tensor:
     return temperature.masked_fill(temperature == 0, 1.0)  # greedy rows: the result is not used
 
 
+def _greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """(the first of the likeliest tokens or `NOT_A_TOKEN`, its logit), each ``[B]``."""
+    token_ids = logits.argmax(dim=-1)  # where there is a NaN, its place
+    best = logits.gather(1, token_ids.unsqueeze(1)).squeeze(1)
+    return torch.where(best.isfinite(), token_ids, NOT_A_TOKEN), best
+
+
 def _prepare(logits, temperature, top_k, top_p, min_p, seeds, positions) -> Tensor:
     if seeds is None or positions is None:
         raise ValueError("sample: needs seeds and positions unless temperature is None, that is, all rows are greedy")
@@ -119,7 +130,7 @@ def _tile_sums_kernel(
 @triton.jit(do_not_specialize=["num_tiles"])
 def _choose_kernel(
     out_ptr, tile_max_ptr, tile_sum_ptr, logits_ptr, temperature_ptr, seeds_ptr, positions_ptr,
-    row_stride, V, num_tiles, TILE: tl.constexpr, BLOCK_TILES: tl.constexpr,
+    row_stride, V, num_tiles, TILE: tl.constexpr, BLOCK_TILES: tl.constexpr, NOT_A_TOKEN: tl.constexpr,
 ):  # fmt: skip
     """One program a row: the tile first, then the token in it."""
     row = tl.program_id(0).to(tl.int64)
@@ -132,8 +143,9 @@ def _choose_kernel(
     # Greedy: all the weight lies on what equals the maximum, and a target of 0 finds the first of it.
     greedy = temperature == 0.0
     temperature = tl.where(greedy, 1.0, temperature)
-    weights = tile_sum * tl.exp((tile_max - row_max) / temperature)
-    weights = tl.where(there, tl.where(greedy, (tile_max == row_max).to(tl.float32), weights), 0.0)
+    weights = tl.where(there, tile_sum * tl.exp((tile_max - row_max) / temperature), 0.0)
+    mass = tl.sum(weights, axis=0)  # NaN if any logit is, or if the greatest is infinite
+    weights = tl.where(greedy & there, (tile_max == row_max).to(tl.float32), weights)
     number = uniform(tl.load(seeds_ptr + row), tl.load(positions_ptr + row))
     target = tl.where(greedy, 0.0, number * tl.sum(weights, axis=0))
     tile, target = _pick(weights, target, BLOCK_TILES)
@@ -142,7 +154,8 @@ def _choose_kernel(
     weights = tl.exp((logits - row_max) / temperature)
     weights = tl.where(greedy, (logits == row_max).to(tl.float32), weights)
     choice, _ = _pick(weights, target, TILE)
-    tl.store(out_ptr + row, (tile * TILE + choice).to(tl.int64))
+    token = (tile * TILE + choice).to(tl.int64)
+    tl.store(out_ptr + row, tl.where(mass == mass, token, NOT_A_TOKEN))
 
 
 def sample(
@@ -153,10 +166,11 @@ def sample(
 
     temperature ``[B]`` float32, 0 = greedy; None = all rows greedy (argmax, the first among equals). top_k ``[B]``
     int32, top_p, min_p ``[B]`` float32, see `filter_logits`; None = nobody asks. seeds, positions ``[B]`` int64, see
-    `philox_uniform`. Entries of -inf are never chosen. ValueError for missing seeds or positions, or other strides.
+    `philox_uniform`. Entries of -inf are never chosen; a row with a NaN, or whose greatest entry is infinite, gives
+    `NOT_A_TOKEN`. ValueError for missing seeds or positions, or other strides.
     """
     if temperature is None:
-        return logits.argmax(dim=-1)
+        return _greedy(logits)[0]
     check_rows("sample", logits)
     logits = _prepare(logits, temperature, top_k, top_p, min_p, seeds, positions)
     batch, vocabulary = logits.shape
@@ -169,7 +183,7 @@ def sample(
         )  # fmt: skip
         _choose_kernel[(batch,)](
             out, tile_max, tile_sum, logits, temperature, seeds, positions, logits.stride(0), vocabulary, num_tiles,
-            TILE=TILE, BLOCK_TILES=triton.next_power_of_2(num_tiles), num_warps=8,
+            TILE=TILE, BLOCK_TILES=triton.next_power_of_2(num_tiles), NOT_A_TOKEN=NOT_A_TOKEN, num_warps=8,
         )  # fmt: skip
     return out
 
@@ -187,16 +201,16 @@ def sample_reference(
     logits: Tensor, temperature: Tensor | None, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None,
     seeds: Tensor | None, positions: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    greedy = logits.argmax(dim=-1)
+    greedy, best = _greedy(logits)
     if temperature is None:
         return greedy
     logits = _prepare(logits, temperature, top_k, top_p, min_p, seeds, positions)
     width = min(TILE, logits.shape[1])
-    best = logits.gather(1, greedy.unsqueeze(1)).float()
-    weights = ((logits.float() - best) / _divisor(temperature).unsqueeze(1)).exp()
+    weights = ((logits.float() - best.float().unsqueeze(1)) / _divisor(temperature).unsqueeze(1)).exp()
     tiles = F.pad(weights, (0, -logits.shape[1] % width)).unflatten(1, (-1, width))
     tile_sums = tiles.sum(dim=-1)
     target = philox_uniform(seeds, positions).unsqueeze(1) * tile_sums.sum(dim=-1, keepdim=True)
     tile, target = _pick_reference(tile_sums, target)
     choice, _ = _pick_reference(tiles.gather(1, tile.unsqueeze(2).expand(-1, -1, width)).squeeze(1), target)
-    return torch.where(temperature == 0, greedy, (tile * width + choice).squeeze(1))
+    choose_greedily = (temperature == 0) | (greedy == NOT_A_TOKEN)
+    return torch.where(choose_greedily, greedy, (tile * width + choice).squeeze(1))

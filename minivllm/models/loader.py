@@ -2,9 +2,12 @@
 
 Taught in notebooks/06_qwen3.ipynb."""
 
+import errno
 import inspect
 import json
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,53 +17,106 @@ from torch import nn
 
 from minivllm.config import ModelConfig
 from minivllm.distributed import SINGLE, TensorParallelGroup
-from minivllm.errors import ConfigError, WeightLoadingError
+from minivllm.errors import ConfigError, SamplingParamsError, WeightLoadingError
 from minivllm.kernels import Kernels
 from minivllm.layers.linear import FusedLinear
 from minivllm.models.qwen3 import Qwen3ForCausalLM
+from minivllm.sampling_params import SamplingParams
+from minivllm.validation import shown
 
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]  # the rest of a hub repository is not downloaded
+logger = logging.getLogger(__name__)
+
+#: What is downloaded of a hub repository: settings, weights, templates and the tokenizer's files, of
+#: which slow tokenizers have their own. Not: weights in another format or for another program, which
+#: lie beside them or in folders.
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
+HUB_IGNORED = ["*/*.json", "*/*.safetensors", "*/*.model", "*/merges.txt", "*/vocab.txt"]
+HUB_IGNORED += ["consolidated*", "adapter_model*"]
+
+#: Names of the two matrices that are one in a model with tied embeddings.
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+#: Fields of generation_config.json that vLLM takes as defaults of a request, under vLLM's names.
+SAMPLING_DEFAULTS = {
+    "repetition_penalty": "repetition_penalty",
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "max_new_tokens": "max_tokens",
+}
 
 
 def resolve_model_path(model: str | Path) -> Path:
-    """A local directory as it is, or a hub id (``owner/name``) downloaded to the Hugging Face cache."""
-    if (path := Path(model).expanduser()).is_dir():
-        return path
-    if path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") != 1:
-        raise ConfigError(f"No model directory at {str(model)!r}; give one, a hub id like 'Qwen/Qwen3-0.6B' or None.")
-    from huggingface_hub import snapshot_download
+    """A local directory as it is, or a hub id (``owner/name``) downloaded to the Hugging Face cache.
 
+    Raises `ConfigError` for what is neither, and for whatever the hub says.
+    """
+    if not isinstance(model, str | Path) or not str(model):
+        raise ConfigError(f"model is a directory, a hub id like 'Qwen/Qwen3-0.6B' or None, not {shown(model)}.")
+    with suppress(OSError, ValueError, RuntimeError):  # too long, a NUL inside, the home of nobody
+        if (path := Path(model).expanduser()).is_dir():
+            return path
+    name = str(model)
+    if Path(model).is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise ConfigError(f"No model directory at {name!r}; give one, a hub id like 'Qwen/Qwen3-0.6B' or None.")
     try:
-        return Path(snapshot_download(str(model), allow_patterns=HUB_PATTERNS))
-    except OSError as error:  # the hub's own errors are of this kind
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_IGNORED))
+    except Exception as error:  # the hub's, the network's, or that a name is none: all mean that there is no model
         raise ConfigError(
-            f"{str(model)!r} is no directory here and could not be fetched from the Hugging Face hub ({error}). "
+            f"{name!r} is no directory here and could not be fetched from the Hugging Face hub ({error}). "
             "Check the name and the network, or use model=None for the bundled model."
         ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The file's content, or {} when there is no such file. Raises `ConfigError` for anything but a JSON object."""
-    if not path.is_file():
-        return {}
     try:
+        if not path.is_file():
+            return {}
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON ({error}).") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error}).") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds no JSON object.")
     return content
 
 
 def load_config(path: Path) -> ModelConfig:
-    """The model's shape from config.json and generation_config.json."""
+    """The model's shape from config.json, and its end-of-sequence tokens from generation_config.json too."""
     config = read_json(path / "config.json")
     if not config:
         raise ConfigError(f"{path} has no config.json, so it is not a Hugging Face model directory.")
+    return ModelConfig.from_hf(config, load_generation_config(path), path)
+
+
+def load_generation_config(path: Path) -> dict[str, Any]:
+    """What generation_config.json holds; {} where a model has none."""
+    return read_json(path / "generation_config.json")
+
+
+def default_sampling_params(source: Path | Mapping[str, Any], mode: str = "auto") -> dict[str, Any]:
+    """Arguments of `SamplingParams` for requests that bring none, as a checkpoint recommends them.
+
+    source: the model's directory, or what its generation_config.json holds. mode:
+    `EngineConfig.generation_config`; "vllm" gives {}. As in vLLM, `do_sample` is not looked at:
+    who wants greedy decoding sets temperature=0. Raises `ConfigError` for a value that cannot be.
+    """
+    if mode == "vllm":
+        return {}
+    content = source if isinstance(source, Mapping) else load_generation_config(source)
+    found = {name: content.get(theirs) for theirs, name in SAMPLING_DEFAULTS.items()}
+    found = {name: value for name, value in found.items() if value is not None}
     try:
-        return ModelConfig.from_hf(config, read_json(path / "generation_config.json"))
-    except KeyError as error:
-        raise ConfigError(f"{path / 'config.json'} lacks the field {error}.") from error
+        SamplingParams(**found)
+    except SamplingParamsError as error:
+        where = "generation_config.json" if isinstance(source, Mapping) else source / "generation_config.json"
+        raise ConfigError(f"{where}: {error} Mend the file, or use generation_config='vllm' to ignore it.") from error
+    return found
 
 
 def load_model(
@@ -91,44 +147,102 @@ def iterate_weights(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
     A tensor is the mapped file: only what is then copied from it, the part that a rank holds, is read.
     """
-    index = read_json(path / "model.safetensors.index.json")
-    if (path / "model.safetensors").is_file():  # a repository may hold other files beside it, an adapter for example
-        names = ["model.safetensors"]
-    elif index:
-        names = sorted(set(index.get("weight_map", {}).values()))
-    else:
-        names = [file.name for file in sorted(path.glob("*.safetensors"))]
+    for file in _weight_files(path):
+        try:
+            with safe_open(file, framework="pt") as shard:
+                for key in shard.keys():  # noqa: SIM118 (not a dict)
+                    yield key, shard.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+                raise
+            raise WeightLoadingError(f"{file} is not a readable safetensors file ({error}).") from error
+
+
+def _weight_files(path: Path) -> list[Path]:
+    if (path / "model.safetensors").exists():  # a repository may hold other files beside it, an adapter for example
+        return [path / "model.safetensors"]
+    index = path / "model.safetensors.index.json"
+    names = _shard_names(index) if index.exists() else [file.name for file in sorted(path.glob("*.safetensors"))]
     if not names:
         raise WeightLoadingError(
             f"{path} holds no *.safetensors file. minivllm never unpickles a checkpoint: convert it to safetensors, "
             "or use load_format='dummy' for random weights."
         )
     for name in names:
-        if not (path / name).is_file():
+        if not (path / name).exists():
             raise WeightLoadingError(f"The index of {path} lists {name}, which is not there.")
-        try:
-            with safe_open(path / name, framework="pt") as shard:
-                for key in shard.keys():  # noqa: SIM118 (not a dict)
-                    yield key, shard.get_tensor(key)
-        except SafetensorError as error:
-            raise WeightLoadingError(f"{path / name} is not a readable safetensors file ({error}).") from error
+    return [path / name for name in names]
+
+
+def _shard_names(index: Path) -> list[str]:
+    """The files that the index lists. They are names in its directory: an index is somebody else's, and must not make
+    us read what lies elsewhere. (A file may be a link that leaves it, as in the hub's cache.)"""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WeightLoadingError(
+            f"{index}: weight_map must be an object that maps tensors to safetensors files, got {shown(weight_map)}."
+        )
+    for tensor, name in weight_map.items():
+        is_name = isinstance(name, str) and not set(name) & set("/\\:\0") and name not in ("", ".", "..")
+        if not is_name:
+            raise WeightLoadingError(
+                f"{index}: the file of {shown(tensor)} must be the name of a file beside it, got {shown(name)}."
+            )
+    return sorted(set(weight_map.values()))
 
 
 def load_weights(model: nn.Module, weights: Iterator[tuple[str, torch.Tensor]], tied: bool = False) -> None:
-    """Copy each tensor to its place. Raises `WeightLoadingError` naming what is missing, unexpected or misshapen."""
+    """Copy each tensor to its place. Raises `WeightLoadingError` naming what is missing, unexpected or misshapen.
+
+    tied: the config says that head and embedding are one matrix. A checkpoint that brings both, and they differ, is
+    taken at its word rather than the config: the head gets its own. One that brings the head alone has the embedding
+    under that name. transformers does the same.
+    """
     places = parameter_places(model)
-    if tied:
-        places.pop("lm_head.weight", None)  # it is the embedding; a checkpoint may still carry a copy of it
-    missing, unexpected = set(places), []
+    head = places.pop(HEAD, None) if tied else None
+    missing, unexpected, seen = set(places), [], {}
     for name, tensor in weights:
+        if tied and name in (HEAD, EMBEDDING):
+            seen[name] = tensor
         if name in places:
             _copy(places[name], tensor, name)
             missing.discard(name)
-        elif not (tied and name == "lm_head.weight") and not name.endswith("rotary_emb.inv_freq"):
+        elif not (tied and name == HEAD) and not name.endswith("rotary_emb.inv_freq"):
             unexpected.append(name)
+    if HEAD in seen and EMBEDDING in missing:
+        _copy(places[EMBEDDING], seen[HEAD], HEAD)
+        missing.discard(EMBEDDING)
     if missing or unexpected:
         lists = f"missing {_few(sorted(missing))}; unexpected {_few(unexpected)}"
         raise WeightLoadingError(f"The checkpoint does not fit the model: {lists}.")
+    if seen.keys() == {HEAD, EMBEDDING} and not _are_equal(*seen.values()):
+        _untie(model, head, seen[HEAD])
+
+
+def _are_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    # Some rows at a time: both are mapped files, and need not be in memory at once.
+    return all(map(torch.equal, a.split(4096), b.split(4096)))
+
+
+def _untie(model: nn.Module, head: torch.Tensor | None, tensor: torch.Tensor) -> None:
+    """Give the output head, which has been the embedding, a weight of its own with this content."""
+    if head is None:
+        raise WeightLoadingError(
+            f"The checkpoint ships a {HEAD} that differs from the embedding, and this model has no such parameter."
+        )
+    logger.warning(
+        "config.json says tie_word_embeddings, but the checkpoint ships another %s, and it is used. "
+        "Set tie_word_embeddings to false there to say so.",
+        HEAD,
+    )
+    own = nn.Parameter(torch.zeros_like(head), requires_grad=False)  # zeros: what fills up the vocabulary of a rank
+    if hasattr(head, "part"):
+        own.part = head.part
+    parent, _, name = HEAD.rpartition(".")
+    setattr(model.get_submodule(parent), name, own)
+    _copy(own, tensor, HEAD)
 
 
 def parameter_places(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -165,8 +279,8 @@ def _fill_at_random(model: nn.Module, seed: int, tied: bool) -> None:
         shape, _ = _part(place)
         if len(shape) == 1:
             place.data.fill_(0.0 if name.endswith("bias") else 1.0)
-        elif not (tied and name == "lm_head.weight"):
-            generator = torch.Generator(device=place.device).manual_seed(seed + number)
+        elif not (tied and name == HEAD):
+            generator = torch.Generator(device=place.device).manual_seed((seed + number) % (1 << 64))
             whole = place.data if shape == place.shape else torch.empty(shape, dtype=place.dtype, device=place.device)
             _copy(place, whole.normal_(0.0, shape[1] ** -0.5, generator=generator), name)
 

@@ -1,6 +1,7 @@
 """The same pictures for a terminal, as rich renderables: block tables, KV memory, and a trace as a table.
 
 Every cell says what it is twice, by colour and by a character, so that nothing depends on telling colours apart.
+Names and texts of strangers are made safe here, and once more by `SafeConsole`.
 """
 
 from __future__ import annotations
@@ -8,12 +9,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from minivllm.text import one_line, printable
 from minivllm.viz.palette import CACHED, INK, request_color, request_letter, text_on
 
 if TYPE_CHECKING:
@@ -25,6 +28,19 @@ USED_CELL, CACHED_CELL, FREE_CELL = "█", "▒", "·"
 USED_STYLE, CACHED_STYLE, FREE_STYLE = "#56B4E9", "#E69F00", "dim"
 SHARED_STYLE = f"{INK} on {CACHED}"
 SHARED_MARK = "="
+
+
+class SafeConsole(Console):
+    """A console for texts of strangers: none steers the terminal, and "[red]" is a word like others."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"markup": False, "emoji": False, "highlight": False, **options})
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            text, style, control = segment
+            # Control segments are rich's own: they move the cursor of a live view.
+            yield segment if control else Segment(printable(text), style)
 
 
 def shared_blocks(record: StepRecord) -> set[int]:
@@ -162,7 +178,7 @@ def engine_view(
 
 def tail(text: str, width: int) -> str:
     """The end of a text on one line of `width` characters."""
-    line = " ".join(text.split())
+    line = " ".join(printable(text).split())
     return line if len(line) <= width else "…" + line[-(width - 1) :]
 
 
@@ -173,18 +189,20 @@ def summary_table(rows: Sequence[tuple[str, str, str]], title: str = "") -> Tabl
     table.add_column(no_wrap=True, justify="right", style="bold")
     table.add_column(style="dim")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table
 
 
 def step_table(trace: Trace, every_step: bool = False) -> Table:
     """The trace as a table, a row a step; steps in a row that do the same and change nothing share a row."""
     title = (
-        f"{trace.model}: {trace.num_blocks} blocks of {trace.block_size} tokens, "
+        f"{one_line(trace.model)}: {trace.num_blocks} blocks of {trace.block_size} tokens, "
         f"{trace.num_blocks * trace.block_size * trace.kv_bytes_per_token / 2**20:.1f} MiB; a step takes at most "
         f"{trace.max_num_batched_tokens} tokens of {trace.max_num_seqs} sequences"
     )
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table = Table(
+        title=Text(title, style="italic"), title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="bold"
+    )
     for name in ("step", "ms", "run", "wait", "used", "cached", "free"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("what it computed, and what changed", overflow="fold")
@@ -199,6 +217,7 @@ def step_table(trace: Trace, every_step: bool = False) -> Table:
         first, last = records[0], records[-1]
         cached = len(last.cached_blocks)
         times = "" if first is last else f", {len(records)} times"
+        changes = [step_counts(last) + times, *(f"request {event}" for event in events(last, names))]
         table.add_row(
             str(first.step) if first is last else f"{first.step}–{last.step}",
             f"{1000 * sum(record.duration for record in records):.1f}",
@@ -207,7 +226,7 @@ def step_table(trace: Trace, every_step: bool = False) -> Table:
             str(used_blocks(trace, last)),
             str(cached),
             str(last.num_free_blocks - cached),
-            "; ".join([step_counts(last) + times, *(f"request {event}" for event in events(last, names))]),
+            Text("; ".join(changes)),
         )
     return table
 
@@ -218,7 +237,7 @@ def _row_key(record: StepRecord, every_step: bool) -> object:
 
 
 def _name(label: str, name: Mapping[str, str] | None) -> str:
-    return name[label] if name and label in name else label.removesuffix("/0")
+    return one_line(name[label] if name and label in name else label.removesuffix("/0"))
 
 
 def _count(number: int, noun: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +33,7 @@ def minivllm(*arguments: str, code: int = 0) -> str:
     """What the command prints, lines joined where the terminal broke them."""
     result = CliRunner().invoke(app, list(arguments))
     assert result.exit_code == code, result.output
+    assert isinstance(result.exception, SystemExit | None), result.exception
     return result.output
 
 
@@ -211,14 +214,86 @@ def test_course_says_what_to_do_next(chapter: Chapter, learner: Learner) -> None
     assert "All exercises have passed." in minivllm("course")
 
 
-@pytest.mark.parametrize("kept", ["", "[]", '{"99.1": 3}', '{"99.1": {"colour": "red"}}', "\x00"])
-def test_a_spoilt_record_is_no_harm(chapter: Chapter, learner: Learner, kept: str) -> None:
+DAMAGED: list[bytes] = [
+    b"", b"[]", b"null", b"3", b'{"99.1": 3}', b'{"99.1": {"colour": "red"}}', b"\x00", b"\xff\xfe", b'{"99.1": ',
+    b'{"99.1": {"state": 5}}', b'{"99.1": {"state": []}}', b'{"99.1": {"state": "great"}}', b'{"99.1": {"tries": "1"}}',
+    b'{"99.1": {"tries": -1}}', b'{"99.1": {"tries": true}}', b'{"99.1": {"answer": 1}}', b"[" * 100_000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kept", DAMAGED)
+def test_a_damaged_record_is_said_once_and_kept(chapter: Chapter, learner: Learner, kept: bytes) -> None:
     learner(two_wrong)
-    record = chapter.root / "exercises/.progress.json"
-    record.write_text(kept)
-    assert "Next: minivllm check 99" in minivllm("course")
-    minivllm("check", "99.2")
+    record, aside = (chapter.root / "exercises" / name for name in (".progress.json", ".progress.damaged-1.json"))
+    record.write_bytes(kept)
+    said = minivllm("course")
+    assert f"{record} cannot be read (" in said
+    assert f"It is kept as {aside.name}. All exercises count as not checked" in said
+    assert "Next: minivllm check 99" in said
+    assert aside.read_bytes() == kept
+    assert "cannot be read" not in minivllm("course")
+    assert "cannot be read" not in minivllm("check", "99.2")
     assert json.loads(record.read_text())["99.2"]["state"] == "passed"
+    assert aside.read_bytes() == kept
+
+
+@pytest.mark.parametrize("command", [["course"], ["check", "99.2"], ["check", "capstone"]])
+def test_every_command_says_that_the_record_is_damaged(learner: Learner, command: list[str], monkeypatch) -> None:
+    monkeypatch.setattr("minivllm.course.capstone.check", lambda *_: 0)
+    learner()
+    for number in (1, 2):
+        Path("exercises/.progress.json").write_text("damaged")
+        assert minivllm(*command).count("cannot be read") == 1
+        assert Path(f"exercises/.progress.damaged-{number}.json").read_text() == "damaged"
+
+
+def test_a_record_that_is_a_folder_or_a_pipe(chapter: Chapter, learner: Learner) -> None:
+    learner()
+    record = chapter.root / "exercises/.progress.json"
+    record.mkdir()
+    (record / "mine").write_text("x")
+    assert "it is no file" in minivllm("check", "99.2")
+    assert (chapter.root / "exercises/.progress.damaged-1.json/mine").read_text() == "x"
+    record.unlink()
+    os.mkfifo(record)
+    assert "it is no file" in minivllm("course")
+
+
+def _fails(*_: object, **__: object) -> None:
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
+def test_a_damaged_record_that_cannot_be_renamed_is_not_overwritten(learner: Learner, monkeypatch) -> None:
+    learner()
+    record = Path("exercises/.progress.json")
+    record.write_text("damaged")
+    monkeypatch.setattr(Path, "rename", _fails)
+    said = minivllm("check", "99.2")
+    assert "cannot be renamed either (Read-only file system)" in said
+    assert "1 of 1 passed." in said
+    assert "could not be kept in exercises/: the damaged .progress.json is in the way" in said
+    assert record.read_text() == "damaged"
+
+
+def test_progress_that_cannot_be_kept_is_one_line(learner: Learner, monkeypatch) -> None:
+    """And what was there is whole: it is written beside, and then takes its place."""
+    learner()
+    minivllm("check", "99.2")
+    before = Path("exercises/.progress.json").read_bytes()
+    for method in ("write_bytes", "replace"):
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, method, _fails)
+            said = minivllm("check", "99.3")
+        assert "Your progress could not be kept in exercises/: Read-only file system.\n" in said
+        assert Path("exercises/.progress.json").read_bytes() == before
+        assert list(Path("exercises").glob("*progress*")) == [Path("exercises/.progress.json")]
+
+
+def test_an_answer_that_no_encoding_can_say(learner: Learner) -> None:
+    """JSON may hold half a surrogate pair."""
+    path = learner()
+    path.write_text(path.read_text().replace("def double", "# \\ud800\\ndef double"))
+    assert "is not a notebook that can be read" in minivllm("check", "99.1", code=2)
 
 
 # --- reset ------------------------------------------------------------------------------------------------------------
@@ -234,6 +309,26 @@ def test_reset_keeps_what_there_was(chapter: Chapter, learner: Learner) -> None:
     assert "kept" not in minivllm("course", "reset", "exercises/99_demo.ipynb", code=2)
     assert "kept" not in minivllm("course", "reset", "99")
     assert "Error" in minivllm("course", "reset", "12", code=2)
+
+
+@pytest.mark.parametrize(("method", "call"), [("write_text", 1), ("replace", 1), ("rename", 1)])
+def test_reset_where_nothing_can_be_written(chapter: Chapter, learner: Learner, monkeypatch, method, call) -> None:
+    """It names the folder, and nothing is half done, whichever step fails."""
+    before = learner(two_wrong).read_bytes()
+    names = sorted(path.name for path in chapter.exercises.parent.iterdir())
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, method, _fails)
+        if method == "replace":  # putting back is a rename
+            patched.setattr(Path, "rename", Path.rename)
+        said = minivllm("course", "reset", "99", code=2)
+    assert f"in the folder {chapter.exercises.parent}: Read-only file system. Nothing was changed." in said
+    assert chapter.exercises.read_bytes() == before
+    assert sorted(path.name for path in chapter.exercises.parent.iterdir()) == names
+
+
+@pytest.mark.parametrize("what", ["x" * 300, "x" * 300 + ".ipynb", "\udcff", "9" * 5000])
+def test_names_that_no_file_can_have(what: str) -> None:
+    assert "There " in minivllm("check", what, code=2)
 
 
 def test_statements_are_read() -> None:

@@ -1,0 +1,306 @@
+"""The engine's core: sequences of token ids in, token ids out. Plans steps, runs them, brings their results.
+
+It knows no text and no callers. `step` returns, for each sequence, the new tokens and perhaps an end; whoever drives
+the core (`LLMEngine`) keeps what has come out. So the core is disposable: `restart` builds queues, slots and blocks
+anew from sequences that are given to it, wherever the step before was cut short.
+
+With tensor_parallel_size > 1 every rank runs a core like this one on its share of the model; see launch.py."""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from minivllm.batch import build_batch
+from minivllm.config import EngineConfig
+from minivllm.distributed import TensorParallelGroup
+from minivllm.engine.block_manager import BlockManager
+from minivllm.engine.model_runner import ModelRunner, StepResult
+from minivllm.engine.sampler import TokenLogprobs
+from minivllm.engine.scheduler import Scheduler
+from minivllm.engine.sequence import ScheduledBatch, Sequence
+from minivllm.engine.trace import StepRecord, Trace, label, record_step
+from minivllm.errors import SchedulerStalledError, UnsupportedFeatureError
+from minivllm.kernels import Kernels
+from minivllm.kernels.sampling import NOT_A_TOKEN
+from minivllm.launch import Ranks, pick_device
+from minivllm.models.loader import load_config
+from minivllm.models.qwen3 import Qwen3ForCausalLM
+from minivllm.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EnginePieces:
+    """What an engine is made of; your own in place of the package's. kernels: None chooses them by the backend."""
+
+    kernels: Kernels | None = None
+    block_manager_cls: Callable[..., BlockManager] = BlockManager
+    scheduler_cls: Callable[..., Scheduler] = Scheduler
+    model_cls: Callable[..., Any] = Qwen3ForCausalLM
+    build_batch: Callable[..., Any] = build_batch
+
+
+@dataclass(eq=False, slots=True)
+class SequenceOutput:
+    """What a step gave one sequence: new tokens, and perhaps its end."""
+
+    seq_id: int
+    token_ids: list[int]
+    finish_reason: str | None = None  # "stop", "length", or "error": the model's numbers were not finite
+    stop_reason: int | None = None  # the stop token of the request that ended it
+    logprobs: TokenLogprobs | None = None  # of the step; those of token_ids[i] stand in row `row + i`
+    row: int = 0
+
+
+@dataclass(eq=False)
+class StepOutput:
+    """What a step brought. All lists may be empty."""
+
+    start_time: float  # of the step that was planned, in seconds of time.perf_counter
+    admitted: list[tuple[int, int]] = field(default_factory=list)  # (seq_id, tokens from the prefix cache)
+    outputs: list[SequenceOutput] = field(default_factory=list)
+    #: (seq_id, position of the first token, logprobs of the prompt's tokens from there on)
+    prompt_logprobs: list[tuple[int, int, TokenLogprobs]] = field(default_factory=list)
+
+
+class EngineCore:
+    """Scheduler, block manager, model runner and the other ranks. config: as the caller gave it, not yet resolved."""
+
+    def __init__(
+        self, model_path: Path, config: EngineConfig, pieces: EnginePieces, group: TensorParallelGroup | None = None
+    ) -> None:
+        device = pick_device(config.device)
+        self.model_path, self.model_config = model_path, load_config(model_path)
+        self.config = replace(config, device=device).resolve(self.model_config, device.partition(":")[0])
+        kernels = pieces.kernels
+        if kernels is None:
+            on_triton = self.config.attention_backend == "triton"
+            kernels = Kernels.triton() if on_triton else Kernels.reference()
+        elif kernels.name != "triton":  # a graph cannot record a function that waits for the GPU
+            self.config = replace(self.config, enforce_eager=True)
+        self._pieces = pieces
+        arguments = (self.config.device, _run_rank, model_path, config, pieces)
+        self.ranks = Ranks(config.tensor_parallel_size, *arguments, group=group)
+        # Also when nobody closes the engine: garbage, or the end of the program.
+        self.close = weakref.finalize(self, self.ranks.close)
+        try:
+            self.model_runner = ModelRunner(
+                model_path,
+                self.model_config,
+                self.config,
+                kernels,
+                model_cls=pieces.model_cls,
+                build_batch=pieces.build_batch,
+                group=self.ranks.group,
+            )
+        except BaseException as error:
+            self.ranks.give_up(error)
+            raise
+        self.ranks.release = self.model_runner.release_graphs
+        self.config = replace(self.config, num_kv_blocks=self.model_runner.num_kv_blocks)
+        self.trace = self._new_trace() if config.trace else None
+        self._trace_start = 0.0
+        self._token_hash = xxhash.xxh3_64()  # of every token so far
+        self._depth = int(self.config.async_scheduling)  # steps that may be under way when the next is planned
+        self.peak_used_kv_blocks = 0
+        self.scheduler = self._new_scheduler()
+        self._sequences: dict[int, Sequence] = {}  # those that have not finished
+        self._in_flight: deque[tuple[ScheduledBatch, StepResult, StepRecord | None]] = deque()
+        self._last_record: StepRecord | None = None  # of the step whose results came last
+
+    # --- sequences ------------------------------------------------------------------------------------------------
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence. The caller has checked that it can be served."""
+        self._sequences[seq.seq_id] = seq
+        self.scheduler.add(seq)
+        if self.ranks.were_started_here:
+            self.ranks.mirror("add_described", _describe(seq))
+
+    def add_described(self, description: dict[str, Any]) -> None:
+        """`add` on another rank, from what the wire has brought."""
+        self.add(_from_description(description))
+
+    def finish(self, seq_ids: Iterable[int], reason: str, stop_reason: str | None = None) -> None:
+        """End sequences now, wherever they are, and free what they hold. Those that have ended are left alone."""
+        for seq_id in seq_ids:
+            seq = self._sequences.pop(seq_id, None)
+            if seq is not None and not seq.is_finished:
+                self.scheduler.finish(seq, reason, stop_reason)
+                self.ranks.mirror("finish", [seq_id], reason, stop_reason)
+                if reason == "stop" and self._last_record is not None:
+                    self._last_record.finished.append(label(seq))
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget the content of all blocks; False, and nothing done, while there are sequences."""
+        manager = self.scheduler.block_manager
+        if not hasattr(manager, "reset_prefix_cache"):
+            raise UnsupportedFeatureError(f"{type(manager).__name__} has no method reset_prefix_cache; write one.")
+        if self._sequences:
+            logger.warning("The prefix cache stays: %d sequences are unfinished.", len(self._sequences))
+            return False
+        manager.reset_prefix_cache()
+        self.ranks.mirror("reset_prefix_cache")
+        return True
+
+    def restart(self, sequences: Iterable[Sequence]) -> None:
+        """Forget queues, slots, blocks and steps in flight, and begin anew with these sequences.
+
+        They may have output already, which is computed again. What the prefix cache knew is forgotten. Other ranks
+        cannot follow, for nobody knows where they stand: with them the engine ends.
+        """
+        if self.ranks.group.size > 1:
+            self.ranks.close("A call was cut short, and with it the engine's ranks.")
+        scheduler = self._new_scheduler()
+        scheduler.stats = self.scheduler.stats
+        self.model_runner.forget_sequences()
+        self._in_flight.clear()
+        self._sequences = {seq.seq_id: seq for seq in sequences}
+        for seq in self._sequences.values():
+            scheduler.add(seq)
+        self.scheduler = scheduler
+
+    @property
+    def num_used_kv_blocks(self) -> int:
+        return self.config.num_kv_blocks - self.scheduler.block_manager.num_free_blocks
+
+    # --- stepping -------------------------------------------------------------------------------------------------
+
+    def step(self) -> StepOutput:
+        """Plan and start a step, and bring the results of one: its own, or those of the step before it."""
+        output = StepOutput(time.perf_counter())
+        try:
+            self.ranks.agree(self, self._state)
+            batch = self.scheduler.schedule()
+            if batch:
+                self._launch(batch, output)
+            elif self._sequences and not self._in_flight:
+                waiting = len({seq.request_id for seq in self._sequences.values()})
+                raise SchedulerStalledError(f"Nothing was planned while {waiting} requests are unfinished.")
+            # The results of the step before this one are looked at while this one runs; without overlap, its own.
+            while len(self._in_flight) > (self._depth if batch else 0):
+                self._apply(*self._in_flight.popleft(), output)
+        except BaseException as error:
+            self.ranks.give_up(error)
+            raise
+        return output
+
+    def _launch(self, batch: ScheduledBatch, output: StepOutput) -> None:
+        """Start a step that has just been planned."""
+        self.peak_used_kv_blocks = max(self.peak_used_kv_blocks, self.num_used_kv_blocks)
+        record = None if self.trace is None else self._record(batch, output.start_time)
+        output.admitted = [(seq.seq_id, seq.num_cached_tokens) for seq in batch.admitted]
+        self._in_flight.append((batch, self.model_runner.execute(batch), record))
+
+    def _apply(self, batch: ScheduledBatch, result: StepResult, record: StepRecord | None, output: StepOutput) -> None:
+        """Bring the results of a step to the scheduler and to `output`."""
+        token_ids = result.wait()
+        self.ranks.group.check()
+        self._token_hash.update(array("q", token_ids).tobytes())
+        if NOT_A_TOKEN in token_ids:
+            self._end_failed(batch, token_ids, output)
+        row_of = {}
+        if result.logprobs is not None:
+            row_of = {id(item): row for row, item in enumerate(batch.sampled)}
+        accepted = self.scheduler.update(batch, token_ids)
+        for item in accepted:
+            seq = item.sequence
+            tokens = [seq.token_ids[item.sample_position]]
+            found = SequenceOutput(seq.seq_id, tokens, seq.finish_reason, seq.stop_reason)
+            if row_of:
+                found.logprobs, found.row = result.logprobs, row_of[id(item)]
+            if found.finish_reason is not None:
+                self._sequences.pop(seq.seq_id, None)
+            output.outputs.append(found)
+        for item, logprobs in result.prompt_logprobs:
+            output.prompt_logprobs.append((item.sequence.seq_id, item.start + 1, logprobs))
+        if record is not None:
+            record.duration = time.perf_counter() - self._trace_start - record.start_time
+            record.finished = [label(i.sequence) for i in accepted if i.sequence.is_finished]
+            self._last_record = record
+
+    def _end_failed(self, batch: ScheduledBatch, token_ids: list[int], output: StepOutput) -> None:
+        """End the sequences whose logits were not finite, and forget what the cache holds: it may not be either."""
+        for item, token_id in zip(batch.sampled, token_ids, strict=True):
+            seq = item.sequence
+            if token_id == NOT_A_TOKEN and not seq.is_finished:
+                self.scheduler.finish(seq, "error")
+                self._sequences.pop(seq.seq_id, None)
+                output.outputs.append(SequenceOutput(seq.seq_id, [], "error"))
+        self.scheduler.block_manager.reset_prefix_cache()
+
+    def _state(self) -> int:
+        """A hash of the tokens so far and of what the next plan depends on: the same on every rank."""
+        state, scheduler = self._token_hash.copy(), self.scheduler
+        plan = [seq.seq_id for seq in (*scheduler.running, *scheduler.waiting)]
+        state.update(array("q", [*plan, scheduler.block_manager.num_free_blocks]).tobytes())
+        return state.intdigest() >> 1
+
+    def _new_scheduler(self) -> Scheduler:
+        config, pieces = self.config, self._pieces
+        manager = pieces.block_manager_cls(config.num_kv_blocks, config.block_size, config.enable_prefix_caching)
+        return pieces.scheduler_cls(manager, config.max_num_seqs, config.max_num_batched_tokens)
+
+    # --- trace ----------------------------------------------------------------------------------------------------
+
+    def _new_trace(self) -> Trace:
+        names = ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len")
+        return Trace(
+            self.model_path.name,
+            self.config.num_kv_blocks,
+            kv_bytes_per_token=self.model_runner.kv_bytes_per_token,
+            **{name: getattr(self.config, name) for name in names},
+        )
+
+    def _record(self, batch: ScheduledBatch, now: float) -> StepRecord:
+        if not self.trace.steps:
+            self._trace_start = now
+        return record_step(self.trace, batch, self.scheduler, now - self._trace_start)
+
+
+def _describe(seq: Sequence) -> dict[str, Any]:
+    """A new sequence as JSON can say it, for the other ranks."""
+    changed = {
+        field.name: getattr(seq.params, field.name)
+        for field in fields(SamplingParams)
+        if field.name != "output_kind" and getattr(seq.params, field.name) != field.default
+    }
+    # JSON's keys are text; the ids of a bias are numbers.
+    changed |= {k: [list(p) for p in v.items()] for k, v in changed.items() if isinstance(v, dict)}
+    names = ("seq_id", "token_ids", "max_num_tokens", "seed", "bad_words", "request_id", "index")
+    return {
+        **{name: getattr(seq, name) for name in names},
+        "num_prompt_tokens": seq.num_prompt_tokens,
+        "stop_ids": sorted(seq.stop_ids),
+        "params": changed,
+    }
+
+
+def _from_description(description: dict[str, Any]) -> Sequence:
+    params = dict(description["params"])
+    if "logit_bias" in params:
+        params["logit_bias"] = dict(params["logit_bias"])
+    read = {
+        "params": SamplingParams(**params),
+        "stop_ids": frozenset(description["stop_ids"]),
+        "bad_words": tuple(map(tuple, description["bad_words"])),
+    }
+    return Sequence(**{**description, **read})
+
+
+def _run_rank(group: TensorParallelGroup, model_path: Path, config: EngineConfig, pieces: EnginePieces) -> None:
+    """The core of a rank that `RankProcesses` has started: it steps whenever rank 0 does."""
+    core = EngineCore(model_path, config, pieces, group=group)
+    while True:
+        core.step()

@@ -1,0 +1,207 @@
+"""From what a caller gives to what the engine computes with: token ids, and parameters that can be served.
+
+The only place that decides what is refused before a request exists. A refusal raises a `RequestError`
+and leaves nothing behind, so it never touches another request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from minivllm import errors
+from minivllm.config import EngineConfig, ModelConfig
+from minivllm.inputs import ParsedPrompt, PromptType, check_params, parse_prompt
+from minivllm.models.loader import default_sampling_params
+from minivllm.sampling_params import SamplingParams
+from minivllm.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class EngineInput:
+    """A request that has passed every check."""
+
+    prompt_text: str | None  # None where the caller gave token ids only
+    prompt_token_ids: list[int]
+    #: With counts instead of -1: `logprobs`, `prompt_logprobs`.
+    params: SamplingParams
+    stop_ids: frozenset[int]  # tokens that end a sequence: end-of-sequence, and the caller's own
+    bad_words: tuple[tuple[int, ...], ...]  # token sequences that no output may complete
+    max_num_tokens: int  # a sequence ends at this many tokens, prompt included
+
+
+class InputProcessor:
+    """Checks and encodes requests for one model. config: resolved, with its number of KV blocks."""
+
+    def __init__(
+        self, path: Path, model_config: ModelConfig, config: EngineConfig, tokenizer: Tokenizer | None
+    ) -> None:
+        self.path, self.config, self.tokenizer = path, config, tokenizer
+        self.vocab_size = model_config.vocab_size
+        self.max_logprobs = self.vocab_size if config.max_logprobs == -1 else config.max_logprobs
+        # vLLM's rule: those of the model's configs, and the tokenizer's.
+        eos_ids = (*model_config.eos_token_ids, tokenizer.eos_token_id if tokenizer else None)
+        self.eos_ids = frozenset(i for i in eos_ids if i is not None and 0 <= i < self.vocab_size)
+
+    @cached_property
+    def default_params(self) -> SamplingParams:
+        """What holds for a request that brings no parameters."""
+        return SamplingParams(**default_sampling_params(self.path, self.config.generation_config))
+
+    def process(self, prompt: PromptType, params: SamplingParams | None = None) -> EngineInput:
+        """Check a request. prompt: text, token ids, or a dict of vLLM's.
+
+        Raises a `RequestError` of the kind of what is wrong with it.
+        """
+        params = self.default_params if params is None else params
+        check_params(params)
+        parsed = parse_prompt(prompt)
+        token_ids = self._truncate(self._encode(parsed), params)
+        if not token_ids:
+            raise errors.EmptyPromptError("The prompt has no tokens; give at least one.")
+        max_num_tokens = self._max_num_tokens(len(token_ids), params)
+        self._check_params(params)
+        stop_ids = frozenset(params.stop_token_ids or ())
+        if not params.ignore_eos:
+            stop_ids |= self.eos_ids
+        bad_words = self._encode_bad_words(params.bad_words or ())
+        self._check_choice(params, stop_ids, bad_words)
+        return EngineInput(parsed.text, token_ids, self._count_all(params), stop_ids, bad_words, max_num_tokens)
+
+    # --- the prompt -------------------------------------------------------------------------------
+
+    def _encode(self, prompt: ParsedPrompt) -> list[int]:
+        """Token ids, each of which the model knows."""
+        token_ids = prompt.token_ids
+        if token_ids is None:
+            if self.tokenizer is None:
+                raise errors.TokenizerRequiredError("This engine has no tokenizer; give the prompt as token ids.")
+            token_ids = self.tokenizer.encode(prompt.text)
+        if not token_ids or (min(token_ids) >= 0 and max(token_ids) < self.vocab_size):
+            return token_ids
+        bad = next(t for t in token_ids if not 0 <= t < self.vocab_size)
+        if prompt.token_ids is not None:
+            raise errors.InvalidTokenError(f"Token id {bad} is not an integer from 0 to {self.vocab_size - 1}.")
+        text = self.tokenizer.decode([bad], skip_special_tokens=False)
+        raise errors.InvalidTokenError(
+            f"The tokenizer makes token {bad} of {text!r} in the prompt, and the model's vocabulary "
+            f"ends at {self.vocab_size - 1}. Leave it out, or use the tokenizer of this checkpoint."
+        )
+
+    def _truncate(self, token_ids: list[int], params: SamplingParams) -> list[int]:
+        """The last `truncate_prompt_tokens` tokens."""
+        keep, limit = params.truncate_prompt_tokens, self.config.max_model_len
+        if keep is None:
+            return token_ids
+        if keep > limit:
+            raise errors.SamplingParamsError(f"truncate_prompt_tokens={keep} is above max_model_len={limit}.")
+        return token_ids[-(limit - 1 if keep == -1 else keep) :]  # one token of output needs room
+
+    def _max_num_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
+        """At how many tokens, prompt included, the sequences end; raises where that never fits."""
+        limit = self.config.max_model_len
+        if num_prompt_tokens >= limit:
+            raise errors.PromptTooLongError(
+                f"The prompt has {num_prompt_tokens} tokens; max_model_len={limit} leaves room for "
+                f"{limit - 1} and one of output. Shorten the prompt, raise max_model_len, or set "
+                "truncate_prompt_tokens=-1."
+            )
+        # The last token of a sequence is never fed back, so it needs no place in the cache.
+        pool = self.config.num_kv_blocks * self.config.block_size + 1
+        wanted = num_prompt_tokens + (params.max_tokens or limit)
+        max_num_tokens = min(limit, wanted if params.max_tokens else min(wanted, pool))
+        if max_num_tokens > pool or num_prompt_tokens >= pool:
+            raise errors.PromptTooLongError(
+                f"{num_prompt_tokens} prompt tokens with max_tokens={params.max_tokens} never fit "
+                f"the KV cache of {pool - 1} tokens. Lower max_tokens, shorten the prompt or raise "
+                "num_kv_blocks."
+            )
+        return max_num_tokens
+
+    # --- the parameters ---------------------------------------------------------------------------
+
+    def _check_params(self, params: SamplingParams) -> None:
+        """Raise for what this model, or this engine, cannot do."""
+        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+            for token_id in getattr(params, name) or ():
+                if token_id >= self.vocab_size:
+                    raise errors.SamplingParamsError(
+                        f"{name}: token {token_id}; the vocabulary ends at {self.vocab_size - 1}."
+                    )
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(params, name) or 0
+            if (self.vocab_size if count == -1 else count) > self.max_logprobs:
+                raise errors.SamplingParamsError(
+                    f"{name}={count} is above max_logprobs={self.max_logprobs}; start the engine "
+                    "with a larger max_logprobs, -1 for the whole vocabulary."
+                )
+        for name, wanted in (("stop", params.stop_strings), ("bad_words", params.bad_words)):
+            if wanted and self.tokenizer is None:
+                raise errors.TokenizerRequiredError(
+                    f"{name} needs a tokenizer, and this engine has none; use stop_token_ids, "
+                    "allowed_token_ids and logit_bias."
+                )
+
+    def _count_all(self, params: SamplingParams) -> SamplingParams:
+        """Say the whole vocabulary as a number."""
+        names = [n for n in ("logprobs", "prompt_logprobs") if getattr(params, n) == -1]
+        return replace(params, **dict.fromkeys(names, self.vocab_size)) if names else params
+
+    def _encode_bad_words(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+        """Token sequences of the words, as vLLM makes them: at the start of a text, and after a space.
+
+        The second form counts only where the space melts into the first token: otherwise it begins
+        with a token for the space alone, and the first form finds the word behind it.
+        """
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            plain, spaced = (
+                tuple(self.tokenizer.encode(space + word.lstrip(), add_special_tokens=False)) for space in ("", " ")
+            )
+            if not plain:
+                raise errors.SamplingParamsError(f"bad_words: {word!r} has no tokens.")
+            found[plain] = None
+            if spaced and spaced[0] != plain[0] and len(spaced) == len(plain):
+                found[spaced] = None
+        for token_id in (t for sequence in found for t in sequence):
+            if not 0 <= token_id < self.vocab_size:
+                raise errors.SamplingParamsError(
+                    f"bad_words: token {token_id}; the vocabulary ends at {self.vocab_size - 1}."
+                )
+        return tuple(found)
+
+    def _check_choice(
+        self, params: SamplingParams, stop_ids: frozenset[int], bad_words: tuple[tuple[int, ...], ...]
+    ) -> None:
+        """Raise if a step might come at which no token may be chosen."""
+        allowed = None if params.allowed_token_ids is None else set(params.allowed_token_ids)
+        # A word of which some token cannot be chosen is never begun.
+        banned = {word[-1] for word in bad_words if allowed is None or allowed.issuperset(word)}
+        if params.min_tokens:
+            banned |= stop_ids
+        num_left = self.vocab_size - len(banned) if allowed is None else len(allowed - banned)
+        if num_left == 0:
+            raise errors.SamplingParamsError(
+                "allowed_token_ids, bad_words and min_tokens (which bans stop tokens at first) "
+                "together can leave no token to choose; allow more."
+            )
+
+
+def in_our_order(prompt: Any, params: Any, request_id: Any) -> tuple[Any, Any, str | None]:
+    """(prompt, params, request_id) of an `add_request`, also from vLLM's order: id, prompt, params.
+
+    Raises `RequestError` for a mixture.
+    """
+    if isinstance(request_id, SamplingParams):
+        prompt, params, request_id = params, request_id, prompt
+    elif isinstance(params, str):
+        raise errors.RequestError(
+            "add_request takes (prompt, params, request_id), or vLLM's (request_id, prompt, params); "
+            f"got the texts {prompt!r} and {params!r} without a SamplingParams after them."
+        )
+    if request_id is not None and not isinstance(request_id, str):
+        raise errors.RequestError(f"A request id is a string, not {request_id!r}.")
+    return prompt, params, request_id

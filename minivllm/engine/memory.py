@@ -1,0 +1,136 @@
+"""What an engine's start takes of the memory, what there is, and a typed error where it does not fit.
+
+Asked for more than there is, a CPU does one of three things: torch raises a RuntimeError that names a
+line of C++, the system promises the memory and kills the process when it is written, or Python builds
+objects for minutes. So the sum is made before anything is allocated. A GPU says clearly when it is
+full; of its engine only what the CPU holds is counted here.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from minivllm.config import EngineConfig, ModelConfig
+from minivllm.errors import ConfigError, OutOfMemoryError
+
+GIB = 1 << 30
+#: Python's objects and the rows of small tensors: a little more than was measured.
+SLOT_BYTES, BLOCK_BYTES = 160, 256
+
+
+def check_memory(model: ModelConfig, config: EngineConfig, num_ranks: int, cache_bytes: int) -> None:
+    """Raise `OutOfMemoryError` if this rank's start cannot fit into the CPU's memory.
+
+    config: resolved. cache_bytes: of this rank's KV cache; 0 where it lies on a GPU or is not known.
+    """
+    parts = {"the sequences' tables": _table_bytes(config), "the KV cache": cache_bytes}
+    if config.device.partition(":")[0] == "cpu":
+        itemsize = getattr(torch, config.dtype).itemsize
+        parts["the weights"] = model.num_parameters * itemsize // num_ranks
+        parts["the table of rotary angles"] = 2 * config.max_model_len * model.head_dim * 4
+    needed, free = sum(parts.values()), available_bytes()
+    if free is None or needed <= free:
+        return
+    largest = max(parts, key=lambda name: parts[name])
+    raise OutOfMemoryError(
+        f"Starting takes {_gib(needed)} of memory, of which {_gib(parts[largest])} are {largest}; "
+        f"{_gib(free)} are free. {_advice(largest, config)}."
+    )
+
+
+def available_bytes() -> int | None:
+    """What this process may still take, in bytes; None where that cannot be found out (not on Linux).
+
+    The least of: the machine's available memory and swap, the limit of its control group (a
+    container's) and the limit of its address space (`ulimit -v`).
+    """
+    found = [_machine(), _control_group(), _address_space()]
+    known = [number for number in found if number is not None]
+    return max(0, min(known)) if known else None
+
+
+@contextmanager
+def typed_start_errors(device_type: str) -> Iterator[None]:
+    """What torch, NumPy and the system raise for want of memory becomes `OutOfMemoryError`."""
+    try:
+        yield
+    except ImportError as error:
+        if "Triton" not in str(error):  # which the first launch of a kernel imports
+            raise
+        raise ConfigError(f"{error} attention_backend='torch' needs no Triton.") from error
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise OutOfMemoryError(
+            f"The {device_type} has too little memory to start: lower num_kv_blocks, "
+            "gpu_memory_utilization, max_num_batched_tokens or max_num_seqs, or use a smaller dtype. "
+            f"({reason})"
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this error says that memory was asked for which there is not."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    texts = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "calculation overflowed")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+
+
+def _table_bytes(config: EngineConfig) -> int:
+    """The block table, here and on the device, and what is kept for each slot and block."""
+    blocks_per_seq = -(-config.max_model_len // config.block_size)
+    tables = config.max_num_seqs * (blocks_per_seq * 8 + SLOT_BYTES)
+    return tables + (config.num_kv_blocks or 0) * BLOCK_BYTES
+
+
+def _advice(largest: str, config: EngineConfig) -> str:
+    if largest == "the weights":
+        smaller = "" if config.dtype != "float32" else " or dtype='bfloat16', which is half as large"
+        return f"Use a smaller model{smaller}"
+    if largest == "the KV cache" and config.num_kv_blocks:
+        return f"Lower num_kv_blocks={config.num_kv_blocks}"
+    if largest == "the sequences' tables":
+        return f"Lower max_num_seqs={config.max_num_seqs}, max_model_len or num_kv_blocks"
+    return f"Lower max_model_len={config.max_model_len}"
+
+
+def _machine() -> int | None:
+    with suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        kib = {line.partition(":")[0]: int(line.split()[1]) for line in lines}
+        return (kib["MemAvailable"] + kib.get("SwapFree", 0)) * 1024 if "MemAvailable" in kib else None
+    return None
+
+
+def _control_group() -> int | None:
+    """The limit of the control group (version 2), less what cannot be given back of what it uses."""
+    folder = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):
+        limit = int((folder / "memory.max").read_text())  # "max" where there is none
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return limit - int(stat.get("anon", 0)) - int(stat.get("unevictable", 0))
+    return None
+
+
+def _address_space() -> int | None:
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if limit != resource.RLIM_INFINITY:
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+            return limit - used
+    return None
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size < 100 * GIB else f"{size / GIB:,.0f} GiB"

@@ -1,0 +1,358 @@
+"""From tokens to what callers get: text, stop strings, logprobs, and who has news. Knows nothing of blocks and steps.
+
+The engine's core says which tokens a step gave to which sequence. This file keeps each request as its caller sees it:
+one prompt, n completions, each with its tokens, text, logprobs and end. A request's state is the truth about it: after
+an interrupt the core is built anew from what stands here (`OutputProcessor.settle`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from minivllm.engine.engine_core import SequenceOutput, StepOutput
+from minivllm.engine.sampler import TokenLogprobs
+from minivllm.engine.sequence import Sequence
+from minivllm.errors import InvalidLogitsError, RequestError
+from minivllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from minivllm.sampling_params import RequestOutputKind, SamplingParams
+from minivllm.tokenizer import Detokenizer, Tokenizer
+
+#: How a completion stands: (tokens taken in, finish_reason, stop_reason). One object, so that it changes at once.
+Settled = tuple[int, str | None, str | int | None]
+
+
+class OutputCollector:
+    """Who waits for the outputs of some requests, and which of these have news (vLLM's name for the same thing)."""
+
+    def __init__(self) -> None:
+        self.news: dict[str, Request] = {}
+        self.is_closed = False
+        #: The iterator that reads the outputs, if one does: nobody waits any more once it has ended or is gone.
+        self.reader: Callable[[], Iterator | None] | None = None
+
+    def read_by(self, reader: Iterator) -> None:
+        """Whoever holds this generator waits for the outputs."""
+        self.reader = weakref.ref(reader)
+
+    @property
+    def is_abandoned(self) -> bool:
+        if self.is_closed or self.reader is None:
+            return self.is_closed
+        reader = self.reader()
+        return reader is None or reader.gi_frame is None
+
+
+@dataclass(eq=False)
+class Completion:
+    """What becomes of one sequence. detokenizer: None where nobody wants text."""
+
+    seq_id: int
+    detokenizer: Detokenizer | None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] | None = None
+    cumulative_logprob: float | None = None
+    settled: Settled = (0, None, None)
+    num_reported: int = 0  # tokens that reports have told of
+    num_shown: int = 0  # characters of the text that reports have told of
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.settled[1]
+
+    @property
+    def is_finished(self) -> bool:
+        return self.settled[1] is not None
+
+
+@dataclass(eq=False)
+class Request:
+    """What the engine keeps of a request besides its sequences."""
+
+    request_id: str
+    number: int  # of arrival; seeds derive from it
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    tokenizer: Tokenizer | None
+    metrics: RequestMetrics
+    collector: OutputCollector
+    new_sequence: Callable[[Request, int], Sequence]  # (request, index) -> a sequence with the tokens so far
+    completions: list[Completion] = field(default_factory=list)
+    num_cached_tokens: int = 0
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    #: Why all that has not finished is to end now: "abort", or "error" with the error; set first, done afterwards.
+    ends_with: str | None = None
+    error: RequestError | None = None
+    is_reported: bool = False  # its end, too
+    shows_progress: bool = False  # whether it has news before it has finished
+    follows_text: bool = False  # whether text is decoded while it grows; otherwise once, at the end
+
+    def __post_init__(self) -> None:
+        self.shows_progress = self.params.output_kind is not RequestOutputKind.FINAL_ONLY
+        wants_text = self.tokenizer is not None and self.params.detokenize
+        self.follows_text = wants_text and (self.shows_progress or bool(self.params.stop_strings))
+        if self.params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None] * len(self.prompt_token_ids)
+
+    @property
+    def is_finished(self) -> bool:
+        return all(completion.is_finished for completion in self.completions)
+
+    @property
+    def has_news(self) -> bool:
+        if self.is_finished or not self.shows_progress:
+            return self.is_finished and not self.is_reported
+        return any(completion.num_reported < completion.settled[0] for completion in self.completions)
+
+    def add_completion(self, seq_id: int) -> None:
+        """One more of the n completions."""
+        completion = Completion(seq_id, self._new_detokenizer())
+        if self.params.logprobs is not None:
+            completion.logprobs, completion.cumulative_logprob = [], 0.0
+        self.completions.append(completion)
+
+    def take(self, index: int, output: SequenceOutput) -> str | None:
+        """Take in what a step gave a completion; returns the stop string with which that ends it, if any."""
+        completion = self.completions[index]
+        finish_reason, stop_reason, ended_by = output.finish_reason, output.stop_reason, None
+        if finish_reason is None and completion.logprobs is None and not self.follows_text:
+            completion.token_ids += output.token_ids  # the usual case: nobody looks yet
+            completion.settled = (len(completion.token_ids), None, None)
+            return None
+        if finish_reason == "error":
+            self.error, self.ends_with = InvalidLogitsError(), "error"
+        for number, token_id in enumerate(output.token_ids):
+            completion.token_ids.append(token_id)
+            if completion.logprobs is not None:
+                self._add_logprobs(completion, output.logprobs, output.row + number)
+            # The token that stopped a sequence is not part of its text, unless the caller wants it.
+            is_stop = finish_reason == "stop" and number == len(output.token_ids) - 1
+            if self.follows_text and not (is_stop and not self.params.include_stop_str_in_output):
+                may_stop = len(completion.token_ids) >= self.params.min_tokens and not is_stop
+                ended_by = completion.detokenizer.append(token_id, may_stop)
+            if ended_by is not None:
+                finish_reason, stop_reason = "stop", ended_by
+                break
+        self._settle_at(completion, finish_reason, stop_reason)
+        return ended_by
+
+    def end(self, index: int, finish_reason: str) -> None:
+        """End a completion that has not finished, from outside."""
+        self._settle_at(self.completions[index], finish_reason, None)
+
+    def restore(self) -> None:
+        """After a method was cut short: what a completion is half way through taking in is not there."""
+        for completion in self.completions:
+            if completion.is_finished:
+                continue
+            num_tokens = completion.settled[0]
+            del completion.token_ids[num_tokens:]
+            if completion.logprobs is not None:
+                del completion.logprobs[num_tokens:]
+                pairs = zip(completion.token_ids, completion.logprobs, strict=True)
+                completion.cumulative_logprob = sum((found[t].logprob for t, found in pairs), 0.0)
+            completion.detokenizer = self._new_detokenizer()
+            if self.follows_text:
+                for number, token_id in enumerate(completion.token_ids, 1):
+                    completion.detokenizer.append(token_id, number >= self.params.min_tokens)
+
+    def add_prompt_logprobs(self, start: int, logprobs: TokenLogprobs) -> None:
+        """Note the logprobs of the prompt's tokens from position `start` on."""
+        for row in range(len(logprobs.token_ids)):
+            found = self._logprob_dict(logprobs, row, self.params.prompt_logprobs)
+            self.prompt_logprobs[start + row] = found
+
+    def report(self) -> RequestOutput:
+        """The request as it is now; in DELTA mode, what is new since the last report. Changes nothing."""
+        outputs = [self._report_completion(i) for i in range(len(self.completions))]
+        self.metrics.num_generation_tokens = max(c.settled[0] for c in self.completions)
+        return RequestOutput(
+            self.request_id,
+            self.prompt,
+            self.prompt_token_ids,
+            outputs,
+            self.is_finished,
+            self.prompt_logprobs,
+            num_cached_tokens=self.num_cached_tokens,
+            metrics=self.metrics,
+            error=self.error,
+        )
+
+    def note_report(self) -> None:
+        """The report has been made: the next one tells what comes after it."""
+        for completion in self.completions:
+            completion.num_reported = completion.settled[0]
+            completion.num_shown = self._end_of_shown(completion)
+        self.is_reported = self.is_finished
+
+    def _report_completion(self, index: int) -> CompletionOutput:
+        completion = self.completions[index]
+        num_tokens, finish_reason, stop_reason = completion.settled
+        delta = self.params.output_kind is RequestOutputKind.DELTA
+        start, shown = (completion.num_reported, completion.num_shown) if delta else (0, 0)
+        text = ""
+        if completion.detokenizer is not None:
+            text = completion.detokenizer.text[shown : self._end_of_shown(completion)]
+        logprobs = completion.logprobs
+        return CompletionOutput(
+            index,
+            text,
+            completion.token_ids[start:num_tokens],
+            completion.cumulative_logprob,
+            None if logprobs is None else logprobs[start:num_tokens],
+            finish_reason,
+            stop_reason,
+        )
+
+    def _end_of_shown(self, completion: Completion) -> int:
+        """How many characters of the text may be shown: never an end that may become part of a stop string."""
+        if completion.detokenizer is None:
+            return 0
+        return max(completion.num_shown, completion.detokenizer.num_safe(completion.is_finished))
+
+    def _settle_at(self, completion: Completion, finish_reason: str | None, stop_reason: str | int | None) -> None:
+        if finish_reason is not None and (detokenizer := completion.detokenizer) is not None:
+            if not self.follows_text:
+                stopped = finish_reason == "stop" and not self.params.include_stop_str_in_output
+                ids = completion.token_ids
+                detokenizer.extend(ids[:-1] if stopped else ids)
+                detokenizer.finish(check_stop=False)
+            elif not isinstance(stop_reason, str) and (stop := detokenizer.finish()) is not None:
+                finish_reason, stop_reason = "stop", stop
+        completion.settled = (len(completion.token_ids), finish_reason, stop_reason)
+
+    def _new_detokenizer(self) -> Detokenizer | None:
+        params = self.params
+        if self.tokenizer is None or not params.detokenize:
+            return None
+        return Detokenizer(
+            self.tokenizer,
+            params.stop_strings,
+            params.skip_special_tokens,
+            self.prompt_token_ids,
+            include_stop=params.include_stop_str_in_output,
+            spaces_between_special_tokens=params.spaces_between_special_tokens,
+        )
+
+    def _add_logprobs(self, completion: Completion, logprobs: TokenLogprobs, row: int) -> None:
+        completion.logprobs.append(self._logprob_dict(logprobs, row, self.params.logprobs))
+        completion.cumulative_logprob += logprobs.logprobs[row].item()
+
+    def _logprob_dict(self, logprobs: TokenLogprobs, row: int, k: int) -> dict[int, Logprob]:
+        """The k likeliest tokens and the chosen one."""
+        ids, values = logprobs.top_ids[row, :k].tolist(), logprobs.top_logprobs[row, :k].tolist()
+        pairs = enumerate(zip(ids, values, strict=True), 1)
+        found = {t: Logprob(value, rank, self._decode_one(t)) for rank, (t, value) in pairs}
+        chosen = logprobs.token_ids[row].item()
+        if chosen not in found:
+            value, rank = logprobs.logprobs[row].item(), logprobs.ranks[row].item()
+            found[chosen] = Logprob(value, rank, self._decode_one(chosen))
+        return found
+
+    def _decode_one(self, token_id: int) -> str | None:
+        if self.tokenizer is None or not self.params.detokenize:
+            return None
+        return self.tokenizer.decode([token_id], skip_special_tokens=False)
+
+
+class OutputProcessor:
+    """All requests that have not been reported to their end, in order of arrival."""
+
+    def __init__(self) -> None:
+        self.requests: dict[str, Request] = {}
+        self._owners: dict[int, tuple[Request, int]] = {}  # seq_id -> (its request, which completion)
+        self._seq_ids = itertools.count()
+        self.num_generated_tokens = 0
+        self.num_finished_requests = 0
+
+    def add(self, request: Request) -> None:
+        """Keep a request, with its completions; from the last line on it is there."""
+        for index in range(request.params.n):
+            request.add_completion(next(self._seq_ids))
+            self._owners[request.completions[index].seq_id] = (request, index)
+        self.requests[request.request_id] = request
+
+    def process(self, step: StepOutput) -> list[tuple[int, str]]:
+        """Take in what a step brought. Returns the sequences that a stop string ends: (seq_id, the string)."""
+        now, ended = time.perf_counter(), []
+        for seq_id, num_cached_tokens in step.admitted:
+            request = self._owners[seq_id][0]
+            if request.metrics.first_scheduled_time is None:
+                request.metrics.first_scheduled_time = step.start_time
+                request.num_cached_tokens = num_cached_tokens
+        for seq_id, start, logprobs in step.prompt_logprobs:
+            if seq_id in self._owners:
+                self._owners[seq_id][0].add_prompt_logprobs(start, logprobs)
+        for output in step.outputs:
+            request, index = self._owners[output.seq_id]
+            self.num_generated_tokens += len(output.token_ids)
+            if request.metrics.first_token_time is None:
+                request.metrics.first_token_time = now
+            stop_string = request.take(index, output)
+            if stop_string is not None:
+                ended.append((output.seq_id, stop_string))
+            is_finished = request.completions[index].settled[1] is not None
+            if is_finished:
+                request.metrics.finished_time = now
+            if request.shows_progress or (is_finished and request.is_finished):
+                request.collector.news[request.request_id] = request
+        return ended
+
+    def end(self, request: Request) -> list[int]:
+        """End what of a request has not finished, as its `ends_with` says; returns the ids of those sequences."""
+        ended = []
+        for index, completion in enumerate(request.completions):
+            if not completion.is_finished:
+                request.end(index, request.ends_with)
+                ended.append(completion.seq_id)
+        request.collector.news[request.request_id] = request
+        return ended
+
+    def collect(self, collector: OutputCollector) -> list[RequestOutput]:
+        """What is new of a collector's requests; those that have finished are forgotten."""
+        news = list(collector.news.values())
+        outputs = [request.report() for request in news]
+        for request in news:
+            request.note_report()
+            if request.is_finished:
+                self.forget(request)
+        collector.news.clear()
+        return outputs
+
+    def forget(self, request: Request) -> None:
+        if self.requests.pop(request.request_id, None) is not None:
+            self.num_finished_requests += 1
+        request.collector.news.pop(request.request_id, None)
+        for completion in request.completions:
+            self._owners.pop(completion.seq_id, None)
+
+    def owner_of(self, seq_id: int) -> Request:
+        return self._owners[seq_id][0]
+
+    def settle(self) -> list[Sequence]:
+        """After a method was cut short anywhere: put every request into a state that it had, and derive the rest.
+
+        Returns sequences for all that has not finished, in order of arrival. May itself be cut short, and called again.
+        """
+        self._owners = {}
+        sequences = []
+        for request in list(self.requests.values()):
+            request.restore()
+            if request.ends_with is not None:
+                self.end(request)
+            if request.is_reported:
+                self.forget(request)
+                continue
+            for index, completion in enumerate(request.completions):
+                self._owners[completion.seq_id] = (request, index)
+                if not completion.is_finished:
+                    sequences.append(request.new_sequence(request, index))
+            if request.has_news:
+                request.collector.news[request.request_id] = request
+            else:
+                request.collector.news.pop(request.request_id, None)
+        return sequences

@@ -1,0 +1,21 @@
+"""Messages over a pipe between two processes: each is its length in 8 bytes, then its bytes."""
+
+from typing import BinaryIO
+
+MAX_FRAME = 1 << 30  # bytes; nobody here sends more
+
+
+def read_frame(stream: BinaryIO) -> bytes | None:
+    """The next message; None when the other end is gone, or talks nonsense."""
+    head = stream.read(8)
+    size = int.from_bytes(head, "little")
+    if len(head) < 8 or size > MAX_FRAME:
+        return None
+    body = stream.read(size)
+    return body if len(body) == size else None
+
+
+def write_frame(stream: BinaryIO, body: bytes) -> None:
+    stream.write(len(body).to_bytes(8, "little"))
+    stream.write(body)
+    stream.flush()
