@@ -413,6 +413,7 @@ class Spaced:
     """A tokenizer for which a space melts into the word: "ab" -> [1, 2], " ab" -> [11, 2]; " x" -> [0, 7]."""
 
     TABLE = {"ab": [1, 2], " ab": [11, 2], "x": [7], " x": [0, 7], "same": [3, 4], " same": [3, 5]}
+    TABLE |= {"fox": [5, 6], " fox": [10]}
     TABLE |= {"": [], " ": [], "far": [99], " far": [99], "one": [8], " one": [9]}
     eos_token_id = None
 
@@ -423,10 +424,17 @@ class Spaced:
 
 @pytest.mark.parametrize(
     ("word", "expected"),
-    [("ab", [(1, 2), (11, 2)]), (" ab", [(1, 2), (11, 2)]), ("x", [(7,)]), ("same", [(3, 4)]), ("one", [(8,), (9,)])],
+    [
+        ("ab", [(1, 2), (11, 2)]),
+        (" ab", [(1, 2), (11, 2)]),
+        ("x", [(7,)]),
+        ("same", [(3, 4), (3, 5)]),
+        ("one", [(8,), (9,)]),
+        ("fox", [(5, 6), (10,)]),
+    ],
 )
 def test_words_are_banned_with_and_without_a_space_before_them(llm, word, expected):
-    """vLLM's rule: the spaced form counts where it is as long as the plain one, and begins differently."""
+    """The spaced form counts unless the plain one finds the word behind the space."""
     engine = llm.llm_engine
     processor = InputProcessor(engine.model_path, engine.model_config, engine.config, Spaced())
     assert list(processor._encode_bad_words([word])) == expected

@@ -151,10 +151,10 @@ class InputProcessor:
         return replace(params, **dict.fromkeys(names, self.vocab_size)) if names else params
 
     def _encode_bad_words(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
-        """Token sequences of the words, as vLLM makes them: at the start of a text, and after a space.
+        """Token sequences of the words: at the start of a text, and after a space.
 
-        The second form counts only where the space melts into the first token: otherwise it begins
-        with a token for the space alone, and the first form finds the word behind it.
+        The second form is left out where the first one finds the word behind the space. vLLM keeps it
+        only if both have as many tokens, and so lets " fox" pass where "fox" is two tokens.
         """
         found: dict[tuple[int, ...], None] = {}
         for word in words:
@@ -164,7 +164,7 @@ class InputProcessor:
             if not plain:
                 raise errors.SamplingParamsError(f"bad_words: {word!r} has no tokens.")
             found[plain] = None
-            if spaced and spaced[0] != plain[0] and len(spaced) == len(plain):
+            if spaced[-len(plain) :] != plain:
                 found[spaced] = None
         for token_id in (t for sequence in found for t in sequence):
             if not 0 <= token_id < self.vocab_size:

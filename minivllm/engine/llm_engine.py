@@ -29,9 +29,11 @@ from uuid import uuid4
 import xxhash
 
 from minivllm import errors
+from minivllm.batch import build_batch
 from minivllm.bundled import BUNDLED_MODEL_PATH
-from minivllm.config import EngineConfig
+from minivllm.config import EngineArgs, EngineConfig
 from minivllm.distributed import TensorParallelGroup
+from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.engine_core import EngineCore, EnginePieces
 from minivllm.engine.input_processor import EngineInput, InputProcessor, in_our_order
 from minivllm.engine.model_runner import ModelRunner
@@ -40,7 +42,9 @@ from minivllm.engine.scheduler import Scheduler, SchedulerStats
 from minivllm.engine.sequence import Sequence as EngineSequence
 from minivllm.engine.trace import Trace
 from minivllm.inputs import PromptType
+from minivllm.kernels import Kernels
 from minivllm.models.loader import resolve_model_path
+from minivllm.models.qwen3 import Qwen3ForCausalLM
 from minivllm.outputs import RequestMetrics, RequestOutput
 from minivllm.sampling_params import SamplingParams
 from minivllm.tokenizer import Tokenizer
@@ -89,9 +93,18 @@ class LLMEngine:
     """
 
     def __init__(
-        self, model: str | Path | None = None, *, group: TensorParallelGroup | None = None, **options: Any
+        self,
+        model: str | Path | None = None,
+        *,
+        kernels: Kernels | None = None,
+        block_manager_cls: Callable[..., BlockManager] = BlockManager,
+        scheduler_cls: Callable[..., Scheduler] = Scheduler,
+        model_cls: Callable[..., Any] = Qwen3ForCausalLM,
+        build_batch: Callable[..., Any] = build_batch,
+        group: TensorParallelGroup | None = None,
+        **options: Any,
     ) -> None:
-        pieces = EnginePieces(**{n: options.pop(n) for n in list(options) if n in EnginePieces.__annotations__})
+        pieces = EnginePieces(kernels, block_manager_cls, scheduler_cls, model_cls, build_batch)
         config = EngineConfig.from_options(options)
         self.model_path = BUNDLED_MODEL_PATH if model is None else resolve_model_path(model)
         self.tokenizer = None if config.skip_tokenizer_init else Tokenizer(self.model_path)
@@ -105,6 +118,11 @@ class LLMEngine:
         self._is_cut_short = False
         self._is_closed = False
         self._inside: dict[str, int] = {}  # "thread" -> the one that is in a method which changes the engine
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs) -> LLMEngine:
+        """The engine that these arguments describe, as in vLLM."""
+        return cls(engine_args.model, **engine_args.options)
 
     @property
     def scheduler(self) -> Scheduler:
