@@ -112,6 +112,7 @@ class LLMEngine:
         self.model_config, self.config = self.core.model_config, self.core.config
         self.input_processor = InputProcessor(self.model_path, self.model_config, self.config, self.tokenizer)
         self.processor = OutputProcessor()
+        self._requests = self.processor.requests
         self.collector = OutputCollector()  # of the requests for which nobody else waits: `step` returns their outputs
         self._request_numbers = itertools.count()
         self._step_time = 0.0
@@ -154,7 +155,7 @@ class LLMEngine:
         """
         self._check_open()
         prompt, params, request_id = in_our_order(prompt, params, request_id)
-        if request_id in self.processor.requests:
+        if request_id in self._requests:
             raise errors.RequestError(f"Request id {request_id!r} is in use; finish or abort that request first.")
         checked = self.input_processor.process(prompt, params)
         return self._add(request_id, checked, collector or self.collector)
@@ -164,7 +165,7 @@ class LLMEngine:
         number = next(self._request_numbers)  # of served requests: seeds derived from it do not depend on refused ones
         if request_id is None:
             # A caller may have used the number as an id of its own.
-            taken = str(number) in self.processor.requests
+            taken = str(number) in self._requests
             request_id = f"{number}-{uuid4().hex}" if taken else str(number)
         request = Request(
             request_id,
@@ -193,14 +194,14 @@ class LLMEngine:
     @_changes_engine
     def _abort(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
-            request = self.processor.requests.get(request_id)
+            request = self._requests.get(request_id)
             if request is not None and not request.is_finished:
                 self._end_aborted(request)
 
     @_changes_engine
     def drop_abandoned(self) -> None:
         """End and forget the requests that nobody waits for any more: an interrupt took away who did."""
-        for request in list(self.processor.requests.values()):
+        for request in list(self._requests.values()):
             if request.collector.is_abandoned:
                 if not request.is_finished:
                     self._end_aborted(request)
@@ -215,7 +216,7 @@ class LLMEngine:
         return bool(self.collector.news) or self.get_num_unfinished_requests() > 0
 
     def get_num_unfinished_requests(self) -> int:
-        return sum(not request.is_finished for request in self.processor.requests.values())
+        return sum(not request.is_finished for request in self._requests.values())
 
     # --- stepping -------------------------------------------------------------------------------------------------
 

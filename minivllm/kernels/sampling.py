@@ -145,7 +145,8 @@ def _choose_kernel(
     temperature = tl.where(greedy, 1.0, temperature)
     weights = tl.where(there, tile_sum * tl.exp((tile_max - row_max) / temperature), 0.0)
     mass = tl.sum(weights, axis=0)  # NaN if any logit is, or if the greatest is infinite
-    weights = tl.where(greedy & there, (tile_max == row_max).to(tl.float32), weights)
+    is_best = tl.where(there, (tile_max == row_max).to(tl.float32), 0.0)
+    weights = tl.where(greedy, is_best, weights)
     number = uniform(tl.load(seeds_ptr + row), tl.load(positions_ptr + row))
     target = tl.where(greedy, 0.0, number * tl.sum(weights, axis=0))
     tile, target = _pick(weights, target, BLOCK_TILES)
