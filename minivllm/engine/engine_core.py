@@ -53,7 +53,7 @@ class EnginePieces:
 
 @dataclass(eq=False, slots=True)
 class SequenceOutput:
-    """What a step gave one sequence: new tokens, and perhaps its end."""
+    """What a step gave one sequence: new tokens, and perhaps its end. Holds until the next step."""
 
     seq_id: int
     token_ids: list[int]
@@ -117,6 +117,9 @@ class EngineCore:
         self.scheduler = self._new_scheduler()
         self._sequences: dict[int, Sequence] = {}  # those that have not finished
         self._in_flight: deque[tuple[ScheduledBatch, StepResult, StepRecord | None]] = deque()
+        #: The objects of `StepOutput.outputs`, used again in every step: with some hundred new ones a step, Python's
+        #: collector runs a hundred times as often.
+        self._spare_outputs: list[SequenceOutput] = []
         self._last_record: StepRecord | None = None  # of the step whose results came last
 
     # --- sequences ------------------------------------------------------------------------------------------------
@@ -214,15 +217,18 @@ class EngineCore:
         if result.logprobs is not None:
             row_of = {id(item): row for row, item in enumerate(batch.sampled)}
         accepted = self.scheduler.update(batch, token_ids)
-        for item in accepted:
+        used = len(output.outputs)
+        while len(self._spare_outputs) < used + len(accepted):
+            self._spare_outputs.append(SequenceOutput(0, []))
+        outputs = self._spare_outputs[used : used + len(accepted)]
+        for found, item in zip(outputs, accepted, strict=True):
             seq = item.sequence
-            tokens = [seq.token_ids[item.sample_position]]
-            found = SequenceOutput(seq.seq_id, tokens, seq.finish_reason, seq.stop_reason)
-            if row_of:
-                found.logprobs, found.row = result.logprobs, row_of[id(item)]
+            found.seq_id, found.token_ids = seq.seq_id, [seq.token_ids[item.sample_position]]
+            found.finish_reason, found.stop_reason = seq.finish_reason, seq.stop_reason
+            found.logprobs, found.row = result.logprobs, row_of.get(id(item), 0)
             if found.finish_reason is not None:
                 self._sequences.pop(seq.seq_id, None)
-            output.outputs.append(found)
+        output.outputs += outputs
         for item, logprobs in result.prompt_logprobs:
             output.prompt_logprobs.append((item.sequence.seq_id, item.start + 1, logprobs))
         if record is not None:
