@@ -293,7 +293,7 @@ class EngineConfig:
     #: file either way.
     generation_config: Literal["auto", "vllm"] = "auto"
     #: Most alternatives that a request's `logprobs` and `prompt_logprobs` may ask for; -1: the whole vocabulary.
-    max_logprobs: Annotated[int, Range(-1)] = MAX_LOGPROBS
+    max_logprobs: Annotated[int, Range(-1, 2**31 - 1)] = MAX_LOGPROBS
     trace: bool = False  # record what happens at each step; see `minivllm.engine.trace`
 
     @classmethod

@@ -150,10 +150,10 @@ class Ranks:
     def _find(self, size: int, device: str, target: Callable[..., None], *args: Any) -> TensorParallelGroup:
         if size == 1:
             return SINGLE
-        started = _torchrun_size()
+        started = _number_from_torchrun("WORLD_SIZE", 1)
         if started not in (1, size):
             raise ConfigError(f"torchrun has started {started} ranks; set tensor_parallel_size={started}.")
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", size)) if started == size else size
+        local = _number_from_torchrun("LOCAL_WORLD_SIZE", size) if started == size else size
         if device != "cpu" and (device != "cuda" or local > torch.cuda.device_count()):
             raise ConfigError(
                 f"{local} ranks on this machine take device='cuda' and {local} GPUs; device is {device!r}, and there "
@@ -165,38 +165,43 @@ class Ranks:
         return self._processes.group
 
 
-def _torchrun_size() -> int:
-    """How many ranks torchrun has started; 1 without it. Raises `ConfigError` for half of its variables."""
-    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
-    found = {name: os.environ[name] for name in names if name in os.environ}
-    wrong = [f"{name}={value!r}" for name, value in found.items() if not value.isdecimal()]
-    size = 1 if wrong else int(found.get("WORLD_SIZE", 1))
-    if size > 1:
-        wrong += [f"no {name}" for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if int(found.get("RANK", 0)) >= size:
-            wrong.append(f"RANK={found['RANK']} of {size}")
-    if wrong:
+def _number_from_torchrun(name: str, default: int) -> int:
+    """What torchrun has put into the environment."""
+    value = os.environ.get(name) or str(default)
+    if not value.isdecimal():
         raise ConfigError(
-            f"The variables that torchrun sets are not complete: {', '.join(wrong)}. Start with torchrun, or "
-            "unset WORLD_SIZE to have the ranks started here."
+            f"The environment variable {name} must be a number, as torchrun sets it, got {value!r}. Start with "
+            "torchrun, or unset WORLD_SIZE to have the ranks started here."
         )
-    return size
+    return int(value)
 
 
 def join_torchrun(device_type: str) -> TensorParallelGroup:
     """The group of all ranks that torchrun has started, on however many machines."""
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise ConfigError(
+            f"The environment has WORLD_SIZE and lacks {', '.join(missing)}, all of which torchrun sets. Start with "
+            "torchrun, or unset WORLD_SIZE to have the ranks started here."
+        )
+    rank, size = _number_from_torchrun("RANK", 0), _number_from_torchrun("WORLD_SIZE", 1)
+    if rank >= size:  # it would wait for ever
+        raise ConfigError(
+            f"The environment has RANK={rank} with WORLD_SIZE={size}; ranks count from 0. "
+            "Start with torchrun, or unset WORLD_SIZE to have the ranks started here."
+        )
     try:
         store, rank, size = next(dist.rendezvous("env://"))
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
             "The ranks that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT speak of cannot meet; torchrun sets them. "
-            f"({str(error).splitlines()[0]})"
+            f"Start with torchrun, or unset WORLD_SIZE to have the ranks started here. ({str(error).splitlines()[0]})"
         ) from error
     # A process may make several engines, every rank in the same order.
     number = store.add(f"minivllm engines of rank {rank}", 1)
     store = dist.PrefixStore(f"minivllm engine {number}", store)
     key = os.environ.get("MINIVLLM_RANK_KEY", "").encode()  # the same on every machine, if the network is shared
-    return connect(store, rank, size, device_type, None, int(os.environ.get("LOCAL_RANK", rank)), key)
+    return connect(store, rank, size, device_type, None, _number_from_torchrun("LOCAL_RANK", rank), key)
 
 
 class RankProcesses:

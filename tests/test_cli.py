@@ -815,9 +815,10 @@ def test_bench_says_what_its_options_make_impossible(monkeypatch):
 @pytest.mark.parametrize(
     ("environment", "why"),
     [
-        ({"WORLD_SIZE": "2"}, "no RANK, no MASTER_ADDR, no MASTER_PORT"), ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two'"),
-        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK=2 of 2"),
-        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "x"}, "MASTER_PORT='x'"),
+        ({"WORLD_SIZE": "2"}, "lacks RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be a number"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK=2 with WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "x"}, "cannot meet"),
     ],
 )  # fmt: skip
 def test_half_of_torchrun_is_one_clear_line(checkpoint, environment, why):

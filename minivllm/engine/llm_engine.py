@@ -43,7 +43,7 @@ from minivllm.engine.sequence import Sequence as EngineSequence
 from minivllm.engine.trace import Trace
 from minivllm.inputs import PromptType
 from minivllm.kernels import Kernels
-from minivllm.models.loader import resolve_model_path
+from minivllm.models.loader import load_config, resolve_model_path
 from minivllm.models.qwen3 import Qwen3ForCausalLM
 from minivllm.outputs import RequestMetrics, RequestOutput
 from minivllm.sampling_params import SamplingParams
@@ -107,6 +107,7 @@ class LLMEngine:
         pieces = EnginePieces(kernels, block_manager_cls, scheduler_cls, model_cls, build_batch)
         config = EngineConfig.from_options(options)
         self.model_path = BUNDLED_MODEL_PATH if model is None else resolve_model_path(model)
+        load_config(self.model_path)  # what is no model directory is said so, before its tokenizer is missed
         self.tokenizer = None if config.skip_tokenizer_init else Tokenizer(self.model_path)
         self.core = EngineCore(self.model_path, config, pieces, group)
         self.model_config, self.config = self.core.model_config, self.core.config
