@@ -183,7 +183,7 @@ class Scheduler:
         seq.num_computed_tokens = end = start + num_new
         if start // size != end // size:
             batch.block_hashes.update(seq.block_hashes[start // size : end // size])
-        position = seq.append_pending() if end == len(seq.token_ids) else None
+        position = seq.append_pending() if end == seq.num_tokens else None
         batch.items.append(ScheduledSequence(seq, start, num_new, position, seq.num_preemptions))
 
     def _is_being_computed(self, seq: Sequence, index: int, batch: ScheduledBatch) -> bool:

@@ -70,7 +70,7 @@ class Sequence:
     @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens left to compute now; 0 once the last token it may have is planned, for nothing follows that one."""
-        num_tokens = len(self.token_ids)
+        num_tokens = self.num_tokens
         return 0 if num_tokens >= self.max_num_tokens else num_tokens - self.num_computed_tokens
 
     @property
