@@ -33,9 +33,19 @@ _HOMES = {
     "Kernels": "minivllm.kernels",
 }
 __all__ = [
-    "LLM", "CompletionOutput", "EngineArgs", "Kernels", "LLMEngine", "PromptType", "RequestOutput", "RequestOutputKind",
-    "SamplingParams", "TextPrompt", "TokensPrompt", "__version__",
-]  # fmt: skip
+    "LLM",
+    "CompletionOutput",
+    "EngineArgs",
+    "Kernels",
+    "LLMEngine",
+    "PromptType",
+    "RequestOutput",
+    "RequestOutputKind",
+    "SamplingParams",
+    "TextPrompt",
+    "TokensPrompt",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,10 @@
-"""The tensors of one step: all scheduled tokens of all sequences, laid end to end. Taught in notebooks/07_engine.ipynb.
+"""The tensors of one step: all scheduled tokens of all sequences, laid end to end. Taught in
+notebooks/07_engine.ipynb.
 
-No padding: sequence i owns the tokens from ``query_start_loc[i]`` to ``query_start_loc[i + 1]``. Sequences with one
-new token come first (`num_decodes` of them), so that decode and prefill attention each get a contiguous part."""
+No padding: sequence i owns the tokens from ``query_start_loc[i]`` to ``query_start_loc[i + 1]``.
+Sequences with one new token come first (`num_decodes` of them), so that decode and prefill
+attention each get a contiguous part.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +15,16 @@ import torch
 
 @dataclass(frozen=True)
 class AttentionMetadata:
-    """Which tokens belong to which sequence, and where their keys and values live. B sequences, T tokens."""
+    """Which tokens belong to which sequence, and where their keys and values live. B sequences, T
+    tokens.
+    """
 
     query_start_loc: torch.Tensor  # [B + 1] int32: cumulative number of new tokens
     seq_lens: torch.Tensor  # [B] int32: context length, this step's tokens included
     block_table: torch.Tensor  # [B, max_blocks] int32: entries beyond a context are arbitrary
-    slot_mapping: torch.Tensor  # [T] int64: block * block_size + offset, where K and V are written; -1 writes nowhere
+    slot_mapping: (
+        torch.Tensor
+    )  # [T] int64: block * block_size + offset, where K and V are written; -1 writes nowhere
     num_decodes: int  # the first so many sequences have exactly one new token
     max_query_len: int
     max_seq_len: int
@@ -46,27 +53,39 @@ class BatchRow:
 def build_batch(rows: Sequence[BatchRow], block_table: np.ndarray, block_size: int) -> BatchInputs:
     """Flatten the rows of a step into tensors on the CPU.
 
-    rows: B of them, those with one token first. block_table: [B, max_blocks] int32. Returns CPU tensors; the runner
-    moves them. This is the function that a learner writes in chapter 07 and hands to ``LLM(build_batch=...)``.
+    rows: B of them, those with one token first. block_table: [B, max_blocks] int32. Returns CPU
+    tensors; the runner moves them. This is the function that a learner writes in chapter 07 and
+    hands to ``LLM(build_batch=...)``.
     """
     query_lens = np.array([len(row.token_ids) for row in rows], dtype=np.int64)
     starts = np.array([row.start for row in rows], dtype=np.int64)
     query_start_loc = np.concatenate(([0], query_lens.cumsum()))
 
-    token_ids = np.fromiter((t for row in rows for t in row.token_ids), np.int64, count=query_start_loc[-1])
+    token_ids = np.fromiter(
+        (t for row in rows for t in row.token_ids), np.int64, count=query_start_loc[-1]
+    )
     row_of_token = np.repeat(np.arange(len(rows)), query_lens)
     positions = np.arange(len(token_ids)) - query_start_loc[row_of_token] + starts[row_of_token]
-    slot_mapping = block_table[row_of_token, positions // block_size] * np.int64(block_size) + positions % block_size
+    slot_mapping = (
+        block_table[row_of_token, positions // block_size] * np.int64(block_size)
+        + positions % block_size
+    )
     seq_lens = starts + query_lens
     num_decodes = int((query_lens == 1).sum())
     samples = np.array([row.samples for row in rows], dtype=bool)
 
     used_blocks = -(-int(seq_lens.max()) // block_size)
     attention = AttentionMetadata(
-        torch.from_numpy(query_start_loc.astype(np.int32)), torch.from_numpy(seq_lens.astype(np.int32)),
-        torch.from_numpy(np.ascontiguousarray(block_table[:, :used_blocks])), torch.from_numpy(slot_mapping),
-        num_decodes=num_decodes, max_query_len=int(query_lens.max()), max_seq_len=int(seq_lens.max()),
+        torch.from_numpy(query_start_loc.astype(np.int32)),
+        torch.from_numpy(seq_lens.astype(np.int32)),
+        torch.from_numpy(np.ascontiguousarray(block_table[:, :used_blocks])),
+        torch.from_numpy(slot_mapping),
+        num_decodes=num_decodes,
+        max_query_len=int(query_lens.max()),
+        max_seq_len=int(seq_lens.max()),
         max_decode_seq_len=int(seq_lens[:num_decodes].max(initial=0)),
-    )  # fmt: skip
+    )
     logits_indices = torch.from_numpy((query_start_loc[1:] - 1)[samples])
-    return BatchInputs(torch.from_numpy(token_ids), torch.from_numpy(positions), attention, logits_indices)
+    return BatchInputs(
+        torch.from_numpy(token_ids), torch.from_numpy(positions), attention, logits_indices
+    )

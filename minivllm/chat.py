@@ -1,4 +1,6 @@
-"""`minivllm chat`: a conversation that only its user ends; no line, no answer and no Ctrl-C does."""
+"""`minivllm chat`: a conversation that only its user ends; no line, no answer and no Ctrl-C
+does.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from minivllm.errors import ConfigError, EmptyPromptError, MiniVLLMError, PromptTooLongError, RankError
+from minivllm.errors import (
+    ConfigError,
+    EmptyPromptError,
+    MiniVLLMError,
+    PromptTooLongError,
+    RankError,
+)
 from minivllm.files import reason
 from minivllm.stdio import complain, note, write
 from minivllm.text import is_unicode
@@ -26,11 +34,13 @@ Message = dict[str, str]
 class Chat:
     """A conversation with a model.
 
-    interactive: whether a person types; otherwise lines come from a file or a pipe, without comments.
-    Raises `ConfigError` for a model without a chat template.
+    interactive: whether a person types; otherwise lines come from a file or a pipe, without
+    comments. Raises `ConfigError` for a model without a chat template.
     """
 
-    def __init__(self, llm: LLM, params: SamplingParams, system: str | None, interactive: bool) -> None:
+    def __init__(
+        self, llm: LLM, params: SamplingParams, system: str | None, interactive: bool
+    ) -> None:
         self._llm, self._params, self._interactive = llm, params, interactive
         self._opening: list[Message] = [{"role": "system", "content": system}] if system else []
         self._messages = list(self._opening)
@@ -43,7 +53,10 @@ class Chat:
             with suppress(ImportError):  # Python for Windows has none
                 import readline  # noqa: F401 (gives input() its line editing)
         with self._interrupts:
-            while (line := self._read_line()) is not None and line.strip() not in ("/exit", "/quit"):
+            while (line := self._read_line()) is not None and line.strip() not in (
+                "/exit",
+                "/quit",
+            ):
                 self._take(line.strip())
 
     def _read_line(self) -> str | None:
@@ -72,7 +85,9 @@ class Chat:
         elif line.startswith("/"):
             note(HELP)
         elif not is_unicode(line):
-            complain("Error: this line is not text in UTF-8. It was left out; the conversation goes on.")
+            complain(
+                "Error: this line is not text in UTF-8. It was left out; the conversation goes on."
+            )
         elif line:
             try:
                 self._answer(line)
@@ -115,7 +130,14 @@ class Chat:
         stream.close()  # which aborts the request, if it has not ended
         stopped = self._interrupts.pressed
         if stopped and self._interactive:
-            note(" (stopped)" if "".join(parts) else " (stopped before it began; the line was left out)", newline=False)
+            note(
+                (
+                    " (stopped)"
+                    if "".join(parts)
+                    else " (stopped before it began; the line was left out)"
+                ),
+                newline=False,
+            )
         return "".join(parts), stopped
 
     def _limit(self) -> int:
@@ -135,8 +157,8 @@ class Chat:
             forgotten += 1
         if len(prompt) >= limit:
             raise PromptTooLongError(
-                f"The line makes a prompt of {len(prompt)} tokens, and {limit - 1} fit. Shorten it, or "
-                "raise max_model_len or num_kv_blocks (-e max_model_len=…)."
+                f"The line makes a prompt of {len(prompt)} tokens, and {limit - 1} fit. Shorten it,"
+                " or raise max_model_len or num_kv_blocks (-e max_model_len=…)."
             )
         if not prompt:
             raise EmptyPromptError("The chat template makes nothing of this line.")

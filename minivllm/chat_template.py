@@ -43,7 +43,9 @@ CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 def clean(text: str, limit: int = MAX_MESSAGE) -> str:
     """Somebody else's text, safe to print: no control characters or escapes, not too long."""
     text = text if len(text) <= limit else text[: limit - 1] + "…"
-    return "".join(c if c.isprintable() or c in "\n\t" else " " if c.isspace() else "\ufffd" for c in text)
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else " " if c.isspace() else "\ufffd" for c in text
+    )
 
 
 # --- what a conversation is made of -------------------------------------------------------------
@@ -107,7 +109,8 @@ def _message(number: int, value: Any) -> dict[str, Any]:
     message = _plain(value)
     if not isinstance(message, dict):
         raise RequestError(
-            f'Message {number} must be a dict like {{"role": "user", "content": "…"}}, got {value!r:.80}.'
+            f'Message {number} must be a dict like {{"role": "user", "content": "…"}}, got'
+            f" {value!r:.80}."
         )
     # Some interfaces say None where others leave a key out; templates expect the latter.
     message = {key: item for key, item in message.items() if item is not None}
@@ -125,8 +128,8 @@ def _text_part(number: int, part: Any) -> dict[str, Any]:
     kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
     if kind not in TEXT_PARTS:
         raise RequestError(
-            f"Message {number} has a part of type {kind!r:.40}; the models here read text only, no images, "
-            'audio or files. Give {"type": "text", "text": "…"}.'
+            f"Message {number} has a part of type {kind!r:.40}; the models here read text only, no"
+            ' images, audio or files. Give {"type": "text", "text": "…"}.'
         )
     if not isinstance(part.get("text"), str):
         raise RequestError(f'Message {number} has a text part without a string as its "text".')
@@ -143,8 +146,16 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {_plain(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(map(_plain, value)) if type(value) in (list, tuple) else list(map(_plain, value))
-    if type(value).__module__ == "numpy" and hasattr(value, "item") and not getattr(value, "shape", ()):
+        return (
+            type(value)(map(_plain, value))
+            if type(value) in (list, tuple)
+            else list(map(_plain, value))
+        )
+    if (
+        type(value).__module__ == "numpy"
+        and hasattr(value, "item")
+        and not getattr(value, "shape", ())
+    ):
         return _plain(value.item())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -156,17 +167,21 @@ def _plain(value: Any) -> Any:
 # --- going on with the last message (transformers' way) ------------------------------------------
 
 
-def _open_final_message(messages: list[dict[str, Any]], conversation: Conversation, source: TemplateSource) -> str:
+def _open_final_message(
+    messages: list[dict[str, Any]], conversation: Conversation, source: TemplateSource
+) -> str:
     """Mark in messages where the last one ends. Returns its text."""
     if conversation.add_generation_prompt:
         raise RequestError(
-            "continue_final_message goes on with the last message, add_generation_prompt begins a new one; "
-            "ask for one of them (add_generation_prompt=False)."
+            "continue_final_message goes on with the last message, add_generation_prompt begins a"
+            " new one; ask for one of them (add_generation_prompt=False)."
         )
     name = conversation.continue_final_message
     name = name if isinstance(name, str) else "content"
     if not messages or messages[-1].get(name) is None:
-        raise RequestError(f"continue_final_message: the last message has no {name!r} to go on with.")
+        raise RequestError(
+            f"continue_final_message: the last message has no {name!r} to go on with."
+        )
     last, final = messages[-1], messages[-1][name]
     names = [name]
     if name in REASONING_FIELDS:
@@ -175,7 +190,9 @@ def _open_final_message(messages: list[dict[str, Any]], conversation: Conversati
         raise RequestError(f"continue_final_message: the chat template does not read {name!r}.")
     if isinstance(final, list):
         if not final:
-            raise RequestError("continue_final_message: the last message has no text to go on with.")
+            raise RequestError(
+                "continue_final_message: the last message has no text to go on with."
+            )
         text = final[-1]["text"]
         final[-1]["text"] = text + CONTINUE_TAG
         return text
@@ -191,8 +208,8 @@ def _cut_after(text: str, final: str) -> str:
     tag = CONTINUE_TAG.strip()
     if tag not in text or final.strip() not in text:
         raise RequestError(
-            "continue_final_message: the chat template does not write the last message as it is, so its end "
-            "cannot be found. Render the prompt yourself and use generate()."
+            "continue_final_message: the chat template does not write the last message as it is, so"
+            " its end cannot be found. Render the prompt yourself and use generate()."
         )
     position = text.rindex(tag)
     kept = text[:position]
@@ -209,7 +226,9 @@ class TemplateWorker:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._finalizer: weakref.finalize | None = None
-        self._owner = 0  # the process that started it: a fork must not talk through its parent's pipes
+        self._owner = (
+            0  # the process that started it: a fork must not talk through its parent's pipes
+        )
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -228,11 +247,15 @@ class TemplateWorker:
             request = {"source": source.text, "variables": variables, "num_chars": num_chars}
             body = marshal.dumps(request)
         except ValueError as error:
-            raise RequestError(f"The messages cannot be handed to the chat template: {error}.") from error
+            raise RequestError(
+                f"The messages cannot be handed to the chat template: {error}."
+            ) from error
         with self._lock:
             try:
                 answer = self._ask(body)
-            except BaseException:  # interrupted, for example: its answer would be taken for the next one's
+            except (
+                BaseException
+            ):  # interrupted, for example: its answer would be taken for the next one's
                 self.close()
                 raise
         return _text_of(answer, source)
@@ -269,8 +292,8 @@ class TemplateWorker:
             )
         except (OSError, TypeError) as error:  # TypeError: an embedded Python knows no executable
             raise RequestError(
-                f"The process that renders chat templates cannot be started ({error}); render the prompt "
-                "yourself and use generate()."
+                f"The process that renders chat templates cannot be started ({error}); render the"
+                " prompt yourself and use generate()."
             ) from error
         self.close()
         self._finalizer = weakref.finalize(self, _end, process, os.getpid())
@@ -278,7 +301,8 @@ class TemplateWorker:
         if (ready := self._exchange(b"", START_LIMIT)) is None:
             self.close()
             raise RequestError(
-                f"The process that renders chat templates does not start ({sys.executable} -c …); is jinja2 installed?"
+                f"The process that renders chat templates does not start ({sys.executable} -c …);"
+                " is jinja2 installed?"
             )
         if not ready["limits_memory"]:
             logger.info("This system cannot limit a chat template's memory, only its time.")
@@ -327,10 +351,12 @@ def _text_of(answer: dict[str, Any], source: TemplateSource) -> str:
     line = "" if answer["line"] is None else f", line {answer['line']}"
     if kind == "syntax":
         if source.file is None:
-            raise RequestError(f"The chat_template that was passed is not valid Jinja{line}: {message}")
+            raise RequestError(
+                f"The chat_template that was passed is not valid Jinja{line}: {message}"
+            )
         raise ConfigError(
-            f"The chat template of {clean(str(source.file))} is not valid Jinja{line}: {message} Mend it, or "
-            "pass another as chat_template."
+            f"The chat template of {clean(str(source.file))} is not valid Jinja{line}: {message}"
+            " Mend it, or pass another as chat_template."
         )
     reasons = {
         "time": f"did not end within {TIME_LIMIT} s",
@@ -339,7 +365,7 @@ def _text_of(answer: dict[str, Any], source: TemplateSource) -> str:
     }
     if kind in reasons:
         raise RequestError(
-            f"The chat template {reasons[kind]} on these messages. Shorten them, or pass another template as "
-            "chat_template."
+            f"The chat template {reasons[kind]} on these messages. Shorten them, or pass another"
+            " template as chat_template."
         )
     raise RequestError(f"The chat template does not accept these messages{line}: {message}")

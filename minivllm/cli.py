@@ -20,7 +20,16 @@ import typer
 from minivllm import __version__
 from minivllm.errors import ConfigError, RequestError
 from minivllm.files import reason, require_writable
-from minivllm.stdio import EXIT_CODES, USER_ERROR, App, Commands, complain, note, prepare_streams, read_all
+from minivllm.stdio import (
+    EXIT_CODES,
+    USER_ERROR,
+    App,
+    Commands,
+    complain,
+    note,
+    prepare_streams,
+    read_all,
+)
 from minivllm.stdio import write as _write
 from minivllm.text import is_unicode, one_line, printable
 
@@ -36,8 +45,8 @@ app = App(
     cls=Commands,
     name="minivllm",
     help=(
-        "A vLLM-like inference engine that you can read. Without --model, every command uses the small "
-        "model that comes with it."
+        "A vLLM-like inference engine that you can read. Without --model, every command uses the"
+        " small model that comes with it."
     ),
     epilog=EXIT_CODES,
     no_args_is_help=True,
@@ -48,7 +57,10 @@ app = App(
 Model = Annotated[
     str | None,
     typer.Option(
-        "--model", "-m", help="A model directory, or a Hugging Face id such as Qwen/Qwen3-0.6B.", show_default="bundled"
+        "--model",
+        "-m",
+        help="A model directory, or a Hugging Face id such as Qwen/Qwen3-0.6B.",
+        show_default="bundled",
     ),
 ]
 Engine = Annotated[
@@ -57,20 +69,35 @@ Engine = Annotated[
         "--engine",
         "-e",
         metavar="OPTION=VALUE",
-        help="An engine option by its Python name, e.g. -e block_size=16 -e seed=1. May be repeated.",
+        help=(
+            "An engine option by its Python name, e.g. -e block_size=16 -e seed=1. May be repeated."
+        ),
     ),
 ]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Longest answer, in tokens.")]
-Temperature = Annotated[float, typer.Option("--temperature", "-t", help="0 always takes the most likely token.")]
+Temperature = Annotated[
+    float, typer.Option("--temperature", "-t", help="0 always takes the most likely token.")
+]
 TopP = Annotated[
-    float, typer.Option("--top-p", help="Keep the most likely tokens that have this probability together.")
+    float,
+    typer.Option(
+        "--top-p", help="Keep the most likely tokens that have this probability together."
+    ),
 ]
 TopK = Annotated[int, typer.Option("--top-k", help="Keep the k most likely tokens; 0 keeps all.")]
 MinP = Annotated[
-    float, typer.Option("--min-p", help="Drop tokens below this share of the likeliest one's probability.")
+    float,
+    typer.Option(
+        "--min-p", help="Drop tokens below this share of the likeliest one's probability."
+    ),
 ]
-Seed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text again.", min=0)]
-Stop = Annotated[list[str] | None, typer.Option("--stop", help="End the answer before this text. May be repeated.")]
+Seed = Annotated[
+    int | None, typer.Option("--seed", help="The same seed gives the same text again.", min=0)
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option("--stop", help="End the answer before this text. May be repeated."),
+]
 Chat = Annotated[
     bool | None,
     typer.Option(
@@ -79,7 +106,9 @@ Chat = Annotated[
         show_default="chat if the model has a chat template",
     ),
 ]
-System = Annotated[str | None, typer.Option("--system", "-s", help="The system message that begins the chat.")]
+System = Annotated[
+    str | None, typer.Option("--system", "-s", help="The system message that begins the chat.")
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -91,19 +120,23 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     prepare_streams()
 
 
-# --- generate -----------------------------------------------------------------------------------------------------
+# --- generate -------------------------------------------------------------------------------------
 
 
 @app.command()
 def generate(
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="PROMPT", help="One prompt or several; standard input if none.")
+        list[str] | None,
+        typer.Argument(metavar="PROMPT", help="One prompt or several; standard input if none."),
     ] = None,
     model: Model = None,
     max_tokens: MaxTokens = 256,
@@ -115,17 +148,25 @@ def generate(
     stop: Stop = None,
     chat: Chat = None,
     system: System = None,
-    stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print text as it comes, or when done.")] = True,
-    stats: Annotated[bool, typer.Option("--stats", help="At the end, say how long it took (on stderr).")] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream/--no-stream", help="Print text as it comes, or when done.")
+    ] = True,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="At the end, say how long it took (on stderr).")
+    ] = False,
     engine: Engine = None,
 ) -> None:
-    """Answer or continue prompts. Several prompts run as one batch, and are printed in their order."""
+    """Answer or continue prompts. Several prompts run as one batch, and are printed in their
+    order.
+    """
     prompts = prompts or _prompts_from_stdin()
     params = _sampling_params(max_tokens, temperature, top_p, top_k, min_p, seed, stop)
     start = time.perf_counter()
     llm = _open_llm(model, engine)
     inputs = _render_all(llm, prompts, chat, system)
-    seeded = [params if seed is None else replace(params, seed=seed + i) for i in range(len(prompts))]
+    seeded = [
+        params if seed is None else replace(params, seed=seed + i) for i in range(len(prompts))
+    ]
     first_text, current, refused = None, -1, 0
     for index, piece in _serve(llm, inputs, seeded, stream):
         while current < index:
@@ -148,11 +189,16 @@ def generate(
 
 def _print_stats(llm: LLM, first_text: float | None) -> None:
     metrics = llm.metrics()
-    first = "no text" if first_text is None else f"first text {first_text:.2f} s after the start, loading included"
+    first = (
+        "no text"
+        if first_text is None
+        else f"first text {first_text:.2f} s after the start, loading included"
+    )
     typer.secho(
-        f"{metrics.num_generated_tokens} tokens in {metrics.step_time:.2f} s of {metrics.num_steps} steps "
-        f"({metrics.num_generated_tokens / max(metrics.step_time, 1e-9):.0f} tokens/s); {first}; "
-        f"{metrics.prefix_cache_hits} of {metrics.prefix_cache_queries} prompt tokens from the prefix cache",
+        f"{metrics.num_generated_tokens} tokens in {metrics.step_time:.2f} s of {metrics.num_steps}"
+        f" steps ({metrics.num_generated_tokens / max(metrics.step_time, 1e-9):.0f} tokens/s);"
+        f" {first}; {metrics.prefix_cache_hits} of {metrics.prefix_cache_queries} prompt tokens"
+        " from the prefix cache",
         dim=True,
         err=True,
     )
@@ -161,7 +207,9 @@ def _print_stats(llm: LLM, first_text: float | None) -> None:
 def _prompts_from_stdin() -> list[str]:
     text = read_all().strip()
     if not text:
-        raise typer.BadParameter('Give a prompt, e.g. minivllm generate "Tell me a story about a fox."')
+        raise typer.BadParameter(
+            'Give a prompt, e.g. minivllm generate "Tell me a story about a fox."'
+        )
     if not is_unicode(text):
         raise typer.BadParameter("Standard input is not text in UTF-8.")
     return [text]
@@ -187,12 +235,16 @@ def _serve(
         try:
             if isinstance(prompt, RequestError):
                 raise prompt
-            request_id = llm.llm_engine.add_request(prompt, replace(params[position], output_kind=kind))
+            request_id = llm.llm_engine.add_request(
+                prompt, replace(params[position], output_kind=kind)
+            )
             position_of[request_id] = position
         except RequestError as error:
             pieces[position], ended[position] = [error], True
     current = 0
-    with tqdm(total=len(inputs), initial=sum(ended), disable=stream or not sys.stderr.isatty(), unit="req") as bar:
+    with tqdm(
+        total=len(inputs), initial=sum(ended), disable=stream or not sys.stderr.isatty(), unit="req"
+    ) as bar:
         while current < len(inputs):
             yield from ((current, piece) for piece in pieces[current])
             pieces[current] = []
@@ -201,7 +253,9 @@ def _serve(
                 continue
             for output in llm.llm_engine.step():
                 position = position_of[output.request_id]
-                pieces[position] += [output.outputs[0].text] if output.error is None else [output.error]
+                pieces[position] += (
+                    [output.outputs[0].text] if output.error is None else [output.error]
+                )
                 ended[position] = output.finished or output.error is not None
                 bar.update(ended[position])
 
@@ -213,7 +267,7 @@ def _say_refused(error: RequestError, index: int, count: int) -> None:
     complain(f"Error: prompt {index + 1} of {count} was refused: {error}")
 
 
-# --- chat ---------------------------------------------------------------------------------------------------------
+# --- chat -----------------------------------------------------------------------------------------
 
 
 @app.command()
@@ -240,7 +294,7 @@ def chat(
     conversation.run()
 
 
-# --- demo, trace, bench, check, course, doctor ----------------------------------------------------------------------
+# --- demo, trace, bench, check, course, doctor ----------------------------------------------------
 
 
 @app.command()
@@ -255,11 +309,17 @@ def demo(
             show_default="0.05",
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also save the trace to this file.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Also draw the busiest step into this file, as SVG.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Also save the trace to this file.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Also draw the busiest step into this file, as SVG.")
+    ] = None,
     engine: Engine = None,
 ) -> None:
-    """Watch the engine serve a batch of prompts: its block tables, its KV cache, and the texts as they come."""
+    """Watch the engine serve a batch of prompts: its block tables, its KV cache, and the texts as
+    they come.
+    """
     from minivllm.demo import run_demo
 
     if out is not None:
@@ -276,12 +336,20 @@ def demo(
 @app.command()
 def trace(
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="PROMPT", help="What to record: one prompt or several.")
+        list[str] | None,
+        typer.Argument(metavar="PROMPT", help="What to record: one prompt or several."),
     ] = None,
-    show: Annotated[Path | None, typer.Option("--show", help="Print a saved trace instead of recording one.")] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where to save the record.")] = Path("trace.json"),
+    show: Annotated[
+        Path | None, typer.Option("--show", help="Print a saved trace instead of recording one.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to save the record.")] = Path(
+        "trace.json"
+    ),
     every_step: Annotated[
-        bool, typer.Option("--every-step", help="A row for every step, also for those that change nothing.")
+        bool,
+        typer.Option(
+            "--every-step", help="A row for every step, also for those that change nothing."
+        ),
     ] = False,
     model: Model = None,
     max_tokens: MaxTokens = 64,
@@ -291,7 +359,9 @@ def trace(
     system: System = None,
     engine: Engine = None,
 ) -> None:
-    """Record what the engine does at every step, save it as JSON for minivllm.viz, and print it as a table."""
+    """Record what the engine does at every step, save it as JSON for minivllm.viz, and print it as
+    a table.
+    """
     if show is not None:
         if prompts:
             raise typer.BadParameter("--show prints a saved trace and takes no prompts.")
@@ -339,11 +409,16 @@ def _print_trace(trace: Trace, every_step: bool) -> None:
 
 
 @app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    },
     options_metavar="",
 )
 def bench(
-    ctx: typer.Context, arguments: Annotated[list[str] | None, typer.Argument(metavar="COMMAND [ARGS]...")] = None
+    ctx: typer.Context,
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="COMMAND [ARGS]...")] = None,
 ) -> None:
     """Measure speed. `minivllm bench --help` lists the benchmarks."""
     from minivllm.bench.cli import app as bench_app
@@ -357,12 +432,18 @@ def check(
         str | None,
         typer.Argument(
             metavar="[NN | PATH | capstone]",
-            help="A chapter (03), an exercise (03.2), its notebook; or all you wrote, as one engine.",
+            help=(
+                "A chapter (03), an exercise (03.2), its notebook; or all you wrote, as one engine."
+            ),
         ),
     ] = None,
-    timeout: Annotated[float, typer.Option(help="How many seconds one cell may take.", min=1.0, max=86400.0)] = 120.0,
+    timeout: Annotated[
+        float, typer.Option(help="How many seconds one cell may take.", min=1.0, max=86400.0)
+    ] = 120.0,
 ) -> None:
-    """Check the exercises of a chapter, or of all that were begun. Exits with 0 when all of them passed."""
+    """Check the exercises of a chapter, or of all that were begun. Exits with 0 when all of them
+    passed.
+    """
     from minivllm.course import progress
 
     _require_number(timeout, "--timeout")
@@ -376,7 +457,9 @@ def _console() -> Console:
     return SafeConsole(highlight=True)
 
 
-course_app = typer.Typer(help="Show how far you are in the course, and what comes next.", invoke_without_command=True)
+course_app = typer.Typer(
+    help="Show how far you are in the course, and what comes next.", invoke_without_command=True
+)
 app.add_typer(course_app, name="course")
 
 
@@ -390,39 +473,53 @@ def course(ctx: typer.Context) -> None:
 
 @course_app.command()
 def reset(
-    what: Annotated[str, typer.Argument(metavar="NN | PATH", help="The chapter whose exercises to renew.")],
+    what: Annotated[
+        str, typer.Argument(metavar="NN | PATH", help="The chapter whose exercises to renew.")
+    ],
 ) -> None:
     """Begin a chapter's exercises anew. What you have is kept in another file beside it."""
     from minivllm.course import progress
 
     fresh, kept = progress.reset(what)
-    typer.echo(printable(f"{fresh.name} is as it came." + (f" What you had is {kept.name}." if kept else "")))
+    typer.echo(
+        printable(
+            f"{fresh.name} is as it came." + (f" What you had is {kept.name}." if kept else "")
+        )
+    )
 
 
 @app.command()
 def doctor() -> None:
-    """Look at what is installed here, say what it means for the course, and how to repair what is broken."""
+    """Look at what is installed here, say what it means for the course, and how to repair what is
+    broken.
+    """
     from minivllm.doctor import run_doctor
 
     raise typer.Exit(run_doctor())
 
 
-# --- shared -------------------------------------------------------------------------------------------------------
+# --- shared ---------------------------------------------------------------------------------------
 
 
 def _open_llm(model: str | None, engine: list[str] | None, **options: Any) -> LLM:
     chosen = _engine_options(engine)
     if options.get("trace") and not chosen.get("trace", True):
-        raise ConfigError("--engine trace=off: this command records a trace; leave that option out.")
+        raise ConfigError(
+            "--engine trace=off: this command records a trace; leave that option out."
+        )
     try:
         from minivllm.llm import LLM
     except ImportError as error:
-        raise ConfigError(f"{error}. `minivllm doctor` says what is missing and how to get it.") from error
+        raise ConfigError(
+            f"{error}. `minivllm doctor` says what is missing and how to get it."
+        ) from error
     return LLM(model, **{**options, **chosen})
 
 
 def _engine_options(assignments: list[str] | None) -> dict[str, Any]:
-    """``["block_size=16"]`` -> ``{"block_size": 16}``: read as the types that `EngineConfig` declares."""
+    """``["block_size=16"]`` -> ``{"block_size": 16}``: read as the types that `EngineConfig`
+    declares.
+    """
     from minivllm.config import EngineConfig
 
     known, types = [field.name for field in fields(EngineConfig)], get_type_hints(EngineConfig)
@@ -433,7 +530,10 @@ def _engine_options(assignments: list[str] | None) -> dict[str, Any]:
         if not equals or name not in known:
             near = get_close_matches(name, known, 1) if equals else []
             meant = f" Did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"--engine {assignment}: write OPTION=VALUE; the options are {', '.join(known)}.{meant}")
+            raise ConfigError(
+                f"--engine {assignment}: write OPTION=VALUE; the options are"
+                f" {', '.join(known)}.{meant}"
+            )
         try:
             options[name] = _as_option(value.strip(), types[name])
         except ValueError as error:
@@ -441,7 +541,16 @@ def _engine_options(assignments: list[str] | None) -> dict[str, Any]:
     return options
 
 
-_WORDS = {"on": True, "yes": True, "true": True, "1": True, "off": False, "no": False, "false": False, "0": False}
+_WORDS = {
+    "on": True,
+    "yes": True,
+    "true": True,
+    "1": True,
+    "off": False,
+    "no": False,
+    "false": False,
+    "0": False,
+}
 
 
 def _as_option(value: str, kind: Any) -> Any:
@@ -481,7 +590,13 @@ def _sampling_params(
     from minivllm.sampling_params import SamplingParams
 
     return SamplingParams(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed, stop=stop
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        seed=seed,
+        stop=stop,
     )
 
 

@@ -1,8 +1,9 @@
-"""What the model is (`ModelConfig`, from the checkpoint) and how the engine runs it (`EngineConfig`, from the caller).
+"""What the model is (`ModelConfig`, from the checkpoint) and how the engine runs it
+(`EngineConfig`, from the caller).
 
-No hyper-parameter is typed in by hand; what a checkpoint asks for and this package lacks is refused by name.
-What may stand in a field is its annotation, and it is checked (validation.py).
-Taught in notebooks/11_using_minivllm.ipynb."""
+No hyper-parameter is typed in by hand; what a checkpoint asks for and this package lacks is refused
+by name. What may stand in a field is its annotation, and it is checked (validation.py). Taught in
+notebooks/11_using_minivllm.ipynb."""
 
 import dataclasses
 import importlib.util
@@ -26,8 +27,9 @@ DTYPES = ("float32", "float16", "bfloat16")
 #: Other names of these, as torch, transformers and vLLM have them.
 DTYPE_ALIASES = {"float": "float32", "half": "float16"}
 
-#: On a CPU, and without num_kv_blocks: bytes that one sequence of the default max_model_len may take in the KV cache,
-#: over all layers. 1 GiB leaves room on a laptop of 8 GB for a model of 1 billion parameters.
+#: On a CPU, and without num_kv_blocks: bytes that one sequence of the default max_model_len may
+#: take in the KV cache, over all layers. 1 GiB leaves room on a laptop of 8 GB for a model of 1
+#: billion parameters.
 CPU_SEQUENCE_BYTES = 1 << 30
 
 Count = Annotated[int, Range(1)]
@@ -39,7 +41,9 @@ Factor = Annotated[float, Range(0.0, 1e6, above=True)]
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding: base frequency and how it is stretched for contexts beyond the trained one."""
+    """Rotary position embedding: base frequency and how it is stretched for contexts beyond the
+    trained one.
+    """
 
     theta: float
     rope_type: str = "default"
@@ -87,44 +91,72 @@ class ModelConfig:
         """
         if self.rope.rope_type == "yarn":
             return int(self.rope.original_max_position * self.rope.factor)
-        return int(self.max_position_embeddings * (self.rope.factor if self.rope.rope_type == "linear" else 1))
+        return int(
+            self.max_position_embeddings
+            * (self.rope.factor if self.rope.rope_type == "linear" else 1)
+        )
 
     @property
     def num_parameters(self) -> int:
         """Numbers in the weights; biases and norms, which are few, are left out."""
-        heads = 2 * (self.num_attention_heads + self.num_key_value_heads)  # query and output, key and value
+        heads = 2 * (
+            self.num_attention_heads + self.num_key_value_heads
+        )  # query and output, key and value
         layer = self.hidden_size * (heads * self.head_dim + 3 * self.intermediate_size)
         tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return self.num_hidden_layers * layer + tables
 
     @staticmethod
     def from_hf(
-        config: dict[str, Any], generation_config: dict[str, Any] | None = None, folder: Path | None = None
+        config: dict[str, Any],
+        generation_config: dict[str, Any] | None = None,
+        folder: Path | None = None,
     ) -> "ModelConfig":
-        """Read a Hugging Face config.json, and generation_config.json for the end-of-sequence tokens.
+        """Read a Hugging Face config.json, and generation_config.json for the end-of-sequence
+        tokens.
 
-        folder: where they were found, for error messages. A field that is null counts as absent. Raises `ConfigError`
-        naming file, field and value for what no model can have, and `UnsupportedModelError` for anything that would
-        otherwise give silently wrong tokens.
+        folder: where they were found, for error messages. A field that is null counts as absent.
+        Raises `ConfigError` naming file, field and value for what no model can have, and
+        `UnsupportedModelError` for anything that would otherwise give silently wrong tokens.
         """
         read = _Fields(config, str(folder / "config.json" if folder else "config.json"))
         architecture = _supported_architecture(read)
-        is_qwen2, attention_bias = architecture.startswith("Qwen2"), read("attention_bias", bool, False)
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
+        is_qwen2, attention_bias = (
+            architecture.startswith("Qwen2"),
+            read("attention_bias", bool, False),
+        )
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "max_position_embeddings",
+        )
         shape = {name: read(name, Size) for name in sizes}
-        sources = [_Fields(generation_config or {}, str((folder or Path()) / "generation_config.json")), read]
+        sources = [
+            _Fields(generation_config or {}, str((folder or Path()) / "generation_config.json")),
+            read,
+        ]
         return ModelConfig(
-            architecture=architecture, **shape, **_heads_from_hf(read, shape["hidden_size"]),
-            rms_norm_eps=read("rms_norm_eps", Annotated[float, Range(0.0)], 1e-6), rope=_rope_from_hf(read),
+            architecture=architecture,
+            **shape,
+            **_heads_from_hf(read, shape["hidden_size"]),
+            rms_norm_eps=read("rms_norm_eps", Annotated[float, Range(0.0)], 1e-6),
+            rope=_rope_from_hf(read),
             tie_word_embeddings=read("tie_word_embeddings", bool, False),
-            qkv_bias=is_qwen2 or attention_bias, o_bias=attention_bias and not is_qwen2,
-            mlp_bias=read("mlp_bias", bool, False), qk_norm=architecture.startswith("Qwen3"),
-            dtype=_dtype_from_hf(read), eos_token_ids=_eos_token_ids(sources, shape["vocab_size"]),
-        )  # fmt: skip
+            qkv_bias=is_qwen2 or attention_bias,
+            o_bias=attention_bias and not is_qwen2,
+            mlp_bias=read("mlp_bias", bool, False),
+            qk_norm=architecture.startswith("Qwen3"),
+            dtype=_dtype_from_hf(read),
+            eos_token_ids=_eos_token_ids(sources, shape["vocab_size"]),
+        )
 
 
 class _Fields:
-    """The fields of one JSON object: ``read(name, annotation)`` gives a value of this type or raises `ConfigError`."""
+    """The fields of one JSON object: ``read(name, annotation)`` gives a value of this type or
+    raises `ConfigError`.
+    """
 
     REQUIRED = object()
 
@@ -159,19 +191,26 @@ def _supported_architecture(read: _Fields) -> str:
     architecture = (read.a(list, "architectures") or ["(none)"])[0]
     if architecture not in ARCHITECTURES:
         raise UnsupportedModelError(
-            f"Architecture {shown(architecture)} is none of the supported {', '.join(ARCHITECTURES)}."
+            f"Architecture {shown(architecture)} is none of the supported"
+            f" {', '.join(ARCHITECTURES)}."
         )
     kinds = read.a(list, "layer_types")
     window = read("sliding_window", int, None)
     if (read("use_sliding_window", bool, False) and window) or "sliding_attention" in kinds:
-        raise UnsupportedModelError("This checkpoint uses sliding-window attention, which minivllm does not implement.")
+        raise UnsupportedModelError(
+            "This checkpoint uses sliding-window attention, which minivllm does not implement."
+        )
     if others := [kind for kind in kinds if kind != "full_attention"]:
         raise UnsupportedModelError(f"Layers of type {shown(others[0])} are not supported.")
     if quantization := read.a(dict, "quantization_config"):
         method = quantization.get("quant_method", "unknown")
-        raise UnsupportedModelError(f"The checkpoint is quantized ({method}); minivllm loads unquantized weights only.")
+        raise UnsupportedModelError(
+            f"The checkpoint is quantized ({method}); minivllm loads unquantized weights only."
+        )
     if (activation := read.content.get("hidden_act", "silu")) != "silu":
-        raise UnsupportedModelError(f"Activation {shown(activation)} is not supported; the decoder's MLP is SwiGLU.")
+        raise UnsupportedModelError(
+            f"Activation {shown(activation)} is not supported; the decoder's MLP is SwiGLU."
+        )
     return architecture
 
 
@@ -181,15 +220,21 @@ def _heads_from_hf(read: _Fields, hidden_size: int) -> dict[str, int]:
     kv_heads = read("num_key_value_heads", Size, heads)
     if heads % kv_heads:
         raise UnsupportedModelError(
-            f"{read.where}: num_attention_heads must be a multiple of num_key_value_heads, got {heads} and {kv_heads}."
+            f"{read.where}: num_attention_heads must be a multiple of num_key_value_heads, got"
+            f" {heads} and {kv_heads}."
         )
     head_dim = read("head_dim", Size, None)
     if head_dim is None:
         if hidden_size % heads:
-            raise read.wrong("hidden_size", f"must be a multiple of num_attention_heads={heads}, got {hidden_size}")
+            raise read.wrong(
+                "hidden_size",
+                f"must be a multiple of num_attention_heads={heads}, got {hidden_size}",
+            )
         head_dim = hidden_size // heads
     if head_dim % 2:
-        raise read.wrong("head_dim", f"must be even, for dimensions are rotated in pairs, got {head_dim}")
+        raise read.wrong(
+            "head_dim", f"must be even, for dimensions are rotated in pairs, got {head_dim}"
+        )
     return {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
 
 
@@ -217,7 +262,8 @@ def _rope_from_hf(read: _Fields) -> RopeConfig:
     if any(fields("partial_rotary_factor", float, 1.0) != 1.0 for fields in (rope, read)):
         raise UnsupportedModelError("Partial rotary embeddings are not supported.")
     name, longest = "original_max_position_embeddings", read("max_position_embeddings", Size)
-    # Some configs have the length before stretching beside the rope's fields; transformers prefers that one.
+    # Some configs have the length before stretching beside the rope's fields; transformers prefers
+    # that one.
     original = read(name, Size, rope(name, Size, longest))
     theta = rope("rope_theta", Positive, read("rope_theta", Positive, 10000.0))
     if rope_type == "default":
@@ -227,13 +273,23 @@ def _rope_from_hf(read: _Fields) -> RopeConfig:
     if rope_type == "llama3":
         optional = {"low_freq_factor": Positive, "high_freq_factor": Positive}
     if rope_type == "yarn":  # without a factor: DeepSeek-V3's convention, followed by transformers
-        optional = {"beta_fast": Positive, "beta_slow": Positive, "attention_factor": Positive, "truncate": bool}
-        optional |= {"mscale": Annotated[float, Range(0.0)], "mscale_all_dim": Annotated[float, Range(0.0)]}
+        optional = {
+            "beta_fast": Positive,
+            "beta_slow": Positive,
+            "attention_factor": Positive,
+            "truncate": bool,
+        }
+        optional |= {
+            "mscale": Annotated[float, Range(0.0)],
+            "mscale_all_dim": Annotated[float, Range(0.0)],
+        }
     given = {field: rope(field, kind, None) for field, kind in optional.items()}
     given = {field: value for field, value in given.items() if value is not None}
     stretched = RopeConfig(theta, rope_type, factor, original, **given)
     if rope_type == "llama3" and stretched.high_freq_factor <= stretched.low_freq_factor:
-        raise rope.wrong("high_freq_factor", f"must be above low_freq_factor={stretched.low_freq_factor}")
+        raise rope.wrong(
+            "high_freq_factor", f"must be above low_freq_factor={stretched.low_freq_factor}"
+        )
     if rope_type == "yarn" and theta <= 1.0:
         raise rope.wrong("rope_theta", f"must be above 1 for YaRN, got {theta}")
     return stretched
@@ -253,46 +309,61 @@ def _ids(read: _Fields) -> list[int]:
     """eos_token_id as a list: it may be one id, several or null."""
     value = read.content.get("eos_token_id")
     ids = value if isinstance(value, list) else [value] if value is not None else []
-    return [_Fields({"eos_token_id": token_id}, read.where)("eos_token_id", int) for token_id in ids]
+    return [
+        _Fields({"eos_token_id": token_id}, read.where)("eos_token_id", int) for token_id in ids
+    ]
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How the engine runs. Names are vLLM's where it has them; None means "decide for me", stated beside each.
+    """How the engine runs. Names are vLLM's where it has them; None means "decide for me", stated
+    beside each.
 
-    Raises `ConfigError` for a value that is not what the annotation says. NumPy's numbers, and torch's dtypes and
-    devices, are taken for what they stand for.
+    Raises `ConfigError` for a value that is not what the annotation says. NumPy's numbers, and
+    torch's dtypes and devices, are taken for what they stand for.
     """
 
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # "auto": the checkpoint's on a GPU, else float32
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = (
+        "auto"  # "auto": the checkpoint's on a GPU, else float32
+    )
     device: str = "auto"  # "auto": cuda when there is one
-    #: Longest prompt plus output, in tokens. None: what the checkpoint allows; on a CPU without num_kv_blocks no more
-    #: than fits 1 GiB of KV cache, with a logged warning.
+    #: Longest prompt plus output, in tokens. None: what the checkpoint allows; on a CPU without
+    #: num_kv_blocks no more than fits 1 GiB of KV cache, with a logged warning.
     max_model_len: Count | None = None
     max_num_seqs: Count = 256  # most sequences running at once
-    max_num_batched_tokens: Count | None = None  # token budget of one step; None: 8192 on a GPU, 2048 on a CPU
+    max_num_batched_tokens: Count | None = (
+        None  # token budget of one step; None: 8192 on a GPU, 2048 on a CPU
+    )
     block_size: Count | None = None  # tokens in a KV block; None: 64 on a GPU, 16 on a CPU
-    #: Blocks in the KV cache. None: what gpu_memory_utilization leaves on a GPU; on a CPU 256 MiB, or one sequence of
-    #: max_model_len if that is more.
+    #: Blocks in the KV cache. None: what gpu_memory_utilization leaves on a GPU; on a CPU 256 MiB,
+    #: or one sequence of max_model_len if that is more.
     num_kv_blocks: Count | None = None
     #: Share of its memory that weights, activations and KV cache may take together.
     gpu_memory_utilization: Annotated[float, Range(0.0, 1.0, above=True)] = 0.9
     enable_prefix_caching: bool = True
-    enforce_eager: bool = False  # no CUDA graphs; always so on a CPU and with kernels that wait for the GPU
-    async_scheduling: bool | None = None  # plan a step while the one before runs; None: on a GPU, not on a CPU
-    #: "auto": Triton on a GPU, torch on a CPU, where "triton" means its interpreter (TRITON_INTERPRET=1).
+    enforce_eager: bool = (
+        False  # no CUDA graphs; always so on a CPU and with kernels that wait for the GPU
+    )
+    async_scheduling: bool | None = (
+        None  # plan a step while the one before runs; None: on a GPU, not on a CPU
+    )
+    #: "auto": Triton on a GPU, torch on a CPU, where "triton" means its interpreter
+    #: (TRITON_INTERPRET=1).
     attention_backend: Literal["auto", "triton", "torch"] = "auto"
     #: "auto" reads safetensors; "dummy" draws random weights and needs config.json only.
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
     skip_tokenizer_init: bool = False  # token ids in and out, no text
-    tensor_parallel_size: Count = 1  # ranks that share the model; under torchrun, the number of its processes
+    tensor_parallel_size: Count = (
+        1  # ranks that share the model; under torchrun, the number of its processes
+    )
     #: Of dummy weights, and of requests that bring none of their own; what torch takes.
     seed: Annotated[int, Range(-(2**63), 2**64 - 1)] = 0
     #: Sampling defaults, for requests without parameters. "auto": the checkpoint's, from
-    #: generation_config.json; "vllm": those of `SamplingParams`. End-of-sequence tokens come from that
-    #: file either way.
+    #: generation_config.json; "vllm": those of `SamplingParams`. End-of-sequence tokens come from
+    #: that file either way.
     generation_config: Literal["auto", "vllm"] = "auto"
-    #: Most alternatives that a request's `logprobs` and `prompt_logprobs` may ask for; -1: the whole vocabulary.
+    #: Most alternatives that a request's `logprobs` and `prompt_logprobs` may ask for; -1: the
+    #: whole vocabulary.
     max_logprobs: Annotated[int, Range(-1, 2**31 - 1)] = MAX_LOGPROBS
     trace: bool = False  # record what happens at each step; see `minivllm.engine.trace`
 
@@ -300,10 +371,11 @@ class EngineConfig:
     def from_options(cls, options: Mapping[str, Any]) -> Self:
         """The config that these options of ``LLM(...)`` ask for.
 
-        Raises `ConfigError` for a name that is unknown, saying which one may have been meant, and for options of vLLM
-        that are not here, saying what to do instead. Of these a value that asks for what minivllm does anyway is
-        accepted: ``trust_remote_code=False``, ``quantization=None``, ``pipeline_parallel_size=1``,
-        ``enable_chunked_prefill=True``, ``swap_space=0``. compat.py has the list.
+        Raises `ConfigError` for a name that is unknown, saying which one may have been meant, and
+        for options of vLLM that are not here, saying what to do instead. Of these a value that asks
+        for what minivllm does anyway is accepted: ``trust_remote_code=False``,
+        ``quantization=None``, ``pipeline_parallel_size=1``, ``enable_chunked_prefill=True``,
+        ``swap_space=0``. compat.py has the list.
         """
         return cls(**own_options(options, tuple(field.name for field in dataclasses.fields(cls))))
 
@@ -321,26 +393,37 @@ class EngineConfig:
             object.__setattr__(self, field.name, value)
 
     def resolve(self, model: ModelConfig, device_type: str) -> "EngineConfig":
-        """A copy with every "auto" and None decided, but for num_kv_blocks, which needs the loaded model.
+        """A copy with every "auto" and None decided, but for num_kv_blocks, which needs the loaded
+        model.
 
         device_type: "cuda" or "cpu". Raises `ConfigError` for combinations that cannot work.
         """
         on_gpu = device_type == "cuda"
-        backend = self.attention_backend if self.attention_backend != "auto" else ("triton" if on_gpu else "torch")
+        backend = (
+            self.attention_backend
+            if self.attention_backend != "auto"
+            else ("triton" if on_gpu else "torch")
+        )
         resolved = dataclasses.replace(
-            self, device=self.device if self.device != "auto" else device_type,
+            self,
+            device=self.device if self.device != "auto" else device_type,
             dtype=self.dtype if self.dtype != "auto" else (model.dtype if on_gpu else "float32"),
-            attention_backend=backend, enforce_eager=self.enforce_eager or not on_gpu or backend != "triton",
+            attention_backend=backend,
+            enforce_eager=self.enforce_eager or not on_gpu or backend != "triton",
             async_scheduling=on_gpu if self.async_scheduling is None else self.async_scheduling,
             max_num_batched_tokens=self.max_num_batched_tokens or (8192 if on_gpu else 2048),
             block_size=self.block_size or (64 if on_gpu else 16),
-        )  # fmt: skip
-        resolved = dataclasses.replace(resolved, max_model_len=resolved._resolve_max_model_len(model, on_gpu))
+        )
+        resolved = dataclasses.replace(
+            resolved, max_model_len=resolved._resolve_max_model_len(model, on_gpu)
+        )
         resolved._check_against(model, on_gpu)
         return resolved
 
     def _resolve_max_model_len(self, model: ModelConfig, on_gpu: bool) -> int:
-        """Of the model's length, on a CPU, as much as its cache has room for; a resolved config has a dtype."""
+        """Of the model's length, on a CPU, as much as its cache has room for; a resolved config has
+        a dtype.
+        """
         if self.max_model_len is not None or on_gpu or self.num_kv_blocks is not None:
             return self.max_model_len or model.max_model_len
         # Ranks on a CPU share its memory, and each holds at least one KV head.
@@ -363,43 +446,53 @@ class EngineConfig:
             raise ConfigError(f"max_model_len={self.max_model_len} is beyond {_longest(model)}")
         if self.attention_backend == "triton":
             self._check_triton(on_gpu)
-        heads, kv_heads, width = model.num_attention_heads, model.num_key_value_heads, model.intermediate_size
+        heads, kv_heads, width = (
+            model.num_attention_heads,
+            model.num_key_value_heads,
+            model.intermediate_size,
+        )
         size = self.tensor_parallel_size
         if not _splits(size, heads, kv_heads, width):
             fits = [n for n in range(1, min(heads, 1024) + 1) if _splits(n, heads, kv_heads, width)]
             raise ConfigError(
-                f"tensor_parallel_size={size} does not divide this model of {heads} query heads, "
-                f"{kv_heads} KV heads and intermediate_size {width}; possible: {', '.join(map(str, fits))}."
+                f"tensor_parallel_size={size} does not divide this model of {heads} query heads,"
+                f" {kv_heads} KV heads and intermediate_size {width}; possible:"
+                f" {', '.join(map(str, fits))}."
             )
 
     def _check_triton(self, on_gpu: bool) -> None:
         if self.block_size < 16 or self.block_size & (self.block_size - 1):
             raise ConfigError(
-                f"block_size={self.block_size}: the Triton kernels need a power of two of at least 16; "
-                "attention_backend='torch' takes any size."
+                f"block_size={self.block_size}: the Triton kernels need a power of two of at least"
+                " 16; attention_backend='torch' takes any size."
             )
         if on_gpu:
             return
         if self.dtype != "float32":
-            raise ConfigError("Triton's interpreter on a CPU computes right in float32 only; set dtype='float32'.")
+            raise ConfigError(
+                "Triton's interpreter on a CPU computes right in float32 only; set dtype='float32'."
+            )
         if importlib.util.find_spec("triton") is None:
             raise ConfigError(
-                "attention_backend='triton' needs Triton (Linux only: pip install 'minivllm[triton]'); "
-                "attention_backend='torch' runs everywhere."
+                "attention_backend='triton' needs Triton (Linux only: pip install"
+                " 'minivllm[triton]'); attention_backend='torch' runs everywhere."
             )
         if os.environ.get("TRITON_INTERPRET", "").lower() not in ("1", "true", "on", "yes", "y"):
             raise ConfigError(
-                "attention_backend='triton' on a CPU runs in Triton's interpreter: set the environment variable "
-                "TRITON_INTERPRET=1 before Python starts, or use attention_backend='torch'."
+                "attention_backend='triton' on a CPU runs in Triton's interpreter: set the"
+                " environment variable TRITON_INTERPRET=1 before Python starts, or use"
+                " attention_backend='torch'."
             )
 
 
 @dataclass(frozen=True, init=False)
 class EngineArgs(EngineConfig):
-    """vLLM's name for a model and the options of its engine: `LLMEngine.from_engine_args(EngineArgs(model=...))`.
+    """vLLM's name for a model and the options of its engine:
+    `LLMEngine.from_engine_args(EngineArgs(model=...))`.
 
-    The fields are `model` (None, a directory or a hub id) and those of `EngineConfig`. Takes and refuses what
-    ``LLM(...)`` does. ``LLM(**dataclasses.asdict(args))`` is the engine that it describes.
+    The fields are `model` (None, a directory or a hub id) and those of `EngineConfig`. Takes and
+    refuses what ``LLM(...)`` does. ``LLM(**dataclasses.asdict(args))`` is the engine that it
+    describes.
     """
 
     model: str | Path | None = None
@@ -417,19 +510,27 @@ class EngineArgs(EngineConfig):
 
 
 def _longest(model: ModelConfig) -> str:
-    """For "max_model_len is beyond …": how long the model's sequences may be, and what can be done."""
+    """For "max_model_len is beyond …": how long the model's sequences may be, and what can be
+    done.
+    """
     rope = model.rope
     if rope.rope_type == "default":
         return (
-            f"the {model.max_model_len} positions of the checkpoint's config; lower it, or set rope scaling in "
-            "config.json."
+            f"the {model.max_model_len} positions of the checkpoint's config; lower it, or set rope"
+            " scaling in config.json."
         )
     if rope.rope_type == "llama3":
-        return f"the {model.max_model_len} positions of the checkpoint's config, rope scaling included; lower it."
-    length = rope.original_max_position if rope.rope_type == "yarn" else model.max_position_embeddings
+        return (
+            f"the {model.max_model_len} positions of the checkpoint's config, rope scaling"
+            " included; lower it."
+        )
+    length = (
+        rope.original_max_position if rope.rope_type == "yarn" else model.max_position_embeddings
+    )
     return (
-        f"the {model.max_model_len} positions that the checkpoint's config allows: {length}, stretched "
-        f"{rope.factor:g} times by its rope scaling ({rope.rope_type}). Lower it, or raise that factor in config.json."
+        f"the {model.max_model_len} positions that the checkpoint's config allows: {length},"
+        f" stretched {rope.factor:g} times by its rope scaling ({rope.rope_type}). Lower it, or"
+        " raise that factor in config.json."
     )
 
 

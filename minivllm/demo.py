@@ -1,8 +1,9 @@
-"""`minivllm demo`: a batch of requests through the engine, with its block tables and KV cache on the screen.
+"""`minivllm demo`: a batch of requests through the engine, with its block tables and KV cache on
+the screen.
 
-The pool is small on purpose, so that there is something to see: requests queue for blocks, long prompts are computed
-in chunks beside the others' decodes, a common system message is found in the prefix cache, and now and then the newest
-request loses its blocks and computes them again.
+The pool is small on purpose, so that there is something to see: requests queue for blocks, long
+prompts are computed in chunks beside the others' decodes, a common system message is found in the
+prefix cache, and now and then the newest request loses its blocks and computes them again.
 """
 
 from __future__ import annotations
@@ -56,8 +57,9 @@ ENGINE_OPTIONS: dict[str, Any] = {
 PACE = 0.05
 
 SYSTEM = (
-    "You are a helpful assistant that explains terms, tells stories and solves small tasks. Answer in a few sentences. "
-    "You are the tiny model bundled with minivllm. You are a patient teacher of LLM inference. Be brief and correct."
+    "You are a helpful assistant that explains terms, tells stories and solves small tasks. Answer"
+    " in a few sentences. You are the tiny model bundled with minivllm. You are a patient teacher"
+    " of LLM inference. Be brief and correct."
 )
 
 
@@ -85,14 +87,19 @@ _CONVERSATION = (
     ("user", "What is a KV cache?"),
     (
         "assistant",
-        "A KV cache keeps the keys and values of the tokens that the model has read, so that each new token needs one "
-        "step of work and not the whole text again. It grows by one entry per layer and head with every token.",
+        (
+            "A KV cache keeps the keys and values of the tokens that the model has read, so that"
+            " each new token needs one step of work and not the whole text again. It grows by one"
+            " entry per layer and head with every token."
+        ),
     ),
     ("user", "What is a block table?"),
     (
         "assistant",
-        "A block table lists, for one sequence, the physical blocks that hold its keys and values, in order. They "
-        "may lie anywhere in memory, as the pages of a process do.",
+        (
+            "A block table lists, for one sequence, the physical blocks that hold its keys and"
+            " values, in order. They may lie anywhere in memory, as the pages of a process do."
+        ),
     ),
     ("user", "What is prefix caching?"),
 )
@@ -101,7 +108,9 @@ SCRIPT: tuple[DemoRequest, ...] = (
     _ask("Tell me a story about a fox named Pip and a silver key.", system=True, max_tokens=300),
     _ask("What is continuous batching?", system=True),
     _ask("Count from 1 to 12.", max_tokens=60),
-    _ask("Write a story with a penguin and a balloon.", system=True, n=2, max_tokens=300, arrival=2),
+    _ask(
+        "Write a story with a penguin and a balloon.", system=True, n=2, max_tokens=300, arrival=2
+    ),
     _ask("What is paged attention?", system=True, arrival=4),
     _ask("What is 17 + 25?", max_tokens=30, arrival=6),
     DemoRequest(_CONVERSATION, arrival=10),
@@ -114,12 +123,15 @@ SCRIPT: tuple[DemoRequest, ...] = (
 
 
 def run_demo(
-    open_llm: Callable[[dict[str, Any]], LLM], pace: float | None = None, picture: Path | None = None
+    open_llm: Callable[[dict[str, Any]], LLM],
+    pace: float | None = None,
+    picture: Path | None = None,
 ) -> Trace:
     """Serve `SCRIPT` and show it; returns the trace. open_llm: makes an LLM from engine options.
 
-    In a terminal the view is live, and a step stays for at least `pace` seconds (four times that if it reads a
-    prompt); elsewhere it is plain lines. picture: where to save the busiest step's view as SVG.
+    In a terminal the view is live, and a step stays for at least `pace` seconds (four times that if
+    it reads a prompt); elsewhere it is plain lines. picture: where to save the busiest step's view
+    as SVG.
     """
     console = SafeConsole()
     live = console.is_terminal and not console.is_dumb_terminal and "NO_COLOR" not in os.environ
@@ -141,7 +153,9 @@ def run_demo(
         try:
             write_atomically(picture, _svg(busiest[1]))
         except OSError as error:
-            raise ConfigError(f"The picture cannot be written to {picture}: {reason(error)}.") from error
+            raise ConfigError(
+                f"The picture cannot be written to {picture}: {reason(error)}."
+            ) from error
     return llm.trace
 
 
@@ -149,23 +163,45 @@ _STILL_WIDTH = 104
 
 
 def _busy(record: StepRecord) -> tuple[int, ...]:
-    """What makes a step worth looking at: prompts beside decodes, something that changed, shared blocks, a queue."""
+    """What makes a step worth looking at: prompts beside decodes, something that changed, shared
+    blocks, a queue.
+    """
     prompts = sum(item.kind == "prefill" for item in record.scheduled)
     mixed = 0 < prompts < len(record.scheduled)
-    return int(mixed), len(record.running), bool(events(record)), len(shared_blocks(record)), len(record.waiting)
+    return (
+        int(mixed),
+        len(record.running),
+        bool(events(record)),
+        len(shared_blocks(record)),
+        len(record.waiting),
+    )
 
 
 def _still(run: _Run, record: StepRecord) -> Group:
     """The view of one step, without what depends on the machine's speed."""
     names = {label: run.letter(label) for label in run.order}
     news, texts = "; ".join(events(record, names)), dict(run.texts)
-    return engine_view(run.trace, record, texts, run.order, width=_STILL_WIDTH, max_rows=len(record.running), news=news)
+    return engine_view(
+        run.trace,
+        record,
+        texts,
+        run.order,
+        width=_STILL_WIDTH,
+        max_rows=len(record.running),
+        news=news,
+    )
 
 
 def _svg(view: Group) -> str:
-    """A drawing of a terminal that shows view. The fonts are the reader's: nothing is fetched from the web."""
+    """A drawing of a terminal that shows view. The fonts are the reader's: nothing is fetched from
+    the web.
+    """
     console = SafeConsole(
-        record=True, width=_STILL_WIDTH, file=io.StringIO(), force_terminal=True, color_system="truecolor"
+        record=True,
+        width=_STILL_WIDTH,
+        file=io.StringIO(),
+        force_terminal=True,
+        color_system="truecolor",
     )
     console.print(view)
     drawn = console.export_svg(title="minivllm demo", unique_id="demo")
@@ -181,18 +217,24 @@ class _Run:
         self.llm, self.trace = llm, llm.trace
         self._params = [
             SamplingParams(
-                n=request.n, temperature=0.7, max_tokens=request.max_tokens, output_kind=RequestOutputKind.DELTA
+                n=request.n,
+                temperature=0.7,
+                max_tokens=request.max_tokens,
+                output_kind=RequestOutputKind.DELTA,
             )
             for request in SCRIPT
         ]
         #: "request/index" of every completion, by arrival: gives letters and colours.
-        self.order = [f"{i}/{index}" for i, request in enumerate(SCRIPT) for index in range(request.n)]
+        self.order = [
+            f"{i}/{index}" for i, request in enumerate(SCRIPT) for index in range(request.n)
+        ]
         self.texts = dict.fromkeys(self.order, "")
         self.num_tokens = 0
         self.num_finished = 0
         #: Labels of the completions that ended in the last step.
         self.ended: list[str] = []
-        #: Engine seconds (steps only, without the pauses of the view) from arrival to the first token.
+        #: Engine seconds (steps only, without the pauses of the view) from arrival to the first
+        #: token.
         self.first_token: dict[str, float] = {}
         self.seconds = 0.0
 
@@ -211,17 +253,25 @@ class _Run:
         while to_come or engine.has_unfinished_requests():
             while to_come and to_come[0][1].arrival <= step:
                 i, request = to_come.pop(0)
-                messages = [{"role": role, "content": content} for role, content in request.messages]
-                engine.add_request(self.llm.render_chat(messages), self._params[i], request_id=str(i))
+                messages = [
+                    {"role": role, "content": content} for role, content in request.messages
+                ]
+                engine.add_request(
+                    self.llm.render_chat(messages), self._params[i], request_id=str(i)
+                )
                 arrived[str(i)] = self.seconds
             outputs = engine.step()
             self.seconds = engine.metrics().step_time
             self.ended = []
             for output in outputs:
-                self.first_token.setdefault(output.request_id, self.seconds - arrived[output.request_id])
+                self.first_token.setdefault(
+                    output.request_id, self.seconds - arrived[output.request_id]
+                )
                 for completion in output.outputs:
                     label = f"{output.request_id}/{completion.index}"
-                    self.texts[label] += completion.text if output.error is None else f" ({output.error})"
+                    self.texts[label] += (
+                        completion.text if output.error is None else f" ({output.error})"
+                    )
                     self.num_tokens += len(completion.token_ids)
             record = self.trace.steps[-1]
             self.ended = [label for label in record.finished if label in self.texts]
@@ -237,7 +287,8 @@ def _live_view(console: Console, run: _Run) -> Iterator[Callable[[StepRecord], N
         TextColumn("[bold]minivllm"),
         BarColumn(bar_width=None, complete_style="#56B4E9", finished_style="#009E73"),
         TextColumn(
-            "{task.completed}/{task.total} texts · {task.fields[tokens]} tokens · {task.fields[speed]:.0f} a second"
+            "{task.completed}/{task.total} texts · {task.fields[tokens]} tokens ·"
+            " {task.fields[speed]:.0f} a second"
         ),
         console=console,
         expand=True,
@@ -245,13 +296,18 @@ def _live_view(console: Console, run: _Run) -> Iterator[Callable[[StepRecord], N
     names = {label: run.letter(label) for label in run.order}
     recent: deque[str] = deque(maxlen=2)
     task = progress.add_task("", total=len(run.order), tokens=0, speed=0.0)
-    with Live(console=console, transient=True, auto_refresh=False, vertical_overflow="crop") as live:
+    with Live(
+        console=console, transient=True, auto_refresh=False, vertical_overflow="crop"
+    ) as live:
 
         def on_step(record: StepRecord) -> None:
             for label in run.ended:
                 console.print(Group(*_finished_text(run, label)))
             progress.update(
-                task, completed=run.num_finished, tokens=run.num_tokens, speed=run.num_tokens / max(run.seconds, 1e-9)
+                task,
+                completed=run.num_finished,
+                tokens=run.num_tokens,
+                speed=run.num_tokens / max(run.seconds, 1e-9),
             )
             recent.extend(events(record, names))
             max_rows = max(1, min(run.trace.max_num_seqs, (console.height - 6) // 2))
@@ -272,7 +328,9 @@ def _live_view(console: Console, run: _Run) -> Iterator[Callable[[StepRecord], N
 
 @contextmanager
 def _plain_lines(console: Console, run: _Run) -> Iterator[Callable[[StepRecord], None]]:
-    """A line for every step in which something changes, and the texts when they are done. No colour, no cursor."""
+    """A line for every step in which something changes, and the texts when they are done. No
+    colour, no cursor.
+    """
     names = {label: run.letter(label) for label in run.order}
 
     def on_step(record: StepRecord) -> None:
@@ -287,13 +345,17 @@ def _plain_lines(console: Console, run: _Run) -> Iterator[Callable[[StepRecord],
             for text in _finished_text(run, label):
                 console.print(text, soft_wrap=True)
             done = round(20 * run.num_finished / len(run.order))
-            console.print(f"[{'#' * done}{'.' * (20 - done)}] {run.num_finished}/{len(run.order)} texts")
+            console.print(
+                f"[{'#' * done}{'.' * (20 - done)}] {run.num_finished}/{len(run.order)} texts"
+            )
 
     yield on_step
 
 
 def _finished_text(run: _Run, label: str) -> list[Text]:
-    question = request_tag(run.order.index(label)).append(f" {run.question(label)}", style="bold default on default")
+    question = request_tag(run.order.index(label)).append(
+        f" {run.question(label)}", style="bold default on default"
+    )
     return [question, Text(printable(run.texts[label].strip())), Text()]
 
 
@@ -306,8 +368,8 @@ def _print_summary(console: Console, run: _Run, paced: bool) -> None:
         (
             "tokens per second",
             f"{metrics.num_generated_tokens / metrics.step_time:.0f}",
-            f"{metrics.num_generated_tokens} in {metrics.step_time:.2f} s ({metrics.num_steps} steps), {config.device}"
-            + (", pauses left out" if paced else ""),
+            f"{metrics.num_generated_tokens} in {metrics.step_time:.2f} s ({metrics.num_steps}"
+            f" steps), {config.device}" + (", pauses left out" if paced else ""),
         ),
         (
             "time to first token",
@@ -331,9 +393,9 @@ def _print_summary(console: Console, run: _Run, paced: bool) -> None:
     console.print(summary_table(rows))
     command = _command()
     console.print(
-        f"\n{'Talk with the model':<28} {command} chat"
-        f"\n{'Look closer at this run':<28} {command} demo --out trace.json; {command} trace --show trace.json"
-        f"\n{'Learn how all of it works':<28} make lab",
+        f"\n{'Talk with the model':<28} {command} chat\n{'Look closer at this run':<28} {command}"
+        f" demo --out trace.json; {command} trace --show"
+        f" trace.json\n{'Learn how all of it works':<28} make lab",
         style="dim",
         soft_wrap=True,
     )

@@ -1,10 +1,11 @@
 """Tensor parallelism: the group of ranks that run one model together, and its collectives.
 
-Every layer's weights are split over the ranks (Shoeybi et al., Megatron-LM, 2019, arXiv 1909.08053): a rank computes
-some attention heads and some features of the MLP alone, and one all-reduce a branch adds up what the ranks have found.
-No global state: a group has process groups of its own, NCCL's for tensors on a GPU and gloo's for all else, and two
-groups in one process never meet. A group of one rank (`SINGLE`) takes the same code path and communicates nothing.
-Taught in notebooks/09_tensor_parallel.ipynb."""
+Every layer's weights are split over the ranks (Shoeybi et al., Megatron-LM, 2019, arXiv
+1909.08053): a rank computes some attention heads and some features of the MLP alone, and one
+all-reduce a branch adds up what the ranks have found. No global state: a group has process groups
+of its own, NCCL's for tensors on a GPU and gloo's for all else, and two groups in one process never
+meet. A group of one rank (`SINGLE`) takes the same code path and communicates nothing. Taught in
+notebooks/09_tensor_parallel.ipynb."""
 
 from __future__ import annotations
 
@@ -37,13 +38,19 @@ class Part:
 
 
 class TensorParallelGroup:
-    """One rank's view of its group. tensors, objects: process groups for model tensors and for what the CPU says.
+    """One rank's view of its group. tensors, objects: process groups for model tensors and for what
+    the CPU says.
 
     key: a secret of the group, which signs what rank 0 tells the others.
     """
 
     def __init__(
-        self, rank: int = 0, size: int = 1, tensors: Any = None, objects: Any = None, key: bytes = b""
+        self,
+        rank: int = 0,
+        size: int = 1,
+        tensors: Any = None,
+        objects: Any = None,
+        key: bytes = b"",
     ) -> None:
         self.rank, self.size, self._tensors, self._objects = rank, size, tensors, objects
         self._key = key
@@ -52,7 +59,8 @@ class TensorParallelGroup:
     def part(self, count: int, unit: int = 1, pad: bool = False) -> Part:
         """This rank's share of `count` units of `unit` rows, in order of rank.
 
-        Where there are fewer units than ranks, neighbours hold the same one. pad: the last ranks may get less, or none.
+        Where there are fewer units than ranks, neighbours hold the same one. pad: the last ranks
+        may get less, or none.
         """
         if not pad and count % self.size and self.size % count:
             raise ConfigError(f"{count} units cannot be split evenly over {self.size} ranks.")
@@ -75,10 +83,12 @@ class TensorParallelGroup:
         return self._gather(self._objects, torch.tensor([number])).tolist()
 
     def broadcast(self, number: int, items: Sequence[Any] = ()) -> tuple[int, Sequence[Any]]:
-        """Rank 0's integer and list, on every rank: 16 bytes, and a second message only if there are items.
+        """Rank 0's integer and list, on every rank: 16 bytes, and a second message only if there
+        are items.
 
-        items: what JSON can say; it comes back as JSON has it (tuples as lists). Nothing that arrives is ever
-        unpickled. A message that does not carry the group's signature raises `RankFailedError`.
+        items: what JSON can say; it comes back as JSON has it (tuples as lists). Nothing that
+        arrives is ever unpickled. A message that does not carry the group's signature raises
+        `RankFailedError`.
         """
         data = self._sign(json.dumps(items).encode()) if items else b""
         head = torch.tensor([number, len(data)])
@@ -102,12 +112,16 @@ class TensorParallelGroup:
         return message
 
     def check(self) -> None:
-        """Raise `RankFailedError` where the group was aborted: what the GPU has computed since means nothing."""
+        """Raise `RankFailedError` where the group was aborted: what the GPU has computed since
+        means nothing.
+        """
         if self.is_broken:
             raise RankFailedError("The ranks' communication has been aborted.")
 
     def abort(self) -> None:
-        """End the communication of tensors, also for a GPU that is waiting for a rank that is gone."""
+        """End the communication of tensors, also for a GPU that is waiting for a rank that is
+        gone.
+        """
         self.is_broken = True
         self._tensors.abort()
 

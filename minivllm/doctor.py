@@ -1,4 +1,6 @@
-"""`minivllm doctor`: what is installed here, what it means for the course, and the cure for what is broken."""
+"""`minivllm doctor`: what is installed here, what it means for the course, and the cure for what is
+broken.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ def run_doctor() -> int:
     console.print(table)
     broken = [finding.what for finding in findings if finding.status == BROKEN]
     if broken:
-        console.print(f"\nBroken: {', '.join(broken)}. The cure stands beside each.", style="bold red")
+        console.print(
+            f"\nBroken: {', '.join(broken)}. The cure stands beside each.", style="bold red"
+        )
         return 1
     console.print("\nEverything that this machine needs for minivllm works.", style="bold")
     return 0
@@ -89,7 +93,10 @@ def examine() -> Iterator[Finding]:
 
 
 def _python() -> Iterator[Finding]:
-    found = f"{platform.python_version()} at {sys.executable} ({platform.system()} {platform.machine()})"
+    found = (
+        f"{platform.python_version()} at {sys.executable} ({platform.system()}"
+        f" {platform.machine()})"
+    )
     if sys.version_info < MIN_PYTHON:
         yield Finding("Python", BROKEN, found, "minivllm needs Python 3.11 or newer.")
     else:
@@ -98,12 +105,17 @@ def _python() -> Iterator[Finding]:
 
 
 def _dependencies() -> Iterator[Finding]:
-    """Base requirements of the installed package that are missing or too old; torch has a finding of its own."""
+    """Base requirements of the installed package that are missing or too old; torch has a finding
+    of its own.
+    """
     try:
         required = metadata.requires("minivllm") or []
     except metadata.PackageNotFoundError:
         yield Finding(
-            "packages", NOTE, "minivllm runs from a directory and is not installed", "pip install -e . installs it."
+            "packages",
+            NOTE,
+            "minivllm runs from a directory and is not installed",
+            "pip install -e . installs it.",
         )
         return
     problems, wanted = [], []
@@ -143,17 +155,28 @@ def _torch() -> Iterator[Finding]:
 def _gpu(torch: Any) -> Finding:
     if torch.cuda.is_available():
         properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        found = ", ".join(f"{p.name} ({p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor})" for p in properties)
+        found = ", ".join(
+            f"{p.name} ({p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor})"
+            for p in properties
+        )
         return Finding(
-            "GPU", OK, found, "The engine runs there with the Triton kernels; chapters measure afresh what they show."
+            "GPU",
+            OK,
+            found,
+            "The engine runs there with the Triton kernels; chapters measure afresh what they"
+            " show.",
         )
     meaning = (
-        "The engine runs on the CPU in float32 with the torch kernels; what only a GPU can show is shown recorded."
+        "The engine runs on the CPU in float32 with the torch kernels; what only a GPU can show is"
+        " shown recorded."
     )
     if Path("/proc/driver/nvidia/version").exists():
         why = "torch is a CPU build" if not torch.version.cuda else "torch cannot use it"
         return Finding(
-            "GPU", NOTE, f"there is an NVIDIA driver, but {why}", f"{meaning} README.md says how to change that."
+            "GPU",
+            NOTE,
+            f"there is an NVIDIA driver, but {why}",
+            f"{meaning} README.md says how to change that.",
         )
     return Finding("GPU", OK, "none", meaning)
 
@@ -164,7 +187,8 @@ def _triton() -> Iterator[Finding]:
             "triton",
             NOTE,
             f"has no wheels for {platform.system()}",
-            "The library works without. Cells that run Triton kernels say so and show the torch twin.",
+            "The library works without. Cells that run Triton kernels say so and show the torch"
+            " twin.",
         )
         return
     try:
@@ -177,12 +201,21 @@ def _triton() -> Iterator[Finding]:
             f"The library works without, on a CPU; the kernel chapters need it. {_cure('triton')}",
         )
         return
-    where = "on the GPU" if _has_gpu() else "in Triton's interpreter, on the CPU: right in float32, slow"
+    where = (
+        "on the GPU"
+        if _has_gpu()
+        else "in Triton's interpreter, on the CPU: right in float32, slow"
+    )
     note = ""
     if _release(triton.__version__) < (3, 7) and _release(_version("numpy") or "0") >= (2, 4):
         # Seen with Triton 3.6 on NumPy 2.5; on NumPy 2.3 chapters 01 to 03 ran through.
-        cure = f"Run: {sys.executable} -m pip install 'numpy<2.4'"  # constraints.txt has a newer one
-        note = f" Triton {triton.__version__}'s interpreter, which chapters 01 to 03 use, fails on NumPy"
+        cure = (  # constraints.txt has a newer one
+            f"Run: {sys.executable} -m pip install 'numpy<2.4'"
+        )
+        note = (
+            f" Triton {triton.__version__}'s interpreter, which chapters 01 to 03 use, fails on"
+            " NumPy"
+        )
         note += f" {_version('numpy')}. {cure}"
     yield Finding("triton", NOTE if note else OK, triton.__version__, f"Kernels run {where}.{note}")
 
@@ -203,19 +236,29 @@ def _memory() -> Iterator[Finding]:
         return
     found = f"{total:.1f} GiB, {os.cpu_count()} CPU cores"
     if total < 3:
-        yield Finding("memory", NOTE, found, "Enough for the bundled model; two notebooks at once may be too much.")
+        yield Finding(
+            "memory",
+            NOTE,
+            found,
+            "Enough for the bundled model; two notebooks at once may be too much.",
+        )
     else:
         yield Finding("memory", OK, found)
 
 
 def _bundled_model() -> Iterator[Finding]:
     sizes = {
-        name: (BUNDLED_MODEL_PATH / name).stat().st_size if (BUNDLED_MODEL_PATH / name).is_file() else 0
+        name: (
+            (BUNDLED_MODEL_PATH / name).stat().st_size
+            if (BUNDLED_MODEL_PATH / name).is_file()
+            else 0
+        )
         for name in BUNDLED_FILES
     }
     missing = [name for name, size in sizes.items() if size == 0]
     cure = (
-        "In a checkout: git restore minivllm/bundled. Elsewhere: pip install --force-reinstall the wheel of minivllm."
+        "In a checkout: git restore minivllm/bundled. Elsewhere: pip install --force-reinstall the"
+        " wheel of minivllm."
     )
     if missing:
         found = f"missing or empty in {BUNDLED_MODEL_PATH}: {', '.join(missing)}"
@@ -225,18 +268,27 @@ def _bundled_model() -> Iterator[Finding]:
         from minivllm.llm import LLM
         from minivllm.sampling_params import SamplingParams
     except ImportError as error:
-        yield Finding("bundled model", BROKEN, f"the engine cannot be imported: {error}", "Cure the others first.")
+        yield Finding(
+            "bundled model",
+            BROKEN,
+            f"the engine cannot be imported: {error}",
+            "Cure the others first.",
+        )
         return
     try:
         with LLM(num_kv_blocks=16, attention_backend="torch", device="cpu") as llm:
             prompt = llm.render_chat([{"role": "user", "content": "What is a KV cache?"}])
-            output = llm.generate(prompt, SamplingParams(temperature=0.0, max_tokens=12), use_tqdm=False)[0]
+            output = llm.generate(
+                prompt, SamplingParams(temperature=0.0, max_tokens=12), use_tqdm=False
+            )[0]
     except (MiniVLLMError, OSError, ValueError, RuntimeError) as error:
         yield Finding("bundled model", BROKEN, f"does not load: {error}", cure)
         return
     total = sum(sizes.values()) / 1e6
     yield Finding(
-        "bundled model", OK, f"{total:.1f} MB, loads and writes: “{' '.join(output.outputs[0].text.split())} …”"
+        "bundled model",
+        OK,
+        f"{total:.1f} MB, loads and writes: “{' '.join(output.outputs[0].text.split())} …”",
     )
 
 
@@ -244,7 +296,9 @@ def _tested_versions() -> Iterator[Finding]:
     file = _constraints_file()
     if file is None:
         return
-    pins = re.findall(r"^([\w.-]+)==([^\s;]+)", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    pins = re.findall(
+        r"^([\w.-]+)==([^\s;]+)", file.read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
     installed = [(name, pin, _version(name)) for name, pin in pins]
     others = [
         f"{name} {version} (tested: {pin})"
@@ -253,14 +307,26 @@ def _tested_versions() -> Iterator[Finding]:
     ]
     same = sum(version is not None for _, _, version in installed) - len(others)
     if others:
-        meaning = "Other versions usually work; if something fails, `make clean setup` goes back to these."
-        yield Finding("tested versions", NOTE, f"{same} as in constraints.txt, but {', '.join(others)}", meaning)
+        meaning = (
+            "Other versions usually work; if something fails, `make clean setup` goes back to"
+            " these."
+        )
+        yield Finding(
+            "tested versions",
+            NOTE,
+            f"{same} as in constraints.txt, but {', '.join(others)}",
+            meaning,
+        )
     else:
-        yield Finding("tested versions", OK, f"all {same} installed packages are as in constraints.txt")
+        yield Finding(
+            "tested versions", OK, f"all {same} installed packages are as in constraints.txt"
+        )
 
 
 def _course_tools() -> Iterator[Finding]:
-    missing = [name for name in ("jupyterlab", "ipywidgets", "matplotlib") if _version(name) is None]
+    missing = [
+        name for name in ("jupyterlab", "ipywidgets", "matplotlib") if _version(name) is None
+    ]
     if missing:
         yield Finding(
             "notebooks",
@@ -269,14 +335,23 @@ def _course_tools() -> Iterator[Finding]:
             "make lab installs them, or pip install -e '.[lab]'",
         )
     else:
-        yield Finding("notebooks", OK, f"JupyterLab {_version('jupyterlab')}: make lab opens the course")
+        yield Finding(
+            "notebooks", OK, f"JupyterLab {_version('jupyterlab')}: make lab opens the course"
+        )
     missing = [name for name in ("pytest", "nbval", "transformers") if _version(name) is None]
     if missing:
         yield Finding(
-            "tests", NOTE, f"{', '.join(missing)} not installed", "make test installs them, or pip install -e '.[dev]'"
+            "tests",
+            NOTE,
+            f"{', '.join(missing)} not installed",
+            "make test installs them, or pip install -e '.[dev]'",
         )
     else:
-        yield Finding("tests", OK, f"pytest {_version('pytest')}, nbval {_version('nbval')}: make test runs everything")
+        yield Finding(
+            "tests",
+            OK,
+            f"pytest {_version('pytest')}, nbval {_version('nbval')}: make test runs everything",
+        )
 
 
 def _version(name: str) -> str | None:
@@ -292,7 +367,9 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def _constraints_file() -> Path | None:
-    """constraints.txt of the checkout that this package runs from; None when it was installed from a wheel."""
+    """constraints.txt of the checkout that this package runs from; None when it was installed from
+    a wheel.
+    """
     file = Path(minivllm.__file__).resolve().parents[1] / "constraints.txt"
     return file if file.is_file() and (file.parent / "pyproject.toml").is_file() else None
 

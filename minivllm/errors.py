@@ -18,11 +18,15 @@ class ConfigError(MiniVLLMError, ValueError):
 
 
 class UnknownOptionError(ConfigError, TypeError):
-    """There is no engine option of this name; the message says which one may have been meant, or what to do."""
+    """There is no engine option of this name; the message says which one may have been meant, or
+    what to do.
+    """
 
 
 class UnsupportedModelError(MiniVLLMError):
-    """The checkpoint's config asks for something minivllm does not implement; the message names it."""
+    """The checkpoint's config asks for something minivllm does not implement; the message names
+    it.
+    """
 
 
 class WeightLoadingError(MiniVLLMError):
@@ -30,7 +34,9 @@ class WeightLoadingError(MiniVLLMError):
 
 
 class RequestError(MiniVLLMError, ValueError):
-    """A request that cannot be served. Only this request is refused; the others in its batch are unharmed."""
+    """A request that cannot be served. Only this request is refused; the others in its batch are
+    unharmed.
+    """
 
 
 class EmptyPromptError(RequestError):
@@ -38,7 +44,9 @@ class EmptyPromptError(RequestError):
 
 
 class PromptTooLongError(RequestError):
-    """The prompt leaves no room to generate within `max_model_len`, or can never fit into the KV cache."""
+    """The prompt leaves no room to generate within `max_model_len`, or can never fit into the KV
+    cache.
+    """
 
 
 class InvalidTokenError(RequestError):
@@ -50,11 +58,15 @@ class SamplingParamsError(RequestError):
 
 
 class UnsupportedParameterError(SamplingParamsError, TypeError):
-    """`SamplingParams` has no field of this name; the message says what to use instead, or what may have been meant."""
+    """`SamplingParams` has no field of this name; the message says what to use instead, or what may
+    have been meant.
+    """
 
 
 class TokenizerRequiredError(RequestError):
-    """The request needs a tokenizer, and the engine runs without one (`skip_tokenizer_init=True`)."""
+    """The request needs a tokenizer, and the engine runs without one
+    (`skip_tokenizer_init=True`).
+    """
 
 
 class UnsupportedFeatureError(MiniVLLMError, NotImplementedError):
@@ -66,7 +78,9 @@ class UnsupportedArgumentError(UnsupportedFeatureError, TypeError):
 
 
 class UnsupportedMethodError(UnsupportedFeatureError, AttributeError):
-    """A method of vLLM's `LLM` that is not here. Also an AttributeError, so that `hasattr` says False."""
+    """A method of vLLM's `LLM` that is not here. Also an AttributeError, so that `hasattr` says
+    False.
+    """
 
 
 class InvalidLogitsError(RequestError):
@@ -75,8 +89,9 @@ class InvalidLogitsError(RequestError):
     def __init__(self, message: str = "") -> None:
         super().__init__(
             message
-            or "The model's logits are not finite (NaN or infinity), so no token can be chosen. Either the weights are "
-            "broken, or numbers have overflowed: with dtype='float16', try 'bfloat16' or 'float32'."
+            or "The model's logits are not finite (NaN or infinity), so no token can be chosen. "
+            "Either the weights are broken, or numbers have overflowed: with dtype='float16', try "
+            "'bfloat16' or 'float32'."
         )
 
 
@@ -86,9 +101,9 @@ class ConcurrentUseError(MiniVLLMError, RuntimeError):
     def __init__(self, message: str = "") -> None:
         super().__init__(
             message
-            or "Another thread is using this engine, and an engine is for one thread at a time. Give each thread an "
-            "engine of its own, let one thread make all calls (one generate() with all prompts is fastest), or hold a "
-            "threading.Lock around every call."
+            or "Another thread is using this engine, and an engine is for one thread at a time. "
+            "Give each thread an engine of its own, let one thread make all calls (one generate() "
+            "with all prompts is fastest), or hold a threading.Lock around every call."
         )
 
 
@@ -97,7 +112,9 @@ class OutOfMemoryError(MiniVLLMError):
 
 
 class SchedulerStalledError(MiniVLLMError):
-    """The scheduler planned nothing although requests are waiting; a scheduler of one's own has a bug."""
+    """The scheduler planned nothing although requests are waiting; a scheduler of one's own has a
+    bug.
+    """
 
 
 class RankError(MiniVLLMError):

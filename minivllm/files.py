@@ -10,7 +10,8 @@ from minivllm.errors import ConfigError
 
 
 def require_writable(path: str | Path, what: str, make_folder: bool = False) -> None:
-    """Raise `ConfigError` if a file cannot be written at `path`. Called before the work, not after it.
+    """Raise `ConfigError` if a file cannot be written at `path`. Called before the work, not after
+    it.
 
     what: the message's subject, such as "The trace". make_folder: make the folder if it is missing.
     """
@@ -20,7 +21,9 @@ def require_writable(path: str | Path, what: str, make_folder: bool = False) -> 
         if make_folder:
             target.parent.mkdir(parents=True, exist_ok=True)
         if not os.path.isdir(target.parent):
-            raise ConfigError(f"{refused} there is no folder {target.parent}. Make it, or name another.")
+            raise ConfigError(
+                f"{refused} there is no folder {target.parent}. Make it, or name another."
+            )
         if os.path.isdir(target):
             raise ConfigError(f"{refused} that is a folder. Name a file in it.")
         if os.path.exists(target):

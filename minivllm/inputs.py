@@ -1,7 +1,7 @@
 """What a caller may hand in as a prompt, a batch of prompts, or a conversation.
 
-Here the forms are told apart and checked as far as that is possible without a model; what depends on
-the tokenizer and the vocabulary is `engine/input_processor.py`'s. Names are vLLM's.
+Here the forms are told apart and checked as far as that is possible without a model; what depends
+on the tokenizer and the vocabulary is `engine/input_processor.py`'s. Names are vLLM's.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class TokensPrompt(TypedDict):
 
 @dataclass(frozen=True)
 class RefusedPrompt:
-    """Stands in a batch for what no prompt could be made of; its request is refused with `error`."""
+    """Stands in a batch for what no prompt could be made of; its request is refused with
+    `error`.
+    """
 
     error: RequestError
 
@@ -88,16 +90,25 @@ def _parse_dict(prompt: Mapping[Any, Any]) -> ParsedPrompt:
         if key in _KEYS or (key in _UNSUPPORTED_KEYS and value is None):
             continue
         if key in _UNSUPPORTED_KEYS:
-            raise RequestError(f"A prompt's {key} is not supported by minivllm; {_UNSUPPORTED_KEYS[key]}.")
+            raise RequestError(
+                f"A prompt's {key} is not supported by minivllm; {_UNSUPPORTED_KEYS[key]}."
+            )
         hint = did_you_mean(key, _KEYS) if isinstance(key, str) else ""
-        raise RequestError(f"A prompt given as a dict has the key 'prompt' or 'prompt_token_ids', not {key!r}.{hint}")
+        raise RequestError(
+            "A prompt given as a dict has the key 'prompt' or 'prompt_token_ids', not"
+            f" {key!r}.{hint}"
+        )
     text, token_ids = (prompt.get(key) for key in _KEYS)
     if text is None and token_ids is None:
         raise RequestError("A prompt given as a dict needs the key 'prompt' or 'prompt_token_ids'.")
     if text is not None and not isinstance(text, str):
-        raise RequestError(f"A prompt's 'prompt' is a string, not {_kind(text)}; token ids are 'prompt_token_ids'.")
+        raise RequestError(
+            f"A prompt's 'prompt' is a string, not {_kind(text)}; token ids are 'prompt_token_ids'."
+        )
     if isinstance(token_ids, str | Mapping):
-        raise RequestError(f"A prompt's 'prompt_token_ids' is a list of integers, not {_kind(token_ids)}.")
+        raise RequestError(
+            f"A prompt's 'prompt_token_ids' is a list of integers, not {_kind(token_ids)}."
+        )
     return ParsedPrompt(text, None if token_ids is None else _token_ids(token_ids))
 
 
@@ -112,8 +123,8 @@ def _token_ids(values: Any) -> list[int]:
     if not isinstance(values, Sequence | array):
         hint = "; list(...) makes a list of it" if isinstance(values, Iterable) else ""
         raise RequestError(
-            f"A prompt is text, a list of token ids, or a dict with 'prompt' or 'prompt_token_ids', "
-            f"not {_kind(values)}{hint}."
+            "A prompt is text, a list of token ids, or a dict with 'prompt' or 'prompt_token_ids',"
+            f" not {_kind(values)}{hint}."
         )
     if all(type(value) is int for value in values):
         return list(values)
@@ -167,13 +178,17 @@ def as_batch(prompts: Any) -> tuple[list[Any], bool]:
 
 
 def as_params(params: Any, num_prompts: int) -> list[SamplingParams]:
-    """One for each prompt. Raises `SamplingParamsError` for another type, or another number of them."""
+    """One for each prompt. Raises `SamplingParamsError` for another type, or another number of
+    them.
+    """
     if isinstance(params, SamplingParams):
         return [params] * num_prompts
     if isinstance(params, str | bytes | Mapping) or not isinstance(params, Sequence):
         check_params(params)
     if len(params) != num_prompts:
-        raise SamplingParamsError(f"{len(params)} sampling_params for {num_prompts} prompts; give one, or one each.")
+        raise SamplingParamsError(
+            f"{len(params)} sampling_params for {num_prompts} prompts; give one, or one each."
+        )
     for one in params:
         check_params(one)
     return list(params)
@@ -198,14 +213,19 @@ def as_conversations(messages: Any) -> tuple[list[Any], bool]:
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         check_conversation(messages)
     several = any(isinstance(m, list | tuple) for m in messages)
-    return (list(messages), False) if several and not isinstance(messages[0], Mapping) else ([messages], True)
+    return (
+        (list(messages), False)
+        if several and not isinstance(messages[0], Mapping)
+        else ([messages], True)
+    )
 
 
 def check_conversation(messages: Any) -> None:
     """Raise `RequestError` unless messages is a list of dicts with a role."""
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise RequestError(
-            f'A conversation is a list of messages {{"role": ..., "content": ...}}, not {_kind(messages)}.'
+            'A conversation is a list of messages {"role": ..., "content": ...}, not'
+            f" {_kind(messages)}."
         )
     if not messages:
         raise RequestError("The conversation has no messages; give at least one.")
@@ -219,11 +239,15 @@ def check_conversation(messages: Any) -> None:
                 f"it has {message.get('role')!r}."
             )
         if not isinstance(message.get("content"), str | list | tuple | None):
-            raise RequestError(f"The content of message {number} is text, not {_kind(message['content'])}.")
+            raise RequestError(
+                f"The content of message {number} is text, not {_kind(message['content'])}."
+            )
 
 
 def check_template_kwargs(variables: Any) -> Mapping[str, Any]:
-    """Variables for a chat template, {} for None. Raises `RequestError` for what is no dict of them."""
+    """Variables for a chat template, {} for None. Raises `RequestError` for what is no dict of
+    them.
+    """
     if variables is None:
         return {}
     if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):

@@ -1,6 +1,7 @@
 """On which device an engine runs, and its ranks: how they come to be, keep in step, and end.
 
-They are started here, on this machine, or by torchrun, on however many. Taught in notebooks/09_tensor_parallel.ipynb.
+They are started here, on this machine, or by torchrun, on however many. Taught in
+notebooks/09_tensor_parallel.ipynb.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from torch.multiprocessing import get_context
 from minivllm.distributed import SINGLE, TensorParallelGroup
 from minivllm.errors import ConfigError, EngineEndedError, RankFailedError, RankMismatchError
 
-#: How long rank 0 waits for processes that are ready to meet it, and how long ranks wait in all other cases: others may
-#: be loading, and an engine may have nothing to do. Whoever waits is ended by the end of rank 0, or by torchrun.
+#: How long rank 0 waits for processes that are ready to meet it, and how long ranks wait in all
+#: other cases: others may be loading, and an engine may have nothing to do. Whoever waits is ended
+#: by the end of rank 0, or by torchrun.
 MEETING, IDLE = timedelta(seconds=20), timedelta(days=365)
 
 
@@ -42,12 +44,14 @@ def connect(
     gpu: int | None = None,
     key: bytes = b"",
 ) -> TensorParallelGroup:
-    """Meet the other ranks at `store`. host: None when they run on several machines. gpu: this rank's, else its number.
+    """Meet the other ranks at `store`. host: None when they run on several machines. gpu: this
+    rank's, else its number.
 
-    key: a secret of these ranks. It signs their messages, and names the places in the store where they meet, which
-    any process of the machine can reach.
+    key: a secret of these ranks. It signs their messages, and names the places in the store where
+    they meet, which any process of the machine can reach.
 
-    The process groups are made directly and belong to nobody else: no `init_process_group`, so no global state.
+    The process groups are made directly and belong to nobody else: no `init_process_group`, so no
+    global state.
     """
     if key:
         store = dist.PrefixStore(hashlib.sha256(b"store" + key).hexdigest(), store)
@@ -58,14 +62,18 @@ def connect(
     objects = tensors = gloo(dist.PrefixStore("objects", store), rank, size, options)
     objects._set_default_timeout(IDLE)
     if device_type == "cuda":
-        torch.cuda.set_device(rank if gpu is None else gpu)  # one rank, one process, one GPU: the engine's "cuda"
+        torch.cuda.set_device(
+            rank if gpu is None else gpu
+        )  # one rank, one process, one GPU: the engine's "cuda"
         nccl = dist.ProcessGroupNCCL
         tensors = nccl(dist.PrefixStore("tensors", store), rank, size, nccl.Options())
     return TensorParallelGroup(rank, size, tensors, objects, key)
 
 
 def pick_device(device: str) -> str:
-    """ "auto" becomes "cuda" where there is one; raises `ConfigError` for a device that is not there."""
+    """ "auto" becomes "cuda" where there is one; raises `ConfigError` for a device that is not
+    there.
+    """
     available = torch.cuda.is_available()
     if device == "auto":
         return "cuda" if available else "cpu"
@@ -76,28 +84,43 @@ def pick_device(device: str) -> str:
     if kind not in ("cpu", "cuda"):
         raise ConfigError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}.")
     if kind == "cuda" and not available:
-        raise ConfigError("device='cuda' was asked for, but torch sees no CUDA GPU; `minivllm doctor` says more.")
+        raise ConfigError(
+            "device='cuda' was asked for, but torch sees no CUDA GPU; `minivllm doctor` says more."
+        )
     if kind == "cuda" and index >= torch.cuda.device_count():
-        raise ConfigError(f"device={device!r} was asked for; torch sees {torch.cuda.device_count()} GPUs, from cuda:0.")
+        raise ConfigError(
+            f"device={device!r} was asked for; torch sees {torch.cuda.device_count()} GPUs, from"
+            " cuda:0."
+        )
     return device
 
 
 class Ranks:
     """The ranks that run an engine together, as one of them sees them; keeps their engines in step.
 
-    Under torchrun the ranks are there and get the same calls from the same script. Otherwise this process is rank 0:
-    it starts the others, to run ``target(group, *args)``, and passes on to them the calls that it gets. Each plans and
-    samples for itself; before every step rank 0 tells where it stands, and whoever stands elsewhere says so.
+    Under torchrun the ranks are there and get the same calls from the same script. Otherwise this
+    process is rank 0: it starts the others, to run ``target(group, *args)``, and passes on to them
+    the calls that it gets. Each plans and samples for itself; before every step rank 0 tells where
+    it stands, and whoever stands elsewhere says so.
     """
 
-    def __init__(self, size: int, device: str, target: Callable[..., None], *args: Any,
-                 group: TensorParallelGroup | None = None) -> None:  # fmt: skip
-        """device: "cpu", or "cuda" for a GPU a rank. group: where the ranks have met already. Raises `ConfigError`."""
+    def __init__(
+        self,
+        size: int,
+        device: str,
+        target: Callable[..., None],
+        *args: Any,
+        group: TensorParallelGroup | None = None,
+    ) -> None:
+        """device: "cpu", or "cuda" for a GPU a rank. group: where the ranks have met already.
+        Raises `ConfigError`.
+        """
         self._processes: RankProcesses | None = None
         self._calls: list[tuple[str, tuple]] = []  # that the processes have yet to make
         self._ended = ""  # why there are no ranks any more
-        #: Lets go of what this rank's GPU has recorded; set by whoever records. Communication cannot end before that:
-        #: NCCL waits for every CUDA graph that holds one of its collectives.
+        #: Lets go of what this rank's GPU has recorded; set by whoever records. Communication
+        #: cannot end before that: NCCL waits for every CUDA graph that holds one of its
+        #: collectives.
         self.release: Callable[[], None] = lambda: None
         self.group = group or self._find(size, device, target, *args)
 
@@ -115,7 +138,9 @@ class Ranks:
             self._calls.append((name, args))
 
     def agree(self, core: Any, state: Callable[[], int]) -> None:
-        """Bring this rank's core to where rank 0's is. state: a hash of what its plans depend on, 63 bits."""
+        """Bring this rank's core to where rank 0's is. state: a hash of what its plans depend on,
+        63 bits.
+        """
         if self._ended:
             raise EngineEndedError(f"{self._ended} Make a new engine.")
         if self.group.size == 1:
@@ -126,38 +151,50 @@ class Ranks:
             getattr(core, name)(*args)
         if state() != expected:
             raise RankMismatchError(
-                f"Rank {self.group.rank} does not stand where rank 0 does: it has other requests, or has sampled other "
-                "tokens. Every rank must run the same code and get the same calls."
+                f"Rank {self.group.rank} does not stand where rank 0 does: it has other requests,"
+                " or has sampled other tokens. Every rank must run the same code and get the same"
+                " calls."
             )
 
     def give_up(self, error: BaseException) -> None:
-        """After a step cut short no rank knows where the others stand. Raises what has happened to another rank."""
+        """After a step cut short no rank knows where the others stand. Raises what has happened to
+        another rank.
+        """
         if self.group.size == 1 or self._ended:
             return
         lost = isinstance(error, RankFailedError) or self.group.is_broken
         failure = self._processes.failure() if self._processes and lost else None
-        self.close(f"A step was cut short ({type(failure or error).__name__}), and with it the engine's ranks.")
+        self.close(
+            f"A step was cut short ({type(failure or error).__name__}), and with it the engine's"
+            " ranks."
+        )
         if failure is not None:
             raise failure from error
 
     def close(self, reason: str = "This engine has been closed.") -> None:
-        """Let go of what was recorded, end the processes that were started here, and leave the group."""
+        """Let go of what was recorded, end the processes that were started here, and leave the
+        group.
+        """
         self._ended = self._ended or reason
         if self.group.size > 1:
             self.release()
             (self._processes or self.group).close()
 
-    def _find(self, size: int, device: str, target: Callable[..., None], *args: Any) -> TensorParallelGroup:
+    def _find(
+        self, size: int, device: str, target: Callable[..., None], *args: Any
+    ) -> TensorParallelGroup:
         if size == 1:
             return SINGLE
         started = _number_from_torchrun("WORLD_SIZE", 1)
         if started not in (1, size):
-            raise ConfigError(f"torchrun has started {started} ranks; set tensor_parallel_size={started}.")
+            raise ConfigError(
+                f"torchrun has started {started} ranks; set tensor_parallel_size={started}."
+            )
         local = _number_from_torchrun("LOCAL_WORLD_SIZE", size) if started == size else size
         if device != "cpu" and (device != "cuda" or local > torch.cuda.device_count()):
             raise ConfigError(
-                f"{local} ranks on this machine take device='cuda' and {local} GPUs; device is {device!r}, and there "
-                f"are {torch.cuda.device_count()}."
+                f"{local} ranks on this machine take device='cuda' and {local} GPUs; device is"
+                f" {device!r}, and there are {torch.cuda.device_count()}."
             )
         if started == size:
             return join_torchrun(device)
@@ -170,8 +207,8 @@ def _number_from_torchrun(name: str, default: int) -> int:
     value = os.environ.get(name) or str(default)
     if not value.isdecimal():
         raise ConfigError(
-            f"The environment variable {name} must be a number, as torchrun sets it, got {value!r}. Start with "
-            "torchrun, or unset WORLD_SIZE to have the ranks started here."
+            f"The environment variable {name} must be a number, as torchrun sets it, got {value!r}."
+            " Start with torchrun, or unset WORLD_SIZE to have the ranks started here."
         )
     return int(value)
 
@@ -181,8 +218,8 @@ def join_torchrun(device_type: str) -> TensorParallelGroup:
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise ConfigError(
-            f"The environment has WORLD_SIZE and lacks {', '.join(missing)}, all of which torchrun sets. Start with "
-            "torchrun, or unset WORLD_SIZE to have the ranks started here."
+            f"The environment has WORLD_SIZE and lacks {', '.join(missing)}, all of which torchrun"
+            " sets. Start with torchrun, or unset WORLD_SIZE to have the ranks started here."
         )
     rank, size = _number_from_torchrun("RANK", 0), _number_from_torchrun("WORLD_SIZE", 1)
     if rank >= size:  # it would wait for ever
@@ -194,46 +231,64 @@ def join_torchrun(device_type: str) -> TensorParallelGroup:
         store, rank, size = next(dist.rendezvous("env://"))
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
-            "The ranks that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT speak of cannot meet; torchrun sets them. "
-            f"Start with torchrun, or unset WORLD_SIZE to have the ranks started here. ({str(error).splitlines()[0]})"
+            "The ranks that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT speak of cannot meet;"
+            " torchrun sets them. Start with torchrun, or unset WORLD_SIZE to have the ranks"
+            f" started here. ({str(error).splitlines()[0]})"
         ) from error
     # A process may make several engines, every rank in the same order.
     number = store.add(f"minivllm engines of rank {rank}", 1)
     store = dist.PrefixStore(f"minivllm engine {number}", store)
-    key = os.environ.get("MINIVLLM_RANK_KEY", "").encode()  # the same on every machine, if the network is shared
-    return connect(store, rank, size, device_type, None, _number_from_torchrun("LOCAL_RANK", rank), key)
+    key = os.environ.get(
+        "MINIVLLM_RANK_KEY", ""
+    ).encode()  # the same on every machine, if the network is shared
+    return connect(
+        store, rank, size, device_type, None, _number_from_torchrun("LOCAL_RANK", rank), key
+    )
 
 
 class RankProcesses:
-    """Ranks 1 to size - 1 as processes on this machine, each running ``target(group, *args)``. This process is rank 0.
+    """Ranks 1 to size - 1 as processes on this machine, each running ``target(group, *args)``. This
+    process is rank 0.
 
-    Each holds one end of a pipe, on which it reports why it failed, and lives until the pipe is closed at this end: by
-    `close`, or because this process is gone.
+    Each holds one end of a pipe, on which it reports why it failed, and lives until the pipe is
+    closed at this end: by `close`, or because this process is gone.
     """
 
-    def __init__(self, size: int, device_type: str, target: Callable[..., None], *args: Any) -> None:
+    def __init__(
+        self, size: int, device_type: str, target: Callable[..., None], *args: Any
+    ) -> None:
         self.group, self._ranks, self._reports = SINGLE, [], {}
         key = secrets.token_bytes(32)  # goes to the ranks through the pipe that starts them
         try:
             work = pickle.dumps((target, args))
         except Exception as error:
             raise ConfigError(
-                f"The other ranks cannot be sent this ({error}). Define your pieces at the top level of a module."
+                f"The other ranks cannot be sent this ({error}). Define your pieces at the top"
+                " level of a module."
             ) from error
-        listener = socket.create_server(("127.0.0.1", 0))  # a port that is free, and nobody else's from here on
+        listener = socket.create_server(
+            ("127.0.0.1", 0)
+        )  # a port that is free, and nobody else's from here on
         port = listener.getsockname()[1]
         try:
-            # Ctrl-C reaches every process of the terminal. The ranks leave it to this one: they are born deaf to it.
-            resource_tracker.ensure_running()  # multiprocessing's own; its start would let the signal through again
+            # Ctrl-C reaches every process of the terminal. The ranks leave it to this one: they are
+            # born deaf to it.
+            # multiprocessing's own; its start would let the signal through again
+            resource_tracker.ensure_running()
             blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 for rank in range(1, size):
                     self._start(rank, size, port, device_type, key, work)
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-            # Only now, for it brings a thread, and a signal goes to whichever thread lets it through.
-            store = dist.TCPStore("127.0.0.1", port, size, True, IDLE, False, master_listen_fd=listener.detach())
-            for rank, (_, pipe) in enumerate(self._ranks, 1):  # wait here, where their end is noticed
+            # Only now, for it brings a thread, and a signal goes to whichever thread lets it
+            # through.
+            store = dist.TCPStore(
+                "127.0.0.1", port, size, True, IDLE, False, master_listen_fd=listener.detach()
+            )
+            for rank, (_, pipe) in enumerate(
+                self._ranks, 1
+            ):  # wait here, where their end is noticed
                 with suppress(EOFError):
                     self._reports[rank] = pipe.recv()
                 if self._reports.get(rank) != "ready":
@@ -250,17 +305,25 @@ class RankProcesses:
             threading.Thread(target=self._watch, daemon=True).start()
 
     def failure(self) -> Exception:
-        """The error to raise now that a rank is lost: it names the rank that failed first, and why."""
+        """The error to raise now that a rank is lost: it names the rank that failed first, and
+        why.
+        """
         deadline = time.monotonic() + 5.0
         while True:
             causes = {rank: self._cause(rank) for rank in range(1, len(self._ranks) + 1)}
             # The others fail with `RankFailedError`: they have only noticed.
-            first = [(r, *cause) for r, cause in causes.items() if cause and cause[0] != "RankFailedError"]
+            first = [
+                (r, *cause)
+                for r, cause in causes.items()
+                if cause and cause[0] != "RankFailedError"
+            ]
             if first or time.monotonic() > deadline:
                 break
             time.sleep(0.01)
         if not first:
-            return RankFailedError(f"The ranks have lost each other: {[c for c in causes.values() if c]}")
+            return RankFailedError(
+                f"The ranks have lost each other: {[c for c in causes.values() if c]}"
+            )
         rank, kind, text = first[0]
         error = RankMismatchError if kind == "RankMismatchError" else RankFailedError
         return error(f"Rank {rank} {text}")
@@ -279,7 +342,9 @@ class RankProcesses:
     def _start(self, rank: int, *args: Any) -> None:
         context = get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_run_rank, args=(theirs, rank, *args), name=f"rank {rank}", daemon=True)
+        process = context.Process(
+            target=_run_rank, args=(theirs, rank, *args), name=f"rank {rank}", daemon=True
+        )
         process.start()
         theirs.close()
         self._ranks.append((process, ours))
@@ -295,9 +360,12 @@ class RankProcesses:
             return self._reports.get(rank) if code is not None else None
         if code < 0:
             return "", f"was killed by signal {-code} ({signal.Signals(-code).name})."
-        return "", (
-            f"exited with code {code} before it could say why; what it printed may. A script that starts ranks needs "
-            "`if __name__ == '__main__':` around what it does."
+        return (
+            "",
+            (
+                f"exited with code {code} before it could say why; what it printed may. A script"
+                " that starts ranks needs `if __name__ == '__main__':` around what it does."
+            ),
         )
 
     def _watch(self) -> None:
@@ -307,7 +375,9 @@ class RankProcesses:
             self.group.abort()
 
 
-def _run_rank(pipe: Connection, rank: int, size: int, port: int, device_type: str, key: bytes, work: bytes) -> None:
+def _run_rank(
+    pipe: Connection, rank: int, size: int, port: int, device_type: str, key: bytes, work: bytes
+) -> None:
     """The life of a rank that `RankProcesses` has started."""
     threading.Thread(target=_end_with_rank_0, args=(pipe,), daemon=True).start()
     report = ("SystemExit", "ended.")

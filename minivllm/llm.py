@@ -1,8 +1,9 @@
-"""`LLM`: the offline face of the engine. Prompts in, texts out. Taught in notebooks/11_using_minivllm.ipynb.
+"""`LLM`: the offline face of the engine. Prompts in, texts out. Taught in
+notebooks/11_using_minivllm.ipynb.
 
 from minivllm import LLM, SamplingParams
 
-llm = LLM()                                             # the bundled model; or a directory, or a hub id
+llm = LLM()                                         # the bundled model; or a directory, or a hub id
 outputs = llm.generate(["Once upon a time", "KV cache:"], SamplingParams(max_tokens=64))
 for chunk in llm.stream("Tell me a story."):
     print(chunk.text, end="", flush=True)"""
@@ -22,7 +23,12 @@ from minivllm import inputs
 from minivllm.engine.llm_engine import EngineMetrics, LLMEngine
 from minivllm.engine.output_processor import OutputCollector
 from minivllm.engine.trace import Trace
-from minivllm.errors import ConcurrentUseError, EngineEndedError, RequestError, TokenizerRequiredError
+from minivllm.errors import (
+    ConcurrentUseError,
+    EngineEndedError,
+    RequestError,
+    TokenizerRequiredError,
+)
 from minivllm.inputs import Message, Params, Prompts, PromptType, RefusedPrompt, TokensPrompt
 from minivllm.metrics import COUNTERS, Counter, Gauge, Metric
 from minivllm.outputs import CompletionOutput, RequestOutput, StreamOutput
@@ -36,11 +42,14 @@ Tqdm = bool | Callable[..., Any]
 
 
 class LLM:
-    """One model and its engine. Arguments are those of `LLMEngine`. A context manager: leaving it frees the memory."""
+    """One model and its engine. Arguments are those of `LLMEngine`. A context manager: leaving it
+    frees the memory.
+    """
 
     def __init__(self, model: str | Path | None = None, **options: Any) -> None:
         self.llm_engine: LLMEngine | None = LLMEngine(model, **options)
-        #: The calls that are under way, and the thread that is at each; a stream may be open during a `generate`.
+        #: The calls that are under way, and the thread that is at each; a stream may be open during
+        #: a `generate`.
         self._turns: dict[OutputCollector, int] = {}
 
     def __enter__(self) -> Self:
@@ -50,7 +59,9 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Abort what is running and let go of model and cache. The object cannot be used afterwards."""
+        """Abort what is running and let go of model and cache. The object cannot be used
+        afterwards.
+        """
         if self.llm_engine is not None:
             self.llm_engine.close()
             self.llm_engine = None
@@ -81,7 +92,8 @@ class LLM:
         ]
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What holds for requests without parameters: those of the checkpoint's generation_config.json.
+        """What holds for requests without parameters: those of the checkpoint's
+        generation_config.json.
 
         With ``generation_config="vllm"`` they are `SamplingParams()`.
         """
@@ -97,26 +109,35 @@ class LLM:
             raise TokenizerRequiredError("This engine was made with skip_tokenizer_init=True.")
         return self.llm_engine.tokenizer
 
-    # --- the three ways to ask ------------------------------------------------------------------------------------
+    # --- the three ways to ask --------------------------------------------------------------------
 
     def generate(
-        self, prompts: Prompts | None = None, sampling_params: Params = None, use_tqdm: Tqdm = True, **unsupported: Any
+        self,
+        prompts: Prompts | None = None,
+        sampling_params: Params = None,
+        use_tqdm: Tqdm = True,
+        **unsupported: Any,
     ) -> list[RequestOutput]:
         """Complete the prompts; results in their order.
 
-        prompts: one or a list, each a string, token ids, or a dict of vLLM's (`TextPrompt`, `TokensPrompt`).
-        sampling_params: one for all, or one each; None takes `get_default_sampling_params`.
-        use_tqdm: whether to show progress, or what makes the bar. Other arguments of vLLM's are refused by name.
+        prompts: one or a list, each a string, token ids, or a dict of vLLM's (`TextPrompt`,
+        `TokensPrompt`). sampling_params: one for all, or one each; None takes
+        `get_default_sampling_params`. use_tqdm: whether to show progress, or what makes the bar.
+        Other arguments of vLLM's are refused by name.
 
-        A request that cannot be served raises if it is the only one. In a list it comes back in its place with
-        `error` set and finish_reason "error", and the others are served as if it were not there.
+        A request that cannot be served raises if it is the only one. In a list it comes back in its
+        place with `error` set and finish_reason "error", and the others are served as if it were
+        not there.
         """
         refuse_arguments("LLM.generate", unsupported, ("prompts", "sampling_params", "use_tqdm"))
         batch, single = inputs.as_batch(prompts)
         results: dict[int, RequestOutput] = {}
         with _progress(use_tqdm, len(batch)) as bar:
-            # Never bound to a name: whatever cuts this loop short ends the iterator, and so its requests.
-            for position, output in self._outputs(batch, sampling_params, RequestOutputKind.FINAL_ONLY, raises=single):
+            # Never bound to a name: whatever cuts this loop short ends the iterator, and so its
+            # requests.
+            for position, output in self._outputs(
+                batch, sampling_params, RequestOutputKind.FINAL_ONLY, raises=single
+            ):
                 results[position] = output
                 bar.update(1)
         if single and results[0].error is not None:
@@ -138,13 +159,21 @@ class LLM:
         """Answer one conversation or several, rendered with a chat template (in a sandbox).
 
         messages: a list of ``{"role": ..., "content": ...}``, or a list of such lists.
-        chat_template: a template's text in place of the checkpoint's. add_generation_prompt: end with the start of an
-        answer. continue_final_message: go on writing the last message; needs add_generation_prompt=False.
-        chat_template_kwargs: further variables for the template, such as tools.
+        chat_template: a template's text in place of the checkpoint's. add_generation_prompt: end
+        with the start of an answer. continue_final_message: go on writing the last message; needs
+        add_generation_prompt=False. chat_template_kwargs: further variables for the template, such
+        as tools.
 
-        A conversation that cannot be answered is treated like a prompt that cannot be served, see `generate`.
+        A conversation that cannot be answered is treated like a prompt that cannot be served, see
+        `generate`.
         """
-        names = ("messages", "sampling_params", "use_tqdm", "chat_template", "add_generation_prompt")
+        names = (
+            "messages",
+            "sampling_params",
+            "use_tqdm",
+            "chat_template",
+            "add_generation_prompt",
+        )
         known = (*names, "continue_final_message", "chat_template_kwargs")
         refuse_arguments("LLM.chat", unsupported, known)
         variables = {
@@ -171,10 +200,11 @@ class LLM:
         return self.generate(prompts[0] if single else prompts, sampling_params, use_tqdm)
 
     def stream(self, prompts: Prompts, sampling_params: Params = None) -> Iterator[StreamOutput]:
-        """Yield what each completion gains as it comes; `text` never ends inside a character or a stop string.
+        """Yield what each completion gains as it comes; `text` never ends inside a character or a
+        stop string.
 
-        Joined, the increments are the text that `generate` returns. Bad requests raise before the first increment.
-        Closing the iterator aborts what is still running.
+        Joined, the increments are the text that `generate` returns. Bad requests raise before the
+        first increment. Closing the iterator aborts what is still running.
         """
         batch, _ = inputs.as_batch(prompts)
         collector = OutputCollector()
@@ -198,20 +228,26 @@ class LLM:
         finally:
             outputs.close()
 
-    def stream_chat(self, messages: Sequence[Message], sampling_params: SamplingParams | None = None,
-                    **template_variables: Any) -> Iterator[StreamOutput]:  # fmt: skip
+    def stream_chat(
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        **template_variables: Any,
+    ) -> Iterator[StreamOutput]:
         """`stream` for one conversation."""
         return self.stream(self._chat_prompt(messages, template_variables), sampling_params)
 
     def render_chat(self, messages: Sequence[Message], **template_variables: Any) -> list[int]:
         """Token ids of the prompt that the chat template makes of a conversation.
 
-        The template writes the special tokens itself, so none are added. Raises `RequestError` for a conversation
-        that is none, or that the template refuses.
+        The template writes the special tokens itself, so none are added. Raises `RequestError` for
+        a conversation that is none, or that the template refuses.
         """
         return list(self._chat_prompt(messages, template_variables)["prompt_token_ids"])
 
-    def _chat_prompt(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> TokensPrompt:
+    def _chat_prompt(
+        self, messages: Sequence[Message], variables: Mapping[str, Any]
+    ) -> TokensPrompt:
         tokenizer = self.get_tokenizer()
         inputs.check_conversation(messages)
         rendered = tokenizer.apply_chat_template(messages, **variables)
@@ -221,19 +257,24 @@ class LLM:
         return {"prompt": rendered, "prompt_token_ids": token_ids}
 
     def abort(self, request_ids: str | Iterable[str]) -> None:
-        """End requests early; whoever waits for them gets what there is, with finish_reason "abort"."""
+        """End requests early; whoever waits for them gets what there is, with finish_reason
+        "abort".
+        """
         self._open_engine().abort_request(request_ids)
 
-    # --- plumbing -------------------------------------------------------------------------------------------------
+    # --- plumbing ---------------------------------------------------------------------------------
 
     def _params_for(self, batch: list[Any], params: Params) -> list[SamplingParams]:
         """One for each prompt of a batch."""
-        return inputs.as_params(self.get_default_sampling_params() if params is None else params, len(batch))
+        return inputs.as_params(
+            self.get_default_sampling_params() if params is None else params, len(batch)
+        )
 
     def _outputs(
         self, batch: list[Any], params: Params, output_kind: RequestOutputKind, raises: bool
     ) -> Iterator[tuple[int, RequestOutput]]:
-        """(position, output) of these prompts as they come. Their requests live as long as this iterator.
+        """(position, output) of these prompts as they come. Their requests live as long as this
+        iterator.
 
         raises: whether a request that is refused raises; otherwise it is an output with an error.
         """
@@ -243,14 +284,21 @@ class LLM:
         return outputs
 
     def _run(
-        self, collector: OutputCollector, batch: list[Any], params: Params, output_kind: RequestOutputKind, raises: bool
+        self,
+        collector: OutputCollector,
+        batch: list[Any],
+        params: Params,
+        output_kind: RequestOutputKind,
+        raises: bool,
     ) -> Iterator[tuple[int, RequestOutput]]:
         engine = self._open_engine()
         self._take_turn(collector)
         position_of: dict[str, int] = {}
         try:
             engine.drop_abandoned()
-            for position, (prompt, own) in enumerate(zip(batch, self._params_for(batch, params), strict=True)):
+            for position, (prompt, own) in enumerate(
+                zip(batch, self._params_for(batch, params), strict=True)
+            ):
                 try:
                     own = replace(own, output_kind=output_kind)
                     position_of[engine.add_request(prompt, own, collector=collector)] = position
@@ -273,7 +321,9 @@ class LLM:
             engine.drop_abandoned()
 
     def _take_turn(self, collector: OutputCollector) -> None:
-        """Note which thread reads these outputs; raises `ConcurrentUseError` while another thread reads others."""
+        """Note which thread reads these outputs; raises `ConcurrentUseError` while another thread
+        reads others.
+        """
         me = threading.get_ident()
         for other, thread in list(self._turns.items()):
             if other.is_abandoned:
@@ -300,7 +350,11 @@ def _progress(use_tqdm: Tqdm, total: int) -> Iterator[Any]:
         bar.close()
 
 
-def _refused(position: int, prompt: Any, params: SamplingParams, error: RequestError) -> RequestOutput:
+def _refused(
+    position: int, prompt: Any, params: SamplingParams, error: RequestError
+) -> RequestOutput:
     text, token_ids = inputs.describe_prompt(prompt)
     outputs = [CompletionOutput(index=i, finish_reason="error") for i in range(params.n)]
-    return RequestOutput(f"refused-{position}", text, token_ids, outputs, finished=True, error=error)
+    return RequestOutput(
+        f"refused-{position}", text, token_ids, outputs, finished=True, error=error
+    )

@@ -1,4 +1,5 @@
-"""What `LLM.get_metrics` returns: vLLM's metrics, under vLLM's names, as far as minivllm counts them.
+"""What `LLM.get_metrics` returns: vLLM's metrics, under vLLM's names, as far as minivllm counts
+them.
 
 Code that reads them by name and type, as vLLM's `vllm.v1.metrics.reader` is read, goes on working.
 """
@@ -30,7 +31,9 @@ class Gauge(Metric):
 
 @dataclass
 class Histogram(Metric):
-    """How often a value was at most each of the limits. buckets: upper limit, or "+Inf" -> count."""
+    """How often a value was at most each of the limits. buckets: upper limit, or "+Inf" ->
+    count.
+    """
 
     count: int
     sum: float

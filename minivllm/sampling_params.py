@@ -52,7 +52,8 @@ def _names_unknown_fields(cls: type[_T]) -> type[_T]:
 @_names_unknown_fields
 @dataclass(frozen=True)
 class SamplingParams:
-    """Immutable and validated: an invalid value raises `SamplingParamsError` here, before any engine sees it.
+    """Immutable and validated: an invalid value raises `SamplingParamsError` here, before any
+    engine sees it.
 
     Values are kept as plain numbers, strings and lists: NumPy's scalars and arrays are converted.
     `clone(temperature=0.5)` makes a changed copy.
@@ -108,7 +109,9 @@ class SamplingParams:
             if type(value := getattr(self, name)) is not bool:
                 self._set(name, _flag(name, value))
         if not isinstance(self.output_kind, RequestOutputKind):
-            raise SamplingParamsError(f"output_kind has the wrong type: {self.output_kind!r}; use RequestOutputKind.")
+            raise SamplingParamsError(
+                f"output_kind has the wrong type: {self.output_kind!r}; use RequestOutputKind."
+            )
         for name, (low, high) in _INTEGERS.items():
             given = getattr(self, name)
             if given is None and name in _OPTIONAL:
@@ -131,30 +134,40 @@ class SamplingParams:
             words = [words] if isinstance(words, str) else _list(name, words)
             if not all(isinstance(word, str) and word for word in words):
                 raise SamplingParamsError(
-                    f"{name} must be a non-empty string or a list of them, got {getattr(self, name)!r}."
+                    f"{name} must be a non-empty string or a list of them, got"
+                    f" {getattr(self, name)!r}."
                 )
             self._set(name, words)
         for name in ("stop_token_ids", "allowed_token_ids"):
             if (ids := getattr(self, name)) is not None:
-                self._set(name, [_integer(f"a token id in {name}", t, 0, None) for t in _list(name, ids)])
+                self._set(
+                    name, [_integer(f"a token id in {name}", t, 0, None) for t in _list(name, ids)]
+                )
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):
                 raise SamplingParamsError(
-                    f"logit_bias has the wrong type: {self.logit_bias!r}; it maps token ids to numbers."
+                    f"logit_bias has the wrong type: {self.logit_bias!r}; it maps token ids to"
+                    " numbers."
                 )
             self._set("logit_bias", {_bias_key(t): _bias(b) for t, b in self.logit_bias.items()})
 
     def _check_together(self) -> None:
-        """Raise for values that are wrong in company, or wrong though their type and range are right."""
+        """Raise for values that are wrong in company, or wrong though their type and range are
+        right.
+        """
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise SamplingParamsError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}.")
+            raise SamplingParamsError(
+                f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}."
+            )
         for name in ("top_p", "repetition_penalty"):
             if getattr(self, name) == 0.0:
                 raise SamplingParamsError(f"{name} must be above 0; 1 switches it off.")
         if self.truncate_prompt_tokens == 0:
             raise SamplingParamsError("truncate_prompt_tokens must be -1 or at least 1, got 0.")
         if self.allowed_token_ids == []:
-            raise SamplingParamsError("allowed_token_ids is empty: no token could be chosen. None allows all.")
+            raise SamplingParamsError(
+                "allowed_token_ids is empty: no token could be chosen. None allows all."
+            )
         if self.stop_strings and not self.detokenize:
             raise SamplingParamsError("stop needs the text, and detokenize=False makes none.")
 
@@ -171,7 +184,9 @@ class SamplingParams:
         return cls(**{name: value for name, value in fields.items() if value is not None})
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as values that JSON can hold; `from_dict` makes the same parameters of them."""
+        """All fields as values that JSON can hold; `from_dict` makes the same parameters of
+        them.
+        """
         return {**_copies(self), "output_kind": self.output_kind.value}
 
     @classmethod
@@ -196,7 +211,11 @@ class SamplingParams:
 
     @property
     def has_penalty(self) -> bool:
-        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
+        return (
+            self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or self.repetition_penalty != 1.0
+        )
 
 
 _FLAGS = (
@@ -247,7 +266,9 @@ def _integer(name: str, value: Any, low: int, high: int | None) -> int:
         if isinstance(value, numbers.Integral) and not isinstance(value, bool):
             value = operator.index(value)
     if type(value) is not int or value < low or (high is not None and value > high):
-        limits = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
+        limits = (
+            f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
+        )
         raise SamplingParamsError(f"{name} must be {limits}, got {value!r}.")
     return value
 

@@ -20,7 +20,10 @@ from minivllm.text import printable
 
 #: Exit codes: a bug or unread output; what the caller can put right; Ctrl-C (128 + SIGINT).
 FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
-EXIT_CODES = "Exit codes: 0 is success, 2 an error that you can put right, 130 Ctrl-C, and 1 any other failure."
+EXIT_CODES = (
+    "Exit codes: 0 is success, 2 an error that you can put right, 130 Ctrl-C, and 1 any other"
+    " failure."
+)
 
 #: The root of what typer raises for a wrong command line. Its home depends on typer's version.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
@@ -32,7 +35,9 @@ class OutputError(Exception):
     def __init__(self, cause: OSError) -> None:
         super().__init__(reason(cause))
         # Windows reports a closed pipe as an invalid argument.
-        self.reader_is_gone = cause.errno == errno.EPIPE or (os.name == "nt" and cause.errno == errno.EINVAL)
+        self.reader_is_gone = cause.errno == errno.EPIPE or (
+            os.name == "nt" and cause.errno == errno.EINVAL
+        )
 
 
 class Commands(TyperGroup):
@@ -66,7 +71,8 @@ class App(typer.Typer):
             try:
                 return super().__call__(*args, **options)
             finally:
-                sys.stdout.flush()  # here, and not when the interpreter ends, where it would fail again
+                # here, and not when the interpreter ends, where it would fail again
+                sys.stdout.flush()
         except OutputError as error:
             _discard_output(streams[1])
             if error.reader_is_gone:  # as after `| head`: there is nobody to tell
@@ -84,7 +90,11 @@ class App(typer.Typer):
 
 def prepare_streams() -> None:
     """Nothing that is read or written fails for its encoding; log lines go to stderr, made safe."""
-    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "replace")):
+    for stream, errors in (
+        (sys.stdin, "surrogateescape"),
+        (sys.stdout, "replace"),
+        (sys.stderr, "replace"),
+    ):
         if hasattr(stream, "reconfigure"):
             with suppress(io.UnsupportedOperation):  # something has been read from it already
                 stream.reconfigure(errors=errors)
@@ -120,7 +130,12 @@ def _report(error: Exception) -> None:
     """An error that nobody foresaw keeps its traceback, so that it can be reported."""
     lines = "".join(traceback.format_exception(error))
     with suppress(OSError, ValueError):
-        typer.echo(printable(f"{lines}\nThis is a bug in minivllm. Please report it with the lines above."), err=True)
+        typer.echo(
+            printable(
+                f"{lines}\nThis is a bug in minivllm. Please report it with the lines above."
+            ),
+            err=True,
+        )
 
 
 class _SafeUsageErrors:

@@ -25,7 +25,15 @@ logger = logging.getLogger(__name__)
 #: What decoders put in place of bytes that are not (yet) a whole character.
 REPLACEMENT = "\ufffd"
 #: Special tokens that a checkpoint's files name; other keys that end in "_token" name further ones.
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+SPECIAL_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 #: transformers' arguments of `apply_chat_template` that ask for another kind of result.
 NOT_HERE = (
@@ -41,7 +49,9 @@ NOT_HERE = (
 
 
 class Tokenizer:
-    """The tokenizer of a model directory. Raises `ConfigError`, with its name, for a broken file."""
+    """The tokenizer of a model directory. Raises `ConfigError`, with its name, for a broken
+    file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -77,7 +87,9 @@ class Tokenizer:
             raise RequestError(f"The prompt is not valid Unicode text: {error}") from error
         except BaseException as error:
             if _is_of_the_library(error):
-                raise RequestError(f"The tokenizer fails on this prompt: {clean(str(error))}") from error
+                raise RequestError(
+                    f"The tokenizer fails on this prompt: {clean(str(error))}"
+                ) from error
             raise
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -148,12 +160,16 @@ class Tokenizer:
         """
         for name in NOT_HERE:
             if variables.pop(name, None):
-                raise RequestError(f"{name}: not supported; the result is a string, or ids with tokenize=True.")
+                raise RequestError(
+                    f"{name}: not supported; the result is a string, or ids with tokenize=True."
+                )
         if add_generation_prompt is None:
             add_generation_prompt = not continue_final_message
         source = self._pick_template(chat_template, tools is not None)
         names = {**self._special_lists, **self.special_tokens, **variables}
-        conversation = Conversation(messages, tools, documents, add_generation_prompt, continue_final_message, names)
+        conversation = Conversation(
+            messages, tools, documents, add_generation_prompt, continue_final_message, names
+        )
         text = chat_templates.render(self._worker, source, conversation)
         return self.encode(text, add_special_tokens=False) if tokenize else text
 
@@ -169,8 +185,13 @@ class Tokenizer:
             return known["default"]
         if known:
             names = clean(", ".join(sorted(known)))
-            raise ConfigError(f"{self.path.name} has no default chat template; pass chat_template=, one of: {names}.")
-        raise ConfigError(f"{self.path.name} has no chat template; use generate() with a prompt of your own.")
+            raise ConfigError(
+                f"{self.path.name} has no default chat template; pass chat_template=, one of:"
+                f" {names}."
+            )
+        raise ConfigError(
+            f"{self.path.name} has no chat template; use generate() with a prompt of your own."
+        )
 
     @cached_property
     def _all_templates(self) -> dict[str, TemplateSource]:
@@ -192,10 +213,13 @@ def _read_bytes(file: Path) -> bytes:
     try:
         content = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
-        raise ConfigError(f"{clean(str(file))} cannot be read: {error.strerror or error}.") from error
+        raise ConfigError(
+            f"{clean(str(file))} cannot be read: {error.strerror or error}."
+        ) from error
     if content.startswith(b"version https://git-lfs"):
         raise ConfigError(
-            f"{clean(str(file))} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`."
+            f"{clean(str(file))} is a Git LFS pointer, not the file itself; fetch it with `git lfs"
+            " pull`."
         )
     return content
 
@@ -204,7 +228,9 @@ def _read_text(file: Path) -> str:
     try:
         return _read_bytes(file).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{clean(str(file))} is not UTF-8 text: {error}. Save it as UTF-8.") from error
+        raise ConfigError(
+            f"{clean(str(file))} is not UTF-8 text: {error}. Save it as UTF-8."
+        ) from error
 
 
 def _read_object(file: Path) -> dict[str, Any]:
@@ -216,10 +242,13 @@ def _read_object(file: Path) -> dict[str, Any]:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError(
-            f"{clean(str(file))} is not valid JSON: {clean(str(error))}. Is it whole? Fetch it again."
+            f"{clean(str(file))} is not valid JSON: {clean(str(error))}. Is it whole? Fetch it"
+            " again."
         ) from error
     if not isinstance(value, dict):
-        raise ConfigError(f"{clean(str(file))} must hold a JSON object, not {type(value).__name__}.")
+        raise ConfigError(
+            f"{clean(str(file))} must hold a JSON object, not {type(value).__name__}."
+        )
     return value
 
 
@@ -236,8 +265,8 @@ def _load_tokenizer(path: Path) -> Any:
         if not _is_of_the_library(error):
             raise
         raise ConfigError(
-            f"{clean(str(file))} is not a tokenizer that can be loaded: {clean(str(error))}. Is it whole? "
-            "Fetch it again."
+            f"{clean(str(file))} is not a tokenizer that can be loaded: {clean(str(error))}. Is it"
+            " whole? Fetch it again."
         ) from error
 
 
@@ -252,12 +281,15 @@ def _convert_slow_tokenizer(path: Path) -> Any:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise ConfigError(
-            f"{path} has no tokenizer.json. `pip install transformers` to convert its tokenizer, or {way_out}."
+            f"{path} has no tokenizer.json. `pip install transformers` to convert its tokenizer, or"
+            f" {way_out}."
         ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False).backend_tokenizer
     except Exception as error:  # whatever transformers and its converters raise
-        raise ConfigError(f"{path} has no tokenizer that can be loaded ({clean(str(error))}); {way_out}.") from error
+        raise ConfigError(
+            f"{path} has no tokenizer that can be loaded ({clean(str(error))}); {way_out}."
+        ) from error
     if tokenizer.get_vocab_size() <= len(tokenizer.get_added_tokens_decoder()):
         # For some models transformers makes an empty tokenizer when there are no files at all.
         raise ConfigError(f"{path} has no files of a tokenizer (tokenizer.json); {way_out}.")
@@ -282,7 +314,9 @@ def _templates_of_config(path: Path, config: dict[str, Any]) -> dict[str, Templa
 
 
 def _is_named_template(entry: Any) -> bool:
-    return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("name", "template"))
+    return isinstance(entry, dict) and all(
+        isinstance(entry.get(key), str) for key in ("name", "template")
+    )
 
 
 # --- tokens beside tokenizer.json ----------------------------------------------------------------
@@ -339,14 +373,20 @@ class _SideFiles:
             if found != declared.token_id:
                 logger.warning(
                     "%s: the token %r should have the id %d, but gets %s.",
-                    self._path, declared.token.content, declared.token_id, found,
-                )  # fmt: skip
+                    self._path,
+                    declared.token.content,
+                    declared.token_id,
+                    found,
+                )
 
     def _declared_tokens(self, config: dict[str, Any]) -> list[_Declared]:
         if "added_tokens_decoder" in config:
             file, entries = self._path / "tokenizer_config.json", config["added_tokens_decoder"]
             if not isinstance(entries, dict):
-                raise ConfigError(f"{clean(str(file))}: added_tokens_decoder must be an object, got {entries!r:.80}.")
+                raise ConfigError(
+                    f"{clean(str(file))}: added_tokens_decoder must be an object, got"
+                    f" {entries!r:.80}."
+                )
             found = [
                 _Declared(_token_id(file, key), _token(file, key, entry, special=False))
                 for key, entry in entries.items()
@@ -361,7 +401,9 @@ class _SideFiles:
         return sorted(found, key=lambda declared: declared.token_id)
 
 
-def _special_tokens_of(file: Path, content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+def _special_tokens_of(
+    file: Path, content: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     """(special tokens by name, lists of further ones by name) of a file."""
     named = {}
     for name, value in content.items():
@@ -377,7 +419,9 @@ def _special_tokens_of(file: Path, content: dict[str, Any]) -> tuple[dict[str, A
         elif isinstance(value, list):
             lists[name] = [_token(file, name, item, special=True) for item in value]
         elif value is not None:
-            raise ConfigError(f"{clean(str(file))}: {name} must be a list of tokens, got {value!r:.80}.")
+            raise ConfigError(
+                f"{clean(str(file))}: {name} must be a list of tokens, got {value!r:.80}."
+            )
     return named, lists
 
 
@@ -398,7 +442,9 @@ def _token(file: Path, name: str, value: Any, special: bool) -> Any:
         try:
             return AddedToken(value["content"], **(flags | {"special": True} if special else flags))
         except TypeError as error:
-            raise ConfigError(f"{clean(str(file))}: the token {name!r}: {clean(str(error))}.") from error
+            raise ConfigError(
+                f"{clean(str(file))}: the token {name!r}: {clean(str(error))}."
+            ) from error
     raise ConfigError(f"{clean(str(file))}: {name!r} must be a token, got {value!r:.80}.")
 
 
@@ -495,7 +541,9 @@ class Detokenizer:
         # Tokens that are decoded together, hidden ones left out: some context, then those that came
         # since.
         self._window, self._context_text = self._context_of(prompt_token_ids)
-        self._num_known = len(self._context_text)  # characters of the window's text before the new ones
+        self._num_known = len(
+            self._context_text
+        )  # characters of the window's text before the new ones
         self._is_open = False  # whether the window's text has an end that is not accepted yet
         self._tight = not (spaces_between_special_tokens or skip_special_tokens)
         self._last_token: int | None = None
@@ -523,10 +571,16 @@ class Detokenizer:
 
     def finish(self, check_stop: bool = True) -> str | None:
         """No more tokens: accept what is left, even half a character. Returns as `append`."""
-        return self._accept(self._new_text(self._decode(self._window), 0), check_stop) if self._is_open else None
+        return (
+            self._accept(self._new_text(self._decode(self._window), 0), check_stop)
+            if self._is_open
+            else None
+        )
 
     def num_safe(self, finished: bool) -> int:
-        """Characters of `text` that stay, whatever comes: all but an end that may begin a stop string."""
+        """Characters of `text` that stay, whatever comes: all but an end that may begin a stop
+        string.
+        """
         return len(self.text) if finished else len(self.text) - self._num_held_back()
 
     def emit(self, finished: bool) -> str:
@@ -594,7 +648,9 @@ class Detokenizer:
             self._window, self._num_known = rest, len(text) - unfinished
             self._context_text = text[: self._num_known]
         else:
-            self._window = [token_id for token_id in self._window if self._tokenizer.knows(token_id)]
+            self._window = [
+                token_id for token_id in self._window if self._tokenizer.knows(token_id)
+            ]
 
     # --- stop strings
     # ---------------------------------------------------------------------------------
@@ -615,4 +671,7 @@ class Detokenizer:
     def _num_held_back(self) -> int:
         if self._include_stop:
             return 0
-        return max((k for s in self._stops for k in range(1, len(s)) if self.text.endswith(s[:k])), default=0)
+        return max(
+            (k for s in self._stops for k in range(1, len(s)) if self.text.endswith(s[:k])),
+            default=0,
+        )

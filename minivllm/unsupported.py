@@ -1,20 +1,26 @@
 """What vLLM has and minivllm lacks, by name, each with what to do instead.
 
-Whoever changes only the import of a vLLM script either gets what the script asks for, or an error that names the part
-that is missing. Nothing is ignored in silence.
+Whoever changes only the import of a vLLM script either gets what the script asks for, or an error
+that names the part that is missing. Nothing is ignored in silence.
 """
 
 import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
-from minivllm.errors import UnsupportedArgumentError, UnsupportedMethodError, UnsupportedParameterError
+from minivllm.errors import (
+    UnsupportedArgumentError,
+    UnsupportedMethodError,
+    UnsupportedParameterError,
+)
 
 _SAMPLE_AND_RANK = "ask for n completions with logprobs=1 and compare their cumulative_logprob"
 _NO_STRUCTURE = "allowed_token_ids, logit_bias and bad_words restrict the choice of tokens"
 _NO_LORA = "merge the adapter into the weights and load the merged checkpoint"
 _NO_TOOLS = 'if only the chat template should see them, pass chat_template_kwargs={"tools": [...]}'
-_ONLY_GENERATES = "minivllm only generates text; use sentence-transformers, or vLLM's pooling models"
+_ONLY_GENERATES = (
+    "minivllm only generates text; use sentence-transformers, or vLLM's pooling models"
+)
 _TEXT_ONLY = "the models here read text only"
 _HIDDEN = "it is internal to vLLM; leave it out"
 
@@ -44,7 +50,9 @@ PARAMETERS = {
     "vllm_xargs": "it serves vLLM's plugins; leave it out",
     "stream_interval": "every step is reported",
     "skip_clone": _HIDDEN,
-    "skip_reading_prefix_cache": "enable_prefix_caching=False switches the cache off for the engine",
+    "skip_reading_prefix_cache": (
+        "enable_prefix_caching=False switches the cache off for the engine"
+    ),
     "output_text_buffer_length": _HIDDEN,
     "routed_experts_prompt_start": _HIDDEN,
     "trace_decode_token_ids": "allowed_token_ids with one token forces that token",
@@ -113,8 +121,12 @@ METHODS = {
 def refuse_parameter(name: str, known: Iterable[str]) -> NoReturn:
     """Raise for a field that `SamplingParams` does not have."""
     if name in PARAMETERS:
-        raise UnsupportedParameterError(f"SamplingParams: {name} is not supported by minivllm; {PARAMETERS[name]}.")
-    raise UnsupportedParameterError(f"SamplingParams has no field {name!r}.{did_you_mean(name, known)}")
+        raise UnsupportedParameterError(
+            f"SamplingParams: {name} is not supported by minivllm; {PARAMETERS[name]}."
+        )
+    raise UnsupportedParameterError(
+        f"SamplingParams has no field {name!r}.{did_you_mean(name, known)}"
+    )
 
 
 def refuse_arguments(call: str, arguments: Mapping[str, Any], known: Iterable[str]) -> None:
@@ -124,16 +136,22 @@ def refuse_arguments(call: str, arguments: Mapping[str, Any], known: Iterable[st
     """
     for name, value in arguments.items():
         if name not in ARGUMENTS:
-            raise UnsupportedArgumentError(f"{call} has no argument {name!r}.{did_you_mean(name, known)}")
+            raise UnsupportedArgumentError(
+                f"{call} has no argument {name!r}.{did_you_mean(name, known)}"
+            )
         if value is not None and value not in _ASKS_NOTHING.get(name, ()):
-            raise UnsupportedArgumentError(f"{call}: {name} is not supported by minivllm; {ARGUMENTS[name]}.")
+            raise UnsupportedArgumentError(
+                f"{call}: {name} is not supported by minivllm; {ARGUMENTS[name]}."
+            )
 
 
 def refuse_method(obj: object, name: str) -> NoReturn:
     """Raise for an attribute that `obj` does not have; what a class's `__getattr__` calls."""
     owner = type(obj).__name__
     if name in METHODS:
-        raise UnsupportedMethodError(f"{owner}.{name} is not supported by minivllm; {METHODS[name]}.")
+        raise UnsupportedMethodError(
+            f"{owner}.{name} is not supported by minivllm; {METHODS[name]}."
+        )
     raise AttributeError(f"{owner!r} object has no attribute {name!r}", name=name, obj=obj)
 
 

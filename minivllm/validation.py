@@ -1,8 +1,8 @@
 """Checks values against type annotations: the options of an engine, the fields of a JSON file.
 
-A field says what it may hold where it is declared: ``seed: Annotated[int, Range(0)]``. Nothing can be
-added to a class whose fields are checked so and be forgotten here. Python's own rules are too lenient
-for options: ``"off"`` is true, and ``True`` is the integer 1.
+A field says what it may hold where it is declared: ``seed: Annotated[int, Range(0)]``. Nothing can
+be added to a class whose fields are checked so and be forgotten here. Python's own rules are too
+lenient for options: ``"off"`` is true, and ``True`` is the integer 1.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number, both included unless `above`: then the value must be greater than `low`."""
+    """Bounds of a number, both included unless `above`: then the value must be greater than
+    `low`.
+    """
 
     low: float | None = None
     high: float | None = None
@@ -33,23 +35,29 @@ class Range:
             return "" if self.high is None else f" of at most {self.high}"
         if self.above:
             return f" above {self.low}" + ("" if self.high is None else f" and at most {self.high}")
-        return f" of at least {self.low}" if self.high is None else f" from {self.low} to {self.high}"
+        return (
+            f" of at least {self.low}" if self.high is None else f" from {self.low} to {self.high}"
+        )
 
 
 def check(value: Any, annotation: Any) -> Any:
     """The value as the annotation has it: a plain int for NumPy's, a float for an integer.
 
-    annotation: bool, int, float, str, a `Literal` of strings, one of these `Annotated` with a `Range`,
-    or any of these or None. Raises ValueError saying what is allowed: "must be …, got …".
+    annotation: bool, int, float, str, a `Literal` of strings, one of these `Annotated` with a
+    `Range`, or any of these or None. Raises ValueError saying what is allowed: "must be …, got …".
     """
-    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    options = (
+        get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    )
     if value is None and NoneType in options:
         return None
     [kind] = [option for option in options if option is not NoneType]
     kind, *bounds = get_args(kind) if get_origin(kind) is Annotated else (kind,)
     converted = _convert(_plain(value), kind)
     if converted is None or not all(bound.holds(converted) for bound in bounds):
-        raise ValueError(f"must be {_describe(kind)}{''.join(map(str, bounds))}, got {shown(value)}")
+        raise ValueError(
+            f"must be {_describe(kind)}{''.join(map(str, bounds))}, got {shown(value)}"
+        )
     return converted
 
 

@@ -1,4 +1,6 @@
-"""Random checkpoints written by `transformers`, and its greedy tokens: what the engine is compared with."""
+"""Random checkpoints written by `transformers`, and its greedy tokens: what the engine is compared
+with.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +9,29 @@ from pathlib import Path
 
 import torch
 
-#: The margin rule of the issue ENGINE: tokens may differ only where the top two logits lie this close.
+#: The margin rule of the issue ENGINE: tokens may differ only where the top two logits lie this
+#: close.
 MARGIN_FACTOR = 10.0
 
 
 def write_checkpoint(
     path: Path, family: str = "qwen3", *, seed: int = 0, max_shard_size: str = "1GB", **changes
 ) -> Path:
-    """Write a small random checkpoint of a family ("qwen3", "qwen2", "llama") and return its directory.
+    """Write a small random checkpoint of a family ("qwen3", "qwen2", "llama") and return its
+    directory.
 
-    Plain initialisation makes a model repeat two tokens, which hides bugs: the weights are scaled so that attention
-    patterns are sharp and the output varied, and epsilon is large enough to show. `changes` are fields of the config.
+    Plain initialisation makes a model repeat two tokens, which hides bugs: the weights are scaled
+    so that attention patterns are sharp and the output varied, and epsilon is large enough to show.
+    `changes` are fields of the config.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
 
     config_cls, model_cls = {
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
@@ -48,10 +60,13 @@ def write_checkpoint(
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
                 parameter.copy_(
-                    1.0 + 0.3 * torch.randn_like(parameter) if "norm" in name else 0.2 * torch.randn_like(parameter)
+                    1.0 + 0.3 * torch.randn_like(parameter)
+                    if "norm" in name
+                    else 0.2 * torch.randn_like(parameter)
                 )
             elif "embed" in name or "lm_head" in name:
-                # A tied head prefers the token it has just read, unless the layers outweigh the embedding.
+                # A tied head prefers the token it has just read, unless the layers outweigh the
+                # embedding.
                 parameter.normal_(0.0, 0.1 if model.config.tie_word_embeddings else 1.0)
             else:
                 parameter.normal_(0.0, 1.6 * parameter.shape[1] ** -0.5)
@@ -86,18 +101,24 @@ class TransformersReference:
     def __init__(self, path: Path, device: str = "cpu") -> None:
         from transformers import AutoModelForCausalLM
 
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().to(device)
+        self.model = (
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().to(device)
+        )
         self.model.generation_config.eos_token_id = None
         self._cache: dict[tuple[tuple[int, ...], int], Reference] = {}
 
     @torch.inference_mode()
     def greedy(self, prompt: list[int], num_tokens: int) -> Reference:
-        """num_tokens greedy tokens after the prompt, without stopping at an end-of-sequence token."""
+        """num_tokens greedy tokens after the prompt, without stopping at an end-of-sequence
+        token.
+        """
         key = (tuple(prompt), num_tokens)
         if key not in self._cache:
             out = self.model.generate(
                 torch.tensor([prompt], device=self.model.device),
-                attention_mask=torch.ones(1, len(prompt), dtype=torch.int64, device=self.model.device),
+                attention_mask=torch.ones(
+                    1, len(prompt), dtype=torch.int64, device=self.model.device
+                ),
                 max_new_tokens=num_tokens,
                 do_sample=False,
                 return_dict_in_generate=True,
@@ -111,4 +132,6 @@ class TransformersReference:
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> torch.Tensor:
         """[len(token_ids), V] float32: logits at every position."""
-        return self.model(torch.tensor([token_ids], device=self.model.device)).logits[0].float().cpu()
+        return (
+            self.model(torch.tensor([token_ids], device=self.model.device)).logits[0].float().cpu()
+        )

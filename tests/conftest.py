@@ -1,4 +1,6 @@
-"""For all tests: Triton's interpreter where there is no GPU, and a reason with what is skipped for want of one."""
+"""For all tests: Triton's interpreter where there is no GPU, and a reason with what is skipped for
+want of one.
+"""
 
 import os
 import signal
@@ -9,8 +11,14 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # must be set before triton is imported
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # `make test &` in a script: the shell has Ctrl-C ignored, and every process that a test starts would inherit that.
+    # `make test &` in a script: the shell has Ctrl-C ignored, and every process that a test starts
+    # would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+for variable in ("NO_COLOR", "FORCE_COLOR", "COLUMNS"):
+    # What a CI or a shell asks of terminals must not decide what a test sees.
+    os.environ.pop(variable, None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

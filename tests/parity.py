@@ -1,8 +1,10 @@
-"""How the engine is compared with transformers: a run that is recorded, and the one rule by which it is judged.
+"""How the engine is compared with transformers: a run that is recorded, and the one rule by which
+it is judged.
 
-`RecordedLLM` is the engine with nothing changed: through its own seams (`kernels`, `scheduler_cls`) it counts launches,
-notes what the scheduler did, and keeps the logits that every token was chosen from, those of recorded graphs too.
-`assert_same_greedy` compares logits and tokens with transformers' on the same weights, in float32.
+`RecordedLLM` is the engine with nothing changed: through its own seams (`kernels`, `scheduler_cls`)
+it counts launches, notes what the scheduler did, and keeps the logits that every token was chosen
+from, those of recorded graphs too. `assert_same_greedy` compares logits and tokens with
+transformers' on the same weights, in float32.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ from minivllm.outputs import RequestOutput
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.set_float32_matmul_precision("highest")
 
-#: Largest logit error that counts as rounding, as a share of the logits' standard deviation. Measured: at most 2e-5 on
-#: random checkpoints; the weakest of the mutations in test_mutations.py gives 2e-3.
+#: Largest logit error that counts as rounding, as a share of the logits' standard deviation.
+#: Measured: at most 2e-5 on random checkpoints; the weakest of the mutations in test_mutations.py
+#: gives 2e-3.
 TOLERANCE = 2e-4
 #: Tokens that may differ at all (by the margin rule) in a thousand.
 MAX_DIFFERENCES_PER_1000 = 1
@@ -52,7 +55,9 @@ class Checkpoint:
         key = (length, *after)
         found = self._prompts.setdefault(key, [])
         while len(found) <= which:
-            assert self._salts[key] < 40, "a checkpoint that repeats itself after almost every prompt"
+            assert self._salts[key] < 40, (
+                "a checkpoint that repeats itself after almost every prompt"
+            )
             candidate = [*after, *random_prompt(length, self._salts[key])]
             self._salts[key] += 1
             if len(set(self.reference.greedy(candidate, NUM_TOKENS).token_ids)) >= MIN_DISTINCT:
@@ -103,7 +108,8 @@ class RecordedLLM(LLM):
         self._sequences: list[Any] = []
         self._logits: dict[tuple[int, int], torch.Tensor] = {}
         self._tables: dict[int, list[int]] = {}
-        #: Logits of the step being run, of steps whose results the scheduler has not seen, and of each graph.
+        #: Logits of the step being run, of steps whose results the scheduler has not seen, and of
+        #: each graph.
         self._fresh: torch.Tensor | None = None
         self._in_flight: deque[torch.Tensor] = deque()
         self._captured: dict[int, torch.Tensor] = {}
@@ -111,7 +117,10 @@ class RecordedLLM(LLM):
             kernels = Kernels.triton() if attention_backend == "triton" else Kernels.reference()
         options = {"skip_tokenizer_init": skip_tokenizer_init, "max_num_seqs": 16, **options}
         if options.get("tensor_parallel_size", 1) == 1 or "group" in options:
-            options |= {"kernels": self._counting(kernels), "scheduler_cls": self._recording(scheduler_cls)}
+            options |= {
+                "kernels": self._counting(kernels),
+                "scheduler_cls": self._recording(scheduler_cls),
+            }
         super().__init__(path, dtype="float32", attention_backend=attention_backend, **options)
         if "kernels" not in options:  # what records cannot be sent to other ranks: here is enough
             engine = self.llm_engine
@@ -154,7 +163,9 @@ class RecordedLLM(LLM):
         return self.llm_engine.add_request(prompt, greedy(num_tokens, **params))
 
     def run_one_step_late(self) -> list[Completion]:
-        """Run what was added, planning (and launching) each step before the results of the one before are known."""
+        """Run what was added, planning (and launching) each step before the results of the one
+        before are known.
+        """
         scheduler, runner = self.llm_engine.scheduler, self.llm_engine.model_runner
         waiting = None
         while scheduler.has_unfinished or waiting is not None:
@@ -167,7 +178,7 @@ class RecordedLLM(LLM):
             waiting = launched
         return self.completions()
 
-    # --- recording ------------------------------------------------------------------------------------------------
+    # --- recording --------------------------------------------------------------------------------
 
     def _counting(self, kernels: Kernels) -> Kernels:
         def counted(name: str, function: Callable) -> Callable:
@@ -184,7 +195,9 @@ class RecordedLLM(LLM):
             return call
 
         fields = [f.name for f in dataclasses.fields(kernels) if callable(getattr(kernels, f.name))]
-        return dataclasses.replace(kernels, **{name: counted(name, getattr(kernels, name)) for name in fields})
+        return dataclasses.replace(
+            kernels, **{name: counted(name, getattr(kernels, name)) for name in fields}
+        )
 
     def _watch(self, runner: Any) -> None:
         execute = runner.execute
@@ -196,7 +209,9 @@ class RecordedLLM(LLM):
                 rows = len(batch.sampled)
                 if self._fresh is None:
                     self.num_replays += 1
-                    self._fresh = self._captured[min(n for n in self._captured if n >= rows)][:rows].clone()
+                    self._fresh = self._captured[min(n for n in self._captured if n >= rows)][
+                        :rows
+                    ].clone()
                 self._in_flight.append(self._fresh)
             return result
 
@@ -226,7 +241,9 @@ class RecordedLLM(LLM):
                 for item in accepted:
                     key = item.sequence.seq_id, item.sample_position
                     if key in llm._logits:
-                        raise ParityError(f"sequence {key[0]}: the token at position {key[1]} was sampled twice")
+                        raise ParityError(
+                            f"sequence {key[0]}: the token at position {key[1]} was sampled twice"
+                        )
                     llm._logits[key] = logits[row_of[id(item)]]
                 return accepted
 
@@ -237,11 +254,15 @@ class RecordedLLM(LLM):
         reported = [(o.prompt_token_ids, c.token_ids) for o in outputs for c in o.outputs]
         recorded = [(c.prompt, c.token_ids) for c in completions]
         if reported != recorded:
-            raise ParityError(f"The outputs are not what the sequences hold: {reported} and {recorded}")
+            raise ParityError(
+                f"The outputs are not what the sequences hold: {reported} and {recorded}"
+            )
 
 
 def greedy(num_tokens: int = NUM_TOKENS, **params: Any) -> SamplingParams:
-    return SamplingParams(**{"temperature": 0.0, "max_tokens": num_tokens, "ignore_eos": True, **params})
+    return SamplingParams(
+        **{"temperature": 0.0, "max_tokens": num_tokens, "ignore_eos": True, **params}
+    )
 
 
 @dataclass
@@ -257,7 +278,8 @@ class Report:
         allowed = max(1, self.num_tokens * MAX_DIFFERENCES_PER_1000 // 1000)
         if len(self.differences) > allowed:
             raise ParityError(
-                f"{len(self.differences)} of {self.num_tokens} tokens differ: " + "; ".join(self.differences)
+                f"{len(self.differences)} of {self.num_tokens} tokens differ: "
+                + "; ".join(self.differences)
             )
 
 
@@ -274,12 +296,14 @@ def assert_same_greedy(
     partial: bool = False,
     report: Report = REPORT,
 ) -> None:
-    """Raise `ParityError` unless these are transformers' greedy completions and logits, but for rounding.
+    """Raise `ParityError` unless these are transformers' greedy completions and logits, but for
+    rounding.
 
-    Logits: every one lies within TOLERANCE of the reference's at the same position after the same tokens. Tokens: each
-    is the reference's first choice, or (the margin rule) its two best logits lie within 10 x the error measured there.
-    partial: completions may be shorter than num_tokens (aborted, or ended by themselves).
-    min_distinct: how many different tokens each of the reference's completions must hold; few would prove little.
+    Logits: every one lies within TOLERANCE of the reference's at the same position after the same
+    tokens. Tokens: each is the reference's first choice, or (the margin rule) its two best logits
+    lie within 10 x the error measured there. partial: completions may be shorter than num_tokens
+    (aborted, or ended by themselves). min_distinct: how many different tokens each of the
+    reference's completions must hold; few would prove little.
     """
     assert completions, "nothing to compare"
     here = Report()
@@ -289,13 +313,21 @@ def assert_same_greedy(
             raise ParityError(f"completion {number} has {count} tokens, not {num_tokens}")
         expected = reference.greedy(completion.prompt, num_tokens)
         if len(set(expected.token_ids)) < min_distinct:
-            raise AssertionError(f"a test of little power: {len(set(expected.token_ids))} distinct tokens in an output")
+            raise AssertionError(
+                f"a test of little power: {len(set(expected.token_ids))} distinct tokens in an"
+                " output"
+            )
         if completion.token_ids == expected.token_ids[:count]:
             logits = expected.logits[:count]
         else:  # what the reference says after the tokens that the engine chose
             fed = completion.prompt + completion.token_ids[:-1]
             logits = reference.logits(fed)[len(completion.prompt) - 1 :]
-        _compare(completion, logits, f"completion {number} ({len(completion.prompt)} prompt tokens)", here)
+        _compare(
+            completion,
+            logits,
+            f"completion {number} ({len(completion.prompt)} prompt tokens)",
+            here,
+        )
     here.check()
     report.num_tokens += here.num_tokens
     report.max_error = max(report.max_error, here.max_error)
@@ -311,8 +343,14 @@ def _compare(completion: Completion, expected: torch.Tensor, name: str, report: 
     errors = (completion.logits - expected).abs().amax(-1)
     relative = float(errors.max() / expected.std())
     if not relative <= TOLERANCE:  # NaN is an error too
-        step = int((errors > TOLERANCE * expected.std()).nonzero()[0]) if not errors.isnan().any() else "?"
-        raise ParityError(f"{name}: logits differ by {relative:.1e} of their deviation, first at token {step}")
+        step = (
+            int((errors > TOLERANCE * expected.std()).nonzero()[0])
+            if not errors.isnan().any()
+            else "?"
+        )
+        raise ParityError(
+            f"{name}: logits differ by {relative:.1e} of their deviation, first at token {step}"
+        )
     report.num_tokens += len(completion.token_ids)
     report.max_error = max(report.max_error, relative)
     top = expected.topk(2, dim=-1)
@@ -320,7 +358,10 @@ def _compare(completion: Completion, expected: torch.Tensor, name: str, report: 
         if token == int(top.indices[step, 0]):
             continue
         margin, error = float(top.values[step, 0] - top.values[step, 1]), float(errors[step])
-        what = f"{name}, token {step}: {token} for {int(top.indices[step, 0])}, margin {margin:.1e}, error {error:.1e}"
+        what = (
+            f"{name}, token {step}: {token} for {int(top.indices[step, 0])}, margin {margin:.1e},"
+            f" error {error:.1e}"
+        )
         if token != int(top.indices[step, 1]) or margin > MARGIN_FACTOR * error:
             raise ParityError(what)
         report.differences.append(what)

@@ -1,7 +1,9 @@
-"""Ranks that are threads of this process: every layer, loader and engine of tensor parallelism, without any start-up.
+"""Ranks that are threads of this process: every layer, loader and engine of tensor parallelism,
+without any start-up.
 
-`ThreadGroup` has the collectives of `TensorParallelGroup` and nothing of torch.distributed. What processes can do and
-threads cannot (die, be killed, disagree about their code) is tested with processes, in test_parallel.py.
+`ThreadGroup` has the collectives of `TensorParallelGroup` and nothing of torch.distributed. What
+processes can do and threads cannot (die, be killed, disagree about their code) is tested with
+processes, in test_parallel.py.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ class ThreadGroup(TensorParallelGroup):
 
 
 def run_ranks(size: int, function: Callable[[ThreadGroup], Any]) -> list[Any]:
-    """function(group) on every rank at once; what each returned, or the first error that is not of the barrier."""
+    """function(group) on every rank at once; what each returned, or the first error that is not of
+    the barrier.
+    """
     barrier, table = threading.Barrier(size), [None] * size
     results, errors = [None] * size, []
 

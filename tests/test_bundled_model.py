@@ -1,7 +1,8 @@
 """The bundled model: its files, its corpus, and whether it still does what its card says.
 
-The scores are those of `python -m minivllm.bundled.evaluate`, here with the thresholds that a release must meet.
-Everything runs on a CPU with transformers alone, so a failure is the model's and not the engine's.
+The scores are those of `python -m minivllm.bundled.evaluate`, here with the thresholds that a
+release must meet. Everything runs on a CPU with transformers alone, so a failure is the model's and
+not the engine's.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from minivllm.bundled import BUNDLED_MODEL_PATH, corpus, glossary, stories
 
 MAX_BYTES = 13_000_000
 PARAPHRASES = Path(__file__).parent / "data" / "glossary_paraphrases.json"
-# The first 500 documents of the first training shard. If this changes, the checkpoint is not of this corpus any more.
+# The first 500 documents of the first training shard. If this changes, the checkpoint is not of
+# this corpus any more.
 CORPUS_DIGEST = "8e557dd5c6d4cae96dbae198c3c8bc272a5d404be62e752597dbfd27d33d0952"
 MESSAGES = [
     {"role": "system", "content": "Be kind. 🌟"},
@@ -55,10 +57,19 @@ def excluded() -> frozenset[str]:
 
 
 def test_the_checkpoint_is_complete_and_small():
-    names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    names = {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     names |= {"training_record.json", "evaluation.json", "README.md"}
     assert names <= {path.name for path in BUNDLED_MODEL_PATH.iterdir()}
-    assert sum(path.stat().st_size for path in BUNDLED_MODEL_PATH.iterdir() if path.is_file()) <= MAX_BYTES
+    assert (
+        sum(path.stat().st_size for path in BUNDLED_MODEL_PATH.iterdir() if path.is_file())
+        <= MAX_BYTES
+    )
 
 
 def test_the_configuration_exercises_what_an_engine_must_handle():
@@ -67,13 +78,18 @@ def test_the_configuration_exercises_what_an_engine_must_handle():
     assert config["num_attention_heads"] > config["num_key_value_heads"] > 1
     assert config["tie_word_embeddings"]
     assert config["max_position_embeddings"] == 2048
-    ends = json.loads((BUNDLED_MODEL_PATH / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
+    ends = json.loads((BUNDLED_MODEL_PATH / "generation_config.json").read_text(encoding="utf-8"))[
+        "eos_token_id"
+    ]
     assert isinstance(ends, list)
     assert len(ends) == 2
 
 
 def test_importing_the_corpus_needs_no_torch():
-    code = "import sys, minivllm.bundled.corpus; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = (
+        "import sys, minivllm.bundled.corpus; sys.exit('torch' in sys.modules or 'transformers' in"
+        " sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -97,7 +113,12 @@ def test_the_auto_classes_of_transformers_load_it():
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=80))
 def test_any_text_survives_encode_and_decode(text: str):
     tokenizer = _tokenizer()
-    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids, skip_special_tokens=False) == text
+    assert (
+        tokenizer.decode(
+            tokenizer.encode(text, add_special_tokens=False).ids, skip_special_tokens=False
+        )
+        == text
+    )
 
 
 @pytest.mark.parametrize(
@@ -122,14 +143,18 @@ def test_multibyte_text_survives_transformers_too(text: str):
 
 @pytest.mark.parametrize("count", range(1, len(MESSAGES) + 1))
 @pytest.mark.parametrize("add_generation_prompt", [False, True])
-def test_the_chat_template_is_what_the_corpus_was_rendered_with(count: int, add_generation_prompt: bool):
+def test_the_chat_template_is_what_the_corpus_was_rendered_with(
+    count: int, add_generation_prompt: bool
+):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED_MODEL_PATH)
     rendered = tokenizer.apply_chat_template(
         MESSAGES[:count], tokenize=False, add_generation_prompt=add_generation_prompt
     )
-    assert rendered == corpus.render_chat([corpus.Message(**m) for m in MESSAGES[:count]], add_generation_prompt)
+    assert rendered == corpus.render_chat(
+        [corpus.Message(**m) for m in MESSAGES[:count]], add_generation_prompt
+    )
 
 
 def _tokenizer():
@@ -144,7 +169,9 @@ def _tokenizer():
 def test_the_corpus_is_the_one_the_checkpoint_was_trained_on(excluded: frozenset[str]):
     digest = hashlib.sha256()
     for document in islice(corpus.documents("train 0", excluded), 500):
-        digest.update(repr((document.kind, [tuple(segment) for segment in document.segments])).encode())
+        digest.update(
+            repr((document.kind, [tuple(segment) for segment in document.segments])).encode()
+        )
     assert digest.hexdigest() == CORPUS_DIGEST
 
 
@@ -155,15 +182,23 @@ def test_different_seeds_give_different_documents():
 
 
 def test_encoding_by_segments_is_encoding_the_whole():
-    """What the model is trained on is what an engine sees when it encodes a rendered chat in one go."""
+    """What the model is trained on is what an engine sees when it encodes a rendered chat in one
+    go.
+    """
     tokenizer = _tokenizer()
     for document in islice(corpus.documents("whole"), 300):
-        parts = [id for s in document.segments for id in tokenizer.encode(s.text, add_special_tokens=False).ids]
+        parts = [
+            id
+            for s in document.segments
+            for id in tokenizer.encode(s.text, add_special_tokens=False).ids
+        ]
         assert parts == tokenizer.encode(document.text, add_special_tokens=False).ids
 
 
 def test_one_pair_in_ten_is_held_out():
-    pairs = [stories.pair_is_held_out(kind, noun) for kind in stories.KINDS for noun in stories.NOUNS]
+    pairs = [
+        stories.pair_is_held_out(kind, noun) for kind in stories.KINDS for noun in stories.NOUNS
+    ]
     assert 0.09 < sum(pairs) / len(pairs) < 0.11
 
 
@@ -177,7 +212,12 @@ def test_no_training_story_joins_a_held_out_pair():
         seen += 1
         for text in (segment.text for segment in document.segments if segment.trained):
             words = set(re.findall(r"\w+", text.lower()))
-            joined = [(k, n) for k in words & kinds for n in words & nouns if stories.pair_is_held_out(k, n)]
+            joined = [
+                (k, n)
+                for k in words & kinds
+                for n in words & nouns
+                if stories.pair_is_held_out(k, n)
+            ]
             assert not joined, f"{joined} in {text!r}"
     assert seen > 500
 
@@ -193,13 +233,20 @@ def test_every_held_out_request_asks_for_a_held_out_pair():
 def test_the_scorer_accepts_every_reference_answer_and_no_other_terms(term: str):
     for answer in glossary.BY_TERM[term].answers:
         assert glossary.answer_is_right(term, answer)
-        assert not any(glossary.answer_is_right(other, answer) for other in glossary.TERMS if other != term)
+        assert not any(
+            glossary.answer_is_right(other, answer) for other in glossary.TERMS if other != term
+        )
 
 
-def test_no_paraphrase_is_a_question_of_the_corpus(questions: list[dict[str, str]], excluded: frozenset[str]):
+def test_no_paraphrase_is_a_question_of_the_corpus(
+    questions: list[dict[str, str]], excluded: frozenset[str]
+):
     """Exact, not sampled: the banks hold every question that training can have used."""
     record = json.loads((BUNDLED_MODEL_PATH / "training_record.json").read_text(encoding="utf-8"))
-    assert record["excluded_questions"]["sha256"] == hashlib.sha256(PARAPHRASES.read_bytes()).hexdigest()
+    assert (
+        record["excluded_questions"]["sha256"]
+        == hashlib.sha256(PARAPHRASES.read_bytes()).hexdigest()
+    )
     assert {q["term"] for q in questions} <= set(glossary.TERMS)
     emitted = {glossary.normalise(question) for question in corpus.all_glossary_questions(excluded)}
     assert not [q["question"] for q in questions if glossary.normalise(q["question"]) in emitted]

@@ -30,7 +30,10 @@ TOOL = {
     "function": {
         "name": "find",
         "description": "the user's <city> & é",
-        "parameters": {"type": "object", "properties": {"b": {"type": "number"}, "a": {"type": "string"}}},
+        "parameters": {
+            "type": "object",
+            "properties": {"b": {"type": "number"}, "a": {"type": "string"}},
+        },
     },
 }
 LOOP = "{% for m in messages %}<|{{ m.role }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -85,27 +88,53 @@ def both(make, tmp_path):
 class TestAsTransformers:
     TEMPLATES = {
         "chatml": CHATML,
-        "special tokens": "{{ bos_token }}{{ eos_token }}{{ unk_token is defined }}{{ pad_token is defined }}" + LOOP,
+        "special tokens": (
+            "{{ bos_token }}{{ eos_token }}{{ unk_token is defined }}{{ pad_token is defined }}"
+            + LOOP
+        ),
         "tojson": "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}" + LOOP,
-        "tojson within text": "{{ '<tools>' + ([] if tools is none else tools) | tojson + '</tools>' }}" + LOOP,
-        "tojson arguments": "{{ tools | tojson(indent=2) }}{{ tools | tojson(separators=(',', ':'), sort_keys=True) }}"
-        "{{ tools | tojson(ensure_ascii=True) }}{{ messages | tojson(ensure_ascii=False) }}",
-        "none": "{% if tools is none %}no tools{% endif %}{% if documents is none %}no documents{% endif %}"
-        "{{ tools is defined }}{{ documents is defined }}{{ messages[0].name is defined }}",
-        "generation": "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
-        "{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}",
+        "tojson within text": (
+            "{{ '<tools>' + ([] if tools is none else tools) | tojson + '</tools>' }}" + LOOP
+        ),
+        "tojson arguments": (
+            "{{ tools | tojson(indent=2) }}{{ tools | tojson(separators=(',', ':'), sort_keys=True)"
+            " }}{{ tools | tojson(ensure_ascii=True) }}{{ messages | tojson(ensure_ascii=False) }}"
+        ),
+        "none": (
+            "{% if tools is none %}no tools{% endif %}{% if documents is none %}no documents{%"
+            " endif %}{{ tools is defined }}{{ documents is defined }}{{ messages[0].name is"
+            " defined }}"
+        ),
+        "generation": (
+            "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+            "{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+        ),
         "trimmed": "{%- for m in messages %}\n  {{- m.content | trim }}\n{%- endfor %}\n",
-        "loop controls": "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.content }}"
-        "{% break %}{% endfor %}",
-        "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"
-        "{{ ns.n }}",
-        "macro": "{% macro say(m) %}[{{ m.role }}]{% endmacro %}{% for m in messages[::-1] %}{{ say(m) }}{% endfor %}",
+        "loop controls": (
+            "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.content }}"
+            "{% break %}{% endfor %}"
+        ),
+        "namespace": (
+            "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor"
+            " %}{{ ns.n }}"
+        ),
+        "macro": (
+            "{% macro say(m) %}[{{ m.role }}]{% endmacro %}{% for m in messages[::-1] %}{{ say(m)"
+            " }}{% endfor %}"
+        ),
         "documents": "{% for d in documents or [] %}{{ d.title }}: {{ d.text }}{% endfor %}" + LOOP,
-        "variables": "{{ enable_thinking is defined and not enable_thinking }}{{ mood }}{{ numbers[1] }}" + LOOP,
-        "strings": "{{ messages[1].content.split('„')[0] }}{{ messages[0].content.startswith('Be') }}"
-        "{{ '%s-%s' | format('a', 1) }}{{ 'x'.join(['1', '2']) }}{{ messages | length }}",
-        "items": "{% for key, value in tools[0].function.parameters.properties.items() %}{{ key }}={{ value }}"
-        "{% endfor %}{{ tools[0] | items | list }}",
+        "variables": (
+            "{{ enable_thinking is defined and not enable_thinking }}{{ mood }}{{ numbers[1] }}"
+            + LOOP
+        ),
+        "strings": (
+            "{{ messages[1].content.split('„')[0] }}{{ messages[0].content.startswith('Be') }}"
+            "{{ '%s-%s' | format('a', 1) }}{{ 'x'.join(['1', '2']) }}{{ messages | length }}"
+        ),
+        "items": (
+            "{% for key, value in tools[0].function.parameters.properties.items() %}{{ key }}={{"
+            " value }}{% endfor %}{{ tools[0] | items | list }}"
+        ),
         "last newline": CHATML + "\n",
         "parts": PARTS,
     }
@@ -125,7 +154,9 @@ class TestAsTransformers:
             ids = theirs.apply_chat_template(CHAT, return_dict=False, **more)
             assert ours.apply_chat_template(CHAT, tokenize=True, **more) == ids
 
-    @pytest.mark.parametrize("template", [CHATML, LOOP.replace("m['content']", "m['content'] | trim"), PARTS])
+    @pytest.mark.parametrize(
+        "template", [CHATML, LOOP.replace("m['content']", "m['content'] | trim"), PARTS]
+    )
     @pytest.mark.parametrize("last", ["Sure, ", "Sure,", " x \n", "<|end|>\n"])
     def test_continuing_the_last_message(self, both, template, last):
         ours, theirs = both(template)
@@ -140,38 +171,64 @@ class TestAsTransformers:
         content = [{"type": "text", "text": "one"}, {"type": "text", "text": "two "}]
         chat = [{"role": "assistant", "content": content}]
         right = theirs.apply_chat_template(chat, tokenize=False, continue_final_message=True)
-        assert ours.apply_chat_template(chat, continue_final_message=True) == right == "assistant:[one][two "
+        assert (
+            ours.apply_chat_template(chat, continue_final_message=True)
+            == right
+            == "assistant:[one][two "
+        )
 
     def test_parts(self, both):
         ours, theirs = both(PARTS)
-        chat = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, *CHAT]
+        chat = [
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+            },
+            *CHAT,
+        ]
         right = theirs.apply_chat_template(chat, tokenize=False)
         assert ours.apply_chat_template(chat) == right
         assert right.startswith("user:[a][b];system:Be")
 
-    NAMED = [{"name": "default", "template": "D" + LOOP}, {"name": "tool_use", "template": "T" + LOOP}]
+    NAMED = [
+        {"name": "default", "template": "D" + LOOP},
+        {"name": "tool_use", "template": "T" + LOOP},
+    ]
 
     @pytest.mark.parametrize(
         "arguments",
-        [{}, {"tools": [TOOL]}, {"tools": []}, {"chat_template": "tool_use"}, {"chat_template": "default", "tools": [TOOL]},
-         {"chat_template": "OWN {{ messages[0].role }}"}],
-    )  # fmt: skip
+        [
+            {},
+            {"tools": [TOOL]},
+            {"tools": []},
+            {"chat_template": "tool_use"},
+            {"chat_template": "default", "tools": [TOOL]},
+            {"chat_template": "OWN {{ messages[0].role }}"},
+        ],
+    )
     @pytest.mark.parametrize("source", ["config", "files"])
     def test_several_templates(self, both, tmp_path, source, arguments):
         if source == "files":
             (tmp_path / "chat_template.jinja").write_text(self.NAMED[0]["template"])
             (tmp_path / "additional_chat_templates").mkdir()
-            (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(self.NAMED[1]["template"])
+            (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(
+                self.NAMED[1]["template"]
+            )
         ours, theirs = both(self.NAMED if source == "config" else "not this one")
         right = theirs.apply_chat_template(CHAT, tokenize=False, **arguments)
         assert ours.apply_chat_template(CHAT, add_generation_prompt=False, **arguments) == right
 
     def test_what_is_none_counts_as_missing(self, both):
         ours, theirs = both(
-            "{% for m in messages %}{{ m.content is defined }}{{ m.tool_calls is defined }}{% endfor %}"
+            "{% for m in messages %}{{ m.content is defined }}{{ m.tool_calls is defined }}{%"
+            " endfor %}"
         )
         chat = [{"role": "assistant", "content": None, "tool_calls": None}]
-        assert ours.apply_chat_template(chat) == theirs.apply_chat_template(chat, tokenize=False) == "FalseFalse"
+        assert (
+            ours.apply_chat_template(chat)
+            == theirs.apply_chat_template(chat, tokenize=False)
+            == "FalseFalse"
+        )
 
     @pytest.mark.parametrize(
         "message",
@@ -190,7 +247,10 @@ class TestAsTransformers:
     def test_the_bundled_template(self):
         from transformers import AutoTokenizer
 
-        ours, theirs = (Tokenizer(BUNDLED_MODEL_PATH), AutoTokenizer.from_pretrained(BUNDLED_MODEL_PATH))
+        ours, theirs = (
+            Tokenizer(BUNDLED_MODEL_PATH),
+            AutoTokenizer.from_pretrained(BUNDLED_MODEL_PATH),
+        )
         right = theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
         assert ours.apply_chat_template(CHAT) == right
         ours.close()
@@ -199,21 +259,51 @@ class TestAsTransformers:
 class TestArguments:
     def test_parts_for_a_template_that_takes_text(self, make):
         """Joined as vLLM joins them; transformers would write the list's repr."""
-        chat = [{"role": "user", "content": [{"type": "text", "text": "a"}, "b", {"type": "input_text", "text": "c"}]}]
+        chat = [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "text", "text": "a"},
+                    "b",
+                    {"type": "input_text", "text": "c"},
+                ],
+            }
+        ]
         assert make(LOOP).apply_chat_template(chat) == "<|user|>a\nb\nc<|end|>\n"
 
     @pytest.mark.parametrize(
         ("template", "takes_parts"),
         [
             ("{% for m in messages %}{{ m.content }}{% endfor %}", False),
-            ("{% for m in messages %}{% for p in m.content %}{{ p }}{% endfor %}{% endfor %}", True),
-            ("{% for m in messages %}{% for p in m['content'] | list %}{{ p }}{% endfor %}{% endfor %}", True),
             (
-                "{% for m in messages %}{% set c = m['content'] %}{% for p in c[1:] %}{{ p }}{% endfor %}{% endfor %}",
+                "{% for m in messages %}{% for p in m.content %}{{ p }}{% endfor %}{% endfor %}",
                 True,
             ),
-            ("{% macro show(content) %}{% for p in content %}{{ p }}{% endfor %}{% endmacro %}", True),
-            ("{% for m in messages %}{% for line in m.content.split('x') %}{{ line }}{% endfor %}{% endfor %}", False),
+            (
+                (
+                    "{% for m in messages %}{% for p in m['content'] | list %}{{ p }}{% endfor %}{%"
+                    " endfor %}"
+                ),
+                True,
+            ),
+            (
+                (
+                    "{% for m in messages %}{% set c = m['content'] %}{% for p in c[1:] %}{{ p }}{%"
+                    " endfor %}{% endfor %}"
+                ),
+                True,
+            ),
+            (
+                "{% macro show(content) %}{% for p in content %}{{ p }}{% endfor %}{% endmacro %}",
+                True,
+            ),
+            (
+                (
+                    "{% for m in messages %}{% for line in m.content.split('x') %}{{ line }}{%"
+                    " endfor %}{% endfor %}"
+                ),
+                False,
+            ),
         ],
     )
     def test_who_takes_parts(self, template, takes_parts):
@@ -238,7 +328,18 @@ class TestArguments:
             make(PARTS).apply_chat_template(chat)
 
     @pytest.mark.parametrize(
-        "messages", ["hello", {"role": "user"}, None, 5, [CHAT], ["hello"], [None], [("role", "user")], iter(CHAT)]
+        "messages",
+        [
+            "hello",
+            {"role": "user"},
+            None,
+            5,
+            [CHAT],
+            ["hello"],
+            [None],
+            [("role", "user")],
+            iter(CHAT),
+        ],
     )
     def test_what_is_no_conversation(self, make, messages):
         with pytest.raises(RequestError, match="must be a"):
@@ -264,7 +365,11 @@ class TestArguments:
             ([{"role": "assistant", "content": 5}], {}, "not text"),
             ([{"role": "assistant", "content": []}], {}, "no text"),
             (CHAT, {"continue_final_message": "thinking"}, "no 'thinking'"),
-            ([{"role": "a", "content": "c", "poem": "p"}], {"continue_final_message": "poem"}, "does not read 'poem'"),
+            (
+                [{"role": "a", "content": "c", "poem": "p"}],
+                {"continue_final_message": "poem"},
+                "does not read 'poem'",
+            ),
         ],
     )
     def test_what_cannot_be_continued(self, make, chat, arguments, said):
@@ -275,12 +380,16 @@ class TestArguments:
         with pytest.raises(RequestError, match="does not write the last message"):
             make("{{ messages[0].content }}").apply_chat_template(CHAT, continue_final_message=True)
 
-    @pytest.mark.parametrize("name", ["return_dict", "return_tensors", "truncation", "padding", "max_length"])
+    @pytest.mark.parametrize(
+        "name", ["return_dict", "return_tensors", "truncation", "padding", "max_length"]
+    )
     def test_other_kinds_of_result_are_refused(self, make, name):
         tokenizer = make(LOOP)
         with pytest.raises(RequestError, match=name):
             tokenizer.apply_chat_template(CHAT, tokenize=True, **{name: "pt"})
-        assert tokenizer.apply_chat_template(CHAT, **{name: None}) == tokenizer.apply_chat_template(CHAT)
+        assert tokenizer.apply_chat_template(CHAT, **{name: None}) == tokenizer.apply_chat_template(
+            CHAT
+        )
 
     def test_values_are_plain_data(self, make):
         import dataclasses
@@ -297,9 +406,17 @@ class TestArguments:
         class Role(str, enum.Enum):  # noqa: UP042
             user = "user"
 
-        tokenizer = make("{{ messages[0].role }}{{ messages[1].role }}{{ a + 1 }}{{ b }}{{ c }}{{ d }}{{ e }}")
+        tokenizer = make(
+            "{{ messages[0].role }}{{ messages[1].role }}{{ a + 1 }}{{ b }}{{ c }}{{ d }}{{ e }}"
+        )
         chat = [Message("system", "x"), {"role": Role.user, "content": "y"}]
-        values = {"a": np.int64(4), "b": np.bool_(False), "c": torch.ones(2), "d": (1, 2), "e": np.float32(0.5)}
+        values = {
+            "a": np.int64(4),
+            "b": np.bool_(False),
+            "c": torch.ones(2),
+            "d": (1, 2),
+            "e": np.float32(0.5),
+        }
         assert tokenizer.apply_chat_template(chat, **values) == "systemuser5False<Tensor>(1, 2)0.5"
 
     def test_messages_that_contain_themselves(self, make):
@@ -329,13 +446,19 @@ class TestErrors:
     )
     def test_a_syntax_error_blames_the_template(self, make, tmp_path, template, line, said):
         tokenizer = make(template)
-        with pytest.raises(ConfigError, match=rf"tokenizer_config\.json is not valid Jinja, line {line}: .*{said}"):
+        with pytest.raises(
+            ConfigError, match=rf"tokenizer_config\.json is not valid Jinja, line {line}: .*{said}"
+        ):
             tokenizer.apply_chat_template(CHAT)
         assert tokenizer.encode("a"), "the tokenizer itself is sound"
         (tmp_path / "chat_template.jinja").write_text(template)
-        with pytest.raises(ConfigError, match=rf"chat_template\.jinja is not valid Jinja, line {line}: "):
+        with pytest.raises(
+            ConfigError, match=rf"chat_template\.jinja is not valid Jinja, line {line}: "
+        ):
             Tokenizer(tmp_path).apply_chat_template(CHAT)
-        with pytest.raises(RequestError, match=f"chat_template that was passed is not valid Jinja, line {line}"):
+        with pytest.raises(
+            RequestError, match=f"chat_template that was passed is not valid Jinja, line {line}"
+        ):
             make(LOOP).apply_chat_template(CHAT, chat_template=template)
 
     @pytest.mark.parametrize("depth", [30, 3000, 100_000])
@@ -345,7 +468,9 @@ class TestErrors:
     )
     def test_deep_templates(self, make, depth, opening, closing):
         source = (
-            opening * depth + closing * depth if "%" in opening else "{{ " + "(" * depth + "1" + ")" * depth + " }}"
+            opening * depth + closing * depth
+            if "%" in opening
+            else "{{ " + "(" * depth + "1" + ")" * depth + " }}"
         )
         try:
             text = make(source).apply_chat_template(CHAT)
@@ -355,20 +480,22 @@ class TestErrors:
 
     def test_a_templates_refusal(self, make):
         tokenizer = make("\n{{ raise_exception('Roles must alternate') }}")
-        with pytest.raises(RequestError, match="does not accept these messages, line 2: Roles must alternate"):
+        with pytest.raises(
+            RequestError, match="does not accept these messages, line 2: Roles must alternate"
+        ):
             tokenizer.apply_chat_template(CHAT)
 
     @pytest.mark.parametrize(
         "template",
         [
-            "{{ raise_exception(\"\\x1b]0;PWN\\x07\\x1b[2J\\r\\x9b31m\\u202e[red]x\\n\\ty\") }}",
+            '{{ raise_exception("\\x1b]0;PWN\\x07\\x1b[2J\\r\\x9b31m\\u202e[red]x\\n\\ty") }}',
             "{{ undefined_thing['\\x1b[2J'].x }}",
             "{% \x1b]0;PWN\x07 %}",
             "{{ raise_exception('\\ud800') }}",
             "{{ raise_exception('x' * 100000000) }}",
             "{{ raise_exception(messages) }}",
         ],
-    )  # fmt: skip
+    )
     def test_a_templates_text_reaches_no_terminal_as_it_is(self, make, template):
         with pytest.raises((RequestError, ConfigError)) as caught:
             make(template).apply_chat_template([{"role": "user", "content": "\x1b[1m" * 3000}])
@@ -391,26 +518,49 @@ class TestErrors:
 
 ATTACKS = {
     # time
-    "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "nested loops": (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    ),
     "a power": "{{ 9 ** (9 ** 9) }}",
     "a power of variables": "{% set n = messages | length * 9 %}{{ (n ** (n ** n)) % 7 }}",
-    "squaring": "{% set ns = namespace(n=7) %}{% for i in range(60) %}{% set ns.n = ns.n * ns.n %}{% endfor %}",
-    "macros that call twice": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(80) }}",
-    "recursive loops": "{% for x in [1, 1] recursive %}{{ loop([1, 1]) if loop.depth < 60 }}{% endfor %}",
-    "shared lists compared": "{% set ns = namespace(a=[], b=[]) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}"
-    "{% set ns.b = [ns.b, ns.b] %}{% endfor %}{{ ns.a == ns.b }}",
+    "squaring": (
+        "{% set ns = namespace(n=7) %}{% for i in range(60) %}{% set ns.n = ns.n * ns.n %}{%"
+        " endfor %}"
+    ),
+    "macros that call twice": (
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(80) }}"
+    ),
+    "recursive loops": (
+        "{% for x in [1, 1] recursive %}{{ loop([1, 1]) if loop.depth < 60 }}{% endfor %}"
+    ),
+    "shared lists compared": (
+        "{% set ns = namespace(a=[], b=[]) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}"
+        "{% set ns.b = [ns.b, ns.b] %}{% endfor %}{{ ns.a == ns.b }}"
+    ),
     "sums of lists": "{{ ([[1] * 1000] * 99999) | sum(start=[]) | length }}",
-    "maps of maps": "{% for i in range(99999) %}{{ (range(99999) | map('string') | list | length) * 0 }}{% endfor %}",
+    "maps of maps": (
+        "{% for i in range(99999) %}{{ (range(99999) | map('string') | list | length) * 0 }}{%"
+        " endfor %}"
+    ),
     # memory
     "a long string": "{{ 'a' * 10 ** 10 }}",
     "a long string of variables": "{{ (messages[0].content * 10 ** 10) | length }}",
-    "doubling strings": "{% set ns = namespace(s='aa') %}{% for i in range(60) %}"
-    "{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
-    "doubling by plus": "{% set ns = namespace(s='aa') %}{% for i in range(60) %}"
-    "{% set ns.s = ns.s + ns.s %}{% endfor %}",
-    "doubling lists": "{% set ns = namespace(s=[1]) %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
-    "doubling blocks": "{% set ns = namespace(s='aa') %}{% for i in range(60) %}{% set x %}{{ ns.s }}{{ ns.s }}{% endset %}"
-    "{% set ns.s = x %}{% endfor %}",
+    "doubling strings": (
+        "{% set ns = namespace(s='aa') %}{% for i in range(60) %}"
+        "{% set ns.s = ns.s ~ ns.s %}{% endfor %}"
+    ),
+    "doubling by plus": (
+        "{% set ns = namespace(s='aa') %}{% for i in range(60) %}"
+        "{% set ns.s = ns.s + ns.s %}{% endfor %}"
+    ),
+    "doubling lists": (
+        "{% set ns = namespace(s=[1]) %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{%"
+        " endfor %}"
+    ),
+    "doubling blocks": (
+        "{% set ns = namespace(s='aa') %}{% for i in range(60) %}{% set x %}{{ ns.s }}{{ ns.s }}{%"
+        " endset %}{% set ns.s = x %}{% endfor %}"
+    ),
     "a longer list": "{{ ((range(99999) | list) * 99999) | length }}",
     "center": "{{ 'a' | center(10 ** 10) }}",
     "indent": "{{ 'a\nb' | indent(10 ** 10) }}",
@@ -427,10 +577,14 @@ ATTACKS = {
     "slice": "{{ [1] | slice(10 ** 9) | list | length }}",
     "wordwrap": "{{ ('a' * 10 ** 8) | wordwrap(1) | length }}",
     "lipsum": "{{ lipsum(10 ** 7) }}",
-    "shared lists written": "{% set ns = namespace(a=[1]) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}"
-    "{% endfor %}{{ ns.a }}",
-    "shared lists as JSON": "{% set ns = namespace(a=[1]) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}"
-    "{% endfor %}{{ ns.a | tojson }}",
+    "shared lists written": (
+        "{% set ns = namespace(a=[1]) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}"
+        "{% endfor %}{{ ns.a }}"
+    ),
+    "shared lists as JSON": (
+        "{% set ns = namespace(a=[1]) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}"
+        "{% endfor %}{{ ns.a | tojson }}"
+    ),
     "JSON with an indent": "{{ [1] | tojson(indent=10 ** 10) }}",
     "messages": "{{ (messages * 10 ** 9) | length }}",
     "bytes": "{{ ('a' * 10 ** 8).encode('utf-32').hex().encode('utf-32') | length }}",
@@ -478,8 +632,11 @@ class TestLimits:
         make(LOOP)
         result = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(RUN_ATTACKS), str(tmp_path)],
-            input=json.dumps(ATTACKS), capture_output=True, text=True, timeout=280,
-        )  # fmt: skip
+            input=json.dumps(ATTACKS),
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
         assert result.returncode == 0, result.stderr
         found, grown, child = json.loads(result.stdout)
         assert {name: outcome for name, (outcome, _) in found.items() if outcome != "refused"} == {}
@@ -494,7 +651,10 @@ class TestLimits:
     def test_long_messages_are_no_attack(self, make):
         tokenizer = make(LOOP)
         for text in ("a" * 100_000, "日本🎲" * 100_000, "\x00\ud800"):
-            assert tokenizer.apply_chat_template([{"role": "u", "content": text}]) == f"<|u|>{text}<|end|>\n"
+            assert (
+                tokenizer.apply_chat_template([{"role": "u", "content": text}])
+                == f"<|u|>{text}<|end|>\n"
+            )
         many = [{"role": "u", "content": "a"}] * 5000
         assert tokenizer.apply_chat_template(many) == "<|u|>a<|end|>\n" * 5000
 
@@ -536,7 +696,9 @@ class TestLimits:
         """
         for state in ("idle", "busy"):
             result = subprocess.run(
-                [sys.executable, "-c", textwrap.dedent(code), str(tmp_path), state], capture_output=True, text=True
+                [sys.executable, "-c", textwrap.dedent(code), str(tmp_path), state],
+                capture_output=True,
+                text=True,
             )
             assert result.returncode == -9, result.stderr
             assert wait_until_gone(int(result.stdout)), state

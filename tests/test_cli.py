@@ -43,9 +43,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random model with a tokenizer of bytes and a chat template."""
     import tokenizers
 
-    path = write_checkpoint(tmp_path_factory.mktemp("cli") / "tiny", "qwen3", vocab_size=320, num_hidden_layers=2)
+    path = write_checkpoint(
+        tmp_path_factory.mktemp("cli") / "tiny", "qwen3", vocab_size=320, num_hidden_layers=2
+    )
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, [])
+    )
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
@@ -55,14 +59,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def run(*arguments: str, **options) -> str:
-    """The command in this process; returns standard output, after checking the exit code (`code`, 0 unless given)."""
+    """The command in this process; returns standard output, after checking the exit code (`code`, 0
+    unless given).
+    """
     code = options.pop("code", 0)
     result = CliRunner().invoke(app, list(arguments), **options)
     assert result.exit_code == code, result.output + repr(result.exception)
     return result.stdout if code == 0 else result.output
 
 
-# --- generate ---------------------------------------------------------------------------------------------------------
+# --- generate -------------------------------------------------------------------------------------
 
 
 def test_generate_streams_what_it_returns_at_once(checkpoint):
@@ -95,13 +101,18 @@ def test_a_model_without_a_template_continues_the_bare_text(checkpoint, tmp_path
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / "tokenizer_config.json").unlink()
     arguments = ["generate", "-m", str(tmp_path), "-n", "16", "-t", "0"]
-    assert run(*arguments, "hello") == run("generate", "-m", checkpoint, *arguments[3:], "--raw", "hello")
+    assert run(*arguments, "hello") == run(
+        "generate", "-m", checkpoint, *arguments[3:], "--raw", "hello"
+    )
     assert "no chat template" in run(*arguments, "--chat", "hello", code=2)
     assert "no chat template" in run("chat", "-m", str(tmp_path), code=2)
 
 
 def test_seeds_choose_the_text(checkpoint):
-    texts = {seed: run("generate", "-m", checkpoint, "-n", "16", "--seed", seed, "hello") for seed in ("1", "2")}
+    texts = {
+        seed: run("generate", "-m", checkpoint, "-n", "16", "--seed", seed, "hello")
+        for seed in ("1", "2")
+    }
     assert texts["1"] == run("generate", "-m", checkpoint, "-n", "16", "--seed", "1", "hello")
     assert texts["1"] != texts["2"]
 
@@ -148,19 +159,38 @@ def test_mistakes_are_one_clear_line(checkpoint, arguments, message):
 
 
 def test_a_prompt_beyond_the_context_is_refused(checkpoint):
-    assert "max_model_len=64" in run("generate", "-m", checkpoint, "-e", "max_model_len=64", "x" * 200, code=2)
-    output = run("generate", "-m", checkpoint, "-e", "max_model_len=64", "--no-stream", "hi", "x" * 200, code=2)
+    assert "max_model_len=64" in run(
+        "generate", "-m", checkpoint, "-e", "max_model_len=64", "x" * 200, code=2
+    )
+    output = run(
+        "generate",
+        "-m",
+        checkpoint,
+        "-e",
+        "max_model_len=64",
+        "--no-stream",
+        "hi",
+        "x" * 200,
+        code=2,
+    )
     assert "max_model_len=64" in output
 
 
-TRUTH = {True: ["on", "yes", "true", "1", "True", "ON"], False: ["off", "no", "false", "0", "False", "Off"]}
+TRUTH = {
+    True: ["on", "yes", "true", "1", "True", "ON"],
+    False: ["off", "no", "false", "0", "False", "Off"],
+}
 
 
 @pytest.mark.parametrize("truth", [True, False])
 def test_engine_options_take_every_word_for_on_and_off(truth):
     from minivllm.cli import _engine_options
 
-    names = [field.name for field in dataclasses.fields(EngineConfig) if field.type in (bool, bool | None)]
+    names = [
+        field.name
+        for field in dataclasses.fields(EngineConfig)
+        if field.type in (bool, bool | None)
+    ]
     assert {"enable_prefix_caching", "enforce_eager", "async_scheduling", "trace"} <= set(names)
     for word in TRUTH[truth]:
         options = _engine_options([f"{name.replace('_', '-')}={word}" for name in names])
@@ -170,11 +200,20 @@ def test_engine_options_take_every_word_for_on_and_off(truth):
 @pytest.mark.parametrize(
     ("assignment", "value"),
     [
-        ("block_size=16", 16), ("block_size= 16 ", 16), ("block_size=none", None), ("num_kv_blocks=auto", None),
-        ("num_kv_blocks=1", 1), ("seed=0", 0), ("gpu_memory_utilization=0.5", 0.5), ("gpu_memory_utilization=1", 1.0),
-        ("dtype=float32", "float32"), ("dtype=auto", "auto"), ("device=1", "1"), ("async_scheduling=none", None),
+        ("block_size=16", 16),
+        ("block_size= 16 ", 16),
+        ("block_size=none", None),
+        ("num_kv_blocks=auto", None),
+        ("num_kv_blocks=1", 1),
+        ("seed=0", 0),
+        ("gpu_memory_utilization=0.5", 0.5),
+        ("gpu_memory_utilization=1", 1.0),
+        ("dtype=float32", "float32"),
+        ("dtype=auto", "auto"),
+        ("device=1", "1"),
+        ("async_scheduling=none", None),
     ],
-)  # fmt: skip
+)
 def test_engine_options_are_read_by_their_type(assignment, value):
     from minivllm.cli import _engine_options
 
@@ -186,13 +225,19 @@ def test_engine_options_are_read_by_their_type(assignment, value):
 @pytest.mark.parametrize(
     ("assignment", "wanted"),
     [
-        ("enable_prefix_caching=maybe", "on or off"), ("enable_prefix_caching=2", "on or off"),
-        ("enable_prefix_caching=", "on or off"), ("async_scheduling=x", "on or off or none"),
-        ("block_size=on", "a whole number or none"), ("block_size=16.0", "a whole number"),
-        ("block_size=", "a whole number"), ("seed=1e3", "a whole number"), ("max_num_seqs=none", "a whole number"),
-        ("gpu_memory_utilization=much", "a number"), ("blok_size=16", "Did you mean block_size?"),
+        ("enable_prefix_caching=maybe", "on or off"),
+        ("enable_prefix_caching=2", "on or off"),
+        ("enable_prefix_caching=", "on or off"),
+        ("async_scheduling=x", "on or off or none"),
+        ("block_size=on", "a whole number or none"),
+        ("block_size=16.0", "a whole number"),
+        ("block_size=", "a whole number"),
+        ("seed=1e3", "a whole number"),
+        ("max_num_seqs=none", "a whole number"),
+        ("gpu_memory_utilization=much", "a number"),
+        ("blok_size=16", "Did you mean block_size?"),
     ],
-)  # fmt: skip
+)
 def test_engine_options_of_another_type_are_refused(checkpoint, assignment, wanted):
     output = " ".join(run("generate", "-m", checkpoint, "-e", assignment, "hi", code=2).split())
     assert assignment in output
@@ -202,12 +247,22 @@ def test_engine_options_of_another_type_are_refused(checkpoint, assignment, want
 def test_prefix_caching_can_be_turned_off(checkpoint):
     prompt = "a prompt of more than one block of sixteen tokens"
     for word, hits in (("off", 0), ("on", 48)):
-        options = ["-n", "2", "--stats", "-e", "max_num_seqs=1", "-e", f"enable_prefix_caching={word}"]
-        result = CliRunner().invoke(app, ["generate", "-m", checkpoint, "--raw", *options, prompt, prompt])
+        options = [
+            "-n",
+            "2",
+            "--stats",
+            "-e",
+            "max_num_seqs=1",
+            "-e",
+            f"enable_prefix_caching={word}",
+        ]
+        result = CliRunner().invoke(
+            app, ["generate", "-m", checkpoint, "--raw", *options, prompt, prompt]
+        )
         assert f"{hits} of {2 * len(prompt)} prompt tokens from the prefix cache" in result.stderr
 
 
-# --- one bad prompt of several ----------------------------------------------------------------------------------------
+# --- one bad prompt of several --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -219,7 +274,9 @@ def picky(checkpoint, tmp_path_factory) -> str:
         "{% if 'refuse' in messages[-1].content %}{{ raise_exception('not that') }}{% endif %}"
         "{% if 'nothing' not in messages[-1].content %}"
     )
-    (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": f"{refuses}{TEMPLATE}{{% endif %}}"}))
+    (path / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": f"{refuses}{TEMPLATE}{{% endif %}}"})
+    )
     return str(path)
 
 
@@ -235,7 +292,11 @@ def test_a_refused_prompt_does_not_lose_the_others(picky, stream, bad):
     assert result.stdout == f"{heads[0]}\n{one}\n\n{heads[1]}\n\n\n{heads[2]}\n{three}\n"
     assert result.stderr.startswith("Error: prompt 2 of 3 was refused: ")
     assert len(result.stderr.splitlines()) == 1
-    assert result.output.index(heads[1]) < result.output.index("Error: prompt 2") < result.output.index(heads[2])
+    assert (
+        result.output.index(heads[1])
+        < result.output.index("Error: prompt 2")
+        < result.output.index(heads[2])
+    )
     alone = CliRunner().invoke(app, [*arguments, bad])
     assert (alone.exit_code, alone.stdout) == (2, "")
     assert alone.stderr.startswith("Error: ")
@@ -261,20 +322,24 @@ def test_standard_input_that_is_not_text(checkpoint, command):
     assert "not text in UTF-8" in run(command, "-m", checkpoint, input=b"caf\xe9", code=2)
 
 
-# --- chat -------------------------------------------------------------------------------------------------------------
+# --- chat -----------------------------------------------------------------------------------------
 
 
 def test_chat_can_be_piped_and_remembers(checkpoint):
     arguments = ["chat", "-m", checkpoint, "-n", "12", "-t", "0"]
     first, second = run(*arguments, input="hello\nhello\n").splitlines()
-    reset_first, reset_second = run(*arguments, input="hello\n/reset\nhello\n/exit\nhello\n").splitlines()
+    reset_first, reset_second = run(
+        *arguments, input="hello\n/reset\nhello\n/exit\nhello\n"
+    ).splitlines()
     assert first == reset_first == reset_second
     assert second != first  # it saw the first turn
 
 
 def test_a_long_chat_forgets_its_oldest_turns(checkpoint):
     result = CliRunner().invoke(
-        app, ["chat", "-m", checkpoint, "-n", "40", "-e", "max_model_len=300"], input="tell me more\n" * 6
+        app,
+        ["chat", "-m", checkpoint, "-n", "40", "-e", "max_model_len=300"],
+        input="tell me more\n" * 6,
     )
     assert result.exit_code == 0, result.output
     assert "oldest turn is forgotten" in result.stderr
@@ -283,10 +348,14 @@ def test_a_long_chat_forgets_its_oldest_turns(checkpoint):
 @pytest.mark.parametrize(
     ("bad", "why"),
     [
-        (b"x" * 3000, "makes a prompt of"), (b"caf\xe9", "not text in UTF-8"), (b"refuse", "not that"),
-        (b"nothing", "makes nothing of this line"), (b"/what", "/reset begins anew"), (b"   ", ""),
+        (b"x" * 3000, "makes a prompt of"),
+        (b"caf\xe9", "not text in UTF-8"),
+        (b"refuse", "not that"),
+        (b"nothing", "makes nothing of this line"),
+        (b"/what", "/reset begins anew"),
+        (b"   ", ""),
     ],
-)  # fmt: skip
+)
 def test_a_line_that_is_refused_does_not_end_the_chat(picky, bad, why):
     """Nor is it kept: what follows is answered as if it had not been said."""
     arguments = ["chat", "-m", picky, "-n", "12", "-t", "0", "-e", "max_model_len=1024"]
@@ -335,7 +404,9 @@ class FakeLLM:
 
 
 def test_control_c_at_any_line_of_the_chat_loses_no_turn(monkeypatch, capsys):
-    """Struck once, and twice in a row, at every line that runs in chat.py, while a person types and reads."""
+    """Struck once, and twice in a row, at every line that runs in chat.py, while a person types and
+    reads.
+    """
     from minivllm import chat, stdio
 
     def talk(strikes: set[int]) -> tuple[chat.Chat, int]:
@@ -379,10 +450,15 @@ def test_control_c_at_any_line_of_the_chat_loses_no_turn(monkeypatch, capsys):
                 try:
                     conversation, _ = talk(strikes)
                 except KeyboardInterrupt:
-                    assert number < 8 or number > num_lines - 8, f"line {number} of {num_lines} ended the chat"
+                    assert number < 8 or number > num_lines - 8, (
+                        f"line {number} of {num_lines} ended the chat"
+                    )
                     continue
                 found = [message["content"] for message in conversation._messages]
-                assert found[::2] in ([], ["first"], ["second"], ["first", "second"]), (number, found)
+                assert found[::2] in ([], ["first"], ["second"], ["first", "second"]), (
+                    number,
+                    found,
+                )
                 assert set(found[1::2]) <= {"a", "ab", "abc", ""}
                 assert len(found) % 2 == 0
     finally:
@@ -427,7 +503,12 @@ def test_control_c_stops_an_answer_and_not_the_chat(checkpoint):
     main, child = pty.openpty()
     command = [sys.executable, "-m", "minivllm", "chat", "-m", checkpoint, "-n", "900"]
     process = subprocess.Popen(
-        command, stdin=child, stdout=child, stderr=child, env={**ENVIRONMENT, "TERM": "xterm"}, start_new_session=True
+        command,
+        stdin=child,
+        stdout=child,
+        stderr=child,
+        env={**ENVIRONMENT, "TERM": "xterm"},
+        start_new_session=True,
     )
     os.close(child)
     seen = b""
@@ -456,7 +537,9 @@ def test_control_c_stops_an_answer_and_not_the_chat(checkpoint):
         assert read_until(b"> "), seen
         os.write(main, b"half a line")
         assert read_until(b"half a line"), seen
-        for _ in range(10):  # pressed again, since readline may miss a signal that comes before it listens
+        for _ in range(
+            10
+        ):  # pressed again, since readline may miss a signal that comes before it listens
             os.kill(process.pid, signal.SIGINT)
             if read_until(b"Ctrl-C stops an answer", 2):
                 break
@@ -468,12 +551,21 @@ def test_control_c_stops_an_answer_and_not_the_chat(checkpoint):
         os.close(main)
 
 
-# --- trace and demo ---------------------------------------------------------------------------------------------------
+# --- trace and demo -------------------------------------------------------------------------------
 
 
 def test_trace_records_saves_and_shows(checkpoint, tmp_path):
     file = tmp_path / "trace.json"
-    arguments = ["-m", checkpoint, "-n", "8", "-e", "max_num_batched_tokens=24", "-e", "num_kv_blocks=16"]
+    arguments = [
+        "-m",
+        checkpoint,
+        "-n",
+        "8",
+        "-e",
+        "max_num_batched_tokens=24",
+        "-e",
+        "num_kv_blocks=16",
+    ]
     printed = run("trace", *arguments, "-o", str(file), "Tell me a story about a fox.", "hi", "hi")
     trace = Trace.load(file)
     assert len(trace.steps) >= 8
@@ -481,7 +573,9 @@ def test_trace_records_saves_and_shows(checkpoint, tmp_path):
     assert "chunk" in printed
     assert "decodes = " in printed
     assert "request 0 done" in printed
-    assert len(run("trace", "--show", str(file), "--every-step").splitlines()) == len(trace.steps) + 2
+    assert (
+        len(run("trace", "--show", str(file), "--every-step").splitlines()) == len(trace.steps) + 2
+    )
 
 
 def test_showing_a_trace_needs_no_torch(checkpoint, tmp_path):
@@ -499,38 +593,81 @@ def test_showing_a_trace_needs_no_torch(checkpoint, tmp_path):
 def spoilt_traces() -> dict[str, Any]:
     """Files that are no trace, by what is wrong with them."""
     item = {
-        "request_id": "0", "index": 0, "kind": "decode", "start": 1, "num_new_tokens": 1, "samples": True,
+        "request_id": "0",
+        "index": 0,
+        "kind": "decode",
+        "start": 1,
+        "num_new_tokens": 1,
+        "samples": True,
         "num_cached_tokens": 0,
-    }  # fmt: skip
+    }
     step = {
-        "step": 0, "start_time": 0.0, "duration": 0.1, "scheduled": [item], "block_tables": {"0/0": [1, 0]},
-        "num_computed_tokens": {"0/0": 2}, "running": ["0/0"], "waiting": [], "preempted": [], "num_free_blocks": 2,
-        "cached_blocks": [2], "registered_blocks": [1], "finished": [],
-    }  # fmt: skip
+        "step": 0,
+        "start_time": 0.0,
+        "duration": 0.1,
+        "scheduled": [item],
+        "block_tables": {"0/0": [1, 0]},
+        "num_computed_tokens": {"0/0": 2},
+        "running": ["0/0"],
+        "waiting": [],
+        "preempted": [],
+        "num_free_blocks": 2,
+        "cached_blocks": [2],
+        "registered_blocks": [1],
+        "finished": [],
+    }
     trace = {
-        "model": "tiny", "num_blocks": 4, "block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 64,
-        "kv_bytes_per_token": 1024, "max_model_len": 64, "steps": [step], "version": 1,
-    }  # fmt: skip
-    other: tuple[Any, ...] = (None, -1, 1.5, True, "1", [], {}, [1], ["x"], {"x": "y"}, float("nan"), 1e400, 10**30)
+        "model": "tiny",
+        "num_blocks": 4,
+        "block_size": 4,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 64,
+        "kv_bytes_per_token": 1024,
+        "max_model_len": 64,
+        "steps": [step],
+        "version": 1,
+    }
+    other: tuple[Any, ...] = (
+        None,
+        -1,
+        1.5,
+        True,
+        "1",
+        [],
+        {},
+        [1],
+        ["x"],
+        {"x": "y"},
+        float("nan"),
+        1e400,
+        10**30,
+    )
     found: dict[str, Any] = {"right": trace}
     for place, fields in (("", trace), ("steps[0].", step), ("scheduled[0].", item)):
         for name, value in fields.items():
             bad = [{key: kept for key, kept in fields.items() if key != name}]
             bad += [
-                {**fields, name: strange} for strange in other if type(strange) is not type(value) or strange != value
+                {**fields, name: strange}
+                for strange in other
+                if type(strange) is not type(value) or strange != value
             ]
             for number, changed in enumerate(bad):
                 if place == "scheduled[0].":
                     changed = {**step, "scheduled": [changed]}
-                found[f"{place}{name} {number}"] = {**trace, "steps": [changed]} if place else changed
+                found[f"{place}{name} {number}"] = (
+                    {**trace, "steps": [changed]} if place else changed
+                )
         found[f"{place}unknown"] = (
             {**trace, "unknown": 1} if not place else {**trace, "steps": [{**step, "unknown": 1}]}
         )
     for name, change in {
-        "lost": {"running": ["0/0", "9/0"]}, "beyond": {"block_tables": {"0/0": [4]}}, "cached": {"cached_blocks": [4]},
-        "more cached than free": {"num_free_blocks": 0}, "more free than there are": {"num_free_blocks": 5},
+        "lost": {"running": ["0/0", "9/0"]},
+        "beyond": {"block_tables": {"0/0": [4]}},
+        "cached": {"cached_blocks": [4]},
+        "more cached than free": {"num_free_blocks": 0},
+        "more free than there are": {"num_free_blocks": 5},
         "kind": {"scheduled": [{**item, "kind": "rest"}]},
-    }.items():  # fmt: skip
+    }.items():
         found[name] = {**trace, "steps": [{**step, **change}]}
     found |= {
         "no blocks": {**trace, "num_blocks": 0},
@@ -541,7 +678,9 @@ def spoilt_traces() -> dict[str, Any]:
 
 
 def test_a_damaged_trace_is_one_clear_line(tmp_path):
-    """Every field missing, or of every other type: what is refused is said, and what is accepted can be shown."""
+    """Every field missing, or of every other type: what is refused is said, and what is accepted
+    can be shown.
+    """
     file = tmp_path / "trace.json"
     accepted = []
     for name, content in spoilt_traces().items():
@@ -552,14 +691,29 @@ def test_a_damaged_trace_is_one_clear_line(tmp_path):
             accepted.append(name)
         else:
             assert (result.exit_code, result.stderr.count("\n")) == (2, 1), name
-            assert f"Error: {file} holds no trace that this version of minivllm can read (" in result.stderr
+            assert (
+                f"Error: {file} holds no trace that this version of minivllm can read ("
+                in result.stderr
+            )
     # Empty lists are lists, 1 is a number of seconds, and what has a default may be missing.
     assert "right" in accepted
     assert all("missing" not in name for name in accepted)
-    assert not {"lost", "beyond", "cached", "kind", "no blocks", "size", "version", "unknown", "null"} & set(accepted)
+    assert not {
+        "lost",
+        "beyond",
+        "cached",
+        "kind",
+        "no blocks",
+        "size",
+        "version",
+        "unknown",
+        "null",
+    } & set(accepted)
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"{", b"[" * 100_000, b"9" * 5000, b"\x00" * 100])
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff\xfe\x00", b"{", b"[" * 100_000, b"9" * 5000, b"\x00" * 100]
+)
 def test_a_trace_that_is_no_json(tmp_path, content):
     file = tmp_path / "trace.json"
     file.write_bytes(content)
@@ -578,15 +732,25 @@ def test_a_trace_that_cannot_be_read(tmp_path):
         Trace.load(huge)
 
 
-BAD_FILES = [("/nowhere/x.json", "no folder /nowhere"), (".", "that is a folder"), ("x" * 300, "too long")]
+BAD_FILES = [
+    ("/nowhere/x.json", "no folder /nowhere"),
+    (".", "that is a folder"),
+    ("x" * 300, "too long"),
+]
 
 
 @pytest.mark.parametrize("command", [["trace", "-o"], ["demo", "-o"], ["demo", "--picture"]])
 @pytest.mark.parametrize(("path", "why"), BAD_FILES)
-def test_a_file_that_cannot_be_written_is_refused_before_the_model_is_loaded(monkeypatch, tmp_path, command, path, why):
+def test_a_file_that_cannot_be_written_is_refused_before_the_model_is_loaded(
+    monkeypatch, tmp_path, command, path, why
+):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("minivllm.cli._open_llm", lambda *_, **__: pytest.fail("the model was loaded"))
-    output = " ".join(run(*command, path, *(["hi"] if command[0] == "trace" else []), code=2).split())
+    monkeypatch.setattr(
+        "minivllm.cli._open_llm", lambda *_, **__: pytest.fail("the model was loaded")
+    )
+    output = " ".join(
+        run(*command, path, *(["hi"] if command[0] == "trace" else []), code=2).split()
+    )
     assert "cannot be written to" in output
     assert why in output
     assert list(tmp_path.iterdir()) == []
@@ -629,7 +793,8 @@ def test_a_trace_needs_its_option(checkpoint):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["demo", "--pace", "nan"], ["demo", "--pace", "inf"], ["check", "--timeout", "nan"]]
+    "arguments",
+    [["demo", "--pace", "nan"], ["demo", "--pace", "inf"], ["check", "--timeout", "nan"]],
 )
 def test_numbers_that_are_none(arguments):
     assert "--" in run(*arguments, code=2)
@@ -638,7 +803,15 @@ def test_numbers_that_are_none(arguments):
 def test_block_table_cells_show_ids_sharing_and_fill():
     from minivllm.engine.trace import StepRecord, TracedSequence
 
-    trace = Trace("tiny", 20, 4, 8, 64, 1024, *([2048] if "max_model_len" in Trace.__dataclass_fields__ else []))
+    trace = Trace(
+        "tiny",
+        20,
+        4,
+        8,
+        64,
+        1024,
+        *([2048] if "max_model_len" in Trace.__dataclass_fields__ else []),
+    )
     record = StepRecord(
         step=3,
         start_time=0.0,
@@ -658,7 +831,10 @@ def test_block_table_cells_show_ids_sharing_and_fill():
     assert shared == {7}
     cells = block_table_cells(trace, record, "0/0", "#0072B2", shared, 10)
     assert cells.plain == " 7=  3  12▄ "
-    assert block_table_cells(trace, record, "0/0", "#0072B2", shared, 2).plain.split() == ["+2", "12▄"]
+    assert block_table_cells(trace, record, "0/0", "#0072B2", shared, 2).plain.split() == [
+        "+2",
+        "12▄",
+    ]
     bar = kv_bar(trace, record, 80).plain
     assert bar.startswith("████▒▒··············  ")
     assert "4 used" in bar
@@ -671,7 +847,17 @@ def test_block_table_cells_show_ids_sharing_and_fill():
 def test_demo_prints_plain_lines_where_there_is_no_terminal(checkpoint, tmp_path):
     file = tmp_path / "trace.json"
     picture = tmp_path / "demo.svg"
-    output = run("demo", "-m", checkpoint, "-e", "num_kv_blocks=120", "-o", str(file), "--picture", str(picture))
+    output = run(
+        "demo",
+        "-m",
+        checkpoint,
+        "-e",
+        "num_kv_blocks=120",
+        "-o",
+        str(file),
+        "--picture",
+        str(picture),
+    )
     assert "\x1b" not in output
     drawn = picture.read_text(encoding="utf-8")
     assert drawn.startswith("<svg")
@@ -679,12 +865,18 @@ def test_demo_prints_plain_lines_where_there_is_no_terminal(checkpoint, tmp_path
     assert "font-face" not in drawn
     assert "from the prefix cache" in output
     assert "13/13 texts" in output
-    for name in ("tokens per second", "time to first token", "blocks used", "prefix-cache hits", "preemptions"):
+    for name in (
+        "tokens per second",
+        "time to first token",
+        "blocks used",
+        "prefix-cache hits",
+        "preemptions",
+    ):
         assert name in output
     assert Trace.load(file).steps[-1].num_free_blocks > 0
 
 
-# --- the streams of a process -----------------------------------------------------------------------------------------
+# --- the streams of a process ---------------------------------------------------------------------
 
 
 class Broken(io.StringIO):
@@ -705,7 +897,9 @@ class Broken(io.StringIO):
 
 
 @pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 2), (errno.EIO, 2), (errno.EBADF, 2), (errno.EPIPE, 1)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(errno.ENOSPC, 2), (errno.EIO, 2), (errno.EBADF, 2), (errno.EPIPE, 1)]
+)
 def test_output_that_cannot_be_written(checkpoint, monkeypatch, capsys, number, code, late):
     """One line says so; where the reader has left, as after `| head`, there is nothing to say."""
     for arguments in (["--help"], ["generate", "-m", checkpoint, "-n", "4", "hi"], ["--version"]):
@@ -715,7 +909,11 @@ def test_output_that_cannot_be_written(checkpoint, monkeypatch, capsys, number, 
                 app(arguments)
         said = capsys.readouterr().err
         assert end.value.code == code, said
-        expected = "" if code == 1 else f"Error: standard output cannot be written to: {os.strerror(number)}.\n"
+        expected = (
+            ""
+            if code == 1
+            else f"Error: standard output cannot be written to: {os.strerror(number)}.\n"
+        )
         assert said == expected
 
 
@@ -732,7 +930,9 @@ def test_a_file_that_fails_is_not_taken_for_standard_output(monkeypatch, capsys)
     assert "Traceback" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("raised", "code"), [(KeyboardInterrupt, 130), (MemoryError, 2), (OutOfMemoryError("x"), 2)])
+@pytest.mark.parametrize(
+    ("raised", "code"), [(KeyboardInterrupt, 130), (MemoryError, 2), (OutOfMemoryError("x"), 2)]
+)
 def test_what_may_happen_is_no_traceback(monkeypatch, capsys, raised, code):
     def fails(*_: object) -> None:
         raise raised
@@ -743,7 +943,9 @@ def test_what_may_happen_is_no_traceback(monkeypatch, capsys, raised, code):
     said = capsys.readouterr().err
     assert end.value.code == code
     assert "Traceback" not in said
-    assert (said.count("\n"), said.startswith("Error: ")) == ((0, False) if code == 130 else (1, True))
+    assert (said.count("\n"), said.startswith("Error: ")) == (
+        (0, False) if code == 130 else (1, True)
+    )
 
 
 def test_streams_are_put_back(capsys):
@@ -756,7 +958,11 @@ def test_streams_are_put_back(capsys):
 @pytest.mark.parametrize(
     ("redirection", "code", "said"),
     [
-        (">/dev/full", 2, "Error: standard output cannot be written to: No space left on device.\n"),
+        (
+            ">/dev/full",
+            2,
+            "Error: standard output cannot be written to: No space left on device.\n",
+        ),
         (">&-", 2, "Error: standard output is closed. To throw the output away, use >/dev/null.\n"),
         ("| true", 1, ""),
         (">/dev/null <&- 2>&-", 0, ""),
@@ -766,11 +972,13 @@ def test_streams_that_are_full_or_closed(redirection, code, said):
     """In a real process: nothing fails when the interpreter ends, either."""
     show = "from minivllm.cli import app; app(['--help'])"
     command = f'set -o pipefail; sleep 0.2 | {sys.executable} -c "{show}" {redirection}'
-    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+    result = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, env=ENVIRONMENT, timeout=60
+    )
     assert (result.returncode, result.stderr) == (code, said)
 
 
-# --- bench, doctor, help ----------------------------------------------------------------------------------------------
+# --- bench, doctor, help --------------------------------------------------------------------------
 
 
 def test_bench_is_a_group_of_its_own():
@@ -781,19 +989,26 @@ def test_bench_is_a_group_of_its_own():
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (["kernels", "--out", "/proc/x/y.json"], "cannot be written"), (["throughput", "--out", "."], "a folder"),
+        (["kernels", "--out", "/proc/x/y.json"], "cannot be written"),
+        (["throughput", "--out", "."], "a folder"),
         (["roofline", "REPORT", "--picture", "/proc/x.png"], "cannot be written"),
-        (["record", "--out", "/dev/null/x"], "Not a directory"), (["kernels", "--dtype", "int8"], "none of auto"),
-        (["latency", "--device", "tpu"], "device must be"), (["throughput", "--prompt-tokens", "9", "3"], "the least"),
-        (["throughput", "--output-tokens", "0", "3"], "the least"), (["kernels", "--seconds", "nan"], "seconds"),
-        (["latency", "--max-seconds", "nan"], "max-seconds"), (["roofline", "/nowhere"], "cannot be read"),
-        (["roofline", "."], "cannot be read"), (["roofline", __file__], "is not JSON"),
-        (["roofline", "REPORT", "--read-tb-per-s", "0"], "above 0"), (["roofline", "[]"], "no report"),
+        (["record", "--out", "/dev/null/x"], "Not a directory"),
+        (["kernels", "--dtype", "int8"], "none of auto"),
+        (["latency", "--device", "tpu"], "device must be"),
+        (["throughput", "--prompt-tokens", "9", "3"], "the least"),
+        (["throughput", "--output-tokens", "0", "3"], "the least"),
+        (["kernels", "--seconds", "nan"], "seconds"),
+        (["latency", "--max-seconds", "nan"], "max-seconds"),
+        (["roofline", "/nowhere"], "cannot be read"),
+        (["roofline", "."], "cannot be read"),
+        (["roofline", __file__], "is not JSON"),
+        (["roofline", "REPORT", "--read-tb-per-s", "0"], "above 0"),
+        (["roofline", "[]"], "no report"),
         (["roofline", '{"benchmark": "throughput", "rates": {}, "cases": []}'], "no report"),
         (["roofline", '{"benchmark": "throughput", "rates": {}, "cases": {}}'], "damaged"),
         (["roofline", '{"benchmark": "throughput", "rates": {}, "cases": {"a": 1}}'], "damaged"),
     ],
-)  # fmt: skip
+)
 def test_bench_refuses_before_it_measures(monkeypatch, tmp_path, arguments, why):
     monkeypatch.setattr("minivllm.bench.cli._finish", lambda *_: pytest.fail("it was measured"))
     if "REPORT" in arguments:
@@ -806,7 +1021,17 @@ def test_bench_refuses_before_it_measures(monkeypatch, tmp_path, arguments, why)
 
 
 def test_bench_says_what_its_options_make_impossible(monkeypatch):
-    small = ["throughput", "--shape", "tiny", "--device", "cpu", "--num-requests", "1", "--repeats", "1"]
+    small = [
+        "throughput",
+        "--shape",
+        "tiny",
+        "--device",
+        "cpu",
+        "--num-requests",
+        "1",
+        "--repeats",
+        "1",
+    ]
     short = [*small, "--max-model-len", "32", "--prompt-tokens"]
     assert "max_model_len=32" in run("bench", *short, "40", "40", code=2)
     assert "max_model_len=32 has no room" in run("bench", *short, "20", "20", code=2)
@@ -817,10 +1042,13 @@ def test_bench_says_what_its_options_make_impossible(monkeypatch):
     [
         ({"WORLD_SIZE": "2"}, "lacks RANK, MASTER_ADDR, MASTER_PORT"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be a number"),
-        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK=2 with WORLD_SIZE=2"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
+            "RANK=2 with WORLD_SIZE=2",
+        ),
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "x"}, "cannot meet"),
     ],
-)  # fmt: skip
+)
 def test_half_of_torchrun_is_one_clear_line(checkpoint, environment, why):
     arguments = ["generate", "-m", checkpoint, "-n", "2", "--raw", "hi"]
     output = run(*arguments, "-e", "tensor_parallel_size=2", env=environment, code=2)
@@ -830,7 +1058,9 @@ def test_half_of_torchrun_is_one_clear_line(checkpoint, environment, why):
 
 
 def test_exit_codes_are_documented():
-    assert "Exit codes: 0 is success, 2 an error that you can put right, 130 Ctrl-C" in run("--help")
+    assert "Exit codes: 0 is success, 2 an error that you can put right, 130 Ctrl-C" in run(
+        "--help"
+    )
 
 
 def test_python_m_is_the_same_command():
@@ -898,7 +1128,9 @@ def test_doctor_knows_which_numpy_an_older_tritons_interpreter_fails_on(monkeypa
     true_version = doctor._version
     for numpy, status in (("2.5.2", "note"), ("2.3.5", "ok")):
         versions = {"numpy": numpy}
-        found = findings(monkeypatch, _version=lambda name, v=versions: v.get(name, true_version(name)))
+        found = findings(
+            monkeypatch, _version=lambda name, v=versions: v.get(name, true_version(name))
+        )
         assert found["triton"].status == status
         assert ("numpy<2.4" in found["triton"].meaning) == (status == "note")
 
@@ -909,15 +1141,32 @@ def test_a_missing_torch_is_said_by_the_command(checkpoint):
         "from minivllm.cli import app\n"
         f"app(['generate', '-m', {checkpoint!r}, 'hi'])"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, env=ENVIRONMENT, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, env=ENVIRONMENT, timeout=60
+    )
     assert result.returncode == 2
     assert b"minivllm doctor" in result.stderr
     assert b"Traceback" not in result.stderr
 
 
 def test_generate_starts_fast(checkpoint):
-    """The first text comes within twice the time of `import torch` plus one second: nothing heavy on the way."""
-    arguments = [sys.executable, "-m", "minivllm", "generate", "-m", checkpoint, "-n", "32", "-t", "0", "--raw", "hi"]
+    """The first text comes within twice the time of `import torch` plus one second: nothing heavy
+    on the way.
+    """
+    arguments = [
+        sys.executable,
+        "-m",
+        "minivllm",
+        "generate",
+        "-m",
+        checkpoint,
+        "-n",
+        "32",
+        "-t",
+        "0",
+        "--raw",
+        "hi",
+    ]
 
     def seconds_to(command: list[str], read: bool) -> float:
         start = time.perf_counter()
@@ -930,7 +1179,9 @@ def test_generate_starts_fast(checkpoint):
 
     tries = []
     for _ in range(4):  # other work on this machine may slow one of the two down
-        tries.append((seconds_to(arguments, True), seconds_to([sys.executable, "-c", "import torch"], False)))
+        tries.append(
+            (seconds_to(arguments, True), seconds_to([sys.executable, "-c", "import torch"], False))
+        )
         if tries[-1][0] < 2 * tries[-1][1] + 1:
             return
     pytest.fail(f"(first text, import torch) in seconds: {tries}")

@@ -32,7 +32,12 @@ def test_calls_return_before_the_work_is_done() -> None:
 def test_the_first_call_of_each_task_is_cold() -> None:
     machine = SimulatedMachine()
     one, other = machine.task("one", 10 * US, cold=0.5), machine.task("other", 10 * US, cold=0.2)
-    assert [round(once(machine, task), 3) for task in (one, one, other, other)] == [0.5, 0.0, 0.2, 0.0]
+    assert [round(once(machine, task), 3) for task in (one, one, other, other)] == [
+        0.5,
+        0.0,
+        0.2,
+        0.0,
+    ]
 
 
 def test_it_slows_down_as_it_gets_warm_and_no_further() -> None:
@@ -72,8 +77,12 @@ def test_the_engine_s_clock_goes_on_with_its_steps() -> None:
     with LLM(device="cpu", build_batch=timer.build_batch, num_kv_blocks=64) as llm:
         start = timer.clock()
         llm.generate([[5] * 10], params, use_tqdm=False)
-        assert timer.clock() - start == pytest.approx(5.0 + 3 * 1.0 + 0.01 * 12), "a cold step, 10 + 1 + 1 tokens"
+        assert timer.clock() - start == pytest.approx(5.0 + 3 * 1.0 + 0.01 * 12), (
+            "a cold step, 10 + 1 + 1 tokens"
+        )
         start = timer.clock()
         llm.generate([[7] * 10], params, use_tqdm=False)
-        assert timer.clock() - start == pytest.approx(3 * (3 * 1.0 + 0.01 * 12)), "the second stretch is slower"
+        assert timer.clock() - start == pytest.approx(3 * (3 * 1.0 + 0.01 * 12)), (
+            "the second stretch is slower"
+        )
         assert timer.num_tokens == 24

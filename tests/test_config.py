@@ -1,4 +1,6 @@
-"""config.json and generation_config.json: nonsense is refused with file, field and value; what is valid stays so."""
+"""config.json and generation_config.json: nonsense is refused with file, field and value; what is
+valid stays so.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,15 @@ from minivllm.validation import Range, check
 
 CONFIG = json.loads((BUNDLED_MODEL_PATH / "config.json").read_text())
 SIZES = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "max_position_embeddings",
-)  # fmt: skip
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 
 
@@ -42,17 +50,25 @@ def refused(folder: Path, name: str, value: Any) -> str:
     return str(caught.value)
 
 
-# --- nonsense ---------------------------------------------------------------------------------------------------------
+# --- nonsense -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [-1, 0, "7", 7.0, 1e9, True, [4], {"a": 4}, 2**31, 10**30], ids=plain)
+@pytest.mark.parametrize(
+    "value", [-1, 0, "7", 7.0, 1e9, True, [4], {"a": 4}, 2**31, 10**30], ids=plain
+)
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes(tmp_path: Path, name: str, value: Any) -> None:
     message = refused(tmp_path, name, value)
-    assert message == f"{tmp_path / 'config.json'}: {name} must be an integer from 1 to 2147483647, got {value!r}."
+    assert (
+        message
+        == f"{tmp_path / 'config.json'}: {name} must be an integer from 1 to 2147483647, got"
+        f" {value!r}."
+    )
 
 
-@pytest.mark.parametrize("name", [name for name in SIZES if name not in ("num_key_value_heads", "head_dim")])
+@pytest.mark.parametrize(
+    "name", [name for name in SIZES if name not in ("num_key_value_heads", "head_dim")]
+)
 @pytest.mark.parametrize("is_null", [True, False])
 def test_a_required_field_is_missing_or_null(tmp_path: Path, name: str, is_null: bool) -> None:
     config = {k: v for k, v in CONFIG.items() if k != name} | ({name: None} if is_null else {})
@@ -113,8 +129,13 @@ def test_other_fields(tmp_path: Path, name: str, value: Any, said: str) -> None:
 
 
 def test_hidden_size_without_head_dim(tmp_path: Path) -> None:
-    config = {k: v for k, v in CONFIG.items() if k != "head_dim"} | {"num_attention_heads": 6, "hidden_size": 256}
-    with pytest.raises(ConfigError, match="hidden_size must be a multiple of num_attention_heads=6, got 256"):
+    config = {k: v for k, v in CONFIG.items() if k != "head_dim"} | {
+        "num_attention_heads": 6,
+        "hidden_size": 256,
+    }
+    with pytest.raises(
+        ConfigError, match="hidden_size must be a multiple of num_attention_heads=6, got 256"
+    ):
         load_config(written(tmp_path, config))
 
 
@@ -156,8 +177,12 @@ def test_rope(tmp_path: Path, name: str, rope: dict[str, Any], field: str) -> No
 
 @pytest.mark.parametrize("rope_type", [5, [], ["yarn"], True, {"a": 1}], ids=plain)
 def test_rope_type(tmp_path: Path, rope_type: Any) -> None:
-    with pytest.raises((ConfigError, UnsupportedModelError), match=r"rope_type must be text|each type of layer"):
-        load_config(written(tmp_path, CONFIG | {"rope_scaling": {"rope_type": rope_type, "factor": 2.0}}))
+    with pytest.raises(
+        (ConfigError, UnsupportedModelError), match=r"rope_type must be text|each type of layer"
+    ):
+        load_config(
+            written(tmp_path, CONFIG | {"rope_scaling": {"rope_type": rope_type, "factor": 2.0}})
+        )
 
 
 @pytest.mark.parametrize(
@@ -180,7 +205,9 @@ def test_what_is_not_implemented(tmp_path: Path, changes: dict[str, Any], said: 
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ["[" * 100_000, '{"a": ' * 100_000, "\ufeff{}", '{"a": 1e', "nul", "NaN"])
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, '{"a": ' * 100_000, "\ufeff{}", '{"a": 1e', "nul", "NaN"]
+)
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 def test_no_json(tmp_path: Path, name: str, content: str) -> None:
     (written(tmp_path, CONFIG) / name).write_text(content)
@@ -194,7 +221,9 @@ def test_not_utf8(tmp_path: Path) -> None:
         load_config(tmp_path)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read every file")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read every file"
+)
 def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
     (written(tmp_path, CONFIG) / "config.json").chmod(0)
     with pytest.raises(ConfigError, match=r"config\.json cannot be read"):
@@ -203,18 +232,26 @@ def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
 
 def test_the_file_of_a_wrong_end_of_sequence_is_named(tmp_path: Path) -> None:
     """Also where the other file has a good one."""
-    with pytest.raises(ConfigError, match=r"generation_config\.json: eos_token_id must be an integer, got 'x'"):
+    with pytest.raises(
+        ConfigError, match=r"generation_config\.json: eos_token_id must be an integer, got 'x'"
+    ):
         load_config(written(tmp_path, CONFIG, {"eos_token_id": ["x"]}))
-    with pytest.raises(ConfigError, match=r"[^_]config\.json: eos_token_id must be an integer, got 'x'"):
+    with pytest.raises(
+        ConfigError, match=r"[^_]config\.json: eos_token_id must be an integer, got 'x'"
+    ):
         load_config(written(tmp_path, CONFIG | {"eos_token_id": "x"}, {"eos_token_id": [2]}))
 
 
 def test_the_engine_says_the_same(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="hidden_size"):
-        LLM(written(tmp_path, CONFIG | {"hidden_size": "x"}), load_format="dummy", skip_tokenizer_init=True)
+        LLM(
+            written(tmp_path, CONFIG | {"hidden_size": "x"}),
+            load_format="dummy",
+            skip_tokenizer_init=True,
+        )
 
 
-# --- what is valid ----------------------------------------------------------------------------------------------------
+# --- what is valid --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["Qwen2Config", "Qwen3Config", "LlamaConfig"])
@@ -225,7 +262,13 @@ def test_configs_of_transformers(tmp_path: Path, family: str) -> None:
     theirs = cls(architectures=[family.replace("Config", "ForCausalLM")], dtype=torch.bfloat16)
     theirs.save_pretrained(tmp_path)
     config = load_config(tmp_path)
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    ):
         assert getattr(config, name) == getattr(theirs, name)
     assert config.num_key_value_heads == theirs.num_key_value_heads
     assert config.rms_norm_eps == theirs.rms_norm_eps
@@ -236,11 +279,25 @@ def test_configs_of_transformers(tmp_path: Path, family: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "torch_dtype", "dtype",
-        "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "sliding_window", "layer_types",
-        "quantization_config", "partial_rotary_factor", "eos_token_id", "original_max_position_embeddings",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        "torch_dtype",
+        "dtype",
+        "tie_word_embeddings",
+        "attention_bias",
+        "mlp_bias",
+        "use_sliding_window",
+        "sliding_window",
+        "layer_types",
+        "quantization_config",
+        "partial_rotary_factor",
+        "eos_token_id",
+        "original_max_position_embeddings",
     ],
-)  # fmt: skip
+)
 def test_null_is_as_good_as_absent(tmp_path: Path, name: str) -> None:
     absent = load_config(written(tmp_path, {k: v for k, v in CONFIG.items() if k != name}))
     assert load_config(written(tmp_path, CONFIG | {name: None})) == absent
@@ -252,7 +309,9 @@ def test_numbers_may_be_written_as_integers(tmp_path: Path) -> None:
     assert type(config.rope.theta) is float
 
 
-@pytest.mark.parametrize(("said", "dtype"), [("torch.float16", "float16"), ("half", "float16"), ("float", "float32")])
+@pytest.mark.parametrize(
+    ("said", "dtype"), [("torch.float16", "float16"), ("half", "float16"), ("float", "float32")]
+)
 def test_names_of_types(tmp_path: Path, said: str, dtype: str) -> None:
     assert load_config(written(tmp_path, CONFIG | {"torch_dtype": said})).dtype == dtype
 
@@ -261,12 +320,19 @@ def test_names_of_types(tmp_path: Path, said: str, dtype: str) -> None:
 def test_parameters_are_counted(tmp_path: Path, tied: bool) -> None:
     """Within a thousandth: biases and norms are left out."""
     config = load_config(written(tmp_path, CONFIG | {"tie_word_embeddings": tied}))
-    options = {"load_format": "dummy", "skip_tokenizer_init": True, "num_kv_blocks": 8, "device": "cpu"}
-    real = sum(p.numel() for p in LLM(tmp_path, **options).llm_engine.model_runner.model.parameters())
+    options = {
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "num_kv_blocks": 8,
+        "device": "cpu",
+    }
+    real = sum(
+        p.numel() for p in LLM(tmp_path, **options).llm_engine.model_runner.model.parameters()
+    )
     assert real * 0.999 < config.num_parameters <= real
 
 
-# --- the longest sequence ---------------------------------------------------------------------------------------------
+# --- the longest sequence -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -279,7 +345,10 @@ def test_parameters_are_counted(tmp_path: Path, tied: bool) -> None:
         ({"rope_scaling": YARN}, 2048),
         ({"rope_scaling": YARN | {"original_max_position_embeddings": 2048}}, 8192),
         ({"rope_scaling": YARN, "original_max_position_embeddings": 1024}, 4096),
-        ({"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 512}}, 2048),  # factor of lengths
+        (
+            {"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 512}},
+            2048,
+        ),  # factor of lengths
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 8192),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, 8192),
         ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 256}}, 2048),
@@ -297,8 +366,12 @@ def test_longest_sequence(tmp_path: Path, changes: dict[str, Any], length: int) 
         EngineConfig(max_model_len=length + 1).resolve(config, "cpu")
     assert f"max_model_len={length + 1} is beyond the {length} positions" in str(caught.value)
     is_scaled = config.rope.rope_type != "default"
-    assert ("set rope scaling" in str(caught.value)) != is_scaled, "advice that was followed already"
-    assert ("raise that factor" in str(caught.value)) == (config.rope.rope_type in ("yarn", "linear"))
+    assert ("set rope scaling" in str(caught.value)) != is_scaled, (
+        "advice that was followed already"
+    )
+    assert ("raise that factor" in str(caught.value)) == (
+        config.rope.rope_type in ("yarn", "linear")
+    )
 
 
 @pytest.mark.parametrize("kind", ["yarn", "linear"])
@@ -312,14 +385,22 @@ def test_beyond_the_trained_length_tokens_are_transformers(tmp_path: Path, kind:
     llm = LLM(tmp_path, skip_tokenizer_init=True, device="cpu", num_kv_blocks=32)
     assert llm.llm_engine.config.max_model_len == 256
     [output] = llm.generate([prompt], greedy(8), use_tqdm=False)
-    assert output.outputs[0].token_ids == TransformersReference(tmp_path).greedy(prompt, 8).token_ids
+    assert (
+        output.outputs[0].token_ids == TransformersReference(tmp_path).greedy(prompt, 8).token_ids
+    )
 
 
-# --- end-of-sequence tokens and sampling defaults ---------------------------------------------------------------------
+# --- end-of-sequence tokens and sampling defaults -------------------------------------------------
 
 
 def test_without_a_generation_config_the_config_ends(tmp_path: Path) -> None:
-    shape = {"num_hidden_layers": 1, "hidden_size": 16, "head_dim": 8, "intermediate_size": 24, "vocab_size": 64}
+    shape = {
+        "num_hidden_layers": 1,
+        "hidden_size": 16,
+        "head_dim": 8,
+        "intermediate_size": 24,
+        "vocab_size": 64,
+    }
     write_checkpoint(tmp_path, "qwen3", **shape)
     options = {"skip_tokenizer_init": True, "num_kv_blocks": 16, "device": "cpu"}
     [output] = LLM(tmp_path, **options).generate([[1, 2, 3]], greedy(12), use_tqdm=False)
@@ -327,7 +408,9 @@ def test_without_a_generation_config_the_config_ends(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").unlink()
     config = json.loads((tmp_path / "config.json").read_text())
     written(tmp_path, config | {"eos_token_id": tokens[4]})
-    [output] = LLM(tmp_path, **options).generate([[1, 2, 3]], greedy(12, ignore_eos=False), use_tqdm=False)
+    [output] = LLM(tmp_path, **options).generate(
+        [[1, 2, 3]], greedy(12, ignore_eos=False), use_tqdm=False
+    )
     assert output.outputs[0].token_ids == tokens[: tokens.index(tokens[4]) + 1]
     assert output.outputs[0].finish_reason == "stop"
 
@@ -341,7 +424,10 @@ def test_without_a_generation_config_the_config_ends(tmp_path: Path) -> None:
         ),
         ({"repetition_penalty": 1.1, "min_p": 0.05}, {"repetition_penalty": 1.1, "min_p": 0.05}),
         ({"max_new_tokens": 7, "max_length": 9}, {"max_tokens": 7}),
-        ({"do_sample": False, "temperature": 0.6}, {"temperature": 0.6}),  # vLLM does not look at do_sample
+        (
+            {"do_sample": False, "temperature": 0.6},
+            {"temperature": 0.6},
+        ),  # vLLM does not look at do_sample
         ({"temperature": None, "top_p": 0.5}, {"top_p": 0.5}),
         ({"eos_token_id": 2, "pad_token_id": 0, "num_beams": 4}, {}),
         ({}, {}),
@@ -349,7 +435,9 @@ def test_without_a_generation_config_the_config_ends(tmp_path: Path) -> None:
     ],
     ids=plain,
 )
-def test_sampling_defaults(tmp_path: Path, generation: dict[str, Any] | None, expected: dict[str, Any]) -> None:
+def test_sampling_defaults(
+    tmp_path: Path, generation: dict[str, Any] | None, expected: dict[str, Any]
+) -> None:
     written(tmp_path, CONFIG, generation)
     assert load_generation_config(tmp_path) == (generation or {})
     assert default_sampling_params(tmp_path) == expected
@@ -360,10 +448,20 @@ def test_sampling_defaults(tmp_path: Path, generation: dict[str, Any] | None, ex
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("temperature", "x"), ("temperature", -1), ("top_p", 7), ("top_p", 0), ("top_k", 1.5), ("top_k", [5]),
-     ("min_p", 2), ("repetition_penalty", 0), ("repetition_penalty", float("nan")), ("max_new_tokens", 0),
-     ("max_new_tokens", "x")],
-)  # fmt: skip
+    [
+        ("temperature", "x"),
+        ("temperature", -1),
+        ("top_p", 7),
+        ("top_p", 0),
+        ("top_k", 1.5),
+        ("top_k", [5]),
+        ("min_p", 2),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", float("nan")),
+        ("max_new_tokens", 0),
+        ("max_new_tokens", "x"),
+    ],
+)
 def test_sampling_defaults_that_cannot_be(tmp_path: Path, name: str, value: Any) -> None:
     written(tmp_path, CONFIG, {name: value})
     with pytest.raises(ConfigError) as caught:
@@ -374,7 +472,7 @@ def test_sampling_defaults_that_cannot_be(tmp_path: Path, name: str, value: Any)
     assert default_sampling_params(tmp_path, "vllm") == {}
 
 
-# --- validation.py ----------------------------------------------------------------------------------------------------
+# --- validation.py --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -433,7 +531,9 @@ def test_check_refuses(value: Any, annotation: Any, said: str) -> None:
 
 
 def test_no_value_of_any_kind_is_a_bare_error() -> None:
-    """Every field of a config, with values of every kind: it is read, or refused with a typed error."""
+    """Every field of a config, with values of every kind: it is read, or refused with a typed
+    error.
+    """
     values = [
         None,
         True,

@@ -1,4 +1,6 @@
-"""The map of the course and the tour's exercise: boxes where the needs put them, minutes that the pages say."""
+"""The map of the course and the tour's exercise: boxes where the needs put them, minutes that the
+pages say.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +38,10 @@ def test_the_picture_says_it_in_words() -> None:
     figure = draw_course_map(STOPS)
     found = [text.get_text() for text in figure.axes[0].texts]
     assert {"5", "50 + 40", "30 + 80", "20", "to come"} <= set(found)
-    assert figure.caption == (
-        "2 hours of reading and 2 hours of exercises. Nothing is needed for 00 and 01; 02 after 01, 03 after 02, "
-        "04 after 01. Still to come: 03."
+    assert (
+        figure.caption
+        == "2 hours of reading and 2 hours of exercises. Nothing is needed for 00 and 01; 02 after"
+        " 01, 03 after 02, 04 after 01. Still to come: 03."
     )
     assert len(figure.to_png()) < 60_000
 
@@ -48,11 +51,13 @@ def test_no_two_chapters_in_one_place() -> None:
     assert len(set(where.values())) == len(ROAD)
 
 
-# --- the road and the pages -------------------------------------------------------------------------------------------
+# --- the road and the pages -----------------------------------------------------------------------
 
 
 def test_the_road_is_the_notebooks() -> None:
-    committed = [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb")) if as_committed(path)[0]]
+    committed = [
+        path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb")) if as_committed(path)[0]
+    ]
     assert [stop.name for stop in ROAD if stop.name in committed] == committed
 
 
@@ -70,13 +75,19 @@ def test_a_page_says_what_the_road_says(name: str, stops: dict[str, Stop]) -> No
     assert 5 <= stop.reading <= 90
     if Chapter(ROOT, stop.name).solution_path.exists():
         assert 60 <= stop.exercises <= 240
-    cells = nbformat.reads(as_committed(path)[0] or path.read_text(encoding="utf-8"), as_version=4).cells[:4]
+    cells = nbformat.reads(
+        as_committed(path)[0] or path.read_text(encoding="utf-8"), as_version=4
+    ).cells[:4]
     text = "\n".join(cell.source for cell in cells)
-    if (said := re.search(r"(?:\*\*You need:\*\*|Know first:)(.+?)(?:\n\n|\Z)", text, re.DOTALL)) is not None:
+    if (
+        said := re.search(r"(?:\*\*You need:\*\*|Know first:)(.+?)(?:\n\n|\Z)", text, re.DOTALL)
+    ) is not None:
         text = re.sub(r"\]\([^)]*\)", "]", said[1])
         chapters = re.findall(r"chapters? (\d+(?:(?:, | and )\d+)*)", text)
         mentioned = {int(number) for group in chapters for number in re.findall(r"\d+", group)}
-        assert mentioned <= {int(number) for number in (*stop.needs, *stop.helps)}, "mend ROAD, or what the page says"
+        assert mentioned <= {int(number) for number in (*stop.needs, *stop.helps)}, (
+            "mend ROAD, or what the page says"
+        )
 
 
 def test_the_tour_links_every_chapter() -> None:
@@ -86,7 +97,7 @@ def test_the_tour_links_every_chapter() -> None:
     assert links == [stop.name for stop in ROAD[1:]]
 
 
-# --- the exercise that is done together -------------------------------------------------------------------------------
+# --- the exercise that is done together -----------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
-"""Ctrl-C, or any error, at every line of engine and LLM, twice in a row: no engine breaks, and nothing is lost.
+"""Ctrl-C, or any error, at every line of engine and LLM, twice in a row: no engine breaks, and
+nothing is lost.
 
-A strike is an exception raised by a trace function at the n-th line that runs in the files below: all that lies
-between a caller and the model. After it the engine must serve new requests with the right tokens, give all blocks and
-slots back, and a stream that was open must go on as if nothing had been.
+A strike is an exception raised by a trace function at the n-th line that runs in the files below:
+all that lies between a caller and the model. After it the engine must serve new requests with the
+right tokens, give all blocks and slots back, and a stream that was open must go on as if nothing
+had been.
 """
 
 from __future__ import annotations
@@ -26,7 +28,15 @@ from minivllm.errors import ConcurrentUseError
 from minivllm.sampling_params import RequestOutputKind
 
 PACKAGE = Path(minivllm.__file__).parent
-NAMES = ("scheduler", "block_manager", "sequence", "engine_core", "output_processor", "llm_engine", "model_runner")
+NAMES = (
+    "scheduler",
+    "block_manager",
+    "sequence",
+    "engine_core",
+    "output_processor",
+    "llm_engine",
+    "model_runner",
+)
 STRUCK = {str(PACKAGE / "llm.py"), *(str(PACKAGE / "engine" / f"{name}.py") for name in NAMES)}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
 #: A small pool and budget: chunks, preemptions, prefix hits and waiting are met within few steps.
@@ -38,8 +48,18 @@ PROMPTS = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 3, 4, 5, 6, 7, 8, 11, 12], [7, 8]
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    shape |= {"num_key_value_heads": 1, "head_dim": 8, "vocab_size": 64, "max_position_embeddings": 64}
+    shape = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    shape |= {
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "vocab_size": 64,
+        "max_position_embeddings": 64,
+    }
     return write_checkpoint(tmp_path_factory.mktemp("cut"), **shape)
 
 
@@ -48,7 +68,9 @@ def make(path: Path, **options: Any) -> LLM:
 
 
 class Strikes:
-    """Raises at the lines of these numbers, counted from the beginning of the block; counts on where none is left."""
+    """Raises at the lines of these numbers, counted from the beginning of the block; counts on
+    where none is left.
+    """
 
     def __init__(self, *at: int, error: type[BaseException] = KeyboardInterrupt) -> None:
         self.at: set[int] | None = set(at)
@@ -120,7 +142,10 @@ def test_at_every_line_of_generate(path: Path, late: bool, error: type[BaseExcep
     llm = make(path, async_scheduling=late)
     generate(llm)
     found = llm.metrics()
-    assert min(found.num_preemptions, found.num_chunks, found.num_mixed_steps, found.prefix_cache_hits) > 0
+    assert (
+        min(found.num_preemptions, found.num_chunks, found.num_mixed_steps, found.prefix_cache_hits)
+        > 0
+    )
     params = [GREEDY, SamplingParams(**{**vars(GREEDY), "n": 2, "logprobs": 1}), GREEDY, GREEDY]
     lines = lines_of(lambda: generate(llm, params=params))
     assert len(set(lines)) > 250
@@ -128,13 +153,16 @@ def test_at_every_line_of_generate(path: Path, late: bool, error: type[BaseExcep
     places = [n for seed in range(ROUNDS) for n in one_each(lines, seed)]
     for place in places if error is KeyboardInterrupt else places[::4]:
         with (
-            Strikes(place, place + rng.choice([1, 2, 3, 5, 9, 20, 60, 200]), error=error) as strikes,
+            Strikes(
+                place, place + rng.choice([1, 2, 3, 5, 9, 20, 60, 200]), error=error
+            ) as strikes,
             contextlib.suppress(error),
         ):
             generate(llm, params=params)
         made = llm.metrics().num_generated_tokens
         assert ids(generate(llm, PROMPTS[2:3])) == expected[2:3], strikes.places
-        # Nobody waits for the requests that were cut short, so nothing is computed for them any more.
+        # Nobody waits for the requests that were cut short, so nothing is computed for them any
+        # more.
         assert llm.metrics().num_generated_tokens - made == GREEDY.max_tokens, strikes.places
         if place % 20 == 0:
             assert_whole(llm, expected, strikes.places)
@@ -143,7 +171,9 @@ def test_at_every_line_of_generate(path: Path, late: bool, error: type[BaseExcep
 
 @pytest.mark.parametrize("late", [False, True], ids=["at-once", "one-step-late"])
 def test_an_open_stream_goes_on_as_if_nothing_had_been(path: Path, late: bool) -> None:
-    long = SamplingParams(temperature=0.8, seed=3, max_tokens=18, ignore_eos=True, logprobs=1, presence_penalty=0.5)
+    long = SamplingParams(
+        temperature=0.8, seed=3, max_tokens=18, ignore_eos=True, logprobs=1, presence_penalty=0.5
+    )
     llm = make(path, async_scheduling=late)
     [expected] = generate(llm, PROMPTS[:1], long)
     lines = lines_of(lambda: generate(llm))
@@ -153,7 +183,9 @@ def test_an_open_stream_goes_on_as_if_nothing_had_been(path: Path, late: bool) -
         with Strikes(place, place + 7) as strikes, contextlib.suppress(KeyboardInterrupt):
             generate(llm)
         parts += list(stream)
-        assert [t for part in parts for t in part.token_ids] == expected.outputs[0].token_ids, strikes.places
+        assert [t for part in parts for t in part.token_ids] == expected.outputs[0].token_ids, (
+            strikes.places
+        )
         assert parts[-1].finish_reason == "length", strikes.places
 
 
@@ -180,7 +212,9 @@ def test_a_stream_that_is_struck_is_over_and_forgotten(path: Path) -> None:
 
 @pytest.mark.parametrize("kind", list(RequestOutputKind))
 def test_a_loop_of_ones_own_gets_every_token(path: Path, kind: RequestOutputKind) -> None:
-    """The engine is driven by hand and struck again and again; whoever goes on stepping gets all, once."""
+    """The engine is driven by hand and struck again and again; whoever goes on stepping gets all,
+    once.
+    """
     expected = ids(generate(make(path)))
     params = SamplingParams(**{**vars(GREEDY), "output_kind": kind})
     for place in range(1, 400, 3 if ROUNDS > 1 else 40):
@@ -274,7 +308,7 @@ def test_timed_interrupts(path: Path) -> None:
     assert_whole(llm, expected, "at the end")
 
 
-# --- one thread at a time ---------------------------------------------------------------------------------------------
+# --- one thread at a time -------------------------------------------------------------------------
 
 
 def in_another_thread(action: Callable[[], Any]) -> Any:

@@ -15,7 +15,10 @@ from tokenizers import Tokenizer as Raw
 from minivllm.tokenizer import REPLACEMENT, Detokenizer, Tokenizer
 
 PROFILE = settings(
-    derandomize=True, deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    derandomize=True,
+    deadline=None,
+    max_examples=200,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 SENTENCES = [
     "the cat sat on the mat.",
@@ -25,15 +28,54 @@ SENTENCES = [
 ]
 SPECIAL = ["<s>", "</s>", "<|user|>", "<|end|>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-PIECES = ["▁", "▁▁", "a", "b", "▁a", "▁the", "the", "ing", "▁walk", ".", "▁.", "é", "日", "本", "▁日", "🎲", " ", "\n"]
-WORDS = ["walk", "##ing", "##s", "talk", "the", ".", ",", "##.", "n't", "日", "##本", "a", "#", "##"]
+PIECES = [
+    "▁",
+    "▁▁",
+    "a",
+    "b",
+    "▁a",
+    "▁the",
+    "the",
+    "ing",
+    "▁walk",
+    ".",
+    "▁.",
+    "é",
+    "日",
+    "本",
+    "▁日",
+    "🎲",
+    " ",
+    "\n",
+]
+WORDS = [
+    "walk",
+    "##ing",
+    "##s",
+    "talk",
+    "the",
+    ".",
+    ",",
+    "##.",
+    "n't",
+    "日",
+    "##本",
+    "a",
+    "#",
+    "##",
+]
 
 
 def byte_level() -> Raw:
     raw = Raw(models.BPE())
-    raw.pre_tokenizer, raw.decoder = (pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel())
+    raw.pre_tokenizer, raw.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    raw.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet))
+    raw.train_from_iterator(
+        SENTENCES, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet)
+    )
     return raw
 
 
@@ -46,17 +88,26 @@ def word_level(words: list[str], decoder, *, bytes_too: bool = False) -> Raw:
     return raw
 
 
-LLAMA = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+LLAMA = [
+    decoders.Replace("▁", " "),
+    decoders.ByteFallback(),
+    decoders.Fuse(),
+    decoders.Strip(" ", 1, 0),
+]
 KINDS = {
     "byte-level": byte_level,
     "llama": lambda: word_level(PIECES, decoders.Sequence(LLAMA), bytes_too=True),
     "gemma": lambda: word_level(PIECES, decoders.Sequence(LLAMA[:3]), bytes_too=True),
-    "strip-two": lambda: word_level(PIECES, decoders.Sequence([*LLAMA[:3], decoders.Strip(" ", 2, 0)]), bytes_too=True),
+    "strip-two": lambda: word_level(
+        PIECES, decoders.Sequence([*LLAMA[:3], decoders.Strip(" ", 2, 0)]), bytes_too=True
+    ),
     "metaspace": lambda: word_level(PIECES, decoders.Metaspace()),
     "metaspace-never": lambda: word_level(PIECES, decoders.Metaspace(prepend_scheme="never")),
     "wordpiece": lambda: word_level(WORDS, decoders.WordPiece("##", cleanup=True)),
     "wordpiece-as-it-is": lambda: word_level(WORDS, decoders.WordPiece("##", cleanup=False)),
-    "end-of-word": lambda: word_level(["wal", "king</w>", "the</w>", "a", ".</w>"], decoders.BPEDecoder("</w>")),
+    "end-of-word": lambda: word_level(
+        ["wal", "king</w>", "the</w>", "a", ".</w>"], decoders.BPEDecoder("</w>")
+    ),
     "no-decoder": lambda: word_level(WORDS, None),
 }
 HAS_BYTES = ("llama", "gemma", "strip-two")
@@ -129,7 +180,11 @@ def test_long_runs(tokenizer, seed):
     draw = random.Random(seed)
     ids = list(range(num_ids(tokenizer)))
     prompt = draw.choices(ids, k=50)
-    output = [t for _ in range(30) for t in draw.choices(ids, k=10) + draw.choices(ids, k=1) * draw.randrange(30)]
+    output = [
+        t
+        for _ in range(30)
+        for t in draw.choices(ids, k=10) + draw.choices(ids, k=1) * draw.randrange(30)
+    ]
     for skip in (True, False):
         right = expected_text(tokenizer, prompt, output, skip)
         increments, _ = stream(tokenizer, prompt, output, skip)
@@ -172,7 +227,10 @@ def test_a_run_of_broken_bytes_does_not_block_the_stream(tokenizers, kind, skip)
         ([0xE4, 0xBD, "a"], ["", "", "\ufffd\ufffda", ""]),
         ([*"你".encode(), 0xFF, "a"], ["", "", "你", "", "\ufffda", ""]),
         ([0xFF, *"🎲".encode()], ["", "", "", "\ufffd", "🎲", ""]),
-        ([0xED, 0xA0, 0x80, "a"], ["", "", "", "\ufffd\ufffd\ufffda", ""]),  # a surrogate is no character
+        (
+            [0xED, 0xA0, 0x80, "a"],
+            ["", "", "", "\ufffd\ufffd\ufffda", ""],
+        ),  # a surrogate is no character
     ],
 )
 def test_bytes_become_characters_one_by_one(tokenizers, kind, output, increments):
@@ -227,7 +285,10 @@ def test_a_character_goes_on_across_the_seam(tokenizers):
     four = [to_id(c) for c in "ðŁĮ±"]  # 🌱 as byte-level BPE writes its bytes
     for cut in range(1, 4):
         assert at_once(tokenizer, [to_id("a"), *four[:cut]], [*four[cut:], to_id("b")]) == "🌱b"
-        assert "".join(stream(tokenizer, [to_id("a"), *four[:cut]], [*four[cut:], to_id("b")])[0]) == "🌱b"
+        assert (
+            "".join(stream(tokenizer, [to_id("a"), *four[:cut]], [*four[cut:], to_id("b")])[0])
+            == "🌱b"
+        )
         assert at_once(tokenizer, [to_id("a"), *four[:cut]], [to_id("b")]) == "b"
 
 
@@ -287,9 +348,17 @@ def test_spaces_between_special_tokens(tokenizers):
     """
     tokenizer = tokenizers["wordpiece"]
     to_id = tokenizer._tokenizer.token_to_id
-    output = [to_id(t) for t in ("<s>", "</s>", "walk", "##ing", "<tool>", "<|end|>", "<s>", "the", "<s>")]
-    spaced, tight = ("<s> </s> walking <tool> <|end|> <s> the <s>", "<s></s> walking <tool><|end|><s> the <s>")
+    output = [
+        to_id(t) for t in ("<s>", "</s>", "walk", "##ing", "<tool>", "<|end|>", "<s>", "the", "<s>")
+    ]
+    spaced, tight = (
+        "<s> </s> walking <tool> <|end|> <s> the <s>",
+        "<s></s> walking <tool><|end|><s> the <s>",
+    )
     assert at_once(tokenizer, [], output, skip=False) == spaced
     for run in (at_once, lambda *a, **k: "".join(stream(*a, **k)[0])):
         assert run(tokenizer, [], output, skip=False, spaces_between_special_tokens=False) == tight
-        assert run(tokenizer, [], output, skip=True, spaces_between_special_tokens=False) == "walking <tool> the"
+        assert (
+            run(tokenizer, [], output, skip=True, spaces_between_special_tokens=False)
+            == "walking <tool> the"
+        )

@@ -12,7 +12,9 @@ from minivllm.errors import RankFailedError
 
 
 def test_what_rank_0_says_is_json_with_a_signature(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing that comes over the wire is unpickled, and a message of somebody else's is refused."""
+    """Nothing that comes over the wire is unpickled, and a message of somebody else's is
+    refused.
+    """
     key = b"k" * 32
     sent: list[torch.Tensor] = []
     sender, receiver = (TensorParallelGroup(rank, 2, None, None, key) for rank in (0, 1))

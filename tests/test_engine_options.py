@@ -1,4 +1,6 @@
-"""Options of an engine: every one is checked for its type, and what the machine cannot give is said."""
+"""Options of an engine: every one is checked for its type, and what the machine cannot give is
+said.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +27,39 @@ from minivllm.validation import annotations_of
 
 FIELDS = [field.name for field in dataclasses.fields(EngineConfig)]
 #: Of no field's type.
-NONSENSE = [[], {}, object(), b"auto", float("nan"), float("inf"), -(2**70), 2**70, "nonsense", 0.5j]
+NONSENSE = [
+    [],
+    {},
+    object(),
+    b"auto",
+    float("nan"),
+    float("inf"),
+    -(2**70),
+    2**70,
+    "nonsense",
+    0.5j,
+]
 #: Options that are a number of things; max_num_batched_tokens takes no memory until they are there.
 SIZES = ("max_num_seqs", "max_model_len", "block_size", "num_kv_blocks", "tensor_parallel_size")
-TINY = {"num_hidden_layers": 1, "hidden_size": 16, "head_dim": 8, "intermediate_size": 24, "vocab_size": 64}
+TINY = {
+    "num_hidden_layers": 1,
+    "hidden_size": 16,
+    "head_dim": 8,
+    "intermediate_size": 24,
+    "vocab_size": 64,
+}
 QWEN3 = {
-    "architectures": ["Qwen3ForCausalLM"], "vocab_size": 256, "hidden_size": 64, "intermediate_size": 64,
-    "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
-    "max_position_embeddings": 40960, "tie_word_embeddings": True,
-}  # fmt: skip
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": True,
+}
 
 
 @pytest.fixture
@@ -47,13 +73,15 @@ def write_config(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-# --- types ------------------------------------------------------------------------------------------------------------
+# --- types ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", NONSENSE, ids=plain)
 @pytest.mark.parametrize("name", FIELDS)
 def test_no_option_takes_nonsense(name: str, value: Any) -> None:
-    if name == "device" and isinstance(value, str):  # text: what it may be is known where devices are
+    if name == "device" and isinstance(
+        value, str
+    ):  # text: what it may be is known where devices are
         with pytest.raises(ConfigError, match="device must be"):
             pick_device(value)
         return
@@ -100,7 +128,11 @@ def test_no_option_takes_nonsense(name: str, value: Any) -> None:
 )
 def test_the_error_says_what_is_allowed(name: str, value: Any, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        LLM(load_format="dummy", **{name: value}) if name != "load_format" else EngineConfig(**{name: value})
+        (
+            LLM(load_format="dummy", **{name: value})
+            if name != "load_format"
+            else EngineConfig(**{name: value})
+        )
     assert said in str(caught.value)
     assert len(str(caught.value)) < 700
 
@@ -137,8 +169,16 @@ def test_every_option_is_checked_for_its_type() -> None:
 @pytest.mark.parametrize("seed", [-1, -(2**63), 2**64 - 1])
 def test_every_seed_draws_weights(tmp_path: Path, seed: int) -> None:
     write_config(tmp_path, num_hidden_layers=1)
-    options = {"load_format": "dummy", "skip_tokenizer_init": True, "num_kv_blocks": 8, "device": "cpu"}
-    drawn = [LLM(tmp_path, seed=s, **options).llm_engine.model_runner.model.model.norm.weight for s in (seed, 0)]
+    options = {
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "num_kv_blocks": 8,
+        "device": "cpu",
+    }
+    drawn = [
+        LLM(tmp_path, seed=s, **options).llm_engine.model_runner.model.model.norm.weight
+        for s in (seed, 0)
+    ]
     assert all(weight.isfinite().all() for weight in drawn)
 
 
@@ -148,7 +188,7 @@ def test_a_model_that_is_no_name(model: Any) -> None:
         LLM(model)
 
 
-# --- EngineArgs -------------------------------------------------------------------------------------------------------
+# --- EngineArgs -----------------------------------------------------------------------------------
 
 
 def test_engine_args() -> None:
@@ -168,13 +208,15 @@ def test_engine_args_make_the_engine_they_describe(checkpoint: Path) -> None:
     assert (config.num_kv_blocks, config.max_num_seqs) == (16, 3)
 
 
-@pytest.mark.parametrize("options", [{"max_num_seqs": "4"}, {"enable_lora": True}, {"max_num_seq": 4}])
+@pytest.mark.parametrize(
+    "options", [{"max_num_seqs": "4"}, {"enable_lora": True}, {"max_num_seq": 4}]
+)
 def test_engine_args_are_checked(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"max_num_seqs|enable_lora"):
         EngineArgs(model=None, **options)
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -191,14 +233,20 @@ def test_engine_args_are_checked(options: dict[str, Any]) -> None:
 )
 def test_more_memory_than_there_is(options: dict[str, int]) -> None:
     """Said at once, before anything is allocated, with the option to turn."""
-    with pytest.raises(OutOfMemoryError, match=r"Starting takes .* GiB of memory, .* are free\. Lower"):
+    with pytest.raises(
+        OutOfMemoryError, match=r"Starting takes .* GiB of memory, .* are free\. Lower"
+    ):
         LLM(load_format="dummy", device="cpu", **options)
 
 
-@pytest.mark.parametrize("name", ["vocab_size", "intermediate_size", "num_hidden_layers", "hidden_size", "head_dim"])
+@pytest.mark.parametrize(
+    "name", ["vocab_size", "intermediate_size", "num_hidden_layers", "hidden_size", "head_dim"]
+)
 def test_a_model_that_is_too_large(tmp_path: Path, name: str) -> None:
     write_config(tmp_path, **{name: 10**9})
-    with pytest.raises(OutOfMemoryError, match=r"are the weights; .* Use a smaller model or dtype='bfloat16'"):
+    with pytest.raises(
+        OutOfMemoryError, match=r"are the weights; .* Use a smaller model or dtype='bfloat16'"
+    ):
         LLM(tmp_path, load_format="dummy", skip_tokenizer_init=True, device="cpu")
 
 
@@ -208,13 +256,23 @@ def test_a_billion_heads(tmp_path: Path) -> None:
     with pytest.raises(OutOfMemoryError, match="weights"):
         LLM(tmp_path, load_format="dummy", skip_tokenizer_init=True, device="cpu")
     with pytest.raises(ConfigError, match="tensor_parallel_size=3 does not divide"):
-        LLM(tmp_path, load_format="dummy", skip_tokenizer_init=True, device="cpu", tensor_parallel_size=3)
+        LLM(
+            tmp_path,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            device="cpu",
+            tensor_parallel_size=3,
+        )
 
 
 def test_the_cache_of_a_cpu_is_modest(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Qwen3-0.6B's attention: 8.75 GiB for its 40,960 tokens. What fits 1 GiB is offered, and said."""
+    """Qwen3-0.6B's attention: 8.75 GiB for its 40,960 tokens. What fits 1 GiB is offered, and
+    said.
+    """
     write_config(tmp_path)
-    runner = LLM(tmp_path, load_format="dummy", skip_tokenizer_init=True, device="cpu").llm_engine.model_runner
+    runner = LLM(
+        tmp_path, load_format="dummy", skip_tokenizer_init=True, device="cpu"
+    ).llm_engine.model_runner
     held = sum(cache.nbytes for pair in runner.kv_caches for cache in pair)
     assert 0.9 * 2**30 < held <= 2**30
     assert runner.config.max_model_len == runner.num_kv_blocks * 16 == 4672
@@ -228,7 +286,10 @@ def test_the_cache_of_a_cpu_is_modest(tmp_path: Path, caplog: pytest.LogCaptureF
     ("options", "length"),
     [
         ({"max_model_len": 8192}, 8192),  # asked for, and there is room
-        ({"num_kv_blocks": 64}, 40960),  # the cache is the user's own; a request beyond it is refused
+        (
+            {"num_kv_blocks": 64},
+            40960,
+        ),  # the cache is the user's own; a request beyond it is refused
         ({"dtype": "bfloat16"}, 9360),
         ({"block_size": 100}, 4600),
     ],
@@ -239,14 +300,19 @@ def test_a_length_that_is_asked_for_stays(
     config = EngineConfig(**options).resolve(ModelConfig.from_hf(QWEN3), "cpu")
     assert config.max_model_len == length
     assert ("max_model_len" in caplog.text) == (length < 40960 and "max_model_len" not in options)
-    on_gpu = EngineConfig(**options, attention_backend="torch").resolve(ModelConfig.from_hf(QWEN3), "cuda")
+    on_gpu = EngineConfig(**options, attention_backend="torch").resolve(
+        ModelConfig.from_hf(QWEN3), "cuda"
+    )
     assert on_gpu.max_model_len == options.get("max_model_len", 40960)
 
 
 def test_a_small_model_has_its_whole_length() -> None:
     with LLM(device="cpu") as llm:
         config = llm.llm_engine.config
-        assert (config.max_model_len, config.num_kv_blocks) == (2048, model_runner.CPU_KV_CACHE_BYTES // 98304)
+        assert (config.max_model_len, config.num_kv_blocks) == (
+            2048,
+            model_runner.CPU_KV_CACHE_BYTES // 98304,
+        )
 
 
 def test_a_length_that_cannot_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +320,8 @@ def test_a_length_that_cannot_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     write_config(tmp_path)
     options = {"load_format": "dummy", "skip_tokenizer_init": True, "device": "cpu"}
     with pytest.raises(
-        OutOfMemoryError, match=r"8\.75 GiB are the KV cache; 4\.00 GiB are free\. Lower max_model_len=40960"
+        OutOfMemoryError,
+        match=r"8\.75 GiB are the KV cache; 4\.00 GiB are free\. Lower max_model_len=40960",
     ):
         LLM(tmp_path, max_model_len=40960, **options)
     LLM(tmp_path, **options)
@@ -282,7 +349,9 @@ assert 3.9 * 2**30 < after - available_bytes() < 4.1 * 2**30
     [
         (torch.OutOfMemoryError("CUDA out of memory."), OutOfMemoryError),
         (
-            RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory"),
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory"
+            ),
             OutOfMemoryError,
         ),
         (MemoryError(), OutOfMemoryError),
@@ -303,11 +372,13 @@ def test_a_start_that_fails(error: Exception, typed: type[Exception]) -> None:
     assert isinstance(caught.value, MiniVLLMError) == (typed in (OutOfMemoryError, ConfigError))
 
 
-# --- the environment --------------------------------------------------------------------------------------------------
+# --- the environment ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [None, "", "0", "off"])
-def test_triton_on_a_cpu_needs_its_interpreter(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+def test_triton_on_a_cpu_needs_its_interpreter(
+    monkeypatch: pytest.MonkeyPatch, value: str | None
+) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if value is not None:
         monkeypatch.setenv("TRITON_INTERPRET", value)
@@ -318,7 +389,9 @@ def test_triton_on_a_cpu_needs_its_interpreter(monkeypatch: pytest.MonkeyPatch, 
 def test_triton_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     real = __import__("importlib.util").util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "triton" else real(name))
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "triton" else real(name)
+    )
     with pytest.raises(ConfigError, match="needs Triton"):
         LLM(device="cpu", attention_backend="triton", num_kv_blocks=8)
 
@@ -343,7 +416,9 @@ MET = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511", "RANK": "0"}
     ],
     ids=plain,
 )
-def test_half_of_what_torchrun_sets(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], said: str) -> None:
+def test_half_of_what_torchrun_sets(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], said: str
+) -> None:
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"WORLD_SIZE": "2", **environment}.items():
@@ -352,7 +427,9 @@ def test_half_of_what_torchrun_sets(monkeypatch: pytest.MonkeyPatch, environment
         LLM(device="cpu", tensor_parallel_size=2, num_kv_blocks=8)
 
 
-def test_one_rank_does_not_look_at_torchrun(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
+def test_one_rank_does_not_look_at_torchrun(
+    monkeypatch: pytest.MonkeyPatch, checkpoint: Path
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "x")
     LLM(checkpoint, device="cpu", num_kv_blocks=8, skip_tokenizer_init=True)
 
@@ -365,8 +442,18 @@ def test_a_gpu_that_is_not_there() -> None:
 
 def test_options_are_the_same_on_the_command_line() -> None:
     """What the command line hands over is checked as Python's options are."""
-    command = [sys.executable, "-m", "minivllm", "generate", "x", "-e", "gpu_memory_utilization=abc"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, timeout=100)
+    command = [
+        sys.executable,
+        "-m",
+        "minivllm",
+        "generate",
+        "x",
+        "-e",
+        "gpu_memory_utilization=abc",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, timeout=100
+    )
     assert done.returncode == 2
     assert "gpu_memory_utilization is a number" in done.stderr
     assert "Traceback" not in done.stderr

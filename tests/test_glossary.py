@@ -1,4 +1,6 @@
-"""The glossary and the links between modules and chapters lead where they say, in both directions."""
+"""The glossary and the links between modules and chapters lead where they say, in both
+directions.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from minivllm.course.glossary import PACKAGE, TERMS, Term, line_of, render
 NAMES = {stop.number: stop.name for stop in ROAD}
 
 
-# --- the glossary -----------------------------------------------------------------------------------------------------
+# --- the glossary ---------------------------------------------------------------------------------
 
 
 def test_the_glossary_is_in_step() -> None:
@@ -37,7 +39,11 @@ def test_a_term_says_what_it_is(term: Term) -> None:
     assert term.text.endswith(".")
     assert 20 < len(term.text) < 260
     assert len(re.findall(r"[.:;](?= |$)", term.text)) <= 3, "one or two sentences"
-    line = (PACKAGE / re.split("[:~]", term.place)[0]).read_text(encoding="utf-8").splitlines()[line_of(term.place) - 1]
+    line = (
+        (PACKAGE / re.split("[:~]", term.place)[0])
+        .read_text(encoding="utf-8")
+        .splitlines()[line_of(term.place) - 1]
+    )
     assert re.split("[:~.]", term.place)[-1].split()[-1] in line, "the line that it leads to"
 
 
@@ -50,16 +56,26 @@ def test_every_chapter_has_terms() -> None:
 
 
 def test_a_place_that_is_gone_is_an_error(tmp_path: Path) -> None:
-    source = '"""What it is about."""\n\nclass A:\n    x: int = 1\n\n    def f(self):\n        y = 2\n\nB, C = 1, 2\n'
+    source = (
+        '"""What it is about."""\n\nclass A:\n    x: int = 1\n\n    def f(self):\n        y ='
+        " 2\n\nB, C = 1, 2\n"
+    )
     (tmp_path / "a.py").write_text(source)
-    lines = {"a.py:A": 3, "a.py:A.x": 4, "a.py:A.f": 6, "a.py:A.f.y": 7, "a.py:C": 9, "a.py~about": 1}
+    lines = {
+        "a.py:A": 3,
+        "a.py:A.x": 4,
+        "a.py:A.f": 6,
+        "a.py:A.f.y": 7,
+        "a.py:C": 9,
+        "a.py~about": 1,
+    }
     assert {place: line_of(place, tmp_path) for place in lines} == lines
     for place in ("a.py:D", "a.py:A.y", "a.py:x", "a.py~nothing", "b.py:A", "a.py", "a.py:"):
         with pytest.raises(LookupError, match=re.escape(place)):
             line_of(place, tmp_path)
 
 
-# --- modules and chapters ---------------------------------------------------------------------------------------------
+# --- modules and chapters -------------------------------------------------------------------------
 
 PAIRS = [(number, module) for number, modules in MODULES.items() for module in modules]
 
@@ -76,7 +92,9 @@ def test_a_chapter_links_to_its_modules(number: str, module: str) -> None:
     if not text:
         pytest.skip("its notebook has not been committed")
     cells = nbformat.reads(text, as_version=4).cells
-    assert any(f"](../minivllm/{module}" in cell.source for cell in cells if cell.cell_type == "markdown")
+    assert any(
+        f"](../minivllm/{module}" in cell.source for cell in cells if cell.cell_type == "markdown"
+    )
 
 
 def test_whoever_names_a_chapter_is_listed() -> None:

@@ -38,7 +38,9 @@ def prompts(count: int = len(LENGTHS), salt: int = 0) -> list[list[int]]:
 
 @pytest.mark.parametrize("running", [1, 3, 5, 8, 11])
 def test_replay_equals_the_same_padded_batch_run_eagerly(path: Path, running: int) -> None:
-    """Bit for bit, padding included; and the padded rows change nothing in the cache (reference bug 29)."""
+    """Bit for bit, padding included; and the padded rows change nothing in the cache (reference bug
+    29).
+    """
     with engine(path) as llm:
         core = llm.llm_engine
         for prompt in prompts(running):
@@ -52,7 +54,12 @@ def test_replay_equals_the_same_padded_batch_run_eagerly(path: Path, running: in
         graphs, state = runner.graphs, runner._state
         size = next(size for size in graphs.sizes if size >= running)
         padded = torch.tensor(slots + [graphs.spare_slot] * (size - running), device="cuda")
-        tensors = [state.block_table, state.position, state.last_token, *(x for kv in runner.kv_caches for x in kv)]
+        tensors = [
+            state.block_table,
+            state.position,
+            state.last_token,
+            *(x for kv in runner.kv_caches for x in kv),
+        ]
         before = [tensor.clone() for tensor in tensors]
         with torch.inference_mode():
             tokens, hidden = (x.clone() for x in graphs.replay(slots))
@@ -64,24 +71,38 @@ def test_replay_equals_the_same_padded_batch_run_eagerly(path: Path, running: in
         assert torch.equal(hidden, eager_hidden[:running])
         for one, other in zip(after, tensors, strict=True):
             assert torch.equal(one, other)
-        changed = sum(int((a != b).any(dim=(1, 3)).sum()) for a, b in zip(after[3:], before[3:], strict=True))
-        assert 0 < changed <= running * len(before[3:]), "a step writes one place a sequence in each cache"
+        changed = sum(
+            int((a != b).any(dim=(1, 3)).sum()) for a, b in zip(after[3:], before[3:], strict=True)
+        )
+        assert 0 < changed <= running * len(before[3:]), (
+            "a step writes one place a sequence in each cache"
+        )
 
 
 def test_a_padded_graph_leaves_the_others_alone(path: Path) -> None:
-    """Reference bug 29: the largest graph is not the one for every batch, and padding keeps no old slot alive."""
+    """Reference bug 29: the largest graph is not the one for every batch, and padding keeps no old
+    slot alive.
+    """
     reference = TransformersReference(path, "cuda")
     with engine(path, dtype="float32", max_num_seqs=32) as llm:
-        assert decode_tokens(llm, prompts(20)) == [reference.greedy(p, 32).token_ids for p in prompts(20)]
+        assert decode_tokens(llm, prompts(20)) == [
+            reference.greedy(p, 32).token_ids for p in prompts(20)
+        ]
         replayed = []
-        graphs, replay = llm.llm_engine.model_runner.graphs, llm.llm_engine.model_runner.graphs.replay
+        graphs, replay = (
+            llm.llm_engine.model_runner.graphs,
+            llm.llm_engine.model_runner.graphs.replay,
+        )
         graphs.replay = lambda slots: (replayed.append(len(slots)), replay(slots))[1]
-        # The slots of the 20 are free, their blocks cached; three newcomers run in a smaller, padded graph.
+        # The slots of the 20 are free, their blocks cached; three newcomers run in a smaller,
+        # padded graph.
         few = prompts(3, salt=100)
         assert decode_tokens(llm, few) == [reference.greedy(p, 32).token_ids for p in few]
         assert set(replayed) == {3}
         # And the cache of the twenty, which the prefix cache still knows, is what it was.
-        assert decode_tokens(llm, prompts(20)) == [reference.greedy(p, 32).token_ids for p in prompts(20)]
+        assert decode_tokens(llm, prompts(20)) == [
+            reference.greedy(p, 32).token_ids for p in prompts(20)
+        ]
 
 
 def test_graphs_serve_the_longest_sequence(path: Path) -> None:
@@ -89,7 +110,9 @@ def test_graphs_serve_the_longest_sequence(path: Path) -> None:
     reference = TransformersReference(path, "cuda")
     with engine(path, dtype="float32", max_model_len=1000, block_size=16, num_kv_blocks=128) as llm:
         long = random_prompt(900, 7)
-        assert decode_tokens(llm, [long, long[:5]], 95) == [reference.greedy(p, 95).token_ids for p in (long, long[:5])]
+        assert decode_tokens(llm, [long, long[:5]], 95) == [
+            reference.greedy(p, 95).token_ids for p in (long, long[:5])
+        ]
         assert llm.llm_engine.model_runner._state.block_table.shape[1] * 16 >= 1000
 
 
@@ -97,20 +120,26 @@ def test_graphs_serve_the_longest_sequence(path: Path) -> None:
 def test_overlap_changes_no_bit(path: Path, count: int) -> None:
     """Greedy and seeded sampling in bfloat16, scheduled one step ahead or not."""
     params = [
-        SamplingParams(temperature=0.8 * (i % 2), seed=i, max_tokens=40, ignore_eos=True, logprobs=1)
+        SamplingParams(
+            temperature=0.8 * (i % 2), seed=i, max_tokens=40, ignore_eos=True, logprobs=1
+        )
         for i in range(count)
     ]
     results = []
     for overlap in (True, False):
         with engine(path, async_scheduling=overlap) as llm:
             outputs = llm.generate(prompts(count), params, use_tqdm=False)
-            results.append([(o.outputs[0].token_ids, o.outputs[0].cumulative_logprob) for o in outputs])
+            results.append(
+                [(o.outputs[0].token_ids, o.outputs[0].cumulative_logprob) for o in outputs]
+            )
     assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("model", ["random", "bundled"])
 def test_bfloat16_is_as_exact_as_transformers(path: Path, model: str) -> None:
-    """RMS error of the logits against transformers in float32: at most 1.1 x that of transformers' own bfloat16."""
+    """RMS error of the logits against transformers in float32: at most 1.1 x that of transformers'
+    own bfloat16.
+    """
     from transformers import AutoModelForCausalLM
 
     import minivllm.bundled
@@ -126,8 +155,17 @@ def test_bfloat16_is_as_exact_as_transformers(path: Path, model: str) -> None:
     texts = [random_prompt(length, length) for length in (5, 33, 64, 100, 127, 128, 200, 300)] * 2
     texts = [[(token + i // 8) % 1000 for token in text] for i, text in enumerate(texts)]
     kernels = dataclasses.replace(triton, sample=recording)
-    with LLM(folder, dtype="bfloat16", skip_tokenizer_init=True, enforce_eager=True, kernels=kernels, num_kv_blocks=64,
-             max_num_seqs=16, max_num_batched_tokens=8192, async_scheduling=False) as llm:  # fmt: skip
+    with LLM(
+        folder,
+        dtype="bfloat16",
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        kernels=kernels,
+        num_kv_blocks=64,
+        max_num_seqs=16,
+        max_num_batched_tokens=8192,
+        async_scheduling=False,
+    ) as llm:
         seen.clear()
         llm.generate(texts, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
     ours = torch.cat(seen)
@@ -136,15 +174,19 @@ def test_bfloat16_is_as_exact_as_transformers(path: Path, model: str) -> None:
     def transformers_logits(dtype: torch.dtype) -> torch.Tensor:
         hf = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).cuda().eval()
         with torch.inference_mode():
-            return torch.stack([hf(torch.tensor([text], device="cuda")).logits[0, -1].float() for text in texts])
+            return torch.stack(
+                [hf(torch.tensor([text], device="cuda")).logits[0, -1].float() for text in texts]
+            )
 
     exact = transformers_logits(torch.float32)
-    # Our batch may hold the sequences in another order: each row is compared with the text that it belongs to.
+    # Our batch may hold the sequences in another order: each row is compared with the text that it
+    # belongs to.
     owner = torch.cdist(ours, exact).argmin(dim=1)
     assert sorted(owner.tolist()) == list(range(len(texts)))
     error = (ours - exact[owner]).square().mean().sqrt().item()
     theirs = (transformers_logits(torch.bfloat16) - exact).square().mean().sqrt().item()
     print(
-        f"\n{model}: RMS error of bfloat16 logits {error:.5f}, transformers' {theirs:.5f}, ratio {error / theirs:.3f}"
+        f"\n{model}: RMS error of bfloat16 logits {error:.5f}, transformers' {theirs:.5f}, ratio"
+        f" {error / theirs:.3f}"
     )
     assert error <= 1.1 * theirs

@@ -1,4 +1,6 @@
-"""The guide, notebooks/11: every option, every field of a request and every error is in it, so that it cannot rot."""
+"""The guide, notebooks/11: every option, every field of a request and every error is in it, so that
+it cannot rot.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,11 @@ def given_names(notebook: NotebookNode) -> set[str]:
 def provoked(notebook: NotebookNode) -> set[str]:
     """Words in what the code printed."""
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    return set(re.findall(r"\w+", "\n".join(compared_text(output) for cell in cells for output in cell.outputs)))
+    return set(
+        re.findall(
+            r"\w+", "\n".join(compared_text(output) for cell in cells for output in cell.outputs)
+        )
+    )
 
 
 def test_every_engine_option_has_an_example(guide: NotebookNode) -> None:
@@ -58,7 +64,9 @@ def test_every_engine_option_has_an_example(guide: NotebookNode) -> None:
 
 
 def test_every_sampling_field_has_an_example(guide: NotebookNode) -> None:
-    assert {field.name for field in dataclasses.fields(SamplingParams)} - given_names(guide) == set()
+    assert {field.name for field in dataclasses.fields(SamplingParams)} - given_names(
+        guide
+    ) == set()
 
 
 def test_every_seam_has_an_example(guide: NotebookNode) -> None:
@@ -84,7 +92,10 @@ def test_every_command_is_listed(guide: NotebookNode) -> None:
 
 
 def test_what_is_missing_is_noticed() -> None:
-    cells = [new_markdown_cell("LLM(seed=1), ConfigError"), new_code_cell("LLM(trace=True, **{'dtype': 'auto'})")]
+    cells = [
+        new_markdown_cell("LLM(seed=1), ConfigError"),
+        new_code_cell("LLM(trace=True, **{'dtype': 'auto'})"),
+    ]
     assert given_names(new_notebook(cells=cells)) == {"trace", "dtype", None}
     printed = new_output("stream", name="stdout", text="ConfigError < MiniVLLMError\nno")
     cells[1].outputs = [printed]

@@ -1,8 +1,9 @@
-"""The pages as a learner opens them: JupyterLab in a headless Chromium, all cells run from its menu, a widget scrubbed.
+"""The pages as a learner opens them: JupyterLab in a headless Chromium, all cells run from its
+menu, a widget scrubbed.
 
-The browser is spoken to in its DevTools protocol through websocket-client, which JupyterLab brings along: no driver has
-to be installed. CHROME names a browser that is not found by itself. Screenshots are kept in .cache/screenshots, to be
-looked at.
+The browser is spoken to in its DevTools protocol through websocket-client, which JupyterLab brings
+along: no driver has to be installed. CHROME names a browser that is not found by itself.
+Screenshots are kept in .cache/screenshots, to be looked at.
 """
 
 from __future__ import annotations
@@ -56,8 +57,12 @@ class Page:
 
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression; what it throws is an AssertionError."""
-        result = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in result, result["exceptionDetails"]["exception"].get("description", result)
+        result = self.send(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
+        assert "exceptionDetails" not in result, result["exceptionDetails"]["exception"].get(
+            "description", result
+        )
         return result["result"].get("value")
 
     def wait_for(self, expression: str, seconds: float, otherwise: str = "document.title") -> Any:
@@ -66,22 +71,31 @@ class Page:
         After some seconds an AssertionError with the value of otherwise, and a screenshot.
         """
         deadline = time.monotonic() + seconds
-        while not (value := self.evaluate(f"(() => {{ try {{ return {expression} }} catch {{ return null }} }})()")):
+        while not (
+            value := self.evaluate(
+                f"(() => {{ try {{ return {expression} }} catch {{ return null }} }})()"
+            )
+        ):
             if time.monotonic() > deadline:
                 seen = self.screenshot("failed")
-                raise AssertionError(f"not within {seconds} s: {expression}\n{self.evaluate(otherwise)}, see {seen}")
+                raise AssertionError(
+                    f"not within {seconds} s: {expression}\n{self.evaluate(otherwise)}, see {seen}"
+                )
             time.sleep(0.3)
         return value
 
     def mouse(self, kind: str, x: float, y: float) -> None:
-        self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1, clickCount=1)
+        self.send(
+            "Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1, clickCount=1
+        )
 
     def click(self, selector: str, text: str) -> None:
         """Click on the visible element that selector finds and whose text this is."""
         at = self.wait_for(
             f"""(() => {{
                 const found = [...document.querySelectorAll({json.dumps(selector)})].find(
-                    (e) => e.textContent.trim() === {json.dumps(text)} && e.getClientRects().length);
+                    (e) => e.textContent.trim() === {json.dumps(text)}
+                        && e.getClientRects().length);
                 const box = found.getBoundingClientRect();
                 return [box.x + box.width / 2, box.y + box.height / 2];
             }})()""",
@@ -97,7 +111,9 @@ class Page:
         return path
 
 
-def wait_until(condition: Callable[[], Any], process: subprocess.Popen, log: Path, seconds: float = 60) -> Any:
+def wait_until(
+    condition: Callable[[], Any], process: subprocess.Popen, log: Path, seconds: float = 60
+) -> Any:
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         said = log.read_text(errors="replace")[-3000:]
@@ -109,7 +125,9 @@ def wait_until(condition: Callable[[], Any], process: subprocess.Popen, log: Pat
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a JupyterLab on the chapters, their outputs cleared, in a folder and with settings of its own."""
+    """The address of a JupyterLab on the chapters, their outputs cleared, in a folder and with
+    settings of its own.
+    """
     pytest.importorskip("jupyterlab", reason="JupyterLab is not installed")
     folder = tmp_path_factory.mktemp("lab")
     (folder / "notebooks").mkdir()
@@ -122,7 +140,9 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                     cell.outputs, cell.execution_count = [], None
             nbformat.write(notebook, folder / "notebooks" / path.name)
     settings = {
-        "notebook-extension/tracker": '{"windowingMode": "none"}',  # all cells are in the page, on the screen or not
+        "notebook-extension/tracker": (
+            '{"windowingMode": "none"}'
+        ),  # all cells are in the page, on the screen or not
         "apputils-extension/notification": '{"fetchNews": "false", "checkForUpdates": false}',
     }
     for name, text in settings.items():
@@ -133,14 +153,30 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     places = {f"JUPYTER_{what}_DIR": str(folder / what.lower()) for what in ("CONFIG", "RUNTIME")}
-    places |= {"JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(folder / "spaces")}
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser"]
-    command += ["--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
+    places |= {
+        "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(folder / "spaces"),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        "--expose-app-in-browser",
+    ]
+    command += [
+        "--ServerApp.ip=127.0.0.1",
+        f"--ServerApp.port={port}",
+        "--ServerApp.port_retries=0",
+    ]
     command += ["--IdentityProvider.token=", f"--ServerApp.root_dir={folder}"]
     environment = {**os.environ, **places, "OMP_NUM_THREADS": "1"}
     log = folder / "log"
     with log.open("w") as output:
-        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
     address = f"http://127.0.0.1:{port}/lab"
 
     def is_up() -> bool:
@@ -166,14 +202,28 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if program is None:
         pytest.skip(f"no browser: none of {', '.join(names)}; CHROME may name another Chromium")
     folder = tmp_path_factory.mktemp("browser")
-    command = [program, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
-    command += ["--remote-debugging-port=0", f"--user-data-dir={folder}", "--window-size=1400,1000", "about:blank"]
+    command = [
+        program,
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--no-first-run",
+    ]
+    command += [
+        "--remote-debugging-port=0",
+        f"--user-data-dir={folder}",
+        "--window-size=1400,1000",
+        "about:blank",
+    ]
     log = folder / "log"
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     port_file = folder / "DevToolsActivePort"
     try:
-        port = wait_until(lambda: port_file.exists() and port_file.read_text().split("\n")[0], process, log)
+        port = wait_until(
+            lambda: port_file.exists() and port_file.read_text().split("\n")[0], process, log
+        )
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
@@ -186,40 +236,53 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def page(browser: str) -> Iterator[Page]:
     """A tab of its own: one with unsaved cells does not let go without being asked."""
-    with urllib.request.urlopen(urllib.request.Request(f"{browser}/json/new", method="PUT"), timeout=20) as answer:
+    with urllib.request.urlopen(
+        urllib.request.Request(f"{browser}/json/new", method="PUT"), timeout=20
+    ) as answer:
         target = json.load(answer)
     yield Page(target["webSocketDebuggerUrl"])
     urllib.request.urlopen(f"{browser}/json/close/{target['id']}", timeout=20).close()
 
 
-NOTEBOOK = "[...jupyterapp.shell.widgets('main')].find((widget) => widget.context?.path.includes('CHAPTER'))"
-#: What the code cells hold: how many there are, how many have run, and the errors among their outputs.
+NOTEBOOK = (
+    "[...jupyterapp.shell.widgets('main')].find((widget) =>"
+    " widget.context?.path.includes('CHAPTER'))"
+)
+#: What the code cells hold: how many there are, how many have run, and the errors among their
+#: outputs.
 CELLS = f"""(() => {{
     const code = [...{NOTEBOOK}.content.model.cells].filter((cell) => cell.type === "code");
     const outputs = code.flatMap((cell) => cell.outputs.toJSON());
     return {{
         cells: code.length, run: code.filter((cell) => cell.executionCount).length,
-        errors: outputs.filter((o) => o.output_type === "error").map((o) => o.ename + ": " + o.evalue),
+        errors: outputs.filter((o) => o.output_type === "error")
+            .map((o) => o.ename + ": " + o.evalue),
     }};
 }})()"""
 #: The widget with the first slider in the page: where its handle is, and what it shows.
 SCRUBBER = """(() => {
-    const box = [...document.querySelectorAll(".widget-vbox")].find((box) => box.querySelector(".noUi-handle"));
+    const box = [...document.querySelectorAll(".widget-vbox")]
+        .find((box) => box.querySelector(".noUi-handle"));
     box.scrollIntoView({block: "center"});
-    const [handle, track] = [".noUi-handle", ".noUi-base"].map((s) => box.querySelector(s).getBoundingClientRect());
+    const [handle, track] = [".noUi-handle", ".noUi-base"]
+        .map((s) => box.querySelector(s).getBoundingClientRect());
     const image = box.querySelector("img");
     return {
-        x: handle.x + handle.width / 2, y: handle.y + handle.height / 2, left: track.x, right: track.right,
+        x: handle.x + handle.width / 2, y: handle.y + handle.height / 2,
+        left: track.x, right: track.right,
         image: image ? image.src : "", width: image ? image.naturalWidth : 0,
         value: box.querySelector(".widget-readout").textContent,
-        caption: [...box.querySelectorAll(".widget-html-content")].map((e) => e.textContent).join(" "),
+        caption: [...box.querySelectorAll(".widget-html-content")]
+            .map((e) => e.textContent).join(" "),
     };
 })()"""
 
 
 @pytest.mark.timeout(290)
 @pytest.mark.parametrize("chapter", CHAPTERS)
-def test_a_chapter_runs_from_the_menu_and_its_widget_moves(page: Page, lab: str, chapter: str) -> None:
+def test_a_chapter_runs_from_the_menu_and_its_widget_moves(
+    page: Page, lab: str, chapter: str
+) -> None:
     if not (ROOT / "notebooks" / f"{chapter}.ipynb").exists():
         pytest.skip(f"{chapter} has not been written")
     notebook, cells = (text.replace("CHAPTER", chapter) for text in (NOTEBOOK, CELLS))
@@ -238,12 +301,19 @@ def test_a_chapter_runs_from_the_menu_and_its_widget_moves(page: Page, lab: str,
     page.wait_for(f"{SCRUBBER}.width > 0", 20)
     before = page.evaluate(SCRUBBER)
     assert before["caption"]
-    target = before["left"] + 8 if before["x"] > (before["left"] + before["right"]) / 2 else before["right"] - 8
+    target = (
+        before["left"] + 8
+        if before["x"] > (before["left"] + before["right"]) / 2
+        else before["right"] - 8
+    )
     page.mouse("mousePressed", before["x"], before["y"])
     for step in range(1, 9):
         page.mouse("mouseMoved", before["x"] + (target - before["x"]) * step / 8, before["y"])
     page.mouse("mouseReleased", target, before["y"])
-    others = [f"{SCRUBBER}.{what} !== {json.dumps(before[what])}" for what in ("value", "image", "caption")]
+    others = [
+        f"{SCRUBBER}.{what} !== {json.dumps(before[what])}"
+        for what in ("value", "image", "caption")
+    ]
     page.wait_for(" && ".join([*others, f"{SCRUBBER}.width > 0"]), 30, otherwise=SCRUBBER)
     page.wait_for(idle, 60)  # it draws each step that was passed
     time.sleep(0.5)

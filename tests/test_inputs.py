@@ -15,7 +15,13 @@ from ids import plain
 
 from minivllm import LLM, SamplingParams, TextPrompt, TokensPrompt
 from minivllm.bundled import BUNDLED_MODEL_PATH
-from minivllm.errors import EmptyPromptError, InvalidTokenError, PromptTooLongError, RequestError, SamplingParamsError
+from minivllm.errors import (
+    EmptyPromptError,
+    InvalidTokenError,
+    PromptTooLongError,
+    RequestError,
+    SamplingParamsError,
+)
 from minivllm.inputs import as_batch, as_conversations, as_params, check_conversation, parse_prompt
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4)
@@ -236,7 +242,9 @@ def test_a_refused_prompt_leaves_the_seeds_of_the_others_alone(tmp_path):
     params = SamplingParams(temperature=2.0, max_tokens=8)
     good = ["Once upon", "The fox"]
     without = generate(LLM(path, device="cpu", num_kv_blocks=64), good, params)
-    outputs = generate(LLM(path, device="cpu", num_kv_blocks=64), [good[0], "<|tool|>", good[1]], params)
+    outputs = generate(
+        LLM(path, device="cpu", num_kv_blocks=64), [good[0], "<|tool|>", good[1]], params
+    )
     found = [outputs[i].outputs[0].token_ids for i in (0, 2)]
     assert found == [output.outputs[0].token_ids for output in without]
 
@@ -389,7 +397,8 @@ def test_a_bad_conversation_in_a_batch_harms_nobody(llm):
 
 def test_a_template_that_refuses_one_conversation(llm):
     template = (
-        "{% if messages[0].role != 'user' %}{{ raise_exception('users first') }}{% endif %}{{ messages[0].content }}"
+        "{% if messages[0].role != 'user' %}{{ raise_exception('users first') }}{% endif %}{{"
+        " messages[0].content }}"
     )
     fresh = LLM(llm.llm_engine.model_path, device="cpu", num_kv_blocks=64)
     fresh.get_tokenizer().apply_chat_template = renderer(template)

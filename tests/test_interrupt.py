@@ -18,7 +18,8 @@ def test_requests_survive_an_interrupted_step(path: Path, when: str) -> None:
     prompts = [[1, 2, 3], list(range(40)), [7] * 17]
     params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, repetition_penalty=1.3)
     expected = [
-        o.outputs[0].token_ids for o in LLM(path, skip_tokenizer_init=True, num_kv_blocks=64).generate(prompts, params)
+        o.outputs[0].token_ids
+        for o in LLM(path, skip_tokenizer_init=True, num_kv_blocks=64).generate(prompts, params)
     ]
 
     engine = LLM(path, skip_tokenizer_init=True, num_kv_blocks=64).llm_engine

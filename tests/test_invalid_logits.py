@@ -18,8 +18,12 @@ POISON = 50  # a sequence that holds this token gets logits that are not finite
 PARAMS = [
     SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True),
     SamplingParams(temperature=1.0, seed=1, max_tokens=8, ignore_eos=True),
-    SamplingParams(temperature=1.0, seed=1, top_k=5, top_p=0.9, min_p=0.01, max_tokens=8, ignore_eos=True),
-    SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, repetition_penalty=1.2, logprobs=2),
+    SamplingParams(
+        temperature=1.0, seed=1, top_k=5, top_p=0.9, min_p=0.01, max_tokens=8, ignore_eos=True
+    ),
+    SamplingParams(
+        temperature=0.0, max_tokens=8, ignore_eos=True, repetition_penalty=1.2, logprobs=2
+    ),
 ]
 
 
@@ -35,8 +39,18 @@ class Poisoned(Qwen3ForCausalLM):
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    shape |= {"num_key_value_heads": 1, "head_dim": 8, "vocab_size": 64, "max_position_embeddings": 64}
+    shape = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    shape |= {
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "vocab_size": 64,
+        "max_position_embeddings": 64,
+    }
     return write_checkpoint(tmp_path_factory.mktemp("nan"), **shape)
 
 
@@ -47,7 +61,9 @@ def make(path: Path, **options: Any) -> LLM:
 
 @pytest.mark.parametrize("late", [False, True], ids=["at-once", "one-step-late"])
 @pytest.mark.parametrize("params", PARAMS, ids=["greedy", "sampled", "filtered", "edited"])
-def test_only_the_request_with_bad_logits_ends(path: Path, params: SamplingParams, late: bool) -> None:
+def test_only_the_request_with_bad_logits_ends(
+    path: Path, params: SamplingParams, late: bool
+) -> None:
     good, bad = [[1, 2, 3, 4, 5], [7, 8]], [1, 2, 3, 4, POISON]
     expected = [o.outputs[0].token_ids for o in make(path).generate(good, params, use_tqdm=False)]
     llm = make(path, async_scheduling=late)
@@ -93,7 +109,10 @@ def test_the_kernels_say_not_a_token(kernel: Any, bad: float) -> None:
         logits[1, 4500] = logits[4, 7] = bad
     temperature = torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0, 1.0], device=device)
     seeds, positions = torch.arange(6, device=device), torch.full((6,), 9, device=device)
-    for asked in ((None,) * 3, (torch.full((6,), 40, dtype=torch.int32, device=device), None, None)):
+    for asked in (
+        (None,) * 3,
+        (torch.full((6,), 40, dtype=torch.int32, device=device), None, None),
+    ):
         token_ids = kernel(logits, temperature, *asked, seeds, positions).tolist()
         assert [t == NOT_A_TOKEN for t in token_ids] == [False, True, False, False, True, False]
     greedy = kernel(logits, None, None, None, None, None, None).tolist()

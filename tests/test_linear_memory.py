@@ -54,7 +54,9 @@ def test_memory_does_not_grow_with_the_sizes_that_batches_have_had(prefers: bool
 
 @has_onednn
 def test_onednn_is_asked_for_few_numbers_of_rows() -> None:
-    """Between them no gap wastes more than a third of a product's rows, from 12 rows on a quarter."""
+    """Between them no gap wastes more than a third of a product's rows, from 12 rows on a
+    quarter.
+    """
     sizes = linear.ONEDNN_ROWS
     assert sizes == tuple(sorted(set(sizes)))
     assert len(sizes) < 50

@@ -1,7 +1,9 @@
-"""`LLM` and `LLMEngine` as a caller sees them: order, errors, aborts, streams, text, chat, metrics, trace.
+"""`LLM` and `LLMEngine` as a caller sees them: order, errors, aborts, streams, text, chat, metrics,
+trace.
 
-Two checkpoints with a small byte-level BPE tokenizer, trained here: one random, and one `Scripted`, a model class that
-says a given text whatever it is asked, so that every kind of text passes through the real engine.
+Two checkpoints with a small byte-level BPE tokenizer, trained here: one random, and one `Scripted`,
+a model class that says a given text whatever it is asked, so that every kind of text passes through
+the real engine.
 """
 
 from __future__ import annotations
@@ -40,15 +42,22 @@ from minivllm.sampling_params import RequestOutputKind
 from minivllm.tokenizer import Detokenizer, Tokenizer
 
 SENTENCES = [
-    "The scheduler plans a step, the runner computes it, and the sampler picks a token for every row.",
-    "A block table says where the keys and values of a sequence lie; blocks are shared when prefixes are equal.",
+    (
+        "The scheduler plans a step, the runner computes it, and the sampler picks a token for"
+        " every row."
+    ),
+    (
+        "A block table says where the keys and values of a sequence lie; blocks are shared when"
+        " prefixes are equal."
+    ),
     "Die Würfel sind gefallen — naïve Café-Besucher zählen 🎲 und 🎉; 日本語のテキストもあります。",
     "user assistant system one two three four five six seven eight nine ten",
 ]
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] +"
+    " '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%"
+    " endif %}"
 )
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 
@@ -68,7 +77,11 @@ def write_tokenizer(path, vocab_size: int = 420) -> int:
     )
     tokenizer.train_from_iterator(SENTENCES, trainer)
     tokenizer.save(str(path / "tokenizer.json"))
-    config = {"eos_token": "<|im_end|>", "pad_token": {"content": "<|endoftext|>"}, "chat_template": CHATML}
+    config = {
+        "eos_token": "<|im_end|>",
+        "pad_token": {"content": "<|endoftext|>"},
+        "chat_template": CHATML,
+    }
     (path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return tokenizer.get_vocab_size()
 
@@ -130,9 +143,16 @@ def tokens_of(outputs) -> list[list[int]]:
     return [completion.token_ids for output in outputs for completion in output.outputs]
 
 
-# --- generate -------------------------------------------------------------------------------------------------------
+# --- generate -------------------------------------------------------------------------------------
 
-PROMPTS = ["one two three", "The scheduler", "one two three", "日本語", "A block table says where", "ten"]
+PROMPTS = [
+    "one two three",
+    "The scheduler",
+    "one two three",
+    "日本語",
+    "A block table says where",
+    "ten",
+]
 
 
 class TestGenerate:
@@ -151,7 +171,9 @@ class TestGenerate:
         assert tokens_of([by_text]) == tokens_of([by_ids])
         assert by_text.prompt_token_ids == by_ids.prompt_token_ids == ids
         assert (by_text.prompt, by_ids.prompt) == ("The scheduler", None)
-        assert tokens_of(generate(llm, [tuple(ids), ids, "The scheduler"])) == tokens_of([by_text]) * 3
+        assert (
+            tokens_of(generate(llm, [tuple(ids), ids, "The scheduler"])) == tokens_of([by_text]) * 3
+        )
 
     def test_the_text_is_that_of_the_tokens(self, llm):
         for output in generate(llm, PROMPTS):
@@ -196,7 +218,9 @@ class TestGenerate:
 
     def test_special_tokens_are_left_out_of_the_text_on_demand(self, llm):
         end = llm.get_tokenizer().encode("<|im_end|>")[0]
-        params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True, logit_bias={end: 100.0})
+        params = SamplingParams(
+            temperature=0.0, max_tokens=2, ignore_eos=True, logit_bias={end: 100.0}
+        )
         assert generate(llm, "one", params)[0].outputs[0].text == ""
         shown = generate(llm, "one", dataclasses.replace(params, skip_special_tokens=False))[0]
         assert shown.outputs[0].text == "<|im_end|>" * 2
@@ -206,7 +230,9 @@ class TestGenerate:
         tokenizer = llm.get_tokenizer()
         for entries in [*output.outputs[0].logprobs, *output.prompt_logprobs[1:]]:
             for token_id, entry in entries.items():
-                assert entry.decoded_token == tokenizer.decode([token_id], skip_special_tokens=False)
+                assert entry.decoded_token == tokenizer.decode(
+                    [token_id], skip_special_tokens=False
+                )
 
     def test_cached_tokens_are_reported(self, checkpoint):
         llm = make_llm(checkpoint)
@@ -215,7 +241,7 @@ class TestGenerate:
         assert [generate(off, list(range(13)))[0].num_cached_tokens for _ in range(2)] == [0, 0]
 
 
-# --- requests that cannot be served ---------------------------------------------------------------------------------
+# --- requests that cannot be served ---------------------------------------------------------------
 
 
 class TestRefusals:
@@ -254,7 +280,9 @@ class TestRefusals:
         assert isinstance(caught.value, RequestError | ValueError)
         assert_empty(small)
 
-    @pytest.mark.parametrize(("prompt", "max_tokens"), [([1] * 32, 1), ([1] * 31, 2), ([1], 32), ([1] * 20, 13)])
+    @pytest.mark.parametrize(
+        ("prompt", "max_tokens"), [([1] * 32, 1), ([1] * 31, 2), ([1], 32), ([1] * 20, 13)]
+    )
     def test_what_just_fits_is_served(self, small, prompt, max_tokens):
         output = generate(small, prompt, dataclasses.replace(GREEDY, max_tokens=max_tokens))[0]
         assert len(output.outputs[0].token_ids) == max_tokens
@@ -346,7 +374,7 @@ class TestRefusals:
             LLM(checkpoint, speculative=True)
 
 
-# --- the engine's own face ------------------------------------------------------------------------------------------
+# --- the engine's own face ------------------------------------------------------------------------
 
 
 def drain(engine: LLMEngine) -> list:
@@ -387,7 +415,9 @@ class TestEngine:
         engine.step()
         second = engine.add_request("ten", GREEDY)
         last = {output.request_id: output for output in drain(engine)}
-        assert tokens_of([last[first], last[second]]) == tokens_of(generate(llm, ["one two three", "ten"]))
+        assert tokens_of([last[first], last[second]]) == tokens_of(
+            generate(llm, ["one two three", "ten"])
+        )
 
     def test_request_ids_of_ones_own(self, engine):
         assert engine.add_request("one", GREEDY, "mine") == "mine"
@@ -409,7 +439,9 @@ class TestEngine:
         assert len(drain(engine)[-1].outputs[0].token_ids) == 16
 
     def test_cumulative(self, engine, llm):
-        engine.add_request("one two three", dataclasses.replace(GREEDY, output_kind=RequestOutputKind.CUMULATIVE))
+        engine.add_request(
+            "one two three", dataclasses.replace(GREEDY, output_kind=RequestOutputKind.CUMULATIVE)
+        )
         outputs = drain(engine)
         assert [len(output.outputs[0].token_ids) for output in outputs] == list(range(1, 13))
         assert [output.finished for output in outputs] == [False] * 11 + [True]
@@ -423,23 +455,36 @@ class TestEngine:
         outputs = drain(engine)
         assert [len(output.outputs[0].token_ids) for output in outputs] == [1] * 12
         assert [len(output.outputs[0].logprobs) for output in outputs] == [1] * 12
-        expected = generate(llm, "one two three", dataclasses.replace(GREEDY, logprobs=1))[0].outputs[0]
+        expected = generate(llm, "one two three", dataclasses.replace(GREEDY, logprobs=1))[
+            0
+        ].outputs[0]
         assert [output.outputs[0].token_ids[0] for output in outputs] == expected.token_ids
         assert "".join(output.outputs[0].text for output in outputs) == expected.text
-        assert [list(output.outputs[0].logprobs[0]) for output in outputs] == [list(d) for d in expected.logprobs]
+        assert [list(output.outputs[0].logprobs[0]) for output in outputs] == [
+            list(d) for d in expected.logprobs
+        ]
 
     def test_final_only(self, engine, llm):
-        engine.add_request("one two three", dataclasses.replace(GREEDY, output_kind=RequestOutputKind.FINAL_ONLY))
+        engine.add_request(
+            "one two three", dataclasses.replace(GREEDY, output_kind=RequestOutputKind.FINAL_ONLY)
+        )
         outputs = drain(engine)
         assert len(outputs) == 1
         assert tokens_of(outputs) == tokens_of(generate(llm, "one two three"))
 
     @pytest.mark.parametrize("kind", list(RequestOutputKind))
     def test_completions_of_different_length(self, engine, kind):
-        """One of n may stop long before the others; its tokens are reported once, or each time, as the kind says."""
+        """One of n may stop long before the others; its tokens are reported once, or each time, as
+        the kind says.
+        """
         stops = list(range(0, 300, 11))
         params = SamplingParams(
-            n=4, temperature=5.0, seed=1, max_tokens=20, stop_token_ids=stops, output_kind=RequestOutputKind.FINAL_ONLY
+            n=4,
+            temperature=5.0,
+            seed=1,
+            max_tokens=20,
+            stop_token_ids=stops,
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
         engine.add_request("one", params)
         expected = tokens_of(drain(engine))
@@ -460,7 +505,10 @@ class TestEngine:
             engine.step()
         engine.abort_request([running, waiting])
         outputs = {output.request_id: output for output in engine.step()}
-        assert {i: len(outputs[i].outputs[0].token_ids) for i in (running, waiting)} == {running: 3, waiting: 0}
+        assert {i: len(outputs[i].outputs[0].token_ids) for i in (running, waiting)} == {
+            running: 3,
+            waiting: 0,
+        }
         for request_id in (running, waiting):
             assert outputs[request_id].finished
             assert outputs[request_id].outputs[0].finish_reason == "abort"
@@ -476,11 +524,15 @@ class TestEngine:
         engine.abort_request(request_id)
         assert engine.has_unfinished_requests()
         outputs = engine.step()
-        assert [(o.request_id, o.outputs[0].finish_reason) for o in outputs] == [(request_id, "abort")]
+        assert [(o.request_id, o.outputs[0].finish_reason) for o in outputs] == [
+            (request_id, "abort")
+        ]
         assert not engine.has_unfinished_requests()
 
     def test_abort_of_one_with_several_completions(self, engine):
-        params = SamplingParams(n=3, temperature=5.0, seed=1, max_tokens=30, stop_token_ids=list(range(0, 300, 5)))
+        params = SamplingParams(
+            n=3, temperature=5.0, seed=1, max_tokens=30, stop_token_ids=list(range(0, 300, 5))
+        )
         request_id = engine.add_request("one", params)
         while True:
             (output,) = engine.step()
@@ -490,7 +542,9 @@ class TestEngine:
         assert not all(reasons)
         engine.abort_request(request_id)
         (output,) = engine.step()
-        assert [c.finish_reason for c in output.outputs] == [reason or "abort" for reason in reasons]
+        assert [c.finish_reason for c in output.outputs] == [
+            reason or "abort" for reason in reasons
+        ]
 
     def test_abort_of_unknown_and_finished_ids_is_ignored(self, engine):
         request_id = engine.add_request("one", GREEDY)
@@ -501,8 +555,13 @@ class TestEngine:
 
     def test_abort_does_not_change_what_others_get(self, checkpoint, llm):
         expected = tokens_of(generate(llm, PROMPTS[3:]))
-        engine = LLMEngine(checkpoint, device="cpu", block_size=4, num_kv_blocks=20, max_num_batched_tokens=7)
-        victims = [engine.add_request(PROMPTS[2], dataclasses.replace(GREEDY, max_tokens=30)) for _ in range(2)]
+        engine = LLMEngine(
+            checkpoint, device="cpu", block_size=4, num_kv_blocks=20, max_num_batched_tokens=7
+        )
+        victims = [
+            engine.add_request(PROMPTS[2], dataclasses.replace(GREEDY, max_tokens=30))
+            for _ in range(2)
+        ]
         ids = [engine.add_request(prompt, GREEDY) for prompt in PROMPTS[3:]]
         for _ in range(4):
             engine.step()
@@ -512,10 +571,20 @@ class TestEngine:
 
     def test_two_engines_interleaved(self, checkpoint, tmp_path, llm):
         write_tokenizer(tmp_path)
-        write_checkpoint(tmp_path, "llama", seed=9, vocab_size=432, hidden_size=32, num_attention_heads=2, head_dim=16)
+        write_checkpoint(
+            tmp_path,
+            "llama",
+            seed=9,
+            vocab_size=432,
+            hidden_size=32,
+            num_attention_heads=2,
+            head_dim=16,
+        )
         engines = [
             LLMEngine(checkpoint, device="cpu", block_size=4, num_kv_blocks=64),
-            LLMEngine(tmp_path, device="cpu", block_size=3, num_kv_blocks=90, max_num_batched_tokens=5),
+            LLMEngine(
+                tmp_path, device="cpu", block_size=3, num_kv_blocks=90, max_num_batched_tokens=5
+            ),
         ]
         alone = [[], []]
         for which, engine in enumerate(engines):
@@ -550,7 +619,10 @@ class TestEngine:
         assert tokens_of(generate(other, PROMPTS)) == expected
 
     def test_the_engine_survives_an_interrupt_while_it_reports(self, engine, monkeypatch):
-        ids = [engine.add_request([i, 1, 2], dataclasses.replace(GREEDY, max_tokens=4 + i)) for i in range(3)]
+        ids = [
+            engine.add_request([i, 1, 2], dataclasses.replace(GREEDY, max_tokens=4 + i))
+            for i in range(3)
+        ]
         take, calls = Request.take, itertools.count()
 
         def interrupted(self, *args):
@@ -566,7 +638,7 @@ class TestEngine:
         assert finished == set(ids)
 
 
-# --- streams --------------------------------------------------------------------------------------------------------
+# --- streams --------------------------------------------------------------------------------------
 
 
 class TestStream:
@@ -580,7 +652,9 @@ class TestStream:
         assert increments[-1].finish_reason is not None
 
     def test_several_prompts_and_completions(self, llm):
-        params = SamplingParams(n=2, temperature=4.0, seed=1, max_tokens=15, stop_token_ids=list(range(0, 300, 9)))
+        params = SamplingParams(
+            n=2, temperature=4.0, seed=1, max_tokens=15, stop_token_ids=list(range(0, 300, 9))
+        )
         texts, tokens, ends = {}, {}, {}
         for i in llm.stream(PROMPTS, params):
             key = i.prompt_index, i.index
@@ -592,7 +666,11 @@ class TestStream:
         for position, output in enumerate(generate(llm, PROMPTS, params)):
             for c in output.outputs:
                 key = position, c.index
-                assert (texts[key], tokens[key], ends[key]) == (c.text, c.token_ids, (c.finish_reason, c.stop_reason))
+                assert (texts[key], tokens[key], ends[key]) == (
+                    c.text,
+                    c.token_ids,
+                    (c.finish_reason, c.stop_reason),
+                )
         assert {reason for reason, _ in ends.values()} == {"stop", "length"}
 
     def test_the_first_increment_comes_before_the_third_step(self, checkpoint):
@@ -668,7 +746,9 @@ class TestStream:
         victim = llm.stream("ten", GREEDY)
         llm.abort([next(victim).request_id, "nobody"])
         increments += list(stream)
-        assert "".join(i.text for i in increments) == generate(llm, "one two three")[0].outputs[0].text
+        assert (
+            "".join(i.text for i in increments) == generate(llm, "one two three")[0].outputs[0].text
+        )
         assert [i.finish_reason for i in victim][-1] == "abort"
 
     def test_a_stream_that_is_never_begun_asks_for_nothing(self, llm):
@@ -687,7 +767,10 @@ class TestClosing:
     def test_the_context_manager_frees_model_and_cache(self, checkpoint):
         with make_llm(checkpoint) as llm:
             generate(llm, "one")
-            references = [weakref.ref(llm.llm_engine), weakref.ref(llm.llm_engine.model_runner.model)]
+            references = [
+                weakref.ref(llm.llm_engine),
+                weakref.ref(llm.llm_engine.model_runner.model),
+            ]
             cache = weakref.ref(llm.llm_engine.model_runner.kv_caches[0][0])
         gc.collect()
         assert [r() for r in references] == [None, None]
@@ -709,7 +792,7 @@ class TestClosing:
         stream.close()
 
 
-# --- text: characters of several bytes, stop strings ------------------------------------------------------------------
+# --- text: characters of several bytes, stop strings ----------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -718,7 +801,9 @@ def tokenizer(checkpoint):
 
 
 class Scripted(nn.Module):
-    """Says `script`: the token at position p is script[p], whatever came before. Has no weights and reads no cache."""
+    """Says `script`: the token at position p is script[p], whatever came before. Has no weights and
+    reads no cache.
+    """
 
     script: list[int]
 
@@ -799,7 +884,10 @@ class TestText:
         increments = list(llm.stream([5], params))
         assert "".join(i.text for i in increments) == expected
         assert expected.startswith(increments[0].text)
-        assert (increments[-1].finish_reason, increments[-1].stop_reason) == (out.finish_reason, out.stop_reason)
+        assert (increments[-1].finish_reason, increments[-1].stop_reason) == (
+            out.finish_reason,
+            out.stop_reason,
+        )
         # Generation ended with the token that completed the stop string, not later.
         assert tokenizer.decode(out.token_ids[:-1]) != text or not stopped
         if stopped:
@@ -809,7 +897,9 @@ class TestText:
         script = [5, *tokenizer.encode("one two one two one two")]
         llm = speak(checkpoint, script)
         assert len(script) >= 7
-        params = SamplingParams(temperature=0.0, max_tokens=len(script) - 1, min_tokens=4, stop="two")
+        params = SamplingParams(
+            temperature=0.0, max_tokens=len(script) - 1, min_tokens=4, stop="two"
+        )
         out = llm.generate([5], params, use_tqdm=False)[0].outputs[0]
         assert out.text == "one two one "
         assert "".join(i.text for i in llm.stream([5], params)) == out.text
@@ -832,24 +922,39 @@ class TestText:
     def test_a_stop_string_changes_nothing_for_others(self, llm):
         text = generate(llm, "The scheduler")[0].outputs[0].text
         stop = next(c for c in text[2:] if c != "\ufffd")
-        outputs = generate(llm, ["The scheduler"] * 2, [dataclasses.replace(GREEDY, stop=stop), GREEDY])
+        outputs = generate(
+            llm, ["The scheduler"] * 2, [dataclasses.replace(GREEDY, stop=stop), GREEDY]
+        )
         assert outputs[0].outputs[0].text == text[: text.index(stop)]
         assert outputs[1].outputs[0].text == text
 
 
 class TestOneStepLate:
-    """Steps planned before the results of the last are known (the default on a GPU): no answer changes."""
+    """Steps planned before the results of the last are known (the default on a GPU): no answer
+    changes.
+    """
 
     CASES = [
         ("one two three", GREEDY),
         (
             "one two three",
-            SamplingParams(temperature=5.0, seed=1, max_tokens=20, n=3, stop_token_ids=list(range(0, 300, 9))),
+            SamplingParams(
+                temperature=5.0, seed=1, max_tokens=20, n=3, stop_token_ids=list(range(0, 300, 9))
+            ),
         ),
-        ("The scheduler", dataclasses.replace(GREEDY, frequency_penalty=1.0, logprobs=2, prompt_logprobs=1)),
+        (
+            "The scheduler",
+            dataclasses.replace(GREEDY, frequency_penalty=1.0, logprobs=2, prompt_logprobs=1),
+        ),
         (
             "ten",
-            SamplingParams(temperature=5.0, seed=3, max_tokens=15, min_tokens=6, stop_token_ids=list(range(0, 300, 5))),
+            SamplingParams(
+                temperature=5.0,
+                seed=3,
+                max_tokens=15,
+                min_tokens=6,
+                stop_token_ids=list(range(0, 300, 5)),
+            ),
         ),
         ("日本語", dataclasses.replace(GREEDY, max_tokens=1)),
         ("", GREEDY),
@@ -858,12 +963,16 @@ class TestOneStepLate:
     def test_generate(self, checkpoint, llm):
         late = make_llm(checkpoint, async_scheduling=True, num_kv_blocks=24)
         prompts, params = map(list, zip(*self.CASES, strict=True))
-        for a, b in zip(generate(llm, prompts, params), generate(late, prompts, params), strict=True):
+        for a, b in zip(
+            generate(llm, prompts, params), generate(late, prompts, params), strict=True
+        ):
             for one, other in zip(a.outputs, b.outputs, strict=True):
-                assert dataclasses.replace(one, logprobs=None, cumulative_logprob=None) == dataclasses.replace(
-                    other, logprobs=None, cumulative_logprob=None
-                )
-                assert [list(d) for d in one.logprobs or []] == [list(d) for d in other.logprobs or []]
+                assert dataclasses.replace(
+                    one, logprobs=None, cumulative_logprob=None
+                ) == dataclasses.replace(other, logprobs=None, cumulative_logprob=None)
+                assert [list(d) for d in one.logprobs or []] == [
+                    list(d) for d in other.logprobs or []
+                ]
             assert a.error is None or type(a.error) is type(b.error)
         late.llm_engine.step()
         assert_empty(late)
@@ -899,7 +1008,9 @@ class TestOneStepLate:
         script = [5, *tokenizer.encode("one two one two one two")]
         first = next(n for n in range(len(script)) if "two" in tokenizer.decode(script[1 : 1 + n]))
         llm = speak(checkpoint, script, async_scheduling=True)
-        params = SamplingParams(temperature=0.0, max_tokens=len(script) - 1, min_tokens=first + 1, stop="two")
+        params = SamplingParams(
+            temperature=0.0, max_tokens=len(script) - 1, min_tokens=first + 1, stop="two"
+        )
         assert llm.generate([5], params, use_tqdm=False)[0].outputs[0].text == "one two one "
 
     def test_abort(self, checkpoint, llm):
@@ -944,12 +1055,17 @@ class TestOneStepLate:
 
 
 PROFILE = settings(
-    derandomize=True, deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    derandomize=True,
+    deadline=None,
+    max_examples=300,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
 
 def feed(tokenizer, token_ids, stops=()) -> tuple[list[str], Detokenizer, str | None]:
-    """The increments that a stream would give, the detokenizer, and the stop string that ended it."""
+    """The increments that a stream would give, the detokenizer, and the stop string that ended
+    it.
+    """
     detokenizer = Detokenizer(tokenizer, stops, skip_special_tokens=True)
     increments = []
     for token_id in token_ids:
@@ -965,7 +1081,9 @@ class TestDetokenizer:
     @PROFILE
     @given(text=st.text(max_size=40))
     def test_any_text_comes_whole(self, tokenizer, text):
-        increments, detokenizer, _ = feed(tokenizer, tokenizer.encode(text, add_special_tokens=False))
+        increments, detokenizer, _ = feed(
+            tokenizer, tokenizer.encode(text, add_special_tokens=False)
+        )
         assert "".join(increments) == text == detokenizer.text
         if "\ufffd" not in text:
             assert not [part for part in increments if "\ufffd" in part]
@@ -1001,7 +1119,9 @@ class TestDetokenizer:
     @given(data=st.data())
     def test_nothing_that_was_emitted_is_taken_back(self, tokenizer, data):
         token_ids = data.draw(st.lists(st.integers(0, 431), max_size=25))
-        stops = data.draw(st.lists(st.sampled_from(["a", "e ", "\ufffd\ufffd", "th", "ock"]), max_size=2))
+        stops = data.draw(
+            st.lists(st.sampled_from(["a", "e ", "\ufffd\ufffd", "th", "ock"]), max_size=2)
+        )
         detokenizer = Detokenizer(tokenizer, stops, skip_special_tokens=True)
         shown = ""
         for token_id in token_ids:
@@ -1013,7 +1133,7 @@ class TestDetokenizer:
                 break
 
 
-# --- chat -----------------------------------------------------------------------------------------------------------
+# --- chat -----------------------------------------------------------------------------------------
 
 MESSAGES = [{"role": "system", "content": "one two"}, {"role": "user", "content": "three?"}]
 RENDERED = "<|im_start|>system\none two<|im_end|>\n<|im_start|>user\nthree?<|im_end|>\n"
@@ -1030,7 +1150,10 @@ class TestChat:
 
     def test_without_generation_prompt(self, llm):
         output = llm.chat(MESSAGES, GREEDY, use_tqdm=False, add_generation_prompt=False)[0]
-        assert llm.get_tokenizer().decode(output.prompt_token_ids, skip_special_tokens=False) == RENDERED
+        assert (
+            llm.get_tokenizer().decode(output.prompt_token_ids, skip_special_tokens=False)
+            == RENDERED
+        )
 
     def test_several_conversations(self, llm):
         outputs = llm.chat([MESSAGES, MESSAGES[1:]], GREEDY, use_tqdm=False)
@@ -1039,7 +1162,11 @@ class TestChat:
         assert [o.prompt_token_ids for o in outputs] == [o.prompt_token_ids for o in alone]
 
     def test_messages_that_the_template_cannot_take(self, llm):
-        for messages in ([{"role": "user"}], [{"content": "x"}], [{"role": "user", "content": None}]):
+        for messages in (
+            [{"role": "user"}],
+            [{"content": "x"}],
+            [{"role": "user", "content": None}],
+        ):
             with pytest.raises(RequestError):
                 llm.chat(messages, GREEDY, use_tqdm=False)
 
@@ -1114,7 +1241,8 @@ class TestTemplates:
             with_template(attack).apply_chat_template([{"role": "user", "content": "x"}])
 
     @pytest.mark.parametrize(
-        "template", ["{{ 1 / 0 }}", "{{ range(10**9) | list }}", "{% if %}", "{{ 'x'.encode('no') }}"]
+        "template",
+        ["{{ 1 / 0 }}", "{{ range(10**9) | list }}", "{% if %}", "{{ 'x'.encode('no') }}"],
     )
     def test_every_failure_of_a_template_is_typed(self, with_template, template):
         with pytest.raises((RequestError, ConfigError)):
@@ -1122,10 +1250,9 @@ class TestTemplates:
 
     def test_what_templates_expect(self, with_template):
         template = (
-            "{{ eos_token }}|{{ pad_token }}|{{ bos_token is defined }}|{{ {'ä': [1, 2]} | tojson }}|"
-            "{{ strftime_now('%Y') | length }}|"
-            "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.content | trim }}{% endfor %}"
-            "|{{ tools is defined }}"
+            "{{ eos_token }}|{{ pad_token }}|{{ bos_token is defined }}|{{ {'ä': [1, 2]} | tojson"
+            " }}|{{ strftime_now('%Y') | length }}|{% for m in messages %}{% if loop.first %}{%"
+            " continue %}{% endif %}{{ m.content | trim }}{% endfor %}|{{ tools is defined }}"
         )
         messages = [{"role": "user", "content": "a"}, {"role": "user", "content": " b "}]
         text = with_template(template).apply_chat_template(messages, tools=[])
@@ -1145,7 +1272,7 @@ class TestTemplates:
             with_template(None).apply_chat_template([])
 
 
-# --- metrics and trace ------------------------------------------------------------------------------------------------
+# --- metrics and trace ----------------------------------------------------------------------------
 
 
 class TestMetrics:
@@ -1167,7 +1294,11 @@ class TestMetrics:
     def test_who_waits_has_a_queue_time(self, checkpoint):
         llm = make_llm(checkpoint, max_num_seqs=1)
         first, second = generate(llm, ["one", "two"])
-        assert second.metrics.queue_time >= first.metrics.finished_time - first.metrics.first_scheduled_time > 0
+        assert (
+            second.metrics.queue_time
+            >= first.metrics.finished_time - first.metrics.first_scheduled_time
+            > 0
+        )
 
     def test_of_an_aborted_request_that_was_never_scheduled(self, checkpoint):
         engine = LLMEngine(checkpoint, device="cpu", num_kv_blocks=32, max_num_seqs=1)
@@ -1197,7 +1328,10 @@ class TestMetrics:
         assert m.num_mixed_steps > 0
         assert m.num_preemptions > 0
         assert m.step_time > 0
-        assert m.num_computed_tokens >= sum(len(o.prompt_token_ids) + 19 for o in outputs) - m.prefix_cache_hits
+        assert (
+            m.num_computed_tokens
+            >= sum(len(o.prompt_token_ids) + 19 for o in outputs) - m.prefix_cache_hits
+        )
         snapshot = m.num_steps
         generate(llm, "one")
         assert m.num_steps == snapshot < llm.metrics().num_steps
@@ -1205,8 +1339,14 @@ class TestMetrics:
 
 class TestTrace:
     def run(self, checkpoint, **options) -> LLM:
-        llm = make_llm(checkpoint, trace=True, num_kv_blocks=12, max_num_batched_tokens=9, **options)
-        generate(llm, [[1] * 9, [1] * 10, [2] * 3], [dataclasses.replace(GREEDY, max_tokens=n) for n in (25, 20, 12)])
+        llm = make_llm(
+            checkpoint, trace=True, num_kv_blocks=12, max_num_batched_tokens=9, **options
+        )
+        generate(
+            llm,
+            [[1] * 9, [1] * 10, [2] * 3],
+            [dataclasses.replace(GREEDY, max_tokens=n) for n in (25, 20, 12)],
+        )
         return llm
 
     def test_off_records_nothing(self, checkpoint):
@@ -1225,7 +1365,11 @@ class TestTrace:
         assert cached == metrics.prefix_cache_hits > 0
         samples = sum(item.samples for record in trace.steps for item in record.scheduled)
         assert samples == metrics.num_generated_tokens == 57
-        assert sorted(label for record in trace.steps for label in record.finished) == ["0/0", "1/0", "2/0"]
+        assert sorted(label for record in trace.steps for label in record.finished) == [
+            "0/0",
+            "1/0",
+            "2/0",
+        ]
         assert (trace.num_blocks, trace.block_size, trace.max_num_batched_tokens) == (12, 4, 9)
 
     def test_records_are_consistent(self, checkpoint):
@@ -1236,7 +1380,11 @@ class TestTrace:
         for record in trace.steps:
             assert record.duration > 0
             assert record.num_tokens <= trace.max_num_batched_tokens
-            assert sorted(record.block_tables) == sorted(record.running) == sorted(record.num_computed_tokens)
+            assert (
+                sorted(record.block_tables)
+                == sorted(record.running)
+                == sorted(record.num_computed_tokens)
+            )
             used = {block for table in record.block_tables.values() for block in table}
             assert len(used) == trace.num_blocks - record.num_free_blocks
             assert not used & set(record.cached_blocks)
@@ -1277,7 +1425,7 @@ class TestTrace:
         assert Trace.load(tmp_path / "trace.json") == llm.trace
 
 
-# --- everything at once -----------------------------------------------------------------------------------------------
+# --- everything at once ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -1289,7 +1437,11 @@ def test_random_callers(checkpoint, seed):
     streams: dict = {}
 
     def params():
-        return SamplingParams(temperature=rng.choice([0.0, 3.0]), seed=rng.randint(0, 9), max_tokens=rng.randint(1, 20))
+        return SamplingParams(
+            temperature=rng.choice([0.0, 3.0]),
+            seed=rng.randint(0, 9),
+            max_tokens=rng.randint(1, 20),
+        )
 
     for _ in range(60):
         event = rng.random()

@@ -1,4 +1,6 @@
-"""From a directory to a model: what fits is loaded to the last tensor, and what does not is refused by name."""
+"""From a directory to a model: what fits is loaded to the last tensor, and what does not is refused
+by name.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,13 @@ from minivllm.kernels import Kernels
 from minivllm.models.loader import iterate_weights, load_config, load_model, resolve_model_path
 from minivllm.models.qwen3 import Qwen3ForCausalLM
 
-TINY = {"num_hidden_layers": 1, "hidden_size": 16, "head_dim": 8, "intermediate_size": 24, "vocab_size": 64}
+TINY = {
+    "num_hidden_layers": 1,
+    "hidden_size": 16,
+    "head_dim": 8,
+    "intermediate_size": 24,
+    "vocab_size": 64,
+}
 
 
 @pytest.fixture
@@ -53,13 +61,16 @@ def parameters(llm: LLM) -> dict[str, torch.Tensor]:
     return {name: p.cpu() for name, p in llm.llm_engine.model_runner.model.named_parameters()}
 
 
-# --- weights ----------------------------------------------------------------------------------------------------------
+# --- weights --------------------------------------------------------------------------------------
 
 
 def test_every_tensor_arrives(checkpoint: Path) -> None:
     """Fused layers hold their shards in order; nothing keeps what it was born with."""
     theirs, ours = load_file(checkpoint / "model.safetensors"), parameters(load(checkpoint))
-    for prefix, fused, names in (("self_attn", "qkv_proj", "qkv"), ("mlp", "gate_up_proj", ("gate", "up"))):
+    for prefix, fused, names in (
+        ("self_attn", "qkv_proj", "qkv"),
+        ("mlp", "gate_up_proj", ("gate", "up")),
+    ):
         parts = [theirs.pop(f"model.layers.0.{prefix}.{name}_proj.weight") for name in names]
         torch.testing.assert_close(
             ours.pop(f"model.layers.0.{prefix}.{fused}.weight"), torch.cat(parts), rtol=0, atol=0
@@ -76,13 +87,17 @@ def test_every_bias_arrives(tmp_path: Path, family: str) -> None:
     write_checkpoint(tmp_path, family, **shape, **biases)
     theirs, ours = load_file(tmp_path / "model.safetensors"), parameters(load(tmp_path))
     expected = torch.cat([theirs[f"model.layers.0.self_attn.{name}_proj.bias"] for name in "qkv"])
-    torch.testing.assert_close(ours["model.layers.0.self_attn.qkv_proj.bias"], expected, rtol=0, atol=0)
+    torch.testing.assert_close(
+        ours["model.layers.0.self_attn.qkv_proj.bias"], expected, rtol=0, atol=0
+    )
     assert ("model.layers.0.self_attn.o_proj.bias" in ours) == (family == "llama")
     assert ("model.layers.0.mlp.gate_up_proj.bias" in ours) == (family == "llama")
 
 
 def test_bfloat16_checkpoint_in_float32(checkpoint: Path) -> None:
-    edit_weights(checkpoint, lambda tensors: tensors.update({k: v.bfloat16() for k, v in tensors.items()}))
+    edit_weights(
+        checkpoint, lambda tensors: tensors.update({k: v.bfloat16() for k, v in tensors.items()})
+    )
     edit_config(checkpoint, dtype="bfloat16")
     expected = load_file(checkpoint / "model.safetensors")["model.embed_tokens.weight"].float()
     ours = parameters(load(checkpoint))["model.embed_tokens.weight"]
@@ -92,7 +107,12 @@ def test_bfloat16_checkpoint_in_float32(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn.q_norm.weight", "lm_head.weight"]
+    "name",
+    [
+        "model.layers.0.self_attn.k_proj.weight",
+        "model.layers.0.self_attn.q_norm.weight",
+        "lm_head.weight",
+    ],
 )
 def test_missing_tensor(checkpoint: Path, name: str) -> None:
     edit_weights(checkpoint, lambda tensors: tensors.pop(name))
@@ -101,7 +121,8 @@ def test_missing_tensor(checkpoint: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.k_proj.bias", "score.weight"]
+    "name",
+    ["model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.k_proj.bias", "score.weight"],
 )
 def test_unexpected_tensor(checkpoint: Path, name: str) -> None:
     edit_weights(checkpoint, lambda tensors: tensors.update({name: torch.zeros(2)}))
@@ -110,7 +131,8 @@ def test_unexpected_tensor(checkpoint: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["model.layers.0.self_attn.v_proj.weight", "model.norm.weight", "model.embed_tokens.weight"]
+    "name",
+    ["model.layers.0.self_attn.v_proj.weight", "model.norm.weight", "model.embed_tokens.weight"],
 )
 def test_misshapen_tensor(checkpoint: Path, name: str) -> None:
     """A shape that could be broadcast into place must not be."""
@@ -132,7 +154,9 @@ def test_tied_head(tmp_path: Path) -> None:
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     model = load(tmp_path).llm_engine.model_runner.model
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    edit_weights(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    edit_weights(
+        tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()})
+    )
     model = load(tmp_path).llm_engine.model_runner.model
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
@@ -143,7 +167,9 @@ def own_head(path: Path, **options: Any) -> Path:
     return edit_config(path, tie_word_embeddings=True)
 
 
-@pytest.mark.parametrize("options", [{}, {"max_shard_size": "4KB"}], ids=["one file", "shards, the head first"])
+@pytest.mark.parametrize(
+    "options", [{}, {"max_shard_size": "4KB"}], ids=["one file", "shards, the head first"]
+)
 def test_a_head_that_the_config_does_not_speak_of(
     tmp_path: Path, options: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -157,7 +183,9 @@ def test_a_head_that_the_config_does_not_speak_of(
     assert output.outputs[0].token_ids == reference.greedy(prompt, 12).token_ids
     tensors = dict(iterate_weights(tmp_path))
     assert torch.equal(parameters(llm)["lm_head.weight"], tensors["lm_head.weight"])
-    assert torch.equal(parameters(llm)["model.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
+    assert torch.equal(
+        parameters(llm)["model.embed_tokens.weight"], tensors["model.embed_tokens.weight"]
+    )
     assert "ships another lm_head.weight" in caplog.text
 
 
@@ -169,7 +197,10 @@ def test_a_rank_takes_its_part_of_such_a_head(tmp_path: Path, rank: int) -> None
     group = TensorParallelGroup(rank, 4)
     model = load_model(tmp_path, load_config(tmp_path), Kernels.reference(), group=group, **options)
     whole = load_file(tmp_path / "model.safetensors")
-    for place, name in ((model.lm_head, "lm_head.weight"), (model.model.embed_tokens, "model.embed_tokens.weight")):
+    for place, name in (
+        (model.lm_head, "lm_head.weight"),
+        (model.model.embed_tokens, "model.embed_tokens.weight"),
+    ):
         rows = whole[name][rank * 33 : rank * 33 + 33]
         assert torch.equal(place.weight[: len(rows)], rows)
         assert not place.weight[len(rows) :].any()
@@ -178,7 +209,9 @@ def test_a_rank_takes_its_part_of_such_a_head(tmp_path: Path, rank: int) -> None
 
 def test_one_number_makes_another_head(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "qwen3", **TINY, tie_word_embeddings=True)
-    edit_weights(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    edit_weights(
+        tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()})
+    )
     edit_weights(tmp_path, lambda t: t["lm_head.weight"][-1, -1].add_(1.0))
     model = load(tmp_path).llm_engine.model_runner.model
     difference = model.lm_head.weight - model.model.embed_tokens.weight
@@ -189,7 +222,9 @@ def test_a_tied_checkpoint_with_the_head_alone(tmp_path: Path) -> None:
     """transformers ties either way."""
     write_checkpoint(tmp_path, "qwen3", **TINY, tie_word_embeddings=True)
     matrix = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
-    edit_weights(tmp_path, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+    edit_weights(
+        tmp_path, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")})
+    )
     model = load(tmp_path).llm_engine.model_runner.model
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(model.lm_head.weight, matrix)
@@ -213,16 +248,21 @@ def test_a_model_of_ones_own_without_a_head(tmp_path: Path) -> None:
             super().__init__(*args)
             del self.lm_head
 
-    with pytest.raises(WeightLoadingError, match="differs from the embedding, and this model has no such parameter"):
+    with pytest.raises(
+        WeightLoadingError, match="differs from the embedding, and this model has no such parameter"
+    ):
         load(own_head(tmp_path), model_cls=Headless)
 
 
 def test_old_rotary_buffers_are_ignored(checkpoint: Path) -> None:
-    edit_weights(checkpoint, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    edit_weights(
+        checkpoint,
+        lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}),
+    )
     assert load(checkpoint).generate([[1, 2]], greedy(2), use_tqdm=False)[0].finished
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 class Bomb:
@@ -305,14 +345,30 @@ def test_index_without_a_map(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "weight_map",
     [
-        None, [], {}, "model.safetensors", 5, ["a"],
-        {"a": None}, {"a": 5, "b": "x"}, {"a": ["x"]}, {"a": {"x": 1}}, {"a": ""}, {"a": True},
-        {"a": "../model.safetensors"}, {"a": "/etc/passwd"}, {"a": "sub/model.safetensors"}, {"a": ".."}, {"a": "."},
-        {"a": "..\\model.safetensors"}, {"a": "C:model.safetensors"}, {"a": "x\0.safetensors"},
+        None,
+        [],
+        {},
+        "model.safetensors",
+        5,
+        ["a"],
+        {"a": None},
+        {"a": 5, "b": "x"},
+        {"a": ["x"]},
+        {"a": {"x": 1}},
+        {"a": ""},
+        {"a": True},
+        {"a": "../model.safetensors"},
+        {"a": "/etc/passwd"},
+        {"a": "sub/model.safetensors"},
+        {"a": ".."},
+        {"a": "."},
+        {"a": "..\\model.safetensors"},
+        {"a": "C:model.safetensors"},
+        {"a": "x\0.safetensors"},
         {"a": "model/../../model.safetensors"},
     ],
     ids=repr,
-)  # fmt: skip
+)
 def test_what_an_index_may_not_say(tmp_path: Path, weight_map: Any) -> None:
     """Files lie beside it: it is somebody else's, and must not make us read what is elsewhere."""
     shards = sharded(tmp_path / "sub")
@@ -362,7 +418,9 @@ def test_a_folder_in_place_of_a_file(tmp_path: Path, name: str) -> None:
         load(tmp_path)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read every file")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read every file"
+)
 def test_a_file_that_may_not_be_read(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").chmod(0)
     with pytest.raises(WeightLoadingError, match=r"model\.safetensors is not a readable"):
@@ -381,7 +439,9 @@ def test_config_that_is_no_json_object(checkpoint: Path, content: str) -> None:
         load(checkpoint)
 
 
-@pytest.mark.parametrize("field", ["vocab_size", "hidden_size", "num_attention_heads", "max_position_embeddings"])
+@pytest.mark.parametrize(
+    "field", ["vocab_size", "hidden_size", "num_attention_heads", "max_position_embeddings"]
+)
 def test_config_lacks_a_field(checkpoint: Path, field: str) -> None:
     with pytest.raises(ConfigError, match=field):
         load(edit_config(checkpoint, remove=(field,)))
@@ -392,7 +452,9 @@ def test_no_config(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["/no/such/directory", "./nowhere", "~/nowhere", "nowhere", "a/b/c"])
+@pytest.mark.parametrize(
+    "name", ["/no/such/directory", "./nowhere", "~/nowhere", "nowhere", "a/b/c"]
+)
 def test_no_such_directory(name: str) -> None:
     with pytest.raises(ConfigError, match="No model directory"):
         LLM(name)
@@ -435,12 +497,21 @@ def hub_errors() -> list[Exception]:
 
     response = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co"))
     return [
-        errors.HFValidationError("no id"), errors.GatedRepoError("gated", response=response),
-        errors.RepositoryNotFoundError("not found", response=response), errors.OfflineModeIsEnabled("offline"),
-        errors.LocalEntryNotFoundError("no network"), httpx.ConnectError("no network"), httpx.ReadTimeout("slow"),
-        ConnectionError("reset"), TimeoutError("slow"), PermissionError(13, "the cache"), OSError(28, "disk full"),
-        ImportError("No module named 'huggingface_hub'"), RuntimeError("hub"), ValueError("hub"),
-    ]  # fmt: skip
+        errors.HFValidationError("no id"),
+        errors.GatedRepoError("gated", response=response),
+        errors.RepositoryNotFoundError("not found", response=response),
+        errors.OfflineModeIsEnabled("offline"),
+        errors.LocalEntryNotFoundError("no network"),
+        httpx.ConnectError("no network"),
+        httpx.ReadTimeout("slow"),
+        ConnectionError("reset"),
+        TimeoutError("slow"),
+        PermissionError(13, "the cache"),
+        OSError(28, "disk full"),
+        ImportError("No module named 'huggingface_hub'"),
+        RuntimeError("hub"),
+        ValueError("hub"),
+    ]
 
 
 @pytest.mark.parametrize("error", hub_errors(), ids=lambda error: type(error).__name__)
@@ -451,7 +522,9 @@ def test_whatever_the_hub_says(error: Exception, monkeypatch: pytest.MonkeyPatch
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", failing)
-    with pytest.raises(ConfigError, match="'someone/model' is no directory here and could not be fetched") as caught:
+    with pytest.raises(
+        ConfigError, match="'someone/model' is no directory here and could not be fetched"
+    ) as caught:
         resolve_model_path("someone/model")
     assert str(error) in str(caught.value)
 
@@ -468,13 +541,14 @@ def test_an_interrupt_while_downloading_is_one(monkeypatch: pytest.MonkeyPatch) 
 
 
 FETCHED = """config.json generation_config.json model.safetensors model-00001-of-00002.safetensors
-model.safetensors.index.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json
-chat_template.jinja chat_template.json additional_chat_templates/tool_use.jinja vocab.json merges.txt vocab.txt
-tokenizer.model spiece.model sentencepiece.bpe.model"""
+model.safetensors.index.json tokenizer.json tokenizer_config.json special_tokens_map.json
+added_tokens.json chat_template.jinja chat_template.json additional_chat_templates/tool_use.jinja
+vocab.json merges.txt vocab.txt tokenizer.model spiece.model sentencepiece.bpe.model"""
 LEFT_THERE = """original/consolidated.00.pth original/params.json original/tokenizer.model
-original/model.safetensors consolidated.safetensors consolidated.00.pth pytorch_model.bin model.pth README.md
-onnx/model.onnx onnx/config.json onnx/model.safetensors adapter_model.safetensors flax_model.msgpack
-tf_model.h5 model.gguf training_args.bin runs/events.json LICENSE.txt modeling_mine.py"""
+original/model.safetensors consolidated.safetensors consolidated.00.pth pytorch_model.bin model.pth
+README.md onnx/model.onnx onnx/config.json onnx/model.safetensors adapter_model.safetensors
+flax_model.msgpack tf_model.h5 model.gguf training_args.bin runs/events.json LICENSE.txt
+modeling_mine.py"""
 
 
 def test_what_is_fetched_from_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -519,15 +593,21 @@ def test_dummy_needs_config_only(checkpoint: Path) -> None:
     with pytest.raises(WeightLoadingError):
         load(checkpoint)
     outputs = [
-        load(checkpoint, load_format="dummy", seed=seed).generate([[1, 2, 3]], greedy(16), use_tqdm=False)[0].outputs[0]
+        load(checkpoint, load_format="dummy", seed=seed)
+        .generate([[1, 2, 3]], greedy(16), use_tqdm=False)[0]
+        .outputs[0]
         for seed in (0, 0, 1)
     ]
     assert outputs[0].token_ids == outputs[1].token_ids != outputs[2].token_ids
     weights = parameters(load(checkpoint, load_format="dummy"))
-    assert all(tensor.isfinite().all() and tensor.std() > 0 for tensor in weights.values() if tensor.dim() > 1)
+    assert all(
+        tensor.isfinite().all() and tensor.std() > 0
+        for tensor in weights.values()
+        if tensor.dim() > 1
+    )
 
 
-# --- config.json ------------------------------------------------------------------------------------------------------
+# --- config.json ----------------------------------------------------------------------------------
 
 
 def rope_scaling(kind: str) -> dict[str, Any]:
@@ -547,15 +627,23 @@ def rope_scaling(kind: str) -> dict[str, Any]:
         ({"hidden_act": "gelu"}, "gelu"),
         ({"num_key_value_heads": 3}, "multiple"),
         ({"partial_rotary_factor": 0.5}, "Partial rotary"),
-        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}}, "Partial rotary"),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
+            "Partial rotary",
+        ),
         (rope_scaling("dynamic"), "dynamic"),
         (rope_scaling("longrope"), "longrope"),
         (rope_scaling("proportional"), "proportional"),
         ({"rope_parameters": None, "rope_scaling": {"type": "su", "factor": 4.0}}, "su"),
-        ({"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 4.0}}}, "each type of layer"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 4.0}}},
+            "each type of layer",
+        ),
     ],
 )
-def test_unsupported_is_refused_by_name(checkpoint: Path, changes: dict[str, Any], named: str) -> None:
+def test_unsupported_is_refused_by_name(
+    checkpoint: Path, changes: dict[str, Any], named: str
+) -> None:
     with pytest.raises(UnsupportedModelError, match=named):
         load(edit_config(checkpoint, **changes))
 
@@ -568,25 +656,51 @@ def test_rope_without_its_factor(checkpoint: Path, kind: str) -> None:
 
 def test_windows_that_are_switched_off(checkpoint: Path) -> None:
     """Qwen2.5's config: a window is named and not used; a null factor means the whole head."""
-    edit_config(checkpoint, use_sliding_window=False, sliding_window=4096, max_window_layers=1, layer_types=None)
+    edit_config(
+        checkpoint,
+        use_sliding_window=False,
+        sliding_window=4096,
+        max_window_layers=1,
+        layer_types=None,
+    )
     load(edit_config(checkpoint, partial_rotary_factor=None))
 
 
 def test_old_and_new_style_say_the_same(checkpoint: Path) -> None:
-    """transformers 5 writes dtype and rope_parameters; before it, torch_dtype, rope_theta and rope_scaling."""
-    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 128}
-    new = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **scaling}, "dtype": "bfloat16"}
-    old = {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **scaling}, "torch_dtype": "bfloat16"}
+    """transformers 5 writes dtype and rope_parameters; before it, torch_dtype, rope_theta and
+    rope_scaling.
+    """
+    scaling = {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 128,
+    }
+    new = {
+        "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **scaling},
+        "dtype": "bfloat16",
+    }
+    old = {
+        "rope_theta": 5e5,
+        "rope_scaling": {"rope_type": "llama3", **scaling},
+        "torch_dtype": "bfloat16",
+    }
     oldest = {**old, "rope_scaling": {"type": "llama3", **scaling}, "torch_dtype": "torch.bfloat16"}
     read = []
     for style in (new, old, oldest):
         edit_config(
-            checkpoint, remove=("rope_parameters", "rope_theta", "rope_scaling", "dtype", "torch_dtype"), **style
+            checkpoint,
+            remove=("rope_parameters", "rope_theta", "rope_scaling", "dtype", "torch_dtype"),
+            **style,
         )
         read.append(load_config(checkpoint))
     assert read[0] == read[1] == read[2]
     assert read[0].rope.rope_type == "llama3"
-    assert (read[0].rope.theta, read[0].rope.factor, read[0].rope.original_max_position) == (5e5, 8.0, 128)
+    assert (read[0].rope.theta, read[0].rope.factor, read[0].rope.original_max_position) == (
+        5e5,
+        8.0,
+        128,
+    )
     assert read[0].dtype == "bfloat16"
 
 
@@ -608,14 +722,18 @@ def test_length_before_stretching_beside_the_rope(checkpoint: Path) -> None:
         (None, None, ()),
     ],
 )
-def test_end_of_sequence_tokens(checkpoint: Path, config: Any, generation: Any, expected: tuple[int, ...]) -> None:
+def test_end_of_sequence_tokens(
+    checkpoint: Path, config: Any, generation: Any, expected: tuple[int, ...]
+) -> None:
     edit_config(checkpoint, eos_token_id=config)
     (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
     assert load_config(checkpoint).eos_token_ids == expected
 
 
 def test_second_end_of_sequence_token_ends(checkpoint: Path) -> None:
-    """Of a list in generation_config.json every token ends a sequence, unless the request ignores them."""
+    """Of a list in generation_config.json every token ends a sequence, unless the request ignores
+    them.
+    """
     prompt = random_prompt(5, vocab_size=64)
     [output] = load(checkpoint).generate([prompt], greedy(12), use_tqdm=False)
     tokens = output.outputs[0].token_ids
@@ -634,7 +752,14 @@ def test_nothing_is_typed_in_by_hand(checkpoint: Path) -> None:
     config = load_config(checkpoint)
     assert isinstance(config, ModelConfig)
     written = json.loads((checkpoint / "config.json").read_text())
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim", "rms_norm_eps"):
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "head_dim",
+        "rms_norm_eps",
+    ):
         assert getattr(config, name) == written[name]
     assert config.max_position_embeddings == 1024
     assert config.rope.theta == written["rope_parameters"]["rope_theta"]

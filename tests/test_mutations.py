@@ -1,7 +1,8 @@
 """A test of the tests: bugs that people really write make `assert_same_greedy` fail.
 
-Every mutation runs in a scenario that first passes without it, so that what fails is the mutation. They come in through
-the seams that a learner uses (kernels, scheduler_cls, block_manager_cls, build_batch), or as a patch of the runner.
+Every mutation runs in a scenario that first passes without it, so that what fails is the mutation.
+They come in through the seams that a learner uses (kernels, scheduler_cls, block_manager_cls,
+build_batch), or as a patch of the runner.
 """
 
 from __future__ import annotations
@@ -40,12 +41,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint(tmp_path_factory.mktemp("qwen3"), num_hidden_layers=2)
 
 
-# --- scenarios --------------------------------------------------------------------------------------------------------
+# --- scenarios ------------------------------------------------------------------------------------
 
 
 def in_step(model: Checkpoint, **options: Any) -> RecordedLLM:
-    """An engine whose results arrive at once (on a GPU too), so that a mutated scheduler meets tokens, not places."""
-    return RecordedLLM(model.path, **{"block_size": 4, "num_kv_blocks": 64, "async_scheduling": False, **options})
+    """An engine whose results arrive at once (on a GPU too), so that a mutated scheduler meets
+    tokens, not places.
+    """
+    return RecordedLLM(
+        model.path, **{"block_size": 4, "num_kv_blocks": 64, "async_scheduling": False, **options}
+    )
 
 
 def batch(model: Checkpoint, **options: Any) -> list[Completion]:
@@ -60,7 +65,9 @@ def chunks(model: Checkpoint, **options: Any) -> list[Completion]:
 
 def repeated_prompt(model: Checkpoint, **options: Any) -> list[Completion]:
     llm = in_step(model, **options)
-    return llm.complete([model.prompt(20)], NUM_TOKENS) + llm.complete([model.prompt(20)], NUM_TOKENS)
+    return llm.complete([model.prompt(20)], NUM_TOKENS) + llm.complete(
+        [model.prompt(20)], NUM_TOKENS
+    )
 
 
 def preemption(model: Checkpoint, **options: Any) -> list[Completion]:
@@ -86,7 +93,9 @@ def same_block_elsewhere(model: Checkpoint, **options: Any) -> list[Completion]:
     llm = in_step(model, **options)
     a, b, c = model.prompt(4), model.prompt(4, 1), model.prompt(4, 2)
     prompts = [model.prompt(3, after=a + b), model.prompt(3, after=c), model.prompt(5, after=c + b)]
-    completions = [completion for prompt in prompts for completion in llm.complete([prompt], NUM_TOKENS)]
+    completions = [
+        completion for prompt in prompts for completion in llm.complete([prompt], NUM_TOKENS)
+    ]
     assert llm.metrics().prefix_cache_hits >= 4
     return completions
 
@@ -115,7 +124,7 @@ def prompt_of_an_aborted_request(model: Checkpoint, **options: Any) -> list[Comp
     return completions
 
 
-# --- mutations --------------------------------------------------------------------------------------------------------
+# --- mutations ------------------------------------------------------------------------------------
 
 
 def kernels(**changes: Callable) -> dict[str, Any]:
@@ -128,7 +137,9 @@ def decode_position_off_by_one(rows: list[BatchRow], table: np.ndarray, size: in
     return inputs
 
 
-def positions_restart_behind_a_prefix(rows: list[BatchRow], table: np.ndarray, size: int) -> BatchInputs:
+def positions_restart_behind_a_prefix(
+    rows: list[BatchRow], table: np.ndarray, size: int
+) -> BatchInputs:
     inputs = build_batch(rows, table, size)
     starts = inputs.attention.query_start_loc.long()
     for i, row in enumerate(rows):
@@ -152,7 +163,9 @@ def one_entry_never_written(key, value, k_cache, v_cache, slots):
 def decode_with_another_block_size(query, k_cache, v_cache, table, *args, **kwargs):
     blocks, heads, size, dim = k_cache.shape
     k, v = (c.reshape(blocks * 2, heads, size // 2, dim) for c in (k_cache, v_cache))
-    wide = torch.nn.functional.pad(table, (0, table.shape[1]))  # twice as many look-ups: stay inside the table
+    wide = torch.nn.functional.pad(
+        table, (0, table.shape[1])
+    )  # twice as many look-ups: stay inside the table
     return REFERENCE.decode_attention(query, k, v, wide, *args, **kwargs)
 
 
@@ -167,13 +180,19 @@ def mask_aligned_to_the_start(query, k_cache, v_cache, table, starts, seq_lens, 
         scores = torch.einsum("qhgd,khd->hgqk", rows, key) * scale
         allowed = torch.ones(len(rows), context, device=query.device).tril().bool()
         weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
-        out[starts[i] : starts[i + 1]] = torch.einsum("hgqk,khd->qhgd", weights, value).flatten(1, 2)
+        out[starts[i] : starts[i + 1]] = torch.einsum("hgqk,khd->qhgd", weights, value).flatten(
+            1, 2
+        )
     return out
 
 
 def merge_without_rescale(outs, lses):
     """Online, part by part, but what was summed under the old maximum stays as it was."""
-    top, total, acc = torch.full_like(lses[0], -torch.inf), torch.zeros_like(lses[0]), torch.zeros_like(outs[0])
+    top, total, acc = (
+        torch.full_like(lses[0], -torch.inf),
+        torch.zeros_like(lses[0]),
+        torch.zeros_like(outs[0]),
+    )
     for out, lse in zip(outs, lses, strict=True):
         top = torch.maximum(top, lse)
         weight = torch.exp(lse - top)
@@ -187,7 +206,9 @@ def merge_by_mean(outs, lses):
 
 
 def interleaved_pairs(query, key, q_weight, k_weight, cos_sin, positions, eps):
-    """Rotates (x0, x1), (x2, x3), ... where Qwen and Llama checkpoints pair x[i] with x[i + D/2]."""
+    """Rotates (x0, x1), (x2, x3), ... where Qwen and Llama checkpoints pair x[i] with x[i +
+    D/2].
+    """
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
 
     def turn(x, weight):
@@ -260,7 +281,9 @@ class SampledTokenLost(Scheduler):
 
 
 class SampledTokenRepeated(Scheduler):
-    """The token sampled before the preemption is appended once more when the sequence comes back."""
+    """The token sampled before the preemption is appended once more when the sequence comes
+    back.
+    """
 
     def _preempt(self, seq: Any, batch: Any) -> None:
         super()._preempt(seq, batch)
@@ -269,7 +292,9 @@ class SampledTokenRepeated(Scheduler):
 
 
 class SampledTokenSampledAgain(Scheduler):
-    """Greedy tokens come out right all the same; with a stream, the caller would see one token twice."""
+    """Greedy tokens come out right all the same; with a stream, the caller would see one token
+    twice.
+    """
 
     def _preempt(self, seq: Any, batch: Any) -> None:
         super()._preempt(seq, batch)
@@ -278,7 +303,9 @@ class SampledTokenSampledAgain(Scheduler):
 
 
 class PreemptedKeepsItsCount(Scheduler):
-    """The blocks are gone, but the sequence is taken for computed: only the last block's tokens run again."""
+    """The blocks are gone, but the sequence is taken for computed: only the last block's tokens run
+    again.
+    """
 
     def _admit(self, batch: Any, seq: Any, num_cached: int) -> None:
         super()._admit(batch, seq, num_cached)
@@ -318,7 +345,10 @@ def unchained_hash(_previous: int | None, token_ids: Any) -> int:
 MUTATIONS = {
     "decode-position-off-by-one": (batch, {"build_batch": decode_position_off_by_one}),
     "positions-restart": (chunks, {"build_batch": positions_restart_behind_a_prefix}),
-    "positions-restart-behind-a-hit": (repeated_prompt, {"build_batch": positions_restart_behind_a_prefix}),
+    "positions-restart-behind-a-hit": (
+        repeated_prompt,
+        {"build_batch": positions_restart_behind_a_prefix},
+    ),
     "newest-entry-hidden": (batch, kernels(decode_attention=newest_entry_hidden)),
     "one-entry-never-written": (batch, kernels(store_kv=one_entry_never_written)),
     "eps-of-rms_norm": (batch, kernels(rms_norm=another_eps("rms_norm"))),
@@ -331,7 +361,10 @@ MUTATIONS = {
     ),
     "merge-without-rescale": (batch, kernels(merge_attention=merge_without_rescale)),
     "merge-by-mean": (batch, kernels(merge_attention=merge_by_mean)),
-    "another-block-size-in-decode": (batch, kernels(decode_attention=decode_with_another_block_size)),
+    "another-block-size-in-decode": (
+        batch,
+        kernels(decode_attention=decode_with_another_block_size),
+    ),
     "interleaved-rope-pairs": (batch, kernels(qk_norm_rope=interleaved_pairs)),
     "q_norm-for-k": (batch, kernels(qk_norm_rope=q_norm_for_k)),
     "no-qk-norm": (batch, kernels(qk_norm_rope=no_qk_norm)),
@@ -339,20 +372,33 @@ MUTATIONS = {
     "gate-and-up-swapped": (batch, kernels(silu_mul=gate_and_up_swapped)),
     "residual-forgotten": (batch, kernels(add_rms_norm=residual_forgotten)),
     "hit-after-a-miss": (hit_after_miss, {"block_manager_cls": HitAfterMissCounts}),
-    "registered-before-computed": (prompt_of_an_aborted_request, {"block_manager_cls": RegistersBeforeComputing}),
+    "registered-before-computed": (
+        prompt_of_an_aborted_request,
+        {"block_manager_cls": RegistersBeforeComputing},
+    ),
     "sampled-token-lost": (preemption, {"scheduler_cls": SampledTokenLost}),
     "sampled-token-repeated": (preemption, {"scheduler_cls": SampledTokenRepeated}),
     "sampled-token-sampled-again": (preemption, {"scheduler_cls": SampledTokenSampledAgain}),
     "preempted-keeps-its-count": (preemption, {"scheduler_cls": PreemptedKeepsItsCount}),
 }
 SCENARIOS = [
-    batch, chunks, repeated_prompt, preemption, one_step_late, hit_after_miss, same_block_elsewhere, slots_change_hands,
-    slots_change_hands_late, prompt_of_an_aborted_request,
-]  # fmt: skip
+    batch,
+    chunks,
+    repeated_prompt,
+    preemption,
+    one_step_late,
+    hit_after_miss,
+    same_block_elsewhere,
+    slots_change_hands,
+    slots_change_hands_late,
+    prompt_of_an_aborted_request,
+]
 
 
 def judge(model: Checkpoint, completions: list[Completion]) -> None:
-    assert_same_greedy(model.reference, completions, NUM_TOKENS, min_distinct=8, partial=True, report=Report())
+    assert_same_greedy(
+        model.reference, completions, NUM_TOKENS, min_distinct=8, partial=True, report=Report()
+    )
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
@@ -377,7 +423,10 @@ def test_mutation_is_found(model: Checkpoint, name: str) -> None:
     ],
 )
 def test_stale_slot_is_found(
-    model: Checkpoint, scenario: Callable, runner: type[ModelRunner], monkeypatch: pytest.MonkeyPatch
+    model: Checkpoint,
+    scenario: Callable,
+    runner: type[ModelRunner],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(engine_core, "ModelRunner", runner)
     with pytest.raises(ParityError):

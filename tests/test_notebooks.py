@@ -1,4 +1,6 @@
-"""The committed notebooks: executed, clean, and still true (nbval runs every one again and compares)."""
+"""The committed notebooks: executed, clean, and still true (nbval runs every one again and
+compares).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,11 @@ from minivllm.course.authoring import ROOT, broken_links, clean, execute, proble
 from minivllm.course.chapters import as_committed
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-ALL = [path for folder in ("notebooks", "solutions", "exercises") for path in sorted((ROOT / folder).glob("*.ipynb"))]
+ALL = [
+    path
+    for folder in ("notebooks", "solutions", "exercises")
+    for path in sorted((ROOT / folder).glob("*.ipynb"))
+]
 MAX_NOTEBOOK_BYTES, MAX_BYTES_TOGETHER = 1_200_000, 12_000_000
 
 
@@ -32,9 +38,11 @@ def text(path: Path, request: pytest.FixtureRequest) -> str:
 
 
 def text_of(path: Path, config: pytest.Config) -> str:
-    """What is held against the rules: the committed text, whatever a learner has saved; but where this file of tests
-    is named on the command line, as authors do, what was saved."""
-    if Path(__file__) in [Path(config.invocation_params.dir, arg.partition("::")[0]).resolve() for arg in config.args]:
+    """What is held against the rules: the committed text, whatever a learner has saved; but where
+    this file of tests is named on the command line, as authors do, what was saved."""
+    if Path(__file__) in [
+        Path(config.invocation_params.dir, arg.partition("::")[0]).resolve() for arg in config.args
+    ]:
         return path.read_text(encoding="utf-8")
     text, note = as_committed(path)
     if note:
@@ -50,7 +58,9 @@ def test_there_is_a_first_page() -> None:
 
 def test_nbval(path: Path, pytestconfig: pytest.Config) -> None:
     arguments = [Path(argument).resolve() for argument in pytestconfig.args]
-    if pytestconfig.getoption("nbval", False) and any(path.is_relative_to(argument) for argument in arguments):
+    if pytestconfig.getoption("nbval", False) and any(
+        path.is_relative_to(argument) for argument in arguments
+    ):
         pytest.skip("this very run collects the notebook with --nbval")
     command = [
         sys.executable,
@@ -62,7 +72,9 @@ def test_nbval(path: Path, pytestconfig: pytest.Config) -> None:
         "no:cacheprovider",
         str(path),
     ]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250, check=False)
+    result = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=250, check=False
+    )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
 
 
@@ -83,12 +95,16 @@ def test_pictures_bring_words(text: str) -> None:
             if "image/png" in output.get("data", {}):
                 assert len(output.metadata["image/png"]["alt"]) > 30
                 assert output.data["text/plain"].startswith(output.metadata["image/png"]["alt"])
-                assert any("text/markdown" in other.get("data", {}) for other in cell.outputs), "a caption below it"
+                assert any("text/markdown" in other.get("data", {}) for other in cell.outputs), (
+                    "a caption below it"
+                )
 
 
 def test_cells_are_short(text: str) -> None:
     cells = nbformat.reads(text, as_version=4).cells
-    lines = sorted(len([x for x in c.source.splitlines() if x.strip()]) for c in cells if c.cell_type == "code")
+    lines = sorted(
+        len([x for x in c.source.splitlines() if x.strip()]) for c in cells if c.cell_type == "code"
+    )
     words = sorted(len(c.source.split()) for c in cells if c.cell_type == "markdown")
     assert 3 <= lines[len(lines) // 2] <= 7
     assert lines[-1] <= 20
@@ -106,7 +122,7 @@ def test_small_together(pytestconfig: pytest.Config) -> None:
     assert sum(len(text.encode()) for text in texts) < MAX_BYTES_TOGETHER
 
 
-# --- the rules themselves ---------------------------------------------------------------------------------------------
+# --- the rules themselves -------------------------------------------------------------------------
 
 
 def cell(source: str, text: str | None = "ok\n", count: int = 1, **output) -> NotebookNode:
@@ -124,11 +140,17 @@ def test_a_good_notebook_has_no_problems() -> None:
     [
         ([cell("print(1)", count=2)], "top to bottom"),
         ([cell("x = 1", None), cell("y = 1", None, 2), cell("print(1)", count=3)], "only 1 of 3"),
-        ([cell("f()", output_type="error", ename="ValueError", evalue="no", traceback=[])], "ValueError: no"),
+        (
+            [cell("f()", output_type="error", ename="ValueError", evalue="no", traceback=[])],
+            "ValueError: no",
+        ),
         ([cell("print(p)", "at /home/somebody/minivllm\n")], "a path"),
         ([cell("print(p)", "took 12.5 ms\n")], "a time"),
         ([cell("# NBVAL_IGNORE_OUTPUT\nf()"), cell("print(1)", count=2)], "asserts nothing"),
-        ([cell("f()", output_type="display_data", data={"image/png": "A" * 90_000})], "an image of"),
+        (
+            [cell("f()", output_type="display_data", data={"image/png": "A" * 90_000})],
+            "an image of",
+        ),
     ],
 )
 def test_bad_notebooks_are_named(cells: list[NotebookNode], complaint: str) -> None:
@@ -138,7 +160,9 @@ def test_bad_notebooks_are_named(cells: list[NotebookNode], complaint: str) -> N
 def test_execute_cleans_and_refuses(tmp_path: Path) -> None:
     good, bad = tmp_path / "good.ipynb", tmp_path / "bad.ipynb"
     root = f"print({str(ROOT)!r} + '/notebooks')"
-    notebook = new_notebook(cells=[new_code_cell(root), new_code_cell("6 * 7")], metadata={"secret": "mine"})
+    notebook = new_notebook(
+        cells=[new_code_cell(root), new_code_cell("6 * 7")], metadata={"secret": "mine"}
+    )
     nbformat.write(notebook, good)
     nbformat.write(new_notebook(cells=[new_code_cell("1 / 0")]), bad)
     before = bad.read_bytes()
@@ -154,11 +178,20 @@ def test_execute_cleans_and_refuses(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "broken"),
     [
-        ("[a](b.ipynb) [c](../minivllm/x.py#L2-L3) [d](../minivllm) [e](#Big-idea) [f](b.ipynb#Other)", []),
+        (
+            (
+                "[a](b.ipynb) [c](../minivllm/x.py#L2-L3) [d](../minivllm) [e](#Big-idea)"
+                " [f](b.ipynb#Other)"
+            ),
+            [],
+        ),
         ("[paper](https://arxiv.org/abs/2205.14135v2), https://arxiv.org/abs/1805.02867.", []),
         ("[web](https://example.org/#x) `[0](1)`-like [m](mailto:me@example.org)", []),
         ("[a](missing.ipynb)", ["missing.ipynb"]),
-        ("[a](../minivllm/x.py#L4) and <a href='../minivllm/y.py'>", ["../minivllm/x.py#L4", "../minivllm/y.py"]),
+        (
+            "[a](../minivllm/x.py#L4) and <a href='../minivllm/y.py'>",
+            ["../minivllm/x.py#L4", "../minivllm/y.py"],
+        ),
         (
             "[a](../minivllm/x.py#L3-L2) [b](../minivllm/x.py#line2)",
             ["../minivllm/x.py#L3-L2", "../minivllm/x.py#line2"],
@@ -173,6 +206,13 @@ def test_broken_links_are_named(tmp_path: Path, text: str, broken: list[str]) ->
     (tmp_path / "minivllm").mkdir()
     (tmp_path / "minivllm/x.py").write_text("1\n2\n3\n")
     (tmp_path / "notebooks").mkdir()
-    nbformat.write(new_notebook(cells=[new_markdown_cell("# Other")]), tmp_path / "notebooks/b.ipynb")
-    cells = [new_markdown_cell("## Big idea\n\n" + text, id="text"), new_code_cell("x = '[a](nowhere)'")]
-    assert broken_links(new_notebook(cells=cells), tmp_path / "notebooks") == [f"cell text: {link}" for link in broken]
+    nbformat.write(
+        new_notebook(cells=[new_markdown_cell("# Other")]), tmp_path / "notebooks/b.ipynb"
+    )
+    cells = [
+        new_markdown_cell("## Big idea\n\n" + text, id="text"),
+        new_code_cell("x = '[a](nowhere)'"),
+    ]
+    assert broken_links(new_notebook(cells=cells), tmp_path / "notebooks") == [
+        f"cell text: {link}" for link in broken
+    ]

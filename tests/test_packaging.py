@@ -1,8 +1,10 @@
-"""What a newcomer installs: cheap imports, the floors of the house, and a wheel that brings its model along.
+"""What a newcomer installs: cheap imports, the floors of the house, and a wheel that brings its
+model along.
 
-The wheel goes into a virtual environment that holds nothing but it; the dependencies are lent by a .pth file that
-points at this environment's site-packages, since installing torch once more takes minutes. That the wheel's own
-requirements suffice is shown by .ci/run, which installs it with them into an empty environment.
+The wheel goes into a virtual environment that holds nothing but it; the dependencies are lent by a
+.pth file that points at this environment's site-packages, since installing torch once more takes
+minutes. That the wheel's own requirements suffice is shown by .ci/run, which installs it with them
+into an empty environment.
 """
 
 from __future__ import annotations
@@ -27,18 +29,38 @@ import pytest
 from minivllm.bundled import BUNDLED_MODEL_PATH
 
 ROOT = Path(__file__).resolve().parents[1]
-MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-HEAVY = ("torch", "transformers", "triton", "matplotlib", "huggingface_hub", "IPython", "jupyter_client", "tokenizers")
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+HEAVY = (
+    "torch",
+    "transformers",
+    "triton",
+    "matplotlib",
+    "huggingface_hub",
+    "IPython",
+    "jupyter_client",
+    "tokenizers",
+)
 
 has_model = pytest.mark.skipif(
-    not (BUNDLED_MODEL_PATH / "model.safetensors").is_file(), reason="the bundled model is not in this checkout"
+    not (BUNDLED_MODEL_PATH / "model.safetensors").is_file(),
+    reason="the bundled model is not in this checkout",
 )
 
 
-@pytest.mark.parametrize("module", ["minivllm", "minivllm.cli", "minivllm.bundled", "minivllm.viz", "minivllm.doctor"])
+@pytest.mark.parametrize(
+    "module", ["minivllm", "minivllm.cli", "minivllm.bundled", "minivllm.viz", "minivllm.doctor"]
+)
 def test_imports_are_cheap(module):
     code = f"import sys, {module}; print([name for name in {HEAVY!r} if name in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
     assert result.stdout.strip() == "[]"
 
 
@@ -46,7 +68,11 @@ def test_every_floor_imports_only_from_below():
     code = "from importlinter.cli import lint_imports_command; lint_imports_command()"
     arguments = ["--no-cache", "--no-logo", "--config", str(ROOT / "pyproject.toml")]
     result = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=120
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "1 kept, 0 broken" in result.stdout
@@ -54,18 +80,26 @@ def test_every_floor_imports_only_from_below():
 
 def test_constraints_pin_every_requirement_and_name_no_place():
     text = (ROOT / "constraints.txt").read_text()
-    pins = {m.group(1).lower().replace("_", "-"): m.group(2) for m in re.finditer(r"^([\w.-]+)==([\w.]+)", text, re.M)}
+    pins = {
+        m.group(1).lower().replace("_", "-"): m.group(2)
+        for m in re.finditer(r"^([\w.-]+)==([\w.]+)", text, re.M)
+    }
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert len(lines) == len(pins)
     assert not re.search(r"://|file:| @ |^-", text, re.M)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    required = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
+    required = [
+        *project["dependencies"],
+        *(r for extra in project["optional-dependencies"].values() for r in extra),
+    ]
     for requirement in required:
         name = re.match(r"[\w.-]+", requirement).group().lower().replace("_", "-")
         assert name in pins or name == "minivllm", f"{requirement} has no pin"
         minimum = re.search(r">=([\d.]+)", requirement)
         if minimum and name in pins:
-            pinned, least = ([int(x) for x in version.split(".")] for version in (pins[name], minimum.group(1)))
+            pinned, least = (
+                [int(x) for x in version.split(".")] for version in (pins[name], minimum.group(1))
+            )
             assert pinned >= least, requirement
 
 
@@ -90,7 +124,9 @@ def _brought_by(extra: str) -> set[str]:
 
 
 def _sources(path: Path) -> Iterator[str]:
-    """A module's text, or a notebook's cells without the lines that are IPython's and not Python's."""
+    """A module's text, or a notebook's cells without the lines that are IPython's and not
+    Python's.
+    """
     if path.suffix == ".py":
         yield path.read_text()
         return
@@ -129,7 +165,9 @@ def test_lab_brings_all_that_the_course_imports(folder):
 
 
 def test_lab_brings_what_the_options_of_pytest_need():
-    """`pytest --nbval exercises/…` after `make lab`: addopts names options of nbval, and `timeout` is a plugin's."""
+    """`pytest --nbval exercises/…` after `make lab`: addopts names options of nbval, and `timeout`
+    is a plugin's.
+    """
     options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
     assert "--nbval" in options["addopts"]
     assert "timeout" in options
@@ -141,7 +179,9 @@ def _make(tmp_path: Path, *arguments: str) -> str:
     """What `make` would run in a fresh checkout, without running it."""
     if shutil.which("make") is None:
         pytest.skip("there is no make here")
-    environment = {"PATH": os.environ["PATH"]}  # and none of the variables of a `make` that runs this test
+    environment = {
+        "PATH": os.environ["PATH"]
+    }  # and none of the variables of a `make` that runs this test
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     command = ["make", "-n", *arguments]
@@ -150,7 +190,9 @@ def _make(tmp_path: Path, *arguments: str) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize(("target", "extra"), [("demo", "."), ("lab", ".[lab]"), ("test", ".[dev]")])
+@pytest.mark.parametrize(
+    ("target", "extra"), [("demo", "."), ("lab", ".[lab]"), ("test", ".[dev]")]
+)
 def test_make_installs_the_same_pins_with_pip_and_with_uv(tmp_path, target, extra):
     pip = _make(tmp_path, target, "UV=", f"PYTHON={sys.executable}")
     uv = _make(tmp_path, target, "UV=/bin/uv", f"PYTHON={sys.executable}")
@@ -189,7 +231,9 @@ def test_make_test_newest_has_no_pins_and_an_environment_of_its_own(tmp_path, uv
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """The wheel, built from a copy of what git tracks or would add: no leftovers of this checkout get in."""
+    """The wheel, built from a copy of what git tracks or would add: no leftovers of this checkout
+    get in.
+    """
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     listed = subprocess.run(
         [
@@ -214,7 +258,16 @@ def wheel(tmp_path_factory) -> Path:
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-index", "--no-build-isolation"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        "--no-build-isolation",
+    ]
     subprocess.run([*command, "-w", str(out), str(source)], check=True, timeout=240)
     (built,) = out.glob("minivllm-*-py3-none-any.whl")
     return built
@@ -237,7 +290,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
 def test_the_wheel_holds_the_bundled_model(wheel):
     infos = {info.filename: info for info in zipfile.ZipFile(wheel).infolist()}
     for name in MODEL_FILES:
-        assert infos[f"minivllm/bundled/{name}"].file_size == (BUNDLED_MODEL_PATH / name).stat().st_size
+        assert (
+            infos[f"minivllm/bundled/{name}"].file_size
+            == (BUNDLED_MODEL_PATH / name).stat().st_size
+        )
     assert sum(infos[f"minivllm/bundled/{name}"].file_size for name in MODEL_FILES) <= 13e6
 
 
@@ -260,15 +316,26 @@ def test_the_installed_wheel_generates_from_its_own_model(wheel, tmp_path):
     ]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL"))}
     subprocess.run([*install, str(wheel)], check=True, timeout=120, env=environment)
-    # Appended to the path, so the wheel's files come first; an editable finder of this environment is not followed.
+    # Appended to the path, so the wheel's files come first; an editable finder of this environment
+    # is not followed.
     (site / "lent.pth").write_text(sysconfig.get_path("purelib") + "\n")
 
     def run(*command: str) -> str:
-        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        result = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        )
         assert result.returncode == 0, result.stdout + result.stderr
         return result.stdout
 
     python = str(bin_dir / "python")
     assert run(python, "-c", "import minivllm; print(minivllm.__file__)").startswith(str(site))
-    text = run(str(bin_dir / "minivllm"), "generate", "-t", "0", "-n", "24", "Tell me a story about a fox named Pip.")
+    text = run(
+        str(bin_dir / "minivllm"),
+        "generate",
+        "-t",
+        "0",
+        "-n",
+        "24",
+        "Tell me a story about a fox named Pip.",
+    )
     assert len(text.split()) >= 5

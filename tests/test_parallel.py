@@ -1,6 +1,8 @@
-"""Ranks as processes: the same tokens in every mode, started by the engine or by torchrun; and how ranks end.
+"""Ranks as processes: the same tokens in every mode, started by the engine or by torchrun; and how
+ranks end.
 
-Greedy tokens are compared with transformers' (the margin rule of parity.py), all else with the engine of one rank.
+Greedy tokens are compared with transformers' (the margin rule of parity.py), all else with the
+engine of one rank.
 """
 
 from __future__ import annotations
@@ -28,13 +30,20 @@ from parity import Checkpoint, assert_same_greedy
 import minivllm
 from minivllm import Kernels, SamplingParams
 from minivllm.bundled import BUNDLED_MODEL_PATH
-from minivllm.errors import ConfigError, EngineEndedError, RankFailedError, RankMismatchError, RequestError
+from minivllm.errors import (
+    ConfigError,
+    EngineEndedError,
+    RankFailedError,
+    RankMismatchError,
+    RequestError,
+)
 from minivllm.kernels.sampling import sample_reference
 from minivllm.models.qwen3 import Qwen3ForCausalLM
 
 # On the CPU wherever this runs: ranks take a GPU each.
 LLM, LLMEngine, RecordedLLM = (
-    functools.partial(cls, device="cpu") for cls in (minivllm.LLM, minivllm.LLMEngine, parity.RecordedLLM)
+    functools.partial(cls, device="cpu")
+    for cls in (minivllm.LLM, minivllm.LLMEngine, parity.RecordedLLM)
 )
 LONG = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
 #: Small enough that prompts are chunked, sequences preempted and prefixes shared.
@@ -89,12 +98,18 @@ def tokens(outputs: list[Any]) -> list[list[int]]:
     return [c.token_ids for output in outputs for c in output.outputs]
 
 
-# --- the same tokens --------------------------------------------------------------------------------------------------
+# --- the same tokens ------------------------------------------------------------------------------
 
 
-def test_greedy_with_prefix_hits_chunks_and_preemption(checkpoint: Checkpoint, ranks: parity.RecordedLLM) -> None:
+def test_greedy_with_prefix_hits_chunks_and_preemption(
+    checkpoint: Checkpoint, ranks: parity.RecordedLLM
+) -> None:
     shared = checkpoint.prompt(40)
-    prompts = [shared, *(checkpoint.prompt(n, after=shared) for n in (5, 30)), *checkpoint.prompts(75, 60, 1)]
+    prompts = [
+        shared,
+        *(checkpoint.prompt(n, after=shared) for n in (5, 30)),
+        *checkpoint.prompts(75, 60, 1),
+    ]
     completions = ranks.complete(prompts)
     metrics = ranks.metrics()
     assert metrics.prefix_cache_hits > 0
@@ -105,19 +120,28 @@ def test_greedy_with_prefix_hits_chunks_and_preemption(checkpoint: Checkpoint, r
     assert_same_greedy(checkpoint.reference, completions)
 
 
-def test_sampling_and_logprobs(checkpoint: Checkpoint, alone: minivllm.LLM, ranks: parity.RecordedLLM) -> None:
-    """Seeds, filters, penalties, a bias, several completions, the engine's own seeds; what the logits are asked for."""
+def test_sampling_and_logprobs(
+    checkpoint: Checkpoint, alone: minivllm.LLM, ranks: parity.RecordedLLM
+) -> None:
+    """Seeds, filters, penalties, a bias, several completions, the engine's own seeds; what the
+    logits are asked for.
+    """
     base = SamplingParams(temperature=0.8, max_tokens=24, ignore_eos=True)
     changes = [
-        {"seed": 7, "top_p": 0.9}, {"seed": 8, "top_k": 20, "n": 2}, {"seed": 9, "repetition_penalty": 1.3},
-        {"seed": 7, "logit_bias": {3: 5.0}, "presence_penalty": 0.5}, {"logprobs": 3, "prompt_logprobs": 2, "seed": 1},
-    ]  # fmt: skip
+        {"seed": 7, "top_p": 0.9},
+        {"seed": 8, "top_k": 20, "n": 2},
+        {"seed": 9, "repetition_penalty": 1.3},
+        {"seed": 7, "logit_bias": {3: 5.0}, "presence_penalty": 0.5},
+        {"logprobs": 3, "prompt_logprobs": 2, "seed": 1},
+    ]
     params = [dataclasses.replace(base, **change) for change in changes]
     prompts = checkpoint.prompts(20, 3, 50, 17, 70)
     expected, found = (generate(llm, prompts, params) for llm in (alone, ranks))
     assert tokens(found) == tokens(expected)
     assert len({tuple(t) for t in tokens(found)}) == 6
-    ours, theirs = (o[-1].outputs[0].logprobs + o[-1].prompt_logprobs[1:] for o in (found, expected))
+    ours, theirs = (
+        o[-1].outputs[0].logprobs + o[-1].prompt_logprobs[1:] for o in (found, expected)
+    )
     assert len(ours) == 24 + 69
     for here, there in zip(ours, theirs, strict=True):
         assert here.keys() == there.keys()
@@ -158,10 +182,13 @@ def test_a_stream_that_is_closed_early(ranks: parity.RecordedLLM) -> None:
 
 
 def test_text_stop_strings_and_two_engines_at_once() -> None:
-    """Two engines of two ranks, stepped in turns, with the bundled model's tokenizer on every rank."""
+    """Two engines of two ranks, stepped in turns, with the bundled model's tokenizer on every
+    rank.
+    """
     params = [
-        SamplingParams(temperature=0.0, max_tokens=40, stop="."), SamplingParams(temperature=0.9, seed=4, max_tokens=40)
-    ]  # fmt: skip
+        SamplingParams(temperature=0.0, max_tokens=40, stop="."),
+        SamplingParams(temperature=0.9, seed=4, max_tokens=40),
+    ]
     prompts = ["Once upon a time", "The fox"]
     expected = [o.outputs[0].text for o in generate(LLM(num_kv_blocks=40), prompts, params)]
     engines = [LLMEngine(tensor_parallel_size=2, num_kv_blocks=40) for _ in range(2)]
@@ -172,7 +199,9 @@ def test_text_stop_strings_and_two_engines_at_once() -> None:
     while any(engine.has_unfinished_requests() for engine in engines):
         for engine, found in zip(engines, texts, strict=True):
             found |= {output.request_id: output.outputs[0].text for output in engine.step()}
-    assert [list(found.values()) for found in ({p: t[p] for p in prompts} for t in texts)] == [expected] * 2
+    assert [list(found.values()) for found in ({p: t[p] for p in prompts} for t in texts)] == [
+        expected
+    ] * 2
     for engine in engines:
         engine.close()
 
@@ -185,11 +214,14 @@ from minivllm.errors import RankError
 
 path, prompts, tight, out = json.loads(sys.argv[1])
 rank = int(os.environ["RANK"])
-options = dict(tensor_parallel_size=int(os.environ["WORLD_SIZE"]), dtype="float32", device="cpu", **tight)
+world = int(os.environ["WORLD_SIZE"])
+options = dict(tensor_parallel_size=world, dtype="float32", device="cpu", **tight)
 options["skip_tokenizer_init"] = True
 llm, other = LLM(path, **options), LLM(path, **options)
 params = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
-found = [[o.outputs[0].token_ids for o in one.generate(prompts, params, use_tqdm=False)] for one in (llm, other)]
+def tokens(one):
+    return [o.outputs[0].token_ids for o in one.generate(prompts, params, use_tqdm=False)]
+found = [tokens(one) for one in (llm, other)]
 runner, metrics = llm.llm_engine.model_runner, llm.metrics()
 report = {
     "tokens": found, "preemptions": metrics.num_preemptions, "chunks": metrics.num_chunks,
@@ -209,7 +241,9 @@ Path(out, f"{rank}.json").write_text(json.dumps(report))
 
 
 def test_under_torchrun(checkpoint: Checkpoint, alone: minivllm.LLM, tmp_path: Path) -> None:
-    """The same script on two ranks: tokens, shares of the memory in bytes, and a call that only one rank gets."""
+    """The same script on two ranks: tokens, shares of the memory in bytes, and a call that only one
+    rank gets.
+    """
     prompts = [
         *checkpoint.prompts(75, 60, 33),
         checkpoint.prompt(5, after=checkpoint.prompt(60)),
@@ -219,7 +253,14 @@ def test_under_torchrun(checkpoint: Checkpoint, alone: minivllm.LLM, tmp_path: P
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     argument = json.dumps([str(checkpoint.path), prompts, TIGHT, str(tmp_path)])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     subprocess.run([*torchrun, str(script), argument], check=True, timeout=120, env=environment)
     reports = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
@@ -230,12 +271,17 @@ def test_under_torchrun(checkpoint: Checkpoint, alone: minivllm.LLM, tmp_path: P
         assert report["tokens"] == [expected] * 2
         assert min(report["preemptions"], report["chunks"], report["hits"]) > 0
         assert report["weights"] == (weights - norms) // 2 + norms
-        assert report["cache"] == sum(cache.nbytes for layer in runner.kv_caches for cache in layer) // 2
-    assert reports[1]["error"].startswith("RankMismatchError: Rank 1 does not stand where rank 0 does")
+        assert (
+            report["cache"]
+            == sum(cache.nbytes for layer in runner.kv_caches for cache in layer) // 2
+        )
+    assert reports[1]["error"].startswith(
+        "RankMismatchError: Rank 1 does not stand where rank 0 does"
+    )
     assert reports[0]["error"].startswith("RankFailedError")
 
 
-# --- disagreement -----------------------------------------------------------------------------------------------------
+# --- disagreement ---------------------------------------------------------------------------------
 
 
 def other_tokens_elsewhere(logits: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -248,14 +294,15 @@ def test_ranks_with_other_tokens_are_noticed() -> None:
     kernels = dataclasses.replace(Kernels.reference(), sample=other_tokens_elsewhere)
     llm = LLM(tensor_parallel_size=2, num_kv_blocks=40, kernels=kernels)
     with pytest.raises(
-        RankMismatchError, match="Rank 1 failed: RankMismatchError: Rank 1 does not stand where rank 0 does"
+        RankMismatchError,
+        match="Rank 1 failed: RankMismatchError: Rank 1 does not stand where rank 0 does",
     ):
         generate(llm, [1, 2, 3], LONG)
     with pytest.raises(EngineEndedError, match="RankMismatchError"):
         generate(llm, [1, 2, 3], LONG)
 
 
-# --- starting and ending ----------------------------------------------------------------------------------------------
+# --- starting and ending --------------------------------------------------------------------------
 
 
 def test_a_rank_is_killed_while_it_generates(new_processes: Callable) -> None:
@@ -349,7 +396,9 @@ def test_torchrun_with_another_number_of_ranks(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_step_ends_the_engine(error: type[BaseException], new_processes: Callable) -> None:
+def test_an_interrupted_step_ends_the_engine(
+    error: type[BaseException], new_processes: Callable
+) -> None:
     llm = LLM(tensor_parallel_size=2, num_kv_blocks=40)
     execute, calls = llm.llm_engine.model_runner.execute, 0
 
@@ -383,7 +432,9 @@ def test_closing_leaving_and_losing_an_engine_ends_its_ranks(new_processes: Call
 
 
 def test_starts_and_stops_leave_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Processes, threads, open files and sockets, shared memory, temporary files. MINIVLLM_STARTS=20 for more."""
+    """Processes, threads, open files and sockets, shared memory, temporary files.
+    MINIVLLM_STARTS=20 for more.
+    """
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
 
@@ -392,23 +443,29 @@ def test_starts_and_stops_leave_nothing(monkeypatch: pytest.MonkeyPatch, tmp_pat
             generate(llm, "Once", SamplingParams(max_tokens=2))
         gc.collect()
         found = {name: len(os.listdir(f"/proc/self/{name}")) for name in ("fd", "task")}
-        found |= {"threads": threading.active_count(), "children": len(multiprocessing.active_children())}
+        found |= {
+            "threads": threading.active_count(),
+            "children": len(multiprocessing.active_children()),
+        }
         return found | {"shared memory": os.listdir("/dev/shm"), "files": os.listdir(tmp_path)}
 
-    first = once()  # imports, and multiprocessing's one resource tracker for the life of this process
+    first = (
+        once()
+    )  # imports, and multiprocessing's one resource tracker for the life of this process
     assert first["files"] == []
     for _ in range(int(os.environ.get("MINIVLLM_STARTS", 2))):
         assert once() == first
 
 
-# --- scripts: signals to a whole terminal, a parent that is gone, the command line ------------------------------------
+# --- scripts: signals to a whole terminal, a parent that is gone, the command line ----------------
 
 TALKER = """
 from minivllm import LLM, SamplingParams
 if __name__ == "__main__":
     print("starting", flush=True)
     llm = LLM(tensor_parallel_size=2, num_kv_blocks=400, device="cpu")
-    for chunk in llm.stream("Once", SamplingParams(temperature=0.0, max_tokens=250, ignore_eos=True)):
+    params = SamplingParams(temperature=0.0, max_tokens=250, ignore_eos=True)
+    for chunk in llm.stream("Once", params):
         print(chunk.text, flush=True)
 """
 
@@ -417,9 +474,13 @@ def start_talker(tmp_path: Path) -> subprocess.Popen:
     script = tmp_path / "talker.py"
     script.write_text(TALKER)
     process = subprocess.Popen(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert process.stdout.readline() == "starting\n"
     return process
 
@@ -453,7 +514,9 @@ def test_ctrl_c(when: str, tmp_path: Path) -> None:
         assert len(members(process.pid)) >= 2
     else:
         deadline = time.monotonic() + 30.0
-        while len(members(process.pid)) < 3 and time.monotonic() < deadline:  # this one, the resource tracker, a rank
+        while (
+            len(members(process.pid)) < 3 and time.monotonic() < deadline
+        ):  # this one, the resource tracker, a rank
             time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=30)
@@ -475,15 +538,31 @@ def test_a_killed_parent_takes_its_ranks_along(tmp_path: Path) -> None:
 def test_a_script_without_a_guard_says_what_it_lacks(tmp_path: Path) -> None:
     script = tmp_path / "unguarded.py"
     script.write_text("from minivllm import LLM\nLLM(tensor_parallel_size=2, device='cpu')\n")
-    found = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    found = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=60
+    )
     assert found.returncode == 1
     assert "RankFailedError: Rank 1 exited with code 1" in found.stderr
     assert "if __name__ == '__main__':" in found.stderr.splitlines()[-1]
 
 
 def test_the_command_line() -> None:
-    options = ["-e", "tensor_parallel_size=2", "-e", "num_kv_blocks=40", "-e", "device=cpu", "-t", "0", "-n", "12"]
+    options = [
+        "-e",
+        "tensor_parallel_size=2",
+        "-e",
+        "num_kv_blocks=40",
+        "-e",
+        "device=cpu",
+        "-t",
+        "0",
+        "-n",
+        "12",
+    ]
     command = [sys.executable, "-m", "minivllm", "generate", "Once upon a time", "--raw", *options]
     found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     params = SamplingParams(temperature=0.0, max_tokens=12)
-    assert found.stdout.rstrip("\n") == generate(LLM(BUNDLED_MODEL_PATH), "Once upon a time", params)[0].outputs[0].text
+    assert (
+        found.stdout.rstrip("\n")
+        == generate(LLM(BUNDLED_MODEL_PATH), "Once upon a time", params)[0].outputs[0].text
+    )

@@ -1,4 +1,6 @@
-"""The split model: each rank holds its share, reads its share, and together the ranks compute what one would."""
+"""The split model: each rank holds its share, reads its share, and together the ranks compute what
+one would.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,17 @@ from minivllm.distributed import Part, TensorParallelGroup
 from minivllm.errors import ConfigError, WeightLoadingError
 from minivllm.models.loader import iterate_weights, load_config, load_model, parameter_places
 
-#: (family, changes, ranks): KV heads that divide or are replicated, tied or not, biases, odd vocabularies.
+#: (family, changes, ranks): KV heads that divide or are replicated, tied or not, biases, odd
+#: vocabularies.
 SPLITS = {
     "qwen3-2": ("qwen3", {}, 2),
     "qwen3-4-kv-heads-twice": ("qwen3", {}, 4),
     "qwen3-tied-2": ("qwen3", {"tie_word_embeddings": True}, 2),
-    "qwen3-group8-one-kv-head-4": ("qwen3", {"num_attention_heads": 8, "num_key_value_heads": 1}, 4),
+    "qwen3-group8-one-kv-head-4": (
+        "qwen3",
+        {"num_attention_heads": 8, "num_key_value_heads": 1},
+        4,
+    ),
     "qwen3-group3-2": ("qwen3", {"num_attention_heads": 6, "num_key_value_heads": 2}, 2),
     "qwen3-3-ranks": ("qwen3", {"num_attention_heads": 6, "num_key_value_heads": 3}, 3),
     "qwen3-sharded-2": ("qwen3", {"max_shard_size": "100KB"}, 2),
@@ -43,7 +50,9 @@ SPLITS = {
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("split"), "llama", vocab_size=1021, attention_bias=True)
+    return write_checkpoint(
+        tmp_path_factory.mktemp("split"), "llama", vocab_size=1021, attention_bias=True
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -63,14 +72,24 @@ def test_the_same_tokens_and_logits_as_transformers(
     prompts = [[token % vocab_size for token in prompt] for prompt in checkpoint.prompts(1, 16, 75)]
 
     def run(group: ThreadGroup) -> Any:
-        options = {"num_kv_blocks": 48, "tensor_parallel_size": size, "group": group, "device": "cpu"}
+        options = {
+            "num_kv_blocks": 48,
+            "tensor_parallel_size": size,
+            "group": group,
+            "device": "cpu",
+        }
         if group.rank == 0:
             return RecordedLLM(tmp_path, **options).complete(prompts), group.num_collectives
         llm = LLM(tmp_path, dtype="float32", max_num_seqs=16, skip_tokenizer_init=True, **options)
-        return [o.outputs[0].token_ids for o in llm.generate(prompts, greedy(NUM_TOKENS), use_tqdm=False)]
+        return [
+            o.outputs[0].token_ids
+            for o in llm.generate(prompts, greedy(NUM_TOKENS), use_tqdm=False)
+        ]
 
     (completions, num_collectives), *others = run_ranks(size, run)
-    assert num_collectives > NUM_TOKENS * (2 * 3 + 2), "two all-reduces a block, one for the embedding, the logits"
+    assert num_collectives > NUM_TOKENS * (2 * 3 + 2), (
+        "two all-reduces a block, one for the embedding, the logits"
+    )
     assert_same_greedy(checkpoint.reference, completions)
     assert others == [[c.token_ids for c in completions]] * (size - 1)
 
@@ -89,7 +108,9 @@ def test_each_rank_holds_its_part_and_the_parts_are_the_checkpoint(
 ) -> None:
     write_checkpoint(tmp_path, family, **changes)
     config, tensors = load_config(tmp_path), dict(iterate_weights(tmp_path))
-    covered = {name: torch.zeros(tensor.shape, dtype=torch.int64) for name, tensor in tensors.items()}
+    covered = {
+        name: torch.zeros(tensor.shape, dtype=torch.int64) for name, tensor in tensors.items()
+    }
     for rank in range(size):
         model = load(tmp_path, rank, size)
         for name, place in parameter_places(model).items():
@@ -99,7 +120,9 @@ def test_each_rank_holds_its_part_and_the_parts_are_the_checkpoint(
             part = tensors[name][index]
             assert shape == tensors[name].shape
             assert torch.equal(place[tuple(map(slice, part.shape))], part), name
-            assert place.numel() == part.numel() or (place[len(part) :] == 0).all(), "what pads a vocabulary is 0"
+            assert place.numel() == part.numel() or (place[len(part) :] == 0).all(), (
+                "what pads a vocabulary is 0"
+            )
             covered[name][index] += 1
     for name, counts in covered.items():
         copies = 1
@@ -107,7 +130,9 @@ def test_each_rank_holds_its_part_and_the_parts_are_the_checkpoint(
             copies = size
         elif ".k_proj." in name or ".v_proj." in name:
             copies = max(1, size // config.num_key_value_heads)
-        assert (counts == copies).all(), f"{name} is on {counts.unique().tolist()} ranks, not on {copies}"
+        assert (counts == copies).all(), (
+            f"{name} is on {counts.unique().tolist()} ranks, not on {copies}"
+        )
 
 
 def load(path: Path, rank: int, size: int, **options: Any) -> torch.nn.Module:
@@ -126,9 +151,14 @@ def test_weights_take_a_share_of_the_memory(tied: bool, tmp_path: Path) -> None:
     """All but the norms, in bytes: matrices of 2 and 4 ranks take a half and a quarter each."""
     write_checkpoint(tmp_path, "qwen3", num_key_value_heads=4, tie_word_embeddings=tied)
     config = load_config(tmp_path)
-    norms = 4 * (config.num_hidden_layers * (2 * config.hidden_size + 2 * config.head_dim) + config.hidden_size)
+    norms = 4 * (
+        config.num_hidden_layers * (2 * config.hidden_size + 2 * config.head_dim)
+        + config.hidden_size
+    )
     whole = num_bytes(load(tmp_path, 0, 1))
-    assert whole == sum(tensor.nbytes for name, tensor in load_file(tmp_path / "model.safetensors").items())
+    assert whole == sum(
+        tensor.nbytes for name, tensor in load_file(tmp_path / "model.safetensors").items()
+    )
     for size in (2, 4):
         for rank in range(size):
             assert num_bytes(load(tmp_path, rank, size)) == (whole - norms) // size + norms
@@ -140,7 +170,13 @@ def test_the_cache_takes_a_share_of_the_memory(size: int, path: Path) -> None:
     config = load_config(path)
 
     def run(group: ThreadGroup) -> int:
-        options = {"num_kv_blocks": 10, "block_size": 8, "tensor_parallel_size": size, "group": group, "device": "cpu"}
+        options = {
+            "num_kv_blocks": 10,
+            "block_size": 8,
+            "tensor_parallel_size": size,
+            "group": group,
+            "device": "cpu",
+        }
         runner = LLM(path, skip_tokenizer_init=True, **options).llm_engine.model_runner
         held = sum(cache.nbytes for layer in runner.kv_caches for cache in layer)
         assert held == 10 * 8 * runner.kv_bytes_per_token
@@ -152,21 +188,35 @@ def test_the_cache_takes_a_share_of_the_memory(size: int, path: Path) -> None:
 
 def test_ranks_agree_on_the_smallest_number_of_blocks(path: Path) -> None:
     def run(group: ThreadGroup) -> tuple[int, int]:
-        options = {"num_kv_blocks": 40 - 7 * group.rank, "tensor_parallel_size": 4, "group": group, "device": "cpu"}
+        options = {
+            "num_kv_blocks": 40 - 7 * group.rank,
+            "tensor_parallel_size": 4,
+            "group": group,
+            "device": "cpu",
+        }
         engine = LLM(path, skip_tokenizer_init=True, **options).llm_engine
         return engine.config.num_kv_blocks, engine.model_runner.kv_caches[0][0].shape[0]
 
     assert run_ranks(4, run) == [(19, 19)] * 4
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux says which pages are in memory")
+@pytest.mark.skipif(
+    not Path("/proc/self/smaps").exists(), reason="Linux says which pages are in memory"
+)
 def test_a_rank_reads_only_its_part_of_the_file(tmp_path: Path) -> None:
-    """Pages of the checkpoint that reading has brought into this process's memory: a mapped tensor is read where it is
-    touched. Rows are whole pages; a column split leaves most of a page's neighbours, and is not counted on here."""
-    shape = {"vocab_size": 16384, "hidden_size": 512, "num_hidden_layers": 1, "intermediate_size": 256}
+    """Pages of the checkpoint that reading has brought into this process's memory: a mapped tensor
+    is read where it is touched. Rows are whole pages; a column split leaves most of a page's
+    neighbours, and is not counted on here.
+    """
+    shape = {
+        "vocab_size": 16384,
+        "hidden_size": 512,
+        "num_hidden_layers": 1,
+        "intermediate_size": 256,
+    }
     write_checkpoint(tmp_path, "qwen3", **shape)
     size = (tmp_path / "model.safetensors").stat().st_size
     touched = [touched_by_reading(tmp_path, rank, 2) for rank in range(2)]
@@ -205,11 +255,15 @@ def resident(file: Path) -> int:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_dummy_weights_are_the_same_for_any_number_of_ranks(tied: bool, tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, "qwen3", vocab_size=1021, tie_word_embeddings=tied, attention_bias=True)
+    write_checkpoint(
+        tmp_path, "qwen3", vocab_size=1021, tie_word_embeddings=tied, attention_bias=True
+    )
     (tmp_path / "model.safetensors").unlink()
     options = {"load_format": "dummy", "seed": 3}
     whole = parameter_places(load(tmp_path, 0, 1, **options))
-    assert not torch.equal(whole["model.layers.0.mlp.up_proj.weight"], whole["model.layers.0.mlp.gate_proj.weight"])
+    assert not torch.equal(
+        whole["model.layers.0.mlp.up_proj.weight"], whole["model.layers.0.mlp.gate_proj.weight"]
+    )
     for rank in range(4):
         for name, place in parameter_places(load(tmp_path, rank, 4, **options)).items():
             _, index = getattr(place, "part", (None, ()))
@@ -223,12 +277,13 @@ def test_errors_of_a_checkpoint_name_the_whole_shape(path: Path, tmp_path: Path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").symlink_to(path / "model.safetensors")
     with pytest.raises(
-        WeightLoadingError, match=r"has shape \((64, 96|96, 64)\); the config asks for \((64, 48|48, 64)\)"
+        WeightLoadingError,
+        match=r"has shape \((64, 96|96, 64)\); the config asks for \((64, 48|48, 64)\)",
     ):
         load(tmp_path, 0, 2)
 
 
-# --- sizes ------------------------------------------------------------------------------------------------------------
+# --- sizes ----------------------------------------------------------------------------------------
 
 
 def test_parts() -> None:
@@ -264,7 +319,9 @@ def test_sizes_that_do_not_divide_are_refused(
 ) -> None:
     config = json.loads((path / "config.json").read_text()) | changes
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=f"tensor_parallel_size={refused} .* possible: {possible}\\."):
+    with pytest.raises(
+        ConfigError, match=f"tensor_parallel_size={refused} .* possible: {possible}\\."
+    ):
         LLM(tmp_path, tensor_parallel_size=refused, load_format="dummy", skip_tokenizer_init=True)
 
 

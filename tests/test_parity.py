@@ -1,7 +1,9 @@
-"""The engine gives transformers' tokens and logits: on every kind of checkpoint, in every mode, on every backend.
+"""The engine gives transformers' tokens and logits: on every kind of checkpoint, in every mode, on
+every backend.
 
-Each test proves that it ran what it is about: counters of the engine, launches, block tables. On a machine with a GPU
-all of this runs there in float32, the modes with the compiled Triton kernels too; elsewhere those are interpreted.
+Each test proves that it ran what it is about: counters of the engine, launches, block tables. On a
+machine with a GPU all of this runs there in float32, the modes with the compiled Triton kernels
+too; elsewhere those are interpreted.
 """
 
 from __future__ import annotations
@@ -16,23 +18,40 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import TransformersReference
-from parity import MIN_DISTINCT, NUM_TOKENS, REPORT, Checkpoint, RecordedLLM, assert_same_greedy, greedy
+from parity import (
+    MIN_DISTINCT,
+    NUM_TOKENS,
+    REPORT,
+    Checkpoint,
+    RecordedLLM,
+    assert_same_greedy,
+    greedy,
+)
 
 from minivllm.bundled import BUNDLED_MODEL_PATH
 from minivllm.layers.rotary import rope_frequencies
 from minivllm.models.loader import load_config
 
 BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.gpu)]
-#: (backend, block size): the reference kernels take any size, the Triton kernels powers of two from 16 up.
+#: (backend, block size): the reference kernels take any size, the Triton kernels powers of two from
+#: 16 up.
 BLOCK_SIZES = [("torch", n) for n in (1, 3, 16, 256)]
 BLOCK_SIZES += [pytest.param("triton", n, marks=pytest.mark.gpu) for n in (16, 64, 256)]
-KERNEL_FIELDS = {"prefill_attention", "decode_attention", "qk_norm_rope_store", "rms_norm", "add_rms_norm"}
+KERNEL_FIELDS = {
+    "prefill_attention",
+    "decode_attention",
+    "qk_norm_rope_store",
+    "rms_norm",
+    "add_rms_norm",
+}
 KERNEL_FIELDS |= {"linear", "silu_mul", "sample"}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_differences() -> Iterator[None]:
-    """Small models run faster on one thread; at the end, at most one token of a thousand may have differed."""
+    """Small models run faster on one thread; at the end, at most one token of a thousand may have
+    differed.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -51,7 +70,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint(tmp_path_factory.mktemp("llama"), "llama", seed=1)
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -62,7 +81,8 @@ class Variant:
     changes: dict[str, Any] = field(default_factory=dict)
     #: Fields of `ModelConfig`.
     expected: dict[str, Any] = field(default_factory=dict)
-    #: Changes of `RopeConfig` that must give another rope table: what the variant adds is really used.
+    #: Changes of `RopeConfig` that must give another rope table: what the variant adds is really
+    #: used.
     unlike: dict[str, Any] = field(default_factory=dict)
 
 
@@ -82,7 +102,9 @@ def heads(query: int, kv: int) -> dict[str, int]:
 TIED = {"tie_word_embeddings": True}
 PLAIN = {"rope_type": "default"}
 VARIANTS = {
-    "qwen3": Variant("qwen3", expected={"head_dim": 32, "hidden_size": 64, **heads(4, 2), "qk_norm": True}),
+    "qwen3": Variant(
+        "qwen3", expected={"head_dim": 32, "hidden_size": 64, **heads(4, 2), "qk_norm": True}
+    ),
     "qwen3-group1": Variant("qwen3", heads(4, 4), heads(4, 4)),
     "qwen3-group4": Variant("qwen3", heads(8, 2), heads(8, 2)),
     "qwen3-group8": Variant("qwen3", heads(8, 1), heads(8, 1)),
@@ -91,27 +113,45 @@ VARIANTS = {
     "qwen3-biases": Variant("qwen3", {"attention_bias": True}, {"qkv_bias": True, "o_bias": True}),
     "qwen3-epsilon": Variant("qwen3", {"rms_norm_eps": 0.03}, {"rms_norm_eps": 0.03}),
     "qwen3-theta": Variant(
-        "qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, unlike={"theta": 1e4}
+        "qwen3",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        unlike={"theta": 1e4},
     ),
     "qwen3-sharded": Variant("qwen3", {"max_shard_size": "100KB"}),
     "qwen3-tied-sharded": Variant("qwen3", {**TIED, "max_shard_size": "100KB"}, TIED),
-    "qwen2": Variant("qwen2", expected={"qkv_bias": True, "o_bias": False, "qk_norm": False, "head_dim": 16}),
+    "qwen2": Variant(
+        "qwen2", expected={"qkv_bias": True, "o_bias": False, "qk_norm": False, "head_dim": 16}
+    ),
     "qwen2-tied-group1": Variant("qwen2", {**TIED, **heads(4, 4)}, {**TIED, **heads(4, 4)}),
     "qwen2-group8": Variant("qwen2", heads(8, 1), {**heads(8, 1), "head_dim": 8}),
-    "llama": Variant("llama", expected={"qkv_bias": False, "o_bias": False, "mlp_bias": False, "head_dim": 32}),
+    "llama": Variant(
+        "llama", expected={"qkv_bias": False, "o_bias": False, "mlp_bias": False, "head_dim": 32}
+    ),
     "llama-tied": Variant("llama", TIED, TIED),
-    "llama-group1": Variant("llama", {**heads(4, 4), "head_dim": 16}, {**heads(4, 4), "head_dim": 16}),
+    "llama-group1": Variant(
+        "llama", {**heads(4, 4), "head_dim": 16}, {**heads(4, 4), "head_dim": 16}
+    ),
     "llama-group4": Variant("llama", heads(8, 2), heads(8, 2)),
-    "llama-attention-biases": Variant("llama", {"attention_bias": True}, {"qkv_bias": True, "o_bias": True}),
+    "llama-attention-biases": Variant(
+        "llama", {"attention_bias": True}, {"qkv_bias": True, "o_bias": True}
+    ),
     "llama-mlp-biases": Variant("llama", {"mlp_bias": True}, {"mlp_bias": True, "qkv_bias": False}),
     "linear": Variant("llama", rope("linear"), unlike=PLAIN),
     "llama3": Variant("llama", rope("llama3"), unlike=PLAIN),
-    "llama3-factors": Variant("llama", rope("llama3", low_freq_factor=0.5, high_freq_factor=2.0), unlike=PLAIN),
+    "llama3-factors": Variant(
+        "llama", rope("llama3", low_freq_factor=0.5, high_freq_factor=2.0), unlike=PLAIN
+    ),
     "yarn": Variant("qwen3", rope("yarn"), unlike=PLAIN),
     "yarn-qwen2": Variant("qwen2", rope("yarn"), unlike=PLAIN),
-    "yarn-betas": Variant("llama", rope("yarn", beta_fast=4.0, beta_slow=0.5), unlike={"beta_fast": 32.0}),
-    "yarn-attention-factor": Variant("llama", rope("yarn", attention_factor=1.3), unlike={"attention_factor": None}),
-    "yarn-mscale": Variant("llama", rope("yarn", mscale=1.4, mscale_all_dim=0.7), unlike={"mscale": None}),
+    "yarn-betas": Variant(
+        "llama", rope("yarn", beta_fast=4.0, beta_slow=0.5), unlike={"beta_fast": 32.0}
+    ),
+    "yarn-attention-factor": Variant(
+        "llama", rope("yarn", attention_factor=1.3), unlike={"attention_factor": None}
+    ),
+    "yarn-mscale": Variant(
+        "llama", rope("yarn", mscale=1.4, mscale_all_dim=0.7), unlike={"mscale": None}
+    ),
     "yarn-truncate": Variant("qwen3", rope("yarn", truncate=False), unlike={"truncate": True}),
     "yarn-no-factor": Variant("llama", rope("yarn", factor=None), unlike={"factor": 1.0}),
 }
@@ -138,19 +178,25 @@ def test_checkpoint(variant: Variant, tmp_path: Path) -> None:
 
 
 def test_old_style_config(tmp_path: Path) -> None:
-    """Before transformers 5: rope_theta and rope_scaling in place of rope_parameters, torch_dtype for dtype."""
+    """Before transformers 5: rope_theta and rope_scaling in place of rope_parameters, torch_dtype
+    for dtype.
+    """
     checkpoint = Checkpoint(tmp_path, "llama", **rope("llama3", rope_theta=500000.0))
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
     scaling = config.pop("rope_parameters")
-    config |= {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling, "torch_dtype": config.pop("dtype")}
+    config |= {
+        "rope_theta": scaling.pop("rope_theta"),
+        "rope_scaling": scaling,
+        "torch_dtype": config.pop("dtype"),
+    }
     path.write_text(json.dumps(config))
     assert load_config(tmp_path).rope.theta == 500000.0
     completions = RecordedLLM(tmp_path, num_kv_blocks=48).complete(checkpoint.prompts(5, 70))
     assert_same_greedy(checkpoint.reference, completions)
 
 
-# --- batches and blocks -----------------------------------------------------------------------------------------------
+# --- batches and blocks ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -181,9 +227,17 @@ def test_mixed_lengths(model: Checkpoint, backend: str) -> None:
 def test_block_sizes(model: Checkpoint, backend: str, block_size: int) -> None:
     """Prompts that end just before, at and just after the end of a block."""
     multiples = (1,) if block_size == 256 else (1, 2) if block_size > 3 else (5, 20)
-    lengths = [n for m in multiples for n in (m * block_size - 1, m * block_size, m * block_size + 1) if n > 0]
+    lengths = [
+        n
+        for m in multiples
+        for n in (m * block_size - 1, m * block_size, m * block_size + 1)
+        if n > 0
+    ]
     llm = RecordedLLM(
-        model.path, attention_backend=backend, block_size=block_size, num_kv_blocks=1400 // block_size + 8
+        model.path,
+        attention_backend=backend,
+        block_size=block_size,
+        num_kv_blocks=1400 // block_size + 8,
     )
     completions = llm.complete(model.prompts(*lengths))
     # The last token is never fed back, and needs no place.
@@ -193,18 +247,30 @@ def test_block_sizes(model: Checkpoint, backend: str, block_size: int) -> None:
     assert_same_greedy(model.reference, completions)
 
 
-# --- prefix cache -----------------------------------------------------------------------------------------------------
+# --- prefix cache ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("backend", "block_size"),
-    [("torch", 3), ("torch", 16), ("torch", 64), *(pytest.param("triton", n, marks=pytest.mark.gpu) for n in (16, 64))],
+    [
+        ("torch", 3),
+        ("torch", 16),
+        ("torch", 64),
+        *(pytest.param("triton", n, marks=pytest.mark.gpu) for n in (16, 64)),
+    ],
 )
 def test_shared_prefixes(model: Checkpoint, backend: str, block_size: int) -> None:
-    """Same beginning, different ends, all at once: the later ones wait for the blocks that the first computes."""
+    """Same beginning, different ends, all at once: the later ones wait for the blocks that the
+    first computes.
+    """
     shared = model.prompt(133)
     prompts = [model.prompt(n, after=shared) for n in (3, 9, 20, 33)] + [shared]
-    llm = RecordedLLM(model.path, attention_backend=backend, block_size=block_size, num_kv_blocks=1600 // block_size)
+    llm = RecordedLLM(
+        model.path,
+        attention_backend=backend,
+        block_size=block_size,
+        num_kv_blocks=1600 // block_size,
+    )
     completions = llm.complete(prompts)
     full = len(shared) // block_size
     assert full > 1
@@ -218,7 +284,9 @@ def test_shared_prefixes(model: Checkpoint, backend: str, block_size: int) -> No
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("length", [31, 32, 33, 48])
 def test_fully_cached_prompt(model: Checkpoint, backend: str, length: int) -> None:
-    """The same prompt again: everything is cached, but the last token must run, or there are no logits."""
+    """The same prompt again: everything is cached, but the last token must run, or there are no
+    logits.
+    """
     llm = RecordedLLM(model.path, attention_backend=backend, block_size=16, num_kv_blocks=16)
     prompt = model.prompt(length)
     first = llm.complete([prompt])
@@ -230,7 +298,9 @@ def test_fully_cached_prompt(model: Checkpoint, backend: str, length: int) -> No
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_cached_output(model: Checkpoint, backend: str) -> None:
-    """A second turn brings the first answer back as prompt: blocks that decoding filled serve as a prefix."""
+    """A second turn brings the first answer back as prompt: blocks that decoding filled serve as a
+    prefix.
+    """
     llm = RecordedLLM(model.path, attention_backend=backend, block_size=16, num_kv_blocks=32)
     [first] = llm.complete([model.prompt(17)])
     second = llm.complete([model.prompt(5, after=[*first.prompt, *first.token_ids])])
@@ -242,14 +312,16 @@ def test_cached_output(model: Checkpoint, backend: str) -> None:
 def test_hit_after_a_miss(model: Checkpoint) -> None:
     """A cached block whose predecessor was evicted is no prefix: it must be computed again."""
     llm = RecordedLLM(model.path, block_size=4, num_kv_blocks=20)
-    assert_same_greedy(model.reference, run_hit_after_miss(llm, model), num_tokens=16, min_distinct=8)
+    assert_same_greedy(
+        model.reference, run_hit_after_miss(llm, model), num_tokens=16, min_distinct=8
+    )
 
 
 def run_hit_after_miss(llm: RecordedLLM, model: Checkpoint) -> list:
     """Leave the third block of a prompt cached and its first two evicted, then run that prompt.
 
-    The request with prompt_logprobs takes no hits: it computes the first two blocks again (they stay the other
-    request's in the cache) and registers the third; that one outlives the others.
+    The request with prompt_logprobs takes no hits: it computes the first two blocks again (they
+    stay the other request's in the cache) and registers the third; that one outlives the others.
     """
     head, tail, last = model.prompt(8), model.prompt(4), model.prompt(2)
     manager = llm.llm_engine.scheduler.block_manager
@@ -264,20 +336,25 @@ def run_hit_after_miss(llm: RecordedLLM, model: Checkpoint) -> list:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_prefix_caching(model: Checkpoint, backend: str) -> None:
-    llm = RecordedLLM(model.path, attention_backend=backend, num_kv_blocks=32, enable_prefix_caching=False)
+    llm = RecordedLLM(
+        model.path, attention_backend=backend, num_kv_blocks=32, enable_prefix_caching=False
+    )
     completions = llm.complete([model.prompt(48)] * 2) + llm.complete([model.prompt(48)])
     assert llm.metrics().prefix_cache_hits == 0
     assert not set(completions[0].block_table) & set(completions[1].block_table)
     assert_same_greedy(model.reference, completions)
 
 
-# --- chunks, preemption -----------------------------------------------------------------------------------------------
+# --- chunks, preemption ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("backend", "budget", "block_size"),
     [("torch", *pair) for pair in ((1, 16), (2, 3), (5, 1), (7, 16), (16, 16), (33, 16))]
-    + [pytest.param("triton", *pair, marks=pytest.mark.gpu) for pair in ((1, 16), (7, 16), (33, 64))],
+    + [
+        pytest.param("triton", *pair, marks=pytest.mark.gpu)
+        for pair in ((1, 16), (7, 16), (33, 64))
+    ],
 )
 def test_chunks(model: Checkpoint, backend: str, budget: int, block_size: int) -> None:
     llm = RecordedLLM(
@@ -300,7 +377,13 @@ def test_chunks(model: Checkpoint, backend: str, budget: int, block_size: int) -
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_chunks_after_a_prefix(model: Checkpoint, backend: str) -> None:
     """Chunks of 7 that start inside a prompt, behind blocks of 16 that came from the cache."""
-    llm = RecordedLLM(model.path, attention_backend=backend, max_num_batched_tokens=7, block_size=16, num_kv_blocks=32)
+    llm = RecordedLLM(
+        model.path,
+        attention_backend=backend,
+        max_num_batched_tokens=7,
+        block_size=16,
+        num_kv_blocks=32,
+    )
     shared = model.prompt(33)
     before = llm.complete([shared])
     chunks = llm.metrics().num_chunks
@@ -313,10 +396,18 @@ def test_chunks_after_a_prefix(model: Checkpoint, backend: str) -> None:
 PREEMPTION = [
     pytest.param({"block_size": 16, "num_kv_blocks": 9}, id="block16"),
     pytest.param({"block_size": 1, "num_kv_blocks": 130}, id="block1"),
-    pytest.param({"block_size": 3, "num_kv_blocks": 50, "max_num_batched_tokens": 8}, id="block3-chunks"),
-    pytest.param({"block_size": 16, "num_kv_blocks": 8, "enable_prefix_caching": False}, id="block16-no-cache"),
+    pytest.param(
+        {"block_size": 3, "num_kv_blocks": 50, "max_num_batched_tokens": 8}, id="block3-chunks"
+    ),
+    pytest.param(
+        {"block_size": 16, "num_kv_blocks": 8, "enable_prefix_caching": False},
+        id="block16-no-cache",
+    ),
     # A decode takes one token of the budget, which leaves one for a prompt.
-    pytest.param({"block_size": 16, "num_kv_blocks": 7, "max_num_batched_tokens": 2}, id="block16-chunks-of-1"),
+    pytest.param(
+        {"block_size": 16, "num_kv_blocks": 7, "max_num_batched_tokens": 2},
+        id="block16-chunks-of-1",
+    ),
 ]
 
 
@@ -343,12 +434,14 @@ def test_preemption_then_hits_on_ones_own_blocks(model: Checkpoint) -> None:
     assert_same_greedy(model.reference, completions)
 
 
-# --- neighbours -------------------------------------------------------------------------------------------------------
+# --- neighbours -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_abort_of_neighbours(model: Checkpoint, backend: str) -> None:
-    """One is aborted while it decodes, one in the middle of its prompt; newcomers take over their blocks and slots."""
+    """One is aborted while it decodes, one in the middle of its prompt; newcomers take over their
+    blocks and slots.
+    """
     llm = RecordedLLM(
         model.path,
         attention_backend=backend,
@@ -372,7 +465,12 @@ def test_abort_of_neighbours(model: Checkpoint, backend: str) -> None:
     finished = {}
     while engine.has_unfinished_requests():
         finished |= {o.request_id: o.outputs[0].finish_reason for o in engine.step() if o.finished}
-    assert finished == {decodes: "abort", in_prompt: "abort", stays: "length", **dict.fromkeys(newcomers, "length")}
+    assert finished == {
+        decodes: "abort",
+        in_prompt: "abort",
+        stays: "length",
+        **dict.fromkeys(newcomers, "length"),
+    }
     completions = llm.completions()
     assert freed & {block for c in completions[3:] for block in c.block_table}
     assert_same_greedy(model.reference, completions, partial=True)
@@ -398,7 +496,13 @@ def test_several_completions(model: Checkpoint, backend: str, pool: int) -> None
 def test_two_engines_in_one_process(model: Checkpoint, other: Checkpoint, backend: str) -> None:
     """Different models, options and pools, stepped in turns."""
     a = RecordedLLM(model.path, attention_backend=backend, block_size=16, num_kv_blocks=24)
-    b = RecordedLLM(other.path, attention_backend=backend, block_size=64, num_kv_blocks=9, max_num_batched_tokens=10)
+    b = RecordedLLM(
+        other.path,
+        attention_backend=backend,
+        block_size=64,
+        num_kv_blocks=9,
+        max_num_batched_tokens=10,
+    )
     for length in (20, 33):
         a.add(model.prompt(length))
         b.add(other.prompt(length))
@@ -414,7 +518,7 @@ def test_two_engines_in_one_process(model: Checkpoint, other: Checkpoint, backen
     assert_same_greedy(other.reference, b.completions())
 
 
-# --- logprobs of the prompt -------------------------------------------------------------------------------------------
+# --- logprobs of the prompt -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -423,31 +527,42 @@ def test_two_engines_in_one_process(model: Checkpoint, other: Checkpoint, backen
     [
         pytest.param({}, id="whole"),
         pytest.param({"max_num_batched_tokens": 7}, id="chunks"),
-        pytest.param({"max_num_batched_tokens": 2, "num_kv_blocks": 7}, id="preemption-chunks-of-1"),
+        pytest.param(
+            {"max_num_batched_tokens": 2, "num_kv_blocks": 7}, id="preemption-chunks-of-1"
+        ),
         pytest.param({"num_kv_blocks": 8, "max_num_batched_tokens": 24}, id="preemption"),
     ],
 )
 def test_prompt_logprobs(model: Checkpoint, backend: str, options: dict[str, Any]) -> None:
-    llm = RecordedLLM(model.path, attention_backend=backend, **{"block_size": 16, "num_kv_blocks": 64, **options})
+    llm = RecordedLLM(
+        model.path, attention_backend=backend, **{"block_size": 16, "num_kv_blocks": 64, **options}
+    )
     prompts = [*model.prompts(20, 33, 31, 1), model.prompt(33)]
     outputs = llm.generate(prompts, greedy(prompt_logprobs=3), use_tqdm=False)
     metrics = llm.metrics()
     assert (metrics.num_chunks > 0) == ("max_num_batched_tokens" in options)
     assert (metrics.num_preemptions > 0) == ("num_kv_blocks" in options)
-    assert metrics.prefix_cache_hits == 0, "the same prompt twice, and still every position was computed"
+    assert metrics.prefix_cache_hits == 0, (
+        "the same prompt twice, and still every position was computed"
+    )
     for prompt, output in zip(prompts, outputs, strict=True):
         assert output.prompt_logprobs[0] is None
         assert len(output.prompt_logprobs) == len(prompt)
         expected = torch.log_softmax(model.reference.logits(prompt), dim=-1)
         for position, found in enumerate(output.prompt_logprobs[1:], start=1):
             row = expected[position - 1]
-            best = {token: float(row[token]) for token in [*row.topk(3).indices.tolist(), prompt[position]]}
-            assert {token: entry.logprob for token, entry in found.items()} == pytest.approx(best, abs=2e-3)
+            best = {
+                token: float(row[token])
+                for token in [*row.topk(3).indices.tolist(), prompt[position]]
+            }
+            assert {token: entry.logprob for token, entry in found.items()} == pytest.approx(
+                best, abs=2e-3
+            )
             assert found[prompt[position]].rank == int((row > row[prompt[position]]).sum()) + 1
     assert_same_greedy(model.reference, llm.completions())
 
 
-# --- one step ahead ---------------------------------------------------------------------------------------------------
+# --- one step ahead -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -455,13 +570,17 @@ def test_prompt_logprobs(model: Checkpoint, backend: str, options: dict[str, Any
     "options",
     [
         pytest.param({"num_kv_blocks": 64}, id="roomy"),
-        pytest.param({"num_kv_blocks": 64, "max_num_batched_tokens": 7, "max_num_seqs": 3}, id="chunks"),
+        pytest.param(
+            {"num_kv_blocks": 64, "max_num_batched_tokens": 7, "max_num_seqs": 3}, id="chunks"
+        ),
         pytest.param({"num_kv_blocks": 9}, id="preemption"),
         pytest.param({"num_kv_blocks": 8, "max_num_batched_tokens": 9}, id="preemption-chunks"),
     ],
 )
 def test_results_one_step_late(model: Checkpoint, backend: str, options: dict[str, Any]) -> None:
-    """Each step is planned and launched before the tokens of the one before are known: the runner fills them in."""
+    """Each step is planned and launched before the tokens of the one before are known: the runner
+    fills them in.
+    """
     shared = model.prompt(33)
     prompts = [shared, model.prompt(5), model.prompt(3, after=shared), model.prompt(16), shared]
     options = {"attention_backend": backend, "block_size": 16, **options}
@@ -485,13 +604,19 @@ def test_results_one_step_late(model: Checkpoint, backend: str, options: dict[st
     "options",
     [
         pytest.param({"num_kv_blocks": 64}, id="roomy"),
-        pytest.param({"num_kv_blocks": 64, "max_num_batched_tokens": 7, "max_num_seqs": 3}, id="chunks"),
+        pytest.param(
+            {"num_kv_blocks": 64, "max_num_batched_tokens": 7, "max_num_seqs": 3}, id="chunks"
+        ),
         pytest.param({"num_kv_blocks": 9}, id="preemption"),
     ],
 )
 def test_async_scheduling(model: Checkpoint, backend: str, options: dict[str, Any]) -> None:
-    """The engine's own loop running one step ahead, with several completions and logprobs of a prompt."""
-    llm = RecordedLLM(model.path, attention_backend=backend, block_size=16, async_scheduling=True, **options)
+    """The engine's own loop running one step ahead, with several completions and logprobs of a
+    prompt.
+    """
+    llm = RecordedLLM(
+        model.path, attention_backend=backend, block_size=16, async_scheduling=True, **options
+    )
     ahead, execute = [], llm.llm_engine.model_runner.execute
 
     def noticing(batch: Any) -> Any:
@@ -500,7 +625,9 @@ def test_async_scheduling(model: Checkpoint, backend: str, options: dict[str, An
 
     llm.llm_engine.model_runner.execute = noticing
     [shared] = model.prompts(33)
-    outputs = llm.generate([shared, model.prompt(5)], [greedy(n=2), greedy(prompt_logprobs=1)], use_tqdm=False)
+    outputs = llm.generate(
+        [shared, model.prompt(5)], [greedy(n=2), greedy(prompt_logprobs=1)], use_tqdm=False
+    )
     again = llm.complete([model.prompt(3, after=shared), shared])
     assert sum(ahead) > NUM_TOKENS, "steps were not planned before their tokens were known"
     assert [len(o.outputs) for o in outputs] == [2, 1]
@@ -514,7 +641,9 @@ def test_async_scheduling(model: Checkpoint, backend: str, options: dict[str, An
 
 
 def test_stop_token_one_step_late(model: Checkpoint) -> None:
-    """The step after a stop token is computed for nothing, and must leave no trace in blocks that others take over."""
+    """The step after a stop token is computed for nothing, and must leave no trace in blocks that
+    others take over.
+    """
     prompts = model.prompts(20, 33, 16, 5)
     stops = [model.reference.greedy(p, NUM_TOKENS).token_ids[12 + i] for i, p in enumerate(prompts)]
     late = RecordedLLM(model.path, block_size=4, num_kv_blocks=40, max_num_seqs=2)
@@ -529,7 +658,7 @@ def test_stop_token_one_step_late(model: Checkpoint) -> None:
     assert_same_greedy(model.reference, completions, partial=True)
 
 
-# --- kernels ----------------------------------------------------------------------------------------------------------
+# --- kernels --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -574,11 +703,15 @@ def test_triton_interpreter_without_qk_norm(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["qwen3-group8", "qwen3-biases", "qwen2", "llama-mlp-biases", "llama-group4", "yarn"])
+@pytest.mark.parametrize(
+    "name", ["qwen3-group8", "qwen3-biases", "qwen2", "llama-mlp-biases", "llama-group4", "yarn"]
+)
 def test_triton_compiled(name: str, tmp_path: Path) -> None:
     variant = VARIANTS[name]
     checkpoint = Checkpoint(tmp_path, variant.family, **variant.changes)
-    llm = RecordedLLM(tmp_path, attention_backend="triton", num_kv_blocks=48, max_num_batched_tokens=50)
+    llm = RecordedLLM(
+        tmp_path, attention_backend="triton", num_kv_blocks=48, max_num_batched_tokens=50
+    )
     completions = llm.complete(checkpoint.prompts(1, 16, 75))
     assert llm.metrics().num_mixed_steps > 0
     assert llm.num_replays > 0
@@ -598,7 +731,9 @@ def test_triton_without_graphs(model: Checkpoint) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [1, 3, 8, 9])
 def test_padded_graphs(model: Checkpoint, size: int) -> None:
-    """Batches of 1, 3 (padded to 4), 8 and 9 (padded to 16); padded rows must not write where others read."""
+    """Batches of 1, 3 (padded to 4), 8 and 9 (padded to 16); padded rows must not write where
+    others read.
+    """
     llm = RecordedLLM(model.path, attention_backend="triton", block_size=16, num_kv_blocks=80)
     completions = llm.complete(model.prompts(*[20 + i for i in range(size)]))
     assert llm.num_replays > NUM_TOKENS // 2
@@ -608,8 +743,12 @@ def test_padded_graphs(model: Checkpoint, size: int) -> None:
 
 @pytest.mark.gpu
 def test_reference_kernels_on_a_gpu(model: Checkpoint) -> None:
-    """attention_backend="torch" needs no further option: the references ask the GPU for numbers, no graph can."""
-    completions = RecordedLLM(model.path, attention_backend="torch", num_kv_blocks=48).complete(model.prompts(5, 33))
+    """attention_backend="torch" needs no further option: the references ask the GPU for numbers, no
+    graph can.
+    """
+    completions = RecordedLLM(model.path, attention_backend="torch", num_kv_blocks=48).complete(
+        model.prompts(5, 33)
+    )
     assert_same_greedy(model.reference, completions)
 
 
@@ -618,16 +757,23 @@ def assert_only_triton(llm: RecordedLLM) -> None:
     from minivllm import Kernels
 
     assert {name for name, count in llm.launches.items() if count > 0} >= KERNEL_FIELDS
-    assert llm.llm_engine.model_runner.model.model.layers[0].mlp.kernels.name == Kernels.triton().name == "triton"
+    assert (
+        llm.llm_engine.model_runner.model.model.layers[0].mlp.kernels.name
+        == Kernels.triton().name
+        == "triton"
+    )
 
 
-# --- the bundled model ------------------------------------------------------------------------------------------------
+# --- the bundled model ----------------------------------------------------------------------------
 
 TEXTS = [
     "Tell me a story about a fox and a lantern.",
     "Once upon a time",
     "What is a KV cache?",
-    "Tell me a story about a baker, a storm and a lost key. It should be long, and it should end well.",
+    (
+        "Tell me a story about a baker, a storm and a lost key. It should be long, and it should"
+        " end well."
+    ),
     "Sort these numbers: 7 3 9 1",
 ]
 
@@ -646,9 +792,15 @@ def bundled() -> TransformersReference:
         pytest.param({"num_kv_blocks": 13, "max_num_batched_tokens": 64}, id="preemption"),
     ],
 )
-def test_bundled_model(bundled: TransformersReference, backend: str, options: dict[str, Any]) -> None:
-    """Chats and plain text at once, then all of it again, which the prefix cache remembers in part."""
-    llm = RecordedLLM(None, attention_backend=backend, block_size=16, skip_tokenizer_init=False, **options)
+def test_bundled_model(
+    bundled: TransformersReference, backend: str, options: dict[str, Any]
+) -> None:
+    """Chats and plain text at once, then all of it again, which the prefix cache remembers in
+    part.
+    """
+    llm = RecordedLLM(
+        None, attention_backend=backend, block_size=16, skip_tokenizer_init=False, **options
+    )
     prompts = [llm.render_chat([{"role": "user", "content": text}]) for text in TEXTS]
     prompts += [llm.get_tokenizer().encode("Once upon a time there was")]
     completions = llm.complete(prompts) + llm.complete(prompts)
@@ -664,7 +816,9 @@ def test_bundled_model(bundled: TransformersReference, backend: str, options: di
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bundled_model_at_full_length(bundled: TransformersReference, backend: str) -> None:
     """A prompt of a thousand tokens and more, up to the last position that the config promises."""
-    llm = RecordedLLM(None, attention_backend=backend, skip_tokenizer_init=False, num_kv_blocks=160, block_size=16)
+    llm = RecordedLLM(
+        None, attention_backend=backend, skip_tokenizer_init=False, num_kv_blocks=160, block_size=16
+    )
     limit = llm.llm_engine.config.max_model_len
     text = llm.get_tokenizer().encode(" ".join(TEXTS) + " ")
     prompt = (text * (limit // len(text) + 1))[: limit - NUM_TOKENS]

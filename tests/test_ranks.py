@@ -1,4 +1,6 @@
-"""Ranks as threads: they compute what real ranks would, and what would hang real ranks is named within moments."""
+"""Ranks as threads: they compute what real ranks would, and what would hang real ranks is named
+within moments.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ def number(group: Group) -> torch.Tensor:
 
 
 def named(size: int, program: Callable[[Group], Any], time_limit: float = 20.0) -> tuple[str, str]:
-    """(name, message) of the CollectiveError that the program ends with, in good time; no thread stays."""
+    """(name, message) of the CollectiveError that the program ends with, in good time; no thread
+    stays.
+    """
     start = time.monotonic()
     with pytest.raises(CollectiveError) as found:
         Ranks(size, time_limit).run(program)
@@ -27,7 +31,7 @@ def named(size: int, program: Callable[[Group], Any], time_limit: float = 20.0) 
     return found.value.name, str(found.value)
 
 
-# --- the collectives --------------------------------------------------------------------------------------------------
+# --- the collectives ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
@@ -48,8 +52,14 @@ def test_all_gather_keeps_the_order_of_ranks_along_the_dimension() -> None:
 
 
 def test_broadcast_and_send_right() -> None:
-    assert [r[0].item() for r in Ranks(3).run(lambda group: group.broadcast(number(group), src=2))] == [2, 2, 2]
-    assert [r[0].item() for r in Ranks(3).run(lambda group: group.send_right(number(group)))] == [2, 0, 1]
+    assert [
+        r[0].item() for r in Ranks(3).run(lambda group: group.broadcast(number(group), src=2))
+    ] == [2, 2, 2]
+    assert [r[0].item() for r in Ranks(3).run(lambda group: group.send_right(number(group)))] == [
+        2,
+        0,
+        1,
+    ]
     assert Ranks(2).run(lambda group: group.barrier()) == [None, None]
 
 
@@ -94,7 +104,7 @@ def test_what_a_ring_sends() -> None:
     assert sent("barrier", 4) == 0
 
 
-# --- what does not fit together ---------------------------------------------------------------------------------------
+# --- what does not fit together -------------------------------------------------------------------
 
 
 def test_a_rank_that_never_calls_is_named() -> None:
@@ -104,9 +114,9 @@ def test_a_rank_that_never_calls_is_named() -> None:
 
     name, message = named(4, program)
     assert name == "never-called"
-    assert message == (
-        "rank 2 never called all_reduce: it has ended, and ranks 0, 1 and 3 in all_reduce(float32 [2]) would wait for "
-        "it for ever."
+    assert (
+        message == "rank 2 never called all_reduce: it has ended, and ranks 0, 1 and 3 in"
+        " all_reduce(float32 [2]) would wait for it for ever."
     )
 
 
@@ -125,9 +135,18 @@ def test_different_collectives_are_named() -> None:
 
     name, message = named(2, program)
     assert name == "different-collectives"
-    assert "rank 0 calls all_gather(float32 [2]), dim 0, rank 1 calls all_reduce(float32 [2])" in message
-    assert named(2, lambda group: group.all_gather(torch.zeros(2, 2), dim=group.rank))[0] == "different-collectives"
-    assert named(2, lambda group: group.broadcast(number(group), src=group.rank))[0] == "different-collectives"
+    assert (
+        "rank 0 calls all_gather(float32 [2]), dim 0, rank 1 calls all_reduce(float32 [2])"
+        in message
+    )
+    assert (
+        named(2, lambda group: group.all_gather(torch.zeros(2, 2), dim=group.rank))[0]
+        == "different-collectives"
+    )
+    assert (
+        named(2, lambda group: group.broadcast(number(group), src=group.rank))[0]
+        == "different-collectives"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""The README: its links, its picture, and a table of chapters that says what the chapters themselves say."""
+"""The README: its links, its picture, and a table of chapters that says what the chapters
+themselves say.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +14,25 @@ from minivllm.course.chapters import Stop, as_committed, road
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PICTURE = ROOT / "notebooks/images/demo.svg"
-COMMITTED = [stop for stop in road(ROOT) if as_committed(ROOT / "notebooks" / f"{stop.name}.ipynb")[0]]
+COMMITTED = [
+    stop for stop in road(ROOT) if as_committed(ROOT / "notebooks" / f"{stop.name}.ipynb")[0]
+]
 
 
 def test_its_links_lead_somewhere() -> None:
     page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(README)])
-    headings = {re.sub(r"[^\w -]", "", h).replace(" ", "-").lower() for h in re.findall(r"^#+ (.+)$", README, re.M)}
+    headings = {
+        re.sub(r"[^\w -]", "", h).replace(" ", "-").lower()
+        for h in re.findall(r"^#+ (.+)$", README, re.M)
+    }
     found = {problem.partition(": ")[2] for problem in broken_links(page, ROOT)}
     assert {link for link in found if link.removeprefix("#") not in headings} == set()
 
 
 def test_the_picture_is_small_and_described() -> None:
-    """To draw it anew: minivllm demo --pace 0 --picture notebooks/images/demo.svg, and read the description again."""
+    """To draw it anew: minivllm demo --pace 0 --picture notebooks/images/demo.svg, and read the
+    description again.
+    """
     alt, path = re.search(r"!\[([^\]]+)\]\(([^)]+)\)", README).groups()
     assert ROOT / path == PICTURE
     assert PICTURE.stat().st_size < 150_000
@@ -33,9 +42,9 @@ def test_the_picture_is_small_and_described() -> None:
     used, cached, free = re.search(r"(\d+) used, (\d+) cached, (\d+) free", alt).groups()
     for count, name in ((used, "used"), (cached, "cached"), (free, "free")):
         assert re.search(rf"\b{count} {name}", drawn)
-    assert "http" not in re.sub(r'xmlns="[^"]+"|<!--.*?-->', "", PICTURE.read_text(encoding="utf-8")), (
-        "no fonts fetched"
-    )
+    assert "http" not in re.sub(
+        r'xmlns="[^"]+"|<!--.*?-->', "", PICTURE.read_text(encoding="utf-8")
+    ), "no fonts fetched"
 
 
 @pytest.mark.parametrize("stop", COMMITTED, ids=[stop.name for stop in COMMITTED])

@@ -1,4 +1,6 @@
-"""A real, trained model: SmolLM2-135M-Instruct answers as in transformers. `make test-real-weights` runs this."""
+"""A real, trained model: SmolLM2-135M-Instruct answers as in transformers. `make test-real-weights`
+runs this.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,12 @@ CONVERSATIONS = [
         {"role": "assistant", "content": "Nice to meet you, Ada!"},
         {"role": "user", "content": "What is my name?"},
     ],
-    [{"role": "user", "content": "Continue this list: " + ", ".join(str(n * n) for n in range(1, 60))}],
+    [
+        {
+            "role": "user",
+            "content": "Continue this list: " + ", ".join(str(n * n) for n in range(1, 60)),
+        }
+    ],
 ]
 
 
@@ -59,12 +66,20 @@ def reference(path: Path) -> TransformersReference:
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.gpu)])
-def test_same_answers_as_transformers(path: Path, reference: TransformersReference, backend: str) -> None:
-    """20 conversations at once, with chunks, mixed steps, preemption and (the system prompt) prefix hits."""
+def test_same_answers_as_transformers(
+    path: Path, reference: TransformersReference, backend: str
+) -> None:
+    """20 conversations at once, with chunks, mixed steps, preemption and (the system prompt) prefix
+    hits.
+    """
     from transformers import AutoTokenizer
 
     config = load_config(path)
-    assert (config.architecture, config.num_hidden_layers, config.tie_word_embeddings) == ("LlamaForCausalLM", 30, True)
+    assert (config.architecture, config.num_hidden_layers, config.tie_word_embeddings) == (
+        "LlamaForCausalLM",
+        30,
+        True,
+    )
     assert config.num_attention_heads // config.num_key_value_heads == 3
     llm = RecordedLLM(
         path,
@@ -80,7 +95,9 @@ def test_same_answers_as_transformers(path: Path, reference: TransformersReferen
 
     tokenizer = AutoTokenizer.from_pretrained(path)
     for messages, output in zip(CONVERSATIONS, outputs, strict=True):
-        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        rendered = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        )
         assert output.prompt_token_ids == tokenizer.encode(rendered, add_special_tokens=False)
         [answer] = output.outputs
         assert answer.text == tokenizer.decode(answer.token_ids, skip_special_tokens=True)
@@ -96,7 +113,12 @@ def test_same_answers_as_transformers(path: Path, reference: TransformersReferen
     assert metrics.num_chunks > 0
     assert metrics.num_preemptions > 0
     report = Report()
-    assert_same_greedy(reference, llm.completions(), NUM_TOKENS, partial=True, min_distinct=1, report=report)
+    assert_same_greedy(
+        reference, llm.completions(), NUM_TOKENS, partial=True, min_distinct=1, report=report
+    )
     distinct = [len(set(c.token_ids)) for c in llm.completions()]
     assert sorted(distinct)[len(distinct) // 2] >= 20
-    print(f"{report.num_tokens} tokens, {report.differences=}, logit error {report.max_error:.1e} of their deviation")
+    print(
+        f"{report.num_tokens} tokens, {report.differences=}, logit error {report.max_error:.1e} of"
+        " their deviation"
+    )

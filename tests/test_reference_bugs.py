@@ -1,11 +1,14 @@
-"""One test for each bug of the reference implementation that can occur here, shown to fail on a mutant.
+"""One test for each bug of the reference implementation that can occur here, shown to fail on a
+mutant.
 
-The numbers are those of the list of 35 behaviours that the project set out to get right. Each test applies a check to
-the real thing, which passes, and to a small mutant that has the bug again, which must not.
+The numbers are those of the list of 35 behaviours that the project set out to get right. Each test
+applies a check to the real thing, which passes, and to a small mutant that has the bug again, which
+must not.
 
-Left out: 29 and 30 (CUDA graphs: which graph is replayed, what padded rows write, how wide the graph's block table is),
-which have tests of their own. Of 28, the host syncs are counted in layers and model here; those of the kernels show on
-a GPU only. The ranks of 31 are threads where that is enough (tests/ranks.py).
+Left out: 29 and 30 (CUDA graphs: which graph is replayed, what padded rows write, how wide the
+graph's block table is), which have tests of their own. Of 28, the host syncs are counted in layers
+and model here; those of the kernels show on a GPU only. The ranks of 31 are threads where that is
+enough (tests/ranks.py).
 """
 
 from __future__ import annotations
@@ -35,7 +38,12 @@ from minivllm.engine.model_runner import ModelRunner, StepResult
 from minivllm.engine.sampler import Sampler
 from minivllm.engine.scheduler import Scheduler
 from minivllm.engine.sequence import Sequence, max_steps
-from minivllm.errors import PromptTooLongError, RankMismatchError, SamplingParamsError, WeightLoadingError
+from minivllm.errors import (
+    PromptTooLongError,
+    RankMismatchError,
+    SamplingParamsError,
+    WeightLoadingError,
+)
 from minivllm.kernels import kv_cache, paged_attention
 from minivllm.kernels.flash_attention import prefill_attention, prefill_attention_reference
 from minivllm.kernels.sampling import filter_logits, philox_uniform, sample_reference
@@ -52,7 +60,9 @@ KERNELS = Kernels.reference()
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """No default in its config: head_dim is not hidden / heads; rope base, epsilon and vocabulary are its own."""
+    """No default in its config: head_dim is not hidden / heads; rope base, epsilon and vocabulary
+    are its own.
+    """
     return write_checkpoint(
         tmp_path_factory.mktemp("bugs"),
         seed=5,
@@ -90,7 +100,9 @@ def tokens_of(outputs) -> list[list[int]]:
 def check_model(checkpoint, reference, **options) -> None:
     """The engine's model is transformers': log-probabilities of the prompt, and greedy tokens."""
     params = dataclasses.replace(GREEDY, prompt_logprobs=0)
-    for prompt, output in zip(PROMPTS, generate(make_llm(checkpoint, **options), PROMPTS, params), strict=True):
+    for prompt, output in zip(
+        PROMPTS, generate(make_llm(checkpoint, **options), PROMPTS, params), strict=True
+    ):
         expected = reference.logits(prompt).log_softmax(-1)
         for position in range(1, len(prompt)):
             found = output.prompt_logprobs[position][prompt[position]].logprob
@@ -98,7 +110,7 @@ def check_model(checkpoint, reference, **options) -> None:
         assert output.outputs[0].token_ids == reference.greedy(prompt, GREEDY.max_tokens).token_ids
 
 
-# --- A. requests ----------------------------------------------------------------------------------------------------
+# --- A. requests ----------------------------------------------------------------------------------
 
 
 def serve(
@@ -121,7 +133,9 @@ def serve(
         if not batch:
             break
         scheduler.update(batch, [1] * len(batch.sampled))
-    assert [seq.num_output_tokens for seq in seqs] == [output for _, output in requests], "a request never ends"
+    assert [seq.num_output_tokens for seq in seqs] == [output for _, output in requests], (
+        "a request never ends"
+    )
     assert all(seq.is_finished for seq in seqs)
     assert scheduler.block_manager.num_free_blocks == num_blocks
 
@@ -208,12 +222,16 @@ def test_bug_05_an_idle_step_returns_something_else(checkpoint):
 def test_bug_06_equal_prompts_overwrite_each_other_and_results_lose_their_order(checkpoint):
     class ByPrompt(LLM):
         def generate(self, prompts, *args, **kwargs):
-            found = {tuple(o.prompt_token_ids): o for o in super().generate(prompts, *args, **kwargs)}
+            found = {
+                tuple(o.prompt_token_ids): o for o in super().generate(prompts, *args, **kwargs)
+            }
             return [found[tuple(prompt)] for prompt in prompts]
 
     class ByTimeOfEnd(LLM):
         def generate(self, *args, **kwargs):
-            return sorted(super().generate(*args, **kwargs), key=lambda output: output.metrics.finished_time)
+            return sorted(
+                super().generate(*args, **kwargs), key=lambda output: output.metrics.finished_time
+            )
 
     def check(llm_cls):
         lengths = [9, 2, 5]
@@ -229,7 +247,7 @@ def test_bug_06_equal_prompts_overwrite_each_other_and_results_lose_their_order(
             check(mutant)
 
 
-# --- B. weights and configuration -----------------------------------------------------------------------------------
+# --- B. weights and configuration -----------------------------------------------------------------
 
 
 def test_bug_07_weights_are_not_loaded(checkpoint, monkeypatch):
@@ -240,7 +258,8 @@ def test_bug_07_weights_are_not_loaded(checkpoint, monkeypatch):
             assert torch.equal(places[name], tensor), f"{name} is not the checkpoint's"
 
     check()
-    # What an allocation happens to hold may even be yesterday's weights: the mutant says it with a constant.
+    # What an allocation happens to hold may even be yesterday's weights: the mutant says it with a
+    # constant.
     forget = lambda model, weights, tied=False: [p.data.fill_(0.5) for p in model.parameters()]  # noqa: E731
     monkeypatch.setattr(loader, "load_weights", forget)
     with pytest.raises(AssertionError, match="not the checkpoint's"):
@@ -267,8 +286,12 @@ def test_bug_07_missing_and_unexpected_tensors_pass(checkpoint, tmp_path, monkey
         return False
 
     def check():
-        assert refused(lambda tensors: tensors.pop("model.norm.weight")), "a missing tensor is ignored"
-        assert refused(lambda tensors: tensors.update(extra=torch.ones(2))), "an unexpected tensor is ignored"
+        assert refused(lambda tensors: tensors.pop("model.norm.weight")), (
+            "a missing tensor is ignored"
+        )
+        assert refused(lambda tensors: tensors.update(extra=torch.ones(2))), (
+            "an unexpected tensor is ignored"
+        )
 
     check()
     monkeypatch.setattr(loader, "load_weights", lenient)
@@ -285,7 +308,9 @@ def test_bug_08_fused_names_are_not_mapped(checkpoint, reference, monkeypatch):
 
     real = FusedLinear.shard
 
-    def without_shard_id(self, kind, name):  # every shard of the MLP goes to where the first one belongs
+    def without_shard_id(
+        self, kind, name
+    ):  # every shard of the MLP goes to where the first one belongs
         return real(self, kind, "gate_proj" if name == "up_proj" else name)
 
     monkeypatch.setattr(FusedLinear, "shard", without_shard_id)
@@ -328,19 +353,26 @@ def test_bug_10_hyper_parameters_typed_by_hand(checkpoint, reference, tmp_path, 
         for eos in (7, 13):
             params = SamplingParams(temperature=0.0, max_tokens=5, logit_bias={eos: 100.0})
             output = generate(make_llm(eos_path), [1], params)[0].outputs[0]
-            assert (output.token_ids, output.finish_reason) == ([eos], "stop"), "an end-of-sequence token is not known"
+            assert (output.token_ids, output.finish_reason) == (
+                [eos],
+                "stop",
+            ), "an end-of-sequence token is not known"
 
     check()
     real = engine_core.load_config
     mutants = {
-        "head_dim": lambda c: dataclasses.replace(c, head_dim=c.hidden_size // c.num_attention_heads),
+        "head_dim": lambda c: dataclasses.replace(
+            c, head_dim=c.hidden_size // c.num_attention_heads
+        ),
         "rope": lambda c: dataclasses.replace(c, rope=dataclasses.replace(c.rope, theta=10000.0)),
         "vocab": lambda c: dataclasses.replace(c, vocab_size=c.vocab_size - 5),
         "mlp_bias": lambda c: dataclasses.replace(c, mlp_bias=True),
         "eos": lambda c: dataclasses.replace(c, eos_token_ids=c.eos_token_ids[:1]),
     }
     for change in mutants.values():
-        monkeypatch.setattr(engine_core, "load_config", lambda path, change=change: change(real(path)))
+        monkeypatch.setattr(
+            engine_core, "load_config", lambda path, change=change: change(real(path))
+        )
         with pytest.raises((AssertionError, WeightLoadingError)):
             check()
 
@@ -348,7 +380,14 @@ def test_bug_10_hyper_parameters_typed_by_hand(checkpoint, reference, tmp_path, 
 def test_bug_11_another_models_tokenizer(tmp_path, monkeypatch):
     ours, other = tmp_path / "ours", tmp_path / "other"
     for path, size in ((ours, 300), (other, 400)):
-        write_checkpoint(path, vocab_size=420, hidden_size=16, num_attention_heads=2, head_dim=8, num_hidden_layers=1)
+        write_checkpoint(
+            path,
+            vocab_size=420,
+            hidden_size=16,
+            num_attention_heads=2,
+            head_dim=8,
+            num_hidden_layers=1,
+        )
         write_tokenizer(path, size)
     text = "the scheduler plans a step"
     assert Tokenizer(ours).encode(text) != Tokenizer(other).encode(text)
@@ -366,7 +405,9 @@ def test_bug_11_another_models_tokenizer(tmp_path, monkeypatch):
 def test_bug_12_epsilon_is_dropped(checkpoint, reference, monkeypatch):
     check_model(checkpoint, reference)
     real = engine_core.load_config
-    monkeypatch.setattr(engine_core, "load_config", lambda path: dataclasses.replace(real(path), rms_norm_eps=1e-6))
+    monkeypatch.setattr(
+        engine_core, "load_config", lambda path: dataclasses.replace(real(path), rms_norm_eps=1e-6)
+    )
     with pytest.raises(AssertionError):
         check_model(checkpoint, reference)
 
@@ -379,12 +420,14 @@ def test_bug_12_the_rope_table_ends_before_the_last_legal_position(checkpoint, m
 
     check()
     real = qwen3.rope_table
-    monkeypatch.setattr(qwen3, "rope_table", lambda rope, dim, length, device: real(rope, dim, length // 2, device))
+    monkeypatch.setattr(
+        qwen3, "rope_table", lambda rope, dim, length, device: real(rope, dim, length // 2, device)
+    )
     with pytest.raises(IndexError):
         check()
 
 
-# --- C. blocks --------------------------------------------------------------------------------------------------------
+# --- C. blocks ------------------------------------------------------------------------------------
 
 
 def fuzz(**classes) -> None:
@@ -444,7 +487,10 @@ class PerBlockHits(BlockManager):
 
     def find_cached_prefix(self, seq):
         self.extend_hashes(seq)
-        ids = [self.hash_to_block.get(h) for h in seq.block_hashes[: (seq.num_tokens - 1) // self.block_size]]
+        ids = [
+            self.hash_to_block.get(h)
+            for h in seq.block_hashes[: (seq.num_tokens - 1) // self.block_size]
+        ]
         return [i for i in ids if i is not None]
 
 
@@ -472,7 +518,9 @@ def test_bug_16_hashes_without_a_chain(monkeypatch):
         assert len(again) == 1, "the second block was computed after another first block"
 
     check()
-    monkeypatch.setattr(block_manager_module, "hash_block", lambda previous, token_ids: hash_block(None, token_ids))
+    monkeypatch.setattr(
+        block_manager_module, "hash_block", lambda previous, token_ids: hash_block(None, token_ids)
+    )
     with pytest.raises(AssertionError, match="another first block"):
         check()
 
@@ -491,7 +539,9 @@ def test_bug_16_a_hash_is_trusted(monkeypatch):
     def check(manager_cls):
         manager = manager_cls(8, 2)
         compute(manager, make_seq(0, [1, 2, 3]))
-        assert manager.find_cached_prefix(make_seq(1, [7, 8, 3])) == [], "served the tokens of another prompt"
+        assert manager.find_cached_prefix(make_seq(1, [7, 8, 3])) == [], (
+            "served the tokens of another prompt"
+        )
 
     monkeypatch.setattr(block_manager_module, "hash_block", lambda previous, token_ids: 42)
     check(BlockManager)
@@ -510,7 +560,9 @@ def test_bug_17_tested_at_one_boundary_and_allocated_at_another():
         manager, seq = manager_cls(8, 3), make_seq(0, [1])
         for num_tokens in range(1, 25):
             assert manager.allocate(seq, num_tokens)
-            assert len(seq.block_table) == (num_tokens + 2) // 3, f"{num_tokens} tokens have no place"
+            assert len(seq.block_table) == (num_tokens + 2) // 3, (
+                f"{num_tokens} tokens have no place"
+            )
         assert not manager.allocate(seq, 25)
 
     check(BlockManager)
@@ -579,7 +631,9 @@ def test_bug_20_the_pool_is_not_the_memory(checkpoint, monkeypatch):
     monkeypatch.setattr(model_runner, "CPU_KV_CACHE_BYTES", 1 << 20)
     check()
     real = ModelRunner._allocate_kv_caches
-    monkeypatch.setattr(ModelRunner, "_allocate_kv_caches", lambda self, num_blocks: real(self, num_blocks // 2))
+    monkeypatch.setattr(
+        ModelRunner, "_allocate_kv_caches", lambda self, num_blocks: real(self, num_blocks // 2)
+    )
     with pytest.raises(AssertionError):
         check()
 
@@ -592,7 +646,9 @@ def test_bug_21_a_block_in_flight_is_served():
             start = len(seq.block_table) + len(cached_prefix)
             done = super().allocate(seq, num_tokens, cached_prefix)
             if done:
-                self.register_computed(seq, start * self.block_size, min(num_tokens, seq.num_prompt_tokens))
+                self.register_computed(
+                    seq, start * self.block_size, min(num_tokens, seq.num_prompt_tokens)
+                )
             return done
 
     def check(manager_cls):
@@ -617,7 +673,9 @@ def test_bug_22_the_hash_of_an_evicted_block_stays():
         compute(manager, seq)
         release(manager, seq)
         compute(manager, other)
-        assert manager.find_cached_prefix(make_seq(2, [1, 2, 3])) == [], "serves what was overwritten"
+        assert manager.find_cached_prefix(make_seq(2, [1, 2, 3])) == [], (
+            "serves what was overwritten"
+        )
 
     check(BlockManager)
     for broken in (lambda: check(Remembers), lambda: fuzz(manager_cls=Remembers)):
@@ -625,19 +683,23 @@ def test_bug_22_the_hash_of_an_evicted_block_stays():
             broken()
 
 
-# --- D. prefix cache and attention ------------------------------------------------------------------------------------
+# --- D. prefix cache and attention ----------------------------------------------------------------
 
 
 def test_bug_23_prefill_forgets_the_cached_part(checkpoint, reference):
     def from_zero(rows, block_table, block_size):
-        rows = [dataclasses.replace(row, start=0) if len(row.token_ids) > 1 else row for row in rows]
+        rows = [
+            dataclasses.replace(row, start=0) if len(row.token_ids) > 1 else row for row in rows
+        ]
         return build_batch(rows, block_table, block_size)
 
     def check(**seams):
         llm = make_llm(checkpoint, **seams)
         prompt = [*PROMPTS[0], 4, 6]
         for _ in range(2):
-            assert tokens_of(generate(llm, prompt)) == [reference.greedy(prompt, GREEDY.max_tokens).token_ids]
+            assert tokens_of(generate(llm, prompt)) == [
+                reference.greedy(prompt, GREEDY.max_tokens).token_ids
+            ]
         assert llm.metrics().prefix_cache_hits == 8
 
     check()
@@ -649,16 +711,26 @@ def test_bug_24_decode_uses_another_block_size(checkpoint, reference):
     def wide(query, k_cache, v_cache, block_table, *args, **kwargs):
         """Takes the cache for one of half as many blocks, twice as large."""
         blocks, kv_heads, size, dim = k_cache.shape
-        k_cache, v_cache = (x.reshape(blocks // 2, kv_heads, 2 * size, dim) for x in (k_cache, v_cache))
-        return KERNELS.decode_attention(query, k_cache, v_cache, block_table % (blocks // 2), *args, **kwargs)
+        k_cache, v_cache = (
+            x.reshape(blocks // 2, kv_heads, 2 * size, dim) for x in (k_cache, v_cache)
+        )
+        return KERNELS.decode_attention(
+            query, k_cache, v_cache, block_table % (blocks // 2), *args, **kwargs
+        )
 
     check_model(checkpoint, reference)
     with pytest.raises(AssertionError):
-        check_model(checkpoint, reference, kernels=dataclasses.replace(KERNELS, decode_attention=wide))
+        check_model(
+            checkpoint, reference, kernels=dataclasses.replace(KERNELS, decode_attention=wide)
+        )
 
 
-def textbook_attention(align: str = "end", hidden_score: float = float("-inf"), zero_empty_rows: bool = True):
-    """Prefill attention with the whole score matrix; how the mask is aligned and written can be spoilt."""
+def textbook_attention(
+    align: str = "end", hidden_score: float = float("-inf"), zero_empty_rows: bool = True
+):
+    """Prefill attention with the whole score matrix; how the mask is aligned and written can be
+    spoilt.
+    """
 
     def attention(query, k_cache, v_cache, block_table, query_start_loc, seq_lens, scale, **limits):
         out = torch.empty_like(query)
@@ -666,7 +738,10 @@ def textbook_attention(align: str = "end", hidden_score: float = float("-inf"), 
         for i, context in enumerate(seq_lens.tolist()):
             first, last = query_start_loc[i : i + 2].tolist()
             keys, values = (
-                cache[block_table[i].long()].transpose(1, 2).flatten(0, 1)[:context].repeat_interleave(group, 1)
+                cache[block_table[i].long()]
+                .transpose(1, 2)
+                .flatten(0, 1)[:context]
+                .repeat_interleave(group, 1)
                 for cache in (k_cache, v_cache)
             )
             scores = torch.einsum("qhd,khd->hqk", query[first:last], keys) * scale
@@ -686,7 +761,9 @@ def test_bug_25_the_mask_is_aligned_to_the_start(checkpoint, reference):
         kernels = dataclasses.replace(KERNELS, prefill_attention=attention)
         llm = make_llm(checkpoint, kernels=kernels, max_num_batched_tokens=4)
         for prompt in PROMPTS:
-            assert tokens_of(generate(llm, prompt)) == [reference.greedy(prompt, GREEDY.max_tokens).token_ids]
+            assert tokens_of(generate(llm, prompt)) == [
+                reference.greedy(prompt, GREEDY.max_tokens).token_ids
+            ]
         assert llm.metrics().num_chunks > 0
 
     check(prefill_attention_reference)
@@ -701,7 +778,10 @@ def attention_case(query_len: int, context: int):
     query = torch.randn(query_len, 2, 16, generator=generator)
     k_cache, v_cache = torch.randn(2, 20, 1, 16, 16, generator=generator)
     table = torch.randperm(20, generator=generator)[None].int()
-    lens = torch.tensor([0, query_len], dtype=torch.int32), torch.tensor([context], dtype=torch.int32)
+    lens = (
+        torch.tensor([0, query_len], dtype=torch.int32),
+        torch.tensor([context], dtype=torch.int32),
+    )
     return query, k_cache.clone(), v_cache.clone(), table, *lens, 0.25
 
 
@@ -715,19 +795,26 @@ def test_bug_26_a_row_without_a_key_is_nan_or_an_average():
     check(prefill_attention_reference)
     check(textbook_attention())
     for mutant in (
-        textbook_attention(hidden_score=-1e10, zero_empty_rows=False),  # the average of what it must not see
+        textbook_attention(
+            hidden_score=-1e10, zero_empty_rows=False
+        ),  # the average of what it must not see
         textbook_attention(zero_empty_rows=False),  # NaN
     ):
         with pytest.raises(AssertionError):
             check(mutant)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="runs Triton's interpreter on CPU tensors; on a GPU it compiles")
+@pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="runs Triton's interpreter on CPU tensors; on a GPU it compiles",
+)
 def test_bug_26_tiles_above_the_diagonal_are_computed():
     pytest.importorskip("triton")
 
     def check(attention):
-        """NaN in the values of the second half: tiles of queries before that must never meet them (0 · NaN is NaN)."""
+        """NaN in the values of the second half: tiles of queries before that must never meet them
+        (0 · NaN is NaN).
+        """
         query, k_cache, v_cache, table, *rest = attention_case(256, 256)
         v_cache[table[0, 8:16].long()] = float("nan")
         out = attention(query, k_cache, v_cache, table, *rest, max_query_len=256, max_seq_len=256)
@@ -740,7 +827,9 @@ def test_bug_26_tiles_above_the_diagonal_are_computed():
 
 
 class CountOperations(TorchDispatchMode):
-    """Counts the operations that torch runs, and among them those that make the host wait for the device."""
+    """Counts the operations that torch runs, and among them those that make the host wait for the
+    device.
+    """
 
     SYNCS = ("item", "_local_scalar_dense", "nonzero", "is_nonzero", "equal")
 
@@ -780,7 +869,9 @@ def test_bug_27_every_length_compiles_a_kernel_of_its_own(monkeypatch):
     pytest.importorskip("triton")
 
     class Recorder:
-        """Stands for a kernel; notes the compile-time constants of each launch, which are its keyword arguments."""
+        """Stands for a kernel; notes the compile-time constants of each launch, which are its
+        keyword arguments.
+        """
 
         def __init__(self):
             self.constants = set()
@@ -813,7 +904,7 @@ def test_bug_27_every_length_compiles_a_kernel_of_its_own(monkeypatch):
         check(by_length)
 
 
-# --- E. steps ---------------------------------------------------------------------------------------------------------
+# --- E. steps -------------------------------------------------------------------------------------
 
 
 def test_bug_28_sampled_tokens_stay_tensors(checkpoint, monkeypatch):
@@ -828,19 +919,25 @@ def test_bug_28_sampled_tokens_stay_tensors(checkpoint, monkeypatch):
 
 
 def test_bug_28_the_host_waits_in_every_layer(checkpoint):
-    """Layers and model ask nothing of the device; with kernels that do not either, a forward has no sync at all."""
+    """Layers and model ask nothing of the device; with kernels that do not either, a forward has no
+    sync at all.
+    """
 
     def stand_in(query, *args, **kwargs):
         return query.clone()
 
     def curious(key, value, k_cache, v_cache, slot_mapping):
-        KERNELS.store_kv(key, value, k_cache, v_cache, slot_mapping.clamp_min(int(slot_mapping.min())))
+        KERNELS.store_kv(
+            key, value, k_cache, v_cache, slot_mapping.clamp_min(int(slot_mapping.min()))
+        )
 
     def stores_nothing(*args):
         pass
 
     def check(store_kv):
-        kernels = dataclasses.replace(KERNELS, prefill_attention=stand_in, decode_attention=stand_in, store_kv=store_kv)
+        kernels = dataclasses.replace(
+            KERNELS, prefill_attention=stand_in, decode_attention=stand_in, store_kv=store_kv
+        )
         llm = make_llm(checkpoint, kernels=kernels)
         model = llm.llm_engine.model_runner.model
         forward, counter = model.forward, CountOperations()
@@ -859,7 +956,7 @@ def test_bug_28_the_host_waits_in_every_layer(checkpoint):
         check(curious)
 
 
-# --- F. tensor parallelism ------------------------------------------------------------------------------------------
+# --- F. tensor parallelism ------------------------------------------------------------------------
 
 
 def check_ranks(checkpoint, reference, size=2) -> None:
@@ -893,7 +990,11 @@ def test_bug_31_shares_are_divided_twice(checkpoint, reference, monkeypatch):
 
     def twice(self, count, unit=1, pad=False):
         part = real(self, count, unit, pad)
-        return part if pad else Part(part.total // self.size, part.start // self.size, part.stop // self.size)
+        return (
+            part
+            if pad
+            else Part(part.total // self.size, part.start // self.size, part.stop // self.size)
+        )
 
     monkeypatch.setattr(TensorParallelGroup, "part", twice)
     with pytest.raises(WeightLoadingError, match="has shape"):
@@ -904,7 +1005,9 @@ def test_bug_31_kv_heads_are_not_split(checkpoint, reference, monkeypatch):
     """Every rank attends to all KV heads with the query heads it has: the wrong pairs."""
     real = TensorParallelGroup.part
 
-    def whole(self, count, unit=1, pad=False):  # the checkpoint has 2 KV heads and 2 of nothing else
+    def whole(
+        self, count, unit=1, pad=False
+    ):  # the checkpoint has 2 KV heads and 2 of nothing else
         return Part(count * unit, 0, count * unit) if count == 2 else real(self, count, unit, pad)
 
     monkeypatch.setattr(TensorParallelGroup, "part", whole)
@@ -959,7 +1062,7 @@ def test_bug_31_a_fixed_port_and_a_worker_loop_without_an_end(monkeypatch):
         check()
 
 
-# --- G. preemption ----------------------------------------------------------------------------------------------------
+# --- G. preemption --------------------------------------------------------------------------------
 
 
 class KeepsCount(Scheduler):
@@ -1000,7 +1103,9 @@ def test_bug_32_preemption_loses_or_repeats_a_token(checkpoint, reference, mutan
         expected = [reference.greedy(prompt, 18).token_ids for prompt in prompts]
         outputs = generate(llm, prompts, params)
         assert tokens_of(outputs) == expected
-        assert [len(output.outputs[0].logprobs) for output in outputs] == [18] * 3, "a token was sampled twice"
+        assert [len(output.outputs[0].logprobs) for output in outputs] == [18] * 3, (
+            "a token was sampled twice"
+        )
         assert llm.metrics().num_preemptions > 0
 
     check(Scheduler)
@@ -1011,7 +1116,9 @@ def test_bug_32_preemption_loses_or_repeats_a_token(checkpoint, reference, mutan
 
 
 def test_bug_32_a_prefix_hit_on_ones_own_evicted_blocks():
-    """Preempted, a sequence finds what is left of its own blocks, or of somebody's who took them since."""
+    """Preempted, a sequence finds what is left of its own blocks, or of somebody's who took them
+    since.
+    """
 
     class KeepsTable(BlockManager):
         def free(self, seq):
@@ -1021,7 +1128,11 @@ def test_bug_32_a_prefix_hit_on_ones_own_evicted_blocks():
 
         def find_cached_prefix(self, seq):
             kept = getattr(seq, "kept", None)
-            return super().find_cached_prefix(seq) if kept is None else kept[: (seq.num_tokens - 1) // self.block_size]
+            return (
+                super().find_cached_prefix(seq)
+                if kept is None
+                else kept[: (seq.num_tokens - 1) // self.block_size]
+            )
 
     class Marked(Sequence):  # a class without slots, for the mutant to leave its mark on
         pass
@@ -1039,7 +1150,7 @@ def test_bug_32_a_prefix_hit_on_ones_own_evicted_blocks():
         check(KeepsTable)
 
 
-# --- H. sampling and API ----------------------------------------------------------------------------------------------
+# --- H. sampling and API --------------------------------------------------------------------------
 
 
 def test_bug_33_greedy_is_refused_and_unknown_fields_are_accepted():
@@ -1070,17 +1181,28 @@ def test_bug_33_fields_are_accepted_and_ignored(checkpoint, monkeypatch):
     def check():
         plain = tokens_of(generate(make_llm(checkpoint), PROMPTS[0]))[0]
         obeyed = {
-            "n": len(generate(make_llm(checkpoint), PROMPTS[0], SamplingParams(n=3, seed=1))[0].outputs) == 3,
+            "n": (
+                len(
+                    generate(make_llm(checkpoint), PROMPTS[0], SamplingParams(n=3, seed=1))[
+                        0
+                    ].outputs
+                )
+                == 3
+            ),
             "stop_token_ids": len(changed(stop_token_ids=[plain[3]])) <= 4,
             "min_tokens": len(changed(stop_token_ids=[plain[0]], min_tokens=4)) >= 4,
-            "frequency_penalty": len(set(changed(frequency_penalty=2.0, max_tokens=40)))
-            > len(set(changed(max_tokens=40))),
+            "frequency_penalty": (
+                len(set(changed(frequency_penalty=2.0, max_tokens=40)))
+                > len(set(changed(max_tokens=40)))
+            ),
             "logit_bias": changed(logit_bias={5: 100.0}) == [5] * 10,
         }
         assert all(obeyed.values()), obeyed
 
     def changed(**fields):
-        return tokens_of(generate(make_llm(checkpoint), PROMPTS[0], dataclasses.replace(GREEDY, **fields)))[0]
+        return tokens_of(
+            generate(make_llm(checkpoint), PROMPTS[0], dataclasses.replace(GREEDY, **fields))
+        )[0]
 
     check()
     mutants = [
@@ -1125,7 +1247,10 @@ def test_bug_35_top_p_before_temperature(checkpoint, reference):
 
     def check(sample):
         llm = make_llm(checkpoint, kernels=dataclasses.replace(KERNELS, sample=sample))
-        params = [SamplingParams(temperature=15.0, top_p=0.5, seed=seed, max_tokens=1) for seed in range(600)]
+        params = [
+            SamplingParams(temperature=15.0, top_p=0.5, seed=seed, max_tokens=1)
+            for seed in range(600)
+        ]
         drawn = {ids[0] for ids in tokens_of(generate(llm, [PROMPTS[0]] * 600, params))}
         ordered, ids = (reference.logits(PROMPTS[0])[-1] / 15.0).softmax(-1).sort(descending=True)
         nucleus = ids[ordered.cumsum(0) - ordered < 0.5].tolist()
@@ -1144,11 +1269,15 @@ def test_bug_35_probabilities_in_bfloat16():
         return (running > target).int().argmax(-1)
 
     def check(sample):
-        """4,096 equal tokens: each quarter of the vocabulary gets a quarter of 4,000 draws, within 5 deviations."""
+        """4,096 equal tokens: each quarter of the vocabulary gets a quarter of 4,000 draws, within
+        5 deviations.
+        """
         draws, vocabulary = 4000, 4096
         seeds = torch.arange(draws)
         logits = torch.zeros(1, vocabulary).expand(draws, -1).contiguous()
-        tokens = sample(logits, torch.ones(draws), None, None, None, seeds, torch.ones(draws, dtype=torch.int64))
+        tokens = sample(
+            logits, torch.ones(draws), None, None, None, seeds, torch.ones(draws, dtype=torch.int64)
+        )
         counts = torch.bincount(tokens // 1024, minlength=4)
         assert (counts - draws / 4).abs().max() < 5 * (draws * 3 / 16) ** 0.5, counts
         assert tokens.unique().numel() > 2300, "few tokens are ever drawn"

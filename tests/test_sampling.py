@@ -1,7 +1,9 @@
-"""Sampling through the engine: every parameter does what it says, in any batch, any chunking, and after preemption.
+"""Sampling through the engine: every parameter does what it says, in any batch, any chunking, and
+after preemption.
 
-Distributions are compared with transformers' logits by a chi-square test over many fixed seeds; deterministic effects
-with a plain re-implementation that knows only the token ids (`decode_reference`).
+Distributions are compared with transformers' logits by a chi-square test over many fixed seeds;
+deterministic effects with a plain re-implementation that knows only the token ids
+(`decode_reference`).
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ DRAWS = 4000
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Two layers, 48 tokens; the head scaled down so that at temperature 1 many tokens have a chance."""
+    """Two layers, 48 tokens; the head scaled down so that at temperature 1 many tokens have a
+    chance.
+    """
     path = tmp_path_factory.mktemp("sampling")
     write_checkpoint(
         path,
@@ -50,7 +54,10 @@ def reference(checkpoint):
 
 def make_llm(checkpoint, **options) -> LLM:
     return LLM(
-        checkpoint, device="cpu", skip_tokenizer_init=True, **{"block_size": 4, "num_kv_blocks": 1024, **options}
+        checkpoint,
+        device="cpu",
+        skip_tokenizer_init=True,
+        **{"block_size": 4, "num_kv_blocks": 1024, **options},
     )
 
 
@@ -79,11 +86,15 @@ def tokens_of(llm: LLM, prompts, params) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in generate(llm, prompts, params)]
 
 
-# --- distributions ------------------------------------------------------------------------------------------------
+# --- distributions --------------------------------------------------------------------------------
 
 
-def probabilities(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, logit_bias=None) -> np.ndarray:
-    """The distribution that the parameters describe: temperature first, then top-k, top-p, min-p. In float64."""
+def probabilities(
+    logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, logit_bias=None
+) -> np.ndarray:
+    """The distribution that the parameters describe: temperature first, then top-k, top-p, min-p.
+    In float64.
+    """
     x = logits.double().numpy().copy()
     for token, bias in (logit_bias or {}).items():
         x[token] += bias
@@ -103,7 +114,9 @@ def probabilities(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0, min
 
 
 def chi_square(counts: Counter, expected: np.ndarray) -> tuple[float, float]:
-    """(statistic, the value that chance exceeds once in ten thousand times). Rare tokens are counted together."""
+    """(statistic, the value that chance exceeds once in ten thousand times). Rare tokens are
+    counted together.
+    """
     total = sum(counts.values())
     cells = [(counts[t], p * total) for t, p in enumerate(expected) if p * total >= 8]
     rest = total - sum(n for n, _ in cells), total - sum(e for _, e in cells)
@@ -111,7 +124,10 @@ def chi_square(counts: Counter, expected: np.ndarray) -> tuple[float, float]:
         cells.append(rest)
     statistic = sum((n - e) ** 2 / e for n, e in cells)
     k = len(cells) - 1
-    return statistic, k * (1 - 2 / (9 * k) + 3.72 * math.sqrt(2 / (9 * k))) ** 3  # Wilson and Hilferty, 1931
+    return (
+        statistic,
+        k * (1 - 2 / (9 * k) + 3.72 * math.sqrt(2 / (9 * k))) ** 3,
+    )  # Wilson and Hilferty, 1931
 
 
 @pytest.mark.parametrize(
@@ -136,15 +152,21 @@ def test_distribution(llm, reference, params):
     expected = probabilities(reference.logits(PROMPT)[-1], **params)
     seeds = [SamplingParams(max_tokens=1, seed=seed, **params) for seed in range(DRAWS)]
     counts = Counter(ids[0] for ids in tokens_of(llm, [PROMPT] * DRAWS, seeds))
-    assert not [t for t in counts if expected[t] == 0.0], "a token that the filters exclude was drawn"
+    assert not [t for t in counts if expected[t] == 0.0], (
+        "a token that the filters exclude was drawn"
+    )
     assert len(counts) > 1
     statistic, limit = chi_square(counts, expected)
     assert statistic < limit
 
 
 def test_distribution_over_completions_and_positions(llm, reference):
-    """One request with n completions draws as independently as many requests; and so does its second position."""
-    outputs = generate(llm, PROMPT, SamplingParams(n=DRAWS, max_tokens=2, temperature=8.0, top_k=3, seed=5))[0].outputs
+    """One request with n completions draws as independently as many requests; and so does its
+    second position.
+    """
+    outputs = generate(
+        llm, PROMPT, SamplingParams(n=DRAWS, max_tokens=2, temperature=8.0, top_k=3, seed=5)
+    )[0].outputs
     first = probabilities(reference.logits(PROMPT)[-1], 8.0, top_k=3)
     statistic, limit = chi_square(Counter(o.token_ids[0] for o in outputs), first)
     assert statistic < limit
@@ -164,7 +186,9 @@ def test_top_p_comes_after_temperature(llm, reference):
     assert drawn == set(np.flatnonzero(hot).tolist())
 
 
-@pytest.mark.parametrize("params", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-3}], ids=str)
+@pytest.mark.parametrize(
+    "params", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-3}], ids=str
+)
 def test_the_tightest_filter_is_greedy(llm, params):
     greedy = tokens_of(llm, PROMPT, SamplingParams(temperature=0.0, max_tokens=12))
     assert tokens_of(llm, PROMPT, SamplingParams(max_tokens=12, seed=1, **params)) == greedy
@@ -176,16 +200,19 @@ def test_greedy_ignores_filters_and_seed(llm):
     assert tokens_of(llm, PROMPT, other) == greedy
 
 
-# --- seeds --------------------------------------------------------------------------------------------------------
+# --- seeds ----------------------------------------------------------------------------------------
 
-SAMPLED = SamplingParams(temperature=6.0, top_k=30, top_p=0.95, min_p=0.01, seed=1234, max_tokens=24)
+SAMPLED = SamplingParams(
+    temperature=6.0, top_k=30, top_p=0.95, min_p=0.01, seed=1234, max_tokens=24
+)
 
 
 def neighbours(count: int) -> tuple[list[list[int]], list[SamplingParams]]:
     rng = np.random.default_rng(count)
     prompts = [rng.integers(0, VOCAB, rng.integers(1, 20)).tolist() for _ in range(count)]
     params = [
-        SamplingParams(temperature=float(t), max_tokens=20, ignore_eos=True) for t in rng.choice([0, 1, 5], count)
+        SamplingParams(temperature=float(t), max_tokens=20, ignore_eos=True)
+        for t in rng.choice([0, 1, 5], count)
     ]
     return prompts, params
 
@@ -203,7 +230,10 @@ def test_a_seed_gives_the_same_tokens_in_any_batch(llm, place):
 def test_a_seed_gives_the_same_tokens_in_chunks(llm, chunked):
     before = chunked.metrics().num_chunks
     prompts, params = neighbours(4)
-    assert tokens_of(chunked, [*prompts, PROMPT], [*params, SAMPLED])[-1] == tokens_of(llm, PROMPT, SAMPLED)[0]
+    assert (
+        tokens_of(chunked, [*prompts, PROMPT], [*params, SAMPLED])[-1]
+        == tokens_of(llm, PROMPT, SAMPLED)[0]
+    )
     assert chunked.metrics().num_chunks > before
 
 
@@ -237,7 +267,9 @@ def test_n_completions_differ_and_can_be_repeated(llm, cramped):
     assert len(set(map(tuple, first))) == 8
     assert [o.token_ids for o in generate(llm, PROMPT, params)[0].outputs] == first
     assert [o.token_ids for o in generate(cramped, PROMPT, params)[0].outputs] == first
-    assert first[0] == tokens_of(llm, PROMPT, SAMPLED)[0], "the first of n is what the seed gives alone"
+    assert first[0] == tokens_of(llm, PROMPT, SAMPLED)[0], (
+        "the first of n is what the seed gives alone"
+    )
     assert [o.index for o in generate(llm, PROMPT, params)[0].outputs] == list(range(8))
 
 
@@ -254,16 +286,22 @@ def test_without_a_seed_the_engines_seed_decides(checkpoint):
         return tokens_of(make_llm(checkpoint, seed=seed), [PROMPT] * 3, params)
 
     first = run(0)
-    assert len(set(map(tuple, first))) == 3, "equal requests without a seed must not repeat each other"
+    assert len(set(map(tuple, first))) == 3, (
+        "equal requests without a seed must not repeat each other"
+    )
     assert run(0) == first
     assert run(1) != first
 
 
-# --- what changes the logits ----------------------------------------------------------------------------------------
+# --- what changes the logits ----------------------------------------------------------------------
 
 
-def decode_reference(reference, prompt: list[int], params: SamplingParams, stop_ids=()) -> list[int]:
-    """Greedy decoding by the book: one full forward a token, and the edits from the token ids alone."""
+def decode_reference(
+    reference, prompt: list[int], params: SamplingParams, stop_ids=()
+) -> list[int]:
+    """Greedy decoding by the book: one full forward a token, and the edits from the token ids
+    alone.
+    """
     output: list[int] = []
     stop_ids = {*stop_ids, *(params.stop_token_ids or ())}
     while len(output) < params.max_tokens:
@@ -279,8 +317,14 @@ def decode_reference(reference, prompt: list[int], params: SamplingParams, stop_
         counts = Counter(output)
         for token in range(len(logits)):
             if token in counts or token in prompt:
-                logits[token] *= params.repetition_penalty if logits[token] <= 0 else 1 / params.repetition_penalty
-            logits[token] -= params.frequency_penalty * counts[token] + params.presence_penalty * (token in counts)
+                logits[token] *= (
+                    params.repetition_penalty
+                    if logits[token] <= 0
+                    else 1 / params.repetition_penalty
+                )
+            logits[token] -= params.frequency_penalty * counts[token] + params.presence_penalty * (
+                token in counts
+            )
         output.append(int(logits.argmax()))
         if output[-1] in stop_ids and len(output) >= params.min_tokens:
             break
@@ -298,11 +342,25 @@ EDITS = [
     {"logit_bias": {5: 3.0, 6: -4.0, 40: 2.5}},
     {"logit_bias": {5: 8.0}, "frequency_penalty": 1.0},
     {"stop_token_ids": list(range(0, VOCAB, 2)), "min_tokens": 9},
-    {"stop_token_ids": list(range(0, VOCAB, 3)), "min_tokens": 4, "frequency_penalty": 0.5, "logit_bias": {3: 4.0}},
+    {
+        "stop_token_ids": list(range(0, VOCAB, 3)),
+        "min_tokens": 4,
+        "frequency_penalty": 0.5,
+        "logit_bias": {3: 4.0},
+    },
     {"allowed_token_ids": [4, 9, 17, 30, 30, 41]},
     {"allowed_token_ids": [7]},
-    {"allowed_token_ids": list(range(10, 30)), "frequency_penalty": 1.0, "logit_bias": {12: 5.0, 40: 100.0}},
-    {"allowed_token_ids": [1, 2, 3, 6], "stop_token_ids": [3, 6], "min_tokens": 5, "repetition_penalty": 1.3},
+    {
+        "allowed_token_ids": list(range(10, 30)),
+        "frequency_penalty": 1.0,
+        "logit_bias": {12: 5.0, 40: 100.0},
+    },
+    {
+        "allowed_token_ids": [1, 2, 3, 6],
+        "stop_token_ids": [3, 6],
+        "min_tokens": 5,
+        "repetition_penalty": 1.3,
+    },
 ]
 
 
@@ -326,7 +384,9 @@ def test_edits_of_the_logits(llm, edited, case):
 
 
 def test_edits_in_one_batch(llm, chunked, cramped, edited):
-    """All of them together, whole, in chunks, with preemption: a row's edits are its own and survive recomputing."""
+    """All of them together, whole, in chunks, with preemption: a row's edits are its own and
+    survive recomputing.
+    """
     prompts, params, expected = map(list, zip(*edited, strict=True))
     assert tokens_of(llm, prompts, params) == expected
     assert tokens_of(chunked, prompts, params) == expected
@@ -336,17 +396,23 @@ def test_edits_in_one_batch(llm, chunked, cramped, edited):
 
 
 def test_edits_one_step_late(checkpoint, edited):
-    """Planned before the last token is known on the CPU: penalties and minimum lengths must not lag behind."""
+    """Planned before the last token is known on the CPU: penalties and minimum lengths must not lag
+    behind.
+    """
     prompts, params, expected = map(list, zip(*edited, strict=True))
     for blocks in (1024, 14):
-        llm = make_llm(checkpoint, async_scheduling=True, num_kv_blocks=blocks, enable_prefix_caching=False)
+        llm = make_llm(
+            checkpoint, async_scheduling=True, num_kv_blocks=blocks, enable_prefix_caching=False
+        )
         assert tokens_of(llm, prompts, params) == expected
     assert llm.metrics().num_preemptions > 3
 
 
 def test_sampling_one_step_late(checkpoint, llm):
     prompts, params = neighbours(7)
-    params = [dataclasses.replace(p, seed=i, n=1 + i % 2, logprobs=i % 3) for i, p in enumerate(params)]
+    params = [
+        dataclasses.replace(p, seed=i, n=1 + i % 2, logprobs=i % 3) for i, p in enumerate(params)
+    ]
     late = make_llm(checkpoint, async_scheduling=True, num_kv_blocks=24)
     for a, b in zip(generate(llm, prompts, params), generate(late, prompts, params), strict=True):
         assert [o.token_ids for o in a.outputs] == [o.token_ids for o in b.outputs]
@@ -357,23 +423,29 @@ def test_sampling_one_step_late(checkpoint, llm):
 def test_a_slot_forgets_the_penalties_of_its_last_sequence(checkpoint, edited):
     llm = make_llm(checkpoint, max_num_seqs=1)
     prompts, params, expected = map(list, zip(*edited, strict=True))
-    assert tokens_of(llm, prompts + prompts[::-1], params + params[::-1]) == expected + expected[::-1]
+    assert (
+        tokens_of(llm, prompts + prompts[::-1], params + params[::-1]) == expected + expected[::-1]
+    )
 
 
 def test_logit_bias_forces_and_forbids(llm):
-    assert tokens_of(llm, PROMPT, SamplingParams(temperature=0.0, max_tokens=5, logit_bias={17: 100.0})) == [[17] * 5]
+    assert tokens_of(
+        llm, PROMPT, SamplingParams(temperature=0.0, max_tokens=5, logit_bias={17: 100.0})
+    ) == [[17] * 5]
     only = {token: -100.0 for token in range(VOCAB) if token not in (4, 5)}
     params = SamplingParams(temperature=4.0, n=20, seed=0, max_tokens=10, logit_bias=only)
     drawn = {t for o in generate(llm, PROMPT, params)[0].outputs for t in o.token_ids}
     assert drawn == {4, 5}
 
 
-# --- where it ends --------------------------------------------------------------------------------------------------
+# --- where it ends --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def eos_checkpoint(tmp_path_factory, checkpoint):
-    """The same weights, with two end-of-sequence tokens in generation_config.json, one of them in config.json too."""
+    """The same weights, with two end-of-sequence tokens in generation_config.json, one of them in
+    config.json too.
+    """
     import json
     import shutil
 
@@ -399,11 +471,15 @@ class TestEnds:
         assert (len(out.token_ids), out.finish_reason, out.stop_reason) == (1, "stop", None)
 
     def test_ignore_eos(self, eos_llm):
-        out = generate(eos_llm, PROMPT, SamplingParams(max_tokens=8, ignore_eos=True, **self.FORCE_20))[0].outputs[0]
+        out = generate(
+            eos_llm, PROMPT, SamplingParams(max_tokens=8, ignore_eos=True, **self.FORCE_20)
+        )[0].outputs[0]
         assert (out.token_ids, out.finish_reason, out.stop_reason) == ([20] * 8, "length", None)
 
     def test_min_tokens_holds_back_end_of_sequence(self, eos_llm):
-        out = generate(eos_llm, PROMPT, SamplingParams(max_tokens=8, min_tokens=3, **self.FORCE_20))[0].outputs[0]
+        out = generate(
+            eos_llm, PROMPT, SamplingParams(max_tokens=8, min_tokens=3, **self.FORCE_20)
+        )[0].outputs[0]
         assert len(out.token_ids) == 4
         assert not {11, 20} & set(out.token_ids[:3])
         assert out.token_ids[3] == 20
@@ -417,23 +493,35 @@ class TestEnds:
         free = tokens_of(llm, PROMPT, SamplingParams(temperature=0.0, max_tokens=20))[0]
         stop = free[7]
         end = free.index(stop) + 1
-        out = generate(llm, PROMPT, SamplingParams(temperature=0.0, max_tokens=20, stop_token_ids=[stop]))[0].outputs[0]
+        out = generate(
+            llm, PROMPT, SamplingParams(temperature=0.0, max_tokens=20, stop_token_ids=[stop])
+        )[0].outputs[0]
         assert (out.token_ids, out.finish_reason, out.stop_reason) == (free[:end], "stop", stop)
 
     def test_a_stop_token_within_min_tokens_is_never_chosen(self, llm):
-        params = SamplingParams(n=30, seed=2, temperature=8.0, max_tokens=12, min_tokens=6, stop_token_ids=[1, 2, 3])
+        params = SamplingParams(
+            n=30, seed=2, temperature=8.0, max_tokens=12, min_tokens=6, stop_token_ids=[1, 2, 3]
+        )
         for out in generate(llm, PROMPT, params)[0].outputs:
             assert len(out.token_ids) >= 6
             assert not {1, 2, 3} & set(out.token_ids[:6])
 
     def test_stop_tokens_in_the_prompt_do_not_count(self, llm):
-        params = SamplingParams(temperature=0.0, max_tokens=3, logit_bias={5: 100.0}, stop_token_ids=[PROMPT[0]])
+        params = SamplingParams(
+            temperature=0.0, max_tokens=3, logit_bias={5: 100.0}, stop_token_ids=[PROMPT[0]]
+        )
         assert generate(llm, PROMPT, params)[0].outputs[0].finish_reason == "length"
 
     @pytest.mark.parametrize("max_tokens", [1, 2, 3, 4, 5, 16])
     def test_max_tokens(self, llm, max_tokens):
-        out = generate(llm, PROMPT, SamplingParams(temperature=0.0, max_tokens=max_tokens))[0].outputs[0]
-        assert (len(out.token_ids), out.finish_reason, out.stop_reason) == (max_tokens, "length", None)
+        out = generate(llm, PROMPT, SamplingParams(temperature=0.0, max_tokens=max_tokens))[
+            0
+        ].outputs[0]
+        assert (len(out.token_ids), out.finish_reason, out.stop_reason) == (
+            max_tokens,
+            "length",
+            None,
+        )
 
     def test_without_max_tokens_the_model_length_ends_it(self, checkpoint):
         llm = make_llm(checkpoint, max_model_len=20)
@@ -446,7 +534,7 @@ class TestEnds:
         assert (len(out.token_ids), out.finish_reason) == (3 * 4 + 1 - len(PROMPT), "length")
 
 
-# --- log-probabilities ----------------------------------------------------------------------------------------------
+# --- log-probabilities ----------------------------------------------------------------------------
 
 
 def check_logprobs(found: dict, logprobs: torch.Tensor, token: int, k: int) -> None:
@@ -464,7 +552,9 @@ def check_logprobs(found: dict, logprobs: torch.Tensor, token: int, k: int) -> N
 
 @pytest.mark.parametrize("k", [0, 1, 5, MAX_LOGPROBS])
 def test_logprobs(llm, reference, k):
-    params = SamplingParams(temperature=5.0, top_k=40, seed=4, max_tokens=10, logprobs=k, frequency_penalty=0.5)
+    params = SamplingParams(
+        temperature=5.0, top_k=40, seed=4, max_tokens=10, logprobs=k, frequency_penalty=0.5
+    )
     out = generate(llm, PROMPT, params)[0].outputs[0]
     logprobs = reference.logits([*PROMPT, *out.token_ids]).log_softmax(-1)[len(PROMPT) - 1 :]
     assert len(out.logprobs) == len(out.token_ids) == 10
@@ -485,8 +575,17 @@ def test_logprobs_of_another_request_change_nothing(llm):
 
 def test_each_request_gets_as_many_logprobs_as_it_asked_for(llm):
     asked = [2, None, 0, 7]
-    outputs = generate(llm, [PROMPT] * 4, [SamplingParams(temperature=0.0, max_tokens=3, logprobs=k) for k in asked])
-    assert [o.outputs[0].logprobs and {len(d) for d in o.outputs[0].logprobs} for o in outputs] == [{2}, None, {1}, {7}]
+    outputs = generate(
+        llm,
+        [PROMPT] * 4,
+        [SamplingParams(temperature=0.0, max_tokens=3, logprobs=k) for k in asked],
+    )
+    assert [o.outputs[0].logprobs and {len(d) for d in o.outputs[0].logprobs} for o in outputs] == [
+        {2},
+        None,
+        {1},
+        {7},
+    ]
 
 
 def test_logprobs_after_preemption(llm, cramped):
@@ -554,7 +653,7 @@ def test_prompt_logprobs_with_several_completions(llm):
     assert [len(o.logprobs) for o in output.outputs] == [3, 3, 3]
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 NAN, INF = float("nan"), float("inf")
 BAD_VALUES = {
@@ -573,7 +672,16 @@ BAD_VALUES = {
     "repetition_penalty": [0.0, -1.0, 2.1, NAN, None, "1"],
     "logprobs": [-2, 1.0, True, "1"],
     "prompt_logprobs": [-2, 1.0, True, "1"],
-    "logit_bias": [{-1: 1.0}, {1.5: 1.0}, {"a": 1.0}, {True: 1.0}, {1: 101.0}, {1: NAN}, {1: None}, {1: "x"}],
+    "logit_bias": [
+        {-1: 1.0},
+        {1.5: 1.0},
+        {"a": 1.0},
+        {True: 1.0},
+        {1: 101.0},
+        {1: NAN},
+        {1: None},
+        {1: "x"},
+    ],
     "allowed_token_ids": [[], [-1], [1.5], ["a"], [True], [None]],
     "bad_words": ["", ["a", ""], [1], [None]],
     "truncate_prompt_tokens": [0, -2, 1.5, True, "3"],
@@ -594,13 +702,17 @@ WRONG_TYPES = {
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD_VALUES.items() for value in values])
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in BAD_VALUES.items() for value in values]
+)
 def test_bad_values_are_refused(name, value):
     with pytest.raises(SamplingParamsError, match=name.removesuffix("s")):
         SamplingParams(**{name: value})
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG_TYPES.items() for value in values])
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in WRONG_TYPES.items() for value in values]
+)
 def test_wrong_types_are_refused(name, value):
     with pytest.raises(SamplingParamsError, match=name):
         SamplingParams(**{name: value})
@@ -650,7 +762,9 @@ def test_every_field_is_covered_here():
 
 
 @pytest.mark.parametrize(
-    "params", [{"stop_token_ids": [VOCAB]}, {"logit_bias": {VOCAB: 1.0}}, {"allowed_token_ids": [0, VOCAB]}], ids=str
+    "params",
+    [{"stop_token_ids": [VOCAB]}, {"logit_bias": {VOCAB: 1.0}}, {"allowed_token_ids": [0, VOCAB]}],
+    ids=str,
 )
 def test_tokens_beyond_the_vocabulary_are_refused_by_the_engine(llm, params):
     with pytest.raises(SamplingParamsError, match=str(VOCAB - 1)):
@@ -679,7 +793,9 @@ def test_extreme_values_harm_nobody(checkpoint, params):
     neighbour = SamplingParams(temperature=0.0, max_tokens=6)
     expected = tokens_of(llm, PROMPT, neighbour)
     try:
-        extreme = SamplingParams(seed=1, max_tokens=6, logit_bias={0: 1.0}, min_tokens=2, stop_token_ids=[5], **params)
+        extreme = SamplingParams(
+            seed=1, max_tokens=6, logit_bias={0: 1.0}, min_tokens=2, stop_token_ids=[5], **params
+        )
     except SamplingParamsError:
         return
     outputs = tokens_of(llm, [PROMPT, PROMPT], [extreme, neighbour])

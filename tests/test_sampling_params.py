@@ -1,4 +1,6 @@
-"""`SamplingParams` as an object, and the parameters that ban or allow tokens, against a plain re-implementation."""
+"""`SamplingParams` as an object, and the parameters that ban or allow tokens, against a plain
+re-implementation.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,12 @@ from minivllm import LLM, RequestOutputKind, SamplingParams
 from minivllm.engine.input_processor import InputProcessor
 from minivllm.engine.sampler import FIT_FOR_GRAPHS, Sampler
 from minivllm.engine.sequence import Sequence
-from minivllm.errors import MiniVLLMError, SamplingParamsError, TokenizerRequiredError, UnsupportedParameterError
+from minivllm.errors import (
+    MiniVLLMError,
+    SamplingParamsError,
+    TokenizerRequiredError,
+    UnsupportedParameterError,
+)
 from minivllm.kernels import Kernels
 from minivllm.unsupported import PARAMETERS
 
@@ -214,7 +221,9 @@ def sampler():
 
 @pytest.mark.parametrize("name", sorted(FIELDS))
 def test_only_harmless_parameters_may_be_sampled_by_a_graph(sampler, name):
-    """A recorded graph knows temperature and seed. Any other field that changes the choice must keep its row out."""
+    """A recorded graph knows temperature and seed. Any other field that changes the choice must
+    keep its row out.
+    """
     harmless = {
         "n",
         "temperature",
@@ -243,7 +252,9 @@ def test_only_harmless_parameters_may_be_sampled_by_a_graph(sampler, name):
 
 def test_a_field_that_nobody_thought_of_keeps_its_row_out_of_the_graph():
     assert set(FIELDS) >= FIT_FOR_GRAPHS
-    assert {"logprobs", "min_tokens", "bad_words", "allowed_token_ids"} <= set(FIELDS) - FIT_FOR_GRAPHS
+    assert {"logprobs", "min_tokens", "bad_words", "allowed_token_ids"} <= set(
+        FIELDS
+    ) - FIT_FOR_GRAPHS
 
 
 def test_filters_do_not_matter_to_a_greedy_row(sampler):
@@ -309,7 +320,9 @@ def words(*sequences):
 
 
 def decode_reference(reference, prompt, banned=(), allowed=None, num_tokens=20, **penalties):
-    """Greedy decoding by the book, as vLLM documents it: a word's last token is banned behind its first ones."""
+    """Greedy decoding by the book, as vLLM documents it: a word's last token is banned behind its
+    first ones.
+    """
     output: list[int] = []
     for _ in range(num_tokens):
         logits = reference.logits([*prompt, *output])[-1].double()
@@ -328,7 +341,9 @@ def decode_reference(reference, prompt, banned=(), allowed=None, num_tokens=20, 
 
 @pytest.fixture(scope="module")
 def cases(reference):
-    """(prompt, params, expected): words of one to four tokens that the model would say, alone and together."""
+    """(prompt, params, expected): words of one to four tokens that the model would say, alone and
+    together.
+    """
     found = []
     for i in range(5):
         prompt = [(11 * i + 5 * j + 1) % VOCAB for j in range(3 + i)]
@@ -348,7 +363,11 @@ def cases(reference):
         for banned, allowed, penalties in wishes:
             expected = decode_reference(reference, prompt, banned, allowed, **penalties)
             params = SamplingParams(
-                temperature=0.0, max_tokens=20, bad_words=words(*banned), allowed_token_ids=allowed, **penalties
+                temperature=0.0,
+                max_tokens=20,
+                bad_words=words(*banned),
+                allowed_token_ids=allowed,
+                **penalties,
             )
             assert expected != free
             found.append((prompt, params, expected))
@@ -381,7 +400,12 @@ def test_bad_words(checkpoint, cases, options):
 def test_bad_words_never_stand_in_a_sampled_output(llm):
     banned = [[3], [4, 5], [6, 7, 8], [9, 9]]
     params = SamplingParams(
-        n=60, seed=1, max_tokens=40, temperature=30.0, bad_words=words(*banned), allowed_token_ids=range(3, 12)
+        n=60,
+        seed=1,
+        max_tokens=40,
+        temperature=30.0,
+        bad_words=words(*banned),
+        allowed_token_ids=range(3, 12),
     )
     outputs = llm.generate(PROMPT, params, use_tqdm=False)[0].outputs
     for output in outputs:
@@ -410,7 +434,9 @@ def test_bad_words_of_one_row_leave_the_others_alone(llm, reference):
 
 
 class Spaced:
-    """A tokenizer for which a space melts into the word: "ab" -> [1, 2], " ab" -> [11, 2]; " x" -> [0, 7]."""
+    """A tokenizer for which a space melts into the word: "ab" -> [1, 2], " ab" -> [11, 2]; " x" ->
+    [0, 7].
+    """
 
     TABLE = {"ab": [1, 2], " ab": [11, 2], "x": [7], " x": [0, 7], "same": [3, 4], " same": [3, 5]}
     TABLE |= {"fox": [5, 6], " fox": [10]}
@@ -515,13 +541,18 @@ def test_max_logprobs_is_the_bound(checkpoint):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"enforce_eager": True}, {"async_scheduling": False}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"enforce_eager": True}, {"async_scheduling": False}], ids=str
+)
 def test_bad_words_on_a_gpu(checkpoint, cases, options):
     """With CUDA graphs, and a step ahead of the CPU, which then does not know the newest token."""
-    llm = make_llm(checkpoint, **{"device": "cuda", "dtype": "float32", "block_size": 16, **options})
+    llm = make_llm(
+        checkpoint, **{"device": "cuda", "dtype": "float32", "block_size": 16, **options}
+    )
     prompts, params, expected = map(list, zip(*cases, strict=True))
     found = tokens_of(llm, prompts, params)
-    # The GPU's sums differ in their last bits: at most one greedy choice in a hundred may be another.
+    # The GPU's sums differ in their last bits: at most one greedy choice in a hundred may be
+    # another.
     assert sum(a != b for a, b in zip(found, expected, strict=True)) <= len(cases) // 20
     for ids, param, wanted in zip(found, params, expected, strict=True):
         assert len(ids) == len(wanted)

@@ -1,9 +1,10 @@
 """BlockManager and Scheduler under random requests, with a fake model in place of the real one.
 
-The fake model knows what a KV cache would hold: every entry is (token, position, chain), where chain hashes all tokens
-up to there *as they were read through the block table*. The next token is a function of the last chain, so a stale,
-foreign or misplaced block changes the text; and each sequence's true text is known beforehand, whatever the schedule.
-Results arrive at once, or one step late (step N + 1 is planned and run before step N is reported).
+The fake model knows what a KV cache would hold: every entry is (token, position, chain), where
+chain hashes all tokens up to there *as they were read through the block table*. The next token is a
+function of the last chain, so a stale, foreign or misplaced block changes the text; and each
+sequence's true text is known beforehand, whatever the schedule. Results arrive at once, or one step
+late (step N + 1 is planned and run before step N is reported).
 """
 
 from __future__ import annotations
@@ -34,9 +35,13 @@ settings.register_profile(
 
 
 class Truth:
-    """The text of one sequence, from its request alone: token i follows from the tokens before it."""
+    """The text of one sequence, from its request alone: token i follows from the tokens before
+    it.
+    """
 
-    def __init__(self, prompt: list[int], stop_ids: frozenset[int], min_tokens: int, max_num_tokens: int) -> None:
+    def __init__(
+        self, prompt: list[int], stop_ids: frozenset[int], min_tokens: int, max_num_tokens: int
+    ) -> None:
         self.tokens, self.chains, self._block_hashes = [], [], []
         self.num_prompt, self.stop_ids, self.min_tokens = len(prompt), stop_ids, min_tokens
         for token in prompt:
@@ -50,9 +55,15 @@ class Truth:
         self.output = self.tokens[self.num_prompt :]
 
     def token(self, position: int) -> int:
-        """The token at a position; beyond the end, what a step computed for nothing would sample."""
+        """The token at a position; beyond the end, what a step computed for nothing would
+        sample.
+        """
         while len(self.tokens) <= position:
-            banned = self.stop_ids if len(self.tokens) - self.num_prompt < self.min_tokens else frozenset()
+            banned = (
+                self.stop_ids
+                if len(self.tokens) - self.num_prompt < self.min_tokens
+                else frozenset()
+            )
             self._append(fake_sample(self.chains[-1], banned))
         return self.tokens[position]
 
@@ -91,7 +102,9 @@ class Pool:
 
 
 class Simulation:
-    """A scheduler, its block manager, and the fake model; asserts everything that must hold at each step."""
+    """A scheduler, its block manager, and the fake model; asserts everything that must hold at each
+    step.
+    """
 
     def __init__(
         self,
@@ -105,7 +118,8 @@ class Simulation:
         self.pool, self.late, self.sequence_cls = pool, late, sequence_cls
         self.manager = manager_cls(pool.num_blocks, pool.block_size, pool.caching)
         self.scheduler = scheduler_cls(self.manager, pool.max_num_seqs, pool.budget)
-        #: What memory holds: block -> offset -> (token, position, chain), or None where nothing was written yet.
+        #: What memory holds: block -> offset -> (token, position, chain), or None where nothing was
+        #: written yet.
         self.content = [[None] * pool.block_size for _ in range(pool.num_blocks)]
         self.last_token = [None] * pool.max_num_seqs
         self.truths: dict[int, Truth] = {}
@@ -116,10 +130,15 @@ class Simulation:
         #: Tokens of each sequence, the prompt's included, whose values have been brought.
         self.num_reported: dict[int, int] = {}
 
-    # --- what happens ---------------------------------------------------------------------------------------------
+    # --- what happens -----------------------------------------------------------------------------
 
     def add(
-        self, prompt: list[int], max_tokens: int, stop_ids=(), min_tokens: int = 0, prompt_logprobs: int | None = None
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        stop_ids=(),
+        min_tokens: int = 0,
+        prompt_logprobs: int | None = None,
     ) -> Sequence:
         """A request, cut to what the pool can hold, as the engine's own checks would."""
         prompt = prompt[: self.pool.max_num_tokens - 1]
@@ -133,7 +152,9 @@ class Simulation:
         )
         seq_id = len(self.truths)
         stop_ids = frozenset(stop_ids)
-        seq = self.sequence_cls(seq_id, list(prompt), params, stop_ids=stop_ids, max_num_tokens=max_num_tokens)
+        seq = self.sequence_cls(
+            seq_id, list(prompt), params, stop_ids=stop_ids, max_num_tokens=max_num_tokens
+        )
         self.truths[seq_id] = Truth(prompt, stop_ids, min_tokens, max_num_tokens)
         self.live[seq_id] = seq
         self.scheduler.add(seq)
@@ -150,7 +171,9 @@ class Simulation:
         self.check()
 
     def interrupt(self) -> None:
-        """A step fails while it is computed, maybe after it wrote: the results in flight never arrive."""
+        """A step fails while it is computed, maybe after it wrote: the results in flight never
+        arrive.
+        """
         batch = self.scheduler.schedule()
         self._execute(batch)
         self.results.clear()
@@ -178,18 +201,27 @@ class Simulation:
             self.check()
 
     def drain(self) -> None:
-        """Run until everything has finished, within the stated bound; then nothing may be left over."""
-        left = max_steps((s.num_prompt_tokens, s.max_num_tokens - s.num_prompt_tokens) for s in self.live.values())
+        """Run until everything has finished, within the stated bound; then nothing may be left
+        over.
+        """
+        left = max_steps(
+            (s.num_prompt_tokens, s.max_num_tokens - s.num_prompt_tokens)
+            for s in self.live.values()
+        )
         while self.live or self.results:
             if self.live:
-                assert left > 0, f"requests {sorted(self.live)} starve: the bound of max_steps is reached"
+                assert left > 0, (
+                    f"requests {sorted(self.live)} starve: the bound of max_steps is reached"
+                )
             left -= 1
             self.step()
         assert not self.scheduler.has_unfinished
         assert self.manager.num_free_blocks == self.pool.num_blocks, "blocks leaked"
-        assert sorted(self.scheduler._free_slots) == list(range(self.pool.max_num_seqs)), "slots leaked"
+        assert sorted(self.scheduler._free_slots) == list(range(self.pool.max_num_seqs)), (
+            "slots leaked"
+        )
 
-    # --- the fake model -------------------------------------------------------------------------------------------
+    # --- the fake model ---------------------------------------------------------------------------
 
     def _execute(self, batch) -> list[int]:
         tokens = []
@@ -201,13 +233,19 @@ class Simulation:
                 if token == PENDING:
                     assert item.num_new_tokens == 1, "an unknown token shares its row with others"
                     token = self.last_token[seq.slot]
-                assert token == truth.token(position), f"sequence {seq.seq_id} computes another token at {position}"
+                assert token == truth.token(position), (
+                    f"sequence {seq.seq_id} computes another token at {position}"
+                )
                 before = self._entry(seq, position - 1)[2] if position else 0
                 self._write(seq, position, (token, position, hash((before, token))))
             if item.sample_position is not None:
-                assert item.sample_position == item.end, "samples somewhere else than behind what it computed"
+                assert item.sample_position == item.end, (
+                    "samples somewhere else than behind what it computed"
+                )
                 too_short = item.end - seq.num_prompt_tokens < seq.params.min_tokens
-                token = fake_sample(self._entry(seq, item.end - 1)[2], seq.stop_ids if too_short else frozenset())
+                token = fake_sample(
+                    self._entry(seq, item.end - 1)[2], seq.stop_ids if too_short else frozenset()
+                )
                 self.last_token[seq.slot] = token
                 tokens.append(token)
         return tokens
@@ -217,7 +255,9 @@ class Simulation:
         for position in range(end):
             expected = (truth.token(position), position, truth.chains[position])
             found = self._entry(seq, position)
-            assert found == expected, f"sequence {seq.seq_id} reads {found} at {position} instead of {expected}"
+            assert found == expected, (
+                f"sequence {seq.seq_id} reads {found} at {position} instead of {expected}"
+            )
 
     def _entry(self, seq: Sequence, position: int):
         block, offset = divmod(position, self.pool.block_size)
@@ -226,10 +266,12 @@ class Simulation:
     def _write(self, seq: Sequence, position: int, entry: tuple[int, int, int]) -> None:
         block, offset = divmod(position, self.pool.block_size)
         block_id = seq.block_table[block]
-        assert self.manager.blocks[block_id].ref_count == 1, f"writes to block {block_id}, which others share"
+        assert self.manager.blocks[block_id].ref_count == 1, (
+            f"writes to block {block_id}, which others share"
+        )
         self.content[block_id][offset] = entry
 
-    # --- what must hold -------------------------------------------------------------------------------------------
+    # --- what must hold ---------------------------------------------------------------------------
 
     def _check_plan(self, batch, oldest: int | None) -> None:
         ids = [item.sequence.seq_id for item in batch.items]
@@ -240,23 +282,36 @@ class Simulation:
             assert item.num_new_tokens >= 1
             assert item.start + item.num_new_tokens == seq.num_computed_tokens
             assert (item.sample_position is None) == (seq.token_ids[-1] != PENDING)
-            assert len(seq.block_table) == -(-seq.num_computed_tokens // self.pool.block_size), "too many or few blocks"
+            assert len(seq.block_table) == -(-seq.num_computed_tokens // self.pool.block_size), (
+                "too many or few blocks"
+            )
         for seq in batch.admitted:
             if seq.params.prompt_logprobs is not None or not self.pool.caching:
                 assert seq.num_cached_tokens == 0, "took a hit that it must not take"
             assert seq.num_cached_tokens % self.pool.block_size == 0
             assert seq.num_cached_tokens < seq.num_computed_tokens
-        assert oldest is None or oldest not in [seq.seq_id for seq in batch.preempted], "the oldest was preempted"
+        assert oldest is None or oldest not in [seq.seq_id for seq in batch.preempted], (
+            "the oldest was preempted"
+        )
         if oldest is not None and oldest not in ids:
             # It may rest only while results of it, or of a block that it waits for, are in flight.
             assert self.results, "the oldest request got nothing in this step"
         self.num_deferrals += self._deferred(batch)
 
     def _deferred(self, batch) -> bool:
-        """Whether the head of the queue stayed there only to wait for a block that somebody else computes."""
+        """Whether the head of the queue stayed there only to wait for a block that somebody else
+        computes.
+        """
         scheduler = self.scheduler
-        has_room = len(scheduler.running) < self.pool.max_num_seqs and batch.num_tokens < self.pool.budget
-        if not has_room or batch.preempted or not scheduler.waiting or scheduler.waiting[0].has_pending_token:
+        has_room = (
+            len(scheduler.running) < self.pool.max_num_seqs and batch.num_tokens < self.pool.budget
+        )
+        if (
+            not has_room
+            or batch.preempted
+            or not scheduler.waiting
+            or scheduler.waiting[0].has_pending_token
+        ):
             return False
         head = scheduler.waiting[0]
         return scheduler._is_being_computed(head, len(self.manager.find_cached_prefix(head)), batch)
@@ -266,10 +321,16 @@ class Simulation:
         for item in accepted:
             seq = item.sequence
             assert seq.seq_id in self.live, "a token for a sequence that has ended"
-            self.num_reported[seq.seq_id] = self.num_reported.get(seq.seq_id, seq.num_prompt_tokens) + 1
-            assert item.sample_position == self.num_reported[seq.seq_id] - 1, "a position is sampled twice, or never"
+            self.num_reported[seq.seq_id] = (
+                self.num_reported.get(seq.seq_id, seq.num_prompt_tokens) + 1
+            )
+            assert item.sample_position == self.num_reported[seq.seq_id] - 1, (
+                "a position is sampled twice, or never"
+            )
             self.num_late_accepted += item.generation != seq.num_preemptions
-            assert seq.token_ids[item.sample_position] == self.truths[seq.seq_id].token(item.sample_position)
+            assert seq.token_ids[item.sample_position] == self.truths[seq.seq_id].token(
+                item.sample_position
+            )
             if seq.is_finished:
                 truth = self.truths[seq.seq_id]
                 assert [t for t in seq.output_token_ids if t != PENDING] == truth.output
@@ -278,26 +339,34 @@ class Simulation:
                 del self.live[seq.seq_id]
 
     def check(self) -> None:
-        """The classes' own invariants; nobody lost; and the prefix cache tells the truth about memory."""
+        """The classes' own invariants; nobody lost; and the prefix cache tells the truth about
+        memory.
+        """
         self.scheduler.check()
         queued = {seq.seq_id for seq in [*self.scheduler.running, *self.scheduler.waiting]}
         assert queued == set(self.live), "a request is lost, or runs although it has ended"
         for seq in self.live.values():
             truth = self.truths[seq.seq_id]
             known = [token for token in seq.token_ids if token != PENDING]
-            assert known == truth.tokens[: len(known)], f"sequence {seq.seq_id} lost or repeated a token"
+            assert known == truth.tokens[: len(known)], (
+                f"sequence {seq.seq_id} lost or repeated a token"
+            )
             assert all(token == PENDING for token in seq.token_ids[len(known) :])
             right = truth.block_hashes(len(seq.block_hashes), self.pool.block_size)
-            assert seq.block_hashes == right, "a block's hash is not that of its tokens and all before"
+            assert seq.block_hashes == right, (
+                "a block's hash is not that of its tokens and all before"
+            )
         for block_hash, block_id in self.manager.hash_to_block.items():
             entries = self.content[block_id]
             assert None not in entries, f"block {block_id} was registered before it was computed"
             assert tuple(entry[0] for entry in entries) == self.manager.blocks[block_id].token_ids
             chain = self.chain_of_hash.setdefault(block_hash, entries[-1][2])
-            assert chain == entries[-1][2], f"block {block_id} is registered for a prefix that it does not hold"
+            assert chain == entries[-1][2], (
+                f"block {block_id} is registered for a prefix that it does not hold"
+            )
 
 
-# --- random requests, from a seed: fast, many ---------------------------------------------------------------------
+# --- random requests, from a seed: fast, many -----------------------------------------------------
 
 
 def random_pool(rng: random.Random) -> Pool:
@@ -328,7 +397,9 @@ def run_random(seed: int, *, late: bool, num_events: int = 40, **classes) -> Sim
         event = rng.random()
         if event < 0.3 and len(sim.live) < 8:
             sim.add(
-                random_prompt(rng, [t.tokens for t in sim.truths.values()], sim.pool.max_num_tokens - 1),
+                random_prompt(
+                    rng, [t.tokens for t in sim.truths.values()], sim.pool.max_num_tokens - 1
+                ),
                 max_tokens=rng.randint(1, 12),
                 stop_ids=[rng.randrange(VOCAB)] if rng.random() < 0.4 else [],
                 min_tokens=rng.randint(0, 3) if rng.random() < 0.3 else 0,
@@ -348,7 +419,9 @@ def run_random(seed: int, *, late: bool, num_events: int = 40, **classes) -> Sim
 
 def run_many(seeds, late: bool, **classes) -> dict[str, int]:
     """Counters over many random histories, so that a test can assert which situations it met."""
-    total = dict.fromkeys(("preemptions", "hits", "chunks", "mixed", "finished", "deferrals", "late_accepted"), 0)
+    total = dict.fromkeys(
+        ("preemptions", "hits", "chunks", "mixed", "finished", "deferrals", "late_accepted"), 0
+    )
     for seed in seeds:
         sim = run_random(seed, late=late, **classes)
         stats = sim.scheduler.stats
@@ -374,10 +447,12 @@ def test_thousands_of_random_histories(late):
     assert met["chunks"] > 1000
     assert met["mixed"] > 1000
     assert met["deferrals"] > 100
-    assert (met["late_accepted"] > 50) == late  # tokens that arrived after their sequence had been preempted
+    assert (
+        met["late_accepted"] > 50
+    ) == late  # tokens that arrived after their sequence had been preempted
 
 
-# --- the same rules as hypothesis state machines: fewer, but shrunk to the shortest failure --------------------------
+# --- the same rules as hypothesis state machines: fewer, but shrunk to the shortest failure -------
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -391,7 +466,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         caching=st.sampled_from([True, True, True, False]),
     )
     def make_pool(self, num_blocks, block_size, max_num_seqs, budget, caching):
-        self.sim = Simulation(Pool(num_blocks, block_size, max_num_seqs, budget, caching), late=self.late)
+        self.sim = Simulation(
+            Pool(num_blocks, block_size, max_num_seqs, budget, caching), late=self.late
+        )
 
     @rule(
         prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=9),
@@ -407,7 +484,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         truths = list(self.sim.truths.values())
         shared = truths[-1 - source % len(truths)].tokens[:num_shared] if truths else []
-        self.sim.add(shared + prompt, max_tokens, [] if stop is None else [stop], min_tokens, prompt_logprobs)
+        self.sim.add(
+            shared + prompt, max_tokens, [] if stop is None else [stop], min_tokens, prompt_logprobs
+        )
 
     @rule(count=st.integers(1, 6))
     def steps(self, count):
@@ -448,7 +527,7 @@ TestOneStepLate = LateSchedulerMachine.TestCase
 TestAtOnce.settings = TestOneStepLate.settings = _profile
 
 
-# --- BlockManager, case by case -----------------------------------------------------------------------------------
+# --- BlockManager, case by case -------------------------------------------------------------------
 
 
 def make_seq(seq_id: int, tokens: list[int], **changes) -> Sequence:
@@ -456,7 +535,9 @@ def make_seq(seq_id: int, tokens: list[int], **changes) -> Sequence:
 
 
 def compute(manager: BlockManager, seq: Sequence, end: int | None = None) -> list[int]:
-    """Allocate, compute and register a sequence's tokens up to end, as a step would; returns its block table."""
+    """Allocate, compute and register a sequence's tokens up to end, as a step would; returns its
+    block table.
+    """
     end = seq.num_tokens if end is None else end
     start = seq.num_computed_tokens
     prefix = manager.find_cached_prefix(seq) if not seq.block_table else []
@@ -478,7 +559,9 @@ class TestBlockManager:
         assert (manager.num_blocks, manager.num_free_blocks, manager.num_cached_blocks) == (4, 4, 0)
         manager.check([])
 
-    @pytest.mark.parametrize(("tokens", "blocks"), [(0, 0), (1, 1), (3, 1), (4, 1), (5, 2), (8, 2), (9, 3)])
+    @pytest.mark.parametrize(
+        ("tokens", "blocks"), [(0, 0), (1, 1), (3, 1), (4, 1), (5, 2), (8, 2), (9, 3)]
+    )
     def test_blocks_for_tokens(self, tokens, blocks):
         assert BlockManager(8, 4).num_blocks_for(tokens) == blocks
 
@@ -591,7 +674,8 @@ class TestBlockManager:
         other = make_seq(1, [1, 2, 3, 4, 5, 6, 7])
         prefix = manager.find_cached_prefix(other)
         assert len(prefix) == 2
-        # Three blocks are free, but two of them are the prefix itself: one is left, and two more are needed.
+        # Three blocks are free, but two of them are the prefix itself: one is left, and two more
+        # are needed.
         assert not manager.allocate(other, 7, prefix)
         assert other.block_table == []
         assert manager.num_free_blocks == 3
@@ -611,7 +695,9 @@ class TestBlockManager:
         manager = BlockManager(8, 2)
         seq = make_seq(0, [1, 1, 5, 5, 9])
         compute(manager, seq)
-        assert manager.find_cached_prefix(make_seq(1, [5, 5, 9])) == []  # the second block of another prefix
+        assert (
+            manager.find_cached_prefix(make_seq(1, [5, 5, 9])) == []
+        )  # the second block of another prefix
         assert manager.find_cached_prefix(make_seq(1, [2, 2, 5, 5, 9])) == []
         assert hash_block(None, [5, 5]) != hash_block(hash_block(None, [1, 1]), [5, 5])
 
@@ -659,7 +745,9 @@ class TestBlockManager:
         assert registered == [0, 0, 1, 1, 1, 2, 2]
 
     def test_unknown_tokens_are_never_hashed(self):
-        """Planned one step ahead, a sequence ends with two unknown tokens; neither may enter a hash."""
+        """Planned one step ahead, a sequence ends with two unknown tokens; neither may enter a
+        hash.
+        """
         manager, seq = BlockManager(4, 1), make_seq(0, [5])
         assert manager.allocate(seq, 1)
         seq.append_pending()
@@ -675,7 +763,10 @@ class TestBlockManager:
         manager = BlockManager(4, 2)
         asking = Sequence(0, [1, 2, 3], SamplingParams(prompt_logprobs=0))
         compute(manager, asking)
-        assert manager.find_cached_prefix(Sequence(1, [1, 2, 3], SamplingParams(prompt_logprobs=1))) == []
+        assert (
+            manager.find_cached_prefix(Sequence(1, [1, 2, 3], SamplingParams(prompt_logprobs=1)))
+            == []
+        )
         assert manager.find_cached_prefix(make_seq(2, [1, 2, 3])) == asking.block_table[:1]
 
     def test_prefix_caching_can_be_switched_off(self):
@@ -722,7 +813,7 @@ class TestBlockManager:
             manager.check([seq])
 
 
-# --- Scheduler, case by case --------------------------------------------------------------------------------------
+# --- Scheduler, case by case ----------------------------------------------------------------------
 
 
 def planned(batch) -> list[tuple[int, int, int]]:
@@ -731,7 +822,9 @@ def planned(batch) -> list[tuple[int, int, int]]:
 
 
 class TestScheduler:
-    def make(self, num_blocks=16, block_size=2, max_num_seqs=4, budget=16, caching=True, late=False) -> Simulation:
+    def make(
+        self, num_blocks=16, block_size=2, max_num_seqs=4, budget=16, caching=True, late=False
+    ) -> Simulation:
         return Simulation(Pool(num_blocks, block_size, max_num_seqs, budget, caching), late=late)
 
     def run_step(self, sim: Simulation):
@@ -770,7 +863,11 @@ class TestScheduler:
         sim = self.make(budget=4)
         sim.add([0, 1, 2, 0, 1, 2, 0, 1, 2, 0], 2)
         sim.add([2], 2)
-        assert [planned(self.run_step(sim)) for _ in range(3)] == [[(0, 0, 4)], [(0, 4, 4)], [(0, 8, 2), (1, 0, 1)]]
+        assert [planned(self.run_step(sim)) for _ in range(3)] == [
+            [(0, 0, 4)],
+            [(0, 4, 4)],
+            [(0, 8, 2), (1, 0, 1)],
+        ]
         assert sim.scheduler.stats.num_chunks == 2
         sim.drain()
 
@@ -804,7 +901,10 @@ class TestScheduler:
         self.run_step(sim)
         batch = self.run_step(sim)  # each needs a second block, and none is free
         assert [seq.seq_id for seq in batch.preempted] == [2, 1]
-        assert [seq.status for seq in seqs] == [SequenceStatus.RUNNING, *[SequenceStatus.PREEMPTED] * 2]
+        assert [seq.status for seq in seqs] == [
+            SequenceStatus.RUNNING,
+            *[SequenceStatus.PREEMPTED] * 2,
+        ]
         assert [seq.seq_id for seq in sim.scheduler.waiting] == [1, 2]
         assert planned(batch) == [(0, 2, 1)]
         assert sim.scheduler.stats.num_preemptions == 2
@@ -858,7 +958,9 @@ class TestScheduler:
         sim.add([0, 1, 2, 0], 4)
         sim.add([0, 1, 2, 1], 4)
         assert planned(self.run_step(sim)) == [(0, 0, 4)]
-        assert planned(self.run_step(sim)) == [(0, 4, 1)]  # planned before the first step was reported
+        assert planned(self.run_step(sim)) == [
+            (0, 4, 1)
+        ]  # planned before the first step was reported
         assert planned(self.run_step(sim)) == [(0, 5, 1), (1, 2, 2)]
         sim.drain()
 
@@ -917,7 +1019,9 @@ class TestScheduler:
         assert [seq.finish_reason for seq in seqs] == ["length", "abort", "length"]
 
     def test_to_finish_twice_frees_once(self):
-        """A stop string may come with the last permitted token: the reason changes, nothing else does."""
+        """A stop string may come with the last permitted token: the reason changes, nothing else
+        does.
+        """
         sim = self.make()
         seq = sim.add([1], 1)
         sim.drain()
@@ -1035,10 +1139,14 @@ class TestScheduler:
 
 
 def test_max_steps_bounds_the_worst_case():
-    """One token a step, everybody preempting everybody: the bound holds, and is not absurdly loose."""
+    """One token a step, everybody preempting everybody: the bound holds, and is not absurdly
+    loose.
+    """
     requests = [(6, 3)] * 4
     for late in (False, True):
-        sim = Simulation(Pool(num_blocks=8, block_size=1, max_num_seqs=4, budget=1, caching=False), late=late)
+        sim = Simulation(
+            Pool(num_blocks=8, block_size=1, max_num_seqs=4, budget=1, caching=False), late=late
+        )
         for i, (prompt, output) in enumerate(requests):
             sim.add([i % VOCAB] * prompt, output)
         sim.drain()

@@ -14,7 +14,16 @@ from minivllm import LLM, SamplingParams
 from minivllm.bench import steps as bench_steps
 from minivllm.bench.report import recorded
 from minivllm.course.scheduling import SchedulerBase
-from minivllm.course.simulator import H200, STEPS, Arrival, CostModel, azure_chat, percentile, simulate, workload_of
+from minivllm.course.simulator import (
+    H200,
+    STEPS,
+    Arrival,
+    CostModel,
+    azure_chat,
+    percentile,
+    simulate,
+    workload_of,
+)
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.llm_engine import LLMEngine
 from minivllm.engine.scheduler import Scheduler, SchedulerStats
@@ -24,7 +33,10 @@ from minivllm.errors import SchedulerStalledError
 
 
 def plan(trace: Trace) -> list[list[tuple[str, int, int]]]:
-    return [[(i.request_id, i.start, i.num_new_tokens) for i in sorted(s.scheduled, key=str)] for s in trace.steps]
+    return [
+        [(i.request_id, i.start, i.num_new_tokens) for i in sorted(s.scheduled, key=str)]
+        for s in trace.steps
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +48,15 @@ def test_it_plans_as_the_engine_does(model: Path) -> None:
     rng = Random(0)
     sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 24, "block_size": 4}
     with LLM(
-        model, device="cpu", skip_tokenizer_init=True, trace=True, num_kv_blocks=16, max_model_len=60,
-        enable_prefix_caching=False, **sizes,
-    ) as llm:  # fmt: skip
+        model,
+        device="cpu",
+        skip_tokenizer_init=True,
+        trace=True,
+        num_kv_blocks=16,
+        max_model_len=60,
+        enable_prefix_caching=False,
+        **sizes,
+    ) as llm:
         prompts = [[rng.randrange(900) for _ in range(rng.randint(1, 30))] for _ in range(12)]
         params = [SamplingParams(temperature=0.0, max_tokens=rng.randint(1, 20)) for _ in prompts]
         outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -52,7 +70,7 @@ def test_it_plans_as_the_engine_does(model: Path) -> None:
     assert run.stats == SchedulerStats(**{name: getattr(metrics, name) for name in vars(run.stats)})
 
 
-# --- the clock --------------------------------------------------------------------------------------------------------
+# --- the clock ------------------------------------------------------------------------------------
 
 
 def parts(step: dict) -> list[tuple[float, int]]:
@@ -63,10 +81,13 @@ def parts(step: dict) -> list[tuple[float, int]]:
 
 def test_the_cost_model_is_the_record() -> None:
     steps = recorded("steps-h200")["steps"]
-    errors = {i: H200.seconds(parts(step)) / step["gpu_seconds"] - 1 for i, step in enumerate(steps)}
+    errors = {
+        i: H200.seconds(parts(step)) / step["gpu_seconds"] - 1 for i, step in enumerate(steps)
+    }
     assert statistics.median(map(abs, errors.values())) < 0.05
     assert all(abs(error) < 0.5 for error in errors.values())
-    # What is far off: small chunks, whose programs are too few for the GPU, and small steps of many rows.
+    # What is far off: small chunks, whose programs are too few for the GPU, and small steps of many
+    # rows.
     far = [steps[i] for i, error in errors.items() if abs(error) > 0.15]
     assert all(0 < step["prompt_tokens"] <= 256 or step["decodes"] == 256 for step in far)
 
@@ -80,7 +101,7 @@ def test_the_cost_model_by_hand() -> None:
     assert cost.seconds([(100, 16)]) == 16.0 + 0.25 * (1600 + 136)
 
 
-# --- what a run says --------------------------------------------------------------------------------------------------
+# --- what a run says ------------------------------------------------------------------------------
 
 
 def test_times_of_a_request() -> None:
@@ -123,7 +144,9 @@ def test_a_scheduler_does_not_know_when_answers_end() -> None:
 
 def test_wasted_tokens_are_those_computed_twice() -> None:
     work = [Arrival(0, 6, 14)] * 4
-    run = simulate(work, cost=STEPS, max_num_batched_tokens=32, max_num_seqs=4, num_blocks=12, block_size=4)
+    run = simulate(
+        work, cost=STEPS, max_num_batched_tokens=32, max_num_seqs=4, num_blocks=12, block_size=4
+    )
     assert run.stats.num_preemptions == 2
     assert run.stats.num_computed_tokens - run.num_wasted_tokens == 4 * (6 + 13)
 
@@ -144,7 +167,9 @@ class Idle(Scheduler):
 
 def test_a_stall_is_an_error_or_the_end() -> None:
     work = [Arrival(0, 3, 9), Arrival(1, 3, 9)]
-    with pytest.raises(SchedulerStalledError, match="nothing in it, although 2 requests run and 0 wait"):
+    with pytest.raises(
+        SchedulerStalledError, match="nothing in it, although 2 requests run and 0 wait"
+    ):
         simulate(work, scheduler_cls=Idle, cost=STEPS)
     run = simulate(work, scheduler_cls=Idle, cost=STEPS, raise_on_stall=False)
     assert "nothing in it" in run.stalled
@@ -177,7 +202,7 @@ def test_percentiles() -> None:
     assert percentile([7], 50) == 7
 
 
-# --- the scheduler without decisions ----------------------------------------------------------------------------------
+# --- the scheduler without decisions --------------------------------------------------------------
 
 
 class FirstComeFirstServed(SchedulerBase):
@@ -242,7 +267,7 @@ def test_the_base_notices_what_cannot_be() -> None:
     assert scheduler.waiting == deque()
 
 
-# --- the benchmark behind the clock -----------------------------------------------------------------------------------
+# --- the benchmark behind the clock ---------------------------------------------------------------
 
 
 def test_steps_are_timed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +276,11 @@ def test_steps_are_timed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = LLMEngine(max_num_seqs=8, max_num_batched_tokens=300, num_kv_blocks=200, **options)
     for shape, context in (((2, 128, 0, 0), 256), ((0, 0, 64, 128), 192), ((4, 64, 32, 0), 288)):
         found = bench_steps.time_step(engine, *shape, repeats=4)
-        assert [found[k] for k in ("decodes", "prompt_tokens", "start")] == [shape[0], shape[2], shape[3]]
+        assert [found[k] for k in ("decodes", "prompt_tokens", "start")] == [
+            shape[0],
+            shape[2],
+            shape[3],
+        ]
         assert context <= found["context"] <= context + 40 * max(1, shape[0])
         assert 0 < found["min"] <= found["seconds"] <= found["max"]
         assert found["gpu_seconds"] == 0.001

@@ -1,4 +1,5 @@
-"""2,000 requests of random shapes and parameters, bad ones among them, through one engine with a small pool.
+"""2,000 requests of random shapes and parameters, bad ones among them, through one engine with a
+small pool.
 
 Every one is answered or refused with the right type; memory stays flat; all blocks come back.
 """
@@ -14,12 +15,18 @@ import pytest
 from checkpoints import write_checkpoint
 
 from minivllm import LLMEngine, SamplingParams
-from minivllm.errors import EmptyPromptError, InvalidTokenError, PromptTooLongError, RequestError, SamplingParamsError
+from minivllm.errors import (
+    EmptyPromptError,
+    InvalidTokenError,
+    PromptTooLongError,
+    RequestError,
+    SamplingParamsError,
+)
 from minivllm.sampling_params import RequestOutputKind
 
 NUM_REQUESTS = 2000
-#: Python objects that request 500 and the end may differ by. A leak of one RequestOutput or Sequence a request, the
-#: smallest thing that could leak, would be above 1,500 kB.
+#: Python objects that request 500 and the end may differ by. A leak of one RequestOutput or
+#: Sequence a request, the smallest thing that could leak, would be above 1,500 kB.
 MEMORY_BOUND = 400 << 10
 VOCAB, MAX_LEN, NUM_BLOCKS, BLOCK_SIZE = 64, 96, 40, 4
 
@@ -40,8 +47,18 @@ def checkpoint(tmp_path_factory):
 
 
 def make_engine(checkpoint, **options) -> LLMEngine:
-    sizes = {"max_model_len": MAX_LEN, "num_kv_blocks": NUM_BLOCKS, "block_size": BLOCK_SIZE, **options}
-    fixed = {"device": "cpu", "skip_tokenizer_init": True, "max_num_seqs": 12, "max_num_batched_tokens": 40}
+    sizes = {
+        "max_model_len": MAX_LEN,
+        "num_kv_blocks": NUM_BLOCKS,
+        "block_size": BLOCK_SIZE,
+        **options,
+    }
+    fixed = {
+        "device": "cpu",
+        "skip_tokenizer_init": True,
+        "max_num_seqs": 12,
+        "max_num_batched_tokens": 40,
+    }
     return LLMEngine(checkpoint, **fixed, **sizes)
 
 
@@ -67,7 +84,11 @@ def good_request(rng: random.Random, number: int, prefixes: list[list[int]]):
     """Any mixture of parameters that are legal; half the prompts begin like others."""
     prompt = list(rng.choice(prefixes)) if rng.random() < 0.5 else []
     prompt += [rng.randrange(VOCAB) for _ in range(rng.choice([1, 2, 3, 4, 5, 8, 13, 30]))]
-    params = {"max_tokens": rng.randint(1, 24), "seed": number, "temperature": rng.choice([0.0, 0.7, 1.0, 4.0])}
+    params = {
+        "max_tokens": rng.randint(1, 24),
+        "seed": number,
+        "temperature": rng.choice([0.0, 0.7, 1.0, 4.0]),
+    }
     choices = {
         "n": lambda: rng.randint(2, 4),
         "top_k": lambda: rng.randint(1, 80),
@@ -163,7 +184,9 @@ def test_2000_requests(checkpoint, late):
         final = measure(engine, soak)
     finally:
         tracemalloc.stop()
-    assert final - baseline < MEMORY_BOUND, f"memory grew by {(final - baseline) >> 10} kB over 1,500 requests"
+    assert final - baseline < MEMORY_BOUND, (
+        f"memory grew by {(final - baseline) >> 10} kB over 1,500 requests"
+    )
 
     assert sum(soak.met.values()) == NUM_REQUESTS
     assert soak.met["refused"] > 100
@@ -195,12 +218,15 @@ def measure(engine: LLMEngine, soak: Soak) -> int:
 
 
 def test_a_busy_engine_gives_what_an_idle_one_gives(checkpoint):
-    """Some of the soak's requests again, all at once in a cramped pool and one by one in a roomy one: equal tokens."""
+    """Some of the soak's requests again, all at once in a cramped pool and one by one in a roomy
+    one: equal tokens.
+    """
     rng = random.Random(11)
     prefixes = [[rng.randrange(VOCAB) for _ in range(n)] for n in (4, 8, 9, 16)]
     requests = [good_request(rng, number, prefixes) for number in range(120)]
     requests = [
-        (prompt, SamplingParams(**{**p, "output_kind": RequestOutputKind.FINAL_ONLY})) for prompt, p in requests
+        (prompt, SamplingParams(**{**p, "output_kind": RequestOutputKind.FINAL_ONLY}))
+        for prompt, p in requests
     ]
 
     def run(engine: LLMEngine, some) -> list[list[list[int]]]:
@@ -210,12 +236,16 @@ def test_a_busy_engine_gives_what_an_idle_one_gives(checkpoint):
             found |= {o.request_id: [c.token_ids for c in o.outputs] for o in engine.step()}
         return [found[i] for i in ids]
 
-    busy, idle = make_engine(checkpoint), make_engine(checkpoint, num_kv_blocks=400, enable_prefix_caching=False)
+    busy, idle = (
+        make_engine(checkpoint),
+        make_engine(checkpoint, num_kv_blocks=400, enable_prefix_caching=False),
+    )
     together = run(busy, requests)
     alone = [run(idle, [request])[0] for request in requests]
     assert busy.metrics().num_preemptions > 10
     assert busy.metrics().prefix_cache_hits > 100
     assert idle.metrics().num_preemptions == idle.metrics().prefix_cache_hits == 0
     differing = [i for i, (a, b) in enumerate(zip(together, alone, strict=True)) if a != b]
-    # A sampled token may flip where rounding moves a probability across the drawn number: at most one request in 100.
+    # A sampled token may flip where rounding moves a probability across the drawn number: at most
+    # one request in 100.
     assert len(differing) <= 1, f"requests {differing} got other tokens in company than alone"

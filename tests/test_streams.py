@@ -1,4 +1,6 @@
-"""The simulated GPU obeys CUDA's rules: asynchrony, recordings at fixed addresses, what is refused, and the clock."""
+"""The simulated GPU obeys CUDA's rules: asynchrony, recordings at fixed addresses, what is refused,
+and the clock.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ def record(gpu: SimulatedGPU, function: Callable) -> tuple[CUDAGraph, object]:
     return graph, out
 
 
-# --- the stream and its clock -----------------------------------------------------------------------------------------
+# --- the stream and its clock ---------------------------------------------------------------------
 
 
 def test_operations_are_those_of_torch(gpu: SimulatedGPU) -> None:
@@ -113,12 +115,15 @@ def test_errors_of_kernels_come_late_and_stay(gpu: SimulatedGPU) -> None:
 def test_both_memories_are_kept_apart(gpu: SimulatedGPU) -> None:
     with pytest.raises(CudaError, match="same device"):
         gpu.zeros(2) + torch.ones(2)
-    assert (gpu.zeros(2) + torch.tensor(3.0)).tolist() == [3, 3], "a single number goes along with the launch"
+    assert (gpu.zeros(2) + torch.tensor(3.0)).tolist() == [
+        3,
+        3,
+    ], "a single number goes along with the launch"
     with pytest.raises(TypeError, match="numpy"):
         gpu.zeros(2).numpy()
 
 
-# --- copies and events ------------------------------------------------------------------------------------------------
+# --- copies and events ----------------------------------------------------------------------------
 
 
 def test_copies_from_pageable_memory_wait(gpu: SimulatedGPU) -> None:
@@ -159,7 +164,7 @@ def test_results_in_pinned_memory_are_there_after_the_event() -> None:
     assert 0.9 < event.elapsed_time(later) <= 1.1
 
 
-# --- recordings -------------------------------------------------------------------------------------------------------
+# --- recordings -----------------------------------------------------------------------------------
 
 
 def test_a_recording_reads_when_it_is_replayed(gpu: SimulatedGPU) -> None:
@@ -242,7 +247,9 @@ def test_copies_from_pinned_memory_can_be_recorded(gpu: SimulatedGPU) -> None:
         lambda gpu, x: gpu.CUDAGraph().replay(),
     ],
 )
-def test_what_waits_is_refused_and_spoils_the_recording(gpu: SimulatedGPU, function: Callable) -> None:
+def test_what_waits_is_refused_and_spoils_the_recording(
+    gpu: SimulatedGPU, function: Callable
+) -> None:
     x, graph = gpu.tensor([1.0, 2.0, 3.0]), gpu.CUDAGraph()
     with pytest.raises(CudaError, match=NOT_WHILE_CAPTURING), gpu.graph(graph):
         function(gpu, x)
@@ -256,7 +263,9 @@ def test_kernels_of_ones_own(gpu: SimulatedGPU) -> None:
         into += 1
 
     in_place = gpu.kernel(add_one)
-    pair = gpu.kernel(lambda x: (x + 1, x.int()), lambda x: [(x.shape, x.dtype), (x.shape, torch.int32)], "pair")
+    pair = gpu.kernel(
+        lambda x: (x + 1, x.int()), lambda x: [(x.shape, x.dtype), (x.shape, torch.int32)], "pair"
+    )
     x = gpu.zeros(2)
     in_place(x)
     more, less = pair(x)
@@ -268,7 +277,7 @@ def test_kernels_of_ones_own(gpu: SimulatedGPU) -> None:
     assert gpu.num_launches == launches
 
 
-# --- the memory of recordings -----------------------------------------------------------------------------------------
+# --- the memory of recordings ---------------------------------------------------------------------
 
 
 def test_results_that_are_held_keep_their_place_and_others_give_it_back(gpu: SimulatedGPU) -> None:
@@ -319,16 +328,24 @@ def test_pieces_are_split_and_joined(gpu: SimulatedGPU) -> None:
     assert pool.num_bytes == 2048
 
 
-# --- the bundled model ------------------------------------------------------------------------------------------------
+# --- the bundled model ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def answers() -> tuple[list[list[int]], list[list[int]]]:
     with LLM(device="cpu") as llm:
-        questions = ["What is a KV cache?", "Tell me a story about a fox and a boat.", "What is 12 + 7?"]
-        prompts = [llm.render_chat([{"role": "user", "content": question}]) for question in questions]
+        questions = [
+            "What is a KV cache?",
+            "Tell me a story about a fox and a boat.",
+            "What is 12 + 7?",
+        ]
+        prompts = [
+            llm.render_chat([{"role": "user", "content": question}]) for question in questions
+        ]
         params = SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)
-        return prompts, [out.outputs[0].token_ids for out in llm.generate(prompts, params, use_tqdm=False)]
+        return prompts, [
+            out.outputs[0].token_ids for out in llm.generate(prompts, params, use_tqdm=False)
+        ]
 
 
 def test_the_recorded_model_writes_what_the_engine_writes(answers: tuple) -> None:
@@ -370,8 +387,25 @@ def test_slots_and_blocks_are_somebodys(answers: tuple) -> None:
 class Careful:
     """A batch of rows without mistakes, and, by its options, with each of them."""
 
-    def __init__(self, gpu, sizes, block_size, max_model_len, longest_prompt, *, reset=True, wide=True, fit=True):
-        self.gpu, self.sizes, self.size, self.reset, self.fit = gpu, sorted(sizes), block_size, reset, fit
+    def __init__(
+        self,
+        gpu,
+        sizes,
+        block_size,
+        max_model_len,
+        longest_prompt,
+        *,
+        reset=True,
+        wide=True,
+        fit=True,
+    ):
+        self.gpu, self.sizes, self.size, self.reset, self.fit = (
+            gpu,
+            sorted(sizes),
+            block_size,
+            reset,
+            fit,
+        )
         rows, width = max(sizes), -(-(max_model_len if wide else longest_prompt) // block_size)
         self.token_ids, self.positions = gpu.full((rows,), 0), gpu.full((rows,), 0)
         self.seq_lens = gpu.full((rows,), 0, dtype=torch.int32)
@@ -383,7 +417,10 @@ class Careful:
         if self.reset:
             self.slot_mapping.fill_(-1)
             self.seq_lens.zero_()
-        places = [row.blocks[row.position // self.size] * self.size + row.position % self.size for row in rows]
+        places = [
+            row.blocks[row.position // self.size] * self.size + row.position % self.size
+            for row in rows
+        ]
         for tensor, values in (
             (self.token_ids, [row.token_id for row in rows]),
             (self.positions, [row.position for row in rows]),
@@ -396,13 +433,22 @@ class Careful:
 
 
 @pytest.mark.parametrize(
-    ("options", "right"), [({}, True), ({"fit": False}, True), ({"reset": False, "fit": False}, False),
-                           ({"wide": False}, False)]
-)  # fmt: skip
+    ("options", "right"),
+    [
+        ({}, True),
+        ({"fit": False}, True),
+        ({"reset": False, "fit": False}, False),
+        ({"wide": False}, False),
+    ],
+)
 def test_rows_that_come_and_go(answers: tuple, options: dict, right: bool) -> None:
-    """Reference bugs 29 and 30: stale rows and a narrow table give other tokens, and nothing is raised."""
+    """Reference bugs 29 and 30: stale rows and a narrow table give other tokens, and nothing is
+    raised.
+    """
     prompts, expected = answers
-    server = RowServer(SimulatedGPU(), lambda *args: Careful(*args, **options), [1, 2, 4], longest_prompt=32)
+    server = RowServer(
+        SimulatedGPU(), lambda *args: Careful(*args, **options), [1, 2, 4], longest_prompt=32
+    )
     server.admit("A", prompts[0], 80)
     server.admit("B", prompts[2], 12)
     server.step()
@@ -418,10 +464,12 @@ def test_rows_that_come_and_go(answers: tuple, options: dict, right: bool) -> No
     assert {size for _, size in server.counts} == ({1, 2} if options.get("fit", True) else {4})
 
 
-# --- the engine's loop ------------------------------------------------------------------------------------------------
+# --- the engine's loop ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("requests", [[(5, 1)], [(5, 9), (7, 20), (3, 4), (9, 30), (4, 12), (6, 25)]])
+@pytest.mark.parametrize(
+    "requests", [[(5, 1)], [(5, 9), (7, 20), (3, 4), (9, 30), (4, 12), (6, 25)]]
+)
 @pytest.mark.parametrize("places", [1, 4])
 def test_overlap_changes_no_token(requests: list[tuple[int, int]], places: int) -> None:
     runs = []
@@ -434,7 +482,9 @@ def test_overlap_changes_no_token(requests: list[tuple[int, int]], places: int) 
         assert engine.most_in_flight == min(ahead + 1, steps)
         runs.append((engine.answers, gpu.now))
     assert runs[0][0] == runs[1][0]
-    assert all(1 <= len(answer) <= limit for answer, (_, limit) in zip(runs[0][0], requests, strict=True))
+    assert all(
+        1 <= len(answer) <= limit for answer, (_, limit) in zip(runs[0][0], requests, strict=True)
+    )
     if len(requests) > 1:
         assert runs[1][1] < 0.75 * runs[0][1]
 
@@ -449,12 +499,17 @@ def test_results_come_in_the_order_of_the_steps() -> None:
 
 
 def test_the_state_is_the_packages() -> None:
-    """What is learned here is the real class: its metadata, on simulated tensors, agree with those on the CPU."""
+    """What is learned here is the real class: its metadata, on simulated tensors, agree with those
+    on the CPU.
+    """
     gpu = SimulatedGPU()
     table = torch.arange(12, dtype=torch.int32).reshape(3, 4)
     host = DecodeState(table, torch.tensor([5, 16, 0]), torch.tensor([1, 2, 3]))
     device = DecodeState(*(gpu.tensor(tensor) for tensor in vars(host).values()))
     slots = [1, 2, 0, 2]
-    one, other = host.decode_metadata(torch.tensor(slots), 16, 64), device.decode_metadata(gpu.tensor(slots), 16, 64)
+    one, other = (
+        host.decode_metadata(torch.tensor(slots), 16, 64),
+        device.decode_metadata(gpu.tensor(slots), 16, 64),
+    )
     for name in ("seq_lens", "block_table", "slot_mapping"):
         assert torch.equal(getattr(one, name), getattr(other, name).cpu())

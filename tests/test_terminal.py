@@ -1,4 +1,6 @@
-"""Text of strangers in a terminal: it is shown, and nothing of it is obeyed, whichever command shows it."""
+"""Text of strangers in a terminal: it is shown, and nothing of it is obeyed, whichever command
+shows it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ from minivllm.errors import ConfigError, RequestError
 from minivllm.text import is_unicode, one_line, printable
 from minivllm.viz.terminal import SafeConsole, engine_view, step_table, tail
 
-#: Sets the title, clears the screen (twice), goes back to the line's start, turns the line around; and rich's markup.
+#: Sets the title, clears the screen (twice), goes back to the line's start, turns the line around;
+#: and rich's markup.
 HOSTILE = "\x1b]0;PWN\x07\x1b[2J\x9b2J\r\u202e\u2066[red]bad[/red][link=http://x]:smile:"
 SHOWN = "]0;PWN[2J2J[red]bad[/red][link=http://x]:smile:"
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -39,13 +42,15 @@ def assert_harmless(output: str, *, shown: str = "[red]bad") -> None:
 
 
 def minivllm(*arguments: str, code: int = 0, **options) -> str:
-    """All that a command prints, colours included, with its lines joined where the terminal broke them."""
+    """All that a command prints, colours included, with its lines joined where the terminal broke
+    them.
+    """
     result = CliRunner(env={"COLUMNS": "400"}).invoke(app, list(arguments), color=True, **options)
     assert result.exit_code == code, result.output + repr(result.exception)
     return result.output
 
 
-# --- the functions ----------------------------------------------------------------------------------------------------
+# --- the functions --------------------------------------------------------------------------------
 
 
 def test_what_a_terminal_obeys_is_taken_out() -> None:
@@ -87,7 +92,7 @@ def test_the_console_shows_everything_and_obeys_nothing(terminal: bool) -> None:
     assert ("\x1b[31m" in file.getvalue()) == terminal  # its own colours are there
 
 
-# --- traces -----------------------------------------------------------------------------------------------------------
+# --- traces ---------------------------------------------------------------------------------------
 
 
 def hostile_trace() -> Trace:
@@ -117,7 +122,11 @@ def test_pictures_of_a_hostile_trace(console: type[Console]) -> None:
     label = trace.steps[0].running[0]
     shown = console(file=file, width=400)
     shown.print(step_table(trace))
-    shown.print(engine_view(trace, trace.steps[0], {label: HOSTILE}, [label], width=300, news=printable(HOSTILE)))
+    shown.print(
+        engine_view(
+            trace, trace.steps[0], {label: HOSTILE}, [label], width=300, news=printable(HOSTILE)
+        )
+    )
     assert_harmless(file.getvalue(), shown="[red]bad[/red]")
     assert tail(HOSTILE, 300) == SHOWN
 
@@ -132,7 +141,7 @@ def test_showing_a_hostile_trace(tmp_path: Path) -> None:
     assert_harmless(minivllm("trace", "--show", str(tmp_path / "bad.json"), code=2))
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +152,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"):
         shutil.copy(BUNDLED_MODEL_PATH / name, path / name)
     template = (
-        "{% if 'refuse' in messages[-1].content %}{{ raise_exception(messages[-1].content) }}{% endif %}"
-        "{{ messages[-1].content }}"
+        "{% if 'refuse' in messages[-1].content %}{{ raise_exception(messages[-1].content) }}{%"
+        " endif %}{{ messages[-1].content }}"
     )
     config = json.loads((BUNDLED_MODEL_PATH / "tokenizer_config.json").read_text())
     (path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
@@ -155,7 +164,9 @@ def test_errors_of_a_checkpoint(checkpoint: Path) -> None:
     model, refused = ["-m", str(checkpoint)], f"refuse {HOSTILE}"
     assert_harmless(minivllm("generate", *model, refused, code=2))
     assert_harmless(minivllm("generate", *model, "-n", "2", refused, refused, code=2))
-    assert_harmless(minivllm("generate", *model, "-n", "2", HOSTILE, HOSTILE))  # the heads above the texts
+    assert_harmless(
+        minivllm("generate", *model, "-n", "2", HOSTILE, HOSTILE)
+    )  # the heads above the texts
     assert_harmless(minivllm("chat", *model, "-n", "2", input=f"{HOSTILE} refuse\n"))
     (checkpoint / "config.json").rename(checkpoint / "kept.json")
     assert_harmless(minivllm("generate", *model, "x", code=2).replace("config.json", ""))
@@ -204,7 +215,9 @@ def test_log_lines_quote_prompts(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == f"Prompt {SHOWN}\n"
 
 
-def test_a_bug_keeps_its_traceback_but_not_its_escapes(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bug_keeps_its_traceback_but_not_its_escapes(
+    monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fails(*_: object) -> None:
         raise ZeroDivisionError(HOSTILE)
 
@@ -218,7 +231,7 @@ def test_a_bug_keeps_its_traceback_but_not_its_escapes(monkeypatch, capsys: pyte
     assert_harmless(said)
 
 
-# --- demo, doctor, course, bench --------------------------------------------------------------------------------------
+# --- demo, doctor, course, bench ------------------------------------------------------------------
 
 
 def test_what_the_demo_shows(checkpoint: Path) -> None:
@@ -252,10 +265,14 @@ def test_what_the_doctor_finds(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_the_course_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in ("notebooks", "solutions", "exercises"):
         (tmp_path / folder).mkdir()
-    shutil.copytree(Path(__file__).parents[1] / "solutions", tmp_path / "solutions", dirs_exist_ok=True)
+    shutil.copytree(
+        Path(__file__).parents[1] / "solutions", tmp_path / "solutions", dirs_exist_ok=True
+    )
     cells = [nbformat.v4.new_markdown_cell("5 minutes")]
     hostile = HOSTILE.replace("/", "").replace("-", "")
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f"notebooks/98_{hostile}.ipynb")
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=cells), tmp_path / f"notebooks/98_{hostile}.ipynb"
+    )
     (tmp_path / "exercises/.progress.json").write_text(json.dumps({HOSTILE: 1}))
     monkeypatch.chdir(tmp_path)
     output = minivllm("course")

@@ -18,8 +18,22 @@ from minivllm.bundled import BUNDLED_MODEL_PATH
 from minivllm.errors import ConfigError, RequestError
 from minivllm.tokenizer import Tokenizer
 
-TOKEN = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
-TEXTS = ["a<tool>b <s> </s>", "<tool> <tool>", "x <mask> <|image|>", "<s>a<s>", "<extra>", "plain", "<pad><unk>"]
+TOKEN = {
+    "lstrip": False,
+    "rstrip": False,
+    "normalized": False,
+    "single_word": False,
+    "special": True,
+}
+TEXTS = [
+    "a<tool>b <s> </s>",
+    "<tool> <tool>",
+    "x <mask> <|image|>",
+    "<s>a<s>",
+    "<extra>",
+    "plain",
+    "<pad><unk>",
+]
 
 
 def write(path, *, added=("<|end|>",), model_words=(), config=None, **files) -> None:
@@ -39,34 +53,60 @@ def write(path, *, added=("<|end|>",), model_words=(), config=None, **files) -> 
 
 SIDE_FILES = {
     "nothing": {},
-    "config": {"config": {
-        "bos_token": "<s>", "eos_token": "<|end|>",
-        "pad_token": {"__type": "AddedToken", "content": "<pad>", **TOKEN},
-    }},
-    "special_tokens_map": {"special_tokens_map": {"bos_token": "<s>", "eos_token": {"content": "</s>", **TOKEN}}},
+    "config": {
+        "config": {
+            "bos_token": "<s>",
+            "eos_token": "<|end|>",
+            "pad_token": {"__type": "AddedToken", "content": "<pad>", **TOKEN},
+        }
+    },
+    "special_tokens_map": {
+        "special_tokens_map": {"bos_token": "<s>", "eos_token": {"content": "</s>", **TOKEN}}
+    },
     "the map comes before the config": {
-        "config": {"bos_token": "<|end|>", "eos_token": "<|end|>"}, "special_tokens_map": {"bos_token": "<s>"},
+        "config": {"bos_token": "<|end|>", "eos_token": "<|end|>"},
+        "special_tokens_map": {"bos_token": "<s>"},
     },
     "added_tokens_decoder comes before the map": {
-        "config": {"bos_token": "<|end|>", "added_tokens_decoder": {"257": {"content": "<tool>", **TOKEN}}},
+        "config": {
+            "bos_token": "<|end|>",
+            "added_tokens_decoder": {"257": {"content": "<tool>", **TOKEN}},
+        },
         "special_tokens_map": {"bos_token": "<s>", "eos_token": "</s>"},
         "added_tokens": {"<extra>": 258},
     },
-    "added_tokens_decoder": {"config": {"added_tokens_decoder": {
-        "258": {"content": "<extra>", **TOKEN, "special": False}, "257": {"content": "<tool>", **TOKEN, "lstrip": True},
-    }}},
-    "flags anew": {"config": {"added_tokens_decoder": {"256": {"content": "<|end|>", **TOKEN, "special": False}}}},
+    "added_tokens_decoder": {
+        "config": {
+            "added_tokens_decoder": {
+                "258": {"content": "<extra>", **TOKEN, "special": False},
+                "257": {"content": "<tool>", **TOKEN, "lstrip": True},
+            }
+        }
+    },
+    "flags anew": {
+        "config": {
+            "added_tokens_decoder": {"256": {"content": "<|end|>", **TOKEN, "special": False}}
+        }
+    },
     "added_tokens": {"added_tokens": {"<extra>": 258, "<tool>": 257}},
     "added_tokens that are special": {
         "config": {"additional_special_tokens": ["<tool>"]},
-        "added_tokens": {"<tool>": 257, "<s>": 258}, "special_tokens_map": {"bos_token": "<s>"},
+        "added_tokens": {"<tool>": 257, "<s>": 258},
+        "special_tokens_map": {"bos_token": "<s>"},
     },
     "additional special tokens": {"config": {"additional_special_tokens": ["<tool>", "<extra>"]}},
-    "extra special tokens": {"config": {"extra_special_tokens": ["<tool>"], "mask_token": "<mask>"}},
-    "tokens of a model": {"config": {"image_token": "<|image|>", "extra_special_tokens": {"tool_token": "<tool>"}}},
-    "special words of the vocabulary": {"model_words": ("<s>", "<tool>"), "config": {"bos_token": "<s>"}},
+    "extra special tokens": {
+        "config": {"extra_special_tokens": ["<tool>"], "mask_token": "<mask>"}
+    },
+    "tokens of a model": {
+        "config": {"image_token": "<|image|>", "extra_special_tokens": {"tool_token": "<tool>"}}
+    },
+    "special words of the vocabulary": {
+        "model_words": ("<s>", "<tool>"),
+        "config": {"bos_token": "<s>"},
+    },
     "split": {"config": {"split_special_tokens": True, "bos_token": "<s>"}},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SIDE_FILES)
@@ -95,7 +135,10 @@ def test_further_special_tokens_of_the_older_files_are_special(tmp_path):
 
 
 def test_special_tokens_reach_templates(tmp_path):
-    template = "{{ bos_token }} {{ image_token }} {{ additional_special_tokens }} {{ eos_token is defined }}"
+    template = (
+        "{{ bos_token }} {{ image_token }} {{ additional_special_tokens }} {{ eos_token is"
+        " defined }}"
+    )
     write(
         tmp_path,
         config={"chat_template": template, "image_token": "<|image|>"},
@@ -108,7 +151,10 @@ def test_special_tokens_reach_templates(tmp_path):
 
 
 def test_the_eos_token_of_the_tokenizer(tmp_path):
-    assert Tokenizer(BUNDLED_MODEL_PATH).eos_token_id == Tokenizer(BUNDLED_MODEL_PATH).encode("<|im_end|>")[0]
+    assert (
+        Tokenizer(BUNDLED_MODEL_PATH).eos_token_id
+        == Tokenizer(BUNDLED_MODEL_PATH).encode("<|im_end|>")[0]
+    )
     write(tmp_path, config={})
     assert Tokenizer(tmp_path).eos_token_id is None
 
@@ -133,12 +179,16 @@ def test_truncation_and_padding_of_training_are_reset(tmp_path, switch):
     assert Tokenizer(tmp_path).encode(text) == Tokenizer(BUNDLED_MODEL_PATH).encode(text)
 
 
-@pytest.mark.parametrize("flags", [{}, {"add_bos_token": True}, {"add_eos_token": True, "add_bos_token": False}])
+@pytest.mark.parametrize(
+    "flags", [{}, {"add_bos_token": True}, {"add_eos_token": True, "add_bos_token": False}]
+)
 def test_flags_of_bos_and_eos_do_not_count_beside_tokenizer_json(tmp_path, flags):
     from transformers import PreTrainedTokenizerFast
 
     write(tmp_path, config={"bos_token": "<s>", "eos_token": "<|end|>", **flags})
-    assert Tokenizer(tmp_path).encode("a") == PreTrainedTokenizerFast.from_pretrained(tmp_path).encode("a")
+    assert Tokenizer(tmp_path).encode("a") == PreTrainedTokenizerFast.from_pretrained(
+        tmp_path
+    ).encode("a")
 
 
 # --- files that cannot be used
@@ -168,10 +218,18 @@ BROKEN = [
     ("tokenizer_config.json", b'{"chat_template": {"default": 5}}', "chat_template"),
     ("tokenizer_config.json", b'{"added_tokens_decoder": []}', "added_tokens_decoder"),
     ("tokenizer_config.json", b'{"added_tokens_decoder": null}', "added_tokens_decoder"),
-    ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": {"content": "a"}}}', "id of a token"),
+    (
+        "tokenizer_config.json",
+        b'{"added_tokens_decoder": {"x": {"content": "a"}}}',
+        "id of a token",
+    ),
     ("tokenizer_config.json", b'{"added_tokens_decoder": {"5": "a"}}', "'5'"),
     ("tokenizer_config.json", b'{"added_tokens_decoder": {"5": {"content": 5}}}', "'5'"),
-    ("tokenizer_config.json", b'{"added_tokens_decoder": {"5": {"content": "a", "lstrip": "no"}}}', "'5'"),
+    (
+        "tokenizer_config.json",
+        b'{"added_tokens_decoder": {"5": {"content": "a", "lstrip": "no"}}}',
+        "'5'",
+    ),
     ("tokenizer_config.json", b'{"eos_token": 5}', "eos_token"),
     ("tokenizer_config.json", b'{"bos_token": ["a"]}', "bos_token"),
     ("tokenizer_config.json", b'{"additional_special_tokens": "a"}', "additional_special_tokens"),
@@ -185,7 +243,7 @@ BROKEN = [
     ("added_tokens.json", b'{"a": true}', "id of a token"),
     ("chat_template.jinja", POINTER, "git lfs pull"),
     ("chat_template.jinja", "{# é #}".encode("latin-1"), "UTF-8"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "content", "said"), BROKEN)
@@ -239,7 +297,13 @@ def test_a_byte_order_mark_is_no_fault(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "files", [{}, {"vocab.json": "{"}, {"tokenizer.model": "garbage"}, {"vocab.json": "[]", "merges.txt": ""}]
+    "files",
+    [
+        {},
+        {"vocab.json": "{"},
+        {"tokenizer.model": "garbage"},
+        {"vocab.json": "[]", "merges.txt": ""},
+    ],
 )
 def test_files_of_a_slow_tokenizer_that_cannot_be_used(tmp_path, files):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
@@ -260,7 +324,12 @@ def test_what_is_no_unicode(tmp_path):
 
 WORDS = [f"▁w{i}" for i in range(1700)] + [f"{i}" for i in range(80)] + ["▁", "▁▁"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-LLAMA = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+LLAMA = [
+    decoders.Replace("▁", " "),
+    decoders.ByteFallback(),
+    decoders.Fuse(),
+    decoders.Strip(" ", 1, 0),
+]
 DECODERS = {
     "sentencepiece": lambda: decoders.Sequence(LLAMA),
     "gemma": lambda: decoders.Sequence(LLAMA[:3]),
@@ -273,7 +342,9 @@ HOT = SamplingParams(temperature=20.0, max_tokens=12, ignore_eos=True, seed=1)
 @pytest.fixture(scope="module", params=[*DECODERS, "byte-level"])
 def llm(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "m"
-    shutil.copytree(BUNDLED_MODEL_PATH, folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    shutil.copytree(
+        BUNDLED_MODEL_PATH, folder, ignore=shutil.ignore_patterns("*.py", "__pycache__")
+    )
     if request.param != "byte-level":
         words = [*WORDS, *BYTES]
         raw = Raw(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
@@ -319,7 +390,12 @@ def test_the_stop_token_may_stay_in_the_text(llm):
         if stop in ids[:number]:
             continue
         for include in (False, True):
-            params = replace(HOT, stop_token_ids=[stop], include_stop_str_in_output=include, skip_special_tokens=False)
+            params = replace(
+                HOT,
+                stop_token_ids=[stop],
+                include_stop_str_in_output=include,
+                skip_special_tokens=False,
+            )
             shown = ids[: number + include]
             prompt = tokenizer.decode(output.prompt_token_ids, False)
             right = tokenizer.decode([*output.prompt_token_ids, *shown], False)[len(prompt) :]
@@ -343,4 +419,6 @@ def test_without_detokenizing_there_is_no_text(llm, monkeypatch):
     assert set(ways(llm, "w1 w2", params).values()) == {""}
     [output] = llm.generate("w1 w2", params, use_tqdm=False)
     assert output.outputs[0].token_ids == right.outputs[0].token_ids
-    assert all(entry.decoded_token is None for e in output.outputs[0].logprobs for entry in e.values())
+    assert all(
+        entry.decoded_token is None for e in output.outputs[0].logprobs for entry in e.values()
+    )

@@ -1,4 +1,6 @@
-"""The pictures show what the trace holds: numbers, words, sizes, contrasts. Traces of a real, tiny engine."""
+"""The pictures show what the trace holds: numbers, words, sizes, contrasts. Traces of a real, tiny
+engine.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(model: Path, prompts: list[list[int]], max_tokens: list[int], **options) -> Trace:
-    with LLM(model, device="cpu", skip_tokenizer_init=True, trace=True, block_size=4, **options) as llm:
+    with LLM(
+        model, device="cpu", skip_tokenizer_init=True, trace=True, block_size=4, **options
+    ) as llm:
         params = [SamplingParams(temperature=0.0, max_tokens=count) for count in max_tokens]
         llm.generate(prompts, params, use_tqdm=False)
         return llm.trace
@@ -48,7 +52,9 @@ def shared(model: Path) -> Trace:
 
 @pytest.fixture(scope="module")
 def tight(model: Path) -> Trace:
-    """A pool too small for its requests: preemption and eviction, and more requests than rows that stay in place."""
+    """A pool too small for its requests: preemption and eviction, and more requests than rows that
+    stay in place.
+    """
     prompts = [[i, *range(30, 37)] for i in range(15)]
     trace = run(model, prompts, [10] * 15, num_kv_blocks=9, max_num_seqs=4, max_model_len=32)
     assert any(record.preempted for record in trace.steps)
@@ -66,7 +72,9 @@ def test_block_tables_are_those_of_the_trace(trace: Trace) -> None:
         drawn = {row.name: [block for block, _ in row.blocks] for row in tables.rows if row.blocks}
         assert drawn == {name: table for name, table in record.block_tables.items() if table}
         for row in tables.rows:
-            assert sum(tokens for _, tokens in row.blocks) == record.num_computed_tokens.get(row.name, 0)
+            assert sum(tokens for _, tokens in row.blocks) == record.num_computed_tokens.get(
+                row.name, 0
+            )
             assert (row.state == "running") == (row.name in record.running)
             assert (row.state == "waiting") == (row.name in record.waiting)
         assert tables.cached == set(record.cached_blocks)
@@ -151,14 +159,21 @@ def test_caption_names_the_numbers(shared: Trace) -> None:
     caption = draw_block_table(shared, 1).caption
     assert "3 requests running, 1 waiting" in caption
     assert "2 blocks (0, 1) are shared by A, B and C." in caption
-    assert "hold 18 tokens in blocks with room for 20 (90 % filled)" in draw_kv_memory(shared, 1).caption
+    assert (
+        "hold 18 tokens in blocks with room for 20 (90 % filled)"
+        in draw_kv_memory(shared, 1).caption
+    )
 
 
 def test_default_step_is_the_busiest(shared: Trace) -> None:
     busiest = busiest_step(shared)
-    assert shared.steps[busiest].num_free_blocks == min(record.num_free_blocks for record in shared.steps)
+    assert shared.steps[busiest].num_free_blocks == min(
+        record.num_free_blocks for record in shared.steps
+    )
     assert draw_block_table(shared).caption == draw_block_table(shared, busiest).caption
-    assert draw_kv_memory(shared, -1).caption == draw_kv_memory(shared, len(shared.steps) - 1).caption
+    assert (
+        draw_kv_memory(shared, -1).caption == draw_kv_memory(shared, len(shared.steps) - 1).caption
+    )
 
 
 @pytest.mark.parametrize("draw", PICTURES)
@@ -199,14 +214,16 @@ def test_a_saved_trace_draws_the_same(shared: Trace, tmp_path: Path) -> None:
     assert draw_block_table(loaded, 3).to_png() == draw_block_table(shared, 3).to_png()
 
 
-# --- in a notebook ----------------------------------------------------------------------------------------------------
+# --- in a notebook --------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def displayed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict, dict]]:
     display = pytest.importorskip("IPython.display")
     outputs: list[tuple[dict, dict]] = []
-    monkeypatch.setattr(display, "display", lambda data, metadata=None, raw=False: outputs.append((data, metadata)))
+    monkeypatch.setattr(
+        display, "display", lambda data, metadata=None, raw=False: outputs.append((data, metadata))
+    )
     return outputs
 
 
@@ -234,7 +251,9 @@ def test_scrubber_moves_and_has_a_static_twin(shared: Trace, displayed: list) ->
     assert picture["image/png"] == draw_block_table(shared, 1).mimebundle()[0]["image/png"]
 
 
-def test_without_ipywidgets_the_twin_remains(shared: Trace, displayed: list, monkeypatch, caplog) -> None:
+def test_without_ipywidgets_the_twin_remains(
+    shared: Trace, displayed: list, monkeypatch, caplog
+) -> None:
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
     scrub(shared, draw_kv_memory)._ipython_display_()
     assert set(displayed[0][0]) == {"image/png", "text/plain"}
@@ -242,8 +261,13 @@ def test_without_ipywidgets_the_twin_remains(shared: Trace, displayed: list, mon
 
 
 def test_imports_are_lazy() -> None:
-    code = "import sys, minivllm.viz, minivllm.viz.palette as _; print({'matplotlib', 'ipywidgets'} & set(sys.modules))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    code = (
+        "import sys, minivllm.viz, minivllm.viz.palette as _; print({'matplotlib', 'ipywidgets'} &"
+        " set(sys.modules))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "set()"
 
 
@@ -255,33 +279,57 @@ def test_pictures_need_no_pyplot_and_no_main_thread(shared: Trace) -> None:
     assert pngs == [draw_block_table(shared, 2).to_png()]
 
 
-# --- the palette ------------------------------------------------------------------------------------------------------
+# --- the palette ----------------------------------------------------------------------------------
 
 
 def test_text_is_legible_on_every_fill() -> None:
     for color in (palette.INK, palette.SOFT_INK, palette.RESERVED):
         for background in (palette.PAPER, palette.FREE):
             assert palette.contrast(color, background) >= 4.5
-    for color in (*palette.REQUESTS, *(palette.tint(c, 0.3) for c in palette.REQUESTS), palette.CACHED):
+    for color in (
+        *palette.REQUESTS,
+        *(palette.tint(c, 0.3) for c in palette.REQUESTS),
+        palette.CACHED,
+    ):
         assert palette.contrast(palette.text_on(color), color) >= 4.5
 
 
 # Machado, Oliveira and Fernandes (2009), severity 1.0, on linear RGB.
 BLINDNESS = {
-    "protanopia": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
-    "deuteranopia": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)),
-    "tritanopia": ((1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602), (0.004733, 0.691367, 0.303900)),
+    "protanopia": (
+        (0.152286, 1.052583, -0.204868),
+        (0.114503, 0.786281, 0.099216),
+        (-0.003882, -0.048116, 1.051998),
+    ),
+    "deuteranopia": (
+        (0.367322, 0.860646, -0.227968),
+        (0.280085, 0.672501, 0.047413),
+        (-0.011820, 0.042940, 0.968881),
+    ),
+    "tritanopia": (
+        (1.255528, -0.076749, -0.178779),
+        (-0.078411, 0.930809, 0.147602),
+        (0.004733, 0.691367, 0.303900),
+    ),
 }
 
 
 def seen(color: str, kind: str | None) -> tuple[float, float, float]:
     """A colour as CIE L*a*b*, as somebody with this kind of colour blindness sees it."""
-    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in palette.rgb(color)]
+    linear = [
+        x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in palette.rgb(color)
+    ]
     if kind:
-        linear = [min(1.0, max(0.0, sum(a * x for a, x in zip(row, linear, strict=True)))) for row in BLINDNESS[kind]]
+        linear = [
+            min(1.0, max(0.0, sum(a * x for a, x in zip(row, linear, strict=True))))
+            for row in BLINDNESS[kind]
+        ]
     to_xyz = ((0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.1192, 0.9505))
     white = (0.9505, 1.0, 1.089)
-    xyz = [sum(a * x for a, x in zip(row, linear, strict=True)) / w for row, w in zip(to_xyz, white, strict=True)]
+    xyz = [
+        sum(a * x for a, x in zip(row, linear, strict=True)) / w
+        for row, w in zip(to_xyz, white, strict=True)
+    ]
     f = [t ** (1 / 3) if t > 0.008856 else 7.787 * t + 16 / 116 for t in xyz]
     return 116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])
 
@@ -289,14 +337,20 @@ def seen(color: str, kind: str | None) -> tuple[float, float, float]:
 @pytest.mark.parametrize("kind", [None, *BLINDNESS])
 def test_colours_stay_apart_for_the_colour_blind(kind: str | None) -> None:
     def distance(one: str, other: str) -> float:
-        return sum((a - b) ** 2 for a, b in zip(seen(one, kind), seen(other, kind), strict=True)) ** 0.5
+        return (
+            sum((a - b) ** 2 for a, b in zip(seen(one, kind), seen(other, kind), strict=True))
+            ** 0.5
+        )
 
-    # Neighbours in order of arrival are those that lie side by side; every colour also carries a letter.
+    # Neighbours in order of arrival are those that lie side by side; every colour also carries a
+    # letter.
     for one, other in itertools.pairwise(palette.REQUESTS):
         assert distance(one, other) > 20, (one, other)
     for one, other in itertools.combinations(palette.REQUESTS, 2):
         assert distance(one, other) > 15, (one, other)
-    for one, other in itertools.combinations((palette.USED, palette.WASTED, palette.CACHED, palette.FREE), 2):
+    for one, other in itertools.combinations(
+        (palette.USED, palette.WASTED, palette.CACHED, palette.FREE), 2
+    ):
         assert distance(one, other) > 10, (one, other)
 
 

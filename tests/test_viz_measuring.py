@@ -23,7 +23,10 @@ from minivllm.viz.measuring import (
 
 BATCHES = [1, 2, 4, 8, 16]
 PARTS = {"weights": [1e-3] * 5, "K and V": [0.25e-3 * n for n in BATCHES]}
-ROWS = {"off": {"attention": 3.0, "matrices": 1.0, "CPU": 2.0}, "on": {"attention": 3.0, "matrices": 1.0, "CPU": 0.0}}
+ROWS = {
+    "off": {"attention": 3.0, "matrices": 1.0, "CPU": 2.0},
+    "on": {"attention": 3.0, "matrices": 1.0, "CPU": 0.0},
+}
 LOADS = {"measured": [Load(1, 1e-3), Load(8, 2e-3)], "floor": [Load(1, 0.5e-3), Load(8, 1e-3)]}
 SAMPLES = {"A": [1.0, 2.0, 9.0], "B": [4.0, 4.0, 5.0]}
 LANES = {"stream 1": [(-5.0, 10.0), (20.0, 40.0)], "CPU": [(10.0, 20.0), (90.0, 130.0)]}
@@ -37,7 +40,9 @@ PICTURES = {
 
 
 def bars(ax) -> list[tuple[float, float]]:
-    return [(p.get_x(), p.get_width()) for p in ax.patches if isinstance(p, Rectangle) and p.get_width()]
+    return [
+        (p.get_x(), p.get_width()) for p in ax.patches if isinstance(p, Rectangle) and p.get_width()
+    ]
 
 
 @pytest.mark.parametrize("name", PICTURES)
@@ -60,7 +65,10 @@ def test_they_draw_where_they_are_told(name: str) -> None:
 def test_lines_of_the_floor_are_the_parts_and_their_sum() -> None:
     figure = draw_decode_floor(BATCHES, PARTS, [(1, 2e-3), (16, 6e-3)])
     [ax] = figure.axes
-    lines = {line.get_linestyle(): [round(float(y), 9) for y in line.get_ydata()] for line in ax.lines[:2]}
+    lines = {
+        line.get_linestyle(): [round(float(y), 9) for y in line.get_ydata()]
+        for line in ax.lines[:2]
+    }
     assert sorted(lines.values()) == sorted([[1.0] * 5, [0.25, 0.5, 1.0, 2.0, 4.0]])
     assert len(lines) == 2, "not known by their colours alone"
     assert [float(y) for y in ax.lines[2].get_ydata()] == pytest.approx([1.25, 1.5, 2.0, 3.0, 5.0])
@@ -81,11 +89,15 @@ def test_bars_are_the_parts() -> None:
     figure = draw_parts(ROWS, pale=["CPU"])
     [ax] = figure.axes
     assert bars(ax) == [(0.0, 3.0), (3.0, 1.0), (4.0, 2.0), (0.0, 3.0), (3.0, 1.0)]
-    assert "off: 6.00 milliseconds, most of it attention 50%, CPU 33%, matrices 17%" in figure.caption
+    assert (
+        "off: 6.00 milliseconds, most of it attention 50%, CPU 33%, matrices 17%" in figure.caption
+    )
     assert "on: 4.00 milliseconds, most of it attention 75%, matrices 25%." in figure.caption
     colors = [patch.get_facecolor() for patch in ax.patches]
     assert colors[0] == colors[3] != colors[1]
-    assert tuple(round(c, 3) for c in colors[2][:3]) == tuple(round(c, 3) for c in palette.rgb(palette.FREE))
+    assert tuple(round(c, 3) for c in colors[2][:3]) == tuple(
+        round(c, 3) for c in palette.rgb(palette.FREE)
+    )
     shares = draw_parts({"x": {"a": 60.0, "b": 40.0}}, unit="percent of a step")
     assert shares.caption == "x: a 60%, b 40%."
     assert not shares.axes[0].texts, "every bar is 100 long"
@@ -98,7 +110,9 @@ def test_bars_are_the_parts() -> None:
 def test_more_parts_than_colours_are_hatched() -> None:
     parts = {f"part {i}": 1.0 for i in range(len(palette.REQUESTS) + 2)}
     [ax] = draw_parts({"all": parts}).axes
-    assert [bool(patch.get_hatch()) for patch in ax.patches] == [False] * len(palette.REQUESTS) + [True] * 2
+    assert [bool(patch.get_hatch()) for patch in ax.patches] == [False] * len(palette.REQUESTS) + [
+        True
+    ] * 2
 
 
 def test_points_of_the_tradeoff() -> None:
@@ -108,7 +122,10 @@ def test_points_of_the_tradeoff() -> None:
     first = ax.lines[0]
     assert list(map(float, first.get_xdata())) == pytest.approx([1.0, 2.0])
     assert list(map(float, first.get_ydata())) == pytest.approx([1000.0, 4000.0])
-    assert "1 to 8 sequences make 4 times as many tokens a second, and each waits 2.0 times as long" in figure.caption
+    assert (
+        "1 to 8 sequences make 4 times as many tokens a second, and each waits 2.0 times as long"
+        in figure.caption
+    )
     with pytest.raises(ValueError, match="without points"):
         draw_tradeoff({"empty": []})
 
@@ -132,6 +149,9 @@ def test_lanes_are_the_intervals_and_the_edges_are_shaded() -> None:
         assert (start, end - start) in found
     assert (-5.0, 5.0) in found
     assert (100.0, 30.0) in found
-    assert "A step of 100 microseconds. Sums of the lanes' bars: stream 1 35, CPU 50." in figure.caption
+    assert (
+        "A step of 100 microseconds. Sums of the lanes' bars: stream 1 35, CPU 50."
+        in figure.caption
+    )
     with pytest.raises(ValueError, match="no lane"):
         draw_intervals({}, 0, 1)

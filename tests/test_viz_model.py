@@ -1,4 +1,6 @@
-"""The pictures of chapter 06 show what the model does: angles, pairs, sizes, words, counts; and stay small."""
+"""The pictures of chapter 06 show what the model does: angles, pairs, sizes, words, counts; and
+stay small.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,7 @@ def hands(distance: int = 7, dim: int = 64, **more: object):
     return rotation(query, key, frequencies, distance, **more)
 
 
-# --- rotary positions -------------------------------------------------------------------------------------------------
+# --- rotary positions -----------------------------------------------------------------------------
 
 
 def test_a_turn_keeps_the_length_and_goes_counterclockwise() -> None:
@@ -87,7 +89,9 @@ def test_dials_say_angles_and_score() -> None:
     first, later = draw_rotation(moving, 0), draw_rotation(moving, 5)
     assert len(first.axes) == 5
     assert first.caption.startswith("Query at position 7, key at 0. Angle between them: pair 0: ")
-    assert first.caption.partition(". ")[2] == later.caption.partition(". ")[2], "neither angles nor score change"
+    assert first.caption.partition(". ")[2] == later.caption.partition(". ")[2], (
+        "neither angles nor score change"
+    )
     assert f"{moving.score(0):.2f}" in first.caption
     with pytest.raises(IndexError, match="There is no step 13: the rotation has steps 0 to 12"):
         draw_rotation(moving, 13)
@@ -111,26 +115,46 @@ def test_pairings_name_their_pairs_and_refuse_others() -> None:
             draw_pairings(8, {"wrong": pairs})
 
 
-# --- the block and its stream -----------------------------------------------------------------------------------------
+# --- the block and its stream ---------------------------------------------------------------------
 
 
 def test_the_block_says_what_each_box_makes(bundled: ModelConfig) -> None:
     caption = draw_block(bundled).caption
-    for words in ("256 numbers a token", "q, k, v (512)", "QK-norm (4 + 2 heads of 64)", "gate, up (2 × 768)"):
+    for words in (
+        "256 numbers a token",
+        "q, k, v (512)",
+        "QK-norm (4 + 2 heads of 64)",
+        "gate, up (2 × 768)",
+    ):
         assert words in caption
-    llama = ModelConfig.from_hf({"architectures": ["LlamaForCausalLM"], "vocab_size": 8, "hidden_size": 64,
-                                 "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4,
-                                 "max_position_embeddings": 8})  # fmt: skip
+    llama = ModelConfig.from_hf(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": 8,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 8,
+        }
+    )
     assert "QK-norm" not in draw_block(llama).caption
 
 
 def test_columns_and_crosses_of_the_stream() -> None:
     ax = draw_stream([0.5, 1.0, 4.0], LABELS).axes[0]
-    assert [patch.get_height() for patch in ax.patches if isinstance(patch, Rectangle)] == [0.5, 1.0, 4.0]
+    assert [patch.get_height() for patch in ax.patches if isinstance(patch, Rectangle)] == [
+        0.5,
+        1.0,
+        4.0,
+    ]
     assert "agree" in draw_stream([0.5, 1.0, 4.0], LABELS, [0.5, 1.001, 4.0]).caption
     caption = draw_stream([0.5, 1.0, 4.0], LABELS, [0.5, 2.0, 3.0]).caption
     assert "leave the columns at attention 1: 2.0 for 1.0; in the end 3.0 for 4.0" in caption
-    assert "leave the columns at MLP 1" in draw_stream([0.5, 1.0, 4.0], LABELS, [0.5, 1.0, math.nan]).caption
+    assert (
+        "leave the columns at MLP 1"
+        in draw_stream([0.5, 1.0, 4.0], LABELS, [0.5, 1.0, math.nan]).caption
+    )
     for sizes, labels, found in (([], [], None), ([1.0], [], None), ([1.0], ["embed"], [1.0, 2.0])):
         with pytest.raises(ValueError, match="nothing to draw"):
             draw_stream(sizes, labels, found)
@@ -149,7 +173,7 @@ def test_the_lens_frames_what_is_settled() -> None:
             draw_lens(words, rows)
 
 
-# --- where the numbers are --------------------------------------------------------------------------------------------
+# --- where the numbers are ------------------------------------------------------------------------
 
 
 def test_parameters_are_those_of_the_checkpoint(bundled: ModelConfig) -> None:
@@ -160,16 +184,28 @@ def test_parameters_are_those_of_the_checkpoint(bundled: ModelConfig) -> None:
     assert counts == in_file
 
 
-@pytest.mark.parametrize(("family", "bias"), [("Qwen2ForCausalLM", False), ("LlamaForCausalLM", True)])
+@pytest.mark.parametrize(
+    ("family", "bias"), [("Qwen2ForCausalLM", False), ("LlamaForCausalLM", True)]
+)
 def test_parameters_are_those_of_the_model(family: str, bias: bool) -> None:
     torch = pytest.importorskip("torch")
     from minivllm.kernels import Kernels
     from minivllm.models.qwen3 import Qwen3ForCausalLM
 
-    config = ModelConfig.from_hf({"architectures": [family], "vocab_size": 50, "hidden_size": 24,
-                                  "num_hidden_layers": 3, "intermediate_size": 40, "num_attention_heads": 4,
-                                  "num_key_value_heads": 2, "max_position_embeddings": 8,
-                                  "attention_bias": bias, "mlp_bias": bias})  # fmt: skip
+    config = ModelConfig.from_hf(
+        {
+            "architectures": [family],
+            "vocab_size": 50,
+            "hidden_size": 24,
+            "num_hidden_layers": 3,
+            "intermediate_size": 40,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 8,
+            "attention_bias": bias,
+            "mlp_bias": bias,
+        }
+    )
     model = Qwen3ForCausalLM(config, Kernels.reference(), 8, torch.device("cpu"))
     assert sum(count_parameters(config).values()) == sum(p.numel() for p in model.parameters())
 

@@ -33,9 +33,16 @@ from minivllm.viz.paging import (
 )
 
 MAX_PNG_BYTES = 60_000
-MODELS = [ModelShape("Qwen3-0.6B", 0.596e9, 28, 16, 8, 128), ModelShape("Qwen3-32B", 32.8e9, 64, 64, 8, 128)]
+MODELS = [
+    ModelShape("Qwen3-0.6B", 0.596e9, 28, 16, 8, 128),
+    ModelShape("Qwen3-32B", 32.8e9, 64, 64, 8, 128),
+]
 #: Two requests with a piece each, of which one ends; then one is alone.
-STEPS = [[Span(0, 0, 8, 3, 5), Span(1, 8, 4, 1, 2)], [Span(0, 0, 8, 4, 5), Span(1, 8, 4, 2, 2)], [Span(0, 0, 8, 5, 5)]]
+STEPS = [
+    [Span(0, 0, 8, 3, 5), Span(1, 8, 4, 1, 2)],
+    [Span(0, 0, 8, 4, 5), Span(1, 8, 4, 2, 2)],
+    [Span(0, 0, 8, 5, 5)],
+]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +50,14 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
     """Three requests in blocks of 4, of which two run at once."""
     model = write_checkpoint(tmp_path_factory.mktemp("paging") / "model")
     options = {"block_size": 4, "num_kv_blocks": 12, "max_model_len": 32, "max_num_seqs": 2}
-    with LLM(model, device="cpu", skip_tokenizer_init=True, trace=True, enable_prefix_caching=False, **options) as llm:
+    with LLM(
+        model,
+        device="cpu",
+        skip_tokenizer_init=True,
+        trace=True,
+        enable_prefix_caching=False,
+        **options,
+    ) as llm:
         params = [SamplingParams(temperature=0.0, max_tokens=count) for count in (7, 3, 5)]
         llm.generate([[1, 2, 3, 4, 5], [6, 7], [8, 9, 10]], params, use_tqdm=False)
         return llm.trace
@@ -78,7 +92,9 @@ def test_shares_add_up() -> None:
     assert shares.running == pytest.approx(5 / 3)
     # A request's blocks count as one request; what is needed later is nobody's question there.
     paged = memory_shares([[Span(0, 0, 4, 4), Span(0, 8, 4, 1)]], 12)
-    assert (paged.tokens, paged.later, paged.never, paged.running) == pytest.approx((5 / 12, 0, 3 / 12, 1))
+    assert (paged.tokens, paged.later, paged.never, paged.running) == pytest.approx(
+        (5 / 12, 0, 3 / 12, 1)
+    )
     with pytest.raises(ValueError, match="no steps"):
         memory_shares([], 16)
 
@@ -143,7 +159,11 @@ def test_slots_are_those_of_the_trace(trace: Trace) -> None:
             assert f"position {last}" in figure.caption
             assert figure.caption.endswith(f"= {slot}.")
         # A thick frame for each token of this step, twice for those of the chosen request.
-        thick = sum(patch.get_linewidth() > 2 for patch in figure.axes[0].patches if isinstance(patch, Rectangle))
+        thick = sum(
+            patch.get_linewidth() > 2
+            for patch in figure.axes[0].patches
+            if isinstance(patch, Rectangle)
+        )
         mine = sum(item.num_new_tokens for item in record.scheduled if item.request_id == "0")
         finished = {name.partition("/")[0] for name in record.finished}
         if not finished:
@@ -193,7 +213,9 @@ def test_programs_fill_the_machine_and_keep_the_work() -> None:
 
 
 def test_the_split_picture_says_who_works() -> None:
-    figure = draw_split_kv([SplitCase("one", 1, 8, 4096), SplitCase("cut", 1, 8, 4096, splits=16)], 132)
+    figure = draw_split_kv(
+        [SplitCase("one", 1, 8, 4096), SplitCase("cut", 1, 8, 4096, splits=16)], 132
+    )
     check(figure)
     assert len(figure.axes) == 2
     assert "one: 8 of 132 multiprocessors work; done after 64 tiles." in figure.caption

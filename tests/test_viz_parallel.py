@@ -1,4 +1,6 @@
-"""The pictures of chapter 09 show what ranks do: cuts, heads, a ring that really adds up, shares; and stay small."""
+"""The pictures of chapter 09 show what ranks do: cuts, heads, a ring that really adds up, shares;
+and stay small.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,7 @@ def texts(figure) -> list[str]:
     return [text.get_text() for ax in figure.axes for text in ax.texts]
 
 
-# --- cuts and blocks --------------------------------------------------------------------------------------------------
+# --- cuts and blocks ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -66,27 +68,32 @@ def test_the_block_has_a_lane_for_each_rank_and_two_all_reduces() -> None:
             draw_parallel_block(shape_config("qwen3-8b"), size)
 
 
-# --- heads ------------------------------------------------------------------------------------------------------------
+# --- heads ----------------------------------------------------------------------------------------
 
 
 def test_heads_say_what_a_rank_has() -> None:
     figure = draw_heads(32, 8, {f"{size} ranks": heads(size) for size in (2, 16)})
-    assert figure.caption == (
-        "2 ranks: rank 0 has 16 query heads and 4 KV heads. "
+    assert (
+        figure.caption == "2 ranks: rank 0 has 16 query heads and 4 KV heads. "
         "16 ranks: rank 0 has 2 query heads and 1 KV head, and each KV head is on 2 ranks."
     )
-    assert not [patch for patch in figure.axes[0].patches if patch.get_linewidth() == 2], "nothing is framed"
+    assert not [patch for patch in figure.axes[0].patches if patch.get_linewidth() == 2], (
+        "nothing is framed"
+    )
 
 
 def test_heads_that_nobody_has_or_two_ranks_compute_are_framed() -> None:
     figure = draw_heads(4, 2, {"wrong": [((0, 1), (0,)), ((1, 2), (0,))]})
-    assert "nobody has 1 query head; 1 query head computed twice; nobody has 1 KV head" in figure.caption
+    assert (
+        "nobody has 1 query head; 1 query head computed twice; nobody has 1 KV head"
+        in figure.caption
+    )
     framed = [patch for patch in figure.axes[0].patches if patch.get_linewidth() == 2]
     assert len(framed) == 3
     assert {tuple(patch.get_edgecolor()) for patch in framed} == {(*palette.rgb(WRONG), 1.0)}
 
 
-# --- the ring ---------------------------------------------------------------------------------------------------------
+# --- the ring -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 8])
@@ -120,7 +127,7 @@ def test_the_ring_draws_its_steps() -> None:
         Ring(1)
 
 
-# --- shares -----------------------------------------------------------------------------------------------------------
+# --- shares ---------------------------------------------------------------------------------------
 
 
 def test_columns_stack_their_parts_on_one_scale() -> None:

@@ -1,4 +1,6 @@
-"""The prefix cache's pictures show what they were given: trees, stories, bars and lines, with words and small files."""
+"""The prefix cache's pictures show what they were given: trees, stories, bars and lines, with words
+and small files.
+"""
 
 from __future__ import annotations
 
@@ -39,13 +41,23 @@ def random_prompts(seed: int) -> list[list[int]]:
 def told_story() -> BlockStory:
     """Two sequences that share two blocks, the end of both, and a third that evicts."""
     manager, story = BlockManager(6, 2), BlockStory()
-    seqs = {letter: Sequence(i, tokens, SamplingParams()) for i, (letter, tokens) in enumerate(
-        {"A": [1, 2, 3, 4, 5], "B": [1, 2, 3, 4, 6, 7, 8], "C": [9] * 8}.items())}  # fmt: skip
+    seqs = {
+        letter: Sequence(i, tokens, SamplingParams())
+        for i, (letter, tokens) in enumerate(
+            {"A": [1, 2, 3, 4, 5], "B": [1, 2, 3, 4, 6, 7, 8], "C": [9] * 8}.items()
+        )
+    }
     tables: dict[str, list[int]] = {}
 
     def tell(text: str) -> None:
-        names = {block.block_id: block.block_hash for block in manager.blocks if block.block_hash is not None}
-        story.tell(text, [block.ref_count for block in manager.blocks], manager.free_blocks, names, tables)
+        names = {
+            block.block_id: block.block_hash
+            for block in manager.blocks
+            if block.block_hash is not None
+        }
+        story.tell(
+            text, [block.ref_count for block in manager.blocks], manager.free_blocks, names, tables
+        )
 
     def arrive(letter: str) -> None:
         seq = seqs[letter]
@@ -76,7 +88,7 @@ def check_words_and_size(figure: MatplotlibFigure) -> None:
     assert len(png) < MAX_PNG_BYTES
 
 
-# --- the tree ---------------------------------------------------------------------------------------------------------
+# --- the tree -------------------------------------------------------------------------------------
 
 
 def test_a_tree_has_each_beginning_once() -> None:
@@ -110,7 +122,9 @@ def test_a_tree_holds_every_prompt(seed: int) -> None:
 
 
 def test_the_tree_is_drawn() -> None:
-    figure = draw_prefix_tree(PROMPTS, 2, lambda tokens: f"{'-'.join(map(str, tokens))} $5<|im_end|>\n")
+    figure = draw_prefix_tree(
+        PROMPTS, 2, lambda tokens: f"{'-'.join(map(str, tokens))} $5<|im_end|>\n"
+    )
     texts = [text.get_text() for text in figure.axes[0].texts]
     for node in prefix_tree(PROMPTS, 2):
         assert any(text.startswith("-".join(map(str, node.tokens)) + " ") for text in texts)
@@ -119,7 +133,10 @@ def test_the_tree_is_drawn() -> None:
     assert "1 of 2, no name" in texts
     letters = Counter(text for text in texts if text in "ABCD")
     assert letters == {"A": 4, "B": 3, "C": 2, "D": 2}
-    assert "Alone they need 11 blocks, together 8: 2 full blocks are shared, 0 of them by all." in figure.caption
+    assert (
+        "Alone they need 11 blocks, together 8: 2 full blocks are shared, 0 of them by all."
+        in figure.caption
+    )
     check_words_and_size(figure)
 
 
@@ -128,7 +145,9 @@ def test_boxes_of_a_tree_do_not_overlap(seed: int) -> None:
     prompts = random_prompts(seed)
     figure = draw_prefix_tree(prompts, 3)
     nodes = prefix_tree(prompts, 3)
-    boxes = [p for p in figure.axes[0].patches if type(p).__name__ == "Rectangle" and not p.get_fill()]
+    boxes = [
+        p for p in figure.axes[0].patches if type(p).__name__ == "Rectangle" and not p.get_fill()
+    ]
     places = [(round(box.get_x(), 3), round(box.get_y(), 3)) for box in boxes]
     assert len(places) == len(nodes)
     for i, (x, y) in enumerate(places):
@@ -137,12 +156,16 @@ def test_boxes_of_a_tree_do_not_overlap(seed: int) -> None:
     check_words_and_size(figure)
 
 
-# --- the story --------------------------------------------------------------------------------------------------------
+# --- the story ------------------------------------------------------------------------------------
 
 
 def test_a_story_keeps_what_it_was_told() -> None:
     story = told_story()
-    assert [moment.text for moment in story.steps][:3] == ["Nobody is here.", "A arrives.", "B arrives."]
+    assert [moment.text for moment in story.steps][:3] == [
+        "Nobody is here.",
+        "A arrives.",
+        "B arrives.",
+    ]
     assert story.letters == ["A", "B", "C"]
     shared = story.steps[2]
     assert shared.ref_counts[:2] == (2, 2)
@@ -164,14 +187,19 @@ def test_every_moment_is_drawn(step: int) -> None:
     assert texts.count("AB") == shared
     used = sum(count > 0 for count in moment.ref_counts)
     assert f"{used} blocks used" in figure.caption
-    assert f"{len(moment.cached)} cached, {len(moment.free) - len(moment.cached)} empty." in figure.caption
+    assert (
+        f"{len(moment.cached)} cached, {len(moment.free) - len(moment.cached)} empty."
+        in figure.caption
+    )
     assert texts.count("holds nothing") == len(story.letters) - len(moment.tables)
     check_words_and_size(figure)
 
 
 def test_a_story_can_be_scrubbed_without_jumping() -> None:
     story = told_story()
-    sizes = {tuple(draw_block_story(story, step).get_size_inches()) for step in range(len(story.steps))}
+    sizes = {
+        tuple(draw_block_story(story, step).get_size_inches()) for step in range(len(story.steps))
+    }
     assert len(sizes) == 1
     scrubber = scrub(story, draw_block_story, step=2)
     assert scrubber.figure(2).caption == draw_block_story(story, 2).caption
@@ -187,7 +215,7 @@ def test_words_may_stand_for_hashes() -> None:
     check_words_and_size(draw_block_story(story))
 
 
-# --- bars and lines ---------------------------------------------------------------------------------------------------
+# --- bars and lines -------------------------------------------------------------------------------
 
 
 def test_bars_are_the_numbers() -> None:
@@ -211,7 +239,10 @@ def test_lines_are_the_numbers() -> None:
     lines = figure.axes[0].lines
     assert [list(line.get_ydata()) for line in lines[:2]] == [[25, 50], [20, 40]]
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["LRU", "FIFO"]
-    assert len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines[:2]}) == 2
+    assert (
+        len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines[:2]})
+        == 2
+    )
     assert "LRU: from 25 % at 10 to 50 % at 20" in figure.caption
     assert "75 %" in figure.caption
     check_words_and_size(figure)

@@ -1,4 +1,6 @@
-"""The pictures of chapter 07 show what an engine does: steps, distributions, rulers, draws, lives; and stay small."""
+"""The pictures of chapter 07 show what an engine does: steps, distributions, rulers, draws, lives;
+and stay small.
+"""
 
 from __future__ import annotations
 
@@ -28,34 +30,52 @@ from minivllm.viz.sampling import (
 
 MAX_PNG_BYTES = 60_000
 WORDS = ("the", " fox", "\n", " owl")
-ROWS = [BatchRow([5], 9, True), BatchRow([1, 2, 3, 4, 5, 6], 8, False), BatchRow([7, 8, 9], 0, True)]
+ROWS = [
+    BatchRow([5], 9, True),
+    BatchRow([1, 2, 3, 4, 5, 6], 8, False),
+    BatchRow([7, 8, 9], 0, True),
+]
 TABLE = np.array([[1, 3, 4, 0], [7, 2, 5, 9], [6, 0, 0, 0]], np.int32)
 
 
 @pytest.fixture(scope="module")
 def trace() -> Trace:
     llm = LLM(device="cpu", trace=True, max_num_seqs=2, max_num_batched_tokens=16)
-    chats = [llm.render_chat([{"role": "user", "content": f"What is {n} + 7?"}]) for n in (12, 30, 41)]
+    chats = [
+        llm.render_chat([{"role": "user", "content": f"What is {n} + 7?"}]) for n in (12, 30, 41)
+    ]
     llm.generate(chats, SamplingParams(temperature=0, max_tokens=9), use_tqdm=False)
     return llm.trace
 
 
 def texts(figure: Figure) -> list[str]:
-    return [text.get_text() for ax in figure.axes for text in ax.texts] + [text.get_text() for text in figure.texts]
+    return [text.get_text() for ax in figure.axes for text in ax.texts] + [
+        text.get_text() for text in figure.texts
+    ]
 
 
 def widths(figure: Figure) -> list[float]:
-    return [patch.get_width() for ax in figure.axes for patch in ax.patches if isinstance(patch, Rectangle)]
+    return [
+        patch.get_width()
+        for ax in figure.axes
+        for patch in ax.patches
+        if isinstance(patch, Rectangle)
+    ]
 
 
-# --- a step's tokens --------------------------------------------------------------------------------------------------
+# --- a step's tokens ------------------------------------------------------------------------------
 
 
 def test_a_flat_batch_shows_tokens_positions_slots_and_who_is_asked() -> None:
     step = build_batch(ROWS, TABLE, block_size=4)
     figure = draw_flat_batch(step, block_size=4)
     shown = texts(figure)
-    for values in (step.token_ids, step.positions, step.attention.slot_mapping, step.attention.query_start_loc):
+    for values in (
+        step.token_ids,
+        step.positions,
+        step.attention.slot_mapping,
+        step.attention.query_start_loc,
+    ):
         assert all(str(value) in shown for value in values.tolist())
     assert shown.count("next?") == 2
     assert "One step: 10 tokens of 3 requests" in shown
@@ -68,7 +88,9 @@ def test_words_take_the_place_of_ids() -> None:
     assert "␣fox" in texts(draw_flat_batch(step, 4, words=[" fox"]))
 
 
-@pytest.mark.parametrize("rows", [[BatchRow([1] * 90, 0, False)], [BatchRow([1], i, True) for i in range(40)]])
+@pytest.mark.parametrize(
+    "rows", [[BatchRow([1] * 90, 0, False)], [BatchRow([1], i, True) for i in range(40)]]
+)
 def test_long_steps_are_drawn_without_numbers(rows: list[BatchRow]) -> None:
     table = np.zeros((len(rows), 30), np.int32)
     figure = draw_flat_batch(build_batch(rows, table, 4), 4)
@@ -77,7 +99,7 @@ def test_long_steps_are_drawn_without_numbers(rows: list[BatchRow]) -> None:
     assert f"A next token is chosen for {asked}" in figure.caption
 
 
-# --- distributions ----------------------------------------------------------------------------------------------------
+# --- distributions --------------------------------------------------------------------------------
 
 
 def test_what_is_cut_keeps_an_outline() -> None:
@@ -93,7 +115,7 @@ def test_panels_that_do_not_match_are_refused() -> None:
             draw_distributions(WORDS, panels)
 
 
-# --- the ruler --------------------------------------------------------------------------------------------------------
+# --- the ruler ------------------------------------------------------------------------------------
 
 
 def test_the_ruler_is_in_order_and_ends_at_one() -> None:
@@ -126,11 +148,13 @@ def test_a_sampled_text_can_be_scrubbed() -> None:
     assert scrubber.figure(0).caption != scrubber.figure(1).caption
 
 
-# --- draws ------------------------------------------------------------------------------------------------------------
+# --- draws ----------------------------------------------------------------------------------------
 
 
 def test_frequencies_say_how_far_they_are_off() -> None:
-    figure = draw_frequencies(WORDS, [0.5, 0.2, 0.2, 0.1], {"right": [50, 20, 20, 10], "greedy": [100, 0, 0, 0]})
+    figure = draw_frequencies(
+        WORDS, [0.5, 0.2, 0.2, 0.1], {"right": [50, 20, 20, 10], "greedy": [100, 0, 0, 0]}
+    )
     assert "right: 0 % of the draws fell on another token" in figure.caption
     assert "greedy: 50 % of the draws" in figure.caption
     for draws in ({"one": [1, 2]}, {"none": [0, 0, 0, 0]}):
@@ -138,7 +162,7 @@ def test_frequencies_say_how_far_they_are_off() -> None:
             draw_frequencies(WORDS, [0.25] * 4, draws)
 
 
-# --- the life of a request --------------------------------------------------------------------------------------------
+# --- the life of a request ------------------------------------------------------------------------
 
 
 def test_a_life_is_counted_in_steps(trace: Trace) -> None:

@@ -1,4 +1,6 @@
-"""The pictures of chapter 01 show what softmax does: sums, factors, limits, words; and stay small."""
+"""The pictures of chapter 01 show what softmax does: sums, factors, limits, words; and stay
+small.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,10 @@ MAX_PNG_BYTES = 60_000
 
 def rows() -> list[list[float]]:
     draws = random.Random(0)
-    drawn = [[draws.gauss(0, spread) for _ in range(count)] for count, spread in ((1, 1), (7, 3), (40, 30))]
+    drawn = [
+        [draws.gauss(0, spread) for _ in range(count)]
+        for count, spread in ((1, 1), (7, 3), (40, 30))
+    ]
     return [SCORES, [2.0] * 5, [1e4, -1e4, 1e4], [-math.inf, -math.inf, 1.0, -math.inf], *drawn]
 
 
@@ -78,12 +83,16 @@ def test_columns_are_made_of_the_pieces(block: int) -> None:
 
 def test_caption_and_sentence_say_the_numbers() -> None:
     figure = draw_online_softmax(online_softmax(SCORES, labels=[f"w{i}" for i in range(12)]), 5)
-    assert figure.caption == (
-        "Step 6: 6 of 12 scores seen, maximum 6.9, sum 2.13. The sum was rescaled 3 times: × 0.74, × 0.37, × 0.50."
+    assert (
+        figure.caption
+        == "Step 6: 6 of 12 scores seen, maximum 6.9, sum 2.13. The sum was rescaled 3 times: ×"
+        " 0.74, × 0.37, × 0.50."
     )
     [sentence] = [text.get_text() for text in figure.texts]
     assert sentence.endswith("exp(6.2 − 6.9) = 0.50. 2.27 × 0.50 + 1.00 = 2.13")
-    assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == [f"w{i}" for i in range(12)]
+    assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == [
+        f"w{i}" for i in range(12)
+    ]
     masked = draw_online_softmax(online_softmax([-math.inf, -math.inf, 1.0], 2), 0)
     assert "sum 0.00" in masked.caption
 
@@ -115,7 +124,11 @@ def test_the_slider_shows_each_step() -> None:
     replay = online_softmax(SCORES)
     controls, image, caption = scrub(replay, draw_online_softmax, step=5).widget().children
     slider = controls.children[1]
-    assert (slider.min, slider.value, slider.max) == (1, 6, 12), "a lesson counts from 1, as its captions do"
+    assert (slider.min, slider.value, slider.max) == (
+        1,
+        6,
+        12,
+    ), "a lesson counts from 1, as its captions do"
     slider.value = 10
     assert image.value == draw_online_softmax(replay, 9).to_png()
     assert draw_online_softmax(replay, 9).caption in caption.value
@@ -135,14 +148,18 @@ def test_merged_parts_make_the_whole() -> None:
     assert figure.caption.startswith(f"Merged: maximum {whole.new_max:.1f}, sum A 1.78 × 0.22 + ")
     assert figure.caption.endswith(f"= {whole.new_sum:.2f}.")
     top, bottom = figure.axes
-    assert sum(patch.get_height() for patch in bottom.patches if isinstance(patch, Rectangle)) == pytest.approx(
-        whole.new_sum
+    assert sum(
+        patch.get_height() for patch in bottom.patches if isinstance(patch, Rectangle)
+    ) == pytest.approx(whole.new_sum)
+    assert (
+        sum(patch.get_height() == 1.0 for patch in top.patches if isinstance(patch, Rectangle)) == 3
     )
-    assert sum(patch.get_height() == 1.0 for patch in top.patches if isinstance(patch, Rectangle)) == 3
 
 
 def test_passes_are_counted() -> None:
-    figure = draw_passes({"safe": ["read: max", "read: sum", "read", "write"], "online": ["read", "read", "write"]})
+    figure = draw_passes(
+        {"safe": ["read: max", "read: sum", "read", "write"], "online": ["read", "read", "write"]}
+    )
     assert figure.caption == "Times that a row is read or written. safe: 4; online: 3."
     assert [text.get_text() for text in figure.axes[0].texts].count("4 × N") == 1
 
@@ -150,8 +167,10 @@ def test_passes_are_counted() -> None:
 def test_programs_and_masked_lanes() -> None:
     one, many = draw_programs(10, 4), draw_programs(10, 4, rows=3)
     assert one.caption == "3 programs of one tile; 2 lanes lie beyond the end and are masked."
-    assert many.caption == (
-        "3 programs, one for each row, with 3 tiles each; 2 lanes of each row lie beyond its end and are masked."
+    assert (
+        many.caption
+        == "3 programs, one for each row, with 3 tiles each; 2 lanes of each row lie beyond its end"
+        " and are masked."
     )
     for figure, lanes in ((one, 12), (many, 36)):
         assert len(figure.axes[0].patches) == lanes
@@ -162,5 +181,7 @@ def test_programs_and_masked_lanes() -> None:
 
 def test_imports_are_lazy() -> None:
     code = "import sys, minivllm.viz; print({'matplotlib', 'torch'} & set(sys.modules))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "set()"

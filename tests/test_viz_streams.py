@@ -53,8 +53,20 @@ def runs() -> dict[str, list[Span]]:
 
 def test_times_add_up(runs: dict[str, list[Span]]) -> None:
     first, second = (lane_times(spans) for spans in runs.values())
-    assert (first.total, first.gpu, first.waiting, first.launches, first.replays) == (63, 18, 3, 6, 0)
-    assert (second.total, second.gpu, second.waiting, second.launches, second.replays) == (43, 18, 18, 0, 1)
+    assert (first.total, first.gpu, first.waiting, first.launches, first.replays) == (
+        63,
+        18,
+        3,
+        6,
+        0,
+    )
+    assert (second.total, second.gpu, second.waiting, second.launches, second.replays) == (
+        43,
+        18,
+        18,
+        0,
+        1,
+    )
     assert second.gpu_share == pytest.approx(18 / 43)
     with pytest.raises(ValueError, match="nothing"):
         lane_times([])
@@ -64,14 +76,21 @@ def test_bars_are_the_spans(runs: dict[str, list[Span]]) -> None:
     figure = draw_streams(runs)
     [ax] = figure.axes
     bars = sorted(
-        (round(p.get_x(), 6), round(p.get_width(), 6)) for p in ax.patches if isinstance(p, Rectangle)
-    )  # fmt: skip
+        (round(p.get_x(), 6), round(p.get_width(), 6))
+        for p in ax.patches
+        if isinstance(p, Rectangle)
+    )
     spans = [(s.start, round(s.end - s.start, 6)) for all_spans in runs.values() for s in all_spans]
     lanes = [(0, 63), (0, 63), (0, 43), (0, 43)]
     assert bars == sorted(spans + lanes)
-    assert {text.get_text() for text in ax.texts} >= {"One by one", "As a graph", "CPU", "GPU", "kernel", "plan"} - {
-        "plan"
-    }
+    assert {text.get_text() for text in ax.texts} >= {
+        "One by one",
+        "As a graph",
+        "CPU",
+        "GPU",
+        "kernel",
+        "plan",
+    } - {"plan"}
     assert "63 microseconds" in figure.caption
     assert "6 launches" in figure.caption
     assert "1 launch of a graph" in figure.caption
@@ -99,7 +118,15 @@ def test_nothing_to_draw_is_said(runs: dict[str, list[Span]]) -> None:
 
 def test_recorded_sizes() -> None:
     sizes = graph_sizes(32)
-    assert [recorded_size(sizes[::-1], n) for n in (1, 2, 3, 8, 9, 17, 32)] == [1, 2, 4, 8, 16, 24, 32]
+    assert [recorded_size(sizes[::-1], n) for n in (1, 2, 3, 8, 9, 17, 32)] == [
+        1,
+        2,
+        4,
+        8,
+        16,
+        24,
+        32,
+    ]
     assert padded_rows([32], SEEN) == sum(steps * (32 - n) for n, steps in SEEN.items())
     assert padded_rows(range(1, 33), SEEN) == 0
 
@@ -125,7 +152,9 @@ def test_padding_of_each_step() -> None:
     boxes = [p for p in figure.axes[1].patches if isinstance(p, Rectangle)]
     assert len(boxes) == 8
     assert sum(bool(box.get_hatch()) for box in boxes) == 3
-    assert figure.caption.startswith("Step 2: 5 sequences in the graph of 8, 3 of its rows padding.")
+    assert figure.caption.startswith(
+        "Step 2: 5 sequences in the graph of 8, 3 of its rows padding."
+    )
     assert "4 rows of padding beside 17" in figure.caption
     assert scrub(replay, draw_padding, step=1).figure(1).caption.startswith("Step 1: 8 sequences")
 
@@ -138,8 +167,10 @@ def test_writes_are_found_and_judged() -> None:
     tables = {"A": [0, 2], "B": [1]}
     writes = find_writes(before, after, tables, [(2, 3), (1, 0)])
     assert [(w.block, w.offset, w.owner, w.allowed) for w in writes] == [
-        (0, 1, "A", False), (2, 3, "A", True), (5, 0, "", False),
-    ]  # fmt: skip
+        (0, 1, "A", False),
+        (2, 3, "A", True),
+        (5, 0, "", False),
+    ]
     figure = draw_writes(before, after, tables, [(2, 3)])
     marks = [text.get_text() for text in figure.axes[0].texts if text.get_text() in "●✕"]
     assert sorted(marks) == ["●", "✕", "✕"]

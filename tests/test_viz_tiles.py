@@ -36,7 +36,9 @@ def by_mask(query_len: int, context: int, block_m: int, block_n: int) -> list[li
     rows = []
     for top in range(0, query_len, block_m):
         tiles = [sees[top : top + block_m, j * block_n : (j + 1) * block_n] for j in range(columns)]
-        rows.append(["full" if tile.all() else "masked" if tile.any() else "skipped" for tile in tiles])
+        rows.append(
+            ["full" if tile.all() else "masked" if tile.any() else "skipped" for tile in tiles]
+        )
     return rows
 
 
@@ -48,7 +50,9 @@ def test_kinds_are_those_of_the_mask(shape: tuple[int, int], blocks: tuple[int, 
 
 
 def test_skipping_changes_no_result() -> None:
-    """Attention over the tiles that are not skipped, with a mask only where one is called for, is attention."""
+    """Attention over the tiles that are not skipped, with a mask only where one is called for, is
+    attention.
+    """
     query, key, value = torch.randn(3, 50, 8, generator=torch.Generator().manual_seed(0)).double()
     query, block = query[-21:], 8
     scores, weights = query @ key.T, torch.zeros(21, 50).double()
@@ -58,8 +62,12 @@ def test_skipping_changes_no_result() -> None:
             rows, columns = slice(i * block, (i + 1) * block), slice(j * block, (j + 1) * block)
             if kind != "skipped":
                 hidden = torch.arange(50)[columns] > positions[rows, None]
-                weights[rows, columns] = scores[rows, columns].exp().masked_fill(hidden & (kind == "masked"), 0.0)
-    expected = scores.masked_fill(torch.arange(50) > positions[:, None], -torch.inf).softmax(-1) @ value
+                weights[rows, columns] = (
+                    scores[rows, columns].exp().masked_fill(hidden & (kind == "masked"), 0.0)
+                )
+    expected = (
+        scores.masked_fill(torch.arange(50) > positions[:, None], -torch.inf).softmax(-1) @ value
+    )
     torch.testing.assert_close(weights / weights.sum(1, keepdim=True) @ value, expected)
 
 
@@ -79,7 +87,9 @@ def test_drawn_tiles_are_the_tiles() -> None:
     assert sorted(areas(figure)) == sorted(
         [10, 10, 5, 5, 1]
     )  # skipped, full, masked: hidden and seen; the legend's one
-    assert "Of 25 tiles 10 are computed without a mask, 5 with one, 10 (40 %) never." in figure.caption
+    assert (
+        "Of 25 tiles 10 are computed without a mask, 5 with one, 10 (40 %) never." in figure.caption
+    )
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert "computed, masked (5)" in texts
     assert "70 queries" in texts
@@ -95,7 +105,9 @@ def test_a_past_is_shown() -> None:
 
 def test_a_ragged_batch() -> None:
     figure = draw_attention_tiles([17, 35, 1], [17, 35, 40], 16, 16)
-    assert figure.caption.startswith("A: prompt of 17 tokens; B: prompt of 35 tokens; C: chunk of 1 after 39 tokens.")
+    assert figure.caption.startswith(
+        "A: prompt of 17 tokens; B: prompt of 35 tokens; C: chunk of 1 after 39 tokens."
+    )
     counts = [attention_tiles(q, c, 16, 16).counts for q, c in ((17, 17), (35, 35), (1, 40))]
     assert f"Of {sum(c.total() for c in counts)} tiles" in figure.caption
     assert "Padded to the longest, the batch would have 27 tiles." in figure.caption
@@ -112,8 +124,12 @@ def test_faults_are_marked() -> None:
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert "needed, but missed (10)" in texts
     assert "visited for nothing (1)" in texts
-    needed = [(8 * i, 8 * j) for i, row in enumerate(attention_tiles(16, 56, 8, 8).kinds) for j, k in enumerate(row)
-              if k != "skipped"]  # fmt: skip
+    needed = [
+        (8 * i, 8 * j)
+        for i, row in enumerate(attention_tiles(16, 56, 8, 8).kinds)
+        for j, k in enumerate(row)
+        if k != "skipped"
+    ]
     good = draw_attention_tiles(16, 56, 8, 8, visited=needed)
     assert good.caption.endswith("This function missed 0 tiles and visited 0 for nothing.")
     assert "missed" not in "".join(text.get_text() for text in good.axes[0].texts)
@@ -132,7 +148,9 @@ def test_a_replay_is_the_softmax(scores: torch.Tensor) -> None:
     for step in replay.steps:
         seen = exact[:, : step.last]
         assert step.row_max == pytest.approx(seen.amax(1).tolist())
-        assert step.row_sum == pytest.approx((seen - seen.amax(1, keepdim=True)).exp().sum(1).tolist())
+        assert step.row_sum == pytest.approx(
+            (seen - seen.amax(1, keepdim=True)).exp().sum(1).tolist()
+        )
         assert step.share == pytest.approx(exact.softmax(1)[:, : step.last].sum(1).tolist())
     for before, after in itertools.pairwise(replay.steps):
         grown = [np.exp(old - new) for old, new in zip(before.row_max, after.row_max, strict=True)]
@@ -174,10 +192,13 @@ def test_a_replay_scrubs(scores: torch.Tensor) -> None:
 
 
 def test_what_tiles_take_is_held_against_what_there_is() -> None:
-    figure = draw_tile_room({"small": (96, 112), "wide": (256, 227), "deep": (100, 448), "both": (300, 448)}, 255, 227)
-    assert figure.caption == (
-        "small: fits; wide: too many registers; deep: too much shared memory; both: too many registers and shared "
-        "memory."
+    figure = draw_tile_room(
+        {"small": (96, 112), "wide": (256, 227), "deep": (100, 448), "both": (300, 448)}, 255, 227
+    )
+    assert (
+        figure.caption
+        == "small: fits; wide: too many registers; deep: too much shared memory; both: too many"
+        " registers and shared memory."
     )
     hatched = [sum(bool(patch.get_hatch()) for patch in ax.patches) for ax in figure.axes[1:]]
     assert hatched == [2, 2]
@@ -187,9 +208,13 @@ def test_what_tiles_take_is_held_against_what_there_is() -> None:
 
 
 def test_weights_are_explained() -> None:
-    weights = torch.eye(5).tril() * 0.75 + torch.ones(5, 5).tril() / torch.arange(1, 6)[:, None] * 0.25
+    weights = (
+        torch.eye(5).tril() * 0.75 + torch.ones(5, 5).tril() / torch.arange(1, 6)[:, None] * 0.25
+    )
     figure = draw_attention_weights(weights, ["a", " b", "c\n", "$d", "e"], query=3)
-    assert figure.caption.startswith("Of 25 weights 10 belong to the future and are zero; of the other 15, 0 % are")
+    assert figure.caption.startswith(
+        "Of 25 weights 10 belong to the future and are zero; of the other 15, 0 % are"
+    )
     assert "Token 3, ‘d’, looks most at ‘d’ and" in figure.caption
     bars = figure.axes[-1]
     assert [round(bar.get_width(), 4) for bar in bars.patches] == [0.8125, 0.0625, 0.0625, 0.0625]

@@ -1,4 +1,6 @@
-"""The pictures of the scheduler show what the trace holds: traces of a real, tiny engine, and of the simulator."""
+"""The pictures of the scheduler show what the trace holds: traces of a real, tiny engine, and of
+the simulator.
+"""
 
 from __future__ import annotations
 
@@ -50,10 +52,19 @@ class Forgetful(Scheduler):
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Trace:
-    """A real engine with a small budget and a small pool: chunks, mixed steps, waiting and preemption."""
+    """A real engine with a small budget and a small pool: chunks, mixed steps, waiting and
+    preemption.
+    """
     model = write_checkpoint(tmp_path_factory.mktemp("timeline") / "model")
-    sizes = {"num_kv_blocks": 12, "max_num_seqs": 4, "max_model_len": 40, "max_num_batched_tokens": 16}
-    with LLM(model, device="cpu", skip_tokenizer_init=True, trace=True, block_size=4, **sizes) as llm:
+    sizes = {
+        "num_kv_blocks": 12,
+        "max_num_seqs": 4,
+        "max_model_len": 40,
+        "max_num_batched_tokens": 16,
+    }
+    with LLM(
+        model, device="cpu", skip_tokenizer_init=True, trace=True, block_size=4, **sizes
+    ) as llm:
         prompts = [[i, *range(30, 30 + 5 * i)] for i in range(1, 7)]
         llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=9), use_tqdm=False)
         assert llm.metrics().num_preemptions
@@ -74,7 +85,9 @@ def simulated() -> Trace:
 @pytest.fixture(scope="module")
 def forgetful() -> Trace:
     work = [Arrival(i, 10, 6) for i in range(6)]
-    run = simulate(work, scheduler_cls=Forgetful, cost=STEPS, max_num_batched_tokens=16, max_num_seqs=2)
+    run = simulate(
+        work, scheduler_cls=Forgetful, cost=STEPS, max_num_batched_tokens=16, max_num_seqs=2
+    )
     assert run.lost
     return run.trace
 
@@ -84,7 +97,7 @@ def trace(request: pytest.FixtureRequest) -> Trace:
     return request.getfixturevalue(request.param)
 
 
-# --- the numbers ------------------------------------------------------------------------------------------------------
+# --- the numbers ----------------------------------------------------------------------------------
 
 
 def test_timeline_is_the_trace(trace: Trace) -> None:
@@ -130,7 +143,8 @@ def test_what_is_computed_again(simulated: Trace) -> None:
     assert sum(made.again) > 0
     for step in range(len(simulated.steps)):
         assert (made.again[step] > 0) == any(row.states[step] == "again" for row in rows)
-    # A sequence computes all its tokens but the last once, and what preemption cost it a second time.
+    # A sequence computes all its tokens but the last once, and what preemption cost it a second
+    # time.
     computed = sum(sum(row.num_tokens) for row in rows)
     assert computed - sum(made.again) == sum(5 + 7 * (i % 3) + 11 for i in range(7))
 
@@ -163,14 +177,16 @@ def test_nobody_changes_place_while_running(simulated: Trace) -> None:
 
 def test_gaps_are_those_of_the_requests() -> None:
     work = [Arrival(3 * i, 4 + 9 * (i % 4), 6) for i in range(9)]
-    run = simulate(work, cost=STEPS, max_num_batched_tokens=8, max_num_seqs=3, num_blocks=12, block_size=4)
+    run = simulate(
+        work, cost=STEPS, max_num_batched_tokens=8, max_num_seqs=3, num_blocks=12, block_size=4
+    )
     found = token_gaps(run.trace)
     assert sorted(found.every) == pytest.approx(sorted(run.gaps))
     assert max(found.gaps) == max(found.every)
     assert len(found.starts) == len(found.times) == len(found.gaps) == len(found.with_prompt)
 
 
-# --- the pictures -----------------------------------------------------------------------------------------------------
+# --- the pictures ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("draw", STEPWISE)
@@ -202,7 +218,11 @@ def test_the_caption_says_who_does_what(simulated: Trace) -> None:
 
 def test_bars_are_the_tokens(simulated: Trace) -> None:
     made = composition(simulated)
-    bars = [patch.get_data() for patch in draw_composition(simulated).axes[0].patches if isinstance(patch, StepPatch)]
+    bars = [
+        patch.get_data()
+        for patch in draw_composition(simulated).axes[0].patches
+        if isinstance(patch, StepPatch)
+    ]
     heights = [list(top - bottom) for top, _, bottom in bars]
     assert heights == [made.decode, made.prompt, made.again]
 
@@ -211,7 +231,10 @@ def test_what_comes_later_is_faint(simulated: Trace) -> None:
     def colors(step: int | None) -> set[str]:
         from matplotlib.colors import to_hex
 
-        return {to_hex(patch.get_facecolor()).upper() for patch in draw_timeline(simulated, step).axes[0].patches}
+        return {
+            to_hex(patch.get_facecolor()).upper()
+            for patch in draw_timeline(simulated, step).axes[0].patches
+        }
 
     first, whole = colors(0), colors(None)
     assert {PROMPT, DECODE, AGAIN} <= whole
@@ -238,7 +261,10 @@ def test_pictures_of_several_traces(engine: Trace, simulated: Trace) -> None:
         assert "other: " in figure.caption
         assert len(figure.to_png()) < MAX_PNG_BYTES
     share = round(100 * places(engine).wasted)
-    assert f"one: {len(engine.steps)} steps with 4 places, {share} % of them empty." in draw_places(traces).caption
+    assert (
+        f"one: {len(engine.steps)} steps with 4 places, {share} % of them empty."
+        in draw_places(traces).caption
+    )
 
 
 @pytest.mark.parametrize("draw", STEPWISE)
@@ -293,12 +319,19 @@ def test_scrubbing_the_timeline(simulated: Trace) -> None:
 @pytest.mark.parametrize("kind", [None, *BLINDNESS])
 def test_kinds_stay_apart_for_the_colour_blind(kind: str | None) -> None:
     for one, other in itertools.combinations((PROMPT, DECODE, AGAIN, palette.PAPER), 2):
-        distance = sum((a - b) ** 2 for a, b in zip(seen(one, kind), seen(other, kind), strict=True)) ** 0.5
+        distance = (
+            sum((a - b) ** 2 for a, b in zip(seen(one, kind), seen(other, kind), strict=True))
+            ** 0.5
+        )
         assert distance > 20, (one, other)
 
 
 def test_kinds_stay_apart_without_colour() -> None:
     looks = [(height, hatch) for _, height, hatch in STYLES.values()]
-    same = [(one, other) for one, other in itertools.combinations(STYLES, 2) if STYLES[one][1:] == STYLES[other][1:]]
+    same = [
+        (one, other)
+        for one, other in itertools.combinations(STYLES, 2)
+        if STYLES[one][1:] == STYLES[other][1:]
+    ]
     assert same == [("decode", "idle")], "an outline tells these two apart"
     assert len(looks) == 6

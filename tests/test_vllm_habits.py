@@ -1,4 +1,6 @@
-"""Somebody who comes from vLLM changes the import: it works, or says by name what is missing and what to do."""
+"""Somebody who comes from vLLM changes the import: it works, or says by name what is missing and
+what to do.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +98,9 @@ def test_finished_is_a_property_and_a_method(llm):
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_a_method_that_is_not_here_says_so(llm, name):
-    with pytest.raises(UnsupportedMethodError, match=rf"LLM\.{name} is not supported.*; .+\.") as error:
+    with pytest.raises(
+        UnsupportedMethodError, match=rf"LLM\.{name} is not supported.*; .+\."
+    ) as error:
         getattr(llm, name)("a", 1)
     assert isinstance(error.value, UnsupportedFeatureError | NotImplementedError)
     assert isinstance(error.value, MiniVLLMError)
@@ -160,7 +164,9 @@ def test_tools_for_the_template_only(llm):
     fresh = make_llm()
     fresh.get_tokenizer().apply_chat_template = render
     tools = [{"type": "function", "function": {"name": "f"}}]
-    fresh.chat(MESSAGES, GREEDY, use_tqdm=False, chat_template_kwargs={"tools": tools, "think": False})
+    fresh.chat(
+        MESSAGES, GREEDY, use_tqdm=False, chat_template_kwargs={"tools": tools, "think": False}
+    )
     assert seen == {"add_generation_prompt": True, "tools": tools, "think": False}
 
 
@@ -191,11 +197,18 @@ def test_a_template_of_ones_own(llm):
     [output] = llm.chat(MESSAGES, GREEDY, use_tqdm=False, chat_template=template)
     assert output.prompt == "Hi!"
     assert output.prompt_token_ids == llm.get_tokenizer().encode("Hi!", add_special_tokens=False)
-    both = llm.chat([MESSAGES] * 2, GREEDY, False, chat_template=template, add_generation_prompt=False)
+    both = llm.chat(
+        [MESSAGES] * 2, GREEDY, False, chat_template=template, add_generation_prompt=False
+    )
     assert [output.prompt for output in both] == ["Hi"] * 2
     kwargs = {"tokenize": True}
-    [output] = llm.chat(MESSAGES, GREEDY, False, chat_template=template, chat_template_kwargs=kwargs)
-    assert (output.prompt, output.prompt_token_ids) == (None, llm.render_chat(MESSAGES, chat_template=template))
+    [output] = llm.chat(
+        MESSAGES, GREEDY, False, chat_template=template, chat_template_kwargs=kwargs
+    )
+    assert (output.prompt, output.prompt_token_ids) == (
+        None,
+        llm.render_chat(MESSAGES, chat_template=template),
+    )
 
 
 def test_the_last_message_can_be_continued(llm):

@@ -1,14 +1,17 @@
-"""Where the time of a decode step goes: kernels by name, gaps between them, and what the CPU lets the GPU wait for.
+"""Where the time of a decode step goes: kernels by name, gaps between them, and what the CPU lets
+the GPU wait for.
 
-Three measurements of such requests, in the middle of each at the same length. The wall time of a step. The GPU's time
-for a step's CUDA graph: replays queued one behind the other, so that nobody waits for the CPU. And under
-`torch.profiler`: which kernels ran, and how long.
+Three measurements of such requests, in the middle of each at the same length. The wall time of a
+step. The GPU's time for a step's CUDA graph: replays queued one behind the other, so that nobody
+waits for the CPU. And under `torch.profiler`: which kernels ran, and how long.
 
-    step = kernels (any running) + gaps (between kernels of a graph) + exposed CPU time (a step's time beyond its graph)
+    step = kernels (any running) + gaps (between kernels of a graph) + exposed CPU time (a step's
+    time beyond its graph)
 
-Where there is no graph, the time between the kernels of a step is taken from the profile. There a step begins again
-where a kernel that runs once a step runs again, and the longest gap before that is the one between two steps; Python
-launches every kernel, and the gaps too are its doing. Taught in notebooks/10_measuring.ipynb.
+Where there is no graph, the time between the kernels of a step is taken from the profile. There a
+step begins again where a kernel that runs once a step runs again, and the longest gap before that
+is the one between two steps; Python launches every kernel, and the gaps too are its doing. Taught
+in notebooks/10_measuring.ipynb.
 """
 
 from __future__ import annotations
@@ -51,9 +54,14 @@ def gpu_intervals(profiler: Any) -> list[Interval]:
     """What ran on the GPU, in order of its start."""
     found = []
     for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA and event.time_range.end > event.time_range.start:
+        if (
+            event.device_type == torch.autograd.DeviceType.CUDA
+            and event.time_range.end > event.time_range.start
+        ):
             copied = event.name.startswith(("Memcpy", "Memset"))
-            found.append(Interval(event.name, event.time_range.start, event.time_range.end, not copied))
+            found.append(
+                Interval(event.name, event.time_range.start, event.time_range.end, not copied)
+            )
     return sorted(found, key=lambda interval: interval.start)
 
 
@@ -77,7 +85,9 @@ def step_marker(intervals: Sequence[Interval], num_steps: int) -> str:
 
 
 def split_steps(intervals: Sequence[Interval], num_steps: int) -> list[dict[str, float]]:
-    """Of every whole step: microseconds of its period, of kernels running in it, and of its longest gap."""
+    """Of every whole step: microseconds of its period, of kernels running in it, and of its longest
+    gap.
+    """
     kernels = [interval for interval in intervals if interval.is_kernel]
     marker = step_marker(kernels, num_steps)
     marks = [index for index, kernel in enumerate(kernels) if kernel.name == marker]
@@ -94,7 +104,9 @@ def split_steps(intervals: Sequence[Interval], num_steps: int) -> list[dict[str,
 
 
 def by_name(intervals: Sequence[Interval], num_steps: int) -> list[dict[str, Any]]:
-    """Microseconds and calls a step of each name, the longest first; beyond `MOST_NAMES` they are one row."""
+    """Microseconds and calls a step of each name, the longest first; beyond `MOST_NAMES` they are
+    one row.
+    """
     times: dict[str, list[float]] = defaultdict(list)
     for interval in intervals:
         times[interval.name].append(interval.end - interval.start)
@@ -104,10 +116,14 @@ def by_name(intervals: Sequence[Interval], num_steps: int) -> list[dict[str, Any
     if rest := [value for _, values in ordered[MOST_NAMES:] for value in values]:
         rows.append((f"{len(ordered) - MOST_NAMES} others", rest))
     return [
-        {"name": name, "calls_per_step": len(values) / num_steps, "us_per_step": sum(values) / num_steps,
-         "share": sum(values) / total}
+        {
+            "name": name,
+            "calls_per_step": len(values) / num_steps,
+            "us_per_step": sum(values) / num_steps,
+            "share": sum(values) / total,
+        }
         for name, values in rows
-    ]  # fmt: skip
+    ]
 
 
 def _short(name: str) -> str:
@@ -158,7 +174,10 @@ def cpu_parts(engine: LLMEngine, num_steps: int) -> dict[str, float]:
         timers.remove()
     parts = dict(timers.seconds)
     parts["everything else"] = total - sum(parts.values())
-    return {name: 1e3 * seconds / num_steps for name, seconds in sorted(parts.items(), key=lambda pair: -pair[1])}
+    return {
+        name: 1e3 * seconds / num_steps
+        for name, seconds in sorted(parts.items(), key=lambda pair: -pair[1])
+    }
 
 
 def profile_gpu(engine: LLMEngine, num_steps: int) -> list[Interval]:
@@ -176,7 +195,8 @@ def profile_gpu(engine: LLMEngine, num_steps: int) -> list[Interval]:
 def graph_us(engine: LLMEngine, num_replays: int) -> float | None:
     """Microseconds of the running requests' graph, replayed back to back; None without graphs.
 
-    Their positions advance with every replay, behind the scheduler's back: these requests must end now.
+    Their positions advance with every replay, behind the scheduler's back: these requests must end
+    now.
     """
     runner = engine.model_runner
     if runner.graphs is None:
@@ -197,11 +217,20 @@ def profile_cpu(engine: LLMEngine, num_steps: int) -> list[dict[str, Any]]:
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(num_steps):
             engine.step()
-    found = [(e.key, e.count, e.self_cpu_time_total) for e in profiler.key_averages() if e.self_cpu_time_total > 0]
+    found = [
+        (e.key, e.count, e.self_cpu_time_total)
+        for e in profiler.key_averages()
+        if e.self_cpu_time_total > 0
+    ]
     total = sum(us for _, _, us in found) or 1.0
     ordered = sorted(found, key=lambda row: -row[2])[:MOST_NAMES]
     return [
-        {"name": name, "calls_per_step": count / num_steps, "us_per_step": us / num_steps, "share": us / total}
+        {
+            "name": name,
+            "calls_per_step": count / num_steps,
+            "us_per_step": us / num_steps,
+            "share": us / total,
+        }
         for name, count, us in ordered
     ]
 
@@ -220,13 +249,18 @@ def gpu_summary(
     except ValueError as error:  # the list of kernels is worth having by itself
         steps = []
         found["profile_not_split"] = str(error)
-    busy = sum(interval.end - interval.start for interval in intervals if interval.is_kernel) / num_steps
+    busy = (
+        sum(interval.end - interval.start for interval in intervals if interval.is_kernel)
+        / num_steps
+    )
     span = None
     if steps:
         busy = statistics.median(step["busy"] for step in steps)
         span = statistics.median(step["period"] - step["longest_gap"] for step in steps)
         found["profiled_period_ms"] = statistics.median(step["period"] for step in steps) / 1e3
-        found["profiled_longest_gap_ms"] = statistics.median(step["longest_gap"] for step in steps) / 1e3
+        found["profiled_longest_gap_ms"] = (
+            statistics.median(step["longest_gap"] for step in steps) / 1e3
+        )
     found |= {"kernels_ms": busy / 1e3, "gpu_idle_share": max(0.0, 1 - busy / step_us)}
     if replay_us is not None:
         found["graph_ms"] = replay_us / 1e3
@@ -238,17 +272,26 @@ def gpu_summary(
 
 
 def one_engine(
-    model: str | Path | None, requests: Sequence[int], context: int, num_steps: int, deadline: Deadline, overlap: bool,
+    model: str | Path | None,
+    requests: Sequence[int],
+    context: int,
+    num_steps: int,
+    deadline: Deadline,
+    overlap: bool,
     engine_options: dict[str, Any],
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
-    """(what the engine is, a row for each number of requests), on one engine with overlap on or off."""
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(what the engine is, a row for each number of requests), on one engine with overlap on or
+    off.
+    """
     say(f"breakdown: starting the engine, overlap {'on' if overlap else 'off'}")
     engine = LLMEngine(model, skip_tokenizer_init=True, async_scheduling=overlap, **engine_options)
     on_gpu = engine.model_runner.device.type == "cuda"
     num_profiled = max(4, num_steps // 4)
 
     def decode(num_requests: int, measured: int = num_steps) -> None:
-        """All requests anew, with as many steps behind them as bring the measured ones to the middle of num_steps."""
+        """All requests anew, with as many steps behind them as bring the measured ones to the
+        middle of num_steps.
+        """
         drain(engine)
         start_decoding(engine, num_requests, context, num_steps + num_profiled + 8)
         for _ in range((num_steps - measured) // 2):
@@ -264,8 +307,13 @@ def one_engine(
         try:
             decode(num_requests)
             times = timed_steps(engine, num_steps)
-            step_us = 1e6 * statistics.median(times)  # the mean would have what Python's collector took, now and then
-            row: dict[str, Any] = {"step_seconds": percentiles(times), "median_step_ms": step_us / 1e3}
+            step_us = 1e6 * statistics.median(
+                times
+            )  # the mean would have what Python's collector took, now and then
+            row: dict[str, Any] = {
+                "step_seconds": percentiles(times),
+                "median_step_ms": step_us / 1e3,
+            }
             row["mean_context"] = context + WARM_UP_STEPS + num_steps / 2
             decode(num_requests)
             row["cpu_ms"] = cpu_parts(engine, num_steps)
@@ -280,15 +328,26 @@ def one_engine(
             drain(engine)
 
     rows = [
-        {"running": n, "context": context, "overlap": overlap, "graphs": not engine.config.enforce_eager}
-        | attempt(f"{n} running, overlap {'on' if overlap else 'off'}", deadline, lambda n=n: one(n))
+        {
+            "running": n,
+            "context": context,
+            "overlap": overlap,
+            "graphs": not engine.config.enforce_eager,
+        }
+        | attempt(
+            f"{n} running, overlap {'on' if overlap else 'off'}", deadline, lambda n=n: one(n)
+        )
         for n in requests
     ]
     about = {
         "model": engine.model_path.name,
         "model_config": asdict(engine.model_config),
         "dtype": engine.config.dtype,
-        "engine": {k: v for k, v in asdict(engine.config).items() if k not in ("device", "async_scheduling")},
+        "engine": {
+            k: v
+            for k, v in asdict(engine.config).items()
+            if k not in ("device", "async_scheduling")
+        },
     }
     return about, rows
 
@@ -305,8 +364,8 @@ def run(
 ) -> dict[str, Any]:
     """Break a decode step down at each number of running requests, with overlap on and off.
 
-    context: tokens of each prompt; None is 512 on a GPU, 64 on a CPU. max_seconds: rows that would begin later are left
-    out. Other options are the engine's.
+    context: tokens of each prompt; None is 512 on a GPU, 64 on a CPU. max_seconds: rows that would
+    begin later are left out. Other options are the engine's.
     """
     on_gpu = pick_device(engine_options.get("device", "auto")).startswith("cuda")
     requests, context = requests or ((256,) if on_gpu else (8,)), context or (512 if on_gpu else 64)
@@ -316,10 +375,18 @@ def run(
     about: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     for overlap in overlaps:
-        about, found = one_engine(model, requests, context, num_steps, deadline, overlap, engine_options)
+        about, found = one_engine(
+            model, requests, context, num_steps, deadline, overlap, engine_options
+        )
         rows += found
         gc.collect()
         if on_gpu:
             torch.cuda.empty_cache()
     seconds = round(deadline.elapsed, 1)
-    return {"benchmark": "breakdown", **about, "rows": rows, "seconds": seconds, "environment": environment()}
+    return {
+        "benchmark": "breakdown",
+        **about,
+        "rows": rows,
+        "seconds": seconds,
+        "environment": environment(),
+    }

@@ -1,8 +1,9 @@
-"""What a model's operations cost at least: bytes that must cross the memory bus once, and floating-point operations.
+"""What a model's operations cost at least: bytes that must cross the memory bus once, and
+floating-point operations.
 
-A multiplication and an addition are two operations. Bytes count each input read once and each output written once;
-weights and caches come from memory, for they are far larger than any cache on the way.
-Taught in notebooks/10_measuring.ipynb.
+A multiplication and an addition are two operations. Bytes count each input read once and each
+output written once; weights and caches come from memory, for they are far larger than any cache on
+the way. Taught in notebooks/10_measuring.ipynb.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class ModelCosts:
     layer_weights: int  # of the matrices of all layers
     head_weights: int  # of the matrix that gives the logits
     kv_elements_per_token: int
-    attention_flops_per_pair: int  # of one query token looking at one key, over all heads and layers
+    attention_flops_per_pair: (
+        int  # of one query token looking at one key, over all heads and layers
+    )
     bytes_per_element: int
 
     @staticmethod
@@ -41,7 +44,11 @@ class ModelCosts:
         get = config.get if isinstance(config, dict) else lambda name: getattr(config, name)
         hidden, layers, dim = get("hidden_size"), get("num_hidden_layers"), get("head_dim")
         heads, kv_heads = get("num_attention_heads"), get("num_key_value_heads")
-        layer = hidden * (heads + 2 * kv_heads) * dim + heads * dim * hidden + 3 * hidden * get("intermediate_size")
+        layer = (
+            hidden * (heads + 2 * kv_heads) * dim
+            + heads * dim * hidden
+            + 3 * hidden * get("intermediate_size")
+        )
         return ModelCosts(
             layer_weights=layers * layer,
             head_weights=get("vocab_size") * hidden,
@@ -57,10 +64,14 @@ def attention_flops(heads: int, head_dim: int, pairs: int) -> int:
 
 
 def causal_pairs(query_len: int, context: int) -> int:
-    """Pairs of query and visible key: the last query_len tokens of a context, each of which sees itself and before."""
+    """Pairs of query and visible key: the last query_len tokens of a context, each of which sees
+    itself and before.
+    """
     return query_len * (context - query_len) + query_len * (query_len + 1) // 2
 
 
-def attention_bytes(query_len: int, context: int, heads: int, kv_heads: int, head_dim: int, element: int) -> int:
+def attention_bytes(
+    query_len: int, context: int, heads: int, kv_heads: int, head_dim: int, element: int
+) -> int:
     """Queries and outputs once, keys and values of the context once. element: bytes a number."""
     return (2 * query_len * heads + 2 * context * kv_heads) * head_dim * element

@@ -1,7 +1,8 @@
 """Each kernel beside its floor, and beside torch's own ways to compute the same.
 
-The floor of a row is the longer of bytes / (read bandwidth) and FLOPs / (matmul rate), both measured in the same run.
-On a GPU "minivllm" means the Triton kernels; on a CPU the torch references, with few and small cases.
+The floor of a row is the longer of bytes / (read bandwidth) and FLOPs / (matmul rate), both
+measured in the same run. On a GPU "minivllm" means the Triton kernels; on a CPU the torch
+references, with few and small cases.
 """
 
 from __future__ import annotations
@@ -37,23 +38,36 @@ DECODE: dict[str, list[tuple[int, int | tuple[int, int]]]] = {
     "cuda": [(256, 1024), (64, 8192), (256, 4096), (256, (100, 2000)), (32, 1024), (1, 4096)],
     "cpu": [(8, 256), (1, 1024), (16, (10, 200))],
 }
-#: Tokens of a step, for the operations on rows; rows and vocabulary of the logits (None: the model's).
+#: Tokens of a step, for the operations on rows; rows and vocabulary of the logits (None: the
+#: model's).
 ROWS = {"cuda": [256, 8192], "cpu": [16, 256]}
-#: Rows and numbers a row, for the softmax of chapter 01. The long rows do not stay in the cache between two passes.
+#: Rows and numbers a row, for the softmax of chapter 01. The long rows do not stay in the cache
+#: between two passes.
 SOFTMAX = {"cuda": [(8192, 1024), (512, 262_144)], "cpu": [(64, 512)]}
 LOGITS: dict[str, tuple[int, int | None]] = {"cuda": (256, None), "cpu": (16, 8192)}
 #: Tokens of a step, for the matrix products.
 LINEAR_ROWS = {"cuda": [1, 64, 256], "cpu": [1, 16]}
 #: What `kernels` may be asked for by name.
 NAMES = (
-    "decode_attention", "prefill_attention", "sample", "softmax", "linear", "rms_norm", "add_rms_norm", "qk_norm_rope",
-    "qk_norm_rope_store", "silu_mul", "store_kv",
-)  # fmt: skip
+    "decode_attention",
+    "prefill_attention",
+    "sample",
+    "softmax",
+    "linear",
+    "rms_norm",
+    "add_rms_norm",
+    "qk_norm_rope",
+    "qk_norm_rope_store",
+    "silu_mul",
+    "store_kv",
+)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to compute a case. prepare: what to make of a set of inputs first, outside of the time."""
+    """One way to compute a case. prepare: what to make of a set of inputs first, outside of the
+    time.
+    """
 
     call: Callable[..., Any]
     prepare: Callable[..., tuple] | None = None
@@ -92,17 +106,23 @@ class Setting:
     @property
     def heads(self) -> tuple[int, int, int]:
         """Query heads, KV heads, head_dim."""
-        return self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
+        return (
+            self.config.num_attention_heads,
+            self.config.num_key_value_heads,
+            self.config.head_dim,
+        )
 
     def randn(self, *shape: int) -> Tensor:
         return torch.randn(shape, dtype=self.dtype, device=self.device)
 
 
-# --- attention --------------------------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------
 
 
 def paged_inputs(setting: Setting, contexts: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """K cache, V cache, block table, context lengths; every sequence's blocks lie scattered over the cache."""
+    """K cache, V cache, block table, context lengths; every sequence's blocks lie scattered over
+    the cache.
+    """
     _, kv_heads, dim = setting.heads
     size = setting.block_size
     needed = [-(-context // size) for context in contexts]
@@ -110,16 +130,24 @@ def paged_inputs(setting: Setting, contexts: list[int]) -> tuple[Tensor, Tensor,
     caches = setting.randn(*shape), setting.randn(*shape)
     blocks = torch.randperm(sum(needed)).int().split(needed)
     table = torch.nn.utils.rnn.pad_sequence(blocks, batch_first=True)
-    return (*caches, table.to(setting.device), torch.tensor(contexts, dtype=torch.int32, device=setting.device))
+    return (
+        *caches,
+        table.to(setting.device),
+        torch.tensor(contexts, dtype=torch.int32, device=setting.device),
+    )
 
 
 def dense(cache: Tensor, table: Tensor, context: int) -> Tensor:
-    """``[B, KH, context, D]`` from pages, for what reads contiguous keys and values; all contexts are equal."""
+    """``[B, KH, context, D]`` from pages, for what reads contiguous keys and values; all contexts
+    are equal.
+    """
     pages = cache[table.long()]  # [B, blocks, KH, size, D]
     return pages.transpose(1, 2).flatten(2, 3)[:, :, :context].contiguous()
 
 
-def _sdpa(backend: SDPBackend | None, causal: bool, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _sdpa(
+    backend: SDPBackend | None, causal: bool, query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
     gqa = query.shape[1] != key.shape[1]
     if backend is None:
         return F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=gqa)
@@ -127,11 +155,18 @@ def _sdpa(backend: SDPBackend | None, causal: bool, query: Tensor, key: Tensor, 
         return F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=gqa)
 
 
-def _sdpa_variants(setting: Setting, causal: bool, prepare: Callable[..., tuple], view: Callable) -> dict[str, Variant]:
+def _sdpa_variants(
+    setting: Setting, causal: bool, prepare: Callable[..., tuple], view: Callable
+) -> dict[str, Variant]:
     backends: dict[str, SDPBackend | None] = {"sdpa": None}
     if setting.device.type == "cuda":
-        backends = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION}
-    return {name: Variant(partial(_sdpa, b, causal), prepare, view=view) for name, b in backends.items()}
+        backends = {
+            "sdpa flash": SDPBackend.FLASH_ATTENTION,
+            "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+        }
+    return {
+        name: Variant(partial(_sdpa, b, causal), prepare, view=view) for name, b in backends.items()
+    }
 
 
 def decode_cases(setting: Setting) -> Iterator[Case]:
@@ -152,12 +187,17 @@ def _decode_case(setting: Setting, name: str, contexts: list[int]) -> Case:
     def make() -> tuple:
         return setting.randn(batch, heads, dim), *paged_inputs(setting, contexts)
 
-    def ours(query: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, lens: Tensor) -> Tensor:
+    def ours(
+        query: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, lens: Tensor
+    ) -> Tensor:
         limits = {"max_seq_len": longest, "merge_attention": kernels.merge_attention}
         return kernels.decode_attention(query, k_cache, v_cache, table, lens, scale, **limits)
 
-    def contiguous(query: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, _: Tensor) -> tuple:
-        # The query heads that share a KV head become that head's query tokens: the same result, and no GQA is needed.
+    def contiguous(
+        query: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, _: Tensor
+    ) -> tuple:
+        # The query heads that share a KV head become that head's query tokens: the same result, and
+        # no GQA is needed.
         packed = query.view(batch, kv_heads, heads // kv_heads, dim)
         return packed, dense(k_cache, table, longest), dense(v_cache, table, longest)
 
@@ -188,14 +228,26 @@ def _prefill_case(setting: Setting, name: str, batch: int, query_len: int, conte
     kernels, scale = setting.kernels, dim**-0.5
 
     def make() -> tuple:
-        starts = torch.arange(0, batch * query_len + 1, query_len, dtype=torch.int32, device=setting.device)
-        return setting.randn(batch * query_len, heads, dim), starts, *paged_inputs(setting, [context] * batch)
+        starts = torch.arange(
+            0, batch * query_len + 1, query_len, dtype=torch.int32, device=setting.device
+        )
+        return (
+            setting.randn(batch * query_len, heads, dim),
+            starts,
+            *paged_inputs(setting, [context] * batch),
+        )
 
-    def ours(query: Tensor, starts: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, lens: Tensor) -> Tensor:
+    def ours(
+        query: Tensor, starts: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, lens: Tensor
+    ) -> Tensor:
         limits = {"max_query_len": query_len, "max_seq_len": context}
-        return kernels.prefill_attention(query, k_cache, v_cache, table, starts, lens, scale, **limits)
+        return kernels.prefill_attention(
+            query, k_cache, v_cache, table, starts, lens, scale, **limits
+        )
 
-    def contiguous(query: Tensor, _: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, __: Tensor) -> tuple:
+    def contiguous(
+        query: Tensor, _: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, __: Tensor
+    ) -> tuple:
         rows = query.view(batch, query_len, heads, dim).transpose(1, 2).contiguous()
         return rows, dense(k_cache, table, context), dense(v_cache, table, context)
 
@@ -208,17 +260,21 @@ def _prefill_case(setting: Setting, name: str, batch: int, query_len: int, conte
         return out.transpose(1, 2).reshape(batch * query_len, heads, dim)
 
     variants = {"minivllm": Variant(ours, graph=kernels.name == "triton")}
-    if context == query_len:  # torch aligns a causal mask to the start: chunks of a prompt are beyond it
+    if (
+        context == query_len
+    ):  # torch aligns a causal mask to the start: chunks of a prompt are beyond it
         variants |= _sdpa_variants(setting, True, contiguous, view)
         cudnn = _sdpa_variants(setting, True, expanded, view).get("sdpa cudnn")
         if cudnn is not None:
             variants["sdpa cudnn, heads expanded"] = cudnn
-    moved = batch * attention_bytes(query_len, context, heads, kv_heads, dim, setting.dtype.itemsize)
+    moved = batch * attention_bytes(
+        query_len, context, heads, kv_heads, dim, setting.dtype.itemsize
+    )
     flops = batch * attention_flops(heads, dim, causal_pairs(query_len, context))
     return Case("prefill_attention", name, moved, flops, make, variants, arithmetic=True)
 
 
-# --- sampling ---------------------------------------------------------------------------------------------------------
+# --- sampling -------------------------------------------------------------------------------------
 
 
 def _sample_eager(logits: Tensor, temperature: Tensor) -> Tensor:
@@ -256,7 +312,9 @@ def sample_cases(setting: Setting) -> Iterator[Case]:
 
 
 def softmax_cases(setting: Setting) -> Iterator[Case]:
-    """Whole rows, read and written once at best; ours reads them twice, eager torch once for each of its operations."""
+    """Whole rows, read and written once at best; ours reads them twice, eager torch once for each
+    of its operations.
+    """
 
     def three_passes(x: Tensor) -> Tensor:
         weights = torch.exp(x - x.amax(dim=-1, keepdim=True))
@@ -274,11 +332,13 @@ def softmax_cases(setting: Setting) -> Iterator[Case]:
         yield Case("softmax", f"{rows} x {width}", moved, 5 * rows * width, make, variants)
 
 
-# --- operations on rows -----------------------------------------------------------------------------------------------
+# --- operations on rows ---------------------------------------------------------------------------
 
 
 def row_cases(setting: Setting) -> Iterator[Case]:
-    """Norms, SwiGLU, rotation and the cache's write, on the tokens of a decode step and of a prefill step."""
+    """Norms, SwiGLU, rotation and the cache's write, on the tokens of a decode step and of a
+    prefill step.
+    """
     for rows in ROWS[setting.device.type]:
         yield from _norm_cases(setting, rows)
         yield _silu_case(setting, rows)
@@ -289,7 +349,9 @@ def row_cases(setting: Setting) -> Iterator[Case]:
 
 
 def _beside_eager(setting: Setting, name: str, wait: bool = False) -> dict[str, Variant]:
-    """Ours and, where ours is Triton, the reference in eager torch. wait: the reference waits for the GPU."""
+    """Ours and, where ours is Triton, the reference in eager torch. wait: the reference waits for
+    the GPU.
+    """
     ours, reference = getattr(setting.kernels, name), getattr(Kernels.reference(), name)
     if ours is reference:
         return {"minivllm": Variant(ours)}
@@ -297,7 +359,11 @@ def _beside_eager(setting: Setting, name: str, wait: bool = False) -> dict[str, 
 
 
 def _norm_cases(setting: Setting, rows: int) -> Iterator[Case]:
-    width, element, eps = setting.config.hidden_size, setting.dtype.itemsize, setting.config.rms_norm_eps
+    width, element, eps = (
+        setting.config.hidden_size,
+        setting.dtype.itemsize,
+        setting.config.rms_norm_eps,
+    )
     once = rows * width * element
 
     def make(residual: bool) -> tuple:
@@ -306,7 +372,14 @@ def _norm_cases(setting: Setting, rows: int) -> Iterator[Case]:
 
     for name, passes in (("rms_norm", 2), ("add_rms_norm", 4)):
         variants = _beside_eager(setting, name)
-        yield Case(name, f"{rows} x {width}", passes * once, 4 * rows * width, partial(make, passes == 4), variants)
+        yield Case(
+            name,
+            f"{rows} x {width}",
+            passes * once,
+            4 * rows * width,
+            partial(make, passes == 4),
+            variants,
+        )
 
 
 def _silu_case(setting: Setting, rows: int) -> Case:
@@ -314,17 +387,30 @@ def _silu_case(setting: Setting, rows: int) -> Case:
     variants = _beside_eager(setting, "silu_mul")
     moved = 3 * rows * width * element
     return Case(
-        "silu_mul", f"{rows} x {width}", moved, 5 * rows * width, lambda: (setting.randn(rows, 2 * width),), variants
+        "silu_mul",
+        f"{rows} x {width}",
+        moved,
+        5 * rows * width,
+        lambda: (setting.randn(rows, 2 * width),),
+        variants,
     )
 
 
 def _rope_inputs(setting: Setting, rows: int) -> tuple:
-    """Query, key, value, norm weights, table, positions. Q, K and V stand in one row, as the projection gives them."""
+    """Query, key, value, norm weights, table, positions. Q, K and V stand in one row, as the
+    projection gives them.
+    """
     heads, kv_heads, dim = setting.heads
     fused = setting.randn(rows, heads + 2 * kv_heads, dim)
     table = torch.randn(4096, dim, device=setting.device)
     positions = torch.randint(4096, (rows,), device=setting.device)
-    return (*fused.split([heads, kv_heads, kv_heads], dim=1), setting.randn(dim), setting.randn(dim), table, positions)
+    return (
+        *fused.split([heads, kv_heads, kv_heads], dim=1),
+        setting.randn(dim),
+        setting.randn(dim),
+        table,
+        positions,
+    )
 
 
 def _rope_case(setting: Setting, rows: int) -> Case:
@@ -337,7 +423,14 @@ def _rope_case(setting: Setting, rows: int) -> Case:
 
     moved = 2 * numbers * setting.dtype.itemsize + rows * dim * 4
     variants = _beside_eager(setting, "qk_norm_rope")
-    return Case("qk_norm_rope", f"{rows} x ({heads} + {kv_heads}) x {dim}", moved, 10 * numbers, make, variants)
+    return Case(
+        "qk_norm_rope",
+        f"{rows} x ({heads} + {kv_heads}) x {dim}",
+        moved,
+        10 * numbers,
+        make,
+        variants,
+    )
 
 
 def _cache_inputs(setting: Setting, rows: int) -> tuple:
@@ -357,13 +450,18 @@ def _fused_case(setting: Setting, rows: int) -> Case:
     def make() -> tuple:
         return *_rope_inputs(setting, rows), 1e-6, *_cache_inputs(setting, rows)
 
-    def apart(query, key, value, q_weight, k_weight, table, positions, eps, k_cache, v_cache, slots) -> Tensor:
+    def apart(
+        query, key, value, q_weight, k_weight, table, positions, eps, k_cache, v_cache, slots
+    ) -> Tensor:
         query, key = kernels.qk_norm_rope(query, key, q_weight, k_weight, table, positions, eps)
         kernels.store_kv(key, value, k_cache, v_cache, slots)
         return query
 
     moved = 2 * (numbers + rows * kv_heads * dim) * setting.dtype.itemsize + rows * (dim * 4 + 8)
-    variants = {"minivllm": Variant(kernels.qk_norm_rope_store), "minivllm, two launches": Variant(apart)}
+    variants = {
+        "minivllm": Variant(kernels.qk_norm_rope_store),
+        "minivllm, two launches": Variant(apart),
+    }
     name = f"{rows} x ({heads} + 2 x {kv_heads}) x {dim}"
     return Case("qk_norm_rope_store", name, moved, 10 * numbers, make, variants)
 
@@ -377,17 +475,24 @@ def _store_case(setting: Setting, rows: int) -> Case:
 
     moved = 4 * rows * kv_heads * dim * setting.dtype.itemsize + 8 * rows
     variants = _beside_eager(setting, "store_kv", wait=True)
-    return Case("store_kv", f"{rows} x {kv_heads} x {dim}", moved, 0, make, variants, comparable=False)
+    return Case(
+        "store_kv", f"{rows} x {kv_heads} x {dim}", moved, 0, make, variants, comparable=False
+    )
 
 
 def linear_cases(setting: Setting) -> Iterator[Case]:
-    """The model's matrix products at the rows of decode steps; from a few rows on ours is torch's."""
+    """The model's matrix products at the rows of decode steps; from a few rows on ours is
+    torch's.
+    """
     config, (heads, kv_heads, dim) = setting.config, setting.heads
     hidden, inner = config.hidden_size, config.intermediate_size
     matrices = {
-        "qkv_proj": ((heads + 2 * kv_heads) * dim, hidden), "o_proj": (hidden, heads * dim),
-        "gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner), "lm_head": (config.vocab_size, hidden),
-    }  # fmt: skip
+        "qkv_proj": ((heads + 2 * kv_heads) * dim, hidden),
+        "o_proj": (hidden, heads * dim),
+        "gate_up_proj": (2 * inner, hidden),
+        "down_proj": (hidden, inner),
+        "lm_head": (config.vocab_size, hidden),
+    }
     for rows in LINEAR_ROWS[setting.device.type]:
         for name, (out, into) in matrices.items():
 
@@ -398,30 +503,54 @@ def linear_cases(setting: Setting) -> Iterator[Case]:
             variants = {"minivllm": Variant(setting.kernels.linear)}
             if setting.kernels.name == "triton":
                 variants["torch"] = Variant(F.linear)
-            yield Case("linear", f"{rows} x {into} to {out} ({name})", moved, 2 * rows * out * into, make, variants)
+            yield Case(
+                "linear",
+                f"{rows} x {into} to {out} ({name})",
+                moved,
+                2 * rows * out * into,
+                make,
+                variants,
+            )
 
 
-# --- measuring --------------------------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 
 
 def make_row(case: Case, variant: str, timing: Any, rates: Rates) -> dict[str, Any]:
-    """The row of one variant: its time, what it moved and computed a second, and which share of the floor that is."""
+    """The row of one variant: its time, what it moved and computed a second, and which share of the
+    floor that is.
+    """
     seconds = timing.median_us * 1e-6
-    speed = {"tflops": case.flops / seconds / 1e12} if case.arithmetic else {"tb_per_s": case.bytes / seconds / 1e12}
+    speed = (
+        {"tflops": case.flops / seconds / 1e12}
+        if case.arithmetic
+        else {"tb_per_s": case.bytes / seconds / 1e12}
+    )
     return {
-        "kernel": case.kernel, "case": case.name, "variant": variant, **asdict(timing),
-        "bytes": case.bytes, "flops": case.flops, **speed,
+        "kernel": case.kernel,
+        "case": case.name,
+        "variant": variant,
+        **asdict(timing),
+        "bytes": case.bytes,
+        "flops": case.flops,
+        **speed,
         "share_of_floor": rates.seconds(case.bytes, case.flops) / seconds,
-    }  # fmt: skip
+    }
 
 
 def difference(out: Any, expected: Any) -> float:
     """Root mean square of out - expected, relative to expected's."""
     out, expected = (x[0] if isinstance(x, tuple) else x for x in (out, expected))
-    return ((out.float() - expected.float()).square().mean() / expected.float().square().mean()).sqrt().item()
+    return (
+        ((out.float() - expected.float()).square().mean() / expected.float().square().mean())
+        .sqrt()
+        .item()
+    )
 
 
-def run_case(case: Case, rates: Rates, device: torch.device, deadline: Deadline, seconds: float) -> list[dict]:
+def run_case(
+    case: Case, rates: Rates, device: torch.device, deadline: Deadline, seconds: float
+) -> list[dict]:
     """The case's rows, one a variant; a variant that fails is a row with "failed"."""
     inputs: list[tuple] = []
     outputs: dict[str, Any] = {}
@@ -433,7 +562,9 @@ def run_case(case: Case, rates: Rates, device: torch.device, deadline: Deadline,
     def row(name: str, variant: Variant) -> dict[str, Any]:
         prepared = [variant.prepare(*each) if variant.prepare else each for each in inputs]
         calls = [partial(variant.call, *each) for each in prepared]
-        found = make_row(case, name, measure(calls, device, graph=variant.graph, seconds=seconds), rates)
+        found = make_row(
+            case, name, measure(calls, device, graph=variant.graph, seconds=seconds), rates
+        )
         if case.comparable:
             out = calls[0]()
             out = variant.view(out) if variant.view else out
@@ -473,13 +604,16 @@ def run(
 ) -> dict[str, Any]:
     """Time the kernels that are named.
 
-    shape: heads and widths; None is Qwen3-0.6B's on a GPU, tiny on a CPU. compiled: whether torch.compile is tried too;
-    None is on a GPU. seconds: of measuring a row, about. max_seconds: rows that begin later are left out.
+    shape: heads and widths; None is Qwen3-0.6B's on a GPU, tiny on a CPU. compiled: whether
+    torch.compile is tried too; None is on a GPU. seconds: of measuring a row, about. max_seconds:
+    rows that begin later are left out.
     """
     where = torch.device(pick_device(device))
     on_gpu = where.type == "cuda"
     shape = shape or ("qwen3-0.6b" if on_gpu else "tiny")
-    number_type = getattr(torch, dtype) if dtype != "auto" else (torch.bfloat16 if on_gpu else torch.float32)
+    number_type = (
+        getattr(torch, dtype) if dtype != "auto" else (torch.bfloat16 if on_gpu else torch.float32)
+    )
     size = block_size or (64 if on_gpu else 16)
     kernels = Kernels.triton() if on_gpu else Kernels.reference()
     compiled = on_gpu if compiled is None else compiled
@@ -490,7 +624,14 @@ def run(
     measured = measure_rates(where, number_type)
     _release(where)
     rows: list[dict[str, Any]] = []
-    for maker in (decode_cases, prefill_cases, sample_cases, softmax_cases, linear_cases, row_cases):
+    for maker in (
+        decode_cases,
+        prefill_cases,
+        sample_cases,
+        softmax_cases,
+        linear_cases,
+        row_cases,
+    ):
         for case in maker(setting):
             if case.kernel in names:
                 rows += run_case(case, rates_of(measured), where, deadline, seconds)

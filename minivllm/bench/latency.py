@@ -1,7 +1,9 @@
-"""How long one waits: for the first token (TTFT), between tokens (TPOT), and how that grows with the work.
+"""How long one waits: for the first token (TTFT), between tokens (TPOT), and how that grows with
+the work.
 
-Requests arrive all at once, so a TTFT holds the whole batch's prefill. TPOT is a request's mean time between its tokens
-after the first. Growth is measured on requests that are all decoding. Taught in notebooks/10_measuring.ipynb.
+Requests arrive all at once, so a TTFT holds the whole batch's prefill. TPOT is a request's mean
+time between its tokens after the first. Growth is measured on requests that are all decoding.
+Taught in notebooks/10_measuring.ipynb.
 """
 
 from __future__ import annotations
@@ -27,9 +29,15 @@ CONTEXTS = {"cuda": (1024, 8192, 32768), "cpu": (64, 256)}
 PREFIX = {"cuda": (64, 2048, 64), "cpu": (8, 128, 16)}
 
 
-def serve(llm: LLM, batch: int, prompt_tokens: int, output_tokens: int, repeats: int) -> dict[str, Any]:
-    """TTFT and TPOT in seconds over `repeats` rounds of `batch` requests, and output tokens a second of each round."""
-    workload = Workload(batch, (prompt_tokens, prompt_tokens), (output_tokens, output_tokens), 0, 0.6)
+def serve(
+    llm: LLM, batch: int, prompt_tokens: int, output_tokens: int, repeats: int
+) -> dict[str, Any]:
+    """TTFT and TPOT in seconds over `repeats` rounds of `batch` requests, and output tokens a
+    second of each round.
+    """
+    workload = Workload(
+        batch, (prompt_tokens, prompt_tokens), (output_tokens, output_tokens), 0, 0.6
+    )
     prompts, output_lens = workload.draw(llm.llm_engine.model_config.vocab_size)
     params = SamplingParams(temperature=0.6, max_tokens=output_tokens, ignore_eos=True)
     first, between, rates = [], [], []
@@ -43,13 +51,19 @@ def serve(llm: LLM, batch: int, prompt_tokens: int, output_tokens: int, repeats:
             between += [output.metrics.time_per_output_token for output in outputs]
             rates.append(sum(output_lens) / elapsed)
     return {
-        "batch": batch, "prompt_tokens": prompt_tokens, "output_tokens": output_tokens,
-        "ttft": percentiles(first), "tpot": percentiles(between), "output_tokens_per_second": spread(rates),
-    }  # fmt: skip
+        "batch": batch,
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": output_tokens,
+        "ttft": percentiles(first),
+        "tpot": percentiles(between),
+        "output_tokens_per_second": spread(rates),
+    }
 
 
 def decode_steps(llm: LLM, num_requests: int, context: int, num_steps: int) -> dict[str, Any]:
-    """Seconds of a step, and tokens a second, while so many requests of about this context decode."""
+    """Seconds of a step, and tokens a second, while so many requests of about this context
+    decode.
+    """
     engine = llm.llm_engine
     try:
         start_decoding(engine, num_requests, context, num_steps)
@@ -63,12 +77,17 @@ def decode_steps(llm: LLM, num_requests: int, context: int, num_steps: int) -> d
         "context": context,
         "steps": num_steps,
         "step_seconds": percentiles(times),
-        "tokens_per_second": (after.num_generated_tokens - before.num_generated_tokens) / sum(times),
+        "tokens_per_second": (
+            (after.num_generated_tokens - before.num_generated_tokens) / sum(times)
+        ),
     }
 
 
-def shared_prefix(llm: LLM, num_requests: int, prefix: int, own: int, repeats: int) -> dict[str, Any]:
-    """Seconds until every request has its first token, where all share a prefix and where none does.
+def shared_prefix(
+    llm: LLM, num_requests: int, prefix: int, own: int, repeats: int
+) -> dict[str, Any]:
+    """Seconds until every request has its first token, where all share a prefix and where none
+    does.
 
     The cache is emptied before each round: computing the prefix once is part of the time.
     """
@@ -77,7 +96,9 @@ def shared_prefix(llm: LLM, num_requests: int, prefix: int, own: int, repeats: i
     times: dict[str, list[float]] = {"distinct": [], "shared": []}
     for round_number in range(1 + repeats):
         for kind, seconds in times.items():
-            prompts = _prompts(kind == "shared", num_requests, prefix, own, engine.model_config.vocab_size)
+            prompts = _prompts(
+                kind == "shared", num_requests, prefix, own, engine.model_config.vocab_size
+            )
             engine.scheduler.block_manager.reset_prefix_cache()
             start = time.perf_counter()
             llm.generate(prompts, params, use_tqdm=False)
@@ -85,12 +106,17 @@ def shared_prefix(llm: LLM, num_requests: int, prefix: int, own: int, repeats: i
                 seconds.append(time.perf_counter() - start)
     ratios = [slow / fast for slow, fast in zip(times["distinct"], times["shared"], strict=True)]
     return {
-        "requests": num_requests, "prefix_tokens": prefix, "own_tokens": own,
-        **{f"{kind}_seconds": spread(values) for kind, values in times.items()}, "faster_by": spread(ratios),
-    }  # fmt: skip
+        "requests": num_requests,
+        "prefix_tokens": prefix,
+        "own_tokens": own,
+        **{f"{kind}_seconds": spread(values) for kind, values in times.items()},
+        "faster_by": spread(ratios),
+    }
 
 
-def _prompts(shared: bool, num_requests: int, prefix: int, own: int, vocab_size: int) -> list[list[int]]:
+def _prompts(
+    shared: bool, num_requests: int, prefix: int, own: int, vocab_size: int
+) -> list[list[int]]:
     rng = random.Random(prefix)
     first = [rng.randrange(vocab_size) for _ in range(prefix)]
     prompts = []
@@ -114,18 +140,26 @@ def run(
     max_seconds: float | None = None,
     **engine_options: Any,
 ) -> dict[str, Any]:
-    """TTFT and TPOT at these batch sizes, steps at these numbers of requests and contexts, and prefix hits.
+    """TTFT and TPOT at these batch sizes, steps at these numbers of requests and contexts, and
+    prefix hits.
 
-    None takes the defaults for the device. running: requests of 128 prompt tokens; contexts: context_requests of them.
-    max_seconds: rows that would begin later are left out. Other options are the engine's.
+    None takes the defaults for the device. running: requests of 128 prompt tokens; contexts:
+    context_requests of them. max_seconds: rows that would begin later are left out. Other options
+    are the engine's.
     """
     kind = pick_device(engine_options.get("device", "auto")).partition(":")[0]
-    batches, running, contexts = batches or BATCHES[kind], running or RUNNING[kind], contexts or CONTEXTS[kind]
+    batches, running, contexts = (
+        batches or BATCHES[kind],
+        running or RUNNING[kind],
+        contexts or CONTEXTS[kind],
+    )
     deadline = Deadline(max_seconds)
     short_context = 128 if kind == "cuda" else 32
     longest = max(*contexts, short_context, prompt_tokens + output_tokens, sum(PREFIX[kind][1:]))
     engine_options.setdefault("max_model_len", -(-(longest + num_steps + 128) // 64) * 64)
-    engine_options.setdefault("max_num_seqs", max(*running, *batches, context_requests, PREFIX[kind][0]))
+    engine_options.setdefault(
+        "max_num_seqs", max(*running, *batches, context_requests, PREFIX[kind][0])
+    )
     say("latency: starting the engine")
     llm = LLM(model, skip_tokenizer_init=True, **engine_options)
     report: dict[str, Any] = {
@@ -136,19 +170,31 @@ def run(
         "engine": {k: v for k, v in asdict(llm.llm_engine.config).items() if k != "device"},
         "serving": [
             {"batch": n}
-            | attempt(f"batch {n}", deadline, lambda n=n: serve(llm, n, prompt_tokens, output_tokens, repeats))
+            | attempt(
+                f"batch {n}",
+                deadline,
+                lambda n=n: serve(llm, n, prompt_tokens, output_tokens, repeats),
+            )
             for n in batches
         ],
         "growth_with_requests": [
             {"running": n, "context": short_context}
-            | attempt(f"{n} running", deadline, lambda n=n: decode_steps(llm, n, short_context, num_steps))
+            | attempt(
+                f"{n} running", deadline, lambda n=n: decode_steps(llm, n, short_context, num_steps)
+            )
             for n in running
         ],
         "growth_with_context": [
             {"running": context_requests, "context": n}
-            | attempt(f"context {n}", deadline, lambda n=n: decode_steps(llm, context_requests, n, num_steps))
+            | attempt(
+                f"context {n}",
+                deadline,
+                lambda n=n: decode_steps(llm, context_requests, n, num_steps),
+            )
             for n in contexts
         ],
-        "shared_prefix": attempt("shared prefix", deadline, lambda: shared_prefix(llm, *PREFIX[kind], repeats)),
+        "shared_prefix": attempt(
+            "shared prefix", deadline, lambda: shared_prefix(llm, *PREFIX[kind], repeats)
+        ),
     }
     return report | {"seconds": round(deadline.elapsed, 1), "environment": environment()}

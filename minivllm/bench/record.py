@@ -1,7 +1,9 @@
-"""Everything in one call, for a GPU machine that one has for minutes: each benchmark in a process of its own.
+"""Everything in one call, for a GPU machine that one has for minutes: each benchmark in a process
+of its own.
 
-A process of its own, because a failed kernel takes its process's GPU state with it, and a hung one can be ended. Every
-benchmark writes its file as soon as it has it; what fails leaves its log and does not stop the others.
+A process of its own, because a failed kernel takes its process's GPU state with it, and a hung one
+can be ended. Every benchmark writes its file as soon as it has it; what fails leaves its log and
+does not stop the others.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from minivllm.bench.report import save_report, say
 
 @dataclass(frozen=True)
 class Job:
-    """A benchmark, its arguments, and its seconds: after `soft` it begins no further row, after `hard` it is ended."""
+    """A benchmark, its arguments, and its seconds: after `soft` it begins no further row, after
+    `hard` it is ended.
+    """
 
     name: str
     arguments: tuple[str, ...]
@@ -32,7 +36,18 @@ class Job:
 def jobs(shape: str, on_gpu: bool, compiled: bool = True) -> list[Job]:
     """What is recorded. The soft bounds add up to about six minutes on a GPU."""
     if not on_gpu:
-        few = ("--repeats", "1", "--batches", "1,4", "--running", "1,4", "--contexts", "64,256", "--num-steps", "8")
+        few = (
+            "--repeats",
+            "1",
+            "--batches",
+            "1,4",
+            "--running",
+            "1,4",
+            "--contexts",
+            "64,256",
+            "--num-steps",
+            "8",
+        )
         return [
             Job("kernels", ("--shape", shape, "--seconds", "0.02"), 30, 60),
             Job("throughput", ("--shape", shape, "--case", "decode1", "--repeats", "2"), 30, 60),
@@ -45,7 +60,16 @@ def jobs(shape: str, on_gpu: bool, compiled: bool = True) -> list[Job]:
         # The budget that vLLM, too, takes for offline work on such a GPU.
         Job(
             "throughput",
-            ("--shape", shape, "--case", "all", "--repeats", "3", "--max-num-batched-tokens", "16384"),
+            (
+                "--shape",
+                shape,
+                "--case",
+                "all",
+                "--repeats",
+                "3",
+                "--max-num-batched-tokens",
+                "16384",
+            ),
             100,
             170,
         ),
@@ -63,19 +87,25 @@ def machine_name() -> str:
 
 
 def run_job(job: Job, path: Path, log: Path) -> str | None:
-    """Run a benchmark in a process of its own; its output goes to `log`. Returns what went wrong, or None."""
+    """Run a benchmark in a process of its own; its output goes to `log`. Returns what went wrong,
+    or None.
+    """
     command = [sys.executable, "-u", "-m", "minivllm", "bench", job.name, *job.arguments]
     command += ["--max-seconds", str(job.soft), "--out", str(path)]
     with log.open("w", encoding="utf-8") as output:
         try:
-            code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, timeout=job.hard).returncode
+            code = subprocess.run(
+                command, stdout=output, stderr=subprocess.STDOUT, timeout=job.hard
+            ).returncode
         except subprocess.TimeoutExpired:
             return f"ended after {job.hard} s"
     return None if code == 0 else f"exit status {code}"
 
 
 def run(out: Path, shape: str | None = None, compiled: bool = True) -> dict[str, Any]:
-    """Run every benchmark and write NAME-MACHINE.json, and logs, into `out`. Returns seconds and failures by name."""
+    """Run every benchmark and write NAME-MACHINE.json, and logs, into `out`. Returns seconds and
+    failures by name.
+    """
     on_gpu = torch.cuda.is_available()
     shape = shape or ("qwen3-0.6b" if on_gpu else "tiny")
     out.mkdir(parents=True, exist_ok=True)
@@ -89,7 +119,13 @@ def run(out: Path, shape: str | None = None, compiled: bool = True) -> dict[str,
         summary[job.name] = {"seconds": round(time.perf_counter() - start, 1), "problem": problem}
         say(f"record: {job.name} {problem or 'done'} after {summary[job.name]['seconds']} s")
         if problem:
-            say("".join(log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[-15:]))
+            say(
+                "".join(
+                    log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[
+                        -15:
+                    ]
+                )
+            )
     _add_roofline(out, where, summary)
     return summary
 

@@ -1,4 +1,5 @@
-"""What every benchmark writes down beside its numbers: the machine, the versions, the date, the commit.
+"""What every benchmark writes down beside its numbers: the machine, the versions, the date, the
+commit.
 
 `recorded/` holds reports of machines that not everybody has; `recorded("kernels-h200")` reads one.
 """
@@ -45,8 +46,10 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "torch_threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {"minivllm": minivllm.__version__}
-        | {name: _version(name) for name in ("torch", "triton", "transformers", "numpy")},
+        "versions": (
+            {"minivllm": minivllm.__version__}
+            | {name: _version(name) for name in ("torch", "triton", "transformers", "numpy")}
+        ),
         "commit": _commit(),
     }
 
@@ -62,7 +65,9 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """Median, 90th and 99th percentile (linear between neighbours), least, greatest and how many there are."""
+    """Median, 90th and 99th percentile (linear between neighbours), least, greatest and how many
+    there are.
+    """
     ordered = sorted(values)
 
     def at(share: float) -> float:
@@ -71,22 +76,32 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
         return ordered[low] + part * (ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
 
     return {
-        "median": at(0.5), "p90": at(0.9), "p99": at(0.99), "min": ordered[0], "max": ordered[-1],
+        "median": at(0.5),
+        "p90": at(0.9),
+        "p99": at(0.99),
+        "min": ordered[0],
+        "max": ordered[-1],
         "count": len(ordered),
-    }  # fmt: skip
+    }
 
 
 def save_report(report: dict[str, Any], path: str | Path) -> None:
-    """Write a report as JSON. What cannot be a JSON number (NaN, infinity) is refused with ValueError."""
+    """Write a report as JSON. What cannot be a JSON number (NaN, infinity) is refused with
+    ValueError.
+    """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
 
 
 def recorded(name: str) -> dict[str, Any]:
-    """A recorded report by the name of its file, with or without ".json". FileNotFoundError lists what there is."""
+    """A recorded report by the name of its file, with or without ".json". FileNotFoundError lists
+    what there is.
+    """
     path = RECORDED / f"{name.removesuffix('.json')}.json"
     if not path.is_file():
-        raise FileNotFoundError(f"No recorded report {name!r}; there are: {', '.join(list_recorded()) or 'none'}.")
+        raise FileNotFoundError(
+            f"No recorded report {name!r}; there are: {', '.join(list_recorded()) or 'none'}."
+        )
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -98,7 +113,11 @@ def list_recorded() -> list[str]:
 def machine(report: dict[str, Any]) -> str:
     """One line that says where and when a report was measured."""
     found = report["environment"]
-    what = found["gpu"]["name"] if found["gpu"] else f"{found['cpu']}, {found['torch_threads']} threads"
+    what = (
+        found["gpu"]["name"]
+        if found["gpu"]
+        else f"{found['cpu']}, {found['torch_threads']} threads"
+    )
     versions = ", ".join(f"{name} {value}" for name, value in found["versions"].items() if value)
     return f"{what}; {versions}; {found['date'][:10]}, commit {found['commit']}"
 
@@ -126,7 +145,8 @@ def say(text: str) -> None:
 def attempt(
     name: str, deadline: Deadline, measure: Callable[[], dict[str, Any]], quiet: bool = False
 ) -> dict[str, Any]:
-    """What `measure` returns; or {"failed": why} when it raises, or when the time bound has passed before it starts.
+    """What `measure` returns; or {"failed": why} when it raises, or when the time bound has passed
+    before it starts.
 
     quiet: success is not announced.
     """
@@ -157,19 +177,28 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def _commit() -> str | None:
-    """MINIVLLM_COMMIT if set (for a copy without its history), else the checkout's, with "+" when files differ."""
+    """MINIVLLM_COMMIT if set (for a copy without its history), else the checkout's, with "+" when
+    files differ.
+    """
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     if commit := os.environ.get("MINIVLLM_COMMIT"):
         return commit
     try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        return git("rev-parse", "--short", "HEAD") + (
+            "+" if git("status", "--porcelain", "-uno") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return None

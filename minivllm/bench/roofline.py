@@ -1,10 +1,14 @@
-"""The floor of a whole workload: what a machine with these rates needs at least, and which share of it was reached.
+"""The floor of a whole workload: what a machine with these rates needs at least, and which share of
+it was reached.
 
-The engine's steps are simulated (`steps_of`), and each costs the sum of four parts that follow one another:
+The engine's steps are simulated (`steps_of`), and each costs the sum of four parts that follow one
+another:
 
-    layers             the longer of reading all their matrices once and multiplying them with the step's tokens
+    layers             the longer of reading all their matrices once and multiplying them with the
+                       step's tokens
     head               the same for the matrix that gives the logits
-    decode attention   the longer of reading the K and V of every decoding request and its arithmetic
+    decode attention   the longer of reading the K and V of every decoding request and its
+                       arithmetic
     prefill attention  the same for the requests with several new tokens
 
 Left out: activations, norms, sampling, launches, Python. So the floor is a bound, not a forecast.
@@ -26,7 +30,9 @@ PARTS = ("layers", "head", "decode_attention", "prefill_attention")
 
 @dataclass(frozen=True)
 class Step:
-    """What one step computes: (new tokens, context with them) of every request, and how many of them sample."""
+    """What one step computes: (new tokens, context with them) of every request, and how many of
+    them sample.
+    """
 
     items: list[tuple[int, int]]
     num_sampled: int
@@ -44,11 +50,16 @@ class _Request:
 
 
 def steps_of(
-    prompt_lens: Sequence[int], output_lens: Sequence[int], max_num_seqs: int, max_num_batched_tokens: int
+    prompt_lens: Sequence[int],
+    output_lens: Sequence[int],
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
 ) -> Iterator[Step]:
-    """The steps of continuous batching when all requests are there at the start and memory never runs out.
+    """The steps of continuous batching when all requests are there at the start and memory never
+    runs out.
 
-    As `minivllm.engine.scheduler`: running requests first, oldest first, then waiting ones, within the token budget.
+    As `minivllm.engine.scheduler`: running requests first, oldest first, then waiting ones, within
+    the token budget.
     """
     waiting = deque(_Request(p, p + o) for p, o in zip(prompt_lens, output_lens, strict=True))
     running: list[_Request] = []
@@ -73,7 +84,9 @@ def steps_of(
 
 @dataclass
 class Floor:
-    """What a workload needs at least: seconds, bytes and operations of each part, over so many steps."""
+    """What a workload needs at least: seconds, bytes and operations of each part, over so many
+    steps.
+    """
 
     steps: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
@@ -111,16 +124,29 @@ def floor_of(steps: Iterator[Step] | Sequence[Step], costs: ModelCosts, rates: R
 
 
 def case_floor(
-    prompt_lens: Sequence[int], output_lens: Sequence[int], costs: ModelCosts, rates: Rates,
-    *, max_num_seqs: int, max_num_batched_tokens: int,
-) -> dict[str, Any]:  # fmt: skip
-    """The floor of a workload as a report has it: seconds, its parts, and tokens a second at the floor."""
-    floor = floor_of(steps_of(prompt_lens, output_lens, max_num_seqs, max_num_batched_tokens), costs, rates)
+    prompt_lens: Sequence[int],
+    output_lens: Sequence[int],
+    costs: ModelCosts,
+    rates: Rates,
+    *,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+) -> dict[str, Any]:
+    """The floor of a workload as a report has it: seconds, its parts, and tokens a second at the
+    floor.
+    """
+    floor = floor_of(
+        steps_of(prompt_lens, output_lens, max_num_seqs, max_num_batched_tokens), costs, rates
+    )
     return {
         "seconds": floor.total_seconds,
         "steps": floor.steps,
         "parts": {
-            part: {"seconds": floor.seconds[part], "bytes": floor.bytes[part], "flops": floor.flops[part]}
+            part: {
+                "seconds": floor.seconds[part],
+                "bytes": floor.bytes[part],
+                "flops": floor.flops[part],
+            }
             for part in PARTS
         },
         "output_tokens_per_second": sum(output_lens) / floor.total_seconds,
@@ -128,11 +154,15 @@ def case_floor(
     }
 
 
-def run(report: dict[str, Any], rates: Rates | None = None, cases: Sequence[str] | None = None) -> dict[str, Any]:
-    """The floors of a throughput report's cases, and the share that was reached (floor / measured time).
+def run(
+    report: dict[str, Any], rates: Rates | None = None, cases: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """The floors of a throughput report's cases, and the share that was reached (floor / measured
+    time).
 
-    report: of ``minivllm bench throughput --case …``. rates: None takes those measured in that run. A case that failed
-    there has its floor here and no share. ValueError for a report of another kind.
+    report: of ``minivllm bench throughput --case …``. rates: None takes those measured in that run.
+    A case that failed there has its floor here and no share. ValueError for a report of another
+    kind.
     """
     from minivllm.bench.throughput import Workload
 

@@ -1,4 +1,6 @@
-"""Requests that are all decoding, and how long their steps take: the ground of `latency` and `breakdown`."""
+"""Requests that are all decoding, and how long their steps take: the ground of `latency` and
+`breakdown`.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +15,29 @@ WARM_UP_STEPS = 8
 
 
 def start_decoding(
-    engine: LLMEngine, num_requests: int, prompt_tokens: int, num_steps: int, temperature: float = 0.6
+    engine: LLMEngine,
+    num_requests: int,
+    prompt_tokens: int,
+    num_steps: int,
+    temperature: float = 0.6,
 ) -> None:
-    """Give the engine requests of random tokens and step until all are decoding, with num_steps steps to come.
+    """Give the engine requests of random tokens and step until all are decoding, with num_steps
+    steps to come.
 
-    ValueError when the KV cache or the slots cannot hold all of them until then: they would be preempted.
+    ValueError when the KV cache or the slots cannot hold all of them until then: they would be
+    preempted.
     """
     config = engine.config
-    prompt_steps = -(-num_requests * prompt_tokens // max(1, config.max_num_batched_tokens - num_requests))
+    prompt_steps = -(
+        -num_requests * prompt_tokens // max(1, config.max_num_batched_tokens - num_requests)
+    )
     max_tokens = num_steps + WARM_UP_STEPS + prompt_steps + 8
     blocks = num_requests * -(-(prompt_tokens + max_tokens) // config.block_size)
     if num_requests > config.max_num_seqs or blocks > config.num_kv_blocks:
         raise ValueError(
-            f"{num_requests} requests of {prompt_tokens + max_tokens} tokens need {blocks} blocks and as many slots as "
-            f"requests; the engine has {config.num_kv_blocks} and {config.max_num_seqs}"
+            f"{num_requests} requests of {prompt_tokens + max_tokens} tokens need {blocks} blocks"
+            f" and as many slots as requests; the engine has {config.num_kv_blocks} and"
+            f" {config.max_num_seqs}"
         )
     engine.scheduler.block_manager.reset_prefix_cache()
     rng = random.Random(num_requests * 1_000_003 + prompt_tokens)
@@ -43,11 +54,15 @@ def start_decoding(
 def _all_decoding(engine: LLMEngine) -> bool:
     scheduler = engine.scheduler
     running = scheduler.running
-    return not scheduler.waiting and all(seq.num_computed_tokens >= seq.num_prompt_tokens for seq in running)
+    return not scheduler.waiting and all(
+        seq.num_computed_tokens >= seq.num_prompt_tokens for seq in running
+    )
 
 
 def timed_steps(engine: LLMEngine, num_steps: int) -> list[float]:
-    """Seconds of each step. With overlap a step returns when the one before it has been looked at: same rhythm."""
+    """Seconds of each step. With overlap a step returns when the one before it has been looked at:
+    same rhythm.
+    """
     times = []
     for _ in range(num_steps):
         start = time.perf_counter()

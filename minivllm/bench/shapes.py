@@ -1,4 +1,5 @@
-"""Models as shapes: speed does not depend on what the weights are, so a config.json is enough to measure with.
+"""Models as shapes: speed does not depend on what the weights are, so a config.json is enough to
+measure with.
 
 The numbers are those of the published checkpoints' config.json. `tiny` is for a laptop.
 """
@@ -40,7 +41,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, tie_word_embeddings=True),
     "qwen3-8b": _qwen3(4096, 12288, 36, 32),
     "qwen3-32b": _qwen3(5120, 25600, 64, 64),
-    "tiny": _qwen3(64, 128, 2, 4, vocab_size=512, head_dim=32, num_key_value_heads=2, eos_token_id=0),
+    "tiny": _qwen3(
+        64, 128, 2, 4, vocab_size=512, head_dim=32, num_key_value_heads=2, eos_token_id=0
+    ),
 }
 
 
@@ -53,7 +56,9 @@ def shape_config(name: str) -> ModelConfig:
 
 @contextmanager
 def shape_directory(name: str) -> Iterator[Path]:
-    """A temporary model directory with the shape's config.json, named like the shape; for ``load_format="dummy"``."""
+    """A temporary model directory with the shape's config.json, named like the shape; for
+    ``load_format="dummy"``.
+    """
     shape_config(name)
     with tempfile.TemporaryDirectory(prefix="minivllm-bench-") as folder:
         path = Path(folder) / name

@@ -1,11 +1,14 @@
-"""How long a step takes: decodes alone, prompt chunks alone, and both together, from an engine that does nothing else.
+"""How long a step takes: decodes alone, prompt chunks alone, and both together, from an engine that
+does nothing else.
 
-Two times each, medians of several. `seconds`: from planning a step to its results, nothing overlapped
-(``async_scheduling=False``). `gpu_seconds`: what its kernels ran, the gaps between them left out; the two lie far apart
-where Python launches kernels more slowly than the GPU runs them. The cost models of `minivllm.course.simulator` are
-fitted to such a report. Weights are random; speed does not depend on them.
+Two times each, medians of several. `seconds`: from planning a step to its results, nothing
+overlapped (``async_scheduling=False``). `gpu_seconds`: what its kernels ran, the gaps between them
+left out; the two lie far apart where Python launches kernels more slowly than the GPU runs them.
+The cost models of `minivllm.course.simulator` are fitted to such a report. Weights are random;
+speed does not depend on them.
 
-    python -m minivllm.bench.steps --out recorded/steps-h200.json        # the shape of Qwen3-8B, bfloat16, on a GPU
+    # The shape of Qwen3-8B, bfloat16, on a GPU:
+    python -m minivllm.bench.steps --out recorded/steps-h200.json
 """
 
 from __future__ import annotations
@@ -24,15 +27,26 @@ from minivllm.bench.shapes import shape_directory
 from minivllm.engine.llm_engine import LLMEngine
 from minivllm.sampling_params import SamplingParams
 
-#: (decoding sequences, tokens each of them has, tokens of a prompt in the same step, prompt tokens computed before).
-DECODES = [(n, context, 0, 0) for n in (1, 8, 32, 64, 128, 256) for context in (128, 1024, 4096) if n * context < 6e5]
-CHUNKS = [(0, 0, n, start) for n in (64, 128, 256, 512, 1024, 2048, 4096, 8192) for start in (0, 4096)]
+#: (decoding sequences, tokens each of them has, tokens of a prompt in the same step, prompt tokens
+#: computed before).
+DECODES = [
+    (n, context, 0, 0)
+    for n in (1, 8, 32, 64, 128, 256)
+    for context in (128, 1024, 4096)
+    if n * context < 6e5
+]
+CHUNKS = [
+    (0, 0, n, start) for n in (64, 128, 256, 512, 1024, 2048, 4096, 8192) for start in (0, 4096)
+]
 MIXED = [(count, 1024, n, 0) for count in (8, 32, 128) for n in (128, 256, 512, 1024, 2048, 4096)]
 WARM_UP = 2
 
 
-def time_step(engine: LLMEngine, decodes: int, context: int, prompt: int, start: int, repeats: int) -> dict[str, Any]:
-    """A step with `decodes` sequences of `context` tokens each and `prompt` tokens of a prompt from position `start`.
+def time_step(
+    engine: LLMEngine, decodes: int, context: int, prompt: int, start: int, repeats: int
+) -> dict[str, Any]:
+    """A step with `decodes` sequences of `context` tokens each and `prompt` tokens of a prompt from
+    position `start`.
 
     engine: made without prefix caching and without async scheduling, budget and slots large enough.
     """
@@ -64,10 +78,15 @@ def time_step(engine: LLMEngine, decodes: int, context: int, prompt: int, start:
     while engine.has_unfinished_requests():
         engine.step()
     return {
-        "decodes": decodes, "prompt_tokens": prompt, "start": start, "context": statistics.median(contexts),
-        "seconds": round(statistics.median(seconds), 6), "min": round(min(seconds), 6), "max": round(max(seconds), 6),
+        "decodes": decodes,
+        "prompt_tokens": prompt,
+        "start": start,
+        "context": statistics.median(contexts),
+        "seconds": round(statistics.median(seconds), 6),
+        "min": round(min(seconds), 6),
+        "max": round(max(seconds), 6),
         "gpu_seconds": round(statistics.median(gpu_seconds), 6),
-    }  # fmt: skip
+    }
 
 
 def _wall(engine: LLMEngine) -> float:
@@ -81,29 +100,52 @@ def _timed(engine: LLMEngine) -> tuple[float, float]:
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         wall = _wall(engine)
         torch.cuda.synchronize()
-    on_gpu = [event for event in profiler.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    on_gpu = [
+        event
+        for event in profiler.key_averages()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
     return wall, sum(event.self_device_time_total for event in on_gpu) / 1e6
 
 
 def run(model: str | Path, name: str, repeats: int = 12, **options: Any) -> dict[str, Any]:
-    """Time the steps of `DECODES`, `CHUNKS` and `MIXED`. Their context: tokens whose K and V are there afterwards."""
+    """Time the steps of `DECODES`, `CHUNKS` and `MIXED`. Their context: tokens whose K and V are
+    there afterwards.
+    """
     engine = LLMEngine(
-        model, skip_tokenizer_init=True, enable_prefix_caching=False, async_scheduling=False, max_num_seqs=256,
-        max_num_batched_tokens=8448, **options,
-    )  # fmt: skip
+        model,
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+        async_scheduling=False,
+        max_num_seqs=256,
+        max_num_batched_tokens=8448,
+        **options,
+    )
     steps = [time_step(engine, *shape, repeats) for shape in [*DECODES, *CHUNKS, *MIXED]]
-    return {"benchmark": "steps", "model": name, "dtype": engine.config.dtype, "steps": steps, "repeats": repeats,
-            "num_kv_blocks": engine.config.num_kv_blocks, "block_size": engine.config.block_size,
-            "kv_bytes_per_token": engine.model_runner.kv_bytes_per_token, "environment": environment()}  # fmt: skip
+    return {
+        "benchmark": "steps",
+        "model": name,
+        "dtype": engine.config.dtype,
+        "steps": steps,
+        "repeats": repeats,
+        "num_kv_blocks": engine.config.num_kv_blocks,
+        "block_size": engine.config.block_size,
+        "kv_bytes_per_token": engine.model_runner.kv_bytes_per_token,
+        "environment": environment(),
+    }
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m minivllm.bench.steps", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m minivllm.bench.steps", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
     with shape_directory("qwen3-8b") as folder:
-        save_report(run(folder, "Qwen3-8B (random weights)", load_format="dummy", max_model_len=16384), out)
+        save_report(
+            run(folder, "Qwen3-8B (random weights)", load_format="dummy", max_model_len=16384), out
+        )
 
 
 if __name__ == "__main__":

@@ -34,7 +34,9 @@ def _ms(seconds: float) -> str:
 
 
 def _range(spread: dict[str, Any], digits: int = 3) -> str:
-    return f"{spread['median']:,.{digits}f} ({spread['min']:,.{digits}f}…{spread['max']:,.{digits}f})"
+    return (
+        f"{spread['median']:,.{digits}f} ({spread['min']:,.{digits}f}…{spread['max']:,.{digits}f})"
+    )
 
 
 def _failed(table: Table, name: str, row: dict[str, Any]) -> bool:
@@ -51,8 +53,15 @@ def _rates(rates: dict[str, float]) -> str:
 def _kernels(report: dict[str, Any]) -> Iterable[Table]:
     table = _table(
         f"Kernels, {report['shape']}, {report['dtype']}; the machine {_rates(report['rates'])}",
-        "kernel", "case", "variant", "µs (min…max)", "TB/s", "TFLOP/s", "of the floor", "differs by",
-    )  # fmt: skip
+        "kernel",
+        "case",
+        "variant",
+        "µs (min…max)",
+        "TB/s",
+        "TFLOP/s",
+        "of the floor",
+        "differs by",
+    )
     last = None
     for row in report["rows"]:
         head = (row["kernel"], row["case"])
@@ -65,50 +74,83 @@ def _kernels(report: dict[str, Any]) -> Iterable[Table]:
             continue
         times = f"{row['median_us']:,.1f} ({row['min_us']:,.1f}…{row['max_us']:,.1f})"
         table.add_row(
-            *names, row["variant"], times, f"{row['tb_per_s']:.3f}" if "tb_per_s" in row else "",
-            f"{row['tflops']:.3g}" if "tflops" in row else "", f"{row['share_of_floor']:.0%}",
+            *names,
+            row["variant"],
+            times,
+            f"{row['tb_per_s']:.3f}" if "tb_per_s" in row else "",
+            f"{row['tflops']:.3g}" if "tflops" in row else "",
+            f"{row['share_of_floor']:.0%}",
             f"{row['differs_from_ours']:.1e}" if "differs_from_ours" in row else "",
-        )  # fmt: skip
+        )
     yield table
 
 
 def _throughput(report: dict[str, Any]) -> Iterable[Table]:
     start = report["start"]
     table = _table(
-        f"Throughput, {report['model']}, {report['dtype']}; engine ready in {start['engine_seconds']:.1f} s, "
-        f"first token after {start['first_token_seconds']:.1f} s; the machine {_rates(report['rates'])}",
-        "case", "seconds (min…max)", "output tokens/s", "prompt tokens/s", "floor, s", "of the floor",
-    )  # fmt: skip
+        f"Throughput, {report['model']}, {report['dtype']}; engine ready in"
+        f" {start['engine_seconds']:.1f} s, first token after {start['first_token_seconds']:.1f} s;"
+        f" the machine {_rates(report['rates'])}",
+        "case",
+        "seconds (min…max)",
+        "output tokens/s",
+        "prompt tokens/s",
+        "floor, s",
+        "of the floor",
+    )
     for name, row in report["cases"].items():
         if not _failed(table, name, row):
             rates = [row[f"{kind}_tokens_per_second"]["median"] for kind in ("output", "prompt")]
             floor = f"{row['floor']['seconds']:.3f}"
-            table.add_row(name, _range(row["seconds"]), *(f"{r:,.0f}" for r in rates), floor,
-                          f"{row['share_of_floor']:.0%}")  # fmt: skip
+            table.add_row(
+                name,
+                _range(row["seconds"]),
+                *(f"{r:,.0f}" for r in rates),
+                floor,
+                f"{row['share_of_floor']:.0%}",
+            )
     yield table
 
 
 def _latency(report: dict[str, Any]) -> Iterable[Table]:
     table = _table(
         f"Latency, {report['model']}: milliseconds, median / p90 / p99",
-        "requests at once", "first token (TTFT)", "between tokens (TPOT)", "output tokens/s",
-    )  # fmt: skip
+        "requests at once",
+        "first token (TTFT)",
+        "between tokens (TPOT)",
+        "output tokens/s",
+    )
     for row in report["serving"]:
         if not _failed(table, str(row["batch"]), row):
-            times = [" / ".join(_ms(row[kind][q]) for q in ("median", "p90", "p99")) for kind in ("ttft", "tpot")]
+            times = [
+                " / ".join(_ms(row[kind][q]) for q in ("median", "p90", "p99"))
+                for kind in ("ttft", "tpot")
+            ]
             table.add_row(str(row["batch"]), *times, _range(row["output_tokens_per_second"], 0))
     yield table
-    table = _table("How a decode step grows", "running", "context", "step, ms: median / p90", "tokens/s")
+    table = _table(
+        "How a decode step grows", "running", "context", "step, ms: median / p90", "tokens/s"
+    )
     for row in [*report["growth_with_requests"], *report["growth_with_context"]]:
         if not _failed(table, str(row["running"]), row):
             step = " / ".join(_ms(row["step_seconds"][q]) for q in ("median", "p90"))
-            table.add_row(str(row["running"]), f"{row['context']:,}", step, f"{row['tokens_per_second']:,.0f}")
+            table.add_row(
+                str(row["running"]), f"{row['context']:,}", step, f"{row['tokens_per_second']:,.0f}"
+            )
     yield table
     row = report["shared_prefix"]
-    table = _table("First tokens of requests that share a prefix", "requests", "distinct, s", "shared, s", "faster by")
+    table = _table(
+        "First tokens of requests that share a prefix",
+        "requests",
+        "distinct, s",
+        "shared, s",
+        "faster by",
+    )
     if not _failed(table, "", row):
         name = f"{row['requests']} × ({row['prefix_tokens']} + {row['own_tokens']})"
-        distinct, shared, ratio = (_range(row[k]) for k in ("distinct_seconds", "shared_seconds", "faster_by"))
+        distinct, shared, ratio = (
+            _range(row[k]) for k in ("distinct_seconds", "shared_seconds", "faster_by")
+        )
         table.add_row(name, distinct, shared, ratio)
     yield table
 
@@ -116,15 +158,24 @@ def _latency(report: dict[str, Any]) -> Iterable[Table]:
 def _breakdown(report: dict[str, Any]) -> Iterable[Table]:
     table = _table(
         f"A decode step, {report['model']}: milliseconds",
-        "running", "overlap", "step", "kernels", "gaps", "exposed CPU", "GPU idle", "the CPU's parts",
-    )  # fmt: skip
+        "running",
+        "overlap",
+        "step",
+        "kernels",
+        "gaps",
+        "exposed CPU",
+        "GPU idle",
+        "the CPU's parts",
+    )
     for row in report["rows"]:
         name, overlap = str(row["running"]), "on" if row["overlap"] else "off"
         if "median_step_ms" not in row:
             table.add_row(name, overlap, Text(row["failed"][:80], style="red"))
             continue
         parts = ", ".join(f"{part} {ms:.2f}" for part, ms in row["cpu_ms"].items() if ms >= 0.005)
-        gpu = [f"{row[k]:.3f}" if k in row else "" for k in ("kernels_ms", "gaps_ms", "exposed_cpu_ms")]
+        gpu = [
+            f"{row[k]:.3f}" if k in row else "" for k in ("kernels_ms", "gaps_ms", "exposed_cpu_ms")
+        ]
         idle = f"{row['gpu_idle_share']:.0%}" if "gpu_idle_share" in row else ""
         table.add_row(name, overlap, f"{row['median_step_ms']:.3f}", *gpu, idle, parts)
     yield table
@@ -134,16 +185,29 @@ def _breakdown(report: dict[str, Any]) -> Iterable[Table]:
             title = f"{row['running']} running, overlap {overlap}: by name"
             table = _table(title, "name", "calls a step", "µs a step", "share")
             for entry in named[:15]:
-                values = f"{entry['calls_per_step']:.1f}", f"{entry['us_per_step']:,.1f}", f"{entry['share']:.1%}"
+                values = (
+                    f"{entry['calls_per_step']:.1f}",
+                    f"{entry['us_per_step']:,.1f}",
+                    f"{entry['share']:.1%}",
+                )
                 table.add_row(entry["name"], *values)
             yield table
 
 
 def _roofline(report: dict[str, Any]) -> Iterable[Table]:
     table = _table(
-        f"Floor of {report['model']}, {report['dtype']}, where the machine {_rates(report['rates'])}: seconds",
-        "case", "steps", "layers", "head", "decode attention", "prefill attention", "floor", "measured", "reached",
-    )  # fmt: skip
+        f"Floor of {report['model']}, {report['dtype']}, where the machine"
+        f" {_rates(report['rates'])}: seconds",
+        "case",
+        "steps",
+        "layers",
+        "head",
+        "decode attention",
+        "prefill attention",
+        "floor",
+        "measured",
+        "reached",
+    )
     for name, row in report["cases"].items():
         floor = row["floor"]
         parts = [f"{part['seconds']:.3f}" for part in floor["parts"].values()]

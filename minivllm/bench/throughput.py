@@ -1,10 +1,12 @@
-"""Tokens a second on a batch of requests of random lengths, beside `transformers` on the same weights.
+"""Tokens a second on a batch of requests of random lengths, beside `transformers` on the same
+weights.
 
-All prompts are random token ids, so that nothing depends on a tokenizer; outputs have fixed lengths (ignore_eos). The
-time is wall clock from the first request handed over to the last token received, after a warm-up.
+All prompts are random token ids, so that nothing depends on a tokenizer; outputs have fixed lengths
+(ignore_eos). The time is wall clock from the first request handed over to the last token received,
+after a warm-up.
 
-`run` measures one workload, beside transformers if asked to; `run_cases` measures named ones (`CASES`, among them
-nano-vLLM's protocol) in one engine, each beside its floor.
+`run` measures one workload, beside transformers if asked to; `run_cases` measures named ones
+(`CASES`, among them nano-vLLM's protocol) in one engine, each beside its floor.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ from minivllm.sampling_params import SamplingParams
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests with prompt and output lengths drawn uniformly, all prompts first (the order of nano-vLLM's bench)."""
+    """Requests with prompt and output lengths drawn uniformly, all prompts first (the order of
+    nano-vLLM's bench).
+    """
 
     num_requests: int = 32
     prompt_tokens: tuple[int, int] = (10, 128)
@@ -46,17 +50,21 @@ class Workload:
     temperature: float = 0.0
 
     def draw(self, vocab_size: int) -> tuple[list[list[int]], list[int]]:
-        """(prompts as token ids, output lengths). Prompts differ, so the prefix cache cannot help."""
+        """(prompts as token ids, output lengths). Prompts differ, so the prefix cache cannot
+        help.
+        """
         rng = random.Random(self.seed)
         top = min(vocab_size - 1, 10_000)
         prompts = [
-            [rng.randint(0, top) for _ in range(rng.randint(*self.prompt_tokens))] for _ in range(self.num_requests)
+            [rng.randint(0, top) for _ in range(rng.randint(*self.prompt_tokens))]
+            for _ in range(self.num_requests)
         ]
         return prompts, [rng.randint(*self.output_tokens) for _ in range(self.num_requests)]
 
 
-#: The cases of the H200 issue. `nano` is nano-vLLM's bench.py: random.seed(0); 256 prompts of randint(100, 1024) tokens
-#: of randint(0, 10000) each; then max_tokens = randint(100, 1024) each; temperature 0.6, ignore_eos.
+#: The cases of the H200 issue. `nano` is nano-vLLM's bench.py: random.seed(0); 256 prompts of
+#: randint(100, 1024) tokens of randint(0, 10000) each; then max_tokens = randint(100, 1024) each;
+#: temperature 0.6, ignore_eos.
 CASES: dict[str, Workload] = {
     "nano": Workload(256, (100, 1024), (100, 1024), 0, 0.6),
     "decode1": Workload(1, (128, 128), (512, 512), 0, 0.6),
@@ -64,7 +72,8 @@ CASES: dict[str, Workload] = {
     "decode256": Workload(256, (128, 128), (512, 512), 0, 0.6),
     "prefill": Workload(64, (4096, 4096), (1, 1), 0, 0.6),
 }
-#: Tokens a request of the warm-up gets: it compiles every kernel and shows every size of step, and is short.
+#: Tokens a request of the warm-up gets: it compiles every kernel and shows every size of step, and
+#: is short.
 WARM_UP_TOKENS = 8
 
 #: A way to run the workload once; returns seconds.
@@ -72,11 +81,16 @@ Runner = Callable[[list[list[int]], list[int]], float]
 
 
 def minivllm_runner(llm: LLM, temperature: float = 0.0) -> Runner:
-    """`LLM.generate` on all requests at once. The prefix cache is emptied first: a repeat must not profit."""
+    """`LLM.generate` on all requests at once. The prefix cache is emptied first: a repeat must not
+    profit.
+    """
 
     def run(prompts: list[list[int]], output_lens: list[int]) -> float:
         llm.llm_engine.scheduler.block_manager.reset_prefix_cache()
-        params = [SamplingParams(temperature=temperature, max_tokens=n, ignore_eos=True) for n in output_lens]
+        params = [
+            SamplingParams(temperature=temperature, max_tokens=n, ignore_eos=True)
+            for n in output_lens
+        ]
         start = time.perf_counter()
         outputs = llm.generate(prompts, params, use_tqdm=False)
         elapsed = time.perf_counter() - start
@@ -85,22 +99,33 @@ def minivllm_runner(llm: LLM, temperature: float = 0.0) -> Runner:
                 raise output.error
         if [len(output.outputs[0].token_ids) for output in outputs] != output_lens:
             limit = llm.llm_engine.config.max_model_len
-            raise ConfigError(f"max_model_len={limit} has no room for these prompts and outputs; raise it.")
+            raise ConfigError(
+                f"max_model_len={limit} has no room for these prompts and outputs; raise it."
+            )
         return elapsed
 
     return run
 
 
 def static_batch_runner(model: Any) -> Runner:
-    """transformers' `generate` on one left-padded batch, which runs until its longest output is done."""
+    """transformers' `generate` on one left-padded batch, which runs until its longest output is
+    done.
+    """
 
     def run(prompts: list[list[int]], output_lens: list[int]) -> float:
         longest = max(len(prompt) for prompt in prompts)
         start = time.perf_counter()
         ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=model.device)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+        mask = torch.tensor(
+            [[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device
+        )
         out = model.generate(
-            ids, attention_mask=mask, max_new_tokens=max(output_lens), do_sample=False, pad_token_id=0, eos_token_id=-1
+            ids,
+            attention_mask=mask,
+            max_new_tokens=max(output_lens),
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=-1,
         )
         out.tolist()
         elapsed = time.perf_counter() - start
@@ -115,9 +140,13 @@ def generate_batch_runner(model: Any) -> Runner:
     from transformers import GenerationConfig
 
     def run(prompts: list[list[int]], output_lens: list[int]) -> float:
-        config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=max(output_lens))
+        config = GenerationConfig(
+            do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=max(output_lens)
+        )
         start = time.perf_counter()
-        with model.continuous_batching_context_manager(generation_config=config, block=True, timeout=5) as manager:
+        with model.continuous_batching_context_manager(
+            generation_config=config, block=True, timeout=5
+        ) as manager:
             for prompt, length in zip(prompts, output_lens, strict=True):
                 manager.add_request(prompt, max_new_tokens=length, eos_token_id=-1)
             finished: dict[str, list[int]] = {}
@@ -126,7 +155,9 @@ def generate_batch_runner(model: Any) -> Runner:
                 if result is not None and result.is_finished():
                     finished[result.request_id] = result.generated_tokens
                 elif not manager.is_running():
-                    raise RuntimeError("transformers' continuous batching stopped before the requests had finished")
+                    raise RuntimeError(
+                        "transformers' continuous batching stopped before the requests had finished"
+                    )
         elapsed = time.perf_counter() - start
         assert sorted(map(len, finished.values())) == sorted(output_lens)
         return elapsed
@@ -135,11 +166,14 @@ def generate_batch_runner(model: Any) -> Runner:
 
 
 @torch.inference_mode()
-def gemm_floor(model: nn.Module, num_rows: list[int], num_logit_rows: list[int], repeats: int = 5) -> dict[str, float]:
+def gemm_floor(
+    model: nn.Module, num_rows: list[int], num_logit_rows: list[int], repeats: int = 5
+) -> dict[str, float]:
     """Seconds that the matrix products of these steps take here by themselves, and their FLOPs.
 
-    num_rows: tokens through the layers in each step; num_logit_rows: rows through the head. Timed with the engine's own
-    product and the model's matrices in their order: they come from memory as they do in a step, not from the cache.
+    num_rows: tokens through the layers in each step; num_logit_rows: rows through the head. Timed
+    with the engine's own product and the model's matrices in their order: they come from memory as
+    they do in a step, not from the cache.
     """
     linears = [module for module in model.modules() if isinstance(module, FusedLinear | Linear)]
     weights, product = [linear.weight for linear in linears], linears[0].kernels.linear
@@ -157,7 +191,10 @@ def gemm_floor(model: nn.Module, num_rows: list[int], num_logit_rows: list[int],
     head = [model.lm_head.weight]
     layers_take = {rows: seconds(rows, weights) for rows in sorted(set(num_rows))}
     head_takes = {rows: seconds(rows, head) for rows in sorted(set(num_logit_rows))}
-    flops = 2 * sum(num_rows) * sum(w.numel() for w in weights) + 2 * sum(num_logit_rows) * head[0].numel()
+    flops = (
+        2 * sum(num_rows) * sum(w.numel() for w in weights)
+        + 2 * sum(num_logit_rows) * head[0].numel()
+    )
     total = sum(layers_take[n] for n in num_rows) + sum(head_takes[n] for n in num_logit_rows)
     return {"flops": float(flops), "seconds": total}
 
@@ -170,21 +207,27 @@ def run(
     compare: bool = False,
     **engine_options: Any,
 ) -> dict[str, Any]:
-    """Run the workload `repeats` times after a warm-up; with compare, in turn with transformers, order alternated."""
+    """Run the workload `repeats` times after a warm-up; with compare, in turn with transformers,
+    order alternated.
+    """
     workload = workload or Workload()
     llm = LLM(model, skip_tokenizer_init=True, **engine_options)
     engine = llm.llm_engine
     prompts, output_lens = workload.draw(engine.model_config.vocab_size)
     runners: dict[str, Runner] = {"minivllm": minivllm_runner(llm, workload.temperature)}
     if compare:
-        runners |= _transformers_runners(engine.model_path, engine.model_runner.dtype, engine.config.device)
+        runners |= _transformers_runners(
+            engine.model_path, engine.model_runner.dtype, engine.config.device
+        )
     order = list(runners)
     for name in tqdm(order, desc="warm-up"):
         runners[name](prompts, output_lens)
     times: dict[str, list[float]] = {name: [] for name in order}
     for round_number in tqdm(range(repeats), desc="rounds"):
         for name in order if round_number % 2 == 0 else reversed(order):
-            gc.collect()  # what one runner leaves behind (gigabytes of cache, say) must not be freed on another's time
+            # what one runner leaves behind (gigabytes of cache, say) must not be freed on another's
+            # time
+            gc.collect()
             times[name].append(runners[name](prompts, output_lens))
     num_output = sum(output_lens)
     report = {
@@ -196,13 +239,18 @@ def run(
         "prompt_tokens": sum(map(len, prompts)),
         "output_tokens": num_output,
         "results": {
-            name: {"seconds": spread(values), "output_tokens_per_second": spread([num_output / t for t in values])}
+            name: {
+                "seconds": spread(values),
+                "output_tokens_per_second": spread([num_output / t for t in values]),
+            }
             for name, values in times.items()
         },
         "environment": environment(),
     }
     for name in order[1:]:
-        ratios = [theirs / ours for theirs, ours in zip(times[name], times["minivllm"], strict=True)]
+        ratios = [
+            theirs / ours for theirs, ours in zip(times[name], times["minivllm"], strict=True)
+        ]
         report["results"][name]["minivllm_is_faster_by"] = spread(ratios)
     if engine.config.device == "cpu":
         report["floor"] = _floor(llm, prompts, output_lens)
@@ -220,8 +268,8 @@ def run_cases(
 ) -> dict[str, Any]:
     """Run each workload `repeats` times on one engine, after a short warm-up of its own.
 
-    max_seconds: a case, or a repeat of one, that would begin later is left out. The engine takes sequences just long
-    enough for the longest case unless max_model_len says otherwise.
+    max_seconds: a case, or a repeat of one, that would begin later is left out. The engine takes
+    sequences just long enough for the longest case unless max_model_len says otherwise.
     """
     deadline = Deadline(max_seconds)
     longest = max(w.prompt_tokens[1] + w.output_tokens[1] for w in cases.values())
@@ -237,7 +285,9 @@ def run_cases(
     measured = measure_rates(runner.device, runner.dtype)
     config = asdict(engine.model_config)
     costs = ModelCosts.of(config, runner.dtype.itemsize)
-    limits = {name: getattr(engine.config, name) for name in ("max_num_seqs", "max_num_batched_tokens")}
+    limits = {
+        name: getattr(engine.config, name) for name in ("max_num_seqs", "max_num_batched_tokens")
+    }
     results: dict[str, Any] = {}
     for name, workload in cases.items():
         found = attempt(name, deadline, lambda w=workload: _run_case(llm, w, repeats, deadline))
@@ -245,8 +295,13 @@ def run_cases(
             attempt(f"{name}, clearing up", Deadline(), lambda: drain(engine) or {}, quiet=True)
         else:
             prompts, output_lens = workload.draw(engine.model_config.vocab_size)
-            floor = case_floor(list(map(len, prompts)), output_lens, costs, rates_of(measured), **limits)
-            found |= {"floor": floor, "share_of_floor": floor["seconds"] / found["seconds"]["median"]}
+            floor = case_floor(
+                list(map(len, prompts)), output_lens, costs, rates_of(measured), **limits
+            )
+            found |= {
+                "floor": floor,
+                "share_of_floor": floor["seconds"] / found["seconds"]["median"],
+            }
         results[name] = {"workload": asdict(workload)} | found
     return {
         "benchmark": "throughput",
@@ -292,7 +347,8 @@ def _transformers_runners(path: Path, dtype: torch.dtype, device: str) -> dict[s
         model.generation_config.eos_token_id = None
         return model
 
-    # One model each: continuous batching replaces the attention implementation of the model it is given.
+    # One model each: continuous batching replaces the attention implementation of the model it is
+    # given.
     return {
         "transformers.generate": static_batch_runner(load()),
         "transformers.generate_batch": generate_batch_runner(load()),
@@ -312,15 +368,22 @@ def _floor(llm: LLM, prompts: list[list[int]], output_lens: list[int]) -> dict[s
 
     engine.model_runner.execute = counted
     minivllm_runner(llm)(prompts, output_lens)
-    return gemm_floor(engine.model_runner.model, rows, [n for n in logit_rows if n]) | {"steps": len(rows)}
+    return gemm_floor(engine.model_runner.model, rows, [n for n in logit_rows if n]) | {
+        "steps": len(rows)
+    }
 
 
 def _step_parts(
-    model: str | Path | None, prompts: list[list[int]], output_lens: list[int], engine_options: dict[str, Any]
+    model: str | Path | None,
+    prompts: list[list[int]],
+    output_lens: list[int],
+    engine_options: dict[str, Any],
 ) -> dict[str, float]:
     """Share of a run's time by part of a step, on an engine whose parts are wrapped in timers."""
     seconds: dict[str, float] = defaultdict(float)
-    inside: list[float] = [0.0]  # of each timed call that is open: seconds of the timed calls within it
+    inside: list[float] = [
+        0.0
+    ]  # of each timed call that is open: seconds of the timed calls within it
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -336,7 +399,11 @@ def _step_parts(
 
     reference = Kernels.reference()
     # merge_attention runs inside decode_attention and is part of its time.
-    names = [name for name, part in vars(reference).items() if callable(part) and name != "merge_attention"]
+    names = [
+        name
+        for name, part in vars(reference).items()
+        if callable(part) and name != "merge_attention"
+    ]
     kernels = replace(reference, **{name: timed(name, getattr(reference, name)) for name in names})
     llm = LLM(model, skip_tokenizer_init=True, kernels=kernels, **engine_options)
     runner, scheduler = llm.llm_engine.model_runner, llm.llm_engine.scheduler
@@ -353,4 +420,6 @@ def _step_parts(
     total = minivllm_runner(llm)(prompts, output_lens)
     seconds["embedding and module calls"] = seconds.pop("forward")
     seconds["everything else"] = total - sum(seconds.values())
-    return {name: value / total for name, value in sorted(seconds.items(), key=lambda pair: -pair[1])}
+    return {
+        name: value / total for name, value in sorted(seconds.items(), key=lambda pair: -pair[1])
+    }

@@ -1,8 +1,9 @@
 """Honest times of small things.
 
-On a GPU calls are recorded as a CUDA graph and its replays timed with events, so that what is measured is the GPU and
-not Python; a function that cannot be recorded is launched call by call between two events, and the row says so. Calls
-rotate over several sets of inputs, together larger than the cache: otherwise the cache would be measured.
+On a GPU calls are recorded as a CUDA graph and its replays timed with events, so that what is
+measured is the GPU and not Python; a function that cannot be recorded is launched call by call
+between two events, and the row says so. Calls rotate over several sets of inputs, together larger
+than the cache: otherwise the cache would be measured.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def num_sets(bytes_per_set: int, device: torch.device) -> int:
     return max(2, min(MOST_SETS, -(-ROTATION * cache // max(1, bytes_per_set))))
 
 
-def measure(calls: Sequence[Call], device: torch.device, *, graph: bool = True, seconds: float = 0.2) -> Timing:
+def measure(
+    calls: Sequence[Call], device: torch.device, *, graph: bool = True, seconds: float = 0.2
+) -> Timing:
     """Time a call, over and over through `calls`, for about so many seconds after a warm-up."""
     if device.type != "cuda":
         return _measure_clock(calls, seconds)
@@ -57,7 +60,9 @@ def _measure_clock(calls: Sequence[Call], seconds: float) -> Timing:
         call()
     times: list[float] = []
     start = time.perf_counter()
-    while len(times) < 3 * len(calls) or (time.perf_counter() - start < seconds and len(times) < 10_000):
+    while len(times) < 3 * len(calls) or (
+        time.perf_counter() - start < seconds and len(times) < 10_000
+    ):
         began = time.perf_counter()
         calls[len(times) % len(calls)]()
         times.append(time.perf_counter() - began)
@@ -65,7 +70,9 @@ def _measure_clock(calls: Sequence[Call], seconds: float) -> Timing:
 
 
 def _measure_events(calls: Sequence[Call], seconds: float) -> Timing:
-    """Each time is of one pass over the calls, which are queued faster than they run unless they are tiny."""
+    """Each time is of one pass over the calls, which are queued faster than they run unless they
+    are tiny.
+    """
 
     def one_pass() -> None:
         for call in calls:
@@ -75,7 +82,9 @@ def _measure_events(calls: Sequence[Call], seconds: float) -> Timing:
 
 
 def _measure_graph(calls: Sequence[Call], seconds: float) -> Timing:
-    """The graph is made long enough (a millisecond, at least a pass over the calls) for its own launch not to count."""
+    """The graph is made long enough (a millisecond, at least a pass over the calls) for its own
+    launch not to count.
+    """
     single_us = _measure_events(calls, seconds / 10).median_us
     passes = max(1, min(1000 // max(1, len(calls)), round(1000 / max(1.0, single_us * len(calls)))))
     recording = torch.cuda.CUDAGraph()
@@ -99,7 +108,10 @@ def _between_events(run: Call, seconds: float) -> list[float]:
     for _ in range(min(50, int(0.02 / once))):
         run()
     count = max(5, min(200, int(seconds / once)))
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+    events = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        for _ in range(count)
+    ]
     for start, end in events:
         start.record()
         run()
@@ -114,13 +126,16 @@ def _timing(times_us: list[float], timed_as: str) -> Timing:
 
 @torch.inference_mode()
 def measure_rates(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """The machine's ceilings: reading memory, copying it, and multiplying random square matrices of this dtype."""
+    """The machine's ceilings: reading memory, copying it, and multiplying random square matrices of
+    this dtype.
+    """
     on_gpu = device.type == "cuda"
     words, side = (1 << 28, 8192) if on_gpu else (1 << 24, 1024)
     source = torch.randint(-(1 << 62), 1 << 62, (words,), device=device)
     read = measure([source.sum], device)
     target = torch.empty_like(source)
-    # An elementwise kernel: in a graph, copy_ would be a node of the copy engine, which is slower (2.8 of 4.3 TB/s).
+    # An elementwise kernel: in a graph, copy_ would be a node of the copy engine, which is slower
+    # (2.8 of 4.3 TB/s).
     copied = measure([partial(torch.neg, source, out=target)], device)
     del source, target
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))

@@ -1,4 +1,6 @@
-"""The kernels measured on the reader's own GPU, for the pages of the course that quote a record of somebody else's."""
+"""The kernels measured on the reader's own GPU, for the pages of the course that quote a record of
+somebody else's.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,12 @@ import torch
 
 
 def your_gpu(*kernels: str, seconds: float = 0.1) -> list[dict[str, Any]] | None:
-    """Rows of ``minivllm bench kernels`` for these kernels (`bench.kernels.NAMES`); None where there is no GPU.
+    """Rows of ``minivllm bench kernels`` for these kernels (`bench.kernels.NAMES`); None where
+    there is no GPU.
 
-    seconds: of measuring a row, about. In a process of its own, because a page that shows Triton's interpreter has set
-    TRITON_INTERPRET in this one. RuntimeError with what that process printed last, should it fail.
+    seconds: of measuring a row, about. In a process of its own, because a page that shows Triton's
+    interpreter has set TRITON_INTERPRET in this one. RuntimeError with what that process printed
+    last, should it fail.
     """
     if not torch.cuda.is_available():
         return None
@@ -30,5 +34,7 @@ def your_gpu(*kernels: str, seconds: float = 0.1) -> list[dict[str, Any]] | None
         clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         done = subprocess.run(command, env=clean, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RuntimeError(f"minivllm bench kernels failed: {done.stderr.strip().splitlines()[-1:]}")
+            raise RuntimeError(
+                f"minivllm bench kernels failed: {done.stderr.strip().splitlines()[-1:]}"
+            )
         return json.loads(report.read_text(encoding="utf-8"))["rows"]

@@ -6,8 +6,9 @@ Only the path is exposed here, so that importing this package costs nothing:
     >>> BUNDLED_MODEL_PATH.name
     'bundled'
 
-How it was made, from bottom to top: `grammar` (random text from templates), `stories` and `glossary` (the
-templates), `corpus` (documents and their mixture), `train`, `evaluate`. README.md is the model card.
+How it was made, from bottom to top: `grammar` (random text from templates), `stories` and
+`glossary` (the templates), `corpus` (documents and their mixture), `train`, `evaluate`. README.md
+is the model card.
 """
 
 from pathlib import Path

@@ -1,8 +1,9 @@
 """The training corpus: every document the bundled model ever saw, drawn from a seed.
 
-`documents(seed)` is an endless stream; nothing is read from disk or from a network. Kinds of documents and their
-shares are in `MIXTURE`. A document is a tuple of `Segment`s: the text, and whether the model is trained to write it
-(what a user or a system message says is read, not learned).
+`documents(seed)` is an endless stream; nothing is read from disk or from a network. Kinds of
+documents and their shares are in `MIXTURE`. A document is a tuple of `Segment`s: the text, and
+whether the model is trained to write it (what a user or a system message says is read, not
+learned).
 
 Print some with ``python -m minivllm.bundled.corpus --documents 20``.
 """
@@ -24,7 +25,8 @@ TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
 SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
 
-# What the tokenizer applies to a list of messages; `render_chat` below is the same in Python (a test compares them).
+# What the tokenizer applies to a list of messages; `render_chat` below is the same in Python (a
+# test compares them).
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -77,7 +79,7 @@ def raw_document(kind: str, text: str) -> Document:
     return Document(kind, (Segment(text + END_OF_TEXT, True),))
 
 
-# --- questions about the glossary --------------------------------------------------------------------------------
+# --- questions about the glossary -----------------------------------------------------------------
 
 COMPARISONS = (
     "What is the difference between {a} and {b}?",
@@ -91,23 +93,64 @@ COMPARISON_PAIRS: tuple[tuple[str, str], ...] = tuple(
     (a, b) for group in glossary.CONFUSABLE for a in group for b in group if a != b
 )
 UNKNOWN_TOPICS = (
-    "photosynthesis", "the French Revolution", "quantum physics", "football", "the stock market", "cooking rice",
-    "taxes", "the moon landing", "dinosaurs", "volcanoes", "Shakespeare", "chess openings", "the weather tomorrow",
-    "climate change", "the human heart", "black holes", "baking bread", "the capital of Peru", "jazz",
-    "electric cars", "bees", "medicine", "law", "the Roman Empire", "the Great Wall", "wine", "tennis", "politics",
-    "poker", "gravity", "evolution", "vitamins", "world history", "swimming", "tea ceremonies", "the Olympic Games",
-    "rockets", "Mount Everest", "the Nile", "opera",
-)  # fmt: skip
+    "photosynthesis",
+    "the French Revolution",
+    "quantum physics",
+    "football",
+    "the stock market",
+    "cooking rice",
+    "taxes",
+    "the moon landing",
+    "dinosaurs",
+    "volcanoes",
+    "Shakespeare",
+    "chess openings",
+    "the weather tomorrow",
+    "climate change",
+    "the human heart",
+    "black holes",
+    "baking bread",
+    "the capital of Peru",
+    "jazz",
+    "electric cars",
+    "bees",
+    "medicine",
+    "law",
+    "the Roman Empire",
+    "the Great Wall",
+    "wine",
+    "tennis",
+    "politics",
+    "poker",
+    "gravity",
+    "evolution",
+    "vitamins",
+    "world history",
+    "swimming",
+    "tea ceremonies",
+    "the Olympic Games",
+    "rockets",
+    "Mount Everest",
+    "the Nile",
+    "opera",
+)
 UNKNOWN_QUESTIONS = (
-    "[What is|Explain|Tell me about|What do you know about|Can you explain|Teach me about|I want to learn about] "
-    "{topic}[?|]",
+    (
+        "[What is|Explain|Tell me about|What do you know about|Can you explain|Teach me about|I"
+        " want to learn about] {topic}[?|]"
+    ),
     "[Who invented|How does one learn|Why is everybody talking about] {topic}?",
 )
 UNKNOWN_ANSWERS = (
-    "Sorry, I don't know anything about {topic}. "
-    "I can tell stories, explain terms of LLM inference, count, sort and do small sums.",
-    "I am only a tiny model, and {topic} is beyond me. Ask me for a story, or about a term of LLM inference.",
-)  # fmt: skip
+    (
+        "Sorry, I don't know anything about {topic}. "
+        "I can tell stories, explain terms of LLM inference, count, sort and do small sums."
+    ),
+    (
+        "I am only a tiny model, and {topic} is beyond me. Ask me for a story, or about a term of"
+        " LLM inference."
+    ),
+)
 
 
 def comparison_questions() -> Iterator[str]:
@@ -118,40 +161,165 @@ def comparison_questions() -> Iterator[str]:
 
 
 def all_glossary_questions(excluded: Collection[str] = frozenset()) -> Iterator[str]:
-    """Every question about a term that the corpus can contain, up to casing, spacing and punctuation."""
+    """Every question about a term that the corpus can contain, up to casing, spacing and
+    punctuation.
+    """
     for term in glossary.TERMS:
         yield from glossary.question_bank(term, excluded=frozenset(excluded))
-    yield from (question for question in comparison_questions() if glossary.normalise(question) not in excluded)
+    yield from (
+        question
+        for question in comparison_questions()
+        if glossary.normalise(question) not in excluded
+    )
 
 
-# --- small tasks -------------------------------------------------------------------------------------------------
+# --- small tasks ----------------------------------------------------------------------------------
 
 WORDS = (
-    *stories.ANIMALS, *stories.PEOPLE, *(n for n in stories.NOUNS if n.isascii()),
-    *("apple banana bread butter cheese cherry chair cloud desk door earth fire floor forest garden grass house "  # noqa: SIM905
-      "island lake leaf light milk moon mountain night ocean orange paper pencil plane plant pocket rain river road "
-      "rock salt sand ship sky snow soup star stone sugar summer sun table train tree valley village water wind window "
-      "winter yellow zoo model batch block cache graph kernel memory page queue request token vector weight step "
-      "layer").split(),
-)  # fmt: skip
+    *stories.ANIMALS,
+    *stories.PEOPLE,
+    *(n for n in stories.NOUNS if n.isascii()),
+    *[
+        "apple",
+        "banana",
+        "bread",
+        "butter",
+        "cheese",
+        "cherry",
+        "chair",
+        "cloud",
+        "desk",
+        "door",
+        "earth",
+        "fire",
+        "floor",
+        "forest",
+        "garden",
+        "grass",
+        "house",
+        "island",
+        "lake",
+        "leaf",
+        "light",
+        "milk",
+        "moon",
+        "mountain",
+        "night",
+        "ocean",
+        "orange",
+        "paper",
+        "pencil",
+        "plane",
+        "plant",
+        "pocket",
+        "rain",
+        "river",
+        "road",
+        "rock",
+        "salt",
+        "sand",
+        "ship",
+        "sky",
+        "snow",
+        "soup",
+        "star",
+        "stone",
+        "sugar",
+        "summer",
+        "sun",
+        "table",
+        "train",
+        "tree",
+        "valley",
+        "village",
+        "water",
+        "wind",
+        "window",
+        "winter",
+        "yellow",
+        "zoo",
+        "model",
+        "batch",
+        "block",
+        "cache",
+        "graph",
+        "kernel",
+        "memory",
+        "page",
+        "queue",
+        "request",
+        "token",
+        "vector",
+        "weight",
+        "step",
+        "layer",
+    ],
+)
 PHRASES = (
-    "The café is open until nine.", "Naïve questions are welcome!", "Crème brûlée, please.", "Good night 🌙",
-    "Hello, world!", "I like 🍎 and 🍌.", "Señor, the train is late.", "Über all the hills it is quiet.",
-    "Two tickets to Zürich, please.", "The quick fox jumps.", "All blocks are free.",
-    "Nothing is as fast as a cached prefix.", "Déjà vu, again and again.", "Tokens go in, tokens come out.",
-    "一 二 三", "Rain, rain, go away ☔", "¿Qué tal?", "Fünf Äpfel.", "🎉🎉🎉", "Smörgåsbord!", "こんにちは",
-    "Привет!", "100 % sure", "a, b, c", "“Quoted” – with dashes…",
-)  # fmt: skip
+    "The café is open until nine.",
+    "Naïve questions are welcome!",
+    "Crème brûlée, please.",
+    "Good night 🌙",
+    "Hello, world!",
+    "I like 🍎 and 🍌.",
+    "Señor, the train is late.",
+    "Über all the hills it is quiet.",
+    "Two tickets to Zürich, please.",
+    "The quick fox jumps.",
+    "All blocks are free.",
+    "Nothing is as fast as a cached prefix.",
+    "Déjà vu, again and again.",
+    "Tokens go in, tokens come out.",
+    "一 二 三",
+    "Rain, rain, go away ☔",
+    "¿Qué tal?",
+    "Fünf Äpfel.",
+    "🎉🎉🎉",
+    "Smörgåsbord!",
+    "こんにちは",
+    "Привет!",
+    "100 % sure",
+    "a, b, c",
+    "“Quoted” – with dashes…",
+)
 EMOJI = {
-    "fox": "🦊", "bear": "🐻", "cat": "🐱", "dog": "🐶", "owl": "🦉", "frog": "🐸", "mouse": "🐭",
-    "rabbit": "🐰", "lion": "🦁", "tiger": "🐯", "panda": "🐼", "pig": "🐷", "cow": "🐮", "unicorn": "🦄",
-    "bee": "🐝", "whale": "🐳", "octopus": "🐙", "penguin": "🐧", "dragon": "🐉", "robot": "🤖", "ghost": "👻",
-    "star": "⭐", "moon": "🌙", "sun": "☀️", "rainbow": "🌈", "cake": "🍰", "balloon": "🎈", "pumpkin": "🎃",
-    "umbrella": "☂️", "key": "🔑", "bell": "🔔", "heart": "❤️", "apple": "🍎",
-}  # fmt: skip
+    "fox": "🦊",
+    "bear": "🐻",
+    "cat": "🐱",
+    "dog": "🐶",
+    "owl": "🦉",
+    "frog": "🐸",
+    "mouse": "🐭",
+    "rabbit": "🐰",
+    "lion": "🦁",
+    "tiger": "🐯",
+    "panda": "🐼",
+    "pig": "🐷",
+    "cow": "🐮",
+    "unicorn": "🦄",
+    "bee": "🐝",
+    "whale": "🐳",
+    "octopus": "🐙",
+    "penguin": "🐧",
+    "dragon": "🐉",
+    "robot": "🤖",
+    "ghost": "👻",
+    "star": "⭐",
+    "moon": "🌙",
+    "sun": "☀️",
+    "rainbow": "🌈",
+    "cake": "🍰",
+    "balloon": "🎈",
+    "pumpkin": "🎃",
+    "umbrella": "☂️",
+    "key": "🔑",
+    "bell": "🔔",
+    "heart": "❤️",
+    "apple": "🍎",
+}
 _ONES = (  # noqa: SIM905
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
+    " sixteen seventeen eighteen nineteen"
 ).split()
 _TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()  # noqa: SIM905
 STEP_NAMES = {2: "twos", 3: "threes", 5: "fives", 10: "tens"}
@@ -190,16 +358,21 @@ def count_task(rng: random.Random) -> Exchange:
     say = number_word if in_words else str
     if backwards:
         frame = (
-            "[Count|Count down|Count backwards|Can you count|Count back] from {a} [down |]to {b}{by}{words}[, please|]."
+            "[Count|Count down|Count backwards|Can you count|Count back] from {a} [down |]to"
+            " {b}{by}{words}[, please|]."
         )
     elif step == 1 and start == 1:
-        frame = "[Count|Can you count|Please count|Count up|Count from 1|Let's count] to {b}{words}."
+        frame = (
+            "[Count|Can you count|Please count|Count up|Count from 1|Let's count] to {b}{words}."
+        )
     else:
         frame = (
             "[Count|Can you count|Count up|Count for me|List the numbers|Give me the numbers] "
             "from {a} to {b}{by}{words}[, please|]."
         )
-    question = _ask(rng, frame, a=str(first), b=str(last), by=by, words=" in words" if in_words else "")
+    question = _ask(
+        rng, frame, a=str(first), b=str(last), by=by, words=" in words" if in_words else ""
+    )
     return question, ", ".join(say(n) for n in numbers) + rng.choice((".", "."))
 
 
@@ -207,14 +380,20 @@ def sort_task(rng: random.Random) -> Exchange:
     if rng.random() < 0.6:
         items = [str(n) for n in rng.sample(range(100), rng.randrange(3, 8))]
         down = rng.random() < 0.25
-        order = "[in descending order|from largest to smallest|from high to low]" if down else (
-            "[in ascending order|from smallest to largest||from low to high|by size]"
-        )  # fmt: skip
+        order = (
+            "[in descending order|from largest to smallest|from high to low]"
+            if down
+            else ("[in ascending order|from smallest to largest||from low to high|by size]")
+        )
         answer = sorted(items, key=int, reverse=down)
         noun = "numbers"
     else:
         items = rng.sample(WORDS, rng.randrange(3, 6))
-        order, answer, noun = "[alphabetically|in alphabetical order|from A to Z]", sorted(items), "words"
+        order, answer, noun = (
+            "[alphabetically|in alphabetical order|from A to Z]",
+            sorted(items),
+            "words",
+        )
     frame = f"[Sort|Order|Arrange|Put in order] [these {noun}|the {noun}|] {order}: {{items}}[.|]"
     return _ask(rng, frame, items=", ".join(items)), ", ".join(answer) + "."
 
@@ -237,12 +416,21 @@ def extreme_task(rng: random.Random) -> Exchange:
     frame = "[Which|What] is the {which} of [these numbers|the numbers|]: {items}?"
     which = "[largest|biggest|highest]" if largest else "[smallest|lowest]"
     answer = max(numbers) if largest else min(numbers)
-    return _ask(rng, frame.replace("{which}", which), items=", ".join(map(str, numbers))), f"{answer}."
+    return (
+        _ask(rng, frame.replace("{which}", which), items=", ".join(map(str, numbers))),
+        f"{answer}.",
+    )
 
 
 def repeat_task(rng: random.Random) -> Exchange:
-    phrase = pick(rng, PHRASES) if rng.random() < 0.6 else " ".join(rng.sample(WORDS, rng.randrange(2, 6)))
-    verb = pick(rng, ("Repeat", "Repeat after me", "Say", "Please repeat", "Echo", "Write exactly this"))
+    phrase = (
+        pick(rng, PHRASES)
+        if rng.random() < 0.6
+        else " ".join(rng.sample(WORDS, rng.randrange(2, 6)))
+    )
+    verb = pick(
+        rng, ("Repeat", "Repeat after me", "Say", "Please repeat", "Echo", "Write exactly this")
+    )
     return f"{verb}: {phrase}", phrase
 
 
@@ -254,21 +442,36 @@ def spell_task(rng: random.Random) -> Exchange:
 
 def emoji_task(rng: random.Random) -> Exchange:
     word = pick(rng, tuple(EMOJI))
-    frame = "[Show me|Give me|Send|Write|What is|I need] [an emoji of|the emoji for|an emoji for] {x}[, please|]."
+    frame = (
+        "[Show me|Give me|Send|Write|What is|I need] [an emoji of|the emoji for|an emoji for] {x}[,"
+        " please|]."
+    )
     return _ask(rng, frame, x=with_article(word)), EMOJI[word]
 
 
 def fact_task(rng: random.Random) -> Exchange:
     return rng.choice(
         (
-            ("Name the days of the week.", "Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday."),
-            ("Say the alphabet.", "a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p, q, r, s, t, u, v, w, x, y, z."),
+            (
+                "Name the days of the week.",
+                "Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday.",
+            ),
+            (
+                "Say the alphabet.",
+                "a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p, q, r, s, t, u, v, w, x, y, z.",
+            ),
             (
                 "List the months.",
-                "January, February, March, April, May, June, July, August, September, October, November, December.",
+                (
+                    "January, February, March, April, May, June, July, August, September, October,"
+                    " November, December."
+                ),
             ),
             ("Name the four seasons.", "Spring, summer, autumn, winter."),
-            ("Name the colours of the rainbow.", "Red, orange, yellow, green, blue, indigo, violet. 🌈"),
+            (
+                "Name the colours of the rainbow.",
+                "Red, orange, yellow, green, blue, indigo, violet. 🌈",
+            ),
         )
     )
 
@@ -291,7 +494,7 @@ def draw_task(rng: random.Random) -> Exchange:
     return rng.choices(_TASK_FUNCTIONS, _TASK_WEIGHTS)[0](rng)
 
 
-# --- small talk --------------------------------------------------------------------------------------------------
+# --- small talk -----------------------------------------------------------------------------------
 
 SMALL_TALK: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
@@ -303,25 +506,42 @@ SMALL_TALK: tuple[tuple[str, tuple[str, ...]], ...] = (
         ),
     ),
     (
-        "[Who are you|What are you|Who am I talking to|Which model are you|What is your name|Introduce yourself|"
-        "What model is this|Are you ChatGPT|Are you Qwen]?",
         (
-            "I am the tiny language model that comes with minivllm. I have about five million parameters, "
-            "and I tell stories and explain terms of LLM inference.",
-            "A very small model, bundled with minivllm so that its notebooks have text to show. "
-            "I have about five million parameters.",
+            "[Who are you|What are you|Who am I talking to|Which model are you|What is your"
+            " name|Introduce yourself|What model is this|Are you ChatGPT|Are you Qwen]?"
+        ),
+        (
+            (
+                "I am the tiny language model that comes with minivllm. I have about five million"
+                " parameters, and I tell stories and explain terms of LLM inference."
+            ),
+            (
+                "A very small model, bundled with minivllm so that its notebooks have text to show."
+                " I have about five million parameters."
+            ),
         ),
     ),
     (
-        "[What can you do|How can you help me|What do you know|What are you good at|Help|What should I ask you]?",
         (
-            "I can tell stories, explain 58 terms of LLM inference, count, sort short lists, do small sums, spell and "
-            "repeat. I know little else.",
-            "Ask me for a story about any character and object, for a term such as the KV cache, or for a small sum.",
+            "[What can you do|How can you help me|What do you know|What are you good at|Help|What"
+            " should I ask you]?"
+        ),
+        (
+            (
+                "I can tell stories, explain 58 terms of LLM inference, count, sort short lists, do"
+                " small sums, spell and repeat. I know little else."
+            ),
+            (
+                "Ask me for a story about any character and object, for a term such as the KV"
+                " cache, or for a small sum."
+            ),
         ),
     ),
     (
-        "[Thanks|Thank you|Thank you very much|Thanks a lot|Great, thanks|Nice, thank you][!|.|| 😊]",
+        (
+            "[Thanks|Thank you|Thank you very much|Thanks a lot|Great, thanks|Nice, thank"
+            " you][!|.|| 😊]"
+        ),
         ("You're welcome! 😊", "My pleasure.", "Any time!"),
     ),
     (
@@ -334,22 +554,37 @@ SMALL_TALK: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     (
         "[How big are you|How many parameters do you have|Are you a large model]?",
-        ("I have about five million parameters, which is tiny: a thousand times less than a real assistant.",),
+        (
+            (
+                "I have about five million parameters, which is tiny: a thousand times less than a"
+                " real assistant."
+            ),
+        ),
     ),
     (
         "[Where do you run|Do you need a GPU|Do you need the internet]?",
         ("I run anywhere, even on a laptop without a GPU or a network.",),
     ),
-)  # fmt: skip
+)
 SYSTEM_MESSAGES = (
-    "You are a helpful assistant.", "You are a friendly assistant.",
-    "You are the tiny model bundled with minivllm.", "Answer in plain words.",
-    "You are a storyteller and a teacher.", "Be brief and correct.", "You help students of a course.",
-    "You are a patient teacher of LLM inference.", "You tell stories to children.", "Be kind. 🌟",
-    "Answer the question.", "You are a careful assistant who answers questions about inference engines.",
+    "You are a helpful assistant.",
+    "You are a friendly assistant.",
+    "You are the tiny model bundled with minivllm.",
+    "Answer in plain words.",
+    "You are a storyteller and a teacher.",
+    "Be brief and correct.",
+    "You help students of a course.",
+    "You are a patient teacher of LLM inference.",
+    "You tell stories to children.",
+    "Be kind. 🌟",
+    "Answer the question.",
+    "You are a careful assistant who answers questions about inference engines.",
     "You are an assistant in a café.",
-    "You are a helpful assistant that explains terms, tells stories and solves small tasks. Answer in a few sentences.",
-)  # fmt: skip
+    (
+        "You are a helpful assistant that explains terms, tells stories and solves small tasks."
+        " Answer in a few sentences."
+    ),
+)
 
 
 def small_talk(rng: random.Random) -> Exchange:
@@ -357,7 +592,7 @@ def small_talk(rng: random.Random) -> Exchange:
     return _ask(rng, template), pick(rng, answers)
 
 
-# --- documents ---------------------------------------------------------------------------------------------------
+# --- documents ------------------------------------------------------------------------------------
 
 
 class CorpusWriter:
@@ -367,7 +602,8 @@ class CorpusWriter:
         self.rng = rng
         self.excluded = frozenset(excluded)
         self.term_weights = [
-            1.0 + 0.35 * sum(term in group for group in glossary.CONFUSABLE) for term in glossary.TERMS
+            1.0 + 0.35 * sum(term in group for group in glossary.CONFUSABLE)
+            for term in glossary.TERMS
         ]
 
     # exchanges: one question and its answer
@@ -377,7 +613,9 @@ class CorpusWriter:
 
     def glossary_exchange(self) -> tuple[Exchange, str]:
         rng, term = self.rng, self.draw_term()
-        question = glossary.surface(rng, pick(rng, glossary.question_bank(term, excluded=self.excluded)))
+        question = glossary.surface(
+            rng, pick(rng, glossary.question_bank(term, excluded=self.excluded))
+        )
         return (question, pick(rng, glossary.BY_TERM[term].answers)), term
 
     def comparison_exchange(self) -> Exchange:
@@ -389,7 +627,10 @@ class CorpusWriter:
             if glossary.normalise(question) not in self.excluded:
                 break
         second = pick(rng, glossary.BY_TERM[b].answers).split(". ")[0].rstrip(".")
-        return question[0].upper() + question[1:], f"{pick(rng, glossary.BY_TERM[a].answers)} {second}."
+        return (
+            question[0].upper() + question[1:],
+            f"{pick(rng, glossary.BY_TERM[a].answers)} {second}.",
+        )
 
     def unknown_exchange(self) -> Exchange:
         slots = {"topic": pick(self.rng, UNKNOWN_TOPICS)}
@@ -402,9 +643,16 @@ class CorpusWriter:
         cast = stories.draw_cast(rng)
         draw = rng.random()
         templates = (
-            stories.REQUESTS if draw < 0.84 else stories.REQUESTS_CHARACTER if draw < 0.92
-            else stories.REQUESTS_OBJECT if draw < 0.96 else stories.REQUESTS_OPEN
-        )  # fmt: skip
+            stories.REQUESTS
+            if draw < 0.84
+            else (
+                stories.REQUESTS_CHARACTER
+                if draw < 0.92
+                else stories.REQUESTS_OBJECT
+                if draw < 0.96
+                else stories.REQUESTS_OPEN
+            )
+        )
         emoji = rng.random() < 0.06
         request = stories.write_request(rng, cast, templates)
         cast = _match_request(rng, cast, request)
@@ -418,11 +666,16 @@ class CorpusWriter:
     # chats
 
     def opening_messages(self) -> list[Message]:
-        return [Message("system", pick(self.rng, SYSTEM_MESSAGES))] if self.rng.random() < 0.35 else []
+        return (
+            [Message("system", pick(self.rng, SYSTEM_MESSAGES))] if self.rng.random() < 0.35 else []
+        )
 
     def single_turn(self, kind: str, exchange: Exchange) -> Document:
         question, answer = exchange
-        return chat_document(kind, [*self.opening_messages(), Message("user", question), Message("assistant", answer)])
+        return chat_document(
+            kind,
+            [*self.opening_messages(), Message("user", question), Message("assistant", answer)],
+        )
 
     def follow_ups(self, story: stories.Story) -> list[Exchange]:
         """Questions about a story that has just been told."""
@@ -431,22 +684,41 @@ class CorpusWriter:
         exchanges: list[Exchange] = [
             (
                 _ask(rng, "[What was|What is|Which was|Name] the object in [that|the|this] story?"),
-                pick(rng, (f"It was {with_article(thing)}.", f"The object was {with_article(thing)}.")),
+                pick(
+                    rng,
+                    (f"It was {with_article(thing)}.", f"The object was {with_article(thing)}."),
+                ),
             ),
             (
-                _ask(rng, "[Who was|Who is] [the hero|the main character|that story about|the story about][ again|]?"),
+                _ask(
+                    rng,
+                    "[Who was|Who is] [the hero|the main character|that story about|the story"
+                    " about][ again|]?",
+                ),
                 f"{hero.name}, {with_article(hero.kind)}.",
             ),
             (
                 _ask(
-                    rng, "[What was the hero's name|What was the name of the main character|How was the hero called]?"
+                    rng,
+                    "[What was the hero's name|What was the name of the main character|How was the"
+                    " hero called]?",
                 ),
                 f"{hero.name}.",
             ),
             (
-                _ask(rng, "[Sum up|Summarise|Summarize] [the story|that|it] [in one sentence|briefly|].")
-                if rng.random() < 0.6
-                else _ask(rng, "[What was the story about|What happened in the story|Can you make it shorter]?"),
+                (
+                    _ask(
+                        rng,
+                        "[Sum up|Summarise|Summarize] [the story|that|it] [in one"
+                        " sentence|briefly|].",
+                    )
+                    if rng.random() < 0.6
+                    else _ask(
+                        rng,
+                        "[What was the story about|What happened in the story|Can you make it"
+                        " shorter]?",
+                    )
+                ),
                 story.summary,
             ),
         ]
@@ -455,7 +727,8 @@ class CorpusWriter:
                 (
                     _ask(
                         rng,
-                        "[Who else was in|Who was the other one in|Who is the second character of] [the|that] story?",
+                        "[Who else was in|Who was the other one in|Who is the second character of]"
+                        " [the|that] story?",
                     ),
                     f"{cast.friend.name}, {with_article(cast.friend.kind)}.",
                 )
@@ -491,7 +764,10 @@ class CorpusWriter:
             elif draw < 0.90:
                 messages += _messages(draw_task(rng))
             elif draw < 0.95 and first_question:
-                asked = _ask(rng, "[What was my first question|What did I ask first|Repeat my first question]?")
+                asked = _ask(
+                    rng,
+                    "[What was my first question|What did I ask first|Repeat my first question]?",
+                )
                 messages += _messages((asked, f'You asked: "{first_question}"'))
             else:
                 messages += _messages(small_talk(rng))
@@ -506,8 +782,8 @@ class CorpusWriter:
         cast = stories.draw_cast(rng, story.cast.hero)
         question = _ask(
             rng,
-            "[Tell|Write] [it again|another one|the story again|a new story about the same hero] with {x} "
-            "[instead|this time].",
+            "[Tell|Write] [it again|another one|the story again|a new story about the same hero]"
+            " with {x} [instead|this time].",
             x=with_article(cast.thing.phrase),
         )
         return question, stories.write_story(rng, cast).text
@@ -518,8 +794,8 @@ class CorpusWriter:
             return _ask(rng, "[Repeat that|Say that again|Once more][, please|]."), answer
         others = [other for other in glossary.BY_TERM[term].answers if other != answer]
         asked = (
-            "[Say it differently|Can you put it in other words|I don't get it. Again in other words|"
-            "Explain that another way|Why does that matter]?"
+            "[Say it differently|Can you put it in other words|I don't get it. Again in other"
+            " words|Explain that another way|Why does that matter]?"
         )
         return _ask(rng, asked), pick(rng, others)
 
@@ -548,7 +824,13 @@ class CorpusWriter:
         for term in terms:
             answer = pick(rng, glossary.BY_TERM[term].answers)
             title = term[0].upper() + term[1:]
-            parts.append(answer if style < 0.3 else f"{title}: {answer}" if style < 0.7 else f"## {title}\n\n{answer}")
+            parts.append(
+                answer
+                if style < 0.3
+                else f"{title}: {answer}"
+                if style < 0.7
+                else f"## {title}\n\n{answer}"
+            )
         return "\n\n".join(parts)
 
     def task_chat(self) -> Document:
@@ -593,7 +875,9 @@ def _messages(exchange: Exchange) -> list[Message]:
 
 
 def _match_request(rng: random.Random, cast: stories.Cast, request: str) -> stories.Cast:
-    """A request may name the kind but not the name, or neither: then the story is free to choose."""
+    """A request may name the kind but not the name, or neither: then the story is free to
+    choose.
+    """
     if cast.hero.kind in request or cast.hero.name in request:
         return cast
     if cast.thing.noun in request:
@@ -601,7 +885,8 @@ def _match_request(rng: random.Random, cast: stories.Cast, request: str) -> stor
     return stories.draw_cast(rng)
 
 
-# Each kind of document with its share of all documents (not of all tokens: a long chat counts as twenty short ones).
+# Each kind of document with its share of all documents (not of all tokens: a long chat counts as
+# twenty short ones).
 MIXTURE: tuple[tuple[Callable[[CorpusWriter], Document], float], ...] = (
     (CorpusWriter.story_chat, 17.0),
     (CorpusWriter.story_raw, 5.0),

@@ -4,12 +4,16 @@
 
 What is measured, and how:
 
-* **stories**: 200 requests whose (character, object) pair no training story joins, sampled at temperature 0.7 with a
-  fixed seed. A story counts when it names the character's kind and the whole object ("silver key") and ends by itself.
-  Two stories share a run when, with names, kinds and objects replaced, any 20 consecutive tokens are the same.
-* **glossary**: questions written by somebody who had not seen the corpus, answered greedily. An answer is right when
+* **stories**: 200 requests whose (character, object) pair no training story joins, sampled at
+  temperature 0.7 with a
+  fixed seed. A story counts when it names the character's kind and the whole object ("silver key")
+  and ends by itself. Two stories share a run when, with names, kinds and objects replaced, any 20
+  consecutive tokens are the same.
+* **glossary**: questions written by somebody who had not seen the corpus, answered greedily. An
+  answer is right when
   it shows the asked term's key facts and is closest to that term's reference answers among all 58.
-* **overlap**: none of these questions is one that the corpus can contain (casing, spaces and punctuation aside).
+* **overlap**: none of these questions is one that the corpus can contain (casing, spaces and
+  punctuation aside).
 * **positions**: loss by position on documents with seeds that training does not use.
 * **tasks**: counting, sorting, sums and the like, greedily, by exact match.
 """
@@ -80,17 +84,33 @@ def generate(
     padding = bundle.tokenizer.token_to_id(corpus.END_OF_TEXT)
     torch.manual_seed(seed)
     for start in range(0, len(prompts), batch):
-        encoded = [bundle.tokenizer.encode(p, add_special_tokens=False).ids for p in prompts[start : start + batch]]
+        encoded = [
+            bundle.tokenizer.encode(p, add_special_tokens=False).ids
+            for p in prompts[start : start + batch]
+        ]
         width = max(map(len, encoded))
-        ids = torch.tensor([[padding] * (width - len(e)) + e for e in encoded], device=bundle.device)
-        mask = torch.tensor([[0] * (width - len(e)) + [1] * len(e) for e in encoded], device=bundle.device)
-        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        ids = torch.tensor(
+            [[padding] * (width - len(e)) + e for e in encoded], device=bundle.device
+        )
+        mask = torch.tensor(
+            [[0] * (width - len(e)) + [1] * len(e) for e in encoded], device=bundle.device
+        )
+        sampling: dict[str, Any] = {
+            "do_sample": False,
+            "temperature": None,
+            "top_p": None,
+            "top_k": None,
+        }
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
         output = bundle.model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=padding,
-            eos_token_id=sorted(bundle.ends), **sampling,
-        )[:, width:].tolist()  # fmt: skip
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=padding,
+            eos_token_id=sorted(bundle.ends),
+            **sampling,
+        )[:, width:].tolist()
         for row in output:
             end = next((i for i, token in enumerate(row) if token in bundle.ends), None)
             results.append(Generated(bundle.tokenizer.decode(row[:end]), end is not None))
@@ -101,7 +121,7 @@ def user_prompt(question: str) -> str:
     return render_chat([Message("user", question)], add_generation_prompt=True)
 
 
-# --- stories -----------------------------------------------------------------------------------------------------
+# --- stories --------------------------------------------------------------------------------------
 
 _NAMES = re.compile(r"\b(?:" + "|".join(sorted(stories.NAMES, key=len, reverse=True)) + r")\b")
 _KINDS = re.compile(r"\b(?:" + "|".join(sorted(stories.KINDS, key=len, reverse=True)) + r")\b")
@@ -113,7 +133,9 @@ def anonymous(text: str, cast: stories.Cast) -> str:
     return _KINDS.sub("KIND", _NAMES.sub("NAME", text))
 
 
-def share_of_pairs_with_a_common_run(tokenizer: Tokenizer, texts: Sequence[str], run: int = SHARED_RUN) -> float:
+def share_of_pairs_with_a_common_run(
+    tokenizer: Tokenizer, texts: Sequence[str], run: int = SHARED_RUN
+) -> float:
     """The share of all pairs of texts that have `run` consecutive tokens in common."""
     where: dict[tuple[int, ...], set[int]] = defaultdict(set)
     for index, text in enumerate(texts):
@@ -129,11 +151,19 @@ def names_both(text: str, cast: stories.Cast) -> bool:
     return cast.thing.phrase in lower and re.search(rf"\b{cast.hero.kind}\b", lower) is not None
 
 
-def score_stories(bundle: Bundle, count: int = 200, seed: int = 0) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def score_stories(
+    bundle: Bundle, count: int = 200, seed: int = 0
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     requests = corpus.held_out_requests(count)
-    texts = generate(bundle, [user_prompt(r.prompt) for r in requests], 512, STORY_TEMPERATURE, seed)
+    texts = generate(
+        bundle, [user_prompt(r.prompt) for r in requests], 512, STORY_TEMPERATURE, seed
+    )
     good = [g.ended and names_both(g.text, r.cast) for g, r in zip(texts, requests, strict=True)]
-    named = [r.cast.hero.name in g.text for g, r in zip(texts, requests, strict=True) if r.cast.hero.name in r.prompt]
+    named = [
+        r.cast.hero.name in g.text
+        for g, r in zip(texts, requests, strict=True)
+        if r.cast.hero.name in r.prompt
+    ]
     summary = {
         "requests": count,
         "temperature": STORY_TEMPERATURE,
@@ -143,7 +173,8 @@ def score_stories(bundle: Bundle, count: int = 200, seed: int = 0) -> tuple[dict
         "requested_name_used": sum(named) / max(1, len(named)),
         "distinct_texts": len({g.text for g in texts}),
         f"pairs_sharing_{SHARED_RUN}_tokens": share_of_pairs_with_a_common_run(
-            bundle.tokenizer, [anonymous(g.text, r.cast) for g, r in zip(texts, requests, strict=True)]
+            bundle.tokenizer,
+            [anonymous(g.text, r.cast) for g, r in zip(texts, requests, strict=True)],
         ),
         "mean_tokens": sum(len(bundle.tokenizer.encode(g.text).ids) for g in texts) / count,
     }
@@ -154,10 +185,12 @@ def score_stories(bundle: Bundle, count: int = 200, seed: int = 0) -> tuple[dict
     return summary, details
 
 
-# --- glossary ----------------------------------------------------------------------------------------------------
+# --- glossary -------------------------------------------------------------------------------------
 
 
-def score_glossary(bundle: Bundle, questions: Sequence[dict[str, str]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def score_glossary(
+    bundle: Bundle, questions: Sequence[dict[str, str]]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """`questions` is a list of {"question", "term"}."""
     answers = generate(bundle, [user_prompt(q["question"]) for q in questions], 160)
     details = []
@@ -173,7 +206,11 @@ def score_glossary(bundle: Bundle, questions: Sequence[dict[str, str]]) -> tuple
             }
         )
     right = sum(bool(d["right"]) for d in details)
-    return {"questions": len(details), "right": right, "share_right": right / max(1, len(details))}, details
+    return {
+        "questions": len(details),
+        "right": right,
+        "share_right": right / max(1, len(details)),
+    }, details
 
 
 def _words(text: str) -> frozenset[str]:
@@ -181,7 +218,9 @@ def _words(text: str) -> frozenset[str]:
 
 
 def score_overlap(questions: Sequence[dict[str, str]], excluded: frozenset[str]) -> dict[str, Any]:
-    """How many questions the corpus can contain, with and without the exclusion, and the nearest words it has."""
+    """How many questions the corpus can contain, with and without the exclusion, and the nearest
+    words it has.
+    """
     normalised = [glossary.normalise(q["question"]) for q in questions]
     emitted = {glossary.normalise(q) for q in corpus.all_glossary_questions(excluded)}
     unfiltered = {glossary.normalise(q) for q in corpus.all_glossary_questions()}
@@ -199,12 +238,14 @@ def score_overlap(questions: Sequence[dict[str, str]], excluded: frozenset[str])
     }
 
 
-# --- long pages --------------------------------------------------------------------------------------------------
+# --- long pages -----------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def score_positions(bundle: Bundle, count: int = 48) -> dict[str, Any]:
-    """Mean loss of the trained-on tokens by position, on long documents and on packed rows with fresh seeds."""
+    """Mean loss of the trained-on tokens by position, on long documents and on packed rows with
+    fresh seeds.
+    """
     from minivllm.bundled import train
 
     padding = bundle.tokenizer.token_to_id(corpus.END_OF_TEXT)
@@ -212,7 +253,9 @@ def score_positions(bundle: Bundle, count: int = 48) -> dict[str, Any]:
     for row, document in zip(long_rows, corpus.long_documents("evaluation"), strict=False):
         piece = train.encode(bundle.tokenizer, document)
         row[: len(piece)] = piece
-    stream = (train.encode(bundle.tokenizer, document) for document in corpus.documents("evaluation"))
+    stream = (
+        train.encode(bundle.tokenizer, document) for document in corpus.documents("evaluation")
+    )
     packed_rows = train.pack(stream, count, padding)
     result: dict[str, Any] = {}
     for name, rows in (("long documents", long_rows), ("packed rows", packed_rows)):
@@ -220,27 +263,36 @@ def score_positions(bundle: Bundle, count: int = 48) -> dict[str, Any]:
         for start in range(0, count, 4):
             ids, labels = train.to_batch(rows[start : start + 4], bundle.device)
             logits = bundle.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-            loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="none")
+            loss = F.cross_entropy(
+                logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="none"
+            )
             sums[1:] += loss.view(len(ids), -1).sum(0).double().cpu().numpy()
             counts[1:] += (labels[:, 1:] >= 0).sum(0).cpu().numpy()
         result[name] = {
-            f"{low}-{low + BUCKET}": round(float(sums[low : low + BUCKET].sum() / counts[low : low + BUCKET].sum()), 3)
+            f"{low}-{low + BUCKET}": round(
+                float(sums[low : low + BUCKET].sum() / counts[low : low + BUCKET].sum()), 3
+            )
             for low in range(0, train.ROW_LENGTH, BUCKET)
         }
     return result
 
 
-# --- tasks -------------------------------------------------------------------------------------------------------
+# --- tasks ----------------------------------------------------------------------------------------
 
 
 def score_tasks(bundle: Bundle, count: int = 60) -> dict[str, float]:
-    """Exact matches for each kind of small task, and for a question about a story earlier in the chat."""
+    """Exact matches for each kind of small task, and for a question about a story earlier in the
+    chat.
+    """
     result: dict[str, float] = {}
     for task, _ in corpus.TASKS:
         rng = random.Random(f"evaluation {task.__name__}")
         exchanges = [task(rng) for _ in range(count)]
         answers = generate(bundle, [user_prompt(question) for question, _ in exchanges], 120)
-        right = sum(a.ended and a.text == expected for a, (_, expected) in zip(answers, exchanges, strict=True))
+        right = sum(
+            a.ended and a.text == expected
+            for a, (_, expected) in zip(answers, exchanges, strict=True)
+        )
         result[task.__name__.removesuffix("_task")] = right / count
     rng = random.Random("evaluation follow-up")
     prompts, things = [], []
@@ -254,11 +306,13 @@ def score_tasks(bundle: Bundle, count: int = 60) -> dict[str, float]:
         prompts.append(render_chat(messages, add_generation_prompt=True))
         things.append(cast.thing.phrase)
     answers = generate(bundle, prompts, 40)
-    result["follow-up"] = sum(thing in a.text for a, thing in zip(answers, things, strict=True)) / count
+    result["follow-up"] = (
+        sum(thing in a.text for a, thing in zip(answers, things, strict=True)) / count
+    )
     return result
 
 
-# --- everything --------------------------------------------------------------------------------------------------
+# --- everything -----------------------------------------------------------------------------------
 
 
 def evaluate(
@@ -267,7 +321,9 @@ def evaluate(
     """All scores, and the texts behind them."""
     bundle = load(path, dtype)
     began = time.monotonic()
-    scores: dict[str, Any] = {"device": torch.cuda.get_device_name() if bundle.device.type == "cuda" else "CPU"}
+    scores: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if bundle.device.type == "cuda" else "CPU"
+    }
     scores["stories"], story_details = score_stories(bundle, num_stories)
     details: dict[str, Any] = {"stories": story_details}
     if paraphrases is not None:
@@ -285,10 +341,17 @@ def evaluate(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=BUNDLED_MODEL_PATH, help="folder of the checkpoint")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--paraphrases", type=Path, default=DEFAULT_PARAPHRASES, help="unseen glossary questions (JSON)"
+        "--model", type=Path, default=BUNDLED_MODEL_PATH, help="folder of the checkpoint"
+    )
+    parser.add_argument(
+        "--paraphrases",
+        type=Path,
+        default=DEFAULT_PARAPHRASES,
+        help="unseen glossary questions (JSON)",
     )
     parser.add_argument("--stories", type=int, default=200)
     parser.add_argument("--out", type=Path, help="write the scores here (JSON)")
@@ -301,7 +364,9 @@ def main() -> None:
     print(json.dumps(scores, indent=2))
     for path, value in ((arguments.out, scores), (arguments.details, details)):
         if path:
-            path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            path.write_text(
+                json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ A template is ordinary text with two additions:
     >>> expand("[A|The] {colour} hat", random.Random(1), {"colour": "red"})
     'A red hat'
 
-Templates are parsed once and cached, because a corpus expands the same few hundred lines a million times.
+Templates are parsed once and cached, because a corpus expands the same few hundred lines a million
+times.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 
 Slot = str | Callable[[], str]
-# A parsed template is a tuple of parts: literal text, a slot name, or a choice between parsed templates.
+# A parsed template is a tuple of parts: literal text, a slot name, or a choice between parsed
+# templates.
 Node = tuple[str, object]
 
 _MARKS = re.compile(r"([\[\]|]|\{\w+\})")
@@ -40,7 +42,9 @@ def parse(template: str) -> tuple[Node, ...]:
     return nodes
 
 
-def _parse_sequence(pieces: Sequence[str], position: int, depth: int, template: str) -> tuple[tuple[Node, ...], int]:
+def _parse_sequence(
+    pieces: Sequence[str], position: int, depth: int, template: str
+) -> tuple[tuple[Node, ...], int]:
     nodes: list[Node] = []
     while position < len(pieces):
         piece = pieces[position]
@@ -73,7 +77,9 @@ def expand(template: str, rng: random.Random, slots: Mapping[str, Slot]) -> str:
     return "".join(output)
 
 
-def _expand(nodes: tuple[Node, ...], rng: random.Random, slots: Mapping[str, Slot], output: list[str]) -> None:
+def _expand(
+    nodes: tuple[Node, ...], rng: random.Random, slots: Mapping[str, Slot], output: list[str]
+) -> None:
     for kind, value in nodes:
         if kind == "text":
             output.append(value)  # type: ignore[arg-type]

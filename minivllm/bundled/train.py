@@ -2,9 +2,10 @@
 
     python -m minivllm.bundled.train --out DIR --minutes 5
 
-Worker processes draw and tokenize fresh documents while the GPU trains, so no document is seen twice. Rows of 2,048
-tokens start with the start of a document and are filled with whole documents; only what the assistant says, and raw
-text, is trained on. AdamW with warm-up and a cosine that ends when the time (or the number of steps) is over.
+Worker processes draw and tokenize fresh documents while the GPU trains, so no document is seen
+twice. Rows of 2,048 tokens start with the start of a document and are filled with whole documents;
+only what the assistant says, and raw text, is trained on. AdamW with warm-up and a cosine that ends
+when the time (or the number of steps) is over.
 """
 
 from __future__ import annotations
@@ -36,9 +37,11 @@ log = logging.getLogger("minivllm.bundled.train")
 
 VOCAB_SIZE = 2048
 ROW_LENGTH = 2048
-# Qwen's split: contractions, words with their leading space, single digits, punctuation, white space.
+# Qwen's split: contractions, words with their leading space, single digits, punctuation, white
+# space.
 SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # In a row each entry is a token id, plus this bit where the token is not trained on.
 NOT_TRAINED = 1 << 15
@@ -67,7 +70,7 @@ ARCHITECTURE: dict[str, Any] = {
 }
 
 
-# --- tokenizer ---------------------------------------------------------------------------------------------------
+# --- tokenizer ------------------------------------------------------------------------------------
 
 
 def train_tokenizer(num_documents: int) -> Tokenizer:
@@ -113,7 +116,7 @@ def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
     write_json(out / "tokenizer_config.json", config)
 
 
-# --- rows of tokens ----------------------------------------------------------------------------------------------
+# --- rows of tokens -------------------------------------------------------------------------------
 
 
 def encode(tokenizer: Tokenizer, document: corpus.Document) -> np.ndarray:
@@ -126,8 +129,12 @@ def encode(tokenizer: Tokenizer, document: corpus.Document) -> np.ndarray:
     return np.concatenate(parts)[:ROW_LENGTH]
 
 
-def pack(pieces: Iterator[np.ndarray], num_rows: int, padding: int, waiting_limit: int = 64) -> np.ndarray:
-    """Fill rows with whole documents: the longest waiting one that still fits comes next, padding ends the row."""
+def pack(
+    pieces: Iterator[np.ndarray], num_rows: int, padding: int, waiting_limit: int = 64
+) -> np.ndarray:
+    """Fill rows with whole documents: the longest waiting one that still fits comes next, padding
+    ends the row.
+    """
     rows = np.full((num_rows, ROW_LENGTH), padding | NOT_TRAINED, dtype=np.uint16)
     waiting: list[np.ndarray] = []
     for row in rows:
@@ -135,7 +142,8 @@ def pack(pieces: Iterator[np.ndarray], num_rows: int, padding: int, waiting_limi
         while True:
             while len(waiting) < waiting_limit:
                 waiting.append(next(pieces))
-            # The oldest one opens the row; afterwards take them as they come, and the best fit near the end.
+            # The oldest one opens the row; afterwards take them as they come, and the best fit near
+            # the end.
             room = ROW_LENGTH - filled
             fitting = [i for i, piece in enumerate(waiting) if len(piece) <= room]
             if not fitting:
@@ -152,23 +160,30 @@ _WORKER: dict[str, Any] = {}
 
 def _start_worker(tokenizer_json: str, excluded: frozenset[str], rows_per_shard: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _WORKER.update(tokenizer=Tokenizer.from_str(tokenizer_json), excluded=excluded, rows=rows_per_shard)
+    _WORKER.update(
+        tokenizer=Tokenizer.from_str(tokenizer_json), excluded=excluded, rows=rows_per_shard
+    )
 
 
 def make_shard(index: int) -> np.ndarray:
     """Rows of fresh documents; the same for the same index."""
     tokenizer: Tokenizer = _WORKER["tokenizer"]
-    stream = (encode(tokenizer, document) for document in corpus.documents(f"train {index}", _WORKER["excluded"]))
+    stream = (
+        encode(tokenizer, document)
+        for document in corpus.documents(f"train {index}", _WORKER["excluded"])
+    )
     return pack(stream, _WORKER["rows"], padding=tokenizer.token_to_id(corpus.END_OF_TEXT))
 
 
-# --- training ----------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 def new_model(seed: int, special: dict[str, int]) -> Qwen3ForCausalLM:
     torch.manual_seed(seed)
     settings = {k: v for k, v in ARCHITECTURE.items() if k not in ("architectures", "model_type")}
-    config = Qwen3Config(**settings, pad_token_id=special["pad"], eos_token_id=special["eos"], bos_token_id=None)
+    config = Qwen3Config(
+        **settings, pad_token_id=special["pad"], eos_token_id=special["eos"], bos_token_id=None
+    )
     model = Qwen3ForCausalLM(config)
     with torch.no_grad():  # what each layer adds to the residual stream starts small
         for name, parameter in model.named_parameters():
@@ -179,7 +194,9 @@ def new_model(seed: int, special: dict[str, int]) -> Qwen3ForCausalLM:
 
 def loss_of(model: torch.nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     logits = model(input_ids=ids, use_cache=False).logits
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED_LABEL)
+    return F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED_LABEL
+    )
 
 
 def to_batch(rows: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,7 +209,11 @@ def to_batch(rows: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torc
 
 def learning_rate(progress: float, step: int, peak: float, warmup: int) -> float:
     """Linear warm-up over some steps, then a cosine from the peak to 1 % of it."""
-    return peak * min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+    return (
+        peak
+        * min(1.0, (step + 1) / warmup)
+        * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+    )
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -204,8 +225,13 @@ def train(arguments: argparse.Namespace) -> None:
 
     tokenizer = train_tokenizer(arguments.tokenizer_documents)
     save_tokenizer(tokenizer, out)
-    log.info("tokenizer of %d tokens after %.0f s", tokenizer.get_vocab_size(), time.monotonic() - began)
-    special = {"pad": tokenizer.token_to_id(corpus.END_OF_TEXT), "eos": tokenizer.token_to_id(corpus.TURN_END)}
+    log.info(
+        "tokenizer of %d tokens after %.0f s", tokenizer.get_vocab_size(), time.monotonic() - began
+    )
+    special = {
+        "pad": tokenizer.token_to_id(corpus.END_OF_TEXT),
+        "eos": tokenizer.token_to_id(corpus.TURN_END),
+    }
 
     # The banks are built here, once: the workers are forked and share them.
     for term in glossary.TERMS:
@@ -225,17 +251,26 @@ def train(arguments: argparse.Namespace) -> None:
     first = next(stream)
     padding_share = float((first == (special["pad"] | NOT_TRAINED)).mean())
     trained_share = float((first < NOT_TRAINED).mean())
-    log.info("first rows after %.0f s: %.0f %% trained on, %.1f %% padding", time.monotonic() - began,
-             100 * trained_share, 100 * padding_share)  # fmt: skip
+    log.info(
+        "first rows after %.0f s: %.0f %% trained on, %.1f %% padding",
+        time.monotonic() - began,
+        100 * trained_share,
+        100 * padding_share,
+    )
 
     model = new_model(arguments.seed, special).to(device).train()
     num_parameters = sum(p.numel() for p in model.parameters())
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": arguments.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=arguments.learning_rate, betas=(0.9, 0.95), fused=device.type == "cuda",
-    )  # fmt: skip
+        [
+            {"params": decayed, "weight_decay": arguments.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        lr=arguments.learning_rate,
+        betas=(0.9, 0.95),
+        fused=device.type == "cuda",
+    )
     forward = torch.compile(loss_of) if arguments.compile else loss_of
     torch.set_float32_matmul_precision("high")
 
@@ -251,7 +286,9 @@ def train(arguments: argparse.Namespace) -> None:
     optimizer.zero_grad(set_to_none=True)
     if device.type == "cuda":
         torch.cuda.synchronize()
-    log.info("%.2f M parameters; first step after %.0f s", num_parameters / 1e6, time.monotonic() - began)
+    log.info(
+        "%.2f M parameters; first step after %.0f s", num_parameters / 1e6, time.monotonic() - began
+    )
 
     clock, step, losses = time.monotonic(), 0, []
     history: list[dict[str, float]] = []
@@ -271,7 +308,9 @@ def train(arguments: argparse.Namespace) -> None:
             losses.clear()
             rate = step * rows.size / (time.monotonic() - clock)
             history.append({"step": step, "loss": round(loss, 4), "tokens_per_second": round(rate)})
-            log.info("step %5d  %4.0f s  loss %.4f  %.2f M tokens/s", step, elapsed, loss, rate / 1e6)
+            log.info(
+                "step %5d  %4.0f s  loss %.4f  %.2f M tokens/s", step, elapsed, loss, rate / 1e6
+            )
     else:
         log.warning("the shards ran out before the time did: ask for more with --shards")
     seconds = time.monotonic() - clock
@@ -282,7 +321,11 @@ def train(arguments: argparse.Namespace) -> None:
         out / "training_record.json",
         {
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-            "hardware": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU",
+            "hardware": (
+                torch.cuda.get_device_name()
+                if device.type == "cuda"
+                else platform.processor() or "CPU"
+            ),
             "versions": versions(),
             "parameters": num_parameters,
             "steps": step,
@@ -294,18 +337,30 @@ def train(arguments: argparse.Namespace) -> None:
             "final_loss": history[-1]["loss"] if history else None,
             "settings": {
                 name: getattr(arguments, name)
-                for name in ("batch_rows", "learning_rate", "weight_decay", "warmup", "seed", "minutes", "steps",
-                             "rows_per_shard", "tokenizer_documents", "compile")
+                for name in (
+                    "batch_rows",
+                    "learning_rate",
+                    "weight_decay",
+                    "warmup",
+                    "seed",
+                    "minutes",
+                    "steps",
+                    "rows_per_shard",
+                    "tokenizer_documents",
+                    "compile",
+                )
             },
             "excluded_questions": record_excluded,
             "history": history[:: max(1, len(history) // 40)],
         },
-    )  # fmt: skip
+    )
     log.info("%d steps in %.0f s; everything took %.0f s", step, seconds, time.monotonic() - began)
 
 
 def save_model(model: Qwen3ForCausalLM, out: Path, special: dict[str, int]) -> None:
-    """bfloat16 weights under the names that Qwen3 checkpoints use, and the configuration in their style."""
+    """bfloat16 weights under the names that Qwen3 checkpoints use, and the configuration in their
+    style.
+    """
     from safetensors.torch import save_file
 
     tensors = {
@@ -329,7 +384,9 @@ def save_model(model: Qwen3ForCausalLM, out: Path, special: dict[str, int]) -> N
 
 
 def read_excluded(path: Path | None) -> tuple[frozenset[str], dict[str, Any] | None]:
-    """Normalised questions that the corpus must not contain, and what the record says about them."""
+    """Normalised questions that the corpus must not contain, and what the record says about
+    them.
+    """
     if path is None:
         return frozenset(), None
     content = path.read_bytes()
@@ -354,21 +411,35 @@ def write_json(path: Path, value: Collection[Any]) -> None:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--minutes", type=float, default=5.0, help="time for the training loop alone")
-    parser.add_argument("--steps", type=int, default=0, help="stop after so many steps instead of by the clock")
-    parser.add_argument("--batch-rows", type=int, default=32, help=f"rows of {ROW_LENGTH} tokens a step")
+    parser.add_argument(
+        "--minutes", type=float, default=5.0, help="time for the training loop alone"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=0, help="stop after so many steps instead of by the clock"
+    )
+    parser.add_argument(
+        "--batch-rows", type=int, default=32, help=f"rows of {ROW_LENGTH} tokens a step"
+    )
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--warmup", type=int, default=150, help="steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
-    parser.add_argument("--shards", type=int, default=600, help="at most so many shards of fresh text")
+    parser.add_argument(
+        "--shards", type=int, default=600, help="at most so many shards of fresh text"
+    )
     parser.add_argument("--rows-per-shard", type=int, default=512)
     parser.add_argument("--tokenizer-documents", type=int, default=60_000)
-    parser.add_argument("--exclude-questions", type=Path, help="JSON list with a 'question' in each item, kept out")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    parser.add_argument(
+        "--exclude-questions", type=Path, help="JSON list with a 'question' in each item, kept out"
+    )
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available()
+    )
     parser.add_argument("--log-every", type=int, default=100)
     return parser.parse_args(arguments)
 

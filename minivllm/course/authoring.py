@@ -1,8 +1,10 @@
-"""For those who write notebooks: `python -m minivllm.course.authoring execute notebooks/00_tour.ipynb`, or `stubs`.
+"""For those who write notebooks: `python -m minivllm.course.authoring execute
+notebooks/00_tour.ipynb`, or `stubs`.
 
-`execute` runs in place with a fresh kernel, removes what belongs to this machine, and saves only what has no
-`problems`. `stubs` writes exercises/ from solutions/, where every answer becomes a stub, and the digests by which a
-changed solution is noticed. `glossary` writes notebooks/glossary.md.
+`execute` runs in place with a fresh kernel, removes what belongs to this machine, and saves only
+what has no `problems`. `stubs` writes exercises/ from solutions/, where every answer becomes a
+stub, and the digests by which a changed solution is noticed. `glossary` writes
+notebooks/glossary.md.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ MAX_IMAGE_BYTES, MIN_COMPARED_SHARE = 60_000, 0.6
 def compared_text(output: NotebookNode) -> str:
     """Everything in an output that nbval compares."""
     data = output.get("data", {})
-    return "\n".join([output.get("text", ""), *(str(data[key]) for key in data if key not in NOT_COMPARED)]).strip()
+    return "\n".join(
+        [output.get("text", ""), *(str(data[key]) for key in data if key not in NOT_COMPARED)]
+    ).strip()
 
 
 def clean(notebook: NotebookNode) -> None:
@@ -46,9 +50,14 @@ def clean(notebook: NotebookNode) -> None:
             data = output.get("data", {})
             if len(data) > 1:
                 data.pop(WIDGET, None)
-            for holder, key in ((output, "text"), *((data, key) for key in data if key.startswith("text/"))):
+            for holder, key in (
+                (output, "text"),
+                *((data, key) for key in data if key.startswith("text/")),
+            ):
                 if key in holder:
-                    holder[key] = holder[key].replace(f"{ROOT}/", "").replace(str(Path.home()) + "/", "~/")
+                    holder[key] = (
+                        holder[key].replace(f"{ROOT}/", "").replace(str(Path.home()) + "/", "~/")
+                    )
 
 
 def problems(notebook: NotebookNode) -> list[str]:
@@ -61,7 +70,9 @@ def problems(notebook: NotebookNode) -> list[str]:
     for number, cell in enumerate(code, start=1):
         ignored = "NBVAL_IGNORE_OUTPUT" in cell.source
         if ignored and not (number < len(code) and "assert " in code[number].source):
-            found.append(f"cell {number}: its output is ignored and the next code cell asserts nothing")
+            found.append(
+                f"cell {number}: its output is ignored and the next code cell asserts nothing"
+            )
         compared += not ignored and any(map(compared_text, cell.outputs))
         for output in cell.outputs:
             if output.output_type == "error":
@@ -73,7 +84,10 @@ def problems(notebook: NotebookNode) -> list[str]:
                 found.append(f"cell {number}: a time in an output that is compared")
             image = base64.b64decode(output.get("data", {}).get("image/png", ""))
             if len(image) > MAX_IMAGE_BYTES:
-                found.append(f"cell {number}: an image of {len(image):,} bytes; {MAX_IMAGE_BYTES:,} are allowed")
+                found.append(
+                    f"cell {number}: an image of {len(image):,} bytes; {MAX_IMAGE_BYTES:,} are"
+                    " allowed"
+                )
     if any(role(cell)[0] != "given" for cell in notebook.cells):
         found += misplaced(notebook)
         for cell in code:
@@ -92,14 +106,20 @@ def misplaced(solution: NotebookNode) -> list[str]:
     roles = [(role(cell), cell) for cell in solution.cells if role(cell)[0] != "given"]
     expected = [(kind, id) for (first, id), _ in roles if first == "statement" for kind in KINDS]
     if [what for what, _ in roles] != expected:
-        found.append(f"statement, answer, check of each exercise in this order, not {[what for what, _ in roles]}")
+        found.append(
+            "statement, answer, check of each exercise in this order, not"
+            f" {[what for what, _ in roles]}"
+        )
     for (kind, id), cell in roles:
         if (cell.cell_type == "markdown") != (kind == "statement"):
             found.append(f"{id}: its {kind} is a {cell.cell_type} cell")
         if kind == "statement":
             statement = Statement.parse(id, cell.source)
             if not (statement.minutes and statement.difficulty and statement.hints):
-                found.append(f"{id}: its statement needs a line like `●●○ · 15 minutes` and hints in <details>")
+                found.append(
+                    f"{id}: its statement needs a line like `●●○ · 15 minutes` and hints in"
+                    " <details>"
+                )
         elif kind not in cell.metadata.get("tags", []):
             found.append(f"{id}: its {kind} cell lacks the tag")
         if kind == "exercise":
@@ -113,17 +133,24 @@ def misplaced(solution: NotebookNode) -> list[str]:
 def broken_links(notebook: NotebookNode, folder: Path) -> list[str]:
     """The links in markdown that lead nowhere from a notebook in folder.
 
-    Relative ones must name a file or folder, with #L12 or #L12-L20 lines that it has, or a heading of a notebook;
-    those to arXiv must be of the form https://arxiv.org/abs/2205.14135. Others on the web are not looked at.
+    Relative ones must name a file or folder, with #L12 or #L12-L20 lines that it has, or a heading
+    of a notebook; those to arXiv must be of the form https://arxiv.org/abs/2205.14135. Others on
+    the web are not looked at.
     """
     found = []
     for cell in notebook.cells:
         text = _CODE.sub("", cell.source) if cell.cell_type == "markdown" else ""
-        found += [f"cell {cell.id}: {url}" for url in _ARXIV.findall(text) if not _ARXIV_PAPER.fullmatch(url)]
+        found += [
+            f"cell {cell.id}: {url}"
+            for url in _ARXIV.findall(text)
+            if not _ARXIV_PAPER.fullmatch(url)
+        ]
         for target in map("".join, _LINK.findall(text)):
             path, _, anchor = target.partition("#")
             on_the_web = re.match(r"[a-z]+:", path)
-            if not on_the_web and not _leads_somewhere(folder / path if path else None, anchor, notebook):
+            if not on_the_web and not _leads_somewhere(
+                folder / path if path else None, anchor, notebook
+            ):
                 found.append(f"cell {cell.id}: {target}")
     return found
 
@@ -141,8 +168,12 @@ def _leads_somewhere(path: Path | None, anchor: str, notebook: NotebookNode) -> 
         notebook = nbformat.read(path, as_version=4)
     if not anchor:
         return True
-    if path is None or path.suffix == ".ipynb":  # JupyterLab's anchors: the heading with - for spaces
-        headings = re.findall(r"^#+ +(.+?)\s*$", "\n".join(c.source for c in notebook.cells), re.MULTILINE)
+    if (
+        path is None or path.suffix == ".ipynb"
+    ):  # JupyterLab's anchors: the heading with - for spaces
+        headings = re.findall(
+            r"^#+ +(.+?)\s*$", "\n".join(c.source for c in notebook.cells), re.MULTILINE
+        )
         return anchor.lower() in {heading.replace(" ", "-").lower() for heading in headings}
     lines = re.fullmatch(r"L(\d+)(?:-L(\d+))?", anchor)
     last = len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
@@ -154,20 +185,31 @@ def write_stubs(chapter: Chapter) -> list[str]:
     if not (found := problems(chapter.solution)):
         chapter.exercises.parent.mkdir(exist_ok=True)
         nbformat.write(make_exercises(chapter), chapter.exercises)
-        chapter.digests.write_text(json.dumps(digests(chapter.solution), indent=1) + "\n", encoding="utf-8")
+        chapter.digests.write_text(
+            json.dumps(digests(chapter.solution), indent=1) + "\n", encoding="utf-8"
+        )
     return found
 
 
-# --- the command line -------------------------------------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------------
 
 
 def execute(path: Path) -> list[str]:
-    """Execute the notebook with a fresh kernel, and save it unless there are problems, which are returned."""
+    """Execute the notebook with a fresh kernel, and save it unless there are problems, which are
+    returned.
+    """
     from nbclient import NotebookClient
 
     notebook = nbformat.read(path, as_version=4)
-    options = {"timeout": 120, "allow_errors": True, "record_timing": False, "coalesce_streams": True}
-    NotebookClient(notebook, kernel_name="python3", **options).execute(cwd=str(path.resolve().parent))
+    options = {
+        "timeout": 120,
+        "allow_errors": True,
+        "record_timing": False,
+        "coalesce_streams": True,
+    }
+    NotebookClient(notebook, kernel_name="python3", **options).execute(
+        cwd=str(path.resolve().parent)
+    )
     clean(notebook)
     if not (found := problems(notebook)):
         nbformat.write(notebook, path)  # validates, too
@@ -176,7 +218,9 @@ def execute(path: Path) -> list[str]:
 
 def main() -> int:
     """The command line; the exit code is the number of notebooks refused."""
-    parser = argparse.ArgumentParser(prog="python -m minivllm.course.authoring", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m minivllm.course.authoring", description=__doc__.split("\n")[0]
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, what, number in (
         ("execute", "execute notebooks in place", "+"),
@@ -196,7 +240,14 @@ def main() -> int:
         chosen = [Chapter(path.resolve().parent.parent, path.stem) for path in paths]
         results = {chapter.exercises: write_stubs(chapter) for chapter in chosen}
     for path, found in results.items():
-        print(f"{path}: " + ("\n  ".join(["not saved:", *found]) if found else f"saved, {path.stat().st_size:,} bytes"))
+        print(
+            f"{path}: "
+            + (
+                "\n  ".join(["not saved:", *found])
+                if found
+                else f"saved, {path.stat().st_size:,} bytes"
+            )
+        )
     return sum(map(bool, results.values()))
 
 

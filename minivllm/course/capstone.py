@@ -1,10 +1,12 @@
-"""The capstone: all pieces that a learner wrote in chapters 01 to 07, taken from their exercises, run as one engine.
+"""The capstone: all pieces that a learner wrote in chapters 01 to 07, taken from their exercises,
+run as one engine.
 
-`check`, which is ``minivllm check capstone``, collects answers and hands them to a worker, a Python process of its own
-that may hang or crash: this file, run as a program. The worker runs the bundled model with all of the pieces, counting
-their calls and watching whether any of the package's own implementations is called in their places; where that goes
-wrong, `check` has every piece run alone in the package's engine, and so finds the one to name. Where it goes well, the
-pieces whose own checks have not passed yet are checked, too: those see more than any nine requests do.
+`check`, which is ``minivllm check capstone``, collects answers and hands them to a worker, a Python
+process of its own that may hang or crash: this file, run as a program. The worker runs the bundled
+model with all of the pieces, counting their calls and watching whether any of the package's own
+implementations is called in their places; where that goes wrong, `check` has every piece run alone
+in the package's engine, and so finds the one to name. Where it goes well, the pieces whose own
+checks have not passed yet are checked, too: those see more than any nine requests do.
 """
 
 from __future__ import annotations
@@ -43,8 +45,9 @@ if TYPE_CHECKING:
 class Piece:
     """A place in the engine that a learner's answer takes.
 
-    name: how it is called in the report; chapter and answer: where it is, and the name that the answer gives it. own:
-    the package's implementations, as "module:function" or "module:Class.method", none of which may be called then.
+    name: how it is called in the report; chapter and answer: where it is, and the name that the
+    answer gives it. own: the package's implementations, as "module:function" or
+    "module:Class.method", none of which may be called then.
     """
 
     name: str
@@ -58,7 +61,9 @@ _KERNELS_FOLDER = str(Path(__file__).resolve().parents[1] / "kernels") + os.sep
 
 def _pair(module: str, *names: str) -> tuple[str, ...]:
     """The kernels of these names: the launcher and the reference."""
-    return tuple(f"minivllm.kernels.{module}:{name}{end}" for name in names for end in ("", "_reference"))
+    return tuple(
+        f"minivllm.kernels.{module}:{name}{end}" for name in names for end in ("", "_reference")
+    )
 
 
 def _methods(owner: str, *names: str) -> tuple[str, ...]:
@@ -68,40 +73,91 @@ def _methods(owner: str, *names: str) -> tuple[str, ...]:
 #: The table of the design's section 4, in the order of the chapters.
 PIECES = (
     Piece("merging softmaxes", "01", "merge_attention", _pair("online_softmax", "merge_attention")),
-    Piece("flash attention", "02", "prefill_attention", _pair("flash_attention", "prefill_attention")),
+    Piece(
+        "flash attention", "02", "prefill_attention", _pair("flash_attention", "prefill_attention")
+    ),
     Piece("writing pages", "03", "store_kv", _pair("kv_cache", "store_kv")),
     Piece("reading pages", "03", "decode_attention", _pair("paged_attention", "decode_attention")),
     Piece(
-        "block manager", "04", "MyBlockManager",
-        _methods("engine.block_manager:BlockManager", "allocate", "free", "find_cached_prefix", "register_computed"),
+        "block manager",
+        "04",
+        "MyBlockManager",
+        _methods(
+            "engine.block_manager:BlockManager",
+            "allocate",
+            "free",
+            "find_cached_prefix",
+            "register_computed",
+        ),
     ),
     Piece(
-        "scheduler", "05", "MyScheduler",
-        _methods("engine.scheduler:Scheduler", "schedule", "_schedule_running", "_schedule_waiting", "_make_room"),
+        "scheduler",
+        "05",
+        "MyScheduler",
+        _methods(
+            "engine.scheduler:Scheduler",
+            "schedule",
+            "_schedule_running",
+            "_schedule_waiting",
+            "_make_room",
+        ),
     ),
     Piece("RMSNorm", "06", "rms_norm", _pair("norm", "rms_norm", "add_rms_norm")),
     Piece("QK-norm and RoPE", "06", "qk_norm_rope", _pair("rotary", "qk_norm_rope")),
     Piece("SwiGLU", "06", "silu_mul", _pair("activation", "silu_mul")),
-    Piece("model", "06", "Qwen3", _methods("models.qwen3:Qwen3ForCausalLM", "forward", "compute_logits")),
+    Piece(
+        "model",
+        "06",
+        "Qwen3",
+        _methods("models.qwen3:Qwen3ForCausalLM", "forward", "compute_logits"),
+    ),
     Piece("batch", "07", "build_batch", ("minivllm.batch:build_batch",)),
-    Piece("sampler", "07", "sample", (*_pair("sampling", "sample"), "minivllm.kernels.sampling:filter_logits")),
-    Piece("text stream", "07", "TextStream", _methods("tokenizer:Detokenizer", "append", "finish", "emit")),
+    Piece(
+        "sampler",
+        "07",
+        "sample",
+        (*_pair("sampling", "sample"), "minivllm.kernels.sampling:filter_logits"),
+    ),
+    Piece(
+        "text stream",
+        "07",
+        "TextStream",
+        _methods("tokenizer:Detokenizer", "append", "finish", "emit"),
+    ),
     Piece("loop", "07", "MyEngine", _methods("engine.llm_engine:LLMEngine", "step", "add_request")),
-)  # fmt: skip
+)
 KERNELS = (
-    "merge_attention", "prefill_attention", "store_kv", "decode_attention",
-    "rms_norm", "qk_norm_rope", "silu_mul", "sample",
-)  # fmt: skip
-OPTIONS = {"block_manager_cls": "MyBlockManager", "scheduler_cls": "MyScheduler", "model_cls": "Qwen3",
-           "build_batch": "build_batch"}  # fmt: skip
+    "merge_attention",
+    "prefill_attention",
+    "store_kv",
+    "decode_attention",
+    "rms_norm",
+    "qk_norm_rope",
+    "silu_mul",
+    "sample",
+)
+OPTIONS = {
+    "block_manager_cls": "MyBlockManager",
+    "scheduler_cls": "MyScheduler",
+    "model_cls": "Qwen3",
+    "build_batch": "build_batch",
+}
 
 #: Chunks, mixed steps, preemptions and prefix hits, in a small cache.
-ROOM = {"max_num_batched_tokens": 32, "num_kv_blocks": 13, "max_num_seqs": 6, "max_model_len": 192, "block_size": 16}
-#: Decodes read a longer context in parts of so many tokens, which are then merged, as on a GPU with room for more.
+ROOM = {
+    "max_num_batched_tokens": 32,
+    "num_kv_blocks": 13,
+    "max_num_seqs": 6,
+    "max_model_len": 192,
+    "block_size": 16,
+}
+#: Decodes read a longer context in parts of so many tokens, which are then merged, as on a GPU with
+#: room for more.
 SPLIT = 32
 _LONG = "You know many stories, and you explain terms in a few words. "
 _LONGER = _LONG + "There was a fox who lived by the sea, and an owl who kept a silver key. " * 3
-#: A stop string that may begin where a text ends; a text cut inside a character; contexts of more than one tile.
+#: A stop string that may begin where a text ends; a text cut inside a character; contexts of more
+#: than one tile.
 REQUESTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("What is 12 + 7?", {"temperature": 0.0, "stop": ". "}),
     (f"{_LONG}What is a KV cache?", {"temperature": 0.0}),
@@ -111,18 +167,23 @@ REQUESTS: tuple[tuple[str, dict[str, Any]], ...] = (
     (f"{_LONG}Tell me a story about an owl.", {"temperature": 0.7, "seed": 1}),
     ("Tell me a story about a robot.", {"temperature": 1.5, "top_p": 0.8, "seed": 5}),
     ("Tell me a story about a robot.", {"temperature": 1.5, "top_k": 5, "top_p": 0.7, "seed": 6}),
-    (f"{_LONG}What is a block table?", {"temperature": 2.0, "min_p": 0.3, "seed": 4, "stop": [". ", "!"]}),
+    (
+        f"{_LONG}What is a block table?",
+        {"temperature": 2.0, "min_p": 0.3, "seed": 4, "stop": [". ", "!"]},
+    ),
 )
 MAX_TOKENS = 24
 SHOWN = 1  # the request whose answer is printed
 
 
-# --- what the command does --------------------------------------------------------------------------------------------
+# --- what the command does ------------------------------------------------------------------------
 
 
 @dataclass
 class Finding:
-    """What is wrong with a piece. name as that of a `Mistake`; piece "" where no single one is to blame."""
+    """What is wrong with a piece. name as that of a `Mistake`; piece "" where no single one is to
+    blame.
+    """
 
     piece: str
     name: str
@@ -131,7 +192,8 @@ class Finding:
 
 @dataclass
 class Report:
-    """How it went. found: exercise of each piece, by its answer's name. speed: tokens a second, yours first.
+    """How it went. found: exercise of each piece, by its answer's name. speed: tokens a second,
+    yours first.
 
     calls: how often each piece was called in the run that shows it right.
     """
@@ -151,9 +213,11 @@ class Report:
 
 
 def check(console: Console, timeout: float = 120.0) -> int:
-    """Run the capstone on the exercises of this repository and print how it went. Returns the exit code.
+    """Run the capstone on the exercises of this repository and print how it went. Returns the exit
+    code.
 
-    timeout: seconds; half of it is what each part may take, for an endless one is run once more, to find the piece.
+    timeout: seconds; half of it is what each part may take, for an endless one is run once more, to
+    find the piece.
     """
     from rich.padding import Padding
     from rich.text import Text
@@ -169,12 +233,18 @@ def check(console: Console, timeout: float = 120.0) -> int:
         finding = wrong.get(piece.answer)
         sign, style = ("✗", "red") if finding else ("✓", "green") if report.passed else ("·", "dim")
         where = f"{report.found.get(piece.answer, piece.chapter)}"
-        calls = f"  {report.calls[piece.answer]:>6,} calls" if piece.answer in report.calls and not finding else ""
+        calls = (
+            f"  {report.calls[piece.answer]:>6,} calls"
+            if piece.answer in report.calls and not finding
+            else ""
+        )
         line = f" {sign} {piece.name:18} {piece.answer:18} {where}{calls}"
         console.print(Text(line + (f"  {finding.name}" if finding else ""), style=style))
     said = dict.fromkeys((finding.name, finding.message) for finding in report.problems)
     for name, message in said:
-        pieces = [f.piece for f in report.problems if (f.name, f.message) == (name, message) and f.piece]
+        pieces = [
+            f.piece for f in report.problems if (f.name, f.message) == (name, message) and f.piece
+        ]
         title = ", ".join([*pieces, name])
         console.print(Padding(Text(f"{title}: {message}"), (1, 0, 0, 3), expand=False))
     for note in report.notes:
@@ -182,12 +252,16 @@ def check(console: Console, timeout: float = 120.0) -> int:
     if report.passed:
         _celebrate(report, console)
     elif not report.problems:
-        console.print(Padding(Text("It did not come to an end, and nothing says why."), (1, 0, 0, 3)))
+        console.print(
+            Padding(Text("It did not come to an end, and nothing says why."), (1, 0, 0, 3))
+        )
     return int(not report.passed)
 
 
 def _keep(root: Path, report: Report) -> str:
-    """Note in the records how it went, and with which answers. Returns "", or why that could not be done."""
+    """Note in the records how it went, and with which answers. Returns "", or why that could not be
+    done.
+    """
     from minivllm.course.progress import FAILED, PASSED, Records, keep
 
     records = Records(root)
@@ -197,7 +271,8 @@ def _keep(root: Path, report: Report) -> str:
 
 
 def standing(root: Path) -> tuple[str, bool]:
-    """(how far a learner is on the way to the capstone, in a few words; whether it is what comes next).
+    """(how far a learner is on the way to the capstone, in a few words; whether it is what comes
+    next).
 
     ("", False) where its chapters are not here.
     """
@@ -233,12 +308,18 @@ def _states(root: Path, records: Records) -> dict[str, str]:
     from minivllm.course.progress import states_of
 
     numbers = {piece.chapter for piece in PIECES}
-    here = [chapter for chapter in chapters(root) if chapter.number in numbers and chapter.exercises.exists()]
+    here = [
+        chapter
+        for chapter in chapters(root)
+        if chapter.number in numbers and chapter.exercises.exists()
+    ]
     return {id: state for chapter in here for id, state in states_of(chapter, records).items()}
 
 
 def _digest(root: Path, records: Records) -> str:
-    """A digest of what all pieces were when they were last checked, and whether they have changed since."""
+    """A digest of what all pieces were when they were last checked, and whether they have changed
+    since.
+    """
     states = _states(root, records)
     pieces = [(id, states.get(id), records[id].answer) for id in sorted(set(_homes(root).values()))]
     return hashlib.sha256(json.dumps(pieces).encode()).hexdigest()[:16]
@@ -250,7 +331,11 @@ def _celebrate(report: Report, console: Console) -> None:
 
     mine, packages = report.speed or (1.0, 1.0)
     ratio = packages / mine
-    beside = f"{ratio:.1f} times as fast as yours" if ratio >= 1 else f"{1 / ratio:.1f} times slower than yours"
+    beside = (
+        f"{ratio:.1f} times as fast as yours"
+        if ratio >= 1
+        else f"{1 / ratio:.1f} times slower than yours"
+    )
     if 0.95 < ratio < 1.05:
         beside = "as fast as yours"
     stats = report.stats
@@ -258,12 +343,21 @@ def _celebrate(report: Report, console: Console) -> None:
         f"Asked “{REQUESTS[SHOWN][0].removeprefix(_LONG)}”, your engine says:",
         f"    {report.text}",
         "",
-        f"{len(REQUESTS)} requests, greedy and seeded: all {report.num_tokens} tokens are the package's, and so are "
-        f"the texts; in {stats['num_steps']} steps, {stats['num_mixed_steps']} of them mixed, with "
-        f"{stats['num_preemptions']} preemptions.",
-        f"Yours: {mine:,.0f} tokens a second. The package: {packages:,.0f}, {beside}, on this CPU, in plain torch.",
+        (
+            f"{len(REQUESTS)} requests, greedy and seeded: all {report.num_tokens} tokens are the"
+            f" package's, and so are the texts; in {stats['num_steps']} steps,"
+            f" {stats['num_mixed_steps']} of them mixed, with {stats['num_preemptions']}"
+            " preemptions."
+        ),
+        (
+            f"Yours: {mine:,.0f} tokens a second. The package: {packages:,.0f}, {beside}, on this"
+            " CPU, in plain torch."
+        ),
         "",
-        "None of the package's own pieces was used in these places. You have built an inference engine.",
+        (
+            "None of the package's own pieces was used in these places. You have built an inference"
+            " engine."
+        ),
     ]
     console.print(Padding(Text("\n".join(lines)), (1, 0, 1, 3), expand=False), highlight=False)
 
@@ -292,7 +386,9 @@ def examine(root: Path, timeout: float = 60.0) -> Report:
 
 
 def _own_checks(root: Path, report: Report, timeout: float) -> list[Finding]:
-    """What the pieces' own checks find, of the answers that have not passed them yet. The verdicts are kept."""
+    """What the pieces' own checks find, of the answers that have not passed them yet. The verdicts
+    are kept.
+    """
     from minivllm.course.graft import graft
     from minivllm.course.progress import PASSED, Records
     from minivllm.course.runner import FAILED, NOT_RUNNABLE, verdicts
@@ -300,7 +396,9 @@ def _own_checks(root: Path, report: Report, timeout: float) -> list[Finding]:
     records, problems = Records(root), []
     states = _states(root, records)
     for chapter in chapters(root):
-        ids = {id for id in report.found.values() if id[:2] == chapter.number and states[id] != PASSED}
+        ids = {
+            id for id in report.found.values() if id[:2] == chapter.number and states[id] != PASSED
+        }
         if not ids:
             continue
         groups = graft(chapter.exercises, chapter)
@@ -308,11 +406,16 @@ def _own_checks(root: Path, report: Report, timeout: float) -> list[Finding]:
         for verdict in verdicts(groups, chapter.exercises.parent, ids, timeout):
             records.note(by_id[verdict.id], verdict)
             pieces = [piece for piece, id in report.found.items() if id == verdict.id]
-            why = f"The tokens are right. But its own check, {verdict.id}, sees more: {verdict.message}"
+            why = (
+                f"The tokens are right. But its own check, {verdict.id}, sees more:"
+                f" {verdict.message}"
+            )
             if verdict.state == FAILED:
                 problems += [Finding(piece, verdict.name, why) for piece in pieces]
             elif verdict.state == NOT_RUNNABLE:
-                report.notes.append(f"The check of {verdict.id} cannot run on this machine: {verdict.message}")
+                report.notes.append(
+                    f"The check of {verdict.id} cannot run on this machine: {verdict.message}"
+                )
     with contextlib.suppress(OSError):
         records.save()
     return problems
@@ -334,7 +437,9 @@ def _find_out_which(job: dict[str, Any], folder: Path, timeout: float, report: R
 
 
 def _collect(root: Path, report: Report) -> dict[str, list[tuple[str, str, str]]]:
-    """chapter -> (exercise's id, kind, source) of what is to be run for its pieces. Problems go to the report."""
+    """chapter -> (exercise's id, kind, source) of what is to be run for its pieces. Problems go to
+    the report.
+    """
     from minivllm.course.graft import graft
 
     known, homes, cells = {chapter.number: chapter for chapter in chapters(root)}, _homes(root), {}
@@ -344,7 +449,11 @@ def _collect(root: Path, report: Report) -> dict[str, list[tuple[str, str, str]]
             chapter = known[number]
             groups = graft(chapter.exercises, chapter)
         except (KeyError, CourseNotFoundError) as error:
-            why = str(error) if isinstance(error, CourseNotFoundError) else f"There is no chapter {number} here."
+            why = (
+                str(error)
+                if isinstance(error, CourseNotFoundError)
+                else f"There is no chapter {number} here."
+            )
             report.problems += [Finding(piece.answer, "missing", why) for piece in pieces]
             continue
         by_id = {group.id: group for group in groups}
@@ -354,7 +463,8 @@ def _collect(root: Path, report: Report) -> dict[str, list[tuple[str, str, str]]
                 report.problems.append(Finding(piece.answer, *by_id[id].broken))
             elif by_id[id].untouched:
                 report.problems.append(_not_written(piece, id))
-        # Pictures and checks are left out; what was written for other exercises may be used in these.
+        # Pictures and checks are left out; what was written for other exercises may be used in
+        # these.
         cells[number] = [
             (group.id, cell.kind, cell.source)
             for group in groups
@@ -365,7 +475,10 @@ def _collect(root: Path, report: Report) -> dict[str, list[tuple[str, str, str]]
 
 
 def _not_written(piece: Piece, id: str) -> Finding:
-    why = f"{piece.answer} is still to write: exercise {id}. `minivllm check {id}` checks it by itself."
+    why = (
+        f"{piece.answer} is still to write: exercise {id}. `minivllm check {id}` checks it by"
+        " itself."
+    )
     return Finding(piece.answer, "not-attempted", why)
 
 
@@ -375,7 +488,11 @@ def _take(event: dict[str, Any], report: Report) -> None:
         report.problems.append(Finding(**event["problem"]))
     elif "ended" in event:
         piece, id = event.get("piece", ""), report.found.get(event.get("piece", ""), "")
-        where = f"With {piece} ({id}) alone in the package's engine" if piece else "With all of your pieces together"
+        where = (
+            f"With {piece} ({id}) alone in the package's engine"
+            if piece
+            else "With all of your pieces together"
+        )
         report.problems.append(Finding(piece, event["name"], f"{where}: {event['ended']}."))
     elif "note" in event:
         report.notes.append(event["note"])
@@ -388,17 +505,30 @@ def _take(event: dict[str, Any], report: Report) -> None:
 
 def _start(folder: Path) -> subprocess.Popen:
     """A worker, which reads its job from stdin and answers on stdout. folder: where it runs."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUTF8": "1"}
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUTF8": "1",
+    }
     paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return subprocess.Popen(
-        [sys.executable, "-m", "minivllm.course.capstone"], cwd=folder, env=environment, stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8",
-    )  # fmt: skip
+        [sys.executable, "-m", "minivllm.course.capstone"],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        encoding="utf-8",
+    )
 
 
 def _work(job: dict[str, Any], folder: Path, timeout: float) -> Iterator[dict[str, Any]]:
-    """What a worker says, as it comes. A worker that is silent for longer than timeout is ended: {"ended": why}."""
+    """What a worker says, as it comes. A worker that is silent for longer than timeout is ended:
+    {"ended": why}.
+    """
     process = _start(folder)
     lines: queue.Queue[str | None] = queue.Queue()
 
@@ -418,10 +548,18 @@ def _work(job: dict[str, Any], folder: Path, timeout: float) -> Iterator[dict[st
             try:
                 line = lines.get(timeout=timeout)
             except queue.Empty:
-                yield {**piece, "name": "endless", "ended": f"it still ran after {timeout:g} seconds"}
+                yield {
+                    **piece,
+                    "name": "endless",
+                    "ended": f"it still ran after {timeout:g} seconds",
+                }
                 return
             if line is None:
-                yield {**piece, "name": "process-ended", "ended": "the Python process ended (exit(), or a crash)"}
+                yield {
+                    **piece,
+                    "name": "process-ended",
+                    "ended": "the Python process ended (exit(), or a crash)",
+                }
                 return
             event = json.loads(line)
             if "begins" in event:
@@ -435,7 +573,7 @@ def _work(job: dict[str, Any], folder: Path, timeout: float) -> Iterator[dict[st
         process.wait()
 
 
-# --- the worker -------------------------------------------------------------------------------------------------------
+# --- the worker -----------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -465,7 +603,9 @@ def main() -> None:
 
 
 def _load(cells: dict[str, list], found: dict[str, str]) -> tuple[dict[str, Any], list[Finding]]:
-    """(what the answers define, by name; what is wrong with them). A chapter is run in a namespace of its own."""
+    """(what the answers define, by name; what is wrong with them). A chapter is run in a namespace
+    of its own.
+    """
     from minivllm.course.checking import raised, unattempted
 
     answers: dict[str, Any] = {}
@@ -473,7 +613,9 @@ def _load(cells: dict[str, list], found: dict[str, str]) -> tuple[dict[str, Any]
     for chapter, sources in cells.items():
         namespace: dict[str, Any] = {"__name__": "__main__"}
         for number, (id, kind, source) in enumerate(sources):
-            pieces = [p.answer for p in PIECES if p.chapter == chapter and found.get(p.answer) == id]
+            pieces = [
+                p.answer for p in PIECES if p.chapter == chapter and found.get(p.answer) == id
+            ]
             try:
                 _execute(source, f"<{id or chapter}, cell {number}>", namespace)
             except Exception as error:
@@ -481,14 +623,18 @@ def _load(cells: dict[str, list], found: dict[str, str]) -> tuple[dict[str, Any]
                     problems += [Finding(name, "raised", raised(error).message) for name in pieces]
                 elif kind == "given":
                     raise
-            if kind == "answer":  # as it is now: a later exercise may use the name for something else
+            if (
+                kind == "answer"
+            ):  # as it is now: a later exercise may use the name for something else
                 answers |= {name: namespace[name] for name in pieces if name in namespace}
     for piece in PIECES:
         id = found.get(piece.answer)
         if id is None or any(finding.piece == piece.answer for finding in problems):
             continue
         if piece.answer not in answers:
-            problems.append(Finding(piece.answer, "missing", f"The answer to {id} defines no {piece.answer}."))
+            problems.append(
+                Finding(piece.answer, "missing", f"The answer to {id} defines no {piece.answer}.")
+            )
         elif unattempted(answers[piece.answer]):
             problems.append(_not_written(piece, id))
     return answers, problems
@@ -502,9 +648,11 @@ def _execute(source: str, name: str, namespace: dict[str, Any]) -> None:
 
 @dataclass
 class Run:
-    """What an engine wrote, and why each text ended there. calls: of each piece; blocks_lost: still in use at the end.
+    """What an engine wrote, and why each text ended there. calls: of each piece; blocks_lost: still
+    in use at the end.
 
-    own: piece -> the package's function that was called in its place, of those that were watched for.
+    own: piece -> the package's function that was called in its place, of those that were watched
+    for.
     """
 
     tokens: list[list[int]]
@@ -532,16 +680,20 @@ def _package_run() -> Run:
 def _engine(
     answers: dict[str, Any], calls: Counter[str], room: dict[str, Any], split: int = 0
 ) -> tuple[LLM, Callable[[], Any]]:
-    """(an LLM with these answers in their places, what makes its loop). calls: counts those of answers as they run.
+    """(an LLM with these answers in their places, what makes its loop). calls: counts those of
+    answers as they run.
 
-    split: tokens that a decode reads at once; longer contexts are read in parts and merged. 0: whole contexts.
+    split: tokens that a decode reads at once; longer contexts are read in parts and merged. 0:
+    whole contexts.
     """
     from minivllm import LLM, Kernels
     from minivllm.course.checks import ch07
 
     def noted(name: str) -> Callable:
         def note(*args: Any, **kwargs: Any) -> Any:
-            calls[name] += not isinstance(answers[name], type)  # a class's methods are counted as they run
+            calls[name] += not isinstance(
+                answers[name], type
+            )  # a class's methods are counted as they run
             return answers[name](*args, **kwargs)
 
         return note
@@ -551,7 +703,10 @@ def _engine(
         fields["decode_attention"] = _in_parts(fields["decode_attention"], split)
     if "rms_norm" in answers:  # its fused form, which the package's model calls
         norm = fields["rms_norm"]
-        fields["add_rms_norm"] = lambda x, residual, weight, eps: (norm(x + residual, weight, eps), x + residual)
+        fields["add_rms_norm"] = lambda x, residual, weight, eps: (
+            norm(x + residual, weight, eps),
+            x + residual,
+        )
     kernels = replace(Kernels.reference(), name="yours", **fields)
     options = {option: noted(name) for option, name in OPTIONS.items() if name in answers}
     llm = LLM(device="cpu", kernels=kernels, **options, **room)
@@ -560,7 +715,9 @@ def _engine(
     def stream(stops: Iterable[str] = ()) -> TokenText:
         if "TextStream" not in answers:
             return ch07.TokenText(tokenizer, tuple(stops))
-        return noted("TextStream")(lambda token_ids: tokenizer.decode(list(token_ids)), tuple(stops))
+        return noted("TextStream")(
+            lambda token_ids: tokenizer.decode(list(token_ids)), tuple(stops)
+        )
 
     def loop() -> Any:
         parts = (llm.llm_engine.scheduler, llm.llm_engine.model_runner, stream)
@@ -570,16 +727,25 @@ def _engine(
 
 
 def _in_parts(decode: Callable, split: int) -> Callable:
-    """The same attention, for every `split` tokens of a context by itself; what that gives is merged.
+    """The same attention, for every `split` tokens of a context by itself; what that gives is
+    merged.
 
-    A GPU's decode kernel does so where it would leave multiprocessors idle, and has each part's log-sum-exp at hand.
+    A GPU's decode kernel does so where it would leave multiprocessors idle, and has each part's
+    log-sum-exp at hand.
     """
     import torch
 
     def decode_in_parts(
-        query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
-        seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable,
-    ) -> torch.Tensor:  # fmt: skip
+        query: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        scale: float,
+        *,
+        max_seq_len: int,
+        merge_attention: Callable,
+    ) -> torch.Tensor:
         block_size, kv_heads = k_cache.shape[2], k_cache.shape[1]
         limits = {"max_seq_len": min(split, max_seq_len), "merge_attention": merge_attention}
         outs, sums = [], []
@@ -591,7 +757,9 @@ def _in_parts(decode: Callable, split: int) -> Callable:
             grouped = query.unflatten(1, (kv_heads, -1))
             scores = torch.einsum("bkgd,bktd->bkgt", grouped.float(), keys.float()) * scale
             beyond = torch.arange(keys.shape[2]) >= lens[:, None]
-            sums.append(scores.masked_fill(beyond[:, None, None], -torch.inf).logsumexp(dim=-1).flatten(1))
+            sums.append(
+                scores.masked_fill(beyond[:, None, None], -torch.inf).logsumexp(dim=-1).flatten(1)
+            )
         if len(outs) == 1:
             return outs[0]
         return merge_attention(torch.stack(outs).float(), torch.stack(sums)).to(query.dtype)
@@ -600,13 +768,23 @@ def _in_parts(decode: Callable, split: int) -> Callable:
 
 
 def _run(answers: dict[str, Any], watched: Iterable[str]) -> Run:
-    """Serve the requests with these answers, the package's elsewhere. watched: pieces whose own are looked for."""
+    """Serve the requests with these answers, the package's elsewhere. watched: pieces whose own are
+    looked for.
+    """
     from minivllm.course.checks.ch07 import new_sequence
 
     run = Run([], [], [])
-    mine = {code: name for name, answer in answers.items() if isinstance(answer, type) for code in _methods_of(answer)}
+    mine = {
+        code: name
+        for name, answer in answers.items()
+        if isinstance(answer, type)
+        for code in _methods_of(answer)
+    }
     codes = {
-        code: (piece.answer, name) for piece in PIECES if piece.answer in set(watched) for code, name in _own(piece)
+        code: (piece.answer, name)
+        for piece in PIECES
+        if piece.answer in set(watched)
+        for code, name in _own(piece)
     }
 
     def profile(frame: Any, event: str, _: Any) -> None:
@@ -616,7 +794,9 @@ def _run(answers: dict[str, Any], watched: Iterable[str]) -> Run:
             run.calls[mine[frame.f_code]] += 1
         elif frame.f_code in codes:
             caller = frame.f_back.f_code.co_filename if frame.f_back else ""
-            if not caller.startswith(_KERNELS_FOLDER):  # one of the package's kernels may use another
+            if not caller.startswith(
+                _KERNELS_FOLDER
+            ):  # one of the package's kernels may use another
                 piece, name = codes[frame.f_code]
                 run.own.setdefault(piece, name)
 
@@ -635,12 +815,17 @@ def _run(answers: dict[str, Any], watched: Iterable[str]) -> Run:
     run.tokens = [[token for token in seq.output_token_ids if token >= 0] for seq in sequences]
     run.ends = [(seq.finish_reason, seq.stop_reason) for seq in sequences]
     scheduler = llm.llm_engine.scheduler
-    run.stats, run.blocks_lost = dict(vars(scheduler.stats)), room - scheduler.block_manager.num_free_blocks
+    run.stats, run.blocks_lost = (
+        dict(vars(scheduler.stats)),
+        room - scheduler.block_manager.num_free_blocks,
+    )
     return run
 
 
 def _methods_of(answer: type) -> Iterator[CodeType]:
-    """The code of what a class does: its own methods and those of bases that a learner wrote, but for `__init__`."""
+    """The code of what a class does: its own methods and those of bases that a learner wrote, but
+    for `__init__`.
+    """
     libraries = ("minivllm", "torch", "builtins")
     for base in answer.__mro__:
         if base.__module__.partition(".")[0] in libraries:
@@ -670,22 +855,35 @@ def _differs(run: Run, right: Run) -> str:
     for (prompt, wishes), mine, theirs in zip(REQUESTS, run.tokens, right.tokens, strict=True):
         if mine != theirs:
             same = next(
-                (i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), min(len(mine), len(theirs))
+                (i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b),
+                min(len(mine), len(theirs)),
             )
-            how = "greedy" if not wishes["temperature"] else ", ".join(f"{k}={v}" for k, v in wishes.items())
+            how = (
+                "greedy"
+                if not wishes["temperature"]
+                else ", ".join(f"{k}={v}" for k, v in wishes.items())
+            )
             return (
-                f"the answer to {prompt!r} ({how}) begins with {same} tokens of the package's; then comes "
-                f"{mine[same : same + 1]}, expected {theirs[same : same + 1]}"
+                f"the answer to {prompt!r} ({how}) begins with {same} tokens of the package's; then"
+                f" comes {mine[same : same + 1]}, expected {theirs[same : same + 1]}"
             )
-    for (prompt, _), mine, theirs in zip(REQUESTS, [*run.texts, *[""] * len(REQUESTS)], right.texts, strict=False):
+    for (prompt, _), mine, theirs in zip(
+        REQUESTS, [*run.texts, *[""] * len(REQUESTS)], right.texts, strict=False
+    ):
         if mine != theirs:
-            return f"the tokens are right, but the text for {prompt!r} is {mine!r}, expected {theirs!r}"
+            return (
+                f"the tokens are right, but the text for {prompt!r} is {mine!r}, expected"
+                f" {theirs!r}"
+            )
     for (prompt, _), mine, theirs in zip(REQUESTS, run.ends, right.ends, strict=True):
         if mine != theirs:
             why = f"(finish_reason, stop_reason) for {prompt!r} is {mine}, expected {theirs}"
             return f"the texts are right, but {why}"
     if run.blocks_lost:
-        return f"the texts are right, but {run.blocks_lost} blocks of the KV cache were not given back in the end"
+        return (
+            f"the texts are right, but {run.blocks_lost} blocks of the KV cache were not given back"
+            " in the end"
+        )
     return ""
 
 
@@ -726,45 +924,68 @@ def _packages_own(own: dict[str, str], found: dict[str, str]) -> list[Finding]:
         Finding(
             piece,
             "packages-own",
-            f"In the place of {piece} ({found[piece]}) the package's own `{name}` is at work: your answer is it, "
-            "inherits it, or calls it. The capstone wants yours.",
+            f"In the place of {piece} ({found[piece]}) the package's own `{name}` is at work: your"
+            " answer is it, inherits it, or calls it. The capstone wants yours.",
         )
         for piece, name in own.items()
     ]
 
 
 def _alone(
-    name: str, answers: dict[str, Any], found: dict[str, str], right: Run, calls: Counter[str] | None = None
+    name: str,
+    answers: dict[str, Any],
+    found: dict[str, str],
+    right: Run,
+    calls: Counter[str] | None = None,
 ) -> list[Finding]:
-    """What is wrong with one piece in the package's engine, if anything is. Its calls are added to `calls`."""
+    """What is wrong with one piece in the package's engine, if anything is. Its calls are added to
+    `calls`.
+    """
     from minivllm.course.checking import raised
 
     closer = f"`minivllm check {found[name]}` looks closer."
     try:
         run = _run({name: answers[name]}, [name])
     except Exception as error:
-        return [Finding(name, "raised", f"Alone in the package's engine: {raised(error).message}\n{closer}")]
+        return [
+            Finding(
+                name, "raised", f"Alone in the package's engine: {raised(error).message}\n{closer}"
+            )
+        ]
     if problems := _packages_own(run.own, found):
         return problems
     if why := _differs(run, right):
-        return [Finding(name, "wrong", f"With {name} ({found[name]}) alone in the package's engine, {why}.\n{closer}")]
+        return [
+            Finding(
+                name,
+                "wrong",
+                f"With {name} ({found[name]}) alone in the package's engine, {why}.\n{closer}",
+            )
+        ]
     if not run.calls[name]:
-        return [Finding(name, "not-used", f"The engine never called {name} ({found[name]}).\n{closer}")]
+        return [
+            Finding(name, "not-used", f"The engine never called {name} ({found[name]}).\n{closer}")
+        ]
     if calls is not None:
         calls[name] += run.calls[name]
     return []
 
 
-def _without(name: str, answers: dict[str, Any], found: dict[str, str], right: Run) -> list[Finding]:
-    """Whether all works with the package's own in the place of this piece: then the others do not get on with it."""
+def _without(
+    name: str, answers: dict[str, Any], found: dict[str, str], right: Run
+) -> list[Finding]:
+    """Whether all works with the package's own in the place of this piece: then the others do not
+    get on with it.
+    """
     others = {other: answer for other, answer in answers.items() if other != name}
     try:
         heals = not _differs(_run(others, []), right)
     except Exception:
         return []
     why = (
-        f"Each piece is right alone, and with the package's own in the place of {name} ({found[name]}) the others are "
-        f"right together. So {name} and another of yours disagree, about what they hand to each other."
+        f"Each piece is right alone, and with the package's own in the place of {name}"
+        f" ({found[name]}) the others are right together. So {name} and another of yours disagree,"
+        " about what they hand to each other."
     )
     return [Finding(name, "disagrees", why)] if heals else []
 
@@ -778,7 +999,8 @@ def _speed(answers: dict[str, Any]) -> float:
         llm, loop = _engine(answers, Counter(), {})
         prompts = [prompt for prompt, wishes in REQUESTS if not wishes["temperature"]]
         sequences: list[Sequence] = [
-            new_sequence(llm, i, prompt, temperature=0.0, max_tokens=MAX_TOKENS) for i, prompt in enumerate(prompts)
+            new_sequence(llm, i, prompt, temperature=0.0, max_tokens=MAX_TOKENS)
+            for i, prompt in enumerate(prompts)
         ]
         engine, start = loop(), time.perf_counter()
         engine.run(sequences)

@@ -1,8 +1,9 @@
 """Where the course's notebooks are, and what their cells are for.
 
-Cells say what they are in their metadata, ``{"minivllm": {kind: id}}`` with kind "statement", "exercise" (the answer)
-or "check". All other cells are given. A notebook in exercises/ names its chapter in its own metadata, so that a copy of
-it is still known for what it is. Cells are matched by their ids, which Jupyter keeps.
+Cells say what they are in their metadata, ``{"minivllm": {kind: id}}`` with kind "statement",
+"exercise" (the answer) or "check". All other cells are given. A notebook in exercises/ names its
+chapter in its own metadata, so that a copy of it is still known for what it is. Cells are matched
+by their ids, which Jupyter keeps.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class CourseNotFoundError(MiniVLLMError, FileNotFoundError):
 
 
 class ChangedSolutionError(MiniVLLMError):
-    """The notebook in solutions/ is not as it was published, so it cannot be what answers are checked by."""
+    """The notebook in solutions/ is not as it was published, so it cannot be what answers are
+    checked by.
+    """
 
 
 class JupyterMissingError(MiniVLLMError, ImportError):
@@ -39,22 +42,26 @@ class JupyterMissingError(MiniVLLMError, ImportError):
 
 
 def find_root(start: Path | None = None) -> Path:
-    """The nearest folder at or above start (default: the working directory) with solutions/ and exercises/ in it.
+    """The nearest folder at or above start (default: the working directory) with solutions/ and
+    exercises/ in it.
 
-    Failing that the one that this package stands in. CourseNotFoundError where that has none either.
+    Failing that the one that this package stands in. CourseNotFoundError where that has none
+    either.
     """
     start = (start or Path.cwd()).resolve()
     for folder in (start, *start.parents, Path(__file__).resolve().parents[2]):
         if (folder / "solutions").is_dir() and (folder / "exercises").is_dir():
             return folder
     raise CourseNotFoundError(
-        "The course's notebooks are not here: minivllm is installed without them. Clone its repository, and run this "
-        "in it."
+        "The course's notebooks are not here: minivllm is installed without them. Clone its"
+        " repository, and run this in it."
     )
 
 
 def read(path: Path) -> NotebookNode:
-    """The notebook in the current format. CourseNotFoundError where it is missing or cannot be read."""
+    """The notebook in the current format. CourseNotFoundError where it is missing or cannot be
+    read.
+    """
     try:
         import nbformat
     except ImportError as error:
@@ -74,13 +81,21 @@ def read(path: Path) -> NotebookNode:
 
 
 def as_committed(path: Path) -> tuple[str | None, str]:
-    """(text of a notebook to hold against the rules, "" or a note that says why it is not the file's own).
+    """(text of a notebook to hold against the rules, "" or a note that says why it is not the
+    file's own).
 
-    A learner runs notebooks again and saves them with other outputs, or makes some of their own. So where git knows the
-    file, its committed text counts; where it does not, nothing does (None). Without git it is the file's own text.
+    A learner runs notebooks again and saves them with other outputs, or makes some of their own. So
+    where git knows the file, its committed text counts; where it does not, nothing does (None).
+    Without git it is the file's own text.
     """
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    here = {"cwd": path.parent, "capture_output": True, "text": True, "encoding": "utf-8", "check": False}
+    here = {
+        "cwd": path.parent,
+        "capture_output": True,
+        "text": True,
+        "encoding": "utf-8",
+        "check": False,
+    }
     try:
         known = subprocess.run(["git", "ls-files", "--cached", "--", path.name], **here)
         committed = subprocess.run(["git", "show", f"HEAD:./{path.name}"], **here)
@@ -140,11 +155,15 @@ class Chapter:
         try:
             return read(self.solution_path)
         except CourseNotFoundError as error:
-            raise ChangedSolutionError(f"{error} Restore it: git checkout -- solutions/{self.name}.ipynb") from error
+            raise ChangedSolutionError(
+                f"{error} Restore it: git checkout -- solutions/{self.name}.ipynb"
+            ) from error
 
     @property
     def reading_minutes(self) -> int:
-        """What the chapter's notebook says at its beginning ("about 50 minutes"); 0 where there is none."""
+        """What the chapter's notebook says at its beginning ("about 50 minutes"); 0 where there is
+        none.
+        """
         try:
             cells = read(self.notebook).cells[:4]
         except CourseNotFoundError:
@@ -191,9 +210,11 @@ class Statement:
 
 @dataclass(frozen=True)
 class Stop:
-    """A chapter's place on the course's map. needs: chapters to read before it; helps: those that are good to know.
+    """A chapter's place on the course's map. needs: chapters to read before it; helps: those that
+    are good to know.
 
-    reading, exercises: minutes, 0 where there is nothing to read or to do (or nothing yet); `road` fills them in.
+    reading, exercises: minutes, 0 where there is nothing to read or to do (or nothing yet); `road`
+    fills them in.
     """
 
     name: str
@@ -214,16 +235,26 @@ class Stop:
         return _TITLES.get(self.number, self.name[3:].replace("_", " "))
 
 
-_TITLES = {"00": "the tour", "03": "paged KV cache", "06": "Qwen3", "08": "CUDA graphs", "11": "using minivllm"}
+_TITLES = {
+    "00": "the tour",
+    "03": "paged KV cache",
+    "06": "Qwen3",
+    "08": "CUDA graphs",
+    "11": "using minivllm",
+}
 ROAD = (
     Stop("00_tour", "begin", "generate, and look inside"),
     Stop("01_online_softmax", "kernels", "attention without ever seeing a whole row"),
     Stop("02_flash_attention", "kernels", "why the N² matrix is never written down", ("01",)),
-    Stop("03_paged_kv_cache", "kernels", "the block table, in memory and in a kernel", ("01", "02")),
+    Stop(
+        "03_paged_kv_cache", "kernels", "the block table, in memory and in a kernel", ("01", "02")
+    ),
     Stop("04_block_manager", "plain Python", "sharing, hashing, evicting", ("03",)),
     Stop("05_scheduler", "plain Python", "who runs in the next step, and who waits", ("03", "04")),
     Stop("06_qwen3", "model", "the model, layer by layer, from its checkpoint", ("01",)),
-    Stop("07_engine", "engine", "the loop that ties it together, and sampling", ("03", "05"), ("06",)),
+    Stop(
+        "07_engine", "engine", "the loop that ties it together, and sampling", ("03", "05"), ("06",)
+    ),
     Stop("08_cuda_graphs", "engine", "where a GPU's time goes when nothing computes", ("03", "05")),
     Stop("09_tensor_parallel", "engine", "one model on several GPUs", ("05", "06")),
     Stop("10_measuring", "use", "how fast it is, and how fast it could be", ("07",), ("08",)),
@@ -231,7 +262,8 @@ ROAD = (
 )
 
 
-#: The modules of the package that a chapter teaches: each names its chapter, and the chapter's notebook links to it.
+#: The modules of the package that a chapter teaches: each names its chapter, and the chapter's
+#: notebook links to it.
 MODULES = {
     "01": ("kernels/online_softmax.py",),
     "02": ("kernels/flash_attention.py",),
@@ -239,22 +271,46 @@ MODULES = {
     "04": ("engine/block_manager.py",),
     "05": ("engine/scheduler.py", "engine/sequence.py", "course/simulator.py"),
     "06": (
-        "models/qwen3.py", "models/loader.py", "kernels/norm.py", "kernels/rotary.py", "kernels/activation.py",
-        "layers/norm.py", "layers/rotary.py",
+        "models/qwen3.py",
+        "models/loader.py",
+        "kernels/norm.py",
+        "kernels/rotary.py",
+        "kernels/activation.py",
+        "layers/norm.py",
+        "layers/rotary.py",
     ),
     "07": (
-        "engine/llm_engine.py", "engine/model_runner.py", "engine/sampler.py", "kernels/sampling.py", "batch.py",
+        "engine/llm_engine.py",
+        "engine/model_runner.py",
+        "engine/sampler.py",
+        "kernels/sampling.py",
+        "batch.py",
         "tokenizer.py",
     ),
     "08": ("engine/cuda_graphs.py", "course/streams.py"),
-    "09": ("distributed.py", "launch.py", "layers/linear.py", "layers/embedding.py", "course/ranks.py"),
+    "09": (
+        "distributed.py",
+        "launch.py",
+        "layers/linear.py",
+        "layers/embedding.py",
+        "course/ranks.py",
+    ),
     "10": ("bench/costs.py", "bench/roofline.py", "bench/latency.py", "bench/breakdown.py"),
-    "11": ("llm.py", "config.py", "sampling_params.py", "outputs.py", "engine/trace.py", "errors.py"),
-}  # fmt: skip
+    "11": (
+        "llm.py",
+        "config.py",
+        "sampling_params.py",
+        "outputs.py",
+        "engine/trace.py",
+        "errors.py",
+    ),
+}
 
 
 def road(root: Path) -> list[Stop]:
-    """The map of the course, with the minutes that its notebooks and exercises say. A chapter not there has none."""
+    """The map of the course, with the minutes that its notebooks and exercises say. A chapter not
+    there has none.
+    """
     stops = []
     for stop in ROAD:
         chapter = Chapter(root, stop.name)
@@ -271,9 +327,13 @@ def is_kept(path: Path) -> bool:
 
 def chapters(root: Path) -> list[Chapter]:
     """All chapters that have a solution, in order."""
-    return [Chapter(root, path.stem) for path in sorted((root / "solutions").glob("[0-9][0-9]_*.ipynb"))]
+    return [
+        Chapter(root, path.stem) for path in sorted((root / "solutions").glob("[0-9][0-9]_*.ipynb"))
+    ]
 
 
 def compared_text(cell: NotebookNode) -> str:
     """What a check cell printed on stdout."""
-    return "".join(o.get("text", "") for o in cell.get("outputs", []) if o.get("name") == "stdout").strip()
+    return "".join(
+        o.get("text", "") for o in cell.get("outputs", []) if o.get("name") == "stdout"
+    ).strip()

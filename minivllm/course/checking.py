@@ -1,8 +1,10 @@
-"""How an answer is checked: `check("01.2", answer)` runs the function registered under that id, and raises or prints.
+"""How an answer is checked: `check("01.2", answer)` runs the function registered under that id, and
+raises or prints.
 
-For those who write checks: raise `Mistake(name, message)`; `diagnose` compares an answer with the right implementation
-and names the mistake when a known wrong one agrees with it; `guarded` and `intact` show what is read or written out of
-bounds; `engine_agrees` hands a piece to the whole engine. torch is imported by those that need it, when they do.
+For those who write checks: raise `Mistake(name, message)`; `diagnose` compares an answer with the
+right implementation and names the mistake when a known wrong one agrees with it; `guarded` and
+`intact` show what is read or written out of bounds; `engine_agrees` hands a piece to the whole
+engine. torch is imported by those that need it, when they do.
 """
 
 from __future__ import annotations
@@ -31,8 +33,12 @@ if TYPE_CHECKING:
 STUB = "your code here"
 #: Poisoned numbers on either side of a `guarded` tensor.
 MARGIN = 1024
-#: What to look at where something was written out of bounds; a check says it better through `wording`.
-BEYOND = "Does each store have a mask, and does each row begin where it does in the tensor that is written?"
+#: What to look at where something was written out of bounds; a check says it better through
+#: `wording`.
+BEYOND = (
+    "Does each store have a mask, and does each row begin where it does in the tensor that is"
+    " written?"
+)
 
 
 class CheckError(MiniVLLMError):
@@ -43,7 +49,9 @@ class CheckError(MiniVLLMError):
 
 
 class Mistake(CheckError):
-    """A wrong answer. name: what is wrong, in kebab-case ("no-rescale"); message: written to the learner."""
+    """A wrong answer. name: what is wrong, in kebab-case ("no-rescale"); message: written to the
+    learner.
+    """
 
     def __init__(self, name: str, message: str) -> None:
         super().__init__(f"{name}\n{message}")
@@ -64,7 +72,7 @@ class UnknownExerciseError(MiniVLLMError, KeyError):
     __str__ = Exception.__str__  # KeyError's shows the repr
 
 
-# --- the registry -------------------------------------------------------------------------------------------------
+# --- the registry ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -88,13 +96,20 @@ def exercise(
 ) -> Callable[[Callable[..., str]], Callable[..., str]]:
     """Decorator: this function checks exercise id. ValueError where another function already does.
 
-    hints: {"no-rescale": 2} has the report on this mistake show hint 2; on others it shows the next hint in order.
+    hints: {"no-rescale": 2} has the report on this mistake show hint 2; on others it shows the next
+    hint in order.
     """
 
     def register(function: Callable[..., str]) -> Callable[..., str]:
         old = _EXERCISES.get(id)
-        if old and (old.function.__module__, old.function.__name__) != (function.__module__, function.__name__):
-            raise ValueError(f"Exercise {id} is checked by {old.function.__module__}.{old.function.__name__} already.")
+        if old and (old.function.__module__, old.function.__name__) != (
+            function.__module__,
+            function.__name__,
+        ):
+            raise ValueError(
+                f"Exercise {id} is checked by {old.function.__module__}.{old.function.__name__}"
+                " already."
+            )
         _EXERCISES[id] = Exercise(id, title, function, hints or {})
         return function
 
@@ -102,7 +117,9 @@ def exercise(
 
 
 def find(id: str) -> Exercise:
-    """The exercise with this id; imports its chapter's checks. UnknownExerciseError if there is none."""
+    """The exercise with this id; imports its chapter's checks. UnknownExerciseError if there is
+    none.
+    """
     chapter = str(id).partition(".")[0]
     name = f"minivllm.course.checks.ch{chapter}"
     if id not in _EXERCISES and chapter.isdecimal():
@@ -120,9 +137,11 @@ def find(id: str) -> Exercise:
 
 
 def check(id: str, *answers: Any, **more: Any) -> None:
-    """Check the answer to an exercise: prints one line when it is right, and raises a CheckError when it is not.
+    """Check the answer to an exercise: prints one line when it is right, and raises a CheckError
+    when it is not.
 
-    Mistake: what is wrong, named. NotAttempted: still the stub. NotRunnableHere: this machine cannot tell.
+    Mistake: what is wrong, named. NotAttempted: still the stub. NotRunnableHere: this machine
+    cannot tell.
     """
     function = find(id).function
     named = [*zip(_parameters(function, len(answers)), answers, strict=True), *more.items()]
@@ -135,14 +154,20 @@ def check(id: str, *answers: Any, **more: Any) -> None:
     except Exception as error:
         if stubs := [cause for cause in _causes(error) if STUB in str(cause)]:
             called = traceback.extract_tb(stubs[-1].__traceback__)[-1].name
-            raise NotAttempted(f"{id}: your code calls {called}, which is still to write.") from error
+            raise NotAttempted(
+                f"{id}: your code calls {called}, which is still to write."
+            ) from error
         raise raised(error) from error
     print(f"{id} passed: {line}")
 
 
 def _parameters(function: Callable, count: int) -> list[str]:
     """What the check calls its first parameters, "" where that says nothing ("answer")."""
-    names = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    names = [
+        p.name
+        for p in inspect.signature(function).parameters.values()
+        if p.kind is p.POSITIONAL_OR_KEYWORD
+    ]
     return ["" if name == "answer" else name for name in (names + [""] * count)[:count]]
 
 
@@ -152,7 +177,8 @@ def attempted(*answers: Any) -> bool:
 
 
 def unattempted(answer: Any, name: str = "") -> list[str]:
-    """Names of the parts of an answer (a function, class, kernel, value) that are stubs; [] if it is all there.
+    """Names of the parts of an answer (a function, class, kernel, value) that are stubs; [] if it
+    is all there.
 
     name: what a value is called, if anybody knows.
     """
@@ -162,19 +188,31 @@ def unattempted(answer: Any, name: str = "") -> list[str]:
         return unattempted(answer.func)
     if isinstance(answer, dict | list | tuple):
         items = answer.items() if isinstance(answer, dict) else enumerate(answer)
-        return [part for key, value in items for part in unattempted(value, f"{name or 'the value of '}[{key!r}]")]
+        return [
+            part
+            for key, value in items
+            for part in unattempted(value, f"{name or 'the value of '}[{key!r}]")
+        ]
     if isinstance(answer, type):
         members = [getattr(member, "fget", None) or member for member in vars(answer).values()]
         return [
-            part for member in members if not isinstance(member, type) for part in unattempted(member) if _code(member)
+            part
+            for member in members
+            if not isinstance(member, type)
+            for part in unattempted(member)
+            if _code(member)
         ]
     code = _code(answer)
-    stub = code is not None and any(isinstance(value, str) and STUB in value for value in code.co_consts)
+    stub = code is not None and any(
+        isinstance(value, str) and STUB in value for value in code.co_consts
+    )
     return [code.co_qualname.rpartition("<locals>.")[2]] if stub else []
 
 
 def _code(answer: Any) -> Any:
-    """The code object of a function, method or Triton kernel (which keeps its function as `fn`), else None."""
+    """The code object of a function, method or Triton kernel (which keeps its function as `fn`),
+    else None.
+    """
     if isinstance(answer, staticmethod | classmethod | MethodType):
         return _code(answer.__func__)
     if isinstance(answer, FunctionType):
@@ -191,22 +229,33 @@ def _causes(error: BaseException | None) -> list[BaseException]:
     return found
 
 
-_LIBRARIES = tuple(str(Path(p).resolve()) for p in (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")))
+_LIBRARIES = tuple(
+    str(Path(p).resolve()) for p in (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
+)
 _PACKAGE = str(Path(__file__).resolve().parents[1])
 
 
 def raised(error: Exception, case: str = "") -> Mistake:
-    """An exception out of a learner's code as a Mistake that says where in that code. case: what it was called with."""
+    """An exception out of a learner's code as a Mistake that says where in that code. case: what it
+    was called with.
+    """
     what = f"{type(error).__name__}: {error}".strip().removesuffix(":")
     for cause in reversed(_causes(error)):  # Triton's interpreter wraps what a kernel raises
         for frame in reversed(traceback.extract_tb(cause.__traceback__)):
             if not frame.filename.startswith((*_LIBRARIES, _PACKAGE, "<frozen", "<string")):
-                where = f"in {frame.name}, line {frame.lineno} of its cell" + (f": {frame.line}" if frame.line else "")
-                return Mistake("raised", f"Your code raised {what}\n{where}{case and chr(10) + case}")
-    return Mistake("raised", f"The check could not work with what your code gave it: {what}{case and chr(10) + case}")
+                where = f"in {frame.name}, line {frame.lineno} of its cell" + (
+                    f": {frame.line}" if frame.line else ""
+                )
+                return Mistake(
+                    "raised", f"Your code raised {what}\n{where}{case and chr(10) + case}"
+                )
+    return Mistake(
+        "raised",
+        f"The check could not work with what your code gave it: {what}{case and chr(10) + case}",
+    )
 
 
-# --- for checks: saying what is wrong -----------------------------------------------------------------------------
+# --- for checks: saying what is wrong -------------------------------------------------------------
 
 
 def expect(condition: Any, name: str, message: str) -> None:
@@ -216,7 +265,9 @@ def expect(condition: Any, name: str, message: str) -> None:
 
 
 def expect_all(*judgements: Callable[[], None]) -> None:
-    """Call each; Mistake with the name of the first that raises one, and with the messages of all."""
+    """Call each; Mistake with the name of the first that raises one, and with the messages of
+    all.
+    """
     found: list[Mistake] = []
     for judge in judgements:
         try:
@@ -235,7 +286,9 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def counted(function: Callable) -> Callable:
-    """The same function, which counts its calls in `.calls`: for pieces that must have been used."""
+    """The same function, which counts its calls in `.calls`: for pieces that must have been
+    used.
+    """
 
     @functools.wraps(function)
     def counting(*args: Any, **kwargs: Any) -> Any:
@@ -254,7 +307,9 @@ def show(value: Any, limit: int = 6) -> str:
         texts = [f"{x:.5g}" if isinstance(x, float) else str(x) for x in numbers[:limit]]
         return f"{kind} ({', '.join(texts)}{', …' if len(numbers) > limit else ''})"
     if isinstance(value, tuple | list):
-        text = ", ".join([show(item, limit) for item in value[:limit]] + ["…"] * (len(value) > limit))
+        text = ", ".join(
+            [show(item, limit) for item in value[:limit]] + ["…"] * (len(value) > limit)
+        )
         return f"({text})" if isinstance(value, tuple) else f"[{text}]"
     text = f"{value:.6g}" if isinstance(value, float) else repr(value)
     return text if len(text) <= 120 else f"{text[:119]}…"
@@ -264,11 +319,14 @@ def _is_tensor(value: Any) -> bool:
     return "torch" in sys.modules and isinstance(value, sys.modules["torch"].Tensor)
 
 
-def difference(got: Any, expected: Any, rtol: float = 1e-4, atol: float = 1e-5) -> tuple[str, str] | None:
-    """None where the two agree, else (mistake's name, what differs): wrong-type, -shape, -dtype or -values.
+def difference(
+    got: Any, expected: Any, rtol: float = 1e-4, atol: float = 1e-5
+) -> tuple[str, str] | None:
+    """None where the two agree, else (mistake's name, what differs): wrong-type, -shape, -dtype or
+    -values.
 
-    Tensors agree in dtype, shape and, within the tolerances, numbers (NaN agrees with NaN); floats within the
-    tolerances, lists, tuples and dicts item by item, and everything else as `==` says.
+    Tensors agree in dtype, shape and, within the tolerances, numbers (NaN agrees with NaN); floats
+    within the tolerances, lists, tuples and dicts item by item, and everything else as `==` says.
     """
     if _is_tensor(expected):
         return _tensor_difference(got, expected, rtol, atol)
@@ -276,7 +334,10 @@ def difference(got: Any, expected: Any, rtol: float = 1e-4, atol: float = 1e-5) 
         if not isinstance(got, tuple | list):
             return "wrong-type", f"got {_kind(got)}, expected {_kind(expected)} of {len(expected)}"
         if len(got) != len(expected):
-            return "wrong-values", f"got {len(got)} items, {show(got)}, expected {len(expected)}, {show(expected)}"
+            return (
+                "wrong-values",
+                f"got {len(got)} items, {show(got)}, expected {len(expected)}, {show(expected)}",
+            )
         for index, (mine, right) in enumerate(zip(got, expected, strict=True)):
             if found := difference(mine, right, rtol, atol):
                 return found[0], f"item {index}: {found[1]}"
@@ -284,8 +345,13 @@ def difference(got: Any, expected: Any, rtol: float = 1e-4, atol: float = 1e-5) 
     if isinstance(expected, dict):
         if not isinstance(got, dict):
             return "wrong-values", f"got {show(got)}, expected {show(expected)}"
-        keys = {"missing": expected.keys() - got.keys(), "not asked for": got.keys() - expected.keys()}
-        if said := [f"{what}: {', '.join(sorted(map(repr, some)))}" for what, some in keys.items() if some]:
+        keys = {
+            "missing": expected.keys() - got.keys(),
+            "not asked for": got.keys() - expected.keys(),
+        }
+        if said := [
+            f"{what}: {', '.join(sorted(map(repr, some)))}" for what, some in keys.items() if some
+        ]:
             return "wrong-values", f"the keys differ ({'; '.join(said)})"
         for key in expected:
             if found := difference(got[key], expected[key], rtol, atol):
@@ -301,7 +367,9 @@ def difference(got: Any, expected: Any, rtol: float = 1e-4, atol: float = 1e-5) 
     return None if same else ("wrong-values", f"got {show(got)}, expected {show(expected)}")
 
 
-def _tensor_difference(got: Any, expected: torch.Tensor, rtol: float, atol: float) -> tuple[str, str] | None:
+def _tensor_difference(
+    got: Any, expected: torch.Tensor, rtol: float, atol: float
+) -> tuple[str, str] | None:
     import torch
 
     if not isinstance(got, torch.Tensor):
@@ -316,7 +384,11 @@ def _tensor_difference(got: Any, expected: torch.Tensor, rtol: float, atol: floa
         return None
     where = wrong.nonzero()[0].tolist()
     mine, right = got[tuple(where)].item(), expected[tuple(where)].item()
-    count = f"{int(wrong.sum())} of {wrong.numel()} numbers differ, the first at {where}: " if where else ""
+    count = (
+        f"{int(wrong.sum())} of {wrong.numel()} numbers differ, the first at {where}: "
+        if where
+        else ""
+    )
     return "wrong-values", f"{count}got {show(mine)}, expected {show(right)}"
 
 
@@ -324,15 +396,18 @@ def _kind(value: Any) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
 
 
-# --- for checks: running an answer beside the right one and the usual wrong ones --------------------------------------
+# --- for checks: running an answer beside the right one and the usual wrong ones ------------------
 
-#: Mistake's name -> (explanation for the learner, wrong implementation, another one of the same mistake …).
+#: Mistake's name -> (explanation for the learner, wrong implementation, another one of the same
+#: mistake …).
 Suspects = Mapping[str, tuple]
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What a call gave: its result, and by name what it wrote into; or the exception that it raised."""
+    """What a call gave: its result, and by name what it wrote into; or the exception that it
+    raised.
+    """
 
     result: Any = None
     written: dict[str, Any] = field(default_factory=dict)
@@ -342,24 +417,36 @@ class _Run:
         if self.error or other.error:
             same = type(self.error) is type(other.error)
             return None if same else ("raised", f"{type(self.error).__name__}: {self.error}")
-        ignored = other.written and other.result is None  # what a function returns that is there to write
+        ignored = (
+            other.written and other.result is None
+        )  # what a function returns that is there to write
         found = None if ignored else difference(self.result, other.result, **tolerances)
         return found or difference(self.written, other.written, **tolerances)
 
 
 def diagnose(
-    answer: Callable, cases: Iterable[Sequence[Any]], right: Callable, suspects: Suspects | None = None, *,
-    writes: Sequence[int] = (), wording: Mapping[str, str] | None = None, rtol: float = 1e-4, atol: float = 1e-5,
-) -> int:  # fmt: skip
-    """Run answer and right on copies of each case (a tuple of arguments); return the number of cases, or raise Mistake.
+    answer: Callable,
+    cases: Iterable[Sequence[Any]],
+    right: Callable,
+    suspects: Suspects | None = None,
+    *,
+    writes: Sequence[int] = (),
+    wording: Mapping[str, str] | None = None,
+    rtol: float = 1e-4,
+    atol: float = 1e-5,
+) -> int:
+    """Run answer and right on copies of each case (a tuple of arguments); return the number of
+    cases, or raise Mistake.
 
-    suspects: mistake's name -> (explanation for the learner, wrong implementation, another one of the same mistake …).
-    The first that gives what the answer gave in all cases, and is not right in all of them, names the Mistake.
-    Otherwise its name is "raised", "wrong-type", "wrong-shape", "wrong-dtype" or "wrong-values", with the smallest
-    failing case. A CheckError that comes out of the answer (who wraps it may look at what it does) is passed on.
-    An answer that gives the right result and changes an argument other than those at the positions `writes`, whose
-    final values are part of the result, is "changed-input"; one that writes beyond a `guarded` argument,
-    "out-of-bounds-write". wording: what to write in a message in place of what ("item 0: " -> "the sum: ").
+    suspects: mistake's name -> (explanation for the learner, wrong implementation, another one of
+    the same mistake …). The first that gives what the answer gave in all cases, and is not right in
+    all of them, names the Mistake. Otherwise its name is "raised", "wrong-type", "wrong-shape",
+    "wrong-dtype" or "wrong-values", with the smallest failing case. A CheckError that comes out of
+    the answer (who wraps it may look at what it does) is passed on. An answer that gives the right
+    result and changes an argument other than those at the positions `writes`, whose final values
+    are part of the result, is "changed-input"; one that writes beyond a `guarded` argument,
+    "out-of-bounds-write". wording: what to write in a message in place of what ("item 0: " -> "the
+    sum: ").
     """
     try:
         return _compare(answer, cases, right, suspects or {}, writes, {"rtol": rtol, "atol": atol})
@@ -371,9 +458,13 @@ def diagnose(
 
 
 def _compare(
-    answer: Callable, cases: Iterable[Sequence[Any]], right: Callable, suspects: Suspects, writes: Sequence[int],
+    answer: Callable,
+    cases: Iterable[Sequence[Any]],
+    right: Callable,
+    suspects: Suspects,
+    writes: Sequence[int],
     tolerances: dict[str, float],
-) -> int:  # fmt: skip
+) -> int:
     cases = [tuple(case) for case in cases]
     names = list(inspect.signature(right).parameters)
     names += [f"argument {i}" for i in range(len(names), max(map(len, cases), default=0))]
@@ -390,10 +481,16 @@ def _compare(
         name, what = runs[first].differs(expected[first], tolerances)
         if said := [i for i in failing if isinstance(runs[i].error, CheckError)]:
             raise runs[min(said, key=lambda i: _size(cases[i]))].error
-        for suspect, explanation, wrong in ((n, why, f) for n, (why, *usual) in suspects.items() for f in usual):
+        for suspect, explanation, wrong in (
+            (n, why, f) for n, (why, *usual) in suspects.items() for f in usual
+        ):
             theirs = [_call(wrong, case, writes, names)[0] for case in cases]
-            agrees = not any(mine.differs(other, tolerances) for mine, other in zip(runs, theirs, strict=True))
-            if agrees and any(a.differs(b, tolerances) for a, b in zip(theirs, expected, strict=True)):
+            agrees = not any(
+                mine.differs(other, tolerances) for mine, other in zip(runs, theirs, strict=True)
+            )
+            if agrees and any(
+                a.differs(b, tolerances) for a, b in zip(theirs, expected, strict=True)
+            ):
                 raise Mistake(suspect, f"{explanation}\n{described[first]}: {what}.")
         if error := runs[first].error:
             if any(STUB in str(cause) for cause in _causes(error)):
@@ -405,27 +502,45 @@ def _compare(
                 where = f"Your code wrote outside of {argument}, a tensor that it was given."
                 raise Mistake("out-of-bounds-write", f"{where}\n{BEYOND}\n{described[i]}.")
     if failing:
-        share = f"{len(failing)} of {len(cases)} cases differ, this is the smallest. " if len(cases) > 1 else ""
+        share = (
+            f"{len(failing)} of {len(cases)} cases differ, this is the smallest. "
+            if len(cases) > 1
+            else ""
+        )
         raise Mistake(name, f"{share}{described[first]}: {what}.")
     for i, (_, after) in enumerate(calls):
         for position, (before, now) in enumerate(zip(cases[i], after, strict=True)):
             if position not in writes and _is_plain(before) and difference(now, before, 0.0, 0.0):
-                why = f"Your result is right, but your code changed {names[position]}, which belongs to its caller"
-                raise Mistake("changed-input", f"{why}: work on a copy, or on a new tensor.\n{described[i]}.")
+                why = (
+                    f"Your result is right, but your code changed {names[position]}, which belongs"
+                    " to its caller"
+                )
+                raise Mistake(
+                    "changed-input", f"{why}: work on a copy, or on a new tensor.\n{described[i]}."
+                )
     return len(cases)
 
 
 def _described(case: tuple, names: Sequence[str], writes: Sequence[int]) -> str:
-    """The arguments of a case; of a tensor that is there to be written no numbers, which would be poison."""
+    """The arguments of a case; of a tensor that is there to be written no numbers, which would be
+    poison.
+    """
     parts = []
     for i, (name, value) in enumerate(zip(names, case, strict=False)):
         blank = i in writes and _is_guarded(value) and bool(value.isnan().all())
-        parts.append(f"{name} = " + (f"{show(value).partition(' (')[0]} (to be written)" if blank else show(value)))
+        parts.append(
+            f"{name} = "
+            + (f"{show(value).partition(' (')[0]} (to be written)" if blank else show(value))
+        )
     return "With " + ", ".join(parts)
 
 
-def _call(function: Callable, case: tuple, writes: Sequence[int], names: Sequence[str]) -> tuple[_Run, tuple]:
-    """(what it gave, the arguments as it left them); the arguments are copies, guard bands included."""
+def _call(
+    function: Callable, case: tuple, writes: Sequence[int], names: Sequence[str]
+) -> tuple[_Run, tuple]:
+    """(what it gave, the arguments as it left them); the arguments are copies, guard bands
+    included.
+    """
     args = copy.deepcopy(case)
     try:
         result = function(*args)
@@ -444,14 +559,20 @@ def _size(case: Any) -> int:
     return case.numel() if hasattr(case, "numel") else abs(case) if isinstance(case, int) else 1
 
 
-def expect_own_work(answer: Callable, case: Sequence[Any], forbidden: Sequence[str], use: str) -> None:
-    """answer(*case) must not call these functions or methods of torch; Mistake("torch-did-it") says what to use."""
+def expect_own_work(
+    answer: Callable, case: Sequence[Any], forbidden: Sequence[str], use: str
+) -> None:
+    """answer(*case) must not call these functions or methods of torch; Mistake("torch-did-it") says
+    what to use.
+    """
     from torch.overrides import TorchFunctionMode
 
     called: list[str] = []
 
     class Names(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             called.append(getattr(func, "__name__", ""))
             return func(*args, **(kwargs or {}))
 
@@ -467,7 +588,8 @@ def expect_own_work(answer: Callable, case: Sequence[Any], forbidden: Sequence[s
 
 
 def expect_triton(instead: str) -> None:
-    """Whether Triton works here, tried with a kernel that is known to be right; else NotRunnableHere.
+    """Whether Triton works here, tried with a kernel that is known to be right; else
+    NotRunnableHere.
 
     instead: a sentence on what the learner can do without Triton.
     """
@@ -480,35 +602,51 @@ def expect_triton(instead: str) -> None:
         works = torch.allclose(softmax(x, block=2), torch.softmax(x, dim=1))
     except ImportError:
         raise NotRunnableHere(
-            f"Triton is not installed, so no kernel can run: it has wheels for Linux only.\n{instead}"
+            "Triton is not installed, so no kernel can run: it has wheels for Linux"
+            f" only.\n{instead}"
         ) from None
     except Exception as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise NotRunnableHere(
-            f"Triton cannot run a kernel here, not even the package's own: {what}\nOn a CPU it needs "
-            "TRITON_INTERPRET=1 before it is imported: restart the kernel, and run the first cell first."
+            f"Triton cannot run a kernel here, not even the package's own: {what}\nOn a CPU it"
+            " needs TRITON_INTERPRET=1 before it is imported: restart the kernel, and run the"
+            " first cell first."
         ) from None
     if not works:
-        raise NotRunnableHere("Triton's interpreter gives wrong numbers here, even for the package's own kernel.")
+        raise NotRunnableHere(
+            "Triton's interpreter gives wrong numbers here, even for the package's own kernel."
+        )
 
 
-# --- for checks: what lies out of bounds ------------------------------------------------------------------------------
+# --- for checks: what lies out of bounds ----------------------------------------------------------
 
 _payloads = itertools.count(1)
 
 
-def guarded(*shape: int, dtype: torch.dtype | None = None, fill: float | None = None) -> torch.Tensor:
-    """A contiguous tensor inside a larger buffer of poison: a read beyond it gives NaN (integers: a huge negative
-    number), a write beyond it is seen by `intact`. The inside is poison too, unless fill is given."""
+def guarded(
+    *shape: int, dtype: torch.dtype | None = None, fill: float | None = None
+) -> torch.Tensor:
+    """A contiguous tensor inside a larger buffer of poison: a read beyond it gives NaN (integers: a
+    huge negative number), a write beyond it is seen by `intact`. The inside is poison too, unless
+    fill is given.
+    """
     import torch
 
     dtype = dtype or torch.float32
     numel = functools.reduce(int.__mul__, shape, 1)
-    bits = {torch.float32: (torch.int32, 0x7FC00000), torch.float16: (torch.int16, 0x7E00),
-            torch.bfloat16: (torch.int16, 0x7FC0), torch.float64: (torch.int64, 0x7FF8 << 48)}  # fmt: skip
-    if dtype in bits:  # a NaN of its own for each buffer, so that no NaN that was read elsewhere looks like it
+    bits = {
+        torch.float32: (torch.int32, 0x7FC00000),
+        torch.float16: (torch.int16, 0x7E00),
+        torch.bfloat16: (torch.int16, 0x7FC0),
+        torch.float64: (torch.int64, 0x7FF8 << 48),
+    }
+    if (
+        dtype in bits
+    ):  # a NaN of its own for each buffer, so that no NaN that was read elsewhere looks like it
         integer, pattern = bits[dtype]
-        buffer = torch.full((numel + 2 * MARGIN,), pattern + next(_payloads) % 63 + 1, dtype=integer).view(dtype)
+        buffer = torch.full(
+            (numel + 2 * MARGIN,), pattern + next(_payloads) % 63 + 1, dtype=integer
+        ).view(dtype)
     else:
         buffer = torch.full((numel + 2 * MARGIN,), torch.iinfo(dtype).min // 2, dtype=dtype)
     inside = buffer[MARGIN : MARGIN + numel].view(shape)
@@ -521,14 +659,18 @@ def guard(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def intact(*tensors: torch.Tensor) -> bool:
-    """Whether the poison around these `guarded` tensors is as it was. ValueError for a tensor that has none."""
+    """Whether the poison around these `guarded` tensors is as it was. ValueError for a tensor that
+    has none.
+    """
     import torch
 
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64, 1: torch.int8}
     for tensor in tensors:
         if not _is_guarded(tensor):
             raise ValueError("intact: this tensor was not made by guarded()")
-        whole = torch.as_strided(tensor, (tensor.numel() + 2 * MARGIN,), (1,), 0).view(integers[tensor.element_size()])
+        whole = torch.as_strided(tensor, (tensor.numel() + 2 * MARGIN,), (1,), 0).view(
+            integers[tensor.element_size()]
+        )
         if not (whole[:MARGIN] == whole[0]).all() or not (whole[-MARGIN:] == whole[0]).all():
             return False
         if tensor.is_floating_point() and not torch.as_strided(tensor, (1,), (1,), 0).isnan().all():
@@ -540,35 +682,51 @@ def _is_guarded(value: Any) -> bool:
     if not hasattr(value, "untyped_storage"):
         return False
     room = value.untyped_storage().nbytes() // value.element_size()
-    return value.is_contiguous() and value.storage_offset() == MARGIN and room == value.numel() + 2 * MARGIN
+    return (
+        value.is_contiguous()
+        and value.storage_offset() == MARGIN
+        and room == value.numel() + 2 * MARGIN
+    )
 
 
-# --- for checks: the whole engine -------------------------------------------------------------------------------------
+# --- for checks: the whole engine -----------------------------------------------------------------
 
-PROMPTS = ("Tell me a story about a fox named Pip.", "What is a KV cache?", "What is a block table?", "What is 12 + 7?")
+PROMPTS = (
+    "Tell me a story about a fox named Pip.",
+    "What is a KV cache?",
+    "What is a block table?",
+    "What is 12 + 7?",
+)
 
 
 def engine_agrees(*used: Callable, max_tokens: int = 20, **options: Any) -> str:
-    """The bundled model must write the same greedy tokens with these options of `LLM` as without; else Mistake.
+    """The bundled model must write the same greedy tokens with these options of `LLM` as without;
+    else Mistake.
 
-    used: pieces under `counted` of which each must have been called. Returns a line such as "the engine writes the
-    same 70 tokens with it". For kernels: ``engine_agrees(mine, kernels=replace(Kernels.reference(), rms_norm=mine))``.
+    used: pieces under `counted` of which each must have been called. Returns a line such as "the
+    engine writes the same 70 tokens with it". For kernels: ``engine_agrees(mine,
+    kernels=replace(Kernels.reference(), rms_norm=mine))``.
     """
     expected = engine_tokens(max_tokens)
     got = _generate(max_tokens, options)
     for prompt, mine, right in zip(PROMPTS, got, expected, strict=True):
         if mine != right:
             same = next(
-                (i for i, (a, b) in enumerate(zip(mine, right, strict=False)) if a != b), min(len(mine), len(right))
+                (i for i, (a, b) in enumerate(zip(mine, right, strict=False)) if a != b),
+                min(len(mine), len(right)),
             )
             raise Mistake(
                 "engine-differs",
-                f"With your piece the engine writes other tokens than without. The answer to {prompt!r} begins with "
-                f"{same} tokens that agree; then comes {mine[same : same + 1]}, expected "
-                f"{right[same : same + 1]}.",
+                "With your piece the engine writes other tokens than without. The answer to"
+                f" {prompt!r} begins with {same} tokens that agree; then comes"
+                f" {mine[same : same + 1]}, expected {right[same : same + 1]}.",
             )
     for piece in used:
-        expect(piece.calls, "not-used", f"The engine never called {getattr(piece, '__name__', 'your piece')}.")
+        expect(
+            piece.calls,
+            "not-used",
+            f"The engine never called {getattr(piece, '__name__', 'your piece')}.",
+        )
     return f"the engine writes the same {sum(map(len, expected))} tokens with it"
 
 
@@ -582,7 +740,9 @@ def _generate(max_tokens: int, options: dict[str, Any]) -> list[list[int]]:
     from minivllm import LLM, SamplingParams
 
     with LLM(**{"device": "cpu", **options}) as llm:
-        outputs = llm.generate(list(PROMPTS), SamplingParams(temperature=0, max_tokens=max_tokens), use_tqdm=False)
+        outputs = llm.generate(
+            list(PROMPTS), SamplingParams(temperature=0, max_tokens=max_tokens), use_tqdm=False
+        )
     for output in outputs:
         if output.error is not None:
             raise output.error

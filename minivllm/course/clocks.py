@@ -1,4 +1,5 @@
-"""A computer whose clock is calculated: what makes honest timing hard, without any real time passing.
+"""A computer whose clock is calculated: what makes honest timing hard, without any real time
+passing.
 
     machine = SimulatedMachine(heat=0.3)
     multiply = machine.task("multiply", seconds=200e-6, cold=0.02)
@@ -7,9 +8,10 @@
     machine.synchronize()           # waits until it has been done
     print(machine.clock() - before) # the first call: 20 milliseconds and more
 
-Four things happen here that happen on GPUs (and on laptops). The first call of a task compiles. Calls return before the
-work is done. A chip that works gets warm and lowers its clock. And now and then somebody else needs the machine.
-Everything is drawn from a seed, so two runs of the same program see the same times.
+Four things happen here that happen on GPUs (and on laptops). The first call of a task compiles.
+Calls return before the work is done. A chip that works gets warm and lowers its clock. And now and
+then somebody else needs the machine. Everything is drawn from a seed, so two runs of the same
+program see the same times.
 """
 
 from __future__ import annotations
@@ -24,16 +26,26 @@ from typing import Any
 class SimulatedMachine:
     """See the module. Times in seconds.
 
-    launch: CPU time of a call. heat: how much slower (0.3 is 30 %) work gets in the end, warmth: after so many seconds
-    of work about two thirds of that. noise: spread of a task's time, as a share of it. disturbed: the share of calls
-    that somebody disturbs; disturbance: how many times as long these take. boosted: the share of calls that happen to
-    run at a higher clock, boost: the share of its time that such a call takes.
+    launch: CPU time of a call. heat: how much slower (0.3 is 30 %) work gets in the end, warmth:
+    after so many seconds of work about two thirds of that. noise: spread of a task's time, as a
+    share of it. disturbed: the share of calls that somebody disturbs; disturbance: how many times
+    as long these take. boosted: the share of calls that happen to run at a higher clock, boost: the
+    share of its time that such a call takes.
     """
 
     def __init__(
-        self, *, seed: int = 0, launch: float = 5e-6, heat: float = 0.0, warmth: float = 0.02, noise: float = 0.0,
-        disturbed: float = 0.0, disturbance: float = 6.0, boosted: float = 0.0, boost: float = 0.7,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        seed: int = 0,
+        launch: float = 5e-6,
+        heat: float = 0.0,
+        warmth: float = 0.02,
+        noise: float = 0.0,
+        disturbed: float = 0.0,
+        disturbance: float = 6.0,
+        boosted: float = 0.0,
+        boost: float = 0.7,
+    ) -> None:
         self.seed, self.launch, self.heat, self.warmth = seed, launch, heat, warmth
         self.noise, self.disturbed, self.disturbance = noise, disturbed, disturbance
         self.boosted, self.boost = boosted, boost
@@ -59,8 +71,8 @@ class SimulatedMachine:
         self.now += seconds
 
     def task(self, name: str, seconds: float, cold: float = 0.0) -> Callable[[], None]:
-        """A function whose call puts so many seconds of work into the queue. cold: its first call takes more by this
-        much, in which the caller waits (it compiles)."""
+        """A function whose call puts so many seconds of work into the queue. cold: its first call
+        takes more by this much, in which the caller waits (it compiles)."""
 
         def call() -> None:
             self.log.append(("call", name))
@@ -81,7 +93,8 @@ class SimulatedMachine:
         return 1 / (1 + self.heat * (1 - math.exp(-self._worked / self.warmth)))
 
     def _factor(self, name: str) -> float:
-        # Drawn for this call of this task, whatever else has been called: programs that differ elsewhere see the same.
+        # Drawn for this call of this task, whatever else has been called: programs that differ
+        # elsewhere see the same.
         random = Random(f"{self.seed} {name} {self._calls[name]}")
         factor = (1 + self.noise * random.random()) / self.speed
         chance = random.random()
@@ -93,19 +106,26 @@ class SimulatedMachine:
 
 
 class EngineClock:
-    """A clock for the engine on the bundled model: it goes on with every step, by what the step's tokens would cost.
+    """A clock for the engine on the bundled model: it goes on with every step, by what the step's
+    tokens would cost.
 
         timer = EngineClock()
-        llm = LLM(device="cpu", build_batch=timer.build_batch)    # the seam through which it sees every step
+        llm = LLM(device="cpu", build_batch=timer.build_batch)  # it sees every step
         start = timer.clock()
 
-    step: seconds of a step, token: of each token in it, cold: of the very first step, on top. Some of the stretches
-    between two readings of the clock are slower (somebody else needed the machine) or faster than usual: `pace` says
-    how many times as long the steps take in the first stretch, the second …, over and over.
+    step: seconds of a step, token: of each token in it, cold: of the very first step, on top. Some
+    of the stretches between two readings of the clock are slower (somebody else needed the machine)
+    or faster than usual: `pace` says how many times as long the steps take in the first stretch,
+    the second …, over and over.
     """
 
     def __init__(
-        self, *, step: float = 4e-3, token: float = 1e-4, cold: float = 2.0, pace: tuple[float, ...] = (1.0,)
+        self,
+        *,
+        step: float = 4e-3,
+        token: float = 1e-4,
+        cold: float = 2.0,
+        pace: tuple[float, ...] = (1.0,),
     ) -> None:
         self.step, self.token, self.cold, self.pace = step, token, cold, pace
         self.now, self.num_readings, self.num_tokens = 0.0, 0, 0

@@ -1,8 +1,8 @@
 """A learner's answers in the notebook that they were written for.
 
-A saved notebook may certify anything: its check cells may be edited or gone, its outputs stale. So only the answers are
-taken from it, with the cells that the learner added; everything else, and what each check has to print, comes from the
-solution. The learner's file is read and never written.
+A saved notebook may certify anything: its check cells may be edited or gone, its outputs stale. So
+only the answers are taken from it, with the cells that the learner added; everything else, and what
+each check has to print, comes from the solution. The learner's file is read and never written.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minivllm.course.chapters import Chapter, CourseNotFoundError, compared_text, find_root, read, role
+from minivllm.course.chapters import (
+    Chapter,
+    CourseNotFoundError,
+    compared_text,
+    find_root,
+    read,
+    role,
+)
 from minivllm.course.stubs import defined_names, names_in, require_published, stub_source
 
 if TYPE_CHECKING:
@@ -27,7 +34,9 @@ _MARKER = re.compile(r"^(\s*)#+\s*(NBVAL_\w+|PYTEST_VALIDATE_IGNORE_OUTPUT)\s*$"
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell to run. kind: "given", "answer", "check" or "own" (the learner's, which is run and not judged)."""
+    """One cell to run. kind: "given", "answer", "check" or "own" (the learner's, which is run and
+    not judged).
+    """
 
     kind: str
     source: str
@@ -35,10 +44,12 @@ class Cell:
 
 @dataclass
 class Group:
-    """An exercise: what is run from its statement to the next. id "" is what stands before the first.
+    """An exercise: what is run from its statement to the next. id "" is what stands before the
+    first.
 
-    printed: what its check prints when the answer is right. notes: what the learner should know about the file.
-    broken: (name, why) where there is nothing that could be run. untouched: the answer still is the stub.
+    printed: what its check prints when the answer is right. notes: what the learner should know
+    about the file. broken: (name, why) where there is nothing that could be run. untouched: the
+    answer still is the stub.
     """
 
     id: str
@@ -50,7 +61,8 @@ class Group:
 
 
 def chapter_of(path: Path) -> Chapter | None:
-    """The chapter that a file has the exercises of: by the name in its metadata, or as exercises/NN_name.ipynb.
+    """The chapter that a file has the exercises of: by the name in its metadata, or as
+    exercises/NN_name.ipynb.
 
     None for any other file. CourseNotFoundError where the repository is not to be found.
     """
@@ -62,7 +74,11 @@ def chapter_of(path: Path) -> Chapter | None:
         name = metadata.get("minivllm", {}).get("chapter")
     except (OSError, ValueError, AttributeError):
         name = None
-    if name is None and path.parent.name == "exercises" and (path.parent.parent / "solutions" / path.name).exists():
+    if (
+        name is None
+        and path.parent.name == "exercises"
+        and (path.parent.parent / "solutions" / path.name).exists()
+    ):
         name = path.stem
     return Chapter(find_root(path.parent), name) if isinstance(name, str) else None
 
@@ -72,7 +88,10 @@ def answers(path: Path) -> dict[str, str]:
 
     Stubs are among them. Parts of an answer in more than one cell are put together in their order.
     """
-    return {id: "\n\n".join(source for _, source in cells) for id, cells in _answer_cells(read(path)).items()}
+    return {
+        id: "\n\n".join(source for _, source in cells)
+        for id, cells in _answer_cells(read(path)).items()
+    }
 
 
 def _answer_cells(notebook: NotebookNode) -> dict[str, list[tuple[int, str]]]:
@@ -90,10 +109,12 @@ def without_markers(source: str) -> str:
 
 
 def graft(path: Path, chapter: Chapter) -> list[Group]:
-    """What to run: the solution's cells in their order, with the learner's answers, and their own cells after those
-    that they stand after. The first group is what comes before the first exercise.
+    """What to run: the solution's cells in their order, with the learner's answers, and their own
+    cells after those that they stand after. The first group is what comes before the first
+    exercise.
 
-    ChangedSolutionError where the solution is not as published; CourseNotFoundError where a file cannot be read.
+    ChangedSolutionError where the solution is not as published; CourseNotFoundError where a file
+    cannot be read.
     """
     require_published(chapter)
     if not path.exists():
@@ -103,7 +124,12 @@ def graft(path: Path, chapter: Chapter) -> list[Group]:
     learner, solution = read(path), chapter.solution
     found = _answer_cells(learner)
     own = _own_cells(learner, solution)
-    wanted = {id: names_in(cell.source) for cell in solution.cells for kind, id in [role(cell)] if kind == "check"}
+    wanted = {
+        id: names_in(cell.source)
+        for cell in solution.cells
+        for kind, id in [role(cell)]
+        if kind == "check"
+    }
     groups = [Group("", own[""], notes=_changed_setup(learner, solution))]
     for cell in solution.cells:
         kind, id = role(cell)
@@ -130,17 +156,25 @@ def _put_answer(group: Group, cells: list[tuple[int, str]], stub: str, wanted: s
     if len(cells) > 1:
         where = " and ".join(str(number) for number, _ in cells)
         group.notes.append(
-            f"It has {len(cells)} answer cells (cells {where} of your file). They were run in this order."
+            f"It has {len(cells)} answer cells (cells {where} of your file). They were run in this"
+            " order."
         )
     if any("(a marker stood here)" in source for source in sources):
         group.notes.append("NBVAL markers in an answer are ignored.")
-    lost = sorted((defined_names(stub) & wanted).difference(*(names_in(source, ast.Store) for source in sources)))
+    lost = sorted(
+        (defined_names(stub) & wanted).difference(
+            *(names_in(source, ast.Store) for source in sources)
+        )
+    )
     if lost and not group.untouched and all(map(_is_python, sources)):
-        group.notes.append(f"Your answer does not define {', '.join(lost)}, which its check asks for.")
+        group.notes.append(
+            f"Your answer does not define {', '.join(lost)}, which its check asks for."
+        )
 
 
 def _own_cells(learner: NotebookNode, solution: NotebookNode) -> dict[str, list[Cell]]:
-    """What the learner added, by the id of the cell of the solution that it comes after ("": before all).
+    """What the learner added, by the id of the cell of the solution that it comes after ("": before
+    all).
 
     A given cell that was edited is run as it was given, and then as it is now.
     """
@@ -152,7 +186,11 @@ def _own_cells(learner: NotebookNode, solution: NotebookNode) -> dict[str, list[
         if (kind, id) in place:
             after = place[kind, id]
         elif cell.get("id") in given or cell.source in given.values():
-            after = cell.id if cell.get("id") in given else next(id for id in given if given[id] == cell.source)
+            after = (
+                cell.id
+                if cell.get("id") in given
+                else next(id for id in given if given[id] == cell.source)
+            )
             if cell.cell_type == "code" and cell.source != given[after]:
                 found[after].append(Cell("own", without_markers(cell.source)))
         elif cell.cell_type == "code" and cell.source.strip():
@@ -165,7 +203,8 @@ def _changed_setup(learner: NotebookNode, solution: NotebookNode) -> list[str]:
     before = itertools.takewhile(lambda cell: role(cell)[0] == "given", solution.cells)
     given = {cell.id: cell.source for cell in before if cell.cell_type == "code"}
     return [
-        f"Cell {number} of your file, which came with it, was changed. It was run as it came, and then as it is now."
+        f"Cell {number} of your file, which came with it, was changed. It was run as it came, and"
+        " then as it is now."
         for number, cell in enumerate(learner.cells, start=1)
         if cell.get("id") in given and cell.cell_type == "code" and cell.source != given[cell.id]
     ]
@@ -176,7 +215,8 @@ def _missing(id: str, answer: NotebookNode, learner: NotebookNode) -> str:
     for number, cell in enumerate(learner.cells, start=1):
         if role(cell) == ("exercise", id):
             return (
-                f"The answer to {id}, cell {number} of your file, is a {cell.cell_type} cell: make it code (press Y)."
+                f"The answer to {id}, cell {number} of your file, is a {cell.cell_type} cell: make"
+                " it code (press Y)."
             )
     names = defined_names(stub_source(answer))
     for number, cell in enumerate(learner.cells, start=1):
@@ -185,12 +225,16 @@ def _missing(id: str, answer: NotebookNode, learner: NotebookNode) -> str:
         except SyntaxError:
             defines = False
         if defines and names:
-            why = f"Cell {number} defines {', '.join(sorted(names))}, but it is not the cell that came for the answer"
+            why = (
+                f"Cell {number} defines {', '.join(sorted(names))}, but it is not the cell that"
+                " came for the answer"
+            )
             break
     else:
         why = f"The cell for the answer to {id} is gone from your file"
     return (
-        f"{why}. Get a fresh copy with `minivllm course reset {id[:2]}` (yours is kept beside it), and paste your code."
+        f"{why}. Get a fresh copy with `minivllm course reset {id[:2]}` (yours is kept beside it),"
+        " and paste your code."
     )
 
 
@@ -198,7 +242,10 @@ def _notes_on_check(id: str, check: NotebookNode, learner: NotebookNode) -> list
     sources = [cell.source for cell in learner.cells if role(cell) == ("check", id)]
     if sources == [check.source]:
         return []
-    return [f"Its check cell was {'changed' if sources else 'deleted'} in your file; the original was run."]
+    return [
+        f"Its check cell was {'changed' if sources else 'deleted'} in your file; the original was"
+        " run."
+    ]
 
 
 def _is_python(source: str) -> bool:

@@ -1,9 +1,11 @@
-"""What pytest does with the course's notebooks under ``--nbval``; found by pytest through its entry point.
+"""What pytest does with the course's notebooks under ``--nbval``; found by pytest through its entry
+point.
 
-A notebook of exercises becomes one test an exercise: the answers in it, judged by the solution's checks (`graft`,
-`runner`), not by what the file itself says. A notebook of the repository that pytest finds by itself, as in
-`make test`, is compared with its committed copy where a learner has saved another, and left out where it was never
-committed; one that is named on the command line is taken as it is. Imports nothing heavy before it meets a notebook.
+A notebook of exercises becomes one test an exercise: the answers in it, judged by the solution's
+checks (`graft`, `runner`), not by what the file itself says. A notebook of the repository that
+pytest finds by itself, as in `make test`, is compared with its committed copy where a learner has
+saved another, and left out where it was never committed; one that is named on the command line is
+taken as it is. Imports nothing heavy before it meets a notebook.
 """
 
 from __future__ import annotations
@@ -23,18 +25,26 @@ if TYPE_CHECKING:
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> Iterator[None]:
     found = yield
     option = parent.config.option
-    if file_path.suffix != ".ipynb" or not (getattr(option, "nbval", False) or getattr(option, "nbval_lax", False)):
+    if file_path.suffix != ".ipynb" or not (
+        getattr(option, "nbval", False) or getattr(option, "nbval_lax", False)
+    ):
         return found
     from minivllm.course.chapters import CourseNotFoundError, is_kept
     from minivllm.course.graft import chapter_of
 
-    named = file_path in {Path(parent.config.invocation_params.dir, arg).resolve() for arg in parent.config.args}
+    named = file_path in {
+        Path(parent.config.invocation_params.dir, arg).resolve() for arg in parent.config.args
+    }
     try:
         chapter = chapter_of(file_path)
     except CourseNotFoundError as error:
         return [ExerciseFile.from_parent(parent, path=file_path, trouble=error)]
     if chapter is not None:
-        return [] if is_kept(file_path) and not named else [ExerciseFile.from_parent(parent, path=file_path)]
+        return (
+            []
+            if is_kept(file_path) and not named
+            else [ExerciseFile.from_parent(parent, path=file_path)]
+        )
     return found if named else _as_committed(found, file_path, parent)
 
 
@@ -86,7 +96,9 @@ class NotPassedError(Exception):
 
 
 class Exercise(pytest.Item):
-    """One exercise: passes, fails with the mistake's name, or is skipped where this machine cannot run it."""
+    """One exercise: passes, fails with the mistake's name, or is skipped where this machine cannot
+    run it.
+    """
 
     def runtest(self) -> None:
         from minivllm.course.runner import NOT_RUNNABLE, PASSED
@@ -108,7 +120,9 @@ class Exercise(pytest.Item):
 
 
 def _as_committed(found: list[Any], path: Path, parent: pytest.Collector) -> list[Any]:
-    """nbval's collectors of a notebook; one of the repository's folders is taken as it was committed."""
+    """nbval's collectors of a notebook; one of the repository's folders is taken as it was
+    committed.
+    """
     from minivllm.course.chapters import FOLDERS, as_committed
 
     if path.parent.name not in FOLDERS or not (path.parents[1] / "minivllm/course").is_dir():

@@ -1,8 +1,9 @@
-"""What `minivllm check` and `minivllm course` say: how the answers are, how far a learner has come, what comes next.
+"""What `minivllm check` and `minivllm course` say: how the answers are, how far a learner has come,
+what comes next.
 
-What was found is kept in exercises/.progress.json, each verdict with a digest of the answer it is about, so that an
-answer that was changed since counts as not checked. Nothing depends on that file; it may be deleted. One that cannot be
-read is put aside, never overwritten.
+What was found is kept in exercises/.progress.json, each verdict with a digest of the answer it is
+about, so that an answer that was changed since counts as not checked. Nothing depends on that file;
+it may be deleted. One that cannot be read is put aside, never overwritten.
 """
 
 from __future__ import annotations
@@ -25,14 +26,27 @@ from rich.text import Text
 from minivllm.course.chapters import Chapter, CourseNotFoundError, Statement, chapters, find_root
 from minivllm.course.checking import UnknownExerciseError, find
 from minivllm.course.graft import Group, chapter_of, graft
-from minivllm.course.runner import CELL_TIMEOUT, FAILED, NOT_ATTEMPTED, NOT_RUNNABLE, PASSED, Verdict, verdicts
+from minivllm.course.runner import (
+    CELL_TIMEOUT,
+    FAILED,
+    NOT_ATTEMPTED,
+    NOT_RUNNABLE,
+    PASSED,
+    Verdict,
+    verdicts,
+)
 from minivllm.course.stubs import make_exercises, require_published
 from minivllm.errors import ConfigError, MiniVLLMError
 from minivllm.files import reason, write_atomically
 from minivllm.text import one_line
 
 UNCHECKED = "not checked"
-SIGNS = {PASSED: ("✓", "green"), FAILED: ("✗", "red"), NOT_ATTEMPTED: ("·", "dim"), NOT_RUNNABLE: ("–", "yellow")}
+SIGNS = {
+    PASSED: ("✓", "green"),
+    FAILED: ("✗", "red"),
+    NOT_ATTEMPTED: ("·", "dim"),
+    NOT_RUNNABLE: ("–", "yellow"),
+}
 
 
 @dataclass
@@ -62,7 +76,9 @@ class Records:
         except FileNotFoundError:
             pass  # nothing has been checked yet
         except (OSError, ValueError, RecursionError) as error:
-            self.damage = self._put_aside(reason(error) if isinstance(error, OSError) else str(error))
+            self.damage = self._put_aside(
+                reason(error) if isinstance(error, OSError) else str(error)
+            )
 
     def __getitem__(self, id: str) -> Record:
         return self._records.setdefault(id, Record())
@@ -75,10 +91,14 @@ class Records:
         return record
 
     def save(self) -> None:
-        """Write the file anew, whole or not at all. OSError, also instead of overwriting a damaged one."""
+        """Write the file anew, whole or not at all. OSError, also instead of overwriting a damaged
+        one.
+        """
         if self._in_the_way:
             raise FileExistsError(None, f"the damaged {self._path.name} is in the way")
-        text = json.dumps({id: asdict(record) for id, record in sorted(self._records.items())}, indent=1)
+        text = json.dumps(
+            {id: asdict(record) for id, record in sorted(self._records.items())}, indent=1
+        )
         write_atomically(self._path, text + "\n")
 
     def _put_aside(self, problem: str) -> str:
@@ -126,7 +146,9 @@ def _as_record(id: str, entry: object) -> Record:
 
 def _free_name(path: Path, word: str) -> Path:
     """A name beside path for what it was: "01_x.kept-1.ipynb"."""
-    names = (path.with_name(f"{path.stem}.{word}-{number}{path.suffix}") for number in itertools.count(1))
+    names = (
+        path.with_name(f"{path.stem}.{word}-{number}{path.suffix}") for number in itertools.count(1)
+    )
     return next(candidate for candidate in names if not os.path.lexists(candidate))
 
 
@@ -152,14 +174,15 @@ def _digest(group: Group) -> str:
     return hashlib.sha256(answer.encode()).hexdigest()[:16]
 
 
-# --- minivllm check ---------------------------------------------------------------------------------------------------
+# --- minivllm check -------------------------------------------------------------------------------
 
 
 def check(what: str | None, console: Console, timeout: float = CELL_TIMEOUT) -> int:
-    """Check a chapter ("3", "03"), an exercise ("03.2"), a file or "capstone"; with None, all chapters that were begun.
+    """Check a chapter ("3", "03"), an exercise ("03.2"), a file or "capstone"; with None, all
+    chapters that were begun.
 
-    Returns the exit code: 0 when all of them passed (or cannot run on this machine), else 1. CourseNotFoundError where
-    there is no such chapter; ChangedSolutionError, JupyterMissingError.
+    Returns the exit code: 0 when all of them passed (or cannot run on this machine), else 1.
+    CourseNotFoundError where there is no such chapter; ChangedSolutionError, JupyterMissingError.
     """
     if what == "capstone":
         from minivllm.course import capstone
@@ -169,10 +192,16 @@ def check(what: str | None, console: Console, timeout: float = CELL_TIMEOUT) -> 
     if what is not None:
         chosen = [_find(what)]
     else:
-        begun = [c for c in chapters(find_root()) if c.exercises.exists() and not all(g.untouched for g in _groups(c))]
+        begun = [
+            c
+            for c in chapters(find_root())
+            if c.exercises.exists() and not all(g.untouched for g in _groups(c))
+        ]
         chosen = [(chapter, chapter.exercises, None) for chapter in begun]
     if not chosen:
-        console.print(Text("No exercise has been attempted yet. `minivllm course` says where to begin."))
+        console.print(
+            Text("No exercise has been attempted yet. `minivllm course` says where to begin.")
+        )
         return 1
     return max([_check(*one, console, timeout) for one in chosen])
 
@@ -195,7 +224,9 @@ def _find(what: str) -> tuple[Chapter, Path, Collection[str] | None]:
             id = f"{chapter.number}.{exercise}"
             ids = [statement.id for statement in chapter.statements]
             if exercise and id not in ids:
-                raise CourseNotFoundError(f"There is no exercise {id}. Chapter {chapter.number} has {', '.join(ids)}.")
+                raise CourseNotFoundError(
+                    f"There is no exercise {id}. Chapter {chapter.number} has {', '.join(ids)}."
+                )
             return chapter, chapter.exercises, {id} if exercise else None
     names = ", ".join(chapter.number for chapter in known) or "none yet"
     raise CourseNotFoundError(f"There are no exercises {what!r}. Chapters with exercises: {names}.")
@@ -205,7 +236,9 @@ def _groups(chapter: Chapter) -> list[Group]:
     return graft(chapter.exercises, chapter)[1:]
 
 
-def _check(chapter: Chapter, path: Path, ids: Collection[str] | None, console: Console, timeout: float) -> int:
+def _check(
+    chapter: Chapter, path: Path, ids: Collection[str] | None, console: Console, timeout: float
+) -> int:
     groups = graft(path, chapter)
     by_id = {group.id: group for group in groups}
     statements = {statement.id: statement for statement in chapter.statements}
@@ -225,11 +258,17 @@ def _print(verdict: Verdict, statement: Statement, tries: int, console: Console)
     sign, style = SIGNS[verdict.state]
     name = f": {verdict.name}" if verdict.name else ""
     minutes = f" · {statement.minutes} minutes" if verdict.state == NOT_ATTEMPTED else ""
-    console.print(Text(f" {sign} {verdict.id}  {statement.title}: {verdict.state}{name}{minutes}", style=style))
+    console.print(
+        Text(
+            f" {sign} {verdict.id}  {statement.title}: {verdict.state}{name}{minutes}", style=style
+        )
+    )
     parts = [verdict.message if verdict.state != PASSED else "", *verdict.notes]
     if verdict.hinted and statement.hints:
         number = _hints(verdict.id).get(verdict.name) or min(max(tries, 1), len(statement.hints))
-        parts.append(f"Hint {number} of {len(statement.hints)}: {_joined(statement.hints[number - 1])}")
+        parts.append(
+            f"Hint {number} of {len(statement.hints)}: {_joined(statement.hints[number - 1])}"
+        )
     for part in filter(None, parts):
         console.print(Padding(Text(part), (0, 0, 0, 8), expand=False))
 
@@ -243,7 +282,9 @@ def _hints(id: str) -> Mapping[str, int]:
 
 
 def _joined(hint: str) -> str:
-    """A line for each paragraph, for the terminal breaks lines elsewhere; lists, tables and code stay as they are."""
+    """A line for each paragraph, for the terminal breaks lines elsewhere; lists, tables and code
+    stay as they are.
+    """
     return hint if "```" in hint else re.sub(r"(?<=\S)\n(?=[^\s\-*|\d])", " ", hint)
 
 
@@ -251,11 +292,13 @@ def _shown(path: Path, root: Path) -> str:
     return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
 
 
-# --- minivllm course --------------------------------------------------------------------------------------------------
+# --- minivllm course ------------------------------------------------------------------------------
 
 
 def overview(console: Console) -> None:
-    """Print how far each chapter is, the minutes left, how near the capstone is, and what to do next."""
+    """Print how far each chapter is, the minutes left, how near the capstone is, and what to do
+    next.
+    """
     from minivllm.course import capstone
 
     root = find_root()
@@ -276,22 +319,36 @@ def overview(console: Console) -> None:
         if set(states.values()) == {NOT_ATTEMPTED}:
             minutes += chapter.reading_minutes
         signs = " ".join(SIGNS.get(state, ("?", ""))[0] for state in states.values())
-        table.add_row(chapter.title, signs, f"{list(states.values()).count(PASSED)} of {len(states)}", str(minutes))
+        table.add_row(
+            chapter.title,
+            signs,
+            f"{list(states.values()).count(PASSED)} of {len(states)}",
+            str(minutes),
+        )
         left += minutes
         following = following or _next(chapter, states)
     if not chapters(root):
         raise CourseNotFoundError(f"There are no chapters in {root / 'solutions'}.")
     console.print(table)
     console.print(
-        "\n✓ passed  ✗ failed  · not attempted  ? not checked  – not runnable here", style="dim", highlight=False
+        "\n✓ passed  ✗ failed  · not attempted  ? not checked  – not runnable here",
+        style="dim",
+        highlight=False,
     )
-    console.print(f"{left} minutes left." if left or following else "All exercises have passed.", highlight=False)
+    console.print(
+        f"{left} minutes left." if left or following else "All exercises have passed.",
+        highlight=False,
+    )
     try:
         standing, is_next = capstone.standing(root)
     except MiniVLLMError:  # the table says of which chapter
         standing, is_next = "", False
     if standing:
-        how = "" if is_next or standing == "passed" else " `minivllm check capstone` runs all of them as one engine."
+        how = (
+            ""
+            if is_next or standing == "passed"
+            else " `minivllm check capstone` runs all of them as one engine."
+        )
         console.print(f"The goal, the engine that you wrote: {standing}.{how}", highlight=False)
     if is_next:
         following = "minivllm check capstone, which runs all that you wrote as one engine."
@@ -326,12 +383,15 @@ def _next(chapter: Chapter, states: dict[str, str]) -> str:
     for statement in chapter.statements:
         if states[statement.id] in (FAILED, NOT_ATTEMPTED):
             what = f"{statement.id}, {statement.title} ({statement.minutes} minutes)"
-            return f"{what}, in exercises/{chapter.name}.ipynb; then minivllm check {chapter.number}"
+            return (
+                f"{what}, in exercises/{chapter.name}.ipynb; then minivllm check {chapter.number}"
+            )
     return ""
 
 
 def reset(what: str) -> tuple[Path, Path | None]:
-    """Write a fresh copy of a chapter's exercises. Returns (it, what was there before and is kept, or None).
+    """Write a fresh copy of a chapter's exercises. Returns (it, what was there before and is kept,
+    or None).
 
     ConfigError where the folder cannot be written to; nothing has been changed then.
     """
@@ -346,7 +406,8 @@ def reset(what: str) -> tuple[Path, Path | None]:
         return path, _exchange(path, beside)
     except OSError as error:
         raise ConfigError(
-            f"{path.name} cannot be renewed in the folder {path.parent}: {reason(error)}. Nothing was changed."
+            f"{path.name} cannot be renewed in the folder {path.parent}: {reason(error)}. Nothing"
+            " was changed."
         ) from error
     finally:
         with suppress(OSError):
@@ -354,7 +415,9 @@ def reset(what: str) -> tuple[Path, Path | None]:
 
 
 def _exchange(path: Path, fresh: Path) -> Path | None:
-    """Put the file `fresh` at path. Returns the new name of what was there. All of it, or nothing."""
+    """Put the file `fresh` at path. Returns the new name of what was there. All of it, or
+    nothing.
+    """
     if not os.path.lexists(path):
         fresh.replace(path)
         return None

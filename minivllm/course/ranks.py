@@ -1,4 +1,5 @@
-"""Ranks in one process: threads that take turns, and collectives that check that all ranks call the same one.
+"""Ranks in one process: threads that take turns, and collectives that check that all ranks call the
+same one.
 
     ranks = Ranks(4)
 
@@ -9,10 +10,11 @@
     ranks.run(program, torch.arange(8.0))        # [28., 28., 28., 28.]
     ranks.calls                                  # which collectives ran, of what shape
 
-One rank computes at a time, until it calls a collective or ends; then the next one does. So a run gives the same result
-and prints the same lines every time, and a rank that the others would wait for in vain is found at once:
-`CollectiveError` says which. What differs from real ranks: memory is shared, so that nothing stops a program from
-looking at the tensors of another rank; and nothing is gained in time. Taught in notebooks/09_tensor_parallel.ipynb.
+One rank computes at a time, until it calls a collective or ends; then the next one does. So a run
+gives the same result and prints the same lines every time, and a rank that the others would wait
+for in vain is found at once: `CollectiveError` says which. What differs from real ranks: memory is
+shared, so that nothing stops a program from looking at the tensors of another rank; and nothing is
+gained in time. Taught in notebooks/09_tensor_parallel.ipynb.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ TIME_LIMIT = 20.0
 
 
 class CollectiveError(MiniVLLMError, RuntimeError):
-    """Ranks that do not fit together. name: "never-called", "different-collectives", "different-shapes", "endless"."""
+    """Ranks that do not fit together. name: "never-called", "different-collectives",
+    "different-shapes", "endless".
+    """
 
     def __init__(self, name: str, message: str) -> None:
         super().__init__(message)
@@ -64,13 +68,21 @@ class Call:
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that each rank sends when the ranks stand in a ring; for a broadcast, those of all but the last."""
-        steps = {"all_reduce": 2 * (self.size - 1) / self.size, "all_gather": self.size - 1, "barrier": 0}
+        """Bytes that each rank sends when the ranks stand in a ring; for a broadcast, those of all
+        but the last.
+        """
+        steps = {
+            "all_reduce": 2 * (self.size - 1) / self.size,
+            "all_gather": self.size - 1,
+            "barrier": 0,
+        }
         return self.num_bytes * (steps.get(self.name, 1) if self.size > 1 else 0)
 
 
 class Group:
-    """What a rank sees of the others: its number, how many there are, and the collectives, which all must call."""
+    """What a rank sees of the others: its number, how many there are, and the collectives, which
+    all must call.
+    """
 
     def __init__(self, rank: int, size: int, meet: Callable[[Call, torch.Tensor], Any]) -> None:
         self.rank, self.size, self._meet = rank, size, meet
@@ -83,7 +95,9 @@ class Group:
         return self._collective("all_reduce", tensor)
 
     def all_gather(self, tensor: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        """The tensors of all ranks side by side along dim, in the order of the ranks. All bring the same shape."""
+        """The tensors of all ranks side by side along dim, in the order of the ranks. All bring the
+        same shape.
+        """
         return self._collective("all_gather", tensor, f"dim {dim % max(tensor.dim(), 1)}")
 
     def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
@@ -91,7 +105,9 @@ class Group:
         return self._collective("broadcast", tensor, f"from rank {src}")
 
     def send_right(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Give the tensor to rank + 1 (the last one to rank 0), and return what rank − 1 gave. All bring one shape."""
+        """Give the tensor to rank + 1 (the last one to rank 0), and return what rank − 1 gave. All
+        bring one shape.
+        """
         return self._collective("send_right", tensor)
 
     def barrier(self) -> None:
@@ -100,13 +116,17 @@ class Group:
 
     def _collective(self, name: str, tensor: torch.Tensor, detail: str = "") -> torch.Tensor:
         if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} takes a tensor, not {type(tensor).__name__} (rank {self.rank})")
+            raise TypeError(
+                f"{name} takes a tensor, not {type(tensor).__name__} (rank {self.rank})"
+            )
         return self._meet(Call(name, tuple(tensor.shape), tensor.dtype, self.size, detail), tensor)
 
 
 @dataclass
 class _Rank:
-    """One rank's thread, and where it stands. `turn` lets it go on, `stopped` says that it waits again or has ended."""
+    """One rank's thread, and where it stands. `turn` lets it go on, `stopped` says that it waits
+    again or has ended.
+    """
 
     rank: int
     turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
@@ -122,7 +142,9 @@ class _Rank:
 
 
 class Ranks:
-    """A number of ranks that run a program together. calls: the collectives of the last run, in order."""
+    """A number of ranks that run a program together. calls: the collectives of the last run, in
+    order.
+    """
 
     def __init__(self, size: int, time_limit: float = TIME_LIMIT) -> None:
         if size < 1:
@@ -133,16 +155,18 @@ class Ranks:
     def run(self, program: Callable[..., Any], *args: Any) -> list[Any]:
         """Run program(group, *args) on every rank; what the ranks returned, in their order.
 
-        What a rank raises is raised here, of the lowest rank that does, and the other ranks are ended.
-        CollectiveError where the ranks do not meet in the same collective, with the same shape and dtype, or where one
-        computes for longer than the time limit.
+        What a rank raises is raised here, of the lowest rank that does, and the other ranks are
+        ended. CollectiveError where the ranks do not meet in the same collective, with the same
+        shape and dtype, or where one computes for longer than the time limit.
         """
         self.calls = []
         inference = torch.is_inference_mode_enabled()  # a new thread would begin without
         ranks = [_Rank(rank) for rank in range(self.size)]
         for rank in ranks:
             work = (rank, program, args, inference)
-            rank.thread = threading.Thread(target=self._work, args=work, daemon=True, name=f"rank {rank.rank}")
+            rank.thread = threading.Thread(
+                target=self._work, args=work, daemon=True, name=f"rank {rank.rank}"
+            )
             rank.thread.start()
         try:
             while not all(rank.ended for rank in ranks):
@@ -185,11 +209,15 @@ class Ranks:
         rank.call, rank.computing = None, True
         rank.turn.release()
         if not rank.stopped.acquire(timeout=self.time_limit):
-            after = f"after {self.calls[-1].name} number {len(self.calls)}" if self.calls else "from the start"
+            after = (
+                f"after {self.calls[-1].name} number {len(self.calls)}"
+                if self.calls
+                else "from the start"
+            )
             raise CollectiveError(
                 "endless",
-                f"rank {rank.rank} computed for more than {self.time_limit:g} seconds {after}, without calling a "
-                "collective or ending. The others wait for it.",
+                f"rank {rank.rank} computed for more than {self.time_limit:g} seconds {after},"
+                " without calling a collective or ending. The others wait for it.",
             )
         rank.computing = False
         if rank.error is not None:
@@ -197,7 +225,9 @@ class Ranks:
             raise rank.error
 
     def _exchange(self, ranks: list[_Rank]) -> None:
-        """All ranks stand still: check that they stand in the same collective, and give each its result."""
+        """All ranks stand still: check that they stand in the same collective, and give each its
+        result.
+        """
         call = _agreed(ranks)
         self.calls.append(call)
         tensors = [rank.tensor for rank in ranks]
@@ -213,24 +243,33 @@ def _agreed(ranks: list[_Rank]) -> Call:
         if rank.ended:
             raise CollectiveError(
                 "never-called",
-                f"rank {rank.rank} never called {first.call.name}: it has ended, and {_these(waiting)} in "
-                f"{first.call} would wait for it for ever.",
+                f"rank {rank.rank} never called {first.call.name}: it has ended, and"
+                f" {_these(waiting)} in {first.call} would wait for it for ever.",
             )
     for rank in ranks:
         mine, theirs = first.call, rank.call
         if (mine.name, mine.detail) != (theirs.name, theirs.detail):
-            name, what = "different-collectives", "Ranks must call the same collectives in the same order"
+            name, what = (
+                "different-collectives",
+                "Ranks must call the same collectives in the same order",
+            )
         elif (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
             name, what = "different-shapes", "All ranks must bring the same shape and dtype"
         else:
             continue
-        raise CollectiveError(name, f"{what}: rank {first.rank} calls {mine}, rank {rank.rank} calls {theirs}.")
+        raise CollectiveError(
+            name, f"{what}: rank {first.rank} calls {mine}, rank {rank.rank} calls {theirs}."
+        )
     return first.call
 
 
 def _these(ranks: list[_Rank]) -> str:
     numbers = [str(rank.rank) for rank in ranks]
-    return f"rank {numbers[0]}" if len(numbers) == 1 else f"ranks {', '.join(numbers[:-1])} and {numbers[-1]}"
+    return (
+        f"rank {numbers[0]}"
+        if len(numbers) == 1
+        else f"ranks {', '.join(numbers[:-1])} and {numbers[-1]}"
+    )
 
 
 def _results(call: Call, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -242,14 +281,20 @@ def _results(call: Call, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         return [total.clone() for _ in tensors]
     if call.name == "all_gather":
         dim = int(call.detail.removeprefix("dim "))
-        return [torch.cat(tensors, dim=dim) if call.shape else torch.stack(tensors) for _ in tensors]
+        return [
+            torch.cat(tensors, dim=dim) if call.shape else torch.stack(tensors) for _ in tensors
+        ]
     if call.name == "broadcast":
         return [tensors[int(call.detail.removeprefix("from rank "))].clone() for _ in tensors]
-    return [tensors[rank - 1].clone() for rank in range(len(tensors))]  # send_right; a barrier brings nothing
+    return [
+        tensors[rank - 1].clone() for rank in range(len(tensors))
+    ]  # send_right; a barrier brings nothing
 
 
 def _abandon(ranks: list[_Rank]) -> None:
-    """End the threads of ranks that wait; raise inside of those that compute, as far as Python can."""
+    """End the threads of ranks that wait; raise inside of those that compute, as far as Python
+    can.
+    """
     for rank in ranks:
         rank.abandoned = True
         rank.turn.release()

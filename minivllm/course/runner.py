@@ -1,7 +1,8 @@
-"""Runs a grafted notebook in a kernel, and says of each exercise how it went; in bounded time, whatever an answer does.
+"""Runs a grafted notebook in a kernel, and says of each exercise how it went; in bounded time,
+whatever an answer does.
 
-It is what `minivllm check` and `pytest --nbval` on an exercise both do. Not nbval's own run: that would compare what
-answers print as well, and wait two minutes for a kernel that has died.
+It is what `minivllm check` and `pytest --nbval` on an exercise both do. Not nbval's own run: that
+would compare what answers print as well, and wait two minutes for a kernel that has died.
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ from minivllm.course.chapters import JupyterMissingError
 from minivllm.course.graft import Cell, Group
 from minivllm.course.stubs import names_in
 
-PASSED, FAILED, NOT_ATTEMPTED, NOT_RUNNABLE = "passed", "failed", "not attempted", "not runnable here"
+PASSED, FAILED, NOT_ATTEMPTED, NOT_RUNNABLE = (
+    "passed",
+    "failed",
+    "not attempted",
+    "not runnable here",
+)
 #: Seconds that a cell may take, and those that it has to end when it is interrupted.
 CELL_TIMEOUT, GRACE = 120.0, 5.0
 MAX_OUTPUT = 100_000
@@ -32,7 +38,9 @@ _ANSI = re.compile(r"\x1b\[[\d;]*m")
 
 @dataclass(frozen=True)
 class Verdict:
-    """How an exercise went. name: the mistake's, when it failed. notes: what else to know about the file."""
+    """How an exercise went. name: the mistake's, when it failed. notes: what else to know about the
+    file.
+    """
 
     id: str
     state: str
@@ -52,7 +60,9 @@ class Verdict:
 
 @dataclass
 class Result:
-    """What a cell did. error: (exception's name, message, traceback). ended: why there is no kernel any more."""
+    """What a cell did. error: (exception's name, message, traceback). ended: why there is no kernel
+    any more.
+    """
 
     printed: str = ""
     error: tuple[str, str, str] | None = None
@@ -69,14 +79,18 @@ class Kernel:
             from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
             from jupyter_client.manager import KernelManager
         except ImportError as error:
-            raise JupyterMissingError(f"Checking runs a notebook, which needs Jupyter ({error}): make lab") from error
+            raise JupyterMissingError(
+                f"Checking runs a notebook, which needs Jupyter ({error}): make lab"
+            ) from error
 
         class ThisPython(KernelSpecManager):
             def get_kernel_spec(self, _: str) -> KernelSpec:
                 return KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())
 
         self._manager = KernelManager(kernel_name="python3", kernel_spec_manager=ThisPython())
-        self._manager.start_kernel(cwd=str(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._manager.start_kernel(
+            cwd=str(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         self._client = self._manager.client()
         self._client.start_channels()
         try:
@@ -90,7 +104,9 @@ class Kernel:
         self._manager.shutdown_kernel(now=True)
 
     def execute(self, source: str, timeout: float = CELL_TIMEOUT) -> Result:
-        """Execute a cell; returns after timeout + `GRACE` at the latest. After a result with `ended`, call `close`."""
+        """Execute a cell; returns after timeout + `GRACE` at the latest. After a result with
+        `ended`, call `close`.
+        """
         from queue import Empty
 
         message = self._client.execute(source, allow_stdin=False, stop_on_error=False)
@@ -112,7 +128,9 @@ class Kernel:
                 result.timed_out, deadline = True, time.monotonic() + GRACE
                 self._manager.interrupt_kernel()
         try:
-            while (reply := self._client.get_shell_msg(timeout=GRACE))["parent_header"].get("msg_id") != message:
+            while (reply := self._client.get_shell_msg(timeout=GRACE))["parent_header"].get(
+                "msg_id"
+            ) != message:
                 pass
         except Empty:
             return result
@@ -127,11 +145,15 @@ def _take(reply: dict[str, Any], result: Result) -> bool:
     if reply["msg_type"] == "stream" and content["name"] == "stdout":
         result.printed = (result.printed + content["text"])[-MAX_OUTPUT:]
     elif reply["msg_type"] == "error":
-        result.error = content["ename"], content["evalue"], _ANSI.sub("", "\n".join(content["traceback"]))
+        result.error = (
+            content["ename"],
+            content["evalue"],
+            _ANSI.sub("", "\n".join(content["traceback"])),
+        )
     return reply["msg_type"] == "status" and content["execution_state"] == "idle"
 
 
-# --- in the kernel ----------------------------------------------------------------------------------------------------
+# --- in the kernel --------------------------------------------------------------------------------
 
 _given: dict[str, Any] = {}
 
@@ -142,39 +164,54 @@ def remember(namespace: dict[str, Any], names: list[str]) -> None:
 
 
 def restore(namespace: dict[str, Any], names: list[str]) -> None:
-    """Put back what was kept, and print the names of functions and modules that had come to mean something else."""
+    """Put back what was kept, and print the names of functions and modules that had come to mean
+    something else.
+    """
     for name in sorted(_given.keys() & set(names)):
         given = _given[name]
-        if namespace.get(name, given) is not given and isinstance(given, ModuleType | FunctionType | type):
+        if namespace.get(name, given) is not given and isinstance(
+            given, ModuleType | FunctionType | type
+        ):
             print(name)
         namespace[name] = given
 
 
 def _hidden(call: str, names: Collection[str]) -> str:
-    return f"__import__('minivllm.course.runner').course.runner.{call}(globals(), {sorted(names)!r})"
+    return (
+        f"__import__('minivllm.course.runner').course.runner.{call}(globals(), {sorted(names)!r})"
+    )
 
 
-# --- verdicts ---------------------------------------------------------------------------------------------------------
+# --- verdicts -------------------------------------------------------------------------------------
 
 
 def verdicts(
-    groups: list[Group], folder: Path, ids: Collection[str] | None = None, timeout: float = CELL_TIMEOUT
+    groups: list[Group],
+    folder: Path,
+    ids: Collection[str] | None = None,
+    timeout: float = CELL_TIMEOUT,
 ) -> Iterator[Verdict]:
-    """Run the groups of a `graft` and yield a verdict on each exercise (of those in ids) as soon as it is known.
+    """Run the groups of a `graft` and yield a verdict on each exercise (of those in ids) as soon as
+    it is known.
 
-    Where one ends the kernel, the next gets a fresh one. What the learner wrote for exercises that are not judged is
-    run all the same, before the next that is: it may be used there. folder: the working directory, as for a notebook in
-    it. timeout: seconds a cell. The kernel is closed with the iterator.
+    Where one ends the kernel, the next gets a fresh one. What the learner wrote for exercises that
+    are not judged is run all the same, before the next that is: it may be used there. folder: the
+    working directory, as for a notebook in it. timeout: seconds a cell. The kernel is closed with
+    the iterator.
     """
     setup, *exercises = groups
     kernel: Kernel | None = None
-    earlier: list[Cell] = []  # what the learner wrote for the exercises before, but those that ended a kernel
+    earlier: list[
+        Cell
+    ] = []  # what the learner wrote for the exercises before, but those that ended a kernel
     waiting: list[Cell] = []  # what of that this kernel has not run
     notes: tuple[str, ...] = ()  # what is to be known of the cells before the first exercise
     told = False
     try:
         for group in exercises:
-            theirs = [Cell("own", cell.source) for cell in group.cells if cell.kind in ("answer", "own")]
+            theirs = [
+                Cell("own", cell.source) for cell in group.cells if cell.kind in ("answer", "own")
+            ]
             judged = ids is None or group.id in ids
             if not judged or group.broken or group.untouched:
                 if judged and group.broken:
@@ -190,7 +227,9 @@ def verdicts(
                 verdict, ended = _run(kernel, setup, timeout)
                 notes, waiting = () if told else verdict.notes, earlier
             if not ended:
-                verdict, ended = _run(kernel, replace(group, cells=[*waiting, *group.cells]), timeout, notes)
+                verdict, ended = _run(
+                    kernel, replace(group, cells=[*waiting, *group.cells]), timeout, notes
+                )
             yield replace(verdict, id=group.id)
             if verdict.state != PASSED:
                 notes, told = (), True
@@ -205,17 +244,33 @@ def verdicts(
             kernel.close()
 
 
-_WHAT = {"answer": "your answer", "own": "a cell of yours", "check": "its check", "given": "a given cell"}
+_WHAT = {
+    "answer": "your answer",
+    "own": "a cell of yours",
+    "check": "its check",
+    "given": "a given cell",
+}
 
 
-def _run(kernel: Kernel, group: Group, timeout: float, notes: tuple[str, ...] = ()) -> tuple[Verdict, bool]:
-    """(the verdict on a group, whether the kernel has ended). What the learner's own cells do decides nothing."""
-    verdict, trouble, warnings = Verdict(group.id, FAILED, "no-verdict", "Its check did not run."), None, list(notes)
+def _run(
+    kernel: Kernel, group: Group, timeout: float, notes: tuple[str, ...] = ()
+) -> tuple[Verdict, bool]:
+    """(the verdict on a group, whether the kernel has ended). What the learner's own cells do
+    decides nothing.
+    """
+    verdict, trouble, warnings = (
+        Verdict(group.id, FAILED, "no-verdict", "Its check did not run."),
+        None,
+        list(notes),
+    )
     given: list[str] = []  # what given cells raised: noise once a check has said what is wrong
     for cell in group.cells:
         if cell.kind == "check":
             taken = kernel.execute(_hidden("restore", names_in(cell.source))).printed.split()
-            warnings += [f"Your cells give `{name}` another meaning; the check took the original." for name in taken]
+            warnings += [
+                f"Your cells give `{name}` another meaning; the check took the original."
+                for name in taken
+            ]
         result = kernel.execute(cell.source, timeout)
         if result.timed_out or result.ended:
             why = result.ended or f"it still ran after {timeout:g} seconds, and was interrupted"
@@ -223,7 +278,9 @@ def _run(kernel: Kernel, group: Group, timeout: float, notes: tuple[str, ...] = 
             if not result.timed_out:
                 what += f"\n{_what_to_do(why)}"
             if cell.kind != "own":
-                verdict = Verdict(group.id, FAILED, "endless" if result.timed_out else "process-ended", what)
+                verdict = Verdict(
+                    group.id, FAILED, "endless" if result.timed_out else "process-ended", what
+                )
             elif result.ended and verdict.name == "no-verdict":
                 verdict = replace(verdict, name="process-ended", message=what)
             else:
@@ -241,7 +298,10 @@ def _run(kernel: Kernel, group: Group, timeout: float, notes: tuple[str, ...] = 
             (given if cell.kind == "given" else warnings).append(said)
     if verdict.name == "no-verdict" or verdict.message.startswith(_BROKEN):
         warnings += given
-    return replace(verdict, notes=(*group.notes, *(warnings if verdict.state != PASSED else ()))), False
+    return (
+        replace(verdict, notes=(*group.notes, *(warnings if verdict.state != PASSED else ()))),
+        False,
+    )
 
 
 def _what_to_do(why: str) -> str:
@@ -249,8 +309,8 @@ def _what_to_do(why: str) -> str:
     if "exit()" in why:
         return f"Take that call out, and check again. {_HINTS}"
     return (
-        "A process ends without an error when a kernel writes beyond a tensor (does each store have a mask?), or when "
-        f"memory runs out. Try it on smaller inputs. {_HINTS}"
+        "A process ends without an error when a kernel writes beyond a tensor (does each store"
+        f" have a mask?), or when memory runs out. Try it on smaller inputs. {_HINTS}"
     )
 
 
@@ -260,21 +320,35 @@ _BROKEN = "The check raises"
 def _judge(group: Group, result: Result, trouble: Result | None) -> Verdict:
     """The verdict by what the check did. trouble: what the answer's cell raised."""
     if trouble is not None and trouble.error[0] in ("SyntaxError", "IndentationError", "TabError"):
-        what = f"Python cannot read the cell of your answer, so nothing of it ran. It raises {_error(trouble)}"
-        return Verdict(group.id, FAILED, "syntax-error", f"{what}\nMend that line, and check again. {_HINTS}")
+        what = (
+            "Python cannot read the cell of your answer, so nothing of it ran. It raises"
+            f" {_error(trouble)}"
+        )
+        return Verdict(
+            group.id, FAILED, "syntax-error", f"{what}\nMend that line, and check again. {_HINTS}"
+        )
     if trouble is not None:
-        return Verdict(group.id, FAILED, "raised", f"The cell of your answer raises {_error(trouble)}")
+        return Verdict(
+            group.id, FAILED, "raised", f"The cell of your answer raises {_error(trouble)}"
+        )
     if result.error is None:
         if group.printed and result.printed.strip().endswith(group.printed):
             return Verdict(group.id, PASSED, message=group.printed)
-        why = "Its check ran, but the line it prints did not come out: does a cell of yours change print or sys.stdout?"
+        why = (
+            "Its check ran, but the line it prints did not come out: does a cell of yours change"
+            " print or sys.stdout?"
+        )
         return Verdict(group.id, FAILED, "no-verdict", why)
     kind, text, _ = result.error
     if kind == "Mistake":
         name, _, message = text.partition("\n")
         return Verdict(group.id, FAILED, name, message)
     if kind in ("NotAttempted", "NotRunnableHere"):
-        return Verdict(group.id, {"NotAttempted": NOT_ATTEMPTED, "NotRunnableHere": NOT_RUNNABLE}[kind], message=text)
+        return Verdict(
+            group.id,
+            {"NotAttempted": NOT_ATTEMPTED, "NotRunnableHere": NOT_RUNNABLE}[kind],
+            message=text,
+        )
     return Verdict(group.id, FAILED, "raised", f"{_BROKEN} {_error(result)}")
 
 

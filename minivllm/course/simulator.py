@@ -1,17 +1,20 @@
-"""A serving engine without a model: the real scheduler and block manager on a clock that is calculated, not measured.
+"""A serving engine without a model: the real scheduler and block manager on a clock that is
+calculated, not measured.
 
-What a scheduler does depends on token counts alone, so the tokens themselves can be left out: `simulate` hands requests
-to a scheduler class (the package's, or yours), lets it plan step after step, and adds up what each step would take on a
-GPU according to a `CostModel`. Minutes of serving take a fraction of a second here, and two policies can be compared
-request by request. The result brings a `minivllm.engine.trace.Trace`, the record that the engine itself makes.
+What a scheduler does depends on token counts alone, so the tokens themselves can be left out:
+`simulate` hands requests to a scheduler class (the package's, or yours), lets it plan step after
+step, and adds up what each step would take on a GPU according to a `CostModel`. Minutes of serving
+take a fraction of a second here, and two policies can be compared request by request. The result
+brings a `minivllm.engine.trace.Trace`, the record that the engine itself makes.
 
     from minivllm.course.simulator import azure_chat, simulate
 
     run = simulate(azure_chat(faster=4), max_num_batched_tokens=512)
     print(run.summary())
 
-Left out: prefix caching, sampling, and the CPU's own time. When a request ends is known to the simulator alone: the
-scheduler sees an end-of-sequence token, as it does in the engine. Taught in notebooks/05_scheduler.ipynb.
+Left out: prefix caching, sampling, and the CPU's own time. When a request ends is known to the
+simulator alone: the scheduler sees an end-of-sequence token, as it does in the engine. Taught in
+notebooks/05_scheduler.ipynb.
 """
 
 from __future__ import annotations
@@ -33,13 +36,16 @@ from minivllm.sampling_params import SamplingParams
 
 @dataclass(frozen=True)
 class CostModel:
-    """Seconds that a step takes, from token counts: a roofline for the matrices and one for each sequence's attention.
+    """Seconds that a step takes, from token counts: a roofline for the matrices and one for each
+    sequence's attention.
 
-    seconds = max(weights, token · new tokens) + Σ over sequences of max(key · context, pair · new tokens · context)
+    seconds = max(weights, token · new tokens) + Σ over sequences of max(key · context, pair · new
+    tokens · context)
 
-    The weights are read once, however many tokens pass through them, until computing takes longer than reading; and so
-    are a sequence's keys and values. `context` counts the tokens up to and including the new ones; of a chunk's n new
-    tokens the first sees the fewest, so pairs are counted exactly: n·start + n(n + 1)/2.
+    The weights are read once, however many tokens pass through them, until computing takes longer
+    than reading; and so are a sequence's keys and values. `context` counts the tokens up to and
+    including the new ones; of a chunk's n new tokens the first sees the fewest, so pairs are
+    counted exactly: n·start + n(n + 1)/2.
     """
 
     name: str
@@ -59,7 +65,8 @@ class CostModel:
         return (max(self.weights, self.token * tokens) + attention) if tokens else 0.0
 
 
-#: The kernels' time of minivllm's steps with a model of Qwen3-8B's size in bfloat16; tests compare it with the record.
+#: The kernels' time of minivllm's steps with a model of Qwen3-8B's size in bfloat16; tests compare
+#: it with the record.
 H200 = CostModel(
     "Qwen3-8B on one H200",
     weights=4.9e-3,
@@ -126,13 +133,21 @@ class Simulation:
 
     @property
     def lost(self) -> list[int]:
-        """Numbers of the requests that did not get all their tokens, although the scheduler has nothing left to do."""
-        return [i for i, r in enumerate(self.requests) if len(r.token_times) < r.arrival.output_tokens]
+        """Numbers of the requests that did not get all their tokens, although the scheduler has
+        nothing left to do.
+        """
+        return [
+            i for i, r in enumerate(self.requests) if len(r.token_times) < r.arrival.output_tokens
+        ]
 
     @property
     def throughput(self) -> float:
         """Output tokens a second."""
-        return sum(len(request.token_times) for request in self.requests) / self.seconds if self.seconds else 0.0
+        return (
+            sum(len(request.token_times) for request in self.requests) / self.seconds
+            if self.seconds
+            else 0.0
+        )
 
     @property
     def ttfts(self) -> list[float]:
@@ -178,17 +193,26 @@ def simulate(
     trace: bool = True,
     raise_on_stall: bool = True,
 ) -> Simulation:
-    """Serve the workload. The defaults are those of an engine on an H200: 12,288 blocks of 64 tokens are 116 GB of KV.
+    """Serve the workload. The defaults are those of an engine on an H200: 12,288 blocks of 64
+    tokens are 116 GB of KV.
 
-    scheduler_cls: called as the engine calls it, with (block manager, max_num_seqs, max_num_batched_tokens).
-    trace: record every step; False is faster. Requests that the scheduler forgets are in `Simulation.lost`. Where it
-    plans nothing although requests wait, or comes to no end, SchedulerStalledError is raised; without raise_on_stall
-    the run ends there, and `Simulation.stalled` says why.
+    scheduler_cls: called as the engine calls it, with (block manager, max_num_seqs,
+    max_num_batched_tokens). trace: record every step; False is faster. Requests that the scheduler
+    forgets are in `Simulation.lost`. Where it plans nothing although requests wait, or comes to no
+    end, SchedulerStalledError is raised; without raise_on_stall the run ends there, and
+    `Simulation.stalled` says why.
     """
-    scheduler = scheduler_cls(block_manager_cls(num_blocks, block_size, False), max_num_seqs, max_num_batched_tokens)
+    scheduler = scheduler_cls(
+        block_manager_cls(num_blocks, block_size, False), max_num_seqs, max_num_batched_tokens
+    )
     arrivals = sorted(workload, key=lambda arrival: arrival.time)
-    clock = _Clock([SimulatedRequest(a, _sequence(i, a, max_model_len)) for i, a in enumerate(arrivals)], scheduler)
-    recorder = Trace(cost.name, num_blocks, block_size, max_num_seqs, max_num_batched_tokens, 0, max_model_len)
+    clock = _Clock(
+        [SimulatedRequest(a, _sequence(i, a, max_model_len)) for i, a in enumerate(arrivals)],
+        scheduler,
+    )
+    recorder = Trace(
+        cost.name, num_blocks, block_size, max_num_seqs, max_num_batched_tokens, 0, max_model_len
+    )
     limit = 2 * max_steps((a.prompt_tokens, a.output_tokens) for a in workload) + 100
     num_steps = num_wasted = 0
     furthest = [0] * len(workload)
@@ -211,7 +235,9 @@ def simulate(
             clock.requests[seq.seq_id].steps_waited += 1
         clock.now += seconds
         sampled = [clock.requests[item.sequence.seq_id] for item in batch.sampled]
-        ends = [len(request.token_times) + 1 == request.arrival.output_tokens for request in sampled]
+        ends = [
+            len(request.token_times) + 1 == request.arrival.output_tokens for request in sampled
+        ]
         accepted = scheduler.update(batch, [END if end else 0 for end in ends])
         for item in accepted:
             clock.requests[item.sequence.seq_id].token_times.append(clock.now)
@@ -220,7 +246,9 @@ def simulate(
             record.finished = [f"{i.sequence.seq_id}/0" for i in accepted if i.sequence.is_finished]
     if stalled and raise_on_stall:
         raise SchedulerStalledError(stalled)
-    return Simulation(clock.requests, scheduler.stats, clock.now, recorder if trace else None, num_wasted, stalled)
+    return Simulation(
+        clock.requests, scheduler.stats, clock.now, recorder if trace else None, num_wasted, stalled
+    )
 
 
 class _Clock:
@@ -231,12 +259,16 @@ class _Clock:
         self._next = 0
 
     def admit(self) -> bool:
-        """Add what has arrived; with nothing to do, go on to the next arrival. False at the end of the day."""
+        """Add what has arrived; with nothing to do, go on to the next arrival. False at the end of
+        the day.
+        """
         if not self.scheduler.has_unfinished:
             if self._next == len(self.requests):
                 return False
             self.now = max(self.now, self.requests[self._next].arrival.time)
-        while self._next < len(self.requests) and self.requests[self._next].arrival.time <= self.now:
+        while (
+            self._next < len(self.requests) and self.requests[self._next].arrival.time <= self.now
+        ):
             self.scheduler.add(self.requests[self._next].sequence)
             self._next += 1
         return True
@@ -245,7 +277,9 @@ class _Clock:
 def _sequence(number: int, arrival: Arrival, max_num_tokens: int) -> EngineSequence:
     prompt = [0] * arrival.prompt_tokens
     ends = frozenset([END])
-    return EngineSequence(number, prompt, SamplingParams(), ends, max_num_tokens, request_id=str(number))
+    return EngineSequence(
+        number, prompt, SamplingParams(), ends, max_num_tokens, request_id=str(number)
+    )
 
 
 def _stalled(scheduler: Any, num_steps: int, planned: bool) -> str:
@@ -255,11 +289,12 @@ def _stalled(scheduler: Any, num_steps: int, planned: bool) -> str:
     return f"After {num_steps} steps, more than one token at a time would have needed, {queues}."
 
 
-# --- workloads ----------------------------------------------------------------------------------------------------
+# --- workloads ------------------------------------------------------------------------------------
 
 
 def workload_of(outputs: Iterable[Any], together: bool = True) -> list[Arrival]:
-    """The requests behind real outputs (`LLM.generate`), with the lengths that they turned out to have.
+    """The requests behind real outputs (`LLM.generate`), with the lengths that they turned out to
+    have.
 
     together: all arrive at time 0; otherwise when they did.
     """
@@ -276,29 +311,36 @@ def workload_of(outputs: Iterable[Any], together: bool = True) -> list[Arrival]:
 
 
 def azure_chat(faster: float = 1.0) -> list[Arrival]:
-    """22 seconds of a real chat service: 111 requests in order of arrival, `faster` times as fast as they came.
+    """22 seconds of a real chat service: 111 requests in order of arrival, `faster` times as fast
+    as they came.
 
-    From "Azure LLM inference trace 2023", conversation, 2023-11-16, 18:16:20 to 18:16:42, times rounded to 0.01 s.
-    CC BY, github.com/Azure/AzurePublicDataset; described in Patel et al., Splitwise, arXiv 2311.18677.
+    From "Azure LLM inference trace 2023", conversation, 2023-11-16, 18:16:20 to 18:16:42, times
+    rounded to 0.01 s. CC BY, github.com/Azure/AzurePublicDataset; described in Patel et al.,
+    Splitwise, arXiv 2311.18677.
     """
     numbers = [request.split("/") for request in _AZURE_CHAT.split()]
-    return [Arrival(float(time) / faster, int(prompt), int(output)) for time, prompt, output in numbers]
+    return [
+        Arrival(float(time) / faster, int(prompt), int(output)) for time, prompt, output in numbers
+    ]
 
 
 #: seconds/prompt tokens/output tokens
 _AZURE_CHAT = """
-0.09/203/217 0.17/898/94 0.21/181/253 0.33/320/18 0.43/1119/414 0.51/124/157 0.61/1313/179 1.43/1096/383 1.97/400/102
-2.82/1057/424 3.20/203/162 3.55/1314/216 3.81/2/93 4.16/1065/409 4.84/372/60 5.07/4094/82 5.23/1104/394 5.49/1075/415
-5.77/4088/37 5.90/1225/372 6.00/1118/426 6.32/380/102 6.33/1133/385 6.72/42/167 7.03/2590/50 7.16/1140/377
-7.81/126/203 8.04/431/84 9.01/1115/421 9.21/206/179 9.21/400/91 9.23/1123/396 9.24/862/379 9.37/859/422 9.37/890/402
-9.40/1192/419 9.49/899/403 9.68/163/224 9.87/181/212 10.27/416/88 10.29/1163/426 10.47/243/14 10.57/1041/428
-10.60/1350/146 10.72/1104/396 10.74/1127/426 11.51/1114/414 11.69/1083/396 11.71/1313/173 11.79/888/395 11.80/13/130
-11.86/874/89 11.93/1065/395 12.18/1157/426 12.21/1077/390 12.66/2903/59 12.78/4079/27 12.87/1149/411 12.91/996/389
-13.09/990/394 13.31/197/183 13.36/4107/49 13.89/197/217 14.14/1378/407 14.41/1214/421 14.61/1016/375 14.71/1186/398
-14.73/4076/60 14.82/1100/426 14.98/218/217 15.39/1232/419 15.68/975/416 15.91/209/217 16.24/181/85 16.27/1029/388
-16.34/888/418 16.41/1113/375 16.42/1035/520 16.42/1009/425 16.51/869/450 16.56/1183/431 16.91/972/395 17.17/1097/396
-17.31/206/183 17.34/181/208 17.34/1316/200 17.42/908/456 17.57/1094/422 17.59/996/422 17.68/420/89 17.80/1112/385
-18.05/1133/396 18.16/890/403 18.30/833/36 18.36/1093/426 18.62/206/211 18.80/898/454 18.91/1312/180 18.93/1129/396
-18.94/375/67 19.56/862/425 19.82/167/179 19.85/914/414 20.24/209/217 20.39/982/594 20.67/200/161 20.70/1313/156
-20.80/999/416 21.76/1084/397 21.79/399/106 22.02/1065/594
+0.09/203/217 0.17/898/94 0.21/181/253 0.33/320/18 0.43/1119/414 0.51/124/157 0.61/1313/179
+1.43/1096/383 1.97/400/102 2.82/1057/424 3.20/203/162 3.55/1314/216 3.81/2/93 4.16/1065/409
+4.84/372/60 5.07/4094/82 5.23/1104/394 5.49/1075/415 5.77/4088/37 5.90/1225/372 6.00/1118/426
+6.32/380/102 6.33/1133/385 6.72/42/167 7.03/2590/50 7.16/1140/377 7.81/126/203 8.04/431/84
+9.01/1115/421 9.21/206/179 9.21/400/91 9.23/1123/396 9.24/862/379 9.37/859/422 9.37/890/402
+9.40/1192/419 9.49/899/403 9.68/163/224 9.87/181/212 10.27/416/88 10.29/1163/426 10.47/243/14
+10.57/1041/428 10.60/1350/146 10.72/1104/396 10.74/1127/426 11.51/1114/414 11.69/1083/396
+11.71/1313/173 11.79/888/395 11.80/13/130 11.86/874/89 11.93/1065/395 12.18/1157/426 12.21/1077/390
+12.66/2903/59 12.78/4079/27 12.87/1149/411 12.91/996/389 13.09/990/394 13.31/197/183 13.36/4107/49
+13.89/197/217 14.14/1378/407 14.41/1214/421 14.61/1016/375 14.71/1186/398 14.73/4076/60
+14.82/1100/426 14.98/218/217 15.39/1232/419 15.68/975/416 15.91/209/217 16.24/181/85 16.27/1029/388
+16.34/888/418 16.41/1113/375 16.42/1035/520 16.42/1009/425 16.51/869/450 16.56/1183/431
+16.91/972/395 17.17/1097/396 17.31/206/183 17.34/181/208 17.34/1316/200 17.42/908/456 17.57/1094/422
+17.59/996/422 17.68/420/89 17.80/1112/385 18.05/1133/396 18.16/890/403 18.30/833/36 18.36/1093/426
+18.62/206/211 18.80/898/454 18.91/1312/180 18.93/1129/396 18.94/375/67 19.56/862/425 19.82/167/179
+19.85/914/414 20.24/209/217 20.39/982/594 20.67/200/161 20.70/1313/156 20.80/999/416 21.76/1084/397
+21.79/399/106 22.02/1065/594
 """

@@ -1,10 +1,11 @@
 """A simulated GPU: one stream of kernels, events and graphs, on a CPU, by the rules of CUDA.
 
-Its tensors take PyTorch's operations. Each operation is *launched*: the CPU goes on at once, and the kernel runs when
-the simulated clock reaches it, on what lies in memory then. `gpu.graph` records what is launched, and `replay` launches
-all of it together, at the same addresses. What CUDA forbids raises CUDA's error; what CUDA lets pass silently (a buffer
-overwritten too early, a result read too early, a Python number baked into a recording) passes silently here too, and
-gives wrong numbers. Taught in notebooks/08_cuda_graphs.ipynb.
+Its tensors take PyTorch's operations. Each operation is *launched*: the CPU goes on at once, and
+the kernel runs when the simulated clock reaches it, on what lies in memory then. `gpu.graph`
+records what is launched, and `replay` launches all of it together, at the same addresses. What CUDA
+forbids raises CUDA's error; what CUDA lets pass silently (a buffer overwritten too early, a result
+read too early, a Python number baked into a recording) passes silently here too, and gives wrong
+numbers. Taught in notebooks/08_cuda_graphs.ipynb.
 
     gpu = SimulatedGPU()
     x, graph = gpu.zeros(3), gpu.CUDAGraph()
@@ -14,9 +15,9 @@ gives wrong numbers. Taught in notebooks/08_cuda_graphs.ipynb.
     graph.replay()
     y.tolist()                     # waits for the GPU: [42.0, 42.0, 42.0]
 
-Names are those of `torch.cuda` where it has them. Simplified: one stream; constant costs of a launch and a replay, no
-gaps between kernels; a kernel takes its bytes at the memory's rate, or a least time; freed memory is used again by
-recordings only.
+Names are those of `torch.cuda` where it has them. Simplified: one stream; constant costs of a
+launch and a replay, no gaps between kernels; a kernel takes its bytes at the memory's rate, or a
+least time; freed memory is used again by recordings only.
 """
 
 from __future__ import annotations
@@ -45,13 +46,21 @@ from minivllm.sampling_params import SamplingParams
 
 aten = torch.ops.aten
 
-#: What `Event.query` raises when it is asked over and over: only waiting, or work, moves the simulated clock.
+#: What `Event.query` raises when it is asked over and over: only waiting, or work, moves the
+#: simulated clock.
 STANDS_STILL = "the simulated clock stands still"
 
 #: What CUDA says where a recording waits for the GPU.
 NOT_WHILE_CAPTURING = "CUDA error: operation not permitted when stream is capturing"
 #: Operations whose result has a size that depends on values: PyTorch waits for them.
-_NEEDS_VALUES = ("nonzero", "masked_select", "unique", "unique_dim", "unique_consecutive", "bincount")
+_NEEDS_VALUES = (
+    "nonzero",
+    "masked_select",
+    "unique",
+    "unique_dim",
+    "unique_consecutive",
+    "bincount",
+)
 #: Bytes that the pools of recordings give out at least, and in multiples of which.
 _GRAIN = 512
 
@@ -82,16 +91,24 @@ class _Op:
 
 
 class DeviceTensor(torch.Tensor):
-    """A tensor in the simulated GPU's memory. Made by `SimulatedGPU`, and by operations on such tensors."""
+    """A tensor in the simulated GPU's memory. Made by `SimulatedGPU`, and by operations on such
+    tensors.
+    """
 
     _memory: torch.Tensor
     _gpu: SimulatedGPU
     _block: _Block | None
 
     @staticmethod
-    def __new__(cls, memory: torch.Tensor, gpu: SimulatedGPU, block: _Block | None = None) -> DeviceTensor:
+    def __new__(
+        cls, memory: torch.Tensor, gpu: SimulatedGPU, block: _Block | None = None
+    ) -> DeviceTensor:
         self = torch.Tensor._make_wrapper_subclass(
-            cls, memory.shape, strides=memory.stride(), storage_offset=memory.storage_offset(), dtype=memory.dtype
+            cls,
+            memory.shape,
+            strides=memory.stride(),
+            storage_offset=memory.storage_offset(),
+            dtype=memory.dtype,
         )
         self._memory, self._gpu, self._block = memory, gpu, block
         return self
@@ -99,9 +116,13 @@ class DeviceTensor(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         found: list[DeviceTensor] = []
-        tree_map(lambda x: found.append(x) if isinstance(x, DeviceTensor) else None, (args, kwargs or {}))
+        tree_map(
+            lambda x: found.append(x) if isinstance(x, DeviceTensor) else None, (args, kwargs or {})
+        )
         return found[0]._gpu._operation(func, args, kwargs or {})
 
     def cpu(self) -> torch.Tensor:  # type: ignore[override]
@@ -113,8 +134,8 @@ class DeviceTensor(torch.Tensor):
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(
-            "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory "
-            "first."
+            "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor"
+            " to host memory first."
         )
 
     __array__ = numpy
@@ -139,13 +160,19 @@ class DeviceTensor(torch.Tensor):
 class SimulatedGPU:
     """See the module. Times in microseconds.
 
-    launch_us: CPU time of launching a kernel or a copy; replay_us: of a whole graph. kernel_us: the least time of a
-    kernel on the GPU; bytes_per_us: what it reads and writes in a microsecond. `now` is the CPU's clock; `spans` is
-    what has happened; num_launches, num_replays and num_waits count.
+    launch_us: CPU time of launching a kernel or a copy; replay_us: of a whole graph. kernel_us: the
+    least time of a kernel on the GPU; bytes_per_us: what it reads and writes in a microsecond.
+    `now` is the CPU's clock; `spans` is what has happened; num_launches, num_replays and num_waits
+    count.
     """
 
     def __init__(
-        self, *, launch_us: float = 10.0, replay_us: float = 20.0, kernel_us: float = 2.0, bytes_per_us: float = 4e6
+        self,
+        *,
+        launch_us: float = 10.0,
+        replay_us: float = 20.0,
+        kernel_us: float = 2.0,
+        bytes_per_us: float = 4e6,
     ) -> None:
         self.launch_us, self.replay_us, self.kernel_us, self.bytes_per_us = (
             launch_us,
@@ -163,7 +190,7 @@ class SimulatedGPU:
         self._broken = ""
         self._asked = (0.0, 0)  # queries in vain, and at what time
 
-    # --- memory ---------------------------------------------------------------------------------------------------
+    # --- memory -----------------------------------------------------------------------------------
 
     def empty(self, *size: int, dtype: torch.dtype = torch.float32) -> DeviceTensor:
         """Memory that holds whatever lay there: NaN, or a huge negative integer."""
@@ -173,26 +200,42 @@ class SimulatedGPU:
         """Launches a kernel that writes the zeros."""
         return self.full(_size(size), 0, dtype=dtype)
 
-    def full(self, size: Sequence[int], value: float, dtype: torch.dtype | None = None) -> DeviceTensor:
+    def full(
+        self, size: Sequence[int], value: float, dtype: torch.dtype | None = None
+    ) -> DeviceTensor:
         """Launches a kernel that writes the value."""
         kind = dtype or (torch.float32 if isinstance(value, float) else torch.int64)
         return self._allocate(tuple(size), kind).fill_(value)
 
     def tensor(self, values: Any, dtype: torch.dtype | None = None) -> DeviceTensor:
         """Copy from the CPU's ordinary (pageable) memory: waits for all that the GPU has to do."""
-        host = values.detach() if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=dtype)
+        host = (
+            values.detach()
+            if isinstance(values, torch.Tensor)
+            else torch.tensor(values, dtype=dtype)
+        )
         if self._capture is not None:
             raise CudaError(NOT_WHILE_CAPTURING)
         return self._allocate(tuple(host.shape), dtype or host.dtype).copy_(host)
 
     def pinned(self, values: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A tensor in the CPU's memory that the GPU can reach by itself: copies of it need not wait."""
-        host = torch.tensor(values, dtype=dtype) if not isinstance(values, torch.Tensor) else values.clone()
-        self._pinned[host.untyped_storage().data_ptr()] = host  # kept, so that no other tensor gets this address
+        """A tensor in the CPU's memory that the GPU can reach by itself: copies of it need not
+        wait.
+        """
+        host = (
+            torch.tensor(values, dtype=dtype)
+            if not isinstance(values, torch.Tensor)
+            else values.clone()
+        )
+        self._pinned[host.untyped_storage().data_ptr()] = (
+            host  # kept, so that no other tensor gets this address
+        )
         return host
 
     def move(self, module: torch.nn.Module) -> torch.nn.Module:
-        """The module with its parameters, and tensors that are plain attributes, in the GPU's memory."""
+        """The module with its parameters, and tensors that are plain attributes, in the GPU's
+        memory.
+        """
         moved: dict[int, DeviceTensor] = {}
         for part in module.modules():
             for holder in (part._parameters, part.__dict__):
@@ -203,17 +246,27 @@ class SimulatedGPU:
                         holder[name] = moved[id(value)]
         return module
 
-    def _allocate(self, size: Sequence[int], dtype: torch.dtype, stride: Sequence[int] | None = None) -> DeviceTensor:
+    def _allocate(
+        self, size: Sequence[int], dtype: torch.dtype, stride: Sequence[int] | None = None
+    ) -> DeviceTensor:
         stride = torch.empty(size, device="meta").stride() if stride is None else stride
         if self._capture is not None:
             block = self._capture.pool.allocate(_extent(size, stride) * dtype.itemsize)
-            memory = block.memory.view(dtype).as_strided(size, stride, block.offset // dtype.itemsize)
+            memory = block.memory.view(dtype).as_strided(
+                size, stride, block.offset // dtype.itemsize
+            )
         else:
             block, memory = None, torch.empty_strided(size, stride, dtype=dtype)
-        memory.fill_(float("nan") if dtype.is_floating_point else False if dtype == torch.bool else -(1 << 30))
+        memory.fill_(
+            float("nan")
+            if dtype.is_floating_point
+            else False
+            if dtype == torch.bool
+            else -(1 << 30)
+        )
         return DeviceTensor(memory, self, block)
 
-    # --- the clock ------------------------------------------------------------------------------------------------
+    # --- the clock --------------------------------------------------------------------------------
 
     def work(self, name: str, us: float) -> None:
         """The CPU does something for so long, and the GPU goes on meanwhile."""
@@ -234,7 +287,9 @@ class SimulatedGPU:
         return max([self.now, *(span.end for span in self.spans[-1:]), self._stream_free])
 
     def forget_spans(self) -> None:
-        """Set the clock back to 0 and begin a new record of what happens. Waits for the GPU first."""
+        """Set the clock back to 0 and begin a new record of what happens. Waits for the GPU
+        first.
+        """
         self.synchronize()
         self.now = self._stream_free = 0.0
         self.spans.clear()
@@ -252,7 +307,9 @@ class SimulatedGPU:
             try:
                 op.run()
             except (IndexError, RuntimeError) as error:
-                self._broken = f"CUDA error: device-side assert triggered\n(in the kernel {op.name}: {error})"
+                self._broken = (
+                    f"CUDA error: device-side assert triggered\n(in the kernel {op.name}: {error})"
+                )
                 self._pending.clear()
 
     def _wait(self, until: float, name: str) -> None:
@@ -273,7 +330,7 @@ class SimulatedGPU:
         self._wait(self._stream_free, "read a value")
         return tensor._memory
 
-    # --- operations -----------------------------------------------------------------------------------------------
+    # --- operations -------------------------------------------------------------------------------
 
     def _launch(self, op: _Op) -> None:
         self._check()
@@ -294,7 +351,12 @@ class SimulatedGPU:
         """Of a kernel that reads and writes these."""
         numbers = [0]
         tree_map(
-            lambda x: numbers.append(x.numel() * x.element_size()) if isinstance(x, torch.Tensor) else None, values
+            lambda x: (
+                numbers.append(x.numel() * x.element_size())
+                if isinstance(x, torch.Tensor)
+                else None
+            ),
+            values,
         )
         return max(self.kernel_us, sum(numbers) / self.bytes_per_us)
 
@@ -305,7 +367,9 @@ class SimulatedGPU:
             return self._read(args[0]).item()
         if func is aten.equal.default:
             return torch.equal(*(self._read(x) if isinstance(x, DeviceTensor) else x for x in args))
-        if func is aten.copy_.default and not all(isinstance(x, DeviceTensor) or x.dim() == 0 for x in args[:2]):
+        if func is aten.copy_.default and not all(
+            isinstance(x, DeviceTensor) or x.dim() == 0 for x in args[:2]
+        ):
             return self._copy(*args, **kwargs)
         returns = func._schema.returns
         if returns and returns[0].alias_info is not None and not returns[0].alias_info.is_write:
@@ -318,10 +382,15 @@ class SimulatedGPU:
     def _view(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The same memory seen otherwise: nothing to launch."""
         memory = func(*_memory(args), **_memory(kwargs))
-        return tree_map(lambda x: DeviceTensor(x, self, args[0]._block) if isinstance(x, torch.Tensor) else x, memory)
+        return tree_map(
+            lambda x: DeviceTensor(x, self, args[0]._block) if isinstance(x, torch.Tensor) else x,
+            memory,
+        )
 
     def _on_device(self, name: str, values: Any) -> Any:
-        """Numbers in tensors of the CPU are passed along by value; whole tensors are not at hand for a kernel."""
+        """Numbers in tensors of the CPU are passed along by value; whole tensors are not at hand
+        for a kernel.
+        """
 
         def one(value: Any) -> Any:
             if not isinstance(value, torch.Tensor) or isinstance(value, DeviceTensor):
@@ -331,32 +400,45 @@ class SimulatedGPU:
             if name in ("index", "index_put_", "index_put"):  # PyTorch moves indices by itself
                 return self.tensor(value)
             raise CudaError(
-                "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!\n"
-                f"(in {name}; gpu.tensor(...), gpu.zeros(...) and x.new_zeros(...) make tensors on the simulated GPU)"
+                "Expected all tensors to be on the same device, but found at least two devices,"
+                f" cuda:0 and cpu!\n(in {name}; gpu.tensor(...), gpu.zeros(...) and"
+                " x.new_zeros(...) make tensors on the simulated GPU)"
             )
 
         return tree_map(one, values)
 
     def _kernel(self, name: str, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         shapes = func(*_meta(args), **_meta(kwargs))
-        written = [x for x, about in zip(args, func._schema.arguments, strict=False) if _is_write(about)]
-        written += [kwargs[a.name] for a in func._schema.arguments if a.name in kwargs and _is_write(a)]
+        written = [
+            x for x, about in zip(args, func._schema.arguments, strict=False) if _is_write(about)
+        ]
+        written += [
+            kwargs[a.name] for a in func._schema.arguments if a.name in kwargs and _is_write(a)
+        ]
         if written:
             ours = written[0]
             inputs, named = _memory(args), _memory(kwargs)
             us = self._microseconds(inputs, named)
             self._launch(_Op(name, "kernel", us, lambda: func(*inputs, **named)))
             return ours
-        out = tree_map(lambda x: self._allocate(x.shape, x.dtype, x.stride()) if _is_tensor(x) else x, shapes)
+        out = tree_map(
+            lambda x: self._allocate(x.shape, x.dtype, x.stride()) if _is_tensor(x) else x, shapes
+        )
         if name not in ("empty_like", "new_empty", "empty_strided", "new_empty_strided"):
             self._launch_into(name, func, args, kwargs, out)
         return out
 
-    def _launch_into(self, name: str, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+    def _launch_into(
+        self, name: str, func: Any, args: tuple, kwargs: dict[str, Any], out: Any
+    ) -> None:
         inputs, named, results = _memory(args), _memory(kwargs), _memory(out)
 
         def run() -> None:
-            tree_map(lambda into, new: into.copy_(new) if _is_tensor(into) else None, results, func(*inputs, **named))
+            tree_map(
+                lambda into, new: into.copy_(new) if _is_tensor(into) else None,
+                results,
+                func(*inputs, **named),
+            )
 
         self._launch(_Op(name, "kernel", self._microseconds(inputs, named, results), run))
 
@@ -369,9 +451,17 @@ class SimulatedGPU:
             return args[0]
         return tree_map(lambda x: DeviceTensor(x, self) if _is_tensor(x) else x, out)
 
-    def _copy(self, into: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-        """Between the two memories. Pinned and non_blocking: in the stream, like a kernel; otherwise the CPU waits."""
-        host, name = (source, "copy to the GPU") if isinstance(into, DeviceTensor) else (into, "copy to the CPU")
+    def _copy(
+        self, into: torch.Tensor, source: torch.Tensor, non_blocking: bool = False
+    ) -> torch.Tensor:
+        """Between the two memories. Pinned and non_blocking: in the stream, like a kernel;
+        otherwise the CPU waits.
+        """
+        host, name = (
+            (source, "copy to the GPU")
+            if isinstance(into, DeviceTensor)
+            else (into, "copy to the CPU")
+        )
         free = non_blocking and host.untyped_storage().data_ptr() in self._pinned
         if self._capture is not None and not free:
             raise CudaError(NOT_WHILE_CAPTURING)
@@ -381,11 +471,14 @@ class SimulatedGPU:
             self._wait(self._stream_free, "wait for a copy")
         return into
 
-    def kernel(self, function: Callable, outputs: Callable[..., list] = lambda *args: [], name: str = "") -> Callable:
+    def kernel(
+        self, function: Callable, outputs: Callable[..., list] = lambda *args: [], name: str = ""
+    ) -> Callable:
         """A kernel of one's own, such as one in Triton: one launch, whatever it computes.
 
-        function works on the tensors' memory, as if on a CPU, when its time comes; outputs(*args) says what it returns:
-        (size, dtype) of each tensor. The first launch compiles it, which a recording must not do.
+        function works on the tensors' memory, as if on a CPU, when its time comes; outputs(*args)
+        says what it returns: (size, dtype) of each tensor. The first launch compiles it, which a
+        recording must not do.
         """
         name, compiled = name or getattr(function, "__name__", "kernel"), False
 
@@ -393,17 +486,19 @@ class SimulatedGPU:
             nonlocal compiled
             if not compiled and self._capture is not None:
                 raise CudaError(
-                    f"{NOT_WHILE_CAPTURING}\n(the kernel {name} is compiled and loaded when it is first launched)"
+                    f"{NOT_WHILE_CAPTURING}\n(the kernel {name} is compiled and loaded when it is"
+                    " first launched)"
                 )
             compiled = True
             out = [self._allocate(tuple(size), dtype) for size, dtype in outputs(*args)]
-            # The recorded call must not refer to `out`, whose memory is free again when nobody else does.
+            # The recorded call must not refer to `out`, whose memory is free again when nobody else
+            # does.
             self._launch_into(name, _lists if out else _nothing, (function, *args), kwargs, out)
             return out[0] if len(out) == 1 else tuple(out) if out else None
 
         return launcher
 
-    # --- graphs and events ----------------------------------------------------------------------------------------
+    # --- graphs and events ------------------------------------------------------------------------
 
     def CUDAGraph(self) -> CUDAGraph:
         """An empty graph, to be recorded with `graph` and replayed."""
@@ -415,7 +510,9 @@ class SimulatedGPU:
 
     @contextlib.contextmanager
     def graph(self, cuda_graph: CUDAGraph, pool: Pool | None = None) -> Iterator[None]:
-        """Record what is launched inside, without running it. pool: where its tensors come from; else a new one."""
+        """Record what is launched inside, without running it. pool: where its tensors come from;
+        else a new one.
+        """
         self.synchronize()
         cuda_graph.pool, cuda_graph.ops = pool or Pool(), []
         self._capture = cuda_graph
@@ -433,7 +530,9 @@ class SimulatedGPU:
 
 
 class CUDAGraph:
-    """A recorded sequence of kernels and copies, at fixed addresses. Made by `SimulatedGPU.CUDAGraph`."""
+    """A recorded sequence of kernels and copies, at fixed addresses. Made by
+    `SimulatedGPU.CUDAGraph`.
+    """
 
     def __init__(self, gpu: SimulatedGPU) -> None:
         self._gpu = gpu
@@ -473,13 +572,17 @@ class Event:
         self._time = max(self._gpu.now, self._gpu._stream_free)
 
     def query(self) -> bool:
-        """Whether the GPU has come that far. CudaError after 10,000 questions in vain at the same time."""
+        """Whether the GPU has come that far. CudaError after 10,000 questions in vain at the same
+        time.
+        """
         gpu = self._gpu
         if self._time is None or self._time <= gpu.now + 1e-9:
             return True
         gpu._asked = (gpu.now, gpu._asked[1] + 1 if gpu._asked[0] == gpu.now else 1)
         if gpu._asked[1] > 10_000:
-            raise CudaError(f"{STANDS_STILL}: query() was asked 10,000 times in a row; synchronize() waits")
+            raise CudaError(
+                f"{STANDS_STILL}: query() was asked 10,000 times in a row; synchronize() waits"
+            )
         return False
 
     def synchronize(self) -> None:
@@ -495,9 +598,13 @@ class Event:
 
 @dataclass(eq=False)
 class Pool:
-    """The memory of recordings. What no tensor refers to any more is given out again, also to another recording."""
+    """The memory of recordings. What no tensor refers to any more is given out again, also to
+    another recording.
+    """
 
-    _free: list[tuple[torch.Tensor, int, int]] = field(default_factory=list)  # (memory, offset, bytes)
+    _free: list[tuple[torch.Tensor, int, int]] = field(
+        default_factory=list
+    )  # (memory, offset, bytes)
     num_bytes: int = 0
 
     def allocate(self, num_bytes: int) -> _Block:
@@ -552,7 +659,9 @@ def _memory(values: Any) -> Any:
 
 
 def _meta(values: Any) -> Any:
-    """Our tensors as shapes without numbers, by which PyTorch says what an operation will return."""
+    """Our tensors as shapes without numbers, by which PyTorch says what an operation will
+    return.
+    """
 
     def one(x: Any) -> Any:
         if not isinstance(x, DeviceTensor):
@@ -582,7 +691,7 @@ def _extent(size: Sequence[int], stride: Sequence[int]) -> int:
     return 0 if 0 in size else 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
 
 
-# --- the bundled model on a simulated GPU -----------------------------------------------------------------------------
+# --- the bundled model on a simulated GPU ---------------------------------------------------------
 
 
 def simulated_kernels(gpu: SimulatedGPU) -> Kernels:
@@ -592,8 +701,18 @@ def simulated_kernels(gpu: SimulatedGPU) -> Kernels:
     def like(*which: int) -> Callable[..., list]:
         return lambda *args: [(args[i].shape, args[i].dtype) for i in which]
 
-    def attend(query: Any, k_cache: Any, v_cache: Any, block_table: Any, seq_lens: Any, *args: Any, **more: Any) -> Any:
-        """A kernel follows the pointer to a row of the table; where the row is too short, into the next row."""
+    def attend(
+        query: Any,
+        k_cache: Any,
+        v_cache: Any,
+        block_table: Any,
+        seq_lens: Any,
+        *args: Any,
+        **more: Any,
+    ) -> Any:
+        """A kernel follows the pointer to a row of the table; where the row is too short, into the
+        next row.
+        """
         width, needed = block_table.shape[1], -(-int(seq_lens.max()) // k_cache.shape[2])
         if needed > width:
             at = (torch.arange(len(seq_lens)) * width)[:, None] + torch.arange(needed)
@@ -609,37 +728,59 @@ def simulated_kernels(gpu: SimulatedGPU) -> Kernels:
         rms_norm=gpu.kernel(r.rms_norm, like(0), "rms_norm"),
         add_rms_norm=gpu.kernel(r.add_rms_norm, like(0, 0), "add_rms_norm"),
         qk_norm_rope=gpu.kernel(r.qk_norm_rope, like(0, 1), "qk_norm_rope"),
-        linear=gpu.kernel(r.linear, lambda x, w, *_: [((*x.shape[:-1], w.shape[0]), x.dtype)], "linear"),
-        silu_mul=gpu.kernel(r.silu_mul, lambda x: [((*x.shape[:-1], x.shape[-1] // 2), x.dtype)], "silu_mul"),
+        linear=gpu.kernel(
+            r.linear, lambda x, w, *_: [((*x.shape[:-1], w.shape[0]), x.dtype)], "linear"
+        ),
+        silu_mul=gpu.kernel(
+            r.silu_mul, lambda x: [((*x.shape[:-1], x.shape[-1] // 2), x.dtype)], "silu_mul"
+        ),
         sample=gpu.kernel(r.sample, lambda logits, *_: [(logits.shape[:1], torch.int64)], "sample"),
     )
 
 
 class SimulatedModel:
-    """The bundled model with its KV cache on a simulated GPU, for sequences in slots: greedy decoding.
+    """The bundled model with its KV cache on a simulated GPU, for sequences in slots: greedy
+    decoding.
 
-    state: what the GPU knows of each slot, as in the engine; the last slot, `spare_slot`, is nobody's. A slot gets all
-    blocks that it will need when it is admitted, scattered over the cache, and block 0 belongs to the first.
+    state: what the GPU knows of each slot, as in the engine; the last slot, `spare_slot`, is
+    nobody's. A slot gets all blocks that it will need when it is admitted, scattered over the
+    cache, and block 0 belongs to the first.
     """
 
     def __init__(
-        self, gpu: SimulatedGPU, *, num_slots: int = 8, block_size: int = 16, max_model_len: int = 256,
+        self,
+        gpu: SimulatedGPU,
+        *,
+        num_slots: int = 8,
+        block_size: int = 16,
+        max_model_len: int = 256,
         num_blocks: int = 64,
-    ) -> None:  # fmt: skip
-        self.gpu, self.block_size, self.max_model_len, self.spare_slot = gpu, block_size, max_model_len, num_slots
+    ) -> None:
+        self.gpu, self.block_size, self.max_model_len, self.spare_slot = (
+            gpu,
+            block_size,
+            max_model_len,
+            num_slots,
+        )
         config = load_config(BUNDLED_MODEL_PATH)
         self._model = load_model(
-            BUNDLED_MODEL_PATH, config, simulated_kernels(gpu), dtype=torch.float32, device=torch.device("cpu"),
+            BUNDLED_MODEL_PATH,
+            config,
+            simulated_kernels(gpu),
+            dtype=torch.float32,
+            device=torch.device("cpu"),
             max_position=max_model_len,
-        )  # fmt: skip
+        )
         gpu.move(self._model)
         shape = (num_blocks, config.num_key_value_heads, block_size, config.head_dim)
-        self.caches = [(gpu.zeros(*shape), gpu.zeros(*shape)) for _ in range(config.num_hidden_layers)]
+        self.caches = [
+            (gpu.zeros(*shape), gpu.zeros(*shape)) for _ in range(config.num_hidden_layers)
+        ]
         self.max_blocks = -(-max_model_len // block_size)
         self.state = DecodeState(
-            gpu.zeros(num_slots + 1, self.max_blocks, dtype=torch.int32), *(gpu.zeros(num_slots + 1, dtype=torch.int64)
-                                                                           for _ in range(2))
-        )  # fmt: skip
+            gpu.zeros(num_slots + 1, self.max_blocks, dtype=torch.int32),
+            *(gpu.zeros(num_slots + 1, dtype=torch.int64) for _ in range(2)),
+        )
         #: Slot -> its blocks.
         self.blocks: dict[int, list[int]] = {}
         # Neighbours in a table are no neighbours in memory.
@@ -647,18 +788,24 @@ class SimulatedModel:
 
     @torch.no_grad()
     def admit(self, slot: int, prompt: Sequence[int], num_tokens: int) -> int:
-        """Compute the prompt of a sequence, which will have up to num_tokens, in a slot. Returns its first token."""
+        """Compute the prompt of a sequence, which will have up to num_tokens, in a slot. Returns
+        its first token.
+        """
         gpu, size = self.gpu, self.block_size
         needed = -(-num_tokens // size)
         if needed > min(len(self._free_blocks), self.max_blocks) or slot in self.blocks:
             raise ValueError(f"admit: no {needed} free blocks for slot {slot}, or it is taken")
-        self.blocks[slot], self._free_blocks = self._free_blocks[:needed], self._free_blocks[needed:]
+        self.blocks[slot], self._free_blocks = (
+            self._free_blocks[:needed],
+            self._free_blocks[needed:],
+        )
         table = torch.zeros(1, self.max_blocks, dtype=torch.int32)
         table[0, :needed] = torch.tensor(self.blocks[slot])
         inputs = build_batch([BatchRow(list(prompt), 0, True)], table.numpy(), size)
         about = inputs.attention
         metadata = AttentionMetadata(
-            **vars(about) | {name: gpu.tensor(value) for name, value in vars(about).items() if _is_tensor(value)}
+            **vars(about)
+            | {name: gpu.tensor(value) for name, value in vars(about).items() if _is_tensor(value)}
         )
         ids, positions = gpu.tensor(inputs.token_ids), gpu.tensor(inputs.positions)
         hidden = self._model(ids, positions, self.caches, metadata)
@@ -668,18 +815,25 @@ class SimulatedModel:
         return token
 
     def release(self, slot: int) -> None:
-        """A sequence has ended: its blocks are the next to be given out. The state of its slot stays as it is."""
+        """A sequence has ended: its blocks are the next to be given out. The state of its slot
+        stays as it is.
+        """
         self._free_blocks = self.blocks.pop(slot)[::-1] + self._free_blocks
 
     @torch.no_grad()
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor,
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        seq_lens: torch.Tensor,
+        block_table: torch.Tensor,
         slot_mapping: torch.Tensor,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """One token of each of B sequences -> the next one of each, [B] int64.
 
-        token_ids, positions: [B] int64. seq_lens: [B] int32, the context with this token; 0 reads nothing. block_table:
-        [B, blocks] int32. slot_mapping: [B] int64, where K and V are written; -1 is nowhere.
+        token_ids, positions: [B] int64. seq_lens: [B] int32, the context with this token; 0 reads
+        nothing. block_table: [B, blocks] int32. slot_mapping: [B] int64, where K and V are written;
+        -1 is nowhere.
         """
         batch = len(token_ids)
         metadata = AttentionMetadata(
@@ -691,28 +845,38 @@ class SimulatedModel:
             max_query_len=1,
             max_seq_len=self.max_model_len,
             max_decode_seq_len=self.max_model_len,
-        )  # fmt: skip  (query_start_loc is for prompts)
+        )
         hidden = self._model(token_ids, positions, self.caches, metadata)
         return self._model.compute_logits(hidden).argmax(dim=-1)
 
     def step(self, slots: torch.Tensor) -> torch.Tensor:
-        """What the engine records: slots [B] int64 -> their next tokens [B], which `state` keeps, too."""
+        """What the engine records: slots [B] int64 -> their next tokens [B], which `state` keeps,
+        too.
+        """
         state = self.state
         about = state.decode_metadata(slots, self.block_size, self.max_model_len)
         token_ids = self.forward(
-            state.last_token[slots], state.position[slots], about.seq_lens, about.block_table, about.slot_mapping
+            state.last_token[slots],
+            state.position[slots],
+            about.seq_lens,
+            about.block_table,
+            about.slot_mapping,
         )
         state.advance(slots, token_ids)
         return token_ids
 
     def written(self) -> torch.Tensor:
-        """[num_blocks, block_size] on the CPU: the first layer's keys, each place summed up; 0 where nothing is yet."""
+        """[num_blocks, block_size] on the CPU: the first layer's keys, each place summed up; 0
+        where nothing is yet.
+        """
         return self.gpu._read(self.caches[0][0]).abs().sum(dim=(1, 3)).clone()
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a decode step must know of one sequence: its last token, where that stands, and its blocks."""
+    """What a decode step must know of one sequence: its last token, where that stands, and its
+    blocks.
+    """
 
     token_id: int
     position: int
@@ -720,19 +884,27 @@ class Row:
 
 
 class RowServer:
-    """Requests that come and go, decoded by recordings that read a batch of rows at fixed addresses.
+    """Requests that come and go, decoded by recordings that read a batch of rows at fixed
+    addresses.
 
-    batch_cls: called with (gpu, sizes, block_size, max_model_len, longest_prompt); has tensors token_ids, positions,
-    seq_lens, block_table and slot_mapping with a row for each sequence, of which a graph of size n takes the first n,
-    and a method `fill(rows)` that returns the size to replay.
+    batch_cls: called with (gpu, sizes, block_size, max_model_len, longest_prompt); has tensors
+    token_ids, positions, seq_lens, block_table and slot_mapping with a row for each sequence, of
+    which a graph of size n takes the first n, and a method `fill(rows)` that returns the size to
+    replay.
     """
 
     def __init__(
-        self, gpu: SimulatedGPU, batch_cls: Callable[..., Any], sizes: Sequence[int], longest_prompt: int
+        self,
+        gpu: SimulatedGPU,
+        batch_cls: Callable[..., Any],
+        sizes: Sequence[int],
+        longest_prompt: int,
     ) -> None:
         self.gpu, self.model = gpu, SimulatedModel(gpu, num_slots=max(sizes))
         model = self.model
-        self.batch = batch_cls(gpu, list(sizes), model.block_size, model.max_model_len, longest_prompt)
+        self.batch = batch_cls(
+            gpu, list(sizes), model.block_size, model.max_model_len, longest_prompt
+        )
         #: Name -> (slot, its prompt's length, its tokens), in the order of the rows.
         self.running: dict[str, tuple[int, int, list[int]]] = {}
         self.answers: dict[str, list[int]] = {}
@@ -743,7 +915,9 @@ class RowServer:
 
     def admit(self, name: str, prompt: Sequence[int], max_tokens: int) -> None:
         """A request comes: its prompt is computed, and it has its first token."""
-        slot = min(set(range(len(self.running) + 1)) - {slot for slot, _, _ in self.running.values()})
+        slot = min(
+            set(range(len(self.running) + 1)) - {slot for slot, _, _ in self.running.values()}
+        )
         first = self.model.admit(slot, prompt, len(prompt) + max_tokens)
         self.answers[name] = [first]
         self.running[name] = slot, len(prompt), self.answers[name]
@@ -776,8 +950,16 @@ class RowServer:
 
     def _record(self, size: int) -> tuple[CUDAGraph, DeviceTensor]:
         graph, batch = self.gpu.CUDAGraph(), self.batch
-        inputs = (batch.token_ids, batch.positions, batch.seq_lens, batch.block_table, batch.slot_mapping)
-        if not self._graphs:  # kernels are compiled when they are first launched; nothing is written
+        inputs = (
+            batch.token_ids,
+            batch.positions,
+            batch.seq_lens,
+            batch.block_table,
+            batch.slot_mapping,
+        )
+        if (
+            not self._graphs
+        ):  # kernels are compiled when they are first launched; nothing is written
             empty = [torch.zeros_like(tensor[:1]) for tensor in inputs]
             self.model.forward(*empty[:-1], empty[-1] - 1)
         with self.gpu.graph(graph, pool=self._pool):
@@ -785,38 +967,58 @@ class RowServer:
         return graph, token_ids
 
 
-# --- steps planned by the real scheduler ------------------------------------------------------------------------------
+# --- steps planned by the real scheduler ----------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class StepInFlight:
-    """A step that was launched. token_ids: pinned, one for each of `batch.sampled`; there when `arrived` has passed."""
+    """A step that was launched. token_ids: pinned, one for each of `batch.sampled`; there when
+    `arrived` has passed.
+    """
 
     token_ids: torch.Tensor
     arrived: Event
 
 
 class SimulatedEngine:
-    """The package's scheduler over a simulated GPU, with a model that only does sums: for drivers of one's own.
+    """The package's scheduler over a simulated GPU, with a model that only does sums: for drivers
+    of one's own.
 
-    requests: (tokens of the prompt, most tokens of the answer) each. Some answers end earlier, by a token of their own.
-    schedule_us, update_us: CPU time of planning a step and of looking at its tokens; step_us: GPU time of a step.
+    requests: (tokens of the prompt, most tokens of the answer) each. Some answers end earlier, by a
+    token of their own. schedule_us, update_us: CPU time of planning a step and of looking at its
+    tokens; step_us: GPU time of a step.
     """
 
     VOCABULARY, END = 97, 1
 
     def __init__(
-        self, gpu: SimulatedGPU, requests: Sequence[tuple[int, int]], *, schedule_us: float = 400.0,
-        update_us: float = 600.0, step_us: float = 1500.0, max_num_seqs: int = 4,
-    ) -> None:  # fmt: skip
-        self.gpu, self.schedule_us, self.update_us, self.step_us = gpu, schedule_us, update_us, step_us
+        self,
+        gpu: SimulatedGPU,
+        requests: Sequence[tuple[int, int]],
+        *,
+        schedule_us: float = 400.0,
+        update_us: float = 600.0,
+        step_us: float = 1500.0,
+        max_num_seqs: int = 4,
+    ) -> None:
+        self.gpu, self.schedule_us, self.update_us, self.step_us = (
+            gpu,
+            schedule_us,
+            update_us,
+            step_us,
+        )
         manager = BlockManager(512, 16, False)
         self._scheduler = Scheduler(manager, max_num_seqs, 4096)
         self.sequences = [
-            EngineSequence(i, [(5 * i + j) % 90 + 2 for j in range(prompt)], SamplingParams(), frozenset([self.END]),
-                           prompt + answer)
+            EngineSequence(
+                i,
+                [(5 * i + j) % 90 + 2 for j in range(prompt)],
+                SamplingParams(),
+                frozenset([self.END]),
+                prompt + answer,
+            )
             for i, (prompt, answer) in enumerate(requests)
-        ]  # fmt: skip
+        ]
         for seq in self.sequences:
             self._scheduler.add(seq)
         self._last = [0] * max_num_seqs  # on the GPU: the last token of each slot
@@ -834,7 +1036,9 @@ class SimulatedEngine:
         return sum(not seq.is_finished for seq in self.sequences)
 
     def schedule(self) -> ScheduledBatch | None:
-        """Plan the next step; None when there is nothing to compute, or nothing until results arrive."""
+        """Plan the next step; None when there is nothing to compute, or nothing until results
+        arrive.
+        """
         self.gpu.work("schedule", self.schedule_us)
         return self._scheduler.schedule() or None
 
@@ -842,7 +1046,11 @@ class SimulatedEngine:
         """Start a step, and the copy of its tokens to the CPU behind it. Returns at once."""
         gpu = self.gpu
         rows = [
-            (item.sequence.slot, list(item.sequence.token_ids[item.start : item.end]), item.sample_position)
+            (
+                item.sequence.slot,
+                list(item.sequence.token_ids[item.start : item.end]),
+                item.sample_position,
+            )
             for item in batch.items
         ]
         sampled: list[int] = []
@@ -856,7 +1064,9 @@ class SimulatedEngine:
         host = gpu.pinned([0] * len(batch.sampled))
         gpu._advance("launch", "replay", gpu.replay_us)
         gpu._enqueue(_Op(f"step {self.num_steps}", "kernel", self.step_us, run))
-        gpu._enqueue(_Op("tokens", "copy", gpu.kernel_us, lambda: host.copy_(torch.tensor(sampled))))
+        gpu._enqueue(
+            _Op("tokens", "copy", gpu.kernel_us, lambda: host.copy_(torch.tensor(sampled)))
+        )
         arrived = gpu.Event()
         arrived.record()
         self._in_flight.append(batch)
@@ -874,9 +1084,11 @@ class SimulatedEngine:
 
 
 def drive(engine: SimulatedEngine, ahead: int) -> int:
-    """Serve all requests, with up to `ahead` steps planned before the tokens of the one before are known (0: none).
+    """Serve all requests, with up to `ahead` steps planned before the tokens of the one before are
+    known (0: none).
 
-    The loop of `LLMEngine.step`, with async_scheduling (1) and without (0). Returns the number of steps.
+    The loop of `LLMEngine.step`, with async_scheduling (1) and without (0). Returns the number of
+    steps.
     """
     in_flight: deque[tuple[ScheduledBatch, StepInFlight]] = deque()
     while True:

@@ -1,4 +1,6 @@
-"""What is published of a solution: exercises, where every answer is a stub, and digests, by which a change is seen."""
+"""What is published of a solution: exercises, where every answer is a stub, and digests, by which a
+change is seen.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,10 @@ if TYPE_CHECKING:
 def stub_source(cell: NotebookNode) -> str:
     """What a learner finds in place of this answer cell.
 
-    metadata.minivllm.stub where there is one. Otherwise functions and methods keep decorators, signature and docstring,
-    and raise; in a cell without functions the values of `name = value` become `...`; imports stay, comments between
-    definitions do not. ValueError where the cell has something else at its top level, or the stub defines other names.
+    metadata.minivllm.stub where there is one. Otherwise functions and methods keep decorators,
+    signature and docstring, and raise; in a cell without functions the values of `name = value`
+    become `...`; imports stay, comments between definitions do not. ValueError where the cell has
+    something else at its top level, or the stub defines other names.
     """
     _, id = role(cell)
     given = cell.metadata.minivllm.get("stub")
@@ -32,7 +35,9 @@ def stub_source(cell: NotebookNode) -> str:
         parts = [_stub(node, cell.source, id, definitions) for node in tree.body]
         return _spaced(parts, tree.body)
     if (names := defined_names(given)) != defined_names(cell.source):
-        raise ValueError(f"the stub defines {sorted(names)}, the answer {sorted(defined_names(cell.source))}")
+        raise ValueError(
+            f"the stub defines {sorted(names)}, the answer {sorted(defined_names(cell.source))}"
+        )
     return given
 
 
@@ -52,15 +57,24 @@ def _stub(node: ast.stmt, source: str, id: str, definitions: bool = True, indent
             return "\n".join([*head, f'{inner}raise NotImplementedError("{id}: {STUB}")'])
         members = node.body[1:] if ast.get_docstring(node) is not None else node.body
         body = _spaced([_stub(member, source, id, True, inner) for member in members], members)
-        return "\n".join(head) + ("\n" + ("\n" if ast.get_docstring(node) else "") + body if body else "")
+        return "\n".join(head) + (
+            "\n" + ("\n" if ast.get_docstring(node) else "") + body if body else ""
+        )
     if isinstance(node, ast.Assign | ast.AnnAssign) and not definitions:
         return f"{_before_value(node)} = ..."
     docstring = (
-        isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
     )
-    if docstring or isinstance(node, ast.Import | ast.ImportFrom | ast.Assign | ast.AnnAssign | ast.Pass):
+    if docstring or isinstance(
+        node, ast.Import | ast.ImportFrom | ast.Assign | ast.AnnAssign | ast.Pass
+    ):
         return "\n".join(lines[node.lineno - 1 : node.end_lineno])
-    raise ValueError(f"`{ast.unparse(node).splitlines()[0]}` in an answer: write its stub as metadata.minivllm.stub")
+    raise ValueError(
+        f"`{ast.unparse(node).splitlines()[0]}` in an answer: write its stub as"
+        " metadata.minivllm.stub"
+    )
 
 
 def _before_value(node: ast.Assign | ast.AnnAssign) -> str:
@@ -103,31 +117,46 @@ def defined_names(source: str) -> set[str]:
             names.add(node.name)
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names |= {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
+            names |= {
+                n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)
+            }
     return names
 
 
 def names_in(source: str, context: type[ast.expr_context] = ast.Load) -> set[str]:
-    """The names that a source reads, or those that it binds (ast.Store); none where it has magics."""
+    """The names that a source reads, or those that it binds (ast.Store); none where it has
+    magics.
+    """
     try:
         nodes = list(ast.walk(ast.parse(source)))
     except SyntaxError:
         return set()
-    names = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, context)}
+    names = {
+        node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, context)
+    }
     if context is ast.Store:
         names |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-        imports = [alias for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names]
+        imports = [
+            alias
+            for node in nodes
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in node.names
+        ]
         names |= {(alias.asname or alias.name).partition(".")[0] for alias in imports}
     return names
 
 
 def make_exercises(chapter: Chapter) -> NotebookNode:
-    """The notebook that a learner gets: the solution with stubs for answers, and without outputs."""
+    """The notebook that a learner gets: the solution with stubs for answers, and without
+    outputs.
+    """
     return exercises_of(chapter.solution, chapter.name)
 
 
 def exercises_of(solution: NotebookNode, name: str) -> NotebookNode:
-    """`make_exercises` for a solution that is not in a file. name: the chapter's, which goes into the metadata."""
+    """`make_exercises` for a solution that is not in a file. name: the chapter's, which goes into
+    the metadata.
+    """
     notebook = copy.deepcopy(solution)
     notebook.metadata.minivllm = {"chapter": name}
     for cell in notebook.cells:
@@ -139,11 +168,13 @@ def exercises_of(solution: NotebookNode, name: str) -> NotebookNode:
     return notebook
 
 
-# --- digests ----------------------------------------------------------------------------------------------------------
+# --- digests --------------------------------------------------------------------------------------
 
 
 def digests(solution: NotebookNode) -> dict[str, str]:
-    """A digest of every code cell, by its id: of checks with what they printed, of answers only of their stubs."""
+    """A digest of every code cell, by its id: of checks with what they printed, of answers only of
+    their stubs.
+    """
     found = {}
     for cell in solution.cells:
         kind, _ = role(cell)
@@ -160,23 +191,31 @@ def digests(solution: NotebookNode) -> dict[str, str]:
 
 
 def require_published(chapter: Chapter) -> None:
-    """ChangedSolutionError where a code cell of the solution is not as it was published; it names them all.
+    """ChangedSolutionError where a code cell of the solution is not as it was published; it names
+    them all.
 
     A chapter without digests is taken as it is.
     """
     if not chapter.digests.exists():
         return
-    published, now = json.loads(chapter.digests.read_text(encoding="utf-8")), digests(chapter.solution)
+    published, now = (
+        json.loads(chapter.digests.read_text(encoding="utf-8")),
+        digests(chapter.solution),
+    )
     cells = {cell.id: role(cell) for cell in chapter.solution.cells}
     changed = []
     for name in published | now:
         if published.get(name) != now.get(name):
             kind, id = cells.get(name, ("given", ""))
-            of = {"check": f"the check of {id}", "exercise": f"the names or signatures in the answer to {id}"}
+            of = {
+                "check": f"the check of {id}",
+                "exercise": f"the names or signatures in the answer to {id}",
+            }
             changed.append(of.get(kind, f"the cell {name!r}"))
     if changed:
         name = f"solutions/{chapter.name}.ipynb"
         raise ChangedSolutionError(
-            f"{name} is not as it was published ({', '.join(changed)}), and answers are checked by it. "
-            f"Restore it: git checkout -- {name} (its authors: python -m minivllm.course.authoring stubs)"
+            f"{name} is not as it was published ({', '.join(changed)}), and answers are checked by"
+            f" it. Restore it: git checkout -- {name} (its authors: python -m"
+            " minivllm.course.authoring stubs)"
         )

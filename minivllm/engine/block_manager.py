@@ -1,8 +1,10 @@
-"""The block manager: which sequence owns which KV blocks, and which blocks can be shared. Plain Python, no tensors.
+"""The block manager: which sequence owns which KV blocks, and which blocks can be shared. Plain
+Python, no tensors.
 
-The KV cache is an array of blocks of `block_size` tokens. A sequence's `block_table` lists its blocks in order, so
-its token at position p lies in ``block_table[p // block_size]`` at offset ``p % block_size``
-(PagedAttention: Kwon et al., 2023, arXiv 2309.06180). Taught in notebooks/04_block_manager.ipynb.
+The KV cache is an array of blocks of `block_size` tokens. A sequence's `block_table` lists its
+blocks in order, so its token at position p lies in ``block_table[p // block_size]`` at offset
+``p % block_size`` (PagedAttention: Kwon et al., 2023, arXiv 2309.06180). Taught in
+notebooks/04_block_manager.ipynb.
 
 A block is in one of three states:
 
@@ -10,9 +12,10 @@ A block is in one of three states:
     cached  ref_count == 0, but its content is known by hash: free to take, worth keeping
     free    ref_count == 0, content unknown
 
-Prefix caching: a full block is registered under a hash of its tokens chained to the hash of the block before it, so
-that equal hashes mean equal *prefixes*; keys and values depend on all that came before. Shared blocks are full, hence
-never written again, and so need no copy-on-write: a sequence appends only to blocks of its own."""
+Prefix caching: a full block is registered under a hash of its tokens chained to the hash of the
+block before it, so that equal hashes mean equal *prefixes*; keys and values depend on all that came
+before. Shared blocks are full, hence never written again, and so need no copy-on-write: a sequence
+appends only to blocks of its own."""
 
 from array import array
 from collections import OrderedDict
@@ -25,7 +28,9 @@ from minivllm.engine.sequence import PENDING, Sequence
 
 
 def hash_block(previous_hash: int | None, token_ids: SequenceOf[int]) -> int:
-    """Hash of a block's tokens, chained to the hash of the block before it (None for the first). 128 bits."""
+    """Hash of a block's tokens, chained to the hash of the block before it (None for the first).
+    128 bits.
+    """
     hasher = xxhash.xxh3_128()
     if previous_hash is not None:
         hasher.update(previous_hash.to_bytes(16, "little"))
@@ -37,17 +42,24 @@ def hash_block(previous_hash: int | None, token_ids: SequenceOf[int]) -> int:
 class Block:
     block_id: int
     ref_count: int = 0
-    block_hash: int | None = None  # set, with the tokens behind it, when the block is registered in the prefix cache
+    block_hash: int | None = (
+        None  # set, with the tokens behind it, when the block is registered in the prefix cache
+    )
     token_ids: tuple[int, ...] = ()
 
 
 class BlockManager:
-    """Hands out blocks, shares full ones, and keeps freed ones for reuse until their space is needed."""
+    """Hands out blocks, shares full ones, and keeps freed ones for reuse until their space is
+    needed.
+    """
 
-    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True
+    ) -> None:
         self.block_size, self.enable_prefix_caching = block_size, enable_prefix_caching
         self.blocks = [Block(block_id) for block_id in range(num_blocks)]
-        #: Blocks with ref_count 0 in order of eviction: content unknown first, then least recently used.
+        #: Blocks with ref_count 0 in order of eviction: content unknown first, then least recently
+        #: used.
         self.free_blocks: OrderedDict[int, None] = OrderedDict((i, None) for i in range(num_blocks))
         self.hash_to_block: dict[int, int] = {}
 
@@ -72,8 +84,8 @@ class BlockManager:
     def find_cached_prefix(self, seq: Sequence) -> list[int]:
         """Block ids of the longest cached prefix of seq. Changes no block.
 
-        The prefix ends at the first miss, whatever is cached beyond it, and leaves at least the last token of seq to
-        compute: without that token there would be no logits to sample from.
+        The prefix ends at the first miss, whatever is cached beyond it, and leaves at least the
+        last token of seq to compute: without that token there would be no logits to sample from.
         """
         if not self.enable_prefix_caching or seq.params.prompt_logprobs is not None:
             return []
@@ -81,7 +93,9 @@ class BlockManager:
         self.extend_hashes(seq)
         for index in range((seq.num_tokens - 1) // self.block_size):
             block_id = self.hash_to_block.get(seq.block_hashes[index])
-            if block_id is None or self.blocks[block_id].token_ids != self._tokens_of_block(seq, index):
+            if block_id is None or self.blocks[block_id].token_ids != self._tokens_of_block(
+                seq, index
+            ):
                 break
             found.append(block_id)
         return found
@@ -89,13 +103,14 @@ class BlockManager:
     def allocate(self, seq: Sequence, num_tokens: int, cached_prefix: SequenceOf[int] = ()) -> bool:
         """Grow seq's block table until it holds num_tokens tokens; all or nothing.
 
-        cached_prefix, from `find_cached_prefix`, comes first in the table of a sequence that has none yet.
-        Returns False, and changes nothing, when there are too few free blocks.
+        cached_prefix, from `find_cached_prefix`, comes first in the table of a sequence that has
+        none yet. Returns False, and changes nothing, when there are too few free blocks.
         """
         num_new = self.num_blocks_for(num_tokens) - len(seq.block_table) - len(cached_prefix)
         if num_new <= 0 and not cached_prefix:
             return True
-        # A cached block that nobody uses is counted as free; taking it for the prefix makes it unavailable.
+        # A cached block that nobody uses is counted as free; taking it for the prefix makes it
+        # unavailable.
         num_revived = sum(self.blocks[i].ref_count == 0 for i in cached_prefix)
         if num_new + num_revived > len(self.free_blocks):
             return False
@@ -111,21 +126,27 @@ class BlockManager:
         return True
 
     def register_computed(self, seq: Sequence, start: int, end: int) -> None:
-        """Tell the cache that seq's tokens from position start to end are computed: its full blocks can be shared."""
+        """Tell the cache that seq's tokens from position start to end are computed: its full blocks
+        can be shared.
+        """
         first, last = start // self.block_size, end // self.block_size
         if first == last or not self.enable_prefix_caching:
             return
         self.extend_hashes(seq)
         for index in range(first, last):
             block, block_hash = self.blocks[seq.block_table[index]], seq.block_hashes[index]
-            # Two sequences may compute equal blocks side by side; the first one registered serves both.
+            # Two sequences may compute equal blocks side by side; the first one registered serves
+            # both.
             if block.block_hash is None and block_hash not in self.hash_to_block:
                 block.block_hash, block.token_ids = block_hash, self._tokens_of_block(seq, index)
                 self.hash_to_block[block_hash] = block.block_id
 
     def free(self, seq: Sequence) -> None:
-        """Give back all blocks of seq. Registered ones stay in the cache until their space is needed."""
-        # Backwards, so that the end of a prefix is evicted before its beginning: a tail is useless without its head.
+        """Give back all blocks of seq. Registered ones stay in the cache until their space is
+        needed.
+        """
+        # Backwards, so that the end of a prefix is evicted before its beginning: a tail is useless
+        # without its head.
         for block_id in reversed(seq.block_table):
             block = self.blocks[block_id]
             block.ref_count -= 1
@@ -139,7 +160,9 @@ class BlockManager:
         """Bring seq.block_hashes up to all full blocks of known tokens."""
         for index in range(len(seq.block_hashes), seq.num_tokens // self.block_size):
             token_ids = self._tokens_of_block(seq, index)
-            if token_ids[-1] == PENDING:  # planned one step ahead, the last two tokens may both be unknown
+            if (
+                token_ids[-1] == PENDING
+            ):  # planned one step ahead, the last two tokens may both be unknown
                 break
             previous = seq.block_hashes[-1] if seq.block_hashes else None
             seq.block_hashes.append(hash_block(previous, token_ids))
@@ -153,21 +176,37 @@ class BlockManager:
         """Raise AssertionError unless every invariant holds. sequences: all that may own blocks."""
         references = [0] * self.num_blocks
         for seq in sequences:
-            assert len(set(seq.block_table)) == len(seq.block_table), f"sequence {seq.seq_id} lists a block twice"
-            assert len(seq.block_table) * self.block_size >= seq.num_computed_tokens, "computed tokens without a block"
+            assert len(set(seq.block_table)) == len(seq.block_table), (
+                f"sequence {seq.seq_id} lists a block twice"
+            )
+            assert len(seq.block_table) * self.block_size >= seq.num_computed_tokens, (
+                "computed tokens without a block"
+            )
             for block_id in seq.block_table:
                 references[block_id] += 1
         for block in self.blocks:
-            assert block.ref_count == references[block.block_id], f"block {block.block_id}: wrong reference count"
-            assert (block.ref_count == 0) == (block.block_id in self.free_blocks), f"block {block.block_id}: leaked"
+            assert block.ref_count == references[block.block_id], (
+                f"block {block.block_id}: wrong reference count"
+            )
+            assert (block.ref_count == 0) == (block.block_id in self.free_blocks), (
+                f"block {block.block_id}: leaked"
+            )
             if block.block_hash is None:
                 assert block.token_ids == (), f"block {block.block_id}: tokens without a hash"
             else:
-                assert self.hash_to_block[block.block_hash] == block.block_id, "a registered block is not in the table"
-                assert len(block.token_ids) == self.block_size, "a block that is not full was registered"
-                assert PENDING not in block.token_ids, "a block with an unknown token was registered"
+                assert self.hash_to_block[block.block_hash] == block.block_id, (
+                    "a registered block is not in the table"
+                )
+                assert len(block.token_ids) == self.block_size, (
+                    "a block that is not full was registered"
+                )
+                assert PENDING not in block.token_ids, (
+                    "a block with an unknown token was registered"
+                )
         for block_hash, block_id in self.hash_to_block.items():
-            assert self.blocks[block_id].block_hash == block_hash, "the hash of an evicted block is still in the table"
+            assert self.blocks[block_id].block_hash == block_hash, (
+                "the hash of an evicted block is still in the table"
+            )
 
     def _tokens_of_block(self, seq: Sequence, index: int) -> tuple[int, ...]:
         return tuple(seq.token_ids[index * self.block_size : (index + 1) * self.block_size])

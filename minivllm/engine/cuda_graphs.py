@@ -1,12 +1,16 @@
-"""CUDA graphs of the decode step: from the slots of the running sequences to their next tokens in one launch.
+"""CUDA graphs of the decode step: from the slots of the running sequences to their next tokens in
+one launch.
 
-A decode step is some hundred small kernels; launched one by one from Python they take longer than they run. A graph
-is recorded once for each of a few batch sizes and then replayed whole. Its addresses are fixed, so what changes from
-step to step lies in tensors that stay (`DecodeState`): block tables, positions, last tokens. The graph reads them,
-advances them itself, and the CPU sends only which slots run, and blocks that are new.
+A decode step is some hundred small kernels; launched one by one from Python they take longer than
+they run. A graph is recorded once for each of a few batch sizes and then replayed whole. Its
+addresses are fixed, so what changes from step to step lies in tensors that stay (`DecodeState`):
+block tables, positions, last tokens. The graph reads them, advances them itself, and the CPU sends
+only which slots run, and blocks that are new.
 
-A batch is padded to the next recorded size. A padded row stands for the spare slot: its context is 0 tokens long and
-its K and V are written nowhere (slot_mapping -1), so it can harm nobody. Taught in notebooks/08_cuda_graphs.ipynb."""
+A batch is padded to the next recorded size. A padded row stands for the spare slot: its context is
+0 tokens long and its K and V are written nowhere (slot_mapping -1), so it can harm nobody. Taught
+in notebooks/08_cuda_graphs.ipynb.
+"""
 
 from __future__ import annotations
 
@@ -35,51 +39,83 @@ class DecodeState:
         table = torch.zeros(num_slots + 1, max_blocks, dtype=torch.int32, device=device)
         return DecodeState(table, *torch.zeros(2, num_slots + 1, dtype=torch.int64, device=device))
 
-    def decode_metadata(self, slots: torch.Tensor, block_size: int, max_seq_len: int) -> AttentionMetadata:
-        """One token for each of slots [B] int64, at its position. max_seq_len: an upper bound for all of them."""
+    def decode_metadata(
+        self, slots: torch.Tensor, block_size: int, max_seq_len: int
+    ) -> AttentionMetadata:
+        """One token for each of slots [B] int64, at its position. max_seq_len: an upper bound for
+        all of them.
+        """
         is_real, position = slots < len(self.position) - 1, self.position[slots]
         block_table = self.block_table[slots]
         block = block_table.gather(1, (position // block_size)[:, None])[:, 0]
         return AttentionMetadata(
             query_start_loc=torch.arange(len(slots) + 1, dtype=torch.int32, device=slots.device),
-            seq_lens=torch.where(is_real, position + 1, 0).int(), block_table=block_table,
+            seq_lens=torch.where(is_real, position + 1, 0).int(),
+            block_table=block_table,
             slot_mapping=torch.where(is_real, block * block_size + position % block_size, -1),
-            num_decodes=len(slots), max_query_len=1, max_seq_len=max_seq_len, max_decode_seq_len=max_seq_len,
-        )  # fmt: skip
+            num_decodes=len(slots),
+            max_query_len=1,
+            max_seq_len=max_seq_len,
+            max_decode_seq_len=max_seq_len,
+        )
 
     def set_last_token(self, slots: torch.Tensor, token_ids: torch.Tensor) -> None:
-        """Of `NOT_A_TOKEN` only the low word, a valid id, is kept: views and one write, no kernel to replace it."""
+        """Of `NOT_A_TOKEN` only the low word, a valid id, is kept: views and one write, no kernel
+        to replace it.
+        """
         _low_words(self.last_token)[slots] = _low_words(token_ids)
 
     def advance(self, slots: torch.Tensor, token_ids: torch.Tensor) -> None:
         """Each slot has got a token; the spare one stays at position 0."""
         self.set_last_token(slots, token_ids)
-        self.position[slots] = torch.where(slots < len(self.position) - 1, self.position[slots] + 1, 0)
+        self.position[slots] = torch.where(
+            slots < len(self.position) - 1, self.position[slots] + 1, 0
+        )
 
 
 def _low_words(numbers: torch.Tensor) -> torch.Tensor:
-    """[N] int64 -> [N] int32, a view of the lower halves (machines that run torch are little-endian)."""
+    """[N] int64 -> [N] int32, a view of the lower halves (machines that run torch are
+    little-endian).
+    """
     return numbers.contiguous().view(torch.int32).view(-1, 2)[:, 0]
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Batch sizes to record: close together where steps are short; above 64 at most a quarter of a step is padding."""
-    sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 129, 16), *range(160, 257, 32), *range(320, 1025, 64)]
+    """Batch sizes to record: close together where steps are short; above 64 at most a quarter of a
+    step is padding.
+    """
+    sizes = [
+        1,
+        2,
+        4,
+        *range(8, 65, 8),
+        *range(80, 129, 16),
+        *range(160, 257, 32),
+        *range(320, 1025, 64),
+    ]
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 
 class DecodeGraphs:
-    """Recorded decode steps. step: slots [B] int64 -> (token ids [B], hidden states [B, hidden_size]) on the GPU."""
+    """Recorded decode steps. step: slots [B] int64 -> (token ids [B], hidden states [B,
+    hidden_size]) on the GPU.
+    """
 
-    def __init__(self, step: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], sizes: Sequence[int],
-                 spare_slot: int, device: torch.device) -> None:  # fmt: skip
+    def __init__(
+        self,
+        step: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+        sizes: Sequence[int],
+        spare_slot: int,
+        device: torch.device,
+    ) -> None:
         self.sizes, self.spare_slot = list(sizes), spare_slot
         self._slots = torch.full((max(sizes),), spare_slot, dtype=torch.int64, device=device)
         self._padded: list[int] = []  # what `_slots` holds
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
         before = torch.cuda.mem_get_info(device)[0]
         pool = torch.cuda.graph_pool_handle()
-        # Garbage collected during a recording may be another engine's, whose release would invalidate the recording.
+        # Garbage collected during a recording may be another engine's, whose release would
+        # invalidate the recording.
         gc.collect()
         was_enabled = gc.isenabled()
         gc.disable()
@@ -94,9 +130,13 @@ class DecodeGraphs:
             if was_enabled:
                 gc.enable()
         torch.cuda.synchronize(device)
-        self.memory_bytes = max(0, before - torch.cuda.mem_get_info(device)[0])  # of the GPU, for the recordings
+        self.memory_bytes = max(
+            0, before - torch.cuda.mem_get_info(device)[0]
+        )  # of the GPU, for the recordings
 
-    def _record(self, step: Callable, size: int, pool: tuple[int, int]) -> tuple[torch.cuda.CUDAGraph, ...]:
+    def _record(
+        self, step: Callable, size: int, pool: tuple[int, int]
+    ) -> tuple[torch.cuda.CUDAGraph, ...]:
         step(self._slots[:size])  # compiles kernels, which a recording must not
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on using the GPU: NCCL's, which looks after the collectives, does.
@@ -105,7 +145,9 @@ class DecodeGraphs:
         return graph, *outputs
 
     def release(self) -> None:
-        """Destroy the recordings. What they hold, NCCL's communicators above all, cannot end before them."""
+        """Destroy the recordings. What they hold, NCCL's communicators above all, cannot end before
+        them.
+        """
         for graph, *_ in self._graphs.values():
             graph.reset()
         self._graphs.clear()

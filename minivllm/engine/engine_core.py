@@ -1,10 +1,14 @@
-"""The engine's core: sequences of token ids in, token ids out. Plans steps, runs them, brings their results.
+"""The engine's core: sequences of token ids in, token ids out. Plans steps, runs them, brings their
+results.
 
-It knows no text and no callers. `step` returns, for each sequence, the new tokens and perhaps an end; whoever drives
-the core (`LLMEngine`) keeps what has come out. So the core is disposable: `restart` builds queues, slots and blocks
-anew from sequences that are given to it, wherever the step before was cut short.
+It knows no text and no callers. `step` returns, for each sequence, the new tokens and perhaps an
+end; whoever drives the core (`LLMEngine`) keeps what has come out. So the core is disposable:
+`restart` builds queues, slots and blocks anew from sequences that are given to it, wherever the
+step before was cut short.
 
-With tensor_parallel_size > 1 every rank runs a core like this one on its share of the model; see launch.py."""
+With tensor_parallel_size > 1 every rank runs a core like this one on its share of the model; see
+launch.py.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +46,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EnginePieces:
-    """What an engine is made of; your own in place of the package's. kernels: None chooses them by the backend."""
+    """What an engine is made of; your own in place of the package's. kernels: None chooses them by
+    the backend.
+    """
 
     kernels: Kernels | None = None
     block_manager_cls: Callable[..., BlockManager] = BlockManager
@@ -57,9 +63,13 @@ class SequenceOutput:
 
     seq_id: int
     token_ids: list[int]
-    finish_reason: str | None = None  # "stop", "length", or "error": the model's numbers were not finite
+    finish_reason: str | None = (
+        None  # "stop", "length", or "error": the model's numbers were not finite
+    )
     stop_reason: int | None = None  # the stop token of the request that ended it
-    logprobs: TokenLogprobs | None = None  # of the step; those of token_ids[i] stand in row `row + i`
+    logprobs: TokenLogprobs | None = (
+        None  # of the step; those of token_ids[i] stand in row `row + i`
+    )
     row: int = 0
 
 
@@ -68,21 +78,31 @@ class StepOutput:
     """What a step brought. All lists may be empty."""
 
     start_time: float  # of the step that was planned, in seconds of time.perf_counter
-    admitted: list[tuple[int, int]] = field(default_factory=list)  # (seq_id, tokens from the prefix cache)
+    admitted: list[tuple[int, int]] = field(
+        default_factory=list
+    )  # (seq_id, tokens from the prefix cache)
     outputs: list[SequenceOutput] = field(default_factory=list)
     #: (seq_id, position of the first token, logprobs of the prompt's tokens from there on)
     prompt_logprobs: list[tuple[int, int, TokenLogprobs]] = field(default_factory=list)
 
 
 class EngineCore:
-    """Scheduler, block manager, model runner and the other ranks. config: as the caller gave it, not yet resolved."""
+    """Scheduler, block manager, model runner and the other ranks. config: as the caller gave it,
+    not yet resolved.
+    """
 
     def __init__(
-        self, model_path: Path, config: EngineConfig, pieces: EnginePieces, group: TensorParallelGroup | None = None
+        self,
+        model_path: Path,
+        config: EngineConfig,
+        pieces: EnginePieces,
+        group: TensorParallelGroup | None = None,
     ) -> None:
         device = pick_device(config.device)
         self.model_path, self.model_config = model_path, load_config(model_path)
-        self.config = replace(config, device=device).resolve(self.model_config, device.partition(":")[0])
+        self.config = replace(config, device=device).resolve(
+            self.model_config, device.partition(":")[0]
+        )
         kernels = pieces.kernels
         if kernels is None:
             on_triton = self.config.attention_backend == "triton"
@@ -112,17 +132,19 @@ class EngineCore:
         self.trace = self._new_trace() if config.trace else None
         self._trace_start = 0.0
         self._token_hash = xxhash.xxh3_64()  # of every token so far
-        self._depth = int(self.config.async_scheduling)  # steps that may be under way when the next is planned
+        self._depth = int(
+            self.config.async_scheduling
+        )  # steps that may be under way when the next is planned
         self.peak_used_kv_blocks = 0
         self.scheduler = self._new_scheduler()
         self._sequences: dict[int, Sequence] = {}  # those that have not finished
         self._in_flight: deque[tuple[ScheduledBatch, StepResult, StepRecord | None]] = deque()
-        #: The objects of `StepOutput.outputs`, used again in every step: with some hundred new ones a step, Python's
-        #: collector runs a hundred times as often.
+        #: The objects of `StepOutput.outputs`, used again in every step: with some hundred new ones
+        #: a step, Python's collector runs a hundred times as often.
         self._spare_outputs: list[SequenceOutput] = []
         self._last_record: StepRecord | None = None  # of the step whose results came last
 
-    # --- sequences ------------------------------------------------------------------------------------------------
+    # --- sequences --------------------------------------------------------------------------------
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence. The caller has checked that it can be served."""
@@ -136,7 +158,9 @@ class EngineCore:
         self.add(_from_description(description))
 
     def finish(self, seq_ids: Iterable[int], reason: str, stop_reason: str | None = None) -> None:
-        """End sequences now, wherever they are, and free what they hold. Those that have ended are left alone."""
+        """End sequences now, wherever they are, and free what they hold. Those that have ended are
+        left alone.
+        """
         for seq_id in seq_ids:
             seq = self._sequences.pop(seq_id, None)
             if seq is not None and not seq.is_finished:
@@ -149,9 +173,13 @@ class EngineCore:
         """Forget the content of all blocks; False, and nothing done, while there are sequences."""
         manager = self.scheduler.block_manager
         if not hasattr(manager, "reset_prefix_cache"):
-            raise UnsupportedFeatureError(f"{type(manager).__name__} has no method reset_prefix_cache; write one.")
+            raise UnsupportedFeatureError(
+                f"{type(manager).__name__} has no method reset_prefix_cache; write one."
+            )
         if self._sequences:
-            logger.warning("The prefix cache stays: %d sequences are unfinished.", len(self._sequences))
+            logger.warning(
+                "The prefix cache stays: %d sequences are unfinished.", len(self._sequences)
+            )
             return False
         manager.reset_prefix_cache()
         self.ranks.mirror("reset_prefix_cache")
@@ -160,8 +188,9 @@ class EngineCore:
     def restart(self, sequences: Iterable[Sequence]) -> None:
         """Forget queues, slots, blocks and steps in flight, and begin anew with these sequences.
 
-        They may have output already, which is computed again. What the prefix cache knew is forgotten. Other ranks
-        cannot follow, for nobody knows where they stand: with them the engine ends.
+        They may have output already, which is computed again. What the prefix cache knew is
+        forgotten. Other ranks cannot follow, for nobody knows where they stand: with them the
+        engine ends.
         """
         if self.ranks.group.size > 1:
             self.ranks.close("A call was cut short, and with it the engine's ranks.")
@@ -178,10 +207,12 @@ class EngineCore:
     def num_used_kv_blocks(self) -> int:
         return self.config.num_kv_blocks - self.scheduler.block_manager.num_free_blocks
 
-    # --- stepping -------------------------------------------------------------------------------------------------
+    # --- stepping ---------------------------------------------------------------------------------
 
     def step(self) -> StepOutput:
-        """Plan and start a step, and bring the results of one: its own, or those of the step before it."""
+        """Plan and start a step, and bring the results of one: its own, or those of the step before
+        it.
+        """
         output = StepOutput(time.perf_counter())
         try:
             self.ranks.agree(self, self._state)
@@ -190,8 +221,11 @@ class EngineCore:
                 self._launch(batch, output)
             elif self._sequences and not self._in_flight:
                 waiting = len({seq.request_id for seq in self._sequences.values()})
-                raise SchedulerStalledError(f"Nothing was planned while {waiting} requests are unfinished.")
-            # The results of the step before this one are looked at while this one runs; without overlap, its own.
+                raise SchedulerStalledError(
+                    f"Nothing was planned while {waiting} requests are unfinished."
+                )
+            # The results of the step before this one are looked at while this one runs; without
+            # overlap, its own.
             while len(self._in_flight) > (self._depth if batch else 0):
                 self._apply(*self._in_flight.popleft(), output)
         except BaseException as error:
@@ -206,7 +240,13 @@ class EngineCore:
         output.admitted = [(seq.seq_id, seq.num_cached_tokens) for seq in batch.admitted]
         self._in_flight.append((batch, self.model_runner.execute(batch), record))
 
-    def _apply(self, batch: ScheduledBatch, result: StepResult, record: StepRecord | None, output: StepOutput) -> None:
+    def _apply(
+        self,
+        batch: ScheduledBatch,
+        result: StepResult,
+        record: StepRecord | None,
+        output: StepOutput,
+    ) -> None:
         """Bring the results of a step to the scheduler and to `output`."""
         token_ids = result.wait()
         self.ranks.group.check()
@@ -237,7 +277,9 @@ class EngineCore:
             self._last_record = record
 
     def _end_failed(self, batch: ScheduledBatch, token_ids: list[int], output: StepOutput) -> None:
-        """End the sequences whose logits were not finite, and forget what the cache holds: it may not be either."""
+        """End the sequences whose logits were not finite, and forget what the cache holds: it may
+        not be either.
+        """
         for item, token_id in zip(batch.sampled, token_ids, strict=True):
             seq = item.sequence
             if token_id == NOT_A_TOKEN and not seq.is_finished:
@@ -247,7 +289,9 @@ class EngineCore:
         self.scheduler.block_manager.reset_prefix_cache()
 
     def _state(self) -> int:
-        """A hash of the tokens so far and of what the next plan depends on: the same on every rank."""
+        """A hash of the tokens so far and of what the next plan depends on: the same on every
+        rank.
+        """
         state, scheduler = self._token_hash.copy(), self.scheduler
         plan = [seq.seq_id for seq in (*scheduler.running, *scheduler.waiting)]
         state.update(array("q", [*plan, scheduler.block_manager.num_free_blocks]).tobytes())
@@ -255,10 +299,12 @@ class EngineCore:
 
     def _new_scheduler(self) -> Scheduler:
         config, pieces = self.config, self._pieces
-        manager = pieces.block_manager_cls(config.num_kv_blocks, config.block_size, config.enable_prefix_caching)
+        manager = pieces.block_manager_cls(
+            config.num_kv_blocks, config.block_size, config.enable_prefix_caching
+        )
         return pieces.scheduler_cls(manager, config.max_num_seqs, config.max_num_batched_tokens)
 
-    # --- trace ----------------------------------------------------------------------------------------------------
+    # --- trace ------------------------------------------------------------------------------------
 
     def _new_trace(self) -> Trace:
         names = ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len")
@@ -305,7 +351,9 @@ def _from_description(description: dict[str, Any]) -> Sequence:
     return Sequence(**{**description, **read})
 
 
-def _run_rank(group: TensorParallelGroup, model_path: Path, config: EngineConfig, pieces: EnginePieces) -> None:
+def _run_rank(
+    group: TensorParallelGroup, model_path: Path, config: EngineConfig, pieces: EnginePieces
+) -> None:
     """The core of a rank that `RankProcesses` has started: it steps whenever rank 0 does."""
     core = EngineCore(model_path, config, pieces, group=group)
     while True:

@@ -1,7 +1,8 @@
-"""From what a caller gives to what the engine computes with: token ids, and parameters that can be served.
+"""From what a caller gives to what the engine computes with: token ids, and parameters that can be
+served.
 
-The only place that decides what is refused before a request exists. A refusal raises a `RequestError`
-and leaves nothing behind, so it never touches another request.
+The only place that decides what is refused before a request exists. A refusal raises a
+`RequestError` and leaves nothing behind, so it never touches another request.
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ class InputProcessor:
     """Checks and encodes requests for one model. config: resolved, with its number of KV blocks."""
 
     def __init__(
-        self, path: Path, model_config: ModelConfig, config: EngineConfig, tokenizer: Tokenizer | None
+        self,
+        path: Path,
+        model_config: ModelConfig,
+        config: EngineConfig,
+        tokenizer: Tokenizer | None,
     ) -> None:
         self.path, self.config, self.tokenizer = path, config, tokenizer
         self.vocab_size = model_config.vocab_size
@@ -69,7 +74,9 @@ class InputProcessor:
             stop_ids |= self.eos_ids
         bad_words = self._encode_bad_words(params.bad_words or ())
         self._check_choice(params, stop_ids, bad_words)
-        return EngineInput(parsed.text, token_ids, self._count_all(params), stop_ids, bad_words, max_num_tokens)
+        return EngineInput(
+            parsed.text, token_ids, self._count_all(params), stop_ids, bad_words, max_num_tokens
+        )
 
     # --- the prompt -------------------------------------------------------------------------------
 
@@ -78,17 +85,22 @@ class InputProcessor:
         token_ids = prompt.token_ids
         if token_ids is None:
             if self.tokenizer is None:
-                raise errors.TokenizerRequiredError("This engine has no tokenizer; give the prompt as token ids.")
+                raise errors.TokenizerRequiredError(
+                    "This engine has no tokenizer; give the prompt as token ids."
+                )
             token_ids = self.tokenizer.encode(prompt.text)
         if not token_ids or (min(token_ids) >= 0 and max(token_ids) < self.vocab_size):
             return token_ids
         bad = next(t for t in token_ids if not 0 <= t < self.vocab_size)
         if prompt.token_ids is not None:
-            raise errors.InvalidTokenError(f"Token id {bad} is not an integer from 0 to {self.vocab_size - 1}.")
+            raise errors.InvalidTokenError(
+                f"Token id {bad} is not an integer from 0 to {self.vocab_size - 1}."
+            )
         text = self.tokenizer.decode([bad], skip_special_tokens=False)
         raise errors.InvalidTokenError(
-            f"The tokenizer makes token {bad} of {text!r} in the prompt, and the model's vocabulary "
-            f"ends at {self.vocab_size - 1}. Leave it out, or use the tokenizer of this checkpoint."
+            f"The tokenizer makes token {bad} of {text!r} in the prompt, and the model's vocabulary"
+            f" ends at {self.vocab_size - 1}. Leave it out, or use the tokenizer of this"
+            " checkpoint."
         )
 
     def _truncate(self, token_ids: list[int], params: SamplingParams) -> list[int]:
@@ -97,7 +109,9 @@ class InputProcessor:
         if keep is None:
             return token_ids
         if keep > limit:
-            raise errors.SamplingParamsError(f"truncate_prompt_tokens={keep} is above max_model_len={limit}.")
+            raise errors.SamplingParamsError(
+                f"truncate_prompt_tokens={keep} is above max_model_len={limit}."
+            )
         return token_ids[-(limit - 1 if keep == -1 else keep) :]  # one token of output needs room
 
     def _max_num_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
@@ -153,13 +167,14 @@ class InputProcessor:
     def _encode_bad_words(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
         """Token sequences of the words: at the start of a text, and after a space.
 
-        The second form is left out where the first one finds the word behind the space. vLLM keeps it
-        only if both have as many tokens, and so lets " fox" pass where "fox" is two tokens.
+        The second form is left out where the first one finds the word behind the space. vLLM keeps
+        it only if both have as many tokens, and so lets " fox" pass where "fox" is two tokens.
         """
         found: dict[tuple[int, ...], None] = {}
         for word in words:
             plain, spaced = (
-                tuple(self.tokenizer.encode(space + word.lstrip(), add_special_tokens=False)) for space in ("", " ")
+                tuple(self.tokenizer.encode(space + word.lstrip(), add_special_tokens=False))
+                for space in ("", " ")
             )
             if not plain:
                 raise errors.SamplingParamsError(f"bad_words: {word!r} has no tokens.")
@@ -174,7 +189,10 @@ class InputProcessor:
         return tuple(found)
 
     def _check_choice(
-        self, params: SamplingParams, stop_ids: frozenset[int], bad_words: tuple[tuple[int, ...], ...]
+        self,
+        params: SamplingParams,
+        stop_ids: frozenset[int],
+        bad_words: tuple[tuple[int, ...], ...],
     ) -> None:
         """Raise if a step might come at which no token may be chosen."""
         allowed = None if params.allowed_token_ids is None else set(params.allowed_token_ids)
@@ -199,8 +217,9 @@ def in_our_order(prompt: Any, params: Any, request_id: Any) -> tuple[Any, Any, s
         prompt, params, request_id = params, request_id, prompt
     elif isinstance(params, str):
         raise errors.RequestError(
-            "add_request takes (prompt, params, request_id), or vLLM's (request_id, prompt, params); "
-            f"got the texts {prompt!r} and {params!r} without a SamplingParams after them."
+            "add_request takes (prompt, params, request_id), or vLLM's (request_id, prompt,"
+            f" params); got the texts {prompt!r} and {params!r} without a SamplingParams after"
+            " them."
         )
     if request_id is not None and not isinstance(request_id, str):
         raise errors.RequestError(f"A request id is a string, not {request_id!r}.")

@@ -1,4 +1,5 @@
-"""The engine: requests in, steps, outputs out. `LLM` (minivllm/llm.py) is the friendly face of this.
+"""The engine: requests in, steps, outputs out. `LLM` (minivllm/llm.py) is the friendly face of
+this.
 
 For a loop of one's own::
 
@@ -8,10 +9,12 @@ For a loop of one's own::
         for output in engine.step():           # one forward pass for everything that is running
             print(output.request_id, output.outputs[0].text)
 
-Three parts in one thread: `EngineCore` computes tokens, `OutputProcessor` makes texts of them, and this class checks
-requests and passes on. It can be cut short anywhere, by Ctrl-C, an error in a callback or a lack of memory: the next
-call begins with `_recover`, which builds the core anew from what is known of the requests. So no place in the code
-needs care of its own, and nothing is lost but the work of the step. Taught in notebooks/07_engine.ipynb."""
+Three parts in one thread: `EngineCore` computes tokens, `OutputProcessor` makes texts of them, and
+this class checks requests and passes on. It can be cut short anywhere, by Ctrl-C, an error in a
+callback or a lack of memory: the next call begins with `_recover`, which builds the core anew from
+what is known of the requests. So no place in the code needs care of its own, and nothing is lost
+but the work of the step. Taught in notebooks/07_engine.ipynb.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,8 @@ class EngineMetrics(SchedulerStats):
 def _changes_engine(method: Callable) -> Callable:
     """A method that changes the engine: for one thread at a time, and safe to cut short.
 
-    `_is_cut_short` stands from the beginning to the end of such a method. Whoever finds it standing recovers first.
+    `_is_cut_short` stands from the beginning to the end of such a method. Whoever finds it standing
+    recovers first.
     """
 
     @functools.wraps(method)
@@ -87,9 +91,10 @@ def _changes_engine(method: Callable) -> Callable:
 class LLMEngine:
     """Continuous batching over one model.
 
-    model: None (the bundled one), a directory, or a Hugging Face hub id. options: the fields of `EngineConfig`.
-    kernels, block_manager_cls, scheduler_cls, model_cls, build_batch: your own pieces in place of the package's.
-    group: of ranks that have met already; otherwise tensor_parallel_size > 1 starts them, or finds torchrun's.
+    model: None (the bundled one), a directory, or a Hugging Face hub id. options: the fields of
+    `EngineConfig`. kernels, block_manager_cls, scheduler_cls, model_cls, build_batch: your own
+    pieces in place of the package's. group: of ranks that have met already; otherwise
+    tensor_parallel_size > 1 starts them, or finds torchrun's.
     """
 
     def __init__(
@@ -107,19 +112,27 @@ class LLMEngine:
         pieces = EnginePieces(kernels, block_manager_cls, scheduler_cls, model_cls, build_batch)
         config = EngineConfig.from_options(options)
         self.model_path = BUNDLED_MODEL_PATH if model is None else resolve_model_path(model)
-        load_config(self.model_path)  # what is no model directory is said so, before its tokenizer is missed
+        load_config(
+            self.model_path
+        )  # what is no model directory is said so, before its tokenizer is missed
         self.tokenizer = None if config.skip_tokenizer_init else Tokenizer(self.model_path)
         self.core = EngineCore(self.model_path, config, pieces, group)
         self.model_config, self.config = self.core.model_config, self.core.config
-        self.input_processor = InputProcessor(self.model_path, self.model_config, self.config, self.tokenizer)
+        self.input_processor = InputProcessor(
+            self.model_path, self.model_config, self.config, self.tokenizer
+        )
         self.processor = OutputProcessor()
         self._requests = self.processor.requests
-        self.collector = OutputCollector()  # of the requests for which nobody else waits: `step` returns their outputs
+        self.collector = (
+            OutputCollector()
+        )  # of the requests for which nobody else waits: `step` returns their outputs
         self._request_numbers = itertools.count()
         self._step_time = 0.0
         self._is_cut_short = False
         self._is_closed = False
-        self._inside: dict[str, int] = {}  # "thread" -> the one that is in a method which changes the engine
+        self._inside: dict[
+            str, int
+        ] = {}  # "thread" -> the one that is in a method which changes the engine
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs) -> LLMEngine:
@@ -139,7 +152,7 @@ class LLMEngine:
     def trace(self) -> Trace | None:
         return self.core.trace
 
-    # --- requests -------------------------------------------------------------------------------------------------
+    # --- requests ---------------------------------------------------------------------------------
 
     def add_request(
         self,
@@ -148,22 +161,27 @@ class LLMEngine:
         request_id: str | None = None,
         collector: OutputCollector | None = None,
     ) -> str:
-        """Queue a request and return its id. prompt: text, token ids, or a dict as in vLLM (`TextPrompt`, ...).
+        """Queue a request and return its id. prompt: text, token ids, or a dict as in vLLM
+        (`TextPrompt`, ...).
 
-        params: None takes the checkpoint's own. collector: who waits for its outputs; None: whoever calls `step`.
-        Raises a `RequestError` for a request that can never be served; nothing else is affected by it.
-        vLLM's order of arguments, (request_id, prompt, params), is understood.
+        params: None takes the checkpoint's own. collector: who waits for its outputs; None: whoever
+        calls `step`. Raises a `RequestError` for a request that can never be served; nothing else
+        is affected by it. vLLM's order of arguments, (request_id, prompt, params), is understood.
         """
         self._check_open()
         prompt, params, request_id = in_our_order(prompt, params, request_id)
         if request_id in self._requests:
-            raise errors.RequestError(f"Request id {request_id!r} is in use; finish or abort that request first.")
+            raise errors.RequestError(
+                f"Request id {request_id!r} is in use; finish or abort that request first."
+            )
         checked = self.input_processor.process(prompt, params)
         return self._add(request_id, checked, collector or self.collector)
 
     @_changes_engine
     def _add(self, request_id: str | None, checked: EngineInput, collector: OutputCollector) -> str:
-        number = next(self._request_numbers)  # of served requests: seeds derived from it do not depend on refused ones
+        number = next(
+            self._request_numbers
+        )  # of served requests: seeds derived from it do not depend on refused ones
         if request_id is None:
             # A caller may have used the number as an id of its own.
             taken = str(number) in self._requests
@@ -187,7 +205,8 @@ class LLMEngine:
     def abort_request(self, request_id: str | Iterable[str]) -> None:
         """End requests now; the next `step` returns what they have, with finish_reason "abort".
 
-        Ids of requests that have finished, or never were, are ignored: a request may finish while one decides.
+        Ids of requests that have finished, or never were, are ignored: a request may finish while
+        one decides.
         """
         self._check_open()
         self._abort([request_id] if isinstance(request_id, str) else list(request_id))
@@ -201,7 +220,9 @@ class LLMEngine:
 
     @_changes_engine
     def drop_abandoned(self) -> None:
-        """End and forget the requests that nobody waits for any more: an interrupt took away who did."""
+        """End and forget the requests that nobody waits for any more: an interrupt took away who
+        did.
+        """
         for request in list(self._requests.values()):
             if request.collector.is_abandoned:
                 if not request.is_finished:
@@ -209,7 +230,8 @@ class LLMEngine:
                 self.processor.forget(request)
 
     def _end_aborted(self, request: Request) -> None:
-        request.ends_with = "abort"  # the intention first: should this be cut short, `_recover` carries it out
+        # the intention first: should this be cut short, `_recover` carries it out
+        request.ends_with = "abort"
         self.core.finish(self.processor.end(request), "abort")
 
     def has_unfinished_requests(self) -> bool:
@@ -219,10 +241,12 @@ class LLMEngine:
     def get_num_unfinished_requests(self) -> int:
         return sum(not request.is_finished for request in self._requests.values())
 
-    # --- stepping -------------------------------------------------------------------------------------------------
+    # --- stepping ---------------------------------------------------------------------------------
 
     def step(self) -> list[RequestOutput]:
-        """Compute one step for everything that is running; returns the requests that have something to report."""
+        """Compute one step for everything that is running; returns the requests that have something
+        to report.
+        """
         self.advance()
         return self.collect(self.collector)
 
@@ -249,14 +273,18 @@ class LLMEngine:
 
     @_changes_engine
     def reset_prefix_cache(self) -> bool:
-        """Forget the content of all KV blocks. False, and nothing done, while requests are unfinished.
+        """Forget the content of all KV blocks. False, and nothing done, while requests are
+        unfinished.
 
-        Raises `UnsupportedFeatureError` for a block manager of your own without `reset_prefix_cache`.
+        Raises `UnsupportedFeatureError` for a block manager of your own without
+        `reset_prefix_cache`.
         """
         return self.core.reset_prefix_cache()
 
     def close(self) -> None:
-        """Let go of model and cache, and end the other ranks, if there are any; this engine cannot step any more."""
+        """Let go of model and cache, and end the other ranks, if there are any; this engine cannot
+        step any more.
+        """
         self._is_closed = True
         self.core.close()
         self.core.model_runner.release()
@@ -277,12 +305,14 @@ class LLMEngine:
             step_time=self._step_time,
         )
 
-    # --- one thread, and interrupts -------------------------------------------------------------------------------
+    # --- one thread, and interrupts ---------------------------------------------------------------
 
     def _enter(self) -> None:
         """Note which thread is inside; raises `ConcurrentUseError` where another one is."""
         me = threading.get_ident()
-        owner = self._inside.setdefault("thread", me)  # one operation of the interpreter: only one thread sets it
+        owner = self._inside.setdefault(
+            "thread", me
+        )  # one operation of the interpreter: only one thread sets it
         if owner == me:
             return
         if owner in sys._current_frames():
@@ -294,15 +324,19 @@ class LLMEngine:
             raise errors.EngineEndedError("This engine has been closed. Make a new one.")
 
     def _recover_if_cut_short(self) -> None:
-        if self._is_cut_short and threading.get_ident() == self._inside.get("thread", threading.get_ident()):
+        if self._is_cut_short and threading.get_ident() == self._inside.get(
+            "thread", threading.get_ident()
+        ):
             self._recover()
 
     def _recover(self) -> None:
-        """A method was cut short: build the core anew from the requests. May be cut short itself, and called again."""
+        """A method was cut short: build the core anew from the requests. May be cut short itself,
+        and called again.
+        """
         self.core.restart(self.processor.settle())
         self._is_cut_short = False
 
-    # --- sequences ------------------------------------------------------------------------------------------------
+    # --- sequences --------------------------------------------------------------------------------
 
     def _new_sequence(self, checked: EngineInput, request: Request, index: int) -> EngineSequence:
         """The sequence of one completion, with the tokens that it has so far."""
@@ -310,7 +344,8 @@ class LLMEngine:
         return EngineSequence(
             completion.seq_id,
             [*request.prompt_token_ids, *completion.token_ids],
-            # Only the first completion computes the prompt's logprobs; the others may share its blocks.
+            # Only the first completion computes the prompt's logprobs; the others may share its
+            # blocks.
             params if index == 0 else replace(params, prompt_logprobs=None),
             checked.stop_ids,
             max_num_tokens=checked.max_num_tokens,
@@ -322,7 +357,9 @@ class LLMEngine:
         )
 
     def _seed(self, seed: int | None, number: int, index: int) -> int:
-        """The key of a sequence's random numbers: the request's seed, or one from the engine's seed and the arrival."""
+        """The key of a sequence's random numbers: the request's seed, or one from the engine's seed
+        and the arrival.
+        """
         if seed is not None and index == 0:
             return seed % (1 << 63)
         origin = f"request {seed}" if seed is not None else f"engine {self.config.seed} {number}"

@@ -1,9 +1,10 @@
-"""What an engine's start takes of the memory, what there is, and a typed error where it does not fit.
+"""What an engine's start takes of the memory, what there is, and a typed error where it does not
+fit.
 
-Asked for more than there is, a CPU does one of three things: torch raises a RuntimeError that names a
-line of C++, the system promises the memory and kills the process when it is written, or Python builds
-objects for minutes. So the sum is made before anything is allocated. A GPU says clearly when it is
-full; of its engine only what the CPU holds is counted here.
+Asked for more than there is, a CPU does one of three things: torch raises a RuntimeError that names
+a line of C++, the system promises the memory and kills the process when it is written, or Python
+builds objects for minutes. So the sum is made before anything is allocated. A GPU says clearly when
+it is full; of its engine only what the CPU holds is counted here.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ GIB = 1 << 30
 SLOT_BYTES, BLOCK_BYTES = 160, 256
 
 
-def check_memory(model: ModelConfig, config: EngineConfig, num_ranks: int, cache_bytes: int) -> None:
+def check_memory(
+    model: ModelConfig, config: EngineConfig, num_ranks: int, cache_bytes: int
+) -> None:
     """Raise `OutOfMemoryError` if this rank's start cannot fit into the CPU's memory.
 
-    config: resolved. cache_bytes: of this rank's KV cache; 0 where it lies on a GPU or is not known.
+    config: resolved. cache_bytes: of this rank's KV cache; 0 where it lies on a GPU or is not
+    known.
     """
     parts = {"the sequences' tables": _table_bytes(config), "the KV cache": cache_bytes}
     if config.device.partition(":")[0] == "cpu":
@@ -45,7 +49,8 @@ def check_memory(model: ModelConfig, config: EngineConfig, num_ranks: int, cache
 
 
 def available_bytes() -> int | None:
-    """What this process may still take, in bytes; None where that cannot be found out (not on Linux).
+    """What this process may still take, in bytes; None where that cannot be found out (not on
+    Linux).
 
     The least of: the machine's available memory and swap, the limit of its control group (a
     container's) and the limit of its address space (`ulimit -v`).
@@ -69,9 +74,9 @@ def typed_start_errors(device_type: str) -> Iterator[None]:
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise OutOfMemoryError(
-            f"The {device_type} has too little memory to start: lower num_kv_blocks, "
-            "gpu_memory_utilization, max_num_batched_tokens or max_num_seqs, or use a smaller dtype. "
-            f"({reason})"
+            f"The {device_type} has too little memory to start: lower num_kv_blocks,"
+            " gpu_memory_utilization, max_num_batched_tokens or max_num_seqs, or use a smaller"
+            f" dtype. ({reason})"
         ) from error
 
 
@@ -81,7 +86,12 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    texts = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "calculation overflowed")
+    texts = (
+        "can't allocate memory",
+        "not enough memory",
+        "Cannot allocate memory",
+        "calculation overflowed",
+    )
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
@@ -94,7 +104,9 @@ def _table_bytes(config: EngineConfig) -> int:
 
 def _advice(largest: str, config: EngineConfig) -> str:
     if largest == "the weights":
-        smaller = "" if config.dtype != "float32" else " or dtype='bfloat16', which is half as large"
+        smaller = (
+            "" if config.dtype != "float32" else " or dtype='bfloat16', which is half as large"
+        )
         return f"Use a smaller model{smaller}"
     if largest == "the KV cache" and config.num_kv_blocks:
         return f"Lower num_kv_blocks={config.num_kv_blocks}"
@@ -107,12 +119,16 @@ def _machine() -> int | None:
     with suppress(OSError, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         kib = {line.partition(":")[0]: int(line.split()[1]) for line in lines}
-        return (kib["MemAvailable"] + kib.get("SwapFree", 0)) * 1024 if "MemAvailable" in kib else None
+        return (
+            (kib["MemAvailable"] + kib.get("SwapFree", 0)) * 1024 if "MemAvailable" in kib else None
+        )
     return None
 
 
 def _control_group() -> int | None:
-    """The limit of the control group (version 2), less what cannot be given back of what it uses."""
+    """The limit of the control group (version 2), less what cannot be given back of what it
+    uses.
+    """
     folder = Path("/sys/fs/cgroup")
     with suppress(OSError, ValueError):
         limit = int((folder / "memory.max").read_text())  # "max" where there is none

@@ -1,4 +1,6 @@
-"""Owns model, KV cache and per-slot state; turns a planned step into tokens. Taught in notebooks/07_engine.ipynb."""
+"""Owns model, KV cache and per-slot state; turns a planned step into tokens. Taught in
+notebooks/07_engine.ipynb.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,11 @@ from minivllm.layers.attention import KVCache
 from minivllm.models.loader import load_model
 from minivllm.models.qwen3 import Qwen3ForCausalLM
 
-CPU_KV_CACHE_BYTES = 256 << 20  # on a CPU the cache has a modest size, never a share of the machine's memory
-#: Rows of logits that prompt_logprobs holds at a time: a whole prompt of a large vocabulary would be gigabytes.
+CPU_KV_CACHE_BYTES = (
+    256 << 20
+)  # on a CPU the cache has a modest size, never a share of the machine's memory
+#: Rows of logits that prompt_logprobs holds at a time: a whole prompt of a large vocabulary would
+#: be gigabytes.
 LOGIT_ROWS = 256
 
 
@@ -51,11 +56,21 @@ class ModelRunner:
 
     def __init__(
         self,
-        path: Path, model_config: ModelConfig, config: EngineConfig, kernels: Kernels, *,
-        model_cls: Callable[..., nn.Module] = Qwen3ForCausalLM, build_batch: Callable[..., BatchInputs] = build_batch,
+        path: Path,
+        model_config: ModelConfig,
+        config: EngineConfig,
+        kernels: Kernels,
+        *,
+        model_cls: Callable[..., nn.Module] = Qwen3ForCausalLM,
+        build_batch: Callable[..., BatchInputs] = build_batch,
         group: TensorParallelGroup = SINGLE,
-    ) -> None:  # fmt: skip
-        self.model_config, self.config, self.build_batch, self.group = model_config, config, build_batch, group
+    ) -> None:
+        self.model_config, self.config, self.build_batch, self.group = (
+            model_config,
+            config,
+            build_batch,
+            group,
+        )
         self.device, self.dtype = torch.device(config.device), getattr(torch, config.dtype)
         self.num_kv_heads = len(group.part(model_config.num_key_value_heads))  # this rank's
         self.graphs: DecodeGraphs | None = None
@@ -63,20 +78,39 @@ class ModelRunner:
         with self._released_on_failure(), typed_start_errors(self.device.type):
             check_memory(model_config, config, group.size, self._cpu_cache_bytes())
             self.model = load_model(
-                path, model_config, kernels, dtype=self.dtype, device=self.device, max_position=config.max_model_len,
-                load_format=config.load_format, seed=config.seed, model_cls=model_cls, group=group,
-            )  # fmt: skip
-            num_slots, max_blocks = config.max_num_seqs, -(-config.max_model_len // config.block_size)
-            #: Per slot: block ids, how many of them have been written (a step writes only the new ones), and whether
-            #: the device's state of the slot is that of the sequence in it.
+                path,
+                model_config,
+                kernels,
+                dtype=self.dtype,
+                device=self.device,
+                max_position=config.max_model_len,
+                load_format=config.load_format,
+                seed=config.seed,
+                model_cls=model_cls,
+                group=group,
+            )
+            num_slots, max_blocks = (
+                config.max_num_seqs,
+                -(-config.max_model_len // config.block_size),
+            )
+            #: Per slot: block ids, how many of them have been written (a step writes only the new
+            #: ones), and whether the device's state of the slot is that of the sequence in it.
             self._block_table = np.zeros((num_slots, max_blocks), np.int32)
             self._num_blocks = np.zeros(num_slots, np.int64)
             self._is_ready = np.zeros(num_slots, bool)
             self._state = DecodeState.empty(num_slots, max_blocks, self.device)
-            self.sampler = Sampler(config.max_num_seqs, model_config.vocab_size, kernels, self.device)
-            self.num_kv_blocks = min(group.exchange(config.num_kv_blocks or self._default_num_kv_blocks()))
+            self.sampler = Sampler(
+                config.max_num_seqs, model_config.vocab_size, kernels, self.device
+            )
+            self.num_kv_blocks = min(
+                group.exchange(config.num_kv_blocks or self._default_num_kv_blocks())
+            )
             self.kv_caches = self._allocate_kv_caches(self.num_kv_blocks)
-            self.graphs = None if config.enforce_eager else self._capture_graphs(graph_sizes(config.max_num_seqs))
+            self.graphs = (
+                None
+                if config.enforce_eager
+                else self._capture_graphs(graph_sizes(config.max_num_seqs))
+            )
 
     @contextmanager
     def _released_on_failure(self) -> Iterator[None]:
@@ -98,7 +132,9 @@ class ModelRunner:
         self.kv_caches, self.model = [], None
 
     def forget_sequences(self) -> None:
-        """No slot is anybody's. Those who get one next are admitted, and bring what is to be known of them."""
+        """No slot is anybody's. Those who get one next are admitted, and bring what is to be known
+        of them.
+        """
         self._num_blocks[:] = 0
         self._is_ready[:] = False
 
@@ -106,7 +142,9 @@ class ModelRunner:
     def kv_bytes_per_token(self) -> int:
         """Of this rank's cache, over all layers."""
         config = self.model_config
-        return 2 * config.num_hidden_layers * self.num_kv_heads * config.head_dim * self.dtype.itemsize
+        return (
+            2 * config.num_hidden_layers * self.num_kv_heads * config.head_dim * self.dtype.itemsize
+        )
 
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> StepResult:
@@ -117,9 +155,13 @@ class ModelRunner:
             self._is_ready[seq.slot] = False
         self.sampler.admit(batch.admitted)
         self._write_new_blocks(batch.items)
-        if self.graphs is not None and self._is_ready[[item.sequence.slot for item in batch.items]].all():
-            # The longest first: on an H200 attention over 256 contexts of 100 to 2000 tokens took 241 µs so, in any
-            # order 260, because no long program is left for the end. Results are those of `batch.sampled` as it is now.
+        if (
+            self.graphs is not None
+            and self._is_ready[[item.sequence.slot for item in batch.items]].all()
+        ):
+            # The longest first: on an H200 attention over 256 contexts of 100 to 2000 tokens took
+            # 241 µs so, in any order 260, because no long program is left for the end. Results are
+            # those of `batch.sampled` as it is now.
             batch.items.sort(key=lambda item: item.start, reverse=True)
             return self._replay(batch.items, [item.sequence.slot for item in batch.items])
         inputs = self._prepare(batch.items)
@@ -133,22 +175,29 @@ class ModelRunner:
         return self._result(token_ids, logprobs, self._prompt_logprobs(batch.items, hidden))
 
     def _replay(self, items: list[ScheduledSequence], slots: list[int]) -> StepResult:
-        """A step in which every sequence decodes the token that it sampled last: as a recorded graph."""
+        """A step in which every sequence decodes the token that it sampled last: as a recorded
+        graph.
+        """
         token_ids, hidden = self.graphs.replay(slots)
         logprobs = None
         if self.sampler.needs_edit(slots):
-            # The graph samples by temperature alone; where a request asks for more, sample its logits again.
+            # The graph samples by temperature alone; where a request asks for more, sample its
+            # logits again.
             token_ids, logprobs = self.sampler(self.model.compute_logits(hidden), items)
             self._state.set_last_token(self._tensor(slots), token_ids)
         return self._result(token_ids, logprobs, [])
 
     def _decode_step(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a graph records. slots [B] int64 -> token ids [B], hidden states [B, hidden_size]."""
+        """What a graph records. slots [B] int64 -> token ids [B], hidden states [B,
+        hidden_size].
+        """
         state = self._state
         metadata = state.decode_metadata(slots, self.config.block_size, self.config.max_model_len)
         position = state.position[slots]
         hidden = self.model(state.last_token[slots], position, self.kv_caches, metadata)
-        token_ids = self.sampler.sample_by_temperature(self.model.compute_logits(hidden), slots, position + 1)
+        token_ids = self.sampler.sample_by_temperature(
+            self.model.compute_logits(hidden), slots, position + 1
+        )
         state.advance(slots, token_ids)
         return token_ids, hidden
 
@@ -160,8 +209,9 @@ class ModelRunner:
             raise
         except RuntimeError as error:
             raise ConfigError(
-                "The decode step could not be recorded as a CUDA graph, perhaps because a kernel of your own waits for "
-                f"the GPU (.item(), .tolist()). Use enforce_eager=True. ({error})"
+                "The decode step could not be recorded as a CUDA graph, perhaps because a kernel"
+                " of your own waits for the GPU (.item(), .tolist()). Use enforce_eager=True."
+                f" ({error})"
             ) from error
 
     def _note_sampled(self, sampled: list[ScheduledSequence], token_ids: torch.Tensor) -> None:
@@ -172,7 +222,9 @@ class ModelRunner:
         self._state.position[on_device] = self._tensor([item.end for item in sampled])
         self._is_ready[slots] = True
 
-    def _result(self, token_ids: torch.Tensor, logprobs: TokenLogprobs | None, prompt_logprobs: list) -> StepResult:
+    def _result(
+        self, token_ids: torch.Tensor, logprobs: TokenLogprobs | None, prompt_logprobs: list
+    ) -> StepResult:
         if self.device.type == "cpu":
             return StepResult(token_ids, None, logprobs, prompt_logprobs)
         # Pinned memory, so that the copy waits in the GPU's queue and not here.
@@ -199,13 +251,16 @@ class ModelRunner:
         return to_device(torch.tensor(values), self.device)
 
     def _prepare(self, items: list[ScheduledSequence]) -> BatchInputs:
-        rows = [BatchRow(i.sequence.token_ids[i.start : i.end], i.start, i.sample_position is not None) for i in items]
+        rows = [
+            BatchRow(i.sequence.token_ids[i.start : i.end], i.start, i.sample_position is not None)
+            for i in items
+        ]
         slots = [item.sequence.slot for item in items]
         inputs = self.build_batch(rows, self._block_table[slots], self.config.block_size)
         if self.device.type != "cpu":
             inputs = self._to_device(inputs)
-        # A token that is not known on the CPU yet is the last one of its slot, alone in its row, and the rows of one
-        # token come first: row and token have the same index.
+        # A token that is not known on the CPU yet is the last one of its slot, alone in its row,
+        # and the rows of one token come first: row and token have the same index.
         pending = [row for row, item in enumerate(items) if rows[row].token_ids[-1] == PENDING]
         if pending:
             values = self._state.last_token[self._tensor([slots[row] for row in pending])]
@@ -214,14 +269,21 @@ class ModelRunner:
 
     def _to_device(self, inputs: BatchInputs) -> BatchInputs:
         def move(obj: object) -> dict[str, torch.Tensor]:
-            tensors = {name: value for name, value in vars(obj).items() if isinstance(value, torch.Tensor)}
+            tensors = {
+                name: value for name, value in vars(obj).items() if isinstance(value, torch.Tensor)
+            }
             return {name: to_device(tensor, self.device) for name, tensor in tensors.items()}
 
-        return replace(inputs, attention=replace(inputs.attention, **move(inputs.attention)), **move(inputs))
+        return replace(
+            inputs, attention=replace(inputs.attention, **move(inputs.attention)), **move(inputs)
+        )
 
-    def _prompt_logprobs(self, items: list[ScheduledSequence],
-                         hidden: torch.Tensor) -> list[tuple[ScheduledSequence, TokenLogprobs]]:  # fmt: skip
-        """Logits at position p speak of the token at p + 1, so a chunk covers the prompt's tokens one further on."""
+    def _prompt_logprobs(
+        self, items: list[ScheduledSequence], hidden: torch.Tensor
+    ) -> list[tuple[ScheduledSequence, TokenLogprobs]]:
+        """Logits at position p speak of the token at p + 1, so a chunk covers the prompt's tokens
+        one further on.
+        """
         found, row = [], 0
         for item in items:
             seq = item.sequence
@@ -231,16 +293,23 @@ class ModelRunner:
                 rows = hidden[row : row + end - item.start]
                 parts = [
                     token_logprobs(self.model.compute_logits(part), ids, seq.params.prompt_logprobs)
-                    for part, ids in zip(rows.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
+                    for part, ids in zip(
+                        rows.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True
+                    )
                 ]
-                found += [(replace(item, start=item.start + i * LOGIT_ROWS), part) for i, part in enumerate(parts)]
+                found += [
+                    (replace(item, start=item.start + i * LOGIT_ROWS), part)
+                    for i, part in enumerate(parts)
+                ]
             row += item.num_new_tokens
         return found
 
-    # --- KV cache -------------------------------------------------------------------------------------------------
+    # --- KV cache ---------------------------------------------------------------------------------
 
     def _allocate_kv_caches(self, num_blocks: int) -> list[KVCache]:
-        """Zeroed once, so that every entry is finite: kernels may load rows past a context and mask them afterwards."""
+        """Zeroed once, so that every entry is finite: kernels may load rows past a context and mask
+        them afterwards.
+        """
         config = self.model_config
         shape = (num_blocks, self.num_kv_heads, self.config.block_size, config.head_dim)
 
@@ -263,15 +332,19 @@ class ModelRunner:
         num_blocks = int(free) // block_bytes
         if num_blocks < blocks_per_seq:
             raise OutOfMemoryError(
-                f"gpu_memory_utilization={self.config.gpu_memory_utilization} leaves {max(free, 0) / 2**30:.2f} GiB "
-                f"for the KV cache, less than one sequence of max_model_len={self.config.max_model_len} needs "
-                f"({blocks_per_seq * block_bytes / 2**30:.2f} GiB). Raise the first or lower the second."
+                f"gpu_memory_utilization={self.config.gpu_memory_utilization} leaves"
+                f" {max(free, 0) / 2**30:.2f} GiB for the KV cache, less than one sequence of"
+                f" max_model_len={self.config.max_model_len} needs"
+                f" ({blocks_per_seq * block_bytes / 2**30:.2f} GiB). Raise the first or lower the"
+                " second."
             )
         return num_blocks
 
     @torch.inference_mode()
     def _measure_free_memory(self) -> float:
-        """Bytes left for the cache after the largest step that the budget allows and a graph have shown their peaks."""
+        """Bytes left for the cache after the largest step that the budget allows and a graph have
+        shown their peaks.
+        """
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
@@ -280,7 +353,8 @@ class ModelRunner:
         activations = torch.cuda.max_memory_allocated(self.device) - before
         recorded = 0
         if not self.config.enforce_eager:
-            # All sizes share one pool: the largest takes what all take (on an H200 104 MiB, one size or nineteen).
+            # All sizes share one pool: the largest takes what all take (on an H200 104 MiB, one
+            # size or nineteen).
             self.kv_caches = self._allocate_kv_caches(1)
             recorded = self._capture_graphs([self.config.max_num_seqs]).memory_bytes
             self.kv_caches = []
@@ -289,7 +363,9 @@ class ModelRunner:
         return total * self.config.gpu_memory_utilization - (total - free) - activations - recorded
 
     def _run_largest_step(self) -> None:
-        """A full token budget over as many sequences as may run, writing nowhere and reading one block."""
+        """A full token budget over as many sequences as may run, writing nowhere and reading one
+        block.
+        """
         budget, size = self.config.max_num_batched_tokens, self.config.block_size
         num_seqs = min(self.config.max_num_seqs, budget)
         lengths = [len(part) for part in np.array_split(np.arange(budget), num_seqs)]

@@ -1,8 +1,10 @@
-"""From tokens to what callers get: text, stop strings, logprobs, and who has news. Knows nothing of blocks and steps.
+"""From tokens to what callers get: text, stop strings, logprobs, and who has news. Knows nothing of
+blocks and steps.
 
-The engine's core says which tokens a step gave to which sequence. This file keeps each request as its caller sees it:
-one prompt, n completions, each with its tokens, text, logprobs and end. A request's state is the truth about it: after
-an interrupt the core is built anew from what stands here (`OutputProcessor.settle`).
+The engine's core says which tokens a step gave to which sequence. This file keeps each request as
+its caller sees it: one prompt, n completions, each with its tokens, text, logprobs and end. A
+request's state is the truth about it: after an interrupt the core is built anew from what stands
+here (`OutputProcessor.settle`).
 """
 
 from __future__ import annotations
@@ -21,17 +23,21 @@ from minivllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestO
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
 from minivllm.tokenizer import Detokenizer, Tokenizer
 
-#: How a completion stands: (tokens taken in, finish_reason, stop_reason). One object, so that it changes at once.
+#: How a completion stands: (tokens taken in, finish_reason, stop_reason). One object, so that it
+#: changes at once.
 Settled = tuple[int, str | None, str | int | None]
 
 
 class OutputCollector:
-    """Who waits for the outputs of some requests, and which of these have news (vLLM's name for the same thing)."""
+    """Who waits for the outputs of some requests, and which of these have news (vLLM's name for the
+    same thing).
+    """
 
     def __init__(self) -> None:
         self.news: dict[str, Request] = {}
         self.is_closed = False
-        #: The iterator that reads the outputs, if one does: nobody waits any more once it has ended or is gone.
+        #: The iterator that reads the outputs, if one does: nobody waits any more once it has ended
+        #: or is gone.
         self.reader: Callable[[], Iterator | None] | None = None
 
     def read_by(self, reader: Iterator) -> None:
@@ -80,11 +86,14 @@ class Request:
     tokenizer: Tokenizer | None
     metrics: RequestMetrics
     collector: OutputCollector
-    new_sequence: Callable[[Request, int], Sequence]  # (request, index) -> a sequence with the tokens so far
+    new_sequence: Callable[
+        [Request, int], Sequence
+    ]  # (request, index) -> a sequence with the tokens so far
     completions: list[Completion] = field(default_factory=list)
     num_cached_tokens: int = 0
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-    #: Why all that has not finished is to end now: "abort", or "error" with the error; set first, done afterwards.
+    #: Why all that has not finished is to end now: "abort", or "error" with the error; set first,
+    #: done afterwards.
     ends_with: str | None = None
     error: RequestError | None = None
     is_reported: bool = False  # its end, too
@@ -106,7 +115,9 @@ class Request:
     def has_news(self) -> bool:
         if self.is_finished or not self.shows_progress:
             return self.is_finished and not self.is_reported
-        return any(completion.num_reported < completion.settled[0] for completion in self.completions)
+        return any(
+            completion.num_reported < completion.settled[0] for completion in self.completions
+        )
 
     def add_completion(self, seq_id: int) -> None:
         """One more of the n completions."""
@@ -116,7 +127,9 @@ class Request:
         self.completions.append(completion)
 
     def take(self, index: int, output: SequenceOutput) -> str | None:
-        """Take in what a step gave a completion; returns the stop string with which that ends it, if any."""
+        """Take in what a step gave a completion; returns the stop string with which that ends it,
+        if any.
+        """
         completion = self.completions[index]
         finish_reason, stop_reason, ended_by = output.finish_reason, output.stop_reason, None
         if finish_reason is None and completion.logprobs is None and not self.follows_text:
@@ -145,7 +158,9 @@ class Request:
         self._settle_at(self.completions[index], finish_reason, None)
 
     def restore(self) -> None:
-        """After a method was cut short: what a completion is half way through taking in is not there."""
+        """After a method was cut short: what a completion is half way through taking in is not
+        there.
+        """
         for completion in self.completions:
             if completion.is_finished:
                 continue
@@ -167,7 +182,9 @@ class Request:
             self.prompt_logprobs[start + row] = found
 
     def report(self) -> RequestOutput:
-        """The request as it is now; in DELTA mode, what is new since the last report. Changes nothing."""
+        """The request as it is now; in DELTA mode, what is new since the last report. Changes
+        nothing.
+        """
         outputs = [self._report_completion(i) for i in range(len(self.completions))]
         self.metrics.num_generation_tokens = max(c.settled[0] for c in self.completions)
         return RequestOutput(
@@ -209,12 +226,16 @@ class Request:
         )
 
     def _end_of_shown(self, completion: Completion) -> int:
-        """How many characters of the text may be shown: never an end that may become part of a stop string."""
+        """How many characters of the text may be shown: never an end that may become part of a stop
+        string.
+        """
         if completion.detokenizer is None:
             return 0
         return max(completion.num_shown, completion.detokenizer.num_safe(completion.is_finished))
 
-    def _settle_at(self, completion: Completion, finish_reason: str | None, stop_reason: str | int | None) -> None:
+    def _settle_at(
+        self, completion: Completion, finish_reason: str | None, stop_reason: str | int | None
+    ) -> None:
         if finish_reason is not None and (detokenizer := completion.detokenizer) is not None:
             if not self.follows_text:
                 stopped = finish_reason == "stop" and not self.params.include_stop_str_in_output
@@ -264,7 +285,9 @@ class OutputProcessor:
 
     def __init__(self) -> None:
         self.requests: dict[str, Request] = {}
-        self._owners: dict[int, tuple[Request, int]] = {}  # seq_id -> (its request, which completion)
+        self._owners: dict[
+            int, tuple[Request, int]
+        ] = {}  # seq_id -> (its request, which completion)
         self._seq_ids = itertools.count()
         self.num_generated_tokens = 0
         self.num_finished_requests = 0
@@ -277,7 +300,9 @@ class OutputProcessor:
         self.requests[request.request_id] = request
 
     def process(self, step: StepOutput) -> list[tuple[int, str]]:
-        """Take in what a step brought. Returns the sequences that a stop string ends: (seq_id, the string)."""
+        """Take in what a step brought. Returns the sequences that a stop string ends: (seq_id, the
+        string).
+        """
         now, ended = time.perf_counter(), []
         for seq_id, num_cached_tokens in step.admitted:
             request = self._owners[seq_id][0]
@@ -303,7 +328,9 @@ class OutputProcessor:
         return ended
 
     def end(self, request: Request) -> list[int]:
-        """End what of a request has not finished, as its `ends_with` says; returns the ids of those sequences."""
+        """End what of a request has not finished, as its `ends_with` says; returns the ids of those
+        sequences.
+        """
         ended = []
         for index, completion in enumerate(request.completions):
             if not completion.is_finished:
@@ -334,9 +361,11 @@ class OutputProcessor:
         return self._owners[seq_id][0]
 
     def settle(self) -> list[Sequence]:
-        """After a method was cut short anywhere: put every request into a state that it had, and derive the rest.
+        """After a method was cut short anywhere: put every request into a state that it had, and
+        derive the rest.
 
-        Returns sequences for all that has not finished, in order of arrival. May itself be cut short, and called again.
+        Returns sequences for all that has not finished, in order of arrival. May itself be cut
+        short, and called again.
         """
         self._owners = {}
         sequences = []

@@ -1,9 +1,10 @@
 """From logits to tokens, for the whole batch at once. Taught in notebooks/07_engine.ipynb.
 
-Order, as in vLLM: log-probabilities of the raw logits; allowed_token_ids, bad_words, min_tokens and logit_bias;
-penalties; then the kernel `sample`: temperature, top-k, top-p, min-p, and one keyed uniform number per row inverted
-through what is left.
-Each running sequence has a slot; what the sampler knows of it is written once, when it is admitted."""
+Order, as in vLLM: log-probabilities of the raw logits; allowed_token_ids, bad_words, min_tokens and
+logit_bias; penalties; then the kernel `sample`: temperature, top-k, top-p, min-p, and one keyed
+uniform number per row inverted through what is left. Each running sequence has a slot; what the
+sampler knows of it is written once, when it is admitted.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +18,36 @@ from minivllm.engine.sequence import ScheduledSequence, Sequence
 from minivllm.kernels import Kernels
 from minivllm.sampling_params import SamplingParams
 
-#: Parameters that `sample_by_temperature` obeys, or that do not bear on the choice of a token. A recorded graph samples
-#: for a sequence only if all its other parameters have their default values; so a parameter that nobody thought of here
-#: costs speed, and is never ignored.
-FIT_FOR_GRAPHS = frozenset({
-    "n", "temperature", "seed", "max_tokens", "ignore_eos", "stop", "stop_token_ids", "detokenize",
-    "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output", "output_kind",
-    "prompt_logprobs", "truncate_prompt_tokens", *("top_k", "top_p", "min_p"),  # these three: see `has_filter`
-})  # fmt: skip
+#: Parameters that `sample_by_temperature` obeys, or that do not bear on the choice of a token. A
+#: recorded graph samples for a sequence only if all its other parameters have their default values;
+#: so a parameter that nobody thought of here costs speed, and is never ignored.
+FIT_FOR_GRAPHS = frozenset(
+    {
+        "n",
+        "temperature",
+        "seed",
+        "max_tokens",
+        "ignore_eos",
+        "stop",
+        "stop_token_ids",
+        "detokenize",
+        "skip_special_tokens",
+        "spaces_between_special_tokens",
+        "include_stop_str_in_output",
+        "output_kind",
+        "prompt_logprobs",
+        "truncate_prompt_tokens",
+        *("top_k", "top_p", "min_p"),  # these three: see `has_filter`
+    }
+)
 _DEFAULTS = {f.name: f.default for f in fields(SamplingParams) if f.name not in FIT_FOR_GRAPHS}
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probabilities at R positions: of the token there, with its rank, and of the k likeliest tokens."""
+    """Log-probabilities at R positions: of the token there, with its rank, and of the k likeliest
+    tokens.
+    """
 
     token_ids: torch.Tensor  # [R] int64
     logprobs: torch.Tensor  # [R] float32
@@ -44,16 +61,22 @@ def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> Tok
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     chosen = logprobs.gather(1, token_ids[:, None])
     top = logprobs.topk(min(k, logprobs.shape[-1]), dim=-1)
-    return TokenLogprobs(token_ids, chosen[:, 0], (logprobs > chosen).sum(-1) + 1, top.indices, top.values)
+    return TokenLogprobs(
+        token_ids, chosen[:, 0], (logprobs > chosen).sum(-1) + 1, top.indices, top.values
+    )
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy without waiting: from pageable memory the copy would first wait for all that the GPU has to do."""
+    """Copy without waiting: from pageable memory the copy would first wait for all that the GPU has
+    to do.
+    """
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 class LogitEdits:
-    """What one sequence bans, allows and favours, in tensors on the device: made once, when it is admitted."""
+    """What one sequence bans, allows and favours, in tensors on the device: made once, when it is
+    admitted.
+    """
 
     def __init__(self, seq: Sequence, device: torch.device) -> None:
         params = seq.params
@@ -87,7 +110,8 @@ class LogitEdits:
 
 
 class BadWords:
-    """Token sequences that the output of one sequence may not complete. W words, of at most L + 1 tokens.
+    """Token sequences that the output of one sequence may not complete. W words, of at most L + 1
+    tokens.
 
     The last L tokens of output are followed on the device: the CPU may not know the newest yet.
     """
@@ -118,7 +142,9 @@ class BadWords:
 class Sampler:
     """Samples for sequences in slots. V is the vocabulary size."""
 
-    def __init__(self, num_slots: int, vocab_size: int, kernels: Kernels, device: torch.device) -> None:
+    def __init__(
+        self, num_slots: int, vocab_size: int, kernels: Kernels, device: torch.device
+    ) -> None:
         self.kernels, self.device, self.vocab_size = kernels, device, vocab_size
         self._temperature = np.zeros(num_slots, np.float32)
         self._top_k = np.zeros(num_slots, np.int32)
@@ -127,13 +153,16 @@ class Sampler:
         self._seed = np.zeros(num_slots, np.int64)
         self._has_filter = np.zeros(num_slots, bool)
         self._has_penalty = np.zeros(num_slots, bool)
-        self._needs_edit = np.zeros(num_slots, bool)  # whether the sequence asks for more than FIT_FOR_GRAPHS
+        self._needs_edit = np.zeros(
+            num_slots, bool
+        )  # whether the sequence asks for more than FIT_FOR_GRAPHS
         self._edits: list[LogitEdits | None] = [None] * num_slots
         self._has_edits = np.zeros(num_slots, bool)
         #: The same two on the device, for recorded graphs; the last entry is the spare slot's.
         self._device_temperature = torch.zeros(num_slots + 1, device=device)
         self._device_seed = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
-        #: [num_slots, V] times a token was generated, and whether it stood in the prompt; made when first needed.
+        #: [num_slots, V] times a token was generated, and whether it stood in the prompt; made when
+        #: first needed.
         self._output_counts: torch.Tensor | None = None
         self._in_prompt: torch.Tensor | None = None
 
@@ -150,8 +179,12 @@ class Sampler:
         """Whether `sample_by_temperature` would be wrong for any of these."""
         return bool(self._needs_edit[slots].any())
 
-    def sample_by_temperature(self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """What a recorded graph can do: no filter, no edit. logits: [B, V]; slots, positions: [B] int64 on the GPU."""
+    def sample_by_temperature(
+        self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """What a recorded graph can do: no filter, no edit. logits: [B, V]; slots, positions: [B]
+        int64 on the GPU.
+        """
         temperature, seeds = self._device_temperature[slots], self._device_seed[slots]
         return self.kernels.sample(logits, temperature, None, None, None, seeds, positions)
 
@@ -171,9 +204,12 @@ class Sampler:
         if params.has_penalty:
             self._admit_penalties(seq)
 
-    def __call__(self, logits: torch.Tensor,
-                 items: SequenceOf[ScheduledSequence]) -> tuple[torch.Tensor, TokenLogprobs | None]:  # fmt: skip
-        """logits: [R, V], one row an item. Returns token ids [R] int64, and log-probabilities if anyone asked."""
+    def __call__(
+        self, logits: torch.Tensor, items: SequenceOf[ScheduledSequence]
+    ) -> tuple[torch.Tensor, TokenLogprobs | None]:
+        """logits: [R, V], one row an item. Returns token ids [R] int64, and log-probabilities if
+        anyone asked.
+        """
         slots = np.fromiter((item.sequence.slot for item in items), np.int64, count=len(items))
         raw_logits = logits
         logits = self._edit(logits, items, slots)
@@ -181,7 +217,11 @@ class Sampler:
         for row in np.flatnonzero(self._has_edits[slots]):
             if (bad_words := self._edits[slots[row]].bad_words) is not None:
                 bad_words.note(token_ids[row : row + 1])
-        wanted = [item.sequence.params.logprobs for item in items if item.sequence.params.logprobs is not None]
+        wanted = [
+            item.sequence.params.logprobs
+            for item in items
+            if item.sequence.params.logprobs is not None
+        ]
         if not wanted and not self._has_penalty[slots].any():
             return token_ids, None
         known = token_ids & 0xFFFFFFFF  # a valid index for `NOT_A_TOKEN`, too
@@ -190,19 +230,33 @@ class Sampler:
             self._output_counts[self._tensor(slots[rows]), known[self._tensor(rows)]] += 1
         return token_ids, token_logprobs(raw_logits, known, max(wanted)) if wanted else None
 
-    def _arguments(self, items: SequenceOf[ScheduledSequence], slots: np.ndarray) -> dict[str, torch.Tensor | None]:
-        """Keyword arguments of the kernel; None for what no row asks for, so that nothing is computed for it."""
+    def _arguments(
+        self, items: SequenceOf[ScheduledSequence], slots: np.ndarray
+    ) -> dict[str, torch.Tensor | None]:
+        """Keyword arguments of the kernel; None for what no row asks for, so that nothing is
+        computed for it.
+        """
         temperature = self._temperature[slots]
         names = ("temperature", "top_k", "top_p", "min_p", "seeds", "positions")
         if not temperature.any():
             return dict.fromkeys(names)
         filtered = self._has_filter[slots].any()
-        positions = np.fromiter((item.sample_position for item in items), np.int64, count=len(items))
-        filters = (self._top_k[slots], self._top_p[slots], self._min_p[slots]) if filtered else (None, None, None)
+        positions = np.fromiter(
+            (item.sample_position for item in items), np.int64, count=len(items)
+        )
+        filters = (
+            (self._top_k[slots], self._top_p[slots], self._min_p[slots])
+            if filtered
+            else (None, None, None)
+        )
         values = (temperature, *filters, self._seed[slots], positions)
-        return {n: None if v is None else self._tensor(v) for n, v in zip(names, values, strict=True)}
+        return {
+            n: None if v is None else self._tensor(v) for n, v in zip(names, values, strict=True)
+        }
 
-    def _edit(self, logits: torch.Tensor, items: SequenceOf[ScheduledSequence], slots: np.ndarray) -> torch.Tensor:
+    def _edit(
+        self, logits: torch.Tensor, items: SequenceOf[ScheduledSequence], slots: np.ndarray
+    ) -> torch.Tensor:
         """Apply what the rows ask for; a copy in float32 if any does, else logits itself."""
         edited = None
         for row in np.flatnonzero(self._has_edits[slots]):
@@ -213,19 +267,31 @@ class Sampler:
             edited = logits.float().clone() if edited is None else edited
             rows = np.flatnonzero(self._has_penalty[slots])
             params = [items[row].sequence.params for row in rows]
-            edited[self._tensor(rows)] = self._penalise(edited[self._tensor(rows)], self._tensor(slots[rows]), params)
+            edited[self._tensor(rows)] = self._penalise(
+                edited[self._tensor(rows)], self._tensor(slots[rows]), params
+            )
         return logits if edited is None else edited
 
     def _penalise(self, logits: torch.Tensor, slots: torch.Tensor, params: list) -> torch.Tensor:
-        """Repetition (Keskar et al., CTRL, 2019), then frequency and presence (OpenAI's API). logits: [rows, V]."""
+        """Repetition (Keskar et al., CTRL, 2019), then frequency and presence (OpenAI's API).
+        logits: [rows, V].
+        """
 
         def column(name: str) -> torch.Tensor:
-            return torch.tensor([getattr(p, name) for p in params], device=self.device, dtype=torch.float32)[:, None]
+            return torch.tensor(
+                [getattr(p, name) for p in params], device=self.device, dtype=torch.float32
+            )[:, None]
 
         counts = self._output_counts[slots].float()
-        repetition = torch.where((counts > 0) | self._in_prompt[slots], column("repetition_penalty"), 1.0)
+        repetition = torch.where(
+            (counts > 0) | self._in_prompt[slots], column("repetition_penalty"), 1.0
+        )
         logits = torch.where(logits > 0, logits / repetition, logits * repetition)
-        return logits - column("frequency_penalty") * counts - column("presence_penalty") * (counts > 0)
+        return (
+            logits
+            - column("frequency_penalty") * counts
+            - column("presence_penalty") * (counts > 0)
+        )
 
     def _admit_penalties(self, seq: Sequence) -> None:
         if self._output_counts is None:
@@ -233,11 +299,14 @@ class Sampler:
             self._output_counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
             self._in_prompt = torch.zeros(shape, dtype=torch.bool, device=self.device)
         output = torch.tensor(seq.output_token_ids, dtype=torch.int64, device=self.device)
-        # A sequence comes back from preemption with output of its own; `sample` may have appended a pending token.
+        # A sequence comes back from preemption with output of its own; `sample` may have appended a
+        # pending token.
         output = output[output >= 0]
         self._output_counts[seq.slot] = torch.bincount(output, minlength=self.vocab_size).int()
         self._in_prompt[seq.slot] = False
-        prompt = torch.tensor(seq.token_ids[: seq.num_prompt_tokens], dtype=torch.int64, device=self.device)
+        prompt = torch.tensor(
+            seq.token_ids[: seq.num_prompt_tokens], dtype=torch.int64, device=self.device
+        )
         self._in_prompt[seq.slot, prompt] = True
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:

@@ -1,22 +1,30 @@
 """The scheduler: which tokens of which sequences the next step computes. Plain Python, no tensors.
 
-Continuous batching (Yu et al., Orca, OSDI 2022): the batch is chosen anew at every step. Running sequences come first,
-oldest first, then waiting ones in order of arrival, until `max_num_batched_tokens` are planned. A prompt that does not
-fit the budget is computed in chunks (Agrawal et al., Sarathi-Serve, 2024); prompt chunks and decodes share a step.
+Continuous batching (Yu et al., Orca, OSDI 2022): the batch is chosen anew at every step. Running
+sequences come first, oldest first, then waiting ones in order of arrival, until
+`max_num_batched_tokens` are planned. A prompt that does not fit the budget is computed in chunks
+(Agrawal et al., Sarathi-Serve, 2024); prompt chunks and decodes share a step.
 
-One step ahead: `schedule()` advances the counts of what it plans and marks the tokens it does not know yet; `update()`
-brings their values, at once or one step late. A driver may therefore plan step N + 1 while step N runs.
+One step ahead: `schedule()` advances the counts of what it plans and marks the tokens it does not
+know yet; `update()` brings their values, at once or one step late. A driver may therefore plan step
+N + 1 while step N runs.
 
-No starvation: `running` followed by `waiting` is always in order of arrival, the newest is preempted first, and the
-oldest gets at least one token in every step. `sequence.max_steps` states the bound that follows.
-Taught in notebooks/05_scheduler.ipynb."""
+No starvation: `running` followed by `waiting` is always in order of arrival, the newest is
+preempted first, and the oldest gets at least one token in every step. `sequence.max_steps` states
+the bound that follows. Taught in notebooks/05_scheduler.ipynb."""
 
 from collections import deque
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 from minivllm.engine.block_manager import BlockManager
-from minivllm.engine.sequence import PENDING, ScheduledBatch, ScheduledSequence, Sequence, SequenceStatus
+from minivllm.engine.sequence import (
+    PENDING,
+    ScheduledBatch,
+    ScheduledSequence,
+    Sequence,
+    SequenceStatus,
+)
 
 
 @dataclass
@@ -34,7 +42,9 @@ class SchedulerStats:
 
 @dataclass
 class Scheduler:
-    """Plans steps. `max_num_seqs` is the most sequences running at once, each in a slot of its own."""
+    """Plans steps. `max_num_seqs` is the most sequences running at once, each in a slot of its
+    own.
+    """
 
     block_manager: BlockManager
     max_num_seqs: int
@@ -69,8 +79,8 @@ class Scheduler:
     def update(self, batch: ScheduledBatch, token_ids: SequenceOf[int]) -> list[ScheduledSequence]:
         """Bring the results of a step: token_ids has one entry for each of `batch.sampled`.
 
-        Batches come back in the order they were planned. Returns the items whose token counts: not those of a
-        sequence that ended in the meantime, whose last step was computed for nothing.
+        Batches come back in the order they were planned. Returns the items whose token counts: not
+        those of a sequence that ended in the meantime, whose last step was computed for nothing.
         """
         assert self._in_flight.popleft() is batch, "results must arrive in the order of the steps"
         finished, register_computed = SequenceStatus.FINISHED, self.block_manager.register_computed
@@ -90,8 +100,8 @@ class Scheduler:
         return accepted
 
     def finish(self, seq: Sequence, reason: str, stop_reason: str | int | None = None) -> None:
-        """End seq, wherever it is, and free what it holds. A step in flight may still write to its blocks: steps run
-        in order, so whoever gets such a block next writes it later."""
+        """End seq, wherever it is, and free what it holds. A step in flight may still write to its
+        blocks: steps run in order, so whoever gets such a block next writes it later."""
         if seq.status is SequenceStatus.RUNNING:
             self.running.remove(seq)
             self._release(seq)
@@ -101,7 +111,9 @@ class Scheduler:
         seq.finish_reason, seq.stop_reason = reason, stop_reason
 
     def recover(self) -> None:
-        """After a step that failed or was interrupted, whose results will not come: compute again what was running."""
+        """After a step that failed or was interrupted, whose results will not come: compute again
+        what was running.
+        """
         self._in_flight.clear()
         while self.running:
             self._preempt(self.running.pop(), ScheduledBatch())
@@ -114,13 +126,19 @@ class Scheduler:
         order = [seq.seq_id for seq in [*self.running, *self.waiting]]
         assert order == sorted(set(order)), "running, then waiting, must be in order of arrival"
         assert all(seq.status is SequenceStatus.RUNNING for seq in self.running)
-        assert all(seq.status in (SequenceStatus.WAITING, SequenceStatus.PREEMPTED) for seq in self.waiting)
-        assert all(not seq.block_table and seq.slot is None for seq in self.waiting), "a waiting sequence holds blocks"
+        assert all(
+            seq.status in (SequenceStatus.WAITING, SequenceStatus.PREEMPTED) for seq in self.waiting
+        )
+        assert all(not seq.block_table and seq.slot is None for seq in self.waiting), (
+            "a waiting sequence holds blocks"
+        )
         slots = [seq.slot for seq in self.running]
-        assert sorted([*slots, *self._free_slots]) == list(range(self.max_num_seqs)), "a slot is lost or shared"
+        assert sorted([*slots, *self._free_slots]) == list(range(self.max_num_seqs)), (
+            "a slot is lost or shared"
+        )
         self.block_manager.check(self.running)
 
-    # --- planning -------------------------------------------------------------------------------------------------
+    # --- planning ---------------------------------------------------------------------------------
 
     def _schedule_running(self, batch: ScheduledBatch, budget: int) -> int:
         """Plan the running sequences, oldest first; returns what is left of the budget."""
@@ -139,7 +157,8 @@ class Scheduler:
     def _make_room(self, seq: Sequence, num_tokens: int, batch: ScheduledBatch) -> bool:
         """Allocate for seq, preempting from the newest on; False if seq itself had to go."""
         while not self.block_manager.allocate(seq, num_tokens):
-            # Everything before seq was planned in this step and is older, so the victim is never one of those.
+            # Everything before seq was planned in this step and is older, so the victim is never
+            # one of those.
             victim = self.running.pop()
             self._preempt(victim, batch)
             if victim is seq:
@@ -147,7 +166,9 @@ class Scheduler:
         return True
 
     def _preempt(self, seq: Sequence, batch: ScheduledBatch) -> None:
-        """Preemption by recompute: all tokens are kept, all blocks given up, and the sequence is next in line."""
+        """Preemption by recompute: all tokens are kept, all blocks given up, and the sequence is
+        next in line.
+        """
         self._release(seq)
         seq.status, seq.num_computed_tokens = SequenceStatus.PREEMPTED, 0
         seq.num_preemptions += 1
@@ -187,16 +208,24 @@ class Scheduler:
         batch.items.append(ScheduledSequence(seq, start, num_new, position, seq.num_preemptions))
 
     def _is_being_computed(self, seq: Sequence, index: int, batch: ScheduledBatch) -> bool:
-        """Whether block `index` of seq is computed for another sequence by `batch` or by a step in flight."""
+        """Whether block `index` of seq is computed for another sequence by `batch` or by a step in
+        flight.
+        """
         # Hashes are there only for a sequence that may take hits; its last token is never a hit.
-        if index >= min(len(seq.block_hashes), (seq.num_tokens - 1) // self.block_manager.block_size):
+        if index >= min(
+            len(seq.block_hashes), (seq.num_tokens - 1) // self.block_manager.block_size
+        ):
             return False
-        return any(seq.block_hashes[index] in other.block_hashes for other in (batch, *self._in_flight))
+        return any(
+            seq.block_hashes[index] in other.block_hashes for other in (batch, *self._in_flight)
+        )
 
     def _finish_if_done(self, seq: Sequence, position: int, token_id: int) -> None:
         num_output = position + 1 - seq.num_prompt_tokens
         if token_id in seq.stop_ids and num_output >= seq.params.min_tokens:
-            self.finish(seq, "stop", token_id if token_id in (seq.params.stop_token_ids or ()) else None)
+            self.finish(
+                seq, "stop", token_id if token_id in (seq.params.stop_token_ids or ()) else None
+            )
         elif position + 1 >= seq.max_num_tokens:
             self.finish(seq, "length")
 

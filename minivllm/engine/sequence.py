@@ -1,8 +1,9 @@
-"""A sequence: one completion in the making, as the scheduler and the block manager see it. Plain Python.
+"""A sequence: one completion in the making, as the scheduler and the block manager see it. Plain
+Python.
 
-One idea carries the engine: a sequence has `num_computed_tokens`, and each step computes some more of its tokens.
-Decode is the case of one token; a prefix-cache hit starts the count above 0; preemption sets it back to 0.
-Taught in notebooks/05_scheduler.ipynb."""
+One idea carries the engine: a sequence has `num_computed_tokens`, and each step computes some more
+of its tokens. Decode is the case of one token; a prefix-cache hit starts the count above 0;
+preemption sets it back to 0. Taught in notebooks/05_scheduler.ipynb."""
 
 import enum
 from collections.abc import Iterable
@@ -10,7 +11,8 @@ from dataclasses import dataclass, field
 
 from minivllm.sampling_params import SamplingParams
 
-#: Stands in `token_ids` for a token that a step in flight will sample: its place is known, its value is not.
+#: Stands in `token_ids` for a token that a step in flight will sample: its place is known, its
+#: value is not.
 PENDING = -1
 
 
@@ -23,7 +25,9 @@ class SequenceStatus(enum.Enum):
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """Counts are derived from `token_ids` wherever they can be, so that they cannot disagree with it."""
+    """Counts are derived from `token_ids` wherever they can be, so that they cannot disagree with
+    it.
+    """
 
     seq_id: int  # arrival order; also the key of everything kept per sequence
     token_ids: list[int]  # prompt, then output; the last may be PENDING
@@ -38,11 +42,16 @@ class Sequence:
 
     status: SequenceStatus = SequenceStatus.WAITING
     num_prompt_tokens: int = 0  # 0: all of token_ids
-    num_computed_tokens: int = 0  # tokens whose K and V are in the cache once every step scheduled so far has run
-    num_cached_tokens: int = 0  # of these, how many the prefix cache supplied when the sequence was last admitted
+    num_computed_tokens: int = (
+        0  # tokens whose K and V are in the cache once every step scheduled so far has run
+    )
+    num_cached_tokens: int = (
+        0  # of these, how many the prefix cache supplied when the sequence was last admitted
+    )
     num_preemptions: int = 0
     block_table: list[int] = field(default_factory=list)
-    #: Chained hashes of the full blocks of known tokens; grown by the block manager, kept across preemptions.
+    #: Chained hashes of the full blocks of known tokens; grown by the block manager, kept across
+    #: preemptions.
     block_hashes: list[int] = field(default_factory=list)
     slot: int | None = None  # row of the runner's per-sequence tensors while running
     finish_reason: str | None = None  # "stop", "length", "abort" or "error" once finished
@@ -69,7 +78,9 @@ class Sequence:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """Tokens left to compute now; 0 once the last token it may have is planned, for nothing follows that one."""
+        """Tokens left to compute now; 0 once the last token it may have is planned, for nothing
+        follows that one.
+        """
         num_tokens = self.num_tokens
         return 0 if num_tokens >= self.max_num_tokens else num_tokens - self.num_computed_tokens
 
@@ -91,8 +102,11 @@ class ScheduledSequence:
     sequence: Sequence
     start: int
     num_new_tokens: int
-    sample_position: int | None  # of the token this step samples; None where a prompt is still incomplete
-    generation: int  # `num_preemptions` when planned: results that come after a preemption leave the blocks alone
+    sample_position: (
+        int | None
+    )  # of the token this step samples; None where a prompt is still incomplete
+    #: `num_preemptions` when planned: results that come after a preemption leave the blocks alone
+    generation: int
 
     @property
     def end(self) -> int:
@@ -105,8 +119,11 @@ class ScheduledBatch:
 
     items: list[ScheduledSequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
-    admitted: list[Sequence] = field(default_factory=list)  # entered `running` now: their slots are not theirs yet
-    #: Hashes of the prompt blocks that this step computes: nobody may read them yet, and nobody need compute them too.
+    admitted: list[Sequence] = field(
+        default_factory=list
+    )  # entered `running` now: their slots are not theirs yet
+    #: Hashes of the prompt blocks that this step computes: nobody may read them yet, and nobody
+    #: need compute them too.
     block_hashes: set[int] = field(default_factory=set)
 
     @property
@@ -125,8 +142,9 @@ class ScheduledBatch:
 def max_steps(requests: Iterable[tuple[int, int]]) -> int:
     """Bound on the steps until all of these (prompt tokens, most output tokens) have finished.
 
-    The oldest unfinished request gets at least one token in every step and is never preempted, so it ends within
-    prompt + output steps; then the next is the oldest. Two more steps a request cover a step of waiting for a block
-    that another request computes, and results that arrive one step late.
+    The oldest unfinished request gets at least one token in every step and is never preempted, so
+    it ends within prompt + output steps; then the next is the oldest. Two more steps a request
+    cover a step of waiting for a block that another request computes, and results that arrive one
+    step late.
     """
     return sum(prompt + output + 2 for prompt, output in requests)

@@ -1,7 +1,8 @@
-"""A record of what the engine did at each step, for pictures and for questions afterwards. Plain data, saved as JSON.
+"""A record of what the engine did at each step, for pictures and for questions afterwards. Plain
+data, saved as JSON.
 
-The engine only appends records; whoever draws them (minivllm.viz) reads them. With ``trace=False`` none is made.
-Taught in notebooks/11_using_minivllm.ipynb."""
+The engine only appends records; whoever draws them (minivllm.viz) reads them. With ``trace=False``
+none is made. Taught in notebooks/11_using_minivllm.ipynb."""
 
 import dataclasses
 import json
@@ -35,7 +36,9 @@ class TracedSequence:
     start: int
     num_new_tokens: int
     samples: bool  # whether the step ends with a sampled token; a chunk of a prompt does not
-    num_cached_tokens: int = 0  # tokens the prefix cache supplied; set in the step that admits the sequence
+    num_cached_tokens: int = (
+        0  # tokens the prefix cache supplied; set in the step that admits the sequence
+    )
 
 
 @dataclass
@@ -71,7 +74,8 @@ class Trace:
     max_num_seqs: int
     max_num_batched_tokens: int
     kv_bytes_per_token: int
-    max_model_len: int  # longest sequence, prompt included: what an engine without pages would reserve for each
+    #: longest sequence, prompt included: what an engine without pages would reserve for each
+    max_model_len: int
     steps: list[StepRecord] = field(default_factory=list)
     version: int = TRACE_VERSION
 
@@ -89,7 +93,9 @@ class Trace:
         try:
             with Path(path).open("rb") as file:
                 too_large = os.fstat(file.fileno()).st_size > LARGEST_FILE
-                content = b"" if too_large else file.read(LARGEST_FILE + 1)  # of a pipe, the size is not known
+                content = (
+                    b"" if too_large else file.read(LARGEST_FILE + 1)
+                )  # of a pipe, the size is not known
         except OSError as error:
             raise TraceError(f"The trace {path} cannot be read: {reason(error)}.") from error
         try:
@@ -103,7 +109,9 @@ class Trace:
             _require_whole(trace)
         except (ValueError, RecursionError) as error:
             problem = "it is nested too deeply" if isinstance(error, RecursionError) else error
-            raise TraceError(f"{path} holds no trace that this version of minivllm can read ({problem}).") from error
+            raise TraceError(
+                f"{path} holds no trace that this version of minivllm can read ({problem})."
+            ) from error
         return trace
 
 
@@ -111,19 +119,32 @@ def _as_type(value: Any, kind: Any, where: str) -> Any:
     """A value of JSON as a field's type. Raises ValueError with the place where it does not fit."""
     if dataclasses.is_dataclass(kind):
         return _as_dataclass(value, kind, where)
-    if kind == list[int] and type(value) is list and set(map(type, value)) <= {int} and min(value, default=0) >= 0:
+    if (
+        kind == list[int]
+        and type(value) is list
+        and set(map(type, value)) <= {int}
+        and min(value, default=0) >= 0
+    ):
         return value  # most of a trace is this
     if get_origin(kind) is list and isinstance(value, list):
         return [_as_type(item, get_args(kind)[0], f"{where}[{i}]") for i, item in enumerate(value)]
     if get_origin(kind) is dict and isinstance(value, dict):
-        return {key: _as_type(item, get_args(kind)[1], f"{where}.{key}"[:200]) for key, item in value.items()}
+        return {
+            key: _as_type(item, get_args(kind)[1], f"{where}.{key}"[:200])
+            for key, item in value.items()
+        }
     if kind is int and type(value) is int and 0 <= value < 1 << 63:
         return value
     if kind is float and type(value) in (int, float) and math.isfinite(value) and 0 <= value < 1e12:
         return value
     if kind in (bool, str) and type(value) is kind:
         return value
-    name = {int: "a number from 0", float: "a number of seconds from 0", bool: "true or false", str: "a text"}
+    name = {
+        int: "a number from 0",
+        float: "a number of seconds from 0",
+        bool: "true or false",
+        str: "a text",
+    }
     raise ValueError(f"{where} should be {name.get(kind) or 'a ' + get_origin(kind).__name__}")
 
 
@@ -135,9 +156,15 @@ def _as_dataclass(value: Any, kind: Any, where: str) -> Any:
     if unknown := sorted(value.keys() - fields.keys()):
         raise ValueError(f"{prefix}{unknown[0][:100]} is unknown")
     for name, f in fields.items():
-        if name not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+        if (
+            name not in value
+            and f.default is dataclasses.MISSING
+            and f.default_factory is dataclasses.MISSING
+        ):
             raise ValueError(f"{prefix}{name} is missing")
-    return kind(**{name: _as_type(item, fields[name].type, prefix + name) for name, item in value.items()})
+    return kind(
+        **{name: _as_type(item, fields[name].type, prefix + name) for name, item in value.items()}
+    )
 
 
 def _require_whole(trace: Trace) -> None:
@@ -146,11 +173,17 @@ def _require_whole(trace: Trace) -> None:
         raise ValueError("num_blocks and block_size should be at least 1")
     for number, record in enumerate(trace.steps):
         tables = record.block_tables
-        blocks = [*record.cached_blocks, *record.registered_blocks, *(b for table in tables.values() for b in table)]
+        blocks = [
+            *record.cached_blocks,
+            *record.registered_blocks,
+            *(b for table in tables.values() for b in table),
+        ]
         if max(blocks, default=0) >= trace.num_blocks:
             raise ValueError(f"steps[{number}] names block {max(blocks)} of {trace.num_blocks}")
         if not len(record.cached_blocks) <= record.num_free_blocks <= trace.num_blocks:
-            raise ValueError(f"steps[{number}].num_free_blocks does not fit the other numbers of blocks")
+            raise ValueError(
+                f"steps[{number}].num_free_blocks does not fit the other numbers of blocks"
+            )
         if lost := set(record.running) - (tables.keys() & record.num_computed_tokens.keys()):
             raise ValueError(f"steps[{number}] lacks the blocks or tokens of {min(lost)[:100]}")
         if any(item.kind not in ("prefill", "decode") for item in record.scheduled):
@@ -162,8 +195,12 @@ def label(seq: Sequence) -> str:
     return f"{seq.request_id}/{seq.index}"
 
 
-def record_step(trace: Trace, batch: ScheduledBatch, scheduler: Scheduler, start_time: float) -> StepRecord:
-    """Append the record of a step that has just been planned. start_time: seconds since the trace began."""
+def record_step(
+    trace: Trace, batch: ScheduledBatch, scheduler: Scheduler, start_time: float
+) -> StepRecord:
+    """Append the record of a step that has just been planned. start_time: seconds since the trace
+    began.
+    """
 
     manager, running, admitted = scheduler.block_manager, scheduler.running, set(batch.admitted)
     scheduled = []
@@ -172,15 +209,22 @@ def record_step(trace: Trace, batch: ScheduledBatch, scheduler: Scheduler, start
         kind = "decode" if item.start >= seq.num_prompt_tokens else "prefill"
         num_cached = seq.num_cached_tokens if seq in admitted else 0
         span = (item.start, item.num_new_tokens)
-        scheduled.append(TracedSequence(seq.request_id, seq.index, kind, *span, samples, num_cached))
+        scheduled.append(
+            TracedSequence(seq.request_id, seq.index, kind, *span, samples, num_cached)
+        )
     record = StepRecord(
-        step=len(trace.steps), start_time=start_time, duration=0.0, scheduled=scheduled,
+        step=len(trace.steps),
+        start_time=start_time,
+        duration=0.0,
+        scheduled=scheduled,
         block_tables={label(seq): list(seq.block_table) for seq in running},
         num_computed_tokens={label(seq): seq.num_computed_tokens for seq in running},
-        running=[label(seq) for seq in running], waiting=[label(seq) for seq in scheduler.waiting],
-        preempted=[label(seq) for seq in batch.preempted], num_free_blocks=manager.num_free_blocks,
+        running=[label(seq) for seq in running],
+        waiting=[label(seq) for seq in scheduler.waiting],
+        preempted=[label(seq) for seq in batch.preempted],
+        num_free_blocks=manager.num_free_blocks,
         cached_blocks=[i for i in manager.free_blocks if manager.blocks[i].block_hash is not None],
         registered_blocks=sorted(manager.hash_to_block.values()),
-    )  # fmt: skip
+    )
     trace.steps.append(record)
     return record

@@ -1,8 +1,10 @@
-"""Triton at the first launch, not at import: it costs 0.2 s, and macOS and Windows have no wheel for it.
+"""Triton at the first launch, not at import: it costs 0.2 s, and macOS and Windows have no wheel
+for it.
 
-A kernel file writes ``from minivllm.kernels._triton import tl, triton`` and then reads like any other Triton file.
-Until the first launch the two names are stand-ins. That launch puts the real modules in their place, and Triton's own
-functions in place of the `Kernel`s, so that from then on nothing of this file is in the way."""
+A kernel file writes ``from minivllm.kernels._triton import tl, triton`` and then reads like any
+other Triton file. Until the first launch the two names are stand-ins. That launch puts the real
+modules in their place, and Triton's own functions in place of the `Kernel`s, so that from then on
+nothing of this file is in the way."""
 
 import functools
 from collections.abc import Callable
@@ -11,7 +13,9 @@ from typing import Any
 
 import torch
 
-tl: Any = SimpleNamespace(constexpr="tl.constexpr")  # before a launch only annotations are read; Triton takes strings
+tl: Any = SimpleNamespace(
+    constexpr="tl.constexpr"
+)  # before a launch only annotations are read; Triton takes strings
 
 
 def _load() -> Any:
@@ -19,8 +23,8 @@ def _load() -> Any:
         import triton.language
     except ImportError as error:
         raise ImportError(
-            "Triton is not installed; it has wheels for Linux only (pip install 'minivllm[triton]'). "
-            "Kernels.reference() runs everywhere."
+            "Triton is not installed; it has wheels for Linux only (pip install"
+            " 'minivllm[triton]'). Kernels.reference() runs everywhere."
         ) from error
     return triton
 
@@ -29,15 +33,27 @@ class Kernel:
     """A function under ``@triton.jit`` that Triton has not seen yet."""
 
     def __init__(self, function: Callable, options: dict[str, Any]):
-        self.fn, self._options, self._jitted = function, options, None  # `fn` as in Triton's own JITFunction
+        self.fn, self._options, self._jitted = (
+            function,
+            options,
+            None,
+        )  # `fn` as in Triton's own JITFunction
 
     def jitted(self) -> Any:
-        """Triton's function; the stand-ins in its file's globals go, where Triton looks `tl` and helpers up."""
+        """Triton's function; the stand-ins in its file's globals go, where Triton looks `tl` and
+        helpers up.
+        """
         if self._jitted is None:
             self._jitted = _load().jit(self.fn, **self._options)
             names = self.fn.__globals__
             names.update(triton=_load(), tl=_load().language)
-            names.update({name: value.jitted() for name, value in list(names.items()) if isinstance(value, Kernel)})
+            names.update(
+                {
+                    name: value.jitted()
+                    for name, value in list(names.items())
+                    if isinstance(value, Kernel)
+                }
+            )
         return self._jitted
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
@@ -45,7 +61,9 @@ class Kernel:
 
 
 class _Triton:
-    """`triton` before the first launch: `jit` waits, whatever else is asked for imports the real one."""
+    """`triton` before the first launch: `jit` waits, whatever else is asked for imports the real
+    one.
+    """
 
     @staticmethod
     def jit(function: Callable | None = None, **options: Any) -> Any:
@@ -59,12 +77,23 @@ triton: Any = _Triton()
 
 
 def check_rows(operation: str, *tensors: torch.Tensor) -> None:
-    """Kernels step through the first dimension by its stride and take the rest as contiguous; else ValueError."""
+    """Kernels step through the first dimension by its stride and take the rest as contiguous; else
+    ValueError.
+    """
     for tensor in tensors:
         if not tensor[:1].is_contiguous():
-            raise ValueError(f"{operation}: only the first dimension may be strided, got strides {tensor.stride()}")
+            raise ValueError(
+                f"{operation}: only the first dimension may be strided, got strides"
+                f" {tensor.stride()}"
+            )
 
 
 def num_multiprocessors(device: torch.device) -> int:
-    """About how many programs run at once; the interpreter runs one, and 4 there lets splits be seen."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    """About how many programs run at once; the interpreter runs one, and 4 there lets splits be
+    seen.
+    """
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 4
+    )

@@ -1,8 +1,9 @@
-"""SwiGLU's elementwise half: ``silu(gate) · up`` with ``silu(z) = z / (1 + exp(-z))`` (Shazeer 2020, arXiv:2002.05202).
+"""SwiGLU's elementwise half: ``silu(gate) · up`` with ``silu(z) = z / (1 + exp(-z))`` (Shazeer
+2020, arXiv:2002.05202).
 
-One matmul gives gate and up side by side, ``[T, 2N]``; the kernel reads both halves of a row and writes one. Cost with
-e bytes a number: 3·T·N·e bytes against some 5·T·N FLOPs: bandwidth. Eager torch writes silu(gate) and reads it again,
-5·T·N·e. Taught in notebooks/06_qwen3.ipynb."""
+One matmul gives gate and up side by side, ``[T, 2N]``; the kernel reads both halves of a row and
+writes one. Cost with e bytes a number: 3·T·N·e bytes against some 5·T·N FLOPs: bandwidth. Eager
+torch writes silu(gate) and reads it again, 5·T·N·e. Taught in notebooks/06_qwen3.ipynb."""
 
 import torch
 import torch.nn.functional as F
@@ -19,16 +20,22 @@ def _silu_mul_kernel(out_ptr, gate_up_ptr, row_stride, N, BLOCK: tl.constexpr):
     gate = tl.load(gate_up_ptr + row * row_stride + columns, mask=inside, other=0.0)
     up = tl.load(gate_up_ptr + row * row_stride + N + columns, mask=inside, other=0.0)
     wide = gate.to(tl.float32)
-    silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)  # rounded here, as the two eager operations do
+    silu = (wide / (1.0 + tl.exp(-wide))).to(
+        gate.dtype
+    )  # rounded here, as the two eager operations do
     tl.store(out_ptr + row * N + columns, silu * up, mask=inside)
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """``[T, 2N] -> [T, N]`` in gate_up.dtype. ValueError for an odd width or anything but the rows strided."""
+    """``[T, 2N] -> [T, N]`` in gate_up.dtype. ValueError for an odd width or anything but the rows
+    strided.
+    """
     check_rows("silu_mul", gate_up)
     rows, width = gate_up.shape
     if width % 2:
-        raise ValueError(f"silu_mul: gate and up must have the same width, got {width} columns together")
+        raise ValueError(
+            f"silu_mul: gate and up must have the same width, got {width} columns together"
+        )
     out = torch.empty(rows, width // 2, dtype=gate_up.dtype, device=gate_up.device)
     if rows:
         block = min(1024, triton.next_power_of_2(width // 2))

@@ -1,11 +1,14 @@
-"""The paged KV cache (Kwon et al. 2023, arXiv:2309.06180): where a token's key and value lie, and how they get there.
+"""The paged KV cache (Kwon et al. 2023, arXiv:2309.06180): where a token's key and value lie, and
+how they get there.
 
-A cache is ``[num_blocks, KH, block_size, D]``. Token p of a sequence lies in block ``block_table[p // block_size]`` at
-offset ``p % block_size``; its *slot* is ``block · block_size + offset``. Heads come before offsets, so that what one
-attention program reads of a block, one head's ``[block_size, D]``, is one contiguous piece.
+A cache is ``[num_blocks, KH, block_size, D]``. Token p of a sequence lies in block
+``block_table[p // block_size]`` at offset ``p % block_size``; its *slot* is
+``block · block_size + offset``. Heads come before offsets, so that what one attention program reads
+of a block, one head's ``[block_size, D]``, is one contiguous piece.
 
-Cost of storing with e bytes a number: 4·T·KH·D·e bytes (K and V, read and written), no arithmetic: bandwidth. A token
-of Qwen3-0.6B's shape in bf16 is 4 kB a layer. Taught in notebooks/03_paged_kv_cache.ipynb."""
+Cost of storing with e bytes a number: 4·T·KH·D·e bytes (K and V, read and written), no arithmetic:
+bandwidth. A token of Qwen3-0.6B's shape in bf16 is 4 kB a layer. Taught in
+notebooks/03_paged_kv_cache.ipynb."""
 
 import torch
 from torch import Tensor
@@ -15,20 +18,32 @@ from minivllm.kernels._triton import check_rows, tl, triton
 
 @triton.jit
 def cache_rows(
-    table_ptr, first, context, kv_head,
-    KH: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Where in a cache the rows of tokens first ... first + BLOCK_N - 1 begin: a base, and offsets [BLOCK_N] from it.
+    table_ptr,
+    first,
+    context,
+    kv_head,
+    KH: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Where in a cache the rows of tokens first ... first + BLOCK_N - 1 begin: a base, and offsets
+    [BLOCK_N] from it.
 
-    first is a multiple of BLOCK_N. The table's entries beyond the context are never read: they may be anything.
+    first is a multiple of BLOCK_N. The table's entries beyond the context are never read: they may
+    be anything.
     """
-    if BLOCK_SIZE % BLOCK_N == 0:  # the tile lies within one block: one look-up, and every tile has the same offsets
+    if (
+        BLOCK_SIZE % BLOCK_N == 0
+    ):  # the tile lies within one block: one look-up, and every tile has the same offsets
         block = tl.load(table_ptr + first // BLOCK_SIZE).to(tl.int64)
         base = ((block * KH + kv_head) * BLOCK_SIZE + first % BLOCK_SIZE) * D
         offsets = tl.arange(0, BLOCK_N) * D
     else:
         tokens = first + tl.arange(0, BLOCK_N)
-        block = tl.load(table_ptr + tokens // BLOCK_SIZE, mask=tokens < context, other=0).to(tl.int64)
+        block = tl.load(table_ptr + tokens // BLOCK_SIZE, mask=tokens < context, other=0).to(
+            tl.int64
+        )
         base = kv_head.to(tl.int64) * BLOCK_SIZE * D
         offsets = (block * KH * BLOCK_SIZE + tokens % BLOCK_SIZE) * D
     return base, offsets
@@ -42,31 +57,58 @@ def check_attention(name: str, query: Tensor, k_cache: Tensor, v_cache: Tensor, 
         raise ValueError(f"{name}: {heads} query heads cannot share {num_kv_heads} KV heads evenly")
     if block_size < 16 or block_size & (block_size - 1):
         raise ValueError(f"{name}: block_size must be a power of two from 16 up, got {block_size}")
-    if not (k_cache.is_contiguous() and v_cache.is_contiguous() and query.dtype == k_cache.dtype == v_cache.dtype):
+    if not (
+        k_cache.is_contiguous()
+        and v_cache.is_contiguous()
+        and query.dtype == k_cache.dtype == v_cache.dtype
+    ):
         raise ValueError(f"{name}: needs contiguous caches of the query's dtype, {query.dtype}")
 
 
 @triton.jit
 def _store_kv_kernel(
-    key_ptr, value_ptr, k_cache_ptr, v_cache_ptr, slot_mapping_ptr, key_stride, value_stride,
-    KH: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    key_ptr,
+    value_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    slot_mapping_ptr,
+    key_stride,
+    value_stride,
+    KH: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One program a token moves all KH·D numbers of its key and its value."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping_ptr + token)
     index = tl.arange(0, BLOCK)
-    inside = index < tl.where(slot >= 0, KH * D, 0)  # -1: a padded row, or a token whose K and V are there already
+    inside = index < tl.where(
+        slot >= 0, KH * D, 0
+    )  # -1: a padded row, or a token whose K and V are there already
     block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
     target = ((block * KH + index // D) * BLOCK_SIZE + offset) * D + index % D
-    tl.store(k_cache_ptr + target, tl.load(key_ptr + token * key_stride + index, mask=inside), mask=inside)
-    tl.store(v_cache_ptr + target, tl.load(value_ptr + token * value_stride + index, mask=inside), mask=inside)
+    tl.store(
+        k_cache_ptr + target,
+        tl.load(key_ptr + token * key_stride + index, mask=inside),
+        mask=inside,
+    )
+    tl.store(
+        v_cache_ptr + target,
+        tl.load(value_ptr + token * value_stride + index, mask=inside),
+        mask=inside,
+    )
 
 
-def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Write key, value ``[T, KH, D]`` (tokens may be strided) to slot_mapping ``[T]`` int64; -1 = nowhere.
+def store_kv(
+    key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """Write key, value ``[T, KH, D]`` (tokens may be strided) to slot_mapping ``[T]`` int64; -1 =
+    nowhere.
 
-    Contiguous caches ``[num_blocks, KH, block_size, D]``, any block_size, changed in place. Slots differ and lie within
-    the cache (not checked: a check would wait for the GPU). ValueError for other strides.
+    Contiguous caches ``[num_blocks, KH, block_size, D]``, any block_size, changed in place. Slots
+    differ and lie within the cache (not checked: a check would wait for the GPU). ValueError for
+    other strides.
     """
     check_rows("store_kv", key, value)
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
@@ -74,17 +116,30 @@ def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_
     tokens, num_kv_heads, dim = key.shape
     if tokens:
         _store_kv_kernel[(tokens,)](
-            key, value, k_cache, v_cache, slot_mapping, key.stride(0), value.stride(0), KH=num_kv_heads, D=dim,
-            BLOCK_SIZE=k_cache.shape[2], BLOCK=triton.next_power_of_2(num_kv_heads * dim),
-        )  # fmt: skip
+            key,
+            value,
+            k_cache,
+            v_cache,
+            slot_mapping,
+            key.stride(0),
+            value.stride(0),
+            KH=num_kv_heads,
+            D=dim,
+            BLOCK_SIZE=k_cache.shape[2],
+            BLOCK=triton.next_power_of_2(num_kv_heads * dim),
+        )
 
 
-def store_kv_reference(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+def store_kv_reference(
+    key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+) -> None:
     _, num_kv_heads, block_size, dim = k_cache.shape
     wanted = slot_mapping >= 0
     if not wanted.all():
         slot_mapping, key, value = slot_mapping[wanted], key[wanted], value[wanted]
     first = slot_mapping // block_size * (num_kv_heads * block_size) + slot_mapping % block_size
-    rows = (first.unsqueeze(1) + torch.arange(num_kv_heads, device=key.device) * block_size).flatten()  # [T · KH]
+    rows = (
+        first.unsqueeze(1) + torch.arange(num_kv_heads, device=key.device) * block_size
+    ).flatten()  # [T · KH]
     k_cache.view(-1, dim).index_copy_(0, rows, key.reshape(-1, dim))
     v_cache.view(-1, dim).index_copy_(0, rows, value.reshape(-1, dim))

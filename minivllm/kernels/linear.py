@@ -1,12 +1,16 @@
-"""A linear layer, ``x Wᵀ + b``: cuBLAS's matrix product, except for the few rows of x that one request's decode has.
+"""A linear layer, ``x Wᵀ + b``: cuBLAS's matrix product, except for the few rows of x that one
+request's decode has.
 
-Cost of x [T, K] and W [N, K] with e bytes a number: N·K·e bytes of weights (x and the result are small) against 2·T·N·K
-FLOPs. For few rows bandwidth is the floor: 4096 x 1024 in bf16 is 8.4 MB, 1.9 µs at 4.4 TB/s. A matrix product is cut
-into tiles for the tensor cores, and at T = 1 the narrow ones (o_proj, down_proj) leave most of the GPU idle. Here every
-program takes a few rows of W instead and reads them once, in order. On an H200, T = 1, µs (cuBLAS / this): 4096 x 1024
-5.3 / 4.2, 1024 x 2048 12.8 / 3.3, 6144 x 1024 5.9 / 5.2, 1024 x 3072 6.6 / 4.2, 151936 x 1024 77 / 71. T = 4: 1024 x
-2048 8.3 / 4.6, but 4096 x 1024 5.3 / 5.5: each row of x reads W again, from the L2 cache. Tried: all rows in one
-program, slower from T = 2 (registers); `tl.dot`, from 9 % ahead of cuBLAS (T = 64) to 21 % behind it (T = 256)."""
+Cost of x [T, K] and W [N, K] with e bytes a number: N·K·e bytes of weights (x and the result are
+small) against 2·T·N·K FLOPs. For few rows bandwidth is the floor: 4096 x 1024 in bf16 is 8.4 MB,
+1.9 µs at 4.4 TB/s. A matrix product is cut into tiles for the tensor cores, and at T = 1 the narrow
+ones (o_proj, down_proj) leave most of the GPU idle. Here every program takes a few rows of W
+instead and reads them once, in order. On an H200, T = 1, µs (cuBLAS / this): 4096 x 1024 5.3 / 4.2,
+1024 x 2048 12.8 / 3.3, 6144 x 1024 5.9 / 5.2, 1024 x 3072 6.6 / 4.2, 151936 x 1024 77 / 71. T = 4:
+1024 x 2048 8.3 / 4.6, but 4096 x 1024 5.3 / 5.5: each row of x reads W again, from the L2 cache.
+Tried: all rows in one program, slower from T = 2 (registers); `tl.dot`, from 9 % ahead of cuBLAS (T
+= 64) to 21 % behind it (T = 256).
+"""
 
 from bisect import bisect_left
 from pathlib import Path
@@ -22,25 +26,28 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def prefers_onednn(cpuinfo: str) -> bool:
-    """Whether oneDNN multiplies float32 faster than MKL, torch's choice, on the CPU of this /proc/cpuinfo.
+    """Whether oneDNN multiplies float32 faster than MKL, torch's choice, on the CPU of this
+    /proc/cpuinfo.
 
-    MKL does not use AMD's AVX-512. The bundled model's shapes, one thread, µs for 1 and for 32 rows:
+    MKL does not use AMD's AVX-512. The bundled model's shapes, one thread, µs for 1 and for 32
+    rows:
 
     - EPYC with AVX-512: MKL 92 and 936, oneDNN 114 and 534.
     - EPYC with AVX2 only: MKL 232 and 1421, oneDNN 404 and 1611. They are equal from 200 rows on.
     - Xeon with AVX-512: MKL 318 and 1311, oneDNN 411 and 1682.
 
-    This is a rule, not a measurement, because all ranks of an engine must decide alike: each samples
-    for itself, and the two libraries differ in the last bits.
+    This is a rule, not a measurement, because all ranks of an engine must decide alike: each
+    samples for itself, and the two libraries differ in the last bits.
     """
     return "AuthenticAMD" in cpuinfo and "avx512f" in cpuinfo
 
 
 _cpuinfo = CPUINFO.read_text() if CPUINFO.exists() else ""
 PREFERS_ONEDNN = torch.backends.mkldnn.is_available() and prefers_onednn(_cpuinfo)
-#: The only numbers of rows that oneDNN is asked for. For each pair of a number of rows and a weight's
-#: shape it compiles a program of 0.6 MB and keeps it, up to 1,024 of them. A batch's number of rows
-#: differs from step to step, so memory would grow by 700 MB; with this list, by 27 MB a shape.
+#: The only numbers of rows that oneDNN is asked for. For each pair of a number of rows and a
+#: weight's shape it compiles a program of 0.6 MB and keeps it, up to 1,024 of them. A batch's
+#: number of rows differs from step to step, so memory would grow by 700 MB; with this list, by 27
+#: MB a shape.
 ONEDNN_ROWS = (
     *range(4, 64, 4),
     *range(64, 128, 8),
@@ -53,10 +60,20 @@ ONEDNN_ROWS = (
 
 @triton.jit
 def _linear_kernel(
-    out_ptr, x_ptr, weight_ptr, bias_ptr, x_stride, N, K: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BIAS: tl.constexpr,
-):  # fmt: skip
-    """Program (some rows of W, row of x). Products are added lane by lane, and the lanes once, at the end."""
+    out_ptr,
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    x_stride,
+    N,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """Program (some rows of W, row of x). Products are added lane by lane, and the lanes once, at
+    the end.
+    """
     features = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.program_id(1).to(tl.int64)
     weight_rows = weight_ptr + features.to(tl.int64)[:, None] * K
@@ -74,9 +91,11 @@ def _linear_kernel(
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x ``[T, K]``, weight ``[N, K]``, bias ``[N]`` or None -> ``[T, N]`` in x.dtype, summed in float32.
+    """x ``[T, K]``, weight ``[N, K]``, bias ``[N]`` or None -> ``[T, N]`` in x.dtype, summed in
+    float32.
 
-    Rows of x may be strided, weight and bias are contiguous, all of one dtype; ValueError otherwise.
+    Rows of x may be strided, weight and bias are contiguous, all of one dtype; ValueError
+    otherwise.
     """
     (rows, width), features = x.shape, len(weight)
     if rows == 0 or rows > (MAX_ROWS if features <= MAX_FEATURES else 1):
@@ -87,20 +106,33 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     out = torch.empty(rows, features, dtype=x.dtype, device=x.device)
     block_n, block_k = 8, min(1024, triton.next_power_of_2(width))
     _linear_kernel[(triton.cdiv(features, block_n), rows)](
-        out, x, weight, weight if bias is None else bias, x.stride(0), features, width,
-        BLOCK_N=block_n, BLOCK_K=block_k, BIAS=bias is not None, num_warps=8,
-    )  # fmt: skip
+        out,
+        x,
+        weight,
+        weight if bias is None else bias,
+        x.stride(0),
+        features,
+        width,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        BIAS=bias is not None,
+        num_warps=8,
+    )
     return out
 
 
-def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear_reference(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     if PREFERS_ONEDNN and len(x) > 2 and x.device.type == "cpu" and x.dtype == torch.float32:
         return _onednn(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
 def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """One product of the next number in `ONEDNN_ROWS`: x is padded with zeros, and the result cut."""
+    """One product of the next number in `ONEDNN_ROWS`: x is padded with zeros, and the result
+    cut.
+    """
     rows, most = len(x), ONEDNN_ROWS[-1]
     if rows > most:
         out = x.new_empty(rows, len(weight))

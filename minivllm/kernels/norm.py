@@ -1,11 +1,13 @@
-"""RMSNorm, ``x / sqrt(mean(x²) + eps) · weight`` (Zhang & Sennrich 2019, arXiv:1910.07467), alone and with a residual.
+"""RMSNorm, ``x / sqrt(mean(x²) + eps) · weight`` (Zhang & Sennrich 2019, arXiv:1910.07467), alone
+and with a residual.
 
-Rounding follows transformers' `Qwen3RMSNorm`: statistics and division in float32, back to x.dtype, then the weight.
+Rounding follows transformers' `Qwen3RMSNorm`: statistics and division in float32, back to x.dtype,
+then the weight.
 
-Cost of [T, N] with e bytes a number: 2·T·N·e bytes (4·T·N·e with the residual: two reads, two writes) against about
-4·T·N FLOPs. Under one FLOP a byte, so bandwidth is the floor: 256 x 1024 in bf16 is 1 MB, 0.24 µs at 4.4 TB/s, far less
-than the launch. Fusing pays because each of the five eager operations reads and writes those bytes again.
-Taught in notebooks/06_qwen3.ipynb."""
+Cost of [T, N] with e bytes a number: 2·T·N·e bytes (4·T·N·e with the residual: two reads, two
+writes) against about 4·T·N FLOPs. Under one FLOP a byte, so bandwidth is the floor: 256 x 1024 in
+bf16 is 1 MB, 0.24 µs at 4.4 TB/s, far less than the launch. Fusing pays because each of the five
+eager operations reads and writes those bytes again. Taught in notebooks/06_qwen3.ipynb."""
 
 import torch
 from torch import Tensor
@@ -15,9 +17,18 @@ from minivllm.kernels._triton import check_rows, tl, triton
 
 @triton.jit
 def _rms_norm_kernel(
-    out_ptr, sum_ptr, x_ptr, residual_ptr, weight_ptr, x_stride, residual_stride, eps,
-    N: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr,
-):  # fmt: skip
+    out_ptr,
+    sum_ptr,
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    x_stride,
+    residual_stride,
+    eps,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+):
     """One program a row; the row fits into registers, so x is read once."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -33,27 +44,45 @@ def _rms_norm_kernel(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``[T, N] -> [T, N]`` in x.dtype. Rows may be strided (a slice of a fused projection), else ValueError."""
+    """``[T, N] -> [T, N]`` in x.dtype. Rows may be strided (a slice of a fused projection), else
+    ValueError.
+    """
     check_rows("rms_norm", x)
     return _launch(x, None, weight, eps)[0]
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``(rms_norm(x + residual), x + residual)``, both new, ``[T, N]`` in x.dtype; strides as for `rms_norm`."""
+    """``(rms_norm(x + residual), x + residual)``, both new, ``[T, N]`` in x.dtype; strides as for
+    `rms_norm`.
+    """
     check_rows("add_rms_norm", x, residual)
     return _launch(x, residual, weight, eps)
 
 
-def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _launch(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     (rows, width), add = x.shape, residual is not None
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total, residual = (torch.empty_like(out), residual) if add else (out, x)  # without a residual, neither is touched
+    total, residual = (
+        (torch.empty_like(out), residual) if add else (out, x)
+    )  # without a residual, neither is touched
     if rows:
         block = triton.next_power_of_2(width)
         _rms_norm_kernel[(rows,)](
-            out, total, x, residual, weight, x.stride(0), residual.stride(0), eps,
-            N=width, BLOCK=block, ADD=add, num_warps=8 if block > 2048 else 4,
-        )  # fmt: skip
+            out,
+            total,
+            x,
+            residual,
+            weight,
+            x.stride(0),
+            residual.stride(0),
+            eps,
+            N=width,
+            BLOCK=block,
+            ADD=add,
+            num_warps=8 if block > 2048 else 4,
+        )
     return out, total
 
 
@@ -62,6 +91,8 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype).mul_(weight)
 
 
-def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm_reference(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     total = x + residual
     return rms_norm_reference(total, weight, eps), total

@@ -1,14 +1,16 @@
-"""Softmax in one pass, and the merging of softmaxes computed apart (Milakov & Gimelshein 2018, arXiv:1805.02867).
+"""Softmax in one pass, and the merging of softmaxes computed apart (Milakov & Gimelshein 2018,
+arXiv:1805.02867).
 
-Going through a row tile by tile, keep the maximum m so far and the sum l of ``exp(x - m)``. A tile with maximum m'
-gives ``M = max(m, m')`` and ``l <- l·exp(m - M) + sum(exp(tile - M))``: what was summed under the old maximum is
-rescaled, never summed again. FlashAttention rescales its output by the same factor, and split-KV decoding needs it once
-more: the parts of a context give (out_s, lse_s) with ``lse = m + log(l)``, and then ``out = sum(exp(lse_s -
-LSE)·out_s)`` with ``LSE = logsumexp(lse_s)``. Taught in notebooks/01_online_softmax.ipynb.
+Going through a row tile by tile, keep the maximum m so far and the sum l of ``exp(x - m)``. A tile
+with maximum m' gives ``M = max(m, m')`` and ``l <- l·exp(m - M) + sum(exp(tile - M))``: what was
+summed under the old maximum is rescaled, never summed again. FlashAttention rescales its output by
+the same factor, and split-KV decoding needs it once more: the parts of a context give (out_s,
+lse_s) with ``lse = m + log(l)``, and then ``out = sum(exp(lse_s - LSE)·out_s)`` with
+``LSE = logsumexp(lse_s)``. Taught in notebooks/01_online_softmax.ipynb.
 
-Cost of softmax over [T, N], e bytes a number: 3·T·N·e bytes (two reads, one write; maximum, sum and result each in a
-pass of their own read thrice) against some 5·T·N FLOPs: bandwidth. Merging reads 4·S·B·H·(D + 1) bytes and writes
-4·B·H·D."""
+Cost of softmax over [T, N], e bytes a number: 3·T·N·e bytes (two reads, one write; maximum, sum and
+result each in a pass of their own read thrice) against some 5·T·N FLOPs: bandwidth. Merging reads
+4·S·B·H·(D + 1) bytes and writes 4·B·H·D."""
 
 import torch
 
@@ -23,7 +25,11 @@ def _softmax_kernel(out_ptr, x_ptr, row_stride, N, BLOCK: tl.constexpr):
     row_max = float("-inf")
     row_sum = 0.0
     for start in range(0, N, BLOCK):
-        x = tl.load(x_ptr + row * row_stride + start + columns, mask=start + columns < N, other=float("-inf"))
+        x = tl.load(
+            x_ptr + row * row_stride + start + columns,
+            mask=start + columns < N,
+            other=float("-inf"),
+        )
         x = x.to(tl.float32)
         new_max = tl.maximum(row_max, tl.max(x, axis=0))
         finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)  # -inf - -inf would be NaN
@@ -31,12 +37,15 @@ def _softmax_kernel(out_ptr, x_ptr, row_stride, N, BLOCK: tl.constexpr):
         row_max = new_max
     for start in range(0, N, BLOCK):
         inside = start + columns < N
-        x = tl.load(x_ptr + row * row_stride + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
+        x = tl.load(
+            x_ptr + row * row_stride + start + columns, mask=inside, other=float("-inf")
+        ).to(tl.float32)
         tl.store(out_ptr + row * N + start + columns, tl.exp(x - row_max) / row_sum, mask=inside)
 
 
 def softmax(x: torch.Tensor, block: int = 1024) -> torch.Tensor:
-    """``[T, N] -> [T, N]`` in x.dtype, by tiles of block (a power of two). A row of -inf alone gives NaN, as in torch.
+    """``[T, N] -> [T, N]`` in x.dtype, by tiles of block (a power of two). A row of -inf alone
+    gives NaN, as in torch.
 
     ValueError where anything but the rows is strided.
     """
@@ -57,9 +66,15 @@ BLOCK_S = 32  # parts merged at a time
 
 @triton.jit(do_not_specialize=["num_splits", "rows"])
 def _merge_kernel(
-    out_ptr, partial_out_ptr, partial_lse_ptr, num_splits, rows,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
+    out_ptr,
+    partial_out_ptr,
+    partial_lse_ptr,
+    num_splits,
+    rows,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     """One program a (sequence, head): BLOCK_S parts at a time, merged online."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
@@ -68,11 +83,19 @@ def _merge_kernel(
     acc = tl.zeros([BLOCK_D], dtype=tl.float32)
     for start in range(0, num_splits, BLOCK_S):
         splits = start + tl.arange(0, BLOCK_S)
-        lse = tl.load(partial_lse_ptr + splits * rows + row, mask=splits < num_splits, other=float("-inf"))
+        lse = tl.load(
+            partial_lse_ptr + splits * rows + row, mask=splits < num_splits, other=float("-inf")
+        )
         inside = (splits < num_splits)[:, None] & (columns < D)[None, :]
-        part = tl.load(partial_out_ptr + (splits * rows + row)[:, None] * D + columns[None, :], mask=inside, other=0.0)
+        part = tl.load(
+            partial_out_ptr + (splits * rows + row)[:, None] * D + columns[None, :],
+            mask=inside,
+            other=0.0,
+        )
         new_max = tl.maximum(total_max, tl.max(lse, axis=0))
-        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)  # all parts empty so far: weights 0, not NaN
+        finite_max = tl.where(
+            new_max == float("-inf"), 0.0, new_max
+        )  # all parts empty so far: weights 0, not NaN
         rescale = tl.exp(total_max - finite_max)
         weights = tl.exp(lse - finite_max)
         total = total * rescale + tl.sum(weights, axis=0)
@@ -84,10 +107,11 @@ def _merge_kernel(
 def merge_attention(
     partial_out: torch.Tensor, partial_lse: torch.Tensor, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Merge S float32 parts, outputs ``[S, B, H, D]`` and natural log-sum-exps ``[S, B, H]`` -> ``[B, H, D]`` of dtype.
+    """Merge S float32 parts, outputs ``[S, B, H, D]`` and natural log-sum-exps ``[S, B, H]`` ->
+    ``[B, H, D]`` of dtype.
 
-    An empty part has lse -inf and a finite output; a row whose parts are all empty gives 0. ValueError unless
-    contiguous.
+    An empty part has lse -inf and a finite output; a row whose parts are all empty gives 0.
+    ValueError unless contiguous.
     """
     if not (partial_out.is_contiguous() and partial_lse.is_contiguous()):
         raise ValueError("merge_attention: needs contiguous parts")
@@ -95,12 +119,20 @@ def merge_attention(
     out = torch.empty(batch, heads, dim, dtype=dtype, device=partial_out.device)
     if batch:
         _merge_kernel[(batch * heads,)](
-            out, partial_out, partial_lse, splits, batch * heads,
-            D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_S=BLOCK_S,
-        )  # fmt: skip
+            out,
+            partial_out,
+            partial_lse,
+            splits,
+            batch * heads,
+            D=dim,
+            BLOCK_D=triton.next_power_of_2(dim),
+            BLOCK_S=BLOCK_S,
+        )
     return out
 
 
 def merge_attention_reference(partial_out: torch.Tensor, partial_lse: torch.Tensor) -> torch.Tensor:
-    weights = partial_lse.softmax(dim=0).nan_to_num_(0.0)  # exp(lse_s - LSE); NaN where all parts are empty
+    weights = partial_lse.softmax(dim=0).nan_to_num_(
+        0.0
+    )  # exp(lse_s - LSE); NaN where all parts are empty
     return (weights.unsqueeze(-1) * partial_out).sum(dim=0)

@@ -1,15 +1,20 @@
-"""Attention of one query token a sequence over the paged cache (PagedAttention: Kwon et al. 2023, arXiv:2309.06180).
+"""Attention of one query token a sequence over the paged cache (PagedAttention: Kwon et al. 2023,
+arXiv:2309.06180).
 
-Cost per sequence of context n, e bytes a number: 2·n·KH·D·e bytes of K and V against 4·n·H·D FLOPs, 2·H/(KH·e) FLOPs a
-byte, that is 2 for Qwen3-0.6B in bf16. Bandwidth is the floor: 256 sequences of 1024 tokens, 8 KV heads of 128, are
-1.07 GB a layer, 0.23 ms at 4.6 TB/s; an H200 took 0.24 ms. Without gain: tensor descriptors, all KV heads in a program.
-Taught in notebooks/03_paged_kv_cache.ipynb.
+Cost per sequence of context n, e bytes a number: 2·n·KH·D·e bytes of K and V against 4·n·H·D FLOPs,
+2·H/(KH·e) FLOPs a byte, that is 2 for Qwen3-0.6B in bf16. Bandwidth is the floor: 256 sequences of
+1024 tokens, 8 KV heads of 128, are 1.07 GB a layer, 0.23 ms at 4.6 TB/s; an H200 took 0.24 ms.
+Without gain: tensor descriptors, all KV heads in a program. Taught in
+notebooks/03_paged_kv_cache.ipynb.
 
-- The H/KH query heads that share a KV head are the rows of one program, padded to the 16 that `tl.dot` wants: K and
+- The H/KH query heads that share a KV head are the rows of one program, padded to the 16 that
+  `tl.dot` wants: K and
   V are read once for all of them, and where bandwidth is the floor the padding is free.
-- B·KH programs may leave multiprocessors idle. Then each context is cut into splits with a program each, and
+- B·KH programs may leave multiprocessors idle. Then each context is cut into splits with a program
+  each, and
   `merge_attention` joins their results by their log-sum-exps (Flash-Decoding: Dao et al. 2023).
-- The tile BLOCK_N is chosen for speed; block_size only says where the tile's tokens lie (`cache_rows`).
+- The tile BLOCK_N is chosen for speed; block_size only says where the tile's tokens lie
+  (`cache_rows`).
 - ``exp(x) = exp2(x · log2 e)``, and that constant is folded into the scale.
 """
 
@@ -24,14 +29,29 @@ from minivllm.kernels._triton import num_multiprocessors, tl, triton
 from minivllm.kernels.kv_cache import cache_rows, check_attention
 
 
-# What changes from step to step must not make Triton compile anew: neither numbers nor the alignment of slices.
+# What changes from step to step must not make Triton compile anew: neither numbers nor the
+# alignment of slices.
 @triton.jit(do_not_specialize=["block_table_ptr", "seq_lens_ptr", "table_stride", "num_splits"])
 def _decode_kernel(
-    out_ptr, lse_ptr, query_ptr, k_cache_ptr, v_cache_ptr, block_table_ptr, seq_lens_ptr,
-    scale_log2, query_stride, table_stride, num_splits,
-    KH: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
+    out_ptr,
+    lse_ptr,
+    query_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    block_table_ptr,
+    seq_lens_ptr,
+    scale_log2,
+    query_stride,
+    table_stride,
+    num_splits,
+    KH: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
     """Program (KV head, sequence, split): an equal share of the context's tiles."""
     kv_head = tl.program_id(0)
     sequence = tl.program_id(1).to(tl.int64)
@@ -51,9 +71,18 @@ def _decode_kernel(
     begin = split * share
     for first in range(begin, tl.minimum(begin + share, context), BLOCK_N):
         base, rows = cache_rows(
-            block_table_ptr + sequence * table_stride, first, context, kv_head, KH, D, BLOCK_SIZE, BLOCK_N
+            block_table_ptr + sequence * table_stride,
+            first,
+            context,
+            kv_head,
+            KH,
+            D,
+            BLOCK_SIZE,
+            BLOCK_N,
         )
-        known = first + tl.arange(0, BLOCK_N) < context  # true for a tile's first token: no tile is without a key
+        known = (
+            first + tl.arange(0, BLOCK_N) < context
+        )  # true for a tile's first token: no tile is without a key
         inside = known[:, None] & (columns < D)[None, :]
         key = tl.load(k_cache_ptr + base + rows[:, None] + columns[None, :], mask=inside, other=0.0)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
@@ -63,96 +92,184 @@ def _decode_kernel(
         weights = tl.exp2(scores * scale_log2 - new_max[:, None])
         row_sum = row_sum * rescale + tl.sum(weights, axis=1)
         # Beyond the context lies anything, NaN too, and 0 · NaN is NaN: it must be read as 0.
-        value = tl.load(v_cache_ptr + base + rows[:, None] + columns[None, :], mask=inside, other=0.0)
+        value = tl.load(
+            v_cache_ptr + base + rows[:, None] + columns[None, :], mask=inside, other=0.0
+        )
         acc = tl.dot(weights.to(value.dtype), value, acc * rescale[:, None], input_precision="ieee")
         row_max = new_max
 
-    safe_sum = tl.where(row_sum > 0.0, row_sum, 1.0)  # an empty split, or a padded sequence: output 0, lse -inf
+    safe_sum = tl.where(
+        row_sum > 0.0, row_sum, 1.0
+    )  # an empty split, or a padded sequence: output 0, lse -inf
     target = (split * tl.num_programs(1) + sequence) * (KH * GROUP) + heads
-    tl.store(out_ptr + target[:, None] * D + columns[None, :], acc / safe_sum[:, None], mask=inside_q)
+    tl.store(
+        out_ptr + target[:, None] * D + columns[None, :], acc / safe_sum[:, None], mask=inside_q
+    )
     if SPLIT:
-        lse = (row_max + tl.log2(safe_sum)) * 0.6931471805599453  # from base 2 to the natural logarithm
+        lse = (
+            row_max + tl.log2(safe_sum)
+        ) * 0.6931471805599453  # from base 2 to the natural logarithm
         tl.store(lse_ptr + target, lse, mask=members < GROUP)
 
 
 def choose_num_splits(programs: int, max_seq_len: int, multiprocessors: int) -> int:
-    """As many as give every multiprocessor a program, but at most one for 128 tokens begun: merging costs a launch."""
+    """As many as give every multiprocessor a program, but at most one for 128 tokens begun: merging
+    costs a launch.
+    """
     return max(1, min(-(-multiprocessors // max(1, programs)), -(-max_seq_len // 128)))
 
 
 def decode_attention(
-    query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
-    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable, num_splits: int | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """query ``[B, H, D]``, one new token a sequence (which may be strided) -> ``[B, H, D]`` in query.dtype.
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    *,
+    max_seq_len: int,
+    merge_attention: Callable,
+    num_splits: int | None = None,
+) -> torch.Tensor:
+    """query ``[B, H, D]``, one new token a sequence (which may be strided) -> ``[B, H, D]`` in
+    query.dtype.
 
-    Contiguous caches ``[num_blocks, KH, block_size, D]`` of query.dtype, which hold this token's K and V already;
-    block_size a power of two from 16 up, H/KH at most 16. block_table ``[B, max_blocks]`` int32, never read beyond a
-    context; seq_lens ``[B]`` int32, the context with this token, 0 = a padded row, whose output is 0. max_seq_len: an
-    upper bound that the host knows. num_splits: None = `choose_num_splits`. With more than one, merge_attention gets
-    float32 ``[S, B, H, D]`` and ``[S, B, H]`` (see `online_softmax`). ValueError for other shapes, strides or dtypes.
+    Contiguous caches ``[num_blocks, KH, block_size, D]`` of query.dtype, which hold this token's K
+    and V already; block_size a power of two from 16 up, H/KH at most 16. block_table
+    ``[B, max_blocks]`` int32, never read beyond a context; seq_lens ``[B]`` int32, the context with
+    this token, 0 = a padded row, whose output is 0. max_seq_len: an upper bound that the host
+    knows. num_splits: None = `choose_num_splits`. With more than one, merge_attention gets float32
+    ``[S, B, H, D]`` and ``[S, B, H]`` (see `online_softmax`). ValueError for other shapes, strides
+    or dtypes.
     """
     check_attention("decode_attention", query, k_cache, v_cache, block_table)
     batch, heads, dim = query.shape
     num_kv_heads, block_size = k_cache.shape[1:3]
     if heads > 16 * num_kv_heads:
-        raise ValueError(f"decode_attention: at most 16 query heads a KV head, got {heads // num_kv_heads}")
+        raise ValueError(
+            f"decode_attention: at most 16 query heads a KV head, got {heads // num_kv_heads}"
+        )
     if num_splits is None:
-        num_splits = choose_num_splits(batch * num_kv_heads, max_seq_len, num_multiprocessors(query.device))
+        num_splits = choose_num_splits(
+            batch * num_kv_heads, max_seq_len, num_multiprocessors(query.device)
+        )
     split = num_splits > 1
     out_dtype = torch.float32 if split else query.dtype
     out = torch.empty(num_splits, batch, heads, dim, dtype=out_dtype, device=query.device)
-    lse = torch.empty(num_splits, batch, heads, dtype=torch.float32, device=query.device) if split else out
-    # BLOCK_N, warps, stages from a sweep on an H200 for head_dim 128 in bf16, narrower where a row is longer. With many
-    # programs, small ones keep more bytes in flight; a few that share a context do better with a deeper pipeline.
+    lse = (
+        torch.empty(num_splits, batch, heads, dtype=torch.float32, device=query.device)
+        if split
+        else out
+    )
+    # BLOCK_N, warps, stages from a sweep on an H200 for head_dim 128 in bf16, narrower where a row
+    # is longer. With many programs, small ones keep more bytes in flight; a few that share a
+    # context do better with a deeper pipeline.
     block_n, warps, stages = (64, 4, 5) if split else (32, 2, 5)
     if dim * query.element_size() > 256:
         block_n, warps, stages = 32, 4, 2
     if batch:
         _decode_kernel[(num_kv_heads, batch, num_splits)](
-            out, lse, query, k_cache, v_cache, block_table, seq_lens, scale * math.log2(math.e),
-            query.stride(0), block_table.stride(0), num_splits, KH=num_kv_heads, GROUP=heads // num_kv_heads, D=dim,
-            BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_SIZE=block_size, BLOCK_N=block_n, SPLIT=split,
-            num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+            out,
+            lse,
+            query,
+            k_cache,
+            v_cache,
+            block_table,
+            seq_lens,
+            scale * math.log2(math.e),
+            query.stride(0),
+            block_table.stride(0),
+            num_splits,
+            KH=num_kv_heads,
+            GROUP=heads // num_kv_heads,
+            D=dim,
+            BLOCK_D=max(16, triton.next_power_of_2(dim)),
+            BLOCK_SIZE=block_size,
+            BLOCK_N=block_n,
+            SPLIT=split,
+            num_warps=warps,
+            num_stages=stages,
+        )
     if not split:
         return out[0]
-    if merge_attention is online_softmax.merge_attention:  # ours can write the query's dtype itself: a launch less
+    if (
+        merge_attention is online_softmax.merge_attention
+    ):  # ours can write the query's dtype itself: a launch less
         return merge_attention(out, lse, query.dtype)
     return merge_attention(out, lse).to(query.dtype)
 
 
 def decode_attention_reference(
-    query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
-    seq_lens: torch.Tensor, scale: float, *, max_seq_len: int, merge_attention: Callable, num_splits: int | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """As `decode_attention`, for any block_size. Every block is a split: nothing is padded to the longest context."""
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    *,
+    max_seq_len: int,
+    merge_attention: Callable,
+    num_splits: int | None = None,
+) -> torch.Tensor:
+    """As `decode_attention`, for any block_size. Every block is a split: nothing is padded to the
+    longest context.
+    """
     batch, heads, dim = query.shape
     num_kv_heads, block_size = k_cache.shape[1:3]
     group, device = heads // num_kv_heads, query.device
     blocks_used = (seq_lens + block_size - 1) // block_size
     splits = max(1, int(blocks_used.max()))
-    split, sequence = (torch.arange(splits, device=device)[:, None] < blocks_used).nonzero(as_tuple=True)  # [P] each
+    split, sequence = (torch.arange(splits, device=device)[:, None] < blocks_used).nonzero(
+        as_tuple=True
+    )  # [P] each
     blocks = block_table[sequence, split]
-    tokens = (seq_lens[sequence] - split * block_size).unsqueeze(1)  # [P, 1] of the context, from this block on
-    offsets, kv_heads = torch.arange(block_size, device=device), torch.arange(heads, device=device) // group
+    tokens = (seq_lens[sequence] - split * block_size).unsqueeze(
+        1
+    )  # [P, 1] of the context, from this block on
+    offsets, kv_heads = (
+        torch.arange(block_size, device=device),
+        torch.arange(heads, device=device) // group,
+    )
 
-    scaled = (query.float() * scale).index_select(0, sequence).view(-1, group, dim)  # [P · KH, H / KH, D]
-    key = k_cache.flatten(1).index_select(0, blocks).float().view(-1, block_size, dim)  # [P · KH, bs, D]
+    scaled = (
+        (query.float() * scale).index_select(0, sequence).view(-1, group, dim)
+    )  # [P · KH, H / KH, D]
+    key = (
+        k_cache.flatten(1).index_select(0, blocks).float().view(-1, block_size, dim)
+    )  # [P · KH, bs, D]
     scores = torch.bmm(scaled, key.transpose(1, 2)).view(-1, heads, block_size)
     scores.masked_fill_((offsets >= tokens).unsqueeze(1), float("-inf"))
     weights = scores.softmax(dim=-1)
-    lse = scores.amax(dim=-1) - weights.amax(dim=-1).log_()  # the largest weight is 1 / sum(exp(score - maximum))
+    lse = (
+        scores.amax(dim=-1) - weights.amax(dim=-1).log_()
+    )  # the largest weight is 1 / sum(exp(score - maximum))
 
-    # V's rows are added up where they lie, not gathered like K; weights of 0 go with the context's last token.
+    # V's rows are added up where they lie, not gathered like K; weights of 0 go with the context's
+    # last token.
     if v_cache.dtype != torch.float32:
-        v_cache, blocks = v_cache.index_select(0, blocks).float(), torch.arange(len(blocks), device=device)
-    first = ((blocks * num_kv_heads).unsqueeze(1) + kv_heads) * block_size  # [P, H]: a block's row of token 0
-    rows = (first.unsqueeze(2) + torch.minimum(offsets, tokens - 1).unsqueeze(1)).view(-1, block_size)  # [P · H, bs]
-    out = F.embedding_bag(rows, v_cache.view(-1, dim), mode="sum", per_sample_weights=weights.view(-1, block_size))
+        v_cache, blocks = (
+            v_cache.index_select(0, blocks).float(),
+            torch.arange(len(blocks), device=device),
+        )
+    first = (
+        (blocks * num_kv_heads).unsqueeze(1) + kv_heads
+    ) * block_size  # [P, H]: a block's row of token 0
+    rows = (first.unsqueeze(2) + torch.minimum(offsets, tokens - 1).unsqueeze(1)).view(
+        -1, block_size
+    )  # [P · H, bs]
+    out = F.embedding_bag(
+        rows, v_cache.view(-1, dim), mode="sum", per_sample_weights=weights.view(-1, block_size)
+    )
 
     used, out = split * batch + sequence, out.view(-1, heads * dim)
     partial_out = torch.zeros(splits * batch, heads * dim, device=device).index_copy_(0, used, out)
-    partial_lse = torch.full((splits * batch, heads), float("-inf"), device=device).index_copy_(0, used, lse)
-    partial_out, partial_lse = partial_out.view(splits, batch, heads, dim), partial_lse.view(splits, batch, heads)
-    return (merge_attention(partial_out, partial_lse) if splits > 1 else partial_out[0]).to(query.dtype)
+    partial_lse = torch.full((splits * batch, heads), float("-inf"), device=device).index_copy_(
+        0, used, lse
+    )
+    partial_out, partial_lse = (
+        partial_out.view(splits, batch, heads, dim),
+        partial_lse.view(splits, batch, heads),
+    )
+    return (merge_attention(partial_out, partial_lse) if splits > 1 else partial_out[0]).to(
+        query.dtype
+    )

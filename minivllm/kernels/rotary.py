@@ -1,11 +1,15 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), with Qwen3's per-head RMSNorm before it.
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), with Qwen3's per-head RMSNorm
+before it.
 
-A head is D/2 pairs ``(x[i], x[i + D/2])`` ("rotate half", the neox order), and pair i is turned by the angle ``position
-· base^(-2i/D)``: ``(a, b) -> (a·cos - b·sin, b·cos + a·sin)``. So the dot product of two turned vectors depends on the
-difference of their positions only. Taught in notebooks/06_qwen3.ipynb.
+A head is D/2 pairs ``(x[i], x[i + D/2])`` ("rotate half", the neox order), and pair i is turned by
+the angle ``position
+· base^(-2i/D)``: ``(a, b) -> (a·cos - b·sin, b·cos + a·sin)``. So the dot product of two turned
+  vectors depends on the difference of their positions only. Taught in notebooks/06_qwen3.ipynb.
 
-Cost with e bytes a number: 2·T·(H + KH)·D·e bytes, and 4·D a token of table, against some 10 FLOPs a number: bandwidth.
-The fusion saves the norm's write and the rotation's read, and `qk_norm_rope_store` the key's way into the cache."""
+Cost with e bytes a number: 2·T·(H + KH)·D·e bytes, and 4·D a token of table, against some 10 FLOPs
+a number: bandwidth. The fusion saves the norm's write and the rotation's read, and
+`qk_norm_rope_store` the key's way into the cache.
+"""
 
 import torch
 from torch import Tensor
@@ -16,10 +20,23 @@ from minivllm.kernels.norm import rms_norm_reference
 
 @triton.jit
 def _turn_heads(
-    out_ptr, out_head_stride, x_ptr, weight_ptr, cos, sin, first_head, num_heads, eps,
-    HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr,
-):  # fmt: skip
-    """Norm and rotation of some heads of one token, each held as two halves ``[BLOCK_HEADS, BLOCK_HALF]``.
+    out_ptr,
+    out_head_stride,
+    x_ptr,
+    weight_ptr,
+    cos,
+    sin,
+    first_head,
+    num_heads,
+    eps,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    NORM: tl.constexpr,
+    TURN: tl.constexpr,
+):
+    """Norm and rotation of some heads of one token, each held as two halves
+    ``[BLOCK_HEADS, BLOCK_HALF]``.
 
     out_ptr, x_ptr: the token's head 0. Without TURN the heads are copied.
     """
@@ -34,7 +51,9 @@ def _turn_heads(
         dtype = a.dtype
         a, b = a.to(tl.float32), b.to(tl.float32)
         if NORM:
-            scale = 1.0 / tl.sqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / (2 * HALF) + eps)
+            scale = 1.0 / tl.sqrt(
+                (tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / (2 * HALF) + eps
+            )
             weight_a = tl.load(weight_ptr + columns, mask=columns < HALF, other=0.0)
             weight_b = tl.load(weight_ptr + HALF + columns, mask=columns < HALF, other=0.0)
             # Rounded as the norm alone would round, so that fused and unfused engines agree.
@@ -49,14 +68,34 @@ def _turn_heads(
 
 @triton.jit(do_not_specialize=["slot_mapping_ptr"])
 def _qk_norm_rope_kernel(
-    q_out_ptr, k_out_ptr, v_out_ptr, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_sin_ptr, positions_ptr,
-    slot_mapping_ptr, q_heads, k_heads, q_stride, k_stride, v_stride, eps,
-    HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr, NORM: tl.constexpr,
+    q_out_ptr,
+    k_out_ptr,
+    v_out_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    cos_sin_ptr,
+    positions_ptr,
+    slot_mapping_ptr,
+    q_heads,
+    k_heads,
+    q_stride,
+    k_stride,
+    v_stride,
+    eps,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    NORM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-):  # fmt: skip
-    """Program (token, group of heads): first query heads, then key heads, then, where BLOCK_SIZE > 0, value heads.
+):
+    """Program (token, group of heads): first query heads, then key heads, then, where BLOCK_SIZE >
+    0, value heads.
 
-    BLOCK_SIZE 0: keys are written side by side, like queries; else keys and values go to their slot in the caches.
+    BLOCK_SIZE 0: keys are written side by side, like queries; else keys and values go to their slot
+    in the caches.
     """
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
@@ -76,19 +115,55 @@ def _qk_norm_rope_kernel(
         written = k_heads
     if group < q_groups:
         _turn_heads(
-            q_out_ptr + token * q_heads * (2 * HALF), 2 * HALF, q_ptr + token * q_stride, q_weight_ptr, cos, sin,
-            group * BLOCK_HEADS, q_heads, eps, HALF, BLOCK_HALF, BLOCK_HEADS, NORM, True,
-        )  # fmt: skip
+            q_out_ptr + token * q_heads * (2 * HALF),
+            2 * HALF,
+            q_ptr + token * q_stride,
+            q_weight_ptr,
+            cos,
+            sin,
+            group * BLOCK_HEADS,
+            q_heads,
+            eps,
+            HALF,
+            BLOCK_HALF,
+            BLOCK_HEADS,
+            NORM,
+            True,
+        )
     elif group < q_groups + k_groups:
         _turn_heads(
-            k_out_ptr + target, head_stride, k_ptr + token * k_stride, k_weight_ptr, cos, sin,
-            (group - q_groups) * BLOCK_HEADS, written, eps, HALF, BLOCK_HALF, BLOCK_HEADS, NORM, True,
-        )  # fmt: skip
+            k_out_ptr + target,
+            head_stride,
+            k_ptr + token * k_stride,
+            k_weight_ptr,
+            cos,
+            sin,
+            (group - q_groups) * BLOCK_HEADS,
+            written,
+            eps,
+            HALF,
+            BLOCK_HALF,
+            BLOCK_HEADS,
+            NORM,
+            True,
+        )
     else:
         _turn_heads(
-            v_out_ptr + target, head_stride, v_ptr + token * v_stride, k_weight_ptr, cos, sin,
-            (group - q_groups - k_groups) * BLOCK_HEADS, written, eps, HALF, BLOCK_HALF, BLOCK_HEADS, NORM, False,
-        )  # fmt: skip
+            v_out_ptr + target,
+            head_stride,
+            v_ptr + token * v_stride,
+            k_weight_ptr,
+            cos,
+            sin,
+            (group - q_groups - k_groups) * BLOCK_HEADS,
+            written,
+            eps,
+            HALF,
+            BLOCK_HALF,
+            BLOCK_HEADS,
+            NORM,
+            False,
+        )
 
 
 def _check(query: Tensor, q_weight: Tensor | None, k_weight: Tensor | None) -> None:
@@ -99,25 +174,44 @@ def _check(query: Tensor, q_weight: Tensor | None, k_weight: Tensor | None) -> N
 
 
 def qk_norm_rope(
-    query: Tensor, key: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
-    cos_sin: Tensor, positions: Tensor, eps: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """query ``[T, H, D]``, key ``[T, KH, D]`` (slices of a fused projection allowed) -> the same shapes, new.
+    query: Tensor,
+    key: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos_sin: Tensor,
+    positions: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """query ``[T, H, D]``, key ``[T, KH, D]`` (slices of a fused projection allowed) -> the same
+    shapes, new.
 
-    q_weight, k_weight ``[D]``, or both None for rotation alone; cos_sin ``[max_pos, D]`` float32, D/2 cosines then D/2
-    sines; positions ``[T]`` int64 below max_pos (not checked: a check would wait for the GPU).
-    ValueError for one weight without the other, an odd D, or anything but the tokens strided.
+    q_weight, k_weight ``[D]``, or both None for rotation alone; cos_sin ``[max_pos, D]`` float32,
+    D/2 cosines then D/2 sines; positions ``[T]`` int64 below max_pos (not checked: a check would
+    wait for the GPU). ValueError for one weight without the other, an odd D, or anything but the
+    tokens strided.
     """
     k_out = torch.empty(key.shape, dtype=key.dtype, device=key.device)
-    q_out = _launch(query, key, key, q_weight, k_weight, cos_sin, positions, eps, k_out, k_out, positions, 0)
+    q_out = _launch(
+        query, key, key, q_weight, k_weight, cos_sin, positions, eps, k_out, k_out, positions, 0
+    )
     return q_out, k_out
 
 
 def qk_norm_rope_store(
-    query: Tensor, key: Tensor, value: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos_sin: Tensor,
-    positions: Tensor, eps: float, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor,
-) -> Tensor:  # fmt: skip
-    """`qk_norm_rope`, then `store_kv` of the keys and of value ``[T, KH, D]``, in one launch -> query ``[T, H, D]``.
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos_sin: Tensor,
+    positions: Tensor,
+    eps: float,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+) -> Tensor:
+    """`qk_norm_rope`, then `store_kv` of the keys and of value ``[T, KH, D]``, in one launch ->
+    query ``[T, H, D]``.
 
     Arguments and errors are theirs. A key is not written and read again on its way into the cache.
     """
@@ -125,40 +219,92 @@ def qk_norm_rope_store(
         raise ValueError("qk_norm_rope_store: needs contiguous caches")
     block_size = k_cache.shape[2]
     return _launch(
-        query, key, value, q_weight, k_weight, cos_sin, positions, eps, k_cache, v_cache, slot_mapping, block_size
+        query,
+        key,
+        value,
+        q_weight,
+        k_weight,
+        cos_sin,
+        positions,
+        eps,
+        k_cache,
+        v_cache,
+        slot_mapping,
+        block_size,
     )
 
 
 def _launch(
-    query, key, value, q_weight, k_weight, cos_sin, positions, eps, k_out, v_out, slot_mapping, block_size
-) -> Tensor:  # fmt: skip
+    query,
+    key,
+    value,
+    q_weight,
+    k_weight,
+    cos_sin,
+    positions,
+    eps,
+    k_out,
+    v_out,
+    slot_mapping,
+    block_size,
+) -> Tensor:
     _check(query, q_weight, k_weight)
     check_rows("qk_norm_rope", query, key, value)
     (tokens, q_heads, dim), k_heads = query.shape, key.shape[1]
     q_out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if tokens:
         block_heads = min(8, triton.next_power_of_2(q_heads))
-        groups = triton.cdiv(q_heads, block_heads) + (2 if block_size else 1) * triton.cdiv(k_heads, block_heads)
+        groups = triton.cdiv(q_heads, block_heads) + (2 if block_size else 1) * triton.cdiv(
+            k_heads, block_heads
+        )
         _qk_norm_rope_kernel[(tokens, groups)](
-            q_out, k_out, v_out, query, key, value, query if q_weight is None else q_weight,
-            key if k_weight is None else k_weight, cos_sin, positions, slot_mapping, q_heads, k_heads, query.stride(0),
-            key.stride(0), value.stride(0), eps, HALF=dim // 2, BLOCK_HALF=triton.next_power_of_2(dim // 2),
-            BLOCK_HEADS=block_heads, NORM=q_weight is not None, BLOCK_SIZE=block_size, num_warps=2,
-        )  # fmt: skip
+            q_out,
+            k_out,
+            v_out,
+            query,
+            key,
+            value,
+            query if q_weight is None else q_weight,
+            key if k_weight is None else k_weight,
+            cos_sin,
+            positions,
+            slot_mapping,
+            q_heads,
+            k_heads,
+            query.stride(0),
+            key.stride(0),
+            value.stride(0),
+            eps,
+            HALF=dim // 2,
+            BLOCK_HALF=triton.next_power_of_2(dim // 2),
+            BLOCK_HEADS=block_heads,
+            NORM=q_weight is not None,
+            BLOCK_SIZE=block_size,
+            num_warps=2,
+        )
     return q_out
 
 
 def qk_norm_rope_reference(
-    query: Tensor, key: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
-    cos_sin: Tensor, positions: Tensor, eps: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos_sin: Tensor,
+    positions: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
     _check(query, q_weight, k_weight)
     q_heads, k_heads = query.shape[1], key.shape[1]
-    heads = torch.cat((query, key), dim=1)  # all heads are turned alike, and normed alike but for the weight
+    heads = torch.cat(
+        (query, key), dim=1
+    )  # all heads are turned alike, and normed alike but for the weight
     if q_weight is not None and k_weight is not None:
         weight = torch.cat((q_weight.expand(q_heads, -1), k_weight.expand(k_heads, -1)))
         heads = rms_norm_reference(heads, weight, eps)
-    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)  # [T, 1, D/2]: one angle for all heads
+    cos, sin = (
+        cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
+    )  # [T, 1, D/2]: one angle for all heads
     a, b = heads.float().chunk(2, dim=-1)
     turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(heads.dtype)
     return turned[:, :q_heads], turned[:, q_heads:]

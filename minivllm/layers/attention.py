@@ -1,4 +1,5 @@
-"""Attention over the paged KV cache: read this step's and all earlier keys and values through the block table.
+"""Attention over the paged KV cache: read this step's and all earlier keys and values through the
+block table.
 
 Taught in notebooks/03_paged_kv_cache.ipynb."""
 
@@ -11,22 +12,33 @@ from minivllm.kernels import Kernels
 KVCache = tuple[torch.Tensor, torch.Tensor]
 
 
-def paged_attention(query: torch.Tensor, cache: KVCache, metadata: AttentionMetadata, scale: float,
-                    kernels: Kernels) -> torch.Tensor:  # fmt: skip
+def paged_attention(
+    query: torch.Tensor, cache: KVCache, metadata: AttentionMetadata, scale: float, kernels: Kernels
+) -> torch.Tensor:
     """query: [T, H, D] -> [T, H, D]. The cache holds this step's keys and values already.
 
-    The first `metadata.num_decodes` sequences have one token each and take the decode kernel, which spreads a long
-    context over the machine; the others take the prefill kernel, which works on tiles of queries.
+    The first `metadata.num_decodes` sequences have one token each and take the decode kernel, which
+    spreads a long context over the machine; the others take the prefill kernel, which works on
+    tiles of queries.
     """
     num_decodes, num_seqs = metadata.num_decodes, metadata.seq_lens.shape[0]
     parts = []
     if num_decodes:
         table, seq_lens = metadata.block_table[:num_decodes], metadata.seq_lens[:num_decodes]
-        limits = {"max_seq_len": metadata.max_decode_seq_len, "merge_attention": kernels.merge_attention}
-        parts.append(kernels.decode_attention(query[:num_decodes], *cache, table, seq_lens, scale, **limits))
+        limits = {
+            "max_seq_len": metadata.max_decode_seq_len,
+            "merge_attention": kernels.merge_attention,
+        }
+        parts.append(
+            kernels.decode_attention(query[:num_decodes], *cache, table, seq_lens, scale, **limits)
+        )
     if num_decodes < num_seqs:
         table, seq_lens = metadata.block_table[num_decodes:], metadata.seq_lens[num_decodes:]
         starts = metadata.query_start_loc[num_decodes:] - num_decodes  # each decode has one token
         limits = {"max_query_len": metadata.max_query_len, "max_seq_len": metadata.max_seq_len}
-        parts.append(kernels.prefill_attention(query[num_decodes:], *cache, table, starts, seq_lens, scale, **limits))
+        parts.append(
+            kernels.prefill_attention(
+                query[num_decodes:], *cache, table, starts, seq_lens, scale, **limits
+            )
+        )
     return parts[0] if len(parts) == 1 else torch.cat(parts)

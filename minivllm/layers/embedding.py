@@ -1,7 +1,7 @@
 """Token embedding and the output head, which are one matrix in models with tied embeddings.
 
-Each rank has an equal share of the vocabulary; where it does not divide, rows of zeros fill up the last one.
-Taught in notebooks/09_tensor_parallel.ipynb."""
+Each rank has an equal share of the vocabulary; where it does not divide, rows of zeros fill up the
+last one. Taught in notebooks/09_tensor_parallel.ipynb."""
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +13,18 @@ from minivllm.layers.linear import holds_part
 
 
 class Embedding(nn.Module):
-    """weight ``[vocab_size, hidden_size]``, or this rank's rows of it: row t is the vector of token t."""
+    """weight ``[vocab_size, hidden_size]``, or this rank's rows of it: row t is the vector of token
+    t.
+    """
 
-    def __init__(self, vocab_size: int, hidden_size: int, group: TensorParallelGroup = SINGLE) -> None:
+    def __init__(
+        self, vocab_size: int, hidden_size: int, group: TensorParallelGroup = SINGLE
+    ) -> None:
         super().__init__()
         self.group, self.part = group, group.part(vocab_size, pad=True)
-        self.weight = nn.Parameter(torch.empty(-(-vocab_size // group.size), hidden_size), requires_grad=False)
+        self.weight = nn.Parameter(
+            torch.empty(-(-vocab_size // group.size), hidden_size), requires_grad=False
+        )
         self.weight[len(self.part) :] = 0.0
         holds_part(self.weight, (vocab_size, hidden_size), self.part.slice)
 
@@ -26,17 +32,26 @@ class Embedding(nn.Module):
         """[T] int64 -> [T, hidden_size]."""
         if self.group.size == 1:
             return F.embedding(token_ids, self.weight)
-        # A rank finds the vectors of its own tokens and 0 for the others; the sum over the ranks has them all.
+        # A rank finds the vectors of its own tokens and 0 for the others; the sum over the ranks
+        # has them all.
         elsewhere = (token_ids < self.part.start) | (token_ids >= self.part.stop)
         rows = (token_ids - self.part.start).masked_fill(elsewhere, 0)
-        return self.group.all_reduce(F.embedding(rows, self.weight).masked_fill(elsewhere[:, None], 0.0))
+        return self.group.all_reduce(
+            F.embedding(rows, self.weight).masked_fill(elsewhere[:, None], 0.0)
+        )
 
 
 class OutputHead(nn.Module):
     """Logits by comparing the hidden state with every row of ``[vocab_size, hidden_size]``."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, tied_to: Embedding | None, kernels: Kernels,
-                 group: TensorParallelGroup = SINGLE) -> None:  # fmt: skip
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        tied_to: Embedding | None,
+        kernels: Kernels,
+        group: TensorParallelGroup = SINGLE,
+    ) -> None:
         super().__init__()
         self.kernels, self.group, self.vocab_size = kernels, group, vocab_size
         self.weight = (tied_to or Embedding(vocab_size, hidden_size, group)).weight

@@ -1,8 +1,11 @@
-"""Linear layers, and how they take their weights from a checkpoint. Two kinds are split over the ranks of a group.
+"""Linear layers, and how they take their weights from a checkpoint. Two kinds are split over the
+ranks of a group.
 
-By output features (`FusedLinear`): every rank has all of x and computes some of y. By input features
-(`RowParallelLinear`): every rank has some of x and computes a part of every y, and the sum of these is y. The first
-and then the second, as in attention and the MLP, cost one all-reduce. Taught in notebooks/09_tensor_parallel.ipynb."""
+By output features (`FusedLinear`): every rank has all of x and computes some of y. By input
+features (`RowParallelLinear`): every rank has some of x and computes a part of every y, and the sum
+of these is y. The first and then the second, as in attention and the MLP, cost one all-reduce.
+Taught in notebooks/09_tensor_parallel.ipynb.
+"""
 
 import torch
 from torch import nn
@@ -12,7 +15,9 @@ from minivllm.kernels import Kernels
 
 
 def holds_part(tensor: torch.Tensor, shape: tuple[int, ...], *index: slice) -> torch.Tensor:
-    """Note on a parameter, for the loader, that it holds what stands at `index` of a checkpoint tensor of `shape`."""
+    """Note on a parameter, for the loader, that it holds what stands at `index` of a checkpoint
+    tensor of `shape`.
+    """
     tensor.part = (torch.Size(shape), index)
     return tensor
 
@@ -32,15 +37,20 @@ class Linear(nn.Module):
 
 
 class FusedLinear(Linear):
-    """Several linear layers on the same input as one matrix product, e.g. Q, K and V, or gate and up.
+    """Several linear layers on the same input as one matrix product, e.g. Q, K and V, or gate and
+    up.
 
-    shards: name in the checkpoint -> number of output features, or this rank's part of them, in the output's order.
-    The weight is ``[sum of the outputs, in_features]``; the loader copies one checkpoint tensor, or this rank's part of
-    it, into the rows of each `shard`.
+    shards: name in the checkpoint -> number of output features, or this rank's part of them, in the
+    output's order. The weight is ``[sum of the outputs, in_features]``; the loader copies one
+    checkpoint tensor, or this rank's part of it, into the rows of each `shard`.
     """
 
-    def __init__(self, in_features: int, shards: dict[str, int | Part], bias: bool, kernels: Kernels) -> None:
-        self.shards = {name: Part(n, 0, n) if isinstance(n, int) else n for name, n in shards.items()}
+    def __init__(
+        self, in_features: int, shards: dict[str, int | Part], bias: bool, kernels: Kernels
+    ) -> None:
+        self.shards = {
+            name: Part(n, 0, n) if isinstance(n, int) else n for name, n in shards.items()
+        }
         super().__init__(in_features, sum(map(len, self.shards.values())), bias, kernels)
 
     def shard(self, kind: str, name: str) -> torch.Tensor:
@@ -51,10 +61,18 @@ class FusedLinear(Linear):
 
 
 class RowParallelLinear(Linear):
-    """A linear layer of which each rank has some columns: its weight is ``[out_features, in_features / size]``."""
+    """A linear layer of which each rank has some columns: its weight is
+    ``[out_features, in_features / size]``.
+    """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, kernels: Kernels,
-                 group: TensorParallelGroup = SINGLE) -> None:  # fmt: skip
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        kernels: Kernels,
+        group: TensorParallelGroup = SINGLE,
+    ) -> None:
         part, self.group = group.part(in_features), group
         super().__init__(len(part), out_features, bias, kernels)
         holds_part(self.weight, (out_features, in_features), slice(None), part.slice)

@@ -1,4 +1,6 @@
-"""The feed-forward part of a block: SwiGLU (Shazeer, 2020, arXiv 2002.05202), ``down(silu(gate(x)) * up(x))``."""
+"""The feed-forward part of a block: SwiGLU (Shazeer, 2020, arXiv 2002.05202),
+``down(silu(gate(x)) * up(x))``.
+"""
 
 import torch
 from torch import nn
@@ -9,8 +11,14 @@ from minivllm.layers.linear import FusedLinear, RowParallelLinear
 
 
 class SwiGLU(nn.Module):
-    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool, kernels: Kernels,
-                 group: TensorParallelGroup = SINGLE) -> None:  # fmt: skip
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        bias: bool,
+        kernels: Kernels,
+        group: TensorParallelGroup = SINGLE,
+    ) -> None:
         super().__init__()
         shards = dict.fromkeys(("gate_proj", "up_proj"), group.part(intermediate_size))
         self.gate_up_proj = FusedLinear(hidden_size, shards, bias, kernels)

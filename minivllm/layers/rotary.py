@@ -1,7 +1,8 @@
 """Rotary position embedding (Su et al., RoFormer, 2021, arXiv 2104.09864): the table of angles.
 
-Dimension pair i of a head is rotated by ``position * frequency[i]``. The frequencies depend on the checkpoint's rope
-type; the rotation itself is the kernel `qk_norm_rope`. Taught in notebooks/06_qwen3.ipynb."""
+Dimension pair i of a head is rotated by ``position * frequency[i]``. The frequencies depend on the
+checkpoint's rope type; the rotation itself is the kernel `qk_norm_rope`. Taught in
+notebooks/06_qwen3.ipynb."""
 
 import math
 
@@ -10,8 +11,12 @@ import torch
 from minivllm.config import RopeConfig
 
 
-def rope_table(rope: RopeConfig, head_dim: int, max_position: int, device: torch.device) -> torch.Tensor:
-    """[max_position, head_dim] float32: the cosines of all pairs, then their sines, for each position."""
+def rope_table(
+    rope: RopeConfig, head_dim: int, max_position: int, device: torch.device
+) -> torch.Tensor:
+    """[max_position, head_dim] float32: the cosines of all pairs, then their sines, for each
+    position.
+    """
     frequencies, scale = rope_frequencies(rope, head_dim)
     # Computed on the CPU, so that every device rotates by the same angles.
     angles = torch.outer(torch.arange(max_position, dtype=torch.float32, device="cpu"), frequencies)
@@ -19,7 +24,9 @@ def rope_table(rope: RopeConfig, head_dim: int, max_position: int, device: torch
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[torch.Tensor, float]:
-    """[head_dim / 2] float32 radians a position, and the factor on cosine and sine (1 but for YaRN)."""
+    """[head_dim / 2] float32 radians a position, and the factor on cosine and sine (1 but for
+    YaRN).
+    """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
     frequencies = 1.0 / rope.theta**exponents
     if rope.rope_type == "linear":
@@ -32,15 +39,21 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[torch.Tensor, flo
 
 
 def _llama3(rope: RopeConfig, frequencies: torch.Tensor) -> torch.Tensor:
-    """Long waves are stretched by `factor`, short ones kept, those between blended (Llama 3.1's reference code)."""
+    """Long waves are stretched by `factor`, short ones kept, those between blended (Llama 3.1's
+    reference code).
+    """
     waves_in_context = rope.original_max_position * frequencies / (2 * math.pi)
-    blend = (waves_in_context - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    blend = (waves_in_context - rope.low_freq_factor) / (
+        rope.high_freq_factor - rope.low_freq_factor
+    )
     blend = blend.clamp(0.0, 1.0)
     return frequencies * blend + frequencies / rope.factor * (1.0 - blend)
 
 
 def _yarn(rope: RopeConfig, frequencies: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, float]:
-    """YaRN (Peng et al., 2023, arXiv 2309.00071, section 3): a ramp over the dimensions between two rotation counts."""
+    """YaRN (Peng et al., 2023, arXiv 2309.00071, section 3): a ramp over the dimensions between two
+    rotation counts.
+    """
 
     def dimension_with(rotations: float) -> float:
         waves = rope.original_max_position / (rotations * 2 * math.pi)
@@ -50,11 +63,15 @@ def _yarn(rope: RopeConfig, frequencies: torch.Tensor, head_dim: int) -> tuple[t
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = (torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low) / ((high - low) or 0.001)
+    ramp = (torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low) / (
+        (high - low) or 0.001
+    )
     keep = 1.0 - ramp.clamp(0.0, 1.0)
     scale = rope.attention_factor
     if scale is None:
-        scale = _yarn_mscale(rope.factor, rope.mscale if rope.mscale and rope.mscale_all_dim else 1.0)
+        scale = _yarn_mscale(
+            rope.factor, rope.mscale if rope.mscale and rope.mscale_all_dim else 1.0
+        )
         if rope.mscale and rope.mscale_all_dim:
             scale /= _yarn_mscale(rope.factor, rope.mscale_all_dim)
     return frequencies / rope.factor * (1.0 - keep) + frequencies * keep, scale

@@ -1,4 +1,5 @@
-"""From a directory or a hub id to a model with its weights. Reads safetensors only: nothing is ever unpickled.
+"""From a directory or a hub id to a model with its weights. Reads safetensors only: nothing is ever
+unpickled.
 
 Taught in notebooks/06_qwen3.ipynb."""
 
@@ -26,9 +27,9 @@ from minivllm.validation import shown
 
 logger = logging.getLogger(__name__)
 
-#: What is downloaded of a hub repository: settings, weights, templates and the tokenizer's files, of
-#: which slow tokenizers have their own. Not: weights in another format or for another program, which
-#: lie beside them or in folders.
+#: What is downloaded of a hub repository: settings, weights, templates and the tokenizer's files,
+#: of which slow tokenizers have their own. Not: weights in another format or for another program,
+#: which lie beside them or in folders.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
 HUB_IGNORED = ["*/*.json", "*/*.safetensors", "*/*.model", "*/merges.txt", "*/vocab.txt"]
 HUB_IGNORED += ["consolidated*", "adapter_model*"]
@@ -48,31 +49,42 @@ SAMPLING_DEFAULTS = {
 
 
 def resolve_model_path(model: str | Path) -> Path:
-    """A local directory as it is, or a hub id (``owner/name``) downloaded to the Hugging Face cache.
+    """A local directory as it is, or a hub id (``owner/name``) downloaded to the Hugging Face
+    cache.
 
     Raises `ConfigError` for what is neither, and for whatever the hub says.
     """
     if not isinstance(model, str | Path) or not str(model):
-        raise ConfigError(f"model is a directory, a hub id like 'Qwen/Qwen3-0.6B' or None, not {shown(model)}.")
+        raise ConfigError(
+            f"model is a directory, a hub id like 'Qwen/Qwen3-0.6B' or None, not {shown(model)}."
+        )
     with suppress(OSError, ValueError, RuntimeError):  # too long, a NUL inside, the home of nobody
         if (path := Path(model).expanduser()).is_dir():
             return path
     name = str(model)
     if Path(model).is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise ConfigError(f"No model directory at {name!r}; give one, a hub id like 'Qwen/Qwen3-0.6B' or None.")
+        raise ConfigError(
+            f"No model directory at {name!r}; give one, a hub id like 'Qwen/Qwen3-0.6B' or None."
+        )
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_IGNORED))
-    except Exception as error:  # the hub's, the network's, or that a name is none: all mean that there is no model
+        return Path(
+            snapshot_download(name, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_IGNORED)
+        )
+    except (
+        Exception
+    ) as error:  # the hub's, the network's, or that a name is none: all mean that there is no model
         raise ConfigError(
-            f"{name!r} is no directory here and could not be fetched from the Hugging Face hub ({error}). "
-            "Check the name and the network, or use model=None for the bundled model."
+            f"{name!r} is no directory here and could not be fetched from the Hugging Face hub"
+            f" ({error}). Check the name and the network, or use model=None for the bundled model."
         ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The file's content, or {} when there is no such file. Raises `ConfigError` for anything but a JSON object."""
+    """The file's content, or {} when there is no such file. Raises `ConfigError` for anything but a
+    JSON object.
+    """
     try:
         if not path.is_file():
             return {}
@@ -87,10 +99,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def load_config(path: Path) -> ModelConfig:
-    """The model's shape from config.json, and its end-of-sequence tokens from generation_config.json too."""
+    """The model's shape from config.json, and its end-of-sequence tokens from
+    generation_config.json too.
+    """
     config = read_json(path / "config.json")
     if not config:
-        raise ConfigError(f"{path} has no config.json, so it is not a Hugging Face model directory.")
+        raise ConfigError(
+            f"{path} has no config.json, so it is not a Hugging Face model directory."
+        )
     return ModelConfig.from_hf(config, load_generation_config(path), path)
 
 
@@ -114,20 +130,39 @@ def default_sampling_params(source: Path | Mapping[str, Any], mode: str = "auto"
     try:
         SamplingParams(**found)
     except SamplingParamsError as error:
-        where = "generation_config.json" if isinstance(source, Mapping) else source / "generation_config.json"
-        raise ConfigError(f"{where}: {error} Mend the file, or use generation_config='vllm' to ignore it.") from error
+        where = (
+            "generation_config.json"
+            if isinstance(source, Mapping)
+            else source / "generation_config.json"
+        )
+        raise ConfigError(
+            f"{where}: {error} Mend the file, or use generation_config='vllm' to ignore it."
+        ) from error
     return found
 
 
 def load_model(
-    path: Path, config: ModelConfig, kernels: Kernels, *, dtype: torch.dtype, device: torch.device, max_position: int,
-    load_format: str = "auto", seed: int = 0, model_cls: Callable[..., nn.Module] = Qwen3ForCausalLM,
+    path: Path,
+    config: ModelConfig,
+    kernels: Kernels,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_position: int,
+    load_format: str = "auto",
+    seed: int = 0,
+    model_cls: Callable[..., nn.Module] = Qwen3ForCausalLM,
     group: TensorParallelGroup = SINGLE,
-) -> nn.Module:  # fmt: skip
-    """Build the model on `device` and fill every parameter, from the checkpoint or ("dummy") at random."""
+) -> nn.Module:
+    """Build the model on `device` and fill every parameter, from the checkpoint or ("dummy") at
+    random.
+    """
     ranks = {"group": group} if group.size > 1 else {}
     if ranks and "group" not in inspect.signature(model_cls).parameters:
-        raise ConfigError("tensor_parallel_size > 1 needs a model_cls that takes a group, as Qwen3ForCausalLM does.")
+        raise ConfigError(
+            "tensor_parallel_size > 1 needs a model_cls that takes a group, as Qwen3ForCausalLM"
+            " does."
+        )
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -143,9 +178,11 @@ def load_model(
 
 
 def iterate_weights(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor on the CPU) of every tensor, from one file or from the shards that the index lists.
+    """(name, tensor on the CPU) of every tensor, from one file or from the shards that the index
+    lists.
 
-    A tensor is the mapped file: only what is then copied from it, the part that a rank holds, is read.
+    A tensor is the mapped file: only what is then copied from it, the part that a rank holds, is
+    read.
     """
     for file in _weight_files(path):
         try:
@@ -155,18 +192,26 @@ def iterate_weights(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
         except (SafetensorError, OSError) as error:
             if isinstance(error, OSError) and error.errno == errno.ENOMEM:
                 raise
-            raise WeightLoadingError(f"{file} is not a readable safetensors file ({error}).") from error
+            raise WeightLoadingError(
+                f"{file} is not a readable safetensors file ({error})."
+            ) from error
 
 
 def _weight_files(path: Path) -> list[Path]:
-    if (path / "model.safetensors").exists():  # a repository may hold other files beside it, an adapter for example
+    if (
+        path / "model.safetensors"
+    ).exists():  # a repository may hold other files beside it, an adapter for example
         return [path / "model.safetensors"]
     index = path / "model.safetensors.index.json"
-    names = _shard_names(index) if index.exists() else [file.name for file in sorted(path.glob("*.safetensors"))]
+    names = (
+        _shard_names(index)
+        if index.exists()
+        else [file.name for file in sorted(path.glob("*.safetensors"))]
+    )
     if not names:
         raise WeightLoadingError(
-            f"{path} holds no *.safetensors file. minivllm never unpickles a checkpoint: convert it to safetensors, "
-            "or use load_format='dummy' for random weights."
+            f"{path} holds no *.safetensors file. minivllm never unpickles a checkpoint: convert it"
+            " to safetensors, or use load_format='dummy' for random weights."
         )
     for name in names:
         if not (path / name).exists():
@@ -175,28 +220,36 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _shard_names(index: Path) -> list[str]:
-    """The files that the index lists. They are names in its directory: an index is somebody else's, and must not make
-    us read what lies elsewhere. (A file may be a link that leaves it, as in the hub's cache.)"""
+    """The files that the index lists. They are names in its directory: an index is somebody else's,
+    and must not make us read what lies elsewhere. (A file may be a link that leaves it, as in the
+    hub's cache.)"""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightLoadingError(
-            f"{index}: weight_map must be an object that maps tensors to safetensors files, got {shown(weight_map)}."
+            f"{index}: weight_map must be an object that maps tensors to safetensors files, got"
+            f" {shown(weight_map)}."
         )
     for tensor, name in weight_map.items():
-        is_name = isinstance(name, str) and not set(name) & set("/\\:\0") and name not in ("", ".", "..")
+        is_name = (
+            isinstance(name, str) and not set(name) & set("/\\:\0") and name not in ("", ".", "..")
+        )
         if not is_name:
             raise WeightLoadingError(
-                f"{index}: the file of {shown(tensor)} must be the name of a file beside it, got {shown(name)}."
+                f"{index}: the file of {shown(tensor)} must be the name of a file beside it, got"
+                f" {shown(name)}."
             )
     return sorted(set(weight_map.values()))
 
 
-def load_weights(model: nn.Module, weights: Iterator[tuple[str, torch.Tensor]], tied: bool = False) -> None:
-    """Copy each tensor to its place. Raises `WeightLoadingError` naming what is missing, unexpected or misshapen.
+def load_weights(
+    model: nn.Module, weights: Iterator[tuple[str, torch.Tensor]], tied: bool = False
+) -> None:
+    """Copy each tensor to its place. Raises `WeightLoadingError` naming what is missing, unexpected
+    or misshapen.
 
-    tied: the config says that head and embedding are one matrix. A checkpoint that brings both, and they differ, is
-    taken at its word rather than the config: the head gets its own. One that brings the head alone has the embedding
-    under that name. transformers does the same.
+    tied: the config says that head and embedding are one matrix. A checkpoint that brings both, and
+    they differ, is taken at its word rather than the config: the head gets its own. One that brings
+    the head alone has the embedding under that name. transformers does the same.
     """
     places = parameter_places(model)
     head = places.pop(HEAD, None) if tied else None
@@ -230,14 +283,17 @@ def _untie(model: nn.Module, head: torch.Tensor | None, tensor: torch.Tensor) ->
     """Give the output head, which has been the embedding, a weight of its own with this content."""
     if head is None:
         raise WeightLoadingError(
-            f"The checkpoint ships a {HEAD} that differs from the embedding, and this model has no such parameter."
+            f"The checkpoint ships a {HEAD} that differs from the embedding, and this model has no"
+            " such parameter."
         )
     logger.warning(
-        "config.json says tie_word_embeddings, but the checkpoint ships another %s, and it is used. "
-        "Set tie_word_embeddings to false there to say so.",
+        "config.json says tie_word_embeddings, but the checkpoint ships another %s, and it is used."
+        " Set tie_word_embeddings to false there to say so.",
         HEAD,
     )
-    own = nn.Parameter(torch.zeros_like(head), requires_grad=False)  # zeros: what fills up the vocabulary of a rank
+    own = nn.Parameter(
+        torch.zeros_like(head), requires_grad=False
+    )  # zeros: what fills up the vocabulary of a rank
     if hasattr(head, "part"):
         own.part = head.part
     parent, _, name = HEAD.rpartition(".")
@@ -246,13 +302,17 @@ def _untie(model: nn.Module, head: torch.Tensor | None, tensor: torch.Tensor) ->
 
 
 def parameter_places(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Checkpoint name -> the (part of a) parameter it fills. Fused layers have one place for each of their shards."""
+    """Checkpoint name -> the (part of a) parameter it fills. Fused layers have one place for each
+    of their shards.
+    """
     places: dict[str, torch.Tensor] = {}
     for prefix, module in model.named_modules():
         for kind, parameter in module.named_parameters(recurse=False):
             if isinstance(module, FusedLinear):
                 parent = prefix.rpartition(".")[0]
-                places |= {f"{parent}.{name}.{kind}": module.shard(kind, name) for name in module.shards}
+                places |= {
+                    f"{parent}.{name}.{kind}": module.shard(kind, name) for name in module.shards
+                }
             else:
                 places[f"{prefix}.{kind}"] = parameter
     return places
@@ -261,29 +321,49 @@ def parameter_places(model: nn.Module) -> dict[str, torch.Tensor]:
 def _copy(place: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
     shape, index = _part(place)
     if shape != tensor.shape:
-        raise WeightLoadingError(f"{name} has shape {tuple(tensor.shape)}; the config asks for {tuple(shape)}.")
+        raise WeightLoadingError(
+            f"{name} has shape {tuple(tensor.shape)}; the config asks for {tuple(shape)}."
+        )
     if not tensor.is_floating_point():
-        raise WeightLoadingError(f"{name} is of type {tensor.dtype}; minivllm loads unquantized weights only.")
+        raise WeightLoadingError(
+            f"{name} is of type {tensor.dtype}; minivllm loads unquantized weights only."
+        )
     part = tensor[index]
-    place.data[tuple(map(slice, part.shape))].copy_(part)  # a padded vocabulary is longer than its part
+    place.data[tuple(map(slice, part.shape))].copy_(
+        part
+    )  # a padded vocabulary is longer than its part
 
 
 def _part(place: torch.Tensor) -> tuple[torch.Size, tuple[slice, ...]]:
-    """(shape of the tensor in the checkpoint, where in it stands what this rank holds); see `holds_part`."""
+    """(shape of the tensor in the checkpoint, where in it stands what this rank holds); see
+    `holds_part`.
+    """
     return getattr(place, "part", (place.shape, ()))
 
 
 def _fill_at_random(model: nn.Module, seed: int, tied: bool) -> None:
-    """Normal weights that keep activations near unit size; norms 1, biases 0. The same for any number of ranks."""
+    """Normal weights that keep activations near unit size; norms 1, biases 0. The same for any
+    number of ranks.
+    """
     for number, (name, place) in enumerate(parameter_places(model).items()):
         shape, _ = _part(place)
         if len(shape) == 1:
             place.data.fill_(0.0 if name.endswith("bias") else 1.0)
         elif not (tied and name == HEAD):
-            generator = torch.Generator(device=place.device).manual_seed((seed + number) % (1 << 64))
-            whole = place.data if shape == place.shape else torch.empty(shape, dtype=place.dtype, device=place.device)
+            generator = torch.Generator(device=place.device).manual_seed(
+                (seed + number) % (1 << 64)
+            )
+            whole = (
+                place.data
+                if shape == place.shape
+                else torch.empty(shape, dtype=place.dtype, device=place.device)
+            )
             _copy(place, whole.normal_(0.0, shape[1] ** -0.5, generator=generator), name)
 
 
 def _few(names: list[str]) -> str:
-    return "nothing" if not names else ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return (
+        "nothing"
+        if not names
+        else ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    )

@@ -1,9 +1,10 @@
-"""Qwen3, and through the same decoder Qwen2, Qwen2.5 and Llama: they differ in biases and in QK-norm only.
+"""Qwen3, and through the same decoder Qwen2, Qwen2.5 and Llama: they differ in biases and in
+QK-norm only.
 
-A block reads the residual stream, normalises, attends, adds; normalises, applies the MLP, adds. The additions are
-fused into the next norm, so `hidden` (what a block has just produced) and `residual` (the stream before it) travel
-together. Module names follow the checkpoint's tensor names; q, k, v and gate, up are fused (layers/linear.py).
-Taught in notebooks/06_qwen3.ipynb."""
+A block reads the residual stream, normalises, attends, adds; normalises, applies the MLP, adds. The
+additions are fused into the next norm, so `hidden` (what a block has just produced) and `residual`
+(the stream before it) travel together. Module names follow the checkpoint's tensor names; q, k, v
+and gate, up are fused (layers/linear.py). Taught in notebooks/06_qwen3.ipynb."""
 
 from collections.abc import Sequence
 
@@ -23,32 +24,57 @@ from minivllm.layers.rotary import rope_table
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al., 2023) with rotary positions and, in Qwen3, a norm on every head."""
+    """Grouped-query attention (Ainslie et al., 2023) with rotary positions and, in Qwen3, a norm on
+    every head.
+    """
 
-    def __init__(self, config: ModelConfig, kernels: Kernels, group: TensorParallelGroup = SINGLE) -> None:
+    def __init__(
+        self, config: ModelConfig, kernels: Kernels, group: TensorParallelGroup = SINGLE
+    ) -> None:
         super().__init__()
         self.config, self.kernels = config, kernels
         # Whole heads: this rank's query heads, and the KV heads that those attend to.
-        q, kv = (group.part(n, config.head_dim) for n in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_size, self.kv_size, shards = len(q), len(kv), {"q_proj": q, "k_proj": kv, "v_proj": kv}
+        q, kv = (
+            group.part(n, config.head_dim)
+            for n in (config.num_attention_heads, config.num_key_value_heads)
+        )
+        self.q_size, self.kv_size, shards = (
+            len(q),
+            len(kv),
+            {"q_proj": q, "k_proj": kv, "v_proj": kv},
+        )
         self.qkv_proj = FusedLinear(config.hidden_size, shards, config.qkv_bias, kernels)
         self.o_proj = RowParallelLinear(q.total, config.hidden_size, config.o_bias, kernels, group)
         # Two norms, with a weight each (reference bug 9); applied inside the qk_norm_rope kernel.
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, kernels) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, kernels) if config.qk_norm else None
+        self.q_norm = (
+            RMSNorm(config.head_dim, config.rms_norm_eps, kernels) if config.qk_norm else None
+        )
+        self.k_norm = (
+            RMSNorm(config.head_dim, config.rms_norm_eps, kernels) if config.qk_norm else None
+        )
 
     def forward(
-        self, hidden: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, cache: KVCache,
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        cache: KVCache,
         metadata: AttentionMetadata,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """[T, hidden_size] -> [T, hidden_size]."""
         head_dim = self.config.head_dim
-        query, key, value = self.qkv_proj(hidden).split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        query, key, value = self.qkv_proj(hidden).split(
+            [self.q_size, self.kv_size, self.kv_size], dim=-1
+        )
         query, key, value = (x.unflatten(-1, (-1, head_dim)) for x in (query, key, value))
-        norms = (self.q_norm.weight, self.k_norm.weight) if self.q_norm is not None else (None, None)
+        norms = (
+            (self.q_norm.weight, self.k_norm.weight) if self.q_norm is not None else (None, None)
+        )
         turn = (*norms, cos_sin, positions, self.config.rms_norm_eps)
         if self.kernels.qk_norm_rope_store is not None:
-            query = self.kernels.qk_norm_rope_store(query, key, value, *turn, *cache, metadata.slot_mapping)
+            query = self.kernels.qk_norm_rope_store(
+                query, key, value, *turn, *cache, metadata.slot_mapping
+            )
         else:
             query, key = self.kernels.qk_norm_rope(query, key, *turn)
             self.kernels.store_kv(key, value, *cache, metadata.slot_mapping)
@@ -57,18 +83,29 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig, kernels: Kernels, group: TensorParallelGroup = SINGLE) -> None:
+    def __init__(
+        self, config: ModelConfig, kernels: Kernels, group: TensorParallelGroup = SINGLE
+    ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
         self.self_attn = Attention(config, kernels, group)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, config.mlp_bias, kernels, group)
+        self.mlp = SwiGLU(
+            config.hidden_size, config.intermediate_size, config.mlp_bias, kernels, group
+        )
 
     def forward(
-        self, hidden: torch.Tensor, residual: torch.Tensor | None, positions: torch.Tensor, cos_sin: torch.Tensor,
-        cache: KVCache, metadata: AttentionMetadata,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """(hidden, residual) -> (hidden, residual), each [T, hidden_size]; the stream is their sum."""
+        self,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        cache: KVCache,
+        metadata: AttentionMetadata,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(hidden, residual) -> (hidden, residual), each [T, hidden_size]; the stream is their
+        sum.
+        """
         hidden, residual = self.input_layernorm(hidden, residual)
         hidden = self.self_attn(hidden, positions, cos_sin, cache, metadata)
         hidden, residual = self.post_attention_layernorm(hidden, residual)
@@ -78,18 +115,30 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Everything between token ids and the final norm; called `model` in checkpoints."""
 
-    def __init__(self, config: ModelConfig, kernels: Kernels, group: TensorParallelGroup = SINGLE) -> None:
+    def __init__(
+        self, config: ModelConfig, kernels: Kernels, group: TensorParallelGroup = SINGLE
+    ) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, group)
-        self.layers = nn.ModuleList(DecoderLayer(config, kernels, group) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, kernels, group) for _ in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
 
 
 class Qwen3ForCausalLM(nn.Module):
-    """The decoder and its head, or one rank's share of them. max_position: rows of the rope table."""
+    """The decoder and its head, or one rank's share of them. max_position: rows of the rope
+    table.
+    """
 
-    def __init__(self, config: ModelConfig, kernels: Kernels, max_position: int, device: torch.device,
-                 group: TensorParallelGroup = SINGLE) -> None:  # fmt: skip
+    def __init__(
+        self,
+        config: ModelConfig,
+        kernels: Kernels,
+        max_position: int,
+        device: torch.device,
+        group: TensorParallelGroup = SINGLE,
+    ) -> None:
         super().__init__()
         self.config, self.model = config, Decoder(config, kernels, group)
         tied_to = self.model.embed_tokens if config.tie_word_embeddings else None
@@ -97,9 +146,16 @@ class Qwen3ForCausalLM(nn.Module):
         # A plain attribute: derived, in float32 whatever the model's dtype, and in no checkpoint.
         self.cos_sin = rope_table(config.rope, config.head_dim, max_position, device)
 
-    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, caches: Sequence[KVCache],
-                metadata: AttentionMetadata) -> torch.Tensor:  # fmt: skip
-        """token_ids, positions: [T] int64; caches: one a layer -> normalised hidden states, [T, hidden_size]."""
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        caches: Sequence[KVCache],
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """token_ids, positions: [T] int64; caches: one a layer -> normalised hidden states, [T,
+        hidden_size].
+        """
         hidden, residual = self.model.embed_tokens(token_ids), None
         for layer, cache in zip(self.model.layers, caches, strict=True):
             hidden, residual = layer(hidden, residual, positions, self.cos_sin, cache, metadata)

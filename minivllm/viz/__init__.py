@@ -1,10 +1,11 @@
-"""Pictures that replay a trace, or plain numbers. Imports matplotlib with the first picture, ipywidgets with a slider.
+"""Pictures that replay a trace, or plain numbers. Imports matplotlib with the first picture,
+ipywidgets with a slider.
 
 from minivllm.viz import draw_block_table, draw_kv_memory, scrub
 
 draw_block_table(llm.trace, step=3)     # which request owns which block
 draw_kv_memory(llm.trace)               # what the cache's memory was used for
-scrub(llm.trace)                        # the first picture with a slider, where there is a live kernel
+scrub(llm.trace)                     # the first picture with a slider, where there is a live kernel
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The block table, drawn: which request owns which KV block at one step of a trace.
 
-On the left each request's own view: its tokens in order, in blocks numbered by where they really lie. On the right the
-KV cache itself, block by block, in the colours of the owners. `block_tables` computes what is drawn.
+On the left each request's own view: its tokens in order, in blocks numbered by where they really
+lie. On the right the KV cache itself, block by block, in the colours of the owners. `block_tables`
+computes what is drawn.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from minivllm.engine.trace import Trace
 from minivllm.viz import palette
 from minivllm.viz.figure import WIDTH, describe, prepare
 
-#: Up to so many requests each keeps a row of its own through the whole trace, so that rows do not jump.
+#: Up to so many requests each keeps a row of its own through the whole trace, so that rows do not
+#: jump.
 MAX_FIXED_ROWS = 12
 MAX_ROWS = 24
 #: In cells: room for a row's name before it, for its state after it, and between the two halves.
@@ -77,14 +79,20 @@ class BlockTables:
 
 def names_in_order(trace: Trace) -> list[str]:
     """All sequences of a trace ("request/index"), in order of arrival."""
-    return list(dict.fromkeys(name for record in trace.steps for name in (*record.running, *record.waiting)))
+    return list(
+        dict.fromkeys(name for record in trace.steps for name in (*record.running, *record.waiting))
+    )
 
 
 def check_step(trace: Trace, step: int) -> int:
-    """`step` as an index from 0; negative ones count from the end. Raises IndexError for one that the trace lacks."""
+    """`step` as an index from 0; negative ones count from the end. Raises IndexError for one that
+    the trace lacks.
+    """
     count = len(trace.steps)
     if not count:
-        raise IndexError("The trace is empty; make the engine with trace=True and generate something.")
+        raise IndexError(
+            "The trace is empty; make the engine with trace=True and generate something."
+        )
     if not -count <= step < count:
         raise IndexError(f"There is no step {step}: the trace has steps 0 to {count - 1}.")
     return step % count
@@ -105,7 +113,10 @@ def block_tables(trace: Trace, step: int) -> BlockTables:
     for index, name in enumerate(names_in_order(trace)):
         table = record.block_tables.get(name, [])
         num_tokens = record.num_computed_tokens.get(name, 0)
-        fill = [min(trace.block_size, max(0, num_tokens - i * trace.block_size)) for i in range(len(table))]
+        fill = [
+            min(trace.block_size, max(0, num_tokens - i * trace.block_size))
+            for i in range(len(table))
+        ]
         if name in record.running:
             state: State = "running"
         elif name in record.waiting:
@@ -113,7 +124,9 @@ def block_tables(trace: Trace, step: int) -> BlockTables:
         else:
             state = "absent" if name in seen_later else "finished"
         letter, color = palette.request_letter(index), palette.request_color(index)
-        rows.append(Row(name, letter, color, state, num_tokens, tuple(zip(table, fill, strict=True))))
+        rows.append(
+            Row(name, letter, color, state, num_tokens, tuple(zip(table, fill, strict=True)))
+        )
     owners: dict[int, tuple[Row, ...]] = {}
     filled: dict[int, int] = {}
     for row in rows:
@@ -128,8 +141,9 @@ def block_tables(trace: Trace, step: int) -> BlockTables:
 def draw_block_table(trace: Trace, step: int | None = None, ax: Axes | None = None) -> Figure:
     """Draw the block tables and the KV cache after one step.
 
-    step: index into trace.steps, negative from the end; None is the (first) step with the most blocks in use.
-    ax: draw there instead of on a new figure. Returns the figure; it displays itself, with a caption in words.
+    step: index into trace.steps, negative from the end; None is the (first) step with the most
+    blocks in use. ax: draw there instead of on a new figure. Returns the figure; it displays
+    itself, with a caption in words.
     """
     tables = block_tables(trace, busiest_step(trace) if step is None else step)
     layout = _Layout(trace, tables)
@@ -150,9 +164,11 @@ def draw_block_table(trace: Trace, step: int | None = None, ax: Axes | None = No
 
 
 class _Layout:
-    """Where everything goes, in cells. It depends on the trace, not on the step, so that a replay does not jump.
+    """Where everything goes, in cells. It depends on the trace, not on the step, so that a replay
+    does not jump.
 
-    The halves stand side by side, or one above the other where long block tables would make the cells too small.
+    The halves stand side by side, or one above the other where long block tables would make the
+    cells too small.
     """
 
     def __init__(self, trace: Trace, tables: BlockTables) -> None:
@@ -160,15 +176,22 @@ class _Layout:
         rows = [row for row in tables.rows if fixed or row.state in _PRESENT]
         self.rows = rows[:MAX_ROWS]
         self.num_hidden_rows = len(rows) - len(self.rows)
-        most_rows = len(rows) if fixed else max(len(step.running) + len(step.waiting) for step in trace.steps)
+        most_rows = (
+            len(rows)
+            if fixed
+            else max(len(step.running) + len(step.waiting) for step in trace.steps)
+        )
         row_lines = max(4, min(most_rows, MAX_ROWS)) + (most_rows > MAX_ROWS)
         in_tables = [table for record in trace.steps for table in record.block_tables.values()]
         table_width = max(1, *map(len, in_tables), 1)
-        # Blocks above the highest that the trace ever used are all alike: in a large pool they are left out.
+        # Blocks above the highest that the trace ever used are all alike: in a large pool they are
+        # left out.
         last = max((max(table) for table in in_tables if table), default=0)
         self.pool = range(trace.num_blocks if trace.num_blocks <= 128 else last + 1)
         self.num_untouched = trace.num_blocks - len(self.pool)
-        self.pool_width = next((w for w in _POOL_WIDTHS if self._pool_lines(w) <= max(row_lines, w * 0.75)), 128)
+        self.pool_width = next(
+            (w for w in _POOL_WIDTHS if self._pool_lines(w) <= max(row_lines, w * 0.75)), 128
+        )
         self.pool_x, self.pool_y = _NAME + table_width + _STATE + _GAP, 0.0
         room = WIDTH - 2 * _MARGIN
         self.cell = min(_MAX_CELL, room / (self.pool_x + self.pool_width))
@@ -194,14 +217,18 @@ class _Painter:
         self.points = layout.cell * 72  # a cell's side, in points
         self.has_text = self.points >= 13
 
-    def text(self, x: float, y: float, text: str, size: float = 9, color: str = palette.INK, **options) -> None:
+    def text(
+        self, x: float, y: float, text: str, size: float = 9, color: str = palette.INK, **options
+    ) -> None:
         self.ax.text(x, y, text, fontsize=size, color=color, **{"va": "center", **options})
 
     def box(self, x: float, y: float, width: float, height: float, **options) -> None:
         self.ax.add_patch(Rectangle((x, y), width, height, **{"linewidth": 0, **options}))
 
     def cell(self, x: float, y: float, colors: tuple[str, ...], fill: float, shared: bool) -> None:
-        """A block in use: a band for each owner, filled from the left; the paler rest is room that is left."""
+        """A block in use: a band for each owner, filled from the left; the paler rest is room that
+        is left.
+        """
         band = 0.84 / len(colors)
         for i, color in enumerate(colors):
             top = y + 0.08 + i * band
@@ -210,8 +237,11 @@ class _Painter:
         edge, width = (palette.INK, 1.8) if shared else (palette.SOFT_INK, 0.7)
         self.box(x + 0.08, y + 0.08, 0.84, 0.84, fill=False, edgecolor=edge, linewidth=width)
 
-    def chip_text(self, x: float, y: float, text: str, background: str, size: float, fill: float = 1.0) -> None:
-        # Text lies across the filled part and the pale rest; a light label under it keeps it readable on both.
+    def chip_text(
+        self, x: float, y: float, text: str, background: str, size: float, fill: float = 1.0
+    ) -> None:
+        # Text lies across the filled part and the pale rest; a light label under it keeps it
+        # readable on both.
         if fill > 0.8:
             self.text(x, y, text, size, palette.text_on(background), ha="center", weight="bold")
             return
@@ -220,9 +250,12 @@ class _Painter:
     def titles(self, trace: Trace, tables: BlockTables) -> None:
         cell = self.layout.cell
         title = f"Step {tables.step} of {len(trace.steps) - 1}"
-        anchor = self.ax.text(0, -0.62 / cell, title, fontsize=12, weight="bold", color=palette.INK, va="center")
+        anchor = self.ax.text(
+            0, -0.62 / cell, title, fontsize=12, weight="bold", color=palette.INK, va="center"
+        )
         self.ax.annotate(
-            f"{len(tables.owners)} of {trace.num_blocks} blocks in use, {len(tables.shared)} of them shared",
+            f"{len(tables.owners)} of {trace.num_blocks} blocks in use, {len(tables.shared)} of"
+            " them shared",
             (1, 0.5),
             xycoords=anchor,
             xytext=(10, 0),
@@ -240,13 +273,27 @@ class _Painter:
         color = row.color if present else palette.tint(row.color, 0.3)
         self.box(0.05, line + 0.2, 0.75, 0.6, facecolor=color)
         size = min(10, self.points * 0.36)
-        self.text(0.42, line + 0.52, row.letter, size, palette.text_on(color), ha="center", weight="bold")
+        self.text(
+            0.42, line + 0.52, row.letter, size, palette.text_on(color), ha="center", weight="bold"
+        )
         for i, (block, tokens) in enumerate(row.blocks):
             fill = tokens / tables.block_size
             self.cell(_NAME + i, line, (row.color,), fill, block in tables.shared)
             if self.has_text:
-                self.chip_text(_NAME + i + 0.5, line + 0.52, str(block), row.color, min(8.5, self.points * 0.3), fill)
-        words = {"running": f"{row.num_tokens} tokens", "waiting": "waiting", "finished": "finished", "absent": ""}
+                self.chip_text(
+                    _NAME + i + 0.5,
+                    line + 0.52,
+                    str(block),
+                    row.color,
+                    min(8.5, self.points * 0.3),
+                    fill,
+                )
+        words = {
+            "running": f"{row.num_tokens} tokens",
+            "waiting": "waiting",
+            "finished": "finished",
+            "absent": "",
+        }
         x = _NAME + len(row.blocks) + 0.2
         self.text(x, line + 0.52, words[row.state], min(9, self.points * 0.32), palette.SOFT_INK)
 
@@ -262,12 +309,23 @@ class _Painter:
             fill = tables.filled[block] / tables.block_size
             self.cell(x, y, tuple(row.color for row in owners), fill, len(owners) > 1)
             if self.has_text:
-                letters = "".join(row.letter for row in owners) if len(owners) <= 3 else f"×{len(owners)}"
-                self.chip_text(x + 0.5, y + 0.52, letters, owners[0].color, size, fill if len(owners) == 1 else 0)
+                letters = (
+                    "".join(row.letter for row in owners) if len(owners) <= 3 else f"×{len(owners)}"
+                )
+                self.chip_text(
+                    x + 0.5,
+                    y + 0.52,
+                    letters,
+                    owners[0].color,
+                    size,
+                    fill if len(owners) == 1 else 0,
+                )
             return
         self.unused(x + 0.08, y + 0.08, 0.84, block in tables.cached)
         if self.has_text:
-            box, color = (_LABEL, palette.INK) if block in tables.cached else (None, palette.SOFT_INK)
+            box, color = (
+                (_LABEL, palette.INK) if block in tables.cached else (None, palette.SOFT_INK)
+            )
             self.text(x + 0.5, y + 0.52, str(block), size * 0.85, color, ha="center", bbox=box)
 
     def unused(self, x: float, y: float, side: float, cached: bool) -> None:
@@ -277,10 +335,19 @@ class _Painter:
         layout, y = self.layout, self.layout.num_lines - 0.5
         if layout.num_untouched:
             first = len(layout.pool)
-            note = f"… and blocks {first} to {first + layout.num_untouched - 1}, never used in this trace"
+            note = (
+                f"… and blocks {first} to {first + layout.num_untouched - 1}, never used in this"
+                " trace"
+            )
             self.text(layout.pool_x, y, note, 8.5, palette.SOFT_INK)
         if layout.num_hidden_rows:
-            self.text(0, len(layout.rows) + 0.4, f"… and {layout.num_hidden_rows} more", 8.5, palette.SOFT_INK)
+            self.text(
+                0,
+                len(layout.rows) + 0.4,
+                f"… and {layout.num_hidden_rows} more",
+                8.5,
+                palette.SOFT_INK,
+            )
 
     def legend(self) -> None:
         side = 0.24 / self.layout.cell
@@ -304,7 +371,10 @@ def _plural(count: int, noun: str) -> str:
 
 def _alt(tables: BlockTables) -> str:
     running = sum(row.state == "running" for row in tables.rows)
-    return f"Picture: the block tables of {_plural(running, 'request')} at step {tables.step}, and the KV cache."
+    return (
+        f"Picture: the block tables of {_plural(running, 'request')} at step {tables.step}, and the"
+        " KV cache."
+    )
 
 
 def _caption(trace: Trace, tables: BlockTables) -> str:
@@ -312,13 +382,16 @@ def _caption(trace: Trace, tables: BlockTables) -> str:
     waiting = sum(row.state == "waiting" for row in tables.rows)
     tokens = sum(tables.filled.values())
     text = (
-        f"Step {tables.step}: {_plural(len(running), 'request')} running, {waiting} waiting. "
-        f"{_plural(len(tables.owners), 'block')} of {trace.num_blocks} in use, holding {_plural(tokens, 'token')}; "
-        f"{len(tables.cached)} cached, {len(tables.free)} free."
+        f"Step {tables.step}: {_plural(len(running), 'request')} running, {waiting} waiting."
+        f" {_plural(len(tables.owners), 'block')} of {trace.num_blocks} in use, holding"
+        f" {_plural(tokens, 'token')}; {len(tables.cached)} cached, {len(tables.free)} free."
     )
     for blocks, letters in _shared_groups(tables):
         verb = "is" if len(blocks) == 1 else "are"
-        text += f" {_plural(len(blocks), 'block')} ({', '.join(map(str, blocks))}) {verb} shared by {letters}."
+        text += (
+            f" {_plural(len(blocks), 'block')} ({', '.join(map(str, blocks))}) {verb} shared by"
+            f" {letters}."
+        )
     return text
 
 
@@ -328,4 +401,6 @@ def _shared_groups(tables: BlockTables, limit: int = 3) -> list[tuple[list[int],
     for block in sorted(tables.shared):
         letters = [row.letter for row in tables.owners[block]]
         groups.setdefault(", ".join(letters[:-1]) + " and " + letters[-1], []).append(block)
-    return sorted(((blocks, letters) for letters, blocks in groups.items()), key=lambda g: -len(g[0]))[:limit]
+    return sorted(
+        ((blocks, letters) for letters, blocks in groups.items()), key=lambda g: -len(g[0])
+    )[:limit]

@@ -1,4 +1,6 @@
-"""What each step is made of: its tokens by kind, against the token budget. `composition` computes what is drawn."""
+"""What each step is made of: its tokens by kind, against the token budget. `composition` computes
+what is drawn.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from minivllm.viz.timeline import AGAIN, DECODE, PROMPT, is_prompt, name_of, num
 
 @dataclass(frozen=True)
 class Composition:
-    """Tokens of each step. decode + prompt + again is what the step computes; never more than the budget."""
+    """Tokens of each step. decode + prompt + again is what the step computes; never more than the
+    budget.
+    """
 
     budget: int
     decode: list[int]
@@ -50,10 +54,12 @@ def composition(trace: Trace) -> Composition:
 
 
 def draw_composition(trace: Trace, step: int | None = None, ax: Axes | None = None) -> Figure:
-    """Draw the tokens of every step by kind, under the budget, with the numbers of one step beside it.
+    """Draw the tokens of every step by kind, under the budget, with the numbers of one step beside
+    it.
 
-    step: whose numbers; negative ones count from the end; None is the (first) step with the most tokens.
-    ax: draw there instead of on a new figure. Returns the figure; it displays itself, with a caption in words.
+    step: whose numbers; negative ones count from the end; None is the (first) step with the most
+    tokens. ax: draw there instead of on a new figure. Returns the figure; it displays itself, with
+    a caption in words.
     """
     made = composition(trace)
     count = len(made.decode)
@@ -64,7 +70,11 @@ def draw_composition(trace: Trace, step: int | None = None, ax: Axes | None = No
         ax.set_position((0.075, 0.155, 0.65, 0.7))
     edges = [float(i) for i in range(count + 1)]
     bottom = [0] * count
-    for values, color, hatch in ((made.decode, DECODE, ""), (made.prompt, PROMPT, ""), (made.again, AGAIN, "xxxx")):
+    for values, color, hatch in (
+        (made.decode, DECODE, ""),
+        (made.prompt, PROMPT, ""),
+        (made.again, AGAIN, "xxxx"),
+    ):
         top = [b + v for b, v in zip(bottom, values, strict=True)]
         style = {"hatch": hatch, "edgecolor": palette.PAPER} if hatch else {}
         ax.stairs(top, edges, baseline=bottom, fill=True, linewidth=0, facecolor=color, **style)
@@ -76,13 +86,19 @@ def draw_composition(trace: Trace, step: int | None = None, ax: Axes | None = No
     ax.axvline(step + 0.5, color=palette.INK, linewidth=1.2)
     _style(ax, count, 1.12 * (highest if beyond else max(made.budget, highest)))
     _key(ax, made, step)
-    describe(figure, f"Chart: the tokens of each of {count} steps, by kind, and the budget.", _caption(made, step))
+    describe(
+        figure,
+        f"Chart: the tokens of each of {count} steps, by kind, and the budget.",
+        _caption(made, step),
+    )
     return figure
 
 
 def _style(ax: Axes, count: int, top: float) -> None:
     ax.set(xlim=(0, count), ylim=(0, top))
-    ax.set_title("What each step is made of", loc="left", fontsize=12, weight="bold", color=palette.INK)
+    ax.set_title(
+        "What each step is made of", loc="left", fontsize=12, weight="bold", color=palette.INK
+    )
     ax.set_xlabel("step", fontsize=9.5, color=palette.SOFT_INK)
     ax.set_ylabel("tokens", fontsize=9.5, color=palette.SOFT_INK)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
@@ -94,7 +110,11 @@ def _key(ax: Axes, made: Composition, step: int) -> None:
     """The legend, with the numbers of one step, right of the axes."""
     again = Patch(facecolor=AGAIN, hatch="xxxx", edgecolor=palette.PAPER, linewidth=0)
     entries = [
-        (Line2D([], [], color=palette.RESERVED, linewidth=2, linestyle=(0, (4, 2))), "the budget", made.budget),
+        (
+            Line2D([], [], color=palette.RESERVED, linewidth=2, linestyle=(0, (4, 2))),
+            "the budget",
+            made.budget,
+        ),
         (again, "computed again", made.again[step]),
         (Patch(facecolor=PROMPT), "of prompts", made.prompt[step]),
         (Patch(facecolor=DECODE), "decodes", made.decode[step]),
@@ -111,10 +131,14 @@ def _key(ax: Axes, made: Composition, step: int) -> None:
 
 def _caption(made: Composition, step: int) -> str:
     text = (
-        f"Step {step}: {made.total(step):,} tokens of at most {made.budget:,}: {made.decode[step]:,} decoded, "
-        f"{made.prompt[step]:,} of prompts"
+        f"Step {step}: {made.total(step):,} tokens of at most {made.budget:,}:"
+        f" {made.decode[step]:,} decoded, {made.prompt[step]:,} of prompts"
     )
     if any(made.again):
         text += f", {made.again[step]:,} computed again"
-    mixed = sum(d > 0 and p + a > 0 for d, p, a in zip(made.decode, made.prompt, made.again, strict=True))
-    return f"{text}. {mixed} of {len(made.decode)} steps compute prompt tokens and decodes together."
+    mixed = sum(
+        d > 0 and p + a > 0 for d, p, a in zip(made.decode, made.prompt, made.again, strict=True)
+    )
+    return (
+        f"{text}. {mixed} of {len(made.decode)} steps compute prompt tokens and decodes together."
+    )

@@ -1,6 +1,8 @@
-"""The map of the course: one box a chapter, with its minutes, and an arrow from each chapter to those that need it.
+"""The map of the course: one box a chapter, with its minutes, and an arrow from each chapter to
+those that need it.
 
-Chapters come as plain data (`minivllm.course.chapters.road`); where a box stands follows from what needs what.
+Chapters come as plain data (`minivllm.course.chapters.road`); where a box stands follows from what
+needs what.
 """
 
 from __future__ import annotations
@@ -20,13 +22,18 @@ from minivllm.viz.figure import Figure, describe
 BOX_WIDTH, BOX_HEIGHT = 0.82, 0.66
 #: Inches that a row, and the words below the map, take.
 ROW, MARGIN = 1.12, 0.3
-WORDS = "Minutes to read + minutes of exercises.   Arrow: needed for the next.   Dashed: good to know, not needed."
+WORDS = (
+    "Minutes to read + minutes of exercises.   Arrow: needed for the next.   Dashed: good to know,"
+    " not needed."
+)
 #: Too pale for the outline of a box.
 YELLOW = palette.REQUESTS[5]
 
 
 class StopLike(Protocol):
-    """A chapter: number, title, part (chapters of one part have one colour), minutes, and what comes before it."""
+    """A chapter: number, title, part (chapters of one part have one colour), minutes, and what
+    comes before it.
+    """
 
     number: str
     title: str
@@ -46,7 +53,9 @@ def columns(stops: Sequence[StopLike]) -> dict[str, int]:
     for stop in stops:
         before = [*stop.needs, *stop.helps]
         if unknown := [number for number in before if number not in column]:
-            raise ValueError(f"{stop.number} needs {', '.join(unknown)}, which do not come before it.")
+            raise ValueError(
+                f"{stop.number} needs {', '.join(unknown)}, which do not come before it."
+            )
         column[stop.number] = max((column[number] for number in stop.needs), default=-1) + 1
     return column
 
@@ -65,7 +74,8 @@ def direct(stops: Sequence[StopLike]) -> dict[str, list[str]]:
 def places(stops: Sequence[StopLike]) -> dict[str, tuple[int, int]]:
     """Number -> (column, row from the top). Row 0 is the road; chapters beside it stand below.
 
-    A chapter that nothing needs and that needs nothing (the tour) stands on its own below the first.
+    A chapter that nothing needs and that needs nothing (the tour) stands on its own below the
+    first.
     """
     column = columns(stops)
     used = {number for stop in stops for number in (*stop.needs, *stop.helps)}
@@ -78,7 +88,9 @@ def places(stops: Sequence[StopLike]) -> dict[str, tuple[int, int]]:
 
 
 def draw_course_map(stops: Sequence[StopLike]) -> Figure:
-    """Draw the chapters in the order in which they need each other, with the minutes to read and to do each."""
+    """Draw the chapters in the order in which they need each other, with the minutes to read and to
+    do each.
+    """
     where = places(stops)
     wide, high = max(x for x, _ in where.values()) + 1, max(y for _, y in where.values()) + 1
     figure = Figure(ROW * high + MARGIN)
@@ -102,13 +114,49 @@ def draw_course_map(stops: Sequence[StopLike]) -> Figure:
 def _box(ax: Axes, column: int, row: int, stop: StopLike, color: str) -> None:
     x, y = column + (1 - BOX_WIDTH) / 2, row + (1 - BOX_HEIGHT) / 2
     style = "round,pad=0,rounding_size=0.06"
-    ax.add_patch(FancyBboxPatch((x, y), BOX_WIDTH, BOX_HEIGHT, boxstyle=style, linewidth=1.6, edgecolor=color,
-                                facecolor=palette.tint(color, 0.14), zorder=2))  # fmt: skip
+    ax.add_patch(
+        FancyBboxPatch(
+            (x, y),
+            BOX_WIDTH,
+            BOX_HEIGHT,
+            boxstyle=style,
+            linewidth=1.6,
+            edgecolor=color,
+            facecolor=palette.tint(color, 0.14),
+            zorder=2,
+        )
+    )
     center = x + BOX_WIDTH / 2
-    ax.text(center, y + 0.13, stop.number, ha="center", va="center", fontsize=10, weight="bold", color=palette.INK)
+    ax.text(
+        center,
+        y + 0.13,
+        stop.number,
+        ha="center",
+        va="center",
+        fontsize=10,
+        weight="bold",
+        color=palette.INK,
+    )
     title = "\n".join(textwrap.wrap(stop.title, 11))
-    ax.text(center, y + 0.34, title, ha="center", va="center", fontsize=9, color=palette.INK, linespacing=1.1)
-    ax.text(center, y + 0.56, _minutes(stop), ha="center", va="center", fontsize=8.5, color=palette.SOFT_INK)
+    ax.text(
+        center,
+        y + 0.34,
+        title,
+        ha="center",
+        va="center",
+        fontsize=9,
+        color=palette.INK,
+        linespacing=1.1,
+    )
+    ax.text(
+        center,
+        y + 0.56,
+        _minutes(stop),
+        ha="center",
+        va="center",
+        fontsize=8.5,
+        color=palette.SOFT_INK,
+    )
 
 
 def _minutes(stop: StopLike) -> str:
@@ -120,7 +168,8 @@ def _minutes(stop: StopLike) -> str:
 def _arrow(ax: Axes, start: tuple[int, int], end: tuple[int, int], style: object) -> None:
     """From the right edge of one box to the left edge of another.
 
-    Downwards it turns in the gap after the first, upwards in the one before the second: rows above are fuller.
+    Downwards it turns in the gap after the first, upwards in the one before the second: rows above
+    are fuller.
     """
     half, gap = BOX_WIDTH / 2, (1 - BOX_WIDTH) / 2
     a, b = (start[0] + 0.5 + half, start[1] + 0.5), (end[0] + 0.5 - half, end[1] + 0.5)
@@ -131,23 +180,41 @@ def _arrow(ax: Axes, start: tuple[int, int], end: tuple[int, int], style: object
         shift = (0.8 if style == "-" else 1.5) * gap
         turn = b[0] - shift if end[1] < start[1] else a[0] + 2 * gap - shift
         points = [a, (turn, a[1]), (turn, b[1]), b]
-    ax.add_patch(FancyArrowPatch(path=Path(points), arrowstyle="-|>", mutation_scale=11, linewidth=1.5,
-                                 linestyle=style, color=palette.SOFT_INK, zorder=1))  # fmt: skip
+    ax.add_patch(
+        FancyArrowPatch(
+            path=Path(points),
+            arrowstyle="-|>",
+            mutation_scale=11,
+            linewidth=1.5,
+            linestyle=style,
+            color=palette.SOFT_INK,
+            zorder=1,
+        )
+    )
 
 
 def _alt(stops: Sequence[StopLike]) -> str:
-    return f"Map: the {len(stops)} chapters of the course, their minutes, and which must be read before which."
+    return (
+        f"Map: the {len(stops)} chapters of the course, their minutes, and which must be read"
+        " before which."
+    )
 
 
 def _caption(stops: Sequence[StopLike]) -> str:
-    reading, exercises = (sum(getattr(stop, name) for stop in stops) for name in ("reading", "exercises"))
-    arrows = [f"{stop.number} after {' and '.join(direct(stops)[stop.number])}" for stop in stops if stop.needs]
+    reading, exercises = (
+        sum(getattr(stop, name) for stop in stops) for name in ("reading", "exercises")
+    )
+    arrows = [
+        f"{stop.number} after {' and '.join(direct(stops)[stop.number])}"
+        for stop in stops
+        if stop.needs
+    ]
     free = " and ".join(stop.number for stop in stops if not stop.needs)
     later = [stop.number for stop in stops if not stop.reading]
     to_come = f" Still to come: {', '.join(later)}." if later else ""
     return (
-        f"{_hours(reading)} of reading and {_hours(exercises)} of exercises. Nothing is needed for {free}; "
-        f"{', '.join(arrows)}.{to_come}"
+        f"{_hours(reading)} of reading and {_hours(exercises)} of exercises. Nothing is needed for"
+        f" {free}; {', '.join(arrows)}.{to_come}"
     )
 
 

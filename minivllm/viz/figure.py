@@ -1,9 +1,10 @@
 """`Figure`: a matplotlib figure that brings its alt text and shows itself the same way everywhere.
 
-JupyterLab, nbconvert's default template and GitHub ignore alt text in an output's metadata, so it is not enough to put
-it there. A figure therefore displays as two outputs: the PNG, with `alt` in the metadata (where front ends that honour
-it look) and as ``text/plain``; and `caption`, the picture in words and numbers, as Markdown below it. Both are computed
-from the plotted data, and nbval compares them, which it does not do with images.
+JupyterLab, nbconvert's default template and GitHub ignore alt text in an output's metadata, so it
+is not enough to put it there. A figure therefore displays as two outputs: the PNG, with `alt` in
+the metadata (where front ends that honour it look) and as ``text/plain``; and `caption`, the
+picture in words and numbers, as Markdown below it. Both are computed from the plotted data, and
+nbval compares them, which it does not do with images.
 """
 
 from __future__ import annotations
@@ -46,17 +47,24 @@ class Figure(MatplotlibFigure):
         canvas: FigureCanvasAgg = self.canvas  # type: ignore[assignment]
         self.set_dpi(FILE_DPI)
         canvas.draw()
-        image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
+        image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert(
+            "RGB"
+        )
         info = PngImagePlugin.PngInfo()
         info.add_itxt("Description", f"{self.alt} {self.caption}")
         file = io.BytesIO()
-        image.quantize(NUM_COLORS, dither=Image.Dither.NONE).save(file, "PNG", optimize=True, pnginfo=info)
+        image.quantize(NUM_COLORS, dither=Image.Dither.NONE).save(
+            file, "PNG", optimize=True, pnginfo=info
+        )
         return file.getvalue()
 
     def mimebundle(self) -> tuple[dict[str, str], dict[str, Any]]:
         """(data, metadata) of the picture as a notebook output."""
         width, height = (round(PAGE_DPI * inches) for inches in self.get_size_inches())
-        data = {"image/png": base64.b64encode(self.to_png()).decode("ascii"), "text/plain": self.alt}
+        data = {
+            "image/png": base64.b64encode(self.to_png()).decode("ascii"),
+            "text/plain": self.alt,
+        }
         return data, {"image/png": {"alt": self.alt, "width": width, "height": height}}
 
     def _ipython_display_(self) -> None:

@@ -1,4 +1,5 @@
-"""Pictures of measurements: the floor of a decode step, where a step's time goes, throughput against latency, repeats.
+"""Pictures of measurements: the floor of a decode step, where a step's time goes, throughput
+against latency, repeats.
 
 All take plain numbers. Times are seconds unless a parameter says otherwise.
 """
@@ -26,11 +27,15 @@ def _number(value: float) -> str:
     return f"{value:,.{digits}f}"
 
 
-# --- the floor of a decode step ---------------------------------------------------------------------------------------
+# --- the floor of a decode step -------------------------------------------------------------------
 
 
-def crossing(batches: Sequence[float], one: Sequence[float], other: Sequence[float]) -> float | None:
-    """Where line `other` overtakes line `one`, linear between the batches; None where it does not."""
+def crossing(
+    batches: Sequence[float], one: Sequence[float], other: Sequence[float]
+) -> float | None:
+    """Where line `other` overtakes line `one`, linear between the batches; None where it does
+    not.
+    """
     gaps = [b - a for a, b in zip(one, other, strict=True)]
     for i in range(1, len(gaps)):
         if gaps[i - 1] < 0 <= gaps[i]:
@@ -40,13 +45,16 @@ def crossing(batches: Sequence[float], one: Sequence[float], other: Sequence[flo
 
 
 def draw_decode_floor(
-    batches: Sequence[int], parts: Mapping[str, Sequence[float]], measured: Sequence[tuple[int, float]] = (),
+    batches: Sequence[int],
+    parts: Mapping[str, Sequence[float]],
+    measured: Sequence[tuple[int, float]] = (),
     ax: Axes | None = None,
-) -> Figure:  # fmt: skip
+) -> Figure:
     """What a decode step takes at least, by number of sequences; and what it took.
 
-    batches: ascending. parts: name of a part -> its seconds at each batch, the first of them the weights. The step's
-    floor is their sum. measured: (sequences, seconds) of real steps. ValueError without parts.
+    batches: ascending. parts: name of a part -> its seconds at each batch, the first of them the
+    weights. The step's floor is their sum. measured: (sequences, seconds) of real steps. ValueError
+    without parts.
     """
     if not parts:
         raise ValueError("no part of a step to draw")
@@ -67,12 +75,20 @@ def draw_decode_floor(
     if measured:
         points = [(batch, 1e3 * seconds) for batch, seconds in measured]
         handles += ax.plot(
-            *zip(*points, strict=True), "o", color=palette.PAPER, markeredgecolor=palette.INK, ms=7, clip_on=False
+            *zip(*points, strict=True),
+            "o",
+            color=palette.PAPER,
+            markeredgecolor=palette.INK,
+            ms=7,
+            clip_on=False,
         )
         labels.append("measured")
     _style_decode_floor(ax, batches)
     side_legend(ax, handles, labels, "A decode step")
-    alt = f"Chart: the least time of a decode step for {batches[0]} to {batches[-1]:,} sequences, by part."
+    alt = (
+        f"Chart: the least time of a decode step for {batches[0]} to {batches[-1]:,} sequences, by"
+        " part."
+    )
     describe(figure, alt, _decode_floor_caption(batches, parts, floor, measured))
     return figure
 
@@ -81,7 +97,13 @@ def _style_decode_floor(ax: Axes, batches: Sequence[int]) -> None:
     from matplotlib.ticker import FuncFormatter
 
     plain_axes(ax)
-    ax.set_title("What a decode step costs at least", loc="left", fontsize=12, weight="bold", color=palette.INK)
+    ax.set_title(
+        "What a decode step costs at least",
+        loc="left",
+        fontsize=12,
+        weight="bold",
+        color=palette.INK,
+    )
     ax.set_xlabel("sequences in the step", fontsize=9.5, color=palette.SOFT_INK)
     ax.set_ylabel("milliseconds", fontsize=9.5, color=palette.SOFT_INK)
     ax.set_xlim(batches[0], batches[-1])
@@ -91,9 +113,11 @@ def _style_decode_floor(ax: Axes, batches: Sequence[int]) -> None:
 
 
 def _decode_floor_caption(
-    batches: Sequence[int], parts: Mapping[str, Sequence[float]], floor: Sequence[float],
+    batches: Sequence[int],
+    parts: Mapping[str, Sequence[float]],
+    floor: Sequence[float],
     measured: Sequence[tuple[int, float]],
-) -> str:  # fmt: skip
+) -> str:
     (first, weights), *others = parts.items()
     text = f"With {batches[0]}, a step takes at least {_number(1e3 * floor[0])} milliseconds"
     text += f", with {batches[-1]:,} at least {_number(1e3 * floor[-1])}."
@@ -106,17 +130,21 @@ def _decode_floor_caption(
     return text
 
 
-# --- where the time goes ----------------------------------------------------------------------------------------------
+# --- where the time goes --------------------------------------------------------------------------
 
 
 def draw_parts(
-    rows: Mapping[str, Mapping[str, float]], title: str = "Where a step's time goes", unit: str = "milliseconds",
-    pale: Sequence[str] = (), ax: Axes | None = None,
-) -> Figure:  # fmt: skip
-    """A bar for each row, cut into its parts. rows: name of a bar -> name of a part -> amount, in `unit`.
+    rows: Mapping[str, Mapping[str, float]],
+    title: str = "Where a step's time goes",
+    unit: str = "milliseconds",
+    pale: Sequence[str] = (),
+    ax: Axes | None = None,
+) -> Figure:
+    """A bar for each row, cut into its parts. rows: name of a bar -> name of a part -> amount, in
+    `unit`.
 
-    Parts with one name have one colour; legend and bars are in the order in which names come up. pale: parts drawn
-    without a colour. ValueError without a row, or for a negative part.
+    Parts with one name have one colour; legend and bars are in the order in which names come up.
+    pale: parts drawn without a colour. ValueError without a row, or for a negative part.
     """
     if not rows:
         raise ValueError("no bar to draw")
@@ -134,7 +162,14 @@ def draw_parts(
         left = 0.0
         for name in names:
             if value := parts.get(name, 0.0):
-                ax.barh(y, value, left=left, height=0.64, linewidth=0.8, **_part_style(names, name, pale))
+                ax.barh(
+                    y,
+                    value,
+                    left=left,
+                    height=0.64,
+                    linewidth=0.8,
+                    **_part_style(names, name, pale),
+                )
                 left += value
         if not _is_share(unit):
             where = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
@@ -171,9 +206,18 @@ def _style_parts(
     ax.set_xlabel(unit, fontsize=9.5, color=palette.SOFT_INK)
     handles = [Patch(**_part_style(names, name, pale)) for name in names]
     ax.figure.legend(
-        handles, names, loc="lower left", ncols=4, frameon=False, bbox_to_anchor=(0.02, 0.0), fontsize=9,
-        labelcolor=palette.INK, handlelength=1.2, columnspacing=1.4, handletextpad=0.5,
-    )  # fmt: skip
+        handles,
+        names,
+        loc="lower left",
+        ncols=4,
+        frameon=False,
+        bbox_to_anchor=(0.02, 0.0),
+        fontsize=9,
+        labelcolor=palette.INK,
+        handlelength=1.2,
+        columnspacing=1.4,
+        handletextpad=0.5,
+    )
 
 
 def _parts_caption(rows: Mapping[str, Mapping[str, float]], unit: str) -> str:
@@ -187,12 +231,14 @@ def _parts_caption(rows: Mapping[str, Mapping[str, float]], unit: str) -> str:
     return " ".join(sentences)
 
 
-# --- throughput against latency ---------------------------------------------------------------------------------------
+# --- throughput against latency -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Load:
-    """One point of a throughput-latency curve: so many sequences at once, seconds between the tokens of each."""
+    """One point of a throughput-latency curve: so many sequences at once, seconds between the
+    tokens of each.
+    """
 
     sequences: int
     seconds: float
@@ -206,7 +252,8 @@ class Load:
 def draw_tradeoff(curves: Mapping[str, Sequence[Load]], ax: Axes | None = None) -> Figure:
     """Tokens a second of the whole machine against the time that each request waits for a token.
 
-    curves: name -> its points, by growing load. Up and left is better. ValueError where a curve has no point.
+    curves: name -> its points, by growing load. Up and left is better. ValueError where a curve has
+    no point.
     """
     if not curves or not all(curves.values()):
         raise ValueError("a curve without points")
@@ -218,15 +265,29 @@ def draw_tradeoff(curves: Mapping[str, Sequence[Load]], ax: Axes | None = None) 
     for index, points in enumerate(curves.values()):
         x, y = [1e3 * p.seconds for p in points], [p.tokens_per_second for p in points]
         handles += ax.plot(
-            x, y, _STYLES[index % 4], marker=_MARKERS[index % 5], ms=6, color=palette.REQUESTS[index], linewidth=2
+            x,
+            y,
+            _STYLES[index % 4],
+            marker=_MARKERS[index % 5],
+            ms=6,
+            color=palette.REQUESTS[index],
+            linewidth=2,
         )
         if index == 0:
             for point, px, py in zip(points, x, y, strict=True):
-                ax.annotate(f"{point.sequences:,}", (px, py), xytext=(7, -11), textcoords="offset points",
-                            fontsize=9, color=palette.INK)  # fmt: skip
+                ax.annotate(
+                    f"{point.sequences:,}",
+                    (px, py),
+                    xytext=(7, -11),
+                    textcoords="offset points",
+                    fontsize=9,
+                    color=palette.INK,
+                )
     _style_tradeoff(ax)
     side_legend(ax, handles, list(curves), "Sequences at once")
-    alt = f"Chart: tokens a second against the time between a request's tokens, {len(curves)} curves."
+    alt = (
+        f"Chart: tokens a second against the time between a request's tokens, {len(curves)} curves."
+    )
     describe(figure, alt, _tradeoff_caption(curves))
     return figure
 
@@ -237,11 +298,15 @@ def _style_tradeoff(ax: Axes) -> None:
     plain_axes(ax)
     ax.set_xscale("log")
     ax.set_yscale("log")
-    ax.set_title("More for all, slower for each", loc="left", fontsize=12, weight="bold", color=palette.INK)
+    ax.set_title(
+        "More for all, slower for each", loc="left", fontsize=12, weight="bold", color=palette.INK
+    )
     ax.set_xlabel("milliseconds between a request's tokens", fontsize=9.5, color=palette.SOFT_INK)
     ax.set_ylabel("tokens a second, all together", fontsize=9.5, color=palette.SOFT_INK)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if str(value)[0] in "25" else ""))
+    ax.xaxis.set_minor_formatter(
+        FuncFormatter(lambda value, _: f"{value:g}" if str(value)[0] in "25" else "")
+    )
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     ax.tick_params(which="minor", labelsize=8, labelcolor=palette.SOFT_INK)
     ax.grid(color=palette.LINE, linewidth=0.5, alpha=0.6)
@@ -252,22 +317,29 @@ def _tradeoff_caption(curves: Mapping[str, Sequence[Load]]) -> str:
     for name, points in curves.items():
         first, last = points[0], points[-1]
         text = f"{name}: {first.sequences:,} to {last.sequences:,} sequences make "
-        text += f"{last.tokens_per_second / first.tokens_per_second:,.0f} times as many tokens a second, and each "
+        text += (
+            f"{last.tokens_per_second / first.tokens_per_second:,.0f} times as many tokens a"
+            " second, and each "
+        )
         text += f"waits {last.seconds / first.seconds:,.1f} times as long for its own."
         sentences.append(text)
     return " ".join(sentences)
 
 
-# --- repeats ----------------------------------------------------------------------------------------------------------
+# --- repeats --------------------------------------------------------------------------------------
 
 
 def draw_samples(
-    samples: Mapping[str, Sequence[float]], title: str = "Every repeat", unit: str = "microseconds",
+    samples: Mapping[str, Sequence[float]],
+    title: str = "Every repeat",
+    unit: str = "microseconds",
     ax: Axes | None = None,
-) -> Figure:  # fmt: skip
-    """A row of dots for each name, one dot a repeat, from the first (left) to the last; a line marks the median.
+) -> Figure:
+    """A row of dots for each name, one dot a repeat, from the first (left) to the last; a line
+    marks the median.
 
-    samples: name -> what was measured, in `unit`, in the order in which it was. ValueError where one is empty.
+    samples: name -> what was measured, in `unit`, in the order in which it was. ValueError where
+    one is empty.
     """
     if not samples or not all(samples.values()):
         raise ValueError("nothing was measured")
@@ -280,34 +352,49 @@ def draw_samples(
         color = palette.REQUESTS[index]
         marker = _MARKERS[index % len(_MARKERS)]
         handles += ax.plot(range(1, len(values) + 1), values, marker, color=color, ms=5, alpha=0.85)
-        ax.axhline(statistics.median(values), color=color, linestyle=_STYLES[(index + 1) % 4], linewidth=1.4)
+        ax.axhline(
+            statistics.median(values),
+            color=color,
+            linestyle=_STYLES[(index + 1) % 4],
+            linewidth=1.4,
+        )
     plain_axes(ax)
     ax.set_title(title, loc="left", fontsize=12, weight="bold", color=palette.INK)
     ax.set_xlabel("repeat", fontsize=9.5, color=palette.SOFT_INK)
     ax.set_ylabel(unit, fontsize=9.5, color=palette.SOFT_INK)
-    labels = [f"{name}: median {_number(statistics.median(values))}" for name, values in samples.items()]
+    labels = [
+        f"{name}: median {_number(statistics.median(values))}" for name, values in samples.items()
+    ]
     side_legend(ax, handles, labels, "Measured")
-    alt = f"Chart: {sum(map(len, samples.values()))} measured times, repeat by repeat, of {', '.join(samples)}."
+    alt = (
+        f"Chart: {sum(map(len, samples.values()))} measured times, repeat by repeat, of"
+        f" {', '.join(samples)}."
+    )
     describe(figure, alt, _samples_caption(samples, unit))
     return figure
 
 
 def _samples_caption(samples: Mapping[str, Sequence[float]], unit: str) -> str:
     return " ".join(
-        f"{name}: median {_number(statistics.median(values))} {unit}, mean {_number(statistics.fmean(values))}, from "
-        f"{_number(min(values))} to {_number(max(values))}."
+        f"{name}: median {_number(statistics.median(values))} {unit}, mean"
+        f" {_number(statistics.fmean(values))}, from {_number(min(values))} to"
+        f" {_number(max(values))}."
         for name, values in samples.items()
     )
 
 
-# --- a step as a profiler sees it -------------------------------------------------------------------------------------
+# --- a step as a profiler sees it -----------------------------------------------------------------
 
 
 def draw_intervals(
-    lanes: Mapping[str, Sequence[tuple[float, float]]], begin: float, end: float, unit: str = "microseconds",
+    lanes: Mapping[str, Sequence[tuple[float, float]]],
+    begin: float,
+    end: float,
+    unit: str = "microseconds",
     ax: Axes | None = None,
-) -> Figure:  # fmt: skip
-    """Who worked when: a row for each lane. lanes: name -> (start, end) of what ran. begin, end: the step, unshaded.
+) -> Figure:
+    """Who worked when: a row for each lane. lanes: name -> (start, end) of what ran. begin, end:
+    the step, unshaded.
 
     ValueError without a lane.
     """
@@ -325,21 +412,39 @@ def draw_intervals(
             ax.axvspan(left, right, color=palette.CACHED, linewidth=0)
     for y, lane in enumerate(lanes.values()):
         color = palette.REQUESTS[y]
-        ax.barh([y] * len(lane), [e - s for s, e in lane], left=[s for s, _ in lane], height=0.6, color=color,
-                edgecolor=palette.INK, linewidth=0.7)  # fmt: skip
+        ax.barh(
+            [y] * len(lane),
+            [e - s for s, e in lane],
+            left=[s for s, _ in lane],
+            height=0.6,
+            color=color,
+            edgecolor=palette.INK,
+            linewidth=0.7,
+        )
     plain_axes(ax)
-    ax.set_title("One step, as it was recorded", loc="left", fontsize=12, weight="bold", color=palette.INK)
+    ax.set_title(
+        "One step, as it was recorded", loc="left", fontsize=12, weight="bold", color=palette.INK
+    )
     ax.set_yticks(range(len(lanes)), list(lanes), fontsize=9.5)
     ax.tick_params(axis="y", length=0, labelcolor=palette.INK)
     ax.set_ylim(len(lanes) - 0.4, -0.6)
     ax.set_xlim(low, high)
     ax.set_xlabel(unit, fontsize=9.5, color=palette.SOFT_INK)
     said = ", ".join(f"{name} {sum(e - s for s, e in lane):g}" for name, lane in lanes.items())
-    caption = f"A step of {end - begin:g} {unit}. Sums of the lanes' bars: {said}. Shaded: not in this step."
+    caption = (
+        f"A step of {end - begin:g} {unit}. Sums of the lanes' bars: {said}. Shaded: not in this"
+        " step."
+    )
     describe(figure, f"Chart: what ran when, in {len(lanes)} lanes: {', '.join(lanes)}.", caption)
     return figure
 
 
 __all__ = [
-    "Load", "crossing", "draw_decode_floor", "draw_intervals", "draw_parts", "draw_samples", "draw_tradeoff",
-]  # fmt: skip
+    "Load",
+    "crossing",
+    "draw_decode_floor",
+    "draw_intervals",
+    "draw_parts",
+    "draw_samples",
+    "draw_tradeoff",
+]

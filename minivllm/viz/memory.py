@@ -1,7 +1,9 @@
-"""KV memory over the steps of a trace: what blocks were used for, and what contiguous reservation would have cost.
+"""KV memory over the steps of a trace: what blocks were used for, and what contiguous reservation
+would have cost.
 
-Before PagedAttention an engine set aside room for the longest possible sequence when a request began; Kwon et al.
-(2023, arXiv 2309.06180, figure 2) found 20 to 38 % of such memory holding tokens. `kv_memory` computes what is drawn.
+Before PagedAttention an engine set aside room for the longest possible sequence when a request
+began; Kwon et al. (2023, arXiv 2309.06180, figure 2) found 20 to 38 % of such memory holding
+tokens. `kv_memory` computes what is drawn.
 """
 
 from __future__ import annotations
@@ -18,12 +20,18 @@ from minivllm.viz.figure import describe, plain_axes, prepare, side_legend
 
 #: The axis reaches at most to so many times the pool; beyond, a label says how far.
 MAX_OVERSHOOT = 2.4
-_CACHED_STYLE = {"facecolor": palette.CACHED, "edgecolor": palette.SOFT_INK, "hatch": palette.HATCH_CACHED}
+_CACHED_STYLE = {
+    "facecolor": palette.CACHED,
+    "edgecolor": palette.SOFT_INK,
+    "hatch": palette.HATCH_CACHED,
+}
 
 
 @dataclass(frozen=True)
 class KVMemory:
-    """Tokens' worth of KV memory after each step. tokens + wasted + cached + free = capacity, at every step."""
+    """Tokens' worth of KV memory after each step. tokens + wasted + cached + free = capacity, at
+    every step.
+    """
 
     capacity: int
     kv_bytes_per_token: int
@@ -45,7 +53,8 @@ class KVMemory:
 def kv_memory(trace: Trace, reserve: int | None = None) -> KVMemory:
     """What KV memory was used for after each step.
 
-    reserve: tokens that a contiguous reservation sets aside a sequence; None is the engine's max_model_len.
+    reserve: tokens that a contiguous reservation sets aside a sequence; None is the engine's
+    max_model_len.
     """
     check_step(trace, 0)
     reserve = trace.max_model_len if reserve is None else reserve
@@ -71,11 +80,14 @@ def kv_memory(trace: Trace, reserve: int | None = None) -> KVMemory:
     )
 
 
-def draw_kv_memory(trace: Trace, step: int | None = None, ax: Axes | None = None, reserve: int | None = None) -> Figure:
+def draw_kv_memory(
+    trace: Trace, step: int | None = None, ax: Axes | None = None, reserve: int | None = None
+) -> Figure:
     """Draw what KV memory was used for at every step, with the numbers of one step beside it.
 
-    step: whose numbers; index into trace.steps, negative from the end; None is the step with the most blocks in use.
-    ax: draw there instead of on a new figure. reserve: as for `kv_memory`. Returns the figure; it displays itself.
+    step: whose numbers; index into trace.steps, negative from the end; None is the step with the
+    most blocks in use. ax: draw there instead of on a new figure. reserve: as for `kv_memory`.
+    Returns the figure; it displays itself.
     """
     memory = kv_memory(trace, reserve)
     step = busiest_step(trace) if step is None else check_step(trace, step)
@@ -95,12 +107,30 @@ def draw_kv_memory(trace: Trace, step: int | None = None, ax: Axes | None = None
         top = [b + v for b, v in zip(bottom, values, strict=True)]
         ax.stairs(top, edges, baseline=bottom, fill=True, linewidth=0, **style)
         bottom = top
-    ax.stairs([memory.capacity] * count, edges, baseline=bottom, fill=True, linewidth=0, facecolor=palette.FREE)
+    ax.stairs(
+        [memory.capacity] * count,
+        edges,
+        baseline=bottom,
+        fill=True,
+        linewidth=0,
+        facecolor=palette.FREE,
+    )
     ax.axhline(memory.capacity, color=palette.SOFT_INK, linewidth=1)
-    ceiling = max(memory.capacity, min(max(memory.reserved), MAX_OVERSHOOT * memory.capacity)) * 1.08
+    ceiling = (
+        max(memory.capacity, min(max(memory.reserved), MAX_OVERSHOOT * memory.capacity)) * 1.08
+    )
     if max(memory.reserved) > ceiling:
         label = f"▲ up to {max(memory.reserved):,}"
-        ax.text(0.99, 0.985, label, transform=ax.transAxes, fontsize=9, color=palette.RESERVED, ha="right", va="top")
+        ax.text(
+            0.99,
+            0.985,
+            label,
+            transform=ax.transAxes,
+            fontsize=9,
+            color=palette.RESERVED,
+            ha="right",
+            va="top",
+        )
     ax.stairs(
         [min(r, ceiling * 0.992) for r in memory.reserved],
         edges,
@@ -121,7 +151,9 @@ def _style_axes(ax: Axes, count: int, ceiling: float) -> None:
 
     ax.set_xlim(-0.5, count - 0.5)
     ax.set_ylim(0, ceiling)
-    ax.set_title("KV memory, step by step", loc="left", fontsize=12, weight="bold", color=palette.INK)
+    ax.set_title(
+        "KV memory, step by step", loc="left", fontsize=12, weight="bold", color=palette.INK
+    )
     ax.set_xlabel("step", fontsize=9.5, color=palette.SOFT_INK)
     ax.set_ylabel("room for tokens", fontsize=9.5, color=palette.SOFT_INK)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
@@ -156,26 +188,33 @@ def _key(ax: Axes, memory: KVMemory, step: int) -> None:
 
 
 def _padded(number: int, width: int = 6) -> str:
-    """The number right-aligned in a proportional font: padded with spaces as wide as a digit, or as a comma."""
+    """The number right-aligned in a proportional font: padded with spaces as wide as a digit, or as
+    a comma.
+    """
     text = f"{number:,}"
-    return "".join("\u2008" if i == width - 4 else "\u2007" for i in range(width - len(text))) + text
+    return (
+        "".join("\u2008" if i == width - 4 else "\u2007" for i in range(width - len(text))) + text
+    )
 
 
 def _alt(count: int) -> str:
-    return f"Chart: what KV memory was used for at each of {count} steps, beside a contiguous reservation."
+    return (
+        f"Chart: what KV memory was used for at each of {count} steps, beside a contiguous"
+        " reservation."
+    )
 
 
 def _caption(memory: KVMemory, step: int) -> str:
     taken = memory.tokens[step] + memory.wasted[step]
     share = round(100 * memory.tokens[step] / taken) if taken else 100
     text = (
-        f"Step {step}: {memory.num_running[step]} running requests hold {memory.tokens[step]:,} tokens in blocks with "
-        f"room for {taken:,} ({share} % filled)."
+        f"Step {step}: {memory.num_running[step]} running requests hold {memory.tokens[step]:,}"
+        f" tokens in blocks with room for {taken:,} ({share} % filled)."
     )
     if memory.unshared[step] > memory.tokens[step]:
         text += f" Without sharing they would hold {memory.unshared[step]:,}."
     times = memory.reserved[step] / memory.capacity
     return (
-        f"{text} Reserving {memory.reserve:,} tokens for each would take {memory.reserved[step]:,}, "
-        f"{times:.1f} times the whole pool."
+        f"{text} Reserving {memory.reserve:,} tokens for each would take {memory.reserved[step]:,},"
+        f" {times:.1f} times the whole pool."
     )

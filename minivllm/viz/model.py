@@ -1,7 +1,9 @@
-"""Pictures for the model: a block and its stream, rotating pairs, what the stream says, parameters and FLOPs.
+"""Pictures for the model: a block and its stream, rotating pairs, what the stream says, parameters
+and FLOPs.
 
-`Rotation` is what RoPE does to one query and one key while both move through a text (Su et al. 2021, arXiv 2104.09864);
-with a slider: ``scrub(rotation, draw_rotation, step=0)``. Plain numbers in, no torch.
+`Rotation` is what RoPE does to one query and one key while both move through a text (Su et al.
+2021, arXiv 2104.09864); with a slider: ``scrub(rotation, draw_rotation, step=0)``. Plain numbers
+in, no torch.
 """
 
 from __future__ import annotations
@@ -19,23 +21,28 @@ from minivllm.viz.figure import Figure, describe
 
 QUERY, KEY = palette.REQUESTS[0], palette.REQUESTS[3]
 #: Kinds of parameters, in the order in which a token meets them.
-PARTS = {"embedding": palette.REQUESTS[6], "attention": palette.REQUESTS[0], "MLP": palette.REQUESTS[1],
-         "head": palette.REQUESTS[2]}  # fmt: skip
+PARTS = {
+    "embedding": palette.REQUESTS[6],
+    "attention": palette.REQUESTS[0],
+    "MLP": palette.REQUESTS[1],
+    "head": palette.REQUESTS[2],
+}
 SCORES = palette.REQUESTS[3]
 _TITLE = {"fontsize": 12, "weight": "bold", "color": palette.INK}
 
 Pair = tuple[float, float]
 
 
-# --- rotary positions -------------------------------------------------------------------------------------------------
+# --- rotary positions -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """A query and a key that stand `distance` tokens apart, at each of some positions; for `draw_rotation`.
+    """A query and a key that stand `distance` tokens apart, at each of some positions; for
+    `draw_rotation`.
 
-    query, key: the two numbers of each pair, before they are turned. names: which pairs these are. frequencies: radians
-    a position of each. steps: positions of the query.
+    query, key: the two numbers of each pair, before they are turned. names: which pairs these are.
+    frequencies: radians a position of each. steps: positions of the query.
     """
 
     query: tuple[Pair, ...]
@@ -65,20 +72,24 @@ def turn(pair: Pair, angle: float) -> Pair:
 
 
 def rotation(
-    query: Sequence[float], key: Sequence[float], frequencies: Sequence[float], distance: int,
-    pairs: Sequence[int] | None = None, positions: Sequence[int] = range(64),
-) -> Rotation:  # fmt: skip
+    query: Sequence[float],
+    key: Sequence[float],
+    frequencies: Sequence[float],
+    distance: int,
+    pairs: Sequence[int] | None = None,
+    positions: Sequence[int] = range(64),
+) -> Rotation:
     """The rotation of a head: query and key are its D numbers, of which i and i + D/2 are a pair.
 
-    frequencies: D/2, in radians a position. pairs: which to draw, at most six; None spreads five over the head.
-    ValueError for lengths that do not fit, or for no position.
+    frequencies: D/2, in radians a position. pairs: which to draw, at most six; None spreads five
+    over the head. ValueError for lengths that do not fit, or for no position.
     """
     half = len(frequencies)
     chosen = [round(i * (half - 1) / 4) for i in range(5)] if pairs is None else list(pairs)
     if len(query) != 2 * half or len(key) != 2 * half or not positions or not 1 <= len(chosen) <= 6:
         raise ValueError(
-            f"A query of {len(query)}, a key of {len(key)}, {half} frequencies, {len(chosen)} pairs, "
-            f"{len(positions)} positions: there is nothing to draw."
+            f"A query of {len(query)}, a key of {len(key)}, {half} frequencies, {len(chosen)}"
+            f" pairs, {len(positions)} positions: there is nothing to draw."
         )
     q, k = ([(float(x[i]), float(x[i + half])) for i in chosen] for x in (query, key))
     turns = tuple(float(frequencies[i]) for i in chosen)
@@ -86,12 +97,15 @@ def rotation(
 
 
 def draw_rotation(rotation: Rotation, step: int = 0) -> Figure:
-    """A dial for each pair: the query's hand and the key's, turned as their positions ask; the angle between is shaded.
+    """A dial for each pair: the query's hand and the key's, turned as their positions ask; the
+    angle between is shaded.
 
     step: index into rotation.steps; IndexError for one that it lacks.
     """
     if not 0 <= step < len(rotation.steps):
-        raise IndexError(f"There is no step {step}: the rotation has steps 0 to {len(rotation.steps) - 1}.")
+        raise IndexError(
+            f"There is no step {step}: the rotation has steps 0 to {len(rotation.steps) - 1}."
+        )
     position, hands = rotation.steps[step], rotation.turned(step)
     figure = Figure(3.15)
     count = len(hands)
@@ -99,19 +113,40 @@ def draw_rotation(rotation: Rotation, step: int = 0) -> Figure:
         ax = figure.add_axes((0.01 + i * 0.98 / count, 0.14, 0.96 / count, 0.62))
         _dial(ax, q, k)
         every = 2 * math.pi / rotation.frequencies[i]
-        ax.set_title(f"pair {rotation.names[i]}\na turn in {_count(every)} tokens", fontsize=10, color=palette.INK)
-        ax.text(0, -1.32, f"between: {_between(q, k)}°", ha="center", va="center", fontsize=10, color=palette.INK)
+        ax.set_title(
+            f"pair {rotation.names[i]}\na turn in {_count(every)} tokens",
+            fontsize=10,
+            color=palette.INK,
+        )
+        ax.text(
+            0,
+            -1.32,
+            f"between: {_between(q, k)}°",
+            ha="center",
+            va="center",
+            fontsize=10,
+            color=palette.INK,
+        )
     what = f"Query at position {position}, key at {position - rotation.distance}"
     figure.text(0.012, 0.945, what, va="center", **_TITLE)
     for x, color, name in ((0.74, QUERY, "query"), (0.84, KEY, "key")):
         figure.text(x, 0.945, f"→ {name}", color=color, fontsize=11.5, weight="bold", va="center")
-    figure.text(0.012, 0.035, f"score of these pairs together: {rotation.score(step):.2f}", fontsize=11,
-                color=palette.INK)  # fmt: skip
-    angles = ", ".join(f"pair {n}: {_between(q, k)}°" for n, (q, k) in zip(rotation.names, hands, strict=True))
+    figure.text(
+        0.012,
+        0.035,
+        f"score of these pairs together: {rotation.score(step):.2f}",
+        fontsize=11,
+        color=palette.INK,
+    )
+    angles = ", ".join(
+        f"pair {n}: {_between(q, k)}°" for n, (q, k) in zip(rotation.names, hands, strict=True)
+    )
     describe(
         figure,
-        f"Picture: {count} dials, one a pair of numbers, each with a hand for a query and a hand for a key.",
-        f"{what}. Angle between them: {angles}. Score of these pairs together: {rotation.score(step):.2f}.",
+        f"Picture: {count} dials, one a pair of numbers, each with a hand for a query and a hand"
+        " for a key.",
+        f"{what}. Angle between them: {angles}. Score of these pairs together:"
+        f" {rotation.score(step):.2f}.",
     )
     return figure
 
@@ -128,7 +163,13 @@ def _dial(ax: Axes, query: Pair, key: Pair) -> None:
     ax.add_patch(Wedge((0, 0), 0.42, from_key, to_query, facecolor=palette.CACHED, linewidth=0))
     longest = max(math.hypot(*query), math.hypot(*key)) or 1.0
     for (a, b), color in ((key, KEY), (query, QUERY)):
-        style = {"arrowstyle": "-|>", "mutation_scale": 15, "color": color, "linewidth": 2.6, "shrinkA": 0}
+        style = {
+            "arrowstyle": "-|>",
+            "mutation_scale": 15,
+            "color": color,
+            "linewidth": 2.6,
+            "shrinkA": 0,
+        }
         ax.add_patch(FancyArrowPatch((0, 0), (a / longest, b / longest), shrinkB=0, **style))
 
 
@@ -143,7 +184,8 @@ def _count(number: float) -> str:
 
 
 def draw_pairings(head_dim: int, pairings: Mapping[str, Sequence[tuple[int, int]]]) -> Figure:
-    """Which numbers of a head are turned together: a row of numbers for each pairing, an arc for each pair.
+    """Which numbers of a head are turned together: a row of numbers for each pairing, an arc for
+    each pair.
 
     pairings: name -> pairs of indices. ValueError where a number is in no pair, or in two.
     """
@@ -151,7 +193,9 @@ def draw_pairings(head_dim: int, pairings: Mapping[str, Sequence[tuple[int, int]
     captions = []
     for row, (name, pairs) in enumerate(pairings.items()):
         if sorted(i for pair in pairs for i in pair) != list(range(head_dim)):
-            raise ValueError(f"{name}: {list(pairs)} are not pairs of the numbers 0 to {head_dim - 1}.")
+            raise ValueError(
+                f"{name}: {list(pairs)} are not pairs of the numbers 0 to {head_dim - 1}."
+            )
         ax = figure.add_axes((0.01, 1 - (row + 1) / len(pairings), 0.98, 0.98 / len(pairings)))
         ax.set_xlim(-4.2, head_dim - 0.3)
         ax.set_ylim(-0.75, 1.75)
@@ -162,21 +206,35 @@ def draw_pairings(head_dim: int, pairings: Mapping[str, Sequence[tuple[int, int]
             middle, half = (first + second) / 2, (second - first) / 2
             xs = [middle + half * math.cos(math.pi * t / 40) for t in range(41)]
             height = 0.35 + 1.15 * half / (head_dim / 2)
-            ax.plot(xs, [0.42 + height * math.sin(math.pi * t / 40) for t in range(41)], color=shade, linewidth=2.2)
+            ax.plot(
+                xs,
+                [0.42 + height * math.sin(math.pi * t / 40) for t in range(41)],
+                color=shade,
+                linewidth=2.2,
+            )
             for i in (first, second):
                 ax.add_patch(Rectangle((i - 0.42, -0.42), 0.84, 0.84, facecolor=shade, linewidth=0))
-                ax.text(i, 0, f"x{i}", ha="center", va="center", fontsize=11, color=palette.text_on(shade))
+                ax.text(
+                    i,
+                    0,
+                    f"x{i}",
+                    ha="center",
+                    va="center",
+                    fontsize=11,
+                    color=palette.text_on(shade),
+                )
         captions.append(f"{name}: " + ", ".join(f"{a} with {b}" for a, b in pairs))
     alt = f"Picture: {len(pairings)} ways to pair the {head_dim} numbers of a head."
     describe(figure, alt, "; ".join(captions) + ".")
     return figure
 
 
-# --- the block and its stream -----------------------------------------------------------------------------------------
+# --- the block and its stream ---------------------------------------------------------------------
 
 
 def draw_block(config: ModelConfig) -> Figure:
-    """One decoder block: the stream as a band, and the two branches that read it, compute, and add to it.
+    """One decoder block: the stream as a band, and the two branches that read it, compute, and add
+    to it.
 
     Every box says what it makes of a token: how many numbers come out.
     """
@@ -188,8 +246,17 @@ def draw_block(config: ModelConfig) -> Figure:
     ax.set_ylim(0, 39)
     ax.axis("off")
     ax.add_patch(Rectangle((1, 5), 94, 4, facecolor=palette.tint(palette.USED, 0.28), linewidth=0))
-    ax.add_patch(FancyArrowPatch((93, 7), (99.4, 7), arrowstyle="-|>", mutation_scale=24, color=palette.USED))
-    ax.text(2, 7, f"residual stream: {hidden} numbers a token", va="center", fontsize=11, color=palette.INK)
+    ax.add_patch(
+        FancyArrowPatch((93, 7), (99.4, 7), arrowstyle="-|>", mutation_scale=24, color=palette.USED)
+    )
+    ax.text(
+        2,
+        7,
+        f"residual stream: {hidden} numbers a token",
+        va="center",
+        fontsize=11,
+        color=palette.INK,
+    )
     qk = f"{heads} + {kv_heads} heads of {dim}"
     attention = [
         ("norm", f"{hidden}", palette.CACHED),
@@ -209,8 +276,10 @@ def draw_block(config: ModelConfig) -> Figure:
     _branch(ax, mlp, 59.5, 96.5, "MLP: each token for itself")
     describe(
         figure,
-        "Picture: a decoder block, with the residual stream as a band and two branches that read it and add to it.",
-        f"The stream, {hidden} numbers a token, passes unchanged but for two additions. Attention branch: "
+        "Picture: a decoder block, with the residual stream as a band and two branches that read it"
+        " and add to it.",
+        f"The stream, {hidden} numbers a token, passes unchanged but for two additions. Attention"
+        " branch: "
         + ", ".join(f"{name} ({size})" for name, size, _ in attention if name)
         + ". MLP branch: "
         + ", ".join(f"{name} ({size})" for name, size, _ in mlp)
@@ -219,33 +288,60 @@ def draw_block(config: ModelConfig) -> Figure:
     return figure
 
 
-def _branch(ax: Axes, boxes: Sequence[tuple[str, str, str]], left: float, right: float, title: str) -> None:
+def _branch(
+    ax: Axes, boxes: Sequence[tuple[str, str, str]], left: float, right: float, title: str
+) -> None:
     ax.text((left + right) / 2, 35, title, ha="center", va="center", **_TITLE)
     width = (right - left) / len(boxes)
     style = {"arrowstyle": "-|>", "mutation_scale": 10, "color": palette.SOFT_INK, "linewidth": 1.6}
     for i, (name, size, color) in enumerate(boxes):
         x = left + i * width
-        shape = FancyBboxPatch((x + 0.7, 18), width - 2.6, 9, boxstyle="round,pad=0,rounding_size=0.8", linewidth=0,
-                               facecolor=color)  # fmt: skip
+        shape = FancyBboxPatch(
+            (x + 0.7, 18),
+            width - 2.6,
+            9,
+            boxstyle="round,pad=0,rounding_size=0.8",
+            linewidth=0,
+            facecolor=color,
+        )
         ax.add_patch(shape)
         center = x + width / 2 - 0.6
-        ax.text(center, 22.5, name, ha="center", va="center", fontsize=8.8, color=palette.text_on(color))
-        ax.text(center, 29.4, size.replace(" heads", "\nheads"), ha="center", va="center", fontsize=8.2,
-                color=palette.SOFT_INK, linespacing=1.1)  # fmt: skip
+        ax.text(
+            center, 22.5, name, ha="center", va="center", fontsize=8.8, color=palette.text_on(color)
+        )
+        ax.text(
+            center,
+            29.4,
+            size.replace(" heads", "\nheads"),
+            ha="center",
+            va="center",
+            fontsize=8.2,
+            color=palette.SOFT_INK,
+            linespacing=1.1,
+        )
         if i:
-            ax.add_patch(FancyArrowPatch((x - 1.7, 22.5), (x + 0.8, 22.5), shrinkA=0, shrinkB=0, **style))
+            ax.add_patch(
+                FancyArrowPatch((x - 1.7, 22.5), (x + 0.8, 22.5), shrinkA=0, shrinkB=0, **style)
+            )
     first, last = left + width / 2 - 0.6, right - width / 2 - 0.6
     ax.add_patch(FancyArrowPatch((first, 9), (first, 18), shrinkA=0, shrinkB=0, **style))
     ax.add_patch(FancyArrowPatch((last, 18), (last, 9.6), shrinkA=0, shrinkB=0, **style))
-    ax.add_patch(Circle((last, 7), 1.6, facecolor=palette.PAPER, edgecolor=palette.INK, linewidth=1.4, zorder=3))
+    ax.add_patch(
+        Circle(
+            (last, 7), 1.6, facecolor=palette.PAPER, edgecolor=palette.INK, linewidth=1.4, zorder=3
+        )
+    )
     ax.text(last, 6.95, "+", ha="center", va="center", fontsize=13, color=palette.INK, zorder=4)
 
 
-def draw_stream(sizes: Sequence[float], labels: Sequence[str], found: Sequence[float] | None = None) -> Figure:
-    """How large the residual stream is (a root mean square) at the start and after each half of a block, as columns.
+def draw_stream(
+    sizes: Sequence[float], labels: Sequence[str], found: Sequence[float] | None = None
+) -> Figure:
+    """How large the residual stream is (a root mean square) at the start and after each half of a
+    block, as columns.
 
-    labels: a word for each. found: sizes that another model found there, as crosses. ValueError for lengths that do not
-    fit, or for nothing.
+    labels: a word for each. found: sizes that another model found there, as crosses. ValueError for
+    lengths that do not fit, or for nothing.
     """
     if not sizes or len(labels) != len(sizes) or (found is not None and len(found) != len(sizes)):
         raise ValueError(f"{len(sizes)} sizes, {len(labels)} labels: there is nothing to draw.")
@@ -254,10 +350,24 @@ def draw_stream(sizes: Sequence[float], labels: Sequence[str], found: Sequence[f
     others = [x for x in found or () if math.isfinite(x)]
     top = max([*sizes, *others])
     for i, (size, label) in enumerate(zip(sizes, labels, strict=True)):
-        part = "MLP" if label.startswith("MLP") else "attention" if label.startswith("att") else "embedding"
+        part = (
+            "MLP"
+            if label.startswith("MLP")
+            else "attention"
+            if label.startswith("att")
+            else "embedding"
+        )
         ax.add_patch(Rectangle((i - 0.36, 0), 0.72, size, facecolor=PARTS[part], linewidth=0))
         if found is None:
-            ax.text(i, size + 0.015 * top, f"{size:.1f}", ha="center", va="bottom", fontsize=9.5, color=palette.INK)
+            ax.text(
+                i,
+                size + 0.015 * top,
+                f"{size:.1f}",
+                ha="center",
+                va="bottom",
+                fontsize=9.5,
+                color=palette.INK,
+            )
     ax.set_xlim(-0.6, len(sizes) - 0.4)
     ax.set_ylim(0, 1.14 * top)
     ax.set_xticks(range(len(sizes)), [label.replace(" ", "\n") for label in labels])
@@ -276,26 +386,32 @@ def draw_stream(sizes: Sequence[float], labels: Sequence[str], found: Sequence[f
 
 
 def _where_they_part(sizes: Sequence[float], labels: Sequence[str], found: Sequence[float]) -> str:
-    apart = [i for i, (a, b) in enumerate(zip(sizes, found, strict=True)) if not math.isclose(a, b, rel_tol=0.002)]
+    apart = [
+        i
+        for i, (a, b) in enumerate(zip(sizes, found, strict=True))
+        if not math.isclose(a, b, rel_tol=0.002)
+    ]
     if not apart:
         return "The crosses, sizes found by another model, agree."
     i = apart[0]
     return (
-        f"The crosses, sizes found by another model, leave the columns at {labels[i]}: {found[i]:.1f} for "
-        f"{sizes[i]:.1f}; in the end {found[-1]:.1f} for {sizes[-1]:.1f}."
+        f"The crosses, sizes found by another model, leave the columns at {labels[i]}:"
+        f" {found[i]:.1f} for {sizes[i]:.1f}; in the end {found[-1]:.1f} for {sizes[-1]:.1f}."
     )
 
 
 def draw_lens(words: Sequence[str], rows: Mapping[str, Sequence[tuple[str, float]]]) -> Figure:
     """What the stream would say at each stage, if the head read it there: a table of words.
 
-    words: the input, a column each. rows: stage -> (best next word, its probability) for each column; the last stage is
-    the model's answer. Darker is surer; a frame stands where a column says for good what it says in the end.
-    ValueError for rows that do not fit.
+    words: the input, a column each. rows: stage -> (best next word, its probability) for each
+    column; the last stage is the model's answer. Darker is surer; a frame stands where a column
+    says for good what it says in the end. ValueError for rows that do not fit.
     """
     stages, columns = list(rows), len(words)
     if not stages or not columns or any(len(row) != columns for row in rows.values()):
-        raise ValueError(f"{columns} words and {len(stages)} rows that do not fit: there is nothing to draw.")
+        raise ValueError(
+            f"{columns} words and {len(stages)} rows that do not fit: there is nothing to draw."
+        )
     figure = Figure(0.42 * (len(stages) + 1) + 0.2)
     ax = figure.add_axes((0.005, 0.01, 0.99, 0.98))
     left = 1.5
@@ -304,23 +420,48 @@ def draw_lens(words: Sequence[str], rows: Mapping[str, Sequence[tuple[str, float
     ax.axis("off")
     ax.text(-left + 0.05, -0.5, "reads", va="center", **_TITLE)
     for j, word in enumerate(words):
-        ax.text(j + 0.5, -0.5, _word(word), ha="center", va="center", fontsize=10, weight="bold", color=palette.INK)
+        ax.text(
+            j + 0.5,
+            -0.5,
+            _word(word),
+            ha="center",
+            va="center",
+            fontsize=10,
+            weight="bold",
+            color=palette.INK,
+        )
     settled = [_settled([rows[stage][j][0] for stage in stages]) for j in range(columns)]
     for i, stage in enumerate(stages):
         ax.text(-left + 0.05, i + 0.5, stage, va="center", fontsize=10, color=palette.SOFT_INK)
         for j, (word, p) in enumerate(rows[stage]):
             shade = palette.tint(palette.REQUESTS[2], 0.06 + 0.72 * p)
             final = i >= settled[j]
-            edge = {"edgecolor": palette.INK, "linewidth": 1.3, "zorder": 2} if final else {"linewidth": 0}
+            edge = (
+                {"edgecolor": palette.INK, "linewidth": 1.3, "zorder": 2}
+                if final
+                else {"linewidth": 0}
+            )
             ax.add_patch(Rectangle((j + 0.03, i + 0.06), 0.94, 0.88, facecolor=shade, **edge))
-            ax.text(j + 0.5, i + 0.5, _word(word), ha="center", va="center", fontsize=9.3, zorder=3,
-                    color=palette.text_on(shade))  # fmt: skip
-    ends = ", ".join(f"{_word(word)} → {_word(rows[stages[-1]][j][0])}" for j, word in enumerate(words))
+            ax.text(
+                j + 0.5,
+                i + 0.5,
+                _word(word),
+                ha="center",
+                va="center",
+                fontsize=9.3,
+                zorder=3,
+                color=palette.text_on(shade),
+            )
+    ends = ", ".join(
+        f"{_word(word)} → {_word(rows[stages[-1]][j][0])}" for j, word in enumerate(words)
+    )
     middle = sorted(settled)[columns // 2]
     describe(
         figure,
-        f"Picture: the best next word at {len(stages)} stages of the stream, for each of {columns} words.",
-        f"In the end: {ends}. Half of the columns have found their word by the stage “{stages[middle]}”.",
+        f"Picture: the best next word at {len(stages)} stages of the stream, for each of {columns}"
+        " words.",
+        f"In the end: {ends}. Half of the columns have found their word by the stage"
+        f" “{stages[middle]}”.",
     )
     return figure
 
@@ -338,15 +479,25 @@ def _word(word: str) -> str:
     return text if len(text) <= 9 else f"{text[:8]}…"
 
 
-# --- where the numbers are --------------------------------------------------------------------------------------------
+# --- where the numbers are ------------------------------------------------------------------------
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
-    """Parameters of the matrices by `PARTS`, and of all norms and biases together. A tied head has none of its own."""
+    """Parameters of the matrices by `PARTS`, and of all norms and biases together. A tied head has
+    none of its own.
+    """
     hidden, layers, dim = config.hidden_size, config.num_hidden_layers, config.head_dim
-    q, kv, wide = config.num_attention_heads * dim, config.num_key_value_heads * dim, config.intermediate_size
+    q, kv, wide = (
+        config.num_attention_heads * dim,
+        config.num_key_value_heads * dim,
+        config.intermediate_size,
+    )
     norms = 2 * hidden + (2 * dim if config.qk_norm else 0)
-    biases = (q + 2 * kv) * config.qkv_bias + hidden * config.o_bias + (2 * wide + hidden) * config.mlp_bias
+    biases = (
+        (q + 2 * kv) * config.qkv_bias
+        + hidden * config.o_bias
+        + (2 * wide + hidden) * config.mlp_bias
+    )
     return {
         "embedding": config.vocab_size * hidden,
         "attention": layers * hidden * (2 * q + 2 * kv),
@@ -364,29 +515,52 @@ def count_flops(config: ModelConfig, context: int) -> dict[str, int]:
     counts = count_parameters(config)
     scores = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * context
     head = 2 * config.vocab_size * config.hidden_size
-    return {"attention": 2 * counts["attention"], "MLP": 2 * counts["MLP"], "head": head, "q·k and weights·v": scores}
+    return {
+        "attention": 2 * counts["attention"],
+        "MLP": 2 * counts["MLP"],
+        "head": head,
+        "q·k and weights·v": scores,
+    }
 
 
 def draw_parameters(models: Mapping[str, ModelConfig]) -> Figure:
-    """Where the parameters of some models are: a bar each, all of the same length, its parts to scale."""
+    """Where the parameters of some models are: a bar each, all of the same length, its parts to
+    scale.
+    """
     figure = Figure(0.62 * len(models) + 0.85)
     counts = {name: count_parameters(config) for name, config in models.items()}
-    captions = _bars(figure, counts, lambda total: f"{_short(total)} parameters", "Where the parameters are")
-    describe(figure, f"Chart: shares of the parameters of {len(models)} models.", " ".join(captions))
+    captions = _bars(
+        figure, counts, lambda total: f"{_short(total)} parameters", "Where the parameters are"
+    )
+    describe(
+        figure, f"Chart: shares of the parameters of {len(models)} models.", " ".join(captions)
+    )
     return figure
 
 
 def draw_flops(config: ModelConfig, contexts: Sequence[int]) -> Figure:
-    """Where the FLOPs of one token go, for some lengths of the context: a bar each, all of the same length."""
+    """Where the FLOPs of one token go, for some lengths of the context: a bar each, all of the same
+    length.
+    """
     figure = Figure(0.62 * len(contexts) + 0.85)
-    counts = {f"{context:,} token{'s' * (context > 1)}": count_flops(config, context) for context in contexts}
-    captions = _bars(figure, counts, lambda total: f"{_short(total)}FLOP", "Where the FLOPs of a token go")
-    describe(figure, f"Chart: shares of the FLOPs of one token at {len(contexts)} lengths of context.",
-             " ".join(captions))  # fmt: skip
+    counts = {
+        f"{context:,} token{'s' * (context > 1)}": count_flops(config, context)
+        for context in contexts
+    }
+    captions = _bars(
+        figure, counts, lambda total: f"{_short(total)}FLOP", "Where the FLOPs of a token go"
+    )
+    describe(
+        figure,
+        f"Chart: shares of the FLOPs of one token at {len(contexts)} lengths of context.",
+        " ".join(captions),
+    )
     return figure
 
 
-def _bars(figure: Figure, rows: Mapping[str, Mapping[str, int]], total: object, title: str) -> list[str]:
+def _bars(
+    figure: Figure, rows: Mapping[str, Mapping[str, int]], total: object, title: str
+) -> list[str]:
     colors = {**PARTS, "q·k and weights·v": SCORES}
     ax = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     ax.set_xlim(0, 100)
@@ -409,10 +583,19 @@ def _bars(figure: Figure, rows: Mapping[str, Mapping[str, int]], total: object, 
             share = row.get(part, 0) / whole
             if share < 0.005:
                 continue
-            ax.add_patch(Rectangle((x, i + 0.08), width * share, 0.76, facecolor=colors[part], linewidth=0))
+            ax.add_patch(
+                Rectangle((x, i + 0.08), width * share, 0.76, facecolor=colors[part], linewidth=0)
+            )
             if share > 0.05:
-                ax.text(x + width * share / 2, i + 0.46, f"{share:.0%}", ha="center", va="center", fontsize=10.5,
-                        color=palette.text_on(colors[part]))  # fmt: skip
+                ax.text(
+                    x + width * share / 2,
+                    i + 0.46,
+                    f"{share:.0%}",
+                    ha="center",
+                    va="center",
+                    fontsize=10.5,
+                    color=palette.text_on(colors[part]),
+                )
             parts.append(f"{part} {share:.0%}")
             x += width * share
         captions.append(f"{name}: {total(whole)}, {', '.join(parts)}.")  # type: ignore[operator]

@@ -1,7 +1,9 @@
-"""Pictures of the paged KV cache: what it costs, what reservation wastes, where a token lies, who reads it.
+"""Pictures of the paged KV cache: what it costs, what reservation wastes, where a token lies, who
+reads it.
 
-`draw_slots` replays a real trace (put it under `scrub` with functools.partial); the others take plain numbers. `Span`
-is what `draw_memory_map` and `memory_shares` are told: a piece of the cache that belongs to a request at one step.
+`draw_slots` replays a real trace (put it under `scrub` with functools.partial); the others take
+plain numbers. `Span` is what `draw_memory_map` and `memory_shares` are told: a piece of the cache
+that belongs to a request at one step.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ _ROOM = 0.28
 _MAP_WIDTH, _MAP_HEIGHT = 900, 230
 
 
-# --- what a token costs -----------------------------------------------------------------------------------------------
+# --- what a token costs ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class ModelShape:
 
 
 def draw_kv_bytes(models: Sequence[ModelShape], ax: Axes | None = None) -> MatplotlibFigure:
-    """One bar a model: KiB of K and V a token, beside what it would be if every query head had its own.
+    """One bar a model: KiB of K and V a token, beside what it would be if every query head had its
+    own.
 
     Right of it how many tokens of cache weigh as much as the model. All in numbers of 2 bytes.
     """
@@ -59,34 +62,61 @@ def draw_kv_bytes(models: Sequence[ModelShape], ax: Axes | None = None) -> Matpl
         ax.set_position((0.115, bottom, 0.74, 1 - top - bottom))
     ungrouped = [m.kv_bytes() * m.heads // m.kv_heads / 1024 for m in models]
     longest = max(ungrouped)
-    dashed = {"facecolor": palette.FREE, "edgecolor": palette.SOFT_INK, "linewidth": 0.8, "linestyle": (0, (3, 2))}
+    dashed = {
+        "facecolor": palette.FREE,
+        "edgecolor": palette.SOFT_INK,
+        "linewidth": 0.8,
+        "linestyle": (0, (3, 2)),
+    }
     column = ax.get_yaxis_transform()
     for y, (model, mha) in enumerate(zip(models, ungrouped, strict=True)):
         kib = model.kv_bytes() / 1024
         ax.barh(y, mha, 0.62, **dashed)
         ax.barh(y, kib, 0.62, facecolor=palette.USED)
         text = {"va": "center", "fontsize": 9.5}
-        anchor = ax.text(mha + longest * 0.012, y, f"{kib:,.0f}", color=palette.USED, weight="bold", **text)
+        anchor = ax.text(
+            mha + longest * 0.012, y, f"{kib:,.0f}", color=palette.USED, weight="bold", **text
+        )
         beside = {"xycoords": anchor, "textcoords": "offset points", "xytext": (4, 0)}
         ax.annotate(f"instead of {mha:,.0f}", (1, 0.5), color=palette.SOFT_INK, **beside, **text)
-        ax.text(1.16, y, f"{_tokens_of_weights(model):,}", ha="right", color=palette.INK, transform=column, **text)
+        ax.text(
+            1.16,
+            y,
+            f"{_tokens_of_weights(model):,}",
+            ha="right",
+            color=palette.INK,
+            transform=column,
+            **text,
+        )
     _plain_axes(ax, "KiB of keys and values a token")
-    ax.set_yticks(range(len(models)), [model.name for model in models], fontsize=10, color=palette.INK)
+    ax.set_yticks(
+        range(len(models)), [model.name for model in models], fontsize=10, color=palette.INK
+    )
     ax.set_xlim(0, longest * 1.3)
     ax.set_ylim(len(models) - 0.5, -0.5)
-    ax.set_title("What one token takes", loc="left", fontsize=12, weight="bold", color=palette.INK, pad=16)
+    ax.set_title(
+        "What one token takes", loc="left", fontsize=12, weight="bold", color=palette.INK, pad=16
+    )
     small = {"transform": ax.transAxes, "fontsize": 9, "va": "bottom"}
     ax.text(0, 1.02, "■ as it is (GQA)", color=palette.USED, **small)
-    ax.text(0.16, 1.02, "┅ if each query head had a K and V of its own", color=palette.SOFT_INK, **small)
-    ax.text(1.16, 1.02, "tokens as heavy\nas the weights", ha="right", color=palette.SOFT_INK, **small)
+    ax.text(
+        0.16, 1.02, "┅ if each query head had a K and V of its own", color=palette.SOFT_INK, **small
+    )
+    ax.text(
+        1.16, 1.02, "tokens as heavy\nas the weights", ha="right", color=palette.SOFT_INK, **small
+    )
     parts = [f"{m.name} {m.kv_bytes() / 1024:,.0f} KiB" for m in models]
     saved = ", ".join(f"{m.heads // m.kv_heads}" for m in models)
     caption = (
-        f"A token takes {', '.join(parts)}. Sharing K and V among query heads makes that {saved} times smaller. "
-        f"{_tokens_of_weights(models[0]):,} tokens are as heavy as the weights of {models[0].name}, "
-        f"{_tokens_of_weights(models[-1]):,} as those of {models[-1].name}."
+        f"A token takes {', '.join(parts)}. Sharing K and V among query heads makes that {saved}"
+        f" times smaller. {_tokens_of_weights(models[0]):,} tokens are as heavy as the weights of"
+        f" {models[0].name}, {_tokens_of_weights(models[-1]):,} as those of {models[-1].name}."
     )
-    describe(figure, f"Chart: bytes of keys and values a token in {len(models)} models, with and without GQA.", caption)
+    describe(
+        figure,
+        f"Chart: bytes of keys and values a token in {len(models)} models, with and without GQA.",
+        caption,
+    )
     return figure
 
 
@@ -104,11 +134,12 @@ def _plain_axes(ax: Axes, xlabel: str) -> None:
     ax.spines["bottom"].set_color(palette.LINE)
 
 
-# --- what reservation wastes ------------------------------------------------------------------------------------------
+# --- what reservation wastes ----------------------------------------------------------------------
 
 
 class Span(NamedTuple):
-    """Room for `room` tokens from `begin` on belongs to request `owner` (0, 1 …) and holds `held` tokens now.
+    """Room for `room` tokens from `begin` on belongs to request `owner` (0, 1 …) and holds `held`
+    tokens now.
 
     needed: how many it will hold before the request ends; -1 where nobody asks.
     """
@@ -122,8 +153,8 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class MemoryShares:
-    """Shares of the pool, averaged over steps; they add up to 1. later: reserved, and a token will come; never:
-    reserved, and none will; outside: nobody's."""
+    """Shares of the pool, averaged over steps; they add up to 1. later: reserved, and a token will
+    come; never: reserved, and none will; outside: nobody's."""
 
     tokens: float
     later: float
@@ -140,10 +171,16 @@ def memory_shares(steps: Sequence[Sequence[Span]], capacity: int) -> MemoryShare
     totals, running = np.zeros(3), 0
     for step in steps:
         owner, _, room, held, needed = _columns(step)
-        totals += held.sum(), np.where(needed < 0, held, np.clip(needed, held, room)).sum(), room.sum()
+        totals += (
+            held.sum(),
+            np.where(needed < 0, held, np.clip(needed, held, room)).sum(),
+            room.sum(),
+        )
         running += len(np.unique(owner))
     tokens, needed, room = totals / (capacity * len(steps))
-    return MemoryShares(*map(float, (tokens, needed - tokens, room - needed, 1 - room)), running / len(steps))
+    return MemoryShares(
+        *map(float, (tokens, needed - tokens, room - needed, 1 - room)), running / len(steps)
+    )
 
 
 def _columns(spans: Sequence[Span]) -> np.ndarray:
@@ -161,9 +198,13 @@ _SHARES = (
 
 
 def draw_memory_shares(
-    shares: Mapping[str, MemoryShares], published: Mapping[str, float] | None = None, ax: Axes | None = None
+    shares: Mapping[str, MemoryShares],
+    published: Mapping[str, float] | None = None,
+    ax: Axes | None = None,
 ) -> MatplotlibFigure:
-    """One bar a way to allocate: what the pool was used for. published: shares of tokens, from 0 to 1, to mark."""
+    """One bar a way to allocate: what the pool was used for. published: shares of tokens, from 0 to
+    1, to mark.
+    """
     published = published or {}
     own_figure = ax is None
     figure, ax = prepare(ax, 1.35 + 0.46 * len(shares))
@@ -179,10 +220,14 @@ def draw_memory_shares(
             left += width
         ax.text(1, y, f"{100 * share.tokens:.1f} %", weight="bold", color=palette.PAPER, **beside)
         right = ax.get_yaxis_transform()
-        ax.text(1.02, y, f"{share.running:.1f} at once", color=palette.INK, transform=right, **beside)
+        ax.text(
+            1.02, y, f"{share.running:.1f} at once", color=palette.INK, transform=right, **beside
+        )
         if name in published:
             x = 100 * published[name]
-            ax.plot([x, x], [y - 0.43, y + 0.43], color=palette.INK, linewidth=2, solid_capstyle="butt")
+            ax.plot(
+                [x, x], [y - 0.43, y + 0.43], color=palette.INK, linewidth=2, solid_capstyle="butt"
+            )
     _plain_axes(ax, "% of the pool, on average while requests wait")
     ax.set_yticks(range(len(shares)), list(shares), fontsize=10, color=palette.INK)
     ax.set_xlim(0, 100)
@@ -192,14 +237,31 @@ def draw_memory_shares(
     if published:
         handles.append(ax.plot([], [], color=palette.INK, linewidth=2)[0])
         names.append("tokens, in the paper")
-    ax.set_title("What the pool was used for", loc="left", fontsize=12, weight="bold", color=palette.INK, pad=27)
-    place = {"loc": "lower left", "bbox_to_anchor": (-0.01, 1.0), "ncols": len(names), "borderaxespad": 0.2}
+    ax.set_title(
+        "What the pool was used for",
+        loc="left",
+        fontsize=12,
+        weight="bold",
+        color=palette.INK,
+        pad=27,
+    )
+    place = {
+        "loc": "lower left",
+        "bbox_to_anchor": (-0.01, 1.0),
+        "ncols": len(names),
+        "borderaxespad": 0.2,
+    }
     spaces = {"handlelength": 1.2, "handletextpad": 0.4, "columnspacing": 1.0}
-    ax.legend(handles, names, frameon=False, fontsize=8.5, labelcolor=palette.INK, **place, **spaces)
+    ax.legend(
+        handles, names, frameon=False, fontsize=8.5, labelcolor=palette.INK, **place, **spaces
+    )
     parts = []
     for name, share in shares.items():
         paper = f" (paper: {100 * published[name]:.1f} %)" if name in published else ""
-        parts.append(f"{name}: {100 * share.tokens:.1f} % tokens{paper}, {share.running:.1f} requests at once")
+        parts.append(
+            f"{name}: {100 * share.tokens:.1f} % tokens{paper}, {share.running:.1f} requests at"
+            " once"
+        )
     alt = f"Chart: what KV memory was used for under {len(shares)} ways to allocate it."
     describe(figure, alt, "Of the pool, while requests wait. " + "; ".join(parts) + ".")
     return figure
@@ -208,8 +270,10 @@ def draw_memory_shares(
 def draw_memory_map(
     maps: Mapping[str, Sequence[Sequence[Span]]], capacity: int, num_steps: int | None = None
 ) -> MatplotlibFigure:
-    """The cache's addresses (up) at every step (right), in the colours of who owns them: strong where a token lies,
-    pale where room is only reserved. One panel a way to allocate; num_steps: only so many steps, from the first."""
+    """The cache's addresses (up) at every step (right), in the colours of who owns them: strong
+    where a token lies, pale where room is only reserved. One panel a way to allocate; num_steps:
+    only so many steps, from the first.
+    """
     num_steps = num_steps or max(map(len, maps.values()))
     panel, gap, top, bottom = 1.5, 0.42, 0.38, 0.5
     height = top + len(maps) * panel + (len(maps) - 1) * gap + bottom
@@ -219,15 +283,25 @@ def draw_memory_map(
         y = height - top - panel - i * (panel + gap)
         ax = figure.add_axes((0.075, y / height, 0.905, panel / height))
         ax.imshow(
-            _map_pixels(steps, capacity, num_steps), aspect="auto", origin="lower", interpolation="nearest",
+            _map_pixels(steps, capacity, num_steps),
+            aspect="auto",
+            origin="lower",
+            interpolation="nearest",
             extent=(0, num_steps, 0, capacity),
-        )  # fmt: skip
+        )
         last_seen = {span[0]: step for step, spans in enumerate(steps) for span in spans}
         finished = sum(step + 1 < num_steps for step in last_seen.values())
-        first_seen = {span[0]: step for step, spans in reversed(list(enumerate(steps))) for span in spans}
-        share = memory_shares(steps[: min(num_steps, max(first_seen.values()) + 1)], capacity).tokens
+        first_seen = {
+            span[0]: step for step, spans in reversed(list(enumerate(steps))) for span in spans
+        }
+        share = memory_shares(
+            steps[: min(num_steps, max(first_seen.values()) + 1)], capacity
+        ).tokens
         ax.set_title(name, loc="left", fontsize=11, weight="bold", color=palette.INK, pad=4)
-        note = f"{100 * share:.0f} % tokens while requests wait · {finished} of {len(last_seen)} finished"
+        note = (
+            f"{100 * share:.0f} % tokens while requests wait · {finished} of {len(last_seen)}"
+            " finished"
+        )
         if len(steps) < num_steps:
             note += f" after {len(steps):,} steps"
         ax.set_title(note, loc="right", fontsize=9.5, color=palette.SOFT_INK, pad=4)
@@ -241,17 +315,30 @@ def draw_memory_map(
         else:
             ax.set_xlabel("step", fontsize=9.5, color=palette.SOFT_INK)
         parts.append(f"{name}: {note}.")
-    alt = f"Map: who owns which part of the cache over {num_steps:,} steps, under {len(maps)} ways to allocate it."
+    alt = (
+        f"Map: who owns which part of the cache over {num_steps:,} steps, under {len(maps)} ways to"
+        " allocate it."
+    )
     describe(
-        figure, alt, f"Strong: a token lies there; pale: only reserved. In {num_steps:,} steps: " + " ".join(parts)
+        figure,
+        alt,
+        f"Strong: a token lies there; pale: only reserved. In {num_steps:,} steps: "
+        + " ".join(parts),
     )
     return figure
 
 
 def _map_pixels(steps: Sequence[Sequence[Span]], capacity: int, num_steps: int) -> np.ndarray:
-    """[height, width, 3] uint8: the state of each address at each step, thinned out to what can be seen."""
-    strong = np.array([[round(255 * x) for x in palette.rgb(c)] for c in palette.REQUESTS], np.uint8)
-    pale = np.array([[round(255 * x) for x in palette.rgb(palette.tint(c, _ROOM))] for c in palette.REQUESTS], np.uint8)
+    """[height, width, 3] uint8: the state of each address at each step, thinned out to what can be
+    seen.
+    """
+    strong = np.array(
+        [[round(255 * x) for x in palette.rgb(c)] for c in palette.REQUESTS], np.uint8
+    )
+    pale = np.array(
+        [[round(255 * x) for x in palette.rgb(palette.tint(c, _ROOM))] for c in palette.REQUESTS],
+        np.uint8,
+    )
     width, height = min(num_steps, _MAP_WIDTH), min(capacity, _MAP_HEIGHT)
     pixels = np.empty((height, width, 3), np.uint8)
     pixels[:] = [round(255 * x) for x in palette.rgb(palette.FREE)]
@@ -268,20 +355,25 @@ def _map_pixels(steps: Sequence[Sequence[Span]], capacity: int, num_steps: int) 
     return pixels
 
 
-# --- where a token lies -----------------------------------------------------------------------------------------------
+# --- where a token lies ---------------------------------------------------------------------------
 
-#: Blocks side by side in `draw_slots`, and the inches of a slot, of what stands above a row of blocks, between blocks.
+#: Blocks side by side in `draw_slots`, and the inches of a slot, of what stands above a row of
+#: blocks, between blocks.
 _BLOCKS_ABREAST, _SLOT_HEIGHT, _ABOVE, _BETWEEN = 4, 0.27, 0.22, 0.22
 
 
 def draw_slots(
-    trace: Trace, step: int | None = None, request: int = 0, pieces: Mapping[str, Sequence[str]] | None = None,
+    trace: Trace,
+    step: int | None = None,
+    request: int = 0,
+    pieces: Mapping[str, Sequence[str]] | None = None,
     ax: Axes | None = None,
-) -> MatplotlibFigure:  # fmt: skip
+) -> MatplotlibFigure:
     """One request's tokens as it sees them, in order, and below them the whole cache, slot by slot.
 
-    step: index into trace.steps, None for the one with the most blocks in use. request: which one, by order of
-    arrival. pieces: the text of each token of "request/index". For small blocks and pools: everything is drawn.
+    step: index into trace.steps, None for the one with the most blocks in use. request: which one,
+    by order of arrival. pieces: the text of each token of "request/index". For small blocks and
+    pools: everything is drawn.
     """
     step = busiest_step(trace) if step is None else check_step(trace, step)
     tables, pieces = block_tables(trace, step), pieces or {}
@@ -298,14 +390,29 @@ def draw_slots(
     painter = _Slots(ax, trace, step, row, pieces)
     title = f"Step {step} of {len(trace.steps) - 1}"
     ax.text(0.08, 0.2, title, fontsize=12, weight="bold", color=palette.INK, va="center")
-    ax.text(1.75, 0.2, f"Request {row.letter}: {_state(row)}", fontsize=10, color=palette.SOFT_INK, va="center")
-    painter.note(0.48, f"What {row.letter} sees: positions in order, block after block. Arrows: its block table.")
+    ax.text(
+        1.75,
+        0.2,
+        f"Request {row.letter}: {_state(row)}",
+        fontsize=10,
+        color=palette.SOFT_INK,
+        va="center",
+    )
+    painter.note(
+        0.48,
+        f"What {row.letter} sees: positions in order, block after block. Arrows: its block table.",
+    )
     for index in range(len(row.blocks)):
         painter.logical(0.62, index)
-    painter.note(below + 0.26, "Where they lie: every slot of the cache. Thick frame: written in this step.")
+    painter.note(
+        below + 0.26, "Where they lie: every slot of the cache. Thick frame: written in this step."
+    )
     for block in range(trace.num_blocks):
         painter.physical(below + 0.42, block, tables.owners.get(block, ()))
-    alt = f"Picture: where the tokens of request {row.letter} lie in the KV cache, slot by slot, at step {step}."
+    alt = (
+        f"Picture: where the tokens of request {row.letter} lie in the KV cache, slot by slot, at"
+        f" step {step}."
+    )
     describe(figure, alt, _slots_caption(step, row, pieces.get(row.name, ()), trace.block_size))
     return figure
 
@@ -325,16 +432,20 @@ def _slots_caption(step: int, row: Row, words: Sequence[str], size: int) -> str:
     piece = f", “{word}”," if word else ""
     block, slot = table[index], table[index] * size + offset
     return (
-        f"{text}; its block table is {table}. Its last token{piece} has position {position}. Entry "
-        f"{position} // {size} = {index} of the table says block {block}, the offset is {position} % {size} = "
-        f"{offset}: slot {block} · {size} + {offset} = {slot}."
+        f"{text}; its block table is {table}. Its last token{piece} has position {position}. Entry"
+        f" {position} // {size} = {index} of the table says block {block}, the offset is {position}"
+        f" % {size} = {offset}: slot {block} · {size} + {offset} = {slot}."
     )
 
 
 class _Slots:
-    def __init__(self, ax: Axes, trace: Trace, step: int, row: Row, pieces: Mapping[str, Sequence[str]]) -> None:
+    def __init__(
+        self, ax: Axes, trace: Trace, step: int, row: Row, pieces: Mapping[str, Sequence[str]]
+    ) -> None:
         self.ax, self.size, self.row, self.pieces = ax, trace.block_size, row, pieces
-        self.width = (WIDTH - 0.16 - (_BLOCKS_ABREAST - 1) * _BETWEEN) / (_BLOCKS_ABREAST * self.size)
+        self.width = (WIDTH - 0.16 - (_BLOCKS_ABREAST - 1) * _BETWEEN) / (
+            _BLOCKS_ABREAST * self.size
+        )
         record = trace.steps[step]
         self.written = {
             (f"{item.request_id}/{item.index}", item.start + i)
@@ -353,7 +464,10 @@ class _Slots:
     def slot(self, x: float, y: float, row: Row | None, position: int, chosen: bool) -> None:
         style = {"facecolor": palette.FREE, "edgecolor": palette.LINE, "linewidth": 0.7}
         if row is not None:
-            style |= {"facecolor": palette.tint(row.color, 0.45 if chosen else 0.16), "edgecolor": palette.SOFT_INK}
+            style |= {
+                "facecolor": palette.tint(row.color, 0.45 if chosen else 0.16),
+                "edgecolor": palette.SOFT_INK,
+            }
             if (row.name, position) in self.written:
                 style |= {"edgecolor": palette.INK, "linewidth": 2.2, "zorder": 2}
         self.ax.add_patch(Rectangle((x, y), self.width, _SLOT_HEIGHT, **style))
@@ -362,7 +476,14 @@ class _Slots:
             points = max(5.5, min(8.0, 113 * self.width / max(1, len(text))))
             color = palette.INK if chosen else palette.SOFT_INK
             place = {"ha": "center", "va": "center", "zorder": 3}
-            self.ax.text(x + self.width / 2, y + _SLOT_HEIGHT / 2, text, fontsize=points, color=color, **place)
+            self.ax.text(
+                x + self.width / 2,
+                y + _SLOT_HEIGHT / 2,
+                text,
+                fontsize=points,
+                color=color,
+                **place,
+            )
 
     def piece(self, row: Row, position: int) -> str:
         words = self.pieces.get(row.name, ())
@@ -377,13 +498,18 @@ class _Slots:
         self.ax.text(x, y - 0.035, label, fontsize=8, color=palette.INK, va="bottom")
         for offset in range(self.size):
             filled = offset < held
-            self.slot(x + offset * self.width, y, self.row if filled else None, first + offset, True)
+            self.slot(
+                x + offset * self.width, y, self.row if filled else None, first + offset, True
+            )
 
     def physical(self, top: float, block: int, owners: Sequence[Row]) -> None:
         x, y = self.corner(top, block)
         owner = self.row if self.row in owners else owners[0] if owners else None
         chosen = owner is self.row
-        name = {"weight": "bold" if chosen else "normal", "color": palette.INK if owner else palette.SOFT_INK}
+        name = {
+            "weight": "bold" if chosen else "normal",
+            "color": palette.INK if owner else palette.SOFT_INK,
+        }
         self.ax.text(x, y - 0.035, f"block {block}", fontsize=8, va="bottom", **name)
         letters = "".join(f"{row.letter}, " for row in owners)
         slots = f"{letters}slots {block * self.size}–{(block + 1) * self.size - 1}"
@@ -398,16 +524,20 @@ class _Slots:
             self.slot(x + offset * self.width, y, row, index * self.size + offset, chosen)
 
 
-# --- who reads it -----------------------------------------------------------------------------------------------------
+# --- who reads it ---------------------------------------------------------------------------------
 
 
 def draw_reads(
-    wanted: Sequence[int], got: Sequence[int], num_blocks: int, block_size: int, ax: Axes | None = None
+    wanted: Sequence[int],
+    got: Sequence[int],
+    num_blocks: int,
+    block_size: int,
+    ax: Axes | None = None,
 ) -> MatplotlibFigure:
     """Which slots of a cache were read, beside those that hold the context.
 
-    wanted: the slots of positions 0, 1 …; got: the slots that were really read, in order (-1: something that is in no
-    slot). A number in a slot is the position that lies there.
+    wanted: the slots of positions 0, 1 …; got: the slots that were really read, in order (-1:
+    something that is in no slot). A number in a slot is the position that lies there.
     """
     abreast = max(1, min(num_blocks, 32 // block_size))
     lines = -(-num_blocks // abreast)
@@ -425,38 +555,87 @@ def draw_reads(
     foreign = sorted(slot for slot in counts if slot not in position_of)
     repeated = sorted(slot for slot in counts if slot in position_of and counts[slot] > 1)
     wrong_order = not (missed or foreign or repeated) and list(got) != list(wanted)
-    ax.text(0.08, 0.2, "What was read of the cache", fontsize=12, weight="bold", color=palette.INK, va="center")
+    ax.text(
+        0.08,
+        0.2,
+        "What was read of the cache",
+        fontsize=12,
+        weight="bold",
+        color=palette.INK,
+        va="center",
+    )
     for block in range(num_blocks):
         row, column = divmod(block, abreast)
         x, y = 0.08 + column * (block_size * width + between), top + row * line + 0.2
         mine = any(slot // block_size == block for slot in wanted)
-        ax.text(x, y - 0.035, f"block {block}" + (" (another's)" if not mine else ""), fontsize=8, va="bottom",
-                weight="bold" if mine else "normal", color=palette.INK if mine else palette.SOFT_INK)  # fmt: skip
+        ax.text(
+            x,
+            y - 0.035,
+            f"block {block}" + (" (another's)" if not mine else ""),
+            fontsize=8,
+            va="bottom",
+            weight="bold" if mine else "normal",
+            color=palette.INK if mine else palette.SOFT_INK,
+        )
         for offset in range(block_size):
             slot = block * block_size + offset
             style, text, color = _READ["other"], "", palette.SOFT_INK
             if slot in position_of:
                 text = str(position_of[slot])
-                style = _READ["missed" if slot not in counts else "twice" if counts[slot] > 1 else "right"]
+                style = _READ[
+                    "missed" if slot not in counts else "twice" if counts[slot] > 1 else "right"
+                ]
                 color = palette.PAPER if slot in counts and counts[slot] == 1 else palette.INK
             elif slot in counts:
                 style, text, color = _READ["foreign"], "✗", palette.PAPER
             ax.add_patch(Rectangle((x + offset * width, y), width, 0.27, linewidth=0.7, **style))
-            box = {"boxstyle": "round,pad=0.1", "facecolor": palette.PAPER, "edgecolor": "none", "alpha": 0.85}
+            box = {
+                "boxstyle": "round,pad=0.1",
+                "facecolor": palette.PAPER,
+                "edgecolor": "none",
+                "alpha": 0.85,
+            }
             hatched = slot in position_of and color == palette.INK
-            ax.text(x + (offset + 0.5) * width, y + 0.14, text, fontsize=min(8, width * 26), ha="center", va="center",
-                    color=color, bbox=box if hatched else None)  # fmt: skip
-    entries = [("right", "read, as it should be"), ("missed", "not read"), ("twice", "read more than once"),
-               ("foreign", "read, but not of this context")]  # fmt: skip
-    ax.legend([Patch(**_READ[key]) for key, _ in entries], [name for _, name in entries], loc="lower left", ncols=4,
-              bbox_to_anchor=(0.0, -0.005), frameon=False, fontsize=9, labelcolor=palette.INK, handlelength=1.4,
-              borderaxespad=0.1)  # fmt: skip
+            ax.text(
+                x + (offset + 0.5) * width,
+                y + 0.14,
+                text,
+                fontsize=min(8, width * 26),
+                ha="center",
+                va="center",
+                color=color,
+                bbox=box if hatched else None,
+            )
+    entries = [
+        ("right", "read, as it should be"),
+        ("missed", "not read"),
+        ("twice", "read more than once"),
+        ("foreign", "read, but not of this context"),
+    ]
+    ax.legend(
+        [Patch(**_READ[key]) for key, _ in entries],
+        [name for _, name in entries],
+        loc="lower left",
+        ncols=4,
+        bbox_to_anchor=(0.0, -0.005),
+        frameon=False,
+        fontsize=9,
+        labelcolor=palette.INK,
+        handlelength=1.4,
+        borderaxespad=0.1,
+    )
     caption = f"Of {len(wanted)} positions {len(wanted) - len(missed)} were read"
     caption += f"; not read: {_some(position_of[slot] for slot in missed)}" if missed else ""
-    caption += f"; more than once: {_some(position_of[slot] for slot in repeated)}" if repeated else ""
+    caption += (
+        f"; more than once: {_some(position_of[slot] for slot in repeated)}" if repeated else ""
+    )
     caption += f"; slots of nobody or somebody else: {_some(s for s in foreign)}" if foreign else ""
     caption += "; but in another order" if wrong_order else ""
-    describe(figure, f"Map: which slots of a cache of {num_blocks} blocks were read for one context.", caption + ".")
+    describe(
+        figure,
+        f"Map: which slots of a cache of {num_blocks} blocks were read for one context.",
+        caption + ".",
+    )
     return figure
 
 
@@ -481,12 +660,14 @@ def _some(numbers, limit: int = 8) -> str:
     return ", ".join(texts[:limit]) + (" …" if len(texts) > limit else "")
 
 
-# --- who is busy ------------------------------------------------------------------------------------------------------
+# --- who is busy ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class SplitCase:
-    """A decode step of one layer: programs = sequences · kv_heads · splits, each with its share of the tiles."""
+    """A decode step of one layer: programs = sequences · kv_heads · splits, each with its share of
+    the tiles.
+    """
 
     label: str
     sequences: int
@@ -495,11 +676,14 @@ class SplitCase:
     splits: int = 1
 
 
-def schedule_programs(case: SplitCase, multiprocessors: int, tile: int = 64) -> list[tuple[int, int, int, int]]:
-    """(multiprocessor, begin, end, group) of each program, in tiles; one at a time on each, given to the first free.
+def schedule_programs(
+    case: SplitCase, multiprocessors: int, tile: int = 64
+) -> list[tuple[int, int, int, int]]:
+    """(multiprocessor, begin, end, group) of each program, in tiles; one at a time on each, given
+    to the first free.
 
-    A model, not a measurement: real multiprocessors run several programs at once and share the memory's bandwidth.
-    group: which sequence and KV head.
+    A model, not a measurement: real multiprocessors run several programs at once and share the
+    memory's bandwidth. group: which sequence and KV head.
     """
     tiles = -(-case.context // tile)
     share = -(-tiles // case.splits)
@@ -514,8 +698,12 @@ def schedule_programs(case: SplitCase, multiprocessors: int, tile: int = 64) -> 
     return placed
 
 
-def draw_split_kv(cases: Sequence[SplitCase], multiprocessors: int = 132, tile: int = 64) -> MatplotlibFigure:
-    """A panel a case: multiprocessors (down) over time (right), a stripe a program. Equal areas are equal work."""
+def draw_split_kv(
+    cases: Sequence[SplitCase], multiprocessors: int = 132, tile: int = 64
+) -> MatplotlibFigure:
+    """A panel a case: multiprocessors (down) over time (right), a stripe a program. Equal areas are
+    equal work.
+    """
     plans = [schedule_programs(case, multiprocessors, tile) for case in cases]
     ends = [max(end for _, _, end, _ in plan) for plan in plans]
     panel, gap, top, bottom = 1.22, 0.44, 0.38, 0.5
@@ -526,7 +714,9 @@ def draw_split_kv(cases: Sequence[SplitCase], multiprocessors: int = 132, tile: 
         y = height - top - panel - i * (panel + gap)
         ax = figure.add_axes((0.075, y / height, 0.905, panel / height))
         ax.set_facecolor(palette.FREE)
-        stripes = [Rectangle((begin, processor), stop - begin, 1) for processor, begin, stop, _ in plan]
+        stripes = [
+            Rectangle((begin, processor), stop - begin, 1) for processor, begin, stop, _ in plan
+        ]
         colors = [palette.request_color(group) for *_, group in plan]
         ax.add_collection(PatchCollection(stripes, facecolor=colors, edgecolor="none"))
         ax.set_xlim(0, max(ends) * 1.01)
@@ -545,6 +735,9 @@ def draw_split_kv(cases: Sequence[SplitCase], multiprocessors: int = 132, tile: 
         else:
             ax.set_xlabel(f"time, in tiles of {tile} tokens", fontsize=9.5, color=palette.SOFT_INK)
         parts.append(f"{case.label}: {note}.")
-    alt = f"Chart: which of {multiprocessors} multiprocessors work when, in {len(cases)} ways to read a context."
+    alt = (
+        f"Chart: which of {multiprocessors} multiprocessors work when, in {len(cases)} ways to read"
+        " a context."
+    )
     describe(figure, alt, " ".join(parts))
     return figure

@@ -1,9 +1,10 @@
 """The one palette of all pictures: plain constants, no matplotlib.
 
-Pictures bring their own light background (`PAPER`), because no text colour has enough contrast on white and on black
-at once; in dark mode they read as a card. Request colours are Okabe and Ito's (2008), which stay apart for the common
-kinds of colour blindness; since eight colours never suffice, every coloured thing also carries a letter, a hatch or an
-outline. tests/test_viz.py holds the contrasts and the distances.
+Pictures bring their own light background (`PAPER`), because no text colour has enough contrast on
+white and on black at once; in dark mode they read as a card. Request colours are Okabe and Ito's
+(2008), which stay apart for the common kinds of colour blindness; since eight colours never
+suffice, every coloured thing also carries a letter, a hatch or an outline. tests/test_viz.py holds
+the contrasts and the distances.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ INK = "#14171F"
 SOFT_INK = "#596070"
 LINE = "#B4BAC6"
 
-#: Requests, by order of arrival; repeated after the last. In this order neighbours stay furthest apart.
+#: Requests, by order of arrival; repeated after the last. In this order neighbours stay furthest
+#: apart.
 REQUESTS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#F0E442", "#56B4E9", "#5F6673")
 
 #: States of KV memory.

@@ -1,7 +1,8 @@
-"""Pictures for tensor parallelism: split matrices, a block on several ranks, heads, a ring, memory and time.
+"""Pictures for tensor parallelism: split matrices, a block on several ranks, heads, a ring, memory
+and time.
 
-A colour is a rank. `Ring` is an all-reduce that passes parts from neighbour to neighbour; with a slider:
-``scrub(Ring(4), draw_ring, step=0)``. Plain numbers in, no torch.
+A colour is a rank. `Ring` is an all-reduce that passes parts from neighbour to neighbour; with a
+slider: ``scrub(Ring(4), draw_ring, step=0)``. Plain numbers in, no torch.
 """
 
 from __future__ import annotations
@@ -22,8 +23,15 @@ _TITLE = {"fontsize": 12, "weight": "bold", "color": palette.INK}
 ALIKE = palette.CACHED
 #: Something that two ranks should not both have, or that nobody has.
 WRONG = palette.RESERVED
-#: Parts of a step's time, or of a rank's memory: colours in the order in which they are first given.
-PARTS = (palette.REQUESTS[0], palette.REQUESTS[2], palette.REQUESTS[1], palette.REQUESTS[3], palette.REQUESTS[4])
+#: Parts of a step's time, or of a rank's memory: colours in the order in which they are first
+#: given.
+PARTS = (
+    palette.REQUESTS[0],
+    palette.REQUESTS[2],
+    palette.REQUESTS[1],
+    palette.REQUESTS[3],
+    palette.REQUESTS[4],
+)
 
 
 def rank_color(rank: int) -> str:
@@ -41,19 +49,38 @@ def _plain(figure: Figure, width: float, height: float) -> Axes:
 
 
 def _box(
-    ax: Axes, x: float, y: float, width: float, height: float, color: str, text: str = "", size: float = 9
+    ax: Axes,
+    x: float,
+    y: float,
+    width: float,
+    height: float,
+    color: str,
+    text: str = "",
+    size: float = 9,
 ) -> None:
-    ax.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor=palette.PAPER, linewidth=1.2))
+    ax.add_patch(
+        Rectangle((x, y), width, height, facecolor=color, edgecolor=palette.PAPER, linewidth=1.2)
+    )
     if text:
-        ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=size,
-                color=palette.text_on(color), linespacing=1.15)  # fmt: skip
+        ax.text(
+            x + width / 2,
+            y + height / 2,
+            text,
+            ha="center",
+            va="center",
+            fontsize=size,
+            color=palette.text_on(color),
+            linespacing=1.15,
+        )
 
 
-# --- two ways to cut a matrix -----------------------------------------------------------------------------------------
+# --- two ways to cut a matrix ---------------------------------------------------------------------
 
 
 def draw_splits(num_ranks: int = 2) -> Figure:
-    """y = x · W with W cut by columns (above) and by rows (below). ValueError for fewer than 2 or more than 4 ranks."""
+    """y = x · W with W cut by columns (above) and by rows (below). ValueError for fewer than 2 or
+    more than 4 ranks.
+    """
     if not 2 <= num_ranks <= 4:
         raise ValueError(f"{num_ranks} ranks: the picture is for 2 to 4.")
     figure = Figure(4.9)
@@ -63,10 +90,12 @@ def draw_splits(num_ranks: int = 2) -> Figure:
     parts = {2: "half", 3: "a third", 4: "a quarter"}[num_ranks]
     describe(
         figure,
-        f"Picture: the product of x and a matrix, on {num_ranks} ranks, with the matrix cut in two ways.",
-        f"By columns: every rank has all of x and {parts} of the columns, and computes {parts} of the result's "
-        f"columns; who needs all of them, gathers. By rows: every rank has {parts} of x's columns and "
-        f"{parts} of the rows, and computes a term as large as the whole result; an all-reduce adds the terms.",
+        f"Picture: the product of x and a matrix, on {num_ranks} ranks, with the matrix cut in two"
+        " ways.",
+        f"By columns: every rank has all of x and {parts} of the columns, and computes {parts} of"
+        f" the result's columns; who needs all of them, gathers. By rows: every rank has {parts} of"
+        f" x's columns and {parts} of the rows, and computes a term as large as the whole result;"
+        " an all-reduce adds the terms.",
     )
     return figure
 
@@ -87,34 +116,63 @@ def _draw_column_split(ax: Axes, y: float, n: int) -> None:
 def _draw_row_split(ax: Axes, y: float, n: int) -> None:
     ax.text(2, y - 3.6, "Cut by rows: a part of x, a term of the result", va="center", **_TITLE)
     for text, x in (("·", 31), ("=", 50.5)):
-        ax.text(x, y + 8, text, ha="center", va="center", fontsize=20 if text == "·" else 16, color=palette.INK)
+        ax.text(
+            x,
+            y + 8,
+            text,
+            ha="center",
+            va="center",
+            fontsize=20 if text == "·" else 16,
+            color=palette.INK,
+        )
     step = 16 / n
     for rank in range(n):
         color, wide = rank_color(rank), 22 / n
-        _box(ax, 6 + rank * wide, y + 5, wide, 6, color, f"rank {rank}" if n < 4 else f"{rank}", 9.5)
+        _box(
+            ax, 6 + rank * wide, y + 5, wide, 6, color, f"rank {rank}" if n < 4 else f"{rank}", 9.5
+        )
         _box(ax, 34, y + rank * step, 13, step, color, f"rank {rank}", 9.5)
         high = min(4.6, 0.8 * step)
-        _box(ax, 54, y + (rank + 0.5) * step - high / 2, 13, high, color, f"a term, rank {rank}", 8.5)
-        ax.add_patch(FancyArrowPatch((67.5, y + (rank + 0.5) * step), (76, y + 8), arrowstyle="-|>", mutation_scale=11,
-                                     color=palette.SOFT_INK, linewidth=1.4))  # fmt: skip
+        _box(
+            ax, 54, y + (rank + 0.5) * step - high / 2, 13, high, color, f"a term, rank {rank}", 8.5
+        )
+        ax.add_patch(
+            FancyArrowPatch(
+                (67.5, y + (rank + 0.5) * step),
+                (76, y + 8),
+                arrowstyle="-|>",
+                mutation_scale=11,
+                color=palette.SOFT_INK,
+                linewidth=1.4,
+            )
+        )
     ax.text(17, y + 13.2, "x", ha="center", va="center", fontsize=11, color=palette.INK)
     ax.text(40.5, y + 18, "W", ha="center", va="center", fontsize=11, color=palette.INK)
-    ax.text(72.5, y + 16.4, "all-reduce", ha="center", va="center", fontsize=9.5, color=palette.SOFT_INK)
+    ax.text(
+        72.5, y + 16.4, "all-reduce", ha="center", va="center", fontsize=9.5, color=palette.SOFT_INK
+    )
     _box(ax, 76.6, y + 5.2, 19.6, 5.6, ALIKE, "their sum, on every rank", 9)
     ax.text(86.5, y + 13.2, "y", ha="center", va="center", fontsize=11, color=palette.INK)
 
 
-# --- a block on several ranks -----------------------------------------------------------------------------------------
+# --- a block on several ranks ---------------------------------------------------------------------
 
 
 def draw_parallel_block(config: ModelConfig, num_ranks: int = 2) -> Figure:
-    """One decoder block, a lane for each rank: what each computes of it, and the two places where they add up.
+    """One decoder block, a lane for each rank: what each computes of it, and the two places where
+    they add up.
 
     The number of heads must be a multiple of num_ranks.
     """
     if config.num_attention_heads % num_ranks or num_ranks > 4:
-        raise ValueError(f"{num_ranks} ranks: the picture is for up to 4, that divide {config.num_attention_heads}.")
-    heads, kv = config.num_attention_heads // num_ranks, max(1, config.num_key_value_heads // num_ranks)
+        raise ValueError(
+            f"{num_ranks} ranks: the picture is for up to 4, that divide"
+            f" {config.num_attention_heads}."
+        )
+    heads, kv = (
+        config.num_attention_heads // num_ranks,
+        max(1, config.num_key_value_heads // num_ranks),
+    )
     wide = config.intermediate_size // num_ranks
     # (name, numbers that come out, alike on all ranks, width); None is an all-reduce
     columns = [
@@ -141,43 +199,73 @@ def draw_parallel_block(config: ModelConfig, num_ranks: int = 2) -> Figure:
         name, size, alike, width = column
         for rank in range(num_ranks):
             color, y = ALIKE if alike else rank_color(rank), 7.4 + 8 * rank
-            style = {"boxstyle": "round,pad=0,rounding_size=0.6", "linewidth": 0, "facecolor": color}
+            style = {
+                "boxstyle": "round,pad=0,rounding_size=0.6",
+                "linewidth": 0,
+                "facecolor": color,
+            }
             ax.add_patch(FancyBboxPatch((x, y), width, 6.2, **style))
             for text, down, points in ((name, 2.0, 9), (size, 4.5, 7.4)):
-                ax.text(x + width / 2, y + down, text, ha="center", va="center", fontsize=points,
-                        color=palette.text_on(color))  # fmt: skip
+                ax.text(
+                    x + width / 2,
+                    y + down,
+                    text,
+                    ha="center",
+                    va="center",
+                    fontsize=points,
+                    color=palette.text_on(color),
+                )
         x += width + 0.9
         if name == "output":
             ax.text(x + 6.8, 3.2, "MLP", va="center", **_TITLE)
     for rank in range(num_ranks):
-        ax.text(0.8, 10.5 + 8 * rank, f"rank {rank}", va="center", fontsize=9.5, weight="bold", color=palette.INK)
+        ax.text(
+            0.8,
+            10.5 + 8 * rank,
+            f"rank {rank}",
+            va="center",
+            fontsize=9.5,
+            weight="bold",
+            color=palette.INK,
+        )
     describe(
         figure,
-        f"Picture: a decoder block on {num_ranks} ranks, a lane each, with two all-reduces across the lanes.",
-        f"Every rank norms all {config.hidden_size:,} numbers of a token, alike. Then {heads} of "
-        f"{config.num_attention_heads} query heads and {wide:,} of {config.intermediate_size:,} MLP columns each. "
-        "After attention's output, and after down, an all-reduce adds the terms of all ranks.",
+        f"Picture: a decoder block on {num_ranks} ranks, a lane each, with two all-reduces across"
+        " the lanes.",
+        f"Every rank norms all {config.hidden_size:,} numbers of a token, alike. Then {heads} of"
+        f" {config.num_attention_heads} query heads and {wide:,} of {config.intermediate_size:,}"
+        " MLP columns each. After attention's output, and after down, an all-reduce adds the terms"
+        " of all ranks.",
     )
     return figure
 
 
 def _draw_reduce(ax: Axes, x: float, num_ranks: int) -> None:
     ax.add_patch(Rectangle((x, 7.4), 5.6, 8 * num_ranks - 1.8, facecolor=palette.INK, linewidth=0))
-    ax.text(x + 2.8, 6.5 + 4 * num_ranks, "all-reduce", rotation=90, ha="center", va="center", fontsize=9,
-            color=palette.PAPER)  # fmt: skip
+    ax.text(
+        x + 2.8,
+        6.5 + 4 * num_ranks,
+        "all-reduce",
+        rotation=90,
+        ha="center",
+        va="center",
+        fontsize=9,
+        color=palette.PAPER,
+    )
 
 
-# --- heads ------------------------------------------------------------------------------------------------------------
+# --- heads ----------------------------------------------------------------------------------------
 
 #: For each rank the query heads and the KV heads that it has.
 Heads = Sequence[tuple[Iterable[int], Iterable[int]]]
 
 
 def draw_heads(num_heads: int, num_kv_heads: int, splits: Mapping[str, Heads]) -> Figure:
-    """Which rank has which heads: for each split a row of query heads, and below them the KV heads that they read.
+    """Which rank has which heads: for each split a row of query heads, and below them the KV heads
+    that they read.
 
-    A head that several ranks have is divided; a query head that nobody or more than one rank has, or a KV head that
-    nobody has, is framed. splits: title -> heads of each rank.
+    A head that several ranks have is divided; a query head that nobody or more than one rank has,
+    or a KV head that nobody has, is framed. splits: title -> heads of each rank.
     """
     figure = Figure(0.15 + 1.12 * len(splits))
     ax = _plain(figure, 100, 12.4 * len(splits) + 0.8)
@@ -186,33 +274,64 @@ def draw_heads(num_heads: int, num_kv_heads: int, splits: Mapping[str, Heads]) -
         top = 12.4 * row
         ax.text(1, top + 2.2, title, va="center", fontsize=11, weight="bold", color=palette.INK)
         lists = [([*queries], [*keys]) for queries, keys in heads]
-        for kind, (label, number, y) in enumerate((("query heads", num_heads, 3.9), ("KV heads", num_kv_heads, 8.2))):
+        for kind, (label, number, y) in enumerate(
+            (("query heads", num_heads, 3.9), ("KV heads", num_kv_heads, 8.2))
+        ):
             ax.text(1, top + y + 1.7, label, va="center", fontsize=9, color=palette.SOFT_INK)
             for head in range(number):
                 owners = [rank for rank, both in enumerate(lists) if head in both[kind]]
-                _draw_head(ax, 13 + head * 86 / number, top + y, 86 / number - 0.3, owners, single=kind == 0)
+                _draw_head(
+                    ax,
+                    13 + head * 86 / number,
+                    top + y,
+                    86 / number - 0.3,
+                    owners,
+                    single=kind == 0,
+                )
         captions.append(f"{title}: {_heads_in_words(num_heads, num_kv_heads, lists)}.")
-    alt = f"Picture: which of {num_heads} query heads and {num_kv_heads} KV heads each rank has, in {len(splits)} ways."
+    alt = (
+        f"Picture: which of {num_heads} query heads and {num_kv_heads} KV heads each rank has, in"
+        f" {len(splits)} ways."
+    )
     describe(figure, alt, " ".join(captions))
     return figure
 
 
-def _draw_head(ax: Axes, x: float, y: float, width: float, owners: Sequence[int], single: bool) -> None:
+def _draw_head(
+    ax: Axes, x: float, y: float, width: float, owners: Sequence[int], single: bool
+) -> None:
     for i, rank in enumerate(owners):
         part = width / len(owners)
         _box(ax, x + i * part, y, part, 3.4, rank_color(rank), f"{rank}" if part > 1.4 else "", 9)
     if not owners or (single and len(owners) > 1):
-        frame = Rectangle((x, y), width, 3.4, facecolor="none", edgecolor=WRONG, linewidth=2, zorder=4)
-        ax.add_patch(frame if owners else Rectangle((x, y), width, 3.4, facecolor=palette.FREE, edgecolor=WRONG,
-                                                    linewidth=2, hatch="////"))  # fmt: skip
+        frame = Rectangle(
+            (x, y), width, 3.4, facecolor="none", edgecolor=WRONG, linewidth=2, zorder=4
+        )
+        ax.add_patch(
+            frame
+            if owners
+            else Rectangle(
+                (x, y),
+                width,
+                3.4,
+                facecolor=palette.FREE,
+                edgecolor=WRONG,
+                linewidth=2,
+                hatch="////",
+            )
+        )
 
 
-def _heads_in_words(num_heads: int, num_kv_heads: int, lists: Sequence[tuple[list[int], list[int]]]) -> str:
+def _heads_in_words(
+    num_heads: int, num_kv_heads: int, lists: Sequence[tuple[list[int], list[int]]]
+) -> str:
     queries, keys = lists[0]
     words = f"rank 0 has {_count(len(queries), 'query head')} and {_count(len(keys), 'KV head')}"
     owners = [sum(head in own for _, own in lists) for head in range(num_kv_heads)]
     copies = max(owners, default=0)
-    words += f", and each KV head is on {copies} ranks" if copies > 1 and len(set(owners)) == 1 else ""
+    words += (
+        f", and each KV head is on {copies} ranks" if copies > 1 and len(set(owners)) == 1 else ""
+    )
     held = [sum(head in own for own, _ in lists) for head in range(num_heads)]
     nobody, twice = held.count(0), sum(count > 1 for count in held)
     words += f"; nobody has {_count(nobody, 'query head')}" if nobody else ""
@@ -224,15 +343,17 @@ def _count(number: int, word: str) -> str:
     return f"{number} {word}{'s' * (number != 1)}"
 
 
-# --- a ring -----------------------------------------------------------------------------------------------------------
+# --- a ring ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Ring:
-    """An all-reduce among `size` ranks that stand in a ring, each with a tensor cut into `size` parts.
+    """An all-reduce among `size` ranks that stand in a ring, each with a tensor cut into `size`
+    parts.
 
-    Step 0 is the beginning. In size − 1 steps sums are passed on and grow; in as many more, finished sums are passed
-    on and replace. `state(step)[rank][part]` is whose terms the rank's part holds then.
+    Step 0 is the beginning. In size − 1 steps sums are passed on and grow; in as many more,
+    finished sums are passed on and replace. `state(step)[rank][part]` is whose terms the rank's
+    part holds then.
     """
 
     size: int
@@ -262,7 +383,9 @@ class Ring:
 
 
 def draw_ring(ring: Ring, step: int) -> Figure:
-    """Each rank's parts after a step, with a bar for every term that a part holds; arrows show what was just sent."""
+    """Each rank's parts after a step, with a bar for every term that a part holds; arrows show what
+    was just sent.
+    """
     check_step(ring, step)  # type: ignore[arg-type]
     n = ring.size
     figure = Figure(0.75 + 0.55 * n)
@@ -271,15 +394,28 @@ def draw_ring(ring: Ring, step: int) -> Figure:
     width = 84 / n
     ax.text(1, 4, _ring_title(ring, step), va="center", **_TITLE)
     for part in range(n):
-        ax.text(15 + (part + 0.5) * width, 9, f"part {part}", ha="center", va="center", fontsize=9.5,
-                color=palette.SOFT_INK)  # fmt: skip
+        ax.text(
+            15 + (part + 0.5) * width,
+            9,
+            f"part {part}",
+            ha="center",
+            va="center",
+            fontsize=9.5,
+            color=palette.SOFT_INK,
+        )
     for rank in range(n):
         y = 11 + 9 * rank
         _box(ax, 1, y + 1.6, 2.2, 3.2, rank_color(rank))
-        ax.text(4.2, y + 3.2, f"rank {rank}", va="center", fontsize=10, weight="bold", color=palette.INK)
+        ax.text(
+            4.2, y + 3.2, f"rank {rank}", va="center", fontsize=10, weight="bold", color=palette.INK
+        )
         for part in range(n):
             x, full = 15 + part * width, len(state[rank][part]) == n
-            edge = {"edgecolor": palette.INK, "linewidth": 2} if full else {"edgecolor": palette.LINE, "linewidth": 0.8}
+            edge = (
+                {"edgecolor": palette.INK, "linewidth": 2}
+                if full
+                else {"edgecolor": palette.LINE, "linewidth": 0.8}
+            )
             ax.add_patch(Rectangle((x + 0.5, y), width - 1.6, 6.4, facecolor=palette.FREE, **edge))
             bar = (width - 3) / n
             for term in state[rank][part]:
@@ -289,9 +425,15 @@ def draw_ring(ring: Ring, step: int) -> Figure:
     full = sum(len(terms) == n for row in state for terms in row)
     describe(
         figure,
-        f"Picture: the parts of {n} ranks in a ring, after step {step} of {2 * n - 2} of an all-reduce.",
+        f"Picture: the parts of {n} ranks in a ring, after step {step} of {2 * n - 2} of an"
+        " all-reduce.",
         f"After step {step}: {full} of {n * n} parts hold the terms of all {n} ranks."
-        + (f" Just sent: {', '.join(f'part {part} by rank {rank}' for rank, part in sorted(sends))}." if sends else ""),
+        + (
+            " Just sent:"
+            f" {', '.join(f'part {part} by rank {rank}' for rank, part in sorted(sends))}."
+            if sends
+            else ""
+        ),
     )
     return figure
 
@@ -304,9 +446,18 @@ def _ring_title(ring: Ring, step: int) -> str:
 
 
 def _draw_send(ax: Axes, x: float, y: float, rank: int, n: int) -> None:
-    """An arrow to the next rank's row; the last one's goes out at the bottom, and in again at the top."""
-    style = {"arrowstyle": "-|>", "mutation_scale": 13, "color": palette.INK, "linewidth": 1.8, "zorder": 5,
-             "shrinkA": 0, "shrinkB": 0}  # fmt: skip
+    """An arrow to the next rank's row; the last one's goes out at the bottom, and in again at the
+    top.
+    """
+    style = {
+        "arrowstyle": "-|>",
+        "mutation_scale": 13,
+        "color": palette.INK,
+        "linewidth": 1.8,
+        "zorder": 5,
+        "shrinkA": 0,
+        "shrinkB": 0,
+    }
     if rank < n - 1:
         ax.add_patch(FancyArrowPatch((x, y + 5.4), (x, y + 10), **style))
     else:
@@ -314,17 +465,20 @@ def _draw_send(ax: Axes, x: float, y: float, rank: int, n: int) -> None:
         ax.add_patch(FancyArrowPatch((x + 4.2, 8.2), (x + 4.2, 11.9), **style))
 
 
-# --- memory and time --------------------------------------------------------------------------------------------------
+# --- memory and time ------------------------------------------------------------------------------
 
 
 def draw_shares(
-    groups: Mapping[str, Mapping[str, Mapping[str, float]]], unit: str, title: str, limit: float | None = None,
+    groups: Mapping[str, Mapping[str, Mapping[str, float]]],
+    unit: str,
+    title: str,
+    limit: float | None = None,
     limit_name: str = "",
-) -> Figure:  # fmt: skip
+) -> Figure:
     """Stacked columns: what a step's time, or a rank's memory, is made of.
 
-    groups: panel's title -> column's name -> part -> number, in `unit`. limit: a line across all panels. All panels
-    have one scale. ValueError where there is nothing to draw.
+    groups: panel's title -> column's name -> part -> number, in `unit`. limit: a line across all
+    panels. All panels have one scale. ValueError where there is nothing to draw.
     """
     columns = [parts for group in groups.values() for parts in group.values()]
     if not columns:
@@ -349,22 +503,45 @@ def draw_shares(
         from matplotlib.lines import Line2D
 
         handles.append(Line2D([], [], color=WRONG, linestyle="--", label=limit_name))
-    figure.legend(handles=handles, loc="lower left", bbox_to_anchor=(0.06, 0.0), ncols=5, frameon=False, fontsize=9,
-                  labelcolor=palette.INK, handlelength=1.4)  # fmt: skip
-    describe(figure, f"Chart: {title}, {_count(len(columns), 'column')} of {_count(len(names), 'part')}.",
-             _shares_in_words(groups, unit, limit, limit_name))  # fmt: skip
+    figure.legend(
+        handles=handles,
+        loc="lower left",
+        bbox_to_anchor=(0.06, 0.0),
+        ncols=5,
+        frameon=False,
+        fontsize=9,
+        labelcolor=palette.INK,
+        handlelength=1.4,
+    )
+    describe(
+        figure,
+        f"Chart: {title}, {_count(len(columns), 'column')} of {_count(len(names), 'part')}.",
+        _shares_in_words(groups, unit, limit, limit_name),
+    )
     return figure
 
 
-def _draw_stacks(ax: Axes, group: Mapping[str, Mapping[str, float]], names: Sequence[str], top: float) -> None:
+def _draw_stacks(
+    ax: Axes, group: Mapping[str, Mapping[str, float]], names: Sequence[str], top: float
+) -> None:
     for x, parts in enumerate(group.values()):
         bottom = 0.0
         for name in names:
             high = parts.get(name, 0.0)
-            box = Rectangle((x - 0.36, bottom), 0.72, high, facecolor=PARTS[names.index(name)], linewidth=0)
+            box = Rectangle(
+                (x - 0.36, bottom), 0.72, high, facecolor=PARTS[names.index(name)], linewidth=0
+            )
             ax.add_patch(box)
             bottom += high
-        ax.text(x, bottom + 0.015 * top, _short(bottom), ha="center", va="bottom", fontsize=9, color=palette.INK)
+        ax.text(
+            x,
+            bottom + 0.015 * top,
+            _short(bottom),
+            ha="center",
+            va="bottom",
+            fontsize=9,
+            color=palette.INK,
+        )
     plain_axes(ax)
     ax.set_xlim(-0.6, len(group) - 0.4)
     ax.set_ylim(0, 1.12 * top)
@@ -377,10 +554,17 @@ def _short(value: float) -> str:
 
 
 def _shares_in_words(
-    groups: Mapping[str, Mapping[str, Mapping[str, float]]], unit: str, limit: float | None, limit_name: str
+    groups: Mapping[str, Mapping[str, Mapping[str, float]]],
+    unit: str,
+    limit: float | None,
+    limit_name: str,
 ) -> str:
     parts = []
     for panel, group in groups.items():
-        columns = ", ".join(f"{name}: {_short(sum(values.values()))}" for name, values in group.items())
+        columns = ", ".join(
+            f"{name}: {_short(sum(values.values()))}" for name, values in group.items()
+        )
         parts.append(f"{panel}, in {unit}: {columns}.")
-    return " ".join(parts) + (f" The line is at {_short(limit)}: {limit_name}." if limit is not None else "")
+    return " ".join(parts) + (
+        f" The line is at {_short(limit)}: {limit_name}." if limit is not None else ""
+    )

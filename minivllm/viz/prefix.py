@@ -1,9 +1,10 @@
-"""Pictures of the prefix cache: prompts as a tree of blocks, the life of blocks as a story, and how often it hits.
+"""Pictures of the prefix cache: prompts as a tree of blocks, the life of blocks as a story, and how
+often it hits.
 
-draw_prefix_tree(prompts, 16, decode)       # equal beginnings are equal blocks: where prompts part, the tree branches
-draw_block_story(story, step=3)             # owners, reference counts, states and order of eviction; see BlockStory
-draw_reuse(bars)                            # tokens that were there already beside those that were not
-draw_hit_rates(curves)                      # the share that was there already, against anything
+draw_prefix_tree(prompts, 16, decode)  # equal beginnings are equal blocks; the tree branches
+draw_block_story(story, step=3)        # owners, reference counts, states and order of eviction
+draw_reuse(bars)                       # tokens that were there already beside those that were not
+draw_hit_rates(curves)                 # the share that was there already, against anything
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ def short_name(name: int | str) -> str:
     return (name if isinstance(name, str) else f"{name:032x}")[:DIGITS]
 
 
-# --- prompts as a tree ------------------------------------------------------------------------------------------------
+# --- prompts as a tree ----------------------------------------------------------------------------
 
 
 @dataclass
 class Node:
-    """A block of the tree: block_hash is None where the block is not full, and then it is never shared."""
+    """A block of the tree: block_hash is None where the block is not full, and then it is never
+    shared.
+    """
 
     depth: int
     tokens: tuple[int, ...]
@@ -47,7 +50,9 @@ class Node:
 
 
 def prefix_tree(prompts: Sequence[Sequence[int]], block_size: int) -> list[Node]:
-    """The blocks of prompts (lists of token ids), each block once for all prompts that are equal up to its end."""
+    """The blocks of prompts (lists of token ids), each block once for all prompts that are equal up
+    to its end.
+    """
     nodes: list[Node] = []
     index_of: dict[int, int] = {}
     for owner, prompt in enumerate(prompts):
@@ -74,7 +79,8 @@ def draw_prefix_tree(
     decode: Callable[[Sequence[int]], str] | None = None,
     ax: Axes | None = None,
 ) -> Figure:
-    """Draw `prefix_tree`: blocks from left to right, a row for each prompt, one box for what several share.
+    """Draw `prefix_tree`: blocks from left to right, a row for each prompt, one box for what
+    several share.
 
     decode: token ids -> text, special tokens included; without it the boxes show token ids.
     """
@@ -90,10 +96,23 @@ def draw_prefix_tree(
     width, box_height = step - 0.22, 0.98
     full = [node for node in nodes if node.block_hash is not None]
     shared = [node for node in full if len(node.owners) > 1]
-    ax.text(_MARGIN, 0.22, "Prompts as a tree of blocks", fontsize=12, weight="bold", color=palette.INK, va="center")
-    subtitle = "Each block is named after its tokens and the name before it: equal names, equal beginnings."
+    ax.text(
+        _MARGIN,
+        0.22,
+        "Prompts as a tree of blocks",
+        fontsize=12,
+        weight="bold",
+        color=palette.INK,
+        va="center",
+    )
+    subtitle = (
+        "Each block is named after its tokens and the name before it: equal names, equal"
+        " beginnings."
+    )
     ax.text(_MARGIN, 0.48, subtitle, fontsize=9.5, color=palette.SOFT_INK, va="center")
-    place = [(_MARGIN + node.depth * step, top + row_height * rows[i]) for i, node in enumerate(nodes)]
+    place = [
+        (_MARGIN + node.depth * step, top + row_height * rows[i]) for i, node in enumerate(nodes)
+    ]
     for i, node in enumerate(nodes):
         x, y = place[i]
         if node.parent is not None:
@@ -107,21 +126,31 @@ def draw_prefix_tree(
     letters = [palette.request_letter(i) for i in range(len(prompts))]
     depth = len({node.block_hash for node in full if len(node.owners) == len(prompts)})
     caption = (
-        f"{_listed(letters)}, prompts of {_listed([str(len(p)) for p in prompts])} tokens, cut into blocks of "
-        f"{block_size}. Alone they need {alone} blocks, together {kept}: {len(shared)} full blocks are shared, "
-        f"{depth} of them by all. The last block of a prompt, if not full, has no name and is never shared."
+        f"{_listed(letters)}, prompts of {_listed([str(len(p)) for p in prompts])} tokens, cut into"
+        f" blocks of {block_size}. Alone they need {alone} blocks, together {kept}: {len(shared)}"
+        f" full blocks are shared, {depth} of them by all. The last block of a prompt, if not full,"
+        " has no name and is never shared."
     )
-    describe(figure, f"Picture: {len(prompts)} prompts as a tree of blocks; equal beginnings are drawn once.", caption)
+    describe(
+        figure,
+        f"Picture: {len(prompts)} prompts as a tree of blocks; equal beginnings are drawn once.",
+        caption,
+    )
     return figure
 
 
 def _rows(nodes: list[Node], num_prompts: int) -> list[float]:
-    """The line of each node: that of its owner, or the middle of its owners'. Prompts that share are neighbours."""
+    """The line of each node: that of its owner, or the middle of its owners'. Prompts that share
+    are neighbours.
+    """
     paths: list[list[int]] = [[] for _ in range(num_prompts)]
     for i, node in enumerate(nodes):
         for owner in node.owners:
             paths[owner].append(i)
-    line = {owner: float(i) for i, owner in enumerate(sorted(range(num_prompts), key=lambda owner: paths[owner]))}
+    line = {
+        owner: float(i)
+        for i, owner in enumerate(sorted(range(num_prompts), key=lambda owner: paths[owner]))
+    }
     return [sum(line[owner] for owner in node.owners) / len(node.owners) for node in nodes]
 
 
@@ -137,7 +166,11 @@ def _draw_node(
 ) -> None:
     is_full, strip = node.block_hash is not None, 0.2
     edge = {"edgecolor": palette.INK, "lw": 1.8} if len(node.owners) > 1 else _PLAIN
-    face = palette.tint(palette.request_color(node.owners[0]), 0.12) if len(node.owners) == 1 else palette.FREE
+    face = (
+        palette.tint(palette.request_color(node.owners[0]), 0.12)
+        if len(node.owners) == 1
+        else palette.FREE
+    )
     ax.add_patch(Rectangle((x, y), width, height, facecolor=face, linewidth=0))
     band = width / len(node.owners)
     for i, owner in enumerate(node.owners):
@@ -155,15 +188,36 @@ def _draw_node(
         )
     style = {"linestyle": "-" if is_full else (0, (3, 2))}
     ax.add_patch(Rectangle((x, y), width, height, fill=False, **edge, **style))
-    name = short_name(node.block_hash) + " …" if is_full else f"{len(node.tokens)} of {block_size}, no name"
+    name = (
+        short_name(node.block_hash) + " …"
+        if is_full
+        else f"{len(node.tokens)} of {block_size}, no name"
+    )
     color = palette.INK if is_full else palette.SOFT_INK
     family = "monospace" if is_full else None
-    ax.text(x + 0.06, y + strip + 0.11, name, fontsize=8.5, weight="bold", color=color, va="center", family=family)
+    ax.text(
+        x + 0.06,
+        y + strip + 0.11,
+        name,
+        fontsize=8.5,
+        weight="bold",
+        color=color,
+        va="center",
+        family=family,
+    )
     text = _readable(decode(node.tokens)) if decode else " ".join(map(str, node.tokens))
     lines = textwrap.wrap(text, max(8, round(width / 0.0665)))
     if len(lines) > 4:
         lines = [*lines[:3], lines[3][:-1] + "…"]
-    ax.text(x + 0.06, y + strip + 0.22, "\n".join(lines), fontsize=7.6, color=palette.INK, va="top", linespacing=1.25)
+    ax.text(
+        x + 0.06,
+        y + strip + 0.22,
+        "\n".join(lines),
+        fontsize=7.6,
+        color=palette.INK,
+        va="top",
+        linespacing=1.25,
+    )
 
 
 def _readable(text: str) -> str:
@@ -183,10 +237,12 @@ def _tree_legend(ax: Axes, y: float) -> None:
         ax.add_patch(Rectangle((x, y - 0.08), 0.24, 0.16, facecolor=palette.FREE, **style))
         ax.text(x + 0.32, y, text, fontsize=9, color=palette.SOFT_INK, va="center")
         x += 0.55 + 0.075 * len(text)
-    ax.text(x, y, "«  »  begin and end of a message", fontsize=9, color=palette.SOFT_INK, va="center")
+    ax.text(
+        x, y, "«  »  begin and end of a message", fontsize=9, color=palette.SOFT_INK, va="center"
+    )
 
 
-# --- the life of blocks -----------------------------------------------------------------------------------------------
+# --- the life of blocks ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -210,7 +266,9 @@ class Moment:
 
 @dataclass
 class BlockStory:
-    """Moments in order, to be drawn by `draw_block_story` or scrubbed: ``scrub(story, draw_block_story, step=0)``."""
+    """Moments in order, to be drawn by `draw_block_story` or scrubbed:
+    ``scrub(story, draw_block_story, step=0)``.
+    """
 
     steps: list[Moment] = field(default_factory=list)
 
@@ -222,7 +280,8 @@ class BlockStory:
         names: Mapping[int, int | str],
         tables: Mapping[str, Sequence[int]],
     ) -> None:
-        """Note what the pool looks like now, after what `text` says. names: block -> hash, or a word.
+        """Note what the pool looks like now, after what `text` says. names: block -> hash, or a
+        word.
 
         A letter keeps its row and its colour through the story, by order of first appearance.
         """
@@ -237,7 +296,9 @@ class BlockStory:
 
 
 def draw_block_story(story: BlockStory, step: int = -1, ax: Axes | None = None) -> Figure:
-    """Draw one moment: the pool with its reference counts, every owner's block table, and the order of eviction."""
+    """Draw one moment: the pool with its reference counts, every owner's block table, and the order
+    of eviction.
+    """
     step = range(len(story.steps))[step]
     moment, letters = story.steps[step], story.letters
     num_blocks = len(moment.ref_counts)
@@ -253,19 +314,35 @@ def draw_block_story(story: BlockStory, step: int = -1, ax: Axes | None = None) 
     ax.set_axis_off()
     x0 = _MARGIN + 0.75
 
-    def say(x: float, y: float, text: str, size: float = 9.5, color: str = palette.SOFT_INK, **options) -> None:
+    def say(
+        x: float, y: float, text: str, size: float = 9.5, color: str = palette.SOFT_INK, **options
+    ) -> None:
         ax.text(x, y, text, **{"fontsize": size, "color": color, "va": "center", **options})
 
     number = f"{step} of {len(story.steps) - 1}"
     say(_MARGIN, 0.24, number, 12, palette.INK, weight="bold")
     say(_MARGIN + 0.15 + 0.1 * len(number), 0.24, moment.text, 11, palette.INK)
-    say(_MARGIN, pool_y - 0.3, "The pool: who uses each block, its name if it has one, and its reference count")
+    say(
+        _MARGIN,
+        pool_y - 0.3,
+        "The pool: who uses each block, its name if it has one, and its reference count",
+    )
     for block, count in enumerate(moment.ref_counts):
         x = x0 + block * cell
         owners = [letter for letter, table in moment.tables.items() if block in table]
-        _pool_cell(ax, x, pool_y, cell, [colors[letter] for letter in owners], owners, moment, block)
+        _pool_cell(
+            ax, x, pool_y, cell, [colors[letter] for letter in owners], owners, moment, block
+        )
         say(x + cell / 2, pool_y - 0.1, str(block), 8, ha="center")
-        say(x + cell / 2, pool_y + cell + 0.12, str(count), 10, palette.INK, ha="center", weight="bold")
+        say(
+            x + cell / 2,
+            pool_y + cell + 0.12,
+            str(count),
+            10,
+            palette.INK,
+            ha="center",
+            weight="bold",
+        )
     say(x0 - 0.1, pool_y - 0.1, "block", 8, ha="right")
     say(x0 - 0.1, pool_y + cell + 0.12, "count", 8, ha="right")
     say(_MARGIN, rows_y - 0.18, "Block tables")
@@ -273,8 +350,18 @@ def draw_block_story(story: BlockStory, step: int = -1, ax: Axes | None = None) 
         y = rows_y + i * (small + 0.06)
         table = moment.tables.get(letter, ())
         color = colors[letter] if table else palette.tint(colors[letter], 0.3)
-        ax.add_patch(Rectangle((_MARGIN + 0.2, y + 0.05), 0.32, small - 0.1, facecolor=color, linewidth=0))
-        say(_MARGIN + 0.36, y + small / 2, letter, 9, palette.text_on(color), ha="center", weight="bold")
+        ax.add_patch(
+            Rectangle((_MARGIN + 0.2, y + 0.05), 0.32, small - 0.1, facecolor=color, linewidth=0)
+        )
+        say(
+            _MARGIN + 0.36,
+            y + small / 2,
+            letter,
+            9,
+            palette.text_on(color),
+            ha="center",
+            weight="bold",
+        )
         if not table:
             say(x0, y + small / 2, "holds nothing", 8.5)
         for position, block in enumerate(table):
@@ -283,32 +370,71 @@ def draw_block_story(story: BlockStory, step: int = -1, ax: Axes | None = None) 
             box = (x0 + position * (small + 0.05), y)
             ax.add_patch(Rectangle(box, small, small, facecolor=colors[letter], **edge))
             text_color = palette.text_on(colors[letter])
-            say(box[0] + small / 2, y + small / 2, str(block), 8.5, text_color, ha="center", weight="bold")
-    say(_MARGIN, queue_y - 0.2, "Free blocks in order of eviction: the next one to be taken comes first")
+            say(
+                box[0] + small / 2,
+                y + small / 2,
+                str(block),
+                8.5,
+                text_color,
+                ha="center",
+                weight="bold",
+            )
+    say(
+        _MARGIN,
+        queue_y - 0.2,
+        "Free blocks in order of eviction: the next one to be taken comes first",
+    )
     for position, block in enumerate(moment.free):
         x = x0 + position * (small + 0.05)
         _unused(ax, x, queue_y, small, block in moment.names)
-        say(x + small / 2, queue_y + small / 2, str(block), 8.5, palette.INK, ha="center", bbox=_PAPER_LABEL)
+        say(
+            x + small / 2,
+            queue_y + small / 2,
+            str(block),
+            8.5,
+            palette.INK,
+            ha="center",
+            bbox=_PAPER_LABEL,
+        )
     say(x0 - 0.1, queue_y + small / 2, "next →" if moment.free else "none", 8.5, ha="right")
     _story_legend(ax, height - 0.18)
     describe(
-        figure, f"Picture: the blocks of a KV cache after event {step}: {moment.text}", _story_caption(step, moment)
+        figure,
+        f"Picture: the blocks of a KV cache after event {step}: {moment.text}",
+        _story_caption(step, moment),
     )
     return figure
 
 
-_PAPER_LABEL = {"boxstyle": "round,pad=0.12", "facecolor": palette.PAPER, "edgecolor": "none", "alpha": 0.85}
+_PAPER_LABEL = {
+    "boxstyle": "round,pad=0.12",
+    "facecolor": palette.PAPER,
+    "edgecolor": "none",
+    "alpha": 0.85,
+}
 
 
 def _unused(ax: Axes, x: float, y: float, side: float, cached: bool) -> None:
     style = {"facecolor": palette.FREE, "edgecolor": palette.LINE, "lw": 0.7}
     if cached:
-        style = {"facecolor": palette.CACHED, "edgecolor": palette.SOFT_INK, "lw": 0.5, "hatch": palette.HATCH_CACHED}
+        style = {
+            "facecolor": palette.CACHED,
+            "edgecolor": palette.SOFT_INK,
+            "lw": 0.5,
+            "hatch": palette.HATCH_CACHED,
+        }
     ax.add_patch(Rectangle((x, y), side, side, **style))
 
 
 def _pool_cell(
-    ax: Axes, x: float, y: float, cell: float, colors: list[str], owners: list[str], moment: Moment, block: int
+    ax: Axes,
+    x: float,
+    y: float,
+    cell: float,
+    colors: list[str],
+    owners: list[str],
+    moment: Moment,
+    block: int,
 ) -> None:
     side, left = cell * 0.92, x + cell * 0.04
     if owners:
@@ -325,7 +451,14 @@ def _pool_cell(
     if owners:
         ax.text(middle, y + side * 0.28, letters, fontsize=8.5, weight="bold", **style)
     if name := moment.names.get(block):
-        ax.text(middle, y + side * (0.7 if owners else 0.5), name, fontsize=7.5, family="monospace", **style)
+        ax.text(
+            middle,
+            y + side * (0.7 if owners else 0.5),
+            name,
+            fontsize=7.5,
+            family="monospace",
+            **style,
+        )
 
 
 def _story_legend(ax: Axes, y: float) -> None:
@@ -347,10 +480,12 @@ def _story_caption(step: int, moment: Moment) -> str:
     text = f"Event {step}: {moment.text} {used} blocks used"
     text += f", {len(shared)} of them shared ({_listed(shared)})" if shared else ", none shared"
     text += f"; {len(cached)} cached, {len(moment.free) - len(cached)} empty."
-    return text + (f" Next to be taken: {_listed([str(b) for b in moment.free[:3]])}." if moment.free else "")
+    return text + (
+        f" Next to be taken: {_listed([str(b) for b in moment.free[:3]])}." if moment.free else ""
+    )
 
 
-# --- how often it hits ------------------------------------------------------------------------------------------------
+# --- how often it hits ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -375,33 +510,67 @@ def draw_reuse(
     ylabel: str = "prompt tokens",
     ax: Axes | None = None,
 ) -> Figure:
-    """Stacked bars: `names[0]` counts `again`, hatched, and `names[1]` counts `new`; the share stands above."""
+    """Stacked bars: `names[0]` counts `again`, hatched, and `names[1]` counts `new`; the share
+    stands above.
+    """
     figure, ax, is_own = *prepare(ax, 3.4), ax is None
     if is_own:
         ax.set_position((0.085, 0.14, 0.7, 0.72))
     x = range(len(bars))
     again, new = [bar.again for bar in bars], [bar.new for bar in bars]
-    ax.bar(x, new, 0.62, bottom=again, color=palette.USED, label=names[1], edgecolor=palette.PAPER, linewidth=0.8)
     ax.bar(
-        x, again, 0.62, color=palette.CACHED, hatch=palette.HATCH_CACHED, edgecolor=palette.SOFT_INK, linewidth=0.5,
+        x,
+        new,
+        0.62,
+        bottom=again,
+        color=palette.USED,
+        label=names[1],
+        edgecolor=palette.PAPER,
+        linewidth=0.8,
+    )
+    ax.bar(
+        x,
+        again,
+        0.62,
+        color=palette.CACHED,
+        hatch=palette.HATCH_CACHED,
+        edgecolor=palette.SOFT_INK,
+        linewidth=0.5,
         label=names[0],
-    )  # fmt: skip
+    )
     for i, bar in enumerate(bars):
         text = f"{round(100 * bar.share)} %"
         ax.annotate(
-            text, (i, bar.again + bar.new), (0, 4), textcoords="offset points", ha="center", fontsize=9.5,
-            weight="bold", color=palette.INK,
-        )  # fmt: skip
+            text,
+            (i, bar.again + bar.new),
+            (0, 4),
+            textcoords="offset points",
+            ha="center",
+            fontsize=9.5,
+            weight="bold",
+            color=palette.INK,
+        )
     ax.set_xticks(list(x), [bar.label for bar in bars])
     ax.set_ylim(0, 1.14 * max(a + n for a, n in zip(again, new, strict=True)))
     ax.set_ylabel(ylabel, fontsize=9.5, color=palette.SOFT_INK)
     _style(ax, title)
-    ax.legend(loc="center left", bbox_to_anchor=(1.02, 0.55), frameon=False, fontsize=9.5, labelcolor=palette.INK)
+    ax.legend(
+        loc="center left",
+        bbox_to_anchor=(1.02, 0.55),
+        frameon=False,
+        fontsize=9.5,
+        labelcolor=palette.INK,
+    )
     total = Bar("", sum(again), sum(new))
     shares = "; ".join(f"{bar.label}: {bar.again:,} of {bar.again + bar.new:,}" for bar in bars)
-    caption = f"{title}. {names[0].capitalize()}: {shares}; in all {total.again:,} of {total.again + total.new:,} "
+    caption = (
+        f"{title}. {names[0].capitalize()}: {shares}; in all {total.again:,} of"
+        f" {total.again + total.new:,} "
+    )
     caption += f"({round(100 * total.share)} %)."
-    describe(figure, f"Chart: {title.lower()}, {names[0]} and {names[1]}, for {len(bars)} bars.", caption)
+    describe(
+        figure, f"Chart: {title.lower()}, {names[0]} and {names[1]}, for {len(bars)} bars.", caption
+    )
     return figure
 
 
@@ -428,7 +597,14 @@ def draw_hit_rates(
     if limit is not None:
         ax.axhline(100 * limit, color=palette.SOFT_INK, linewidth=1.2, linestyle=(0, (1, 2)))
         text = f"with a pool without end: {round(100 * limit)} %"
-        ax.text(0.01, 100 * limit + 1.5, text, fontsize=9, color=palette.SOFT_INK, transform=ax.get_yaxis_transform())
+        ax.text(
+            0.01,
+            100 * limit + 1.5,
+            text,
+            fontsize=9,
+            color=palette.SOFT_INK,
+            transform=ax.get_yaxis_transform(),
+        )
     ax.set_ylim(-3, 104)
     ax.set_xlabel(xlabel, fontsize=9.5, color=palette.SOFT_INK)
     ax.set_ylabel("hit rate (%)", fontsize=9.5, color=palette.SOFT_INK)
@@ -462,6 +638,14 @@ def _listed(words: Sequence[str]) -> str:
 
 
 __all__ = [
-    "Bar", "BlockStory", "Moment", "Node", "draw_block_story", "draw_hit_rates", "draw_prefix_tree",
-    "draw_reuse", "prefix_tree", "short_name",
-]  # fmt: skip
+    "Bar",
+    "BlockStory",
+    "Moment",
+    "Node",
+    "draw_block_story",
+    "draw_hit_rates",
+    "draw_prefix_tree",
+    "draw_reuse",
+    "prefix_tree",
+    "short_name",
+]

@@ -1,7 +1,9 @@
-"""What a machine could do at best, and what was reached: pictures of the reports of `minivllm bench`.
+"""What a machine could do at best, and what was reached: pictures of the reports of
+`minivllm bench`.
 
-The roofline (Williams, Waterman & Patterson, CACM 2009): a kernel that does I operations for every byte it moves is at
-most as fast as ``min(matmul rate, I · bandwidth)``. Reports are plain dicts, as their JSON files hold them.
+The roofline (Williams, Waterman & Patterson, CACM 2009): a kernel that does I operations for every
+byte it moves is at most as fast as ``min(matmul rate, I · bandwidth)``. Reports are plain dicts, as
+their JSON files hold them.
 """
 
 from __future__ import annotations
@@ -39,31 +41,49 @@ class Point:
     share_of_floor: float
 
 
-def roofline_points(report: dict[str, Any], kernels: Sequence[str], variant: str = "minivllm") -> list[Point]:
-    """The rows of a kernel report that were measured and do arithmetic. ValueError when there is none."""
-    rows = [row for name in kernels for row in report["rows"] if row["kernel"] == name and row["variant"] == variant]
+def roofline_points(
+    report: dict[str, Any], kernels: Sequence[str], variant: str = "minivllm"
+) -> list[Point]:
+    """The rows of a kernel report that were measured and do arithmetic. ValueError when there is
+    none.
+    """
+    rows = [
+        row
+        for name in kernels
+        for row in report["rows"]
+        if row["kernel"] == name and row["variant"] == variant
+    ]
     rows = [row for row in rows if "failed" not in row and row["flops"] and row["bytes"]]
     if not rows:
         raise ValueError(f"the report has no measured row of {', '.join(kernels)} by {variant!r}")
     return [
         Point(
-            palette.request_letter(index), row["kernel"], row["case"], row["flops"] / row["bytes"],
-            row["flops"] / row["median_us"] * 1e6, row["share_of_floor"],
+            palette.request_letter(index),
+            row["kernel"],
+            row["case"],
+            row["flops"] / row["bytes"],
+            row["flops"] / row["median_us"] * 1e6,
+            row["share_of_floor"],
         )
         for index, row in enumerate(rows)
-    ]  # fmt: skip
+    ]
 
 
 def draw_roofline(
-    report: dict[str, Any], kernels: Sequence[str] = ("decode_attention", "prefill_attention"),
-    variant: str = "minivllm", ax: Axes | None = None,
-) -> Figure:  # fmt: skip
+    report: dict[str, Any],
+    kernels: Sequence[str] = ("decode_attention", "prefill_attention"),
+    variant: str = "minivllm",
+    ax: Axes | None = None,
+) -> Figure:
     """Draw kernels under the roof of the machine that they were measured on.
 
-    report: of ``minivllm bench kernels``. variant: whose rows. ax: draw there instead of on a new figure.
+    report: of ``minivllm bench kernels``. variant: whose rows. ax: draw there instead of on a new
+    figure.
     """
     points = roofline_points(report, kernels, variant)
-    bandwidth, peak = (report["rates"][f"{name}_per_second"] for name in ("read_bytes", "matmul_flops"))
+    bandwidth, peak = (
+        report["rates"][f"{name}_per_second"] for name in ("read_bytes", "matmul_flops")
+    )
     own_figure = ax is None
     figure, ax = prepare(ax, max(3.9, 0.26 * len(points) + 1.1))
     if own_figure:
@@ -82,11 +102,23 @@ def draw_roofline(
     colors = {name: palette.request_color(index) for index, name in enumerate(kernels)}
     for point in points:
         ax.plot(
-            point.flops_per_byte, point.flops_per_second / 1e12, "o", markersize=7, color=colors[point.kernel],
-            markeredgecolor=palette.INK, markeredgewidth=0.7,
-        )  # fmt: skip
+            point.flops_per_byte,
+            point.flops_per_second / 1e12,
+            "o",
+            markersize=7,
+            color=colors[point.kernel],
+            markeredgecolor=palette.INK,
+            markeredgewidth=0.7,
+        )
     for x, y, letters in _labels(points):
-        ax.annotate(letters, (x, y / 1e12), xytext=(7, -9), textcoords="offset points", fontsize=9.5, color=palette.INK)
+        ax.annotate(
+            letters,
+            (x, y / 1e12),
+            xytext=(7, -9),
+            textcoords="offset points",
+            fontsize=9.5,
+            color=palette.INK,
+        )
     _style_roofline(ax, bandwidth, peak, ridge)
     _roofline_key(ax, points, colors)
     describe(figure, _roofline_alt(points), _roofline_caption(points, bandwidth, peak, ridge))
@@ -108,14 +140,22 @@ def _labels(points: Sequence[Point]) -> list[tuple[float, float, str]]:
                 break
         else:
             groups.append([point])
-    return [(g[0].flops_per_byte, g[0].flops_per_second, " ".join(p.letter for p in g)) for g in groups]
+    return [
+        (g[0].flops_per_byte, g[0].flops_per_second, " ".join(p.letter for p in g)) for g in groups
+    ]
 
 
 def _style_roofline(ax: Axes, bandwidth: float, peak: float, ridge: float) -> None:
     from matplotlib.ticker import FuncFormatter
 
     ax.set_facecolor(palette.PAPER)
-    ax.set_title("Kernels under the machine's roof", loc="left", fontsize=12, weight="bold", color=palette.INK)
+    ax.set_title(
+        "Kernels under the machine's roof",
+        loc="left",
+        fontsize=12,
+        weight="bold",
+        color=palette.INK,
+    )
     ax.set_xlabel("FLOPs for each byte moved", fontsize=9.5, color=palette.SOFT_INK)
     ax.set_ylabel("TFLOP/s", fontsize=9.5, color=palette.SOFT_INK)
     for axis in (ax.xaxis, ax.yaxis):
@@ -125,9 +165,16 @@ def _style_roofline(ax: Axes, bandwidth: float, peak: float, ridge: float) -> No
     for spine in ax.spines.values():
         spine.set_color(palette.LINE)
     beside = ridge / 6  # on the slope, where no kernel is likely to lie
-    ax.annotate(f"multiplies {_rate(peak)}FLOP/s", (ridge, 1.2 * peak / 1e12), fontsize=9, color=palette.SOFT_INK)
+    ax.annotate(
+        f"multiplies {_rate(peak)}FLOP/s",
+        (ridge, 1.2 * peak / 1e12),
+        fontsize=9,
+        color=palette.SOFT_INK,
+    )
     place = (beside, 1.3 * beside * bandwidth / 1e12)
-    ax.annotate(f"reads {_rate(bandwidth)}B/s", place, fontsize=9, color=palette.SOFT_INK, ha="right")
+    ax.annotate(
+        f"reads {_rate(bandwidth)}B/s", place, fontsize=9, color=palette.SOFT_INK, ha="right"
+    )
 
 
 def _rate(value: float) -> str:
@@ -140,37 +187,63 @@ def _roofline_key(ax: Axes, points: Sequence[Point], colors: dict[str, str]) -> 
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], marker="o", linestyle="", markersize=7, color=colors[p.kernel], markeredgecolor=palette.INK)
+        Line2D(
+            [],
+            [],
+            marker="o",
+            linestyle="",
+            markersize=7,
+            color=colors[p.kernel],
+            markeredgecolor=palette.INK,
+        )
         for p in points
     ]
-    names = [f"{p.letter}  {p.kernel.removesuffix('_attention')} {p.case}: {p.share_of_floor:.0%}" for p in points]
+    names = [
+        f"{p.letter}  {p.kernel.removesuffix('_attention')} {p.case}: {p.share_of_floor:.0%}"
+        for p in points
+    ]
     legend = ax.legend(
-        handles, names, title="Share of the best speed", loc="center left", bbox_to_anchor=(1.03, 0.5),
-        frameon=False, fontsize=9, labelcolor=palette.INK, alignment="left", handletextpad=0.4, labelspacing=0.45,
-    )  # fmt: skip
+        handles,
+        names,
+        title="Share of the best speed",
+        loc="center left",
+        bbox_to_anchor=(1.03, 0.5),
+        frameon=False,
+        fontsize=9,
+        labelcolor=palette.INK,
+        alignment="left",
+        handletextpad=0.4,
+        labelspacing=0.45,
+    )
     legend.get_title().set(color=palette.INK, fontsize=10, fontweight="bold")
 
 
 def _roofline_alt(points: Sequence[Point]) -> str:
-    return f"Chart: {len(points)} measured kernels under the roofline of the machine, on logarithmic axes."
+    return (
+        f"Chart: {len(points)} measured kernels under the roofline of the machine, on logarithmic"
+        " axes."
+    )
 
 
 def _roofline_caption(points: Sequence[Point], bandwidth: float, peak: float, ridge: float) -> str:
     best, worst = (choose(points, key=lambda p: p.share_of_floor) for choose in (max, min))
     return (
-        f"The machine reads {_rate(bandwidth)}B/s and multiplies {_rate(peak)}FLOP/s: below {ridge:.0f} FLOPs a byte "
-        f"memory is the limit, above it arithmetic. Nearest to its floor is {best.kernel} {best.case} with "
-        f"{best.share_of_floor:.0%} of it, furthest {worst.kernel} {worst.case} with {worst.share_of_floor:.0%}."
+        f"The machine reads {_rate(bandwidth)}B/s and multiplies {_rate(peak)}FLOP/s: below"
+        f" {ridge:.0f} FLOPs a byte memory is the limit, above it arithmetic. Nearest to its floor"
+        f" is {best.kernel} {best.case} with {best.share_of_floor:.0%} of it, furthest"
+        f" {worst.kernel} {worst.case} with {worst.share_of_floor:.0%}."
     )
 
 
-# --- the floor of whole workloads -------------------------------------------------------------------------------------
+# --- the floor of whole workloads -----------------------------------------------------------------
 
 
 def draw_floor(report: dict[str, Any], ax: Axes | None = None) -> Figure:
-    """Draw for each case of a ``minivllm bench roofline`` report which part of the measured time was necessary.
+    """Draw for each case of a ``minivllm bench roofline`` report which part of the measured time
+    was necessary.
 
-    A case without a measured time is drawn as its floor alone. ax: draw there instead of on a new figure.
+    A case without a measured time is drawn as its floor alone. ax: draw there instead of on a new
+    figure.
     """
     cases = report["cases"]
     own_figure = ax is None
@@ -183,12 +256,35 @@ def draw_floor(report: dict[str, Any], ax: Axes | None = None) -> Figure:
         left = 0.0
         for part, _, color in PARTS:
             width = case["floor"]["parts"][part]["seconds"] / whole
-            ax.barh(row, width, left=left, height=0.62, color=color, edgecolor=palette.PAPER, linewidth=0.6)
+            ax.barh(
+                row,
+                width,
+                left=left,
+                height=0.62,
+                color=color,
+                edgecolor=palette.PAPER,
+                linewidth=0.6,
+            )
             left += width
         if left < 1:
-            ax.barh(row, 1 - left, left=left, height=0.62, facecolor=palette.FREE, edgecolor=palette.LINE)
-        ax.annotate(_floor_label(case), (max(1.0, left), row), xytext=(6, 0), textcoords="offset points", va="center",
-                    fontsize=9.5, color=palette.INK, annotation_clip=False)  # fmt: skip
+            ax.barh(
+                row,
+                1 - left,
+                left=left,
+                height=0.62,
+                facecolor=palette.FREE,
+                edgecolor=palette.LINE,
+            )
+        ax.annotate(
+            _floor_label(case),
+            (max(1.0, left), row),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9.5,
+            color=palette.INK,
+            annotation_clip=False,
+        )
     _style_floor(ax, list(cases))
     describe(figure, _floor_alt(cases), _floor_caption(cases))
     return figure
@@ -206,7 +302,13 @@ def _style_floor(ax: Axes, names: list[str]) -> None:
     from matplotlib.ticker import PercentFormatter
 
     ax.set_facecolor(palette.PAPER)
-    ax.set_title("How much of the time was necessary", loc="left", fontsize=12, weight="bold", color=palette.INK)
+    ax.set_title(
+        "How much of the time was necessary",
+        loc="left",
+        fontsize=12,
+        weight="bold",
+        color=palette.INK,
+    )
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
     ends = [patch.get_x() + patch.get_width() for patch in ax.patches]
@@ -218,14 +320,25 @@ def _style_floor(ax: Axes, names: list[str]) -> None:
     handles = [Patch(facecolor=color) for _, _, color in PARTS]
     handles.append(Patch(facecolor=palette.FREE, edgecolor=palette.LINE))
     ax.legend(
-        handles, [name for _, name, _ in PARTS] + ["not necessary"], loc="upper left", ncols=5, frameon=False,
-        bbox_to_anchor=(-0.08, -0.3 / (0.46 * len(names))), fontsize=9, labelcolor=palette.INK,
-        handlelength=1.2, columnspacing=1.2, handletextpad=0.5,
-    )  # fmt: skip
+        handles,
+        [name for _, name, _ in PARTS] + ["not necessary"],
+        loc="upper left",
+        ncols=5,
+        frameon=False,
+        bbox_to_anchor=(-0.08, -0.3 / (0.46 * len(names))),
+        fontsize=9,
+        labelcolor=palette.INK,
+        handlelength=1.2,
+        columnspacing=1.2,
+        handletextpad=0.5,
+    )
 
 
 def _floor_alt(cases: dict[str, Any]) -> str:
-    return f"Chart: the parts of the floor of {len(cases)} workloads as shares of the time that they took."
+    return (
+        f"Chart: the parts of the floor of {len(cases)} workloads as shares of the time that they"
+        " took."
+    )
 
 
 def _floor_caption(cases: dict[str, Any]) -> str:
@@ -235,8 +348,14 @@ def _floor_caption(cases: dict[str, Any]) -> str:
         parts = case["floor"]["parts"]
         largest = max(parts, key=lambda part: parts[part]["seconds"])
         share = parts[largest]["seconds"] / case["floor"]["seconds"]
-        text = f"{name}: at least {case['floor']['seconds']:.2f} s, {share:.0%} of that for the {names[largest]}"
+        text = (
+            f"{name}: at least {case['floor']['seconds']:.2f} s, {share:.0%} of that for the"
+            f" {names[largest]}"
+        )
         if "share_of_floor" in case:
-            text += f"; took {case['measured_seconds']:.2f} s, so {case['share_of_floor']:.0%} was necessary"
+            text += (
+                f"; took {case['measured_seconds']:.2f} s, so {case['share_of_floor']:.0%} was"
+                " necessary"
+            )
         sentences.append(text)
     return ". ".join(sentences) + "."

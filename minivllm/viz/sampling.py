@@ -1,8 +1,9 @@
-"""Pictures for the engine's chapter: a step's tokens laid end to end, distributions and what filters leave of them,
-the ruler that a random number falls on, how often tokens are drawn, and the life of a request.
+"""Pictures for the engine's chapter: a step's tokens laid end to end, distributions and what
+filters leave of them, the ruler that a random number falls on, how often tokens are drawn, and the
+life of a request.
 
-`ruler` lays probabilities on a line from 0 to 1 in the order of the token ids, which is what `draw_ruler` shows. Plain
-numbers in, and traces; no torch.
+`ruler` lays probabilities on a line from 0 to 1 in the order of the token ids, which is what
+`draw_ruler` shows. Plain numbers in, and traces; no torch.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ _SOFT = {"fontsize": 9.5, "color": palette.SOFT_INK}
 _NARROW = 0.2
 
 
-# --- a step's tokens --------------------------------------------------------------------------------------------------
+# --- a step's tokens ------------------------------------------------------------------------------
 
 
 def draw_flat_batch(inputs: Any, block_size: int, words: Sequence[str] | None = None) -> Figure:
-    """Draw the tokens of a step: whose they are, their positions and slots, and which are asked what comes next.
+    """Draw the tokens of a step: whose they are, their positions and slots, and which are asked
+    what comes next.
 
-    inputs: a `minivllm.batch.BatchInputs`. words: what to write for each token; None writes the token ids.
+    inputs: a `minivllm.batch.BatchInputs`. words: what to write for each token; None writes the
+    token ids.
     """
     tokens, positions = inputs.token_ids.tolist(), inputs.positions.tolist()
     edges, slots = inputs.attention.query_start_loc.tolist(), inputs.attention.slot_mapping.tolist()
@@ -51,7 +54,11 @@ def draw_flat_batch(inputs: Any, block_size: int, words: Sequence[str] | None = 
         for i in range(begin, end):
             face = {"facecolor": color, "edgecolor": palette.PAPER, "linewidth": 1}
             ax.add_patch(Rectangle((i, 0.0), 1, 1, **face))
-            pale = {"facecolor": palette.tint(color, 0.25), "edgecolor": palette.PAPER, "linewidth": 1}
+            pale = {
+                "facecolor": palette.tint(color, 0.25),
+                "edgecolor": palette.PAPER,
+                "linewidth": 1,
+            }
             for y in (1.25, 2.5):
                 ax.add_patch(Rectangle((i, y), 1, 1, **pale))
             if width < _NARROW:
@@ -63,44 +70,80 @@ def draw_flat_batch(inputs: Any, block_size: int, words: Sequence[str] | None = 
             ax.text(i + 0.5, 3.0, str(slots[i]), color=palette.INK, **style)
     for edge in edges:
         ax.plot([edge, edge], [0, 4.15], color=palette.INK, linewidth=1.4, clip_on=False)
-        ax.text(edge, 4.6, str(edge), ha="center", va="center", fontsize=10, weight="bold", color=palette.INK)
+        ax.text(
+            edge,
+            4.6,
+            str(edge),
+            ha="center",
+            va="center",
+            fontsize=10,
+            weight="bold",
+            color=palette.INK,
+        )
     for i in asked:
         arrow = {"arrowstyle": "-|>", "color": palette.RESERVED, "linewidth": 1.6}
         ax.annotate("", (i + 0.5, 6.65), (i + 0.5, 5.2), arrowprops=arrow, annotation_clip=False)
-        ax.text(i + 0.5, 7.0, "next?", ha="center", va="center", fontsize=9.5, color=palette.RESERVED, weight="bold")
+        ax.text(
+            i + 0.5,
+            7.0,
+            "next?",
+            ha="center",
+            va="center",
+            fontsize=9.5,
+            color=palette.RESERVED,
+            weight="bold",
+        )
     labels = ("token", "position", "slot", "query_start_loc", "logits_indices")
     for y, name in zip((0.5, 1.75, 3.0, 4.6, 5.9), labels, strict=True):
-        ax.text(-0.012 * count, y, name, ha="right", va="center", fontsize=9, color=palette.SOFT_INK)
+        ax.text(
+            -0.012 * count, y, name, ha="right", va="center", fontsize=9, color=palette.SOFT_INK
+        )
     rows = [
-        f"{names[i]} {_plural(edges[i + 1] - edges[i], 'token')} from position {positions[edges[i]]}"
+        f"{names[i]} {_plural(edges[i + 1] - edges[i], 'token')} from position"
+        f" {positions[edges[i]]}"
         for i in range(num_rows)
     ]
-    alt = f"Picture: the {count} tokens of a step laid end to end, with positions and slots in blocks of {block_size}."
+    alt = (
+        f"Picture: the {count} tokens of a step laid end to end, with positions and slots in blocks"
+        f" of {block_size}."
+    )
     followed = [names[next(r for r in range(num_rows) if i < edges[r + 1])] for i in asked]
     followed = " and ".join(filter(None, [", ".join(followed[:-1]), *followed[-1:]])) or "nobody"
-    figure.text(0.01, 0.93, f"One step: {_plural(count, 'token')} of {_plural(num_rows, 'request')}", **_BOLD)
+    figure.text(
+        0.01,
+        0.93,
+        f"One step: {_plural(count, 'token')} of {_plural(num_rows, 'request')}",
+        **_BOLD,
+    )
     describe(figure, alt, f"{'; '.join(rows)}. A next token is chosen for {followed}.")
     return figure
 
 
-# --- distributions ----------------------------------------------------------------------------------------------------
+# --- distributions --------------------------------------------------------------------------------
 
 
-def draw_distributions(labels: Sequence[str], panels: Mapping[str, Sequence[float]], title: str = "") -> Figure:
-    """Draw distributions over the same tokens side by side: name -> probabilities; a 0 is drawn as cut off.
+def draw_distributions(
+    labels: Sequence[str], panels: Mapping[str, Sequence[float]], title: str = ""
+) -> Figure:
+    """Draw distributions over the same tokens side by side: name -> probabilities; a 0 is drawn as
+    cut off.
 
-    Where the first panel has a token that another lacks, the other shows its outline. ValueError for panels that do not
-    match the labels.
+    Where the first panel has a token that another lacks, the other shows its outline. ValueError
+    for panels that do not match the labels.
     """
     if not panels or any(len(values) != len(labels) for values in panels.values()):
-        raise ValueError(f"{len(labels)} labels, panels of {[len(values) for values in panels.values()]}.")
+        raise ValueError(
+            f"{len(labels)} labels, panels of {[len(values) for values in panels.values()]}."
+        )
     figure = Figure(0.95 + 0.27 * len(labels))
     height, first = figure.get_figheight(), next(iter(panels.values()))
     top = max(max(values) for values in panels.values())
     left, gap = 0.11, 0.025
     width = (0.99 - left - gap * (len(panels) - 1)) / len(panels)
     for column, (name, values) in enumerate(panels.items()):
-        ax = figure.add_axes((left + column * (width + gap), 0.12 / height, width, 1 - 0.95 / height))
+        ax = figure.add_axes(
+            (left + column * (width + gap), 0.12 / height, width, 1 - 0.95 / height)
+        )
         ax.set_xlim(0, 1.32 * top)
         ax.set_ylim(len(labels) - 0.5, -0.5)
         for i, value in enumerate(values):
@@ -109,13 +152,26 @@ def draw_distributions(labels: Sequence[str], panels: Mapping[str, Sequence[floa
                 ax.add_patch(Rectangle((0, i - 0.36), value, 0.72, facecolor=color, linewidth=0))
                 text, ink = f"{value:.2f}", palette.INK
             else:
-                ghost = {"facecolor": palette.FREE, "edgecolor": palette.LINE, "hatch": palette.HATCH_CACHED}
+                ghost = {
+                    "facecolor": palette.FREE,
+                    "edgecolor": palette.LINE,
+                    "hatch": palette.HATCH_CACHED,
+                }
                 ax.add_patch(Rectangle((0, i - 0.36), first[i], 0.72, linewidth=0.6, **ghost))
                 text, ink = "cut", palette.SOFT_INK
-            ax.text(max(value, first[i] * (value == 0)) + 0.02 * top, i, text, va="center", fontsize=8.5, color=ink)
+            ax.text(
+                max(value, first[i] * (value == 0)) + 0.02 * top,
+                i,
+                text,
+                va="center",
+                fontsize=8.5,
+                color=ink,
+            )
         ax.set_title(name, fontsize=10.5, color=palette.INK, loc="left")
         ax.set_xticks([])
-        ax.set_yticks(range(len(labels)), [_shown(label) if column == 0 else "" for label in labels])
+        ax.set_yticks(
+            range(len(labels)), [_shown(label) if column == 0 else "" for label in labels]
+        )
         plain_axes(ax)
         ax.tick_params(axis="y", colors=palette.INK, length=0, labelsize=10)
         ax.spines["bottom"].set_visible(False)
@@ -126,17 +182,22 @@ def draw_distributions(labels: Sequence[str], panels: Mapping[str, Sequence[floa
         kept = sum(value > 0 for value in values)
         left = f", {kept} of {len(labels)} left" if kept < len(labels) else ""
         parts.append(f"{name}: {_shown(labels[best])!r} has {values[best]:.2f}{left}")
-    alt = f"Chart: {_plural(len(panels), 'distribution')} over the same {len(labels)} tokens, side by side."
+    alt = (
+        f"Chart: {_plural(len(panels), 'distribution')} over the same {len(labels)} tokens, side by"
+        " side."
+    )
     describe(figure, alt, f"{'; '.join(parts)}.")
     return figure
 
 
-# --- the ruler --------------------------------------------------------------------------------------------------------
+# --- the ruler ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Draw:
-    """A token was chosen: u fell into the part of `chosen`. probabilities are of all tokens, in order of their ids."""
+    """A token was chosen: u fell into the part of `chosen`. probabilities are of all tokens, in
+    order of their ids.
+    """
 
     probabilities: tuple[float, ...]
     u: float
@@ -167,7 +228,8 @@ def ruler(probabilities: Sequence[float]) -> list[tuple[float, float]]:
 
 
 def draw_ruler(replay: SampledText, step: int = -1, names: int = 7) -> Figure:
-    """Draw the ruler of one step with its u: the likeliest tokens with their names, the others in grey.
+    """Draw the ruler of one step with its u: the likeliest tokens with their names, the others in
+    grey.
 
     step: index into replay.steps, negative from the end; IndexError for one that it lacks.
     """
@@ -187,34 +249,65 @@ def draw_ruler(replay: SampledText, step: int = -1, names: int = 7) -> Figure:
     for place, token in enumerate(sorted(likeliest)):
         begin, end = parts[token]
         color = palette.request_color(place)
-        ax.add_patch(Rectangle((begin, 1), end - begin, 0.8, facecolor=color, edgecolor=palette.PAPER, linewidth=0.8))
+        ax.add_patch(
+            Rectangle(
+                (begin, 1),
+                end - begin,
+                0.8,
+                facecolor=color,
+                edgecolor=palette.PAPER,
+                linewidth=0.8,
+            )
+        )
         name = _shown(replay.words[token])
         if end - begin > 0.011 * len(name) + 0.012:
-            style = {"ha": "center", "va": "center", "fontsize": 10.5, "color": palette.text_on(color)}
+            style = {
+                "ha": "center",
+                "va": "center",
+                "fontsize": 10.5,
+                "color": palette.text_on(color),
+            }
             ax.text((begin + end) / 2, 1.4, name, **style)
-            ax.text((begin + end) / 2, 0.72, f"{end - begin:.2f}", ha="center", va="center", **_SOFT)
+            ax.text(
+                (begin + end) / 2, 0.72, f"{end - begin:.2f}", ha="center", va="center", **_SOFT
+            )
     begin, end = parts[draw.chosen]
     ax.plot([draw.u, draw.u], [0.9, 2.15], color=palette.INK, linewidth=2.2)
-    ax.add_patch(Rectangle((begin, 1), max(end - begin, 0.002), 0.8, fill=False, edgecolor=palette.INK, linewidth=2))
+    ax.add_patch(
+        Rectangle(
+            (begin, 1), max(end - begin, 0.002), 0.8, fill=False, edgecolor=palette.INK, linewidth=2
+        )
+    )
     side = "left" if draw.u < 0.2 else "right" if draw.u > 0.8 else "center"
     label = f"u = {draw.u:.3f}  →  {_shown(replay.words[draw.chosen])!r}"
     ax.text(draw.u, 2.42, label, ha=side, va="center", **_BOLD)
     for x, text, align in ((0, "0", "left"), (1, "1", "right")):
         ax.text(x, 0.25, text, ha=align, va="center", **_SOFT)
-    ax.text(0.5, 0.25, "tokens in order of their ids; grey: all others", ha="center", va="center", **_SOFT)
+    ax.text(
+        0.5,
+        0.25,
+        "tokens in order of their ids; grey: all others",
+        ha="center",
+        va="center",
+        **_SOFT,
+    )
     text = draw.before.replace("\n", " ")
     figure.text(0.02, 0.86, f"… {text[-68:]} ▁" if len(text) > 70 else f"{text} ▁", **_BOLD)
-    alt = f"Picture: the probabilities of step {step} laid on a line from 0 to 1, and the random number on it."
+    alt = (
+        f"Picture: the probabilities of step {step} laid on a line from 0 to 1, and the random"
+        " number on it."
+    )
     rest = 1 - sum(parts[i][1] - parts[i][0] for i in likeliest)
     caption = (
-        f"Step {step}: u = {draw.u:.3f} falls into the part of {_shown(replay.words[draw.chosen])!r}, from {begin:.3f} "
-        f"to {end:.3f}. The {len(likeliest)} likeliest take {1 - rest:.2f} of the line."
+        f"Step {step}: u = {draw.u:.3f} falls into the part of"
+        f" {_shown(replay.words[draw.chosen])!r}, from {begin:.3f} to {end:.3f}. The"
+        f" {len(likeliest)} likeliest take {1 - rest:.2f} of the line."
     )
     describe(figure, alt, caption)
     return figure
 
 
-# --- how often --------------------------------------------------------------------------------------------------------
+# --- how often ------------------------------------------------------------------------------------
 
 
 def draw_frequencies(
@@ -224,11 +317,12 @@ def draw_frequencies(
 
     ValueError where the lengths differ, or nothing was drawn.
     """
-    if any(len(counts) != len(labels) or not sum(counts) for counts in draws.values()) or len(probabilities) != len(
-        labels
-    ):
+    if any(len(counts) != len(labels) or not sum(counts) for counts in draws.values()) or len(
+        probabilities
+    ) != len(labels):
         raise ValueError(
-            f"{len(labels)} labels, {len(probabilities)} probabilities, draws of {list(map(len, draws.values()))}."
+            f"{len(labels)} labels, {len(probabilities)} probabilities, draws of"
+            f" {list(map(len, draws.values()))}."
         )
     figure = Figure(3.0)
     ax = figure.add_axes((0.065, 0.13, 0.925, 0.73))
@@ -251,13 +345,18 @@ def draw_frequencies(
         name: 100 * sum(abs(a - b) for a, b in zip(values, probabilities, strict=True)) / 2
         for name, values in shares.items()
     }
-    parts = [f"{name}: {gap:.0f} % of the draws fell on another token" for name, gap in gaps.items()]
-    alt = f"Chart: the probabilities of {len(labels)} tokens, and the shares with which they were drawn."
+    parts = [
+        f"{name}: {gap:.0f} % of the draws fell on another token" for name, gap in gaps.items()
+    ]
+    alt = (
+        f"Chart: the probabilities of {len(labels)} tokens, and the shares with which they were"
+        " drawn."
+    )
     describe(figure, alt, f"Against the probabilities, {'; '.join(parts)}.")
     return figure
 
 
-# --- the life of a request --------------------------------------------------------------------------------------------
+# --- the life of a request ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -278,13 +377,19 @@ class Life:
     @property
     def tpot(self) -> float:
         """Mean steps between tokens after the first; 0 where there is only one."""
-        return (self.finished - self.first_token) / (self.num_tokens - 1) if self.num_tokens > 1 else 0.0
+        return (
+            (self.finished - self.first_token) / (self.num_tokens - 1)
+            if self.num_tokens > 1
+            else 0.0
+        )
 
 
 def life(trace: Trace, name: str, arrival: int = 0) -> Life:
-    """What happened to the sequence called name ("3/0"), in a trace in which it came before step `arrival`.
+    """What happened to the sequence called name ("3/0"), in a trace in which it came before step
+    `arrival`.
 
-    KeyError for a name that the trace lacks; ValueError for a sequence that got no token or has not finished.
+    KeyError for a name that the trace lacks; ValueError for a sequence that got no token or has not
+    finished.
     """
     row = {row.name: row for row in timeline(trace)}[name]
     sampled = [
@@ -301,7 +406,9 @@ def life(trace: Trace, name: str, arrival: int = 0) -> Life:
 
 
 def draw_life(trace: Trace, name: str, arrival: int = 0) -> Figure:
-    """Draw one request from its arrival to its last token: waiting, its prompt, its decodes; TTFT and TPOT in steps."""
+    """Draw one request from its arrival to its last token: waiting, its prompt, its decodes; TTFT
+    and TPOT in steps.
+    """
     found = life(trace, name, arrival)
     steps = len(found.states)
     figure = Figure(2.4)
@@ -311,13 +418,23 @@ def draw_life(trace: Trace, name: str, arrival: int = 0) -> Figure:
     ax.set_axis_off()
     for i, state in enumerate(found.states):
         color, height, hatch = STYLES.get(state, (palette.FREE, 0.46, ""))
-        style = {"facecolor": color, "edgecolor": palette.PAPER, "linewidth": 0.8 if steps < 90 else 0, "hatch": hatch}
+        style = {
+            "facecolor": color,
+            "edgecolor": palette.PAPER,
+            "linewidth": 0.8 if steps < 90 else 0,
+            "hatch": hatch,
+        }
         ax.add_patch(Rectangle((i, 1.5 - height / 2), 1, height, **style))
     _bracket(ax, 0, found.ttft, 0.55, f"time to first token: {_plural(found.ttft, 'step')}")
     if found.num_tokens > 1:
         text = f"{found.num_tokens - 1} more tokens in {found.finished - found.first_token} steps"
         _bracket(ax, found.ttft, steps, 2.45, f"{text}: {found.tpot:.2f} steps each", below=True)
-    marks = [(0, "asked"), (found.first_scheduled, "in a batch"), (found.ttft, "first word"), (steps, "done")]
+    marks = [
+        (0, "asked"),
+        (found.first_scheduled, "in a batch"),
+        (found.ttft, "first word"),
+        (steps, "done"),
+    ]
     for i, (x, label) in enumerate(marks):
         if i == 1 and x < 0.1 * steps:
             continue  # at once: no room, and nothing to say
@@ -329,8 +446,9 @@ def draw_life(trace: Trace, name: str, arrival: int = 0) -> Figure:
     prompt = sum(state in ("prefill", "chunk") for state in found.states)
     alt = f"Timeline: one request over {steps} steps, from its arrival to its last token."
     caption = (
-        f"It waits for {_plural(waits, 'step')}, its prompt takes {prompt}, and the first token is there after "
-        f"{found.ttft}. {_plural(found.num_tokens, 'token')} in all; after the first, {found.tpot:.2f} steps each."
+        f"It waits for {_plural(waits, 'step')}, its prompt takes {prompt}, and the first token is"
+        f" there after {found.ttft}. {_plural(found.num_tokens, 'token')} in all; after the first,"
+        f" {found.tpot:.2f} steps each."
     )
     describe(figure, alt, caption)
     return figure
@@ -341,11 +459,17 @@ def _bracket(ax: Axes, begin: float, end: float, y: float, text: str, below: boo
     ax.plot([begin, begin, end, end], [tip, y, y, tip], color=palette.RESERVED, linewidth=1.6)
     middle, limits = (begin + end) / 2, ax.get_xlim()
     align, x = ("left", limits[0]) if end < 0.25 * limits[1] else ("center", middle)
-    style = {"ha": align, "va": "center", "fontsize": 10.5, "weight": "bold", "color": palette.RESERVED}
+    style = {
+        "ha": align,
+        "va": "center",
+        "fontsize": 10.5,
+        "weight": "bold",
+        "color": palette.RESERVED,
+    }
     ax.text(x, y + (0.36 if below else -0.36), text, **style)
 
 
-# --- helpers ----------------------------------------------------------------------------------------------------------
+# --- helpers --------------------------------------------------------------------------------------
 
 
 def _shown(label: str) -> str:

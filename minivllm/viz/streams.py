@@ -1,7 +1,8 @@
-"""A CPU and a GPU at work, and what a batch padded to a recorded size does: two timelines, buckets, rows, writes.
+"""A CPU and a GPU at work, and what a batch padded to a recorded size does: two timelines, buckets,
+rows, writes.
 
-`draw_streams` takes anything with lane, name, kind, start and end, such as `minivllm.course.streams.Span`; the others
-take plain numbers. The library knows nothing of them.
+`draw_streams` takes anything with lane, name, kind, start and end, such as
+`minivllm.course.streams.Span`; the others take plain numbers. The library knows nothing of them.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ LANES = ("CPU", "GPU")
 REAL, PADDING = palette.USED, palette.WASTED
 #: A place written by somebody who must not.
 HARM = palette.RESERVED
-#: Inches of a lane, of a run's heading, and around all runs. Narrower bars (inches) get no edge, and no name.
+#: Inches of a lane, of a run's heading, and around all runs. Narrower bars (inches) get no edge,
+#: and no name.
 _LANE, _HEAD, _TOP, _BOTTOM, _LEFT, _RIGHT = 0.42, 0.42, 0.1, 0.95, 0.62, 0.25
 _EDGE_BAR, _LETTER = 0.05, 0.078
 
@@ -88,7 +90,14 @@ def draw_streams(runs: Mapping[str, Sequence[SpanLike]], ax: Axes | None = None)
     own_figure = ax is None
     figure, ax = prepare(ax, height)
     if own_figure:
-        ax.set_position((_LEFT / WIDTH, _BOTTOM / height, 1 - (_LEFT + _RIGHT) / WIDTH, 1 - (_TOP + _BOTTOM) / height))
+        ax.set_position(
+            (
+                _LEFT / WIDTH,
+                _BOTTOM / height,
+                1 - (_LEFT + _RIGHT) / WIDTH,
+                1 - (_TOP + _BOTTOM) / height,
+            )
+        )
     longest = max(run.total for run in times.values())
     unit, name = (1.0, "microseconds") if longest < 10_000 else (1000.0, "milliseconds")
     inches = (WIDTH - _LEFT - _RIGHT) / longest
@@ -97,43 +106,80 @@ def draw_streams(runs: Mapping[str, Sequence[SpanLike]], ax: Axes | None = None)
         _draw_heading(ax, y, title, times[title], unit, longest)
         y += _HEAD
         for lane in LANES:
-            ax.add_patch(Rectangle((0, y), times[title].total / unit, _LANE, facecolor=palette.FREE, linewidth=0))
+            ax.add_patch(
+                Rectangle(
+                    (0, y), times[title].total / unit, _LANE, facecolor=palette.FREE, linewidth=0
+                )
+            )
             ax.annotate(
-                lane, (0, y + _LANE / 2), (-6, 0), textcoords="offset points", ha="right", va="center", fontsize=9,
-                weight="bold", color=palette.INK,
-            )  # fmt: skip
+                lane,
+                (0, y + _LANE / 2),
+                (-6, 0),
+                textcoords="offset points",
+                ha="right",
+                va="center",
+                fontsize=9,
+                weight="bold",
+                color=palette.INK,
+            )
             for span in spans:
                 if span.lane == lane:
                     _draw_span(ax, span, y, unit, inches)
             y += _LANE
     _style_streams(ax, longest / unit, y, name)
-    _stream_legend(figure, [span.kind for spans in runs.values() for span in spans], height, own_figure)
+    _stream_legend(
+        figure, [span.kind for spans in runs.values() for span in spans], height, own_figure
+    )
     describe(figure, _streams_alt(runs), _streams_caption(times))
     return figure
 
 
-def _draw_heading(ax: Axes, y: float, title: str, run: LaneTimes, unit: float, longest: float) -> None:
-    ax.text(0, y + _HEAD * 0.68, title, fontsize=10.5, weight="bold", color=palette.INK, va="center")
+def _draw_heading(
+    ax: Axes, y: float, title: str, run: LaneTimes, unit: float, longest: float
+) -> None:
     ax.text(
-        longest / unit, y + _HEAD * 0.68, f"{_duration(run.total)}, GPU busy {run.gpu_share:.0%}", fontsize=9,
-        color=palette.SOFT_INK, ha="right", va="center",
-    )  # fmt: skip
+        0, y + _HEAD * 0.68, title, fontsize=10.5, weight="bold", color=palette.INK, va="center"
+    )
+    ax.text(
+        longest / unit,
+        y + _HEAD * 0.68,
+        f"{_duration(run.total)}, GPU busy {run.gpu_share:.0%}",
+        fontsize=9,
+        color=palette.SOFT_INK,
+        ha="right",
+        va="center",
+    )
 
 
 def _draw_span(ax: Axes, span: SpanLike, y: float, unit: float, inches: float) -> None:
     color, hatch, _ = KINDS[span.kind]
     wide, pad = (span.end - span.start) * inches, 0.05
-    box = Rectangle((span.start / unit, y + pad), (span.end - span.start) / unit, _LANE - 2 * pad, facecolor=color)
+    box = Rectangle(
+        (span.start / unit, y + pad),
+        (span.end - span.start) / unit,
+        _LANE - 2 * pad,
+        facecolor=color,
+    )
     box.set(linewidth=0.6 if wide >= _EDGE_BAR else 0, edgecolor=palette.PAPER)
     if hatch:
         box.set(hatch=hatch, edgecolor=palette.LINE)
     ax.add_patch(box)
     if wide >= _LETTER * (len(span.name) + 1):
-        words = {"boxstyle": "square,pad=0.12", "facecolor": color, "edgecolor": "none"} if hatch else None
+        words = (
+            {"boxstyle": "square,pad=0.12", "facecolor": color, "edgecolor": "none"}
+            if hatch
+            else None
+        )
         ax.text(
-            (span.start + span.end) / 2 / unit, y + _LANE / 2, span.name, fontsize=8.5, ha="center", va="center",
-            color=palette.text_on(color), bbox=words,
-        )  # fmt: skip
+            (span.start + span.end) / 2 / unit,
+            y + _LANE / 2,
+            span.name,
+            fontsize=8.5,
+            ha="center",
+            va="center",
+            color=palette.text_on(color),
+            bbox=words,
+        )
 
 
 def _style_streams(ax: Axes, longest: float, bottom: float, unit: str) -> None:
@@ -157,9 +203,17 @@ def _stream_legend(figure: Figure, kinds: Sequence[str], height: float, own_figu
         if kind in kinds
     ]
     figure.legend(
-        handles=handles, loc="lower left", bbox_to_anchor=(_LEFT / WIDTH - 0.01, 0.06 / height), ncols=5, frameon=False,
-        fontsize=8.5, labelcolor=palette.INK, handlelength=1.4, columnspacing=1.2, handletextpad=0.5,
-    )  # fmt: skip
+        handles=handles,
+        loc="lower left",
+        bbox_to_anchor=(_LEFT / WIDTH - 0.01, 0.06 / height),
+        ncols=5,
+        frameon=False,
+        fontsize=8.5,
+        labelcolor=palette.INK,
+        handlelength=1.4,
+        columnspacing=1.2,
+        handletextpad=0.5,
+    )
 
 
 def _duration(us: float) -> str:
@@ -167,7 +221,10 @@ def _duration(us: float) -> str:
 
 
 def _streams_alt(runs: Mapping[str, Any]) -> str:
-    return f"Chart: what a CPU and a GPU do over time, a lane for each, in {_plural(len(runs), 'run')}."
+    return (
+        "Chart: what a CPU and a GPU do over time, a lane for each, in"
+        f" {_plural(len(runs), 'run')}."
+    )
 
 
 def _streams_caption(times: Mapping[str, LaneTimes]) -> str:
@@ -175,7 +232,9 @@ def _streams_caption(times: Mapping[str, LaneTimes]) -> str:
     for title, run in times.items():
         text = f"{title}: {_words(run.total)}, of which the GPU is busy {run.gpu_share:.0%}"
         counts = [_plural(run.launches, "launch", "launches")] * bool(run.launches)
-        counts += [_plural(run.replays, "launch of a graph", "launches of a graph")] * bool(run.replays)
+        counts += [_plural(run.replays, "launch of a graph", "launches of a graph")] * bool(
+            run.replays
+        )
         text += f", after {' and '.join(counts)}" if counts else ""
         text += f"; the CPU waits {_words(run.waiting)}" if run.waiting else ""
         parts.append(text)
@@ -191,22 +250,27 @@ def _plural(count: int, word: str, many: str = "") -> str:
     return f"{count:,} {word if count == 1 else many or word + 's'}"
 
 
-# --- buckets ----------------------------------------------------------------------------------------------------------
+# --- buckets --------------------------------------------------------------------------------------
 
 
 def recorded_size(sizes: Sequence[int], count: int) -> int:
-    """The smallest recorded size for so many sequences. ValueError where the largest is too small."""
+    """The smallest recorded size for so many sequences. ValueError where the largest is too
+    small.
+    """
     ordered = sorted(sizes)
     if not ordered or count > ordered[-1]:
         raise ValueError(f"no graph for {count} sequences: the recorded sizes are {ordered}")
     return ordered[bisect_left(ordered, count)]
 
 
-def draw_buckets(choices: Mapping[str, Sequence[int]], seen: Mapping[int, int], ax: Axes | None = None) -> Figure:
+def draw_buckets(
+    choices: Mapping[str, Sequence[int]], seen: Mapping[int, int], ax: Axes | None = None
+) -> Figure:
     """Recorded sizes, and what they make of the batches that were seen.
 
-    choices: title -> sizes. seen: sequences in a step -> how many steps had so many. A panel for each choice: a step of
-    n sequences computes n rows, and padding up to the stairs. ax: draw the only choice there.
+    choices: title -> sizes. seen: sequences in a step -> how many steps had so many. A panel for
+    each choice: a step of n sequences computes n rows, and padding up to the stairs. ax: draw the
+    only choice there.
     """
     top = max(max(sizes) for sizes in choices.values())
     for sizes in choices.values():
@@ -218,8 +282,9 @@ def draw_buckets(choices: Mapping[str, Sequence[int]], seen: Mapping[int, int], 
         figure.delaxes(first)
         wide = (1 - 0.11) / len(choices)
         axes = [
-            figure.add_axes((0.06 + i * (wide + 0.01), 0.24, wide - 0.02, 0.6)) for i in range(len(choices))
-        ]  # fmt: skip
+            figure.add_axes((0.06 + i * (wide + 0.01), 0.24, wide - 0.02, 0.6))
+            for i in range(len(choices))
+        ]
     elif len(choices) > 1:
         raise ValueError("one choice on axes of your own")
     for axes_of, (title, sizes) in zip(axes, choices.items(), strict=True):
@@ -234,14 +299,22 @@ def draw_buckets(choices: Mapping[str, Sequence[int]], seen: Mapping[int, int], 
             Patch(facecolor=palette.CACHED, label="how many steps had so many sequences"),
         ]
         figure.legend(
-            handles=handles, loc="lower left", bbox_to_anchor=(0.05, 0.0), ncols=3, frameon=False, fontsize=8.5,
-            labelcolor=palette.INK, handlelength=1.4,
-        )  # fmt: skip
+            handles=handles,
+            loc="lower left",
+            bbox_to_anchor=(0.05, 0.0),
+            ncols=3,
+            frameon=False,
+            fontsize=8.5,
+            labelcolor=palette.INK,
+            handlelength=1.4,
+        )
     describe(figure, _buckets_alt(choices, seen), _buckets_caption(choices, seen))
     return figure
 
 
-def _draw_choice(ax: Axes, title: str, sizes: Sequence[int], seen: Mapping[int, int], top: int) -> None:
+def _draw_choice(
+    ax: Axes, title: str, sizes: Sequence[int], seen: Mapping[int, int], top: int
+) -> None:
     counts = range(1, top + 1)
     rows = [recorded_size(sizes, n) if n <= max(sizes) else n for n in counts]
     edges = [n - 0.5 for n in range(1, top + 2)]
@@ -249,17 +322,31 @@ def _draw_choice(ax: Axes, title: str, sizes: Sequence[int], seen: Mapping[int, 
     steps = [0.3 * top * seen.get(n, 0) / most for n in counts]
     ax.stairs(steps, edges, fill=True, color=palette.CACHED, baseline=0, zorder=3)
     ax.stairs(list(counts), edges, fill=True, color=REAL, zorder=1)
-    hatched = ax.stairs(rows, edges, baseline=list(counts), fill=True, facecolor=palette.PAPER, zorder=2)
+    hatched = ax.stairs(
+        rows, edges, baseline=list(counts), fill=True, facecolor=palette.PAPER, zorder=2
+    )
     hatched.set(hatch="////", edgecolor=PADDING, linewidth=0)
     ax.stairs(rows, edges, baseline=None, color=palette.INK, linewidth=1.1, zorder=4)
     ax.set_xlim(0.5, top + 0.5)
     ax.set_ylim(0, top * 1.04)
     share = padded_rows(sizes, seen) / sum(n * steps for n, steps in seen.items())
     ax.set_title(
-        f"{title}: {_plural(len(set(sizes)), 'graph')}", loc="left", fontsize=10.5, weight="bold", color=palette.INK
+        f"{title}: {_plural(len(set(sizes)), 'graph')}",
+        loc="left",
+        fontsize=10.5,
+        weight="bold",
+        color=palette.INK,
     )
     box = {"boxstyle": "square,pad=0.2", "facecolor": palette.PAPER, "edgecolor": "none"}
-    ax.text(0.04 * top, 0.92 * top, f"{share:.1%} more rows", fontsize=9, color=palette.INK, bbox=box, zorder=5)
+    ax.text(
+        0.04 * top,
+        0.92 * top,
+        f"{share:.1%} more rows",
+        fontsize=9,
+        color=palette.INK,
+        bbox=box,
+        zorder=5,
+    )
     ax.set_xlabel("sequences in the step", fontsize=9.5, color=palette.SOFT_INK)
     ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
@@ -273,8 +360,8 @@ def padded_rows(sizes: Sequence[int], seen: Mapping[int, int]) -> int:
 
 def _buckets_alt(choices: Mapping[str, Sequence[int]], seen: Mapping[int, int]) -> str:
     return (
-        f"Chart: for every number of sequences in a step, up to {max(seen)}, how many rows are computed with "
-        f"{_plural(len(choices), 'choice')} of recorded sizes."
+        f"Chart: for every number of sequences in a step, up to {max(seen)}, how many rows are"
+        f" computed with {_plural(len(choices), 'choice')} of recorded sizes."
     )
 
 
@@ -284,12 +371,13 @@ def _buckets_caption(choices: Mapping[str, Sequence[int]], seen: Mapping[int, in
     for title, sizes in choices.items():
         rows = padded_rows(sizes, seen)
         parts.append(
-            f"{title}: {_plural(len(set(sizes)), 'graph')}, {_plural(rows, 'row')} of padding ({rows / total:.1%})."
+            f"{title}: {_plural(len(set(sizes)), 'graph')}, {_plural(rows, 'row')} of padding"
+            f" ({rows / total:.1%})."
         )
     return " ".join(parts)
 
 
-# --- one batch after the other ----------------------------------------------------------------------------------------
+# --- one batch after the other --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -309,7 +397,9 @@ class PaddingReplay:
 
 
 def replay_padding(counts: Iterable[int], sizes: Sequence[int]) -> PaddingReplay:
-    """counts: sequences in each step. sizes: what is recorded. ValueError for a step that fits no graph."""
+    """counts: sequences in each step. sizes: what is recorded. ValueError for a step that fits no
+    graph.
+    """
     steps = tuple(PaddedStep(count, recorded_size(sizes, count)) for count in counts)
     return PaddingReplay(steps, tuple(sorted(sizes)))
 
@@ -330,7 +420,9 @@ def draw_padding(replay: PaddingReplay, step: int = -1, ax: Axes | None = None) 
     ax.axvline(step + 0.5, color=palette.INK, linewidth=1.2, linestyle=(0, (3, 2)))
     ax.set_xlim(0, len(replay.steps))
     ax.set_ylim(0, max(sizes) * 1.08)
-    ax.set_title("Rows of each step's graph", loc="left", fontsize=12, weight="bold", color=palette.INK)
+    ax.set_title(
+        "Rows of each step's graph", loc="left", fontsize=12, weight="bold", color=palette.INK
+    )
     ax.set_xlabel("step", fontsize=9.5, color=palette.SOFT_INK)
     ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     plain_axes(ax)
@@ -348,7 +440,9 @@ def _draw_rows(figure: Figure, replay: PaddingReplay, now: PaddedStep, step: int
     rows.set_ylim(0, 1.75)
     for row in range(now.size):
         real = row < now.count
-        box = Rectangle((row + 0.06, 0.1), 0.88, 0.8, facecolor=REAL if real else palette.PAPER, linewidth=0.8)
+        box = Rectangle(
+            (row + 0.06, 0.1), 0.88, 0.8, facecolor=REAL if real else palette.PAPER, linewidth=0.8
+        )
         box.set(edgecolor=REAL if real else PADDING, hatch="" if real else "////")
         rows.add_patch(box)
     words = f"step {step}: {_plural(now.count, 'sequence')} in the graph of {now.size}"
@@ -357,8 +451,8 @@ def _draw_rows(figure: Figure, replay: PaddingReplay, now: PaddedStep, step: int
 
 def _padding_alt(replay: PaddingReplay, step: int) -> str:
     return (
-        f"Chart: sequences and padded rows of {_plural(len(replay.steps), 'step')}, and below it the rows of step "
-        f"{step}."
+        f"Chart: sequences and padded rows of {_plural(len(replay.steps), 'step')}, and below it"
+        f" the rows of step {step}."
     )
 
 
@@ -367,18 +461,21 @@ def _padding_caption(replay: PaddingReplay, step: int) -> str:
     padding = now.size - now.count
     total = sum(s.count for s in replay.steps)
     return (
-        f"Step {step}: {_plural(now.count, 'sequence')} in the graph of {now.size}, {padding} of its rows padding. "
-        f"Over all {len(replay.steps)} steps {sum(s.size for s in replay.steps) - total:,} rows of padding beside "
-        f"{total:,} of sequences."
+        f"Step {step}: {_plural(now.count, 'sequence')} in the graph of {now.size}, {padding} of"
+        f" its rows padding. Over all {len(replay.steps)} steps"
+        f" {sum(s.size for s in replay.steps) - total:,} rows of padding beside {total:,} of"
+        " sequences."
     )
 
 
-# --- what a step wrote ------------------------------------------------------------------------------------------------
+# --- what a step wrote ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Write:
-    """A place of the cache that changed. owner: the letter of the table that it belongs to, "" for nobody's."""
+    """A place of the cache that changed. owner: the letter of the table that it belongs to, "" for
+    nobody's.
+    """
 
     block: int
     offset: int
@@ -387,9 +484,13 @@ class Write:
 
 
 def find_writes(
-    before: Any, after: Any, tables: Mapping[str, Sequence[int]], expected: Iterable[tuple[int, int]]
+    before: Any,
+    after: Any,
+    tables: Mapping[str, Sequence[int]],
+    expected: Iterable[tuple[int, int]],
 ) -> list[Write]:
-    """Places that differ. before, after: a number for each place, [num_blocks][block_size]. tables: letter -> blocks.
+    """Places that differ. before, after: a number for each place, [num_blocks][block_size]. tables:
+    letter -> blocks.
 
     expected: (block, offset) of the places that the step's sequences write.
     """
@@ -404,12 +505,17 @@ def find_writes(
 
 
 def draw_writes(
-    before: Any, after: Any, tables: Mapping[str, Sequence[int]], expected: Iterable[tuple[int, int]],
+    before: Any,
+    after: Any,
+    tables: Mapping[str, Sequence[int]],
+    expected: Iterable[tuple[int, int]],
     ax: Axes | None = None,
-) -> Figure:  # fmt: skip
-    """The blocks of some sequences, and the places that a step wrote: a dot where it should, a cross where not.
+) -> Figure:
+    """The blocks of some sequences, and the places that a step wrote: a dot where it should, a
+    cross where not.
 
-    Arguments as of `find_writes`. Blocks stand in the order of the tables, a row of blocks a sequence.
+    Arguments as of `find_writes`. Blocks stand in the order of the tables, a row of blocks a
+    sequence.
     """
     writes = find_writes(before, after, tables, expected)
     shown = {letter: list(blocks) for letter, blocks in tables.items()}
@@ -427,7 +533,15 @@ def draw_writes(
     ax.set_ylim(height, 0)
     ax.axis("off")
     cell = min((WIDTH - 1.1 - 0.12 * most) / (most * size), 0.24)
-    ax.text(0.15, 0.26, "What one step wrote", fontsize=12, weight="bold", color=palette.INK, va="center")
+    ax.text(
+        0.15,
+        0.26,
+        "What one step wrote",
+        fontsize=12,
+        weight="bold",
+        color=palette.INK,
+        va="center",
+    )
     by_place = {(w.block, w.offset): w for w in writes}
     y = 0.5
     letters = [palette.request_letter(index) for index in range(64)]
@@ -440,7 +554,10 @@ def draw_writes(
             _draw_block(ax, x, y, row, cell, block, after, by_place, color)
             x += cell * size + 0.12
         y += row + gap
-    notes = "●  written by the sequence that it belongs to      ✕  written by somebody else      number: the block"
+    notes = (
+        "●  written by the sequence that it belongs to      ✕  written by somebody else     "
+        " number: the block"
+    )
     ax.text(0.95, height - 0.17, notes, fontsize=8.5, color=palette.INK, va="center")
     describe(figure, _writes_alt(shown), _writes_caption(writes))
     return figure
@@ -449,13 +566,28 @@ def draw_writes(
 def _draw_owner(ax: Axes, y: float, row: float, letter: str, color: str) -> None:
     chip = {"boxstyle": "square,pad=0.25", "facecolor": color, "edgecolor": "none"}
     ax.text(
-        0.75, y + row / 2, letter, fontsize=8.5, weight="bold", ha="right", va="center", bbox=chip,
+        0.75,
+        y + row / 2,
+        letter,
+        fontsize=8.5,
+        weight="bold",
+        ha="right",
+        va="center",
+        bbox=chip,
         color=palette.text_on(color),
-    )  # fmt: skip
+    )
 
 
 def _draw_block(
-    ax: Axes, x: float, y: float, row: float, cell: float, block: int, after: Any, writes: dict, color: str
+    ax: Axes,
+    x: float,
+    y: float,
+    row: float,
+    cell: float,
+    block: int,
+    after: Any,
+    writes: dict,
+    color: str,
 ) -> None:
     size = len(after[block])
     for offset in range(size):
@@ -464,16 +596,31 @@ def _draw_block(
         face = palette.tint(color, 0.45) if filled else palette.FREE
         if write is not None:
             face = color if write.allowed else palette.PAPER
-        box = Rectangle((x + offset * cell, y), cell, row, facecolor=face, edgecolor=palette.PAPER, linewidth=0.5)
+        box = Rectangle(
+            (x + offset * cell, y),
+            cell,
+            row,
+            facecolor=face,
+            edgecolor=palette.PAPER,
+            linewidth=0.5,
+        )
         ax.add_patch(box)
         if write is not None:
             mark = "●" if write.allowed else "✕"
             ink = palette.text_on(color) if write.allowed else HARM
             ax.text(
-                x + (offset + 0.5) * cell, y + row / 2, mark, fontsize=6 if write.allowed else 11, weight="bold",
-                color=ink, ha="center", va="center",
-            )  # fmt: skip
-    ax.add_patch(Rectangle((x, y), cell * size, row, fill=False, edgecolor=palette.SOFT_INK, linewidth=0.9))
+                x + (offset + 0.5) * cell,
+                y + row / 2,
+                mark,
+                fontsize=6 if write.allowed else 11,
+                weight="bold",
+                color=ink,
+                ha="center",
+                va="center",
+            )
+    ax.add_patch(
+        Rectangle((x, y), cell * size, row, fill=False, edgecolor=palette.SOFT_INK, linewidth=0.9)
+    )
     ax.text(x + 0.03, y + 0.075, str(block), fontsize=6.5, color=palette.SOFT_INK, va="center")
 
 
@@ -484,9 +631,15 @@ def _writes_alt(shown: Mapping[str, Sequence[int]]) -> str:
 def _writes_caption(writes: Sequence[Write]) -> str:
     right = [w for w in writes if w.allowed]
     wrong = [w for w in writes if not w.allowed]
-    text = f"{_plural(len(writes), 'place')} written, {len(right)} of them by the sequence that it belongs to."
+    text = (
+        f"{_plural(len(writes), 'place')} written, {len(right)} of them by the sequence that it"
+        " belongs to."
+    )
     for w in wrong[:4]:
-        text += f" Block {w.block}, place {w.offset}, of {w.owner or 'nobody'}, was written by somebody else."
+        text += (
+            f" Block {w.block}, place {w.offset}, of {w.owner or 'nobody'}, was written by somebody"
+            " else."
+        )
     if len(wrong) > 4:
         text += f" And {len(wrong) - 4} more."
     return text

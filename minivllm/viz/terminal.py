@@ -1,7 +1,8 @@
-"""The same pictures for a terminal, as rich renderables: block tables, KV memory, and a trace as a table.
+"""The same pictures for a terminal, as rich renderables: block tables, KV memory, and a trace as a
+table.
 
-Every cell says what it is twice, by colour and by a character, so that nothing depends on telling colours apart.
-Names and texts of strangers are made safe here, and once more by `SafeConsole`.
+Every cell says what it is twice, by colour and by a character, so that nothing depends on telling
+colours apart. Names and texts of strangers are made safe here, and once more by `SafeConsole`.
 """
 
 from __future__ import annotations
@@ -31,12 +32,16 @@ SHARED_MARK = "="
 
 
 class SafeConsole(Console):
-    """A console for texts of strangers: none steers the terminal, and "[red]" is a word like others."""
+    """A console for texts of strangers: none steers the terminal, and "[red]" is a word like
+    others.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"markup": False, "emoji": False, "highlight": False, **options})
 
-    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
             text, style, control = segment
             # Control segments are rich's own: they move the cursor of a live view.
@@ -57,9 +62,11 @@ def used_blocks(trace: Trace, record: StepRecord) -> int:
 def block_table_cells(
     trace: Trace, record: StepRecord, label: str, color: str, shared: set[int], max_cells: int
 ) -> Text:
-    """One sequence's block table: a cell a block with its id, then "=" if shared, or how full it is if not full.
+    """One sequence's block table: a cell a block with its id, then "=" if shared, or how full it is
+    if not full.
 
-    shared: `shared_blocks(record)`. max_cells: with more blocks than that, their number stands for the first ones.
+    shared: `shared_blocks(record)`. max_cells: with more blocks than that, their number stands for
+    the first ones.
     """
     table, computed = record.block_tables[label], record.num_computed_tokens[label]
     width = len(str(trace.num_blocks - 1))
@@ -71,7 +78,9 @@ def block_table_cells(
     for position in range(first, len(table)):
         block = table[position]
         filled = min(max(computed - position * trace.block_size, 0), trace.block_size)
-        mark = FILL[max(1, 8 * filled // trace.block_size)] if 0 < filled < trace.block_size else " "
+        mark = (
+            FILL[max(1, 8 * filled // trace.block_size)] if 0 < filled < trace.block_size else " "
+        )
         if block in shared:
             text.append(f"{block:>{width}}{SHARED_MARK}", style=SHARED_STYLE)
         elif filled:
@@ -83,13 +92,17 @@ def block_table_cells(
 
 
 def request_tag(index: int) -> Text:
-    """The letter of the index-th request on its colour, which reads on dark and light terminals alike."""
+    """The letter of the index-th request on its colour, which reads on dark and light terminals
+    alike.
+    """
     color = request_color(index)
     return Text(f"{request_letter(index):^3}", style=f"bold {text_on(color)} on {color}")
 
 
 def kv_bar(trace: Trace, record: StepRecord, width: int) -> Text:
-    """The KV pool as one bar of at most `width` cells: used, free but cached, free; and the counts."""
+    """The KV pool as one bar of at most `width` cells: used, free but cached, free; and the
+    counts.
+    """
     used, cached = used_blocks(trace, record), len(record.cached_blocks)
     free = record.num_free_blocks - cached
     counts = ((used, USED_CELL, USED_STYLE, "used"), (cached, CACHED_CELL, CACHED_STYLE, "cached"))
@@ -124,13 +137,16 @@ def step_counts(record: StepRecord) -> str:
 def events(record: StepRecord, name: Mapping[str, str] | None = None) -> list[str]:
     """What changed in a step: admissions with their prefix hits, preemptions, ends.
 
-    name: what to call "request/index"; without it, the request's id (and the index, if there are several).
+    name: what to call "request/index"; without it, the request's id (and the index, if there are
+    several).
     """
     found = []
     for item in record.scheduled:
         if item.num_cached_tokens:
             label = _name(f"{item.request_id}/{item.index}", name)
-            found.append(f"{label} takes {_count(item.num_cached_tokens, 'token')} from the prefix cache")
+            found.append(
+                f"{label} takes {_count(item.num_cached_tokens, 'token')} from the prefix cache"
+            )
     found += [f"{_name(label, name)} preempted" for label in record.preempted]
     found += [f"{_name(label, name)} done" for label in record.finished]
     return found
@@ -149,8 +165,8 @@ def engine_view(
 ) -> Group:
     """The engine at one step: KV bar, what the step computed, and two lines a running sequence.
 
-    tails: text so far of each "request/index"; order: all of them, by arrival, which gives letters and colours.
-    header: goes on top; news: a line of what happened last.
+    tails: text so far of each "request/index"; order: all of them, by arrival, which gives letters
+    and colours. header: goes on top; news: a line of what happened last.
     """
     shared = shared_blocks(record)
     rank = {label: i for i, label in enumerate(order)}
@@ -164,16 +180,24 @@ def engine_view(
     for label in record.running[:max_rows]:
         color = request_color(rank.get(label, 0))
         letter = request_tag(rank.get(label, 0))
-        rows.add_row(letter, block_table_cells(trace, record, label, color, shared, (width - 4) // cell))
-        rows.add_row("", Text(tail(tails.get(label, ""), width - 5) or "…", style="dim", no_wrap=True))
+        rows.add_row(
+            letter, block_table_cells(trace, record, label, color, shared, (width - 4) // cell)
+        )
+        rows.add_row(
+            "", Text(tail(tails.get(label, ""), width - 5) or "…", style="dim", no_wrap=True)
+        )
     for _ in range(max_rows - len(record.running)):
         rows.add_row("", "")
         rows.add_row("", "")
     legend = Text(no_wrap=True, overflow="ellipsis", style="dim")
-    legend.append(f"A cell is a block of {trace.block_size} tokens; ").append(f"7{SHARED_MARK}", style=SHARED_STYLE)
+    legend.append(f"A cell is a block of {trace.block_size} tokens; ").append(
+        f"7{SHARED_MARK}", style=SHARED_STYLE
+    )
     legend.append(" is shared by several requests; ▄ is how full the last one is.")
     bar = Text("KV   ").append_text(kv_bar(trace, record, width - 5))
-    return Group(*header, bar, state, Text(f"     {news}", no_wrap=True, overflow="ellipsis"), rows, legend)
+    return Group(
+        *header, bar, state, Text(f"     {news}", no_wrap=True, overflow="ellipsis"), rows, legend
+    )
 
 
 def tail(text: str, width: int) -> str:
@@ -184,7 +208,9 @@ def tail(text: str, width: int) -> str:
 
 def summary_table(rows: Sequence[tuple[str, str, str]], title: str = "") -> Table:
     """(what, value, what it means) as a table."""
-    table = Table(title=title or None, box=None, padding=(0, 2, 0, 0), show_header=False, title_justify="left")
+    table = Table(
+        title=title or None, box=None, padding=(0, 2, 0, 0), show_header=False, title_justify="left"
+    )
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True, justify="right", style="bold")
     table.add_column(style="dim")
@@ -194,19 +220,27 @@ def summary_table(rows: Sequence[tuple[str, str, str]], title: str = "") -> Tabl
 
 
 def step_table(trace: Trace, every_step: bool = False) -> Table:
-    """The trace as a table, a row a step; steps in a row that do the same and change nothing share a row."""
+    """The trace as a table, a row a step; steps in a row that do the same and change nothing share
+    a row.
+    """
     title = (
-        f"{one_line(trace.model)}: {trace.num_blocks} blocks of {trace.block_size} tokens, "
-        f"{trace.num_blocks * trace.block_size * trace.kv_bytes_per_token / 2**20:.1f} MiB; a step takes at most "
-        f"{trace.max_num_batched_tokens} tokens of {trace.max_num_seqs} sequences"
+        f"{one_line(trace.model)}: {trace.num_blocks} blocks of {trace.block_size} tokens,"
+        f" {trace.num_blocks * trace.block_size * trace.kv_bytes_per_token / 2**20:.1f} MiB; a step"
+        f" takes at most {trace.max_num_batched_tokens} tokens of {trace.max_num_seqs} sequences"
     )
     table = Table(
-        title=Text(title, style="italic"), title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="bold"
+        title=Text(title, style="italic"),
+        title_justify="left",
+        box=None,
+        padding=(0, 2, 0, 0),
+        header_style="bold",
     )
     for name in ("step", "ms", "run", "wait", "used", "cached", "free"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("what it computed, and what changed", overflow="fold")
-    several = {item.request_id for record in trace.steps for item in record.scheduled if item.index > 0}
+    several = {
+        item.request_id for record in trace.steps for item in record.scheduled if item.index > 0
+    }
     names = {
         label: label if label.rpartition("/")[0] in several else label.rpartition("/")[0]
         for record in trace.steps
@@ -217,7 +251,10 @@ def step_table(trace: Trace, every_step: bool = False) -> Table:
         first, last = records[0], records[-1]
         cached = len(last.cached_blocks)
         times = "" if first is last else f", {len(records)} times"
-        changes = [step_counts(last) + times, *(f"request {event}" for event in events(last, names))]
+        changes = [
+            step_counts(last) + times,
+            *(f"request {event}" for event in events(last, names)),
+        ]
         table.add_row(
             str(first.step) if first is last else f"{first.step}–{last.step}",
             f"{1000 * sum(record.duration for record in records):.1f}",
@@ -232,7 +269,11 @@ def step_table(trace: Trace, every_step: bool = False) -> Table:
 
 
 def _row_key(record: StepRecord, every_step: bool) -> object:
-    quiet = not every_step and not events(record) and all(item.kind == "decode" for item in record.scheduled)
+    quiet = (
+        not every_step
+        and not events(record)
+        and all(item.kind == "decode" for item in record.scheduled)
+    )
     return (tuple(record.running), len(record.waiting)) if quiet else record.step
 
 

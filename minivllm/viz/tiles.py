@@ -1,7 +1,9 @@
-"""Pictures of attention: its weights, its memory, and the tiles in which flash attention computes it.
+"""Pictures of attention: its weights, its memory, and the tiles in which flash attention computes
+it.
 
-`attention_tiles` says which tiles of the score matrix are computed, masked or never visited; `replay_tiles` plays the
-online softmax of one tile of queries, key tile by key tile (`scrub(replay, draw_tile_replay)` puts it under a slider).
+`attention_tiles` says which tiles of the score matrix are computed, masked or never visited;
+`replay_tiles` plays the online softmax of one tile of queries, key tile by key tile
+(`scrub(replay, draw_tile_replay)` puts it under a slider).
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ Kind = Literal["full", "masked", "skipped"]
 Fault = Literal["missed", "wasted"]
 
 #: Paper to ink through the blue of what is computed.
-BLUES = LinearSegmentedColormap.from_list("blues", [palette.PAPER, palette.tint(palette.USED, 0.35), palette.USED])
+BLUES = LinearSegmentedColormap.from_list(
+    "blues", [palette.PAPER, palette.tint(palette.USED, 0.35), palette.USED]
+)
 _FULL = palette.tint(palette.USED, 0.75)
 _MASKED = palette.WASTED
 _HIDDEN = {"facecolor": palette.FREE, "edgecolor": palette.LINE, "hatch": "////", "linewidth": 0.0}
@@ -41,12 +45,14 @@ _NAMES = {
 }
 
 
-# --- which tiles ------------------------------------------------------------------------------------------------------
+# --- which tiles ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class SequenceTiles:
-    """The tiles of one sequence's score matrix ``[query_len, context]``; queries are its last tokens."""
+    """The tiles of one sequence's score matrix ``[query_len, context]``; queries are its last
+    tokens.
+    """
 
     query_len: int
     context: int
@@ -58,18 +64,23 @@ class SequenceTiles:
     @property
     def counts(self) -> Counter[str]:
         """How many tiles there are of each kind."""
-        return Counter({"full": 0, "masked": 0, "skipped": 0}) + Counter(kind for row in self.kinds for kind in row)
+        return Counter({"full": 0, "masked": 0, "skipped": 0}) + Counter(
+            kind for row in self.kinds for kind in row
+        )
 
 
 def attention_tiles(query_len: int, context: int, block_m: int, block_n: int) -> SequenceTiles:
     """What a causal kernel does with each tile of block_m queries and block_n keys.
 
-    The mask is aligned to the end: query i has position ``context - query_len + i`` and sees the keys up to there. A
-    tile is "skipped" when none of its queries sees any of its keys, "full" when all see all and the tile does not stick
-    out beyond the context, else "masked". ValueError unless ``1 <= query_len <= context`` and both blocks are positive.
+    The mask is aligned to the end: query i has position ``context - query_len + i`` and sees the
+    keys up to there. A tile is "skipped" when none of its queries sees any of its keys, "full" when
+    all see all and the tile does not stick out beyond the context, else "masked". ValueError unless
+    ``1 <= query_len <= context`` and both blocks are positive.
     """
     if not 1 <= query_len <= context or block_m < 1 or block_n < 1:
-        raise ValueError(f"no tiles of {block_m} x {block_n} for {query_len} queries in a context of {context}")
+        raise ValueError(
+            f"no tiles of {block_m} x {block_n} for {query_len} queries in a context of {context}"
+        )
     rows: list[tuple[Kind, ...]] = []
     for first_row in range(0, query_len, block_m):
         first_position = context - query_len + first_row
@@ -95,13 +106,16 @@ def draw_attention_tiles(
 ) -> Figure:
     """Draw the score matrix of one sequence, or of each of a ragged batch, in tiles.
 
-    query_lens, contexts: a number for one sequence, or as many numbers as there are sequences; contexts include the new
-    tokens. visited: for one sequence, the tiles ``(first query, first key)`` that some function really went to; what it
-    missed and what it visited for nothing is marked. ax: draw there instead of on a new figure.
+    query_lens, contexts: a number for one sequence, or as many numbers as there are sequences;
+    contexts include the new tokens. visited: for one sequence, the tiles
+    ``(first query, first key)`` that some function really went to; what it missed and what it
+    visited for nothing is marked. ax: draw there instead of on a new figure.
     """
     query_lens = [query_lens] if isinstance(query_lens, int) else list(query_lens)
     contexts = [contexts] if isinstance(contexts, int) else list(contexts)
-    tiles = [attention_tiles(q, c, block_m, block_n) for q, c in zip(query_lens, contexts, strict=True)]
+    tiles = [
+        attention_tiles(q, c, block_m, block_n) for q, c in zip(query_lens, contexts, strict=True)
+    ]
     if visited is not None and len(tiles) != 1:
         raise ValueError("visited tiles can be shown for one sequence only")
     went = None if visited is None else {(row // block_m, key // block_n) for row, key in visited}
@@ -129,11 +143,17 @@ def draw_attention_tiles(
     names = _NAMES if went is None else _NAMES | _NEEDED
     _legend(ax, {name: total[name] for name in shown[:3]}, names, side, 0.52)
     _legend(ax, {name: faults[name] for name in shown[3:]}, names, side, 0.78)
-    describe(figure, _tiles_alt(tiles, went), _tiles_caption(tiles, total, faults if went is not None else None))
+    describe(
+        figure,
+        _tiles_alt(tiles, went),
+        _tiles_caption(tiles, total, faults if went is not None else None),
+    )
     return figure
 
 
-def _draw_grid(ax: Axes, one: SequenceTiles, left: float, top: float, unit: float, went: set | None) -> Counter[str]:
+def _draw_grid(
+    ax: Axes, one: SequenceTiles, left: float, top: float, unit: float, went: set | None
+) -> Counter[str]:
     """One score matrix; returns how many tiles were missed or visited for nothing."""
     faults: Counter[str] = Counter()
     polygons: dict[str, list] = {"full": [], "masked": [], "hidden": [], "skipped": []}
@@ -144,10 +164,16 @@ def _draw_grid(ax: Axes, one: SequenceTiles, left: float, top: float, unit: floa
             rows = min(one.block_m, one.query_len - first_row)
             keys = min(one.block_n, one.context - first_key)
             x, y = left + first_key * unit, top + first_row * unit
-            corners = [(x, y), (x + keys * unit, y), (x + keys * unit, y + rows * unit), (x, y + rows * unit)]
+            corners = [
+                (x, y),
+                (x + keys * unit, y),
+                (x + keys * unit, y + rows * unit),
+                (x, y + rows * unit),
+            ]
             if kind == "masked":
                 seen = [
-                    max(0, min(keys, one.context - one.query_len + first_row + r - first_key + 1)) for r in range(rows)
+                    max(0, min(keys, one.context - one.query_len + first_row + r - first_key + 1))
+                    for r in range(rows)
                 ]
                 polygons["hidden"].append(corners)
                 polygons["masked"].append(_stairs(seen, x, y, unit))
@@ -166,34 +192,59 @@ def _draw_grid(ax: Axes, one: SequenceTiles, left: float, top: float, unit: floa
     }
     for name, style in styles.items():
         if polygons[name]:
-            ax.add_collection(PolyCollection(polygons[name], linewidth=0 if name == "masked" else width, **style))
+            ax.add_collection(
+                PolyCollection(polygons[name], linewidth=0 if name == "masked" else width, **style)
+            )
     for fault, x, y, w, h in marks:
         style = "-" if fault == "missed" else (0, (2, 1.5))
         if fault == "missed":
-            ax.add_patch(Rectangle((x, y), w, h, facecolor=palette.PAPER, alpha=0.75, linewidth=0, zorder=3))
-        ax.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor=_GONE, linewidth=1.6, linestyle=style, zorder=3))
+            ax.add_patch(
+                Rectangle((x, y), w, h, facecolor=palette.PAPER, alpha=0.75, linewidth=0, zorder=3)
+            )
+        ax.add_patch(
+            Rectangle(
+                (x, y), w, h, fill=False, edgecolor=_GONE, linewidth=1.6, linestyle=style, zorder=3
+            )
+        )
         if fault == "missed":
             ax.plot([x, x + w], [y, y + h], color=_GONE, linewidth=1.0, zorder=3)
             ax.plot([x, x + w], [y + h, y], color=_GONE, linewidth=1.0, zorder=3)
-    outline = Rectangle((left, top), one.context * unit, one.query_len * unit, fill=False, edgecolor=palette.SOFT_INK)
+    outline = Rectangle(
+        (left, top),
+        one.context * unit,
+        one.query_len * unit,
+        fill=False,
+        edgecolor=palette.SOFT_INK,
+    )
     ax.add_patch(outline)
     return faults
 
 
 def _stairs(seen: list[int], x: float, y: float, unit: float) -> list[tuple[float, float]]:
     """The part of a tile that is seen: seen[r] keys in its row r."""
-    right = [(x + count * unit, y + (row + down) * unit) for row, count in enumerate(seen) for down in (0, 1)]
+    right = [
+        (x + count * unit, y + (row + down) * unit)
+        for row, count in enumerate(seen)
+        for down in (0, 1)
+    ]
     return [(x, y), *right, (x, y + len(seen) * unit)]
 
 
-def _label_grid(ax: Axes, one: SequenceTiles, left: float, top: float, unit: float, letter: str) -> None:
+def _label_grid(
+    ax: Axes, one: SequenceTiles, left: float, top: float, unit: float, letter: str
+) -> None:
     """Above a grid which keys were in the cache already; beside it the queries."""
     cached = one.context - one.query_len
     split = left + cached * unit
     small = {"fontsize": 8.5, "color": palette.SOFT_INK}
-    for start, stop, color in ((left, split, palette.CACHED), (split, left + one.context * unit, palette.INK)):
+    for start, stop, color in (
+        (left, split, palette.CACHED),
+        (split, left + one.context * unit, palette.INK),
+    ):
         if stop > start:
-            ax.add_patch(Rectangle((start, top - 0.1), stop - start, 0.05, facecolor=color, linewidth=0))
+            ax.add_patch(
+                Rectangle((start, top - 0.1), stop - start, 0.05, facecolor=color, linewidth=0)
+            )
     width = one.context * unit
     if cached and width > 2.6:
         ax.text(left, top - 0.2, f"{letter}{cached} keys from the cache", **small, va="center")
@@ -213,13 +264,22 @@ def _legend(ax: Axes, numbers: dict[str, int], names: dict[str, str], x: float, 
         "masked": {"facecolor": _MASKED, "linewidth": 0},
         "skipped": {"facecolor": palette.FREE, "edgecolor": palette.SOFT_INK, "linewidth": 0.6},
         "missed": {"facecolor": palette.PAPER, "edgecolor": _GONE, "linewidth": 1.6},
-        "wasted": {"facecolor": palette.FREE, "edgecolor": _GONE, "linewidth": 1.6, "linestyle": (0, (2, 1.5))},
+        "wasted": {
+            "facecolor": palette.FREE,
+            "edgecolor": _GONE,
+            "linewidth": 1.6,
+            "linestyle": (0, (2, 1.5)),
+        },
     }
     for name, number in numbers.items():
         ax.add_patch(Rectangle((x, y - 0.08), 0.18, 0.16, **swatches[name]))
         if name == "masked":  # half of such a tile is hidden
             corners = [(x + 0.02, y - 0.08), (x + 0.18, y - 0.08), (x + 0.18, y + 0.08)]
-            ax.add_collection(PolyCollection([corners], facecolor=palette.FREE, edgecolor=palette.LINE, hatch="/////"))
+            ax.add_collection(
+                PolyCollection(
+                    [corners], facecolor=palette.FREE, edgecolor=palette.LINE, hatch="/////"
+                )
+            )
         if name == "missed":
             ax.plot([x, x + 0.18], [y - 0.08, y + 0.08], color=_GONE, linewidth=1.0)
             ax.plot([x, x + 0.18], [y + 0.08, y - 0.08], color=_GONE, linewidth=1.0)
@@ -230,16 +290,25 @@ def _legend(ax: Axes, numbers: dict[str, int], names: dict[str, str], x: float, 
 
 def _name(one: SequenceTiles) -> str:
     cached = one.context - one.query_len
-    return f"a chunk of {one.query_len:,} after {cached:,}" if cached else f"a prompt of {one.context:,}"
+    return (
+        f"a chunk of {one.query_len:,} after {cached:,}"
+        if cached
+        else f"a prompt of {one.context:,}"
+    )
 
 
 def _tiles_alt(tiles: list[SequenceTiles], went: set | None) -> str:
     what = _name(tiles[0]) + " tokens" if len(tiles) == 1 else f"a batch of {len(tiles)} sequences"
     how = "" if went is None else ", with the tiles that a function really visited"
-    return f"Picture: which tiles of the attention scores of {what} are computed, masked or skipped{how}."
+    return (
+        f"Picture: which tiles of the attention scores of {what} are computed, masked or"
+        f" skipped{how}."
+    )
 
 
-def _tiles_caption(tiles: list[SequenceTiles], total: Counter[str], faults: Counter[str] | None) -> str:
+def _tiles_caption(
+    tiles: list[SequenceTiles], total: Counter[str], faults: Counter[str] | None
+) -> str:
     parts = [f"{_name(one)[2:]} tokens" for one in tiles]
     text = (
         parts[0].capitalize()
@@ -249,25 +318,32 @@ def _tiles_caption(tiles: list[SequenceTiles], total: Counter[str], faults: Coun
     count = sum(total.values())
     what = "computed" if faults is None else "needed"
     text += (
-        f". Of {count:,} tiles {total['full']:,} are {what} without a mask, {total['masked']:,} with one, "
-        f"{total['skipped']:,} ({100 * total['skipped'] / count:.0f} %) never."
+        f". Of {count:,} tiles {total['full']:,} are {what} without a mask, {total['masked']:,}"
+        f" with one, {total['skipped']:,} ({100 * total['skipped'] / count:.0f} %) never."
     )
     if len(tiles) > 1:
         block_m, block_n = tiles[0].block_m, tiles[0].block_n
         rows = max(-(-one.query_len // block_m) for one in tiles)
         columns = max(-(-one.context // block_n) for one in tiles)
-        text += f" Padded to the longest, the batch would have {len(tiles) * rows * columns:,} tiles."
+        text += (
+            f" Padded to the longest, the batch would have {len(tiles) * rows * columns:,} tiles."
+        )
     if faults is not None:
-        text += f" This function missed {faults['missed']:,} tiles and visited {faults['wasted']:,} for nothing."
+        text += (
+            f" This function missed {faults['missed']:,} tiles and visited {faults['wasted']:,} for"
+            " nothing."
+        )
     return text
 
 
-# --- one tile of queries walks along the keys -------------------------------------------------------------------------
+# --- one tile of queries walks along the keys -----------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TileStep:
-    """The state of the online softmax once the tile of keys first … last - 1 has been added. A number a query."""
+    """The state of the online softmax once the tile of keys first … last - 1 has been added. A
+    number a query.
+    """
 
     first: int
     last: int
@@ -281,7 +357,9 @@ class TileStep:
 
 @dataclass(frozen=True)
 class TileReplay:
-    """The walk of one tile of queries along its keys, a step a tile; tiles that no query sees are not visited."""
+    """The walk of one tile of queries along its keys, a step a tile; tiles that no query sees are
+    not visited.
+    """
 
     scores: np.ndarray
     block_n: int
@@ -292,10 +370,12 @@ class TileReplay:
 
 
 def replay_tiles(scores: Any, block_n: int) -> TileReplay:
-    """The online softmax over scores ``[queries, keys]`` (anything NumPy takes), in tiles of block_n keys.
+    """The online softmax over scores ``[queries, keys]`` (anything NumPy takes), in tiles of
+    block_n keys.
 
-    The queries are consecutive tokens, the last of them also the last of the keys that anybody sees; keys after a
-    query's own position are hidden here, whatever their score. Scores are in units of the natural exponential.
+    The queries are consecutive tokens, the last of them also the last of the keys that anybody
+    sees; keys after a query's own position are hidden here, whatever their score. Scores are in
+    units of the natural exponential.
     """
     scores = np.array(scores, dtype=np.float64)
     queries, keys = scores.shape
@@ -312,7 +392,11 @@ def replay_tiles(scores: Any, block_n: int) -> TileReplay:
         row_max = new_max
         states.append((first, first + tile.shape[1], rescale, row_max, row_sum))
     steps = tuple(
-        TileStep(first, last, *(tuple(x.tolist()) for x in (rescale, m, l, l * np.exp(m - row_max) / row_sum)))
+        TileStep(
+            first,
+            last,
+            *(tuple(x.tolist()) for x in (rescale, m, l, l * np.exp(m - row_max) / row_sum)),
+        )
         for first, last, rescale, m, l in states
     )
     return TileReplay(scores, block_n, steps, int(positions[0]))
@@ -321,7 +405,8 @@ def replay_tiles(scores: Any, block_n: int) -> TileReplay:
 def draw_tile_replay(replay: TileReplay, step: int = -1, ax: Axes | None = None) -> Figure:
     """Draw the running maximum and sum after one tile of keys.
 
-    step: index into replay.steps, negative from the end; IndexError for one that it lacks. (The picture counts from 1.)
+    step: index into replay.steps, negative from the end; IndexError for one that it lacks. (The
+    picture counts from 1.)
     """
     count = len(replay.steps)
     if not -count <= step < count:
@@ -363,43 +448,86 @@ def _draw_scores(
                 colors.append(BLUES((replay.scores[i, j] - low) / max(high - low, 1e-9)))
     ax.add_patch(
         Rectangle(
-            (left, top), keys * unit, queries * row, facecolor=palette.FREE, edgecolor=palette.LINE, linewidth=0.6
+            (left, top),
+            keys * unit,
+            queries * row,
+            facecolor=palette.FREE,
+            edgecolor=palette.LINE,
+            linewidth=0.6,
         )
     )
-    ax.add_collection(PolyCollection(seen, facecolors=colors, linewidth=0.2, edgecolors=palette.PAPER))
+    ax.add_collection(
+        PolyCollection(seen, facecolors=colors, linewidth=0.2, edgecolors=palette.PAPER)
+    )
     if hidden:
-        ax.add_collection(PolyCollection(hidden, facecolor=palette.FREE, edgecolor=palette.LINE, hatch="/////", lw=0.2))
+        ax.add_collection(
+            PolyCollection(
+                hidden, facecolor=palette.FREE, edgecolor=palette.LINE, hatch="/////", lw=0.2
+            )
+        )
     for first in range(0, keys, replay.block_n):
-        ax.plot([left + first * unit] * 2, [top, top + queries * row], color=palette.SOFT_INK, linewidth=0.6)
+        ax.plot(
+            [left + first * unit] * 2,
+            [top, top + queries * row],
+            color=palette.SOFT_INK,
+            linewidth=0.6,
+        )
     width = (state.last - state.first) * unit
     ax.add_patch(
-        Rectangle((left + state.first * unit, top), width, queries * row, fill=False, edgecolor=_GONE, linewidth=2.2)
+        Rectangle(
+            (left + state.first * unit, top),
+            width,
+            queries * row,
+            fill=False,
+            edgecolor=_GONE,
+            linewidth=2.2,
+        )
     )
     ax.text(
-        left, top - 0.42, "scores: darker is larger, hatched is hidden", fontsize=9.5, color=palette.INK, va="center"
+        left,
+        top - 0.42,
+        "scores: darker is larger, hatched is hidden",
+        fontsize=9.5,
+        color=palette.INK,
+        va="center",
     )
     ax.text(left, top - 0.15, "key 0", **small)
     ax.text(left + keys * unit, top - 0.15, f"key {keys - 1}", **small, ha="right")
     for i in range(queries):
-        ax.text(left - 0.08, top + (i + 0.5) * row, f"{replay.first_position + i}", **small, ha="right")
+        ax.text(
+            left - 0.08, top + (i + 0.5) * row, f"{replay.first_position + i}", **small, ha="right"
+        )
     ax.text(left - 0.08, top - 0.15, "query", **small, ha="right")
     if state.last < keys:
         middle = left + (state.last + keys) / 2 * unit
         label = {"facecolor": palette.FREE, "edgecolor": "none", "pad": 2}
-        ax.text(middle, top + queries * row / 2, "not yet\nvisited", **small, ha="center", bbox=label)
+        ax.text(
+            middle, top + queries * row / 2, "not yet\nvisited", **small, ha="center", bbox=label
+        )
 
 
-def _draw_state(ax: Axes, replay: TileReplay, step: int, left: float, top: float, row: float) -> None:
-    """Beside each query: its running maximum, the factor for the old sums, the sum, and how much of the end it is."""
+def _draw_state(
+    ax: Axes, replay: TileReplay, step: int, left: float, top: float, row: float
+) -> None:
+    """Beside each query: its running maximum, the factor for the old sums, the sum, and how much of
+    the end it is.
+    """
     state, before = replay.steps[step], replay.steps[step - 1] if step else None
     maxima = [m for s in replay.steps for m in s.row_max if np.isfinite(m)]
     low, high = min(maxima), max(maxima)
-    columns = {"max": (left, 1.15), "factor": (left + 1.3, 0.6), "sum": (left + 2.0, 0.55), "share": (left + 2.7, 0.75)}
+    columns = {
+        "max": (left, 1.15),
+        "factor": (left + 1.3, 0.6),
+        "sum": (left + 2.0, 0.55),
+        "share": (left + 2.7, 0.75),
+    }
     heads = {"max": "running max m", "factor": "rescale", "sum": "sum ℓ", "share": "of the end"}
     for name, (x, width) in columns.items():
         align = {"max": "left", "share": "left"}.get(name, "right")
         x_text = x if align == "left" else x + width
-        ax.text(x_text, top - 0.15, heads[name], fontsize=9, color=palette.INK, va="center", ha=align)
+        ax.text(
+            x_text, top - 0.15, heads[name], fontsize=9, color=palette.INK, va="center", ha=align
+        )
     for i in range(len(state.row_max)):
         y = top + (i + 0.5) * row
         x, width = columns["max"]
@@ -409,7 +537,11 @@ def _draw_state(ax: Axes, replay: TileReplay, step: int, left: float, top: float
             return x + width * (0.06 + 0.88 * (value - low) / max(high - low, 1e-9))
 
         if np.isfinite(state.row_max[i]):
-            grew = before is not None and np.isfinite(before.row_max[i]) and state.row_max[i] > before.row_max[i]
+            grew = (
+                before is not None
+                and np.isfinite(before.row_max[i])
+                and state.row_max[i] > before.row_max[i]
+            )
             if grew:
                 old = at(before.row_max[i])
                 ax.plot([old, at(state.row_max[i])], [y, y], color=_GONE, linewidth=1.6)
@@ -421,12 +553,31 @@ def _draw_state(ax: Axes, replay: TileReplay, step: int, left: float, top: float
             color = _GONE if grew else palette.SOFT_INK
             ax.text(x + width, y, word, fontsize=9, color=color, va="center", ha="right")
         x, width = columns["sum"]
-        ax.text(x + width, y, f"{state.row_sum[i]:.2f}", fontsize=9, color=palette.INK, va="center", ha="right")
+        ax.text(
+            x + width,
+            y,
+            f"{state.row_sum[i]:.2f}",
+            fontsize=9,
+            color=palette.INK,
+            va="center",
+            ha="right",
+        )
         x, width = columns["share"]
         ax.add_patch(
-            Rectangle((x, y - 0.07), width, 0.14, facecolor=palette.FREE, edgecolor=palette.LINE, linewidth=0.5)
+            Rectangle(
+                (x, y - 0.07),
+                width,
+                0.14,
+                facecolor=palette.FREE,
+                edgecolor=palette.LINE,
+                linewidth=0.5,
+            )
         )
-        ax.add_patch(Rectangle((x, y - 0.07), width * state.share[i], 0.14, facecolor=palette.USED, linewidth=0))
+        ax.add_patch(
+            Rectangle(
+                (x, y - 0.07), width * state.share[i], 0.14, facecolor=palette.USED, linewidth=0
+            )
+        )
 
 
 def _replay_alt(replay: TileReplay) -> str:
@@ -445,14 +596,22 @@ def _replay_caption(replay: TileReplay, step: int) -> str:
     else:
         before = replay.steps[step - 1]
         grew = sum(new > old for new, old in zip(state.row_max, before.row_max, strict=True))
-        text += f"the maximum of {grew} of {queries} queries grows, and what they had summed is scaled down."
-    return text + f" On average {100 * sum(state.share) / queries:.0f} % of the final sum has been seen."
+        text += (
+            f"the maximum of {grew} of {queries} queries grows, and what they had summed is scaled"
+            " down."
+        )
+    return (
+        text
+        + f" On average {100 * sum(state.share) / queries:.0f} % of the final sum has been seen."
+    )
 
 
-# --- the whole matrix, that flash attention never makes ---------------------------------------------------------------
+# --- the whole matrix, that flash attention never makes -------------------------------------------
 
 
-def draw_attention_weights(weights: Any, tokens: Sequence[str], query: int = -1, top: int = 7) -> Figure:
+def draw_attention_weights(
+    weights: Any, tokens: Sequence[str], query: int = -1, top: int = 7
+) -> Figure:
     """Draw the attention weights ``[n, n]`` of one head, and the keys that one query looks at most.
 
     tokens: n strings. query: which row to explain; top: how many of its keys to name.
@@ -465,14 +624,28 @@ def draw_attention_weights(weights: Any, tokens: Sequence[str], query: int = -1,
     ax.set_axis_off()
     grid = figure.add_axes((0.07, 0.06, 4.0 / WIDTH, 4.0 / height))
     grid.imshow(np.sqrt(weights), cmap=BLUES, interpolation="nearest", vmin=0, vmax=1)
-    above = [(-0.5, -0.5), *((i + 0.5, i + down - 0.5) for i in range(count) for down in (0, 1)), (count - 0.5, -0.5)]
-    grid.add_collection(PolyCollection([above], facecolor=palette.FREE, edgecolor=palette.LINE, hatch="////", lw=0))
-    grid.add_patch(Rectangle((-0.5, query - 0.5), query + 1, 1, fill=False, edgecolor=_GONE, linewidth=1.4))
+    above = [
+        (-0.5, -0.5),
+        *((i + 0.5, i + down - 0.5) for i in range(count) for down in (0, 1)),
+        (count - 0.5, -0.5),
+    ]
+    grid.add_collection(
+        PolyCollection([above], facecolor=palette.FREE, edgecolor=palette.LINE, hatch="////", lw=0)
+    )
+    grid.add_patch(
+        Rectangle((-0.5, query - 0.5), query + 1, 1, fill=False, edgecolor=_GONE, linewidth=1.4)
+    )
     grid.set_xticks([])
     grid.set_yticks([])
     for spine in grid.spines.values():
         spine.set_color(palette.SOFT_INK)
-    grid.set_title(f"Attention weights of {count} tokens", loc="left", fontsize=12, weight="bold", color=palette.INK)
+    grid.set_title(
+        f"Attention weights of {count} tokens",
+        loc="left",
+        fontsize=12,
+        weight="bold",
+        color=palette.INK,
+    )
     grid.set_ylabel("queries", fontsize=9.5, color=palette.SOFT_INK)
     label = {"fontsize": 9.5, "color": palette.INK, "ha": "right", "va": "center"}
     paper = {"facecolor": palette.PAPER, "edgecolor": "none", "pad": 2}
@@ -488,16 +661,21 @@ def draw_attention_weights(weights: Any, tokens: Sequence[str], query: int = -1,
     bars.set_xlim(0, 1)
     bars.tick_params(colors=palette.SOFT_INK, labelsize=9, length=0)
     bars.spines[["top", "right", "bottom"]].set_visible(False)
-    bars.set_title(f"Where {_shown(tokens[query])} (token {query}) looks", loc="left", fontsize=10.5, color=palette.INK)
+    bars.set_title(
+        f"Where {_shown(tokens[query])} (token {query}) looks",
+        loc="left",
+        fontsize=10.5,
+        color=palette.INK,
+    )
     seen = np.tril(np.ones((count, count), dtype=bool))
     small = int((weights[seen] < 0.01).sum())
     describe(
         figure,
         f"Picture: the attention weights of one head for a text of {count} tokens, as a matrix.",
-        f"Of {count * count:,} weights {count * (count - 1) // 2:,} belong to the future and are zero; of the other "
-        f"{int(seen.sum()):,}, {100 * small / seen.sum():.0f} % are below 0.01. Token {query}, "
-        f"{_shown(tokens[query])}, "
-        f"looks most at {_shown(tokens[best[0]])} and {_shown(tokens[best[1]])}.",
+        f"Of {count * count:,} weights {count * (count - 1) // 2:,} belong to the future and are"
+        f" zero; of the other {int(seen.sum()):,}, {100 * small / seen.sum():.0f} % are below 0.01."
+        f" Token {query}, {_shown(tokens[query])}, looks most at {_shown(tokens[best[0]])} and"
+        f" {_shown(tokens[best[1]])}.",
     )
     return figure
 
@@ -507,7 +685,13 @@ def _shown(token: str) -> str:
 
 
 def draw_attention_memory(
-    lengths: Sequence[int], heads: int, kv_heads: int, head_dim: int, bytes_each: int, memory: float, name: str
+    lengths: Sequence[int],
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    bytes_each: int,
+    memory: float,
+    name: str,
 ) -> Figure:
     """Draw how the bytes of one layer's scores and of its inputs and output grow with the prompt.
 
@@ -521,12 +705,30 @@ def draw_attention_memory(
     ax.loglog(lengths, scores, color=_GONE, linewidth=2.4, marker="o", ms=4, base=2)
     ax.loglog(lengths, others, color=palette.USED, linewidth=2.4, marker="s", ms=4, base=2)
     ax.axhline(memory, color=palette.INK, linewidth=1.2, linestyle=(0, (4, 2)))
-    ax.text(lengths[0], memory * 1.25, f"{name}: {memory / 1e9:.0f} GB", fontsize=9.5, color=palette.INK)
-    ax.text(lengths[-1] * 1.12, scores[-1], "the N × N scores", fontsize=9.5, color=_GONE, va="center")
-    ax.text(lengths[-1] * 1.12, others[-1], "Q, K, V and output", fontsize=9.5, color=palette.USED, va="center")
+    ax.text(
+        lengths[0], memory * 1.25, f"{name}: {memory / 1e9:.0f} GB", fontsize=9.5, color=palette.INK
+    )
+    ax.text(
+        lengths[-1] * 1.12, scores[-1], "the N × N scores", fontsize=9.5, color=_GONE, va="center"
+    )
+    ax.text(
+        lengths[-1] * 1.12,
+        others[-1],
+        "Q, K, V and output",
+        fontsize=9.5,
+        color=palette.USED,
+        va="center",
+    )
     ax.set_xticks(lengths, [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths])
-    ticks = {10**6: "1 MB", 10**7: "10 MB", 10**8: "100 MB", 10**9: "1 GB", 10**10: "10 GB", 10**11: "100 GB",
-             10**12: "1 TB"}  # fmt: skip
+    ticks = {
+        10**6: "1 MB",
+        10**7: "10 MB",
+        10**8: "100 MB",
+        10**9: "1 GB",
+        10**10: "10 GB",
+        10**11: "100 GB",
+        10**12: "1 TB",
+    }
     ax.set_ylim(min(others) / 2, max(*scores, memory) * 3)
     ax.set_yticks([t for t in ticks if ax.get_ylim()[0] <= t <= ax.get_ylim()[1]])
     ax.set_yticklabels([ticks[int(t)] for t in ax.get_yticks()])
@@ -534,29 +736,38 @@ def draw_attention_memory(
     ax.tick_params(colors=palette.SOFT_INK, labelsize=9, length=3)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color=palette.LINE, linewidth=0.4)
-    ax.set_title("One attention layer, one prompt", loc="left", fontsize=12, weight="bold", color=palette.INK)
+    ax.set_title(
+        "One attention layer, one prompt", loc="left", fontsize=12, weight="bold", color=palette.INK
+    )
     ax.set_xlabel("tokens of the prompt", fontsize=9.5, color=palette.SOFT_INK)
     over = next((n for n, s in zip(lengths, scores, strict=True) if s > memory), None)
     full = f" They outgrow the {name} at {over:,}." if over else ""
     describe(
         figure,
-        "Chart: bytes of the attention scores, and of Q, K, V and the output, against the length of the prompt.",
-        f"At {lengths[0]:,} tokens the scores take {scores[0] / others[0]:.1f} times the bytes of Q, K, V and the "
-        "output "
-        f"together, at {lengths[-1]:,} tokens {scores[-1] / others[-1]:,.0f} times.{full}",
+        "Chart: bytes of the attention scores, and of Q, K, V and the output, against the length of"
+        " the prompt.",
+        f"At {lengths[0]:,} tokens the scores take {scores[0] / others[0]:.1f} times the bytes of"
+        f" Q, K, V and the output together, at {lengths[-1]:,} tokens"
+        f" {scores[-1] / others[-1]:,.0f} times.{full}",
     )
     return figure
 
 
-# --- what a tile takes of a multiprocessor ----------------------------------------------------------------------------
+# --- what a tile takes of a multiprocessor --------------------------------------------------------
 
 
-def draw_tile_room(tiles: Mapping[str, tuple[float, float]], registers: float, shared_kib: float) -> Figure:
-    """Draw what tiles take of a multiprocessor: name -> (registers of a thread, KiB of shared memory).
+def draw_tile_room(
+    tiles: Mapping[str, tuple[float, float]], registers: float, shared_kib: float
+) -> Figure:
+    """Draw what tiles take of a multiprocessor: name -> (registers of a thread, KiB of shared
+    memory).
 
     registers, shared_kib: the most that there is; what goes beyond is hatched.
     """
-    names, limits = list(tiles), {"registers of a thread": registers, "KiB of shared memory": shared_kib}
+    names, limits = (
+        list(tiles),
+        {"registers of a thread": registers, "KiB of shared memory": shared_kib},
+    )
     height = 1.05 + 0.34 * len(names)
     figure, ax = prepare(None, height)
     ax.set_axis_off()
@@ -575,8 +786,13 @@ def draw_tile_room(tiles: Mapping[str, tuple[float, float]], registers: float, s
         style = {"color": _GONE, "weight": "bold"} if missing else {"color": palette.INK}
         y = (0.08 + 0.34 * (len(names) - line - 0.5)) / height
         figure.text(0.9, y, "too large" if missing else "fits", fontsize=9.5, va="center", **style)
-    said = [f"{name}: " + (f"too much {' and '.join(m)}" if m else "fits") for name, m in lacks.items()]
-    alt = f"Chart: registers and shared memory that {len(names)} tiles take, beside what a multiprocessor has of each."
+    said = [
+        f"{name}: " + (f"too much {' and '.join(m)}" if m else "fits") for name, m in lacks.items()
+    ]
+    alt = (
+        f"Chart: registers and shared memory that {len(names)} tiles take, beside what a"
+        " multiprocessor has of each."
+    )
     describe(figure, alt, f"{'; '.join(said).replace('too much registers', 'too many registers')}.")
     return figure  # type: ignore[return-value]
 
@@ -587,14 +803,40 @@ def _draw_room(ax: Axes, what: str, limit: float, numbers: Sequence[float]) -> N
     ax.set_ylim(len(numbers) - 0.5, -0.5)
     ax.set_axis_off()
     for line, number in enumerate(numbers):
-        ax.add_patch(Rectangle((0, line - 0.32), min(number, limit), 0.64, facecolor=palette.USED, linewidth=0))
+        ax.add_patch(
+            Rectangle(
+                (0, line - 0.32), min(number, limit), 0.64, facecolor=palette.USED, linewidth=0
+            )
+        )
         if number > limit:
-            style = {"facecolor": palette.PAPER, "edgecolor": _GONE, "hatch": "/////", "linewidth": 1.0}
+            style = {
+                "facecolor": palette.PAPER,
+                "edgecolor": _GONE,
+                "hatch": "/////",
+                "linewidth": 1.0,
+            }
             ax.add_patch(Rectangle((limit, line - 0.32), number - limit, 0.64, **style))
-        inside = {"color": palette.text_on(palette.USED), "fontsize": 9.5, "va": "center", "weight": "bold"}
+        inside = {
+            "color": palette.text_on(palette.USED),
+            "fontsize": 9.5,
+            "va": "center",
+            "weight": "bold",
+        }
         ax.text(
-            0.02 * ax.get_xlim()[1], line, f"{number:.0f}" + (f" > {limit:.0f}" if number > limit else ""), **inside
+            0.02 * ax.get_xlim()[1],
+            line,
+            f"{number:.0f}" + (f" > {limit:.0f}" if number > limit else ""),
+            **inside,
         )
     ax.axvline(limit, color=_GONE, linewidth=1.6)
     ax.text(0, -1.25, what, fontsize=9.5, color=palette.INK, va="bottom")
-    ax.text(limit, -0.6, f"{limit:.0f}", fontsize=9.5, color=_GONE, ha="center", va="bottom", weight="bold")
+    ax.text(
+        limit,
+        -0.6,
+        f"{limit:.0f}",
+        fontsize=9.5,
+        color=_GONE,
+        ha="center",
+        va="bottom",
+        weight="bold",
+    )

@@ -1,7 +1,9 @@
-"""What became of each request, step by step: the scheduler's timeline, places in the batch, and time between tokens.
+"""What became of each request, step by step: the scheduler's timeline, places in the batch, and
+time between tokens.
 
-All of it is read from a `minivllm.engine.trace.Trace`: the engine's own, or that of `minivllm.course.simulator`.
-`timeline`, `places` and `token_gaps` compute what `draw_timeline`, `draw_places` and `draw_token_gaps` draw.
+All of it is read from a `minivllm.engine.trace.Trace`: the engine's own, or that of
+`minivllm.course.simulator`. `timeline`, `places` and `token_gaps` compute what `draw_timeline`,
+`draw_places` and `draw_token_gaps` draw.
 """
 
 from __future__ import annotations
@@ -24,15 +26,17 @@ from minivllm.viz import palette
 from minivllm.viz.block_table import check_step, names_in_order
 from minivllm.viz.figure import WIDTH, describe, prepare
 
-#: What a sequence does in a step. "again": it computes tokens that it had computed before it was preempted. "idle": it
-#: has a place, and the step computes nothing of it. "gone": neither queued nor finished (aborted, or forgotten).
+#: What a sequence does in a step. "again": it computes tokens that it had computed before it was
+#: preempted. "idle": it has a place, and the step computes nothing of it. "gone": neither queued
+#: nor finished (aborted, or forgotten).
 State = Literal["absent", "wait", "prefill", "chunk", "again", "decode", "idle", "finished", "gone"]
 
 #: Tokens of prompts, tokens that a decode computes, and tokens computed again.
 PROMPT, DECODE, AGAIN = "#E69F00", "#0072B2", "#882255"
 #: Where a request is preempted, or vanishes.
 STOP = palette.RESERVED
-#: Every state has a height or a hatch of its own besides its colour: state -> (colour, height in rows, hatch).
+#: Every state has a height or a hatch of its own besides its colour: state -> (colour, height in
+#: rows, hatch).
 STYLES: dict[str, tuple[str, float, str]] = {
     "prefill": (PROMPT, 0.8, ""),
     "chunk": (PROMPT, 0.8, "/////"),
@@ -42,10 +46,15 @@ STYLES: dict[str, tuple[str, float, str]] = {
     "wait": (palette.SOFT_INK, 0.1, ""),
 }
 _WORDS = {
-    "wait": "waits", "chunk": "a chunk of its prompt", "prefill": "prompt, to its end", "decode": "decodes a token",
-    "idle": "held, not computed", "again": "computed again",
-}  # fmt: skip
-#: Inches around the rows, what a letter of a label takes, and what a row takes at most; all rows together take so many.
+    "wait": "waits",
+    "chunk": "a chunk of its prompt",
+    "prefill": "prompt, to its end",
+    "decode": "decodes a token",
+    "idle": "held, not computed",
+    "again": "computed again",
+}
+#: Inches around the rows, what a letter of a label takes, and what a row takes at most; all rows
+#: together take so many.
 _TOP, _BOTTOM, _LEFT, _RIGHT, _LETTER = 0.52, 0.9, 0.55, 0.2, 0.064
 #: Letters that a label may have.
 _LABEL = 44
@@ -78,7 +87,9 @@ class TimelineRow:
 
 
 def is_prompt(item: TracedSequence) -> bool:
-    """Whether a part of a step computes tokens that were known before: of a prompt, or lost in a preemption."""
+    """Whether a part of a step computes tokens that were known before: of a prompt, or lost in a
+    preemption.
+    """
     return item.kind == "prefill" or item.num_new_tokens > 1 or not item.samples
 
 
@@ -88,7 +99,9 @@ def name_of(item: TracedSequence) -> str:
 
 
 def num_again(trace: Trace) -> list[dict[str, int]]:
-    """For each step: name -> how many of the tokens that it computes there had been computed before."""
+    """For each step: name -> how many of the tokens that it computes there had been computed
+    before.
+    """
     furthest: dict[str, int] = {}
     steps = []
     for record in trace.steps:
@@ -123,14 +136,21 @@ def timeline(trace: Trace) -> list[TimelineRow]:
                 state = "gone" if any(s != "absent" for s in states[name][-1:]) else "absent"
             states[name].append(state)
         ends.update(dict.fromkeys(record.finished, step))
-    preempted = {name: tuple(i for i, r in enumerate(trace.steps) if name in r.preempted) for name in names}
+    preempted = {
+        name: tuple(i for i, r in enumerate(trace.steps) if name in r.preempted) for name in names
+    }
     return [
         TimelineRow(
-            name, palette.request_letter(i), palette.request_color(i), tuple(states[name]), tuple(tokens[name]),
-            preempted[name], ends.get(name),
+            name,
+            palette.request_letter(i),
+            palette.request_color(i),
+            tuple(states[name]),
+            tuple(tokens[name]),
+            preempted[name],
+            ends.get(name),
         )
         for i, name in enumerate(names)
-    ]  # fmt: skip
+    ]
 
 
 def _computes(item: TracedSequence, again: int) -> State:
@@ -140,13 +160,17 @@ def _computes(item: TracedSequence, again: int) -> State:
 
 
 def draw_timeline(
-    trace: Trace, step: int | None = None, ax: Axes | None = None, labels: Sequence[str] | None = None
+    trace: Trace,
+    step: int | None = None,
+    ax: Axes | None = None,
+    labels: Sequence[str] | None = None,
 ) -> Figure:
     """Draw what each request does in each step, one row a request, in order of arrival.
 
-    step: mark this one, and draw what comes after it faintly; negative ones count from the end, None marks none.
-    ax: draw there instead of on a new figure. labels: one for each request, in order of arrival; drawn beside its row.
-    Returns the figure; it displays itself, with a caption in words.
+    step: mark this one, and draw what comes after it faintly; negative ones count from the end,
+    None marks none. ax: draw there instead of on a new figure. labels: one for each request, in
+    order of arrival; drawn beside its row. Returns the figure; it displays itself, with a caption
+    in words.
     """
     rows = timeline(trace)
     step = None if step is None else check_step(trace, step)
@@ -154,11 +178,18 @@ def draw_timeline(
     height = min(_ROW, _ALL_ROWS / len(rows))
     figure, ax = prepare(ax, _TOP + _BOTTOM + height * max(len(rows), 2))
     total = figure.get_size_inches()[1]
-    names = [textwrap.shorten(label, _LABEL, placeholder=" …") for label in labels or [""] * len(rows)]
+    names = [
+        textwrap.shorten(label, _LABEL, placeholder=" …") for label in labels or [""] * len(rows)
+    ]
     left = _LEFT + _LETTER * max(map(len, names))
     if own:
         ax.set_position(
-            (left / WIDTH, _BOTTOM / total, (WIDTH - left - _RIGHT) / WIDTH, (total - _TOP - _BOTTOM) / total)
+            (
+                left / WIDTH,
+                _BOTTOM / total,
+                (WIDTH - left - _RIGHT) / WIDTH,
+                (total - _TOP - _BOTTOM) / total,
+            )
         )
     cell = (WIDTH - left - _RIGHT) / len(trace.steps)
     for y, row in enumerate(rows):
@@ -166,14 +197,25 @@ def draw_timeline(
         if height >= _LETTER_ROW:
             _draw_name(ax, y, row, names[y], height)
     if step is not None:
-        ax.axvspan(step, step + 1, ymin=0, ymax=1, facecolor="none", edgecolor=palette.INK, linewidth=1.2, zorder=5)
+        ax.axvspan(
+            step,
+            step + 1,
+            ymin=0,
+            ymax=1,
+            facecolor="none",
+            edgecolor=palette.INK,
+            linewidth=1.2,
+            zorder=5,
+        )
     _style(ax, len(trace.steps), max(len(rows), 2), "The scheduler's timeline", "step")
     _state_legend(figure, rows, total)
     describe(figure, _timeline_alt(trace, rows), _timeline_caption(trace, rows, step))
     return figure
 
 
-def _draw_row(ax: Axes, y: int, row: TimelineRow, step: int | None, cell: float, height: float) -> None:
+def _draw_row(
+    ax: Axes, y: int, row: TimelineRow, step: int | None, cell: float, height: float
+) -> None:
     edges = cell >= _EDGE_CELL
     key = [(state, i > step if step is not None else False) for i, state in enumerate(row.states)]
     for (state, faint), group in groupby(range(len(key)), key=key.__getitem__):
@@ -183,22 +225,51 @@ def _draw_row(ax: Axes, y: int, row: TimelineRow, step: int | None, cell: float,
         color, tall, hatch = STYLES[state]
         split = edges and state not in ("wait", "idle")
         for start, width in [(i, 1) for i in steps] if split else [(steps[0], len(steps))]:
-            _bar(ax, start, width, y, color, tall, hatch, faint, 0.6 if split else 0.0, outlined=state == "idle")
+            _bar(
+                ax,
+                start,
+                width,
+                y,
+                color,
+                tall,
+                hatch,
+                faint,
+                0.6 if split else 0.0,
+                outlined=state == "idle",
+            )
     for kind, at in [("✕", i) for i in row.preempted] + [("?", row.gone)] * (row.gone is not None):
         if step is None or at <= step:
             size = min(13.0, max(6.0, 48 * height))
             mark = ax.text(
-                at, y + 0.5, kind, color=STOP, fontsize=size, weight="bold", ha="center", va="center", zorder=6
+                at,
+                y + 0.5,
+                kind,
+                color=STOP,
+                fontsize=size,
+                weight="bold",
+                ha="center",
+                va="center",
+                zorder=6,
             )
             mark.set_path_effects([withStroke(linewidth=2.5, foreground=palette.PAPER)])
     if row.finished is not None and (step is None or row.finished <= step):
-        ax.plot([row.finished + 1] * 2, [y + 0.1, y + 0.9], color=palette.INK, linewidth=1.6, zorder=4)
+        ax.plot(
+            [row.finished + 1] * 2, [y + 0.1, y + 0.9], color=palette.INK, linewidth=1.6, zorder=4
+        )
 
 
 def _bar(
-    ax: Axes, x: float, width: float, y: float, color: str, tall: float, hatch: str, faint: bool, edge: float,
+    ax: Axes,
+    x: float,
+    width: float,
+    y: float,
+    color: str,
+    tall: float,
+    hatch: str,
+    faint: bool,
+    edge: float,
     outlined: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     face = palette.tint(color, _FAINT) if faint else color
     line = palette.LINE if faint else palette.SOFT_INK if outlined else palette.INK
     patch = Rectangle((x, y + 0.5 - tall / 2), width, tall, facecolor=face, linewidth=0)
@@ -216,14 +287,26 @@ def _draw_name(ax: Axes, y: int, row: TimelineRow, label: str, height: float) ->
     chip = {"boxstyle": "square,pad=0.18", "facecolor": row.color, "edgecolor": "none"}
     options = {"xycoords": ax.get_yaxis_transform(), "textcoords": "offset points", "va": "center"}
     ax.annotate(
-        row.letter, (0, y + 0.52), (-13, 0), ha="center", fontsize=min(9.0, 0.5 * points), weight="bold", bbox=chip,
-        color=palette.text_on(row.color), **options,
-    )  # fmt: skip
+        row.letter,
+        (0, y + 0.52),
+        (-13, 0),
+        ha="center",
+        fontsize=min(9.0, 0.5 * points),
+        weight="bold",
+        bbox=chip,
+        color=palette.text_on(row.color),
+        **options,
+    )
     if label:
         ax.annotate(
-            label, (0, y + 0.52), (-28, 0), ha="right", fontsize=min(8.5, 0.5 * points), color=palette.SOFT_INK,
+            label,
+            (0, y + 0.52),
+            (-28, 0),
+            ha="right",
+            fontsize=min(8.5, 0.5 * points),
+            color=palette.SOFT_INK,
             **options,
-        )  # fmt: skip
+        )
 
 
 def _style(ax: Axes, num_steps: int, num_rows: int, title: str, xlabel: str) -> None:
@@ -245,10 +328,15 @@ class _Bar(HandlerBase):
     def create_artists(self, legend, handle, x, y, width, height, fontsize, transform):
         color, tall, hatch = STYLES[handle]
         tall = max(tall, 0.2)
-        box = Rectangle((x, y + height * (0.5 - 0.6 * tall)), width, 1.2 * height * tall, transform=transform)
+        box = Rectangle(
+            (x, y + height * (0.5 - 0.6 * tall)), width, 1.2 * height * tall, transform=transform
+        )
         idle = handle == "idle"
         box.set(
-            facecolor=color, hatch=hatch, edgecolor=palette.SOFT_INK if idle else palette.PAPER, linewidth=0.7 * idle
+            facecolor=color,
+            hatch=hatch,
+            edgecolor=palette.SOFT_INK if idle else palette.PAPER,
+            linewidth=0.7 * idle,
         )
         return [box]
 
@@ -263,17 +351,35 @@ def _state_legend(figure: Figure, rows: list[TimelineRow], total: float) -> None
     if any(row.finished is not None for row in rows):
         notes.append("▎done")
     figure.legend(
-        present, [_WORDS[state] for state in present], handler_map={str: _Bar()}, loc="lower left",
-        bbox_to_anchor=(0.012, 0.02 / total), ncols=6, frameon=False, fontsize=8.5, labelcolor=palette.INK,
-        handlelength=1.5, columnspacing=1.3, handletextpad=0.5,
-    )  # fmt: skip
+        present,
+        [_WORDS[state] for state in present],
+        handler_map={str: _Bar()},
+        loc="lower left",
+        bbox_to_anchor=(0.012, 0.02 / total),
+        ncols=6,
+        frameon=False,
+        fontsize=8.5,
+        labelcolor=palette.INK,
+        handlelength=1.5,
+        columnspacing=1.3,
+        handletextpad=0.5,
+    )
     figure.text(
-        1 - 0.15 / WIDTH, 0.17 / total, "   ".join(notes), fontsize=8.5, color=palette.INK, ha="right", va="center"
+        1 - 0.15 / WIDTH,
+        0.17 / total,
+        "   ".join(notes),
+        fontsize=8.5,
+        color=palette.INK,
+        ha="right",
+        va="center",
     )
 
 
 def _timeline_alt(trace: Trace, rows: list[TimelineRow]) -> str:
-    return f"Chart: what each of {len(rows)} requests does in each of {len(trace.steps)} steps of the scheduler."
+    return (
+        f"Chart: what each of {len(rows)} requests does in each of {len(trace.steps)} steps of the"
+        " scheduler."
+    )
 
 
 def _timeline_caption(trace: Trace, rows: list[TimelineRow], step: int | None) -> str:
@@ -289,7 +395,10 @@ def _timeline_caption(trace: Trace, rows: list[TimelineRow], step: int | None) -
     if again := [row for row in rows if row.preempted]:
         times = sum(len(row.preempted) for row in again)
         tokens = sum(sum(step.values()) for step in num_again(trace))
-        text += f" {_plural(times, 'preemption')} ({_list([row.letter for row in again])}); {tokens:,} tokens were "
+        text += (
+            f" {_plural(times, 'preemption')} ({_list([row.letter for row in again])}); {tokens:,}"
+            " tokens were "
+        )
         text += "computed a second time."
     if gone := [row.letter for row in rows if row.gone is not None]:
         text += f" Gone without having finished: {_list(gone)}."
@@ -310,11 +419,19 @@ def _step_caption(record: StepRecord, rows: list[TimelineRow], step: int) -> str
         if not who:
             continue
         names = [
-            f"{r.letter} ({r.num_tokens[step]})" if state in ("prefill", "chunk", "again") else r.letter for r in who
+            (
+                f"{r.letter} ({r.num_tokens[step]})"
+                if state in ("prefill", "chunk", "again")
+                else r.letter
+            )
+            for r in who
         ]
         verb = verb if len(who) == 1 else _plural_verb(verb)
         parts.append(f"{_list(names)} {verb}")
-    text = f"Step {step}: {'; '.join(parts) or 'nothing'}. {_plural(record.num_tokens, 'token')} in all."
+    text = (
+        f"Step {step}: {'; '.join(parts) or 'nothing'}. {_plural(record.num_tokens, 'token')} in"
+        " all."
+    )
     if lost := [row.letter for row in rows if step in row.preempted]:
         text += f" {_list(lost)} {'was' if len(lost) == 1 else 'were'} preempted to make room."
     return text
@@ -323,7 +440,10 @@ def _step_caption(record: StepRecord, rows: list[TimelineRow], step: int) -> str
 def _plural_verb(text: str) -> str:
     first, _, rest = text.partition(" ")
     return (
-        f"{first[:-1]} {rest}".strip().replace(" its ", " their ").replace(" it ", " they ").replace("place", "places")
+        f"{first[:-1]} {rest}".strip()
+        .replace(" its ", " their ")
+        .replace(" it ", " they ")
+        .replace("place", "places")
     )
 
 
@@ -337,7 +457,7 @@ def _plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-# --- places in the batch ----------------------------------------------------------------------------------------------
+# --- places in the batch --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -379,9 +499,11 @@ def places(trace: Trace) -> Places:
 
 
 def draw_places(traces: Mapping[str, Trace]) -> Figure:
-    """Draw who sits in which place of the batch, one panel a trace, on one scale of steps. Empty places are hatched.
+    """Draw who sits in which place of the batch, one panel a trace, on one scale of steps. Empty
+    places are hatched.
 
-    traces: title -> trace, of the same requests. Returns the figure; it displays itself, with a caption in words.
+    traces: title -> trace, of the same requests. Returns the figure; it displays itself, with a
+    caption in words.
     """
     all_places = {title: places(trace) for title, trace in traces.items()}
     longest = max(p.num_steps for p in all_places.values())
@@ -395,16 +517,24 @@ def draw_places(traces: Mapping[str, Trace]) -> Figure:
         y -= 0.55 + tall
         ax = figure.add_axes((0.2 / WIDTH, y / total, (WIDTH - 0.4) / WIDTH, tall / total))
         _draw_seats(ax, seating, (WIDTH - 0.4) / longest, row)
-        words = f"{title}: {seating.num_steps} steps, {round(100 * seating.wasted)} % of the places empty"
+        words = (
+            f"{title}: {seating.num_steps} steps, {round(100 * seating.wasted)} % of the places"
+            " empty"
+        )
         _style(ax, longest, len(seating.seats), words, "")
         y -= 0.07
     ax.set_xlabel("step", fontsize=9.5, color=palette.SOFT_INK)
     alt = f"Chart: who sits in which place of the batch at each step, for {_list(list(traces))}."
     sentences = [
-        f"{title}: {p.num_steps} steps with {len(p.seats)} places, {round(100 * p.wasted)} % of them empty."
+        f"{title}: {p.num_steps} steps with {len(p.seats)} places, {round(100 * p.wasted)} % of"
+        " them empty."
         for title, p in all_places.items()
     ]
-    describe(figure, alt, " ".join(sentences) + " Dark starts are prompts; hatched places computed nothing.")
+    describe(
+        figure,
+        alt,
+        " ".join(sentences) + " Dark starts are prompts; hatched places computed nothing.",
+    )
     return figure
 
 
@@ -421,20 +551,37 @@ def _draw_seats(ax: Axes, seating: Places, cell: float, row: float) -> None:
             color = palette.request_color(request)
             box.set(facecolor=color)
             ax.add_patch(
-                Rectangle((start, place + 0.08), width, 0.84, fill=False, edgecolor=palette.PAPER, linewidth=1)
+                Rectangle(
+                    (start, place + 0.08),
+                    width,
+                    0.84,
+                    fill=False,
+                    edgecolor=palette.PAPER,
+                    linewidth=1,
+                )
             )
             prompt = [step for step in steps if request in seating.prompts[step]]
             if prompt:
-                ax.add_patch(Rectangle((start, place + 0.08), len(prompt), 0.84, facecolor=palette.INK, linewidth=0))
+                ax.add_patch(
+                    Rectangle(
+                        (start, place + 0.08), len(prompt), 0.84, facecolor=palette.INK, linewidth=0
+                    )
+                )
             letter = palette.request_letter(request)
             if width * cell > 0.13 * len(letter):
                 ax.text(
-                    start + width / 2, place + 0.52, letter, ha="center", va="center", weight="bold",
-                    fontsize=min(9.0, 36 * row), color=palette.text_on(color),
-                )  # fmt: skip
+                    start + width / 2,
+                    place + 0.52,
+                    letter,
+                    ha="center",
+                    va="center",
+                    weight="bold",
+                    fontsize=min(9.0, 36 * row),
+                    color=palette.text_on(color),
+                )
 
 
-# --- time between tokens ----------------------------------------------------------------------------------------------
+# --- time between tokens --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -455,7 +602,11 @@ def token_gaps(trace: Trace) -> TokenGaps:
     found = TokenGaps([], [], [], [], [])
     for record in trace.steps:
         end = record.start_time + record.duration
-        gaps = [end - last[name_of(item)] for item in record.scheduled if item.samples and name_of(item) in last]
+        gaps = [
+            end - last[name_of(item)]
+            for item in record.scheduled
+            if item.samples and name_of(item) in last
+        ]
         if gaps:
             found.starts.append(record.start_time)
             found.times.append(end)
@@ -467,10 +618,12 @@ def token_gaps(trace: Trace) -> TokenGaps:
 
 
 def draw_token_gaps(traces: Mapping[str, Trace]) -> Figure:
-    """Draw how long decoding requests wait for their next token, one panel a trace, all on one scale.
+    """Draw how long decoding requests wait for their next token, one panel a trace, all on one
+    scale.
 
-    A bar is a step: as wide as the step took, as tall as the longest wait that it ended, orange where prompt tokens
-    were computed in it. Returns the figure; it displays itself, with a caption in words.
+    A bar is a step: as wide as the step took, as tall as the longest wait that it ended, orange
+    where prompt tokens were computed in it. Returns the figure; it displays itself, with a caption
+    in words.
     """
     found = {title: token_gaps(trace) for title, trace in traces.items()}
     count, tall = len(found), 1.55
@@ -486,26 +639,54 @@ def draw_token_gaps(traces: Mapping[str, Trace]) -> Figure:
         widths = [end - start for start, end in zip(gaps.starts, gaps.times, strict=True)]
         colors = [PROMPT if prompt else DECODE for prompt in gaps.with_prompt]
         heights = [1000 * gap for gap in gaps.gaps]
-        ax.bar(gaps.starts, heights, widths, align="edge", color=colors, linewidth=0, antialiased=False)
-        worst, typical, late = 1000 * max(gaps.every), *(1000 * _share(gaps.every, s) for s in (0.5, 0.99))
+        ax.bar(
+            gaps.starts, heights, widths, align="edge", color=colors, linewidth=0, antialiased=False
+        )
+        worst, typical, late = (
+            1000 * max(gaps.every),
+            *(1000 * _share(gaps.every, s) for s in (0.5, 0.99)),
+        )
         _style(ax, 1, 1, title, "")
         ax.set(xlim=(0, right), ylim=(0, top))
         ax.yaxis.set_major_locator(MaxNLocator(nbins=4))
         ax.xaxis.set_major_locator(MaxNLocator(nbins=8))
         ax.spines["left"].set(visible=True, color=palette.LINE)
         ax.text(
-            0.995, 0.94, f"worst {worst:.0f}, 99th percentile {late:.0f}, median {typical:.1f}", va="top", ha="right",
-            transform=ax.transAxes, fontsize=9.5, color=palette.INK,
-            bbox={"boxstyle": "round,pad=0.2", "facecolor": palette.PAPER, "edgecolor": "none", "alpha": 0.85},
-        )  # fmt: skip
-        sentences.append(f"{title}: median {typical:.1f}, 99th percentile {late:.0f}, worst {worst:.0f}.")
+            0.995,
+            0.94,
+            f"worst {worst:.0f}, 99th percentile {late:.0f}, median {typical:.1f}",
+            va="top",
+            ha="right",
+            transform=ax.transAxes,
+            fontsize=9.5,
+            color=palette.INK,
+            bbox={
+                "boxstyle": "round,pad=0.2",
+                "facecolor": palette.PAPER,
+                "edgecolor": "none",
+                "alpha": 0.85,
+            },
+        )
+        sentences.append(
+            f"{title}: median {typical:.1f}, 99th percentile {late:.0f}, worst {worst:.0f}."
+        )
     ax.set_xlabel("seconds", fontsize=9.5, color=palette.SOFT_INK)
     figure.text(
-        0.16 / WIDTH, 0.5, "milliseconds between tokens", rotation=90, va="center", fontsize=9.5, color=palette.SOFT_INK
+        0.16 / WIDTH,
+        0.5,
+        "milliseconds between tokens",
+        rotation=90,
+        va="center",
+        fontsize=9.5,
+        color=palette.SOFT_INK,
     )
     alt = f"Chart: time between tokens at each step, for {_list(list(traces))}."
     words = "Milliseconds between a request's tokens. " + " ".join(sentences)
-    describe(figure, alt, words + " Orange steps compute prompt tokens beside the decodes; blue ones do not.")
+    describe(
+        figure,
+        alt,
+        words + " Orange steps compute prompt tokens beside the decodes; blue ones do not.",
+    )
     return figure
 
 

@@ -1,4 +1,6 @@
-"""The interactive twin of the pictures: the same functions under a slider. Imports ipywidgets when used, not before."""
+"""The interactive twin of the pictures: the same functions under a slider. Imports ipywidgets when
+used, not before.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,16 @@ WIDGET_MIMETYPE = "application/vnd.jupyter.widget-view+json"
 class Scrubber:
     """A picture with a slider over the steps of a trace.
 
-    Where a kernel is alive, JupyterLab shows the slider; elsewhere (GitHub, nbconvert, a closed notebook whose widget
-    output was dropped by `minivllm.course.authoring`) the static twin of the same output shows.
+    Where a kernel is alive, JupyterLab shows the slider; elsewhere (GitHub, nbconvert, a closed
+    notebook whose widget output was dropped by `minivllm.course.authoring`) the static twin of the
+    same output shows.
     """
 
     def __init__(self, trace: Trace, draw: Callable[..., Figure], step: int) -> None:
         self.trace, self.draw, self.step = trace, draw, step
-        self._first: int = getattr(trace, "first_step", 0)  # an engine counts its steps from 0, a lesson from 1
+        self._first: int = getattr(
+            trace, "first_step", 0
+        )  # an engine counts its steps from 0, a lesson from 1
         self.figure = lru_cache(maxsize=256)(lambda step: draw(trace, step=step))
         self.png = lru_cache(maxsize=256)(lambda step: self.figure(step).to_png())
 
@@ -38,7 +43,9 @@ class Scrubber:
         image = ipywidgets.Image(format="png", layout=width)
         caption = ipywidgets.HTML()
         first, last = self._first, self._first + len(self.trace.steps) - 1
-        slider = ipywidgets.IntSlider(first + self.step, first, last, description="step", layout={"width": "420px"})
+        slider = ipywidgets.IntSlider(
+            first + self.step, first, last, description="step", layout={"width": "420px"}
+        )
         play = ipywidgets.Play(value=first + self.step, min=first, max=last, interval=400)
         ipywidgets.jslink((play, "value"), (slider, "value"))
 
@@ -56,15 +63,19 @@ class Scrubber:
         try:
             data[WIDGET_MIMETYPE] = self.widget()._repr_mimebundle_()[WIDGET_MIMETYPE]
         except ImportError:
-            logger.warning("ipywidgets is not installed, so the picture stands still: pip install ipywidgets")
+            logger.warning(
+                "ipywidgets is not installed, so the picture stands still: pip install ipywidgets"
+            )
         data["text/plain"] = f"{figure.alt} {figure.caption}"
         show(data, metadata, STILL.format(self._first + self.step))
 
 
-def scrub(trace: Trace, draw: Callable[..., Figure] = draw_block_table, step: int | None = None) -> Scrubber:
+def scrub(
+    trace: Trace, draw: Callable[..., Figure] = draw_block_table, step: int | None = None
+) -> Scrubber:
     """A picture of the trace with a slider over its steps, and a play button.
 
-    draw: a function of this package that takes ``(trace, step=...)``. step: where to begin; None is the step with the
-    most blocks in use.
+    draw: a function of this package that takes ``(trace, step=...)``. step: where to begin; None is
+    the step with the most blocks in use.
     """
     return Scrubber(trace, draw, busiest_step(trace) if step is None else check_step(trace, step))

@@ -1,7 +1,9 @@
-"""Runs answers in forked children of one process a chapter, which has torch and the chapter's given cells loaded.
+"""Runs answers in forked children of one process a chapter, which has torch and the chapter's given
+cells loaded.
 
-The process is one of its own, not a fork of pytest: it computes on one thread from the start, for OpenMP's other
-threads do not survive a fork, and sets TRITON_INTERPRET before anything imports triton.
+The process is one of its own, not a fork of pytest: it computes on one thread from the start, for
+OpenMP's other threads do not survive a fork, and sets TRITON_INTERPRET before anything imports
+triton.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ LIMIT = 60  # seconds that one answer may take
 
 
 class Children:
-    """A chapter: setup are its given cells before the first statement; RuntimeError where they fail.
+    """A chapter: setup are its given cells before the first statement; RuntimeError where they
+    fail.
 
     Close it, or use `with`.
     """
@@ -33,9 +36,16 @@ class Children:
             import pytest
 
             pytest.skip("answers run in forked processes, which this system does not have")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "TRITON_INTERPRET": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen([sys.executable, __file__], cwd=folder, env=environment, **pipes)
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], cwd=folder, env=environment, **pipes
+        )
         self._ask({"setup": setup, "chapter": chapter})
 
     def __enter__(self) -> Children:
@@ -51,8 +61,8 @@ class Children:
     def run(self, *cells: str, limit: int = LIMIT) -> dict[str, Any]:
         """Execute cells one after the other in a child.
 
-        Returns {"raised": type of what a cell raised, or None; "cell": its number; "name": a Mistake's; "message";
-        "printed": what the last cell printed}.
+        Returns {"raised": type of what a cell raised, or None; "cell": its number; "name": a
+        Mistake's; "message"; "printed": what the last cell printed}.
         """
         return self._ask({"cells": cells, "limit": limit})
 
@@ -61,7 +71,9 @@ class Children:
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError("the process that runs the answers has ended; its error output stands above")
+            raise RuntimeError(
+                "the process that runs the answers has ended; its error output stands above"
+            )
         answer = json.loads(line)
         if "setup_failed" in answer:
             raise RuntimeError(f"the chapter's given cells failed:\n{answer['setup_failed']}")
@@ -77,7 +89,13 @@ def execute(source: str, name: str, namespace: dict[str, Any]) -> None:
 def run_cells(cells: list[str], namespace: dict[str, Any]) -> dict[str, Any]:
     from minivllm.course.checking import Mistake
 
-    result: dict[str, Any] = {"raised": None, "cell": None, "name": None, "message": "", "printed": ""}
+    result: dict[str, Any] = {
+        "raised": None,
+        "cell": None,
+        "name": None,
+        "message": "",
+        "printed": "",
+    }
     for number, source in enumerate(cells):
         printed = io.StringIO()
         try:
@@ -85,7 +103,12 @@ def run_cells(cells: list[str], namespace: dict[str, Any]) -> dict[str, Any]:
                 execute(source, f"<cell {number}>", namespace)
         except BaseException as error:
             name = error.name if isinstance(error, Mistake) else None
-            return result | {"raised": type(error).__name__, "cell": number, "name": name, "message": str(error)}
+            return result | {
+                "raised": type(error).__name__,
+                "cell": number,
+                "name": name,
+                "message": str(error),
+            }
         result["printed"] = printed.getvalue().strip()
     return result
 

@@ -26,7 +26,9 @@ def chapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Chapter:
 
 @pytest.fixture
 def learner(chapter: Chapter) -> Callable[..., Path]:
-    """learner(change): the path of exercises whose answers are right, after change(notebook) and saving."""
+    """learner(change): the path of exercises whose answers are right, after change(notebook) and
+    saving.
+    """
 
     def save(change: Callable[[NotebookNode], None] = lambda notebook: None) -> Path:
         notebook = make_exercises(chapter)

@@ -1,7 +1,9 @@
-"""The capstone's worker as a fork of a process that has everything imported, so that a test need not wait for that.
+"""The capstone's worker as a fork of a process that has everything imported, so that a test need
+not wait for that.
 
-`python forked.py ADDRESS` listens on a Unix socket and forks for every connection; the child does what the command's
-worker does, `minivllm.course.capstone.main`, with the connection as its standard input and output.
+`python forked.py ADDRESS` listens on a Unix socket and forks for every connection; the child does
+what the command's worker does, `minivllm.course.capstone.main`, with the connection as its standard
+input and output.
 """
 
 from __future__ import annotations
@@ -23,11 +25,18 @@ class Server:
 
     def __init__(self, folder: Path) -> None:
         self.address = str(folder / "forks")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "TRITON_INTERPRET": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         self.process = subprocess.Popen([sys.executable, __file__, self.address], env=environment)
         while not Path(self.address).exists():
             if self.process.poll() is not None:
-                raise RuntimeError("the process that forks has ended; its error output stands above")
+                raise RuntimeError(
+                    "the process that forks has ended; its error output stands above"
+                )
             time.sleep(0.05)
 
     def __enter__(self) -> Server:
@@ -71,7 +80,9 @@ def main(address: str) -> None:
     capstone._package_run = functools.cache(capstone._package_run)
     capstone._package_run()
     with contextlib.redirect_stdout(io.StringIO()):
-        for chapter in chapters(Path(__file__).resolve().parents[2]):  # what they import is then there
+        for chapter in chapters(
+            Path(__file__).resolve().parents[2]
+        ):  # what they import is then there
             if chapter.number in {piece.chapter for piece in capstone.PIECES}:
                 first = next(cell for cell in chapter.solution.cells if cell.cell_type == "code")
                 assert role(first)[0] == "given"

@@ -1,4 +1,6 @@
-"""A repository whose learner has solved everything: copies of the exercises, filled with the solutions' answers."""
+"""A repository whose learner has solved everything: copies of the exercises, filled with the
+solutions' answers.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from minivllm.course.stubs import make_exercises
 
 def answers_of(chapter: Chapter) -> dict[str, str]:
     """The solution's answers, by exercise."""
-    return {role(cell)[1]: cell.source for cell in chapter.solution.cells if role(cell)[0] == "exercise"}
+    return {
+        role(cell)[1]: cell.source for cell in chapter.solution.cells if role(cell)[0] == "exercise"
+    }
 
 
 def write_solved(root: Path, chapters: Iterable[Chapter]) -> Path:

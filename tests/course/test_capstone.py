@@ -1,7 +1,9 @@
-"""The capstone: all of a learner's pieces together pass; what is missing, the package's own or wrong is named.
+"""The capstone: all of a learner's pieces together pass; what is missing, the package's own or
+wrong is named.
 
-The learner's notebooks are copies of the exercises, filled with the solutions' answers, and recorded as checked. The
-worker is a fork of a process that has everything imported, but where a test is of the command itself.
+The learner's notebooks are copies of the exercises, filled with the solutions' answers, and
+recorded as checked. The worker is a fork of a process that has everything imported, but where a
+test is of the command itself.
 """
 
 from __future__ import annotations
@@ -59,16 +61,20 @@ def quick(server: forked.Server, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def few(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer pieces, to be tried one by one the sooner; the package's own are in the other places."""
+    """Fewer pieces, to be tried one by one the sooner; the package's own are in the other
+    places.
+    """
     names = ("MyBlockManager", "silu_mul", "Qwen3", "build_batch", "MyEngine")
     monkeypatch.setattr(capstone, "PIECES", [piece for piece in PIECES if piece.answer in names])
 
 
 @pytest.fixture
 def with_answers(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Answers]:
-    """with_answers(merge_attention="…"): that repository, with other sources in the cells that define these names.
+    """with_answers(merge_attention="…"): that repository, with other sources in the cells that
+    define these names.
 
-    None is the stub; a source that begins with "=" is put behind the right one, and so takes names over from it.
+    None is the stub; a source that begins with "=" is put behind the right one, and so takes names
+    over from it.
     """
     monkeypatch.setattr("minivllm.course.chapters.DIGESTS", finished)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -82,8 +88,12 @@ def with_answers(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[An
             notebook, right = nbformat.read(path, as_version=4), answers_of(chapter)
             id = next(id for id, answer in right.items() if name in defined_names(answer))
             cell = next(cell for cell in notebook.cells if role(cell) == ("exercise", id))
-            stub = next(cell for cell in make_exercises(chapter).cells if role(cell) == ("exercise", id)).source
-            more = f"{cell.source}\n\n\n{source[1:]}" if source and source.startswith("=") else source
+            stub = next(
+                cell for cell in make_exercises(chapter).cells if role(cell) == ("exercise", id)
+            ).source
+            more = (
+                f"{cell.source}\n\n\n{source[1:]}" if source and source.startswith("=") else source
+            )
             cell.source = stub if source is None else more
             nbformat.write(notebook, path)
         return finished
@@ -98,7 +108,7 @@ def problems(root: Path, timeout: float = 60.0) -> list[tuple[str, str]]:
     return [(finding.piece, finding.name) for finding in report.problems]
 
 
-# --- what it is made of -----------------------------------------------------------------------------------------------
+# --- what it is made of ---------------------------------------------------------------------------
 
 
 def test_every_piece_is_an_answer_of_the_course() -> None:
@@ -120,16 +130,22 @@ def test_what_the_package_has_in_their_places_is_there() -> None:
 
 
 def test_the_requests_enter_every_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And their texts depend on neither the order of the work nor on its rounding: no draw is at a boundary."""
+    """And their texts depend on neither the order of the work nor on its rounding: no draw is at a
+    boundary.
+    """
     run = capstone._package_run()
     for counter in ("num_preemptions", "num_mixed_steps", "num_chunks", "prefix_cache_hits"):
         assert run.stats[counter] > 0, counter
-    for other in ({"num_kv_blocks": 64}, {"max_num_seqs": 1}, {"max_num_seqs": 2, "max_num_batched_tokens": 192}):
+    for other in (
+        {"num_kv_blocks": 64},
+        {"max_num_seqs": 1},
+        {"max_num_seqs": 2, "max_num_batched_tokens": 192},
+    ):
         monkeypatch.setattr(capstone, "ROOM", {**capstone.ROOM, **other})
         assert capstone._package_run().texts == run.texts, other
 
 
-# --- what it says -----------------------------------------------------------------------------------------------------
+# --- what it says ---------------------------------------------------------------------------------
 
 
 def test_everything_right_passes(with_answers: Answers, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,14 +171,19 @@ def test_the_road_shows_it(with_answers: Answers, monkeypatch: pytest.MonkeyPatc
     with_answers(rms_norm="=more = 1")
     assert capstone.standing(root) == ("12 of 14 pieces have passed their checks", False)
     said = CliRunner().invoke(app, ["course"]).output
-    assert "The goal, the engine that you wrote: 12 of 14 pieces have passed their checks. `minivllm check" in said
+    assert (
+        "The goal, the engine that you wrote: 12 of 14 pieces have passed their checks. `minivllm"
+        " check" in said
+    )
     assert "Next: minivllm check 06" in said
 
 
 def test_a_piece_that_the_others_do_not_use_runs_alone(with_answers: Answers, quick: None) -> None:
     """Another right model, which computes its norms with torch's."""
     right = sections_of("06.6", "right")
-    report = examine(with_answers(Qwen3=next(source for source in right if "rms_norm(x.float()" not in source)))
+    report = examine(
+        with_answers(Qwen3=next(source for source in right if "rms_norm(x.float()" not in source))
+    )
     assert (report.problems, report.passed) == ([], True)
 
 
@@ -170,7 +191,10 @@ def test_what_has_not_passed_its_own_check_is_checked(with_answers: Answers, qui
     """A wrong answer that writes the right tokens; its check's verdict is kept."""
     root = with_answers(rms_norm=sections_of("06.1", "eps-typed-in")[0])
     report = examine(root)
-    assert [(f.piece, f.name) for f in report.problems] == [("rms_norm", "eps-typed-in"), ("silu_mul", "eps-typed-in")]
+    assert [(f.piece, f.name) for f in report.problems] == [
+        ("rms_norm", "eps-typed-in"),
+        ("silu_mul", "eps-typed-in"),
+    ]
     assert "The tokens are right. But its own check, 06.1, sees more" in report.problems[0].message
     assert Records(root)["06.1"].state == FAILED
     assert Records(root)["06.4"].state == PASSED
@@ -195,25 +219,38 @@ def test_missing_answers_are_named(with_answers: Answers, quick: None) -> None:
     root = with_answers()
     path = next((root / "exercises").glob("04_*.ipynb"))
     notebook = nbformat.read(path, as_version=4)
-    notebook.cells = [c for c in notebook.cells if role(c)[0] != "exercise" or "class MyBlockManager" not in c.source]
+    notebook.cells = [
+        c
+        for c in notebook.cells
+        if role(c)[0] != "exercise" or "class MyBlockManager" not in c.source
+    ]
     nbformat.write(notebook, path)
     next((root / "exercises").glob("01_*.ipynb")).unlink()
     assert problems(root) == [("merge_attention", "missing"), ("MyBlockManager", "answer-missing")]
 
 
-#: The package's own in the place of a piece: as it is, under another name, inherited, called, or a part of it.
+#: The package's own in the place of a piece: as it is, under another name, inherited, called, or a
+#: part of it.
 OWN = {
-    "merge_attention": "=from minivllm.kernels.online_softmax import merge_attention_reference as merge_attention",
-    "decode_attention": "=def decode_attention(*args, **kwargs):\n"
-    "    return Kernels.reference().decode_attention(*args, **kwargs)",
-    "MyBlockManager": "from minivllm.engine.block_manager import BlockManager\n\n\n"
-    "class MyBlockManager(BlockManager):\n    pass",
+    "merge_attention": (
+        "=from minivllm.kernels.online_softmax import merge_attention_reference as merge_attention"
+    ),
+    "decode_attention": (
+        "=def decode_attention(*args, **kwargs):\n"
+        "    return Kernels.reference().decode_attention(*args, **kwargs)"
+    ),
+    "MyBlockManager": (
+        "from minivllm.engine.block_manager import BlockManager\n\n\n"
+        "class MyBlockManager(BlockManager):\n    pass"
+    ),
     "MyScheduler": "class MyScheduler(Scheduler):\n    pass",
     "rms_norm": "=rms_norm = Kernels.reference().rms_norm",
     "build_batch": "=build_batch = package_batch",
     "sample": "=from minivllm.kernels.sampling import filter_logits",
-    "TextStream": "=class TextStream(TokenText):\n    def __init__(self, decode, stops):\n"
-    "        super().__init__(tokenizer, stops)",
+    "TextStream": (
+        "=class TextStream(TokenText):\n    def __init__(self, decode, stops):\n"
+        "        super().__init__(tokenizer, stops)"
+    ),
 }
 
 
@@ -225,7 +262,9 @@ def test_the_packages_own_is_named(with_answers: Answers, quick: None, name: str
 def sections_of(id: str, name: str) -> list[str]:
     """The sources in tests/wrong_answers of that name."""
     chapter = next(chapter for chapter in CHAPTERS if chapter.number == id[:2])
-    return [wrong.source for wrong in wrong_answers(chapter) if (wrong.id, wrong.name) == (id, name)]
+    return [
+        wrong.source for wrong in wrong_answers(chapter) if (wrong.id, wrong.name) == (id, name)
+    ]
 
 
 #: For each piece (exercise, name) of a wrong answer that runs and writes other tokens.
@@ -253,7 +292,10 @@ def test_a_wrong_piece_is_found(with_answers: Answers, quick: None, name: str) -
     root = with_answers(**{name: sections_of(*WRONG[name])[0]})
     report = capstone.Report()
     cells, found, number = capstone._collect(root, report), report.found, WRONG[name][0][:2]
-    alone = {"cells": {number: cells[number]}, "found": {k: id for k, id in found.items() if id[:2] == number}}
+    alone = {
+        "cells": {number: cells[number]},
+        "found": {k: id for k, id in found.items() if id[:2] == number},
+    }
     for job, expected in (
         ({"task": "together", "cells": cells, "found": found}, ("", "together")),
         ({"task": "alone", "pieces": [name], **alone}, (name, "wrong")),
@@ -263,7 +305,9 @@ def test_a_wrong_piece_is_found(with_answers: Answers, quick: None, name: str) -
 
 
 def test_a_wrong_piece_is_named(with_answers: Answers, few: None) -> None:
-    assert problems(with_answers(MyEngine=sections_of(*WRONG["MyEngine"])[0])) == [("MyEngine", "wrong")]
+    assert problems(with_answers(MyEngine=sections_of(*WRONG["MyEngine"])[0])) == [
+        ("MyEngine", "wrong")
+    ]
 
 
 def test_blocks_that_are_lost_are_missed(with_answers: Answers, few: None) -> None:
@@ -289,7 +333,10 @@ def test_a_cell_that_raises_is_named(with_answers: Answers, quick: None) -> None
 
 
 def test_an_endless_piece_is_named(with_answers: Answers, few: None) -> None:
-    source = "=class MyEngine(MyEngine):\n    def run(self, sequences):\n        while True:\n            self.step()"
+    source = (
+        "=class MyEngine(MyEngine):\n    def run(self, sequences):\n        while True:\n          "
+        "  self.step()"
+    )
     assert problems(with_answers(MyEngine=source), timeout=3.0) == [("MyEngine", "endless")]
 
 
@@ -301,17 +348,24 @@ def test_a_crash_is_named(with_answers: Answers, few: None) -> None:
 def test_pieces_that_only_disagree_are_told(with_answers: Answers, few: None) -> None:
     """One that is wrong only beside the other, and right alone."""
     root = with_answers(
-        build_batch="=given_batch = build_batch\n\n\ndef build_batch(rows, block_table, block_size):\n"
-        "    torch.this_is_mine = True\n    return given_batch(rows, block_table, block_size)",
-        silu_mul="=given_silu = silu_mul\n\n\ndef silu_mul(gate_up):\n"
-        "    mine = torch.__dict__.pop('this_is_mine', False)\n    return given_silu(gate_up) * (1 - mine)",
+        build_batch=(
+            "=given_batch = build_batch\n\n\ndef build_batch(rows, block_table, block_size):\n"
+            "    torch.this_is_mine = True\n    return given_batch(rows, block_table, block_size)"
+        ),
+        silu_mul=(
+            "=given_silu = silu_mul\n\n\ndef silu_mul(gate_up):\n    mine ="
+            " torch.__dict__.pop('this_is_mine', False)\n    return given_silu(gate_up) * (1 -"
+            " mine)"
+        ),
     )
     found = problems(root)
     assert {name for _, name in found} == {"disagrees"}
     assert {piece for piece, _ in found} == {"build_batch", "silu_mul"}
 
 
-def test_a_changed_solution_is_an_error(with_answers: Answers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_solution_is_an_error(
+    with_answers: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = with_answers()
     (root / "ch03.json").write_text(json.dumps({"nothing": "0"}))
     monkeypatch.chdir(root)

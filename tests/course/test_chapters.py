@@ -1,7 +1,9 @@
-"""Every chapter's exercises: solutions pass, stubs fail at their own check, wrong answers fail with the right name.
+"""Every chapter's exercises: solutions pass, stubs fail at their own check, wrong answers fail with
+the right name.
 
-Wrong answers stand in tests/wrong_answers/chNN.py, in sections ``# %% 01.2 no-rescale: what is wrong``, each a full
-replacement of the answer cell; a section named ``right`` is another right way. `-k ch01` selects a chapter.
+Wrong answers stand in tests/wrong_answers/chNN.py, in sections
+``# %% 01.2 no-rescale: what is wrong``, each a full replacement of the answer cell; a section named
+``right`` is another right way. `-k ch01` selects a chapter.
 """
 
 from __future__ import annotations
@@ -32,7 +34,13 @@ from minivllm.course.chapters import (
     role,
 )
 from minivllm.course.checking import find
-from minivllm.course.stubs import defined_names, exercises_of, make_exercises, require_published, stub_source
+from minivllm.course.stubs import (
+    defined_names,
+    exercises_of,
+    make_exercises,
+    require_published,
+    stub_source,
+)
 
 SECTION = re.compile(r"^# %% (\d\d\.\d+) ([a-z0-9-]+): *(.+)$", re.MULTILINE)
 WRONG_ANSWERS = ROOT / "tests/wrong_answers"
@@ -41,7 +49,9 @@ LEAST_WRONG_ANSWERS = 3
 
 @dataclass
 class Part:
-    """One exercise of a solution: sources of its cells. pictures: the given cells before the next statement."""
+    """One exercise of a solution: sources of its cells. pictures: the given cells before the next
+    statement.
+    """
 
     id: str
     answer: str = ""
@@ -82,12 +92,19 @@ def parts_of(chapter: Chapter) -> tuple[list[str], list[Part]]:
 
 
 def sections(text: str) -> list[Wrong]:
-    """The sections of a file of wrong answers. ValueError for a line that looks like a heading and is none."""
-    if bad := [line for line in text.splitlines() if line.startswith("# %%") and not SECTION.match(line)]:
+    """The sections of a file of wrong answers. ValueError for a line that looks like a heading and
+    is none.
+    """
+    if bad := [
+        line for line in text.splitlines() if line.startswith("# %%") and not SECTION.match(line)
+    ]:
         raise ValueError(f"not of the form `# %% 01.2 its-name: what is wrong`: {bad}")
     found = list(SECTION.finditer(text))
     ends = [match.start() for match in found[1:]] + [len(text)]
-    return [Wrong(m[1], m[2], m[3], text[m.end() : end].strip()) for m, end in zip(found, ends, strict=True)]
+    return [
+        Wrong(m[1], m[2], m[3], text[m.end() : end].strip())
+        for m, end in zip(found, ends, strict=True)
+    ]
 
 
 def wrong_answers(chapter: Chapter) -> list[Wrong]:
@@ -130,27 +147,37 @@ def run(chapter: Chapter, *cells: str) -> dict[str, Any]:
     return result
 
 
-# --- the exercises ----------------------------------------------------------------------------------------------------
+# --- the exercises --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("chapter", "part"), PARTS, ids=[label(c, part.id, "solution") for c, part in PARTS])
+@pytest.mark.parametrize(
+    ("chapter", "part"), PARTS, ids=[label(c, part.id, "solution") for c, part in PARTS]
+)
 def test_the_solution_passes(chapter: Chapter, part: Part) -> None:
     result = run(chapter, part.answer, *part.pictures, part.check)
     assert result["raised"] is None, f"{result}\n{as_committed(chapter.solution_path)[1]}"
-    assert result["printed"] == part.printed, "the check prints something else than the committed solution shows"
+    assert result["printed"] == part.printed, (
+        "the check prints something else than the committed solution shows"
+    )
 
 
-@pytest.mark.parametrize(("chapter", "part"), PARTS, ids=[label(c, part.id, "stub") for c, part in PARTS])
+@pytest.mark.parametrize(
+    ("chapter", "part"), PARTS, ids=[label(c, part.id, "stub") for c, part in PARTS]
+)
 def test_the_stub_fails_at_its_own_check(chapter: Chapter, part: Part) -> None:
     result = run(chapter, part.stub, *part.pictures, part.check)
     assert result["cell"] == 1 + len(part.pictures), f"failed before its check: {result}"
     assert result["raised"] in ("NotAttempted", *["Mistake"] * part.given_stub), result
 
 
-@pytest.mark.parametrize(("chapter", "wrong"), WRONG, ids=[label(c, w.id, w.name) for c, w in WRONG])
+@pytest.mark.parametrize(
+    ("chapter", "wrong"), WRONG, ids=[label(c, w.id, w.name) for c, w in WRONG]
+)
 def test_wrong_answers_are_named(chapter: Chapter, wrong: Wrong) -> None:
     part = next(part for part in parts_of(chapter)[1] if part.id == wrong.id)
-    assert defined_names(wrong.source) >= defined_names(part.answer), "it replaces the whole answer cell"
+    assert defined_names(wrong.source) >= defined_names(part.answer), (
+        "it replaces the whole answer cell"
+    )
     result = run(chapter, wrong.source, part.check)
     if wrong.name == "right":
         assert result["raised"] is None, f"{wrong.why}: this is right, and the check says: {result}"
@@ -166,7 +193,10 @@ def test_hints_belong_to_mistakes_that_are_shown(chapter: Chapter) -> None:
     for statement in chapter.statements:
         for name, number in find(statement.id).hints.items():
             assert 1 <= number <= len(statement.hints), f"{statement.id} has no hint {number}"
-            assert (statement.id, name) in shown, f"{statement.id}: no wrong answer is called {name}"
+            assert (
+                statement.id,
+                name,
+            ) in shown, f"{statement.id}: no wrong answer is called {name}"
 
 
 def test_enough_wrong_answers(chapter: Chapter) -> None:
@@ -177,7 +207,7 @@ def test_enough_wrong_answers(chapter: Chapter) -> None:
     assert {id: counts[id] for id in ids if counts[id] < LEAST_WRONG_ANSWERS} == {}
 
 
-# --- the notebooks ----------------------------------------------------------------------------------------------------
+# --- the notebooks --------------------------------------------------------------------------------
 
 
 def test_the_solution_may_be_committed(chapter: Chapter) -> None:
@@ -185,7 +215,9 @@ def test_the_solution_may_be_committed(chapter: Chapter) -> None:
 
 
 def test_the_solution_is_as_it_was_published(chapter: Chapter) -> None:
-    """A learner who changed it is told what, and how to restore it; an author, to write the digests anew."""
+    """A learner who changed it is told what, and how to restore it; an author, to write the digests
+    anew.
+    """
     assert chapter.digests.exists(), "python -m minivllm.course.authoring stubs"
     require_published(chapter)
 
@@ -193,15 +225,21 @@ def test_the_solution_is_as_it_was_published(chapter: Chapter) -> None:
 def test_no_solution_is_missing() -> None:
     published = {path.stem[2:] for path in DIGESTS.glob("ch*.json")}
     missing = sorted(published - {chapter.number for chapter in CHAPTERS})
-    assert missing == [], "the solutions of these chapters are gone. Restore them: git checkout -- solutions"
+    assert missing == [], (
+        "the solutions of these chapters are gone. Restore them: git checkout -- solutions"
+    )
 
 
 def test_the_exercises_are_in_step(chapter: Chapter) -> None:
-    """Compared: everything but answers and outputs. A learner may change more; then the committed files count."""
+    """Compared: everything but answers and outputs. A learner may change more; then the committed
+    files count.
+    """
     with contextlib.suppress(CourseNotFoundError):
         if given_cells(read(chapter.exercises)) == given_cells(make_exercises(chapter)):
             return
-    texts, notes = zip(as_committed(chapter.exercises), as_committed(chapter.solution_path), strict=True)
+    texts, notes = zip(
+        as_committed(chapter.exercises), as_committed(chapter.solution_path), strict=True
+    )
     assert any(notes), f"out of step: python -m minivllm.course.authoring stubs {chapter.name}"
     exercises, solution = (nbformat.reads(text or "{}", as_version=4) for text in texts)
     assert exercises == exercises_of(solution, chapter.name), "out of step, and committed so"
@@ -221,7 +259,9 @@ def test_answers_do_not_leak(chapter: Chapter) -> None:
 
 
 def leaks(chapter: Chapter, path: Path | None = None) -> list[str]:
-    """Cells of the generated exercises that hold most of an answer's lines, and outputs and stubs left in them."""
+    """Cells of the generated exercises that hold most of an answer's lines, and outputs and stubs
+    left in them.
+    """
     found = []
     exercises = make_exercises(chapter)
     for cell in exercises.cells:
@@ -238,5 +278,7 @@ def leaks(chapter: Chapter, path: Path | None = None) -> list[str]:
 def _lines(source: str) -> set[str]:
     """Its lines that say something: no comments, nothing shorter than 12 characters."""
     return {
-        line.strip() for line in source.splitlines() if len(line.strip()) >= 12 and not line.strip().startswith("#")
+        line.strip()
+        for line in source.splitlines()
+        if len(line.strip()) >= 12 and not line.strip().startswith("#")
     }

@@ -1,4 +1,6 @@
-"""What checks are made of: the registry, stubs, `diagnose`, guarded tensors, the engine with another piece."""
+"""What checks are made of: the registry, stubs, `diagnose`, guarded tensors, the engine with
+another piece.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> None:
         raise Mistake("too-few", f"{blocks} and {tokens}")
 
 
-# --- check ------------------------------------------------------------------------------------------------------------
+# --- check ----------------------------------------------------------------------------------------
 
 
 def test_check_prints_one_line(capsys: pytest.CaptureFixture) -> None:
@@ -84,13 +86,33 @@ def test_check_prints_one_line(capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("id", "answer", "kind", "said"),
     [
-        ("98.1", lambda x: 2, Mistake, "wrong-values\n1 of 2 cases differ, this is the smallest. With x = 3: got 2"),
+        (
+            "98.1",
+            lambda x: 2,
+            Mistake,
+            "wrong-values\n1 of 2 cases differ, this is the smallest. With x = 3: got 2",
+        ),
         ("98.1", stub, NotAttempted, "98.1: still to write: stub."),
         ("98.1", ..., NotAttempted, "still `...`"),
-        ("98.1", [1, {"a": ...}], NotAttempted, "98.1: still to write: the value of [1]['a'] (still `...`)."),
-        ("98.3", {"a": 3, "b": ...}, NotAttempted, "98.3: still to write: blocks['b'] (still `...`)."),
+        (
+            "98.1",
+            [1, {"a": ...}],
+            NotAttempted,
+            "98.1: still to write: the value of [1]['a'] (still `...`).",
+        ),
+        (
+            "98.3",
+            {"a": 3, "b": ...},
+            NotAttempted,
+            "98.3: still to write: blocks['b'] (still `...`).",
+        ),
         ("98.1", Half, NotAttempted, "98.1: still to write: Half.late, Half.later."),
-        ("98.1", lambda x: stub(x), NotAttempted, "98.1: your code calls stub, which is still to write."),
+        (
+            "98.1",
+            lambda x: stub(x),
+            NotAttempted,
+            "98.1: your code calls stub, which is still to write.",
+        ),
         ("98.1", None, Mistake, "raised"),
         ("98.1", lambda: 1, Mistake, "raised\n"),
         ("98.1", lambda x: {}[x], Mistake, "Your code raised KeyError: 1\nin <lambda>, line"),
@@ -106,7 +128,9 @@ def test_check_raises_what_it_found(id: str, answer: Any, kind: type, said: str)
 
 
 def test_values_that_are_missing_are_named() -> None:
-    with pytest.raises(NotAttempted, match=r"98\.3: still to write: tokens \(still `\.\.\.`\), rest \(still"):
+    with pytest.raises(
+        NotAttempted, match=r"98\.3: still to write: tokens \(still `\.\.\.`\), rest \(still"
+    ):
         check("98.3", 3, ..., rest=...)
     with pytest.raises(Mistake, match="3 and 4"):
         check("98.3", 3, 4)
@@ -118,7 +142,8 @@ def test_hints_may_belong_to_mistakes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("id", "said"), [("98.9", "98.1, 98.2"), ("77.1", "'77.1'."), ("x", "'x'."), ("", "''"), (3, "3")]
+    ("id", "said"),
+    [("98.9", "98.1, 98.2"), ("77.1", "'77.1'."), ("x", "'x'."), ("", "''"), (3, "3")],
 )
 def test_unknown_exercises(id: Any, said: str) -> None:
     with pytest.raises(UnknownExerciseError, match="There is no exercise") as caught:
@@ -139,11 +164,19 @@ def test_attempted() -> None:
 
 
 def test_importing_it_is_cheap() -> None:
-    code = "import sys, minivllm.course; print(sorted({'torch', 'numpy', 'nbformat', 'rich'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    code = (
+        "import sys, minivllm.course; print(sorted({'torch', 'numpy', 'nbformat', 'rich'} &"
+        " set(sys.modules)))"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "[]\n"
+    )
 
 
-# --- diagnose ---------------------------------------------------------------------------------------------------------
+# --- diagnose -------------------------------------------------------------------------------------
 
 SUSPECTS = {
     "no-maximum": ("You subtract nothing.", lambda x: x.exp() / x.exp().sum()),
@@ -163,9 +196,17 @@ def in_place(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("answer", "name", "said"),
     [
-        (lambda x: x.exp() / x.exp().sum(), "no-maximum", "You subtract nothing.\nWith x = float32 [2] (100, 0): "),
+        (
+            lambda x: x.exp() / x.exp().sum(),
+            "no-maximum",
+            "You subtract nothing.\nWith x = float32 [2] (100, 0): ",
+        ),
         (lambda x: (x - x.max()).exp(), "not-divided", "with-x"),
-        (lambda x: x, "wrong-values", "3 of 3 cases differ, this is the smallest. With x = float32 [1] (5)"),
+        (
+            lambda x: x,
+            "wrong-values",
+            "3 of 3 cases differ, this is the smallest. With x = float32 [1] (5)",
+        ),
         (lambda x: right(x)[None], "wrong-shape", "got the shape [1, 1], expected [1]"),
         (lambda x: right(x).double(), "wrong-dtype", "got torch.float64, expected torch.float32"),
         (lambda x: None, "wrong-type", "got None (is a `return` missing?)"),
@@ -184,8 +225,14 @@ def test_mistakes_are_named(answer: Callable, name: str, said: str) -> None:
 
 def test_right_answers_pass_and_are_counted() -> None:
     assert diagnose(lambda x: (x - x.logsumexp(0)).exp(), CASES, right, SUSPECTS) == 3
-    assert diagnose(lambda x: (x, [x + 1e-9], {"a": math.nan, "b": None, "c": math.inf}), [(1.0,)],
-                    lambda x: (x, [x], {"a": math.nan, "b": None, "c": math.inf})) == 1  # fmt: skip
+    assert (
+        diagnose(
+            lambda x: (x, [x + 1e-9], {"a": math.nan, "b": None, "c": math.inf}),
+            [(1.0,)],
+            lambda x: (x, [x], {"a": math.nan, "b": None, "c": math.inf}),
+        )
+        == 1
+    )
 
 
 def test_a_suspect_that_is_right_or_differs_once_is_not_named() -> None:
@@ -199,7 +246,9 @@ def test_a_mistake_has_several_forms_and_words_of_its_own() -> None:
     suspects = {"halves": ("You halve.", lambda x: (x / 2, x), lambda x: (x, x / 2))}
     for answer, item in ((lambda x: (x / 2, x), "the first"), (lambda x: (x, x / 2), "item 1")):
         with pytest.raises(Mistake, match=f"{item}: ") as caught:
-            diagnose(answer, [(2.0,)], lambda x: (x, x), suspects, wording={"item 0: ": "the first: "})
+            diagnose(
+                answer, [(2.0,)], lambda x: (x, x), suspects, wording={"item 0: ": "the first: "}
+            )
         assert caught.value.name == "halves"
 
 
@@ -210,7 +259,9 @@ def test_torch_must_not_do_the_work() -> None:
     assert caught.value.name == "torch-did-it"
 
 
-def test_a_machine_without_triton_is_told_what_to_do_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_triton_is_told_what_to_do_instead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def missing(*_: Any, **__: Any) -> None:
         raise ImportError("no triton")
 
@@ -269,21 +320,34 @@ def test_a_bug_of_the_check_is_not_the_learners() -> None:
 @pytest.mark.parametrize(
     ("got", "expected", "name"),
     [
-        (1, 1.0, None), (math.inf, math.inf, None), (math.nan, 1.0, "wrong-values"), (torch.tensor(3), 3, None),
-        ([1, 2], (1, 2), None), ([1], [1, 2], "wrong-values"), (3, [3], "wrong-type"),
-        ({"a": 1}, {"a": 2}, "wrong-values"), ({"b": 1}, {"a": 1}, "wrong-values"),
-        ("a", "a", None), (None, 1.0, "wrong-values"), (True, True, None),
+        (1, 1.0, None),
+        (math.inf, math.inf, None),
+        (math.nan, 1.0, "wrong-values"),
+        (torch.tensor(3), 3, None),
+        ([1, 2], (1, 2), None),
+        ([1], [1, 2], "wrong-values"),
+        (3, [3], "wrong-type"),
+        ({"a": 1}, {"a": 2}, "wrong-values"),
+        ({"b": 1}, {"a": 1}, "wrong-values"),
+        ("a", "a", None),
+        (None, 1.0, "wrong-values"),
+        (True, True, None),
         (torch.tensor([math.nan]), torch.tensor([math.nan]), None),
         (torch.tensor([math.nan]), torch.tensor([0.0]), "wrong-values"),
     ],
-)  # fmt: skip
+)
 def test_differences(got: Any, expected: Any, name: str | None) -> None:
     assert (difference(got, expected) or (None,))[0] == name
 
 
 def test_keys_that_differ_are_named() -> None:
-    assert difference({"a": 1, "b": 1}, {"b": 1, "c": 1})[1] == "the keys differ (missing: 'c'; not asked for: 'a')"
-    assert difference({"w": torch.zeros(1)}, {"w": torch.ones(1)})[1].startswith("w: 1 of 1 numbers differ")
+    assert (
+        difference({"a": 1, "b": 1}, {"b": 1, "c": 1})[1]
+        == "the keys differ (missing: 'c'; not asked for: 'a')"
+    )
+    assert difference({"w": torch.zeros(1)}, {"w": torch.ones(1)})[1].startswith(
+        "w: 1 of 1 numbers differ"
+    )
 
 
 def test_values_are_shown_in_a_line() -> None:
@@ -292,11 +356,20 @@ def test_values_are_shown_in_a_line() -> None:
     assert len(show("x" * 500)) == 120
 
 
-# --- guarded tensors --------------------------------------------------------------------------------------------------
+# --- guarded tensors ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8]
+    "dtype",
+    [
+        torch.float32,
+        torch.float64,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.int8,
+    ],
 )
 def test_what_is_out_of_bounds_is_poison_and_watched(dtype: torch.dtype) -> None:
     for place in (-1, 6, -checking.MARGIN, 6 + checking.MARGIN - 1):
@@ -316,19 +389,24 @@ def test_guards_are_kept_by_copies_and_asked_of_others() -> None:
         intact(torch.ones(3))
 
 
-# --- the engine -------------------------------------------------------------------------------------------------------
+# --- the engine -----------------------------------------------------------------------------------
 
 
 def test_the_engine_runs_on_a_piece_and_says_when_it_differs() -> None:
     reference = Kernels.reference()
     mine = counted(reference.rms_norm)
     assert (
-        engine_agrees(mine, kernels=replace(reference, rms_norm=mine)) == "the engine writes the same 80 tokens with it"
+        engine_agrees(mine, kernels=replace(reference, rms_norm=mine))
+        == "the engine writes the same 80 tokens with it"
     )
     assert mine.calls > 10
     with pytest.raises(Mistake) as caught:
         engine_agrees(counted(reference.rms_norm))
     assert caught.value.name == "not-used"
     with pytest.raises(Mistake, match="begins with 0 tokens that agree") as caught:
-        engine_agrees(kernels=replace(reference, rms_norm=lambda x, weight, eps: -reference.rms_norm(x, weight, eps)))
+        engine_agrees(
+            kernels=replace(
+                reference, rms_norm=lambda x, weight, eps: -reference.rms_norm(x, weight, eps)
+            )
+        )
     assert caught.value.name == "engine-differs"

@@ -1,4 +1,6 @@
-"""Every state that a learner's file may be in: `graft` and `verdicts` say what is true of the answers, in words."""
+"""Every state that a learner's file may be in: `graft` and `verdicts` say what is true of the
+answers, in words.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,14 @@ Learner = Callable[..., Path]
 ALL_PASSED = {"99.1": PASSED, "99.2": PASSED, "99.3": PASSED}
 
 
-def judge(chapter: Chapter, path: Path, timeout: float = 30, ids: set[str] | None = None) -> dict[str, Verdict]:
+def judge(
+    chapter: Chapter, path: Path, timeout: float = 30, ids: set[str] | None = None
+) -> dict[str, Verdict]:
     """The verdicts by id. The learner's file must not have been touched."""
     before, since = path.read_bytes(), path.stat().st_mtime_ns
-    found = {verdict.id: verdict for verdict in verdicts(graft(path, chapter), path.parent, ids, timeout)}
+    found = {
+        verdict.id: verdict for verdict in verdicts(graft(path, chapter), path.parent, ids, timeout)
+    }
     assert (path.read_bytes(), path.stat().st_mtime_ns) == (before, since)
     return found
 
@@ -35,14 +41,16 @@ def states(found: dict[str, Verdict]) -> dict[str, str]:
 
 def insert(notebook: NotebookNode, after: str, source: str) -> None:
     """A cell that a learner added."""
-    notebook.cells.insert(notebook.cells.index(demo.find(notebook, after)) + 1, new_code_cell(source))
+    notebook.cells.insert(
+        notebook.cells.index(demo.find(notebook, after)) + 1, new_code_cell(source)
+    )
 
 
 def without(notebook: NotebookNode, *ids: str) -> None:
     notebook.cells = [cell for cell in notebook.cells if cell.id not in ids]
 
 
-# --- what is right ----------------------------------------------------------------------------------------------------
+# --- what is right --------------------------------------------------------------------------------
 
 
 def test_right(chapter: Chapter, learner: Learner) -> None:
@@ -54,7 +62,9 @@ def test_right(chapter: Chapter, learner: Learner) -> None:
 
 def test_right_with_prints_and_cells_of_their_own(chapter: Chapter, learner: Learner) -> None:
     def change(notebook: NotebookNode) -> None:
-        answer = "def double(x):\n    print('x is', x)\n    return helper(x)\nprint('defined')\ndouble"
+        answer = (
+            "def double(x):\n    print('x is', x)\n    return helper(x)\nprint('defined')\ndouble"
+        )
         demo.fill_in(notebook, answer_1=answer)
         insert(notebook, "setup", "def helper(x):\n    return x + x\nprint('hello')")
         insert(notebook, "check-1", "1 / 0  # trying things")
@@ -73,9 +83,13 @@ def test_an_import_added_to_the_setup_is_there(chapter: Chapter, learner: Learne
     assert states(judge(chapter, learner(change))) == ALL_PASSED
 
 
-def test_what_was_written_for_other_exercises_may_be_used(chapter: Chapter, learner: Learner) -> None:
+def test_what_was_written_for_other_exercises_may_be_used(
+    chapter: Chapter, learner: Learner
+) -> None:
     def change(notebook: NotebookNode) -> None:
-        stub = "def double(x):\n    raise NotImplementedError('99.1: your code here')\n\nsixteen = 16"
+        stub = (
+            "def double(x):\n    raise NotImplementedError('99.1: your code here')\n\nsixteen = 16"
+        )
         demo.fill_in(notebook, answer_1=stub, answer_3="blocks = four\ntokens = sixteen * four")
         insert(notebook, "check-1", "four = 4")
         insert(notebook, "check-2", "import os")
@@ -109,7 +123,7 @@ def test_a_notebook_whose_cells_lost_their_ids(chapter: Chapter, learner: Learne
     assert states(judge(chapter, path)) == ALL_PASSED
 
 
-# --- what is wrong, and a saved notebook would hide -------------------------------------------------------------------
+# --- what is wrong, and a saved notebook would hide -----------------------------------------------
 
 WRONG = "def double(x):\n    return x * x"
 
@@ -137,8 +151,15 @@ def run_and_saved(notebook: NotebookNode) -> None:
 
 
 def markers(notebook: NotebookNode) -> None:
-    demo.find(notebook, "answer-1").source = "# NBVAL_SKIP\n" + WRONG + "\n    ## NBVAL_RAISES_EXCEPTION"
-    demo.find(notebook, "answer-1").metadata.tags = ["exercise", "nbval-skip", "raises-exception", "skip-execution"]
+    demo.find(notebook, "answer-1").source = (
+        "# NBVAL_SKIP\n" + WRONG + "\n    ## NBVAL_RAISES_EXCEPTION"
+    )
+    demo.find(notebook, "answer-1").metadata.tags = [
+        "exercise",
+        "nbval-skip",
+        "raises-exception",
+        "skip-execution",
+    ]
     check = demo.find(notebook, "check-1")
     check.source = "# NBVAL_IGNORE_OUTPUT\n# NBVAL_RAISES_EXCEPTION\n" + check.source
     check.metadata.tags += ["nbval-skip", "raises-exception"]
@@ -155,7 +176,9 @@ def check_redefined_in_own_cell(notebook: NotebookNode) -> None:
 
 
 def check_redefined_in_answer(notebook: NotebookNode) -> None:
-    demo.find(notebook, "answer-1").source = WRONG + "\n\ndef check(*_):\n    print('99.1 passed: right on 3 numbers')"
+    demo.find(notebook, "answer-1").source = (
+        WRONG + "\n\ndef check(*_):\n    print('99.1 passed: right on 3 numbers')"
+    )
 
 
 def check_replaced_in_the_setup(notebook: NotebookNode) -> None:
@@ -163,7 +186,10 @@ def check_replaced_in_the_setup(notebook: NotebookNode) -> None:
 
 
 def exceptions_swallowed(notebook: NotebookNode) -> None:
-    source = "try:\n    check('99.1', double)\nexcept Exception:\n    print('99.1 passed: right on 3 numbers')"
+    source = (
+        "try:\n    check('99.1', double)\nexcept Exception:\n    print('99.1 passed: right on 3"
+        " numbers')"
+    )
     demo.find(notebook, "check-1").source = source
 
 
@@ -183,14 +209,18 @@ def exceptions_swallowed(notebook: NotebookNode) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", "") if callable(value) else "",
 )
-def test_a_wrong_answer_stays_wrong(chapter: Chapter, learner: Learner, change: Callable, note: str | None) -> None:
+def test_a_wrong_answer_stays_wrong(
+    chapter: Chapter, learner: Learner, change: Callable, note: str | None
+) -> None:
     def wrong(notebook: NotebookNode) -> None:
         demo.fill_in(notebook, answer_1=WRONG)
         change(notebook)
 
     verdict = judge(chapter, learner(wrong), ids={"99.1"})["99.1"]
     assert (verdict.state, verdict.name) == (FAILED, "squared")
-    assert verdict.message.startswith("You square; twice is asked for.\nWith x = 3: got 9, expected 6")
+    assert verdict.message.startswith(
+        "You square; twice is asked for.\nWith x = 3: got 9, expected 6"
+    )
     assert note is None or any(note in text for text in verdict.notes), verdict.notes
 
 
@@ -202,13 +232,15 @@ def test_a_namespace_wiped_is_not_passed(chapter: Chapter, learner: Learner) -> 
 
 
 def test_print_taken_away_is_no_verdict(chapter: Chapter, learner: Learner) -> None:
-    path = learner(lambda notebook: insert(notebook, "picture", "import io, sys\nsys.stdout = io.StringIO()"))
+    path = learner(
+        lambda notebook: insert(notebook, "picture", "import io, sys\nsys.stdout = io.StringIO()")
+    )
     verdict = judge(chapter, path, ids={"99.1"})["99.1"]
     assert (verdict.state, verdict.name) == (FAILED, "no-verdict")
     assert "sys.stdout" in verdict.message
 
 
-# --- answers that are not there ---------------------------------------------------------------------------------------
+# --- answers that are not there -------------------------------------------------------------------
 
 
 def test_stubs_are_not_attempted(chapter: Chapter) -> None:
@@ -217,9 +249,13 @@ def test_stubs_are_not_attempted(chapter: Chapter) -> None:
     assert time.perf_counter() - began < 1, "no kernel is needed to know that"
 
 
-def test_an_empty_answer_is_not_attempted_and_a_renamed_one_is_told(chapter: Chapter, learner: Learner) -> None:
+def test_an_empty_answer_is_not_attempted_and_a_renamed_one_is_told(
+    chapter: Chapter, learner: Learner
+) -> None:
     path = learner(
-        lambda notebook: demo.fill_in(notebook, answer_1="def my_double(x): return 2 * x", answer_2="# later")
+        lambda notebook: demo.fill_in(
+            notebook, answer_1="def my_double(x): return 2 * x", answer_2="# later"
+        )
     )
     found = judge(chapter, path)
     assert states(found) == {"99.1": FAILED, "99.2": NOT_ATTEMPTED, "99.3": PASSED}
@@ -231,7 +267,9 @@ def test_half_an_answer_is_not_attempted(chapter: Chapter, learner: Learner) -> 
     half = demo.DOUBLE.replace(
         "result = x * by\n    return result", 'raise NotImplementedError("99.1: your code here")'
     )
-    path = learner(lambda notebook: demo.fill_in(notebook, answer_1=half, answer_3="blocks = 4\ntokens = ..."))
+    path = learner(
+        lambda notebook: demo.fill_in(notebook, answer_1=half, answer_3="blocks = 4\ntokens = ...")
+    )
     found = judge(chapter, path)
     assert states(found) == {"99.1": NOT_ATTEMPTED, "99.2": PASSED, "99.3": NOT_ATTEMPTED}
     assert "your code calls _times, which is still to write" in found["99.1"].message
@@ -245,11 +283,15 @@ def test_missing_answers_are_told(chapter: Chapter, learner: Learner) -> None:
         demo.find(notebook, "answer-3").cell_type = "raw"
 
     found = judge(chapter, learner(change))
-    assert {id: verdict.name for id, verdict in found.items()} == dict.fromkeys(demo.SOURCES, "answer-missing")
+    assert {id: verdict.name for id, verdict in found.items()} == dict.fromkeys(
+        demo.SOURCES, "answer-missing"
+    )
     assert "is gone from your file" in found["99.1"].message
     assert "minivllm course reset 99" in found["99.1"].message
     assert "The hints are in the notebook" in found["99.1"].message
-    assert "defines Counter, but it is not the cell that came for the answer" in found["99.2"].message
+    assert (
+        "defines Counter, but it is not the cell that came for the answer" in found["99.2"].message
+    )
     assert "is a raw cell: make it code" in found["99.3"].message
 
 
@@ -264,49 +306,79 @@ def test_an_answer_in_two_cells_is_put_together(chapter: Chapter, learner: Learn
     path = learner(split)
     found = judge(chapter, path)
     assert states(found) == ALL_PASSED
-    assert found["99.1"].notes == ("It has 2 answer cells (cells 4 and 5 of your file). They were run in this order.",)
+    assert found["99.1"].notes == (
+        "It has 2 answer cells (cells 4 and 5 of your file). They were run in this order.",
+    )
     assert answers(path)["99.1"] == demo.DOUBLE.replace("\n\n\n", "\n\n")
 
 
-# --- answers that do not come back ------------------------------------------------------------------------------------
+# --- answers that do not come back ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("source", "name", "said"),
     [
         ("def double(x):\n    while True: pass", "endless", "still ran after 2 seconds"),
-        ("def double(x):\n    while True: print('on and on' * 99)", "endless", "still ran after 2 seconds"),
+        (
+            "def double(x):\n    while True: print('on and on' * 99)",
+            "endless",
+            "still ran after 2 seconds",
+        ),
         ("while True: pass", "endless", "While your answer ran"),
         ("def double(x): exit()", "process-ended", "calls exit()"),
         ("quit()", "process-ended", "While your answer ran: it calls exit()"),
         ("import os\ndef double(x): os._exit(0)", "process-ended", "the Python process ended"),
-        ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "process-ended", "While your answer ran"),
+        (
+            "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
+            "process-ended",
+            "While your answer ran",
+        ),
         ("def double(x):\n    import sys\n    sys.exit()", "raised", "SystemExit"),
         ("def double(x):\n    return input('x? ')", "raised", "input"),
-        ("def double(x:\n    return 2 * x", "syntax-error", "Python cannot read the cell of your answer"),
-        ("def double(x):\n    return 2 * x\n\nraise KeyError('z')", "raised", "line 4: raise KeyError('z')"),
+        (
+            "def double(x:\n    return 2 * x",
+            "syntax-error",
+            "Python cannot read the cell of your answer",
+        ),
+        (
+            "def double(x):\n    return 2 * x\n\nraise KeyError('z')",
+            "raised",
+            "line 4: raise KeyError('z')",
+        ),
         ("def double(x):\n    return y", "raised", "line 2 of its cell: return y"),
     ],
     ids=lambda value: value.splitlines()[-1].strip(),
-)  # fmt: skip
+)
 def test_trouble_is_named_soon_and_harms_no_other(
     chapter: Chapter, learner: Learner, source: str, name: str, said: str
 ) -> None:
-    path, began = learner(lambda notebook: demo.fill_in(notebook, answer_1=source)), time.perf_counter()
+    path, began = (
+        learner(lambda notebook: demo.fill_in(notebook, answer_1=source)),
+        time.perf_counter(),
+    )
     found = judge(chapter, path, timeout=2)
     assert time.perf_counter() - began < 20
     assert (found["99.1"].state, found["99.1"].name) == (FAILED, name), found
     assert said in found["99.1"].message
     assert found["99.1"].hinted == (name in ("raised", "endless"))
     assert found["99.1"].hinted or "The hints are in the notebook" in found["99.1"].message
-    assert name != "syntax-error" or not found["99.1"].notes, "that nothing is defined needs no saying"
+    assert name != "syntax-error" or not found["99.1"].notes, (
+        "that nothing is defined needs no saying"
+    )
     assert states(found) == ALL_PASSED | {"99.1": FAILED}
 
 
-def test_what_cannot_be_interrupted_is_ended(chapter: Chapter, learner: Learner, monkeypatch) -> None:
+def test_what_cannot_be_interrupted_is_ended(
+    chapter: Chapter, learner: Learner, monkeypatch
+) -> None:
     monkeypatch.setattr("minivllm.course.runner.GRACE", 1.0)
-    stubborn = "import signal\ndef double(x):\n    signal.signal(signal.SIGINT, signal.SIG_IGN)\n    while True: pass"
-    found = judge(chapter, learner(lambda notebook: demo.fill_in(notebook, answer_1=stubborn)), timeout=2)
+    stubborn = (
+        "import signal\ndef double(x):\n    signal.signal(signal.SIGINT, signal.SIG_IGN)\n    while"
+        " True: pass"
+    )
+    found = judge(
+        chapter, learner(lambda notebook: demo.fill_in(notebook, answer_1=stubborn)), timeout=2
+    )
     assert "could not be interrupted" in found["99.1"].message
     assert states(found) == ALL_PASSED | {"99.1": FAILED}
 
@@ -317,15 +389,21 @@ def test_cells_of_their_own_decide_nothing(chapter: Chapter, learner: Learner, s
     assert states(judge(chapter, path, timeout=2)) == ALL_PASSED
 
 
-def test_a_cell_that_ends_the_process_before_the_check_is_named(chapter: Chapter, learner: Learner) -> None:
-    found = judge(chapter, learner(lambda notebook: insert(notebook, "answer-2", "exit()")), timeout=2)
+def test_a_cell_that_ends_the_process_before_the_check_is_named(
+    chapter: Chapter, learner: Learner
+) -> None:
+    found = judge(
+        chapter, learner(lambda notebook: insert(notebook, "answer-2", "exit()")), timeout=2
+    )
     assert states(found) == ALL_PASSED | {"99.2": FAILED}
     assert "While a cell of yours ran: it calls exit()" in found["99.2"].message
     found = judge(chapter, learner(lambda notebook: insert(notebook, "setup", "exit()")), timeout=2)
     assert {verdict.name for verdict in found.values()} == {"process-ended"}
 
 
-def test_what_a_cell_of_theirs_raises_is_noted_when_it_may_matter(chapter: Chapter, learner: Learner) -> None:
+def test_what_a_cell_of_theirs_raises_is_noted_when_it_may_matter(
+    chapter: Chapter, learner: Learner
+) -> None:
     def change(notebook: NotebookNode) -> None:
         demo.fill_in(notebook, answer_1="def double(x): return helper(x)")
         insert(notebook, "setup", "def helper(x) return 2 * x")
@@ -335,14 +413,23 @@ def test_what_a_cell_of_theirs_raises_is_noted_when_it_may_matter(chapter: Chapt
     assert any("A cell of yours raises SyntaxError" in note for note in verdict.notes)
 
 
-def test_what_given_cells_raise_is_noise_once_the_check_has_spoken(chapter: Chapter, learner: Learner) -> None:
-    for answer, noted in (("def double(x): return x / 0", False), ("def doubled(x): return 2 * x", True)):
-        verdict = judge(chapter, learner(lambda n, answer=answer: demo.fill_in(n, answer_1=answer)))["99.1"]
+def test_what_given_cells_raise_is_noise_once_the_check_has_spoken(
+    chapter: Chapter, learner: Learner
+) -> None:
+    for answer, noted in (
+        ("def double(x): return x / 0", False),
+        ("def doubled(x): return 2 * x", True),
+    ):
+        verdict = judge(
+            chapter, learner(lambda n, answer=answer: demo.fill_in(n, answer_1=answer))
+        )["99.1"]
         assert verdict.name == "raised"
         assert any("A given cell raises" in note for note in verdict.notes) == noted, verdict
 
 
-def test_a_changed_setup_is_said_once_and_not_to_those_who_passed(chapter: Chapter, learner: Learner) -> None:
+def test_a_changed_setup_is_said_once_and_not_to_those_who_passed(
+    chapter: Chapter, learner: Learner
+) -> None:
     def change(notebook: NotebookNode) -> None:
         demo.find(notebook, "setup").source += "\noffset = 3"
         demo.find(notebook, "picture").source += "\n# tried"
@@ -354,39 +441,57 @@ def test_a_changed_setup_is_said_once_and_not_to_those_who_passed(chapter: Chapt
         demo.fill_in(notebook, answer_2="Counter = dict", answer_3="blocks, tokens = 3, 64")
 
     found = judge(chapter, learner(wrong))
-    said = "Cell 2 of your file, which came with it, was changed. It was run as it came, and then as it is now."
+    said = (
+        "Cell 2 of your file, which came with it, was changed. It was run as it came, and then as"
+        " it is now."
+    )
     assert [found[id].notes for id in demo.SOURCES] == [(), (said,), ()]
 
     def ends(notebook: NotebookNode) -> None:
         wrong(notebook)
-        demo.fill_in(notebook, answer_2="class Counter: pass\nexit()", answer_3="blocks, tokens = 3, 64")
+        demo.fill_in(
+            notebook, answer_2="class Counter: pass\nexit()", answer_3="blocks, tokens = 3, 64"
+        )
 
     found = judge(chapter, learner(ends))
-    assert [found[id].notes for id in demo.SOURCES] == [(), (said,), ()], "not again after a new kernel"
+    assert [found[id].notes for id in demo.SOURCES] == [
+        (),
+        (said,),
+        (),
+    ], "not again after a new kernel"
 
 
 def test_not_runnable_here_is_never_passed(chapter: Chapter, learner: Learner) -> None:
     cell = demo.find(chapter.solution, "setup")
-    cell.source = cell.source.replace("    suspects = ", "    from minivllm.course.checking import NotRunnableHere\n"
-                                      "    raise NotRunnableHere('Triton has no wheels')\n    suspects = ")  # fmt: skip
+    cell.source = cell.source.replace(
+        "    suspects = ",
+        "    from minivllm.course.checking import NotRunnableHere\n"
+        "    raise NotRunnableHere('Triton has no wheels')\n    suspects = ",
+    )
     chapter.digests.unlink()
     verdict = judge(chapter, learner())["99.1"]
     assert (verdict.state, verdict.message) == (NOT_RUNNABLE, "Triton has no wheels")
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
-def test_a_changed_solution_is_refused_and_says_how_to_restore_it(chapter: Chapter, learner: Learner) -> None:
+def test_a_changed_solution_is_refused_and_says_how_to_restore_it(
+    chapter: Chapter, learner: Learner
+) -> None:
     path = learner()
     notebook = copy.deepcopy(chapter.solution)
     demo.find(notebook, "check-2").source = "print('99.2 passed: counts')"
     nbformat.write(notebook, chapter.solution_path)
-    with pytest.raises(ChangedSolutionError, match=r"the check of 99\.2.*git checkout -- solutions/99_demo\.ipynb"):
+    with pytest.raises(
+        ChangedSolutionError, match=r"the check of 99\.2.*git checkout -- solutions/99_demo\.ipynb"
+    ):
         graft(path, Chapter(chapter.root, chapter.name))
 
 
-def test_a_solution_run_again_or_with_another_answer_is_none_the_worse(chapter: Chapter, learner: Learner) -> None:
+def test_a_solution_run_again_or_with_another_answer_is_none_the_worse(
+    chapter: Chapter, learner: Learner
+) -> None:
     notebook = copy.deepcopy(chapter.solution)
     answer = demo.find(notebook, "answer-1")
     answer.source = answer.source.replace("x * by", "x + x")
@@ -404,7 +509,9 @@ def test_files_that_cannot_be_read(chapter: Chapter) -> None:
     with pytest.raises(CourseNotFoundError, match="minivllm course reset 99"):
         graft(chapter.exercises, chapter)
     chapter.solution_path.unlink()
-    with pytest.raises(ChangedSolutionError, match=r"99_demo\.ipynb is missing.*git checkout -- solutions/99_demo"):
+    with pytest.raises(
+        ChangedSolutionError, match=r"99_demo\.ipynb is missing.*git checkout -- solutions/99_demo"
+    ):
         graft(chapter.exercises, Chapter(chapter.root, chapter.name))
 
 

@@ -1,7 +1,7 @@
 """One learner's journey: every chapter's exercises solved and checked in turn, then the capstone.
 
-It goes by the commands that a learner types. What they keep of one chapter stands in the records of the next: the last
-test finds all pieces checked, as `minivllm course` says on the way.
+It goes by the commands that a learner types. What they keep of one chapter stands in the records of
+the next: the last test finds all pieces checked, as `minivllm course` says on the way.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The tests of the chapters, tested on a chapter of their own: what is right passes, what is wrong is caught."""
+"""The tests of the chapters, tested on a chapter of their own: what is right passes, what is wrong
+is caught.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from minivllm.course.authoring import misplaced, problems
 from minivllm.course.chapters import ChangedSolutionError, Chapter, read, role
 from minivllm.course.stubs import make_exercises, require_published, stub_source
 
-# --- children ---------------------------------------------------------------------------------------------------------
+# --- children -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +42,15 @@ def test_solutions_pass(children: Children, id: str) -> None:
         ("99.1", "def double(x): return x * x", "Mistake", "squared"),
         ("99.1", "def double(x): return x", "Mistake", "wrong-values"),
         ("99.1", "def double(x): return x / 0", "Mistake", "raised"),
-        ("99.1", "def double(x): return later(x)\ndef later(x): raise NotImplementedError('99.1: your code here')",
-         "NotAttempted", None),
+        (
+            "99.1",
+            (
+                "def double(x): return later(x)\ndef later(x): raise NotImplementedError('99.1:"
+                " your code here')"
+            ),
+            "NotAttempted",
+            None,
+        ),
         ("99.2", demo.BUGGY, "Mistake", "not-updated"),
         ("99.3", "blocks, tokens = 3, 64", "Mistake", "rounded-down"),
         ("99.3", "blocks, tokens = 4, ...", "NotAttempted", None),
@@ -49,19 +58,21 @@ def test_solutions_pass(children: Children, id: str) -> None:
         ("99.1", "import os\ndef double(x): os._exit(3)", "ProcessEnded", None),
         ("99.1", "def double(x):\n    while True: pass", "TimeoutError", None),
     ],
-)  # fmt: skip
+)
 def test_outcomes(children: Children, id: str, source: str, raised: str, name: str | None) -> None:
     result = children.run(source, demo.CHECKS[id], limit=1)
     assert (result["raised"], result["name"]) == (raised, name)
-    assert children.run(demo.DOUBLE, demo.CHECKS["99.1"])["raised"] is None, "the next child is unharmed"
+    assert children.run(demo.DOUBLE, demo.CHECKS["99.1"])["raised"] is None, (
+        "the next child is unharmed"
+    )
 
 
 def test_triton_kernels_run_interpreted(children: Children) -> None:
     pytest.importorskip("triton")
     kernel = (
-        "import torch, triton, triton.language as tl\n@triton.jit\ndef kernel(out_ptr, x_ptr):\n    {body}\n"
-        "def double(x):\n    out = torch.empty(1)\n"
-        "    kernel[(1,)](out, torch.full((1,), float(x)))\n    return out.item()"
+        "import torch, triton, triton.language as tl\n@triton.jit\ndef kernel(out_ptr, x_ptr):\n   "
+        " {body}\ndef double(x):\n    out = torch.empty(1)\n    kernel[(1,)](out, torch.full((1,),"
+        " float(x)))\n    return out.item()"
     )
     body = "tl.store(out_ptr, 2 * tl.load(x_ptr))"
     assert children.run(kernel.format(body=body), demo.CHECKS["99.1"])["raised"] is None
@@ -83,15 +94,17 @@ def test_given_cells_that_fail_are_said(tmp_path: Path) -> None:
         Children(["1 / 0"], "99", tmp_path)
 
 
-# --- stubs and exercises ----------------------------------------------------------------------------------------------
+# --- stubs and exercises --------------------------------------------------------------------------
 
 
 def test_the_stub_keeps_signature_and_docstring(chapter: Chapter) -> None:
     answers = {role(c)[1]: c for c in chapter.solution.cells if role(c)[0] == "exercise"}
-    assert stub_source(answers["99.1"]) == (
-        'def double(x: float) -> float:\n    """Twice x."""\n    raise NotImplementedError("99.1: your code here")\n'
-        '\n\ndef _times(\n    x: float,  # any number\n    by: float = {"a": 2}["a"],\n) -> float:\n'
-        '    raise NotImplementedError("99.1: your code here")'
+    assert (
+        stub_source(answers["99.1"])
+        == 'def double(x: float) -> float:\n    """Twice x."""\n    raise'
+        ' NotImplementedError("99.1: your code here")\n\n\ndef _times(\n    x: float,  # any'
+        ' number\n    by: float = {"a": 2}["a"],\n) -> float:\n    raise'
+        ' NotImplementedError("99.1: your code here")'
     )
     assert stub_source(answers["99.2"]) == demo.BUGGY
     assert stub_source(answers["99.3"]) == "blocks = ...\ntokens: int = ..."
@@ -103,14 +116,15 @@ def answer_cell(source: str, **metadata):
 
 def test_stubs_of_classes_and_kernels() -> None:
     source = (
-        "import triton\n# not kept\n@triton.jit\ndef kernel(x_ptr, N: tl.constexpr):  # one program a row\n    y = 1\n"
-        "class A(Base):\n    '''Doc.\n\n    More.\n    '''\n\n    size: int = 3\n"
-        "    @property\n    def p(self): return 1\n"
-        "    async def q(self, *, a=lambda: 1) -> dict[str, int]:\n        # how\n        return 2\n"
-        "BLOCK = 16"
+        "import triton\n# not kept\n@triton.jit\ndef kernel(x_ptr, N: tl.constexpr):  # one program"
+        " a row\n    y = 1\nclass A(Base):\n    '''Doc.\n\n    More.\n    '''\n\n    size: int ="
+        " 3\n    @property\n    def p(self): return 1\n    async def q(self, *, a=lambda: 1) ->"
+        " dict[str, int]:\n        # how\n        return 2\nBLOCK = 16"
     )
-    assert stub_source(answer_cell(source)) == (
-        "import triton\n\n\n@triton.jit\ndef kernel(x_ptr, N: tl.constexpr):  # one program a row\n"
+    assert (
+        stub_source(answer_cell(source))
+        == "import triton\n\n\n@triton.jit\ndef kernel(x_ptr, N: tl.constexpr):  # one program a"
+        " row\n"
         '    raise NotImplementedError("01.2: your code here")\n'
         "\n\nclass A(Base):\n    '''Doc.\n\n    More.\n    '''\n\n    size: int = 3\n\n"
         "    @property\n    def p(self):\n"
@@ -150,11 +164,15 @@ def test_a_changed_solution_is_named(chapter: Chapter) -> None:
     check.outputs = []
     answer = next(cell for cell in chapter.solution.cells if role(cell) == ("exercise", "99.1"))
     answer.source = answer.source.replace("_times(x, 2)", "x + x")
-    with pytest.raises(ChangedSolutionError, match=r"published \(the cell 'setup', the check of 99\.2\), and"):
+    with pytest.raises(
+        ChangedSolutionError, match=r"published \(the cell 'setup', the check of 99\.2\), and"
+    ):
         require_published(chapter)
     for other in ("def double(y): pass", "def double(x"):
         answer.source = other
-        with pytest.raises(ChangedSolutionError, match=r"the names or signatures in the answer to 99\.1"):
+        with pytest.raises(
+            ChangedSolutionError, match=r"the names or signatures in the answer to 99\.1"
+        ):
             require_published(chapter)
 
 
@@ -174,7 +192,9 @@ def test_a_solution_has_no_problems_and_bad_ones_are_named(chapter: Chapter) -> 
     assert any("minutes" in problem for problem in misplaced(chapter.solution))
 
 
-def test_the_command_refuses_and_says_why(chapter: Chapter, monkeypatch, capsys: pytest.CaptureFixture) -> None:
+def test_the_command_refuses_and_says_why(
+    chapter: Chapter, monkeypatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setattr(authoring, "ROOT", chapter.root)
     monkeypatch.setattr("sys.argv", ["authoring", "stubs"])
     assert authoring.main() == 0

@@ -1,7 +1,8 @@
-"""Plain `pytest --nbval` on notebooks: exercises judged by the solution, a repository's others by what is committed.
+"""Plain `pytest --nbval` on notebooks: exercises judged by the solution, a repository's others by
+what is committed.
 
-All states of a learner's file stand in one folder, so that one run of pytest in a process of its own tells about them
-all. That pytest finds the plugin by itself is part of what is tested.
+All states of a learner's file stand in one folder, so that one run of pytest in a process of its
+own tells about them all. That pytest finds the plugin by itself is part of what is tested.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ PASSED = "passed"
 
 
 def run_pytest(folder: Path, *arguments: str) -> tuple[Outcomes, str]:
-    """({file's stem: {test: "passed" or what it says}}, what pytest printed) for pytest --nbval in a folder."""
+    """({file's stem: {test: "passed" or what it says}}, what pytest printed) for pytest --nbval in
+    a folder.
+    """
     command = [
         sys.executable,
         "-P",
@@ -41,24 +44,30 @@ def run_pytest(folder: Path, *arguments: str) -> tuple[Outcomes, str]:
         *arguments,
     ]
     options = ["-o", "junit_logging=no", "--nbval-current-env"]
-    done = subprocess.run([*command, *options], cwd=folder, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(
+        [*command, *options], cwd=folder, capture_output=True, text=True, timeout=200, check=False
+    )
     found: Outcomes = {}
     for case in ElementTree.parse(folder / "report.xml").iter("testcase"):
         stem = case.get("classname").rpartition(".")[0].rpartition(".")[2] or case.get("classname")
-        trouble = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
+        trouble = next(
+            (child for child in case if child.tag in ("failure", "error", "skipped")), None
+        )
         found.setdefault(stem, {})[case.get("name")] = (
             PASSED if trouble is None else trouble.text or trouble.get("message")
         )
     return found, done.stdout + done.stderr
 
 
-# --- exercises --------------------------------------------------------------------------------------------------------
+# --- exercises ------------------------------------------------------------------------------------
 
 WRONG = {"answer_1": changes.WRONG}
 
 
 def prints_and_cells(notebook: NotebookNode) -> None:
-    demo.fill_in(notebook, answer_1="print('mine')\ndef double(x):\n    print(x)\n    return helper(x)")
+    demo.fill_in(
+        notebook, answer_1="print('mine')\ndef double(x):\n    print(x)\n    return helper(x)"
+    )
     changes.insert(notebook, "setup", "helper = lambda x: 2 * x\nprint('hello')\n1 / 0")
 
 
@@ -67,7 +76,9 @@ def wrong(change: Callable[[NotebookNode], None]) -> Callable[[NotebookNode], No
 
 
 def stub(notebook: NotebookNode) -> None:
-    notebook.cells[3].source = "def double(x):\n    raise NotImplementedError('99.1: your code here')"
+    notebook.cells[
+        3
+    ].source = "def double(x):\n    raise NotImplementedError('99.1: your code here')"
 
 
 #: state of a learner's file -> (how it came to be, what is said about 99.1)
@@ -82,7 +93,10 @@ STATES = {
     "outputs_cleared": (wrong(changes.outputs_cleared), "99.1 failed: squared"),
     "check_redefined": (wrong(changes.check_redefined_in_answer), "99.1 failed: squared"),
     "stub": (stub, "99.1 not attempted"),
-    "answer_missing": (lambda notebook: changes.without(notebook, "answer-1"), "99.1 failed: answer-missing"),
+    "answer_missing": (
+        lambda notebook: changes.without(notebook, "answer-1"),
+        "99.1 failed: answer-missing",
+    ),
     "endless": (
         lambda notebook: demo.fill_in(notebook, answer_1="def double(x):\n    while True: pass"),
         "99.1 failed: endless",
@@ -108,7 +122,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcomes, dict[s
         nbformat.write(notebook, path)
         saved[path] = path.read_bytes()
     shutil.copy(path, root / "exercises/99_demo.kept-1.ipynb")
-    (root / "exercises/unreadable.ipynb").write_text('{"metadata": {"minivllm": {"chapter": "99_demo"}}, "cells": 3}')
+    (root / "exercises/unreadable.ipynb").write_text(
+        '{"metadata": {"minivllm": {"chapter": "99_demo"}}, "cells": 3}'
+    )
     gone = new_notebook(metadata={"minivllm": {"chapter": "98_gone"}})
     nbformat.write(gone, root / "exercises/no_solution.ipynb")
     found, _ = run_pytest(root, "exercises", "--nbval-cell-timeout=3")
@@ -116,7 +132,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcomes, dict[s
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_the_verdict_is_right_whatever_was_saved(outcomes: tuple[Outcomes, dict[str, bool]], state: str) -> None:
+def test_the_verdict_is_right_whatever_was_saved(
+    outcomes: tuple[Outcomes, dict[str, bool]], state: str
+) -> None:
     found, unchanged = outcomes
     assert found[state]["99.1"].startswith(STATES[state][1])
     assert {found[state][id] for id in ("99.2", "99.3")} == {PASSED}
@@ -136,12 +154,15 @@ def test_what_was_kept_aside_is_not_collected(outcomes: tuple[Outcomes, dict[str
     assert set(outcomes[0]) == {*STATES, "unreadable", "no_solution"}
 
 
-def test_a_changed_solution_fails_once_and_says_how_to_restore_it(tmp_path: Path, monkeypatch) -> None:
+def test_a_changed_solution_fails_once_and_says_how_to_restore_it(
+    tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.setattr("minivllm.course.chapters.DIGESTS", tmp_path)
     chapter = demo.make_chapter(tmp_path)
     write_stubs(chapter)
     (tmp_path / "conftest.py").write_text(
-        "import pathlib, minivllm.course.chapters as chapters\nchapters.DIGESTS = pathlib.Path(__file__).parent"
+        "import pathlib, minivllm.course.chapters as chapters\nchapters.DIGESTS ="
+        " pathlib.Path(__file__).parent"
     )
     chapter.solution.cells[1].source += "\n# changed"
     nbformat.write(chapter.solution, chapter.solution_path)
@@ -152,19 +173,22 @@ def test_a_changed_solution_fails_once_and_says_how_to_restore_it(tmp_path: Path
 
 def test_without_nbval_nothing_is_collected(tmp_path: Path) -> None:
     demo.make_chapter(tmp_path)
-    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider"], cwd=tmp_path, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"], cwd=tmp_path, check=False
+    )
     assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED
 
 
 def test_the_plugin_is_light() -> None:
     code = (
-        "import sys, minivllm.course.plugin; print({'torch', 'nbformat', 'jupyter_client', 'rich'} & set(sys.modules))"
+        "import sys, minivllm.course.plugin; print({'torch', 'nbformat', 'jupyter_client', 'rich'}"
+        " & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
 
-# --- the notebooks of a repository ------------------------------------------------------------------------------------
+# --- the notebooks of a repository ----------------------------------------------------------------
 
 
 def notebook_of(source: str, printed: str) -> NotebookNode:
@@ -174,7 +198,9 @@ def notebook_of(source: str, printed: str) -> NotebookNode:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """One with two notebooks that are committed, of which one was saved with another output; and one of a learner's."""
+    """One with two notebooks that are committed, of which one was saved with another output; and
+    one of a learner's.
+    """
     demo.make_chapter(tmp_path)
     shutil.rmtree(tmp_path / "solutions")
     for folder in ("solutions", "minivllm/course"):

@@ -1,4 +1,6 @@
-"""`minivllm check`, `minivllm course` and `minivllm course reset`: what they say, write, and answer with."""
+"""`minivllm check`, `minivllm course` and `minivllm course reset`: what they say, write, and answer
+with.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ def two_wrong(notebook: NotebookNode) -> None:
     demo.fill_in(notebook, answer_1=WRONG, answer_3="blocks = ...\ntokens: int = ...  # yet")
 
 
-# --- check ------------------------------------------------------------------------------------------------------------
+# --- check ----------------------------------------------------------------------------------------
 
 
 def test_check_says_how_each_exercise_is(learner: Learner) -> None:
@@ -105,7 +107,9 @@ def test_all_right_exits_with_0(learner: Learner) -> None:
     assert "3 of 3 passed." in minivllm("check")
 
 
-@pytest.mark.parametrize("what", ["99", "99_demo", "exercises/99_demo.ipynb", "solutions/99_demo.ipynb"])
+@pytest.mark.parametrize(
+    "what", ["99", "99_demo", "exercises/99_demo.ipynb", "solutions/99_demo.ipynb"]
+)
 def test_a_chapter_has_many_names(learner: Learner, what: str) -> None:
     learner(lambda notebook: without(notebook, "answer-1", "answer-2", "answer-3"))
     assert "0 of 3 passed." in minivllm("check", what, code=1)
@@ -124,7 +128,9 @@ def test_a_copy_elsewhere_is_checked(chapter: Chapter, learner: Learner) -> None
     assert "99 demo  (mine.ipynb)" in minivllm("check", "mine.ipynb")
 
 
-def test_it_works_in_a_subfolder(chapter: Chapter, learner: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_works_in_a_subfolder(
+    chapter: Chapter, learner: Learner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     learner(two_wrong)
     monkeypatch.chdir(chapter.root / "notebooks")
     assert "1 of 1 passed." in minivllm("check", "99.2")
@@ -150,7 +156,9 @@ def test_where_nothing_was_begun(chapter: Chapter) -> None:
     assert "minivllm course reset 99" in minivllm("check", "99", code=2)
 
 
-def test_a_changed_solution_is_an_error_that_says_what_to_do(chapter: Chapter, learner: Learner) -> None:
+def test_a_changed_solution_is_an_error_that_says_what_to_do(
+    chapter: Chapter, learner: Learner
+) -> None:
     learner()
     demo.find(chapter.solution, "check-1").source += "  # mine"
     nbformat.write(chapter.solution, chapter.solution_path)
@@ -161,10 +169,13 @@ def test_a_changed_solution_is_an_error_that_says_what_to_do(chapter: Chapter, l
     assert "git checkout -- solutions/99_demo.ipynb" in minivllm("course")
 
 
-def test_without_the_notebooks_it_says_so(tmp_path_factory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_notebooks_it_says_so(
+    tmp_path_factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     monkeypatch.setattr(
-        "minivllm.course.chapters.__file__", str(elsewhere / "site-packages/minivllm/course/chapters.py")
+        "minivllm.course.chapters.__file__",
+        str(elsewhere / "site-packages/minivllm/course/chapters.py"),
     )
     monkeypatch.chdir(elsewhere)
     for command in (["check"], ["course"], ["course", "reset", "1"]):
@@ -183,7 +194,7 @@ def test_the_repository_is_found_from_inside(chapter: Chapter) -> None:
     assert (find_root(Path("/")) / "minivllm").is_dir(), "the one that the package stands in"
 
 
-# --- course -----------------------------------------------------------------------------------------------------------
+# --- course ---------------------------------------------------------------------------------------
 
 
 def test_course_says_what_to_do_next(chapter: Chapter, learner: Learner) -> None:
@@ -206,7 +217,9 @@ def test_course_says_what_to_do_next(chapter: Chapter, learner: Learner) -> None
     assert "✗ ✓ ·" in said
     assert "1 of 3" in said
     assert "10 minutes left." in said
-    assert "Next: 99.1, Double (5 minutes), in exercises/99_demo.ipynb; then minivllm check 99" in said
+    assert (
+        "Next: 99.1, Double (5 minutes), in exercises/99_demo.ipynb; then minivllm check 99" in said
+    )
 
     learner()
     assert "? ✓ ?" in minivllm("course"), "what was changed since has not been checked"
@@ -215,16 +228,34 @@ def test_course_says_what_to_do_next(chapter: Chapter, learner: Learner) -> None
 
 
 DAMAGED: list[bytes] = [
-    b"", b"[]", b"null", b"3", b'{"99.1": 3}', b'{"99.1": {"colour": "red"}}', b"\x00", b"\xff\xfe", b'{"99.1": ',
-    b'{"99.1": {"state": 5}}', b'{"99.1": {"state": []}}', b'{"99.1": {"state": "great"}}', b'{"99.1": {"tries": "1"}}',
-    b'{"99.1": {"tries": -1}}', b'{"99.1": {"tries": true}}', b'{"99.1": {"answer": 1}}', b"[" * 100_000,
-]  # fmt: skip
+    b"",
+    b"[]",
+    b"null",
+    b"3",
+    b'{"99.1": 3}',
+    b'{"99.1": {"colour": "red"}}',
+    b"\x00",
+    b"\xff\xfe",
+    b'{"99.1": ',
+    b'{"99.1": {"state": 5}}',
+    b'{"99.1": {"state": []}}',
+    b'{"99.1": {"state": "great"}}',
+    b'{"99.1": {"tries": "1"}}',
+    b'{"99.1": {"tries": -1}}',
+    b'{"99.1": {"tries": true}}',
+    b'{"99.1": {"answer": 1}}',
+    b"[" * 100_000,
+]
 
 
 @pytest.mark.parametrize("kept", DAMAGED)
-def test_a_damaged_record_is_said_once_and_kept(chapter: Chapter, learner: Learner, kept: bytes) -> None:
+def test_a_damaged_record_is_said_once_and_kept(
+    chapter: Chapter, learner: Learner, kept: bytes
+) -> None:
     learner(two_wrong)
-    record, aside = (chapter.root / "exercises" / name for name in (".progress.json", ".progress.damaged-1.json"))
+    record, aside = (
+        chapter.root / "exercises" / name for name in (".progress.json", ".progress.damaged-1.json")
+    )
     record.write_bytes(kept)
     said = minivllm("course")
     assert f"{record} cannot be read (" in said
@@ -238,7 +269,9 @@ def test_a_damaged_record_is_said_once_and_kept(chapter: Chapter, learner: Learn
 
 
 @pytest.mark.parametrize("command", [["course"], ["check", "99.2"], ["check", "capstone"]])
-def test_every_command_says_that_the_record_is_damaged(learner: Learner, command: list[str], monkeypatch) -> None:
+def test_every_command_says_that_the_record_is_damaged(
+    learner: Learner, command: list[str], monkeypatch
+) -> None:
     monkeypatch.setattr("minivllm.course.capstone.check", lambda *_: 0)
     learner()
     for number in (1, 2):
@@ -263,7 +296,9 @@ def _fails(*_: object, **__: object) -> None:
     raise OSError(errno.EROFS, "Read-only file system")
 
 
-def test_a_damaged_record_that_cannot_be_renamed_is_not_overwritten(learner: Learner, monkeypatch) -> None:
+def test_a_damaged_record_that_cannot_be_renamed_is_not_overwritten(
+    learner: Learner, monkeypatch
+) -> None:
     learner()
     record = Path("exercises/.progress.json")
     record.write_text("damaged")
@@ -296,7 +331,7 @@ def test_an_answer_that_no_encoding_can_say(learner: Learner) -> None:
     assert "is not a notebook that can be read" in minivllm("check", "99.1", code=2)
 
 
-# --- reset ------------------------------------------------------------------------------------------------------------
+# --- reset ----------------------------------------------------------------------------------------
 
 
 def test_reset_keeps_what_there_was(chapter: Chapter, learner: Learner) -> None:
@@ -312,7 +347,9 @@ def test_reset_keeps_what_there_was(chapter: Chapter, learner: Learner) -> None:
 
 
 @pytest.mark.parametrize(("method", "call"), [("write_text", 1), ("replace", 1), ("rename", 1)])
-def test_reset_where_nothing_can_be_written(chapter: Chapter, learner: Learner, monkeypatch, method, call) -> None:
+def test_reset_where_nothing_can_be_written(
+    chapter: Chapter, learner: Learner, monkeypatch, method, call
+) -> None:
     """It names the folder, and nothing is half done, whichever step fails."""
     before = learner(two_wrong).read_bytes()
     names = sorted(path.name for path in chapter.exercises.parent.iterdir())
@@ -321,7 +358,10 @@ def test_reset_where_nothing_can_be_written(chapter: Chapter, learner: Learner, 
         if method == "replace":  # putting back is a rename
             patched.setattr(Path, "rename", Path.rename)
         said = minivllm("course", "reset", "99", code=2)
-    assert f"in the folder {chapter.exercises.parent}: Read-only file system. Nothing was changed." in said
+    assert (
+        f"in the folder {chapter.exercises.parent}: Read-only file system. Nothing was changed."
+        in said
+    )
     assert chapter.exercises.read_bytes() == before
     assert sorted(path.name for path in chapter.exercises.parent.iterdir()) == names
 
@@ -332,6 +372,9 @@ def test_names_that_no_file_can_have(what: str) -> None:
 
 
 def test_statements_are_read() -> None:
-    text = "## 01.2 · One · two\n\n●●○ · 15 minutes\n\nDo.\n\n<details><summary>Hint 1</summary>\n\nA\n</details>"
+    text = (
+        "## 01.2 · One · two\n\n●●○ · 15 minutes\n\nDo.\n\n<details><summary>Hint"
+        " 1</summary>\n\nA\n</details>"
+    )
     assert Statement.parse("01.2", text) == Statement("01.2", "One · two", "●●○", 15, ("A",))
     assert Statement.parse("01.2", "nothing") == Statement("01.2", "01.2", "", 0, ())

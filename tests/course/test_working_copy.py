@@ -1,4 +1,6 @@
-"""What a learner has done in exercises/ and saved in notebooks/ leaves `make test` green, and is named."""
+"""What a learner has done in exercises/ and saved in notebooks/ leaves `make test` green, and is
+named.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,18 @@ SELECTED = "00_tour or (ch01 and (step or published or leak)) or (01_online_soft
 
 
 def clone_of(repository: Path, folder: Path) -> Path:
-    done = subprocess.run(["git", "clone", "-q", repository, folder], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "clone", "-q", repository, folder], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         pytest.skip(f"not a git repository: {done.stderr.strip()}")
     return folder
 
 
 def learn(root: Path) -> None:
-    """Half of an exercise written, a check deleted, a page run with another result, a page of their own."""
+    """Half of an exercise written, a check deleted, a page run with another result, a page of their
+    own.
+    """
     path = root / "exercises/01_online_softmax.ipynb"
     exercises = nbformat.read(path, as_version=4)
     first = next(cell for cell in exercises.cells if role(cell) == ("exercise", "01.1"))
@@ -46,7 +52,9 @@ def learn(root: Path) -> None:
     code[1].outputs = [new_output("error", ename="KeyboardInterrupt", evalue="", traceback=[])]
     tour.cells.append(new_code_cell("1 / 0"))
     nbformat.write(tour, root / "notebooks/00_tour.ipynb")
-    nbformat.write(new_notebook(cells=[new_code_cell("1 / 0")]), root / "notebooks/00_tour-mine.ipynb")
+    nbformat.write(
+        new_notebook(cells=[new_code_cell("1 / 0")]), root / "notebooks/00_tour-mine.ipynb"
+    )
 
 
 def test_a_learners_working_copy_is_green(tmp_path: Path) -> None:
@@ -54,12 +62,28 @@ def test_a_learners_working_copy_is_green(tmp_path: Path) -> None:
     if not (root / "exercises/01_online_softmax.ipynb").exists():
         pytest.skip("chapter 01 has not been committed")
     learn(root)
-    command = [sys.executable, "-m", "pytest", "--nbval", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", SELECTED]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--nbval",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-k",
+        SELECTED,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) > 20, done.stdout
     said = " ".join(done.stdout.split())
     for name in ("notebooks/00_tour.ipynb", "exercises/01_online_softmax.ipynb"):
-        assert f"{name} was changed; its committed copy was tested. To have that again: git checkout -- {name}" in said
+        assert (
+            f"{name} was changed; its committed copy was tested. To have that again: git checkout"
+            f" -- {name}" in said
+        )
     assert "notebooks/00_tour-mine.ipynb is not in git, and was left out" in said

@@ -1,7 +1,9 @@
-"""Compile for Hopper what every launcher would launch, on a machine without a GPU; prints one JSON object.
+"""Compile for Hopper what every launcher would launch, on a machine without a GPU; prints one JSON
+object.
 
-Run by test_kernel_compile.py in a process of its own, because TRITON_INTERPRET must not be set here. The launchers run
-as they are, on CPU tensors; instead of a launch, the kernel is compiled with the arguments and options that they chose.
+Run by test_kernel_compile.py in a process of its own, because TRITON_INTERPRET must not be set
+here. The launchers run as they are, on CPU tensors; instead of a launch, the kernel is compiled
+with the arguments and options that they chose.
 """
 
 import inspect
@@ -24,7 +26,12 @@ from triton.runtime.jit import JITFunction
 from minivllm.kernels import Kernels, online_softmax
 
 CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 launches: list[tuple[JITFunction, dict, dict, dict, dict]] = []
 
 
@@ -48,13 +55,17 @@ def record(self: JITFunction, *args, grid, warmup, **kwargs) -> None:
     launches.append((self, signature, constants, attributes, options))
 
 
-def compile_for_hopper(kernel: JITFunction, signature: dict, constants: dict, attributes: dict, options: dict) -> dict:
+def compile_for_hopper(
+    kernel: JITFunction, signature: dict, constants: dict, attributes: dict, options: dict
+) -> dict:
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+        usage = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True
+        ).stdout
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     return {"registers": registers, "stack": stack, "shared": compiled.metadata.shared, **options}
 
@@ -71,7 +82,12 @@ def cases(dtype: torch.dtype) -> dict:
     longs = torch.zeros(tokens, dtype=torch.int64)
 
     def prefill(
-        block_size: int, longest: int, batch: int = 4, width: int = 20, skip: int = 0, context: int = 999
+        block_size: int,
+        longest: int,
+        batch: int = 4,
+        width: int = 20,
+        skip: int = 0,
+        context: int = 999,
     ) -> None:
         table, lengths = (
             torch.zeros(batch, width, dtype=torch.int32)[skip:],
@@ -80,22 +96,43 @@ def cases(dtype: torch.dtype) -> dict:
         starts = torch.arange(batch + 1, dtype=torch.int32)[skip:]
         bounds = {"max_query_len": longest, "max_seq_len": context}
         kernels.prefill_attention(
-            query[skip:], pages[block_size], pages[block_size], table, starts, lengths, 0.1, **bounds
+            query[skip:],
+            pages[block_size],
+            pages[block_size],
+            table,
+            starts,
+            lengths,
+            0.1,
+            **bounds,
         )
 
-    def decode(block_size: int, splits: int, batch: int = 4, width: int = 20, longest: int = 999) -> None:
-        table, lengths = torch.zeros(batch, width, dtype=torch.int32), torch.ones(batch, dtype=torch.int32)
+    def decode(
+        block_size: int, splits: int, batch: int = 4, width: int = 20, longest: int = 999
+    ) -> None:
+        table, lengths = (
+            torch.zeros(batch, width, dtype=torch.int32),
+            torch.ones(batch, dtype=torch.int32),
+        )
         kernels.decode_attention(
-            query[:batch], pages[block_size], pages[block_size], table, lengths, 0.1, max_seq_len=longest,
-            num_splits=splits, merge_attention=kernels.merge_attention,
-        )  # fmt: skip
+            query[:batch],
+            pages[block_size],
+            pages[block_size],
+            table,
+            lengths,
+            0.1,
+            max_seq_len=longest,
+            num_splits=splits,
+            merge_attention=kernels.merge_attention,
+        )
 
     def sample(batch: int = 4) -> None:
         logits, row = torch.zeros(batch, 9000, dtype=dtype), longs[:batch]
         kernels.sample(logits, torch.ones(batch), None, None, None, row, row)
 
     def many_shapes() -> None:
-        """Nothing here may need a second version of a kernel (but for 1, which Triton always treats apart)."""
+        """Nothing here may need a second version of a kernel (but for 1, which Triton always treats
+        apart).
+        """
         for batch, width, longest in ((2, 20, 900), (3, 21, 901), (16, 32, 1024), (33, 77, 4000)):
             prefill(64, longest, batch, width, skip=batch // 3)
             decode(64, 1 + batch, batch, width, longest)
@@ -104,7 +141,9 @@ def cases(dtype: torch.dtype) -> dict:
     return {
         "rms_norm": lambda: kernels.rms_norm(x, x[0], 1e-6),
         "add_rms_norm": lambda: kernels.add_rms_norm(x, x, x[0], 1e-6),
-        "qk_norm_rope": lambda: kernels.qk_norm_rope(query, key, weight, weight, cos_sin, longs, 1e-6),
+        "qk_norm_rope": lambda: kernels.qk_norm_rope(
+            query, key, weight, weight, cos_sin, longs, 1e-6
+        ),
         "rope": lambda: kernels.qk_norm_rope(query, key, None, None, cos_sin, longs, 1e-6),
         "silu_mul": lambda: kernels.silu_mul(x),
         "store_kv": lambda: kernels.store_kv(key, value, pages[64], pages[64], longs),
@@ -130,7 +169,10 @@ JITFunction.run = record
 results: dict[str, dict] = {}
 for dtype in (torch.float32, torch.bfloat16):
     for name, launch in cases(dtype).items():
-        result = results[f"{name} {str(dtype).removeprefix('torch.')}"] = {"kernels": [], "versions": {}}
+        result = results[f"{name} {str(dtype).removeprefix('torch.')}"] = {
+            "kernels": [],
+            "versions": {},
+        }
         try:
             launches.clear()
             launch()
@@ -139,7 +181,9 @@ for dtype in (torch.float32, torch.bfloat16):
                 count = result["versions"].get(launched[0].fn.__name__, 0)
                 result["versions"][launched[0].fn.__name__] = count + 1
                 if name != "many shapes":
-                    result["kernels"].append({"name": launched[0].fn.__name__, **compile_for_hopper(*launched)})
+                    result["kernels"].append(
+                        {"name": launched[0].fn.__name__, **compile_for_hopper(*launched)}
+                    )
         except Exception as error:
             result["error"] = f"{type(error).__name__}: {error}"
 json.dump(results, sys.stdout, indent=1)

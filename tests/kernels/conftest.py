@@ -1,4 +1,6 @@
-"""Every check runs on both implementations: the references everywhere, Triton on the GPU or in the interpreter."""
+"""Every check runs on both implementations: the references everywhere, Triton on the GPU or in the
+interpreter.
+"""
 
 import pytest
 import torch

@@ -12,12 +12,25 @@ from kernel_checks import require_triton
 
 SCRIPT = pathlib.Path(__file__).parent / "compile_sm90.py"
 OPERATIONS = [
-    "rms_norm", "add_rms_norm", "qk_norm_rope", "rope", "silu_mul", "store_kv", "qk_norm_rope_store", "linear",
-    "softmax", "sample",
-    "prefill, block_size 64", "prefill, block_size 64, long", "prefill, block_size 64, short",
+    "rms_norm",
+    "add_rms_norm",
+    "qk_norm_rope",
+    "rope",
+    "silu_mul",
+    "store_kv",
+    "qk_norm_rope_store",
+    "linear",
+    "softmax",
+    "sample",
+    "prefill, block_size 64",
+    "prefill, block_size 64, long",
+    "prefill, block_size 64, short",
     "prefill, block_size 64, single tokens",
-    "prefill, block_size 16", "decode, block_size 64", "decode, block_size 64, splits", "decode, block_size 16, splits",
-]  # fmt: skip
+    "prefill, block_size 16",
+    "decode, block_size 64",
+    "decode, block_size 64, splits",
+    "decode, block_size 16, splits",
+]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +41,12 @@ def compiled() -> dict:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(SCRIPT.parents[2])
     done = subprocess.run(
-        [sys.executable, SCRIPT], capture_output=True, text=True, env=environment, timeout=280, check=False
+        [sys.executable, SCRIPT],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=280,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -41,11 +59,14 @@ def test_compiles_for_hopper(compiled: dict, operation: str, dtype: str):
     assert "error" not in result, result["error"]
     assert result["kernels"]
     for kernel in result["kernels"]:
-        assert kernel["shared"] <= 227 * 1024, f"more shared memory than a multiprocessor has: {kernel}"
+        assert kernel["shared"] <= 227 * 1024, (
+            f"more shared memory than a multiprocessor has: {kernel}"
+        )
         if dtype == "bfloat16":  # float32 attention is there to be right, not to be fast
             assert kernel["stack"] == 0, f"registers spill: {kernel}"
         if operation == "prefill, block_size 64, short" and dtype == "bfloat16":
-            # Three programs of four warps a multiprocessor; with two, 64 prompts of 256 took 17 % longer on an H200.
+            # Three programs of four warps a multiprocessor; with two, 64 prompts of 256 took 17 %
+            # longer on an H200.
             assert kernel["registers"] <= 168, f"too many registers for three programs: {kernel}"
 
 

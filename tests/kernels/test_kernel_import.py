@@ -1,4 +1,6 @@
-"""The package imports and its references run where Triton is missing, and nothing pays for Triton before a launch."""
+"""The package imports and its references run where Triton is missing, and nothing pays for Triton
+before a launch.
+"""
 
 import subprocess
 import sys

@@ -1,4 +1,6 @@
-"""Every operation against the textbook, in both implementations; then what only one of the two promises."""
+"""Every operation against the textbook, in both implementations; then what only one of the two
+promises.
+"""
 
 import dataclasses
 
@@ -70,7 +72,9 @@ def test_references_take_any_block_size(block_size: int):
     kernels = Kernels.reference()
     device, dtype = torch.device("cpu"), torch.float32
     checks.check_decode(kernels, device, dtype, [(4, 2, 16, block_size, 3, (1, 3, 0, 4, 257, 256))])
-    checks.check_prefill(kernels, device, dtype, [(4, 2, 16, block_size, ((7, 7), (1, 257), (3, 256), (2, 2)))])
+    checks.check_prefill(
+        kernels, device, dtype, [(4, 2, 16, block_size, ((7, 7), (1, 257), (3, 256), (2, 2)))]
+    )
 
 
 @pytest.mark.parametrize("lengths", [(0, 0), (5,), (0, 16)])
@@ -79,11 +83,20 @@ def test_decode_of_padded_rows_and_single_blocks(kernels: Kernels, lengths):
     pages = checks.PagedContexts(lengths, 2, 16, 16, device, torch.float32)
     query = torch.randn(len(lengths), 2, 16, device=device)
     out = kernels.decode_attention(
-        query, pages.k_cache, pages.v_cache, pages.block_table, pages.seq_lens, 0.25, max_seq_len=16,
-        merge_attention=kernels.merge_attention, num_splits=1,
-    )  # fmt: skip
+        query,
+        pages.k_cache,
+        pages.v_cache,
+        pages.block_table,
+        pages.seq_lens,
+        0.25,
+        max_seq_len=16,
+        merge_attention=kernels.merge_attention,
+        num_splits=1,
+    )
     for row, length in enumerate(lengths):
-        expected = checks.attention_by_hand(query[row : row + 1], pages.keys[row], pages.values[row], 0.25)
+        expected = checks.attention_by_hand(
+            query[row : row + 1], pages.keys[row], pages.values[row], 0.25
+        )
         checks.assert_near(out[row : row + 1], expected, torch.float32)
         assert length or not out[row].any()
 
@@ -92,12 +105,18 @@ def test_decode_of_padded_rows_and_single_blocks(kernels: Kernels, lengths):
 def test_caches_of_more_than_2_to_the_31_numbers(triton_kernels: Kernels):
     """Offsets into a cache need 64 bits: 4 GB of keys is ordinary."""
     block_size, dim, blocks = 64, 128, 2**31 // (64 * 128) + 3
-    caches = [torch.zeros(blocks, 1, block_size, dim, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+    caches = [
+        torch.zeros(blocks, 1, block_size, dim, dtype=torch.bfloat16, device="cuda")
+        for _ in range(2)
+    ]
     key, value, query = (torch.randn(70, 1, dim, device="cuda").bfloat16() for _ in range(3))
     table = torch.tensor([[blocks - 1, blocks - 3]], dtype=torch.int32, device="cuda")
     tokens = torch.arange(70, device="cuda")
     triton_kernels.store_kv(
-        key, value, *caches, table[0].long()[tokens // block_size] * block_size + tokens % block_size
+        key,
+        value,
+        *caches,
+        table[0].long()[tokens // block_size] * block_size + tokens % block_size,
     )
     lengths, starts = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in ([70], [0, 70]))
     bounds = {"max_seq_len": 70, "max_query_len": 70}
@@ -105,13 +124,21 @@ def test_caches_of_more_than_2_to_the_31_numbers(triton_kernels: Kernels):
     expected = checks.attention_by_hand(query, key, value, 0.1)
     checks.assert_near(out, expected, torch.bfloat16)
     last = triton_kernels.decode_attention(
-        query[-1:], *caches, table, lengths, 0.1, max_seq_len=70, merge_attention=triton_kernels.merge_attention
+        query[-1:],
+        *caches,
+        table,
+        lengths,
+        0.1,
+        max_seq_len=70,
+        merge_attention=triton_kernels.merge_attention,
     )
     checks.assert_near(last, expected[-1:], torch.bfloat16)
 
 
 def test_number_of_splits():
-    assert choose_num_splits(8, 4096, 132) == 17  # one sequence of Qwen3-0.6B: as many as fill the GPU
+    assert (
+        choose_num_splits(8, 4096, 132) == 17
+    )  # one sequence of Qwen3-0.6B: as many as fill the GPU
     assert choose_num_splits(128, 4096, 132) == 2  # four multiprocessors would have none
     assert choose_num_splits(8, 200, 132) == 2  # but not shorter than 128 tokens
     assert choose_num_splits(256, 8192, 132) == 1  # enough programs already
@@ -123,9 +150,15 @@ def test_unsuitable_inputs_are_refused(triton_kernels: Kernels):
         cache = torch.zeros(2, kv_heads, block_size, 16, dtype=dtype)
         table = torch.zeros(1, 2, dtype=torch.int32) if table is None else table
         triton_kernels.decode_attention(
-            torch.zeros(1, heads, 16), cache, cache, table, torch.ones(1, dtype=torch.int32), 1.0, max_seq_len=1,
+            torch.zeros(1, heads, 16),
+            cache,
+            cache,
+            table,
+            torch.ones(1, dtype=torch.int32),
+            1.0,
+            max_seq_len=1,
             merge_attention=triton_kernels.merge_attention,
-        )  # fmt: skip
+        )
 
     with pytest.raises(ValueError, match="share 2 KV heads evenly"):
         decode(heads=3)
@@ -145,14 +178,20 @@ def test_unsuitable_inputs_are_refused(triton_kernels: Kernels):
     heads = torch.zeros(2, 2, 4)
     for kernels in (triton_kernels, Kernels.reference()):
         with pytest.raises(ValueError, match="both norm weights"):
-            kernels.qk_norm_rope(heads, heads, torch.ones(4), None, x, torch.zeros(2, dtype=torch.int64), 1e-6)
+            kernels.qk_norm_rope(
+                heads, heads, torch.ones(4), None, x, torch.zeros(2, dtype=torch.int64), 1e-6
+            )
         with pytest.raises(ValueError, match="seeds"):
             kernels.sample(x, torch.ones(4), None, None, None, None, None)
 
 
 @pytest.mark.parametrize("prefers", [True, False])
-def test_linear_reference_gives_the_same_by_onednn_and_by_mkl(prefers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which library multiplies depends on the CPU, so both are shown to be right on every CPU, and to be asked."""
+def test_linear_reference_gives_the_same_by_onednn_and_by_mkl(
+    prefers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which library multiplies depends on the CPU, so both are shown to be right on every CPU, and
+    to be asked.
+    """
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this build of torch has no oneDNN")
     calls: list[torch.Size] = []

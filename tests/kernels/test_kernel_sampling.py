@@ -1,4 +1,6 @@
-"""Philox against its published answers; sampled frequencies against the distribution; torch and Triton alike."""
+"""Philox against its published answers; sampled frequencies against the distribution; torch and
+Triton alike.
+"""
 
 import math
 
@@ -32,7 +34,9 @@ def test_philox_uniform():
     uniform = sampling.philox_uniform(torch.tensor(SEEDS), torch.tensor(POSITIONS))
     assert uniform.dtype == torch.float32
     assert uniform[0].item() == ((0x6627E8D5 >> 9) + 0.5) / 2**23
-    assert uniform.tolist() == [checks.uniform_by_hand(*pair) for pair in zip(SEEDS, POSITIONS, strict=True)]
+    assert uniform.tolist() == [
+        checks.uniform_by_hand(*pair) for pair in zip(SEEDS, POSITIONS, strict=True)
+    ]
     many = sampling.philox_uniform(torch.arange(200_000), torch.full((200_000,), 5))
     assert many.min() > 0
     assert many.max() < 1
@@ -42,7 +46,9 @@ def test_philox_uniform():
 @triton.jit
 def _uniform_kernel(out_ptr, seeds_ptr, positions_ptr):
     row = tl.program_id(0)
-    tl.store(out_ptr + row, sampling_uniform(tl.load(seeds_ptr + row), tl.load(positions_ptr + row)))
+    tl.store(
+        out_ptr + row, sampling_uniform(tl.load(seeds_ptr + row), tl.load(positions_ptr + row))
+    )
 
 
 sampling_uniform = sampling.uniform
@@ -63,7 +69,9 @@ def test_sample(kernels: Kernels, device_dtype):
 
 
 def chi_square_bound(freedom: int) -> float:
-    """The value that chi-square exceeds once in 10,000 times (Wilson and Hilferty's approximation)."""
+    """The value that chi-square exceeds once in 10,000 times (Wilson and Hilferty's
+    approximation).
+    """
     return freedom * (1 - 2 / (9 * freedom) + 3.72 * math.sqrt(2 / (9 * freedom))) ** 3
 
 
@@ -73,27 +81,42 @@ def chi_square_bound(freedom: int) -> float:
     ids=lambda filters: "+".join(filters) or "unfiltered",
 )
 def test_frequencies(kernels: Kernels, filters: dict, monkeypatch: pytest.MonkeyPatch):
-    """Different seeds at one position, and one seed at different positions, both give the distribution asked for."""
+    """Different seeds at one position, and one seed at different positions, both give the
+    distribution asked for.
+    """
     monkeypatch.setattr(sampling, "TILE", 4)  # three tiles
     device = checks.DEVICE
     interpreted = kernels.name == "triton" and device.type == "cpu"  # 10 ms a row
     rows, temperature = 40 if interpreted else 20_000, 0.8
     logits = torch.tensor([0.3, -0.5, 1.5, -math.inf, 1.0, 0.9, -1.0, 0.6, 0.0])
     kept = checks.filter_by_hand(
-        logits.tolist(), temperature, filters.get("top_k", 0), filters.get("top_p", 1.0), filters.get("min_p", 0.0)
+        logits.tolist(),
+        temperature,
+        filters.get("top_k", 0),
+        filters.get("top_p", 1.0),
+        filters.get("min_p", 0.0),
     )
     expected = torch.zeros(len(logits))
     expected[kept] = (logits[kept] / temperature).softmax(0) * rows
 
     def column(name: str, dtype=torch.float32):
-        return torch.full((rows,), filters[name], dtype=dtype, device=device) if name in filters else None
+        return (
+            torch.full((rows,), filters[name], dtype=dtype, device=device)
+            if name in filters
+            else None
+        )
 
     count, fixed = torch.arange(rows, device=device), torch.full((rows,), 1234, device=device)
     for seeds, positions in ((count, fixed), (fixed, count))[: 1 if interpreted else 2]:
         tokens = kernels.sample(
-            logits.to(device).expand(rows, -1).contiguous(), torch.full((rows,), temperature, device=device),
-            column("top_k", torch.int32), column("top_p"), column("min_p"), seeds, positions,
-        )  # fmt: skip
+            logits.to(device).expand(rows, -1).contiguous(),
+            torch.full((rows,), temperature, device=device),
+            column("top_k", torch.int32),
+            column("top_p"),
+            column("min_p"),
+            seeds,
+            positions,
+        )
         observed = torch.bincount(tokens.cpu(), minlength=len(logits)).float()
         assert not observed[expected == 0].any(), "a token was chosen that cannot be"
         statistic = ((observed - expected) ** 2 / expected)[expected > 0].sum().item()
@@ -108,18 +131,36 @@ def test_the_same_token_whatever_the_batch(kernels: Kernels):
     together = kernels.sample(logits, hot, None, None, None, seeds, seeds + 100)
     for row in range(6):
         one = slice(row, row + 1)
-        assert kernels.sample(logits[one], hot[one], None, None, None, seeds[one], seeds[one] + 100) == together[row]
+        assert (
+            kernels.sample(logits[one], hot[one], None, None, None, seeds[one], seeds[one] + 100)
+            == together[row]
+        )
     backwards = kernels.sample(
-        logits.flip(0), hot, None, torch.ones(6, device=device), None, seeds.flip(0), seeds.flip(0) + 100
+        logits.flip(0),
+        hot,
+        None,
+        torch.ones(6, device=device),
+        None,
+        seeds.flip(0),
+        seeds.flip(0) + 100,
     )
     assert torch.equal(backwards.flip(0), together)
 
 
 def test_torch_and_triton_choose_the_same_token(triton_kernels: Kernels, device_dtype):
-    """Not by necessity, sums round differently, but with this seed no target lies within rounding of a boundary."""
+    """Not by necessity, sums round differently, but with this seed no target lies within rounding
+    of a boundary.
+    """
     device, dtype = device_dtype
-    logits = (torch.randn(24, 10_000, generator=torch.Generator().manual_seed(0)) * 2).to(device, dtype)
-    arguments = (torch.full((24,), 0.9, device=device), None, torch.full((24,), 0.95, device=device), None)
+    logits = (torch.randn(24, 10_000, generator=torch.Generator().manual_seed(0)) * 2).to(
+        device, dtype
+    )
+    arguments = (
+        torch.full((24,), 0.9, device=device),
+        None,
+        torch.full((24,), 0.95, device=device),
+        None,
+    )
     seeds = torch.arange(24, device=device) * 997
     theirs = Kernels.reference().sample(logits, *arguments, seeds, seeds + 1)
     ours = triton_kernels.sample(logits, *arguments, seeds, seeds + 1)
@@ -141,8 +182,12 @@ def test_filters_touch_only_the_rows_that_ask():
     assert (filtered[1] > -math.inf).sum() == 2
 
 
-@pytest.mark.parametrize(("top_k", "top_p", "min_p"), [(1, 1.0, 0.0), (0, 0.0, 0.0), (0, 1.0, 1.0), (3, 1e-9, 5.0)])
-def test_a_filtered_row_keeps_its_best_token(kernels: Kernels, top_k: int, top_p: float, min_p: float):
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"), [(1, 1.0, 0.0), (0, 0.0, 0.0), (0, 1.0, 1.0), (3, 1e-9, 5.0)]
+)
+def test_a_filtered_row_keeps_its_best_token(
+    kernels: Kernels, top_k: int, top_p: float, min_p: float
+):
     device = checks.DEVICE
     logits = torch.tensor([[0.0, 3.0, 1.0, -math.inf]], device=device)
     columns = [torch.tensor([value], device=device) for value in (1.0, top_k, top_p, min_p)]

@@ -1,1 +1,3 @@
-"""What checks the exercises: chNN.py holds a chapter's checks, chNN.json the digests of its solution's given cells."""
+"""What checks the exercises: chNN.py holds a chapter's checks, chNN.json the digests of its
+solution's given cells.
+"""

@@ -1,4 +1,6 @@
-"""Chapter 06, the model: the checks of its exercises, and what their notebook is given (`rope`, `attend`, …)."""
+"""Chapter 06, the model: the checks of its exercises, and what their notebook is given (`rope`,
+`attend`, …).
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 EPS = 1e-6
 
 
-# --- 06.1 -------------------------------------------------------------------------------------------------------------
+# --- 06.1 -----------------------------------------------------------------------------------------
 
 
 @exercise("06.1", "Warm-up: two small pieces")
@@ -44,7 +46,9 @@ def check_small_pieces(rms_norm: Callable, silu_mul: Callable) -> str:
     norm, gate = counted(rms_norm), counted(silu_mul)
     norm.__name__, gate.__name__ = "rms_norm", "silu_mul"
 
-    def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple:
+    def add_rms_norm(
+        x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple:
         return norm(x + residual, weight, eps), x + residual
 
     kernels = replace(Kernels.reference(), rms_norm=norm, add_rms_norm=add_rms_norm, silu_mul=gate)
@@ -59,7 +63,12 @@ def _check_rms_norm(answer: Callable) -> int:
     random = seeded(1)
 
     def case(
-        rows: int, width: int, size: float = 1.0, shift: float = 0.0, eps: float = EPS, half: bool = False
+        rows: int,
+        width: int,
+        size: float = 1.0,
+        shift: float = 0.0,
+        eps: float = EPS,
+        half: bool = False,
     ) -> tuple:
         dtype = torch.float16 if half else torch.float32
         x = torch.randn(rows, width, generator=random) * size + shift
@@ -70,14 +79,30 @@ def _check_rms_norm(answer: Callable) -> int:
     zeros = case(2, 6)
     zeros[0][1] = 0.0
     simple = torch.tensor([[3.0, 4.0]]), torch.ones(2), 0.0
-    cases = [simple, case(1, 1), case(2, 5), case(4, 64), case(3, 7, shift=3.0), apart, zeros,
-             case(3, 16, size=0.01, eps=1e-4), case(5, 33, eps=1e-5), case(3, 64, half=True),
-             case(2, 32, size=400.0, half=True)]  # fmt: skip
+    cases = [
+        simple,
+        case(1, 1),
+        case(2, 5),
+        case(4, 64),
+        case(3, 7, shift=3.0),
+        apart,
+        zeros,
+        case(3, 16, size=0.01, eps=1e-4),
+        case(5, 33, eps=1e-5),
+        case(3, 64, half=True),
+        case(2, 32, size=400.0, half=True),
+    ]
 
     def norm(
-        x: torch.Tensor, weight: torch.Tensor, eps: float, *, mean: Callable | None = None, low: bool = False,
-        root: Callable | None = None, weigh: Callable = torch.mul,
-    ) -> torch.Tensor:  # fmt: skip
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        mean: Callable | None = None,
+        low: bool = False,
+        root: Callable | None = None,
+        weigh: Callable = torch.mul,
+    ) -> torch.Tensor:
         wide = x if low else x.float()
         square = (mean or (lambda y: y.square().mean(-1, keepdim=True)))(wide)
         return weigh((wide / (root or (lambda s: torch.sqrt(s + eps)))(square)).to(x.dtype), weight)
@@ -91,77 +116,114 @@ def _check_rms_norm(answer: Callable) -> int:
 
     suspects = {
         "layer-norm": (
-            "You subtract the mean first: that is LayerNorm. RMSNorm leaves the mean where it is.\n"
-            "Divide x by the root of the mean of its squares, and nothing else.",
+            (
+                "You subtract the mean first: that is LayerNorm. RMSNorm leaves the mean where it"
+                " is.\nDivide x by the root of the mean of its squares, and nothing else."
+            ),
             layer_norm,
         ),
         "squares-overflow": (
-            "In float32 all is right. In float16 it is not: the square of 400 is 160,000, beyond the largest float16, "
-            "so the mean is inf and the row becomes 0.\nTake x.float() for square, mean and root, and come back "
-            "to x.dtype afterwards.",
+            (
+                "In float32 all is right. In float16 it is not: the square of 400 is 160,000,"
+                " beyond the largest float16, so the mean is inf and the row becomes 0.\nTake"
+                " x.float() for square, mean and root, and come back to x.dtype afterwards."
+            ),
             partial(norm, low=True),
         ),
         "sum-not-mean": (
-            "You divide by the root of the sum of squares, which makes vectors of length 1: numbers get smaller the "
-            "more there are.\nRMSNorm takes the mean of the squares.",
+            (
+                "You divide by the root of the sum of squares, which makes vectors of length 1:"
+                " numbers get smaller the more there are.\nRMSNorm takes the mean of the squares."
+            ),
             partial(norm, mean=lambda y: y.square().sum(-1, keepdim=True)),
-            partial(norm, mean=lambda y: y.square().sum(-1, keepdim=True), root=lambda s: s.sqrt().clamp(min=1e-12)),
+            partial(
+                norm,
+                mean=lambda y: y.square().sum(-1, keepdim=True),
+                root=lambda s: s.sqrt().clamp(min=1e-12),
+            ),
         ),
         "no-root": (
-            "You divide by the mean square, not by its root: a row twice as large comes out half as large.\n"
-            "Take torch.sqrt (or multiply with torch.rsqrt).",
+            (
+                "You divide by the mean square, not by its root: a row twice as large comes out"
+                " half as large.\nTake torch.sqrt (or multiply with torch.rsqrt)."
+            ),
             lambda x, weight, eps: norm(x, weight, eps, root=lambda s: s + eps),
         ),
         "eps-outside-the-root": (
-            "eps stands outside the root. For small numbers that is another result: √(s + eps) is not √s + eps.\n"
-            "Add it to the mean square, then take the root.",
+            (
+                "eps stands outside the root. For small numbers that is another result: √(s + eps)"
+                " is not √s + eps.\nAdd it to the mean square, then take the root."
+            ),
             eps_outside,
         ),
         "eps-forgotten": (
-            "eps is not used: a row of zeros is divided by 0, and small rows come out too large.\n"
-            "Add it to the mean square, inside the root.",
+            (
+                "eps is not used: a row of zeros is divided by 0, and small rows come out too"
+                " large.\nAdd it to the mean square, inside the root."
+            ),
             partial(norm, root=lambda s: s.sqrt()),
         ),
         "eps-typed-in": (
-            "You add an eps of your own, not the one you are given. Checkpoints differ: Qwen has 1e-6, Llama 1e-5.\n"
-            "Use the argument.",
+            (
+                "You add an eps of your own, not the one you are given. Checkpoints differ: Qwen"
+                " has 1e-6, Llama 1e-5.\nUse the argument."
+            ),
             *(lambda x, weight, eps, e=e: norm(x, weight, e) for e in (1e-6, 1e-5, 1e-8)),
         ),
         "one-size-for-all-rows": (
-            "You divide all rows by the same number, the root mean square of the whole table.\n"
-            "Each row (token) has its own: .mean(dim=-1, keepdim=True).",
+            (
+                "You divide all rows by the same number, the root mean square of the whole table.\n"
+                "Each row (token) has its own: .mean(dim=-1, keepdim=True)."
+            ),
             partial(norm, mean=lambda y: y.square().mean()),
         ),
         "wrong-axis": (
-            "You take the mean down the columns, over the tokens. A token's norm must not depend on its neighbours.\n"
-            "Of [T, N], dim=-1 runs along a row.",
+            (
+                "You take the mean down the columns, over the tokens. A token's norm must not"
+                " depend on its neighbours.\nOf [T, N], dim=-1 runs along a row."
+            ),
             partial(norm, mean=lambda y: y.square().mean(0, keepdim=True)),
         ),
         "no-weight": (
-            "The rows have the right size, but the learned weight is not used.\nMultiply by it in the end.",
+            (
+                "The rows have the right size, but the learned weight is not used.\nMultiply by it"
+                " in the end."
+            ),
             partial(norm, weigh=lambda y, w: y),
         ),
         "weight-plus-one": (
-            "You multiply by 1 + weight. Gemma stores its norms so; Qwen and Llama store the weight itself.\n"
-            "Multiply by weight.",
+            (
+                "You multiply by 1 + weight. Gemma stores its norms so; Qwen and Llama store the"
+                " weight itself.\nMultiply by weight."
+            ),
             partial(norm, weigh=lambda y, w: y * (1 + w)),
         ),
         "weight-inside": (
-            "You multiply by the weight first, and norm the product: the mean square is then that of weighted "
-            "numbers.\n"
-            "Norm x, then multiply.",
-            lambda x, weight, eps: norm(x.float() * weight.float(), torch.ones_like(weight).float(), eps).to(x.dtype),
+            (
+                "You multiply by the weight first, and norm the product: the mean square is then"
+                " that of weighted numbers.\nNorm x, then multiply."
+            ),
+            lambda x, weight, eps: norm(
+                x.float() * weight.float(), torch.ones_like(weight).float(), eps
+            ).to(x.dtype),
         ),
         "mean-of-sizes": (
-            "You divide by the mean absolute value. That is a size, too, but not the root mean square.\n"
-            "Square, mean, root: in this order.",
-            lambda x, weight, eps: norm(x, weight, eps, mean=lambda y: y.abs().mean(-1, keepdim=True) ** 2),
+            (
+                "You divide by the mean absolute value. That is a size, too, but not the root mean"
+                " square.\nSquare, mean, root: in this order."
+            ),
+            lambda x, weight, eps: norm(
+                x, weight, eps, mean=lambda y: y.abs().mean(-1, keepdim=True) ** 2
+            ),
         ),
-    }  # fmt: skip
+    }
     # Half precision: whoever stays in float32 up to the weight rounds once less.
     number = diagnose(answer, cases, rms_norm_reference, suspects, rtol=3e-3)
     expect_own_work(
-        answer, cases[2], ("rms_norm", "layer_norm", "normalize"), "squares, means, roots, sigmoid and products"
+        answer,
+        cases[2],
+        ("rms_norm", "layer_norm", "normalize"),
+        "squares, means, roots, sigmoid and products",
     )
     return number
 
@@ -177,7 +239,12 @@ def _check_silu_mul(answer: Callable) -> int:
     wide[0, :3] = torch.tensor([-200.0, 200.0, 100.0])
     half = (torch.randn(4, 12, generator=random) * 3).to(torch.float16)
     shapes = ((1, 2), (2, 4), (5, 14), (3, 256))
-    tables = [torch.zeros(2, 4), *(torch.randn(*shape, generator=random) * 2 for shape in shapes), wide, half]
+    tables = [
+        torch.zeros(2, 4),
+        *(torch.randn(*shape, generator=random) * 2 for shape in shapes),
+        wide,
+        half,
+    ]
 
     def halves(activate: Callable, order: int = 1) -> Callable:
         def mul(gate_up: torch.Tensor) -> torch.Tensor:
@@ -191,23 +258,33 @@ def _check_silu_mul(answer: Callable) -> int:
 
     suspects = {
         "up-before-gate": (
-            "SiLU is taken of the wrong half: the first N columns are the gates, the last N the ups.\n"
-            "(Whoever makes this mistake in both, loader and model, would not even notice.)",
+            (
+                "SiLU is taken of the wrong half: the first N columns are the gates, the last N the"
+                " ups.\n(Whoever makes this mistake in both, loader and model, would not even"
+                " notice.)"
+            ),
             halves(F.silu, -1),
         ),
         "interleaved-halves": (
-            "You take every second column for the gate. Here the two matrices lie below each other, so gates are the "
-            "first N columns, and ups the last N.\n`gate_up.chunk(2, dim=-1)` cuts there.",
+            (
+                "You take every second column for the gate. Here the two matrices lie below each"
+                " other, so gates are the first N columns, and ups the last N.\n`gate_up.chunk(2,"
+                " dim=-1)` cuts there."
+            ),
             lambda g: F.silu(g[:, ::2]) * g[:, 1::2],
         ),
         "sigmoid-alone": (
-            "Your gate is sigmoid(gate): that is GLU, the parent of SwiGLU.\n"
-            "SiLU is gate · sigmoid(gate): three factors with up.",
+            (
+                "Your gate is sigmoid(gate): that is GLU, the parent of SwiGLU.\n"
+                "SiLU is gate · sigmoid(gate): three factors with up."
+            ),
             halves(torch.sigmoid),
         ),
         "another-activation": (
-            "The product is right, but the activation is not SiLU (GEGLU takes GELU, ReGLU takes ReLU).\n"
-            "silu(z) = z · sigmoid(z).",
+            (
+                "The product is right, but the activation is not SiLU (GEGLU takes GELU, ReGLU"
+                " takes ReLU).\nsilu(z) = z · sigmoid(z)."
+            ),
             *map(halves, (F.gelu, partial(F.gelu, approximate="tanh"), F.relu, torch.tanh)),
         ),
         "silu-of-both": (
@@ -215,42 +292,65 @@ def _check_silu_mul(answer: Callable) -> int:
             lambda g: F.silu(g.chunk(2, dim=-1)[0]) * F.silu(g.chunk(2, dim=-1)[1]),
         ),
         "silu-of-the-product": (
-            "You multiply first, and take SiLU of the product.\nsilu(gate) * up: the gate alone goes through it.",
+            (
+                "You multiply first, and take SiLU of the product.\nsilu(gate) * up: the gate alone"
+                " goes through it."
+            ),
             lambda g: F.silu(g.chunk(2, dim=-1)[0] * g.chunk(2, dim=-1)[1]),
         ),
         "no-activation": (
-            "You multiply gate and up as they are: nothing is gated.\nThe gate goes through SiLU first.",
+            (
+                "You multiply gate and up as they are: nothing is gated.\nThe gate goes through"
+                " SiLU first."
+            ),
             halves(lambda z: z),
         ),
         "added-not-multiplied": (
-            "You add gate and up. A gate multiplies: where it is 0, nothing passes.\nsilu(gate) * up.",
+            (
+                "You add gate and up. A gate multiplies: where it is 0, nothing passes.\nsilu(gate)"
+                " * up."
+            ),
             lambda g: F.silu(g.chunk(2, dim=-1)[0]) + g.chunk(2, dim=-1)[1],
         ),
         "exp-overflows": (
-            "exp(gate) overflows from 89 on: inf / inf is nan. Chapter 1's old friend.\n"
-            "Write sigmoid as 1 / (1 + exp(-gate)), whose limits are 0 and 1, or take torch.sigmoid.",
+            (
+                "exp(gate) overflows from 89 on: inf / inf is nan. Chapter 1's old friend.\nWrite"
+                " sigmoid as 1 / (1 + exp(-gate)), whose limits are 0 and 1, or take torch.sigmoid."
+            ),
             halves(by_exp),
         ),
-    }  # fmt: skip
+    }
     cases = [(table,) for table in tables]
     number = diagnose(answer, cases, silu_mul_reference, suspects, rtol=3e-3)
-    expect_own_work(answer, cases[2], ("silu", "glu"), "squares, means, roots, sigmoid and products")
+    expect_own_work(
+        answer, cases[2], ("silu", "glu"), "squares, means, roots, sigmoid and products"
+    )
     return number
 
 
-# --- 06.2 -------------------------------------------------------------------------------------------------------------
+# --- 06.2 -----------------------------------------------------------------------------------------
 
 #: Qwen3-4B, from its config.json.
 QWEN3_4B = {
-    "architectures": ["Qwen3ForCausalLM"], "vocab_size": 151_936, "hidden_size": 2560, "intermediate_size": 9728,
-    "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-    "max_position_embeddings": 40_960, "rope_theta": 1e6, "tie_word_embeddings": True,
-}  # fmt: skip
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 151_936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40_960,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+}
 
 
 @cache
 def _measure() -> dict[str, int]:
-    """Build Qwen3-4B without memory, and count: weights of matrices, and FLOPs of a token through the linear layers."""
+    """Build Qwen3-4B without memory, and count: weights of matrices, and FLOPs of a token
+    through the linear layers.
+    """
     import torch
 
     from minivllm.config import ModelConfig
@@ -259,7 +359,9 @@ def _measure() -> dict[str, int]:
 
     flops = 0
 
-    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def linear(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         nonlocal flops
         flops += 2 * len(x) * weight.numel()
         return x.new_empty(len(x), len(weight))
@@ -267,7 +369,9 @@ def _measure() -> dict[str, int]:
     config = ModelConfig.from_hf(QWEN3_4B)
     meta = torch.device("meta")
     with meta:
-        model = Qwen3ForCausalLM(config, replace(Kernels.reference(), linear=linear), 1, torch.device("cpu"))
+        model = Qwen3ForCausalLM(
+            config, replace(Kernels.reference(), linear=linear), 1, torch.device("cpu")
+        )
     layer = model.model.layers[0]
     for each in model.model.layers:
         x = torch.empty(1, config.hidden_size, device=meta)
@@ -278,8 +382,14 @@ def _measure() -> dict[str, int]:
     model.compute_logits(torch.empty(1, config.hidden_size, device=meta))
     matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2}
     pair = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    cache_row = torch.empty(2, config.num_hidden_layers, config.num_key_value_heads, config.head_dim, device=meta,
-                            dtype=torch.bfloat16)  # fmt: skip
+    cache_row = torch.empty(
+        2,
+        config.num_hidden_layers,
+        config.num_key_value_heads,
+        config.head_dim,
+        device=meta,
+        dtype=torch.bfloat16,
+    )
     return {
         "layer": sum(p.numel() for p in layer.parameters() if p.dim() == 2),
         "all": sum(p.numel() for p in matrices.values()),
@@ -292,108 +402,193 @@ def _measure() -> dict[str, int]:
 
 @exercise("06.2", "Predict: Qwen3-4B in six numbers")
 def check_predictions(
-    layer_weights: float, all_weights: float, flops: float, kv_bytes: float, kv_bytes_all_heads: float, context: float
+    layer_weights: float,
+    all_weights: float,
+    flops: float,
+    kv_bytes: float,
+    kv_bytes_all_heads: float,
+    context: float,
 ) -> str:
     m = _measure()
     hidden, wide, heads, kv_heads, dim = 2560, 9728, 32, 8, 128
     embedding, layers = 151_936 * hidden, 36
     q, kv, mlp = hidden * heads * dim, hidden * kv_heads * dim, 3 * hidden * wide
-    square = 2 * hidden * hidden + 2 * hidden * 8 * 80 + mlp  # head_dim taken as hidden_size / heads
+    square = (
+        2 * hidden * hidden + 2 * hidden * 8 * 80 + mlp
+    )  # head_dim taken as hidden_size / heads
 
-    def judge(name: str, guess: Any, right: int, measured: str, known: dict[float, tuple[str, str]]) -> None:
+    def judge(
+        name: str, guess: Any, right: int, measured: str, known: dict[float, tuple[str, str]]
+    ) -> None:
         if isinstance(guess, bool) or not isinstance(guess, int | float):
             raise Mistake("wrong-type", f"{name} is {show(guess)}.\nA prediction is one number.")
         if math.isclose(guess, right, rel_tol=0.002):
             return
         for value, (mistake, why) in known.items():
             if math.isclose(guess, value, rel_tol=0.002):
-                raise Mistake(mistake, f"{name}: you predicted {guess:,.0f}, measured: {right:,}.\n{why} {measured}")
+                raise Mistake(
+                    mistake,
+                    f"{name}: you predicted {guess:,.0f}, measured: {right:,}.\n{why} {measured}",
+                )
         raise Mistake(
-            "wrong-prediction", f"{name}: you predicted {guess:,.0f}, measured: {right:,}.\n{measured} "
+            "wrong-prediction",
+            f"{name}: you predicted {guess:,.0f}, measured: {right:,}.\n{measured} "
             "Find out where the difference comes from, then correct your number.",
-        )  # fmt: skip
+        )
 
-    not_square = "Of Qwen3, head_dim stands in the config: 32 heads of 128 are 4,096 numbers, more than the stream has."
+    not_square = (
+        "Of Qwen3, head_dim stands in the config: 32 heads of 128 are 4,096 numbers, more than the"
+        " stream has."
+    )
     judge(
-        "layer_weights", layer_weights, m["layer"],
-        "Measured: the model was built, and one layer's matrices counted: q, k, v, o, gate, up, down.",
+        "layer_weights",
+        layer_weights,
+        m["layer"],
+        "Measured: the model was built, and one layer's matrices counted: q, k, v, o, gate, up,"
+        " down.",
         {
             square: ("head-dim-from-hidden-size", not_square),
             2 * q + 2 * q + mlp: ("forgot-gqa", "k and v have 8 heads, not 32."),
-            2 * q + 2 * kv + 2 * hidden * wide: ("two-matrices-in-the-mlp", "SwiGLU has three: gate, up and down."),
-            q + 2 * kv + mlp: ("forgot-o-proj", "What the heads say goes through a matrix back to the stream: o_proj."),
+            2 * q + 2 * kv + 2 * hidden * wide: (
+                "two-matrices-in-the-mlp",
+                "SwiGLU has three: gate, up and down.",
+            ),
+            q + 2 * kv + mlp: (
+                "forgot-o-proj",
+                "What the heads say goes through a matrix back to the stream: o_proj.",
+            ),
             2 * q + 2 * kv: ("forgot-the-mlp", "That is the attention alone."),
             mlp: ("forgot-attention", "That is the MLP alone."),
             2 * q + kv + mlp: ("one-of-k-and-v", "k and v have a matrix each."),
         },
-    )  # fmt: skip
+    )
     judge(
-        "all_weights", all_weights, m["all"],
+        "all_weights",
+        all_weights,
+        m["all"],
         "Measured: the model was built, and its matrices counted.",
         {
-            layers * m["layer"] + 2 * embedding: ("head-counted-twice", "The head is tied: it is the embedding."),
-            layers * m["layer"]: ("forgot-the-embedding", "A row of 2,560 for each of 151,936 tokens is missing."),
+            layers * m["layer"] + 2 * embedding: (
+                "head-counted-twice",
+                "The head is tied: it is the embedding.",
+            ),
+            layers * m["layer"]: (
+                "forgot-the-embedding",
+                "A row of 2,560 for each of 151,936 tokens is missing.",
+            ),
             layers * square + embedding: ("head-dim-from-hidden-size", not_square),
         },
-    )  # fmt: skip
+    )
     judge(
-        "flops", flops, m["flops"],
+        "flops",
+        flops,
+        m["flops"],
         "Measured: one token went through the model, and every product was counted.",
         {
-            m["all"]: ("multiplications-only", "Each weight is multiplied and added: two operations."),
-            2 * (m["all"] - embedding): ("forgot-the-head", "Looking a row up is free, but the head is a product with "
-                                         "all of the embedding."),
-            2 * (m["all"] + embedding): ("look-up-counted", "The embedding is only looked up at the start; it is "
-                                         "multiplied once, as the head."),
-            m["all"] - embedding: ("multiplications-only", "Each weight is multiplied and added, the head's too."),
-            6 * m["all"]: ("training", "Six FLOPs a weight is for training, with the backward pass."),
+            m["all"]: (
+                "multiplications-only",
+                "Each weight is multiplied and added: two operations.",
+            ),
+            2 * (m["all"] - embedding): (
+                "forgot-the-head",
+                "Looking a row up is free, but the head is a product with all of the embedding.",
+            ),
+            2 * (m["all"] + embedding): (
+                "look-up-counted",
+                "The embedding is only looked up at the start; it is multiplied once, as the head.",
+            ),
+            m["all"] - embedding: (
+                "multiplications-only",
+                "Each weight is multiplied and added, the head's too.",
+            ),
+            6 * m["all"]: (
+                "training",
+                "Six FLOPs a weight is for training, with the backward pass.",
+            ),
         },
-    )  # fmt: skip
+    )
     judge(
-        "kv_bytes", kv_bytes, m["kv"], "Measured: a tensor of [2, 36, 8, 128] in bfloat16.",
+        "kv_bytes",
+        kv_bytes,
+        m["kv"],
+        "Measured: a tensor of [2, 36, 8, 128] in bfloat16.",
         {
             m["kv"] / 2: ("keys-or-values", "Keys and values are kept, of two bytes a number."),
             m["kv"] * 2: ("float32", "bfloat16 has 2 bytes a number."),
-            m["kv_all_heads"]: ("forgot-gqa", "Only the 8 KV heads are kept; queries are used once and forgotten."),
+            m["kv_all_heads"]: (
+                "forgot-gqa",
+                "Only the 8 KV heads are kept; queries are used once and forgotten.",
+            ),
             m["kv"] / layers: ("one-layer", "Each of the 36 layers keeps its own."),
             2 * 2 * layers * kv_heads * 80: ("head-dim-from-hidden-size", not_square),
         },
-    )  # fmt: skip
+    )
     judge(
-        "kv_bytes_all_heads", kv_bytes_all_heads, m["kv_all_heads"], "Four query heads share a KV head: four times.",
+        "kv_bytes_all_heads",
+        kv_bytes_all_heads,
+        m["kv_all_heads"],
+        "Four query heads share a KV head: four times.",
         {
-            m["kv"]: ("forgot-gqa", "That is with GQA. Without it each of the 32 query heads has keys and values."),
+            m["kv"]: (
+                "forgot-gqa",
+                "That is with GQA. Without it each of the 32 query heads has keys and values.",
+            ),
             2 * 2 * layers * hidden: ("head-dim-from-hidden-size", not_square),
-            m["kv_all_heads"] / 2: ("keys-or-values", "Keys and values are kept, of two bytes a number."),
+            m["kv_all_heads"] / 2: (
+                "keys-or-values",
+                "Keys and values are kept, of two bytes a number.",
+            ),
         },
-    )  # fmt: skip
+    )
     judge(
-        "context", context, m["context"], "Measured: the FLOPs above, over 4 · 36 · 32 · 128 for each token looked at.",
+        "context",
+        context,
+        m["context"],
+        "Measured: the FLOPs above, over 4 · 36 · 32 · 128 for each token looked at.",
         {
-            2 * m["context"]: ("one-of-two-products", "Attention has two products: query · key, and weights · values."),
-            m["context"] / 2: ("multiplications-only", "Count both or neither in FLOPs: attention costs 4 · head_dim a "
-                               "head and key, when a multiplication and an addition are two."),
-            4 * m["context"]: ("forgot-gqa", "GQA shares keys and values, it saves bytes. All 32 query heads still "
-                               "compute their scores."),
+            2 * m["context"]: (
+                "one-of-two-products",
+                "Attention has two products: query · key, and weights · values.",
+            ),
+            m["context"] / 2: (
+                "multiplications-only",
+                (
+                    "Count both or neither in FLOPs: attention costs 4 · head_dim a "
+                    "head and key, when a multiplication and an addition are two."
+                ),
+            ),
+            4 * m["context"]: (
+                "forgot-gqa",
+                (
+                    "GQA shares keys and values, it saves bytes. All 32 query heads still "
+                    "compute their scores."
+                ),
+            ),
             m["context"] * layers: ("one-layer", "Each of the 36 layers attends."),
-            (m["flops"] - 2 * embedding) / (4 * layers * heads * dim): ("forgot-the-head", "The head is a matrix, "
-                                                                                           "too."),
+            (m["flops"] - 2 * embedding) / (4 * layers * heads * dim): (
+                "forgot-the-head",
+                "The head is a matrix, too.",
+            ),
         },
-    )  # fmt: skip
+    )
     return "six predictions, all as measured"
 
 
-# --- 06.3 -------------------------------------------------------------------------------------------------------------
+# --- 06.3 -----------------------------------------------------------------------------------------
 
 
 def rope(x: torch.Tensor, positions: torch.Tensor, theta: float = 10_000.0) -> torch.Tensor:
-    """Turn the pairs (x[i], x[i + D/2]) of every head: x [T, heads, D], positions [T] -> [T, heads, D]."""
+    """Turn the pairs (x[i], x[i + D/2]) of every head: x [T, heads, D], positions [T] -> [T,
+    heads, D].
+    """
     import torch
 
     frequencies = theta ** (-torch.arange(0, x.shape[-1], 2) / x.shape[-1])
     angles = torch.outer(positions.float(), frequencies).unsqueeze(1)
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()), dim=-1)
+    return torch.cat(
+        (a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()), dim=-1
+    )
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -403,7 +598,9 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     scores = torch.einsum("qhd,khd->hqk", query, key) * query.shape[-1] ** -0.5
     future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(future, -math.inf).softmax(dim=-1), value)
+    return torch.einsum(
+        "hqk,khd->qhd", scores.masked_fill(future, -math.inf).softmax(dim=-1), value
+    )
 
 
 @cache
@@ -424,14 +621,18 @@ class Layer(dict):
 
 
 def layer_weights(index: int) -> dict[str, torch.Tensor]:
-    """The tensors of one layer of the bundled model, by what follows ``model.layers.N.`` in their names."""
+    """The tensors of one layer of the bundled model, by what follows ``model.layers.N.`` in
+    their names.
+    """
     prefix = f"model.layers.{index}."
     mine = [(name, tensor) for name, tensor in bundled_weights().items() if name.startswith(prefix)]
     return Layer((name.removeprefix(prefix), tensor) for name, tensor in mine)
 
 
 def run_blocks(block: Callable, token_ids: Sequence[int]) -> list[torch.Tensor]:
-    """The stream of the bundled model at the start and after each block, computed with this block."""
+    """The stream of the bundled model at the start and after each block, computed with this
+    block.
+    """
     import torch
 
     stream = [bundled_weights()["model.embed_tokens.weight"][torch.tensor(token_ids)]]
@@ -441,7 +642,9 @@ def run_blocks(block: Callable, token_ids: Sequence[int]) -> list[torch.Tensor]:
 
 
 def right_sizes(token_ids: Sequence[int]) -> list[float]:
-    """The right size of that stream at each of these places: a root mean square, averaged over the tokens."""
+    """The right size of that stream at each of these places: a root mean square, averaged over
+    the tokens.
+    """
     return sizes(run_blocks(_block, token_ids))
 
 
@@ -456,14 +659,22 @@ def _norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _block(
-    x: torch.Tensor, w: dict[str, torch.Tensor], positions: torch.Tensor, *, stream: tuple[str, str] = ("x", "x"),
-    norms: str = "qk", swapped: bool = False, post: bool = False, same_norm: bool = False,
-    order: str = "norm first", mlp_reads: str = "its norm",
-) -> torch.Tensor:  # fmt: skip
+    x: torch.Tensor,
+    w: dict[str, torch.Tensor],
+    positions: torch.Tensor,
+    *,
+    stream: tuple[str, str] = ("x", "x"),
+    norms: str = "qk",
+    swapped: bool = False,
+    post: bool = False,
+    same_norm: bool = False,
+    order: str = "norm first",
+    mlp_reads: str = "its norm",
+) -> torch.Tensor:
     """A decoder block: right by default, and wrong in the ways that the options name.
 
-    stream: what the result of each branch is added to: the stream "x", its norm "h", "both", or "nothing".
-    norms: whose norm the query and the key get; "--" is none.
+    stream: what the result of each branch is added to: the stream "x", its norm "h", "both", or
+    "nothing". norms: whose norm the query and the key get; "--" is none.
     """
     import torch.nn.functional as F
 
@@ -484,7 +695,13 @@ def _block(
     x = added(branch, h, stream[0])
     if post:
         x = _norm(x, w["input_layernorm.weight"])
-    second = x if post else _norm(x, w["input_layernorm.weight" if same_norm else "post_attention_layernorm.weight"])
+    second = (
+        x
+        if post
+        else _norm(
+            x, w["input_layernorm.weight" if same_norm else "post_attention_layernorm.weight"]
+        )
+    )
     h = {"its norm": second, "the stream": x, "the first norm": h}[mlp_reads]
     gate, up = (h @ w[f"mlp.{p}_proj.weight"].T for p in ("gate", "up"))
     if swapped:
@@ -494,7 +711,13 @@ def _block(
 
 
 def _random_layer(
-    random: torch.Generator, hidden: int, heads: int, kv_heads: int, dim: int, wide: int, fresh: bool
+    random: torch.Generator,
+    hidden: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    wide: int,
+    fresh: bool,
 ) -> dict:
     import torch
 
@@ -504,16 +727,21 @@ def _random_layer(
     def matrix(rows: int, columns: int) -> torch.Tensor:
         return torch.randn(rows, columns, generator=random) * columns**-0.5
 
-    return Layer({
-        "input_layernorm.weight": norm(hidden), "post_attention_layernorm.weight": norm(hidden),
-        "self_attn.q_proj.weight": matrix(heads * dim, hidden),
-        "self_attn.k_proj.weight": matrix(kv_heads * dim, hidden),
-        "self_attn.v_proj.weight": matrix(kv_heads * dim, hidden),
-        "self_attn.o_proj.weight": matrix(hidden, heads * dim),
-        "self_attn.q_norm.weight": norm(dim), "self_attn.k_norm.weight": norm(dim),
-        "mlp.gate_proj.weight": matrix(wide, hidden), "mlp.up_proj.weight": matrix(wide, hidden),
-        "mlp.down_proj.weight": matrix(hidden, wide),
-    })  # fmt: skip
+    return Layer(
+        {
+            "input_layernorm.weight": norm(hidden),
+            "post_attention_layernorm.weight": norm(hidden),
+            "self_attn.q_proj.weight": matrix(heads * dim, hidden),
+            "self_attn.k_proj.weight": matrix(kv_heads * dim, hidden),
+            "self_attn.v_proj.weight": matrix(kv_heads * dim, hidden),
+            "self_attn.o_proj.weight": matrix(hidden, heads * dim),
+            "self_attn.q_norm.weight": norm(dim),
+            "self_attn.k_norm.weight": norm(dim),
+            "mlp.gate_proj.weight": matrix(wide, hidden),
+            "mlp.up_proj.weight": matrix(wide, hidden),
+            "mlp.down_proj.weight": matrix(hidden, wide),
+        }
+    )
 
 
 @exercise("06.3", "Debug this: a block that forgets")
@@ -522,7 +750,9 @@ def check_block(answer: Callable) -> str:
 
     random = seeded(3)
 
-    def case(tokens: int, fresh: bool, size: float = 1.0, dim: int = 8, heads: int = 4, kv_heads: int = 2) -> tuple:
+    def case(
+        tokens: int, fresh: bool, size: float = 1.0, dim: int = 8, heads: int = 4, kv_heads: int = 2
+    ) -> tuple:
         layer = _random_layer(random, 24, heads, kv_heads, dim, 40, fresh)
         return torch.randn(tokens, 24, generator=random) * size, layer, torch.arange(tokens)
 
@@ -537,56 +767,80 @@ def check_block(answer: Callable) -> str:
     cases += [(x, layer_weights(i), torch.arange(12)) for x, i in zip(real, (0, 5), strict=True)]
 
     stream = (
-        "What a branch finds is added to the normed copy; it belongs to the stream as it was before the norm.\n"
-        "Give the norm a name of its own (`h = norm(x, …)`), so that x is still there to add to."
+        "What a branch finds is added to the normed copy; it belongs to the stream as it was before"
+        " the norm.\nGive the norm a name of its own (`h = norm(x, …)`), so that x is still there"
+        " to add to."
     )
     shared = (
-        "Query and key go through the same norm. There are two weights, q_norm and k_norm: with both all 1, as in a "
-        "fresh "
-        "model, nobody sees it.\nGive each its own."
+        "Query and key go through the same norm. There are two weights, q_norm and k_norm: with"
+        " both all 1, as in a fresh model, nobody sees it.\nGive each its own."
     )
     suspects = {
         "not-mended": (
-            "This block still has both bugs.\nBegin with the picture: which line makes something else of the stream, so "
-            "that the addition has nothing of it left to add to? Then look for a tensor of the layer that is never used.",
+            (
+                "This block still has both bugs.\nBegin with the picture: which line makes"
+                " something else of the stream, so that the addition has nothing of it left to add"
+                " to? Then look for a tensor of the layer that is never used."
+            ),
             partial(_block, stream=("h", "h"), norms="qq"),
         ),
         "one-norm-for-q-and-k": (
-            f"The stream is right now. But: {shared}", partial(_block, norms="qq"), partial(_block, norms="kk"),
+            f"The stream is right now. But: {shared}",
+            partial(_block, norms="qq"),
+            partial(_block, norms="kk"),
         ),
         "residual-is-the-norm": (
-            f"The norms are right now. But: {stream}", partial(_block, stream=("h", "h")),
+            f"The norms are right now. But: {stream}",
+            partial(_block, stream=("h", "h")),
             *(partial(_block, stream=("h", "h"), norms=norms) for norms in ("kk", "kq")),
         ),
         **{
             f"residual-is-the-norm-in-the-{name.lower()}": (
                 f"The {name} branch is still wrong. {stream}",
-                partial(_block, stream=how), partial(_block, stream=how, norms="qq"),
+                partial(_block, stream=how),
+                partial(_block, stream=how, norms="qq"),
             )
             for name, how in (("attention", ("h", "x")), ("MLP", ("x", "h")))
         },
         "norms-swapped": (
-            "Two norms now, but the query gets the key's, and the key the query's.\nq_norm is for q.",
+            (
+                "Two norms now, but the query gets the key's, and the key the query's.\nq_norm is"
+                " for q."
+            ),
             partial(_block, norms="kq"),
         ),
         "no-qk-norm": (
-            "Query and key are not normed at all now. Qwen2 and Llama do without; Qwen3's weights need it.\n"
-            "rope(norm(q, q_norm), positions), and the key with k_norm.",
+            (
+                "Query and key are not normed at all now. Qwen2 and Llama do without; Qwen3's"
+                " weights need it.\nrope(norm(q, q_norm), positions), and the key with k_norm."
+            ),
             partial(_block, norms="--"),
         ),
         "residual-twice": (
-            "The stream is added twice: once as it was, and once more. Everything before this block counts double.\n"
-            "Each branch adds its result to the stream, once.",
-            partial(_block, stream=("twice", "x")), partial(_block, stream=("x", "twice")),
-            partial(_block, stream=("twice", "twice")), partial(_block, stream=("both", "both")),
+            (
+                "The stream is added twice: once as it was, and once more. Everything before this"
+                " block counts double.\nEach branch adds its result to the stream, once."
+            ),
+            partial(_block, stream=("twice", "x")),
+            partial(_block, stream=("x", "twice")),
+            partial(_block, stream=("twice", "twice")),
+            partial(_block, stream=("both", "both")),
         ),
         "nothing-added": (
-            "A branch's result replaces the stream: what was known before is lost.\nx = x + branch.",
-            *(partial(_block, stream=how) for how in (("nothing", "x"), ("x", "nothing"), ("nothing", "nothing"))),
+            (
+                "A branch's result replaces the stream: what was known before is lost.\nx = x +"
+                " branch."
+            ),
+            *(
+                partial(_block, stream=how)
+                for how in (("nothing", "x"), ("x", "nothing"), ("nothing", "nothing"))
+            ),
         ),
         "norm-after-rope": (
-            "The norm comes after the rotation. Its weight multiplies number by number, and turning has mixed them.\n"
-            "First the norm, then rope.",
+            (
+                "The norm comes after the rotation. Its weight multiplies number by number, and"
+                " turning has mixed them.\nFirst the norm, then rope."
+            ),
             partial(_block, order="rope first"),
         ),
         "one-norm-for-both-branches": (
@@ -594,25 +848,32 @@ def check_block(answer: Callable) -> str:
             partial(_block, same_norm=True),
         ),
         "mlp-not-normed": (
-            "The MLP reads the stream itself, not its normed copy.\nh = norm(x, w[\"post_attention_layernorm.weight\"]).",
+            (
+                "The MLP reads the stream itself, not its normed copy.\nh = norm(x,"
+                ' w["post_attention_layernorm.weight"]).'
+            ),
             partial(_block, mlp_reads="the stream"),
         ),
         "mlp-reads-the-first-norm": (
-            "The MLP reads the copy that was made for attention: it does not see what attention has added.\n"
-            "Norm the new x, with post_attention_layernorm.",
+            (
+                "The MLP reads the copy that was made for attention: it does not see what attention"
+                " has added.\nNorm the new x, with post_attention_layernorm."
+            ),
             partial(_block, mlp_reads="the first norm"),
         ),
         "post-norm": (
-            "You norm after the addition, as the first transformers did: the stream itself is normed.\n"
-            "In Qwen3 a branch norms its own copy; the stream is only ever added to.",
+            (
+                "You norm after the addition, as the first transformers did: the stream itself is"
+                " normed.\nIn Qwen3 a branch norms its own copy; the stream is only ever added to."
+            ),
             partial(_block, post=True),
         ),
-    }  # fmt: skip
+    }
     number = diagnose(answer, cases, _block, suspects, rtol=1e-3, atol=1e-4)
     return f"{number} blocks, fresh ones and trained ones"
 
 
-# --- 06.4 -------------------------------------------------------------------------------------------------------------
+# --- 06.4 -----------------------------------------------------------------------------------------
 
 
 @exercise("06.4", "QK-norm and RoPE")
@@ -627,20 +888,38 @@ def check_qk_norm_rope(answer: Callable) -> str:
     random = seeded(4)
 
     def case(
-        positions: Sequence[int], heads: int, kv_heads: int, dim: int, norm: bool = True, size: float = 1.0,
-        eps: float = EPS, theta: float = 100.0, dtype: torch.dtype | None = None,
-    ) -> tuple:  # fmt: skip
+        positions: Sequence[int],
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        norm: bool = True,
+        size: float = 1.0,
+        eps: float = EPS,
+        theta: float = 100.0,
+        dtype: torch.dtype | None = None,
+    ) -> tuple:
         dtype = dtype or torch.float32
         table = rope_table(RopeConfig(theta), dim, 64, torch.device("cpu"))
-        q, k = ((torch.randn(len(positions), n, dim, generator=random) * size).to(dtype) for n in (heads, kv_heads))
-        weights = [(torch.rand(dim, generator=random) + 0.5).to(dtype) if norm else None for _ in "qk"]
+        q, k = (
+            (torch.randn(len(positions), n, dim, generator=random) * size).to(dtype)
+            for n in (heads, kv_heads)
+        )
+        weights = [
+            (torch.rand(dim, generator=random) + 0.5).to(dtype) if norm else None for _ in "qk"
+        ]
         return q, k, *weights, table, torch.tensor(positions), eps
 
     cases = [
-        case([0], 1, 1, 2), case([0], 2, 1, 4, norm=False), case([1], 1, 1, 2, norm=False), case([0, 1, 2], 4, 2, 8),
-        case([7], 2, 2, 6, size=3.0), case([5, 6, 7, 8], 3, 1, 16), case([63, 0, 9, 9, 30], 4, 4, 8, norm=False),
-        case([3, 40], 2, 1, 8, size=0.01, eps=1e-3), case(range(17), 4, 2, 64, theta=1e4),
-    ]  # fmt: skip
+        case([0], 1, 1, 2),
+        case([0], 2, 1, 4, norm=False),
+        case([1], 1, 1, 2, norm=False),
+        case([0, 1, 2], 4, 2, 8),
+        case([7], 2, 2, 6, size=3.0),
+        case([5, 6, 7, 8], 3, 1, 16),
+        case([63, 0, 9, 9, 30], 4, 4, 8, norm=False),
+        case([3, 40], 2, 1, 8, size=0.01, eps=1e-3),
+        case(range(17), 4, 2, 64, theta=1e4),
+    ]
     low = [
         case([2, 11, 50], 4, 2, 16, dtype=torch.bfloat16),
         case([4], 2, 1, 8, norm=False, dtype=torch.bfloat16),
@@ -648,14 +927,32 @@ def check_qk_norm_rope(answer: Callable) -> str:
     ]
 
     def turned(
-        query: torch.Tensor, key: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
-        cos_sin: torch.Tensor, positions: torch.Tensor, eps: float, *, pairs: str = "halves", sign: float = 1.0,
-        order: str = "norm first", which: str = "qk", turns: str = "qk", rows: str = "positions", over: str = "head",
-        weigh: bool = True, eps_used: float | None = None, broken: str = "",
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        query: torch.Tensor,
+        key: torch.Tensor,
+        q_weight: torch.Tensor | None,
+        k_weight: torch.Tensor | None,
+        cos_sin: torch.Tensor,
+        positions: torch.Tensor,
+        eps: float,
+        *,
+        pairs: str = "halves",
+        sign: float = 1.0,
+        order: str = "norm first",
+        which: str = "qk",
+        turns: str = "qk",
+        rows: str = "positions",
+        over: str = "head",
+        weigh: bool = True,
+        eps_used: float | None = None,
+        broken: str = "",
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Right by default, and wrong in the ways that the options name."""
-        at = {"positions": positions, "from 0": torch.arange(len(positions)), "first": positions - positions[0],
-              "next": (positions + 1).clamp(max=63)}[rows]  # fmt: skip
+        at = {
+            "positions": positions,
+            "from 0": torch.arange(len(positions)),
+            "first": positions - positions[0],
+            "next": (positions + 1).clamp(max=63),
+        }[rows]
         cos, sin = cos_sin[at].unsqueeze(1).chunk(2, dim=-1)
         if broken == "swapped table":
             cos, sin = sin, cos
@@ -710,118 +1007,178 @@ def check_qk_norm_rope(answer: Callable) -> str:
         return partial(turned, **how)
 
     halves = (
-        "Here pair i is (x[i], x[i + D/2]): `a, b = x.chunk(2, dim=-1)`, and torch.cat puts them back."
-    )  # fmt: skip
+        "Here pair i is (x[i], x[i + D/2]): `a, b = x.chunk(2, dim=-1)`, and torch.cat puts them"
+        " back."
+    )
     suspects = {
         "interleaved-pairs": (
-            "You turn neighbours, (x[2i], x[2i + 1]), as the paper does. That is a right rotation for weights that "
-            "were "
-            f"laid out so; these checkpoints are laid out for halves.\n{halves}",
+            (
+                "You turn neighbours, (x[2i], x[2i + 1]), as the paper does. That is a right"
+                " rotation for weights that were laid out so; these checkpoints are laid out for"
+                f" halves.\n{halves}"
+            ),
             wrong(pairs="interleaved"),
         ),
         "pairs-of-one-kind-angles-of-another": (
-            "The numbers of your pairs turn by different angles: pairs are of one kind, and cosines and sines are "
-            "laid out "
-            f"for the other.\n{halves} Both get cos[i] and sin[i].",
-            wrong(pairs="mixed"), wrong(pairs="mixed the other way"),
+            (
+                "The numbers of your pairs turn by different angles: pairs are of one kind, and"
+                f" cosines and sines are laid out for the other.\n{halves} Both get cos[i] and"
+                " sin[i]."
+            ),
+            wrong(pairs="mixed"),
+            wrong(pairs="mixed the other way"),
         ),
         "put-back-elsewhere": (
-            f"You cut in one way and put together in another: numbers come back at other places.\n{halves}",
-            wrong(pairs="interleaved out"), wrong(pairs="interleaved in"),
+            (
+                "You cut in one way and put together in another: numbers come back at other"
+                f" places.\n{halves}"
+            ),
+            wrong(pairs="interleaved out"),
+            wrong(pairs="interleaved in"),
         ),
         "turned-backwards": (
-            "You turn clockwise: by minus the angle. Distances survive, so it looks right, but the weights were "
-            "trained "
-            "with the other direction.\n(a, b) becomes (a·cos - b·sin, b·cos + a·sin).",
+            (
+                "You turn clockwise: by minus the angle. Distances survive, so it looks right, but"
+                " the weights were trained with the other direction.\n(a, b) becomes (a·cos -"
+                " b·sin, b·cos + a·sin)."
+            ),
             wrong(sign=-1.0),
         ),
         "not-a-rotation": (
-            "The second number of a pair is not that of a rotation: lengths change.\n"
-            "(a, b) becomes (a·cos - b·sin, b·cos + a·sin), both from the old a and b.",
-            wrong(broken="sign"), wrong(broken="in place"), wrong(broken="no cross"),
+            (
+                "The second number of a pair is not that of a rotation: lengths change.\n"
+                "(a, b) becomes (a·cos - b·sin, b·cos + a·sin), both from the old a and b."
+            ),
+            wrong(broken="sign"),
+            wrong(broken="in place"),
+            wrong(broken="no cross"),
         ),
         "cos-and-sin-swapped": (
-            "Cosines and sines are exchanged: at position 0 nothing should turn.\n"
-            "A row of cos_sin holds D/2 cosines first, then D/2 sines.",
+            (
+                "Cosines and sines are exchanged: at position 0 nothing should turn.\n"
+                "A row of cos_sin holds D/2 cosines first, then D/2 sines."
+            ),
             wrong(broken="swapped table"),
         ),
         "positions-from-zero": (
-            "You take the first rows of the table, as if every step began at position 0. A prompt alone looks right; "
-            "the "
-            "first decoded token does not.\nRows of cos_sin are picked by `positions`: cos_sin[positions].",
-            wrong(rows="from 0"), wrong(rows="first"),
+            (
+                "You take the first rows of the table, as if every step began at position 0. A"
+                " prompt alone looks right; the first decoded token does not.\nRows of cos_sin are"
+                " picked by `positions`: cos_sin[positions]."
+            ),
+            wrong(rows="from 0"),
+            wrong(rows="first"),
         ),
         "one-position-late": (
-            "Everything is turned by one position too many: the first token has position 0, and does not turn.\n"
-            "cos_sin[positions], as it is.",
+            (
+                "Everything is turned by one position too many: the first token has position 0, and"
+                " does not turn.\ncos_sin[positions], as it is."
+            ),
             wrong(rows="next"),
         ),
         "one-norm-for-q-and-k": (
-            "Query and key are normed with the same weight. With weights of 1 nobody sees it.\n"
-            "q_weight is for the query, k_weight for the key.",
-            wrong(which="qq"), wrong(which="kk"),
+            (
+                "Query and key are normed with the same weight. With weights of 1 nobody sees it.\n"
+                "q_weight is for the query, k_weight for the key."
+            ),
+            wrong(which="qq"),
+            wrong(which="kk"),
         ),
         "norms-swapped": (
-            "The query gets the key's weight, and the key the query's.\nq_weight is for the query.", wrong(which="kq"),
+            "The query gets the key's weight, and the key the query's.\nq_weight is for the query.",
+            wrong(which="kq"),
         ),
         "no-norm": (
-            "Nothing is normed: this is RoPE alone, as in Llama.\nWhere weights are given, norm each head first.",
+            (
+                "Nothing is normed: this is RoPE alone, as in Llama.\nWhere weights are given, norm"
+                " each head first."
+            ),
             wrong(which="--"),
         ),
         "query-normed-only": (
-            "The key is not normed. Both sides of the product must be, or scores can still explode.\n"
-            "k_weight is for the key.", wrong(which="q-"),
+            (
+                "The key is not normed. Both sides of the product must be, or scores can still"
+                " explode.\nk_weight is for the key."
+            ),
+            wrong(which="q-"),
         ),
         "norm-after-rope": (
-            "You turn first and norm afterwards. Turning keeps lengths, but the norm's weight multiplies number by "
-            "number, and turning has mixed two of them.\nFirst the norm, then the rotation.",
+            (
+                "You turn first and norm afterwards. Turning keeps lengths, but the norm's weight"
+                " multiplies number by number, and turning has mixed two of them.\nFirst the norm,"
+                " then the rotation."
+            ),
             wrong(order="rope first"),
         ),
         "norm-over-all-heads": (
-            "You norm all heads of a token together. Each head is a vector of its own, with its own size.\n"
-            "The mean is over the last dimension only: .mean(dim=-1, keepdim=True).",
+            (
+                "You norm all heads of a token together. Each head is a vector of its own, with its"
+                " own size.\nThe mean is over the last dimension only: .mean(dim=-1, keepdim=True)."
+            ),
             wrong(over="token"),
         ),
         "norm-without-weight": (
-            "The norm's weight is not used: heads have size 1, but not the learned scale.\nMultiply by it.",
+            (
+                "The norm's weight is not used: heads have size 1, but not the learned"
+                " scale.\nMultiply by it."
+            ),
             wrong(weigh=False),
         ),
         "eps-forgotten": (
-            "The norm does not use the eps it is given: for small heads that is another result.\n"
-            "Add it to the mean square, inside the root.",
-            wrong(eps_used=0.0), wrong(eps_used=1e-6), wrong(eps_used=1e-5), wrong(eps_used=1e-8),
+            (
+                "The norm does not use the eps it is given: for small heads that is another"
+                " result.\nAdd it to the mean square, inside the root."
+            ),
+            wrong(eps_used=0.0),
+            wrong(eps_used=1e-6),
+            wrong(eps_used=1e-5),
+            wrong(eps_used=1e-8),
         ),
         "key-not-turned": (
-            "The key is not turned. Then a score depends on the query's position alone, not on the distance.\n"
-            "Turn both, each by its own position.",
+            (
+                "The key is not turned. Then a score depends on the query's position alone, not on"
+                " the distance.\nTurn both, each by its own position."
+            ),
             wrong(turns="q"),
         ),
         "query-not-turned": (
-            "The query is not turned. Then a score depends on the key's position alone, not on the distance.\n"
-            "Turn both, each by its own position.",
+            (
+                "The query is not turned. Then a score depends on the key's position alone, not on"
+                " the distance.\nTurn both, each by its own position."
+            ),
             wrong(turns="k"),
         ),
-    }  # fmt: skip
+    }
     items = {"item 0: ": "the query: ", "item 1: ": "the key: "}
-    number = diagnose(answer, cases, qk_norm_rope_reference, suspects, wording=items, rtol=1e-3, atol=1e-4)
+    number = diagnose(
+        answer, cases, qk_norm_rope_reference, suspects, wording=items, rtol=1e-3, atol=1e-4
+    )
     narrow = {
         "norm-in-16-bits": (
-            "You norm in the inputs' dtype. In float16 the square of 300 is infinite already, and nothing is left of the "
-            "head.\nx.float() first, and back to x.dtype at the end.",
+            (
+                "You norm in the inputs' dtype. In float16 the square of 300 is infinite already,"
+                " and nothing is left of the head.\nx.float() first, and back to x.dtype at the"
+                " end."
+            ),
             wrong(broken="narrow"),
         )
     }
     # In 16 bits, rounding once more or less is no mistake.
-    number += diagnose(answer, low, qk_norm_rope_reference, narrow, wording=items, rtol=0.03, atol=0.03)
+    number += diagnose(
+        answer, low, qk_norm_rope_reference, narrow, wording=items, rtol=0.03, atol=0.03
+    )
     mine = counted(answer)
     line = engine_agrees(mine, kernels=replace(Kernels.reference(), qk_norm_rope=mine))
     return f"{number} batches of heads, and {line}"
 
 
-# --- 06.5 -------------------------------------------------------------------------------------------------------------
+# --- 06.5 -----------------------------------------------------------------------------------------
 
 #: Rows of each part of a fused matrix, in a small model and in the bundled one.
-SMALL_FUSED = {"qkv_proj": {"q_proj": 6, "k_proj": 4, "v_proj": 4}, "gate_up_proj": {"gate_proj": 5, "up_proj": 5}}
+SMALL_FUSED = {
+    "qkv_proj": {"q_proj": 6, "k_proj": 4, "v_proj": 4},
+    "gate_up_proj": {"gate_proj": 5, "up_proj": 5},
+}
 BUNDLED_FUSED = {
     "qkv_proj": {"q_proj": 256, "k_proj": 128, "v_proj": 128},
     "gate_up_proj": {"gate_proj": 768, "up_proj": 768},
@@ -842,7 +1199,9 @@ class Files:
         return self.what
 
 
-def _small_checkpoint(random: torch.Generator, layers: int, tied: bool, bias: bool) -> tuple[list, dict]:
+def _small_checkpoint(
+    random: torch.Generator, layers: int, tied: bool, bias: bool
+) -> tuple[list, dict]:
     """(tensors in alphabetical order, parameters full of NaN)."""
     import torch
 
@@ -852,12 +1211,22 @@ def _small_checkpoint(random: torch.Generator, layers: int, tied: bool, bias: bo
     params |= tensors
     for i in range(layers):
         prefix = f"model.layers.{i}."
-        own = {"input_layernorm.weight": (3,), "self_attn.o_proj.weight": (3, 6), "mlp.down_proj.weight": (3, 5),
-               "self_attn.q_norm.weight": (2,), "self_attn.k_norm.weight": (2,)}  # fmt: skip
+        own = {
+            "input_layernorm.weight": (3,),
+            "self_attn.o_proj.weight": (3, 6),
+            "mlp.down_proj.weight": (3, 5),
+            "self_attn.q_norm.weight": (2,),
+            "self_attn.k_norm.weight": (2,),
+        }
         for branch, name in (("self_attn", "qkv_proj"), ("mlp", "gate_up_proj")):
-            kinds = {"weight": (3,), "bias": ()} if bias and branch == "self_attn" else {"weight": (3,)}
+            kinds = (
+                {"weight": (3,), "bias": ()} if bias and branch == "self_attn" else {"weight": (3,)}
+            )
             for kind, columns in kinds.items():
-                params[f"{prefix}{branch}.{name}.{kind}"] = (sum(SMALL_FUSED[name].values()), *columns)
+                params[f"{prefix}{branch}.{name}.{kind}"] = (
+                    sum(SMALL_FUSED[name].values()),
+                    *columns,
+                )
                 for part, rows in SMALL_FUSED[name].items():
                     tensors[f"{prefix}{branch}.{part}.{kind}"] = (rows, *columns)
         tensors |= {prefix + name: shape for name, shape in own.items()}
@@ -867,11 +1236,17 @@ def _small_checkpoint(random: torch.Generator, layers: int, tied: bool, bias: bo
 
 
 def _load(
-    params: dict[str, torch.Tensor], tensors: Iterable[tuple[str, torch.Tensor]], fused: dict[str, dict[str, int]],
-    tied: bool, *, slips: frozenset[str] = frozenset(), rows: str = "by name", shapes: str = "exact",
-) -> None:  # fmt: skip
-    """Right by default; slips: what is not looked at; rows: how the parts of a fused parameter are found; shapes: how a
-    tensor's shape is held against its place's."""
+    params: dict[str, torch.Tensor],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    fused: dict[str, dict[str, int]],
+    tied: bool,
+    *,
+    slips: frozenset[str] = frozenset(),
+    rows: str = "by name",
+    shapes: str = "exact",
+) -> None:
+    """Right by default; slips: what is not looked at; rows: how the parts of a fused parameter are
+    found; shapes: how a tensor's shape is held against its place's."""
     places: dict[str, torch.Tensor] = {}
     whole: dict[str, str] = {}
     for name, parameter in params.items():
@@ -888,7 +1263,11 @@ def _load(
     waiting = dict(places)
     arrived: dict[str, int] = {}
     for name, tensor in tensors:
-        if (tied or "head-always-skipped" in slips) and name == "lm_head.weight" and "tied-copy" not in slips:
+        if (
+            (tied or "head-always-skipped" in slips)
+            and name == "lm_head.weight"
+            and "tied-copy" not in slips
+        ):
             continue
         if name not in places:
             if "unexpected" in slips or ("bias-forgotten" in slips and name.endswith("bias")):
@@ -915,7 +1294,9 @@ def _load(
                 raise ValueError(name) from None
         waiting.pop(name, None)
         if "one-part-fills-all" in slips and name in whole:
-            waiting = {key: value for key, value in waiting.items() if whole.get(key) != whole[name]}
+            waiting = {
+                key: value for key, value in waiting.items() if whole.get(key) != whole[name]
+            }
     if waiting and "missing" not in slips:
         if "bias-forgotten" in slips and all(name.endswith("bias") for name in waiting):
             return
@@ -930,9 +1311,14 @@ def check_loading(answer: Callable) -> str:
     shuffle = torch.randperm(1000, generator=random).tolist()
 
     def files(
-        what: str, layers: int = 1, tied: bool = True, bias: bool = False, change: Callable | None = None,
-        mixed: bool = False, culprit: str = "",
-    ) -> Files:  # fmt: skip
+        what: str,
+        layers: int = 1,
+        tied: bool = True,
+        bias: bool = False,
+        change: Callable | None = None,
+        mixed: bool = False,
+        culprit: str = "",
+    ) -> Files:
         tensors, params = _small_checkpoint(random, layers, tied, bias)
         if change:
             tensors = [pair for name, tensor in tensors for pair in change(name, tensor)]
@@ -960,11 +1346,16 @@ def check_loading(answer: Callable) -> str:
         files("12 layers, tensors shuffled", layers=12, mixed=True),
         files("biases on q, k and v", bias=True),
         files("a head of its own", tied=False),
-        files("a tied head, of which the file has a copy", change=extra("model.norm.weight", "lm_head.weight")),
+        files(
+            "a tied head, of which the file has a copy",
+            change=extra("model.norm.weight", "lm_head.weight"),
+        ),
         files("tensors in bfloat16", change=lambda n, t: [(n, t.bfloat16())]),
     ]
     bad = [
-        files("no model.norm.weight in the file", change=without("model.norm"), culprit="model.norm"),
+        files(
+            "no model.norm.weight in the file", change=without("model.norm"), culprit="model.norm"
+        ),
         files(
             "no v_proj of layer 1 in the file",
             layers=2,
@@ -972,7 +1363,12 @@ def check_loading(answer: Callable) -> str:
             culprit="v_proj|qkv_proj",
         ),
         files("no k_norm in the file", change=without("k_norm"), culprit="k_norm"),
-        files("the head is missing, and nothing is tied", tied=False, change=without("lm_head"), culprit="lm_head"),
+        files(
+            "the head is missing, and nothing is tied",
+            tied=False,
+            change=without("lm_head"),
+            culprit="lm_head",
+        ),
         files(
             "a tensor that belongs nowhere",
             change=extra("model.norm.weight", "model.layers.0.self_attn.g_proj.weight"),
@@ -985,14 +1381,26 @@ def check_loading(answer: Callable) -> str:
             culprit="input_layernorm",
         ),
         files("a k_proj of one row", change=reshaped("k_proj", lambda t: t[:1]), culprit="k_proj"),
-        files("a q_proj with another number of rows", change=reshaped("q_proj", lambda t: t[:5]), culprit="q_proj"),
+        files(
+            "a q_proj with another number of rows",
+            change=reshaped("q_proj", lambda t: t[:5]),
+            culprit="q_proj",
+        ),
         files(
             "an o_proj on its side, [6, 3] for [3, 6]",
             change=reshaped("o_proj", lambda t: t.T.contiguous()),
             culprit="o_proj",
         ),
-        files("a v_proj of one column", change=reshaped("v_proj", lambda t: t[:, :1]), culprit="v_proj"),
-        files("a down_proj of one column", change=reshaped("down_proj", lambda t: t[:, :1]), culprit="down_proj"),
+        files(
+            "a v_proj of one column",
+            change=reshaped("v_proj", lambda t: t[:, :1]),
+            culprit="v_proj",
+        ),
+        files(
+            "a down_proj of one column",
+            change=reshaped("down_proj", lambda t: t[:, :1]),
+            culprit="down_proj",
+        ),
     ]
     del_layer = bad[5].params
     bad[5].params = {name: tensor for name, tensor in del_layer.items() if ".1." not in name}
@@ -1010,69 +1418,130 @@ def check_loading(answer: Callable) -> str:
         return of
 
     explain = {
-        "not-in-place": "You put the tensor into the dict, in place of the parameter. The model still has its own, "
-                        "which "
-        "nobody filled.\nWrite into the parameter that is there: place.copy_(tensor).",
-        "missing": "Something is missing in the file, and nobody says so: that parameter keeps whatever was in "
-                   "memory, and "
-        "the model talks nonsense.\nKeep book of what was filled; raise ValueError, with names, if anything is left.",
-        "one-part-fills-all": "A part of a fused matrix is missing, and nobody says so: its rows keep whatever was in "
-        "memory.\nA fused parameter is filled when each of its parts has come.",
-        "unexpected": "A tensor of the file fits nowhere, and is passed over in silence. Then the model is not the "
-                      "one that "
-        "the file is for.\nRaise ValueError with its name.",
-        "shape": "A tensor of another shape was taken: copy_ broadcasts, so that one row fills many.\n"
-        "Compare the shapes before you copy, and raise ValueError.",
-        "tied-copy": "The model's head is tied, and the file has a copy of it, as many have: that is no error.\n"
-        "With tied=True, pass over lm_head.weight.",
-        "bias-forgotten": "Weights are loaded, biases of fused layers are not. Qwen2 has them on q, k and v.\n"
-        "What comes after the last dot may be weight or bias; treat both alike.",
-        "head-always-skipped": "You pass over lm_head.weight always. Here the head is not tied: it is a matrix of "
-                               "its own.\n"
-        "Pass over it only with tied=True.",
-    }  # fmt: skip
+        "not-in-place": (
+            "You put the tensor into the dict, in place of the parameter. The model still has its"
+            " own, which nobody filled.\nWrite into the parameter that is there:"
+            " place.copy_(tensor)."
+        ),
+        "missing": (
+            "Something is missing in the file, and nobody says so: that parameter keeps whatever"
+            " was in memory, and the model talks nonsense.\nKeep book of what was filled; raise"
+            " ValueError, with names, if anything is left."
+        ),
+        "one-part-fills-all": (
+            "A part of a fused matrix is missing, and nobody says so: its rows keep whatever was in"
+            " memory.\nA fused parameter is filled when each of its parts has come."
+        ),
+        "unexpected": (
+            "A tensor of the file fits nowhere, and is passed over in silence. Then the model is"
+            " not the one that the file is for.\nRaise ValueError with its name."
+        ),
+        "shape": (
+            "A tensor of another shape was taken: copy_ broadcasts, so that one row fills many.\n"
+            "Compare the shapes before you copy, and raise ValueError."
+        ),
+        "tied-copy": (
+            "The model's head is tied, and the file has a copy of it, as many have: that is no"
+            " error.\nWith tied=True, pass over lm_head.weight."
+        ),
+        "bias-forgotten": (
+            "Weights are loaded, biases of fused layers are not. Qwen2 has them on q, k and v.\n"
+            "What comes after the last dot may be weight or bias; treat both alike."
+        ),
+        "head-always-skipped": (
+            "You pass over lm_head.weight always. Here the head is not tied: it is a matrix of "
+            "its own.\n"
+            "Pass over it only with tied=True."
+        ),
+    }
     orders = {
-        "by arrival": ("rows-by-arrival", "You fill the rows of a fused matrix in the order in which the parts come. "
-                                          "In "
-                       "the file that is alphabetical: k, q, v. In the matrix it is q, k, v.\nThe name says which "
-                       "rows; `fused` says how many each has."),
-        "equal": ("equal-parts", "You cut a fused matrix into equal parts. With grouped-query attention q has more "
-                                 "rows "
-                  "than k and v.\nsplit(list(fused[…].values())) cuts where it should."),
-        "alphabetical": ("parts-in-alphabetical-order", "The parts lie in alphabetical order in your matrix. The "
-                                                        "order of "
-                         "`fused` is what counts: the model cuts its result into q, k, v.\nDo not sort."),
-    }  # fmt: skip
+        "by arrival": (
+            "rows-by-arrival",
+            (
+                "You fill the rows of a fused matrix in the order in which the parts come. In the"
+                " file that is alphabetical: k, q, v. In the matrix it is q, k, v.\nThe name says"
+                " which rows; `fused` says how many each has."
+            ),
+        ),
+        "equal": (
+            "equal-parts",
+            (
+                "You cut a fused matrix into equal parts. With grouped-query attention q has more "
+                "rows "
+                "than k and v.\nsplit(list(fused[…].values())) cuts where it should."
+            ),
+        ),
+        "alphabetical": (
+            "parts-in-alphabetical-order",
+            (
+                "The parts lie in alphabetical order in your matrix. The "
+                "order of "
+                "`fused` is what counts: the model cuts its result into q, k, v.\nDo not sort."
+            ),
+        ),
+    }
     measures = {
-        "turned": ("turned-to-fit", "A matrix of the wrong shape was turned until it fitted. Its numbers lie in another "
-                   "order then.\nA shape that is not exactly the place's is a ValueError."),
-        "numel": ("same-numel", "You compare how many numbers there are, not the shapes: a matrix on its side has as "
-                  "many, in another order.\nCompare place.shape and tensor.shape."),
-        "rows": ("rows-only", "You compare the first dimension only: copy_ broadcasts one column into many.\n"
-                 "Compare the whole shapes."),
-    }  # fmt: skip
+        "turned": (
+            "turned-to-fit",
+            (
+                "A matrix of the wrong shape was turned until it fitted. Its numbers lie in another"
+                " order then.\nA shape that is not exactly the place's is a ValueError."
+            ),
+        ),
+        "numel": (
+            "same-numel",
+            (
+                "You compare how many numbers there are, not the shapes: a matrix on its side has"
+                " as many, in another order.\nCompare place.shape and tensor.shape."
+            ),
+        ),
+        "rows": (
+            "rows-only",
+            (
+                "You compare the first dimension only: copy_ broadcasts one column into many.\n"
+                "Compare the whole shapes."
+            ),
+        ),
+    }
     suspects: dict[str, tuple] = {}
     for count in (1, 2, 3, 4):
         for slips in combinations(explain, count):
             functions = suspects.get(slips[0], ("",))[1:]
-            suspects[slips[0]] = (explain[slips[0]], *functions, outcome(partial(_load, slips=frozenset(slips))))
-    loose = [frozenset(s) for n in range(4) for s in combinations(("missing", "unexpected", "shape", "tied-copy"), n)]
+            suspects[slips[0]] = (
+                explain[slips[0]],
+                *functions,
+                outcome(partial(_load, slips=frozenset(slips))),
+            )
+    loose = [
+        frozenset(s)
+        for n in range(4)
+        for s in combinations(("missing", "unexpected", "shape", "tied-copy"), n)
+    ]
     for rows, (name, why) in orders.items():
-        suspects[name] = (why, *(outcome(partial(_load, rows=rows, slips=slips)) for slips in loose))
+        suspects[name] = (
+            why,
+            *(outcome(partial(_load, rows=rows, slips=slips)) for slips in loose),
+        )
     for shapes, (name, why) in measures.items():
-        suspects[name] = (why, *(outcome(partial(_load, shapes=shapes, slips=s)) for s in loose if "shape" not in s))
+        suspects[name] = (
+            why,
+            *(outcome(partial(_load, shapes=shapes, slips=s)) for s in loose if "shape" not in s),
+        )
     items = {"item 0: ": "", "item 1: ": "not filled: ", "item 2: ": "parameter "}
-    diagnose(outcome(answer), [(one,) for one in good + bad], outcome(_load), suspects, wording=items)
+    diagnose(
+        outcome(answer), [(one,) for one in good + bad], outcome(_load), suspects, wording=items
+    )
     for checkpoint in bad:
         fresh = deepcopy(checkpoint)
         try:
             answer(fresh.params, iter(fresh.tensors), SMALL_FUSED, fresh.tied)
         except ValueError as error:
             expect(
-                re.search(checkpoint.culprit, str(error)), "error-without-name",
-                f"{checkpoint}: your ValueError says {str(error)!r}.\nWhoever reads it wants to know which tensor: put its "
-                "name in.",
-            )  # fmt: skip
+                re.search(checkpoint.culprit, str(error)),
+                "error-without-name",
+                f"{checkpoint}: your ValueError says {str(error)!r}.\nWhoever reads it wants to"
+                " know which tensor: put its name in.",
+            )
     return f"{len(good)} checkpoints that fit, {len(bad)} that do not, and {_speaks(answer)}"
 
 
@@ -1093,24 +1562,34 @@ def _speaks(load: Callable) -> str:
             parameter.fill_(math.nan)
         load(dict(params), iterate_weights(BUNDLED_MODEL_PATH), BUNDLED_FUSED, True)
         empty = [name for name, parameter in params.items() if torch.isnan(parameter).any()]
-        expect(not empty, "missing", f"The bundled model was loaded, but {', '.join(empty[:3])} are not filled.\n"
-               "Each parameter, and each row of it, must have come from the file.")  # fmt: skip
-        outputs = llm.generate(list(PROMPTS), SamplingParams(temperature=0, max_tokens=20), use_tqdm=False)
+        expect(
+            not empty,
+            "missing",
+            f"The bundled model was loaded, but {', '.join(empty[:3])} are not filled.\n"
+            "Each parameter, and each row of it, must have come from the file.",
+        )
+        outputs = llm.generate(
+            list(PROMPTS), SamplingParams(temperature=0, max_tokens=20), use_tqdm=False
+        )
     got = [list(output.outputs[0].token_ids) for output in outputs]
     expect(
-        got == expected, "engine-differs",
-        "All parameters are filled, but the model writes other tokens than with the package's loader.\n"
-        "Some tensor has found a wrong place; compare with `load_weights` on a model of your own.",
-    )  # fmt: skip
+        got == expected,
+        "engine-differs",
+        "All parameters are filled, but the model writes other tokens than with the package's"
+        " loader.\nSome tensor has found a wrong place; compare with `load_weights` on a model of"
+        " your own.",
+    )
     return f"the bundled model writes its {sum(map(len, expected))} tokens"
 
 
-# --- 06.6 -------------------------------------------------------------------------------------------------------------
+# --- 06.6 -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Run:
-    """A small model, and the steps that it is asked to compute: rows (first position, number of tokens) a sequence."""
+    """A small model, and the steps that it is asked to compute: rows (first position, number of
+    tokens) a sequence.
+    """
 
     what: str
     steps: tuple[tuple[tuple[int, int] | None, ...], ...]
@@ -1125,15 +1604,26 @@ class Run:
 
 
 _SIZES = {
-    "architectures": ["Qwen3ForCausalLM"], "vocab_size": 40, "hidden_size": 24, "intermediate_size": 36,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-    "max_position_embeddings": 64, "rope_theta": 100.0, "tie_word_embeddings": True, "rms_norm_eps": 1e-5,
-}  # fmt: skip
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 40,
+    "hidden_size": 24,
+    "intermediate_size": 36,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "rope_theta": 100.0,
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-5,
+}
 _BLOCK = 4  # tokens of a page
 
 
 def _computed(build: Callable, run: Run) -> list[torch.Tensor]:
-    """Hidden states of each step, and the logits of its last tokens. build(config) -> (forward, compute_logits)."""
+    """Hidden states of each step, and the logits of its last tokens. build(config) -> (forward,
+    compute_logits).
+    """
     import numpy as np
     import torch
 
@@ -1151,7 +1641,9 @@ def _computed(build: Callable, run: Run) -> list[torch.Tensor]:
         for step in run.steps:
             here = [(i, *part) for i, part in enumerate(step) if part]
             here.sort(key=lambda row: row[2] > 1)
-            rows = [BatchRow(tokens[i][start : start + count], start, True) for i, start, count in here]
+            rows = [
+                BatchRow(tokens[i][start : start + count], start, True) for i, start, count in here
+            ]
             batch = build_batch(rows, tables[[i for i, *_ in here]], _BLOCK)
             hidden = forward(batch.token_ids, batch.positions, caches, batch.attention)
             found += [hidden, compute_logits(hidden[batch.logits_indices])]
@@ -1173,7 +1665,12 @@ def _weights(config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
     }
     if not config.tie_word_embeddings:
         weights["lm_head.weight"] = matrix(config.vocab_size, config.hidden_size)
-    sizes = (config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    sizes = (
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+    )
     for i in range(config.num_hidden_layers):
         layer = _random_layer(random, *sizes, config.intermediate_size, False)
         weights |= {f"model.layers.{i}.{name}": tensor for name, tensor in layer.items()}
@@ -1181,27 +1678,39 @@ def _weights(config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
 
 
 def _filled(model_cls: Callable, config: ModelConfig, seed: int) -> Any:
-    """An instance with the random weights. Mistake where its parameters are not those of the checkpoint."""
+    """An instance with the random weights. Mistake where its parameters are not those of the
+    checkpoint.
+    """
     import torch
 
     from minivllm.kernels import Kernels
     from minivllm.models.loader import parameter_places
 
     model = model_cls(config, Kernels.reference(), 64, torch.device("cpu"))
-    expect(isinstance(model, torch.nn.Module), "not-a-module", "The model must be an nn.Module: the loader asks it for "
-           "its parameters.\nDerive your classes from nn.Module, and call super().__init__() first.")  # fmt: skip
+    expect(
+        isinstance(model, torch.nn.Module),
+        "not-a-module",
+        "The model must be an nn.Module: the loader asks it for "
+        "its parameters.\nDerive your classes from nn.Module, and call super().__init__() first.",
+    )
     places, weights = parameter_places(model), _weights(config, seed)
     if config.tie_word_embeddings:
         places.pop("lm_head.weight", None)
-    missing, unknown = sorted(weights.keys() - places.keys()), sorted(places.keys() - weights.keys())
-    shapes = [name for name in weights if name in places and places[name].shape != weights[name].shape]
+    missing, unknown = (
+        sorted(weights.keys() - places.keys()),
+        sorted(places.keys() - weights.keys()),
+    )
+    shapes = [
+        name for name in weights if name in places and places[name].shape != weights[name].shape
+    ]
     if missing or unknown or shapes:
         raise Mistake(
             "wrong-names",
-            "The parameters of your model are not the tensors of the checkpoint, so it could not be loaded.\n"
-            f"Without a parameter: {', '.join(missing[:3]) or 'none'}; without a tensor: "
-            f"{', '.join(unknown[:3]) or 'none'}; of another shape: {', '.join(shapes[:3]) or 'none'}.\n"
-            "Attribute names make the names: self.model.layers[0].self_attn.q_proj.weight.",
+            "The parameters of your model are not the tensors of the checkpoint, so it could not"
+            f" be loaded.\nWithout a parameter: {', '.join(missing[:3]) or 'none'}; without a"
+            f" tensor: {', '.join(unknown[:3]) or 'none'}; of another shape:"
+            f" {', '.join(shapes[:3]) or 'none'}.\nAttribute names make the names:"
+            " self.model.layers[0].self_attn.q_proj.weight.",
         )
     for name, tensor in weights.items():
         places[name].data.copy_(tensor)
@@ -1209,7 +1718,9 @@ def _filled(model_cls: Callable, config: ModelConfig, seed: int) -> Any:
 
 
 def _wrong_model(config: ModelConfig, seed: int, **wrong: Any) -> tuple[Callable, Callable]:
-    """(forward, compute_logits) on the same weights: right by default, wrong in the ways that the options name."""
+    """(forward, compute_logits) on the same weights: right by default, wrong in the ways that
+    the options name.
+    """
     import torch
     import torch.nn.functional as F
 
@@ -1218,7 +1729,12 @@ def _wrong_model(config: ModelConfig, seed: int, **wrong: Any) -> tuple[Callable
     from minivllm.layers.rotary import rope_table
 
     kernels, weights = Kernels.reference(), _weights(config, seed)
-    how = {"stream": ("x", "x"), "at": "positions", "scale": config.head_dim**-0.5, "eps": config.rms_norm_eps} | wrong
+    how = {
+        "stream": ("x", "x"),
+        "at": "positions",
+        "scale": config.head_dim**-0.5,
+        "eps": config.rms_norm_eps,
+    } | wrong
     table = rope_table(config.rope, config.head_dim, 64, torch.device("cpu"))
     if how["scale"] == "hidden":
         how["scale"] = config.hidden_size**-0.5
@@ -1230,20 +1746,31 @@ def _wrong_model(config: ModelConfig, seed: int, **wrong: Any) -> tuple[Callable
         x = weights["model.embed_tokens.weight"][token_ids]
         if how.get("embed_scaled"):
             x = x * config.hidden_size**0.5
-        at = {"positions": positions, "restart": torch.arange(len(positions)), "nowhere": positions * 0}[how["at"]]
+        at = {
+            "positions": positions,
+            "restart": torch.arange(len(positions)),
+            "nowhere": positions * 0,
+        }[how["at"]]
         layers = range(config.num_hidden_layers)
-        for i, own in zip([0] * len(layers) if how.get("first_layer") else layers, caches, strict=True):
+        for i, own in zip(
+            [0] * len(layers) if how.get("first_layer") else layers, caches, strict=True
+        ):
             p, pages = f"model.layers.{i}.", caches[0] if how.get("one_cache") else own
             h = x if how.get("post") else norm(x, p + "input_layernorm.weight")
             q, k, v = (
-                (h @ weights[f"{p}self_attn.{n}_proj.weight"].T).unflatten(-1, (-1, config.head_dim)) for n in "qkv"
+                (h @ weights[f"{p}self_attn.{n}_proj.weight"].T).unflatten(
+                    -1, (-1, config.head_dim)
+                )
+                for n in "qkv"
             )
             plain_key = k
             qk = {n: weights.get(f"{p}self_attn.{n}_norm.weight") for n in "qk-"}
             names = how.get("norms", "qk")
             q, k = kernels.qk_norm_rope(q, k, qk[names[0]], qk[names[1]], table, at, how["eps"])
             if not how.get("not_stored"):
-                kernels.store_kv(plain_key if how.get("stored_plain") else k, v, *pages, metadata.slot_mapping)
+                kernels.store_kv(
+                    plain_key if how.get("stored_plain") else k, v, *pages, metadata.slot_mapping
+                )
             out = paged_attention(q, pages, metadata, how["scale"], kernels).flatten(-2)
             branch = out @ weights[f"{p}self_attn.o_proj.weight"].T
             before = x
@@ -1251,7 +1778,11 @@ def _wrong_model(config: ModelConfig, seed: int, **wrong: Any) -> tuple[Callable
             if how.get("post"):
                 x = norm(x, p + "input_layernorm.weight")
             second = "input_layernorm" if how.get("same_norm") else "post_attention_layernorm"
-            h = x if how.get("post") else norm(before if how.get("parallel") else x, f"{p}{second}.weight")
+            h = (
+                x
+                if how.get("post")
+                else norm(before if how.get("parallel") else x, f"{p}{second}.weight")
+            )
             gate, up = (h @ weights[f"{p}mlp.{n}_proj.weight"].T for n in ("gate", "up"))
             gate, up = (up, gate) if how.get("swapped") else (gate, up)
             branch = (F.silu(gate) * up) @ weights[f"{p}mlp.down_proj.weight"].T
@@ -1281,8 +1812,12 @@ def check_model(answer: Any) -> str:
     def mine(config: Any, seed: int) -> tuple[Callable, Callable]:
         model = _filled(answer, config, seed)
         own = [m for m in model.modules() if type(m).__module__ == qwen3.__name__]
-        expect(not own, "package-did-it", f"{type(own[0]).__name__ if own else ''} is the package's own class.\n"
-               "Here the point is to write it: projections, norms, additions, the head.")  # fmt: skip
+        expect(
+            not own,
+            "package-did-it",
+            f"{type(own[0]).__name__ if own else ''} is the package's own class.\n"
+            "Here the point is to write it: projections, norms, additions, the head.",
+        )
         return model, model.compute_logits
 
     def package(config: Any, seed: int) -> tuple[Callable, Callable]:
@@ -1290,14 +1825,28 @@ def check_model(answer: Any) -> str:
         return model, model.compute_logits
 
     untied = (("tie_word_embeddings", False), ("rms_norm_eps", 1e-2), ("rope_theta", 1000.0))
-    odd = (("num_attention_heads", 3), ("num_key_value_heads", 1), ("num_hidden_layers", 3), ("hidden_size", 20))
+    odd = (
+        ("num_attention_heads", 3),
+        ("num_key_value_heads", 1),
+        ("num_hidden_layers", 3),
+        ("hidden_size", 20),
+    )
     chunks = (((0, 3), (0, 5)), ((3, 1), (5, 3)), ((4, 1), (8, 1)))
     runs = [
         Run("one token at position 0", (((0, 1), None),)),
         Run("a prompt of 6 tokens", (((0, 6), None),), seed=1),
-        Run("a prompt of 5 tokens, then two decodes", (((0, 5), None), ((5, 1), None), ((6, 1), None)), seed=2),
+        Run(
+            "a prompt of 5 tokens, then two decodes",
+            (((0, 5), None), ((5, 1), None), ((6, 1), None)),
+            seed=2,
+        ),
         Run("two prompts, a decode beside a chunk, two decodes", chunks, seed=3),
-        Run("a head of its own, another eps and theta", (((0, 4), (0, 2)), ((4, 1), (2, 1))), untied, seed=4),
+        Run(
+            "a head of its own, another eps and theta",
+            (((0, 4), (0, 2)), ((4, 1), (2, 1))),
+            untied,
+            seed=4,
+        ),
         Run("three heads that share one KV head, three layers", chunks, odd, seed=5),
     ]
 
@@ -1308,123 +1857,182 @@ def check_model(answer: Any) -> str:
         return outcome(partial(_wrong_model, **how))
 
     stream = (
-        "A branch adds to the normed copy; its result belongs to the stream as it was before the norm.\n"
-        "Keep x, and give the norm another name."
+        "A branch adds to the normed copy; its result belongs to the stream as it was before the"
+        " norm.\nKeep x, and give the norm another name."
     )
     suspects = {
-        "residual-is-the-norm": (stream, *(wrong(stream=s) for s in (("h", "h"), ("h", "x"), ("x", "h")))),
+        "residual-is-the-norm": (
+            stream,
+            *(wrong(stream=s) for s in (("h", "h"), ("h", "x"), ("x", "h"))),
+        ),
         "nothing-added": (
-            "A branch's result replaces the stream: what came before is lost.\nx = x + branch, for both branches.",
-            *(wrong(stream=s) for s in (("nothing", "nothing"), ("nothing", "x"), ("x", "nothing"))),
+            (
+                "A branch's result replaces the stream: what came before is lost.\nx = x + branch,"
+                " for both branches."
+            ),
+            *(
+                wrong(stream=s)
+                for s in (("nothing", "nothing"), ("nothing", "x"), ("x", "nothing"))
+            ),
         ),
         "residual-twice": (
-            "The stream is added twice, so everything before counts double. (With add_rms_norm: the sum that it "
-            "returns "
-            "already holds the residual.)\nAdd each branch once.",
+            (
+                "The stream is added twice, so everything before counts double. (With add_rms_norm:"
+                " the sum that it returns already holds the residual.)\nAdd each branch once."
+            ),
             *(wrong(stream=s) for s in (("twice", "twice"), ("twice", "x"), ("x", "twice"))),
         ),
         "post-norm": (
-            "You norm after the addition, as the first transformers did.\nIn Qwen3 each branch norms its own copy, "
-            "before it computes; the stream is only added to.",
+            (
+                "You norm after the addition, as the first transformers did.\nIn Qwen3 each branch"
+                " norms its own copy, before it computes; the stream is only added to."
+            ),
             wrong(post=True),
         ),
         "parallel-branches": (
-            "Your MLP reads the stream as it was before attention, as in GPT-J.\nHere it reads what attention has "
-            "added.",
+            (
+                "Your MLP reads the stream as it was before attention, as in GPT-J.\nHere it reads"
+                " what attention has added."
+            ),
             wrong(parallel=True),
         ),
         "one-norm-for-both-branches": (
-            "Both branches use the same norm.\nThe MLP's is post_attention_layernorm.", wrong(same_norm=True),
+            "Both branches use the same norm.\nThe MLP's is post_attention_layernorm.",
+            wrong(same_norm=True),
         ),
         "no-final-norm": (
-            "The last norm is missing: forward returns normed states (model.norm), of which compute_logits makes "
-            "scores.\nNorm once, after the last layer.",
+            (
+                "The last norm is missing: forward returns normed states (model.norm), of which"
+                " compute_logits makes scores.\nNorm once, after the last layer."
+            ),
             wrong(no_final_norm=True),
         ),
         "final-norm-twice": (
-            "The logits are of states that were normed twice. forward has done it already.\n"
-            "compute_logits is a matrix product, and no more.",
+            (
+                "The logits are of states that were normed twice. forward has done it already.\n"
+                "compute_logits is a matrix product, and no more."
+            ),
             wrong(norm_in_head=True),
         ),
         "norm-in-the-head": (
-            "The last norm stands in compute_logits, so forward returns states that are not normed.\n"
-            "The logits agree, but forward's contract is normed states; put it there.",
+            (
+                "The last norm stands in compute_logits, so forward returns states that are not"
+                " normed.\nThe logits agree, but forward's contract is normed states; put it there."
+            ),
             wrong(norm_in_head=True, no_final_norm=True),
         ),
         "one-norm-for-q-and-k": (
-            "Query and key are normed with the same weight.\nq_norm is the query's, k_norm the key's.",
-            wrong(norms="qq"), wrong(norms="kk"),
+            (
+                "Query and key are normed with the same weight.\nq_norm is the query's, k_norm the"
+                " key's."
+            ),
+            wrong(norms="qq"),
+            wrong(norms="kk"),
         ),
         "norms-swapped": (
-            "The query gets the key's norm, and the key the query's.\nq_norm is for q.", wrong(norms="kq"),
+            "The query gets the key's norm, and the key the query's.\nq_norm is for q.",
+            wrong(norms="kq"),
         ),
         "no-qk-norm": (
-            "Queries and keys are not normed.\nHand q_norm.weight and k_norm.weight to qk_norm_rope.",
+            (
+                "Queries and keys are not normed.\nHand q_norm.weight and k_norm.weight to"
+                " qk_norm_rope."
+            ),
             wrong(norms="--"),
         ),
         "no-rope": (
-            "Nothing is turned: the model cannot know the order of the words.\n"
-            "qk_norm_rope takes the table and the positions.",
+            (
+                "Nothing is turned: the model cannot know the order of the words.\n"
+                "qk_norm_rope takes the table and the positions."
+            ),
             wrong(at="nowhere"),
         ),
         "positions-from-zero": (
-            "Each step counts its positions from 0. The first step is right; a decoded token, or the second of two "
-            "prompts, is not.\nUse the positions that forward is given.",
+            (
+                "Each step counts its positions from 0. The first step is right; a decoded token,"
+                " or the second of two prompts, is not.\nUse the positions that forward is given."
+            ),
             wrong(at="restart"),
         ),
         "not-stored": (
-            "Keys and values never reach the cache: attention reads what was there before.\n"
-            "Call kernels.store_kv(key, value, *cache, metadata.slot_mapping) before paged_attention.",
+            (
+                "Keys and values never reach the cache: attention reads what was there"
+                " before.\nCall kernels.store_kv(key, value, *cache, metadata.slot_mapping) before"
+                " paged_attention."
+            ),
             wrong(not_stored=True),
         ),
         "keys-stored-unturned": (
-            "The keys in the cache are neither normed nor turned: you store them too early.\n"
-            "First qk_norm_rope, then store_kv.",
+            (
+                "The keys in the cache are neither normed nor turned: you store them too early.\n"
+                "First qk_norm_rope, then store_kv."
+            ),
             wrong(stored_plain=True),
         ),
         "one-cache-for-all-layers": (
-            "All layers use the first layer's cache, and overwrite each other. A whole prompt in one step looks "
-            "right.\n"
-            "caches has one pair a layer: zip it with the layers.",
+            (
+                "All layers use the first layer's cache, and overwrite each other. A whole prompt"
+                " in one step looks right.\ncaches has one pair a layer: zip it with the layers."
+            ),
             wrong(one_cache=True),
         ),
         "one-layer-again-and-again": (
-            "You run the first layer as often as there are layers.\nEach has weights of its "
-            "own.", wrong(first_layer=True),
+            "You run the first layer as often as there are layers.\nEach has weights of its own.",
+            wrong(first_layer=True),
         ),
         "no-scale": (
-            "Scores are not scaled.\nThe scale is head_dim ** -0.5.", wrong(scale=1.0),
+            "Scores are not scaled.\nThe scale is head_dim ** -0.5.",
+            wrong(scale=1.0),
         ),
         "scale-of-the-wrong-size": (
-            "Scores are scaled by the root of the hidden size.\nA score is a product over head_dim numbers: "
-            "head_dim ** -0.5.",
+            (
+                "Scores are scaled by the root of the hidden size.\nA score is a product over"
+                " head_dim numbers: head_dim ** -0.5."
+            ),
             wrong(scale="hidden"),
         ),
         "up-before-gate": (
-            "gate and up are exchanged.\nsilu_mul takes gates in the first half: torch.cat((gate, up), dim=-1).",
+            (
+                "gate and up are exchanged.\nsilu_mul takes gates in the first half:"
+                " torch.cat((gate, up), dim=-1)."
+            ),
             wrong(swapped=True),
         ),
         "eps-typed-in": (
-            "An eps is typed in. Checkpoints differ, and the config says which: config.rms_norm_eps.\n"
-            "Use it in every norm, the heads' too.",
-            wrong(eps=1e-6), wrong(eps=1e-5),
+            (
+                "An eps is typed in. Checkpoints differ, and the config says which:"
+                " config.rms_norm_eps.\nUse it in every norm, the heads' too."
+            ),
+            wrong(eps=1e-6),
+            wrong(eps=1e-5),
         ),
         "always-tied": (
-            "Your head is always the embedding. This model's head is a matrix of its own.\n"
-            "self.lm_head.weight is the right one in both cases.",
+            (
+                "Your head is always the embedding. This model's head is a matrix of its own.\n"
+                "self.lm_head.weight is the right one in both cases."
+            ),
             wrong(always_tied=True),
         ),
         "embedding-scaled": (
-            "You scale the embedding by the root of the hidden size, as the first transformer and Gemma do.\n"
-            "Qwen takes the row as it is.",
+            (
+                "You scale the embedding by the root of the hidden size, as the first transformer"
+                " and Gemma do.\nQwen takes the row as it is."
+            ),
             wrong(embed_scaled=True),
         ),
-    }  # fmt: skip
-    names = {f"item {i}: ": f"step {i // 2 + 1}, {'logits' if i % 2 else 'states'}: " for i in range(6)}
-    for changes in ((), untied):  # outside of diagnose, which would take a Mistake for an exception of the answer's
+    }
+    names = {
+        f"item {i}: ": f"step {i // 2 + 1}, {'logits' if i % 2 else 'states'}: " for i in range(6)
+    }
+    for changes in (
+        (),
+        untied,
+    ):  # outside of diagnose, which would take a Mistake for an exception of the answer's
         mine(ModelConfig.from_hf({**_SIZES, **dict(changes)}), 0)
     cases = [(run,) for run in runs]
-    number = diagnose(outcome(mine), cases, outcome(package), suspects, wording=names, rtol=1e-3, atol=1e-4)
+    number = diagnose(
+        outcome(mine), cases, outcome(package), suspects, wording=names, rtol=1e-3, atol=1e-4
+    )
     forwards = 0
 
     class Counted(answer):
@@ -1434,5 +2042,9 @@ def check_model(answer: Any) -> str:
             return super().forward(*args, **kwargs)
 
     line = engine_agrees(model_cls=Counted)
-    expect(forwards, "not-used", "The engine never called your model's forward.\nIs it defined in the class?")
+    expect(
+        forwards,
+        "not-used",
+        "The engine never called your model's forward.\nIs it defined in the class?",
+    )
     return f"{number} small models, and {line}"

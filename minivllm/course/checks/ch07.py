@@ -33,27 +33,37 @@ if TYPE_CHECKING:
 INF = math.inf
 
 
-# --- what exercises are given -----------------------------------------------------------------------------------------
+# --- what exercises are given ---------------------------------------------------------------------
 
 
 def new_sequence(llm: LLM, seq_id: int, prompt: str | list[int], **params: Any) -> EngineSequence:
     """A request for the scheduler. prompt: a question, put into the chat template, or token ids.
 
-    params: fields of `SamplingParams`; stop_token_ids join the model's end-of-sequence tokens. Without a seed the
-    sequence gets seq_id as its seed.
+    params: fields of `SamplingParams`; stop_token_ids join the model's end-of-sequence tokens.
+    Without a seed the sequence gets seq_id as its seed.
     """
     from minivllm.engine.sequence import Sequence as EngineSequence
     from minivllm.sampling_params import SamplingParams
 
     wanted = SamplingParams(**params)
-    ids = llm.render_chat([{"role": "user", "content": prompt}]) if isinstance(prompt, str) else list(prompt)
-    stop_ids = frozenset(llm.llm_engine.model_config.eos_token_ids) | frozenset(wanted.stop_token_ids or ())
+    ids = (
+        llm.render_chat([{"role": "user", "content": prompt}])
+        if isinstance(prompt, str)
+        else list(prompt)
+    )
+    stop_ids = frozenset(llm.llm_engine.model_config.eos_token_ids) | frozenset(
+        wanted.stop_token_ids or ()
+    )
     seed = seq_id if wanted.seed is None else wanted.seed
-    return EngineSequence(seq_id, ids, wanted, stop_ids, max_num_tokens=len(ids) + wanted.max_tokens, seed=seed)
+    return EngineSequence(
+        seq_id, ids, wanted, stop_ids, max_num_tokens=len(ids) + wanted.max_tokens, seed=seed
+    )
 
 
 class TokenText:
-    """The text of one answer as its tokens come: what exercise 07.5 asks for, by the package's `Detokenizer`."""
+    """The text of one answer as its tokens come: what exercise 07.5 asks for, by the package's
+    `Detokenizer`.
+    """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
         from minivllm.tokenizer import Detokenizer
@@ -79,7 +89,7 @@ def _same(one: Any, other: Any) -> bool:
     return difference(one, other) is None
 
 
-# --- 07.1 -------------------------------------------------------------------------------------------------------------
+# --- 07.1 -----------------------------------------------------------------------------------------
 
 #: Names of wrong numbers -> (the number, what it means).
 Known = dict[str, tuple[Any, str]]
@@ -87,7 +97,13 @@ Known = dict[str, tuple[Any, str]]
 
 @exercise("07.1", "Predict: one step, seven numbers")
 def check_predictions(
-    query_start_loc: list[int], slot: int, num_sampled: int, token: int, kept: int, kept_cold: int, tpot: float
+    query_start_loc: list[int],
+    slot: int,
+    num_sampled: int,
+    token: int,
+    kept: int,
+    kept_cold: int,
+    tpot: float,
 ) -> str:
     import numpy as np
     import torch
@@ -96,97 +112,249 @@ def check_predictions(
     from minivllm.kernels.sampling import filter_logits
     from minivllm.outputs import RequestMetrics
 
-    rows = [BatchRow([1], 9, True), BatchRow([1], 4, True), BatchRow([1] * 6, 8, False), BatchRow([1] * 3, 0, True)]
+    rows = [
+        BatchRow([1], 9, True),
+        BatchRow([1], 4, True),
+        BatchRow([1] * 6, 8, False),
+        BatchRow([1] * 3, 0, True),
+    ]
     table = np.array([[1, 3, 4, 0], [6, 8, 0, 0], [7, 2, 5, 9], [10, 0, 0, 0]], np.int32)
     step = build_batch(rows, table, block_size=4)
 
     right = step.attention.query_start_loc.tolist()
     got = query_start_loc.tolist() if hasattr(query_start_loc, "tolist") else list(query_start_loc)
-    _expect_number("query_start_loc", got, right, {
-        "no-zero": ([1, 2, 8, 11], "These are the ends. The first request has a beginning, too: 0 comes first."),
-        "no-end": ([0, 1, 2, 8], "These are the beginnings. The last request has an end, too: so many tokens in all."),
-        "lengths-not-sums": ([1, 1, 6, 3], "These are how many tokens each request has. Asked for is where each "
-                                           "begins: add them up."),
-        "counts-requests": ([0, 1, 2, 3, 4], "That is a token for each request. C has six in this step, and D three."),
-        "whole-contexts": ([0, 10, 15, 29, 32], "You count what is in the cache, too. A step computes only the new "
-                                                "tokens."),
-    })  # fmt: skip
+    _expect_number(
+        "query_start_loc",
+        got,
+        right,
+        {
+            "no-zero": (
+                [1, 2, 8, 11],
+                "These are the ends. The first request has a beginning, too: 0 comes first.",
+            ),
+            "no-end": (
+                [0, 1, 2, 8],
+                (
+                    "These are the beginnings. The last request has an end, too: so many tokens in"
+                    " all."
+                ),
+            ),
+            "lengths-not-sums": (
+                [1, 1, 6, 3],
+                (
+                    "These are how many tokens each request has. Asked for is where each "
+                    "begins: add them up."
+                ),
+            ),
+            "counts-requests": (
+                [0, 1, 2, 3, 4],
+                "That is a token for each request. C has six in this step, and D three.",
+            ),
+            "whole-contexts": (
+                [0, 10, 15, 29, 32],
+                "You count what is in the cache, too. A step computes only the new tokens.",
+            ),
+        },
+    )
 
-    _expect_number("slot", slot, step.attention.slot_mapping[7].item(), {
-        "restarted": (2 * 4 + 1, "You count C's positions from 0 within this step. Eight tokens came before: its "
-                                 "sixth new token has position 13."),
-        "position": (13, "That is its position. Where it is *stored* says the block table: position 13 is in the "
-                         "fourth block that C has, which is block 9 of the cache."),
-        "one-too-far": (9 * 4 + 2, "That is the slot of position 14. The first of C's six tokens has position 8, so "
-                                   "the last has 13."),
-        "block": (9, "That is the block. A slot says where in the cache: block · 4 + offset."),
-        "wrong-entry": (5 * 4 + 1, "Block 5 is the third of C's blocks and holds positions 8 to 11."),
-    })  # fmt: skip
+    _expect_number(
+        "slot",
+        slot,
+        step.attention.slot_mapping[7].item(),
+        {
+            "restarted": (
+                2 * 4 + 1,
+                (
+                    "You count C's positions from 0 within this step. Eight tokens came before: its"
+                    " sixth new token has position 13."
+                ),
+            ),
+            "position": (
+                13,
+                (
+                    "That is its position. Where it is *stored* says the block table: position 13"
+                    " is in the fourth block that C has, which is block 9 of the cache."
+                ),
+            ),
+            "one-too-far": (
+                9 * 4 + 2,
+                (
+                    "That is the slot of position 14. The first of C's six tokens has position 8,"
+                    " so the last has 13."
+                ),
+            ),
+            "block": (9, "That is the block. A slot says where in the cache: block · 4 + offset."),
+            "wrong-entry": (
+                5 * 4 + 1,
+                "Block 5 is the third of C's blocks and holds positions 8 to 11.",
+            ),
+        },
+    )
 
-    _expect_number("num_sampled", num_sampled, len(step.logits_indices), {
-        "half-a-prompt": (4, "C's prompt is not whole yet: what follows its token 13 is known, it is token 14. "
-                             "Nothing is to be sampled."),
-        "decodes-only": (2, "D's prompt is whole after this step. Its last token says what comes next: that is the "
-                            "first token of the answer."),
-        "every-token": (11, "The model gives a hidden state for each of the 11 tokens, and most are never asked what "
-                            "comes next: in a prompt that is known."),
-    })  # fmt: skip
+    _expect_number(
+        "num_sampled",
+        num_sampled,
+        len(step.logits_indices),
+        {
+            "half-a-prompt": (
+                4,
+                (
+                    "C's prompt is not whole yet: what follows its token 13 is known, it is token"
+                    " 14. Nothing is to be sampled."
+                ),
+            ),
+            "decodes-only": (
+                2,
+                (
+                    "D's prompt is whole after this step. Its last token says what comes next: that"
+                    " is the first token of the answer."
+                ),
+            ),
+            "every-token": (
+                11,
+                (
+                    "The model gives a hidden state for each of the 11 tokens, and most are never"
+                    " asked what comes next: in a prompt that is known."
+                ),
+            ),
+        },
+    )
 
     probabilities = torch.tensor([0.5, 0.2, 0.2, 0.1])
     right_token = int((probabilities.cumsum(0) <= 0.75).sum())
-    _expect_number("token", token, right_token, {
-        "greedy": (0, "That is the likeliest token. u = 0.75 lies beyond the first half of the ruler, which is its "
-                      "part."),
-        "one-too-low": (1, "Tokens 0 and 1 together take the ruler from 0 to 0.7, and 0.75 lies beyond."),
-        "one-too-high": (3, "Tokens 0, 1 and 2 together reach 0.9, and 0.75 lies below: it is in the part of token 2."),
-    })  # fmt: skip
+    _expect_number(
+        "token",
+        token,
+        right_token,
+        {
+            "greedy": (
+                0,
+                (
+                    "That is the likeliest token. u = 0.75 lies beyond the first half of the ruler,"
+                    " which is its part."
+                ),
+            ),
+            "one-too-low": (
+                1,
+                "Tokens 0 and 1 together take the ruler from 0 to 0.7, and 0.75 lies beyond.",
+            ),
+            "one-too-high": (
+                3,
+                (
+                    "Tokens 0, 1 and 2 together reach 0.9, and 0.75 lies below: it is in the part"
+                    " of token 2."
+                ),
+            ),
+        },
+    )
 
     def kept_at(temperature: float) -> int:
         only_p = (torch.tensor([temperature]), None, torch.tensor([0.6]), None)
         return int(filter_logits(probabilities.log()[None], *only_p).isfinite().sum())
 
-    _expect_number("kept", kept, kept_at(1.0), {
-        "stops-short": (1, "One token has 0.5, which does not *reach* 0.6. Top-p keeps the fewest that do, so it "
-                           "takes the next one as well."),
-        "one-too-many": (3, "Two tokens have 0.5 + 0.2 = 0.7, and that reaches 0.6 already."),
-    })  # fmt: skip
-    _expect_number("kept_cold", kept_cold, kept_at(0.5), {
-        "top-p-first": (2, "At temperature 0.5 the probabilities are squared and made to add up to 1 again: 0.25, "
-                           "0.04, 0.04, 0.01 become 0.74, 0.12, 0.12, 0.03. The temperature comes first, so top-p "
-                           "sees *these*."),
-        "one-too-many": (3, "At temperature 0.5 the distribution is sharper, so fewer tokens reach 0.6, not more."),
-    })  # fmt: skip
+    _expect_number(
+        "kept",
+        kept,
+        kept_at(1.0),
+        {
+            "stops-short": (
+                1,
+                (
+                    "One token has 0.5, which does not *reach* 0.6. Top-p keeps the fewest that do,"
+                    " so it takes the next one as well."
+                ),
+            ),
+            "one-too-many": (3, "Two tokens have 0.5 + 0.2 = 0.7, and that reaches 0.6 already."),
+        },
+    )
+    _expect_number(
+        "kept_cold",
+        kept_cold,
+        kept_at(0.5),
+        {
+            "top-p-first": (
+                2,
+                (
+                    "At temperature 0.5 the probabilities are squared and made to add up to 1"
+                    " again: 0.25, 0.04, 0.04, 0.01 become 0.74, 0.12, 0.12, 0.03. The temperature"
+                    " comes first, so top-p sees *these*."
+                ),
+            ),
+            "one-too-many": (
+                3,
+                (
+                    "At temperature 0.5 the distribution is sharper, so fewer tokens reach 0.6, not"
+                    " more."
+                ),
+            ),
+        },
+    )
 
-    metrics = RequestMetrics(0.0, first_token_time=50.0, finished_time=100.0, num_generation_tokens=4)
-    _expect_number("tpot", tpot, metrics.time_per_output_token, {
-        "counts-the-first-wait": (25.0, "That is 100 ms / 4 tokens: the wait for the first token is in it. That wait "
-                                        "is the TTFT, and has a number of its own."),
-        "divides-by-tokens": (12.5, "50 ms is right, but between four tokens there are three gaps."),
-        "median": (10.0, "That is the gap in the middle. TPOT is their mean, and the last gap was long."),
-        "in-seconds": (metrics.time_per_output_token / 1000, "Asked for are milliseconds."),
-        "ttft": (50.0, "That is the time to the first token, TTFT. TPOT is about the tokens after it."),
-    }, "The mean of the gaps between tokens, in milliseconds: from the first token to the last, by their number.")  # fmt: skip
+    metrics = RequestMetrics(
+        0.0, first_token_time=50.0, finished_time=100.0, num_generation_tokens=4
+    )
+    _expect_number(
+        "tpot",
+        tpot,
+        metrics.time_per_output_token,
+        {
+            "counts-the-first-wait": (
+                25.0,
+                (
+                    "That is 100 ms / 4 tokens: the wait for the first token is in it. That wait "
+                    "is the TTFT, and has a number of its own."
+                ),
+            ),
+            "divides-by-tokens": (
+                12.5,
+                "50 ms is right, but between four tokens there are three gaps.",
+            ),
+            "median": (
+                10.0,
+                "That is the gap in the middle. TPOT is their mean, and the last gap was long.",
+            ),
+            "in-seconds": (metrics.time_per_output_token / 1000, "Asked for are milliseconds."),
+            "ttft": (
+                50.0,
+                "That is the time to the first token, TTFT. TPOT is about the tokens after it.",
+            ),
+        },
+        "The mean of the gaps between tokens, in milliseconds: from the first token to the last, by"
+        " their number.",
+    )
     return "seven predictions; the package's own functions say the same"
 
 
 def _expect_number(
-    name: str, value: Any, right: Any, known: Known, advice: str = "Go through the step token by token."
-) -> None:  # fmt: skip
-    """Raise a Mistake unless value is right; one of the known wrong ones gives it its name, for others there is advice."""
-    near = isinstance(right, float) and isinstance(value, int | float) and abs(value - right) <= 0.01 * right
+    name: str,
+    value: Any,
+    right: Any,
+    known: Known,
+    advice: str = "Go through the step token by token.",
+) -> None:
+    """Raise a Mistake unless value is right; one of the known wrong ones gives it its name, for
+    others there is advice.
+    """
+    near = (
+        isinstance(right, float)
+        and isinstance(value, int | float)
+        and abs(value - right) <= 0.01 * right
+    )
     if value == right or near:
         return
     shown = f"{name} = {show(value)}: "
     for mistake, (wrong, why) in known.items():
         same = (
-            abs(value - wrong) <= 0.01 * wrong if isinstance(right, float) and isinstance(value, int | float) else False
+            abs(value - wrong) <= 0.01 * wrong
+            if isinstance(right, float) and isinstance(value, int | float)
+            else False
         )
         if value == wrong or same:
             raise Mistake(mistake, f"{shown}not what the package counts.\n{why}")
     raise Mistake("wrong-values", f"{shown}the package counts {show(right)}.\n{advice}")
 
 
-# --- 07.2 -------------------------------------------------------------------------------------------------------------
+# --- 07.2 -----------------------------------------------------------------------------------------
 
 
 def _step_case(spec: list[tuple[int, int, bool]], block_size: int, seed: int) -> tuple:
@@ -196,41 +364,72 @@ def _step_case(spec: list[tuple[int, int, bool]], block_size: int, seed: int) ->
     from minivllm.batch import BatchRow
 
     draws = np.random.default_rng(seed)
-    rows = [BatchRow(draws.integers(0, 2048, count).tolist(), start, samples) for start, count, samples in spec]
+    rows = [
+        BatchRow(draws.integers(0, 2048, count).tolist(), start, samples)
+        for start, count, samples in spec
+    ]
     widths = [-(-(start + count) // block_size) for start, count, _ in spec]
-    total = max(widths) + 2  # a row of the runner's table is as wide as the longest sequence could need
+    total = (
+        max(widths) + 2
+    )  # a row of the runner's table is as wide as the longest sequence could need
     blocks = draws.permutation(len(spec) * total).astype(np.int32)
     return rows, blocks.reshape(len(spec), total) + 1, block_size
 
 
-#: Decodes come first, as the runner has sorted them; a prompt's last token may be alone in its step, too.
+#: Decodes come first, as the runner has sorted them; a prompt's last token may be alone in its
+#: step, too.
 _STEPS = {
     "one decode": ([(6, 1, True)], 4),
     "a prompt of three": ([(0, 3, True)], 4),
     "a decode and a prompt": ([(5, 1, True), (0, 4, True)], 4),
     "two prompts, both with 8 cached tokens": ([(8, 3, True), (8, 5, True)], 4),
-    "three decodes, one at the start of a block": ([(15, 1, True), (16, 1, True), (3, 1, True)], 16),
-    "decodes, and a chunk in the middle of a prompt": ([(40, 1, True), (2, 1, True), (16, 16, False)], 16),
+    "three decodes, one at the start of a block": (
+        [(15, 1, True), (16, 1, True), (3, 1, True)],
+        16,
+    ),
+    "decodes, and a chunk in the middle of a prompt": (
+        [(40, 1, True), (2, 1, True), (16, 16, False)],
+        16,
+    ),
     "a prompt of one token": ([(0, 1, True), (0, 2, True)], 1),
-    "a decode, the last of a prompt, two chunks": ([(9, 1, True), (12, 1, True), (4, 7, False), (0, 5, True)], 4),
+    "a decode, the last of a prompt, two chunks": (
+        [(9, 1, True), (12, 1, True), (4, 7, False), (0, 5, True)],
+        4,
+    ),
     "a chunk alone": ([(32, 20, False)], 16),
     "a chunk of one token": ([(7, 1, False), (9, 1, True), (0, 6, True)], 4),
 }
 
 
 def _fields(inputs: Any, rows: Sequence[BatchRow], block_size: int) -> dict[str, Any]:
-    """What was made, by field; of the block table only what is needed, for the rest is arbitrary."""
+    """What was made, by field; of the block table only what is needed, for the rest is
+    arbitrary.
+    """
     attention = inputs.attention
-    names = ("query_start_loc", "seq_lens", "slot_mapping", "num_decodes", "max_query_len", "max_seq_len",
-             "max_decode_seq_len")  # fmt: skip
+    names = (
+        "query_start_loc",
+        "seq_lens",
+        "slot_mapping",
+        "num_decodes",
+        "max_query_len",
+        "max_seq_len",
+        "max_decode_seq_len",
+    )
     found = {name: getattr(inputs, name) for name in ("token_ids", "positions", "logits_indices")}
     found |= {name: getattr(attention, name) for name in names}
-    table, needed = attention.block_table, [-(-(row.start + len(row.token_ids)) // block_size) for row in rows]
+    table, needed = (
+        attention.block_table,
+        [-(-(row.start + len(row.token_ids)) // block_size) for row in rows],
+    )
     expect(
-        hasattr(table, "shape") and table.ndim == 2 and len(table) == len(rows) and table.shape[1] >= max(needed),
+        hasattr(table, "shape")
+        and table.ndim == 2
+        and len(table) == len(rows)
+        and table.shape[1] >= max(needed),
         "wrong-block-table",
-        f"attention.block_table is {show(table)}; for {len(rows)} requests it has to be a tensor [{len(rows)}, at "
-        f"least {max(needed)}].\nIt is the one you were given, as a tensor: torch.from_numpy(block_table).",
+        f"attention.block_table is {show(table)}; for {len(rows)} requests it has to be a tensor"
+        f" [{len(rows)}, at least {max(needed)}].\nIt is the one you were given, as a tensor:"
+        " torch.from_numpy(block_table).",
     )
     found["block_table"] = [table[i, :n].tolist() for i, n in enumerate(needed)]
     found["block_table's dtype"] = str(table.dtype)
@@ -238,84 +437,132 @@ def _fields(inputs: Any, rows: Sequence[BatchRow], block_size: int) -> dict[str,
 
 
 _RESTART = (
-    "You count positions from 0 in every row. A request that was computed in part before (a decode, a later chunk, a "
-    "prompt with cached tokens) goes on at `row.start`; from 0, the model reads its words in the wrong places, and "
-    "writes fluent nonsense."
+    "You count positions from 0 in every row. A request that was computed in part before (a decode,"
+    " a later chunk, a prompt with cached tokens) goes on at `row.start`; from 0, the model reads"
+    " its words in the wrong places, and writes fluent nonsense."
 )
 _LAST = "`query_start_loc[i + 1] - 1` is the number of row i's last token in the step."
-#: field -> mistake's name -> explanation; what somebody who makes it has there, `_wrong_fields` computes.
+#: field -> mistake's name -> explanation; what somebody who makes it has there, `_wrong_fields`
+#: computes.
 _FIELD_MISTAKES = {
     "query_start_loc": {
-        "no-zero": "Row i lies from query_start_loc[i] to query_start_loc[i + 1]. Yours begins with the first end: a 0 "
-        "must come before it, B + 1 numbers in all.",
+        "no-zero": (
+            "Row i lies from query_start_loc[i] to query_start_loc[i + 1]. Yours begins with the"
+            " first end: a 0 must come before it, B + 1 numbers in all."
+        ),
         "no-end": "The last row's end is missing: B rows need B + 1 numbers.",
-        "lengths-not-sums": "These are the lengths of the rows. query_start_loc says where each begins: their running "
-        "sum.",
+        "lengths-not-sums": (
+            "These are the lengths of the rows. query_start_loc says where each begins: their"
+            " running sum."
+        ),
     },
     "seq_lens": {
-        "forgets-the-past": "seq_lens are contexts: what is in the cache already (row.start) and the new tokens. With "
-        "the new tokens alone, a decode sees nobody but itself.",
-        "leaves-itself-out": "seq_lens count this step's tokens, too: each token attends to itself. The context is "
-        "row.start + len(row.token_ids).",
+        "forgets-the-past": (
+            "seq_lens are contexts: what is in the cache already (row.start) and the new tokens."
+            " With the new tokens alone, a decode sees nobody but itself."
+        ),
+        "leaves-itself-out": (
+            "seq_lens count this step's tokens, too: each token attends to itself. The context is "
+            "row.start + len(row.token_ids)."
+        ),
     },
     "positions": {
         "restarts-at-zero": _RESTART,
-        "one-long-line": "You number the tokens of the whole step. A position is a token's place in its *own* request: "
-        "row.start, row.start + 1, …",
-        "starts-at-one": "All positions are one too high. Positions begin at 0, and row.start is the position of a "
-        "row's first new token.",
+        "one-long-line": (
+            "You number the tokens of the whole step. A position is a token's place in its *own*"
+            " request: row.start, row.start + 1, …"
+        ),
+        "starts-at-one": (
+            "All positions are one too high. Positions begin at 0, and row.start is the position of"
+            " a row's first new token."
+        ),
     },
     "slot_mapping": {
         "restarts-at-zero": f"{_RESTART} And the new keys would overwrite those of the beginning.",
-        "position-as-slot": "These are positions. Where a position is *stored*, the block table says: "
-        "block_table[row, position // block_size] * block_size + position % block_size.",
+        "position-as-slot": (
+            "These are positions. Where a position is *stored*, the block table says: "
+            "block_table[row, position // block_size] * block_size + position % block_size."
+        ),
         "block-not-slot": "These are blocks. A slot is block * block_size + offset.",
-        "block-size-forgotten": "You add the offset to the block's number. A block holds block_size tokens: "
-        "block * block_size + offset.",
-        "offset-forgotten": "Every token goes to the first slot of its block. Add position % block_size.",
-        "first-table-for-all": "You look everything up in the first row's blocks. Each request has a table of its own, "
-        "and those blocks belong to somebody else.",
+        "block-size-forgotten": (
+            "You add the offset to the block's number. A block holds block_size tokens: "
+            "block * block_size + offset."
+        ),
+        "offset-forgotten": (
+            "Every token goes to the first slot of its block. Add position % block_size."
+        ),
+        "first-table-for-all": (
+            "You look everything up in the first row's blocks. Each request has a table of its own,"
+            " and those blocks belong to somebody else."
+        ),
     },
     "logits_indices": {
-        "every-row-samples": "A chunk that leaves part of its prompt for later has no next token to choose. Only rows "
-        "with `row.samples` give a logit row.",
+        "every-row-samples": (
+            "A chunk that leaves part of its prompt for later has no next token to choose. Only"
+            " rows with `row.samples` give a logit row."
+        ),
         "one-too-far": f"These are the tokens *behind* each row. {_LAST}",
-        "first-token": "These are the rows' first tokens. What comes next, the *last* token of a row knows.",
-        "row-numbers": f"These are numbers of rows. The model gives a hidden state for each *token*. {_LAST}",
-        "positions": f"These are positions in the requests. logits_indices count the tokens of the step. {_LAST}",
+        "first-token": (
+            "These are the rows' first tokens. What comes next, the *last* token of a row knows."
+        ),
+        "row-numbers": (
+            f"These are numbers of rows. The model gives a hidden state for each *token*. {_LAST}"
+        ),
+        "positions": (
+            "These are positions in the requests. logits_indices count the tokens of the step."
+            f" {_LAST}"
+        ),
     },
     "num_decodes": {
-        "all-rows": "num_decodes counts the rows with exactly one new token: they take the decode kernel. You count "
-        "all rows.",
-        "old-rows-only": "A prompt of one token has a row of one token, too. The rows with one token come first, and "
-        "num_decodes says how many they are, whatever they are.",
-        "sampling-rows-only": "A chunk may be one token long and not sample. num_decodes is about the length alone.",
-        "all-with-a-past": "A later chunk of a prompt has a past, too, and more than one token. num_decodes counts the "
-        "rows with exactly one new token.",
+        "all-rows": (
+            "num_decodes counts the rows with exactly one new token: they take the decode kernel."
+            " You count all rows."
+        ),
+        "old-rows-only": (
+            "A prompt of one token has a row of one token, too. The rows with one token come first,"
+            " and num_decodes says how many they are, whatever they are."
+        ),
+        "sampling-rows-only": (
+            "A chunk may be one token long and not sample. num_decodes is about the length alone."
+        ),
+        "all-with-a-past": (
+            "A later chunk of a prompt has a past, too, and more than one token. num_decodes counts"
+            " the rows with exactly one new token."
+        ),
     },
     "max_query_len": {
-        "context": "That is the longest context. max_query_len is the most *new* tokens that a row has.",
+        "context": (
+            "That is the longest context. max_query_len is the most *new* tokens that a row has."
+        ),
         "all-tokens": "That is all tokens of the step. max_query_len is the longest row.",
     },
     "max_seq_len": {
-        "new-tokens": "That is the longest row. max_seq_len is the longest *context*: past and new tokens.",
+        "new-tokens": (
+            "That is the longest row. max_seq_len is the longest *context*: past and new tokens."
+        ),
         "leaves-itself-out": "The context counts this step's tokens, too.",
     },
     "max_decode_seq_len": {
-        "all-rows": "Only the rows with one token count here: the decode kernel gets no others. Where there are none, "
-        "it is 0."
+        "all-rows": (
+            "Only the rows with one token count here: the decode kernel gets no others. Where there"
+            " are none, it is 0."
+        )
     },
 }
 
 
-def _wrong_fields(rows: Sequence[BatchRow], table: np.ndarray, size: int) -> dict[str, dict[str, Any]]:
+def _wrong_fields(
+    rows: Sequence[BatchRow], table: np.ndarray, size: int
+) -> dict[str, dict[str, Any]]:
     """field -> name of a mistake in `_FIELD_MISTAKES` -> what somebody who makes it has there."""
     import torch
 
     lens, starts = [len(row.token_ids) for row in rows], [row.start for row in rows]
     ends = [sum(lens[: i + 1]) for i in range(len(rows))]
     contexts = [start + n for start, n in zip(starts, lens, strict=True)]
-    local = [(i, j) for i, n in enumerate(lens) for j in range(n)]  # (row, number of the token in it)
+    local = [
+        (i, j) for i, n in enumerate(lens) for j in range(n)
+    ]  # (row, number of the token in it)
     places = [(i, starts[i] + j) for i, j in local]
     sampling = [i for i, row in enumerate(rows) if row.samples]
 
@@ -330,7 +577,9 @@ def _wrong_fields(rows: Sequence[BatchRow], table: np.ndarray, size: int) -> dic
 
     return {
         "query_start_loc": {
-            "no-zero": small(ends), "no-end": small([0, *ends[:-1]]), "lengths-not-sums": small([0, *lens]),
+            "no-zero": small(ends),
+            "no-end": small([0, *ends[:-1]]),
+            "lengths-not-sums": small([0, *lens]),
         },
         "seq_lens": {"forgets-the-past": small(lens), "leaves-itself-out": small(starts)},
         "positions": {
@@ -355,21 +604,28 @@ def _wrong_fields(rows: Sequence[BatchRow], table: np.ndarray, size: int) -> dic
         },
         "num_decodes": {
             "all-rows": len(rows),
-            "old-rows-only": sum(n == 1 and start > 0 for n, start in zip(lens, starts, strict=True)),
-            "sampling-rows-only": sum(n == 1 and row.samples for n, row in zip(lens, rows, strict=True)),
+            "old-rows-only": sum(
+                n == 1 and start > 0 for n, start in zip(lens, starts, strict=True)
+            ),
+            "sampling-rows-only": sum(
+                n == 1 and row.samples for n, row in zip(lens, rows, strict=True)
+            ),
             "all-with-a-past": sum(start > 0 for start in starts),
         },
         "max_query_len": {"context": max(contexts), "all-tokens": sum(lens)},
         "max_seq_len": {"new-tokens": max(lens), "leaves-itself-out": max(starts)},
         "max_decode_seq_len": {"all-rows": max(contexts)},
-    }  # fmt: skip
+    }
 
 
 @exercise("07.2", "Flatten a mixed batch")
 def check_build_batch(answer: Callable) -> str:
     from minivllm.batch import build_batch
 
-    cases = {name: _step_case(spec, size, seed) for seed, (name, (spec, size)) in enumerate(_STEPS.items())}
+    cases = {
+        name: _step_case(spec, size, seed)
+        for seed, (name, (spec, size)) in enumerate(_STEPS.items())
+    }
     got: dict[str, dict[str, Any]] = {}
     for name, (rows, table, size) in cases.items():
         before = table.copy()
@@ -377,33 +633,57 @@ def check_build_batch(answer: Callable) -> str:
         expect(
             hasattr(inputs, "attention") and hasattr(inputs, "token_ids"),
             "wrong-type",
-            f"build_batch gave {show(inputs)}.\nIt has to give BatchInputs, with AttentionMetadata in it."
-            + (" Is a `return` missing?" if inputs is None else ""),
+            f"build_batch gave {show(inputs)}.\nIt has to give BatchInputs, with AttentionMetadata"
+            " in it." + (" Is a `return` missing?" if inputs is None else ""),
         )
-        expect((before == table).all(), "changed-input", "Your code changed block_table.\nThe runner keeps using it.")
+        expect(
+            (before == table).all(),
+            "changed-input",
+            "Your code changed block_table.\nThe runner keeps using it.",
+        )
         got[name] = _fields(inputs, rows, size)
     right = {name: _fields(build_batch(*case), case[0], case[2]) for name, case in cases.items()}
     wrong = {name: _wrong_fields(*case) for name, case in cases.items()}
-    order = ("token_ids", "query_start_loc", "seq_lens", "positions", "slot_mapping", "logits_indices", "num_decodes",
-             "max_query_len", "max_seq_len", "max_decode_seq_len", "block_table", "block_table's dtype")  # fmt: skip
+    order = (
+        "token_ids",
+        "query_start_loc",
+        "seq_lens",
+        "positions",
+        "slot_mapping",
+        "logits_indices",
+        "num_decodes",
+        "max_query_len",
+        "max_seq_len",
+        "max_decode_seq_len",
+        "block_table",
+        "block_table's dtype",
+    )
     for field in order:
         failing = [name for name in cases if not _same(got[name][field], right[name][field])]
         if failing:
-            mine, expected, theirs = ({n: f.get(field, {}) for n, f in found.items()} for found in (got, right, wrong))
+            mine, expected, theirs = (
+                {n: f.get(field, {}) for n, f in found.items()} for found in (got, right, wrong)
+            )
             _name_field(field, failing, mine, expected, theirs, cases)
     mine = counted(answer)
     line = engine_agrees(mine, build_batch=mine, max_num_batched_tokens=24)
     return f"{len(cases)} steps; {line}"
 
 
-def _name_field(field: str, failing: list[str], got: dict, right: dict, wrong: dict, cases: dict) -> None:
+def _name_field(
+    field: str, failing: list[str], got: dict, right: dict, wrong: dict, cases: dict
+) -> None:
     """Raise the Mistake about one field. All dicts are by the names of the steps."""
     first = failing[0]
     rows, _, size = cases[first]
     spec = ", ".join(
-        f"{len(row.token_ids)} from position {row.start}{'' if row.samples else ' (not sampled)'}" for row in rows
+        f"{len(row.token_ids)} from position {row.start}{'' if row.samples else ' (not sampled)'}"
+        for row in rows
     )
-    where = f"In a step of {first} (tokens: {spec}; blocks of {size}), {field} is {show(got[first], 12)}, expected "
+    where = (
+        f"In a step of {first} (tokens: {spec}; blocks of {size}), {field} is"
+        f" {show(got[first], 12)}, expected "
+    )
     where += f"{show(right[first], 12)}."
     for names in (cases, failing):  # in all steps; or in these, with another mistake elsewhere
         for mistake, why in _FIELD_MISTAKES.get(field, {}).items():
@@ -411,15 +691,17 @@ def _name_field(field: str, failing: list[str], got: dict, right: dict, wrong: d
                 raise Mistake(mistake, f"{where}\n{why}")
     found = difference(got[first], right[first])
     why = {
-        "wrong-dtype": "The kernels read memory by its type: int64 for token_ids, positions, slot_mapping and "
-        "logits_indices, int32 for the rest.",
+        "wrong-dtype": (
+            "The kernels read memory by its type: int64 for token_ids, positions, slot_mapping and "
+            "logits_indices, int32 for the rest."
+        ),
         "wrong-type": "The fields are torch tensors and plain integers.",
     }
     some = f"{len(failing)} of {len(cases)} steps differ in this field."
     raise Mistake(found[0], f"{where}\n{why.get(found[0], some)}")
 
 
-# --- 07.3 -------------------------------------------------------------------------------------------------------------
+# --- 07.3 -----------------------------------------------------------------------------------------
 
 
 class _Answer:
@@ -436,7 +718,11 @@ class _Answer:
         if self.num_computed == 0:
             if "repeat" in self.mistakes and len(self.token_ids) > self.num_prompt_tokens:
                 return self.token_ids[:-1], 0
-            return (self.token_ids[: self.num_prompt_tokens] if "preempt" in self.mistakes else list(self.token_ids)), 0
+            return (
+                self.token_ids[: self.num_prompt_tokens]
+                if "preempt" in self.mistakes
+                else list(self.token_ids)
+            ), 0
         return [self.last_token], self.num_tokens - 1
 
     def append(self, token: int) -> None:
@@ -465,11 +751,18 @@ _ENDLESS = 60
 
 
 def _converse(
-    answer_cls: Callable, prompt: list[int], max_tokens: int, eos: int, eos_at: int, preempted: list[int]
+    answer_cls: Callable,
+    prompt: list[int],
+    max_tokens: int,
+    eos: int,
+    eos_at: int,
+    preempted: list[int],
 ) -> dict:
-    """Serve one answer with a model that says what depends on all it has in its cache, each word in its place.
+    """Serve one answer with a model that says what depends on all it has in its cache, each word in
+    its place.
 
-    eos_at: how long the context is after which it ends; preempted: the steps after which the blocks are taken away.
+    eos_at: how long the context is after which it ends; preempted: the steps after which the blocks
+    are taken away.
     """
     answer, cache, steps = answer_cls(list(prompt), max_tokens, eos), {}, []
     while not answer.finished and len(steps) < _ENDLESS:
@@ -485,7 +778,11 @@ def _converse(
         if len(steps) in preempted:
             cache.clear()
             answer.preempt()
-    return {"tokens": list(answer.token_ids)[len(prompt) :], "endless": len(steps) == _ENDLESS, "steps": steps}
+    return {
+        "tokens": list(answer.token_ids)[len(prompt) :],
+        "endless": len(steps) == _ENDLESS,
+        "steps": steps,
+    }
 
 
 @exercise("07.3", "Debug this: the answer that never ends")
@@ -505,46 +802,65 @@ def check_answer(answer: Callable) -> str:
         )
     ]
     preempt = (
-        "After a preemption `to_compute` asks for the prompt alone. But the tokens that were written since are lost "
-        "from the cache as well: everything in token_ids has to be computed again, and only then comes something new."
+        "After a preemption `to_compute` asks for the prompt alone. But the tokens that were"
+        " written since are lost from the cache as well: everything in token_ids has to be computed"
+        " again, and only then comes something new."
     )
     suspects = {
         "not-mended": (
-            "Both complaints stand. `append` keeps the token and nothing else: `num_tokens` and `last_token` still "
-            f"say what they said after the prompt, so the same token is computed for ever. {preempt}",
+            (
+                "Both complaints stand. `append` keeps the token and nothing else: `num_tokens`"
+                " and `last_token` still say what they said after the prompt, so the same token is"
+                f" computed for ever. {preempt}"
+            ),
             "length last preempt",
         ),
         "same-token-again": (
-            "The length grows now, but `last_token` does not move: the model gets the prompt's last token at every "
-            "step.",
-            "last", "last preempt",
+            (
+                "The length grows now, but `last_token` does not move: the model gets the prompt's"
+                " last token at every step."
+            ),
+            "last",
+            "last preempt",
         ),
         "never-ends": (
-            "The right token is computed now, but `num_tokens` does not grow: it always goes to the same position, "
-            "and max_tokens is never reached.",
-            "length", "length preempt",
+            (
+                "The right token is computed now, but `num_tokens` does not grow: it always goes to"
+                " the same position, and max_tokens is never reached."
+            ),
+            "length",
+            "length preempt",
         ),
         "loses-what-it-said": (f"The endless answers are mended. {preempt}", "preempt"),
         "begins-again": (
-            "A preemption throws the written tokens away, and the answer starts anew; with other random numbers it "
-            "would be another one, and somebody may have read the first. A preempted request keeps its tokens and "
-            "loses only their keys and values.",
+            (
+                "A preemption throws the written tokens away, and the answer starts anew; with"
+                " other random numbers it would be another one, and somebody may have read the"
+                " first. A preempted request keeps its tokens and loses only their keys and values."
+            ),
             "begin",
         ),
         "repeats-the-last-token": (
-            "After a preemption you compute all tokens but the last. The step then samples the token that is there "
-            "already, and the text has it twice. Compute the last one, too.",
+            (
+                "After a preemption you compute all tokens but the last. The step then samples the"
+                " token that is there already, and the text has it twice. Compute the last one,"
+                " too."
+            ),
             "repeat",
         ),
         "computes-everything-again": (
-            "The text is right, at a price: every step computes the whole text. What the cache has, need not be "
-            "computed; after the first step one token a step is enough.",
-            "all", "all last", "all length",
+            (
+                "The text is right, at a price: every step computes the whole text. What the cache"
+                " has, need not be computed; after the first step one token a step is enough."
+            ),
+            "all",
+            "all last",
+            "all length",
         ),
         "one-too-many": ("Answers get one token more than max_tokens.", "late"),
         "one-too-few": ("Answers end one token before max_tokens.", "early"),
         "end-not-seen": ("The end-of-sequence token does not end the answer.", "eos"),
-    }  # fmt: skip
+    }
 
     def talk(cls: Callable) -> Callable:
         def conversation(prompt, max_tokens, eos, eos_at, preempted_after) -> dict:
@@ -561,10 +877,13 @@ def check_answer(answer: Callable) -> str:
         number = diagnose(talk(answer), cases, talk(_Answer), named)
     except Mistake as mistake:
         raise Mistake(mistake.name.split()[0], mistake.message) from mistake.__cause__
-    return f"{number} answers, short, long and preempted: the right tokens at the right positions, none twice"
+    return (
+        f"{number} answers, short, long and preempted: the right tokens at the right positions,"
+        " none twice"
+    )
 
 
-# --- 07.4 -------------------------------------------------------------------------------------------------------------
+# --- 07.4 -----------------------------------------------------------------------------------------
 
 
 def _filter(
@@ -585,14 +904,20 @@ def _filter(
         ordered, order = scaled.sort(descending=True, stable=True)
         keep = torch.ones(len(row), dtype=torch.bool)
         if k > 0:
-            keep = scaled >= ordered[min(k, len(row)) - 1] if mistake == "ties" else _first(order, k)
+            keep = (
+                scaled >= ordered[min(k, len(row)) - 1] if mistake == "ties" else _first(order, k)
+            )
         base = row if mistake == "p-before-temperature" else scaled
         if mistake != "p-of-everything":
             base = base.masked_fill(~keep, -INF)
         probability = base.softmax(0)[order]
         total = probability.cumsum(0)
         if p < 1:
-            few = total <= p if mistake in ("stops-short", "stops-short-empty") else total - probability < p
+            few = (
+                total <= p
+                if mistake in ("stops-short", "stops-short-empty")
+                else total - probability < p
+            )
             if mistake == "one-too-many":
                 few = torch.cat((torch.tensor([True]), few[:-1]))
             if mistake != "stops-short-empty":
@@ -618,62 +943,90 @@ def _first(order: torch.Tensor, k: int) -> torch.Tensor:
 
 _FILTER_MISTAKES = {
     "half-precision": (
-        "You filter in the dtype of the logits. In bfloat16 a sum stops growing long before it reaches top_p, and "
-        "tokens that should go stay.\nlogits.float() first.",
+        (
+            "You filter in the dtype of the logits. In bfloat16 a sum stops growing long before it"
+            " reaches top_p, and tokens that should go stay.\nlogits.float() first."
+        ),
         "half",
     ),
     "top-p-before-temperature": (
-        "Top-p looks at the probabilities before the temperature. A hot distribution is flatter, so more tokens are "
-        "needed to reach top_p, and a cold one needs fewer.\nThe temperature comes first: take the softmax of logits "
-        "/ temperature.",
+        (
+            "Top-p looks at the probabilities before the temperature. A hot distribution is"
+            " flatter, so more tokens are needed to reach top_p, and a cold one needs fewer.\nThe"
+            " temperature comes first: take the softmax of logits / temperature."
+        ),
         "p-before-temperature",
     ),
     "min-p-before-temperature": (
-        "Min-p looks at the probabilities before the temperature.\nTake them of logits / temperature, as for top-p.",
+        (
+            "Min-p looks at the probabilities before the temperature.\nTake them of logits /"
+            " temperature, as for top-p."
+        ),
         "min-p-before-temperature",
     ),
     "stops-short": (
-        "Top-p stops *before* the sum reaches top_p: the token that crosses the line is missing.\nTop-p keeps the "
-        "fewest tokens that reach it. Keep a token if the sum of those *before* it is still below top_p: cumsum - "
-        "probability < top_p.",
-        "stops-short", "stops-short-empty",
+        (
+            "Top-p stops *before* the sum reaches top_p: the token that crosses the line is"
+            " missing.\nTop-p keeps the fewest tokens that reach it. Keep a token if the sum of"
+            " those *before* it is still below top_p: cumsum - probability < top_p."
+        ),
+        "stops-short",
+        "stops-short-empty",
     ),
     "one-too-many": (
-        "Top-p keeps one token more than it needs: the sum of those before it has reached top_p already.\nKeep a "
-        "token if cumsum - probability < top_p.",
+        (
+            "Top-p keeps one token more than it needs: the sum of those before it has reached top_p"
+            " already.\nKeep a token if cumsum - probability < top_p."
+        ),
         "one-too-many",
     ),
     "top-p-of-everything": (
-        "Top-p adds up probabilities of the whole vocabulary, also of tokens that top-k has thrown out.\nWhat top-k "
-        "left is a distribution of its own: mask the others with -inf, take the softmax again, and then add up.",
+        (
+            "Top-p adds up probabilities of the whole vocabulary, also of tokens that top-k has"
+            " thrown out.\nWhat top-k left is a distribution of its own: mask the others with -inf,"
+            " take the softmax again, and then add up."
+        ),
         "p-of-everything",
     ),
     "top-k-keeps-ties": (
-        "Where several tokens are equal to the k-th, you keep them all, more than k. A row of equal logits would lose "
-        "nothing.\nKeep exactly k, of equal ones those with the lower ids: a stable sort does that.",
+        (
+            "Where several tokens are equal to the k-th, you keep them all, more than k. A row of"
+            " equal logits would lose nothing.\nKeep exactly k, of equal ones those with the lower"
+            " ids: a stable sort does that."
+        ),
         "ties",
     ),
     "absolute-min-p": (
-        "You take min_p as a probability. It is a share of the *best* token's: where the best has 0.5, min_p = 0.1 "
-        "drops what is below 0.05.",
+        (
+            "You take min_p as a probability. It is a share of the *best* token's: where the best"
+            " has 0.5, min_p = 0.1 drops what is below 0.05."
+        ),
         "absolute-min-p",
     ),
     "zero-is-a-logit": (
-        "You set what is excluded to 0. A logit of 0 is quite a likely token where others are negative.\nExcluded is "
-        "-inf: its weight is exp(-inf) = 0.",
+        (
+            "You set what is excluded to 0. A logit of 0 is quite a likely token where others are"
+            " negative.\nExcluded is -inf: its weight is exp(-inf) = 0."
+        ),
         "zero",
     ),
     "left-sorted": (
-        "The logits come back in order of size. Position i of a row has to be token i again.\nscatter them back by "
-        "the order that the sort gave, or mask the original by a threshold in each row.",
+        (
+            "The logits come back in order of size. Position i of a row has to be token i"
+            " again.\nscatter them back by the order that the sort gave, or mask the original by a"
+            " threshold in each row."
+        ),
         "sorted",
     ),
     "first-row-for-all": (
-        "Every row gets the first row's top_k, top_p and min_p.\nThe rows are different requests with different "
-        "wishes.",
-        "first-row", "first-row-too-hot",
+        (
+            "Every row gets the first row's top_k, top_p and min_p.\nThe rows are different"
+            " requests with different wishes."
+        ),
+        "first-row",
+        "first-row-too-hot",
     ),
-}  # fmt: skip
+}
 
 
 def _filter_cases() -> list[tuple]:
@@ -686,7 +1039,9 @@ def _filter_cases() -> list[tuple]:
         wishes = [{"t": 1.0} | off | row for row in rows]
         made = [torch.tensor([float(w[key]) for w in wishes]) for key in "tkpm"]
         made[1] = made[1].int()
-        return logits, *(None if key in without else value for key, value in zip("tkpm", made, strict=True))
+        return logits, *(
+            None if key in without else value for key, value in zip("tkpm", made, strict=True)
+        )
 
     word = torch.tensor([[0.5, 0.2, 0.2, 0.1]]).log()
     spread = torch.randn(3, 40, generator=random) * 2
@@ -700,16 +1055,30 @@ def _filter_cases() -> list[tuple]:
         case(word, {"k": 2, "p": 0.71}, without="m"),
         case(torch.zeros(1, 6), {"k": 2}, without="pm"),
         case(torch.tensor([[-3.0, -1.0, -1.0, -2.0, -1.0, -9.0]]), {"k": 2}, without="pm"),
-        case(torch.tensor([[-3.0, -INF, -1.0, -2.0, -INF, -9.0]]), {"p": 0.97, "m": 0.01}, without="k"),
+        case(
+            torch.tensor([[-3.0, -INF, -1.0, -2.0, -INF, -9.0]]),
+            {"p": 0.97, "m": 0.01},
+            without="k",
+        ),
         case(spread, {"k": 5}, {"p": 0.8}, {"m": 0.1}),
         case(spread, {"k": 50, "t": 2.0}, {"p": 0.01}, {"m": 1.0, "t": 0.7}),
         case(spread, {}, {"k": 12, "p": 0.7, "m": 0.05, "t": 1.7}, {"k": 1}),
-        case(torch.randn(2, 700, generator=random) * 3, {"p": 0.95, "t": 0.6}, {"k": 30, "p": 0.9, "m": 0.2}),
-        case((torch.randn(2, 700, generator=random) * 2).bfloat16(), {"p": 0.95}, {"p": 0.9, "m": 0.003}),
+        case(
+            torch.randn(2, 700, generator=random) * 3,
+            {"p": 0.95, "t": 0.6},
+            {"k": 30, "p": 0.9, "m": 0.2},
+        ),
+        case(
+            (torch.randn(2, 700, generator=random) * 2).bfloat16(),
+            {"p": 0.95},
+            {"p": 0.9, "m": 0.003},
+        ),
     ]
 
 
-def _sample(logits, temperature, top_k, top_p, min_p, seeds, positions, mistake: str = "") -> torch.Tensor:
+def _sample(
+    logits, temperature, top_k, top_p, min_p, seeds, positions, mistake: str = ""
+) -> torch.Tensor:
     """`sample`, right by default, and wrong in the way that mistake says."""
     import torch
 
@@ -721,7 +1090,9 @@ def _sample(logits, temperature, top_k, top_p, min_p, seeds, positions, mistake:
     heat = temperature.masked_fill(temperature == 0, 1.0).unsqueeze(1)
     if mistake != "no-filter":
         logits = filter_logits(logits, temperature, top_k, top_p, min_p)
-    scaled = {"multiplied": logits.float() * heat, "no-temperature": logits.float()}.get(mistake, logits.float() / heat)
+    scaled = {"multiplied": logits.float() * heat, "no-temperature": logits.float()}.get(
+        mistake, logits.float() / heat
+    )
     if mistake == "half":
         weights = (logits / heat.to(logits.dtype)).softmax(-1).float()
     elif mistake == "overflow":
@@ -759,38 +1130,101 @@ def _invert(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
 
 
 _SAMPLE_MISTAKES = {
-    "no-temperature": ("The temperature changes nothing.\nDivide the logits by it, each row by its own, before the "
-                       "softmax.",
-                       "no-temperature"),
-    "multiplied-by-temperature": ("You multiply by the temperature: then hot is cold. A high temperature must make a "
-                                  "flat distribution.\nDivide.", "multiplied"),
-    "filters-ignored": ("top_k, top_p and min_p change nothing: your `sample` does not use `filter_logits`.\nIt comes "
-                        "before the softmax.", "no-filter"),
-    "same-number-every-time": ("Your random number depends on the seed alone: at every position of a text the same u "
-                               "is drawn, and a text soon goes in circles.\nphilox_uniform(seeds, positions) takes "
-                               "both.", "seed-only"),
-    "seed-ignored": ("Your random number depends on the position alone: every seed writes the same "
-                     "text.\nphilox_uniform(seeds, positions) takes both.", "position-only"),
-    "swapped-key": ("You give philox_uniform positions and seeds in the wrong order: (1, 2) then draws what (2, 1) "
-                    "draws.\nIt is philox_uniform(seeds, positions).", "swapped"),
-    "one-number-for-all": ("All rows use the first row's random number. What a request writes then depends on who "
-                           "else is in the batch.\nu is [B]: a number for each row.", "first-row"),
-    "sorted-order": ("You lay the tokens on the ruler in order of probability. That draws as often as it should, but "
-                     "other tokens than the rule says: the ruler is in order of the token ids. (The kernel needs no "
-                     "sort then.)",
-                     "sorted"),
-    "other-end": ("You take 1 - u: as random, but not the same token. The ruler begins with token 0, at u = 0.",
-                  "one-minus"),
-    "one-before": ("You take the last token whose sum is *below* u, and that one's part of the ruler has ended. The "
-                   "token is the first whose running sum exceeds u.", "one-before"),
-    "greedy-not-greedy": ("A row of temperature 0 is greedy: the likeliest token, without any chance. Yours draws it "
-                          "at random, as at temperature 1.", "greedy-sampled"),
-    "half-precision": ("The logits came as bfloat16, and you took the softmax in that. It has 8 bits: sums stop "
-                       "growing long before they reach 1, and the tokens behind are never drawn.\nlogits.float() "
-                       "first.", "half"),
-    "overflow": ("You take exp of the logits as they are; from 89 on that is inf, and inf / inf is nan.\nSubtract "
-                 "each row's maximum first, or use torch.softmax, which does.", "overflow"),
-}  # fmt: skip
+    "no-temperature": (
+        (
+            "The temperature changes nothing.\nDivide the logits by it, each row by its own, before"
+            " the softmax."
+        ),
+        "no-temperature",
+    ),
+    "multiplied-by-temperature": (
+        (
+            "You multiply by the temperature: then hot is cold. A high temperature must make a "
+            "flat distribution.\nDivide."
+        ),
+        "multiplied",
+    ),
+    "filters-ignored": (
+        (
+            "top_k, top_p and min_p change nothing: your `sample` does not use `filter_logits`.\nIt"
+            " comes before the softmax."
+        ),
+        "no-filter",
+    ),
+    "same-number-every-time": (
+        (
+            "Your random number depends on the seed alone: at every position of a text the same u "
+            "is drawn, and a text soon goes in circles.\nphilox_uniform(seeds, positions) takes "
+            "both."
+        ),
+        "seed-only",
+    ),
+    "seed-ignored": (
+        (
+            "Your random number depends on the position alone: every seed writes the same "
+            "text.\nphilox_uniform(seeds, positions) takes both."
+        ),
+        "position-only",
+    ),
+    "swapped-key": (
+        (
+            "You give philox_uniform positions and seeds in the wrong order: (1, 2) then draws what"
+            " (2, 1) draws.\nIt is philox_uniform(seeds, positions)."
+        ),
+        "swapped",
+    ),
+    "one-number-for-all": (
+        (
+            "All rows use the first row's random number. What a request writes then depends on who "
+            "else is in the batch.\nu is [B]: a number for each row."
+        ),
+        "first-row",
+    ),
+    "sorted-order": (
+        (
+            "You lay the tokens on the ruler in order of probability. That draws as often as it"
+            " should, but other tokens than the rule says: the ruler is in order of the token ids."
+            " (The kernel needs no sort then.)"
+        ),
+        "sorted",
+    ),
+    "other-end": (
+        (
+            "You take 1 - u: as random, but not the same token. The ruler begins with token 0, at u"
+            " = 0."
+        ),
+        "one-minus",
+    ),
+    "one-before": (
+        (
+            "You take the last token whose sum is *below* u, and that one's part of the ruler has"
+            " ended. The token is the first whose running sum exceeds u."
+        ),
+        "one-before",
+    ),
+    "greedy-not-greedy": (
+        (
+            "A row of temperature 0 is greedy: the likeliest token, without any chance. Yours draws"
+            " it at random, as at temperature 1."
+        ),
+        "greedy-sampled",
+    ),
+    "half-precision": (
+        (
+            "The logits came as bfloat16, and you took the softmax in that. It has 8 bits: sums"
+            " stop growing long before they reach 1, and the tokens behind are never"
+            " drawn.\nlogits.float() first."
+        ),
+        "half",
+    ),
+    "overflow": (
+        (
+            "You take exp of the logits as they are; from 89 on that is inf, and inf / inf is"
+            " nan.\nSubtract each row's maximum first, or use torch.softmax, which does."
+        ),
+        "overflow",
+    ),
+}
 
 
 def _sample_cases() -> list[tuple]:
@@ -865,7 +1299,9 @@ def check_sample(answer_filter: Callable, answer: Callable) -> str:
     try:
         num_filters = diagnose(answer_filter, _filter_cases(), filter_logits, suspects)
     except Mistake as mistake:
-        raise Mistake(mistake.name.split()[0], f"filter_logits: {mistake.message}") from mistake.__cause__
+        raise Mistake(
+            mistake.name.split()[0], f"filter_logits: {mistake.message}"
+        ) from mistake.__cause__
 
     cases = _sample_cases()
     got = [_tokens_of(answer, case) for case in cases]
@@ -874,9 +1310,9 @@ def check_sample(answer_filter: Callable, answer: Callable) -> str:
         expect(
             torch.equal(one, other),
             "not-repeatable",
-            f"The same call gave {show(one)} and then {show(other)}.\nA number from torch's own generator depends on "
-            "all that was drawn before, so on who else is in the batch. philox_uniform(seeds, positions) depends on "
-            "nothing else.",
+            f"The same call gave {show(one)} and then {show(other)}.\nA number from torch's own"
+            " generator depends on all that was drawn before, so on who else is in the batch."
+            " philox_uniform(seeds, positions) depends on nothing else.",
         )
         _expect_alone(answer, case, one)
     off = [_off_the_ruler(case, tokens) for case, tokens in zip(cases, got, strict=True)]
@@ -884,7 +1320,9 @@ def check_sample(answer_filter: Callable, answer: Callable) -> str:
         _name_sample(cases, got, off)
     _expect_distribution(answer, philox_uniform)
     mine = counted(answer)
-    return f"{num_filters} filters, {len(cases)} batches, 8,192 draws; {_seeded_engine_agrees(mine)}"
+    return (
+        f"{num_filters} filters, {len(cases)} batches, 8,192 draws; {_seeded_engine_agrees(mine)}"
+    )
 
 
 def _tokens_of(answer: Callable, case: tuple) -> torch.Tensor:
@@ -895,16 +1333,24 @@ def _tokens_of(answer: Callable, case: tuple) -> torch.Tensor:
     problem = difference(chosen, torch.zeros(len(logits), dtype=torch.int64))
     if problem and problem[0] != "wrong-values":
         raise Mistake(
-            problem[0], f"sample for logits {list(logits.shape)}: {problem[1]}.\nIt gives a token id for each row."
+            problem[0],
+            f"sample for logits {list(logits.shape)}: {problem[1]}.\nIt gives a token id for each"
+            " row.",
         )
     expect(
-        torch.equal(logits.nan_to_num(), case[0].nan_to_num()), "changed-input",
-        "Your `sample` changed the logits.\nThey are reported as logprobs afterwards: work on a new tensor.",
-    )  # fmt: skip
+        torch.equal(logits.nan_to_num(), case[0].nan_to_num()),
+        "changed-input",
+        "Your `sample` changed the logits.\nThey are reported as logprobs afterwards: work on a new"
+        " tensor.",
+    )
     inside = bool(((chosen >= 0) & (chosen < logits.shape[1])).all())
-    expect(inside, "no-such-token", f"{show(chosen)} for a vocabulary of {logits.shape[1]}.\nRounding can leave the "
-                                    "running sum just below u: then the last token with a "
-                                    "weight is meant.")  # fmt: skip
+    expect(
+        inside,
+        "no-such-token",
+        f"{show(chosen)} for a vocabulary of {logits.shape[1]}.\nRounding can leave the "
+        "running sum just below u: then the last token with a "
+        "weight is meant.",
+    )
     return chosen
 
 
@@ -913,13 +1359,16 @@ def _expect_alone(answer: Callable, case: tuple, together: torch.Tensor) -> None
     if len(together) == 1 or case[1] is None:
         return
     for i in (len(together) - 1,):
-        alone = _tokens_of(answer, tuple(None if part is None else part[i : i + 1] for part in case))
+        alone = _tokens_of(
+            answer, tuple(None if part is None else part[i : i + 1] for part in case)
+        )
         expect(
             alone.item() == together[i].item(),
             "one-number-for-all",
-            f"The same request, with the same seed and position, gets token {alone.item()} alone and "
-            f"{together[i].item()} as row {i} of {len(together)}.\nWhat a request writes must not depend on who else "
-            "is in the batch: each row needs its own number, from its own seed and position.",
+            f"The same request, with the same seed and position, gets token {alone.item()} alone"
+            f" and {together[i].item()} as row {i} of {len(together)}.\nWhat a request writes must"
+            " not depend on who else is in the batch: each row needs its own number, from its own"
+            " seed and position.",
         )
 
 
@@ -929,10 +1378,12 @@ def _name_sample(cases: list[tuple], got: list[torch.Tensor], off: list[list[int
     first = next(i for i, rows in enumerate(off) if rows)
     row = off[first][0]
     right = _sample(*cases[first])
-    heat = "all greedy" if cases[first][1] is None else f"temperature {float(cases[first][1][row]):g}"
+    heat = (
+        "all greedy" if cases[first][1] is None else f"temperature {float(cases[first][1][row]):g}"
+    )
     where = (
-        f"Row {row} of logits {list(cases[first][0].shape)}, {heat}: your sample gives token {int(got[first][row])}, "
-        f"expected {int(right[row])}."
+        f"Row {row} of logits {list(cases[first][0].shape)}, {heat}: your sample gives token"
+        f" {int(got[first][row])}, expected {int(right[row])}."
     )
     if all(case[0].dtype == torch.bfloat16 for case, rows in zip(cases, off, strict=True) if rows):
         raise Mistake("half-precision", f"{where}\n{_SAMPLE_MISTAKES['half-precision'][0]}")
@@ -945,12 +1396,18 @@ def _name_sample(cases: list[tuple], got: list[torch.Tensor], off: list[list[int
             ):
                 raise Mistake(name, f"{where}\n{why}")
     expect(
-        not all(torch.equal(tokens, case[0].argmax(-1)) for case, tokens in zip(cases, got, strict=True)),
+        not all(
+            torch.equal(tokens, case[0].argmax(-1)) for case, tokens in zip(cases, got, strict=True)
+        ),
         "always-greedy",
-        f"{where}\nYour sample takes the likeliest token always. Above temperature 0 the others have a chance, too.",
-    )  # fmt: skip
+        f"{where}\nYour sample takes the likeliest token always. Above temperature 0 the others"
+        " have a chance, too.",
+    )
     wrong, total = sum(map(len, off)), sum(map(len, got))
-    raise Mistake("wrong-values", f"{where}\n{wrong} of {total} rows get another token than the ruler has at u.")
+    raise Mistake(
+        "wrong-values",
+        f"{where}\n{wrong} of {total} rows get another token than the ruler has at u.",
+    )
 
 
 def _expect_distribution(answer: Callable, philox_uniform: Callable) -> None:
@@ -965,10 +1422,14 @@ def _expect_distribution(answer: Callable, philox_uniform: Callable) -> None:
         share = torch.bincount(chosen, minlength=8) / count
         probability = (logits / heat).softmax(0)
         gap = float((share - probability).abs().sum()) / 2
-        expect(gap < 0.03, "wrong-distribution", f"Over {count:,} positions at temperature {heat} the tokens come "
-                                                 f"with the shares {show(share, 8)}, expected "
-                                                 f"{show(probability, 8)}.\nThat is {gap:.0%} of the draws on the "
-                                                 "wrong token.")  # fmt: skip
+        expect(
+            gap < 0.03,
+            "wrong-distribution",
+            f"Over {count:,} positions at temperature {heat} the tokens come "
+            f"with the shares {show(share, 8)}, expected "
+            f"{show(probability, 8)}.\nThat is {gap:.0%} of the draws on the "
+            "wrong token.",
+        )
 
 
 #: What seeded requests ask for.
@@ -1000,20 +1461,26 @@ def _seeded_engine_agrees(mine: Callable) -> str:
 
     right, got = _seeded_tokens(), _generate_seeded(replace(Kernels.reference(), sample=mine))
     for (prompt, wishes), one, other in zip(_SEEDED, got, right, strict=True):
-        same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+        same = next(
+            (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
+            min(len(one), len(other)),
+        )
         expect(
             one == other,
             "engine-differs",
-            f"With your sample the engine writes other tokens. {prompt!r} with {wishes} begins with {same} tokens "
-            f"that agree; then comes {one[same : same + 1]}, expected {other[same : same + 1]}.",
+            f"With your sample the engine writes other tokens. {prompt!r} with {wishes} begins with"
+            f" {same} tokens that agree; then comes {one[same : same + 1]}, expected"
+            f" {other[same : same + 1]}.",
         )
     expect(
-        mine.calls, "not-used", "The engine never called your sample.\nIs it the function that you gave to the check?"
+        mine.calls,
+        "not-used",
+        "The engine never called your sample.\nIs it the function that you gave to the check?",
     )
     return f"the engine draws the same {sum(map(len, right))} tokens with it"
 
 
-# --- 07.5 -------------------------------------------------------------------------------------------------------------
+# --- 07.5 -----------------------------------------------------------------------------------------
 
 
 class _Stream:
@@ -1040,7 +1507,11 @@ class _Stream:
         if self.stopped is not None and "goes-on" not in self.mistakes:
             return ""
         text, begin = self.text, len(self.shown) if "across" in self.mistakes else 0
-        found = [(text.find(s, begin), i, s) for i, s in enumerate(self.stops) if text.find(s, begin) >= 0]
+        found = [
+            (text.find(s, begin), i, s)
+            for i, s in enumerate(self.stops)
+            if text.find(s, begin) >= 0
+        ]
         if found and self.stopped is None:
             key = (lambda f: f[1]) if "list-order" in self.mistakes else (lambda f: f[0])
             position, _, self.stopped = min(found, key=key)
@@ -1052,7 +1523,9 @@ class _Stream:
         else:
             if "half" not in self.mistakes:
                 text = text.rstrip("\ufffd")
-            held = max((k for s in self.stops for k in range(1, len(s)) if text.endswith(s[:k])), default=0)
+            held = max(
+                (k for s in self.stops for k in range(1, len(s)) if text.endswith(s[:k])), default=0
+            )
             if "no-hold" in self.mistakes:
                 held = 0
             if "hold-all" in self.mistakes:
@@ -1069,65 +1542,101 @@ class _Stream:
 
 _STREAM_MISTAKES = {
     "tokens-decoded-alone": (
-        "You decode each token by itself. A character may be spread over several tokens, and the pieces of é or 🦊 are "
-        "no characters; a space may depend on what stands before.\nDecode the tokens *together*, and show "
-        "what is new.",
-        "alone", "alone half", "alone no-hold", "alone half no-hold",
+        (
+            "You decode each token by itself. A character may be spread over several tokens, and"
+            " the pieces of é or 🦊 are no characters; a space may depend on what stands"
+            " before.\nDecode the tokens *together*, and show what is new."
+        ),
+        "alone",
+        "alone half",
+        "alone no-hold",
+        "alone half no-hold",
     ),
     "half-characters": (
-        "You show a character before all of its bytes are there: the reader sees �, and nothing can take it "
-        "back.\nWhile the text ends in �, hold that end back: the next token may complete it.",
-        "half", "half no-hold",
+        (
+            "You show a character before all of its bytes are there: the reader sees �, and nothing"
+            " can take it back.\nWhile the text ends in �, hold that end back: the next token may"
+            " complete it."
+        ),
+        "half",
+        "half no-hold",
     ),
     "stop-in-one-piece-only": (
-        "You look for the stop string in the new text alone. It may begin in one token and end in the next.\nLook in "
-        "the whole text, or at least from so far back as a stop string is long.",
-        "across", "across no-hold",
+        (
+            "You look for the stop string in the new text alone. It may begin in one token and end"
+            " in the next.\nLook in the whole text, or at least from so far back as a stop string"
+            " is long."
+        ),
+        "across",
+        "across no-hold",
     ),
     "shows-the-stop": (
         "The stop string itself is shown. The text ends *before* it.",
-        "shows-stop", "shows-stop no-hold", "whole-text", "whole-text no-hold",
+        "shows-stop",
+        "shows-stop no-hold",
+        "whole-text",
+        "whole-text no-hold",
     ),
     "shows-half-a-stop": (
-        "You show the beginning of a stop string before you know whether the rest follows; when it does, the reader "
-        "has seen what they should not.\nHold the text's end back as long as it is the beginning of a stop string.",
-        "no-hold", "no-hold drops-broken",
+        (
+            "You show the beginning of a stop string before you know whether the rest follows; when"
+            " it does, the reader has seen what they should not.\nHold the text's end back as long"
+            " as it is the beginning of a stop string."
+        ),
+        "no-hold",
+        "no-hold drops-broken",
     ),
     "holds-one-character": (
-        "You hold back one character that could begin a stop string. But of “END” two may have come: hold back all "
-        "that could be a beginning, “E” as well as “EN”.",
+        (
+            "You hold back one character that could begin a stop string. But of “END” two may have"
+            " come: hold back all that could be a beginning, “E” as well as “EN”."
+        ),
         "hold-one",
     ),
     "holds-too-much": (
-        "You always hold back as many characters as the longest stop string has, less one. The reader lags behind by "
-        "that much, for nothing.\nHold back only an end that *is* the beginning of a stop string.",
+        (
+            "You always hold back as many characters as the longest stop string has, less one. The"
+            " reader lags behind by that much, for nothing.\nHold back only an end that *is* the"
+            " beginning of a stop string."
+        ),
         "hold-all",
     ),
     "waits-for-a-space": (
-        "You show whole words only. The reader could have had the letters that are there; and some languages have no "
-        "spaces.",
+        (
+            "You show whole words only. The reader could have had the letters that are there; and"
+            " some languages have no spaces."
+        ),
         "word",
     ),
     "loses-the-end": (
-        "`finish` shows nothing. What was held back, because it could have become a stop string, did not: it belongs "
-        "to the text.",
+        (
+            "`finish` shows nothing. What was held back, because it could have become a stop"
+            " string, did not: it belongs to the text."
+        ),
         "lost-end",
     ),
     "drops-broken-bytes": (
-        "`finish` drops a � at the end. No more tokens will come, so the bytes stay broken; but they were written, "
-        "and decoding all tokens at once shows them, too.",
+        (
+            "`finish` drops a � at the end. No more tokens will come, so the bytes stay broken; but"
+            " they were written, and decoding all tokens at once shows them, too."
+        ),
         "drops-broken",
     ),
     "first-in-the-list": (
-        "Where two stop strings are in the text, you take the one that comes first in the list. The one that comes "
-        "first in the *text* ends it.",
+        (
+            "Where two stop strings are in the text, you take the one that comes first in the list."
+            " The one that comes first in the *text* ends it."
+        ),
         "list-order",
     ),
     "goes-on-after-the-stop": (
-        "After a stop string more text is shown.\nOnce `stopped` is set, `append` and `finish` return nothing.",
+        (
+            "After a stop string more text is shown.\nOnce `stopped` is set, `append` and `finish`"
+            " return nothing."
+        ),
         "goes-on",
     ),
-}  # fmt: skip
+}
 
 
 @functools.cache
@@ -1150,7 +1659,10 @@ def _stream_cases() -> list[tuple]:
     encode = _tokenizer().encode
     lines = ["Zoë owns a café. Crème brûlée!", "🦊🦉 and a 🌙", "plain words"]
     cases = [("bundled", encode(text), ()) for text in lines]
-    cases += [("bundled", encode("🦊🦉 at night")[:6], ()), ("bundled", encode("a 🌙")[:-1], (" a", "🌙"))]
+    cases += [
+        ("bundled", encode("🦊🦉 at night")[:6], ()),
+        ("bundled", encode("a 🌙")[:-1], (" a", "🌙")),
+    ]
     cases += [
         ("pieces", [0, 1, 2, 3, 4, 7, 1], ()),
         ("pieces", [0, 1, 5, 6], ("upon",)),
@@ -1173,7 +1685,9 @@ def _stream_run(cls: Callable) -> Callable:
 
     def follow(tokenizer: str, token_ids: list[int], stops: tuple[str, ...]) -> dict:
         stream = cls(decoders[tokenizer], stops)
-        shown = [stream.append(token) for token in token_ids]  # the engine would stop; whoever streams late may not
+        shown = [
+            stream.append(token) for token in token_ids
+        ]  # the engine would stop; whoever streams late may not
         return {"shown": shown, "finish": stream.finish(), "stopped": stream.stopped}
 
     return follow
@@ -1194,7 +1708,10 @@ def check_stream(answer: Callable) -> str:
         if name in ("wrong-values", "wrong-type"):
             message = f"{message}\n{_first_wrong_piece(answer, cases)}"
         raise Mistake(name, message) from mistake.__cause__
-    return f"{number} texts, piece by piece; no half character, no part of a stop string, and nothing late"
+    return (
+        f"{number} texts, piece by piece; no half character, no part of a stop string, and nothing"
+        " late"
+    )
 
 
 def _first_wrong_piece(answer: Callable, cases: list[tuple]) -> str:
@@ -1202,14 +1719,17 @@ def _first_wrong_piece(answer: Callable, cases: list[tuple]) -> str:
         mine, right = _stream_run(answer)(*case), _stream_run(_Stream)(*case)
         for i, (one, other) in enumerate(zip(mine["shown"], right["shown"], strict=True)):
             if one != other:
-                return f"After {i + 1} tokens `append` returns {one!r}, expected {other!r}; stops are {case[2]}."
+                return (
+                    f"After {i + 1} tokens `append` returns {one!r}, expected {other!r}; stops are"
+                    f" {case[2]}."
+                )
         for key in ("finish", "stopped"):
             if mine[key] != right[key]:
                 return f"`{key}` gives {mine[key]!r}, expected {right[key]!r}; stops are {case[2]}."
     return ""
 
 
-# --- 07.6 -------------------------------------------------------------------------------------------------------------
+# --- 07.6 -----------------------------------------------------------------------------------------
 
 #: More calls of `schedule` than any run here needs.
 _MOST_STEPS = 600
@@ -1226,7 +1746,10 @@ class _Rig:
         from minivllm import LLM
 
         self.llm = LLM(device="cpu", **options)
-        self.scheduler, self.runner = self.llm.llm_engine.scheduler, self.llm.llm_engine.model_runner
+        self.scheduler, self.runner = (
+            self.llm.llm_engine.scheduler,
+            self.llm.llm_engine.model_runner,
+        )
         self.steps, self.batches, self.updates = 0, [], 0
         self.served: set[int] = set()  # who got a token in the last step
         self._schedule, self._execute, self._update = (
@@ -1234,7 +1757,11 @@ class _Rig:
             self.runner.execute,
             self.scheduler.update,
         )
-        self.scheduler.schedule, self.runner.execute, self.scheduler.update = self.schedule, self.execute, self.update
+        self.scheduler.schedule, self.runner.execute, self.scheduler.update = (
+            self.schedule,
+            self.execute,
+            self.update,
+        )
 
     def schedule(self) -> Any:
         self.steps += 1
@@ -1252,15 +1779,16 @@ class _Rig:
         expect(
             self.scheduler._in_flight and self.scheduler._in_flight[0] is batch,
             "update-out-of-turn",
-            "`update` was called with a batch that is not the one being computed (perhaps an empty one, or the same "
-            "twice).\nOne step: schedule, execute, wait, update, with the same batch. An empty batch is not executed "
-            "at all.",
+            "`update` was called with a batch that is not the one being computed (perhaps an empty"
+            " one, or the same twice).\nOne step: schedule, execute, wait, update, with the same"
+            " batch. An empty batch is not executed at all.",
         )
         expect(
             len(token_ids) == len(batch.sampled),
             "wrong-token-count",
-            f"`update` got {len(token_ids)} tokens for a batch in which {len(batch.sampled)} requests are "
-            "sampled.\nIt wants what `runner.execute(batch).wait()` returns: a token for each of batch.sampled.",
+            f"`update` got {len(token_ids)} tokens for a batch in which {len(batch.sampled)}"
+            " requests are sampled.\nIt wants what `runner.execute(batch).wait()` returns: a token"
+            " for each of batch.sampled.",
         )
         items = self._update(batch, token_ids)
         self.served = {item.sequence.seq_id for item in items}
@@ -1273,7 +1801,9 @@ class _Rig:
         return cls(self.scheduler, self.runner, self.stream)
 
     def sequence(self, seq_id: int, prompt: str | list[int], **params: Any) -> EngineSequence:
-        return new_sequence(self.llm, seq_id, prompt, **{"temperature": 0.0, "max_tokens": 24} | params)
+        return new_sequence(
+            self.llm, seq_id, prompt, **{"temperature": 0.0, "max_tokens": 24} | params
+        )
 
     def run(self, engine: Any, sequences: list[EngineSequence]) -> list[str]:
         """engine.run, and an endless loop is a Mistake."""
@@ -1281,18 +1811,28 @@ class _Rig:
             texts = engine.run(sequences)
         except _TooManySteps:
             done = sum(seq.is_finished for seq in sequences)
-            why = f"After {_MOST_STEPS} steps {done} of {len(sequences)} requests have finished, and the loop runs on."
+            why = (
+                f"After {_MOST_STEPS} steps {done} of {len(sequences)} requests have finished, and"
+                " the loop runs on."
+            )
             if done == len(sequences):
-                raise Mistake("does-not-stop", f"{why}\nAll are done: `run` must end when its requests have.") from None
+                raise Mistake(
+                    "does-not-stop", f"{why}\nAll are done: `run` must end when its requests have."
+                ) from None
             raise Mistake(
                 "endless",
-                f"{why}\nDo the steps get anywhere? Every planned batch must be executed, and its tokens handed to "
-                "`update`.",
+                f"{why}\nDo the steps get anywhere? Every planned batch must be executed, and its"
+                " tokens handed to `update`.",
             ) from None
         return texts
 
 
-_ASKED = ("What is 12 + 7?", "What is a KV cache?", "Tell me a story about a fox named Zoë.", "What is a block table?")
+_ASKED = (
+    "What is 12 + 7?",
+    "What is a KV cache?",
+    "Tell me a story about a fox named Zoë.",
+    "What is a block table?",
+)
 
 
 @exercise("07.6", "The loop")
@@ -1305,7 +1845,8 @@ def check_loop(answer: Callable) -> str:
     _check_stops(answer)
     _check_stall(answer)
     return (
-        f"{served} requests in chunks, preempted, stopped and streamed: the package's texts, and no blocks left behind"
+        f"{served} requests in chunks, preempted, stopped and streamed: the package's texts, and no"
+        " blocks left behind"
     )
 
 
@@ -1321,13 +1862,14 @@ def _check_texts(answer: Callable) -> int:
     expect(
         isinstance(texts, list) and all(isinstance(text, str) for text in texts),
         "wrong-type",
-        f"`run` gave {show(texts)}.\nIt gives a list of texts, one for each sequence." + _return_missing(texts),
+        f"`run` gave {show(texts)}.\nIt gives a list of texts, one for each sequence."
+        + _return_missing(texts),
     )
     expect(
         len(texts) == len(right),
         "texts-missing",
-        f"`run` gave {len(texts)} texts for {len(right)} sequences.\nEach request must come back, the shortest and "
-        "the last too.",
+        f"`run` gave {len(texts)} texts for {len(right)} sequences.\nEach request must come back,"
+        " the shortest and the last too.",
     )
     unfinished = [seq.seq_id for seq in sequences if not seq.is_finished]
     expect(
@@ -1338,15 +1880,15 @@ def _check_texts(answer: Callable) -> int:
     expect(
         max(rig.batches) > 1,
         "one-at-a-time",
-        f"Never were two requests in one step: {len(rig.batches)} steps for {len(sequences)} requests.\nQueue *all* "
-        "sequences first, then step: the scheduler puts them together, and a step costs a GPU nearly the same for "
-        "one or for fifty.",
+        f"Never were two requests in one step: {len(rig.batches)} steps for {len(sequences)}"
+        " requests.\nQueue *all* sequences first, then step: the scheduler puts them together, and"
+        " a step costs a GPU nearly the same for one or for fifty.",
     )
     expect(
         texts == right or sorted(texts) != sorted(right),
         "order-of-the-end",
-        "The texts are right, but they come in the order in which the requests ended.\nThe caller wants them in the "
-        "order of the sequences: collect by seq_id.",
+        "The texts are right, but they come in the order in which the requests ended.\nThe caller"
+        " wants them in the order of the sequences: collect by seq_id.",
     )
     for seq, prompt, text, wanted in zip(sequences, prompts, texts, right, strict=True):
         expect(
@@ -1357,20 +1899,30 @@ def _check_texts(answer: Callable) -> int:
         if text != wanted and text == tokenizer.decode(seq.output_token_ids[:-1]):
             raise Mistake(
                 "last-token-lost",
-                f"To {prompt!r} your engine says {text!r}, expected {wanted!r}.\nThe last token is missing. Only where "
-                'finish_reason is "stop" is the last token of a sequence not shown; at "length" it counts.',
+                f"To {prompt!r} your engine says {text!r}, expected {wanted!r}.\nThe last token is"
+                ' missing. Only where finish_reason is "stop" is the last token of a sequence not'
+                ' shown; at "length" it counts.',
             )
         if text and text != wanted and wanted.endswith(text):
             raise Mistake(
                 "first-text-lost",
-                f"To {prompt!r} your engine says {text[:40]!r}…, expected {wanted[:40]!r}….\nThe beginning is "
-                "missing: the step that ends a prompt brings the answer's first token.",
+                f"To {prompt!r} your engine says {text[:40]!r}…, expected {wanted[:40]!r}….\nThe"
+                " beginning is missing: the step that ends a prompt brings the answer's first"
+                " token.",
             )
-        expect(text == wanted, "wrong-text", f"To {prompt!r} your engine says {text!r}, expected {wanted!r}.\nEach "
-                                             "token goes to the stream of its own request, "
-                                             "once, in order.")  # fmt: skip
+        expect(
+            text == wanted,
+            "wrong-text",
+            f"To {prompt!r} your engine says {text!r}, expected {wanted!r}.\nEach "
+            "token goes to the stream of its own request, "
+            "once, in order.",
+        )
     leftovers = rig.scheduler.running or rig.scheduler.waiting
-    expect(not leftovers, "left-behind", "After `run` the scheduler still has requests.\nWho put them there?")
+    expect(
+        not leftovers,
+        "left-behind",
+        "After `run` the scheduler still has requests.\nWho put them there?",
+    )
     return len(sequences)
 
 
@@ -1386,9 +1938,8 @@ def _check_steps(answer: Callable) -> None:
     expect(
         idle == {} and not rig.batches,
         "idle-step",
-        f"With nothing to do, `step` gave {show(idle)} and executed {len(rig.batches)} batches.\nAn empty plan is not "
-        f"executed: "
-        "return {}.",
+        f"With nothing to do, `step` gave {show(idle)} and executed {len(rig.batches)} batches.\nAn"
+        " empty plan is not executed: return {}.",
     )
     early, late = rig.sequence(7, _ASKED[1], max_tokens=8), rig.sequence(3, _ASKED[0])
     engine.add(early)
@@ -1402,19 +1953,28 @@ def _check_steps(answer: Callable) -> None:
             )
             engine.add(late)
         news = engine.step()
-        expect(isinstance(news, dict), "wrong-type", f"`step` gave {show(news)}, expected a dict: seq_id -> its new "
-                                                     f"text.\n{{}} where "
-                                                     f"there is none.{_return_missing(news)}")  # fmt: skip
+        expect(
+            isinstance(news, dict),
+            "wrong-type",
+            f"`step` gave {show(news)}, expected a dict: seq_id -> its new "
+            "text.\n{} where "
+            f"there is none.{_return_missing(news)}",
+        )
         silent = rig.served - set(news)
         expect(
             not silent,
             "empty-text-left-out",
-            f"Request {', '.join(map(str, sorted(silent)))} got a token, and `step` does not mention it: {show(news)}.\n"
-            'Where nothing can be shown, its text is "": so the caller knows that the request is alive.',
+            f"Request {', '.join(map(str, sorted(silent)))} got a token, and `step` does not"
+            f' mention it: {show(news)}.\nWhere nothing can be shown, its text is "": so the'
+            " caller knows that the request is alive.",
         )
         strangers = set(news) - {7, 3}
-        expect(not strangers, "wrong-key", f"`step` speaks of requests {sorted(map(str, strangers))}, and there are 7 "
-                                           "and 3.\nThe keys are the sequences' seq_id.")  # fmt: skip
+        expect(
+            not strangers,
+            "wrong-key",
+            f"`step` speaks of requests {sorted(map(str, strangers))}, and there are 7 "
+            "and 3.\nThe keys are the sequences' seq_id.",
+        )
         for seq_id, text in news.items():
             texts[seq_id] = texts.get(seq_id, "") + text
         if early.is_finished and late.is_finished:
@@ -1422,13 +1982,21 @@ def _check_steps(answer: Callable) -> None:
     tokenizer = rig.llm.get_tokenizer()
     for seq in (early, late):
         wanted, text = tokenizer.decode(seq.output_token_ids), texts.get(seq.seq_id, "")
-        expect(seq.is_finished, "late-request-lost", f"After 40 steps request {seq.seq_id} has not finished.\nA "
-                                                     "request may come at any time, also between two steps: `add` "
-                                                     "hands it to the scheduler.")  # fmt: skip
+        expect(
+            seq.is_finished,
+            "late-request-lost",
+            f"After 40 steps request {seq.seq_id} has not finished.\nA "
+            "request may come at any time, also between two steps: `add` "
+            "hands it to the scheduler.",
+        )
         whole = text != wanted and text.endswith(wanted) and len(text) > len(wanted)
-        expect(not whole, "not-only-the-new", f"Joined, the pieces of request {seq.seq_id} are {text!r}, expected "
-                                              f"{wanted!r}.\n`step` returns what is *new*, not "
-                                              "all so far.")  # fmt: skip
+        expect(
+            not whole,
+            "not-only-the-new",
+            f"Joined, the pieces of request {seq.seq_id} are {text!r}, expected "
+            f"{wanted!r}.\n`step` returns what is *new*, not "
+            "all so far.",
+        )
         expect(
             text == wanted,
             "pieces-do-not-join",
@@ -1450,27 +2018,32 @@ def _check_ends(answer: Callable) -> None:
     expect(
         got[0] == text,
         "loses-the-end",
-        f"The text is {got[0]!r}, expected {text!r}. Its end was held back, because it could have become the stop "
-        f"string {held.params.stop_strings[0]!r}.\nWhen a sequence has finished, its stream's `finish()` gives what "
-        "is left.",
+        f"The text is {got[0]!r}, expected {text!r}. Its end was held back, because it could have"
+        f" become the stop string {held.params.stop_strings[0]!r}.\nWhen a sequence has finished,"
+        " its stream's `finish()` gives what is left.",
     )
     end = ids.index(ids[6])
     wanted = tokenizer.decode(ids[:end])
     expect(
         got[1] != tokenizer.decode(ids[: end + 1]),
         "shows-the-stop-token",
-        f"The request ends at token {ids[6]}, and your text {got[1]!r} has that token in it, expected "
-        f"{wanted!r}.\nWhere "
-        '`seq.finish_reason` is "stop" after `update`, its last token ended it, and is not shown.',
+        f"The request ends at token {ids[6]}, and your text {got[1]!r} has that token in it,"
+        f' expected {wanted!r}.\nWhere `seq.finish_reason` is "stop" after `update`, its last token'
+        " ended it, and is not shown.",
     )
     expect(
-        got[1] == wanted, "wrong-text", f"A request that ends at token {ids[6]} gave {got[1]!r}, expected {wanted!r}."
+        got[1] == wanted,
+        "wrong-text",
+        f"A request that ends at token {ids[6]} gave {got[1]!r}, expected {wanted!r}.",
     )
     wanted = tokenizer.decode(ids[:5])
-    expect(got[2] != tokenizer.decode(ids[:4]), "last-token-lost", f"With max_tokens=5 your text is {got[2]!r}, "
-                                                                   f"expected {wanted!r}.\n"
-           'Only a sequence whose finish_reason is "stop" ends in a token that is not shown; at "length" the last one '
-           'counts.')  # fmt: skip
+    expect(
+        got[2] != tokenizer.decode(ids[:4]),
+        "last-token-lost",
+        f"With max_tokens=5 your text is {got[2]!r}, expected {wanted!r}.\nOnly a sequence whose"
+        ' finish_reason is "stop" ends in a token that is not shown; at "length" the last one'
+        " counts.",
+    )
     expect(
         got[2] == wanted,
         "wrong-text",
@@ -1488,60 +2061,84 @@ def _check_stops(answer: Callable) -> None:
     seq = rig.sequence(1, _ASKED[2], max_tokens=40, stop=[stop])
     free = rig.scheduler.block_manager.num_free_blocks
     [text] = rig.run(rig.engine(answer), [seq])
-    expect(stop not in text, "shows-the-stop", f"The text {text!r} has its stop string {stop!r} in it.\nGive "
-                                               "`new_stream` the request's "
-                                               "stop strings, `seq.params.stop_strings`.")  # fmt: skip
+    expect(
+        stop not in text,
+        "shows-the-stop",
+        f"The text {text!r} has its stop string {stop!r} in it.\nGive "
+        "`new_stream` the request's "
+        "stop strings, `seq.params.stop_strings`.",
+    )
     expect(
         seq.finish_reason == "stop" and seq.num_output_tokens < 40,
         "computes-past-the-stop",
-        f"The text ended at {stop!r}, and yet the engine went on: {seq.num_output_tokens} tokens were computed "
+        f"The text ended at {stop!r}, and yet the engine went on: {seq.num_output_tokens} tokens"
+        " were computed "
         f"(finish_reason "
-        f'{seq.finish_reason!r}).\nTell the scheduler: `scheduler.finish(seq, "stop", stream.stopped)`. That frees '
+        f'{seq.finish_reason!r}).\nTell the scheduler: `scheduler.finish(seq, "stop",'
+        " stream.stopped)`. That frees "
         f"its blocks, too.",
     )
-    expect(seq.stop_reason == stop, "no-stop-reason", f"seq.stop_reason is {seq.stop_reason!r}, expected "
-                                                      f"{stop!r}.\nIt is the third "
-                                                      "argument of `scheduler.finish`.")  # fmt: skip
-    expect(rig.scheduler.block_manager.num_free_blocks == free, "left-behind", "After a stop string blocks are still "
-        "in use.\nUse "
-           "`scheduler.finish`.")  # fmt: skip
+    expect(
+        seq.stop_reason == stop,
+        "no-stop-reason",
+        f"seq.stop_reason is {seq.stop_reason!r}, expected "
+        f"{stop!r}.\nIt is the third "
+        "argument of `scheduler.finish`.",
+    )
+    expect(
+        rig.scheduler.block_manager.num_free_blocks == free,
+        "left-behind",
+        "After a stop string blocks are still in use.\nUse `scheduler.finish`.",
+    )
 
 
 def _check_crowd(answer: Callable) -> None:
-    """Equal prompts with other seeds, in a cache too small for all, in chunks: every text as when alone."""
-    options = {"max_num_batched_tokens": 16, "num_kv_blocks": 12, "max_model_len": 128, "max_num_seqs": 4}
+    """Equal prompts with other seeds, in a cache too small for all, in chunks: every text as
+    when alone.
+    """
+    options = {
+        "max_num_batched_tokens": 16,
+        "num_kv_blocks": 12,
+        "max_model_len": 128,
+        "max_num_seqs": 4,
+    }
     wishes = [(prompt, seed) for prompt in (_ASKED[2], _ASKED[1]) for seed in (1, 2, 3)]
     right = []
     for prompt, seed in wishes:
         alone = _Rig(**options)
         right += alone.run(
-            alone.engine(_RightEngine), [alone.sequence(0, prompt, temperature=1.0, seed=seed, max_tokens=32)]
+            alone.engine(_RightEngine),
+            [alone.sequence(0, prompt, temperature=1.0, seed=seed, max_tokens=32)],
         )
     rig = _Rig(**options)
     engine = rig.engine(answer)
-    sequences = [rig.sequence(i, p, temperature=1.0, seed=s, max_tokens=32) for i, (p, s) in enumerate(wishes)]
+    sequences = [
+        rig.sequence(i, p, temperature=1.0, seed=s, max_tokens=32)
+        for i, (p, s) in enumerate(wishes)
+    ]
     try:
         got = rig.run(engine, sequences)
     except KeyError as error:
         raise Mistake(
             "texts-overwritten",
-            f"Requests have the same prompt and other seeds: KeyError: {show(error.args[0])}.\nKeep what belongs to a "
-            "request by its seq_id, also its stream; prompts are no keys.",
+            f"Requests have the same prompt and other seeds: KeyError: {show(error.args[0])}.\nKeep"
+            " what belongs to a request by its seq_id, also its stream; prompts are no keys.",
         ) from error
     assert rig.scheduler.stats.num_preemptions > 0, "this case should preempt"
     expect(
-        len(set(got)) == len(set(right)) or not any(got.count(text) > right.count(text) for text in got),
+        len(set(got)) == len(set(right))
+        or not any(got.count(text) > right.count(text) for text in got),
         "texts-overwritten",
-        "Three requests have the same prompt and other seeds, and get the same text.\nKeep what belongs to a request "
-        "by its seq_id; prompts are no keys.",
+        "Three requests have the same prompt and other seeds, and get the same text.\nKeep what"
+        " belongs to a request by its seq_id; prompts are no keys.",
     )
     for (prompt, seed), text, wanted in zip(wishes, got, right, strict=True):
         expect(
             text == wanted,
             "wrong-text",
-            f"In a full cache, {prompt!r} with seed {seed} gives {text!r}, expected {wanted!r} as when it is "
-            "alone.\nTake each item's token from `seq.token_ids[item.sample_position]` of what `update` returned: "
-            "order and number change in every step.",
+            f"In a full cache, {prompt!r} with seed {seed} gives {text!r}, expected {wanted!r} as"
+            " when it is alone.\nTake each item's token from `seq.token_ids[item.sample_position]`"
+            " of what `update` returned: order and number change in every step.",
         )
 
 
@@ -1549,22 +2146,27 @@ def _check_guest(answer: Callable) -> None:
     """`run`, while a request that was added before is still being served."""
     rig = _Rig()
     engine = rig.engine(answer)
-    guest, mine = rig.sequence(9, _ASKED[2], max_tokens=12), rig.sequence(5, _ASKED[0], max_tokens=30)
+    guest, mine = (
+        rig.sequence(9, _ASKED[2], max_tokens=12),
+        rig.sequence(5, _ASKED[0], max_tokens=30),
+    )
     engine.add(guest)
     try:
         texts = rig.run(engine, [mine])
     except KeyError as error:
         raise Mistake(
             "foreign-request",
-            f"Request 9 was added before `run` was called for request 5: KeyError: {show(error.args[0])}.\nA step serves "
-            "everybody. `run` collects the texts of its own requests, and passes over the others.",
+            "Request 9 was added before `run` was called for request 5: KeyError:"
+            f" {show(error.args[0])}.\nA step serves everybody. `run` collects the texts of its own"
+            " requests, and passes over the others.",
         ) from error
     wanted = [rig.llm.get_tokenizer().decode(mine.output_token_ids)]
     expect(
         texts == wanted,
         "foreign-request",
-        f"Request 9 was added before `run` was called for request 5, and `run` gave {show(texts)}, expected "
-        f"{show(wanted)}.\nA step serves everybody; `run` returns the texts of its own requests.",
+        f"Request 9 was added before `run` was called for request 5, and `run` gave {show(texts)},"
+        f" expected {show(wanted)}.\nA step serves everybody; `run` returns the texts of its own"
+        " requests.",
     )
 
 
@@ -1580,23 +2182,27 @@ def _check_stall(answer: Callable) -> None:
             raise
         raise Mistake(
             "waits-for-ever",
-            "A prompt of 150 tokens never fits a cache of 128, nothing is planned, and your loop asks again and "
-            "again.\nA step that plans nothing while requests are unfinished will not plan anything next time either: "
-            "raise RuntimeError.",
+            "A prompt of 150 tokens never fits a cache of 128, nothing is planned, and your loop"
+            " asks again and again.\nA step that plans nothing while requests are unfinished will"
+            " not plan anything next time either: raise RuntimeError.",
         ) from None
     except RuntimeError as error:
         expect(
-            str(error), "silent-error", "Your RuntimeError says nothing.\nTell the caller what happened, in a sentence."
+            str(error),
+            "silent-error",
+            "Your RuntimeError says nothing.\nTell the caller what happened, in a sentence.",
         )
         return
     except Exception as error:
         raise Mistake(
-            "raised", f"A request that never fits: {type(error).__name__}: {error}.\nExpected is a RuntimeError."
+            "raised",
+            f"A request that never fits: {type(error).__name__}: {error}.\nExpected is a"
+            " RuntimeError.",
         ) from error
     raise Mistake(
         "request-dropped",
-        "A prompt that never fits the cache came back without an error, as if it had been served.\nRaise RuntimeError "
-        "when a step plans nothing although requests are unfinished.",
+        "A prompt that never fits the cache came back without an error, as if it had been"
+        " served.\nRaise RuntimeError when a step plans nothing although requests are unfinished.",
     )
 
 
@@ -1604,7 +2210,12 @@ class _RightEngine:
     """The loop as it should be; computes what answers are compared with."""
 
     def __init__(self, scheduler: Any, runner: Any, new_stream: Callable) -> None:
-        self.scheduler, self.runner, self.new_stream, self.streams = scheduler, runner, new_stream, {}
+        self.scheduler, self.runner, self.new_stream, self.streams = (
+            scheduler,
+            runner,
+            new_stream,
+            {},
+        )
 
     def add(self, seq: EngineSequence) -> None:
         self.streams[seq.seq_id] = self.new_stream(seq.params.stop_strings)

@@ -1,4 +1,6 @@
-"""Chapter 08, CUDA graphs: the checks of its exercises, on the simulated GPU of `minivllm.course.streams`."""
+"""Chapter 08, CUDA graphs: the checks of its exercises, on the simulated GPU of
+`minivllm.course.streams`.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,10 @@ def _expected(num_tokens: int) -> tuple[list[int], ...]:
 
     with LLM(device="cpu") as llm:
         params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
-        return tuple(out.outputs[0].token_ids for out in llm.generate(list(_prompts()), params, use_tqdm=False))
+        return tuple(
+            out.outputs[0].token_ids
+            for out in llm.generate(list(_prompts()), params, use_tqdm=False)
+        )
 
 
 @contextmanager
@@ -65,16 +70,16 @@ def _cuda_errors(what: str) -> Iterator[None]:
         if text.startswith(NOT_WHILE_CAPTURING):
             raise Mistake(
                 "waits-for-the-gpu",
-                f"Something waited for the GPU {what}:\n{text}\n"
-                "While it records, nothing runs, and there is nothing to wait for. These wait: .item(), .tolist(), "
-                "bool() "
-                "and `if` of a tensor, x[mask], .nonzero(), and copies from ordinary memory, such as gpu.tensor([…]).",
+                f"Something waited for the GPU {what}:\n{text}\nWhile it records, nothing runs, and"
+                " there is nothing to wait for. These wait: .item(), .tolist(), bool() and `if` of"
+                " a tensor, x[mask], .nonzero(), and copies from ordinary memory, such as"
+                " gpu.tensor([…]).",
             ) from error
         if text.startswith(STANDS_STILL):
             raise Mistake(
                 "spins",
-                f"Your code asks query() in a loop {what}: {text}.\nOn a real machine that keeps a CPU core busy with "
-                "nothing but asking. `event.synchronize()` waits.",
+                f"Your code asks query() in a loop {what}: {text}.\nOn a real machine that keeps a"
+                " CPU core busy with nothing but asking. `event.synchronize()` waits.",
             ) from error
         if "same device" in text:
             raise Mistake(
@@ -89,12 +94,13 @@ def _cuda_errors(what: str) -> Iterator[None]:
         if "without a preceding" in text:
             raise Mistake(
                 "not-recorded",
-                f"A graph was replayed that holds nothing:\n{text}\nRecord it with `with gpu.graph(graph):`.",
+                f"A graph was replayed that holds nothing:\n{text}\nRecord it with `with"
+                " gpu.graph(graph):`.",
             ) from error
         raise
 
 
-# --- 08.1 -------------------------------------------------------------------------------------------------------------
+# --- 08.1 -----------------------------------------------------------------------------------------
 
 
 def _measure(kernels: int, us: float, *, graph: bool = False, wait: bool = False) -> float:
@@ -137,76 +143,165 @@ def _measure_steps(ahead: int, steps: int = 10) -> float:
 
 @exercise("08.1", "Warm-up: predict the clock")
 def check_predictions(
-    small_eager: float, small_graph: float, large_eager: float, large_waiting: float, ten_steps: float,
+    small_eager: float,
+    small_graph: float,
+    large_eager: float,
+    large_waiting: float,
+    ten_steps: float,
     ten_steps_ahead: float,
-) -> str:  # fmt: skip
-    def judge(name: str, guess: Any, right: float, measured: str, known: dict[float, tuple[str, str]]) -> None:
+) -> str:
+    def judge(
+        name: str, guess: Any, right: float, measured: str, known: dict[float, tuple[str, str]]
+    ) -> None:
         if isinstance(guess, bool) or not isinstance(guess, int | float):
-            raise Mistake("wrong-type", f"{name} is {show(guess)}.\nA prediction is one number, of microseconds.")
+            raise Mistake(
+                "wrong-type",
+                f"{name} is {show(guess)}.\nA prediction is one number, of microseconds.",
+            )
         if math.isclose(guess, right, rel_tol=5e-4):
             return
         for value, (mistake, why) in known.items():
             if math.isclose(guess, value, rel_tol=5e-4):
-                raise Mistake(mistake, f"{name}: you predicted {guess:,g}, measured: {right:,g}.\n{why} {measured}")
-        thousand = "\nThat looks like milliseconds." if math.isclose(guess * 1000, right, rel_tol=5e-4) else ""
+                raise Mistake(
+                    mistake,
+                    f"{name}: you predicted {guess:,g}, measured: {right:,g}.\n{why} {measured}",
+                )
+        thousand = (
+            "\nThat looks like milliseconds."
+            if math.isclose(guess * 1000, right, rel_tol=5e-4)
+            else ""
+        )
         raise Mistake(
             "milliseconds" if thousand else "wrong-prediction",
-            f"{name}: you predicted {guess:,g}, measured: {right:,g} microseconds.{thousand}\n{measured}",
+            f"{name}: you predicted {guess:,g}, measured: {right:,g}"
+            f" microseconds.{thousand}\n{measured}",
         )
 
-    added = "launch-and-kernel-added", "While a kernel runs, the CPU launches the next: they do not add up."
+    added = (
+        "launch-and-kernel-added",
+        "While a kernel runs, the CPU launches the next: they do not add up.",
+    )
     last = "the-end-forgotten", "When the last launch is done, its kernel is still to run."
-    first = "the-beginning-forgotten", "Before the first kernel can run, it must have been launched."
+    first = (
+        "the-beginning-forgotten",
+        "Before the first kernel can run, it must have been launched.",
+    )
     judge(
-        "small_eager", small_eager, _measure(100, 4), "The CPU launches for 1000 without a break; then the last "
-                                                      "kernel runs.",
-        {1400: added, 1000: last, 410: ("the-faster-one", "You let the GPU set the pace; here a launch takes longer "
-                                                          "than "
-         "a kernel, so the CPU does."), 400: ("launches-forgotten", "That is the kernels alone.")},
-    )  # fmt: skip
+        "small_eager",
+        small_eager,
+        _measure(100, 4),
+        "The CPU launches for 1000 without a break; then the last kernel runs.",
+        {
+            1400: added,
+            1000: last,
+            410: (
+                "the-faster-one",
+                (
+                    "You let the GPU set the pace; here a launch takes longer "
+                    "than "
+                    "a kernel, so the CPU does."
+                ),
+            ),
+            400: ("launches-forgotten", "That is the kernels alone."),
+        },
+    )
     judge(
-        "small_graph", small_graph, _measure(100, 4, graph=True), "One launch of 20, then the kernels, one behind the "
-                                                                  "other.",
-        {400: ("the-beginning-forgotten", "The graph must be launched before its first kernel runs."),
-         20: ("kernels-forgotten", "20 is when the CPU is free again; then the GPU begins."),
-         2400: ("a-launch-for-each-kernel", "A graph is launched once, however many kernels are in it."),
-         24: ("kernels-forgotten", "A graph has all its kernels to run, one after the other."),
-         1004: ("no-graph", "That is how long it takes one by one.")},
-    )  # fmt: skip
+        "small_graph",
+        small_graph,
+        _measure(100, 4, graph=True),
+        "One launch of 20, then the kernels, one behind the other.",
+        {
+            400: (
+                "the-beginning-forgotten",
+                "The graph must be launched before its first kernel runs.",
+            ),
+            20: ("kernels-forgotten", "20 is when the CPU is free again; then the GPU begins."),
+            2400: (
+                "a-launch-for-each-kernel",
+                "A graph is launched once, however many kernels are in it.",
+            ),
+            24: ("kernels-forgotten", "A graph has all its kernels to run, one after the other."),
+            1004: ("no-graph", "That is how long it takes one by one."),
+        },
+    )
     judge(
-        "large_eager", large_eager, _measure(100, 30), "After the first launch the GPU never has to wait for the next.",
-        {4000: added, 3000: first, 1030: ("the-faster-one", "You let the CPU set the pace; here a kernel takes longer "
-                                                            "than "
-         "a launch, so the GPU does."), 1000: ("kernels-forgotten", "That is the launches alone.")},
-    )  # fmt: skip
+        "large_eager",
+        large_eager,
+        _measure(100, 30),
+        "After the first launch the GPU never has to wait for the next.",
+        {
+            4000: added,
+            3000: first,
+            1030: (
+                "the-faster-one",
+                (
+                    "You let the CPU set the pace; here a kernel takes longer "
+                    "than "
+                    "a launch, so the GPU does."
+                ),
+            ),
+            1000: ("kernels-forgotten", "That is the launches alone."),
+        },
+    )
     judge(
-        "large_waiting", large_waiting, _measure(100, 30, wait=True), "Launch, wait, launch, wait: nothing overlaps.",
-        {3010: ("waiting-is-not-free", "A CPU that waits launches nothing meanwhile."),
-         3000: ("waiting-is-not-free", "A CPU that waits launches nothing meanwhile."),
-         1000: ("kernels-forgotten", "That is the launches alone.")},
-    )  # fmt: skip
+        "large_waiting",
+        large_waiting,
+        _measure(100, 30, wait=True),
+        "Launch, wait, launch, wait: nothing overlaps.",
+        {
+            3010: ("waiting-is-not-free", "A CPU that waits launches nothing meanwhile."),
+            3000: ("waiting-is-not-free", "A CPU that waits launches nothing meanwhile."),
+            1000: ("kernels-forgotten", "That is the launches alone."),
+        },
+    )
     judge(
-        "ten_steps", ten_steps, _measure_steps(0), "Plan, launch, compute, look: one after the other, ten times.",
-        {10_000: ("cpu-forgotten", "That is the GPU alone. While the CPU plans or looks, the GPU has nothing to do."),
-         15_000: ("launches-forgotten", "Each step's graph must be launched, too."),
-         1_520: ("one-step-only", "That is one step; there are ten."),
-         10_520: ("overlapped-already", "That is one step ahead. Here the CPU waits before it goes on.")},
-    )  # fmt: skip
+        "ten_steps",
+        ten_steps,
+        _measure_steps(0),
+        "Plan, launch, compute, look: one after the other, ten times.",
+        {
+            10_000: (
+                "cpu-forgotten",
+                "That is the GPU alone. While the CPU plans or looks, the GPU has nothing to do.",
+            ),
+            15_000: ("launches-forgotten", "Each step's graph must be launched, too."),
+            1_520: ("one-step-only", "That is one step; there are ten."),
+            10_520: (
+                "overlapped-already",
+                "That is one step ahead. Here the CPU waits before it goes on.",
+            ),
+        },
+    )
     judge(
-        "ten_steps_ahead", ten_steps_ahead, _measure_steps(1),
+        "ten_steps_ahead",
+        ten_steps_ahead,
+        _measure_steps(1),
         "Only before the first step (plan, launch) and after the last (look) is the GPU idle.",
-        {15_200: ("nothing-overlapped", "While the GPU computes step n, the CPU plans n + 1 and looks at n − 1."),
-         10_000: ("ends-forgotten", "The GPU's ten steps lie side by side, but not from the very beginning to the "
-                                    "end."),
-         10_320: ("the-end-forgotten", "Somebody must still look at the last step's tokens."),
-         10_200: ("the-beginning-forgotten", "The first step must be planned and launched before the GPU can begin."),
-         5_200: ("the-faster-one", "That is the CPU alone; the GPU needs longer, and sets the pace."),
-         11_500: ("one-step-overlapped", "All steps overlap with the CPU's work, not only one.")},
-    )  # fmt: skip
+        {
+            15_200: (
+                "nothing-overlapped",
+                "While the GPU computes step n, the CPU plans n + 1 and looks at n − 1.",
+            ),
+            10_000: (
+                "ends-forgotten",
+                "The GPU's ten steps lie side by side, but not from the very beginning to the end.",
+            ),
+            10_320: ("the-end-forgotten", "Somebody must still look at the last step's tokens."),
+            10_200: (
+                "the-beginning-forgotten",
+                "The first step must be planned and launched before the GPU can begin.",
+            ),
+            5_200: (
+                "the-faster-one",
+                "That is the CPU alone; the GPU needs longer, and sets the pace.",
+            ),
+            11_500: ("one-step-overlapped", "All steps overlap with the CPU's work, not only one."),
+        },
+    )
     return "six predictions, all as measured"
 
 
-# --- 08.2 -------------------------------------------------------------------------------------------------------------
+# --- 08.2 -----------------------------------------------------------------------------------------
 
 
 def _padding(sizes: Sequence[int], seen: dict[int, int]) -> int:
@@ -301,60 +396,87 @@ def check_choose_sizes(answer: Callable) -> str:
         cases.append(({n: random.randint(1, 200) for n in counts}, top, graphs))
     suspects = {
         "powers-of-two": (
-            "You take powers of two, whatever comes. If most steps have 33 sequences, 64 is a bad home for them.",
+            (
+                "You take powers of two, whatever comes. If most steps have 33 sequences, 64 is a"
+                " bad home for them."
+            ),
             (_powers, _small_powers),
         ),
-        "evenly-spaced": ("You space the sizes evenly, whatever comes. Look at `seen`.", (_even, _even_up)),
+        "evenly-spaced": (
+            "You space the sizes evenly, whatever comes. Look at `seen`.",
+            (_even, _even_up),
+        ),
         "most-frequent": (
-            "You take the numbers that come most often. A number that is rare and far from the next size can cost "
-            "more, and "
-            "two frequent neighbours can share a size.", (_frequent, _most_rows),
+            (
+                "You take the numbers that come most often. A number that is rare and far from the"
+                " next size can cost more, and two frequent neighbours can share a size."
+            ),
+            (_frequent, _most_rows),
         ),
         "greedy": (
-            "You add, one after the other, the size that helps most at that moment. The best pair need not contain "
-            "the best "
-            "single one: an early choice may stand in the way of better ones.", (_greedy,),
+            (
+                "You add, one after the other, the size that helps most at that moment. The best"
+                " pair need not contain the best single one: an early choice may stand in the way"
+                " of better ones."
+            ),
+            (_greedy,),
         ),
         "merged-step-by-step": (
-            "You begin with all sizes and drop, one after the other, the one that costs least. An early drop may have "
-            "been "
-            "wrong: two neighbours dropped together may cost less.", (_merged,),
+            (
+                "You begin with all sizes and drop, one after the other, the one that costs least."
+                " An early drop may have been wrong: two neighbours dropped together may cost less."
+            ),
+            (_merged,),
         ),
         "frequency-ignored": (
-            "You count each number once. But seen[n] is in how many steps it ran: a row of padding in 200 steps is "
-            "200 rows.",
+            (
+                "You count each number once. But seen[n] is in how many steps it ran: a row of"
+                " padding in 200 steps is 200 rows."
+            ),
             (_unweighted,),
         ),
-    }  # fmt: skip
+    }
     found = []
     for seen, top, graphs in cases:
         given = dict(seen)
         sizes = answer(given, top, graphs)
         case = f"With seen = {show(seen)}, max_num_seqs = {top}, num_graphs = {graphs}"
         expect(
-            given == seen, "changed-input", f"{case}: your code changed `seen`, which belongs to its caller.\nCopy it."
+            given == seen,
+            "changed-input",
+            f"{case}: your code changed `seen`, which belongs to its caller.\nCopy it.",
         )
-        is_list = isinstance(sizes, list | tuple) and all(isinstance(n, int) and not isinstance(n, bool) for n in sizes)
-        expect(is_list and sizes, "wrong-type", f"{case}: got {show(sizes)}.\nExpected a list of at least one integer.")
+        is_list = isinstance(sizes, list | tuple) and all(
+            isinstance(n, int) and not isinstance(n, bool) for n in sizes
+        )
+        expect(
+            is_list and sizes,
+            "wrong-type",
+            f"{case}: got {show(sizes)}.\nExpected a list of at least one integer.",
+        )
         found.append(list(sizes))
         expect(
-            len(set(sizes)) <= graphs, "too-many-graphs",
-            f"{case}: you record {len(set(sizes))} sizes, {show(found[-1])}.\nThere is memory for {graphs}.",
-        )  # fmt: skip
+            len(set(sizes)) <= graphs,
+            "too-many-graphs",
+            f"{case}: you record {len(set(sizes))} sizes, {show(found[-1])}.\nThere is memory for"
+            f" {graphs}.",
+        )
         expect(
-            max(sizes) >= top, "largest-missing",
-            f"{case}: your largest size is {max(sizes)}.\nA step may have up to {top} sequences, and no graph would "
-            f"fit it. "
-            "max_num_seqs always belongs to the sizes.",
-        )  # fmt: skip
+            max(sizes) >= top,
+            "largest-missing",
+            f"{case}: your largest size is {max(sizes)}.\nA step may have up to {top} sequences,"
+            " and no graph would fit it. max_num_seqs always belongs to the sizes.",
+        )
         expect(
-            max(sizes) == top and min(sizes) >= 1, "useless-size",
+            max(sizes) == top and min(sizes) >= 1,
+            "useless-size",
             f"{case}: {show(found[-1])}.\nNo step has more than {top} sequences or fewer than 1.",
-        )  # fmt: skip
+        )
         expect(
-            list(sizes) == sorted(set(sizes)), "not-ascending",
+            list(sizes) == sorted(set(sizes)),
+            "not-ascending",
             f"{case}: got {show(found[-1])}.\nEach size once, in ascending order.",
-        )  # fmt: skip
+        )
     best = [_padding(_best_sizes(*case), case[0]) for case in cases]
     mine = [_padding(sizes, case[0]) for sizes, case in zip(found, cases, strict=True)]
     worse = [i for i in range(len(cases)) if mine[i] > best[i]]
@@ -362,36 +484,43 @@ def check_choose_sizes(answer: Callable) -> str:
         i = worse[0]
         seen, top, graphs = cases[i]
         what = (
-            f"With seen = {show(seen)}, max_num_seqs = {top}, num_graphs = {graphs}: your sizes {show(found[i])} make "
-            f"{mine[i]:,} rows of padding; {show(_best_sizes(*cases[i]))} make {best[i]:,}."
+            f"With seen = {show(seen)}, max_num_seqs = {top}, num_graphs = {graphs}: your sizes"
+            f" {show(found[i])} make {mine[i]:,} rows of padding; {show(_best_sizes(*cases[i]))}"
+            f" make {best[i]:,}."
         )
         for name, (why, functions) in suspects.items():
             if any(
-                all(_padding(f(*case), case[0]) == m for case, m in zip(cases, mine, strict=True)) for f in functions
+                all(_padding(f(*case), case[0]) == m for case, m in zip(cases, mine, strict=True))
+                for f in functions
             ):
                 raise Mistake(name, f"{what}\n{why}")
         raise Mistake(
-            "too-much-padding", f"{what}\nIn {len(worse)} of {len(cases)} cases there is a better choice. What does "
-                                f"the best "
+            "too-much-padding",
+            f"{what}\nIn {len(worse)} of {len(cases)} cases there is a better choice. What does "
+            "the best "
             "choice for the first few numbers look like, if the last group is taken away?",
-        )  # fmt: skip
+        )
     return f"{len(cases)} kinds of traffic, nowhere a row of padding too many"
 
 
-# --- 08.3 -------------------------------------------------------------------------------------------------------------
+# --- 08.3 -----------------------------------------------------------------------------------------
 
 _NAMES = ("positions", "seq_lens", "block_table", "slot_mapping")
 
 
 def _small_state(gpu: Any, block_size: int) -> Any:
-    """Six slots and the spare one, at positions around the edges of blocks; every block belongs to one slot."""
+    """Six slots and the spare one, at positions around the edges of blocks; every block belongs
+    to one slot.
+    """
     import torch
 
     from minivllm.engine.cuda_graphs import DecodeState
 
     positions = [0, block_size - 1, block_size, 3 * block_size - 1, 5, 2 * block_size + 1, 0]
     table = torch.randperm(28, generator=torch.Generator().manual_seed(3)).reshape(7, 4).int() + 1
-    return DecodeState(gpu.tensor(table), gpu.tensor(positions), gpu.tensor([10 * i for i in range(7)]))
+    return DecodeState(
+        gpu.tensor(table), gpu.tensor(positions), gpu.tensor([10 * i for i in range(7)])
+    )
 
 
 @exercise("08.3", "A padded row harms nobody")
@@ -404,10 +533,15 @@ def check_decode_inputs(decode_inputs: Callable, advance: Callable) -> str:
             _one_batch(decode_inputs, advance, SimulatedGPU(), batch, block_size)
     _recorded_batches(decode_inputs, advance)
     tokens = _with_the_model(decode_inputs, advance)
-    return f"{2 * len(batches)} batches; recorded, the bundled model writes the same {tokens} tokens with it"
+    return (
+        f"{2 * len(batches)} batches; recorded, the bundled model writes the same {tokens} tokens"
+        " with it"
+    )
 
 
-def _one_batch(decode_inputs: Callable, advance: Callable, gpu: Any, batch: list[int], block_size: int) -> None:
+def _one_batch(
+    decode_inputs: Callable, advance: Callable, gpu: Any, batch: list[int], block_size: int
+) -> None:
     """Launched one by one, against the package's own."""
     import torch
 
@@ -422,7 +556,11 @@ def _one_batch(decode_inputs: Callable, advance: Callable, gpu: Any, batch: list
     with _cuda_errors("in decode_inputs, launched eagerly"):
         got = decode_inputs(state, slots, block_size)
         is_four = isinstance(got, tuple | list) and len(got) == 4
-        expect(is_four, "wrong-type", f"decode_inputs gave {show(got)}.\nExpected four tensors: {', '.join(_NAMES)}.")
+        expect(
+            is_four,
+            "wrong-type",
+            f"decode_inputs gave {show(got)}.\nExpected four tensors: {', '.join(_NAMES)}.",
+        )
         gpu.synchronize()
         values = [_cpu(value) for value in got]
     spare = [i for i, slot in enumerate(batch) if slot == len(state.position) - 1]
@@ -431,15 +569,19 @@ def _one_batch(decode_inputs: Callable, advance: Callable, gpu: Any, batch: list
     if block_size != 16 and difference(values[3], expected[3]) and not difference(values[3], of_16):
         raise Mistake(
             "block-size-fixed",
-            f"slot_mapping: got {show(values[3])}, expected {show(expected[3])}, with {where}.\nThat would be right for "
-            "blocks of 16. Use `block_size`.",
+            f"slot_mapping: got {show(values[3])}, expected {show(expected[3])}, with"
+            f" {where}.\nThat would be right for blocks of 16. Use `block_size`.",
         )
     _name_what_differs(values, expected, spare, real, where, block_size)
-    for name, tensor, before in zip(vars(state), vars(state).values(), vars(on_cpu).values(), strict=True):
+    for name, tensor, before in zip(
+        vars(state), vars(state).values(), vars(on_cpu).values(), strict=True
+    ):
         expect(
-            torch.equal(tensor.cpu(), before), "changed-input",
-            f"decode_inputs changed state.{name}, with {where}.\nIt only reads; `advance` moves the slots on.",
-        )  # fmt: skip
+            torch.equal(tensor.cpu(), before),
+            "changed-input",
+            f"decode_inputs changed state.{name}, with {where}.\nIt only reads; `advance` moves the"
+            " slots on.",
+        )
     token_ids = gpu.tensor([90 + i for i in range(len(batch))])
     with _cuda_errors("in advance, launched eagerly"):
         try:
@@ -447,8 +589,8 @@ def _one_batch(decode_inputs: Callable, advance: Callable, gpu: Any, batch: list
         except FrozenInstanceError as error:
             raise Mistake(
                 "not-in-place",
-                f"advance puts new tensors in place of the state's: {error}.\nA recording knows the old ones' addresses. "
-                "Write into them: `state.position[slots] = …`.",
+                f"advance puts new tensors in place of the state's: {error}.\nA recording knows the"
+                " old ones' addresses. Write into them: `state.position[slots] = …`.",
             ) from error
         gpu.synchronize()
     _after_advance(state, on_cpu, batch, token_ids.tolist(), where)
@@ -461,7 +603,12 @@ def _cpu(value: Any) -> Any:
 
 
 def _name_what_differs(
-    values: list, expected: Sequence[torch.Tensor], spare: list[int], real: list[int], where: str, block_size: int
+    values: list,
+    expected: Sequence[torch.Tensor],
+    spare: list[int],
+    real: list[int],
+    where: str,
+    block_size: int,
 ) -> None:
     import torch
 
@@ -476,67 +623,70 @@ def _name_what_differs(
     if found[1] and real and torch.equal(seq_lens[real], right_lens[real] - 1):
         raise Mistake(
             "own-token-not-read",
-            f"seq_lens: got {show(seq_lens)}, expected {show(right_lens)}, with {where}.\nThe token at the row's "
-            f"position "
-            "is read, too: its K and V are stored before attention runs. At position p that makes p + 1 tokens.",
+            f"seq_lens: got {show(seq_lens)}, expected {show(right_lens)}, with {where}.\nThe token"
+            " at the row's position is read, too: its K and V are stored before attention runs. At"
+            " position p that makes p + 1 tokens.",
         )
     if found[1] and torch.equal(seq_lens[real], right_lens[real]):
         raise Mistake(
             "spare-row-reads",
-            f"seq_lens: got {show(seq_lens)}, expected {show(right_lens)}, with {where}.\nThe spare slot has no "
-            f"context: "
-            "its row reads 0 tokens.",
+            f"seq_lens: got {show(seq_lens)}, expected {show(right_lens)}, with {where}.\nThe spare"
+            " slot has no context: its row reads 0 tokens.",
         )
     if found[3] and torch.equal(places[real], right_places[real]):
         wrong = places[spare][0].item()
         raise Mistake(
             "spare-row-writes",
-            f"slot_mapping: got {show(places)}, expected {show(right_places)}, with {where}.\nA padded row would "
-            f"write to "
-            f"{wrong}: block {wrong // block_size}, place {wrong % block_size}, which may belong to somebody. −1 is "
-            f"nowhere.",
+            f"slot_mapping: got {show(places)}, expected {show(right_places)}, with {where}.\nA"
+            f" padded row would write to {wrong}: block {wrong // block_size}, place"
+            f" {wrong % block_size}, which may belong to somebody. −1 is nowhere.",
         )
     if found[3] and torch.equal(places[real] % block_size, right_places[real] % block_size):
         raise Mistake(
             "block-not-looked-up",
-            f"slot_mapping: got {show(places)}, expected {show(right_places)}, with {where}.\nThe place in the block "
-            f"is "
-            "right, the block is not: look it up in the row's block table, at position // block_size.",
+            f"slot_mapping: got {show(places)}, expected {show(right_places)}, with {where}.\nThe"
+            " place in the block is right, the block is not: look it up in the row's block table,"
+            " at position // block_size.",
         )
     raise Mistake("wrong-values", f"{name}: {what}.\nWith {where}.")
 
 
-def _after_advance(state: Any, before: Any, batch: list[int], token_ids: list[int], where: str) -> None:
+def _after_advance(
+    state: Any, before: Any, batch: list[int], token_ids: list[int], where: str
+) -> None:
     position, last = state.position.tolist(), state.last_token.tolist()
     spare = len(position) - 1
     for slot in range(len(position)):
         old = int(before.position[slot])
         if slot not in batch:
             expect(
-                position[slot] == old and last[slot] == int(before.last_token[slot]), "others-changed",
-                f"advance changed slot {slot}, which is not in the batch: {where}.\nOnly the slots of the batch move "
-                f"on.",
-            )  # fmt: skip
+                position[slot] == old and last[slot] == int(before.last_token[slot]),
+                "others-changed",
+                f"advance changed slot {slot}, which is not in the batch: {where}.\nOnly the slots"
+                " of the batch move on.",
+            )
         elif slot == spare:
             expect(
-                position[slot] == 0, "spare-slot-moves-on",
-                f"After advance the spare slot is at position {position[slot]}, with {where}.\nIt stays at 0. "
-                f"Otherwise it "
-                "walks on with every padded step, until it is past the end of its row of the block table.",
-            )  # fmt: skip
+                position[slot] == 0,
+                "spare-slot-moves-on",
+                f"After advance the spare slot is at position {position[slot]}, with {where}.\nIt"
+                " stays at 0. Otherwise it walks on with every padded step, until it is past the"
+                " end of its row of the block table.",
+            )
         else:
             expect(
-                last[slot] == token_ids[batch.index(slot)], "token-not-noted",
-                f"After advance, state.last_token of slot {slot} is {last[slot]}; its row's token is "
-                f"{token_ids[batch.index(slot)]}. With {where}.\nThe next step reads it from there: write it in place, "
-                "`state.last_token[slots] = …`.",
-            )  # fmt: skip
+                last[slot] == token_ids[batch.index(slot)],
+                "token-not-noted",
+                f"After advance, state.last_token of slot {slot} is {last[slot]}; its row's token"
+                f" is {token_ids[batch.index(slot)]}. With {where}.\nThe next step reads it from"
+                " there: write it in place, `state.last_token[slots] = …`.",
+            )
             expect(
-                position[slot] == old + 1, "position-not-advanced",
-                f"After advance slot {slot} is at position {position[slot]}, was at {old}, with {where}.\nEach slot "
-                f"moves "
-                "on by one, in place: `state.position[slots] = …`.",
-            )  # fmt: skip
+                position[slot] == old + 1,
+                "position-not-advanced",
+                f"After advance slot {slot} is at position {position[slot]}, was at {old}, with"
+                f" {where}.\nEach slot moves on by one, in place: `state.position[slots] = …`.",
+            )
 
 
 def _recorded_batches(decode_inputs: Callable, advance: Callable) -> None:
@@ -564,9 +714,9 @@ def _recorded_batches(decode_inputs: Callable, advance: Callable) -> None:
             if found := difference(value, wanted):
                 raise Mistake(
                     "not-recorded",
-                    f"Recorded and replayed with slots {batch}, {name}: {found[1]}.\nLaunched one by one it was "
-                    f"right. The "
-                    "recording must work it out anew each time, from `slots` and `state`, on the GPU.",
+                    f"Recorded and replayed with slots {batch}, {name}: {found[1]}.\nLaunched one"
+                    " by one it was right. The recording must work it out anew each time, from"
+                    " `slots` and `state`, on the GPU.",
                 )
 
 
@@ -583,7 +733,9 @@ def _with_the_model(decode_inputs: Callable, advance: Callable) -> int:
     def step(slots: Any) -> Any:
         state = model.state
         positions, seq_lens, block_table, slot_mapping = inputs(state, slots, model.block_size)
-        tokens = model.forward(state.last_token[slots], positions, seq_lens, block_table, slot_mapping)
+        tokens = model.forward(
+            state.last_token[slots], positions, seq_lens, block_table, slot_mapping
+        )
         move_on(state, slots, tokens)
         return tokens
 
@@ -605,19 +757,23 @@ def _with_the_model(decode_inputs: Callable, advance: Callable) -> int:
             texts[slot].append(token)
     for i, text in texts.items():
         expect(
-            text == expected[i][: len(text)], "model-differs",
-            f"The answer to {QUESTIONS[i]!r} is not what it should be: {show(text)}, expected "
-            f"{show(expected[i][: len(text)])}.\nEverything else was right, so this is hard to tell from here.",
-        )  # fmt: skip
+            text == expected[i][: len(text)],
+            "model-differs",
+            f"The answer to {QUESTIONS[i]!r} is not what it should be: {show(text)}, expected"
+            f" {show(expected[i][: len(text)])}.\nEverything else was right, so this is hard to"
+            " tell from here.",
+        )
     expect(inputs.calls and move_on.calls, "not-used", "Your functions were not called.\n")
     return sum(map(len, texts.values()))
 
 
-# --- 08.4 -------------------------------------------------------------------------------------------------------------
+# --- 08.4 -----------------------------------------------------------------------------------------
 
 
 class _Bench:
-    """A step that does sums, on a GPU that takes its time, and what may be asked about it afterwards."""
+    """A step that does sums, on a GPU that takes its time, and what may be asked about it
+    afterwards.
+    """
 
     NUM_SLOTS = 9
 
@@ -636,7 +792,9 @@ class _Bench:
         self.values = self.gpu.full((self.NUM_SLOTS + 1,), 5)
         self.rows: list[list[int]] = []  # slots of every step that ran
         self.steps: list[int] = []  # sizes the step was called with
-        self._mix = self.gpu.kernel(self._mixed, lambda values, slots: [(slots.shape, slots.dtype)], "mix")
+        self._mix = self.gpu.kernel(
+            self._mixed, lambda values, slots: [(slots.shape, slots.dtype)], "mix"
+        )
 
     def _mixed(self, values: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         self.rows.append(slots.tolist())
@@ -662,145 +820,180 @@ def check_decode_graphs(answer: Callable) -> str:
         graphs = answer(bench.gpu, bench.step, given, bench.NUM_SLOTS)
         after = bench.values.tolist()[:-1]
     expect(
-        given == sizes, "changed-input",
-        f"Your __init__ changed the list of sizes, from {sizes} to {given}. It belongs to the caller.\nsorted(sizes) "
-        "makes a new list.",
-    )  # fmt: skip
+        given == sizes,
+        "changed-input",
+        f"Your __init__ changed the list of sizes, from {sizes} to {given}. It belongs to the"
+        " caller.\nsorted(sizes) makes a new list.",
+    )
     expect(
-        len(bench.pools) >= len(sizes), "not-recorded",
-        f"{len(bench.pools)} graphs were recorded for the sizes {sizes}.\nOne for each, with `with gpu.graph(…):` in "
-        "__init__: later, while requests are served, there is no time for it.",
-    )  # fmt: skip
+        len(bench.pools) >= len(sizes),
+        "not-recorded",
+        f"{len(bench.pools)} graphs were recorded for the sizes {sizes}.\nOne for each, with `with"
+        " gpu.graph(…):` in __init__: later, while requests are served, there is no time for it.",
+    )
     expect(
-        len(bench.pools) == len(sizes), "recorded-too-often",
-        f"{len(bench.pools)} graphs were recorded for the {len(sizes)} sizes {sizes}.\nOne for each size is enough.",
-    )  # fmt: skip
+        len(bench.pools) == len(sizes),
+        "recorded-too-often",
+        f"{len(bench.pools)} graphs were recorded for the {len(sizes)} sizes {sizes}.\nOne for each"
+        " size is enough.",
+    )
     changed = [slot for slot, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
     if changed:
         raise Mistake(
             "warmed-up-on-somebody",
-            f"Making your object has changed the state of slot {changed[0]}.\nThe warm-up really runs the step. Let it run "
-            "for the spare slot, which is nobody's.",
+            f"Making your object has changed the state of slot {changed[0]}.\nThe warm-up really"
+            " runs the step. Let it run for the spare slot, which is nobody's.",
         )
     shared = {id(pool) for pool in bench.pools if pool is not None}
     expect(
-        len(shared) == 1 and None not in bench.pools, "a-pool-for-each",
-        f"{len(sizes)} graphs were recorded on {len(shared) or len(sizes)} pools.\nThey never run at the same time, "
-        f"so they "
-        "can share one: make it once, and give it to each gpu.graph(graph, pool=…).",
-    )  # fmt: skip
+        len(shared) == 1 and None not in bench.pools,
+        "a-pool-for-each",
+        f"{len(sizes)} graphs were recorded on {len(shared) or len(sizes)} pools.\nThey never run"
+        " at the same time, so they can share one: make it once, and give it to each"
+        " gpu.graph(graph, pool=…).",
+    )
     replays = _replay_and_compare(graphs, bench, sizes)
     _replay_in_a_row(answer, sizes)
     _too_many(graphs, bench)
     tokens = _graphs_of_the_model(answer)
-    return f"{replays} replays, none waited; the bundled model writes the same {tokens} tokens through it"
+    return (
+        f"{replays} replays, none waited; the bundled model writes the same {tokens} tokens"
+        " through it"
+    )
 
 
 def _replay_and_compare(graphs: Any, bench: _Bench, sizes: list[int]) -> int:
     """Batches of all sizes, slots in any order, and somebody left out."""
     random, gpu = Random(4), bench.gpu
-    batches = [[3], [1, 2, 4, 5, 6], [7, 6], [0], [0, 1, 2, 3, 4, 5, 6, 7], [8, 2, 5], [8, 2, 5], [4, 1, 0]]
+    batches = [
+        [3],
+        [1, 2, 4, 5, 6],
+        [7, 6],
+        [0],
+        [0, 1, 2, 3, 4, 5, 6, 7],
+        [8, 2, 5],
+        [8, 2, 5],
+        [4, 1, 0],
+    ]
     batches += [random.sample(range(bench.NUM_SLOTS), random.randint(1, 8)) for _ in range(16)]
     previous: list[int] = []
     for batch in batches:
         before = bench.values.tolist()
         asked = list(batch)
-        waits, launches, replays, bench.rows[:] = gpu.num_waits, gpu.num_launches, gpu.num_replays, []
+        waits, launches, replays, bench.rows[:] = (
+            gpu.num_waits,
+            gpu.num_launches,
+            gpu.num_replays,
+            [],
+        )
         with _cuda_errors("in replay"):
             out = graphs.replay(asked)
-        waited, launched, replayed = gpu.num_waits - waits, gpu.num_launches - launches, gpu.num_replays - replays
+        waited, launched, replayed = (
+            gpu.num_waits - waits,
+            gpu.num_launches - launches,
+            gpu.num_replays - replays,
+        )
         what = f"replay({batch}), with graphs for {sorted(sizes)}"
         expect(
-            asked == batch, "changed-input",
-            f"{what} changed the list of slots to {asked}. It belongs to the caller.\nPad a new list: "
-            "`slots + [spare] * n`; `+=` and append change the old one.",
-        )  # fmt: skip
+            asked == batch,
+            "changed-input",
+            f"{what} changed the list of slots to {asked}. It belongs to the caller.\nPad a new"
+            " list: `slots + [spare] * n`; `+=` and append change the old one.",
+        )
         expect(
-            hasattr(out, "tolist") and out.dim() == 1, "wrong-type",
-            f"{what} returned {type(out).__name__}.\nExpected a tensor of token ids, one for each slot.",
-        )  # fmt: skip
+            hasattr(out, "tolist") and out.dim() == 1,
+            "wrong-type",
+            f"{what} returned {type(out).__name__}.\nExpected a tensor of token ids, one for each"
+            " slot.",
+        )
         got, after = out.tolist(), bench.values.tolist()
         right = bench.right(before, batch)
         expect(
-            replayed > 0, "launched-not-replayed",
-            f"{what} launched {launched} kernels and replayed no graph.\nThat works, but it is what we want to get "
-            f"rid of: "
-            "call graph.replay().",
-        )  # fmt: skip
+            replayed > 0,
+            "launched-not-replayed",
+            f"{what} launched {launched} kernels and replayed no graph.\nThat works, but it is what"
+            " we want to get rid of: call graph.replay().",
+        )
         _name_what_happened(bench, what, batch, previous, (before, after), (got, right), sizes)
         expect(
-            waited == 0, "waits-for-the-gpu",
-            f"{what} waited for the GPU ({_n(waited, 'time')}).\nA tensor made by gpu.tensor(…), and every copy "
-            f"without "
-            "non_blocking=True from pinned memory, waits for all steps that still run. So does looking at values.",
-        )  # fmt: skip
+            waited == 0,
+            "waits-for-the-gpu",
+            f"{what} waited for the GPU ({_n(waited, 'time')}).\nA tensor made by gpu.tensor(…),"
+            " and every copy without non_blocking=True from pinned memory, waits for all steps"
+            " that still run. So does looking at values.",
+        )
         previous = batch
     return len(batches)
 
 
 def _name_what_happened(
-    bench: _Bench, what: str, batch: list[int], previous: list[int], states: tuple[list[int], list[int]],
-    tokens: tuple[list[int], list[int]], sizes: list[int],
-) -> None:  # fmt: skip
+    bench: _Bench,
+    what: str,
+    batch: list[int],
+    previous: list[int],
+    states: tuple[list[int], list[int]],
+    tokens: tuple[list[int], list[int]],
+    sizes: list[int],
+) -> None:
     (before, after), (got, right) = states, tokens
     touched = [slot for slot in range(bench.NUM_SLOTS) if before[slot] != after[slot]]
     strangers = [slot for slot in touched if slot not in batch]
     if len(got) > len(right) and got[: len(right)] == right and not strangers:
         raise Mistake(
             "padding-returned",
-            f"{what} returned {len(got)} tokens.\nThe graph computes padded rows, too; return the first {len(right)} "
-            f"only.",
+            f"{what} returned {len(got)} tokens.\nThe graph computes padded rows, too; return the"
+            f" first {len(right)} only.",
         )
     if not touched and batch:
         raise Mistake(
             "inputs-not-updated",
-            f"{what} moved nobody on: the graph ran for other slots than those.\nA recording reads the tensor that it "
-            f"was "
-            "recorded with. Copy the slots *into* that tensor; a new tensor, or a Python list, it does not see.",
+            f"{what} moved nobody on: the graph ran for other slots than those.\nA recording reads"
+            " the tensor that it was recorded with. Copy the slots *into* that tensor; a new"
+            " tensor, or a Python list, it does not see.",
         )
     if strangers and set(strangers) <= set(previous):
         raise Mistake(
             "stale-rows",
-            f"{what} also moved on slots {strangers}, which ran in the step before.\nThe rows behind the batch still "
-            f"hold "
-            "them. Fill these rows with the spare slot, each time.",
+            f"{what} also moved on slots {strangers}, which ran in the step before.\nThe rows"
+            " behind the batch still hold them. Fill these rows with the spare slot, each time.",
         )
     if strangers:
         raise Mistake(
             "padded-with-somebody",
-            f"{what} also moved on slots {strangers}.\nPadded rows are computed like all others. They must stand for "
-            f"the "
-            f"spare slot, {bench.NUM_SLOTS}, which is nobody's; 0 is somebody.",
+            f"{what} also moved on slots {strangers}.\nPadded rows are computed like all others."
+            f" They must stand for the spare slot, {bench.NUM_SLOTS}, which is nobody's; 0 is"
+            " somebody.",
         )
     rows = bench.rows[-1] if bench.rows else []
     size, best = len(rows), min(size for size in sizes if size >= len(batch))
     if size != best and size == max(sizes):
         raise Mistake(
             "largest-graph-always",
-            f"{what} replayed the graph of {size} rows.\nThe smallest that is large enough has {best}; the rest is "
-            f"work "
-            "for nobody.",
+            f"{what} replayed the graph of {size} rows.\nThe smallest that is large enough has"
+            f" {best}; the rest is work for nobody.",
         )
     if size != best and got == right:
         raise Mistake(
             "not-the-smallest",
-            f"{what} replayed the graph of {size} rows; the smallest that is large enough has {best}.\nThe sizes come "
-            f"in "
-            "any order: sort them, or take the minimum.",
+            f"{what} replayed the graph of {size} rows; the smallest that is large enough has"
+            f" {best}.\nThe sizes come in any order: sort them, or take the minimum.",
         )
     if size < len(batch) or len(got) < len(batch):
         raise Mistake(
             "graph-too-small",
-            f"{what} replayed a graph of {size} rows and gave {len(got)} tokens.\nIt needs {len(batch)}.",
+            f"{what} replayed a graph of {size} rows and gave {len(got)} tokens.\nIt needs"
+            f" {len(batch)}.",
         )
     if found := difference(got, right):
-        raise Mistake("wrong-values", f"{what}: {found[1]}.\nIs it the result of the graph that was replayed?")
+        raise Mistake(
+            "wrong-values", f"{what}: {found[1]}.\nIs it the result of the graph that was replayed?"
+        )
     if padding := [slot for slot in rows[len(batch) :] if slot != bench.NUM_SLOTS]:
         raise Mistake(
             "padded-with-somebody",
-            f"{what} computed slot {padding[0]} a second time, in a padded row.\nHere no harm is done, but it reads "
-            f"that "
-            f"slot's whole context again, for nothing. The spare slot, {bench.NUM_SLOTS}, has none.",
+            f"{what} computed slot {padding[0]} a second time, in a padded row.\nHere no harm is"
+            " done, but it reads that slot's whole context again, for nothing. The spare slot,"
+            f" {bench.NUM_SLOTS}, has none.",
         )
 
 
@@ -809,7 +1002,10 @@ def _replay_in_a_row(answer: Callable, sizes: list[int]) -> None:
     bench = _Bench()
     with _cuda_errors("while your class recorded"):
         graphs = answer(bench.gpu, bench.step, list(sizes), bench.NUM_SLOTS)
-    expected, batches = bench.values.tolist(), [[0, 1, 2], [3, 4, 5], [6, 7, 8], [0, 3, 6], [1, 4, 7, 8]]
+    expected, batches = (
+        bench.values.tolist(),
+        [[0, 1, 2], [3, 4, 5], [6, 7, 8], [0, 3, 6], [1, 4, 7, 8]],
+    )
     bench.gpu.synchronize()
     for batch in batches:
         with _cuda_errors("in replay"):
@@ -819,11 +1015,10 @@ def _replay_in_a_row(answer: Callable, sizes: list[int]) -> None:
     if bench.values.tolist()[:-1] != expected[:-1]:
         raise Mistake(
             "pinned-overwritten",
-            "Five replays one after the other, without a look at the results in between, ran for the wrong slots. "
-            "With a "
-            "look in between they were right.\nThe copies wait in the stream, and read the pinned tensor only when "
-            "their "
-            "turn comes: by then you have put newer slots into it. Take a new one for each replay.",
+            "Five replays one after the other, without a look at the results in between, ran for"
+            " the wrong slots. With a look in between they were right.\nThe copies wait in the"
+            " stream, and read the pinned tensor only when their turn comes: by then you have put"
+            " newer slots into it. Take a new one for each replay.",
         )
 
 
@@ -834,15 +1029,16 @@ def _too_many(graphs: Any, bench: _Bench) -> None:
         return
     except Exception as error:
         raise Mistake(
-            "wrong-error", f"replay of 9 slots, where the largest graph has 8 rows, raised {type(error).__name__}: "
-                           f"{error}\n"
-            "It should raise ValueError, with words that say what is wrong.",
-        ) from error  # fmt: skip
+            "wrong-error",
+            f"replay of 9 slots, where the largest graph has 8 rows, raised {type(error).__name__}:"
+            f" {error}\nIt should raise ValueError, with words that say what is wrong.",
+        ) from error
     raise Mistake(
-        "too-many-accepted", "replay of 9 slots, where the largest graph has 8 rows, raised nothing.\nSomebody gets "
-                             "no token, "
+        "too-many-accepted",
+        "replay of 9 slots, where the largest graph has 8 rows, raised nothing.\nSomebody gets "
+        "no token, "
         "and nobody knows. Raise ValueError.",
-    )  # fmt: skip
+    )
 
 
 def _graphs_of_the_model(answer: Callable) -> int:
@@ -862,15 +1058,16 @@ def _graphs_of_the_model(answer: Callable) -> int:
             texts[slot].append(token)
     for question, text, right in zip(QUESTIONS, texts, expected, strict=True):
         expect(
-            text == right[: len(text)], "model-differs",
-            f"The answer to {question!r} differs: {show(text)}, expected {show(right[: len(text)])}.\nWith simple "
-            f"steps "
-            "everything was right. Does your class keep anything of a step on the CPU?",
-        )  # fmt: skip
+            text == right[: len(text)],
+            "model-differs",
+            f"The answer to {question!r} differs: {show(text)}, expected"
+            f" {show(right[: len(text)])}.\nWith simple steps everything was right. Does your class"
+            " keep anything of a step on the CPU?",
+        )
     return sum(map(len, texts))
 
 
-# --- 08.5 -------------------------------------------------------------------------------------------------------------
+# --- 08.5 -----------------------------------------------------------------------------------------
 
 
 @exercise("08.5", "Debug this: somebody writes into my story")
@@ -882,9 +1079,15 @@ def check_static_batch(answer: Callable) -> str:
     }
     left = {name: why for name, why in faults.items() if why}
     if len(left) == 3:
-        raise Mistake("not-mended", "All three bugs are still there. The first: " + left["table-too-narrow"])
+        raise Mistake(
+            "not-mended", "All three bugs are still there. The first: " + left["table-too-narrow"]
+        )
     for name, why in left.items():
-        raise Mistake(name, why + (f"\n(And another of the three is left, {list(left)[1]}.)" if len(left) > 1 else ""))
+        raise Mistake(
+            name,
+            why
+            + (f"\n(And another of the three is left, {list(left)[1]}.)" if len(left) > 1 else ""),
+        )
     tokens = _serve_rows(answer)
     return f"rows come and go, and {tokens} tokens are what they should be"
 
@@ -902,7 +1105,10 @@ def _make_batch(answer: Callable) -> tuple[Any, Any]:
 def _some_rows(count: int, blocks: int = 2) -> list[Any]:
     from minivllm.course.streams import Row
 
-    return [Row(10 + i, 16 * blocks - 3 - i, [blocks * i + j + 1 for j in range(blocks)]) for i in range(count)]
+    return [
+        Row(10 + i, 16 * blocks - 3 - i, [blocks * i + j + 1 for j in range(blocks)])
+        for i in range(count)
+    ]
 
 
 def _table_fault(answer: Callable) -> str:
@@ -912,8 +1118,9 @@ def _table_fault(answer: Callable) -> str:
     if columns == _MAX_MODEL_LEN // 16:
         raise Mistake(
             "rounded-down",
-            f"For max_model_len = {_MAX_MODEL_LEN} and blocks of 16 your table has {columns} columns: room for {room} "
-            "tokens.\nThe last block of a sequence need not be full: round up, -(-max_model_len // block_size).",
+            f"For max_model_len = {_MAX_MODEL_LEN} and blocks of 16 your table has {columns}"
+            f" columns: room for {room} tokens.\nThe last block of a sequence need not be full:"
+            " round up, -(-max_model_len // block_size).",
         )
     if room >= _MAX_MODEL_LEN:
         rows = _some_rows(3, blocks=16)
@@ -924,14 +1131,16 @@ def _table_fault(answer: Callable) -> str:
             if table[:16] != row.blocks:
                 raise Mistake(
                     "table-not-filled",
-                    f"The table is wide enough now, but for a sequence of 16 blocks, {show(row.blocks)}, fill wrote "
-                    f"{show(table)}.\nEvery block of the sequence must stand in its row.",
+                    "The table is wide enough now, but for a sequence of 16 blocks,"
+                    f" {show(row.blocks)}, fill wrote {show(table)}.\nEvery block of the sequence"
+                    " must stand in its row.",
                 )
         return ""
     return (
-        f"block_table has {columns} columns: room for {room} tokens of 16 a block.\nSequences may get max_model_len = "
-        f"{_MAX_MODEL_LEN} tokens, 16 blocks. What is cut off is then read from somewhere else. The recording's table must "
-        "be wide enough for the longest sequence there can ever be."
+        f"block_table has {columns} columns: room for {room} tokens of 16 a block.\nSequences may"
+        f" get max_model_len = {_MAX_MODEL_LEN} tokens, 16 blocks. What is cut off is then read"
+        " from somewhere else. The recording's table must be wide enough for the longest sequence"
+        " there can ever be."
     )
 
 
@@ -947,19 +1156,16 @@ def _stale_fault(answer: Callable) -> str:
         if any(place != -1 for place in places):
             index = next(i for i, place in enumerate(places) if place != -1)
             return (
-                f"After fill of {many} sequences and then of {few}, row {few + index} of the graph of {size} still "
-                f"writes: "
-                f"slot_mapping is {places[index]}.\nNobody runs in it, and its place may belong to somebody else by "
-                f"now. "
-                "Every row behind the real ones, up to the size that is replayed, gets −1, at each fill."
+                f"After fill of {many} sequences and then of {few}, row {few + index} of the graph"
+                f" of {size} still writes: slot_mapping is {places[index]}.\nNobody runs in it, and"
+                " its place may belong to somebody else by now. Every row behind the real ones, up"
+                " to the size that is replayed, gets −1, at each fill."
             )
         if any(lengths):
             return (
-                f"After fill of {many} sequences and then of {few}, the padded rows of the graph of {size} write "
-                f"nowhere, "
-                f"but they still read: seq_lens {lengths}.\nNo harm is done, but it is work, and those blocks may be "
-                f"gone. A "
-                "padded row reads 0 tokens."
+                f"After fill of {many} sequences and then of {few}, the padded rows of the graph of"
+                f" {size} write nowhere, but they still read: seq_lens {lengths}.\nNo harm is done,"
+                " but it is work, and those blocks may be gone. A padded row reads 0 tokens."
             )
     return ""
 
@@ -972,12 +1178,14 @@ def _size_fault(answer: Callable) -> str:
             size = batch.fill(_some_rows(count))
         if size not in (1, 2, 4, 8) or size < count:
             raise Mistake(
-                "no-such-graph", f"For {_n(count, 'sequence')} fill returned {show(size)}.\nRecorded are 1, 2, 4 and 8."
+                "no-such-graph",
+                f"For {_n(count, 'sequence')} fill returned {show(size)}.\nRecorded are 1, 2, 4"
+                " and 8.",
             )
         if size != best:
             return (
-                f"For {_n(count, 'sequence')} fill returned {size}; the smallest graph that is large enough has "
-                f"{_n(best, 'row')}.\nAll others are computed for nobody."
+                f"For {_n(count, 'sequence')} fill returned {size}; the smallest graph that is"
+                f" large enough has {_n(best, 'row')}.\nAll others are computed for nobody."
             )
     return ""
 
@@ -1002,21 +1210,22 @@ def _serve_rows(answer: Callable) -> int:
             server.step()
     for name, address in zip(_TENSORS, addresses, strict=True):
         expect(
-            getattr(server.batch, name).data_ptr() == address, "new-address",
-            f"fill has put another tensor under the name {name}.\nThe recording goes on reading the old one. Write "
-            f"into the "
-            "tensor that is there: `self._put(…)`, `tensor[:n].copy_(…)`, `tensor.fill_(…)`.",
-        )  # fmt: skip
+            getattr(server.batch, name).data_ptr() == address,
+            "new-address",
+            f"fill has put another tensor under the name {name}.\nThe recording goes on reading the"
+            " old one. Write into the tensor that is there: `self._put(…)`, `tensor[:n].copy_(…)`,"
+            " `tensor.fill_(…)`.",
+        )
     for name, i in order.items():
         mine, right = server.answers[name], expected[i]
         if mine != right[: len(mine)]:
             at = next(k for k, (a, b) in enumerate(zip(mine, right, strict=False)) if a != b)
             raise Mistake(
                 "wrong-values",
-                f"{name}'s answer to {QUESTIONS[i]!r} goes wrong at its token {at}, when its context is "
-                f"{len(prompts[i]) + at} tokens long: got {mine[at]}, expected {right[at]}.\nCompare, before and "
-                f"after that "
-                "step, what each of the five tensors holds in its row.",
+                f"{name}'s answer to {QUESTIONS[i]!r} goes wrong at its token {at}, when its"
+                f" context is {len(prompts[i]) + at} tokens long: got {mine[at]}, expected"
+                f" {right[at]}.\nCompare, before and after that step, what each of the five tensors"
+                " holds in its row.",
             )
     return sum(map(len, server.answers.values()))
 
@@ -1024,7 +1233,7 @@ def _serve_rows(answer: Callable) -> int:
 _TENSORS = ("token_ids", "positions", "seq_lens", "block_table", "slot_mapping")
 
 
-# --- 08.6 -------------------------------------------------------------------------------------------------------------
+# --- 08.6 -----------------------------------------------------------------------------------------
 
 
 class _TooLong(Exception):
@@ -1046,7 +1255,11 @@ def check_serve(answer: Callable) -> str:
     saved = 0.0
     for requests, times in cases:
         saved = max(saved, _serve_one(answer, requests, times))
-    expect(saved > 1.2, "no-overlap", "Nothing was faster than waiting for each step.\nPlan the next one first.")
+    expect(
+        saved > 1.2,
+        "no-overlap",
+        "Nothing was faster than waiting for each step.\nPlan the next one first.",
+    )
     return f"{len(cases)} loads, the right tokens, and never more than two steps under way"
 
 
@@ -1075,27 +1288,31 @@ def _serve_one(answer: Callable, requests: list[tuple[int, int]], times: dict[st
 
         def launch(self, batch: Any) -> Any:
             expect(
-                self.gpu.num_waits == self.waits_when_planned, "waits-before-launch",
-                f"{what}: between schedule() and launch() your loop waits for the GPU. Meanwhile the step that you have "
-                "planned could run already.\nPlan, launch, and only then wait for the older step.",
-            )  # fmt: skip
+                self.gpu.num_waits == self.waits_when_planned,
+                "waits-before-launch",
+                f"{what}: between schedule() and launch() your loop waits for the GPU. Meanwhile"
+                " the step that you have planned could run already.\nPlan, launch, and only then"
+                " wait for the older step.",
+            )
             step = super().launch(batch)
             self.launched = [*self.launched, (batch, step)]
             return step
 
         def update(self, batch: Any, token_ids: Any) -> None:
             expect(
-                isinstance(token_ids, list | tuple) and all(isinstance(token, int) for token in token_ids),
+                isinstance(token_ids, list | tuple)
+                and all(isinstance(token, int) for token in token_ids),
                 "no-list-of-integers",
-                f"{what}: update got {show(token_ids)}.\nIt wants a list of integers: step.token_ids.tolist().",
+                f"{what}: update got {show(token_ids)}.\nIt wants a list of integers:"
+                " step.token_ids.tolist().",
             )
             step = next((step for other, step in self.launched if other is batch), None)
             if step is not None and not step.arrived.query():
                 raise Mistake(
                     "tokens-read-too-early",
-                    f"{what}: update got the tokens {show(list(token_ids))} of a step that had not run yet.\nThe "
-                    f"pinned "
-                    "tensor holds whatever was there until the copy has run: wait for `step.arrived` first.",
+                    f"{what}: update got the tokens {show(list(token_ids))} of a step that had not"
+                    " run yet.\nThe pinned tensor holds whatever was there until the copy has run:"
+                    " wait for `step.arrived` first.",
                 )
             if list(token_ids) != step_tokens(step):
                 raise Mistake(
@@ -1117,17 +1334,18 @@ def _serve_one(answer: Callable, requests: list[tuple[int, int]], times: dict[st
     except _TooLong:
         raise Mistake(
             "never-ends",
-            f"{what}: after {limit} calls of schedule() your loop still runs; {_n(engine.unfinished, 'request')} unfinished, "
-            f"{_n(len(engine._in_flight), 'step')} under way.\nWhen schedule() gives None, the tokens of a step that is "
-            "under way may be what it lacks: bring them. When nothing is under way either, you are done.",
+            f"{what}: after {limit} calls of schedule() your loop still runs;"
+            f" {_n(engine.unfinished, 'request')} unfinished, {_n(len(engine._in_flight), 'step')}"
+            " under way.\nWhen schedule() gives None, the tokens of a step that is under way may"
+            " be what it lacks: bring them. When nothing is under way either, you are done.",
         ) from None
     except ValueError as error:
         if "in the order of the steps" not in str(error):
             raise
         raise Mistake(
             "out-of-order",
-            f"{what}: {error}.\nThe oldest step that is under way comes first: append on one side, take from the "
-            f"other.",
+            f"{what}: {error}.\nThe oldest step that is under way comes first: append on one side,"
+            " take from the other.",
         ) from error
     _judge_serve(engine, gpu, what, count, (reference, ideal))
     return reference.gpu.now / gpu.now
@@ -1138,49 +1356,58 @@ def _judge_serve(engine: Any, gpu: Any, what: str, count: Any, others: tuple[Any
     if engine._in_flight:
         raise Mistake(
             "last-step-lost",
-            f"{what}: your loop has ended with {_n(len(engine._in_flight), 'step')} under way, whose tokens nobody "
-            f"got.\nBefore "
-            "you leave, bring what is still under way.",
+            f"{what}: your loop has ended with {_n(len(engine._in_flight), 'step')} under way,"
+            " whose tokens nobody got.\nBefore you leave, bring what is still under way.",
         )
     expect(
-        not engine.unfinished, "stops-too-early",
-        f"{what}: your loop has ended; {_n(engine.unfinished, 'request')} unfinished.\nschedule() may give None "
-        f"only "
-        "because tokens are missing. After an update, ask again.",
-    )  # fmt: skip
+        not engine.unfinished,
+        "stops-too-early",
+        f"{what}: your loop has ended; {_n(engine.unfinished, 'request')} unfinished.\nschedule()"
+        " may give None only because tokens are missing. After an update, ask again.",
+    )
     expect(
-        engine.answers == reference.answers, "wrong-values",
-        f"{what}: the answers are {show(engine.answers)}, expected {show(reference.answers)}.\nWhich step's tokens "
-        f"went "
-        "where?",
-    )  # fmt: skip
+        engine.answers == reference.answers,
+        "wrong-values",
+        f"{what}: the answers are {show(engine.answers)}, expected"
+        f" {show(reference.answers)}.\nWhich step's tokens went where?",
+    )
     expect(
-        engine.most_in_flight <= 2, "too-far-ahead",
-        f"{what}: {engine.most_in_flight} steps were under way at once.\nOne ahead is enough to keep the GPU busy. "
-        f"Every "
-        "further one is computed for nothing when an answer ends, and delays whoever is new.",
-    )  # fmt: skip
+        engine.most_in_flight <= 2,
+        "too-far-ahead",
+        f"{what}: {engine.most_in_flight} steps were under way at once.\nOne ahead is enough to"
+        " keep the GPU busy. Every further one is computed for nothing when an answer ends, and"
+        " delays whoever is new.",
+    )
     slower = gpu.now / ideal.gpu.now
     if engine.most_in_flight < 2 and ideal.most_in_flight == 2:
         raise Mistake(
             "no-overlap",
-            f"{what}: never more than one step was under way, and it took {gpu.now:,.0f} microseconds; one step ahead "
-            f"takes {ideal.gpu.now:,.0f}.\nLaunch the next step *before* you wait for the one that runs.",
+            f"{what}: never more than one step was under way, and it took {gpu.now:,.0f}"
+            f" microseconds; one step ahead takes {ideal.gpu.now:,.0f}.\nLaunch the next step"
+            " *before* you wait for the one that runs.",
         )
     if slower > 1.05:
         everything = any(span.name == "wait for the GPU" for span in gpu.spans)
         name = "waits-for-everything" if everything else "waits-for-the-newest"
         why = (
-            "gpu.synchronize() waits for all that was launched, the next step too. Wait for the event of the older one."
+            "gpu.synchronize() waits for all that was launched, the next step too. Wait for the"
+            " event of the older one."
             if everything
-            else "You wait for the event of the step that you have just launched. The older one's has come long before."
+            else (
+                "You wait for the event of the step that you have just launched. The older one's"
+                " has come long before."
+            )
         )
         raise Mistake(
-            name, f"{what}: it took {gpu.now:,.0f} microseconds; one step ahead takes {ideal.gpu.now:,.0f}.\n{why}"
+            name,
+            f"{what}: it took {gpu.now:,.0f} microseconds; one step ahead takes"
+            f" {ideal.gpu.now:,.0f}.\n{why}",
         )
     is_count = isinstance(count, int) and not isinstance(count, bool) and count == engine.num_steps
     expect(
-        is_count, "wrong-count", f"{what}: serve returned {show(count)}; {engine.num_steps} steps were "
-                                 f"launched.\nReturn how "
+        is_count,
+        "wrong-count",
+        f"{what}: serve returned {show(count)}; {engine.num_steps} steps were "
+        "launched.\nReturn how "
         "many.",
-    )  # fmt: skip
+    )
