@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from minivllm.distributed import TensorParallelGroup
+from minivllm.parallel.group import TensorParallelGroup
 
 
 class ThreadGroup(TensorParallelGroup):

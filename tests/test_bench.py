@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 from minivllm import LLM
 from minivllm.bench import breakdown, kernels, latency, record, report, roofline, throughput
 from minivllm.bench.breakdown import Interval
-from minivllm.bench.cli import app
 from minivllm.bench.costs import ModelCosts, Rates, attention_bytes, attention_flops, causal_pairs
 from minivllm.bench.report import Deadline, attempt, environment, percentiles, recorded, spread
 from minivllm.bench.roofline import Step, case_floor, floor_of, steps_of
@@ -24,6 +23,7 @@ from minivllm.bench.shapes import SHAPES, shape_config, shape_directory
 from minivllm.bench.throughput import CASES, Workload, minivllm_runner, run_cases
 from minivllm.bench.timing import Timing, measure, num_sets
 from minivllm.bench.yours import your_gpu
+from minivllm.cli.bench import app
 from minivllm.engine.llm_engine import LLMEngine
 from minivllm.kernels import Kernels
 
@@ -169,7 +169,7 @@ def small_cases(monkeypatch: pytest.MonkeyPatch) -> None:
         "two": Workload(3, (20, 40), (1, 1), 0, 0.6),
     }
     monkeypatch.setattr("minivllm.bench.throughput.CASES", small)
-    monkeypatch.setattr("minivllm.bench.cli.CASES", small)
+    monkeypatch.setattr("minivllm.cli.bench.CASES", small)
 
 
 def cli(*arguments: object, code: int = 0) -> str:

@@ -1,8 +1,8 @@
 """The bundled model: its files, its corpus, and whether it still does what its card says.
 
-The scores are those of `python -m minivllm.bundled.evaluate`, here with the thresholds that a
-release must meet. Everything runs on a CPU with transformers alone, so a failure is the model's and
-not the engine's.
+The scores are those of `python -m minivllm.bundled.training.evaluate`, here with the thresholds
+that a release must meet. Everything runs on a CPU with transformers alone, so a failure is the
+model's and not the engine's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minivllm.bundled import BUNDLED_MODEL_PATH, corpus, glossary, stories
+from minivllm.bundled import BUNDLED_MODEL_PATH
+from minivllm.bundled.training import corpus, glossary, stories
 
 MAX_BYTES = 13_000_000
 PARAPHRASES = Path(__file__).parent / "data" / "glossary_paraphrases.json"
@@ -36,7 +37,7 @@ MESSAGES = [
 
 @pytest.fixture(scope="module")
 def bundle():
-    from minivllm.bundled.evaluate import load
+    from minivllm.bundled.training.evaluate import load
 
     return load()
 
@@ -48,7 +49,7 @@ def questions() -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def excluded() -> frozenset[str]:
-    from minivllm.bundled.train import read_excluded
+    from minivllm.bundled.training.train import read_excluded
 
     return read_excluded(PARAPHRASES)[0]
 
@@ -87,8 +88,8 @@ def test_the_configuration_exercises_what_an_engine_must_handle():
 
 def test_importing_the_corpus_needs_no_torch():
     code = (
-        "import sys, minivllm.bundled.corpus; sys.exit('torch' in sys.modules or 'transformers' in"
-        " sys.modules)"
+        "import sys, minivllm.bundled.training.corpus; sys.exit('torch' in sys.modules or"
+        " 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -256,7 +257,7 @@ def test_no_paraphrase_is_a_question_of_the_corpus(
 
 
 def test_held_out_stories(bundle):
-    from minivllm.bundled.evaluate import score_stories
+    from minivllm.bundled.training.evaluate import score_stories
 
     scores, _ = score_stories(bundle, 200)
     assert scores["both_named_and_ended"] >= 0.95
@@ -265,7 +266,7 @@ def test_held_out_stories(bundle):
 
 
 def test_unseen_glossary_questions(bundle, questions: list[dict[str, str]]):
-    from minivllm.bundled.evaluate import score_glossary
+    from minivllm.bundled.training.evaluate import score_glossary
 
     scores, details = score_glossary(bundle, questions)
     assert scores["questions"] >= 60
@@ -273,14 +274,14 @@ def test_unseen_glossary_questions(bundle, questions: list[dict[str, str]]):
 
 
 def test_small_tasks(bundle):
-    from minivllm.bundled.evaluate import score_tasks
+    from minivllm.bundled.training.evaluate import score_tasks
 
     scores = score_tasks(bundle, 20)
     assert min(scores.values()) >= 0.8, scores
 
 
 def test_raw_text_is_continued_as_a_story(bundle):
-    from minivllm.bundled.evaluate import generate
+    from minivllm.bundled.training.evaluate import generate
 
     story = generate(bundle, ["Once upon a time"], 400)[0]
     assert story.ended
@@ -288,7 +289,7 @@ def test_raw_text_is_continued_as_a_story(bundle):
 
 
 def test_long_pages_are_no_worse_than_short_ones(bundle):
-    from minivllm.bundled.evaluate import score_positions
+    from minivllm.bundled.training.evaluate import score_positions
 
     for buckets in score_positions(bundle, 6).values():
         losses = list(buckets.values())

@@ -23,7 +23,7 @@ from checkpoints import write_checkpoint
 from typer.testing import CliRunner
 
 from minivllm.bench.report import RECORDED
-from minivllm.cli import app
+from minivllm.cli.app import app
 from minivllm.config import EngineConfig
 from minivllm.engine.trace import Trace, TraceError
 from minivllm.errors import OutOfMemoryError
@@ -129,7 +129,7 @@ def test_stats_say_what_it_took(checkpoint):
 
 
 def test_control_characters_of_a_model_stay_out_of_the_terminal(capsys):
-    from minivllm.cli import _write
+    from minivllm.cli.app import _write
 
     _write("a\x1b[31mb\x07\tc\nd\x9b é 👩‍🚀")
     assert capsys.readouterr().out == "a[31mb\tc\nd é 👩‍🚀"
@@ -184,7 +184,7 @@ TRUTH = {
 
 @pytest.mark.parametrize("truth", [True, False])
 def test_engine_options_take_every_word_for_on_and_off(truth):
-    from minivllm.cli import _engine_options
+    from minivllm.cli.app import _engine_options
 
     names = [
         field.name
@@ -215,7 +215,7 @@ def test_engine_options_take_every_word_for_on_and_off(truth):
     ],
 )
 def test_engine_options_are_read_by_their_type(assignment, value):
-    from minivllm.cli import _engine_options
+    from minivllm.cli.app import _engine_options
 
     [found] = _engine_options([assignment]).values()
     assert found == value
@@ -407,7 +407,7 @@ def test_control_c_at_any_line_of_the_chat_loses_no_turn(monkeypatch, capsys):
     """Struck once, and twice in a row, at every line that runs in chat.py, while a person types and
     reads.
     """
-    from minivllm import chat, stdio
+    from minivllm.cli import chat, stdio
 
     def talk(strikes: set[int]) -> tuple[chat.Chat, int]:
         typed = iter(["first", "second", "/exit"])
@@ -468,7 +468,7 @@ def test_control_c_at_any_line_of_the_chat_loses_no_turn(monkeypatch, capsys):
 
 def test_control_c_while_a_step_hangs(capsys):
     """The second press comes through; the turns before are kept."""
-    from minivllm.chat import Chat
+    from minivllm.cli.chat import Chat
 
     class Hangs(FakeLLM):
         def stream(self, prompt, params):
@@ -489,7 +489,7 @@ def test_control_c_while_a_step_hangs(capsys):
 
 def test_a_chat_without_readline(monkeypatch, capsys):
     """Python for Windows has none."""
-    from minivllm.chat import Chat
+    from minivllm.cli.chat import Chat
 
     monkeypatch.setitem(sys.modules, "readline", None)
     lines = iter(["hello", "/exit"])
@@ -582,7 +582,7 @@ def test_showing_a_trace_needs_no_torch(checkpoint, tmp_path):
     file = tmp_path / "trace.json"
     run("trace", "-m", checkpoint, "-n", "3", "-o", str(file), "hi")
     code = (
-        "import sys; from minivllm.cli import app\n"
+        "import sys; from minivllm.cli.app import app\n"
         f"try: app(['trace', '--show', {str(file)!r}])\n"
         "except SystemExit as end: assert end.code in (None, 0), end.code\n"
         "assert 'torch' not in sys.modules"
@@ -746,7 +746,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_model_is_loaded(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        "minivllm.cli._open_llm", lambda *_, **__: pytest.fail("the model was loaded")
+        "minivllm.cli.app._open_llm", lambda *_, **__: pytest.fail("the model was loaded")
     )
     output = " ".join(
         run(*command, path, *(["hi"] if command[0] == "trace" else []), code=2).split()
@@ -923,7 +923,7 @@ def test_a_file_that_fails_is_not_taken_for_standard_output(monkeypatch, capsys)
     def fails(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("minivllm.cli._load_trace", fails)
+    monkeypatch.setattr("minivllm.cli.app._load_trace", fails)
     with pytest.raises(SystemExit) as end:
         app(["trace", "--show", "x.json"])
     assert end.value.code == 1
@@ -937,7 +937,7 @@ def test_what_may_happen_is_no_traceback(monkeypatch, capsys, raised, code):
     def fails(*_: object) -> None:
         raise raised
 
-    monkeypatch.setattr("minivllm.cli._load_trace", fails)
+    monkeypatch.setattr("minivllm.cli.app._load_trace", fails)
     with pytest.raises(SystemExit) as end:
         app(["trace", "--show", "x.json"])
     said = capsys.readouterr().err
@@ -970,7 +970,7 @@ def test_streams_are_put_back(capsys):
 )
 def test_streams_that_are_full_or_closed(redirection, code, said):
     """In a real process: nothing fails when the interpreter ends, either."""
-    show = "from minivllm.cli import app; app(['--help'])"
+    show = "from minivllm.cli.app import app; app(['--help'])"
     command = f'set -o pipefail; sleep 0.2 | {sys.executable} -c "{show}" {redirection}'
     result = subprocess.run(
         ["bash", "-c", command], capture_output=True, text=True, env=ENVIRONMENT, timeout=60
@@ -1010,7 +1010,7 @@ def test_bench_is_a_group_of_its_own():
     ],
 )
 def test_bench_refuses_before_it_measures(monkeypatch, tmp_path, arguments, why):
-    monkeypatch.setattr("minivllm.bench.cli._finish", lambda *_: pytest.fail("it was measured"))
+    monkeypatch.setattr("minivllm.cli.bench._finish", lambda *_: pytest.fail("it was measured"))
     if "REPORT" in arguments:
         arguments[1] = str(RECORDED / "throughput-h200.json")
     elif arguments[1][0] in "[{":
@@ -1079,7 +1079,7 @@ def test_version_and_help_of_every_command():
 
 
 def findings(monkeypatch, **changes):
-    from minivllm import doctor
+    from minivllm.cli import doctor
 
     for name, value in changes.items():
         monkeypatch.setattr(doctor, name, value)
@@ -1106,7 +1106,7 @@ def test_doctor_reports_torch_that_is_missing_or_too_old(monkeypatch):
 
 
 def test_doctor_reports_missing_packages_and_untested_versions(monkeypatch):
-    from minivllm import doctor
+    from minivllm.cli import doctor
 
     true_version = doctor._version
     versions = {"xxhash": None, "rich": "9.0", "numpy": "2.99.0"}
@@ -1123,7 +1123,7 @@ def test_doctor_knows_which_numpy_an_older_tritons_interpreter_fails_on(monkeypa
     import triton
 
     monkeypatch.setattr(triton, "__version__", "3.6.0")
-    from minivllm import doctor
+    from minivllm.cli import doctor
 
     true_version = doctor._version
     for numpy, status in (("2.5.2", "note"), ("2.3.5", "ok")):
@@ -1138,7 +1138,7 @@ def test_doctor_knows_which_numpy_an_older_tritons_interpreter_fails_on(monkeypa
 def test_a_missing_torch_is_said_by_the_command(checkpoint):
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from minivllm.cli import app\n"
+        "from minivllm.cli.app import app\n"
         f"app(['generate', '-m', {checkpoint!r}, 'hi'])"
     )
     result = subprocess.run(

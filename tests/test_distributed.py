@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from minivllm.distributed import TensorParallelGroup
 from minivllm.errors import RankFailedError
+from minivllm.parallel.group import TensorParallelGroup
 
 
 def test_what_rank_0_says_is_json_with_a_signature(monkeypatch: pytest.MonkeyPatch) -> None:

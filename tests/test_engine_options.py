@@ -22,7 +22,7 @@ from minivllm import LLM
 from minivllm.config import EngineArgs, EngineConfig, ModelConfig
 from minivllm.engine import memory, model_runner
 from minivllm.errors import ConfigError, MiniVLLMError, OutOfMemoryError
-from minivllm.launch import pick_device
+from minivllm.parallel.launch import pick_device
 from minivllm.validation import annotations_of
 
 FIELDS = [field.name for field in dataclasses.fields(EngineConfig)]

@@ -15,7 +15,7 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from minivllm import errors
-from minivllm.cli import app
+from minivllm.cli.app import app
 from minivllm.config import EngineConfig
 from minivllm.course.authoring import ROOT, compared_text
 from minivllm.course.chapters import as_committed

@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 
 from minivllm import LLM
 from minivllm.config import ModelConfig
-from minivllm.distributed import TensorParallelGroup
 from minivllm.errors import ConfigError, UnsupportedModelError, WeightLoadingError
 from minivllm.kernels import Kernels
 from minivllm.models.loader import iterate_weights, load_config, load_model, resolve_model_path
 from minivllm.models.qwen3 import Qwen3ForCausalLM
+from minivllm.parallel.group import TensorParallelGroup
 
 TINY = {
     "num_hidden_layers": 1,

@@ -18,8 +18,8 @@ from parity import Checkpoint, Completion, ParityError, RecordedLLM, Report, ass
 from test_parity import run_hit_after_miss
 
 from minivllm import Kernels
-from minivllm.batch import BatchInputs, BatchRow, build_batch
 from minivllm.engine import block_manager, engine_core
+from minivllm.engine.batch import BatchInputs, BatchRow, build_batch
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.model_runner import ModelRunner
 from minivllm.engine.scheduler import Scheduler

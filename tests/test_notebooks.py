@@ -180,7 +180,7 @@ def test_execute_cleans_and_refuses(tmp_path: Path) -> None:
     [
         (
             (
-                "[a](b.ipynb) [c](../minivllm/x.py#L2-L3) [d](../minivllm) [e](#Big-idea)"
+                "[a](b.ipynb) [c](../minivllm/x.py) [d](../minivllm) [e](#Big-idea)"
                 " [f](b.ipynb#Other)"
             ),
             [],

@@ -54,7 +54,8 @@ has_model = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize(
-    "module", ["minivllm", "minivllm.cli", "minivllm.bundled", "minivllm.viz", "minivllm.doctor"]
+    "module",
+    ["minivllm", "minivllm.cli.app", "minivllm.bundled", "minivllm.viz", "minivllm.cli.doctor"],
 )
 def test_imports_are_cheap(module):
     code = f"import sys, {module}; print([name for name in {HEAVY!r} if name in sys.modules])"

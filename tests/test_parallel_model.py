@@ -18,9 +18,9 @@ from test_parity import VARIANTS
 
 from minivllm import LLM, Kernels
 from minivllm.config import EngineConfig
-from minivllm.distributed import Part, TensorParallelGroup
 from minivllm.errors import ConfigError, WeightLoadingError
 from minivllm.models.loader import iterate_weights, load_config, load_model, parameter_places
+from minivllm.parallel.group import Part, TensorParallelGroup
 
 #: (family, changes, ranks): KV heads that divide or are replicated, tied or not, biases, odd
 #: vocabularies.

@@ -29,10 +29,9 @@ from test_scheduler_properties import Pool, Simulation, compute, make_seq, relea
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minivllm import LLM, Kernels, LLMEngine, SamplingParams
-from minivllm.batch import build_batch
-from minivllm.distributed import Part, TensorParallelGroup
 from minivllm.engine import block_manager as block_manager_module
 from minivllm.engine import engine_core, llm_engine, model_runner
+from minivllm.engine.batch import build_batch
 from minivllm.engine.block_manager import BlockManager, hash_block
 from minivllm.engine.model_runner import ModelRunner, StepResult
 from minivllm.engine.sampler import Sampler
@@ -47,9 +46,10 @@ from minivllm.errors import (
 from minivllm.kernels import kv_cache, paged_attention
 from minivllm.kernels.flash_attention import prefill_attention, prefill_attention_reference
 from minivllm.kernels.sampling import filter_logits, philox_uniform, sample_reference
-from minivllm.launch import RankProcesses
 from minivllm.layers.linear import FusedLinear, RowParallelLinear
 from minivllm.models import loader, qwen3
+from minivllm.parallel.group import Part, TensorParallelGroup
+from minivllm.parallel.launch import RankProcesses
 from minivllm.tokenizer import Tokenizer
 
 VOCAB = 96

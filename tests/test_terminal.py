@@ -18,9 +18,9 @@ from rich.table import Table
 from rich.text import Text
 from typer.testing import CliRunner
 
-from minivllm import stdio
 from minivllm.bundled import BUNDLED_MODEL_PATH
-from minivllm.cli import app
+from minivllm.cli import stdio
+from minivllm.cli.app import app
 from minivllm.engine.trace import StepRecord, Trace, TracedSequence
 from minivllm.errors import ConfigError, RequestError
 from minivllm.text import is_unicode, one_line, printable
@@ -221,7 +221,7 @@ def test_a_bug_keeps_its_traceback_but_not_its_escapes(
     def fails(*_: object) -> None:
         raise ZeroDivisionError(HOSTILE)
 
-    monkeypatch.setattr("minivllm.cli._load_trace", fails)
+    monkeypatch.setattr("minivllm.cli.app._load_trace", fails)
     with pytest.raises(SystemExit) as end:
         app(["trace", "--show", "x.json"])
     said = capsys.readouterr().err
@@ -235,7 +235,7 @@ def test_a_bug_keeps_its_traceback_but_not_its_escapes(
 
 
 def test_what_the_demo_shows(checkpoint: Path) -> None:
-    from minivllm import demo
+    from minivllm.cli import demo
 
     class Run:
         order, texts = ["0/0"], {"0/0": HOSTILE}
@@ -253,7 +253,7 @@ def test_what_the_demo_shows(checkpoint: Path) -> None:
 
 
 def test_what_the_doctor_finds(monkeypatch: pytest.MonkeyPatch) -> None:
-    from minivllm import doctor
+    from minivllm.cli import doctor
 
     finding = doctor.Finding(HOSTILE, doctor.BROKEN, HOSTILE, HOSTILE)
     monkeypatch.setattr(doctor, "examine", lambda: [finding])

@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib")
 from matplotlib.patches import Rectangle
 
 from minivllm import LLM, SamplingParams
-from minivllm.batch import BatchRow, build_batch
+from minivllm.engine.batch import BatchRow, build_batch
 from minivllm.engine.trace import Trace
 from minivllm.viz import scrub
 from minivllm.viz.figure import Figure

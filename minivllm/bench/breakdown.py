@@ -34,7 +34,7 @@ from minivllm.bench.report import Deadline, attempt, environment, percentiles, s
 from minivllm.bench.running import WARM_UP_STEPS, drain, start_decoding, timed_steps
 from minivllm.engine.llm_engine import LLMEngine
 from minivllm.engine.model_runner import StepResult
-from minivllm.launch import pick_device
+from minivllm.parallel.launch import pick_device
 
 #: Kernels listed by name; the others are summed up.
 MOST_NAMES = 30

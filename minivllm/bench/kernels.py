@@ -26,7 +26,7 @@ from minivllm.bench.timing import measure, measure_rates, num_sets, rates_of
 from minivllm.config import ModelConfig
 from minivllm.kernels import Kernels
 from minivllm.kernels.online_softmax import softmax, softmax_reference
-from minivllm.launch import pick_device
+from minivllm.parallel.launch import pick_device
 
 #: (sequences, new tokens each, context each, the new tokens included)
 PREFILL = {

@@ -18,8 +18,8 @@ from typing import Any
 from minivllm.bench.report import Deadline, attempt, environment, percentiles, say, spread
 from minivllm.bench.running import drain, start_decoding, timed_steps
 from minivllm.bench.throughput import Workload
-from minivllm.launch import pick_device
 from minivllm.llm import LLM
+from minivllm.parallel.launch import pick_device
 from minivllm.sampling_params import SamplingParams
 
 BATCHES = {"cuda": (1, 8, 64, 256), "cpu": (1, 4, 16)}

@@ -133,9 +133,9 @@ def misplaced(solution: NotebookNode) -> list[str]:
 def broken_links(notebook: NotebookNode, folder: Path) -> list[str]:
     """The links in markdown that lead nowhere from a notebook in folder.
 
-    Relative ones must name a file or folder, with #L12 or #L12-L20 lines that it has, or a heading
-    of a notebook; those to arXiv must be of the form https://arxiv.org/abs/2205.14135. Others on
-    the web are not looked at.
+    Relative ones must name a file or folder, or a heading of a notebook; never a line of a file,
+    which leads elsewhere as soon as a line is added. Those to arXiv must be of the form
+    https://arxiv.org/abs/2205.14135. Others on the web are not looked at.
     """
     found = []
     for cell in notebook.cells:
@@ -175,9 +175,7 @@ def _leads_somewhere(path: Path | None, anchor: str, notebook: NotebookNode) -> 
             r"^#+ +(.+?)\s*$", "\n".join(c.source for c in notebook.cells), re.MULTILINE
         )
         return anchor.lower() in {heading.replace(" ", "-").lower() for heading in headings}
-    lines = re.fullmatch(r"L(\d+)(?:-L(\d+))?", anchor)
-    last = len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
-    return bool(lines) and 1 <= int(lines[1]) <= int(lines[2] or lines[1]) <= last
+    return False
 
 
 def write_stubs(chapter: Chapter) -> list[str]:

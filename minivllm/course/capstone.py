@@ -111,7 +111,7 @@ PIECES = (
         "Qwen3",
         _methods("models.qwen3:Qwen3ForCausalLM", "forward", "compute_logits"),
     ),
-    Piece("batch", "07", "build_batch", ("minivllm.batch:build_batch",)),
+    Piece("batch", "07", "build_batch", ("minivllm.engine.batch:build_batch",)),
     Piece(
         "sampler",
         "07",

@@ -137,7 +137,7 @@ class EngineClock:
 
     def build_batch(self, rows: Any, *more: Any) -> Any:
         """The package's `build_batch`, and the time of the step that it is for."""
-        from minivllm.batch import build_batch
+        from minivllm.engine.batch import build_batch
 
         tokens = sum(len(row.token_ids) for row in rows)
         seconds = self.step + self.token * tokens

@@ -1,9 +1,9 @@
-"""The glossary: the field's terms, each with the chapter that teaches it and the line of the
+"""The glossary: the field's terms, each with the chapter that teaches it and the place in the
 package where it lives.
 
-``python -m minivllm.course.authoring glossary`` writes notebooks/glossary.md from `TERMS`. Lines
-are looked up, never typed in: a place is a file of the package and a name that is defined there, or
-a piece of text that stands there.
+``python -m minivllm.course.authoring glossary`` writes notebooks/glossary.md from `TERMS`. A place
+is a file of the package and a name that is defined in it, so a line more in that file changes
+nothing here.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Term:
-    """name: the term, in lower case but for names. chapter: its number. place: "file.py:Class.name"
-    or "file.py~text".
+    """name: the term, in lower case but for names. chapter: its number.
 
-    `place` is relative to the package. text: what it is, in a sentence or two.
+    place: "file.py:Class.name", relative to the package. text: what it is, in a sentence or two.
     """
 
     name: str
@@ -31,28 +30,18 @@ class Term:
     text: str
 
 
-def line_of(place: str, package: Path = PACKAGE) -> int:
-    """The line where a place is, from 1. LookupError where the file, the name or the text is not
-    there (any more).
-    """
-    separator = "~" if "~" in place else ":"
-    path, _, what = place.partition(separator)
+def find(place: str, package: Path = PACKAGE) -> ast.stmt:
+    """The statement that defines a place. LookupError where the file or the name is not there."""
+    path, _, what = place.partition(":")
     if not what or not (package / path).is_file():
         raise LookupError(f"{place}: there is no such file, or it does not say what in it")
-    source = (package / path).read_text(encoding="utf-8")
-    if separator == "~":
-        for number, line in enumerate(source.splitlines(), start=1):
-            if what in line:
-                return number
-        raise LookupError(f"{place}: the text does not stand there")
-    body: list[ast.stmt] = ast.parse(source).body
-    node: ast.AST | None = None
+    body = ast.parse((package / path).read_text(encoding="utf-8")).body
     for name in what.split("."):
         node = next((one for one in body if name in _names(one)), None)
         if node is None:
             raise LookupError(f"{place}: {name} is not defined there")
         body = getattr(node, "body", [])
-    return node.lineno
+    return node
 
 
 def _names(node: ast.stmt) -> set[str]:
@@ -81,17 +70,17 @@ def render(package: Path = PACKAGE) -> str:
             f"{len(TERMS)} terms of LLM inference, as this course uses them: what each means, the"
             " chapter that teaches it,"
         ),
-        "and the line of the package where it lives.",
+        "and the file and the name in the package where it lives.",
     ]
     initial = ""
     for term in sorted(TERMS, key=lambda term: term.name.lower()):
         if term.name[0].upper() != initial:
             initial = term.name[0].upper()
             lines += ["", f"## {initial}"]
-        path = term.place.replace("~", ":").partition(":")[0]
+        find(term.place, package)
+        path, _, symbol = term.place.partition(":")
         chapter = f"[chapter {term.chapter}]({names[term.chapter]}.ipynb)"
-        line = line_of(term.place, package)
-        where = f"[{path}:{line}](../minivllm/{path}#L{line})"
+        where = f"[{path}](../minivllm/{path}): `{symbol}`"
         lines += ["", f"**{term.name}**: {term.text}<br>", f"{chapter} · {where}"]
     note = (
         "Written by `python -m minivllm.course.authoring glossary` from"
@@ -138,7 +127,7 @@ TERMS: tuple[Term, ...] = (
     Term(
         "log-sum-exp",
         "01",
-        "kernels/online_softmax.py~lse = m + log(l)",
+        "kernels/online_softmax.py:softmax_reference",
         "The logarithm of the sum of the exponentials, written lse. With it, results over parts of"
         " a row can be merged exactly.",
     ),
@@ -166,14 +155,14 @@ TERMS: tuple[Term, ...] = (
     Term(
         "attention",
         "02",
-        "layers/attention.py:paged_attention",
+        "layers/attention.py:attend",
         "Each token takes a weighted mean of the values of the tokens before it; the weights are a"
         " softmax of the dot products of its query with their keys.",
     ),
     Term(
         "causal mask",
         "02",
-        "kernels/flash_attention.py~The mask is aligned to the END",
+        "kernels/flash_attention.py:prefill_attention_reference",
         "The rule that a token sees itself and what came before. It is aligned to the end of the"
         " context, so that a chunk with a past is no special case.",
     ),
@@ -229,14 +218,14 @@ TERMS: tuple[Term, ...] = (
     Term(
         "block table",
         "03",
-        "batch.py:AttentionMetadata.block_table",
+        "layers/attention.py:AttentionMetadata.block_table",
         "For one sequence the numbers of its blocks in order, as a page table has the pages of a"
         " process.",
     ),
     Term(
         "slot mapping",
         "03",
-        "batch.py:AttentionMetadata.slot_mapping",
+        "layers/attention.py:AttentionMetadata.slot_mapping",
         "For each token of a step the slot of the cache into which its key and value are written:"
         " block · block_size + offset. −1 is nowhere.",
     ),
@@ -437,13 +426,13 @@ TERMS: tuple[Term, ...] = (
     Term(
         "flat batch",
         "07",
-        "batch.py:BatchInputs",
+        "engine/batch.py:BatchInputs",
         "The tokens of all sequences of a step laid end to end, without padding.",
     ),
     Term(
         "query_start_loc",
         "07",
-        "batch.py:AttentionMetadata.query_start_loc",
+        "layers/attention.py:AttentionMetadata.query_start_loc",
         "Where each sequence's tokens begin in the flat batch: running sums of their numbers, from"
         " 0 on.",
     ),
@@ -495,7 +484,7 @@ TERMS: tuple[Term, ...] = (
     Term(
         "Gumbel-max trick",
         "07",
-        "kernels/sampling.py~Gumbel-max",
+        "kernels/sampling.py:sample_reference",
         "Drawing a token as the argmax of logits with noise added. It needs a random number for"
         " every entry of the vocabulary.",
     ),
@@ -529,7 +518,7 @@ TERMS: tuple[Term, ...] = (
     Term(
         "launch overhead",
         "08",
-        "bench/breakdown.py~exposed CPU time",
+        "bench/breakdown.py:gpu_summary",
         "The time that a CPU needs to tell a GPU what to do. Where kernels are short, the GPU waits"
         " for it.",
     ),
@@ -570,26 +559,26 @@ TERMS: tuple[Term, ...] = (
     Term(
         "tensor parallelism",
         "09",
-        "distributed.py:TensorParallelGroup",
+        "parallel/group.py:TensorParallelGroup",
         "One model on several GPUs, each with a part of every matrix; what they compute is put"
         " together within each layer.",
     ),
     Term(
         "rank",
         "09",
-        "launch.py:Ranks",
+        "parallel/launch.py:EngineRanks",
         "One of the processes, each with a GPU, that run a model together.",
     ),
     Term(
         "all-reduce",
         "09",
-        "distributed.py:TensorParallelGroup.all_reduce",
+        "parallel/group.py:TensorParallelGroup.all_reduce",
         "Adding up the tensors of all ranks, so that each of them has the sum.",
     ),
     Term(
         "all-gather",
         "09",
-        "distributed.py:TensorParallelGroup.all_gather",
+        "parallel/group.py:TensorParallelGroup.all_gather",
         "Putting the parts of all ranks side by side, so that each of them has the whole.",
     ),
     Term(

@@ -67,10 +67,10 @@ class ExerciseFile(pytest.File):
             self._groups = graft(self.path, chapter_of(self.path))
         except MiniVLLMError as error:
             self._trouble = error
-            yield Exercise.from_parent(self, name="file")
+            yield ExerciseItem.from_parent(self, name="file")
         else:
             for group in self._groups[1:]:
-                yield Exercise.from_parent(self, name=group.id)
+                yield ExerciseItem.from_parent(self, name=group.id)
 
     def verdict(self, id: str) -> Verdict:
         """Runs what stands before this exercise, too, unless it has run."""
@@ -95,7 +95,7 @@ class NotPassedError(Exception):
     """An exercise that did not pass; its message is all there is to show."""
 
 
-class Exercise(pytest.Item):
+class ExerciseItem(pytest.Item):
     """One exercise: passes, fails with the mistake's name, or is skipped where this machine cannot
     run it.
     """

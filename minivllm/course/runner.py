@@ -70,7 +70,7 @@ class Result:
     ended: str = ""
 
 
-class Kernel:
+class JupyterKernel:
     """A Jupyter kernel of this Python in folder; JupyterMissingError where there can be none."""
 
     def __init__(self, folder: Path) -> None:
@@ -200,7 +200,7 @@ def verdicts(
     the iterator.
     """
     setup, *exercises = groups
-    kernel: Kernel | None = None
+    kernel: JupyterKernel | None = None
     earlier: list[
         Cell
     ] = []  # what the learner wrote for the exercises before, but those that ended a kernel
@@ -223,7 +223,7 @@ def verdicts(
                 continue
             ended = False
             if kernel is None:
-                kernel = Kernel(folder)
+                kernel = JupyterKernel(folder)
                 verdict, ended = _run(kernel, setup, timeout)
                 notes, waiting = () if told else verdict.notes, earlier
             if not ended:
@@ -253,7 +253,7 @@ _WHAT = {
 
 
 def _run(
-    kernel: Kernel, group: Group, timeout: float, notes: tuple[str, ...] = ()
+    kernel: JupyterKernel, group: Group, timeout: float, notes: tuple[str, ...] = ()
 ) -> tuple[Verdict, bool]:
     """(the verdict on a group, whether the kernel has ended). What the learner's own cells do
     decides nothing.

@@ -4,7 +4,7 @@ else is in the way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
+from collections import abc
 
 from minivllm.engine.scheduler import Scheduler
 from minivllm.engine.sequence import ScheduledBatch, ScheduledSequence, Sequence, SequenceStatus
@@ -81,7 +81,9 @@ class SchedulerBase(Scheduler):
         seq.num_preemptions += 1
         batch.preempted.append(seq)
 
-    def update(self, batch: ScheduledBatch, token_ids: SequenceOf[int]) -> list[ScheduledSequence]:
+    def update(
+        self, batch: ScheduledBatch, token_ids: abc.Sequence[int]
+    ) -> list[ScheduledSequence]:
         """As in the package; the step is counted here, so that `schedule` need not."""
         self._count(batch)
         self._in_flight.append(batch)

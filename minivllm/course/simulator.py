@@ -21,14 +21,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections import abc
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.scheduler import Scheduler, SchedulerStats
-from minivllm.engine.sequence import Sequence as EngineSequence
-from minivllm.engine.sequence import max_steps
+from minivllm.engine.sequence import Sequence, max_steps
 from minivllm.engine.trace import Trace, record_step
 from minivllm.errors import SchedulerStalledError
 from minivllm.sampling_params import SamplingParams
@@ -95,7 +95,7 @@ class SimulatedRequest:
     """What became of one arrival. Times in seconds from the start of the simulation."""
 
     arrival: Arrival
-    sequence: EngineSequence
+    sequence: Sequence
     token_times: list[float] = field(default_factory=list)
     first_scheduled: float | None = None
     steps_waited: int = 0  # steps after whose planning it stood in the queue
@@ -173,14 +173,14 @@ class Simulation:
         }
 
 
-def percentile(values: Sequence[float], percent: float) -> float:
+def percentile(values: abc.Sequence[float], percent: float) -> float:
     """The smallest value that at least so many percent of the values do not exceed."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
 
 
 def simulate(
-    workload: Sequence[Arrival],
+    workload: abc.Sequence[Arrival],
     *,
     scheduler_cls: Callable[..., Any] = Scheduler,
     cost: CostModel = H200,
@@ -274,12 +274,10 @@ class _Clock:
         return True
 
 
-def _sequence(number: int, arrival: Arrival, max_num_tokens: int) -> EngineSequence:
+def _sequence(number: int, arrival: Arrival, max_num_tokens: int) -> Sequence:
     prompt = [0] * arrival.prompt_tokens
     ends = frozenset([END])
-    return EngineSequence(
-        number, prompt, SamplingParams(), ends, max_num_tokens, request_id=str(number)
-    )
+    return Sequence(number, prompt, SamplingParams(), ends, max_num_tokens, request_id=str(number))
 
 
 def _stalled(scheduler: Any, num_steps: int, planned: bool) -> str:

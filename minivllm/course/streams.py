@@ -24,23 +24,23 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import abc, deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
 
-from minivllm.batch import AttentionMetadata, BatchRow, build_batch
 from minivllm.bundled import BUNDLED_MODEL_PATH
+from minivllm.engine.batch import BatchRow, build_batch
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.cuda_graphs import DecodeState
 from minivllm.engine.scheduler import Scheduler
-from minivllm.engine.sequence import ScheduledBatch
-from minivllm.engine.sequence import Sequence as EngineSequence
+from minivllm.engine.sequence import ScheduledBatch, Sequence
 from minivllm.errors import MiniVLLMError
 from minivllm.kernels import Kernels
+from minivllm.layers.attention import AttentionMetadata
 from minivllm.models.loader import load_config, load_model
 from minivllm.sampling_params import SamplingParams
 
@@ -201,7 +201,7 @@ class SimulatedGPU:
         return self.full(_size(size), 0, dtype=dtype)
 
     def full(
-        self, size: Sequence[int], value: float, dtype: torch.dtype | None = None
+        self, size: abc.Sequence[int], value: float, dtype: torch.dtype | None = None
     ) -> DeviceTensor:
         """Launches a kernel that writes the value."""
         kind = dtype or (torch.float32 if isinstance(value, float) else torch.int64)
@@ -247,7 +247,7 @@ class SimulatedGPU:
         return module
 
     def _allocate(
-        self, size: Sequence[int], dtype: torch.dtype, stride: Sequence[int] | None = None
+        self, size: abc.Sequence[int], dtype: torch.dtype, stride: abc.Sequence[int] | None = None
     ) -> DeviceTensor:
         stride = torch.empty(size, device="meta").stride() if stride is None else stride
         if self._capture is not None:
@@ -683,10 +683,10 @@ def _has_mask(name: str, args: tuple) -> bool:
 
 
 def _size(size: tuple) -> tuple[int, ...]:
-    return tuple(size[0]) if len(size) == 1 and isinstance(size[0], Sequence) else tuple(size)
+    return tuple(size[0]) if len(size) == 1 and isinstance(size[0], abc.Sequence) else tuple(size)
 
 
-def _extent(size: Sequence[int], stride: Sequence[int]) -> int:
+def _extent(size: abc.Sequence[int], stride: abc.Sequence[int]) -> int:
     """Elements from the first to the last of a strided tensor."""
     return 0 if 0 in size else 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
 
@@ -787,7 +787,7 @@ class SimulatedModel:
         self._free_blocks = [block for start in range(3) for block in range(start, num_blocks, 3)]
 
     @torch.no_grad()
-    def admit(self, slot: int, prompt: Sequence[int], num_tokens: int) -> int:
+    def admit(self, slot: int, prompt: abc.Sequence[int], num_tokens: int) -> int:
         """Compute the prompt of a sequence, which will have up to num_tokens, in a slot. Returns
         its first token.
         """
@@ -897,7 +897,7 @@ class RowServer:
         self,
         gpu: SimulatedGPU,
         batch_cls: Callable[..., Any],
-        sizes: Sequence[int],
+        sizes: abc.Sequence[int],
         longest_prompt: int,
     ) -> None:
         self.gpu, self.model = gpu, SimulatedModel(gpu, num_slots=max(sizes))
@@ -913,7 +913,7 @@ class RowServer:
         self._graphs: dict[int, tuple[CUDAGraph, DeviceTensor]] = {}
         self._pool = gpu.graph_pool_handle()
 
-    def admit(self, name: str, prompt: Sequence[int], max_tokens: int) -> None:
+    def admit(self, name: str, prompt: abc.Sequence[int], max_tokens: int) -> None:
         """A request comes: its prompt is computed, and it has its first token."""
         slot = min(
             set(range(len(self.running) + 1)) - {slot for slot, _, _ in self.running.values()}
@@ -994,7 +994,7 @@ class SimulatedEngine:
     def __init__(
         self,
         gpu: SimulatedGPU,
-        requests: Sequence[tuple[int, int]],
+        requests: abc.Sequence[tuple[int, int]],
         *,
         schedule_us: float = 400.0,
         update_us: float = 600.0,
@@ -1010,7 +1010,7 @@ class SimulatedEngine:
         manager = BlockManager(512, 16, False)
         self._scheduler = Scheduler(manager, max_num_seqs, 4096)
         self.sequences = [
-            EngineSequence(
+            Sequence(
                 i,
                 [(5 * i + j) % 90 + 2 for j in range(prompt)],
                 SamplingParams(),
@@ -1074,7 +1074,7 @@ class SimulatedEngine:
         self.most_in_flight = max(self.most_in_flight, len(self._in_flight))
         return StepInFlight(host, arrived)
 
-    def update(self, batch: ScheduledBatch, token_ids: Sequence[int]) -> None:
+    def update(self, batch: ScheduledBatch, token_ids: abc.Sequence[int]) -> None:
         """Bring the tokens of a step, steps in the order in which they were launched."""
         if not self._in_flight or self._in_flight[0] is not batch:
             raise ValueError("update: results must be brought in the order of the steps, each once")

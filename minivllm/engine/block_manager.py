@@ -18,8 +18,7 @@ before. Shared blocks are full, hence never written again, and so need no copy-o
 appends only to blocks of its own."""
 
 from array import array
-from collections import OrderedDict
-from collections.abc import Sequence as SequenceOf
+from collections import OrderedDict, abc
 from dataclasses import dataclass
 
 import xxhash
@@ -27,7 +26,7 @@ import xxhash
 from minivllm.engine.sequence import PENDING, Sequence
 
 
-def hash_block(previous_hash: int | None, token_ids: SequenceOf[int]) -> int:
+def hash_block(previous_hash: int | None, token_ids: abc.Sequence[int]) -> int:
     """Hash of a block's tokens, chained to the hash of the block before it (None for the first).
     128 bits.
     """
@@ -100,7 +99,9 @@ class BlockManager:
             found.append(block_id)
         return found
 
-    def allocate(self, seq: Sequence, num_tokens: int, cached_prefix: SequenceOf[int] = ()) -> bool:
+    def allocate(
+        self, seq: Sequence, num_tokens: int, cached_prefix: abc.Sequence[int] = ()
+    ) -> bool:
         """Grow seq's block table until it holds num_tokens tokens; all or nothing.
 
         cached_prefix, from `find_cached_prefix`, comes first in the table of a sequence that has
@@ -172,7 +173,7 @@ class BlockManager:
         for block in self.blocks:
             self._forget(block)
 
-    def check(self, sequences: SequenceOf[Sequence]) -> None:
+    def check(self, sequences: abc.Sequence[Sequence]) -> None:
         """Raise AssertionError unless every invariant holds. sequences: all that may own blocks."""
         references = [0] * self.num_blocks
         for seq in sequences:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from minivllm.batch import AttentionMetadata
+from minivllm.layers.attention import AttentionMetadata
 
 
 @dataclass(frozen=True)

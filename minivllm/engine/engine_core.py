@@ -7,7 +7,7 @@ end; whoever drives the core (`LLMEngine`) keeps what has come out. So the core 
 step before was cut short.
 
 With tensor_parallel_size > 1 every rank runs a core like this one on its share of the model; see
-launch.py.
+parallel/launch.py.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from typing import Any
 
 import xxhash
 
-from minivllm.batch import build_batch
 from minivllm.config import EngineConfig
-from minivllm.distributed import TensorParallelGroup
+from minivllm.engine.batch import build_batch
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.model_runner import ModelRunner, StepResult
 from minivllm.engine.sampler import TokenLogprobs
@@ -36,9 +35,10 @@ from minivllm.engine.trace import StepRecord, Trace, label, record_step
 from minivllm.errors import SchedulerStalledError, UnsupportedFeatureError
 from minivllm.kernels import Kernels
 from minivllm.kernels.sampling import NOT_A_TOKEN
-from minivllm.launch import Ranks, pick_device
 from minivllm.models.loader import load_config
 from minivllm.models.qwen3 import Qwen3ForCausalLM
+from minivllm.parallel.group import TensorParallelGroup
+from minivllm.parallel.launch import EngineRanks, pick_device
 from minivllm.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class EngineCore:
             self.config = replace(self.config, enforce_eager=True)
         self._pieces = pieces
         arguments = (self.config.device, _run_rank, model_path, config, pieces)
-        self.ranks = Ranks(config.tensor_parallel_size, *arguments, group=group)
+        self.ranks = EngineRanks(config.tensor_parallel_size, *arguments, group=group)
         # Also when nobody closes the engine: garbage, or the end of the program.
         self.close = weakref.finalize(self, self.ranks.close)
         try:

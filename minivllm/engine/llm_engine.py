@@ -32,23 +32,23 @@ from uuid import uuid4
 import xxhash
 
 from minivllm import errors
-from minivllm.batch import build_batch
 from minivllm.bundled import BUNDLED_MODEL_PATH
 from minivllm.config import EngineArgs, EngineConfig
-from minivllm.distributed import TensorParallelGroup
+from minivllm.engine.batch import build_batch
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.engine_core import EngineCore, EnginePieces
 from minivllm.engine.input_processor import EngineInput, InputProcessor, in_our_order
 from minivllm.engine.model_runner import ModelRunner
 from minivllm.engine.output_processor import OutputCollector, OutputProcessor, Request
 from minivllm.engine.scheduler import Scheduler, SchedulerStats
-from minivllm.engine.sequence import Sequence as EngineSequence
+from minivllm.engine.sequence import Sequence
 from minivllm.engine.trace import Trace
 from minivllm.inputs import PromptType
 from minivllm.kernels import Kernels
 from minivllm.models.loader import load_config, resolve_model_path
 from minivllm.models.qwen3 import Qwen3ForCausalLM
 from minivllm.outputs import RequestMetrics, RequestOutput
+from minivllm.parallel.group import TensorParallelGroup
 from minivllm.sampling_params import SamplingParams
 from minivllm.tokenizer import Tokenizer
 
@@ -338,10 +338,10 @@ class LLMEngine:
 
     # --- sequences --------------------------------------------------------------------------------
 
-    def _new_sequence(self, checked: EngineInput, request: Request, index: int) -> EngineSequence:
+    def _new_sequence(self, checked: EngineInput, request: Request, index: int) -> Sequence:
         """The sequence of one completion, with the tokens that it has so far."""
         params, completion = request.params, request.completions[index]
-        return EngineSequence(
+        return Sequence(
             completion.seq_id,
             [*request.prompt_token_ids, *completion.token_ids],
             # Only the first completion computes the prompt's logprobs; the others may share its

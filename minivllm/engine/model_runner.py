@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from minivllm.batch import BatchInputs, BatchRow, build_batch
 from minivllm.config import EngineConfig, ModelConfig
-from minivllm.distributed import SINGLE, TensorParallelGroup
+from minivllm.engine.batch import BatchInputs, BatchRow, build_batch
 from minivllm.engine.cuda_graphs import DecodeGraphs, DecodeState, graph_sizes
 from minivllm.engine.memory import check_memory, typed_start_errors
 from minivllm.engine.sampler import Sampler, TokenLogprobs, to_device, token_logprobs
@@ -25,6 +24,7 @@ from minivllm.kernels import Kernels
 from minivllm.layers.attention import KVCache
 from minivllm.models.loader import load_model
 from minivllm.models.qwen3 import Qwen3ForCausalLM
+from minivllm.parallel.group import SINGLE, TensorParallelGroup
 
 CPU_KV_CACHE_BYTES = (
     256 << 20

@@ -8,7 +8,7 @@ sampler knows of it is written once, when it is admitted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
+from collections import abc
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -166,7 +166,7 @@ class Sampler:
         self._output_counts: torch.Tensor | None = None
         self._in_prompt: torch.Tensor | None = None
 
-    def admit(self, sequences: SequenceOf[Sequence]) -> None:
+    def admit(self, sequences: abc.Sequence[Sequence]) -> None:
         """Take note of sequences that have just been given their slots."""
         for seq in sequences:
             self._admit(seq)
@@ -175,7 +175,7 @@ class Sampler:
             self._device_temperature[self._tensor(slots)] = self._tensor(self._temperature[slots])
             self._device_seed[self._tensor(slots)] = self._tensor(self._seed[slots])
 
-    def needs_edit(self, slots: SequenceOf[int]) -> bool:
+    def needs_edit(self, slots: abc.Sequence[int]) -> bool:
         """Whether `sample_by_temperature` would be wrong for any of these."""
         return bool(self._needs_edit[slots].any())
 
@@ -205,7 +205,7 @@ class Sampler:
             self._admit_penalties(seq)
 
     def __call__(
-        self, logits: torch.Tensor, items: SequenceOf[ScheduledSequence]
+        self, logits: torch.Tensor, items: abc.Sequence[ScheduledSequence]
     ) -> tuple[torch.Tensor, TokenLogprobs | None]:
         """logits: [R, V], one row an item. Returns token ids [R] int64, and log-probabilities if
         anyone asked.
@@ -231,7 +231,7 @@ class Sampler:
         return token_ids, token_logprobs(raw_logits, known, max(wanted)) if wanted else None
 
     def _arguments(
-        self, items: SequenceOf[ScheduledSequence], slots: np.ndarray
+        self, items: abc.Sequence[ScheduledSequence], slots: np.ndarray
     ) -> dict[str, torch.Tensor | None]:
         """Keyword arguments of the kernel; None for what no row asks for, so that nothing is
         computed for it.
@@ -255,7 +255,7 @@ class Sampler:
         }
 
     def _edit(
-        self, logits: torch.Tensor, items: SequenceOf[ScheduledSequence], slots: np.ndarray
+        self, logits: torch.Tensor, items: abc.Sequence[ScheduledSequence], slots: np.ndarray
     ) -> torch.Tensor:
         """Apply what the rows ask for; a copy in float32 if any does, else logits itself."""
         edited = None

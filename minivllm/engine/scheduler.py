@@ -13,8 +13,7 @@ No starvation: `running` followed by `waiting` is always in order of arrival, th
 preempted first, and the oldest gets at least one token in every step. `sequence.max_steps` states
 the bound that follows. Taught in notebooks/05_scheduler.ipynb."""
 
-from collections import deque
-from collections.abc import Sequence as SequenceOf
+from collections import abc, deque
 from dataclasses import dataclass, field
 
 from minivllm.engine.block_manager import BlockManager
@@ -76,7 +75,9 @@ class Scheduler:
             self._in_flight.append(batch)
         return batch
 
-    def update(self, batch: ScheduledBatch, token_ids: SequenceOf[int]) -> list[ScheduledSequence]:
+    def update(
+        self, batch: ScheduledBatch, token_ids: abc.Sequence[int]
+    ) -> list[ScheduledSequence]:
         """Bring the results of a step: token_ids has one entry for each of `batch.sampled`.
 
         Batches come back in the order they were planned. Returns the items whose token counts: not

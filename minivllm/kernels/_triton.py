@@ -29,7 +29,7 @@ def _load() -> Any:
     return triton
 
 
-class Kernel:
+class LazyKernel:
     """A function under ``@triton.jit`` that Triton has not seen yet."""
 
     def __init__(self, function: Callable, options: dict[str, Any]):
@@ -51,7 +51,7 @@ class Kernel:
                 {
                     name: value.jitted()
                     for name, value in list(names.items())
-                    if isinstance(value, Kernel)
+                    if isinstance(value, LazyKernel)
                 }
             )
         return self._jitted
@@ -67,7 +67,9 @@ class _Triton:
 
     @staticmethod
     def jit(function: Callable | None = None, **options: Any) -> Any:
-        return Kernel(function, options) if function else functools.partial(_Triton.jit, **options)
+        return (
+            LazyKernel(function, options) if function else functools.partial(_Triton.jit, **options)
+        )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(_load(), name)

@@ -3,16 +3,35 @@ block table.
 
 Taught in notebooks/03_paged_kv_cache.ipynb."""
 
+from dataclasses import dataclass
+
 import torch
 
-from minivllm.batch import AttentionMetadata
 from minivllm.kernels import Kernels
 
 #: (k_cache, v_cache) of one layer, each [num_blocks, num_kv_heads, block_size, head_dim].
 KVCache = tuple[torch.Tensor, torch.Tensor]
 
 
-def paged_attention(
+@dataclass(frozen=True)
+class AttentionMetadata:
+    """Which tokens belong to which sequence, and where their keys and values live. B sequences, T
+    tokens.
+    """
+
+    query_start_loc: torch.Tensor  # [B + 1] int32: cumulative number of new tokens
+    seq_lens: torch.Tensor  # [B] int32: context length, this step's tokens included
+    block_table: torch.Tensor  # [B, max_blocks] int32: entries beyond a context are arbitrary
+    slot_mapping: (
+        torch.Tensor
+    )  # [T] int64: block * block_size + offset, where K and V are written; -1 writes nowhere
+    num_decodes: int  # the first so many sequences have exactly one new token
+    max_query_len: int
+    max_seq_len: int
+    max_decode_seq_len: int  # the longest context among the decodes; 0 when there are none
+
+
+def attend(
     query: torch.Tensor, cache: KVCache, metadata: AttentionMetadata, scale: float, kernels: Kernels
 ) -> torch.Tensor:
     """query: [T, H, D] -> [T, H, D]. The cache holds this step's keys and values already.

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minivllm.distributed import SINGLE, TensorParallelGroup
 from minivllm.kernels import Kernels
 from minivllm.layers.linear import holds_part
+from minivllm.parallel.group import SINGLE, TensorParallelGroup
 
 
 class Embedding(nn.Module):

@@ -10,8 +10,8 @@ Taught in notebooks/09_tensor_parallel.ipynb.
 import torch
 from torch import nn
 
-from minivllm.distributed import SINGLE, Part, TensorParallelGroup
 from minivllm.kernels import Kernels
+from minivllm.parallel.group import SINGLE, Part, TensorParallelGroup
 
 
 def holds_part(tensor: torch.Tensor, shape: tuple[int, ...], *index: slice) -> torch.Tensor:

@@ -5,9 +5,9 @@
 import torch
 from torch import nn
 
-from minivllm.distributed import SINGLE, TensorParallelGroup
 from minivllm.kernels import Kernels
 from minivllm.layers.linear import FusedLinear, RowParallelLinear
+from minivllm.parallel.group import SINGLE, TensorParallelGroup
 
 
 class SwiGLU(nn.Module):

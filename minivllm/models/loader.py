@@ -17,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from minivllm.config import ModelConfig
-from minivllm.distributed import SINGLE, TensorParallelGroup
 from minivllm.errors import ConfigError, SamplingParamsError, WeightLoadingError
 from minivllm.kernels import Kernels
 from minivllm.layers.linear import FusedLinear
 from minivllm.models.qwen3 import Qwen3ForCausalLM
+from minivllm.parallel.group import SINGLE, TensorParallelGroup
 from minivllm.sampling_params import SamplingParams
 from minivllm.validation import shown
 

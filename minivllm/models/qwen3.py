@@ -11,16 +11,15 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from minivllm.batch import AttentionMetadata
 from minivllm.config import ModelConfig
-from minivllm.distributed import SINGLE, TensorParallelGroup
 from minivllm.kernels import Kernels
-from minivllm.layers.attention import KVCache, paged_attention
+from minivllm.layers.attention import AttentionMetadata, KVCache, attend
 from minivllm.layers.embedding import Embedding, OutputHead
 from minivllm.layers.linear import FusedLinear, RowParallelLinear
 from minivllm.layers.mlp import SwiGLU
 from minivllm.layers.norm import RMSNorm
 from minivllm.layers.rotary import rope_table
+from minivllm.parallel.group import SINGLE, TensorParallelGroup
 
 
 class Attention(nn.Module):
@@ -78,7 +77,7 @@ class Attention(nn.Module):
         else:
             query, key = self.kernels.qk_norm_rope(query, key, *turn)
             self.kernels.store_kv(key, value, *cache, metadata.slot_mapping)
-        out = paged_attention(query, cache, metadata, head_dim**-0.5, self.kernels)
+        out = attend(query, cache, metadata, head_dim**-0.5, self.kernels)
         return self.o_proj(out.flatten(-2))
 
 

@@ -33,8 +33,8 @@ def draw_flat_batch(inputs: Any, block_size: int, words: Sequence[str] | None = 
     """Draw the tokens of a step: whose they are, their positions and slots, and which are asked
     what comes next.
 
-    inputs: a `minivllm.batch.BatchInputs`. words: what to write for each token; None writes the
-    token ids.
+    inputs: a `minivllm.engine.batch.BatchInputs`. words: what to write for each token; None writes
+    the token ids.
     """
     tokens, positions = inputs.token_ids.tolist(), inputs.positions.tolist()
     edges, slots = inputs.attention.query_start_loc.tolist(), inputs.attention.slot_mapping.tolist()

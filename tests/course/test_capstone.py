@@ -21,7 +21,7 @@ from solved import answers_of, write_solved
 from test_chapters import wrong_answers
 from typer.testing import CliRunner
 
-from minivllm.cli import app
+from minivllm.cli.app import app
 from minivllm.course import capstone
 from minivllm.course.capstone import PIECES, examine
 from minivllm.course.chapters import chapters, role

@@ -12,7 +12,7 @@ import pytest
 from solved import write_solved
 from typer.testing import CliRunner
 
-from minivllm.cli import app
+from minivllm.cli.app import app
 from minivllm.course.chapters import Chapter, chapters
 from minivllm.course.progress import NOT_RUNNABLE, PASSED, Records
 

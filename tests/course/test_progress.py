@@ -17,7 +17,7 @@ from nbformat import NotebookNode
 from test_graft import WRONG, without
 from typer.testing import CliRunner
 
-from minivllm.cli import app
+from minivllm.cli.app import app
 from minivllm.course import checking
 from minivllm.course.chapters import Chapter, Statement, find_root, read
 from minivllm.course.stubs import make_exercises

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections import abc
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 def _diagnose(
-    answer: Callable, cases: Sequence[tuple], right: Callable, suspects: dict, **more: Any
+    answer: Callable, cases: abc.Sequence[tuple], right: Callable, suspects: dict, **more: Any
 ) -> int:
     """`diagnose`, without the numbers of tensors: of keys and values the shape says enough, and
     the table is seen.
@@ -333,9 +334,9 @@ def _build_batch_with(slot_mapping: Callable) -> Callable:
     import numpy as np
     import torch
 
-    from minivllm.batch import build_batch
+    from minivllm.engine.batch import build_batch
 
-    def build(rows: Sequence, block_table: np.ndarray, block_size: int) -> Any:
+    def build(rows: abc.Sequence, block_table: np.ndarray, block_size: int) -> Any:
         batch = build_batch(rows, block_table, block_size)
         table = torch.from_numpy(np.array(block_table, dtype=np.int32))
         lens = [len(row.token_ids) for row in rows]
@@ -349,7 +350,7 @@ def _build_batch_with(slot_mapping: Callable) -> Callable:
 
 
 def _pages(
-    contexts: Sequence[int],
+    contexts: abc.Sequence[int],
     kv_heads: int,
     dim: int,
     size: int,
@@ -1086,12 +1087,12 @@ def _check_waste(name: str, value: float, size: int, slack: float) -> None:
 def _measure_pool(num_blocks: int) -> tuple[int, int]:
     """(blocks, how many chats of 700 tokens a real block manager takes)."""
     from minivllm.engine.block_manager import BlockManager
-    from minivllm.engine.sequence import Sequence as EngineSequence
+    from minivllm.engine.sequence import Sequence
     from minivllm.sampling_params import SamplingParams
 
     manager = BlockManager(num_blocks, 16, enable_prefix_caching=False)
     chats = 0
-    while manager.allocate(EngineSequence(chats, [0] * 700, SamplingParams()), 700):
+    while manager.allocate(Sequence(chats, [0] * 700, SamplingParams()), 700):
         chats += 1
     return manager.num_blocks, chats
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import abc, deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -13,14 +13,13 @@ from typing import Any
 from minivllm.course.checking import Mistake, diagnose, engine_agrees, exercise, expect, show
 from minivllm.engine.block_manager import BlockManager, hash_block
 from minivllm.engine.scheduler import Scheduler
-from minivllm.engine.sequence import PENDING, max_steps
-from minivllm.engine.sequence import Sequence as EngineSequence
+from minivllm.engine.sequence import PENDING, Sequence, max_steps
 from minivllm.sampling_params import SamplingParams
 
 # --- 04.1 -----------------------------------------------------------------------------------------
 
 
-def _names(tokens: Sequence[int], size: int) -> list[int]:
+def _names(tokens: abc.Sequence[int], size: int) -> list[int]:
     names: list[int] = []
     for start in range(0, len(tokens) - size + 1, size):
         names.append(hash_block(names[-1] if names else None, tokens[start : start + size]))
@@ -172,7 +171,7 @@ def _measured() -> dict[str, Any]:
             {block for table in together.block_tables.values() for block in table}
         )
     manager = BlockManager(6, SIZE)
-    seq, other = (EngineSequence(i, draw(n), SamplingParams()) for i, n in enumerate((56, 96)))
+    seq, other = (Sequence(i, draw(n), SamplingParams()) for i, n in enumerate((56, 96)))
     manager.allocate(seq, 56)
     manager.register_computed(seq, 0, 56)
     manager.free(seq)
@@ -699,7 +698,7 @@ def check_cached_prefix(answer: Callable) -> str:
         *,
         end: int | None = None,
         compare: bool = True,
-        goes_on: Sequence[str] = (),
+        goes_on: abc.Sequence[str] = (),
         chained: bool = True,
     ) -> list[int]:
         found: list[int] = []
@@ -1085,11 +1084,11 @@ NUM_HISTORIES = 120
 _METHODS = ("find_cached_prefix", "allocate", "register_computed", "free")
 
 
-def _seq(seq_id: int, tokens: Sequence[int], **params: Any) -> EngineSequence:
-    return EngineSequence(seq_id, list(tokens), SamplingParams(max_tokens=None, **params))
+def _seq(seq_id: int, tokens: abc.Sequence[int], **params: Any) -> Sequence:
+    return Sequence(seq_id, list(tokens), SamplingParams(max_tokens=None, **params))
 
 
-def _compute(manager: Any, seq: EngineSequence, end: int | None = None) -> list[int]:
+def _compute(manager: Any, seq: Sequence, end: int | None = None) -> list[int]:
     """Find, allocate, "compute" and register the tokens of seq up to end, as a step of the
     engine does.
     """
@@ -1133,7 +1132,7 @@ def _rule_answers(answer: type) -> None:
         _expect_answer(manager.allocate(seq, num_tokens))
 
 
-def _release(manager: Any, *seqs: EngineSequence) -> None:
+def _release(manager: Any, *seqs: Sequence) -> None:
     for seq in seqs:
         manager.free(seq)
         expect(
@@ -1155,7 +1154,7 @@ def _not_extended(method: str) -> Mistake:
 
 
 @contextmanager
-def _names_at_hand(method: str, seq: EngineSequence) -> Iterator[None]:
+def _names_at_hand(method: str, seq: Sequence) -> Iterator[None]:
     """An IndexError in this method, while seq has no names, comes from looking for them."""
     try:
         yield
@@ -1165,12 +1164,12 @@ def _names_at_hand(method: str, seq: EngineSequence) -> Iterator[None]:
         raise _not_extended(method) from error
 
 
-def _register(manager: Any, seq: EngineSequence, start: int, end: int) -> None:
+def _register(manager: Any, seq: Sequence, start: int, end: int) -> None:
     with _names_at_hand("register_computed", seq):
         manager.register_computed(seq, start, end)
 
 
-def _find(manager: Any, seq: EngineSequence) -> list[int]:
+def _find(manager: Any, seq: Sequence) -> list[int]:
     before = list(seq.block_table)
     with _names_at_hand("find_cached_prefix", seq):
         found = manager.find_cached_prefix(seq)
@@ -1701,7 +1700,7 @@ class _Simulation:
         self.manager = answer(self.num_blocks, self.size, rng.random() < 0.9)
         self.scheduler = Scheduler(self.manager, rng.randint(1, 4), rng.choice([2, 5, 16]))
         self.memory: dict[tuple[int, int], int] = {}
-        self.seqs: list[EngineSequence] = []
+        self.seqs: list[Sequence] = []
 
     def add(self) -> None:
         rng, room = self.rng, self.num_blocks * self.size
@@ -1778,10 +1777,10 @@ class _Simulation:
             f" {free}.\nWhat is in no table is free, and what is in one is not.",
         )
 
-    def _place(self, seq: EngineSequence, position: int) -> tuple[int, int]:
+    def _place(self, seq: Sequence, position: int) -> tuple[int, int]:
         return seq.block_table[position // self.size], position % self.size
 
-    def _entry(self, seq: EngineSequence, position: int) -> int:
+    def _entry(self, seq: Sequence, position: int) -> int:
         return hash(tuple(seq.token_ids[: position + 1]))
 
 

@@ -1627,8 +1627,8 @@ def _computed(build: Callable, run: Run) -> list[torch.Tensor]:
     import numpy as np
     import torch
 
-    from minivllm.batch import BatchRow, build_batch
     from minivllm.config import ModelConfig
+    from minivllm.engine.batch import BatchRow, build_batch
 
     config = ModelConfig.from_hf({**_SIZES, **dict(run.changes)})
     forward, compute_logits = build(config, run.seed)
@@ -1725,7 +1725,7 @@ def _wrong_model(config: ModelConfig, seed: int, **wrong: Any) -> tuple[Callable
     import torch.nn.functional as F
 
     from minivllm.kernels import Kernels
-    from minivllm.layers.attention import paged_attention
+    from minivllm.layers.attention import attend
     from minivllm.layers.rotary import rope_table
 
     kernels, weights = Kernels.reference(), _weights(config, seed)
@@ -1771,7 +1771,7 @@ def _wrong_model(config: ModelConfig, seed: int, **wrong: Any) -> tuple[Callable
                 kernels.store_kv(
                     plain_key if how.get("stored_plain") else k, v, *pages, metadata.slot_mapping
                 )
-            out = paged_attention(q, pages, metadata, how["scale"], kernels).flatten(-2)
+            out = attend(q, pages, metadata, how["scale"], kernels).flatten(-2)
             branch = out @ weights[f"{p}self_attn.o_proj.weight"].T
             before = x
             x = branch + {"x": x, "h": h, "twice": 2 * x, "nothing": 0.0}[how["stream"][0]]
@@ -1958,7 +1958,7 @@ def check_model(answer: Any) -> str:
             (
                 "Keys and values never reach the cache: attention reads what was there"
                 " before.\nCall kernels.store_kv(key, value, *cache, metadata.slot_mapping) before"
-                " paged_attention."
+                " attend."
             ),
             wrong(not_stored=True),
         ),

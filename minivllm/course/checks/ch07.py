@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import abc
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from minivllm.batch import BatchRow
-    from minivllm.engine.sequence import Sequence as EngineSequence
+    from minivllm.engine.batch import BatchRow
+    from minivllm.engine.sequence import Sequence
     from minivllm.llm import LLM
     from minivllm.tokenizer import Tokenizer
 
@@ -36,13 +37,13 @@ INF = math.inf
 # --- what exercises are given ---------------------------------------------------------------------
 
 
-def new_sequence(llm: LLM, seq_id: int, prompt: str | list[int], **params: Any) -> EngineSequence:
+def new_sequence(llm: LLM, seq_id: int, prompt: str | list[int], **params: Any) -> Sequence:
     """A request for the scheduler. prompt: a question, put into the chat template, or token ids.
 
     params: fields of `SamplingParams`; stop_token_ids join the model's end-of-sequence tokens.
     Without a seed the sequence gets seq_id as its seed.
     """
-    from minivllm.engine.sequence import Sequence as EngineSequence
+    from minivllm.engine.sequence import Sequence
     from minivllm.sampling_params import SamplingParams
 
     wanted = SamplingParams(**params)
@@ -55,7 +56,7 @@ def new_sequence(llm: LLM, seq_id: int, prompt: str | list[int], **params: Any) 
         wanted.stop_token_ids or ()
     )
     seed = seq_id if wanted.seed is None else wanted.seed
-    return EngineSequence(
+    return Sequence(
         seq_id, ids, wanted, stop_ids, max_num_tokens=len(ids) + wanted.max_tokens, seed=seed
     )
 
@@ -65,7 +66,7 @@ class TokenText:
     `Detokenizer`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: abc.Sequence[str] = ()) -> None:
         from minivllm.tokenizer import Detokenizer
 
         self._detokenizer = Detokenizer(tokenizer, tuple(stops), skip_special_tokens=True)
@@ -108,7 +109,7 @@ def check_predictions(
     import numpy as np
     import torch
 
-    from minivllm.batch import BatchRow, build_batch
+    from minivllm.engine.batch import BatchRow, build_batch
     from minivllm.kernels.sampling import filter_logits
     from minivllm.outputs import RequestMetrics
 
@@ -361,7 +362,7 @@ def _step_case(spec: list[tuple[int, int, bool]], block_size: int, seed: int) ->
     """(rows, block_table, block_size). spec: (start, number of tokens, samples) of each row."""
     import numpy as np
 
-    from minivllm.batch import BatchRow
+    from minivllm.engine.batch import BatchRow
 
     draws = np.random.default_rng(seed)
     rows = [
@@ -401,7 +402,7 @@ _STEPS = {
 }
 
 
-def _fields(inputs: Any, rows: Sequence[BatchRow], block_size: int) -> dict[str, Any]:
+def _fields(inputs: Any, rows: abc.Sequence[BatchRow], block_size: int) -> dict[str, Any]:
     """What was made, by field; of the block table only what is needed, for the rest is
     arbitrary.
     """
@@ -552,7 +553,7 @@ _FIELD_MISTAKES = {
 
 
 def _wrong_fields(
-    rows: Sequence[BatchRow], table: np.ndarray, size: int
+    rows: abc.Sequence[BatchRow], table: np.ndarray, size: int
 ) -> dict[str, dict[str, Any]]:
     """field -> name of a mistake in `_FIELD_MISTAKES` -> what somebody who makes it has there."""
     import torch
@@ -620,7 +621,7 @@ def _wrong_fields(
 
 @exercise("07.2", "Flatten a mixed batch")
 def check_build_batch(answer: Callable) -> str:
-    from minivllm.batch import build_batch
+    from minivllm.engine.batch import build_batch
 
     cases = {
         name: _step_case(spec, size, seed)
@@ -1486,7 +1487,7 @@ def _seeded_engine_agrees(mine: Callable) -> str:
 class _Stream:
     """`TextStream`, right by default, and wrong in the ways that mistakes name."""
 
-    def __init__(self, decode: Callable, stops: Sequence[str] = (), mistakes: str = "") -> None:
+    def __init__(self, decode: Callable, stops: abc.Sequence[str] = (), mistakes: str = "") -> None:
         self.decode, self.stops, self.mistakes = decode, list(stops), mistakes.split()
         self.token_ids: list[int] = []
         self.text = self.shown = ""
@@ -1651,7 +1652,7 @@ def _tokenizer() -> Tokenizer:
 _PIECES = ("▁Once", "▁upon", "▁a", "▁time", ",", "▁END", "s", "▁", "E", "N", "D", "N")
 
 
-def _decode_pieces(token_ids: Sequence[int]) -> str:
+def _decode_pieces(token_ids: abc.Sequence[int]) -> str:
     return "".join(_PIECES[token] for token in token_ids).replace("▁", " ").removeprefix(" ")
 
 
@@ -1794,18 +1795,18 @@ class _Rig:
         self.served = {item.sequence.seq_id for item in items}
         return items
 
-    def stream(self, stops: Sequence[str] = ()) -> TokenText:
+    def stream(self, stops: abc.Sequence[str] = ()) -> TokenText:
         return TokenText(self.llm.get_tokenizer(), stops)
 
     def engine(self, cls: Callable) -> Any:
         return cls(self.scheduler, self.runner, self.stream)
 
-    def sequence(self, seq_id: int, prompt: str | list[int], **params: Any) -> EngineSequence:
+    def sequence(self, seq_id: int, prompt: str | list[int], **params: Any) -> Sequence:
         return new_sequence(
             self.llm, seq_id, prompt, **{"temperature": 0.0, "max_tokens": 24} | params
         )
 
-    def run(self, engine: Any, sequences: list[EngineSequence]) -> list[str]:
+    def run(self, engine: Any, sequences: list[Sequence]) -> list[str]:
         """engine.run, and an endless loop is a Mistake."""
         try:
             texts = engine.run(sequences)
@@ -2217,7 +2218,7 @@ class _RightEngine:
             {},
         )
 
-    def add(self, seq: EngineSequence) -> None:
+    def add(self, seq: Sequence) -> None:
         self.streams[seq.seq_id] = self.new_stream(seq.params.stop_strings)
         self.scheduler.add(seq)
 
@@ -2234,7 +2235,7 @@ class _RightEngine:
             news[seq.seq_id] = text + (stream.finish() if seq.is_finished else "")
         return news
 
-    def run(self, sequences: list[EngineSequence]) -> list[str]:
+    def run(self, sequences: list[Sequence]) -> list[str]:
         texts = {seq.seq_id: "" for seq in sequences}
         for seq in sequences:
             self.add(seq)

@@ -317,7 +317,7 @@ def _rank_model(**how: Any) -> type:
     import torch
     import torch.nn.functional as F
 
-    from minivllm.layers.attention import paged_attention
+    from minivllm.layers.attention import attend
 
     class RankModel:
         def __init__(
@@ -383,7 +383,7 @@ def _rank_model(**how: Any) -> type:
             norms = (w[f"{layer}.self_attn.q_norm.weight"], w[f"{layer}.self_attn.k_norm.weight"])
             q, k = self.kernels.qk_norm_rope(q, k, *norms, self.cos_sin, positions, c.rms_norm_eps)
             self.kernels.store_kv(k, v, *cache, metadata.slot_mapping)
-            out = paged_attention(q, cache, metadata, c.head_dim**-0.5, self.kernels).flatten(-2)
+            out = attend(q, cache, metadata, c.head_dim**-0.5, self.kernels).flatten(-2)
             return self._sum(group, out @ w[f"{layer}.self_attn.o_proj.weight"].T, "attention")
 
         def mlp(self, group: Group, layer: str, x: torch.Tensor) -> torch.Tensor:
@@ -1615,7 +1615,7 @@ def _computed(model_cls: Callable, case: Case) -> list[torch.Tensor]:
     import numpy as np
     import torch
 
-    from minivllm.batch import BatchRow, build_batch
+    from minivllm.engine.batch import BatchRow, build_batch
 
     case.data["calls"] = []  # those of each step, where the model is one of `on_ranks`
     config, model = _config_of(case), _filled(model_cls, case)

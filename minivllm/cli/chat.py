@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from minivllm.cli.stdio import complain, note, write
 from minivllm.errors import (
     ConfigError,
     EmptyPromptError,
@@ -19,7 +20,6 @@ from minivllm.errors import (
     RankError,
 )
 from minivllm.files import reason
-from minivllm.stdio import complain, note, write
 from minivllm.text import is_unicode
 
 if TYPE_CHECKING:

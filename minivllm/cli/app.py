@@ -18,9 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin, g
 import typer
 
 from minivllm import __version__
-from minivllm.errors import ConfigError, RequestError
-from minivllm.files import reason, require_writable
-from minivllm.stdio import (
+from minivllm.cli.stdio import (
     EXIT_CODES,
     USER_ERROR,
     App,
@@ -30,7 +28,9 @@ from minivllm.stdio import (
     prepare_streams,
     read_all,
 )
-from minivllm.stdio import write as _write
+from minivllm.cli.stdio import write as _write
+from minivllm.errors import ConfigError, RequestError
+from minivllm.files import reason, require_writable
 from minivllm.text import is_unicode, one_line, printable
 
 if TYPE_CHECKING:
@@ -283,7 +283,7 @@ def chat(
     engine: Engine = None,
 ) -> None:
     """Talk with the model. Questions may also be piped in, one per line."""
-    from minivllm.chat import HELP, Chat
+    from minivllm.cli.chat import HELP, Chat
 
     params = _sampling_params(max_tokens, temperature, top_p, top_k, min_p, seed, None)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
@@ -320,7 +320,7 @@ def demo(
     """Watch the engine serve a batch of prompts: its block tables, its KV cache, and the texts as
     they come.
     """
-    from minivllm.demo import run_demo
+    from minivllm.cli.demo import run_demo
 
     if out is not None:
         require_writable(out, "The trace")
@@ -421,7 +421,7 @@ def bench(
     arguments: Annotated[list[str] | None, typer.Argument(metavar="COMMAND [ARGS]...")] = None,
 ) -> None:
     """Measure speed. `minivllm bench --help` lists the benchmarks."""
-    from minivllm.bench.cli import app as bench_app
+    from minivllm.cli.bench import app as bench_app
 
     bench_app(args=[*(arguments or []), *ctx.args], prog_name="minivllm bench")
 
@@ -493,7 +493,7 @@ def doctor() -> None:
     """Look at what is installed here, say what it means for the course, and how to repair what is
     broken.
     """
-    from minivllm.doctor import run_doctor
+    from minivllm.cli.doctor import run_doctor
 
     raise typer.Exit(run_doctor())
 

@@ -1,6 +1,6 @@
 """Score the bundled model: held-out stories, unseen glossary questions, long pages, small tasks.
 
-    python -m minivllm.bundled.evaluate
+    python -m minivllm.bundled.training.evaluate
 
 What is measured, and how:
 
@@ -37,8 +37,9 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from minivllm.bundled import BUNDLED_MODEL_PATH, corpus, glossary, stories
-from minivllm.bundled.corpus import Message, render_chat
+from minivllm.bundled import BUNDLED_MODEL_PATH
+from minivllm.bundled.training import corpus, glossary, stories
+from minivllm.bundled.training.corpus import Message, render_chat
 
 DEFAULT_PARAPHRASES = Path("tests/data/glossary_paraphrases.json")
 STORY_TEMPERATURE = 0.7
@@ -246,7 +247,7 @@ def score_positions(bundle: Bundle, count: int = 48) -> dict[str, Any]:
     """Mean loss of the trained-on tokens by position, on long documents and on packed rows with
     fresh seeds.
     """
-    from minivllm.bundled import train
+    from minivllm.bundled.training import train
 
     padding = bundle.tokenizer.token_to_id(corpus.END_OF_TEXT)
     long_rows = np.full((count, train.ROW_LENGTH), padding | train.NOT_TRAINED, dtype=np.uint16)
@@ -327,7 +328,7 @@ def evaluate(
     scores["stories"], story_details = score_stories(bundle, num_stories)
     details: dict[str, Any] = {"stories": story_details}
     if paraphrases is not None:
-        from minivllm.bundled.train import read_excluded
+        from minivllm.bundled.training.train import read_excluded
 
         questions = json.loads(paraphrases.read_text(encoding="utf-8"))
         record = json.loads((path / "training_record.json").read_text(encoding="utf-8"))

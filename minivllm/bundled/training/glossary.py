@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
-from minivllm.bundled.grammar import Slot, expand, pick, tidy
-from minivllm.bundled.stories import ASIDES, CLOSINGS, OPENINGS, PLOTS
+from minivllm.bundled.training.grammar import Slot, expand, pick, tidy
+from minivllm.bundled.training.stories import ASIDES, CLOSINGS, OPENINGS, PLOTS
 
 STORY_TEXT: tuple[str, ...] = (
     *OPENINGS,

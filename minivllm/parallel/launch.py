@@ -26,8 +26,8 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import get_context
 
-from minivllm.distributed import SINGLE, TensorParallelGroup
 from minivllm.errors import ConfigError, EngineEndedError, RankFailedError, RankMismatchError
+from minivllm.parallel.group import SINGLE, TensorParallelGroup
 
 #: How long rank 0 waits for processes that are ready to meet it, and how long ranks wait in all
 #: other cases: others may be loading, and an engine may have nothing to do. Whoever waits is ended
@@ -95,7 +95,7 @@ def pick_device(device: str) -> str:
     return device
 
 
-class Ranks:
+class EngineRanks:
     """The ranks that run an engine together, as one of them sees them; keeps their engines in step.
 
     Under torchrun the ranks are there and get the same calls from the same script. Otherwise this

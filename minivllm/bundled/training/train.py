@@ -1,6 +1,6 @@
 """Train the bundled model from nothing: corpus, tokenizer, weights, in a few minutes on one GPU.
 
-    python -m minivllm.bundled.train --out DIR --minutes 5
+    python -m minivllm.bundled.training.train --out DIR --minutes 5
 
 Worker processes draw and tokenize fresh documents while the GPU trains, so no document is seen
 twice. Rows of 2,048 tokens start with the start of a document and are filled with whole documents;
@@ -31,9 +31,9 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from minivllm.bundled import corpus, glossary
+from minivllm.bundled.training import corpus, glossary
 
-log = logging.getLogger("minivllm.bundled.train")
+log = logging.getLogger("minivllm.bundled.training.train")
 
 VOCAB_SIZE = 2048
 ROW_LENGTH = 2048

@@ -12,23 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-
-@dataclass(frozen=True)
-class AttentionMetadata:
-    """Which tokens belong to which sequence, and where their keys and values live. B sequences, T
-    tokens.
-    """
-
-    query_start_loc: torch.Tensor  # [B + 1] int32: cumulative number of new tokens
-    seq_lens: torch.Tensor  # [B] int32: context length, this step's tokens included
-    block_table: torch.Tensor  # [B, max_blocks] int32: entries beyond a context are arbitrary
-    slot_mapping: (
-        torch.Tensor
-    )  # [T] int64: block * block_size + offset, where K and V are written; -1 writes nowhere
-    num_decodes: int  # the first so many sequences have exactly one new token
-    max_query_len: int
-    max_seq_len: int
-    max_decode_seq_len: int  # the longest context among the decodes; 0 when there are none
+from minivllm.layers.attention import AttentionMetadata
 
 
 @dataclass(frozen=True)

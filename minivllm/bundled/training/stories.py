@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
 
-from minivllm.bundled.grammar import Slot, expand, pick, sentence_case, tidy, with_article
+from minivllm.bundled.training.grammar import Slot, expand, pick, sentence_case, tidy, with_article
 
 HELD_OUT_SHARE = 10  # one pair in so many is held out
 

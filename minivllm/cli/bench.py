@@ -23,11 +23,11 @@ from minivllm.bench.report import machine, save_report
 from minivllm.bench.shapes import SHAPES, shape_directory
 from minivllm.bench.tables import show
 from minivllm.bench.throughput import CASES, Workload, run, run_cases
+from minivllm.cli.stdio import Commands
 from minivllm.config import DTYPES
 from minivllm.errors import ConfigError
 from minivllm.files import reason, require_writable, write_atomically
-from minivllm.launch import pick_device
-from minivllm.stdio import Commands
+from minivllm.parallel.launch import pick_device
 from minivllm.text import printable
 from minivllm.viz.terminal import SafeConsole
 

@@ -5,7 +5,7 @@ documents and their shares are in `MIXTURE`. A document is a tuple of `Segment`s
 whether the model is trained to write it (what a user or a system message says is read, not
 learned).
 
-Print some with ``python -m minivllm.bundled.corpus --documents 20``.
+Print some with ``python -m minivllm.bundled.training.corpus --documents 20``.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
-from minivllm.bundled import glossary, stories
-from minivllm.bundled.grammar import expand, pick, tidy, with_article
+from minivllm.bundled.training import glossary, stories
+from minivllm.bundled.training.grammar import expand, pick, tidy, with_article
 
 END_OF_TEXT = "<|endoftext|>"
 TURN_START = "<|im_start|>"
