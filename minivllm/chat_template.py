@@ -226,9 +226,8 @@ class TemplateWorker:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._finalizer: weakref.finalize | None = None
-        self._owner = (
-            0  # the process that started it: a fork must not talk through its parent's pipes
-        )
+        # the process that started it: a fork must not talk through its parent's pipes
+        self._owner = 0
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:

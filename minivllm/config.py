@@ -99,9 +99,8 @@ class ModelConfig:
     @property
     def num_parameters(self) -> int:
         """Numbers in the weights; biases and norms, which are few, are left out."""
-        heads = 2 * (
-            self.num_attention_heads + self.num_key_value_heads
-        )  # query and output, key and value
+        # query and output, key and value
+        heads = 2 * (self.num_attention_heads + self.num_key_value_heads)
         layer = self.hidden_size * (heads * self.head_dim + 3 * self.intermediate_size)
         tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return self.num_hidden_layers * layer + tables
@@ -323,17 +322,15 @@ class EngineConfig:
     torch's dtypes and devices, are taken for what they stand for.
     """
 
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = (
-        "auto"  # "auto": the checkpoint's on a GPU, else float32
-    )
+    #: "auto": the checkpoint's on a GPU, else float32
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     device: str = "auto"  # "auto": cuda when there is one
     #: Longest prompt plus output, in tokens. None: what the checkpoint allows; on a CPU without
     #: num_kv_blocks no more than fits 1 GiB of KV cache, with a logged warning.
     max_model_len: Count | None = None
     max_num_seqs: Count = 256  # most sequences running at once
-    max_num_batched_tokens: Count | None = (
-        None  # token budget of one step; None: 8192 on a GPU, 2048 on a CPU
-    )
+    #: token budget of one step; None: 8192 on a GPU, 2048 on a CPU
+    max_num_batched_tokens: Count | None = None
     block_size: Count | None = None  # tokens in a KV block; None: 64 on a GPU, 16 on a CPU
     #: Blocks in the KV cache. None: what gpu_memory_utilization leaves on a GPU; on a CPU 256 MiB,
     #: or one sequence of max_model_len if that is more.
@@ -341,21 +338,18 @@ class EngineConfig:
     #: Share of its memory that weights, activations and KV cache may take together.
     gpu_memory_utilization: Annotated[float, Range(0.0, 1.0, above=True)] = 0.9
     enable_prefix_caching: bool = True
-    enforce_eager: bool = (
-        False  # no CUDA graphs; always so on a CPU and with kernels that wait for the GPU
-    )
-    async_scheduling: bool | None = (
-        None  # plan a step while the one before runs; None: on a GPU, not on a CPU
-    )
+    #: no CUDA graphs; always so on a CPU and with kernels that wait for the GPU
+    enforce_eager: bool = False
+    #: plan a step while the one before runs; None: on a GPU, not on a CPU
+    async_scheduling: bool | None = None
     #: "auto": Triton on a GPU, torch on a CPU, where "triton" means its interpreter
     #: (TRITON_INTERPRET=1).
     attention_backend: Literal["auto", "triton", "torch"] = "auto"
     #: "auto" reads safetensors; "dummy" draws random weights and needs config.json only.
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
     skip_tokenizer_init: bool = False  # token ids in and out, no text
-    tensor_parallel_size: Count = (
-        1  # ranks that share the model; under torchrun, the number of its processes
-    )
+    #: ranks that share the model; under torchrun, the number of its processes
+    tensor_parallel_size: Count = 1
     #: Of dummy weights, and of requests that bring none of their own; what torch takes.
     seed: Annotated[int, Range(-(2**63), 2**64 - 1)] = 0
     #: Sampling defaults, for requests without parameters. "auto": the checkpoint's, from

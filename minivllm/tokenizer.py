@@ -541,9 +541,8 @@ class Detokenizer:
         # Tokens that are decoded together, hidden ones left out: some context, then those that came
         # since.
         self._window, self._context_text = self._context_of(prompt_token_ids)
-        self._num_known = len(
-            self._context_text
-        )  # characters of the window's text before the new ones
+        # characters of the window's text before the new ones
+        self._num_known = len(self._context_text)
         self._is_open = False  # whether the window's text has an end that is not accepted yet
         self._tight = not (spaces_between_special_tokens or skip_special_tokens)
         self._last_token: int | None = None

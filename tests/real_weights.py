@@ -28,9 +28,8 @@ def smollm2() -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _convert(_gguf_file(), partial)
-        partial.rename(
-            target
-        )  # all or nothing, should two runs start at once or one be interrupted
+        # all or nothing, should two runs start at once or one be interrupted
+        partial.rename(target)
     return target
 
 

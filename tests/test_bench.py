@@ -725,9 +725,8 @@ def test_your_gpu_measures_in_a_process_without_the_interpreter(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert your_gpu("silu_mul") is None
-    monkeypatch.setattr(
-        torch.cuda, "is_available", lambda: True
-    )  # here; the other process finds what there is
+    # here; the other process finds what there is
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert {row["kernel"] for row in your_gpu("silu_mul", seconds=0.001)} == {"silu_mul"}
     with pytest.raises(RuntimeError, match="bench kernels failed"):

@@ -163,9 +163,8 @@ def one_entry_never_written(key, value, k_cache, v_cache, slots):
 def decode_with_another_block_size(query, k_cache, v_cache, table, *args, **kwargs):
     blocks, heads, size, dim = k_cache.shape
     k, v = (c.reshape(blocks * 2, heads, size // 2, dim) for c in (k_cache, v_cache))
-    wide = torch.nn.functional.pad(
-        table, (0, table.shape[1])
-    )  # twice as many look-ups: stay inside the table
+    # twice as many look-ups: stay inside the table
+    wide = torch.nn.functional.pad(table, (0, table.shape[1]))
     return REFERENCE.decode_attention(query, k, v, wide, *args, **kwargs)
 
 
@@ -174,9 +173,10 @@ def mask_aligned_to_the_start(query, k_cache, v_cache, table, starts, seq_lens, 
     heads = k_cache.shape[1]
     for i, context in enumerate(seq_lens.tolist()):
         rows = query[starts[i] : starts[i + 1]].unflatten(1, (heads, -1))
+        # [context, KH, D]
         key, value = (
             c[table[i].long()].transpose(1, 2).flatten(0, 1)[:context] for c in (k_cache, v_cache)
-        )  # [context, KH, D]
+        )
         scores = torch.einsum("qhgd,khd->hgqk", rows, key) * scale
         allowed = torch.ones(len(rows), context, device=query.device).tril().bool()
         weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)

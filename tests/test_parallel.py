@@ -449,9 +449,8 @@ def test_starts_and_stops_leave_nothing(monkeypatch: pytest.MonkeyPatch, tmp_pat
         }
         return found | {"shared memory": os.listdir("/dev/shm"), "files": os.listdir(tmp_path)}
 
-    first = (
-        once()
-    )  # imports, and multiprocessing's one resource tracker for the life of this process
+    # imports, and multiprocessing's one resource tracker for the life of this process
+    first = once()
     assert first["files"] == []
     for _ in range(int(os.environ.get("MINIVLLM_STARTS", 2))):
         assert once() == first

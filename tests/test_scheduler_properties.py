@@ -695,9 +695,8 @@ class TestBlockManager:
         manager = BlockManager(8, 2)
         seq = make_seq(0, [1, 1, 5, 5, 9])
         compute(manager, seq)
-        assert (
-            manager.find_cached_prefix(make_seq(1, [5, 5, 9])) == []
-        )  # the second block of another prefix
+        # the second block of another prefix
+        assert manager.find_cached_prefix(make_seq(1, [5, 5, 9])) == []
         assert manager.find_cached_prefix(make_seq(1, [2, 2, 5, 5, 9])) == []
         assert hash_block(None, [5, 5]) != hash_block(hash_block(None, [1, 1]), [5, 5])
 

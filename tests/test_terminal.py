@@ -164,9 +164,8 @@ def test_errors_of_a_checkpoint(checkpoint: Path) -> None:
     model, refused = ["-m", str(checkpoint)], f"refuse {HOSTILE}"
     assert_harmless(minivllm("generate", *model, refused, code=2))
     assert_harmless(minivllm("generate", *model, "-n", "2", refused, refused, code=2))
-    assert_harmless(
-        minivllm("generate", *model, "-n", "2", HOSTILE, HOSTILE)
-    )  # the heads above the texts
+    # the heads above the texts
+    assert_harmless(minivllm("generate", *model, "-n", "2", HOSTILE, HOSTILE))
     assert_harmless(minivllm("chat", *model, "-n", "2", input=f"{HOSTILE} refuse\n"))
     (checkpoint / "config.json").rename(checkpoint / "kept.json")
     assert_harmless(minivllm("generate", *model, "x", code=2).replace("config.json", ""))

@@ -84,9 +84,8 @@ def areas(figure: MatplotlibFigure) -> list[int]:
 
 def test_drawn_tiles_are_the_tiles() -> None:
     figure = draw_attention_tiles(70, 70, 16, 16)
-    assert sorted(areas(figure)) == sorted(
-        [10, 10, 5, 5, 1]
-    )  # skipped, full, masked: hidden and seen; the legend's one
+    # skipped, full, masked: hidden and seen; the legend's one
+    assert sorted(areas(figure)) == sorted([10, 10, 5, 5, 1])
     assert (
         "Of 25 tiles 10 are computed without a mask, 5 with one, 10 (40 %) never." in figure.caption
     )

@@ -307,9 +307,8 @@ def one_engine(
         try:
             decode(num_requests)
             times = timed_steps(engine, num_steps)
-            step_us = 1e6 * statistics.median(
-                times
-            )  # the mean would have what Python's collector took, now and then
+            # the mean would have what Python's collector took, now and then
+            step_us = 1e6 * statistics.median(times)
             row: dict[str, Any] = {
                 "step_seconds": percentiles(times),
                 "median_step_ms": step_us / 1e3,

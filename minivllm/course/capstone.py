@@ -691,9 +691,8 @@ def _engine(
 
     def noted(name: str) -> Callable:
         def note(*args: Any, **kwargs: Any) -> Any:
-            calls[name] += not isinstance(
-                answers[name], type
-            )  # a class's methods are counted as they run
+            # a class's methods are counted as they run
+            calls[name] += not isinstance(answers[name], type)
             return answers[name](*args, **kwargs)
 
         return note

@@ -417,9 +417,8 @@ class _Run:
         if self.error or other.error:
             same = type(self.error) is type(other.error)
             return None if same else ("raised", f"{type(self.error).__name__}: {self.error}")
-        ignored = (
-            other.written and other.result is None
-        )  # what a function returns that is there to write
+        # what a function returns that is there to write
+        ignored = other.written and other.result is None
         found = None if ignored else difference(self.result, other.result, **tolerances)
         return found or difference(self.written, other.written, **tolerances)
 

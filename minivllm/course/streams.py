@@ -227,9 +227,8 @@ class SimulatedGPU:
             if not isinstance(values, torch.Tensor)
             else values.clone()
         )
-        self._pinned[host.untyped_storage().data_ptr()] = (
-            host  # kept, so that no other tensor gets this address
-        )
+        # kept, so that no other tensor gets this address
+        self._pinned[host.untyped_storage().data_ptr()] = host
         return host
 
     def move(self, module: torch.nn.Module) -> torch.nn.Module:
@@ -602,9 +601,8 @@ class Pool:
     another recording.
     """
 
-    _free: list[tuple[torch.Tensor, int, int]] = field(
-        default_factory=list
-    )  # (memory, offset, bytes)
+    #: (memory, offset, bytes)
+    _free: list[tuple[torch.Tensor, int, int]] = field(default_factory=list)
     num_bytes: int = 0
 
     def allocate(self, num_bytes: int) -> _Block:

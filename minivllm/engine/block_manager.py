@@ -41,9 +41,8 @@ def hash_block(previous_hash: int | None, token_ids: abc.Sequence[int]) -> int:
 class Block:
     block_id: int
     ref_count: int = 0
-    block_hash: int | None = (
-        None  # set, with the tokens behind it, when the block is registered in the prefix cache
-    )
+    #: set, with the tokens behind it, when the block is registered in the prefix cache
+    block_hash: int | None = None
     token_ids: tuple[int, ...] = ()
 
 

@@ -130,9 +130,8 @@ class DecodeGraphs:
             if was_enabled:
                 gc.enable()
         torch.cuda.synchronize(device)
-        self.memory_bytes = max(
-            0, before - torch.cuda.mem_get_info(device)[0]
-        )  # of the GPU, for the recordings
+        # of the GPU, for the recordings
+        self.memory_bytes = max(0, before - torch.cuda.mem_get_info(device)[0])
 
     def _record(
         self, step: Callable, size: int, pool: tuple[int, int]

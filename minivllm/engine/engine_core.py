@@ -63,13 +63,11 @@ class SequenceOutput:
 
     seq_id: int
     token_ids: list[int]
-    finish_reason: str | None = (
-        None  # "stop", "length", or "error": the model's numbers were not finite
-    )
+    #: "stop", "length", or "error": the model's numbers were not finite
+    finish_reason: str | None = None
     stop_reason: int | None = None  # the stop token of the request that ended it
-    logprobs: TokenLogprobs | None = (
-        None  # of the step; those of token_ids[i] stand in row `row + i`
-    )
+    #: of the step; those of token_ids[i] stand in row `row + i`
+    logprobs: TokenLogprobs | None = None
     row: int = 0
 
 
@@ -78,9 +76,8 @@ class StepOutput:
     """What a step brought. All lists may be empty."""
 
     start_time: float  # of the step that was planned, in seconds of time.perf_counter
-    admitted: list[tuple[int, int]] = field(
-        default_factory=list
-    )  # (seq_id, tokens from the prefix cache)
+    #: (seq_id, tokens from the prefix cache)
+    admitted: list[tuple[int, int]] = field(default_factory=list)
     outputs: list[SequenceOutput] = field(default_factory=list)
     #: (seq_id, position of the first token, logprobs of the prompt's tokens from there on)
     prompt_logprobs: list[tuple[int, int, TokenLogprobs]] = field(default_factory=list)
@@ -132,9 +129,8 @@ class EngineCore:
         self.trace = self._new_trace() if config.trace else None
         self._trace_start = 0.0
         self._token_hash = xxhash.xxh3_64()  # of every token so far
-        self._depth = int(
-            self.config.async_scheduling
-        )  # steps that may be under way when the next is planned
+        # steps that may be under way when the next is planned
+        self._depth = int(self.config.async_scheduling)
         self.peak_used_kv_blocks = 0
         self.scheduler = self._new_scheduler()
         self._sequences: dict[int, Sequence] = {}  # those that have not finished

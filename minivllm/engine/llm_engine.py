@@ -112,9 +112,8 @@ class LLMEngine:
         pieces = EnginePieces(kernels, block_manager_cls, scheduler_cls, model_cls, build_batch)
         config = EngineConfig.from_options(options)
         self.model_path = BUNDLED_MODEL_PATH if model is None else resolve_model_path(model)
-        load_config(
-            self.model_path
-        )  # what is no model directory is said so, before its tokenizer is missed
+        # what is no model directory is said so, before its tokenizer is missed
+        load_config(self.model_path)
         self.tokenizer = None if config.skip_tokenizer_init else Tokenizer(self.model_path)
         self.core = EngineCore(self.model_path, config, pieces, group)
         self.model_config, self.config = self.core.model_config, self.core.config
@@ -123,9 +122,8 @@ class LLMEngine:
         )
         self.processor = OutputProcessor()
         self._requests = self.processor.requests
-        self.collector = (
-            OutputCollector()
-        )  # of the requests for which nobody else waits: `step` returns their outputs
+        # of the requests for which nobody else waits: `step` returns their outputs
+        self.collector = OutputCollector()
         self._request_numbers = itertools.count()
         self._step_time = 0.0
         self._is_cut_short = False
@@ -179,9 +177,8 @@ class LLMEngine:
 
     @_changes_engine
     def _add(self, request_id: str | None, checked: EngineInput, collector: OutputCollector) -> str:
-        number = next(
-            self._request_numbers
-        )  # of served requests: seeds derived from it do not depend on refused ones
+        # of served requests: seeds derived from it do not depend on refused ones
+        number = next(self._request_numbers)
         if request_id is None:
             # A caller may have used the number as an id of its own.
             taken = str(number) in self._requests
@@ -310,9 +307,8 @@ class LLMEngine:
     def _enter(self) -> None:
         """Note which thread is inside; raises `ConcurrentUseError` where another one is."""
         me = threading.get_ident()
-        owner = self._inside.setdefault(
-            "thread", me
-        )  # one operation of the interpreter: only one thread sets it
+        # one operation of the interpreter: only one thread sets it
+        owner = self._inside.setdefault("thread", me)
         if owner == me:
             return
         if owner in sys._current_frames():

@@ -26,9 +26,8 @@ from minivllm.models.loader import load_model
 from minivllm.models.qwen3 import Qwen3ForCausalLM
 from minivllm.parallel.group import SINGLE, TensorParallelGroup
 
-CPU_KV_CACHE_BYTES = (
-    256 << 20
-)  # on a CPU the cache has a modest size, never a share of the machine's memory
+# on a CPU the cache has a modest size, never a share of the machine's memory
+CPU_KV_CACHE_BYTES = 256 << 20
 #: Rows of logits that prompt_logprobs holds at a time: a whole prompt of a large vocabulary would
 #: be gigabytes.
 LOGIT_ROWS = 256

@@ -153,9 +153,8 @@ class Sampler:
         self._seed = np.zeros(num_slots, np.int64)
         self._has_filter = np.zeros(num_slots, bool)
         self._has_penalty = np.zeros(num_slots, bool)
-        self._needs_edit = np.zeros(
-            num_slots, bool
-        )  # whether the sequence asks for more than FIT_FOR_GRAPHS
+        # whether the sequence asks for more than FIT_FOR_GRAPHS
+        self._needs_edit = np.zeros(num_slots, bool)
         self._edits: list[LogitEdits | None] = [None] * num_slots
         self._has_edits = np.zeros(num_slots, bool)
         #: The same two on the device, for recorded graphs; the last entry is the spare slot's.

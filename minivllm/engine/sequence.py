@@ -42,12 +42,10 @@ class Sequence:
 
     status: SequenceStatus = SequenceStatus.WAITING
     num_prompt_tokens: int = 0  # 0: all of token_ids
-    num_computed_tokens: int = (
-        0  # tokens whose K and V are in the cache once every step scheduled so far has run
-    )
-    num_cached_tokens: int = (
-        0  # of these, how many the prefix cache supplied when the sequence was last admitted
-    )
+    #: tokens whose K and V are in the cache once every step scheduled so far has run
+    num_computed_tokens: int = 0
+    #: of these, how many the prefix cache supplied when the sequence was last admitted
+    num_cached_tokens: int = 0
     num_preemptions: int = 0
     block_table: list[int] = field(default_factory=list)
     #: Chained hashes of the full blocks of known tokens; grown by the block manager, kept across
@@ -102,9 +100,8 @@ class ScheduledSequence:
     sequence: Sequence
     start: int
     num_new_tokens: int
-    sample_position: (
-        int | None
-    )  # of the token this step samples; None where a prompt is still incomplete
+    #: of the token this step samples; None where a prompt is still incomplete
+    sample_position: int | None
     #: `num_preemptions` when planned: results that come after a preemption leave the blocks alone
     generation: int
 
@@ -119,9 +116,8 @@ class ScheduledBatch:
 
     items: list[ScheduledSequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
-    admitted: list[Sequence] = field(
-        default_factory=list
-    )  # entered `running` now: their slots are not theirs yet
+    #: entered `running` now: their slots are not theirs yet
+    admitted: list[Sequence] = field(default_factory=list)
     #: Hashes of the prompt blocks that this step computes: nobody may read them yet, and nobody
     #: need compute them too.
     block_hashes: set[int] = field(default_factory=set)

@@ -36,9 +36,8 @@ class TracedSequence:
     start: int
     num_new_tokens: int
     samples: bool  # whether the step ends with a sampled token; a chunk of a prompt does not
-    num_cached_tokens: int = (
-        0  # tokens the prefix cache supplied; set in the step that admits the sequence
-    )
+    #: tokens the prefix cache supplied; set in the step that admits the sequence
+    num_cached_tokens: int = 0
 
 
 @dataclass
@@ -93,9 +92,8 @@ class Trace:
         try:
             with Path(path).open("rb") as file:
                 too_large = os.fstat(file.fileno()).st_size > LARGEST_FILE
-                content = (
-                    b"" if too_large else file.read(LARGEST_FILE + 1)
-                )  # of a pipe, the size is not known
+                # of a pipe, the size is not known
+                content = b"" if too_large else file.read(LARGEST_FILE + 1)
         except OSError as error:
             raise TraceError(f"The trace {path} cannot be read: {reason(error)}.") from error
         try:

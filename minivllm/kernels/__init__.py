@@ -58,9 +58,8 @@ class Kernels:
             rotary.qk_norm_rope,
             kv_cache.store_kv,
         ):
-            object.__setattr__(
-                self, "qk_norm_rope_store", None
-            )  # a part was replaced, and must be called
+            # a part was replaced, and must be called
+            object.__setattr__(self, "qk_norm_rope_store", None)
 
     @staticmethod
     def reference() -> "Kernels":

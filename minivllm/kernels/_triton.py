@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-tl: Any = SimpleNamespace(
-    constexpr="tl.constexpr"
-)  # before a launch only annotations are read; Triton takes strings
+# before a launch only annotations are read; Triton takes strings
+tl: Any = SimpleNamespace(constexpr="tl.constexpr")
 
 
 def _load() -> Any:

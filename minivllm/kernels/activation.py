@@ -20,9 +20,8 @@ def _silu_mul_kernel(out_ptr, gate_up_ptr, row_stride, N, BLOCK: tl.constexpr):
     gate = tl.load(gate_up_ptr + row * row_stride + columns, mask=inside, other=0.0)
     up = tl.load(gate_up_ptr + row * row_stride + N + columns, mask=inside, other=0.0)
     wide = gate.to(tl.float32)
-    silu = (wide / (1.0 + tl.exp(-wide))).to(
-        gate.dtype
-    )  # rounded here, as the two eager operations do
+    # rounded here, as the two eager operations do
+    silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
     tl.store(out_ptr + row * N + columns, silu * up, mask=inside)
 
 

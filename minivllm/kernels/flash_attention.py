@@ -108,9 +108,8 @@ def _prefill_kernel(
     context = tl.load(seq_lens_ptr + sequence)
     if first_row < query_len:
         members = first_row + tl.arange(0, BLOCK_M)
-        positions = tl.minimum(
-            context - query_len + members, context - 1
-        )  # rows beyond query_len: see, but not stored
+        # rows beyond query_len: see, but not stored
+        positions = tl.minimum(context - query_len + members, context - 1)
         columns = tl.arange(0, BLOCK_D)
         inside = (members < query_len)[:, None] & (columns < D)[None, :]
         token = (start + members).to(tl.int64)
@@ -121,9 +120,8 @@ def _prefill_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
         row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
         row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-        seen_by_all = tl.maximum(
-            context - query_len + first_row + 1, 0
-        )  # keys that the tile's first query sees
+        # keys that the tile's first query sees
+        seen_by_all = tl.maximum(context - query_len + first_row + 1, 0)
         diagonal = seen_by_all // BLOCK_N * BLOCK_N
         end = tl.minimum(context - query_len + first_row + BLOCK_M, context)
         for first in range(0, diagonal, BLOCK_N):
@@ -279,9 +277,8 @@ def prefill_attention_reference(
         scores = (
             torch.matmul(rows, key.transpose(1, 2)).mul_(scale).unflatten(1, (last - first, group))
         )
-        positions = torch.arange(
-            context - (last - first), context, device=query.device
-        )  # aligned to the END
+        # aligned to the END
+        positions = torch.arange(context - (last - first), context, device=query.device)
         hidden = (torch.arange(context, device=query.device) > positions.unsqueeze(1)).unsqueeze(1)
         weights = scores.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
         weights = weights.masked_fill_(hidden, 0.0)  # a row that sees no key: 0, not NaN

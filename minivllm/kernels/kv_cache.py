@@ -83,9 +83,8 @@ def _store_kv_kernel(
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping_ptr + token)
     index = tl.arange(0, BLOCK)
-    inside = index < tl.where(
-        slot >= 0, KH * D, 0
-    )  # -1: a padded row, or a token whose K and V are there already
+    # -1: a padded row, or a token whose K and V are there already
+    inside = index < tl.where(slot >= 0, KH * D, 0)
     block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
     target = ((block * KH + index // D) * BLOCK_SIZE + offset) * D + index % D
     tl.store(

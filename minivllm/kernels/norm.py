@@ -64,9 +64,8 @@ def _launch(
 ) -> tuple[Tensor, Tensor]:
     (rows, width), add = x.shape, residual is not None
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total, residual = (
-        (torch.empty_like(out), residual) if add else (out, x)
-    )  # without a residual, neither is touched
+    # without a residual, neither is touched
+    total, residual = (torch.empty_like(out), residual) if add else (out, x)
     if rows:
         block = triton.next_power_of_2(width)
         _rms_norm_kernel[(rows,)](

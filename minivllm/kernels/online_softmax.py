@@ -93,9 +93,8 @@ def _merge_kernel(
             other=0.0,
         )
         new_max = tl.maximum(total_max, tl.max(lse, axis=0))
-        finite_max = tl.where(
-            new_max == float("-inf"), 0.0, new_max
-        )  # all parts empty so far: weights 0, not NaN
+        # all parts empty so far: weights 0, not NaN
+        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
         rescale = tl.exp(total_max - finite_max)
         weights = tl.exp(lse - finite_max)
         total = total * rescale + tl.sum(weights, axis=0)
@@ -132,7 +131,6 @@ def merge_attention(
 
 
 def merge_attention_reference(partial_out: torch.Tensor, partial_lse: torch.Tensor) -> torch.Tensor:
-    weights = partial_lse.softmax(dim=0).nan_to_num_(
-        0.0
-    )  # exp(lse_s - LSE); NaN where all parts are empty
+    # exp(lse_s - LSE); NaN where all parts are empty
+    weights = partial_lse.softmax(dim=0).nan_to_num_(0.0)
     return (weights.unsqueeze(-1) * partial_out).sum(dim=0)

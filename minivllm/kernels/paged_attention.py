@@ -80,9 +80,8 @@ def _decode_kernel(
             BLOCK_SIZE,
             BLOCK_N,
         )
-        known = (
-            first + tl.arange(0, BLOCK_N) < context
-        )  # true for a tile's first token: no tile is without a key
+        # true for a tile's first token: no tile is without a key
+        known = first + tl.arange(0, BLOCK_N) < context
         inside = known[:, None] & (columns < D)[None, :]
         key = tl.load(k_cache_ptr + base + rows[:, None] + columns[None, :], mask=inside, other=0.0)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
@@ -98,9 +97,8 @@ def _decode_kernel(
         acc = tl.dot(weights.to(value.dtype), value, acc * rescale[:, None], input_precision="ieee")
         row_max = new_max
 
-    safe_sum = tl.where(
-        row_sum > 0.0, row_sum, 1.0
-    )  # an empty split, or a padded sequence: output 0, lse -inf
+    # an empty split, or a padded sequence: output 0, lse -inf
+    safe_sum = tl.where(row_sum > 0.0, row_sum, 1.0)
     target = (split * tl.num_programs(1) + sequence) * (KH * GROUP) + heads
     tl.store(
         out_ptr + target[:, None] * D + columns[None, :], acc / safe_sum[:, None], mask=inside_q
@@ -219,30 +217,27 @@ def decode_attention_reference(
     group, device = heads // num_kv_heads, query.device
     blocks_used = (seq_lens + block_size - 1) // block_size
     splits = max(1, int(blocks_used.max()))
+    # [P] each
     split, sequence = (torch.arange(splits, device=device)[:, None] < blocks_used).nonzero(
         as_tuple=True
-    )  # [P] each
+    )
     blocks = block_table[sequence, split]
-    tokens = (seq_lens[sequence] - split * block_size).unsqueeze(
-        1
-    )  # [P, 1] of the context, from this block on
+    # [P, 1] of the context, from this block on
+    tokens = (seq_lens[sequence] - split * block_size).unsqueeze(1)
     offsets, kv_heads = (
         torch.arange(block_size, device=device),
         torch.arange(heads, device=device) // group,
     )
 
-    scaled = (
-        (query.float() * scale).index_select(0, sequence).view(-1, group, dim)
-    )  # [P · KH, H / KH, D]
-    key = (
-        k_cache.flatten(1).index_select(0, blocks).float().view(-1, block_size, dim)
-    )  # [P · KH, bs, D]
+    # [P · KH, H / KH, D]
+    scaled = (query.float() * scale).index_select(0, sequence).view(-1, group, dim)
+    # [P · KH, bs, D]
+    key = k_cache.flatten(1).index_select(0, blocks).float().view(-1, block_size, dim)
     scores = torch.bmm(scaled, key.transpose(1, 2)).view(-1, heads, block_size)
     scores.masked_fill_((offsets >= tokens).unsqueeze(1), float("-inf"))
     weights = scores.softmax(dim=-1)
-    lse = (
-        scores.amax(dim=-1) - weights.amax(dim=-1).log_()
-    )  # the largest weight is 1 / sum(exp(score - maximum))
+    # the largest weight is 1 / sum(exp(score - maximum))
+    lse = scores.amax(dim=-1) - weights.amax(dim=-1).log_()
 
     # V's rows are added up where they lie, not gathered like K; weights of 0 go with the context's
     # last token.
@@ -254,9 +249,10 @@ def decode_attention_reference(
     first = (
         (blocks * num_kv_heads).unsqueeze(1) + kv_heads
     ) * block_size  # [P, H]: a block's row of token 0
+    # [P · H, bs]
     rows = (first.unsqueeze(2) + torch.minimum(offsets, tokens - 1).unsqueeze(1)).view(
         -1, block_size
-    )  # [P · H, bs]
+    )
     out = F.embedding_bag(
         rows, v_cache.view(-1, dim), mode="sum", per_sample_weights=weights.view(-1, block_size)
     )

@@ -296,15 +296,13 @@ def qk_norm_rope_reference(
 ) -> tuple[Tensor, Tensor]:
     _check(query, q_weight, k_weight)
     q_heads, k_heads = query.shape[1], key.shape[1]
-    heads = torch.cat(
-        (query, key), dim=1
-    )  # all heads are turned alike, and normed alike but for the weight
+    # all heads are turned alike, and normed alike but for the weight
+    heads = torch.cat((query, key), dim=1)
     if q_weight is not None and k_weight is not None:
         weight = torch.cat((q_weight.expand(q_heads, -1), k_weight.expand(k_heads, -1)))
         heads = rms_norm_reference(heads, weight, eps)
-    cos, sin = (
-        cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
-    )  # [T, 1, D/2]: one angle for all heads
+    # [T, 1, D/2]: one angle for all heads
+    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
     a, b = heads.float().chunk(2, dim=-1)
     turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(heads.dtype)
     return turned[:, :q_heads], turned[:, q_heads:]

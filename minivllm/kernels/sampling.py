@@ -39,9 +39,8 @@ def philox_uniform(seeds: Tensor, positions: Tensor) -> Tensor:
         10, device=device
     ).view(10, 1, 1)
     even = torch.stack((positions & word, torch.zeros_like(positions)))  # counter words 0 and 2
-    odd = torch.stack(
-        (positions >> 32 & word, torch.zeros_like(positions))
-    )  # counter words 1 and 3
+    # counter words 1 and 3
+    odd = torch.stack((positions >> 32 & word, torch.zeros_like(positions)))
     for key in keys & word:
         product = multiplier * even  # 64 bits; int64 wraps, and the mask undoes the sign
         even = (product >> 32 & word).flip(0) ^ odd ^ key
@@ -126,9 +125,8 @@ def _pick(weights, target, BLOCK: tl.constexpr):
     running = tl.cumsum(weights, axis=0)
     first = tl.min(tl.where((running > target) & (weights > 0.0), index, BLOCK), axis=0)
     last = tl.max(tl.where(weights > 0.0, index, 0), axis=0)
-    choice = tl.where(
-        first < BLOCK, first, last
-    )  # rounding can leave the target above the last sum
+    # rounding can leave the target above the last sum
+    choice = tl.where(first < BLOCK, first, last)
     return choice, target - tl.sum(tl.where(index == choice, running - weights, 0.0), axis=0)
 
 
@@ -156,9 +154,8 @@ def _tile_sums_kernel(
     temperature = tl.where(temperature == 0.0, 1.0, temperature)
     tile_max = tl.max(logits, axis=0)
     finite_max = tl.where(tile_max == float("-inf"), 0.0, tile_max)
-    tile_sum = tl.sum(
-        tl.exp((logits - finite_max) * (1.0 / temperature)), axis=0
-    )  # a division a row, not an entry
+    # a division a row, not an entry
+    tile_sum = tl.sum(tl.exp((logits - finite_max) * (1.0 / temperature)), axis=0)
     tl.store(tile_max_ptr + row * num_tiles + tile, tile_max)
     tl.store(tile_sum_ptr + row * num_tiles + tile, tile_sum)
 

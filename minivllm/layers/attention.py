@@ -22,9 +22,8 @@ class AttentionMetadata:
     query_start_loc: torch.Tensor  # [B + 1] int32: cumulative number of new tokens
     seq_lens: torch.Tensor  # [B] int32: context length, this step's tokens included
     block_table: torch.Tensor  # [B, max_blocks] int32: entries beyond a context are arbitrary
-    slot_mapping: (
-        torch.Tensor
-    )  # [T] int64: block * block_size + offset, where K and V are written; -1 writes nowhere
+    #: [T] int64: block * block_size + offset, where K and V are written; -1 writes nowhere
+    slot_mapping: torch.Tensor
     num_decodes: int  # the first so many sequences have exactly one new token
     max_query_len: int
     max_seq_len: int

@@ -291,9 +291,8 @@ def _untie(model: nn.Module, head: torch.Tensor | None, tensor: torch.Tensor) ->
         " Set tie_word_embeddings to false there to say so.",
         HEAD,
     )
-    own = nn.Parameter(
-        torch.zeros_like(head), requires_grad=False
-    )  # zeros: what fills up the vocabulary of a rank
+    # zeros: what fills up the vocabulary of a rank
+    own = nn.Parameter(torch.zeros_like(head), requires_grad=False)
     if hasattr(head, "part"):
         own.part = head.part
     parent, _, name = HEAD.rpartition(".")
@@ -329,9 +328,8 @@ def _copy(place: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
             f"{name} is of type {tensor.dtype}; minivllm loads unquantized weights only."
         )
     part = tensor[index]
-    place.data[tuple(map(slice, part.shape))].copy_(
-        part
-    )  # a padded vocabulary is longer than its part
+    # a padded vocabulary is longer than its part
+    place.data[tuple(map(slice, part.shape))].copy_(part)
 
 
 def _part(place: torch.Tensor) -> tuple[torch.Size, tuple[slice, ...]]:

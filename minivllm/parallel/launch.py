@@ -62,9 +62,8 @@ def connect(
     objects = tensors = gloo(dist.PrefixStore("objects", store), rank, size, options)
     objects._set_default_timeout(IDLE)
     if device_type == "cuda":
-        torch.cuda.set_device(
-            rank if gpu is None else gpu
-        )  # one rank, one process, one GPU: the engine's "cuda"
+        # one rank, one process, one GPU: the engine's "cuda"
+        torch.cuda.set_device(rank if gpu is None else gpu)
         nccl = dist.ProcessGroupNCCL
         tensors = nccl(dist.PrefixStore("tensors", store), rank, size, nccl.Options())
     return TensorParallelGroup(rank, size, tensors, objects, key)
@@ -266,9 +265,8 @@ class RankProcesses:
                 f"The other ranks cannot be sent this ({error}). Define your pieces at the top"
                 " level of a module."
             ) from error
-        listener = socket.create_server(
-            ("127.0.0.1", 0)
-        )  # a port that is free, and nobody else's from here on
+        # a port that is free, and nobody else's from here on
+        listener = socket.create_server(("127.0.0.1", 0))
         port = listener.getsockname()[1]
         try:
             # Ctrl-C reaches every process of the terminal. The ranks leave it to this one: they are

@@ -29,9 +29,8 @@ class Scrubber:
 
     def __init__(self, trace: Trace, draw: Callable[..., Figure], step: int) -> None:
         self.trace, self.draw, self.step = trace, draw, step
-        self._first: int = getattr(
-            trace, "first_step", 0
-        )  # an engine counts its steps from 0, a lesson from 1
+        # an engine counts its steps from 0, a lesson from 1
+        self._first: int = getattr(trace, "first_step", 0)
         self.figure = lru_cache(maxsize=256)(lambda step: draw(trace, step=step))
         self.png = lru_cache(maxsize=256)(lambda step: self.figure(step).to_png())
 

@@ -136,9 +136,8 @@ def test_caches_of_more_than_2_to_the_31_numbers(triton_kernels: Kernels):
 
 
 def test_number_of_splits():
-    assert (
-        choose_num_splits(8, 4096, 132) == 17
-    )  # one sequence of Qwen3-0.6B: as many as fill the GPU
+    # one sequence of Qwen3-0.6B: as many as fill the GPU
+    assert choose_num_splits(8, 4096, 132) == 17
     assert choose_num_splits(128, 4096, 132) == 2  # four multiprocessors would have none
     assert choose_num_splits(8, 200, 132) == 2  # but not shorter than 128 tokens
     assert choose_num_splits(256, 8192, 132) == 1  # enough programs already

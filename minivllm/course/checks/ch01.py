@@ -610,9 +610,8 @@ def check_merge(answer: Callable) -> str:
     simple = torch.tensor([[[[1.0, 0.0]]], [[[0.0, 1.0]]]]), torch.tensor([[[0.0]], [[2.0]]])
     one_part, alike, large = parts(1, 2, 3, 4), parts(3, 1, 2, 5), parts(4, 2, 2, 8, spread=300.0)
     apart, empty, nothing = parts(3, 3, 2, 4), parts(4, 2, 3, 8), parts(2, 2, 2, 4)
-    apart[1].add_(
-        torch.tensor([0.0, 900.0, -900.0])[None, :, None]
-    )  # sequences far from each other
+    # sequences far from each other
+    apart[1].add_(torch.tensor([0.0, 900.0, -900.0])[None, :, None])
     empty[1][2:, 0] = -INF
     empty[0][2:, 0] = 5.0  # any finite number may stand in an empty part
     nothing[1][:, 1] = -INF
@@ -811,9 +810,8 @@ def check_attend(answer: Callable) -> str:
     equal = case(3, 8, 4, 5, 4)
     equal[1].fill_(0.5)
     far = case(2, 9, 4, 4, 4)
-    far[0].copy_(
-        torch.tensor([[40.0] * 4, [-40.0] * 4])
-    )  # the scores of one query are high, of the other low
+    # the scores of one query are high, of the other low
+    far[0].copy_(torch.tensor([[40.0] * 4, [-40.0] * 4]))
     far[1].fill_(2.0).add_(torch.randn(9, 4, generator=random) * 0.01)
     simple = (
         torch.ones(1, 1),
@@ -1112,9 +1110,8 @@ def check_softmax_kernel(answer: Any) -> str:
         out.copy_(torch.exp(x - x.amax(dim=1, keepdim=True)))
 
     def tail_unmasked(out: torch.Tensor, x: torch.Tensor, block: int) -> None:
-        whole = x.as_strided(
-            (len(x), -(-x.shape[1] // block) * block), x.stride()
-        )  # on into the next row, or poison
+        # on into the next row, or poison
+        whole = x.as_strided((len(x), -(-x.shape[1] // block) * block), x.stride())
         out.copy_(torch.softmax(whole, dim=1)[:, : x.shape[1]])
 
     tail = (

@@ -486,9 +486,8 @@ def _check_store(answer: Callable) -> int:
         return put
 
     def put_in_copy(cache, slots, rows) -> None:
-        cache.transpose(1, 2).reshape(-1, *cache.shape[1::2])[slots] = (
-            rows  # a view only of a single KV head
-        )
+        # a view only of a single KV head
+        cache.transpose(1, 2).reshape(-1, *cache.shape[1::2])[slots] = rows
 
     def put_by_heads(cache, slots, rows) -> None:
         for slot, row in zip(slots.tolist(), rows, strict=True):
@@ -728,9 +727,8 @@ def _check_decode(answer: Callable) -> int:
         " torch.zeros_like(query).",
     )
     for size in (4, 16):
-        poisoned = case(
-            [size + 1, 3 * size], 2, 2, 8, size
-        )  # three whole blocks: the entry behind them is not needed
+        # three whole blocks: the entry behind them is not needed
+        poisoned = case([size + 1, 3 * size], 2, 2, 8, size)
         poisoned[3][0, 2:], poisoned[3][1, 3:] = 10**6, 10**6
         expected = right(*poisoned)
         try:
@@ -1447,9 +1445,8 @@ def _split_decode(
         torch.as_strided(cache, (2 * 1024 + cache.numel(),), (1,), 0)
         for cache in (k_cache, v_cache)
     ]
-    table = block_table.as_strided(
-        (batch, block_table.shape[1] + 2), block_table.stride()
-    )  # entries behind it are -1
+    # entries behind it are -1
+    table = block_table.as_strided((batch, block_table.shape[1] + 2), block_table.stride())
     out, lse = torch.empty(num_splits, batch, heads, dim), torch.empty(num_splits, batch, heads)
     columns = torch.arange(dim)
     for split in range(num_splits):

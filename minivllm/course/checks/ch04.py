@@ -641,13 +641,11 @@ def _prefix_cases() -> list[tuple[list[int], Cache, int]]:
             for i, name in enumerate(_names(other, size))
         }
         cases.append((tokens, {**cache, **strangers}, size))
-        cases.append(
-            (other[:size] + tokens, {**cache, **strangers}, size)
-        )  # known blocks behind another beginning
+        # known blocks behind another beginning
+        cases.append((other[:size] + tokens, {**cache, **strangers}, size))
         if len(names) >= 3:
-            cases.append(
-                (tokens, {name: cache[name] for name in names if name != names[1]}, size)
-            )  # a hole
+            # a hole
+            cases.append((tokens, {name: cache[name] for name in names if name != names[1]}, size))
             forged = dict(cache)
             forged[names[1]] = (cache[names[1]][0], tuple(reversed(cache[names[1]][1])))
             cases.append((tokens, forged, size))  # a name that two blocks share

@@ -413,9 +413,8 @@ def check_predictions(
     hidden, wide, heads, kv_heads, dim = 2560, 9728, 32, 8, 128
     embedding, layers = 151_936 * hidden, 36
     q, kv, mlp = hidden * heads * dim, hidden * kv_heads * dim, 3 * hidden * wide
-    square = (
-        2 * hidden * hidden + 2 * hidden * 8 * 80 + mlp
-    )  # head_dim taken as hidden_size / heads
+    # head_dim taken as hidden_size / heads
+    square = 2 * hidden * hidden + 2 * hidden * 8 * 80 + mlp
 
     def judge(
         name: str, guess: Any, right: int, measured: str, known: dict[float, tuple[str, str]]

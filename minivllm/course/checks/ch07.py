@@ -370,9 +370,8 @@ def _step_case(spec: list[tuple[int, int, bool]], block_size: int, seed: int) ->
         for start, count, samples in spec
     ]
     widths = [-(-(start + count) // block_size) for start, count, _ in spec]
-    total = (
-        max(widths) + 2
-    )  # a row of the runner's table is as wide as the longest sequence could need
+    # a row of the runner's table is as wide as the longest sequence could need
+    total = max(widths) + 2
     blocks = draws.permutation(len(spec) * total).astype(np.int32)
     return rows, blocks.reshape(len(spec), total) + 1, block_size
 
