@@ -12,9 +12,9 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -322,18 +322,27 @@ def test_timed_interrupts(path: Path) -> None:
     """MINIVLLM_INTERRUPTS=1000 for more."""
     expected = ids(generate(make(path)))
     llm = make(path)
-    num_struck = 0
-    for thread in interrupts(int(os.environ.get("MINIVLLM_INTERRUPTS", 60))):
-        try:
-            while thread.is_alive():
-                generate(llm)
-            time.sleep(0.001)
-        except KeyboardInterrupt:
-            num_struck += 1
-        while thread.is_alive():
-            with contextlib.suppress(KeyboardInterrupt):
-                thread.join()
-        assert ids(generate(llm)) == expected
+    num_struck, is_armed = 0, False
+
+    def strike(*_: object) -> None:
+        if is_armed:  # anywhere else it would end the test, or the process that runs it
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, strike)
+    try:
+        for thread in interrupts(int(os.environ.get("MINIVLLM_INTERRUPTS", 60))):
+            try:
+                is_armed = True
+                while thread.is_alive():
+                    generate(llm)
+                is_armed = False
+            except KeyboardInterrupt:
+                is_armed = False
+                num_struck += 1
+            thread.join()
+            assert ids(generate(llm)) == expected
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert num_struck > 10
     assert_whole(llm, expected, "at the end")
 
