@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import write_checkpoint
-from ids import plain
 
 from minivllm import LLM
 from minivllm.config import EngineArgs, EngineConfig, ModelConfig
@@ -24,6 +22,8 @@ from minivllm.engine import memory, model_runner
 from minivllm.errors import ConfigError, MiniVLLMError, OutOfMemoryError
 from minivllm.parallel.launch import pick_device
 from minivllm.validation import annotations_of
+from support.checkpoints import write_checkpoint
+from support.ids import plain
 
 FIELDS = [field.name for field in dataclasses.fields(EngineConfig)]
 #: Of no field's type.
