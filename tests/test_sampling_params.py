@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from checkpoints import TransformersReference, write_checkpoint
 
 from minivllm import LLM, RequestOutputKind, SamplingParams
 from minivllm.engine.input_processor import InputProcessor
@@ -28,6 +27,7 @@ from minivllm.errors import (
 )
 from minivllm.kernels import Kernels
 from minivllm.unsupported import PARAMETERS
+from support.checkpoints import TransformersReference, write_checkpoint
 
 VOCAB = 48
 PROMPT = [3, 14, 15, 9, 26, 5]

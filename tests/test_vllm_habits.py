@@ -11,7 +11,6 @@ import shutil
 
 import pytest
 import tokenizers
-from checkpoints import write_checkpoint
 from tqdm.auto import tqdm
 
 import minivllm
@@ -28,6 +27,7 @@ from minivllm.errors import (
 )
 from minivllm.metrics import Counter, Gauge, Metric
 from minivllm.unsupported import ARGUMENTS, METHODS, did_you_mean
+from support.checkpoints import write_checkpoint
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6)
 MESSAGES = [{"role": "user", "content": "Hi"}]

@@ -14,11 +14,8 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import forked
 import nbformat
 import pytest
-from solved import answers_of, write_solved
-from test_chapters import wrong_answers
 from typer.testing import CliRunner
 
 from minivllm.cli.app import app
@@ -27,6 +24,9 @@ from minivllm.course.capstone import PIECES, examine
 from minivllm.course.chapters import chapters, role
 from minivllm.course.progress import FAILED, PASSED, Records, _digest, _groups
 from minivllm.course.stubs import defined_names, make_exercises
+from support import forked
+from support.answers import wrong_answers
+from support.solved import answers_of, write_solved
 
 ROOT = Path(__file__).resolve().parents[2]
 CHAPTERS = [c for c in chapters(ROOT) if c.number in {piece.chapter for piece in PIECES}]

@@ -16,11 +16,11 @@ import sys
 import traceback
 from collections.abc import Callable
 
-import kernel_checks as checks
 import pytest
 import torch
 
 from minivllm.kernels import Kernels, online_softmax, paged_attention
+from support import kernel_checks as checks
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
 FOLDER = pathlib.Path(paged_attention.__file__).parent

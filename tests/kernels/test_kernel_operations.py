@@ -4,12 +4,12 @@ promises.
 
 import dataclasses
 
-import kernel_checks as checks
 import pytest
 import torch
 
 from minivllm.kernels import Kernels, linear, online_softmax
 from minivllm.kernels.paged_attention import choose_num_splits
+from support import kernel_checks as checks
 
 
 def test_norm(kernels: Kernels, device_dtype):
