@@ -46,7 +46,6 @@ from minivllm.engine.trace import Trace
 from minivllm.inputs import PromptType
 from minivllm.kernels import Kernels
 from minivllm.models.loader import load_config, resolve_model_path
-from minivllm.models.qwen3 import Qwen3ForCausalLM
 from minivllm.outputs import RequestMetrics, RequestOutput
 from minivllm.parallel.group import TensorParallelGroup
 from minivllm.sampling_params import SamplingParams
@@ -104,7 +103,7 @@ class LLMEngine:
         kernels: Kernels | None = None,
         block_manager_cls: Callable[..., BlockManager] = BlockManager,
         scheduler_cls: Callable[..., Scheduler] = Scheduler,
-        model_cls: Callable[..., Any] = Qwen3ForCausalLM,
+        model_cls: Callable[..., Any] | None = None,
         build_batch: Callable[..., Any] = build_batch,
         group: TensorParallelGroup | None = None,
         **options: Any,
