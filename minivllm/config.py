@@ -16,12 +16,12 @@ from typing import Annotated, Any, Literal, Self
 
 from minivllm.compat import own_options
 from minivllm.errors import ConfigError, UnsupportedModelError
+from minivllm.models.registry import model_class
 from minivllm.sampling_params import MAX_LOGPROBS
 from minivllm.validation import Range, annotations_of, check, shown
 
 logger = logging.getLogger(__name__)
 
-ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 DTYPES = ("float32", "float16", "bfloat16")
 #: Other names of these, as torch, transformers and vLLM have them.
@@ -57,6 +57,18 @@ class RopeConfig:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """What differs between the decoder layers of families: a family reads it from config.json, or
+    knows it.
+    """
+
+    qkv_bias: bool  # on the projections to Q, K and V
+    o_bias: bool  # on the projection of what attention gives
+    mlp_bias: bool
+    qk_norm: bool  # an RMSNorm on every head of Q and of K
 
 
 @dataclass(frozen=True)
@@ -118,12 +130,10 @@ class ModelConfig:
         Raises `ConfigError` naming file, field and value for what no model can have, and
         `UnsupportedModelError` for anything that would otherwise give silently wrong tokens.
         """
-        read = _Fields(config, str(folder / "config.json" if folder else "config.json"))
-        architecture = _supported_architecture(read)
-        is_qwen2, attention_bias = (
-            architecture.startswith("Qwen2"),
-            read("attention_bias", bool, False),
-        )
+        read = ConfigFields(config, str(folder / "config.json" if folder else "config.json"))
+        architecture = (read.a(list, "architectures") or ["(none)"])[0]
+        family = model_class(architecture)
+        _check_supported(read)
         sizes = (
             "vocab_size",
             "hidden_size",
@@ -133,7 +143,9 @@ class ModelConfig:
         )
         shape = {name: read(name, Size) for name in sizes}
         sources = [
-            _Fields(generation_config or {}, str((folder or Path()) / "generation_config.json")),
+            ConfigFields(
+                generation_config or {}, str((folder or Path()) / "generation_config.json")
+            ),
             read,
         ]
         return ModelConfig(
@@ -143,16 +155,13 @@ class ModelConfig:
             rms_norm_eps=read("rms_norm_eps", Annotated[float, Range(0.0)], 1e-6),
             rope=_rope_from_hf(read),
             tie_word_embeddings=read("tie_word_embeddings", bool, False),
-            qkv_bias=is_qwen2 or attention_bias,
-            o_bias=attention_bias and not is_qwen2,
-            mlp_bias=read("mlp_bias", bool, False),
-            qk_norm=architecture.startswith("Qwen3"),
+            **dataclasses.asdict(family.read_layer_options(read)),
             dtype=_dtype_from_hf(read),
             eos_token_ids=_eos_token_ids(sources, shape["vocab_size"]),
         )
 
 
-class _Fields:
+class ConfigFields:
     """The fields of one JSON object: ``read(name, annotation)`` gives a value of this type or
     raises `ConfigError`.
     """
@@ -185,14 +194,8 @@ class _Fields:
         return ConfigError(f"{self.where}: {name} {what}.")
 
 
-def _supported_architecture(read: _Fields) -> str:
-    """The name of the architecture; raises for what minivllm does not implement."""
-    architecture = (read.a(list, "architectures") or ["(none)"])[0]
-    if architecture not in ARCHITECTURES:
-        raise UnsupportedModelError(
-            f"Architecture {shown(architecture)} is none of the supported"
-            f" {', '.join(ARCHITECTURES)}."
-        )
+def _check_supported(read: ConfigFields) -> None:
+    """Raises `UnsupportedModelError` for what no family here implements."""
     kinds = read.a(list, "layer_types")
     window = read("sliding_window", int, None)
     if (read("use_sliding_window", bool, False) and window) or "sliding_attention" in kinds:
@@ -210,10 +213,9 @@ def _supported_architecture(read: _Fields) -> str:
         raise UnsupportedModelError(
             f"Activation {shown(activation)} is not supported; the decoder's MLP is SwiGLU."
         )
-    return architecture
 
 
-def _heads_from_hf(read: _Fields, hidden_size: int) -> dict[str, int]:
+def _heads_from_hf(read: ConfigFields, hidden_size: int) -> dict[str, int]:
     """Numbers of heads and their dimension."""
     heads = read("num_attention_heads", Size)
     kv_heads = read("num_key_value_heads", Size, heads)
@@ -237,7 +239,7 @@ def _heads_from_hf(read: _Fields, hidden_size: int) -> dict[str, int]:
     return {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
 
 
-def _dtype_from_hf(read: _Fields) -> str:
+def _dtype_from_hf(read: ConfigFields) -> str:
     """transformers 5 writes `dtype`; before it, the field was called `torch_dtype`."""
     name = "dtype" if read.content.get("dtype") is not None else "torch_dtype"
     dtype = read(name, str, "float32").removeprefix("torch.")
@@ -247,12 +249,12 @@ def _dtype_from_hf(read: _Fields) -> str:
     return dtype
 
 
-def _rope_from_hf(read: _Fields) -> RopeConfig:
+def _rope_from_hf(read: ConfigFields) -> RopeConfig:
     # transformers 5 writes `rope_parameters`; before it, `rope_scaling` stood beside `rope_theta`.
     parameters = {**read.a(dict, "rope_scaling"), **read.a(dict, "rope_parameters")}
     if any(isinstance(value, dict) for value in parameters.values()):
         raise UnsupportedModelError("A rope of its own for each type of layer is not supported.")
-    rope = _Fields(parameters, f"{read.where}, rope parameters")
+    rope = ConfigFields(parameters, f"{read.where}, rope parameters")
     rope_type = rope("rope_type", str, rope("type", str, "default"))
     if rope_type not in ROPE_TYPES:
         raise UnsupportedModelError(
@@ -267,7 +269,9 @@ def _rope_from_hf(read: _Fields) -> RopeConfig:
     theta = rope("rope_theta", Positive, read("rope_theta", Positive, 10000.0))
     if rope_type == "default":
         return RopeConfig(theta, original_max_position=original)
-    factor = rope("factor", Factor, longest / original if rope_type == "yarn" else _Fields.REQUIRED)
+    factor = rope(
+        "factor", Factor, longest / original if rope_type == "yarn" else ConfigFields.REQUIRED
+    )
     optional: dict[str, Any] = {}  # a field that is absent has the default of `RopeConfig`
     if rope_type == "llama3":
         optional = {"low_freq_factor": Positive, "high_freq_factor": Positive}
@@ -294,7 +298,7 @@ def _rope_from_hf(read: _Fields) -> RopeConfig:
     return stretched
 
 
-def _eos_token_ids(sources: list[_Fields], vocab_size: int) -> tuple[int, ...]:
+def _eos_token_ids(sources: list[ConfigFields], vocab_size: int) -> tuple[int, ...]:
     """What ends a sequence: the ids of the first source that has any, as in transformers and vLLM.
 
     The engine adds the tokenizer's. Ids outside the vocabulary are never sampled, and are left out.
@@ -304,12 +308,13 @@ def _eos_token_ids(sources: list[_Fields], vocab_size: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(token_id for token_id in first if 0 <= token_id < vocab_size))
 
 
-def _ids(read: _Fields) -> list[int]:
+def _ids(read: ConfigFields) -> list[int]:
     """eos_token_id as a list: it may be one id, several or null."""
     value = read.content.get("eos_token_id")
     ids = value if isinstance(value, list) else [value] if value is not None else []
     return [
-        _Fields({"eos_token_id": token_id}, read.where)("eos_token_id", int) for token_id in ids
+        ConfigFields({"eos_token_id": token_id}, read.where)("eos_token_id", int)
+        for token_id in ids
     ]
 
 

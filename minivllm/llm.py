@@ -37,7 +37,6 @@ from minivllm.errors import (
 from minivllm.inputs import Message, Params, Prompts, RefusedPrompt, TokensPrompt
 from minivllm.kernels import Kernels
 from minivllm.metrics import COUNTERS, Counter, Gauge, Metric
-from minivllm.models.qwen3 import Qwen3ForCausalLM
 from minivllm.outputs import CompletionOutput, RequestOutput, StreamOutput
 from minivllm.parallel.group import TensorParallelGroup
 from minivllm.sampling_params import MAX_LOGPROBS, RequestOutputKind, SamplingParams
@@ -120,7 +119,7 @@ class LLM:
         kernels: Kernels | None = None,
         block_manager_cls: Callable[..., BlockManager] = BlockManager,
         scheduler_cls: Callable[..., Scheduler] = Scheduler,
-        model_cls: Callable[..., Any] = Qwen3ForCausalLM,
+        model_cls: Callable[..., Any] | None = None,
         build_batch: Callable[..., Any] = build_batch,
         group: TensorParallelGroup | None = None,
         **vllm_options: Any,

@@ -41,7 +41,7 @@ from minivllm.engine.sequence import ScheduledBatch, Sequence
 from minivllm.errors import MiniVLLMError
 from minivllm.kernels import Kernels
 from minivllm.layers.attention import AttentionMetadata
-from minivllm.models.loader import load_config, load_model
+from minivllm.models.loader import LoadOptions, load_config, load_model
 from minivllm.sampling_params import SamplingParams
 
 aten = torch.ops.aten
@@ -761,14 +761,8 @@ class SimulatedModel:
             num_slots,
         )
         config = load_config(BUNDLED_MODEL_PATH)
-        self._model = load_model(
-            BUNDLED_MODEL_PATH,
-            config,
-            simulated_kernels(gpu),
-            dtype=torch.float32,
-            device=torch.device("cpu"),
-            max_position=max_model_len,
-        )
+        options = LoadOptions(torch.float32, torch.device("cpu"), max_model_len)
+        self._model = load_model(BUNDLED_MODEL_PATH, config, simulated_kernels(gpu), options)
         gpu.move(self._model)
         shape = (num_blocks, config.num_key_value_heads, block_size, config.head_dim)
         self.caches = [
