@@ -129,9 +129,9 @@ def test_stats_say_what_it_took(checkpoint):
 
 
 def test_control_characters_of_a_model_stay_out_of_the_terminal(capsys):
-    from minivllm.cli.app import _write
+    from minivllm.cli.stdio import write
 
-    _write("a\x1b[31mb\x07\tc\nd\x9b é 👩‍🚀")
+    write("a\x1b[31mb\x07\tc\nd\x9b é 👩‍🚀")
     assert capsys.readouterr().out == "a[31mb\tc\nd é 👩‍🚀"
 
 
@@ -184,7 +184,7 @@ TRUTH = {
 
 @pytest.mark.parametrize("truth", [True, False])
 def test_engine_options_take_every_word_for_on_and_off(truth):
-    from minivllm.cli.app import _engine_options
+    from minivllm.cli.options import engine_options
 
     names = [
         field.name
@@ -193,7 +193,7 @@ def test_engine_options_take_every_word_for_on_and_off(truth):
     ]
     assert {"enable_prefix_caching", "enforce_eager", "async_scheduling", "trace"} <= set(names)
     for word in TRUTH[truth]:
-        options = _engine_options([f"{name.replace('_', '-')}={word}" for name in names])
+        options = engine_options([f"{name.replace('_', '-')}={word}" for name in names])
         assert all(options[name] is truth for name in names), word
 
 
@@ -215,9 +215,9 @@ def test_engine_options_take_every_word_for_on_and_off(truth):
     ],
 )
 def test_engine_options_are_read_by_their_type(assignment, value):
-    from minivllm.cli.app import _engine_options
+    from minivllm.cli.options import engine_options
 
-    [found] = _engine_options([assignment]).values()
+    [found] = engine_options([assignment]).values()
     assert found == value
     assert type(found) is type(value)
 
@@ -746,7 +746,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_model_is_loaded(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        "minivllm.cli.app._open_llm", lambda *_, **__: pytest.fail("the model was loaded")
+        f"minivllm.cli.{command[0]}.open_llm", lambda *_, **__: pytest.fail("the model was loaded")
     )
     output = " ".join(
         run(*command, path, *(["hi"] if command[0] == "trace" else []), code=2).split()
@@ -923,7 +923,7 @@ def test_a_file_that_fails_is_not_taken_for_standard_output(monkeypatch, capsys)
     def fails(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("minivllm.cli.app._load_trace", fails)
+    monkeypatch.setattr("minivllm.cli.trace._load_trace", fails)
     with pytest.raises(SystemExit) as end:
         app(["trace", "--show", "x.json"])
     assert end.value.code == 1
@@ -937,7 +937,7 @@ def test_what_may_happen_is_no_traceback(monkeypatch, capsys, raised, code):
     def fails(*_: object) -> None:
         raise raised
 
-    monkeypatch.setattr("minivllm.cli.app._load_trace", fails)
+    monkeypatch.setattr("minivllm.cli.trace._load_trace", fails)
     with pytest.raises(SystemExit) as end:
         app(["trace", "--show", "x.json"])
     said = capsys.readouterr().err

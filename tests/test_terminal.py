@@ -220,7 +220,7 @@ def test_a_bug_keeps_its_traceback_but_not_its_escapes(
     def fails(*_: object) -> None:
         raise ZeroDivisionError(HOSTILE)
 
-    monkeypatch.setattr("minivllm.cli.app._load_trace", fails)
+    monkeypatch.setattr("minivllm.cli.trace._load_trace", fails)
     with pytest.raises(SystemExit) as end:
         app(["trace", "--show", "x.json"])
     said = capsys.readouterr().err

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from minivllm.bench.cases import Workload
 from minivllm.bench.costs import ModelCosts, Rates, causal_pairs
 from minivllm.bench.report import environment
 
@@ -164,8 +165,6 @@ def run(
     A case that failed there has its floor here and no share. ValueError for a report of another
     kind.
     """
-    from minivllm.bench.throughput import Workload
-
     if report.get("benchmark") != "throughput" or "cases" not in report:
         raise ValueError("roofline needs a report of `minivllm bench throughput --case …`")
     engine, measured = report["engine"], report["rates"]

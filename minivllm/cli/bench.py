@@ -1,35 +1,28 @@
-"""`minivllm bench`: commands that measure. Imported only when one of them is called."""
+"""`minivllm bench`: commands that measure.
+
+What measures needs torch, so each command imports it when it starts.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from minivllm.bench import breakdown as breakdowns
-from minivllm.bench import kernels as kernel_bench
-from minivllm.bench import latency as latencies
-from minivllm.bench import record as recording
-from minivllm.bench import roofline as rooflines
+from minivllm.bench.cases import CASES, KERNELS, Workload
 from minivllm.bench.costs import Rates
-from minivllm.bench.report import machine, save_report
 from minivllm.bench.shapes import SHAPES, shape_directory
-from minivllm.bench.tables import show
-from minivllm.bench.throughput import CASES, Workload, run, run_cases
 from minivllm.cli.stdio import Commands
 from minivllm.config import DTYPES
 from minivllm.errors import ConfigError
 from minivllm.files import reason, require_writable, write_atomically
-from minivllm.parallel.launch import pick_device
 from minivllm.text import printable
-from minivllm.viz.terminal import SafeConsole
 
 app = typer.Typer(
     cls=Commands,
@@ -47,6 +40,8 @@ def _dtype(name: str) -> str:
 
 
 def _device(name: str) -> str:
+    from minivllm.parallel.launch import pick_device
+
     pick_device(name)
     return name
 
@@ -144,9 +139,11 @@ def _model(
         yield path, {"load_format": "dummy"}
 
 
-def _finish(
-    report: dict[str, Any], out: Path | None, show: Callable[[dict[str, Any]], None] = show
-) -> None:
+def _finish(report: dict[str, Any], out: Path | None) -> None:
+    """Write the report to `out`, print its tables, and say where it was saved."""
+    from minivllm.bench.report import save_report
+    from minivllm.bench.tables import show
+
     problem = None
     try:
         if out is not None:  # first: a table that cannot be drawn must not lose the numbers
@@ -215,6 +212,34 @@ def throughput(
     """Output tokens a second: named cases beside their floor, or one batch of requests of random
     lengths.
     """
+    from minivllm.bench.throughput import run, run_cases
+
+    names = _case_names(case, protocol)
+    if compare is not None:
+        _require_comparable(compare, is_plain=not (temperature or names or shape))
+    options = _set(max_model_len=max_model_len, enforce_eager=enforce_eager or None)
+    options |= {"dtype": dtype, "device": device, "max_num_seqs": max_num_seqs}
+    options |= {
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "load_format": "dummy" if dummy_weights else "auto",
+    }
+    with _model(model, shape) as (path, more):
+        options |= more
+        if names:
+            chosen = {name: CASES[name] for name in names}
+            report = run_cases(
+                chosen, path, repeats=repeats or 3, max_seconds=max_seconds, **options
+            )
+        else:
+            workload = Workload(num_requests, prompt_tokens, output_tokens, seed, temperature)
+            report = run(
+                path, workload, repeats=repeats or 7, compare=compare is not None, **options
+            )
+    _finish(report, out)
+
+
+def _case_names(case: list[str] | None, protocol: str | None) -> list[str]:
+    """The named workloads that were asked for; [] where none was. Raises `typer.BadParameter`."""
     if protocol not in (None, "nano"):
         raise typer.BadParameter("only 'nano' is known", param_hint="--protocol")
     names = [*(case or []), *([protocol] if protocol else [])]
@@ -223,38 +248,24 @@ def throughput(
         raise typer.BadParameter(
             f"{unknown[0]!r} is none of {', '.join(CASES)}, all", param_hint="--case"
         )
-    if compare not in (None, "transformers"):
+    return names
+
+
+def _require_comparable(compare: str, is_plain: bool) -> None:
+    """Raises `typer.BadParameter` where transformers cannot run the same requests.
+
+    is_plain: whether one greedy batch of a real model was asked for.
+    """
+    if compare != "transformers":
         raise typer.BadParameter("only 'transformers' can be compared with", param_hint="--compare")
-    if compare and (temperature or names or shape):
+    if not is_plain:
         raise typer.BadParameter(
             "the comparison is greedy, on one batch and real weights", param_hint="--compare"
         )
-    if compare and find_spec("transformers") is None:
+    if find_spec("transformers") is None:
         raise typer.BadParameter(
             "transformers is not installed: pip install transformers", param_hint="--compare"
         )
-    options = _set(max_model_len=max_model_len, enforce_eager=enforce_eager or None)
-    options |= {"dtype": dtype, "device": device, "max_num_seqs": max_num_seqs}
-    options |= {
-        "max_num_batched_tokens": max_num_batched_tokens,
-        "load_format": "dummy" if dummy_weights else "auto",
-    }
-    with _model(model, shape) as (path, more):
-        if names:
-            chosen = {name: CASES[name] for name in names}
-            report = run_cases(
-                chosen, path, repeats=repeats or 3, max_seconds=max_seconds, **(options | more)
-            )
-        else:
-            workload = Workload(num_requests, prompt_tokens, output_tokens, seed, temperature)
-            report = run(
-                path,
-                workload,
-                repeats=repeats or 7,
-                compare=compare is not None,
-                **(options | more),
-            )
-    _finish(report, out, show if names else _print)
 
 
 @app.command()
@@ -282,16 +293,21 @@ def latency(
     """TTFT and TPOT by batch size; a step's time by running requests and by context; prefix
     hits.
     """
+    from minivllm.bench.latency import Loads, run
+
+    loads = Loads(
+        batches=_numbers(batches),
+        running=_numbers(running),
+        contexts=_numbers(contexts),
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        context_requests=context_requests,
+    )
     options = _set(max_num_batched_tokens=max_num_batched_tokens, max_model_len=max_model_len)
     with _model(model, shape) as (path, more):
-        report = latencies.run(
+        report = run(
             path,
-            batches=_numbers(batches),
-            running=_numbers(running),
-            contexts=_numbers(contexts),
-            prompt_tokens=prompt_tokens,
-            output_tokens=output_tokens,
-            context_requests=context_requests,
+            loads,
             num_steps=num_steps,
             repeats=repeats,
             max_seconds=max_seconds,
@@ -309,9 +325,7 @@ def kernels(
     shape: Annotated[
         str | None, typer.Option(help=f"Heads and widths of: {', '.join(SHAPES)}.")
     ] = None,
-    only: Annotated[
-        list[str] | None, typer.Option(help=f"Some of: {', '.join(kernel_bench.NAMES)}.")
-    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help=f"Some of: {', '.join(KERNELS)}.")] = None,
     block_size: Maybe = None,
     compile: Annotated[
         bool | None,
@@ -329,21 +343,22 @@ def kernels(
     out: Out = None,
 ) -> None:
     """Each kernel beside its floor and beside torch's own."""
+    from minivllm.bench.kernels import Budget, run
+
     if shape not in (None, *SHAPES):
         raise typer.BadParameter(f"there are {', '.join(SHAPES)}", param_hint="--shape")
-    if unknown := set(only or ()) - set(kernel_bench.NAMES):
+    if unknown := set(only or ()) - set(KERNELS):
         raise typer.BadParameter(
-            f"{min(unknown)!r} is none of {', '.join(kernel_bench.NAMES)}", param_hint="--only"
+            f"{min(unknown)!r} is none of {', '.join(KERNELS)}", param_hint="--only"
         )
-    report = kernel_bench.run(
+    report = run(
         shape,
-        names=tuple(only or kernel_bench.NAMES),
+        names=tuple(only or KERNELS),
         device=device,
         dtype=dtype,
         block_size=block_size,
         compiled=compile,
-        seconds=seconds,
-        max_seconds=max_seconds,
+        budget=Budget(seconds, max_seconds),
     )
     _finish(report, out)
 
@@ -367,11 +382,13 @@ def breakdown(
     """Where a decode step's time goes: kernels by name, gaps, exposed CPU time; overlap on and
     off.
     """
+    from minivllm.bench.breakdown import run
+
     overlaps = {"on": (True,), "off": (False,), "both": (True, False)}
     if overlap not in overlaps:
         raise typer.BadParameter("'on', 'off' or 'both'", param_hint="--overlap")
     with _model(model, shape) as (path, more):
-        report = breakdowns.run(
+        report = run(
             path,
             requests=_numbers(running),
             context=context,
@@ -448,13 +465,15 @@ def _floors(
     read_tb_per_s: float | None,
     matmul_tflops: float | None,
 ) -> dict[str, Any]:
+    from minivllm.bench.roofline import run
+
     if unknown := [name for name in case or () if name not in measured["cases"]]:
         raise typer.BadParameter(f"{unknown[0]!r} is not in the report", param_hint="--case")
     known = measured["rates"]
     try:
         read = 1e12 * read_tb_per_s if read_tb_per_s else known["read_bytes_per_second"]
         matmul = 1e12 * matmul_tflops if matmul_tflops else known["matmul_flops_per_second"]
-        return rooflines.run(measured, Rates(read, matmul), case)
+        return run(measured, Rates(read, matmul), case)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         why = f"{type(error).__name__}: {error}"
         raise typer.BadParameter(f"the report is damaged ({why})", param_hint="REPORT") from error
@@ -473,42 +492,9 @@ def record(
     """Run kernels, throughput, latency, breakdown and roofline, each in a process of its own;
     minutes on a GPU.
     """
-    summary = recording.run(out, shape, compile)
+    from minivllm.bench.record import run
+
+    summary = run(out, shape, compile)
     for name, found in summary.items():
         typer.echo(printable(f"{name}: {found['problem'] or 'done'} ({found['seconds']} s)"))
     raise typer.Exit(any(found["problem"] for found in summary.values()))
-
-
-def _print(report: dict[str, Any]) -> None:
-    console = SafeConsole(highlight=True)
-    title = f"{report['model']}, {report['dtype']}: {report['workload']['num_requests']} requests, "
-    table = Table(
-        title=title + f"{report['prompt_tokens']} prompt + {report['output_tokens']} output tokens"
-    )
-    for column in ("", "seconds (min…max)", "output tokens/s", "minivllm is faster by"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name, result in report["results"].items():
-        seconds, rate = result["seconds"], result["output_tokens_per_second"]["median"]
-        times = f"{seconds['median']:.3f} ({seconds['min']:.3f}…{seconds['max']:.3f})"
-        ratio = result.get("minivllm_is_faster_by")
-        ratio_text = (
-            ""
-            if ratio is None
-            else f"{ratio['median']:.2f} × ({ratio['min']:.2f}…{ratio['max']:.2f})"
-        )
-        table.add_row(name, times, f"{rate:,.0f}", ratio_text)
-    console.print(table)
-    if "floor" in report:
-        floor, ours = report["floor"], report["results"]["minivllm"]["seconds"]["median"]
-        console.print(
-            f"Floor: {floor['flops'] / 1e9:.1f} GFLOP of matrix products in {floor['steps']} steps"
-            f" take {floor['seconds']:.3f} s here by themselves"
-            f" ({floor['flops'] / floor['seconds'] / 1e9:.0f} GFLOP/s); minivllm takes"
-            f" {ours / floor['seconds']:.2f} × that."
-        )
-    if "step_parts" in report:
-        parts = ", ".join(
-            f"{name} {share:.0%}" for name, share in report["step_parts"].items() if share >= 0.005
-        )
-        console.print(f"Where the time goes: {parts}.")
-    console.print(f"{machine(report)}.")

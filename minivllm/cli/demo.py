@@ -20,15 +20,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
+from minivllm.cli.options import Engine, Model, open_llm, require_number
+from minivllm.cli.trace import save_trace
 from minivllm.errors import ConfigError
-from minivllm.files import reason, write_atomically
+from minivllm.files import reason, require_writable, write_atomically
 from minivllm.text import printable
 from minivllm.viz.palette import request_letter
 from minivllm.viz.terminal import (
@@ -120,6 +123,39 @@ SCRIPT: tuple[DemoRequest, ...] = (
     DemoRequest(_CONVERSATION[:4], arrival=26),
     _ask("What does the scheduler do?", system=True, arrival=30),
 )
+
+
+def demo(
+    model: Model = None,
+    pace: Annotated[
+        float | None,
+        typer.Option(
+            help="How many seconds each step stays on the screen, at least; 0 is full speed.",
+            min=0.0,
+            max=3600.0,
+            show_default="0.05",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Also save the trace to this file.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Also draw the busiest step into this file, as SVG.")
+    ] = None,
+    engine: Engine = None,
+) -> None:
+    """Watch the engine serve a batch of prompts: its block tables, its KV cache, and the texts as
+    they come.
+    """
+    if out is not None:
+        require_writable(out, "The trace")
+    if picture is not None:
+        require_writable(picture, "The picture")
+    if pace is not None:
+        require_number(pace, "--pace")
+    trace = run_demo(lambda options: open_llm(model, engine, **options), pace, picture)
+    if out is not None:
+        save_trace(trace, out)
 
 
 def run_demo(

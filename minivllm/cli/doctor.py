@@ -14,6 +14,8 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
+import typer
+
 import minivllm
 from minivllm.bundled import BUNDLED_MODEL_PATH
 from minivllm.errors import MiniVLLMError
@@ -40,6 +42,13 @@ class Finding:
     found: str
     #: What it means, or what to do about it.
     meaning: str = ""
+
+
+def doctor() -> None:
+    """Look at what is installed here, say what it means for the course, and how to repair what is
+    broken.
+    """
+    raise typer.Exit(run_doctor())
 
 
 def run_doctor() -> int:
