@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from minivllm.cli.app import app
 from minivllm.course.chapters import Chapter, chapters
-from minivllm.course.progress import NOT_RUNNABLE, PASSED, Records
+from minivllm.course.records import NOT_RUNNABLE, PASSED, Records
 
 ROOT = Path(__file__).resolve().parents[2]
 CHAPTERS = chapters(ROOT)
