@@ -123,9 +123,7 @@ def test_pictures_of_a_hostile_trace(console: type[Console]) -> None:
     shown = console(file=file, width=400)
     shown.print(step_table(trace))
     shown.print(
-        engine_view(
-            trace, trace.steps[0], {label: HOSTILE}, [label], width=300, news=printable(HOSTILE)
-        )
+        engine_view(trace, trace.steps[0], {label: HOSTILE}, width=300, news=printable(HOSTILE))
     )
     assert_harmless(file.getvalue(), shown="[red]bad[/red]")
     assert tail(HOSTILE, 300) == SHOWN

@@ -216,12 +216,11 @@ def _busy(record: StepRecord) -> tuple[int, ...]:
 def _still(run: _Run, record: StepRecord) -> Group:
     """The view of one step, without what depends on the machine's speed."""
     names = {label: run.letter(label) for label in run.order}
-    news, texts = "; ".join(events(record, names)), dict(run.texts)
+    news = "; ".join(events(record, names))
     return engine_view(
         run.trace,
         record,
-        texts,
-        run.order,
+        dict(run.texts),
         width=_STILL_WIDTH,
         max_rows=len(record.running),
         news=news,
@@ -351,7 +350,6 @@ def _live_view(console: Console, run: _Run) -> Iterator[Callable[[StepRecord], N
                 run.trace,
                 record,
                 run.texts,
-                run.order,
                 width=console.width,
                 max_rows=max_rows,
                 header=[progress],
