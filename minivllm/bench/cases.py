@@ -31,9 +31,9 @@ class Workload:
         return prompts, [rng.randint(*self.output_tokens) for _ in range(self.num_requests)]
 
 
-#: The cases of the H200 issue. `nano` is nano-vLLM's bench.py: random.seed(0); 256 prompts of
-#: randint(100, 1024) tokens of randint(0, 10000) each; then max_tokens = randint(100, 1024) each;
-#: temperature 0.6, ignore_eos.
+#: The named cases, sized for one H200. `nano` is nano-vLLM's bench.py: random.seed(0); 256 prompts
+#: of randint(100, 1024) tokens of randint(0, 10000) each; then max_tokens = randint(100, 1024)
+#: each; temperature 0.6, ignore_eos.
 CASES: dict[str, Workload] = {
     "nano": Workload(256, (100, 1024), (100, 1024), 0, 0.6),
     "decode1": Workload(1, (128, 128), (512, 512), 0, 0.6),

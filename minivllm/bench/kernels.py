@@ -42,7 +42,7 @@ DECODE: dict[str, list[tuple[int, int | tuple[int, int]]]] = {
 #: Tokens of a step, for the operations on rows; rows and vocabulary of the logits (None: the
 #: model's).
 ROWS = {"cuda": [256, 8192], "cpu": [16, 256]}
-#: Rows and numbers a row, for the softmax of chapter 01. The long rows do not stay in the cache
+#: Rows and numbers per row, for the softmax of chapter 01. The long rows do not stay in the cache
 #: between two passes.
 SOFTMAX = {"cuda": [(8192, 1024), (512, 262_144)], "cpu": [(64, 512)]}
 LOGITS: dict[str, tuple[int, int | None]] = {"cuda": (256, None), "cpu": (16, 8192)}
@@ -157,7 +157,7 @@ def _sdpa_variants(
 
 
 def decode_cases(setting: Setting) -> Iterator[Case]:
-    """One new token a sequence over its paged context."""
+    """Attention of one new token per sequence over its paged context."""
     for batch, context in DECODE[setting.device.type]:
         if isinstance(context, tuple):
             contexts = [setting.generator.randint(*context) for _ in range(batch)]
@@ -204,7 +204,7 @@ def _decode_case(setting: Setting, name: str, contexts: list[int]) -> Case:
 
 
 def prefill_cases(setting: Setting) -> Iterator[Case]:
-    """Many new tokens a sequence, causal, over the paged context that already holds them."""
+    """Causal attention of many new tokens per sequence over the paged context, which holds them."""
     for batch, query_len, context in PREFILL[setting.device.type]:
         name = f"{batch} x {query_len}" + (f" at context {context}" if context > query_len else "")
         yield _prefill_case(setting, name, batch, query_len, context)
@@ -271,7 +271,7 @@ def _sample_eager(logits: Tensor, temperature: Tensor) -> Tensor:
 
 
 def sample_cases(setting: Setting) -> Iterator[Case]:
-    """One token a row by temperature alone."""
+    """Sampling one token per row, with a temperature and nothing else."""
     rows, vocabulary = LOGITS[setting.device.type]
     vocabulary = vocabulary or setting.config.vocab_size
 
@@ -503,8 +503,8 @@ def linear_cases(setting: Setting) -> Iterator[Case]:
 
 
 def make_row(case: Case, variant: str, timing: Any, rates: Rates) -> dict[str, Any]:
-    """The row of one variant: its time, what it moved and computed a second, and which share of the
-    floor that is.
+    """The row of one variant: its time, what it moved and computed per second, and which share of
+    the floor that is.
     """
     seconds = timing.median_us * 1e-6
     speed = (
@@ -537,7 +537,7 @@ def difference(out: Any, expected: Any) -> float:
 def run_case(
     case: Case, rates: Rates, device: torch.device, deadline: Deadline, seconds: float
 ) -> list[dict]:
-    """The case's rows, one a variant; a variant that fails is a row with "failed"."""
+    """The rows of a case, one per variant; a variant that fails is a row with "failed"."""
     inputs: list[tuple] = []
     outputs: dict[str, Any] = {}
 

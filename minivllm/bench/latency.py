@@ -1,4 +1,4 @@
-"""How long one waits: for the first token (TTFT), between tokens (TPOT), and how that grows with
+"""How long a user waits: for the first token (TTFT), between tokens (TPOT), and how that grows with
 the work.
 
 Requests arrive all at once, so a TTFT holds the whole batch's prefill. TPOT is a request's mean
@@ -32,7 +32,7 @@ PREFIX = {"cuda": (64, 2048, 64), "cpu": (8, 128, 16)}
 def serve(
     llm: LLM, batch: int, prompt_tokens: int, output_tokens: int, repeats: int
 ) -> dict[str, Any]:
-    """TTFT and TPOT in seconds over `repeats` rounds of `batch` requests, and output tokens a
+    """TTFT and TPOT in seconds over `repeats` rounds of `batch` requests, and output tokens per
     second of each round.
     """
     workload = Workload(
@@ -61,7 +61,7 @@ def serve(
 
 
 def decode_steps(llm: LLM, num_requests: int, context: int, num_steps: int) -> dict[str, Any]:
-    """Seconds of a step, and tokens a second, while so many requests of about this context
+    """Seconds of a step, and tokens per second, while so many requests of about this context
     decode.
     """
     engine = llm.llm_engine

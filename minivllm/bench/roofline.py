@@ -133,7 +133,7 @@ def case_floor(
     max_num_seqs: int,
     max_num_batched_tokens: int,
 ) -> dict[str, Any]:
-    """The floor of a workload as a report has it: seconds, its parts, and tokens a second at the
+    """The floor of a workload as a report has it: seconds, its parts, and tokens per second at the
     floor.
     """
     floor = floor_of(

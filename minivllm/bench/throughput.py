@@ -1,4 +1,4 @@
-"""Tokens a second on a batch of requests of random lengths, beside `transformers` on the same
+"""Tokens per second on a batch of requests of random lengths, beside `transformers` on the same
 weights.
 
 All prompts are random token ids, so that nothing depends on a tokenizer; outputs have fixed lengths
@@ -36,8 +36,8 @@ from minivllm.layers.linear import FusedLinear, Linear
 from minivllm.llm import LLM
 from minivllm.sampling_params import SamplingParams
 
-#: Tokens a request of the warm-up gets: it compiles every kernel and shows every size of step, and
-#: is short.
+#: Output tokens per request of the warm-up. It is short, compiles every kernel, and has steps of
+#: every size.
 WARM_UP_TOKENS = 8
 
 #: A way to run the workload once; returns seconds.
@@ -189,8 +189,8 @@ def run(
     times: dict[str, list[float]] = {name: [] for name in order}
     for round_number in tqdm(range(repeats), desc="rounds"):
         for name in order if round_number % 2 == 0 else reversed(order):
-            # what one runner leaves behind (gigabytes of cache, say) must not be freed on another's
-            # time
+            # what one runner leaves behind (gigabytes of cache, say) must not be freed while
+            # another is timed
             gc.collect()
             times[name].append(runners[name](prompts, output_lens))
     num_output = sum(output_lens)

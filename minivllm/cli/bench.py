@@ -47,15 +47,15 @@ def _device(name: str) -> str:
 
 
 def _no_nan(value: float | None) -> float | None:
-    """NaN passes every comparison with a bound."""
+    """Refuse NaN, which passes every comparison with a bound."""
     if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is no number to measure with")
+        raise typer.BadParameter(f"{value} is not a number that can be measured with")
     return value
 
 
 def _rate(value: float | None) -> float | None:
     if _no_nan(value) is not None and value <= 0:
-        raise typer.BadParameter("a rate is above 0")
+        raise typer.BadParameter("a rate must be above 0")
     return value
 
 
@@ -72,7 +72,9 @@ def _folder(path: Path) -> Path:
 
 
 def _writable(path: Path | None) -> Path | None:
-    """Before minutes of measuring, not after them. The folder is made."""
+    """Refuse a file that cannot be written before minutes of measuring, not after them. Its folder
+    is made.
+    """
     if path is not None:
         require_writable(path, "What is measured", make_folder=True)
     return path
@@ -95,7 +97,7 @@ Out = Annotated[
 ]
 MaxSeconds = Annotated[
     float | None,
-    typer.Option(min=0, callback=_no_nan, help="Rows that would begin later are left out."),
+    typer.Option(min=0, callback=_no_nan, help="No row begins after this many seconds."),
 ]
 Eager = Annotated[bool, typer.Option(help="Without CUDA graphs.")]
 SmallInt = Annotated[int, typer.Option(min=1)]
@@ -104,7 +106,7 @@ Repeats = Annotated[int, typer.Option(min=1, help="Rounds after a warm-up; media
 
 
 def _numbers(text: str | None) -> list[int] | None:
-    """ "1,8,64" as numbers; None stays None."""
+    """The numbers of a list like "1,8,64"; None stays None."""
     if text is None:
         return None
     try:
@@ -117,7 +119,7 @@ def _numbers(text: str | None) -> list[int] | None:
 
 
 Numbers = Annotated[
-    str | None, typer.Option(metavar="N,N,…", help="Left out: what suits the device.")
+    str | None, typer.Option(metavar="N,N,…", help="Without it: what suits the device.")
 ]
 
 
@@ -125,8 +127,9 @@ Numbers = Annotated[
 def _model(
     model: str | None, shape: str | None
 ) -> Iterator[tuple[str | Path | None, dict[str, Any]]]:
-    """(model, engine options): the model, or a directory with the shape's config and random
-    weights.
+    """(model, engine options) for what was asked: a model, or a shape.
+
+    A shape becomes a directory with its config.json, and its weights are random.
     """
     if shape is None:
         yield model, {}
@@ -209,8 +212,8 @@ def throughput(
     max_seconds: MaxSeconds = None,
     out: Out = None,
 ) -> None:
-    """Output tokens a second: named cases beside their floor, or one batch of requests of random
-    lengths.
+    """Output tokens per second: of named cases, beside their floor, or of one batch of requests
+    of random lengths.
     """
     from minivllm.bench.throughput import run, run_cases
 
@@ -290,7 +293,7 @@ def latency(
     max_seconds: MaxSeconds = None,
     out: Out = None,
 ) -> None:
-    """TTFT and TPOT by batch size; a step's time by running requests and by context; prefix
+    """TTFT and TPOT by batch size; the time of a step by running requests and by context; prefix
     hits.
     """
     from minivllm.bench.latency import Loads, run
@@ -334,7 +337,10 @@ def kernels(
     seconds: Annotated[
         float,
         typer.Option(
-            min=0.001, max=3600.0, callback=_no_nan, help="Measuring time of a row, about."
+            min=0.001,
+            max=3600.0,
+            callback=_no_nan,
+            help="About how many seconds to measure per row.",
         ),
     ] = 0.2,
     dtype: Dtype = "auto",
@@ -342,7 +348,7 @@ def kernels(
     max_seconds: MaxSeconds = None,
     out: Out = None,
 ) -> None:
-    """Each kernel beside its floor and beside torch's own."""
+    """The time of each kernel, beside its floor and beside torch's own kernel."""
     from minivllm.bench.kernels import Budget, run
 
     if shape not in (None, *SHAPES):
@@ -379,8 +385,8 @@ def breakdown(
     max_seconds: MaxSeconds = None,
     out: Out = None,
 ) -> None:
-    """Where a decode step's time goes: kernels by name, gaps, exposed CPU time; overlap on and
-    off.
+    """Where the time of a decode step goes: kernels by name, gaps, exposed CPU time; with overlap
+    on and off.
     """
     from minivllm.bench.breakdown import run
 
@@ -439,7 +445,9 @@ def roofline(
 
 
 def _read_report(path: Path) -> dict[str, Any]:
-    """A report of `minivllm bench throughput --case …`, as far as its parts are there."""
+    """A report of `minivllm bench throughput --case …`. Raises `typer.BadParameter` for another
+    file.
+    """
     try:
         measured = json.loads(path.read_bytes())
     except OSError as error:

@@ -1,5 +1,5 @@
-"""`minivllm chat`: a conversation that only its user ends; no line, no answer and no Ctrl-C
-does.
+"""`minivllm chat`: a conversation. Only its user ends it: a line that is refused, an answer that
+fails, or Ctrl-C does not.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class Chat:
                 raise ConfigError(f"Standard input cannot be read: {reason(error)}.") from error
 
     def _take(self, line: str) -> None:
-        """Do what a line says. One that is refused is as if it had not been said."""
+        """Do what a line says. A line that is refused leaves the conversation as it was."""
         if line == "/reset":
             self._messages = list(self._opening)
             if self._interactive:
@@ -144,7 +144,7 @@ class Chat:
                 complain(f"Error: {error} The line was left out; the conversation goes on.")
 
     def _answer(self, line: str) -> None:
-        """Stream the answer to a line, and keep both."""
+        """Stream the answer to a line; keep the line and the answer."""
         messages, prompt = self._fit([*self._messages, {"role": "user", "content": line}])
         room = self._limit() - len(prompt)
         params = replace(self._params, max_tokens=min(self._params.max_tokens or room, room))

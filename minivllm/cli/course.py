@@ -61,5 +61,5 @@ def reset(
 
 
 def _console() -> SafeConsole:
-    """For what the course says: a learner's answer, and its errors, may hold anything."""
+    """A console that shows everything and obeys nothing: a learner's answer may print anything."""
     return SafeConsole(highlight=True)

@@ -1,4 +1,4 @@
-"""`minivllm demo`: a batch of requests through the engine, with its block tables and KV cache on
+"""`minivllm demo`: the engine serves a batch of requests, and its block tables and KV cache are on
 the screen.
 
 The pool is small on purpose, so that there is something to see: requests queue for blocks, long
@@ -199,8 +199,8 @@ _STILL_WIDTH = 104
 
 
 def _busy(record: StepRecord) -> tuple[int, ...]:
-    """What makes a step worth looking at: prompts beside decodes, something that changed, shared
-    blocks, a queue.
+    """How much a step has to show, to be compared: prompts beside decodes first, then running
+    requests, events, shared blocks, and a queue.
     """
     prompts = sum(item.kind == "prefill" for item in record.scheduled)
     mixed = 0 < prompts < len(record.scheduled)
@@ -228,8 +228,8 @@ def _still(run: _Run, record: StepRecord) -> Group:
 
 
 def _svg(view: Group) -> str:
-    """A drawing of a terminal that shows view. The fonts are the reader's: nothing is fetched from
-    the web.
+    """The view as an SVG of a terminal. It uses the reader's fonts: nothing is fetched from the
+    web.
     """
     console = SafeConsole(
         record=True,
@@ -244,7 +244,7 @@ def _svg(view: Group) -> str:
 
 
 class _Run:
-    """The script being served: what the pictures need to know of it."""
+    """`SCRIPT` while it is served, and what the views need to know of it."""
 
     def __init__(self, llm: LLM) -> None:
         from minivllm.sampling_params import RequestOutputKind, SamplingParams
@@ -317,7 +317,7 @@ class _Run:
 
 @contextmanager
 def _live_view(console: Console, run: _Run) -> Iterator[Callable[[StepRecord], None]]:
-    """The picture of the engine stays at the bottom; texts that are done scroll away above it."""
+    """Show the engine at the bottom of the screen; finished texts scroll away above it."""
     progress = Progress(
         TextColumn("[bold]minivllm"),
         BarColumn(bar_width=None, complete_style="#56B4E9", finished_style="#009E73"),
@@ -362,8 +362,8 @@ def _live_view(console: Console, run: _Run) -> Iterator[Callable[[StepRecord], N
 
 @contextmanager
 def _plain_lines(console: Console, run: _Run) -> Iterator[Callable[[StepRecord], None]]:
-    """A line for every step in which something changes, and the texts when they are done. No
-    colour, no cursor.
+    """Print a line for every step in which something changes, and each text when it is done. No
+    colour, no cursor movement.
     """
     names = {label: run.letter(label) for label in run.order}
 
@@ -436,7 +436,7 @@ def _print_summary(console: Console, run: _Run, paced: bool) -> None:
 
 
 def _command() -> str:
-    """How to call `minivllm` from here: by its name if it is on the path, or where it lies."""
+    """How to call `minivllm` from here: by its name if it is on PATH, else by its path."""
     beside = Path(sys.executable).with_name("minivllm")
     if shutil.which("minivllm") or not beside.exists():
         return "minivllm"

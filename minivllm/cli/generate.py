@@ -55,8 +55,8 @@ def generate(
     ] = False,
     engine: Engine = None,
 ) -> None:
-    """Answer or continue prompts. Several prompts run as one batch, and are printed in their
-    order.
+    """Answer or continue prompts. Several prompts run as one batch; their texts are printed in the
+    order of the prompts.
     """
     prompts = prompts or prompts_from_stdin()
     params = SamplingParams(

@@ -128,7 +128,9 @@ _WORDS = {
 
 
 def _as_option(value: str, kind: Any) -> Any:
-    """A typed word as a value of this type. ValueError says what is wanted: "on or off"."""
+    """The value, of this type, that a word means. Raises ValueError with what is wanted, e.g. "on
+    or off".
+    """
     members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     if type(None) in members and value.lower() in ("none", "null", "auto"):
         return None

@@ -33,7 +33,9 @@ def prompts_from_stdin() -> list[str]:
 def render_all(
     llm: LLM, prompts: list[str], chat: bool | None, system: str | None
 ) -> list[str | list[int] | RequestError]:
-    """What the engine is to see: bare text, or a chat's token ids; or why there is none."""
+    """What the engine gets for each prompt: bare text, or the token ids of a chat; an error in
+    place of a prompt that is refused.
+    """
     if chat is False and system is not None:
         raise ConfigError("--system needs a chat; --raw continues the bare text.")
     rendered: list[str | list[int] | RequestError] = []
@@ -50,9 +52,8 @@ def _render(llm: LLM, prompt: str, chat: bool | None, system: str | None) -> str
     try:
         return llm.render_chat([*opening, {"role": "user", "content": prompt}])
     except ConfigError as error:
-        if (
-            chat or system is not None or "no chat template" not in str(error)
-        ):  # a broken one is no reason to do without
+        # Only a model without a template continues the bare text; a broken template is an error.
+        if chat or system is not None or "no chat template" not in str(error):
             raise
         return prompt
 
@@ -60,11 +61,10 @@ def _render(llm: LLM, prompt: str, chat: bool | None, system: str | None) -> str
 def serve(
     llm: LLM, inputs: list[Any], params: list[SamplingParams], stream: bool
 ) -> Iterator[tuple[int, str | RequestError]]:
-    """(prompt, a piece of its text) as it comes; the second prompt's only when the first has ended.
+    """Yield (index of a prompt, a piece of its text), in the order of the prompts.
 
-    Prompts run as one batch. In the place of one that is refused comes its error; the others are
-    not harmed by it.
-    stream: whether a text comes in pieces, or when it is done.
+    The prompts run as one batch. For a prompt that is refused, its error comes instead of a text;
+    the others go on. stream: yield a text in pieces as it comes, or whole when it is done.
     """
     from tqdm.auto import tqdm
 
@@ -101,7 +101,7 @@ def serve(
 
 
 def say_refused(error: RequestError, index: int, count: int) -> None:
-    """One of several has a line in the place of its text; a single one ends the command."""
+    """Say that a prompt was refused. Raises `error` if it is the only prompt."""
     if count == 1:
         raise error
     complain(f"Error: prompt {index + 1} of {count} was refused: {error}")

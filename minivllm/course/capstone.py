@@ -727,7 +727,8 @@ def _in_parts(decode: Callable, split: int) -> Callable:
     """
     import torch
 
-    def decode_in_parts(
+    # The arguments are those of `Kernels.decode_attention`.
+    def decode_in_parts(  # noqa: PLR0913
         query: torch.Tensor,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
