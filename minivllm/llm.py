@@ -20,6 +20,7 @@ from typing import Any, NoReturn, Self
 from tqdm.auto import tqdm
 
 from minivllm import inputs
+from minivllm.compat.calls import refuse_arguments, refuse_method
 from minivllm.engine.llm_engine import EngineMetrics, LLMEngine
 from minivllm.engine.output_processor import OutputCollector
 from minivllm.engine.trace import Trace
@@ -33,7 +34,6 @@ from minivllm.inputs import Message, Params, Prompts, PromptType, RefusedPrompt,
 from minivllm.metrics import COUNTERS, Counter, Gauge, Metric
 from minivllm.outputs import CompletionOutput, RequestOutput, StreamOutput
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
-from minivllm.unsupported import refuse_arguments, refuse_method
 
 logger = logging.getLogger(__name__)
 

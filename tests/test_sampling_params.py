@@ -17,6 +17,7 @@ import torch
 from checkpoints import TransformersReference, write_checkpoint
 
 from minivllm import LLM, RequestOutputKind, SamplingParams
+from minivllm.compat.calls import PARAMETERS
 from minivllm.engine.input_processor import InputProcessor
 from minivllm.engine.sampler import FIT_FOR_GRAPHS, Sampler
 from minivllm.engine.sequence import Sequence
@@ -27,7 +28,6 @@ from minivllm.errors import (
     UnsupportedParameterError,
 )
 from minivllm.kernels import Kernels
-from minivllm.unsupported import PARAMETERS
 
 VOCAB = 48
 PROMPT = [3, 14, 15, 9, 26, 5]
