@@ -46,7 +46,7 @@ from minivllm.viz.terminal import (
 )
 
 if TYPE_CHECKING:
-    from minivllm.engine.trace import StepRecord, Trace
+    from minivllm.engine.trace import StepRecord
     from minivllm.llm import LLM
 
 #: Small enough that twelve requests do not fit, and that a long prompt takes several steps.
@@ -153,26 +153,22 @@ def demo(
         require_writable(picture, "The picture")
     if pace is not None:
         require_number(pace, "--pace")
-    trace = run_demo(lambda options: open_llm(model, engine, **options), pace, picture)
+    console = SafeConsole()
+    console.print("Loading the model …", style="dim")
+    llm = open_llm(model, engine, trace=True, **ENGINE_OPTIONS)
+    _show_script(llm, console, pace, picture)
     if out is not None:
-        save_trace(trace, out)
+        save_trace(llm.trace, out)
 
 
-def run_demo(
-    open_llm: Callable[[dict[str, Any]], LLM],
-    pace: float | None = None,
-    picture: Path | None = None,
-) -> Trace:
-    """Serve `SCRIPT` and show it; returns the trace. open_llm: makes an LLM from engine options.
+def _show_script(llm: LLM, console: SafeConsole, pace: float | None, picture: Path | None) -> None:
+    """Serve `SCRIPT` and show it.
 
     In a terminal the view is live, and a step stays for at least `pace` seconds (four times that if
     it reads a prompt); elsewhere it is plain lines. picture: where to save the busiest step's view
     as SVG.
     """
-    console = SafeConsole()
     live = console.is_terminal and not console.is_dumb_terminal and "NO_COLOR" not in os.environ
-    console.print("Loading the model …", style="dim")
-    llm = open_llm({**ENGINE_OPTIONS, "trace": True})
     run = _Run(llm)
     show = _live_view(console, run) if live else _plain_lines(console, run)
     pace = (PACE if live else 0.0) if pace is None else pace
@@ -192,7 +188,6 @@ def run_demo(
             raise ConfigError(
                 f"The picture cannot be written to {picture}: {reason(error)}."
             ) from error
-    return llm.trace
 
 
 _STILL_WIDTH = 104
