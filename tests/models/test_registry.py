@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import TransformersReference, random_prompt, write_checkpoint
 
 from minivllm import LLM, SamplingParams
 from minivllm.errors import UnsupportedModelError
 from minivllm.models.loader import iterate_weights, load_config
 from minivllm.models.qwen3 import Qwen3ForCausalLM
 from minivllm.models.registry import MODELS, model_class
+from support.checkpoints import TransformersReference, random_prompt, write_checkpoint
 
 FAMILIES = {
     "qwen3": "Qwen3ForCausalLM",

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import TransformersReference, random_prompt, write_checkpoint
-from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -28,6 +26,8 @@ from minivllm.layers.linear import (
 )
 from minivllm.models.qwen3 import Qwen3ForCausalLM
 from minivllm.parallel.group import Part, TensorParallelGroup
+from support.checkpoints import TransformersReference, random_prompt, write_checkpoint
+from support.ranks import run_ranks
 
 NUM_TOKENS = 24
 
