@@ -11,6 +11,12 @@ import torch.nn.functional as F
 from minivllm.kernels._triton import check_rows, tl, triton
 
 
+def silu_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:
+    """``[T, 2N] -> [T, N]`` in gate_up.dtype."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
 @triton.jit
 def _silu_mul_kernel(out_ptr, gate_up_ptr, row_stride, N, BLOCK: tl.constexpr):
     """Program (row, tile): BLOCK columns of one row."""
@@ -41,8 +47,3 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
         grid = (rows, triton.cdiv(width // 2, block))
         _silu_mul_kernel[grid](out, gate_up, gate_up.stride(0), width // 2, BLOCK=block)
     return out
-
-
-def silu_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)

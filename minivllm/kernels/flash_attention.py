@@ -27,6 +27,59 @@ from minivllm.kernels._triton import tl, triton
 from minivllm.kernels.kv_cache import cache_rows, check_attention
 
 
+def prefill_attention_reference(
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    *,
+    max_query_len: int,
+    max_seq_len: int,
+) -> torch.Tensor:
+    """As `prefill_attention`, for any block_size: one sequence after the other."""
+    num_kv_heads, block_size, dim = k_cache.shape[1:]
+    group = query.shape[1] // num_kv_heads
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    starts = query_start_loc.tolist()
+    for i, context in enumerate(seq_lens.tolist()):
+        first, last = starts[i], starts[i + 1]
+        blocks = block_table[i, : -(-context // block_size)]
+        key = (
+            k_cache.index_select(0, blocks)
+            .transpose(0, 1)
+            .reshape(num_kv_heads, -1, dim)[:, :context]
+            .float()
+        )
+        value = (
+            v_cache.index_select(0, blocks)
+            .transpose(0, 1)
+            .reshape(num_kv_heads, -1, dim)[:, :context]
+            .float()
+        )
+        # The query heads that share a KV head stand below each other: [KH, q_len · group, D].
+        rows = (
+            query[first:last]
+            .unflatten(1, (num_kv_heads, group))
+            .transpose(0, 1)
+            .flatten(1, 2)
+            .float()
+        )
+        scores = (
+            torch.matmul(rows, key.transpose(1, 2)).mul_(scale).unflatten(1, (last - first, group))
+        )
+        # aligned to the END
+        positions = torch.arange(context - (last - first), context, device=query.device)
+        hidden = (torch.arange(context, device=query.device) > positions.unsqueeze(1)).unsqueeze(1)
+        weights = scores.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
+        weights = weights.masked_fill_(hidden, 0.0)  # a row that sees no key: 0, not NaN
+        attended = torch.matmul(weights.flatten(1, 2), value).unflatten(1, (last - first, group))
+        out[first:last] = attended.transpose(0, 1).flatten(1, 2)
+    return out
+
+
 @triton.jit
 def _attend_tile(
     acc,
@@ -232,56 +285,4 @@ def prefill_attention(
             num_warps=warps,
             num_stages=stages,
         )
-    return out
-
-
-def prefill_attention_reference(
-    query: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    scale: float,
-    *,
-    max_query_len: int,
-    max_seq_len: int,
-) -> torch.Tensor:
-    num_kv_heads, block_size, dim = k_cache.shape[1:]
-    group = query.shape[1] // num_kv_heads
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    starts = query_start_loc.tolist()
-    for i, context in enumerate(seq_lens.tolist()):
-        first, last = starts[i], starts[i + 1]
-        blocks = block_table[i, : -(-context // block_size)]
-        key = (
-            k_cache.index_select(0, blocks)
-            .transpose(0, 1)
-            .reshape(num_kv_heads, -1, dim)[:, :context]
-            .float()
-        )
-        value = (
-            v_cache.index_select(0, blocks)
-            .transpose(0, 1)
-            .reshape(num_kv_heads, -1, dim)[:, :context]
-            .float()
-        )
-        # The query heads that share a KV head stand below each other: [KH, q_len · group, D].
-        rows = (
-            query[first:last]
-            .unflatten(1, (num_kv_heads, group))
-            .transpose(0, 1)
-            .flatten(1, 2)
-            .float()
-        )
-        scores = (
-            torch.matmul(rows, key.transpose(1, 2)).mul_(scale).unflatten(1, (last - first, group))
-        )
-        # aligned to the END
-        positions = torch.arange(context - (last - first), context, device=query.device)
-        hidden = (torch.arange(context, device=query.device) > positions.unsqueeze(1)).unsqueeze(1)
-        weights = scores.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
-        weights = weights.masked_fill_(hidden, 0.0)  # a row that sees no key: 0, not NaN
-        attended = torch.matmul(weights.flatten(1, 2), value).unflatten(1, (last - first, group))
-        out[first:last] = attended.transpose(0, 1).flatten(1, 2)
     return out

@@ -15,6 +15,20 @@ from torch import Tensor
 from minivllm.kernels._triton import check_rows, tl, triton
 
 
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x ``[..., N]``, weight ``[N]`` -> ``[..., N]`` in x.dtype."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype).mul_(weight)
+
+
+def add_rms_norm_reference(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """``(rms_norm(x + residual), x + residual)``, each ``[..., N]`` in x.dtype."""
+    total = x + residual
+    return rms_norm_reference(total, weight, eps), total
+
+
 @triton.jit
 def _rms_norm_kernel(
     out_ptr,
@@ -83,15 +97,3 @@ def _launch(
             num_warps=8 if block > 2048 else 4,
         )
     return out, total
-
-
-def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype).mul_(weight)
-
-
-def add_rms_norm_reference(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    total = x + residual
-    return rms_norm_reference(total, weight, eps), total

@@ -17,6 +17,12 @@ import torch
 from minivllm.kernels._triton import check_rows, tl, triton
 
 
+def softmax_reference(x: torch.Tensor) -> torch.Tensor:
+    """``[T, N] -> [T, N]`` in x.dtype, computed in float32."""
+    weights = torch.exp(x.float() - x.float().amax(dim=-1, keepdim=True))
+    return (weights / weights.sum(dim=-1, keepdim=True)).to(x.dtype)
+
+
 @triton.jit
 def _softmax_kernel(out_ptr, x_ptr, row_stride, N, BLOCK: tl.constexpr):
     """One program a row: a pass for maximum and sum together, a pass to write."""
@@ -56,12 +62,16 @@ def softmax(x: torch.Tensor, block: int = 1024) -> torch.Tensor:
     return out
 
 
-def softmax_reference(x: torch.Tensor) -> torch.Tensor:
-    weights = torch.exp(x.float() - x.float().amax(dim=-1, keepdim=True))
-    return (weights / weights.sum(dim=-1, keepdim=True)).to(x.dtype)
-
-
 BLOCK_S = 32  # parts merged at a time
+
+
+def merge_attention_reference(partial_out: torch.Tensor, partial_lse: torch.Tensor) -> torch.Tensor:
+    """Float32 outputs ``[S, B, H, D]`` and log-sum-exps ``[S, B, H]`` of S parts ->
+    ``[B, H, D]``.
+    """
+    # exp(lse_s - LSE); NaN where all parts are empty
+    weights = partial_lse.softmax(dim=0).nan_to_num_(0.0)
+    return (weights.unsqueeze(-1) * partial_out).sum(dim=0)
 
 
 @triton.jit(do_not_specialize=["num_splits", "rows"])
@@ -128,9 +138,3 @@ def merge_attention(
             BLOCK_S=BLOCK_S,
         )
     return out
-
-
-def merge_attention_reference(partial_out: torch.Tensor, partial_lse: torch.Tensor) -> torch.Tensor:
-    # exp(lse_s - LSE); NaN where all parts are empty
-    weights = partial_lse.softmax(dim=0).nan_to_num_(0.0)
-    return (weights.unsqueeze(-1) * partial_out).sum(dim=0)

@@ -107,6 +107,46 @@ def _prepare(logits, temperature, top_k, top_p, min_p, seeds, positions) -> Tens
     return filter_logits(logits, temperature, top_k, top_p, min_p)
 
 
+def _pick_reference(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    running = weights.cumsum(dim=-1)
+    choice = torch.searchsorted(running, target, right=True).clamp_max(weights.shape[1] - 1)
+    if (
+        weights.gather(1, choice) == 0
+    ).any():  # rounding left the target above the last sum: the last weight above 0
+        index = torch.arange(weights.shape[1], device=weights.device)
+        choice = torch.where((weights > 0) & (index <= choice), index, 0).amax(dim=-1, keepdim=True)
+    return choice, (target - (running - weights).gather(1, choice)).clamp_min(0.0)
+
+
+def sample_reference(
+    logits: Tensor,
+    temperature: Tensor | None,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    seeds: Tensor | None,
+    positions: Tensor | None,
+) -> Tensor:
+    """As `sample`: the kernels' two levels, and sums in their order."""
+    greedy, best = _greedy(logits)
+    if temperature is None:
+        return greedy
+    logits = _prepare(logits, temperature, top_k, top_p, min_p, seeds, positions)
+    width = min(TILE, logits.shape[1])
+    weights = (
+        (logits.float() - best.float().unsqueeze(1)) / _divisor(temperature).unsqueeze(1)
+    ).exp()
+    tiles = F.pad(weights, (0, -logits.shape[1] % width)).unflatten(1, (-1, width))
+    tile_sums = tiles.sum(dim=-1)
+    target = philox_uniform(seeds, positions).unsqueeze(1) * tile_sums.sum(dim=-1, keepdim=True)
+    tile, target = _pick_reference(tile_sums, target)
+    choice, _ = _pick_reference(
+        tiles.gather(1, tile.unsqueeze(2).expand(-1, -1, width)).squeeze(1), target
+    )
+    choose_greedily = (temperature == 0) | (greedy == NOT_A_TOKEN)
+    return torch.where(choose_greedily, greedy, (tile * width + choice).squeeze(1))
+
+
 @triton.jit
 def uniform(seed, position):
     """`philox_uniform` for one (seed, position)."""
@@ -263,42 +303,3 @@ def sample(
             num_warps=8,
         )
     return out
-
-
-def _pick_reference(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    running = weights.cumsum(dim=-1)
-    choice = torch.searchsorted(running, target, right=True).clamp_max(weights.shape[1] - 1)
-    if (
-        weights.gather(1, choice) == 0
-    ).any():  # rounding left the target above the last sum: the last weight above 0
-        index = torch.arange(weights.shape[1], device=weights.device)
-        choice = torch.where((weights > 0) & (index <= choice), index, 0).amax(dim=-1, keepdim=True)
-    return choice, (target - (running - weights).gather(1, choice)).clamp_min(0.0)
-
-
-def sample_reference(
-    logits: Tensor,
-    temperature: Tensor | None,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    min_p: Tensor | None,
-    seeds: Tensor | None,
-    positions: Tensor | None,
-) -> Tensor:
-    greedy, best = _greedy(logits)
-    if temperature is None:
-        return greedy
-    logits = _prepare(logits, temperature, top_k, top_p, min_p, seeds, positions)
-    width = min(TILE, logits.shape[1])
-    weights = (
-        (logits.float() - best.float().unsqueeze(1)) / _divisor(temperature).unsqueeze(1)
-    ).exp()
-    tiles = F.pad(weights, (0, -logits.shape[1] % width)).unflatten(1, (-1, width))
-    tile_sums = tiles.sum(dim=-1)
-    target = philox_uniform(seeds, positions).unsqueeze(1) * tile_sums.sum(dim=-1, keepdim=True)
-    tile, target = _pick_reference(tile_sums, target)
-    choice, _ = _pick_reference(
-        tiles.gather(1, tile.unsqueeze(2).expand(-1, -1, width)).squeeze(1), target
-    )
-    choose_greedily = (temperature == 0) | (greedy == NOT_A_TOKEN)
-    return torch.where(choose_greedily, greedy, (tile * width + choice).squeeze(1))

@@ -7,15 +7,17 @@ additions are fused into the next norm, so `hidden` (what a block has just produ
 and gate, up are fused (layers/linear.py). Taught in notebooks/06_qwen3.ipynb."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from minivllm.config import ModelConfig
 from minivllm.kernels import Kernels
+from minivllm.kernels.rotary import NormRope
 from minivllm.layers.attention import AttentionMetadata, KVCache, attend
 from minivllm.layers.embedding import Embedding, OutputHead
-from minivllm.layers.linear import FusedLinear, RowParallelLinear
+from minivllm.layers.linear import FusedLinear, Linear, RowParallelLinear
 from minivllm.layers.mlp import SwiGLU
 from minivllm.layers.norm import RMSNorm
 from minivllm.layers.rotary import rope_table
@@ -69,14 +71,10 @@ class Attention(nn.Module):
         norms = (
             (self.q_norm.weight, self.k_norm.weight) if self.q_norm is not None else (None, None)
         )
-        turn = (*norms, cos_sin, positions, self.config.rms_norm_eps)
-        if self.kernels.qk_norm_rope_store is not None:
-            query = self.kernels.qk_norm_rope_store(
-                query, key, value, *turn, *cache, metadata.slot_mapping
-            )
-        else:
-            query, key = self.kernels.qk_norm_rope(query, key, *turn)
-            self.kernels.store_kv(key, value, *cache, metadata.slot_mapping)
+        given = NormRope(*norms, cos_sin, positions, self.config.rms_norm_eps)
+        query = self.kernels.qk_norm_rope_store(
+            query, key, value, given, cache, metadata.slot_mapping
+        )
         out = attend(query, cache, metadata, head_dim**-0.5, self.kernels)
         return self.o_proj(out.flatten(-2))
 
@@ -163,3 +161,15 @@ class Qwen3ForCausalLM(nn.Module):
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, hidden_size] -> [R, vocab_size]."""
         return self.lm_head(hidden)
+
+
+def weight_shapes(config: ModelConfig, group: TensorParallelGroup = SINGLE) -> set[tuple[int, int]]:
+    """[output features, input features] of every matrix product of the model, or of this rank's
+    share: found in a model of one layer that takes no memory.
+    """
+    nowhere = torch.device("meta")
+    with nowhere:
+        layer = replace(config, num_hidden_layers=1)
+        model = Qwen3ForCausalLM(layer, Kernels.reference(), 1, nowhere, group)
+    products = [part for part in model.modules() if isinstance(part, Linear | OutputHead)]
+    return {tuple(part.weight.shape) for part in products}
