@@ -22,6 +22,7 @@ from checkpoints import MARGIN_FACTOR, TransformersReference, random_prompt, wri
 
 from minivllm import LLM, Kernels, SamplingParams
 from minivllm.engine.scheduler import Scheduler
+from minivllm.kernels import Fused
 from minivllm.outputs import RequestOutput
 
 # On a GPU, float32 must mean float32: TF32 keeps ten bits of a product's factors.
@@ -194,10 +195,15 @@ class RecordedLLM(LLM):
 
             return call
 
-        fields = [f.name for f in dataclasses.fields(kernels) if callable(getattr(kernels, f.name))]
-        return dataclasses.replace(
-            kernels, **{name: counted(name, getattr(kernels, name)) for name in fields}
-        )
+        names = [f.name for f in dataclasses.fields(kernels) if callable(getattr(kernels, f.name))]
+        fused = kernels.fused_operations
+        if fused is not None:
+            fused = Fused(
+                counted("qk_norm_rope_store", fused.qk_norm_rope_store),
+                counted("merge_attention", fused.merge_attention),
+            )
+        operations = {name: counted(name, getattr(kernels, name)) for name in names}
+        return dataclasses.replace(kernels, **operations, fused=fused)
 
     def _watch(self, runner: Any) -> None:
         execute = runner.execute

@@ -49,11 +49,11 @@ class Kernels:
     of new tokens, decode of one.
 
     fused: what is done in fewer launches than operation by operation. `dataclasses.replace` drops
-    it, so that the operation that you put in place of another is called. If yours leaves the fused
-    ones right, hand them on: ``replace(kernels, rms_norm=mine, fused=kernels.fused_operations)``.
+    it, so that the operation that you put in place of another is called. To keep it, where the
+    replaced one is no part of it: ``replace(k, rms_norm=mine, fused=k.fused_operations)``.
     """
 
-    name: str
+    name: str  # for reports; nothing depends on it
     #: (query [T, H, D], caches, block_table, query_start_loc, seq_lens, ...) -> [T, H, D]
     prefill_attention: Callable
     #: (query [B, H, D], caches, block_table, seq_lens, ..., merge_attention) -> [B, H, D]
@@ -131,6 +131,7 @@ class Kernels:
             Kernels.reference(),
             name="cpu",
             decode_attention=cpu_kernels.decode_attention,
+            store_kv=cpu_kernels.store_kv,
             qk_norm_rope=cpu_kernels.qk_norm_rope,
             linear=partial(cpu_kernels.linear, onednn=onednn),
         )

@@ -10,7 +10,6 @@ Cost of storing with e bytes a number: 4·T·KH·D·e bytes (K and V, read and w
 bandwidth. A token of Qwen3-0.6B's shape in bf16 is 4 kB a layer. Taught in
 notebooks/03_paged_kv_cache.ipynb."""
 
-import torch
 from torch import Tensor
 
 from minivllm.kernels._triton import check_rows, tl, triton
@@ -22,16 +21,12 @@ def store_kv_reference(
     """Write key, value ``[T, KH, D]`` to the slots slot_mapping ``[T]`` int64 of the caches; -1
     writes nowhere.
     """
-    _, num_kv_heads, block_size, dim = k_cache.shape
+    block_size = k_cache.shape[2]
     wanted = slot_mapping >= 0
-    if not wanted.all():
-        slot_mapping, key, value = slot_mapping[wanted], key[wanted], value[wanted]
-    first = slot_mapping // block_size * (num_kv_heads * block_size) + slot_mapping % block_size
-    rows = (
-        first.unsqueeze(1) + torch.arange(num_kv_heads, device=key.device) * block_size
-    ).flatten()  # [T · KH]
-    k_cache.view(-1, dim).index_copy_(0, rows, key.reshape(-1, dim))
-    v_cache.view(-1, dim).index_copy_(0, rows, value.reshape(-1, dim))
+    slots = slot_mapping[wanted]
+    blocks, offsets = slots // block_size, slots % block_size
+    k_cache[blocks, :, offsets] = key[wanted]
+    v_cache[blocks, :, offsets] = value[wanted]
 
 
 @triton.jit
