@@ -1,9 +1,11 @@
 """SwiGLU's elementwise half: ``silu(gate) · up`` with ``silu(z) = z / (1 + exp(-z))`` (Shazeer
 2020, arXiv:2002.05202).
 
-One matmul gives gate and up side by side, ``[T, 2N]``; the kernel reads both halves of a row and
-writes one. Cost with e bytes a number: 3·T·N·e bytes against some 5·T·N FLOPs: bandwidth. Eager
-torch writes silu(gate) and reads it again, 5·T·N·e. Taught in notebooks/06_qwen3.ipynb."""
+One matrix product gives gate and up side by side, ``[T, 2N]``. The kernel reads both halves of a
+row and writes one. Cost with e bytes per number: 3·T·N·e bytes against about 5·T·N FLOPs, so
+bandwidth is the floor. Eager torch writes silu(gate) and reads it again: 5·T·N·e bytes. Taught in
+notebooks/06_qwen3.ipynb.
+"""
 
 import torch
 import torch.nn.functional as F

@@ -5,18 +5,18 @@ arXiv:2307.08691).
 ``out = softmax(scale · q Kᵀ + mask) V``. A program takes BLOCK_M queries of one head of one
 sequence and walks along the keys by tiles of BLOCK_N with a running maximum, sum and output
 (`online_softmax`). The mask is aligned to the END: query i of q_len sits at position
-``context - q_len + i`` and sees the keys up to there; so a whole prompt, a chunk of one and the
+``context - q_len + i`` and sees the keys up to there. So a whole prompt, a chunk of one and the
 rest after a prefix hit are one case. Keys below every query of the tile need no mask, keys above
 all of them are never visited, and only the tiles on the diagonal are masked.
 ``exp(x) = exp2(x · log2 e)``, the constant folded into scale. Taught in
 notebooks/02_flash_attention.ipynb.
 
-Cost of a prompt of n tokens, a head: 4·D·n²/2 FLOPs (two matmuls, half of each above the diagonal)
-against 4·n·D numbers, so arithmetic is the floor from a few hundred tokens on: 16 heads of 128, n =
-4096: 69 GFLOP, 0.1 ms at 680 TFLOP/s. An H200 reached (cuDNN): 16 x 1024 311 TFLOP/s (403), 4 x
-4096 417 (507), 1 x 16384 462 (561). What paid: the tiles and stages of `_tiles`, equal offsets in
-every tile (`cache_rows`: 313 to 328), for short prompts at most 168 registers (64 x 256: 146 to
-168). What did not: tensor descriptors (+1 to 3 %), loads without the mask of columns.
+Cost of a prompt of n tokens, per head: 4·D·n²/2 FLOPs (two matrix products, half of each above the
+diagonal) against 4·n·D numbers. Arithmetic is the floor from a few hundred tokens on: 16 heads of
+128 and n = 4096 are 69 GFLOP, 0.1 ms at 680 TFLOP/s. An H200 reached (cuDNN): 16 x 1024 311 TFLOP/s
+(403), 4 x 4096 417 (507), 1 x 16384 462 (561). What paid: the tiles and stages of `_tiles`, equal
+offsets in every tile (`cache_rows`: 313 to 328), for short prompts at most 168 registers (64 x 256:
+146 to 168). What did not: tensor descriptors (+1 to 3 %), loads without the mask of columns.
 """
 
 import math
@@ -120,7 +120,7 @@ def _attend_tile(
     if MASKED:  # a row that has seen no key yet: -inf - -inf would be NaN
         finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
     rescale = tl.exp2(row_max - finite_max)
-    weights = tl.exp2(scores * scale_log2 - finite_max[:, None])  # one fused multiply-add a score
+    weights = tl.exp2(scores * scale_log2 - finite_max[:, None])  # one fused multiply-add per score
     row_sum = row_sum * rescale + tl.sum(weights, axis=1)
     value = tl.load(v_cache_ptr + base + offsets, mask=inside, other=0.0)
     acc = tl.dot(weights.to(value.dtype), value, acc * rescale[:, None], input_precision="ieee")

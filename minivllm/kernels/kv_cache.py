@@ -2,13 +2,14 @@
 how they get there.
 
 A cache is ``[num_blocks, KH, block_size, D]``. Token p of a sequence lies in block
-``block_table[p // block_size]`` at offset ``p % block_size``; its *slot* is
-``block · block_size + offset``. Heads come before offsets, so that what one attention program reads
-of a block, one head's ``[block_size, D]``, is one contiguous piece.
+``block_table[p // block_size]`` at offset ``p % block_size``. Its *slot* is
+``block · block_size + offset``. Heads come before offsets: what one attention program reads of a
+block, one head's ``[block_size, D]``, is one contiguous piece.
 
-Cost of storing with e bytes a number: 4·T·KH·D·e bytes (K and V, read and written), no arithmetic:
-bandwidth. A token of Qwen3-0.6B's shape in bf16 is 4 kB a layer. Taught in
-notebooks/03_paged_kv_cache.ipynb."""
+Cost of storing with e bytes per number: 4·T·KH·D·e bytes (K and V, read and written) and no
+arithmetic, so bandwidth is the floor. A token of Qwen3-0.6B's shape in bf16 is 4 kB per layer.
+Taught in notebooks/03_paged_kv_cache.ipynb.
+"""
 
 from torch import Tensor
 
@@ -43,7 +44,7 @@ def _store_kv_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a token moves all KH·D numbers of its key and its value."""
+    """One program per token moves all KH·D numbers of its key and its value."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping_ptr + token)
     index = tl.arange(0, BLOCK)

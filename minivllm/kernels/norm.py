@@ -4,10 +4,12 @@ and with a residual.
 Rounding follows transformers' `Qwen3RMSNorm`: statistics and division in float32, back to x.dtype,
 then the weight.
 
-Cost of [T, N] with e bytes a number: 2·T·N·e bytes (4·T·N·e with the residual: two reads, two
-writes) against about 4·T·N FLOPs. Under one FLOP a byte, so bandwidth is the floor: 256 x 1024 in
-bf16 is 1 MB, 0.24 µs at 4.4 TB/s, far less than the launch. Fusing pays because each of the five
-eager operations reads and writes those bytes again. Taught in notebooks/06_qwen3.ipynb."""
+Cost of [T, N] with e bytes per number: 2·T·N·e bytes (4·T·N·e with the residual: two reads, two
+writes) against about 4·T·N FLOPs. That is less than one FLOP per byte, so bandwidth is the floor:
+256 x 1024 in bf16 is 1 MB, 0.24 µs at 4.4 TB/s, far less than the launch. Fusing pays because each
+of the five eager operations reads and writes those bytes again. Taught in
+notebooks/06_qwen3.ipynb.
+"""
 
 import torch
 from torch import Tensor
@@ -43,7 +45,7 @@ def _rms_norm_kernel(
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    """One program a row; the row fits into registers, so x is read once."""
+    """One program per row; the row fits into registers, so x is read once."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < N

@@ -1,10 +1,10 @@
-"""Attention of one query token a sequence over the paged cache (PagedAttention: Kwon et al. 2023,
+"""Attention of one query token per sequence over the paged cache (PagedAttention: Kwon et al. 2023,
 arXiv:2309.06180).
 
-Cost per sequence of context n, e bytes a number: 2·n·KH·D·e bytes of K and V against 4·n·H·D FLOPs,
-2·H/(KH·e) FLOPs a byte, that is 2 for Qwen3-0.6B in bf16. Bandwidth is the floor: 256 sequences of
-1024 tokens, 8 KV heads of 128, are 1.07 GB a layer, 0.23 ms at 4.6 TB/s; an H200 took 0.24 ms.
-Without gain: tensor descriptors, all KV heads in a program. Taught in
+Cost per sequence of context n with e bytes per number: 2·n·KH·D·e bytes of K and V against 4·n·H·D
+FLOPs. That is 2·H/(KH·e) FLOPs per byte, 2 for Qwen3-0.6B in bf16, so bandwidth is the floor: 256
+sequences of 1024 tokens with 8 KV heads of 128 are 1.07 GB per layer, 0.23 ms at 4.6 TB/s. Reached
+on an H200: 0.24 ms. Tried without gain: tensor descriptors, all KV heads in one program. Taught in
 notebooks/03_paged_kv_cache.ipynb.
 
 - The H/KH query heads that share a KV head are the rows of one program, padded to the 16 that
@@ -145,8 +145,8 @@ def _decode_kernel(
 
 
 def choose_num_splits(programs: int, max_seq_len: int, multiprocessors: int) -> int:
-    """As many as give every multiprocessor a program, but at most one for 128 tokens begun: merging
-    costs a launch.
+    """As many as give every multiprocessor a program, but at most one per 128 tokens begun, for
+    merging costs a launch.
     """
     return max(1, min(-(-multiprocessors // max(1, programs)), -(-max_seq_len // 128)))
 
@@ -163,7 +163,7 @@ def decode_attention(
     merge_attention: Callable,
     num_splits: int | None = None,
 ) -> torch.Tensor:
-    """query ``[B, H, D]``, one new token a sequence (which may be strided) -> ``[B, H, D]`` in
+    """query ``[B, H, D]``, one new token per sequence (which may be strided) -> ``[B, H, D]`` in
     query.dtype.
 
     Contiguous caches ``[num_blocks, KH, block_size, D]`` of query.dtype, which hold this token's K

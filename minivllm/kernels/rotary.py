@@ -6,9 +6,10 @@ angle ``position · base^(-2i/D)``: ``(a, b) -> (a·cos - b·sin, b·cos + a·si
 of two turned vectors depends only on the difference of their positions. Taught in
 notebooks/06_qwen3.ipynb.
 
-Cost with e bytes a number: 2·T·(H + KH)·D·e bytes, and 4·D a token of table, against some 10 FLOPs
-a number: bandwidth. The fusion saves the norm's write and the rotation's read, and
-`qk_norm_rope_store` the key's way into the cache.
+Cost with e bytes per number: 2·T·(H + KH)·D·e bytes, and 4·D bytes of table per token, against
+about 10 FLOPs per number, so bandwidth is the floor. The fusion of norm and rotation saves the
+norm's write and the rotation's read. `qk_norm_rope_store` also saves a key's write and read on its
+way into the cache.
 """
 
 from typing import NamedTuple
