@@ -93,10 +93,8 @@ def choose_kernels(
         return Kernels.triton()
     if torch.device(config.device).type != "cpu":
         return Kernels.reference()
-    in_float32 = config.dtype == "float32"
-    return Kernels.cpu(
-        choose_onednn(weight_shapes(model_config, group), group) if in_float32 else frozenset()
-    )
+    shapes = weight_shapes(model_config, group) if config.dtype == "float32" else ()
+    return Kernels.cpu(choose_onednn(shapes, group))
 
 
 class EngineCore:

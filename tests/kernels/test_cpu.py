@@ -10,6 +10,7 @@ import kernel_checks as checks
 import pytest
 import torch
 
+from minivllm import LLM
 from minivllm.bundled import BUNDLED_MODEL_PATH
 from minivllm.kernels import Kernels, cpu
 from minivllm.models.loader import load_config, load_model
@@ -199,3 +200,19 @@ def test_weight_shapes_are_those_of_the_model(size: int) -> None:
         if hasattr(part, "weight") and hasattr(part, "kernels") and part.weight.dim() == 2:
             part.kernels.linear(torch.ones(1, part.weight.shape[1]), part.weight)
     assert weight_shapes(config, group) == seen
+
+
+def test_an_engine_on_a_cpu_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With oneDNN for the shapes that the measurement has found, and for none in bfloat16."""
+    monkeypatch.setattr(cpu, "HAS_ONEDNN", True)
+    monkeypatch.setattr(cpu, "is_onednn_faster", lambda shape, threads: shape == (256, 768))
+    for dtype, chosen in (("float32", {(256, 768)}), ("bfloat16", set())):
+        options = {"dtype": dtype, "device": "cpu", "load_format": "dummy", "num_kv_blocks": 8}
+        with LLM(skip_tokenizer_init=True, max_model_len=64, **options) as llm:
+            kernels = llm.llm_engine.model_runner.sampler.kernels
+            assert kernels.decode_attention is cpu.decode_attention
+            assert kernels.linear.keywords == {"onednn": chosen}
+    mine = dataclasses.replace(Kernels.reference(), silu_mul=print)
+    options = {"device": "cpu", "load_format": "dummy", "num_kv_blocks": 8, "kernels": mine}
+    with LLM(skip_tokenizer_init=True, max_model_len=64, **options) as llm:
+        assert llm.llm_engine.model_runner.sampler.kernels is mine
