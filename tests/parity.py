@@ -21,8 +21,12 @@ import torch
 from checkpoints import MARGIN_FACTOR, TransformersReference, random_prompt, write_checkpoint
 
 from minivllm import LLM, Kernels, SamplingParams
+from minivllm.bundled import BUNDLED_MODEL_PATH
 from minivllm.engine.scheduler import Scheduler
 from minivllm.kernels import Fused
+from minivllm.kernels.cpu import choose_onednn
+from minivllm.models.loader import load_config
+from minivllm.models.qwen3 import weight_shapes
 from minivllm.outputs import RequestOutput
 
 # On a GPU, float32 must mean float32: TF32 keeps ten bits of a product's factors.
@@ -87,6 +91,15 @@ class Completion:
     num_preemptions: int
 
 
+def _engines_choice(path: Path | None, attention_backend: str) -> Kernels:
+    """The kernels that an engine takes when none are given."""
+    if attention_backend == "triton":
+        return Kernels.triton()
+    if torch.cuda.is_available():
+        return Kernels.reference()
+    return Kernels.cpu(choose_onednn(weight_shapes(load_config(path or BUNDLED_MODEL_PATH))))
+
+
 class RecordedLLM(LLM):
     """An `LLM` in float32, on the device there is, that remembers. Options are LLM's."""
 
@@ -115,7 +128,7 @@ class RecordedLLM(LLM):
         self._in_flight: deque[torch.Tensor] = deque()
         self._captured: dict[int, torch.Tensor] = {}
         if kernels is None:
-            kernels = Kernels.triton() if attention_backend == "triton" else Kernels.reference()
+            kernels = _engines_choice(path, attention_backend)
         options = {"skip_tokenizer_init": skip_tokenizer_init, "max_num_seqs": 16, **options}
         if options.get("tensor_parallel_size", 1) == 1 or "group" in options:
             options |= {
