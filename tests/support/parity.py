@@ -20,7 +20,12 @@ from typing import Any
 import torch
 
 from minivllm import LLM, Kernels, SamplingParams
+from minivllm.bundled import BUNDLED_MODEL_PATH
 from minivllm.engine.scheduler import Scheduler
+from minivllm.kernels import Fused
+from minivllm.kernels.cpu import choose_onednn
+from minivllm.models.loader import load_config
+from minivllm.models.qwen3 import weight_shapes
 from minivllm.outputs import RequestOutput
 from support.checkpoints import (
     MARGIN_FACTOR,
@@ -91,6 +96,15 @@ class Completion:
     num_preemptions: int
 
 
+def _engines_choice(path: Path | None, attention_backend: str) -> Kernels:
+    """The kernels that an engine takes when none are given."""
+    if attention_backend == "triton":
+        return Kernels.triton()
+    if torch.cuda.is_available():
+        return Kernels.reference()
+    return Kernels.cpu(choose_onednn(weight_shapes(load_config(path or BUNDLED_MODEL_PATH))))
+
+
 class RecordedLLM(LLM):
     """An `LLM` in float32, on the device there is, that remembers. Options are LLM's."""
 
@@ -119,7 +133,7 @@ class RecordedLLM(LLM):
         self._in_flight: deque[torch.Tensor] = deque()
         self._captured: dict[int, torch.Tensor] = {}
         if kernels is None:
-            kernels = Kernels.triton() if attention_backend == "triton" else Kernels.reference()
+            kernels = _engines_choice(path, attention_backend)
         options = {"skip_tokenizer_init": skip_tokenizer_init, "max_num_seqs": 16, **options}
         if options.get("tensor_parallel_size", 1) == 1 or "group" in options:
             options |= {
@@ -199,10 +213,15 @@ class RecordedLLM(LLM):
 
             return call
 
-        fields = [f.name for f in dataclasses.fields(kernels) if callable(getattr(kernels, f.name))]
-        return dataclasses.replace(
-            kernels, **{name: counted(name, getattr(kernels, name)) for name in fields}
-        )
+        names = [f.name for f in dataclasses.fields(kernels) if callable(getattr(kernels, f.name))]
+        fused = kernels.fused_operations
+        if fused is not None:
+            fused = Fused(
+                counted("qk_norm_rope_store", fused.qk_norm_rope_store),
+                counted("merge_attention", fused.merge_attention),
+            )
+        operations = {name: counted(name, getattr(kernels, name)) for name in names}
+        return dataclasses.replace(kernels, **operations, fused=fused)
 
     def _watch(self, runner: Any) -> None:
         execute = runner.execute
