@@ -9,6 +9,7 @@ late (step N + 1 is planned and run before step N is reported).
 
 from __future__ import annotations
 
+import copy
 import random
 from collections import deque
 from dataclasses import dataclass
@@ -116,8 +117,8 @@ class Simulation:
         sequence_cls=Sequence,
     ) -> None:
         self.pool, self.late, self.sequence_cls = pool, late, sequence_cls
-        self.manager = manager_cls(pool.num_blocks, pool.block_size, pool.caching)
-        self.scheduler = scheduler_cls(self.manager, pool.max_num_seqs, pool.budget)
+        self.manager_cls, self.scheduler_cls = manager_cls, scheduler_cls
+        self._new_scheduler()
         #: What memory holds: block -> offset -> (token, position, chain), or None where nothing was
         #: written yet.
         self.content = [[None] * pool.block_size for _ in range(pool.num_blocks)]
@@ -126,9 +127,20 @@ class Simulation:
         self.live: dict[int, Sequence] = {}
         self.results: deque = deque()
         self.num_steps = self.num_deferrals = self.num_late_accepted = 0
+        #: Verified proposals, refused ones, and those dropped because a stop came before them; and
+        #: steps with proposals whose sequence had been preempted when its results came.
+        self.num_right = self.num_wrong = self.num_cut = self.num_late_verified = 0
+        self.has_proposed = False
+        #: Chains of all that has been verified: only of these may hashes be made.
+        self.verified_chains: set[int] = set()
         self.chain_of_hash: dict[int, int] = {}
         #: Tokens of each sequence, the prompt's included, whose values have been brought.
         self.num_reported: dict[int, int] = {}
+
+    def _new_scheduler(self) -> None:
+        pool = self.pool
+        self.manager = self.manager_cls(pool.num_blocks, pool.block_size, pool.caching)
+        self.scheduler = self.scheduler_cls(self.manager, pool.max_num_seqs, pool.budget)
 
     # --- what happens -----------------------------------------------------------------------------
 
@@ -157,8 +169,35 @@ class Simulation:
         )
         self.truths[seq_id] = Truth(prompt, stop_ids, min_tokens, max_num_tokens)
         self.live[seq_id] = seq
+        self.verified_chains.update(self.truths[seq_id].chains[: len(prompt)])
         self.scheduler.add(seq)
         return seq
+
+    def propose(self, seq: Sequence, num_right: int, num_wrong: int) -> None:
+        """Propose what seq will say next, as a model that sometimes errs: so many right tokens,
+        then wrong ones.
+        """
+        known = seq.num_tokens - seq.has_pending_token
+        truth = self.truths[seq.seq_id]
+        right = [truth.token(known + i) for i in range(num_right + num_wrong)]
+        wrong = [(token + 1) % VOCAB for token in right[num_right:]]
+        proposals = right[:num_right] + wrong
+        self.scheduler.propose(seq, proposals)
+        self.has_proposed = True
+        taken = seq.proposed_token_ids
+        if seq.status is not SequenceStatus.RUNNING or seq.has_pending_token:
+            assert taken == [], "a proposal for a sequence that cannot use it"
+        else:
+            room = max(0, seq.max_num_tokens - seq.num_tokens - 1)
+            assert taken == proposals[:room]
+
+    def propose_at_random(self, rng: random.Random) -> None:
+        """Right, wrong and partly right proposals, for some of those that run and those that do
+        not.
+        """
+        for seq in list(self.live.values()):
+            if rng.random() < 0.7:
+                self.propose(seq, rng.choice([0, 0, 1, 2, 3, 6]), rng.choice([0, 0, 1, 2]))
 
     def abort(self, seq: Sequence) -> None:
         self.scheduler.finish(seq, "abort")
@@ -172,14 +211,24 @@ class Simulation:
 
     def interrupt(self) -> None:
         """A step fails while it is computed, maybe after it wrote: the results in flight never
-        arrive.
+        arrive, and the engine begins anew with the tokens that it knows (`EngineCore.restart`).
         """
         batch = self.scheduler.schedule()
         self._execute(batch)
         self.results.clear()
-        self.scheduler.recover()
-        assert not self.scheduler.running
-        assert not any(seq.has_pending_token for seq in self.live.values())
+        stats = self.scheduler.stats
+        self._new_scheduler()
+        self.scheduler.stats = stats
+        for seq_id, seq in self.live.items():
+            self.live[seq_id] = self.sequence_cls(
+                seq_id,
+                [token for token in seq.token_ids if token != PENDING],
+                seq.params,
+                stop_ids=seq.stop_ids,
+                max_num_tokens=seq.max_num_tokens,
+                num_prompt_tokens=seq.num_prompt_tokens,
+            )
+            self.scheduler.add(self.live[seq_id])
         self.check()
 
     def step(self) -> None:
@@ -189,7 +238,7 @@ class Simulation:
             return
         self.num_steps += 1
         oldest = min(self.live, default=None)
-        batch = self.scheduler.schedule()
+        batch = self.last_batch = self.scheduler.schedule()
         self._check_plan(batch, oldest)
         if batch:
             self.results.append((batch, self._execute(batch)))
@@ -200,7 +249,7 @@ class Simulation:
             self._update(*self.results.popleft())
             self.check()
 
-    def drain(self) -> None:
+    def drain(self, guesses: random.Random | None = None) -> None:
         """Run until everything has finished, within the stated bound; then nothing may be left
         over.
         """
@@ -208,47 +257,60 @@ class Simulation:
             (s.num_prompt_tokens, s.max_num_tokens - s.num_prompt_tokens)
             for s in self.live.values()
         )
+        if self.late and self.has_proposed:
+            left *= 2  # a sequence rests while its proposals are verified
         while self.live or self.results:
             if self.live:
                 assert left > 0, (
                     f"requests {sorted(self.live)} starve: the bound of max_steps is reached"
                 )
             left -= 1
+            if guesses is not None:
+                self.propose_at_random(guesses)
             self.step()
         assert not self.scheduler.has_unfinished
         assert self.manager.num_free_blocks == self.pool.num_blocks, "blocks leaked"
-        assert sorted(self.scheduler._free_slots) == list(range(self.pool.max_num_seqs)), (
+        assert sorted(self.scheduler.free_slots) == list(range(self.pool.max_num_seqs)), (
             "slots leaked"
         )
 
     # --- the fake model ---------------------------------------------------------------------------
 
-    def _execute(self, batch) -> list[int]:
+    def _execute(self, batch) -> list[list[int]]:
         tokens = []
         for item in batch.items:
             seq, truth = item.sequence, self.truths[item.sequence.seq_id]
             self._check_history(seq, truth, item.start)
-            for position in range(item.start, item.end):
-                token = seq.token_ids[position]
+            for position, token in enumerate(item.token_ids, item.start):
                 if token == PENDING:
                     assert item.num_new_tokens == 1, "an unknown token shares its row with others"
                     token = self.last_token[seq.slot]
-                assert token == truth.token(position), (
+                is_proposal = item.proposed_token_ids and position >= item.sample_position
+                assert is_proposal or token == truth.token(position), (
                     f"sequence {seq.seq_id} computes another token at {position}"
                 )
                 before = self._entry(seq, position - 1)[2] if position else 0
                 self._write(seq, position, (token, position, hash((before, token))))
             if item.sample_position is not None:
-                assert item.sample_position == item.end, (
-                    "samples somewhere else than behind what it computed"
-                )
-                too_short = item.end - seq.num_prompt_tokens < seq.params.min_tokens
-                token = fake_sample(
-                    self._entry(seq, item.end - 1)[2], seq.stop_ids if too_short else frozenset()
-                )
-                self.last_token[seq.slot] = token
-                tokens.append(token)
+                tokens.append(self._verify(item))
+                self.last_token[seq.slot] = tokens[-1][-1]
         return tokens
+
+    def _verify(self, item) -> list[int]:
+        """Sample behind the known tokens and behind each proposal, until one is wrong."""
+        seq, verified = item.sequence, []
+        assert item.sample_positions[-1] == item.end, (
+            "samples somewhere else than behind what it computed"
+        )
+        for position, proposal in zip(
+            item.sample_positions, [*item.proposed_token_ids, None], strict=True
+        ):
+            too_short = position - seq.num_prompt_tokens < seq.params.min_tokens
+            banned = seq.stop_ids if too_short else frozenset()
+            verified.append(fake_sample(self._entry(seq, position - 1)[2], banned))
+            if verified[-1] != proposal:
+                break
+        return verified
 
     def _check_history(self, seq: Sequence, truth: Truth, end: int) -> None:
         """What a step reads must be this sequence's own history, written before."""
@@ -290,6 +352,8 @@ class Simulation:
                 assert seq.num_cached_tokens == 0, "took a hit that it must not take"
             assert seq.num_cached_tokens % self.pool.block_size == 0
             assert seq.num_cached_tokens < seq.num_computed_tokens
+        assert not (batch.preempted and batch.has_proposals), "a guess in a step that preempts"
+        assert batch.has_proposals == any(item.proposed_token_ids for item in batch.items)
         assert oldest is None or oldest not in [seq.seq_id for seq in batch.preempted], (
             "the oldest was preempted"
         )
@@ -314,29 +378,41 @@ class Simulation:
         ):
             return False
         head = scheduler.waiting[0]
-        return scheduler._is_being_computed(head, len(self.manager.find_cached_prefix(head)), batch)
+        return scheduler.is_being_computed(head, len(self.manager.find_cached_prefix(head)), batch)
 
-    def _update(self, batch, tokens: list[int]) -> None:
+    def _update(self, batch, tokens: list[list[int]]) -> None:
+        verified = {id(i): len(t) for i, t in zip(batch.sampled, tokens, strict=True)}
         accepted = self.scheduler.update(batch, tokens)
         for item in accepted:
             seq = item.sequence
             assert seq.seq_id in self.live, "a token for a sequence that has ended"
-            self.num_reported[seq.seq_id] = (
-                self.num_reported.get(seq.seq_id, seq.num_prompt_tokens) + 1
-            )
-            assert item.sample_position == self.num_reported[seq.seq_id] - 1, (
-                "a position is sampled twice, or never"
-            )
-            self.num_late_accepted += item.generation != seq.num_preemptions
-            assert seq.token_ids[item.sample_position] == self.truths[seq.seq_id].token(
-                item.sample_position
-            )
+            truth = self.truths[seq.seq_id]
+            start = self.num_reported.get(seq.seq_id, seq.num_prompt_tokens)
+            end = self.num_reported[seq.seq_id] = start + len(item.new_token_ids)
+            assert item.sample_position == start < end, "a position is sampled twice, or never"
+            self.num_late_accepted += item.num_preemptions != seq.num_preemptions
+            assert list(item.new_token_ids) == [truth.token(i) for i in range(start, end)]
+            assert seq.token_ids[start:end] == list(item.new_token_ids)
+            self.verified_chains.update(truth.chains[start:end])
+            self._note_proposals(item, verified[id(item)])
             if seq.is_finished:
-                truth = self.truths[seq.seq_id]
                 assert [t for t in seq.output_token_ids if t != PENDING] == truth.output
                 assert seq.finish_reason == truth.reason
                 assert seq.stop_reason == (truth.output[-1] if truth.reason == "stop" else None)
                 del self.live[seq.seq_id]
+
+    def _note_proposals(self, item, num_verified: int) -> None:
+        if not item.proposed_token_ids:
+            return
+        seq, num_new = item.sequence, len(item.new_token_ids)
+        self.num_right += num_new - 1
+        self.num_wrong += len(item.proposed_token_ids) - (num_verified - 1)
+        self.num_cut += num_verified - num_new
+        self.num_late_verified += item.num_preemptions != seq.num_preemptions
+        if seq.status is SequenceStatus.RUNNING:
+            assert seq.num_computed_tokens == seq.num_tokens - 1, "rejected tokens were kept"
+        else:
+            assert not seq.block_table
 
     def check(self) -> None:
         """The classes' own invariants; nobody lost; and the prefix cache tells the truth about
@@ -352,6 +428,9 @@ class Simulation:
                 f"sequence {seq.seq_id} lost or repeated a token"
             )
             assert all(token == PENDING for token in seq.token_ids[len(known) :])
+            assert len(seq.block_hashes) * self.pool.block_size <= len(known), (
+                "a hash of tokens that nobody has verified"
+            )
             right = truth.block_hashes(len(seq.block_hashes), self.pool.block_size)
             assert seq.block_hashes == right, (
                 "a block's hash is not that of its tokens and all before"
@@ -359,6 +438,9 @@ class Simulation:
         for block_hash, block_id in self.manager.hash_to_block.items():
             entries = self.content[block_id]
             assert None not in entries, f"block {block_id} was registered before it was computed"
+            assert {entry[2] for entry in entries} <= self.verified_chains, (
+                f"block {block_id} was registered with tokens that nobody has verified"
+            )
             assert tuple(entry[0] for entry in entries) == self.manager.blocks[block_id].token_ids
             chain = self.chain_of_hash.setdefault(block_hash, entries[-1][2])
             assert chain == entries[-1][2], (
@@ -389,9 +471,13 @@ def random_prompt(rng: random.Random, known: list[list[int]], longest: int) -> l
     return (prompt + [rng.randrange(VOCAB) for _ in range(length)])[:length]
 
 
-def run_random(seed: int, *, late: bool, num_events: int = 40, **classes) -> Simulation:
-    """One random history of adds, aborts and steps; then everything has to finish."""
-    rng = random.Random(seed)
+def run_random(
+    seed: int, *, late: bool, num_events: int = 40, proposing: bool = False, **classes
+) -> Simulation:
+    """One random history of adds, aborts and steps; then everything has to finish. proposing: with
+    proposals before each step.
+    """
+    rng, guesses = random.Random(seed), random.Random(seed + 1)
     sim = Simulation(random_pool(rng), late=late, **classes)
     for _ in range(num_events):
         event = rng.random()
@@ -412,18 +498,21 @@ def run_random(seed: int, *, late: bool, num_events: int = 40, **classes) -> Sim
         elif event < 0.37:
             sim.interrupt()
         else:
+            if proposing:
+                sim.propose_at_random(guesses)
             sim.step()
-    sim.drain()
+    sim.drain(guesses if proposing else None)
     return sim
 
 
-def run_many(seeds, late: bool, **classes) -> dict[str, int]:
+def run_many(seeds, late: bool, **options) -> dict[str, int]:
     """Counters over many random histories, so that a test can assert which situations it met."""
     total = dict.fromkeys(
         ("preemptions", "hits", "chunks", "mixed", "finished", "deferrals", "late_accepted"), 0
     )
+    total |= dict.fromkeys(("right", "wrong", "cut", "late_verified"), 0)
     for seed in seeds:
-        sim = run_random(seed, late=late, **classes)
+        sim = run_random(seed, late=late, **options)
         stats = sim.scheduler.stats
         for name, value in (
             ("preemptions", stats.num_preemptions),
@@ -433,6 +522,10 @@ def run_many(seeds, late: bool, **classes) -> dict[str, int]:
             ("finished", len(sim.truths)),
             ("deferrals", sim.num_deferrals),
             ("late_accepted", sim.num_late_accepted),
+            ("right", sim.num_right),
+            ("wrong", sim.num_wrong),
+            ("cut", sim.num_cut),
+            ("late_verified", sim.num_late_verified),
         ):
             total[name] += value
     return total
@@ -450,6 +543,93 @@ def test_thousands_of_random_histories(late):
     assert (
         met["late_accepted"] > 50
     ) == late  # tokens that arrived after their sequence had been preempted
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at_once", "one_step_late"])
+def test_thousands_of_random_histories_with_proposals(late):
+    """The texts are those of `Truth`, which knows no proposals."""
+    met = run_many(range(1200), late, proposing=True)
+    assert met["finished"] > 10_000
+    for name in ("preemptions", "hits", "chunks", "mixed"):
+        assert met[name] > 1000, name
+    assert min(met["right"], met["wrong"]) > 400
+    assert met["deferrals"] > 100
+    assert met["cut"] > 50  # a stop token among the accepted proposals
+    assert (met["late_verified"] > 10) == late  # preempted while its proposals were in flight
+
+
+class RegistersProposals(Scheduler):
+    """Takes what was computed for what was verified."""
+
+    def update(self, batch, token_ids):
+        for item in batch.items:
+            seq = item.sequence
+            if item.proposed_token_ids and seq.status is SequenceStatus.RUNNING:
+                known = seq.token_ids
+                seq.token_ids = [*known[:-1], *item.proposed_token_ids]
+                self.block_manager.register_computed(seq, item.start, item.end)
+                seq.token_ids = known
+        return super().update(batch, token_ids)
+
+
+class KeepsRejected(Scheduler):
+    """Leaves the count of computed tokens as if all proposals had been right."""
+
+    def update(self, batch, token_ids):
+        ends = [(item, item.sequence.num_computed_tokens) for item in batch.items]
+        accepted = super().update(batch, token_ids)
+        for item, end in ends:
+            if item.proposed_token_ids and item.sequence.status is SequenceStatus.RUNNING:
+                item.sequence.num_computed_tokens = min(end, item.sequence.num_tokens)
+        return accepted
+
+
+class TakesAllProposals(Scheduler):
+    """Believes every proposal."""
+
+    def update(self, batch, token_ids):
+        token_ids = [
+            [*item.proposed_token_ids, tokens[-1]]
+            for item, tokens in zip(batch.sampled, token_ids, strict=True)
+        ]
+        return super().update(batch, token_ids)
+
+
+@pytest.mark.parametrize("mutant", [RegistersProposals, KeepsRejected, TakesAllProposals])
+def test_wrong_handling_of_proposals_is_found(mutant):
+    with pytest.raises((AssertionError, IndexError)):
+        run_many(range(60), False, proposing=True, scheduler_cls=mutant)
+
+
+def test_nobody_is_preempted_or_delayed_for_a_guess():
+    """Each step is planned a second time without the proposals: the running ones lose nothing."""
+    compared = 0
+    for seed in range(150):
+        rng = random.Random(seed)
+        sim = Simulation(random_pool(rng), late=seed % 2 == 1)
+        for _ in range(4):
+            sim.add([rng.randrange(VOCAB) for _ in range(rng.randint(1, 6))], 9)
+        while sim.live:
+            sim.propose_at_random(rng)
+            plain = copy.deepcopy(sim.scheduler)
+            for seq in plain.running:
+                seq.proposed_token_ids = []
+            running = {seq.seq_id for seq in plain.running}
+            without = plain.schedule()
+            sim.step()
+            batch = sim.last_batch
+            assert [s.seq_id for s in batch.preempted] == [s.seq_id for s in without.preempted]
+            assert [
+                (seq_id, start, num_new)
+                for seq_id, start, num_new in planned(without)
+                if seq_id in running
+            ] == [
+                (i.sequence.seq_id, i.start, i.num_new_tokens - len(i.proposed_token_ids))
+                for i in batch.items
+                if i.sequence.seq_id in running
+            ]
+            compared += batch.has_proposals
+    assert compared > 300
 
 
 # --- the same rules as hypothesis state machines: fewer, but shrunk to the shortest failure -------
@@ -491,6 +671,19 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 6))
     def steps(self, count):
         for _ in range(count):
+            self.sim.step()
+
+    @precondition(lambda self: self.sim.live)
+    @rule(
+        which=st.integers(0, 7),
+        num_right=st.integers(0, 4),
+        num_wrong=st.integers(0, 2),
+        then_step=st.booleans(),
+    )
+    def propose(self, which, num_right, num_wrong, then_step):
+        live = list(self.sim.live.values())
+        self.sim.propose(live[which % len(live)], num_right, num_wrong)
+        if then_step:
             self.sim.step()
 
     @precondition(lambda self: self.sim.live)
@@ -708,8 +901,8 @@ class TestBlockManager:
     def test_a_collision_is_noticed(self, monkeypatch):
         """Two first blocks with the same hash: the second one is neither served nor registered."""
 
-        def hash_with_collisions(previous, token_ids):
-            return 42 if previous is None else hash_block(previous, token_ids)
+        def hash_with_collisions(previous, token_ids, extra_keys=()):
+            return 42 if previous is None else hash_block(previous, token_ids, extra_keys)
 
         monkeypatch.setattr(block_manager_module, "hash_block", hash_with_collisions)
         manager = BlockManager(8, 2)
@@ -1088,7 +1281,7 @@ class TestScheduler:
         second = sim.scheduler.schedule()
         sim._execute(first)
         with pytest.raises(AssertionError, match="order of the steps"):
-            sim.scheduler.update(second, [0])
+            sim.scheduler.update(second, [[0]])
 
     def test_end_by_stop_token_and_by_length(self):
         sim = self.make()
@@ -1103,7 +1296,7 @@ class TestScheduler:
         sim = self.make()
         seq = Sequence(0, [0], SamplingParams(), stop_ids=frozenset(range(VOCAB)), max_num_tokens=5)
         sim.scheduler.add(seq)
-        sim.scheduler.update(sim.scheduler.schedule(), [1])
+        sim.scheduler.update(sim.scheduler.schedule(), [[1]])
         assert (seq.finish_reason, seq.stop_reason) == ("stop", None)
 
     def test_the_pool_may_be_filled_to_the_last_slot(self):
@@ -1118,7 +1311,7 @@ class TestScheduler:
         "damage",
         [
             lambda s: s.running.reverse(),
-            lambda s: s._free_slots.pop(),
+            lambda s: s.free_slots.pop(),
             lambda s: setattr(s.running[0], "status", SequenceStatus.WAITING),
             lambda s: setattr(s.running[0], "slot", s.running[1].slot),
             lambda s: s.waiting.append(s.running[0]),

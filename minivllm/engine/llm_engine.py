@@ -40,7 +40,7 @@ from minivllm.engine.engine_core import EngineCore, EnginePieces
 from minivllm.engine.input_processor import EngineInput, InputProcessor, in_our_order
 from minivllm.engine.model_runner import ModelRunner
 from minivllm.engine.output_processor import OutputCollector, OutputProcessor, Request
-from minivllm.engine.scheduler import Scheduler, SchedulerStats
+from minivllm.engine.scheduler import Scheduler, SchedulerBase, SchedulerStats
 from minivllm.engine.sequence import Sequence
 from minivllm.engine.trace import Trace
 from minivllm.inputs import PromptType
@@ -103,7 +103,7 @@ class LLMEngine:
         *,
         kernels: Kernels | None = None,
         block_manager_cls: Callable[..., BlockManager] = BlockManager,
-        scheduler_cls: Callable[..., Scheduler] = Scheduler,
+        scheduler_cls: Callable[..., SchedulerBase] = Scheduler,
         model_cls: Callable[..., Any] = Qwen3ForCausalLM,
         build_batch: Callable[..., Any] = build_batch,
         group: TensorParallelGroup | None = None,
@@ -118,7 +118,11 @@ class LLMEngine:
         self.core = EngineCore(self.model_path, config, pieces, group)
         self.model_config, self.config = self.core.model_config, self.core.config
         self.input_processor = InputProcessor(
-            self.model_path, self.model_config, self.config, self.tokenizer
+            self.model_path,
+            self.model_config,
+            self.config,
+            self.tokenizer,
+            getattr(self.core.scheduler.block_manager, "supports_extra_keys", False),
         )
         self.processor = OutputProcessor()
         self._requests = self.processor.requests
@@ -138,7 +142,7 @@ class LLMEngine:
         return cls(engine_args.model, **engine_args.options)
 
     @property
-    def scheduler(self) -> Scheduler:
+    def scheduler(self) -> SchedulerBase:
         self._recover_if_cut_short()
         return self.core.scheduler
 
@@ -347,6 +351,7 @@ class LLMEngine:
             max_num_tokens=checked.max_num_tokens,
             seed=self._seed(params.seed, request.number, index),
             bad_words=checked.bad_words,
+            extra_keys=() if checked.cache_salt is None else (checked.cache_salt,),
             request_id=request.request_id,
             index=index,
             num_prompt_tokens=len(request.prompt_token_ids),
