@@ -68,10 +68,10 @@ class Attention(nn.Module):
             [self.q_size, self.kv_size, self.kv_size], dim=-1
         )
         query, key, value = (x.unflatten(-1, (-1, head_dim)) for x in (query, key, value))
-        norms = (
+        q_weight, k_weight = (
             (self.q_norm.weight, self.k_norm.weight) if self.q_norm is not None else (None, None)
         )
-        given = NormRope(*norms, cos_sin, positions, self.config.rms_norm_eps)
+        given = NormRope(q_weight, k_weight, cos_sin, positions, self.config.rms_norm_eps)
         query = self.kernels.qk_norm_rope_store(
             query, key, value, given, cache, metadata.slot_mapping
         )
@@ -172,4 +172,4 @@ def weight_shapes(config: ModelConfig, group: TensorParallelGroup = SINGLE) -> s
         layer = replace(config, num_hidden_layers=1)
         model = Qwen3ForCausalLM(layer, Kernels.reference(), 1, nowhere, group)
     products = [part for part in model.modules() if isinstance(part, Linear | OutputHead)]
-    return {tuple(part.weight.shape) for part in products}
+    return {(part.weight.shape[0], part.weight.shape[1]) for part in products}
