@@ -89,9 +89,9 @@ def choose_onednn(shapes: Iterable[Shape], group: TensorParallelGroup = SINGLE) 
     group get rank 0's choice: each rank samples for itself, and the two libraries differ in the
     last bits. For the same reason a measurement holds as long as the process: its engines agree.
 
-    Why not by the CPU's name: MKL does not use AMD's AVX-512, but which library is ahead depends on
-    the shape too. On an EPYC with AVX-512, µs for 32 rows of the bundled model's shapes together:
-    MKL 936, oneDNN 534; on one with AVX2 only 1421 and 1611; on a Xeon 1311 and 1682.
+    The CPU's name does not tell. µs for 32 rows of the bundled model's shapes together, MKL and
+    oneDNN: 936 and 534 on an EPYC with AVX-512, 980 and 986 on another one, 1421 and 1611 on one
+    with AVX2 only, 1311 and 1682 on a Xeon.
     """
     ordered = sorted(set(shapes))
     faster = 0

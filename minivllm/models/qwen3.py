@@ -67,8 +67,13 @@ class Attention(nn.Module):
         q, k, v = self.qkv_proj(hidden).split(self.qkv_sizes, dim=-1)
         query, key, value = (x.unflatten(-1, (-1, self.config.head_dim)) for x in (q, k, v))
         cache, metadata = context.caches[self.layer_index], context.metadata
-        weights = [None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm)]
-        norm_rope = NormRope(*weights, context.cos_sin, context.positions, self.config.rms_norm_eps)
+        norm_rope = NormRope(
+            None if self.q_norm is None else self.q_norm.weight,
+            None if self.k_norm is None else self.k_norm.weight,
+            context.cos_sin,
+            context.positions,
+            self.config.rms_norm_eps,
+        )
         query = self.kernels.qk_norm_rope_store(
             query, key, value, norm_rope, cache, metadata.slot_mapping
         )
@@ -191,4 +196,4 @@ def weight_shapes(config: ModelConfig, group: TensorParallelGroup = SINGLE) -> s
         layer = replace(config, num_hidden_layers=1)
         model = Qwen3ForCausalLM(layer, Kernels.reference(), 1, nowhere, group)
     products = [part for part in model.modules() if isinstance(part, Linear | OutputHead)]
-    return {tuple(part.weight.shape) for part in products}
+    return {(part.weight.shape[0], part.weight.shape[1]) for part in products}
