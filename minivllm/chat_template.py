@@ -309,6 +309,9 @@ class TemplateWorker:
     def _exchange(self, body: bytes, seconds: float) -> dict[str, Any] | None:
         """Send a request (none if empty) and wait for an answer; None if the process ended."""
         process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         timer = threading.Timer(seconds, process.kill)
         timer.daemon = True
         timer.start()
@@ -329,7 +332,8 @@ def _end(process: subprocess.Popen[bytes], owner: int) -> None:
     process.kill()
     for stream in (process.stdin, process.stdout):
         with contextlib.suppress(OSError):
-            stream.close()
+            if stream is not None:
+                stream.close()
     process.wait()
 
 

@@ -29,7 +29,7 @@ class Missing:
 
 #: What several options that switch a feature off, or hold its details, look like when it is not
 #: used.
-OFF = (None, False, {}, [], "", 0, 0.0)
+OFF: tuple[Any, ...] = (None, False, {}, [], "", 0, 0.0)
 
 MISSING = (
     Missing("trust_remote_code code_revision", "minivllm never runs code of a checkpoint"),

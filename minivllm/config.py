@@ -186,7 +186,7 @@ class ConfigFields:
         """A list or an object (kind: list, dict); an empty one when the field is absent."""
         value = self.content.get(name)
         if value is not None and not isinstance(value, kind):
-            words = {list: "a list", dict: "an object"}[kind]
+            words = "a list" if kind is list else "an object"
             raise self.wrong(name, f"must be {words}, got {shown(value)}")
         return value or kind()
 
@@ -379,6 +379,8 @@ class EngineConfig:
         return cls(**own_options(options, tuple(field.name for field in dataclasses.fields(cls))))
 
     def __post_init__(self) -> None:
+        cls: Any = type(self)
+        annotations = annotations_of(cls)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in ("dtype", "device") and type(value).__module__ == "torch":
@@ -386,50 +388,53 @@ class EngineConfig:
             if field.name == "dtype" and isinstance(value, str):
                 value = DTYPE_ALIASES.get(value, value)
             try:
-                value = check(value, annotations_of(type(self))[field.name])
+                value = check(value, annotations[field.name])
             except ValueError as error:
                 raise ConfigError(f"{field.name} {error}.") from error
             object.__setattr__(self, field.name, value)
 
-    def resolve(self, model: ModelConfig, device_type: str) -> "EngineConfig":
-        """A copy with every "auto" and None decided, but for num_kv_blocks, which needs the loaded
-        model.
+    def resolve(self, model: ModelConfig, device_type: str) -> "ResolvedConfig":
+        """The config with every "auto" and None decided.
 
         device_type: "cuda" or "cpu". Raises `ConfigError` for combinations that cannot work.
         """
         on_gpu = device_type == "cuda"
-        backend = (
-            self.attention_backend
-            if self.attention_backend != "auto"
-            else ("triton" if on_gpu else "torch")
-        )
-        resolved = dataclasses.replace(
-            self,
-            device=self.device if self.device != "auto" else device_type,
-            dtype=self.dtype if self.dtype != "auto" else (model.dtype if on_gpu else "float32"),
-            attention_backend=backend,
-            enforce_eager=self.enforce_eager or not on_gpu or backend != "triton",
-            async_scheduling=on_gpu if self.async_scheduling is None else self.async_scheduling,
-            max_num_batched_tokens=self.max_num_batched_tokens or (8192 if on_gpu else 2048),
-            block_size=self.block_size or (64 if on_gpu else 16),
-        )
-        resolved = dataclasses.replace(
-            resolved, max_model_len=resolved._resolve_max_model_len(model, on_gpu)
-        )
+        backend: str = self.attention_backend
+        if backend == "auto":
+            backend = "triton" if on_gpu else "torch"
+        dtype: str = self.dtype
+        if dtype == "auto":
+            dtype = model.dtype if on_gpu else "float32"
+        block_size = self.block_size or (64 if on_gpu else 16)
+        options: dict[str, Any] = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+        }
+        decided: dict[str, Any] = {
+            "device": self.device if self.device != "auto" else device_type,
+            "dtype": dtype,
+            "attention_backend": backend,
+            "enforce_eager": self.enforce_eager or not on_gpu or backend != "triton",
+            "async_scheduling": on_gpu if self.async_scheduling is None else self.async_scheduling,
+            "max_num_batched_tokens": self.max_num_batched_tokens or (8192 if on_gpu else 2048),
+            "block_size": block_size,
+            "max_model_len": self._resolve_max_model_len(model, dtype, block_size, on_gpu),
+            "num_kv_blocks": self.num_kv_blocks or 0,
+        }
+        resolved = ResolvedConfig(**{**options, **decided})
         resolved._check_against(model, on_gpu)
         return resolved
 
-    def _resolve_max_model_len(self, model: ModelConfig, on_gpu: bool) -> int:
-        """Of the model's length, on a CPU, as much as its cache has room for; a resolved config has
-        a dtype.
-        """
+    def _resolve_max_model_len(
+        self, model: ModelConfig, dtype: str, block_size: int, on_gpu: bool
+    ) -> int:
+        """Of the model's length, on a CPU, as much as its cache has room for."""
         if self.max_model_len is not None or on_gpu or self.num_kv_blocks is not None:
             return self.max_model_len or model.max_model_len
         # Ranks on a CPU share its memory, and each holds at least one KV head.
         kv_heads = max(model.num_key_value_heads, self.tensor_parallel_size)
-        itemsize = 4 if self.dtype == "float32" else 2
+        itemsize = 4 if dtype == "float32" else 2
         token_bytes = 2 * model.num_hidden_layers * kv_heads * model.head_dim * itemsize
-        fits = max(CPU_SEQUENCE_BYTES // (token_bytes * self.block_size), 1) * self.block_size
+        fits = max(CPU_SEQUENCE_BYTES // (token_bytes * block_size), 1) * block_size
         if fits < model.max_model_len:
             logger.warning(
                 "max_model_len is %d here, not the model's %d, whose KV cache would take %.2f GiB. "
@@ -439,6 +444,18 @@ class EngineConfig:
                 model.max_model_len * token_bytes / 2**30,
             )
         return min(fits, model.max_model_len)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig(EngineConfig):
+    """What an engine runs with: every option has a value. Made by `EngineConfig.resolve`."""
+
+    max_model_len: int
+    max_num_batched_tokens: int
+    block_size: int
+    #: 0 until the model is loaded: then the runner knows how many fit.
+    num_kv_blocks: Annotated[int, Range(0)]
+    async_scheduling: bool
 
     def _check_against(self, model: ModelConfig, on_gpu: bool) -> None:
         if self.max_model_len > model.max_model_len:

@@ -148,8 +148,8 @@ def describe_prompt(prompt: Any) -> tuple[str | None, list[int]]:
     except RequestError:
         ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else prompt
         text = prompt.get("prompt") if isinstance(prompt, Mapping) else None
-        is_list = isinstance(ids, list | tuple)
-        return text if isinstance(text, str) else None, list(ids) if is_list else []
+        known = list(ids) if isinstance(ids, list | tuple) else []
+        return text if isinstance(text, str) else None, known
     return parsed.text, parsed.token_ids or []
 
 

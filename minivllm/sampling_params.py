@@ -118,10 +118,10 @@ class SamplingParams:
                 continue
             if (value := _integer(name, given, low, high)) is not given:
                 self._set(name, value)
-        for name, (low, high) in _NUMBERS.items():
+        for name, (least, greatest) in _NUMBERS.items():
             given = getattr(self, name)
-            if (value := _number(name, given, low, high)) is not given:
-                self._set(name, value)
+            if (number := _number(name, given, least, greatest)) is not given:
+                self._set(name, number)
         self._take_lists()
         self._check_together()
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from minivllm.config import EngineConfig, ModelConfig
+from minivllm.config import ModelConfig, ResolvedConfig
 from minivllm.engine.batch import BatchInputs, BatchRow, build_batch
 from minivllm.engine.cuda_graphs import DecodeGraphs, DecodeState, graph_sizes
 from minivllm.engine.memory import check_memory, typed_start_errors
@@ -50,13 +50,13 @@ class StepResult:
 
 
 class ModelRunner:
-    """config must be resolved (`EngineConfig.resolve`); num_kv_blocks may still be None."""
+    """config: its num_kv_blocks may be 0, which means as many as fit."""
 
     def __init__(
         self,
         path: Path,
         model_config: ModelConfig,
-        config: EngineConfig,
+        config: ResolvedConfig,
         kernels: Kernels,
         *,
         model_cls: Callable[..., nn.Module] | None = None,

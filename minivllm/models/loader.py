@@ -21,7 +21,7 @@ from minivllm.config import ModelConfig
 from minivllm.errors import ConfigError, SamplingParamsError, WeightLoadingError
 from minivllm.kernels import Kernels
 from minivllm.layers.embedding import Embedding
-from minivllm.layers.linear import FusedLinear, LinearBase
+from minivllm.layers.linear import FusedLinear, Linear
 from minivllm.layers.place import Place
 from minivllm.models.registry import model_class
 from minivllm.parallel.group import SINGLE, TensorParallelGroup
@@ -128,8 +128,8 @@ def default_sampling_params(source: Path | Mapping[str, Any], mode: str = "auto"
     if mode == "vllm":
         return {}
     content = source if isinstance(source, Mapping) else load_generation_config(source)
-    found = {name: content.get(theirs) for theirs, name in SAMPLING_DEFAULTS.items()}
-    found = {name: value for name, value in found.items() if value is not None}
+    named = {name: content.get(theirs) for theirs, name in SAMPLING_DEFAULTS.items()}
+    found: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     try:
         SamplingParams(**found)
     except SamplingParamsError as error:
@@ -171,7 +171,7 @@ def load_model(
     where a class for one rank shall run on several.
     """
     model_cls = options.model_cls or model_class(config.architecture)
-    ranks = {"group": group} if group.size > 1 else {}
+    ranks: dict[str, Any] = {"group": group} if group.size > 1 else {}
     if ranks and "group" not in inspect.signature(model_cls).parameters:
         raise ConfigError(
             "tensor_parallel_size > 1 needs a model_cls that takes a group, as Qwen3ForCausalLM"
@@ -189,7 +189,7 @@ def load_model(
     else:
         load_weights(model, iterate_weights(path), tied=config.tie_word_embeddings)
     for module in model.modules():
-        if isinstance(module, LinearBase):
+        if isinstance(module, Linear):
             module.method.process_weights_after_loading(module)
     return model.eval()
 
@@ -324,7 +324,7 @@ def checkpoint_places(model: nn.Module) -> dict[str, Place]:
     """
     places: dict[str, Place] = {}
     for prefix, module in model.named_modules():
-        if isinstance(module, LinearBase | Embedding):
+        if isinstance(module, Linear | Embedding):
             found = module.places()
         else:
             parameters = module.named_parameters(recurse=False)

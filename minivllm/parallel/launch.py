@@ -56,11 +56,12 @@ def connect(
     if key:
         store = dist.PrefixStore(hashlib.sha256(b"store" + key).hexdigest(), store)
     gloo = dist.ProcessGroupGloo
-    options = gloo._Options()
+    options = gloo._Options()  # type: ignore[attr-defined]
     options._timeout = MEETING if host and rank == 0 else IDLE
     options._devices = [gloo.create_device(hostname=host) if host else gloo.create_default_device()]
-    objects = tensors = gloo(dist.PrefixStore("objects", store), rank, size, options)
+    objects: Any = gloo(dist.PrefixStore("objects", store), rank, size, options)
     objects._set_default_timeout(IDLE)
+    tensors = objects
     if device_type == "cuda":
         # one rank, one process, one GPU: the engine's "cuda"
         torch.cuda.set_device(rank if gpu is None else gpu)
@@ -256,7 +257,9 @@ class RankProcesses:
     def __init__(
         self, size: int, device_type: str, target: Callable[..., None], *args: Any
     ) -> None:
-        self.group, self._ranks, self._reports = SINGLE, [], {}
+        self.group = SINGLE
+        self._ranks: list[Any] = []
+        self._reports: dict[int, Any] = {}
         key = secrets.token_bytes(32)  # goes to the ranks through the pipe that starts them
         try:
             work = pickle.dumps((target, args))
