@@ -1,10 +1,11 @@
 """Qwen3, and through the same decoder Qwen2, Qwen2.5 and Llama (qwen2.py, llama.py): they differ in
 biases and in QK-norm only.
 
-A block reads the residual stream, normalises, attends, adds; normalises, applies the MLP, adds. The
-additions are fused into the next norm, so `hidden` (what a block has just produced) and `residual`
-(the stream before it) travel together. Module names follow the checkpoint's tensor names; q, k, v
-and gate, up are fused (layers/linear.py). Taught in notebooks/06_qwen3.ipynb."""
+A block reads the residual stream twice. It normalises, attends, and adds the result to the stream;
+it normalises, applies the MLP, and adds again. The additions are fused into the next norm. So
+`hidden` (the newest result) and `residual` (the stream before it) travel together. Module names
+follow the checkpoint's tensor names; q, k, v and gate, up are fused (layers/linear.py). Taught in
+notebooks/06_qwen3.ipynb."""
 
 from collections.abc import Sequence
 
@@ -105,8 +106,8 @@ class DecoderLayer(nn.Module):
     def forward(
         self, hidden: torch.Tensor, residual: torch.Tensor | None, context: ForwardContext
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(hidden, residual) -> (hidden, residual), each [T, hidden_size]; the stream is their
-        sum.
+        """(hidden, residual) -> (hidden, residual), each [T, hidden_size]; their sum is the
+        stream. residual is None in the first block.
         """
         hidden, residual = self.input_layernorm(hidden, residual)
         hidden = self.self_attn(hidden, context)
