@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from minivllm.compat import own_options
+from minivllm.compat.options import own_options
 from minivllm.errors import ConfigError, UnsupportedModelError
 from minivllm.models.registry import model_class
 from minivllm.sampling_params import MAX_LOGPROBS
@@ -374,7 +374,7 @@ class EngineConfig:
         for options of vLLM that are not here, saying what to do instead. Of these a value that asks
         for what minivllm does anyway is accepted: ``trust_remote_code=False``,
         ``quantization=None``, ``pipeline_parallel_size=1``, ``enable_chunked_prefill=True``,
-        ``swap_space=0``. compat.py has the list.
+        ``swap_space=0``. compat/options.py has the list.
         """
         return cls(**own_options(options, tuple(field.name for field in dataclasses.fields(cls))))
 

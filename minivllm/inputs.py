@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NotRequired, TypeAlias, TypedDict
 
+from minivllm.compat.calls import did_you_mean
 from minivllm.errors import InvalidTokenError, RequestError, SamplingParamsError
 from minivllm.sampling_params import SamplingParams
-from minivllm.unsupported import did_you_mean
 
 Message: TypeAlias = Mapping[str, Any]
 

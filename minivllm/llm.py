@@ -20,6 +20,7 @@ from typing import Any, Literal, NoReturn, Self
 from tqdm.auto import tqdm
 
 from minivllm import inputs
+from minivllm.compat.calls import refuse_arguments, refuse_method
 from minivllm.config import EngineConfig
 from minivllm.engine.batch import build_batch
 from minivllm.engine.block_manager import BlockManager
@@ -40,7 +41,6 @@ from minivllm.metrics import COUNTERS, Counter, Gauge, Metric
 from minivllm.outputs import CompletionOutput, RequestOutput, StreamOutput
 from minivllm.parallel.group import TensorParallelGroup
 from minivllm.sampling_params import MAX_LOGPROBS, RequestOutputKind, SamplingParams
-from minivllm.unsupported import refuse_arguments, refuse_method
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,8 @@ class LLM:
     anyway, such as ``trust_remote_code=False``, are accepted.
     """
 
-    def __init__(
+    # An engine has so many options, and an editor shows them here.
+    def __init__(  # noqa: PLR0913
         self,
         model: str | Path | None = None,
         *,

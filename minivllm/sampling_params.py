@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
+from minivllm.compat.calls import refuse_parameter
 from minivllm.errors import SamplingParamsError
-from minivllm.unsupported import refuse_parameter
 
 MAX_N = 16384  # most completions of one prompt; each is a sequence of its own
 #: Default of the engine option max_logprobs: the most alternatives that `logprobs` and

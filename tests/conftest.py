@@ -20,6 +20,8 @@ for variable in ("NO_COLOR", "FORCE_COLOR", "COLUMNS"):
     # What a CI or a shell asks of terminals must not decide what a test sees.
     os.environ.pop(variable, None)
 
+pytest.register_assert_rewrite("support")  # a failed assert of a helper shows its values too
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():

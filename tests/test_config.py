@@ -12,9 +12,6 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pytest
 import torch
-from checkpoints import TransformersReference, random_prompt, write_checkpoint
-from ids import plain
-from parity import greedy
 
 from minivllm import LLM
 from minivllm.bundled import BUNDLED_MODEL_PATH
@@ -22,6 +19,9 @@ from minivllm.config import EngineConfig, ModelConfig
 from minivllm.errors import ConfigError, MiniVLLMError, UnsupportedModelError
 from minivllm.models.loader import default_sampling_params, load_config, load_generation_config
 from minivllm.validation import Range, check
+from support.checkpoints import TransformersReference, random_prompt, write_checkpoint
+from support.ids import plain
+from support.parity import greedy
 
 CONFIG = json.loads((BUNDLED_MODEL_PATH / "config.json").read_text())
 SIZES = (

@@ -17,8 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import write_checkpoint
-from ids import plain
 
 from minivllm import LLM
 from minivllm.bundled import BUNDLED_MODEL_PATH
@@ -29,6 +27,8 @@ from minivllm.errors import ConfigError, MiniVLLMError, OutOfMemoryError
 from minivllm.models.loader import load_config
 from minivllm.parallel.launch import pick_device
 from minivllm.validation import annotations_of
+from support.checkpoints import write_checkpoint
+from support.ids import plain
 
 FIELDS = [field.name for field in dataclasses.fields(EngineConfig)]
 #: Of no field's type.

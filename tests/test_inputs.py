@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from ids import plain
 
 from minivllm import LLM, SamplingParams, TextPrompt, TokensPrompt
 from minivllm.bundled import BUNDLED_MODEL_PATH
@@ -23,6 +22,7 @@ from minivllm.errors import (
     SamplingParamsError,
 )
 from minivllm.inputs import as_batch, as_conversations, as_params, check_conversation, parse_prompt
+from support.ids import plain
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4)
 IDS = [5, 6, 7]

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from checkpoints import TransformersReference, write_checkpoint
 
 from minivllm import LLM, RequestOutputKind, SamplingParams
+from minivllm.compat.calls import PARAMETERS
 from minivllm.engine.input_processor import InputProcessor
 from minivllm.engine.sampler import FIT_FOR_GRAPHS, Sampler
 from minivllm.engine.sequence import Sequence
@@ -27,7 +27,7 @@ from minivllm.errors import (
     UnsupportedParameterError,
 )
 from minivllm.kernels import Kernels
-from minivllm.unsupported import PARAMETERS
+from support.checkpoints import TransformersReference, write_checkpoint
 
 VOCAB = 48
 PROMPT = [3, 14, 15, 9, 26, 5]

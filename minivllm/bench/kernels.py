@@ -1,8 +1,8 @@
 """Each kernel beside its floor, and beside torch's own ways to compute the same.
 
 The floor of a row is the longer of bytes / (read bandwidth) and FLOPs / (matmul rate), both
-measured in the same run. On a GPU "minivllm" means the Triton kernels; on a CPU the torch
-references, with few and small cases.
+measured in the same run. "minivllm" means the kernels that an engine takes there: on a GPU the
+Triton kernels, on a CPU `Kernels.cpu`, with few and small cases.
 """
 
 from __future__ import annotations
@@ -19,13 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from minivllm.bench.cases import KERNELS
 from minivllm.bench.costs import Rates, attention_bytes, attention_flops, causal_pairs
 from minivllm.bench.report import Deadline, attempt, environment, say
 from minivllm.bench.shapes import shape_config
 from minivllm.bench.timing import measure, measure_rates, num_sets, rates_of
 from minivllm.config import ModelConfig
 from minivllm.kernels import Kernels
+from minivllm.kernels.cpu import choose_onednn
 from minivllm.kernels.online_softmax import softmax, softmax_reference
+from minivllm.kernels.rotary import NormRope
+from minivllm.models.qwen3 import weight_shapes
 from minivllm.parallel.launch import pick_device
 
 #: (sequences, new tokens each, context each, the new tokens included)
@@ -41,26 +45,12 @@ DECODE: dict[str, list[tuple[int, int | tuple[int, int]]]] = {
 #: Tokens of a step, for the operations on rows; rows and vocabulary of the logits (None: the
 #: model's).
 ROWS = {"cuda": [256, 8192], "cpu": [16, 256]}
-#: Rows and numbers a row, for the softmax of chapter 01. The long rows do not stay in the cache
+#: Rows and numbers per row, for the softmax of chapter 01. The long rows do not stay in the cache
 #: between two passes.
 SOFTMAX = {"cuda": [(8192, 1024), (512, 262_144)], "cpu": [(64, 512)]}
 LOGITS: dict[str, tuple[int, int | None]] = {"cuda": (256, None), "cpu": (16, 8192)}
 #: Tokens of a step, for the matrix products.
 LINEAR_ROWS = {"cuda": [1, 64, 256], "cpu": [1, 16]}
-#: What `kernels` may be asked for by name.
-NAMES = (
-    "decode_attention",
-    "prefill_attention",
-    "sample",
-    "softmax",
-    "linear",
-    "rms_norm",
-    "add_rms_norm",
-    "qk_norm_rope",
-    "qk_norm_rope_store",
-    "silu_mul",
-    "store_kv",
-)
 
 
 @dataclass(frozen=True)
@@ -170,7 +160,7 @@ def _sdpa_variants(
 
 
 def decode_cases(setting: Setting) -> Iterator[Case]:
-    """One new token a sequence over its paged context."""
+    """Attention of one new token per sequence over its paged context."""
     for batch, context in DECODE[setting.device.type]:
         if isinstance(context, tuple):
             contexts = [setting.generator.randint(*context) for _ in range(batch)]
@@ -207,7 +197,7 @@ def _decode_case(setting: Setting, name: str, contexts: list[int]) -> Case:
     def view(out: Tensor) -> Tensor:
         return out.reshape(batch, heads, dim)
 
-    variants = {"minivllm": Variant(ours, graph=kernels.name == "triton")}
+    variants = {"minivllm": Variant(ours, graph=kernels.can_be_recorded)}
     if min(contexts) == longest:  # a dense cache would be padded to the longest
         variants |= _sdpa_variants(setting, False, contiguous, view)
         variants["torch matmuls"] = Variant(eager, contiguous, view=view)
@@ -217,7 +207,7 @@ def _decode_case(setting: Setting, name: str, contexts: list[int]) -> Case:
 
 
 def prefill_cases(setting: Setting) -> Iterator[Case]:
-    """Many new tokens a sequence, causal, over the paged context that already holds them."""
+    """Causal attention of many new tokens per sequence over the paged context, which holds them."""
     for batch, query_len, context in PREFILL[setting.device.type]:
         name = f"{batch} x {query_len}" + (f" at context {context}" if context > query_len else "")
         yield _prefill_case(setting, name, batch, query_len, context)
@@ -259,7 +249,7 @@ def _prefill_case(setting: Setting, name: str, batch: int, query_len: int, conte
     def view(out: Tensor) -> Tensor:
         return out.transpose(1, 2).reshape(batch * query_len, heads, dim)
 
-    variants = {"minivllm": Variant(ours, graph=kernels.name == "triton")}
+    variants = {"minivllm": Variant(ours, graph=kernels.can_be_recorded)}
     if (
         context == query_len
     ):  # torch aligns a causal mask to the start: chunks of a prompt are beyond it
@@ -284,7 +274,7 @@ def _sample_eager(logits: Tensor, temperature: Tensor) -> Tensor:
 
 
 def sample_cases(setting: Setting) -> Iterator[Case]:
-    """One token a row by temperature alone."""
+    """Sampling one token per row, with a temperature and nothing else."""
     rows, vocabulary = LOGITS[setting.device.type]
     vocabulary = vocabulary or setting.config.vocab_size
 
@@ -300,7 +290,7 @@ def sample_cases(setting: Setting) -> Iterator[Case]:
         return logits, temperature
 
     variants = {
-        "minivllm": Variant(ours, graph=setting.kernels.name == "triton"),
+        "minivllm": Variant(ours, graph=setting.kernels.can_be_recorded),
         "torch eager": Variant(_sample_eager, two),
         "torch argmax (greedy)": Variant(lambda logits, _: logits.argmax(dim=-1), two),
     }
@@ -321,7 +311,7 @@ def softmax_cases(setting: Setting) -> Iterator[Case]:
         return weights / weights.sum(dim=-1, keepdim=True)
 
     for rows, width in SOFTMAX[setting.device.type]:
-        ours = softmax if setting.kernels.name == "triton" else softmax_reference
+        ours = softmax if setting.device.type == "cuda" else softmax_reference
         variants = {"minivllm": Variant(ours), "torch": Variant(partial(torch.softmax, dim=-1))}
         variants["torch, operation by operation"] = Variant(three_passes)
         moved = 2 * rows * width * setting.dtype.itemsize
@@ -343,19 +333,17 @@ def row_cases(setting: Setting) -> Iterator[Case]:
         yield from _norm_cases(setting, rows)
         yield _silu_case(setting, rows)
         yield _rope_case(setting, rows)
-        if setting.kernels.qk_norm_rope_store is not None:
+        if setting.kernels.fused_operations is not None:
             yield _fused_case(setting, rows)
         yield _store_case(setting, rows)
 
 
 def _beside_eager(setting: Setting, name: str, wait: bool = False) -> dict[str, Variant]:
-    """Ours and, where ours is Triton, the reference in eager torch. wait: the reference waits for
-    the GPU.
-    """
-    ours, reference = getattr(setting.kernels, name), getattr(Kernels.reference(), name)
-    if ours is reference:
-        return {"minivllm": Variant(ours)}
-    return {"minivllm": Variant(ours), "torch eager": Variant(reference, graph=not wait)}
+    """Ours and, on a GPU, the reference in eager torch. wait: the reference waits for the GPU."""
+    variants = {"minivllm": Variant(getattr(setting.kernels, name))}
+    if setting.device.type == "cuda":
+        variants["torch eager"] = Variant(getattr(Kernels.reference(), name), graph=not wait)
+    return variants
 
 
 def _norm_cases(setting: Setting, rows: int) -> Iterator[Case]:
@@ -448,18 +436,22 @@ def _fused_case(setting: Setting, rows: int) -> Case:
     kernels, numbers = setting.kernels, rows * (heads + kv_heads) * dim
 
     def make() -> tuple:
-        return *_rope_inputs(setting, rows), 1e-6, *_cache_inputs(setting, rows)
+        return *_rope_inputs(setting, rows), *_cache_inputs(setting, rows)
 
-    def apart(
-        query, key, value, q_weight, k_weight, table, positions, eps, k_cache, v_cache, slots
-    ) -> Tensor:
-        query, key = kernels.qk_norm_rope(query, key, q_weight, k_weight, table, positions, eps)
+    def fused(query: Tensor, key: Tensor, value: Tensor, *rest: Tensor) -> Tensor:
+        *turn, k_cache, v_cache, slots = rest
+        given = NormRope(*turn, 1e-6)
+        return kernels.qk_norm_rope_store(query, key, value, given, (k_cache, v_cache), slots)
+
+    def apart(query: Tensor, key: Tensor, value: Tensor, *rest: Tensor) -> Tensor:
+        *turn, k_cache, v_cache, slots = rest
+        query, key = kernels.qk_norm_rope(query, key, *turn, 1e-6)
         kernels.store_kv(key, value, k_cache, v_cache, slots)
         return query
 
     moved = 2 * (numbers + rows * kv_heads * dim) * setting.dtype.itemsize + rows * (dim * 4 + 8)
     variants = {
-        "minivllm": Variant(kernels.qk_norm_rope_store),
+        "minivllm": Variant(fused),
         "minivllm, two launches": Variant(apart),
     }
     name = f"{rows} x ({heads} + 2 x {kv_heads}) x {dim}"
@@ -481,9 +473,7 @@ def _store_case(setting: Setting, rows: int) -> Case:
 
 
 def linear_cases(setting: Setting) -> Iterator[Case]:
-    """The model's matrix products at the rows of decode steps; from a few rows on ours is
-    torch's.
-    """
+    """The model's matrix products at the rows of decode steps; ours is often torch's."""
     config, (heads, kv_heads, dim) = setting.config, setting.heads
     hidden, inner = config.hidden_size, config.intermediate_size
     matrices = {
@@ -501,8 +491,7 @@ def linear_cases(setting: Setting) -> Iterator[Case]:
 
             moved = (out * into + rows * (out + into)) * setting.dtype.itemsize
             variants = {"minivllm": Variant(setting.kernels.linear)}
-            if setting.kernels.name == "triton":
-                variants["torch"] = Variant(F.linear)
+            variants["torch"] = Variant(F.linear)
             yield Case(
                 "linear",
                 f"{rows} x {into} to {out} ({name})",
@@ -517,8 +506,8 @@ def linear_cases(setting: Setting) -> Iterator[Case]:
 
 
 def make_row(case: Case, variant: str, timing: Any, rates: Rates) -> dict[str, Any]:
-    """The row of one variant: its time, what it moved and computed a second, and which share of the
-    floor that is.
+    """The row of one variant: its time, what it moved and computed per second, and which share of
+    the floor that is.
     """
     seconds = timing.median_us * 1e-6
     speed = (
@@ -551,7 +540,7 @@ def difference(out: Any, expected: Any) -> float:
 def run_case(
     case: Case, rates: Rates, device: torch.device, deadline: Deadline, seconds: float
 ) -> list[dict]:
-    """The case's rows, one a variant; a variant that fails is a row with "failed"."""
+    """The rows of a case, one per variant; a variant that fails is a row with "failed"."""
     inputs: list[tuple] = []
     outputs: dict[str, Any] = {}
 
@@ -590,40 +579,39 @@ def _release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-@torch.inference_mode()
-def run(
-    shape: str | None = None,
-    *,
-    names: tuple[str, ...] = NAMES,
-    device: str = "auto",
-    dtype: str = "auto",
-    block_size: int | None = None,
-    compiled: bool | None = None,
-    seconds: float = 0.2,
-    max_seconds: float | None = None,
-) -> dict[str, Any]:
-    """Time the kernels that are named.
-
-    shape: heads and widths; None is Qwen3-0.6B's on a GPU, tiny on a CPU. compiled: whether
-    torch.compile is tried too; None is on a GPU. seconds: of measuring a row, about. max_seconds:
-    rows that begin later are left out.
+@dataclass(frozen=True)
+class Budget:
+    """How long to measure: about so many seconds per row, and the seconds after which no further
+    row begins (None: no bound).
     """
+
+    row_seconds: float = 0.2
+    max_seconds: float | None = None
+
+
+def make_setting(
+    shape: str | None, device: str, dtype: str, block_size: int | None, compiled: bool | None
+) -> tuple[str, Setting]:
+    """(shape, setting). None and "auto" are replaced by what suits the device, as `run` says."""
     where = torch.device(pick_device(device))
     on_gpu = where.type == "cuda"
     shape = shape or ("qwen3-0.6b" if on_gpu else "tiny")
     number_type = (
         getattr(torch, dtype) if dtype != "auto" else (torch.bfloat16 if on_gpu else torch.float32)
     )
-    size = block_size or (64 if on_gpu else 16)
-    kernels = Kernels.triton() if on_gpu else Kernels.reference()
-    compiled = on_gpu if compiled is None else compiled
-    torch.manual_seed(0)
-    setting = Setting(shape_config(shape), where, number_type, size, kernels, compiled)
-    deadline = Deadline(max_seconds)
-    say("kernels: measuring the machine's own rates")
-    measured = measure_rates(where, number_type)
-    _release(where)
-    rows: list[dict[str, Any]] = []
+    config = shape_config(shape)
+    return shape, Setting(
+        config=config,
+        device=where,
+        dtype=number_type,
+        block_size=block_size or (64 if on_gpu else 16),
+        kernels=Kernels.triton() if on_gpu else Kernels.cpu(choose_onednn(weight_shapes(config))),
+        compiled=on_gpu if compiled is None else compiled,
+    )
+
+
+def all_cases(setting: Setting) -> Iterator[Case]:
+    """The cases of every kernel."""
     for maker in (
         decode_cases,
         prefill_cases,
@@ -632,16 +620,43 @@ def run(
         linear_cases,
         row_cases,
     ):
-        for case in maker(setting):
-            if case.kernel in names:
-                rows += run_case(case, rates_of(measured), where, deadline, seconds)
-                _release(where)
+        yield from maker(setting)
+
+
+@torch.inference_mode()
+def run(
+    shape: str | None = None,
+    *,
+    names: tuple[str, ...] = KERNELS,
+    device: str = "auto",
+    dtype: str = "auto",
+    block_size: int | None = None,
+    compiled: bool | None = None,
+    budget: Budget = Budget(),
+) -> dict[str, Any]:
+    """Time the kernels that are named.
+
+    shape: heads and widths; None is Qwen3-0.6B's on a GPU, tiny on a CPU. dtype: "auto" is bfloat16
+    on a GPU, float32 on a CPU. block_size: None is 64 on a GPU, 16 on a CPU. compiled: whether
+    torch.compile is tried too; None is on a GPU.
+    """
+    torch.manual_seed(0)
+    shape, setting = make_setting(shape, device, dtype, block_size, compiled)
+    deadline = Deadline(budget.max_seconds)
+    say("kernels: measuring the machine's own rates")
+    measured = measure_rates(setting.device, setting.dtype)
+    _release(setting.device)
+    rows: list[dict[str, Any]] = []
+    for case in all_cases(setting):
+        if case.kernel in names:
+            rows += run_case(case, rates_of(measured), setting.device, deadline, budget.row_seconds)
+            _release(setting.device)
     return {
         "benchmark": "kernels",
         "shape": shape,
-        "dtype": str(number_type).removeprefix("torch."),
-        "kernels": kernels.name,
-        "block_size": size,
+        "dtype": str(setting.dtype).removeprefix("torch."),
+        "kernels": setting.kernels.name,
+        "block_size": setting.block_size,
         "rates": measured,
         "rows": rows,
         "seconds": round(deadline.elapsed, 1),

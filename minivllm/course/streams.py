@@ -236,13 +236,13 @@ class SimulatedGPU:
         memory.
         """
         moved: dict[int, DeviceTensor] = {}
-        for part in module.modules():
-            for holder in (part._parameters, part.__dict__):
-                for name, value in list(holder.items()):
-                    if isinstance(value, torch.Tensor) and not isinstance(value, DeviceTensor):
-                        if id(value) not in moved:
-                            moved[id(value)] = DeviceTensor(value.detach(), self)
-                        holder[name] = moved[id(value)]
+        holders = (h for part in module.modules() for h in (part._parameters, part.__dict__))
+        for holder in holders:
+            for name, value in list(holder.items()):
+                if isinstance(value, torch.Tensor) and not isinstance(value, DeviceTensor):
+                    if id(value) not in moved:
+                        moved[id(value)] = DeviceTensor(value.detach(), self)
+                    holder[name] = moved[id(value)]
         return module
 
     def _allocate(

@@ -22,9 +22,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 
-from minivllm.config import EngineConfig
+from minivllm.config import EngineConfig, ModelConfig
 from minivllm.engine.batch import build_batch
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.model_runner import ModelRunner, StepResult
@@ -34,9 +35,11 @@ from minivllm.engine.sequence import ScheduledBatch, Sequence
 from minivllm.engine.trace import StepRecord, Trace, label, record_step
 from minivllm.errors import SchedulerStalledError, UnsupportedFeatureError
 from minivllm.kernels import Kernels
+from minivllm.kernels.cpu import choose_onednn
 from minivllm.kernels.sampling import NOT_A_TOKEN
 from minivllm.models.loader import load_config
-from minivllm.parallel.group import TensorParallelGroup
+from minivllm.models.qwen3 import weight_shapes
+from minivllm.parallel.group import SINGLE, TensorParallelGroup
 from minivllm.parallel.launch import EngineRanks, pick_device
 from minivllm.sampling_params import SamplingParams
 
@@ -82,6 +85,18 @@ class StepOutput:
     prompt_logprobs: list[tuple[int, int, TokenLogprobs]] = field(default_factory=list)
 
 
+def choose_kernels(
+    config: EngineConfig, model_config: ModelConfig, group: TensorParallelGroup = SINGLE
+) -> Kernels:
+    """The fastest kernels for a resolved config: the same on every rank of the group."""
+    if config.attention_backend == "triton":
+        return Kernels.triton()
+    if torch.device(config.device).type != "cpu":
+        return Kernels.reference()
+    shapes = weight_shapes(model_config, group) if config.dtype == "float32" else ()
+    return Kernels.cpu(choose_onednn(shapes, group))
+
+
 class EngineCore:
     """Scheduler, block manager, model runner and the other ranks. config: as the caller gave it,
     not yet resolved.
@@ -99,11 +114,7 @@ class EngineCore:
         self.config = replace(config, device=device).resolve(
             self.model_config, device.partition(":")[0]
         )
-        kernels = pieces.kernels
-        if kernels is None:
-            on_triton = self.config.attention_backend == "triton"
-            kernels = Kernels.triton() if on_triton else Kernels.reference()
-        elif kernels.name != "triton":  # a graph cannot record a function that waits for the GPU
+        if pieces.kernels is not None and not pieces.kernels.can_be_recorded:
             self.config = replace(self.config, enforce_eager=True)
         self._pieces = pieces
         arguments = (self.config.device, _run_rank, model_path, config, pieces)
@@ -111,6 +122,9 @@ class EngineCore:
         # Also when nobody closes the engine: garbage, or the end of the program.
         self.close = weakref.finalize(self, self.ranks.close)
         try:
+            kernels = pieces.kernels or choose_kernels(
+                self.config, self.model_config, self.ranks.group
+            )
             self.model_runner = ModelRunner(
                 model_path,
                 self.model_config,

@@ -15,8 +15,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -272,16 +272,9 @@ class RankProcesses:
         listener = socket.create_server(("127.0.0.1", 0))
         port = listener.getsockname()[1]
         try:
-            # Ctrl-C reaches every process of the terminal. The ranks leave it to this one: they are
-            # born deaf to it.
-            # multiprocessing's own; its start would let the signal through again
-            resource_tracker.ensure_running()
-            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            try:
+            with _deaf_to_interrupts():
                 for rank in range(1, size):
                     self._start(rank, size, port, device_type, key, work)
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             # Only now, for it brings a thread, and a signal goes to whichever thread lets it
             # through.
             store = dist.TCPStore(
@@ -374,6 +367,23 @@ class RankProcesses:
         wait([process.sentinel for process, _ in self._ranks])
         if self._ranks:  # not closed by ourselves
             self.group.abort()
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes that are started here do not hear Ctrl-C, which reaches every process of the
+    terminal: the ranks leave it to this one. Windows cannot block a signal; there they hear it.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    # multiprocessing's own process; its start would let the signal through again
+    resource_tracker.ensure_running()
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def _run_rank(

@@ -9,16 +9,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import demo
 import pytest
-from children import Children
 from nbformat.v4 import new_code_cell
-from test_chapters import leaks, parts_of, sections
 
 from minivllm.course import authoring
 from minivllm.course.authoring import misplaced, problems
 from minivllm.course.chapters import ChangedSolutionError, Chapter, read, role
 from minivllm.course.stubs import make_exercises, require_published, stub_source
+from support import demo
+from support.answers import leaks, parts_of, sections
+from support.children import Children
 
 # --- children -------------------------------------------------------------------------------------
 

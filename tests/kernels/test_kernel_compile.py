@@ -8,9 +8,10 @@ import sys
 
 import pytest
 import torch
-from kernel_checks import require_triton
 
-SCRIPT = pathlib.Path(__file__).parent / "compile_sm90.py"
+from support.kernel_checks import require_triton
+
+SCRIPT = pathlib.Path(__file__).parents[1] / "support/compile_sm90.py"
 OPERATIONS = [
     "rms_norm",
     "add_rms_norm",

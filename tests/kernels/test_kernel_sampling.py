@@ -4,12 +4,12 @@ Triton alike.
 
 import math
 
-import kernel_checks as checks
 import pytest
 import torch
 
 from minivllm.kernels import Kernels, sampling
 from minivllm.kernels._triton import tl, triton
+from support import kernel_checks as checks
 
 # Random123's known answers for philox4x32-10: counter, key, result.
 KNOWN_ANSWERS = [

@@ -1,0 +1,195 @@
+"""Compile for Hopper what every launcher would launch, on a machine without a GPU; prints one JSON
+object.
+
+Run by test_kernel_compile.py in a process of its own, because TRITON_INTERPRET must not be set
+here. The launchers run as they are, on CPU tensors; instead of a launch, the kernel is compiled
+with the arguments and options that they chose.
+"""
+
+import inspect
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from minivllm.kernels import Kernels, online_softmax
+from minivllm.kernels.rotary import NormRope
+
+CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+launches: list[tuple[JITFunction, dict, dict, dict, dict]] = []
+
+
+def record(self: JITFunction, *args, grid, warmup, **kwargs) -> None:
+    """Instead of `JITFunction.run`: what Triton would specialise this launch on."""
+    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+    values = inspect.signature(self.fn).bind(*args, **kwargs).arguments.values()
+    signature, constants, attributes = {}, {}, {}
+    for index, (parameter, value) in enumerate(zip(self.params, values, strict=True)):
+        specialised = not parameter.do_not_specialize
+        if parameter.is_constexpr or (specialised and isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[(index,)] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name], divisible = POINTERS[value.dtype], value.data_ptr() % 16 == 0
+        else:
+            signature[parameter.name] = "i32" if isinstance(value, int) else "fp32"
+            divisible = isinstance(value, int) and value % 16 == 0
+        if divisible and specialised:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    launches.append((self, signature, constants, attributes, options))
+
+
+def compile_for_hopper(
+    kernel: JITFunction, signature: dict, constants: dict, attributes: dict, options: dict
+) -> dict:
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True
+        ).stdout
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    return {"registers": registers, "stack": stack, "shared": compiled.metadata.shared, **options}
+
+
+def cases(dtype: torch.dtype) -> dict:
+    """Launches of Qwen3-0.6B's shape; between them every variant that an engine meets."""
+    kernels = Kernels.triton()
+    tokens, heads, kv_heads, dim = 64, 16, 8, 128
+    x = torch.zeros(tokens, 1024, dtype=dtype)
+    qkv = torch.zeros(tokens, (heads + 2 * kv_heads) * dim, dtype=dtype).unflatten(1, (-1, dim))
+    query, key, value = qkv.split((heads, kv_heads, kv_heads), dim=1)
+    pages = {size: torch.zeros(8, kv_heads, size, dim, dtype=dtype) for size in (16, 64)}
+    weight, cos_sin = torch.zeros(dim, dtype=dtype), torch.zeros(99, dim)
+    longs = torch.zeros(tokens, dtype=torch.int64)
+
+    def prefill(
+        block_size: int,
+        longest: int,
+        batch: int = 4,
+        width: int = 20,
+        skip: int = 0,
+        context: int = 999,
+    ) -> None:
+        table, lengths = (
+            torch.zeros(batch, width, dtype=torch.int32)[skip:],
+            torch.ones(batch, dtype=torch.int32)[skip:],
+        )
+        starts = torch.arange(batch + 1, dtype=torch.int32)[skip:]
+        bounds = {"max_query_len": longest, "max_seq_len": context}
+        kernels.prefill_attention(
+            query[skip:],
+            pages[block_size],
+            pages[block_size],
+            table,
+            starts,
+            lengths,
+            0.1,
+            **bounds,
+        )
+
+    def decode(
+        block_size: int, splits: int, batch: int = 4, width: int = 20, longest: int = 999
+    ) -> None:
+        table, lengths = (
+            torch.zeros(batch, width, dtype=torch.int32),
+            torch.ones(batch, dtype=torch.int32),
+        )
+        kernels.decode_attention(
+            query[:batch],
+            pages[block_size],
+            pages[block_size],
+            table,
+            lengths,
+            0.1,
+            max_seq_len=longest,
+            num_splits=splits,
+            merge_attention=kernels.merge_attention,
+        )
+
+    def sample(batch: int = 4) -> None:
+        logits, row = torch.zeros(batch, 9000, dtype=dtype), longs[:batch]
+        kernels.sample(logits, torch.ones(batch), None, None, None, row, row)
+
+    def many_shapes() -> None:
+        """Nothing here may need a second version of a kernel (but for 1, which Triton always treats
+        apart).
+        """
+        for batch, width, longest in ((2, 20, 900), (3, 21, 901), (16, 32, 1024), (33, 77, 4000)):
+            prefill(64, longest, batch, width, skip=batch // 3)
+            decode(64, 1 + batch, batch, width, longest)
+            sample(batch)
+
+    return {
+        "rms_norm": lambda: kernels.rms_norm(x, x[0], 1e-6),
+        "add_rms_norm": lambda: kernels.add_rms_norm(x, x, x[0], 1e-6),
+        "qk_norm_rope": lambda: kernels.qk_norm_rope(
+            query, key, weight, weight, cos_sin, longs, 1e-6
+        ),
+        "rope": lambda: kernels.qk_norm_rope(query, key, None, None, cos_sin, longs, 1e-6),
+        "silu_mul": lambda: kernels.silu_mul(x),
+        "store_kv": lambda: kernels.store_kv(key, value, pages[64], pages[64], longs),
+        "qk_norm_rope_store": lambda: kernels.qk_norm_rope_store(
+            query,
+            key,
+            value,
+            NormRope(weight, weight, cos_sin, longs, 1e-6),
+            (pages[64], pages[64]),
+            longs,
+        ),
+        "linear": lambda: kernels.linear(x[:1], torch.zeros(4096, 1024, dtype=dtype)),
+        "softmax": lambda: online_softmax.softmax(x),
+        "prefill, block_size 64": lambda: prefill(64, 999),
+        "prefill, block_size 64, long": lambda: prefill(64, 999, context=9999),
+        "prefill, block_size 64, short": lambda: prefill(64, 99),
+        "prefill, block_size 64, single tokens": lambda: prefill(64, 9),
+        "prefill, block_size 16": lambda: prefill(16, 999),
+        "decode, block_size 64": lambda: decode(64, 1),
+        "decode, block_size 64, splits": lambda: decode(64, 4),
+        "decode, block_size 16, splits": lambda: decode(16, 4),
+        "sample": sample,
+        "many shapes": many_shapes,
+    }
+
+
+JITFunction.run = record
+results: dict[str, dict] = {}
+for dtype in (torch.float32, torch.bfloat16):
+    for name, launch in cases(dtype).items():
+        result = results[f"{name} {str(dtype).removeprefix('torch.')}"] = {
+            "kernels": [],
+            "versions": {},
+        }
+        try:
+            launches.clear()
+            launch()
+            versions = {repr(launched): launched for launched in launches}
+            for launched in versions.values():
+                count = result["versions"].get(launched[0].fn.__name__, 0)
+                result["versions"][launched[0].fn.__name__] = count + 1
+                if name != "many shapes":
+                    result["kernels"].append(
+                        {"name": launched[0].fn.__name__, **compile_for_hopper(*launched)}
+                    )
+        except Exception as error:
+            result["error"] = f"{type(error).__name__}: {error}"
+json.dump(results, sys.stdout, indent=1)
