@@ -3,6 +3,7 @@ unpickled.
 
 Taught in notebooks/06_qwen3.ipynb."""
 
+import dataclasses
 import errno
 import inspect
 import json
@@ -23,6 +24,7 @@ from minivllm.kernels import Kernels
 from minivllm.layers.embedding import Embedding
 from minivllm.layers.linear import FusedLinear, Linear
 from minivllm.layers.place import Place
+from minivllm.models.hf_config import config_from_hf
 from minivllm.models.registry import model_class
 from minivllm.parallel.group import SINGLE, TensorParallelGroup
 from minivllm.sampling_params import SamplingParams
@@ -109,7 +111,7 @@ def load_config(path: Path) -> ModelConfig:
         raise ConfigError(
             f"{path} has no config.json, so it is not a Hugging Face model directory."
         )
-    return ModelConfig.from_hf(config, load_generation_config(path), path)
+    return config_from_hf(config, load_generation_config(path), path)
 
 
 def load_generation_config(path: Path) -> dict[str, Any]:
@@ -192,6 +194,18 @@ def load_model(
         if isinstance(module, Linear):
             module.method.process_weights_after_loading(module)
     return model.eval()
+
+
+def weight_shapes(config: ModelConfig, group: TensorParallelGroup = SINGLE) -> set[tuple[int, int]]:
+    """[output features, input features] of every matrix product of the model, or of this rank's
+    share of them: found in a model of one layer that takes no memory.
+    """
+    one_layer, nowhere = dataclasses.replace(config, num_hidden_layers=1), torch.device("meta")
+    with nowhere:
+        model_cls = model_class(config.architecture)
+        model = model_cls(one_layer, Kernels.reference(), 1, nowhere, group)
+    weights = [layer.weight for layer in model.modules() if isinstance(layer, Linear)]
+    return {(weight.shape[0], weight.shape[1]) for weight in weights}
 
 
 def iterate_weights(path: Path) -> Iterator[tuple[str, torch.Tensor]]:

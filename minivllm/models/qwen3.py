@@ -8,26 +8,20 @@ follow the checkpoint's tensor names; q, k, v and gate, up are fused (layers/lin
 notebooks/06_qwen3.ipynb."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import nn
 
-from minivllm.config import ConfigFields, LayerOptions, ModelConfig
+from minivllm.config import LayerOptions, ModelConfig
 from minivllm.kernels import Kernels
 from minivllm.kernels.rotary import NormRope
 from minivllm.layers.attention import AttentionMetadata, ForwardContext, KVCache, attend
 from minivllm.layers.embedding import Embedding, OutputHead
-from minivllm.layers.linear import (
-    UNQUANTIZED,
-    FusedLinear,
-    Linear,
-    LinearMethod,
-    RowParallelLinear,
-)
+from minivllm.layers.linear import UNQUANTIZED, FusedLinear, LinearMethod, RowParallelLinear
 from minivllm.layers.mlp import SwiGLU
 from minivllm.layers.norm import RMSNorm
 from minivllm.layers.rotary import rope_table
+from minivllm.models.config_fields import ConfigFields
 from minivllm.parallel.group import SINGLE, TensorParallelGroup
 
 
@@ -68,8 +62,13 @@ class Attention(nn.Module):
         q, k, v = self.qkv_proj(hidden).split(self.qkv_sizes, dim=-1)
         query, key, value = (x.unflatten(-1, (-1, self.config.head_dim)) for x in (q, k, v))
         cache, metadata = context.caches[self.layer_index], context.metadata
-        weights = [None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm)]
-        norm_rope = NormRope(*weights, context.cos_sin, context.positions, self.config.rms_norm_eps)
+        norm_rope = NormRope(
+            None if self.q_norm is None else self.q_norm.weight,
+            None if self.k_norm is None else self.k_norm.weight,
+            context.cos_sin,
+            context.positions,
+            self.config.rms_norm_eps,
+        )
         query = self.kernels.qk_norm_rope_store(
             query, key, value, norm_rope, cache, metadata.slot_mapping
         )
@@ -181,15 +180,3 @@ class Qwen3ForCausalLM(nn.Module):
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, hidden_size] -> [R, vocab_size]."""
         return self.lm_head(hidden)
-
-
-def weight_shapes(config: ModelConfig, group: TensorParallelGroup = SINGLE) -> set[tuple[int, int]]:
-    """[output features, input features] of every matrix product of the model, or of this rank's
-    share: found in a model of one layer that takes no memory.
-    """
-    nowhere = torch.device("meta")
-    with nowhere:
-        layer = replace(config, num_hidden_layers=1)
-        model = Qwen3ForCausalLM(layer, Kernels.reference(), 1, nowhere, group)
-    products = [part for part in model.modules() if isinstance(part, Linear | OutputHead)]
-    return {tuple(part.weight.shape) for part in products}
