@@ -144,7 +144,7 @@ class _Timers:
         scheduler.update = self._timed("update", scheduler.update)
 
         class Waiting(StepResult):
-            def wait(self) -> list[int]:
+            def wait(self) -> list[list[int]]:
                 return waited(self)
 
         runner.execute = lambda batch: Waiting(**vars(execute(batch)))

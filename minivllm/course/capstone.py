@@ -106,9 +106,9 @@ PIECES = (
         _methods(
             "engine.scheduler:Scheduler",
             "schedule",
-            "_schedule_running",
-            "_schedule_waiting",
-            "_make_room",
+            "schedule_running",
+            "schedule_waiting",
+            "make_room",
         ),
     ),
     Piece("RMSNorm", "06", "rms_norm", _pair("norm", "rms_norm", "add_rms_norm")),

@@ -126,10 +126,10 @@ class RecordedLLM(LLM):
         self._sequences: list[Any] = []
         self._logits: dict[tuple[int, int], torch.Tensor] = {}
         self._tables: dict[int, list[int]] = {}
-        #: Logits of the step being run, of steps whose results the scheduler has not seen, and of
-        #: each graph.
+        #: Logits of the step being run, of steps whose results the scheduler has not seen (with
+        #: the order of their rows), and of each graph.
         self._fresh: torch.Tensor | None = None
-        self._in_flight: deque[torch.Tensor] = deque()
+        self._in_flight: deque[tuple[torch.Tensor, list[int]]] = deque()
         self._captured: dict[int, torch.Tensor] = {}
         if kernels is None:
             kernels = _engines_choice(path, attention_backend)
@@ -235,7 +235,7 @@ class RecordedLLM(LLM):
                     self._fresh = self._captured[min(n for n in self._captured if n >= rows)][
                         :rows
                     ].clone()
-                self._in_flight.append(self._fresh)
+                self._in_flight.append((self._fresh, result.sampled.order))
             return result
 
         runner.execute = recorded
@@ -258,8 +258,9 @@ class RecordedLLM(LLM):
                 return batch
 
             def update(self, batch: Any, token_ids: Any) -> Any:
-                logits = llm._in_flight.popleft().cpu() if batch.sampled else None
-                row_of = {id(item): row for row, item in enumerate(batch.sampled)}
+                logits, order = llm._in_flight.popleft() if batch.sampled else (None, [])
+                logits = None if logits is None else logits.cpu()
+                row_of = {id(batch.sampled[place]): row for row, place in enumerate(order)}
                 accepted = super().update(batch, token_ids)
                 for item in accepted:
                     key = item.sequence.seq_id, item.sample_position
