@@ -29,7 +29,7 @@ from minivllm.kernels import Kernels
 from minivllm.kernels.cpu import choose_onednn
 from minivllm.kernels.online_softmax import softmax, softmax_reference
 from minivllm.kernels.rotary import NormRope
-from minivllm.models.qwen3 import weight_shapes
+from minivllm.models.loader import weight_shapes
 from minivllm.parallel.launch import pick_device
 
 #: (sequences, new tokens each, context each, the new tokens included)

@@ -51,7 +51,9 @@ def shape_config(name: str) -> ModelConfig:
     """The shape as the engine sees it. ValueError lists the names that there are."""
     if name not in SHAPES:
         raise ValueError(f"No shape {name!r}; there are: {', '.join(SHAPES)}.")
-    return ModelConfig.from_hf(SHAPES[name])
+    from minivllm.models.hf_config import config_from_hf  # brings torch
+
+    return config_from_hf(SHAPES[name])
 
 
 @contextmanager

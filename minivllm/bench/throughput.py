@@ -32,7 +32,7 @@ from minivllm.bench.running import drain
 from minivllm.bench.timing import measure_rates, rates_of
 from minivllm.errors import ConfigError
 from minivllm.kernels import Kernels
-from minivllm.layers.linear import FusedLinear, Linear
+from minivllm.layers.linear import Linear
 from minivllm.llm import LLM
 from minivllm.sampling_params import SamplingParams
 
@@ -139,7 +139,7 @@ def gemm_floor(
     with the engine's own product and the model's matrices in their order: they come from memory as
     they do in a step, not from the cache.
     """
-    linears = [module for module in model.modules() if isinstance(module, FusedLinear | Linear)]
+    linears = [layer for layer in model.model.modules() if isinstance(layer, Linear)]
     weights, product = [linear.weight for linear in linears], linears[0].kernels.linear
 
     def seconds(rows: int, matrices: list[torch.Tensor]) -> float:

@@ -38,8 +38,7 @@ from minivllm.errors import SchedulerStalledError, UnsupportedFeatureError
 from minivllm.kernels import Kernels
 from minivllm.kernels.cpu import choose_onednn
 from minivllm.kernels.sampling import NOT_A_TOKEN
-from minivllm.models.loader import load_config
-from minivllm.models.qwen3 import weight_shapes
+from minivllm.models.loader import load_config, weight_shapes
 from minivllm.parallel.group import SINGLE, TensorParallelGroup
 from minivllm.parallel.launch import EngineRanks, pick_device
 from minivllm.sampling_params import SamplingParams

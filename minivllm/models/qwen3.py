@@ -1,32 +1,27 @@
 """Qwen3, and through the same decoder Qwen2, Qwen2.5 and Llama (qwen2.py, llama.py): they differ in
 biases and in QK-norm only.
 
-A block reads the residual stream, normalises, attends, adds; normalises, applies the MLP, adds. The
-additions are fused into the next norm, so `hidden` (what a block has just produced) and `residual`
-(the stream before it) travel together. Module names follow the checkpoint's tensor names; q, k, v
-and gate, up are fused (layers/linear.py). Taught in notebooks/06_qwen3.ipynb."""
+A block reads the residual stream twice. It normalises, attends, and adds the result to the stream;
+it normalises, applies the MLP, and adds again. The additions are fused into the next norm. So
+`hidden` (the newest result) and `residual` (the stream before it) travel together. Module names
+follow the checkpoint's tensor names; q, k, v and gate, up are fused (layers/linear.py). Taught in
+notebooks/06_qwen3.ipynb."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import nn
 
-from minivllm.config import ConfigFields, LayerOptions, ModelConfig
+from minivllm.config import LayerOptions, ModelConfig
 from minivllm.kernels import Kernels
 from minivllm.kernels.rotary import NormRope
 from minivllm.layers.attention import AttentionMetadata, ForwardContext, KVCache, attend
 from minivllm.layers.embedding import Embedding, OutputHead
-from minivllm.layers.linear import (
-    UNQUANTIZED,
-    FusedLinear,
-    Linear,
-    LinearMethod,
-    RowParallelLinear,
-)
+from minivllm.layers.linear import UNQUANTIZED, FusedLinear, LinearMethod, RowParallelLinear
 from minivllm.layers.mlp import SwiGLU
 from minivllm.layers.norm import RMSNorm
 from minivllm.layers.rotary import rope_table
+from minivllm.models.config_fields import ConfigFields
 from minivllm.parallel.group import SINGLE, TensorParallelGroup
 
 
@@ -102,8 +97,8 @@ class DecoderLayer(nn.Module):
     def forward(
         self, hidden: torch.Tensor, residual: torch.Tensor | None, context: ForwardContext
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(hidden, residual) -> (hidden, residual), each [T, hidden_size]; the stream is their
-        sum.
+        """(hidden, residual) -> (hidden, residual), each [T, hidden_size]; their sum is the
+        stream. residual is None in the first block.
         """
         hidden, residual = self.input_layernorm(hidden, residual)
         hidden = self.self_attn(hidden, context)
@@ -185,15 +180,3 @@ class Qwen3ForCausalLM(nn.Module):
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, hidden_size] -> [R, vocab_size]."""
         return self.lm_head(hidden)
-
-
-def weight_shapes(config: ModelConfig, group: TensorParallelGroup = SINGLE) -> set[tuple[int, int]]:
-    """[output features, input features] of every matrix product of the model, or of this rank's
-    share: found in a model of one layer that takes no memory.
-    """
-    nowhere = torch.device("meta")
-    with nowhere:
-        layer = replace(config, num_hidden_layers=1)
-        model = Qwen3ForCausalLM(layer, Kernels.reference(), 1, nowhere, group)
-    products = [part for part in model.modules() if isinstance(part, Linear | OutputHead)]
-    return {(part.weight.shape[0], part.weight.shape[1]) for part in products}

@@ -24,8 +24,7 @@ from minivllm.bundled import BUNDLED_MODEL_PATH
 from minivllm.engine.scheduler import Scheduler
 from minivllm.kernels import Fused
 from minivllm.kernels.cpu import choose_onednn
-from minivllm.models.loader import load_config
-from minivllm.models.qwen3 import weight_shapes
+from minivllm.models.loader import load_config, weight_shapes
 from minivllm.outputs import RequestOutput
 from support.checkpoints import (
     MARGIN_FACTOR,
