@@ -1,5 +1,5 @@
-"""Models as shapes: speed does not depend on what the weights are, so a config.json is enough to
-measure with.
+"""The shapes of models. Speed does not depend on the values of the weights, so a config.json is
+enough to measure with.
 
 The numbers are those of the published checkpoints' config.json. `tiny` is for a laptop.
 """
