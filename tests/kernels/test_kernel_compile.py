@@ -42,7 +42,7 @@ def compiled() -> dict:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(SCRIPT.parents[2])
     done = subprocess.run(
-        [sys.executable, SCRIPT],
+        [sys.executable, "-P", SCRIPT],
         capture_output=True,
         text=True,
         env=environment,
