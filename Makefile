@@ -49,10 +49,11 @@ lab: $(VENV)/.stamp-lab  ## Open the course in JupyterLab; installs what its exe
 setup: $(VENV)/.stamp-dev  ## Install everything (demo, lab and tests) into .venv
 	@$(PY) -m minivllm doctor
 
-lint: $(VENV)/.stamp-dev  ## Style, formatting, and who imports whom
+lint: $(VENV)/.stamp-dev  ## Style, formatting, who imports whom, and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/lint-imports --no-logo --no-cache
+	$(PY) -m mypy
 
 # A worker a core with one thread each: on small models a second thread of a matrix product brings nothing.
 test: lint  ## Run every test: units, parity, notebooks, exercises

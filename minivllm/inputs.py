@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NotRequired, TypeAlias, TypedDict
 
+from minivllm.compat.calls import did_you_mean
 from minivllm.errors import InvalidTokenError, RequestError, SamplingParamsError
 from minivllm.sampling_params import SamplingParams
-from minivllm.unsupported import did_you_mean
 
 Message: TypeAlias = Mapping[str, Any]
 
@@ -148,8 +148,8 @@ def describe_prompt(prompt: Any) -> tuple[str | None, list[int]]:
     except RequestError:
         ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else prompt
         text = prompt.get("prompt") if isinstance(prompt, Mapping) else None
-        is_list = isinstance(ids, list | tuple)
-        return text if isinstance(text, str) else None, list(ids) if is_list else []
+        known = list(ids) if isinstance(ids, list | tuple) else []
+        return text if isinstance(text, str) else None, known
     return parsed.text, parsed.token_ids or []
 
 

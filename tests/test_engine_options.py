@@ -5,8 +5,10 @@ said.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +19,12 @@ import pytest
 import torch
 
 from minivllm import LLM
-from minivllm.config import EngineArgs, EngineConfig, ModelConfig
+from minivllm.bundled import BUNDLED_MODEL_PATH
+from minivllm.config import EngineArgs, EngineConfig, ModelConfig, ResolvedConfig
 from minivllm.engine import memory, model_runner
+from minivllm.engine.engine_core import EnginePieces
 from minivllm.errors import ConfigError, MiniVLLMError, OutOfMemoryError
+from minivllm.models.loader import load_config
 from minivllm.parallel.launch import pick_device
 from minivllm.validation import annotations_of
 from support.checkpoints import write_checkpoint
@@ -457,3 +462,30 @@ def test_options_are_the_same_on_the_command_line() -> None:
     assert done.returncode == 2
     assert "gpu_memory_utilization is a number" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# --- what an editor and help() show ---------------------------------------------------------------
+
+
+def test_llm_shows_every_option() -> None:
+    """Its arguments are the config's fields, with the same defaults, and the engine's pieces."""
+    shown = inspect.signature(LLM.__init__).parameters
+    options = {field.name: field.default for field in dataclasses.fields(EngineConfig)}
+    assert {name: shown[name].default for name in options} == options
+    pieces = {field.name: field.default for field in dataclasses.fields(EnginePieces)}
+    assert {name: shown[name].default for name in pieces} == pieces
+    assert set(shown) == {"self", "model", "group", "vllm_options", *options, *pieces}
+    for name in set(shown) - {"self"}:
+        assert shown[name].annotation not in (inspect.Parameter.empty, Any) or name[:4] == "vllm"
+        assert re.search(rf"\b{name}\b", LLM.__doc__ or ""), f"{name} is not explained"
+
+
+def test_a_resolved_config_has_a_value_for_everything() -> None:
+    model = load_config(BUNDLED_MODEL_PATH)
+    resolved = EngineConfig().resolve(model, "cpu")
+    assert isinstance(resolved, ResolvedConfig)
+    assert None not in vars(resolved).values()
+    assert "auto" not in (resolved.dtype, resolved.device, resolved.attention_backend)
+    assert resolved.num_kv_blocks == 0  # not known before the model is loaded
+    with pytest.raises(ConfigError, match="block_size"):
+        dataclasses.replace(resolved, block_size=None)

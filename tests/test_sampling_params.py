@@ -16,6 +16,7 @@ import tokenizers
 import torch
 
 from minivllm import LLM, RequestOutputKind, SamplingParams
+from minivllm.compat.calls import PARAMETERS
 from minivllm.engine.input_processor import InputProcessor
 from minivllm.engine.sampler import FIT_FOR_GRAPHS, Sampler
 from minivllm.engine.sequence import Sequence
@@ -26,7 +27,6 @@ from minivllm.errors import (
     UnsupportedParameterError,
 )
 from minivllm.kernels import Kernels
-from minivllm.unsupported import PARAMETERS
 from support.checkpoints import TransformersReference, write_checkpoint
 
 VOCAB = 48

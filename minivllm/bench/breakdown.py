@@ -9,7 +9,7 @@ waits for the CPU. And under `torch.profiler`: which kernels ran, and how long.
     time beyond its graph)
 
 Where there is no graph, the time between the kernels of a step is taken from the profile. There a
-step begins again where a kernel that runs once a step runs again, and the longest gap before that
+step begins again where a kernel that runs once per step runs again, and the longest gap before that
 is the one between two steps; Python launches every kernel, and the gaps too are its doing. Taught
 in notebooks/10_measuring.ipynb.
 """
@@ -104,7 +104,7 @@ def split_steps(intervals: Sequence[Interval], num_steps: int) -> list[dict[str,
 
 
 def by_name(intervals: Sequence[Interval], num_steps: int) -> list[dict[str, Any]]:
-    """Microseconds and calls a step of each name, the longest first; beyond `MOST_NAMES` they are
+    """Microseconds and calls per step of each name, the longest first; beyond `MOST_NAMES` they are
     one row.
     """
     times: dict[str, list[float]] = defaultdict(list)
@@ -127,7 +127,7 @@ def by_name(intervals: Sequence[Interval], num_steps: int) -> list[dict[str, Any
 
 
 def _short(name: str) -> str:
-    """Without template arguments, which fill lines."""
+    """A kernel's name without its template arguments, which are long."""
     name = name.removeprefix("void ")
     return name if len(name) <= 90 else f"{name[:87]}..."
 
@@ -166,7 +166,7 @@ class _Timers:
 
 
 def cpu_parts(engine: LLMEngine, num_steps: int) -> dict[str, float]:
-    """Milliseconds a step of the CPU's parts; "wait for the GPU" is what the CPU had to spare."""
+    """Milliseconds per step of the CPU's parts; in "wait for the GPU" the CPU has nothing to do."""
     timers = _Timers(engine)
     try:
         total = sum(timed_steps(engine, num_steps))
@@ -238,7 +238,7 @@ def profile_cpu(engine: LLMEngine, num_steps: int) -> list[dict[str, Any]]:
 def gpu_summary(
     intervals: list[Interval], num_steps: int, step_us: float, replay_us: float | None = None
 ) -> dict[str, Any]:
-    """Milliseconds a step: kernels, gaps between them, and exposed CPU time.
+    """Milliseconds per step: kernels, gaps between them, and exposed CPU time.
 
     step_us: a step's time without the profiler. replay_us: of its graph, see `graph_us`.
     """
@@ -307,7 +307,7 @@ def one_engine(
         try:
             decode(num_requests)
             times = timed_steps(engine, num_steps)
-            # the mean would have what Python's collector took, now and then
+            # the mean would include the runs of Python's garbage collector
             step_us = 1e6 * statistics.median(times)
             row: dict[str, Any] = {
                 "step_seconds": percentiles(times),

@@ -16,7 +16,7 @@ from minivllm.config import ModelConfig
 
 @dataclass(frozen=True)
 class Rates:
-    """What a machine can do: bytes read a second, operations of matrix products a second."""
+    """What a machine can do: bytes read per second, operations of matrix products per second."""
 
     read_bytes_per_second: float
     matmul_flops_per_second: float
@@ -73,5 +73,5 @@ def causal_pairs(query_len: int, context: int) -> int:
 def attention_bytes(
     query_len: int, context: int, heads: int, kv_heads: int, head_dim: int, element: int
 ) -> int:
-    """Queries and outputs once, keys and values of the context once. element: bytes a number."""
+    """Queries and outputs once, keys and values of the context once. element: bytes per number."""
     return (2 * query_len * heads + 2 * context * kv_heads) * head_dim * element

@@ -60,8 +60,8 @@ def _all_decoding(engine: LLMEngine) -> bool:
 
 
 def timed_steps(engine: LLMEngine, num_steps: int) -> list[float]:
-    """Seconds of each step. With overlap a step returns when the one before it has been looked at:
-    same rhythm.
+    """Seconds of each step. With overlap a step returns when the results of the one before it
+    have been read: the time between returns is the same.
     """
     times = []
     for _ in range(num_steps):

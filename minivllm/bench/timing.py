@@ -27,7 +27,7 @@ MOST_SETS = 256
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds a call; timed_as: "graph", "events" or "clock"."""
+    """Microseconds per call; timed_as: "graph", "events" or "clock"."""
 
     median_us: float
     min_us: float
@@ -46,7 +46,7 @@ def num_sets(bytes_per_set: int, device: torch.device) -> int:
 def measure(
     calls: Sequence[Call], device: torch.device, *, graph: bool = True, seconds: float = 0.2
 ) -> Timing:
-    """Time a call, over and over through `calls`, for about so many seconds after a warm-up."""
+    """Time the calls, one after the other and again, for about so many seconds after a warm-up."""
     if device.type != "cuda":
         return _measure_clock(calls, seconds)
     for call in [*calls, *calls[:3]]:  # compiles, and fills what is made once

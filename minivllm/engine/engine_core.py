@@ -36,7 +36,6 @@ from minivllm.errors import SchedulerStalledError, UnsupportedFeatureError
 from minivllm.kernels import Kernels
 from minivllm.kernels.sampling import NOT_A_TOKEN
 from minivllm.models.loader import load_config
-from minivllm.models.qwen3 import Qwen3ForCausalLM
 from minivllm.parallel.group import TensorParallelGroup
 from minivllm.parallel.launch import EngineRanks, pick_device
 from minivllm.sampling_params import SamplingParams
@@ -47,13 +46,13 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class EnginePieces:
     """What an engine is made of; your own in place of the package's. kernels: None chooses them by
-    the backend.
+    the backend; model_cls: None takes the registry's for the checkpoint's architecture.
     """
 
     kernels: Kernels | None = None
     block_manager_cls: Callable[..., BlockManager] = BlockManager
     scheduler_cls: Callable[..., Scheduler] = Scheduler
-    model_cls: Callable[..., Any] = Qwen3ForCausalLM
+    model_cls: Callable[..., Any] | None = None
     build_batch: Callable[..., Any] = build_batch
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minivllm import errors
-from minivllm.config import EngineConfig, ModelConfig
+from minivllm.config import ModelConfig, ResolvedConfig
 from minivllm.inputs import ParsedPrompt, PromptType, check_params, parse_prompt
 from minivllm.models.loader import default_sampling_params
 from minivllm.sampling_params import SamplingParams
@@ -41,7 +41,7 @@ class InputProcessor:
         self,
         path: Path,
         model_config: ModelConfig,
-        config: EngineConfig,
+        config: ResolvedConfig,
         tokenizer: Tokenizer | None,
     ) -> None:
         self.path, self.config, self.tokenizer = path, config, tokenizer
@@ -82,21 +82,23 @@ class InputProcessor:
 
     def _encode(self, prompt: ParsedPrompt) -> list[int]:
         """Token ids, each of which the model knows."""
-        token_ids = prompt.token_ids
-        if token_ids is None:
-            if self.tokenizer is None:
-                raise errors.TokenizerRequiredError(
-                    "This engine has no tokenizer; give the prompt as token ids."
-                )
-            token_ids = self.tokenizer.encode(prompt.text)
+        tokenizer = self.tokenizer
+        if prompt.token_ids is not None:
+            token_ids = prompt.token_ids
+        elif tokenizer is not None:
+            token_ids = tokenizer.encode(prompt.text or "")
+        else:
+            raise errors.TokenizerRequiredError(
+                "This engine has no tokenizer; give the prompt as token ids."
+            )
         if not token_ids or (min(token_ids) >= 0 and max(token_ids) < self.vocab_size):
             return token_ids
         bad = next(t for t in token_ids if not 0 <= t < self.vocab_size)
-        if prompt.token_ids is not None:
+        if prompt.token_ids is not None or tokenizer is None:
             raise errors.InvalidTokenError(
                 f"Token id {bad} is not an integer from 0 to {self.vocab_size - 1}."
             )
-        text = self.tokenizer.decode([bad], skip_special_tokens=False)
+        text = tokenizer.decode([bad], skip_special_tokens=False)
         raise errors.InvalidTokenError(
             f"The tokenizer makes token {bad} of {text!r} in the prompt, and the model's vocabulary"
             f" ends at {self.vocab_size - 1}. Leave it out, or use the tokenizer of this"
@@ -161,8 +163,11 @@ class InputProcessor:
 
     def _count_all(self, params: SamplingParams) -> SamplingParams:
         """Say the whole vocabulary as a number."""
-        names = [n for n in ("logprobs", "prompt_logprobs") if getattr(params, n) == -1]
-        return replace(params, **dict.fromkeys(names, self.vocab_size)) if names else params
+        if params.logprobs == -1:
+            params = replace(params, logprobs=self.vocab_size)
+        if params.prompt_logprobs == -1:
+            params = replace(params, prompt_logprobs=self.vocab_size)
+        return params
 
     def _encode_bad_words(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
         """Token sequences of the words: at the start of a text, and after a space.
@@ -171,9 +176,12 @@ class InputProcessor:
         it only if both have as many tokens, and so lets " fox" pass where "fox" is two tokens.
         """
         found: dict[tuple[int, ...], None] = {}
+        tokenizer = self.tokenizer
+        if tokenizer is None:  # then there are no words: `_check_params` has refused them
+            return ()
         for word in words:
             plain, spaced = (
-                tuple(self.tokenizer.encode(space + word.lstrip(), add_special_tokens=False))
+                tuple(tokenizer.encode(space + word.lstrip(), add_special_tokens=False))
                 for space in ("", " ")
             )
             if not plain:

@@ -34,8 +34,6 @@ import xxhash
 from minivllm import errors
 from minivllm.bundled import BUNDLED_MODEL_PATH
 from minivllm.config import EngineArgs, EngineConfig
-from minivllm.engine.batch import build_batch
-from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.engine_core import EngineCore, EnginePieces
 from minivllm.engine.input_processor import EngineInput, InputProcessor, in_our_order
 from minivllm.engine.model_runner import ModelRunner
@@ -44,9 +42,7 @@ from minivllm.engine.scheduler import Scheduler, SchedulerStats
 from minivllm.engine.sequence import Sequence
 from minivllm.engine.trace import Trace
 from minivllm.inputs import PromptType
-from minivllm.kernels import Kernels
 from minivllm.models.loader import load_config, resolve_model_path
-from minivllm.models.qwen3 import Qwen3ForCausalLM
 from minivllm.outputs import RequestMetrics, RequestOutput
 from minivllm.parallel.group import TensorParallelGroup
 from minivllm.sampling_params import SamplingParams
@@ -91,31 +87,30 @@ def _changes_engine(method: Callable) -> Callable:
 class LLMEngine:
     """Continuous batching over one model.
 
-    model: None (the bundled one), a directory, or a Hugging Face hub id. options: the fields of
-    `EngineConfig`. kernels, block_manager_cls, scheduler_cls, model_cls, build_batch: your own
-    pieces in place of the package's. group: of ranks that have met already; otherwise
-    tensor_parallel_size > 1 starts them, or finds torchrun's.
+    model: None (the bundled one), a directory, or a Hugging Face hub id. config: how it runs; its
+    fields may be given as keyword arguments instead. pieces: your own in place of the package's.
+    group: of ranks that have met already; otherwise tensor_parallel_size > 1 starts them, or finds
+    torchrun's.
     """
 
     def __init__(
         self,
         model: str | Path | None = None,
         *,
-        kernels: Kernels | None = None,
-        block_manager_cls: Callable[..., BlockManager] = BlockManager,
-        scheduler_cls: Callable[..., Scheduler] = Scheduler,
-        model_cls: Callable[..., Any] = Qwen3ForCausalLM,
-        build_batch: Callable[..., Any] = build_batch,
+        config: EngineConfig | None = None,
+        pieces: EnginePieces | None = None,
         group: TensorParallelGroup | None = None,
         **options: Any,
     ) -> None:
-        pieces = EnginePieces(kernels, block_manager_cls, scheduler_cls, model_cls, build_batch)
-        config = EngineConfig.from_options(options)
+        if config is None:
+            config = EngineConfig.from_options(options)
+        elif options:
+            raise errors.ConfigError(f"Give {', '.join(options)} in the config, or no config.")
         self.model_path = BUNDLED_MODEL_PATH if model is None else resolve_model_path(model)
-        # what is no model directory is said so, before its tokenizer is missed
+        # What is no model directory is said so, before its tokenizer is missed.
         load_config(self.model_path)
         self.tokenizer = None if config.skip_tokenizer_init else Tokenizer(self.model_path)
-        self.core = EngineCore(self.model_path, config, pieces, group)
+        self.core = EngineCore(self.model_path, config, pieces or EnginePieces(), group)
         self.model_config, self.config = self.core.model_config, self.core.config
         self.input_processor = InputProcessor(
             self.model_path, self.model_config, self.config, self.tokenizer
@@ -128,9 +123,8 @@ class LLMEngine:
         self._step_time = 0.0
         self._is_cut_short = False
         self._is_closed = False
-        self._inside: dict[
-            str, int
-        ] = {}  # "thread" -> the one that is in a method which changes the engine
+        #: "thread" -> the one that is in a method which changes the engine
+        self._inside: dict[str, int] = {}
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs) -> LLMEngine:

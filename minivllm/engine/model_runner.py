@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from minivllm.config import EngineConfig, ModelConfig
+from minivllm.config import ModelConfig, ResolvedConfig
 from minivllm.engine.batch import BatchInputs, BatchRow, build_batch
 from minivllm.engine.cuda_graphs import DecodeGraphs, DecodeState, graph_sizes
 from minivllm.engine.memory import check_memory, typed_start_errors
@@ -22,8 +22,7 @@ from minivllm.engine.sequence import PENDING, ScheduledBatch, ScheduledSequence
 from minivllm.errors import ConfigError, OutOfMemoryError
 from minivllm.kernels import Kernels
 from minivllm.layers.attention import KVCache
-from minivllm.models.loader import load_model
-from minivllm.models.qwen3 import Qwen3ForCausalLM
+from minivllm.models.loader import LoadOptions, load_model
 from minivllm.parallel.group import SINGLE, TensorParallelGroup
 
 # on a CPU the cache has a modest size, never a share of the machine's memory
@@ -51,16 +50,16 @@ class StepResult:
 
 
 class ModelRunner:
-    """config must be resolved (`EngineConfig.resolve`); num_kv_blocks may still be None."""
+    """config: its num_kv_blocks may be 0, which means as many as fit."""
 
     def __init__(
         self,
         path: Path,
         model_config: ModelConfig,
-        config: EngineConfig,
+        config: ResolvedConfig,
         kernels: Kernels,
         *,
-        model_cls: Callable[..., nn.Module] = Qwen3ForCausalLM,
+        model_cls: Callable[..., nn.Module] | None = None,
         build_batch: Callable[..., BatchInputs] = build_batch,
         group: TensorParallelGroup = SINGLE,
     ) -> None:
@@ -76,18 +75,15 @@ class ModelRunner:
         self.kv_caches: list[KVCache] = []
         with self._released_on_failure(), typed_start_errors(self.device.type):
             check_memory(model_config, config, group.size, self._cpu_cache_bytes())
-            self.model = load_model(
-                path,
-                model_config,
-                kernels,
+            options = LoadOptions(
                 dtype=self.dtype,
                 device=self.device,
                 max_position=config.max_model_len,
                 load_format=config.load_format,
                 seed=config.seed,
                 model_cls=model_cls,
-                group=group,
             )
+            self.model = load_model(path, model_config, kernels, options, group)
             num_slots, max_blocks = (
                 config.max_num_seqs,
                 -(-config.max_model_len // config.block_size),

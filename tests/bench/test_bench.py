@@ -14,12 +14,13 @@ from typer.testing import CliRunner
 from minivllm import LLM
 from minivllm.bench import breakdown, kernels, latency, record, report, roofline, throughput
 from minivllm.bench.breakdown import Interval
+from minivllm.bench.cases import CASES, KERNELS, Workload
 from minivllm.bench.costs import ModelCosts, Rates, attention_bytes, attention_flops, causal_pairs
 from minivllm.bench.report import Deadline, attempt, environment, percentiles, recorded, spread
 from minivllm.bench.roofline import Step, case_floor, floor_of, steps_of
 from minivllm.bench.running import drain, start_decoding, timed_steps
 from minivllm.bench.shapes import SHAPES, shape_config, shape_directory
-from minivllm.bench.throughput import CASES, Workload, minivllm_runner, run_cases
+from minivllm.bench.throughput import minivllm_runner, run_cases
 from minivllm.bench.timing import Timing, measure, num_sets
 from minivllm.bench.yours import your_gpu
 from minivllm.cli.bench import app
@@ -168,7 +169,6 @@ def small_cases(monkeypatch: pytest.MonkeyPatch) -> None:
         "one": Workload(1, (8, 8), (6, 6), 0, 0.6),
         "two": Workload(3, (20, 40), (1, 1), 0, 0.6),
     }
-    monkeypatch.setattr("minivllm.bench.throughput.CASES", small)
     monkeypatch.setattr("minivllm.cli.bench.CASES", small)
 
 
@@ -368,12 +368,12 @@ def test_roofline_refuses_what_is_no_report_of_cases() -> None:
 
 @pytest.fixture(scope="module")
 def kernel_report() -> dict[str, Any]:
-    return kernels.run("tiny", device="cpu", seconds=0.002)
+    return kernels.run("tiny", device="cpu", budget=kernels.Budget(0.002))
 
 
 def test_every_kernel_is_measured_and_agrees_with_torch(kernel_report: dict[str, Any]) -> None:
     rows = kernel_report["rows"]
-    assert {row["kernel"] for row in rows} == set(kernels.NAMES) - {
+    assert {row["kernel"] for row in rows} == set(KERNELS) - {
         "qk_norm_rope_store"
     }  # fused on a GPU only
     assert not [row for row in rows if "failed" in row]
@@ -429,14 +429,16 @@ def test_a_kernel_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
             "reference",
             staticmethod(lambda: kernels.Kernels(**{**vars(reference), "rms_norm": broken})),
         )
-        rows = kernels.run("tiny", device="cpu", names=("rms_norm", "silu_mul"), seconds=0.001)[
-            "rows"
-        ]
+        rows = kernels.run(
+            "tiny", device="cpu", names=("rms_norm", "silu_mul"), budget=kernels.Budget(0.001)
+        )["rows"]
     assert {row["failed"] for row in rows if row["kernel"] == "rms_norm"} == {
         "RuntimeError: out of luck"
     }
     assert not [row for row in rows if row["kernel"] == "silu_mul" and "failed" in row]
-    late = kernels.run("tiny", device="cpu", names=("silu_mul",), max_seconds=0)["rows"]
+    late = kernels.run(
+        "tiny", device="cpu", names=("silu_mul",), budget=kernels.Budget(max_seconds=0)
+    )["rows"]
     assert all("time bound" in row["failed"] for row in late)
 
 

@@ -129,9 +129,9 @@ def test_stats_say_what_it_took(checkpoint):
 
 
 def test_control_characters_of_a_model_stay_out_of_the_terminal(capsys):
-    from minivllm.cli.app import _write
+    from minivllm.cli.stdio import write
 
-    _write("a\x1b[31mb\x07\tc\nd\x9b é 👩‍🚀")
+    write("a\x1b[31mb\x07\tc\nd\x9b é 👩‍🚀")
     assert capsys.readouterr().out == "a[31mb\tc\nd é 👩‍🚀"
 
 
@@ -184,7 +184,7 @@ TRUTH = {
 
 @pytest.mark.parametrize("truth", [True, False])
 def test_engine_options_take_every_word_for_on_and_off(truth):
-    from minivllm.cli.app import _engine_options
+    from minivllm.cli.options import engine_options
 
     names = [
         field.name
@@ -193,7 +193,7 @@ def test_engine_options_take_every_word_for_on_and_off(truth):
     ]
     assert {"enable_prefix_caching", "enforce_eager", "async_scheduling", "trace"} <= set(names)
     for word in TRUTH[truth]:
-        options = _engine_options([f"{name.replace('_', '-')}={word}" for name in names])
+        options = engine_options([f"{name.replace('_', '-')}={word}" for name in names])
         assert all(options[name] is truth for name in names), word
 
 
@@ -215,9 +215,9 @@ def test_engine_options_take_every_word_for_on_and_off(truth):
     ],
 )
 def test_engine_options_are_read_by_their_type(assignment, value):
-    from minivllm.cli.app import _engine_options
+    from minivllm.cli.options import engine_options
 
-    [found] = _engine_options([assignment]).values()
+    [found] = engine_options([assignment]).values()
     assert found == value
     assert type(found) is type(value)
 
@@ -403,58 +403,60 @@ class FakeLLM:
             yield StreamOutput("0", 0, 0, piece, [1])
 
 
+def talk(monkeypatch: pytest.MonkeyPatch, strikes: set[int]) -> tuple[list[str], int]:
+    """A chat of two lines, with Ctrl-C struck before these lines of chat.py; (what was said, how
+    many lines of chat.py ran).
+    """
+    from minivllm.cli import chat
+
+    typed = iter(["first", "second", "/exit"])
+    count = 0
+
+    def read(_: str) -> str:
+        try:
+            return next(typed)
+        except StopIteration:  # "/exit" was dropped by a Ctrl-C
+            raise EOFError from None
+
+    def at_every_line(frame, event, argument):
+        nonlocal count
+        if frame.f_code.co_filename != chat.__file__ or frame.f_code.co_name == "_on_interrupt":
+            return None
+        if event == "line":
+            count += 1
+            if count in strikes:
+                signal.raise_signal(signal.SIGINT)
+        return at_every_line
+
+    monkeypatch.setattr("builtins.input", read)
+    conversation = chat.Chat(FakeLLM(), SamplingParams(max_tokens=4), None, True)
+    sys.settrace(at_every_line)
+    try:
+        conversation.run()
+    finally:
+        sys.settrace(None)
+    return [message["content"] for message in conversation._messages], count
+
+
 def test_control_c_at_any_line_of_the_chat_loses_no_turn(monkeypatch, capsys):
     """Struck once, and twice in a row, at every line that runs in chat.py, while a person types and
     reads.
     """
-    from minivllm.cli import chat, stdio
-
-    def talk(strikes: set[int]) -> tuple[chat.Chat, int]:
-        typed = iter(["first", "second", "/exit"])
-        count = 0
-
-        def read(_: str) -> str:
-            try:
-                return next(typed)
-            except StopIteration:  # "/exit" was dropped by a Ctrl-C
-                raise EOFError from None
-
-        def at_every_line(frame, event, argument):
-            nonlocal count
-            if frame.f_code.co_filename != chat.__file__ or frame.f_code.co_name == "_on_interrupt":
-                return None
-            if event == "line":
-                count += 1
-                if count in strikes:
-                    signal.raise_signal(signal.SIGINT)
-            return at_every_line
-
-        monkeypatch.setattr("builtins.input", read)
-        conversation = chat.Chat(FakeLLM(), SamplingParams(max_tokens=4), None, True)
-        sys.settrace(at_every_line)
-        try:
-            conversation.run()
-        finally:
-            sys.settrace(None)
-        return conversation, count
-
     before = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        whole, num_lines = talk(set())
-        turns = [message["content"] for message in whole._messages]
+        turns, num_lines = talk(monkeypatch, set())
         assert turns == ["first", "abc", "second", "abc"]
         assert num_lines > 60
         for number in range(5, num_lines):  # from the handler's being there to its being taken away
             for strikes in ({number}, {number, number + 1}, {number, number + 2, number + 3}):
                 try:
-                    conversation, _ = talk(strikes)
+                    found, _ = talk(monkeypatch, strikes)
                 except KeyboardInterrupt:
                     assert number < 8 or number > num_lines - 8, (
                         f"line {number} of {num_lines} ended the chat"
                     )
                     continue
-                found = [message["content"] for message in conversation._messages]
                 assert found[::2] in ([], ["first"], ["second"], ["first", "second"]), (
                     number,
                     found,
@@ -463,7 +465,6 @@ def test_control_c_at_any_line_of_the_chat_loses_no_turn(monkeypatch, capsys):
                 assert len(found) % 2 == 0
     finally:
         signal.signal(signal.SIGINT, before)
-    assert stdio.INTERRUPTED == 130
 
 
 def test_control_c_while_a_step_hangs(capsys):
@@ -746,7 +747,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_model_is_loaded(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        "minivllm.cli.app._open_llm", lambda *_, **__: pytest.fail("the model was loaded")
+        f"minivllm.cli.{command[0]}.open_llm", lambda *_, **__: pytest.fail("the model was loaded")
     )
     output = " ".join(
         run(*command, path, *(["hi"] if command[0] == "trace" else []), code=2).split()
@@ -923,7 +924,7 @@ def test_a_file_that_fails_is_not_taken_for_standard_output(monkeypatch, capsys)
     def fails(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("minivllm.cli.app._load_trace", fails)
+    monkeypatch.setattr("minivllm.cli.trace._load_trace", fails)
     with pytest.raises(SystemExit) as end:
         app(["trace", "--show", "x.json"])
     assert end.value.code == 1
@@ -937,7 +938,7 @@ def test_what_may_happen_is_no_traceback(monkeypatch, capsys, raised, code):
     def fails(*_: object) -> None:
         raise raised
 
-    monkeypatch.setattr("minivllm.cli.app._load_trace", fails)
+    monkeypatch.setattr("minivllm.cli.trace._load_trace", fails)
     with pytest.raises(SystemExit) as end:
         app(["trace", "--show", "x.json"])
     said = capsys.readouterr().err
@@ -1074,8 +1075,18 @@ def test_version_and_help_of_every_command():
     listed = run("--help")
     for command in ("generate", "chat", "demo", "trace", "bench", "doctor"):
         assert command in listed
-        if command != "bench":
-            assert "Usage: minivllm" in run(command, "--help", prog_name="minivllm")
+        assert "Usage: minivllm" in run(command, "--help", prog_name="minivllm")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["bench", "throughput", "--help"], ["course"]])
+def test_what_computes_nothing_needs_no_torch(arguments):
+    code = (
+        "import sys; from minivllm.cli.app import app\n"
+        f"try: app({arguments!r})\n"
+        "except SystemExit as end: assert end.code in (None, 0), end.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT, timeout=60)
 
 
 def findings(monkeypatch, **changes):
@@ -1117,6 +1128,25 @@ def test_doctor_reports_missing_packages_and_untested_versions(monkeypatch):
     assert "'xxhash>=" in found["packages"].meaning
     assert found["tested versions"].status == "note"
     assert "numpy 2.99.0" in found["tested versions"].found
+
+
+def test_doctor_says_what_make_lab_brings(monkeypatch):
+    from minivllm.cli import doctor
+
+    true_version = doctor._version
+    for name in ("nbval", "transformers", "jupyterlab"):
+        found = findings(
+            monkeypatch, _version=lambda n, m=name: None if n == m else true_version(n)
+        )
+        assert found["notebooks"].status == found["tests"].status == "note"
+        assert name in found["notebooks"].found
+        assert "make lab" in found["notebooks"].meaning
+    found = findings(
+        monkeypatch, _version=lambda name: None if name == "hypothesis" else true_version(name)
+    )
+    assert found["notebooks"].status == "ok"
+    assert "hypothesis" in found["tests"].found
+    assert "make test" in found["tests"].meaning
 
 
 def test_doctor_knows_which_numpy_an_older_tritons_interpreter_fails_on(monkeypatch):

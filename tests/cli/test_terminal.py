@@ -123,9 +123,7 @@ def test_pictures_of_a_hostile_trace(console: type[Console]) -> None:
     shown = console(file=file, width=400)
     shown.print(step_table(trace))
     shown.print(
-        engine_view(
-            trace, trace.steps[0], {label: HOSTILE}, [label], width=300, news=printable(HOSTILE)
-        )
+        engine_view(trace, trace.steps[0], {label: HOSTILE}, width=300, news=printable(HOSTILE))
     )
     assert_harmless(file.getvalue(), shown="[red]bad[/red]")
     assert tail(HOSTILE, 300) == SHOWN
@@ -220,7 +218,7 @@ def test_a_bug_keeps_its_traceback_but_not_its_escapes(
     def fails(*_: object) -> None:
         raise ZeroDivisionError(HOSTILE)
 
-    monkeypatch.setattr("minivllm.cli.app._load_trace", fails)
+    monkeypatch.setattr("minivllm.cli.trace._load_trace", fails)
     with pytest.raises(SystemExit) as end:
         app(["trace", "--show", "x.json"])
     said = capsys.readouterr().err

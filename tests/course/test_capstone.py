@@ -22,7 +22,7 @@ from minivllm.cli.app import app
 from minivllm.course import capstone
 from minivllm.course.capstone import PIECES, examine
 from minivllm.course.chapters import chapters, role
-from minivllm.course.progress import FAILED, PASSED, Records, _digest, _groups
+from minivllm.course.records import FAILED, PASSED, Records, answer_digest, groups_of
 from minivllm.course.stubs import defined_names, make_exercises
 from support import forked
 from support.answers import wrong_answers
@@ -40,8 +40,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = write_solved(tmp_path_factory.mktemp("finished"), CHAPTERS)
     records = Records(root)
     for chapter in chapters(root):
-        for group in _groups(chapter):
-            records[group.id].answer, records[group.id].state = _digest(group), PASSED
+        for group in groups_of(chapter):
+            records[group.id].answer, records[group.id].state = answer_digest(group), PASSED
     records.save()
     return root
 

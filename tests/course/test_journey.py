@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from minivllm.cli.app import app
 from minivllm.course.chapters import Chapter, chapters
-from minivllm.course.progress import NOT_RUNNABLE, PASSED, Records
+from minivllm.course.records import NOT_RUNNABLE, PASSED, Records
 from support.solved import write_solved
 
 ROOT = Path(__file__).resolve().parents[2]

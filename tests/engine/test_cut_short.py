@@ -12,9 +12,9 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,7 @@ class Strikes:
         return self
 
     def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
         sys.settrace(None)
 
     def _call(self, frame: Any, event: str, _: Any) -> Callable | None:
@@ -92,8 +93,16 @@ class Strikes:
             if self.at is None or self.count in self.at:
                 self.places.append((Path(frame.f_code.co_filename).name, frame.f_lineno))
             if self.at is not None and self.count in self.at:
+                sys.setprofile(self._go_on)
                 raise self.error
         return self._line
+
+    def _go_on(self, *_: object) -> None:
+        """Python stops tracing when a trace function raises. Begin again as soon as a frame ends or
+        begins: in what cleans up after the strike.
+        """
+        sys.setprofile(None)
+        sys.settrace(self._call)
 
 
 def lines_of(action: Callable[[], Any]) -> list[tuple[str, int]]:
@@ -132,6 +141,27 @@ def assert_whole(llm: LLM, expected: list[list[int]], where: Any) -> None:
     engine.scheduler.check()
     assert len(engine.scheduler._free_slots) == TIGHT["max_num_seqs"], where
     assert engine.metrics().num_used_kv_blocks == 0, where
+
+
+def test_strikes_strike_again() -> None:
+    """Also while the code is on its way out after the first one."""
+
+    def leave() -> None:
+        for _ in range(3):
+            pass
+
+    class Everywhere(Strikes):
+        def _call(self, frame: Any, event: str, _: Any) -> Callable:
+            return self._line
+
+    with Everywhere(2, 4) as strikes:
+        found = []
+        for _ in range(2):
+            try:
+                leave()
+            except KeyboardInterrupt:
+                found.append(strikes.count)
+    assert found == [2, 4]
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["at-once", "one-step-late"])
@@ -228,7 +258,7 @@ def test_a_loop_of_ones_own_gets_every_token(path: Path, kind: RequestOutputKind
             while unfinished:
                 with contextlib.suppress(KeyboardInterrupt):
                     engine.advance()
-                    unfinished = engine.has_unfinished_requests()
+                    unfinished = engine.get_num_unfinished_requests() > 0
         for output in engine.collect(engine.collector):
             found[output.request_id] = output.outputs[0].token_ids
         assert [found[str(i)] for i in range(len(PROMPTS))] == expected, strikes.places
@@ -292,18 +322,27 @@ def test_timed_interrupts(path: Path) -> None:
     """MINIVLLM_INTERRUPTS=1000 for more."""
     expected = ids(generate(make(path)))
     llm = make(path)
-    num_struck = 0
-    for thread in interrupts(int(os.environ.get("MINIVLLM_INTERRUPTS", 60))):
-        try:
-            while thread.is_alive():
-                generate(llm)
-            time.sleep(0.001)
-        except KeyboardInterrupt:
-            num_struck += 1
-        while thread.is_alive():
-            with contextlib.suppress(KeyboardInterrupt):
-                thread.join()
-        assert ids(generate(llm)) == expected
+    num_struck, is_armed = 0, False
+
+    def strike(*_: object) -> None:
+        if is_armed:  # anywhere else it would end the test, or the process that runs it
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, strike)
+    try:
+        for thread in interrupts(int(os.environ.get("MINIVLLM_INTERRUPTS", 60))):
+            try:
+                is_armed = True
+                while thread.is_alive():
+                    generate(llm)
+                is_armed = False
+            except KeyboardInterrupt:
+                is_armed = False
+                num_struck += 1
+            thread.join()
+            assert ids(generate(llm)) == expected
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert num_struck > 10
     assert_whole(llm, expected, "at the end")
 

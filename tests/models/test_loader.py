@@ -19,7 +19,13 @@ from minivllm import LLM
 from minivllm.config import ModelConfig
 from minivllm.errors import ConfigError, UnsupportedModelError, WeightLoadingError
 from minivllm.kernels import Kernels
-from minivllm.models.loader import iterate_weights, load_config, load_model, resolve_model_path
+from minivllm.models.loader import (
+    LoadOptions,
+    iterate_weights,
+    load_config,
+    load_model,
+    resolve_model_path,
+)
 from minivllm.models.qwen3 import Qwen3ForCausalLM
 from minivllm.parallel.group import TensorParallelGroup
 from support.checkpoints import TransformersReference, random_prompt, write_checkpoint
@@ -193,9 +199,9 @@ def test_a_head_that_the_config_does_not_speak_of(
 def test_a_rank_takes_its_part_of_such_a_head(tmp_path: Path, rank: int) -> None:
     """131 rows over 4 ranks: 33 each, and the last one has 32 and a row of zeros."""
     own_head(tmp_path, num_attention_heads=4, num_key_value_heads=4)
-    options = {"dtype": torch.float32, "device": torch.device("cpu"), "max_position": 16}
+    options = LoadOptions(torch.float32, torch.device("cpu"), max_position=16)
     group = TensorParallelGroup(rank, 4)
-    model = load_model(tmp_path, load_config(tmp_path), Kernels.reference(), group=group, **options)
+    model = load_model(tmp_path, load_config(tmp_path), Kernels.reference(), options, group)
     whole = load_file(tmp_path / "model.safetensors")
     for place, name in (
         (model.lm_head, "lm_head.weight"),

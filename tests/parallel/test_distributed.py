@@ -1,14 +1,18 @@
-"""What ranks say to each other: JSON with a signature, by a key that only they have."""
+"""How ranks start, and what they say to each other: JSON with a signature, by a key that only they
+have.
+"""
 
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 import torch
 
 from minivllm.errors import RankFailedError
 from minivllm.parallel.group import TensorParallelGroup
+from minivllm.parallel.launch import _deaf_to_interrupts
 
 
 def test_what_rank_0_says_is_json_with_a_signature(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,3 +46,21 @@ def test_what_rank_0_says_is_json_with_a_signature(monkeypatch: pytest.MonkeyPat
     stranger.broadcast(5, calls)
     with pytest.raises(RankFailedError, match="signature"):
         receiver.broadcast(0)
+
+
+def test_ranks_start_deaf_to_ctrl_c_where_a_signal_can_be_blocked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Windows has no signal.pthread_sigmask; ranks start there too."""
+
+    def blocked() -> bool:
+        return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+    assert not blocked()
+    with _deaf_to_interrupts():
+        assert blocked()
+    assert not blocked()
+    monkeypatch.delattr(signal, "pthread_sigmask")
+    with _deaf_to_interrupts():
+        started = True
+    assert started

@@ -15,7 +15,14 @@ from safetensors.torch import load_file
 from minivllm import LLM, Kernels
 from minivllm.config import EngineConfig
 from minivllm.errors import ConfigError, WeightLoadingError
-from minivllm.models.loader import iterate_weights, load_config, load_model, parameter_places
+from minivllm.models.loader import (
+    LoadOptions,
+    checkpoint_places,
+    iterate_weights,
+    load_config,
+    load_model,
+    parameter_places,
+)
 from minivllm.parallel.group import Part, TensorParallelGroup
 from support.checkpoints import write_checkpoint
 from support.parity import NUM_TOKENS, Checkpoint, RecordedLLM, assert_same_greedy, greedy
@@ -113,17 +120,17 @@ def test_each_rank_holds_its_part_and_the_parts_are_the_checkpoint(
     }
     for rank in range(size):
         model = load(tmp_path, rank, size)
-        for name, place in parameter_places(model).items():
+        for name, place in checkpoint_places(model).items():
             if config.tie_word_embeddings and name == "lm_head.weight":
                 continue
-            shape, index = getattr(place, "part", (place.shape, ()))
-            part = tensors[name][index]
-            assert shape == tensors[name].shape
-            assert torch.equal(place[tuple(map(slice, part.shape))], part), name
-            assert place.numel() == part.numel() or (place[len(part) :] == 0).all(), (
-                "what pads a vocabulary is 0"
-            )
-            covered[name][index] += 1
+            assert place.shape == tensors[name].shape
+            assert torch.equal(place.tensor, tensors[name][place.index]), name
+            covered[name][place.index] += 1
+        rows = -(-config.vocab_size // size)
+        for table in (model.model.embed_tokens, model.lm_head):
+            assert len(table.weight) == rows
+            held = len(table.places()["weight"].tensor)
+            assert not table.weight[held:].any(), "what pads a vocabulary is 0"
     for name, counts in covered.items():
         copies = 1
         if "norm" in name or name.endswith(("o_proj.bias", "down_proj.bias")):
@@ -138,8 +145,8 @@ def test_each_rank_holds_its_part_and_the_parts_are_the_checkpoint(
 def load(path: Path, rank: int, size: int, **options: Any) -> torch.nn.Module:
     """The model of one rank. Building and loading it takes no collective."""
     group = TensorParallelGroup(rank, size)
-    options = {"dtype": torch.float32, "device": torch.device("cpu"), "max_position": 64, **options}
-    return load_model(path, load_config(path), Kernels.reference(), group=group, **options)
+    how = LoadOptions(torch.float32, torch.device("cpu"), max_position=64, **options)
+    return load_model(path, load_config(path), Kernels.reference(), how, group)
 
 
 def num_bytes(model: torch.nn.Module) -> int:
@@ -265,10 +272,8 @@ def test_dummy_weights_are_the_same_for_any_number_of_ranks(tied: bool, tmp_path
         whole["model.layers.0.mlp.up_proj.weight"], whole["model.layers.0.mlp.gate_proj.weight"]
     )
     for rank in range(4):
-        for name, place in parameter_places(load(tmp_path, rank, 4, **options)).items():
-            _, index = getattr(place, "part", (None, ()))
-            part = whole[name][index]
-            assert torch.equal(place[tuple(map(slice, part.shape))], part), name
+        for name, place in checkpoint_places(load(tmp_path, rank, 4, **options)).items():
+            assert torch.equal(place.tensor, whole[name][place.index]), name
 
 
 def test_errors_of_a_checkpoint_name_the_whole_shape(path: Path, tmp_path: Path) -> None:

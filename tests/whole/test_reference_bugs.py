@@ -43,6 +43,7 @@ from minivllm.kernels import kv_cache, paged_attention
 from minivllm.kernels.flash_attention import prefill_attention, prefill_attention_reference
 from minivllm.kernels.sampling import filter_logits, philox_uniform, sample_reference
 from minivllm.layers.linear import FusedLinear, RowParallelLinear
+from minivllm.layers.place import Place
 from minivllm.models import loader, qwen3
 from minivllm.parallel.group import Part, TensorParallelGroup
 from minivllm.parallel.launch import RankProcesses
@@ -300,9 +301,12 @@ def test_bug_07_missing_and_unexpected_tensors_pass(checkpoint, tmp_path, monkey
 
 
 def test_bug_08_fused_names_are_not_mapped(checkpoint, reference, monkeypatch):
+    def unmapped(model):
+        return {name: Place(p.data, p.shape) for name, p in model.named_parameters()}
+
     check_model(checkpoint, reference)
     with monkeypatch.context() as patch:
-        patch.setattr(loader, "parameter_places", lambda model: dict(model.named_parameters()))
+        patch.setattr(loader, "checkpoint_places", unmapped)
         with pytest.raises(WeightLoadingError, match="qkv_proj"):
             make_llm(checkpoint)
 
@@ -321,8 +325,8 @@ def test_bug_08_fused_names_are_not_mapped(checkpoint, reference, monkeypatch):
 def test_bug_09_one_norm_for_q_and_k_or_norms_as_buffers(checkpoint, reference, monkeypatch):
     real = qwen3.Attention.__init__
 
-    def shared(self, config, kernels, *group):
-        real(self, config, kernels, *group)
+    def shared(self, config, kernels, *others):
+        real(self, config, kernels, *others)
         self.k_norm = self.q_norm
 
     class Buffered(qwen3.RMSNorm):
@@ -1019,10 +1023,9 @@ def test_bug_31_every_rank_takes_the_first_columns(checkpoint, reference, monkey
     """The row-parallel weight is not the part that belongs to the rank's input."""
     real = RowParallelLinear.__init__
 
-    def first(self, in_features, out_features, bias, kernels, group):
-        real(self, in_features, out_features, bias, kernels, group)
-        shape, (rows, columns) = self.weight.part
-        self.weight.part = shape, (rows, slice(0, columns.stop - columns.start))
+    def first(self, *arguments):
+        real(self, *arguments)
+        self.inputs = Part(self.inputs.total, 0, len(self.inputs))
 
     monkeypatch.setattr(RowParallelLinear, "__init__", first)
     with pytest.raises(AssertionError):

@@ -1,8 +1,7 @@
 """Options of vLLM's `LLM(...)` and `EngineArgs` that minivllm does not have, and what to do
 instead.
 
-A script written for vLLM should either work after its import was changed or say which option it
-lacks. So each name is refused with a hint. A value that asks for what minivllm does anyway (a
+Each name is refused with a hint. A value that asks for what minivllm does anyway (a
 feature switched off, the one choice there is) is accepted and changes nothing. The names are those
 of vLLM's engine arguments from 0.8 to the versions of 2026.
 """
@@ -29,7 +28,7 @@ class Missing:
 
 #: What several options that switch a feature off, or hold its details, look like when it is not
 #: used.
-OFF = (None, False, {}, [], "", 0, 0.0)
+OFF: tuple[Any, ...] = (None, False, {}, [], "", 0, 0.0)
 
 MISSING = (
     Missing("trust_remote_code code_revision", "minivllm never runs code of a checkpoint"),

@@ -1,7 +1,5 @@
-"""What vLLM has and minivllm lacks, by name, each with what to do instead.
-
-Whoever changes only the import of a vLLM script either gets what the script asks for, or an error
-that names the part that is missing. Nothing is ignored in silence.
+"""What vLLM's calls have and minivllm's lack: sampling parameters, arguments and methods, by name,
+each with what to do instead.
 """
 
 import difflib
