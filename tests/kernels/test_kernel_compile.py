@@ -11,6 +11,8 @@ import torch
 
 from support.kernel_checks import require_triton
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = pathlib.Path(__file__).parents[1] / "support/compile_sm90.py"
 OPERATIONS = [
     "rms_norm",

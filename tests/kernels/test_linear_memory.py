@@ -16,6 +16,8 @@ import torch.nn.functional as F
 
 from minivllm.kernels import linear
 
+pytestmark = pytest.mark.slow
+
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 has_onednn = pytest.mark.skipif(not HAS_ONEDNN, reason="this build of torch has no oneDNN")
 
