@@ -255,6 +255,7 @@ def test_the_engine_says_the_same(tmp_path: Path) -> None:
 # --- what is valid --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["Qwen2Config", "Qwen3Config", "LlamaConfig"])
 def test_configs_of_transformers(tmp_path: Path, family: str) -> None:
     import transformers

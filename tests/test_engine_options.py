@@ -321,6 +321,7 @@ def test_a_small_model_has_its_whole_length() -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_length_that_cannot_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda: 4 << 30)
     write_config(tmp_path)
@@ -333,6 +334,7 @@ def test_a_length_that_cannot_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     LLM(tmp_path, **options)
 
 
+@pytest.mark.slow
 def test_free_memory_heeds_a_limit() -> None:
     """`ulimit -v` is how a shared machine says how much one may take."""
     code = """

@@ -40,7 +40,7 @@ from minivllm.errors import (
 from minivllm.sampling_params import RequestOutputKind
 from minivllm.tokenizer import Detokenizer, Tokenizer
 from support.checkpoints import write_checkpoint
-from support.tokenizers import write_tokenizer
+from support.small_tokenizer import write_tokenizer
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 

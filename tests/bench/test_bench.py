@@ -70,6 +70,7 @@ def test_a_repeat_takes_no_hits_from_the_run_before(path: Path) -> None:
     assert llm.metrics().num_generated_tokens == 2 * sum(output_lens)
 
 
+@pytest.mark.slow
 def test_report_and_table(path: Path, tmp_path: Path) -> None:
     out = tmp_path / "report.json"
     result = CliRunner().invoke(
@@ -88,6 +89,7 @@ def test_report_and_table(path: Path, tmp_path: Path) -> None:
     assert "Where the time goes" in result.output
 
 
+@pytest.mark.slow
 def test_beside_transformers(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Each call of transformers' generate_batch takes a good part of the machine's memory for its
     # cache: not in a test.
@@ -179,6 +181,7 @@ def cli(*arguments: object, code: int = 0) -> str:
     return result.output
 
 
+@pytest.mark.slow
 def test_cases_share_one_engine_and_stand_beside_their_floor(
     small_cases: None, tmp_path: Path
 ) -> None:
@@ -224,6 +227,7 @@ def test_cases_share_one_engine_and_stand_beside_their_floor(
     assert "decode attention" in text
 
 
+@pytest.mark.slow
 def test_a_failing_case_does_not_take_the_others_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = Workload.draw
 
@@ -372,6 +376,7 @@ def kernel_report() -> dict[str, Any]:
     return kernels.run("tiny", device="cpu", budget=kernels.Budget(0.002))
 
 
+@pytest.mark.slow
 def test_every_kernel_is_measured_and_agrees_with_torch(kernel_report: dict[str, Any]) -> None:
     rows = kernel_report["rows"]
     assert {row["kernel"] for row in rows} == set(KERNELS) - {
@@ -419,6 +424,7 @@ def test_rows_by_hand(kernel_report: dict[str, Any]) -> None:
     assert rows["store_kv", "16 x 2 x 32"]["bytes"] == 4 * 16 * 2 * 32 * 4 + 16 * 8
 
 
+@pytest.mark.slow
 def test_a_kernel_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("out of luck")
@@ -534,6 +540,7 @@ def test_a_shared_prefix_is_computed_once(path: Path) -> None:
     assert llm.metrics().prefix_cache_hits == 2 * 3 * 64
 
 
+@pytest.mark.slow
 def test_breakdown_on_a_cpu(tmp_path: Path) -> None:
     out = tmp_path / "breakdown.json"
     text = cli(
@@ -658,6 +665,7 @@ def test_a_report_is_json_that_everybody_reads(tmp_path: Path) -> None:
         report.save_report({"x": float("nan")}, tmp_path / "x.json")
 
 
+@pytest.mark.slow
 def test_record_writes_what_works_and_says_what_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -723,6 +731,7 @@ def test_pictures_say_in_words_what_they_show(kernel_report: dict[str, Any]) -> 
     assert len(figure.to_png()) < 60_000
 
 
+@pytest.mark.slow
 def test_your_gpu_measures_in_a_process_without_the_interpreter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

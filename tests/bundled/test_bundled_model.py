@@ -167,6 +167,7 @@ def _tokenizer():
 # --- corpus ---
 
 
+@pytest.mark.slow
 def test_the_corpus_is_the_one_the_checkpoint_was_trained_on(excluded: frozenset[str]):
     digest = hashlib.sha256()
     for document in islice(corpus.documents("train 0", excluded), 500):
@@ -176,12 +177,14 @@ def test_the_corpus_is_the_one_the_checkpoint_was_trained_on(excluded: frozenset
     assert digest.hexdigest() == CORPUS_DIGEST
 
 
+@pytest.mark.slow
 def test_different_seeds_give_different_documents():
     first, again, other = (list(islice(corpus.documents(seed), 20)) for seed in ("a", "a", "b"))
     assert first == again
     assert first != other
 
 
+@pytest.mark.slow
 def test_encoding_by_segments_is_encoding_the_whole():
     """What the model is trained on is what an engine sees when it encodes a rendered chat in one
     go.
@@ -203,6 +206,7 @@ def test_one_pair_in_ten_is_held_out():
     assert 0.09 < sum(pairs) / len(pairs) < 0.11
 
 
+@pytest.mark.slow
 def test_no_training_story_joins_a_held_out_pair():
     """Looked for in the words of the text, not in what the generator says about it."""
     kinds, nouns = set(stories.KINDS), set(stories.NOUNS)
@@ -223,6 +227,7 @@ def test_no_training_story_joins_a_held_out_pair():
     assert seen > 500
 
 
+@pytest.mark.slow
 def test_every_held_out_request_asks_for_a_held_out_pair():
     for prompt, cast in corpus.held_out_requests(200):
         assert stories.pair_is_held_out(cast.hero.kind, cast.thing.noun)
@@ -256,6 +261,7 @@ def test_no_paraphrase_is_a_question_of_the_corpus(
 # --- what the model says ---
 
 
+@pytest.mark.slow
 def test_held_out_stories(bundle):
     from minivllm.bundled.training.evaluate import score_stories
 
@@ -265,6 +271,7 @@ def test_held_out_stories(bundle):
     assert scores["pairs_sharing_20_tokens"] < 0.1
 
 
+@pytest.mark.slow
 def test_unseen_glossary_questions(bundle, questions: list[dict[str, str]]):
     from minivllm.bundled.training.evaluate import score_glossary
 
@@ -273,6 +280,7 @@ def test_unseen_glossary_questions(bundle, questions: list[dict[str, str]]):
     assert scores["share_right"] >= 0.85, [d for d in details if not d["right"]]
 
 
+@pytest.mark.slow
 def test_small_tasks(bundle):
     from minivllm.bundled.training.evaluate import score_tasks
 
@@ -280,6 +288,7 @@ def test_small_tasks(bundle):
     assert min(scores.values()) >= 0.8, scores
 
 
+@pytest.mark.slow
 def test_raw_text_is_continued_as_a_story(bundle):
     from minivllm.bundled.training.evaluate import generate
 
@@ -288,6 +297,7 @@ def test_raw_text_is_continued_as_a_story(bundle):
     assert len(story.text.split()) > 50
 
 
+@pytest.mark.slow
 def test_long_pages_are_no_worse_than_short_ones(bundle):
     from minivllm.bundled.training.evaluate import score_positions
 

@@ -280,6 +280,7 @@ def picky(checkpoint, tmp_path_factory) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
 @pytest.mark.parametrize("bad", ["x" * 400, "refuse", "nothing", "\udcff"])
 def test_a_refused_prompt_does_not_lose_the_others(picky, stream, bad):
@@ -499,6 +500,7 @@ def test_a_chat_without_readline(monkeypatch, capsys):
     assert capsys.readouterr().out == "abc\n"
 
 
+@pytest.mark.slow
 def test_control_c_stops_an_answer_and_not_the_chat(checkpoint):
     """In a terminal: interrupt a long answer, drop a typed line, ask again, leave with Ctrl-D."""
     main, child = pty.openpty()
@@ -678,6 +680,7 @@ def spoilt_traces() -> dict[str, Any]:
     return found | {"list": [], "text": "x", "steps 1": {**trace, "steps": [[]]}, "null": None}
 
 
+@pytest.mark.slow
 def test_a_damaged_trace_is_one_clear_line(tmp_path):
     """Every field missing, or of every other type: what is refused is said, and what is accepted
     can be shown.
@@ -1179,6 +1182,7 @@ def test_a_missing_torch_is_said_by_the_command(checkpoint):
     assert b"Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_generate_starts_fast(checkpoint):
     """The first text comes within twice the time of `import torch` plus one second: nothing heavy
     on the way.

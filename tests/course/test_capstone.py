@@ -28,6 +28,8 @@ from support import forked
 from support.answers import wrong_answers
 from support.solved import answers_of, write_solved
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 CHAPTERS = [c for c in chapters(ROOT) if c.number in {piece.chapter for piece in PIECES}]
 

@@ -38,6 +38,8 @@ from minivllm.course.stubs import (
 from support.answers import Part, Wrong, leaks, parts_of, wrong_answers
 from support.children import Children
 
+pytestmark = pytest.mark.slow
+
 LEAST_WRONG_ANSWERS = 3
 CHAPTERS = chapters(ROOT)
 PARTS = [(chapter, part) for chapter in CHAPTERS for part in parts_of(chapter)[1]]

@@ -36,6 +36,8 @@ from support.learners_files import (
     without,
 )
 
+pytestmark = pytest.mark.slow
+
 Learner = Callable[..., Path]
 ALL_PASSED = {"99.1": PASSED, "99.2": PASSED, "99.3": PASSED}
 

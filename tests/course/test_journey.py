@@ -16,6 +16,8 @@ from minivllm.course.chapters import Chapter, chapters
 from minivllm.course.records import NOT_RUNNABLE, PASSED, Records
 from support.solved import write_solved
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 CHAPTERS = chapters(ROOT)
 

@@ -30,6 +30,7 @@ def children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Children]:
         yield children
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("id", list(demo.SOURCES))
 def test_solutions_pass(children: Children, id: str) -> None:
     result = children.run(demo.SOURCES[id], demo.CHECKS[id])
@@ -89,6 +90,7 @@ def test_a_child_is_cheap(children: Children) -> None:
     assert time.perf_counter() - began < 5
 
 
+@pytest.mark.slow
 def test_given_cells_that_fail_are_said(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
         Children(["1 / 0"], "99", tmp_path)

@@ -24,6 +24,8 @@ from minivllm.course.stubs import make_exercises
 from support import demo
 from support import learners_files as changes
 
+pytestmark = pytest.mark.slow
+
 Outcomes = dict[str, dict[str, str]]
 PASSED = "passed"
 

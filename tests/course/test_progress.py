@@ -22,6 +22,8 @@ from minivllm.course.stubs import make_exercises
 from support import demo
 from support.learners_files import WRONG, without
 
+pytestmark = pytest.mark.slow
+
 Learner = Callable[..., Path]
 
 

@@ -27,6 +27,8 @@ from minivllm.errors import ConcurrentUseError
 from minivllm.sampling_params import RequestOutputKind
 from support.checkpoints import write_checkpoint
 
+pytestmark = pytest.mark.slow
+
 PACKAGE = Path(minivllm.__file__).parent
 NAMES = (
     "scheduler",

@@ -19,32 +19,16 @@ import torch
 from minivllm import LLM, SamplingParams
 from minivllm.errors import SamplingParamsError, TokenizerRequiredError
 from minivllm.sampling_params import MAX_LOGPROBS, RequestOutputKind
-from support.checkpoints import TransformersReference, write_checkpoint
+from support import sampling
+from support.checkpoints import TransformersReference
+from support.sampling import PROMPT, VOCAB, decode_reference, generate, tokens_of, write_model
 
-VOCAB = 48
-PROMPT = [3, 14, 15, 9, 26, 5]
 DRAWS = 4000
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Two layers, 48 tokens; the head scaled down so that at temperature 1 many tokens have a
-    chance.
-    """
-    path = tmp_path_factory.mktemp("sampling")
-    write_checkpoint(
-        path,
-        seed=3,
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=256,
-    )
-    return path
+    return write_model(tmp_path_factory.mktemp("sampling"))
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +37,7 @@ def reference(checkpoint):
 
 
 def make_llm(checkpoint, **options) -> LLM:
-    return LLM(
-        checkpoint,
-        device="cpu",
-        skip_tokenizer_init=True,
-        **{"block_size": 4, "num_kv_blocks": 1024, **options},
-    )
+    return sampling.make_llm(checkpoint, skip_tokenizer_init=True, **options)
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +55,6 @@ def chunked(checkpoint):
 def cramped(checkpoint):
     """A pool that two requests cannot share to their end: every batch preempts."""
     return make_llm(checkpoint, num_kv_blocks=14, enable_prefix_caching=False)
-
-
-def generate(llm: LLM, prompts, params):
-    return llm.generate(prompts, params, use_tqdm=False)
-
-
-def tokens_of(llm: LLM, prompts, params) -> list[list[int]]:
-    return [output.outputs[0].token_ids for output in generate(llm, prompts, params)]
 
 
 # --- distributions --------------------------------------------------------------------------------
@@ -294,41 +265,6 @@ def test_without_a_seed_the_engines_seed_decides(checkpoint):
 
 
 # --- what changes the logits ----------------------------------------------------------------------
-
-
-def decode_reference(
-    reference, prompt: list[int], params: SamplingParams, stop_ids=()
-) -> list[int]:
-    """Greedy decoding by the book: one full forward a token, and the edits from the token ids
-    alone.
-    """
-    output: list[int] = []
-    stop_ids = {*stop_ids, *(params.stop_token_ids or ())}
-    while len(output) < params.max_tokens:
-        logits = reference.logits([*prompt, *output])[-1].double()
-        for token in range(len(logits)):
-            if params.allowed_token_ids is not None and token not in params.allowed_token_ids:
-                logits[token] = -math.inf
-        for token, bias in (params.logit_bias or {}).items():
-            logits[token] += bias
-        if len(output) < params.min_tokens:
-            for token in stop_ids:
-                logits[token] = -math.inf
-        counts = Counter(output)
-        for token in range(len(logits)):
-            if token in counts or token in prompt:
-                logits[token] *= (
-                    params.repetition_penalty
-                    if logits[token] <= 0
-                    else 1 / params.repetition_penalty
-                )
-            logits[token] -= params.frequency_penalty * counts[token] + params.presence_penalty * (
-                token in counts
-            )
-        output.append(int(logits.argmax()))
-        if output[-1] in stop_ids and len(output) >= params.min_tokens:
-            break
-    return output
 
 
 EDITS = [

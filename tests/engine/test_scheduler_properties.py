@@ -37,6 +37,7 @@ settings.register_profile(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", [False, True], ids=["at_once", "one_step_late"])
 def test_thousands_of_random_histories(late):
     met = run_many(range(1200), late)

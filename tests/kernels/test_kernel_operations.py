@@ -125,6 +125,7 @@ def test_merge_attention(kernels: Kernels, device_dtype):
     checks.check_merge(kernels.merge_attention, device)
 
 
+@pytest.mark.slow
 def test_decode_attention(kernels: Kernels, device_dtype):
     checks.check_decode(kernels, *device_dtype)
 

@@ -64,6 +64,7 @@ def test_triton_computes_the_same_bits(triton_kernels: Kernels, device_dtype):
     assert torch.equal(out, sampling.philox_uniform(seeds, positions))
 
 
+@pytest.mark.slow
 def test_sample(kernels: Kernels, device_dtype):
     checks.check_sample(kernels, *device_dtype)
 

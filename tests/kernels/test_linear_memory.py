@@ -16,6 +16,8 @@ import torch.nn.functional as F
 
 from minivllm.kernels import cpu
 
+pytestmark = pytest.mark.slow
+
 has_onednn = pytest.mark.skipif(not cpu.HAS_ONEDNN, reason="this build of torch has no oneDNN")
 
 #: Multiplies with each number of rows in turn, prints by how many MB the process grew.

@@ -40,6 +40,8 @@ from minivllm.models.qwen3 import Qwen3ForCausalLM
 from support import parity
 from support.parity import Checkpoint, assert_same_greedy
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+
 # On the CPU wherever this runs: ranks take a GPU each.
 LLM, LLMEngine, RecordedLLM = (
     functools.partial(cls, device="cpu")
@@ -48,14 +50,6 @@ LLM, LLMEngine, RecordedLLM = (
 LONG = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
 #: Small enough that prompts are chunked, sequences preempted and prefixes shared.
 TIGHT = {"num_kv_blocks": 20, "block_size": 16, "max_num_batched_tokens": 48, "max_num_seqs": 8}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -29,6 +29,8 @@ from support.parity import NUM_TOKENS, Checkpoint, RecordedLLM, assert_same_gree
 from support.ranks import ThreadGroup, run_ranks
 from support.variants import VARIANTS
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+
 #: (family, changes, ranks): KV heads that divide or are replicated, tied or not, biases, odd
 #: vocabularies.
 SPLITS = {
@@ -60,14 +62,6 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(
         tmp_path_factory.mktemp("split"), "llama", vocab_size=1021, attention_bias=True
     )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(("family", "changes", "size"), SPLITS.values(), ids=SPLITS)

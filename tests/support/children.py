@@ -44,7 +44,7 @@ class Children:
         }
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(
-            [sys.executable, __file__], cwd=folder, env=environment, **pipes
+            [sys.executable, "-P", __file__], cwd=folder, env=environment, **pipes
         )
         self._ask({"setup": setup, "chapter": chapter})
 

@@ -31,7 +31,9 @@ class Server:
             "TRITON_INTERPRET": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
-        self.process = subprocess.Popen([sys.executable, __file__, self.address], env=environment)
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", __file__, self.address], env=environment
+        )
         while not Path(self.address).exists():
             if self.process.poll() is not None:
                 raise RuntimeError(

@@ -136,6 +136,7 @@ def test_drawn_cells_are_the_blocks(shared: Trace) -> None:
     assert "11 tokens" in texts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", PICTURES)
 def test_every_step_draws_small_with_words_and_one_size(draw, trace: Trace) -> None:
     sizes, captions = set(), set()

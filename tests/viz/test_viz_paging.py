@@ -141,6 +141,7 @@ def test_the_map_counts_who_has_finished() -> None:
     assert "a: " in draw_memory_map({"a": STEPS}, 16).caption
 
 
+@pytest.mark.slow
 def test_slots_are_those_of_the_trace(trace: Trace) -> None:
     pieces = {"0/0": [f"w{i}" for i in range(12)]}
     for step, record in enumerate(trace.steps):

@@ -166,6 +166,7 @@ def test_a_replay_of_one_tile_and_of_a_first_token() -> None:
         assert draw_tile_replay(replay, step).to_png()
 
 
+@pytest.mark.slow
 def test_each_step_draws_small_with_words_and_one_size(scores: torch.Tensor) -> None:
     replay = replay_tiles(scores, block_n=8)
     figures = [draw_tile_replay(replay, step) for step in range(len(replay.steps))]

@@ -100,6 +100,7 @@ def trace(request: pytest.FixtureRequest) -> Trace:
 # --- the numbers ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_timeline_is_the_trace(trace: Trace) -> None:
     rows = timeline(trace)
     for step, record in enumerate(trace.steps):
@@ -287,6 +288,7 @@ def test_what_is_not_in_the_trace_is_refused(draw, simulated: Trace) -> None:
             draw_several({"none": dataclasses.replace(simulated, steps=[])})
 
 
+@pytest.mark.slow
 def test_many_requests_and_steps_stay_small() -> None:
     work = [Arrival(0.4 * i, 20 + i % 50, 5 + 7 * i % 60) for i in range(120)]
     run = simulate(work, max_num_batched_tokens=64, max_num_seqs=16, num_blocks=512, block_size=16)
@@ -307,6 +309,7 @@ def test_a_saved_trace_draws_the_same(engine: Trace, tmp_path: Path) -> None:
     assert draw_timeline(loaded, 3).to_png() == draw_timeline(engine, 3).to_png()
 
 
+@pytest.mark.slow
 def test_scrubbing_the_timeline(simulated: Trace) -> None:
     pytest.importorskip("ipywidgets")
     controls, image, caption = scrub(simulated, draw_timeline, step=1).widget().children

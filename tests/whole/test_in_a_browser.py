@@ -26,6 +26,8 @@ import pytest
 
 from minivllm.course.authoring import ROOT
 
+pytestmark = pytest.mark.slow
+
 BROWSERS = (
     "chromium",
     "chromium-browser",

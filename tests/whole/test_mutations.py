@@ -8,7 +8,7 @@ build_batch), or as a patch of the runner.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,16 +31,10 @@ from support.parity import (
     run_hit_after_miss,
 )
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+
 REFERENCE = Kernels.reference()
 NUM_TOKENS = 16
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -50,14 +50,9 @@ KERNEL_FIELDS |= {"linear", "silu_mul", "sample"}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _few_differences() -> Iterator[None]:
-    """Small models run faster on one thread; at the end, at most one token of a thousand may have
-    differed.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _few_differences(one_thread: None) -> Iterator[None]:
+    """At the end, at most one token of a thousand may have differed."""
     yield
-    torch.set_num_threads(threads)
     REPORT.check()
 
 
@@ -75,7 +70,13 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 # --- checkpoints ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", [pytest.param(v, id=name) for name, v in VARIANTS.items()])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(v, id=name, marks=[] if name == v.family else pytest.mark.slow)
+        for name, v in VARIANTS.items()
+    ],
+)
 def test_checkpoint(variant: Variant, tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path, variant.family, **variant.changes)
     config = load_config(tmp_path)
@@ -569,6 +570,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint(tmp_path_factory.mktemp("tiny"), **shape)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the compiled kernels run all of this")
 @pytest.mark.parametrize("block_size", [16, 32])
 def test_triton_interpreter(tiny: Checkpoint, block_size: int) -> None:
@@ -592,6 +594,7 @@ def test_triton_interpreter(tiny: Checkpoint, block_size: int) -> None:
     assert_same_greedy(tiny.reference, completions, 10, min_distinct=5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the compiled kernels run all of this")
 def test_triton_interpreter_without_qk_norm(tmp_path: Path) -> None:
     pytest.importorskip("triton")
@@ -690,6 +693,7 @@ def bundled() -> TransformersReference:
     return TransformersReference(BUNDLED_MODEL_PATH, "cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "options",
@@ -720,6 +724,7 @@ def test_bundled_model(
     assert sorted(stories)[len(stories) // 2] >= MIN_DISTINCT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bundled_model_at_full_length(bundled: TransformersReference, backend: str) -> None:
     """A prompt of a thousand tokens and more, up to the last position that the config promises."""

@@ -51,7 +51,9 @@ from minivllm.tokenizer import Tokenizer
 from support.checkpoints import TransformersReference, write_checkpoint
 from support.ranks import ThreadGroup, run_ranks
 from support.scheduling import Pool, Simulation, compute, make_seq, release, run_many
-from support.tokenizers import write_tokenizer
+from support.small_tokenizer import write_tokenizer
+
+pytestmark = pytest.mark.slow
 
 VOCAB = 96
 PROMPTS = [[5, 17, 80, 3, 44, 9, 61, 23, 2], [70, 1, 1, 8, 33], [90]]

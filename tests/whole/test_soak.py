@@ -24,6 +24,8 @@ from minivllm.errors import (
 from minivllm.sampling_params import RequestOutputKind
 from support.checkpoints import write_checkpoint
 
+pytestmark = pytest.mark.slow
+
 NUM_REQUESTS = 2000
 #: Python objects that request 500 and the end may differ by. A leak of one RequestOutput or
 #: Sequence a request, the smallest thing that could leak, would be above 1,500 kB.
