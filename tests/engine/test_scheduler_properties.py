@@ -420,6 +420,18 @@ class TestBlockManager:
             registered.append(len(manager.hash_to_block))
         assert registered == [0, 0, 1, 1, 1, 2, 2]
 
+    def test_trim_gives_back_the_end_of_a_table(self):
+        manager = BlockManager(6, 2)
+        seq = make_seq(0, [1, 2, 3])
+        assert manager.allocate(seq, 9)
+        table = list(seq.block_table)
+        manager.trim(seq, 3)
+        assert seq.block_table == table[:2]
+        assert manager.num_free_blocks == 4
+        manager.trim(seq, 4)  # the same blocks: nothing to give back
+        assert seq.block_table == table[:2]
+        manager.check([seq])
+
     def test_unknown_tokens_are_never_hashed(self):
         """Planned one step ahead, a sequence ends with two unknown tokens; neither may enter a
         hash.
