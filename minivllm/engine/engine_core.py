@@ -19,7 +19,6 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -259,9 +258,10 @@ class EngineCore:
         """Bring the results of a step to the scheduler and to `output`."""
         token_ids = result.wait()
         self.ranks.group.check()
-        flat = array("q", chain.from_iterable(token_ids))
+        flat = result.token_ids.numpy()  # the same as token_ids, in the order of the runner's rows
         self._token_hash.update(flat.tobytes())
-        failed = _take_out_failed(batch, token_ids) if NOT_A_TOKEN in flat else []
+        has_failed = bool((flat == NOT_A_TOKEN).any())
+        failed = _take_out_failed(batch, token_ids) if has_failed else []
         row_of = {}
         if result.logprobs is not None:
             items = map(id, batch.sampled)

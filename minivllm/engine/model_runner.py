@@ -69,10 +69,11 @@ class StepResult:
         """
         if self.arrived is not None:
             self.arrived.synchronize()
-        counts, found = self.sampled.counts, self.token_ids[:, None].tolist()
-        if counts is not None:
+        if self.sampled.counts is None:
+            found = self.token_ids[:, None].tolist()
+        else:
             rows = iter(self.token_ids.tolist())
-            found = [list(itertools.islice(rows, count)) for count in counts]
+            found = [list(itertools.islice(rows, count)) for count in self.sampled.counts]
         in_order = list(found)
         for place, tokens in zip(self.sampled.order, found, strict=True):
             in_order[place] = tokens
