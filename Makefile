@@ -31,10 +31,12 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
 endif
 #: What `make test` checks and how; the options of pytest and nbval themselves stand in pyproject.toml.
-PYTEST_ARGS ?= --nbval -n logical --maxprocesses 4 --dist loadfile
+PYTEST_ARGS ?= --nbval $(WORKERS)
+#: A worker takes one file after the other; tests/conftest.py puts those with slow tests first.
+WORKERS = -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-newest lab lint test-real-weights wheel constraints clean
+.PHONY: help setup demo quick test test-newest lab lint test-real-weights wheel constraints clean
 
 help:  ## Show this list
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/  make \1\t\2/p' Makefile | expand -t 26
@@ -49,10 +51,16 @@ lab: $(VENV)/.stamp-lab  ## Open the course in JupyterLab; installs what its exe
 setup: $(VENV)/.stamp-dev  ## Install everything (demo, lab and tests) into .venv
 	@$(PY) -m minivllm doctor
 
-lint: $(VENV)/.stamp-dev  ## Style, formatting, and who imports whom
+lint: $(VENV)/.stamp-dev  ## Style, formatting, who imports whom, and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/lint-imports --no-logo --no-cache
+	$(PY) -m mypy
+
+# Tests that take long carry the marker `slow`; those that do and lack it are listed at the end.
+quick: lint  ## While you edit: lint and the tests that are not slow, in about a minute
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) -m 'not slow and not real_weights' --durations=10 --durations-min=2 \
+	  tests $(ARGS)
 
 # A worker a core with one thread each: on small models a second thread of a matrix product brings nothing.
 test: lint  ## Run every test: units, parity, notebooks, exercises

@@ -24,6 +24,7 @@ from typing import Any
 
 from minivllm.errors import ConfigError, RequestError
 from minivllm.pipes import read_frame, write_frame
+from minivllm.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +42,8 @@ CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
 def clean(text: str, limit: int = MAX_MESSAGE) -> str:
-    """Somebody else's text, safe to print: no control characters or escapes, not too long."""
-    text = text if len(text) <= limit else text[: limit - 1] + "…"
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else " " if c.isspace() else "\ufffd" for c in text
-    )
+    """Somebody else's text, safe to print (see `printable`), and at most `limit` characters."""
+    return printable(text if len(text) <= limit else text[: limit - 1] + "…")
 
 
 # --- what a conversation is made of -------------------------------------------------------------
@@ -309,6 +307,9 @@ class TemplateWorker:
     def _exchange(self, body: bytes, seconds: float) -> dict[str, Any] | None:
         """Send a request (none if empty) and wait for an answer; None if the process ended."""
         process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         timer = threading.Timer(seconds, process.kill)
         timer.daemon = True
         timer.start()
@@ -329,7 +330,8 @@ def _end(process: subprocess.Popen[bytes], owner: int) -> None:
     process.kill()
     for stream in (process.stdin, process.stdout):
         with contextlib.suppress(OSError):
-            stream.close()
+            if stream is not None:
+                stream.close()
     process.wait()
 
 

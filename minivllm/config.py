@@ -14,15 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from minivllm.compat import own_options
-from minivllm.errors import ConfigError, UnsupportedModelError
+from minivllm.compat.options import own_options
+from minivllm.errors import ConfigError
 from minivllm.sampling_params import MAX_LOGPROBS
-from minivllm.validation import Range, annotations_of, check, shown
+from minivllm.validation import Range, annotations_of, check
 
 logger = logging.getLogger(__name__)
 
-ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 DTYPES = ("float32", "float16", "bfloat16")
 #: Other names of these, as torch, transformers and vLLM have them.
 DTYPE_ALIASES = {"float": "float32", "half": "float16"}
@@ -33,10 +31,6 @@ DTYPE_ALIASES = {"float": "float32", "half": "float16"}
 CPU_SEQUENCE_BYTES = 1 << 30
 
 Count = Annotated[int, Range(1)]
-#: A size in config.json. Kernels and tensors count in 32 bits; nothing real comes near.
-Size = Annotated[int, Range(1, 2**31 - 1)]
-Positive = Annotated[float, Range(0.0, above=True)]
-Factor = Annotated[float, Range(0.0, 1e6, above=True)]
 
 
 @dataclass(frozen=True)
@@ -57,6 +51,18 @@ class RopeConfig:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """What differs between the decoder layers of families: a family reads it from config.json, or
+    knows it.
+    """
+
+    qkv_bias: bool  # on the projections to Q, K and V
+    o_bias: bool  # on the projection of what attention gives
+    mlp_bias: bool
+    qk_norm: bool  # an RMSNorm on every head of Q and of K
 
 
 @dataclass(frozen=True)
@@ -104,213 +110,6 @@ class ModelConfig:
         layer = self.hidden_size * (heads * self.head_dim + 3 * self.intermediate_size)
         tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return self.num_hidden_layers * layer + tables
-
-    @staticmethod
-    def from_hf(
-        config: dict[str, Any],
-        generation_config: dict[str, Any] | None = None,
-        folder: Path | None = None,
-    ) -> "ModelConfig":
-        """Read a Hugging Face config.json, and generation_config.json for the end-of-sequence
-        tokens.
-
-        folder: where they were found, for error messages. A field that is null counts as absent.
-        Raises `ConfigError` naming file, field and value for what no model can have, and
-        `UnsupportedModelError` for anything that would otherwise give silently wrong tokens.
-        """
-        read = _Fields(config, str(folder / "config.json" if folder else "config.json"))
-        architecture = _supported_architecture(read)
-        is_qwen2, attention_bias = (
-            architecture.startswith("Qwen2"),
-            read("attention_bias", bool, False),
-        )
-        sizes = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "max_position_embeddings",
-        )
-        shape = {name: read(name, Size) for name in sizes}
-        sources = [
-            _Fields(generation_config or {}, str((folder or Path()) / "generation_config.json")),
-            read,
-        ]
-        return ModelConfig(
-            architecture=architecture,
-            **shape,
-            **_heads_from_hf(read, shape["hidden_size"]),
-            rms_norm_eps=read("rms_norm_eps", Annotated[float, Range(0.0)], 1e-6),
-            rope=_rope_from_hf(read),
-            tie_word_embeddings=read("tie_word_embeddings", bool, False),
-            qkv_bias=is_qwen2 or attention_bias,
-            o_bias=attention_bias and not is_qwen2,
-            mlp_bias=read("mlp_bias", bool, False),
-            qk_norm=architecture.startswith("Qwen3"),
-            dtype=_dtype_from_hf(read),
-            eos_token_ids=_eos_token_ids(sources, shape["vocab_size"]),
-        )
-
-
-class _Fields:
-    """The fields of one JSON object: ``read(name, annotation)`` gives a value of this type or
-    raises `ConfigError`.
-    """
-
-    REQUIRED = object()
-
-    def __init__(self, content: dict[str, Any], where: str) -> None:
-        self.content, self.where = content, where
-
-    def __call__(self, name: str, annotation: Any, default: Any = REQUIRED) -> Any:
-        value = self.content.get(name)
-        if value is None:
-            if default is self.REQUIRED:
-                raise ConfigError(f"{self.where} lacks the field {name!r}.")
-            return default
-        try:
-            return check(value, annotation)
-        except ValueError as error:
-            raise ConfigError(f"{self.where}: {name} {error}.") from error
-
-    def a(self, kind: type, name: str) -> Any:
-        """A list or an object (kind: list, dict); an empty one when the field is absent."""
-        value = self.content.get(name)
-        if value is not None and not isinstance(value, kind):
-            words = {list: "a list", dict: "an object"}[kind]
-            raise self.wrong(name, f"must be {words}, got {shown(value)}")
-        return value or kind()
-
-    def wrong(self, name: str, what: str) -> ConfigError:
-        return ConfigError(f"{self.where}: {name} {what}.")
-
-
-def _supported_architecture(read: _Fields) -> str:
-    """The name of the architecture; raises for what minivllm does not implement."""
-    architecture = (read.a(list, "architectures") or ["(none)"])[0]
-    if architecture not in ARCHITECTURES:
-        raise UnsupportedModelError(
-            f"Architecture {shown(architecture)} is none of the supported"
-            f" {', '.join(ARCHITECTURES)}."
-        )
-    kinds = read.a(list, "layer_types")
-    window = read("sliding_window", int, None)
-    if (read("use_sliding_window", bool, False) and window) or "sliding_attention" in kinds:
-        raise UnsupportedModelError(
-            "This checkpoint uses sliding-window attention, which minivllm does not implement."
-        )
-    if others := [kind for kind in kinds if kind != "full_attention"]:
-        raise UnsupportedModelError(f"Layers of type {shown(others[0])} are not supported.")
-    if quantization := read.a(dict, "quantization_config"):
-        method = quantization.get("quant_method", "unknown")
-        raise UnsupportedModelError(
-            f"The checkpoint is quantized ({method}); minivllm loads unquantized weights only."
-        )
-    if (activation := read.content.get("hidden_act", "silu")) != "silu":
-        raise UnsupportedModelError(
-            f"Activation {shown(activation)} is not supported; the decoder's MLP is SwiGLU."
-        )
-    return architecture
-
-
-def _heads_from_hf(read: _Fields, hidden_size: int) -> dict[str, int]:
-    """Numbers of heads and their dimension."""
-    heads = read("num_attention_heads", Size)
-    kv_heads = read("num_key_value_heads", Size, heads)
-    if heads % kv_heads:
-        raise UnsupportedModelError(
-            f"{read.where}: num_attention_heads must be a multiple of num_key_value_heads, got"
-            f" {heads} and {kv_heads}."
-        )
-    head_dim = read("head_dim", Size, None)
-    if head_dim is None:
-        if hidden_size % heads:
-            raise read.wrong(
-                "hidden_size",
-                f"must be a multiple of num_attention_heads={heads}, got {hidden_size}",
-            )
-        head_dim = hidden_size // heads
-    if head_dim % 2:
-        raise read.wrong(
-            "head_dim", f"must be even, for dimensions are rotated in pairs, got {head_dim}"
-        )
-    return {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
-
-
-def _dtype_from_hf(read: _Fields) -> str:
-    """transformers 5 writes `dtype`; before it, the field was called `torch_dtype`."""
-    name = "dtype" if read.content.get("dtype") is not None else "torch_dtype"
-    dtype = read(name, str, "float32").removeprefix("torch.")
-    dtype = DTYPE_ALIASES.get(dtype, dtype)
-    if dtype not in DTYPES:
-        raise read.wrong(name, f"must be one of {', '.join(DTYPES)}, got {shown(dtype)}")
-    return dtype
-
-
-def _rope_from_hf(read: _Fields) -> RopeConfig:
-    # transformers 5 writes `rope_parameters`; before it, `rope_scaling` stood beside `rope_theta`.
-    parameters = {**read.a(dict, "rope_scaling"), **read.a(dict, "rope_parameters")}
-    if any(isinstance(value, dict) for value in parameters.values()):
-        raise UnsupportedModelError("A rope of its own for each type of layer is not supported.")
-    rope = _Fields(parameters, f"{read.where}, rope parameters")
-    rope_type = rope("rope_type", str, rope("type", str, "default"))
-    if rope_type not in ROPE_TYPES:
-        raise UnsupportedModelError(
-            f"Rope type {shown(rope_type)} is not supported; supported: {', '.join(ROPE_TYPES)}."
-        )
-    if any(fields("partial_rotary_factor", float, 1.0) != 1.0 for fields in (rope, read)):
-        raise UnsupportedModelError("Partial rotary embeddings are not supported.")
-    name, longest = "original_max_position_embeddings", read("max_position_embeddings", Size)
-    # Some configs have the length before stretching beside the rope's fields; transformers prefers
-    # that one.
-    original = read(name, Size, rope(name, Size, longest))
-    theta = rope("rope_theta", Positive, read("rope_theta", Positive, 10000.0))
-    if rope_type == "default":
-        return RopeConfig(theta, original_max_position=original)
-    factor = rope("factor", Factor, longest / original if rope_type == "yarn" else _Fields.REQUIRED)
-    optional: dict[str, Any] = {}  # a field that is absent has the default of `RopeConfig`
-    if rope_type == "llama3":
-        optional = {"low_freq_factor": Positive, "high_freq_factor": Positive}
-    if rope_type == "yarn":  # without a factor: DeepSeek-V3's convention, followed by transformers
-        optional = {
-            "beta_fast": Positive,
-            "beta_slow": Positive,
-            "attention_factor": Positive,
-            "truncate": bool,
-        }
-        optional |= {
-            "mscale": Annotated[float, Range(0.0)],
-            "mscale_all_dim": Annotated[float, Range(0.0)],
-        }
-    given = {field: rope(field, kind, None) for field, kind in optional.items()}
-    given = {field: value for field, value in given.items() if value is not None}
-    stretched = RopeConfig(theta, rope_type, factor, original, **given)
-    if rope_type == "llama3" and stretched.high_freq_factor <= stretched.low_freq_factor:
-        raise rope.wrong(
-            "high_freq_factor", f"must be above low_freq_factor={stretched.low_freq_factor}"
-        )
-    if rope_type == "yarn" and theta <= 1.0:
-        raise rope.wrong("rope_theta", f"must be above 1 for YaRN, got {theta}")
-    return stretched
-
-
-def _eos_token_ids(sources: list[_Fields], vocab_size: int) -> tuple[int, ...]:
-    """What ends a sequence: the ids of the first source that has any, as in transformers and vLLM.
-
-    The engine adds the tokenizer's. Ids outside the vocabulary are never sampled, and are left out.
-    """
-    found = [_ids(read) for read in sources]
-    first = next((ids for ids in found if ids), [])
-    return tuple(dict.fromkeys(token_id for token_id in first if 0 <= token_id < vocab_size))
-
-
-def _ids(read: _Fields) -> list[int]:
-    """eos_token_id as a list: it may be one id, several or null."""
-    value = read.content.get("eos_token_id")
-    ids = value if isinstance(value, list) else [value] if value is not None else []
-    return [
-        _Fields({"eos_token_id": token_id}, read.where)("eos_token_id", int) for token_id in ids
-    ]
 
 
 @dataclass(frozen=True)
@@ -369,11 +168,13 @@ class EngineConfig:
         for options of vLLM that are not here, saying what to do instead. Of these a value that asks
         for what minivllm does anyway is accepted: ``trust_remote_code=False``,
         ``quantization=None``, ``pipeline_parallel_size=1``, ``enable_chunked_prefill=True``,
-        ``swap_space=0``. compat.py has the list.
+        ``swap_space=0``. compat/options.py has the list.
         """
         return cls(**own_options(options, tuple(field.name for field in dataclasses.fields(cls))))
 
     def __post_init__(self) -> None:
+        cls: Any = type(self)
+        annotations = annotations_of(cls)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in ("dtype", "device") and type(value).__module__ == "torch":
@@ -381,50 +182,53 @@ class EngineConfig:
             if field.name == "dtype" and isinstance(value, str):
                 value = DTYPE_ALIASES.get(value, value)
             try:
-                value = check(value, annotations_of(type(self))[field.name])
+                value = check(value, annotations[field.name])
             except ValueError as error:
                 raise ConfigError(f"{field.name} {error}.") from error
             object.__setattr__(self, field.name, value)
 
-    def resolve(self, model: ModelConfig, device_type: str) -> "EngineConfig":
-        """A copy with every "auto" and None decided, but for num_kv_blocks, which needs the loaded
-        model.
+    def resolve(self, model: ModelConfig, device_type: str) -> "ResolvedConfig":
+        """The config with every "auto" and None decided.
 
         device_type: "cuda" or "cpu". Raises `ConfigError` for combinations that cannot work.
         """
         on_gpu = device_type == "cuda"
-        backend = (
-            self.attention_backend
-            if self.attention_backend != "auto"
-            else ("triton" if on_gpu else "torch")
-        )
-        resolved = dataclasses.replace(
-            self,
-            device=self.device if self.device != "auto" else device_type,
-            dtype=self.dtype if self.dtype != "auto" else (model.dtype if on_gpu else "float32"),
-            attention_backend=backend,
-            enforce_eager=self.enforce_eager or not on_gpu or backend != "triton",
-            async_scheduling=on_gpu if self.async_scheduling is None else self.async_scheduling,
-            max_num_batched_tokens=self.max_num_batched_tokens or (8192 if on_gpu else 2048),
-            block_size=self.block_size or (64 if on_gpu else 16),
-        )
-        resolved = dataclasses.replace(
-            resolved, max_model_len=resolved._resolve_max_model_len(model, on_gpu)
-        )
+        backend: str = self.attention_backend
+        if backend == "auto":
+            backend = "triton" if on_gpu else "torch"
+        dtype: str = self.dtype
+        if dtype == "auto":
+            dtype = model.dtype if on_gpu else "float32"
+        block_size = self.block_size or (64 if on_gpu else 16)
+        options: dict[str, Any] = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+        }
+        decided: dict[str, Any] = {
+            "device": self.device if self.device != "auto" else device_type,
+            "dtype": dtype,
+            "attention_backend": backend,
+            "enforce_eager": self.enforce_eager or not on_gpu or backend != "triton",
+            "async_scheduling": on_gpu if self.async_scheduling is None else self.async_scheduling,
+            "max_num_batched_tokens": self.max_num_batched_tokens or (8192 if on_gpu else 2048),
+            "block_size": block_size,
+            "max_model_len": self._resolve_max_model_len(model, dtype, block_size, on_gpu),
+            "num_kv_blocks": self.num_kv_blocks or 0,
+        }
+        resolved = ResolvedConfig(**{**options, **decided})
         resolved._check_against(model, on_gpu)
         return resolved
 
-    def _resolve_max_model_len(self, model: ModelConfig, on_gpu: bool) -> int:
-        """Of the model's length, on a CPU, as much as its cache has room for; a resolved config has
-        a dtype.
-        """
+    def _resolve_max_model_len(
+        self, model: ModelConfig, dtype: str, block_size: int, on_gpu: bool
+    ) -> int:
+        """Of the model's length, on a CPU, as much as its cache has room for."""
         if self.max_model_len is not None or on_gpu or self.num_kv_blocks is not None:
             return self.max_model_len or model.max_model_len
         # Ranks on a CPU share its memory, and each holds at least one KV head.
         kv_heads = max(model.num_key_value_heads, self.tensor_parallel_size)
-        itemsize = 4 if self.dtype == "float32" else 2
+        itemsize = 4 if dtype == "float32" else 2
         token_bytes = 2 * model.num_hidden_layers * kv_heads * model.head_dim * itemsize
-        fits = max(CPU_SEQUENCE_BYTES // (token_bytes * self.block_size), 1) * self.block_size
+        fits = max(CPU_SEQUENCE_BYTES // (token_bytes * block_size), 1) * block_size
         if fits < model.max_model_len:
             logger.warning(
                 "max_model_len is %d here, not the model's %d, whose KV cache would take %.2f GiB. "
@@ -434,6 +238,18 @@ class EngineConfig:
                 model.max_model_len * token_bytes / 2**30,
             )
         return min(fits, model.max_model_len)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig(EngineConfig):
+    """What an engine runs with: every option has a value. Made by `EngineConfig.resolve`."""
+
+    max_model_len: int
+    max_num_batched_tokens: int
+    block_size: int
+    #: 0 until the model is loaded: then the runner knows how many fit.
+    num_kv_blocks: Annotated[int, Range(0)]
+    async_scheduling: bool
 
     def _check_against(self, model: ModelConfig, on_gpu: bool) -> None:
         if self.max_model_len > model.max_model_len:

@@ -11,17 +11,23 @@ for chunk in llm.stream("Tell me a story."):
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, Literal, NoReturn, Self
 
 from tqdm.auto import tqdm
 
 from minivllm import inputs
+from minivllm.compat.calls import refuse_arguments, refuse_method
+from minivllm.config import EngineConfig
+from minivllm.engine.batch import build_batch
+from minivllm.engine.block_manager import BlockManager
+from minivllm.engine.engine_core import EnginePieces
 from minivllm.engine.llm_engine import EngineMetrics, LLMEngine
 from minivllm.engine.output_processor import OutputCollector
+from minivllm.engine.scheduler import Scheduler, SchedulerBase
 from minivllm.engine.trace import Trace
 from minivllm.errors import (
     ConcurrentUseError,
@@ -29,11 +35,12 @@ from minivllm.errors import (
     RequestError,
     TokenizerRequiredError,
 )
-from minivllm.inputs import Message, Params, Prompts, PromptType, RefusedPrompt, TokensPrompt
+from minivllm.inputs import Message, Params, Prompts, RefusedPrompt, TokensPrompt
+from minivllm.kernels import Kernels
 from minivllm.metrics import COUNTERS, Counter, Gauge, Metric
 from minivllm.outputs import CompletionOutput, RequestOutput, StreamOutput
-from minivllm.sampling_params import RequestOutputKind, SamplingParams
-from minivllm.unsupported import refuse_arguments, refuse_method
+from minivllm.parallel.group import TensorParallelGroup
+from minivllm.sampling_params import MAX_LOGPROBS, RequestOutputKind, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +49,108 @@ Tqdm = bool | Callable[..., Any]
 
 
 class LLM:
-    """One model and its engine. Arguments are those of `LLMEngine`. A context manager: leaving it
-    frees the memory.
+    """One model and its engine. A context manager: leaving it frees the memory.
+
+    model: None (the bundled one), a directory, or a Hugging Face hub id. All other arguments are
+    optional, and None means that minivllm decides:
+
+    Numbers and memory
+
+    - dtype: "auto" is the checkpoint's on a GPU and float32 on a CPU.
+    - device: "auto" is "cuda" where there is a GPU; "cuda:1" and "cpu" work, too.
+    - max_model_len: the longest prompt plus output, in tokens. None: what the checkpoint allows; on
+      a CPU without num_kv_blocks at most what fits 1 GiB of KV cache.
+    - max_num_seqs: the most sequences that run at once.
+    - max_num_batched_tokens: the most tokens of one step. None: 8192 on a GPU, 2048 on a CPU.
+    - block_size: tokens in a KV block. None: 64 on a GPU, 16 on a CPU.
+    - num_kv_blocks: blocks in the KV cache. None: what gpu_memory_utilization leaves on a GPU; on
+      a CPU 256 MiB, or one sequence of max_model_len if that is more.
+    - gpu_memory_utilization: the share of the GPU's memory for weights, activations and KV cache.
+
+    How steps are made
+
+    - enable_prefix_caching: prompts that begin alike share their KV blocks.
+    - enforce_eager: no CUDA graphs.
+    - async_scheduling: plan a step while the one before it runs. None: on a GPU, not on a CPU.
+    - attention_backend: "auto" is "triton" on a GPU and "torch" on a CPU.
+    - tensor_parallel_size: the number of ranks, one per GPU, that share the model.
+
+    Model and requests
+
+    - load_format: "auto" reads safetensors; "dummy" draws random weights.
+    - skip_tokenizer_init: token ids in and out, no text.
+    - seed: of dummy weights, and of requests that bring none of their own.
+    - generation_config: the sampling defaults. "auto": the checkpoint's; "vllm":
+      `SamplingParams()`.
+    - max_logprobs: the most alternatives that a request may ask for; -1: the whole vocabulary.
+    - trace: record what happens at each step; see `minivllm.engine.trace`.
+
+    Pieces of your own in place of the package's, and a group of ranks that have met already:
+    kernels, block_manager_cls, scheduler_cls, model_cls, build_batch, group.
+
+    Raises `ConfigError` for a value that cannot work and for options of vLLM that are not here
+    (vllm_options), saying what to do instead. Options of vLLM that ask for what minivllm does
+    anyway, such as ``trust_remote_code=False``, are accepted.
     """
 
-    def __init__(self, model: str | Path | None = None, **options: Any) -> None:
-        self.llm_engine: LLMEngine | None = LLMEngine(model, **options)
+    # An engine has so many options, and an editor shows them here.
+    def __init__(  # noqa: PLR0913
+        self,
+        model: str | Path | None = None,
+        *,
+        dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto",
+        device: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int | None = None,
+        block_size: int | None = None,
+        num_kv_blocks: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+        enable_prefix_caching: bool = True,
+        enforce_eager: bool = False,
+        async_scheduling: bool | None = None,
+        attention_backend: Literal["auto", "triton", "torch"] = "auto",
+        load_format: Literal["auto", "safetensors", "dummy"] = "auto",
+        skip_tokenizer_init: bool = False,
+        tensor_parallel_size: int = 1,
+        seed: int = 0,
+        generation_config: Literal["auto", "vllm"] = "auto",
+        max_logprobs: int = MAX_LOGPROBS,
+        trace: bool = False,
+        kernels: Kernels | None = None,
+        block_manager_cls: Callable[..., BlockManager] = BlockManager,
+        scheduler_cls: Callable[..., SchedulerBase] = Scheduler,
+        model_cls: Callable[..., Any] | None = None,
+        build_batch: Callable[..., Any] = build_batch,
+        group: TensorParallelGroup | None = None,
+        **vllm_options: Any,
+    ) -> None:
+        options: dict[str, Any] = dict(
+            dtype=dtype,
+            device=device,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            block_size=block_size,
+            num_kv_blocks=num_kv_blocks,
+            gpu_memory_utilization=gpu_memory_utilization,
+            enable_prefix_caching=enable_prefix_caching,
+            enforce_eager=enforce_eager,
+            async_scheduling=async_scheduling,
+            attention_backend=attention_backend,
+            load_format=load_format,
+            skip_tokenizer_init=skip_tokenizer_init,
+            tensor_parallel_size=tensor_parallel_size,
+            seed=seed,
+            generation_config=generation_config,
+            max_logprobs=max_logprobs,
+            trace=trace,
+            **vllm_options,
+        )
+        config = EngineConfig.from_options(options)
+        pieces = EnginePieces(kernels, block_manager_cls, scheduler_cls, model_cls, build_batch)
+        engine = LLMEngine(model, config=config, pieces=pieces, group=group)
+        self.llm_engine: LLMEngine | None = engine
         #: The calls that are under way, and the thread that is at each; a stream may be open during
         #: a `generate`.
         self._turns: dict[OutputCollector, int] = {}
@@ -105,9 +208,10 @@ class LLM:
 
     def get_tokenizer(self) -> Any:
         """The tokenizer (`encode`, `decode`, `apply_chat_template`); raises without one."""
-        if self._open_engine().tokenizer is None:
+        tokenizer = self._open_engine().tokenizer
+        if tokenizer is None:
             raise TokenizerRequiredError("This engine was made with skip_tokenizer_init=True.")
-        return self.llm_engine.tokenizer
+        return tokenizer
 
     # --- the three ways to ask --------------------------------------------------------------------
 
@@ -187,7 +291,7 @@ class LLM:
         if chat_template is not None:
             variables["chat_template"] = chat_template
         conversations, single = inputs.as_conversations(messages)
-        prompts: list[PromptType | RefusedPrompt] = []
+        prompts: list[Any] = []  # prompts, and a `RefusedPrompt` where none could be made
         for conversation in conversations:
             try:
                 prompts.append(self._chat_prompt(conversation, variables))
@@ -214,7 +318,9 @@ class LLM:
         collector.read_by(increments)
         return increments
 
-    def _increments(self, outputs: Iterator[tuple[int, RequestOutput]]) -> Iterator[StreamOutput]:
+    def _increments(
+        self, outputs: Generator[tuple[int, RequestOutput], None, None]
+    ) -> Generator[StreamOutput, None, None]:
         ended: set[tuple[int, int]] = set()  # (prompt, completion): each reports its end once
         try:
             for position, output in outputs:
@@ -290,7 +396,7 @@ class LLM:
         params: Params,
         output_kind: RequestOutputKind,
         raises: bool,
-    ) -> Iterator[tuple[int, RequestOutput]]:
+    ) -> Generator[tuple[int, RequestOutput], None, None]:
         engine = self._open_engine()
         self._take_turn(collector)
         position_of: dict[str, int] = {}
@@ -341,8 +447,8 @@ class LLM:
 @contextmanager
 def _progress(use_tqdm: Tqdm, total: int) -> Iterator[Any]:
     """A bar with `update`; called and closed as vLLM does it with a bar of the caller's."""
-    make = use_tqdm if callable(use_tqdm) else tqdm
-    options = {} if callable(use_tqdm) else {"disable": not use_tqdm, "unit": "req"}
+    make: Callable[..., Any] = use_tqdm if callable(use_tqdm) else tqdm
+    options: dict[str, Any] = {} if callable(use_tqdm) else {"disable": not use_tqdm, "unit": "req"}
     bar = make(total=total, desc="Processed prompts", dynamic_ncols=True, **options)
     try:
         yield bar

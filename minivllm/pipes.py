@@ -1,11 +1,11 @@
 """Messages over a pipe between two processes: each is its length in 8 bytes, then its bytes."""
 
-from typing import BinaryIO
+from typing import IO
 
 MAX_FRAME = 1 << 30  # bytes; nobody here sends more
 
 
-def read_frame(stream: BinaryIO) -> bytes | None:
+def read_frame(stream: IO[bytes]) -> bytes | None:
     """The next message; None when the other end is gone, or talks nonsense."""
     head = stream.read(8)
     size = int.from_bytes(head, "little")
@@ -15,7 +15,7 @@ def read_frame(stream: BinaryIO) -> bytes | None:
     return body if len(body) == size else None
 
 
-def write_frame(stream: BinaryIO, body: bytes) -> None:
+def write_frame(stream: IO[bytes], body: bytes) -> None:
     stream.write(len(body).to_bytes(8, "little"))
     stream.write(body)
     stream.flush()

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
+from minivllm.compat.calls import refuse_parameter
 from minivllm.errors import SamplingParamsError
-from minivllm.unsupported import refuse_parameter
 
 MAX_N = 16384  # most completions of one prompt; each is a sequence of its own
 #: Default of the engine option max_logprobs: the most alternatives that `logprobs` and
@@ -118,10 +118,10 @@ class SamplingParams:
                 continue
             if (value := _integer(name, given, low, high)) is not given:
                 self._set(name, value)
-        for name, (low, high) in _NUMBERS.items():
+        for name, (least, greatest) in _NUMBERS.items():
             given = getattr(self, name)
-            if (value := _number(name, given, low, high)) is not given:
-                self._set(name, value)
+            if (number := _number(name, given, least, greatest)) is not given:
+                self._set(name, number)
         self._take_lists()
         self._check_together()
 

@@ -338,7 +338,8 @@ class _SideFiles:
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
         self._path = path
-        named, lists = {}, {}
+        named: dict[str, Any] = {}
+        lists: dict[str, Any] = {}
         files = [(path / "tokenizer_config.json", config)]
         if "added_tokens_decoder" not in config:
             file = path / "special_tokens_map.json"
@@ -466,7 +467,9 @@ def _replace_wrong_bytes(tokens: list[str]) -> list[str]:
             run.append(token)
             continue
         # Python marks each wrong byte by a surrogate.
-        for char in bytes(map(_byte_of, run)).decode("utf-8", errors="surrogateescape"):
+        for char in bytes(byte for byte in map(_byte_of, run) if byte is not None).decode(
+            "utf-8", errors="surrogateescape"
+        ):
             if "\udc80" <= char <= "\udcff":
                 result.append(REPLACEMENT)
             else:

@@ -626,6 +626,7 @@ RUN_ATTACKS = """
 
 
 class TestLimits:
+    @pytest.mark.slow
     @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere only time is limited")
     def test_attacks(self, make, tmp_path):
         """Each is refused in time, with little memory, and the next rendering works."""
@@ -678,6 +679,7 @@ class TestLimits:
         del tokenizer
         assert process.poll() is not None
 
+    @pytest.mark.slow
     @pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
     def test_it_ends_with_a_parent_that_is_killed(self, make, tmp_path):
         make("{{ messages[0].content }}")

@@ -12,16 +12,17 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pytest
 import torch
-from checkpoints import TransformersReference, random_prompt, write_checkpoint
-from ids import plain
-from parity import greedy
 
 from minivllm import LLM
 from minivllm.bundled import BUNDLED_MODEL_PATH
-from minivllm.config import EngineConfig, ModelConfig
+from minivllm.config import EngineConfig
 from minivllm.errors import ConfigError, MiniVLLMError, UnsupportedModelError
+from minivllm.models.hf_config import config_from_hf
 from minivllm.models.loader import default_sampling_params, load_config, load_generation_config
 from minivllm.validation import Range, check
+from support.checkpoints import TransformersReference, random_prompt, write_checkpoint
+from support.ids import plain
+from support.parity import greedy
 
 CONFIG = json.loads((BUNDLED_MODEL_PATH / "config.json").read_text())
 SIZES = (
@@ -254,6 +255,7 @@ def test_the_engine_says_the_same(tmp_path: Path) -> None:
 # --- what is valid --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["Qwen2Config", "Qwen3Config", "LlamaConfig"])
 def test_configs_of_transformers(tmp_path: Path, family: str) -> None:
     import transformers
@@ -570,7 +572,7 @@ def test_no_value_of_any_kind_is_a_bare_error() -> None:
     for name in names:
         for value in values:
             try:
-                EngineConfig().resolve(ModelConfig.from_hf(CONFIG | {name: value}), "cpu")
+                EngineConfig().resolve(config_from_hf(CONFIG | {name: value}), "cpu")
                 read += 1
             except UnsupportedModelError:
                 pass

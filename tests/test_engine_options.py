@@ -5,8 +5,10 @@ said.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,15 +17,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import write_checkpoint
-from ids import plain
 
 from minivllm import LLM
-from minivllm.config import EngineArgs, EngineConfig, ModelConfig
+from minivllm.bundled import BUNDLED_MODEL_PATH
+from minivllm.config import EngineArgs, EngineConfig, ResolvedConfig
 from minivllm.engine import memory, model_runner
+from minivllm.engine.engine_core import EnginePieces
 from minivllm.errors import ConfigError, MiniVLLMError, OutOfMemoryError
+from minivllm.models.hf_config import config_from_hf
+from minivllm.models.loader import load_config
 from minivllm.parallel.launch import pick_device
 from minivllm.validation import annotations_of
+from support.checkpoints import write_checkpoint
+from support.ids import plain
 
 FIELDS = [field.name for field in dataclasses.fields(EngineConfig)]
 #: Of no field's type.
@@ -297,11 +303,11 @@ def test_the_cache_of_a_cpu_is_modest(tmp_path: Path, caplog: pytest.LogCaptureF
 def test_a_length_that_is_asked_for_stays(
     tmp_path: Path, options: dict[str, Any], length: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = EngineConfig(**options).resolve(ModelConfig.from_hf(QWEN3), "cpu")
+    config = EngineConfig(**options).resolve(config_from_hf(QWEN3), "cpu")
     assert config.max_model_len == length
     assert ("max_model_len" in caplog.text) == (length < 40960 and "max_model_len" not in options)
     on_gpu = EngineConfig(**options, attention_backend="torch").resolve(
-        ModelConfig.from_hf(QWEN3), "cuda"
+        config_from_hf(QWEN3), "cuda"
     )
     assert on_gpu.max_model_len == options.get("max_model_len", 40960)
 
@@ -315,6 +321,7 @@ def test_a_small_model_has_its_whole_length() -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_length_that_cannot_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda: 4 << 30)
     write_config(tmp_path)
@@ -327,6 +334,7 @@ def test_a_length_that_cannot_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     LLM(tmp_path, **options)
 
 
+@pytest.mark.slow
 def test_free_memory_heeds_a_limit() -> None:
     """`ulimit -v` is how a shared machine says how much one may take."""
     code = """
@@ -457,3 +465,30 @@ def test_options_are_the_same_on_the_command_line() -> None:
     assert done.returncode == 2
     assert "gpu_memory_utilization is a number" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# --- what an editor and help() show ---------------------------------------------------------------
+
+
+def test_llm_shows_every_option() -> None:
+    """Its arguments are the config's fields, with the same defaults, and the engine's pieces."""
+    shown = inspect.signature(LLM.__init__).parameters
+    options = {field.name: field.default for field in dataclasses.fields(EngineConfig)}
+    assert {name: shown[name].default for name in options} == options
+    pieces = {field.name: field.default for field in dataclasses.fields(EnginePieces)}
+    assert {name: shown[name].default for name in pieces} == pieces
+    assert set(shown) == {"self", "model", "group", "vllm_options", *options, *pieces}
+    for name in set(shown) - {"self"}:
+        assert shown[name].annotation not in (inspect.Parameter.empty, Any) or name[:4] == "vllm"
+        assert re.search(rf"\b{name}\b", LLM.__doc__ or ""), f"{name} is not explained"
+
+
+def test_a_resolved_config_has_a_value_for_everything() -> None:
+    model = load_config(BUNDLED_MODEL_PATH)
+    resolved = EngineConfig().resolve(model, "cpu")
+    assert isinstance(resolved, ResolvedConfig)
+    assert None not in vars(resolved).values()
+    assert "auto" not in (resolved.dtype, resolved.device, resolved.attention_backend)
+    assert resolved.num_kv_blocks == 0  # not known before the model is loaded
+    with pytest.raises(ConfigError, match="block_size"):
+        dataclasses.replace(resolved, block_size=None)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from ids import plain
 
 from minivllm import LLM, SamplingParams, TextPrompt, TokensPrompt
 from minivllm.bundled import BUNDLED_MODEL_PATH
@@ -23,6 +22,7 @@ from minivllm.errors import (
     SamplingParamsError,
 )
 from minivllm.inputs import as_batch, as_conversations, as_params, check_conversation, parse_prompt
+from support.ids import plain
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4)
 IDS = [5, 6, 7]
@@ -180,7 +180,8 @@ REFUSED = [
     ({"prompt": "a", "multi_modal_data": {"image": 1}}, RequestError, "multi_modal_data"),
     ({"prompt_embeds": torch.zeros(2, 3)}, RequestError, "prompt_embeds"),
     ({"encoder_prompt": "a", "decoder_prompt": "b"}, RequestError, "encoder_prompt"),
-    ({"prompt": "a", "cache_salt": "s"}, RequestError, "cache_salt"),
+    ({"prompt": "a", "cache_salt": ""}, RequestError, "cache_salt"),
+    ({"prompt": "a", "cache_salt": 5}, RequestError, "cache_salt"),
     (np.array([], dtype=np.int64), EmptyPromptError, "no tokens"),
     (np.array([5.0, 6.0]), InvalidTokenError, "5.0"),
     (np.array([True, False]), InvalidTokenError, "True"),
@@ -221,7 +222,7 @@ def test_and_in_a_batch_it_harms_nobody(llm):
 
 
 def test_a_refused_dict_is_told_with_its_text(llm):
-    outputs = generate(llm, ["a", {"prompt": "b", "cache_salt": "s"}, {"prompt_token_ids": [-1]}])
+    outputs = generate(llm, ["a", {"prompt": "b", "cache_salt": 5}, {"prompt_token_ids": [-1]}])
     assert [(o.prompt, o.prompt_token_ids) for o in outputs[1:]] == [("b", []), (None, [-1])]
 
 

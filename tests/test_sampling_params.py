@@ -7,16 +7,15 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import math
 import pickle
 
 import numpy as np
 import pytest
 import tokenizers
 import torch
-from checkpoints import TransformersReference, write_checkpoint
 
-from minivllm import LLM, RequestOutputKind, SamplingParams
+from minivllm import RequestOutputKind, SamplingParams
+from minivllm.compat.calls import PARAMETERS
 from minivllm.engine.input_processor import InputProcessor
 from minivllm.engine.sampler import FIT_FOR_GRAPHS, Sampler
 from minivllm.engine.sequence import Sequence
@@ -27,10 +26,10 @@ from minivllm.errors import (
     UnsupportedParameterError,
 )
 from minivllm.kernels import Kernels
-from minivllm.unsupported import PARAMETERS
+from support.checkpoints import TransformersReference
+from support.sampling import PROMPT, VOCAB, decode_reference, make_llm, tokens_of, write_model
 
-VOCAB = 48
-PROMPT = [3, 14, 15, 9, 26, 5]
+GREEDY = SamplingParams(temperature=0.0, max_tokens=20)
 FIELDS = {field.name: field for field in dataclasses.fields(SamplingParams)}
 
 #: A value of each field that is not its default.
@@ -257,6 +256,27 @@ def test_a_field_that_nobody_thought_of_keeps_its_row_out_of_the_graph():
     ) - FIT_FOR_GRAPHS
 
 
+@dataclasses.dataclass(frozen=True)
+class TomorrowsParams(SamplingParams):
+    """With fields of which neither sampler nor graphs know anything."""
+
+    mirostat: float = 0.0
+    grammar: list[str] = dataclasses.field(default_factory=list)
+
+
+@pytest.mark.parametrize("changed", [{"mirostat": 0.5}, {"grammar": ["a"]}])
+def test_a_new_field_keeps_its_row_out_of_the_graph(sampler, changed):
+    """Nobody has to enter it in a list: whatever is not fit for graphs and not the default is
+    sampled outside them.
+    """
+    plain = Sequence(0, [1], TomorrowsParams(temperature=0.5, seed=3), slot=0)
+    asking = Sequence(1, [1], TomorrowsParams(temperature=0.5, seed=3, **changed), slot=1)
+    sampler.admit([plain, asking])
+    assert not sampler.needs_edit([0])
+    assert sampler.needs_edit([1])
+    assert sampler.needs_edit([0, 1])
+
+
 def test_filters_do_not_matter_to_a_greedy_row(sampler):
     params = SamplingParams(temperature=0.0, top_k=5, top_p=0.5, min_p=0.1)
     sampler.admit([Sequence(0, [1], params, slot=0)])
@@ -276,19 +296,7 @@ def test_a_slot_forgets_what_its_last_sequence_asked(sampler):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """48 tokens: token i is the word "wi"; words stand between spaces."""
-    path = tmp_path_factory.mktemp("bad_words")
-    write_checkpoint(
-        path,
-        seed=3,
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=256,
-    )
+    path = write_model(tmp_path_factory.mktemp("bad_words"))
     vocabulary = {f"w{i}": i for i in range(VOCAB)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -301,42 +309,14 @@ def reference(checkpoint):
     return TransformersReference(checkpoint)
 
 
-def make_llm(checkpoint, **options) -> LLM:
-    return LLM(checkpoint, **{"device": "cpu", "block_size": 4, "num_kv_blocks": 256, **options})
-
-
 @pytest.fixture(scope="module")
 def llm(checkpoint):
     return make_llm(checkpoint)
 
 
-def tokens_of(llm, prompts, params):
-    return [o.outputs[0].token_ids for o in llm.generate(prompts, params, use_tqdm=False)]
-
-
 def words(*sequences):
     """Bad words that are these token sequences."""
     return [" ".join(f"w{i}" for i in sequence) for sequence in sequences]
-
-
-def decode_reference(reference, prompt, banned=(), allowed=None, num_tokens=20, **penalties):
-    """Greedy decoding by the book, as vLLM documents it: a word's last token is banned behind its
-    first ones.
-    """
-    output: list[int] = []
-    for _ in range(num_tokens):
-        logits = reference.logits([*prompt, *output])[-1].double()
-        for token in range(VOCAB):
-            if allowed is not None and token not in allowed:
-                logits[token] = -math.inf
-        for word in banned:
-            begun = len(word) == 1 or output[-(len(word) - 1) :] == list(word[:-1])
-            if begun and len(output) >= len(word) - 1:
-                logits[word[-1]] = -math.inf
-        for token in set(output):
-            logits[token] -= penalties.get("presence_penalty", 0.0)
-        output.append(int(logits.argmax()))
-    return output
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +327,7 @@ def cases(reference):
     found = []
     for i in range(5):
         prompt = [(11 * i + 5 * j + 1) % VOCAB for j in range(3 + i)]
-        free = decode_reference(reference, prompt)
+        free = decode_reference(reference, prompt, GREEDY)
         wishes = [
             ([free[:1]], None, {}),
             ([free[:2]], None, {}),
@@ -361,17 +341,11 @@ def cases(reference):
             ([free[1:3]], None, {"presence_penalty": 1.5}),
         ]
         for banned, allowed, penalties in wishes:
-            expected = decode_reference(reference, prompt, banned, allowed, **penalties)
-            params = SamplingParams(
-                temperature=0.0,
-                max_tokens=20,
-                bad_words=words(*banned),
-                allowed_token_ids=allowed,
-                **penalties,
-            )
+            params = GREEDY.clone(bad_words=words(*banned), allowed_token_ids=allowed, **penalties)
+            expected = decode_reference(reference, prompt, params, bad_words=banned)
             assert expected != free
             found.append((prompt, params, expected))
-        found.append((prompt, SamplingParams(temperature=0.0, max_tokens=20), free))
+        found.append((prompt, GREEDY, free))
     return found
 
 
@@ -419,13 +393,13 @@ def test_bad_words_never_stand_in_a_sampled_output(llm):
 
 def test_words_before_the_output_do_not_count(llm, reference):
     """As in vLLM: the prompt's end does not begin a word."""
-    free = decode_reference(reference, PROMPT)
+    free = decode_reference(reference, PROMPT, GREEDY)
     params = SamplingParams(temperature=0.0, max_tokens=20, bad_words=words([PROMPT[-1], free[0]]))
     assert tokens_of(llm, PROMPT, params)[0][0] == free[0]
 
 
 def test_bad_words_of_one_row_leave_the_others_alone(llm, reference):
-    free = decode_reference(reference, PROMPT)
+    free = decode_reference(reference, PROMPT, GREEDY)
     plain = SamplingParams(temperature=0.0, max_tokens=20)
     banned = plain.clone(bad_words=words(free[:1]))
     outputs = tokens_of(llm, [PROMPT] * 3, [plain, banned, plain])

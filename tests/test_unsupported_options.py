@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from minivllm import LLM
-from minivllm.compat import MISSING, NONE_IS_DEFAULT
+from minivllm.compat.options import MISSING, NONE_IS_DEFAULT
 from minivllm.config import EngineArgs, EngineConfig
 from minivllm.errors import ConfigError
 

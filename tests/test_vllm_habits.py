@@ -11,12 +11,12 @@ import shutil
 
 import pytest
 import tokenizers
-from checkpoints import write_checkpoint
 from tqdm.auto import tqdm
 
 import minivllm
 from minivllm import LLM, LLMEngine, RequestOutputKind, SamplingParams
 from minivllm.bundled import BUNDLED_MODEL_PATH
+from minivllm.compat.calls import ARGUMENTS, METHODS, did_you_mean
 from minivllm.errors import (
     ConfigError,
     MiniVLLMError,
@@ -27,7 +27,7 @@ from minivllm.errors import (
     UnsupportedMethodError,
 )
 from minivllm.metrics import Counter, Gauge, Metric
-from minivllm.unsupported import ARGUMENTS, METHODS, did_you_mean
+from support.checkpoints import write_checkpoint
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6)
 MESSAGES = [{"role": "user", "content": "Hi"}]

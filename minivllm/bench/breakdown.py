@@ -1,17 +1,20 @@
-"""Where the time of a decode step goes: kernels by name, gaps between them, and what the CPU lets
-the GPU wait for.
+"""Where the time of a decode step goes: kernels by name, the gaps between them, and the CPU time
+that the GPU waits for.
 
-Three measurements of such requests, in the middle of each at the same length. The wall time of a
-step. The GPU's time for a step's CUDA graph: replays queued one behind the other, so that nobody
-waits for the CPU. And under `torch.profiler`: which kernels ran, and how long.
+Three things are measured while all requests decode. The requests have the same length in the middle
+of each measurement.
 
-    step = kernels (any running) + gaps (between kernels of a graph) + exposed CPU time (a step's
-    time beyond its graph)
+    wall time      of a step
+    graph time     the GPU's time for the step's CUDA graph: many replays are queued, so the GPU
+                   never waits for the CPU
+    profile        which kernels ran, and how long, as `torch.profiler` sees them
 
-Where there is no graph, the time between the kernels of a step is taken from the profile. There a
-step begins again where a kernel that runs once a step runs again, and the longest gap before that
-is the one between two steps; Python launches every kernel, and the gaps too are its doing. Taught
-in notebooks/10_measuring.ipynb.
+    step = kernels (at least one is running) + gaps (between the kernels of a graph)
+           + exposed CPU time (the step's time beyond its graph)
+
+Without a graph, the gaps are taken from the profile. A step begins where a kernel that runs once
+per step runs again, and the longest gap before that kernel is the gap between two steps. Python
+then launches every kernel, so it causes the gaps, too. Taught in notebooks/10_measuring.ipynb.
 """
 
 from __future__ import annotations
@@ -104,7 +107,7 @@ def split_steps(intervals: Sequence[Interval], num_steps: int) -> list[dict[str,
 
 
 def by_name(intervals: Sequence[Interval], num_steps: int) -> list[dict[str, Any]]:
-    """Microseconds and calls a step of each name, the longest first; beyond `MOST_NAMES` they are
+    """Microseconds and calls per step of each name, the longest first; beyond `MOST_NAMES` they are
     one row.
     """
     times: dict[str, list[float]] = defaultdict(list)
@@ -127,7 +130,7 @@ def by_name(intervals: Sequence[Interval], num_steps: int) -> list[dict[str, Any
 
 
 def _short(name: str) -> str:
-    """Without template arguments, which fill lines."""
+    """A kernel's name without its template arguments, which are long."""
     name = name.removeprefix("void ")
     return name if len(name) <= 90 else f"{name[:87]}..."
 
@@ -144,7 +147,7 @@ class _Timers:
         scheduler.update = self._timed("update", scheduler.update)
 
         class Waiting(StepResult):
-            def wait(self) -> list[int]:
+            def wait(self) -> list[list[int]]:
                 return waited(self)
 
         runner.execute = lambda batch: Waiting(**vars(execute(batch)))
@@ -166,7 +169,7 @@ class _Timers:
 
 
 def cpu_parts(engine: LLMEngine, num_steps: int) -> dict[str, float]:
-    """Milliseconds a step of the CPU's parts; "wait for the GPU" is what the CPU had to spare."""
+    """Milliseconds per step of the CPU's parts; in "wait for the GPU" the CPU has nothing to do."""
     timers = _Timers(engine)
     try:
         total = sum(timed_steps(engine, num_steps))
@@ -238,7 +241,7 @@ def profile_cpu(engine: LLMEngine, num_steps: int) -> list[dict[str, Any]]:
 def gpu_summary(
     intervals: list[Interval], num_steps: int, step_us: float, replay_us: float | None = None
 ) -> dict[str, Any]:
-    """Milliseconds a step: kernels, gaps between them, and exposed CPU time.
+    """Milliseconds per step: kernels, gaps between them, and exposed CPU time.
 
     step_us: a step's time without the profiler. replay_us: of its graph, see `graph_us`.
     """
@@ -307,7 +310,7 @@ def one_engine(
         try:
             decode(num_requests)
             times = timed_steps(engine, num_steps)
-            # the mean would have what Python's collector took, now and then
+            # the mean would include the runs of Python's garbage collector
             step_us = 1e6 * statistics.median(times)
             row: dict[str, Any] = {
                 "step_seconds": percentiles(times),

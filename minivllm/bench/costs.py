@@ -16,7 +16,7 @@ from minivllm.config import ModelConfig
 
 @dataclass(frozen=True)
 class Rates:
-    """What a machine can do: bytes read a second, operations of matrix products a second."""
+    """What a machine can do: bytes read per second, operations of matrix products per second."""
 
     read_bytes_per_second: float
     matmul_flops_per_second: float
@@ -41,17 +41,17 @@ class ModelCosts:
     @staticmethod
     def of(config: ModelConfig | dict[str, Any], bytes_per_element: int) -> ModelCosts:
         """config: a `ModelConfig`, or the "model_config" of a report."""
-        get = config.get if isinstance(config, dict) else lambda name: getattr(config, name)
-        hidden, layers, dim = get("hidden_size"), get("num_hidden_layers"), get("head_dim")
-        heads, kv_heads = get("num_attention_heads"), get("num_key_value_heads")
+        values = config if isinstance(config, dict) else vars(config)
+        hidden, layers, dim = values["hidden_size"], values["num_hidden_layers"], values["head_dim"]
+        heads, kv_heads = values["num_attention_heads"], values["num_key_value_heads"]
         layer = (
             hidden * (heads + 2 * kv_heads) * dim
             + heads * dim * hidden
-            + 3 * hidden * get("intermediate_size")
+            + 3 * hidden * values["intermediate_size"]
         )
         return ModelCosts(
             layer_weights=layers * layer,
-            head_weights=get("vocab_size") * hidden,
+            head_weights=values["vocab_size"] * hidden,
             kv_elements_per_token=2 * layers * kv_heads * dim,
             attention_flops_per_pair=layers * attention_flops(heads, dim, 1),
             bytes_per_element=bytes_per_element,
@@ -73,5 +73,5 @@ def causal_pairs(query_len: int, context: int) -> int:
 def attention_bytes(
     query_len: int, context: int, heads: int, kv_heads: int, head_dim: int, element: int
 ) -> int:
-    """Queries and outputs once, keys and values of the context once. element: bytes a number."""
+    """Queries and outputs once, keys and values of the context once. element: bytes per number."""
     return (2 * query_len * heads + 2 * context * kv_heads) * head_dim * element

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from minivllm.bench.cases import KERNELS
 from minivllm.bench.costs import Rates, attention_bytes, attention_flops, causal_pairs
 from minivllm.bench.report import Deadline, attempt, environment, say
 from minivllm.bench.shapes import shape_config
@@ -28,7 +29,7 @@ from minivllm.kernels import Kernels
 from minivllm.kernels.cpu import choose_onednn
 from minivllm.kernels.online_softmax import softmax, softmax_reference
 from minivllm.kernels.rotary import NormRope
-from minivllm.models.qwen3 import weight_shapes
+from minivllm.models.loader import weight_shapes
 from minivllm.parallel.launch import pick_device
 
 #: (sequences, new tokens each, context each, the new tokens included)
@@ -44,26 +45,12 @@ DECODE: dict[str, list[tuple[int, int | tuple[int, int]]]] = {
 #: Tokens of a step, for the operations on rows; rows and vocabulary of the logits (None: the
 #: model's).
 ROWS = {"cuda": [256, 8192], "cpu": [16, 256]}
-#: Rows and numbers a row, for the softmax of chapter 01. The long rows do not stay in the cache
+#: Rows and numbers per row, for the softmax of chapter 01. The long rows do not stay in the cache
 #: between two passes.
 SOFTMAX = {"cuda": [(8192, 1024), (512, 262_144)], "cpu": [(64, 512)]}
 LOGITS: dict[str, tuple[int, int | None]] = {"cuda": (256, None), "cpu": (16, 8192)}
 #: Tokens of a step, for the matrix products.
 LINEAR_ROWS = {"cuda": [1, 64, 256], "cpu": [1, 16]}
-#: What `kernels` may be asked for by name.
-NAMES = (
-    "decode_attention",
-    "prefill_attention",
-    "sample",
-    "softmax",
-    "linear",
-    "rms_norm",
-    "add_rms_norm",
-    "qk_norm_rope",
-    "qk_norm_rope_store",
-    "silu_mul",
-    "store_kv",
-)
 
 
 @dataclass(frozen=True)
@@ -173,7 +160,7 @@ def _sdpa_variants(
 
 
 def decode_cases(setting: Setting) -> Iterator[Case]:
-    """One new token a sequence over its paged context."""
+    """Attention of one new token per sequence over its paged context."""
     for batch, context in DECODE[setting.device.type]:
         if isinstance(context, tuple):
             contexts = [setting.generator.randint(*context) for _ in range(batch)]
@@ -220,7 +207,7 @@ def _decode_case(setting: Setting, name: str, contexts: list[int]) -> Case:
 
 
 def prefill_cases(setting: Setting) -> Iterator[Case]:
-    """Many new tokens a sequence, causal, over the paged context that already holds them."""
+    """Causal attention of many new tokens per sequence over the paged context, which holds them."""
     for batch, query_len, context in PREFILL[setting.device.type]:
         name = f"{batch} x {query_len}" + (f" at context {context}" if context > query_len else "")
         yield _prefill_case(setting, name, batch, query_len, context)
@@ -287,7 +274,7 @@ def _sample_eager(logits: Tensor, temperature: Tensor) -> Tensor:
 
 
 def sample_cases(setting: Setting) -> Iterator[Case]:
-    """One token a row by temperature alone."""
+    """Sampling one token per row, with a temperature and nothing else."""
     rows, vocabulary = LOGITS[setting.device.type]
     vocabulary = vocabulary or setting.config.vocab_size
 
@@ -519,8 +506,8 @@ def linear_cases(setting: Setting) -> Iterator[Case]:
 
 
 def make_row(case: Case, variant: str, timing: Any, rates: Rates) -> dict[str, Any]:
-    """The row of one variant: its time, what it moved and computed a second, and which share of the
-    floor that is.
+    """The row of one variant: its time, what it moved and computed per second, and which share of
+    the floor that is.
     """
     seconds = timing.median_us * 1e-6
     speed = (
@@ -553,7 +540,7 @@ def difference(out: Any, expected: Any) -> float:
 def run_case(
     case: Case, rates: Rates, device: torch.device, deadline: Deadline, seconds: float
 ) -> list[dict]:
-    """The case's rows, one a variant; a variant that fails is a row with "failed"."""
+    """The rows of a case, one per variant; a variant that fails is a row with "failed"."""
     inputs: list[tuple] = []
     outputs: dict[str, Any] = {}
 
@@ -592,41 +579,39 @@ def _release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-@torch.inference_mode()
-def run(
-    shape: str | None = None,
-    *,
-    names: tuple[str, ...] = NAMES,
-    device: str = "auto",
-    dtype: str = "auto",
-    block_size: int | None = None,
-    compiled: bool | None = None,
-    seconds: float = 0.2,
-    max_seconds: float | None = None,
-) -> dict[str, Any]:
-    """Time the kernels that are named.
-
-    shape: heads and widths; None is Qwen3-0.6B's on a GPU, tiny on a CPU. compiled: whether
-    torch.compile is tried too; None is on a GPU. seconds: of measuring a row, about. max_seconds:
-    rows that begin later are left out.
+@dataclass(frozen=True)
+class Budget:
+    """How long to measure: about so many seconds per row, and the seconds after which no further
+    row begins (None: no bound).
     """
+
+    row_seconds: float = 0.2
+    max_seconds: float | None = None
+
+
+def make_setting(
+    shape: str | None, device: str, dtype: str, block_size: int | None, compiled: bool | None
+) -> tuple[str, Setting]:
+    """(shape, setting). None and "auto" are replaced by what suits the device, as `run` says."""
     where = torch.device(pick_device(device))
     on_gpu = where.type == "cuda"
     shape = shape or ("qwen3-0.6b" if on_gpu else "tiny")
     number_type = (
         getattr(torch, dtype) if dtype != "auto" else (torch.bfloat16 if on_gpu else torch.float32)
     )
-    size = block_size or (64 if on_gpu else 16)
     config = shape_config(shape)
-    kernels = Kernels.triton() if on_gpu else Kernels.cpu(choose_onednn(weight_shapes(config)))
-    compiled = on_gpu if compiled is None else compiled
-    torch.manual_seed(0)
-    setting = Setting(config, where, number_type, size, kernels, compiled)
-    deadline = Deadline(max_seconds)
-    say("kernels: measuring the machine's own rates")
-    measured = measure_rates(where, number_type)
-    _release(where)
-    rows: list[dict[str, Any]] = []
+    return shape, Setting(
+        config=config,
+        device=where,
+        dtype=number_type,
+        block_size=block_size or (64 if on_gpu else 16),
+        kernels=Kernels.triton() if on_gpu else Kernels.cpu(choose_onednn(weight_shapes(config))),
+        compiled=on_gpu if compiled is None else compiled,
+    )
+
+
+def all_cases(setting: Setting) -> Iterator[Case]:
+    """The cases of every kernel."""
     for maker in (
         decode_cases,
         prefill_cases,
@@ -635,16 +620,43 @@ def run(
         linear_cases,
         row_cases,
     ):
-        for case in maker(setting):
-            if case.kernel in names:
-                rows += run_case(case, rates_of(measured), where, deadline, seconds)
-                _release(where)
+        yield from maker(setting)
+
+
+@torch.inference_mode()
+def run(
+    shape: str | None = None,
+    *,
+    names: tuple[str, ...] = KERNELS,
+    device: str = "auto",
+    dtype: str = "auto",
+    block_size: int | None = None,
+    compiled: bool | None = None,
+    budget: Budget = Budget(),
+) -> dict[str, Any]:
+    """Time the kernels that are named.
+
+    shape: heads and widths; None is Qwen3-0.6B's on a GPU, tiny on a CPU. dtype: "auto" is bfloat16
+    on a GPU, float32 on a CPU. block_size: None is 64 on a GPU, 16 on a CPU. compiled: whether
+    torch.compile is tried too; None is on a GPU.
+    """
+    torch.manual_seed(0)
+    shape, setting = make_setting(shape, device, dtype, block_size, compiled)
+    deadline = Deadline(budget.max_seconds)
+    say("kernels: measuring the machine's own rates")
+    measured = measure_rates(setting.device, setting.dtype)
+    _release(setting.device)
+    rows: list[dict[str, Any]] = []
+    for case in all_cases(setting):
+        if case.kernel in names:
+            rows += run_case(case, rates_of(measured), setting.device, deadline, budget.row_seconds)
+            _release(setting.device)
     return {
         "benchmark": "kernels",
         "shape": shape,
-        "dtype": str(number_type).removeprefix("torch."),
-        "kernels": kernels.name,
-        "block_size": size,
+        "dtype": str(setting.dtype).removeprefix("torch."),
+        "kernels": setting.kernels.name,
+        "block_size": setting.block_size,
         "rates": measured,
         "rows": rows,
         "seconds": round(deadline.elapsed, 1),

@@ -1,8 +1,8 @@
-"""How long one waits: for the first token (TTFT), between tokens (TPOT), and how that grows with
+"""How long a user waits: for the first token (TTFT), between tokens (TPOT), and how that grows with
 the work.
 
-Requests arrive all at once, so a TTFT holds the whole batch's prefill. TPOT is a request's mean
-time between its tokens after the first. Growth is measured on requests that are all decoding.
+All requests arrive at once, so a TTFT includes the prefill of the whole batch. TPOT is the mean
+time between a request's tokens after the first. Growth is measured while all requests decode.
 Taught in notebooks/10_measuring.ipynb.
 """
 
@@ -11,13 +11,13 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from minivllm.bench.cases import Workload
 from minivllm.bench.report import Deadline, attempt, environment, percentiles, say, spread
 from minivllm.bench.running import drain, start_decoding, timed_steps
-from minivllm.bench.throughput import Workload
 from minivllm.llm import LLM
 from minivllm.parallel.launch import pick_device
 from minivllm.sampling_params import SamplingParams
@@ -32,7 +32,7 @@ PREFIX = {"cuda": (64, 2048, 64), "cpu": (8, 128, 16)}
 def serve(
     llm: LLM, batch: int, prompt_tokens: int, output_tokens: int, repeats: int
 ) -> dict[str, Any]:
-    """TTFT and TPOT in seconds over `repeats` rounds of `batch` requests, and output tokens a
+    """TTFT and TPOT in seconds over `repeats` rounds of `batch` requests, and output tokens per
     second of each round.
     """
     workload = Workload(
@@ -61,7 +61,7 @@ def serve(
 
 
 def decode_steps(llm: LLM, num_requests: int, context: int, num_steps: int) -> dict[str, Any]:
-    """Seconds of a step, and tokens a second, while so many requests of about this context
+    """Seconds of a step, and tokens per second, while so many requests of about this context
     decode.
     """
     engine = llm.llm_engine
@@ -126,15 +126,27 @@ def _prompts(
     return prompts
 
 
+@dataclass(frozen=True)
+class Loads:
+    """What the engine is given. None takes what suits the device.
+
+    batches: numbers of requests that arrive at once, each of prompt_tokens and output_tokens.
+    running: numbers of requests that decode at a short context. contexts: lengths, in tokens, at
+    which context_requests requests decode.
+    """
+
+    batches: Sequence[int] | None = None
+    running: Sequence[int] | None = None
+    contexts: Sequence[int] | None = None
+    prompt_tokens: int = 512
+    output_tokens: int = 128
+    context_requests: int = 8
+
+
 def run(
     model: str | Path | None = None,
+    loads: Loads = Loads(),
     *,
-    batches: Sequence[int] | None = None,
-    running: Sequence[int] | None = None,
-    contexts: Sequence[int] | None = None,
-    prompt_tokens: int = 512,
-    output_tokens: int = 128,
-    context_requests: int = 8,
     num_steps: int = 64,
     repeats: int = 3,
     max_seconds: float | None = None,
@@ -143,55 +155,50 @@ def run(
     """TTFT and TPOT at these batch sizes, steps at these numbers of requests and contexts, and
     prefix hits.
 
-    None takes the defaults for the device. running: requests of 128 prompt tokens; contexts:
-    context_requests of them. max_seconds: rows that would begin later are left out. Other options
-    are the engine's.
+    num_steps: decode steps timed at each size. repeats: rounds of a batch after its warm-up.
+    max_seconds: rows that would begin later are left out. Other options are the engine's.
     """
     kind = pick_device(engine_options.get("device", "auto")).partition(":")[0]
-    batches, running, contexts = (
-        batches or BATCHES[kind],
-        running or RUNNING[kind],
-        contexts or CONTEXTS[kind],
-    )
+    batches = loads.batches or BATCHES[kind]
+    running = loads.running or RUNNING[kind]
+    contexts = loads.contexts or CONTEXTS[kind]
     deadline = Deadline(max_seconds)
     short_context = 128 if kind == "cuda" else 32
-    longest = max(*contexts, short_context, prompt_tokens + output_tokens, sum(PREFIX[kind][1:]))
+    longest = max(
+        *contexts,
+        short_context,
+        loads.prompt_tokens + loads.output_tokens,
+        sum(PREFIX[kind][1:]),
+    )
     engine_options.setdefault("max_model_len", -(-(longest + num_steps + 128) // 64) * 64)
     engine_options.setdefault(
-        "max_num_seqs", max(*running, *batches, context_requests, PREFIX[kind][0])
+        "max_num_seqs", max(*running, *batches, loads.context_requests, PREFIX[kind][0])
     )
     say("latency: starting the engine")
     llm = LLM(model, skip_tokenizer_init=True, **engine_options)
+
+    def serving(batch: int) -> dict[str, Any]:
+        return {"batch": batch} | attempt(
+            f"batch {batch}",
+            deadline,
+            lambda: serve(llm, batch, loads.prompt_tokens, loads.output_tokens, repeats),
+        )
+
+    def decoding(label: str, requests: int, context: int) -> dict[str, Any]:
+        return {"running": requests, "context": context} | attempt(
+            label, deadline, lambda: decode_steps(llm, requests, context, num_steps)
+        )
+
     report: dict[str, Any] = {
         "benchmark": "latency",
         "model": llm.llm_engine.model_path.name,
         "model_config": asdict(llm.llm_engine.model_config),
         "dtype": llm.llm_engine.config.dtype,
         "engine": {k: v for k, v in asdict(llm.llm_engine.config).items() if k != "device"},
-        "serving": [
-            {"batch": n}
-            | attempt(
-                f"batch {n}",
-                deadline,
-                lambda n=n: serve(llm, n, prompt_tokens, output_tokens, repeats),
-            )
-            for n in batches
-        ],
-        "growth_with_requests": [
-            {"running": n, "context": short_context}
-            | attempt(
-                f"{n} running", deadline, lambda n=n: decode_steps(llm, n, short_context, num_steps)
-            )
-            for n in running
-        ],
+        "serving": [serving(n) for n in batches],
+        "growth_with_requests": [decoding(f"{n} running", n, short_context) for n in running],
         "growth_with_context": [
-            {"running": context_requests, "context": n}
-            | attempt(
-                f"context {n}",
-                deadline,
-                lambda n=n: decode_steps(llm, context_requests, n, num_steps),
-            )
-            for n in contexts
+            decoding(f"context {n}", loads.context_requests, n) for n in contexts
         ],
         "shared_prefix": attempt(
             "shared prefix", deadline, lambda: shared_prefix(llm, *PREFIX[kind], repeats)

@@ -1,5 +1,5 @@
-"""The floor of a whole workload: what a machine with these rates needs at least, and which share of
-it was reached.
+"""The floor of a whole workload: the least time that a machine with these rates needs, and which
+share of it was reached.
 
 The engine's steps are simulated (`steps_of`), and each costs the sum of four parts that follow one
 another:
@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from minivllm.bench.cases import Workload
 from minivllm.bench.costs import ModelCosts, Rates, causal_pairs
 from minivllm.bench.report import environment
 
@@ -132,7 +133,7 @@ def case_floor(
     max_num_seqs: int,
     max_num_batched_tokens: int,
 ) -> dict[str, Any]:
-    """The floor of a workload as a report has it: seconds, its parts, and tokens a second at the
+    """The floor of a workload as a report has it: seconds, its parts, and tokens per second at the
     floor.
     """
     floor = floor_of(
@@ -164,8 +165,6 @@ def run(
     A case that failed there has its floor here and no share. ValueError for a report of another
     kind.
     """
-    from minivllm.bench.throughput import Workload
-
     if report.get("benchmark") != "throughput" or "cases" not in report:
         raise ValueError("roofline needs a report of `minivllm bench throughput --case …`")
     engine, measured = report["engine"], report["rates"]

@@ -15,11 +15,50 @@ from minivllm.viz.terminal import SafeConsole
 
 def show(report: dict[str, Any]) -> None:
     """Print a report's tables, and where it was measured."""
+    if "results" in report:
+        _show_batch(report)
+        return
     # For a file or a pipe, the tables are as wide as they need to be.
     console = SafeConsole(width=None if sys.stdout.isatty() else 160)
     for table in _TABLES[report["benchmark"]](report):
         console.print(table)
     console.print(machine(report))
+
+
+def _show_batch(report: dict[str, Any]) -> None:
+    """One batch of `minivllm bench throughput`, beside transformers if it ran too."""
+    console = SafeConsole(highlight=True)
+    title = f"{report['model']}, {report['dtype']}: {report['workload']['num_requests']} requests, "
+    table = Table(
+        title=title + f"{report['prompt_tokens']} prompt + {report['output_tokens']} output tokens"
+    )
+    for column in ("", "seconds (min…max)", "output tokens/s", "minivllm is faster by"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, result in report["results"].items():
+        seconds, rate = result["seconds"], result["output_tokens_per_second"]["median"]
+        times = f"{seconds['median']:.3f} ({seconds['min']:.3f}…{seconds['max']:.3f})"
+        ratio = result.get("minivllm_is_faster_by")
+        ratio_text = (
+            ""
+            if ratio is None
+            else f"{ratio['median']:.2f} × ({ratio['min']:.2f}…{ratio['max']:.2f})"
+        )
+        table.add_row(name, times, f"{rate:,.0f}", ratio_text)
+    console.print(table)
+    if "floor" in report:
+        floor, ours = report["floor"], report["results"]["minivllm"]["seconds"]["median"]
+        console.print(
+            f"Floor: {floor['flops'] / 1e9:.1f} GFLOP of matrix products in {floor['steps']} steps"
+            f" take {floor['seconds']:.3f} s here by themselves"
+            f" ({floor['flops'] / floor['seconds'] / 1e9:.0f} GFLOP/s); minivllm takes"
+            f" {ours / floor['seconds']:.2f} × that."
+        )
+    if "step_parts" in report:
+        parts = ", ".join(
+            f"{name} {share:.0%}" for name, share in report["step_parts"].items() if share >= 0.005
+        )
+        console.print(f"Where the time goes: {parts}.")
+    console.print(f"{machine(report)}.")
 
 
 def _table(title: str, *columns: str) -> Table:

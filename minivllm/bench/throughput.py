@@ -1,4 +1,4 @@
-"""Tokens a second on a batch of requests of random lengths, beside `transformers` on the same
+"""Tokens per second on a batch of requests of random lengths, beside `transformers` on the same
 weights.
 
 All prompts are random token ids, so that nothing depends on a tokenizer; outputs have fixed lengths
@@ -6,18 +6,17 @@ All prompts are random token ids, so that nothing depends on a tokenizer; output
 after a warm-up.
 
 `run` measures one workload, beside transformers if asked to; `run_cases` measures named ones
-(`CASES`, among them nano-vLLM's protocol) in one engine, each beside its floor.
+(`cases.CASES`, among them nano-vLLM's protocol) in one engine, each beside its floor.
 """
 
 from __future__ import annotations
 
 import gc
-import random
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from minivllm.bench.cases import Workload
 from minivllm.bench.costs import ModelCosts
 from minivllm.bench.report import Deadline, attempt, environment, say, spread
 from minivllm.bench.roofline import case_floor
@@ -32,48 +32,12 @@ from minivllm.bench.running import drain
 from minivllm.bench.timing import measure_rates, rates_of
 from minivllm.errors import ConfigError
 from minivllm.kernels import Kernels
-from minivllm.layers.linear import FusedLinear, Linear
+from minivllm.layers.linear import Linear
 from minivllm.llm import LLM
 from minivllm.sampling_params import SamplingParams
 
-
-@dataclass(frozen=True)
-class Workload:
-    """Requests with prompt and output lengths drawn uniformly, all prompts first (the order of
-    nano-vLLM's bench).
-    """
-
-    num_requests: int = 32
-    prompt_tokens: tuple[int, int] = (10, 128)
-    output_tokens: tuple[int, int] = (16, 128)
-    seed: int = 0
-    temperature: float = 0.0
-
-    def draw(self, vocab_size: int) -> tuple[list[list[int]], list[int]]:
-        """(prompts as token ids, output lengths). Prompts differ, so the prefix cache cannot
-        help.
-        """
-        rng = random.Random(self.seed)
-        top = min(vocab_size - 1, 10_000)
-        prompts = [
-            [rng.randint(0, top) for _ in range(rng.randint(*self.prompt_tokens))]
-            for _ in range(self.num_requests)
-        ]
-        return prompts, [rng.randint(*self.output_tokens) for _ in range(self.num_requests)]
-
-
-#: The cases of the H200 issue. `nano` is nano-vLLM's bench.py: random.seed(0); 256 prompts of
-#: randint(100, 1024) tokens of randint(0, 10000) each; then max_tokens = randint(100, 1024) each;
-#: temperature 0.6, ignore_eos.
-CASES: dict[str, Workload] = {
-    "nano": Workload(256, (100, 1024), (100, 1024), 0, 0.6),
-    "decode1": Workload(1, (128, 128), (512, 512), 0, 0.6),
-    "decode64": Workload(64, (128, 128), (512, 512), 0, 0.6),
-    "decode256": Workload(256, (128, 128), (512, 512), 0, 0.6),
-    "prefill": Workload(64, (4096, 4096), (1, 1), 0, 0.6),
-}
-#: Tokens a request of the warm-up gets: it compiles every kernel and shows every size of step, and
-#: is short.
+#: Output tokens per request of the warm-up. It is short, compiles every kernel, and has steps of
+#: every size.
 WARM_UP_TOKENS = 8
 
 #: A way to run the workload once; returns seconds.
@@ -175,7 +139,7 @@ def gemm_floor(
     with the engine's own product and the model's matrices in their order: they come from memory as
     they do in a step, not from the cache.
     """
-    linears = [module for module in model.modules() if isinstance(module, FusedLinear | Linear)]
+    linears = [layer for layer in model.model.modules() if isinstance(layer, Linear)]
     weights, product = [linear.weight for linear in linears], linears[0].kernels.linear
 
     def seconds(rows: int, matrices: list[torch.Tensor]) -> float:
@@ -225,8 +189,8 @@ def run(
     times: dict[str, list[float]] = {name: [] for name in order}
     for round_number in tqdm(range(repeats), desc="rounds"):
         for name in order if round_number % 2 == 0 else reversed(order):
-            # what one runner leaves behind (gigabytes of cache, say) must not be freed on another's
-            # time
+            # what one runner leaves behind (gigabytes of cache, say) must not be freed while
+            # another is timed
             gc.collect()
             times[name].append(runners[name](prompts, output_lens))
     num_output = sum(output_lens)

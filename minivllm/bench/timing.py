@@ -1,9 +1,9 @@
-"""Honest times of small things.
+"""How long a call of a kernel takes.
 
-On a GPU calls are recorded as a CUDA graph and its replays timed with events, so that what is
-measured is the GPU and not Python; a function that cannot be recorded is launched call by call
-between two events, and the row says so. Calls rotate over several sets of inputs, together larger
-than the cache: otherwise the cache would be measured.
+On a GPU the calls are recorded as a CUDA graph, and events time its replays: this measures the GPU
+and not Python. A function that cannot be recorded is launched call by call between two events, and
+the row says so. The calls rotate over several sets of inputs that together are larger than the
+cache; with one set, its inputs would come from the cache and not from memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MOST_SETS = 256
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds a call; timed_as: "graph", "events" or "clock"."""
+    """Microseconds per call; timed_as: "graph", "events" or "clock"."""
 
     median_us: float
     min_us: float
@@ -46,7 +46,7 @@ def num_sets(bytes_per_set: int, device: torch.device) -> int:
 def measure(
     calls: Sequence[Call], device: torch.device, *, graph: bool = True, seconds: float = 0.2
 ) -> Timing:
-    """Time a call, over and over through `calls`, for about so many seconds after a warm-up."""
+    """Time the calls, one after the other and again, for about so many seconds after a warm-up."""
     if device.type != "cuda":
         return _measure_clock(calls, seconds)
     for call in [*calls, *calls[:3]]:  # compiles, and fills what is made once

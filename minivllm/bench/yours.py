@@ -16,12 +16,12 @@ import torch
 
 
 def your_gpu(*kernels: str, seconds: float = 0.1) -> list[dict[str, Any]] | None:
-    """Rows of ``minivllm bench kernels`` for these kernels (`bench.kernels.NAMES`); None where
+    """Rows of ``minivllm bench kernels`` for these kernels (`bench.cases.KERNELS`); None where
     there is no GPU.
 
-    seconds: of measuring a row, about. In a process of its own, because a page that shows Triton's
-    interpreter has set TRITON_INTERPRET in this one. RuntimeError with what that process printed
-    last, should it fail.
+    seconds: about how long a row is measured. In a process of its own, because a page that shows
+    Triton's interpreter has set TRITON_INTERPRET in this one. RuntimeError with what that process
+    printed last, should it fail.
     """
     if not torch.cuda.is_available():
         return None

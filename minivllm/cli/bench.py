@@ -1,35 +1,28 @@
-"""`minivllm bench`: commands that measure. Imported only when one of them is called."""
+"""`minivllm bench`: commands that measure.
+
+What measures needs torch, so each command imports it when it starts.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from minivllm.bench import breakdown as breakdowns
-from minivllm.bench import kernels as kernel_bench
-from minivllm.bench import latency as latencies
-from minivllm.bench import record as recording
-from minivllm.bench import roofline as rooflines
+from minivllm.bench.cases import CASES, KERNELS, Workload
 from minivllm.bench.costs import Rates
-from minivllm.bench.report import machine, save_report
 from minivllm.bench.shapes import SHAPES, shape_directory
-from minivllm.bench.tables import show
-from minivllm.bench.throughput import CASES, Workload, run, run_cases
 from minivllm.cli.stdio import Commands
 from minivllm.config import DTYPES
 from minivllm.errors import ConfigError
 from minivllm.files import reason, require_writable, write_atomically
-from minivllm.parallel.launch import pick_device
 from minivllm.text import printable
-from minivllm.viz.terminal import SafeConsole
 
 app = typer.Typer(
     cls=Commands,
@@ -47,20 +40,22 @@ def _dtype(name: str) -> str:
 
 
 def _device(name: str) -> str:
+    from minivllm.parallel.launch import pick_device
+
     pick_device(name)
     return name
 
 
 def _no_nan(value: float | None) -> float | None:
-    """NaN passes every comparison with a bound."""
+    """Refuse NaN, which passes every comparison with a bound."""
     if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is no number to measure with")
+        raise typer.BadParameter(f"{value} is not a number that can be measured with")
     return value
 
 
 def _rate(value: float | None) -> float | None:
     if _no_nan(value) is not None and value <= 0:
-        raise typer.BadParameter("a rate is above 0")
+        raise typer.BadParameter("a rate must be above 0")
     return value
 
 
@@ -77,7 +72,9 @@ def _folder(path: Path) -> Path:
 
 
 def _writable(path: Path | None) -> Path | None:
-    """Before minutes of measuring, not after them. The folder is made."""
+    """Refuse a file that cannot be written before minutes of measuring, not after them. Its folder
+    is made.
+    """
     if path is not None:
         require_writable(path, "What is measured", make_folder=True)
     return path
@@ -100,7 +97,7 @@ Out = Annotated[
 ]
 MaxSeconds = Annotated[
     float | None,
-    typer.Option(min=0, callback=_no_nan, help="Rows that would begin later are left out."),
+    typer.Option(min=0, callback=_no_nan, help="No row begins after this many seconds."),
 ]
 Eager = Annotated[bool, typer.Option(help="Without CUDA graphs.")]
 SmallInt = Annotated[int, typer.Option(min=1)]
@@ -109,7 +106,7 @@ Repeats = Annotated[int, typer.Option(min=1, help="Rounds after a warm-up; media
 
 
 def _numbers(text: str | None) -> list[int] | None:
-    """ "1,8,64" as numbers; None stays None."""
+    """The numbers of a list like "1,8,64"; None stays None."""
     if text is None:
         return None
     try:
@@ -122,7 +119,7 @@ def _numbers(text: str | None) -> list[int] | None:
 
 
 Numbers = Annotated[
-    str | None, typer.Option(metavar="N,N,…", help="Left out: what suits the device.")
+    str | None, typer.Option(metavar="N,N,…", help="Without it: what suits the device.")
 ]
 
 
@@ -130,8 +127,9 @@ Numbers = Annotated[
 def _model(
     model: str | None, shape: str | None
 ) -> Iterator[tuple[str | Path | None, dict[str, Any]]]:
-    """(model, engine options): the model, or a directory with the shape's config and random
-    weights.
+    """(model, engine options) for what was asked: a model, or a shape.
+
+    A shape becomes a directory with its config.json, and its weights are random.
     """
     if shape is None:
         yield model, {}
@@ -144,9 +142,11 @@ def _model(
         yield path, {"load_format": "dummy"}
 
 
-def _finish(
-    report: dict[str, Any], out: Path | None, show: Callable[[dict[str, Any]], None] = show
-) -> None:
+def _finish(report: dict[str, Any], out: Path | None) -> None:
+    """Write the report to `out`, print its tables, and say where it was saved."""
+    from minivllm.bench.report import save_report
+    from minivllm.bench.tables import show
+
     problem = None
     try:
         if out is not None:  # first: a table that cannot be drawn must not lose the numbers
@@ -212,9 +212,37 @@ def throughput(
     max_seconds: MaxSeconds = None,
     out: Out = None,
 ) -> None:
-    """Output tokens a second: named cases beside their floor, or one batch of requests of random
-    lengths.
+    """Output tokens per second: of named cases, beside their floor, or of one batch of requests
+    of random lengths.
     """
+    from minivllm.bench.throughput import run, run_cases
+
+    names = _case_names(case, protocol)
+    if compare is not None:
+        _require_comparable(compare, is_plain=not (temperature or names or shape))
+    options = _set(max_model_len=max_model_len, enforce_eager=enforce_eager or None)
+    options |= {"dtype": dtype, "device": device, "max_num_seqs": max_num_seqs}
+    options |= {
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "load_format": "dummy" if dummy_weights else "auto",
+    }
+    with _model(model, shape) as (path, more):
+        options |= more
+        if names:
+            chosen = {name: CASES[name] for name in names}
+            report = run_cases(
+                chosen, path, repeats=repeats or 3, max_seconds=max_seconds, **options
+            )
+        else:
+            workload = Workload(num_requests, prompt_tokens, output_tokens, seed, temperature)
+            report = run(
+                path, workload, repeats=repeats or 7, compare=compare is not None, **options
+            )
+    _finish(report, out)
+
+
+def _case_names(case: list[str] | None, protocol: str | None) -> list[str]:
+    """The named workloads that were asked for; [] where none was. Raises `typer.BadParameter`."""
     if protocol not in (None, "nano"):
         raise typer.BadParameter("only 'nano' is known", param_hint="--protocol")
     names = [*(case or []), *([protocol] if protocol else [])]
@@ -223,38 +251,24 @@ def throughput(
         raise typer.BadParameter(
             f"{unknown[0]!r} is none of {', '.join(CASES)}, all", param_hint="--case"
         )
-    if compare not in (None, "transformers"):
+    return names
+
+
+def _require_comparable(compare: str, is_plain: bool) -> None:
+    """Raises `typer.BadParameter` where transformers cannot run the same requests.
+
+    is_plain: whether one greedy batch of a real model was asked for.
+    """
+    if compare != "transformers":
         raise typer.BadParameter("only 'transformers' can be compared with", param_hint="--compare")
-    if compare and (temperature or names or shape):
+    if not is_plain:
         raise typer.BadParameter(
             "the comparison is greedy, on one batch and real weights", param_hint="--compare"
         )
-    if compare and find_spec("transformers") is None:
+    if find_spec("transformers") is None:
         raise typer.BadParameter(
             "transformers is not installed: pip install transformers", param_hint="--compare"
         )
-    options = _set(max_model_len=max_model_len, enforce_eager=enforce_eager or None)
-    options |= {"dtype": dtype, "device": device, "max_num_seqs": max_num_seqs}
-    options |= {
-        "max_num_batched_tokens": max_num_batched_tokens,
-        "load_format": "dummy" if dummy_weights else "auto",
-    }
-    with _model(model, shape) as (path, more):
-        if names:
-            chosen = {name: CASES[name] for name in names}
-            report = run_cases(
-                chosen, path, repeats=repeats or 3, max_seconds=max_seconds, **(options | more)
-            )
-        else:
-            workload = Workload(num_requests, prompt_tokens, output_tokens, seed, temperature)
-            report = run(
-                path,
-                workload,
-                repeats=repeats or 7,
-                compare=compare is not None,
-                **(options | more),
-            )
-    _finish(report, out, show if names else _print)
 
 
 @app.command()
@@ -279,19 +293,24 @@ def latency(
     max_seconds: MaxSeconds = None,
     out: Out = None,
 ) -> None:
-    """TTFT and TPOT by batch size; a step's time by running requests and by context; prefix
+    """TTFT and TPOT by batch size; the time of a step by running requests and by context; prefix
     hits.
     """
+    from minivllm.bench.latency import Loads, run
+
+    loads = Loads(
+        batches=_numbers(batches),
+        running=_numbers(running),
+        contexts=_numbers(contexts),
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        context_requests=context_requests,
+    )
     options = _set(max_num_batched_tokens=max_num_batched_tokens, max_model_len=max_model_len)
     with _model(model, shape) as (path, more):
-        report = latencies.run(
+        report = run(
             path,
-            batches=_numbers(batches),
-            running=_numbers(running),
-            contexts=_numbers(contexts),
-            prompt_tokens=prompt_tokens,
-            output_tokens=output_tokens,
-            context_requests=context_requests,
+            loads,
             num_steps=num_steps,
             repeats=repeats,
             max_seconds=max_seconds,
@@ -309,9 +328,7 @@ def kernels(
     shape: Annotated[
         str | None, typer.Option(help=f"Heads and widths of: {', '.join(SHAPES)}.")
     ] = None,
-    only: Annotated[
-        list[str] | None, typer.Option(help=f"Some of: {', '.join(kernel_bench.NAMES)}.")
-    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help=f"Some of: {', '.join(KERNELS)}.")] = None,
     block_size: Maybe = None,
     compile: Annotated[
         bool | None,
@@ -320,7 +337,10 @@ def kernels(
     seconds: Annotated[
         float,
         typer.Option(
-            min=0.001, max=3600.0, callback=_no_nan, help="Measuring time of a row, about."
+            min=0.001,
+            max=3600.0,
+            callback=_no_nan,
+            help="About how many seconds to measure per row.",
         ),
     ] = 0.2,
     dtype: Dtype = "auto",
@@ -328,22 +348,23 @@ def kernels(
     max_seconds: MaxSeconds = None,
     out: Out = None,
 ) -> None:
-    """Each kernel beside its floor and beside torch's own."""
+    """The time of each kernel, beside its floor and beside torch's own kernel."""
+    from minivllm.bench.kernels import Budget, run
+
     if shape not in (None, *SHAPES):
         raise typer.BadParameter(f"there are {', '.join(SHAPES)}", param_hint="--shape")
-    if unknown := set(only or ()) - set(kernel_bench.NAMES):
+    if unknown := set(only or ()) - set(KERNELS):
         raise typer.BadParameter(
-            f"{min(unknown)!r} is none of {', '.join(kernel_bench.NAMES)}", param_hint="--only"
+            f"{min(unknown)!r} is none of {', '.join(KERNELS)}", param_hint="--only"
         )
-    report = kernel_bench.run(
+    report = run(
         shape,
-        names=tuple(only or kernel_bench.NAMES),
+        names=tuple(only or KERNELS),
         device=device,
         dtype=dtype,
         block_size=block_size,
         compiled=compile,
-        seconds=seconds,
-        max_seconds=max_seconds,
+        budget=Budget(seconds, max_seconds),
     )
     _finish(report, out)
 
@@ -364,14 +385,16 @@ def breakdown(
     max_seconds: MaxSeconds = None,
     out: Out = None,
 ) -> None:
-    """Where a decode step's time goes: kernels by name, gaps, exposed CPU time; overlap on and
-    off.
+    """Where the time of a decode step goes: kernels by name, gaps, exposed CPU time; with overlap
+    on and off.
     """
+    from minivllm.bench.breakdown import run
+
     overlaps = {"on": (True,), "off": (False,), "both": (True, False)}
     if overlap not in overlaps:
         raise typer.BadParameter("'on', 'off' or 'both'", param_hint="--overlap")
     with _model(model, shape) as (path, more):
-        report = breakdowns.run(
+        report = run(
             path,
             requests=_numbers(running),
             context=context,
@@ -422,7 +445,9 @@ def roofline(
 
 
 def _read_report(path: Path) -> dict[str, Any]:
-    """A report of `minivllm bench throughput --case …`, as far as its parts are there."""
+    """A report of `minivllm bench throughput --case …`. Raises `typer.BadParameter` for another
+    file.
+    """
     try:
         measured = json.loads(path.read_bytes())
     except OSError as error:
@@ -448,13 +473,15 @@ def _floors(
     read_tb_per_s: float | None,
     matmul_tflops: float | None,
 ) -> dict[str, Any]:
+    from minivllm.bench.roofline import run
+
     if unknown := [name for name in case or () if name not in measured["cases"]]:
         raise typer.BadParameter(f"{unknown[0]!r} is not in the report", param_hint="--case")
     known = measured["rates"]
     try:
         read = 1e12 * read_tb_per_s if read_tb_per_s else known["read_bytes_per_second"]
         matmul = 1e12 * matmul_tflops if matmul_tflops else known["matmul_flops_per_second"]
-        return rooflines.run(measured, Rates(read, matmul), case)
+        return run(measured, Rates(read, matmul), case)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         why = f"{type(error).__name__}: {error}"
         raise typer.BadParameter(f"the report is damaged ({why})", param_hint="REPORT") from error
@@ -473,42 +500,9 @@ def record(
     """Run kernels, throughput, latency, breakdown and roofline, each in a process of its own;
     minutes on a GPU.
     """
-    summary = recording.run(out, shape, compile)
+    from minivllm.bench.record import run
+
+    summary = run(out, shape, compile)
     for name, found in summary.items():
         typer.echo(printable(f"{name}: {found['problem'] or 'done'} ({found['seconds']} s)"))
     raise typer.Exit(any(found["problem"] for found in summary.values()))
-
-
-def _print(report: dict[str, Any]) -> None:
-    console = SafeConsole(highlight=True)
-    title = f"{report['model']}, {report['dtype']}: {report['workload']['num_requests']} requests, "
-    table = Table(
-        title=title + f"{report['prompt_tokens']} prompt + {report['output_tokens']} output tokens"
-    )
-    for column in ("", "seconds (min…max)", "output tokens/s", "minivllm is faster by"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name, result in report["results"].items():
-        seconds, rate = result["seconds"], result["output_tokens_per_second"]["median"]
-        times = f"{seconds['median']:.3f} ({seconds['min']:.3f}…{seconds['max']:.3f})"
-        ratio = result.get("minivllm_is_faster_by")
-        ratio_text = (
-            ""
-            if ratio is None
-            else f"{ratio['median']:.2f} × ({ratio['min']:.2f}…{ratio['max']:.2f})"
-        )
-        table.add_row(name, times, f"{rate:,.0f}", ratio_text)
-    console.print(table)
-    if "floor" in report:
-        floor, ours = report["floor"], report["results"]["minivllm"]["seconds"]["median"]
-        console.print(
-            f"Floor: {floor['flops'] / 1e9:.1f} GFLOP of matrix products in {floor['steps']} steps"
-            f" take {floor['seconds']:.3f} s here by themselves"
-            f" ({floor['flops'] / floor['seconds'] / 1e9:.0f} GFLOP/s); minivllm takes"
-            f" {ours / floor['seconds']:.2f} × that."
-        )
-    if "step_parts" in report:
-        parts = ", ".join(
-            f"{name} {share:.0%}" for name, share in report["step_parts"].items() if share >= 0.005
-        )
-        console.print(f"Where the time goes: {parts}.")
-    console.print(f"{machine(report)}.")

@@ -1,16 +1,30 @@
-"""`minivllm chat`: a conversation that only its user ends; no line, no answer and no Ctrl-C
-does.
+"""`minivllm chat`: a conversation. Only its user ends it: a line that is refused, an answer that
+fails, or Ctrl-C does not.
 """
 
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from minivllm.bundled import BUNDLED_MODEL_PATH
+from minivllm.cli.options import (
+    Engine,
+    MaxTokens,
+    MinP,
+    Model,
+    Seed,
+    System,
+    Temperature,
+    TopK,
+    TopP,
+    open_llm,
+)
 from minivllm.cli.stdio import complain, note, write
 from minivllm.errors import (
     ConfigError,
@@ -20,15 +34,48 @@ from minivllm.errors import (
     RankError,
 )
 from minivllm.files import reason
-from minivllm.text import is_unicode
+from minivllm.sampling_params import SamplingParams
+from minivllm.text import is_unicode, one_line
 
 if TYPE_CHECKING:
     from minivllm.llm import LLM
-    from minivllm.sampling_params import SamplingParams
 
 HELP = "/reset begins anew, /exit or Ctrl-D leaves, Ctrl-C stops an answer."
 
 Message = dict[str, str]
+
+
+def chat(
+    model: Model = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    seed: Seed = None,
+    system: System = None,
+    engine: Engine = None,
+) -> None:
+    """Talk with the model. Questions may also be piped in, one per line."""
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        seed=seed,
+    )
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    llm = open_llm(model, engine)
+    conversation = Chat(llm, params, system, interactive)
+    if interactive:
+        note(f"Chatting with {one_line(_model_name(llm))}. {HELP}")
+    conversation.run()
+
+
+def _model_name(llm: LLM) -> str:
+    path = llm.llm_engine.model_path
+    return "the bundled model" if path == BUNDLED_MODEL_PATH else path.name
 
 
 class Chat:
@@ -77,7 +124,7 @@ class Chat:
                 raise ConfigError(f"Standard input cannot be read: {reason(error)}.") from error
 
     def _take(self, line: str) -> None:
-        """Do what a line says. One that is refused is as if it had not been said."""
+        """Do what a line says. A line that is refused leaves the conversation as it was."""
         if line == "/reset":
             self._messages = list(self._opening)
             if self._interactive:
@@ -97,7 +144,7 @@ class Chat:
                 complain(f"Error: {error} The line was left out; the conversation goes on.")
 
     def _answer(self, line: str) -> None:
-        """Stream the answer to a line, and keep both."""
+        """Stream the answer to a line; keep the line and the answer."""
         messages, prompt = self._fit([*self._messages, {"role": "user", "content": line}])
         room = self._limit() - len(prompt)
         params = replace(self._params, max_tokens=min(self._params.max_tokens or room, room))

@@ -1,9 +1,9 @@
-"""`minivllm demo`: a batch of requests through the engine, with its block tables and KV cache on
+"""`minivllm demo`: the engine serves a batch of requests, and its block tables and KV cache are on
 the screen.
 
-The pool is small on purpose, so that there is something to see: requests queue for blocks, long
-prompts are computed in chunks beside the others' decodes, a common system message is found in the
-prefix cache, and now and then the newest request loses its blocks and computes them again.
+The KV cache is small on purpose. So requests wait for blocks, long prompts are computed in chunks
+beside the decodes of other requests, a common system message is found in the prefix cache, and now
+and then the newest request is preempted and computed again.
 """
 
 from __future__ import annotations
@@ -20,15 +20,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
+from minivllm.cli.options import Engine, Model, open_llm, require_number
+from minivllm.cli.trace import save_trace
 from minivllm.errors import ConfigError
-from minivllm.files import reason, write_atomically
+from minivllm.files import reason, require_writable, write_atomically
 from minivllm.text import printable
 from minivllm.viz.palette import request_letter
 from minivllm.viz.terminal import (
@@ -43,7 +46,7 @@ from minivllm.viz.terminal import (
 )
 
 if TYPE_CHECKING:
-    from minivllm.engine.trace import StepRecord, Trace
+    from minivllm.engine.trace import StepRecord
     from minivllm.llm import LLM
 
 #: Small enough that twelve requests do not fit, and that a long prompt takes several steps.
@@ -122,21 +125,50 @@ SCRIPT: tuple[DemoRequest, ...] = (
 )
 
 
-def run_demo(
-    open_llm: Callable[[dict[str, Any]], LLM],
-    pace: float | None = None,
-    picture: Path | None = None,
-) -> Trace:
-    """Serve `SCRIPT` and show it; returns the trace. open_llm: makes an LLM from engine options.
+def demo(
+    model: Model = None,
+    pace: Annotated[
+        float | None,
+        typer.Option(
+            help="How many seconds each step stays on the screen, at least; 0 is full speed.",
+            min=0.0,
+            max=3600.0,
+            show_default="0.05",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Also save the trace to this file.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Also draw the busiest step into this file, as SVG.")
+    ] = None,
+    engine: Engine = None,
+) -> None:
+    """Watch the engine serve a batch of prompts: its block tables, its KV cache, and the texts as
+    they come.
+    """
+    if out is not None:
+        require_writable(out, "The trace")
+    if picture is not None:
+        require_writable(picture, "The picture")
+    if pace is not None:
+        require_number(pace, "--pace")
+    console = SafeConsole()
+    console.print("Loading the model …", style="dim")
+    llm = open_llm(model, engine, trace=True, **ENGINE_OPTIONS)
+    _show_script(llm, console, pace, picture)
+    if out is not None:
+        save_trace(llm.trace, out)
+
+
+def _show_script(llm: LLM, console: SafeConsole, pace: float | None, picture: Path | None) -> None:
+    """Serve `SCRIPT` and show it.
 
     In a terminal the view is live, and a step stays for at least `pace` seconds (four times that if
     it reads a prompt); elsewhere it is plain lines. picture: where to save the busiest step's view
     as SVG.
     """
-    console = SafeConsole()
     live = console.is_terminal and not console.is_dumb_terminal and "NO_COLOR" not in os.environ
-    console.print("Loading the model …", style="dim")
-    llm = open_llm({**ENGINE_OPTIONS, "trace": True})
     run = _Run(llm)
     show = _live_view(console, run) if live else _plain_lines(console, run)
     pace = (PACE if live else 0.0) if pace is None else pace
@@ -156,15 +188,14 @@ def run_demo(
             raise ConfigError(
                 f"The picture cannot be written to {picture}: {reason(error)}."
             ) from error
-    return llm.trace
 
 
 _STILL_WIDTH = 104
 
 
 def _busy(record: StepRecord) -> tuple[int, ...]:
-    """What makes a step worth looking at: prompts beside decodes, something that changed, shared
-    blocks, a queue.
+    """How much a step has to show, to be compared: prompts beside decodes first, then running
+    requests, events, shared blocks, and a queue.
     """
     prompts = sum(item.kind == "prefill" for item in record.scheduled)
     mixed = 0 < prompts < len(record.scheduled)
@@ -180,12 +211,11 @@ def _busy(record: StepRecord) -> tuple[int, ...]:
 def _still(run: _Run, record: StepRecord) -> Group:
     """The view of one step, without what depends on the machine's speed."""
     names = {label: run.letter(label) for label in run.order}
-    news, texts = "; ".join(events(record, names)), dict(run.texts)
+    news = "; ".join(events(record, names))
     return engine_view(
         run.trace,
         record,
-        texts,
-        run.order,
+        dict(run.texts),
         width=_STILL_WIDTH,
         max_rows=len(record.running),
         news=news,
@@ -193,8 +223,8 @@ def _still(run: _Run, record: StepRecord) -> Group:
 
 
 def _svg(view: Group) -> str:
-    """A drawing of a terminal that shows view. The fonts are the reader's: nothing is fetched from
-    the web.
+    """The view as an SVG of a terminal. It uses the reader's fonts: nothing is fetched from the
+    web.
     """
     console = SafeConsole(
         record=True,
@@ -209,7 +239,7 @@ def _svg(view: Group) -> str:
 
 
 class _Run:
-    """The script being served: what the pictures need to know of it."""
+    """`SCRIPT` while it is served, and what the views need to know of it."""
 
     def __init__(self, llm: LLM) -> None:
         from minivllm.sampling_params import RequestOutputKind, SamplingParams
@@ -282,7 +312,7 @@ class _Run:
 
 @contextmanager
 def _live_view(console: Console, run: _Run) -> Iterator[Callable[[StepRecord], None]]:
-    """The picture of the engine stays at the bottom; texts that are done scroll away above it."""
+    """Show the engine at the bottom of the screen; finished texts scroll away above it."""
     progress = Progress(
         TextColumn("[bold]minivllm"),
         BarColumn(bar_width=None, complete_style="#56B4E9", finished_style="#009E73"),
@@ -315,7 +345,6 @@ def _live_view(console: Console, run: _Run) -> Iterator[Callable[[StepRecord], N
                 run.trace,
                 record,
                 run.texts,
-                run.order,
                 width=console.width,
                 max_rows=max_rows,
                 header=[progress],
@@ -328,8 +357,8 @@ def _live_view(console: Console, run: _Run) -> Iterator[Callable[[StepRecord], N
 
 @contextmanager
 def _plain_lines(console: Console, run: _Run) -> Iterator[Callable[[StepRecord], None]]:
-    """A line for every step in which something changes, and the texts when they are done. No
-    colour, no cursor.
+    """Print a line for every step in which something changes, and each text when it is done. No
+    colour, no cursor movement.
     """
     names = {label: run.letter(label) for label in run.order}
 
@@ -402,7 +431,7 @@ def _print_summary(console: Console, run: _Run, paced: bool) -> None:
 
 
 def _command() -> str:
-    """How to call `minivllm` from here: by its name if it is on the path, or where it lies."""
+    """How to call `minivllm` from here: by its name if it is on PATH, else by its path."""
     beside = Path(sys.executable).with_name("minivllm")
     if shutil.which("minivllm") or not beside.exists():
         return "minivllm"

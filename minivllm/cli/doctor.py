@@ -1,5 +1,5 @@
-"""`minivllm doctor`: what is installed here, what it means for the course, and the cure for what is
-broken.
+"""`minivllm doctor`: what is installed here, what it means for the course, and how to repair what
+is broken.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
+
+import typer
 
 import minivllm
 from minivllm.bundled import BUNDLED_MODEL_PATH
@@ -40,6 +42,13 @@ class Finding:
     found: str
     #: What it means, or what to do about it.
     meaning: str = ""
+
+
+def doctor() -> None:
+    """Look at what is installed here, say what it means for the course, and how to repair what is
+    broken.
+    """
+    raise typer.Exit(run_doctor())
 
 
 def run_doctor() -> int:
@@ -73,7 +82,7 @@ def run_doctor() -> int:
 
 
 def examine() -> Iterator[Finding]:
-    """All findings, cheap ones first. A check that itself fails is a finding too."""
+    """All findings, the quick ones first. A check that itself fails is a finding too."""
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
         _python,
         _dependencies,
@@ -167,8 +176,8 @@ def _gpu(torch: Any) -> Finding:
             " show.",
         )
     meaning = (
-        "The engine runs on the CPU in float32 with the torch kernels; what only a GPU can show is"
-        " shown recorded."
+        "The engine runs on the CPU in float32 with the torch kernels; what only a GPU can show"
+        " is shown from a record."
     )
     if Path("/proc/driver/nvidia/version").exists():
         why = "torch is a CPU build" if not torch.version.cuda else "torch cannot use it"
@@ -187,8 +196,8 @@ def _triton() -> Iterator[Finding]:
             "triton",
             NOTE,
             f"has no wheels for {platform.system()}",
-            "The library works without. Cells that run Triton kernels say so and show the torch"
-            " twin.",
+            "The library works without it. Cells that run Triton kernels say so, and show the same"
+            " in torch.",
         )
         return
     try:
@@ -198,7 +207,8 @@ def _triton() -> Iterator[Finding]:
             "triton",
             NOTE,
             "not installed",
-            f"The library works without, on a CPU; the kernel chapters need it. {_cure('triton')}",
+            "The library works without it on a CPU; the kernel chapters need it."
+            f" {_cure('triton')}",
         )
         return
     where = (
@@ -323,35 +333,34 @@ def _tested_versions() -> Iterator[Finding]:
         )
 
 
+#: What `make lab` installs: for the notebooks, and for checking the exercises.
+LAB_TOOLS = ("jupyterlab", "ipywidgets", "matplotlib", "pytest", "nbval", "transformers")
+#: What `make test` installs besides.
+TEST_TOOLS = ("hypothesis", "pytest-xdist", "ruff")
+
+
 def _course_tools() -> Iterator[Finding]:
-    missing = [
-        name for name in ("jupyterlab", "ipywidgets", "matplotlib") if _version(name) is None
-    ]
-    if missing:
+    if missing := [name for name in LAB_TOOLS if _version(name) is None]:
         yield Finding(
             "notebooks",
             NOTE,
             f"{', '.join(missing)} not installed",
-            "make lab installs them, or pip install -e '.[lab]'",
+            "`make lab` installs all that the notebooks and the exercises need, pytest, nbval and"
+            " transformers among it; or pip install -e '.[lab]'.",
         )
     else:
-        yield Finding(
-            "notebooks", OK, f"JupyterLab {_version('jupyterlab')}: make lab opens the course"
-        )
-    missing = [name for name in ("pytest", "nbval", "transformers") if _version(name) is None]
-    if missing:
+        found = f"JupyterLab {_version('jupyterlab')}: make lab opens the course"
+        yield Finding("notebooks", OK, found)
+    if missing := [name for name in (*LAB_TOOLS, *TEST_TOOLS) if _version(name) is None]:
         yield Finding(
             "tests",
             NOTE,
             f"{', '.join(missing)} not installed",
-            "make test installs them, or pip install -e '.[dev]'",
+            "`make test` installs them, or pip install -e '.[dev]'.",
         )
     else:
-        yield Finding(
-            "tests",
-            OK,
-            f"pytest {_version('pytest')}, nbval {_version('nbval')}: make test runs everything",
-        )
+        found = f"pytest {_version('pytest')}, nbval {_version('nbval')}: make test runs everything"
+        yield Finding("tests", OK, found)
 
 
 def _version(name: str) -> str | None:

@@ -62,7 +62,7 @@ class Commands(TyperGroup):
 
 
 class App(typer.Typer):
-    """The whole command: called, it ends with an exit code, whatever happens."""
+    """The whole command. A call of it always ends with an exit code."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         streams = sys.stdin, sys.stdout, sys.stderr
@@ -89,7 +89,9 @@ class App(typer.Typer):
 
 
 def prepare_streams() -> None:
-    """Nothing that is read or written fails for its encoding; log lines go to stderr, made safe."""
+    """Make the streams read and write any text without an error of encoding; send log lines to
+    stderr, made safe.
+    """
     for stream, errors in (
         (sys.stdin, "surrogateescape"),
         (sys.stdout, "replace"),
@@ -102,18 +104,20 @@ def prepare_streams() -> None:
 
 
 def write(text: str) -> None:
-    """Text of a model or a user to standard output, at once."""
+    """Write text of a model or a user to standard output, at once."""
     sys.stdout.write(printable(text))
     sys.stdout.flush()
 
 
 def note(text: str, newline: bool = True) -> None:
-    """Something about the output, in dim letters: in a terminal between it, else on stderr."""
+    """Say something about the output, in dim letters: on standard output if that is a terminal,
+    else on stderr.
+    """
     typer.secho(printable(text), dim=True, err=not sys.stdout.isatty(), nl=newline)
 
 
 def complain(text: str) -> None:
-    """A line on stderr, in red. Nothing happens where that cannot be written to either."""
+    """Write a red line to stderr; if stderr cannot be written to, do nothing."""
     with suppress(OSError, ValueError):
         typer.secho(printable(text), fg=typer.colors.RED, err=True)
 
@@ -127,7 +131,7 @@ def read_all() -> str:
 
 
 def _report(error: Exception) -> None:
-    """An error that nobody foresaw keeps its traceback, so that it can be reported."""
+    """Print an unexpected error with its traceback, so that it can be reported."""
     lines = "".join(traceback.format_exception(error))
     with suppress(OSError, ValueError):
         typer.echo(
@@ -158,7 +162,9 @@ class _LogLines(logging.Handler):
 
 
 class _Output:
-    """A standard stream whose failures are not mistaken for those of a file."""
+    """A standard stream. Its failures raise `OutputError`, so that they are not taken for those of
+    a file.
+    """
 
     def __init__(self, stream: Any, is_needed: bool) -> None:
         self._stream, self._is_needed = stream, is_needed
@@ -185,7 +191,7 @@ class _Output:
 
 
 def _open_streams() -> None:
-    """Stand-ins for streams that are closed; without standard output nothing is done."""
+    """Replace streams that are closed. Exits if standard output is."""
     if sys.stdin is None:
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
     if sys.stderr is None:
@@ -198,7 +204,7 @@ def _open_streams() -> None:
 
 
 def _discard_output(stream: Any) -> None:
-    """Let the interpreter flush at its end what could not be written."""
-    if stream is sys.__stdout__:
+    """Send what could not be written to the null device: the interpreter flushes it at its end."""
+    if stream is not None and stream is sys.__stdout__:
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -13,6 +13,7 @@ import argparse
 import base64
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
@@ -75,19 +76,7 @@ def problems(notebook: NotebookNode) -> list[str]:
             )
         compared += not ignored and any(map(compared_text, cell.outputs))
         for output in cell.outputs:
-            if output.output_type == "error":
-                found.append(f"cell {number}: {output.ename}: {output.evalue}")
-            text = compared_text(output)
-            if MACHINE_PATH.search(text):
-                found.append(f"cell {number}: a path of this machine in its output")
-            if TIMING.search(text) and not ignored:
-                found.append(f"cell {number}: a time in an output that is compared")
-            image = base64.b64decode(output.get("data", {}).get("image/png", ""))
-            if len(image) > MAX_IMAGE_BYTES:
-                found.append(
-                    f"cell {number}: an image of {len(image):,} bytes; {MAX_IMAGE_BYTES:,} are"
-                    " allowed"
-                )
+            found += (f"cell {number}: {what}" for what in _output_problems(output, ignored))
     if any(role(cell)[0] != "given" for cell in notebook.cells):
         found += misplaced(notebook)
         for cell in code:
@@ -98,6 +87,20 @@ def problems(notebook: NotebookNode) -> list[str]:
     elif compared < MIN_COMPARED_SHARE * len(code):
         found.append(f"only {compared} of {len(code)} code cells have outputs that nbval compares")
     return found
+
+
+def _output_problems(output: NotebookNode, ignored: bool) -> Iterator[str]:
+    """What is wrong with one output. ignored: nbval does not compare it."""
+    if output.output_type == "error":
+        yield f"{output.ename}: {output.evalue}"
+    text = compared_text(output)
+    if MACHINE_PATH.search(text):
+        yield "a path of this machine in its output"
+    if TIMING.search(text) and not ignored:
+        yield "a time in an output that is compared"
+    image = base64.b64decode(output.get("data", {}).get("image/png", ""))
+    if len(image) > MAX_IMAGE_BYTES:
+        yield f"an image of {len(image):,} bytes; {MAX_IMAGE_BYTES:,} are allowed"
 
 
 def misplaced(solution: NotebookNode) -> list[str]:

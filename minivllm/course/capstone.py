@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minivllm.course.chapters import CourseNotFoundError, chapters, find_root, role
+from minivllm.course.records import FAILED, PASSED, Records, keep, states_of
 
 if TYPE_CHECKING:
     from types import CodeType
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from minivllm.course.checks.ch07 import TokenText
-    from minivllm.course.progress import Records
     from minivllm.engine.sequence import Sequence
     from minivllm.llm import LLM
 
@@ -106,9 +106,9 @@ PIECES = (
         _methods(
             "engine.scheduler:Scheduler",
             "schedule",
-            "_schedule_running",
-            "_schedule_waiting",
-            "_make_room",
+            "schedule_running",
+            "schedule_waiting",
+            "make_room",
         ),
     ),
     Piece("RMSNorm", "06", "rms_norm", _pair("norm", "rms_norm", "add_rms_norm")),
@@ -276,8 +276,6 @@ def _keep(root: Path, report: Report) -> str:
     """Note in the records how it went, and with which answers. Returns "", or why that could not be
     done.
     """
-    from minivllm.course.progress import FAILED, PASSED, Records, keep
-
     records = Records(root)
     record = records["capstone"]
     record.answer, record.state = _digest(root, records), PASSED if report.passed else FAILED
@@ -290,8 +288,6 @@ def standing(root: Path) -> tuple[str, bool]:
 
     ("", False) where its chapters are not here.
     """
-    from minivllm.course.progress import PASSED, Records
-
     records = Records(root)
     known = {chapter.number for chapter in chapters(root)}
     if not {piece.chapter for piece in PIECES} <= known:
@@ -319,8 +315,6 @@ def _homes(root: Path) -> dict[str, str]:
 
 def _states(root: Path, records: Records) -> dict[str, str]:
     """Exercise -> its state, in the chapters that pieces are from."""
-    from minivllm.course.progress import states_of
-
     numbers = {piece.chapter for piece in PIECES}
     here = [
         chapter
@@ -404,7 +398,6 @@ def _own_checks(root: Path, report: Report, timeout: float) -> list[Finding]:
     are kept.
     """
     from minivllm.course.graft import graft
-    from minivllm.course.progress import PASSED, Records
     from minivllm.course.runner import FAILED, NOT_RUNNABLE, verdicts
 
     records, problems = Records(root), []
@@ -748,7 +741,8 @@ def _in_parts(decode: Callable, split: int) -> Callable:
     """
     import torch
 
-    def decode_in_parts(
+    # The arguments are those of `Kernels.decode_attention`.
+    def decode_in_parts(  # noqa: PLR0913
         query: torch.Tensor,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,

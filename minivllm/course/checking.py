@@ -331,32 +331,9 @@ def difference(
     if _is_tensor(expected):
         return _tensor_difference(got, expected, rtol, atol)
     if isinstance(expected, tuple | list):
-        if not isinstance(got, tuple | list):
-            return "wrong-type", f"got {_kind(got)}, expected {_kind(expected)} of {len(expected)}"
-        if len(got) != len(expected):
-            return (
-                "wrong-values",
-                f"got {len(got)} items, {show(got)}, expected {len(expected)}, {show(expected)}",
-            )
-        for index, (mine, right) in enumerate(zip(got, expected, strict=True)):
-            if found := difference(mine, right, rtol, atol):
-                return found[0], f"item {index}: {found[1]}"
-        return None
+        return _sequence_difference(got, expected, rtol, atol)
     if isinstance(expected, dict):
-        if not isinstance(got, dict):
-            return "wrong-values", f"got {show(got)}, expected {show(expected)}"
-        keys = {
-            "missing": expected.keys() - got.keys(),
-            "not asked for": got.keys() - expected.keys(),
-        }
-        if said := [
-            f"{what}: {', '.join(sorted(map(repr, some)))}" for what, some in keys.items() if some
-        ]:
-            return "wrong-values", f"the keys differ ({'; '.join(said)})"
-        for key in expected:
-            if found := difference(got[key], expected[key], rtol, atol):
-                return found[0], f"{key}: {found[1]}"
-        return None
+        return _dict_difference(got, expected, rtol, atol)
     if _is_tensor(got) and got.numel() == 1:
         got = got.item()
     if isinstance(expected, float) and isinstance(got, int | float):
@@ -365,6 +342,39 @@ def difference(
     else:
         same = bool(got == expected)
     return None if same else ("wrong-values", f"got {show(got)}, expected {show(expected)}")
+
+
+def _sequence_difference(
+    got: Any, expected: Sequence[Any], rtol: float, atol: float
+) -> tuple[str, str] | None:
+    if not isinstance(got, tuple | list):
+        return "wrong-type", f"got {_kind(got)}, expected {_kind(expected)} of {len(expected)}"
+    if len(got) != len(expected):
+        return (
+            "wrong-values",
+            f"got {len(got)} items, {show(got)}, expected {len(expected)}, {show(expected)}",
+        )
+    for index, (mine, right) in enumerate(zip(got, expected, strict=True)):
+        if found := difference(mine, right, rtol, atol):
+            return found[0], f"item {index}: {found[1]}"
+    return None
+
+
+def _dict_difference(got: Any, expected: dict, rtol: float, atol: float) -> tuple[str, str] | None:
+    if not isinstance(got, dict):
+        return "wrong-values", f"got {show(got)}, expected {show(expected)}"
+    keys = {
+        "missing": expected.keys() - got.keys(),
+        "not asked for": got.keys() - expected.keys(),
+    }
+    if said := [
+        f"{what}: {', '.join(sorted(map(repr, some)))}" for what, some in keys.items() if some
+    ]:
+        return "wrong-values", f"the keys differ ({'; '.join(said)})"
+    for key in expected:
+        if found := difference(got[key], expected[key], rtol, atol):
+            return found[0], f"{key}: {found[1]}"
+    return None
 
 
 def _tensor_difference(
@@ -431,8 +441,7 @@ def diagnose(
     *,
     writes: Sequence[int] = (),
     wording: Mapping[str, str] | None = None,
-    rtol: float = 1e-4,
-    atol: float = 1e-5,
+    **tolerances: float,
 ) -> int:
     """Run answer and right on copies of each case (a tuple of arguments); return the number of
     cases, or raise Mistake.
@@ -445,10 +454,12 @@ def diagnose(
     result and changes an argument other than those at the positions `writes`, whose final values
     are part of the result, is "changed-input"; one that writes beyond a `guarded` argument,
     "out-of-bounds-write". wording: what to write in a message in place of what ("item 0: " -> "the
-    sum: ").
+    sum: "). tolerances: `difference`'s rtol and atol.
     """
     try:
-        return _compare(answer, cases, right, suspects or {}, writes, {"rtol": rtol, "atol": atol})
+        comparison = _Comparison.of(right, cases, writes, tolerances)
+        comparison.judge(answer, suspects or {})
+        return len(comparison.cases)
     except Mistake as mistake:
         message = mistake.message
         for what, instead in (wording or {}).items():
@@ -456,68 +467,116 @@ def diagnose(
         raise Mistake(mistake.name, message) from mistake.__cause__
 
 
-def _compare(
-    answer: Callable,
-    cases: Iterable[Sequence[Any]],
-    right: Callable,
-    suspects: Suspects,
-    writes: Sequence[int],
-    tolerances: dict[str, float],
-) -> int:
-    cases = [tuple(case) for case in cases]
-    names = list(inspect.signature(right).parameters)
-    names += [f"argument {i}" for i in range(len(names), max(map(len, cases), default=0))]
-    expected = [_call(right, case, writes, names)[0] for case in cases]
-    for run in expected:
-        if run.error:
-            raise run.error  # a bug of the check
-    calls = [_call(answer, case, writes, names) for case in cases]
-    runs = [run for run, _ in calls]
-    failing = [i for i in range(len(cases)) if runs[i].differs(expected[i], tolerances)]
-    described = [_described(case, names, writes) for case in cases]
-    if failing:
-        first = min(failing, key=lambda i: _size(cases[i]))
-        name, what = runs[first].differs(expected[first], tolerances)
-        if said := [i for i in failing if isinstance(runs[i].error, CheckError)]:
-            raise runs[min(said, key=lambda i: _size(cases[i]))].error
-        for suspect, explanation, wrong in (
-            (n, why, f) for n, (why, *usual) in suspects.items() for f in usual
-        ):
-            theirs = [_call(wrong, case, writes, names)[0] for case in cases]
-            agrees = not any(
-                mine.differs(other, tolerances) for mine, other in zip(runs, theirs, strict=True)
+@dataclass(frozen=True)
+class _Comparison:
+    """What the right function does with some cases, to compare an answer to."""
+
+    cases: list[tuple]
+    #: Of the arguments.
+    names: list[str]
+    #: Positions of the arguments that are there to be written.
+    writes: Sequence[int]
+    tolerances: dict[str, float]
+    expected: list[_Run]
+
+    @classmethod
+    def of(
+        cls,
+        right: Callable,
+        cases: Iterable[Sequence[Any]],
+        writes: Sequence[int],
+        tolerances: dict[str, float],
+    ) -> _Comparison:
+        cases = [tuple(case) for case in cases]
+        names = list(inspect.signature(right).parameters)
+        names += [f"argument {i}" for i in range(len(names), max(map(len, cases), default=0))]
+        expected = [_call(right, case, writes, names)[0] for case in cases]
+        for run in expected:
+            if run.error:
+                raise run.error  # a bug of the check
+        return cls(cases, names, writes, tolerances, expected)
+
+    def judge(self, answer: Callable, suspects: Suspects) -> None:
+        """Raise what is wrong with the answer, as `diagnose` says."""
+        calls = [_call(answer, case, self.writes, self.names) for case in self.cases]
+        runs = [run for run, _ in calls]
+        failing = [
+            i for i, run in enumerate(runs) if run.differs(self.expected[i], self.tolerances)
+        ]
+        if failing:
+            first = min(failing, key=lambda i: _size(self.cases[i]))
+            self._raise_known(runs, failing, suspects)
+            self._raise_error(runs[first].error, first)
+        for i, (_, after) in enumerate(calls):
+            self._require_inside(i, after)
+        if failing:
+            name, what = runs[first].differs(self.expected[first], self.tolerances)
+            share = (
+                f"{len(failing)} of {len(self.cases)} cases differ, this is the smallest. "
+                if len(self.cases) > 1
+                else ""
             )
-            if agrees and any(
-                a.differs(b, tolerances) for a, b in zip(theirs, expected, strict=True)
-            ):
-                raise Mistake(suspect, f"{explanation}\n{described[first]}: {what}.")
-        if error := runs[first].error:
-            if any(STUB in str(cause) for cause in _causes(error)):
-                raise error
-            raise raised(error, described[first]) from error
-    for i, (_, after) in enumerate(calls):
-        for argument, value in zip(names, after, strict=False):
+            raise Mistake(name, f"{share}{self._described(first)}: {what}.")
+        for i, (_, after) in enumerate(calls):
+            self._require_unchanged(i, after)
+
+    def _raise_known(self, runs: list[_Run], failing: list[int], suspects: Suspects) -> None:
+        """Raise a CheckError that came out of the answer, or the mistake of the first suspect that
+        does what the answer did.
+        """
+        smallest = sorted(failing, key=lambda i: _size(self.cases[i]))
+        for i in smallest:
+            if isinstance(runs[i].error, CheckError):
+                raise runs[i].error
+        first = smallest[0]
+        _, what = runs[first].differs(self.expected[first], self.tolerances)
+        for name, (explanation, *implementations) in suspects.items():
+            if any(self._does_the_same(wrong, runs) for wrong in implementations):
+                raise Mistake(name, f"{explanation}\n{self._described(first)}: {what}.")
+
+    def _does_the_same(self, wrong: Callable, runs: list[_Run]) -> bool:
+        """Whether a wrong implementation gives what the answer gave in all cases, and is not right
+        in all of them.
+        """
+        theirs = [_call(wrong, case, self.writes, self.names)[0] for case in self.cases]
+        pairs = zip(runs, theirs, strict=True)
+        if any(mine.differs(other, self.tolerances) for mine, other in pairs):
+            return False
+        pairs = zip(theirs, self.expected, strict=True)
+        return any(other.differs(right, self.tolerances) is not None for other, right in pairs)
+
+    def _raise_error(self, error: Exception | None, case: int) -> None:
+        """Raise what the answer raised in this case: as it is where it is a stub's."""
+        if error is None:
+            return
+        if any(STUB in str(cause) for cause in _causes(error)):
+            raise error
+        raise raised(error, self._described(case)) from error
+
+    def _require_inside(self, case: int, after: tuple) -> None:
+        """after: the arguments as the answer left them."""
+        for argument, value in zip(self.names, after, strict=False):
             if _is_guarded(value) and not intact(value):
                 where = f"Your code wrote outside of {argument}, a tensor that it was given."
-                raise Mistake("out-of-bounds-write", f"{where}\n{BEYOND}\n{described[i]}.")
-    if failing:
-        share = (
-            f"{len(failing)} of {len(cases)} cases differ, this is the smallest. "
-            if len(cases) > 1
-            else ""
-        )
-        raise Mistake(name, f"{share}{described[first]}: {what}.")
-    for i, (_, after) in enumerate(calls):
-        for position, (before, now) in enumerate(zip(cases[i], after, strict=True)):
-            if position not in writes and _is_plain(before) and difference(now, before, 0.0, 0.0):
+                raise Mistake("out-of-bounds-write", f"{where}\n{BEYOND}\n{self._described(case)}.")
+
+    def _require_unchanged(self, case: int, after: tuple) -> None:
+        """after: the arguments as the answer left them."""
+        for position, (before, now) in enumerate(zip(self.cases[case], after, strict=True)):
+            if position in self.writes or not _is_plain(before):
+                continue
+            if difference(now, before, 0.0, 0.0):
                 why = (
-                    f"Your result is right, but your code changed {names[position]}, which belongs"
-                    " to its caller"
+                    f"Your result is right, but your code changed {self.names[position]}, which"
+                    " belongs to its caller"
                 )
                 raise Mistake(
-                    "changed-input", f"{why}: work on a copy, or on a new tensor.\n{described[i]}."
+                    "changed-input",
+                    f"{why}: work on a copy, or on a new tensor.\n{self._described(case)}.",
                 )
-    return len(cases)
+
+    def _described(self, case: int) -> str:
+        return _described(self.cases[case], self.names, self.writes)
 
 
 def _described(case: tuple, names: Sequence[str], writes: Sequence[int]) -> str:

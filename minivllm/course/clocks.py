@@ -19,10 +19,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from random import Random
 from typing import Any
 
 
+@dataclass(eq=False, kw_only=True)
 class SimulatedMachine:
     """See the module. Times in seconds.
 
@@ -33,22 +35,17 @@ class SimulatedMachine:
     share of its time that such a call takes.
     """
 
-    def __init__(
-        self,
-        *,
-        seed: int = 0,
-        launch: float = 5e-6,
-        heat: float = 0.0,
-        warmth: float = 0.02,
-        noise: float = 0.0,
-        disturbed: float = 0.0,
-        disturbance: float = 6.0,
-        boosted: float = 0.0,
-        boost: float = 0.7,
-    ) -> None:
-        self.seed, self.launch, self.heat, self.warmth = seed, launch, heat, warmth
-        self.noise, self.disturbed, self.disturbance = noise, disturbed, disturbance
-        self.boosted, self.boost = boosted, boost
+    seed: int = 0
+    launch: float = 5e-6
+    heat: float = 0.0
+    warmth: float = 0.02
+    noise: float = 0.0
+    disturbed: float = 0.0
+    disturbance: float = 6.0
+    boosted: float = 0.0
+    boost: float = 0.7
+
+    def __post_init__(self) -> None:
         self.now = 0.0
         #: What happened: ("call", name), ("clock", ""), ("synchronize", "").
         self.log: list[tuple[str, str]] = []

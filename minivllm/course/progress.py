@@ -1,21 +1,15 @@
 """What `minivllm check` and `minivllm course` say: how the answers are, how far a learner has come,
 what comes next.
 
-What was found is kept in exercises/.progress.json, each verdict with a digest of the answer it is
-about, so that an answer that was changed since counts as not checked. Nothing depends on that file;
-it may be deleted. One that cannot be read is put aside, never overwritten.
+What was found is kept by `records`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
 import os
 import re
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -23,9 +17,11 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from minivllm.course import capstone
 from minivllm.course.chapters import Chapter, CourseNotFoundError, Statement, chapters, find_root
 from minivllm.course.checking import UnknownExerciseError, find
-from minivllm.course.graft import Group, chapter_of, graft
+from minivllm.course.graft import chapter_of, graft
+from minivllm.course.records import SIGNS, UNCHECKED, Records, free_name, groups_of, keep, states_of
 from minivllm.course.runner import (
     CELL_TIMEOUT,
     FAILED,
@@ -37,119 +33,7 @@ from minivllm.course.runner import (
 )
 from minivllm.course.stubs import make_exercises, require_published
 from minivllm.errors import ConfigError, MiniVLLMError
-from minivllm.files import reason, write_atomically
-from minivllm.text import one_line
-
-UNCHECKED = "not checked"
-SIGNS = {
-    PASSED: ("✓", "green"),
-    FAILED: ("✗", "red"),
-    NOT_ATTEMPTED: ("·", "dim"),
-    NOT_RUNNABLE: ("–", "yellow"),
-}
-
-
-@dataclass
-class Record:
-    """What is known of an exercise. answer: digest of the answer that state is about.
-
-    tries: answers that failed and were ready for a hint.
-    """
-
-    answer: str = ""
-    state: str = NOT_ATTEMPTED
-    tries: int = 0
-
-
-class Records:
-    """The records of all exercises, by id, in exercises/.progress.json.
-
-    damage: "", or what is wrong with that file and what has been done about it.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self._path = root / "exercises" / ".progress.json"
-        self._records: dict[str, Record] = {}
-        self.damage, self._in_the_way = "", False
-        try:
-            self._records = _read_records(self._path)
-        except FileNotFoundError:
-            pass  # nothing has been checked yet
-        except (OSError, ValueError, RecursionError) as error:
-            self.damage = self._put_aside(
-                reason(error) if isinstance(error, OSError) else str(error)
-            )
-
-    def __getitem__(self, id: str) -> Record:
-        return self._records.setdefault(id, Record())
-
-    def note(self, group: Group, verdict: Verdict) -> Record:
-        """Keep a verdict; the same failing answer checked twice is one try."""
-        record, answer = self[group.id], _digest(group)
-        record.tries += verdict.hinted and (record.answer, record.state) != (answer, FAILED)
-        record.answer, record.state = answer, verdict.state
-        return record
-
-    def save(self) -> None:
-        """Write the file anew, whole or not at all. OSError, also instead of overwriting a damaged
-        one.
-        """
-        if self._in_the_way:
-            raise FileExistsError(None, f"the damaged {self._path.name} is in the way")
-        text = json.dumps(
-            {id: asdict(record) for id, record in sorted(self._records.items())}, indent=1
-        )
-        write_atomically(self._path, text + "\n")
-
-    def _put_aside(self, problem: str) -> str:
-        kept = _free_name(self._path, "damaged")
-        what = f"{self._path} cannot be read ({problem})."
-        try:
-            self._path.rename(kept)
-        except OSError as error:
-            self._in_the_way = True
-            why = reason(error)
-            return f"{what} It cannot be renamed either ({why}), so no progress is read or kept."
-        so = "All exercises count as not checked until you check them again."
-        return f"{what} It is kept as {kept.name}. {so}"
-
-
-#: Bytes; what the course writes takes some thousand.
-_LARGEST = 1 << 24
-
-
-def _read_records(path: Path) -> dict[str, Record]:
-    """ValueError where the file holds anything else than what `Records.save` writes."""
-    if path.exists() and not path.is_file():
-        raise ValueError("it is no file")
-    with path.open("rb") as file:
-        content = file.read(_LARGEST + 1)
-    if len(content) > _LARGEST:
-        raise ValueError("it is too large")
-    kept = json.loads(content)
-    if not isinstance(kept, dict):
-        raise ValueError("it holds no object")
-    return {id: _as_record(id, entry) for id, entry in kept.items()}
-
-
-def _as_record(id: str, entry: object) -> Record:
-    names = {"answer", "state", "tries"}
-    if not isinstance(entry, dict) or not entry.keys() <= names:
-        raise ValueError(f"the entry {one_line(id, 40)!r} is no record")
-    record = Record(**entry)
-    if type(record.answer) is not str or type(record.state) is not str or record.state not in SIGNS:
-        raise ValueError(f"the entry {one_line(id, 40)!r} has no such state")
-    if type(record.tries) is not int or record.tries < 0:
-        raise ValueError(f"the entry {one_line(id, 40)!r} has no number of tries")
-    return record
-
-
-def _free_name(path: Path, word: str) -> Path:
-    """A name beside path for what it was: "01_x.kept-1.ipynb"."""
-    names = (
-        path.with_name(f"{path.stem}.{word}-{number}{path.suffix}") for number in itertools.count(1)
-    )
-    return next(candidate for candidate in names if not os.path.lexists(candidate))
+from minivllm.files import reason
 
 
 def _records(root: Path, console: Console) -> Records:
@@ -158,20 +42,6 @@ def _records(root: Path, console: Console) -> Records:
     if records.damage:
         console.print(Text(records.damage, style="yellow"), soft_wrap=True)
     return records
-
-
-def keep(records: Records) -> str:
-    """Save the records. Returns "", or why they could not be kept."""
-    try:
-        records.save()
-    except OSError as error:
-        return f"Your progress could not be kept in exercises/: {reason(error)}."
-    return ""
-
-
-def _digest(group: Group) -> str:
-    answer = "\0".join(cell.source for cell in group.cells if cell.kind == "answer")
-    return hashlib.sha256(answer.encode()).hexdigest()[:16]
 
 
 # --- minivllm check -------------------------------------------------------------------------------
@@ -185,8 +55,6 @@ def check(what: str | None, console: Console, timeout: float = CELL_TIMEOUT) -> 
     CourseNotFoundError where there is no such chapter; ChangedSolutionError, JupyterMissingError.
     """
     if what == "capstone":
-        from minivllm.course import capstone
-
         _records(find_root(), console)  # says what is damaged; the capstone itself would not
         return capstone.check(console, timeout)
     if what is not None:
@@ -195,7 +63,7 @@ def check(what: str | None, console: Console, timeout: float = CELL_TIMEOUT) -> 
         begun = [
             c
             for c in chapters(find_root())
-            if c.exercises.exists() and not all(g.untouched for g in _groups(c))
+            if c.exercises.exists() and not all(g.untouched for g in groups_of(c))
         ]
         chosen = [(chapter, chapter.exercises, None) for chapter in begun]
     if not chosen:
@@ -203,7 +71,7 @@ def check(what: str | None, console: Console, timeout: float = CELL_TIMEOUT) -> 
             Text("No exercise has been attempted yet. `minivllm course` says where to begin.")
         )
         return 1
-    return max([_check(*one, console, timeout) for one in chosen])
+    return max(_check(*one, console, timeout) for one in chosen)
 
 
 def _find(what: str) -> tuple[Chapter, Path, Collection[str] | None]:
@@ -230,10 +98,6 @@ def _find(what: str) -> tuple[Chapter, Path, Collection[str] | None]:
             return chapter, chapter.exercises, {id} if exercise else None
     names = ", ".join(chapter.number for chapter in known) or "none yet"
     raise CourseNotFoundError(f"There are no exercises {what!r}. Chapters with exercises: {names}.")
-
-
-def _groups(chapter: Chapter) -> list[Group]:
-    return graft(chapter.exercises, chapter)[1:]
 
 
 def _check(
@@ -299,8 +163,6 @@ def overview(console: Console) -> None:
     """Print how far each chapter is, the minutes left, how near the capstone is, and what to do
     next.
     """
-    from minivllm.course import capstone
-
     root = find_root()
     table = Table("chapter", "exercises", "passed", "minutes left", box=None, pad_edge=False)
     records, left, following = _records(root, console), 0, ""
@@ -364,16 +226,6 @@ def _road(root: Path) -> list[Chapter]:
     return sorted([*chapters(root), *own], key=lambda chapter: chapter.name)
 
 
-def states_of(chapter: Chapter, records: Records) -> dict[str, str]:
-    """Exercise -> its state, as far as the records are of the answers that are there now."""
-    states = {}
-    for group in _groups(chapter):
-        record = records[group.id]
-        same = record.answer == _digest(group)
-        states[group.id] = NOT_ATTEMPTED if group.untouched else record.state if same else UNCHECKED
-    return states
-
-
 def _next(chapter: Chapter, states: dict[str, str]) -> str:
     """What there is to do in this chapter, "" when all has passed."""
     if set(states.values()) == {NOT_ATTEMPTED} and chapter.notebook.exists():
@@ -421,7 +273,7 @@ def _exchange(path: Path, fresh: Path) -> Path | None:
     if not os.path.lexists(path):
         fresh.replace(path)
         return None
-    kept = _free_name(path, "kept")
+    kept = free_name(path, "kept")
     path.rename(kept)
     try:
         fresh.replace(path)

@@ -273,14 +273,10 @@ def _run(
             ]
         result = kernel.execute(cell.source, timeout)
         if result.timed_out or result.ended:
-            why = result.ended or f"it still ran after {timeout:g} seconds, and was interrupted"
-            what = f"While {_WHAT[cell.kind]} ran: {why}."
-            if not result.timed_out:
-                what += f"\n{_what_to_do(why)}"
+            what = _cut_short(cell, result, timeout)
             if cell.kind != "own":
-                verdict = Verdict(
-                    group.id, FAILED, "endless" if result.timed_out else "process-ended", what
-                )
+                name = "endless" if result.timed_out else "process-ended"
+                verdict = Verdict(group.id, FAILED, name, what)
             elif result.ended and verdict.name == "no-verdict":
                 verdict = replace(verdict, name="process-ended", message=what)
             else:
@@ -302,6 +298,13 @@ def _run(
         replace(verdict, notes=(*group.notes, *(warnings if verdict.state != PASSED else ()))),
         False,
     )
+
+
+def _cut_short(cell: Cell, result: Result, timeout: float) -> str:
+    """About a cell that took too long, or in which the process has ended."""
+    why = result.ended or f"it still ran after {timeout:g} seconds, and was interrupted"
+    what = f"While {_WHAT[cell.kind]} ran: {why}."
+    return what if result.timed_out else f"{what}\n{_what_to_do(why)}"
 
 
 def _what_to_do(why: str) -> str:

@@ -179,48 +179,63 @@ def percentile(values: abc.Sequence[float], percent: float) -> float:
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
 
 
+@dataclass(frozen=True)
+class Limits:
+    """The engine's limits. The defaults are those of an engine on an H200: 12,288 blocks of 64
+    tokens are 116 GB of KV.
+    """
+
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    num_blocks: int = 12_288
+    block_size: int = 64
+    max_model_len: int = 8192
+
+
 def simulate(
     workload: abc.Sequence[Arrival],
     *,
     scheduler_cls: Callable[..., Any] = Scheduler,
     cost: CostModel = H200,
-    max_num_seqs: int = 256,
-    max_num_batched_tokens: int = 2048,
-    num_blocks: int = 12_288,
-    block_size: int = 64,
     block_manager_cls: Callable[..., Any] = BlockManager,
-    max_model_len: int = 8192,
     trace: bool = True,
     raise_on_stall: bool = True,
+    **limits: int,
 ) -> Simulation:
-    """Serve the workload. The defaults are those of an engine on an H200: 12,288 blocks of 64
-    tokens are 116 GB of KV.
+    """Serve the workload.
 
     scheduler_cls: called as the engine calls it, with (block manager, max_num_seqs,
-    max_num_batched_tokens). trace: record every step; False is faster. Requests that the scheduler
-    forgets are in `Simulation.lost`. Where it plans nothing although requests wait, or comes to no
-    end, SchedulerStalledError is raised; without raise_on_stall the run ends there, and
-    `Simulation.stalled` says why.
+    max_num_batched_tokens). trace: record every step; False is faster. limits: as in `Limits`, e.g.
+    ``max_num_seqs=4``. Requests that the scheduler forgets are in `Simulation.lost`. Where it plans
+    nothing although requests wait, or comes to no end, SchedulerStalledError is raised; without
+    raise_on_stall the run ends there, and `Simulation.stalled` says why.
     """
+    limit = Limits(**limits)
     scheduler = scheduler_cls(
-        block_manager_cls(num_blocks, block_size, False), max_num_seqs, max_num_batched_tokens
+        block_manager_cls(limit.num_blocks, limit.block_size, False),
+        limit.max_num_seqs,
+        limit.max_num_batched_tokens,
     )
     arrivals = sorted(workload, key=lambda arrival: arrival.time)
-    clock = _Clock(
-        [SimulatedRequest(a, _sequence(i, a, max_model_len)) for i, a in enumerate(arrivals)],
-        scheduler,
-    )
+    sequences = [_sequence(i, a, limit.max_model_len) for i, a in enumerate(arrivals)]
+    clock = _Clock(list(map(SimulatedRequest, arrivals, sequences)), scheduler)
     recorder = Trace(
-        cost.name, num_blocks, block_size, max_num_seqs, max_num_batched_tokens, 0, max_model_len
+        cost.name,
+        limit.num_blocks,
+        limit.block_size,
+        limit.max_num_seqs,
+        limit.max_num_batched_tokens,
+        0,
+        limit.max_model_len,
     )
-    limit = 2 * max_steps((a.prompt_tokens, a.output_tokens) for a in workload) + 100
+    most_steps = 2 * max_steps((a.prompt_tokens, a.output_tokens) for a in workload) + 100
     num_steps = num_wasted = 0
     furthest = [0] * len(workload)
     stalled = ""
     while clock.admit():
         batch = scheduler.schedule()
         num_steps += 1
-        if not batch or num_steps > limit:
+        if not batch or num_steps > most_steps:
             stalled = _stalled(scheduler, num_steps - 1, bool(batch))
             break
         record = record_step(recorder, batch, scheduler, clock.now) if trace else None
@@ -238,7 +253,7 @@ def simulate(
         ends = [
             len(request.token_times) + 1 == request.arrival.output_tokens for request in sampled
         ]
-        accepted = scheduler.update(batch, [END if end else 0 for end in ends])
+        accepted = scheduler.update(batch, [[END if end else 0] for end in ends])
         for item in accepted:
             clock.requests[item.sequence.seq_id].token_times.append(clock.now)
         if record is not None:

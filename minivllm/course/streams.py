@@ -41,7 +41,7 @@ from minivllm.engine.sequence import ScheduledBatch, Sequence
 from minivllm.errors import MiniVLLMError
 from minivllm.kernels import Kernels
 from minivllm.layers.attention import AttentionMetadata
-from minivllm.models.loader import load_config, load_model
+from minivllm.models.loader import LoadOptions, load_config, load_model
 from minivllm.sampling_params import SamplingParams
 
 aten = torch.ops.aten
@@ -236,13 +236,13 @@ class SimulatedGPU:
         memory.
         """
         moved: dict[int, DeviceTensor] = {}
-        for part in module.modules():
-            for holder in (part._parameters, part.__dict__):
-                for name, value in list(holder.items()):
-                    if isinstance(value, torch.Tensor) and not isinstance(value, DeviceTensor):
-                        if id(value) not in moved:
-                            moved[id(value)] = DeviceTensor(value.detach(), self)
-                        holder[name] = moved[id(value)]
+        holders = (h for part in module.modules() for h in (part._parameters, part.__dict__))
+        for holder in holders:
+            for name, value in list(holder.items()):
+                if isinstance(value, torch.Tensor) and not isinstance(value, DeviceTensor):
+                    if id(value) not in moved:
+                        moved[id(value)] = DeviceTensor(value.detach(), self)
+                    holder[name] = moved[id(value)]
         return module
 
     def _allocate(
@@ -761,14 +761,8 @@ class SimulatedModel:
             num_slots,
         )
         config = load_config(BUNDLED_MODEL_PATH)
-        self._model = load_model(
-            BUNDLED_MODEL_PATH,
-            config,
-            simulated_kernels(gpu),
-            dtype=torch.float32,
-            device=torch.device("cpu"),
-            max_position=max_model_len,
-        )
+        options = LoadOptions(torch.float32, torch.device("cpu"), max_model_len)
+        self._model = load_model(BUNDLED_MODEL_PATH, config, simulated_kernels(gpu), options)
         gpu.move(self._model)
         shape = (num_blocks, config.num_key_value_heads, block_size, config.head_dim)
         self.caches = [
@@ -1078,7 +1072,7 @@ class SimulatedEngine:
             raise ValueError("update: results must be brought in the order of the steps, each once")
         self._in_flight.popleft()
         self.gpu.work("update", self.update_us)
-        self._scheduler.update(batch, list(token_ids))
+        self._scheduler.update(batch, [[token_id] for token_id in token_ids])
 
 
 def drive(engine: SimulatedEngine, ahead: int) -> int:

@@ -18,6 +18,7 @@ import bisect
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -134,14 +135,14 @@ class DecodeGraphs:
         self.memory_bytes = max(0, before - torch.cuda.mem_get_info(device)[0])
 
     def _record(
-        self, step: Callable, size: int, pool: tuple[int, int]
-    ) -> tuple[torch.cuda.CUDAGraph, ...]:
+        self, step: Callable, size: int, pool: Any
+    ) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
         step(self._slots[:size])  # compiles kernels, which a recording must not
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on using the GPU: NCCL's, which looks after the collectives, does.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            outputs = step(self._slots[:size])
-        return graph, *outputs
+            token_ids, hidden = step(self._slots[:size])
+        return graph, token_ids, hidden
 
     def release(self) -> None:
         """Destroy the recordings. What they hold, NCCL's communicators above all, cannot end before

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minivllm import errors
-from minivllm.config import EngineConfig, ModelConfig
+from minivllm.config import ModelConfig, ResolvedConfig
 from minivllm.inputs import ParsedPrompt, PromptType, check_params, parse_prompt
 from minivllm.models.loader import default_sampling_params
 from minivllm.sampling_params import SamplingParams
@@ -32,18 +32,24 @@ class EngineInput:
     stop_ids: frozenset[int]  # tokens that end a sequence: end-of-sequence, and the caller's own
     bad_words: tuple[tuple[int, ...], ...]  # token sequences that no output may complete
     max_num_tokens: int  # a sequence ends at this many tokens, prompt included
+    cache_salt: str | None = None  # requests share cached blocks only if theirs are equal
 
 
 class InputProcessor:
-    """Checks and encodes requests for one model. config: resolved, with its number of KV blocks."""
+    """Checks and encodes requests for one model. config: resolved, with its number of KV blocks.
+
+    takes_cache_salt: whether the block manager keeps requests apart whose salts differ.
+    """
 
     def __init__(
         self,
         path: Path,
         model_config: ModelConfig,
-        config: EngineConfig,
+        config: ResolvedConfig,
         tokenizer: Tokenizer | None,
+        takes_cache_salt: bool = True,
     ) -> None:
+        self.takes_cache_salt = takes_cache_salt or not config.enable_prefix_caching
         self.path, self.config, self.tokenizer = path, config, tokenizer
         self.vocab_size = model_config.vocab_size
         self.max_logprobs = self.vocab_size if config.max_logprobs == -1 else config.max_logprobs
@@ -64,6 +70,12 @@ class InputProcessor:
         params = self.default_params if params is None else params
         check_params(params)
         parsed = parse_prompt(prompt)
+        if parsed.cache_salt is not None and not self.takes_cache_salt:
+            raise errors.RequestError(
+                "This engine's block manager does not know cache_salt, and would share blocks all"
+                " the same. Hash `seq.extra_keys` into a sequence's first block and set"
+                " supports_extra_keys = True, or start with enable_prefix_caching=False."
+            )
         token_ids = self._truncate(self._encode(parsed), params)
         if not token_ids:
             raise errors.EmptyPromptError("The prompt has no tokens; give at least one.")
@@ -75,28 +87,36 @@ class InputProcessor:
         bad_words = self._encode_bad_words(params.bad_words or ())
         self._check_choice(params, stop_ids, bad_words)
         return EngineInput(
-            parsed.text, token_ids, self._count_all(params), stop_ids, bad_words, max_num_tokens
+            parsed.text,
+            token_ids,
+            self._count_all(params),
+            stop_ids,
+            bad_words,
+            max_num_tokens,
+            parsed.cache_salt,
         )
 
     # --- the prompt -------------------------------------------------------------------------------
 
     def _encode(self, prompt: ParsedPrompt) -> list[int]:
         """Token ids, each of which the model knows."""
-        token_ids = prompt.token_ids
-        if token_ids is None:
-            if self.tokenizer is None:
-                raise errors.TokenizerRequiredError(
-                    "This engine has no tokenizer; give the prompt as token ids."
-                )
-            token_ids = self.tokenizer.encode(prompt.text)
+        tokenizer = self.tokenizer
+        if prompt.token_ids is not None:
+            token_ids = prompt.token_ids
+        elif tokenizer is not None:
+            token_ids = tokenizer.encode(prompt.text or "")
+        else:
+            raise errors.TokenizerRequiredError(
+                "This engine has no tokenizer; give the prompt as token ids."
+            )
         if not token_ids or (min(token_ids) >= 0 and max(token_ids) < self.vocab_size):
             return token_ids
         bad = next(t for t in token_ids if not 0 <= t < self.vocab_size)
-        if prompt.token_ids is not None:
+        if prompt.token_ids is not None or tokenizer is None:
             raise errors.InvalidTokenError(
                 f"Token id {bad} is not an integer from 0 to {self.vocab_size - 1}."
             )
-        text = self.tokenizer.decode([bad], skip_special_tokens=False)
+        text = tokenizer.decode([bad], skip_special_tokens=False)
         raise errors.InvalidTokenError(
             f"The tokenizer makes token {bad} of {text!r} in the prompt, and the model's vocabulary"
             f" ends at {self.vocab_size - 1}. Leave it out, or use the tokenizer of this"
@@ -161,8 +181,11 @@ class InputProcessor:
 
     def _count_all(self, params: SamplingParams) -> SamplingParams:
         """Say the whole vocabulary as a number."""
-        names = [n for n in ("logprobs", "prompt_logprobs") if getattr(params, n) == -1]
-        return replace(params, **dict.fromkeys(names, self.vocab_size)) if names else params
+        if params.logprobs == -1:
+            params = replace(params, logprobs=self.vocab_size)
+        if params.prompt_logprobs == -1:
+            params = replace(params, prompt_logprobs=self.vocab_size)
+        return params
 
     def _encode_bad_words(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
         """Token sequences of the words: at the start of a text, and after a space.
@@ -171,9 +194,12 @@ class InputProcessor:
         it only if both have as many tokens, and so lets " fox" pass where "fox" is two tokens.
         """
         found: dict[tuple[int, ...], None] = {}
+        tokenizer = self.tokenizer
+        if tokenizer is None:  # then there are no words: `_check_params` has refused them
+            return ()
         for word in words:
             plain, spaced = (
-                tuple(self.tokenizer.encode(space + word.lstrip(), add_special_tokens=False))
+                tuple(tokenizer.encode(space + word.lstrip(), add_special_tokens=False))
                 for space in ("", " ")
             )
             if not plain:

@@ -34,19 +34,15 @@ import xxhash
 from minivllm import errors
 from minivllm.bundled import BUNDLED_MODEL_PATH
 from minivllm.config import EngineArgs, EngineConfig
-from minivllm.engine.batch import build_batch
-from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.engine_core import EngineCore, EnginePieces
 from minivllm.engine.input_processor import EngineInput, InputProcessor, in_our_order
 from minivllm.engine.model_runner import ModelRunner
 from minivllm.engine.output_processor import OutputCollector, OutputProcessor, Request
-from minivllm.engine.scheduler import Scheduler, SchedulerStats
+from minivllm.engine.scheduler import SchedulerBase, SchedulerStats
 from minivllm.engine.sequence import Sequence
 from minivllm.engine.trace import Trace
 from minivllm.inputs import PromptType
-from minivllm.kernels import Kernels
 from minivllm.models.loader import load_config, resolve_model_path
-from minivllm.models.qwen3 import Qwen3ForCausalLM
 from minivllm.outputs import RequestMetrics, RequestOutput
 from minivllm.parallel.group import TensorParallelGroup
 from minivllm.sampling_params import SamplingParams
@@ -91,34 +87,37 @@ def _changes_engine(method: Callable) -> Callable:
 class LLMEngine:
     """Continuous batching over one model.
 
-    model: None (the bundled one), a directory, or a Hugging Face hub id. options: the fields of
-    `EngineConfig`. kernels, block_manager_cls, scheduler_cls, model_cls, build_batch: your own
-    pieces in place of the package's. group: of ranks that have met already; otherwise
-    tensor_parallel_size > 1 starts them, or finds torchrun's.
+    model: None (the bundled one), a directory, or a Hugging Face hub id. config: how it runs; its
+    fields may be given as keyword arguments instead. pieces: your own in place of the package's.
+    group: of ranks that have met already; otherwise tensor_parallel_size > 1 starts them, or finds
+    torchrun's.
     """
 
     def __init__(
         self,
         model: str | Path | None = None,
         *,
-        kernels: Kernels | None = None,
-        block_manager_cls: Callable[..., BlockManager] = BlockManager,
-        scheduler_cls: Callable[..., Scheduler] = Scheduler,
-        model_cls: Callable[..., Any] = Qwen3ForCausalLM,
-        build_batch: Callable[..., Any] = build_batch,
+        config: EngineConfig | None = None,
+        pieces: EnginePieces | None = None,
         group: TensorParallelGroup | None = None,
         **options: Any,
     ) -> None:
-        pieces = EnginePieces(kernels, block_manager_cls, scheduler_cls, model_cls, build_batch)
-        config = EngineConfig.from_options(options)
+        if config is None:
+            config = EngineConfig.from_options(options)
+        elif options:
+            raise errors.ConfigError(f"Give {', '.join(options)} in the config, or no config.")
         self.model_path = BUNDLED_MODEL_PATH if model is None else resolve_model_path(model)
-        # what is no model directory is said so, before its tokenizer is missed
+        # What is no model directory is said so, before its tokenizer is missed.
         load_config(self.model_path)
         self.tokenizer = None if config.skip_tokenizer_init else Tokenizer(self.model_path)
-        self.core = EngineCore(self.model_path, config, pieces, group)
+        self.core = EngineCore(self.model_path, config, pieces or EnginePieces(), group)
         self.model_config, self.config = self.core.model_config, self.core.config
         self.input_processor = InputProcessor(
-            self.model_path, self.model_config, self.config, self.tokenizer
+            self.model_path,
+            self.model_config,
+            self.config,
+            self.tokenizer,
+            getattr(self.core.scheduler.block_manager, "supports_extra_keys", False),
         )
         self.processor = OutputProcessor()
         self._requests = self.processor.requests
@@ -128,9 +127,8 @@ class LLMEngine:
         self._step_time = 0.0
         self._is_cut_short = False
         self._is_closed = False
-        self._inside: dict[
-            str, int
-        ] = {}  # "thread" -> the one that is in a method which changes the engine
+        #: "thread" -> the one that is in a method which changes the engine
+        self._inside: dict[str, int] = {}
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs) -> LLMEngine:
@@ -138,7 +136,7 @@ class LLMEngine:
         return cls(engine_args.model, **engine_args.options)
 
     @property
-    def scheduler(self) -> Scheduler:
+    def scheduler(self) -> SchedulerBase:
         self._recover_if_cut_short()
         return self.core.scheduler
 
@@ -347,6 +345,7 @@ class LLMEngine:
             max_num_tokens=checked.max_num_tokens,
             seed=self._seed(params.seed, request.number, index),
             bad_words=checked.bad_words,
+            extra_keys=() if checked.cache_salt is None else (checked.cache_salt,),
             request_id=request.request_id,
             index=index,
             num_prompt_tokens=len(request.prompt_token_ids),

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from minivllm.config import EngineConfig, ModelConfig
+from minivllm.config import ModelConfig, ResolvedConfig
 from minivllm.errors import ConfigError, OutOfMemoryError
 
 GIB = 1 << 30
@@ -26,7 +26,7 @@ SLOT_BYTES, BLOCK_BYTES = 160, 256
 
 
 def check_memory(
-    model: ModelConfig, config: EngineConfig, num_ranks: int, cache_bytes: int
+    model: ModelConfig, config: ResolvedConfig, num_ranks: int, cache_bytes: int
 ) -> None:
     """Raise `OutOfMemoryError` if this rank's start cannot fit into the CPU's memory.
 
@@ -95,14 +95,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
-def _table_bytes(config: EngineConfig) -> int:
+def _table_bytes(config: ResolvedConfig) -> int:
     """The block table, here and on the device, and what is kept for each slot and block."""
     blocks_per_seq = -(-config.max_model_len // config.block_size)
     tables = config.max_num_seqs * (blocks_per_seq * 8 + SLOT_BYTES)
     return tables + (config.num_kv_blocks or 0) * BLOCK_BYTES
 
 
-def _advice(largest: str, config: EngineConfig) -> str:
+def _advice(largest: str, config: ResolvedConfig) -> str:
     if largest == "the weights":
         smaller = (
             "" if config.dtype != "float32" else " or dtype='bfloat16', which is half as large"

@@ -9,10 +9,11 @@ here (`OutputProcessor.settle`).
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
 from minivllm.engine.engine_core import SequenceOutput, StepOutput
@@ -38,9 +39,9 @@ class OutputCollector:
         self.is_closed = False
         #: The iterator that reads the outputs, if one does: nobody waits any more once it has ended
         #: or is gone.
-        self.reader: Callable[[], Iterator | None] | None = None
+        self.reader: Callable[[], Generator | None] | None = None
 
-    def read_by(self, reader: Iterator) -> None:
+    def read_by(self, reader: Generator) -> None:
         """Whoever holds this generator waits for the outputs."""
         self.reader = weakref.ref(reader)
 
@@ -49,7 +50,7 @@ class OutputCollector:
         if self.is_closed or self.reader is None:
             return self.is_closed
         reader = self.reader()
-        return reader is None or reader.gi_frame is None
+        return reader is None or inspect.getgeneratorstate(reader) == inspect.GEN_CLOSED
 
 
 @dataclass(eq=False)
@@ -86,9 +87,8 @@ class Request:
     tokenizer: Tokenizer | None
     metrics: RequestMetrics
     collector: OutputCollector
-    new_sequence: Callable[
-        [Request, int], Sequence
-    ]  # (request, index) -> a sequence with the tokens so far
+    #: (request, index) -> a sequence with the tokens so far
+    new_sequence: Callable[[Request, int], Sequence]
     completions: list[Completion] = field(default_factory=list)
     num_cached_tokens: int = 0
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
@@ -131,7 +131,9 @@ class Request:
         if any.
         """
         completion = self.completions[index]
-        finish_reason, stop_reason, ended_by = output.finish_reason, output.stop_reason, None
+        finish_reason = output.finish_reason
+        stop_reason: str | int | None = output.stop_reason
+        ended_by: str | None = None
         if finish_reason is None and completion.logprobs is None and not self.follows_text:
             completion.token_ids += output.token_ids  # the usual case: nobody looks yet
             completion.settled = (len(completion.token_ids), None, None)
@@ -140,13 +142,14 @@ class Request:
             self.error, self.ends_with = InvalidLogitsError(), "error"
         for number, token_id in enumerate(output.token_ids):
             completion.token_ids.append(token_id)
-            if completion.logprobs is not None:
+            if output.logprobs is not None:
                 self._add_logprobs(completion, output.logprobs, output.row + number)
             # The token that stopped a sequence is not part of its text, unless the caller wants it.
             is_stop = finish_reason == "stop" and number == len(output.token_ids) - 1
-            if self.follows_text and not (is_stop and not self.params.include_stop_str_in_output):
+            detokenizer = completion.detokenizer if self.follows_text else None
+            if detokenizer and not (is_stop and not self.params.include_stop_str_in_output):
                 may_stop = len(completion.token_ids) >= self.params.min_tokens and not is_stop
-                ended_by = completion.detokenizer.append(token_id, may_stop)
+                ended_by = detokenizer.append(token_id, may_stop)
             if ended_by is not None:
                 finish_reason, stop_reason = "stop", ended_by
                 break
@@ -170,15 +173,17 @@ class Request:
                 del completion.logprobs[num_tokens:]
                 pairs = zip(completion.token_ids, completion.logprobs, strict=True)
                 completion.cumulative_logprob = sum((found[t].logprob for t, found in pairs), 0.0)
-            completion.detokenizer = self._new_detokenizer()
-            if self.follows_text:
+            completion.detokenizer = detokenizer = self._new_detokenizer()
+            if self.follows_text and detokenizer is not None:
                 for number, token_id in enumerate(completion.token_ids, 1):
-                    completion.detokenizer.append(token_id, number >= self.params.min_tokens)
+                    detokenizer.append(token_id, number >= self.params.min_tokens)
 
     def add_prompt_logprobs(self, start: int, logprobs: TokenLogprobs) -> None:
         """Note the logprobs of the prompt's tokens from position `start` on."""
+        if self.prompt_logprobs is None:
+            return
         for row in range(len(logprobs.token_ids)):
-            found = self._logprob_dict(logprobs, row, self.params.prompt_logprobs)
+            found = self._logprob_dict(logprobs, row, self.params.prompt_logprobs or 0)
             self.prompt_logprobs[start + row] = found
 
     def report(self) -> RequestOutput:
@@ -260,17 +265,20 @@ class Request:
         )
 
     def _add_logprobs(self, completion: Completion, logprobs: TokenLogprobs, row: int) -> None:
-        completion.logprobs.append(self._logprob_dict(logprobs, row, self.params.logprobs))
-        completion.cumulative_logprob += logprobs.logprobs[row].item()
+        if completion.logprobs is None:  # another request of the step asked for them
+            return
+        completion.logprobs.append(self._logprob_dict(logprobs, row, self.params.logprobs or 0))
+        so_far = completion.cumulative_logprob or 0.0
+        completion.cumulative_logprob = so_far + logprobs.logprobs[row].item()
 
     def _logprob_dict(self, logprobs: TokenLogprobs, row: int, k: int) -> dict[int, Logprob]:
         """The k likeliest tokens and the chosen one."""
         ids, values = logprobs.top_ids[row, :k].tolist(), logprobs.top_logprobs[row, :k].tolist()
         pairs = enumerate(zip(ids, values, strict=True), 1)
         found = {t: Logprob(value, rank, self._decode_one(t)) for rank, (t, value) in pairs}
-        chosen = logprobs.token_ids[row].item()
+        chosen = int(logprobs.token_ids[row])
         if chosen not in found:
-            value, rank = logprobs.logprobs[row].item(), logprobs.ranks[row].item()
+            value, rank = logprobs.logprobs[row].item(), int(logprobs.ranks[row])
             found[chosen] = Logprob(value, rank, self._decode_one(chosen))
         return found
 
@@ -285,9 +293,8 @@ class OutputProcessor:
 
     def __init__(self) -> None:
         self.requests: dict[str, Request] = {}
-        self._owners: dict[
-            int, tuple[Request, int]
-        ] = {}  # seq_id -> (its request, which completion)
+        #: seq_id -> (its request, which completion)
+        self._owners: dict[int, tuple[Request, int]] = {}
         self._seq_ids = itertools.count()
         self.num_generated_tokens = 0
         self.num_finished_requests = 0
@@ -314,12 +321,14 @@ class OutputProcessor:
                 self._owners[seq_id][0].add_prompt_logprobs(start, logprobs)
         for output in step.outputs:
             request, index = self._owners[output.seq_id]
-            self.num_generated_tokens += len(output.token_ids)
+            num_tokens = request.completions[index].settled[0]
             if request.metrics.first_token_time is None:
                 request.metrics.first_token_time = now
             stop_string = request.take(index, output)
             if stop_string is not None:
                 ended.append((output.seq_id, stop_string))
+            # A stop string may have ended it in the middle of what the step brought.
+            self.num_generated_tokens += request.completions[index].settled[0] - num_tokens
             is_finished = request.completions[index].settled[1] is not None
             if is_finished:
                 request.metrics.finished_time = now
@@ -334,7 +343,7 @@ class OutputProcessor:
         ended = []
         for index, completion in enumerate(request.completions):
             if not completion.is_finished:
-                request.end(index, request.ends_with)
+                request.end(index, request.ends_with or "abort")
                 ended.append(completion.seq_id)
         request.collector.news[request.request_id] = request
         return ended

@@ -3,6 +3,7 @@ block table.
 
 Taught in notebooks/03_paged_kv_cache.ipynb."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,16 @@ class AttentionMetadata:
     max_query_len: int
     max_seq_len: int
     max_decode_seq_len: int  # the longest context among the decodes; 0 when there are none
+
+
+@dataclass(frozen=True)
+class ForwardContext:
+    """What one run of the model hands to every layer beside its input (vLLM's term). T tokens."""
+
+    positions: torch.Tensor  # [T] int64, of each token in its sequence
+    cos_sin: torch.Tensor  # [max_position, head_dim] float32: the rope table
+    caches: Sequence[KVCache]  # one per layer: a layer finds its own by its index
+    metadata: AttentionMetadata
 
 
 def attend(

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from minivllm.kernels import Kernels
-from minivllm.layers.linear import holds_part
-from minivllm.parallel.group import SINGLE, TensorParallelGroup
+from minivllm.layers.linear import UNQUANTIZED, Linear, LinearMethod, TiedLinearMethod
+from minivllm.layers.place import Place
+from minivllm.parallel.group import SINGLE, Part, TensorParallelGroup
 
 
 class Embedding(nn.Module):
@@ -26,7 +27,12 @@ class Embedding(nn.Module):
             torch.empty(-(-vocab_size // group.size), hidden_size), requires_grad=False
         )
         self.weight[len(self.part) :] = 0.0
-        holds_part(self.weight, (vocab_size, hidden_size), self.part.slice)
+
+    def places(self) -> dict[str, Place]:
+        """Name of a tensor in the checkpoint, without the layer's -> its place."""
+        shape = torch.Size((self.part.total, self.weight.shape[1]))
+        held = self.weight.data[: len(self.part)]
+        return {"weight": Place(held, shape, (self.part.slice,))}
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[T] int64 -> [T, hidden_size]."""
@@ -41,8 +47,11 @@ class Embedding(nn.Module):
         )
 
 
-class OutputHead(nn.Module):
-    """Logits by comparing the hidden state with every row of ``[vocab_size, hidden_size]``."""
+class OutputHead(Linear):
+    """Logits by comparing the hidden state with every row of ``[vocab_size, hidden_size]``.
+
+    A head that is tied to the embedding has the embedding's weight as it is, whatever the method.
+    """
 
     def __init__(
         self,
@@ -51,12 +60,21 @@ class OutputHead(nn.Module):
         tied_to: Embedding | None,
         kernels: Kernels,
         group: TensorParallelGroup = SINGLE,
+        method: LinearMethod = UNQUANTIZED,
     ) -> None:
-        super().__init__()
-        self.kernels, self.group, self.vocab_size = kernels, group, vocab_size
-        self.weight = (tied_to or Embedding(vocab_size, hidden_size, group)).weight
+        if tied_to is not None:
+            method = TiedLinearMethod(tied_to.weight)
+        inputs, rows = Part(hidden_size, 0, hidden_size), -(-vocab_size // group.size)
+        super().__init__(inputs, rows, False, kernels, method)
+        self.group, self.part = group, group.part(vocab_size, pad=True)
+        for kind, parameter in self.named_parameters(recurse=False):
+            parameter[len(self.place(kind, self.part).tensor) :] = 0
+
+    def places(self) -> dict[str, Place]:
+        kinds = [kind for kind, _ in self.named_parameters(recurse=False)]
+        return {kind: self.place(kind, self.part) for kind in kinds}
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, hidden_size] -> [R, vocab_size], on every rank."""
-        logits = self.group.all_gather(self.kernels.linear(hidden, self.weight))
-        return logits[:, : self.vocab_size]
+        logits = self.group.all_gather(super().forward(hidden))
+        return logits[:, : self.part.total]

@@ -3,12 +3,14 @@ unpickled.
 
 Taught in notebooks/06_qwen3.ipynb."""
 
+import dataclasses
 import errno
 import inspect
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +21,20 @@ from torch import nn
 from minivllm.config import ModelConfig
 from minivllm.errors import ConfigError, SamplingParamsError, WeightLoadingError
 from minivllm.kernels import Kernels
-from minivllm.layers.linear import FusedLinear
-from minivllm.models.qwen3 import Qwen3ForCausalLM
+from minivllm.layers.embedding import Embedding
+from minivllm.layers.linear import FusedLinear, Linear
+from minivllm.layers.place import Place
+from minivllm.models.hf_config import config_from_hf
+from minivllm.models.registry import model_class
 from minivllm.parallel.group import SINGLE, TensorParallelGroup
 from minivllm.sampling_params import SamplingParams
 from minivllm.validation import shown
 
 logger = logging.getLogger(__name__)
 
-#: What is downloaded of a hub repository: settings, weights, templates and the tokenizer's files,
-#: of which slow tokenizers have their own. Not: weights in another format or for another program,
-#: which lie beside them or in folders.
+#: What is downloaded of a hub repository: settings, weights, templates and the tokenizer's files.
+#: Slow tokenizers have files of their own. Weights in another format, or for another program, lie
+#: beside these or in folders, and are left there.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
 HUB_IGNORED = ["*/*.json", "*/*.safetensors", "*/*.model", "*/merges.txt", "*/vocab.txt"]
 HUB_IGNORED += ["consolidated*", "adapter_model*"]
@@ -52,7 +57,7 @@ def resolve_model_path(model: str | Path) -> Path:
     """A local directory as it is, or a hub id (``owner/name``) downloaded to the Hugging Face
     cache.
 
-    Raises `ConfigError` for what is neither, and for whatever the hub says.
+    Raises `ConfigError` for what is neither, and for every error of the hub.
     """
     if not isinstance(model, str | Path) or not str(model):
         raise ConfigError(
@@ -72,9 +77,8 @@ def resolve_model_path(model: str | Path) -> Path:
         return Path(
             snapshot_download(name, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_IGNORED)
         )
-    except (
-        Exception
-    ) as error:  # the hub's, the network's, or that a name is none: all mean that there is no model
+    # Of the hub, of the network, or of the name: all mean that there is no model.
+    except Exception as error:
         raise ConfigError(
             f"{name!r} is no directory here and could not be fetched from the Hugging Face hub"
             f" ({error}). Check the name and the network, or use model=None for the bundled model."
@@ -107,7 +111,7 @@ def load_config(path: Path) -> ModelConfig:
         raise ConfigError(
             f"{path} has no config.json, so it is not a Hugging Face model directory."
         )
-    return ModelConfig.from_hf(config, load_generation_config(path), path)
+    return config_from_hf(config, load_generation_config(path), path)
 
 
 def load_generation_config(path: Path) -> dict[str, Any]:
@@ -119,14 +123,15 @@ def default_sampling_params(source: Path | Mapping[str, Any], mode: str = "auto"
     """Arguments of `SamplingParams` for requests that bring none, as a checkpoint recommends them.
 
     source: the model's directory, or what its generation_config.json holds. mode:
-    `EngineConfig.generation_config`; "vllm" gives {}. As in vLLM, `do_sample` is not looked at:
-    who wants greedy decoding sets temperature=0. Raises `ConfigError` for a value that cannot be.
+    `EngineConfig.generation_config`; "vllm" gives {}. As in vLLM, `do_sample` is ignored: for
+    greedy decoding a request sets temperature=0. Raises `ConfigError` for a value that no request
+    may have.
     """
     if mode == "vllm":
         return {}
     content = source if isinstance(source, Mapping) else load_generation_config(source)
-    found = {name: content.get(theirs) for theirs, name in SAMPLING_DEFAULTS.items()}
-    found = {name: value for name, value in found.items() if value is not None}
+    named = {name: content.get(theirs) for theirs, name in SAMPLING_DEFAULTS.items()}
+    found: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     try:
         SamplingParams(**found)
     except SamplingParamsError as error:
@@ -141,48 +146,74 @@ def default_sampling_params(source: Path | Mapping[str, Any], mode: str = "auto"
     return found
 
 
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is built and where its weights come from."""
+
+    dtype: torch.dtype  # of the weights; checkpoint tensors of another dtype are converted
+    device: torch.device
+    max_position: int  # rows of the rope table: the longest sequence, in tokens
+    load_format: str = "auto"  # "dummy": random weights; else the checkpoint's
+    seed: int = 0  # of random weights
+    #: None: the class that the registry has for the config's architecture.
+    model_cls: Callable[..., nn.Module] | None = None
+
+
 def load_model(
     path: Path,
     config: ModelConfig,
     kernels: Kernels,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    max_position: int,
-    load_format: str = "auto",
-    seed: int = 0,
-    model_cls: Callable[..., nn.Module] = Qwen3ForCausalLM,
+    options: LoadOptions,
     group: TensorParallelGroup = SINGLE,
 ) -> nn.Module:
-    """Build the model on `device` and fill every parameter, from the checkpoint or ("dummy") at
+    """Build the model on a device and fill every parameter, from the checkpoint or ("dummy") at
     random.
+
+    Raises `WeightLoadingError` where checkpoint and model do not fit together, and `ConfigError`
+    where a class for one rank shall run on several.
     """
-    ranks = {"group": group} if group.size > 1 else {}
+    model_cls = options.model_cls or model_class(config.architecture)
+    ranks: dict[str, Any] = {"group": group} if group.size > 1 else {}
     if ranks and "group" not in inspect.signature(model_cls).parameters:
         raise ConfigError(
             "tensor_parallel_size > 1 needs a model_cls that takes a group, as Qwen3ForCausalLM"
             " does."
         )
     previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(options.dtype)
     try:
-        with device:
-            model = model_cls(config, kernels, max_position, device, **ranks)
+        with options.device:
+            model = model_cls(config, kernels, options.max_position, options.device, **ranks)
     finally:
         torch.set_default_dtype(previous)
-    if load_format == "dummy":
-        _fill_at_random(model, seed, config.tie_word_embeddings)
+    if options.load_format == "dummy":
+        _fill_at_random(model, options.seed, config.tie_word_embeddings)
     else:
         load_weights(model, iterate_weights(path), tied=config.tie_word_embeddings)
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.method.process_weights_after_loading(module)
     return model.eval()
+
+
+def weight_shapes(config: ModelConfig, group: TensorParallelGroup = SINGLE) -> set[tuple[int, int]]:
+    """[output features, input features] of every matrix product of the model, or of this rank's
+    share of them: found in a model of one layer that takes no memory.
+    """
+    one_layer, nowhere = dataclasses.replace(config, num_hidden_layers=1), torch.device("meta")
+    with nowhere:
+        model_cls = model_class(config.architecture)
+        model = model_cls(one_layer, Kernels.reference(), 1, nowhere, group)
+    weights = [layer.weight for layer in model.modules() if isinstance(layer, Linear)]
+    return {(weight.shape[0], weight.shape[1]) for weight in weights}
 
 
 def iterate_weights(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor on the CPU) of every tensor, from one file or from the shards that the index
     lists.
 
-    A tensor is the mapped file: only what is then copied from it, the part that a rank holds, is
-    read.
+    A tensor is a view of the mapped file. Only what is copied from it is read: the part that a rank
+    holds.
     """
     for file in _weight_files(path):
         try:
@@ -198,9 +229,8 @@ def iterate_weights(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    if (
-        path / "model.safetensors"
-    ).exists():  # a repository may hold other files beside it, an adapter for example
+    # A repository may hold other files beside this one, an adapter for example.
+    if (path / "model.safetensors").exists():
         return [path / "model.safetensors"]
     index = path / "model.safetensors.index.json"
     names = (
@@ -220,9 +250,11 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _shard_names(index: Path) -> list[str]:
-    """The files that the index lists. They are names in its directory: an index is somebody else's,
-    and must not make us read what lies elsewhere. (A file may be a link that leaves it, as in the
-    hub's cache.)"""
+    """The files that the index lists: names in its own directory, nothing else.
+
+    An index was written by others, and must not make us read what lies elsewhere. (A file may be a
+    link to another directory, as in the hub's cache.)
+    """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightLoadingError(
@@ -242,18 +274,20 @@ def _shard_names(index: Path) -> list[str]:
 
 
 def load_weights(
-    model: nn.Module, weights: Iterator[tuple[str, torch.Tensor]], tied: bool = False
+    model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], tied: bool = False
 ) -> None:
     """Copy each tensor to its place. Raises `WeightLoadingError` naming what is missing, unexpected
     or misshapen.
 
-    tied: the config says that head and embedding are one matrix. A checkpoint that brings both, and
-    they differ, is taken at its word rather than the config: the head gets its own. One that brings
-    the head alone has the embedding under that name. transformers does the same.
+    tied: the config says that head and embedding are one matrix. Where the checkpoint has both and
+    they differ, the checkpoint is right and the config is wrong: the head gets its own weight.
+    Where the checkpoint has the head alone, that is the embedding. transformers does the same.
     """
-    places = parameter_places(model)
-    head = places.pop(HEAD, None) if tied else None
-    missing, unexpected, seen = set(places), [], {}
+    places = checkpoint_places(model)
+    if tied:
+        places.pop(HEAD, None)
+    missing, unexpected = set(places), []
+    seen: dict[str, torch.Tensor] = {}
     for name, tensor in weights:
         if tied and name in (HEAD, EMBEDDING):
             seen[name] = tensor
@@ -269,7 +303,7 @@ def load_weights(
         lists = f"missing {_few(sorted(missing))}; unexpected {_few(unexpected)}"
         raise WeightLoadingError(f"The checkpoint does not fit the model: {lists}.")
     if seen.keys() == {HEAD, EMBEDDING} and not _are_equal(*seen.values()):
-        _untie(model, head, seen[HEAD])
+        _untie(model, seen[HEAD])
 
 
 def _are_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -279,9 +313,9 @@ def _are_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return all(map(torch.equal, a.split(4096), b.split(4096)))
 
 
-def _untie(model: nn.Module, head: torch.Tensor | None, tensor: torch.Tensor) -> None:
+def _untie(model: nn.Module, tensor: torch.Tensor) -> None:
     """Give the output head, which has been the embedding, a weight of its own with this content."""
-    if head is None:
+    if HEAD not in checkpoint_places(model):
         raise WeightLoadingError(
             f"The checkpoint ships a {HEAD} that differs from the embedding, and this model has no"
             " such parameter."
@@ -291,72 +325,63 @@ def _untie(model: nn.Module, head: torch.Tensor | None, tensor: torch.Tensor) ->
         " Set tie_word_embeddings to false there to say so.",
         HEAD,
     )
-    # zeros: what fills up the vocabulary of a rank
-    own = nn.Parameter(torch.zeros_like(head), requires_grad=False)
-    if hasattr(head, "part"):
-        own.part = head.part
     parent, _, name = HEAD.rpartition(".")
-    setattr(model.get_submodule(parent), name, own)
-    _copy(own, tensor, HEAD)
+    head = model.get_submodule(parent)
+    # zeros: what fills up the vocabulary of a rank
+    own = torch.zeros_like(head.get_parameter(name))
+    setattr(head, name, nn.Parameter(own, requires_grad=False))
+    _copy(checkpoint_places(model)[HEAD], tensor, HEAD)
 
 
-def parameter_places(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Checkpoint name -> the (part of a) parameter it fills. Fused layers have one place for each
-    of their shards.
+def checkpoint_places(model: nn.Module) -> dict[str, Place]:
+    """Name of a tensor in the checkpoint -> what it fills here. Fused layers have one place for
+    each of their shards.
     """
-    places: dict[str, torch.Tensor] = {}
+    places: dict[str, Place] = {}
     for prefix, module in model.named_modules():
-        for kind, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, FusedLinear):
-                parent = prefix.rpartition(".")[0]
-                places |= {
-                    f"{parent}.{name}.{kind}": module.shard(kind, name) for name in module.shards
-                }
-            else:
-                places[f"{prefix}.{kind}"] = parameter
+        if isinstance(module, Linear | Embedding):
+            found = module.places()
+        else:
+            parameters = module.named_parameters(recurse=False)
+            found = {kind: Place(p.data, p.shape) for kind, p in parameters}
+        if isinstance(module, FusedLinear):  # the shards stand beside it, not below it
+            prefix = prefix.rpartition(".")[0]
+        places |= {f"{prefix}.{name}": place for name, place in found.items()}
     return places
 
 
-def _copy(place: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
-    shape, index = _part(place)
-    if shape != tensor.shape:
+def parameter_places(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Name of a tensor in the checkpoint -> the (part of a) parameter that it fills, a view."""
+    return {name: place.tensor for name, place in checkpoint_places(model).items()}
+
+
+def _copy(place: Place, tensor: torch.Tensor, name: str) -> None:
+    if place.shape != tensor.shape:
         raise WeightLoadingError(
-            f"{name} has shape {tuple(tensor.shape)}; the config asks for {tuple(shape)}."
+            f"{name} has shape {tuple(tensor.shape)}; the config asks for {tuple(place.shape)}."
         )
-    if not tensor.is_floating_point():
+    if place.tensor.is_floating_point() and not tensor.is_floating_point():
         raise WeightLoadingError(
             f"{name} is of type {tensor.dtype}; minivllm loads unquantized weights only."
         )
-    part = tensor[index]
-    # a padded vocabulary is longer than its part
-    place.data[tuple(map(slice, part.shape))].copy_(part)
-
-
-def _part(place: torch.Tensor) -> tuple[torch.Size, tuple[slice, ...]]:
-    """(shape of the tensor in the checkpoint, where in it stands what this rank holds); see
-    `holds_part`.
-    """
-    return getattr(place, "part", (place.shape, ()))
+    place.tensor.copy_(tensor[place.index])
 
 
 def _fill_at_random(model: nn.Module, seed: int, tied: bool) -> None:
     """Normal weights that keep activations near unit size; norms 1, biases 0. The same for any
     number of ranks.
     """
-    for number, (name, place) in enumerate(parameter_places(model).items()):
-        shape, _ = _part(place)
-        if len(shape) == 1:
-            place.data.fill_(0.0 if name.endswith("bias") else 1.0)
+    for number, (name, place) in enumerate(checkpoint_places(model).items()):
+        here = place.tensor
+        if len(place.shape) == 1:
+            here.fill_(0.0 if name.endswith("bias") else 1.0)
         elif not (tied and name == HEAD):
-            generator = torch.Generator(device=place.device).manual_seed(
-                (seed + number) % (1 << 64)
-            )
-            whole = (
-                place.data
-                if shape == place.shape
-                else torch.empty(shape, dtype=place.dtype, device=place.device)
-            )
-            _copy(place, whole.normal_(0.0, shape[1] ** -0.5, generator=generator), name)
+            generator = torch.Generator(device=here.device).manual_seed((seed + number) % (1 << 64))
+            whole = here
+            if here.shape != place.shape:
+                whole = torch.empty(place.shape, dtype=here.dtype, device=here.device)
+            whole.normal_(0.0, place.shape[1] ** -0.5, generator=generator)
+            _copy(place, whole, name)
 
 
 def _few(names: list[str]) -> str:

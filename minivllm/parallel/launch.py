@@ -15,8 +15,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -56,11 +56,12 @@ def connect(
     if key:
         store = dist.PrefixStore(hashlib.sha256(b"store" + key).hexdigest(), store)
     gloo = dist.ProcessGroupGloo
-    options = gloo._Options()
+    options = gloo._Options()  # type: ignore[attr-defined]
     options._timeout = MEETING if host and rank == 0 else IDLE
     options._devices = [gloo.create_device(hostname=host) if host else gloo.create_default_device()]
-    objects = tensors = gloo(dist.PrefixStore("objects", store), rank, size, options)
+    objects: Any = gloo(dist.PrefixStore("objects", store), rank, size, options)
     objects._set_default_timeout(IDLE)
+    tensors = objects
     if device_type == "cuda":
         # one rank, one process, one GPU: the engine's "cuda"
         torch.cuda.set_device(rank if gpu is None else gpu)
@@ -256,7 +257,9 @@ class RankProcesses:
     def __init__(
         self, size: int, device_type: str, target: Callable[..., None], *args: Any
     ) -> None:
-        self.group, self._ranks, self._reports = SINGLE, [], {}
+        self.group = SINGLE
+        self._ranks: list[Any] = []
+        self._reports: dict[int, Any] = {}
         key = secrets.token_bytes(32)  # goes to the ranks through the pipe that starts them
         try:
             work = pickle.dumps((target, args))
@@ -269,16 +272,9 @@ class RankProcesses:
         listener = socket.create_server(("127.0.0.1", 0))
         port = listener.getsockname()[1]
         try:
-            # Ctrl-C reaches every process of the terminal. The ranks leave it to this one: they are
-            # born deaf to it.
-            # multiprocessing's own; its start would let the signal through again
-            resource_tracker.ensure_running()
-            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            try:
+            with _deaf_to_interrupts():
                 for rank in range(1, size):
                     self._start(rank, size, port, device_type, key, work)
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             # Only now, for it brings a thread, and a signal goes to whichever thread lets it
             # through.
             store = dist.TCPStore(
@@ -371,6 +367,23 @@ class RankProcesses:
         wait([process.sentinel for process, _ in self._ranks])
         if self._ranks:  # not closed by ourselves
             self.group.abort()
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes that are started here do not hear Ctrl-C, which reaches every process of the
+    terminal: the ranks leave it to this one. Windows cannot block a signal; there they hear it.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    # multiprocessing's own process; its start would let the signal through again
+    resource_tracker.ensure_running()
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def _run_rank(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -26,6 +27,24 @@ WIDTH = 9.0
 FILE_DPI, PAGE_DPI = 160, 96
 #: Colours in the file. Flat pictures need few, and the file becomes a fourth of the size.
 NUM_COLORS = 96
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle on a picture: its corner, width and height, in the units of the axes."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+    @property
+    def corner(self) -> tuple[float, float]:
+        return self.x, self.y
+
+    @property
+    def center(self) -> tuple[float, float]:
+        return self.x + self.width / 2, self.y + self.height / 2
 
 
 class Figure(MatplotlibFigure):

@@ -22,7 +22,7 @@ from matplotlib.patches import Patch, Rectangle
 from minivllm.engine.trace import Trace
 from minivllm.viz import palette
 from minivllm.viz.block_table import Row, block_tables, busiest_step, check_step
-from minivllm.viz.figure import WIDTH, Figure, describe, prepare
+from minivllm.viz.figure import WIDTH, Box, Figure, describe, prepare
 
 #: A request's pale half: room that is its own and holds no token.
 _ROOM = 0.28
@@ -527,6 +527,43 @@ class _Slots:
 # --- who reads it ---------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Reads:
+    """The slots that were read, beside those that were to be."""
+
+    num_positions: int
+    #: Slot -> the position that lies there.
+    position_of: dict[int, int]
+    #: Slot -> how often it was read.
+    counts: dict[int, int]
+    missed: list[int]
+    foreign: list[int]
+    repeated: list[int]
+    wrong_order: bool
+
+    @classmethod
+    def of(cls, wanted: Sequence[int], got: Sequence[int]) -> _Reads:
+        position_of = {slot: position for position, slot in enumerate(wanted)}
+        counts = {slot: list(got).count(slot) for slot in set(got)}
+        missed = [slot for slot in wanted if slot not in counts]
+        foreign = sorted(slot for slot in counts if slot not in position_of)
+        repeated = sorted(slot for slot in counts if slot in position_of and counts[slot] > 1)
+        wrong_order = not (missed or foreign or repeated) and list(got) != list(wanted)
+        return cls(len(wanted), position_of, counts, missed, foreign, repeated, wrong_order)
+
+    @property
+    def caption(self) -> str:
+        """What was read and what was not, in words."""
+        position_of, missed, repeated = self.position_of, self.missed, self.repeated
+        text = f"Of {self.num_positions} positions {self.num_positions - len(missed)} were read"
+        text += f"; not read: {_some(position_of[slot] for slot in missed)}" if missed else ""
+        if repeated:
+            text += f"; more than once: {_some(position_of[slot] for slot in repeated)}"
+        if self.foreign:
+            text += f"; slots of nobody or somebody else: {_some(self.foreign)}"
+        return text + ("; but in another order." if self.wrong_order else ".")
+
+
 def draw_reads(
     wanted: Sequence[int],
     got: Sequence[int],
@@ -549,12 +586,7 @@ def draw_reads(
     ax.set_axis_off()
     between = 0.16
     width = (WIDTH - 0.16 - (abreast - 1) * between) / (abreast * block_size)
-    position_of = {slot: position for position, slot in enumerate(wanted)}
-    counts = {slot: list(got).count(slot) for slot in set(got)}
-    missed = [slot for slot in wanted if slot not in counts]
-    foreign = sorted(slot for slot in counts if slot not in position_of)
-    repeated = sorted(slot for slot in counts if slot in position_of and counts[slot] > 1)
-    wrong_order = not (missed or foreign or repeated) and list(got) != list(wanted)
+    reads = _Reads.of(wanted, got)
     ax.text(
         0.08,
         0.2,
@@ -578,34 +610,8 @@ def draw_reads(
             color=palette.INK if mine else palette.SOFT_INK,
         )
         for offset in range(block_size):
-            slot = block * block_size + offset
-            style, text, color = _READ["other"], "", palette.SOFT_INK
-            if slot in position_of:
-                text = str(position_of[slot])
-                style = _READ[
-                    "missed" if slot not in counts else "twice" if counts[slot] > 1 else "right"
-                ]
-                color = palette.PAPER if slot in counts and counts[slot] == 1 else palette.INK
-            elif slot in counts:
-                style, text, color = _READ["foreign"], "✗", palette.PAPER
-            ax.add_patch(Rectangle((x + offset * width, y), width, 0.27, linewidth=0.7, **style))
-            box = {
-                "boxstyle": "round,pad=0.1",
-                "facecolor": palette.PAPER,
-                "edgecolor": "none",
-                "alpha": 0.85,
-            }
-            hatched = slot in position_of and color == palette.INK
-            ax.text(
-                x + (offset + 0.5) * width,
-                y + 0.14,
-                text,
-                fontsize=min(8, width * 26),
-                ha="center",
-                va="center",
-                color=color,
-                bbox=box if hatched else None,
-            )
+            place = Box(x + offset * width, y, width, 0.27)
+            _draw_read(ax, place, block * block_size + offset, reads)
     entries = [
         ("right", "read, as it should be"),
         ("missed", "not read"),
@@ -624,19 +630,42 @@ def draw_reads(
         handlelength=1.4,
         borderaxespad=0.1,
     )
-    caption = f"Of {len(wanted)} positions {len(wanted) - len(missed)} were read"
-    caption += f"; not read: {_some(position_of[slot] for slot in missed)}" if missed else ""
-    caption += (
-        f"; more than once: {_some(position_of[slot] for slot in repeated)}" if repeated else ""
-    )
-    caption += f"; slots of nobody or somebody else: {_some(s for s in foreign)}" if foreign else ""
-    caption += "; but in another order" if wrong_order else ""
     describe(
         figure,
         f"Map: which slots of a cache of {num_blocks} blocks were read for one context.",
-        caption + ".",
+        reads.caption,
     )
     return figure
+
+
+def _draw_read(ax: Axes, place: Box, slot: int, reads: _Reads) -> None:
+    """One slot: its colour says how it was read, its number which position lies there."""
+    style, text, color = _READ["other"], "", palette.SOFT_INK
+    count = reads.counts.get(slot, 0)
+    if slot in reads.position_of:
+        text = str(reads.position_of[slot])
+        style = _READ["missed" if count == 0 else "twice" if count > 1 else "right"]
+        color = palette.PAPER if count == 1 else palette.INK
+    elif count:
+        style, text, color = _READ["foreign"], "✗", palette.PAPER
+    ax.add_patch(Rectangle(place.corner, place.width, place.height, linewidth=0.7, **style))
+    box = {
+        "boxstyle": "round,pad=0.1",
+        "facecolor": palette.PAPER,
+        "edgecolor": "none",
+        "alpha": 0.85,
+    }
+    hatched = slot in reads.position_of and color == palette.INK
+    ax.text(
+        place.center[0],
+        place.y + 0.14,
+        text,
+        fontsize=min(8, place.width * 26),
+        ha="center",
+        va="center",
+        color=color,
+        bbox=box if hatched else None,
+    )
 
 
 _READ = {

@@ -3,8 +3,8 @@
 Pictures bring their own light background (`PAPER`), because no text colour has enough contrast on
 white and on black at once; in dark mode they read as a card. Request colours are Okabe and Ito's
 (2008), which stay apart for the common kinds of colour blindness; since eight colours never
-suffice, every coloured thing also carries a letter, a hatch or an outline. tests/test_viz.py holds
-the contrasts and the distances.
+suffice, every coloured thing also carries a letter, a hatch or an outline. tests/viz/test_viz.py
+holds the contrasts and the distances.
 """
 
 from __future__ import annotations

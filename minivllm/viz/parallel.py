@@ -16,7 +16,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
 from minivllm.config import ModelConfig
 from minivllm.viz import palette
 from minivllm.viz.block_table import check_step
-from minivllm.viz.figure import Figure, describe, plain_axes
+from minivllm.viz.figure import Box, Figure, describe, plain_axes
 
 _TITLE = {"fontsize": 12, "weight": "bold", "color": palette.INK}
 #: What every rank has, or computes, alike.
@@ -48,23 +48,20 @@ def _plain(figure: Figure, width: float, height: float) -> Axes:
     return ax
 
 
-def _box(
-    ax: Axes,
-    x: float,
-    y: float,
-    width: float,
-    height: float,
-    color: str,
-    text: str = "",
-    size: float = 9,
-) -> None:
+def _box(ax: Axes, box: Box, color: str, text: str = "", size: float = 9) -> None:
     ax.add_patch(
-        Rectangle((x, y), width, height, facecolor=color, edgecolor=palette.PAPER, linewidth=1.2)
+        Rectangle(
+            box.corner,
+            box.width,
+            box.height,
+            facecolor=color,
+            edgecolor=palette.PAPER,
+            linewidth=1.2,
+        )
     )
     if text:
         ax.text(
-            x + width / 2,
-            y + height / 2,
+            *box.center,
             text,
             ha="center",
             va="center",
@@ -102,13 +99,13 @@ def draw_splits(num_ranks: int = 2) -> Figure:
 
 def _draw_column_split(ax: Axes, y: float, n: int) -> None:
     ax.text(2, y - 3.6, "Cut by columns: all of x, a part of the result", va="center", **_TITLE)
-    _box(ax, 6, y + 5, 22, 6, ALIKE, "x, on every rank", 10)
+    _box(ax, Box(6, y + 5, 22, 6), ALIKE, "x, on every rank", 10)
     ax.text(31, y + 8, "·", ha="center", va="center", fontsize=20, color=palette.INK)
     ax.text(65, y + 8, "=", ha="center", va="center", fontsize=16, color=palette.INK)
     for rank in range(n):
         color, wide = rank_color(rank), 28 / n
-        _box(ax, 34 + rank * wide, y, wide, 16, color, f"rank {rank}", 9.5 if n < 4 else 8)
-        _box(ax, 68 + rank * wide, y + 5, wide, 6, color, f"rank {rank}", 9.5 if n < 4 else 8)
+        _box(ax, Box(34 + rank * wide, y, wide, 16), color, f"rank {rank}", 9.5 if n < 4 else 8)
+        _box(ax, Box(68 + rank * wide, y + 5, wide, 6), color, f"rank {rank}", 9.5 if n < 4 else 8)
     ax.text(48, y + 18, "W", ha="center", va="center", fontsize=11, color=palette.INK)
     ax.text(82, y + 13.2, "y", ha="center", va="center", fontsize=11, color=palette.INK)
 
@@ -129,12 +126,20 @@ def _draw_row_split(ax: Axes, y: float, n: int) -> None:
     for rank in range(n):
         color, wide = rank_color(rank), 22 / n
         _box(
-            ax, 6 + rank * wide, y + 5, wide, 6, color, f"rank {rank}" if n < 4 else f"{rank}", 9.5
+            ax,
+            Box(6 + rank * wide, y + 5, wide, 6),
+            color,
+            f"rank {rank}" if n < 4 else f"{rank}",
+            9.5,
         )
-        _box(ax, 34, y + rank * step, 13, step, color, f"rank {rank}", 9.5)
+        _box(ax, Box(34, y + rank * step, 13, step), color, f"rank {rank}", 9.5)
         high = min(4.6, 0.8 * step)
         _box(
-            ax, 54, y + (rank + 0.5) * step - high / 2, 13, high, color, f"a term, rank {rank}", 8.5
+            ax,
+            Box(54, y + (rank + 0.5) * step - high / 2, 13, high),
+            color,
+            f"a term, rank {rank}",
+            8.5,
         )
         ax.add_patch(
             FancyArrowPatch(
@@ -151,7 +156,7 @@ def _draw_row_split(ax: Axes, y: float, n: int) -> None:
     ax.text(
         72.5, y + 16.4, "all-reduce", ha="center", va="center", fontsize=9.5, color=palette.SOFT_INK
     )
-    _box(ax, 76.6, y + 5.2, 19.6, 5.6, ALIKE, "their sum, on every rank", 9)
+    _box(ax, Box(76.6, y + 5.2, 19.6, 5.6), ALIKE, "their sum, on every rank", 9)
     ax.text(86.5, y + 13.2, "y", ha="center", va="center", fontsize=11, color=palette.INK)
 
 
@@ -302,7 +307,13 @@ def _draw_head(
 ) -> None:
     for i, rank in enumerate(owners):
         part = width / len(owners)
-        _box(ax, x + i * part, y, part, 3.4, rank_color(rank), f"{rank}" if part > 1.4 else "", 9)
+        _box(
+            ax,
+            Box(x + i * part, y, part, 3.4),
+            rank_color(rank),
+            f"{rank}" if part > 1.4 else "",
+            9,
+        )
     if not owners or (single and len(owners) > 1):
         frame = Rectangle(
             (x, y), width, 3.4, facecolor="none", edgecolor=WRONG, linewidth=2, zorder=4
@@ -405,7 +416,7 @@ def draw_ring(ring: Ring, step: int) -> Figure:
         )
     for rank in range(n):
         y = 11 + 9 * rank
-        _box(ax, 1, y + 1.6, 2.2, 3.2, rank_color(rank))
+        _box(ax, Box(1, y + 1.6, 2.2, 3.2), rank_color(rank))
         ax.text(
             4.2, y + 3.2, f"rank {rank}", va="center", fontsize=10, weight="bold", color=palette.INK
         )
@@ -419,7 +430,9 @@ def draw_ring(ring: Ring, step: int) -> Figure:
             ax.add_patch(Rectangle((x + 0.5, y), width - 1.6, 6.4, facecolor=palette.FREE, **edge))
             bar = (width - 3) / n
             for term in state[rank][part]:
-                _box(ax, x + 1.2 + term * bar, y + 1, bar, 4.4, rank_color(term), f"{term}", 8.5)
+                _box(
+                    ax, Box(x + 1.2 + term * bar, y + 1, bar, 4.4), rank_color(term), f"{term}", 8.5
+                )
             if (rank, part) in sends:
                 _draw_send(ax, x + width / 2 - 0.3, y, rank, n)
     full = sum(len(terms) == n for row in state for terms in row)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -19,7 +20,7 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from minivllm.engine.block_manager import hash_block
 from minivllm.viz import palette
-from minivllm.viz.figure import WIDTH, describe, plain_axes, prepare
+from minivllm.viz.figure import WIDTH, Box, describe, plain_axes, prepare
 
 #: Hexadecimal digits of a block's name that pictures show.
 DIGITS = 4
@@ -120,7 +121,7 @@ def draw_prefix_tree(
             ends = (from_x + width, from_y + box_height / 2), (x, y + box_height / 2)
             style = {"arrowstyle": "-|>", "mutation_scale": 8, "color": palette.SOFT_INK, "lw": 1.2}
             ax.add_patch(FancyArrowPatch(*ends, shrinkA=0, shrinkB=0, **style))
-        _draw_node(ax, node, x, y, width, box_height, decode, block_size)
+        _draw_node(ax, node, Box(x, y, width, box_height), decode, block_size)
     _tree_legend(ax, height - 0.14)
     kept, alone = len(nodes), sum(-(-len(prompt) // block_size) for prompt in prompts)
     letters = [palette.request_letter(i) for i in range(len(prompts))]
@@ -157,13 +158,11 @@ def _rows(nodes: list[Node], num_prompts: int) -> list[float]:
 def _draw_node(
     ax: Axes,
     node: Node,
-    x: float,
-    y: float,
-    width: float,
-    height: float,
+    box: Box,
     decode: Callable[[Sequence[int]], str] | None,
     block_size: int,
 ) -> None:
+    (x, y), width, height = box.corner, box.width, box.height
     is_full, strip = node.block_hash is not None, 0.2
     edge = {"edgecolor": palette.INK, "lw": 1.8} if len(node.owners) > 1 else _PLAIN
     face = (
@@ -301,9 +300,7 @@ def draw_block_story(story: BlockStory, step: int = -1, ax: Axes | None = None) 
     """
     step = range(len(story.steps))[step]
     moment, letters = story.steps[step], story.letters
-    num_blocks = len(moment.ref_counts)
-    colors = {letter: palette.request_color(i) for i, letter in enumerate(letters)}
-    cell = min(0.66, (WIDTH - 2 * _MARGIN - 0.75) / num_blocks)
+    cell = min(0.66, (WIDTH - 2 * _MARGIN - 0.75) / len(moment.ref_counts))
     small = min(0.36, cell)
     pool_y, rows_y = 1.05, 1.05 + cell + 0.72
     queue_y = rows_y + len(letters) * (small + 0.06) + 0.42
@@ -312,91 +309,16 @@ def draw_block_story(story: BlockStory, step: int = -1, ax: Axes | None = None) 
     ax.set_xlim(0, WIDTH)
     ax.set_ylim(height, 0)
     ax.set_axis_off()
-    x0 = _MARGIN + 0.75
-
-    def say(
-        x: float, y: float, text: str, size: float = 9.5, color: str = palette.SOFT_INK, **options
-    ) -> None:
-        ax.text(x, y, text, **{"fontsize": size, "color": color, "va": "center", **options})
-
     number = f"{step} of {len(story.steps) - 1}"
-    say(_MARGIN, 0.24, number, 12, palette.INK, weight="bold")
-    say(_MARGIN + 0.15 + 0.1 * len(number), 0.24, moment.text, 11, palette.INK)
-    say(
-        _MARGIN,
-        pool_y - 0.3,
-        "The pool: who uses each block, its name if it has one, and its reference count",
+    _say(ax, _MARGIN, 0.24, number, fontsize=12, color=palette.INK, weight="bold")
+    x = _MARGIN + 0.15 + 0.1 * len(number)
+    _say(ax, x, 0.24, moment.text, fontsize=11, color=palette.INK)
+    drawing = _StoryDrawing(
+        ax, moment, {letter: palette.request_color(i) for i, letter in enumerate(letters)}
     )
-    for block, count in enumerate(moment.ref_counts):
-        x = x0 + block * cell
-        owners = [letter for letter, table in moment.tables.items() if block in table]
-        _pool_cell(
-            ax, x, pool_y, cell, [colors[letter] for letter in owners], owners, moment, block
-        )
-        say(x + cell / 2, pool_y - 0.1, str(block), 8, ha="center")
-        say(
-            x + cell / 2,
-            pool_y + cell + 0.12,
-            str(count),
-            10,
-            palette.INK,
-            ha="center",
-            weight="bold",
-        )
-    say(x0 - 0.1, pool_y - 0.1, "block", 8, ha="right")
-    say(x0 - 0.1, pool_y + cell + 0.12, "count", 8, ha="right")
-    say(_MARGIN, rows_y - 0.18, "Block tables")
-    for i, letter in enumerate(letters):
-        y = rows_y + i * (small + 0.06)
-        table = moment.tables.get(letter, ())
-        color = colors[letter] if table else palette.tint(colors[letter], 0.3)
-        ax.add_patch(
-            Rectangle((_MARGIN + 0.2, y + 0.05), 0.32, small - 0.1, facecolor=color, linewidth=0)
-        )
-        say(
-            _MARGIN + 0.36,
-            y + small / 2,
-            letter,
-            9,
-            palette.text_on(color),
-            ha="center",
-            weight="bold",
-        )
-        if not table:
-            say(x0, y + small / 2, "holds nothing", 8.5)
-        for position, block in enumerate(table):
-            many = moment.ref_counts[block] > 1
-            edge = {"edgecolor": palette.INK, "lw": 1.8} if many else _PLAIN
-            box = (x0 + position * (small + 0.05), y)
-            ax.add_patch(Rectangle(box, small, small, facecolor=colors[letter], **edge))
-            text_color = palette.text_on(colors[letter])
-            say(
-                box[0] + small / 2,
-                y + small / 2,
-                str(block),
-                8.5,
-                text_color,
-                ha="center",
-                weight="bold",
-            )
-    say(
-        _MARGIN,
-        queue_y - 0.2,
-        "Free blocks in order of eviction: the next one to be taken comes first",
-    )
-    for position, block in enumerate(moment.free):
-        x = x0 + position * (small + 0.05)
-        _unused(ax, x, queue_y, small, block in moment.names)
-        say(
-            x + small / 2,
-            queue_y + small / 2,
-            str(block),
-            8.5,
-            palette.INK,
-            ha="center",
-            bbox=_PAPER_LABEL,
-        )
-    say(x0 - 0.1, queue_y + small / 2, "next →" if moment.free else "none", 8.5, ha="right")
+    drawing.pool(pool_y, cell)
+    drawing.tables(rows_y, small)
+    drawing.queue(queue_y, small)
     _story_legend(ax, height - 0.18)
     describe(
         figure,
@@ -404,6 +326,78 @@ def draw_block_story(story: BlockStory, step: int = -1, ax: Axes | None = None) 
         _story_caption(step, moment),
     )
     return figure
+
+
+def _say(ax: Axes, x: float, y: float, text: str, **options: Any) -> None:
+    """Text of a story: small, in a quiet colour, its middle at y, unless the options differ."""
+    style = {"fontsize": 9.5, "color": palette.SOFT_INK, "va": "center"}
+    ax.text(x, y, text, **(style | options))
+
+
+@dataclass(frozen=True)
+class _StoryDrawing:
+    """The three parts of a moment's picture, each drawn with its top at y."""
+
+    ax: Axes
+    moment: Moment
+    #: Letter -> colour, of all owners of the story.
+    colors: dict[str, str]
+    #: Where the blocks begin, right of the words about them.
+    left: float = _MARGIN + 0.75
+
+    def pool(self, y: float, cell: float) -> None:
+        """Every block with its owners and its name; its number above, its reference count below."""
+        moment, bold = self.moment, {"ha": "center", "weight": "bold"}
+        what = "The pool: who uses each block, its name if it has one, and its reference count"
+        _say(self.ax, _MARGIN, y - 0.3, what)
+        for block, count in enumerate(moment.ref_counts):
+            x = self.left + block * cell
+            owners = [letter for letter, table in moment.tables.items() if block in table]
+            colors = {letter: self.colors[letter] for letter in owners}
+            _pool_cell(self.ax, Box(x, y, cell, cell), colors, moment.names.get(block))
+            _say(self.ax, x + cell / 2, y - 0.1, str(block), fontsize=8, ha="center")
+            count_y = y + cell + 0.12
+            _say(self.ax, x + cell / 2, count_y, f"{count}", fontsize=10, color=palette.INK, **bold)
+        _say(self.ax, self.left - 0.1, y - 0.1, "block", fontsize=8, ha="right")
+        _say(self.ax, self.left - 0.1, y + cell + 0.12, "count", fontsize=8, ha="right")
+
+    def tables(self, y: float, cell: float) -> None:
+        """Every owner's block table, a row each."""
+        _say(self.ax, _MARGIN, y - 0.18, "Block tables")
+        for i, letter in enumerate(self.colors):
+            self._table(y + i * (cell + 0.06), cell, letter)
+
+    def _table(self, y: float, cell: float, letter: str) -> None:
+        table, middle = self.moment.tables.get(letter, ()), y + cell / 2
+        bold = {"ha": "center", "weight": "bold"}
+        full = self.colors[letter]
+        color = full if table else palette.tint(full, 0.3)
+        self.ax.add_patch(
+            Rectangle((_MARGIN + 0.2, y + 0.05), 0.32, cell - 0.1, facecolor=color, linewidth=0)
+        )
+        ink = palette.text_on(color)
+        _say(self.ax, _MARGIN + 0.36, middle, letter, fontsize=9, color=ink, **bold)
+        if not table:
+            _say(self.ax, self.left, middle, "holds nothing", fontsize=8.5)
+        for position, block in enumerate(table):
+            many = self.moment.ref_counts[block] > 1
+            edge = {"edgecolor": palette.INK, "lw": 1.8} if many else _PLAIN
+            x = self.left + position * (cell + 0.05)
+            self.ax.add_patch(Rectangle((x, y), cell, cell, facecolor=full, **edge))
+            ink = palette.text_on(full)
+            _say(self.ax, x + cell / 2, middle, str(block), fontsize=8.5, color=ink, **bold)
+
+    def queue(self, y: float, cell: float) -> None:
+        """The free blocks; the next one to be taken comes first."""
+        what = "Free blocks in order of eviction: the next one to be taken comes first"
+        _say(self.ax, _MARGIN, y - 0.2, what)
+        middle, style = y + cell / 2, {"ha": "center", "bbox": _PAPER_LABEL, "color": palette.INK}
+        for position, block in enumerate(self.moment.free):
+            x = self.left + position * (cell + 0.05)
+            _unused(self.ax, x, y, cell, block in self.moment.names)
+            _say(self.ax, x + cell / 2, middle, str(block), fontsize=8.5, **style)
+        first = "next →" if self.moment.free else "none"
+        _say(self.ax, self.left - 0.1, middle, first, fontsize=8.5, ha="right")
 
 
 _PAPER_LABEL = {
@@ -426,31 +420,25 @@ def _unused(ax: Axes, x: float, y: float, side: float, cached: bool) -> None:
     ax.add_patch(Rectangle((x, y), side, side, **style))
 
 
-def _pool_cell(
-    ax: Axes,
-    x: float,
-    y: float,
-    cell: float,
-    colors: list[str],
-    owners: list[str],
-    moment: Moment,
-    block: int,
-) -> None:
-    side, left = cell * 0.92, x + cell * 0.04
+def _pool_cell(ax: Axes, box: Box, owners: Mapping[str, str], name: str | None) -> None:
+    """A block of the pool. owners: letter -> colour; name: its short name if its content is known
+    to the prefix cache.
+    """
+    side, left, y = box.width * 0.92, box.x + box.width * 0.04, box.y
     if owners:
-        band = side / len(colors)
-        for i, color in enumerate(colors):
+        band = side / len(owners)
+        for i, color in enumerate(owners.values()):
             ax.add_patch(Rectangle((left, y + i * band), side, band, facecolor=color, linewidth=0))
         edge = {"edgecolor": palette.INK, "lw": 1.8} if len(owners) > 1 else _PLAIN
         ax.add_patch(Rectangle((left, y), side, side, fill=False, **edge))
     else:
-        _unused(ax, left, y, side, block in moment.names)
-    middle = x + cell / 2
+        _unused(ax, left, y, side, cached=name is not None)
+    middle = box.center[0]
     style = {"ha": "center", "va": "center", "bbox": _PAPER_LABEL, "color": palette.INK}
     letters = "".join(owners) if len(owners) <= 3 else f"×{len(owners)}"
     if owners:
         ax.text(middle, y + side * 0.28, letters, fontsize=8.5, weight="bold", **style)
-    if name := moment.names.get(block):
+    if name:
         ax.text(
             middle,
             y + side * (0.7 if owners else 0.5),

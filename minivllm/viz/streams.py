@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 
 from minivllm.viz import palette
 from minivllm.viz.block_table import check_step
-from minivllm.viz.figure import WIDTH, describe, plain_axes, prepare
+from minivllm.viz.figure import WIDTH, Box, describe, plain_axes, prepare
 
 #: What is done in a lane: kind -> (colour, hatch, words of the legend).
 KINDS: dict[str, tuple[str, str, str]] = {
@@ -542,17 +542,18 @@ def draw_writes(
         color=palette.INK,
         va="center",
     )
-    by_place = {(w.block, w.offset): w for w in writes}
+    writes_of: dict[int, dict[int, Write]] = {}
+    for write in writes:
+        writes_of.setdefault(write.block, {})[write.offset] = write
     y = 0.5
     letters = [palette.request_letter(index) for index in range(64)]
     for index, (letter, blocks) in enumerate(shown.items()):
         number = letters.index(letter) if letter in letters else index
         color = palette.CACHED if letter == "nobody" else palette.request_color(number)
         _draw_owner(ax, y, row, letter, color)
-        x = 0.95
-        for block in blocks:
-            _draw_block(ax, x, y, row, cell, block, after, by_place, color)
-            x += cell * size + 0.12
+        for column, block in enumerate(blocks):
+            box = Box(0.95 + column * (cell * size + 0.12), y, cell * size, row)
+            _draw_block(ax, box, block, after[block], writes_of.get(block, {}), color)
         y += row + gap
     notes = (
         "●  written by the sequence that it belongs to      ✕  written by somebody else     "
@@ -579,38 +580,34 @@ def _draw_owner(ax: Axes, y: float, row: float, letter: str, color: str) -> None
 
 
 def _draw_block(
-    ax: Axes,
-    x: float,
-    y: float,
-    row: float,
-    cell: float,
-    block: int,
-    after: Any,
-    writes: dict,
-    color: str,
+    ax: Axes, box: Box, block: int, values: Any, writes: Mapping[int, Write], color: str
 ) -> None:
-    size = len(after[block])
-    for offset in range(size):
-        filled = float(after[block][offset]) != 0.0
-        write = writes.get((block, offset))
+    """A block after the step: a cell for each of its places. values: what stands in them; writes:
+    those of the step, by place.
+    """
+    x, y = box.corner
+    cell = box.width / len(values)
+    for offset, value in enumerate(values):
+        filled = float(value) != 0.0
+        write = writes.get(offset)
         face = palette.tint(color, 0.45) if filled else palette.FREE
         if write is not None:
             face = color if write.allowed else palette.PAPER
-        box = Rectangle(
+        place = Rectangle(
             (x + offset * cell, y),
             cell,
-            row,
+            box.height,
             facecolor=face,
             edgecolor=palette.PAPER,
             linewidth=0.5,
         )
-        ax.add_patch(box)
+        ax.add_patch(place)
         if write is not None:
             mark = "●" if write.allowed else "✕"
             ink = palette.text_on(color) if write.allowed else HARM
             ax.text(
                 x + (offset + 0.5) * cell,
-                y + row / 2,
+                box.center[1],
                 mark,
                 fontsize=6 if write.allowed else 11,
                 weight="bold",
@@ -618,9 +615,8 @@ def _draw_block(
                 ha="center",
                 va="center",
             )
-    ax.add_patch(
-        Rectangle((x, y), cell * size, row, fill=False, edgecolor=palette.SOFT_INK, linewidth=0.9)
-    )
+    frame = {"fill": False, "edgecolor": palette.SOFT_INK, "linewidth": 0.9}
+    ax.add_patch(Rectangle(box.corner, box.width, box.height, **frame))
     ax.text(x + 0.03, y + 0.075, str(block), fontsize=6.5, color=palette.SOFT_INK, va="center")
 
 

@@ -156,7 +156,6 @@ def engine_view(
     trace: Trace,
     record: StepRecord,
     tails: Mapping[str, str],
-    order: Sequence[str],
     *,
     width: int,
     max_rows: int = 8,
@@ -165,11 +164,11 @@ def engine_view(
 ) -> Group:
     """The engine at one step: KV bar, what the step computed, and two lines a running sequence.
 
-    tails: text so far of each "request/index"; order: all of them, by arrival, which gives letters
-    and colours. header: goes on top; news: a line of what happened last.
+    tails: text so far of every "request/index", in order of arrival, which gives letters and
+    colours. header: goes on top; news: a line of what happened last.
     """
     shared = shared_blocks(record)
-    rank = {label: i for i, label in enumerate(order)}
+    rank = {label: i for i, label in enumerate(tails)}
     state = Text(no_wrap=True, overflow="ellipsis")
     state.append(f"step {record.step:<4}", style="bold").append(step_counts(record))
     state.append(f"   running {len(record.running)}, waiting {len(record.waiting)}", style="dim")

@@ -222,21 +222,9 @@ def _draw_row(
         if state not in STYLES:
             continue
         steps = list(group)
-        color, tall, hatch = STYLES[state]
         split = edges and state not in ("wait", "idle")
         for start, width in [(i, 1) for i in steps] if split else [(steps[0], len(steps))]:
-            _bar(
-                ax,
-                start,
-                width,
-                y,
-                color,
-                tall,
-                hatch,
-                faint,
-                0.6 if split else 0.0,
-                outlined=state == "idle",
-            )
+            _bar(ax, state, (start, width), y, faint=faint, edge=0.6 if split else 0.0)
     for kind, at in [("✕", i) for i in row.preempted] + [("?", row.gone)] * (row.gone is not None):
         if step is None or at <= step:
             size = min(13.0, max(6.0, 48 * height))
@@ -259,17 +247,11 @@ def _draw_row(
 
 
 def _bar(
-    ax: Axes,
-    x: float,
-    width: float,
-    y: float,
-    color: str,
-    tall: float,
-    hatch: str,
-    faint: bool,
-    edge: float,
-    outlined: bool = False,
+    ax: Axes, state: State, steps: tuple[int, int], y: int, *, faint: bool, edge: float
 ) -> None:
+    """One bar of a row. steps: the first one, and how many. edge: the line's width around it."""
+    (x, width), (color, tall, hatch) = steps, STYLES[state]
+    outlined = state == "idle"
     face = palette.tint(color, _FAINT) if faint else color
     line = palette.LINE if faint else palette.SOFT_INK if outlined else palette.INK
     patch = Rectangle((x, y + 0.5 - tall / 2), width, tall, facecolor=face, linewidth=0)
@@ -325,7 +307,10 @@ def _style(ax: Axes, num_steps: int, num_rows: int, title: str, xlabel: str) -> 
 class _Bar(HandlerBase):
     """Draws a state in the legend as it looks in a row: its height and its hatch."""
 
-    def create_artists(self, legend, handle, x, y, width, height, fontsize, transform):
+    # matplotlib calls it with these arguments.
+    def create_artists(  # noqa: PLR0913
+        self, legend, handle, x, y, width, height, fontsize, transform
+    ):
         color, tall, hatch = STYLES[handle]
         tall = max(tall, 0.2)
         box = Rectangle(

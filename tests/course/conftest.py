@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import demo
 import nbformat
 import pytest
 from nbformat import NotebookNode
@@ -13,6 +12,7 @@ from nbformat import NotebookNode
 from minivllm.course.authoring import write_stubs
 from minivllm.course.chapters import Chapter
 from minivllm.course.stubs import make_exercises
+from support import demo
 
 
 @pytest.fixture

@@ -14,19 +14,21 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import forked
 import nbformat
 import pytest
-from solved import answers_of, write_solved
-from test_chapters import wrong_answers
 from typer.testing import CliRunner
 
 from minivllm.cli.app import app
 from minivllm.course import capstone
 from minivllm.course.capstone import PIECES, examine
 from minivllm.course.chapters import chapters, role
-from minivllm.course.progress import FAILED, PASSED, Records, _digest, _groups
+from minivllm.course.records import FAILED, PASSED, Records, answer_digest, groups_of
 from minivllm.course.stubs import defined_names, make_exercises
+from support import forked
+from support.answers import wrong_answers
+from support.solved import answers_of, write_solved
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 CHAPTERS = [c for c in chapters(ROOT) if c.number in {piece.chapter for piece in PIECES}]
@@ -40,8 +42,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = write_solved(tmp_path_factory.mktemp("finished"), CHAPTERS)
     records = Records(root)
     for chapter in chapters(root):
-        for group in _groups(chapter):
-            records[group.id].answer, records[group.id].state = _digest(group), PASSED
+        for group in groups_of(chapter):
+            records[group.id].answer, records[group.id].state = answer_digest(group), PASSED
     records.save()
     return root
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from solved import write_solved
 from typer.testing import CliRunner
 
 from minivllm.cli.app import app
 from minivllm.course.chapters import Chapter, chapters
-from minivllm.course.progress import NOT_RUNNABLE, PASSED, Records
+from minivllm.course.records import NOT_RUNNABLE, PASSED, Records
+from support.solved import write_solved
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 CHAPTERS = chapters(ROOT)

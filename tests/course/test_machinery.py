@@ -9,16 +9,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import demo
 import pytest
-from children import Children
 from nbformat.v4 import new_code_cell
-from test_chapters import leaks, parts_of, sections
 
 from minivllm.course import authoring
 from minivllm.course.authoring import misplaced, problems
 from minivllm.course.chapters import ChangedSolutionError, Chapter, read, role
 from minivllm.course.stubs import make_exercises, require_published, stub_source
+from support import demo
+from support.answers import leaks, parts_of, sections
+from support.children import Children
 
 # --- children -------------------------------------------------------------------------------------
 
@@ -30,6 +30,7 @@ def children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Children]:
         yield children
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("id", list(demo.SOURCES))
 def test_solutions_pass(children: Children, id: str) -> None:
     result = children.run(demo.SOURCES[id], demo.CHECKS[id])
@@ -89,6 +90,7 @@ def test_a_child_is_cheap(children: Children) -> None:
     assert time.perf_counter() - began < 5
 
 
+@pytest.mark.slow
 def test_given_cells_that_fail_are_said(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
         Children(["1 / 0"], "99", tmp_path)

@@ -14,15 +14,17 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
 
-import demo
 import nbformat
 import pytest
-import test_graft as changes
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from minivllm.course.authoring import write_stubs
 from minivllm.course.stubs import make_exercises
+from support import demo
+from support import learners_files as changes
+
+pytestmark = pytest.mark.slow
 
 Outcomes = dict[str, dict[str, str]]
 PASSED = "passed"

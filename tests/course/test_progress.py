@@ -10,17 +10,19 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import demo
 import nbformat
 import pytest
 from nbformat import NotebookNode
-from test_graft import WRONG, without
 from typer.testing import CliRunner
 
 from minivllm.cli.app import app
 from minivllm.course import checking
 from minivllm.course.chapters import Chapter, Statement, find_root, read
 from minivllm.course.stubs import make_exercises
+from support import demo
+from support.learners_files import WRONG, without
+
+pytestmark = pytest.mark.slow
 
 Learner = Callable[..., Path]
 

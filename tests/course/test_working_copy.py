@@ -18,6 +18,8 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 from minivllm.course.authoring import ROOT
 from minivllm.course.chapters import role
 
+pytestmark = pytest.mark.slow
+
 #: Of what `make test` runs, what looks at the files that are changed below.
 SELECTED = "00_tour or (ch01 and (step or published or leak)) or (01_online_softmax and links)"
 

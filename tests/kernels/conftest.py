@@ -4,9 +4,9 @@ Triton on the GPU or in the interpreter.
 
 import pytest
 import torch
-from kernel_checks import DEVICE, require_triton
 
 from minivllm.kernels import Kernels
+from support.kernel_checks import DEVICE, require_triton
 
 
 @pytest.fixture(params=["torch", "cpu", "triton"])

@@ -13,8 +13,7 @@ import torch
 from minivllm import LLM
 from minivllm.bundled import BUNDLED_MODEL_PATH
 from minivllm.kernels import Kernels, cpu
-from minivllm.models.loader import load_config, load_model
-from minivllm.models.qwen3 import weight_shapes
+from minivllm.models.loader import LoadOptions, load_config, load_model, weight_shapes
 from minivllm.parallel.group import SINGLE, TensorParallelGroup
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
@@ -186,16 +185,8 @@ def test_weight_shapes_are_those_of_the_model(size: int) -> None:
         return Kernels.reference().linear(x, weight, bias)
 
     kernels = dataclasses.replace(Kernels.reference(), linear=linear)
-    model = load_model(
-        BUNDLED_MODEL_PATH,
-        config,
-        kernels,
-        dtype=FLOAT,
-        device=CPU,
-        max_position=8,
-        load_format="dummy",
-        group=group,
-    )
+    options = LoadOptions(FLOAT, CPU, max_position=8, load_format="dummy")
+    model = load_model(BUNDLED_MODEL_PATH, config, kernels, options, group)
     for part in model.modules():
         if hasattr(part, "weight") and hasattr(part, "kernels") and part.weight.dim() == 2:
             part.kernels.linear(torch.ones(1, part.weight.shape[1]), part.weight)

@@ -8,9 +8,12 @@ import sys
 
 import pytest
 import torch
-from kernel_checks import require_triton
 
-SCRIPT = pathlib.Path(__file__).parent / "compile_sm90.py"
+from support.kernel_checks import require_triton
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = pathlib.Path(__file__).parents[1] / "support/compile_sm90.py"
 OPERATIONS = [
     "rms_norm",
     "add_rms_norm",
@@ -41,7 +44,7 @@ def compiled() -> dict:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(SCRIPT.parents[2])
     done = subprocess.run(
-        [sys.executable, SCRIPT],
+        [sys.executable, "-P", SCRIPT],
         capture_output=True,
         text=True,
         env=environment,

@@ -5,6 +5,10 @@ before a launch.
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 
 def run(program: str) -> None:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
@@ -13,6 +17,8 @@ def run(program: str) -> None:
 def test_without_triton():
     run("""
 import sys
+
+import pytest
 sys.modules["triton"] = None  # what an import of a missing package meets
 import torch
 from minivllm.kernels import Kernels
@@ -30,6 +36,8 @@ else:
 def test_importing_kernels_does_not_import_triton():
     run("""
 import sys
+
+import pytest
 import torch
 before = "triton" in sys.modules
 import minivllm.kernels

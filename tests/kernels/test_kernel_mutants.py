@@ -16,11 +16,13 @@ import sys
 import traceback
 from collections.abc import Callable
 
-import kernel_checks as checks
 import pytest
 import torch
 
 from minivllm.kernels import Fused, Kernels, online_softmax, paged_attention
+from support import kernel_checks as checks
+
+pytestmark = pytest.mark.slow
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
 FOLDER = pathlib.Path(paged_attention.__file__).parent

@@ -4,13 +4,13 @@ promises.
 
 import dataclasses
 
-import kernel_checks as checks
 import pytest
 import torch
 
 from minivllm.kernels import Fused, Kernels, online_softmax
 from minivllm.kernels.paged_attention import choose_num_splits
 from minivllm.kernels.rotary import NormRope
+from support import kernel_checks as checks
 
 
 def test_norm(kernels: Kernels, device_dtype):
@@ -125,6 +125,7 @@ def test_merge_attention(kernels: Kernels, device_dtype):
     checks.check_merge(kernels.merge_attention, device)
 
 
+@pytest.mark.slow
 def test_decode_attention(kernels: Kernels, device_dtype):
     checks.check_decode(kernels, *device_dtype)
 

@@ -4,12 +4,12 @@ Triton alike.
 
 import math
 
-import kernel_checks as checks
 import pytest
 import torch
 
 from minivllm.kernels import Kernels, sampling
 from minivllm.kernels._triton import tl, triton
+from support import kernel_checks as checks
 
 # Random123's known answers for philox4x32-10: counter, key, result.
 KNOWN_ANSWERS = [
@@ -64,6 +64,7 @@ def test_triton_computes_the_same_bits(triton_kernels: Kernels, device_dtype):
     assert torch.equal(out, sampling.philox_uniform(seeds, positions))
 
 
+@pytest.mark.slow
 def test_sample(kernels: Kernels, device_dtype):
     checks.check_sample(kernels, *device_dtype)
 

@@ -2734,6 +2734,7 @@ class Qwen3(nn.Module):
 
 # %% 06.6 package-did-it: takes the package's attention
 import minivllm.models.qwen3
+from minivllm.layers.attention import ForwardContext
 
 
 class Attention(nn.Module):
@@ -2777,7 +2778,7 @@ class Block(nn.Module):
         super().__init__()
         self.config, self.kernels = config, kernels
         self.input_layernorm = Weight(config.hidden_size)
-        self.self_attn = minivllm.models.qwen3.Attention(config, kernels)
+        self.self_attn = minivllm.models.qwen3.Attention(config, kernels, 0)
         self.post_attention_layernorm = Weight(config.hidden_size)
         self.mlp = MLP(config, kernels)
 
@@ -2786,7 +2787,8 @@ class Block(nn.Module):
         metadata: AttentionMetadata,
     ) -> torch.Tensor:
         norm, eps = self.kernels.rms_norm, self.config.rms_norm_eps
-        x = x + self.self_attn(norm(x, self.input_layernorm.weight, eps), positions, cos_sin, cache, metadata)
+        context = ForwardContext(positions, cos_sin, [cache], metadata)
+        x = x + self.self_attn(norm(x, self.input_layernorm.weight, eps), context)
         return x + self.mlp(norm(x, self.post_attention_layernorm.weight, eps))
 
 

@@ -19,7 +19,7 @@ import multiprocessing
 import os
 import platform
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -216,7 +216,108 @@ def learning_rate(progress: float, step: int, peak: float, warmup: int) -> float
     )
 
 
+class Trainer:
+    """The training loop: AdamW, gradients clipped to a norm of 1, matrices in bfloat16 on a GPU."""
+
+    def __init__(
+        self, model: Qwen3ForCausalLM, device: torch.device, arguments: argparse.Namespace
+    ) -> None:
+        self._model, self._device, self._arguments = model, device, arguments
+        self._on_gpu = device.type == "cuda"
+        self._forward = torch.compile(loss_of) if arguments.compile else loss_of
+        decayed = [p for p in model.parameters() if p.ndim > 1]
+        others = [p for p in model.parameters() if p.ndim <= 1]
+        self._optimizer = torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": arguments.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            lr=arguments.learning_rate,
+            betas=(0.9, 0.95),
+            fused=self._on_gpu,
+        )
+        torch.set_float32_matmul_precision("high")
+        #: Steps so far, and seconds that they took.
+        self.num_steps, self.seconds = 0, 0.0
+        #: Every `--log-every` steps: the step, the mean loss since the last entry, tokens per
+        #: second.
+        self.history: list[dict[str, float]] = []
+
+    def warm_up(self, rows: np.ndarray) -> None:
+        """Compile on these rows, without an update, before the clock starts."""
+        self._backward(rows)
+        self._optimizer.zero_grad(set_to_none=True)
+        if self._on_gpu:
+            torch.cuda.synchronize()
+
+    def run(self, stream: Iterator[np.ndarray]) -> None:
+        """Train until the steps, or the minutes, that were asked for have passed."""
+        clock, losses = time.monotonic(), []
+        for rows in stream:
+            elapsed = time.monotonic() - clock
+            progress = self._progress(elapsed)
+            if progress >= 1:
+                break
+            losses.append(self._step(rows, progress))
+            if self.num_steps % self._arguments.log_every == 0:
+                loss = torch.stack(losses).mean().item()
+                losses.clear()
+                rate = self.num_steps * rows.size / (time.monotonic() - clock)
+                self._note(elapsed, loss, rate)
+        else:
+            log.warning("the shards ran out before the time did: ask for more with --shards")
+        self.seconds = time.monotonic() - clock
+
+    def _progress(self, elapsed: float) -> float:
+        """The share of the training that is done."""
+        if self._arguments.steps:
+            return self.num_steps / self._arguments.steps
+        return elapsed / (60 * self._arguments.minutes)
+
+    def _step(self, rows: np.ndarray, progress: float) -> torch.Tensor:
+        """One update; returns the loss before it."""
+        peak, warmup = self._arguments.learning_rate, self._arguments.warmup
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate(progress, self.num_steps, peak, warmup)
+        loss = self._backward(rows)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.num_steps += 1
+        return loss
+
+    def _backward(self, rows: np.ndarray) -> torch.Tensor:
+        ids, labels = to_batch(rows, self._device)
+        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._on_gpu):
+            loss = self._forward(self._model, ids, labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        return loss.detach()
+
+    def _note(self, elapsed: float, loss: float, rate: float) -> None:
+        step = self.num_steps
+        self.history.append(
+            {"step": step, "loss": round(loss, 4), "tokens_per_second": round(rate)}
+        )
+        log.info("step %5d  %4.0f s  loss %.4f  %.2f M tokens/s", step, elapsed, loss, rate / 1e6)
+
+
+def batches(shards: Iterable[np.ndarray], batch_rows: int) -> Iterator[np.ndarray]:
+    """The rows of the shards, so many at a time; what is left over of a shard is dropped."""
+    for shard in shards:
+        for start in range(0, len(shard) - batch_rows + 1, batch_rows):
+            yield shard[start : start + batch_rows]
+
+
+def shares_of(rows: np.ndarray, padding: int) -> dict[str, float]:
+    """What part of the tokens is trained on, and what part is padding."""
+    return {
+        "share_of_tokens_trained_on": round(float((rows < NOT_TRAINED).mean()), 3),
+        "share_of_padding": round(float((rows == (padding | NOT_TRAINED)).mean()), 4),
+    }
+
+
 def train(arguments: argparse.Namespace) -> None:
+    """Train tokenizer and model, and save them with a record of the training."""
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
@@ -225,9 +326,8 @@ def train(arguments: argparse.Namespace) -> None:
 
     tokenizer = train_tokenizer(arguments.tokenizer_documents)
     save_tokenizer(tokenizer, out)
-    log.info(
-        "tokenizer of %d tokens after %.0f s", tokenizer.get_vocab_size(), time.monotonic() - began
-    )
+    vocab_size = tokenizer.get_vocab_size()
+    log.info("tokenizer of %d tokens after %.0f s", vocab_size, time.monotonic() - began)
     special = {
         "pad": tokenizer.token_to_id(corpus.END_OF_TEXT),
         "eos": tokenizer.token_to_id(corpus.TURN_END),
@@ -237,124 +337,71 @@ def train(arguments: argparse.Namespace) -> None:
     for term in glossary.TERMS:
         glossary.question_bank(term, excluded=excluded)
     log.info("question banks after %.0f s", time.monotonic() - began)
-    pool = multiprocessing.get_context("fork").Pool(
-        arguments.workers, _start_worker, (tokenizer.to_str(), excluded, arguments.rows_per_shard)
-    )
-    shards = pool.imap(make_shard, range(arguments.shards))
+    job = (tokenizer.to_str(), excluded, arguments.rows_per_shard)
+    fork = multiprocessing.get_context("fork")
+    with fork.Pool(arguments.workers, _start_worker, job) as pool:
+        stream = batches(pool.imap(make_shard, range(arguments.shards)), arguments.batch_rows)
+        first = next(stream)
+        shares = shares_of(first, special["pad"])
+        log.info(
+            "first rows after %.0f s: %.0f %% trained on, %.1f %% padding",
+            time.monotonic() - began,
+            100 * shares["share_of_tokens_trained_on"],
+            100 * shares["share_of_padding"],
+        )
 
-    def batches() -> Iterator[np.ndarray]:
-        for shard in shards:
-            for start in range(0, len(shard) - arguments.batch_rows + 1, arguments.batch_rows):
-                yield shard[start : start + arguments.batch_rows]
-
-    stream = batches()
-    first = next(stream)
-    padding_share = float((first == (special["pad"] | NOT_TRAINED)).mean())
-    trained_share = float((first < NOT_TRAINED).mean())
-    log.info(
-        "first rows after %.0f s: %.0f %% trained on, %.1f %% padding",
-        time.monotonic() - began,
-        100 * trained_share,
-        100 * padding_share,
-    )
-
-    model = new_model(arguments.seed, special).to(device).train()
-    num_parameters = sum(p.numel() for p in model.parameters())
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": arguments.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ],
-        lr=arguments.learning_rate,
-        betas=(0.9, 0.95),
-        fused=device.type == "cuda",
-    )
-    forward = torch.compile(loss_of) if arguments.compile else loss_of
-    torch.set_float32_matmul_precision("high")
-
-    def step_once(rows: np.ndarray) -> torch.Tensor:
-        ids, labels = to_batch(rows, device)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-            loss = forward(model, ids, labels)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        return loss.detach()
-
-    step_once(first)  # compile before the clock starts; no update
-    optimizer.zero_grad(set_to_none=True)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    log.info(
-        "%.2f M parameters; first step after %.0f s", num_parameters / 1e6, time.monotonic() - began
-    )
-
-    clock, step, losses = time.monotonic(), 0, []
-    history: list[dict[str, float]] = []
-    for rows in stream:
-        elapsed = time.monotonic() - clock
-        progress = step / arguments.steps if arguments.steps else elapsed / (60 * arguments.minutes)
-        if progress >= 1:
-            break
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(progress, step, arguments.learning_rate, arguments.warmup)
-        losses.append(step_once(rows))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        if step % arguments.log_every == 0:
-            loss = torch.stack(losses).mean().item()
-            losses.clear()
-            rate = step * rows.size / (time.monotonic() - clock)
-            history.append({"step": step, "loss": round(loss, 4), "tokens_per_second": round(rate)})
-            log.info(
-                "step %5d  %4.0f s  loss %.4f  %.2f M tokens/s", step, elapsed, loss, rate / 1e6
-            )
-    else:
-        log.warning("the shards ran out before the time did: ask for more with --shards")
-    seconds = time.monotonic() - clock
-    pool.terminate()
+        model = new_model(arguments.seed, special).to(device).train()
+        trainer = Trainer(model, device, arguments)
+        trainer.warm_up(first)
+        num_parameters = sum(p.numel() for p in model.parameters())
+        millions = num_parameters / 1e6
+        log.info("%.2f M parameters; first step after %.0f s", millions, time.monotonic() - began)
+        trainer.run(stream)
 
     save_model(model, out, special)
-    write_json(
-        out / "training_record.json",
-        {
-            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-            "hardware": (
-                torch.cuda.get_device_name()
-                if device.type == "cuda"
-                else platform.processor() or "CPU"
-            ),
-            "versions": versions(),
-            "parameters": num_parameters,
-            "steps": step,
-            "tokens": step * arguments.batch_rows * ROW_LENGTH,
-            "share_of_tokens_trained_on": round(trained_share, 3),
-            "share_of_padding": round(padding_share, 4),
-            "training_seconds": round(seconds),
-            "total_seconds": round(time.monotonic() - began),
-            "final_loss": history[-1]["loss"] if history else None,
-            "settings": {
-                name: getattr(arguments, name)
-                for name in (
-                    "batch_rows",
-                    "learning_rate",
-                    "weight_decay",
-                    "warmup",
-                    "seed",
-                    "minutes",
-                    "steps",
-                    "rows_per_shard",
-                    "tokenizer_documents",
-                    "compile",
-                )
-            },
-            "excluded_questions": record_excluded,
-            "history": history[:: max(1, len(history) // 40)],
-        },
+    record = {
+        **_where_and_when(device),
+        "parameters": num_parameters,
+        "steps": trainer.num_steps,
+        "tokens": trainer.num_steps * arguments.batch_rows * ROW_LENGTH,
+        **shares,
+        "training_seconds": round(trainer.seconds),
+        "total_seconds": round(time.monotonic() - began),
+        "final_loss": trainer.history[-1]["loss"] if trainer.history else None,
+        "settings": {name: getattr(arguments, name) for name in RECORDED_SETTINGS},
+        "excluded_questions": record_excluded,
+        "history": trainer.history[:: max(1, len(trainer.history) // 40)],
+    }
+    write_json(out / "training_record.json", record)
+    log.info(
+        "%d steps in %.0f s; everything took %.0f s",
+        trainer.num_steps,
+        trainer.seconds,
+        time.monotonic() - began,
     )
-    log.info("%d steps in %.0f s; everything took %.0f s", step, seconds, time.monotonic() - began)
+
+
+RECORDED_SETTINGS = (
+    "batch_rows",
+    "learning_rate",
+    "weight_decay",
+    "warmup",
+    "seed",
+    "minutes",
+    "steps",
+    "rows_per_shard",
+    "tokenizer_documents",
+    "compile",
+)
+
+
+def _where_and_when(device: torch.device) -> dict[str, Any]:
+    on_gpu = device.type == "cuda"
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "hardware": torch.cuda.get_device_name() if on_gpu else platform.processor() or "CPU",
+        "versions": versions(),
+    }
 
 
 def save_model(model: Qwen3ForCausalLM, out: Path, special: dict[str, int]) -> None:

@@ -1,0 +1,3 @@
+"""What several test modules use: checkpoints, comparisons with transformers, fake machines,
+learners' files.
+"""

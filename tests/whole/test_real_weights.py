@@ -1,0 +1,124 @@
+"""A real, trained model: SmolLM2-135M-Instruct answers as in transformers. `make test-real-weights`
+runs this.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from minivllm.models.loader import load_config
+from support.checkpoints import TransformersReference
+from support.parity import RecordedLLM, Report, assert_same_greedy, greedy
+from support.real_weights import smollm2
+
+pytestmark = [pytest.mark.real_weights, pytest.mark.timeout(1200)]
+NUM_TOKENS = 40
+USER = [
+    "What is the capital of France?",
+    "Write a short poem about the sea.",
+    "Explain what a KV cache is in one paragraph.",
+    "How many days are there in a leap year, and why?",
+    "Give me three tips for sleeping better.",
+    "Translate 'good morning' into Spanish, French and German.",
+    "What is 17 + 25?",
+    "List the planets of the solar system in order.",
+    "Tell me a joke about computers.",
+    "Write a Python function that reverses a string.",
+    "Who wrote Romeo and Juliet?",
+    "Summarise the plot of Cinderella.",
+    "Why is the sky blue?",
+    "What should I cook with eggs, tomatoes and rice?",
+    "Describe a forest in winter.",
+    "Name a fruit for each letter from A to E.",
+    "Ünïcödé, 日本語 and 🙂: which of these are words?",
+]
+CONVERSATIONS = [
+    *[[{"role": "user", "content": text}] for text in USER],
+    [
+        {"role": "system", "content": "You answer in the voice of a pirate."},
+        {"role": "user", "content": "Where did you hide the treasure?"},
+    ],
+    [
+        {"role": "user", "content": "My name is Ada."},
+        {"role": "assistant", "content": "Nice to meet you, Ada!"},
+        {"role": "user", "content": "What is my name?"},
+    ],
+    [
+        {
+            "role": "user",
+            "content": "Continue this list: " + ", ".join(str(n * n) for n in range(1, 60)),
+        }
+    ],
+]
+
+
+@pytest.fixture(scope="module")
+def path() -> Path:
+    return smollm2()
+
+
+@pytest.fixture(scope="module")
+def reference(path: Path) -> TransformersReference:
+    return TransformersReference(path, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.gpu)])
+def test_same_answers_as_transformers(
+    path: Path, reference: TransformersReference, backend: str
+) -> None:
+    """20 conversations at once, with chunks, mixed steps, preemption and (the system prompt) prefix
+    hits.
+    """
+    from transformers import AutoTokenizer
+
+    config = load_config(path)
+    assert (config.architecture, config.num_hidden_layers, config.tie_word_embeddings) == (
+        "LlamaForCausalLM",
+        30,
+        True,
+    )
+    assert config.num_attention_heads // config.num_key_value_heads == 3
+    llm = RecordedLLM(
+        path,
+        attention_backend=backend,
+        skip_tokenizer_init=False,
+        max_model_len=512,
+        block_size=16,
+        num_kv_blocks=72,
+        max_num_batched_tokens=128,
+    )
+    outputs = llm.chat(CONVERSATIONS, greedy(NUM_TOKENS, ignore_eos=False), use_tqdm=False)
+    assert len(outputs) == 20
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    for messages, output in zip(CONVERSATIONS, outputs, strict=True):
+        rendered = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        )
+        assert output.prompt_token_ids == tokenizer.encode(rendered, add_special_tokens=False)
+        [answer] = output.outputs
+        assert answer.text == tokenizer.decode(answer.token_ids, skip_special_tokens=True)
+        ended = answer.token_ids[-1] in config.eos_token_ids
+        assert answer.finish_reason == ("stop" if ended else "length")
+        assert ended or len(answer.token_ids) == NUM_TOKENS
+    assert "Paris" in outputs[0].outputs[0].text
+    assert {o.outputs[0].finish_reason for o in outputs} == {"stop", "length"}
+
+    metrics = llm.metrics()
+    assert metrics.prefix_cache_hits > 0
+    assert metrics.num_mixed_steps > 0
+    assert metrics.num_chunks > 0
+    assert metrics.num_preemptions > 0
+    report = Report()
+    assert_same_greedy(
+        reference, llm.completions(), NUM_TOKENS, partial=True, min_distinct=1, report=report
+    )
+    distinct = [len(set(c.token_ids)) for c in llm.completions()]
+    assert sorted(distinct)[len(distinct) // 2] >= 20
+    print(
+        f"{report.num_tokens} tokens, {report.differences=}, logit error {report.max_error:.1e} of"
+        " their deviation"
+    )
