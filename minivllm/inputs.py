@@ -20,16 +20,24 @@ Message: TypeAlias = Mapping[str, Any]
 
 
 class TextPrompt(TypedDict):
-    """A prompt as text."""
+    """A prompt as text. cache_salt: see `TokensPrompt`."""
 
     prompt: str
+    cache_salt: NotRequired[str]
 
 
 class TokensPrompt(TypedDict):
-    """A prompt as token ids. prompt: its text, where it is known; it is only handed back."""
+    """A prompt as token ids. prompt: its text, where it is known; it is only handed back.
+
+    cache_salt: a non-empty text. Two requests share blocks of the prefix cache only if both have
+    the same, or none; so nobody can find out by the clock what others have asked. The engine's
+    block manager must know it: with one of your own that does not (`supports_extra_keys`), such a
+    request is refused.
+    """
 
     prompt_token_ids: Sequence[int]
     prompt: NotRequired[str]
+    cache_salt: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -53,11 +61,12 @@ class ParsedPrompt:
 
     text: str | None
     token_ids: list[int] | None
+    cache_salt: str | None = None
 
 
 # --- one prompt -----------------------------------------------------------------------------------
 
-_KEYS = ("prompt", "prompt_token_ids")
+_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 _UNSUPPORTED_KEYS = {
     "multi_modal_data": "the models here read text only",
     "multi_modal_uuids": "the models here read text only",
@@ -66,7 +75,6 @@ _UNSUPPORTED_KEYS = {
     "encoder_prompt": "the models here have no encoder",
     "decoder_prompt": "the models here have no encoder",
     "token_type_ids": "the models here do not tell segments apart",
-    "cache_salt": "enable_prefix_caching=False keeps requests from sharing blocks",
 }
 
 
@@ -98,7 +106,7 @@ def _parse_dict(prompt: Mapping[Any, Any]) -> ParsedPrompt:
             "A prompt given as a dict has the key 'prompt' or 'prompt_token_ids', not"
             f" {key!r}.{hint}"
         )
-    text, token_ids = (prompt.get(key) for key in _KEYS)
+    text, token_ids, cache_salt = (prompt.get(key) for key in _KEYS)
     if text is None and token_ids is None:
         raise RequestError("A prompt given as a dict needs the key 'prompt' or 'prompt_token_ids'.")
     if text is not None and not isinstance(text, str):
@@ -109,7 +117,12 @@ def _parse_dict(prompt: Mapping[Any, Any]) -> ParsedPrompt:
         raise RequestError(
             f"A prompt's 'prompt_token_ids' is a list of integers, not {_kind(token_ids)}."
         )
-    return ParsedPrompt(text, None if token_ids is None else _token_ids(token_ids))
+    if cache_salt is not None and not (isinstance(cache_salt, str) and cache_salt):
+        given = "''" if cache_salt == "" else _kind(cache_salt)
+        raise RequestError(
+            f"A prompt's 'cache_salt' is a string of at least one character, not {given}."
+        )
+    return ParsedPrompt(text, None if token_ids is None else _token_ids(token_ids), cache_salt)
 
 
 def _token_ids(values: Any) -> list[int]:

@@ -27,7 +27,7 @@ from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.engine_core import EnginePieces
 from minivllm.engine.llm_engine import EngineMetrics, LLMEngine
 from minivllm.engine.output_processor import OutputCollector
-from minivllm.engine.scheduler import Scheduler
+from minivllm.engine.scheduler import Scheduler, SchedulerBase
 from minivllm.engine.trace import Trace
 from minivllm.errors import (
     ConcurrentUseError,
@@ -119,7 +119,7 @@ class LLM:
         trace: bool = False,
         kernels: Kernels | None = None,
         block_manager_cls: Callable[..., BlockManager] = BlockManager,
-        scheduler_cls: Callable[..., Scheduler] = Scheduler,
+        scheduler_cls: Callable[..., SchedulerBase] = Scheduler,
         model_cls: Callable[..., Any] | None = None,
         build_batch: Callable[..., Any] = build_batch,
         group: TensorParallelGroup | None = None,

@@ -20,10 +20,11 @@ import torch
 
 from minivllm import LLM
 from minivllm.bundled import BUNDLED_MODEL_PATH
-from minivllm.config import EngineArgs, EngineConfig, ModelConfig, ResolvedConfig
+from minivllm.config import EngineArgs, EngineConfig, ResolvedConfig
 from minivllm.engine import memory, model_runner
 from minivllm.engine.engine_core import EnginePieces
 from minivllm.errors import ConfigError, MiniVLLMError, OutOfMemoryError
+from minivllm.models.hf_config import config_from_hf
 from minivllm.models.loader import load_config
 from minivllm.parallel.launch import pick_device
 from minivllm.validation import annotations_of
@@ -302,11 +303,11 @@ def test_the_cache_of_a_cpu_is_modest(tmp_path: Path, caplog: pytest.LogCaptureF
 def test_a_length_that_is_asked_for_stays(
     tmp_path: Path, options: dict[str, Any], length: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = EngineConfig(**options).resolve(ModelConfig.from_hf(QWEN3), "cpu")
+    config = EngineConfig(**options).resolve(config_from_hf(QWEN3), "cpu")
     assert config.max_model_len == length
     assert ("max_model_len" in caplog.text) == (length < 40960 and "max_model_len" not in options)
     on_gpu = EngineConfig(**options, attention_backend="torch").resolve(
-        ModelConfig.from_hf(QWEN3), "cuda"
+        config_from_hf(QWEN3), "cuda"
     )
     assert on_gpu.max_model_len == options.get("max_model_len", 40960)
 

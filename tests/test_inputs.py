@@ -180,7 +180,8 @@ REFUSED = [
     ({"prompt": "a", "multi_modal_data": {"image": 1}}, RequestError, "multi_modal_data"),
     ({"prompt_embeds": torch.zeros(2, 3)}, RequestError, "prompt_embeds"),
     ({"encoder_prompt": "a", "decoder_prompt": "b"}, RequestError, "encoder_prompt"),
-    ({"prompt": "a", "cache_salt": "s"}, RequestError, "cache_salt"),
+    ({"prompt": "a", "cache_salt": ""}, RequestError, "cache_salt"),
+    ({"prompt": "a", "cache_salt": 5}, RequestError, "cache_salt"),
     (np.array([], dtype=np.int64), EmptyPromptError, "no tokens"),
     (np.array([5.0, 6.0]), InvalidTokenError, "5.0"),
     (np.array([True, False]), InvalidTokenError, "True"),
@@ -221,7 +222,7 @@ def test_and_in_a_batch_it_harms_nobody(llm):
 
 
 def test_a_refused_dict_is_told_with_its_text(llm):
-    outputs = generate(llm, ["a", {"prompt": "b", "cache_salt": "s"}, {"prompt_token_ids": [-1]}])
+    outputs = generate(llm, ["a", {"prompt": "b", "cache_salt": 5}, {"prompt_token_ids": [-1]}])
     assert [(o.prompt, o.prompt_token_ids) for o in outputs[1:]] == [("b", []), (None, [-1])]
 
 

@@ -256,6 +256,27 @@ def test_a_field_that_nobody_thought_of_keeps_its_row_out_of_the_graph():
     ) - FIT_FOR_GRAPHS
 
 
+@dataclasses.dataclass(frozen=True)
+class TomorrowsParams(SamplingParams):
+    """With fields of which neither sampler nor graphs know anything."""
+
+    mirostat: float = 0.0
+    grammar: list[str] = dataclasses.field(default_factory=list)
+
+
+@pytest.mark.parametrize("changed", [{"mirostat": 0.5}, {"grammar": ["a"]}])
+def test_a_new_field_keeps_its_row_out_of_the_graph(sampler, changed):
+    """Nobody has to enter it in a list: whatever is not fit for graphs and not the default is
+    sampled outside them.
+    """
+    plain = Sequence(0, [1], TomorrowsParams(temperature=0.5, seed=3), slot=0)
+    asking = Sequence(1, [1], TomorrowsParams(temperature=0.5, seed=3, **changed), slot=1)
+    sampler.admit([plain, asking])
+    assert not sampler.needs_edit([0])
+    assert sampler.needs_edit([1])
+    assert sampler.needs_edit([0, 1])
+
+
 def test_filters_do_not_matter_to_a_greedy_row(sampler):
     params = SamplingParams(temperature=0.0, top_k=5, top_p=0.5, min_p=0.1)
     sampler.admit([Sequence(0, [1], params, slot=0)])

@@ -1,17 +1,20 @@
-"""Where the time of a decode step goes: kernels by name, gaps between them, and what the CPU lets
-the GPU wait for.
+"""Where the time of a decode step goes: kernels by name, the gaps between them, and the CPU time
+that the GPU waits for.
 
-Three measurements of such requests, in the middle of each at the same length. The wall time of a
-step. The GPU's time for a step's CUDA graph: replays queued one behind the other, so that nobody
-waits for the CPU. And under `torch.profiler`: which kernels ran, and how long.
+Three things are measured while all requests decode. The requests have the same length in the middle
+of each measurement.
 
-    step = kernels (any running) + gaps (between kernels of a graph) + exposed CPU time (a step's
-    time beyond its graph)
+    wall time      of a step
+    graph time     the GPU's time for the step's CUDA graph: many replays are queued, so the GPU
+                   never waits for the CPU
+    profile        which kernels ran, and how long, as `torch.profiler` sees them
 
-Where there is no graph, the time between the kernels of a step is taken from the profile. There a
-step begins again where a kernel that runs once per step runs again, and the longest gap before that
-is the one between two steps; Python launches every kernel, and the gaps too are its doing. Taught
-in notebooks/10_measuring.ipynb.
+    step = kernels (at least one is running) + gaps (between the kernels of a graph)
+           + exposed CPU time (the step's time beyond its graph)
+
+Without a graph, the gaps are taken from the profile. A step begins where a kernel that runs once
+per step runs again, and the longest gap before that kernel is the gap between two steps. Python
+then launches every kernel, so it causes the gaps, too. Taught in notebooks/10_measuring.ipynb.
 """
 
 from __future__ import annotations
@@ -144,7 +147,7 @@ class _Timers:
         scheduler.update = self._timed("update", scheduler.update)
 
         class Waiting(StepResult):
-            def wait(self) -> list[int]:
+            def wait(self) -> list[list[int]]:
                 return waited(self)
 
         runner.execute = lambda batch: Waiting(**vars(execute(batch)))

@@ -41,17 +41,17 @@ class ModelCosts:
     @staticmethod
     def of(config: ModelConfig | dict[str, Any], bytes_per_element: int) -> ModelCosts:
         """config: a `ModelConfig`, or the "model_config" of a report."""
-        get = config.get if isinstance(config, dict) else lambda name: getattr(config, name)
-        hidden, layers, dim = get("hidden_size"), get("num_hidden_layers"), get("head_dim")
-        heads, kv_heads = get("num_attention_heads"), get("num_key_value_heads")
+        values = config if isinstance(config, dict) else vars(config)
+        hidden, layers, dim = values["hidden_size"], values["num_hidden_layers"], values["head_dim"]
+        heads, kv_heads = values["num_attention_heads"], values["num_key_value_heads"]
         layer = (
             hidden * (heads + 2 * kv_heads) * dim
             + heads * dim * hidden
-            + 3 * hidden * get("intermediate_size")
+            + 3 * hidden * values["intermediate_size"]
         )
         return ModelCosts(
             layer_weights=layers * layer,
-            head_weights=get("vocab_size") * hidden,
+            head_weights=values["vocab_size"] * hidden,
             kv_elements_per_token=2 * layers * kv_heads * dim,
             attention_flops_per_pair=layers * attention_flops(heads, dim, 1),
             bytes_per_element=bytes_per_element,

@@ -1,8 +1,8 @@
 """Each kernel beside its floor, and beside torch's own ways to compute the same.
 
 The floor of a row is the longer of bytes / (read bandwidth) and FLOPs / (matmul rate), both
-measured in the same run. On a GPU "minivllm" means the Triton kernels; on a CPU the torch
-references, with few and small cases.
+measured in the same run. "minivllm" means the kernels that an engine takes there: on a GPU the
+Triton kernels, on a CPU `Kernels.cpu`, with few and small cases.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from minivllm.bench.shapes import shape_config
 from minivllm.bench.timing import measure, measure_rates, num_sets, rates_of
 from minivllm.config import ModelConfig
 from minivllm.kernels import Kernels
+from minivllm.kernels.cpu import choose_onednn
 from minivllm.kernels.online_softmax import softmax, softmax_reference
+from minivllm.kernels.rotary import NormRope
+from minivllm.models.loader import weight_shapes
 from minivllm.parallel.launch import pick_device
 
 #: (sequences, new tokens each, context each, the new tokens included)
@@ -194,7 +197,7 @@ def _decode_case(setting: Setting, name: str, contexts: list[int]) -> Case:
     def view(out: Tensor) -> Tensor:
         return out.reshape(batch, heads, dim)
 
-    variants = {"minivllm": Variant(ours, graph=kernels.name == "triton")}
+    variants = {"minivllm": Variant(ours, graph=kernels.can_be_recorded)}
     if min(contexts) == longest:  # a dense cache would be padded to the longest
         variants |= _sdpa_variants(setting, False, contiguous, view)
         variants["torch matmuls"] = Variant(eager, contiguous, view=view)
@@ -246,7 +249,7 @@ def _prefill_case(setting: Setting, name: str, batch: int, query_len: int, conte
     def view(out: Tensor) -> Tensor:
         return out.transpose(1, 2).reshape(batch * query_len, heads, dim)
 
-    variants = {"minivllm": Variant(ours, graph=kernels.name == "triton")}
+    variants = {"minivllm": Variant(ours, graph=kernels.can_be_recorded)}
     if (
         context == query_len
     ):  # torch aligns a causal mask to the start: chunks of a prompt are beyond it
@@ -287,7 +290,7 @@ def sample_cases(setting: Setting) -> Iterator[Case]:
         return logits, temperature
 
     variants = {
-        "minivllm": Variant(ours, graph=setting.kernels.name == "triton"),
+        "minivllm": Variant(ours, graph=setting.kernels.can_be_recorded),
         "torch eager": Variant(_sample_eager, two),
         "torch argmax (greedy)": Variant(lambda logits, _: logits.argmax(dim=-1), two),
     }
@@ -308,7 +311,7 @@ def softmax_cases(setting: Setting) -> Iterator[Case]:
         return weights / weights.sum(dim=-1, keepdim=True)
 
     for rows, width in SOFTMAX[setting.device.type]:
-        ours = softmax if setting.kernels.name == "triton" else softmax_reference
+        ours = softmax if setting.device.type == "cuda" else softmax_reference
         variants = {"minivllm": Variant(ours), "torch": Variant(partial(torch.softmax, dim=-1))}
         variants["torch, operation by operation"] = Variant(three_passes)
         moved = 2 * rows * width * setting.dtype.itemsize
@@ -330,19 +333,17 @@ def row_cases(setting: Setting) -> Iterator[Case]:
         yield from _norm_cases(setting, rows)
         yield _silu_case(setting, rows)
         yield _rope_case(setting, rows)
-        if setting.kernels.qk_norm_rope_store is not None:
+        if setting.kernels.fused_operations is not None:
             yield _fused_case(setting, rows)
         yield _store_case(setting, rows)
 
 
 def _beside_eager(setting: Setting, name: str, wait: bool = False) -> dict[str, Variant]:
-    """Ours and, where ours is Triton, the reference in eager torch. wait: the reference waits for
-    the GPU.
-    """
-    ours, reference = getattr(setting.kernels, name), getattr(Kernels.reference(), name)
-    if ours is reference:
-        return {"minivllm": Variant(ours)}
-    return {"minivllm": Variant(ours), "torch eager": Variant(reference, graph=not wait)}
+    """Ours and, on a GPU, the reference in eager torch. wait: the reference waits for the GPU."""
+    variants = {"minivllm": Variant(getattr(setting.kernels, name))}
+    if setting.device.type == "cuda":
+        variants["torch eager"] = Variant(getattr(Kernels.reference(), name), graph=not wait)
+    return variants
 
 
 def _norm_cases(setting: Setting, rows: int) -> Iterator[Case]:
@@ -435,17 +436,22 @@ def _fused_case(setting: Setting, rows: int) -> Case:
     kernels, numbers = setting.kernels, rows * (heads + kv_heads) * dim
 
     def make() -> tuple:
-        return *_rope_inputs(setting, rows), 1e-6, *_cache_inputs(setting, rows)
+        return *_rope_inputs(setting, rows), *_cache_inputs(setting, rows)
 
-    def apart(*inputs: Any) -> Tensor:
-        query, key, value, *norm_and_rope, k_cache, v_cache, slots = inputs
-        query, key = kernels.qk_norm_rope(query, key, *norm_and_rope)
+    def fused(query: Tensor, key: Tensor, value: Tensor, *rest: Tensor) -> Tensor:
+        *turn, k_cache, v_cache, slots = rest
+        given = NormRope(*turn, 1e-6)
+        return kernels.qk_norm_rope_store(query, key, value, given, (k_cache, v_cache), slots)
+
+    def apart(query: Tensor, key: Tensor, value: Tensor, *rest: Tensor) -> Tensor:
+        *turn, k_cache, v_cache, slots = rest
+        query, key = kernels.qk_norm_rope(query, key, *turn, 1e-6)
         kernels.store_kv(key, value, k_cache, v_cache, slots)
         return query
 
     moved = 2 * (numbers + rows * kv_heads * dim) * setting.dtype.itemsize + rows * (dim * 4 + 8)
     variants = {
-        "minivllm": Variant(kernels.qk_norm_rope_store),
+        "minivllm": Variant(fused),
         "minivllm, two launches": Variant(apart),
     }
     name = f"{rows} x ({heads} + 2 x {kv_heads}) x {dim}"
@@ -467,9 +473,7 @@ def _store_case(setting: Setting, rows: int) -> Case:
 
 
 def linear_cases(setting: Setting) -> Iterator[Case]:
-    """The model's matrix products at the rows of decode steps; from a few rows on ours is
-    torch's.
-    """
+    """The model's matrix products at the rows of decode steps; ours is often torch's."""
     config, (heads, kv_heads, dim) = setting.config, setting.heads
     hidden, inner = config.hidden_size, config.intermediate_size
     matrices = {
@@ -487,8 +491,7 @@ def linear_cases(setting: Setting) -> Iterator[Case]:
 
             moved = (out * into + rows * (out + into)) * setting.dtype.itemsize
             variants = {"minivllm": Variant(setting.kernels.linear)}
-            if setting.kernels.name == "triton":
-                variants["torch"] = Variant(F.linear)
+            variants["torch"] = Variant(F.linear)
             yield Case(
                 "linear",
                 f"{rows} x {into} to {out} ({name})",
@@ -596,12 +599,13 @@ def make_setting(
     number_type = (
         getattr(torch, dtype) if dtype != "auto" else (torch.bfloat16 if on_gpu else torch.float32)
     )
+    config = shape_config(shape)
     return shape, Setting(
-        config=shape_config(shape),
+        config=config,
         device=where,
         dtype=number_type,
         block_size=block_size or (64 if on_gpu else 16),
-        kernels=Kernels.triton() if on_gpu else Kernels.reference(),
+        kernels=Kernels.triton() if on_gpu else Kernels.cpu(choose_onednn(weight_shapes(config))),
         compiled=on_gpu if compiled is None else compiled,
     )
 

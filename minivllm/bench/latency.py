@@ -1,8 +1,8 @@
 """How long a user waits: for the first token (TTFT), between tokens (TPOT), and how that grows with
 the work.
 
-Requests arrive all at once, so a TTFT holds the whole batch's prefill. TPOT is a request's mean
-time between its tokens after the first. Growth is measured on requests that are all decoding.
+All requests arrive at once, so a TTFT includes the prefill of the whole batch. TPOT is the mean
+time between a request's tokens after the first. Growth is measured while all requests decode.
 Taught in notebooks/10_measuring.ipynb.
 """
 

@@ -1,9 +1,9 @@
 """Everything in one call, for a GPU machine that is at hand for minutes: each benchmark in a
 process of its own.
 
-A process of its own, because a failed kernel takes its process's GPU state with it, and a hung one
-can be ended. Every benchmark writes its file as soon as it has it; what fails leaves its log and
-does not stop the others.
+Each has its own process, because a kernel that fails spoils the GPU state of its process, and a
+process that hangs can be ended. Every benchmark writes its file as soon as it is done. One that
+fails leaves its log and does not stop the others.
 """
 
 from __future__ import annotations

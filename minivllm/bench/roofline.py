@@ -1,5 +1,5 @@
-"""The floor of a whole workload: what a machine with these rates needs at least, and which share of
-it was reached.
+"""The floor of a whole workload: the least time that a machine with these rates needs, and which
+share of it was reached.
 
 The engine's steps are simulated (`steps_of`), and each costs the sum of four parts that follow one
 another:

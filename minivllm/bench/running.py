@@ -1,6 +1,4 @@
-"""Requests that are all decoding, and how long their steps take: the ground of `latency` and
-`breakdown`.
-"""
+"""Requests that are all decoding, and how long their steps take, for `latency` and `breakdown`."""
 
 from __future__ import annotations
 
@@ -60,8 +58,10 @@ def _all_decoding(engine: LLMEngine) -> bool:
 
 
 def timed_steps(engine: LLMEngine, num_steps: int) -> list[float]:
-    """Seconds of each step. With overlap a step returns when the results of the one before it
-    have been read: the time between returns is the same.
+    """Seconds of each step.
+
+    With overlap a step returns when the results of the step before it have been read. The time
+    between two returns is still that of one step.
     """
     times = []
     for _ in range(num_steps):

@@ -1,5 +1,5 @@
-"""Models as shapes: speed does not depend on what the weights are, so a config.json is enough to
-measure with.
+"""The shapes of models. Speed does not depend on the values of the weights, so a config.json is
+enough to measure with.
 
 The numbers are those of the published checkpoints' config.json. `tiny` is for a laptop.
 """
@@ -51,7 +51,9 @@ def shape_config(name: str) -> ModelConfig:
     """The shape as the engine sees it. ValueError lists the names that there are."""
     if name not in SHAPES:
         raise ValueError(f"No shape {name!r}; there are: {', '.join(SHAPES)}.")
-    return ModelConfig.from_hf(SHAPES[name])
+    from minivllm.models.hf_config import config_from_hf  # brings torch
+
+    return config_from_hf(SHAPES[name])
 
 
 @contextmanager

@@ -1,9 +1,10 @@
 """How long a step takes: decodes alone, prompt chunks alone, and both together, from an engine that
 does nothing else.
 
-Two times each, medians of several. `seconds`: from planning a step to its results, nothing
-overlapped (``async_scheduling=False``). `gpu_seconds`: what its kernels ran, the gaps between them
-left out; the two lie far apart where Python launches kernels more slowly than the GPU runs them.
+Each step has two times, which are medians. `seconds` is from planning the step to its results;
+steps do not overlap (``async_scheduling=False``). `gpu_seconds` is how long its kernels ran,
+without the gaps between them. The two differ much where Python launches kernels more slowly than
+the GPU runs them.
 The cost models of `minivllm.course.simulator` are fitted to such a report. Weights are random;
 speed does not depend on them.
 

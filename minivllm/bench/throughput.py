@@ -32,7 +32,7 @@ from minivllm.bench.running import drain
 from minivllm.bench.timing import measure_rates, rates_of
 from minivllm.errors import ConfigError
 from minivllm.kernels import Kernels
-from minivllm.layers.linear import FusedLinear, Linear
+from minivllm.layers.linear import Linear
 from minivllm.llm import LLM
 from minivllm.sampling_params import SamplingParams
 
@@ -139,7 +139,7 @@ def gemm_floor(
     with the engine's own product and the model's matrices in their order: they come from memory as
     they do in a step, not from the cache.
     """
-    linears = [module for module in model.modules() if isinstance(module, FusedLinear | Linear)]
+    linears = [layer for layer in model.model.modules() if isinstance(layer, Linear)]
     weights, product = [linear.weight for linear in linears], linears[0].kernels.linear
 
     def seconds(rows: int, matrices: list[torch.Tensor]) -> float:
@@ -218,7 +218,8 @@ def run(
         report["results"][name]["minivllm_is_faster_by"] = spread(ratios)
     if engine.config.device == "cpu":
         report["floor"] = _floor(llm, prompts, output_lens)
-        report["step_parts"] = _step_parts(model, prompts, output_lens, engine_options)
+        kernels = engine.model_runner.sampler.kernels
+        report["step_parts"] = _step_parts(model, kernels, prompts, output_lens, engine_options)
     return report
 
 
@@ -339,6 +340,7 @@ def _floor(llm: LLM, prompts: list[list[int]], output_lens: list[int]) -> dict[s
 
 def _step_parts(
     model: str | Path | None,
+    kernels: Kernels,
     prompts: list[list[int]],
     output_lens: list[int],
     engine_options: dict[str, Any],
@@ -361,15 +363,13 @@ def _step_parts(
 
         return wrapper
 
-    reference = Kernels.reference()
     # merge_attention runs inside decode_attention and is part of its time.
     names = [
-        name
-        for name, part in vars(reference).items()
-        if callable(part) and name != "merge_attention"
+        name for name, part in vars(kernels).items() if callable(part) and name != "merge_attention"
     ]
-    kernels = replace(reference, **{name: timed(name, getattr(reference, name)) for name in names})
-    llm = LLM(model, skip_tokenizer_init=True, kernels=kernels, **engine_options)
+    timers = {name: timed(name, getattr(kernels, name)) for name in names}
+    mine = replace(kernels, **timers)
+    llm = LLM(model, skip_tokenizer_init=True, kernels=mine, **engine_options)
     runner, scheduler = llm.llm_engine.model_runner, llm.llm_engine.scheduler
     for owner, attribute, name in (
         (runner, "_prepare", "build_batch"),

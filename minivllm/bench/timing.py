@@ -1,9 +1,9 @@
-"""Honest times of small things.
+"""How long a call of a kernel takes.
 
-On a GPU calls are recorded as a CUDA graph and its replays timed with events, so that what is
-measured is the GPU and not Python; a function that cannot be recorded is launched call by call
-between two events, and the row says so. Calls rotate over several sets of inputs, together larger
-than the cache: otherwise the cache would be measured.
+On a GPU the calls are recorded as a CUDA graph, and events time its replays: this measures the GPU
+and not Python. A function that cannot be recorded is launched call by call between two events, and
+the row says so. The calls rotate over several sets of inputs that together are larger than the
+cache; with one set, its inputs would come from the cache and not from memory.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """`minivllm demo`: the engine serves a batch of requests, and its block tables and KV cache are on
 the screen.
 
-The pool is small on purpose, so that there is something to see: requests queue for blocks, long
-prompts are computed in chunks beside the others' decodes, a common system message is found in the
-prefix cache, and now and then the newest request loses its blocks and computes them again.
+The KV cache is small on purpose. So requests wait for blocks, long prompts are computed in chunks
+beside the decodes of other requests, a common system message is found in the prefix cache, and now
+and then the newest request is preempted and computed again.
 """
 
 from __future__ import annotations

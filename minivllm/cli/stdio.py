@@ -205,6 +205,6 @@ def _open_streams() -> None:
 
 def _discard_output(stream: Any) -> None:
     """Send what could not be written to the null device: the interpreter flushes it at its end."""
-    if stream is sys.__stdout__:
+    if stream is not None and stream is sys.__stdout__:
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

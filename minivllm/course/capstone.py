@@ -66,6 +66,10 @@ def _pair(module: str, *names: str) -> tuple[str, ...]:
     )
 
 
+def _on_cpu(name: str) -> str:
+    return f"minivllm.kernels.cpu:{name}"
+
+
 def _methods(owner: str, *names: str) -> tuple[str, ...]:
     return tuple(f"minivllm.{owner}.{name}" for name in names)
 
@@ -76,8 +80,13 @@ PIECES = (
     Piece(
         "flash attention", "02", "prefill_attention", _pair("flash_attention", "prefill_attention")
     ),
-    Piece("writing pages", "03", "store_kv", _pair("kv_cache", "store_kv")),
-    Piece("reading pages", "03", "decode_attention", _pair("paged_attention", "decode_attention")),
+    Piece("writing pages", "03", "store_kv", (*_pair("kv_cache", "store_kv"), _on_cpu("store_kv"))),
+    Piece(
+        "reading pages",
+        "03",
+        "decode_attention",
+        (*_pair("paged_attention", "decode_attention"), _on_cpu("decode_attention")),
+    ),
     Piece(
         "block manager",
         "04",
@@ -97,13 +106,18 @@ PIECES = (
         _methods(
             "engine.scheduler:Scheduler",
             "schedule",
-            "_schedule_running",
-            "_schedule_waiting",
-            "_make_room",
+            "schedule_running",
+            "schedule_waiting",
+            "make_room",
         ),
     ),
     Piece("RMSNorm", "06", "rms_norm", _pair("norm", "rms_norm", "add_rms_norm")),
-    Piece("QK-norm and RoPE", "06", "qk_norm_rope", _pair("rotary", "qk_norm_rope")),
+    Piece(
+        "QK-norm and RoPE",
+        "06",
+        "qk_norm_rope",
+        (*_pair("rotary", "qk_norm_rope"), _on_cpu("qk_norm_rope")),
+    ),
     Piece("SwiGLU", "06", "silu_mul", _pair("activation", "silu_mul")),
     Piece(
         "model",

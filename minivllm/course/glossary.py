@@ -320,7 +320,7 @@ TERMS: tuple[Term, ...] = (
     Term(
         "chunked prefill",
         "05",
-        "engine/scheduler.py:Scheduler._schedule_waiting",
+        "engine/scheduler.py:Scheduler.schedule_waiting",
         "Computing a long prompt in parts that fit the token budget, beside the decodes of others,"
         " which are then not stalled.",
     ),
@@ -340,7 +340,7 @@ TERMS: tuple[Term, ...] = (
     Term(
         "recomputation",
         "05",
-        "engine/scheduler.py:Scheduler._make_room",
+        "engine/scheduler.py:Scheduler.make_room",
         "What a preempted sequence does when it comes back: its tokens are known, their keys and"
         " values are computed again.",
     ),

@@ -253,7 +253,7 @@ def simulate(
         ends = [
             len(request.token_times) + 1 == request.arrival.output_tokens for request in sampled
         ]
-        accepted = scheduler.update(batch, [END if end else 0 for end in ends])
+        accepted = scheduler.update(batch, [[END if end else 0] for end in ends])
         for item in accepted:
             clock.requests[item.sequence.seq_id].token_times.append(clock.now)
         if record is not None:

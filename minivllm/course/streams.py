@@ -1072,7 +1072,7 @@ class SimulatedEngine:
             raise ValueError("update: results must be brought in the order of the steps, each once")
         self._in_flight.popleft()
         self.gpu.work("update", self.update_us)
-        self._scheduler.update(batch, list(token_ids))
+        self._scheduler.update(batch, [[token_id] for token_id in token_ids])
 
 
 def drive(engine: SimulatedEngine, ahead: int) -> int:

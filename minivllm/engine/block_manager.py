@@ -14,7 +14,8 @@ A block is in one of three states:
 
 Prefix caching: a full block is registered under a hash of its tokens chained to the hash of the
 block before it, so that equal hashes mean equal *prefixes*; keys and values depend on all that came
-before. Shared blocks are full, hence never written again, and so need no copy-on-write: a sequence
+before. A sequence's extra keys (its cache_salt) go into the first hash, and so into all.
+Shared blocks are full, hence never written again, and so need no copy-on-write: a sequence
 appends only to blocks of its own."""
 
 from array import array
@@ -26,13 +27,22 @@ import xxhash
 from minivllm.engine.sequence import PENDING, Sequence
 
 
-def hash_block(previous_hash: int | None, token_ids: abc.Sequence[int]) -> int:
+def hash_block(
+    previous_hash: int | None, token_ids: abc.Sequence[int], extra_keys: abc.Sequence[str] = ()
+) -> int:
     """Hash of a block's tokens, chained to the hash of the block before it (None for the first).
     128 bits.
+
+    extra_keys: what else must be equal for the block to be shared, such as a request's cache_salt.
+    They belong to the first block; the chain carries them on to the others.
     """
     hasher = xxhash.xxh3_128()
     if previous_hash is not None:
         hasher.update(previous_hash.to_bytes(16, "little"))
+    for key in extra_keys:  # each with its length, so that ("ab", "c") is not ("a", "bc")
+        # "surrogatepass": half a character is a key like any other
+        encoded = key.encode("utf-8", "surrogatepass")
+        hasher.update(b"key" + len(encoded).to_bytes(8, "little") + encoded)
     hasher.update(array("q", token_ids).tobytes())
     return hasher.intdigest()
 
@@ -50,6 +60,11 @@ class BlockManager:
     """Hands out blocks, shares full ones, and keeps freed ones for reuse until their space is
     needed.
     """
+
+    #: Whether sequences share blocks only if their `extra_keys` are equal. A block manager without
+    #: this attribute is taken for one that does not know them: requests with a cache_salt are
+    #: refused.
+    supports_extra_keys = True
 
     def __init__(
         self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True
@@ -147,14 +162,20 @@ class BlockManager:
         """
         # Backwards, so that the end of a prefix is evicted before its beginning: a tail is useless
         # without its head.
-        for block_id in reversed(seq.block_table):
-            block = self.blocks[block_id]
+        self.trim(seq, 0)
+
+    def trim(self, seq: Sequence, num_tokens: int) -> None:
+        """Give back the blocks at the end of seq's table that its first num_tokens tokens do not
+        need.
+        """
+        num_kept = self.num_blocks_for(num_tokens)
+        while len(seq.block_table) > num_kept:
+            block = self.blocks[seq.block_table.pop()]
             block.ref_count -= 1
             if block.ref_count == 0:
-                self.free_blocks[block_id] = None
+                self.free_blocks[block.block_id] = None
                 if block.block_hash is None:
-                    self.free_blocks.move_to_end(block_id, last=False)
-        seq.block_table.clear()
+                    self.free_blocks.move_to_end(block.block_id, last=False)
 
     def extend_hashes(self, seq: Sequence) -> None:
         """Bring seq.block_hashes up to all full blocks of known tokens."""
@@ -164,8 +185,10 @@ class BlockManager:
                 token_ids[-1] == PENDING
             ):  # planned one step ahead, the last two tokens may both be unknown
                 break
-            previous = seq.block_hashes[-1] if seq.block_hashes else None
-            seq.block_hashes.append(hash_block(previous, token_ids))
+            if seq.block_hashes:
+                seq.block_hashes.append(hash_block(seq.block_hashes[-1], token_ids))
+            else:
+                seq.block_hashes.append(hash_block(None, token_ids, seq.extra_keys))
 
     def reset_prefix_cache(self) -> None:
         """Forget the content of all blocks; those in use stay in use."""

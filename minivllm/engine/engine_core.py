@@ -19,24 +19,27 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 
-from minivllm.config import EngineConfig
+from minivllm.config import EngineConfig, ModelConfig
 from minivllm.engine.batch import build_batch
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.model_runner import ModelRunner, StepResult
 from minivllm.engine.sampler import TokenLogprobs
-from minivllm.engine.scheduler import Scheduler
+from minivllm.engine.scheduler import Scheduler, SchedulerBase
 from minivllm.engine.sequence import ScheduledBatch, Sequence
 from minivllm.engine.trace import StepRecord, Trace, label, record_step
 from minivllm.errors import SchedulerStalledError, UnsupportedFeatureError
 from minivllm.kernels import Kernels
+from minivllm.kernels.cpu import choose_onednn
 from minivllm.kernels.sampling import NOT_A_TOKEN
-from minivllm.models.loader import load_config
-from minivllm.parallel.group import TensorParallelGroup
+from minivllm.models.loader import load_config, weight_shapes
+from minivllm.parallel.group import SINGLE, TensorParallelGroup
 from minivllm.parallel.launch import EngineRanks, pick_device
 from minivllm.sampling_params import SamplingParams
 
@@ -51,7 +54,7 @@ class EnginePieces:
 
     kernels: Kernels | None = None
     block_manager_cls: Callable[..., BlockManager] = BlockManager
-    scheduler_cls: Callable[..., Scheduler] = Scheduler
+    scheduler_cls: Callable[..., SchedulerBase] = Scheduler
     model_cls: Callable[..., Any] | None = None
     build_batch: Callable[..., Any] = build_batch
 
@@ -82,6 +85,18 @@ class StepOutput:
     prompt_logprobs: list[tuple[int, int, TokenLogprobs]] = field(default_factory=list)
 
 
+def choose_kernels(
+    config: EngineConfig, model_config: ModelConfig, group: TensorParallelGroup = SINGLE
+) -> Kernels:
+    """The fastest kernels for a resolved config: the same on every rank of the group."""
+    if config.attention_backend == "triton":
+        return Kernels.triton()
+    if torch.device(config.device).type != "cpu":
+        return Kernels.reference()
+    shapes = weight_shapes(model_config, group) if config.dtype == "float32" else ()
+    return Kernels.cpu(choose_onednn(shapes, group))
+
+
 class EngineCore:
     """Scheduler, block manager, model runner and the other ranks. config: as the caller gave it,
     not yet resolved.
@@ -99,11 +114,7 @@ class EngineCore:
         self.config = replace(config, device=device).resolve(
             self.model_config, device.partition(":")[0]
         )
-        kernels = pieces.kernels
-        if kernels is None:
-            on_triton = self.config.attention_backend == "triton"
-            kernels = Kernels.triton() if on_triton else Kernels.reference()
-        elif kernels.name != "triton":  # a graph cannot record a function that waits for the GPU
+        if pieces.kernels is not None and not pieces.kernels.can_be_recorded:
             self.config = replace(self.config, enforce_eager=True)
         self._pieces = pieces
         arguments = (self.config.device, _run_rank, model_path, config, pieces)
@@ -111,6 +122,9 @@ class EngineCore:
         # Also when nobody closes the engine: garbage, or the end of the program.
         self.close = weakref.finalize(self, self.ranks.close)
         try:
+            kernels = pieces.kernels or choose_kernels(
+                self.config, self.model_config, self.ranks.group
+            )
             self.model_runner = ModelRunner(
                 model_path,
                 self.model_config,
@@ -245,20 +259,22 @@ class EngineCore:
         """Bring the results of a step to the scheduler and to `output`."""
         token_ids = result.wait()
         self.ranks.group.check()
-        self._token_hash.update(array("q", token_ids).tobytes())
-        if NOT_A_TOKEN in token_ids:
-            self._end_failed(batch, token_ids, output)
+        flat = array("q", chain.from_iterable(token_ids))
+        self._token_hash.update(flat.tobytes())
+        failed = _take_out_failed(batch, token_ids) if NOT_A_TOKEN in flat else []
         row_of = {}
         if result.logprobs is not None:
-            row_of = {id(item): row for row, item in enumerate(batch.sampled)}
+            items = map(id, batch.sampled)
+            row_of = dict(zip(items, result.first_rows(), strict=True))
         accepted = self.scheduler.update(batch, token_ids)
+        self._end_failed(failed)
         used = len(output.outputs)
         while len(self._spare_outputs) < used + len(accepted):
             self._spare_outputs.append(SequenceOutput(0, []))
         outputs = self._spare_outputs[used : used + len(accepted)]
         for found, item in zip(outputs, accepted, strict=True):
             seq = item.sequence
-            found.seq_id, found.token_ids = seq.seq_id, [seq.token_ids[item.sample_position]]
+            found.seq_id, found.token_ids = seq.seq_id, item.new_token_ids
             found.finish_reason, found.stop_reason = seq.finish_reason, seq.stop_reason
             found.logprobs, found.row = result.logprobs, row_of.get(id(item), 0)
             if found.finish_reason is not None:
@@ -271,17 +287,16 @@ class EngineCore:
             record.finished = [label(i.sequence) for i in accepted if i.sequence.is_finished]
             self._last_record = record
 
-    def _end_failed(self, batch: ScheduledBatch, token_ids: list[int], output: StepOutput) -> None:
-        """End the sequences whose logits were not finite, and forget what the cache holds: it may
-        not be either.
+    def _end_failed(self, failed: list[Sequence]) -> None:
+        """End sequences whose logits were not finite, and forget what the cache holds: it may not
+        be either.
         """
-        for item, token_id in zip(batch.sampled, token_ids, strict=True):
-            seq = item.sequence
-            if token_id == NOT_A_TOKEN and not seq.is_finished:
+        for seq in failed:
+            # A stop token may have ended it, and the numbers behind that are nobody's.
+            if not seq.is_finished:
                 self.scheduler.finish(seq, "error")
-                self._sequences.pop(seq.seq_id, None)
-                output.outputs.append(SequenceOutput(seq.seq_id, [], "error"))
-        self.scheduler.block_manager.reset_prefix_cache()
+        if failed:
+            self.scheduler.block_manager.reset_prefix_cache()
 
     def _state(self) -> int:
         """A hash of the tokens so far and of what the next plan depends on: the same on every
@@ -289,10 +304,12 @@ class EngineCore:
         """
         state, scheduler = self._token_hash.copy(), self.scheduler
         plan = [seq.seq_id for seq in (*scheduler.running, *scheduler.waiting)]
+        if scheduler.has_proposals:
+            plan += [t for seq in scheduler.running for t in (seq.seq_id, *seq.proposed_token_ids)]
         state.update(array("q", [*plan, scheduler.block_manager.num_free_blocks]).tobytes())
         return state.intdigest() >> 1
 
-    def _new_scheduler(self) -> Scheduler:
+    def _new_scheduler(self) -> SchedulerBase:
         config, pieces = self.config, self._pieces
         manager = pieces.block_manager_cls(
             config.num_kv_blocks, config.block_size, config.enable_prefix_caching
@@ -316,6 +333,18 @@ class EngineCore:
         return record_step(self.trace, batch, self.scheduler, now - self._trace_start)
 
 
+def _take_out_failed(batch: ScheduledBatch, token_ids: list[list[int]]) -> list[Sequence]:
+    """Take `NOT_A_TOKEN` out of a step's results, where it is always a sequence's last; returns the
+    sequences that had it.
+    """
+    failed = []
+    for item, tokens in zip(batch.sampled, token_ids, strict=True):
+        if tokens[-1] == NOT_A_TOKEN:
+            tokens.pop()
+            failed.append(item.sequence)
+    return failed
+
+
 def _describe(seq: Sequence) -> dict[str, Any]:
     """A new sequence as JSON can say it, for the other ranks."""
     changed = {
@@ -330,6 +359,7 @@ def _describe(seq: Sequence) -> dict[str, Any]:
         **{name: getattr(seq, name) for name in names},
         "num_prompt_tokens": seq.num_prompt_tokens,
         "stop_ids": sorted(seq.stop_ids),
+        "extra_keys": seq.extra_keys,
         "params": changed,
     }
 
@@ -342,6 +372,7 @@ def _from_description(description: dict[str, Any]) -> Sequence:
         "params": SamplingParams(**params),
         "stop_ids": frozenset(description["stop_ids"]),
         "bad_words": tuple(map(tuple, description["bad_words"])),
+        "extra_keys": tuple(description["extra_keys"]),
     }
     return Sequence(**{**description, **read})
 

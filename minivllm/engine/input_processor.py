@@ -32,10 +32,14 @@ class EngineInput:
     stop_ids: frozenset[int]  # tokens that end a sequence: end-of-sequence, and the caller's own
     bad_words: tuple[tuple[int, ...], ...]  # token sequences that no output may complete
     max_num_tokens: int  # a sequence ends at this many tokens, prompt included
+    cache_salt: str | None = None  # requests share cached blocks only if theirs are equal
 
 
 class InputProcessor:
-    """Checks and encodes requests for one model. config: resolved, with its number of KV blocks."""
+    """Checks and encodes requests for one model. config: resolved, with its number of KV blocks.
+
+    takes_cache_salt: whether the block manager keeps requests apart whose salts differ.
+    """
 
     def __init__(
         self,
@@ -43,7 +47,9 @@ class InputProcessor:
         model_config: ModelConfig,
         config: ResolvedConfig,
         tokenizer: Tokenizer | None,
+        takes_cache_salt: bool = True,
     ) -> None:
+        self.takes_cache_salt = takes_cache_salt or not config.enable_prefix_caching
         self.path, self.config, self.tokenizer = path, config, tokenizer
         self.vocab_size = model_config.vocab_size
         self.max_logprobs = self.vocab_size if config.max_logprobs == -1 else config.max_logprobs
@@ -64,6 +70,12 @@ class InputProcessor:
         params = self.default_params if params is None else params
         check_params(params)
         parsed = parse_prompt(prompt)
+        if parsed.cache_salt is not None and not self.takes_cache_salt:
+            raise errors.RequestError(
+                "This engine's block manager does not know cache_salt, and would share blocks all"
+                " the same. Hash `seq.extra_keys` into a sequence's first block and set"
+                " supports_extra_keys = True, or start with enable_prefix_caching=False."
+            )
         token_ids = self._truncate(self._encode(parsed), params)
         if not token_ids:
             raise errors.EmptyPromptError("The prompt has no tokens; give at least one.")
@@ -75,7 +87,13 @@ class InputProcessor:
         bad_words = self._encode_bad_words(params.bad_words or ())
         self._check_choice(params, stop_ids, bad_words)
         return EngineInput(
-            parsed.text, token_ids, self._count_all(params), stop_ids, bad_words, max_num_tokens
+            parsed.text,
+            token_ids,
+            self._count_all(params),
+            stop_ids,
+            bad_words,
+            max_num_tokens,
+            parsed.cache_salt,
         )
 
     # --- the prompt -------------------------------------------------------------------------------

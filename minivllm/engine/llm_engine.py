@@ -38,7 +38,7 @@ from minivllm.engine.engine_core import EngineCore, EnginePieces
 from minivllm.engine.input_processor import EngineInput, InputProcessor, in_our_order
 from minivllm.engine.model_runner import ModelRunner
 from minivllm.engine.output_processor import OutputCollector, OutputProcessor, Request
-from minivllm.engine.scheduler import Scheduler, SchedulerStats
+from minivllm.engine.scheduler import SchedulerBase, SchedulerStats
 from minivllm.engine.sequence import Sequence
 from minivllm.engine.trace import Trace
 from minivllm.inputs import PromptType
@@ -113,7 +113,11 @@ class LLMEngine:
         self.core = EngineCore(self.model_path, config, pieces or EnginePieces(), group)
         self.model_config, self.config = self.core.model_config, self.core.config
         self.input_processor = InputProcessor(
-            self.model_path, self.model_config, self.config, self.tokenizer
+            self.model_path,
+            self.model_config,
+            self.config,
+            self.tokenizer,
+            getattr(self.core.scheduler.block_manager, "supports_extra_keys", False),
         )
         self.processor = OutputProcessor()
         self._requests = self.processor.requests
@@ -132,7 +136,7 @@ class LLMEngine:
         return cls(engine_args.model, **engine_args.options)
 
     @property
-    def scheduler(self) -> Scheduler:
+    def scheduler(self) -> SchedulerBase:
         self._recover_if_cut_short()
         return self.core.scheduler
 
@@ -341,6 +345,7 @@ class LLMEngine:
             max_num_tokens=checked.max_num_tokens,
             seed=self._seed(params.seed, request.number, index),
             bad_words=checked.bad_words,
+            extra_keys=() if checked.cache_salt is None else (checked.cache_salt,),
             request_id=request.request_id,
             index=index,
             num_prompt_tokens=len(request.prompt_token_ids),

@@ -4,6 +4,7 @@ notebooks/07_engine.ipynb.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,21 +33,60 @@ CPU_KV_CACHE_BYTES = 256 << 20
 LOGIT_ROWS = 256
 
 
+def _is_long(item: ScheduledSequence) -> bool:
+    return item.num_new_tokens > 1
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What a step sampled, in the runner's own order: R rows, one or several an item."""
+
+    #: of `batch.sampled`, by their places there
+    order: list[int]
+    token_ids: torch.Tensor  # [R] int64
+    logprobs: TokenLogprobs | None = None  # of R rows
+    #: Tokens of each item, in this order; None: one each.
+    counts: list[int] | None = None
+
+
 @dataclass(frozen=True)
 class StepResult:
-    """What a step computes. Token ids [R] belong to `batch.sampled`, in order."""
+    """What a step computes."""
 
+    sampled: Sampled
     token_ids: torch.Tensor  # on the CPU; from a GPU they have arrived when the event has passed
     arrived: torch.cuda.Event | None
-    logprobs: TokenLogprobs | None
     #: (item, its logprobs at positions item.start + 1 ... ) for each item that asked.
     prompt_logprobs: list[tuple[ScheduledSequence, TokenLogprobs]]
 
-    def wait(self) -> list[int]:
-        """The token ids as integers, once they are there."""
+    @property
+    def logprobs(self) -> TokenLogprobs | None:
+        return self.sampled.logprobs
+
+    def wait(self) -> list[list[int]]:
+        """For each of `batch.sampled` the tokens that the step verified, once they are there: the
+        accepted proposals, and one more.
+        """
         if self.arrived is not None:
             self.arrived.synchronize()
-        return self.token_ids.tolist()
+        counts, found = self.sampled.counts, self.token_ids[:, None].tolist()
+        if counts is not None:
+            rows = iter(self.token_ids.tolist())
+            found = [list(itertools.islice(rows, count)) for count in counts]
+        in_order = list(found)
+        for place, tokens in zip(self.sampled.order, found, strict=True):
+            in_order[place] = tokens
+        return in_order
+
+    def first_rows(self) -> list[int]:
+        """For each of `batch.sampled` the first of its rows of logprobs."""
+        counts = self.sampled.counts or [1] * len(self.sampled.order)
+        rows = [0] * len(counts)
+        row = 0
+        for place, count in zip(self.sampled.order, counts, strict=True):
+            rows[place] = row
+            row += count
+        return rows
 
 
 class ModelRunner:
@@ -143,8 +183,9 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> StepResult:
-        """Run one step. Sorts `batch.items` so that those with a single token come first."""
-        batch.items.sort(key=lambda item: item.num_new_tokens > 1)
+        """Run one step. The batch is left as it is; the rows of the step are in an order of the
+        runner's own.
+        """
         for seq in batch.admitted:
             self._num_blocks[seq.slot] = 0
             self._is_ready[seq.slot] = False
@@ -152,35 +193,98 @@ class ModelRunner:
         self._write_new_blocks(batch.items)
         if (
             self.graphs is not None
+            and not batch.has_proposals
             and self._is_ready[[item.sequence.slot for item in batch.items]].all()
         ):
-            # The longest first: on an H200 attention over 256 contexts of 100 to 2000 tokens took
-            # 241 µs so, in any order 260, because no long program is left for the end. Results are
-            # those of `batch.sampled` as it is now.
-            batch.items.sort(key=lambda item: item.start, reverse=True)
-            return self._replay(batch.items, [item.sequence.slot for item in batch.items])
-        inputs = self._prepare(batch.items)
+            return self._replay(batch.items)
+        # Rows of a single token come first: decode and prefill attention each get a part.
+        items = sorted(batch.items, key=_is_long)
+        inputs = self._prepare(items)
         hidden = self.model(inputs.token_ids, inputs.positions, self.kv_caches, inputs.attention)
-        sampled, logprobs = batch.sampled, None
-        token_ids = inputs.token_ids[:0]
-        if sampled:
+        to_sample = batch.sampled
+        order = sorted(range(len(to_sample)), key=lambda place: _is_long(to_sample[place]))
+        rows = [to_sample[place] for place in order]
+        sampled = Sampled(order, inputs.token_ids[:0])
+        if rows and batch.has_proposals:
+            logits = self.model.compute_logits(hidden[self._verified_rows(items)])
+            sampled = replace(self._verify(rows, logits), order=order)
+        elif rows:
             logits = self.model.compute_logits(hidden[inputs.logits_indices])
-            token_ids, logprobs = self.sampler(logits, sampled)
-            self._note_sampled(sampled, token_ids)
-        return self._result(token_ids, logprobs, self._prompt_logprobs(batch.items, hidden))
+            sampled = Sampled(order, *self.sampler(logits, rows))
+            self._note_sampled(rows, sampled.token_ids, [item.end for item in rows])
+        return self._result(sampled, self._prompt_logprobs(items, hidden))
 
-    def _replay(self, items: list[ScheduledSequence], slots: list[int]) -> StepResult:
+    def _verified_rows(self, items: list[ScheduledSequence]) -> torch.Tensor:
+        """Rows of the hidden states behind which the step samples: of each item that samples, the
+        last one and those of its proposals. [R] int64
+        """
+        ends = itertools.accumulate(item.num_new_tokens for item in items)
+        rows = [
+            row
+            for item, end in zip(items, ends, strict=True)
+            for row in range(end - len(item.sample_positions), end)
+        ]
+        return self._tensor(rows)
+
+    def _verify(self, items: list[ScheduledSequence], logits: torch.Tensor) -> Sampled:
+        """Sample behind the known tokens and behind each proposal, as long as the proposals are
+        right: each token with the key of its seed and position, so it is the token that a step of
+        its own would have sampled (speculative decoding, Leviathan et al., 2023, in its simplest
+        form: a proposal is accepted if it is what is sampled).
+
+        logits: [R, V], k + 1 rows for an item of k proposals. Each round samples one row of every
+        item that is still right, and the CPU looks at it: penalties and bad words count the tokens
+        of the rounds before.
+        """
+        numbers = [len(item.sample_positions) for item in items]
+        firsts = [
+            end - number for end, number in zip(itertools.accumulate(numbers), numbers, strict=True)
+        ]
+        verified: list[list[int]] = [[] for _ in items]
+        going, number = list(range(len(items))), 0
+        while going:
+            rows = self._tensor([firsts[i] + number for i in going])
+            token_ids = self.sampler.sample(logits[rows], [items[i] for i in going], number)
+            for i, token_id in zip(going, token_ids.tolist(), strict=True):
+                verified[i].append(token_id)
+            going = [
+                i for i in going if verified[i] == list(items[i].proposed_token_ids[: number + 1])
+            ]
+            number += 1
+        counts = [len(tokens) for tokens in verified]
+        rows = self._tensor([f + j for f, n in zip(firsts, counts, strict=True) for j in range(n)])
+        token_ids = self._tensor([token_id for tokens in verified for token_id in tokens])
+        logprobs = self.sampler.logprobs(logits[rows], token_ids, items)
+        last = self._tensor([tokens[-1] for tokens in verified])
+        positions = [
+            item.sample_position + count - 1 for item, count in zip(items, counts, strict=True)
+        ]
+        self._note_sampled(items, last, positions)
+        for item in items:
+            # The blocks behind the first sampled token may be given back, and others come for them.
+            num_kept = -(-item.sample_position // self.config.block_size)
+            if item.proposed_token_ids:
+                self._num_blocks[item.sequence.slot] = num_kept
+        return Sampled([], token_ids, logprobs, counts)
+
+    def _replay(self, items: list[ScheduledSequence]) -> StepResult:
         """A step in which every sequence decodes the token that it sampled last: as a recorded
         graph.
         """
+        # The longest first: on an H200 attention over 256 contexts of 100 to 2000 tokens took
+        # 241 µs so, in any order 260, because no long program is left for the end.
+        starts = [item.start for item in items]
+        order = sorted(range(len(items)), key=starts.__getitem__, reverse=True)
+        slots = [items[place].sequence.slot for place in order]
         token_ids, hidden = self.graphs.replay(slots)
         logprobs = None
         if self.sampler.needs_edit(slots):
             # The graph samples by temperature alone; where a request asks for more, sample its
             # logits again.
-            token_ids, logprobs = self.sampler(self.model.compute_logits(hidden), items)
+            logits = self.model.compute_logits(hidden)
+            token_ids, logprobs = self.sampler(logits, [items[place] for place in order])
             self._state.set_last_token(self._tensor(slots), token_ids)
-        return self._result(token_ids, logprobs, [])
+        return self._result(Sampled(order, token_ids, logprobs), [])
 
     def _decode_step(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What a graph records. slots [B] int64 -> token ids [B], hidden states [B,
@@ -209,25 +313,28 @@ class ModelRunner:
                 f" ({error})"
             ) from error
 
-    def _note_sampled(self, sampled: list[ScheduledSequence], token_ids: torch.Tensor) -> None:
-        """Keep on the device what the next decode of these sequences needs."""
-        slots = [item.sequence.slot for item in sampled]
+    def _note_sampled(
+        self, items: list[ScheduledSequence], token_ids: torch.Tensor, positions: list[int]
+    ) -> None:
+        """Keep on the device what the next decode of these sequences needs: the newest token of
+        each, and its position.
+        """
+        slots = [item.sequence.slot for item in items]
         on_device = self._tensor(slots)
         self._state.set_last_token(on_device, token_ids)
-        self._state.position[on_device] = self._tensor([item.end for item in sampled])
+        self._state.position[on_device] = self._tensor(positions)
         self._is_ready[slots] = True
 
-    def _result(
-        self, token_ids: torch.Tensor, logprobs: TokenLogprobs | None, prompt_logprobs: list
-    ) -> StepResult:
+    def _result(self, sampled: Sampled, prompt_logprobs: list) -> StepResult:
+        token_ids = sampled.token_ids
         if self.device.type == "cpu":
-            return StepResult(token_ids, None, logprobs, prompt_logprobs)
+            return StepResult(sampled, token_ids, None, prompt_logprobs)
         # Pinned memory, so that the copy waits in the GPU's queue and not here.
         host = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
         host.copy_(token_ids, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
-        return StepResult(host, arrived, logprobs, prompt_logprobs)
+        return StepResult(sampled, host, arrived, prompt_logprobs)
 
     def _write_new_blocks(self, items: list[ScheduledSequence]) -> None:
         new: list[tuple[int, int, int]] = []
@@ -247,8 +354,7 @@ class ModelRunner:
 
     def _prepare(self, items: list[ScheduledSequence]) -> BatchInputs:
         rows = [
-            BatchRow(i.sequence.token_ids[i.start : i.end], i.start, i.sample_position is not None)
-            for i in items
+            BatchRow(item.token_ids, item.start, item.sample_position is not None) for item in items
         ]
         slots = [item.sequence.slot for item in items]
         inputs = self.build_batch(rows, self._block_table[slots], self.config.block_size)

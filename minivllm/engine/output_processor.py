@@ -321,12 +321,14 @@ class OutputProcessor:
                 self._owners[seq_id][0].add_prompt_logprobs(start, logprobs)
         for output in step.outputs:
             request, index = self._owners[output.seq_id]
-            self.num_generated_tokens += len(output.token_ids)
+            num_tokens = request.completions[index].settled[0]
             if request.metrics.first_token_time is None:
                 request.metrics.first_token_time = now
             stop_string = request.take(index, output)
             if stop_string is not None:
                 ended.append((output.seq_id, stop_string))
+            # A stop string may have ended it in the middle of what the step brought.
+            self.num_generated_tokens += request.completions[index].settled[0] - num_tokens
             is_finished = request.completions[index].settled[1] is not None
             if is_finished:
                 request.metrics.finished_time = now

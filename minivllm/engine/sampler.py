@@ -8,8 +8,10 @@ sampler knows of it is written once, when it is admitted.
 
 from __future__ import annotations
 
+import functools
 from collections import abc
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,8 @@ from minivllm.sampling_params import SamplingParams
 
 #: Parameters that `sample_by_temperature` obeys, or that do not bear on the choice of a token. A
 #: recorded graph samples for a sequence only if all its other parameters have their default values;
-#: so a parameter that nobody thought of here costs speed, and is never ignored.
+#: so a parameter that nobody thought of here costs speed, and is never ignored. There is no list of
+#: those others to keep: they are read off the parameters' class.
 FIT_FOR_GRAPHS = frozenset(
     {
         "n",
@@ -37,10 +40,31 @@ FIT_FOR_GRAPHS = frozenset(
         "output_kind",
         "prompt_logprobs",
         "truncate_prompt_tokens",
-        *("top_k", "top_p", "min_p"),  # these three: see `has_filter`
     }
 )
-_DEFAULTS = {f.name: f.default for f in fields(SamplingParams) if f.name not in FIT_FOR_GRAPHS}
+#: Fit for a graph where no row is filtered: a greedy row never is.
+_FILTERS = frozenset({"top_k", "top_p", "min_p"})
+
+
+@functools.cache
+def _defaults_in_graphs(params_cls: type) -> dict[str, Any]:
+    """The fields of a class of parameters that must have these values, their defaults, for a
+    recorded graph to sample.
+    """
+    unfit = [f for f in fields(params_cls) if f.name not in FIT_FOR_GRAPHS | _FILTERS]
+    # A field whose default is made anew for each object has none here; it counts as changed unless
+    # it equals what is made.
+    return {
+        f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in unfit
+    }
+
+
+def fits_graph(params: SamplingParams) -> bool:
+    """Whether `Sampler.sample_by_temperature` samples as these parameters ask."""
+    if params.has_filter and not params.is_greedy:
+        return False
+    defaults = _defaults_in_graphs(type(params))
+    return all(getattr(params, name) == default for name, default in defaults.items())
 
 
 @dataclass(frozen=True)
@@ -71,6 +95,11 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     to do.
     """
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _valid_ids(token_ids: torch.Tensor) -> torch.Tensor:
+    """`NOT_A_TOKEN` as a valid id, too; what stands there is used for nothing."""
+    return token_ids & 0xFFFFFFFF
 
 
 class LogitEdits:
@@ -153,7 +182,7 @@ class Sampler:
         self._seed = np.zeros(num_slots, np.int64)
         self._has_filter = np.zeros(num_slots, bool)
         self._has_penalty = np.zeros(num_slots, bool)
-        # whether the sequence asks for more than FIT_FOR_GRAPHS
+        # whether the sequence asks for more than a recorded graph can do
         self._needs_edit = np.zeros(num_slots, bool)
         self._edits: list[LogitEdits | None] = [None] * num_slots
         self._has_edits = np.zeros(num_slots, bool)
@@ -198,8 +227,8 @@ class Sampler:
         self._has_penalty[slot] = params.has_penalty
         self._edits[slot] = LogitEdits(seq, self.device) if LogitEdits.wanted_by(seq) else None
         self._has_edits[slot] = self._edits[slot] is not None
-        asks_more = any(getattr(params, name) != default for name, default in _DEFAULTS.items())
-        self._needs_edit[slot] = asks_more or self._has_filter[slot] or self._has_edits[slot]
+        # what the sequence itself brings (its bad words as tokens) counts besides its parameters
+        self._needs_edit[slot] = not fits_graph(params) or self._has_edits[slot]
         if params.has_penalty:
             self._admit_penalties(seq)
 
@@ -209,28 +238,51 @@ class Sampler:
         """logits: [R, V], one row an item. Returns token ids [R] int64, and log-probabilities if
         anyone asked.
         """
+        token_ids = self.sample(logits, items)
+        return token_ids, self.logprobs(logits, token_ids, items)
+
+    def sample(
+        self, logits: torch.Tensor, items: abc.Sequence[ScheduledSequence], number: int = 0
+    ) -> torch.Tensor:
+        """logits: [R, V], one row an item. Returns token ids [R] int64, and counts them as output
+        of their sequences.
+
+        number: of the token among those that the step samples for each item, from 0; the ones
+        before it have been sampled.
+        """
         slots = np.fromiter((item.sequence.slot for item in items), np.int64, count=len(items))
-        raw_logits = logits
-        logits = self._edit(logits, items, slots)
-        token_ids = self.kernels.sample(logits, **self._arguments(items, slots))
+        positions = np.zeros(len(items), np.int64)
+        if self._temperature[slots].any() or self._has_edits[slots].any():
+            positions[:] = [item.sample_position + number for item in items]
+        logits = self._edit(logits, items, slots, positions)
+        token_ids = self.kernels.sample(logits, **self._arguments(slots, positions))
         for row in np.flatnonzero(self._has_edits[slots]):
             if (bad_words := self._edits[slots[row]].bad_words) is not None:
                 bad_words.note(token_ids[row : row + 1])
+        if self._has_penalty[slots].any():
+            rows = np.flatnonzero(self._has_penalty[slots])
+            known = _valid_ids(token_ids[self._tensor(rows)])
+            self._output_counts[self._tensor(slots[rows]), known] += 1
+        return token_ids
+
+    def logprobs(
+        self,
+        logits: torch.Tensor,
+        token_ids: torch.Tensor,
+        items: abc.Sequence[ScheduledSequence],
+    ) -> TokenLogprobs | None:
+        """Of token_ids [R] under the raw logits [R, V], as many likeliest as any of items wants;
+        None if none does.
+        """
         wanted = [
             item.sequence.params.logprobs
             for item in items
             if item.sequence.params.logprobs is not None
         ]
-        if not wanted and not self._has_penalty[slots].any():
-            return token_ids, None
-        known = token_ids & 0xFFFFFFFF  # a valid index for `NOT_A_TOKEN`, too
-        if self._has_penalty[slots].any():
-            rows = np.flatnonzero(self._has_penalty[slots])
-            self._output_counts[self._tensor(slots[rows]), known[self._tensor(rows)]] += 1
-        return token_ids, token_logprobs(raw_logits, known, max(wanted)) if wanted else None
+        return token_logprobs(logits, _valid_ids(token_ids), max(wanted)) if wanted else None
 
     def _arguments(
-        self, items: abc.Sequence[ScheduledSequence], slots: np.ndarray
+        self, slots: np.ndarray, positions: np.ndarray
     ) -> dict[str, torch.Tensor | None]:
         """Keyword arguments of the kernel; None for what no row asks for, so that nothing is
         computed for it.
@@ -240,9 +292,6 @@ class Sampler:
         if not temperature.any():
             return dict.fromkeys(names)
         filtered = self._has_filter[slots].any()
-        positions = np.fromiter(
-            (item.sample_position for item in items), np.int64, count=len(items)
-        )
         filters = (
             (self._top_k[slots], self._top_p[slots], self._min_p[slots])
             if filtered
@@ -254,13 +303,17 @@ class Sampler:
         }
 
     def _edit(
-        self, logits: torch.Tensor, items: abc.Sequence[ScheduledSequence], slots: np.ndarray
+        self,
+        logits: torch.Tensor,
+        items: abc.Sequence[ScheduledSequence],
+        slots: np.ndarray,
+        positions: np.ndarray,
     ) -> torch.Tensor:
         """Apply what the rows ask for; a copy in float32 if any does, else logits itself."""
         edited = None
         for row in np.flatnonzero(self._has_edits[slots]):
             edited = logits.float().clone() if edited is None else edited
-            num_output_tokens = items[row].sample_position - items[row].sequence.num_prompt_tokens
+            num_output_tokens = positions[row] - items[row].sequence.num_prompt_tokens
             self._edits[slots[row]].apply(edited[row], num_output_tokens)
         if self._has_penalty[slots].any():
             edited = logits.float().clone() if edited is None else edited

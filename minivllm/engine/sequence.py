@@ -3,9 +3,11 @@ Python.
 
 One idea carries the engine: a sequence has `num_computed_tokens`, and each step computes some more
 of its tokens. Decode is the case of one token; a prefix-cache hit starts the count above 0;
-preemption sets it back to 0. Taught in notebooks/05_scheduler.ipynb."""
+preemption sets it back to 0; proposals of speculative decoding raise it by several, and those that
+the step rejects lower it again. Taught in notebooks/05_scheduler.ipynb."""
 
 import enum
+from collections import abc
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -39,6 +41,8 @@ class Sequence:
     request_id: str = ""  # whose it is, for traces
     index: int = 0  # which of the request's completions
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that the output may not complete
+    #: What else must be equal for two sequences to share cached blocks: the request's cache_salt.
+    extra_keys: tuple[str, ...] = ()
 
     status: SequenceStatus = SequenceStatus.WAITING
     num_prompt_tokens: int = 0  # 0: all of token_ids
@@ -47,6 +51,10 @@ class Sequence:
     #: of these, how many the prefix cache supplied when the sequence was last admitted
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    #: Guesses at the tokens that follow, for the next step to verify; see `Scheduler.propose`.
+    proposed_token_ids: list[int] = field(default_factory=list)
+    #: `SchedulerStats.num_steps` at the last step that computes some of it; 0: none yet.
+    last_step: int = 0
     block_table: list[int] = field(default_factory=list)
     #: Chained hashes of the full blocks of known tokens; grown by the block manager, kept across
     #: preemptions.
@@ -77,10 +85,15 @@ class Sequence:
     @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens left to compute now; 0 once the last token it may have is planned, for nothing
-        follows that one.
+        follows that one, and 0 while a step verifies proposals, for nobody knows what follows them.
         """
         num_tokens = self.num_tokens
-        return 0 if num_tokens >= self.max_num_tokens else num_tokens - self.num_computed_tokens
+        if num_tokens >= self.max_num_tokens:
+            return 0
+        # Below 0 while several proposals are verified: they count as computed, and are no tokens
+        # of the sequence.
+        num_left = num_tokens - self.num_computed_tokens
+        return num_left if num_left > 0 else 0
 
     @property
     def is_finished(self) -> bool:
@@ -95,19 +108,50 @@ class Sequence:
 
 @dataclass(eq=False, slots=True)
 class ScheduledSequence:
-    """One sequence's part in a step: compute `num_new_tokens` tokens from position `start` on."""
+    """One sequence's part in a step: compute `num_new_tokens` tokens from position `start` on.
+
+    With k proposals the last k of these are the proposals, and the step samples k + 1 tokens: the
+    one behind the last known token, and one behind each proposal.
+    """
 
     sequence: Sequence
     start: int
     num_new_tokens: int
-    #: of the token this step samples; None where a prompt is still incomplete
+    #: of the first token this step samples; None where a prompt is still incomplete
     sample_position: int | None
-    #: `num_preemptions` when planned: results that come after a preemption leave the blocks alone
-    generation: int
+    #: The sequence's when this was planned: results that come after another preemption leave the
+    #: blocks alone.
+    num_preemptions: int
+    #: Guesses at the tokens from `sample_position` on, which the step computes and verifies.
+    proposed_token_ids: abc.Sequence[int] = ()
+    #: What the step gave the sequence; set by `SchedulerBase.update`.
+    new_token_ids: abc.Sequence[int] = ()
 
     @property
     def end(self) -> int:
         return self.start + self.num_new_tokens
+
+    @property
+    def sample_positions(self) -> range:
+        """Positions of the tokens that the step samples; all but the first hold only if the
+        proposals before them are right.
+        """
+        first = self.sample_position
+        if first is None:
+            return range(0)
+        return range(first, first + len(self.proposed_token_ids) + 1)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens that this part computes [num_new_tokens]; the last is PENDING where only the
+        device knows it.
+        """
+        if not self.proposed_token_ids:
+            return self.sequence.token_ids[self.start : self.end]
+        return [
+            *self.sequence.token_ids[self.start : self.sample_position],
+            *self.proposed_token_ids,
+        ]
 
 
 @dataclass(eq=False, slots=True)
@@ -121,6 +165,9 @@ class ScheduledBatch:
     #: Hashes of the prompt blocks that this step computes: nobody may read them yet, and nobody
     #: need compute them too.
     block_hashes: set[int] = field(default_factory=set)
+    has_prompts: bool = False
+    has_decodes: bool = False
+    has_proposals: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -128,7 +175,7 @@ class ScheduledBatch:
 
     @property
     def sampled(self) -> list[ScheduledSequence]:
-        """The items that yield a token, in order."""
+        """The items that yield tokens, in order."""
         return [item for item in self.items if item.sample_position is not None]
 
     def __bool__(self) -> bool:
@@ -141,6 +188,7 @@ def max_steps(requests: Iterable[tuple[int, int]]) -> int:
     The oldest unfinished request gets at least one token in every step and is never preempted, so
     it ends within prompt + output steps; then the next is the oldest. Two more steps a request
     cover a step of waiting for a block that another request computes, and results that arrive one
-    step late.
+    step late. (With proposals and results one step late, twice as many: a sequence rests while its
+    proposals are verified.)
     """
     return sum(prompt + output + 2 for prompt, output in requests)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from minivllm.engine.scheduler import Scheduler
+from minivllm.engine.scheduler import SchedulerBase
 from minivllm.engine.sequence import ScheduledBatch, Sequence
 from minivllm.errors import MiniVLLMError
 from minivllm.files import reason, write_atomically
@@ -194,7 +194,7 @@ def label(seq: Sequence) -> str:
 
 
 def record_step(
-    trace: Trace, batch: ScheduledBatch, scheduler: Scheduler, start_time: float
+    trace: Trace, batch: ScheduledBatch, scheduler: SchedulerBase, start_time: float
 ) -> StepRecord:
     """Append the record of a step that has just been planned. start_time: seconds since the trace
     began.

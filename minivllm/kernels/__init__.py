@@ -5,11 +5,16 @@ function, a Triton kernel and the torch reference are interchangeable, and two e
 different kernels can live side by side in one process. To try your own RMSNorm:
 ``LLM(kernels=dataclasses.replace(Kernels.reference(), rms_norm=mine))``.
 
-One file an operation; each holds the formula, its cost, the kernel, its launcher and the reference.
+One file per operation. Each holds, from top to bottom: the formula and its cost, the reference, the
+kernel and its launcher. cpu.py holds what is faster than the references on a CPU.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor
 
 from minivllm.kernels import (
     activation,
@@ -20,8 +25,19 @@ from minivllm.kernels import (
     paged_attention,
     rotary,
 )
+from minivllm.kernels import cpu as cpu_kernels
 from minivllm.kernels import linear as linear_kernels
 from minivllm.kernels import sampling as sampling_kernels
+from minivllm.kernels.rotary import NormRope
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What an implementation does in one launch where `Kernels` has two operations."""
+
+    #: qk_norm_rope and store_kv; as `Kernels.qk_norm_rope_store`
+    qk_norm_rope_store: Callable
+    merge_attention: Callable  # with a third argument, the dtype of the result
 
 
 @dataclass(frozen=True)
@@ -31,9 +47,13 @@ class Kernels:
     Shapes: T tokens of the step, B sequences, H query heads, KH key/value heads, D head_dim, V
     vocabulary. Caches are ``[num_blocks, KH, block_size, D]``. Prefill is attention of any number
     of new tokens, decode of one.
+
+    fused: what is done in fewer launches than operation by operation. `dataclasses.replace` drops
+    it, so that the operation that you put in place of another is called. To keep it, where the
+    replaced one is no part of it: ``replace(k, rms_norm=mine, fused=k.fused_operations)``.
     """
 
-    name: str
+    name: str  # for reports; nothing depends on it
     #: (query [T, H, D], caches, block_table, query_start_loc, seq_lens, ...) -> [T, H, D]
     prefill_attention: Callable
     #: (query [B, H, D], caches, block_table, seq_lens, ..., merge_attention) -> [B, H, D]
@@ -49,17 +69,41 @@ class Kernels:
     silu_mul: Callable  # (gate_up [T, 2N]) -> [T, N]
     #: (logits [B, V], temperature, top_k, top_p, min_p, seeds, positions) -> token ids [B]
     sample: Callable
-    #: qk_norm_rope and store_kv in one launch; None where they are called one after the other.
-    qk_norm_rope_store: Callable | None = None
+    #: Whether no operation waits for the host, so that a CUDA graph can record them.
+    can_be_recorded: bool = False
+    fused: InitVar[Fused | None] = None
+    fused_operations: Fused | None = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        parts = (self.qk_norm_rope, self.store_kv)
-        if self.qk_norm_rope_store is rotary.qk_norm_rope_store and parts != (
-            rotary.qk_norm_rope,
-            kv_cache.store_kv,
-        ):
-            # a part was replaced, and must be called
-            object.__setattr__(self, "qk_norm_rope_store", None)
+    def __post_init__(self, fused: Fused | None) -> None:
+        object.__setattr__(self, "fused_operations", fused)
+
+    def qk_norm_rope_store(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        given: NormRope,
+        cache: tuple[Tensor, Tensor],
+        slot_mapping: Tensor,
+    ) -> Tensor:
+        """`qk_norm_rope`, then `store_kv` of the keys and of value -> query. cache: k_cache and
+        v_cache.
+        """
+        if self.fused_operations is not None:
+            return self.fused_operations.qk_norm_rope_store(
+                query, key, value, given, cache, slot_mapping
+            )
+        query, key = self.qk_norm_rope(query, key, *given)
+        self.store_kv(key, value, *cache, slot_mapping)
+        return query
+
+    def merge_into(self, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+        """`merge_attention` for a decode_attention that returns dtype: of that dtype where it costs
+        nothing, else float32.
+        """
+        if self.fused_operations is not None:
+            return partial(self.fused_operations.merge_attention, dtype=dtype)
+        return self.merge_attention
 
     @staticmethod
     def reference() -> "Kernels":
@@ -79,6 +123,20 @@ class Kernels:
         )
 
     @staticmethod
+    def cpu(onednn: frozenset[cpu_kernels.Shape] = frozenset()) -> "Kernels":
+        """What is fastest in torch on a CPU. onednn: the shapes of weight that oneDNN multiplies
+        (`cpu.choose_onednn`).
+        """
+        return replace(
+            Kernels.reference(),
+            name="cpu",
+            decode_attention=cpu_kernels.decode_attention,
+            store_kv=cpu_kernels.store_kv,
+            qk_norm_rope=cpu_kernels.qk_norm_rope,
+            linear=partial(cpu_kernels.linear, onednn=onednn),
+        )
+
+    @staticmethod
     def triton() -> "Kernels":
         """Triton kernels: compiled on a GPU, interpreted on a CPU when ``TRITON_INTERPRET=1``
         (float32 only).
@@ -95,5 +153,6 @@ class Kernels:
             linear=linear_kernels.linear,
             silu_mul=activation.silu_mul,
             sample=sampling_kernels.sample,
-            qk_norm_rope_store=rotary.qk_norm_rope_store,
+            can_be_recorded=True,
+            fused=Fused(rotary.qk_norm_rope_store, online_softmax.merge_attention),
         )

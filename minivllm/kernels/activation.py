@@ -1,14 +1,22 @@
 """SwiGLU's elementwise half: ``silu(gate) · up`` with ``silu(z) = z / (1 + exp(-z))`` (Shazeer
 2020, arXiv:2002.05202).
 
-One matmul gives gate and up side by side, ``[T, 2N]``; the kernel reads both halves of a row and
-writes one. Cost with e bytes a number: 3·T·N·e bytes against some 5·T·N FLOPs: bandwidth. Eager
-torch writes silu(gate) and reads it again, 5·T·N·e. Taught in notebooks/06_qwen3.ipynb."""
+One matrix product gives gate and up side by side, ``[T, 2N]``. The kernel reads both halves of a
+row and writes one. Cost with e bytes per number: 3·T·N·e bytes against about 5·T·N FLOPs, so
+bandwidth is the floor. Eager torch writes silu(gate) and reads it again: 5·T·N·e bytes. Taught in
+notebooks/06_qwen3.ipynb.
+"""
 
 import torch
 import torch.nn.functional as F
 
 from minivllm.kernels._triton import check_rows, tl, triton
+
+
+def silu_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:
+    """``[T, 2N] -> [T, N]`` in gate_up.dtype."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
 
 
 @triton.jit
@@ -41,8 +49,3 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
         grid = (rows, triton.cdiv(width // 2, block))
         _silu_mul_kernel[grid](out, gate_up, gate_up.stride(0), width // 2, BLOCK=block)
     return out
-
-
-def silu_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)

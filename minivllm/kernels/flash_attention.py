@@ -5,18 +5,18 @@ arXiv:2307.08691).
 ``out = softmax(scale · q Kᵀ + mask) V``. A program takes BLOCK_M queries of one head of one
 sequence and walks along the keys by tiles of BLOCK_N with a running maximum, sum and output
 (`online_softmax`). The mask is aligned to the END: query i of q_len sits at position
-``context - q_len + i`` and sees the keys up to there; so a whole prompt, a chunk of one and the
+``context - q_len + i`` and sees the keys up to there. So a whole prompt, a chunk of one and the
 rest after a prefix hit are one case. Keys below every query of the tile need no mask, keys above
 all of them are never visited, and only the tiles on the diagonal are masked.
 ``exp(x) = exp2(x · log2 e)``, the constant folded into scale. Taught in
 notebooks/02_flash_attention.ipynb.
 
-Cost of a prompt of n tokens, a head: 4·D·n²/2 FLOPs (two matmuls, half of each above the diagonal)
-against 4·n·D numbers, so arithmetic is the floor from a few hundred tokens on: 16 heads of 128, n =
-4096: 69 GFLOP, 0.1 ms at 680 TFLOP/s. An H200 reached (cuDNN): 16 x 1024 311 TFLOP/s (403), 4 x
-4096 417 (507), 1 x 16384 462 (561). What paid: the tiles and stages of `_tiles`, equal offsets in
-every tile (`cache_rows`: 313 to 328), for short prompts at most 168 registers (64 x 256: 146 to
-168). What did not: tensor descriptors (+1 to 3 %), loads without the mask of columns.
+Cost of a prompt of n tokens, per head: 4·D·n²/2 FLOPs (two matrix products, half of each above the
+diagonal) against 4·n·D numbers. Arithmetic is the floor from a few hundred tokens on: 16 heads of
+128 and n = 4096 are 69 GFLOP, 0.1 ms at 680 TFLOP/s. An H200 reached (cuDNN): 16 x 1024 311 TFLOP/s
+(403), 4 x 4096 417 (507), 1 x 16384 462 (561). What paid: the tiles and stages of `_tiles`, equal
+offsets in every tile (`cache_rows`: 313 to 328), for short prompts at most 168 registers (64 x 256:
+146 to 168). What did not: tensor descriptors (+1 to 3 %), loads without the mask of columns.
 """
 
 import math
@@ -25,6 +25,59 @@ import torch
 
 from minivllm.kernels._triton import tl, triton
 from minivllm.kernels.kv_cache import cache_rows, check_attention
+
+
+def prefill_attention_reference(
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    *,
+    max_query_len: int,
+    max_seq_len: int,
+) -> torch.Tensor:
+    """As `prefill_attention`, for any block_size: one sequence after the other."""
+    num_kv_heads, block_size, dim = k_cache.shape[1:]
+    group = query.shape[1] // num_kv_heads
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    starts = query_start_loc.tolist()
+    for i, context in enumerate(seq_lens.tolist()):
+        first, last = starts[i], starts[i + 1]
+        blocks = block_table[i, : -(-context // block_size)]
+        key = (
+            k_cache.index_select(0, blocks)
+            .transpose(0, 1)
+            .reshape(num_kv_heads, -1, dim)[:, :context]
+            .float()
+        )
+        value = (
+            v_cache.index_select(0, blocks)
+            .transpose(0, 1)
+            .reshape(num_kv_heads, -1, dim)[:, :context]
+            .float()
+        )
+        # The query heads that share a KV head stand below each other: [KH, q_len · group, D].
+        rows = (
+            query[first:last]
+            .unflatten(1, (num_kv_heads, group))
+            .transpose(0, 1)
+            .flatten(1, 2)
+            .float()
+        )
+        scores = (
+            torch.matmul(rows, key.transpose(1, 2)).mul_(scale).unflatten(1, (last - first, group))
+        )
+        # aligned to the END
+        positions = torch.arange(context - (last - first), context, device=query.device)
+        hidden = (torch.arange(context, device=query.device) > positions.unsqueeze(1)).unsqueeze(1)
+        weights = scores.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
+        weights = weights.masked_fill_(hidden, 0.0)  # a row that sees no key: 0, not NaN
+        attended = torch.matmul(weights.flatten(1, 2), value).unflatten(1, (last - first, group))
+        out[first:last] = attended.transpose(0, 1).flatten(1, 2)
+    return out
 
 
 @triton.jit
@@ -67,7 +120,7 @@ def _attend_tile(
     if MASKED:  # a row that has seen no key yet: -inf - -inf would be NaN
         finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
     rescale = tl.exp2(row_max - finite_max)
-    weights = tl.exp2(scores * scale_log2 - finite_max[:, None])  # one fused multiply-add a score
+    weights = tl.exp2(scores * scale_log2 - finite_max[:, None])  # one fused multiply-add per score
     row_sum = row_sum * rescale + tl.sum(weights, axis=1)
     value = tl.load(v_cache_ptr + base + offsets, mask=inside, other=0.0)
     acc = tl.dot(weights.to(value.dtype), value, acc * rescale[:, None], input_precision="ieee")
@@ -232,56 +285,4 @@ def prefill_attention(
             num_warps=warps,
             num_stages=stages,
         )
-    return out
-
-
-def prefill_attention_reference(
-    query: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    scale: float,
-    *,
-    max_query_len: int,
-    max_seq_len: int,
-) -> torch.Tensor:
-    num_kv_heads, block_size, dim = k_cache.shape[1:]
-    group = query.shape[1] // num_kv_heads
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    starts = query_start_loc.tolist()
-    for i, context in enumerate(seq_lens.tolist()):
-        first, last = starts[i], starts[i + 1]
-        blocks = block_table[i, : -(-context // block_size)]
-        key = (
-            k_cache.index_select(0, blocks)
-            .transpose(0, 1)
-            .reshape(num_kv_heads, -1, dim)[:, :context]
-            .float()
-        )
-        value = (
-            v_cache.index_select(0, blocks)
-            .transpose(0, 1)
-            .reshape(num_kv_heads, -1, dim)[:, :context]
-            .float()
-        )
-        # The query heads that share a KV head stand below each other: [KH, q_len · group, D].
-        rows = (
-            query[first:last]
-            .unflatten(1, (num_kv_heads, group))
-            .transpose(0, 1)
-            .flatten(1, 2)
-            .float()
-        )
-        scores = (
-            torch.matmul(rows, key.transpose(1, 2)).mul_(scale).unflatten(1, (last - first, group))
-        )
-        # aligned to the END
-        positions = torch.arange(context - (last - first), context, device=query.device)
-        hidden = (torch.arange(context, device=query.device) > positions.unsqueeze(1)).unsqueeze(1)
-        weights = scores.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
-        weights = weights.masked_fill_(hidden, 0.0)  # a row that sees no key: 0, not NaN
-        attended = torch.matmul(weights.flatten(1, 2), value).unflatten(1, (last - first, group))
-        out[first:last] = attended.transpose(0, 1).flatten(1, 2)
     return out

@@ -2,67 +2,32 @@
 how they get there.
 
 A cache is ``[num_blocks, KH, block_size, D]``. Token p of a sequence lies in block
-``block_table[p // block_size]`` at offset ``p % block_size``; its *slot* is
-``block · block_size + offset``. Heads come before offsets, so that what one attention program reads
-of a block, one head's ``[block_size, D]``, is one contiguous piece.
+``block_table[p // block_size]`` at offset ``p % block_size``. Its *slot* is
+``block · block_size + offset``. Heads come before offsets: what one attention program reads of a
+block, one head's ``[block_size, D]``, is one contiguous piece.
 
-Cost of storing with e bytes a number: 4·T·KH·D·e bytes (K and V, read and written), no arithmetic:
-bandwidth. A token of Qwen3-0.6B's shape in bf16 is 4 kB a layer. Taught in
-notebooks/03_paged_kv_cache.ipynb."""
+Cost of storing with e bytes per number: 4·T·KH·D·e bytes (K and V, read and written) and no
+arithmetic, so bandwidth is the floor. A token of Qwen3-0.6B's shape in bf16 is 4 kB per layer.
+Taught in notebooks/03_paged_kv_cache.ipynb.
+"""
 
-import torch
 from torch import Tensor
 
 from minivllm.kernels._triton import check_rows, tl, triton
 
 
-@triton.jit
-def cache_rows(
-    table_ptr,
-    first,
-    context,
-    kv_head,
-    KH: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Where in a cache the rows of tokens first ... first + BLOCK_N - 1 begin: a base, and offsets
-    [BLOCK_N] from it.
-
-    first is a multiple of BLOCK_N. The table's entries beyond the context are never read: they may
-    be anything.
+def store_kv_reference(
+    key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """Write key, value ``[T, KH, D]`` to the slots slot_mapping ``[T]`` int64 of the caches; -1
+    writes nowhere.
     """
-    if (
-        BLOCK_SIZE % BLOCK_N == 0
-    ):  # the tile lies within one block: one look-up, and every tile has the same offsets
-        block = tl.load(table_ptr + first // BLOCK_SIZE).to(tl.int64)
-        base = ((block * KH + kv_head) * BLOCK_SIZE + first % BLOCK_SIZE) * D
-        offsets = tl.arange(0, BLOCK_N) * D
-    else:
-        tokens = first + tl.arange(0, BLOCK_N)
-        block = tl.load(table_ptr + tokens // BLOCK_SIZE, mask=tokens < context, other=0).to(
-            tl.int64
-        )
-        base = kv_head.to(tl.int64) * BLOCK_SIZE * D
-        offsets = (block * KH * BLOCK_SIZE + tokens % BLOCK_SIZE) * D
-    return base, offsets
-
-
-def check_attention(name: str, query: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor):
-    """What both attention kernels ask of their inputs; ValueError otherwise."""
-    check_rows(name, query, table)
-    heads, num_kv_heads, block_size = query.shape[1], k_cache.shape[1], k_cache.shape[2]
-    if heads % num_kv_heads:
-        raise ValueError(f"{name}: {heads} query heads cannot share {num_kv_heads} KV heads evenly")
-    if block_size < 16 or block_size & (block_size - 1):
-        raise ValueError(f"{name}: block_size must be a power of two from 16 up, got {block_size}")
-    if not (
-        k_cache.is_contiguous()
-        and v_cache.is_contiguous()
-        and query.dtype == k_cache.dtype == v_cache.dtype
-    ):
-        raise ValueError(f"{name}: needs contiguous caches of the query's dtype, {query.dtype}")
+    block_size = k_cache.shape[2]
+    wanted = slot_mapping >= 0
+    slots = slot_mapping[wanted]
+    blocks, offsets = slots // block_size, slots % block_size
+    k_cache[blocks, :, offsets] = key[wanted]
+    v_cache[blocks, :, offsets] = value[wanted]
 
 
 @triton.jit
@@ -79,7 +44,7 @@ def _store_kv_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a token moves all KH·D numbers of its key and its value."""
+    """One program per token moves all KH·D numbers of its key and its value."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping_ptr + token)
     index = tl.arange(0, BLOCK)
@@ -129,16 +94,53 @@ def store_kv(
         )
 
 
-def store_kv_reference(
-    key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
-) -> None:
-    _, num_kv_heads, block_size, dim = k_cache.shape
-    wanted = slot_mapping >= 0
-    if not wanted.all():
-        slot_mapping, key, value = slot_mapping[wanted], key[wanted], value[wanted]
-    first = slot_mapping // block_size * (num_kv_heads * block_size) + slot_mapping % block_size
-    rows = (
-        first.unsqueeze(1) + torch.arange(num_kv_heads, device=key.device) * block_size
-    ).flatten()  # [T · KH]
-    k_cache.view(-1, dim).index_copy_(0, rows, key.reshape(-1, dim))
-    v_cache.view(-1, dim).index_copy_(0, rows, value.reshape(-1, dim))
+# --- what both attention kernels use ------------------------------------------------------------
+
+
+@triton.jit
+def cache_rows(
+    table_ptr,
+    first,
+    context,
+    kv_head,
+    KH: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Where in a cache the rows of tokens first ... first + BLOCK_N - 1 begin: a base, and offsets
+    [BLOCK_N] from it.
+
+    first is a multiple of BLOCK_N. The table's entries beyond the context are never read: they may
+    be anything.
+    """
+    if (
+        BLOCK_SIZE % BLOCK_N == 0
+    ):  # the tile lies within one block: one look-up, and every tile has the same offsets
+        block = tl.load(table_ptr + first // BLOCK_SIZE).to(tl.int64)
+        base = ((block * KH + kv_head) * BLOCK_SIZE + first % BLOCK_SIZE) * D
+        offsets = tl.arange(0, BLOCK_N) * D
+    else:
+        tokens = first + tl.arange(0, BLOCK_N)
+        block = tl.load(table_ptr + tokens // BLOCK_SIZE, mask=tokens < context, other=0).to(
+            tl.int64
+        )
+        base = kv_head.to(tl.int64) * BLOCK_SIZE * D
+        offsets = (block * KH * BLOCK_SIZE + tokens % BLOCK_SIZE) * D
+    return base, offsets
+
+
+def check_attention(name: str, query: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor):
+    """What both attention kernels ask of their inputs; ValueError otherwise."""
+    check_rows(name, query, table)
+    heads, num_kv_heads, block_size = query.shape[1], k_cache.shape[1], k_cache.shape[2]
+    if heads % num_kv_heads:
+        raise ValueError(f"{name}: {heads} query heads cannot share {num_kv_heads} KV heads evenly")
+    if block_size < 16 or block_size & (block_size - 1):
+        raise ValueError(f"{name}: block_size must be a power of two from 16 up, got {block_size}")
+    if not (
+        k_cache.is_contiguous()
+        and v_cache.is_contiguous()
+        and query.dtype == k_cache.dtype == v_cache.dtype
+    ):
+        raise ValueError(f"{name}: needs contiguous caches of the query's dtype, {query.dtype}")

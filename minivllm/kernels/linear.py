@@ -1,19 +1,18 @@
-"""A linear layer, ``x Wᵀ + b``: cuBLAS's matrix product, except for the few rows of x that one
-request's decode has.
+"""A linear layer, ``x Wᵀ + b``: cuBLAS's matrix product, except where x has few rows, as in the
+decode of one request.
 
-Cost of x [T, K] and W [N, K] with e bytes a number: N·K·e bytes of weights (x and the result are
+Cost of x [T, K] and W [N, K] with e bytes per number: N·K·e bytes of weights (x and the result are
 small) against 2·T·N·K FLOPs. For few rows bandwidth is the floor: 4096 x 1024 in bf16 is 8.4 MB,
-1.9 µs at 4.4 TB/s. A matrix product is cut into tiles for the tensor cores, and at T = 1 the narrow
-ones (o_proj, down_proj) leave most of the GPU idle. Here every program takes a few rows of W
-instead and reads them once, in order. On an H200, T = 1, µs (cuBLAS / this): 4096 x 1024 5.3 / 4.2,
-1024 x 2048 12.8 / 3.3, 6144 x 1024 5.9 / 5.2, 1024 x 3072 6.6 / 4.2, 151936 x 1024 77 / 71. T = 4:
-1024 x 2048 8.3 / 4.6, but 4096 x 1024 5.3 / 5.5: each row of x reads W again, from the L2 cache.
-Tried: all rows in one program, slower from T = 2 (registers); `tl.dot`, from 9 % ahead of cuBLAS (T
-= 64) to 21 % behind it (T = 256).
-"""
+1.9 µs at 4.4 TB/s.
 
-from bisect import bisect_left
-from pathlib import Path
+cuBLAS cuts a product into tiles for the tensor cores. At T = 1 a narrow one (o_proj, down_proj) has
+few tiles, and most of the GPU is idle. Here every program takes a few rows of W instead and reads
+them once, in order. Reached on an H200 with T = 1, in µs (cuBLAS / this): 4096 x 1024 5.3 / 4.2,
+1024 x 2048 12.8 / 3.3, 6144 x 1024 5.9 / 5.2, 1024 x 3072 6.6 / 4.2, 151936 x 1024 77 / 71. With
+T = 4: 1024 x 2048 8.3 / 4.6, but 4096 x 1024 5.3 / 5.5: each row of x reads W again, from the L2
+cache. Tried: all rows of x in one program, slower from T = 2 on (registers); `tl.dot`, 9 % faster
+than cuBLAS at T = 64 and 21 % slower at T = 256.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -22,40 +21,13 @@ from minivllm.kernels._triton import check_rows, tl, triton
 
 #: T and N up to which a product of several rows is one for the kernel.
 MAX_ROWS, MAX_FEATURES = 4, 2048
-CPUINFO = Path("/proc/cpuinfo")
 
 
-def prefers_onednn(cpuinfo: str) -> bool:
-    """Whether oneDNN multiplies float32 faster than MKL, torch's choice, on the CPU of this
-    /proc/cpuinfo.
-
-    MKL does not use AMD's AVX-512. The bundled model's shapes, one thread, µs for 1 and for 32
-    rows:
-
-    - EPYC with AVX-512: MKL 92 and 936, oneDNN 114 and 534.
-    - EPYC with AVX2 only: MKL 232 and 1421, oneDNN 404 and 1611. They are equal from 200 rows on.
-    - Xeon with AVX-512: MKL 318 and 1311, oneDNN 411 and 1682.
-
-    This is a rule, not a measurement, because all ranks of an engine must decide alike: each
-    samples for itself, and the two libraries differ in the last bits.
-    """
-    return "AuthenticAMD" in cpuinfo and "avx512f" in cpuinfo
-
-
-_cpuinfo = CPUINFO.read_text() if CPUINFO.exists() else ""
-PREFERS_ONEDNN = torch.backends.mkldnn.is_available() and prefers_onednn(_cpuinfo)
-#: The only numbers of rows that oneDNN is asked for. For each pair of a number of rows and a
-#: weight's shape it compiles a program of 0.6 MB and keeps it, up to 1,024 of them. A batch's
-#: number of rows differs from step to step, so memory would grow by 700 MB; with this list, by 27
-#: MB a shape.
-ONEDNN_ROWS = (
-    *range(4, 64, 4),
-    *range(64, 128, 8),
-    *range(128, 256, 16),
-    *range(256, 512, 32),
-    *range(512, 1024, 128),
-    *range(1024, 2049, 256),
-)
+def linear_reference(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x ``[T, K]``, weight ``[N, K]``, bias ``[N]`` or None -> ``[T, N]`` in x.dtype."""
+    return F.linear(x, weight, bias)
 
 
 @triton.jit
@@ -119,28 +91,3 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         num_warps=8,
     )
     return out
-
-
-def linear_reference(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    if PREFERS_ONEDNN and len(x) > 2 and x.device.type == "cpu" and x.dtype == torch.float32:
-        return _onednn(x, weight, bias)
-    return F.linear(x, weight, bias)
-
-
-def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """One product of the next number in `ONEDNN_ROWS`: x is padded with zeros, and the result
-    cut.
-    """
-    rows, most = len(x), ONEDNN_ROWS[-1]
-    if rows > most:
-        out = x.new_empty(rows, len(weight))
-        for part, piece in zip(out.split(most), x.split(most), strict=True):
-            part.copy_(_onednn(piece, weight, bias))
-        return out
-    missing = ONEDNN_ROWS[bisect_left(ONEDNN_ROWS, rows)] - rows
-    if missing:
-        x = F.pad(x, (0, 0, 0, missing))
-    # As torch.compile calls oneDNN.
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")[:rows]

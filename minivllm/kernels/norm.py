@@ -4,15 +4,31 @@ and with a residual.
 Rounding follows transformers' `Qwen3RMSNorm`: statistics and division in float32, back to x.dtype,
 then the weight.
 
-Cost of [T, N] with e bytes a number: 2·T·N·e bytes (4·T·N·e with the residual: two reads, two
-writes) against about 4·T·N FLOPs. Under one FLOP a byte, so bandwidth is the floor: 256 x 1024 in
-bf16 is 1 MB, 0.24 µs at 4.4 TB/s, far less than the launch. Fusing pays because each of the five
-eager operations reads and writes those bytes again. Taught in notebooks/06_qwen3.ipynb."""
+Cost of [T, N] with e bytes per number: 2·T·N·e bytes (4·T·N·e with the residual: two reads, two
+writes) against about 4·T·N FLOPs. That is less than one FLOP per byte, so bandwidth is the floor:
+256 x 1024 in bf16 is 1 MB, 0.24 µs at 4.4 TB/s, far less than the launch. Fusing pays because each
+of the five eager operations reads and writes those bytes again. Taught in
+notebooks/06_qwen3.ipynb.
+"""
 
 import torch
 from torch import Tensor
 
 from minivllm.kernels._triton import check_rows, tl, triton
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x ``[..., N]``, weight ``[N]`` -> ``[..., N]`` in x.dtype."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype).mul_(weight)
+
+
+def add_rms_norm_reference(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """``(rms_norm(x + residual), x + residual)``, each ``[..., N]`` in x.dtype."""
+    total = x + residual
+    return rms_norm_reference(total, weight, eps), total
 
 
 @triton.jit
@@ -29,7 +45,7 @@ def _rms_norm_kernel(
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    """One program a row; the row fits into registers, so x is read once."""
+    """One program per row; the row fits into registers, so x is read once."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < N
@@ -83,15 +99,3 @@ def _launch(
             num_warps=8 if block > 2048 else 4,
         )
     return out, total
-
-
-def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype).mul_(weight)
-
-
-def add_rms_norm_reference(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    total = x + residual
-    return rms_norm_reference(total, weight, eps), total

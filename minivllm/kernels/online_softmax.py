@@ -1,25 +1,32 @@
 """Softmax in one pass, and the merging of softmaxes computed apart (Milakov & Gimelshein 2018,
 arXiv:1805.02867).
 
-Going through a row tile by tile, keep the maximum m so far and the sum l of ``exp(x - m)``. A tile
+Go through a row tile by tile, and keep the maximum m so far and the sum l of ``exp(x - m)``. A tile
 with maximum m' gives ``M = max(m, m')`` and ``l <- l·exp(m - M) + sum(exp(tile - M))``: what was
 summed under the old maximum is rescaled, never summed again. FlashAttention rescales its output by
-the same factor, and split-KV decoding needs it once more: the parts of a context give (out_s,
-lse_s) with ``lse = m + log(l)``, and then ``out = sum(exp(lse_s - LSE)·out_s)`` with
+the same factor. Split-KV decoding needs it once more: the parts of a context give (out_s, lse_s)
+with ``lse = m + log(l)``, and then ``out = sum(exp(lse_s - LSE)·out_s)`` with
 ``LSE = logsumexp(lse_s)``. Taught in notebooks/01_online_softmax.ipynb.
 
-Cost of softmax over [T, N], e bytes a number: 3·T·N·e bytes (two reads, one write; maximum, sum and
-result each in a pass of their own read thrice) against some 5·T·N FLOPs: bandwidth. Merging reads
-4·S·B·H·(D + 1) bytes and writes 4·B·H·D."""
+Cost of softmax over [T, N] with e bytes per number: 3·T·N·e bytes (two reads, one write) against
+about 5·T·N FLOPs, so bandwidth is the floor. With a pass each for maximum, sum and result, a row is
+read three times. Merging reads 4·S·B·H·(D + 1) bytes and writes 4·B·H·D.
+"""
 
 import torch
 
 from minivllm.kernels._triton import check_rows, tl, triton
 
 
+def softmax_reference(x: torch.Tensor) -> torch.Tensor:
+    """``[T, N] -> [T, N]`` in x.dtype, computed in float32."""
+    weights = torch.exp(x.float() - x.float().amax(dim=-1, keepdim=True))
+    return (weights / weights.sum(dim=-1, keepdim=True)).to(x.dtype)
+
+
 @triton.jit
 def _softmax_kernel(out_ptr, x_ptr, row_stride, N, BLOCK: tl.constexpr):
-    """One program a row: a pass for maximum and sum together, a pass to write."""
+    """One program per row: one pass for maximum and sum together, one to write."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     row_max = float("-inf")
@@ -56,12 +63,16 @@ def softmax(x: torch.Tensor, block: int = 1024) -> torch.Tensor:
     return out
 
 
-def softmax_reference(x: torch.Tensor) -> torch.Tensor:
-    weights = torch.exp(x.float() - x.float().amax(dim=-1, keepdim=True))
-    return (weights / weights.sum(dim=-1, keepdim=True)).to(x.dtype)
-
-
 BLOCK_S = 32  # parts merged at a time
+
+
+def merge_attention_reference(partial_out: torch.Tensor, partial_lse: torch.Tensor) -> torch.Tensor:
+    """Float32 outputs ``[S, B, H, D]`` and log-sum-exps ``[S, B, H]`` of S parts ->
+    ``[B, H, D]``.
+    """
+    # exp(lse_s - LSE); NaN where all parts are empty
+    weights = partial_lse.softmax(dim=0).nan_to_num_(0.0)
+    return (weights.unsqueeze(-1) * partial_out).sum(dim=0)
 
 
 @triton.jit(do_not_specialize=["num_splits", "rows"])
@@ -75,7 +86,7 @@ def _merge_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """One program a (sequence, head): BLOCK_S parts at a time, merged online."""
+    """One program per (sequence, head): BLOCK_S parts at a time, merged online."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
     total_max = float("-inf")
@@ -128,9 +139,3 @@ def merge_attention(
             BLOCK_S=BLOCK_S,
         )
     return out
-
-
-def merge_attention_reference(partial_out: torch.Tensor, partial_lse: torch.Tensor) -> torch.Tensor:
-    # exp(lse_s - LSE); NaN where all parts are empty
-    weights = partial_lse.softmax(dim=0).nan_to_num_(0.0)
-    return (weights.unsqueeze(-1) * partial_out).sum(dim=0)

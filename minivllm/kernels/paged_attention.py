@@ -1,18 +1,18 @@
-"""Attention of one query token a sequence over the paged cache (PagedAttention: Kwon et al. 2023,
+"""Attention of one query token per sequence over the paged cache (PagedAttention: Kwon et al. 2023,
 arXiv:2309.06180).
 
-Cost per sequence of context n, e bytes a number: 2·n·KH·D·e bytes of K and V against 4·n·H·D FLOPs,
-2·H/(KH·e) FLOPs a byte, that is 2 for Qwen3-0.6B in bf16. Bandwidth is the floor: 256 sequences of
-1024 tokens, 8 KV heads of 128, are 1.07 GB a layer, 0.23 ms at 4.6 TB/s; an H200 took 0.24 ms.
-Without gain: tensor descriptors, all KV heads in a program. Taught in
+Cost per sequence of context n with e bytes per number: 2·n·KH·D·e bytes of K and V against 4·n·H·D
+FLOPs. That is 2·H/(KH·e) FLOPs per byte, 2 for Qwen3-0.6B in bf16, so bandwidth is the floor: 256
+sequences of 1024 tokens with 8 KV heads of 128 are 1.07 GB per layer, 0.23 ms at 4.6 TB/s. Reached
+on an H200: 0.24 ms. Tried without gain: tensor descriptors, all KV heads in one program. Taught in
 notebooks/03_paged_kv_cache.ipynb.
 
 - The H/KH query heads that share a KV head are the rows of one program, padded to the 16 that
-  `tl.dot` wants: K and
-  V are read once for all of them, and where bandwidth is the floor the padding is free.
+  `tl.dot` wants. K and V are read once for all of them. Bandwidth is the floor, so the padding is
+  free.
 - B·KH programs may leave multiprocessors idle. Then each context is cut into splits with a program
-  each, and
-  `merge_attention` joins their results by their log-sum-exps (Flash-Decoding: Dao et al. 2023).
+  each, and `merge_attention` joins their results by their log-sum-exps (Flash-Decoding: Dao et al.
+  2023).
 - The tile BLOCK_N is chosen for speed; block_size only says where the tile's tokens lie
   (`cache_rows`).
 - ``exp(x) = exp2(x · log2 e)``, and that constant is folded into the scale.
@@ -22,11 +22,45 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
-from minivllm.kernels import online_softmax
 from minivllm.kernels._triton import num_multiprocessors, tl, triton
 from minivllm.kernels.kv_cache import cache_rows, check_attention
+
+
+def decode_attention_reference(
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    *,
+    max_seq_len: int,
+    merge_attention: Callable,
+    num_splits: int | None = None,
+) -> torch.Tensor:
+    """As `decode_attention`, for any block_size. Every block of the longest context is a split;
+    what lies beyond a context is masked.
+    """
+    batch, heads, dim = query.shape
+    num_kv_heads, block_size = k_cache.shape[1:3]
+    splits = max(1, -(-int(seq_lens.max()) // block_size))
+    positions = torch.arange(splits * block_size, device=query.device).view(splits, block_size)
+    known = positions < seq_lens.view(-1, 1, 1)  # [B, S, block_size]
+    # Beyond a context the table holds anything, and the cache too, NaN as well: 0 · NaN is NaN.
+    blocks = block_table[:, :splits].where(known.any(dim=-1), 0)
+    key = k_cache[blocks].float()  # [B, S, KH, block_size, D]
+    value = v_cache[blocks].float().masked_fill(~known[:, :, None, :, None], 0.0)
+
+    # The query heads that share a KV head stand below each other: [B, 1, KH, H / KH, D].
+    rows = query.float().view(batch, 1, num_kv_heads, -1, dim) * scale
+    scores = rows @ key.transpose(-1, -2)  # [B, S, KH, H / KH, block_size]
+    scores = scores.masked_fill(~known[:, :, None, None], float("-inf"))
+    weights = scores.softmax(dim=-1).nan_to_num(0.0)  # a split without a key gives 0
+    partial_out = (weights @ value).view(batch, splits, heads, dim).transpose(0, 1).contiguous()
+    lse = scores.logsumexp(dim=-1).view(batch, splits, heads).transpose(0, 1).contiguous()
+    out = merge_attention(partial_out, lse) if splits > 1 else partial_out[0]
+    return out.to(query.dtype)
 
 
 # What changes from step to step must not make Triton compile anew: neither numbers nor the
@@ -111,8 +145,8 @@ def _decode_kernel(
 
 
 def choose_num_splits(programs: int, max_seq_len: int, multiprocessors: int) -> int:
-    """As many as give every multiprocessor a program, but at most one for 128 tokens begun: merging
-    costs a launch.
+    """As many as give every multiprocessor a program, but at most one per 128 tokens begun, for
+    merging costs a launch.
     """
     return max(1, min(-(-multiprocessors // max(1, programs)), -(-max_seq_len // 128)))
 
@@ -129,7 +163,7 @@ def decode_attention(
     merge_attention: Callable,
     num_splits: int | None = None,
 ) -> torch.Tensor:
-    """query ``[B, H, D]``, one new token a sequence (which may be strided) -> ``[B, H, D]`` in
+    """query ``[B, H, D]``, one new token per sequence (which may be strided) -> ``[B, H, D]`` in
     query.dtype.
 
     Contiguous caches ``[num_blocks, KH, block_size, D]`` of query.dtype, which hold this token's K
@@ -137,8 +171,9 @@ def decode_attention(
     ``[B, max_blocks]`` int32, never read beyond a context; seq_lens ``[B]`` int32, the context with
     this token, 0 = a padded row, whose output is 0. max_seq_len: an upper bound that the host
     knows. num_splits: None = `choose_num_splits`. With more than one, merge_attention gets float32
-    ``[S, B, H, D]`` and ``[S, B, H]`` (see `online_softmax`). ValueError for other shapes, strides
-    or dtypes.
+    ``[S, B, H, D]`` and ``[S, B, H]`` (see `online_softmax`); if it gives query.dtype already
+    (`Kernels.merge_into`), no launch is needed to convert. ValueError for other shapes, strides or
+    dtypes.
     """
     check_attention("decode_attention", query, k_cache, v_cache, block_table)
     batch, heads, dim = query.shape
@@ -190,82 +225,4 @@ def decode_attention(
         )
     if not split:
         return out[0]
-    if (
-        merge_attention is online_softmax.merge_attention
-    ):  # ours can write the query's dtype itself: a launch less
-        return merge_attention(out, lse, query.dtype)
     return merge_attention(out, lse).to(query.dtype)
-
-
-def decode_attention_reference(
-    query: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    scale: float,
-    *,
-    max_seq_len: int,
-    merge_attention: Callable,
-    num_splits: int | None = None,
-) -> torch.Tensor:
-    """As `decode_attention`, for any block_size. Every block is a split: nothing is padded to the
-    longest context.
-    """
-    batch, heads, dim = query.shape
-    num_kv_heads, block_size = k_cache.shape[1:3]
-    group, device = heads // num_kv_heads, query.device
-    blocks_used = (seq_lens + block_size - 1) // block_size
-    splits = max(1, int(blocks_used.max()))
-    # [P] each
-    split, sequence = (torch.arange(splits, device=device)[:, None] < blocks_used).nonzero(
-        as_tuple=True
-    )
-    blocks = block_table[sequence, split]
-    # [P, 1] of the context, from this block on
-    tokens = (seq_lens[sequence] - split * block_size).unsqueeze(1)
-    offsets, kv_heads = (
-        torch.arange(block_size, device=device),
-        torch.arange(heads, device=device) // group,
-    )
-
-    # [P · KH, H / KH, D]
-    scaled = (query.float() * scale).index_select(0, sequence).view(-1, group, dim)
-    # [P · KH, bs, D]
-    key = k_cache.flatten(1).index_select(0, blocks).float().view(-1, block_size, dim)
-    scores = torch.bmm(scaled, key.transpose(1, 2)).view(-1, heads, block_size)
-    scores.masked_fill_((offsets >= tokens).unsqueeze(1), float("-inf"))
-    weights = scores.softmax(dim=-1)
-    # the largest weight is 1 / sum(exp(score - maximum))
-    lse = scores.amax(dim=-1) - weights.amax(dim=-1).log_()
-
-    # V's rows are added up where they lie, not gathered like K; weights of 0 go with the context's
-    # last token.
-    if v_cache.dtype != torch.float32:
-        v_cache, blocks = (
-            v_cache.index_select(0, blocks).float(),
-            torch.arange(len(blocks), device=device),
-        )
-    first = (
-        (blocks * num_kv_heads).unsqueeze(1) + kv_heads
-    ) * block_size  # [P, H]: a block's row of token 0
-    # [P · H, bs]
-    rows = (first.unsqueeze(2) + torch.minimum(offsets, tokens - 1).unsqueeze(1)).view(
-        -1, block_size
-    )
-    out = F.embedding_bag(
-        rows, v_cache.view(-1, dim), mode="sum", per_sample_weights=weights.view(-1, block_size)
-    )
-
-    used, out = split * batch + sequence, out.view(-1, heads * dim)
-    partial_out = torch.zeros(splits * batch, heads * dim, device=device).index_copy_(0, used, out)
-    partial_lse = torch.full((splits * batch, heads), float("-inf"), device=device).index_copy_(
-        0, used, lse
-    )
-    partial_out, partial_lse = (
-        partial_out.view(splits, batch, heads, dim),
-        partial_lse.view(splits, batch, heads),
-    )
-    return (merge_attention(partial_out, partial_lse) if splits > 1 else partial_out[0]).to(
-        query.dtype
-    )

@@ -1,21 +1,65 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), with Qwen3's per-head RMSNorm
 before it.
 
-A head is D/2 pairs ``(x[i], x[i + D/2])`` ("rotate half", the neox order), and pair i is turned by
-the angle ``position
-· base^(-2i/D)``: ``(a, b) -> (a·cos - b·sin, b·cos + a·sin)``. So the dot product of two turned
-  vectors depends on the difference of their positions only. Taught in notebooks/06_qwen3.ipynb.
+A head is D/2 pairs ``(x[i], x[i + D/2])`` ("rotate half", the neox order). Pair i is turned by the
+angle ``position · base^(-2i/D)``: ``(a, b) -> (a·cos - b·sin, b·cos + a·sin)``. So the dot product
+of two turned vectors depends only on the difference of their positions. Taught in
+notebooks/06_qwen3.ipynb.
 
-Cost with e bytes a number: 2·T·(H + KH)·D·e bytes, and 4·D a token of table, against some 10 FLOPs
-a number: bandwidth. The fusion saves the norm's write and the rotation's read, and
-`qk_norm_rope_store` the key's way into the cache.
+Cost with e bytes per number: 2·T·(H + KH)·D·e bytes, and 4·D bytes of table per token, against
+about 10 FLOPs per number, so bandwidth is the floor. The fusion of norm and rotation saves the
+norm's write and the rotation's read. `qk_norm_rope_store` also saves a key's write and read on its
+way into the cache.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from minivllm.kernels._triton import check_rows, tl, triton
 from minivllm.kernels.norm import rms_norm_reference
+
+
+class NormRope(NamedTuple):
+    """What norm and rotation take besides query and key, in the order of `qk_norm_rope`."""
+
+    q_weight: Tensor | None  # [D]
+    k_weight: Tensor | None  # [D]; both weights or neither
+    cos_sin: Tensor  # [max_pos, D] float32: D/2 cosines, then D/2 sines
+    positions: Tensor  # [T] int64, below max_pos
+    eps: float
+
+
+def check_heads(query: Tensor, q_weight: Tensor | None, k_weight: Tensor | None) -> None:
+    if (q_weight is None) != (k_weight is None):
+        raise ValueError("qk_norm_rope: give both norm weights or neither")
+    if query.shape[-1] % 2:
+        raise ValueError(f"qk_norm_rope: pairs need an even head_dim, got {query.shape[-1]}")
+
+
+def qk_norm_rope_reference(
+    query: Tensor,
+    key: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos_sin: Tensor,
+    positions: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """query ``[T, H, D]``, key ``[T, KH, D]`` -> the same shapes, normed by head and turned."""
+    check_heads(query, q_weight, k_weight)
+    if q_weight is not None and k_weight is not None:
+        query = rms_norm_reference(query, q_weight, eps)
+        key = rms_norm_reference(key, k_weight, eps)
+    # [T, 1, D/2]: one angle for all heads
+    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
+
+    def turn(heads: Tensor) -> Tensor:
+        a, b = heads.float().chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(heads.dtype)
+
+    return turn(query), turn(key)
 
 
 @triton.jit
@@ -166,13 +210,6 @@ def _qk_norm_rope_kernel(
         )
 
 
-def _check(query: Tensor, q_weight: Tensor | None, k_weight: Tensor | None) -> None:
-    if (q_weight is None) != (k_weight is None):
-        raise ValueError("qk_norm_rope: give both norm weights or neither")
-    if query.shape[-1] % 2:
-        raise ValueError(f"qk_norm_rope: pairs need an even head_dim, got {query.shape[-1]}")
-
-
 def qk_norm_rope(
     query: Tensor,
     key: Tensor,
@@ -191,9 +228,8 @@ def qk_norm_rope(
     tokens strided.
     """
     k_out = torch.empty(key.shape, dtype=key.dtype, device=key.device)
-    q_out = _launch(
-        query, key, key, q_weight, k_weight, cos_sin, positions, eps, k_out, k_out, positions, 0
-    )
+    given = NormRope(q_weight, k_weight, cos_sin, positions, eps)
+    q_out = _launch((query, key, key), given, (k_out, k_out), positions, 0)
     return q_out, k_out
 
 
@@ -201,54 +237,35 @@ def qk_norm_rope_store(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos_sin: Tensor,
-    positions: Tensor,
-    eps: float,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    given: NormRope,
+    cache: tuple[Tensor, Tensor],
     slot_mapping: Tensor,
 ) -> Tensor:
     """`qk_norm_rope`, then `store_kv` of the keys and of value ``[T, KH, D]``, in one launch ->
     query ``[T, H, D]``.
 
-    Arguments and errors are theirs. A key is not written and read again on its way into the cache.
+    Arguments and errors are theirs; cache: k_cache and v_cache. A key is not written and read again
+    on its way into the cache.
     """
+    k_cache, v_cache = cache
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
         raise ValueError("qk_norm_rope_store: needs contiguous caches")
-    block_size = k_cache.shape[2]
-    return _launch(
-        query,
-        key,
-        value,
-        q_weight,
-        k_weight,
-        cos_sin,
-        positions,
-        eps,
-        k_cache,
-        v_cache,
-        slot_mapping,
-        block_size,
-    )
+    return _launch((query, key, value), given, cache, slot_mapping, k_cache.shape[2])
 
 
 def _launch(
-    query,
-    key,
-    value,
-    q_weight,
-    k_weight,
-    cos_sin,
-    positions,
-    eps,
-    k_out,
-    v_out,
-    slot_mapping,
-    block_size,
+    heads: tuple[Tensor, Tensor, Tensor],
+    given: NormRope,
+    targets: tuple[Tensor, Tensor],
+    slot_mapping: Tensor,
+    block_size: int,
 ) -> Tensor:
-    _check(query, q_weight, k_weight)
+    """heads: query, key, value; targets: where keys and values go. block_size 0: keys alone, side
+    by side.
+    """
+    query, key, value = heads
+    q_weight, k_weight, cos_sin, positions, eps = given
+    check_heads(query, q_weight, k_weight)
     check_rows("qk_norm_rope", query, key, value)
     (tokens, q_heads, dim), k_heads = query.shape, key.shape[1]
     q_out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -259,8 +276,7 @@ def _launch(
         )
         _qk_norm_rope_kernel[(tokens, groups)](
             q_out,
-            k_out,
-            v_out,
+            *targets,
             query,
             key,
             value,
@@ -283,26 +299,3 @@ def _launch(
             num_warps=2,
         )
     return q_out
-
-
-def qk_norm_rope_reference(
-    query: Tensor,
-    key: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos_sin: Tensor,
-    positions: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    _check(query, q_weight, k_weight)
-    q_heads, k_heads = query.shape[1], key.shape[1]
-    # all heads are turned alike, and normed alike but for the weight
-    heads = torch.cat((query, key), dim=1)
-    if q_weight is not None and k_weight is not None:
-        weight = torch.cat((q_weight.expand(q_heads, -1), k_weight.expand(k_heads, -1)))
-        heads = rms_norm_reference(heads, weight, eps)
-    # [T, 1, D/2]: one angle for all heads
-    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
-    a, b = heads.float().chunk(2, dim=-1)
-    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(heads.dtype)
-    return turned[:, :q_heads], turned[:, q_heads:]

@@ -1,15 +1,17 @@
-"""Choosing a token: one uniform number a row, inverted through the cumulative distribution in the
+"""Choosing a token: one uniform number per row, inverted through the cumulative distribution in the
 order of the tokens.
 
 With ``w[i] = exp((logit[i] - max) / temperature)`` the token is the first i with
-``w[0] + ... + w[i] > u·sum(w)``. The kernels do it on two levels: one sums w tile by tile, the
-other finds the tile into which the target falls and reads only that tile again. Floor of [256,
-151936] bf16 logits: 78 MB read once, 17 µs on an H200. Reached there: 34 µs (with an argmax a tile
-and a division an entry 46); Gumbel-max, bound by a random number an entry, 71; eager torch 627.
+``w[0] + ... + w[i] > u·sum(w)``. The kernels find it on two levels: one sums w tile by tile, the
+other finds the tile into which the target falls, and reads only that tile again. Floor of [256,
+151936] bf16 logits: 78 MB read once, 17 µs on an H200. Reached there: 34 µs. Tried: an argmax per
+tile and a division per entry, 46 µs; Gumbel-max, which needs a random number per entry, 71 µs;
+eager torch, 627 µs.
 
 u comes from Philox4x32-10, a counter-based generator (Salmon et al. 2011, "Parallel random numbers:
 as easy as 1, 2, 3"): a pure function of (seed, position), without a state. So a seeded request
-draws the same numbers in any batch. Taught in notebooks/07_engine.ipynb."""
+draws the same numbers in any batch. Taught in notebooks/07_engine.ipynb.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +109,46 @@ def _prepare(logits, temperature, top_k, top_p, min_p, seeds, positions) -> Tens
     return filter_logits(logits, temperature, top_k, top_p, min_p)
 
 
+def _pick_reference(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    running = weights.cumsum(dim=-1)
+    choice = torch.searchsorted(running, target, right=True).clamp_max(weights.shape[1] - 1)
+    if (
+        weights.gather(1, choice) == 0
+    ).any():  # rounding left the target above the last sum: the last weight above 0
+        index = torch.arange(weights.shape[1], device=weights.device)
+        choice = torch.where((weights > 0) & (index <= choice), index, 0).amax(dim=-1, keepdim=True)
+    return choice, (target - (running - weights).gather(1, choice)).clamp_min(0.0)
+
+
+def sample_reference(
+    logits: Tensor,
+    temperature: Tensor | None,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    seeds: Tensor | None,
+    positions: Tensor | None,
+) -> Tensor:
+    """As `sample`: the kernels' two levels, and sums in their order."""
+    greedy, best = _greedy(logits)
+    if temperature is None:
+        return greedy
+    logits = _prepare(logits, temperature, top_k, top_p, min_p, seeds, positions)
+    width = min(TILE, logits.shape[1])
+    weights = (
+        (logits.float() - best.float().unsqueeze(1)) / _divisor(temperature).unsqueeze(1)
+    ).exp()
+    tiles = F.pad(weights, (0, -logits.shape[1] % width)).unflatten(1, (-1, width))
+    tile_sums = tiles.sum(dim=-1)
+    target = philox_uniform(seeds, positions).unsqueeze(1) * tile_sums.sum(dim=-1, keepdim=True)
+    tile, target = _pick_reference(tile_sums, target)
+    choice, _ = _pick_reference(
+        tiles.gather(1, tile.unsqueeze(2).expand(-1, -1, width)).squeeze(1), target
+    )
+    choose_greedily = (temperature == 0) | (greedy == NOT_A_TOKEN)
+    return torch.where(choose_greedily, greedy, (tile * width + choice).squeeze(1))
+
+
 @triton.jit
 def uniform(seed, position):
     """`philox_uniform` for one (seed, position)."""
@@ -154,7 +196,7 @@ def _tile_sums_kernel(
     temperature = tl.where(temperature == 0.0, 1.0, temperature)
     tile_max = tl.max(logits, axis=0)
     finite_max = tl.where(tile_max == float("-inf"), 0.0, tile_max)
-    # a division a row, not an entry
+    # one division per row, not per entry
     tile_sum = tl.sum(tl.exp((logits - finite_max) * (1.0 / temperature)), axis=0)
     tl.store(tile_max_ptr + row * num_tiles + tile, tile_max)
     tl.store(tile_sum_ptr + row * num_tiles + tile, tile_sum)
@@ -176,7 +218,7 @@ def _choose_kernel(
     BLOCK_TILES: tl.constexpr,
     NOT_A_TOKEN: tl.constexpr,
 ):
-    """One program a row: the tile first, then the token in it."""
+    """One program per row: the tile first, then the token in it."""
     row = tl.program_id(0).to(tl.int64)
     tiles = tl.arange(0, BLOCK_TILES)
     there = tiles < num_tiles
@@ -263,42 +305,3 @@ def sample(
             num_warps=8,
         )
     return out
-
-
-def _pick_reference(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    running = weights.cumsum(dim=-1)
-    choice = torch.searchsorted(running, target, right=True).clamp_max(weights.shape[1] - 1)
-    if (
-        weights.gather(1, choice) == 0
-    ).any():  # rounding left the target above the last sum: the last weight above 0
-        index = torch.arange(weights.shape[1], device=weights.device)
-        choice = torch.where((weights > 0) & (index <= choice), index, 0).amax(dim=-1, keepdim=True)
-    return choice, (target - (running - weights).gather(1, choice)).clamp_min(0.0)
-
-
-def sample_reference(
-    logits: Tensor,
-    temperature: Tensor | None,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    min_p: Tensor | None,
-    seeds: Tensor | None,
-    positions: Tensor | None,
-) -> Tensor:
-    greedy, best = _greedy(logits)
-    if temperature is None:
-        return greedy
-    logits = _prepare(logits, temperature, top_k, top_p, min_p, seeds, positions)
-    width = min(TILE, logits.shape[1])
-    weights = (
-        (logits.float() - best.float().unsqueeze(1)) / _divisor(temperature).unsqueeze(1)
-    ).exp()
-    tiles = F.pad(weights, (0, -logits.shape[1] % width)).unflatten(1, (-1, width))
-    tile_sums = tiles.sum(dim=-1)
-    target = philox_uniform(seeds, positions).unsqueeze(1) * tile_sums.sum(dim=-1, keepdim=True)
-    tile, target = _pick_reference(tile_sums, target)
-    choice, _ = _pick_reference(
-        tiles.gather(1, tile.unsqueeze(2).expand(-1, -1, width)).squeeze(1), target
-    )
-    choose_greedily = (temperature == 0) | (greedy == NOT_A_TOKEN)
-    return torch.where(choose_greedily, greedy, (tile * width + choice).squeeze(1))

@@ -56,7 +56,7 @@ def attend(
         table, seq_lens = metadata.block_table[:num_decodes], metadata.seq_lens[:num_decodes]
         limits = {
             "max_seq_len": metadata.max_decode_seq_len,
-            "merge_attention": kernels.merge_attention,
+            "merge_attention": kernels.merge_into(query.dtype),
         }
         parts.append(
             kernels.decode_attention(query[:num_decodes], *cache, table, seq_lens, scale, **limits)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minivllm.kernels import Kernels
-from minivllm.layers.linear import UNQUANTIZED, LinearBase, LinearMethod, TiedLinearMethod
+from minivllm.layers.linear import UNQUANTIZED, Linear, LinearMethod, TiedLinearMethod
 from minivllm.layers.place import Place
 from minivllm.parallel.group import SINGLE, Part, TensorParallelGroup
 
@@ -47,7 +47,7 @@ class Embedding(nn.Module):
         )
 
 
-class OutputHead(LinearBase):
+class OutputHead(Linear):
     """Logits by comparing the hidden state with every row of ``[vocab_size, hidden_size]``.
 
     A head that is tied to the embedding has the embedding's weight as it is, whatever the method.

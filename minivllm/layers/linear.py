@@ -28,16 +28,16 @@ class LinearMethod(Protocol):
     layer are parameters of the layer.
     """
 
-    def create_weights(self, layer: LinearBase, in_features: int, out_features: int) -> None:
-        """Give the layer its parameters with `LinearBase.register_weight`, under the names that
+    def create_weights(self, layer: Linear, in_features: int, out_features: int) -> None:
+        """Give the layer its parameters with `Linear.register_weight`, under the names that
         the checkpoint has for them. The sizes are this rank's.
         """
 
-    def process_weights_after_loading(self, layer: LinearBase) -> None:
+    def process_weights_after_loading(self, layer: Linear) -> None:
         """Bring the parameters, now filled, into the form that `apply` reads. Called once."""
 
     def apply(
-        self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None
+        self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """x: [T, in_features] -> [T, out_features], in the dtype of x."""
         ...
@@ -48,17 +48,16 @@ class UnquantizedLinearMethod:
     `linear`.
     """
 
-    def create_weights(self, layer: LinearBase, in_features: int, out_features: int) -> None:
+    def create_weights(self, layer: Linear, in_features: int, out_features: int) -> None:
         layer.register_weight("weight", torch.empty(out_features, in_features))
 
-    def process_weights_after_loading(self, layer: LinearBase) -> None:
+    def process_weights_after_loading(self, layer: Linear) -> None:
         """The checkpoint's form is the form that the kernel reads."""
 
     def apply(
-        self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None
+        self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        product: torch.Tensor = layer.kernels.linear(x, layer.weight, bias)
-        return product
+        return layer.kernels.linear(x, layer.weight, bias)
 
 
 class TiedLinearMethod(UnquantizedLinearMethod):
@@ -67,16 +66,16 @@ class TiedLinearMethod(UnquantizedLinearMethod):
     def __init__(self, weight: nn.Parameter) -> None:
         self.weight = weight
 
-    def create_weights(self, layer: LinearBase, in_features: int, out_features: int) -> None:
+    def create_weights(self, layer: Linear, in_features: int, out_features: int) -> None:
         layer.register_weight("weight", self.weight)
 
 
 UNQUANTIZED = UnquantizedLinearMethod()
 
 
-class LinearBase(nn.Module):
-    """What all linear layers have: parameters that belong to `method`, a bias or None, and the
-    places that the loader fills.
+class Linear(nn.Module):
+    """One linear layer: parameters that belong to `method`, a bias or None, and the places that the
+    loader fills.
 
     inputs: the input features that this rank's weight has; out_features: the number of its output
     features.
@@ -123,16 +122,14 @@ class LinearBase(nn.Module):
         before: the number of output features that stand before them in this layer.
         """
         parameter = self.get_parameter(kind)
-        rows, *columns = self._features_per[kind]
-        shape, index = [outputs.total // rows], [slice(outputs.start // rows, outputs.stop // rows)]
-        for features in columns:
-            part = self.inputs
-            shape.append(part.total // features if features else parameter.shape[1])
-            index.append(
-                slice(part.start // features, part.stop // features) if features else slice(None)
-            )
-        held = parameter.data[before // rows : (before + len(outputs)) // rows]
-        return Place(held, torch.Size(shape), tuple(index))
+        per_row, *per_column = self._features_per[kind]
+        parts = [_in_units(outputs, per_row)]
+        for features in per_column:
+            whole = Part(parameter.shape[1], 0, parameter.shape[1])
+            parts.append(_in_units(self.inputs, features) if features else whole)
+        first = before // per_row
+        held = parameter.data[first : first + len(parts[0])]
+        return Place(held, torch.Size(p.total for p in parts), tuple(p.slice for p in parts))
 
     def places(self) -> dict[str, Place]:
         """Name of a tensor in the checkpoint, without the layer's -> its place."""
@@ -144,21 +141,12 @@ class LinearBase(nn.Module):
         return self.method.apply(self, x, self.bias)
 
 
-class Linear(LinearBase):
-    """One linear layer, the same on every rank."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool,
-        kernels: Kernels,
-        method: LinearMethod = UNQUANTIZED,
-    ) -> None:
-        super().__init__(Part(in_features, 0, in_features), out_features, bias, kernels, method)
+def _in_units(part: Part, features: int) -> Part:
+    """A part of features as a part of rows or columns that stand for so many features each."""
+    return Part(part.total // features, part.start // features, part.stop // features)
 
 
-class FusedLinear(LinearBase):
+class FusedLinear(Linear):
     """Several linear layers on the same input as one matrix product, e.g. Q, K and V, or gate and
     up.
 
@@ -197,7 +185,7 @@ class FusedLinear(LinearBase):
         }
 
 
-class RowParallelLinear(LinearBase):
+class RowParallelLinear(Linear):
     """A linear layer of which each rank has some columns: its weight is
     ``[out_features, in_features / size]``.
     """

@@ -9,6 +9,8 @@ from minivllm.kernels import Kernels
 
 
 class RMSNorm(nn.Module):
+    """weight: [size]. eps: what is added to the mean square, from the checkpoint's config."""
+
     def __init__(self, size: int, eps: float, kernels: Kernels) -> None:
         super().__init__()
         # A parameter, not a buffer, so that the loader notices when the checkpoint does not fill

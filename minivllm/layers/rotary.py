@@ -24,8 +24,8 @@ def rope_table(
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[torch.Tensor, float]:
-    """[head_dim / 2] float32 radians a position, and the factor on cosine and sine (1 but for
-    YaRN).
+    """[head_dim / 2] float32 radians per position, and the factor on cosine and sine, which only
+    YaRN has (else 1).
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
     frequencies = 1.0 / rope.theta**exponents
@@ -39,8 +39,8 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[torch.Tensor, flo
 
 
 def _llama3(rope: RopeConfig, frequencies: torch.Tensor) -> torch.Tensor:
-    """Long waves are stretched by `factor`, short ones kept, those between blended (Llama 3.1's
-    reference code).
+    """Long waves are stretched by `factor`, short ones are kept, those between are blended (the
+    reference code of Llama 3.1).
     """
     waves_in_context = rope.original_max_position * frequencies / (2 * math.pi)
     blend = (waves_in_context - rope.low_freq_factor) / (
@@ -51,8 +51,8 @@ def _llama3(rope: RopeConfig, frequencies: torch.Tensor) -> torch.Tensor:
 
 
 def _yarn(rope: RopeConfig, frequencies: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, float]:
-    """YaRN (Peng et al., 2023, arXiv 2309.00071, section 3): a ramp over the dimensions between two
-    rotation counts.
+    """YaRN (Peng et al., 2023, arXiv 2309.00071, section 3): dimensions that rotate often are kept,
+    those that rotate rarely are stretched, with a ramp between two numbers of rotations.
     """
 
     def dimension_with(rotations: float) -> float:

@@ -5,7 +5,8 @@ Biases are what config.json says, as in Qwen3."""
 
 import dataclasses
 
-from minivllm.config import ConfigFields, LayerOptions
+from minivllm.config import LayerOptions
+from minivllm.models.config_fields import ConfigFields
 from minivllm.models.qwen3 import Qwen3ForCausalLM
 
 

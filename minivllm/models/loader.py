@@ -3,6 +3,7 @@ unpickled.
 
 Taught in notebooks/06_qwen3.ipynb."""
 
+import dataclasses
 import errno
 import inspect
 import json
@@ -21,8 +22,9 @@ from minivllm.config import ModelConfig
 from minivllm.errors import ConfigError, SamplingParamsError, WeightLoadingError
 from minivllm.kernels import Kernels
 from minivllm.layers.embedding import Embedding
-from minivllm.layers.linear import FusedLinear, LinearBase
+from minivllm.layers.linear import FusedLinear, Linear
 from minivllm.layers.place import Place
+from minivllm.models.hf_config import config_from_hf
 from minivllm.models.registry import model_class
 from minivllm.parallel.group import SINGLE, TensorParallelGroup
 from minivllm.sampling_params import SamplingParams
@@ -30,9 +32,9 @@ from minivllm.validation import shown
 
 logger = logging.getLogger(__name__)
 
-#: What is downloaded of a hub repository: settings, weights, templates and the tokenizer's files,
-#: of which slow tokenizers have their own. Not: weights in another format or for another program,
-#: which lie beside them or in folders.
+#: What is downloaded of a hub repository: settings, weights, templates and the tokenizer's files.
+#: Slow tokenizers have files of their own. Weights in another format, or for another program, lie
+#: beside these or in folders, and are left there.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
 HUB_IGNORED = ["*/*.json", "*/*.safetensors", "*/*.model", "*/merges.txt", "*/vocab.txt"]
 HUB_IGNORED += ["consolidated*", "adapter_model*"]
@@ -55,7 +57,7 @@ def resolve_model_path(model: str | Path) -> Path:
     """A local directory as it is, or a hub id (``owner/name``) downloaded to the Hugging Face
     cache.
 
-    Raises `ConfigError` for what is neither, and for whatever the hub says.
+    Raises `ConfigError` for what is neither, and for every error of the hub.
     """
     if not isinstance(model, str | Path) or not str(model):
         raise ConfigError(
@@ -75,9 +77,8 @@ def resolve_model_path(model: str | Path) -> Path:
         return Path(
             snapshot_download(name, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_IGNORED)
         )
-    except (
-        Exception
-    ) as error:  # the hub's, the network's, or that a name is none: all mean that there is no model
+    # Of the hub, of the network, or of the name: all mean that there is no model.
+    except Exception as error:
         raise ConfigError(
             f"{name!r} is no directory here and could not be fetched from the Hugging Face hub"
             f" ({error}). Check the name and the network, or use model=None for the bundled model."
@@ -110,7 +111,7 @@ def load_config(path: Path) -> ModelConfig:
         raise ConfigError(
             f"{path} has no config.json, so it is not a Hugging Face model directory."
         )
-    return ModelConfig.from_hf(config, load_generation_config(path), path)
+    return config_from_hf(config, load_generation_config(path), path)
 
 
 def load_generation_config(path: Path) -> dict[str, Any]:
@@ -122,14 +123,15 @@ def default_sampling_params(source: Path | Mapping[str, Any], mode: str = "auto"
     """Arguments of `SamplingParams` for requests that bring none, as a checkpoint recommends them.
 
     source: the model's directory, or what its generation_config.json holds. mode:
-    `EngineConfig.generation_config`; "vllm" gives {}. As in vLLM, `do_sample` is not looked at:
-    who wants greedy decoding sets temperature=0. Raises `ConfigError` for a value that cannot be.
+    `EngineConfig.generation_config`; "vllm" gives {}. As in vLLM, `do_sample` is ignored: for
+    greedy decoding a request sets temperature=0. Raises `ConfigError` for a value that no request
+    may have.
     """
     if mode == "vllm":
         return {}
     content = source if isinstance(source, Mapping) else load_generation_config(source)
-    found = {name: content.get(theirs) for theirs, name in SAMPLING_DEFAULTS.items()}
-    found = {name: value for name, value in found.items() if value is not None}
+    named = {name: content.get(theirs) for theirs, name in SAMPLING_DEFAULTS.items()}
+    found: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     try:
         SamplingParams(**found)
     except SamplingParamsError as error:
@@ -171,7 +173,7 @@ def load_model(
     where a class for one rank shall run on several.
     """
     model_cls = options.model_cls or model_class(config.architecture)
-    ranks = {"group": group} if group.size > 1 else {}
+    ranks: dict[str, Any] = {"group": group} if group.size > 1 else {}
     if ranks and "group" not in inspect.signature(model_cls).parameters:
         raise ConfigError(
             "tensor_parallel_size > 1 needs a model_cls that takes a group, as Qwen3ForCausalLM"
@@ -189,17 +191,29 @@ def load_model(
     else:
         load_weights(model, iterate_weights(path), tied=config.tie_word_embeddings)
     for module in model.modules():
-        if isinstance(module, LinearBase):
+        if isinstance(module, Linear):
             module.method.process_weights_after_loading(module)
     return model.eval()
+
+
+def weight_shapes(config: ModelConfig, group: TensorParallelGroup = SINGLE) -> set[tuple[int, int]]:
+    """[output features, input features] of every matrix product of the model, or of this rank's
+    share of them: found in a model of one layer that takes no memory.
+    """
+    one_layer, nowhere = dataclasses.replace(config, num_hidden_layers=1), torch.device("meta")
+    with nowhere:
+        model_cls = model_class(config.architecture)
+        model = model_cls(one_layer, Kernels.reference(), 1, nowhere, group)
+    weights = [layer.weight for layer in model.modules() if isinstance(layer, Linear)]
+    return {(weight.shape[0], weight.shape[1]) for weight in weights}
 
 
 def iterate_weights(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor on the CPU) of every tensor, from one file or from the shards that the index
     lists.
 
-    A tensor is the mapped file: only what is then copied from it, the part that a rank holds, is
-    read.
+    A tensor is a view of the mapped file. Only what is copied from it is read: the part that a rank
+    holds.
     """
     for file in _weight_files(path):
         try:
@@ -215,9 +229,8 @@ def iterate_weights(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    if (
-        path / "model.safetensors"
-    ).exists():  # a repository may hold other files beside it, an adapter for example
+    # A repository may hold other files beside this one, an adapter for example.
+    if (path / "model.safetensors").exists():
         return [path / "model.safetensors"]
     index = path / "model.safetensors.index.json"
     names = (
@@ -237,9 +250,11 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _shard_names(index: Path) -> list[str]:
-    """The files that the index lists. They are names in its directory: an index is somebody else's,
-    and must not make us read what lies elsewhere. (A file may be a link that leaves it, as in the
-    hub's cache.)"""
+    """The files that the index lists: names in its own directory, nothing else.
+
+    An index was written by others, and must not make us read what lies elsewhere. (A file may be a
+    link to another directory, as in the hub's cache.)
+    """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightLoadingError(
@@ -264,9 +279,9 @@ def load_weights(
     """Copy each tensor to its place. Raises `WeightLoadingError` naming what is missing, unexpected
     or misshapen.
 
-    tied: the config says that head and embedding are one matrix. A checkpoint that brings both, and
-    they differ, is taken at its word rather than the config: the head gets its own. One that brings
-    the head alone has the embedding under that name. transformers does the same.
+    tied: the config says that head and embedding are one matrix. Where the checkpoint has both and
+    they differ, the checkpoint is right and the config is wrong: the head gets its own weight.
+    Where the checkpoint has the head alone, that is the embedding. transformers does the same.
     """
     places = checkpoint_places(model)
     if tied:
@@ -324,7 +339,7 @@ def checkpoint_places(model: nn.Module) -> dict[str, Place]:
     """
     places: dict[str, Place] = {}
     for prefix, module in model.named_modules():
-        if isinstance(module, LinearBase | Embedding):
+        if isinstance(module, Linear | Embedding):
             found = module.places()
         else:
             parameters = module.named_parameters(recurse=False)

@@ -6,7 +6,8 @@ attention."""
 
 import dataclasses
 
-from minivllm.config import ConfigFields, LayerOptions
+from minivllm.config import LayerOptions
+from minivllm.models.config_fields import ConfigFields
 from minivllm.models.qwen3 import Qwen3ForCausalLM
 
 

@@ -1,24 +1,27 @@
 """Qwen3, and through the same decoder Qwen2, Qwen2.5 and Llama (qwen2.py, llama.py): they differ in
 biases and in QK-norm only.
 
-A block reads the residual stream, normalises, attends, adds; normalises, applies the MLP, adds. The
-additions are fused into the next norm, so `hidden` (what a block has just produced) and `residual`
-(the stream before it) travel together. Module names follow the checkpoint's tensor names; q, k, v
-and gate, up are fused (layers/linear.py). Taught in notebooks/06_qwen3.ipynb."""
+A block reads the residual stream twice. It normalises, attends, and adds the result to the stream;
+it normalises, applies the MLP, and adds again. The additions are fused into the next norm. So
+`hidden` (the newest result) and `residual` (the stream before it) travel together. Module names
+follow the checkpoint's tensor names; q, k, v and gate, up are fused (layers/linear.py). Taught in
+notebooks/06_qwen3.ipynb."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from minivllm.config import ConfigFields, LayerOptions, ModelConfig
+from minivllm.config import LayerOptions, ModelConfig
 from minivllm.kernels import Kernels
+from minivllm.kernels.rotary import NormRope
 from minivllm.layers.attention import AttentionMetadata, ForwardContext, KVCache, attend
 from minivllm.layers.embedding import Embedding, OutputHead
 from minivllm.layers.linear import UNQUANTIZED, FusedLinear, LinearMethod, RowParallelLinear
 from minivllm.layers.mlp import SwiGLU
 from minivllm.layers.norm import RMSNorm
 from minivllm.layers.rotary import rope_table
+from minivllm.models.config_fields import ConfigFields
 from minivllm.parallel.group import SINGLE, TensorParallelGroup
 
 
@@ -58,30 +61,19 @@ class Attention(nn.Module):
         """[T, hidden_size] -> [T, hidden_size]."""
         q, k, v = self.qkv_proj(hidden).split(self.qkv_sizes, dim=-1)
         query, key, value = (x.unflatten(-1, (-1, self.config.head_dim)) for x in (q, k, v))
-        query = self._turn_and_store(query, key, value, context)
-        cache = context.caches[self.layer_index]
-        out = attend(query, cache, context.metadata, self.scale, self.kernels)
+        cache, metadata = context.caches[self.layer_index], context.metadata
+        norm_rope = NormRope(
+            None if self.q_norm is None else self.q_norm.weight,
+            None if self.k_norm is None else self.k_norm.weight,
+            context.cos_sin,
+            context.positions,
+            self.config.rms_norm_eps,
+        )
+        query = self.kernels.qk_norm_rope_store(
+            query, key, value, norm_rope, cache, metadata.slot_mapping
+        )
+        out = attend(query, cache, metadata, self.scale, self.kernels)
         return self.o_proj(out.flatten(-2))
-
-    def _turn_and_store(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        context: ForwardContext,
-    ) -> torch.Tensor:
-        """Norm and rotate query and key, and write key and value to the cache; returns the query.
-
-        query: [T, H, D], key, value: [T, KH, D]. One launch where the kernels have it, else two.
-        """
-        cache, slots = context.caches[self.layer_index], context.metadata.slot_mapping
-        weights = [None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm)]
-        turn = (*weights, context.cos_sin, context.positions, self.config.rms_norm_eps)
-        if self.kernels.qk_norm_rope_store is not None:
-            return self.kernels.qk_norm_rope_store(query, key, value, *turn, *cache, slots)
-        query, key = self.kernels.qk_norm_rope(query, key, *turn)
-        self.kernels.store_kv(key, value, *cache, slots)
-        return query
 
 
 class DecoderLayer(nn.Module):
@@ -105,8 +97,8 @@ class DecoderLayer(nn.Module):
     def forward(
         self, hidden: torch.Tensor, residual: torch.Tensor | None, context: ForwardContext
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(hidden, residual) -> (hidden, residual), each [T, hidden_size]; the stream is their
-        sum.
+        """(hidden, residual) -> (hidden, residual), each [T, hidden_size]; their sum is the
+        stream. residual is None in the first block.
         """
         hidden, residual = self.input_layernorm(hidden, residual)
         hidden = self.self_attn(hidden, context)

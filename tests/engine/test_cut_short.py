@@ -141,7 +141,7 @@ def assert_whole(llm: LLM, expected: list[list[int]], where: Any) -> None:
     assert not engine.has_unfinished_requests(), where
     assert engine.processor.requests == engine.core._sequences == {}, where
     engine.scheduler.check()
-    assert len(engine.scheduler._free_slots) == TIGHT["max_num_seqs"], where
+    assert len(engine.scheduler.free_slots) == TIGHT["max_num_seqs"], where
     assert engine.metrics().num_used_kv_blocks == 0, where
 
 
@@ -260,6 +260,7 @@ def test_a_loop_of_ones_own_gets_every_token(path: Path, kind: RequestOutputKind
             while unfinished:
                 with contextlib.suppress(KeyboardInterrupt):
                     engine.advance()
+                    # Not has_unfinished_requests: outputs that nobody collects are news for ever.
                     unfinished = engine.get_num_unfinished_requests() > 0
         for output in engine.collect(engine.collector):
             found[output.request_id] = output.outputs[0].token_ids

@@ -4,6 +4,8 @@ What it knows stands in support/scheduling.py.
 
 from __future__ import annotations
 
+import copy
+import random
 from collections import deque
 
 import pytest
@@ -13,9 +15,19 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from minivllm.engine import block_manager as block_manager_module
 from minivllm.engine.block_manager import BlockManager, hash_block
+from minivllm.engine.scheduler import Scheduler
 from minivllm.engine.sequence import PENDING, Sequence, SequenceStatus, max_steps
 from minivllm.sampling_params import SamplingParams
-from support.scheduling import VOCAB, Pool, Simulation, compute, make_seq, release, run_many
+from support.scheduling import (
+    VOCAB,
+    Pool,
+    Simulation,
+    compute,
+    make_seq,
+    random_pool,
+    release,
+    run_many,
+)
 
 settings.register_profile(
     "minivllm",
@@ -38,6 +50,93 @@ def test_thousands_of_random_histories(late):
     assert (
         met["late_accepted"] > 50
     ) == late  # tokens that arrived after their sequence had been preempted
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at_once", "one_step_late"])
+def test_thousands_of_random_histories_with_proposals(late):
+    """The texts are those of `Truth`, which knows no proposals."""
+    met = run_many(range(1200), late, proposing=True)
+    assert met["finished"] > 10_000
+    for name in ("preemptions", "hits", "chunks", "mixed"):
+        assert met[name] > 1000, name
+    assert min(met["right"], met["wrong"]) > 400
+    assert met["deferrals"] > 100
+    assert met["cut"] > 50  # a stop token among the accepted proposals
+    assert (met["late_verified"] > 10) == late  # preempted while its proposals were in flight
+
+
+class RegistersProposals(Scheduler):
+    """Takes what was computed for what was verified."""
+
+    def update(self, batch, token_ids):
+        for item in batch.items:
+            seq = item.sequence
+            if item.proposed_token_ids and seq.status is SequenceStatus.RUNNING:
+                known = seq.token_ids
+                seq.token_ids = [*known[:-1], *item.proposed_token_ids]
+                self.block_manager.register_computed(seq, item.start, item.end)
+                seq.token_ids = known
+        return super().update(batch, token_ids)
+
+
+class KeepsRejected(Scheduler):
+    """Leaves the count of computed tokens as if all proposals had been right."""
+
+    def update(self, batch, token_ids):
+        ends = [(item, item.sequence.num_computed_tokens) for item in batch.items]
+        accepted = super().update(batch, token_ids)
+        for item, end in ends:
+            if item.proposed_token_ids and item.sequence.status is SequenceStatus.RUNNING:
+                item.sequence.num_computed_tokens = min(end, item.sequence.num_tokens)
+        return accepted
+
+
+class TakesAllProposals(Scheduler):
+    """Believes every proposal."""
+
+    def update(self, batch, token_ids):
+        token_ids = [
+            [*item.proposed_token_ids, tokens[-1]]
+            for item, tokens in zip(batch.sampled, token_ids, strict=True)
+        ]
+        return super().update(batch, token_ids)
+
+
+@pytest.mark.parametrize("mutant", [RegistersProposals, KeepsRejected, TakesAllProposals])
+def test_wrong_handling_of_proposals_is_found(mutant):
+    with pytest.raises((AssertionError, IndexError)):
+        run_many(range(60), False, proposing=True, scheduler_cls=mutant)
+
+
+def test_nobody_is_preempted_or_delayed_for_a_guess():
+    """Each step is planned a second time without the proposals: the running ones lose nothing."""
+    compared = 0
+    for seed in range(150):
+        rng = random.Random(seed)
+        sim = Simulation(random_pool(rng), late=seed % 2 == 1)
+        for _ in range(4):
+            sim.add([rng.randrange(VOCAB) for _ in range(rng.randint(1, 6))], 9)
+        while sim.live:
+            sim.propose_at_random(rng)
+            plain = copy.deepcopy(sim.scheduler)
+            for seq in plain.running:
+                seq.proposed_token_ids = []
+            running = {seq.seq_id for seq in plain.running}
+            without = plain.schedule()
+            sim.step()
+            batch = sim.last_batch
+            assert [s.seq_id for s in batch.preempted] == [s.seq_id for s in without.preempted]
+            assert [
+                (seq_id, start, num_new)
+                for seq_id, start, num_new in planned(without)
+                if seq_id in running
+            ] == [
+                (i.sequence.seq_id, i.start, i.num_new_tokens - len(i.proposed_token_ids))
+                for i in batch.items
+                if i.sequence.seq_id in running
+            ]
+            compared += batch.has_proposals
+    assert compared > 300
 
 
 # --- the same rules as hypothesis state machines: fewer, but shrunk to the shortest failure -------
@@ -79,6 +178,19 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 6))
     def steps(self, count):
         for _ in range(count):
+            self.sim.step()
+
+    @precondition(lambda self: self.sim.live)
+    @rule(
+        which=st.integers(0, 7),
+        num_right=st.integers(0, 4),
+        num_wrong=st.integers(0, 2),
+        then_step=st.booleans(),
+    )
+    def propose(self, which, num_right, num_wrong, then_step):
+        live = list(self.sim.live.values())
+        self.sim.propose(live[which % len(live)], num_right, num_wrong)
+        if then_step:
             self.sim.step()
 
     @precondition(lambda self: self.sim.live)
@@ -273,8 +385,8 @@ class TestBlockManager:
     def test_a_collision_is_noticed(self, monkeypatch):
         """Two first blocks with the same hash: the second one is neither served nor registered."""
 
-        def hash_with_collisions(previous, token_ids):
-            return 42 if previous is None else hash_block(previous, token_ids)
+        def hash_with_collisions(previous, token_ids, extra_keys=()):
+            return 42 if previous is None else hash_block(previous, token_ids, extra_keys)
 
         monkeypatch.setattr(block_manager_module, "hash_block", hash_with_collisions)
         manager = BlockManager(8, 2)
@@ -307,6 +419,18 @@ class TestBlockManager:
             compute(manager, seq, end)
             registered.append(len(manager.hash_to_block))
         assert registered == [0, 0, 1, 1, 1, 2, 2]
+
+    def test_trim_gives_back_the_end_of_a_table(self):
+        manager = BlockManager(6, 2)
+        seq = make_seq(0, [1, 2, 3])
+        assert manager.allocate(seq, 9)
+        table = list(seq.block_table)
+        manager.trim(seq, 3)
+        assert seq.block_table == table[:2]
+        assert manager.num_free_blocks == 4
+        manager.trim(seq, 4)  # the same blocks: nothing to give back
+        assert seq.block_table == table[:2]
+        manager.check([seq])
 
     def test_unknown_tokens_are_never_hashed(self):
         """Planned one step ahead, a sequence ends with two unknown tokens; neither may enter a
@@ -653,7 +777,7 @@ class TestScheduler:
         second = sim.scheduler.schedule()
         sim._execute(first)
         with pytest.raises(AssertionError, match="order of the steps"):
-            sim.scheduler.update(second, [0])
+            sim.scheduler.update(second, [[0]])
 
     def test_end_by_stop_token_and_by_length(self):
         sim = self.make()
@@ -668,7 +792,7 @@ class TestScheduler:
         sim = self.make()
         seq = Sequence(0, [0], SamplingParams(), stop_ids=frozenset(range(VOCAB)), max_num_tokens=5)
         sim.scheduler.add(seq)
-        sim.scheduler.update(sim.scheduler.schedule(), [1])
+        sim.scheduler.update(sim.scheduler.schedule(), [[1]])
         assert (seq.finish_reason, seq.stop_reason) == ("stop", None)
 
     def test_the_pool_may_be_filled_to_the_last_slot(self):
@@ -683,7 +807,7 @@ class TestScheduler:
         "damage",
         [
             lambda s: s.running.reverse(),
-            lambda s: s._free_slots.pop(),
+            lambda s: s.free_slots.pop(),
             lambda s: setattr(s.running[0], "status", SequenceStatus.WAITING),
             lambda s: setattr(s.running[0], "slot", s.running[1].slot),
             lambda s: s.waiting.append(s.running[0]),

@@ -1,5 +1,5 @@
-"""Every check runs on both implementations: the references everywhere, Triton on the GPU or in the
-interpreter.
+"""Every check runs on every implementation: the references everywhere, what is fast on a CPU there,
+Triton on the GPU or in the interpreter.
 """
 
 import pytest
@@ -9,10 +9,14 @@ from minivllm.kernels import Kernels
 from support.kernel_checks import DEVICE, require_triton
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", "cpu", "triton"])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     if request.param == "torch":
         return Kernels.reference()
+    if request.param == "cpu":
+        if DEVICE.type != "cpu":
+            pytest.skip("for a CPU only")
+        return Kernels.cpu()
     require_triton()
     return Kernels.triton()
 

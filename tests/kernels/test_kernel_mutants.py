@@ -19,7 +19,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from minivllm.kernels import Kernels, online_softmax, paged_attention
+from minivllm.kernels import Fused, Kernels, online_softmax, paged_attention
 from support import kernel_checks as checks
 
 pytestmark = pytest.mark.slow
@@ -68,7 +68,9 @@ CHECKS = {
         with_operation("qk_norm_rope", m.qk_norm_rope), CPU, FLOAT
     ),
     "qk_norm_rope_store": lambda m: checks.check_qk_norm_rope_store(
-        with_operation("qk_norm_rope_store", m.qk_norm_rope_store), CPU, FLOAT
+        with_operation("fused", Fused(m.qk_norm_rope_store, online_softmax.merge_attention)),
+        CPU,
+        FLOAT,
     ),
     "linear": lambda m: checks.check_linear(with_operation("linear", m.linear), CPU, FLOAT),
     "store_kv": lambda m: checks.check_store_kv(with_operation("store_kv", m.store_kv), CPU, FLOAT),

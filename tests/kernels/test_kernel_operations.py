@@ -1,4 +1,4 @@
-"""Every operation against the textbook, in both implementations; then what only one of the two
+"""Every operation against the textbook, in every implementation; then what only one of them
 promises.
 """
 
@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from minivllm.kernels import Kernels, linear, online_softmax
+from minivllm.kernels import Fused, Kernels, online_softmax
 from minivllm.kernels.paged_attention import choose_num_splits
+from minivllm.kernels.rotary import NormRope
 from support import kernel_checks as checks
 
 
@@ -34,13 +35,78 @@ def test_qk_norm_rope_store(triton_kernels: Kernels, device_dtype):
     checks.check_qk_norm_rope_store(triton_kernels, *device_dtype)
 
 
-@pytest.mark.parametrize("part", ["qk_norm_rope", "store_kv"])
-def test_a_replaced_part_is_called(part: str):
-    """The fused operation must not bypass what somebody put in the place of one of its parts."""
-    whole = Kernels.triton()
-    assert whole.qk_norm_rope_store is not None
-    assert dataclasses.replace(whole, rms_norm=lambda *a: None).qk_norm_rope_store is not None
-    assert dataclasses.replace(whole, **{part: lambda *a: None}).qk_norm_rope_store is None
+def test_qk_norm_rope_store_is_its_two_parts(kernels: Kernels, device_dtype):
+    """Also for kernels that have no fused one."""
+    checks.check_qk_norm_rope_store(dataclasses.replace(kernels), *device_dtype)
+
+
+class TestReplaced:
+    """A fused operation must not bypass what somebody put in the place of one of its parts."""
+
+    cache = (torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8))
+    given = NormRope(None, None, torch.ones(3, 8), torch.zeros(2, dtype=torch.int64), 1e-6)
+
+    @staticmethod
+    def whole(calls: list[str]) -> Kernels:
+        def fused(query, *_):
+            calls.append("fused")
+            return query
+
+        def merge(out, lse, dtype):
+            calls.append("merge and convert")
+            return out[0].to(dtype)
+
+        return dataclasses.replace(Kernels.reference(), fused=Fused(fused, merge))
+
+    def store(self, kernels: Kernels) -> None:
+        heads = torch.ones(2, 1, 8)
+        slots = torch.arange(2)
+        kernels.qk_norm_rope_store(heads, heads, heads, self.given, self.cache, slots)
+
+    @pytest.mark.parametrize("part", ["qk_norm_rope", "store_kv"])
+    def test_a_replaced_part_is_called(self, part: str) -> None:
+        calls: list[str] = []
+        whole = self.whole(calls)
+        self.store(whole)
+        assert calls == ["fused"]
+
+        def mine(*args):
+            calls.append(part)
+            return args[:2]
+
+        self.store(dataclasses.replace(whole, **{part: mine}))
+        assert calls == ["fused", part]
+
+    def test_a_replaced_merge_is_called(self) -> None:
+        calls: list[str] = []
+        parts = torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3)
+        whole = self.whole(calls)
+        assert whole.merge_into(torch.float16)(*parts).dtype == torch.float16
+        assert calls == ["merge and convert"]
+
+        def mine(out, lse):
+            calls.append("mine")
+            return out[0]
+
+        replaced = dataclasses.replace(whole, merge_attention=mine)
+        replaced.merge_into(torch.float16)(*parts)
+        assert calls[1:] == ["mine"]
+
+    def test_who_hands_the_fused_operations_on_keeps_them(self) -> None:
+        calls: list[str] = []
+        whole = self.whole(calls)
+        kept = dataclasses.replace(whole, rms_norm=print, fused=whole.fused_operations)
+        self.store(kept)
+        assert calls == ["fused"]
+        assert kept.rms_norm is print
+
+
+def test_only_triton_kernels_can_be_recorded():
+    """And whoever replaces one of them answers for it."""
+    assert Kernels.triton().can_be_recorded
+    assert dataclasses.replace(Kernels.triton(), silu_mul=print).can_be_recorded
+    assert not Kernels.reference().can_be_recorded
+    assert not Kernels.cpu().can_be_recorded
 
 
 def test_linear(kernels: Kernels, device_dtype):
@@ -48,7 +114,7 @@ def test_linear(kernels: Kernels, device_dtype):
 
 
 def test_softmax(kernels: Kernels, device_dtype):
-    if kernels.name == "torch":
+    if kernels.name != "triton":
         checks.check_softmax(online_softmax.softmax_reference, *device_dtype)
     else:
         checks.check_softmax(lambda x: online_softmax.softmax(x, block=16), *device_dtype)
@@ -72,8 +138,8 @@ def test_prefill_attention(kernels: Kernels, device_dtype):
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 256])
-def test_references_take_any_block_size(block_size: int):
-    kernels = Kernels.reference()
+@pytest.mark.parametrize("kernels", [Kernels.reference(), Kernels.cpu()], ids=["torch", "cpu"])
+def test_torch_takes_any_block_size(block_size: int, kernels: Kernels):
     device, dtype = torch.device("cpu"), torch.float32
     checks.check_decode(kernels, device, dtype, [(4, 2, 16, block_size, 3, (1, 3, 0, 4, 257, 256))])
     checks.check_prefill(
@@ -186,29 +252,3 @@ def test_unsuitable_inputs_are_refused(triton_kernels: Kernels):
             )
         with pytest.raises(ValueError, match="seeds"):
             kernels.sample(x, torch.ones(4), None, None, None, None, None)
-
-
-@pytest.mark.parametrize("prefers", [True, False])
-def test_linear_reference_gives_the_same_by_onednn_and_by_mkl(
-    prefers: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Which library multiplies depends on the CPU, so both are shown to be right on every CPU, and
-    to be asked.
-    """
-    if not torch.backends.mkldnn.is_available():
-        pytest.skip("this build of torch has no oneDNN")
-    calls: list[torch.Size] = []
-
-    def by_mkl(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        calls.append(x.shape)
-        return x @ weight.t() + (0 if bias is None else bias)
-
-    monkeypatch.setattr(linear, "PREFERS_ONEDNN", prefers)
-    monkeypatch.setattr(linear.F, "linear", by_mkl)
-    checks.check_linear(Kernels.reference(), torch.device("cpu"), torch.float32)
-    few, many = (sum(min(shape[0], 3) == n for shape in calls) for n in (1, 3))
-    assert few == 4
-    assert many == (0 if prefers else 6)
-    calls.clear()
-    checks.check_linear(Kernels.reference(), torch.device("cpu"), torch.bfloat16)
-    assert len(calls) == 12, "oneDNN is asked for float32 only"

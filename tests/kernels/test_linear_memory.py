@@ -14,21 +14,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minivllm.kernels import linear
+from minivllm.kernels import cpu
 
 pytestmark = pytest.mark.slow
 
-HAS_ONEDNN = torch.backends.mkldnn.is_available()
-has_onednn = pytest.mark.skipif(not HAS_ONEDNN, reason="this build of torch has no oneDNN")
+has_onednn = pytest.mark.skipif(not cpu.HAS_ONEDNN, reason="this build of torch has no oneDNN")
 
 #: Multiplies with each number of rows in turn, prints by how many MB the process grew.
 GROWTH = """
 import sys, torch
-from minivllm.kernels import linear
+from minivllm import Kernels
 
 torch.set_num_threads(1)
-linear.PREFERS_ONEDNN = sys.argv[1] == "True"
-weights = [torch.randn(n, k) for n, k in ((512, 256), (256, 256), (1536, 256), (256, 768))]
+shapes = ((512, 256), (256, 256), (1536, 256), (256, 768))
+linear = Kernels.cpu(frozenset(shapes if sys.argv[1] == "True" else ())).linear
+weights = [torch.randn(shape) for shape in shapes]
 
 def megabytes():
     with open("/proc/self/statm") as file:
@@ -36,11 +36,11 @@ def megabytes():
 
 with torch.inference_mode():
     for weight in weights:
-        linear.linear_reference(torch.ones(300, weight.shape[1]), weight)
+        linear(torch.ones(300, weight.shape[1]), weight)
     start = megabytes()
     for rows in range(3, 300):
         for weight in weights:
-            linear.linear_reference(torch.ones(rows, weight.shape[1]), weight)
+            linear(torch.ones(rows, weight.shape[1]), weight)
 print(megabytes() - start)
 """
 
@@ -59,7 +59,7 @@ def test_onednn_is_asked_for_few_numbers_of_rows() -> None:
     """Between them no gap wastes more than a third of a product's rows, from 12 rows on a
     quarter.
     """
-    sizes = linear.ONEDNN_ROWS
+    sizes = cpu.ONEDNN_ROWS
     assert sizes == tuple(sorted(set(sizes)))
     assert len(sizes) < 50
     for small, large in pairwise(sizes):
@@ -68,30 +68,14 @@ def test_onednn_is_asked_for_few_numbers_of_rows() -> None:
 
 @has_onednn
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_every_number_of_rows_gives_the_same_by_onednn_and_by_mkl(
-    with_bias: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(linear, "PREFERS_ONEDNN", True)
+def test_every_number_of_rows_gives_the_same_by_onednn_and_by_mkl(with_bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(10, 6, generator=generator)
     bias = torch.randn(10, generator=generator) if with_bias else None
     wide = torch.randn(4300, 12, generator=generator)
     for rows in (*range(300), 511, 512, 513, 2047, 2048, 2049, 4096, 4300):
         for x in (wide[:rows, :6], wide[:rows, :6].contiguous()):  # strided rows, too
-            out = linear.linear_reference(x, weight, bias)
+            out = cpu.linear(x, weight, bias, onednn=frozenset({(10, 6)}))
             assert out.shape == (rows, 10)
             assert out.is_contiguous()
             torch.testing.assert_close(out, F.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("vendor", "flags", "prefers"),
-    [
-        ("AuthenticAMD", "fma avx2 avx512f avx512bw", True),
-        ("AuthenticAMD", "fma avx2", False),
-        ("GenuineIntel", "fma avx2 avx512f", False),
-        ("", "asimd sve", False),
-    ],
-)
-def test_onednn_is_for_amds_avx512(vendor: str, flags: str, prefers: bool) -> None:
-    assert linear.prefers_onednn(f"vendor_id : {vendor}\nflags : {flags}\n") is prefers

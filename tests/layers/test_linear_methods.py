@@ -19,7 +19,7 @@ from minivllm.errors import WeightLoadingError
 from minivllm.kernels import Kernels
 from minivllm.layers.linear import (
     FusedLinear,
-    LinearBase,
+    Linear,
     LinearMethod,
     RowParallelLinear,
     UnquantizedLinearMethod,
@@ -35,11 +35,11 @@ NUM_TOKENS = 24
 class Transposed(UnquantizedLinearMethod):
     """The weight as [in_features, out_features], from when it has been loaded."""
 
-    def process_weights_after_loading(self, layer: LinearBase) -> None:
+    def process_weights_after_loading(self, layer: Linear) -> None:
         layer.weight = nn.Parameter(layer.weight.T.contiguous(), requires_grad=False)
 
     def apply(
-        self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None
+        self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         product = x @ layer.weight
         return product if bias is None else product + bias
@@ -48,12 +48,12 @@ class Transposed(UnquantizedLinearMethod):
 class InBFloat16(UnquantizedLinearMethod):
     """Stored in bfloat16, multiplied in the dtype of x."""
 
-    def create_weights(self, layer: LinearBase, in_features: int, out_features: int) -> None:
+    def create_weights(self, layer: Linear, in_features: int, out_features: int) -> None:
         weight = torch.empty(out_features, in_features, dtype=torch.bfloat16)
         layer.register_weight("weight", weight)
 
     def apply(
-        self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None
+        self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         return layer.kernels.linear(x, layer.weight.to(x.dtype), bias)
 
@@ -63,15 +63,15 @@ class Int8:
     dtype of x: weight = integers · scale.
     """
 
-    def create_weights(self, layer: LinearBase, in_features: int, out_features: int) -> None:
+    def create_weights(self, layer: Linear, in_features: int, out_features: int) -> None:
         layer.register_weight("weight", torch.empty(out_features, in_features, dtype=torch.int8))
         layer.register_weight("weight_scale", torch.empty(out_features, 1), features_per=(1, 0))
 
-    def process_weights_after_loading(self, layer: LinearBase) -> None:
+    def process_weights_after_loading(self, layer: Linear) -> None:
         pass
 
     def apply(
-        self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None
+        self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         return layer.kernels.linear(x, layer.weight.to(x.dtype) * layer.weight_scale, bias)
 
@@ -141,18 +141,18 @@ def test_tokens_are_those_of_the_weights(name: str, size: int, tmp_path: Path) -
 
 def test_every_linear_layer_asks_the_method(tmp_path: Path) -> None:
     """Created, prepared once when it is filled, and applied: 4 layers in a block, and the head."""
-    calls: list[tuple[str, LinearBase]] = []
+    calls: list[tuple[str, Linear]] = []
 
     class Counting(UnquantizedLinearMethod):
-        def create_weights(self, layer: LinearBase, in_features: int, out_features: int) -> None:
+        def create_weights(self, layer: Linear, in_features: int, out_features: int) -> None:
             calls.append(("create", layer))
             super().create_weights(layer, in_features, out_features)
 
-        def process_weights_after_loading(self, layer: LinearBase) -> None:
+        def process_weights_after_loading(self, layer: Linear) -> None:
             assert layer.weight.isfinite().all()
             calls.append(("process", layer))
 
-        def apply(self, layer: LinearBase, *arguments: Any) -> torch.Tensor:
+        def apply(self, layer: Linear, *arguments: Any) -> torch.Tensor:
             calls.append(("apply", layer))
             return super().apply(layer, *arguments)
 
@@ -184,15 +184,15 @@ def test_integers_need_a_method_that_has_a_place_for_them(tmp_path: Path) -> Non
 class Blocks:
     """A scale per block of 4 x 8 weights, as in checkpoints of 8-bit floats."""
 
-    def create_weights(self, layer: LinearBase, in_features: int, out_features: int) -> None:
+    def create_weights(self, layer: Linear, in_features: int, out_features: int) -> None:
         layer.register_weight("weight", torch.empty(out_features, in_features))
         layer.register_weight("scale", torch.empty(out_features // 4, in_features // 8), (4, 8))
 
-    def process_weights_after_loading(self, layer: LinearBase) -> None:
+    def process_weights_after_loading(self, layer: Linear) -> None:
         pass
 
     def apply(
-        self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None
+        self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         scales = layer.get_parameter("scale").repeat_interleave(4, 0).repeat_interleave(8, 1)
         return layer.kernels.linear(x, layer.weight * scales, bias)

@@ -13,6 +13,7 @@ import torch
 
 from minivllm import LLM, SamplingParams
 from minivllm.errors import UnsupportedModelError
+from minivllm.models.llama import LlamaForCausalLM
 from minivllm.models.loader import iterate_weights, load_config
 from minivllm.models.qwen3 import Qwen3ForCausalLM
 from minivllm.models.registry import MODELS, model_class
@@ -85,7 +86,7 @@ def test_a_new_family_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     mistral.save_pretrained(tmp_path / "mistral")
     with pytest.raises(UnsupportedModelError, match="'MistralForCausalLM' is none of"):
         LLM(tmp_path / "mistral", **OPTIONS)
-    monkeypatch.setitem(MODELS, "MistralForCausalLM", "llama:LlamaForCausalLM")
+    monkeypatch.setitem(MODELS, "MistralForCausalLM", LlamaForCausalLM)
     prompt = random_prompt(9)
     params = SamplingParams(temperature=0.0, max_tokens=12)
     [output] = LLM(tmp_path / "mistral", **OPTIONS).generate([prompt], params, use_tqdm=False)

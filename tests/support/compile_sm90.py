@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from minivllm.kernels import Kernels, online_softmax
+from minivllm.kernels.rotary import NormRope
 
 CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 POINTERS = {
@@ -148,7 +149,12 @@ def cases(dtype: torch.dtype) -> dict:
         "silu_mul": lambda: kernels.silu_mul(x),
         "store_kv": lambda: kernels.store_kv(key, value, pages[64], pages[64], longs),
         "qk_norm_rope_store": lambda: kernels.qk_norm_rope_store(
-            query, key, value, weight, weight, cos_sin, longs, 1e-6, pages[64], pages[64], longs
+            query,
+            key,
+            value,
+            NormRope(weight, weight, cos_sin, longs, 1e-6),
+            (pages[64], pages[64]),
+            longs,
         ),
         "linear": lambda: kernels.linear(x[:1], torch.zeros(4096, 1024, dtype=dtype)),
         "softmax": lambda: online_softmax.softmax(x),

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from minivllm.kernels import Kernels
+from minivllm.kernels.rotary import NormRope
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OUTPUT_BAND = 1232.0  # around outputs; exact in bfloat16 too
@@ -236,9 +237,9 @@ def check_qk_norm_rope_store(kernels: Kernels, device: torch.device, dtype: torc
             blank = torch.full((20, kv_heads, block_size, dim), 9.0, dtype=dtype, device=device)
             caches, expected = [fence(blank), fence(blank)], [blank.clone(), blank.clone()]
             with guarded_outputs():
-                turn = (*norms, cos_sin, positions, 0.01)
-                actual = kernels.qk_norm_rope_store(*parts, *turn, *caches, slots.to(device))
-            query, key = kernels.qk_norm_rope(*parts[:2], *turn)
+                given = NormRope(*norms, cos_sin, positions, 0.01)
+                actual = kernels.qk_norm_rope_store(*parts, given, tuple(caches), slots.to(device))
+            query, key = kernels.qk_norm_rope(*parts[:2], *given)
             kernels.store_kv(key, parts[2], *expected, slots.to(device))
             assert torch.equal(actual, query)
             for cache, right in zip(caches, expected, strict=True):

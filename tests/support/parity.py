@@ -20,7 +20,11 @@ from typing import Any
 import torch
 
 from minivllm import LLM, Kernels, SamplingParams
+from minivllm.bundled import BUNDLED_MODEL_PATH
 from minivllm.engine.scheduler import Scheduler
+from minivllm.kernels import Fused
+from minivllm.kernels.cpu import choose_onednn
+from minivllm.models.loader import load_config, weight_shapes
 from minivllm.outputs import RequestOutput
 from support.checkpoints import (
     MARGIN_FACTOR,
@@ -91,6 +95,15 @@ class Completion:
     num_preemptions: int
 
 
+def _engines_choice(path: Path | None, attention_backend: str) -> Kernels:
+    """The kernels that an engine takes when none are given."""
+    if attention_backend == "triton":
+        return Kernels.triton()
+    if torch.cuda.is_available():
+        return Kernels.reference()
+    return Kernels.cpu(choose_onednn(weight_shapes(load_config(path or BUNDLED_MODEL_PATH))))
+
+
 class RecordedLLM(LLM):
     """An `LLM` in float32, on the device there is, that remembers. Options are LLM's."""
 
@@ -113,13 +126,13 @@ class RecordedLLM(LLM):
         self._sequences: list[Any] = []
         self._logits: dict[tuple[int, int], torch.Tensor] = {}
         self._tables: dict[int, list[int]] = {}
-        #: Logits of the step being run, of steps whose results the scheduler has not seen, and of
-        #: each graph.
+        #: Logits of the step being run, of steps whose results the scheduler has not seen (with
+        #: the order of their rows), and of each graph.
         self._fresh: torch.Tensor | None = None
-        self._in_flight: deque[torch.Tensor] = deque()
+        self._in_flight: deque[tuple[torch.Tensor, list[int]]] = deque()
         self._captured: dict[int, torch.Tensor] = {}
         if kernels is None:
-            kernels = Kernels.triton() if attention_backend == "triton" else Kernels.reference()
+            kernels = _engines_choice(path, attention_backend)
         options = {"skip_tokenizer_init": skip_tokenizer_init, "max_num_seqs": 16, **options}
         if options.get("tensor_parallel_size", 1) == 1 or "group" in options:
             options |= {
@@ -199,10 +212,15 @@ class RecordedLLM(LLM):
 
             return call
 
-        fields = [f.name for f in dataclasses.fields(kernels) if callable(getattr(kernels, f.name))]
-        return dataclasses.replace(
-            kernels, **{name: counted(name, getattr(kernels, name)) for name in fields}
-        )
+        names = [f.name for f in dataclasses.fields(kernels) if callable(getattr(kernels, f.name))]
+        fused = kernels.fused_operations
+        if fused is not None:
+            fused = Fused(
+                counted("qk_norm_rope_store", fused.qk_norm_rope_store),
+                counted("merge_attention", fused.merge_attention),
+            )
+        operations = {name: counted(name, getattr(kernels, name)) for name in names}
+        return dataclasses.replace(kernels, **operations, fused=fused)
 
     def _watch(self, runner: Any) -> None:
         execute = runner.execute
@@ -217,7 +235,7 @@ class RecordedLLM(LLM):
                     self._fresh = self._captured[min(n for n in self._captured if n >= rows)][
                         :rows
                     ].clone()
-                self._in_flight.append(self._fresh)
+                self._in_flight.append((self._fresh, result.sampled.order))
             return result
 
         runner.execute = recorded
@@ -240,8 +258,9 @@ class RecordedLLM(LLM):
                 return batch
 
             def update(self, batch: Any, token_ids: Any) -> Any:
-                logits = llm._in_flight.popleft().cpu() if batch.sampled else None
-                row_of = {id(item): row for row, item in enumerate(batch.sampled)}
+                logits, order = llm._in_flight.popleft() if batch.sampled else (None, [])
+                logits = None if logits is None else logits.cpu()
+                row_of = {id(batch.sampled[place]): row for row, place in enumerate(order)}
                 accepted = super().update(batch, token_ids)
                 for item in accepted:
                     key = item.sequence.seq_id, item.sample_position

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from minivllm.engine.block_manager import BlockManager, hash_block
 from minivllm.engine.scheduler import Scheduler
-from minivllm.engine.sequence import PENDING, Sequence, max_steps
+from minivllm.engine.sequence import PENDING, Sequence, SequenceStatus, max_steps
 from minivllm.sampling_params import SamplingParams
 
 VOCAB = 3  # few tokens, so that prompts and outputs share prefixes by chance as well
@@ -103,8 +103,8 @@ class Simulation:
         sequence_cls=Sequence,
     ) -> None:
         self.pool, self.late, self.sequence_cls = pool, late, sequence_cls
-        self.manager = manager_cls(pool.num_blocks, pool.block_size, pool.caching)
-        self.scheduler = scheduler_cls(self.manager, pool.max_num_seqs, pool.budget)
+        self.manager_cls, self.scheduler_cls = manager_cls, scheduler_cls
+        self._new_scheduler()
         #: What memory holds: block -> offset -> (token, position, chain), or None where nothing was
         #: written yet.
         self.content = [[None] * pool.block_size for _ in range(pool.num_blocks)]
@@ -113,9 +113,20 @@ class Simulation:
         self.live: dict[int, Sequence] = {}
         self.results: deque = deque()
         self.num_steps = self.num_deferrals = self.num_late_accepted = 0
+        #: Verified proposals, refused ones, and those dropped because a stop came before them; and
+        #: steps with proposals whose sequence had been preempted when its results came.
+        self.num_right = self.num_wrong = self.num_cut = self.num_late_verified = 0
+        self.has_proposed = False
+        #: Chains of all that has been verified: only of these may hashes be made.
+        self.verified_chains: set[int] = set()
         self.chain_of_hash: dict[int, int] = {}
         #: Tokens of each sequence, the prompt's included, whose values have been brought.
         self.num_reported: dict[int, int] = {}
+
+    def _new_scheduler(self) -> None:
+        pool = self.pool
+        self.manager = self.manager_cls(pool.num_blocks, pool.block_size, pool.caching)
+        self.scheduler = self.scheduler_cls(self.manager, pool.max_num_seqs, pool.budget)
 
     # --- what happens -----------------------------------------------------------------------------
 
@@ -144,8 +155,35 @@ class Simulation:
         )
         self.truths[seq_id] = Truth(prompt, stop_ids, min_tokens, max_num_tokens)
         self.live[seq_id] = seq
+        self.verified_chains.update(self.truths[seq_id].chains[: len(prompt)])
         self.scheduler.add(seq)
         return seq
+
+    def propose(self, seq: Sequence, num_right: int, num_wrong: int) -> None:
+        """Propose what seq will say next, as a model that sometimes errs: so many right tokens,
+        then wrong ones.
+        """
+        known = seq.num_tokens - seq.has_pending_token
+        truth = self.truths[seq.seq_id]
+        right = [truth.token(known + i) for i in range(num_right + num_wrong)]
+        wrong = [(token + 1) % VOCAB for token in right[num_right:]]
+        proposals = right[:num_right] + wrong
+        self.scheduler.propose(seq, proposals)
+        self.has_proposed = True
+        taken = seq.proposed_token_ids
+        if seq.status is not SequenceStatus.RUNNING or seq.has_pending_token:
+            assert taken == [], "a proposal for a sequence that cannot use it"
+        else:
+            room = max(0, seq.max_num_tokens - seq.num_tokens - 1)
+            assert taken == proposals[:room]
+
+    def propose_at_random(self, rng: random.Random) -> None:
+        """Right, wrong and partly right proposals, for some of those that run and those that do
+        not.
+        """
+        for seq in list(self.live.values()):
+            if rng.random() < 0.7:
+                self.propose(seq, rng.choice([0, 0, 1, 2, 3, 6]), rng.choice([0, 0, 1, 2]))
 
     def abort(self, seq: Sequence) -> None:
         self.scheduler.finish(seq, "abort")
@@ -159,14 +197,24 @@ class Simulation:
 
     def interrupt(self) -> None:
         """A step fails while it is computed, maybe after it wrote: the results in flight never
-        arrive.
+        arrive, and the engine begins anew with the tokens that it knows (`EngineCore.restart`).
         """
         batch = self.scheduler.schedule()
         self._execute(batch)
         self.results.clear()
-        self.scheduler.recover()
-        assert not self.scheduler.running
-        assert not any(seq.has_pending_token for seq in self.live.values())
+        stats = self.scheduler.stats
+        self._new_scheduler()
+        self.scheduler.stats = stats
+        for seq_id, seq in self.live.items():
+            self.live[seq_id] = self.sequence_cls(
+                seq_id,
+                [token for token in seq.token_ids if token != PENDING],
+                seq.params,
+                stop_ids=seq.stop_ids,
+                max_num_tokens=seq.max_num_tokens,
+                num_prompt_tokens=seq.num_prompt_tokens,
+            )
+            self.scheduler.add(self.live[seq_id])
         self.check()
 
     def step(self) -> None:
@@ -176,7 +224,7 @@ class Simulation:
             return
         self.num_steps += 1
         oldest = min(self.live, default=None)
-        batch = self.scheduler.schedule()
+        batch = self.last_batch = self.scheduler.schedule()
         self._check_plan(batch, oldest)
         if batch:
             self.results.append((batch, self._execute(batch)))
@@ -187,7 +235,7 @@ class Simulation:
             self._update(*self.results.popleft())
             self.check()
 
-    def drain(self) -> None:
+    def drain(self, guesses: random.Random | None = None) -> None:
         """Run until everything has finished, within the stated bound; then nothing may be left
         over.
         """
@@ -195,47 +243,60 @@ class Simulation:
             (s.num_prompt_tokens, s.max_num_tokens - s.num_prompt_tokens)
             for s in self.live.values()
         )
+        if self.late and self.has_proposed:
+            left *= 2  # a sequence rests while its proposals are verified
         while self.live or self.results:
             if self.live:
                 assert left > 0, (
                     f"requests {sorted(self.live)} starve: the bound of max_steps is reached"
                 )
             left -= 1
+            if guesses is not None:
+                self.propose_at_random(guesses)
             self.step()
         assert not self.scheduler.has_unfinished
         assert self.manager.num_free_blocks == self.pool.num_blocks, "blocks leaked"
-        assert sorted(self.scheduler._free_slots) == list(range(self.pool.max_num_seqs)), (
+        assert sorted(self.scheduler.free_slots) == list(range(self.pool.max_num_seqs)), (
             "slots leaked"
         )
 
     # --- the fake model ---------------------------------------------------------------------------
 
-    def _execute(self, batch) -> list[int]:
+    def _execute(self, batch) -> list[list[int]]:
         tokens = []
         for item in batch.items:
             seq, truth = item.sequence, self.truths[item.sequence.seq_id]
             self._check_history(seq, truth, item.start)
-            for position in range(item.start, item.end):
-                token = seq.token_ids[position]
+            for position, token in enumerate(item.token_ids, item.start):
                 if token == PENDING:
                     assert item.num_new_tokens == 1, "an unknown token shares its row with others"
                     token = self.last_token[seq.slot]
-                assert token == truth.token(position), (
+                is_proposal = item.proposed_token_ids and position >= item.sample_position
+                assert is_proposal or token == truth.token(position), (
                     f"sequence {seq.seq_id} computes another token at {position}"
                 )
                 before = self._entry(seq, position - 1)[2] if position else 0
                 self._write(seq, position, (token, position, hash((before, token))))
             if item.sample_position is not None:
-                assert item.sample_position == item.end, (
-                    "samples somewhere else than behind what it computed"
-                )
-                too_short = item.end - seq.num_prompt_tokens < seq.params.min_tokens
-                token = fake_sample(
-                    self._entry(seq, item.end - 1)[2], seq.stop_ids if too_short else frozenset()
-                )
-                self.last_token[seq.slot] = token
-                tokens.append(token)
+                tokens.append(self._verify(item))
+                self.last_token[seq.slot] = tokens[-1][-1]
         return tokens
+
+    def _verify(self, item) -> list[int]:
+        """Sample behind the known tokens and behind each proposal, until one is wrong."""
+        seq, verified = item.sequence, []
+        assert item.sample_positions[-1] == item.end, (
+            "samples somewhere else than behind what it computed"
+        )
+        for position, proposal in zip(
+            item.sample_positions, [*item.proposed_token_ids, None], strict=True
+        ):
+            too_short = position - seq.num_prompt_tokens < seq.params.min_tokens
+            banned = seq.stop_ids if too_short else frozenset()
+            verified.append(fake_sample(self._entry(seq, position - 1)[2], banned))
+            if verified[-1] != proposal:
+                break
+        return verified
 
     def _check_history(self, seq: Sequence, truth: Truth, end: int) -> None:
         """What a step reads must be this sequence's own history, written before."""
@@ -277,6 +338,8 @@ class Simulation:
                 assert seq.num_cached_tokens == 0, "took a hit that it must not take"
             assert seq.num_cached_tokens % self.pool.block_size == 0
             assert seq.num_cached_tokens < seq.num_computed_tokens
+        assert not (batch.preempted and batch.has_proposals), "a guess in a step that preempts"
+        assert batch.has_proposals == any(item.proposed_token_ids for item in batch.items)
         assert oldest is None or oldest not in [seq.seq_id for seq in batch.preempted], (
             "the oldest was preempted"
         )
@@ -301,29 +364,41 @@ class Simulation:
         ):
             return False
         head = scheduler.waiting[0]
-        return scheduler._is_being_computed(head, len(self.manager.find_cached_prefix(head)), batch)
+        return scheduler.is_being_computed(head, len(self.manager.find_cached_prefix(head)), batch)
 
-    def _update(self, batch, tokens: list[int]) -> None:
+    def _update(self, batch, tokens: list[list[int]]) -> None:
+        verified = {id(i): len(t) for i, t in zip(batch.sampled, tokens, strict=True)}
         accepted = self.scheduler.update(batch, tokens)
         for item in accepted:
             seq = item.sequence
             assert seq.seq_id in self.live, "a token for a sequence that has ended"
-            self.num_reported[seq.seq_id] = (
-                self.num_reported.get(seq.seq_id, seq.num_prompt_tokens) + 1
-            )
-            assert item.sample_position == self.num_reported[seq.seq_id] - 1, (
-                "a position is sampled twice, or never"
-            )
-            self.num_late_accepted += item.generation != seq.num_preemptions
-            assert seq.token_ids[item.sample_position] == self.truths[seq.seq_id].token(
-                item.sample_position
-            )
+            truth = self.truths[seq.seq_id]
+            start = self.num_reported.get(seq.seq_id, seq.num_prompt_tokens)
+            end = self.num_reported[seq.seq_id] = start + len(item.new_token_ids)
+            assert item.sample_position == start < end, "a position is sampled twice, or never"
+            self.num_late_accepted += item.num_preemptions != seq.num_preemptions
+            assert list(item.new_token_ids) == [truth.token(i) for i in range(start, end)]
+            assert seq.token_ids[start:end] == list(item.new_token_ids)
+            self.verified_chains.update(truth.chains[start:end])
+            self._note_proposals(item, verified[id(item)])
             if seq.is_finished:
-                truth = self.truths[seq.seq_id]
                 assert [t for t in seq.output_token_ids if t != PENDING] == truth.output
                 assert seq.finish_reason == truth.reason
                 assert seq.stop_reason == (truth.output[-1] if truth.reason == "stop" else None)
                 del self.live[seq.seq_id]
+
+    def _note_proposals(self, item, num_verified: int) -> None:
+        if not item.proposed_token_ids:
+            return
+        seq, num_new = item.sequence, len(item.new_token_ids)
+        self.num_right += num_new - 1
+        self.num_wrong += len(item.proposed_token_ids) - (num_verified - 1)
+        self.num_cut += num_verified - num_new
+        self.num_late_verified += item.num_preemptions != seq.num_preemptions
+        if seq.status is SequenceStatus.RUNNING:
+            assert seq.num_computed_tokens == seq.num_tokens - 1, "rejected tokens were kept"
+        else:
+            assert not seq.block_table
 
     def check(self) -> None:
         """The classes' own invariants; nobody lost; and the prefix cache tells the truth about
@@ -339,6 +414,9 @@ class Simulation:
                 f"sequence {seq.seq_id} lost or repeated a token"
             )
             assert all(token == PENDING for token in seq.token_ids[len(known) :])
+            assert len(seq.block_hashes) * self.pool.block_size <= len(known), (
+                "a hash of tokens that nobody has verified"
+            )
             right = truth.block_hashes(len(seq.block_hashes), self.pool.block_size)
             assert seq.block_hashes == right, (
                 "a block's hash is not that of its tokens and all before"
@@ -346,14 +424,14 @@ class Simulation:
         for block_hash, block_id in self.manager.hash_to_block.items():
             entries = self.content[block_id]
             assert None not in entries, f"block {block_id} was registered before it was computed"
+            assert {entry[2] for entry in entries} <= self.verified_chains, (
+                f"block {block_id} was registered with tokens that nobody has verified"
+            )
             assert tuple(entry[0] for entry in entries) == self.manager.blocks[block_id].token_ids
             chain = self.chain_of_hash.setdefault(block_hash, entries[-1][2])
             assert chain == entries[-1][2], (
                 f"block {block_id} is registered for a prefix that it does not hold"
             )
-
-
-# --- random requests, from a seed: fast, many -----------------------------------------------------
 
 
 def random_pool(rng: random.Random) -> Pool:
@@ -376,9 +454,13 @@ def random_prompt(rng: random.Random, known: list[list[int]], longest: int) -> l
     return (prompt + [rng.randrange(VOCAB) for _ in range(length)])[:length]
 
 
-def run_random(seed: int, *, late: bool, num_events: int = 40, **classes) -> Simulation:
-    """One random history of adds, aborts and steps; then everything has to finish."""
-    rng = random.Random(seed)
+def run_random(
+    seed: int, *, late: bool, num_events: int = 40, proposing: bool = False, **classes
+) -> Simulation:
+    """One random history of adds, aborts and steps; then everything has to finish. proposing: with
+    proposals before each step.
+    """
+    rng, guesses = random.Random(seed), random.Random(seed + 1)
     sim = Simulation(random_pool(rng), late=late, **classes)
     for _ in range(num_events):
         event = rng.random()
@@ -399,18 +481,21 @@ def run_random(seed: int, *, late: bool, num_events: int = 40, **classes) -> Sim
         elif event < 0.37:
             sim.interrupt()
         else:
+            if proposing:
+                sim.propose_at_random(guesses)
             sim.step()
-    sim.drain()
+    sim.drain(guesses if proposing else None)
     return sim
 
 
-def run_many(seeds, late: bool, **classes) -> dict[str, int]:
+def run_many(seeds, late: bool, **options) -> dict[str, int]:
     """Counters over many random histories, so that a test can assert which situations it met."""
     total = dict.fromkeys(
         ("preemptions", "hits", "chunks", "mixed", "finished", "deferrals", "late_accepted"), 0
     )
+    total |= dict.fromkeys(("right", "wrong", "cut", "late_verified"), 0)
     for seed in seeds:
-        sim = run_random(seed, late=late, **classes)
+        sim = run_random(seed, late=late, **options)
         stats = sim.scheduler.stats
         for name, value in (
             ("preemptions", stats.num_preemptions),
@@ -420,6 +505,10 @@ def run_many(seeds, late: bool, **classes) -> dict[str, int]:
             ("finished", len(sim.truths)),
             ("deferrals", sim.num_deferrals),
             ("late_accepted", sim.num_late_accepted),
+            ("right", sim.num_right),
+            ("wrong", sim.num_wrong),
+            ("cut", sim.num_cut),
+            ("late_verified", sim.num_late_verified),
         ):
             total[name] += value
     return total

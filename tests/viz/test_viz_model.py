@@ -18,6 +18,7 @@ from matplotlib.patches import Rectangle
 from minivllm.bench.shapes import shape_config
 from minivllm.bundled import BUNDLED_MODEL_PATH
 from minivllm.config import ModelConfig
+from minivllm.models.hf_config import config_from_hf
 from minivllm.models.loader import iterate_weights, load_config
 from minivllm.viz import scrub
 from minivllm.viz.model import (
@@ -127,7 +128,7 @@ def test_the_block_says_what_each_box_makes(bundled: ModelConfig) -> None:
         "gate, up (2 × 768)",
     ):
         assert words in caption
-    llama = ModelConfig.from_hf(
+    llama = config_from_hf(
         {
             "architectures": ["LlamaForCausalLM"],
             "vocab_size": 8,
@@ -192,7 +193,7 @@ def test_parameters_are_those_of_the_model(family: str, bias: bool) -> None:
     from minivllm.kernels import Kernels
     from minivllm.models.qwen3 import Qwen3ForCausalLM
 
-    config = ModelConfig.from_hf(
+    config = config_from_hf(
         {
             "architectures": [family],
             "vocab_size": 50,

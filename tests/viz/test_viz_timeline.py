@@ -43,8 +43,8 @@ STEPWISE = [draw_timeline, draw_composition]
 class Forgetful(Scheduler):
     """Loses whoever does not fit for a second time."""
 
-    def _schedule_waiting(self, batch, budget):
-        super()._schedule_waiting(batch, budget)
+    def schedule_waiting(self, batch, budget):
+        super().schedule_waiting(batch, budget)
         if self.waiting and self.waiting[0] is getattr(self, "head", None):
             self.waiting.popleft()
         self.head = self.waiting[0] if self.waiting else None

@@ -275,8 +275,8 @@ class RegistersBeforeComputing(BlockManager):
 class SampledTokenLost(Scheduler):
     """Preemption throws away the token that was sampled last, and goes on behind it."""
 
-    def _preempt(self, seq: Any, batch: Any) -> None:
-        super()._preempt(seq, batch)
+    def give_up(self, batch: Any, seq: Any) -> None:
+        super().give_up(batch, seq)
         if seq.num_output_tokens > 1:
             del seq.token_ids[-2]
 
@@ -286,8 +286,8 @@ class SampledTokenRepeated(Scheduler):
     back.
     """
 
-    def _preempt(self, seq: Any, batch: Any) -> None:
-        super()._preempt(seq, batch)
+    def give_up(self, batch: Any, seq: Any) -> None:
+        super().give_up(batch, seq)
         if 1 < seq.num_output_tokens < NUM_TOKENS - 1:
             seq.token_ids.append(seq.token_ids[-1])
 
@@ -297,8 +297,8 @@ class SampledTokenSampledAgain(Scheduler):
     twice.
     """
 
-    def _preempt(self, seq: Any, batch: Any) -> None:
-        super()._preempt(seq, batch)
+    def give_up(self, batch: Any, seq: Any) -> None:
+        super().give_up(batch, seq)
         if seq.num_output_tokens > 1:
             del seq.token_ids[-1]
 
@@ -308,13 +308,14 @@ class PreemptedKeepsItsCount(Scheduler):
     again.
     """
 
-    def _admit(self, batch: Any, seq: Any, num_cached: int) -> None:
-        super()._admit(batch, seq, num_cached)
+    def start(self, batch: Any, seq: Any, num_cached: int = 0) -> None:
+        super().start(batch, seq, num_cached)
         if seq.num_preemptions:
             seq.num_computed_tokens = max(num_cached, seq.num_tokens - 2)
 
-    def _plan(self, batch: Any, seq: Any, num_new: int) -> None:
-        super()._plan(batch, seq, min(num_new, seq.num_tokens - seq.num_computed_tokens))
+    def compute(self, batch: Any, seq: Any, num_new: int) -> Any:
+        num_left = seq.num_tokens - seq.num_computed_tokens
+        return super().compute(batch, seq, min(num_new, num_left))
 
 
 class StaleBlockTable(ModelRunner):
@@ -332,14 +333,14 @@ class StaleBlockTable(ModelRunner):
 class StaleLastToken(ModelRunner):
     """A step planned before its tokens are known reads the token of the step before."""
 
-    def _note_sampled(self, sampled: Any, token_ids: torch.Tensor) -> None:
-        super()._note_sampled(sampled, token_ids)
+    def _note_sampled(self, items: Any, token_ids: torch.Tensor, positions: Any) -> None:
+        super()._note_sampled(items, token_ids, positions)
         newest, last = self._state.last_token.clone(), self._state.last_token
         last.copy_(getattr(self, "_older", torch.zeros_like(last)))
         self._older = newest
 
 
-def unchained_hash(_previous: int | None, token_ids: Any) -> int:
+def unchained_hash(_previous: int | None, token_ids: Any, _extra_keys: Any = ()) -> int:
     return hash(tuple(token_ids)) % (1 << 128)
 
 

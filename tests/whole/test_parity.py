@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from minivllm import Kernels
 from minivllm.bundled import BUNDLED_MODEL_PATH
 from minivllm.layers.rotary import rope_frequencies
 from minivllm.models.loader import load_config
@@ -642,6 +643,12 @@ def test_padded_graphs(model: Checkpoint, size: int) -> None:
     assert llm.num_replays > NUM_TOKENS // 2
     assert llm.max_batch == size
     assert_same_greedy(model.reference, completions)
+
+
+def test_reference_kernels(model: Checkpoint) -> None:
+    """Also where an engine has faster ones: `dataclasses.replace` begins with the references."""
+    llm = RecordedLLM(model.path, kernels=Kernels.reference(), num_kv_blocks=48)
+    assert_same_greedy(model.reference, llm.complete(model.prompts(5, 33)))
 
 
 @pytest.mark.gpu

@@ -135,7 +135,7 @@ def serve(
         batch = scheduler.schedule()
         if not batch:
             break
-        scheduler.update(batch, [1] * len(batch.sampled))
+        scheduler.update(batch, [[1] for _ in batch.sampled])
     assert [seq.num_output_tokens for seq in seqs] == [output for _, output in requests], (
         "a request never ends"
     )
@@ -160,13 +160,14 @@ def test_bug_01_a_generated_token_does_not_count():
 
 def test_bug_02_a_popped_sequence_is_lost_when_the_budget_stops_the_loop():
     class Loses(Scheduler):
-        def _schedule_waiting(self, batch, budget):
+        def schedule_waiting(self, batch, budget):
             while self.waiting and len(self.running) < self.max_num_seqs:
                 seq = self.waiting.popleft()
                 if seq.num_tokens > budget or not self.block_manager.allocate(seq, seq.num_tokens):
                     break  # popped, and neither running nor waiting
-                self._admit(batch, seq, 0)
-                self._plan(batch, seq, seq.num_tokens)
+                self.running.append(seq)
+                self.start(batch, seq)
+                self.compute(batch, seq, seq.num_tokens)
                 budget -= batch.items[-1].num_new_tokens
 
     requests = [(2 + i % 5, 3) for i in range(60)]
@@ -177,14 +178,15 @@ def test_bug_02_a_popped_sequence_is_lost_when_the_budget_stops_the_loop():
 
 def test_bug_03_whose_growth_preempts_is_dropped():
     class Drops(Scheduler):
-        def _make_room(self, seq, num_tokens, batch):
+        def make_room(self, seq, num_tokens, batch):
             if self.block_manager.allocate(seq, num_tokens):
                 return True
             victim = self.running.pop()
-            self._preempt(victim, batch)
+            self.waiting.appendleft(victim)
+            self.give_up(batch, victim)
             if victim is not seq:
                 self.running.remove(seq)  # taken out to be grown, and not put back
-                self._release(seq)
+                self.give_up(batch, seq)
             return False
 
     requests = [(2, 6)] * 3
@@ -195,9 +197,9 @@ def test_bug_03_whose_growth_preempts_is_dropped():
 
 def test_bug_04_a_prompt_longer_than_any_step_stops_everything():
     class WholePromptsOnly(Scheduler):
-        def _schedule_waiting(self, batch, budget):
+        def schedule_waiting(self, batch, budget):
             if self.waiting and self.waiting[0].num_tokens <= budget:
-                super()._schedule_waiting(batch, budget)
+                super().schedule_waiting(batch, budget)
 
     serve([(10, 2), (1, 1)], budget=4)
     with pytest.raises(AssertionError, match="never ends"):
@@ -919,7 +921,7 @@ def test_bug_28_sampled_tokens_stay_tensors(checkpoint, monkeypatch):
         assert {type(token) for ids in tokens_of(outputs) for token in ids} == {int}
 
     check()
-    monkeypatch.setattr(StepResult, "wait", lambda self: list(self.token_ids))
+    monkeypatch.setattr(StepResult, "wait", lambda self: [[t] for t in self.token_ids])
     with pytest.raises(AssertionError):
         check()
 
@@ -1073,27 +1075,27 @@ def test_bug_31_a_fixed_port_and_a_worker_loop_without_an_end(monkeypatch):
 class KeepsCount(Scheduler):
     """After preemption the count of computed tokens stands, though the blocks are gone."""
 
-    def _preempt(self, seq, batch):
+    def give_up(self, batch, seq):
         count = seq.num_computed_tokens
-        super()._preempt(seq, batch)
+        super().give_up(batch, seq)
         seq.num_computed_tokens = count
 
-    def _admit(self, batch, seq, num_cached):
+    def start(self, batch, seq, num_cached=0):
         count = max(seq.num_computed_tokens, num_cached)
-        super()._admit(batch, seq, num_cached)
+        super().start(batch, seq, num_cached)
         seq.num_computed_tokens = min(count, seq.num_tokens - 1)
 
 
 class LosesLast(Scheduler):
-    def _preempt(self, seq, batch):
-        super()._preempt(seq, batch)
+    def give_up(self, batch, seq):
+        super().give_up(batch, seq)
         if seq.num_output_tokens > 1 and not seq.has_pending_token:
             seq.token_ids.pop()
 
 
 class RepeatsLast(Scheduler):
-    def _preempt(self, seq, batch):
-        super()._preempt(seq, batch)
+    def give_up(self, batch, seq):
+        super().give_up(batch, seq)
         if seq.num_output_tokens > 0 and not seq.has_pending_token:
             seq.token_ids.append(seq.token_ids[-1])
 

@@ -211,9 +211,9 @@ def measure(engine: LLMEngine, soak: Soak) -> int:
     manager = engine.scheduler.block_manager
     assert manager.num_free_blocks == NUM_BLOCKS
     assert len(manager.hash_to_block) == manager.num_cached_blocks <= NUM_BLOCKS
-    assert len(engine.scheduler._free_slots) == 12
+    assert len(engine.scheduler.free_slots) == 12
     engine.step()  # one step late, the last step may have been for nobody
-    assert not engine.scheduler._in_flight
+    assert not engine.scheduler.in_flight
     engine.scheduler.check()
     gc.collect()
     return tracemalloc.get_traced_memory()[0]

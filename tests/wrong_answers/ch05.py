@@ -251,7 +251,7 @@ computed_again = 6 + 2
 
 # %% 05.4 lost-request: put back when there are no blocks, not when there is no budget
 class NightShift(Scheduler):
-    def _schedule_waiting(self, batch: ScheduledBatch, budget: int) -> None:
+    def schedule_waiting(self, batch: ScheduledBatch, budget: int) -> None:
         while self.waiting:
             seq = self.waiting.popleft()
             num_new = min(seq.num_tokens, budget)
@@ -260,27 +260,29 @@ class NightShift(Scheduler):
             if not self.block_manager.allocate(seq, num_new):
                 self.waiting.appendleft(seq)
                 break
-            self._admit(batch, seq, 0)
-            self._plan(batch, seq, num_new)
+            self.running.append(seq)
+            self.start(batch, seq)
+            self.compute(batch, seq, num_new)
             budget -= num_new
 
 
 # %% 05.4 lost-request: goes on with the next one instead of stopping
 class NightShift(Scheduler):
-    def _schedule_waiting(self, batch: ScheduledBatch, budget: int) -> None:
+    def schedule_waiting(self, batch: ScheduledBatch, budget: int) -> None:
         while self.waiting and budget and len(self.running) < self.max_num_seqs:
             seq = self.waiting.popleft()
             num_new = min(seq.num_tokens, budget)
             if not self.block_manager.allocate(seq, num_new):
                 continue
-            self._admit(batch, seq, 0)
-            self._plan(batch, seq, num_new)
+            self.running.append(seq)
+            self.start(batch, seq)
+            self.compute(batch, seq, num_new)
             budget -= num_new
 
 
 # %% 05.4 overtaken: put back at the end of the queue
 class NightShift(Scheduler):
-    def _schedule_waiting(self, batch: ScheduledBatch, budget: int) -> None:
+    def schedule_waiting(self, batch: ScheduledBatch, budget: int) -> None:
         while self.waiting:
             seq = self.waiting.popleft()
             num_new = min(seq.num_tokens, budget)
@@ -288,78 +290,84 @@ class NightShift(Scheduler):
             if num_new == 0 or no_place or not self.block_manager.allocate(seq, num_new):
                 self.waiting.append(seq)
                 break
-            self._admit(batch, seq, 0)
-            self._plan(batch, seq, num_new)
+            self.running.append(seq)
+            self.start(batch, seq)
+            self.compute(batch, seq, num_new)
             budget -= num_new
 
 
 # %% 05.4 overtaken: who does not fit is skipped, and the next one tried
 class NightShift(Scheduler):
-    def _schedule_waiting(self, batch: ScheduledBatch, budget: int) -> None:
+    def schedule_waiting(self, batch: ScheduledBatch, budget: int) -> None:
         for seq in list(self.waiting):
             num_new = min(seq.num_tokens, budget)
             no_place = len(self.running) == self.max_num_seqs
             if num_new == 0 or no_place or not self.block_manager.allocate(seq, num_new):
                 continue
             self.waiting.remove(seq)
-            self._admit(batch, seq, 0)
-            self._plan(batch, seq, num_new)
+            self.running.append(seq)
+            self.start(batch, seq)
+            self.compute(batch, seq, num_new)
             budget -= num_new
 
 
 # %% 05.4 over-budget: takes the whole prompt whenever anything of the budget is left
 class NightShift(Scheduler):
-    def _schedule_waiting(self, batch: ScheduledBatch, budget: int) -> None:
+    def schedule_waiting(self, batch: ScheduledBatch, budget: int) -> None:
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             seq = self.waiting[0]
             if not self.block_manager.allocate(seq, seq.num_tokens):
                 break
-            self._admit(batch, self.waiting.popleft(), 0)
-            self._plan(batch, seq, seq.num_tokens)
+            self.running.append(self.waiting.popleft())
+            self.start(batch, seq)
+            self.compute(batch, seq, seq.num_tokens)
             budget -= seq.num_tokens
 
 
 # %% 05.4 stalled: waits until the whole prompt fits the budget
 class NightShift(Scheduler):
-    def _schedule_waiting(self, batch: ScheduledBatch, budget: int) -> None:
+    def schedule_waiting(self, batch: ScheduledBatch, budget: int) -> None:
         while self.waiting:
             seq = self.waiting[0]
             no_place = len(self.running) == self.max_num_seqs
             if seq.num_tokens > budget or no_place or not self.block_manager.allocate(seq, seq.num_tokens):
                 break
-            self._admit(batch, self.waiting.popleft(), 0)
-            self._plan(batch, seq, seq.num_tokens)
+            self.running.append(self.waiting.popleft())
+            self.start(batch, seq)
+            self.compute(batch, seq, seq.num_tokens)
             budget -= seq.num_tokens
 
 
 # %% 05.4 another-plan: one admission a step
 class NightShift(Scheduler):
-    def _schedule_waiting(self, batch: ScheduledBatch, budget: int) -> None:
+    def schedule_waiting(self, batch: ScheduledBatch, budget: int) -> None:
         if not self.waiting or budget == 0 or len(self.running) == self.max_num_seqs:
             return
         seq = self.waiting[0]
         num_new = min(seq.num_tokens, budget)
         if self.block_manager.allocate(seq, num_new):
-            self._admit(batch, self.waiting.popleft(), 0)
-            self._plan(batch, seq, num_new)
+            self.running.append(self.waiting.popleft())
+            self.start(batch, seq)
+            self.compute(batch, seq, num_new)
 
 
 # %% 05.4 too-many-places: the check for a free place got lost
 class NightShift(Scheduler):
-    def _schedule_waiting(self, batch: ScheduledBatch, budget: int) -> None:
+    def schedule_waiting(self, batch: ScheduledBatch, budget: int) -> None:
         while self.waiting and budget > 0:
             seq = self.waiting[0]
             num_new = min(seq.num_tokens, budget)
             if not self.block_manager.allocate(seq, num_new):
                 break
-            self._admit(batch, self.waiting.popleft(), 0)
-            self._plan(batch, seq, num_new)
+            self.running.append(self.waiting.popleft())
+            self.start(batch, seq)
+            self.compute(batch, seq, num_new)
             budget -= num_new
 
 
 # %% 05.4 right: put back where it was
 class NightShift(Scheduler):
-    def _schedule_waiting(self, batch: ScheduledBatch, budget: int) -> None:
+    def schedule_waiting(self, batch: ScheduledBatch, budget: int) -> None:
         while self.waiting:
             seq = self.waiting.popleft()
             num_new = min(seq.num_tokens, budget)
@@ -367,22 +375,24 @@ class NightShift(Scheduler):
             if num_new == 0 or no_place or not self.block_manager.allocate(seq, num_new):
                 self.waiting.appendleft(seq)
                 break
-            self._admit(batch, seq, 0)
-            self._plan(batch, seq, num_new)
+            self.running.append(seq)
+            self.start(batch, seq)
+            self.compute(batch, seq, num_new)
             budget -= num_new
 
 
 # %% 05.4 right: the conditions in the loop's head
 class NightShift(Scheduler):
-    def _schedule_waiting(self, batch: ScheduledBatch, budget: int) -> None:
+    def schedule_waiting(self, batch: ScheduledBatch, budget: int) -> None:
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             seq = self.waiting[0]
             num_new = min(seq.num_tokens, budget)
             if not self.block_manager.allocate(seq, num_new):
                 return
             self.waiting.popleft()
-            self._admit(batch, seq, 0)
-            self._plan(batch, seq, num_new)
+            self.running.append(seq)
+            self.start(batch, seq)
+            self.compute(batch, seq, num_new)
             budget -= num_new
 
 

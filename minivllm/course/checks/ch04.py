@@ -1753,7 +1753,7 @@ class _Simulation:
             for position in range(item.start, item.end):
                 self.memory[self._place(seq, position)] = self._entry(seq, position)
             if item.sample_position is not None:
-                tokens.append(hash((self._entry(seq, item.end - 1), 7)) % 2)
+                tokens.append([hash((self._entry(seq, item.end - 1), 7)) % 2])
         self.scheduler.update(batch, tokens)
 
     def _check_tables(self) -> None:

@@ -415,7 +415,7 @@ def check_admission(answer: type) -> str:
     expect(
         isinstance(answer, type) and issubclass(answer, Scheduler),
         "wrong-type",
-        "Leave it a subclass of Scheduler, with a method `_schedule_waiting(self, batch,"
+        "Leave it a subclass of Scheduler, with a method `schedule_waiting(self, batch,"
         f" budget)`.\nYou handed in {answer!r}.",
     )
     rng = Random(4)
@@ -850,7 +850,7 @@ class _Machine:
     def _shares(self, batch: Any) -> str:
         return " + ".join(str(item.num_new_tokens) for item in batch.items)
 
-    def _compute(self, batch: Any) -> list[int]:
+    def _compute(self, batch: Any) -> list[list[int]]:
         tokens = []
         for item in batch.items:
             seq = item.sequence
@@ -869,9 +869,9 @@ class _Machine:
                     (before, seq.token_ids[position])
                 )
             if item.sample_position is not None:
-                tokens.append(self._entry(seq, item.end - 1, item.start) % 3)
-                right = self.texts[seq.seq_id][item.sample_position]
-                if tokens[-1] != right:
+                token = self._entry(seq, item.end - 1, item.start) % 3
+                tokens.append([token])
+                if token != self.texts[seq.seq_id][item.sample_position]:
                     self.fail(
                         "wrong-tokens",
                         f"in step {self.number} request {seq.seq_id} writes another token than it"
@@ -910,7 +910,7 @@ class _Machine:
     },
 )
 def check_scheduler(answer: type) -> str:
-    from minivllm.course.scheduling import SchedulerBase
+    from minivllm.engine.scheduler import SchedulerBase
     from minivllm.engine.sequence import max_steps
 
     expect(

@@ -353,8 +353,8 @@ def _measure() -> dict[str, int]:
     """
     import torch
 
-    from minivllm.config import ModelConfig
     from minivllm.kernels import Kernels
+    from minivllm.models.hf_config import config_from_hf
     from minivllm.models.qwen3 import Qwen3ForCausalLM
 
     flops = 0
@@ -366,7 +366,7 @@ def _measure() -> dict[str, int]:
         flops += 2 * len(x) * weight.numel()
         return x.new_empty(len(x), len(weight))
 
-    config = ModelConfig.from_hf(QWEN3_4B)
+    config = config_from_hf(QWEN3_4B)
     meta = torch.device("meta")
     with meta:
         model = Qwen3ForCausalLM(
@@ -1626,10 +1626,10 @@ def _computed(build: Callable, run: Run) -> list[torch.Tensor]:
     import numpy as np
     import torch
 
-    from minivllm.config import ModelConfig
     from minivllm.engine.batch import BatchRow, build_batch
+    from minivllm.models.hf_config import config_from_hf
 
-    config = ModelConfig.from_hf({**_SIZES, **dict(run.changes)})
+    config = config_from_hf({**_SIZES, **dict(run.changes)})
     forward, compute_logits = build(config, run.seed)
     shape = (10, config.num_key_value_heads, _BLOCK, config.head_dim)
     caches = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.num_hidden_layers)]
@@ -1805,8 +1805,8 @@ def _head(weights: Mapping[str, Any]) -> str:
 
 @exercise("06.6", "The whole model")
 def check_model(answer: Any) -> str:
-    from minivllm.config import ModelConfig
     from minivllm.models import qwen3
+    from minivllm.models.hf_config import config_from_hf
 
     def mine(config: Any, seed: int) -> tuple[Callable, Callable]:
         model = _filled(answer, config, seed)
@@ -2027,7 +2027,7 @@ def check_model(answer: Any) -> str:
         (),
         untied,
     ):  # outside of diagnose, which would take a Mistake for an exception of the answer's
-        mine(ModelConfig.from_hf({**_SIZES, **dict(changes)}), 0)
+        mine(config_from_hf({**_SIZES, **dict(changes)}), 0)
     cases = [(run,) for run in runs]
     number = diagnose(
         outcome(mine), cases, outcome(package), suspects, wording=names, rtol=1e-3, atol=1e-4

@@ -1777,7 +1777,7 @@ class _Rig:
     def update(self, batch: Any, token_ids: Any) -> Any:
         self.updates += 1
         expect(
-            self.scheduler._in_flight and self.scheduler._in_flight[0] is batch,
+            self.scheduler.in_flight and self.scheduler.in_flight[0] is batch,
             "update-out-of-turn",
             "`update` was called with a batch that is not the one being computed (perhaps an empty"
             " one, or the same twice).\nOne step: schedule, execute, wait, update, with the same"
@@ -2228,7 +2228,7 @@ class _RightEngine:
         for item in self.scheduler.update(batch, self.runner.execute(batch).wait()):
             seq = item.sequence
             stream, ended = self.streams[seq.seq_id], seq.finish_reason == "stop"
-            text = "" if ended else stream.append(seq.token_ids[item.sample_position])
+            text = "" if ended else stream.append(item.new_token_ids[0])
             if stream.stopped is not None:
                 self.scheduler.finish(seq, "stop", stream.stopped)
             news[seq.seq_id] = text + (stream.finish() if seq.is_finished else "")

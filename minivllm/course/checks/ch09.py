@@ -1587,9 +1587,9 @@ def _model_cases() -> list[Case]:
 
 
 def _config_of(case: Case) -> ModelConfig:
-    from minivllm.config import ModelConfig
+    from minivllm.models.hf_config import config_from_hf
 
-    return ModelConfig.from_hf({**_SIZES, **case.data["changes"]})
+    return config_from_hf({**_SIZES, **case.data["changes"]})
 
 
 def _filled(model_cls: Callable, case: Case) -> Any:

@@ -1,0 +1,225 @@
+"""What is faster on a CPU than the references, and gives the same up to rounding: `Kernels.cpu`.
+
+The references say what is right, and stay plain. Some operations are worth more work on a CPU,
+where a small tensor operation takes 2 to 10 µs whatever it computes:
+
+- `linear`: torch multiplies by Intel's MKL. oneDNN, which torch has on board too, is faster on some
+  CPUs for some shapes. `choose_onednn` measures it.
+- `decode_attention`: V's rows are added up where they lie, not gathered first.
+- `qk_norm_rope`: query and key heads go through norm and rotation together: 118 µs instead of 151
+  for 16 tokens of the bundled model.
+- `store_kv`: the cache is written as rows of one matrix, not by an index in two dimensions: 162 µs
+  instead of 264 for 256 tokens.
+"""
+
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minivllm.kernels.norm import rms_norm_reference
+from minivllm.kernels.rotary import check_heads
+from minivllm.parallel.group import SINGLE, TensorParallelGroup
+
+#: A weight's shape: [output features, input features].
+Shape = tuple[int, int]
+
+# --- the matrix product ---------------------------------------------------------------------------
+
+#: The only numbers of rows that oneDNN is asked for. For each pair of a number of rows and a
+#: weight's shape it compiles a program of 0.6 MB and keeps it, up to 1,024 of them. A batch's
+#: number of rows differs from step to step, so memory would grow by 700 MB. With this list it grows
+#: by 27 MB per shape.
+ONEDNN_ROWS = (
+    *range(4, 64, 4),
+    *range(64, 128, 8),
+    *range(128, 256, 16),
+    *range(256, 512, 32),
+    *range(512, 1024, 128),
+    *range(1024, 2049, 256),
+)
+#: With fewer rows, reading W takes the time, and padding to 4 rows costs more than it gains.
+MIN_ONEDNN_ROWS = 3
+#: What `choose_onednn` times: rows of x, tries (the least time counts), and how many numbers of a
+#: large weight take part.
+MEASURED_ROWS, TRIES, MAX_NUMBERS = (8, 32), 4, 1 << 20
+#: oneDNN is chosen where it takes less than this share of MKL's time.
+MARGIN = 0.9
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, onednn: frozenset[Shape]
+) -> Tensor:
+    """As `linear_reference`. onednn: the shapes of weight that oneDNN multiplies, in float32 and
+    from 3 rows on.
+    """
+    if len(x) < MIN_ONEDNN_ROWS or weight.shape not in onednn or x.dtype != torch.float32:
+        return F.linear(x, weight, bias)
+    return onednn_linear(x, weight, bias)
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """One product of the next number in `ONEDNN_ROWS`: x is padded with zeros, and the result
+    cut.
+    """
+    rows, most = len(x), ONEDNN_ROWS[-1]
+    if rows > most:
+        out = x.new_empty(rows, len(weight))
+        for part, piece in zip(out.split(most), x.split(most), strict=True):
+            part.copy_(onednn_linear(piece, weight, bias))
+        return out
+    missing = ONEDNN_ROWS[bisect_left(ONEDNN_ROWS, rows)] - rows
+    if missing:
+        x = F.pad(x, (0, 0, 0, missing))
+    # As torch.compile calls oneDNN.
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")[:rows]
+
+
+def choose_onednn(shapes: Iterable[Shape], group: TensorParallelGroup = SINGLE) -> frozenset[Shape]:
+    """Of these shapes of a float32 weight, those that oneDNN multiplies faster than MKL, measured
+    here and now.
+
+    Takes 27 ms for the bundled model's five shapes and 75 ms for Qwen3-0.6B's (EPYC, one thread).
+    oneDNN must win by a tenth, so noise decides only where little depends on it. All ranks of a
+    group get rank 0's choice: each rank samples for itself, and the two libraries differ in the
+    last bits. For the same reason a measurement holds as long as the process: its engines agree.
+
+    The CPU's name does not tell. µs for 32 rows of the bundled model's shapes together, MKL and
+    oneDNN: 936 and 534 on an EPYC with AVX-512, 980 and 986 on another one, 1421 and 1611 on one
+    with AVX2 only, 1311 and 1682 on a Xeon.
+    """
+    ordered = sorted(set(shapes))
+    faster = 0
+    if group.rank == 0 and HAS_ONEDNN:
+        threads = torch.get_num_threads()
+        faster = sum(is_onednn_faster(shape, threads) << i for i, shape in enumerate(ordered))
+    faster = group.exchange(faster)[0]
+    return frozenset(shape for i, shape in enumerate(ordered) if faster >> i & 1)
+
+
+@cache
+def is_onednn_faster(shape: Shape, threads: int) -> bool:
+    """Whether oneDNN wins with this many threads of torch; measured once per process."""
+    features, width = shape
+    # A large weight is cut: its rows are all multiplied alike.
+    weight = torch.ones(max(1, min(features, MAX_NUMBERS // width)), width)
+    by_mkl = by_onednn = 0.0
+    with torch.inference_mode():
+        for rows in MEASURED_ROWS:
+            x = torch.ones(rows, width)
+            onednn_linear(x, weight)  # compiles
+            # They take turns, so that a busy moment of the machine hits both.
+            products = (F.linear, onednn_linear) * TRIES
+            times = [_seconds(product, x, weight) for product in products]
+            by_mkl, by_onednn = by_mkl + min(times[::2]), by_onednn + min(times[1::2])
+    return by_onednn < MARGIN * by_mkl
+
+
+def _seconds(product: Callable[..., Tensor], x: Tensor, weight: Tensor) -> float:
+    start = time.perf_counter()
+    product(x, weight)
+    return time.perf_counter() - start
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+def qk_norm_rope(
+    query: Tensor,
+    key: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos_sin: Tensor,
+    positions: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """As `qk_norm_rope_reference`. All heads are turned alike, and normed alike but for the weight:
+    half as many operations.
+    """
+    check_heads(query, q_weight, k_weight)
+    q_heads, k_heads = query.shape[1], key.shape[1]
+    heads = torch.cat((query, key), dim=1)
+    if q_weight is not None and k_weight is not None:
+        weight = torch.cat((q_weight.expand(q_heads, -1), k_weight.expand(k_heads, -1)))
+        heads = rms_norm_reference(heads, weight, eps)
+    # [T, 1, D/2]: one angle for all heads
+    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
+    a, b = heads.float().chunk(2, dim=-1)
+    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(heads.dtype)
+    return turned[:, :q_heads], turned[:, q_heads:]
+
+
+def store_kv(
+    key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """As `store_kv_reference`, for contiguous caches."""
+    _, num_kv_heads, block_size, dim = k_cache.shape
+    wanted = slot_mapping >= 0
+    if not wanted.all():
+        slot_mapping, key, value = slot_mapping[wanted], key[wanted], value[wanted]
+    first = slot_mapping // block_size * (num_kv_heads * block_size) + slot_mapping % block_size
+    # [T · KH]
+    rows = (first.unsqueeze(1) + torch.arange(num_kv_heads) * block_size).flatten()
+    k_cache.view(-1, dim).index_copy_(0, rows, key.reshape(-1, dim))
+    v_cache.view(-1, dim).index_copy_(0, rows, value.reshape(-1, dim))
+
+
+def decode_attention(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    *,
+    max_seq_len: int,
+    merge_attention: Callable,
+    num_splits: int | None = None,
+) -> Tensor:
+    """As `decode_attention_reference`. A block that a context uses is a split, so nothing is padded
+    to the longest context.
+    """
+    batch, heads, dim = query.shape
+    num_kv_heads, block_size = k_cache.shape[1:3]
+    group = heads // num_kv_heads
+    blocks_used = (seq_lens + block_size - 1) // block_size
+    splits = max(1, int(blocks_used.max()))
+    # The P pairs of a split and a sequence whose context reaches it.
+    split, sequence = (torch.arange(splits)[:, None] < blocks_used).nonzero(as_tuple=True)
+    blocks = block_table[sequence, split]
+    tokens = (seq_lens[sequence] - split * block_size).unsqueeze(1)  # [P, 1]: left from here on
+    offsets, kv_heads = torch.arange(block_size), torch.arange(heads) // group
+
+    # [P · KH, H / KH, D] and [P · KH, bs, D]
+    scaled = (query.float() * scale).index_select(0, sequence).view(-1, group, dim)
+    key = k_cache.flatten(1).index_select(0, blocks).float().view(-1, block_size, dim)
+    scores = torch.bmm(scaled, key.transpose(1, 2)).view(-1, heads, block_size)
+    scores.masked_fill_((offsets >= tokens).unsqueeze(1), float("-inf"))
+    weights = scores.softmax(dim=-1)
+    # the largest weight is 1 / sum(exp(score - maximum))
+    lse = scores.amax(dim=-1) - weights.amax(dim=-1).log_()
+
+    # V's rows are added up where they lie, not gathered like K. Weights of 0 go with the context's
+    # last token.
+    if v_cache.dtype != torch.float32:
+        v_cache, blocks = v_cache.index_select(0, blocks).float(), torch.arange(len(blocks))
+    # [P, H]: the row of a block's token 0
+    first = ((blocks * num_kv_heads).unsqueeze(1) + kv_heads) * block_size
+    # [P, H, bs]
+    rows = first.unsqueeze(2) + torch.minimum(offsets, tokens - 1).unsqueeze(1)
+    bags = (rows.view(-1, block_size), v_cache.view(-1, dim))
+    out = F.embedding_bag(*bags, mode="sum", per_sample_weights=weights.view(-1, block_size))
+
+    used = split * batch + sequence
+    partial_out = torch.zeros(splits * batch, heads * dim)
+    partial_out.index_copy_(0, used, out.view(-1, heads * dim))
+    partial_lse = torch.full((splits * batch, heads), float("-inf")).index_copy_(0, used, lse)
+    partial_out = partial_out.view(splits, batch, heads, dim)
+    partial_lse = partial_lse.view(splits, batch, heads)
+    merged = merge_attention(partial_out, partial_lse) if splits > 1 else partial_out[0]
+    return merged.to(query.dtype)
