@@ -17,18 +17,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-for variable in (
-    *("NO_COLOR", "FORCE_COLOR", "PY_COLORS", "CLICOLOR", "CLICOLOR_FORCE", "GITHUB_ACTIONS"),
-    *(
-        "COLUMNS",
-        "LINES",
-        "TERMINAL_WIDTH",
-        "TTY_COMPATIBLE",
-        "TTY_INTERACTIVE",
-        "TERM",
-        "COLORTERM",
-    ),
-):
+COLOURS = "NO_COLOR FORCE_COLOR PY_COLORS CLICOLOR CLICOLOR_FORCE COLORTERM GITHUB_ACTIONS"
+TERMINAL = "TERM COLUMNS LINES TERMINAL_WIDTH TTY_COMPATIBLE TTY_INTERACTIVE"
+for variable in f"{COLOURS} {TERMINAL}".split():
     # What a CI or a shell asks of terminals must not decide what a test sees.
     os.environ.pop(variable, None)
 

@@ -139,6 +139,7 @@ class TestAsTransformers:
         "parts": PARTS,
     }
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", TEMPLATES)
     @pytest.mark.parametrize("add_generation_prompt", [True, False])
     def test_the_same_text_and_ids(self, both, name, add_generation_prompt):

@@ -449,6 +449,7 @@ def test_a_kernel_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all("time bound" in row["failed"] for row in late)
 
 
+@pytest.mark.slow
 def test_kernels_on_screen_and_as_json(tmp_path: Path) -> None:
     out = tmp_path / "kernels.json"
     text = cli("kernels", "--only", "silu_mul", "--device", "cpu", "--seconds", 0.001, "--out", out)

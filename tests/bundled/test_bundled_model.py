@@ -94,6 +94,7 @@ def test_importing_the_corpus_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_the_auto_classes_of_transformers_load_it():
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -110,6 +111,7 @@ def test_the_auto_classes_of_transformers_load_it():
 # --- tokenizer ---
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=80))
 def test_any_text_survives_encode_and_decode(text: str):
@@ -244,6 +246,7 @@ def test_the_scorer_accepts_every_reference_answer_and_no_other_terms(term: str)
         )
 
 
+@pytest.mark.slow
 def test_no_paraphrase_is_a_question_of_the_corpus(
     questions: list[dict[str, str]], excluded: frozenset[str]
 ):

@@ -78,6 +78,7 @@ def test_generate_streams_what_it_returns_at_once(checkpoint):
     assert run(*arguments, "--no-stream") == streamed
 
 
+@pytest.mark.slow
 def test_several_prompts_are_one_batch_printed_in_order(checkpoint):
     prompts = ["one", "two, which is longer", "three"]
     together = run("generate", "-m", checkpoint, "-n", "16", "-t", "0", *prompts)
@@ -88,6 +89,7 @@ def test_several_prompts_are_one_batch_printed_in_order(checkpoint):
         assert head + alone in together
 
 
+@pytest.mark.slow
 def test_chat_template_is_the_default_and_raw_leaves_it_out(checkpoint):
     arguments = ["generate", "-m", checkpoint, "-n", "16", "-t", "0"]
     default, chat, raw = (run(*arguments, *flag, "hello") for flag in ([], ["--chat"], ["--raw"]))
@@ -96,6 +98,7 @@ def test_chat_template_is_the_default_and_raw_leaves_it_out(checkpoint):
     assert "--system needs a chat" in run(*arguments, "--raw", "-s", "x", "hello", code=2)
 
 
+@pytest.mark.slow
 def test_a_model_without_a_template_continues_the_bare_text(checkpoint, tmp_path):
     for file in Path(checkpoint).iterdir():
         (tmp_path / file.name).symlink_to(file)
@@ -108,6 +111,7 @@ def test_a_model_without_a_template_continues_the_bare_text(checkpoint, tmp_path
     assert "no chat template" in run("chat", "-m", str(tmp_path), code=2)
 
 
+@pytest.mark.slow
 def test_seeds_choose_the_text(checkpoint):
     texts = {
         seed: run("generate", "-m", checkpoint, "-n", "16", "--seed", seed, "hello")
@@ -303,6 +307,7 @@ def test_a_refused_prompt_does_not_lose_the_others(picky, stream, bad):
     assert alone.stderr.startswith("Error: ")
 
 
+@pytest.mark.slow
 def test_a_trace_of_several_prompts_outlives_a_refused_one(picky, tmp_path):
     file = tmp_path / "trace.json"
     arguments = ["trace", "-m", picky, "-n", "4", "-o", str(file)]
@@ -336,6 +341,7 @@ def test_chat_can_be_piped_and_remembers(checkpoint):
     assert second != first  # it saw the first turn
 
 
+@pytest.mark.slow
 def test_a_long_chat_forgets_its_oldest_turns(checkpoint):
     result = CliRunner().invoke(
         app,
@@ -346,6 +352,7 @@ def test_a_long_chat_forgets_its_oldest_turns(checkpoint):
     assert "oldest turn is forgotten" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bad", "why"),
     [

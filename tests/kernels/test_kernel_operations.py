@@ -21,6 +21,7 @@ def test_silu_mul(kernels: Kernels, device_dtype):
     checks.check_silu_mul(kernels, *device_dtype)
 
 
+@pytest.mark.slow
 def test_qk_norm_rope(kernels: Kernels, device_dtype):
     checks.check_qk_norm_rope(kernels, *device_dtype)
 
@@ -29,6 +30,7 @@ def test_store_kv(kernels: Kernels, device_dtype):
     checks.check_store_kv(kernels, *device_dtype)
 
 
+@pytest.mark.slow
 def test_qk_norm_rope_store(triton_kernels: Kernels, device_dtype):
     checks.check_qk_norm_rope_store(triton_kernels, *device_dtype)
 
@@ -130,6 +132,7 @@ def test_decode_attention(kernels: Kernels, device_dtype):
     checks.check_decode(kernels, *device_dtype)
 
 
+@pytest.mark.slow
 def test_prefill_attention(kernels: Kernels, device_dtype):
     checks.check_prefill(kernels, *device_dtype)
 

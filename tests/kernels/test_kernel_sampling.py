@@ -76,6 +76,7 @@ def chi_square_bound(freedom: int) -> float:
     return freedom * (1 - 2 / (9 * freedom) + 3.72 * math.sqrt(2 / (9 * freedom))) ** 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "filters",
     [{}, {"top_k": 4}, {"top_p": 0.8}, {"min_p": 0.3}, {"top_k": 6, "top_p": 0.9, "min_p": 0.15}],
