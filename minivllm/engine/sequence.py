@@ -171,6 +171,8 @@ class ScheduledBatch:
     #: Hashes of the prompt blocks that this step computes: nobody may read them yet, and nobody
     #: need compute them too.
     block_hashes: set[int] = field(default_factory=set)
+    #: Whether it computes tokens of prompts, output tokens, and proposals: no need to look at each
+    #: item.
     has_prompts: bool = False
     has_decodes: bool = False
     has_proposals: bool = False
