@@ -440,7 +440,7 @@ def _fused_case(setting: Setting, rows: int) -> Case:
 
     def fused(query: Tensor, key: Tensor, value: Tensor, *rest: Tensor) -> Tensor:
         *turn, k_cache, v_cache, slots = rest
-        given = NormRope(*turn, 1e-6)
+        given = NormRope._make((*turn, 1e-6))
         return kernels.qk_norm_rope_store(query, key, value, given, (k_cache, v_cache), slots)
 
     def apart(query: Tensor, key: Tensor, value: Tensor, *rest: Tensor) -> Tensor:

@@ -313,7 +313,7 @@ TERMS: tuple[Term, ...] = (
     Term(
         "token budget",
         "05",
-        "engine/scheduler.py:Scheduler.max_num_batched_tokens",
+        "engine/scheduler.py:SchedulerBase.max_num_batched_tokens",
         "The most tokens that one step may compute, `max_num_batched_tokens`. It bounds how long a"
         " step takes.",
     ),
@@ -333,7 +333,7 @@ TERMS: tuple[Term, ...] = (
     Term(
         "preemption",
         "05",
-        "engine/scheduler.py:Scheduler._preempt",
+        "engine/scheduler.py:SchedulerBase.give_up",
         "Taking the blocks from a running sequence when there are none left. It waits, and goes on"
         " later.",
     ),

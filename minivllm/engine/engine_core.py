@@ -16,10 +16,9 @@ import logging
 import time
 import weakref
 from array import array
-from collections import deque
+from collections import abc, deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields, replace
-from itertools import chain
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +63,10 @@ class SequenceOutput:
     """What a step gave one sequence: new tokens, and perhaps its end. Holds until the next step."""
 
     seq_id: int
-    token_ids: list[int]
+    token_ids: abc.Sequence[int]
     #: "stop", "length", or "error": the model's numbers were not finite
     finish_reason: str | None = None
-    stop_reason: int | None = None  # the stop token of the request that ended it
+    stop_reason: str | int | None = None  # the stop token of the request that ended it
     #: of the step; those of token_ids[i] stand in row `row + i`
     logprobs: TokenLogprobs | None = None
     row: int = 0
@@ -245,7 +244,8 @@ class EngineCore:
     def _launch(self, batch: ScheduledBatch, output: StepOutput) -> None:
         """Start a step that has just been planned."""
         self.peak_used_kv_blocks = max(self.peak_used_kv_blocks, self.num_used_kv_blocks)
-        record = None if self.trace is None else self._record(batch, output.start_time)
+        trace = self.trace
+        record = None if trace is None else self._record(trace, batch, output.start_time)
         output.admitted = [(seq.seq_id, seq.num_cached_tokens) for seq in batch.admitted]
         self._in_flight.append((batch, self.model_runner.execute(batch), record))
 
@@ -259,9 +259,10 @@ class EngineCore:
         """Bring the results of a step to the scheduler and to `output`."""
         token_ids = result.wait()
         self.ranks.group.check()
-        flat = array("q", chain.from_iterable(token_ids))
+        flat = result.token_ids.numpy()  # the same as token_ids, in the order of the runner's rows
         self._token_hash.update(flat.tobytes())
-        failed = _take_out_failed(batch, token_ids) if NOT_A_TOKEN in flat else []
+        has_failed = bool((flat == NOT_A_TOKEN).any())
+        failed = _take_out_failed(batch, token_ids) if has_failed else []
         row_of = {}
         if result.logprobs is not None:
             items = map(id, batch.sampled)
@@ -327,10 +328,10 @@ class EngineCore:
             **{name: getattr(self.config, name) for name in names},
         )
 
-    def _record(self, batch: ScheduledBatch, now: float) -> StepRecord:
-        if not self.trace.steps:
+    def _record(self, trace: Trace, batch: ScheduledBatch, now: float) -> StepRecord:
+        if not trace.steps:
             self._trace_start = now
-        return record_step(self.trace, batch, self.scheduler, now - self._trace_start)
+        return record_step(trace, batch, self.scheduler, now - self._trace_start)
 
 
 def _take_out_failed(batch: ScheduledBatch, token_ids: list[list[int]]) -> list[Sequence]:
@@ -347,29 +348,19 @@ def _take_out_failed(batch: ScheduledBatch, token_ids: list[list[int]]) -> list[
 
 def _describe(seq: Sequence) -> dict[str, Any]:
     """A new sequence as JSON can say it, for the other ranks."""
-    changed = {
-        field.name: getattr(seq.params, field.name)
-        for field in fields(SamplingParams)
-        if field.name != "output_kind" and getattr(seq.params, field.name) != field.default
-    }
-    # JSON's keys are text; the ids of a bias are numbers.
-    changed |= {k: [list(p) for p in v.items()] for k, v in changed.items() if isinstance(v, dict)}
     names = ("seq_id", "token_ids", "max_num_tokens", "seed", "bad_words", "request_id", "index")
     return {
         **{name: getattr(seq, name) for name in names},
         "num_prompt_tokens": seq.num_prompt_tokens,
         "stop_ids": sorted(seq.stop_ids),
         "extra_keys": seq.extra_keys,
-        "params": changed,
+        "params": seq.params.to_dict(),
     }
 
 
 def _from_description(description: dict[str, Any]) -> Sequence:
-    params = dict(description["params"])
-    if "logit_bias" in params:
-        params["logit_bias"] = dict(params["logit_bias"])
     read = {
-        "params": SamplingParams(**params),
+        "params": SamplingParams.from_dict(description["params"]),
         "stop_ids": frozenset(description["stop_ids"]),
         "bad_words": tuple(map(tuple, description["bad_words"])),
         "extra_keys": tuple(description["extra_keys"]),

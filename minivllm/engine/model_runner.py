@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from minivllm.engine.batch import BatchInputs, BatchRow, build_batch
 from minivllm.engine.cuda_graphs import DecodeGraphs, DecodeState, graph_sizes
 from minivllm.engine.memory import check_memory, typed_start_errors
 from minivllm.engine.sampler import Sampler, TokenLogprobs, to_device, token_logprobs
-from minivllm.engine.sequence import PENDING, ScheduledBatch, ScheduledSequence
+from minivllm.engine.sequence import PENDING, ScheduledBatch, ScheduledSequence, slots_of
 from minivllm.errors import ConfigError, OutOfMemoryError
 from minivllm.kernels import Kernels
 from minivllm.layers.attention import KVCache
@@ -69,10 +70,11 @@ class StepResult:
         """
         if self.arrived is not None:
             self.arrived.synchronize()
-        counts, found = self.sampled.counts, self.token_ids[:, None].tolist()
-        if counts is not None:
+        if self.sampled.counts is None:
+            found = self.token_ids[:, None].tolist()
+        else:
             rows = iter(self.token_ids.tolist())
-            found = [list(itertools.islice(rows, count)) for count in counts]
+            found = [list(itertools.islice(rows, count)) for count in self.sampled.counts]
         in_order = list(found)
         for place, tokens in zip(self.sampled.order, found, strict=True):
             in_order[place] = tokens
@@ -113,6 +115,7 @@ class ModelRunner:
         self.num_kv_heads = len(group.part(model_config.num_key_value_heads))  # this rank's
         self.graphs: DecodeGraphs | None = None
         self.kv_caches: list[KVCache] = []
+        self.model: Any = None  # an nn.Module with `compute_logits`; None once it is released
         with self._released_on_failure(), typed_start_errors(self.device.type):
             check_memory(model_config, config, group.size, self._cpu_cache_bytes())
             options = LoadOptions(
@@ -194,9 +197,9 @@ class ModelRunner:
         if (
             self.graphs is not None
             and not batch.has_proposals
-            and self._is_ready[[item.sequence.slot for item in batch.items]].all()
+            and self._is_ready[slots_of(batch.items)].all()
         ):
-            return self._replay(batch.items)
+            return self._replay(self.graphs, batch.items)
         # Rows of a single token come first: decode and prefill attention each get a part.
         items = sorted(batch.items, key=_is_long)
         inputs = self._prepare(items)
@@ -257,17 +260,17 @@ class ModelRunner:
         logprobs = self.sampler.logprobs(logits[rows], token_ids, items)
         last = self._tensor([tokens[-1] for tokens in verified])
         positions = [
-            item.sample_position + count - 1 for item, count in zip(items, counts, strict=True)
+            item.sample_positions[count - 1] for item, count in zip(items, counts, strict=True)
         ]
         self._note_sampled(items, last, positions)
         for item in items:
             # The blocks behind the first sampled token may be given back, and others come for them.
-            num_kept = -(-item.sample_position // self.config.block_size)
+            num_kept = -(-item.sample_positions[0] // self.config.block_size)
             if item.proposed_token_ids:
                 self._num_blocks[item.sequence.slot] = num_kept
         return Sampled([], token_ids, logprobs, counts)
 
-    def _replay(self, items: list[ScheduledSequence]) -> StepResult:
+    def _replay(self, graphs: DecodeGraphs, items: list[ScheduledSequence]) -> StepResult:
         """A step in which every sequence decodes the token that it sampled last: as a recorded
         graph.
         """
@@ -275,8 +278,8 @@ class ModelRunner:
         # 241 µs so, in any order 260, because no long program is left for the end.
         starts = [item.start for item in items]
         order = sorted(range(len(items)), key=starts.__getitem__, reverse=True)
-        slots = [items[place].sequence.slot for place in order]
-        token_ids, hidden = self.graphs.replay(slots)
+        slots = slots_of(items[place] for place in order)
+        token_ids, hidden = graphs.replay(slots)
         logprobs = None
         if self.sampler.needs_edit(slots):
             # The graph samples by temperature alone; where a request asks for more, sample its
@@ -319,7 +322,7 @@ class ModelRunner:
         """Keep on the device what the next decode of these sequences needs: the newest token of
         each, and its position.
         """
-        slots = [item.sequence.slot for item in items]
+        slots = slots_of(items)
         on_device = self._tensor(slots)
         self._state.set_last_token(on_device, token_ids)
         self._state.position[on_device] = self._tensor(positions)
@@ -338,8 +341,8 @@ class ModelRunner:
 
     def _write_new_blocks(self, items: list[ScheduledSequence]) -> None:
         new: list[tuple[int, int, int]] = []
-        for item in items:
-            seq, slot = item.sequence, item.sequence.slot
+        for item, slot in zip(items, slots_of(items), strict=True):
+            seq = item.sequence
             known, total = self._num_blocks[slot], len(seq.block_table)
             if known < total:
                 self._block_table[slot, known:total] = seq.block_table[known:]
@@ -356,7 +359,7 @@ class ModelRunner:
         rows = [
             BatchRow(item.token_ids, item.start, item.sample_position is not None) for item in items
         ]
-        slots = [item.sequence.slot for item in items]
+        slots = slots_of(items)
         inputs = self.build_batch(rows, self._block_table[slots], self.config.block_size)
         if self.device.type != "cpu":
             inputs = self._to_device(inputs)
@@ -369,7 +372,7 @@ class ModelRunner:
         return inputs
 
     def _to_device(self, inputs: BatchInputs) -> BatchInputs:
-        def move(obj: object) -> dict[str, torch.Tensor]:
+        def move(obj: object) -> dict[str, Any]:
             tensors = {
                 name: value for name, value in vars(obj).items() if isinstance(value, torch.Tensor)
             }

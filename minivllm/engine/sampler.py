@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from minivllm.engine.sequence import ScheduledSequence, Sequence
+from minivllm.engine.sequence import ScheduledSequence, Sequence, slots_of
 from minivllm.kernels import Kernels
 from minivllm.sampling_params import SamplingParams
 
@@ -63,7 +63,8 @@ def fits_graph(params: SamplingParams) -> bool:
     """Whether `Sampler.sample_by_temperature` samples as these parameters ask."""
     if params.has_filter and not params.is_greedy:
         return False
-    defaults = _defaults_in_graphs(type(params))
+    cls: Any = type(params)
+    defaults = _defaults_in_graphs(cls)
     return all(getattr(params, name) == default for name, default in defaults.items())
 
 
@@ -168,6 +169,14 @@ class BadWords:
         self.recent = torch.cat((self.recent, token_id))[1:]
 
 
+@dataclass(frozen=True)
+class SeenTokens:
+    """What penalties count, for each slot."""
+
+    output_counts: torch.Tensor  # [num_slots, V] int32: times a token was generated
+    in_prompt: torch.Tensor  # [num_slots, V] bool: whether it stood in the prompt
+
+
 class Sampler:
     """Samples for sequences in slots. V is the vocabulary size."""
 
@@ -189,10 +198,15 @@ class Sampler:
         #: The same two on the device, for recorded graphs; the last entry is the spare slot's.
         self._device_temperature = torch.zeros(num_slots + 1, device=device)
         self._device_seed = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
-        #: [num_slots, V] times a token was generated, and whether it stood in the prompt; made when
-        #: first needed.
-        self._output_counts: torch.Tensor | None = None
-        self._in_prompt: torch.Tensor | None = None
+
+    @functools.cached_property
+    def _penalties(self) -> SeenTokens:
+        """Made when first needed: for 256 slots and a vocabulary of 150,000 it takes 190 MB."""
+        shape = (len(self._seed), self.vocab_size)
+        return SeenTokens(
+            torch.zeros(shape, dtype=torch.int32, device=self.device),
+            torch.zeros(shape, dtype=torch.bool, device=self.device),
+        )
 
     def admit(self, sequences: abc.Sequence[Sequence]) -> None:
         """Take note of sequences that have just been given their slots."""
@@ -218,6 +232,7 @@ class Sampler:
 
     def _admit(self, seq: Sequence) -> None:
         slot, params = seq.slot, seq.params
+        assert slot is not None
         self._temperature[slot] = params.temperature
         self._top_k[slot] = min(max(params.top_k, 0), self.vocab_size)
         self._top_p[slot] = params.top_p
@@ -250,19 +265,21 @@ class Sampler:
         number: of the token among those that the step samples for each item, from 0; the ones
         before it have been sampled.
         """
-        slots = np.fromiter((item.sequence.slot for item in items), np.int64, count=len(items))
+        slots = np.array(slots_of(items), np.int64)
         positions = np.zeros(len(items), np.int64)
         if self._temperature[slots].any() or self._has_edits[slots].any():
-            positions[:] = [item.sample_position + number for item in items]
+            positions[:] = [item.sample_position or 0 for item in items]
+            positions += number
         logits = self._edit(logits, items, slots, positions)
         token_ids = self.kernels.sample(logits, **self._arguments(slots, positions))
-        for row in np.flatnonzero(self._has_edits[slots]):
-            if (bad_words := self._edits[slots[row]].bad_words) is not None:
-                bad_words.note(token_ids[row : row + 1])
+        for row in np.flatnonzero(self._has_edits[slots]).tolist():
+            edits = self._edits[slots[row]]
+            if edits is not None and edits.bad_words is not None:
+                edits.bad_words.note(token_ids[row : row + 1])
         if self._has_penalty[slots].any():
             rows = np.flatnonzero(self._has_penalty[slots])
             known = _valid_ids(token_ids[self._tensor(rows)])
-            self._output_counts[self._tensor(slots[rows]), known] += 1
+            self._penalties.output_counts[self._tensor(slots[rows]), known] += 1
         return token_ids
 
     def logprobs(
@@ -311,14 +328,15 @@ class Sampler:
     ) -> torch.Tensor:
         """Apply what the rows ask for; a copy in float32 if any does, else logits itself."""
         edited = None
-        for row in np.flatnonzero(self._has_edits[slots]):
+        for row in np.flatnonzero(self._has_edits[slots]).tolist():
             edited = logits.float().clone() if edited is None else edited
-            num_output_tokens = positions[row] - items[row].sequence.num_prompt_tokens
-            self._edits[slots[row]].apply(edited[row], num_output_tokens)
+            num_output_tokens = int(positions[row]) - items[row].sequence.num_prompt_tokens
+            if (edits := self._edits[slots[row]]) is not None:
+                edits.apply(edited[row], num_output_tokens)
         if self._has_penalty[slots].any():
             edited = logits.float().clone() if edited is None else edited
             rows = np.flatnonzero(self._has_penalty[slots])
-            params = [items[row].sequence.params for row in rows]
+            params = [items[row].sequence.params for row in rows.tolist()]
             edited[self._tensor(rows)] = self._penalise(
                 edited[self._tensor(rows)], self._tensor(slots[rows]), params
             )
@@ -334,9 +352,9 @@ class Sampler:
                 [getattr(p, name) for p in params], device=self.device, dtype=torch.float32
             )[:, None]
 
-        counts = self._output_counts[slots].float()
+        counts = self._penalties.output_counts[slots].float()
         repetition = torch.where(
-            (counts > 0) | self._in_prompt[slots], column("repetition_penalty"), 1.0
+            (counts > 0) | self._penalties.in_prompt[slots], column("repetition_penalty"), 1.0
         )
         logits = torch.where(logits > 0, logits / repetition, logits * repetition)
         return (
@@ -346,20 +364,18 @@ class Sampler:
         )
 
     def _admit_penalties(self, seq: Sequence) -> None:
-        if self._output_counts is None:
-            shape = (len(self._seed), self.vocab_size)
-            self._output_counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
-            self._in_prompt = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        penalties = self._penalties
         output = torch.tensor(seq.output_token_ids, dtype=torch.int64, device=self.device)
         # A sequence comes back from preemption with output of its own; `sample` may have appended a
         # pending token.
         output = output[output >= 0]
-        self._output_counts[seq.slot] = torch.bincount(output, minlength=self.vocab_size).int()
-        self._in_prompt[seq.slot] = False
+        counts = torch.bincount(output, minlength=self.vocab_size)
+        penalties.output_counts[seq.slot] = counts.int()
+        penalties.in_prompt[seq.slot] = False
         prompt = torch.tensor(
             seq.token_ids[: seq.num_prompt_tokens], dtype=torch.int64, device=self.device
         )
-        self._in_prompt[seq.slot, prompt] = True
+        penalties.in_prompt[seq.slot, prompt] = True
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return to_device(torch.from_numpy(array), self.device)

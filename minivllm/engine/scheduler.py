@@ -144,6 +144,7 @@ class SchedulerBase:
             seq, position = item.sequence, item.sample_position
             if seq.status is finished:
                 continue
+            assert position is not None
             assert seq.token_ids[position] == PENDING
             accepted.append(item)
             if has_proposals and item.proposed_token_ids:
@@ -185,7 +186,7 @@ class SchedulerBase:
             assert seq.num_tokens + len(seq.proposed_token_ids) < seq.max_num_tokens or (
                 not seq.proposed_token_ids
             ), "proposals beyond the greatest length"
-        slots = [seq.slot for seq in self.running]
+        slots = [seq.slot for seq in self.running if seq.slot is not None]
         assert sorted([*slots, *self.free_slots]) == list(range(self.max_num_seqs)), (
             "a slot is lost or shared"
         )
@@ -312,7 +313,9 @@ class SchedulerBase:
 
     def _take_verified(self, item: ScheduledSequence, tokens: list[int]) -> None:
         """Give a sequence what a step with proposals verified, and take back the rest."""
-        seq, position, ending = item.sequence, item.sample_position, None
+        seq, position = item.sequence, item.sample_position
+        assert position is not None
+        ending: tuple[str, str | int | None] | None = None
         count = 0
         while count < len(tokens) and ending is None:
             ending = self._ending(seq, position + count, tokens[count])
@@ -341,6 +344,7 @@ class SchedulerBase:
         return ("length", None) if position + 1 >= seq.max_num_tokens else None
 
     def _release(self, seq: Sequence) -> None:
+        assert seq.slot is not None
         self.block_manager.free(seq)
         self.free_slots.append(seq.slot)
         seq.slot, seq.proposed_token_ids = None, []

@@ -10,6 +10,7 @@ import enum
 from collections import abc
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import cast
 
 from minivllm.sampling_params import SamplingParams
 
@@ -152,6 +153,11 @@ class ScheduledSequence:
             *self.sequence.token_ids[self.start : self.sample_position],
             *self.proposed_token_ids,
         ]
+
+
+def slots_of(items: Iterable[ScheduledSequence]) -> list[int]:
+    """The slots of a step's sequences, which run and so have one each."""
+    return cast("list[int]", [item.sequence.slot for item in items])
 
 
 @dataclass(eq=False, slots=True)

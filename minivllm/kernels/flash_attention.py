@@ -107,9 +107,8 @@ def _attend_tile(
     base, offsets = cache_rows(table_ptr, first, context, kv_head, KH, D, BLOCK_SIZE, BLOCK_N)
     offsets = offsets[:, None] + columns[None, :]
     inside = (columns < D)[None, :]
-    if (
-        MASKED
-    ):  # beyond the context lies anything, NaN too, and 0 · NaN is NaN: it must be read as 0
+    if MASKED:
+        # Beyond the context lies anything, NaN too, and 0 · NaN is NaN: it must be read as 0.
         inside = inside & (tokens < context)[:, None]
     key = tl.load(k_cache_ptr + base + offsets, mask=inside, other=0.0)
     scores = tl.dot(query, tl.trans(key), input_precision="ieee")

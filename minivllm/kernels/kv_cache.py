@@ -114,9 +114,8 @@ def cache_rows(
     first is a multiple of BLOCK_N. The table's entries beyond the context are never read: they may
     be anything.
     """
-    if (
-        BLOCK_SIZE % BLOCK_N == 0
-    ):  # the tile lies within one block: one look-up, and every tile has the same offsets
+    if BLOCK_SIZE % BLOCK_N == 0:
+        # The tile lies within one block: one look-up, and every tile has the same offsets.
         block = tl.load(table_ptr + first // BLOCK_SIZE).to(tl.int64)
         base = ((block * KH + kv_head) * BLOCK_SIZE + first % BLOCK_SIZE) * D
         offsets = tl.arange(0, BLOCK_N) * D

@@ -78,24 +78,24 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 def _launch(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    (rows, width), add = x.shape, residual is not None
+    rows, width = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     # without a residual, neither is touched
-    total, residual = (torch.empty_like(out), residual) if add else (out, x)
+    total, other = (out, x) if residual is None else (torch.empty_like(out), residual)
     if rows:
         block = triton.next_power_of_2(width)
         _rms_norm_kernel[(rows,)](
             out,
             total,
             x,
-            residual,
+            other,
             weight,
             x.stride(0),
-            residual.stride(0),
+            other.stride(0),
             eps,
             N=width,
             BLOCK=block,
-            ADD=add,
+            ADD=residual is not None,
             num_warps=8 if block > 2048 else 4,
         )
     return out, total

@@ -125,9 +125,8 @@ def _decode_kernel(
         weights = tl.exp2(scores * scale_log2 - new_max[:, None])
         row_sum = row_sum * rescale + tl.sum(weights, axis=1)
         # Beyond the context lies anything, NaN too, and 0 · NaN is NaN: it must be read as 0.
-        value = tl.load(
-            v_cache_ptr + base + rows[:, None] + columns[None, :], mask=inside, other=0.0
-        )
+        value_rows = v_cache_ptr + base + rows[:, None]
+        value = tl.load(value_rows + columns[None, :], mask=inside, other=0.0)
         acc = tl.dot(weights.to(value.dtype), value, acc * rescale[:, None], input_precision="ieee")
         row_max = new_max
 
@@ -138,9 +137,8 @@ def _decode_kernel(
         out_ptr + target[:, None] * D + columns[None, :], acc / safe_sum[:, None], mask=inside_q
     )
     if SPLIT:
-        lse = (
-            row_max + tl.log2(safe_sum)
-        ) * 0.6931471805599453  # from base 2 to the natural logarithm
+        # from base 2 to the natural logarithm
+        lse = (row_max + tl.log2(safe_sum)) * 0.6931471805599453
         tl.store(lse_ptr + target, lse, mask=members < GROUP)
 
 

@@ -100,21 +100,20 @@ def _greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(best.isfinite(), token_ids, NOT_A_TOKEN), best
 
 
-def _prepare(logits, temperature, top_k, top_p, min_p, seeds, positions) -> Tensor:
+def _random_keys(seeds: Tensor | None, positions: Tensor | None) -> tuple[Tensor, Tensor]:
     if seeds is None or positions is None:
         raise ValueError(
             "sample: needs seeds and positions unless temperature is None, that is, all rows are"
             " greedy"
         )
-    return filter_logits(logits, temperature, top_k, top_p, min_p)
+    return seeds, positions
 
 
 def _pick_reference(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     running = weights.cumsum(dim=-1)
     choice = torch.searchsorted(running, target, right=True).clamp_max(weights.shape[1] - 1)
-    if (
-        weights.gather(1, choice) == 0
-    ).any():  # rounding left the target above the last sum: the last weight above 0
+    if (weights.gather(1, choice) == 0).any():
+        # Rounding left the target above the last sum: the last weight above 0.
         index = torch.arange(weights.shape[1], device=weights.device)
         choice = torch.where((weights > 0) & (index <= choice), index, 0).amax(dim=-1, keepdim=True)
     return choice, (target - (running - weights).gather(1, choice)).clamp_min(0.0)
@@ -133,7 +132,8 @@ def sample_reference(
     greedy, best = _greedy(logits)
     if temperature is None:
         return greedy
-    logits = _prepare(logits, temperature, top_k, top_p, min_p, seeds, positions)
+    seeds, positions = _random_keys(seeds, positions)
+    logits = filter_logits(logits, temperature, top_k, top_p, min_p)
     width = min(TILE, logits.shape[1])
     weights = (
         (logits.float() - best.float().unsqueeze(1)) / _divisor(temperature).unsqueeze(1)
@@ -269,7 +269,8 @@ def sample(
     if temperature is None:
         return _greedy(logits)[0]
     check_rows("sample", logits)
-    logits = _prepare(logits, temperature, top_k, top_p, min_p, seeds, positions)
+    seeds, positions = _random_keys(seeds, positions)
+    logits = filter_logits(logits, temperature, top_k, top_p, min_p)
     batch, vocabulary = logits.shape
     num_tiles = triton.cdiv(vocabulary, TILE)
     tile_max, tile_sum = (

@@ -6,7 +6,6 @@ import dataclasses
 import pickle
 from dataclasses import dataclass
 
-import kernel_checks as checks
 import pytest
 import torch
 
@@ -15,6 +14,7 @@ from minivllm.bundled import BUNDLED_MODEL_PATH
 from minivllm.kernels import Kernels, cpu
 from minivllm.models.loader import LoadOptions, load_config, load_model, weight_shapes
 from minivllm.parallel.group import SINGLE, TensorParallelGroup
+from support import kernel_checks as checks
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
 has_onednn = pytest.mark.skipif(not cpu.HAS_ONEDNN, reason="this build of torch has no oneDNN")

@@ -125,8 +125,8 @@ MUTANTS = [
         "rotary",
         "qk_norm_rope_store",
         "values turned too",
-        "BLOCK_HEADS, NORM, False,",
-        "BLOCK_HEADS, NORM, True,",
+        "            NORM,\n            False,",
+        "            NORM,\n            True,",
     ),
     (
         "rotary",
@@ -192,8 +192,8 @@ MUTANTS = [
         "online_softmax",
         "softmax",
         "edge read as 0",
-        'mask=start + columns < N, other=float("-inf")',
-        "mask=start + columns < N, other=0.0",
+        'mask=start + columns < N,\n            other=float("-inf")',
+        "mask=start + columns < N,\n            other=0.0",
     ),
     (
         "online_softmax",
@@ -208,8 +208,8 @@ MUTANTS = [
         "online_softmax",
         "merge",
         "empty parts give NaN",
-        'tl.where(new_max == float("-inf"), 0.0, new_max)  # all',
-        "new_max  # all",
+        'tl.where(new_max == float("-inf"), 0.0, new_max)\n        rescale = tl.exp(total_max',
+        "new_max\n        rescale = tl.exp(total_max",
     ),
     (
         "online_softmax",
@@ -236,11 +236,8 @@ MUTANTS = [
         "paged_attention",
         "decode",
         "values beyond the context read",
-        "value = tl.load(v_cache_ptr + base + rows[:, None] + columns[None, :], mask=inside,",
-        (
-            "value = tl.load(v_cache_ptr + base + rows[:, None] + columns[None, :], mask=(columns <"
-            " D)[None, :],"
-        ),
+        "tl.load(value_rows + columns[None, :], mask=inside,",
+        "tl.load(value_rows + columns[None, :], mask=(columns < D)[None, :],",
     ),
     (
         "paged_attention",

@@ -527,7 +527,9 @@ def test_bug_16_hashes_without_a_chain(monkeypatch):
 
     check()
     monkeypatch.setattr(
-        block_manager_module, "hash_block", lambda previous, token_ids: hash_block(None, token_ids)
+        block_manager_module,
+        "hash_block",
+        lambda previous, token_ids, *_: hash_block(None, token_ids),
     )
     with pytest.raises(AssertionError, match="another first block"):
         check()
@@ -551,7 +553,7 @@ def test_bug_16_a_hash_is_trusted(monkeypatch):
             "served the tokens of another prompt"
         )
 
-    monkeypatch.setattr(block_manager_module, "hash_block", lambda previous, token_ids: 42)
+    monkeypatch.setattr(block_manager_module, "hash_block", lambda previous, token_ids, *_: 42)
     check(BlockManager)
     with pytest.raises(AssertionError, match="another prompt"):
         check(Trusting)
@@ -1213,7 +1215,7 @@ def test_bug_33_fields_are_accepted_and_ignored(checkpoint, monkeypatch):
 
     check()
     mutants = [
-        (Sampler, "_edit", lambda self, logits, items, slots: logits),
+        (Sampler, "_edit", lambda self, logits, *_: logits),
         (Sampler, "_penalise", lambda self, logits, slots, params: logits),
         (SamplingParams, "has_penalty", property(lambda self: False)),
     ]

@@ -403,6 +403,42 @@ def check_prediction(victim: Any, num_steps: Any, first_step_back: Any, computed
     )
 
 
+#: What the refusals of `SchedulerBase` say, and how to call and explain the mistake.
+_MISUSES = {
+    "places are taken": ("too-many-places", "Admit only while fewer than `max_num_seqs` run."),
+    "was not started": (
+        "never-started",
+        "Whoever is admitted gets a place by `start`, and only then computes.",
+    ),
+    "stands in": (
+        "wrong-queue",
+        "Move the sequence from one queue to the other first, then tell the base.",
+    ),
+    "in this step": (
+        "planned-and-preempted",
+        "Make room before you plan, and for nobody twice in a step.",
+    ),
+    "this step computes": (
+        "planned-and-preempted",
+        "Whoever is in the step already keeps its blocks: take from the end of `running`.",
+    ),
+    "has blocks for": (
+        "computed-without-blocks",
+        "`allocate` counts all of its tokens, from the first on.",
+    ),
+    "uncomputed": (
+        "wrong-number",
+        "A step computes 1 to `num_uncomputed_tokens` tokens of a sequence.",
+    ),
+}
+
+
+def _misuse(what: str) -> tuple[str, str]:
+    """(name of the mistake, hint) for a refusal of SchedulerBase."""
+    pairs = (pair for part, pair in _MISUSES.items() if part in what)
+    return next(pairs, ("misused", "That cannot be."))
+
+
 # --- 05.4 -----------------------------------------------------------------------------------------
 
 
@@ -438,14 +474,11 @@ def check_admission(answer: type) -> str:
             raise Mistake(
                 "stalled", f"{told} {error}\nDoes anybody wait who fits, or would fit in chunks?"
             ) from error
-        except IndexError as error:
-            if "pop from" not in str(error):
+        except AssertionError as error:
+            if not str(error):
                 raise
-            raise Mistake(
-                "too-many-places",
-                f"{told} more requests were admitted than there are places.\nStop at max_num_seqs"
-                " running requests.",
-            ) from error
+            name, hint = _misuse(str(error))
+            raise Mistake(name, f"{told} {error}.\n{hint}") from error
         _check_admission(run, told, limits)
         right = simulate(work, cost=STEPS, **limits)
         for step, (mine, theirs) in enumerate(zip(_plans(run), _plans(right), strict=False)):
@@ -629,36 +662,7 @@ class _Machine:
 
     def _misused(self, what: str, error: AssertionError) -> None:
         """Raise the Mistake for a refusal of SchedulerBase, in whose words it is told."""
-        names = {
-            "all": ("too-many-places", "Admit only while fewer than `max_num_seqs` run."),
-            "was not started": (
-                "never-started",
-                "Whoever is admitted gets a place by `start`, and only then computes.",
-            ),
-            "stands in": (
-                "wrong-queue",
-                "Move the sequence from one queue to the other first, then tell the base.",
-            ),
-            "in this step": (
-                "planned-and-preempted",
-                "Make room before you plan, and for nobody twice in a step.",
-            ),
-            "this step computes": (
-                "planned-and-preempted",
-                "Whoever is in the step already keeps its blocks: take from the end of `running`.",
-            ),
-            "has blocks for": (
-                "computed-without-blocks",
-                "`allocate` counts all of its tokens, from the first on.",
-            ),
-            "uncomputed": (
-                "wrong-number",
-                "A step computes 1 to `num_uncomputed_tokens` tokens of a sequence.",
-            ),
-        }
-        name, hint = next(
-            (pair for part, pair in names.items() if part in what), ("misused", "That cannot be.")
-        )
+        name, hint = _misuse(what)
         raise Mistake(name, f"{self.told}: in step {self.number}, {what}.\n{hint}") from error
 
     def _wanted(self) -> int:
@@ -916,6 +920,7 @@ def check_scheduler(answer: type) -> str:
     expect(
         isinstance(answer, type)
         and issubclass(answer, SchedulerBase)
+        and not issubclass(answer, Scheduler)  # its decisions are not for sale here
         and "schedule" in vars(answer),
         "wrong-type",
         "Hand in a subclass of SchedulerBase with a method `schedule` of its own.\nYou handed in"
