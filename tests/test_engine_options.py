@@ -245,6 +245,7 @@ def test_more_memory_than_there_is(options: dict[str, int]) -> None:
         LLM(load_format="dummy", device="cpu", **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["vocab_size", "intermediate_size", "num_hidden_layers", "hidden_size", "head_dim"]
 )

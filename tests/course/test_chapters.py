@@ -55,21 +55,29 @@ def chapter(request: pytest.FixtureRequest) -> Chapter:
     return request.param
 
 
+#: Exercises whose checks compare with runs of the engine that they keep: made once, not for each
+#: answer.
+KEEP_RUNS = {"08.3", "08.4", "08.5", "10.4"}
 _running: dict[str, Children] = {}
+_warm: set[str] = set()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_child_stays() -> Iterator[None]:
     yield
+    _warm.clear()
     while _running:
         _running.popitem()[1].close()
 
 
-def run(chapter: Chapter, *cells: str) -> dict[str, Any]:
-    """`Children.run`, skipped where this machine cannot run the check."""
+def run(chapter: Chapter, part: Part, *cells: str) -> dict[str, Any]:
+    """`Children.run` of cells for an exercise, skipped where this machine cannot run its check."""
     if chapter.name not in _running:
         folder = chapter.exercises.parent
         _running[chapter.name] = Children(parts_of(chapter)[0], chapter.number, folder)
+    if part.id in KEEP_RUNS - _warm:
+        _warm.add(part.id)
+        _running[chapter.name].warm(part.answer, part.check)
     result = _running[chapter.name].run(*cells)
     if result["raised"] == "NotRunnableHere":
         pytest.skip(f"not runnable here: {result['message']}")
@@ -83,7 +91,7 @@ def run(chapter: Chapter, *cells: str) -> dict[str, Any]:
     ("chapter", "part"), PARTS, ids=[label(c, part.id, "solution") for c, part in PARTS]
 )
 def test_the_solution_passes(chapter: Chapter, part: Part) -> None:
-    result = run(chapter, part.answer, *part.pictures, part.check)
+    result = run(chapter, part, part.answer, *part.pictures, part.check)
     assert result["raised"] is None, f"{result}\n{as_committed(chapter.solution_path)[1]}"
     assert result["printed"] == part.printed, (
         "the check prints something else than the committed solution shows"
@@ -94,7 +102,7 @@ def test_the_solution_passes(chapter: Chapter, part: Part) -> None:
     ("chapter", "part"), PARTS, ids=[label(c, part.id, "stub") for c, part in PARTS]
 )
 def test_the_stub_fails_at_its_own_check(chapter: Chapter, part: Part) -> None:
-    result = run(chapter, part.stub, *part.pictures, part.check)
+    result = run(chapter, part, part.stub, *part.pictures, part.check)
     assert result["cell"] == 1 + len(part.pictures), f"failed before its check: {result}"
     assert result["raised"] in ("NotAttempted", *["Mistake"] * part.given_stub), result
 
@@ -107,7 +115,7 @@ def test_wrong_answers_are_named(chapter: Chapter, wrong: Wrong) -> None:
     assert defined_names(wrong.source) >= defined_names(part.answer), (
         "it replaces the whole answer cell"
     )
-    result = run(chapter, wrong.source, part.check)
+    result = run(chapter, part, wrong.source, part.check)
     if wrong.name == "right":
         assert result["raised"] is None, f"{wrong.why}: this is right, and the check says: {result}"
         assert result["printed"] == part.printed

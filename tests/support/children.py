@@ -66,6 +66,10 @@ class Children:
         """
         return self._ask({"cells": cells, "limit": limit})
 
+    def warm(self, *cells: str) -> None:
+        """Execute cells in the process itself: what their check caches, every child then has."""
+        self._ask({"warm": cells})
+
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
@@ -163,6 +167,8 @@ def main() -> None:
                 answer = {}
             except Exception:
                 answer = {"setup_failed": traceback.format_exc()}
+        elif "warm" in request:
+            answer = run_cells(request["warm"], dict(namespace))
         else:
             answer = run_forked(request["cells"], request["limit"], namespace)
         print(json.dumps(answer), file=answers, flush=True)

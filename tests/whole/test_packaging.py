@@ -274,6 +274,7 @@ def wheel(tmp_path_factory) -> Path:
     return built
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.partition("/")[0].split("-")[0] for name in names} == {"minivllm"}
@@ -287,6 +288,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert any("LICENSE" in name for name in names)
 
 
+@pytest.mark.slow
 @has_model
 def test_the_wheel_holds_the_bundled_model(wheel):
     infos = {info.filename: info for info in zipfile.ZipFile(wheel).infolist()}

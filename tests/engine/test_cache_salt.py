@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import write_checkpoint
 
 from minivllm import LLM, SamplingParams
 from minivllm.engine.block_manager import BlockManager, hash_block
 from minivllm.engine.engine_core import _describe, _from_description
 from minivllm.engine.sequence import Sequence
 from minivllm.errors import RequestError
+from support.checkpoints import write_checkpoint
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
 PROMPT = list(range(1, 14))  # three blocks of four, and a token more

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
-from checkpoints import write_checkpoint
 
 from minivllm import LLM, SamplingParams
 from minivllm.engine.sequence import PENDING
 from minivllm.errors import InvalidLogitsError
 from minivllm.models.qwen3 import Qwen3ForCausalLM
+from support.checkpoints import write_checkpoint
 
 VOCAB = 48
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [5, 6, 7, 8, 9, 12], [3], [30, 31, 32, 33, 34] * 3]
