@@ -87,13 +87,20 @@ class StepOutput:
 def choose_kernels(
     config: EngineConfig, model_config: ModelConfig, group: TensorParallelGroup = SINGLE
 ) -> Kernels:
-    """The fastest kernels for a resolved config: the same on every rank of the group."""
+    """The fastest kernels for a resolved config: the same on every rank of the group.
+
+    What is fast on a CPU is measured. Rank 0 decides for all: each rank samples for itself, so the
+    ranks' logits must be equal to the last bit.
+    """
     if config.attention_backend == "triton":
         return Kernels.triton()
     if torch.device(config.device).type != "cpu":
         return Kernels.reference()
-    shapes = weight_shapes(model_config, group) if config.dtype == "float32" else ()
-    return Kernels.cpu(choose_onednn(shapes, group))
+    shapes = sorted(weight_shapes(model_config, group)) if config.dtype == "float32" else []
+    mine = choose_onednn(shapes) if group.rank == 0 else frozenset()
+    # The choice as bits of a number, which is what ranks can exchange at any time.
+    chosen = group.exchange(sum((shape in mine) << i for i, shape in enumerate(shapes)))[0]
+    return Kernels.cpu(frozenset(shape for i, shape in enumerate(shapes) if chosen >> i & 1))
 
 
 class EngineCore:

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from minivllm.kernels.norm import rms_norm_reference
 from minivllm.kernels.rotary import check_heads
-from minivllm.parallel.group import SINGLE, TensorParallelGroup
 
 #: A weight's shape: [output features, input features].
 Shape = tuple[int, int]
@@ -44,9 +43,9 @@ ONEDNN_ROWS = (
 )
 #: With fewer rows, reading W takes the time, and padding to 4 rows costs more than it gains.
 MIN_ONEDNN_ROWS = 3
-#: What `choose_onednn` times: rows of x, tries (the least time counts), and how many numbers of a
-#: large weight take part.
-MEASURED_ROWS, TRIES, MAX_NUMBERS = (8, 32), 4, 1 << 20
+#: What `choose_onednn` times: rows of x, tries (the least time counts), and how many columns and
+#: numbers of a large weight take part.
+MEASURED_ROWS, TRIES, MAX_WIDTH, MAX_NUMBERS = (8, 32), 4, 1 << 16, 1 << 20
 #: oneDNN is chosen where it takes less than this share of MKL's time.
 MARGIN = 0.9
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -80,34 +79,30 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")[:rows]
 
 
-def choose_onednn(shapes: Iterable[Shape], group: TensorParallelGroup = SINGLE) -> frozenset[Shape]:
+def choose_onednn(shapes: Iterable[Shape]) -> frozenset[Shape]:
     """Of these shapes of a float32 weight, those that oneDNN multiplies faster than MKL, measured
     here and now.
 
     Takes 27 ms for the bundled model's five shapes and 75 ms for Qwen3-0.6B's (EPYC, one thread).
-    oneDNN must win by a tenth, so noise decides only where little depends on it. All ranks of a
-    group get rank 0's choice: each rank samples for itself, and the two libraries differ in the
-    last bits. For the same reason a measurement holds as long as the process: its engines agree.
+    oneDNN must win by a tenth, so noise decides only where little depends on it. The two libraries
+    differ in the last bits. So a measurement holds as long as the process, and its engines agree.
 
     The CPU's name does not tell. µs for 32 rows of the bundled model's shapes together, MKL and
     oneDNN: 936 and 534 on an EPYC with AVX-512, 980 and 986 on another one, 1421 and 1611 on one
     with AVX2 only, 1311 and 1682 on a Xeon.
     """
-    ordered = sorted(set(shapes))
-    faster = 0
-    if group.rank == 0 and HAS_ONEDNN:
-        threads = torch.get_num_threads()
-        faster = sum(is_onednn_faster(shape, threads) << i for i, shape in enumerate(ordered))
-    faster = group.exchange(faster)[0]
-    return frozenset(shape for i, shape in enumerate(ordered) if faster >> i & 1)
+    if not HAS_ONEDNN:
+        return frozenset()
+    threads = torch.get_num_threads()
+    return frozenset(shape for shape in sorted(set(shapes)) if is_onednn_faster(shape, threads))
 
 
 @cache
 def is_onednn_faster(shape: Shape, threads: int) -> bool:
     """Whether oneDNN wins with this many threads of torch; measured once per process."""
-    features, width = shape
-    # A large weight is cut: its rows are all multiplied alike.
-    weight = torch.ones(max(1, min(features, MAX_NUMBERS // width)), width)
+    # A large weight is cut: all its rows are multiplied alike, and so are the parts of a long row.
+    width = min(shape[1], MAX_WIDTH)
+    weight = torch.ones(min(shape[0], MAX_NUMBERS // width), width)
     by_mkl = by_onednn = 0.0
     with torch.inference_mode():
         for rows in MEASURED_ROWS:
