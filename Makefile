@@ -59,7 +59,7 @@ lint: $(VENV)/.stamp-dev  ## Style, formatting, who imports whom, and types
 
 # Tests that take long carry the marker `slow`; those that do and lack it are listed at the end.
 quick: lint  ## While you edit: lint and the tests that are not slow, in about a minute
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) -m 'not slow and not real_weights' --durations=10 --durations-min=2 \
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) -m 'not slow and not real_weights' --durations=10 --durations-min=1 \
 	  tests $(ARGS)
 
 # A worker a core with one thread each: on small models a second thread of a matrix product brings nothing.

@@ -155,6 +155,7 @@ class TestAsTransformers:
             ids = theirs.apply_chat_template(CHAT, return_dict=False, **more)
             assert ours.apply_chat_template(CHAT, tokenize=True, **more) == ids
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "template", [CHATML, LOOP.replace("m['content']", "m['content'] | trim"), PARTS]
     )
@@ -486,6 +487,7 @@ class TestErrors:
         ):
             tokenizer.apply_chat_template(CHAT)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "template",
         [

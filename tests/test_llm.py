@@ -1074,6 +1074,7 @@ class TestDetokenizer:
         assert (stop is not None) == hit
         assert not hit or text.startswith(expected + stop)
 
+    @pytest.mark.slow
     @PROFILE
     @given(data=st.data())
     def test_nothing_that_was_emitted_is_taken_back(self, tokenizer, data):

@@ -393,6 +393,7 @@ def test_every_kernel_is_measured_and_agrees_with_torch(kernel_report: dict[str,
         assert ("tflops" in row) == (row["kernel"] == "prefill_attention") != ("tb_per_s" in row)
 
 
+@pytest.mark.slow
 def test_rows_by_hand(kernel_report: dict[str, Any]) -> None:
     rows = {
         (row["kernel"], row["case"]): row

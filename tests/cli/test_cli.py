@@ -121,6 +121,7 @@ def test_seeds_choose_the_text(checkpoint):
     assert texts["1"] != texts["2"]
 
 
+@pytest.mark.slow
 def test_the_prompt_may_come_from_standard_input(checkpoint):
     arguments = ["generate", "-m", checkpoint, "-n", "8", "-t", "0"]
     assert run(*arguments, input="hello\n") == run(*arguments, "hello")
@@ -162,6 +163,7 @@ def test_mistakes_are_one_clear_line(checkpoint, arguments, message):
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_a_prompt_beyond_the_context_is_refused(checkpoint):
     assert "max_model_len=64" in run(
         "generate", "-m", checkpoint, "-e", "max_model_len=64", "x" * 200, code=2
@@ -331,6 +333,7 @@ def test_standard_input_that_is_not_text(checkpoint, command):
 # --- chat -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_chat_can_be_piped_and_remembers(checkpoint):
     arguments = ["chat", "-m", checkpoint, "-n", "12", "-t", "0"]
     first, second = run(*arguments, input="hello\nhello\n").splitlines()
@@ -588,6 +591,7 @@ def test_trace_records_saves_and_shows(checkpoint, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_showing_a_trace_needs_no_torch(checkpoint, tmp_path):
     file = tmp_path / "trace.json"
     run("trace", "-m", checkpoint, "-n", "3", "-o", str(file), "hi")
@@ -732,6 +736,7 @@ def test_a_trace_that_is_no_json(tmp_path, content):
         Trace.load(file)
 
 
+@pytest.mark.slow
 def test_a_trace_that_cannot_be_read(tmp_path):
     for path in (tmp_path, tmp_path / "none.json", tmp_path / ("x" * 300), Path("/dev/zero")):
         with pytest.raises(TraceError, match=re.escape(str(path))):
@@ -767,6 +772,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_model_is_loaded(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_trace_goes_where_it_is_sent(checkpoint, tmp_path):
     """Over an old file, through a symbolic link, into a pipe; and nothing lies beside it."""
     arguments = ["trace", "-m", checkpoint, "-n", "2", "hi", "-o"]

@@ -101,6 +101,7 @@ def chi_square(counts: Counter, expected: np.ndarray) -> tuple[float, float]:
     )  # Wilson and Hilferty, 1931
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "params",
     [
@@ -131,6 +132,7 @@ def test_distribution(llm, reference, params):
     assert statistic < limit
 
 
+@pytest.mark.slow
 def test_distribution_over_completions_and_positions(llm, reference):
     """One request with n completions draws as independently as many requests; and so does its
     second position.

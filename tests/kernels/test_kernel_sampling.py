@@ -149,6 +149,7 @@ def test_the_same_token_whatever_the_batch(kernels: Kernels):
     assert torch.equal(backwards.flip(0), together)
 
 
+@pytest.mark.slow
 def test_torch_and_triton_choose_the_same_token(triton_kernels: Kernels, device_dtype):
     """Not by necessity, sums round differently, but with this seed no target lies within rounding
     of a boundary.

@@ -194,6 +194,7 @@ def test_what_is_not_in_the_trace_is_refused(draw, shared: Trace) -> None:
         draw(dataclasses.replace(shared, steps=[]))
 
 
+@pytest.mark.slow
 def test_large_pools_and_many_requests_stay_small(shared: Trace) -> None:
     large = dataclasses.replace(shared, num_blocks=100_000)
     for draw in PICTURES:
@@ -237,6 +238,7 @@ def test_a_figure_displays_picture_and_caption(shared: Trace, displayed: list) -
     assert caption["text/markdown"] == f"*{figure.caption}*"
 
 
+@pytest.mark.slow
 def test_scrubber_moves_and_has_a_static_twin(shared: Trace, displayed: list) -> None:
     pytest.importorskip("ipywidgets")
     scrubber = scrub(shared, step=1)

@@ -171,6 +171,7 @@ def test_slots_are_those_of_the_trace(trace: Trace) -> None:
             assert thick == record.num_tokens + mine
 
 
+@pytest.mark.slow
 def test_slots_of_a_request_without_blocks(trace: Trace) -> None:
     figure = draw_slots(trace, step=0, request=2)
     assert "request C is waiting and holds no block" in figure.caption

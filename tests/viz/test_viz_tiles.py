@@ -180,6 +180,7 @@ def test_each_step_draws_small_with_words_and_one_size(scores: torch.Tensor) -> 
         draw_tile_replay(replay, 6)
 
 
+@pytest.mark.slow
 def test_a_replay_scrubs(scores: torch.Tensor) -> None:
     pytest.importorskip("ipywidgets")
     replay = replay_tiles(scores, block_n=8)

@@ -150,6 +150,7 @@ def _third_party_imports(path: Path) -> set[str]:
 COURSE = ("notebooks", "exercises", "solutions", "minivllm/course", "minivllm/viz")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", COURSE)
 def test_lab_brings_all_that_the_course_imports(folder):
     distributions, brought = metadata.packages_distributions(), _brought_by("lab")

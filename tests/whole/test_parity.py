@@ -96,6 +96,7 @@ def test_checkpoint(variant: Variant, tmp_path: Path) -> None:
     assert_same_greedy(checkpoint.reference, completions)
 
 
+@pytest.mark.slow
 def test_old_style_config(tmp_path: Path) -> None:
     """Before transformers 5: rope_theta and rope_scaling in place of rope_parameters, torch_dtype
     for dtype.
@@ -118,6 +119,7 @@ def test_old_style_config(tmp_path: Path) -> None:
 # --- batches and blocks ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_at_a_time(model: Checkpoint, backend: str) -> None:
     llm = RecordedLLM(model.path, attention_backend=backend, num_kv_blocks=16)
@@ -142,6 +144,7 @@ def test_mixed_lengths(model: Checkpoint, backend: str) -> None:
     assert_same_greedy(model.reference, completions, partial=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "block_size"), BLOCK_SIZES)
 def test_block_sizes(model: Checkpoint, backend: str, block_size: int) -> None:
     """Prompts that end just before, at and just after the end of a block."""
@@ -169,6 +172,7 @@ def test_block_sizes(model: Checkpoint, backend: str, block_size: int) -> None:
 # --- prefix cache ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "block_size"),
     [
@@ -200,6 +204,7 @@ def test_shared_prefixes(model: Checkpoint, backend: str, block_size: int) -> No
     assert_same_greedy(model.reference, completions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("length", [31, 32, 33, 48])
 def test_fully_cached_prompt(model: Checkpoint, backend: str, length: int) -> None:
@@ -215,6 +220,7 @@ def test_fully_cached_prompt(model: Checkpoint, backend: str, length: int) -> No
     assert_same_greedy(model.reference, first + again)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_cached_output(model: Checkpoint, backend: str) -> None:
     """A second turn brings the first answer back as prompt: blocks that decoding filled serve as a
@@ -250,6 +256,7 @@ def test_without_prefix_caching(model: Checkpoint, backend: str) -> None:
 # --- chunks, preemption ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "budget", "block_size"),
     [("torch", *pair) for pair in ((1, 16), (2, 3), (5, 1), (7, 16), (16, 16), (33, 16))]
