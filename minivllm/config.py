@@ -256,11 +256,9 @@ class ResolvedConfig(EngineConfig):
             raise ConfigError(f"max_model_len={self.max_model_len} is beyond {_longest(model)}")
         if self.attention_backend == "triton":
             self._check_triton(on_gpu)
-        heads, kv_heads, width = (
-            model.num_attention_heads,
-            model.num_key_value_heads,
-            model.intermediate_size,
-        )
+        heads = model.num_attention_heads
+        kv_heads = model.num_key_value_heads
+        width = model.intermediate_size
         size = self.tensor_parallel_size
         if not _splits(size, heads, kv_heads, width):
             fits = [n for n in range(1, min(heads, 1024) + 1) if _splits(n, heads, kv_heads, width)]

@@ -249,10 +249,8 @@ class TestAsTransformers:
     def test_the_bundled_template(self):
         from transformers import AutoTokenizer
 
-        ours, theirs = (
-            Tokenizer(BUNDLED_MODEL_PATH),
-            AutoTokenizer.from_pretrained(BUNDLED_MODEL_PATH),
-        )
+        ours = Tokenizer(BUNDLED_MODEL_PATH)
+        theirs = AutoTokenizer.from_pretrained(BUNDLED_MODEL_PATH)
         right = theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
         assert ours.apply_chat_template(CHAT) == right
         ours.close()

@@ -68,10 +68,8 @@ WORDS = [
 
 def byte_level() -> Raw:
     raw = Raw(models.BPE())
-    raw.pre_tokenizer, raw.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     raw.train_from_iterator(
         SENTENCES, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet)
@@ -351,10 +349,8 @@ def test_spaces_between_special_tokens(tokenizers):
     output = [
         to_id(t) for t in ("<s>", "</s>", "walk", "##ing", "<tool>", "<|end|>", "<s>", "the", "<s>")
     ]
-    spaced, tight = (
-        "<s> </s> walking <tool> <|end|> <s> the <s>",
-        "<s></s> walking <tool><|end|><s> the <s>",
-    )
+    spaced = "<s> </s> walking <tool> <|end|> <s> the <s>"
+    tight = "<s></s> walking <tool><|end|><s> the <s>"
     assert at_once(tokenizer, [], output, skip=False) == spaced
     for run in (at_once, lambda *a, **k: "".join(stream(*a, **k)[0])):
         assert run(tokenizer, [], output, skip=False, spaces_between_special_tokens=False) == tight

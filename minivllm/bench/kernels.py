@@ -347,11 +347,9 @@ def _beside_eager(setting: Setting, name: str, wait: bool = False) -> dict[str, 
 
 
 def _norm_cases(setting: Setting, rows: int) -> Iterator[Case]:
-    width, element, eps = (
-        setting.config.hidden_size,
-        setting.dtype.itemsize,
-        setting.config.rms_norm_eps,
-    )
+    width = setting.config.hidden_size
+    element = setting.dtype.itemsize
+    eps = setting.config.rms_norm_eps
     once = rows * width * element
 
     def make(residual: bool) -> tuple:

@@ -822,10 +822,8 @@ def _run(answers: dict[str, Any], watched: Iterable[str]) -> Run:
     run.tokens = [[token for token in seq.output_token_ids if token >= 0] for seq in sequences]
     run.ends = [(seq.finish_reason, seq.stop_reason) for seq in sequences]
     scheduler = llm.llm_engine.scheduler
-    run.stats, run.blocks_lost = (
-        dict(vars(scheduler.stats)),
-        room - scheduler.block_manager.num_free_blocks,
-    )
+    run.stats = dict(vars(scheduler.stats))
+    run.blocks_lost = room - scheduler.block_manager.num_free_blocks
     return run
 
 

@@ -249,10 +249,8 @@ def _agreed(ranks: list[_Rank]) -> Call:
     for rank in ranks:
         mine, theirs = first.call, rank.call
         if (mine.name, mine.detail) != (theirs.name, theirs.detail):
-            name, what = (
-                "different-collectives",
-                "Ranks must call the same collectives in the same order",
-            )
+            name = "different-collectives"
+            what = "Ranks must call the same collectives in the same order"
         elif (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
             name, what = "different-shapes", "All ranks must bring the same shape and dtype"
         else:

@@ -21,12 +21,10 @@ from minivllm.course.chapters import JupyterMissingError
 from minivllm.course.graft import Cell, Group
 from minivllm.course.stubs import names_in
 
-PASSED, FAILED, NOT_ATTEMPTED, NOT_RUNNABLE = (
-    "passed",
-    "failed",
-    "not attempted",
-    "not runnable here",
-)
+PASSED = "passed"
+FAILED = "failed"
+NOT_ATTEMPTED = "not attempted"
+NOT_RUNNABLE = "not runnable here"
 #: Seconds that a cell may take, and those that it has to end when it is interrupted.
 CELL_TIMEOUT, GRACE = 120.0, 5.0
 MAX_OUTPUT = 100_000
@@ -258,11 +256,9 @@ def _run(
     """(the verdict on a group, whether the kernel has ended). What the learner's own cells do
     decides nothing.
     """
-    verdict, trouble, warnings = (
-        Verdict(group.id, FAILED, "no-verdict", "Its check did not run."),
-        None,
-        list(notes),
-    )
+    verdict = Verdict(group.id, FAILED, "no-verdict", "Its check did not run.")
+    trouble = None
+    warnings = list(notes)
     given: list[str] = []  # what given cells raised: noise once a check has said what is wrong
     for cell in group.cells:
         if cell.kind == "check":

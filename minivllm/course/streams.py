@@ -174,12 +174,10 @@ class SimulatedGPU:
         kernel_us: float = 2.0,
         bytes_per_us: float = 4e6,
     ) -> None:
-        self.launch_us, self.replay_us, self.kernel_us, self.bytes_per_us = (
-            launch_us,
-            replay_us,
-            kernel_us,
-            bytes_per_us,
-        )
+        self.launch_us = launch_us
+        self.replay_us = replay_us
+        self.kernel_us = kernel_us
+        self.bytes_per_us = bytes_per_us
         self.now = 0.0
         self.spans: list[Span] = []
         self.num_launches = self.num_replays = self.num_waits = 0
@@ -754,12 +752,10 @@ class SimulatedModel:
         max_model_len: int = 256,
         num_blocks: int = 64,
     ) -> None:
-        self.gpu, self.block_size, self.max_model_len, self.spare_slot = (
-            gpu,
-            block_size,
-            max_model_len,
-            num_slots,
-        )
+        self.gpu = gpu
+        self.block_size = block_size
+        self.max_model_len = max_model_len
+        self.spare_slot = num_slots
         config = load_config(BUNDLED_MODEL_PATH)
         options = LoadOptions(torch.float32, torch.device("cpu"), max_model_len)
         self._model = load_model(BUNDLED_MODEL_PATH, config, simulated_kernels(gpu), options)
@@ -993,12 +989,10 @@ class SimulatedEngine:
         step_us: float = 1500.0,
         max_num_seqs: int = 4,
     ) -> None:
-        self.gpu, self.schedule_us, self.update_us, self.step_us = (
-            gpu,
-            schedule_us,
-            update_us,
-            step_us,
-        )
+        self.gpu = gpu
+        self.schedule_us = schedule_us
+        self.update_us = update_us
+        self.step_us = step_us
         manager = BlockManager(512, 16, False)
         self._scheduler = Scheduler(manager, max_num_seqs, 4096)
         self.sequences = [

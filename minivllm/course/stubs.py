@@ -198,10 +198,8 @@ def require_published(chapter: Chapter) -> None:
     """
     if not chapter.digests.exists():
         return
-    published, now = (
-        json.loads(chapter.digests.read_text(encoding="utf-8")),
-        digests(chapter.solution),
-    )
+    published = json.loads(chapter.digests.read_text(encoding="utf-8"))
+    now = digests(chapter.solution)
     cells = {cell.id: role(cell) for cell in chapter.solution.cells}
     changed = []
     for name in published | now:

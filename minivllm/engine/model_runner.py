@@ -105,12 +105,10 @@ class ModelRunner:
         build_batch: Callable[..., BatchInputs] = build_batch,
         group: TensorParallelGroup = SINGLE,
     ) -> None:
-        self.model_config, self.config, self.build_batch, self.group = (
-            model_config,
-            config,
-            build_batch,
-            group,
-        )
+        self.model_config = model_config
+        self.config = config
+        self.build_batch = build_batch
+        self.group = group
         self.device, self.dtype = torch.device(config.device), getattr(torch, config.dtype)
         self.num_kv_heads = len(group.part(model_config.num_key_value_heads))  # this rank's
         self.graphs: DecodeGraphs | None = None
@@ -127,10 +125,8 @@ class ModelRunner:
                 model_cls=model_cls,
             )
             self.model = load_model(path, model_config, kernels, options, group)
-            num_slots, max_blocks = (
-                config.max_num_seqs,
-                -(-config.max_model_len // config.block_size),
-            )
+            num_slots = config.max_num_seqs
+            max_blocks = -(-config.max_model_len // config.block_size)
             #: Per slot: block ids, how many of them have been written (a step writes only the new
             #: ones), and whether the device's state of the slot is that of the sequence in it.
             self._block_table = np.zeros((num_slots, max_blocks), np.int32)

@@ -487,11 +487,9 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
     none of its own.
     """
     hidden, layers, dim = config.hidden_size, config.num_hidden_layers, config.head_dim
-    q, kv, wide = (
-        config.num_attention_heads * dim,
-        config.num_key_value_heads * dim,
-        config.intermediate_size,
-    )
+    q = config.num_attention_heads * dim
+    kv = config.num_key_value_heads * dim
+    wide = config.intermediate_size
     norms = 2 * hidden + (2 * dim if config.qk_norm else 0)
     biases = (
         (q + 2 * kv) * config.qkv_bias

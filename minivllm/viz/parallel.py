@@ -174,10 +174,8 @@ def draw_parallel_block(config: ModelConfig, num_ranks: int = 2) -> Figure:
             f"{num_ranks} ranks: the picture is for up to 4, that divide"
             f" {config.num_attention_heads}."
         )
-    heads, kv = (
-        config.num_attention_heads // num_ranks,
-        max(1, config.num_key_value_heads // num_ranks),
-    )
+    heads = config.num_attention_heads // num_ranks
+    kv = max(1, config.num_key_value_heads // num_ranks)
     wide = config.intermediate_size // num_ranks
     # (name, numbers that come out, alike on all ranks, width); None is an all-reduce
     columns = [

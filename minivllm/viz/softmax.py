@@ -111,10 +111,8 @@ def draw_online_softmax(
         raise IndexError(f"There is no step {step}: the replay has steps 0 to {count - 1}.")
     step %= count
     figure = Figure(5.0)
-    top, bottom = (
-        figure.add_axes((0.075, 0.545, 0.905, 0.385)),
-        figure.add_axes((0.075, 0.145, 0.905, 0.375)),
-    )
+    top = figure.add_axes((0.075, 0.545, 0.905, 0.385))
+    bottom = figure.add_axes((0.075, 0.145, 0.905, 0.375))
     for ax in (top, bottom):
         ax.set_xlim(-0.6, len(replay.scores) - 0.4)
         ax.set_xticks([])
@@ -348,10 +346,8 @@ def draw_merge(
     total_max = max(part.new_max for part in parts)
     total = sum(_exp(part.new_max, total_max) * part.new_sum for part in parts)
     figure = Figure(4.4)
-    top, bottom = (
-        figure.add_axes((0.075, 0.565, 0.905, 0.33)),
-        figure.add_axes((0.075, 0.12, 0.905, 0.30)),
-    )
+    top = figure.add_axes((0.075, 0.565, 0.905, 0.33))
+    bottom = figure.add_axes((0.075, 0.12, 0.905, 0.30))
     for ax in (top, bottom):
         ax.set_xlim(-0.6, len(row) - 0.4)
         ax.set_ylim(0, 1.28)
@@ -361,11 +357,9 @@ def draw_merge(
     top.set_title("Summed apart, each part under its own maximum", **_BOLD)
     captions = []
     for index, (part, (begin, end)) in enumerate(zip(parts, pairwise(edges), strict=True)):
-        color, letter, factor = (
-            palette.request_color(index),
-            palette.request_letter(index),
-            _exp(part.new_max, total_max),
-        )
+        color = palette.request_color(index)
+        letter = palette.request_letter(index)
+        factor = _exp(part.new_max, total_max)
         for i in range(begin, end):
             for ax, maximum in ((top, part.new_max), (bottom, total_max)):
                 ax.add_patch(

@@ -764,10 +764,8 @@ def draw_tile_room(
 
     registers, shared_kib: the most that there is; what goes beyond is hatched.
     """
-    names, limits = (
-        list(tiles),
-        {"registers of a thread": registers, "KiB of shared memory": shared_kib},
-    )
+    names = list(tiles)
+    limits = {"registers of a thread": registers, "KiB of shared memory": shared_kib}
     height = 1.05 + 0.34 * len(names)
     figure, ax = prepare(None, height)
     ax.set_axis_off()

@@ -399,13 +399,11 @@ class Careful:
         wide=True,
         fit=True,
     ):
-        self.gpu, self.sizes, self.size, self.reset, self.fit = (
-            gpu,
-            sorted(sizes),
-            block_size,
-            reset,
-            fit,
-        )
+        self.gpu = gpu
+        self.sizes = sorted(sizes)
+        self.size = block_size
+        self.reset = reset
+        self.fit = fit
         rows, width = max(sizes), -(-(max_model_len if wide else longest_prompt) // block_size)
         self.token_ids, self.positions = gpu.full((rows,), 0), gpu.full((rows,), 0)
         self.seq_lens = gpu.full((rows,), 0, dtype=torch.int32)
@@ -507,9 +505,7 @@ def test_the_state_is_the_packages() -> None:
     host = DecodeState(table, torch.tensor([5, 16, 0]), torch.tensor([1, 2, 3]))
     device = DecodeState(*(gpu.tensor(tensor) for tensor in vars(host).values()))
     slots = [1, 2, 0, 2]
-    one, other = (
-        host.decode_metadata(torch.tensor(slots), 16, 64),
-        device.decode_metadata(gpu.tensor(slots), 16, 64),
-    )
+    one = host.decode_metadata(torch.tensor(slots), 16, 64)
+    other = device.decode_metadata(gpu.tensor(slots), 16, 64)
     for name in ("seq_lens", "block_table", "slot_mapping"):
         assert torch.equal(getattr(one, name), getattr(other, name).cpu())

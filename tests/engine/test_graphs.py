@@ -89,10 +89,8 @@ def test_a_padded_graph_leaves_the_others_alone(path: Path) -> None:
             reference.greedy(p, 32).token_ids for p in prompts(20)
         ]
         replayed = []
-        graphs, replay = (
-            llm.llm_engine.model_runner.graphs,
-            llm.llm_engine.model_runner.graphs.replay,
-        )
+        graphs = llm.llm_engine.model_runner.graphs
+        replay = llm.llm_engine.model_runner.graphs.replay
         graphs.replay = lambda slots: (replayed.append(len(slots)), replay(slots))[1]
         # The slots of the 20 are free, their blocks cached; three newcomers run in a smaller,
         # padded graph.

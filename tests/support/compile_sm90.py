@@ -90,10 +90,8 @@ def cases(dtype: torch.dtype) -> dict:
         skip: int = 0,
         context: int = 999,
     ) -> None:
-        table, lengths = (
-            torch.zeros(batch, width, dtype=torch.int32)[skip:],
-            torch.ones(batch, dtype=torch.int32)[skip:],
-        )
+        table = torch.zeros(batch, width, dtype=torch.int32)[skip:]
+        lengths = torch.ones(batch, dtype=torch.int32)[skip:]
         starts = torch.arange(batch + 1, dtype=torch.int32)[skip:]
         bounds = {"max_query_len": longest, "max_seq_len": context}
         kernels.prefill_attention(
@@ -110,10 +108,8 @@ def cases(dtype: torch.dtype) -> dict:
     def decode(
         block_size: int, splits: int, batch: int = 4, width: int = 20, longest: int = 999
     ) -> None:
-        table, lengths = (
-            torch.zeros(batch, width, dtype=torch.int32),
-            torch.ones(batch, dtype=torch.int32),
-        )
+        table = torch.zeros(batch, width, dtype=torch.int32)
+        lengths = torch.ones(batch, dtype=torch.int32)
         kernels.decode_attention(
             query[:batch],
             pages[block_size],

@@ -114,10 +114,8 @@ def check_norm(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> No
     generator = torch.Generator().manual_seed(1)
     for rows, width in ((1, 1), (3, 24), (2, 64), (5, 129), (0, 8), (2, 3000)):
         fused = fence((torch.randn(rows, width + 11, generator=generator) * 3).to(device, dtype))
-        x, weight = (
-            fused[:, 7 : 7 + width],
-            fence(torch.randn(width, generator=generator).to(device, dtype)),
-        )
+        x = fused[:, 7 : 7 + width]
+        weight = fence(torch.randn(width, generator=generator).to(device, dtype))
         residual = fence(torch.randn(rows, width, generator=generator).to(device, dtype))
         for eps in (1e-6, 0.5):
             with guarded_outputs():

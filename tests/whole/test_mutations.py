@@ -189,11 +189,9 @@ def mask_aligned_to_the_start(query, k_cache, v_cache, table, starts, seq_lens, 
 
 def merge_without_rescale(outs, lses):
     """Online, part by part, but what was summed under the old maximum stays as it was."""
-    top, total, acc = (
-        torch.full_like(lses[0], -torch.inf),
-        torch.zeros_like(lses[0]),
-        torch.zeros_like(outs[0]),
-    )
+    top = torch.full_like(lses[0], -torch.inf)
+    total = torch.zeros_like(lses[0])
+    acc = torch.zeros_like(outs[0])
     for out, lse in zip(outs, lses, strict=True):
         top = torch.maximum(top, lse)
         weight = torch.exp(lse - top)

@@ -238,10 +238,8 @@ def test_a_busy_engine_gives_what_an_idle_one_gives(checkpoint):
             found |= {o.request_id: [c.token_ids for c in o.outputs] for o in engine.step()}
         return [found[i] for i in ids]
 
-    busy, idle = (
-        make_engine(checkpoint),
-        make_engine(checkpoint, num_kv_blocks=400, enable_prefix_caching=False),
-    )
+    busy = make_engine(checkpoint)
+    idle = make_engine(checkpoint, num_kv_blocks=400, enable_prefix_caching=False)
     together = run(busy, requests)
     alone = [run(idle, [request])[0] for request in requests]
     assert busy.metrics().num_preemptions > 10

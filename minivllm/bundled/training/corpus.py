@@ -389,11 +389,9 @@ def sort_task(rng: random.Random) -> Exchange:
         noun = "numbers"
     else:
         items = rng.sample(WORDS, rng.randrange(3, 6))
-        order, answer, noun = (
-            "[alphabetically|in alphabetical order|from A to Z]",
-            sorted(items),
-            "words",
-        )
+        order = "[alphabetically|in alphabetical order|from A to Z]"
+        answer = sorted(items)
+        noun = "words"
     frame = f"[Sort|Order|Arrange|Put in order] [these {noun}|the {noun}|] {order}: {{items}}[.|]"
     return _ask(rng, frame, items=", ".join(items)), ", ".join(answer) + "."
 

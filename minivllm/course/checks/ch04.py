@@ -582,10 +582,8 @@ def _check_random_pools(answer: type) -> str:
                 table = tables.pop(rng.randrange(len(tables)))
                 mine.release(table), right.release(table)
                 what = f"release({table})"
-            got, expected = (
-                (_counts(mine, num_blocks), mine.num_free),
-                (_counts(right, num_blocks), right.num_free),
-            )
+            got = (_counts(mine, num_blocks), mine.num_free)
+            expected = (_counts(right, num_blocks), right.num_free)
             expect(
                 got == expected,
                 "wrong-values",

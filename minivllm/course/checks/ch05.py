@@ -693,10 +693,8 @@ class _Machine:
         preempted = [seq.seq_id for seq in batch.preempted]
         if missing := sorted(set(self.live) - {*running, *waiting}):
             lost = missing[0]
-            why, hint = (
-                "You took it out of a queue",
-                "Who leaves `waiting` runs, and who leaves `running` waits.",
-            )
+            why = "You took it out of a queue"
+            hint = "Who leaves `waiting` runs, and who leaves `running` waits."
             if lost in preempted:
                 why = "It was preempted"
                 hint = (

@@ -1695,10 +1695,8 @@ def _filled(model_cls: Callable, config: ModelConfig, seed: int) -> Any:
     places, weights = parameter_places(model), _weights(config, seed)
     if config.tie_word_embeddings:
         places.pop("lm_head.weight", None)
-    missing, unknown = (
-        sorted(weights.keys() - places.keys()),
-        sorted(places.keys() - weights.keys()),
-    )
+    missing = sorted(weights.keys() - places.keys())
+    unknown = sorted(places.keys() - weights.keys())
     shapes = [
         name for name in weights if name in places and places[name].shape != weights[name].shape
     ]

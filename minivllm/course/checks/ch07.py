@@ -417,10 +417,8 @@ def _fields(inputs: Any, rows: abc.Sequence[BatchRow], block_size: int) -> dict[
     )
     found = {name: getattr(inputs, name) for name in ("token_ids", "positions", "logits_indices")}
     found |= {name: getattr(attention, name) for name in names}
-    table, needed = (
-        attention.block_table,
-        [-(-(row.start + len(row.token_ids)) // block_size) for row in rows],
-    )
+    table = attention.block_table
+    needed = [-(-(row.start + len(row.token_ids)) // block_size) for row in rows]
     expect(
         hasattr(table, "shape")
         and table.ndim == 2
@@ -1746,22 +1744,16 @@ class _Rig:
         from minivllm import LLM
 
         self.llm = LLM(device="cpu", **options)
-        self.scheduler, self.runner = (
-            self.llm.llm_engine.scheduler,
-            self.llm.llm_engine.model_runner,
-        )
+        self.scheduler = self.llm.llm_engine.scheduler
+        self.runner = self.llm.llm_engine.model_runner
         self.steps, self.batches, self.updates = 0, [], 0
         self.served: set[int] = set()  # who got a token in the last step
-        self._schedule, self._execute, self._update = (
-            self.scheduler.schedule,
-            self.runner.execute,
-            self.scheduler.update,
-        )
-        self.scheduler.schedule, self.runner.execute, self.scheduler.update = (
-            self.schedule,
-            self.execute,
-            self.update,
-        )
+        self._schedule = self.scheduler.schedule
+        self._execute = self.runner.execute
+        self._update = self.scheduler.update
+        self.scheduler.schedule = self.schedule
+        self.runner.execute = self.execute
+        self.scheduler.update = self.update
 
     def schedule(self) -> Any:
         self.steps += 1
@@ -2146,10 +2138,8 @@ def _check_guest(answer: Callable) -> None:
     """`run`, while a request that was added before is still being served."""
     rig = _Rig()
     engine = rig.engine(answer)
-    guest, mine = (
-        rig.sequence(9, _ASKED[2], max_tokens=12),
-        rig.sequence(5, _ASKED[0], max_tokens=30),
-    )
+    guest = rig.sequence(9, _ASKED[2], max_tokens=12)
+    mine = rig.sequence(5, _ASKED[0], max_tokens=30)
     engine.add(guest)
     try:
         texts = rig.run(engine, [mine])
@@ -2210,12 +2200,10 @@ class _RightEngine:
     """The loop as it should be; computes what answers are compared with."""
 
     def __init__(self, scheduler: Any, runner: Any, new_stream: Callable) -> None:
-        self.scheduler, self.runner, self.new_stream, self.streams = (
-            scheduler,
-            runner,
-            new_stream,
-            {},
-        )
+        self.scheduler = scheduler
+        self.runner = runner
+        self.new_stream = new_stream
+        self.streams = {}
 
     def add(self, seq: Sequence) -> None:
         self.streams[seq.seq_id] = self.new_stream(seq.params.stop_strings)

@@ -880,19 +880,15 @@ def _replay_and_compare(graphs: Any, bench: _Bench, sizes: list[int]) -> int:
     for batch in batches:
         before = bench.values.tolist()
         asked = list(batch)
-        waits, launches, replays, bench.rows[:] = (
-            gpu.num_waits,
-            gpu.num_launches,
-            gpu.num_replays,
-            [],
-        )
+        waits = gpu.num_waits
+        launches = gpu.num_launches
+        replays = gpu.num_replays
+        bench.rows[:] = []
         with _cuda_errors("in replay"):
             out = graphs.replay(asked)
-        waited, launched, replayed = (
-            gpu.num_waits - waits,
-            gpu.num_launches - launches,
-            gpu.num_replays - replays,
-        )
+        waited = gpu.num_waits - waits
+        launched = gpu.num_launches - launches
+        replayed = gpu.num_replays - replays
         what = f"replay({batch}), with graphs for {sorted(sizes)}"
         expect(
             asked == batch,
@@ -1002,10 +998,8 @@ def _replay_in_a_row(answer: Callable, sizes: list[int]) -> None:
     bench = _Bench()
     with _cuda_errors("while your class recorded"):
         graphs = answer(bench.gpu, bench.step, list(sizes), bench.NUM_SLOTS)
-    expected, batches = (
-        bench.values.tolist(),
-        [[0, 1, 2], [3, 4, 5], [6, 7, 8], [0, 3, 6], [1, 4, 7, 8]],
-    )
+    expected = bench.values.tolist()
+    batches = [[0, 1, 2], [3, 4, 5], [6, 7, 8], [0, 3, 6], [1, 4, 7, 8]]
     bench.gpu.synchronize()
     for batch in batches:
         with _cuda_errors("in replay"):

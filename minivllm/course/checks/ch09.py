@@ -329,13 +329,11 @@ def _rank_model(**how: Any) -> type:
             rank: int,
             size: int,
         ) -> None:
-            self.config, self.kernels, self.cos_sin, self.rank, self.size = (
-                config,
-                kernels,
-                cos_sin,
-                rank,
-                size,
-            )
+            self.config = config
+            self.kernels = kernels
+            self.cos_sin = cos_sin
+            self.rank = rank
+            self.size = size
             self.w = {name: self.part(name, tensor) for name, tensor in weights.items()}
 
         def part(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -772,10 +770,8 @@ def _check_mlp_shard(shard: Callable, case: Case) -> None:
             "Return a pair: this rank's part of gate_up, and of down.",
         )
         shapes = [list(getattr(part, "shape", ())) for part in pair]
-        got, expected = (
-            f"gate_up {shapes[0]}, down {shapes[1]}",
-            [[2 * wide, hidden], [hidden, wide]],
-        )
+        got = f"gate_up {shapes[0]}, down {shapes[1]}"
+        expected = [[2 * wide, hidden], [hidden, wide]]
         if shapes == expected:
             continue
         whole = [list(gate_up.shape), list(down.shape)]
@@ -1475,12 +1471,10 @@ def on_ranks(rank_model: type, size: int) -> type:
             self, config: ModelConfig, kernels: Any, max_position: int, device: torch.device
         ) -> None:
             super().__init__(config, kernels, max_position, device)
-            self.kernels, self.ranks, self.parts, self.pages = (
-                kernels,
-                Ranks(size, TIME_LIMIT),
-                None,
-                {},
-            )
+            self.kernels = kernels
+            self.ranks = Ranks(size, TIME_LIMIT)
+            self.parts = None
+            self.pages = {}
 
         def load(self) -> list[Any]:
             """The ranks' models, made of the loaded weights at the first call."""
@@ -1599,10 +1593,8 @@ def _filled(model_cls: Callable, case: Case) -> Any:
     from minivllm.kernels import Kernels
     from minivllm.models.loader import parameter_places
 
-    model, random = (
-        model_cls(_config_of(case), Kernels.reference(), 64, torch.device("cpu")),
-        seeded(900),
-    )
+    model = model_cls(_config_of(case), Kernels.reference(), 64, torch.device("cpu"))
+    random = seeded(900)
     for name, place in sorted(parameter_places(model).items()):
         numbers = torch.randn(place.shape, generator=random)
         scale = 1.5 if "embed" in name else place.shape[-1] ** -0.5

@@ -30,11 +30,9 @@ def _layer(
     o_proj reads.
     """
     dim = dim or config.head_dim
-    heads, kv_heads, hidden = (
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.hidden_size,
-    )
+    heads = config.num_attention_heads
+    kv_heads = config.num_key_value_heads
+    hidden = config.hidden_size
     query, joined = (heads * dim if width is None else width for width in (query, joined))
     return hidden * (query + 2 * kv_heads * dim + joined + mlp * config.intermediate_size)
 
@@ -585,10 +583,8 @@ def _params(max_tokens: int, ignore_eos: bool) -> Any:
 
 def _counts_tokens(answer: Callable) -> None:
     """Answers of different lengths, which end by themselves, served together."""
-    truth, alone = (
-        _truth(ANSWERS, 200, False),
-        [_truth((question,), 200, False) for question in ANSWERS],
-    )
+    truth = _truth(ANSWERS, 200, False)
+    alone = [_truth((question,), 200, False) for question in ANSWERS]
     found, _ = _served(answer, ANSWERS, _params(200, False), 3)
     got = (
         f"Answers of {alone[0].tokens} and {alone[1].tokens} tokens: you report {found:,.1f} tokens"
