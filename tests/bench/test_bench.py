@@ -706,6 +706,7 @@ def test_recording_everything_has_a_bound(on_gpu: bool, most: int) -> None:
 # --- pictures -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_pictures_say_in_words_what_they_show(kernel_report: dict[str, Any]) -> None:
     pytest.importorskip("matplotlib")
     from minivllm.viz.roofline import draw_floor, draw_roofline, roofline_points

@@ -861,6 +861,7 @@ def test_block_table_cells_show_ids_sharing_and_fill():
     assert tail("a  long\ntext", 6) == "… text"
 
 
+@pytest.mark.slow
 def test_demo_prints_plain_lines_where_there_is_no_terminal(checkpoint, tmp_path):
     file = tmp_path / "trace.json"
     picture = tmp_path / "demo.svg"
@@ -913,6 +914,7 @@ class Broken(io.StringIO):
             raise OSError(self.number, os.strerror(self.number))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize(
     ("number", "code"), [(errno.ENOSPC, 2), (errno.EIO, 2), (errno.EBADF, 2), (errno.EPIPE, 1)]
@@ -1054,6 +1056,7 @@ def test_bench_says_what_its_options_make_impossible(monkeypatch):
     assert "max_model_len=32 has no room" in run("bench", *short, "20", "20", code=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "why"),
     [
@@ -1094,6 +1097,7 @@ def test_version_and_help_of_every_command():
         assert "Usage: minivllm" in run(command, "--help", prog_name="minivllm")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--help"], ["bench", "throughput", "--help"], ["course"]])
 def test_what_computes_nothing_needs_no_torch(arguments):
     code = (
@@ -1146,6 +1150,7 @@ def test_doctor_reports_missing_packages_and_untested_versions(monkeypatch):
     assert "numpy 2.99.0" in found["tested versions"].found
 
 
+@pytest.mark.slow
 def test_doctor_says_what_make_lab_brings(monkeypatch):
     from minivllm.cli import doctor
 

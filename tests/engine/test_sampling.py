@@ -358,6 +358,7 @@ def test_sampling_one_step_late(checkpoint, llm):
     assert late.metrics().num_preemptions > 0
 
 
+@pytest.mark.slow
 def test_a_slot_forgets_the_penalties_of_its_last_sequence(checkpoint, edited):
     llm = make_llm(checkpoint, max_num_seqs=1)
     prompts, params, expected = map(list, zip(*edited, strict=True))

@@ -52,6 +52,7 @@ def test_thousands_of_random_histories(late):
     ) == late  # tokens that arrived after their sequence had been preempted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", [False, True], ids=["at_once", "one_step_late"])
 def test_thousands_of_random_histories_with_proposals(late):
     """The texts are those of `Truth`, which knows no proposals."""
@@ -108,6 +109,7 @@ def test_wrong_handling_of_proposals_is_found(mutant):
         run_many(range(60), False, proposing=True, scheduler_cls=mutant)
 
 
+@pytest.mark.slow
 def test_nobody_is_preempted_or_delayed_for_a_guess():
     """Each step is planned a second time without the proposals: the running ones lose nothing."""
     compared = 0

@@ -35,6 +35,7 @@ def test_qk_norm_rope_store(triton_kernels: Kernels, device_dtype):
     checks.check_qk_norm_rope_store(triton_kernels, *device_dtype)
 
 
+@pytest.mark.slow
 def test_qk_norm_rope_store_is_its_two_parts(kernels: Kernels, device_dtype):
     """Also for kernels that have no fused one."""
     checks.check_qk_norm_rope_store(dataclasses.replace(kernels), *device_dtype)
