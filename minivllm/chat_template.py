@@ -28,10 +28,14 @@ from minivllm.text import printable
 
 logger = logging.getLogger(__name__)
 
-TIME_LIMIT = 3  # seconds per rendering; an ordinary rendering takes less than a millisecond
-MEMORY_LIMIT = 512 << 20  # bytes of the rendering process (Linux; elsewhere only time is limited)
-START_LIMIT = 60  # seconds for the start of the process, even on a very busy machine
-MAX_MESSAGE = 500  # characters of a template's own text in an error message
+#: Seconds per rendering; an ordinary rendering takes less than a millisecond.
+TIME_LIMIT = 3
+#: Bytes of the rendering process (Linux; elsewhere only time is limited).
+MEMORY_LIMIT = 512 << 20
+#: Seconds for the start of the process, even on a very busy machine.
+START_LIMIT = 60
+#: Characters of a template's own text in an error message.
+MAX_MESSAGE = 500
 
 #: Types of a text part: OpenAI's names in its two interfaces.
 TEXT_PARTS = ("text", "input_text", "output_text")

@@ -129,7 +129,8 @@ class EngineConfig:
     max_num_seqs: Count = 256  # largest number of sequences that run at once
     #: Token budget of one step. None: 8192 on a GPU, 2048 on a CPU.
     max_num_batched_tokens: Count | None = None
-    block_size: Count | None = None  # tokens per KV block; None: 64 on a GPU, 16 on a CPU
+    #: Tokens per KV block; None: 64 on a GPU, 16 on a CPU.
+    block_size: Count | None = None
     #: Blocks in the KV cache. None: what gpu_memory_utilization leaves on a GPU; on a CPU 256 MiB,
     #: or one sequence of max_model_len if that is more.
     num_kv_blocks: Count | None = None
@@ -157,7 +158,8 @@ class EngineConfig:
     #: The most alternatives that a request's `logprobs` and `prompt_logprobs` may ask for. -1: the
     #: whole vocabulary.
     max_logprobs: Annotated[int, Range(-1, 2**31 - 1)] = MAX_LOGPROBS
-    trace: bool = False  # record what happens at each step; see `minivllm.engine.trace`
+    #: Record what happens at each step; see `minivllm.engine.trace`.
+    trace: bool = False
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:

@@ -294,7 +294,8 @@ class LLM:
         if chat_template is not None:
             variables["chat_template"] = chat_template
         conversations, single = inputs.as_conversations(messages)
-        prompts: list[Any] = []  # a `RefusedPrompt` stands for a conversation without a prompt
+        # A `RefusedPrompt` stands for a conversation without a prompt.
+        prompts: list[Any] = []
         for conversation in conversations:
             try:
                 prompts.append(self._chat_prompt(conversation, variables))

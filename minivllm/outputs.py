@@ -105,8 +105,10 @@ class StreamOutput:
     """The new text and tokens of one completion since the last piece."""
 
     request_id: str
-    prompt_index: int  # position of the prompt in the list given to `stream`
-    index: int  # the index of this completion among the n completions
+    #: Position of the prompt in the list given to `stream`.
+    prompt_index: int
+    #: The index of this completion among the n completions.
+    index: int
     text: str
     token_ids: list[int]
     finish_reason: str | None = None

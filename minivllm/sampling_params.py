@@ -16,7 +16,8 @@ from typing import Any, Self, TypeVar
 from minivllm.compat.calls import refuse_parameter
 from minivllm.errors import SamplingParamsError
 
-MAX_N = 16384  # largest number of completions per prompt; each is a sequence of its own
+#: Largest number of completions per prompt; each is a sequence of its own.
+MAX_N = 16384
 #: Default of the engine option max_logprobs: the most alternatives that `logprobs` and
 #: `prompt_logprobs` may ask for.
 MAX_LOGPROBS = 20
@@ -60,7 +61,8 @@ class SamplingParams:
     makes a changed copy.
     """
 
-    n: int = 1  # number of independent completions of the prompt
+    #: Number of independent completions of the prompt.
+    n: int = 1
     #: Subtracted once from the logit of each token that the output holds already.
     presence_penalty: float = 0.0
     #: Subtracted from a token's logit once per occurrence of the token in the output.
@@ -72,14 +74,17 @@ class SamplingParams:
     #: Keep the smallest set of likeliest tokens whose probabilities add up to top_p (nucleus
     #: sampling).
     top_p: float = 1.0
-    top_k: int = 0  # keep the k likeliest tokens; 0 (or -1) keeps all
-    min_p: float = 0.0  # drop tokens less likely than min_p times the likeliest one
+    #: Keep the k likeliest tokens; 0 (or -1) keeps all.
+    top_k: int = 0
+    #: Drop tokens less likely than min_p times the likeliest one.
+    min_p: float = 0.0
     #: The same seed gives the same text, whatever else is in the batch. None derives a seed from
     #: the engine's seed.
     seed: int | None = None
     stop: str | Sequence[str] | None = None  # end before the first of these strings
     stop_token_ids: Sequence[int] | None = None  # end after any of these tokens
-    ignore_eos: bool = False  # continue after the model's end-of-sequence tokens
+    #: Continue after the model's end-of-sequence tokens.
+    ignore_eos: bool = False
     #: End after this number of tokens. None: as many as `max_model_len` has room for.
     max_tokens: int | None = 16
     #: Neither an end-of-sequence token nor a stop token is chosen before this number of tokens.

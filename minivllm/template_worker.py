@@ -31,7 +31,8 @@ from minivllm.pipes import read_frame, write_frame
 #: Most characters of a prompt. Each character of the input allows `OUTPUT_FACTOR` more.
 MAX_OUTPUT = 1_000_000
 OUTPUT_FACTOR = 4
-MAX_MESSAGE = 2000  # characters of an error's text that the answer holds
+#: Characters of an error's text that the answer holds.
+MAX_MESSAGE = 2000
 
 
 class OutputTooLongError(Exception):

@@ -146,7 +146,7 @@ MISSING = (
         " kv_offloading_backend kv_transfer_config kv_events_config ec_transfer_config"
         " ec_manager_config enable_cumem_allocator",
         "nothing is moved to another memory: weights and cache must fit, and a sequence that has"
-        " lost its blocks is computed anew",
+        " lost its blocks is computed again",
         (None, False, 0, 0.0, [], set()),
     ),
     Missing("enable_chunked_prefill", "long prompts are always computed in chunks", (None, True)),

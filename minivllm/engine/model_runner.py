@@ -238,7 +238,7 @@ class ModelRunner:
         """Sample after the known tokens, and after each proposal while the proposals are right.
 
         Each token is sampled with the key of its seed and position, so it equals the token that a
-        step of its own would sample. A proposal is accepted if it equals the sampled token. This is
+        separate step would sample. A proposal is accepted if it equals the sampled token. This is
         the simplest form of speculative decoding (Leviathan et al., 2023).
 
         logits: [R, V], k + 1 rows for an item with k proposals. Each round samples one row of every

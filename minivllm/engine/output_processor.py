@@ -77,7 +77,8 @@ class Request:
     """What the engine keeps about a request, apart from its sequences."""
 
     request_id: str
-    number: int  # in order of arrival; seeds are derived from it
+    #: In order of arrival; seeds are derived from it.
+    number: int
     prompt: str | None
     prompt_token_ids: list[int]
     params: SamplingParams

@@ -176,7 +176,8 @@ class SchedulerBase:
         if seq.status is SequenceStatus.RUNNING:
             self.running.remove(seq)
             self._release(seq)
-        elif not seq.is_finished:  # a stop string may come with a sequence's last permitted token
+        elif not seq.is_finished:
+            # If it is finished, a stop string has come with its last permitted token.
             self.waiting.remove(seq)
         seq.status = SequenceStatus.FINISHED
         seq.finish_reason, seq.stop_reason = reason, stop_reason

@@ -30,13 +30,17 @@ class SequenceStatus(enum.Enum):
 class Sequence:
     """The state of one completion. Counts are derived from `token_ids` where possible."""
 
-    seq_id: int  # order of arrival, and the key of everything that is kept per sequence
-    token_ids: list[int]  # prompt, then output; the last token may be PENDING
+    #: Order of arrival, and the key of everything that is kept per sequence.
+    seq_id: int
+    #: Prompt, then output; the last token may be PENDING.
+    token_ids: list[int]
     params: SamplingParams
     #: Tokens that end the sequence: end-of-sequence unless ignored, and the request's stop tokens.
     stop_ids: frozenset[int] = frozenset()
-    max_num_tokens: int = 1 << 30  # the sequence ends at this many tokens, prompt included
-    seed: int = 0  # key of the random numbers; see kernels/sampling.py
+    #: The sequence ends at this many tokens, prompt included.
+    max_num_tokens: int = 1 << 30
+    #: Key of the random numbers; see kernels/sampling.py.
+    seed: int = 0
     request_id: str = ""  # the request of this completion, for traces
     index: int = 0  # the index of this completion in its request
     #: Token sequences that the output must not contain.
@@ -59,8 +63,10 @@ class Sequence:
     #: Chained hashes of the full blocks of known tokens. The block manager adds to them; they stay
     #: across preemptions.
     block_hashes: list[int] = field(default_factory=list)
-    slot: int | None = None  # the row of the runner's per-sequence tensors, while running
-    finish_reason: str | None = None  # "stop", "length", "abort" or "error" once finished
+    #: The row of the runner's per-sequence tensors, while running.
+    slot: int | None = None
+    #: "stop", "length", "abort" or "error" once finished.
+    finish_reason: str | None = None
     stop_reason: str | int | None = None  # the stop string or token
 
     def __post_init__(self) -> None:

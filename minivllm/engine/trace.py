@@ -31,7 +31,8 @@ class TracedSequence:
     """The part of one sequence in a step."""
 
     request_id: str
-    index: int  # the index of this completion among the request's n completions
+    #: The index of this completion among the request's n completions.
+    index: int
     #: "prefill" (of the prompt, or of what preemption threw away) or "decode".
     kind: str
     start: int
@@ -50,14 +51,18 @@ class StepRecord:
     start_time: float  # seconds since the trace began
     duration: float  # seconds from planning to results
     scheduled: list[TracedSequence]
-    block_tables: dict[str, list[int]]  # "request/index" of running sequences -> block ids
-    num_computed_tokens: dict[str, int]  # "request/index" -> tokens computed after this step
+    #: "request/index" of running sequences -> block ids.
+    block_tables: dict[str, list[int]]
+    #: "request/index" -> tokens computed after this step.
+    num_computed_tokens: dict[str, int]
     running: list[str]
     waiting: list[str]
     preempted: list[str]
-    num_free_blocks: int  # includes cached blocks: their content is known, their space is free
+    #: Includes cached blocks: their content is known, their space is free.
+    num_free_blocks: int
     cached_blocks: list[int]
-    registered_blocks: list[int]  # blocks in the prefix cache, including those in use
+    #: Blocks in the prefix cache, including those in use.
+    registered_blocks: list[int]
     finished: list[str] = field(default_factory=list)
 
     @property

@@ -363,7 +363,7 @@ class RankProcesses:
         )
 
     def _watch(self) -> None:
-        """Abort the communication when a rank is gone, because a GPU would wait for it for ever."""
+        """Abort the communication when a rank is gone: a GPU would wait for that rank for ever."""
         wait([process.sentinel for process, _ in self._ranks])
         # If `close` ended the ranks, the list is empty.
         if self._ranks:
@@ -380,7 +380,7 @@ def _sigint_blocked() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    # multiprocessing starts a process of its own; if it started later, it would unblock the signal.
+    # Start multiprocessing's own helper process first: its start would unblock the signal.
     resource_tracker.ensure_running()
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
