@@ -108,7 +108,7 @@ class SchedulerBase:
 
     def schedule(self) -> ScheduledBatch:
         """Plan the next step."""
-        raise TypeError(f"{type(self).__name__} has no decisions of its own: write a `schedule`.")
+        raise TypeError(f"{type(self).__name__} makes no decisions: write a `schedule` method.")
 
     def propose(self, seq: Sequence, token_ids: abc.Sequence[int]) -> None:
         """Guess that token_ids follow the tokens of seq. A step may verify them.
@@ -177,7 +177,7 @@ class SchedulerBase:
             self.running.remove(seq)
             self._release(seq)
         elif not seq.is_finished:
-            # If it is finished, a stop string has come with its last permitted token.
+            # A stop string may end a sequence whose last permitted token has ended it already.
             self.waiting.remove(seq)
         seq.status = SequenceStatus.FINISHED
         seq.finish_reason, seq.stop_reason = reason, stop_reason
@@ -213,7 +213,7 @@ class SchedulerBase:
         """
         # Only the head of the queue is checked, where a policy may have left seq by mistake.
         assert not (self.waiting and self.waiting[0] is seq), (
-            f"sequence {seq.seq_id} is started, and stands in `waiting` still"
+            f"sequence {seq.seq_id} is started, but is still in `waiting`"
         )
         assert self.free_slots, (
             f"sequence {seq.seq_id} is started, but all {self.max_num_seqs} places are taken"
@@ -299,7 +299,7 @@ class SchedulerBase:
         """
         assert seq.slot is not None, f"sequence {seq.seq_id} is given up, but was not running"
         assert seq not in self.running, (
-            f"sequence {seq.seq_id} is given up, and stands in `running` still"
+            f"sequence {seq.seq_id} is given up, but is still in `running`"
         )
         assert not (batch.items and seq.last_step == self.stats.num_steps), (
             f"this step computes sequence {seq.seq_id}"

@@ -154,7 +154,7 @@ class EngineRanks:
             getattr(core, name)(*args)
         if state() != expected:
             raise RankMismatchError(
-                f"Rank {self.group.rank} does not stand where rank 0 does: it has other requests,"
+                f"Rank {self.group.rank} is not in the same state as rank 0: it has other requests,"
                 " or has sampled other tokens. Every rank must run the same code and get the same"
                 " calls."
             )
