@@ -1,6 +1,6 @@
-"""minivllm: a vLLM-like inference engine that you can read, built piece by piece in ten notebooks.
+"""minivllm: a readable inference engine in the manner of vLLM, built piece by piece in a course.
 
-Importing the package is cheap; torch is loaded with the first name that needs it.
+Importing the package is cheap: torch is loaded with the first name that needs it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m minivllm` is the command `minivllm`."""
+"""Run the command `minivllm` as `python -m minivllm`."""
 
 from minivllm.cli.app import app
 

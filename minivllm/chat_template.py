@@ -1,7 +1,7 @@
-"""Conversations to prompts: a checkpoint's chat templates, rendered as transformers renders them.
+"""Turn conversations into prompts with a checkpoint's chat templates, as transformers does.
 
-Templates come with checkpoints and are not trusted. They run in a process of their own, started
-with the first conversation and kept, which has limits of time and memory; see template_worker.py.
+Templates come with checkpoints and are not trusted. They run in a separate process with limits of
+time and memory; see template_worker.py. The process starts with the first conversation and is kept.
 """
 
 from __future__ import annotations
@@ -28,21 +28,25 @@ from minivllm.text import printable
 
 logger = logging.getLogger(__name__)
 
-TIME_LIMIT = 3  # seconds for one rendering; an ordinary one takes less than a millisecond
-MEMORY_LIMIT = 512 << 20  # bytes of the rendering process (Linux; elsewhere only time is limited)
-START_LIMIT = 60  # seconds for the process to start, on the busiest machine
-MAX_MESSAGE = 500  # characters of a template's own text in an error
+#: Seconds per rendering; an ordinary rendering takes less than a millisecond.
+TIME_LIMIT = 3
+#: Bytes of the rendering process (Linux; elsewhere only time is limited).
+MEMORY_LIMIT = 512 << 20
+#: Seconds for the start of the process, even on a very busy machine.
+START_LIMIT = 60
+#: Characters of a template's own text in an error message.
+MAX_MESSAGE = 500
 
-#: What a text part may be called: OpenAI's names in its two interfaces.
+#: Types of a text part: OpenAI's names in its two interfaces.
 TEXT_PARTS = ("text", "input_text", "output_text")
-#: Names under which a message's reasoning is passed; templates read the first (gpt-oss's the
-#: second).
+#: Names of the field that holds a message's reasoning. Most templates read the first, gpt-oss's
+#: reads the second.
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
 def clean(text: str, limit: int = MAX_MESSAGE) -> str:
-    """Somebody else's text, safe to print (see `printable`), and at most `limit` characters."""
+    """Make untrusted text safe to print (see `printable`), and cut it to `limit` characters."""
     return printable(text if len(text) <= limit else text[: limit - 1] + "…")
 
 
@@ -51,7 +55,7 @@ def clean(text: str, limit: int = MAX_MESSAGE) -> str:
 
 @dataclass(frozen=True)
 class TemplateSource:
-    """The text of a template, and where it stands. file: None for one that the caller passed."""
+    """The text of a template and its file. file: None for a template that the caller passed."""
 
     text: str
     file: Path | None = None
@@ -59,19 +63,19 @@ class TemplateSource:
 
 @dataclass(frozen=True)
 class Conversation:
-    """All that a template sees, besides special tokens and variables of its own."""
+    """All that a template sees, apart from special tokens and its own variables."""
 
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]] | None = None
     documents: Sequence[Mapping[str, Any]] | None = None
     add_generation_prompt: bool = True
-    #: Leave the last message open: True, or the name of its field that goes on.
+    #: Leave the last message open: True, or the name of the message's field to continue.
     continue_final_message: bool | str = False
     variables: Mapping[str, Any] = field(default_factory=dict)
 
 
 def render(worker: TemplateWorker, source: TemplateSource, conversation: Conversation) -> str:
-    """The prompt. Raises `RequestError` if the template refuses, `ConfigError` if it is broken."""
+    """Render the prompt. Raises `RequestError` if the template refuses, `ConfigError` if broken."""
     try:
         variables = _template_variables(conversation)
     except RecursionError as error:
@@ -103,14 +107,14 @@ def _template_variables(conversation: Conversation) -> dict[str, Any]:
 
 
 def _message(number: int, value: Any) -> dict[str, Any]:
-    """A message as plain data, a new dict; number: counted from 1."""
+    """Convert a message to plain data, in a new dict. number: counted from 1."""
     message = _plain(value)
     if not isinstance(message, dict):
         raise RequestError(
             f'Message {number} must be a dict like {{"role": "user", "content": "…"}}, got'
             f" {value!r:.80}."
         )
-    # Some interfaces say None where others leave a key out; templates expect the latter.
+    # Some interfaces pass None where others leave a key out. Templates expect the key left out.
     message = {key: item for key, item in message.items() if item is not None}
     if isinstance(message.get("content"), list | tuple):
         message["content"] = [_text_part(number, part) for part in message["content"]]
@@ -135,10 +139,11 @@ def _text_part(number: int, part: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Value rebuilt of JSON's types, as transformers does: no methods are left to be abused."""
+    """Rebuild a value from JSON's types, as transformers does: no method is left to be abused."""
     if value is None or type(value) in (str, int, float, bool):
         return value
-    for kind in (str, int, float):  # of a subclass (an enum, a number of NumPy's), only the value
+    # Of a subclass (an enum, a NumPy number) only the plain value is kept.
+    for kind in (str, int, float):
         if isinstance(value, kind):
             return getattr(kind, "__str__" if kind is str else f"__{kind.__name__}__")(value)
     if isinstance(value, Mapping):
@@ -162,16 +167,16 @@ def _plain(value: Any) -> Any:
     return f"<{type(value).__name__}>"
 
 
-# --- going on with the last message (transformers' way) ------------------------------------------
+# --- continuing the last message (transformers' way) ----------------------------------------------
 
 
 def _open_final_message(
     messages: list[dict[str, Any]], conversation: Conversation, source: TemplateSource
 ) -> str:
-    """Mark in messages where the last one ends. Returns its text."""
+    """Mark the end of the last message in `messages`. Returns the text of that message."""
     if conversation.add_generation_prompt:
         raise RequestError(
-            "continue_final_message goes on with the last message, add_generation_prompt begins a"
+            "continue_final_message continues the last message, and add_generation_prompt begins a"
             " new one; ask for one of them (add_generation_prompt=False)."
         )
     name = conversation.continue_final_message
@@ -202,7 +207,7 @@ def _open_final_message(
 
 
 def _cut_after(text: str, final: str) -> str:
-    """The prompt up to the end of the last message."""
+    """Cut the prompt after the last message."""
     tag = CONTINUE_TAG.strip()
     if tag not in text or final.strip() not in text:
         raise RequestError(
@@ -211,7 +216,7 @@ def _cut_after(text: str, final: str) -> str:
         )
     position = text.rindex(tag)
     kept = text[:position]
-    # Where the template trims messages, what stood before the mark is trimmed, too.
+    # Some templates strip messages. Then the text before the mark is stripped, too.
     return kept if text[position:].startswith(CONTINUE_TAG) else kept.rstrip()
 
 
@@ -219,12 +224,12 @@ def _cut_after(text: str, final: str) -> str:
 
 
 class TemplateWorker:
-    """The process that renders templates: started when it is needed, and again after an end."""
+    """The process that renders templates. It starts when needed, and again after it has ended."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._finalizer: weakref.finalize | None = None
-        # the process that started it: a fork must not talk through its parent's pipes
+        # The process that started the worker: a fork must not use its parent's pipes.
         self._owner = 0
         self._lock = threading.Lock()
 
@@ -238,7 +243,7 @@ class TemplateWorker:
         self._process = self._finalizer = None
 
     def render(self, source: TemplateSource, variables: dict[str, Any]) -> str:
-        """What the template makes of these variables, which are plain data."""
+        """Render the template with these variables, which are plain data."""
         try:
             num_chars = len(source.text) + _num_chars(variables)
             request = {"source": source.text, "variables": variables, "num_chars": num_chars}
@@ -250,9 +255,8 @@ class TemplateWorker:
         with self._lock:
             try:
                 answer = self._ask(body)
-            except (
-                BaseException
-            ):  # interrupted, for example: its answer would be taken for the next one's
+            except BaseException:
+                # After an interrupt, a late answer would be read as that of the next request.
                 self.close()
                 raise
         return _text_of(answer, source)
@@ -274,8 +278,8 @@ class TemplateWorker:
             "import sys; sys.path += sys.argv[1:]; from minivllm import template_worker as w; "
             f"w.main({MEMORY_LIMIT}, {TIME_LIMIT + 1})"
         )
-        # -I and -S: the quickest start. A session (group) of its own: Ctrl-C is the parent's to
-        # handle.
+        # -I and -S make the start fast. The process gets its own session (or group), because the
+        # parent handles Ctrl-C.
         group: dict[str, Any] = {"start_new_session": True}
         if sys.platform == "win32":
             group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
@@ -287,7 +291,8 @@ class TemplateWorker:
                 stderr=subprocess.DEVNULL,
                 **group,
             )
-        except (OSError, TypeError) as error:  # TypeError: an embedded Python knows no executable
+        except (OSError, TypeError) as error:
+            # TypeError: an embedded Python has no executable.
             raise RequestError(
                 f"The process that renders chat templates cannot be started ({error}); render the"
                 " prompt yourself and use generate()."
@@ -305,7 +310,7 @@ class TemplateWorker:
             logger.info("This system cannot limit a chat template's memory, only its time.")
 
     def _exchange(self, body: bytes, seconds: float) -> dict[str, Any] | None:
-        """Send a request (none if empty) and wait for an answer; None if the process ended."""
+        """Send a request (none if empty) and wait for the answer; None if the process ended."""
         process = self._process
         assert process is not None
         assert process.stdin is not None
@@ -317,7 +322,8 @@ class TemplateWorker:
             if body:
                 write_frame(process.stdin, body)
             answer = read_frame(process.stdout)
-        except OSError:  # it has gone
+        except OSError:
+            # The process is gone.
             return None
         finally:
             timer.cancel()
@@ -325,7 +331,8 @@ class TemplateWorker:
 
 
 def _end(process: subprocess.Popen[bytes], owner: int) -> None:
-    if os.getpid() != owner:  # a fork: the process is its parent's
+    # After a fork the process belongs to the parent.
+    if os.getpid() != owner:
         return
     process.kill()
     for stream in (process.stdin, process.stdout):
@@ -336,7 +343,7 @@ def _end(process: subprocess.Popen[bytes], owner: int) -> None:
 
 
 def _num_chars(value: Any) -> int:
-    """How much text there is in plain data."""
+    """The number of characters in plain data."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):
@@ -345,7 +352,7 @@ def _num_chars(value: Any) -> int:
 
 
 def _text_of(answer: dict[str, Any], source: TemplateSource) -> str:
-    """The rendered text, or the error that the answer tells of."""
+    """Return the rendered text, or raise the error that the answer reports."""
     if "text" in answer:
         return answer["text"]
     kind, message = answer["error"], clean(answer["message"])
@@ -357,7 +364,7 @@ def _text_of(answer: dict[str, Any], source: TemplateSource) -> str:
             )
         raise ConfigError(
             f"The chat template of {clean(str(source.file))} is not valid Jinja{line}: {message}"
-            " Mend it, or pass another as chat_template."
+            " Repair it, or pass another as chat_template."
         )
     reasons = {
         "time": f"did not end within {TIME_LIMIT} s",

@@ -1,9 +1,10 @@
-"""What the model is (`ModelConfig`, from the checkpoint) and how the engine runs it
-(`EngineConfig`, from the caller).
+"""Settings: the shape of the model (`ModelConfig`) and how the engine runs it (`EngineConfig`).
 
-No hyper-parameter is typed in by hand; what a checkpoint asks for and this package lacks is refused
-by name. What may stand in a field is its annotation, and it is checked (validation.py). Taught in
-notebooks/11_using_minivllm.ipynb."""
+`ModelConfig` comes from the checkpoint; no hyper-parameter is written by hand, and a checkpoint
+that needs an unsupported feature is refused with the name of that feature. `EngineConfig` comes
+from the caller. The annotation of a field says which values it may have, and validation.py checks
+them. Taught in notebooks/11_using_minivllm.ipynb.
+"""
 
 import dataclasses
 import importlib.util
@@ -22,12 +23,12 @@ from minivllm.validation import Range, annotations_of, check
 logger = logging.getLogger(__name__)
 
 DTYPES = ("float32", "float16", "bfloat16")
-#: Other names of these, as torch, transformers and vLLM have them.
+#: Other names of dtypes, as in torch, transformers and vLLM.
 DTYPE_ALIASES = {"float": "float32", "half": "float16"}
 
-#: On a CPU, and without num_kv_blocks: bytes that one sequence of the default max_model_len may
-#: take in the KV cache, over all layers. 1 GiB leaves room on a laptop of 8 GB for a model of 1
-#: billion parameters.
+#: In bytes: on a CPU and without num_kv_blocks, the KV cache of one sequence of the default
+#: max_model_len may take this much over all layers. On a laptop with 8 GB, 1 GiB leaves room for a
+#: model of 1 billion parameters.
 CPU_SEQUENCE_BYTES = 1 << 30
 
 Count = Annotated[int, Range(1)]
@@ -35,17 +36,15 @@ Count = Annotated[int, Range(1)]
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding: base frequency and how it is stretched for contexts beyond the
-    trained one.
-    """
+    """Rotary position embedding: the base frequency, and the scaling for longer contexts."""
 
     theta: float
     rope_type: str = "default"
     factor: float = 1.0
     original_max_position: int = 0
-    low_freq_factor: float = 1.0  # llama3, both
+    low_freq_factor: float = 1.0  # llama3, as the next field
     high_freq_factor: float = 4.0
-    beta_fast: float = 32.0  # yarn, this and all below
+    beta_fast: float = 32.0  # yarn, as all fields below
     beta_slow: float = 1.0
     attention_factor: float | None = None
     mscale: float | None = None
@@ -55,12 +54,13 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class LayerOptions:
-    """What differs between the decoder layers of families: a family reads it from config.json, or
-    knows it.
+    """The differences between the decoder layers of model families.
+
+    A family reads them from config.json, or knows them.
     """
 
     qkv_bias: bool  # on the projections to Q, K and V
-    o_bias: bool  # on the projection of what attention gives
+    o_bias: bool  # on the projection of attention's output
     mlp_bias: bool
     qk_norm: bool  # an RMSNorm on every head of Q and of K
 
@@ -90,10 +90,10 @@ class ModelConfig:
 
     @property
     def max_model_len(self) -> int:
-        """The longest sequence that the checkpoint allows, in tokens, derived as vLLM does.
+        """The longest sequence that the checkpoint allows, in tokens, derived as in vLLM.
 
-        YaRN and linear scaling stretch a shorter context by their factor; with llama3's scaling,
-        max_position_embeddings is the stretched length already.
+        YaRN and linear scaling multiply the length of a shorter context by their factor. With
+        llama3's scaling, max_position_embeddings is the scaled length already.
         """
         if self.rope.rope_type == "yarn":
             return int(self.rope.original_max_position * self.rope.factor)
@@ -104,8 +104,8 @@ class ModelConfig:
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in the weights; biases and norms, which are few, are left out."""
-        # query and output, key and value
+        """The number of weights, without biases and norms, which are few."""
+        # Query and output projections, key and value projections.
         heads = 2 * (self.num_attention_heads + self.num_key_value_heads)
         layer = self.hidden_size * (heads * self.head_dim + 3 * self.intermediate_size)
         tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
@@ -114,59 +114,60 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How the engine runs. Names are vLLM's where it has them; None means "decide for me", stated
-    beside each.
+    """How the engine runs. Names are vLLM's where vLLM has them.
 
-    Raises `ConfigError` for a value that is not what the annotation says. NumPy's numbers, and
-    torch's dtypes and devices, are taken for what they stand for.
+    None means "decide for me"; the comment of each field says how. Raises `ConfigError` for a value
+    that does not fit the annotation. NumPy's numbers and torch's dtypes and devices are converted.
     """
 
-    #: "auto": the checkpoint's on a GPU, else float32
+    #: "auto": the checkpoint's dtype on a GPU, float32 on a CPU.
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    device: str = "auto"  # "auto": cuda when there is one
+    device: str = "auto"  # "auto": cuda if there is a GPU
     #: Longest prompt plus output, in tokens. None: what the checkpoint allows; on a CPU without
-    #: num_kv_blocks no more than fits 1 GiB of KV cache, with a logged warning.
+    #: num_kv_blocks no more than fits into 1 GiB of KV cache, with a logged warning.
     max_model_len: Count | None = None
-    max_num_seqs: Count = 256  # most sequences running at once
-    #: token budget of one step; None: 8192 on a GPU, 2048 on a CPU
+    max_num_seqs: Count = 256  # largest number of sequences that run at once
+    #: Token budget of one step. None: 8192 on a GPU, 2048 on a CPU.
     max_num_batched_tokens: Count | None = None
-    block_size: Count | None = None  # tokens in a KV block; None: 64 on a GPU, 16 on a CPU
+    #: Tokens per KV block; None: 64 on a GPU, 16 on a CPU.
+    block_size: Count | None = None
     #: Blocks in the KV cache. None: what gpu_memory_utilization leaves on a GPU; on a CPU 256 MiB,
     #: or one sequence of max_model_len if that is more.
     num_kv_blocks: Count | None = None
-    #: Share of its memory that weights, activations and KV cache may take together.
+    #: Share of the GPU's memory that weights, activations and KV cache may take together.
     gpu_memory_utilization: Annotated[float, Range(0.0, 1.0, above=True)] = 0.9
     enable_prefix_caching: bool = True
-    #: no CUDA graphs; always so on a CPU and with kernels that wait for the GPU
+    #: Use no CUDA graphs. Always so on a CPU, and with kernels that wait for the GPU.
     enforce_eager: bool = False
-    #: plan a step while the one before runs; None: on a GPU, not on a CPU
+    #: Plan a step while the previous one runs. None: True on a GPU, False on a CPU.
     async_scheduling: bool | None = None
-    #: "auto": Triton on a GPU, torch on a CPU, where "triton" means its interpreter
+    #: "auto": Triton on a GPU, torch on a CPU. On a CPU "triton" means Triton's interpreter
     #: (TRITON_INTERPRET=1).
     attention_backend: Literal["auto", "triton", "torch"] = "auto"
-    #: "auto" reads safetensors; "dummy" draws random weights and needs config.json only.
+    #: "auto" reads safetensors. "dummy" draws random weights and needs config.json only.
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
     skip_tokenizer_init: bool = False  # token ids in and out, no text
-    #: ranks that share the model; under torchrun, the number of its processes
+    #: Number of ranks that share the model. Under torchrun, the number of its processes.
     tensor_parallel_size: Count = 1
-    #: Of dummy weights, and of requests that bring none of their own; what torch takes.
+    #: Seed of dummy weights, and of requests without a seed. The range is torch's.
     seed: Annotated[int, Range(-(2**63), 2**64 - 1)] = 0
-    #: Sampling defaults, for requests without parameters. "auto": the checkpoint's, from
-    #: generation_config.json; "vllm": those of `SamplingParams`. End-of-sequence tokens come from
-    #: that file either way.
+    #: Sampling defaults for requests without parameters. "auto": the checkpoint's, from
+    #: generation_config.json. "vllm": those of `SamplingParams`. End-of-sequence tokens always come
+    #: from generation_config.json.
     generation_config: Literal["auto", "vllm"] = "auto"
-    #: Most alternatives that a request's `logprobs` and `prompt_logprobs` may ask for; -1: the
+    #: The most alternatives that a request's `logprobs` and `prompt_logprobs` may ask for. -1: the
     #: whole vocabulary.
     max_logprobs: Annotated[int, Range(-1, 2**31 - 1)] = MAX_LOGPROBS
-    trace: bool = False  # record what happens at each step; see `minivllm.engine.trace`
+    #: Record what happens at each step; see `minivllm.engine.trace`.
+    trace: bool = False
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
-        """The config that these options of ``LLM(...)`` ask for.
+        """Make the config from options of ``LLM(...)``.
 
-        Raises `ConfigError` for a name that is unknown, saying which one may have been meant, and
-        for options of vLLM that are not here, saying what to do instead. Of these a value that asks
-        for what minivllm does anyway is accepted: ``trust_remote_code=False``,
+        Raises `ConfigError` for an unknown name (the message suggests a similar one), and for
+        options that only vLLM has (the message says what to do instead). An option of vLLM is
+        accepted if its value asks for what minivllm does anyway: ``trust_remote_code=False``,
         ``quantization=None``, ``pipeline_parallel_size=1``, ``enable_chunked_prefill=True``,
         ``swap_space=0``. compat/options.py has the list.
         """
@@ -188,7 +189,7 @@ class EngineConfig:
             object.__setattr__(self, field.name, value)
 
     def resolve(self, model: ModelConfig, device_type: str) -> "ResolvedConfig":
-        """The config with every "auto" and None decided.
+        """Decide every "auto" and None.
 
         device_type: "cuda" or "cpu". Raises `ConfigError` for combinations that cannot work.
         """
@@ -221,18 +222,18 @@ class EngineConfig:
     def _resolve_max_model_len(
         self, model: ModelConfig, dtype: str, block_size: int, on_gpu: bool
     ) -> int:
-        """Of the model's length, on a CPU, as much as its cache has room for."""
+        """The model's length; on a CPU no more than fits into the cache of one sequence."""
         if self.max_model_len is not None or on_gpu or self.num_kv_blocks is not None:
             return self.max_model_len or model.max_model_len
-        # Ranks on a CPU share its memory, and each holds at least one KV head.
+        # The ranks on a CPU share its memory, and each holds at least one KV head.
         kv_heads = max(model.num_key_value_heads, self.tensor_parallel_size)
         itemsize = 4 if dtype == "float32" else 2
         token_bytes = 2 * model.num_hidden_layers * kv_heads * model.head_dim * itemsize
         fits = max(CPU_SEQUENCE_BYTES // (token_bytes * block_size), 1) * block_size
         if fits < model.max_model_len:
             logger.warning(
-                "max_model_len is %d here, not the model's %d, whose KV cache would take %.2f GiB. "
-                "Set max_model_len, or num_kv_blocks, to have more.",
+                "max_model_len is %d here, not the model's %d: the KV cache of one such sequence "
+                "would take %.2f GiB. Set max_model_len or num_kv_blocks to have more.",
                 fits,
                 model.max_model_len,
                 model.max_model_len * token_bytes / 2**30,
@@ -242,12 +243,12 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedConfig(EngineConfig):
-    """What an engine runs with: every option has a value. Made by `EngineConfig.resolve`."""
+    """The config that an engine runs with: every option has a value. See `EngineConfig.resolve`."""
 
     max_model_len: int
     max_num_batched_tokens: int
     block_size: int
-    #: 0 until the model is loaded: then the runner knows how many fit.
+    #: 0 until the model is loaded. Then the runner knows how many blocks fit.
     num_kv_blocks: Annotated[int, Range(0)]
     async_scheduling: bool
 
@@ -295,11 +296,11 @@ class ResolvedConfig(EngineConfig):
 
 @dataclass(frozen=True, init=False)
 class EngineArgs(EngineConfig):
-    """vLLM's name for a model and the options of its engine:
-    `LLMEngine.from_engine_args(EngineArgs(model=...))`.
+    """A model and the options of its engine, under vLLM's name.
 
-    The fields are `model` (None, a directory or a hub id) and those of `EngineConfig`. Takes and
-    refuses what ``LLM(...)`` does. ``LLM(**dataclasses.asdict(args))`` is the engine that it
+    Use: `LLMEngine.from_engine_args(EngineArgs(model=...))`. The fields are `model` (None, a
+    directory or a hub id) and those of `EngineConfig`. ``EngineArgs(...)`` accepts and refuses the
+    same options as ``LLM(...)``. ``LLM(**dataclasses.asdict(args))`` makes the engine that `args`
     describes.
     """
 
@@ -313,14 +314,12 @@ class EngineArgs(EngineConfig):
 
     @property
     def options(self) -> dict[str, Any]:
-        """All but the model, as keyword arguments of ``LLM(model, ...)``."""
+        """All fields except the model, as keyword arguments of ``LLM(model, ...)``."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(EngineConfig)}
 
 
 def _longest(model: ModelConfig) -> str:
-    """For "max_model_len is beyond …": how long the model's sequences may be, and what can be
-    done.
-    """
+    """Complete "max_model_len is beyond …": the model's longest sequence, and what to do."""
     rope = model.rope
     if rope.rope_type == "default":
         return (
@@ -343,5 +342,5 @@ def _longest(model: ModelConfig) -> str:
 
 
 def _splits(size: int, heads: int, kv_heads: int, width: int) -> bool:
-    """Whether a model can be split evenly over this many ranks."""
+    """Whether a model can be split evenly over this number of ranks."""
     return not heads % size and not width % size and (not kv_heads % size or not size % kv_heads)

@@ -1,6 +1,7 @@
 """Typed errors. Each message says what was wrong and what to do about it.
 
-Taught in notebooks/11_using_minivllm.ipynb."""
+Taught in notebooks/11_using_minivllm.ipynb.
+"""
 
 from minivllm.text import printable
 
@@ -9,24 +10,20 @@ class MiniVLLMError(Exception):
     """Base of every error that minivllm raises on purpose."""
 
     def __str__(self) -> str:
-        """The message. What it quotes of prompts, templates and files cannot steer a terminal."""
+        """The message, without control characters that it may quote from prompts or files."""
         return printable(super().__str__())
 
 
 class ConfigError(MiniVLLMError, ValueError):
-    """An engine option has a value that cannot work, alone or together with another."""
+    """An engine option has a value that cannot work, alone or together with another option."""
 
 
 class UnknownOptionError(ConfigError, TypeError):
-    """There is no engine option of this name; the message says which one may have been meant, or
-    what to do.
-    """
+    """No engine option has this name. The message suggests another name, or what to do."""
 
 
 class UnsupportedModelError(MiniVLLMError):
-    """The checkpoint's config asks for something minivllm does not implement; the message names
-    it.
-    """
+    """The checkpoint needs a feature that minivllm lacks. The message names the feature."""
 
 
 class WeightLoadingError(MiniVLLMError):
@@ -34,9 +31,7 @@ class WeightLoadingError(MiniVLLMError):
 
 
 class RequestError(MiniVLLMError, ValueError):
-    """A request that cannot be served. Only this request is refused; the others in its batch are
-    unharmed.
-    """
+    """A request cannot be served. Only this request is refused, not the others of its batch."""
 
 
 class EmptyPromptError(RequestError):
@@ -44,9 +39,7 @@ class EmptyPromptError(RequestError):
 
 
 class PromptTooLongError(RequestError):
-    """The prompt leaves no room to generate within `max_model_len`, or can never fit into the KV
-    cache.
-    """
+    """The prompt leaves no room for output in `max_model_len`, or can never fit the KV cache."""
 
 
 class InvalidTokenError(RequestError):
@@ -58,29 +51,23 @@ class SamplingParamsError(RequestError):
 
 
 class UnsupportedParameterError(SamplingParamsError, TypeError):
-    """`SamplingParams` has no field of this name; the message says what to use instead, or what may
-    have been meant.
-    """
+    """`SamplingParams` has no such field. The message says what to use, or suggests a name."""
 
 
 class TokenizerRequiredError(RequestError):
-    """The request needs a tokenizer, and the engine runs without one
-    (`skip_tokenizer_init=True`).
-    """
+    """The request needs a tokenizer, but the engine has none (`skip_tokenizer_init=True`)."""
 
 
 class UnsupportedFeatureError(MiniVLLMError, NotImplementedError):
-    """vLLM has this and minivllm does not; the message says what to do instead."""
+    """vLLM has this feature and minivllm does not. The message says what to do instead."""
 
 
 class UnsupportedArgumentError(UnsupportedFeatureError, TypeError):
-    """An argument of vLLM's that a method here does not take, or one that nobody knows."""
+    """A method was called with an argument that only vLLM has, or with an unknown argument."""
 
 
 class UnsupportedMethodError(UnsupportedFeatureError, AttributeError):
-    """A method of vLLM's `LLM` that is not here. Also an AttributeError, so that `hasattr` says
-    False.
-    """
+    """A method that only vLLM's `LLM` has. Also an AttributeError, so that `hasattr` is False."""
 
 
 class InvalidLogitsError(RequestError):
@@ -96,7 +83,7 @@ class InvalidLogitsError(RequestError):
 
 
 class ConcurrentUseError(MiniVLLMError, RuntimeError):
-    """Another thread is using this engine, which is for one thread at a time."""
+    """Another thread is using this engine. An engine serves one thread at a time."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(
@@ -108,13 +95,11 @@ class ConcurrentUseError(MiniVLLMError, RuntimeError):
 
 
 class OutOfMemoryError(MiniVLLMError):
-    """The device has no room for what was asked; the message names the option to turn."""
+    """The device has too little memory. The message names the option to change."""
 
 
 class SchedulerStalledError(MiniVLLMError):
-    """The scheduler planned nothing although requests are waiting; a scheduler of one's own has a
-    bug.
-    """
+    """The scheduler planned nothing although requests wait: your own scheduler has a bug."""
 
 
 class RankError(MiniVLLMError):
@@ -122,7 +107,7 @@ class RankError(MiniVLLMError):
 
 
 class RankFailedError(RankError):
-    """A rank died, or failed with an error of its own; the message names the rank and its cause."""
+    """A rank died or failed with its own error. The message names the rank and the cause."""
 
 
 class RankMismatchError(RankError):
@@ -130,4 +115,4 @@ class RankMismatchError(RankError):
 
 
 class EngineEndedError(RankError):
-    """The engine was closed, or a step that failed or was interrupted has ended its ranks."""
+    """The engine was closed, or its ranks ended because a step failed or was interrupted."""

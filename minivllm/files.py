@@ -1,4 +1,4 @@
-"""Files that the package writes: refused before the work, and never left half written."""
+"""Write files safely: check the place before the work, and never leave half a file."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from minivllm.errors import ConfigError
 
 
 def require_writable(path: str | Path, what: str, make_folder: bool = False) -> None:
-    """Raise `ConfigError` if a file cannot be written at `path`. Called before the work, not after
-    it.
+    """Raise `ConfigError` if a file cannot be written at `path`. Call this before the work.
 
-    what: the message's subject, such as "The trace". make_folder: make the folder if it is missing.
+    what: the subject of the message, such as "The trace". make_folder: make the folder if it is
+    missing.
     """
     path, target = Path(path), _target(path)
     refused = f"{what} cannot be written to {path}:"
@@ -29,7 +29,8 @@ def require_writable(path: str | Path, what: str, make_folder: bool = False) -> 
         if os.path.exists(target):
             if not os.access(target, os.W_OK):
                 raise ConfigError(f"{refused} no permission. Name another file.")
-        else:  # only doing it shows whether it works
+        else:
+            # Only an attempt shows whether the folder can be written to.
             with target.open("x"):
                 pass
             target.unlink()
@@ -38,10 +39,10 @@ def require_writable(path: str | Path, what: str, make_folder: bool = False) -> 
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Write a file by way of another one beside it: readers see the old content or the new one.
+    """Write a file through a temporary file beside it: readers see the old content or the new.
 
-    Raises OSError; the old content is then still there. Where there can be no other file (a pipe,
-    /dev/stdout, a folder that is not writable), it is written directly.
+    Raises OSError and then keeps the old content. Where no file can be made beside it (a pipe,
+    /dev/stdout, a read-only folder), the content is written directly.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
     target = _target(path)
@@ -62,15 +63,15 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
 
 
 def reason(error: OSError) -> str:
-    """Why it did not work, in the system's words: "No space left on device"."""
+    """The cause of an error in the system's words, such as "No space left on device"."""
     return error.strerror or str(error) or type(error).__name__
 
 
 def _target(path: str | Path) -> Path:
-    """What a symbolic link leads to, so that it stays a link."""
+    """The target of a symbolic link, so that writing keeps the link."""
     return Path(path) if _is_device(Path(path)) else Path(os.path.realpath(path))
 
 
 def _is_device(path: Path) -> bool:
-    """Whether it stands for something open, as /dev/stdout does."""
+    """Whether the path stands for an open device or pipe, as /dev/stdout does."""
     return path.parts[:2] in (("/", "dev"), ("/", "proc"))

@@ -1,7 +1,7 @@
-"""What a caller may hand in as a prompt, a batch of prompts, or a conversation.
+"""Recognize what a caller passes: a prompt, a batch of prompts, or a conversation.
 
-Here the forms are told apart and checked as far as that is possible without a model; what depends
-on the tokenizer and the vocabulary is `engine/input_processor.py`'s. Names are vLLM's.
+This file tells the forms apart and checks what can be checked without a model. Checks that need the
+tokenizer or the vocabulary are in engine/input_processor.py. Names are vLLM's.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class TextPrompt(TypedDict):
 
 
 class TokensPrompt(TypedDict):
-    """A prompt as token ids. prompt: its text, where it is known; it is only handed back.
+    """A prompt as token ids. prompt: its text, if known; the text is only handed back.
 
-    cache_salt: a non-empty text. Two requests share blocks of the prefix cache only if both have
-    the same, or none; so nobody can find out by the clock what others have asked. The engine's
-    block manager must know it: with one of your own that does not (`supports_extra_keys`), such a
-    request is refused.
+    cache_salt: a non-empty string. Two requests share blocks of the prefix cache only if both have
+    the same salt, or none. So a caller cannot learn from response times what other callers have
+    asked. The engine's block manager must support it: with your own block manager without
+    `supports_extra_keys`, such a request is refused.
     """
 
     prompt_token_ids: Sequence[int]
@@ -42,9 +42,7 @@ class TokensPrompt(TypedDict):
 
 @dataclass(frozen=True)
 class RefusedPrompt:
-    """Stands in a batch for what no prompt could be made of; its request is refused with
-    `error`.
-    """
+    """The place of an invalid prompt in a batch. Its request is refused with `error`."""
 
     error: RequestError
 
@@ -79,10 +77,10 @@ _UNSUPPORTED_KEYS = {
 
 
 def parse_prompt(prompt: Any) -> ParsedPrompt:
-    """Tell which form a prompt has.
+    """Find out which form a prompt has.
 
-    Raises `RequestError` for what is no prompt, `InvalidTokenError` for a token id that is no
-    integer. Whether the ids lie in the vocabulary is not checked here.
+    Raises `RequestError` for a value that is no prompt, and `InvalidTokenError` for a token id that
+    is no integer. Does not check whether the ids lie in the vocabulary.
     """
     if isinstance(prompt, RefusedPrompt):
         raise prompt.error
@@ -126,7 +124,7 @@ def _parse_dict(prompt: Mapping[Any, Any]) -> ParsedPrompt:
 
 
 def _token_ids(values: Any) -> list[int]:
-    """A list of our own with Python's integers; `values` is not changed, nor used up."""
+    """Copy token ids into a list of Python integers. `values` is neither changed nor consumed."""
     if isinstance(values, bytes | bytearray | memoryview):
         raise RequestError("A prompt is text or token ids, not bytes; decode them: data.decode().")
     if _is_array(values):
@@ -134,7 +132,7 @@ def _token_ids(values: Any) -> list[int]:
             raise RequestError(f"Token ids are an array of one dimension, not of {values.ndim}.")
         values = values.tolist()
     if not isinstance(values, Sequence | array):
-        hint = "; list(...) makes a list of it" if isinstance(values, Iterable) else ""
+        hint = "; convert it with list(...)" if isinstance(values, Iterable) else ""
         raise RequestError(
             "A prompt is text, a list of token ids, or a dict with 'prompt' or 'prompt_token_ids',"
             f" not {_kind(values)}{hint}."
@@ -148,14 +146,14 @@ def _token_id(value: Any) -> int:
     is_bool = isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
     if not is_bool:
         try:
-            return operator.index(value)  # also NumPy's and torch's integers
+            return operator.index(value)  # also accepts NumPy's and torch's integers
         except (TypeError, ValueError):
             pass
     raise InvalidTokenError(f"Token id {value!r} is not an integer.")
 
 
 def describe_prompt(prompt: Any) -> tuple[str | None, list[int]]:
-    """(text, token ids) of a prompt that was refused, as far as they can be told. Never raises."""
+    """(text, token ids) of a prompt that was refused, as far as they are known. Never raises."""
     try:
         parsed = parse_prompt(prompt)
     except RequestError:
@@ -170,11 +168,12 @@ def describe_prompt(prompt: Any) -> tuple[str | None, list[int]]:
 
 
 def as_batch(prompts: Any) -> tuple[list[Any], bool]:
-    """(list of prompts, whether it was a single one), by the form alone: each may still be refused.
+    """Return (list of prompts, whether there was a single prompt), by the form of the value alone.
 
-    A string, a dict and an array of integers are one prompt, and so is a list that begins with a
-    number, or holds nothing that could be a prompt. Any other list is a batch, also one of dicts;
-    so are the rows of a two-dimensional array. Raises `RequestError` for what is neither.
+    A string, a dict and an array of integers are one prompt. A list that begins with a number, or
+    that holds nothing that could be a prompt, is one prompt too. Any other list is a batch, also a
+    list of dicts; so are the rows of a two-dimensional array. Each prompt may still be refused.
+    Raises `RequestError` for a value that is neither a prompt nor a batch.
     """
     if isinstance(prompts, str | bytes | bytearray | memoryview | Mapping | range | array):
         return [prompts], True
@@ -183,7 +182,8 @@ def as_batch(prompts: Any) -> tuple[list[Any], bool]:
         is_batch = prompts.ndim > 1 or any(_could_be_prompt(value) for value in values)
         return (values, False) if is_batch else ([prompts], True)
     if not isinstance(prompts, Sequence):
-        _token_ids(prompts)  # raises, and says what a prompt is
+        # This call raises an error that says what a prompt is.
+        _token_ids(prompts)
     if len(prompts) == 0:
         return [], False
     is_one = _is_number(prompts[0]) or not any(_could_be_prompt(p) for p in prompts)
@@ -191,16 +191,14 @@ def as_batch(prompts: Any) -> tuple[list[Any], bool]:
 
 
 def as_params(params: Any, num_prompts: int) -> list[SamplingParams]:
-    """One for each prompt. Raises `SamplingParamsError` for another type, or another number of
-    them.
-    """
+    """One `SamplingParams` per prompt. Raises `SamplingParamsError` for a wrong type or number."""
     if isinstance(params, SamplingParams):
         return [params] * num_prompts
     if isinstance(params, str | bytes | Mapping) or not isinstance(params, Sequence):
         check_params(params)
     if len(params) != num_prompts:
         raise SamplingParamsError(
-            f"{len(params)} sampling_params for {num_prompts} prompts; give one, or one each."
+            f"{len(params)} sampling_params for {num_prompts} prompts; give one, or one per prompt."
         )
     for one in params:
         check_params(one)
@@ -219,9 +217,9 @@ def check_params(params: Any) -> None:
 
 
 def as_conversations(messages: Any) -> tuple[list[Any], bool]:
-    """(list of conversations, whether it was a single one). Each may still be refused.
+    """Return (list of conversations, whether there was a single one). Each may still be refused.
 
-    Raises `RequestError` for what is neither a conversation nor a list of them.
+    Raises `RequestError` for a value that is neither a conversation nor a list of them.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         check_conversation(messages)
@@ -234,7 +232,7 @@ def as_conversations(messages: Any) -> tuple[list[Any], bool]:
 
 
 def check_conversation(messages: Any) -> None:
-    """Raise `RequestError` unless messages is a list of dicts with a role."""
+    """Raise `RequestError` unless messages is a list of dicts that have a role."""
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise RequestError(
             'A conversation is a list of messages {"role": ..., "content": ...}, not'
@@ -258,9 +256,7 @@ def check_conversation(messages: Any) -> None:
 
 
 def check_template_kwargs(variables: Any) -> Mapping[str, Any]:
-    """Variables for a chat template, {} for None. Raises `RequestError` for what is no dict of
-    them.
-    """
+    """Check variables for a chat template; {} for None. Raises `RequestError` if it is no dict."""
     if variables is None:
         return {}
     if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
@@ -274,7 +270,7 @@ def check_template_kwargs(variables: Any) -> Mapping[str, Any]:
 
 
 def _is_array(value: Any) -> bool:
-    """NumPy's or torch's, without importing either."""
+    """Whether value is an array of NumPy or torch. Imports neither."""
     return all(hasattr(value, name) for name in ("ndim", "dtype", "tolist"))
 
 
@@ -283,12 +279,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _could_be_prompt(value: Any) -> bool:
-    """Whether it holds something; what it holds is checked when it is that prompt's turn."""
+    """Whether a value holds something. Its content is checked later, with its own prompt."""
     return isinstance(value, Iterable | RefusedPrompt) and not _is_number(value)
 
 
 def _kind(value: Any) -> str:
-    """How an error message calls a value."""
+    """Name the type of a value for an error message."""
     if value is None or isinstance(value, bool | int | float):
         return repr(value)
     name = type(value).__name__

@@ -1,12 +1,16 @@
-"""`LLM`: the offline face of the engine. Prompts in, texts out. Taught in
-notebooks/11_using_minivllm.ipynb.
+"""`LLM`: the offline interface of the engine. Prompts in, texts out.
 
-from minivllm import LLM, SamplingParams
+For example::
 
-llm = LLM()                                         # the bundled model; or a directory, or a hub id
-outputs = llm.generate(["Once upon a time", "KV cache:"], SamplingParams(max_tokens=64))
-for chunk in llm.stream("Tell me a story."):
-    print(chunk.text, end="", flush=True)"""
+    from minivllm import LLM, SamplingParams
+
+    llm = LLM()  # the bundled model; or a directory, or a hub id
+    outputs = llm.generate(["Once upon a time", "KV cache:"], SamplingParams(max_tokens=64))
+    for chunk in llm.stream("Tell me a story."):
+        print(chunk.text, end="", flush=True)
+
+Taught in notebooks/11_using_minivllm.ipynb.
+"""
 
 import logging
 import sys
@@ -44,12 +48,12 @@ from minivllm.sampling_params import MAX_LOGPROBS, RequestOutputKind, SamplingPa
 
 logger = logging.getLogger(__name__)
 
-#: True or False, or what makes a bar, called as `tqdm` is.
+#: True or False, or a function that makes a progress bar and takes the arguments of `tqdm`.
 Tqdm = bool | Callable[..., Any]
 
 
 class LLM:
-    """One model and its engine. A context manager: leaving it frees the memory.
+    """One model and its engine. As a context manager, it frees the memory when it is left.
 
     model: None (the bundled one), a directory, or a Hugging Face hub id. All other arguments are
     optional, and None means that minivllm decides:
@@ -57,21 +61,21 @@ class LLM:
     Numbers and memory
 
     - dtype: "auto" is the checkpoint's on a GPU and float32 on a CPU.
-    - device: "auto" is "cuda" where there is a GPU; "cuda:1" and "cpu" work, too.
+    - device: "auto" is "cuda" if there is a GPU; "cuda:1" and "cpu" work, too.
     - max_model_len: the longest prompt plus output, in tokens. None: what the checkpoint allows; on
       a CPU without num_kv_blocks at most what fits 1 GiB of KV cache.
-    - max_num_seqs: the most sequences that run at once.
-    - max_num_batched_tokens: the most tokens of one step. None: 8192 on a GPU, 2048 on a CPU.
-    - block_size: tokens in a KV block. None: 64 on a GPU, 16 on a CPU.
+    - max_num_seqs: the largest number of sequences that run at once.
+    - max_num_batched_tokens: the token budget of one step. None: 8192 on a GPU, 2048 on a CPU.
+    - block_size: tokens per KV block. None: 64 on a GPU, 16 on a CPU.
     - num_kv_blocks: blocks in the KV cache. None: what gpu_memory_utilization leaves on a GPU; on
       a CPU 256 MiB, or one sequence of max_model_len if that is more.
     - gpu_memory_utilization: the share of the GPU's memory for weights, activations and KV cache.
 
     How steps are made
 
-    - enable_prefix_caching: prompts that begin alike share their KV blocks.
-    - enforce_eager: no CUDA graphs.
-    - async_scheduling: plan a step while the one before it runs. None: on a GPU, not on a CPU.
+    - enable_prefix_caching: prompts with the same beginning share their KV blocks.
+    - enforce_eager: use no CUDA graphs.
+    - async_scheduling: plan a step while the previous one runs. None: True on a GPU, else False.
     - attention_backend: "auto" is "triton" on a GPU and "torch" on a CPU.
     - tensor_parallel_size: the number of ranks, one per GPU, that share the model.
 
@@ -79,21 +83,21 @@ class LLM:
 
     - load_format: "auto" reads safetensors; "dummy" draws random weights.
     - skip_tokenizer_init: token ids in and out, no text.
-    - seed: of dummy weights, and of requests that bring none of their own.
+    - seed: of dummy weights, and of requests without a seed.
     - generation_config: the sampling defaults. "auto": the checkpoint's; "vllm":
       `SamplingParams()`.
     - max_logprobs: the most alternatives that a request may ask for; -1: the whole vocabulary.
     - trace: record what happens at each step; see `minivllm.engine.trace`.
 
-    Pieces of your own in place of the package's, and a group of ranks that have met already:
-    kernels, block_manager_cls, scheduler_cls, model_cls, build_batch, group.
+    Your own pieces in place of the package's, and a group of ranks that have met already: kernels,
+    block_manager_cls, scheduler_cls, model_cls, build_batch, group.
 
-    Raises `ConfigError` for a value that cannot work and for options of vLLM that are not here
-    (vllm_options), saying what to do instead. Options of vLLM that ask for what minivllm does
-    anyway, such as ``trust_remote_code=False``, are accepted.
+    Raises `ConfigError` for a value that cannot work. Options that only vLLM has (vllm_options) are
+    refused with a hint at what to do instead, unless their value asks for what minivllm does
+    anyway, such as ``trust_remote_code=False``.
     """
 
-    # An engine has so many options, and an editor shows them here.
+    # The options are arguments of their own, so that an editor shows them.
     def __init__(  # noqa: PLR0913
         self,
         model: str | Path | None = None,
@@ -151,8 +155,8 @@ class LLM:
         pieces = EnginePieces(kernels, block_manager_cls, scheduler_cls, model_cls, build_batch)
         engine = LLMEngine(model, config=config, pieces=pieces, group=group)
         self.llm_engine: LLMEngine | None = engine
-        #: The calls that are under way, and the thread that is at each; a stream may be open during
-        #: a `generate`.
+        #: The calls that are under way, and the thread of each. A stream may be open while
+        #: `generate` runs.
         self._turns: dict[OutputCollector, int] = {}
 
     def __enter__(self) -> Self:
@@ -162,9 +166,7 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Abort what is running and let go of model and cache. The object cannot be used
-        afterwards.
-        """
+        """Abort what is running, and free model and cache. The object cannot be used afterwards."""
         if self.llm_engine is not None:
             self.llm_engine.close()
             self.llm_engine = None
@@ -178,7 +180,8 @@ class LLM:
         return self._open_engine().metrics()
 
     def __getattr__(self, name: str) -> NoReturn:
-        # Only called for what is not there: a method of vLLM's says what to do instead.
+        # Python calls this only for missing attributes. For a method of vLLM's the error says what
+        # to do instead.
         refuse_method(self, name)
 
     def get_metrics(self) -> list[Metric]:
@@ -190,24 +193,24 @@ class LLM:
         return [
             Gauge("vllm:num_requests_running", labels, running),
             Gauge("vllm:num_requests_waiting", labels, waiting),
-            Gauge("vllm:kv_cache_usage_perc", labels, usage),  # 1.0 is full
+            # 1.0 means that the cache is full.
+            Gauge("vllm:kv_cache_usage_perc", labels, usage),
             *(Counter(name, labels, getattr(found, field)) for name, field in COUNTERS.items()),
         ]
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What holds for requests without parameters: those of the checkpoint's
-        generation_config.json.
+        """The parameters of requests without parameters, from generation_config.json.
 
         With ``generation_config="vllm"`` they are `SamplingParams()`.
         """
         return self._open_engine().input_processor.default_params
 
     def reset_prefix_cache(self) -> bool:
-        """Forget all cached prefixes. False, and nothing done, while requests are unfinished."""
+        """Forget all cached prefixes. Returns False, and does nothing, if requests are running."""
         return self._open_engine().reset_prefix_cache()
 
     def get_tokenizer(self) -> Any:
-        """The tokenizer (`encode`, `decode`, `apply_chat_template`); raises without one."""
+        """The tokenizer (`encode`, `decode`, `apply_chat_template`). Raises if there is none."""
         tokenizer = self._open_engine().tokenizer
         if tokenizer is None:
             raise TokenizerRequiredError("This engine was made with skip_tokenizer_init=True.")
@@ -222,23 +225,23 @@ class LLM:
         use_tqdm: Tqdm = True,
         **unsupported: Any,
     ) -> list[RequestOutput]:
-        """Complete the prompts; results in their order.
+        """Complete the prompts. Returns the results in the order of the prompts.
 
-        prompts: one or a list, each a string, token ids, or a dict of vLLM's (`TextPrompt`,
-        `TokensPrompt`). sampling_params: one for all, or one each; None takes
-        `get_default_sampling_params`. use_tqdm: whether to show progress, or what makes the bar.
-        Other arguments of vLLM's are refused by name.
+        prompts: one or a list, each a string, token ids, or a dict as in vLLM (`TextPrompt`,
+        `TokensPrompt`). sampling_params: one for all prompts, or one per prompt; None takes
+        `get_default_sampling_params`. use_tqdm: whether to show progress, or a function that makes
+        the bar. Other arguments of vLLM's are refused by name.
 
-        A request that cannot be served raises if it is the only one. In a list it comes back in its
-        place with `error` set and finish_reason "error", and the others are served as if it were
-        not there.
+        A single request that cannot be served raises its error. In a list it comes back in its
+        place with `error` set and finish_reason "error", and the other requests are served as if
+        it were not there.
         """
         refuse_arguments("LLM.generate", unsupported, ("prompts", "sampling_params", "use_tqdm"))
         batch, single = inputs.as_batch(prompts)
         results: dict[int, RequestOutput] = {}
         with _progress(use_tqdm, len(batch)) as bar:
-            # Never bound to a name: whatever cuts this loop short ends the iterator, and so its
-            # requests.
+            # The iterator has no name of its own, so it ends, and with it its requests, however
+            # this loop is interrupted.
             for position, output in self._outputs(
                 batch, sampling_params, RequestOutputKind.FINAL_ONLY, raises=single
             ):
@@ -263,12 +266,12 @@ class LLM:
         """Answer one conversation or several, rendered with a chat template (in a sandbox).
 
         messages: a list of ``{"role": ..., "content": ...}``, or a list of such lists.
-        chat_template: a template's text in place of the checkpoint's. add_generation_prompt: end
-        with the start of an answer. continue_final_message: go on writing the last message; needs
-        add_generation_prompt=False. chat_template_kwargs: further variables for the template, such
-        as tools.
+        chat_template: the text of a template, in place of the checkpoint's. add_generation_prompt:
+        end the prompt with the start of an answer. continue_final_message: continue the last
+        message; needs add_generation_prompt=False. chat_template_kwargs: further variables for the
+        template, such as tools.
 
-        A conversation that cannot be answered is treated like a prompt that cannot be served, see
+        A conversation that cannot be answered is treated like a prompt that cannot be served; see
         `generate`.
         """
         names = (
@@ -291,12 +294,14 @@ class LLM:
         if chat_template is not None:
             variables["chat_template"] = chat_template
         conversations, single = inputs.as_conversations(messages)
-        prompts: list[Any] = []  # prompts, and a `RefusedPrompt` where none could be made
+        # A `RefusedPrompt` stands for a conversation without a prompt.
+        prompts: list[Any] = []
         for conversation in conversations:
             try:
                 prompts.append(self._chat_prompt(conversation, variables))
             except TokenizerRequiredError:
-                raise  # true of all of them
+                # This error holds for all conversations.
+                raise
             except RequestError as error:
                 if single:
                     raise
@@ -304,11 +309,11 @@ class LLM:
         return self.generate(prompts[0] if single else prompts, sampling_params, use_tqdm)
 
     def stream(self, prompts: Prompts, sampling_params: Params = None) -> Iterator[StreamOutput]:
-        """Yield what each completion gains as it comes; `text` never ends inside a character or a
-        stop string.
+        """Yield the new text of each completion as it comes.
 
-        Joined, the increments are the text that `generate` returns. Bad requests raise before the
-        first increment. Closing the iterator aborts what is still running.
+        `text` never ends inside a character or inside a stop string. Joined, the pieces are the
+        text that `generate` returns. Bad requests raise before the first piece. Closing the
+        iterator aborts the requests that still run.
         """
         batch, _ = inputs.as_batch(prompts)
         collector = OutputCollector()
@@ -321,7 +326,8 @@ class LLM:
     def _increments(
         self, outputs: Generator[tuple[int, RequestOutput], None, None]
     ) -> Generator[StreamOutput, None, None]:
-        ended: set[tuple[int, int]] = set()  # (prompt, completion): each reports its end once
+        # (prompt, completion): each reports its end once.
+        ended: set[tuple[int, int]] = set()
         try:
             for position, output in outputs:
                 for c in output.outputs:
@@ -340,14 +346,14 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         **template_variables: Any,
     ) -> Iterator[StreamOutput]:
-        """`stream` for one conversation."""
+        """Stream the answer to one conversation; see `stream`."""
         return self.stream(self._chat_prompt(messages, template_variables), sampling_params)
 
     def render_chat(self, messages: Sequence[Message], **template_variables: Any) -> list[int]:
-        """Token ids of the prompt that the chat template makes of a conversation.
+        """Render a conversation with the chat template, and return the prompt's token ids.
 
         The template writes the special tokens itself, so none are added. Raises `RequestError` for
-        a conversation that is none, or that the template refuses.
+        an invalid conversation, and for one that the template refuses.
         """
         return list(self._chat_prompt(messages, template_variables)["prompt_token_ids"])
 
@@ -357,21 +363,20 @@ class LLM:
         tokenizer = self.get_tokenizer()
         inputs.check_conversation(messages)
         rendered = tokenizer.apply_chat_template(messages, **variables)
-        if not isinstance(rendered, str):  # with the variable tokenize=True
+        # With the variable tokenize=True the result is a list of token ids already.
+        if not isinstance(rendered, str):
             return {"prompt_token_ids": rendered}
         token_ids = tokenizer.encode(rendered, add_special_tokens=False)
         return {"prompt": rendered, "prompt_token_ids": token_ids}
 
     def abort(self, request_ids: str | Iterable[str]) -> None:
-        """End requests early; whoever waits for them gets what there is, with finish_reason
-        "abort".
-        """
+        """End requests early. They return the tokens so far, with finish_reason "abort"."""
         self._open_engine().abort_request(request_ids)
 
     # --- plumbing ---------------------------------------------------------------------------------
 
     def _params_for(self, batch: list[Any], params: Params) -> list[SamplingParams]:
-        """One for each prompt of a batch."""
+        """One `SamplingParams` per prompt of a batch."""
         return inputs.as_params(
             self.get_default_sampling_params() if params is None else params, len(batch)
         )
@@ -379,10 +384,10 @@ class LLM:
     def _outputs(
         self, batch: list[Any], params: Params, output_kind: RequestOutputKind, raises: bool
     ) -> Iterator[tuple[int, RequestOutput]]:
-        """(position, output) of these prompts as they come. Their requests live as long as this
-        iterator.
+        """Yield (position, output) of these prompts as outputs come.
 
-        raises: whether a request that is refused raises; otherwise it is an output with an error.
+        The requests end when this iterator ends. raises: whether a refused request raises its
+        error; otherwise it yields an output with the error.
         """
         collector = OutputCollector()
         outputs = self._run(collector, batch, params, output_kind, raises)
@@ -427,8 +432,9 @@ class LLM:
             engine.drop_abandoned()
 
     def _take_turn(self, collector: OutputCollector) -> None:
-        """Note which thread reads these outputs; raises `ConcurrentUseError` while another thread
-        reads others.
+        """Note the thread that reads these outputs.
+
+        Raises `ConcurrentUseError` while another thread reads other outputs.
         """
         me = threading.get_ident()
         for other, thread in list(self._turns.items()):
@@ -446,7 +452,7 @@ class LLM:
 
 @contextmanager
 def _progress(use_tqdm: Tqdm, total: int) -> Iterator[Any]:
-    """A bar with `update`; called and closed as vLLM does it with a bar of the caller's."""
+    """Make a bar with `update`. A bar of the caller's is called and closed as vLLM does it."""
     make: Callable[..., Any] = use_tqdm if callable(use_tqdm) else tqdm
     options: dict[str, Any] = {} if callable(use_tqdm) else {"disable": not use_tqdm, "unit": "req"}
     bar = make(total=total, desc="Processed prompts", dynamic_ncols=True, **options)

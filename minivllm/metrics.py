@@ -1,7 +1,6 @@
-"""What `LLM.get_metrics` returns: vLLM's metrics, under vLLM's names, as far as minivllm counts
-them.
+"""The metrics of `LLM.get_metrics`: vLLM's metrics and names, as far as minivllm counts them.
 
-Code that reads them by name and type, as vLLM's `vllm.v1.metrics.reader` is read, goes on working.
+Code that reads vLLM's metrics by name and type (as in `vllm.v1.metrics.reader`) works unchanged.
 """
 
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Metric:
-    """labels: which engine it speaks of."""
+    """A metric of one engine. labels: name the engine."""
 
     name: str
     labels: dict[str, str]
@@ -17,23 +16,21 @@ class Metric:
 
 @dataclass
 class Counter(Metric):
-    """Only ever grows."""
+    """A number that only grows."""
 
     value: int
 
 
 @dataclass
 class Gauge(Metric):
-    """May rise and fall."""
+    """A number that may rise and fall."""
 
     value: float
 
 
 @dataclass
 class Histogram(Metric):
-    """How often a value was at most each of the limits. buckets: upper limit, or "+Inf" ->
-    count.
-    """
+    """How often a value was at most each limit. buckets: upper limit, or "+Inf" -> count."""
 
     count: int
     sum: float

@@ -1,4 +1,7 @@
-"""What a caller gets back. Field names are vLLM's. Taught in notebooks/11_using_minivllm.ipynb."""
+"""The results that a caller gets. Field names are vLLM's.
+
+Taught in notebooks/11_using_minivllm.ipynb.
+"""
 
 from dataclasses import dataclass, field
 
@@ -10,34 +13,34 @@ class Logprob:
     """One token's natural-log probability at one position, before all edits and filters."""
 
     logprob: float
-    rank: int | None = None  # 1 is the likeliest token of the position
+    rank: int | None = None  # 1 is the likeliest token at this position
     decoded_token: str | None = None
 
 
 @dataclass
 class CompletionOutput:
-    """One completion of a prompt; a request with n > 1 has n of them."""
+    """One completion of a prompt. A request with n > 1 has n completions."""
 
     index: int
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     cumulative_logprob: float | None = None
-    #: One dict per generated token; the chosen one is always in it.
+    #: One dict per generated token. It always holds the chosen token.
     logprobs: list[dict[int, Logprob]] | None = None
-    #: "stop" (end of sequence, stop token or stop string), "length", "abort", "error"; None while
-    #: running.
+    #: "stop" (end of sequence, stop token or stop string), "length", "abort" or "error"; None while
+    #: the completion is running.
     finish_reason: str | None = None
-    #: The stop string or stop token that ended it; None for end of sequence.
+    #: The stop string or stop token that ended the completion; None for end of sequence.
     stop_reason: str | int | None = None
 
     @property
     def finished(self) -> "Answer":
-        """Whether it has ended; `finished()`, vLLM's form, says the same."""
+        """Whether the completion has ended. `finished()`, vLLM's form, works as well."""
         return Answer(self.finish_reason is not None)
 
 
 class Answer(int):
-    """True or False, also as a call: vLLM has as a method what is a property here."""
+    """A boolean that can be called, because vLLM has a method where minivllm has a property."""
 
     def __call__(self) -> bool:
         return bool(self)
@@ -48,18 +51,18 @@ class Answer(int):
 
 @dataclass
 class RequestMetrics:
-    """When things happened to one request, in seconds of `time.perf_counter`."""
+    """The times of one request's events, in seconds of `time.perf_counter`."""
 
     arrival_time: float
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
-    #: Tokens of the longest completion, which is what TPOT divides by.
+    #: Tokens of the longest completion. TPOT divides by this number.
     num_generation_tokens: int = 0
 
     @property
     def queue_time(self) -> float | None:
-        """Seconds from arrival to the first step that computed a token of it."""
+        """Seconds from arrival to the first step that computed a token of the request."""
         if self.first_scheduled_time is None:
             return None
         return self.first_scheduled_time - self.arrival_time
@@ -81,31 +84,34 @@ class RequestMetrics:
 
 @dataclass
 class RequestOutput:
-    """The state of one request: so far, or final when `finished`."""
+    """The state of one request: so far, or final if `finished`."""
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
-    #: One entry per prompt token; the first is None, for nothing precedes it.
+    #: One entry per prompt token. The first entry is None, because no token precedes it.
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-    #: Prompt tokens found in the prefix cache when the request was first scheduled.
+    #: Prompt tokens that were in the prefix cache when the request was first scheduled.
     num_cached_tokens: int = 0
     metrics: RequestMetrics | None = None
-    #: Why this request of a batch was refused; finish_reason is then "error".
+    #: Why this request of a batch was refused. finish_reason is then "error".
     error: RequestError | None = None
 
 
 @dataclass
 class StreamOutput:
-    """What one completion gained since the last increment."""
+    """The new text and tokens of one completion since the last piece."""
 
     request_id: str
-    prompt_index: int  # position of the prompt in the list given to `stream`
-    index: int  # which of the n completions
+    #: Position of the prompt in the list given to `stream`.
+    prompt_index: int
+    #: The index of this completion among the n completions.
+    index: int
     text: str
     token_ids: list[int]
     finish_reason: str | None = None
     stop_reason: str | int | None = None
-    error: RequestError | None = None  # why the request ended early; finish_reason is then "error"
+    #: Why the request ended early. finish_reason is then "error".
+    error: RequestError | None = None

@@ -1,12 +1,12 @@
-"""Messages over a pipe between two processes: each is its length in 8 bytes, then its bytes."""
+"""Messages over a pipe between two processes: the length in 8 bytes, then the content."""
 
 from typing import IO
 
-MAX_FRAME = 1 << 30  # bytes; nobody here sends more
+MAX_FRAME = 1 << 30  # bytes; minivllm sends no longer message
 
 
 def read_frame(stream: IO[bytes]) -> bytes | None:
-    """The next message; None when the other end is gone, or talks nonsense."""
+    """Read the next message. None if the other end is gone, or sends something else."""
     head = stream.read(8)
     size = int.from_bytes(head, "little")
     if len(head) < 8 or size > MAX_FRAME:

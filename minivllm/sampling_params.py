@@ -1,6 +1,7 @@
-"""How the next token of a request is chosen. Names, defaults, order and meaning are vLLM's.
+"""Sampling parameters: how the next token of a request is chosen.
 
-Taught in notebooks/11_using_minivllm.ipynb."""
+Names, defaults, order and meaning are vLLM's. Taught in notebooks/11_using_minivllm.ipynb.
+"""
 
 import dataclasses
 import enum
@@ -15,7 +16,8 @@ from typing import Any, Self, TypeVar
 from minivllm.compat.calls import refuse_parameter
 from minivllm.errors import SamplingParamsError
 
-MAX_N = 16384  # most completions of one prompt; each is a sequence of its own
+#: Largest number of completions per prompt; each is a sequence of its own.
+MAX_N = 16384
 #: Default of the engine option max_logprobs: the most alternatives that `logprobs` and
 #: `prompt_logprobs` may ask for.
 MAX_LOGPROBS = 20
@@ -24,15 +26,15 @@ _T = TypeVar("_T")
 
 
 class RequestOutputKind(enum.Enum):
-    """What a step reports of a running request."""
+    """Which part of a running request a step reports."""
 
-    CUMULATIVE = "cumulative"  # everything so far, each time something is new
-    DELTA = "delta"  # only what is new
-    FINAL_ONLY = "final_only"  # nothing until the request has finished
+    CUMULATIVE = "cumulative"  # everything so far, whenever something is new
+    DELTA = "delta"  # only what is new since the last report
+    FINAL_ONLY = "final_only"  # nothing before the request has finished
 
 
 def _names_unknown_fields(cls: type[_T]) -> type[_T]:
-    """Have the constructor refuse unknown keywords by name, in place of Python's bare TypeError.
+    """Make the constructor refuse unknown keywords by name, not with Python's short TypeError.
 
     The signature stays the dataclass's own.
     """
@@ -52,56 +54,61 @@ def _names_unknown_fields(cls: type[_T]) -> type[_T]:
 @_names_unknown_fields
 @dataclass(frozen=True)
 class SamplingParams:
-    """Immutable and validated: an invalid value raises `SamplingParamsError` here, before any
-    engine sees it.
+    """The parameters of a request. They are immutable and checked when they are made.
 
-    Values are kept as plain numbers, strings and lists: NumPy's scalars and arrays are converted.
-    `clone(temperature=0.5)` makes a changed copy.
+    An invalid value raises `SamplingParamsError` in the constructor. Values are stored as plain
+    numbers, strings and lists; NumPy's scalars and arrays are converted. `clone(temperature=0.5)`
+    makes a changed copy.
     """
 
-    n: int = 1  # how many independent completions of the prompt to return
-    #: Subtracted from the logit of each token that the output holds already.
+    #: Number of independent completions of the prompt.
+    n: int = 1
+    #: Subtracted once from the logit of each token that the output holds already.
     presence_penalty: float = 0.0
-    #: Subtracted once for every time the output holds the token.
+    #: Subtracted from a token's logit once per occurrence of the token in the output.
     frequency_penalty: float = 0.0
-    #: Divides positive and multiplies negative logits of tokens in prompt or output
-    #: (Keskar et al., 2019).
+    #: Divides positive logits and multiplies negative logits of tokens in prompt or output (Keskar
+    #: et al., 2019).
     repetition_penalty: float = 1.0
     temperature: float = 1.0  # 0 is greedy; applied before the filters below
-    #: Keep the smallest set of most likely tokens whose probability reaches it (nucleus sampling).
+    #: Keep the smallest set of likeliest tokens whose probabilities add up to top_p (nucleus
+    #: sampling).
     top_p: float = 1.0
-    top_k: int = 0  # keep the k most likely tokens; 0 (or -1) keeps all
-    min_p: float = 0.0  # drop tokens less likely than min_p times the likeliest one
-    #: The same seed gives the same text whatever else is in the batch; None derives one from the
-    #: engine's seed.
+    #: Keep the k likeliest tokens; 0 (or -1) keeps all.
+    top_k: int = 0
+    #: Drop tokens less likely than min_p times the likeliest one.
+    min_p: float = 0.0
+    #: The same seed gives the same text, whatever else is in the batch. None derives a seed from
+    #: the engine's seed.
     seed: int | None = None
     stop: str | Sequence[str] | None = None  # end before the first of these strings
     stop_token_ids: Sequence[int] | None = None  # end after any of these tokens
-    ignore_eos: bool = False  # go on past the model's end-of-sequence tokens
-    #: End after this many tokens; None: as many as `max_model_len` leaves room for.
+    #: Continue after the model's end-of-sequence tokens.
+    ignore_eos: bool = False
+    #: End after this number of tokens. None: as many as `max_model_len` has room for.
     max_tokens: int | None = 16
-    #: Neither end-of-sequence nor a stop token may be chosen before this many tokens.
+    #: Neither an end-of-sequence token nor a stop token is chosen before this number of tokens.
     min_tokens: int = 0
-    #: Return the log-probabilities of the chosen token and of this many likeliest; 0 is the chosen
-    #: token alone, -1 the whole vocabulary. The engine option `max_logprobs` bounds it.
+    #: Return the log-probabilities of the chosen token and of this number of likeliest tokens. 0:
+    #: the chosen token alone. -1: the whole vocabulary. The engine option `max_logprobs` bounds it.
     logprobs: int | None = None
-    #: The same for the prompt's tokens. Such a request takes no prefix-cache hits: every position
-    #: must be computed.
+    #: The same for the prompt's tokens. Such a request uses no cached prefix, because every
+    #: position must be computed.
     prompt_logprobs: int | None = None
     detokenize: bool = True  # False: token ids only, no text
     skip_special_tokens: bool = True  # leave special tokens out of the text
     #: False: no space between special tokens that follow each other in the text.
     spaces_between_special_tokens: bool = True
-    #: Leave the stop string, or the token that stopped, in the text.
+    #: Keep the stop string, or the stop token, in the text.
     include_stop_str_in_output: bool = False
-    #: What `LLMEngine.step` reports; `LLM.generate` and `LLM.stream` set it themselves.
+    #: What `LLMEngine.step` reports. `LLM.generate` and `LLM.stream` set it themselves.
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     logit_bias: dict[int, float] | None = None  # added to the logits of these tokens
     allowed_token_ids: Sequence[int] | None = None  # no other token may be chosen
-    #: Words that the output may not contain, at the start of a text or after a space. A word of
-    #: several tokens is stopped at its last: that token is banned where the others precede it.
+    #: Words that the output must not contain, at the start of a text or after a space. A word of
+    #: several tokens is stopped at its last token, which is banned after the other tokens.
     bad_words: Sequence[str] | None = None
-    #: Keep only this many tokens at the end of the prompt; -1: as many as `max_model_len` allows.
+    #: Keep only this number of tokens at the end of the prompt. -1: as many as fit `max_model_len`.
     truncate_prompt_tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -126,7 +133,7 @@ class SamplingParams:
         self._check_together()
 
     def _take_lists(self) -> None:
-        """Check the fields that hold several values, and keep them as lists of our own."""
+        """Check the fields that hold several values, and store them as new lists."""
         for name in ("stop", "bad_words"):
             words = getattr(self, name)
             if words is None or (name == "stop" and isinstance(words, str) and words):
@@ -152,9 +159,7 @@ class SamplingParams:
             self._set("logit_bias", {_bias_key(t): _bias(b) for t, b in self.logit_bias.items()})
 
     def _check_together(self) -> None:
-        """Raise for values that are wrong in company, or wrong though their type and range are
-        right.
-        """
+        """Raise for combinations that are wrong, and for values that are wrong in range."""
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise SamplingParamsError(
                 f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}."
@@ -172,32 +177,30 @@ class SamplingParams:
             raise SamplingParamsError("stop needs the text, and detokenize=False makes none.")
 
     def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)  # the dataclass is frozen for everybody else
+        object.__setattr__(self, name, value)  # the dataclass is frozen
 
     def clone(self, **changes: Any) -> Self:
-        """A copy, with these fields changed."""
+        """A copy with these fields changed."""
         return dataclasses.replace(self, **{**_copies(self), **changes})
 
     @classmethod
     def from_optional(cls, **fields: Any) -> Self:
-        """Make one from fields of which None means the default."""
+        """Make parameters from fields of which None means the default."""
         return cls(**{name: value for name, value in fields.items() if value is not None})
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as values that JSON can hold; `from_dict` makes the same parameters of
-        them.
-        """
+        """All fields as values that JSON can hold. `from_dict` makes the same parameters again."""
         return {**_copies(self), "output_kind": self.output_kind.value}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        """What `to_dict` gave, also after a way through JSON, whose keys are strings."""
+        """Make parameters from `to_dict`'s result, also after JSON has turned keys into strings."""
         kind = fields.get("output_kind", RequestOutputKind.CUMULATIVE)
         return cls(**{**fields, "output_kind": RequestOutputKind(kind)})
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """`stop` as a tuple, empty when none was given."""
+        """`stop` as a tuple, which is empty if no stop string was given."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
@@ -226,7 +229,7 @@ _FLAGS = (
     "include_stop_str_in_output",
 )
 _OPTIONAL = ("seed", "max_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens")
-#: Least and greatest legal value; None is no limit.
+#: The smallest and the largest valid value. None: no limit.
 _INTEGERS: dict[str, tuple[int, int | None]] = {
     "n": (1, MAX_N),
     "top_k": (-1, None),
@@ -248,7 +251,7 @@ _NUMBERS = {
 
 
 def _plain(value: Any) -> Any:
-    """A scalar of NumPy's or torch's as Python's own; anything else as it is."""
+    """A scalar of NumPy or torch as a Python scalar; any other value as it is."""
     is_scalar = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
     return value.item() if is_scalar else value
 
@@ -262,7 +265,7 @@ def _flag(name: str, value: Any) -> bool:
 def _integer(name: str, value: Any, low: int, high: int | None) -> int:
     if type(value) is not int:
         value = _plain(value)
-        # Other libraries' integers count; True does not, and neither does 1.0.
+        # Integers of other libraries are valid. True and 1.0 are not.
         if isinstance(value, numbers.Integral) and not isinstance(value, bool):
             value = operator.index(value)
     if type(value) is not int or value < low or (high is not None and value > high):
@@ -286,7 +289,7 @@ def _number(name: str, value: Any, low: float, high: float) -> float:
 
 
 def _list(name: str, values: Any) -> list[Any]:
-    """A list of our own, from a sequence or a one-dimensional array."""
+    """A new list, from a sequence or a one-dimensional array."""
     if getattr(values, "ndim", None) == 1 and hasattr(values, "tolist"):
         return values.tolist()
     if isinstance(values, str | bytes | bytearray) or not isinstance(values, Sequence):
@@ -295,7 +298,7 @@ def _list(name: str, values: Any) -> list[Any]:
 
 
 def _bias_key(token: Any) -> int:
-    """OpenAI's API and JSON have the token ids as strings."""
+    """A token id as an integer: OpenAI's API and JSON have token ids as strings."""
     if isinstance(token, str) and token.isdecimal() and token.isascii():
         token = int(token)
     return _integer("a token id in logit_bias", token, 0, None)
@@ -306,6 +309,6 @@ def _bias(value: Any) -> float:
 
 
 def _copies(params: SamplingParams) -> dict[str, Any]:
-    """The fields, with lists and dicts of their own. (`dataclasses.asdict` would call deepcopy.)"""
+    """The fields, with new lists and dicts. (`dataclasses.asdict` would call deepcopy.)"""
     fields = {field.name: getattr(params, field.name) for field in dataclasses.fields(params)}
     return {k: v.copy() if isinstance(v, list | dict) else v for k, v in fields.items()}

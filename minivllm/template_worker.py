@@ -1,13 +1,13 @@
-"""The program that renders chat templates: a process of its own, with limits. chat_template.py
-starts it.
+"""The program that renders chat templates: a separate process with limits.
 
-A template comes with a checkpoint and is not trusted. Jinja's sandbox keeps it from reaching
-Python, but not from looping for ever or from doubling a string until the memory is full. No list of
-forbidden operations would be complete; limits that the operating system keeps are. So templates run
-here, where a process can be ended without harm to anybody.
+chat_template.py starts this program. A template comes with a checkpoint and is not trusted. Jinja's
+sandbox keeps a template from reaching Python, but not from looping for ever, or from doubling a
+string until the memory is full. No list of forbidden operations would be complete, but limits that
+the operating system enforces are. So templates run here, in a process that can be ended without
+harm to the engine.
 
-Reads requests from stdin and writes answers to stdout. Requests are in marshal's format (the parent
-is trusted), answers in JSON (this process is not).
+The program reads requests from stdin and writes answers to stdout. Requests are in marshal's format
+(the parent is trusted), answers are in JSON (this process is not).
 """
 
 from __future__ import annotations
@@ -28,26 +28,27 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from minivllm.pipes import read_frame, write_frame
 
-#: A prompt of more characters than this is refused, plus `OUTPUT_FACTOR` for each that was put in.
+#: Most characters of a prompt. Each character of the input allows `OUTPUT_FACTOR` more.
 MAX_OUTPUT = 1_000_000
 OUTPUT_FACTOR = 4
-MAX_MESSAGE = 2000  # characters of an error's text that are passed on
+#: Characters of an error's text that the answer holds.
+MAX_MESSAGE = 2000
 
 
 class OutputTooLongError(Exception):
-    """The template writes far more than it was given."""
+    """The template writes far more text than its input has."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """A compiled template. takes_parts: it goes through a message's content, a list of parts."""
+    """A compiled template. takes_parts: whether it loops over a message's content (parts)."""
 
     compiled: jinja2.Template
     takes_parts: bool
 
 
 class GenerationExtension(jinja2.ext.Extension):
-    """``{% generation %}``: marks the model's words for training; here it only renders them."""
+    """``{% generation %}`` marks the model's words for training. Here it only renders them."""
 
     tags = {"generation"}
 
@@ -64,7 +65,7 @@ class GenerationExtension(jinja2.ext.Extension):
 
 
 def make_environment() -> ImmutableSandboxedEnvironment:
-    """The environment that templates on the Hugging Face hub are written for (transformers')."""
+    """The environment for which templates on the Hugging Face hub are written (transformers')."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -91,7 +92,7 @@ def _tojson(
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
-    """Plain JSON. Jinja's own filter would escape for HTML."""
+    """Plain JSON. Jinja's own filter would escape it for HTML."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -104,7 +105,7 @@ def compile_template(source: str) -> Template:
 
 
 def takes_parts(tree: nodes.Template) -> bool:
-    """Whether a loop of the template goes through something called "content"."""
+    """Whether a loop of the template goes over something named "content"."""
     names = {"content"}
     for assign in tree.find_all(nodes.Assign):
         if isinstance(assign.target, nodes.Name) and _is_content(assign.node, names):
@@ -128,14 +129,15 @@ def _is_content(node: nodes.Node, names: set[str]) -> bool:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """The answer to {"source": …, "variables": …}: {"text"}, or {"error", "message", "line"}."""
+    """Render {"source": …, "variables": …}. Returns {"text"}, or {"error", "message", "line"}."""
     try:
         template = compile_template(request["source"])
     except MemoryError:
         return _failure("memory")
     except jinja2.TemplateSyntaxError as error:
         return _failure("syntax", error.message or "", error.lineno)
-    except Exception as error:  # Python's compiler refuses it: too deeply nested, for example
+    except Exception as error:
+        # Python's compiler refuses the template, for example because it is nested too deeply.
         return _failure("syntax", str(error) or type(error).__name__)
     variables = request["variables"]
     if not template.takes_parts:
@@ -147,7 +149,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         return _failure("memory")
     except OutputTooLongError:
         return _failure("output")
-    except Exception as error:  # a template is a program of somebody else's and may fail in any way
+    except Exception as error:
+        # A template is an untrusted program, and may fail in any way.
         return _failure("render", str(error) or type(error).__name__, _line_of(error))
 
 
@@ -165,7 +168,7 @@ def _pieces(template: Template, variables: dict[str, Any], most: int) -> Iterato
 
 
 def _flatten(message: dict[str, Any]) -> dict[str, Any]:
-    """Text parts joined, for a template that expects a string (vLLM does the same)."""
+    """Join text parts, for a template that expects a string (as vLLM does)."""
     content = message.get("content")
     if not isinstance(content, list):
         return message
@@ -173,7 +176,7 @@ def _flatten(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _line_of(error: BaseException) -> int | None:
-    """The template's line that failed: Jinja gives it in the traceback."""
+    """The template's line that failed, from the traceback that Jinja has rewritten."""
     line, frame = None, error.__traceback__
     while frame is not None:
         if frame.tb_frame.f_code.co_filename == "<template>":
@@ -186,7 +189,7 @@ def _line_of(error: BaseException) -> int | None:
 
 
 def limit_memory(num_bytes: int) -> bool:
-    """Let the system refuse more memory than this. False where it cannot (Windows, macOS)."""
+    """Limit this process's memory. Returns False where this is impossible (Windows, macOS)."""
     if sys.platform != "linux":
         return False
     import resource
@@ -199,7 +202,7 @@ def limit_memory(num_bytes: int) -> bool:
 
 
 def set_alarm(seconds: int) -> None:
-    """End this process after so many seconds (0: no longer), in case the parent cannot."""
+    """End this process after so many seconds (0: never), in case the parent cannot end it."""
     if sys.platform != "win32":
         import signal
 

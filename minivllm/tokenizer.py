@@ -1,8 +1,9 @@
-"""Text to token ids and back, whole or as tokens come. Taught in notebooks/07_engine.ipynb.
+"""Turn text into token ids and back, as a whole or token by token.
 
-Uses the `tokenizers` library directly: importing `transformers` for its wrapper costs seconds. It
-is imported only for a checkpoint that has no tokenizer.json. Files beside tokenizer.json are read
-as transformers 5 reads them. Chat templates are in chat_template.py.
+Uses the `tokenizers` library directly, because importing `transformers` for its wrapper costs
+seconds. `transformers` is imported only for a checkpoint without tokenizer.json. The files beside
+tokenizer.json are read as in transformers 5. Chat templates are in chat_template.py. Taught in
+notebooks/07_engine.ipynb.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from minivllm.errors import ConfigError, RequestError
 
 logger = logging.getLogger(__name__)
 
-#: What decoders put in place of bytes that are not (yet) a whole character.
+#: Decoders write this in place of bytes that are not (yet) a whole character.
 REPLACEMENT = "\ufffd"
-#: Special tokens that a checkpoint's files name; other keys that end in "_token" name further ones.
+#: Special tokens that a checkpoint's files name. Other keys that end in "_token" name more of them.
 SPECIAL_TOKENS = (
     "bos_token",
     "eos_token",
@@ -35,7 +36,7 @@ SPECIAL_TOKENS = (
     "mask_token",
 )
 TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-#: transformers' arguments of `apply_chat_template` that ask for another kind of result.
+#: Arguments of transformers' `apply_chat_template` that ask for another kind of result.
 NOT_HERE = (
     "padding",
     "truncation",
@@ -49,28 +50,26 @@ NOT_HERE = (
 
 
 class Tokenizer:
-    """The tokenizer of a model directory. Raises `ConfigError`, with its name, for a broken
-    file.
-    """
+    """The tokenizer of a model directory. Raises `ConfigError` with the name of a broken file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = _read_object(path / "tokenizer_config.json")
         self._tokenizer = _load_tokenizer(path)
-        # Those of training; transformers resets them for a prompt, too.
+        # Truncation and padding are settings of training. transformers resets them, too.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = self.config.get("split_special_tokens") is True
         side_files = _SideFiles(path, self.config)
         side_files.add_tokens(self._tokenizer)
-        #: "bos_token" and the like -> the token's text.
+        #: "bos_token" and similar names -> the token's text.
         self.special_tokens: dict[str, str] = side_files.special_tokens
         self._special_lists = side_files.special_lists
         self._chat_templates = _templates_of_config(path, self.config)
         self._worker = TemplateWorker()
 
     def close(self) -> None:
-        """End the process that renders chat templates. It starts again when it is needed."""
+        """End the process that renders chat templates. It starts again when needed."""
         self._worker.close()
 
     @property
@@ -80,10 +79,11 @@ class Tokenizer:
         return None if token is None else self._tokenizer.token_to_id(token)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of text; add_special_tokens as the tokenizer says (e.g. a leading BOS)."""
+        """Token ids of text. add_special_tokens: add those of the tokenizer, such as a BOS."""
         try:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        except (TypeError, UnicodeError) as error:  # a lone surrogate, which no UTF-8 can say
+        except (TypeError, UnicodeError) as error:
+            # For example a lone surrogate, which UTF-8 cannot encode.
             raise RequestError(f"The prompt is not valid Unicode text: {error}") from error
         except BaseException as error:
             if _is_of_the_library(error):
@@ -93,13 +93,12 @@ class Tokenizer:
             raise
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of these tokens. Bytes that are no character become U+FFFD."""
+        """The text of these tokens. Bytes that form no character become U+FFFD."""
         text = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
         if REPLACEMENT not in text or not self._falls_back_to_bytes:
             return text
-        # A decoder that falls back to bytes gives up a whole run of them for one that is wrong.
-        # Then a character that was shown would have to be taken back. So wrong bytes are set apart
-        # here.
+        # A decoder with byte fallback replaces a whole run of bytes if one of them is wrong. Then a
+        # character that was shown already would change. So the wrong bytes are replaced here first.
         tokens = map(self._tokenizer.id_to_token, token_ids)
         hidden = self._special_texts if skip_special_tokens else frozenset()
         shown = [token for token in tokens if token is not None and token not in hidden]
@@ -108,17 +107,17 @@ class Tokenizer:
     # --- what a detokenizer needs to know ---------------------------------------------------------
 
     def knows(self, token_id: int) -> bool:
-        """Whether there is such a token; decoding passes over others."""
+        """Whether there is such a token. Decoding skips unknown ids."""
         return self._tokenizer.id_to_token(token_id) is not None
 
     @cached_property
     def special_token_ids(self) -> frozenset[int]:
-        """Those that skip_special_tokens leaves out."""
+        """The tokens that skip_special_tokens leaves out."""
         return frozenset(i for i, text in self.added_tokens.items() if text in self._special_texts)
 
     @cached_property
     def added_tokens(self) -> dict[int, str]:
-        """Tokens that stand beside the model's vocabulary (special or not): id -> text."""
+        """Tokens that were added to the model's vocabulary (special or not): id -> text."""
         found = self._tokenizer.get_added_tokens_decoder()
         return {token_id: token.content for token_id, token in found.items()}
 
@@ -145,18 +144,18 @@ class Tokenizer:
         tokenize: bool = False,
         **variables: Any,
     ) -> str | list[int]:
-        """The prompt that a model was trained to see for a conversation, or its token ids.
+        """Render the prompt for a conversation, in the form that the model was trained on.
 
-        messages: ``{"role": "user" | "assistant" | "system", "content": text}`` each; content may
+        messages: each ``{"role": "user" | "assistant" | "system", "content": text}``; content may
         be a list of ``{"type": "text", "text": text}``. tools, documents: lists of dicts, for
-        templates that know them. chat_template: a template, or the name of one of the checkpoint's.
-        add_generation_prompt: open the model's turn (by default, unless continue_final_message
-        leaves the last message open). tokenize: return token ids. variables: further names that
-        the template reads.
+        templates that use them. chat_template: a template, or the name of one of the checkpoint's.
+        add_generation_prompt: open the model's turn (the default, unless continue_final_message
+        leaves the last message open). tokenize: return token ids instead of text. variables:
+        further variables for the template.
 
         A template is not trusted: it runs in a sandbox, in a process with limits. Raises
-        `RequestError` when it refuses the messages or exceeds a limit, `ConfigError` when there is
-        none or it is broken.
+        `RequestError` if it refuses the messages or exceeds a limit, and `ConfigError` if there is
+        no template or it is broken.
         """
         for name in NOT_HERE:
             if variables.pop(name, None):
@@ -195,7 +194,7 @@ class Tokenizer:
 
     @cached_property
     def _all_templates(self) -> dict[str, TemplateSource]:
-        """By name. Those in files of their own come before those of the config."""
+        """All templates by name. Templates in files of their own replace those of the config."""
         found = dict(self._chat_templates)
         for file in sorted(self.path.glob("additional_chat_templates/*.jinja")):
             found[file.stem] = TemplateSource(_read_text(file), file)
@@ -209,7 +208,7 @@ class Tokenizer:
 
 
 def _read_bytes(file: Path) -> bytes:
-    """What is in a file, without the mark that some editors put before UTF-8."""
+    """Read a file, without the byte order mark that some editors put before UTF-8."""
     try:
         content = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
@@ -234,7 +233,7 @@ def _read_text(file: Path) -> str:
 
 
 def _read_object(file: Path) -> dict[str, Any]:
-    """A JSON file that holds an object; empty if there is no such file."""
+    """Read a JSON file that holds an object. Returns {} if there is no such file."""
     if not os.path.lexists(file):
         return {}
     text = _read_text(file)
@@ -271,7 +270,7 @@ def _load_tokenizer(path: Path) -> Any:
 
 
 def _is_of_the_library(error: BaseException) -> bool:
-    """Whether `tokenizers` raised it: it has no error type, and its panics are no Exceptions."""
+    """Whether `tokenizers` raised the error: it has no error type, and panics are no Exceptions."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
@@ -286,7 +285,8 @@ def _convert_slow_tokenizer(path: Path) -> Any:
         ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False).backend_tokenizer
-    except Exception as error:  # whatever transformers and its converters raise
+    except Exception as error:
+        # transformers and its converters may raise any error.
         raise ConfigError(
             f"{path} has no tokenizer that can be loaded ({clean(str(error))}); {way_out}."
         ) from error
@@ -297,7 +297,7 @@ def _convert_slow_tokenizer(path: Path) -> Any:
 
 
 def _templates_of_config(path: Path, config: dict[str, Any]) -> dict[str, TemplateSource]:
-    """tokenizer_config.json's templates by name: one is called "default"."""
+    """The templates of tokenizer_config.json by name. A single template is named "default"."""
     file, value = path / "tokenizer_config.json", config.get("chat_template")
     if value is None:
         return {}
@@ -324,16 +324,16 @@ def _is_named_template(entry: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Declared:
-    """A token that a file says has this id."""
+    """A token with the id that a file declares for it."""
 
     token_id: int
     token: Any  # tokenizers.AddedToken
 
 
 class _SideFiles:
-    """What tokenizer_config.json, special_tokens_map.json and added_tokens.json say of tokens.
+    """The tokens that tokenizer_config.json, special_tokens_map.json and added_tokens.json declare.
 
-    The last two are older: they count where the config has no "added_tokens_decoder".
+    The last two files are older. They count only if the config has no "added_tokens_decoder".
     """
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
@@ -350,13 +350,13 @@ class _SideFiles:
             lists |= more_lists
         self._named = named
         self._extra = [token for tokens in lists.values() for token in tokens]
-        #: Named special tokens, and lists of them, as texts.
+        #: Named special tokens, and lists of them, as strings.
         self.special_tokens = {name: token.content for name, token in named.items()}
         self.special_lists = {name: [t.content for t in tokens] for name, tokens in lists.items()}
         self._declared = self._declared_tokens(config)
 
     def add_tokens(self, tokenizer: Any) -> None:
-        """Make the tokenizer know all these tokens; new ones get the next free ids."""
+        """Add all these tokens to the tokenizer. New tokens get the next free ids."""
         known = {repr(token): token for token in tokenizer.get_added_tokens_decoder().values()}
         contents = {token.content for token in known.values()}
         new = [d.token for d in self._declared if repr(d.token) not in known]
@@ -405,7 +405,7 @@ class _SideFiles:
 def _special_tokens_of(
     file: Path, content: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, list[Any]]]:
-    """(special tokens by name, lists of further ones by name) of a file."""
+    """(special tokens by name, lists of further special tokens by name) of a file."""
     named = {}
     for name, value in content.items():
         if name in SPECIAL_TOKENS and value is not None:
@@ -433,7 +433,7 @@ def _plain_token(content: str, special: bool) -> Any:
 
 
 def _token(file: Path, name: str, value: Any, special: bool) -> Any:
-    """The token that an entry of a file describes: its text, or an object with its flags."""
+    """The token that an entry of a file describes: a string, or an object with flags."""
     from tokenizers import AddedToken
 
     if isinstance(value, str) and special:
@@ -459,14 +459,14 @@ def _token_id(file: Path, value: Any) -> int:
 
 
 def _replace_wrong_bytes(tokens: list[str]) -> list[str]:
-    """Tokens like <0xE4> that are no part of a character become U+FFFD; the others are left."""
+    """Replace tokens like <0xE4> that belong to no character by U+FFFD. Others stay."""
     result: list[str] = []
     run: list[str] = []
     for token in [*tokens, ""]:
         if _byte_of(token) is not None:
             run.append(token)
             continue
-        # Python marks each wrong byte by a surrogate.
+        # Python marks each wrong byte with a surrogate.
         for char in bytes(byte for byte in map(_byte_of, run) if byte is not None).decode(
             "utf-8", errors="surrogateescape"
         ):
@@ -490,10 +490,10 @@ def _byte_of(token: str) -> int | None:
 
 
 def _num_unfinished(text: str) -> int:
-    """Characters at the end of text that the next tokens may change.
+    """The number of characters at the end of text that the next tokens may change.
 
-    Four bytes make the longest character, so at most three can wait for the rest; what stands
-    before those is broken for good.
+    The longest character has four bytes, so at most three bytes can wait for the rest. Wrong bytes
+    before these three stay wrong.
     """
     if not text.endswith(REPLACEMENT):
         return 0
@@ -501,7 +501,7 @@ def _num_unfinished(text: str) -> int:
 
 
 def _length_in_common(one: str, other: str) -> int:
-    """How many characters at the beginning are the same."""
+    """The length of the longest common prefix of two strings."""
     if other.startswith(one):
         return len(one)
     pairs = enumerate(zip(one, other, strict=False))
@@ -509,17 +509,17 @@ def _length_in_common(one: str, other: str) -> int:
 
 
 class Detokenizer:
-    """The text of one completion as its tokens come: never half a character, never a part of a stop
-    string.
+    """The text of one completion, decoded as its tokens come.
 
-    The text is what its tokens add to the prompt's, so that prompt + text reads as all tokens
-    decoded together do: the first word keeps the space before it. It is a function of the tokens
-    alone, however they come: one at a time, or all at the end. To rebuild a detokenizer, give a new
-    one the same tokens and set `num_emitted`.
+    The text never ends inside a character, nor inside a stop string. It is what the tokens add to
+    the prompt: prompt + text equals the decoding of all tokens together, so the first word keeps
+    the space before it. The text depends on the tokens alone, whether they come one at a time or
+    all at the end. To rebuild a detokenizer, give a new one the same tokens and set `num_emitted`.
     """
 
-    #: At least so many tokens before the new ones are decoded with them. A character has four bytes
-    #: at most, and a byte may be a token: so the end of an unfinished one is always among them.
+    #: At least this number of earlier tokens is decoded together with the new ones. A character has
+    #: at most four bytes, and a token may be one byte, so they include all bytes of an unfinished
+    #: character.
     CONTEXT = 4
 
     def __init__(
@@ -532,26 +532,29 @@ class Detokenizer:
         include_stop: bool = False,
         spaces_between_special_tokens: bool = True,
     ) -> None:
-        """include_stop: the text ends after the stop string. spaces_between_special_tokens: False
-        takes out the space that decoding puts between two special tokens of the output.
+        """Start after the prompt.
+
+        include_stop: the text ends after the stop string. spaces_between_special_tokens: False
+        removes the space that decoding puts between two special tokens of the output.
         """
         self.text = ""
-        #: Characters of `text` that `emit` has given out.
+        #: The number of characters of `text` that `emit` has returned.
         self.num_emitted = 0
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
         self._stops, self._include_stop = stop_strings, include_stop
         self._hidden = tokenizer.special_token_ids if skip_special_tokens else frozenset()
-        # Tokens that are decoded together, hidden ones left out: some context, then those that came
-        # since.
+        # The tokens that are decoded together: some context, then the tokens since. Hidden tokens
+        # are left out.
         self._window, self._context_text = self._context_of(prompt_token_ids)
-        # characters of the window's text before the new ones
+        # The number of characters of the window's text before the new ones.
         self._num_known = len(self._context_text)
-        self._is_open = False  # whether the window's text has an end that is not accepted yet
+        # Whether the window's text has an end that is not accepted yet.
+        self._is_open = False
         self._tight = not (spaces_between_special_tokens or skip_special_tokens)
         self._last_token: int | None = None
 
     def append(self, token_id: int, check_stop: bool = True) -> str | None:
-        """Add a token. Returns the stop string it completed, if any; `text` then ends before it."""
+        """Add a token. Returns the stop string that it completes; `text` then ends before that."""
         if token_id in self._hidden:
             return None
         self._window.append(token_id)
@@ -562,7 +565,7 @@ class Detokenizer:
         return self._accept(new_text, check_stop)
 
     def extend(self, token_ids: Sequence[int]) -> None:
-        """Add many tokens at once, and look for no stop string."""
+        """Add many tokens at once, without looking for stop strings."""
         if self._tight:
             for token_id in token_ids:
                 self.append(token_id, check_stop=False)
@@ -572,7 +575,7 @@ class Detokenizer:
             self.text += self._new_text(decoded, _num_unfinished(decoded))
 
     def finish(self, check_stop: bool = True) -> str | None:
-        """No more tokens: accept what is left, even half a character. Returns as `append`."""
+        """Accept the rest, even half a character. Returns a completed stop string, as `append`."""
         return (
             self._accept(self._new_text(self._decode(self._window), 0), check_stop)
             if self._is_open
@@ -580,13 +583,14 @@ class Detokenizer:
         )
 
     def num_safe(self, finished: bool) -> int:
-        """Characters of `text` that stay, whatever comes: all but an end that may begin a stop
-        string.
+        """The number of characters of `text` that will not change, whatever tokens follow.
+
+        An end of the text that may begin a stop string is not counted.
         """
         return len(self.text) if finished else len(self.text) - self._num_held_back()
 
     def emit(self, finished: bool) -> str:
-        """The text that is new since the last call, less an end that may begin a stop string."""
+        """Return the new text since the last call, without an end that may begin a stop string."""
         end = self.num_safe(finished)
         new = self.text[self.num_emitted : end]
         self.num_emitted = max(self.num_emitted, end)
@@ -594,18 +598,18 @@ class Detokenizer:
 
     @property
     def emitted(self) -> str:
-        """All that `emit` has given out so far."""
+        """All text that `emit` has returned so far."""
         return self.text[: self.num_emitted]
 
-    # --- decoding the new tokens as if all were decoded
-    # ----------------------------------------------
+    # --- decoding the new tokens as if all were decoded -------------------------------------------
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids, self._skip)
 
     def _new_text(self, decoded: str, num_unfinished: int, token_id: int | None = None) -> str:
-        """What the window's text has got since the last call."""
-        if not self.text:  # if the prompt ends within a character, the output may complete it
+        """The new part of the window's text since the last call."""
+        # If the prompt ends inside a character, the output may complete it.
+        if not self.text:
             self._num_known = _length_in_common(self._context_text, decoded)
         end = len(decoded) - num_unfinished
         new = decoded[self._num_known : end]
@@ -618,12 +622,12 @@ class Detokenizer:
         return new
 
     def _context_of(self, token_ids: Sequence[int]) -> tuple[list[int], str]:
-        """The last tokens after which the next are decoded as they are after all of these, and
-        their text.
+        """The shortest context for the next tokens, and its text.
 
-        A decoder treats the first token of all differently (its space, its ##), and looks at
-        neighbours for bytes that make a character. So it is enough to have some tokens that show
-        some text, and the same text as they do after others.
+        The context is the last tokens of token_ids after which the next tokens are decoded as they
+        would be after all of them. A decoder treats the very first token differently (its space,
+        its ##), and combines neighbouring bytes into characters. So a context is long enough if it
+        shows some text, and shows the same text as after other tokens.
         """
         count = self.CONTEXT
         while len(shown := self._last_shown(token_ids, 2 * count)) > count:
@@ -643,7 +647,7 @@ class Detokenizer:
         return found[::-1]
 
     def _forget(self, decoded: str) -> None:
-        """Make the window (decoded: its text) shorter, if what remains is decoded as it was."""
+        """Shorten the window (its text: decoded) if the rest is decoded as before."""
         rest = self._window[-self.CONTEXT :]
         text, unfinished = self._decode(rest), len(decoded) - self._num_known
         if len(text) > unfinished and decoded.endswith(text):
@@ -654,8 +658,7 @@ class Detokenizer:
                 token_id for token_id in self._window if self._tokenizer.knows(token_id)
             ]
 
-    # --- stop strings
-    # ---------------------------------------------------------------------------------
+    # --- stop strings -----------------------------------------------------------------------------
 
     def _accept(self, new_text: str, check_stop: bool) -> str | None:
         old_length = len(self.text)

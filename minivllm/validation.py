@@ -1,8 +1,8 @@
-"""Checks values against type annotations: the options of an engine, the fields of a JSON file.
+"""Check values against type annotations: the options of an engine, the fields of a JSON file.
 
-A field says what it may hold where it is declared: ``seed: Annotated[int, Range(0)]``. Nothing can
-be added to a class whose fields are checked so and be forgotten here. Python's own rules are too
-lenient for options: ``"off"`` is true, and ``True`` is the integer 1.
+A field declares its valid values in its annotation: ``seed: Annotated[int, Range(0)]``. So every
+field of such a class is checked, and none can be forgotten here. Python's own rules are too lenient
+for options: ``"off"`` is true, and ``True`` is the integer 1.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number, both included unless `above`: then the value must be greater than
-    `low`.
-    """
+    """Bounds of a number. Both are included; with `above` the value must be greater than `low`."""
 
     low: float | None = None
     high: float | None = None
@@ -41,10 +39,10 @@ class Range:
 
 
 def check(value: Any, annotation: Any) -> Any:
-    """The value as the annotation has it: a plain int for NumPy's, a float for an integer.
+    """Convert the value to the annotated type: NumPy's int to int, an integer to float.
 
     annotation: bool, int, float, str, a `Literal` of strings, one of these `Annotated` with a
-    `Range`, or any of these or None. Raises ValueError saying what is allowed: "must be …, got …".
+    `Range`, or any of these or None. Raises ValueError with the valid values: "must be …, got …".
     """
     options = (
         get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
@@ -68,19 +66,19 @@ def annotations_of(cls: type) -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """The value for an error message: one line, of a length that can be read."""
+    """Show a value in an error message: on one line of limited length."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _plain(value: Any) -> Any:
-    """A NumPy scalar as Python's own; everything else as it is."""
+    """A NumPy scalar as a Python scalar; any other value as it is."""
     is_scalar = type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0
     return value.item() if is_scalar else value
 
 
 def _convert(value: Any, kind: Any) -> Any:
-    """The value as this kind, or None when it is none of it."""
+    """Convert the value to this type. Returns None if it does not fit."""
     if get_origin(kind) is Literal:
         return value if isinstance(value, str) and value in get_args(kind) else None
     if kind in (bool, str):

@@ -82,7 +82,7 @@ def test_an_option_of_vllm_is_refused_by_name(name: str) -> None:
         ({"pipeline_parallel_size": 2}, "tensor_parallel_size"),
         ({"pipeline_parallel_size": True}, "tensor_parallel_size"),  # True is no 1
         ({"num_gpu_blocks_override": 100}, "num_kv_blocks"),
-        ({"swap_space": 4}, "computed anew"),
+        ({"swap_space": 4}, "computed again"),
         ({"tokenizer": "gpt2"}, "skip_tokenizer_init"),
         ({"revision": "main"}, "snapshot_download"),
         ({"hf_overrides": {"rope_theta": 1e6}}, "config.json"),

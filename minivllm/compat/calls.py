@@ -1,6 +1,4 @@
-"""What vLLM's calls have and minivllm's lack: sampling parameters, arguments and methods, by name,
-each with what to do instead.
-"""
+"""Parameters, arguments and methods of vLLM that minivllm lacks, and what to use instead."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -86,7 +84,7 @@ ARGUMENTS = {
     "chat_template_content_format": "contents are text, or parts of type text",
     "return_assistant_tokens_mask": _HIDDEN,
 }
-#: Values by which such an argument asks for nothing.
+#: Values with which such an argument asks for nothing.
 _ASKS_NOTHING = {"chat_template_content_format": ("auto", "string", "openai")}
 
 #: Methods of vLLM's LLM.
@@ -130,7 +128,7 @@ def refuse_parameter(name: str, known: Iterable[str]) -> NoReturn:
 def refuse_arguments(call: str, arguments: Mapping[str, Any], known: Iterable[str]) -> None:
     """Raise for the first of these keyword arguments, unless its value asks for nothing.
 
-    call: the method's name, for the message. known: the arguments that the method does have.
+    call: the method's name, for the message. known: the arguments that the method has.
     """
     for name, value in arguments.items():
         if name not in ARGUMENTS:
@@ -144,7 +142,7 @@ def refuse_arguments(call: str, arguments: Mapping[str, Any], known: Iterable[st
 
 
 def refuse_method(obj: object, name: str) -> NoReturn:
-    """Raise for an attribute that `obj` does not have; what a class's `__getattr__` calls."""
+    """Raise for a missing attribute of `obj`. A class's `__getattr__` calls this."""
     owner = type(obj).__name__
     if name in METHODS:
         raise UnsupportedMethodError(
@@ -154,6 +152,6 @@ def refuse_method(obj: object, name: str) -> NoReturn:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """ " Did you mean 'x'?", or nothing when no known name is close."""
+    """A sentence " Did you mean 'x'?", or "" if no known name is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else ""

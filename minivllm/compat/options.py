@@ -1,9 +1,8 @@
-"""Options of vLLM's `LLM(...)` and `EngineArgs` that minivllm does not have, and what to do
-instead.
+"""Options of vLLM's `LLM(...)` and `EngineArgs` that minivllm lacks, and what to do instead.
 
-Each name is refused with a hint. A value that asks for what minivllm does anyway (a
-feature switched off, the one choice there is) is accepted and changes nothing. The names are those
-of vLLM's engine arguments from 0.8 to the versions of 2026.
+Each option is refused with a hint. A value is accepted, and changes nothing, if it asks for what
+minivllm does anyway (a feature switched off, or the only choice). The names are those of vLLM's
+engine arguments, from version 0.8 to the versions of 2026.
 """
 
 from __future__ import annotations
@@ -19,15 +18,14 @@ from minivllm.validation import shown
 
 @dataclass(frozen=True)
 class Missing:
-    """A group of vLLM's options that are not here, for one reason."""
+    """A group of vLLM's options that minivllm lacks, for one reason."""
 
     names: str  # separated by spaces
     hint: str
     accepted: tuple[Any, ...] = (None, False)  # values that ask for nothing
 
 
-#: What several options that switch a feature off, or hold its details, look like when it is not
-#: used.
+#: The values of options that switch a feature off, or that hold details of an unused feature.
 OFF: tuple[Any, ...] = (None, False, {}, [], "", 0, 0.0)
 
 MISSING = (
@@ -148,7 +146,7 @@ MISSING = (
         " kv_offloading_backend kv_transfer_config kv_events_config ec_transfer_config"
         " ec_manager_config enable_cumem_allocator",
         "nothing is moved to another memory: weights and cache must fit, and a sequence that has"
-        " lost its blocks is computed anew",
+        " lost its blocks is computed again",
         (None, False, 0, 0.0, [], set()),
     ),
     Missing("enable_chunked_prefill", "long prompts are always computed in chunks", (None, True)),
@@ -232,15 +230,15 @@ MISSING = (
     ),
 )
 
-#: vLLM lets None stand for the default in these; here the type of the option has no None.
+#: For these options None means the default in vLLM. In minivllm their type does not include None.
 NONE_IS_DEFAULT = ("max_num_seqs", "enable_prefix_caching", "seed")
 
 
 def own_options(options: Mapping[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
-    """Of options given to an engine, those that minivllm has. known: their names.
+    """Select the options that minivllm has. known: the names of these options.
 
-    Raises `ConfigError` for one that only vLLM has (unless its value asks for nothing) and for one
-    that nobody has.
+    Raises `ConfigError` for an option that only vLLM has (unless its value asks for nothing), and
+    `UnknownOptionError` for an unknown name.
     """
     missing = dict(_by_name())
     own = {}

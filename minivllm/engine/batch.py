@@ -1,5 +1,6 @@
-"""The tensors of one step: all scheduled tokens of all sequences, laid end to end. Taught in
-notebooks/07_engine.ipynb.
+"""Build the tensors of one step: all scheduled tokens of all sequences, end to end.
+
+Taught in notebooks/07_engine.ipynb.
 
 No padding: sequence i owns the tokens from ``query_start_loc[i]`` to ``query_start_loc[i + 1]``.
 Sequences with one new token come first (`num_decodes` of them), so that decode and prefill
@@ -17,12 +18,13 @@ from minivllm.layers.attention import AttentionMetadata
 
 @dataclass(frozen=True)
 class BatchInputs:
-    """What the model's forward takes, and which rows of its output are wanted."""
+    """The inputs of the model's forward pass, and the rows of its output that need logits."""
 
     token_ids: torch.Tensor  # [T] int64
     positions: torch.Tensor  # [T] int64
     attention: AttentionMetadata
-    logits_indices: torch.Tensor  # [R] int64: rows of the hidden states whose logits are needed
+    #: Rows of the hidden states whose logits are needed.
+    logits_indices: torch.Tensor  # [R] int64
 
 
 @dataclass(frozen=True)
@@ -31,15 +33,16 @@ class BatchRow:
 
     token_ids: Sequence[int]
     start: int
-    samples: bool  # whether the last of the tokens gives a logit row to sample from
+    #: Whether the last of these tokens gives a logit row to sample from.
+    samples: bool
 
 
 def build_batch(rows: Sequence[BatchRow], block_table: np.ndarray, block_size: int) -> BatchInputs:
     """Flatten the rows of a step into tensors on the CPU.
 
-    rows: B of them, those with one token first. block_table: [B, max_blocks] int32. Returns CPU
-    tensors; the runner moves them. This is the function that a learner writes in chapter 07 and
-    hands to ``LLM(build_batch=...)``.
+    rows: B rows, those with one token first. block_table: [B, max_blocks] int32. The tensors that
+    are returned lie on the CPU; the runner copies them to the device. Learners write this function
+    in chapter 07 and pass it to ``LLM(build_batch=...)``.
     """
     query_lens = np.array([len(row.token_ids) for row in rows], dtype=np.int64)
     starts = np.array([row.start for row in rows], dtype=np.int64)

@@ -1,15 +1,15 @@
-"""CUDA graphs of the decode step: from the slots of the running sequences to their next tokens in
-one launch.
+"""CUDA graphs of the decode step: one launch from running slots to their next tokens.
 
-A decode step is some hundred small kernels; launched one by one from Python they take longer than
-they run. A graph is recorded once for each of a few batch sizes and then replayed whole. Its
-addresses are fixed, so what changes from step to step lies in tensors that stay (`DecodeState`):
-block tables, positions, last tokens. The graph reads them, advances them itself, and the CPU sends
-only which slots run, and blocks that are new.
+A decode step consists of some hundred small kernels. Launching them one by one from Python takes
+longer than running them. So a graph is recorded once for each of a few batch sizes, and then
+replayed as a whole. The addresses in a graph are fixed, so the data that changes from step to step
+lies in tensors that stay in place (`DecodeState`): block tables, positions, last tokens. The graph
+reads these tensors and advances them itself. The CPU sends only the slots that run and the blocks
+that are new.
 
 A batch is padded to the next recorded size. A padded row stands for the spare slot: its context is
-0 tokens long and its K and V are written nowhere (slot_mapping -1), so it can harm nobody. Taught
-in notebooks/08_cuda_graphs.ipynb.
+0 tokens long, and its K and V are written nowhere (slot_mapping -1), so it cannot change the other
+rows. Taught in notebooks/08_cuda_graphs.ipynb.
 """
 
 from __future__ import annotations
@@ -28,23 +28,24 @@ from minivllm.layers.attention import AttentionMetadata
 
 @dataclass(frozen=True)
 class DecodeState:
-    """What the GPU knows of each slot. N slots and, last, the spare one."""
+    """What the GPU knows about each slot: N slots and, as the last entry, the spare one."""
 
     block_table: torch.Tensor  # [N + 1, max_blocks] int32
-    position: torch.Tensor  # [N + 1] int64: of the token to compute next
-    last_token: torch.Tensor  # [N + 1] int64: that token
+    position: torch.Tensor  # [N + 1] int64: the position of the token to compute next
+    last_token: torch.Tensor  # [N + 1] int64: the token to compute next
 
     @staticmethod
     def empty(num_slots: int, max_blocks: int, device: torch.device) -> DecodeState:
-        """All zero."""
+        """A state of zeros."""
         table = torch.zeros(num_slots + 1, max_blocks, dtype=torch.int32, device=device)
         return DecodeState(table, *torch.zeros(2, num_slots + 1, dtype=torch.int64, device=device))
 
     def decode_metadata(
         self, slots: torch.Tensor, block_size: int, max_seq_len: int
     ) -> AttentionMetadata:
-        """One token for each of slots [B] int64, at its position. max_seq_len: an upper bound for
-        all of them.
+        """Metadata of a step with one token per slot, each at the position of its slot.
+
+        slots: [B] int64. max_seq_len: an upper bound of the context lengths of all these slots.
         """
         is_real, position = slots < len(self.position) - 1, self.position[slots]
         block_table = self.block_table[slots]
@@ -61,13 +62,15 @@ class DecodeState:
         )
 
     def set_last_token(self, slots: torch.Tensor, token_ids: torch.Tensor) -> None:
-        """Of `NOT_A_TOKEN` only the low word, a valid id, is kept: views and one write, no kernel
-        to replace it.
+        """Store the token that each slot computes next. slots, token_ids: [B] int64.
+
+        Only the low word of `NOT_A_TOKEN` is kept, which is a valid id. This takes views and one
+        write; a replacement would take one more kernel.
         """
         _low_words(self.last_token)[slots] = _low_words(token_ids)
 
     def advance(self, slots: torch.Tensor, token_ids: torch.Tensor) -> None:
-        """Each slot has got a token; the spare one stays at position 0."""
+        """Note one new token per slot. The spare slot stays at position 0."""
         self.set_last_token(slots, token_ids)
         self.position[slots] = torch.where(
             slots < len(self.position) - 1, self.position[slots] + 1, 0
@@ -75,15 +78,15 @@ class DecodeState:
 
 
 def _low_words(numbers: torch.Tensor) -> torch.Tensor:
-    """[N] int64 -> [N] int32, a view of the lower halves (machines that run torch are
-    little-endian).
-    """
+    """[N] int64 -> [N] int32: a view of the low halves (torch runs on little-endian machines)."""
     return numbers.contiguous().view(torch.int32).view(-1, 2)[:, 0]
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Batch sizes to record: close together where steps are short; above 64 at most a quarter of a
-    step is padding.
+    """Batch sizes to record.
+
+    The sizes lie close together where steps are short. Above 64 at most a quarter of a step is
+    padding.
     """
     sizes = [
         1,
@@ -98,8 +101,10 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
 
 
 class DecodeGraphs:
-    """Recorded decode steps. step: slots [B] int64 -> (token ids [B], hidden states [B,
-    hidden_size]) on the GPU.
+    """Recorded decode steps.
+
+    step: the function to record, from slots [B] int64 to (token ids [B], hidden states
+    [B, hidden_size]), all on the GPU.
     """
 
     def __init__(
@@ -111,17 +116,17 @@ class DecodeGraphs:
     ) -> None:
         self.sizes, self.spare_slot = list(sizes), spare_slot
         self._slots = torch.full((max(sizes),), spare_slot, dtype=torch.int64, device=device)
-        self._padded: list[int] = []  # what `_slots` holds
+        self._padded: list[int] = []  # the content of `_slots`
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
         before = torch.cuda.mem_get_info(device)[0]
         pool = torch.cuda.graph_pool_handle()
-        # Garbage collected during a recording may be another engine's, whose release would
-        # invalidate the recording.
+        # Collect garbage now: during a recording the collector might release another engine's
+        # memory, which would invalidate the recording.
         gc.collect()
         was_enabled = gc.isenabled()
         gc.disable()
         try:
-            # The largest first: the others find its memory in the pool.
+            # The largest size first: the smaller ones reuse its memory in the pool.
             for size in tqdm(sorted(sizes, reverse=True), desc="CUDA graphs", leave=False):
                 self._graphs[size] = self._record(step, size, pool)
         except BaseException:
@@ -131,34 +136,37 @@ class DecodeGraphs:
             if was_enabled:
                 gc.enable()
         torch.cuda.synchronize(device)
-        # of the GPU, for the recordings
+        # GPU memory that the recordings take.
         self.memory_bytes = max(0, before - torch.cuda.mem_get_info(device)[0])
 
     def _record(
         self, step: Callable, size: int, pool: Any
     ) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
-        step(self._slots[:size])  # compiles kernels, which a recording must not
+        # The first run compiles kernels, which is not allowed during a recording.
+        step(self._slots[:size])
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on using the GPU: NCCL's, which looks after the collectives, does.
+        # "thread_local": other threads may use the GPU during the recording. NCCL's watchdog does.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             token_ids, hidden = step(self._slots[:size])
         return graph, token_ids, hidden
 
     def release(self) -> None:
-        """Destroy the recordings. What they hold, NCCL's communicators above all, cannot end before
-        them.
+        """Destroy the recordings.
+
+        They keep other objects alive, above all NCCL's communicators, which must end after them.
         """
         for graph, *_ in self._graphs.values():
             graph.reset()
         self._graphs.clear()
 
     def replay(self, slots: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the step for these slots. The results are overwritten by the next replay."""
+        """Run the step for these slots. The next replay overwrites the results."""
         size = self.sizes[bisect.bisect_left(self.sizes, len(slots))]
         padded = [*slots, *[self.spare_slot] * (size - len(slots))]
         if padded != self._padded:
-            self._padded = []  # until the copy is on its way
-            # Pinned: from pageable memory the copy would first wait for all that the GPU has to do.
+            # Empty until the copy has been started.
+            self._padded = []
+            # Pinned memory: a copy from pageable memory first waits for all queued work of the GPU.
             self._slots[:size].copy_(torch.tensor(padded, pin_memory=True), non_blocking=True)
             self._padded = padded
         graph, token_ids, hidden = self._graphs[size]

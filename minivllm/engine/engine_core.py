@@ -1,12 +1,11 @@
-"""The engine's core: sequences of token ids in, token ids out. Plans steps, runs them, brings their
-results.
+"""The engine's core: sequences of token ids in, new token ids out.
 
-It knows no text and no callers. `step` returns, for each sequence, the new tokens and perhaps an
-end; whoever drives the core (`LLMEngine`) keeps what has come out. So the core is disposable:
-`restart` builds queues, slots and blocks anew from sequences that are given to it, wherever the
-step before was cut short.
+The core plans steps, runs them and returns their results. It knows no text and no callers. For each
+sequence, `step` returns the new tokens and, at the end, a finish reason; the driver (`LLMEngine`)
+keeps these results. So the core is disposable: `restart` builds queues, slots and blocks anew from
+given sequences, wherever the step before was interrupted.
 
-With tensor_parallel_size > 1 every rank runs a core like this one on its share of the model; see
+With tensor_parallel_size > 1 every rank runs such a core on its share of the model; see
 parallel/launch.py.
 """
 
@@ -47,8 +46,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EnginePieces:
-    """What an engine is made of; your own in place of the package's. kernels: None chooses them by
-    the backend; model_cls: None takes the registry's for the checkpoint's architecture.
+    """The parts of an engine. A caller may replace each of them by a part of their own.
+
+    kernels: None chooses the kernels by the backend. model_cls: None takes the class that the
+    registry has for the checkpoint's architecture.
     """
 
     kernels: Kernels | None = None
@@ -60,37 +61,42 @@ class EnginePieces:
 
 @dataclass(eq=False, slots=True)
 class SequenceOutput:
-    """What a step gave one sequence: new tokens, and perhaps its end. Holds until the next step."""
+    """The result of a step for one sequence: new tokens, and perhaps its end.
+
+    Valid until the next step, which uses the object again.
+    """
 
     seq_id: int
     token_ids: abc.Sequence[int]
-    #: "stop", "length", or "error": the model's numbers were not finite
+    #: "stop", "length", or "error" (the model's logits were not finite).
     finish_reason: str | None = None
-    stop_reason: str | int | None = None  # the stop token of the request that ended it
-    #: of the step; those of token_ids[i] stand in row `row + i`
+    #: The request's stop token that ended the sequence.
+    stop_reason: str | int | None = None
+    #: Logprobs of the whole step. Those of token_ids[i] stand in row `row + i`.
     logprobs: TokenLogprobs | None = None
     row: int = 0
 
 
 @dataclass(eq=False)
 class StepOutput:
-    """What a step brought. All lists may be empty."""
+    """The results of a step. All lists may be empty."""
 
-    start_time: float  # of the step that was planned, in seconds of time.perf_counter
-    #: (seq_id, tokens from the prefix cache)
+    #: When the planning of the step began, in seconds of time.perf_counter.
+    start_time: float
+    #: (seq_id, number of tokens from the prefix cache).
     admitted: list[tuple[int, int]] = field(default_factory=list)
     outputs: list[SequenceOutput] = field(default_factory=list)
-    #: (seq_id, position of the first token, logprobs of the prompt's tokens from there on)
+    #: (seq_id, position of the first token, logprobs of the prompt's tokens from that position on).
     prompt_logprobs: list[tuple[int, int, TokenLogprobs]] = field(default_factory=list)
 
 
 def choose_kernels(
     config: EngineConfig, model_config: ModelConfig, group: TensorParallelGroup = SINGLE
 ) -> Kernels:
-    """The fastest kernels for a resolved config: the same on every rank of the group.
+    """The fastest kernels for a resolved config. Every rank of the group gets the same choice.
 
-    What is fast on a CPU is measured. Rank 0 decides for all: each rank samples for itself, so the
-    ranks' logits must be equal to the last bit.
+    What is fast on a CPU is measured, and rank 0 decides for all: each rank samples for itself, so
+    the ranks' logits must be equal to the last bit.
     """
     if config.attention_backend == "triton":
         return Kernels.triton()
@@ -104,8 +110,9 @@ def choose_kernels(
 
 
 class EngineCore:
-    """Scheduler, block manager, model runner and the other ranks. config: as the caller gave it,
-    not yet resolved.
+    """Scheduler, block manager, model runner, and the connection to the other ranks.
+
+    config: the caller's config, not yet resolved.
     """
 
     def __init__(
@@ -125,7 +132,7 @@ class EngineCore:
         self._pieces = pieces
         arguments = (self.config.device, _run_rank, model_path, config, pieces)
         self.ranks = EngineRanks(config.tensor_parallel_size, *arguments, group=group)
-        # Also when nobody closes the engine: garbage, or the end of the program.
+        # The finalizer also runs at garbage collection and at the end of the program.
         self.close = weakref.finalize(self, self.ranks.close)
         try:
             kernels = pieces.kernels or choose_kernels(
@@ -147,17 +154,19 @@ class EngineCore:
         self.config = replace(self.config, num_kv_blocks=self.model_runner.num_kv_blocks)
         self.trace = self._new_trace() if config.trace else None
         self._trace_start = 0.0
-        self._token_hash = xxhash.xxh3_64()  # of every token so far
-        # steps that may be under way when the next is planned
+        # A running hash of every token so far.
+        self._token_hash = xxhash.xxh3_64()
+        # The number of steps that may still run when the next one is planned.
         self._depth = int(self.config.async_scheduling)
         self.peak_used_kv_blocks = 0
         self.scheduler = self._new_scheduler()
-        self._sequences: dict[int, Sequence] = {}  # those that have not finished
+        self._sequences: dict[int, Sequence] = {}  # unfinished sequences
         self._in_flight: deque[tuple[ScheduledBatch, StepResult, StepRecord | None]] = deque()
-        #: The objects of `StepOutput.outputs`, used again in every step: with some hundred new ones
-        #: a step, Python's collector runs a hundred times as often.
+        #: The objects of `StepOutput.outputs`, used again in every step: with some hundred new
+        #: objects per step, Python's garbage collector runs a hundred times as often.
         self._spare_outputs: list[SequenceOutput] = []
-        self._last_record: StepRecord | None = None  # of the step whose results came last
+        # The record of the step whose results came last.
+        self._last_record: StepRecord | None = None
 
     # --- sequences --------------------------------------------------------------------------------
 
@@ -169,12 +178,13 @@ class EngineCore:
             self.ranks.mirror("add_described", _describe(seq))
 
     def add_described(self, description: dict[str, Any]) -> None:
-        """`add` on another rank, from what the wire has brought."""
+        """`add` on another rank, from the description that rank 0 has sent."""
         self.add(_from_description(description))
 
     def finish(self, seq_ids: Iterable[int], reason: str, stop_reason: str | None = None) -> None:
-        """End sequences now, wherever they are, and free what they hold. Those that have ended are
-        left alone.
+        """End sequences now, in whatever state they are, and free their blocks and slots.
+
+        Sequences that have finished already are left alone.
         """
         for seq_id in seq_ids:
             seq = self._sequences.pop(seq_id, None)
@@ -185,7 +195,7 @@ class EngineCore:
                     self._last_record.finished.append(label(seq))
 
     def reset_prefix_cache(self) -> bool:
-        """Forget the content of all blocks; False, and nothing done, while there are sequences."""
+        """Forget the content of all blocks. Returns False, and does nothing, if sequences exist."""
         manager = self.scheduler.block_manager
         if not hasattr(manager, "reset_prefix_cache"):
             raise UnsupportedFeatureError(
@@ -201,14 +211,14 @@ class EngineCore:
         return True
 
     def restart(self, sequences: Iterable[Sequence]) -> None:
-        """Forget queues, slots, blocks and steps in flight, and begin anew with these sequences.
+        """Forget queues, slots, blocks and steps in flight, and start again with these sequences.
 
-        They may have output already, which is computed again. What the prefix cache knew is
-        forgotten. Other ranks cannot follow, for nobody knows where they stand: with them the
-        engine ends.
+        The sequences may have output already; its keys and values are computed again. The content
+        of the prefix cache is forgotten. The other ranks cannot follow, because their state is
+        unknown: with other ranks, the engine ends.
         """
         if self.ranks.group.size > 1:
-            self.ranks.close("A call was cut short, and with it the engine's ranks.")
+            self.ranks.close("A call was interrupted, and this ended the engine's ranks.")
         scheduler = self._new_scheduler()
         scheduler.stats = self.scheduler.stats
         self.model_runner.forget_sequences()
@@ -225,8 +235,9 @@ class EngineCore:
     # --- stepping ---------------------------------------------------------------------------------
 
     def step(self) -> StepOutput:
-        """Plan and start a step, and bring the results of one: its own, or those of the step before
-        it.
+        """Plan and start one step, and return the results of one step.
+
+        The results are those of the planned step, or, with async scheduling, of the step before it.
         """
         output = StepOutput(time.perf_counter())
         try:
@@ -239,8 +250,8 @@ class EngineCore:
                 raise SchedulerStalledError(
                     f"Nothing was planned while {waiting} requests are unfinished."
                 )
-            # The results of the step before this one are looked at while this one runs; without
-            # overlap, its own.
+            # With async scheduling, the results of the previous step are processed while this step
+            # runs. Otherwise the results of this step are processed.
             while len(self._in_flight) > (self._depth if batch else 0):
                 self._apply(*self._in_flight.popleft(), output)
         except BaseException as error:
@@ -263,10 +274,11 @@ class EngineCore:
         record: StepRecord | None,
         output: StepOutput,
     ) -> None:
-        """Bring the results of a step to the scheduler and to `output`."""
+        """Pass the results of a step to the scheduler and to `output`."""
         token_ids = result.wait()
         self.ranks.group.check()
-        flat = result.token_ids.numpy()  # the same as token_ids, in the order of the runner's rows
+        # The same tokens as in token_ids, in the order of the runner's rows.
+        flat = result.token_ids.numpy()
         self._token_hash.update(flat.tobytes())
         has_failed = bool((flat == NOT_A_TOKEN).any())
         failed = _take_out_failed(batch, token_ids) if has_failed else []
@@ -296,19 +308,21 @@ class EngineCore:
             self._last_record = record
 
     def _end_failed(self, failed: list[Sequence]) -> None:
-        """End sequences whose logits were not finite, and forget what the cache holds: it may not
-        be either.
+        """End sequences whose logits were not finite, and reset the prefix cache.
+
+        Cached keys and values may be not finite either.
         """
         for seq in failed:
-            # A stop token may have ended it, and the numbers behind that are nobody's.
+            # If a stop token has ended the sequence already, the failure came after its last token.
             if not seq.is_finished:
                 self.scheduler.finish(seq, "error")
         if failed:
             self.scheduler.block_manager.reset_prefix_cache()
 
     def _state(self) -> int:
-        """A hash of the tokens so far and of what the next plan depends on: the same on every
-        rank.
+        """Hash the tokens so far and everything that the next plan depends on.
+
+        The hash is the same on every rank that has the same state.
         """
         state, scheduler = self._token_hash.copy(), self.scheduler
         plan = [seq.seq_id for seq in (*scheduler.running, *scheduler.waiting)]
@@ -342,8 +356,9 @@ class EngineCore:
 
 
 def _take_out_failed(batch: ScheduledBatch, token_ids: list[list[int]]) -> list[Sequence]:
-    """Take `NOT_A_TOKEN` out of a step's results, where it is always a sequence's last; returns the
-    sequences that had it.
+    """Remove `NOT_A_TOKEN` from a step's results and return the sequences that had it.
+
+    `NOT_A_TOKEN` is always the last token of its sequence.
     """
     failed = []
     for item, tokens in zip(batch.sampled, token_ids, strict=True):
@@ -354,7 +369,7 @@ def _take_out_failed(batch: ScheduledBatch, token_ids: list[list[int]]) -> list[
 
 
 def _describe(seq: Sequence) -> dict[str, Any]:
-    """A new sequence as JSON can say it, for the other ranks."""
+    """Describe a new sequence in JSON's types, for the other ranks."""
     names = ("seq_id", "token_ids", "max_num_tokens", "seed", "bad_words", "request_id", "index")
     return {
         **{name: getattr(seq, name) for name in names},
@@ -378,7 +393,7 @@ def _from_description(description: dict[str, Any]) -> Sequence:
 def _run_rank(
     group: TensorParallelGroup, model_path: Path, config: EngineConfig, pieces: EnginePieces
 ) -> None:
-    """The core of a rank that `RankProcesses` has started: it steps whenever rank 0 does."""
+    """Run the core of a rank that `RankProcesses` has started: one step for each of rank 0's."""
     core = EngineCore(model_path, config, pieces, group=group)
     while True:
         core.step()

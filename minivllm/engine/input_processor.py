@@ -1,8 +1,7 @@
-"""From what a caller gives to what the engine computes with: token ids, and parameters that can be
-served.
+"""Turn a caller's input into the engine's input: token ids, and checked parameters.
 
-The only place that decides what is refused before a request exists. A refusal raises a
-`RequestError` and leaves nothing behind, so it never touches another request.
+This is the only place that decides what is refused before a request exists. A refusal raises a
+`RequestError` and leaves no trace in the engine, so it never affects another request.
 """
 
 from __future__ import annotations
@@ -25,20 +24,25 @@ from minivllm.tokenizer import Tokenizer
 class EngineInput:
     """A request that has passed every check."""
 
-    prompt_text: str | None  # None where the caller gave token ids only
+    prompt_text: str | None  # None if the caller gave token ids only
     prompt_token_ids: list[int]
-    #: With counts instead of -1: `logprobs`, `prompt_logprobs`.
+    #: `logprobs` and `prompt_logprobs` are counts here: -1 has become the vocabulary size.
     params: SamplingParams
-    stop_ids: frozenset[int]  # tokens that end a sequence: end-of-sequence, and the caller's own
-    bad_words: tuple[tuple[int, ...], ...]  # token sequences that no output may complete
-    max_num_tokens: int  # a sequence ends at this many tokens, prompt included
-    cache_salt: str | None = None  # requests share cached blocks only if theirs are equal
+    #: Tokens that end a sequence: end-of-sequence tokens, and the request's stop tokens.
+    stop_ids: frozenset[int]
+    #: Token sequences that the output must not complete.
+    bad_words: tuple[tuple[int, ...], ...]
+    #: A sequence ends at this many tokens, prompt included.
+    max_num_tokens: int
+    #: Two requests share cached blocks only if their salts are equal.
+    cache_salt: str | None = None
 
 
 class InputProcessor:
-    """Checks and encodes requests for one model. config: resolved, with its number of KV blocks.
+    """Check and encode requests for one model.
 
-    takes_cache_salt: whether the block manager keeps requests apart whose salts differ.
+    config: resolved, with its number of KV blocks. takes_cache_salt: whether the block manager
+    never shares blocks between requests with different salts.
     """
 
     def __init__(
@@ -53,27 +57,27 @@ class InputProcessor:
         self.path, self.config, self.tokenizer = path, config, tokenizer
         self.vocab_size = model_config.vocab_size
         self.max_logprobs = self.vocab_size if config.max_logprobs == -1 else config.max_logprobs
-        # vLLM's rule: those of the model's configs, and the tokenizer's.
+        # vLLM's rule: the ids in the model's configs, and the tokenizer's own.
         eos_ids = (*model_config.eos_token_ids, tokenizer.eos_token_id if tokenizer else None)
         self.eos_ids = frozenset(i for i in eos_ids if i is not None and 0 <= i < self.vocab_size)
 
     @cached_property
     def default_params(self) -> SamplingParams:
-        """What holds for a request that brings no parameters."""
+        """The parameters of a request that brings none."""
         return SamplingParams(**default_sampling_params(self.path, self.config.generation_config))
 
     def process(self, prompt: PromptType, params: SamplingParams | None = None) -> EngineInput:
-        """Check a request. prompt: text, token ids, or a dict of vLLM's.
+        """Check and encode a request. prompt: text, token ids, or a dict as in vLLM.
 
-        Raises a `RequestError` of the kind of what is wrong with it.
+        Raises the subclass of `RequestError` that names what is wrong with the request.
         """
         params = self.default_params if params is None else params
         check_params(params)
         parsed = parse_prompt(prompt)
         if parsed.cache_salt is not None and not self.takes_cache_salt:
             raise errors.RequestError(
-                "This engine's block manager does not know cache_salt, and would share blocks all"
-                " the same. Hash `seq.extra_keys` into a sequence's first block and set"
+                "This engine's block manager ignores cache_salt, so requests with different salts"
+                " would share blocks. Hash `seq.extra_keys` into a sequence's first block and set"
                 " supports_extra_keys = True, or start with enable_prefix_caching=False."
             )
         token_ids = self._truncate(self._encode(parsed), params)
@@ -99,7 +103,7 @@ class InputProcessor:
     # --- the prompt -------------------------------------------------------------------------------
 
     def _encode(self, prompt: ParsedPrompt) -> list[int]:
-        """Token ids, each of which the model knows."""
+        """The prompt's token ids. Raises `InvalidTokenError` for an id outside the vocabulary."""
         tokenizer = self.tokenizer
         if prompt.token_ids is not None:
             token_ids = prompt.token_ids
@@ -118,13 +122,13 @@ class InputProcessor:
             )
         text = tokenizer.decode([bad], skip_special_tokens=False)
         raise errors.InvalidTokenError(
-            f"The tokenizer makes token {bad} of {text!r} in the prompt, and the model's vocabulary"
-            f" ends at {self.vocab_size - 1}. Leave it out, or use the tokenizer of this"
-            " checkpoint."
+            f"The tokenizer encodes {text!r} in the prompt as token {bad}, but the last id of the"
+            f" model's vocabulary is {self.vocab_size - 1}. Remove this text, or use the tokenizer"
+            " of this checkpoint."
         )
 
     def _truncate(self, token_ids: list[int], params: SamplingParams) -> list[int]:
-        """The last `truncate_prompt_tokens` tokens."""
+        """The last `truncate_prompt_tokens` tokens of the prompt."""
         keep, limit = params.truncate_prompt_tokens, self.config.max_model_len
         if keep is None:
             return token_ids
@@ -132,10 +136,11 @@ class InputProcessor:
             raise errors.SamplingParamsError(
                 f"truncate_prompt_tokens={keep} is above max_model_len={limit}."
             )
-        return token_ids[-(limit - 1 if keep == -1 else keep) :]  # one token of output needs room
+        # -1 keeps as many as fit, with room for one token of output.
+        return token_ids[-(limit - 1 if keep == -1 else keep) :]
 
     def _max_num_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
-        """At how many tokens, prompt included, the sequences end; raises where that never fits."""
+        """The length, prompt included, at which the sequences end. Raises if it can never fit."""
         limit = self.config.max_model_len
         if num_prompt_tokens >= limit:
             raise errors.PromptTooLongError(
@@ -143,7 +148,7 @@ class InputProcessor:
                 f"{limit - 1} and one of output. Shorten the prompt, raise max_model_len, or set "
                 "truncate_prompt_tokens=-1."
             )
-        # The last token of a sequence is never fed back, so it needs no place in the cache.
+        # The last token of a sequence is never fed back to the model, so it needs no cache entry.
         pool = self.config.num_kv_blocks * self.config.block_size + 1
         wanted = num_prompt_tokens + (params.max_tokens or limit)
         max_num_tokens = min(limit, wanted if params.max_tokens else min(wanted, pool))
@@ -158,7 +163,7 @@ class InputProcessor:
     # --- the parameters ---------------------------------------------------------------------------
 
     def _check_params(self, params: SamplingParams) -> None:
-        """Raise for what this model, or this engine, cannot do."""
+        """Raise for parameters that this model or this engine cannot serve."""
         for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
             for token_id in getattr(params, name) or ():
                 if token_id >= self.vocab_size:
@@ -180,7 +185,7 @@ class InputProcessor:
                 )
 
     def _count_all(self, params: SamplingParams) -> SamplingParams:
-        """Say the whole vocabulary as a number."""
+        """Replace -1 (the whole vocabulary) by the vocabulary size."""
         if params.logprobs == -1:
             params = replace(params, logprobs=self.vocab_size)
         if params.prompt_logprobs == -1:
@@ -190,12 +195,14 @@ class InputProcessor:
     def _encode_bad_words(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
         """Token sequences of the words: at the start of a text, and after a space.
 
-        The second form is left out where the first one finds the word behind the space. vLLM keeps
-        it only if both have as many tokens, and so lets " fox" pass where "fox" is two tokens.
+        The second form is left out if it ends with the tokens of the first form: the first form
+        then finds the word after a space, too. vLLM keeps the second form only if both have the
+        same number of tokens, so it lets " fox" pass where "fox" is two tokens.
         """
         found: dict[tuple[int, ...], None] = {}
         tokenizer = self.tokenizer
-        if tokenizer is None:  # then there are no words: `_check_params` has refused them
+        # Without a tokenizer there are no words: `_check_params` has refused them.
+        if tokenizer is None:
             return ()
         for word in words:
             plain, spaced = (
@@ -220,9 +227,9 @@ class InputProcessor:
         stop_ids: frozenset[int],
         bad_words: tuple[tuple[int, ...], ...],
     ) -> None:
-        """Raise if a step might come at which no token may be chosen."""
+        """Raise if these parameters could leave a step without any token to choose."""
         allowed = None if params.allowed_token_ids is None else set(params.allowed_token_ids)
-        # A word of which some token cannot be chosen is never begun.
+        # If one token of a word is not allowed, the word can never be completed.
         banned = {word[-1] for word in bad_words if allowed is None or allowed.issuperset(word)}
         if params.min_tokens:
             banned |= stop_ids
@@ -235,9 +242,9 @@ class InputProcessor:
 
 
 def in_our_order(prompt: Any, params: Any, request_id: Any) -> tuple[Any, Any, str | None]:
-    """(prompt, params, request_id) of an `add_request`, also from vLLM's order: id, prompt, params.
+    """Sort the arguments of `add_request` into (prompt, params, request_id).
 
-    Raises `RequestError` for a mixture.
+    Also understands vLLM's order: request_id, prompt, params. Raises `RequestError` for a mixture.
     """
     if isinstance(request_id, SamplingParams):
         prompt, params, request_id = params, request_id, prompt

@@ -1,7 +1,7 @@
-"""The engine: requests in, steps, outputs out. `LLM` (minivllm/llm.py) is the friendly face of
-this.
+"""The engine: add requests, run steps, get outputs.
 
-For a loop of one's own::
+`LLM` (minivllm/llm.py) is the simpler interface to this engine. `LLMEngine` is for a loop of your
+own::
 
     engine = LLMEngine()                       # the bundled model
     engine.add_request("Once upon a time", SamplingParams(max_tokens=32))
@@ -9,11 +9,13 @@ For a loop of one's own::
         for output in engine.step():           # one forward pass for everything that is running
             print(output.request_id, output.outputs[0].text)
 
-Three parts in one thread: `EngineCore` computes tokens, `OutputProcessor` makes texts of them, and
-this class checks requests and passes on. It can be cut short anywhere, by Ctrl-C, an error in a
-callback or a lack of memory: the next call begins with `_recover`, which builds the core anew from
-what is known of the requests. So no place in the code needs care of its own, and nothing is lost
-but the work of the step. Taught in notebooks/07_engine.ipynb.
+The engine has three parts in one thread: `EngineCore` computes tokens, `OutputProcessor` turns them
+into text, and `LLMEngine` checks requests and connects the two.
+
+The engine can be interrupted anywhere: by Ctrl-C, by an error in a callback, by a lack of memory.
+The next call then begins with `_recover`, which builds the core anew from what is known about the
+requests. So no other code needs special care, and only the work of the interrupted step is lost.
+Taught in notebooks/07_engine.ipynb.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ from minivllm.tokenizer import Tokenizer
 
 @dataclass
 class EngineMetrics(SchedulerStats):
-    """Counters since the engine started: the scheduler's, and these."""
+    """Counters since the engine started: those of the scheduler, and these."""
 
     num_generated_tokens: int = 0
     num_finished_requests: int = 0
@@ -62,10 +64,9 @@ class EngineMetrics(SchedulerStats):
 
 
 def _changes_engine(method: Callable) -> Callable:
-    """A method that changes the engine: for one thread at a time, and safe to cut short.
+    """Wrap a method that changes the engine: one thread at a time, and safe to interrupt.
 
-    `_is_cut_short` stands from the beginning to the end of such a method. Whoever finds it standing
-    recovers first.
+    `_is_cut_short` is True while such a method runs. A call that finds the flag set recovers first.
     """
 
     @functools.wraps(method)
@@ -87,10 +88,10 @@ def _changes_engine(method: Callable) -> Callable:
 class LLMEngine:
     """Continuous batching over one model.
 
-    model: None (the bundled one), a directory, or a Hugging Face hub id. config: how it runs; its
-    fields may be given as keyword arguments instead. pieces: your own in place of the package's.
-    group: of ranks that have met already; otherwise tensor_parallel_size > 1 starts them, or finds
-    torchrun's.
+    model: None (the bundled one), a directory, or a Hugging Face hub id. config: how the engine
+    runs; its fields may be given as keyword arguments instead. pieces: your own parts in place of
+    the package's. group: the group of ranks, if the ranks have met already. Without a group,
+    tensor_parallel_size > 1 starts the ranks, or joins those of torchrun.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class LLMEngine:
         elif options:
             raise errors.ConfigError(f"Give {', '.join(options)} in the config, or no config.")
         self.model_path = BUNDLED_MODEL_PATH if model is None else resolve_model_path(model)
-        # What is no model directory is said so, before its tokenizer is missed.
+        # First check that this is a model directory, so that the error does not name its tokenizer.
         load_config(self.model_path)
         self.tokenizer = None if config.skip_tokenizer_init else Tokenizer(self.model_path)
         self.core = EngineCore(self.model_path, config, pieces or EnginePieces(), group)
@@ -121,13 +122,13 @@ class LLMEngine:
         )
         self.processor = OutputProcessor()
         self._requests = self.processor.requests
-        # of the requests for which nobody else waits: `step` returns their outputs
+        # Collects the outputs of the requests that have no collector of their own, for `step`.
         self.collector = OutputCollector()
         self._request_numbers = itertools.count()
         self._step_time = 0.0
         self._is_cut_short = False
         self._is_closed = False
-        #: "thread" -> the one that is in a method which changes the engine
+        #: "thread" -> the id of the thread that is inside a method which changes the engine.
         self._inside: dict[str, int] = {}
 
     @classmethod
@@ -157,12 +158,14 @@ class LLMEngine:
         request_id: str | None = None,
         collector: OutputCollector | None = None,
     ) -> str:
-        """Queue a request and return its id. prompt: text, token ids, or a dict as in vLLM
-        (`TextPrompt`, ...).
+        """Queue a request and return its id.
 
-        params: None takes the checkpoint's own. collector: who waits for its outputs; None: whoever
-        calls `step`. Raises a `RequestError` for a request that can never be served; nothing else
-        is affected by it. vLLM's order of arguments, (request_id, prompt, params), is understood.
+        prompt: text, token ids, or a dict as in vLLM (`TextPrompt`, ...). params: None takes the
+        checkpoint's defaults. collector: gets the outputs of this request; without one, `step`
+        returns them. vLLM's order of arguments, (request_id, prompt, params), works as well.
+
+        Raises a `RequestError` for a request that can never be served; other requests are not
+        affected.
         """
         self._check_open()
         prompt, params, request_id = in_our_order(prompt, params, request_id)
@@ -175,10 +178,10 @@ class LLMEngine:
 
     @_changes_engine
     def _add(self, request_id: str | None, checked: EngineInput, collector: OutputCollector) -> str:
-        # of served requests: seeds derived from it do not depend on refused ones
+        # Only served requests are counted, so that refused ones do not change the derived seeds.
         number = next(self._request_numbers)
         if request_id is None:
-            # A caller may have used the number as an id of its own.
+            # A caller may have used this number as a request id.
             taken = str(number) in self._requests
             request_id = f"{number}-{uuid4().hex}" if taken else str(number)
         request = Request(
@@ -200,8 +203,8 @@ class LLMEngine:
     def abort_request(self, request_id: str | Iterable[str]) -> None:
         """End requests now; the next `step` returns what they have, with finish_reason "abort".
 
-        Ids of requests that have finished, or never were, are ignored: a request may finish while
-        one decides.
+        Ids of requests that have finished, and unknown ids, are ignored: a request may finish while
+        the caller decides to abort it.
         """
         self._check_open()
         self._abort([request_id] if isinstance(request_id, str) else list(request_id))
@@ -215,9 +218,7 @@ class LLMEngine:
 
     @_changes_engine
     def drop_abandoned(self) -> None:
-        """End and forget the requests that nobody waits for any more: an interrupt took away who
-        did.
-        """
+        """End and forget requests whose reader is gone, for example after an interrupt."""
         for request in list(self._requests.values()):
             if request.collector.is_abandoned:
                 if not request.is_finished:
@@ -225,7 +226,7 @@ class LLMEngine:
                 self.processor.forget(request)
 
     def _end_aborted(self, request: Request) -> None:
-        # the intention first: should this be cut short, `_recover` carries it out
+        # Set the intention first: if this call is interrupted, `_recover` completes it.
         request.ends_with = "abort"
         self.core.finish(self.processor.end(request), "abort")
 
@@ -239,14 +240,12 @@ class LLMEngine:
     # --- stepping ---------------------------------------------------------------------------------
 
     def step(self) -> list[RequestOutput]:
-        """Compute one step for everything that is running; returns the requests that have something
-        to report.
-        """
+        """Compute one step for everything that is running, and return the outputs with news."""
         self.advance()
         return self.collect(self.collector)
 
     def advance(self) -> None:
-        """Compute one step. What it brings waits for `collect`."""
+        """Compute one step. Its outputs wait for `collect`."""
         self._check_open()
         self._advance()
 
@@ -256,30 +255,28 @@ class LLMEngine:
         for seq_id, stop_string in self.processor.process(step):
             self.core.finish([seq_id], "stop", stop_string)
         for output in step.outputs:
-            if output.finish_reason == "error":  # and so ends the whole request
+            # A sequence with an error ends its whole request.
+            if output.finish_reason == "error":
                 request = self.processor.owner_of(output.seq_id)
                 self.core.finish(self.processor.end(request), "error")
         self._step_time += time.perf_counter() - step.start_time
 
     @_changes_engine
     def collect(self, collector: OutputCollector) -> list[RequestOutput]:
-        """What is new of the requests that were added with this collector, since the last call."""
+        """Return the new outputs of the requests that were added with this collector."""
         return self.processor.collect(collector)
 
     @_changes_engine
     def reset_prefix_cache(self) -> bool:
-        """Forget the content of all KV blocks. False, and nothing done, while requests are
-        unfinished.
+        """Forget the content of all KV blocks.
 
-        Raises `UnsupportedFeatureError` for a block manager of your own without
-        `reset_prefix_cache`.
+        Does nothing and returns False while requests are unfinished. Raises
+        `UnsupportedFeatureError` if your own block manager has no `reset_prefix_cache`.
         """
         return self.core.reset_prefix_cache()
 
     def close(self) -> None:
-        """Let go of model and cache, and end the other ranks, if there are any; this engine cannot
-        step any more.
-        """
+        """Free model and cache, and end the other ranks. The engine cannot step afterwards."""
         self._is_closed = True
         self.core.close()
         self.core.model_runner.release()
@@ -303,15 +300,16 @@ class LLMEngine:
     # --- one thread, and interrupts ---------------------------------------------------------------
 
     def _enter(self) -> None:
-        """Note which thread is inside; raises `ConcurrentUseError` where another one is."""
+        """Note the thread that is inside; raise `ConcurrentUseError` if another thread is."""
         me = threading.get_ident()
-        # one operation of the interpreter: only one thread sets it
+        # `setdefault` is one operation of the interpreter, so only one thread can set the value.
         owner = self._inside.setdefault("thread", me)
         if owner == me:
             return
         if owner in sys._current_frames():
             raise errors.ConcurrentUseError()
-        self._inside["thread"] = me  # left behind by a thread that is gone
+        # The other thread has ended without leaving; take its place.
+        self._inside["thread"] = me
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -324,8 +322,9 @@ class LLMEngine:
             self._recover()
 
     def _recover(self) -> None:
-        """A method was cut short: build the core anew from the requests. May be cut short itself,
-        and called again.
+        """Build the core anew from the requests, after a method was interrupted.
+
+        This method may be interrupted as well; the next call runs it again.
         """
         self.core.restart(self.processor.settle())
         self._is_cut_short = False
@@ -333,13 +332,13 @@ class LLMEngine:
     # --- sequences --------------------------------------------------------------------------------
 
     def _new_sequence(self, checked: EngineInput, request: Request, index: int) -> Sequence:
-        """The sequence of one completion, with the tokens that it has so far."""
+        """Make the sequence of one completion, with the tokens that it has so far."""
         params, completion = request.params, request.completions[index]
         return Sequence(
             completion.seq_id,
             [*request.prompt_token_ids, *completion.token_ids],
-            # Only the first completion computes the prompt's logprobs; the others may share its
-            # blocks.
+            # Only the first completion computes the prompt's logprobs. The other completions may
+            # then share its blocks.
             params if index == 0 else replace(params, prompt_logprobs=None),
             checked.stop_ids,
             max_num_tokens=checked.max_num_tokens,
@@ -352,8 +351,10 @@ class LLMEngine:
         )
 
     def _seed(self, seed: int | None, number: int, index: int) -> int:
-        """The key of a sequence's random numbers: the request's seed, or one from the engine's seed
-        and the arrival.
+        """The key of a sequence's random numbers, 63 bits.
+
+        The key is derived from the request's seed, or from the engine's seed and the request's
+        number of arrival.
         """
         if seed is not None and index == 0:
             return seed % (1 << 63)

@@ -1,10 +1,10 @@
-"""What an engine's start takes of the memory, what there is, and a typed error where it does not
-fit.
+"""Check before an engine starts whether it fits into memory, and raise a typed error if not.
 
-Asked for more than there is, a CPU does one of three things: torch raises a RuntimeError that names
-a line of C++, the system promises the memory and kills the process when it is written, or Python
-builds objects for minutes. So the sum is made before anything is allocated. A GPU says clearly when
-it is full; of its engine only what the CPU holds is counted here.
+When a program asks for more memory than there is, one of three things happens on a CPU: torch
+raises a RuntimeError that names a line of C++; or the system promises the memory and kills the
+process at the first write; or Python builds objects for minutes. So the sum is computed before
+anything is allocated. A GPU reports clearly when it is full; for an engine on a GPU, only its
+memory on the CPU is counted here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from minivllm.config import ModelConfig, ResolvedConfig
 from minivllm.errors import ConfigError, OutOfMemoryError
 
 GIB = 1 << 30
-#: Python's objects and the rows of small tensors: a little more than was measured.
+#: Bytes of Python objects and of rows of small tensors: a little more than was measured.
 SLOT_BYTES, BLOCK_BYTES = 160, 256
 
 
@@ -30,8 +30,8 @@ def check_memory(
 ) -> None:
     """Raise `OutOfMemoryError` if this rank's start cannot fit into the CPU's memory.
 
-    config: resolved. cache_bytes: of this rank's KV cache; 0 where it lies on a GPU or is not
-    known.
+    config: resolved. cache_bytes: the size of this rank's KV cache; 0 if it lies on a GPU or is
+    not known.
     """
     parts = {"the sequences' tables": _table_bytes(config), "the KV cache": cache_bytes}
     if config.device.partition(":")[0] == "cpu":
@@ -49,11 +49,10 @@ def check_memory(
 
 
 def available_bytes() -> int | None:
-    """What this process may still take, in bytes; None where that cannot be found out (not on
-    Linux).
+    """The memory that this process may still take, in bytes; None where unknown (not on Linux).
 
-    The least of: the machine's available memory and swap, the limit of its control group (a
-    container's) and the limit of its address space (`ulimit -v`).
+    The smallest of three: the machine's available memory and swap, the limit of the control group
+    (of a container), and the limit of the address space (`ulimit -v`).
     """
     found = [_machine(), _control_group(), _address_space()]
     known = [number for number in found if number is not None]
@@ -62,11 +61,12 @@ def available_bytes() -> int | None:
 
 @contextmanager
 def typed_start_errors(device_type: str) -> Iterator[None]:
-    """What torch, NumPy and the system raise for want of memory becomes `OutOfMemoryError`."""
+    """Turn out-of-memory errors of torch, NumPy and the system into `OutOfMemoryError`."""
     try:
         yield
     except ImportError as error:
-        if "Triton" not in str(error):  # which the first launch of a kernel imports
+        # The first launch of a kernel imports Triton.
+        if "Triton" not in str(error):
             raise
         raise ConfigError(f"{error} attention_backend='torch' needs no Triton.") from error
     except (MemoryError, OSError, RuntimeError) as error:
@@ -81,7 +81,7 @@ def typed_start_errors(device_type: str) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this error says that memory was asked for which there is not."""
+    """Whether this error reports a lack of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if isinstance(error, OSError):
@@ -96,7 +96,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _table_bytes(config: ResolvedConfig) -> int:
-    """The block table, here and on the device, and what is kept for each slot and block."""
+    """Bytes of the block table, on the CPU and on the device, and of each slot and block."""
     blocks_per_seq = -(-config.max_model_len // config.block_size)
     tables = config.max_num_seqs * (blocks_per_seq * 8 + SLOT_BYTES)
     return tables + (config.num_kv_blocks or 0) * BLOCK_BYTES
@@ -126,12 +126,11 @@ def _machine() -> int | None:
 
 
 def _control_group() -> int | None:
-    """The limit of the control group (version 2), less what cannot be given back of what it
-    uses.
-    """
+    """The limit of the control group (version 2), minus its memory that cannot be reclaimed."""
     folder = Path("/sys/fs/cgroup")
     with suppress(OSError, ValueError):
-        limit = int((folder / "memory.max").read_text())  # "max" where there is none
+        # The file holds "max" if there is no limit.
+        limit = int((folder / "memory.max").read_text())
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         return limit - int(stat.get("anon", 0)) - int(stat.get("unevictable", 0))
     return None

@@ -1,5 +1,6 @@
-"""Owns model, KV cache and per-slot state; turns a planned step into tokens. Taught in
-notebooks/07_engine.ipynb.
+"""The model runner: owns the model, the KV cache and per-slot state, and runs planned steps.
+
+Taught in notebooks/07_engine.ipynb.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from minivllm.layers.attention import KVCache
 from minivllm.models.loader import LoadOptions, load_model
 from minivllm.parallel.group import SINGLE, TensorParallelGroup
 
-# on a CPU the cache has a modest size, never a share of the machine's memory
+#: On a CPU the cache has a modest fixed size; a share of the machine's memory would be too much.
 CPU_KV_CACHE_BYTES = 256 << 20
-#: Rows of logits that prompt_logprobs holds at a time: a whole prompt of a large vocabulary would
-#: be gigabytes.
+#: Rows of logits that prompt_logprobs holds at a time. The logits of a whole prompt would take
+#: gigabytes with a large vocabulary.
 LOGIT_ROWS = 256
 
 
@@ -40,24 +41,25 @@ def _is_long(item: ScheduledSequence) -> bool:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a step sampled, in the runner's own order: R rows, one or several an item."""
+    """The tokens that a step sampled, in the runner's own order: R rows, one or more per item."""
 
-    #: of `batch.sampled`, by their places there
+    #: For each item, its index in `batch.sampled`.
     order: list[int]
     token_ids: torch.Tensor  # [R] int64
-    logprobs: TokenLogprobs | None = None  # of R rows
-    #: Tokens of each item, in this order; None: one each.
+    logprobs: TokenLogprobs | None = None  # of all R rows
+    #: Number of tokens per item, in the runner's order; None: one token per item.
     counts: list[int] | None = None
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step computes."""
+    """The results of a step. With a GPU they may still be on their way."""
 
     sampled: Sampled
-    token_ids: torch.Tensor  # on the CPU; from a GPU they have arrived when the event has passed
+    #: On the CPU. Tokens from a GPU are there when the event `arrived` has passed.
+    token_ids: torch.Tensor
     arrived: torch.cuda.Event | None
-    #: (item, its logprobs at positions item.start + 1 ... ) for each item that asked.
+    #: (item, its logprobs at positions item.start + 1 ...), for each item that asked for them.
     prompt_logprobs: list[tuple[ScheduledSequence, TokenLogprobs]]
 
     @property
@@ -65,8 +67,9 @@ class StepResult:
         return self.sampled.logprobs
 
     def wait(self) -> list[list[int]]:
-        """For each of `batch.sampled` the tokens that the step verified, once they are there: the
-        accepted proposals, and one more.
+        """Wait for the results, and return the verified tokens for each of `batch.sampled`.
+
+        The verified tokens are the accepted proposals, and one more token.
         """
         if self.arrived is not None:
             self.arrived.synchronize()
@@ -81,7 +84,7 @@ class StepResult:
         return in_order
 
     def first_rows(self) -> list[int]:
-        """For each of `batch.sampled` the first of its rows of logprobs."""
+        """Return the first row of logprobs for each of `batch.sampled`."""
         counts = self.sampled.counts or [1] * len(self.sampled.order)
         rows = [0] * len(counts)
         row = 0
@@ -92,7 +95,10 @@ class StepResult:
 
 
 class ModelRunner:
-    """config: its num_kv_blocks may be 0, which means as many as fit."""
+    """Run steps of one model on one device.
+
+    config: num_kv_blocks may be 0; then the runner allocates as many blocks as fit.
+    """
 
     def __init__(
         self,
@@ -110,10 +116,12 @@ class ModelRunner:
         self.build_batch = build_batch
         self.group = group
         self.device, self.dtype = torch.device(config.device), getattr(torch, config.dtype)
-        self.num_kv_heads = len(group.part(model_config.num_key_value_heads))  # this rank's
+        # KV heads of this rank.
+        self.num_kv_heads = len(group.part(model_config.num_key_value_heads))
         self.graphs: DecodeGraphs | None = None
         self.kv_caches: list[KVCache] = []
-        self.model: Any = None  # an nn.Module with `compute_logits`; None once it is released
+        # An nn.Module with `compute_logits`; None after `release`.
+        self.model: Any = None
         with self._released_on_failure(), typed_start_errors(self.device.type):
             check_memory(model_config, config, group.size, self._cpu_cache_bytes())
             options = LoadOptions(
@@ -127,8 +135,8 @@ class ModelRunner:
             self.model = load_model(path, model_config, kernels, options, group)
             num_slots = config.max_num_seqs
             max_blocks = -(-config.max_model_len // config.block_size)
-            #: Per slot: block ids, how many of them have been written (a step writes only the new
-            #: ones), and whether the device's state of the slot is that of the sequence in it.
+            #: Per slot: block ids; the number of them that the device has already (a step sends
+            #: only the new ones); and whether the device's state belongs to the slot's sequence.
             self._block_table = np.zeros((num_slots, max_blocks), np.int32)
             self._num_blocks = np.zeros(num_slots, np.int64)
             self._is_ready = np.zeros(num_slots, bool)
@@ -155,26 +163,24 @@ class ModelRunner:
             raise
 
     def release_graphs(self) -> None:
-        """Destroy what was recorded; steps are run kernel by kernel from here on."""
+        """Destroy the recorded graphs. Later steps launch their kernels one by one."""
         graphs, self.graphs = self.graphs, None
         if graphs is not None:
             graphs.release()
 
     def release(self) -> None:
-        """Let go of graphs, caches and model; nothing can be run any more. May be called twice."""
+        """Free graphs, caches and model. No step can run afterwards. May be called twice."""
         self.release_graphs()
         self.kv_caches, self.model = [], None
 
     def forget_sequences(self) -> None:
-        """No slot is anybody's. Those who get one next are admitted, and bring what is to be known
-        of them.
-        """
+        """Empty all slots. Sequences that get a slot later are admitted with their state."""
         self._num_blocks[:] = 0
         self._is_ready[:] = False
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Of this rank's cache, over all layers."""
+        """Bytes per token of this rank's cache, over all layers."""
         config = self.model_config
         return (
             2 * config.num_hidden_layers * self.num_kv_heads * config.head_dim * self.dtype.itemsize
@@ -182,9 +188,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> StepResult:
-        """Run one step. The batch is left as it is; the rows of the step are in an order of the
-        runner's own.
-        """
+        """Run one step. Does not change the batch; the runner sorts the rows in its own order."""
         for seq in batch.admitted:
             self._num_blocks[seq.slot] = 0
             self._is_ready[seq.slot] = False
@@ -196,7 +200,7 @@ class ModelRunner:
             and self._is_ready[slots_of(batch.items)].all()
         ):
             return self._replay(self.graphs, batch.items)
-        # Rows of a single token come first: decode and prefill attention each get a part.
+        # Rows of one token come first, so that decode and prefill attention each get one part.
         items = sorted(batch.items, key=_is_long)
         inputs = self._prepare(items)
         hidden = self.model(inputs.token_ids, inputs.positions, self.kv_caches, inputs.attention)
@@ -214,8 +218,9 @@ class ModelRunner:
         return self._result(sampled, self._prompt_logprobs(items, hidden))
 
     def _verified_rows(self, items: list[ScheduledSequence]) -> torch.Tensor:
-        """Rows of the hidden states behind which the step samples: of each item that samples, the
-        last one and those of its proposals. [R] int64
+        """The rows of the hidden states from which the step samples, [R] int64.
+
+        For each item that samples: the row of its last known token, and the rows of its proposals.
         """
         ends = itertools.accumulate(item.num_new_tokens for item in items)
         rows = [
@@ -226,14 +231,15 @@ class ModelRunner:
         return self._tensor(rows)
 
     def _verify(self, items: list[ScheduledSequence], logits: torch.Tensor) -> Sampled:
-        """Sample behind the known tokens and behind each proposal, as long as the proposals are
-        right: each token with the key of its seed and position, so it is the token that a step of
-        its own would have sampled (speculative decoding, Leviathan et al., 2023, in its simplest
-        form: a proposal is accepted if it is what is sampled).
+        """Sample after the known tokens, and after each proposal while the proposals are right.
 
-        logits: [R, V], k + 1 rows for an item of k proposals. Each round samples one row of every
-        item that is still right, and the CPU looks at it: penalties and bad words count the tokens
-        of the rounds before.
+        Each token is sampled with the key of its seed and position, so it equals the token that a
+        separate step would sample. A proposal is accepted if it equals the sampled token. This is
+        the simplest form of speculative decoding (Leviathan et al., 2023).
+
+        logits: [R, V], k + 1 rows for an item with k proposals. Each round samples one row of every
+        item whose proposals are right so far. Then the CPU looks at the tokens, because penalties
+        and bad words count the tokens of earlier rounds.
         """
         numbers = [len(item.sample_positions) for item in items]
         firsts = [
@@ -260,34 +266,34 @@ class ModelRunner:
         ]
         self._note_sampled(items, last, positions)
         for item in items:
-            # The blocks behind the first sampled token may be given back, and others come for them.
+            # Blocks after the first sampled token may be given back, and other blocks may take
+            # their place.
             num_kept = -(-item.sample_positions[0] // self.config.block_size)
             if item.proposed_token_ids:
                 self._num_blocks[item.sequence.slot] = num_kept
         return Sampled([], token_ids, logprobs, counts)
 
     def _replay(self, graphs: DecodeGraphs, items: list[ScheduledSequence]) -> StepResult:
-        """A step in which every sequence decodes the token that it sampled last: as a recorded
-        graph.
-        """
-        # The longest first: on an H200 attention over 256 contexts of 100 to 2000 tokens took
-        # 241 µs so, in any order 260, because no long program is left for the end.
+        """Run a step as a recorded graph: every sequence decodes the token that it sampled last."""
+        # The longest context first. On an H200, attention over 256 contexts of 100 to 2000 tokens
+        # took 241 µs in this order and 260 µs in any order: no long program is left for the end.
         starts = [item.start for item in items]
         order = sorted(range(len(items)), key=starts.__getitem__, reverse=True)
         slots = slots_of(items[place] for place in order)
         token_ids, hidden = graphs.replay(slots)
         logprobs = None
         if self.sampler.needs_edit(slots):
-            # The graph samples by temperature alone; where a request asks for more, sample its
-            # logits again.
+            # The graph samples by temperature alone. If a request needs more, sample its logits
+            # again.
             logits = self.model.compute_logits(hidden)
             token_ids, logprobs = self.sampler(logits, [items[place] for place in order])
             self._state.set_last_token(self._tensor(slots), token_ids)
         return self._result(Sampled(order, token_ids, logprobs), [])
 
     def _decode_step(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a graph records. slots [B] int64 -> token ids [B], hidden states [B,
-        hidden_size].
+        """The step that a graph records.
+
+        slots: [B] int64. Returns token ids [B] and hidden states [B, hidden_size].
         """
         state = self._state
         metadata = state.decode_metadata(slots, self.config.block_size, self.config.max_model_len)
@@ -315,9 +321,7 @@ class ModelRunner:
     def _note_sampled(
         self, items: list[ScheduledSequence], token_ids: torch.Tensor, positions: list[int]
     ) -> None:
-        """Keep on the device what the next decode of these sequences needs: the newest token of
-        each, and its position.
-        """
+        """Store on the device what the next decode needs: each newest token and its position."""
         slots = slots_of(items)
         on_device = self._tensor(slots)
         self._state.set_last_token(on_device, token_ids)
@@ -328,7 +332,7 @@ class ModelRunner:
         token_ids = sampled.token_ids
         if self.device.type == "cpu":
             return StepResult(sampled, token_ids, None, prompt_logprobs)
-        # Pinned memory, so that the copy waits in the GPU's queue and not here.
+        # With pinned memory the copy waits in the GPU's queue, and the CPU does not wait.
         host = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
         host.copy_(token_ids, non_blocking=True)
         arrived = torch.cuda.Event()
@@ -359,8 +363,8 @@ class ModelRunner:
         inputs = self.build_batch(rows, self._block_table[slots], self.config.block_size)
         if self.device.type != "cpu":
             inputs = self._to_device(inputs)
-        # A token that is not known on the CPU yet is the last one of its slot, alone in its row,
-        # and the rows of one token come first: row and token have the same index.
+        # A token that the CPU does not know yet is the last token of its slot, and the only token
+        # of its row. Rows of one token come first, so row and token have the same index.
         pending = [row for row, item in enumerate(items) if rows[row].token_ids[-1] == PENDING]
         if pending:
             values = self._state.last_token[self._tensor([slots[row] for row in pending])]
@@ -381,8 +385,10 @@ class ModelRunner:
     def _prompt_logprobs(
         self, items: list[ScheduledSequence], hidden: torch.Tensor
     ) -> list[tuple[ScheduledSequence, TokenLogprobs]]:
-        """Logits at position p speak of the token at p + 1, so a chunk covers the prompt's tokens
-        one further on.
+        """The logprobs of prompt tokens, for each item that asked for them.
+
+        Logits at position p are those of the token at p + 1, so a chunk yields the logprobs of
+        positions that are shifted by one.
         """
         found, row = [], 0
         for item in items:
@@ -407,8 +413,9 @@ class ModelRunner:
     # --- KV cache ---------------------------------------------------------------------------------
 
     def _allocate_kv_caches(self, num_blocks: int) -> list[KVCache]:
-        """Zeroed once, so that every entry is finite: kernels may load rows past a context and mask
-        them afterwards.
+        """Allocate caches of zeros, so that every entry is finite.
+
+        Kernels may load rows beyond a context, and mask them afterwards.
         """
         config = self.model_config
         shape = (num_blocks, self.num_kv_heads, self.config.block_size, config.head_dim)
@@ -435,16 +442,14 @@ class ModelRunner:
                 f"gpu_memory_utilization={self.config.gpu_memory_utilization} leaves"
                 f" {max(free, 0) / 2**30:.2f} GiB for the KV cache, less than one sequence of"
                 f" max_model_len={self.config.max_model_len} needs"
-                f" ({blocks_per_seq * block_bytes / 2**30:.2f} GiB). Raise the first or lower the"
-                " second."
+                f" ({blocks_per_seq * block_bytes / 2**30:.2f} GiB). Raise gpu_memory_utilization"
+                " or lower max_model_len."
             )
         return num_blocks
 
     @torch.inference_mode()
     def _measure_free_memory(self) -> float:
-        """Bytes left for the cache after the largest step that the budget allows and a graph have
-        shown their peaks.
-        """
+        """Bytes left for the cache, measured after the largest step and one recorded graph."""
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
@@ -453,8 +458,8 @@ class ModelRunner:
         activations = torch.cuda.max_memory_allocated(self.device) - before
         recorded = 0
         if not self.config.enforce_eager:
-            # All sizes share one pool: the largest takes what all take (on an H200 104 MiB, one
-            # size or nineteen).
+            # All sizes share one memory pool, so the largest graph takes as much as all of them
+            # (on an H200 104 MiB, for one size or nineteen).
             self.kv_caches = self._allocate_kv_caches(1)
             recorded = self._capture_graphs([self.config.max_num_seqs]).memory_bytes
             self.kv_caches = []
@@ -463,8 +468,9 @@ class ModelRunner:
         return total * self.config.gpu_memory_utilization - (total - free) - activations - recorded
 
     def _run_largest_step(self) -> None:
-        """A full token budget over as many sequences as may run, writing nowhere and reading one
-        block.
+        """Run a full token budget over as many sequences as may run.
+
+        The step writes nothing to the cache, and reads one block.
         """
         budget, size = self.config.max_num_batched_tokens, self.config.block_size
         num_seqs = min(self.config.max_num_seqs, budget)

@@ -1,10 +1,9 @@
-"""From tokens to what callers get: text, stop strings, logprobs, and who has news. Knows nothing of
-blocks and steps.
+"""Turn tokens into what callers get: text, stop strings, logprobs, and news for each reader.
 
 The engine's core says which tokens a step gave to which sequence. This file keeps each request as
-its caller sees it: one prompt, n completions, each with its tokens, text, logprobs and end. A
-request's state is the truth about it: after an interrupt the core is built anew from what stands
-here (`OutputProcessor.settle`).
+its caller sees it: one prompt and n completions, each with its tokens, text, logprobs and end. It
+knows nothing about blocks and steps. After an interrupt, the core is built anew from the requests
+that are kept here (`OutputProcessor.settle`).
 """
 
 from __future__ import annotations
@@ -24,25 +23,23 @@ from minivllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestO
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
 from minivllm.tokenizer import Detokenizer, Tokenizer
 
-#: How a completion stands: (tokens taken in, finish_reason, stop_reason). One object, so that it
-#: changes at once.
+#: The state of a completion: (number of tokens taken in, finish_reason, stop_reason). It is one
+#: object, so that all three change at once.
 Settled = tuple[int, str | None, str | int | None]
 
 
 class OutputCollector:
-    """Who waits for the outputs of some requests, and which of these have news (vLLM's name for the
-    same thing).
-    """
+    """Collects the outputs of some requests for one reader (the name is vLLM's)."""
 
     def __init__(self) -> None:
         self.news: dict[str, Request] = {}
         self.is_closed = False
-        #: The iterator that reads the outputs, if one does: nobody waits any more once it has ended
-        #: or is gone.
+        #: The iterator that reads the outputs, if there is one. When it has ended or is gone, the
+        #: requests are abandoned.
         self.reader: Callable[[], Generator | None] | None = None
 
     def read_by(self, reader: Generator) -> None:
-        """Whoever holds this generator waits for the outputs."""
+        """Note the generator that reads the outputs."""
         self.reader = weakref.ref(reader)
 
     @property
@@ -55,7 +52,7 @@ class OutputCollector:
 
 @dataclass(eq=False)
 class Completion:
-    """What becomes of one sequence. detokenizer: None where nobody wants text."""
+    """One completion of a request. detokenizer: None if no text is wanted."""
 
     seq_id: int
     detokenizer: Detokenizer | None
@@ -63,8 +60,8 @@ class Completion:
     logprobs: list[dict[int, Logprob]] | None = None
     cumulative_logprob: float | None = None
     settled: Settled = (0, None, None)
-    num_reported: int = 0  # tokens that reports have told of
-    num_shown: int = 0  # characters of the text that reports have told of
+    num_reported: int = 0  # tokens in the reports so far
+    num_shown: int = 0  # characters of the text in the reports so far
 
     @property
     def finish_reason(self) -> str | None:
@@ -77,28 +74,32 @@ class Completion:
 
 @dataclass(eq=False)
 class Request:
-    """What the engine keeps of a request besides its sequences."""
+    """What the engine keeps about a request, apart from its sequences."""
 
     request_id: str
-    number: int  # of arrival; seeds derive from it
+    #: In order of arrival; seeds are derived from it.
+    number: int
     prompt: str | None
     prompt_token_ids: list[int]
     params: SamplingParams
     tokenizer: Tokenizer | None
     metrics: RequestMetrics
     collector: OutputCollector
-    #: (request, index) -> a sequence with the tokens so far
+    #: (request, index) -> a sequence with the tokens so far.
     new_sequence: Callable[[Request, int], Sequence]
     completions: list[Completion] = field(default_factory=list)
     num_cached_tokens: int = 0
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-    #: Why all that has not finished is to end now: "abort", or "error" with the error; set first,
-    #: done afterwards.
+    #: Set if the unfinished completions have to end now: "abort", or "error" (then `error` is set).
+    #: It is set before they are ended, so that an interrupt in between loses nothing.
     ends_with: str | None = None
     error: RequestError | None = None
-    is_reported: bool = False  # its end, too
-    shows_progress: bool = False  # whether it has news before it has finished
-    follows_text: bool = False  # whether text is decoded while it grows; otherwise once, at the end
+    #: Whether the end of the request has been reported.
+    is_reported: bool = False
+    #: Whether the request has news before it has finished.
+    shows_progress: bool = False
+    #: Whether text is decoded as tokens come; otherwise it is decoded once, at the end.
+    follows_text: bool = False
 
     def __post_init__(self) -> None:
         self.shows_progress = self.params.output_kind is not RequestOutputKind.FINAL_ONLY
@@ -120,22 +121,21 @@ class Request:
         )
 
     def add_completion(self, seq_id: int) -> None:
-        """One more of the n completions."""
+        """Add one of the n completions."""
         completion = Completion(seq_id, self._new_detokenizer())
         if self.params.logprobs is not None:
             completion.logprobs, completion.cumulative_logprob = [], 0.0
         self.completions.append(completion)
 
     def take(self, index: int, output: SequenceOutput) -> str | None:
-        """Take in what a step gave a completion; returns the stop string with which that ends it,
-        if any.
-        """
+        """Take in a step's output of a completion; return the stop string that ends it, if any."""
         completion = self.completions[index]
         finish_reason = output.finish_reason
         stop_reason: str | int | None = output.stop_reason
         ended_by: str | None = None
         if finish_reason is None and completion.logprobs is None and not self.follows_text:
-            completion.token_ids += output.token_ids  # the usual case: nobody looks yet
+            # The usual case: text and logprobs are not needed yet.
+            completion.token_ids += output.token_ids
             completion.settled = (len(completion.token_ids), None, None)
             return None
         if finish_reason == "error":
@@ -144,7 +144,7 @@ class Request:
             completion.token_ids.append(token_id)
             if output.logprobs is not None:
                 self._add_logprobs(completion, output.logprobs, output.row + number)
-            # The token that stopped a sequence is not part of its text, unless the caller wants it.
+            # The stop token is not part of the text, unless the request wants it.
             is_stop = finish_reason == "stop" and number == len(output.token_ids) - 1
             detokenizer = completion.detokenizer if self.follows_text else None
             if detokenizer and not (is_stop and not self.params.include_stop_str_in_output):
@@ -157,13 +157,11 @@ class Request:
         return ended_by
 
     def end(self, index: int, finish_reason: str) -> None:
-        """End a completion that has not finished, from outside."""
+        """End an unfinished completion from outside."""
         self._settle_at(self.completions[index], finish_reason, None)
 
     def restore(self) -> None:
-        """After a method was cut short: what a completion is half way through taking in is not
-        there.
-        """
+        """After an interrupt, remove what completions have taken in only in part."""
         for completion in self.completions:
             if completion.is_finished:
                 continue
@@ -179,7 +177,7 @@ class Request:
                     detokenizer.append(token_id, number >= self.params.min_tokens)
 
     def add_prompt_logprobs(self, start: int, logprobs: TokenLogprobs) -> None:
-        """Note the logprobs of the prompt's tokens from position `start` on."""
+        """Store the logprobs of the prompt's tokens from position `start` on."""
         if self.prompt_logprobs is None:
             return
         for row in range(len(logprobs.token_ids)):
@@ -187,8 +185,9 @@ class Request:
             self.prompt_logprobs[start + row] = found
 
     def report(self) -> RequestOutput:
-        """The request as it is now; in DELTA mode, what is new since the last report. Changes
-        nothing.
+        """Describe the request as it is now. Changes nothing.
+
+        In DELTA mode, the output holds only what is new since the last report.
         """
         outputs = [self._report_completion(i) for i in range(len(self.completions))]
         self.metrics.num_generation_tokens = max(c.settled[0] for c in self.completions)
@@ -205,7 +204,7 @@ class Request:
         )
 
     def note_report(self) -> None:
-        """The report has been made: the next one tells what comes after it."""
+        """Note that a report was made. In DELTA mode the next report starts here."""
         for completion in self.completions:
             completion.num_reported = completion.settled[0]
             completion.num_shown = self._end_of_shown(completion)
@@ -231,8 +230,9 @@ class Request:
         )
 
     def _end_of_shown(self, completion: Completion) -> int:
-        """How many characters of the text may be shown: never an end that may become part of a stop
-        string.
+        """The number of characters that may be shown.
+
+        An end of the text that may become part of a stop string is held back.
         """
         if completion.detokenizer is None:
             return 0
@@ -265,14 +265,15 @@ class Request:
         )
 
     def _add_logprobs(self, completion: Completion, logprobs: TokenLogprobs, row: int) -> None:
-        if completion.logprobs is None:  # another request of the step asked for them
+        # Without logprobs of its own: another request of the step asked for them.
+        if completion.logprobs is None:
             return
         completion.logprobs.append(self._logprob_dict(logprobs, row, self.params.logprobs or 0))
         so_far = completion.cumulative_logprob or 0.0
         completion.cumulative_logprob = so_far + logprobs.logprobs[row].item()
 
     def _logprob_dict(self, logprobs: TokenLogprobs, row: int, k: int) -> dict[int, Logprob]:
-        """The k likeliest tokens and the chosen one."""
+        """The k likeliest tokens, and the chosen one."""
         ids, values = logprobs.top_ids[row, :k].tolist(), logprobs.top_logprobs[row, :k].tolist()
         pairs = enumerate(zip(ids, values, strict=True), 1)
         found = {t: Logprob(value, rank, self._decode_one(t)) for rank, (t, value) in pairs}
@@ -289,26 +290,27 @@ class Request:
 
 
 class OutputProcessor:
-    """All requests that have not been reported to their end, in order of arrival."""
+    """All requests whose end has not been reported yet, in order of arrival."""
 
     def __init__(self) -> None:
         self.requests: dict[str, Request] = {}
-        #: seq_id -> (its request, which completion)
+        #: seq_id -> (its request, the index of its completion).
         self._owners: dict[int, tuple[Request, int]] = {}
         self._seq_ids = itertools.count()
         self.num_generated_tokens = 0
         self.num_finished_requests = 0
 
     def add(self, request: Request) -> None:
-        """Keep a request, with its completions; from the last line on it is there."""
+        """Keep a request and its completions. The last line makes the request visible."""
         for index in range(request.params.n):
             request.add_completion(next(self._seq_ids))
             self._owners[request.completions[index].seq_id] = (request, index)
         self.requests[request.request_id] = request
 
     def process(self, step: StepOutput) -> list[tuple[int, str]]:
-        """Take in what a step brought. Returns the sequences that a stop string ends: (seq_id, the
-        string).
+        """Take in the results of a step.
+
+        Returns (seq_id, stop string) for each sequence that a stop string ends.
         """
         now, ended = time.perf_counter(), []
         for seq_id, num_cached_tokens in step.admitted:
@@ -327,7 +329,7 @@ class OutputProcessor:
             stop_string = request.take(index, output)
             if stop_string is not None:
                 ended.append((output.seq_id, stop_string))
-            # A stop string may have ended it in the middle of what the step brought.
+            # A stop string may end the completion in the middle of the step's tokens.
             self.num_generated_tokens += request.completions[index].settled[0] - num_tokens
             is_finished = request.completions[index].settled[1] is not None
             if is_finished:
@@ -337,8 +339,9 @@ class OutputProcessor:
         return ended
 
     def end(self, request: Request) -> list[int]:
-        """End what of a request has not finished, as its `ends_with` says; returns the ids of those
-        sequences.
+        """End the unfinished completions of a request, as its `ends_with` says.
+
+        Returns the ids of their sequences.
         """
         ended = []
         for index, completion in enumerate(request.completions):
@@ -349,7 +352,7 @@ class OutputProcessor:
         return ended
 
     def collect(self, collector: OutputCollector) -> list[RequestOutput]:
-        """What is new of a collector's requests; those that have finished are forgotten."""
+        """Return the news of a collector's requests, and forget those that have finished."""
         news = list(collector.news.values())
         outputs = [request.report() for request in news]
         for request in news:
@@ -370,11 +373,10 @@ class OutputProcessor:
         return self._owners[seq_id][0]
 
     def settle(self) -> list[Sequence]:
-        """After a method was cut short anywhere: put every request into a state that it had, and
-        derive the rest.
+        """After an interrupt, bring every request into a consistent state, and derive the rest.
 
-        Returns sequences for all that has not finished, in order of arrival. May itself be cut
-        short, and called again.
+        Returns sequences for all unfinished completions, in order of arrival. This method may be
+        interrupted as well; then it is called again.
         """
         self._owners = {}
         sequences = []

@@ -1,9 +1,10 @@
-"""From logits to tokens, for the whole batch at once. Taught in notebooks/07_engine.ipynb.
+"""The sampler: from logits to tokens, for the whole batch at once.
 
-Order, as in vLLM: log-probabilities of the raw logits; allowed_token_ids, bad_words, min_tokens and
-logit_bias; penalties; then the kernel `sample`: temperature, top-k, top-p, min-p, and one keyed
-uniform number per row inverted through what is left. Each running sequence has a slot; what the
-sampler knows of it is written once, when it is admitted.
+The order is vLLM's: log-probabilities of the raw logits; allowed_token_ids, bad_words, min_tokens
+and logit_bias; penalties; then the kernel `sample`, which applies temperature, top-k, top-p and
+min-p and draws with one keyed uniform number per row. Each running sequence has a slot. The
+sampler's data about a sequence is written once, when the sequence is admitted. Taught in
+notebooks/07_engine.ipynb.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from minivllm.engine.sequence import ScheduledSequence, Sequence, slots_of
 from minivllm.kernels import Kernels
 from minivllm.sampling_params import SamplingParams
 
-#: Parameters that `sample_by_temperature` obeys, or that do not bear on the choice of a token. A
-#: recorded graph samples for a sequence only if all its other parameters have their default values;
-#: so a parameter that nobody thought of here costs speed, and is never ignored. There is no list of
-#: those others to keep: they are read off the parameters' class.
+#: Parameters that `sample_by_temperature` obeys, or that do not affect the choice of a token. A
+#: recorded graph samples for a sequence only if all its other parameters have their default values.
+#: The other parameters are read from the parameters' class, so no list of them can be incomplete: a
+#: parameter that is forgotten here costs speed, and is never ignored.
 FIT_FOR_GRAPHS = frozenset(
     {
         "n",
@@ -42,25 +43,23 @@ FIT_FOR_GRAPHS = frozenset(
         "truncate_prompt_tokens",
     }
 )
-#: Fit for a graph where no row is filtered: a greedy row never is.
+#: These parameters fit a graph if no row is filtered. A greedy row is never filtered.
 _FILTERS = frozenset({"top_k", "top_p", "min_p"})
 
 
 @functools.cache
 def _defaults_in_graphs(params_cls: type) -> dict[str, Any]:
-    """The fields of a class of parameters that must have these values, their defaults, for a
-    recorded graph to sample.
-    """
+    """The parameters that must have their default values for a recorded graph, with the values."""
     unfit = [f for f in fields(params_cls) if f.name not in FIT_FOR_GRAPHS | _FILTERS]
-    # A field whose default is made anew for each object has none here; it counts as changed unless
-    # it equals what is made.
+    # A default factory makes a new value for each object, so the field itself has no default. The
+    # value that the factory makes counts as the default.
     return {
         f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in unfit
     }
 
 
 def fits_graph(params: SamplingParams) -> bool:
-    """Whether `Sampler.sample_by_temperature` samples as these parameters ask."""
+    """Whether `Sampler.sample_by_temperature` samples as these parameters demand."""
     if params.has_filter and not params.is_greedy:
         return False
     cls: Any = type(params)
@@ -70,9 +69,7 @@ def fits_graph(params: SamplingParams) -> bool:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probabilities at R positions: of the token there, with its rank, and of the k likeliest
-    tokens.
-    """
+    """Log-probabilities at R positions: the token there, its rank, and the k likeliest tokens."""
 
     token_ids: torch.Tensor  # [R] int64
     logprobs: torch.Tensor  # [R] float32
@@ -82,7 +79,10 @@ class TokenLogprobs:
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> TokenLogprobs:
-    """logits: [R, V]; token_ids: [R]. Natural logarithms, in float32."""
+    """Log-probabilities of tokens, and of the k likeliest tokens per row.
+
+    logits: [R, V]; token_ids: [R]. The results are natural logarithms in float32.
+    """
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     chosen = logprobs.gather(1, token_ids[:, None])
     top = logprobs.topk(min(k, logprobs.shape[-1]), dim=-1)
@@ -92,20 +92,23 @@ def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> Tok
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy without waiting: from pageable memory the copy would first wait for all that the GPU has
-    to do.
+    """Copy a tensor to the device without waiting.
+
+    The copy goes through pinned memory: a copy from pageable memory first waits for all queued work
+    of the GPU.
     """
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _valid_ids(token_ids: torch.Tensor) -> torch.Tensor:
-    """`NOT_A_TOKEN` as a valid id, too; what stands there is used for nothing."""
+    """Map `NOT_A_TOKEN` to a valid id too. The results at that id are used for nothing."""
     return token_ids & 0xFFFFFFFF
 
 
 class LogitEdits:
-    """What one sequence bans, allows and favours, in tensors on the device: made once, when it is
-    admitted.
+    """What one sequence bans, allows and favours, as tensors on the device.
+
+    Made once, when the sequence is admitted.
     """
 
     def __init__(self, seq: Sequence, device: torch.device) -> None:
@@ -126,7 +129,10 @@ class LogitEdits:
         return bool(asked or (params.min_tokens and seq.stop_ids))
 
     def apply(self, logits: torch.Tensor, num_output_tokens: int) -> None:
-        """Edit logits [V] float32 in place, before the token that follows so many of output."""
+        """Edit logits [V] float32 in place.
+
+        num_output_tokens: the number of output tokens before the token that is sampled now.
+        """
         if self.allowed is not None:
             kept = logits[self.allowed]
             logits.fill_(-torch.inf)
@@ -140,13 +146,13 @@ class LogitEdits:
 
 
 class BadWords:
-    """Token sequences that the output of one sequence may not complete. W words, of at most L + 1
-    tokens.
+    """Token sequences that the output of one sequence must not complete.
 
-    The last L tokens of output are followed on the device: the CPU may not know the newest yet.
+    There are W words of at most L + 1 tokens. The last L tokens of output are kept on the device,
+    because the CPU may not know the newest token yet.
     """
 
-    #: In `prefixes`, matches whatever stands there; in `recent`, stands for no token at all.
+    #: ANY, in `prefixes`, matches every token. NOTHING, in `recent`, stands for no token.
     ANY, NOTHING = -1, -2
 
     def __init__(self, seq: Sequence, device: torch.device) -> None:
@@ -159,26 +165,26 @@ class BadWords:
         self.recent = to_device(torch.tensor(recent, dtype=torch.int64), device)  # [L]
 
     def apply(self, logits: torch.Tensor) -> None:
-        """Ban the last token of each word whose other tokens have just been chosen. logits: [V]."""
+        """Ban the last token of each word whose other tokens were just chosen. logits: [V]."""
         begun = ((self.prefixes == self.recent) | (self.prefixes == self.ANY)).all(dim=1)
-        # Added, not assigned: several words may end alike, and one that has begun decides.
+        # Added, not assigned: several words may end with the same token, and a ban must stay.
         logits.index_add_(0, self.last, torch.where(begun, -torch.inf, 0.0))
 
     def note(self, token_id: torch.Tensor) -> None:
-        """The sequence has got this token [1]."""
+        """Append the sequence's newest token [1]."""
         self.recent = torch.cat((self.recent, token_id))[1:]
 
 
 @dataclass(frozen=True)
 class SeenTokens:
-    """What penalties count, for each slot."""
+    """The tokens that penalties count, for each slot."""
 
-    output_counts: torch.Tensor  # [num_slots, V] int32: times a token was generated
-    in_prompt: torch.Tensor  # [num_slots, V] bool: whether it stood in the prompt
+    output_counts: torch.Tensor  # [num_slots, V] int32: how often a token was generated
+    in_prompt: torch.Tensor  # [num_slots, V] bool: whether a token is in the prompt
 
 
 class Sampler:
-    """Samples for sequences in slots. V is the vocabulary size."""
+    """Sample tokens for sequences in slots. V is the vocabulary size."""
 
     def __init__(
         self, num_slots: int, vocab_size: int, kernels: Kernels, device: torch.device
@@ -191,17 +197,18 @@ class Sampler:
         self._seed = np.zeros(num_slots, np.int64)
         self._has_filter = np.zeros(num_slots, bool)
         self._has_penalty = np.zeros(num_slots, bool)
-        # whether the sequence asks for more than a recorded graph can do
+        # Whether the sequence needs more than a recorded graph can do.
         self._needs_edit = np.zeros(num_slots, bool)
         self._edits: list[LogitEdits | None] = [None] * num_slots
         self._has_edits = np.zeros(num_slots, bool)
-        #: The same two on the device, for recorded graphs; the last entry is the spare slot's.
+        #: Temperature and seed on the device, for recorded graphs. The last entry belongs to the
+        #: spare slot.
         self._device_temperature = torch.zeros(num_slots + 1, device=device)
         self._device_seed = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
 
     @functools.cached_property
     def _penalties(self) -> SeenTokens:
-        """Made when first needed: for 256 slots and a vocabulary of 150,000 it takes 190 MB."""
+        """Token counts, made when first needed: 190 MB for 256 slots and 150,000 vocabulary ids."""
         shape = (len(self._seed), self.vocab_size)
         return SeenTokens(
             torch.zeros(shape, dtype=torch.int32, device=self.device),
@@ -209,7 +216,7 @@ class Sampler:
         )
 
     def admit(self, sequences: abc.Sequence[Sequence]) -> None:
-        """Take note of sequences that have just been given their slots."""
+        """Store the parameters of sequences that have just got their slots."""
         for seq in sequences:
             self._admit(seq)
         if sequences and self.device.type == "cuda":
@@ -218,14 +225,15 @@ class Sampler:
             self._device_seed[self._tensor(slots)] = self._tensor(self._seed[slots])
 
     def needs_edit(self, slots: abc.Sequence[int]) -> bool:
-        """Whether `sample_by_temperature` would be wrong for any of these."""
+        """Whether `sample_by_temperature` would be wrong for any of these slots."""
         return bool(self._needs_edit[slots].any())
 
     def sample_by_temperature(
         self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
-        """What a recorded graph can do: no filter, no edit. logits: [B, V]; slots, positions: [B]
-        int64 on the GPU.
+        """Sample as a recorded graph can: with temperature, but no filter and no edit.
+
+        logits: [B, V]; slots, positions: [B] int64 on the GPU.
         """
         temperature, seeds = self._device_temperature[slots], self._device_seed[slots]
         return self.kernels.sample(logits, temperature, None, None, None, seeds, positions)
@@ -242,7 +250,7 @@ class Sampler:
         self._has_penalty[slot] = params.has_penalty
         self._edits[slot] = LogitEdits(seq, self.device) if LogitEdits.wanted_by(seq) else None
         self._has_edits[slot] = self._edits[slot] is not None
-        # what the sequence itself brings (its bad words as tokens) counts besides its parameters
+        # Besides its parameters, the sequence's own bad words (as tokens) count.
         self._needs_edit[slot] = not fits_graph(params) or self._has_edits[slot]
         if params.has_penalty:
             self._admit_penalties(seq)
@@ -250,8 +258,9 @@ class Sampler:
     def __call__(
         self, logits: torch.Tensor, items: abc.Sequence[ScheduledSequence]
     ) -> tuple[torch.Tensor, TokenLogprobs | None]:
-        """logits: [R, V], one row an item. Returns token ids [R] int64, and log-probabilities if
-        anyone asked.
+        """Sample from logits [R, V], one row per item.
+
+        Returns token ids [R] int64, and log-probabilities if any item asks for them.
         """
         token_ids = self.sample(logits, items)
         return token_ids, self.logprobs(logits, token_ids, items)
@@ -259,11 +268,10 @@ class Sampler:
     def sample(
         self, logits: torch.Tensor, items: abc.Sequence[ScheduledSequence], number: int = 0
     ) -> torch.Tensor:
-        """logits: [R, V], one row an item. Returns token ids [R] int64, and counts them as output
-        of their sequences.
+        """Sample from logits [R, V], one row per item, and count the tokens as output.
 
-        number: of the token among those that the step samples for each item, from 0; the ones
-        before it have been sampled.
+        number: the index of this token among those that the step samples for each item, from 0.
+        The tokens before it have been sampled already. Returns token ids [R] int64.
         """
         slots = np.array(slots_of(items), np.int64)
         positions = np.zeros(len(items), np.int64)
@@ -288,8 +296,9 @@ class Sampler:
         token_ids: torch.Tensor,
         items: abc.Sequence[ScheduledSequence],
     ) -> TokenLogprobs | None:
-        """Of token_ids [R] under the raw logits [R, V], as many likeliest as any of items wants;
-        None if none does.
+        """Log-probabilities of token_ids [R] under the raw logits [R, V]; None if no item asks.
+
+        The number of likeliest tokens is the largest that any item asks for.
         """
         wanted = [
             item.sequence.params.logprobs
@@ -301,9 +310,7 @@ class Sampler:
     def _arguments(
         self, slots: np.ndarray, positions: np.ndarray
     ) -> dict[str, torch.Tensor | None]:
-        """Keyword arguments of the kernel; None for what no row asks for, so that nothing is
-        computed for it.
-        """
+        """Keyword arguments of the kernel. An argument is None if no row needs it."""
         temperature = self._temperature[slots]
         names = ("temperature", "top_k", "top_p", "min_p", "seeds", "positions")
         if not temperature.any():
@@ -326,7 +333,7 @@ class Sampler:
         slots: np.ndarray,
         positions: np.ndarray,
     ) -> torch.Tensor:
-        """Apply what the rows ask for; a copy in float32 if any does, else logits itself."""
+        """Apply the edits of the rows, in a float32 copy. Without edits, return logits itself."""
         edited = None
         for row in np.flatnonzero(self._has_edits[slots]).tolist():
             edited = logits.float().clone() if edited is None else edited
@@ -343,8 +350,9 @@ class Sampler:
         return logits if edited is None else edited
 
     def _penalise(self, logits: torch.Tensor, slots: torch.Tensor, params: list) -> torch.Tensor:
-        """Repetition (Keskar et al., CTRL, 2019), then frequency and presence (OpenAI's API).
-        logits: [rows, V].
+        """Apply penalties to logits [rows, V].
+
+        First repetition (Keskar et al., CTRL, 2019), then frequency and presence (OpenAI's API).
         """
 
         def column(name: str) -> torch.Tensor:
@@ -366,8 +374,8 @@ class Sampler:
     def _admit_penalties(self, seq: Sequence) -> None:
         penalties = self._penalties
         output = torch.tensor(seq.output_token_ids, dtype=torch.int64, device=self.device)
-        # A sequence comes back from preemption with output of its own; `sample` may have appended a
-        # pending token.
+        # A sequence that was preempted comes back with output. `sample` may have appended a pending
+        # token to it, which is not counted.
         output = output[output >= 0]
         counts = torch.bincount(output, minlength=self.vocab_size)
         penalties.output_counts[seq.slot] = counts.int()

@@ -1,41 +1,44 @@
 """The scheduler: which tokens of which sequences the next step computes. Plain Python, no tensors.
 
 `SchedulerBase` is the mechanism: queues, slots, results, ends, invariants. `Scheduler` is the
-package's policy: it decides whom the next step computes, with the public methods of its base. A
-policy of your own is a subclass of either; `LLM(scheduler_cls=...)` takes it.
+package's policy: it decides which sequences the next step computes, with the public methods of its
+base. Your own policy is a subclass of either class; pass it as `LLM(scheduler_cls=...)`.
 
 What a policy may rely on:
 
-- `schedule` is called once a step and returns a `ScheduledBatch`, empty when there is nothing to
-  compute until results arrive. Nothing else calls it, and no other method is called meanwhile.
-- `waiting` and `running` are the policy's: it moves sequences between them, in any order it likes.
-  It says so to the mechanism: `start` for a sequence that it has moved to `running`, `give_up` for
-  one that it has moved back, `compute` and `verify` for what the step computes of a running one.
-- These methods raise AssertionError, with the reason, for what cannot be. They keep slots, counts
-  and statistics, and note the batch as in flight with its first item.
-- Blocks are the policy's to get (`block_manager.find_cached_prefix`, `allocate`) before it calls
-  `start` and `compute`, and the mechanism's to give back (`give_up`, `finish`, rejected proposals).
+- `schedule` is called once per step and returns a `ScheduledBatch`. The batch is empty when there
+  is nothing to compute until results arrive. Only the engine calls `schedule`, and it calls no
+  other method meanwhile.
+- `waiting` and `running` belong to the policy: it moves sequences between them, in any order. It
+  reports each move to the mechanism: `start` for a sequence that it has moved to `running`,
+  `give_up` for one that it has moved back. `compute` and `verify` say what the step computes of a
+  running sequence.
+- These methods raise AssertionError, with the reason, for impossible decisions. They keep slots,
+  counts and statistics, and note the batch as in flight with its first item.
+- The policy gets blocks (`block_manager.find_cached_prefix`, `allocate`) before it calls `start`
+  and `compute`. The mechanism gives blocks back (`give_up`, `finish`, rejected proposals).
 - Between two calls of `schedule` sequences may arrive (`add`), end (`finish`) and get tokens
   (`update`). Results arrive in the order of the steps, at once or one step late.
-- All ranks of an engine must decide alike: no clock, no random numbers, no order of a set.
+- All ranks of an engine must decide alike: use no clock, no random numbers, no order of a set.
 
 The package's policy is continuous batching (Yu et al., Orca, OSDI 2022): the batch is chosen anew
 at every step. Running sequences come first, oldest first, then waiting ones in order of arrival,
 until `max_num_batched_tokens` are planned. A prompt that does not fit the budget is computed in
 chunks (Agrawal et al., Sarathi-Serve, 2024); prompt chunks and decodes share a step.
 
-One step ahead: `compute` advances the counts of what it plans and marks the token it does not know
-yet; `update` brings its value. A driver may therefore plan step N + 1 while step N runs.
+One step ahead: `compute` advances the counts of the sequences that it plans, and marks a token that
+is not known yet; `update` brings its value. So a driver may plan step N + 1 while step N runs.
 
-Speculation (Leviathan et al., 2023): `propose` notes guesses at a sequence's next tokens. The step
-computes them with its last known token and samples behind each, so that one step may bring several
-tokens. `update` takes back what was rejected by lowering `num_computed_tokens`; hashes are made of
-verified tokens only. A sequence rests while its proposals are in flight, for nobody knows what
-follows them; all others go on.
+Speculation (Leviathan et al., 2023): `propose` notes guesses of a sequence's next tokens. The step
+computes the guesses together with the last known token, and samples after each of them, so one step
+may yield several tokens. `update` takes rejected tokens back by lowering `num_computed_tokens`.
+Only verified tokens are hashed. While a sequence's proposals are in flight, its next tokens are
+unknown, so the sequence rests; all other sequences go on.
 
-No starvation: under the package's policy `running` followed by `waiting` is always in order of
-arrival, the newest is preempted first, and the oldest gets at least one token in every step.
-`sequence.max_steps` states the bound that follows. Taught in notebooks/05_scheduler.ipynb."""
+No starvation: under the package's policy, `running` followed by `waiting` is always in order of
+arrival, the newest sequence is preempted first, and the oldest gets at least one token in every
+step. `sequence.max_steps` states the bound that follows. Taught in notebooks/05_scheduler.ipynb.
+"""
 
 from collections import abc, deque
 from dataclasses import dataclass, field
@@ -52,26 +55,30 @@ from minivllm.engine.sequence import (
 
 @dataclass
 class SchedulerStats:
-    """Counters since the start; the tests use them to prove that a mode was entered."""
+    """Counters since the start. The tests use them to prove that a mode was entered."""
 
     num_steps: int = 0
     num_preemptions: int = 0
-    num_mixed_steps: int = 0  # steps that computed prompt tokens and decodes together
-    num_chunks: int = 0  # parts of a prompt that left the rest of it to a later step
+    #: Steps that computed prompt tokens and decodes together.
+    num_mixed_steps: int = 0
+    #: Parts of a prompt after which the rest was left to a later step.
+    num_chunks: int = 0
     num_computed_tokens: int = 0
-    prefix_cache_queries: int = 0  # tokens that admitted sequences had
-    prefix_cache_hits: int = 0  # how many of those the prefix cache supplied
+    prefix_cache_queries: int = 0  # tokens of admitted sequences
+    prefix_cache_hits: int = 0  # tokens that the prefix cache supplied
 
 
 @dataclass
 class SchedulerBase:
-    """A scheduler without its decisions. Write `schedule`; it decides with `start`, `compute`,
-    `verify` and `give_up`.
+    """A scheduler without decisions.
 
-    waiting: a deque of sequences. running: a list. max_num_seqs: the most that may run at once,
-    each in a slot of its own. max_num_batched_tokens: the most tokens of a step. All else is here:
-    requests come by `add`, guesses at their tokens by `propose`, results by `update`, ends by
-    `finish`.
+    A subclass writes `schedule`, which decides with `start`, `compute`, `verify` and `give_up`.
+    Everything else is here: requests come by `add`, proposals by `propose`, results by `update`,
+    ends by `finish`.
+
+    waiting: a deque of sequences. running: a list. max_num_seqs: the largest number of sequences
+    that may run at once, each in its own slot. max_num_batched_tokens: the largest number of tokens
+    per step.
     """
 
     block_manager: BlockManager
@@ -80,10 +87,10 @@ class SchedulerBase:
     waiting: deque[Sequence] = field(default_factory=deque)
     running: list[Sequence] = field(default_factory=list)
     stats: SchedulerStats = field(default_factory=SchedulerStats)
-    #: To read: slots that nobody has, and the batches whose results have not arrived.
+    #: For policies to read: the free slots, and the batches whose results have not arrived.
     free_slots: list[int] = field(init=False)
     in_flight: deque[ScheduledBatch] = field(init=False, default_factory=deque)
-    #: Whether any running sequence may have proposals; spares a look at each.
+    #: Whether any running sequence may have proposals. If not, no sequence need be checked.
     has_proposals: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
@@ -96,20 +103,19 @@ class SchedulerBase:
     # --- what the engine calls --------------------------------------------------------------------
 
     def add(self, seq: Sequence) -> None:
-        """Put seq at the end of the queue. The caller has checked that it can ever fit the pool."""
+        """Append seq to the queue. The caller has checked that seq can fit the pool."""
         self.waiting.append(seq)
 
     def schedule(self) -> ScheduledBatch:
         """Plan the next step."""
-        raise TypeError(f"{type(self).__name__} has no decisions of its own: write a `schedule`.")
+        raise TypeError(f"{type(self).__name__} makes no decisions: write a `schedule` method.")
 
     def propose(self, seq: Sequence, token_ids: abc.Sequence[int]) -> None:
-        """Guess that token_ids follow the tokens of seq; a step may verify them. Replaces earlier
-        guesses.
+        """Guess that token_ids follow the tokens of seq. A step may verify them.
 
-        Cut where the sequence would be longer than it may be. Ignored where it is of no use: seq
-        does not run, its last token is not known yet, or the block manager has no `trim`, with
-        which the blocks of rejected tokens are given back.
+        New guesses replace earlier ones. They are cut where the sequence would become too long.
+        They are ignored if they are useless: if seq does not run, if its last token is not known
+        yet, or if the block manager has no `trim` to give back the blocks of rejected tokens.
         """
         is_running = seq.status is SequenceStatus.RUNNING
         if is_running and not seq.has_pending_token and hasattr(self.block_manager, "trim"):
@@ -122,20 +128,22 @@ class SchedulerBase:
     def update(
         self, batch: ScheduledBatch, token_ids: abc.Sequence[list[int]]
     ) -> list[ScheduledSequence]:
-        """Bring the results of a step. token_ids: for each of `batch.sampled` the tokens that the
-        step verified, the accepted proposals and one more; none if the caller ends it right after.
+        """Take in the results of a step. Steps must come in the order in which they were planned.
 
-        A sequence takes its tokens one by one, up to a stop token or its greatest length. Batches
-        come back in the order they were planned. Returns the items whose tokens count, which stand
-        in `new_token_ids`; not those of a sequence that ended in the meantime, whose last step was
-        computed for nothing.
+        token_ids: for each of `batch.sampled` the tokens that the step verified: the accepted
+        proposals, and one more. The list is empty if the caller ends the sequence right afterwards.
+
+        A sequence takes its tokens one by one, up to a stop token or its greatest length. Returns
+        the items whose tokens count; the tokens are in `new_token_ids`. A sequence that ended in
+        the meantime has no such item: its last step was computed for nothing.
         """
         assert self.in_flight.popleft() is batch, "results must arrive in the order of the steps"
         finished, register_computed = SequenceStatus.FINISHED, self.block_manager.register_computed
         has_proposals = batch.has_proposals
         for item in batch.items:
+            # Registered below, when the number of right proposals is known.
             if has_proposals and item.proposed_token_ids:
-                continue  # registered below, when it is known how far they are right
+                continue
             seq = item.sequence
             if seq.status is not finished and item.num_preemptions == seq.num_preemptions:
                 register_computed(seq, item.start, item.start + item.num_new_tokens)
@@ -160,18 +168,22 @@ class SchedulerBase:
         return accepted
 
     def finish(self, seq: Sequence, reason: str, stop_reason: str | int | None = None) -> None:
-        """End seq, wherever it is, and free what it holds. A step in flight may still write to its
-        blocks: steps run in order, so whoever gets such a block next writes it later."""
+        """End seq, in whatever state it is, and free its blocks and its slot.
+
+        A step in flight may still write to these blocks. Steps run in order, so the next owner of a
+        block writes to it later.
+        """
         if seq.status is SequenceStatus.RUNNING:
             self.running.remove(seq)
             self._release(seq)
-        elif not seq.is_finished:  # a stop string may come with a sequence's last permitted token
+        elif not seq.is_finished:
+            # A stop string may end a sequence whose last permitted token has ended it already.
             self.waiting.remove(seq)
         seq.status = SequenceStatus.FINISHED
         seq.finish_reason, seq.stop_reason = reason, stop_reason
 
     def check(self) -> None:
-        """Raise AssertionError unless every invariant of queues, slots and blocks holds."""
+        """Raise AssertionError if an invariant of queues, slots or blocks is broken."""
         queued = [seq.seq_id for seq in [*self.running, *self.waiting]]
         assert len(set(queued)) == len(queued), "a sequence is queued twice"
         assert all(seq.status is SequenceStatus.RUNNING for seq in self.running)
@@ -195,14 +207,13 @@ class SchedulerBase:
     # --- what a policy calls ----------------------------------------------------------------------
 
     def start(self, batch: ScheduledBatch, seq: Sequence, num_cached: int = 0) -> None:
-        """Note that seq, which you have moved from `waiting` to `running`, runs: it gets one of the
-        places.
+        """Note that seq runs: you have moved it from `waiting` to `running`. Gives it a slot.
 
-        num_cached: how many of its tokens lie in blocks that it got from the prefix cache.
+        num_cached: the number of its tokens in blocks from the prefix cache.
         """
-        # Only the head is looked at, which is where whoever forgets to take it out has left it.
+        # Only the head of the queue is checked, where a policy may have left seq by mistake.
         assert not (self.waiting and self.waiting[0] is seq), (
-            f"sequence {seq.seq_id} is started, and stands in `waiting` still"
+            f"sequence {seq.seq_id} is started, but is still in `waiting`"
         )
         assert self.free_slots, (
             f"sequence {seq.seq_id} is started, but all {self.max_num_seqs} places are taken"
@@ -214,8 +225,9 @@ class SchedulerBase:
         self.stats.prefix_cache_hits += num_cached
 
     def compute(self, batch: ScheduledBatch, seq: Sequence, num_new: int) -> ScheduledSequence:
-        """Have the step compute the next num_new tokens of seq, at least 1; its blocks must be
-        there. Returns its item of the batch.
+        """Have the step compute the next num_new tokens of seq, at least 1. Returns the item.
+
+        The blocks of these tokens must be allocated.
         """
         start, size = seq.num_computed_tokens, self.block_manager.block_size
         end = start + num_new
@@ -243,7 +255,8 @@ class SchedulerBase:
         seq.last_step = stats.num_steps
         stats.num_computed_tokens += num_new
         seq.num_computed_tokens = end
-        if end % size < num_new:  # a block becomes full
+        # Blocks become full in this step.
+        if end % size < num_new:
             batch.block_hashes.update(seq.block_hashes[start // size : end // size])
         position = None
         if end == num_tokens:
@@ -255,11 +268,11 @@ class SchedulerBase:
         return item
 
     def verify(self, batch: ScheduledBatch, item: ScheduledSequence, num_proposals: int) -> None:
-        """Have the step also compute the first num_proposals proposals of an item's sequence, and
-        sample behind each of them; their blocks must be there.
+        """Have the step also compute and verify the first num_proposals proposals of an item.
 
-        Only for an item that computes its sequence's last known token. A policy that never calls it
-        wastes the proposals, and no more.
+        The step samples after each proposal. The blocks of the proposals must be allocated. The
+        item must compute its sequence's last known token. A policy that never calls this method
+        loses only the speedup of the proposals.
         """
         seq = item.sequence
         end = item.end + num_proposals
@@ -279,14 +292,14 @@ class SchedulerBase:
         self.stats.num_computed_tokens += num_proposals
 
     def give_up(self, batch: ScheduledBatch, seq: Sequence) -> None:
-        """Take back all blocks and the place of seq, which you have moved from `running` to
-        `waiting`: preemption by recompute.
+        """Take back the blocks and the slot of seq (preemption by recompute).
 
-        It keeps its tokens; none of them counts as computed any more.
+        You have moved seq from `running` to `waiting`. It keeps its tokens, but none of them counts
+        as computed any more.
         """
         assert seq.slot is not None, f"sequence {seq.seq_id} is given up, but was not running"
         assert seq not in self.running, (
-            f"sequence {seq.seq_id} is given up, and stands in `running` still"
+            f"sequence {seq.seq_id} is given up, but is still in `running`"
         )
         assert not (batch.items and seq.last_step == self.stats.num_steps), (
             f"this step computes sequence {seq.seq_id}"
@@ -298,10 +311,8 @@ class SchedulerBase:
         batch.preempted.append(seq)
 
     def is_being_computed(self, seq: Sequence, index: int, batch: ScheduledBatch) -> bool:
-        """Whether block `index` of seq is computed for another sequence by `batch` or by a step in
-        flight.
-        """
-        # Hashes are there only for a sequence that may take hits; its last token is never a hit.
+        """Whether this batch, or a step in flight, computes block `index` for another sequence."""
+        # Only a sequence that may use cached blocks has hashes. Its last token is never cached.
         if index >= min(
             len(seq.block_hashes), (seq.num_tokens - 1) // self.block_manager.block_size
         ):
@@ -312,7 +323,7 @@ class SchedulerBase:
     # --- results ----------------------------------------------------------------------------------
 
     def _take_verified(self, item: ScheduledSequence, tokens: list[int]) -> None:
-        """Give a sequence what a step with proposals verified, and take back the rest."""
+        """Append the verified tokens of a step with proposals, and take back the rejected ones."""
         seq, position = item.sequence, item.sample_position
         assert position is not None
         ending: tuple[str, str | int | None] | None = None
@@ -324,11 +335,11 @@ class SchedulerBase:
         if count:
             seq.token_ids[position:] = item.new_token_ids
         if item.num_preemptions == seq.num_preemptions:
-            # The newest token has been sampled and not computed; all before it have.
+            # The newest token was sampled but not computed. All tokens before it were computed.
             verified_end = position + max(0, count - 1)
             seq.num_computed_tokens = verified_end
             self.block_manager.register_computed(seq, item.start, verified_end)
-            # Kept, the blocks of rejected tokens might cost another sequence its place.
+            # If they stayed, the blocks of rejected tokens might force a preemption.
             self.block_manager.trim(seq, verified_end)
         if ending is not None:
             self.finish(seq, *ending)
@@ -355,7 +366,7 @@ class Scheduler(SchedulerBase):
     """The package's policy. Override a part of it, or all of `schedule`."""
 
     def schedule(self) -> ScheduledBatch:
-        """Plan the next step. Empty when there is nothing to compute until results arrive."""
+        """Plan the next step. The batch is empty if all computation has to wait for results."""
         batch = ScheduledBatch()
         budget = self.schedule_running(batch, self.max_num_batched_tokens)
         if not batch.preempted:
@@ -363,7 +374,7 @@ class Scheduler(SchedulerBase):
         return batch
 
     def schedule_running(self, batch: ScheduledBatch, budget: int) -> int:
-        """Plan the running sequences, oldest first; returns what is left of the budget."""
+        """Plan the running sequences, oldest first. Returns the budget that is left."""
         index, running, allocate = 0, self.running, self.block_manager.allocate
         while index < len(running) and budget > 0:
             seq = running[index]
@@ -380,12 +391,13 @@ class Scheduler(SchedulerBase):
         return self.schedule_proposals(batch, budget) if self.has_proposals else budget
 
     def make_room(self, seq: Sequence, num_tokens: int, batch: ScheduledBatch) -> bool:
-        """Allocate for seq, preempting from the newest on until there are blocks; False if seq
-        itself had to go.
+        """Allocate blocks for seq; preempt the newest sequences until there are enough.
+
+        Returns False if seq itself was preempted.
         """
         while not self.block_manager.allocate(seq, num_tokens):
-            # Everything before seq was planned in this step and is older, so the victim is never
-            # one of those.
+            # The sequences before seq are older and already planned in this step. The victim is
+            # never one of them, because it comes from the end of the list.
             victim = self.running.pop()
             self.waiting.appendleft(victim)  # next in line
             self.give_up(batch, victim)
@@ -394,32 +406,37 @@ class Scheduler(SchedulerBase):
         return True
 
     def schedule_proposals(self, batch: ScheduledBatch, budget: int) -> int:
-        """Have proposals verified with what the running sequences have left of budget and blocks:
-        nobody is preempted for a guess. Returns what is left of the budget.
+        """Verify proposals with the budget and the blocks that are left. Returns the budget left.
+
+        No sequence is preempted for a guess.
         """
         for item in batch.items:
             seq = item.sequence
+            # The rest of the prompt comes first.
             if item.sample_position is None:
-                continue  # the rest of its prompt comes first
+                continue
             count = 0 if batch.preempted else min(len(seq.proposed_token_ids), budget)
             while count and not self.block_manager.allocate(seq, item.end + count):
                 count -= 1
             if count:
                 self.verify(batch, item, count)
                 budget -= count
-            seq.proposed_token_ids = []  # what could not be verified now is stale in the next step
+            # Proposals that are not verified now would be out of date in the next step.
+            seq.proposed_token_ids = []
         self.has_proposals = any(seq.proposed_token_ids for seq in self.running)
         return budget
 
     def schedule_waiting(self, batch: ScheduledBatch, budget: int) -> None:
-        """Admit waiting sequences, in order of arrival, while budget, slots and blocks last."""
+        """Admit waiting sequences in order of arrival, while budget, slots and blocks last."""
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             seq = self.waiting[0]
+            # Preempted while its last token was in flight. The next update brings that token.
             if seq.has_pending_token:
-                break  # preempted while its last token was in flight; the next update brings it
+                break
             prefix = self.block_manager.find_cached_prefix(seq)
+            # Waiting for a block is cheaper than computing it twice.
             if self.is_being_computed(seq, len(prefix), batch):
-                break  # cheaper to wait for a block than to compute it twice
+                break
             num_cached = len(prefix) * self.block_manager.block_size
             num_new = min(seq.num_tokens - num_cached, budget)
             if not self.block_manager.allocate(seq, num_cached + num_new, prefix):
@@ -430,7 +447,7 @@ class Scheduler(SchedulerBase):
             budget -= num_new
 
     def check(self) -> None:
-        """The base's invariants, and the order of this policy."""
+        """Check the base's invariants, and the order of this policy."""
         order = [seq.seq_id for seq in [*self.running, *self.waiting]]
         assert order == sorted(order), "running, then waiting, must be in order of arrival"
         super().check()

@@ -1,8 +1,8 @@
-"""A record of what the engine did at each step, for pictures and for questions afterwards. Plain
-data, saved as JSON.
+"""A trace: a record of each step of the engine, for pictures and for later questions.
 
-The engine only appends records; whoever draws them (minivllm.viz) reads them. With ``trace=False``
-none is made. Taught in notebooks/11_using_minivllm.ipynb."""
+A trace is plain data, saved as JSON. The engine only appends records; minivllm.viz reads and draws
+them. With ``trace=False`` there are no records. Taught in notebooks/11_using_minivllm.ipynb.
+"""
 
 import dataclasses
 import json
@@ -18,44 +18,51 @@ from minivllm.errors import MiniVLLMError
 from minivllm.files import reason, write_atomically
 
 TRACE_VERSION = 1
-#: Bytes; a longer file is not read. 10,000 steps of 256 long sequences take about half of it.
+#: In bytes. A larger file is not read. 10,000 steps of 256 long sequences take about half of it.
 LARGEST_FILE = 1 << 30
 
 
 class TraceError(MiniVLLMError, ValueError):
-    """A trace file that cannot be read, or that holds no trace. The message names the file."""
+    """A trace file cannot be read, or holds no trace. The message names the file."""
 
 
 @dataclass
 class TracedSequence:
-    """One sequence's part in a step."""
+    """The part of one sequence in a step."""
 
     request_id: str
-    index: int  # which of the request's n completions
-    kind: str  # "prefill" (its prompt, or what preemption threw away) or "decode"
+    #: The index of this completion among the request's n completions.
+    index: int
+    #: "prefill" (of the prompt, or of what preemption threw away) or "decode".
+    kind: str
     start: int
     num_new_tokens: int
-    samples: bool  # whether the step ends with a sampled token; a chunk of a prompt does not
-    #: tokens the prefix cache supplied; set in the step that admits the sequence
+    #: Whether the step samples a token of this sequence. A chunk before the prompt's end does not.
+    samples: bool
+    #: Tokens that the prefix cache supplied; set in the step that admits the sequence.
     num_cached_tokens: int = 0
 
 
 @dataclass
 class StepRecord:
-    """The engine after step `step` was planned, and what the step then took."""
+    """The state of the engine after step `step` was planned, and the step's duration."""
 
     step: int
     start_time: float  # seconds since the trace began
     duration: float  # seconds from planning to results
     scheduled: list[TracedSequence]
-    block_tables: dict[str, list[int]]  # "request/index" of running sequences -> block ids
-    num_computed_tokens: dict[str, int]  # the same -> tokens computed after this step
+    #: "request/index" of running sequences -> block ids.
+    block_tables: dict[str, list[int]]
+    #: "request/index" -> tokens computed after this step.
+    num_computed_tokens: dict[str, int]
     running: list[str]
     waiting: list[str]
     preempted: list[str]
-    num_free_blocks: int  # the cached ones included: content known, space available
+    #: Includes cached blocks: their content is known, their space is free.
+    num_free_blocks: int
     cached_blocks: list[int]
-    registered_blocks: list[int]  # those in the prefix cache, used ones included
+    #: Blocks in the prefix cache, including those in use.
+    registered_blocks: list[int]
     finished: list[str] = field(default_factory=list)
 
     @property
@@ -65,7 +72,7 @@ class StepRecord:
 
 @dataclass
 class Trace:
-    """What the engine is, and a record a step."""
+    """The sizes of an engine, and one record per step."""
 
     model: str
     num_blocks: int
@@ -73,26 +80,27 @@ class Trace:
     max_num_seqs: int
     max_num_batched_tokens: int
     kv_bytes_per_token: int
-    #: longest sequence, prompt included: what an engine without pages would reserve for each
+    #: The longest sequence, prompt included. An engine without pages would reserve this length for
+    #: each sequence.
     max_model_len: int
     steps: list[StepRecord] = field(default_factory=list)
     version: int = TRACE_VERSION
 
     def save(self, path: str | Path) -> None:
-        """Write the trace as JSON. Raises OSError, and then leaves what was at `path` as it was."""
+        """Write the trace as JSON. Raises OSError, and then keeps the old file at `path`."""
         write_atomically(path, json.dumps(dataclasses.asdict(self)))
 
     @staticmethod
     def load(path: str | Path) -> "Trace":
-        """Read what `save` wrote. Raises `TraceError` for anything else.
+        """Read a trace that `save` wrote. Raises `TraceError` for anything else.
 
-        The file may come from a stranger. What is returned is whole: every field has its type, and
-        every label and block that is named exists.
+        The file may come from an untrusted source, so it is checked completely: every field has its
+        type, and every label and block that a record names exists.
         """
         try:
             with Path(path).open("rb") as file:
                 too_large = os.fstat(file.fileno()).st_size > LARGEST_FILE
-                # of a pipe, the size is not known
+                # The size of a pipe is not known in advance.
                 content = b"" if too_large else file.read(LARGEST_FILE + 1)
         except OSError as error:
             raise TraceError(f"The trace {path} cannot be read: {reason(error)}.") from error
@@ -114,7 +122,7 @@ class Trace:
 
 
 def _as_type(value: Any, kind: Any, where: str) -> Any:
-    """A value of JSON as a field's type. Raises ValueError with the place where it does not fit."""
+    """Convert a JSON value to a field's type. Raises ValueError with the place of a mismatch."""
     if dataclasses.is_dataclass(kind):
         return _as_dataclass(value, kind, where)
     if (
@@ -123,7 +131,8 @@ def _as_type(value: Any, kind: Any, where: str) -> Any:
         and set(map(type, value)) <= {int}
         and min(value, default=0) >= 0
     ):
-        return value  # most of a trace is this
+        # Most values of a trace are of this kind.
+        return value
     if get_origin(kind) is list and isinstance(value, list):
         return [_as_type(item, get_args(kind)[0], f"{where}[{i}]") for i, item in enumerate(value)]
     if get_origin(kind) is dict and isinstance(value, dict):
@@ -166,7 +175,7 @@ def _as_dataclass(value: Any, kind: Any, where: str) -> Any:
 
 
 def _require_whole(trace: Trace) -> None:
-    """Raise ValueError where fields contradict each other; whoever draws a trace relies on them."""
+    """Raise ValueError if fields contradict each other. Whatever draws a trace relies on this."""
     if not trace.num_blocks or not trace.block_size:
         raise ValueError("num_blocks and block_size should be at least 1")
     for number, record in enumerate(trace.steps):
@@ -196,8 +205,9 @@ def label(seq: Sequence) -> str:
 def record_step(
     trace: Trace, batch: ScheduledBatch, scheduler: SchedulerBase, start_time: float
 ) -> StepRecord:
-    """Append the record of a step that has just been planned. start_time: seconds since the trace
-    began.
+    """Append the record of a step that has just been planned.
+
+    start_time: seconds since the trace began.
     """
 
     manager, running, admitted = scheduler.block_manager, scheduler.running, set(batch.admitted)

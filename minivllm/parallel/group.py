@@ -1,11 +1,13 @@
 """Tensor parallelism: the group of ranks that run one model together, and its collectives.
 
-Every layer's weights are split over the ranks (Shoeybi et al., Megatron-LM, 2019, arXiv
-1909.08053): a rank computes some attention heads and some features of the MLP alone, and one
-all-reduce a branch adds up what the ranks have found. No global state: a group has process groups
-of its own, NCCL's for tensors on a GPU and gloo's for all else, and two groups in one process never
-meet. A group of one rank (`SINGLE`) takes the same code path and communicates nothing. Taught in
-notebooks/09_tensor_parallel.ipynb."""
+The weights of every layer are split over the ranks (Shoeybi et al., Megatron-LM, 2019, arXiv
+1909.08053): a rank computes some of the attention heads and some of the MLP's features alone, and
+one all-reduce per branch adds up the results of all ranks.
+
+There is no global state: a group has its own process groups (NCCL for tensors on a GPU, gloo for
+everything else), so two groups in one process are independent. A group of one rank (`SINGLE`) takes
+the same code path and communicates nothing. Taught in notebooks/09_tensor_parallel.ipynb.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ from minivllm.errors import ConfigError, RankFailedError
 
 @dataclass(frozen=True)
 class Part:
-    """Of `total` rows or columns, those from `start` up to `stop`."""
+    """The rows or columns from `start` up to `stop`, of `total`."""
 
     total: int
     start: int
@@ -38,10 +40,10 @@ class Part:
 
 
 class TensorParallelGroup:
-    """One rank's view of its group. tensors, objects: process groups for model tensors and for what
-    the CPU says.
+    """One rank's view of its group.
 
-    key: a secret of the group, which signs what rank 0 tells the others.
+    tensors: the process group for model tensors. objects: the process group for messages of the
+    CPU. key: a secret of the group, which signs the messages of rank 0.
     """
 
     def __init__(
@@ -57,10 +59,10 @@ class TensorParallelGroup:
         self.is_broken = False
 
     def part(self, count: int, unit: int = 1, pad: bool = False) -> Part:
-        """This rank's share of `count` units of `unit` rows, in order of rank.
+        """This rank's share of `count` units of `unit` rows each, in order of rank.
 
-        Where there are fewer units than ranks, neighbours hold the same one. pad: the last ranks
-        may get less, or none.
+        If there are fewer units than ranks, neighbouring ranks hold the same unit. pad: the last
+        ranks may get fewer units, or none.
         """
         if not pad and count % self.size and self.size % count:
             raise ConfigError(f"{count} units cannot be split evenly over {self.size} ranks.")
@@ -69,7 +71,7 @@ class TensorParallelGroup:
         return Part(count * unit, first * unit, min(first + each, count) * unit)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of every rank's x, in place of x."""
+        """Sum x over all ranks, in place. Returns x."""
         if self.size > 1:
             self._run("allreduce", self._tensors, [x])
         return x
@@ -79,15 +81,14 @@ class TensorParallelGroup:
         return self._gather(self._tensors, x)
 
     def exchange(self, number: int) -> list[int]:
-        """An integer of every rank, by rank."""
+        """Collect one integer from every rank. Returns them in order of rank."""
         return self._gather(self._objects, torch.tensor([number])).tolist()
 
     def broadcast(self, number: int, items: Sequence[Any] = ()) -> tuple[int, Sequence[Any]]:
-        """Rank 0's integer and list, on every rank: 16 bytes, and a second message only if there
-        are items.
+        """Send rank 0's integer and list to every rank: 16 bytes, then the items if there are any.
 
-        items: what JSON can say; it comes back as JSON has it (tuples as lists). Nothing that
-        arrives is ever unpickled. A message that does not carry the group's signature raises
+        items: values of JSON's types. They arrive as JSON returns them (tuples become lists). What
+        arrives is never unpickled. A message without the group's signature raises
         `RankFailedError`.
         """
         data = self._sign(json.dumps(items).encode()) if items else b""
@@ -112,21 +113,17 @@ class TensorParallelGroup:
         return message
 
     def check(self) -> None:
-        """Raise `RankFailedError` where the group was aborted: what the GPU has computed since
-        means nothing.
-        """
+        """Raise `RankFailedError` if the group was aborted: the GPU's results are then invalid."""
         if self.is_broken:
             raise RankFailedError("The ranks' communication has been aborted.")
 
     def abort(self) -> None:
-        """End the communication of tensors, also for a GPU that is waiting for a rank that is
-        gone.
-        """
+        """Abort the communication of tensors, even if a GPU waits for a rank that is gone."""
         self.is_broken = True
         self._tensors.abort()
 
     def close(self) -> None:
-        """Leave the group. The other ranks' next collective fails."""
+        """Leave the group. The next collective of the other ranks fails."""
         if self._tensors is not self._objects and not self.is_broken:
             self.abort()
         self._tensors = self._objects = None
@@ -146,4 +143,5 @@ class TensorParallelGroup:
             raise RankFailedError(f"Rank {self.rank} has lost another rank: {error}") from error
 
 
-SINGLE = TensorParallelGroup()  # one rank that needs nobody
+#: A group of one rank, which needs no other rank.
+SINGLE = TensorParallelGroup()

@@ -1,7 +1,7 @@
-"""On which device an engine runs, and its ranks: how they come to be, keep in step, and end.
+"""The device of an engine and its ranks: how ranks start, stay in step, and end.
 
-They are started here, on this machine, or by torchrun, on however many. Taught in
-notebooks/09_tensor_parallel.ipynb.
+This process starts the ranks on this machine, or torchrun starts them, on one machine or several.
+Taught in notebooks/09_tensor_parallel.ipynb.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from torch.multiprocessing import get_context
 from minivllm.errors import ConfigError, EngineEndedError, RankFailedError, RankMismatchError
 from minivllm.parallel.group import SINGLE, TensorParallelGroup
 
-#: How long rank 0 waits for processes that are ready to meet it, and how long ranks wait in all
-#: other cases: others may be loading, and an engine may have nothing to do. Whoever waits is ended
-#: by the end of rank 0, or by torchrun.
+#: MEETING: how long rank 0 waits for started processes to meet it. IDLE: how long ranks wait in all
+#: other cases; it is long because other ranks may load a model and an engine may be idle. A waiting
+#: rank ends when rank 0 ends, or torchrun ends it.
 MEETING, IDLE = timedelta(seconds=20), timedelta(days=365)
 
 
@@ -44,14 +44,14 @@ def connect(
     gpu: int | None = None,
     key: bytes = b"",
 ) -> TensorParallelGroup:
-    """Meet the other ranks at `store`. host: None when they run on several machines. gpu: this
-    rank's, else its number.
+    """Meet the other ranks at `store`, and make their group.
 
-    key: a secret of these ranks. It signs their messages, and names the places in the store where
-    they meet, which any process of the machine can reach.
+    host: None if the ranks run on several machines. gpu: this rank's GPU; None takes its rank.
 
-    The process groups are made directly and belong to nobody else: no `init_process_group`, so no
-    global state.
+    key: a secret of these ranks. It signs their messages. It also names the places in the store
+    where they meet, because any process of the machine can reach the store.
+
+    The process groups are made directly, without `init_process_group`, so there is no global state.
     """
     if key:
         store = dist.PrefixStore(hashlib.sha256(b"store" + key).hexdigest(), store)
@@ -63,7 +63,7 @@ def connect(
     objects._set_default_timeout(IDLE)
     tensors = objects
     if device_type == "cuda":
-        # one rank, one process, one GPU: the engine's "cuda"
+        # Each rank is a process with one GPU, which is the engine's "cuda".
         torch.cuda.set_device(rank if gpu is None else gpu)
         nccl = dist.ProcessGroupNCCL
         tensors = nccl(dist.PrefixStore("tensors", store), rank, size, nccl.Options())
@@ -71,9 +71,7 @@ def connect(
 
 
 def pick_device(device: str) -> str:
-    """ "auto" becomes "cuda" where there is one; raises `ConfigError` for a device that is not
-    there.
-    """
+    """Replace "auto" by "cuda" or "cpu". Raises `ConfigError` for a device that does not exist."""
     available = torch.cuda.is_available()
     if device == "auto":
         return "cuda" if available else "cpu"
@@ -96,12 +94,12 @@ def pick_device(device: str) -> str:
 
 
 class EngineRanks:
-    """The ranks that run an engine together, as one of them sees them; keeps their engines in step.
+    """The ranks that run an engine together, as one of them sees them. Keeps them in step.
 
-    Under torchrun the ranks are there and get the same calls from the same script. Otherwise this
-    process is rank 0: it starts the others, to run ``target(group, *args)``, and passes on to them
-    the calls that it gets. Each plans and samples for itself; before every step rank 0 tells where
-    it stands, and whoever stands elsewhere says so.
+    Under torchrun the ranks exist already, and get the same calls from the same script. Otherwise
+    this process is rank 0. It starts the other ranks, which run ``target(group, *args)``, and
+    passes its calls on to them. Each rank plans and samples for itself. Before every step rank 0
+    sends a hash of its state, and a rank with another state raises an error.
     """
 
     def __init__(
@@ -112,34 +110,39 @@ class EngineRanks:
         *args: Any,
         group: TensorParallelGroup | None = None,
     ) -> None:
-        """device: "cpu", or "cuda" for a GPU a rank. group: where the ranks have met already.
-        Raises `ConfigError`.
+        """Find or start the ranks. Raises `ConfigError`.
+
+        device: "cpu", or "cuda" for one GPU per rank. group: the group, if the ranks have met
+        already.
         """
         self._processes: RankProcesses | None = None
-        self._calls: list[tuple[str, tuple]] = []  # that the processes have yet to make
-        self._ended = ""  # why there are no ranks any more
-        #: Lets go of what this rank's GPU has recorded; set by whoever records. Communication
-        #: cannot end before that: NCCL waits for every CUDA graph that holds one of its
+        self._calls: list[tuple[str, tuple]] = []  # calls that the other ranks have yet to make
+        self._ended = ""  # the reason why the ranks have ended
+        #: Releases the CUDA graphs of this rank; set by the engine core. The graphs must go before
+        #: the communication ends: NCCL waits for every CUDA graph that holds one of its
         #: collectives.
         self.release: Callable[[], None] = lambda: None
         self.group = group or self._find(size, device, target, *args)
 
     @property
     def were_started_here(self) -> bool:
-        """Whether the other ranks are processes of this one, which get their calls from here."""
+        """Whether this process has started the other ranks, and passes its calls on to them."""
         return self._processes is not None
 
     def mirror(self, name: str, *args: Any) -> None:
-        """Have the cores of the ranks that were started here make this call before their next step.
+        """Have the other ranks' cores make this call before their next step.
 
-        args: what JSON can say: numbers, texts, lists, dicts with texts as keys.
+        Does nothing if this process has not started the ranks. args: values of JSON's types:
+        numbers, strings, lists, dicts with strings as keys.
         """
         if self.were_started_here:
             self._calls.append((name, args))
 
     def agree(self, core: Any, state: Callable[[], int]) -> None:
-        """Bring this rank's core to where rank 0's is. state: a hash of what its plans depend on,
-        63 bits.
+        """Bring this rank's core to the state of rank 0's core.
+
+        state: returns a hash (63 bits) of everything that the core's plans depend on. Raises
+        `RankMismatchError` if this rank's state differs from that of rank 0.
         """
         if self._ended:
             raise EngineEndedError(f"{self._ended} Make a new engine.")
@@ -151,30 +154,29 @@ class EngineRanks:
             getattr(core, name)(*args)
         if state() != expected:
             raise RankMismatchError(
-                f"Rank {self.group.rank} does not stand where rank 0 does: it has other requests,"
+                f"Rank {self.group.rank} is not in the same state as rank 0: it has other requests,"
                 " or has sampled other tokens. Every rank must run the same code and get the same"
                 " calls."
             )
 
     def give_up(self, error: BaseException) -> None:
-        """After a step cut short no rank knows where the others stand. Raises what has happened to
-        another rank.
+        """End the ranks after an interrupted step: no rank knows the state of the others.
+
+        Raises the error of another rank, if that was the cause.
         """
         if self.group.size == 1 or self._ended:
             return
         lost = isinstance(error, RankFailedError) or self.group.is_broken
         failure = self._processes.failure() if self._processes and lost else None
         self.close(
-            f"A step was cut short ({type(failure or error).__name__}), and with it the engine's"
+            f"A step was cut short ({type(failure or error).__name__}), and this ended the engine's"
             " ranks."
         )
         if failure is not None:
             raise failure from error
 
     def close(self, reason: str = "This engine has been closed.") -> None:
-        """Let go of what was recorded, end the processes that were started here, and leave the
-        group.
-        """
+        """Release the CUDA graphs, end the started processes, and leave the group."""
         self._ended = self._ended or reason
         if self.group.size > 1:
             self.release()
@@ -203,7 +205,7 @@ class EngineRanks:
 
 
 def _number_from_torchrun(name: str, default: int) -> int:
-    """What torchrun has put into the environment."""
+    """Read a number that torchrun has set in the environment."""
     value = os.environ.get(name) or str(default)
     if not value.isdecimal():
         raise ConfigError(
@@ -214,7 +216,7 @@ def _number_from_torchrun(name: str, default: int) -> int:
 
 
 def join_torchrun(device_type: str) -> TensorParallelGroup:
-    """The group of all ranks that torchrun has started, on however many machines."""
+    """Make the group of all ranks that torchrun has started, on all machines."""
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise ConfigError(
@@ -222,7 +224,8 @@ def join_torchrun(device_type: str) -> TensorParallelGroup:
             " sets. Start with torchrun, or unset WORLD_SIZE to have the ranks started here."
         )
     rank, size = _number_from_torchrun("RANK", 0), _number_from_torchrun("WORLD_SIZE", 1)
-    if rank >= size:  # it would wait for ever
+    # Without this check the rank would wait for ever.
+    if rank >= size:
         raise ConfigError(
             f"The environment has RANK={rank} with WORLD_SIZE={size}; ranks count from 0. "
             "Start with torchrun, or unset WORLD_SIZE to have the ranks started here."
@@ -231,27 +234,26 @@ def join_torchrun(device_type: str) -> TensorParallelGroup:
         store, rank, size = next(dist.rendezvous("env://"))
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
-            "The ranks that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT speak of cannot meet;"
+            "The ranks that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe cannot meet;"
             " torchrun sets them. Start with torchrun, or unset WORLD_SIZE to have the ranks"
             f" started here. ({str(error).splitlines()[0]})"
         ) from error
-    # A process may make several engines, every rank in the same order.
+    # A process may make several engines. Every rank makes them in the same order.
     number = store.add(f"minivllm engines of rank {rank}", 1)
     store = dist.PrefixStore(f"minivllm engine {number}", store)
-    key = os.environ.get(
-        "MINIVLLM_RANK_KEY", ""
-    ).encode()  # the same on every machine, if the network is shared
+    # On a shared network the user sets the same key on every machine.
+    key = os.environ.get("MINIVLLM_RANK_KEY", "").encode()
     return connect(
         store, rank, size, device_type, None, _number_from_torchrun("LOCAL_RANK", rank), key
     )
 
 
 class RankProcesses:
-    """Ranks 1 to size - 1 as processes on this machine, each running ``target(group, *args)``. This
-    process is rank 0.
+    """Ranks 1 to size - 1 as processes on this machine. This process is rank 0.
 
-    Each holds one end of a pipe, on which it reports why it failed, and lives until the pipe is
-    closed at this end: by `close`, or because this process is gone.
+    Each process runs ``target(group, *args)``. Each holds one end of a pipe, on which it reports
+    the cause of a failure. It lives until this end of the pipe is closed: by `close`, or because
+    this process is gone.
     """
 
     def __init__(
@@ -260,7 +262,8 @@ class RankProcesses:
         self.group = SINGLE
         self._ranks: list[Any] = []
         self._reports: dict[int, Any] = {}
-        key = secrets.token_bytes(32)  # goes to the ranks through the pipe that starts them
+        # The ranks get the key through the pipe that starts them.
+        key = secrets.token_bytes(32)
         try:
             work = pickle.dumps((target, args))
         except Exception as error:
@@ -268,21 +271,20 @@ class RankProcesses:
                 f"The other ranks cannot be sent this ({error}). Define your pieces at the top"
                 " level of a module."
             ) from error
-        # a port that is free, and nobody else's from here on
+        # A free port, reserved for us from here on.
         listener = socket.create_server(("127.0.0.1", 0))
         port = listener.getsockname()[1]
         try:
-            with _deaf_to_interrupts():
+            with _sigint_blocked():
                 for rank in range(1, size):
                     self._start(rank, size, port, device_type, key, work)
-            # Only now, for it brings a thread, and a signal goes to whichever thread lets it
-            # through.
+            # The store starts a thread, so it is made after the processes: SIGINT would reach that
+            # thread while it is blocked in this one.
             store = dist.TCPStore(
                 "127.0.0.1", port, size, True, IDLE, False, master_listen_fd=listener.detach()
             )
-            for rank, (_, pipe) in enumerate(
-                self._ranks, 1
-            ):  # wait here, where their end is noticed
+            # Wait here, where the end of a process is noticed.
+            for rank, (_, pipe) in enumerate(self._ranks, 1):
                 with suppress(EOFError):
                     self._reports[rank] = pipe.recv()
                 if self._reports.get(rank) != "ready":
@@ -299,13 +301,11 @@ class RankProcesses:
             threading.Thread(target=self._watch, daemon=True).start()
 
     def failure(self) -> Exception:
-        """The error to raise now that a rank is lost: it names the rank that failed first, and
-        why.
-        """
+        """The error to raise for a lost rank. It names the rank that failed first, and why."""
         deadline = time.monotonic() + 5.0
         while True:
             causes = {rank: self._cause(rank) for rank in range(1, len(self._ranks) + 1)}
-            # The others fail with `RankFailedError`: they have only noticed.
+            # `RankFailedError` means that a rank has only noticed the failure of another rank.
             first = [
                 (r, *cause)
                 for r, cause in causes.items()
@@ -323,13 +323,13 @@ class RankProcesses:
         return error(f"Rank {rank} {text}")
 
     def close(self) -> None:
-        """End the ranks; returns when they are gone."""
+        """End the ranks. Returns when all processes are gone."""
         ranks, self._ranks = self._ranks, []
         for _, pipe in ranks:
             pipe.close()
         for process, _ in ranks:
             process.join(5.0)
-            process.kill()  # nothing, if it has ended
+            process.kill()  # does nothing if the process has ended
             process.join()
         self.group.close()
 
@@ -344,7 +344,7 @@ class RankProcesses:
         self._ranks.append((process, ours))
 
     def _cause(self, rank: int) -> tuple[str, str] | None:
-        """(kind of error, what happened) of a rank that has ended."""
+        """(type of the error, what happened) for a rank that has ended."""
         process, pipe = self._ranks[rank - 1]
         code = process.exitcode
         with suppress(EOFError, OSError):
@@ -357,27 +357,30 @@ class RankProcesses:
         return (
             "",
             (
-                f"exited with code {code} before it could say why; what it printed may. A script"
-                " that starts ranks needs `if __name__ == '__main__':` around what it does."
+                f"exited with code {code} before it could report an error; see its output. A script"
+                " that starts ranks needs `if __name__ == '__main__':` around its code."
             ),
         )
 
     def _watch(self) -> None:
-        """A GPU waits for ever for a rank that is gone: abort its communication."""
+        """Abort the communication when a rank is gone: a GPU would wait for that rank for ever."""
         wait([process.sentinel for process, _ in self._ranks])
-        if self._ranks:  # not closed by ourselves
+        # If `close` ended the ranks, the list is empty.
+        if self._ranks:
             self.group.abort()
 
 
 @contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Processes that are started here do not hear Ctrl-C, which reaches every process of the
-    terminal: the ranks leave it to this one. Windows cannot block a signal; there they hear it.
+def _sigint_blocked() -> Iterator[None]:
+    """Start processes with SIGINT blocked, so that Ctrl-C does not interrupt them.
+
+    Ctrl-C reaches every process of the terminal, and rank 0 handles it for all ranks. Windows
+    cannot block a signal; there the started processes get it too.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    # multiprocessing's own process; its start would let the signal through again
+    # Start multiprocessing's own helper process first: its start would unblock the signal.
     resource_tracker.ensure_running()
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -389,10 +392,10 @@ def _deaf_to_interrupts() -> Iterator[None]:
 def _run_rank(
     pipe: Connection, rank: int, size: int, port: int, device_type: str, key: bytes, work: bytes
 ) -> None:
-    """The life of a rank that `RankProcesses` has started."""
+    """The main function of a rank that `RankProcesses` has started."""
     threading.Thread(target=_end_with_rank_0, args=(pipe,), daemon=True).start()
     report = ("SystemExit", "ended.")
-    os.environ["TQDM_DISABLE"] = "1"  # rank 0's progress bars are enough
+    os.environ["TQDM_DISABLE"] = "1"  # rank 0 shows the progress bars
     try:
         target, args = pickle.loads(work)
         if device_type == "cpu":

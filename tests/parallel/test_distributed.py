@@ -12,7 +12,7 @@ import torch
 
 from minivllm.errors import RankFailedError
 from minivllm.parallel.group import TensorParallelGroup
-from minivllm.parallel.launch import _deaf_to_interrupts
+from minivllm.parallel.launch import _sigint_blocked
 
 
 def test_what_rank_0_says_is_json_with_a_signature(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,10 +57,10 @@ def test_ranks_start_deaf_to_ctrl_c_where_a_signal_can_be_blocked(
         return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
     assert not blocked()
-    with _deaf_to_interrupts():
+    with _sigint_blocked():
         assert blocked()
     assert not blocked()
     monkeypatch.delattr(signal, "pthread_sigmask")
-    with _deaf_to_interrupts():
+    with _sigint_blocked():
         started = True
     assert started

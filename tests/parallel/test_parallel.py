@@ -270,7 +270,7 @@ def test_under_torchrun(checkpoint: Checkpoint, alone: minivllm.LLM, tmp_path: P
             == sum(cache.nbytes for layer in runner.kv_caches for cache in layer) // 2
         )
     assert reports[1]["error"].startswith(
-        "RankMismatchError: Rank 1 does not stand where rank 0 does"
+        "RankMismatchError: Rank 1 is not in the same state as rank 0"
     )
     assert reports[0]["error"].startswith("RankFailedError")
 
@@ -289,7 +289,7 @@ def test_ranks_with_other_tokens_are_noticed() -> None:
     llm = LLM(tensor_parallel_size=2, num_kv_blocks=40, kernels=kernels)
     with pytest.raises(
         RankMismatchError,
-        match="Rank 1 failed: RankMismatchError: Rank 1 does not stand where rank 0 does",
+        match="Rank 1 failed: RankMismatchError: Rank 1 is not in the same state as rank 0",
     ):
         generate(llm, [1, 2, 3], LONG)
     with pytest.raises(EngineEndedError, match="RankMismatchError"):

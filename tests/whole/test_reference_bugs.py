@@ -1040,7 +1040,7 @@ def test_bug_31_every_rank_takes_the_first_columns(checkpoint, reference, monkey
 
 def test_bug_31_ranks_disagree_about_the_number_of_blocks(checkpoint, reference, monkeypatch):
     monkeypatch.setattr(ThreadGroup, "exchange", lambda self, number: [number])
-    with pytest.raises(RankMismatchError, match="Rank 1 does not stand where rank 0 does"):
+    with pytest.raises(RankMismatchError, match="Rank 1 is not in the same state as rank 0"):
         check_ranks(checkpoint, reference)
 
 

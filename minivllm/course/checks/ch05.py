@@ -410,7 +410,7 @@ _MISUSES = {
         "never-started",
         "Whoever is admitted gets a place by `start`, and only then computes.",
     ),
-    "stands in": (
+    "still in `": (
         "wrong-queue",
         "Move the sequence from one queue to the other first, then tell the base.",
     ),
