@@ -1,9 +1,8 @@
-"""The glossary: the field's terms, each with the chapter that teaches it and the place in the
-package where it lives.
+"""The glossary: the field's terms, with the chapter and the place in the package for each.
 
 ``python -m minivllm.course.authoring glossary`` writes notebooks/glossary.md from `TERMS`. A place
-is a file of the package and a name that is defined in it, so a line more in that file changes
-nothing here.
+is a file of the package and a name that is defined in it. New lines in that file therefore do not
+change the glossary.
 """
 
 from __future__ import annotations
@@ -19,9 +18,11 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Term:
-    """name: the term, in lower case but for names. chapter: its number.
+    """One entry.
 
-    place: "file.py:Class.name", relative to the package. text: what it is, in a sentence or two.
+    name: the term, in lower case unless it is a proper name. chapter: the number of the chapter
+    that teaches it. place: "file.py:Class.name", relative to the package. text: one or two
+    sentences that explain it.
     """
 
     name: str
@@ -31,7 +32,7 @@ class Term:
 
 
 def find(place: str, package: Path = PACKAGE) -> ast.stmt:
-    """The statement that defines a place. LookupError where the file or the name is not there."""
+    """The statement that defines a place. LookupError where the file or the name is missing."""
     path, _, what = place.partition(":")
     if not what or not (package / path).is_file():
         raise LookupError(f"{place}: there is no such file, or it does not say what in it")
@@ -45,7 +46,7 @@ def find(place: str, package: Path = PACKAGE) -> ast.stmt:
 
 
 def _names(node: ast.stmt) -> set[str]:
-    """What a statement defines."""
+    """The names that a statement defines."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return {node.name}
     targets = (
@@ -61,7 +62,10 @@ def _names(node: ast.stmt) -> set[str]:
 
 
 def render(package: Path = PACKAGE) -> str:
-    """The glossary as Markdown, to stand in notebooks/. LookupError where a place is not there."""
+    """The glossary as Markdown, for a file in notebooks/.
+
+    LookupError where a place is missing.
+    """
     names = {stop.number: stop.name for stop in ROAD}
     lines = [
         "# Glossary",

@@ -82,9 +82,8 @@ def main(address: str) -> None:
     capstone._package_run = functools.cache(capstone._package_run)
     capstone._package_run()
     with contextlib.redirect_stdout(io.StringIO()):
-        for chapter in chapters(
-            Path(__file__).resolve().parents[2]
-        ):  # what they import is then there
+        # Afterwards, the modules that the solutions import are loaded.
+        for chapter in chapters(Path(__file__).resolve().parents[2]):
             if chapter.number in {piece.chapter for piece in capstone.PIECES}:
                 first = next(cell for cell in chapter.solution.cells if cell.cell_type == "code")
                 assert role(first)[0] == "given"

@@ -293,9 +293,8 @@ def check_merge(merge_attention, device: torch.device) -> None:
     for splits, batch, heads, dim in ((1, 1, 1, 4), (2, 3, 2, 24), (21, 2, 3, 64), (53, 3, 1, 80)):
         out = torch.randn(splits, batch, heads, dim, generator=generator)
         lse = torch.randn(splits, batch, heads, generator=generator) * 6
-        lse[
-            :: max(2, splits - 1), 0
-        ] = -math.inf  # the first part, and one in the middle of or behind the others
+        # The first part is empty, and one in the middle or at the end.
+        lse[:: max(2, splits - 1), 0] = -math.inf
         lse[1:, -1, 0] += 200.0  # exp(200) overflows float32
         if batch > 1:
             lse[:, 1, -1] = -math.inf
@@ -556,9 +555,8 @@ def check_sample(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> 
     for vocabulary in (1, 50, 4096, 4097, 9000):
         rows = 12
         logits = torch.randn(rows, vocabulary + 3, generator=generator) * 3
-        logits[
-            1:, : vocabulary // 3
-        ] = -math.inf  # masked at the start, and at the end, where whole tiles are empty
+        # Masked at the start; and at the end, where whole tiles are empty.
+        logits[1:, : vocabulary // 3] = -math.inf
         logits[3, -(-vocabulary // 2) :] = -math.inf
         logits[4] = 1.5  # all equal
         logits = fence(logits.to(device, dtype))[:, :vocabulary]
