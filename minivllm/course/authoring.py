@@ -225,7 +225,8 @@ def execute(path: Path) -> list[str]:
     )
     clean(notebook)
     if not (found := problems(notebook)):
-        nbformat.write(notebook, path)  # Validates the notebook, too.
+        # Validates the notebook, too.
+        nbformat.write(notebook, path)
     return found
 
 

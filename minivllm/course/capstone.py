@@ -548,7 +548,8 @@ def _work(job: dict[str, Any], folder: Path, timeout: float) -> Iterator[dict[st
     lines: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:
-        with contextlib.suppress(ValueError):  # The pipe is closed.
+        # The pipe is closed.
+        with contextlib.suppress(ValueError):
             for line in process.stdout:
                 lines.put(line)
         lines.put(None)

@@ -100,7 +100,8 @@ def as_committed(path: Path) -> tuple[str | None, str]:
     except OSError:
         return text, ""
     shown = f"{path.parent.name}/{path.name}"
-    if known.returncode:  # This is not a repository.
+    # This is not a repository.
+    if known.returncode:
         return text, ""
     if not known.stdout:
         return None, f"{shown} is not in git, and was left out."

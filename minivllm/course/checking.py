@@ -514,7 +514,8 @@ class _Comparison:
         expected = [_call(right, case, writes, names)[0] for case in cases]
         for run in expected:
             if run.error:
-                raise run.error  # The check itself has a bug.
+                # The check itself has a bug.
+                raise run.error
         return cls(cases, names, writes, tolerances, expected)
 
     def judge(self, answer: Callable, suspects: Suspects) -> None:

@@ -49,8 +49,10 @@ class SimulatedMachine:
         self.now = 0.0
         #: The events in order: ("call", name), ("clock", ""), ("synchronize", "").
         self.log: list[tuple[str, str]] = []
-        self._idle_at = 0.0  # When everything in the queue will have been done.
-        self._worked = 0.0  # Seconds of work so far.
+        # When everything in the queue will have been done.
+        self._idle_at = 0.0
+        # Seconds of work so far.
+        self._worked = 0.0
         self._calls: Counter[str] = Counter()
 
     def clock(self) -> float:
@@ -141,7 +143,8 @@ class EngineClock:
         seconds = self.step + self.token * tokens
         if self.num_tokens == 0:
             seconds += self.cold
-        stretch = max(0, self.num_readings - 1) // 2  # Two readings make one measurement.
+        # Two readings make one measurement.
+        stretch = max(0, self.num_readings - 1) // 2
         self.now += seconds * self.pace[stretch % len(self.pace)]
         self.num_tokens += tokens
         return build_batch(rows, *more)

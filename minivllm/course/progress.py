@@ -55,7 +55,8 @@ def check(what: str | None, console: Console, timeout: float = CELL_TIMEOUT) -> 
     chapter; ChangedSolutionError; JupyterMissingError.
     """
     if what == "capstone":
-        _records(find_root(), console)  # Prints what is damaged; the capstone itself would not.
+        # Prints what is damaged; the capstone itself would not.
+        _records(find_root(), console)
         return capstone.check(console, timeout)
     if what is not None:
         chosen = [_find(what)]
@@ -81,7 +82,8 @@ def _find(what: str) -> tuple[Chapter, Path, Collection[str] | None]:
     """
     path = Path(what)
     if path.suffix == ".ipynb":
-        if not os.path.exists(path):  # Path.exists raises for a name that is too long.
+        # Path.exists raises for a name that is too long.
+        if not os.path.exists(path):
             raise CourseNotFoundError(f"There is no file {what}.")
         chapter = chapter_of(path)
         if chapter is not None:
@@ -144,7 +146,8 @@ def _hints(id: str) -> Mapping[str, int]:
     """The hint number for each mistake that the exercise's check names."""
     try:
         return find(id).hints
-    except UnknownExerciseError:  # The exercise's check stands in the notebook.
+    except UnknownExerciseError:
+        # The exercise's check stands in the notebook.
         return {}
 
 
@@ -205,7 +208,8 @@ def overview(console: Console) -> None:
     )
     try:
         standing, is_next = capstone.standing(root)
-    except MiniVLLMError:  # The table names the chapter with the problem.
+    except MiniVLLMError:
+        # The table names the chapter with the problem.
         standing, is_next = "", False
     if standing:
         how = (

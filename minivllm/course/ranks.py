@@ -60,8 +60,10 @@ class Call:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    size: int  # The number of ranks.
-    detail: str = ""  # What else must agree: "dim 1", "from rank 0".
+    #: The number of ranks.
+    size: int
+    #: What else must agree: "dim 1", "from rank 0".
+    detail: str = ""
 
     def __str__(self) -> str:
         words = f"{self.name}({str(self.dtype).removeprefix('torch.')} {list(self.shape)})"
@@ -144,8 +146,10 @@ class _Rank:
     turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     stopped: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     thread: threading.Thread | None = None
-    call: Call | None = None  # The collective that the rank waits in.
-    tensor: torch.Tensor | None = None  # The tensor that the rank passed; then the result.
+    #: The collective that the rank waits in.
+    call: Call | None = None
+    #: The tensor that the rank passed; then the result.
+    tensor: torch.Tensor | None = None
     computing: bool = False
     ended: bool = False
     abandoned: bool = False
@@ -174,7 +178,8 @@ class Ranks:
         the time limit.
         """
         self.calls = []
-        inference = torch.is_inference_mode_enabled()  # A new thread begins without inference mode.
+        # A new thread begins without inference mode.
+        inference = torch.is_inference_mode_enabled()
         ranks = [_Rank(rank) for rank in range(self.size)]
         for rank in ranks:
             work = (rank, program, args, inference)

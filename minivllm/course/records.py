@@ -55,7 +55,8 @@ class Records:
         try:
             self._records = _read_records(self._path)
         except FileNotFoundError:
-            pass  # Nothing has been checked yet.
+            # Nothing has been checked yet.
+            pass
         except (OSError, ValueError, RecursionError) as error:
             self.damage = self._put_aside(
                 reason(error) if isinstance(error, OSError) else str(error)

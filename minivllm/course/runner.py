@@ -209,10 +209,10 @@ def verdicts(
     kernel: JupyterKernel | None = None
     # What the learner wrote for the earlier exercises, without those that ended a kernel.
     earlier: list[Cell] = []
-    waiting: list[Cell] = []  # What of that this kernel has not run yet.
-    notes: tuple[
-        str, ...
-    ] = ()  # What the learner should know about the cells before the first exercise.
+    # The cells of `earlier` that this kernel has not run yet.
+    waiting: list[Cell] = []
+    # What the learner should know about the cells before the first exercise.
+    notes: tuple[str, ...] = ()
     told = False
     try:
         for group in exercises:
@@ -271,9 +271,8 @@ def _run(
         None,
         list(notes),
     )
-    given: list[
-        str
-    ] = []  # Exceptions of given cells; not shown when a check has said what is wrong.
+    # Exceptions of given cells; not shown when a check has said what is wrong.
+    given: list[str] = []
     for cell in group.cells:
         if cell.kind == "check":
             taken = kernel.execute(_hidden("restore", names_in(cell.source))).printed.split()

@@ -50,10 +50,14 @@ class CostModel:
     """
 
     name: str
-    weights: float  # Seconds to read all weights.
-    token: float  # Seconds to compute one token's matrix products.
-    key: float  # Seconds to read one token's K and V.
-    pair: float  # Seconds to compute one query against one key, for all heads and layers.
+    #: Seconds to read all weights.
+    weights: float
+    #: Seconds to compute one token's matrix products.
+    token: float
+    #: Seconds to read one token's K and V.
+    key: float
+    #: Seconds to compute one query against one key, for all heads and layers.
+    pair: float
     source: str = "assumed"
 
     def seconds(self, parts: Iterable[tuple[int, int]]) -> float:
@@ -89,7 +93,8 @@ STEPS = CostModel("one second a step", weights=1.0, token=0.0, key=0.0, pair=0.0
 class Arrival:
     """A request, as the scheduler sees it."""
 
-    time: float  # Seconds.
+    #: Seconds.
+    time: float
     prompt_tokens: int
     output_tokens: int
 
@@ -102,7 +107,8 @@ class SimulatedRequest:
     sequence: Sequence
     token_times: list[float] = field(default_factory=list)
     first_scheduled: float | None = None
-    steps_waited: int = 0  # The steps in whose planning the request stayed in the queue.
+    #: The steps in whose planning the request stayed in the queue.
+    steps_waited: int = 0
 
     @property
     def finished(self) -> bool:
@@ -130,10 +136,13 @@ class Simulation:
 
     requests: list[SimulatedRequest]
     stats: SchedulerStats
-    seconds: float  # From the first arrival to the last token.
+    #: From the first arrival to the last token.
+    seconds: float
     trace: Trace | None
-    num_wasted_tokens: int  # Tokens computed a second time, after preemptions.
-    stalled: str = ""  # Why the run did not finish; "" where it did.
+    #: Tokens computed a second time, after preemptions.
+    num_wasted_tokens: int
+    #: Why the run did not finish; "" where it did.
+    stalled: str = ""
 
     @property
     def lost(self) -> list[int]:

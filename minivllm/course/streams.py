@@ -184,12 +184,15 @@ class SimulatedGPU:
         self.now = 0.0
         self.spans: list[Span] = []
         self.num_launches = self.num_replays = self.num_waits = 0
-        self._stream_free = 0.0  # When everything launched so far will have run.
-        self._pending: deque[tuple[float, _Op]] = deque()  # Launched and not run: (end, operation).
+        # When everything launched so far will have run.
+        self._stream_free = 0.0
+        # Launched and not run: (end, operation).
+        self._pending: deque[tuple[float, _Op]] = deque()
         self._capture: CUDAGraph | None = None
         self._pinned: dict[int, torch.Tensor] = {}
         self._broken = ""
-        self._asked = (0.0, 0)  # (time, number of unsuccessful queries at this time).
+        # The time of the last unsuccessful query, and the number of them at that time.
+        self._asked = (0.0, 0)
 
     # --- memory -----------------------------------------------------------------------------------
 
@@ -401,7 +404,8 @@ class SimulatedGPU:
                 return value
             if value.dim() == 0:
                 return value.clone()
-            if name in ("index", "index_put_", "index_put"):  # PyTorch moves indices itself.
+            # PyTorch moves indices itself.
+            if name in ("index", "index_put_", "index_put"):
                 return self.tensor(value)
             raise CudaError(
                 "Expected all tensors to be on the same device, but found at least two devices,"
@@ -576,7 +580,8 @@ class Event:
     def record(self) -> None:
         """Put the event behind everything launched so far."""
         if self._gpu._capture is not None:
-            raise CudaError(NOT_WHILE_CAPTURING)  # Simplified: CUDA records the event, too.
+            # Simplified: CUDA records the event, too.
+            raise CudaError(NOT_WHILE_CAPTURING)
         self._time = max(self._gpu.now, self._gpu._stream_free)
 
     def query(self) -> bool:
@@ -1028,7 +1033,8 @@ class SimulatedEngine:
         ]
         for seq in self.sequences:
             self._scheduler.add(seq)
-        self._last = [0] * max_num_seqs  # On the GPU: the last token of each slot.
+        # On the GPU: the last token of each slot.
+        self._last = [0] * max_num_seqs
         self._in_flight: deque[ScheduledBatch] = deque()
         self.num_steps = self.most_in_flight = 0
 
