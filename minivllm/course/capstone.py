@@ -269,9 +269,7 @@ def check(console: Console, timeout: float = 120.0) -> int:
     if report.passed:
         _celebrate(report, console)
     elif not report.problems:
-        console.print(
-            Padding(Text("It did not come to an end, and nothing says why."), (1, 0, 0, 3))
-        )
+        console.print(Padding(Text("The run did not finish, for an unknown reason."), (1, 0, 0, 3)))
     return int(not report.passed)
 
 
@@ -350,13 +348,13 @@ def _celebrate(report: Report, console: Console) -> None:
         f"    {report.text}",
         "",
         (
-            f"{len(REQUESTS)} requests, greedy and seeded: all {report.num_tokens} tokens are the"
-            f" package's, and so are the texts; in {stats['num_steps']} steps,"
+            f"{len(REQUESTS)} requests, greedy and seeded: all {report.num_tokens} tokens and"
+            f" all texts equal the package's. {stats['num_steps']} steps,"
             f" {stats['num_mixed_steps']} of them mixed, with {stats['num_preemptions']}"
             " preemptions."
         ),
         (
-            f"Yours: {mine:,.0f} tokens a second. The package: {packages:,.0f}, {beside}, on this"
+            f"Yours: {mine:,.0f} tokens per second. The package: {packages:,.0f}, {beside}, on this"
             " CPU, in plain torch."
         ),
         "",
@@ -414,7 +412,7 @@ def _own_checks(root: Path, report: Report, timeout: float) -> list[Finding]:
             records.note(by_id[verdict.id], verdict)
             pieces = [piece for piece, id in report.found.items() if id == verdict.id]
             why = (
-                f"The tokens are right. But its own check, {verdict.id}, sees more:"
+                f"The tokens are right, but the piece's own check, {verdict.id}, finds a mistake:"
                 f" {verdict.message}"
             )
             if verdict.state == FAILED:
@@ -899,8 +897,8 @@ def _differs(run: Run, right: Run) -> str:
             return f"the texts are right, but {why}"
     if run.blocks_lost:
         return (
-            f"the texts are right, but {run.blocks_lost} blocks of the KV cache were not given back"
-            " in the end"
+            f"the texts are right, but {run.blocks_lost} blocks of the KV cache were not freed"
+            " at the end"
         )
     return ""
 
@@ -924,7 +922,7 @@ def _together(answers: dict[str, Any], found: dict[str, str], say: Callable[...,
         if not run.calls[name] and not problems:
             say(begins=name)
             problems += _alone(name, answers, found, right, run.calls)
-            others = "your other pieces had no use for it, so it ran alone in the package's engine"
+            others = "your other pieces did not call it, so it ran alone in the package's engine"
             if not problems:
                 say(note=f"{name} ({found[name]}): {others}.")
     for finding in problems:
@@ -942,8 +940,9 @@ def _packages_own(own: dict[str, str], found: dict[str, str]) -> list[Finding]:
         Finding(
             piece,
             "packages-own",
-            f"In the place of {piece} ({found[piece]}) the package's own `{name}` is at work: your"
-            " answer is it, inherits it, or calls it. The capstone wants yours.",
+            f"The package's own `{name}` ran instead of {piece} ({found[piece]}): your answer is"
+            " the package's code, inherits from it, or calls it. The capstone needs your own"
+            " code.",
         )
         for piece, name in own.items()
     ]
@@ -962,7 +961,7 @@ def _alone(
     """
     from minivllm.course.checking import raised
 
-    closer = f"`minivllm check {found[name]}` looks closer."
+    closer = f"`minivllm check {found[name]}` checks it in more detail."
     try:
         run = _run({name: answers[name]}, [name])
     except Exception as error:
@@ -1003,9 +1002,9 @@ def _without(
     except Exception:
         return []
     why = (
-        f"Each piece is right alone, and with the package's own in the place of {name}"
-        f" ({found[name]}) the others are right together. So {name} and another of yours disagree,"
-        " about what they hand to each other."
+        f"Each piece is right alone. With the package's own code instead of {name} ({found[name]}),"
+        f" the other pieces are right together. So {name} and another piece of yours disagree about"
+        " the data that they pass to each other."
     )
     return [Finding(name, "disagrees", why)] if heals else []
 

@@ -207,8 +207,8 @@ def _changed_setup(learner: NotebookNode, solution: NotebookNode) -> list[str]:
     before = itertools.takewhile(lambda cell: role(cell)[0] == "given", solution.cells)
     given = {cell.id: cell.source for cell in before if cell.cell_type == "code"}
     return [
-        f"Cell {number} of your file, which came with it, was changed. It was run as it came, and"
-        " then as it is now."
+        f"Cell {number} of your file is a given cell, and it was changed. The original was run"
+        " first, and then your version."
         for number, cell in enumerate(learner.cells, start=1)
         if cell.get("id") in given and cell.cell_type == "code" and cell.source != given[cell.id]
     ]
@@ -230,12 +230,12 @@ def _missing(id: str, answer: NotebookNode, learner: NotebookNode) -> str:
             defines = False
         if defines and names:
             why = (
-                f"Cell {number} defines {', '.join(sorted(names))}, but it is not the cell that"
-                " came for the answer"
+                f"Cell {number} defines {', '.join(sorted(names))}, but it is not the given"
+                " cell for the answer"
             )
             break
     else:
-        why = f"The cell for the answer to {id} is gone from your file"
+        why = f"The cell for the answer to {id} is missing from your file"
     return (
         f"{why}. Get a fresh copy with `minivllm course reset {id[:2]}` (yours is kept beside it),"
         " and paste your code."

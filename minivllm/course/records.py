@@ -92,7 +92,7 @@ class Records:
         except OSError as error:
             self._in_the_way = True
             why = reason(error)
-            return f"{what} It cannot be renamed either ({why}), so no progress is read or kept."
+            return f"{what} It cannot be renamed either ({why}), so no progress is read or saved."
         so = "All exercises count as not checked until you check them again."
         return f"{what} It is kept as {kept.name}. {so}"
 
@@ -104,26 +104,26 @@ _LARGEST = 1 << 24
 def _read_records(path: Path) -> dict[str, Record]:
     """Read the records. ValueError where the file has another form than `Records.save` writes."""
     if path.exists() and not path.is_file():
-        raise ValueError("it is no file")
+        raise ValueError("it is not a file")
     with path.open("rb") as file:
         content = file.read(_LARGEST + 1)
     if len(content) > _LARGEST:
         raise ValueError("it is too large")
     kept = json.loads(content)
     if not isinstance(kept, dict):
-        raise ValueError("it holds no object")
+        raise ValueError("it does not hold a JSON object")
     return {id: _as_record(id, entry) for id, entry in kept.items()}
 
 
 def _as_record(id: str, entry: object) -> Record:
     names = {"answer", "state", "tries"}
     if not isinstance(entry, dict) or not entry.keys() <= names:
-        raise ValueError(f"the entry {one_line(id, 40)!r} is no record")
+        raise ValueError(f"the entry {one_line(id, 40)!r} is not a record")
     record = Record(**entry)
     if type(record.answer) is not str or type(record.state) is not str or record.state not in SIGNS:
-        raise ValueError(f"the entry {one_line(id, 40)!r} has no such state")
+        raise ValueError(f"the entry {one_line(id, 40)!r} has an unknown state")
     if type(record.tries) is not int or record.tries < 0:
-        raise ValueError(f"the entry {one_line(id, 40)!r} has no number of tries")
+        raise ValueError(f"the entry {one_line(id, 40)!r} has no valid number of tries")
     return record
 
 
@@ -140,7 +140,7 @@ def keep(records: Records) -> str:
     try:
         records.save()
     except OSError as error:
-        return f"Your progress could not be kept in exercises/: {reason(error)}."
+        return f"Your progress could not be saved in exercises/: {reason(error)}."
     return ""
 
 

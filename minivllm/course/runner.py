@@ -277,8 +277,7 @@ def _run(
         if cell.kind == "check":
             taken = kernel.execute(_hidden("restore", names_in(cell.source))).printed.split()
             warnings += [
-                f"Your cells give `{name}` another meaning; the check took the original."
-                for name in taken
+                f"Your cells redefine `{name}`; the check used the original." for name in taken
             ]
         result = kernel.execute(cell.source, timeout)
         if result.timed_out or result.ended:
@@ -319,7 +318,7 @@ def _cut_short(cell: Cell, result: Result, timeout: float) -> str:
 def _what_to_do(why: str) -> str:
     """Advice after a process has ended."""
     if "exit()" in why:
-        return f"Take that call out, and check again. {_HINTS}"
+        return f"Remove that call, and check again. {_HINTS}"
     return (
         "A process ends without an error when a kernel writes beyond a tensor (does each store"
         f" have a mask?), or when memory runs out. Try it on smaller inputs. {_HINTS}"
@@ -336,11 +335,14 @@ def _judge(group: Group, result: Result, trouble: Result | None) -> Verdict:
     """
     if trouble is not None and trouble.error[0] in ("SyntaxError", "IndentationError", "TabError"):
         what = (
-            "Python cannot read the cell of your answer, so nothing of it ran. It raises"
+            "Python cannot read the cell of your answer, so none of it ran. It raises"
             f" {_error(trouble)}"
         )
         return Verdict(
-            group.id, FAILED, "syntax-error", f"{what}\nMend that line, and check again. {_HINTS}"
+            group.id,
+            FAILED,
+            "syntax-error",
+            f"{what}\nCorrect that line, and check again. {_HINTS}",
         )
     if trouble is not None:
         return Verdict(
@@ -350,8 +352,8 @@ def _judge(group: Group, result: Result, trouble: Result | None) -> Verdict:
         if group.printed and result.printed.strip().endswith(group.printed):
             return Verdict(group.id, PASSED, message=group.printed)
         why = (
-            "Its check ran, but the line it prints did not come out: does a cell of yours change"
-            " print or sys.stdout?"
+            "Its check ran, but its line was not printed: does a cell of yours change print or"
+            " sys.stdout?"
         )
         return Verdict(group.id, FAILED, "no-verdict", why)
     kind, text, _ = result.error
