@@ -120,7 +120,10 @@ def draw_kv_bytes(models: Sequence[ModelShape], ax: Axes | None = None) -> Matpl
 
 
 def _tokens_of_weights(model: ModelShape) -> int:
-    """Rounded to hundreds, because a model's name gives its size no more exactly."""
+    """The cache tokens that weigh as much as the model, rounded to hundreds.
+
+    The size in a model's name is not more exact.
+    """
     return round(2 * model.parameters / model.kv_bytes() / 100) * 100
 
 

@@ -246,7 +246,7 @@ def _streams_caption(times: Mapping[str, LaneTimes]) -> str:
 
 
 def _words(us: float) -> str:
-    """The unit is written out, so that nobody takes a simulated time for a measured one."""
+    """A time with its unit in words, so that a simulated time does not look measured."""
     return f"{us:,.0f} microseconds" if us < 10_000 else f"{us / 1000:,.1f} milliseconds"
 
 
