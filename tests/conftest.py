@@ -1,5 +1,7 @@
-"""For all tests: Triton's interpreter where there is no GPU, and a reason with what is skipped for
-want of one.
+"""Settings for all tests.
+
+Without a GPU, kernels run in Triton's interpreter, and tests that need a GPU are skipped with a
+reason.
 """
 
 import os
@@ -10,25 +12,27 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # must be set before triton is imported
+    # The variable must be set before triton is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # `make test &` in a script: the shell has Ctrl-C ignored, and every process that a test starts
-    # would inherit that.
+    # With `make test &` in a script, the shell makes pytest ignore Ctrl-C. Every process that a
+    # test starts would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 COLOURS = "NO_COLOR FORCE_COLOR PY_COLORS CLICOLOR CLICOLOR_FORCE COLORTERM GITHUB_ACTIONS"
 TERMINAL = "TERM COLUMNS LINES TERMINAL_WIDTH TTY_COMPATIBLE TTY_INTERACTIVE"
 for variable in f"{COLOURS} {TERMINAL}".split():
-    # What a CI or a shell asks of terminals must not decide what a test sees.
+    # What CI or a shell asks of terminals must not change what a test sees.
     os.environ.pop(variable, None)
 
-pytest.register_assert_rewrite("support")  # a failed assert of a helper shows its values too
+# A failed assert of a helper shows its values, too.
+pytest.register_assert_rewrite("support")
 
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Small models run faster on one thread."""
+    """Use one thread: small models run faster on it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -36,8 +40,9 @@ def one_thread() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what needs a GPU that is not there, and puts files with slow tests first, so that no
-    worker begins a long file when the others have ended. Within a file the order stays.
+    """Skip the tests that need a missing GPU, and put files with slow tests first.
+
+    So no worker begins a long file when the others have finished. The order within a file stays.
     """
     if not torch.cuda.is_available():
         for item in items:

@@ -1,12 +1,12 @@
-"""The small trained Qwen3 checkpoint that ships with minivllm, and everything that made it.
+"""The small trained Qwen3 checkpoint that ships with minivllm, and the code that made it.
 
-Only the path is exposed here, so that importing this package costs nothing:
+The package exposes only the path, so importing it costs nothing:
 
     >>> from minivllm.bundled import BUNDLED_MODEL_PATH
     >>> BUNDLED_MODEL_PATH.name
     'bundled'
 
-How it was made, from bottom to top: `grammar` (random text from templates), `stories` and
+The training code, from bottom to top: `grammar` (random text from templates), `stories` and
 `glossary` (the templates), `corpus` (documents and their mixture), `train`, `evaluate`. README.md
 is the model card.
 """

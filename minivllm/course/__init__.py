@@ -1,4 +1,4 @@
-"""The course's exercises: what a notebook imports. Cheap: torch comes with the first check."""
+"""The course's exercises: what a notebook imports. Cheap: the first check imports torch."""
 
 from minivllm.course.checking import attempted, check
 

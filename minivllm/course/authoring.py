@@ -1,10 +1,13 @@
-"""For those who write notebooks: `python -m minivllm.course.authoring execute
-notebooks/00_tour.ipynb`, or `stubs`.
+"""Tools for the authors of notebooks.
 
-`execute` runs in place with a fresh kernel, removes what belongs to this machine, and saves only
-what has no `problems`. `stubs` writes exercises/ from solutions/, where every answer becomes a
-stub, and the digests by which a changed solution is noticed. `glossary` writes
-notebooks/glossary.md.
+    python -m minivllm.course.authoring execute notebooks/00_tour.ipynb
+    python -m minivllm.course.authoring stubs
+    python -m minivllm.course.authoring glossary
+
+`execute` runs a notebook in place with a fresh kernel and removes what belongs to this machine. It
+saves the notebook only if `problems` finds nothing. `stubs` writes exercises/ from solutions/:
+every answer becomes a stub. It also writes the digests that show when a solution was changed.
+`glossary` writes notebooks/glossary.md.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ MAX_IMAGE_BYTES, MIN_COMPARED_SHARE = 60_000, 0.6
 
 
 def compared_text(output: NotebookNode) -> str:
-    """Everything in an output that nbval compares."""
+    """All text of an output that nbval compares."""
     data = output.get("data", {})
     return "\n".join(
         [output.get("text", ""), *(str(data[key]) for key in data if key not in NOT_COMPARED)]
@@ -41,7 +44,10 @@ def compared_text(output: NotebookNode) -> str:
 
 
 def clean(notebook: NotebookNode) -> None:
-    """Remove paths, times and versions of this machine, and widgets, whose static twin stays."""
+    """Remove paths, times and versions of this machine, and widgets.
+
+    A widget's static picture stays.
+    """
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     notebook.metadata = NotebookNode(kernelspec=kernel, language_info={"name": "python"})
     for cell in notebook.cells:
@@ -62,7 +68,7 @@ def clean(notebook: NotebookNode) -> None:
 
 
 def problems(notebook: NotebookNode) -> list[str]:
-    """Why this notebook must not be committed as it is; empty when it may."""
+    """Return the reasons not to commit this notebook as it is; empty when there are none."""
     found: list[str] = []
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     if [cell.execution_count for cell in code] != list(range(1, len(code) + 1)):
@@ -90,7 +96,10 @@ def problems(notebook: NotebookNode) -> list[str]:
 
 
 def _output_problems(output: NotebookNode, ignored: bool) -> Iterator[str]:
-    """What is wrong with one output. ignored: nbval does not compare it."""
+    """Yield what is wrong with one output.
+
+    ignored: nbval does not compare the output.
+    """
     if output.output_type == "error":
         yield f"{output.ename}: {output.evalue}"
     text = compared_text(output)
@@ -104,7 +113,7 @@ def _output_problems(output: NotebookNode, ignored: bool) -> Iterator[str]:
 
 
 def misplaced(solution: NotebookNode) -> list[str]:
-    """What is wrong with the order and the metadata of a solution's cells."""
+    """Return what is wrong with the order and the metadata of a solution's cells."""
     found: list[str] = []
     roles = [(role(cell), cell) for cell in solution.cells if role(cell)[0] != "given"]
     expected = [(kind, id) for (first, id), _ in roles if first == "statement" for kind in KINDS]
@@ -134,11 +143,11 @@ def misplaced(solution: NotebookNode) -> list[str]:
 
 
 def broken_links(notebook: NotebookNode, folder: Path) -> list[str]:
-    """The links in markdown that lead nowhere from a notebook in folder.
+    """Return the broken links in the Markdown of a notebook in folder.
 
-    Relative ones must name a file or folder, or a heading of a notebook; never a line of a file,
-    which leads elsewhere as soon as a line is added. Those to arXiv must be of the form
-    https://arxiv.org/abs/2205.14135. Others on the web are not looked at.
+    A relative link must name a file, a folder or a heading of a notebook. It must not name a line
+    of a file: the line number is wrong as soon as a line is added above it. A link to arXiv must
+    have the form https://arxiv.org/abs/2205.14135. Other links to the web are not checked.
     """
     found = []
     for cell in notebook.cells:
@@ -171,9 +180,8 @@ def _leads_somewhere(path: Path | None, anchor: str, notebook: NotebookNode) -> 
         notebook = nbformat.read(path, as_version=4)
     if not anchor:
         return True
-    if (
-        path is None or path.suffix == ".ipynb"
-    ):  # JupyterLab's anchors: the heading with - for spaces
+    # JupyterLab's anchor is the heading with - for spaces.
+    if path is None or path.suffix == ".ipynb":
         headings = re.findall(
             r"^#+ +(.+?)\s*$", "\n".join(c.source for c in notebook.cells), re.MULTILINE
         )
@@ -182,7 +190,10 @@ def _leads_somewhere(path: Path | None, anchor: str, notebook: NotebookNode) -> 
 
 
 def write_stubs(chapter: Chapter) -> list[str]:
-    """Write the chapter's exercises and digests, unless there are problems, which are returned."""
+    """Write the chapter's exercises and digests.
+
+    Where there are problems, nothing is written; the problems are returned.
+    """
     if not (found := problems(chapter.solution)):
         chapter.exercises.parent.mkdir(exist_ok=True)
         nbformat.write(make_exercises(chapter), chapter.exercises)
@@ -196,8 +207,9 @@ def write_stubs(chapter: Chapter) -> list[str]:
 
 
 def execute(path: Path) -> list[str]:
-    """Execute the notebook with a fresh kernel, and save it unless there are problems, which are
-    returned.
+    """Execute the notebook with a fresh kernel, and save it.
+
+    Where there are problems, nothing is saved; the problems are returned.
     """
     from nbclient import NotebookClient
 
@@ -213,12 +225,13 @@ def execute(path: Path) -> list[str]:
     )
     clean(notebook)
     if not (found := problems(notebook)):
-        nbformat.write(notebook, path)  # validates, too
+        # Validates the notebook, too.
+        nbformat.write(notebook, path)
     return found
 
 
 def main() -> int:
-    """The command line; the exit code is the number of notebooks refused."""
+    """Run the command line; the exit code is the number of notebooks refused."""
     parser = argparse.ArgumentParser(
         prog="python -m minivllm.course.authoring", description=__doc__.split("\n")[0]
     )

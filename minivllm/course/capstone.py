@@ -1,12 +1,13 @@
-"""The capstone: all pieces that a learner wrote in chapters 01 to 07, taken from their exercises,
-run as one engine.
+"""The capstone: all pieces that a learner wrote in chapters 01 to 07, run as one engine.
 
-`check`, which is ``minivllm check capstone``, collects answers and hands them to a worker, a Python
-process of its own that may hang or crash: this file, run as a program. The worker runs the bundled
-model with all of the pieces, counting their calls and watching whether any of the package's own
-implementations is called in their places; where that goes wrong, `check` has every piece run alone
-in the package's engine, and so finds the one to name. Where it goes well, the pieces whose own
-checks have not passed yet are checked, too: those see more than any nine requests do.
+`check`, which is ``minivllm check capstone``, collects the answers from the exercises and sends
+them to a worker. The worker is this file, run as a program in its own Python process, because an
+answer may hang or crash. The worker runs the bundled model with all of the pieces. It counts their
+calls, and it notices when one of the package's own implementations is called instead of a piece.
+
+If that run fails, `check` has every piece run alone in the package's engine, to find the piece that
+is wrong. If it succeeds, `check` also runs the exercise checks of the pieces that have not passed
+them yet: those checks find more than the nine requests do.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ if TYPE_CHECKING:
 class Piece:
     """A place in the engine that a learner's answer takes.
 
-    name: how it is called in the report; chapter and answer: where it is, and the name that the
-    answer gives it. own: the package's implementations, as "module:function" or
-    "module:Class.method", none of which may be called then.
+    name: the piece's name in the report. chapter, answer: the chapter, and the name that the answer
+    defines there. own: the package's implementations, as "module:function" or
+    "module:Class.method". None of these may be called while the learner's piece is in use.
     """
 
     name: str
@@ -60,7 +61,7 @@ _KERNELS_FOLDER = str(Path(__file__).resolve().parents[1] / "kernels") + os.sep
 
 
 def _pair(module: str, *names: str) -> tuple[str, ...]:
-    """The kernels of these names: the launcher and the reference."""
+    """The kernels with these names: the launcher and the reference of each."""
     return tuple(
         f"minivllm.kernels.{module}:{name}{end}" for name in names for end in ("", "_reference")
     )
@@ -74,7 +75,7 @@ def _methods(owner: str, *names: str) -> tuple[str, ...]:
     return tuple(f"minivllm.{owner}.{name}" for name in names)
 
 
-#: The table of the design's section 4, in the order of the chapters.
+#: The pieces, in the order of the chapters.
 PIECES = (
     Piece("merging softmaxes", "01", "merge_attention", _pair("online_softmax", "merge_attention")),
     Piece(
@@ -157,7 +158,7 @@ OPTIONS = {
     "build_batch": "build_batch",
 }
 
-#: Chunks, mixed steps, preemptions and prefix hits, in a small cache.
+#: A small cache, so that there are chunks, mixed steps, preemptions and prefix hits.
 ROOM = {
     "max_num_batched_tokens": 32,
     "num_kv_blocks": 13,
@@ -165,13 +166,13 @@ ROOM = {
     "max_model_len": 192,
     "block_size": 16,
 }
-#: Decodes read a longer context in parts of so many tokens, which are then merged, as on a GPU with
-#: room for more.
+#: A decode reads a longer context in parts of this many tokens and then merges them. A GPU with
+#: idle multiprocessors does the same.
 SPLIT = 32
 _LONG = "You know many stories, and you explain terms in a few words. "
 _LONGER = _LONG + "There was a fox who lived by the sea, and an owl who kept a silver key. " * 3
-#: A stop string that may begin where a text ends; a text cut inside a character; contexts of more
-#: than one tile.
+#: The requests include a stop string that may begin where a text ends, a text that ends inside a
+#: character, and contexts of more than one tile.
 REQUESTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("What is 12 + 7?", {"temperature": 0.0, "stop": ". "}),
     (f"{_LONG}What is a KV cache?", {"temperature": 0.0}),
@@ -187,7 +188,8 @@ REQUESTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ),
 )
 MAX_TOKENS = 24
-SHOWN = 1  # the request whose answer is printed
+# The index of the request whose answer is printed.
+SHOWN = 1
 
 
 # --- what the command does ------------------------------------------------------------------------
@@ -195,8 +197,9 @@ SHOWN = 1  # the request whose answer is printed
 
 @dataclass
 class Finding:
-    """What is wrong with a piece. name as that of a `Mistake`; piece "" where no single one is to
-    blame.
+    """A fault of one piece.
+
+    name: like the name of a `Mistake`. piece: "" where the fault cannot be attributed to one piece.
     """
 
     piece: str
@@ -206,10 +209,11 @@ class Finding:
 
 @dataclass
 class Report:
-    """How it went. found: exercise of each piece, by its answer's name. speed: tokens a second,
-    yours first.
+    """The result of the capstone.
 
-    calls: how often each piece was called in the run that shows it right.
+    found: the exercise of each piece, by its answer's name. speed: tokens per second, the learner's
+    engine first. calls: the number of calls of each piece in the run that shows that the piece is
+    right.
     """
 
     found: dict[str, str] = field(default_factory=dict)
@@ -227,10 +231,9 @@ class Report:
 
 
 def check(console: Console, timeout: float = 120.0) -> int:
-    """Run the capstone on the exercises of this repository and print how it went. Returns the exit
-    code.
+    """Run the capstone on this repository's exercises and print the result. Returns the exit code.
 
-    timeout: seconds; half of it is what each part may take, for an endless one is run once more, to
+    timeout: seconds. Each part may take half of it, because an endless part is run a second time to
     find the piece.
     """
     from rich.padding import Padding
@@ -266,16 +269,12 @@ def check(console: Console, timeout: float = 120.0) -> int:
     if report.passed:
         _celebrate(report, console)
     elif not report.problems:
-        console.print(
-            Padding(Text("It did not come to an end, and nothing says why."), (1, 0, 0, 3))
-        )
+        console.print(Padding(Text("The run did not finish, for an unknown reason."), (1, 0, 0, 3)))
     return int(not report.passed)
 
 
 def _keep(root: Path, report: Report) -> str:
-    """Note in the records how it went, and with which answers. Returns "", or why that could not be
-    done.
-    """
+    """Write the result and the answers' digest into the records. Returns "", or why not."""
     records = Records(root)
     record = records["capstone"]
     record.answer, record.state = _digest(root, records), PASSED if report.passed else FAILED
@@ -283,10 +282,9 @@ def _keep(root: Path, report: Report) -> str:
 
 
 def standing(root: Path) -> tuple[str, bool]:
-    """(how far a learner is on the way to the capstone, in a few words; whether it is what comes
-    next).
+    """Return the learner's progress towards the capstone, and whether the capstone comes next.
 
-    ("", False) where its chapters are not here.
+    The progress is a few words; it is "" where the capstone's chapters are missing.
     """
     records = Records(root)
     known = {chapter.number for chapter in chapters(root)}
@@ -300,7 +298,7 @@ def standing(root: Path) -> tuple[str, bool]:
 
 
 def _homes(root: Path) -> dict[str, str]:
-    """The exercise that each piece is an answer of, by the answer's name."""
+    """The exercise that asks for each piece, by the name of its answer."""
     from minivllm.course.stubs import defined_names
 
     homes = {}
@@ -314,7 +312,7 @@ def _homes(root: Path) -> dict[str, str]:
 
 
 def _states(root: Path, records: Records) -> dict[str, str]:
-    """Exercise -> its state, in the chapters that pieces are from."""
+    """The state of every exercise in the chapters that the pieces come from."""
     numbers = {piece.chapter for piece in PIECES}
     here = [
         chapter
@@ -325,9 +323,7 @@ def _states(root: Path, records: Records) -> dict[str, str]:
 
 
 def _digest(root: Path, records: Records) -> str:
-    """A digest of what all pieces were when they were last checked, and whether they have changed
-    since.
-    """
+    """A digest of the states and the last checked answers of the pieces' exercises."""
     states = _states(root, records)
     pieces = [(id, states.get(id), records[id].answer) for id in sorted(set(_homes(root).values()))]
     return hashlib.sha256(json.dumps(pieces).encode()).hexdigest()[:16]
@@ -352,13 +348,13 @@ def _celebrate(report: Report, console: Console) -> None:
         f"    {report.text}",
         "",
         (
-            f"{len(REQUESTS)} requests, greedy and seeded: all {report.num_tokens} tokens are the"
-            f" package's, and so are the texts; in {stats['num_steps']} steps,"
+            f"{len(REQUESTS)} requests, greedy and seeded: all {report.num_tokens} tokens and"
+            f" all texts equal the package's. {stats['num_steps']} steps,"
             f" {stats['num_mixed_steps']} of them mixed, with {stats['num_preemptions']}"
             " preemptions."
         ),
         (
-            f"Yours: {mine:,.0f} tokens a second. The package: {packages:,.0f}, {beside}, on this"
+            f"Yours: {mine:,.0f} tokens per second. The package: {packages:,.0f}, {beside}, on this"
             " CPU, in plain torch."
         ),
         "",
@@ -371,9 +367,10 @@ def _celebrate(report: Report, console: Console) -> None:
 
 
 def examine(root: Path, timeout: float = 60.0) -> Report:
-    """Run the capstone on root's exercises. timeout: seconds that each part of it may take.
+    """Run the capstone on the exercises in root.
 
-    ChangedSolutionError where a solution is not as it was published.
+    timeout: seconds for each part. ChangedSolutionError where a solution differs from the published
+    one.
     """
     report = Report()
     cells = _collect(root, report)
@@ -394,8 +391,9 @@ def examine(root: Path, timeout: float = 60.0) -> Report:
 
 
 def _own_checks(root: Path, report: Report, timeout: float) -> list[Finding]:
-    """What the pieces' own checks find, of the answers that have not passed them yet. The verdicts
-    are kept.
+    """Run the exercise checks of the answers that have not passed them yet, and return the faults.
+
+    The verdicts are saved.
     """
     from minivllm.course.graft import graft
     from minivllm.course.runner import FAILED, NOT_RUNNABLE, verdicts
@@ -414,7 +412,7 @@ def _own_checks(root: Path, report: Report, timeout: float) -> list[Finding]:
             records.note(by_id[verdict.id], verdict)
             pieces = [piece for piece, id in report.found.items() if id == verdict.id]
             why = (
-                f"The tokens are right. But its own check, {verdict.id}, sees more:"
+                f"The tokens are right, but the piece's own check, {verdict.id}, finds a mistake:"
                 f" {verdict.message}"
             )
             if verdict.state == FAILED:
@@ -429,7 +427,10 @@ def _own_checks(root: Path, report: Report, timeout: float) -> list[Finding]:
 
 
 def _find_out_which(job: dict[str, Any], folder: Path, timeout: float, report: Report) -> None:
-    """Each piece alone among the package's; if all of them work so, all but one of the pieces."""
+    """Run each piece alone in the package's engine, to find the piece that is wrong.
+
+    If each works alone, run all pieces but one, for every piece.
+    """
     for task in ("alone", "without"):
         left = [piece.answer for piece in PIECES]
         while left:
@@ -444,8 +445,9 @@ def _find_out_which(job: dict[str, Any], folder: Path, timeout: float, report: R
 
 
 def _collect(root: Path, report: Report) -> dict[str, list[tuple[str, str, str]]]:
-    """chapter -> (exercise's id, kind, source) of what is to be run for its pieces. Problems go to
-    the report.
+    """Collect the cells that have to run for the pieces.
+
+    Returns chapter -> (exercise's id, kind, source). Problems go to the report.
     """
     from minivllm.course.graft import graft
 
@@ -470,8 +472,8 @@ def _collect(root: Path, report: Report) -> dict[str, list[tuple[str, str, str]]
                 report.problems.append(Finding(piece.answer, *by_id[id].broken))
             elif by_id[id].untouched:
                 report.problems.append(_not_written(piece, id))
-        # Pictures and checks are left out; what was written for other exercises may be used in
-        # these.
+        # Pictures and checks are left out. The answers to other exercises stay, because these
+        # answers may use them.
         cells[number] = [
             (group.id, cell.kind, cell.source)
             for group in groups
@@ -490,7 +492,7 @@ def _not_written(piece: Piece, id: str) -> Finding:
 
 
 def _take(event: dict[str, Any], report: Report) -> None:
-    """Add what the worker says to the report."""
+    """Add an event of the worker to the report."""
     if "problem" in event:
         report.problems.append(Finding(**event["problem"]))
     elif "ended" in event:
@@ -511,7 +513,10 @@ def _take(event: dict[str, Any], report: Report) -> None:
 
 
 def _start(folder: Path) -> subprocess.Popen:
-    """A worker, which reads its job from stdin and answers on stdout. folder: where it runs."""
+    """Start a worker in folder.
+
+    The worker reads its job from stdin and answers on stdout.
+    """
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1",
@@ -533,14 +538,16 @@ def _start(folder: Path) -> subprocess.Popen:
 
 
 def _work(job: dict[str, Any], folder: Path, timeout: float) -> Iterator[dict[str, Any]]:
-    """What a worker says, as it comes. A worker that is silent for longer than timeout is ended:
-    {"ended": why}.
+    """Yield the worker's events as they arrive.
+
+    A worker that is silent for longer than timeout is ended; the last event is then {"ended": why}.
     """
     process = _start(folder)
     lines: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:
-        with contextlib.suppress(ValueError):  # closed
+        # The pipe is closed.
+        with contextlib.suppress(ValueError):
             for line in process.stdout:
                 lines.put(line)
         lines.put(None)
@@ -584,7 +591,7 @@ def _work(job: dict[str, Any], folder: Path, timeout: float) -> Iterator[dict[st
 
 
 def main() -> None:
-    """Do what the job on the standard input says, and tell it line by line."""
+    """Do the job that stands on the standard input, and print each result as one line."""
     said = os.fdopen(os.dup(1), "w", encoding="utf-8")
     job = json.loads(sys.stdin.read())
 
@@ -610,8 +617,9 @@ def main() -> None:
 
 
 def _load(cells: dict[str, list], found: dict[str, str]) -> tuple[dict[str, Any], list[Finding]]:
-    """(what the answers define, by name; what is wrong with them). A chapter is run in a namespace
-    of its own.
+    """Run the answers. Returns what they define, by name, and what is wrong with them.
+
+    Each chapter runs in its own namespace.
     """
     from minivllm.course.checking import raised, unattempted
 
@@ -630,9 +638,8 @@ def _load(cells: dict[str, list], found: dict[str, str]) -> tuple[dict[str, Any]
                     problems += [Finding(name, "raised", raised(error).message) for name in pieces]
                 elif kind == "given":
                     raise
-            if (
-                kind == "answer"
-            ):  # as it is now: a later exercise may use the name for something else
+            # Keep the value now: a later exercise may use the name for something else.
+            if kind == "answer":
                 answers |= {name: namespace[name] for name in pieces if name in namespace}
     for piece in PIECES:
         id = found.get(piece.answer)
@@ -648,18 +655,21 @@ def _load(cells: dict[str, list], found: dict[str, str]) -> tuple[dict[str, Any]
 
 
 def _execute(source: str, name: str, namespace: dict[str, Any]) -> None:
-    """Execute a cell whose lines can be found again, as Triton does to compile a kernel."""
+    """Execute a cell, and register its lines with `linecache`.
+
+    Triton reads the lines of a function again to compile it as a kernel.
+    """
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
     exec(compile(source, name, "exec"), namespace)
 
 
 @dataclass
 class Run:
-    """What an engine wrote, and why each text ended there. calls: of each piece; blocks_lost: still
-    in use at the end.
+    """The texts that an engine wrote, and the reason why each text ended.
 
-    own: piece -> the package's function that was called in its place, of those that were watched
-    for.
+    calls: the number of calls of each piece. blocks_lost: blocks still in use at the end. own:
+    piece -> the package's function that was called instead of it, if any; only watched pieces are
+    listed.
     """
 
     tokens: list[list[int]]
@@ -672,7 +682,7 @@ class Run:
 
 
 def _package_run() -> Run:
-    """The right answers: the package's engine, by its own face."""
+    """Generate the right answers with the package's engine, through `LLM`."""
     from minivllm import LLM, SamplingParams
 
     with LLM(device="cpu", **ROOM) as llm:
@@ -687,18 +697,17 @@ def _package_run() -> Run:
 def _engine(
     answers: dict[str, Any], calls: Counter[str], room: dict[str, Any], split: int = 0
 ) -> tuple[LLM, Callable[[], Any]]:
-    """(an LLM with these answers in their places, what makes its loop). calls: counts those of
-    answers as they run.
+    """Return an LLM that uses these answers, and the factory of its loop.
 
-    split: tokens that a decode reads at once; longer contexts are read in parts and merged. 0:
-    whole contexts.
+    calls: is increased at each call of an answer. split: how many tokens a decode reads at once;
+    longer contexts are read in parts and merged. 0: whole contexts.
     """
     from minivllm import LLM, Kernels
     from minivllm.course.checks import ch07
 
     def noted(name: str) -> Callable:
         def note(*args: Any, **kwargs: Any) -> Any:
-            # a class's methods are counted as they run
+            # The methods of a class are counted when they run.
             calls[name] += not isinstance(answers[name], type)
             return answers[name](*args, **kwargs)
 
@@ -733,11 +742,10 @@ def _engine(
 
 
 def _in_parts(decode: Callable, split: int) -> Callable:
-    """The same attention, for every `split` tokens of a context by itself; what that gives is
-    merged.
+    """Wrap a decode attention: compute each `split` tokens of a context alone, then merge.
 
-    A GPU's decode kernel does so where it would leave multiprocessors idle, and has each part's
-    log-sum-exp at hand.
+    A GPU's decode kernel does the same where it would otherwise leave multiprocessors idle. It has
+    the log-sum-exp of each part at hand.
     """
     import torch
 
@@ -775,8 +783,9 @@ def _in_parts(decode: Callable, split: int) -> Callable:
 
 
 def _run(answers: dict[str, Any], watched: Iterable[str]) -> Run:
-    """Serve the requests with these answers, the package's elsewhere. watched: pieces whose own are
-    looked for.
+    """Serve the requests with these answers, and with the package's pieces elsewhere.
+
+    watched: the pieces for which calls of the package's own implementation are recorded.
     """
     from minivllm.course.checks.ch07 import new_sequence
 
@@ -801,9 +810,8 @@ def _run(answers: dict[str, Any], watched: Iterable[str]) -> Run:
             run.calls[mine[frame.f_code]] += 1
         elif frame.f_code in codes:
             caller = frame.f_back.f_code.co_filename if frame.f_back else ""
-            if not caller.startswith(
-                _KERNELS_FOLDER
-            ):  # one of the package's kernels may use another
+            # One of the package's kernels may use another.
+            if not caller.startswith(_KERNELS_FOLDER):
                 piece, name = codes[frame.f_code]
                 run.own.setdefault(piece, name)
 
@@ -828,8 +836,9 @@ def _run(answers: dict[str, Any], watched: Iterable[str]) -> Run:
 
 
 def _methods_of(answer: type) -> Iterator[CodeType]:
-    """The code of what a class does: its own methods and those of bases that a learner wrote, but
-    for `__init__`.
+    """The code objects of a class's behaviour.
+
+    These are its own methods and those of its bases that the learner wrote, without `__init__`.
     """
     libraries = ("minivllm", "torch", "builtins")
     for base in answer.__mro__:
@@ -842,7 +851,7 @@ def _methods_of(answer: type) -> Iterator[CodeType]:
 
 
 def _own(piece: Piece) -> Iterator[tuple[CodeType, str]]:
-    """(code, name) of the package's implementations of a piece."""
+    """Yield (code object, name) of each of the package's implementations of a piece."""
     from importlib import import_module
 
     for path in piece.own:
@@ -856,7 +865,7 @@ def _own(piece: Piece) -> Iterator[tuple[CodeType, str]]:
 
 
 def _differs(run: Run, right: Run) -> str:
-    """Where a run first says something else, in words; "" if it does not."""
+    """Describe the first difference between a run and the right run; "" where there is none."""
     for (prompt, wishes), mine, theirs in zip(REQUESTS, run.tokens, right.tokens, strict=True):
         if mine != theirs:
             same = next(
@@ -886,14 +895,14 @@ def _differs(run: Run, right: Run) -> str:
             return f"the texts are right, but {why}"
     if run.blocks_lost:
         return (
-            f"the texts are right, but {run.blocks_lost} blocks of the KV cache were not given back"
-            " in the end"
+            f"the texts are right, but {run.blocks_lost} blocks of the KV cache were not freed"
+            " at the end"
         )
     return ""
 
 
 def _together(answers: dict[str, Any], found: dict[str, str], say: Callable[..., None]) -> None:
-    """All of the pieces in one engine; and alone those that the others had no use for."""
+    """Run all pieces in one engine, and alone those that were not called in it."""
     from minivllm.course.checking import raised
 
     right = _package_run()
@@ -911,7 +920,7 @@ def _together(answers: dict[str, Any], found: dict[str, str], say: Callable[...,
         if not run.calls[name] and not problems:
             say(begins=name)
             problems += _alone(name, answers, found, right, run.calls)
-            others = "your other pieces had no use for it, so it ran alone in the package's engine"
+            others = "your other pieces did not call it, so it ran alone in the package's engine"
             if not problems:
                 say(note=f"{name} ({found[name]}): {others}.")
     for finding in problems:
@@ -929,8 +938,9 @@ def _packages_own(own: dict[str, str], found: dict[str, str]) -> list[Finding]:
         Finding(
             piece,
             "packages-own",
-            f"In the place of {piece} ({found[piece]}) the package's own `{name}` is at work: your"
-            " answer is it, inherits it, or calls it. The capstone wants yours.",
+            f"The package's own `{name}` ran instead of {piece} ({found[piece]}): your answer is"
+            " the package's code, inherits from it, or calls it. The capstone needs your own"
+            " code.",
         )
         for piece, name in own.items()
     ]
@@ -943,12 +953,13 @@ def _alone(
     right: Run,
     calls: Counter[str] | None = None,
 ) -> list[Finding]:
-    """What is wrong with one piece in the package's engine, if anything is. Its calls are added to
-    `calls`.
+    """Run one piece alone in the package's engine, and return its fault, if there is one.
+
+    Its calls are added to `calls`.
     """
     from minivllm.course.checking import raised
 
-    closer = f"`minivllm check {found[name]}` looks closer."
+    closer = f"`minivllm check {found[name]}` checks it in more detail."
     try:
         run = _run({name: answers[name]}, [name])
     except Exception as error:
@@ -979,8 +990,9 @@ def _alone(
 def _without(
     name: str, answers: dict[str, Any], found: dict[str, str], right: Run
 ) -> list[Finding]:
-    """Whether all works with the package's own in the place of this piece: then the others do not
-    get on with it.
+    """Whether the engine works with the package's implementation in place of this piece.
+
+    If it does, this piece does not fit together with the others.
     """
     others = {other: answer for other, answer in answers.items() if other != name}
     try:
@@ -988,15 +1000,18 @@ def _without(
     except Exception:
         return []
     why = (
-        f"Each piece is right alone, and with the package's own in the place of {name}"
-        f" ({found[name]}) the others are right together. So {name} and another of yours disagree,"
-        " about what they hand to each other."
+        f"Each piece is right alone. With the package's own code instead of {name} ({found[name]}),"
+        f" the other pieces are right together. So {name} and another piece of yours disagree about"
+        " the data that they pass to each other."
     )
     return [Finding(name, "disagrees", why)] if heals else []
 
 
 def _speed(answers: dict[str, Any]) -> float:
-    """Tokens a second, for the greedy requests in an engine with room; the better of two runs."""
+    """Measure the speed in tokens per second: the better of two runs.
+
+    The requests are the greedy ones, in an engine with a large cache.
+    """
     from minivllm.course.checks.ch07 import new_sequence
 
     seconds, count = [], 0

@@ -1,9 +1,9 @@
 """Where the course's notebooks are, and what their cells are for.
 
-Cells say what they are in their metadata, ``{"minivllm": {kind: id}}`` with kind "statement",
+The metadata of a cell names its role: ``{"minivllm": {kind: id}}`` with kind "statement",
 "exercise" (the answer) or "check". All other cells are given. A notebook in exercises/ names its
-chapter in its own metadata, so that a copy of it is still known for what it is. Cells are matched
-by their ids, which Jupyter keeps.
+chapter in its own metadata, so that a copy under another name is recognized. Cells are matched by
+their ids, which Jupyter keeps.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from minivllm.errors import MiniVLLMError
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
-#: The repository's folders of notebooks that are committed with their outputs.
+#: The repository's folders with notebooks that are committed with their outputs.
 FOLDERS = ("notebooks", "solutions")
 KINDS = ("statement", "exercise", "check")
 DIGESTS = Path(__file__).parent / "checks"
@@ -28,25 +28,25 @@ _EFFORT = re.compile(r"^\s*([●○]+)\s*·\s*(\d+) minutes?\s*$", re.MULTILINE)
 
 
 class CourseNotFoundError(MiniVLLMError, FileNotFoundError):
-    """The notebooks are not here: this is not the repository, or the chapter does not exist."""
+    """The notebooks are missing: this is not the repository, or the chapter does not exist."""
 
 
 class ChangedSolutionError(MiniVLLMError):
-    """The notebook in solutions/ is not as it was published, so it cannot be what answers are
-    checked by.
+    """The notebook in solutions/ differs from the published one.
+
+    Answers cannot be checked by such a notebook.
     """
 
 
 class JupyterMissingError(MiniVLLMError, ImportError):
-    """Notebooks cannot be read or run, for Jupyter is not installed or does not start."""
+    """Notebooks cannot be read or run: Jupyter is not installed or does not start."""
 
 
 def find_root(start: Path | None = None) -> Path:
-    """The nearest folder at or above start (default: the working directory) with solutions/ and
-    exercises/ in it.
+    """The nearest folder at or above start that has solutions/ and exercises/ in it.
 
-    Failing that the one that this package stands in. CourseNotFoundError where that has none
-    either.
+    start: the working directory by default. If there is no such folder, the repository that this
+    package stands in is returned. CourseNotFoundError where that has no notebooks either.
     """
     start = (start or Path.cwd()).resolve()
     for folder in (start, *start.parents, Path(__file__).resolve().parents[2]):
@@ -59,9 +59,7 @@ def find_root(start: Path | None = None) -> Path:
 
 
 def read(path: Path) -> NotebookNode:
-    """The notebook in the current format. CourseNotFoundError where it is missing or cannot be
-    read.
-    """
+    """Read a notebook in the current format. CourseNotFoundError if it is missing or unreadable."""
     try:
         import nbformat
     except ImportError as error:
@@ -74,19 +72,19 @@ def read(path: Path) -> NotebookNode:
         return notebook
     except FileNotFoundError as error:
         raise CourseNotFoundError(f"{path.parent.name}/{path.name} is missing.") from error
-    except Exception as error:  # what nbformat raises depends on what is wrong
+    except Exception as error:  # nbformat raises many types of error.
         raise CourseNotFoundError(
             f"{path.parent.name}/{path.name} is not a notebook that can be read ({error})."
         ) from error
 
 
 def as_committed(path: Path) -> tuple[str | None, str]:
-    """(text of a notebook to hold against the rules, "" or a note that says why it is not the
-    file's own).
+    """Return the text of a notebook to judge by the rules, and a note.
 
-    A learner runs notebooks again and saves them with other outputs, or makes some of their own. So
-    where git knows the file, its committed text counts; where it does not, nothing does (None).
-    Without git it is the file's own text.
+    The note is "", or it says why the text is not the file's own. A learner runs notebooks again
+    and saves them with other outputs, or writes new notebooks. So where git knows the file, the
+    committed text is returned; where git does not know it, None. Without git, the file's own text
+    is returned.
     """
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     here = {
@@ -102,7 +100,8 @@ def as_committed(path: Path) -> tuple[str | None, str]:
     except OSError:
         return text, ""
     shown = f"{path.parent.name}/{path.name}"
-    if known.returncode:  # not a repository
+    # This is not a repository.
+    if known.returncode:
         return text, ""
     if not known.stdout:
         return None, f"{shown} is not in git, and was left out."
@@ -113,14 +112,17 @@ def as_committed(path: Path) -> tuple[str | None, str]:
 
 
 def role(cell: NotebookNode) -> tuple[str, str]:
-    """(kind, exercise's id) of a cell; ("given", "") for all that are none of `KINDS`."""
+    """The kind of a cell and its exercise's id; ("given", "") for a cell of no other kind."""
     ours = cell.metadata.get("minivllm", {})
     return next(((kind, str(ours[kind])) for kind in KINDS if kind in ours), ("given", ""))
 
 
 @dataclass(frozen=True)
 class Chapter:
-    """One chapter's files. name: "01_online_softmax"."""
+    """The files of one chapter.
+
+    name: for example "01_online_softmax".
+    """
 
     root: Path
     name: str
@@ -151,7 +153,7 @@ class Chapter:
 
     @cached_property
     def solution(self) -> NotebookNode:
-        """ChangedSolutionError where it is missing or cannot be read."""
+        """The solution's notebook. ChangedSolutionError where it is missing or cannot be read."""
         try:
             return read(self.solution_path)
         except CourseNotFoundError as error:
@@ -161,8 +163,9 @@ class Chapter:
 
     @property
     def reading_minutes(self) -> int:
-        """What the chapter's notebook says at its beginning ("about 50 minutes"); 0 where there is
-        none.
+        """The reading time at the top of the chapter's notebook ("about 50 minutes"), in minutes.
+
+        0 where there is no notebook.
         """
         try:
             cells = read(self.notebook).cells[:4]
@@ -186,7 +189,10 @@ class Chapter:
 
 @dataclass(frozen=True)
 class Statement:
-    """What an exercise's statement says about it. hints: from a nudge to nearly the answer."""
+    """What the statement of an exercise says.
+
+    hints: in order, from a small hint to nearly the answer.
+    """
 
     id: str
     title: str
@@ -210,11 +216,11 @@ class Statement:
 
 @dataclass(frozen=True)
 class Stop:
-    """A chapter's place on the course's map. needs: chapters to read before it; helps: those that
-    are good to know.
+    """A chapter's place on the map of the course.
 
-    reading, exercises: minutes, 0 where there is nothing to read or to do (or nothing yet); `road`
-    fills them in.
+    needs: the chapters to read before this one. helps: chapters that are good to know. reading,
+    exercises: minutes, filled in by `road`; 0 where there is nothing to read or to do, or nothing
+    yet.
     """
 
     name: str
@@ -262,8 +268,8 @@ ROAD = (
 )
 
 
-#: The modules of the package that a chapter teaches: each names its chapter, and the chapter's
-#: notebook links to it.
+#: The modules of the package that a chapter teaches. Each module names its chapter, and the
+#: chapter's notebook links to the module.
 MODULES = {
     "01": ("kernels/online_softmax.py",),
     "02": ("kernels/flash_attention.py",),
@@ -308,8 +314,9 @@ MODULES = {
 
 
 def road(root: Path) -> list[Stop]:
-    """The map of the course, with the minutes that its notebooks and exercises say. A chapter not
-    there has none.
+    """The map of the course, with the minutes from its notebooks and exercises.
+
+    A chapter that is not in root has 0 minutes.
     """
     stops = []
     for stop in ROAD:
@@ -321,7 +328,7 @@ def road(root: Path) -> list[Stop]:
 
 
 def is_kept(path: Path) -> bool:
-    """Whether this is what `minivllm course reset` kept aside."""
+    """Whether `minivllm course reset` set this file aside."""
     return ".kept-" in path.name
 
 
@@ -333,7 +340,7 @@ def chapters(root: Path) -> list[Chapter]:
 
 
 def compared_text(cell: NotebookNode) -> str:
-    """What a check cell printed on stdout."""
+    """The text that a check cell printed on stdout."""
     return "".join(
         o.get("text", "") for o in cell.get("outputs", []) if o.get("name") == "stdout"
     ).strip()

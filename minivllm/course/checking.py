@@ -1,10 +1,12 @@
-"""How an answer is checked: `check("01.2", answer)` runs the function registered under that id, and
-raises or prints.
+"""How an answer is checked.
 
-For those who write checks: raise `Mistake(name, message)`; `diagnose` compares an answer with the
-right implementation and names the mistake when a known wrong one agrees with it; `guarded` and
-`intact` show what is read or written out of bounds; `engine_agrees` hands a piece to the whole
-engine. torch is imported by those that need it, when they do.
+`check("01.2", answer)` runs the function that is registered under this id. It prints one line, or
+raises.
+
+For authors of checks: raise `Mistake(name, message)`. `diagnose` compares an answer with the right
+implementation; it names the mistake when a known wrong implementation gives the same results.
+`guarded` and `intact` reveal reads and writes out of bounds. `engine_agrees` runs the whole engine
+with a piece. torch is imported only inside the functions that need it.
 """
 
 from __future__ import annotations
@@ -31,9 +33,9 @@ if TYPE_CHECKING:
 
 #: What the body of a stub raises: ``NotImplementedError("01.2: your code here")``.
 STUB = "your code here"
-#: Poisoned numbers on either side of a `guarded` tensor.
+#: Poisoned numbers on each side of a `guarded` tensor.
 MARGIN = 1024
-#: What to look at where something was written out of bounds; a check says it better through
+#: What to look at after a write out of bounds. A check can replace this by a better text with
 #: `wording`.
 BEYOND = (
     "Does each store have a mask, and does each row begin where it does in the tensor that is"
@@ -49,8 +51,9 @@ class CheckError(MiniVLLMError):
 
 
 class Mistake(CheckError):
-    """A wrong answer. name: what is wrong, in kebab-case ("no-rescale"); message: written to the
-    learner.
+    """A wrong answer.
+
+    name: the mistake in kebab-case ("no-rescale"). message: addressed to the learner.
     """
 
     def __init__(self, name: str, message: str) -> None:
@@ -59,17 +62,18 @@ class Mistake(CheckError):
 
 
 class NotAttempted(CheckError):
-    """The answer is still, or in part, the stub."""
+    """The answer is the stub, or a part of it is."""
 
 
 class NotRunnableHere(CheckError):
-    """This machine cannot run the check, for example because Triton has no wheels for it."""
+    """This machine cannot run the check, for example because there are no Triton wheels for it."""
 
 
 class UnknownExerciseError(MiniVLLMError, KeyError):
     """No exercise has this id."""
 
-    __str__ = Exception.__str__  # KeyError's shows the repr
+    # The text of a KeyError is the repr of its argument.
+    __str__ = Exception.__str__
 
 
 # --- the registry ---------------------------------------------------------------------------------
@@ -77,9 +81,10 @@ class UnknownExerciseError(MiniVLLMError, KeyError):
 
 @dataclass(frozen=True)
 class Exercise:
-    """What `exercise` registers. function(answer, …) returns the line to print when it is right.
+    """One registered exercise.
 
-    hints: mistake's name -> number of the hint in the statement that is about it.
+    function(answer, …) returns the line to print when the answer is right. hints: mistake's name ->
+    number of the hint in the statement that is about this mistake.
     """
 
     id: str
@@ -94,10 +99,11 @@ _EXERCISES: dict[str, Exercise] = {}
 def exercise(
     id: str, title: str, hints: Mapping[str, int] | None = None
 ) -> Callable[[Callable[..., str]], Callable[..., str]]:
-    """Decorator: this function checks exercise id. ValueError where another function already does.
+    """Decorator: the function checks exercise id.
 
-    hints: {"no-rescale": 2} has the report on this mistake show hint 2; on others it shows the next
-    hint in order.
+    hints: with {"no-rescale": 2}, the report on this mistake shows hint 2. On other mistakes the
+    report shows the next hint in order. ValueError where another function already checks the
+    exercise.
     """
 
     def register(function: Callable[..., str]) -> Callable[..., str]:
@@ -117,8 +123,9 @@ def exercise(
 
 
 def find(id: str) -> Exercise:
-    """The exercise with this id; imports its chapter's checks. UnknownExerciseError if there is
-    none.
+    """The exercise with this id; imports the checks of its chapter.
+
+    UnknownExerciseError where there is no such exercise.
     """
     chapter = str(id).partition(".")[0]
     name = f"minivllm.course.checks.ch{chapter}"
@@ -137,11 +144,10 @@ def find(id: str) -> Exercise:
 
 
 def check(id: str, *answers: Any, **more: Any) -> None:
-    """Check the answer to an exercise: prints one line when it is right, and raises a CheckError
-    when it is not.
+    """Check the answer to an exercise: prints one line when it is right, else raises a CheckError.
 
-    Mistake: what is wrong, named. NotAttempted: still the stub. NotRunnableHere: this machine
-    cannot tell.
+    Mistake: names what is wrong. NotAttempted: the answer is still the stub. NotRunnableHere: this
+    machine cannot run the check.
     """
     function = find(id).function
     named = [*zip(_parameters(function, len(answers)), answers, strict=True), *more.items()]
@@ -162,7 +168,10 @@ def check(id: str, *answers: Any, **more: Any) -> None:
 
 
 def _parameters(function: Callable, count: int) -> list[str]:
-    """What the check calls its first parameters, "" where that says nothing ("answer")."""
+    """The names of the check's first parameters.
+
+    "" for a name that says nothing ("answer").
+    """
     names = [
         p.name
         for p in inspect.signature(function).parameters.values()
@@ -172,15 +181,14 @@ def _parameters(function: Callable, count: int) -> list[str]:
 
 
 def attempted(*answers: Any) -> bool:
-    """Whether none of these still is (or holds) a stub or the `...` of a prediction."""
+    """Whether no answer is or holds a stub or the `...` of a prediction."""
     return not any(unattempted(answer) for answer in answers)
 
 
 def unattempted(answer: Any, name: str = "") -> list[str]:
-    """Names of the parts of an answer (a function, class, kernel, value) that are stubs; [] if it
-    is all there.
+    """The names of the parts of an answer that are stubs; [] where the answer is complete.
 
-    name: what a value is called, if anybody knows.
+    answer: a function, class, kernel or value. name: the name of a value, if it is known.
     """
     if answer is ...:
         return [f"{name or 'a value'} (still `...`)"]
@@ -210,8 +218,9 @@ def unattempted(answer: Any, name: str = "") -> list[str]:
 
 
 def _code(answer: Any) -> Any:
-    """The code object of a function, method or Triton kernel (which keeps its function as `fn`),
-    else None.
+    """The code object of a function, a method or a Triton kernel; None for anything else.
+
+    A Triton kernel keeps its function as `fn`.
     """
     if isinstance(answer, staticmethod | classmethod | MethodType):
         return _code(answer.__func__)
@@ -236,11 +245,13 @@ _PACKAGE = str(Path(__file__).resolve().parents[1])
 
 
 def raised(error: Exception, case: str = "") -> Mistake:
-    """An exception out of a learner's code as a Mistake that says where in that code. case: what it
-    was called with.
+    """Turn an exception from a learner's code into a Mistake that names the place in that code.
+
+    case: the arguments of the call.
     """
     what = f"{type(error).__name__}: {error}".strip().removesuffix(":")
-    for cause in reversed(_causes(error)):  # Triton's interpreter wraps what a kernel raises
+    # Triton's interpreter wraps what a kernel raises.
+    for cause in reversed(_causes(error)):
         for frame in reversed(traceback.extract_tb(cause.__traceback__)):
             if not frame.filename.startswith((*_LIBRARIES, _PACKAGE, "<frozen", "<string")):
                 where = f"in {frame.name}, line {frame.lineno} of its cell" + (
@@ -265,8 +276,9 @@ def expect(condition: Any, name: str, message: str) -> None:
 
 
 def expect_all(*judgements: Callable[[], None]) -> None:
-    """Call each; Mistake with the name of the first that raises one, and with the messages of
-    all.
+    """Call each judgement, and raise one Mistake for all that fail.
+
+    The Mistake has the name of the first one and the messages of all.
     """
     found: list[Mistake] = []
     for judge in judgements:
@@ -279,15 +291,16 @@ def expect_all(*judgements: Callable[[], None]) -> None:
 
 
 def seeded(seed: int) -> torch.Generator:
-    """A generator of its own, so that no check depends on what was drawn before it."""
+    """A new random generator, so that no check depends on earlier random draws."""
     import torch
 
     return torch.Generator().manual_seed(seed)
 
 
 def counted(function: Callable) -> Callable:
-    """The same function, which counts its calls in `.calls`: for pieces that must have been
-    used.
+    """The same function, which counts its calls in `.calls`.
+
+    A check uses the count to require that a piece was called.
     """
 
     @functools.wraps(function)
@@ -300,7 +313,7 @@ def counted(function: Callable) -> Callable:
 
 
 def show(value: Any, limit: int = 6) -> str:
-    """A value in a few characters: of a tensor its dtype, shape and first numbers."""
+    """A value in a few characters: for a tensor its dtype, shape and first numbers."""
     if _is_tensor(value):
         kind = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
         numbers = value.detach().flatten()[: limit + 1].tolist()
@@ -322,11 +335,11 @@ def _is_tensor(value: Any) -> bool:
 def difference(
     got: Any, expected: Any, rtol: float = 1e-4, atol: float = 1e-5
 ) -> tuple[str, str] | None:
-    """None where the two agree, else (mistake's name, what differs): wrong-type, -shape, -dtype or
-    -values.
+    """Compare two values. None where they agree, else (mistake's name, what differs).
 
-    Tensors agree in dtype, shape and, within the tolerances, numbers (NaN agrees with NaN); floats
-    within the tolerances, lists, tuples and dicts item by item, and everything else as `==` says.
+    The names are wrong-type, wrong-shape, wrong-dtype and wrong-values. Tensors agree in dtype,
+    shape and, within the tolerances, in their numbers (NaN agrees with NaN). Floats agree within
+    the tolerances. Lists, tuples and dicts are compared item by item, everything else with `==`.
     """
     if _is_tensor(expected):
         return _tensor_difference(got, expected, rtol, atol)
@@ -408,15 +421,16 @@ def _kind(value: Any) -> str:
 
 # --- for checks: running an answer beside the right one and the usual wrong ones ------------------
 
-#: Mistake's name -> (explanation for the learner, wrong implementation, another one of the same
-#: mistake …).
+#: Mistake's name -> (explanation for the learner, wrong implementation, another implementation of
+#: the same mistake …).
 Suspects = Mapping[str, tuple]
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What a call gave: its result, and by name what it wrote into; or the exception that it
-    raised.
+    """One call of an implementation.
+
+    It holds the result and the written arguments, by name; or the exception that the call raised.
     """
 
     result: Any = None
@@ -427,7 +441,7 @@ class _Run:
         if self.error or other.error:
             same = type(self.error) is type(other.error)
             return None if same else ("raised", f"{type(self.error).__name__}: {self.error}")
-        # what a function returns that is there to write
+        # Ignore a returned value where the right function only writes into its arguments.
         ignored = other.written and other.result is None
         found = None if ignored else difference(self.result, other.result, **tolerances)
         return found or difference(self.written, other.written, **tolerances)
@@ -443,18 +457,25 @@ def diagnose(
     wording: Mapping[str, str] | None = None,
     **tolerances: float,
 ) -> int:
-    """Run answer and right on copies of each case (a tuple of arguments); return the number of
-    cases, or raise Mistake.
+    """Compare answer with right on copies of each case.
 
-    suspects: mistake's name -> (explanation for the learner, wrong implementation, another one of
-    the same mistake …). The first that gives what the answer gave in all cases, and is not right in
-    all of them, names the Mistake. Otherwise its name is "raised", "wrong-type", "wrong-shape",
-    "wrong-dtype" or "wrong-values", with the smallest failing case. A CheckError that comes out of
-    the answer (who wraps it may look at what it does) is passed on. An answer that gives the right
-    result and changes an argument other than those at the positions `writes`, whose final values
-    are part of the result, is "changed-input"; one that writes beyond a `guarded` argument,
-    "out-of-bounds-write". wording: what to write in a message in place of what ("item 0: " -> "the
-    sum: "). tolerances: `difference`'s rtol and atol.
+    Each case is a tuple of arguments. Returns the number of cases, or raises Mistake.
+
+    suspects: mistake's name -> (explanation for the learner, wrong implementation, another
+    implementation of the same mistake …). A suspect matches when it gives the same as the answer in
+    all cases and is not right in all of them. The first match names the Mistake. Without a match,
+    the name is "raised", "wrong-type", "wrong-shape", "wrong-dtype" or "wrong-values", and the
+    message shows the smallest failing case.
+
+    A CheckError from inside the answer is passed on: a check may wrap the answer to watch what it
+    does.
+
+    writes: the positions of the arguments that are there to be written; their final values are part
+    of the result. An answer that gives the right result and changes another argument is
+    "changed-input". An answer that writes beyond a `guarded` argument is "out-of-bounds-write".
+
+    wording: replacements in messages, old text -> new text ("item 0: " -> "the sum: "). tolerances:
+    rtol and atol of `difference`.
     """
     try:
         comparison = _Comparison.of(right, cases, writes, tolerances)
@@ -469,10 +490,10 @@ def diagnose(
 
 @dataclass(frozen=True)
 class _Comparison:
-    """What the right function does with some cases, to compare an answer to."""
+    """The right function's results on some cases, to compare an answer with."""
 
     cases: list[tuple]
-    #: Of the arguments.
+    #: The names of the arguments.
     names: list[str]
     #: Positions of the arguments that are there to be written.
     writes: Sequence[int]
@@ -493,11 +514,12 @@ class _Comparison:
         expected = [_call(right, case, writes, names)[0] for case in cases]
         for run in expected:
             if run.error:
-                raise run.error  # a bug of the check
+                # The check itself has a bug.
+                raise run.error
         return cls(cases, names, writes, tolerances, expected)
 
     def judge(self, answer: Callable, suspects: Suspects) -> None:
-        """Raise what is wrong with the answer, as `diagnose` says."""
+        """Raise the answer's fault, as `diagnose` describes it."""
         calls = [_call(answer, case, self.writes, self.names) for case in self.cases]
         runs = [run for run, _ in calls]
         failing = [
@@ -521,8 +543,9 @@ class _Comparison:
             self._require_unchanged(i, after)
 
     def _raise_known(self, runs: list[_Run], failing: list[int], suspects: Suspects) -> None:
-        """Raise a CheckError that came out of the answer, or the mistake of the first suspect that
-        does what the answer did.
+        """Raise a CheckError from inside the answer, or the mistake of the first matching suspect.
+
+        A suspect matches when it does the same as the answer.
         """
         smallest = sorted(failing, key=lambda i: _size(self.cases[i]))
         for i in smallest:
@@ -535,8 +558,9 @@ class _Comparison:
                 raise Mistake(name, f"{explanation}\n{self._described(first)}: {what}.")
 
     def _does_the_same(self, wrong: Callable, runs: list[_Run]) -> bool:
-        """Whether a wrong implementation gives what the answer gave in all cases, and is not right
-        in all of them.
+        """Whether a wrong implementation matches the answer.
+
+        It must give the same as the answer in all cases, and must not be right in all of them.
         """
         theirs = [_call(wrong, case, self.writes, self.names)[0] for case in self.cases]
         pairs = zip(runs, theirs, strict=True)
@@ -546,7 +570,10 @@ class _Comparison:
         return any(other.differs(right, self.tolerances) is not None for other, right in pairs)
 
     def _raise_error(self, error: Exception | None, case: int) -> None:
-        """Raise what the answer raised in this case: as it is where it is a stub's."""
+        """Raise what the answer raised in this case.
+
+        The exception of a stub is raised unchanged.
+        """
         if error is None:
             return
         if any(STUB in str(cause) for cause in _causes(error)):
@@ -554,14 +581,20 @@ class _Comparison:
         raise raised(error, self._described(case)) from error
 
     def _require_inside(self, case: int, after: tuple) -> None:
-        """after: the arguments as the answer left them."""
+        """Raise Mistake where the answer wrote out of bounds.
+
+        after: the arguments as the answer left them.
+        """
         for argument, value in zip(self.names, after, strict=False):
             if _is_guarded(value) and not intact(value):
                 where = f"Your code wrote outside of {argument}, a tensor that it was given."
                 raise Mistake("out-of-bounds-write", f"{where}\n{BEYOND}\n{self._described(case)}.")
 
     def _require_unchanged(self, case: int, after: tuple) -> None:
-        """after: the arguments as the answer left them."""
+        """Raise Mistake where the answer changed an argument that it must only read.
+
+        after: the arguments as the answer left them.
+        """
         for position, (before, now) in enumerate(zip(self.cases[case], after, strict=True)):
             if position in self.writes or not _is_plain(before):
                 continue
@@ -580,8 +613,9 @@ class _Comparison:
 
 
 def _described(case: tuple, names: Sequence[str], writes: Sequence[int]) -> str:
-    """The arguments of a case; of a tensor that is there to be written no numbers, which would be
-    poison.
+    """The arguments of a case, in words.
+
+    The numbers of a tensor that is there to be written are left out: they are poison.
     """
     parts = []
     for i, (name, value) in enumerate(zip(names, case, strict=False)):
@@ -596,8 +630,9 @@ def _described(case: tuple, names: Sequence[str], writes: Sequence[int]) -> str:
 def _call(
     function: Callable, case: tuple, writes: Sequence[int], names: Sequence[str]
 ) -> tuple[_Run, tuple]:
-    """(what it gave, the arguments as it left them); the arguments are copies, guard bands
-    included.
+    """Call function on copies of the arguments. Returns the run, and the arguments as it left them.
+
+    Guard bands are copied, too.
     """
     args = copy.deepcopy(case)
     try:
@@ -620,8 +655,9 @@ def _size(case: Any) -> int:
 def expect_own_work(
     answer: Callable, case: Sequence[Any], forbidden: Sequence[str], use: str
 ) -> None:
-    """answer(*case) must not call these functions or methods of torch; Mistake("torch-did-it") says
-    what to use.
+    """Require that answer(*case) calls none of these functions or methods of torch.
+
+    The message of Mistake("torch-did-it") says what to use instead.
     """
     from torch.overrides import TorchFunctionMode
 
@@ -646,10 +682,10 @@ def expect_own_work(
 
 
 def expect_triton(instead: str) -> None:
-    """Whether Triton works here, tried with a kernel that is known to be right; else
-    NotRunnableHere.
+    """Require that Triton works here; NotRunnableHere where it does not.
 
-    instead: a sentence on what the learner can do without Triton.
+    The test is a kernel that is known to be right. instead: a sentence that says what the learner
+    can do without Triton.
     """
     import torch
 
@@ -684,9 +720,10 @@ _payloads = itertools.count(1)
 def guarded(
     *shape: int, dtype: torch.dtype | None = None, fill: float | None = None
 ) -> torch.Tensor:
-    """A contiguous tensor inside a larger buffer of poison: a read beyond it gives NaN (integers: a
-    huge negative number), a write beyond it is seen by `intact`. The inside is poison too, unless
-    fill is given.
+    """A contiguous tensor inside a larger buffer of poison.
+
+    A read beyond the tensor gives NaN (integers: a large negative number). `intact` finds a write
+    beyond it. The inside is poison, too, unless fill is given.
     """
     import torch
 
@@ -698,9 +735,8 @@ def guarded(
         torch.bfloat16: (torch.int16, 0x7FC0),
         torch.float64: (torch.int64, 0x7FF8 << 48),
     }
-    if (
-        dtype in bits
-    ):  # a NaN of its own for each buffer, so that no NaN that was read elsewhere looks like it
+    # Each buffer has its own NaN, so that a NaN that was read elsewhere does not look like it.
+    if dtype in bits:
         integer, pattern = bits[dtype]
         buffer = torch.full(
             (numel + 2 * MARGIN,), pattern + next(_payloads) % 63 + 1, dtype=integer
@@ -717,8 +753,9 @@ def guard(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def intact(*tensors: torch.Tensor) -> bool:
-    """Whether the poison around these `guarded` tensors is as it was. ValueError for a tensor that
-    has none.
+    """Whether the poison around these `guarded` tensors is unchanged.
+
+    ValueError for a tensor that is not guarded.
     """
     import torch
 
@@ -758,11 +795,11 @@ PROMPTS = (
 
 
 def engine_agrees(*used: Callable, max_tokens: int = 20, **options: Any) -> str:
-    """The bundled model must write the same greedy tokens with these options of `LLM` as without;
-    else Mistake.
+    """Require that the engine writes the same greedy tokens with these options as without.
 
-    used: pieces under `counted` of which each must have been called. Returns a line such as "the
-    engine writes the same 70 tokens with it". For kernels: ``engine_agrees(mine,
+    The model is the bundled one. options: of `LLM`. used: pieces wrapped by `counted`, each of
+    which must have been called. Returns a line such as "the engine writes the same 70 tokens with
+    it". Raises Mistake where the tokens differ. For kernels: ``engine_agrees(mine,
     kernels=replace(Kernels.reference(), rms_norm=mine))``.
     """
     expected = engine_tokens(max_tokens)
@@ -790,7 +827,7 @@ def engine_agrees(*used: Callable, max_tokens: int = 20, **options: Any) -> str:
 
 @functools.cache
 def engine_tokens(max_tokens: int = 20) -> list[list[int]]:
-    """What the bundled model answers to `PROMPTS`, greedily, on the package's own pieces."""
+    """The bundled model's greedy answers to `PROMPTS`, from the package's own pieces."""
     return _generate(max_tokens, {})
 
 

@@ -1,9 +1,8 @@
-"""The glossary: the field's terms, each with the chapter that teaches it and the place in the
-package where it lives.
+"""The glossary: the field's terms, with the chapter and the place in the package for each.
 
 ``python -m minivllm.course.authoring glossary`` writes notebooks/glossary.md from `TERMS`. A place
-is a file of the package and a name that is defined in it, so a line more in that file changes
-nothing here.
+is a file of the package and a name that is defined in it. New lines in that file therefore do not
+change the glossary.
 """
 
 from __future__ import annotations
@@ -19,9 +18,11 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Term:
-    """name: the term, in lower case but for names. chapter: its number.
+    """One entry.
 
-    place: "file.py:Class.name", relative to the package. text: what it is, in a sentence or two.
+    name: the term, in lower case unless it is a proper name. chapter: the number of the chapter
+    that teaches it. place: "file.py:Class.name", relative to the package. text: one or two
+    sentences that explain it.
     """
 
     name: str
@@ -31,7 +32,7 @@ class Term:
 
 
 def find(place: str, package: Path = PACKAGE) -> ast.stmt:
-    """The statement that defines a place. LookupError where the file or the name is not there."""
+    """The statement that defines a place. LookupError where the file or the name is missing."""
     path, _, what = place.partition(":")
     if not what or not (package / path).is_file():
         raise LookupError(f"{place}: there is no such file, or it does not say what in it")
@@ -45,7 +46,7 @@ def find(place: str, package: Path = PACKAGE) -> ast.stmt:
 
 
 def _names(node: ast.stmt) -> set[str]:
-    """What a statement defines."""
+    """The names that a statement defines."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return {node.name}
     targets = (
@@ -61,7 +62,10 @@ def _names(node: ast.stmt) -> set[str]:
 
 
 def render(package: Path = PACKAGE) -> str:
-    """The glossary as Markdown, to stand in notebooks/. LookupError where a place is not there."""
+    """The glossary as Markdown, for a file in notebooks/.
+
+    LookupError where a place is missing.
+    """
     names = {stop.number: stop.name for stop in ROAD}
     lines = [
         "# Glossary",
@@ -70,7 +74,7 @@ def render(package: Path = PACKAGE) -> str:
             f"{len(TERMS)} terms of LLM inference, as this course uses them: what each means, the"
             " chapter that teaches it,"
         ),
-        "and the file and the name in the package where it lives.",
+        "and the file and the name in the package that define it.",
     ]
     initial = ""
     for term in sorted(TERMS, key=lambda term: term.name.lower()):
@@ -94,8 +98,8 @@ TERMS: tuple[Term, ...] = (
         "token",
         "00",
         "tokenizer.py:Tokenizer.encode",
-        "A piece of text, often a word or part of one, that stands for one integer id. Lengths,"
-        " costs and speeds are counted in tokens.",
+        "A piece of text, often a word or a part of a word, that has one integer id. Lengths, costs"
+        " and speeds are counted in tokens.",
     ),
     Term(
         "tokenizer",
@@ -107,15 +111,15 @@ TERMS: tuple[Term, ...] = (
         "detokenization, incremental",
         "07",
         "tokenizer.py:Detokenizer",
-        "Turning tokens into text as they come. A token may end inside a character, so text is held"
-        " back until it is whole.",
+        "Turning tokens into text while they are generated. A token may end inside a character, so"
+        " text is held back until the character is complete.",
     ),
     Term(
         "softmax",
         "01",
         "kernels/online_softmax.py:softmax_reference",
-        "Makes weights that sum to one out of scores: exponentials divided by their sum. The"
-        " maximum is subtracted first, or the exponentials overflow.",
+        "Turns scores into weights that sum to one: each exponential divided by the sum of the"
+        " exponentials. The maximum is subtracted first, because the exponentials could overflow.",
     ),
     Term(
         "online softmax",
@@ -142,8 +146,8 @@ TERMS: tuple[Term, ...] = (
         "kernel",
         "01",
         "kernels/__init__.py:Kernels",
-        "A program that a GPU runs many times at once, each time on its own piece of the data. Here"
-        " also the name for an operation that has one.",
+        "A program that a GPU runs many times at once, each time on another piece of the data. In"
+        " this course also an operation that has such a program.",
     ),
     Term(
         "Triton",
@@ -163,8 +167,8 @@ TERMS: tuple[Term, ...] = (
         "causal mask",
         "02",
         "kernels/flash_attention.py:prefill_attention_reference",
-        "The rule that a token sees itself and what came before. It is aligned to the end of the"
-        " context, so that a chunk with a past is no special case.",
+        "The rule that a token sees itself and the tokens before it. The mask is aligned to the end"
+        " of the context, so a chunk with earlier tokens is no special case.",
     ),
     Term(
         "flash attention",
@@ -191,8 +195,8 @@ TERMS: tuple[Term, ...] = (
         "decode",
         "03",
         "kernels/paged_attention.py:decode_attention",
-        "The steps that write an answer: one token a sequence, whose whole context has to be read,"
-        " so bandwidth is the limit.",
+        "The steps that write an answer: one token per sequence. Each step reads the sequence's"
+        " whole context, so bandwidth is the limit.",
     ),
     Term(
         "KV cache",
@@ -206,35 +210,34 @@ TERMS: tuple[Term, ...] = (
         "03",
         "kernels/paged_attention.py:_decode_kernel",
         "Attention that reads keys and values through a block table. So the cache of a sequence may"
-        " lie anywhere, in blocks that are handed out as needed.",
+        " be anywhere in memory, in blocks that are allocated as needed.",
     ),
     Term(
         "block",
         "04",
         "engine/block_manager.py:Block",
-        "A piece of the KV cache with room for `block_size` tokens; what is handed out, shared and"
-        " evicted.",
+        "A piece of the KV cache with room for `block_size` tokens; the unit of allocation, sharing"
+        " and eviction.",
     ),
     Term(
         "block table",
         "03",
         "layers/attention.py:AttentionMetadata.block_table",
-        "For one sequence the numbers of its blocks in order, as a page table has the pages of a"
-        " process.",
+        "The numbers of a sequence's blocks, in order, like the page table of a process.",
     ),
     Term(
         "slot mapping",
         "03",
         "layers/attention.py:AttentionMetadata.slot_mapping",
-        "For each token of a step the slot of the cache into which its key and value are written:"
-        " block · block_size + offset. −1 is nowhere.",
+        "For each token of a step, the slot of the cache for its key and value: block · block_size"
+        " + offset. −1 is nowhere.",
     ),
     Term(
         "fragmentation",
         "03",
         "engine/block_manager.py:BlockManager.num_blocks_for",
-        "Memory that is reserved and not used. Blocks leave at most the end of a sequence's last"
-        " one unused.",
+        "Memory that is reserved and not used. With blocks, a sequence wastes at most the end of"
+        " its last block.",
     ),
     Term(
         "split-KV",
@@ -247,49 +250,49 @@ TERMS: tuple[Term, ...] = (
         "block manager",
         "04",
         "engine/block_manager.py:BlockManager",
-        "Decides which sequence owns which blocks, which are shared, and which free one is taken"
-        " next.",
+        "Decides which sequence owns which blocks, which blocks are shared, and which free block is"
+        " taken next.",
     ),
     Term(
         "reference count",
         "04",
         "engine/block_manager.py:Block.ref_count",
-        "How many sequences have a block in their tables. At zero it may be taken.",
+        "The number of sequences with a block in their tables. At zero the block may be taken.",
     ),
     Term(
         "prefix caching",
         "04",
         "engine/block_manager.py:BlockManager.find_cached_prefix",
-        "Using the blocks of an earlier request again, where a prompt begins with the same tokens."
-        " They are not computed a second time.",
+        "Reusing the blocks of an earlier request when a prompt begins with the same tokens. These"
+        " tokens are not computed a second time.",
     ),
     Term(
         "chained hash",
         "04",
         "engine/block_manager.py:hash_block",
-        "A block's name: a hash of its tokens and of the name before it, so that equal names mean"
+        "A block's name: a hash of its tokens and of the previous block's name, so equal names mean"
         " equal prefixes.",
     ),
     Term(
         "eviction, LRU",
         "04",
         "engine/block_manager.py:BlockManager.free",
-        "Giving a cached block away when room is needed: that which was used least recently first,"
-        " and the end of a prefix before its beginning.",
+        "Giving up a cached block when room is needed. The least recently used block goes first,"
+        " and the end of a prefix goes before its beginning.",
     ),
     Term(
         "sequence",
         "05",
         "engine/sequence.py:Sequence",
-        "One completion in the making: its tokens, its blocks, and how many of its tokens are"
-        " computed.",
+        "One completion while it is generated: its tokens, its blocks, and the number of its"
+        " computed tokens.",
     ),
     Term(
         "computed tokens",
         "05",
         "engine/sequence.py:Sequence.num_computed_tokens",
-        "How many of a sequence's tokens have their keys and values in the cache. Every step"
-        " computes some more; prefill, decode, chunks and cache hits are cases of that.",
+        "The number of a sequence's tokens whose keys and values are in the cache. Every step"
+        " computes some more; prefill, decode, chunks and cache hits are special cases.",
     ),
     Term(
         "scheduler",
@@ -301,28 +304,29 @@ TERMS: tuple[Term, ...] = (
         "static batching",
         "05",
         "course/simulator.py:simulate",
-        "Serving a batch of requests until all are done before the next is taken. Whoever is done"
-        " early leaves a place empty.",
+        "Serving a batch of requests until all are finished, before the next batch starts. A"
+        " request that finishes early leaves its place empty.",
     ),
     Term(
         "continuous batching",
         "05",
         "engine/scheduler.py:Scheduler.schedule",
-        "Choosing the batch anew at every step: who is done leaves, who waits comes in.",
+        "Choosing the batch anew at every step: finished requests leave, and waiting requests"
+        " enter.",
     ),
     Term(
         "token budget",
         "05",
         "engine/scheduler.py:SchedulerBase.max_num_batched_tokens",
-        "The most tokens that one step may compute, `max_num_batched_tokens`. It bounds how long a"
-        " step takes.",
+        "The most tokens that one step may compute, `max_num_batched_tokens`. It limits the time of"
+        " a step.",
     ),
     Term(
         "chunked prefill",
         "05",
         "engine/scheduler.py:Scheduler.schedule_waiting",
-        "Computing a long prompt in parts that fit the token budget, beside the decodes of others,"
-        " which are then not stalled.",
+        "Computing a long prompt in parts that fit the token budget, together with the decodes of"
+        " other requests, so that these do not stall.",
     ),
     Term(
         "mixed batch",
@@ -334,35 +338,34 @@ TERMS: tuple[Term, ...] = (
         "preemption",
         "05",
         "engine/scheduler.py:SchedulerBase.give_up",
-        "Taking the blocks from a running sequence when there are none left. It waits, and goes on"
-        " later.",
+        "Taking the blocks from a running sequence when no free blocks are left. The sequence"
+        " waits, and continues later.",
     ),
     Term(
         "recomputation",
         "05",
         "engine/scheduler.py:Scheduler.make_room",
-        "What a preempted sequence does when it comes back: its tokens are known, their keys and"
-        " values are computed again.",
+        "What happens to a preempted sequence when it runs again: its tokens are known, and their"
+        " keys and values are computed again.",
     ),
     Term(
         "head-of-line blocking",
         "05",
         "course/simulator.py:SimulatedRequest.steps_waited",
-        "Many short requests waiting behind one long one that came before them.",
+        "Many short requests wait behind one long request that arrived before them.",
     ),
     Term(
         "embedding",
         "06",
         "layers/embedding.py:Embedding",
-        "The vector that stands for a token: a row of a learned table, and what the first layer"
-        " gets.",
+        "The vector that stands for a token: a row of a learned table, and the input of the first"
+        " layer.",
     ),
     Term(
         "tied head",
         "06",
         "layers/embedding.py:OutputHead",
-        "An output head that is the embedding table, used the other way round. It saves a large"
-        " matrix.",
+        "An output head that uses the embedding table as its matrix. This saves a large matrix.",
     ),
     Term(
         "logits",
@@ -387,7 +390,7 @@ TERMS: tuple[Term, ...] = (
         "rotary position embedding (RoPE)",
         "06",
         "kernels/rotary.py:qk_norm_rope_reference",
-        "Turns pairs of a query's and a key's numbers by angles that grow with the position, so"
+        "Rotates pairs of a query's and a key's numbers by angles that grow with the position, so"
         " that their dot product depends on the distance alone.",
     ),
     Term(
@@ -401,14 +404,14 @@ TERMS: tuple[Term, ...] = (
         "QK-norm",
         "06",
         "config.py:ModelConfig.qk_norm",
-        "An RMSNorm of each head's query and key before they are turned, as Qwen3 has it.",
+        "An RMSNorm of each head's query and key before their rotation, as in Qwen3.",
     ),
     Term(
         "SwiGLU",
         "06",
         "layers/mlp.py:SwiGLU",
-        "The MLP of a block: one matrix gives values, another gates them through silu, a third goes"
-        " back to the stream's width.",
+        "The MLP of a block: one matrix gives values, a second one gates them through silu, and a"
+        " third one projects back to the stream's width.",
     ),
     Term(
         "safetensors",
@@ -433,53 +436,53 @@ TERMS: tuple[Term, ...] = (
         "query_start_loc",
         "07",
         "layers/attention.py:AttentionMetadata.query_start_loc",
-        "Where each sequence's tokens begin in the flat batch: running sums of their numbers, from"
-        " 0 on.",
+        "The start of each sequence's tokens in the flat batch: the running sums of the numbers of"
+        " tokens, from 0 on.",
     ),
     Term(
         "model runner",
         "07",
         "engine/model_runner.py:ModelRunner",
-        "Owns the model and the KV cache, and turns what the scheduler planned into tensors, and"
-        " those into tokens.",
+        "Owns the model and the KV cache. It turns the scheduler's plan into tensors, runs the"
+        " model, and turns the result into tokens.",
     ),
     Term(
         "greedy decoding",
         "07",
         "sampling_params.py:SamplingParams.is_greedy",
-        "Always taking the likeliest token: temperature 0.",
+        "Always taking the most likely token: temperature 0.",
     ),
     Term(
         "temperature",
         "07",
         "sampling_params.py:SamplingParams.temperature",
-        "Divides the logits before the softmax: below 1 the likely tokens become likelier, above 1"
-        " all become more alike.",
+        "Divides the logits before the softmax: below 1 likely tokens become more likely, above 1"
+        " all probabilities become more similar.",
     ),
     Term(
         "top-k",
         "07",
         "sampling_params.py:SamplingParams.top_k",
-        "Draws from the k likeliest tokens only.",
+        "Draws only from the k most likely tokens.",
     ),
     Term(
         "top-p (nucleus sampling)",
         "07",
         "sampling_params.py:SamplingParams.top_p",
-        "Draws from the smallest set of likeliest tokens whose probabilities reach p.",
+        "Draws from the smallest set of most likely tokens whose probabilities reach p.",
     ),
     Term(
         "min-p",
         "07",
         "sampling_params.py:SamplingParams.min_p",
-        "Drops the tokens whose probability is below min_p times that of the likeliest.",
+        "Drops the tokens whose probability is below min_p times that of the most likely token.",
     ),
     Term(
         "inverse-CDF sampling",
         "07",
         "kernels/sampling.py:sample_reference",
-        "Drawing a token with one uniform number: the first token at which the running sum of"
-        " probabilities passes it.",
+        "Drawing a token with one uniform number: the first token whose running sum of"
+        " probabilities passes this number.",
     ),
     Term(
         "Gumbel-max trick",
@@ -493,27 +496,28 @@ TERMS: tuple[Term, ...] = (
         "07",
         "kernels/sampling.py:philox_uniform",
         "Random numbers that are a function of a key, here (seed, position), without a state: a"
-        " request with a seed draws the same in any company.",
+        " request with a seed draws the same numbers in any batch.",
     ),
     Term(
         "stop string",
         "07",
         "sampling_params.py:SamplingParams.stop",
-        "Text that ends an answer where it appears, across tokens too. What could be its beginning"
-        " is held back from a stream.",
+        "A text that ends an answer where it appears, also across tokens. While streaming, text"
+        " that could be its beginning is held back.",
     ),
     Term(
         "time to first token (TTFT)",
         "07",
         "outputs.py:RequestMetrics.time_to_first_token",
-        "From a request's arrival to its first token: the wait in the queue, and the prefill.",
+        "The time from a request's arrival to its first token: the wait in the queue, and the"
+        " prefill.",
     ),
     Term(
         "time per output token (TPOT)",
         "07",
         "outputs.py:RequestMetrics.time_per_output_token",
-        "The mean time between a request's tokens after the first: what makes a stream fast or slow"
-        " to read.",
+        "The mean time between a request's tokens after the first. It is the speed at which a"
+        " reader sees a stream.",
     ),
     Term(
         "launch overhead",
@@ -526,8 +530,8 @@ TERMS: tuple[Term, ...] = (
         "CUDA graph",
         "08",
         "engine/cuda_graphs.py:DecodeGraphs",
-        "A recording of all the launches of a step, which is then replayed by one. It knows"
-        " addresses, not values.",
+        "A recording of all the launches of a step. One launch replays it. It fixes addresses, not"
+        " values.",
     ),
     Term(
         "capture and replay",
@@ -539,15 +543,15 @@ TERMS: tuple[Term, ...] = (
         "static buffers",
         "08",
         "engine/cuda_graphs.py:DecodeState",
-        "Tensors that stay at one address, into which the inputs of each step are written, for a"
-        " graph to read.",
+        "Tensors that stay at one address. The inputs of each step are written into them, so that a"
+        " graph can read them.",
     ),
     Term(
         "padding, of a batch",
         "08",
         "engine/cuda_graphs.py:graph_sizes",
-        "Filling a batch up to the next recorded size with rows that are nobody's. They must write"
-        " nowhere.",
+        "Filling a batch up to the next recorded size with rows that belong to no sequence. These"
+        " rows must not write to the cache.",
     ),
     Term(
         "async scheduling",
@@ -560,8 +564,8 @@ TERMS: tuple[Term, ...] = (
         "tensor parallelism",
         "09",
         "parallel/group.py:TensorParallelGroup",
-        "One model on several GPUs, each with a part of every matrix; what they compute is put"
-        " together within each layer.",
+        "One model on several GPUs, each with a part of every matrix; their results are combined"
+        " within each layer.",
     ),
     Term(
         "rank",
@@ -585,49 +589,49 @@ TERMS: tuple[Term, ...] = (
         "memory bandwidth",
         "10",
         "bench/costs.py:Rates.read_bytes_per_second",
-        "How many bytes a second a GPU reads from its memory. It limits decoding, which reads all"
-        " weights for a few tokens.",
+        "The number of bytes per second that a GPU reads from its memory. It limits decoding, which"
+        " reads all weights for a few tokens.",
     ),
     Term(
         "arithmetic intensity",
         "10",
         "bench/costs.py:attention_flops",
-        "Operations for each byte that is read. Above a machine's ratio of the two rates arithmetic"
-        " is the limit, below it bandwidth.",
+        "Operations per byte that is read. Above a machine's ratio of its two rates, arithmetic is"
+        " the limit; below it, bandwidth.",
     ),
     Term(
         "roofline",
         "10",
         "bench/roofline.py:floor_of",
-        "The bound that follows from the two rates: no work is faster than reading its bytes, or"
-        " doing its operations, takes.",
+        "The limit from the two rates: no work takes less time than reading its bytes, or than"
+        " doing its operations.",
     ),
     Term(
         "latency and throughput",
         "10",
         "bench/latency.py:serve",
-        "How long one request takes, and how many tokens a second all of them get. Larger batches"
-        " are better for the second, and cost some of the first.",
+        "The time that one request takes, and the number of tokens per second for all requests."
+        " Larger batches raise throughput and make latency somewhat longer.",
     ),
     Term(
         "logprobs",
         "11",
         "sampling_params.py:SamplingParams.logprobs",
-        "Logarithms of the probabilities that the model gave to the tokens chosen, and to the"
-        " likeliest others.",
+        "Logarithms of the model's probabilities for the chosen tokens and for the most likely"
+        " others.",
     ),
     Term(
         "seam",
         "11",
         "kernels/__init__.py:Kernels",
-        "A place where a piece of one's own can stand in for the package's: kernels, block manager,"
-        " scheduler, model, batch.",
+        "A place where your own piece can replace the package's: kernels, block manager, scheduler,"
+        " model, batch.",
     ),
     Term(
         "trace",
         "11",
         "engine/trace.py:Trace",
-        "The record of what an engine did at each step, from which all of the course's pictures of"
-        " runs are drawn.",
+        "The record of what an engine did at each step. The course draws all its pictures of runs"
+        " from it.",
     ),
 )

@@ -1,8 +1,9 @@
-"""A learner's answers in the notebook that they were written for.
+"""Combine a learner's answers with the published notebook.
 
-A saved notebook may certify anything: its check cells may be edited or gone, its outputs stale. So
-only the answers are taken from it, with the cells that the learner added; everything else, and what
-each check has to print, comes from the solution. The learner's file is read and never written.
+A saved notebook is no proof: its check cells may be edited or missing, and its outputs may be old.
+So only the answers and the cells that the learner added are taken from it. Everything else comes
+from the solution, also the text that each check has to print. The learner's file is read and never
+written.
 """
 
 from __future__ import annotations
@@ -28,14 +29,16 @@ from minivllm.course.stubs import defined_names, names_in, require_published, st
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
-#: Comments that tell nbval not to look; an answer may not say that.
+#: Comments that make nbval skip a cell. An answer must not contain them.
 _MARKER = re.compile(r"^(\s*)#+\s*(NBVAL_\w+|PYTEST_VALIDATE_IGNORE_OUTPUT)\s*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell to run. kind: "given", "answer", "check" or "own" (the learner's, which is run and
-    not judged).
+    """One cell to run.
+
+    kind: "given", "answer", "check" or "own". An "own" cell is the learner's; it runs and is not
+    judged.
     """
 
     kind: str
@@ -44,12 +47,11 @@ class Cell:
 
 @dataclass
 class Group:
-    """An exercise: what is run from its statement to the next. id "" is what stands before the
-    first.
+    """An exercise: its cells, from the statement to the next statement.
 
-    printed: what its check prints when the answer is right. notes: what the learner should know
-    about the file. broken: (name, why) where there is nothing that could be run. untouched: the
-    answer still is the stub.
+    id: "" for the cells before the first exercise. printed: what the check prints when the answer
+    is right. notes: what the learner should know about the file. broken: (name, why) where there is
+    nothing to run. untouched: the answer is still the stub.
     """
 
     id: str
@@ -61,10 +63,10 @@ class Group:
 
 
 def chapter_of(path: Path) -> Chapter | None:
-    """The chapter that a file has the exercises of: by the name in its metadata, or as
-    exercises/NN_name.ipynb.
+    """The chapter whose exercises a file contains; None for any other file.
 
-    None for any other file. CourseNotFoundError where the repository is not to be found.
+    The file names the chapter in its metadata, or its path is exercises/NN_name.ipynb.
+    CourseNotFoundError where the repository cannot be found.
     """
     import json
 
@@ -86,7 +88,8 @@ def chapter_of(path: Path) -> Chapter | None:
 def answers(path: Path) -> dict[str, str]:
     """The sources of the answers in a learner's notebook, by exercise: {"01.2": "def …"}.
 
-    Stubs are among them. Parts of an answer in more than one cell are put together in their order.
+    Stubs are included. The parts of an answer that stands in several cells are joined in their
+    order.
     """
     return {
         id: "\n\n".join(source for _, source in cells)
@@ -104,17 +107,19 @@ def _answer_cells(notebook: NotebookNode) -> dict[str, list[tuple[int, str]]]:
 
 
 def without_markers(source: str) -> str:
-    """The source without the comments by which nbval would skip a cell or not compare it."""
+    """The source without the comments that make nbval skip a cell or not compare its output."""
     return _MARKER.sub(r"\1# (a marker stood here)", source)
 
 
 def graft(path: Path, chapter: Chapter) -> list[Group]:
-    """What to run: the solution's cells in their order, with the learner's answers, and their own
-    cells after those that they stand after. The first group is what comes before the first
-    exercise.
+    """The groups of cells to run.
 
-    ChangedSolutionError where the solution is not as published; CourseNotFoundError where a file
-    cannot be read.
+    The cells are the solution's, in their order, with the learner's answers. Each cell that the
+    learner added comes after the cell that it follows in the learner's notebook. The first group
+    holds the cells before the first exercise.
+
+    ChangedSolutionError where the solution differs from the published one; CourseNotFoundError
+    where a file cannot be read.
     """
     require_published(chapter)
     if not path.exists():
@@ -173,10 +178,9 @@ def _put_answer(group: Group, cells: list[tuple[int, str]], stub: str, wanted: s
 
 
 def _own_cells(learner: NotebookNode, solution: NotebookNode) -> dict[str, list[Cell]]:
-    """What the learner added, by the id of the cell of the solution that it comes after ("": before
-    all).
+    """The cells that the learner added, by the id of the solution's cell before them.
 
-    A given cell that was edited is run as it was given, and then as it is now.
+    "" stands for the beginning. An edited given cell runs as it was given, and then as it is now.
     """
     given = {cell.id: cell.source for cell in solution.cells if role(cell)[0] == "given"}
     place = {role(cell): cell.id for cell in solution.cells if role(cell)[0] != "given"}
@@ -199,19 +203,19 @@ def _own_cells(learner: NotebookNode, solution: NotebookNode) -> dict[str, list[
 
 
 def _changed_setup(learner: NotebookNode, solution: NotebookNode) -> list[str]:
-    """Which of the cells before the first exercise are other than they were given."""
+    """The cells before the first exercise that the learner has edited."""
     before = itertools.takewhile(lambda cell: role(cell)[0] == "given", solution.cells)
     given = {cell.id: cell.source for cell in before if cell.cell_type == "code"}
     return [
-        f"Cell {number} of your file, which came with it, was changed. It was run as it came, and"
-        " then as it is now."
+        f"Cell {number} of your file is a given cell, and it was changed. The original was run"
+        " first, and then your version."
         for number, cell in enumerate(learner.cells, start=1)
         if cell.get("id") in given and cell.cell_type == "code" and cell.source != given[cell.id]
     ]
 
 
 def _missing(id: str, answer: NotebookNode, learner: NotebookNode) -> str:
-    """Why there is no answer, as far as can be told, and what to do."""
+    """Explain, as far as possible, why there is no answer, and what to do."""
     for number, cell in enumerate(learner.cells, start=1):
         if role(cell) == ("exercise", id):
             return (
@@ -226,12 +230,12 @@ def _missing(id: str, answer: NotebookNode, learner: NotebookNode) -> str:
             defines = False
         if defines and names:
             why = (
-                f"Cell {number} defines {', '.join(sorted(names))}, but it is not the cell that"
-                " came for the answer"
+                f"Cell {number} defines {', '.join(sorted(names))}, but it is not the given"
+                " cell for the answer"
             )
             break
     else:
-        why = f"The cell for the answer to {id} is gone from your file"
+        why = f"The cell for the answer to {id} is missing from your file"
     return (
         f"{why}. Get a fresh copy with `minivllm course reset {id[:2]}` (yours is kept beside it),"
         " and paste your code."

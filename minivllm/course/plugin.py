@@ -1,11 +1,13 @@
-"""What pytest does with the course's notebooks under ``--nbval``; found by pytest through its entry
-point.
+"""The pytest plugin for the course's notebooks under ``--nbval``.
 
-A notebook of exercises becomes one test an exercise: the answers in it, judged by the solution's
-checks (`graft`, `runner`), not by what the file itself says. A notebook of the repository that
-pytest finds by itself, as in `make test`, is compared with its committed copy where a learner has
-saved another, and left out where it was never committed; one that is named on the command line is
-taken as it is. Imports nothing heavy before it meets a notebook.
+Pytest finds it by an entry point. A notebook of exercises becomes one test per exercise. The
+solution's checks judge the answers (`graft`, `runner`); the checks and outputs in the file itself
+do not count.
+
+`make test` lets pytest collect the repository's notebooks. If a learner has saved another version
+of such a notebook, the committed version is compared. A notebook that was never committed is left
+out. A notebook that is named on the command line is taken as it is. The plugin imports no large
+package before it meets a notebook.
 """
 
 from __future__ import annotations
@@ -73,7 +75,7 @@ class ExerciseFile(pytest.File):
                 yield ExerciseItem.from_parent(self, name=group.id)
 
     def verdict(self, id: str) -> Verdict:
-        """Runs what stands before this exercise, too, unless it has run."""
+        """Run this exercise, and before it everything in the file that has not run yet."""
         from minivllm.course.runner import CELL_TIMEOUT, verdicts
 
         if self._trouble:
@@ -92,12 +94,13 @@ class ExerciseFile(pytest.File):
 
 
 class NotPassedError(Exception):
-    """An exercise that did not pass; its message is all there is to show."""
+    """An exercise that did not pass; the report shows its message alone."""
 
 
 class ExerciseItem(pytest.Item):
-    """One exercise: passes, fails with the mistake's name, or is skipped where this machine cannot
-    run it.
+    """One exercise as a test.
+
+    It passes, it fails with the mistake's name, or it is skipped where this machine cannot run it.
     """
 
     def runtest(self) -> None:
@@ -120,8 +123,9 @@ class ExerciseItem(pytest.Item):
 
 
 def _as_committed(found: list[Any], path: Path, parent: pytest.Collector) -> list[Any]:
-    """nbval's collectors of a notebook; one of the repository's folders is taken as it was
-    committed.
+    """nbval's collectors of a notebook.
+
+    A notebook in one of the repository's folders is taken as it was committed.
     """
     from minivllm.course.chapters import FOLDERS, as_committed
 

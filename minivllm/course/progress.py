@@ -1,7 +1,7 @@
-"""What `minivllm check` and `minivllm course` say: how the answers are, how far a learner has come,
-what comes next.
+"""The output of `minivllm check` and `minivllm course`.
 
-What was found is kept by `records`.
+The output shows the verdicts on the answers, the learner's progress and the next step. `records`
+stores the verdicts.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from minivllm.files import reason
 
 
 def _records(root: Path, console: Console) -> Records:
-    """The records; where their file is damaged, that is said."""
+    """The records. Print a message where their file is damaged."""
     records = Records(root)
     if records.damage:
         console.print(Text(records.damage, style="yellow"), soft_wrap=True)
@@ -48,14 +48,15 @@ def _records(root: Path, console: Console) -> Records:
 
 
 def check(what: str | None, console: Console, timeout: float = CELL_TIMEOUT) -> int:
-    """Check a chapter ("3", "03"), an exercise ("03.2"), a file or "capstone"; with None, all
-    chapters that were begun.
+    """Check a chapter ("3", "03"), an exercise ("03.2"), a file, or "capstone".
 
-    Returns the exit code: 0 when all of them passed (or cannot run on this machine), else 1.
-    CourseNotFoundError where there is no such chapter; ChangedSolutionError, JupyterMissingError.
+    None: all chapters that the learner has begun. Returns the exit code: 0 when all exercises
+    passed or cannot run on this machine, else 1. CourseNotFoundError where there is no such
+    chapter; ChangedSolutionError; JupyterMissingError.
     """
     if what == "capstone":
-        _records(find_root(), console)  # says what is damaged; the capstone itself would not
+        # Prints what is damaged; the capstone itself would not.
+        _records(find_root(), console)
         return capstone.check(console, timeout)
     if what is not None:
         chosen = [_find(what)]
@@ -75,10 +76,14 @@ def check(what: str | None, console: Console, timeout: float = CELL_TIMEOUT) -> 
 
 
 def _find(what: str) -> tuple[Chapter, Path, Collection[str] | None]:
-    """(chapter, its exercises' file, the ids to check or None for all) for what somebody typed."""
+    """Resolve what the user typed: (chapter, file of its exercises, ids to check).
+
+    The ids are None for all exercises.
+    """
     path = Path(what)
     if path.suffix == ".ipynb":
-        if not os.path.exists(path):  # Path.exists raises for a name that is too long
+        # Path.exists raises for a name that is too long.
+        if not os.path.exists(path):
             raise CourseNotFoundError(f"There is no file {what}.")
         chapter = chapter_of(path)
         if chapter is not None:
@@ -138,16 +143,18 @@ def _print(verdict: Verdict, statement: Statement, tries: int, console: Console)
 
 
 def _hints(id: str) -> Mapping[str, int]:
-    """Which hint is about which mistake, as far as the exercise's check says."""
+    """The hint number for each mistake that the exercise's check names."""
     try:
         return find(id).hints
-    except UnknownExerciseError:  # its check stands in the notebook
+    except UnknownExerciseError:
+        # The exercise's check stands in the notebook.
         return {}
 
 
 def _joined(hint: str) -> str:
-    """A line for each paragraph, for the terminal breaks lines elsewhere; lists, tables and code
-    stay as they are.
+    """Join the lines of each paragraph, because the terminal breaks lines at other places.
+
+    Lists, tables and code stay as they are.
     """
     return hint if "```" in hint else re.sub(r"(?<=\S)\n(?=[^\s\-*|\d])", " ", hint)
 
@@ -160,9 +167,7 @@ def _shown(path: Path, root: Path) -> str:
 
 
 def overview(console: Console) -> None:
-    """Print how far each chapter is, the minutes left, how near the capstone is, and what to do
-    next.
-    """
+    """Print the state of each chapter, the minutes left, the capstone's state and the next step."""
     root = find_root()
     table = Table("chapter", "exercises", "passed", "minutes left", box=None, pad_edge=False)
     records, left, following = _records(root, console), 0, ""
@@ -203,7 +208,8 @@ def overview(console: Console) -> None:
     )
     try:
         standing, is_next = capstone.standing(root)
-    except MiniVLLMError:  # the table says of which chapter
+    except MiniVLLMError:
+        # The table names the chapter with the problem.
         standing, is_next = "", False
     if standing:
         how = (
@@ -227,7 +233,7 @@ def _road(root: Path) -> list[Chapter]:
 
 
 def _next(chapter: Chapter, states: dict[str, str]) -> str:
-    """What there is to do in this chapter, "" when all has passed."""
+    """The next thing to do in this chapter; "" when all exercises have passed."""
     if set(states.values()) == {NOT_ATTEMPTED} and chapter.notebook.exists():
         return f"read notebooks/{chapter.name}.ipynb, then open exercises/{chapter.name}.ipynb."
     if UNCHECKED in states.values():
@@ -242,9 +248,9 @@ def _next(chapter: Chapter, states: dict[str, str]) -> str:
 
 
 def reset(what: str) -> tuple[Path, Path | None]:
-    """Write a fresh copy of a chapter's exercises. Returns (it, what was there before and is kept,
-    or None).
+    """Write a fresh copy of a chapter's exercises.
 
+    Returns the new file, and the new path of the old file, or None where there was no old file.
     ConfigError where the folder cannot be written to; nothing has been changed then.
     """
     import nbformat
@@ -267,8 +273,9 @@ def reset(what: str) -> tuple[Path, Path | None]:
 
 
 def _exchange(path: Path, fresh: Path) -> Path | None:
-    """Put the file `fresh` at path. Returns the new name of what was there. All of it, or
-    nothing.
+    """Move the file `fresh` to path. Returns the new path of the file that was there before.
+
+    Either both moves happen or none.
     """
     if not os.path.lexists(path):
         fresh.replace(path)

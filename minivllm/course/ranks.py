@@ -1,20 +1,22 @@
-"""Ranks in one process: threads that take turns, and collectives that check that all ranks call the
-same one.
+"""Ranks in one process: threads that take turns, with collectives that check each other.
 
     ranks = Ranks(4)
 
-    def program(group, x):                       # runs four times, once a rank
+    def program(group, x):                       # runs four times, once per rank
         part = x[group.rank :: group.size].sum()
         return group.all_reduce(part)
 
     ranks.run(program, torch.arange(8.0))        # [28., 28., 28., 28.]
-    ranks.calls                                  # which collectives ran, of what shape
+    ranks.calls                                  # the collectives that ran, with their shapes
 
-One rank computes at a time, until it calls a collective or ends; then the next one does. So a run
-gives the same result and prints the same lines every time, and a rank that the others would wait
-for in vain is found at once: `CollectiveError` says which. What differs from real ranks: memory is
-shared, so that nothing stops a program from looking at the tensors of another rank; and nothing is
-gained in time. Taught in notebooks/09_tensor_parallel.ipynb.
+One rank computes at a time, until it calls a collective or ends; then the next rank computes. So
+each run gives the same result and prints the same lines. All ranks must call the same collective. A
+rank that does not call it is found at once: `CollectiveError` names the rank, and the others do not
+wait forever.
+
+Two things differ from real ranks. The memory is shared, so a program can read the tensors of
+another rank. And several ranks are not faster than one. Taught in
+notebooks/09_tensor_parallel.ipynb.
 """
 
 from __future__ import annotations
@@ -34,8 +36,9 @@ TIME_LIMIT = 20.0
 
 
 class CollectiveError(MiniVLLMError, RuntimeError):
-    """Ranks that do not fit together. name: "never-called", "different-collectives",
-    "different-shapes", "endless".
+    """The ranks do not fit together.
+
+    name: "never-called", "different-collectives", "different-shapes" or "endless".
     """
 
     def __init__(self, name: str, message: str) -> None:
@@ -44,18 +47,23 @@ class CollectiveError(MiniVLLMError, RuntimeError):
 
 
 class _Abandoned(BaseException):
-    """Ends the thread of a rank whose run has failed elsewhere."""
+    """Ends the thread of a rank after another rank has failed."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """A collective that all ranks called. shape, dtype: of the tensor that each rank brought."""
+    """A collective that all ranks called.
+
+    shape, dtype: of the tensor that each rank passed.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    size: int  # how many ranks there were
-    detail: str = ""  # what else must agree: "dim 1", "from rank 0"
+    #: The number of ranks.
+    size: int
+    #: What else must agree: "dim 1", "from rank 0".
+    detail: str = ""
 
     def __str__(self) -> str:
         words = f"{self.name}({str(self.dtype).removeprefix('torch.')} {list(self.shape)})"
@@ -63,13 +71,14 @@ class Call:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the tensor that each rank brought."""
+        """Bytes of the tensor that each rank passed."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that each rank sends when the ranks stand in a ring; for a broadcast, those of all
-        but the last.
+        """Bytes that each rank sends when the ranks form a ring.
+
+        For a broadcast: the bytes that each rank but the last one sends.
         """
         steps = {
             "all_reduce": 2 * (self.size - 1) / self.size,
@@ -80,8 +89,9 @@ class Call:
 
 
 class Group:
-    """What a rank sees of the others: its number, how many there are, and the collectives, which
-    all must call.
+    """A rank's view of the ranks: its own number, the number of ranks, and the collectives.
+
+    Every rank must call each collective.
     """
 
     def __init__(self, rank: int, size: int, meet: Callable[[Call, torch.Tensor], Any]) -> None:
@@ -91,27 +101,29 @@ class Group:
         return f"rank {self.rank} of {self.size}"
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks, as a new tensor. All bring the same shape and dtype."""
+        """The sum over all ranks, as a new tensor. All ranks pass the same shape and dtype."""
         return self._collective("all_reduce", tensor)
 
     def all_gather(self, tensor: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        """The tensors of all ranks side by side along dim, in the order of the ranks. All bring the
-        same shape.
+        """The tensors of all ranks side by side along dim, in the order of the ranks.
+
+        All ranks pass the same shape.
         """
         return self._collective("all_gather", tensor, f"dim {dim % max(tensor.dim(), 1)}")
 
     def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
-        """The tensor of rank src. The others bring one of its shape."""
+        """The tensor of rank src. The other ranks pass a tensor of its shape."""
         return self._collective("broadcast", tensor, f"from rank {src}")
 
     def send_right(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Give the tensor to rank + 1 (the last one to rank 0), and return what rank − 1 gave. All
-        bring one shape.
+        """Send the tensor to rank + 1, and return the tensor from rank - 1.
+
+        The last rank sends to rank 0. All ranks pass the same shape.
         """
         return self._collective("send_right", tensor)
 
     def barrier(self) -> None:
-        """Wait until all ranks have come here."""
+        """Wait until all ranks have called this."""
         self._collective("barrier", torch.empty(0))
 
     def _collective(self, name: str, tensor: torch.Tensor, detail: str = "") -> torch.Tensor:
@@ -124,16 +136,20 @@ class Group:
 
 @dataclass
 class _Rank:
-    """One rank's thread, and where it stands. `turn` lets it go on, `stopped` says that it waits
-    again or has ended.
+    """One rank's thread and its state.
+
+    turn: released to let the thread go on. stopped: released when the thread waits again or has
+    ended.
     """
 
     rank: int
     turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     stopped: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     thread: threading.Thread | None = None
-    call: Call | None = None  # the collective that it waits in
-    tensor: torch.Tensor | None = None  # what it brought there; then what it gets
+    #: The collective that the rank waits in.
+    call: Call | None = None
+    #: The tensor that the rank passed; then the result.
+    tensor: torch.Tensor | None = None
     computing: bool = False
     ended: bool = False
     abandoned: bool = False
@@ -142,8 +158,9 @@ class _Rank:
 
 
 class Ranks:
-    """A number of ranks that run a program together. calls: the collectives of the last run, in
-    order.
+    """A number of ranks that run a program together.
+
+    calls: the collectives of the last run, in order.
     """
 
     def __init__(self, size: int, time_limit: float = TIME_LIMIT) -> None:
@@ -153,14 +170,16 @@ class Ranks:
         self.calls: list[Call] = []
 
     def run(self, program: Callable[..., Any], *args: Any) -> list[Any]:
-        """Run program(group, *args) on every rank; what the ranks returned, in their order.
+        """Run program(group, *args) on every rank. Returns the results in the order of ranks.
 
-        What a rank raises is raised here, of the lowest rank that does, and the other ranks are
-        ended. CollectiveError where the ranks do not meet in the same collective, with the same
-        shape and dtype, or where one computes for longer than the time limit.
+        An exception of a rank is raised here, and the other ranks are ended. Where several ranks
+        raise, it is the exception of the lowest rank. CollectiveError where the ranks do not meet
+        in the same collective with the same shape and dtype, or where a rank computes longer than
+        the time limit.
         """
         self.calls = []
-        inference = torch.is_inference_mode_enabled()  # a new thread would begin without
+        # A new thread begins without inference mode.
+        inference = torch.is_inference_mode_enabled()
         ranks = [_Rank(rank) for rank in range(self.size)]
         for rank in ranks:
             work = (rank, program, args, inference)
@@ -179,7 +198,7 @@ class Ranks:
         return [rank.result for rank in ranks]
 
     def _work(self, rank: _Rank, program: Callable[..., Any], args: tuple, inference: bool) -> None:
-        """What the thread of a rank does."""
+        """Run the program as one rank; the body of the rank's thread."""
 
         def meet(call: Call, tensor: torch.Tensor) -> Any:
             if rank.abandoned:
@@ -203,7 +222,7 @@ class Ranks:
             rank.stopped.release()
 
     def _go_on(self, rank: _Rank) -> None:
-        """Let a rank compute until its next collective, or its end."""
+        """Let a rank compute until its next collective or its end."""
         if rank.ended:
             return
         rank.call, rank.computing = None, True
@@ -225,8 +244,9 @@ class Ranks:
             raise rank.error
 
     def _exchange(self, ranks: list[_Rank]) -> None:
-        """All ranks stand still: check that they stand in the same collective, and give each its
-        result.
+        """Check that all ranks wait in the same collective, and give each rank its result.
+
+        No rank computes meanwhile.
         """
         call = _agreed(ranks)
         self.calls.append(call)
@@ -236,7 +256,7 @@ class Ranks:
 
 
 def _agreed(ranks: list[_Rank]) -> Call:
-    """The collective that all ranks wait in. CollectiveError where there is none."""
+    """The collective that all ranks wait in. CollectiveError where they do not agree."""
     waiting = [rank for rank in ranks if not rank.ended]
     first = waiting[0]
     for rank in ranks:
@@ -271,7 +291,10 @@ def _these(ranks: list[_Rank]) -> str:
 
 
 def _results(call: Call, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """What each rank gets; a tensor of its own each, as if ranks had no memory in common."""
+    """The result for each rank.
+
+    Each rank gets its own tensor, as if the ranks shared no memory.
+    """
     if call.name == "all_reduce":
         total = tensors[0].clone()
         for tensor in tensors[1:]:
@@ -284,14 +307,14 @@ def _results(call: Call, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         ]
     if call.name == "broadcast":
         return [tensors[int(call.detail.removeprefix("from rank "))].clone() for _ in tensors]
-    return [
-        tensors[rank - 1].clone() for rank in range(len(tensors))
-    ]  # send_right; a barrier brings nothing
+    # Only send_right is left: a barrier has no tensors.
+    return [tensors[rank - 1].clone() for rank in range(len(tensors))]
 
 
 def _abandon(ranks: list[_Rank]) -> None:
-    """End the threads of ranks that wait; raise inside of those that compute, as far as Python
-    can.
+    """End the threads of the ranks that wait.
+
+    In ranks that compute, raise an exception, as far as Python allows it.
     """
     for rank in ranks:
         rank.abandoned = True

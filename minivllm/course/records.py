@@ -1,8 +1,8 @@
-"""What is known of the exercises: exercises/.progress.json, one record per exercise.
+"""The learner's results: exercises/.progress.json, one record per exercise.
 
-Each record holds a digest of the answer that its verdict is about, so that an answer that was
-changed since counts as not checked. Nothing depends on that file; it may be deleted. One that
-cannot be read is put aside, never overwritten.
+Each record holds a digest of the answer that was judged, so an answer that was changed afterwards
+counts as not checked. Nothing else depends on this file; it may be deleted. A file that cannot be
+read is renamed, never overwritten.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ SIGNS = {
 
 @dataclass
 class Record:
-    """What is known of an exercise. answer: digest of the answer that state is about.
+    """The result of one exercise.
 
-    tries: answers that failed and were ready for a hint.
+    answer: the digest of the answer that `state` is about. tries: the number of failed answers that
+    were ready for a hint.
     """
 
     answer: str = ""
@@ -44,7 +45,7 @@ class Record:
 class Records:
     """The records of all exercises, by id, in exercises/.progress.json.
 
-    damage: "", or what is wrong with that file and what has been done about it.
+    damage: "", or what is wrong with that file and what was done about it.
     """
 
     def __init__(self, root: Path) -> None:
@@ -54,7 +55,8 @@ class Records:
         try:
             self._records = _read_records(self._path)
         except FileNotFoundError:
-            pass  # nothing has been checked yet
+            # Nothing has been checked yet.
+            pass
         except (OSError, ValueError, RecursionError) as error:
             self.damage = self._put_aside(
                 reason(error) if isinstance(error, OSError) else str(error)
@@ -64,15 +66,16 @@ class Records:
         return self._records.setdefault(id, Record())
 
     def note(self, group: Group, verdict: Verdict) -> Record:
-        """Keep a verdict; the same failing answer checked twice is one try."""
+        """Store a verdict. The same failing answer checked twice counts as one try."""
         record, answer = self[group.id], answer_digest(group)
         record.tries += verdict.hinted and (record.answer, record.state) != (answer, FAILED)
         record.answer, record.state = answer, verdict.state
         return record
 
     def save(self) -> None:
-        """Write the file anew, whole or not at all. OSError, also instead of overwriting a damaged
-        one.
+        """Write the file anew, completely or not at all.
+
+        OSError where the file cannot be written, or where a damaged file could not be renamed.
         """
         if self._in_the_way:
             raise FileExistsError(None, f"the damaged {self._path.name} is in the way")
@@ -89,43 +92,43 @@ class Records:
         except OSError as error:
             self._in_the_way = True
             why = reason(error)
-            return f"{what} It cannot be renamed either ({why}), so no progress is read or kept."
+            return f"{what} It cannot be renamed either ({why}), so no progress is read or saved."
         so = "All exercises count as not checked until you check them again."
         return f"{what} It is kept as {kept.name}. {so}"
 
 
-#: Bytes; what the course writes takes some thousand.
+#: Bytes. The course itself writes a few thousand.
 _LARGEST = 1 << 24
 
 
 def _read_records(path: Path) -> dict[str, Record]:
-    """ValueError where the file holds anything else than what `Records.save` writes."""
+    """Read the records. ValueError where the file has another form than `Records.save` writes."""
     if path.exists() and not path.is_file():
-        raise ValueError("it is no file")
+        raise ValueError("it is not a file")
     with path.open("rb") as file:
         content = file.read(_LARGEST + 1)
     if len(content) > _LARGEST:
         raise ValueError("it is too large")
     kept = json.loads(content)
     if not isinstance(kept, dict):
-        raise ValueError("it holds no object")
+        raise ValueError("it does not hold a JSON object")
     return {id: _as_record(id, entry) for id, entry in kept.items()}
 
 
 def _as_record(id: str, entry: object) -> Record:
     names = {"answer", "state", "tries"}
     if not isinstance(entry, dict) or not entry.keys() <= names:
-        raise ValueError(f"the entry {one_line(id, 40)!r} is no record")
+        raise ValueError(f"the entry {one_line(id, 40)!r} is not a record")
     record = Record(**entry)
     if type(record.answer) is not str or type(record.state) is not str or record.state not in SIGNS:
-        raise ValueError(f"the entry {one_line(id, 40)!r} has no such state")
+        raise ValueError(f"the entry {one_line(id, 40)!r} has an unknown state")
     if type(record.tries) is not int or record.tries < 0:
-        raise ValueError(f"the entry {one_line(id, 40)!r} has no number of tries")
+        raise ValueError(f"the entry {one_line(id, 40)!r} has no valid number of tries")
     return record
 
 
 def free_name(path: Path, word: str) -> Path:
-    """A name beside path for what it was: "01_x.kept-1.ipynb"."""
+    """An unused name beside path for the old file: "01_x.kept-1.ipynb"."""
     names = (
         path.with_name(f"{path.stem}.{word}-{number}{path.suffix}") for number in itertools.count(1)
     )
@@ -133,16 +136,16 @@ def free_name(path: Path, word: str) -> Path:
 
 
 def keep(records: Records) -> str:
-    """Save the records. Returns "", or why they could not be kept."""
+    """Save the records. Returns "", or why they could not be saved."""
     try:
         records.save()
     except OSError as error:
-        return f"Your progress could not be kept in exercises/: {reason(error)}."
+        return f"Your progress could not be saved in exercises/: {reason(error)}."
     return ""
 
 
 def answer_digest(group: Group) -> str:
-    """Changes with the answer, and not with what stands around it."""
+    """A digest of the answer alone; the cells around it do not change it."""
     answer = "\0".join(cell.source for cell in group.cells if cell.kind == "answer")
     return hashlib.sha256(answer.encode()).hexdigest()[:16]
 
@@ -153,7 +156,7 @@ def groups_of(chapter: Chapter) -> list[Group]:
 
 
 def states_of(chapter: Chapter, records: Records) -> dict[str, str]:
-    """Exercise -> its state, as far as the records are of the answers that are there now."""
+    """Exercise -> its state, where its record is about the present answer."""
     states = {}
     for group in groups_of(chapter):
         record = records[group.id]

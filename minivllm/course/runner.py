@@ -1,8 +1,7 @@
-"""Runs a grafted notebook in a kernel, and says of each exercise how it went; in bounded time,
-whatever an answer does.
+"""Run a grafted notebook in a kernel, and yield a verdict on each exercise, in bounded time.
 
-It is what `minivllm check` and `pytest --nbval` on an exercise both do. Not nbval's own run: that
-would compare what answers print as well, and wait two minutes for a kernel that has died.
+`minivllm check` and `pytest --nbval` on an exercise both use this. nbval's own run does not fit: it
+would also compare what the answers print, and it waits two minutes for a kernel that has died.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ PASSED = "passed"
 FAILED = "failed"
 NOT_ATTEMPTED = "not attempted"
 NOT_RUNNABLE = "not runnable here"
-#: Seconds that a cell may take, and those that it has to end when it is interrupted.
+#: Seconds that a cell may take, and seconds that it has to end after an interrupt.
 CELL_TIMEOUT, GRACE = 120.0, 5.0
 MAX_OUTPUT = 100_000
-#: Mistakes of the file, not of the answer: none of the hints is about them.
+#: Mistakes of the file, not of the answer: no hint is about them.
 NOT_ABOUT_THE_ANSWER = ("syntax-error", "answer-missing", "process-ended", "no-verdict")
 _HINTS = "The hints are in the notebook, under the statement of the exercise."
 _ANSI = re.compile(r"\x1b\[[\d;]*m")
@@ -36,8 +35,10 @@ _ANSI = re.compile(r"\x1b\[[\d;]*m")
 
 @dataclass(frozen=True)
 class Verdict:
-    """How an exercise went. name: the mistake's, when it failed. notes: what else to know about the
-    file.
+    """The result of an exercise.
+
+    name: the mistake's name, when the exercise failed. notes: what else the learner should know
+    about the file.
     """
 
     id: str
@@ -58,8 +59,9 @@ class Verdict:
 
 @dataclass
 class Result:
-    """What a cell did. error: (exception's name, message, traceback). ended: why there is no kernel
-    any more.
+    """The result of a cell.
+
+    error: (exception's name, message, traceback). ended: why there is no kernel any more.
     """
 
     printed: str = ""
@@ -69,7 +71,10 @@ class Result:
 
 
 class JupyterKernel:
-    """A Jupyter kernel of this Python in folder; JupyterMissingError where there can be none."""
+    """A Jupyter kernel of this Python, running in folder.
+
+    JupyterMissingError where it cannot start.
+    """
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -102,8 +107,9 @@ class JupyterKernel:
         self._manager.shutdown_kernel(now=True)
 
     def execute(self, source: str, timeout: float = CELL_TIMEOUT) -> Result:
-        """Execute a cell; returns after timeout + `GRACE` at the latest. After a result with
-        `ended`, call `close`.
+        """Execute a cell; returns after timeout + `GRACE` seconds at the latest.
+
+        After a result with `ended`, call `close`.
         """
         from queue import Empty
 
@@ -138,7 +144,7 @@ class JupyterKernel:
 
 
 def _take(reply: dict[str, Any], result: Result) -> bool:
-    """Add a message of the kernel to the result; whether it was the last."""
+    """Add a message of the kernel to the result. Returns whether it was the last message."""
     content = reply["content"]
     if reply["msg_type"] == "stream" and content["name"] == "stdout":
         result.printed = (result.printed + content["text"])[-MAX_OUTPUT:]
@@ -157,13 +163,14 @@ _given: dict[str, Any] = {}
 
 
 def remember(namespace: dict[str, Any], names: list[str]) -> None:
-    """Keep what given cells called by these names."""
+    """Store the values that given cells bound to these names."""
     _given.update({name: namespace[name] for name in names if name in namespace})
 
 
 def restore(namespace: dict[str, Any], names: list[str]) -> None:
-    """Put back what was kept, and print the names of functions and modules that had come to mean
-    something else.
+    """Bind the names to the stored values again.
+
+    Print the names of functions and modules that had been bound to something else.
     """
     for name in sorted(_given.keys() & set(names)):
         given = _given[name]
@@ -189,21 +196,21 @@ def verdicts(
     ids: Collection[str] | None = None,
     timeout: float = CELL_TIMEOUT,
 ) -> Iterator[Verdict]:
-    """Run the groups of a `graft` and yield a verdict on each exercise (of those in ids) as soon as
-    it is known.
+    """Run the groups of a `graft`, and yield a verdict on each exercise as soon as it is known.
 
-    Where one ends the kernel, the next gets a fresh one. What the learner wrote for exercises that
-    are not judged is run all the same, before the next that is: it may be used there. folder: the
-    working directory, as for a notebook in it. timeout: seconds a cell. The kernel is closed with
-    the iterator.
+    ids: the exercises to judge; None for all. folder: the working directory, as for a notebook in
+    it. timeout: seconds per cell. After an exercise that ends the kernel, the next one gets a fresh
+    kernel. The learner's code for an exercise that is not judged runs before the next judged one,
+    which may use it. Closing the iterator closes the kernel.
     """
     setup, *exercises = groups
     kernel: JupyterKernel | None = None
-    earlier: list[
-        Cell
-    ] = []  # what the learner wrote for the exercises before, but those that ended a kernel
-    waiting: list[Cell] = []  # what of that this kernel has not run
-    notes: tuple[str, ...] = ()  # what is to be known of the cells before the first exercise
+    # What the learner wrote for the earlier exercises, without those that ended a kernel.
+    earlier: list[Cell] = []
+    # The cells of `earlier` that this kernel has not run yet.
+    waiting: list[Cell] = []
+    # What the learner should know about the cells before the first exercise.
+    notes: tuple[str, ...] = ()
     told = False
     try:
         for group in exercises:
@@ -253,19 +260,20 @@ _WHAT = {
 def _run(
     kernel: JupyterKernel, group: Group, timeout: float, notes: tuple[str, ...] = ()
 ) -> tuple[Verdict, bool]:
-    """(the verdict on a group, whether the kernel has ended). What the learner's own cells do
-    decides nothing.
+    """Run a group. Returns the verdict on it, and whether the kernel has ended.
+
+    The results of the learner's own cells do not change the verdict.
     """
     verdict = Verdict(group.id, FAILED, "no-verdict", "Its check did not run.")
     trouble = None
     warnings = list(notes)
-    given: list[str] = []  # what given cells raised: noise once a check has said what is wrong
+    # Exceptions of given cells; not shown when a check has said what is wrong.
+    given: list[str] = []
     for cell in group.cells:
         if cell.kind == "check":
             taken = kernel.execute(_hidden("restore", names_in(cell.source))).printed.split()
             warnings += [
-                f"Your cells give `{name}` another meaning; the check took the original."
-                for name in taken
+                f"Your cells redefine `{name}`; the check used the original." for name in taken
             ]
         result = kernel.execute(cell.source, timeout)
         if result.timed_out or result.ended:
@@ -297,16 +305,16 @@ def _run(
 
 
 def _cut_short(cell: Cell, result: Result, timeout: float) -> str:
-    """About a cell that took too long, or in which the process has ended."""
+    """The message about a cell that took too long, or in which the process ended."""
     why = result.ended or f"it still ran after {timeout:g} seconds, and was interrupted"
     what = f"While {_WHAT[cell.kind]} ran: {why}."
     return what if result.timed_out else f"{what}\n{_what_to_do(why)}"
 
 
 def _what_to_do(why: str) -> str:
-    """About a process that has ended."""
+    """Advice after a process has ended."""
     if "exit()" in why:
-        return f"Take that call out, and check again. {_HINTS}"
+        return f"Remove that call, and check again. {_HINTS}"
     return (
         "A process ends without an error when a kernel writes beyond a tensor (does each store"
         f" have a mask?), or when memory runs out. Try it on smaller inputs. {_HINTS}"
@@ -317,14 +325,20 @@ _BROKEN = "The check raises"
 
 
 def _judge(group: Group, result: Result, trouble: Result | None) -> Verdict:
-    """The verdict by what the check did. trouble: what the answer's cell raised."""
+    """The verdict that follows from the result of the check.
+
+    trouble: the exception from the answer's cell.
+    """
     if trouble is not None and trouble.error[0] in ("SyntaxError", "IndentationError", "TabError"):
         what = (
-            "Python cannot read the cell of your answer, so nothing of it ran. It raises"
+            "Python cannot read the cell of your answer, so none of it ran. It raises"
             f" {_error(trouble)}"
         )
         return Verdict(
-            group.id, FAILED, "syntax-error", f"{what}\nMend that line, and check again. {_HINTS}"
+            group.id,
+            FAILED,
+            "syntax-error",
+            f"{what}\nCorrect that line, and check again. {_HINTS}",
         )
     if trouble is not None:
         return Verdict(
@@ -334,8 +348,8 @@ def _judge(group: Group, result: Result, trouble: Result | None) -> Verdict:
         if group.printed and result.printed.strip().endswith(group.printed):
             return Verdict(group.id, PASSED, message=group.printed)
         why = (
-            "Its check ran, but the line it prints did not come out: does a cell of yours change"
-            " print or sys.stdout?"
+            "Its check ran, but its line was not printed: does a cell of yours change print or"
+            " sys.stdout?"
         )
         return Verdict(group.id, FAILED, "no-verdict", why)
     kind, text, _ = result.error
@@ -352,7 +366,7 @@ def _judge(group: Group, result: Result, trouble: Result | None) -> Verdict:
 
 
 def _error(result: Result) -> str:
-    """An exception in one line or two: its message, and the line of the cell that it came from."""
+    """An exception in one or two lines: its message, and the line of the cell that raised it."""
     kind, text, trace = result.error
     where = re.search(r"^-+> (\d+) (.*)$", trace, re.MULTILINE)
     text = re.sub(r"\(\S+\.py, line (\d+)\)", r"(line \1)", text)

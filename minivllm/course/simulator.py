@@ -1,19 +1,18 @@
-"""A serving engine without a model: the real scheduler and block manager on a clock that is
-calculated, not measured.
+"""A serving engine without a model: the real scheduler and block manager on a calculated clock.
 
-What a scheduler does depends on token counts alone, so the tokens themselves can be left out:
-`simulate` hands requests to a scheduler class (the package's, or yours), lets it plan step after
-step, and adds up what each step would take on a GPU according to a `CostModel`. Minutes of serving
+A scheduler's decisions depend on token counts alone, so the tokens can be left out. `simulate`
+gives requests to a scheduler class (the package's or yours) and lets it plan step after step. It
+adds up the time that each step would take on a GPU according to a `CostModel`. Minutes of serving
 take a fraction of a second here, and two policies can be compared request by request. The result
-brings a `minivllm.engine.trace.Trace`, the record that the engine itself makes.
+holds a `minivllm.engine.trace.Trace`, the same record that the engine makes.
 
     from minivllm.course.simulator import azure_chat, simulate
 
     run = simulate(azure_chat(faster=4), max_num_batched_tokens=512)
     print(run.summary())
 
-Left out: prefix caching, sampling, and the CPU's own time. When a request ends is known to the
-simulator alone: the scheduler sees an end-of-sequence token, as it does in the engine. Taught in
+Left out: prefix caching, sampling, and the CPU's own time. Only the simulator knows when a request
+will end; the scheduler sees an end-of-sequence token, as in the engine. Taught in
 notebooks/05_scheduler.ipynb.
 """
 
@@ -36,27 +35,36 @@ from minivllm.sampling_params import SamplingParams
 
 @dataclass(frozen=True)
 class CostModel:
-    """Seconds that a step takes, from token counts: a roofline for the matrices and one for each
-    sequence's attention.
+    """The seconds that a step takes, from token counts.
 
-    seconds = max(weights, token · new tokens) + Σ over sequences of max(key · context, pair · new
-    tokens · context)
+    The model is a roofline for the matrix products and one for each sequence's attention:
 
-    The weights are read once, however many tokens pass through them, until computing takes longer
-    than reading; and so are a sequence's keys and values. `context` counts the tokens up to and
-    including the new ones; of a chunk's n new tokens the first sees the fewest, so pairs are
-    counted exactly: n·start + n(n + 1)/2.
+        seconds = max(weights, token · new tokens)
+                  + Σ over sequences of max(key · context, pair · new tokens · context)
+
+    A step reads the weights once, for any number of tokens, so a step with few tokens takes the
+    time of reading. With many tokens, computing takes longer than reading. The same holds for a
+    sequence's keys and values. `context` counts the tokens up to and including the new ones. Of n
+    new tokens of a chunk, the first sees the fewest, so the pairs are counted exactly: n·start +
+    n(n + 1)/2.
     """
 
     name: str
-    weights: float  # seconds to read all weights
-    token: float  # seconds to compute one token's matrix products
-    key: float  # seconds to read one token's K and V
-    pair: float  # seconds to compute one query against one key, all heads and layers
+    #: Seconds to read all weights.
+    weights: float
+    #: Seconds to compute one token's matrix products.
+    token: float
+    #: Seconds to read one token's K and V.
+    key: float
+    #: Seconds to compute one query against one key, for all heads and layers.
+    pair: float
     source: str = "assumed"
 
     def seconds(self, parts: Iterable[tuple[int, int]]) -> float:
-        """parts: for each sequence in the step (tokens computed before, new tokens)."""
+        """The seconds of one step.
+
+        parts: for each sequence in the step (tokens computed before, new tokens).
+        """
         tokens, attention = 0, 0.0
         for start, new in parts:
             tokens += new
@@ -65,8 +73,8 @@ class CostModel:
         return (max(self.weights, self.token * tokens) + attention) if tokens else 0.0
 
 
-#: The kernels' time of minivllm's steps with a model of Qwen3-8B's size in bfloat16; tests compare
-#: it with the record.
+#: The kernel time of minivllm's steps with a model of Qwen3-8B's size in bfloat16. Tests compare it
+#: with the record.
 H200 = CostModel(
     "Qwen3-8B on one H200",
     weights=4.9e-3,
@@ -75,30 +83,32 @@ H200 = CostModel(
     pair=1.25e-9,
     source="fitted to the gpu_seconds of minivllm/bench/recorded/steps-h200.json",
 )
-#: What every sequence ends with here.
+#: The last token of every sequence in the simulation.
 END = 1
-#: One second a step, whatever is in it: with it, times are step numbers.
+#: One second per step, for any number of tokens: times are then step numbers.
 STEPS = CostModel("one second a step", weights=1.0, token=0.0, key=0.0, pair=0.0)
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request, as far as a scheduler is concerned."""
+    """A request, as the scheduler sees it."""
 
-    time: float  # seconds
+    #: Seconds.
+    time: float
     prompt_tokens: int
     output_tokens: int
 
 
 @dataclass(eq=False)
 class SimulatedRequest:
-    """What became of one arrival. Times in seconds from the start of the simulation."""
+    """The course of one request. Times are in seconds from the start of the simulation."""
 
     arrival: Arrival
     sequence: Sequence
     token_times: list[float] = field(default_factory=list)
     first_scheduled: float | None = None
-    steps_waited: int = 0  # steps after whose planning it stood in the queue
+    #: The steps in whose planning the request stayed in the queue.
+    steps_waited: int = 0
 
     @property
     def finished(self) -> bool:
@@ -106,17 +116,17 @@ class SimulatedRequest:
 
     @property
     def ttft(self) -> float:
-        """Time to first token; infinite if it never came."""
+        """Time to first token; infinite where there was none."""
         return self.token_times[0] - self.arrival.time if self.token_times else float("inf")
 
     @property
     def gaps(self) -> list[float]:
-        """Times between its tokens."""
+        """The times between its tokens."""
         return [b - a for a, b in zip(self.token_times, self.token_times[1:], strict=False)]
 
     @property
     def latency(self) -> float:
-        """From arrival to the last token; infinite if it never came."""
+        """The time from arrival to the last token; infinite where the request did not finish."""
         return self.token_times[-1] - self.arrival.time if self.finished else float("inf")
 
 
@@ -126,15 +136,19 @@ class Simulation:
 
     requests: list[SimulatedRequest]
     stats: SchedulerStats
-    seconds: float  # from the first arrival to the last token
+    #: From the first arrival to the last token.
+    seconds: float
     trace: Trace | None
-    num_wasted_tokens: int  # tokens computed a second time, after preemptions
-    stalled: str = ""  # why it came to no end
+    #: Tokens computed a second time, after preemptions.
+    num_wasted_tokens: int
+    #: Why the run did not finish; "" where it did.
+    stalled: str = ""
 
     @property
     def lost(self) -> list[int]:
-        """Numbers of the requests that did not get all their tokens, although the scheduler has
-        nothing left to do.
+        """The numbers of the requests that did not get all their tokens.
+
+        The scheduler has nothing left to do, so they will not get them.
         """
         return [
             i for i, r in enumerate(self.requests) if len(r.token_times) < r.arrival.output_tokens
@@ -142,7 +156,7 @@ class Simulation:
 
     @property
     def throughput(self) -> float:
-        """Output tokens a second."""
+        """Output tokens per second."""
         return (
             sum(len(request.token_times) for request in self.requests) / self.seconds
             if self.seconds
@@ -159,7 +173,7 @@ class Simulation:
         return [gap for request in self.requests for gap in request.gaps]
 
     def summary(self) -> dict[str, float]:
-        """Rounded numbers to print: rates in tokens a second, times in milliseconds."""
+        """Rounded numbers to print: rates in tokens per second, times in milliseconds."""
         gaps = self.gaps or [0.0]
         return {
             "output tokens/s": round(self.throughput),
@@ -174,15 +188,16 @@ class Simulation:
 
 
 def percentile(values: abc.Sequence[float], percent: float) -> float:
-    """The smallest value that at least so many percent of the values do not exceed."""
+    """The smallest value such that at least this percentage of the values is not larger."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The engine's limits. The defaults are those of an engine on an H200: 12,288 blocks of 64
-    tokens are 116 GB of KV.
+    """The engine's limits.
+
+    The defaults are those of an engine on an H200: 12,288 blocks of 64 tokens are 116 GB of KV.
     """
 
     max_num_seqs: int = 256
@@ -202,12 +217,14 @@ def simulate(
     raise_on_stall: bool = True,
     **limits: int,
 ) -> Simulation:
-    """Serve the workload.
+    """Serve the workload with a scheduler, and return what happened.
 
     scheduler_cls: called as the engine calls it, with (block manager, max_num_seqs,
-    max_num_batched_tokens). trace: record every step; False is faster. limits: as in `Limits`, e.g.
-    ``max_num_seqs=4``. Requests that the scheduler forgets are in `Simulation.lost`. Where it plans
-    nothing although requests wait, or comes to no end, SchedulerStalledError is raised; without
+    max_num_batched_tokens). trace: record every step; False is faster. limits: as in `Limits`, for
+    example ``max_num_seqs=4``.
+
+    Requests that the scheduler forgets are in `Simulation.lost`. SchedulerStalledError is raised
+    where the scheduler plans nothing although requests wait, or does not finish. Without
     raise_on_stall the run ends there, and `Simulation.stalled` says why.
     """
     limit = Limits(**limits)
@@ -267,15 +284,16 @@ def simulate(
 
 
 class _Clock:
-    """Hands requests to the scheduler when their time has come."""
+    """Gives each request to the scheduler at its arrival time."""
 
     def __init__(self, requests: list[SimulatedRequest], scheduler: Any) -> None:
         self.now, self.requests, self.scheduler = 0.0, requests, scheduler
         self._next = 0
 
     def admit(self) -> bool:
-        """Add what has arrived; with nothing to do, go on to the next arrival. False at the end of
-        the day.
+        """Add the requests that have arrived; with nothing to do, go on to the next arrival.
+
+        Returns False when no request is left.
         """
         if not self.scheduler.has_unfinished:
             if self._next == len(self.requests):
@@ -306,10 +324,9 @@ def _stalled(scheduler: Any, num_steps: int, planned: bool) -> str:
 
 
 def workload_of(outputs: Iterable[Any], together: bool = True) -> list[Arrival]:
-    """The requests behind real outputs (`LLM.generate`), with the lengths that they turned out to
-    have.
+    """The workload of real outputs (of `LLM.generate`), with their real lengths.
 
-    together: all arrive at time 0; otherwise when they did.
+    together: all requests arrive at time 0; otherwise at their real times.
     """
     outputs = list(outputs)
     first = min(output.metrics.arrival_time for output in outputs)
@@ -324,12 +341,11 @@ def workload_of(outputs: Iterable[Any], together: bool = True) -> list[Arrival]:
 
 
 def azure_chat(faster: float = 1.0) -> list[Arrival]:
-    """22 seconds of a real chat service: 111 requests in order of arrival, `faster` times as fast
-    as they came.
+    """22 seconds of a real chat service: 111 requests in order of arrival.
 
-    From "Azure LLM inference trace 2023", conversation, 2023-11-16, 18:16:20 to 18:16:42, times
-    rounded to 0.01 s. CC BY, github.com/Azure/AzurePublicDataset; described in Patel et al.,
-    Splitwise, arXiv 2311.18677.
+    faster: the factor by which the arrivals are sped up. From "Azure LLM inference trace 2023",
+    conversation, 2023-11-16, 18:16:20 to 18:16:42, times rounded to 0.01 s. CC BY,
+    github.com/Azure/AzurePublicDataset; described in Patel et al., Splitwise, arXiv 2311.18677.
     """
     numbers = [request.split("/") for request in _AZURE_CHAT.split()]
     return [
@@ -337,7 +353,7 @@ def azure_chat(faster: float = 1.0) -> list[Arrival]:
     ]
 
 
-#: seconds/prompt tokens/output tokens
+#: Arrival in seconds/prompt tokens/output tokens.
 _AZURE_CHAT = """
 0.09/203/217 0.17/898/94 0.21/181/253 0.33/320/18 0.43/1119/414 0.51/124/157 0.61/1313/179
 1.43/1096/383 1.97/400/102 2.82/1057/424 3.20/203/162 3.55/1314/216 3.81/2/93 4.16/1065/409

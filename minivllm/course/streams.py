@@ -1,11 +1,11 @@
-"""A simulated GPU: one stream of kernels, events and graphs, on a CPU, by the rules of CUDA.
+"""A simulated GPU on a CPU: one stream of kernels, events and graphs, by the rules of CUDA.
 
-Its tensors take PyTorch's operations. Each operation is *launched*: the CPU goes on at once, and
-the kernel runs when the simulated clock reaches it, on what lies in memory then. `gpu.graph`
-records what is launched, and `replay` launches all of it together, at the same addresses. What CUDA
-forbids raises CUDA's error; what CUDA lets pass silently (a buffer overwritten too early, a result
-read too early, a Python number baked into a recording) passes silently here too, and gives wrong
-numbers. Taught in notebooks/08_cuda_graphs.ipynb.
+Its tensors take PyTorch's operations. Each operation is *launched*: the CPU goes on at once. The
+kernel runs when the simulated clock reaches it, on the values that are in memory then. `gpu.graph`
+records launches, and `replay` launches the whole recording, at the same addresses. What CUDA
+forbids raises CUDA's error. Some faults CUDA does not report: a buffer overwritten too early, a
+result read too early, a Python number that a recording fixes. They raise nothing here either, and
+give wrong numbers. Taught in notebooks/08_cuda_graphs.ipynb.
 
     gpu = SimulatedGPU()
     x, graph = gpu.zeros(3), gpu.CUDAGraph()
@@ -15,9 +15,9 @@ numbers. Taught in notebooks/08_cuda_graphs.ipynb.
     graph.replay()
     y.tolist()                     # waits for the GPU: [42.0, 42.0, 42.0]
 
-Names are those of `torch.cuda` where it has them. Simplified: one stream; constant costs of a
-launch and a replay, no gaps between kernels; a kernel takes its bytes at the memory's rate, or a
-least time; freed memory is used again by recordings only.
+The names are those of `torch.cuda` where it has them. Simplified: there is one stream. A launch and
+a replay have constant costs, and there are no gaps between kernels. A kernel takes the time of
+moving its bytes at the memory's rate, or a least time. Only recordings reuse freed memory.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ from minivllm.sampling_params import SamplingParams
 
 aten = torch.ops.aten
 
-#: What `Event.query` raises when it is asked over and over: only waiting, or work, moves the
-#: simulated clock.
+#: The error of `Event.query` after many calls in a row: only waiting or work moves the simulated
+#: clock.
 STANDS_STILL = "the simulated clock stands still"
 
-#: What CUDA says where a recording waits for the GPU.
+#: CUDA's error where a recording waits for the GPU.
 NOT_WHILE_CAPTURING = "CUDA error: operation not permitted when stream is capturing"
-#: Operations whose result has a size that depends on values: PyTorch waits for them.
+#: Operations whose result has a size that depends on values: PyTorch waits for the values.
 _NEEDS_VALUES = (
     "nonzero",
     "masked_select",
@@ -61,12 +61,12 @@ _NEEDS_VALUES = (
     "unique_consecutive",
     "bincount",
 )
-#: Bytes that the pools of recordings give out at least, and in multiples of which.
+#: Bytes: a recording's pool gives out memory in multiples of this.
 _GRAIN = 512
 
 
 class CudaError(MiniVLLMError, RuntimeError):
-    """What CUDA, or PyTorch for it, would have raised."""
+    """An error that CUDA, or PyTorch for CUDA, would have raised."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,9 @@ class _Op:
 
 
 class DeviceTensor(torch.Tensor):
-    """A tensor in the simulated GPU's memory. Made by `SimulatedGPU`, and by operations on such
-    tensors.
+    """A tensor in the simulated GPU's memory.
+
+    Made by `SimulatedGPU`, and by operations on such tensors.
     """
 
     _memory: torch.Tensor
@@ -126,7 +127,7 @@ class DeviceTensor(torch.Tensor):
         return found[0]._gpu._operation(func, args, kwargs or {})
 
     def cpu(self) -> torch.Tensor:  # type: ignore[override]
-        """A copy in the CPU's memory: waits for the GPU."""
+        """A copy in the CPU's memory. Waits for the GPU."""
         return self._gpu._read(self).clone()
 
     def tolist(self) -> list:
@@ -147,7 +148,7 @@ class DeviceTensor(torch.Tensor):
         return super().to(*args, **kwargs)
 
     def data_ptr(self) -> int:
-        """Its address: the same number means the same place in memory."""
+        """The tensor's address: the same number means the same place in memory."""
         return self._memory.data_ptr()
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
@@ -158,12 +159,12 @@ class DeviceTensor(torch.Tensor):
 
 
 class SimulatedGPU:
-    """See the module. Times in microseconds.
+    """The simulated GPU; the module describes it. Times are in microseconds.
 
-    launch_us: CPU time of launching a kernel or a copy; replay_us: of a whole graph. kernel_us: the
-    least time of a kernel on the GPU; bytes_per_us: what it reads and writes in a microsecond.
-    `now` is the CPU's clock; `spans` is what has happened; num_launches, num_replays and num_waits
-    count.
+    launch_us: CPU time to launch a kernel or a copy. replay_us: CPU time to launch a whole graph.
+    kernel_us: the least time of a kernel on the GPU. bytes_per_us: the bytes that a kernel reads
+    and writes per microsecond. `now` is the CPU's clock. `spans` is the record of what happened.
+    num_launches, num_replays and num_waits count.
     """
 
     def __init__(
@@ -181,32 +182,35 @@ class SimulatedGPU:
         self.now = 0.0
         self.spans: list[Span] = []
         self.num_launches = self.num_replays = self.num_waits = 0
-        self._stream_free = 0.0  # when everything launched so far will have run
-        self._pending: deque[tuple[float, _Op]] = deque()  # launched, not run: (end, what)
+        # When everything launched so far will have run.
+        self._stream_free = 0.0
+        # Launched and not run: (end, operation).
+        self._pending: deque[tuple[float, _Op]] = deque()
         self._capture: CUDAGraph | None = None
         self._pinned: dict[int, torch.Tensor] = {}
         self._broken = ""
-        self._asked = (0.0, 0)  # queries in vain, and at what time
+        # The time of the last unsuccessful query, and the number of them at that time.
+        self._asked = (0.0, 0)
 
     # --- memory -----------------------------------------------------------------------------------
 
     def empty(self, *size: int, dtype: torch.dtype = torch.float32) -> DeviceTensor:
-        """Memory that holds whatever lay there: NaN, or a huge negative integer."""
+        """Uninitialized memory: it holds NaN, or a large negative integer."""
         return self._allocate(_size(size), dtype)
 
     def zeros(self, *size: int, dtype: torch.dtype = torch.float32) -> DeviceTensor:
-        """Launches a kernel that writes the zeros."""
+        """A tensor of zeros. Launches a kernel that writes them."""
         return self.full(_size(size), 0, dtype=dtype)
 
     def full(
         self, size: abc.Sequence[int], value: float, dtype: torch.dtype | None = None
     ) -> DeviceTensor:
-        """Launches a kernel that writes the value."""
+        """A tensor filled with value. Launches a kernel that writes it."""
         kind = dtype or (torch.float32 if isinstance(value, float) else torch.int64)
         return self._allocate(tuple(size), kind).fill_(value)
 
     def tensor(self, values: Any, dtype: torch.dtype | None = None) -> DeviceTensor:
-        """Copy from the CPU's ordinary (pageable) memory: waits for all that the GPU has to do."""
+        """Copy from the CPU's ordinary (pageable) memory. Waits for everything launched."""
         host = (
             values.detach()
             if isinstance(values, torch.Tensor)
@@ -217,21 +221,23 @@ class SimulatedGPU:
         return self._allocate(tuple(host.shape), dtype or host.dtype).copy_(host)
 
     def pinned(self, values: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A tensor in the CPU's memory that the GPU can reach by itself: copies of it need not
-        wait.
+        """A tensor in the CPU's memory that the GPU can reach itself.
+
+        A copy of such a tensor need not wait.
         """
         host = (
             torch.tensor(values, dtype=dtype)
             if not isinstance(values, torch.Tensor)
             else values.clone()
         )
-        # kept, so that no other tensor gets this address
+        # Kept, so that no other tensor gets this address.
         self._pinned[host.untyped_storage().data_ptr()] = host
         return host
 
     def move(self, module: torch.nn.Module) -> torch.nn.Module:
-        """The module with its parameters, and tensors that are plain attributes, in the GPU's
-        memory.
+        """Move a module's parameters, and tensors that are plain attributes, to the GPU's memory.
+
+        Returns the module.
         """
         moved: dict[int, DeviceTensor] = {}
         holders = (h for part in module.modules() for h in (part._parameters, part.__dict__))
@@ -266,7 +272,7 @@ class SimulatedGPU:
     # --- the clock --------------------------------------------------------------------------------
 
     def work(self, name: str, us: float) -> None:
-        """The CPU does something for so long, and the GPU goes on meanwhile."""
+        """Let the CPU work for this time; the GPU goes on meanwhile."""
         self._check()
         self._advance(name, "work", us)
 
@@ -280,12 +286,13 @@ class SimulatedGPU:
 
     @property
     def elapsed_us(self) -> float:
-        """From the start to the end of the last thing that was done or launched."""
+        """The time from the start to the end of the last thing that was done or launched."""
         return max([self.now, *(span.end for span in self.spans[-1:]), self._stream_free])
 
     def forget_spans(self) -> None:
-        """Set the clock back to 0 and begin a new record of what happens. Waits for the GPU
-        first.
+        """Set the clock back to 0 and begin a new record of spans.
+
+        Waits for the GPU first.
         """
         self.synchronize()
         self.now = self._stream_free = 0.0
@@ -298,7 +305,7 @@ class SimulatedGPU:
         self._settle()
 
     def _settle(self) -> None:
-        """Run what the GPU has finished by now."""
+        """Run the operations that the GPU has finished by now."""
         while self._pending and self._pending[0][0] <= self.now + 1e-9:
             _, op = self._pending.popleft()
             try:
@@ -323,7 +330,7 @@ class SimulatedGPU:
             raise CudaError(self._broken)
 
     def _read(self, tensor: DeviceTensor) -> torch.Tensor:
-        """The CPU looks at values."""
+        """Read a tensor's values on the CPU."""
         self._wait(self._stream_free, "read a value")
         return tensor._memory
 
@@ -345,7 +352,7 @@ class SimulatedGPU:
         self._pending.append((self._stream_free, op))
 
     def _microseconds(self, *values: Any) -> float:
-        """Of a kernel that reads and writes these."""
+        """The time of a kernel that reads and writes these values."""
         numbers = [0]
         tree_map(
             lambda x: (
@@ -358,7 +365,7 @@ class SimulatedGPU:
         return max(self.kernel_us, sum(numbers) / self.bytes_per_us)
 
     def _operation(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """One operation of PyTorch on tensors of which at least one is ours."""
+        """Launch one operation of PyTorch; at least one of its tensors is a `DeviceTensor`."""
         name = func._schema.name.removeprefix("aten::")
         if func is aten._local_scalar_dense.default:
             return self._read(args[0]).item()
@@ -377,7 +384,7 @@ class SimulatedGPU:
         return self._kernel(name, func, args, kwargs)
 
     def _view(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """The same memory seen otherwise: nothing to launch."""
+        """Return another view of the same memory. Nothing is launched."""
         memory = func(*_memory(args), **_memory(kwargs))
         return tree_map(
             lambda x: DeviceTensor(x, self, args[0]._block) if isinstance(x, torch.Tensor) else x,
@@ -385,8 +392,9 @@ class SimulatedGPU:
         )
 
     def _on_device(self, name: str, values: Any) -> Any:
-        """Numbers in tensors of the CPU are passed along by value; whole tensors are not at hand
-        for a kernel.
+        """Replace single numbers in CPU tensors by their values.
+
+        A kernel cannot read a whole tensor of the CPU: CudaError.
         """
 
         def one(value: Any) -> Any:
@@ -394,7 +402,8 @@ class SimulatedGPU:
                 return value
             if value.dim() == 0:
                 return value.clone()
-            if name in ("index", "index_put_", "index_put"):  # PyTorch moves indices by itself
+            # PyTorch moves indices itself.
+            if name in ("index", "index_put_", "index_put"):
                 return self.tensor(value)
             raise CudaError(
                 "Expected all tensors to be on the same device, but found at least two devices,"
@@ -440,7 +449,7 @@ class SimulatedGPU:
         self._launch(_Op(name, "kernel", self._microseconds(inputs, named, results), run))
 
     def _with_values(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """PyTorch must know how many there are before it can go on."""
+        """Run an operation whose result's size depends on values, so PyTorch waits for them."""
         self._read(next(x for x in args if isinstance(x, DeviceTensor)))
         out = func(*_memory(args), **_memory(kwargs))
         self.launch(func._schema.name.removeprefix("aten::"), self.kernel_us)
@@ -451,8 +460,10 @@ class SimulatedGPU:
     def _copy(
         self, into: torch.Tensor, source: torch.Tensor, non_blocking: bool = False
     ) -> torch.Tensor:
-        """Between the two memories. Pinned and non_blocking: in the stream, like a kernel;
-        otherwise the CPU waits.
+        """Copy between the two memories.
+
+        A copy of pinned memory with non_blocking runs in the stream, like a kernel. For any other
+        copy the CPU waits.
         """
         host, name = (
             (source, "copy to the GPU")
@@ -471,11 +482,11 @@ class SimulatedGPU:
     def kernel(
         self, function: Callable, outputs: Callable[..., list] = lambda *args: [], name: str = ""
     ) -> Callable:
-        """A kernel of one's own, such as one in Triton: one launch, whatever it computes.
+        """A user's kernel, for example in Triton: one launch, whatever it computes.
 
-        function works on the tensors' memory, as if on a CPU, when its time comes; outputs(*args)
-        says what it returns: (size, dtype) of each tensor. The first launch compiles it, which a
-        recording must not do.
+        function runs when the clock reaches the launch, on the tensors' memory, as if on a CPU.
+        outputs(*args) gives the (size, dtype) of each tensor that the kernel returns. The first
+        launch compiles the kernel, which a recording must not do.
         """
         name, compiled = name or getattr(function, "__name__", "kernel"), False
 
@@ -488,8 +499,8 @@ class SimulatedGPU:
                 )
             compiled = True
             out = [self._allocate(tuple(size), dtype) for size, dtype in outputs(*args)]
-            # The recorded call must not refer to `out`, whose memory is free again when nobody else
-            # does.
+            # The recorded call must not refer to `out`: the memory of `out` is free again when no
+            # other reference to it is left.
             self._launch_into(name, _lists if out else _nothing, (function, *args), kwargs, out)
             return out[0] if len(out) == 1 else tuple(out) if out else None
 
@@ -507,8 +518,9 @@ class SimulatedGPU:
 
     @contextlib.contextmanager
     def graph(self, cuda_graph: CUDAGraph, pool: Pool | None = None) -> Iterator[None]:
-        """Record what is launched inside, without running it. pool: where its tensors come from;
-        else a new one.
+        """Record the launches inside, without running them.
+
+        pool: the memory for the recording's tensors; None makes a new pool.
         """
         self.synchronize()
         cuda_graph.pool, cuda_graph.ops = pool or Pool(), []
@@ -522,13 +534,14 @@ class SimulatedGPU:
             self._capture = None
 
     def Event(self) -> Event:
-        """A mark to put into the stream, and to wait for."""
+        """A mark to put into the stream and to wait for."""
         return Event(self)
 
 
 class CUDAGraph:
-    """A recorded sequence of kernels and copies, at fixed addresses. Made by
-    `SimulatedGPU.CUDAGraph`.
+    """A recorded sequence of kernels and copies, at fixed addresses.
+
+    Made by `SimulatedGPU.CUDAGraph`.
     """
 
     def __init__(self, gpu: SimulatedGPU) -> None:
@@ -538,11 +551,11 @@ class CUDAGraph:
         self.num_replays = 0
 
     def __len__(self) -> int:
-        """How many kernels and copies it holds."""
+        """The number of recorded kernels and copies."""
         return len(self.ops or [])
 
     def replay(self) -> None:
-        """Launch all of it at once. Returns before it has run."""
+        """Launch the whole recording at once. Returns before it has run."""
         gpu = self._gpu
         if gpu._capture is not None:
             raise CudaError(NOT_WHILE_CAPTURING)
@@ -563,14 +576,16 @@ class Event:
         self._gpu, self._time = gpu, None
 
     def record(self) -> None:
-        """Put it behind everything launched so far."""
+        """Put the event behind everything launched so far."""
         if self._gpu._capture is not None:
-            raise CudaError(NOT_WHILE_CAPTURING)  # simplified: CUDA records it, too
+            # Simplified: CUDA records the event, too.
+            raise CudaError(NOT_WHILE_CAPTURING)
         self._time = max(self._gpu.now, self._gpu._stream_free)
 
     def query(self) -> bool:
-        """Whether the GPU has come that far. CudaError after 10,000 questions in vain at the same
-        time.
+        """Whether the GPU has reached the event.
+
+        CudaError after 10,000 unsuccessful queries at the same time.
         """
         gpu = self._gpu
         if self._time is None or self._time <= gpu.now + 1e-9:
@@ -583,11 +598,11 @@ class Event:
         return False
 
     def synchronize(self) -> None:
-        """Wait until it has, and no longer."""
+        """Wait until the GPU has reached the event, and no longer."""
         self._gpu._wait(self._time or 0.0, "wait for an event")
 
     def elapsed_time(self, end: Event) -> float:
-        """Milliseconds from this event to another."""
+        """Milliseconds from this event to the other one."""
         if self._time is None or end._time is None:
             raise CudaError("Both events must be recorded before calculating elapsed time.")
         return (end._time - self._time) / 1000
@@ -595,11 +610,12 @@ class Event:
 
 @dataclass(eq=False)
 class Pool:
-    """The memory of recordings. What no tensor refers to any more is given out again, also to
-    another recording.
+    """The memory of recordings.
+
+    Memory that no tensor refers to any more is given out again, also to another recording.
     """
 
-    #: (memory, offset, bytes)
+    #: (memory, offset, bytes).
     _free: list[tuple[torch.Tensor, int, int]] = field(default_factory=list)
     num_bytes: int = 0
 
@@ -650,13 +666,14 @@ def _nothing(function: Callable, *args: Any, **kwargs: Any) -> list:
 
 
 def _memory(values: Any) -> Any:
-    """Our tensors as the memory behind them."""
+    """Replace our tensors by the memory behind them."""
     return tree_map(lambda x: x._memory if isinstance(x, DeviceTensor) else x, values)
 
 
 def _meta(values: Any) -> Any:
-    """Our tensors as shapes without numbers, by which PyTorch says what an operation will
-    return.
+    """Replace our tensors by meta tensors: shapes without numbers.
+
+    PyTorch derives the shape of an operation's result from them.
     """
 
     def one(x: Any) -> Any:
@@ -672,7 +689,10 @@ def _is_write(argument: Any) -> bool:
 
 
 def _has_mask(name: str, args: tuple) -> bool:
-    """Whether this is an index of truth values, of which PyTorch must know how many are true."""
+    """Whether this is an index with a mask.
+
+    PyTorch must know how many values of the mask are true.
+    """
     if name not in ("index", "index_put_", "index_put"):
         return False
     return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
@@ -683,7 +703,7 @@ def _size(size: tuple) -> tuple[int, ...]:
 
 
 def _extent(size: abc.Sequence[int], stride: abc.Sequence[int]) -> int:
-    """Elements from the first to the last of a strided tensor."""
+    """The number of elements from the first to the last of a strided tensor."""
     return 0 if 0 in size else 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
 
 
@@ -691,7 +711,7 @@ def _extent(size: abc.Sequence[int], stride: abc.Sequence[int]) -> int:
 
 
 def simulated_kernels(gpu: SimulatedGPU) -> Kernels:
-    """The operations of a model, each one launch on this GPU, computed by the torch reference."""
+    """A model's operations: each is one launch on this GPU, computed by the torch reference."""
     r = Kernels.reference()
 
     def like(*which: int) -> Callable[..., list]:
@@ -706,8 +726,9 @@ def simulated_kernels(gpu: SimulatedGPU) -> Kernels:
         *args: Any,
         **more: Any,
     ) -> Any:
-        """A kernel follows the pointer to a row of the table; where the row is too short, into the
-        next row.
+        """Compute attention as a kernel does: follow the pointer to a row of the block table.
+
+        Where the row is too short, the kernel reads the next row.
         """
         width, needed = block_table.shape[1], -(-int(seq_lens.max()) // k_cache.shape[2])
         if needed > width:
@@ -735,12 +756,11 @@ def simulated_kernels(gpu: SimulatedGPU) -> Kernels:
 
 
 class SimulatedModel:
-    """The bundled model with its KV cache on a simulated GPU, for sequences in slots: greedy
-    decoding.
+    """The bundled model with its KV cache on a simulated GPU, with greedy decoding.
 
-    state: what the GPU knows of each slot, as in the engine; the last slot, `spare_slot`, is
-    nobody's. A slot gets all blocks that it will need when it is admitted, scattered over the
-    cache, and block 0 belongs to the first.
+    Each sequence has a slot. state: the GPU's state of each slot, as in the engine; the last slot,
+    `spare_slot`, belongs to no sequence. At admission a slot gets all blocks that it will need.
+    These are scattered over the cache, and block 0 belongs to the first slot.
     """
 
     def __init__(
@@ -771,13 +791,14 @@ class SimulatedModel:
         )
         #: Slot -> its blocks.
         self.blocks: dict[int, list[int]] = {}
-        # Neighbours in a table are no neighbours in memory.
+        # Neighbours in a block table must not be neighbours in memory.
         self._free_blocks = [block for start in range(3) for block in range(start, num_blocks, 3)]
 
     @torch.no_grad()
     def admit(self, slot: int, prompt: abc.Sequence[int], num_tokens: int) -> int:
-        """Compute the prompt of a sequence, which will have up to num_tokens, in a slot. Returns
-        its first token.
+        """Compute a sequence's prompt in a slot. Returns its first token.
+
+        num_tokens: the most tokens that the sequence will have.
         """
         gpu, size = self.gpu, self.block_size
         needed = -(-num_tokens // size)
@@ -803,8 +824,9 @@ class SimulatedModel:
         return token
 
     def release(self, slot: int) -> None:
-        """A sequence has ended: its blocks are the next to be given out. The state of its slot
-        stays as it is.
+        """Free the blocks of a sequence that has ended; they are the next to be given out.
+
+        The state of its slot stays as it is.
         """
         self._free_blocks = self.blocks.pop(slot)[::-1] + self._free_blocks
 
@@ -817,11 +839,11 @@ class SimulatedModel:
         block_table: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> torch.Tensor:
-        """One token of each of B sequences -> the next one of each, [B] int64.
+        """Compute one token of each of B sequences. Returns the next token of each, [B] int64.
 
-        token_ids, positions: [B] int64. seq_lens: [B] int32, the context with this token; 0 reads
-        nothing. block_table: [B, blocks] int32. slot_mapping: [B] int64, where K and V are written;
-        -1 is nowhere.
+        token_ids, positions: [B] int64. seq_lens: [B] int32, the context including this token; 0
+        reads nothing. block_table: [B, blocks] int32. slot_mapping: [B] int64, where K and V are
+        written; -1 is nowhere.
         """
         batch = len(token_ids)
         metadata = AttentionMetadata(
@@ -838,8 +860,9 @@ class SimulatedModel:
         return self._model.compute_logits(hidden).argmax(dim=-1)
 
     def step(self, slots: torch.Tensor) -> torch.Tensor:
-        """What the engine records: slots [B] int64 -> their next tokens [B], which `state` keeps,
-        too.
+        """Compute the next tokens of some slots: the operation that the engine records.
+
+        slots: [B] int64. Returns the tokens, [B]; `state` stores them, too.
         """
         state = self.state
         about = state.decode_metadata(slots, self.block_size, self.max_model_len)
@@ -854,17 +877,16 @@ class SimulatedModel:
         return token_ids
 
     def written(self) -> torch.Tensor:
-        """[num_blocks, block_size] on the CPU: the first layer's keys, each place summed up; 0
-        where nothing is yet.
+        """The sums of the first layer's keys, one number per place in the cache.
+
+        Returns [num_blocks, block_size] on the CPU; 0 where nothing was written.
         """
         return self.gpu._read(self.caches[0][0]).abs().sum(dim=(1, 3)).clone()
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a decode step must know of one sequence: its last token, where that stands, and its
-    blocks.
-    """
+    """A decode step's input for one sequence: its last token, that token's position, its blocks."""
 
     token_id: int
     position: int
@@ -872,13 +894,12 @@ class Row:
 
 
 class RowServer:
-    """Requests that come and go, decoded by recordings that read a batch of rows at fixed
-    addresses.
+    """A server of requests that come and go. Recordings decode them.
 
-    batch_cls: called with (gpu, sizes, block_size, max_model_len, longest_prompt); has tensors
-    token_ids, positions, seq_lens, block_table and slot_mapping with a row for each sequence, of
-    which a graph of size n takes the first n, and a method `fill(rows)` that returns the size to
-    replay.
+    A recording reads a batch of rows at fixed addresses. batch_cls: called with (gpu, sizes,
+    block_size, max_model_len, longest_prompt). It has the tensors token_ids, positions, seq_lens,
+    block_table and slot_mapping with one row per sequence; a graph of size n takes the first n
+    rows. Its method `fill(rows)` returns the size to replay.
     """
 
     def __init__(
@@ -896,13 +917,13 @@ class RowServer:
         #: Name -> (slot, its prompt's length, its tokens), in the order of the rows.
         self.running: dict[str, tuple[int, int, list[int]]] = {}
         self.answers: dict[str, list[int]] = {}
-        #: Sequences, and rows of the graph, of each step.
+        #: The number of sequences, and of the graph's rows, in each step.
         self.counts: list[tuple[int, int]] = []
         self._graphs: dict[int, tuple[CUDAGraph, DeviceTensor]] = {}
         self._pool = gpu.graph_pool_handle()
 
     def admit(self, name: str, prompt: abc.Sequence[int], max_tokens: int) -> None:
-        """A request comes: its prompt is computed, and it has its first token."""
+        """Admit a request: compute its prompt and its first token."""
         slot = min(
             set(range(len(self.running) + 1)) - {slot for slot, _, _ in self.running.values()}
         )
@@ -911,22 +932,22 @@ class RowServer:
         self.running[name] = slot, len(prompt), self.answers[name]
 
     def leave(self, name: str) -> None:
-        """A request ends: its blocks are the next to be given out."""
+        """Remove a request; its blocks are the next to be given out."""
         self.model.release(self.running.pop(name)[0])
 
     def rows(self) -> list[Row]:
-        """What the next step is about."""
+        """The rows of the next step."""
         return [
             Row(tokens[-1], prompt + len(tokens) - 1, list(self.model.blocks[slot]))
             for slot, prompt, tokens in self.running.values()
         ]
 
     def tables(self) -> dict[str, list[int]]:
-        """Name -> blocks of those who run."""
+        """Name -> blocks, for the running requests."""
         return {name: self.model.blocks[slot] for name, (slot, _, _) in self.running.items()}
 
     def step(self) -> None:
-        """Everybody gets a token."""
+        """Compute one token of every request."""
         size = self.batch.fill(self.rows())
         self.counts.append((len(self.running), size))
         if size not in self._graphs:
@@ -945,9 +966,8 @@ class RowServer:
             batch.block_table,
             batch.slot_mapping,
         )
-        if (
-            not self._graphs
-        ):  # kernels are compiled when they are first launched; nothing is written
+        # The first launch compiles the kernels. This call writes nothing.
+        if not self._graphs:
             empty = [torch.zeros_like(tensor[:1]) for tensor in inputs]
             self.model.forward(*empty[:-1], empty[-1] - 1)
         with self.gpu.graph(graph, pool=self._pool):
@@ -960,8 +980,9 @@ class RowServer:
 
 @dataclass(frozen=True)
 class StepInFlight:
-    """A step that was launched. token_ids: pinned, one for each of `batch.sampled`; there when
-    `arrived` has passed.
+    """A step that was launched.
+
+    token_ids: in pinned memory, one for each of `batch.sampled`; valid after the event `arrived`.
     """
 
     token_ids: torch.Tensor
@@ -969,12 +990,11 @@ class StepInFlight:
 
 
 class SimulatedEngine:
-    """The package's scheduler over a simulated GPU, with a model that only does sums: for drivers
-    of one's own.
+    """The package's scheduler on a simulated GPU, for your own drivers.
 
-    requests: (tokens of the prompt, most tokens of the answer) each. Some answers end earlier, by a
-    token of their own. schedule_us, update_us: CPU time of planning a step and of looking at its
-    tokens; step_us: GPU time of a step.
+    The model is replaced by sums. requests: (prompt tokens, most output tokens) of each. Some
+    answers end earlier, by an end token. schedule_us, update_us: CPU time to plan a step and to
+    process its tokens. step_us: GPU time of a step.
     """
 
     VOCABULARY, END = 97, 1
@@ -1007,7 +1027,8 @@ class SimulatedEngine:
         ]
         for seq in self.sequences:
             self._scheduler.add(seq)
-        self._last = [0] * max_num_seqs  # on the GPU: the last token of each slot
+        # On the GPU: the last token of each slot.
+        self._last = [0] * max_num_seqs
         self._in_flight: deque[ScheduledBatch] = deque()
         self.num_steps = self.most_in_flight = 0
 
@@ -1018,18 +1039,19 @@ class SimulatedEngine:
 
     @property
     def unfinished(self) -> int:
-        """How many requests are not finished."""
+        """The number of requests that are not finished."""
         return sum(not seq.is_finished for seq in self.sequences)
 
     def schedule(self) -> ScheduledBatch | None:
-        """Plan the next step; None when there is nothing to compute, or nothing until results
-        arrive.
+        """Plan the next step.
+
+        None when there is nothing to compute, or nothing until results arrive.
         """
         self.gpu.work("schedule", self.schedule_us)
         return self._scheduler.schedule() or None
 
     def launch(self, batch: ScheduledBatch) -> StepInFlight:
-        """Start a step, and the copy of its tokens to the CPU behind it. Returns at once."""
+        """Start a step, and after it the copy of its tokens to the CPU. Returns at once."""
         gpu = self.gpu
         rows = [
             (
@@ -1061,7 +1083,7 @@ class SimulatedEngine:
         return StepInFlight(host, arrived)
 
     def update(self, batch: ScheduledBatch, token_ids: abc.Sequence[int]) -> None:
-        """Bring the tokens of a step, steps in the order in which they were launched."""
+        """Process the tokens of a step. The steps must come in the order of their launches."""
         if not self._in_flight or self._in_flight[0] is not batch:
             raise ValueError("update: results must be brought in the order of the steps, each once")
         self._in_flight.popleft()
@@ -1070,11 +1092,10 @@ class SimulatedEngine:
 
 
 def drive(engine: SimulatedEngine, ahead: int) -> int:
-    """Serve all requests, with up to `ahead` steps planned before the tokens of the one before are
-    known (0: none).
+    """Serve all requests. Returns the number of steps.
 
-    The loop of `LLMEngine.step`, with async_scheduling (1) and without (0). Returns the number of
-    steps.
+    ahead: the number of steps to plan before the tokens of the step before are known; 0: none. The
+    loop is that of `LLMEngine.step`, with async_scheduling (1) and without it (0).
     """
     in_flight: deque[tuple[ScheduledBatch, StepInFlight]] = deque()
     while True:

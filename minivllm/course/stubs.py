@@ -1,5 +1,6 @@
-"""What is published of a solution: exercises, where every answer is a stub, and digests, by which a
-change is seen.
+"""The published part of a solution: exercises and digests.
+
+In the exercises every answer is a stub. The digests show whether a solution was changed.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ if TYPE_CHECKING:
 
 
 def stub_source(cell: NotebookNode) -> str:
-    """What a learner finds in place of this answer cell.
+    """The stub that replaces this answer cell.
 
-    metadata.minivllm.stub where there is one. Otherwise functions and methods keep decorators,
-    signature and docstring, and raise; in a cell without functions the values of `name = value`
-    become `...`; imports stay, comments between definitions do not. ValueError where the cell has
-    something else at its top level, or the stub defines other names.
+    It is metadata.minivllm.stub where there is one. Otherwise functions and methods keep
+    decorators, signature and docstring, and raise. In a cell without functions, the values of `name
+    = value` become `...`. Imports stay; comments between definitions do not. ValueError where the
+    cell has something else at its top level, or where the stub defines other names.
     """
     _, id = role(cell)
     given = cell.metadata.minivllm.get("stub")
@@ -86,7 +87,7 @@ def _before_value(node: ast.Assign | ast.AnnAssign) -> str:
 
 
 def _header(lines: list[str]) -> list[str]:
-    """The lines from `def` or `class` to the colon that ends it, and a comment behind that."""
+    """The lines from `def` or `class` to its final colon, with a comment after that colon."""
     depth = 0
     for token in tokenize.generate_tokens(io.StringIO("\n".join(lines)).readline):
         if token.type == tokenize.OP:
@@ -100,7 +101,7 @@ def _header(lines: list[str]) -> list[str]:
 
 
 def _spaced(parts: list[str], nodes: list[ast.stmt]) -> str:
-    """The parts below each other, with the empty lines that Python's style has."""
+    """Join the parts, with the empty lines that Python's style requires."""
     text = ""
     for i, part in enumerate(parts):
         if i and isinstance(nodes[i], _DEFINITIONS) | isinstance(nodes[i - 1], _DEFINITIONS):
@@ -110,7 +111,7 @@ def _spaced(parts: list[str], nodes: list[ast.stmt]) -> str:
 
 
 def defined_names(source: str) -> set[str]:
-    """What a cell binds at its top level, imports apart."""
+    """The names that a cell binds at its top level, without imports."""
     names = set()
     for node in ast.parse(source).body:
         if isinstance(node, _DEFINITIONS):
@@ -124,8 +125,9 @@ def defined_names(source: str) -> set[str]:
 
 
 def names_in(source: str, context: type[ast.expr_context] = ast.Load) -> set[str]:
-    """The names that a source reads, or those that it binds (ast.Store); none where it has
-    magics.
+    """The names that a source reads, or the names that it binds (ast.Store).
+
+    Empty where the source has magics.
     """
     try:
         nodes = list(ast.walk(ast.parse(source)))
@@ -147,15 +149,14 @@ def names_in(source: str, context: type[ast.expr_context] = ast.Load) -> set[str
 
 
 def make_exercises(chapter: Chapter) -> NotebookNode:
-    """The notebook that a learner gets: the solution with stubs for answers, and without
-    outputs.
-    """
+    """The learner's notebook: the solution with stubs as answers, and without outputs."""
     return exercises_of(chapter.solution, chapter.name)
 
 
 def exercises_of(solution: NotebookNode, name: str) -> NotebookNode:
-    """`make_exercises` for a solution that is not in a file. name: the chapter's, which goes into
-    the metadata.
+    """`make_exercises` for a solution that is not in a file.
+
+    name: the chapter's, which goes into the metadata.
     """
     notebook = copy.deepcopy(solution)
     notebook.metadata.minivllm = {"chapter": name}
@@ -172,8 +173,9 @@ def exercises_of(solution: NotebookNode, name: str) -> NotebookNode:
 
 
 def digests(solution: NotebookNode) -> dict[str, str]:
-    """A digest of every code cell, by its id: of checks with what they printed, of answers only of
-    their stubs.
+    """A digest of every code cell, by its id.
+
+    The digest of a check includes what it printed. The digest of an answer covers only its stub.
     """
     found = {}
     for cell in solution.cells:
@@ -191,10 +193,9 @@ def digests(solution: NotebookNode) -> dict[str, str]:
 
 
 def require_published(chapter: Chapter) -> None:
-    """ChangedSolutionError where a code cell of the solution is not as it was published; it names
-    them all.
+    """Raise ChangedSolutionError where a solution differs from the published one.
 
-    A chapter without digests is taken as it is.
+    The error names all changed cells. A chapter without digests is not compared.
     """
     if not chapter.digests.exists():
         return

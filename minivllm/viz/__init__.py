@@ -1,11 +1,12 @@
-"""Pictures that replay a trace, or plain numbers. Imports matplotlib with the first picture,
-ipywidgets with a slider.
+"""Pictures of a trace or of plain numbers.
 
-from minivllm.viz import draw_block_table, draw_kv_memory, scrub
+matplotlib is imported with the first picture, ipywidgets with the first slider.
 
-draw_block_table(llm.trace, step=3)     # which request owns which block
-draw_kv_memory(llm.trace)               # what the cache's memory was used for
-scrub(llm.trace)                     # the first picture with a slider, where there is a live kernel
+    from minivllm.viz import draw_block_table, draw_kv_memory, scrub
+
+    draw_block_table(llm.trace, step=3)  # which request owns which block
+    draw_kv_memory(llm.trace)            # the use of the cache's memory
+    scrub(llm.trace)                     # the first picture with a slider; needs a live kernel
 """
 
 from __future__ import annotations

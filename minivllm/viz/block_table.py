@@ -1,8 +1,8 @@
 """The block table, drawn: which request owns which KV block at one step of a trace.
 
-On the left each request's own view: its tokens in order, in blocks numbered by where they really
-lie. On the right the KV cache itself, block by block, in the colours of the owners. `block_tables`
-computes what is drawn.
+On the left is each request's own view: its tokens in order, in blocks that are numbered by their
+real places. On the right is the KV cache itself, block by block, in the colours of the owners.
+`block_tables` computes what is drawn.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from minivllm.engine.trace import Trace
 from minivllm.viz import palette
 from minivllm.viz.figure import WIDTH, describe, prepare
 
-#: Up to so many requests each keeps a row of its own through the whole trace, so that rows do not
-#: jump.
+#: With at most this many requests, each keeps its own row through the whole trace, so that rows do
+#: not jump.
 MAX_FIXED_ROWS = 12
 MAX_ROWS = 24
 #: In cells: room for a row's name before it, for its state after it, and between the two halves.
 _NAME, _STATE, _GAP = 1.1, 2.6, 1.0
 #: Inches: largest side of a cell; room for title and subtitles, and for the legend.
 _MAX_CELL, _TOP, _BOTTOM, _MARGIN = 0.42, 0.85, 0.5, 0.2
-#: Inches: below this the halves go one above the other, with room for a subtitle between them.
+#: Inches: with smaller cells, one half is drawn above the other, with room for a subtitle between.
 _MIN_CELL_ABREAST, _SUBTITLE = 0.36, 0.5
 _POOL_WIDTHS = (8, 12, 16, 24, 32, 48, 64, 96, 128)
 
@@ -47,13 +47,13 @@ State = Literal["running", "waiting", "finished", "absent"]
 class Row:
     """One sequence's view."""
 
-    #: "request/index", as in the trace, and the letter that stands for it in pictures.
+    #: The name is "request/index", as in the trace. The letter stands for it in pictures.
     name: str
     letter: str
     color: str
     state: State
     num_tokens: int
-    #: (physical block, tokens in it) in order.
+    #: (physical block, tokens in it), in order.
     blocks: tuple[tuple[int, int], ...]
 
 
@@ -64,10 +64,10 @@ class BlockTables:
     step: int
     block_size: int
     rows: tuple[Row, ...]
-    #: Block -> its owners' rows, in order; and -> tokens in it.
+    #: Block -> its owners' rows, in order; and block -> tokens in it.
     owners: dict[int, tuple[Row, ...]]
     filled: dict[int, int]
-    #: Blocks that nobody uses: content known to the prefix cache, or not.
+    #: Blocks without an owner: content known to the prefix cache, or not.
     cached: frozenset[int]
     free: frozenset[int]
 
@@ -85,8 +85,9 @@ def names_in_order(trace: Trace) -> list[str]:
 
 
 def check_step(trace: Trace, step: int) -> int:
-    """`step` as an index from 0; negative ones count from the end. Raises IndexError for one that
-    the trace lacks.
+    """Turn `step` into an index from 0; negative steps count from the end.
+
+    IndexError for a step that the trace does not have.
     """
     count = len(trace.steps)
     if not count:
@@ -105,7 +106,7 @@ def busiest_step(trace: Trace) -> int:
 
 
 def block_tables(trace: Trace, step: int) -> BlockTables:
-    """Who owns what once step `step` of the trace has run."""
+    """The block tables and the pool after step `step` of the trace."""
     step = check_step(trace, step)
     record = trace.steps[step]
     seen_later = {name for later in trace.steps[step:] for name in (*later.running, *later.waiting)}
@@ -164,11 +165,10 @@ def draw_block_table(trace: Trace, step: int | None = None, ax: Axes | None = No
 
 
 class _Layout:
-    """Where everything goes, in cells. It depends on the trace, not on the step, so that a replay
-    does not jump.
+    """The places of all parts of the picture, in cells.
 
-    The halves stand side by side, or one above the other where long block tables would make the
-    cells too small.
+    They depend on the trace, not on the step, so that a replay does not jump. The halves stand side
+    by side, or one above the other where long block tables would make the cells too small.
     """
 
     def __init__(self, trace: Trace, tables: BlockTables) -> None:
@@ -184,8 +184,8 @@ class _Layout:
         row_lines = max(4, min(most_rows, MAX_ROWS)) + (most_rows > MAX_ROWS)
         in_tables = [table for record in trace.steps for table in record.block_tables.values()]
         table_width = max(1, *map(len, in_tables), 1)
-        # Blocks above the highest that the trace ever used are all alike: in a large pool they are
-        # left out.
+        # All blocks above the highest one that the trace ever used look the same, so a large pool
+        # is drawn without them.
         last = max((max(table) for table in in_tables if table), default=0)
         self.pool = range(trace.num_blocks if trace.num_blocks <= 128 else last + 1)
         self.num_untouched = trace.num_blocks - len(self.pool)
@@ -214,7 +214,8 @@ _PRESENT = ("running", "waiting")
 class _Painter:
     def __init__(self, ax: Axes, layout: _Layout) -> None:
         self.ax, self.layout = ax, layout
-        self.points = layout.cell * 72  # a cell's side, in points
+        # A cell's side in points.
+        self.points = layout.cell * 72
         self.has_text = self.points >= 13
 
     def text(
@@ -226,8 +227,9 @@ class _Painter:
         self.ax.add_patch(Rectangle((x, y), width, height, **{"linewidth": 0, **options}))
 
     def cell(self, x: float, y: float, colors: tuple[str, ...], fill: float, shared: bool) -> None:
-        """A block in use: a band for each owner, filled from the left; the paler rest is room that
-        is left.
+        """Draw a block in use: one band per owner, filled from the left.
+
+        The paler rest is free room.
         """
         band = 0.84 / len(colors)
         for i, color in enumerate(colors):

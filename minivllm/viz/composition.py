@@ -1,5 +1,6 @@
-"""What each step is made of: its tokens by kind, against the token budget. `composition` computes
-what is drawn.
+"""The composition of each step: its tokens by kind, against the token budget.
+
+`composition` computes what is drawn.
 """
 
 from __future__ import annotations
@@ -21,20 +22,22 @@ from minivllm.viz.timeline import AGAIN, DECODE, PROMPT, is_prompt, name_of, num
 
 @dataclass(frozen=True)
 class Composition:
-    """Tokens of each step. decode + prompt + again is what the step computes; never more than the
-    budget.
+    """The tokens of each step.
+
+    The step computes decode + prompt + again; their sum never exceeds the budget.
     """
 
     budget: int
     decode: list[int]
     prompt: list[int]
-    again: list[int]  # computed before, and lost in a preemption
-    #: What was left of the budget, and requests that waited all the same.
+    #: Computed before, and lost in a preemption.
+    again: list[int]
+    #: The unused part of the budget, and the requests that waited nevertheless.
     unused: list[int]
     waiting: list[int]
 
     def total(self, step: int) -> int:
-        """Tokens that the step computes."""
+        """The tokens that the step computes."""
         return self.decode[step] + self.prompt[step] + self.again[step]
 
 
@@ -54,12 +57,11 @@ def composition(trace: Trace) -> Composition:
 
 
 def draw_composition(trace: Trace, step: int | None = None, ax: Axes | None = None) -> Figure:
-    """Draw the tokens of every step by kind, under the budget, with the numbers of one step beside
-    it.
+    """Draw the tokens of every step by kind, under the budget, with the numbers of one step.
 
-    step: whose numbers; negative ones count from the end; None is the (first) step with the most
-    tokens. ax: draw there instead of on a new figure. Returns the figure; it displays itself, with
-    a caption in words.
+    step: the step whose numbers are shown; negative steps count from the end; None is the (first)
+    step with the most tokens. ax: draw there instead of on a new figure. Returns the figure; it
+    displays itself, with a caption in words.
     """
     made = composition(trace)
     count = len(made.decode)
@@ -80,7 +82,8 @@ def draw_composition(trace: Trace, step: int | None = None, ax: Axes | None = No
         ax.stairs(top, edges, baseline=bottom, fill=True, linewidth=0, facecolor=color, **style)
         bottom = top
     highest = max(bottom)
-    beyond = made.budget > 3 * highest  # then the line would press everything else to the ground
+    # A line far above the bars would make all bars too flat to read.
+    beyond = made.budget > 3 * highest
     if not beyond:
         ax.axhline(made.budget, color=palette.RESERVED, linewidth=2, linestyle=(0, (4, 2)))
     ax.axvline(step + 0.5, color=palette.INK, linewidth=1.2)

@@ -1,8 +1,7 @@
-"""The map of the course: one box a chapter, with its minutes, and an arrow from each chapter to
-those that need it.
+"""The map of the course: a box for each chapter, with its minutes.
 
-Chapters come as plain data (`minivllm.course.chapters.road`); where a box stands follows from what
-needs what.
+An arrow leads from each chapter to those that need it. Chapters are plain data
+(`minivllm.course.chapters.road`). The place of a box follows from what the chapter needs.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from matplotlib.path import Path
 from minivllm.viz import palette
 from minivllm.viz.figure import Figure, describe
 
-#: Size of a box, in units of a column's width and a row's height.
+#: The size of a box, in units of a column's width and a row's height.
 BOX_WIDTH, BOX_HEIGHT = 0.82, 0.66
-#: Inches that a row, and the words below the map, take.
+#: Inches of a row, and of the words below the map.
 ROW, MARGIN = 1.12, 0.3
 WORDS = (
     "Minutes to read + minutes of exercises.   Arrow: needed for the next.   Dashed: good to know,"
@@ -31,8 +30,9 @@ YELLOW = palette.REQUESTS[5]
 
 
 class StopLike(Protocol):
-    """A chapter: number, title, part (chapters of one part have one colour), minutes, and what
-    comes before it.
+    """A chapter: number, title, part, minutes, and the chapters to read before.
+
+    The chapters of one part have one colour.
     """
 
     number: str
@@ -47,7 +47,7 @@ class StopLike(Protocol):
 def columns(stops: Sequence[StopLike]) -> dict[str, int]:
     """Number -> column: one further right than the last chapter that it needs.
 
-    Raises ValueError when a chapter needs one that does not come before it.
+    ValueError when a chapter needs one that does not come before it.
     """
     column: dict[str, int] = {}
     for stop in stops:
@@ -61,7 +61,7 @@ def columns(stops: Sequence[StopLike]) -> dict[str, int]:
 
 
 def direct(stops: Sequence[StopLike]) -> dict[str, list[str]]:
-    """Number -> the chapters it needs, without those that another one of them needs already."""
+    """Number -> the chapters that it needs, without those that another of them needs already."""
     before: dict[str, set[str]] = {}
     arrows = {}
     for stop in stops:
@@ -72,10 +72,10 @@ def direct(stops: Sequence[StopLike]) -> dict[str, list[str]]:
 
 
 def places(stops: Sequence[StopLike]) -> dict[str, tuple[int, int]]:
-    """Number -> (column, row from the top). Row 0 is the road; chapters beside it stand below.
+    """Number -> (column, row from the top).
 
-    A chapter that nothing needs and that needs nothing (the tour) stands on its own below the
-    first.
+    Row 0 is the road; chapters beside it stand below. A chapter that needs none and is needed by
+    none (the tour) stands below the first chapter.
     """
     column = columns(stops)
     used = {number for stop in stops for number in (*stop.needs, *stop.helps)}
@@ -88,9 +88,7 @@ def places(stops: Sequence[StopLike]) -> dict[str, tuple[int, int]]:
 
 
 def draw_course_map(stops: Sequence[StopLike]) -> Figure:
-    """Draw the chapters in the order in which they need each other, with the minutes to read and to
-    do each.
-    """
+    """Draw the chapters in the order of their needs, with the minutes to read and to do each."""
     where = places(stops)
     wide, high = max(x for x, _ in where.values()) + 1, max(y for _, y in where.values()) + 1
     figure = Figure(ROW * high + MARGIN)
@@ -166,16 +164,17 @@ def _minutes(stop: StopLike) -> str:
 
 
 def _arrow(ax: Axes, start: tuple[int, int], end: tuple[int, int], style: object) -> None:
-    """From the right edge of one box to the left edge of another.
+    """Draw an arrow from the right edge of one box to the left edge of another.
 
-    Downwards it turns in the gap after the first, upwards in the one before the second: rows above
-    are fuller.
+    An arrow downwards turns in the gap after the first box, an arrow upwards in the gap before the
+    second: higher rows hold more boxes.
     """
     half, gap = BOX_WIDTH / 2, (1 - BOX_WIDTH) / 2
     a, b = (start[0] + 0.5 + half, start[1] + 0.5), (end[0] + 0.5 - half, end[1] + 0.5)
     if start[1] == end[1]:
         points = [a, b]
-    else:  # those that come from below arrive a little lower, so that their heads can be told apart
+    else:
+        # An arrow from below ends a little lower, so that the arrowheads stay apart.
         b = (b[0], b[1] + (0.14 if end[1] < start[1] else 0.0))
         shift = (0.8 if style == "-" else 1.5) * gap
         turn = b[0] - shift if end[1] < start[1] else a[0] + 2 * gap - shift
@@ -219,6 +218,6 @@ def _caption(stops: Sequence[StopLike]) -> str:
 
 
 def _hours(minutes: int) -> str:
-    """To the half hour: these are estimates."""
+    """Minutes in words, rounded to half hours, because they are estimates."""
     halves = round(minutes / 30)
     return f"{halves // 2}½ hours" if halves % 2 else f"{halves // 2} hours"

@@ -1,10 +1,10 @@
-"""`Figure`: a matplotlib figure that brings its alt text and shows itself the same way everywhere.
+"""`Figure`: a matplotlib figure with its alt text, which displays the same way everywhere.
 
-JupyterLab, nbconvert's default template and GitHub ignore alt text in an output's metadata, so it
-is not enough to put it there. A figure therefore displays as two outputs: the PNG, with `alt` in
-the metadata (where front ends that honour it look) and as ``text/plain``; and `caption`, the
-picture in words and numbers, as Markdown below it. Both are computed from the plotted data, and
-nbval compares them, which it does not do with images.
+JupyterLab, nbconvert's default template and GitHub ignore alt text in an output's metadata, so the
+metadata alone do not suffice. A figure therefore displays as two outputs. The first is the PNG,
+with `alt` in the metadata (some front ends read it there) and as ``text/plain``. The second is
+`caption`, the picture in words and numbers, as Markdown below the PNG. Both texts are computed from
+the plotted data. nbval compares these texts; it does not compare images.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from matplotlib.figure import Figure as MatplotlibFigure
 
 from minivllm.viz import palette
 
-#: Inches across; all pictures of a page are equally wide.
+#: Inches across; all pictures of a page have the same width.
 WIDTH = 9.0
-#: Pixels an inch in the file, and on the page: sharp on dense screens.
+#: Pixels per inch in the file, and on the page: sharp on dense screens.
 FILE_DPI, PAGE_DPI = 160, 96
 #: Colours in the file. Flat pictures need few, and the file becomes a fourth of the size.
 NUM_COLORS = 96
@@ -50,7 +50,7 @@ class Box:
 class Figure(MatplotlibFigure):
     """A figure with `alt` (one sentence: what it is) and `caption` (what it shows, in numbers).
 
-    Made without pyplot: nothing is registered globally, and no cell shows it twice.
+    Made without pyplot, so nothing is registered globally, and no cell shows the figure twice.
     """
 
     def __init__(self, height: float) -> None:
@@ -60,7 +60,7 @@ class Figure(MatplotlibFigure):
         self.caption = ""
 
     def to_png(self) -> bytes:
-        """The picture as a small PNG; alt text and caption are in its metadata too."""
+        """The picture as a small PNG; its metadata hold the alt text and the caption."""
         from PIL import Image, PngImagePlugin
 
         canvas: FigureCanvasAgg = self.canvas  # type: ignore[assignment]
@@ -99,7 +99,7 @@ def show(data: dict[str, Any], metadata: dict[str, Any], caption: str) -> None:
 
 
 def prepare(ax: Axes | None, height: float) -> tuple[MatplotlibFigure, Axes]:
-    """The axes to draw on, and their figure: a new one of this height unless axes were given."""
+    """The axes to draw on, and their figure: a new figure of this height unless axes were given."""
     if ax is not None:
         return ax.figure, ax  # type: ignore[return-value]
     figure = Figure(height)
@@ -107,13 +107,13 @@ def prepare(ax: Axes | None, height: float) -> tuple[MatplotlibFigure, Axes]:
 
 
 def describe(figure: MatplotlibFigure, alt: str, caption: str) -> None:
-    """Give one of our figures its words; a figure of the caller's keeps its own."""
+    """Set alt text and caption of one of our figures; a caller's own figure is not changed."""
     if isinstance(figure, Figure):
         figure.alt, figure.caption = alt, caption
 
 
 def plain_axes(ax: Axes) -> None:
-    """The look of every chart: no frame above and on the right, quiet ticks."""
+    """Set the look of every chart: no frame at the top and on the right, quiet ticks."""
     ax.set_facecolor(palette.PAPER)
     ax.tick_params(colors=palette.SOFT_INK, labelsize=9, length=3)
     ax.spines[["top", "right"]].set_visible(False)
@@ -122,7 +122,7 @@ def plain_axes(ax: Axes) -> None:
 
 
 def side_legend(ax: Axes, handles: Sequence[Any], labels: Sequence[str], title: str) -> None:
-    """A legend right of the axes, with a title in bold."""
+    """Draw a legend on the right of the axes, with a title in bold."""
     legend = ax.legend(
         handles,
         labels,

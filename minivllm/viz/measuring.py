@@ -1,7 +1,7 @@
-"""Pictures of measurements: the floor of a decode step, where a step's time goes, throughput
-against latency, repeats.
+"""Pictures of measurements.
 
-All take plain numbers. Times are seconds unless a parameter says otherwise.
+They show the floor of a decode step, the parts of a step's time, throughput against latency, and
+repeats. All take plain numbers. Times are seconds unless a parameter says otherwise.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from matplotlib.figure import Figure
 from minivllm.viz import palette
 from minivllm.viz.figure import describe, plain_axes, prepare, side_legend
 
-#: Line styles by order, so that no line is known by its colour alone.
+#: Line styles by order, so that lines differ not only in colour.
 _STYLES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D", "v")
 
 
 def _number(value: float) -> str:
-    """Three digits that matter: 0.27, 5.28, 41.6, 1,230."""
+    """A number with three significant digits: 0.27, 5.28, 41.6, 1,230."""
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
     return f"{value:,.{digits}f}"
 
@@ -33,8 +33,9 @@ def _number(value: float) -> str:
 def crossing(
     batches: Sequence[float], one: Sequence[float], other: Sequence[float]
 ) -> float | None:
-    """Where line `other` overtakes line `one`, linear between the batches; None where it does
-    not.
+    """The place where line `other` overtakes line `one`, linear between the batches.
+
+    None where it does not overtake.
     """
     gaps = [b - a for a, b in zip(one, other, strict=True)]
     for i in range(1, len(gaps)):
@@ -50,7 +51,7 @@ def draw_decode_floor(
     measured: Sequence[tuple[int, float]] = (),
     ax: Axes | None = None,
 ) -> Figure:
-    """What a decode step takes at least, by number of sequences; and what it took.
+    """Draw the least time of a decode step by number of sequences, and the measured time.
 
     batches: ascending. parts: name of a part -> its seconds at each batch, the first of them the
     weights. The step's floor is their sum. measured: (sequences, seconds) of real steps. ValueError
@@ -140,11 +141,11 @@ def draw_parts(
     pale: Sequence[str] = (),
     ax: Axes | None = None,
 ) -> Figure:
-    """A bar for each row, cut into its parts. rows: name of a bar -> name of a part -> amount, in
-    `unit`.
+    """Draw one bar per row, cut into its parts.
 
-    Parts with one name have one colour; legend and bars are in the order in which names come up.
-    pale: parts drawn without a colour. ValueError without a row, or for a negative part.
+    rows: name of a bar -> name of a part -> amount, in `unit`. Parts with the same name have one
+    colour. The legend and the bars are in the order in which the names first appear. pale: parts
+    drawn without a colour. ValueError without a row, or for a negative part.
     """
     if not rows:
         raise ValueError("no bar to draw")
@@ -236,8 +237,9 @@ def _parts_caption(rows: Mapping[str, Mapping[str, float]], unit: str) -> str:
 
 @dataclass(frozen=True)
 class Load:
-    """One point of a throughput-latency curve: so many sequences at once, seconds between the
-    tokens of each.
+    """One point of a throughput-latency curve.
+
+    It holds the number of sequences at once, and the seconds between the tokens of each.
     """
 
     sequences: int
@@ -245,12 +247,12 @@ class Load:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all sequences together (Little's law: sequences = rate · time)."""
+        """The rate of all sequences together (Little's law: sequences = rate · time)."""
         return self.sequences / self.seconds
 
 
 def draw_tradeoff(curves: Mapping[str, Sequence[Load]], ax: Axes | None = None) -> Figure:
-    """Tokens a second of the whole machine against the time that each request waits for a token.
+    """Draw the whole machine's tokens per second against each request's time per token.
 
     curves: name -> its points, by growing load. Up and left is better. ValueError where a curve has
     no point.
@@ -335,11 +337,10 @@ def draw_samples(
     unit: str = "microseconds",
     ax: Axes | None = None,
 ) -> Figure:
-    """A row of dots for each name, one dot a repeat, from the first (left) to the last; a line
-    marks the median.
+    """Draw a row of dots for each name, one dot per repeat; a line marks the median.
 
-    samples: name -> what was measured, in `unit`, in the order in which it was. ValueError where
-    one is empty.
+    samples: name -> the measured values, in `unit`, in the order of measurement (first on the
+    left). ValueError where one is empty.
     """
     if not samples or not all(samples.values()):
         raise ValueError("nothing was measured")
@@ -393,9 +394,9 @@ def draw_intervals(
     unit: str = "microseconds",
     ax: Axes | None = None,
 ) -> Figure:
-    """Who worked when: a row for each lane. lanes: name -> (start, end) of what ran. begin, end:
-    the step, unshaded.
+    """Draw who worked when: a row for each lane.
 
+    lanes: name -> (start, end) of each interval. begin, end: the step, drawn without shading.
     ValueError without a lane.
     """
     if not lanes:

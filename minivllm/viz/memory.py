@@ -1,8 +1,7 @@
-"""KV memory over the steps of a trace: what blocks were used for, and what contiguous reservation
-would have cost.
+"""KV memory over the steps of a trace: the use of the blocks, and contiguous reservation.
 
-Before PagedAttention an engine set aside room for the longest possible sequence when a request
-began; Kwon et al. (2023, arXiv 2309.06180, figure 2) found 20 to 38 % of such memory holding
+Before PagedAttention, an engine reserved room for the longest possible sequence when a request
+began. Kwon et al. (2023, arXiv 2309.06180, figure 2) found that 20 to 38 % of such memory held
 tokens. `kv_memory` computes what is drawn.
 """
 
@@ -18,7 +17,7 @@ from minivllm.viz import palette
 from minivllm.viz.block_table import block_tables, busiest_step, check_step
 from minivllm.viz.figure import describe, plain_axes, prepare, side_legend
 
-#: The axis reaches at most to so many times the pool; beyond, a label says how far.
+#: The axis ends at this multiple of the pool; a label gives larger values.
 MAX_OVERSHOOT = 2.4
 _CACHED_STYLE = {
     "facecolor": palette.CACHED,
@@ -29,20 +28,21 @@ _CACHED_STYLE = {
 
 @dataclass(frozen=True)
 class KVMemory:
-    """Tokens' worth of KV memory after each step. tokens + wasted + cached + free = capacity, at
-    every step.
+    """KV memory after each step, counted in tokens.
+
+    tokens + wasted + cached + free = capacity, at every step.
     """
 
     capacity: int
     kv_bytes_per_token: int
     #: Held tokens; a token in a shared block counts once.
     tokens: list[int]
-    #: Room in blocks in use that holds no token yet (the last block of a sequence).
+    #: Room in blocks in use that holds no token yet (in the last block of a sequence).
     wasted: list[int]
-    #: Blocks in nobody's use whose content the prefix cache knows; and all others.
+    #: Blocks without an owner whose content the prefix cache knows; and all other free blocks.
     cached: list[int]
     free: list[int]
-    #: What the running sequences would hold if none shared a block.
+    #: What the running sequences would hold if they shared no block.
     unshared: list[int]
     #: What they would occupy if each had reserved `reserve` tokens when it began.
     reserve: int
@@ -51,9 +51,9 @@ class KVMemory:
 
 
 def kv_memory(trace: Trace, reserve: int | None = None) -> KVMemory:
-    """What KV memory was used for after each step.
+    """The use of KV memory after each step.
 
-    reserve: tokens that a contiguous reservation sets aside a sequence; None is the engine's
+    reserve: tokens per sequence that a contiguous reservation sets aside; None is the engine's
     max_model_len.
     """
     check_step(trace, 0)
@@ -83,11 +83,11 @@ def kv_memory(trace: Trace, reserve: int | None = None) -> KVMemory:
 def draw_kv_memory(
     trace: Trace, step: int | None = None, ax: Axes | None = None, reserve: int | None = None
 ) -> Figure:
-    """Draw what KV memory was used for at every step, with the numbers of one step beside it.
+    """Draw the use of KV memory at every step, with the numbers of one step beside it.
 
-    step: whose numbers; index into trace.steps, negative from the end; None is the step with the
-    most blocks in use. ax: draw there instead of on a new figure. reserve: as for `kv_memory`.
-    Returns the figure; it displays itself.
+    step: the step whose numbers are shown, an index into trace.steps, negative from the end; None
+    is the step with the most blocks in use. ax: draw there instead of on a new figure. reserve: as
+    for `kv_memory`. Returns the figure; it displays itself.
     """
     memory = kv_memory(trace, reserve)
     step = busiest_step(trace) if step is None else check_step(trace, step)
@@ -162,7 +162,7 @@ def _style_axes(ax: Axes, count: int, ceiling: float) -> None:
 
 
 def _key(ax: Axes, memory: KVMemory, step: int) -> None:
-    """The legend, with the numbers of one step, right of the axes."""
+    """Draw the legend, with the numbers of one step, on the right of the axes."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -188,8 +188,9 @@ def _key(ax: Axes, memory: KVMemory, step: int) -> None:
 
 
 def _padded(number: int, width: int = 6) -> str:
-    """The number right-aligned in a proportional font: padded with spaces as wide as a digit, or as
-    a comma.
+    """The number, right-aligned in a proportional font.
+
+    It is padded with spaces as wide as a digit or as a comma.
     """
     text = f"{number:,}"
     return (

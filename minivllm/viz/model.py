@@ -1,9 +1,8 @@
-"""Pictures for the model: a block and its stream, rotating pairs, what the stream says, parameters
-and FLOPs.
+"""Pictures of the model: a block, rotating pairs, the residual stream, parameters and FLOPs.
 
 `Rotation` is what RoPE does to one query and one key while both move through a text (Su et al.
-2021, arXiv 2104.09864); with a slider: ``scrub(rotation, draw_rotation, step=0)``. Plain numbers
-in, no torch.
+2021, arXiv 2104.09864); with a slider: ``scrub(rotation, draw_rotation, step=0)``. All take plain
+numbers; torch is not imported.
 """
 
 from __future__ import annotations
@@ -38,11 +37,10 @@ Pair = tuple[float, float]
 
 @dataclass(frozen=True)
 class Rotation:
-    """A query and a key that stand `distance` tokens apart, at each of some positions; for
-    `draw_rotation`.
+    """A query and a key that stand `distance` tokens apart, at several positions.
 
-    query, key: the two numbers of each pair, before they are turned. names: which pairs these are.
-    frequencies: radians a position of each. steps: positions of the query.
+    For `draw_rotation`. query, key: the two numbers of each pair, before the rotation. names: the
+    names of the pairs. frequencies: radians per position of each. steps: positions of the query.
     """
 
     query: tuple[Pair, ...]
@@ -53,7 +51,7 @@ class Rotation:
     steps: tuple[int, ...]
 
     def turned(self, step: int) -> list[tuple[Pair, Pair]]:
-        """(query, key) of each pair, turned by what their positions ask for."""
+        """(query, key) of each pair, rotated according to their positions."""
         position = self.steps[step]
         return [
             (turn(q, position * frequency), turn(k, (position - self.distance) * frequency))
@@ -66,7 +64,7 @@ class Rotation:
 
 
 def turn(pair: Pair, angle: float) -> Pair:
-    """Two numbers as a point in the plane, turned counterclockwise by an angle in radians."""
+    """Rotate a point in the plane counterclockwise by an angle in radians."""
     a, b = pair
     return a * math.cos(angle) - b * math.sin(angle), b * math.cos(angle) + a * math.sin(angle)
 
@@ -79,10 +77,11 @@ def rotation(
     pairs: Sequence[int] | None = None,
     positions: Sequence[int] = range(64),
 ) -> Rotation:
-    """The rotation of a head: query and key are its D numbers, of which i and i + D/2 are a pair.
+    """The rotation of a head.
 
-    frequencies: D/2, in radians a position. pairs: which to draw, at most six; None spreads five
-    over the head. ValueError for lengths that do not fit, or for no position.
+    query, key: the D numbers of the head; i and i + D/2 are a pair. frequencies: D/2, in radians
+    per position. pairs: which to draw, at most six; None spreads five over the head. ValueError for
+    lengths that do not fit, or for no position.
     """
     half = len(frequencies)
     chosen = [round(i * (half - 1) / 4) for i in range(5)] if pairs is None else list(pairs)
@@ -97,10 +96,10 @@ def rotation(
 
 
 def draw_rotation(rotation: Rotation, step: int = 0) -> Figure:
-    """A dial for each pair: the query's hand and the key's, turned as their positions ask; the
-    angle between is shaded.
+    """Draw a dial for each pair, with the rotated hands of the query and of the key.
 
-    step: index into rotation.steps; IndexError for one that it lacks.
+    The angle between the hands is shaded. step: index into rotation.steps; IndexError where there
+    is no such step.
     """
     if not 0 <= step < len(rotation.steps):
         raise IndexError(
@@ -184,8 +183,7 @@ def _count(number: float) -> str:
 
 
 def draw_pairings(head_dim: int, pairings: Mapping[str, Sequence[tuple[int, int]]]) -> Figure:
-    """Which numbers of a head are turned together: a row of numbers for each pairing, an arc for
-    each pair.
+    """Draw which numbers of a head rotate together: a row per pairing, an arc per pair.
 
     pairings: name -> pairs of indices. ValueError where a number is in no pair, or in two.
     """
@@ -233,10 +231,10 @@ def draw_pairings(head_dim: int, pairings: Mapping[str, Sequence[tuple[int, int]
 
 
 def draw_block(config: ModelConfig) -> Figure:
-    """One decoder block: the stream as a band, and the two branches that read it, compute, and add
-    to it.
+    """Draw one decoder block: the stream as a band, and the two branches.
 
-    Every box says what it makes of a token: how many numbers come out.
+    Each branch reads the stream, computes, and adds its result to the stream. Every box gives its
+    output size: the numbers per token.
     """
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     hidden, wide = config.hidden_size, config.intermediate_size
@@ -337,11 +335,10 @@ def _branch(
 def draw_stream(
     sizes: Sequence[float], labels: Sequence[str], found: Sequence[float] | None = None
 ) -> Figure:
-    """How large the residual stream is (a root mean square) at the start and after each half of a
-    block, as columns.
+    """Draw the size of the residual stream at the start and after each half of a block.
 
-    labels: a word for each. found: sizes that another model found there, as crosses. ValueError for
-    lengths that do not fit, or for nothing.
+    The size is a root mean square, drawn as columns. labels: a word for each. found: sizes that
+    another model found there, as crosses. ValueError for lengths that do not fit, or for nothing.
     """
     if not sizes or len(labels) != len(sizes) or (found is not None and len(found) != len(sizes)):
         raise ValueError(f"{len(sizes)} sizes, {len(labels)} labels: there is nothing to draw.")
@@ -401,11 +398,11 @@ def _where_they_part(sizes: Sequence[float], labels: Sequence[str], found: Seque
 
 
 def draw_lens(words: Sequence[str], rows: Mapping[str, Sequence[tuple[str, float]]]) -> Figure:
-    """What the stream would say at each stage, if the head read it there: a table of words.
+    """Draw the head's prediction from the stream at each stage, as a table of words.
 
-    words: the input, a column each. rows: stage -> (best next word, its probability) for each
-    column; the last stage is the model's answer. Darker is surer; a frame stands where a column
-    says for good what it says in the end. ValueError for rows that do not fit.
+    words: the input, one column per word. rows: stage -> (best next word, its probability) for each
+    column; the last stage is the model's answer. Darker is more certain. A frame marks the stage
+    from which a column keeps its final word. ValueError for rows that do not fit.
     """
     stages, columns = list(rows), len(words)
     if not stages or not columns or any(len(row) != columns for row in rows.values()):
@@ -467,7 +464,7 @@ def draw_lens(words: Sequence[str], rows: Mapping[str, Sequence[tuple[str, float
 
 
 def _settled(column: Sequence[str]) -> int:
-    """The first stage from which on the column says what it says in the end."""
+    """The first stage from which the column keeps its final word."""
     last = len(column) - 1
     while last and column[last - 1] == column[-1]:
         last -= 1
@@ -483,8 +480,9 @@ def _word(word: str) -> str:
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
-    """Parameters of the matrices by `PARTS`, and of all norms and biases together. A tied head has
-    none of its own.
+    """Count the parameters of the matrices by `PARTS`, and of all norms and biases together.
+
+    A tied head has no parameters of its own.
     """
     hidden, layers, dim = config.hidden_size, config.num_hidden_layers, config.head_dim
     q = config.num_attention_heads * dim
@@ -506,9 +504,10 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 
 
 def count_flops(config: ModelConfig, context: int) -> dict[str, int]:
-    """FLOPs of one token in matrix products, with a context of so many tokens, itself included.
+    """Count the FLOPs of one token in matrix products, in a context of this length.
 
-    A multiplication and an addition are two. Looking a row of the embedding up costs none.
+    The context includes the token. A multiplication and an addition are two FLOPs. Looking up a row
+    of the embedding costs none.
     """
     counts = count_parameters(config)
     scores = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * context
@@ -522,8 +521,9 @@ def count_flops(config: ModelConfig, context: int) -> dict[str, int]:
 
 
 def draw_parameters(models: Mapping[str, ModelConfig]) -> Figure:
-    """Where the parameters of some models are: a bar each, all of the same length, its parts to
-    scale.
+    """Draw where the parameters of some models are: one bar per model.
+
+    All bars have the same length; their parts are to scale.
     """
     figure = Figure(0.62 * len(models) + 0.85)
     counts = {name: count_parameters(config) for name, config in models.items()}
@@ -537,8 +537,9 @@ def draw_parameters(models: Mapping[str, ModelConfig]) -> Figure:
 
 
 def draw_flops(config: ModelConfig, contexts: Sequence[int]) -> Figure:
-    """Where the FLOPs of one token go, for some lengths of the context: a bar each, all of the same
-    length.
+    """Draw where the FLOPs of one token go: one bar per context length.
+
+    All bars have the same length.
     """
     figure = Figure(0.62 * len(contexts) + 0.85)
     counts = {

@@ -1,8 +1,7 @@
-"""Pictures of the paged KV cache: what it costs, what reservation wastes, where a token lies, who
-reads it.
+"""Pictures of the paged KV cache: its cost, the waste of reservation, tokens' places, readers.
 
 `draw_slots` replays a real trace (put it under `scrub` with functools.partial); the others take
-plain numbers. `Span` is what `draw_memory_map` and `memory_shares` are told: a piece of the cache
+plain numbers. `Span` is the input of `draw_memory_map` and `memory_shares`: a piece of the cache
 that belongs to a request at one step.
 """
 
@@ -24,9 +23,9 @@ from minivllm.viz import palette
 from minivllm.viz.block_table import Row, block_tables, busiest_step, check_step
 from minivllm.viz.figure import WIDTH, Box, Figure, describe, prepare
 
-#: A request's pale half: room that is its own and holds no token.
+#: The pale part of a request: room that it owns and that holds no token.
 _ROOM = 0.28
-#: Pixels of a memory map across and down; more are not seen, and make the file large.
+#: Pixels of a memory map across and down; more are not visible and make the file large.
 _MAP_WIDTH, _MAP_HEIGHT = 900, 230
 
 
@@ -35,7 +34,7 @@ _MAP_WIDTH, _MAP_HEIGHT = 900, 230
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What of a model decides its KV cache, and how many parameters it has."""
+    """The numbers that determine a model's KV cache, and its number of parameters."""
 
     name: str
     parameters: float
@@ -45,15 +44,15 @@ class ModelShape:
     head_dim: int
 
     def kv_bytes(self, bytes_per_number: int = 2) -> int:
-        """Bytes of K and V a token, over all layers."""
+        """Bytes of K and V per token, over all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * bytes_per_number
 
 
 def draw_kv_bytes(models: Sequence[ModelShape], ax: Axes | None = None) -> MatplotlibFigure:
-    """One bar a model: KiB of K and V a token, beside what it would be if every query head had its
-    own.
+    """Draw one bar per model: KiB of K and V per token.
 
-    Right of it how many tokens of cache weigh as much as the model. All in numbers of 2 bytes.
+    Beside it stands the size that it would have if every query head had its own K and V. On the
+    right stands how many tokens of cache weigh as much as the model. All numbers have 2 bytes.
     """
     own_figure = ax is None
     figure, ax = prepare(ax, 0.95 + 0.37 * len(models))
@@ -121,7 +120,10 @@ def draw_kv_bytes(models: Sequence[ModelShape], ax: Axes | None = None) -> Matpl
 
 
 def _tokens_of_weights(model: ModelShape) -> int:
-    """Rounded to hundreds: a model's name says no more of its size."""
+    """The cache tokens that weigh as much as the model, rounded to hundreds.
+
+    The size in a model's name is not more exact.
+    """
     return round(2 * model.parameters / model.kv_bytes() / 100) * 100
 
 
@@ -138,10 +140,11 @@ def _plain_axes(ax: Axes, xlabel: str) -> None:
 
 
 class Span(NamedTuple):
-    """Room for `room` tokens from `begin` on belongs to request `owner` (0, 1 …) and holds `held`
-    tokens now.
+    """A piece of the cache that belongs to one request.
 
-    needed: how many it will hold before the request ends; -1 where nobody asks.
+    Room for `room` tokens from `begin` on belongs to request `owner` (0, 1 …) and holds `held`
+    tokens now. needed: how many tokens it will hold before the request ends; -1 where that is not
+    used.
     """
 
     owner: int
@@ -153,19 +156,22 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class MemoryShares:
-    """Shares of the pool, averaged over steps; they add up to 1. later: reserved, and a token will
-    come; never: reserved, and none will; outside: nobody's."""
+    """Shares of the pool, averaged over steps; they add up to 1.
+
+    later: reserved, and a token will come. never: reserved, and no token will come. outside:
+    without an owner.
+    """
 
     tokens: float
     later: float
     never: float
     outside: float
-    #: Requests running, on average.
+    #: The average number of running requests.
     running: float
 
 
 def memory_shares(steps: Sequence[Sequence[Span]], capacity: int) -> MemoryShares:
-    """What the pool was used for in these steps, on average. ValueError without steps."""
+    """The average use of the pool in these steps. ValueError without steps."""
     if not steps:
         raise ValueError("memory_shares: no steps")
     totals, running = np.zeros(3), 0
@@ -202,8 +208,9 @@ def draw_memory_shares(
     published: Mapping[str, float] | None = None,
     ax: Axes | None = None,
 ) -> MatplotlibFigure:
-    """One bar a way to allocate: what the pool was used for. published: shares of tokens, from 0 to
-    1, to mark.
+    """Draw one bar per way to allocate: the use of the pool.
+
+    published: shares of tokens, from 0 to 1, to mark.
     """
     published = published or {}
     own_figure = ax is None
@@ -270,9 +277,10 @@ def draw_memory_shares(
 def draw_memory_map(
     maps: Mapping[str, Sequence[Sequence[Span]]], capacity: int, num_steps: int | None = None
 ) -> MatplotlibFigure:
-    """The cache's addresses (up) at every step (right), in the colours of who owns them: strong
-    where a token lies, pale where room is only reserved. One panel a way to allocate; num_steps:
-    only so many steps, from the first.
+    """Draw the cache's addresses (up) at every step (right), in the colours of their owners.
+
+    A place with a token is strong; a place that is only reserved is pale. One panel per way to
+    allocate. num_steps: draw only this many steps, from the first.
     """
     num_steps = num_steps or max(map(len, maps.values()))
     panel, gap, top, bottom = 1.5, 0.42, 0.38, 0.5
@@ -329,8 +337,9 @@ def draw_memory_map(
 
 
 def _map_pixels(steps: Sequence[Sequence[Span]], capacity: int, num_steps: int) -> np.ndarray:
-    """[height, width, 3] uint8: the state of each address at each step, thinned out to what can be
-    seen.
+    """[height, width, 3] uint8: the state of each address at each step.
+
+    Addresses and steps are thinned out to what is visible.
     """
     strong = np.array(
         [[round(255 * x) for x in palette.rgb(c)] for c in palette.REQUESTS], np.uint8
@@ -348,7 +357,8 @@ def _map_pixels(steps: Sequence[Sequence[Span]], capacity: int, num_steps: int) 
         if step < len(steps) and steps[step]:
             owner, begin, room, held, _ = _columns(steps[step])
             span = np.searchsorted(begin, addresses, side="right") - 1
-            inside = addresses - begin[span]  # beyond the room of the nearest span below: nobody's
+            # An address beyond the room of the nearest span below has no owner.
+            inside = addresses - begin[span]
             for colors, size in ((pale, room), (strong, held)):
                 rows = (span >= 0) & (inside < size[span])
                 pixels[rows, column] = colors[owner[span[rows]] % len(colors)]
@@ -357,8 +367,8 @@ def _map_pixels(steps: Sequence[Sequence[Span]], capacity: int, num_steps: int) 
 
 # --- where a token lies ---------------------------------------------------------------------------
 
-#: Blocks side by side in `draw_slots`, and the inches of a slot, of what stands above a row of
-#: blocks, between blocks.
+#: Blocks side by side in `draw_slots`; inches of a slot, of the space above a row of blocks, and
+#: between blocks.
 _BLOCKS_ABREAST, _SLOT_HEIGHT, _ABOVE, _BETWEEN = 4, 0.27, 0.22, 0.22
 
 
@@ -369,11 +379,11 @@ def draw_slots(
     pieces: Mapping[str, Sequence[str]] | None = None,
     ax: Axes | None = None,
 ) -> MatplotlibFigure:
-    """One request's tokens as it sees them, in order, and below them the whole cache, slot by slot.
+    """Draw one request's tokens in order, and below them the whole cache, slot by slot.
 
-    step: index into trace.steps, None for the one with the most blocks in use. request: which one,
-    by order of arrival. pieces: the text of each token of "request/index". For small blocks and
-    pools: everything is drawn.
+    step: index into trace.steps, None for the one with the most blocks in use. request: the
+    request's index by order of arrival. pieces: the text of each token of "request/index". For
+    small blocks and pools: everything is drawn.
     """
     step = busiest_step(trace) if step is None else check_step(trace, step)
     tables, pieces = block_tables(trace, step), pieces or {}
@@ -529,12 +539,12 @@ class _Slots:
 
 @dataclass(frozen=True)
 class _Reads:
-    """The slots that were read, beside those that were to be."""
+    """The slots that were read, beside those that should be read."""
 
     num_positions: int
-    #: Slot -> the position that lies there.
+    #: Slot -> the position whose token it holds.
     position_of: dict[int, int]
-    #: Slot -> how often it was read.
+    #: Slot -> how many times it was read.
     counts: dict[int, int]
     missed: list[int]
     foreign: list[int]
@@ -553,7 +563,7 @@ class _Reads:
 
     @property
     def caption(self) -> str:
-        """What was read and what was not, in words."""
+        """Say in words what was read and what was not."""
         position_of, missed, repeated = self.position_of, self.missed, self.repeated
         text = f"Of {self.num_positions} positions {self.num_positions - len(missed)} were read"
         text += f"; not read: {_some(position_of[slot] for slot in missed)}" if missed else ""
@@ -571,10 +581,10 @@ def draw_reads(
     block_size: int,
     ax: Axes | None = None,
 ) -> MatplotlibFigure:
-    """Which slots of a cache were read, beside those that hold the context.
+    """Draw which slots of a cache were read, beside those that hold the context.
 
     wanted: the slots of positions 0, 1 …; got: the slots that were really read, in order (-1:
-    something that is in no slot). A number in a slot is the position that lies there.
+    something that is in no slot). The number in a slot is the position whose token it holds.
     """
     abreast = max(1, min(num_blocks, 32 // block_size))
     lines = -(-num_blocks // abreast)
@@ -639,7 +649,7 @@ def draw_reads(
 
 
 def _draw_read(ax: Axes, place: Box, slot: int, reads: _Reads) -> None:
-    """One slot: its colour says how it was read, its number which position lies there."""
+    """Draw one slot: its colour says how it was read, its number which position it holds."""
     style, text, color = _READ["other"], "", palette.SOFT_INK
     count = reads.counts.get(slot, 0)
     if slot in reads.position_of:
@@ -678,7 +688,7 @@ _READ = {
 
 
 def _some(numbers, limit: int = 8) -> str:
-    """The numbers in words, runs as 4–7, at most `limit` of them."""
+    """The numbers in words: runs as 4–7, at most `limit` numbers."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][1] + 1:
@@ -694,8 +704,9 @@ def _some(numbers, limit: int = 8) -> str:
 
 @dataclass(frozen=True)
 class SplitCase:
-    """A decode step of one layer: programs = sequences · kv_heads · splits, each with its share of
-    the tiles.
+    """A decode step of one layer.
+
+    programs = sequences · kv_heads · splits, each with its share of the tiles.
     """
 
     label: str
@@ -708,11 +719,11 @@ class SplitCase:
 def schedule_programs(
     case: SplitCase, multiprocessors: int, tile: int = 64
 ) -> list[tuple[int, int, int, int]]:
-    """(multiprocessor, begin, end, group) of each program, in tiles; one at a time on each, given
-    to the first free.
+    """Place each program on a multiprocessor: (multiprocessor, begin, end, group), in tiles.
 
-    A model, not a measurement: real multiprocessors run several programs at once and share the
-    memory's bandwidth. group: which sequence and KV head.
+    A multiprocessor runs one program at a time. The next program goes to the first free one. This
+    is a model, not a measurement: real multiprocessors run several programs at once and share the
+    memory's bandwidth. group: the pair of sequence and KV head.
     """
     tiles = -(-case.context // tile)
     share = -(-tiles // case.splits)
@@ -730,8 +741,9 @@ def schedule_programs(
 def draw_split_kv(
     cases: Sequence[SplitCase], multiprocessors: int = 132, tile: int = 64
 ) -> MatplotlibFigure:
-    """A panel a case: multiprocessors (down) over time (right), a stripe a program. Equal areas are
-    equal work.
+    """Draw multiprocessors (down) over time (right): one panel per case, one stripe per program.
+
+    Equal areas are equal work.
     """
     plans = [schedule_programs(case, multiprocessors, tile) for case in cases]
     ends = [max(end for _, _, end, _ in plan) for plan in plans]

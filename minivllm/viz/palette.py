@@ -1,10 +1,10 @@
 """The one palette of all pictures: plain constants, no matplotlib.
 
 Pictures bring their own light background (`PAPER`), because no text colour has enough contrast on
-white and on black at once; in dark mode they read as a card. Request colours are Okabe and Ito's
-(2008), which stay apart for the common kinds of colour blindness; since eight colours never
-suffice, every coloured thing also carries a letter, a hatch or an outline. tests/viz/test_viz.py
-holds the contrasts and the distances.
+both white and black; in dark mode a picture looks like a card. Request colours are those of Okabe
+and Ito (2008), which stay distinct for the common kinds of colour blindness. Eight colours never
+suffice, so every coloured thing also has a letter, a hatch or an outline. tests/viz/test_viz.py
+checks the contrasts and the distances.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ INK = "#14171F"
 SOFT_INK = "#596070"
 LINE = "#B4BAC6"
 
-#: Requests, by order of arrival; repeated after the last. In this order neighbours stay furthest
-#: apart.
+#: Requests, by order of arrival; repeated after the last. In this order, neighbouring colours
+#: differ most.
 REQUESTS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#F0E442", "#56B4E9", "#5F6673")
 
 #: States of KV memory.
@@ -24,7 +24,7 @@ USED = "#0072B2"
 WASTED = "#E69F00"
 CACHED = "#C9CFDA"
 FREE = "#F4F6FA"
-#: What contiguous reservation would take.
+#: The room that contiguous reservation would take.
 RESERVED = "#B23A00"
 
 HATCH_CACHED = "//////"
@@ -32,12 +32,12 @@ HATCH_WASTED = "....."
 
 
 def request_color(index: int) -> str:
-    """Colour of the index-th request to arrive."""
+    """The colour of the index-th request to arrive."""
     return REQUESTS[index % len(REQUESTS)]
 
 
 def request_letter(index: int) -> str:
-    """Name of the index-th request in a picture: A … Z, AA, AB …"""
+    """The name of the index-th request in a picture: A … Z, AA, AB …"""
     letters = ""
     index += 1
     while index:
@@ -64,7 +64,7 @@ def contrast(one: str, other: str) -> float:
 
 
 def text_on(background: str) -> str:
-    """The text colour, dark or light, that reads best on a background."""
+    """The text colour, dark or light, that is easier to read on a background."""
     return max((INK, PAPER), key=lambda color: contrast(color, background))
 
 

@@ -1,8 +1,7 @@
-"""Pictures for tensor parallelism: split matrices, a block on several ranks, heads, a ring, memory
-and time.
+"""Pictures of tensor parallelism: split matrices, blocks, heads, a ring, memory and time.
 
-A colour is a rank. `Ring` is an all-reduce that passes parts from neighbour to neighbour; with a
-slider: ``scrub(Ring(4), draw_ring, step=0)``. Plain numbers in, no torch.
+Each rank has its colour. `Ring` is an all-reduce that passes parts from neighbour to neighbour;
+with a slider: ``scrub(Ring(4), draw_ring, step=0)``. All take plain numbers; torch is not imported.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from minivllm.viz.figure import Box, Figure, describe, plain_axes
 _TITLE = {"fontsize": 12, "weight": "bold", "color": palette.INK}
 #: What every rank has, or computes, alike.
 ALIKE = palette.CACHED
-#: Something that two ranks should not both have, or that nobody has.
+#: An error: several ranks have it, or no rank has it.
 WRONG = palette.RESERVED
-#: Parts of a step's time, or of a rank's memory: colours in the order in which they are first
-#: given.
+#: Parts of a step's time or of a rank's memory: colours, in the order in which the parts first
+#: appear.
 PARTS = (
     palette.REQUESTS[0],
     palette.REQUESTS[2],
@@ -35,7 +34,7 @@ PARTS = (
 
 
 def rank_color(rank: int) -> str:
-    """Colour of a rank; they repeat after the eighth."""
+    """The colour of a rank; the colours repeat after the eighth rank."""
     return palette.request_color(rank)
 
 
@@ -75,8 +74,9 @@ def _box(ax: Axes, box: Box, color: str, text: str = "", size: float = 9) -> Non
 
 
 def draw_splits(num_ranks: int = 2) -> Figure:
-    """y = x · W with W cut by columns (above) and by rows (below). ValueError for fewer than 2 or
-    more than 4 ranks.
+    """Draw y = x · W with W cut by columns (above) and by rows (below).
+
+    ValueError for fewer than 2 or more than 4 ranks.
     """
     if not 2 <= num_ranks <= 4:
         raise ValueError(f"{num_ranks} ranks: the picture is for 2 to 4.")
@@ -164,10 +164,10 @@ def _draw_row_split(ax: Axes, y: float, n: int) -> None:
 
 
 def draw_parallel_block(config: ModelConfig, num_ranks: int = 2) -> Figure:
-    """One decoder block, a lane for each rank: what each computes of it, and the two places where
-    they add up.
+    """Draw one decoder block with a lane for each rank.
 
-    The number of heads must be a multiple of num_ranks.
+    A lane shows what the rank computes. Two places show where the ranks add up their results. The
+    number of heads must be a multiple of num_ranks.
     """
     if config.num_attention_heads % num_ranks or num_ranks > 4:
         raise ValueError(
@@ -177,7 +177,7 @@ def draw_parallel_block(config: ModelConfig, num_ranks: int = 2) -> Figure:
     heads = config.num_attention_heads // num_ranks
     kv = max(1, config.num_key_value_heads // num_ranks)
     wide = config.intermediate_size // num_ranks
-    # (name, numbers that come out, alike on all ranks, width); None is an all-reduce
+    # (name, size of the output, whether all ranks compute the same, width); None is an all-reduce.
     columns = [
         ("norm", f"{config.hidden_size}", True, 7.0),
         ("q, k, v", f"{heads} + {kv} + {kv} heads", False, 12.0),
@@ -259,16 +259,16 @@ def _draw_reduce(ax: Axes, x: float, num_ranks: int) -> None:
 
 # --- heads ----------------------------------------------------------------------------------------
 
-#: For each rank the query heads and the KV heads that it has.
+#: For each rank: its query heads and its KV heads.
 Heads = Sequence[tuple[Iterable[int], Iterable[int]]]
 
 
 def draw_heads(num_heads: int, num_kv_heads: int, splits: Mapping[str, Heads]) -> Figure:
-    """Which rank has which heads: for each split a row of query heads, and below them the KV heads
-    that they read.
+    """Draw which rank has which heads.
 
-    A head that several ranks have is divided; a query head that nobody or more than one rank has,
-    or a KV head that nobody has, is framed. splits: title -> heads of each rank.
+    Each split has a row of query heads and, below it, the KV heads that they read. A head of
+    several ranks is divided. A query head without exactly one rank is framed, and so is a KV head
+    without a rank. splits: title -> heads of each rank.
     """
     figure = Figure(0.15 + 1.12 * len(splits))
     ax = _plain(figure, 100, 12.4 * len(splits) + 0.8)
@@ -357,12 +357,11 @@ def _count(number: int, word: str) -> str:
 
 @dataclass(frozen=True)
 class Ring:
-    """An all-reduce among `size` ranks that stand in a ring, each with a tensor cut into `size`
-    parts.
+    """An all-reduce among `size` ranks in a ring, each with a tensor cut into `size` parts.
 
-    Step 0 is the beginning. In size − 1 steps sums are passed on and grow; in as many more,
-    finished sums are passed on and replace. `state(step)[rank][part]` is whose terms the rank's
-    part holds then.
+    Step 0 is the beginning. In the next size − 1 steps, sums are passed on and grow. In another
+    size − 1 steps, finished sums are passed on and replace the old parts. `state(step)[rank][part]`
+    is the set of ranks whose terms the rank's part holds then.
     """
 
     size: int
@@ -376,11 +375,11 @@ class Ring:
         return range(2 * self.size - 1)
 
     def sends(self, step: int) -> list[tuple[int, int]]:
-        """(rank, part) of everything that is sent in this step, to rank + 1; nothing in step 0."""
+        """The (rank, part) of each transfer to rank + 1 in this step; none in step 0."""
         return [(rank, (rank - step + 1) % self.size) for rank in range(self.size)] if step else []
 
     def state(self, step: int) -> list[list[frozenset[int]]]:
-        """After this step."""
+        """The terms in each part of each rank after this step."""
         held = [[frozenset({rank})] * self.size for rank in range(self.size)]
         for number in range(1, step + 1):
             before = [list(row) for row in held]
@@ -392,8 +391,9 @@ class Ring:
 
 
 def draw_ring(ring: Ring, step: int) -> Figure:
-    """Each rank's parts after a step, with a bar for every term that a part holds; arrows show what
-    was just sent.
+    """Draw each rank's parts after a step, with a bar for every term in a part.
+
+    Arrows show the transfers of this step.
     """
     check_step(ring, step)  # type: ignore[arg-type]
     n = ring.size
@@ -457,8 +457,9 @@ def _ring_title(ring: Ring, step: int) -> str:
 
 
 def _draw_send(ax: Axes, x: float, y: float, rank: int, n: int) -> None:
-    """An arrow to the next rank's row; the last one's goes out at the bottom, and in again at the
-    top.
+    """Draw an arrow to the next rank's row.
+
+    The last rank's arrow leaves at the bottom and comes in again at the top.
     """
     style = {
         "arrowstyle": "-|>",
@@ -486,10 +487,10 @@ def draw_shares(
     limit: float | None = None,
     limit_name: str = "",
 ) -> Figure:
-    """Stacked columns: what a step's time, or a rank's memory, is made of.
+    """Draw the parts of a step's time, or of a rank's memory, as stacked columns.
 
     groups: panel's title -> column's name -> part -> number, in `unit`. limit: a line across all
-    panels. All panels have one scale. ValueError where there is nothing to draw.
+    panels. All panels have the same scale. ValueError where there is nothing to draw.
     """
     columns = [parts for group in groups.values() for parts in group.values()]
     if not columns:

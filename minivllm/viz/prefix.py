@@ -1,10 +1,11 @@
-"""Pictures of the prefix cache: prompts as a tree of blocks, the life of blocks as a story, and how
-often it hits.
+"""Pictures of the prefix cache: prompts as a tree of blocks, the life of blocks, hit rates.
 
-draw_prefix_tree(prompts, 16, decode)  # equal beginnings are equal blocks; the tree branches
-draw_block_story(story, step=3)        # owners, reference counts, states and order of eviction
-draw_reuse(bars)                       # tokens that were there already beside those that were not
-draw_hit_rates(curves)                 # the share that was there already, against anything
+The pictures, and what they show:
+
+    draw_prefix_tree(prompts, 16, decode)  # equal beginnings are equal blocks; the tree branches
+    draw_block_story(story, step=3)        # owners, reference counts, states and eviction order
+    draw_reuse(bars)                       # cached tokens beside computed tokens
+    draw_hit_rates(curves)                 # the share of cached tokens, against any quantity
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _PLAIN = {"lw": 0.8, "edgecolor": palette.SOFT_INK}
 
 
 def short_name(name: int | str) -> str:
-    """The first digits of a 128-bit hash, or characters of a name in words."""
+    """The first digits of a 128-bit hash, or the first characters of a name in words."""
     return (name if isinstance(name, str) else f"{name:032x}")[:DIGITS]
 
 
@@ -38,21 +39,23 @@ def short_name(name: int | str) -> str:
 
 @dataclass
 class Node:
-    """A block of the tree: block_hash is None where the block is not full, and then it is never
-    shared.
+    """A block of the tree.
+
+    block_hash: None where the block is not full; such a block is never shared.
     """
 
     depth: int
     tokens: tuple[int, ...]
     block_hash: int | None
     parent: int | None
-    #: Indices of the prompts that have it.
+    #: Indices of the prompts that contain the block.
     owners: list[int] = field(default_factory=list)
 
 
 def prefix_tree(prompts: Sequence[Sequence[int]], block_size: int) -> list[Node]:
-    """The blocks of prompts (lists of token ids), each block once for all prompts that are equal up
-    to its end.
+    """The blocks of prompts (lists of token ids).
+
+    Prompts that are equal up to a block's end share this block.
     """
     nodes: list[Node] = []
     index_of: dict[int, int] = {}
@@ -80,8 +83,7 @@ def draw_prefix_tree(
     decode: Callable[[Sequence[int]], str] | None = None,
     ax: Axes | None = None,
 ) -> Figure:
-    """Draw `prefix_tree`: blocks from left to right, a row for each prompt, one box for what
-    several share.
+    """Draw `prefix_tree`: blocks from left to right, a row per prompt, one box per shared block.
 
     decode: token ids -> text, special tokens included; without it the boxes show token ids.
     """
@@ -141,8 +143,9 @@ def draw_prefix_tree(
 
 
 def _rows(nodes: list[Node], num_prompts: int) -> list[float]:
-    """The line of each node: that of its owner, or the middle of its owners'. Prompts that share
-    are neighbours.
+    """The line of each node: its owner's line, or the middle of its owners' lines.
+
+    Prompts that share blocks are neighbours.
     """
     paths: list[list[int]] = [[] for _ in range(num_prompts)]
     for i, node in enumerate(nodes):
@@ -250,9 +253,9 @@ class Moment:
 
     text: str
     ref_counts: tuple[int, ...]
-    #: Blocks that nobody uses, the next to be taken first.
+    #: Blocks without an owner; the next to be taken comes first.
     free: tuple[int, ...]
-    #: Block -> its short name, where its content is known to the prefix cache.
+    #: Block -> its short name, where the prefix cache knows its content.
     names: dict[int, str]
     #: Letter -> block table.
     tables: dict[str, tuple[int, ...]]
@@ -265,8 +268,9 @@ class Moment:
 
 @dataclass
 class BlockStory:
-    """Moments in order, to be drawn by `draw_block_story` or scrubbed:
-    ``scrub(story, draw_block_story, step=0)``.
+    """Moments in order, for `draw_block_story`.
+
+    With a slider: ``scrub(story, draw_block_story, step=0)``.
     """
 
     steps: list[Moment] = field(default_factory=list)
@@ -279,10 +283,10 @@ class BlockStory:
         names: Mapping[int, int | str],
         tables: Mapping[str, Sequence[int]],
     ) -> None:
-        """Note what the pool looks like now, after what `text` says. names: block -> hash, or a
-        word.
+        """Add a moment: the present state of the pool, after the event in `text`.
 
-        A letter keeps its row and its colour through the story, by order of first appearance.
+        names: block -> hash, or a word. A letter keeps its row and its colour through the story, by
+        order of first appearance.
         """
         short = {block: short_name(name) for block, name in names.items()}
         owned = {letter: tuple(table) for letter, table in tables.items()}
@@ -290,14 +294,12 @@ class BlockStory:
 
     @property
     def letters(self) -> list[str]:
-        """All owners that the story has, by first appearance."""
+        """All owners in the story, by first appearance."""
         return list(dict.fromkeys(letter for moment in self.steps for letter in moment.tables))
 
 
 def draw_block_story(story: BlockStory, step: int = -1, ax: Axes | None = None) -> Figure:
-    """Draw one moment: the pool with its reference counts, every owner's block table, and the order
-    of eviction.
-    """
+    """Draw one moment: the pool with reference counts, the block tables, the eviction order."""
     step = range(len(story.steps))[step]
     moment, letters = story.steps[step], story.letters
     cell = min(0.66, (WIDTH - 2 * _MARGIN - 0.75) / len(moment.ref_counts))
@@ -329,7 +331,7 @@ def draw_block_story(story: BlockStory, step: int = -1, ax: Axes | None = None) 
 
 
 def _say(ax: Axes, x: float, y: float, text: str, **options: Any) -> None:
-    """Text of a story: small, in a quiet colour, its middle at y, unless the options differ."""
+    """Draw text of a story: small, in a quiet colour, its middle at y, unless options differ."""
     style = {"fontsize": 9.5, "color": palette.SOFT_INK, "va": "center"}
     ax.text(x, y, text, **(style | options))
 
@@ -340,13 +342,13 @@ class _StoryDrawing:
 
     ax: Axes
     moment: Moment
-    #: Letter -> colour, of all owners of the story.
+    #: Letter -> colour, of all owners in the story.
     colors: dict[str, str]
-    #: Where the blocks begin, right of the words about them.
+    #: Where the blocks begin, on the right of their labels.
     left: float = _MARGIN + 0.75
 
     def pool(self, y: float, cell: float) -> None:
-        """Every block with its owners and its name; its number above, its reference count below."""
+        """Draw every block with owners and name; its number above, its reference count below."""
         moment, bold = self.moment, {"ha": "center", "weight": "bold"}
         what = "The pool: who uses each block, its name if it has one, and its reference count"
         _say(self.ax, _MARGIN, y - 0.3, what)
@@ -362,7 +364,7 @@ class _StoryDrawing:
         _say(self.ax, self.left - 0.1, y + cell + 0.12, "count", fontsize=8, ha="right")
 
     def tables(self, y: float, cell: float) -> None:
-        """Every owner's block table, a row each."""
+        """Draw every owner's block table, one row each."""
         _say(self.ax, _MARGIN, y - 0.18, "Block tables")
         for i, letter in enumerate(self.colors):
             self._table(y + i * (cell + 0.06), cell, letter)
@@ -388,7 +390,7 @@ class _StoryDrawing:
             _say(self.ax, x + cell / 2, middle, str(block), fontsize=8.5, color=ink, **bold)
 
     def queue(self, y: float, cell: float) -> None:
-        """The free blocks; the next one to be taken comes first."""
+        """Draw the free blocks; the next one to be taken comes first."""
         what = "Free blocks in order of eviction: the next one to be taken comes first"
         _say(self.ax, _MARGIN, y - 0.2, what)
         middle, style = y + cell / 2, {"ha": "center", "bbox": _PAPER_LABEL, "color": palette.INK}
@@ -421,8 +423,9 @@ def _unused(ax: Axes, x: float, y: float, side: float, cached: bool) -> None:
 
 
 def _pool_cell(ax: Axes, box: Box, owners: Mapping[str, str], name: str | None) -> None:
-    """A block of the pool. owners: letter -> colour; name: its short name if its content is known
-    to the prefix cache.
+    """Draw a block of the pool.
+
+    owners: letter -> colour. name: its short name if the prefix cache knows its content.
     """
     side, left, y = box.width * 0.92, box.x + box.width * 0.04, box.y
     if owners:
@@ -478,7 +481,7 @@ def _story_caption(step: int, moment: Moment) -> str:
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar of `draw_reuse`: tokens that were there already, and tokens that were not."""
+    """One bar of `draw_reuse`: cached tokens, and tokens that were computed."""
 
     label: str
     again: int
@@ -486,7 +489,7 @@ class Bar:
 
     @property
     def share(self) -> float:
-        """What part was there already, 0 to 1."""
+        """The share of cached tokens, 0 to 1."""
         return self.again / max(1, self.again + self.new)
 
 
@@ -498,8 +501,9 @@ def draw_reuse(
     ylabel: str = "prompt tokens",
     ax: Axes | None = None,
 ) -> Figure:
-    """Stacked bars: `names[0]` counts `again`, hatched, and `names[1]` counts `new`; the share
-    stands above.
+    """Draw stacked bars, with the cached share above each.
+
+    `names[0]` counts `again`, hatched, and `names[1]` counts `new`.
     """
     figure, ax, is_own = *prepare(ax, 3.4), ax is None
     if is_own:
@@ -574,7 +578,10 @@ def draw_hit_rates(
     limit: float | None = None,
     ax: Axes | None = None,
 ) -> Figure:
-    """Hit rates (0 to 1) as lines. limit: the rate that no policy can beat, as a dotted line."""
+    """Draw hit rates (0 to 1) as lines.
+
+    limit: the rate that no policy can exceed, as a dotted line.
+    """
     figure, ax, is_own = *prepare(ax, 3.6), ax is None
     if is_own:
         ax.set_position((0.085, 0.145, 0.66, 0.72))

@@ -1,9 +1,8 @@
-"""What a machine could do at best, and what was reached: pictures of the reports of
-`minivllm bench`.
+"""A machine's best possible rates and the measured ones: pictures of `minivllm bench` reports.
 
-The roofline (Williams, Waterman & Patterson, CACM 2009): a kernel that does I operations for every
-byte it moves is at most as fast as ``min(matmul rate, I · bandwidth)``. Reports are plain dicts, as
-their JSON files hold them.
+The roofline (Williams, Waterman & Patterson, CACM 2009): a kernel that does I operations per moved
+byte is at most as fast as ``min(matmul rate, I · bandwidth)``. Reports are plain dicts, as in their
+JSON files.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ PARTS = (
     ("decode_attention", "K and V of decodes", palette.REQUESTS[0]),
     ("prefill_attention", "attention of prompts", palette.REQUESTS[2]),
 )
-#: Points closer than this (decades) share a label.
+#: Points closer than this (in decades) share a label.
 TOGETHER = 0.09
 
 
@@ -44,9 +43,7 @@ class Point:
 def roofline_points(
     report: dict[str, Any], kernels: Sequence[str], variant: str = "minivllm"
 ) -> list[Point]:
-    """The rows of a kernel report that were measured and do arithmetic. ValueError when there is
-    none.
-    """
+    """The measured rows of a kernel report that do arithmetic. ValueError when there are none."""
     rows = [
         row
         for name in kernels
@@ -77,8 +74,8 @@ def draw_roofline(
 ) -> Figure:
     """Draw kernels under the roof of the machine that they were measured on.
 
-    report: of ``minivllm bench kernels``. variant: whose rows. ax: draw there instead of on a new
-    figure.
+    report: of ``minivllm bench kernels``. variant: the variant whose rows are drawn. ax: draw there
+    instead of on a new figure.
     """
     points = roofline_points(report, kernels, variant)
     bandwidth, peak = (
@@ -164,7 +161,8 @@ def _style_roofline(ax: Axes, bandwidth: float, peak: float, ridge: float) -> No
     ax.spines[["top", "right"]].set_visible(False)
     for spine in ax.spines.values():
         spine.set_color(palette.LINE)
-    beside = ridge / 6  # on the slope, where no kernel is likely to lie
+    # On the slope, where a kernel is unlikely to lie.
+    beside = ridge / 6
     ax.annotate(
         f"multiplies {_rate(peak)}FLOP/s",
         (ridge, 1.2 * peak / 1e12),
@@ -239,11 +237,10 @@ def _roofline_caption(points: Sequence[Point], bandwidth: float, peak: float, ri
 
 
 def draw_floor(report: dict[str, Any], ax: Axes | None = None) -> Figure:
-    """Draw for each case of a ``minivllm bench roofline`` report which part of the measured time
-    was necessary.
+    """Draw the necessary part of the measured time, for each case of a report.
 
-    A case without a measured time is drawn as its floor alone. ax: draw there instead of on a new
-    figure.
+    report: of ``minivllm bench roofline``. A case without a measured time is drawn as its floor
+    alone. ax: draw there instead of on a new figure.
     """
     cases = report["cases"]
     own_figure = ax is None

@@ -1,9 +1,9 @@
-"""Pictures for the engine's chapter: a step's tokens laid end to end, distributions and what
-filters leave of them, the ruler that a random number falls on, how often tokens are drawn, and the
-life of a request.
+"""Pictures for the engine's chapter: a flat batch, sampling, and the life of a request.
 
-`ruler` lays probabilities on a line from 0 to 1 in the order of the token ids, which is what
-`draw_ruler` shows. Plain numbers in, and traces; no torch.
+The pictures show a step's tokens in one row, distributions and what filters leave of them, the
+ruler that a random number falls on, and how often each token is drawn. `ruler` lays probabilities
+on a line from 0 to 1 in the order of the token ids; `draw_ruler` shows it. All take plain numbers
+or traces; torch is not imported.
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ _NARROW = 0.2
 
 
 def draw_flat_batch(inputs: Any, block_size: int, words: Sequence[str] | None = None) -> Figure:
-    """Draw the tokens of a step: whose they are, their positions and slots, and which are asked
-    what comes next.
+    """Draw a step's tokens: their requests, positions and slots, and which tokens get logits.
 
-    inputs: a `minivllm.engine.batch.BatchInputs`. words: what to write for each token; None writes
-    the token ids.
+    inputs: a `minivllm.engine.batch.BatchInputs`. words: the text for each token; None shows the
+    token ids.
     """
     tokens, positions = inputs.token_ids.tolist(), inputs.positions.tolist()
     edges, slots = inputs.attention.query_start_loc.tolist(), inputs.attention.slot_mapping.tolist()
@@ -125,11 +124,10 @@ def draw_flat_batch(inputs: Any, block_size: int, words: Sequence[str] | None = 
 def draw_distributions(
     labels: Sequence[str], panels: Mapping[str, Sequence[float]], title: str = ""
 ) -> Figure:
-    """Draw distributions over the same tokens side by side: name -> probabilities; a 0 is drawn as
-    cut off.
+    """Draw distributions over the same tokens side by side; a 0 is drawn as cut off.
 
-    Where the first panel has a token that another lacks, the other shows its outline. ValueError
-    for panels that do not match the labels.
+    panels: name -> probabilities. Where another panel lacks a token of the first panel, it shows
+    the token's outline. ValueError for panels that do not match the labels.
     """
     if not panels or any(len(values) != len(labels) for values in panels.values()):
         raise ValueError(
@@ -195,22 +193,25 @@ def draw_distributions(
 
 @dataclass(frozen=True)
 class Draw:
-    """A token was chosen: u fell into the part of `chosen`. probabilities are of all tokens, in
-    order of their ids.
+    """One drawn token: u fell into the part of `chosen`.
+
+    probabilities: of all tokens, in order of their ids.
     """
 
     probabilities: tuple[float, ...]
     u: float
     chosen: int
-    before: str = ""  # the text so far
+    #: The text so far.
+    before: str = ""
 
 
 @dataclass(frozen=True)
 class SampledText:
-    """How an answer was drawn, token by token: what `draw_ruler` and `scrub` show."""
+    """How an answer was drawn, token by token: the input of `draw_ruler` and `scrub`."""
 
     steps: tuple[Draw, ...]
-    words: tuple[str, ...]  # of all tokens
+    #: The words of all tokens.
+    words: tuple[str, ...]
 
 
 def ruler(probabilities: Sequence[float]) -> list[tuple[float, float]]:
@@ -228,10 +229,9 @@ def ruler(probabilities: Sequence[float]) -> list[tuple[float, float]]:
 
 
 def draw_ruler(replay: SampledText, step: int = -1, names: int = 7) -> Figure:
-    """Draw the ruler of one step with its u: the likeliest tokens with their names, the others in
-    grey.
+    """Draw the ruler of one step with its u: the likeliest tokens by name, the others in grey.
 
-    step: index into replay.steps, negative from the end; IndexError for one that it lacks.
+    step: index into replay.steps, negative from the end; IndexError where there is no such step.
     """
     count = len(replay.steps)
     if not -count <= step < count:
@@ -313,9 +313,9 @@ def draw_ruler(replay: SampledText, step: int = -1, names: int = 7) -> Figure:
 def draw_frequencies(
     labels: Sequence[str], probabilities: Sequence[float], draws: Mapping[str, Sequence[int]]
 ) -> Figure:
-    """Draw probabilities as bars, and beside them how often each token was drawn: name -> counts.
+    """Draw probabilities as bars, and beside them the frequency of each drawn token.
 
-    ValueError where the lengths differ, or nothing was drawn.
+    draws: name -> counts. ValueError where the lengths differ, or nothing was drawn.
     """
     if any(len(counts) != len(labels) or not sum(counts) for counts in draws.values()) or len(
         probabilities
@@ -361,7 +361,7 @@ def draw_frequencies(
 
 @dataclass(frozen=True)
 class Life:
-    """Steps of one sequence, counted from the one that its request came before (0)."""
+    """The steps of one sequence, counted from the first step after its request arrived (0)."""
 
     states: tuple[str, ...]
     first_scheduled: int
@@ -371,12 +371,12 @@ class Life:
 
     @property
     def ttft(self) -> int:
-        """Steps until the first token was there."""
+        """The number of steps until the first token."""
         return self.first_token + 1
 
     @property
     def tpot(self) -> float:
-        """Mean steps between tokens after the first; 0 where there is only one."""
+        """The mean number of steps between tokens after the first; 0 where there is only one."""
         return (
             (self.finished - self.first_token) / (self.num_tokens - 1)
             if self.num_tokens > 1
@@ -385,11 +385,10 @@ class Life:
 
 
 def life(trace: Trace, name: str, arrival: int = 0) -> Life:
-    """What happened to the sequence called name ("3/0"), in a trace in which it came before step
-    `arrival`.
+    """The life of the sequence called name ("3/0") in a trace.
 
-    KeyError for a name that the trace lacks; ValueError for a sequence that got no token or has not
-    finished.
+    arrival: the first step after its request arrived. KeyError for a name that is not in the trace;
+    ValueError for a sequence that got no token or has not finished.
     """
     row = {row.name: row for row in timeline(trace)}[name]
     sampled = [
@@ -406,8 +405,9 @@ def life(trace: Trace, name: str, arrival: int = 0) -> Life:
 
 
 def draw_life(trace: Trace, name: str, arrival: int = 0) -> Figure:
-    """Draw one request from its arrival to its last token: waiting, its prompt, its decodes; TTFT
-    and TPOT in steps.
+    """Draw one request from its arrival to its last token: waiting, prompt, decodes.
+
+    TTFT and TPOT are given in steps.
     """
     found = life(trace, name, arrival)
     steps = len(found.states)
@@ -437,7 +437,8 @@ def draw_life(trace: Trace, name: str, arrival: int = 0) -> Figure:
     ]
     for i, (x, label) in enumerate(marks):
         if i == 1 and x < 0.1 * steps:
-            continue  # at once: no room, and nothing to say
+            # The first step comes at once: its mark has no room and says nothing.
+            continue
         ax.plot([x, x], [1.0, 3.35], color=palette.INK, linewidth=1.2, linestyle=(0, (3, 2)))
         align = ("left", "right", "left", "right")[i]
         ax.text(x, 3.65, label, ha=align, va="center", fontsize=10, color=palette.INK)
@@ -473,7 +474,7 @@ def _bracket(ax: Axes, begin: float, end: float, y: float, text: str, below: boo
 
 
 def _shown(label: str) -> str:
-    """A token's text with its spaces and line ends to be seen."""
+    """A token's text with visible spaces and line ends."""
     return label.replace("\n", "↵").replace(" ", "␣") or "∅"
 
 

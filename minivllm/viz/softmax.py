@@ -1,9 +1,8 @@
-"""Pictures for softmax: where exp overflows, the recurrence replayed, parts merged, numbers moved,
-Triton's tiles.
+"""Pictures of softmax: overflow of exp, online softmax, merging, memory traffic, Triton's tiles.
 
 `online_softmax` computes what the replay draws: the running maximum, the running sum, and the
-factor by which what was summed is rescaled when the maximum grows (Milakov and Gimelshein 2018,
-arXiv 1805.02867). Plain floats in, no torch.
+factor that rescales the old sum when the maximum grows (Milakov and Gimelshein 2018, arXiv
+1805.02867). All take plain floats; torch is not imported.
 """
 
 from __future__ import annotations
@@ -32,7 +31,10 @@ _LABEL = {
 
 @dataclass(frozen=True)
 class SoftmaxStep:
-    """One tile, scores[start:end], has been taken in. old_sum · rescale + added = new_sum."""
+    """The state after one more tile, scores[start:end].
+
+    old_sum · rescale + added = new_sum.
+    """
 
     start: int
     end: int
@@ -45,25 +47,23 @@ class SoftmaxStep:
 
     @property
     def jumped(self) -> bool:
-        """The maximum grew, and there was something to rescale."""
+        """Whether the maximum grew, so that an old sum had to be rescaled."""
         return self.new_max > self.old_max and self.old_sum > 0
 
 
 @dataclass(frozen=True)
 class SoftmaxReplay:
-    """The online softmax of a row, step by step; what `draw_online_softmax` and `scrub` show."""
+    """The online softmax of a row, step by step; the input of `draw_online_softmax` and `scrub`."""
 
     scores: tuple[float, ...]
     labels: tuple[str, ...]
     block: int
     steps: tuple[SoftmaxStep, ...]
-    #: What `scrub` and the captions call the first step.
+    #: The number of the first step in `scrub` and in captions.
     first_step = 1
 
     def pieces(self, step: int) -> list[float]:
-        """What each score seen so far contributes to the sum after this step: exp(score -
-        maximum).
-        """
+        """What each score so far contributes to the sum after this step: exp(score - maximum)."""
         record = self.steps[step]
         return [_exp(score, record.new_max) for score in self.scores[: record.end]]
 
@@ -71,7 +71,7 @@ class SoftmaxReplay:
 def online_softmax(
     scores: Sequence[float], block: int = 1, labels: Sequence[str] | None = None
 ) -> SoftmaxReplay:
-    """Replay the recurrence over a row, `block` scores a step (the last step may have fewer).
+    """Replay the recurrence over a row, `block` scores per step (the last step may have fewer).
 
     labels: a word for each score; None numbers them. ValueError for no scores, for a block below 1,
     or for labels that do not match.
@@ -99,12 +99,12 @@ def online_softmax(
 def draw_online_softmax(
     replay: SoftmaxReplay, step: int = -1, found: Sequence[float] | None = None
 ) -> Figure:
-    """Draw the scores with the running maximum, and below, what the running sum is made of, up to
-    one step.
+    """Draw the scores with the running maximum, and below, the parts of the running sum.
 
-    step: index into replay.steps, negative from the end; IndexError for one that it lacks. (The
-    picture counts from 1.) found: sums that another function found after each step, marked beside
-    the right ones; NaN is left out. With a slider: ``scrub(replay, draw_online_softmax, step=0)``.
+    The picture shows the state after one step. step: index into replay.steps, negative from the
+    end; IndexError where there is no such step. (The picture counts from 1.) found: the sums of
+    another function after each step, marked beside the right ones; NaN is left out. With a slider:
+    ``scrub(replay, draw_online_softmax, step=0)``.
     """
     count = len(replay.steps)
     if not -count <= step < count:
@@ -203,7 +203,7 @@ def _draw_sums(ax: Axes, replay: SoftmaxReplay, step: int, numbers: bool) -> Non
 
 
 def _mark_found(ax: Axes, replay: SoftmaxReplay, step: int, found: Sequence[float]) -> str:
-    """Crosses where another function's sums lie; returns a sentence about them."""
+    """Draw crosses at another function's sums; returns a sentence about them."""
     places = [
         ((r.start + r.end - 1) / 2, value)
         for r, value in zip(replay.steps[: step + 1], found, strict=False)
@@ -271,8 +271,9 @@ def _replay_caption(replay: SoftmaxReplay, step: int) -> str:
 
 
 def draw_exp_range(rows: Mapping[str, Sequence[float]]) -> Figure:
-    """Draw rows of scores (name -> scores) on one axis, with the limits beyond which exp
-    overflows.
+    """Draw rows of scores on one axis, with the limits beyond which exp overflows.
+
+    rows: name -> scores.
     """
     figure, ax = prepare(None, 0.95 + 0.5 * len(rows))
     height = figure.get_figheight()
@@ -329,11 +330,10 @@ def draw_exp_range(rows: Mapping[str, Sequence[float]]) -> Figure:
 def draw_merge(
     scores: Sequence[float], cuts: Sequence[int], labels: Sequence[str] | None = None
 ) -> Figure:
-    """Draw parts of a row that were summed apart, each under its own maximum, and the same pieces
-    when merged.
+    """Draw the separately summed parts of a row, and the same pieces when merged.
 
-    cuts: where a new part begins, rising, e.g. ``[4, 8]`` for three parts. ValueError for an empty
-    part.
+    Each part has its own maximum. cuts: where a new part begins, rising, for example ``[4, 8]`` for
+    three parts. ValueError for an empty part.
     """
     row = tuple(map(float, scores))
     edges = [0, *cuts, len(row)]
@@ -403,8 +403,9 @@ def draw_merge(
 
 
 def draw_passes(versions: Mapping[str, Sequence[str]]) -> Figure:
-    """Draw how often each version moves a row: name -> what each move is for, e.g.
-    ``["read: max", "write"]``.
+    """Draw how often each version moves a row.
+
+    versions: name -> the purpose of each move, for example ``["read: max", "write"]``.
     """
     figure, ax = prepare(None, 0.75 + 0.55 * len(versions))
     height = figure.get_figheight()
@@ -449,11 +450,10 @@ def draw_passes(versions: Mapping[str, Sequence[str]]) -> Figure:
 
 
 def draw_programs(columns: int, block: int, rows: int | None = None) -> Figure:
-    """Draw which program works on which number, and which lanes of a tile are masked because
-    nothing is there.
+    """Draw which program works on which number, and the masked lanes of a tile.
 
-    rows None: a vector of `columns` numbers, a program a tile. Otherwise a matrix, a program a row,
-    which walks along it tile by tile.
+    A lane is masked where the data end. rows None: a vector of `columns` numbers, one program per
+    tile. Otherwise a matrix, one program per row, which goes along the row tile by tile.
     """
     tiles = -(-columns // block)
     lines = tiles if rows is None else rows

@@ -1,8 +1,8 @@
-"""A CPU and a GPU at work, and what a batch padded to a recorded size does: two timelines, buckets,
-rows, writes.
+"""Pictures of a CPU and a GPU at work, and of batches padded to a recorded size.
 
-`draw_streams` takes anything with lane, name, kind, start and end, such as
-`minivllm.course.streams.Span`; the others take plain numbers. The library knows nothing of them.
+The pictures show two timelines, buckets, rows and writes. `draw_streams` takes any objects with
+lane, name, kind, start and end, such as `minivllm.course.streams.Span`; the others take plain
+numbers. This module does not import the simulator.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ KINDS: dict[str, tuple[str, str, str]] = {
     "copy": (palette.REQUESTS[6], "", "GPU copies"),
 }
 LANES = ("CPU", "GPU")
-#: Rows that compute something, and rows that are only there to fill a recorded size.
+#: Rows that compute something, and rows that only fill a recorded size.
 REAL, PADDING = palette.USED, palette.WASTED
-#: A place written by somebody who must not.
+#: A place that was written although it must not be.
 HARM = palette.RESERVED
-#: Inches of a lane, of a run's heading, and around all runs. Narrower bars (inches) get no edge,
-#: and no name.
+#: Inches of a lane, of a run's heading, and of the margins around all runs.
 _LANE, _HEAD, _TOP, _BOTTOM, _LEFT, _RIGHT = 0.42, 0.42, 0.1, 0.95, 0.62, 0.25
+#: Inches: the least width of a bar with an edge, and the width of a letter of a bar's name.
 _EDGE_BAR, _LETTER = 0.05, 0.078
 
 
@@ -54,12 +54,16 @@ class SpanLike(Protocol):
 
 @dataclass(frozen=True)
 class LaneTimes:
-    """A run in numbers, microseconds."""
+    """The numbers of a run, in microseconds."""
 
-    total: float  # until the last thing ends
-    gpu: float  # in which the GPU does something
-    waiting: float  # in which the CPU waits for it
-    launches: int  # of single kernels, and of whole graphs
+    #: Until the last thing ends.
+    total: float
+    #: The time in which the GPU does something.
+    gpu: float
+    #: The time in which the CPU waits for the GPU.
+    waiting: float
+    #: Launches of single kernels and of whole graphs.
+    launches: int
     replays: int
 
     @property
@@ -68,7 +72,7 @@ class LaneTimes:
 
 
 def lane_times(spans: Sequence[SpanLike]) -> LaneTimes:
-    """What the spans of a run add up to. ValueError for none."""
+    """The sums over the spans of a run. ValueError without spans."""
     if not spans:
         raise ValueError("nothing has happened: there is no span to draw")
     kinds = Counter(span.kind for span in spans)
@@ -79,7 +83,7 @@ def lane_times(spans: Sequence[SpanLike]) -> LaneTimes:
 
 
 def draw_streams(runs: Mapping[str, Sequence[SpanLike]], ax: Axes | None = None) -> Figure:
-    """What CPU and GPU do, a pair of lanes for each run, all on one scale of time.
+    """Draw the work of CPU and GPU: a pair of lanes per run, all on one time scale.
 
     runs: title -> spans. ax: draw there instead of on a new figure.
     """
@@ -242,7 +246,7 @@ def _streams_caption(times: Mapping[str, LaneTimes]) -> str:
 
 
 def _words(us: float) -> str:
-    """Written out, so that nobody takes a simulated time for one of this machine."""
+    """A time with its unit in words, so that a simulated time does not look measured."""
     return f"{us:,.0f} microseconds" if us < 10_000 else f"{us / 1000:,.1f} milliseconds"
 
 
@@ -254,8 +258,9 @@ def _plural(count: int, word: str, many: str = "") -> str:
 
 
 def recorded_size(sizes: Sequence[int], count: int) -> int:
-    """The smallest recorded size for so many sequences. ValueError where the largest is too
-    small.
+    """The smallest recorded size for this many sequences.
+
+    ValueError where the largest size is too small.
     """
     ordered = sorted(sizes)
     if not ordered or count > ordered[-1]:
@@ -266,11 +271,11 @@ def recorded_size(sizes: Sequence[int], count: int) -> int:
 def draw_buckets(
     choices: Mapping[str, Sequence[int]], seen: Mapping[int, int], ax: Axes | None = None
 ) -> Figure:
-    """Recorded sizes, and what they make of the batches that were seen.
+    """Draw recorded sizes, and their effect on the observed batches.
 
-    choices: title -> sizes. seen: sequences in a step -> how many steps had so many. A panel for
-    each choice: a step of n sequences computes n rows, and padding up to the stairs. ax: draw the
-    only choice there.
+    choices: title -> sizes. seen: sequences in a step -> the number of such steps. One panel per
+    choice: a step of n sequences computes n rows, and padding up to the stairs. ax: draw the only
+    choice there.
     """
     top = max(max(sizes) for sizes in choices.values())
     for sizes in choices.values():
@@ -354,7 +359,7 @@ def _draw_choice(
 
 
 def padded_rows(sizes: Sequence[int], seen: Mapping[int, int]) -> int:
-    """Rows of padding in all the steps that were seen."""
+    """The rows of padding in all observed steps."""
     return sum(steps * (recorded_size(sizes, count) - count) for count, steps in seen.items())
 
 
@@ -390,14 +395,16 @@ class PaddedStep:
 
 @dataclass(frozen=True)
 class PaddingReplay:
-    """What `scrub` steps through."""
+    """The steps for `scrub`."""
 
     steps: tuple[PaddedStep, ...]
     sizes: tuple[int, ...]
 
 
 def replay_padding(counts: Iterable[int], sizes: Sequence[int]) -> PaddingReplay:
-    """counts: sequences in each step. sizes: what is recorded. ValueError for a step that fits no
+    """The padded steps.
+
+    counts: sequences in each step. sizes: the recorded sizes. ValueError for a step that fits no
     graph.
     """
     steps = tuple(PaddedStep(count, recorded_size(sizes, count)) for count in counts)
@@ -405,7 +412,7 @@ def replay_padding(counts: Iterable[int], sizes: Sequence[int]) -> PaddingReplay
 
 
 def draw_padding(replay: PaddingReplay, step: int = -1, ax: Axes | None = None) -> Figure:
-    """Above: sequences and rows of each step. Below: the rows of one step."""
+    """Draw sequences and rows of each step above, and the rows of one step below."""
     step = check_step(replay, step)  # type: ignore[arg-type]
     own_figure = ax is None
     figure, ax = prepare(ax, 3.0)
@@ -473,8 +480,9 @@ def _padding_caption(replay: PaddingReplay, step: int) -> str:
 
 @dataclass(frozen=True)
 class Write:
-    """A place of the cache that changed. owner: the letter of the table that it belongs to, "" for
-    nobody's.
+    """A place of the cache that changed.
+
+    owner: the letter of the table that it belongs to, "" where it belongs to none.
     """
 
     block: int
@@ -489,9 +497,9 @@ def find_writes(
     tables: Mapping[str, Sequence[int]],
     expected: Iterable[tuple[int, int]],
 ) -> list[Write]:
-    """Places that differ. before, after: a number for each place, [num_blocks][block_size]. tables:
-    letter -> blocks.
+    """Find the places that differ.
 
+    before, after: a number for each place, [num_blocks][block_size]. tables: letter -> blocks.
     expected: (block, offset) of the places that the step's sequences write.
     """
     owners = {block: letter for letter, blocks in tables.items() for block in blocks}
@@ -511,11 +519,10 @@ def draw_writes(
     expected: Iterable[tuple[int, int]],
     ax: Axes | None = None,
 ) -> Figure:
-    """The blocks of some sequences, and the places that a step wrote: a dot where it should, a
-    cross where not.
+    """Draw the blocks of some sequences, and the places that a step wrote.
 
-    Arguments as of `find_writes`. Blocks stand in the order of the tables, a row of blocks a
-    sequence.
+    A dot marks a correct place, a cross a wrong one. The arguments are those of `find_writes`. The
+    blocks stand in the order of the tables, one row of blocks per sequence.
     """
     writes = find_writes(before, after, tables, expected)
     shown = {letter: list(blocks) for letter, blocks in tables.items()}
@@ -582,8 +589,9 @@ def _draw_owner(ax: Axes, y: float, row: float, letter: str, color: str) -> None
 def _draw_block(
     ax: Axes, box: Box, block: int, values: Any, writes: Mapping[int, Write], color: str
 ) -> None:
-    """A block after the step: a cell for each of its places. values: what stands in them; writes:
-    those of the step, by place.
+    """Draw a block after the step, one cell per place.
+
+    values: the contents of the places. writes: the step's writes, by place.
     """
     x, y = box.corner
     cell = box.width / len(values)

@@ -1,8 +1,7 @@
-"""The same pictures for a terminal, as rich renderables: block tables, KV memory, and a trace as a
-table.
+"""Pictures for a terminal, as rich renderables: block tables, KV memory, and a trace as a table.
 
-Every cell says what it is twice, by colour and by a character, so that nothing depends on telling
-colours apart. Names and texts of strangers are made safe here, and once more by `SafeConsole`.
+Every cell shows its meaning twice, by colour and by a character, so that no reader depends on
+colours. Names and texts from outside are made safe here, and once more by `SafeConsole`.
 """
 
 from __future__ import annotations
@@ -32,8 +31,9 @@ SHARED_MARK = "="
 
 
 class SafeConsole(Console):
-    """A console for texts of strangers: none steers the terminal, and "[red]" is a word like
-    others.
+    """A console for untrusted text.
+
+    No text controls the terminal, and "[red]" is a word like others.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -55,18 +55,18 @@ def shared_blocks(record: StepRecord) -> set[int]:
 
 
 def used_blocks(trace: Trace, record: StepRecord) -> int:
-    """Blocks that some running request holds."""
+    """The number of blocks that running requests hold."""
     return trace.num_blocks - record.num_free_blocks
 
 
 def block_table_cells(
     trace: Trace, record: StepRecord, label: str, color: str, shared: set[int], max_cells: int
 ) -> Text:
-    """One sequence's block table: a cell a block with its id, then "=" if shared, or how full it is
-    if not full.
+    """One sequence's block table: one cell per block.
 
-    shared: `shared_blocks(record)`. max_cells: with more blocks than that, their number stands for
-    the first ones.
+    A cell shows the block's id; then "=" if the block is shared, or how full it is if it is not
+    full. shared: `shared_blocks(record)`. max_cells: where there are more blocks than that, a
+    number replaces the first ones.
     """
     table, computed = record.block_tables[label], record.num_computed_tokens[label]
     width = len(str(trace.num_blocks - 1))
@@ -92,16 +92,18 @@ def block_table_cells(
 
 
 def request_tag(index: int) -> Text:
-    """The letter of the index-th request on its colour, which reads on dark and light terminals
-    alike.
+    """The letter of the index-th request on its colour.
+
+    It is readable on dark and on light terminals.
     """
     color = request_color(index)
     return Text(f"{request_letter(index):^3}", style=f"bold {text_on(color)} on {color}")
 
 
 def kv_bar(trace: Trace, record: StepRecord, width: int) -> Text:
-    """The KV pool as one bar of at most `width` cells: used, free but cached, free; and the
-    counts.
+    """The KV pool as one bar of at most `width` cells, with the counts.
+
+    The bar shows used blocks, free blocks with cached content, and other free blocks.
     """
     used, cached = used_blocks(trace, record), len(record.cached_blocks)
     free = record.num_free_blocks - cached
@@ -137,8 +139,8 @@ def step_counts(record: StepRecord) -> str:
 def events(record: StepRecord, name: Mapping[str, str] | None = None) -> list[str]:
     """What changed in a step: admissions with their prefix hits, preemptions, ends.
 
-    name: what to call "request/index"; without it, the request's id (and the index, if there are
-    several).
+    name: the label for each "request/index"; without it, the request's id (and the index, if there
+    are several).
     """
     found = []
     for item in record.scheduled:
@@ -162,10 +164,10 @@ def engine_view(
     header: Iterable[RenderableType] = (),
     news: str = "",
 ) -> Group:
-    """The engine at one step: KV bar, what the step computed, and two lines a running sequence.
+    """The engine at one step: KV bar, what the step computed, and two lines per running sequence.
 
-    tails: text so far of every "request/index", in order of arrival, which gives letters and
-    colours. header: goes on top; news: a line of what happened last.
+    tails: the text so far of every "request/index", in order of arrival, which determines letters
+    and colours. header: shown at the top. news: a line about the latest event.
     """
     shared = shared_blocks(record)
     rank = {label: i for i, label in enumerate(tails)}
@@ -206,7 +208,7 @@ def tail(text: str, width: int) -> str:
 
 
 def summary_table(rows: Sequence[tuple[str, str, str]], title: str = "") -> Table:
-    """(what, value, what it means) as a table."""
+    """A table of (what, value, what it means)."""
     table = Table(
         title=title or None, box=None, padding=(0, 2, 0, 0), show_header=False, title_justify="left"
     )
@@ -219,8 +221,9 @@ def summary_table(rows: Sequence[tuple[str, str, str]], title: str = "") -> Tabl
 
 
 def step_table(trace: Trace, every_step: bool = False) -> Table:
-    """The trace as a table, a row a step; steps in a row that do the same and change nothing share
-    a row.
+    """The trace as a table, one row per step.
+
+    Consecutive steps that do the same and change nothing share a row.
     """
     title = (
         f"{one_line(trace.model)}: {trace.num_blocks} blocks of {trace.block_size} tokens,"

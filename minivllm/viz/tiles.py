@@ -1,9 +1,8 @@
-"""Pictures of attention: its weights, its memory, and the tiles in which flash attention computes
-it.
+"""Pictures of attention: its weights, its memory, and the tiles of flash attention.
 
-`attention_tiles` says which tiles of the score matrix are computed, masked or never visited;
-`replay_tiles` plays the online softmax of one tile of queries, key tile by key tile
-(`scrub(replay, draw_tile_replay)` puts it under a slider).
+`attention_tiles` says which tiles of the score matrix are computed, masked or never visited.
+`replay_tiles` plays the online softmax of one tile of queries, key tile by key tile (`scrub(replay,
+draw_tile_replay)` puts it under a slider).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from minivllm.viz.figure import WIDTH, describe, prepare
 Kind = Literal["full", "masked", "skipped"]
 Fault = Literal["missed", "wasted"]
 
-#: Paper to ink through the blue of what is computed.
+#: From paper to ink through the blue of computed tiles.
 BLUES = LinearSegmentedColormap.from_list(
     "blues", [palette.PAPER, palette.tint(palette.USED, 0.35), palette.USED]
 )
@@ -34,7 +33,7 @@ _FULL = palette.tint(palette.USED, 0.75)
 _MASKED = palette.WASTED
 _HIDDEN = {"facecolor": palette.FREE, "edgecolor": palette.LINE, "hatch": "////", "linewidth": 0.0}
 _GONE = palette.RESERVED
-#: Beside what a function really visited, a tile's kind says what should have been done.
+#: What should have been done with a tile of each kind; shown beside what a function visited.
 _NEEDED = {"full": "needed, no mask", "masked": "needed, masked", "skipped": "not needed"}
 _NAMES = {
     "full": "computed, no mask",
@@ -50,8 +49,9 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class SequenceTiles:
-    """The tiles of one sequence's score matrix ``[query_len, context]``; queries are its last
-    tokens.
+    """The tiles of one sequence's score matrix ``[query_len, context]``.
+
+    The queries are the last tokens of the sequence.
     """
 
     query_len: int
@@ -63,7 +63,7 @@ class SequenceTiles:
 
     @property
     def counts(self) -> Counter[str]:
-        """How many tiles there are of each kind."""
+        """The number of tiles of each kind."""
         return Counter({"full": 0, "masked": 0, "skipped": 0}) + Counter(
             kind for row in self.kinds for kind in row
         )
@@ -73,9 +73,9 @@ def attention_tiles(query_len: int, context: int, block_m: int, block_n: int) ->
     """What a causal kernel does with each tile of block_m queries and block_n keys.
 
     The mask is aligned to the end: query i has position ``context - query_len + i`` and sees the
-    keys up to there. A tile is "skipped" when none of its queries sees any of its keys, "full" when
-    all see all and the tile does not stick out beyond the context, else "masked". ValueError unless
-    ``1 <= query_len <= context`` and both blocks are positive.
+    keys up to that position. A tile is "skipped" when none of its queries sees any of its keys. It
+    is "full" when all see all and the tile does not extend beyond the context, else "masked".
+    ValueError unless ``1 <= query_len <= context`` and both blocks are positive.
     """
     if not 1 <= query_len <= context or block_m < 1 or block_n < 1:
         raise ValueError(
@@ -107,9 +107,9 @@ def draw_attention_tiles(
     """Draw the score matrix of one sequence, or of each of a ragged batch, in tiles.
 
     query_lens, contexts: a number for one sequence, or as many numbers as there are sequences;
-    contexts include the new tokens. visited: for one sequence, the tiles
-    ``(first query, first key)`` that some function really went to; what it missed and what it
-    visited for nothing is marked. ax: draw there instead of on a new figure.
+    contexts include the new tokens. visited: for one sequence, the tiles ``(first query, first
+    key)`` that some function really visited; missed tiles and unnecessary visits are marked. ax:
+    draw there instead of on a new figure.
     """
     query_lens = [query_lens] if isinstance(query_lens, int) else list(query_lens)
     contexts = [contexts] if isinstance(contexts, int) else list(contexts)
@@ -122,7 +122,8 @@ def draw_attention_tiles(
 
     side, gap, top, bottom, limit = 0.62, 0.5, 1.12 + 0.26 * (went is not None), 0.15, 3.5
     room = WIDTH - 2 * side - gap * (len(tiles) - 1)
-    unit = min(room / sum(contexts), limit / max(query_lens))  # inches a token
+    # Inches per token.
+    unit = min(room / sum(contexts), limit / max(query_lens))
     height = top + unit * max(query_lens) + bottom
     figure, ax = prepare(ax, height)
     ax.set_xlim(0, WIDTH)
@@ -154,7 +155,7 @@ def draw_attention_tiles(
 def _draw_grid(
     ax: Axes, one: SequenceTiles, left: float, top: float, unit: float, went: set | None
 ) -> Counter[str]:
-    """One score matrix; returns how many tiles were missed or visited for nothing."""
+    """Draw one score matrix; returns how many tiles were missed or visited unnecessarily."""
     faults: Counter[str] = Counter()
     polygons: dict[str, list] = {"full": [], "masked": [], "hidden": [], "skipped": []}
     marks: list[tuple[str, float, float, float, float]] = []
@@ -221,7 +222,7 @@ def _draw_grid(
 
 
 def _stairs(seen: list[int], x: float, y: float, unit: float) -> list[tuple[float, float]]:
-    """The part of a tile that is seen: seen[r] keys in its row r."""
+    """The visible part of a tile, as a polygon: seen[r] keys in its row r."""
     right = [
         (x + count * unit, y + (row + down) * unit)
         for row, count in enumerate(seen)
@@ -233,7 +234,10 @@ def _stairs(seen: list[int], x: float, y: float, unit: float) -> list[tuple[floa
 def _label_grid(
     ax: Axes, one: SequenceTiles, left: float, top: float, unit: float, letter: str
 ) -> None:
-    """Above a grid which keys were in the cache already; beside it the queries."""
+    """Label a grid.
+
+    Above it: the keys that were in the cache already. Beside it: the queries.
+    """
     cached = one.context - one.query_len
     split = left + cached * unit
     small = {"fontsize": 8.5, "color": palette.SOFT_INK}
@@ -273,7 +277,8 @@ def _legend(ax: Axes, numbers: dict[str, int], names: dict[str, str], x: float, 
     }
     for name, number in numbers.items():
         ax.add_patch(Rectangle((x, y - 0.08), 0.18, 0.16, **swatches[name]))
-        if name == "masked":  # half of such a tile is hidden
+        # Half of such a tile is hidden.
+        if name == "masked":
             corners = [(x + 0.02, y - 0.08), (x + 0.18, y - 0.08), (x + 0.18, y + 0.08)]
             ax.add_collection(
                 PolyCollection(
@@ -341,41 +346,42 @@ def _tiles_caption(
 
 @dataclass(frozen=True)
 class TileStep:
-    """The state of the online softmax once the tile of keys first … last - 1 has been added. A
-    number a query.
+    """The state of the online softmax after the tile of keys first … last - 1.
+
+    Each tuple has one number per query.
     """
 
     first: int
     last: int
-    #: What the sums so far were multiplied by, because the maximum grew; 0 at a row's first tile.
+    #: The factor for the old sums, because the maximum grew; 0 at a row's first tile.
     rescale: tuple[float, ...]
     row_max: tuple[float, ...]
     row_sum: tuple[float, ...]
-    #: How much of the final sum has been seen, from 0 to 1.
+    #: The share of the final sum that has been seen, from 0 to 1.
     share: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class TileReplay:
-    """The walk of one tile of queries along its keys, a step a tile; tiles that no query sees are
-    not visited.
+    """The walk of one tile of queries along its keys, one step per tile.
+
+    Tiles that no query sees are not visited.
     """
 
     scores: np.ndarray
     block_n: int
     steps: tuple[TileStep, ...]
     first_position: int
-    #: What `scrub` and the captions call the first step.
+    #: The number of the first step in `scrub` and in captions.
     first_step = 1
 
 
 def replay_tiles(scores: Any, block_n: int) -> TileReplay:
-    """The online softmax over scores ``[queries, keys]`` (anything NumPy takes), in tiles of
-    block_n keys.
+    """Replay the online softmax over scores ``[queries, keys]``, in tiles of block_n keys.
 
-    The queries are consecutive tokens, the last of them also the last of the keys that anybody
-    sees; keys after a query's own position are hidden here, whatever their score. Scores are in
-    units of the natural exponential.
+    scores: anything that NumPy accepts. The queries are consecutive tokens; the last of them is
+    also the last key that any query sees. Keys after a query's own position are hidden here,
+    whatever their score. Scores are in units of the natural exponential.
     """
     scores = np.array(scores, dtype=np.float64)
     queries, keys = scores.shape
@@ -405,8 +411,8 @@ def replay_tiles(scores: Any, block_n: int) -> TileReplay:
 def draw_tile_replay(replay: TileReplay, step: int = -1, ax: Axes | None = None) -> Figure:
     """Draw the running maximum and sum after one tile of keys.
 
-    step: index into replay.steps, negative from the end; IndexError for one that it lacks. (The
-    picture counts from 1.)
+    step: index into replay.steps, negative from the end; IndexError where there is no such step.
+    (The picture counts from 1.)
     """
     count = len(replay.steps)
     if not -count <= step < count:
@@ -509,8 +515,10 @@ def _draw_scores(
 def _draw_state(
     ax: Axes, replay: TileReplay, step: int, left: float, top: float, row: float
 ) -> None:
-    """Beside each query: its running maximum, the factor for the old sums, the sum, and how much of
-    the end it is.
+    """Draw the state beside each query.
+
+    The state is the running maximum, the factor for the old sums, the sum, and the share of the
+    final sum that has been seen.
     """
     state, before = replay.steps[step], replay.steps[step - 1] if step else None
     maxima = [m for s in replay.steps for m in s.row_max if np.isfinite(m)]
@@ -612,9 +620,9 @@ def _replay_caption(replay: TileReplay, step: int) -> str:
 def draw_attention_weights(
     weights: Any, tokens: Sequence[str], query: int = -1, top: int = 7
 ) -> Figure:
-    """Draw the attention weights ``[n, n]`` of one head, and the keys that one query looks at most.
+    """Draw the attention weights ``[n, n]`` of one head, and the strongest keys of one query.
 
-    tokens: n strings. query: which row to explain; top: how many of its keys to name.
+    tokens: n strings. query: the row to explain. top: how many of its keys to name.
     """
     weights = np.asarray(weights, dtype=np.float64)
     count = len(tokens)
@@ -693,7 +701,7 @@ def draw_attention_memory(
     memory: float,
     name: str,
 ) -> Figure:
-    """Draw how the bytes of one layer's scores and of its inputs and output grow with the prompt.
+    """Draw how the bytes of one layer's scores, inputs and output grow with the prompt.
 
     memory: bytes of the machine called name, drawn as a line.
     """
@@ -759,10 +767,10 @@ def draw_attention_memory(
 def draw_tile_room(
     tiles: Mapping[str, tuple[float, float]], registers: float, shared_kib: float
 ) -> Figure:
-    """Draw what tiles take of a multiprocessor: name -> (registers of a thread, KiB of shared
-    memory).
+    """Draw what tiles take of a multiprocessor.
 
-    registers, shared_kib: the most that there is; what goes beyond is hatched.
+    tiles: name -> (registers per thread, KiB of shared memory). registers, shared_kib: the most
+    that there is; a larger demand is hatched.
     """
     names = list(tiles)
     limits = {"registers of a thread": registers, "KiB of shared memory": shared_kib}
@@ -796,7 +804,7 @@ def draw_tile_room(
 
 
 def _draw_room(ax: Axes, what: str, limit: float, numbers: Sequence[float]) -> None:
-    """A bar for each number, hatched beyond the limit."""
+    """Draw a bar for each number, hatched beyond the limit."""
     ax.set_xlim(0, 1.05 * max(limit, *numbers))
     ax.set_ylim(len(numbers) - 0.5, -0.5)
     ax.set_axis_off()

@@ -1,5 +1,4 @@
-"""What became of each request, step by step: the scheduler's timeline, places in the batch, and
-time between tokens.
+"""Each request, step by step: the scheduler's timeline, places in the batch, time between tokens.
 
 All of it is read from a `minivllm.engine.trace.Trace`: the engine's own, or that of
 `minivllm.course.simulator`. `timeline`, `places` and `token_gaps` compute what `draw_timeline`,
@@ -26,8 +25,8 @@ from minivllm.viz import palette
 from minivllm.viz.block_table import check_step, names_in_order
 from minivllm.viz.figure import WIDTH, describe, prepare
 
-#: What a sequence does in a step. "again": it computes tokens that it had computed before it was
-#: preempted. "idle": it has a place, and the step computes nothing of it. "gone": neither queued
+#: What a sequence does in a step. "again": the step computes tokens that were computed before a
+#: preemption. "idle": it has a place, and the step computes nothing for it. "gone": neither queued
 #: nor finished (aborted, or forgotten).
 State = Literal["absent", "wait", "prefill", "chunk", "again", "decode", "idle", "finished", "gone"]
 
@@ -35,8 +34,8 @@ State = Literal["absent", "wait", "prefill", "chunk", "again", "decode", "idle",
 PROMPT, DECODE, AGAIN = "#E69F00", "#0072B2", "#882255"
 #: Where a request is preempted, or vanishes.
 STOP = palette.RESERVED
-#: Every state has a height or a hatch of its own besides its colour: state -> (colour, height in
-#: rows, hatch).
+#: Every state has its own height or hatch, besides its colour: state -> (colour, height in rows,
+#: hatch).
 STYLES: dict[str, tuple[str, float, str]] = {
     "prefill": (PROMPT, 0.8, ""),
     "chunk": (PROMPT, 0.8, "/////"),
@@ -53,42 +52,47 @@ _WORDS = {
     "idle": "held, not computed",
     "again": "computed again",
 }
-#: Inches around the rows, what a letter of a label takes, and what a row takes at most; all rows
-#: together take so many.
+#: Inches of the margins around the rows, and of a letter of a label.
 _TOP, _BOTTOM, _LEFT, _RIGHT, _LETTER = 0.52, 0.9, 0.55, 0.2, 0.064
-#: Letters that a label may have.
+#: The most letters of a label.
 _LABEL = 44
+#: Inches: the largest height of a row, and of all rows together.
 _ROW, _ALL_ROWS = 0.27, 6.5
-#: Lower rows get no letter, narrower cells no edges (inches).
+#: Inches: lower rows get no letter, narrower cells no edges.
 _LETTER_ROW, _EDGE_CELL = 0.13, 0.045
 _FAINT = 0.28
 
 
 @dataclass(frozen=True)
 class TimelineRow:
-    """One sequence through the whole trace; the tuples have an entry for each step."""
+    """One sequence through the whole trace; the tuples have one entry per step."""
 
-    name: str  # "request/index", as in the trace
+    #: "request/index", as in the trace.
+    name: str
     letter: str
     color: str
     states: tuple[State, ...]
-    num_tokens: tuple[int, ...]  # computed in the step
-    preempted: tuple[int, ...]  # steps in whose planning it lost its blocks
-    finished: int | None  # the step that brought its last token
+    #: The number of tokens computed in the step.
+    num_tokens: tuple[int, ...]
+    #: Steps in whose planning the sequence lost its blocks.
+    preempted: tuple[int, ...]
+    #: The step that computed its last token.
+    finished: int | None
 
     def count(self, *states: State) -> int:
-        """In how many steps it is in one of these states."""
+        """The number of steps in which the sequence is in one of these states."""
         return sum(state in states for state in self.states)
 
     @property
     def gone(self) -> int | None:
-        """The first step that knows nothing of it although it has not finished."""
+        """The first step without the sequence, although it has not finished."""
         return self.states.index("gone") if "gone" in self.states else None
 
 
 def is_prompt(item: TracedSequence) -> bool:
-    """Whether a part of a step computes tokens that were known before: of a prompt, or lost in a
-    preemption.
+    """Whether a part of a step computes tokens that were known before.
+
+    These are tokens of a prompt, or tokens lost in a preemption.
     """
     return item.kind == "prefill" or item.num_new_tokens > 1 or not item.samples
 
@@ -99,9 +103,7 @@ def name_of(item: TracedSequence) -> str:
 
 
 def num_again(trace: Trace) -> list[dict[str, int]]:
-    """For each step: name -> how many of the tokens that it computes there had been computed
-    before.
-    """
+    """For each step: name -> how many of its computed tokens had been computed before."""
     furthest: dict[str, int] = {}
     steps = []
     for record in trace.steps:
@@ -114,7 +116,7 @@ def num_again(trace: Trace) -> list[dict[str, int]]:
 
 
 def timeline(trace: Trace) -> list[TimelineRow]:
-    """A row for each sequence, in order of arrival. Raises IndexError for an empty trace."""
+    """One row per sequence, in order of arrival. IndexError for an empty trace."""
     check_step(trace, 0)
     names, again = names_in_order(trace), num_again(trace)
     states: dict[str, list[State]] = {name: [] for name in names}
@@ -165,12 +167,11 @@ def draw_timeline(
     ax: Axes | None = None,
     labels: Sequence[str] | None = None,
 ) -> Figure:
-    """Draw what each request does in each step, one row a request, in order of arrival.
+    """Draw what each request does in each step, one row per request, in order of arrival.
 
-    step: mark this one, and draw what comes after it faintly; negative ones count from the end,
-    None marks none. ax: draw there instead of on a new figure. labels: one for each request, in
-    order of arrival; drawn beside its row. Returns the figure; it displays itself, with a caption
-    in words.
+    step: mark this step, and draw the later ones faintly; negative steps count from the end, None
+    marks none. ax: draw there instead of on a new figure. labels: one per request, in order of
+    arrival; drawn beside its row. Returns the figure; it displays itself, with a caption in words.
     """
     rows = timeline(trace)
     step = None if step is None else check_step(trace, step)
@@ -249,7 +250,10 @@ def _draw_row(
 def _bar(
     ax: Axes, state: State, steps: tuple[int, int], y: int, *, faint: bool, edge: float
 ) -> None:
-    """One bar of a row. steps: the first one, and how many. edge: the line's width around it."""
+    """Draw one bar of a row.
+
+    steps: the first one, and how many. edge: the width of the bar's outline.
+    """
     (x, width), (color, tall, hatch) = steps, STYLES[state]
     outlined = state == "idle"
     face = palette.tint(color, _FAINT) if faint else color
@@ -264,7 +268,7 @@ def _bar(
 
 
 def _draw_name(ax: Axes, y: int, row: TimelineRow, label: str, height: float) -> None:
-    """The request's letter on its colour, left of its row, and its label left of that."""
+    """Draw the request's letter on its colour, left of its row, and its label left of that."""
     points = 72 * height
     chip = {"boxstyle": "square,pad=0.18", "facecolor": row.color, "edgecolor": "none"}
     options = {"xycoords": ax.get_yaxis_transform(), "textcoords": "offset points", "va": "center"}
@@ -307,7 +311,7 @@ def _style(ax: Axes, num_steps: int, num_rows: int, title: str, xlabel: str) -> 
 class _Bar(HandlerBase):
     """Draws a state in the legend as it looks in a row: its height and its hatch."""
 
-    # matplotlib calls it with these arguments.
+    # matplotlib calls the method with these arguments.
     def create_artists(  # noqa: PLR0913
         self, legend, handle, x, y, width, height, fontsize, transform
     ):
@@ -447,7 +451,7 @@ def _plural(count: int, noun: str) -> str:
 
 @dataclass(frozen=True)
 class Places:
-    """Who sits in which of the `max_num_seqs` places of the batch, step by step."""
+    """Which request takes which of the `max_num_seqs` places of the batch, step by step."""
 
     #: [place][step]: the request's index in order of arrival, or None.
     seats: list[list[int | None]]
@@ -460,13 +464,13 @@ class Places:
 
     @property
     def wasted(self) -> float:
-        """Share of places, over all steps, in which nobody sits."""
+        """The share of empty places, over all steps."""
         cells = [seat for seats in self.seats for seat in seats]
         return sum(seat is None for seat in cells) / len(cells)
 
 
 def places(trace: Trace) -> Places:
-    """Seat every running sequence, in order of arrival, in the first place that is free."""
+    """Give every running sequence, in order of arrival, the first free place."""
     check_step(trace, 0)
     index = {name: i for i, name in enumerate(names_in_order(trace))}
     seats: list[list[int | None]] = [[] for _ in range(trace.max_num_seqs)]
@@ -484,11 +488,10 @@ def places(trace: Trace) -> Places:
 
 
 def draw_places(traces: Mapping[str, Trace]) -> Figure:
-    """Draw who sits in which place of the batch, one panel a trace, on one scale of steps. Empty
-    places are hatched.
+    """Draw which request takes which place of the batch, one panel per trace.
 
-    traces: title -> trace, of the same requests. Returns the figure; it displays itself, with a
-    caption in words.
+    All panels have one scale of steps. Empty places are hatched. traces: title -> trace, of the
+    same requests. Returns the figure; it displays itself, with a caption in words.
     """
     all_places = {title: places(trace) for title, trace in traces.items()}
     longest = max(p.num_steps for p in all_places.values())
@@ -571,17 +574,21 @@ def _draw_seats(ax: Axes, seating: Places, cell: float, row: float) -> None:
 
 @dataclass(frozen=True)
 class TokenGaps:
-    """For each step that brought a decoding sequence its next token, the longest wait for one."""
+    """For each step with the next token of a decoding sequence, the longest wait for a token."""
 
-    starts: list[float]  # seconds: when the step began, and when it ended
+    #: Seconds: when the step began, and when it ended.
+    starts: list[float]
     times: list[float]
-    gaps: list[float]  # seconds since the token before
-    with_prompt: list[bool]  # whether prompt tokens were computed in it, too
-    every: list[float]  # the gaps of all sequences, one a token
+    #: Seconds since the token before.
+    gaps: list[float]
+    #: Whether the step computed prompt tokens, too.
+    with_prompt: list[bool]
+    #: The gaps of all sequences, one per token.
+    every: list[float]
 
 
 def token_gaps(trace: Trace) -> TokenGaps:
-    """Time between tokens, from the durations in the trace."""
+    """The times between tokens, from the durations in the trace."""
     check_step(trace, 0)
     last: dict[str, float] = {}
     found = TokenGaps([], [], [], [], [])
@@ -603,12 +610,11 @@ def token_gaps(trace: Trace) -> TokenGaps:
 
 
 def draw_token_gaps(traces: Mapping[str, Trace]) -> Figure:
-    """Draw how long decoding requests wait for their next token, one panel a trace, all on one
-    scale.
+    """Draw how long decoding requests wait for their next token, one panel per trace.
 
-    A bar is a step: as wide as the step took, as tall as the longest wait that it ended, orange
-    where prompt tokens were computed in it. Returns the figure; it displays itself, with a caption
-    in words.
+    All panels have one scale. A bar is a step: its width is the time of the step, its height the
+    longest wait that the step ended. It is orange where the step computed prompt tokens. Returns
+    the figure; it displays itself, with a caption in words.
     """
     found = {title: token_gaps(trace) for title, trace in traces.items()}
     count, tall = len(found), 1.55
@@ -676,6 +682,6 @@ def draw_token_gaps(traces: Mapping[str, Trace]) -> Figure:
 
 
 def _share(values: Sequence[float], share: float) -> float:
-    """The smallest value that this share of the values does not exceed."""
+    """The smallest value such that this share of the values is not larger."""
     ordered = sorted(values)
     return ordered[max(0, -int(-len(ordered) * share // 1) - 1)]

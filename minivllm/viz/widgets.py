@@ -1,5 +1,6 @@
-"""The interactive twin of the pictures: the same functions under a slider. Imports ipywidgets when
-used, not before.
+"""The interactive form of the pictures: the same functions under a slider.
+
+ipywidgets is imported at the first use.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ WIDGET_MIMETYPE = "application/vnd.jupyter.widget-view+json"
 class Scrubber:
     """A picture with a slider over the steps of a trace.
 
-    Where a kernel is alive, JupyterLab shows the slider; elsewhere (GitHub, nbconvert, a closed
-    notebook whose widget output was dropped by `minivllm.course.authoring`) the static twin of the
-    same output shows.
+    Where a kernel is alive, JupyterLab shows the slider. Elsewhere the static picture of the same
+    output shows: on GitHub, in nbconvert, or in a closed notebook whose widget output
+    `minivllm.course.authoring` removed.
     """
 
     def __init__(self, trace: Trace, draw: Callable[..., Figure], step: int) -> None:
         self.trace, self.draw, self.step = trace, draw, step
-        # an engine counts its steps from 0, a lesson from 1
+        # An engine counts its steps from 0, a lesson from 1.
         self._first: int = getattr(trace, "first_step", 0)
         self.figure = lru_cache(maxsize=256)(lambda step: draw(trace, step=step))
         self.png = lru_cache(maxsize=256)(lambda step: self.figure(step).to_png())
@@ -72,9 +73,9 @@ class Scrubber:
 def scrub(
     trace: Trace, draw: Callable[..., Figure] = draw_block_table, step: int | None = None
 ) -> Scrubber:
-    """A picture of the trace with a slider over its steps, and a play button.
+    """Show a picture of the trace with a slider over its steps, and a play button.
 
-    draw: a function of this package that takes ``(trace, step=...)``. step: where to begin; None is
-    the step with the most blocks in use.
+    draw: a function of this package that takes ``(trace, step=...)``. step: the first step to show;
+    None is the step with the most blocks in use.
     """
     return Scrubber(trace, draw, busiest_step(trace) if step is None else check_step(trace, step))

@@ -128,9 +128,9 @@ def test_a_notebook_whose_cells_lost_their_ids(chapter: Chapter, learner: Learne
         (exceptions_swallowed, "Its check cell was changed"),
         (checks_deleted, "Its check cell was deleted"),
         (markers, "NBVAL markers in an answer are ignored"),
-        (check_redefined_in_own_cell, "`check` another meaning"),
-        (check_redefined_in_answer, "`check` another meaning"),
-        (check_replaced_in_the_setup, "`check` another meaning"),
+        (check_redefined_in_own_cell, "Your cells redefine `check`"),
+        (check_redefined_in_answer, "Your cells redefine `check`"),
+        (check_replaced_in_the_setup, "Your cells redefine `check`"),
     ],
     ids=lambda value: getattr(value, "__name__", "") if callable(value) else "",
 )
@@ -211,12 +211,10 @@ def test_missing_answers_are_told(chapter: Chapter, learner: Learner) -> None:
     assert {id: verdict.name for id, verdict in found.items()} == dict.fromkeys(
         demo.SOURCES, "answer-missing"
     )
-    assert "is gone from your file" in found["99.1"].message
+    assert "is missing from your file" in found["99.1"].message
     assert "minivllm course reset 99" in found["99.1"].message
     assert "The hints are in the notebook" in found["99.1"].message
-    assert (
-        "defines Counter, but it is not the cell that came for the answer" in found["99.2"].message
-    )
+    assert "defines Counter, but it is not the given cell for the answer" in found["99.2"].message
     assert "is a raw cell: make it code" in found["99.3"].message
 
 
@@ -365,8 +363,8 @@ def test_a_changed_setup_is_said_once_and_not_to_those_who_passed(
 
     found = judge(chapter, learner(wrong))
     said = (
-        "Cell 2 of your file, which came with it, was changed. It was run as it came, and then as"
-        " it is now."
+        "Cell 2 of your file is a given cell, and it was changed. The original was run first, and"
+        " then your version."
     )
     assert [found[id].notes for id in demo.SOURCES] == [(), (said,), ()]
 

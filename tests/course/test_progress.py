@@ -287,11 +287,11 @@ def test_a_record_that_is_a_folder_or_a_pipe(chapter: Chapter, learner: Learner)
     record = chapter.root / "exercises/.progress.json"
     record.mkdir()
     (record / "mine").write_text("x")
-    assert "it is no file" in minivllm("check", "99.2")
+    assert "it is not a file" in minivllm("check", "99.2")
     assert (chapter.root / "exercises/.progress.damaged-1.json/mine").read_text() == "x"
     record.unlink()
     os.mkfifo(record)
-    assert "it is no file" in minivllm("course")
+    assert "it is not a file" in minivllm("course")
 
 
 def _fails(*_: object, **__: object) -> None:
@@ -308,7 +308,7 @@ def test_a_damaged_record_that_cannot_be_renamed_is_not_overwritten(
     said = minivllm("check", "99.2")
     assert "cannot be renamed either (Read-only file system)" in said
     assert "1 of 1 passed." in said
-    assert "could not be kept in exercises/: the damaged .progress.json is in the way" in said
+    assert "could not be saved in exercises/: the damaged .progress.json is in the way" in said
     assert record.read_text() == "damaged"
 
 
@@ -321,7 +321,7 @@ def test_progress_that_cannot_be_kept_is_one_line(learner: Learner, monkeypatch)
         with monkeypatch.context() as patched:
             patched.setattr(Path, method, _fails)
             said = minivllm("check", "99.3")
-        assert "Your progress could not be kept in exercises/: Read-only file system.\n" in said
+        assert "Your progress could not be saved in exercises/: Read-only file system.\n" in said
         assert Path("exercises/.progress.json").read_bytes() == before
         assert list(Path("exercises").glob("*progress*")) == [Path("exercises/.progress.json")]
 

@@ -1,3 +1,1 @@
-"""What several test modules use: checkpoints, comparisons with transformers, fake machines,
-learners' files.
-"""
+"""Helpers of the tests: checkpoints, parity with transformers, fake machines, learners' files."""

@@ -1,6 +1,4 @@
-"""The exercises of a chapter, the wrong answers to them, and whether an exercise gives itself
-away.
-"""
+"""The exercises of a chapter, the wrong answers to them, and exercises that show an answer."""
 
 from __future__ import annotations
 
@@ -19,8 +17,9 @@ WRONG_ANSWERS = ROOT / "tests/wrong_answers"
 
 @dataclass
 class Part:
-    """One exercise of a solution: sources of its cells. pictures: the given cells before the next
-    statement.
+    """One exercise of a solution: the sources of its cells.
+
+    pictures: the given cells before the next statement.
     """
 
     id: str
@@ -52,7 +51,8 @@ def parts_of(chapter: Chapter) -> tuple[list[str], list[Part]]:
             part = parts.setdefault(id, Part(id))
         if kind == "exercise":
             part.answer, part.given_stub = cell.source, "stub" in cell.metadata.minivllm
-            with contextlib.suppress(ValueError, SyntaxError):  # another test tells
+            # Another test reports an answer without a stub.
+            with contextlib.suppress(ValueError, SyntaxError):
                 part.stub = stub_source(cell)
         elif kind == "check":
             part.check, part.printed = cell.source, compared_text(cell)
@@ -62,8 +62,9 @@ def parts_of(chapter: Chapter) -> tuple[list[str], list[Part]]:
 
 
 def sections(text: str) -> list[Wrong]:
-    """The sections of a file of wrong answers. ValueError for a line that looks like a heading and
-    is none.
+    """The sections of a file of wrong answers.
+
+    ValueError for a line that looks like a heading and is not one.
     """
     if bad := [
         line for line in text.splitlines() if line.startswith("# %%") and not SECTION.match(line)
@@ -83,8 +84,9 @@ def wrong_answers(chapter: Chapter) -> list[Wrong]:
 
 
 def leaks(chapter: Chapter, path: Path | None = None) -> list[str]:
-    """Cells of the generated exercises that hold most of an answer's lines, and outputs and stubs
-    left in them.
+    """Find the cells of the generated exercises that show an answer.
+
+    These are cells with most of an answer's lines, and cells with outputs or stubs left in them.
     """
     found = []
     exercises = make_exercises(chapter)
@@ -100,7 +102,7 @@ def leaks(chapter: Chapter, path: Path | None = None) -> list[str]:
 
 
 def _lines(source: str) -> set[str]:
-    """Its lines that say something: no comments, nothing shorter than 12 characters."""
+    """The meaningful lines of a source: no comments, no lines shorter than 12 characters."""
     return {
         line.strip()
         for line in source.splitlines()

@@ -1,6 +1,4 @@
-"""Random checkpoints written by `transformers`, and its greedy tokens: what the engine is compared
-with.
-"""
+"""Random checkpoints and greedy tokens by `transformers`, to compare the engine with."""
 
 from __future__ import annotations
 
@@ -9,20 +7,18 @@ from pathlib import Path
 
 import torch
 
-#: The margin rule of the issue ENGINE: tokens may differ only where the top two logits lie this
-#: close.
+#: The margin rule: tokens may differ only where the top two logits lie this close.
 MARGIN_FACTOR = 10.0
 
 
 def write_checkpoint(
     path: Path, family: str = "qwen3", *, seed: int = 0, max_shard_size: str = "1GB", **changes
 ) -> Path:
-    """Write a small random checkpoint of a family ("qwen3", "qwen2", "llama") and return its
-    directory.
+    """Write a small random checkpoint, and return its directory.
 
-    Plain initialisation makes a model repeat two tokens, which hides bugs: the weights are scaled
-    so that attention patterns are sharp and the output varied, and epsilon is large enough to show.
-    `changes` are fields of the config.
+    family: "qwen3", "qwen2" or "llama". Plain initialization makes a model repeat two tokens, which
+    hides bugs. So the weights are scaled such that attention patterns are sharp and the output
+    varies, and epsilon is large enough to have an effect. `changes` are fields of the config.
     """
     from transformers import (
         LlamaConfig,
@@ -65,8 +61,8 @@ def write_checkpoint(
                     else 0.2 * torch.randn_like(parameter)
                 )
             elif "embed" in name or "lm_head" in name:
-                # A tied head prefers the token it has just read, unless the layers outweigh the
-                # embedding.
+                # A tied head prefers the token that the model has just read, unless the layers
+                # outweigh the embedding.
                 parameter.normal_(0.0, 0.1 if model.config.tie_word_embeddings else 1.0)
             else:
                 parameter.normal_(0.0, 1.6 * parameter.shape[1] ** -0.5)
@@ -76,21 +72,24 @@ def write_checkpoint(
 
 
 def random_prompt(length: int, salt: int = 0, vocab_size: int = 1024) -> list[int]:
-    """The same tokens for the same arguments; another salt, other tokens from the first on."""
+    """Random tokens: the same for the same arguments.
+
+    With another salt, already the first token differs.
+    """
     generator = torch.Generator().manual_seed(1000 * salt + length)
     return torch.randint(0, vocab_size, (length,), generator=generator).tolist()
 
 
 @dataclass
 class Reference:
-    """Greedy continuation of one prompt by transformers, with the logits it was chosen from."""
+    """Greedy continuation of one prompt by transformers, with the logits of each choice."""
 
     token_ids: list[int]
-    #: [steps, V] float32
+    #: [steps, V] float32.
     logits: torch.Tensor
 
     def margin(self, step: int) -> float:
-        """Distance of the top two logits at this step."""
+        """The distance of the top two logits at this step."""
         top = self.logits[step].topk(2).values
         return float(top[0] - top[1])
 
@@ -109,9 +108,7 @@ class TransformersReference:
 
     @torch.inference_mode()
     def greedy(self, prompt: list[int], num_tokens: int) -> Reference:
-        """num_tokens greedy tokens after the prompt, without stopping at an end-of-sequence
-        token.
-        """
+        """num_tokens greedy tokens after the prompt, without a stop at an end-of-sequence token."""
         key = (tuple(prompt), num_tokens)
         if key not in self._cache:
             out = self.model.generate(
@@ -131,7 +128,7 @@ class TransformersReference:
 
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> torch.Tensor:
-        """[len(token_ids), V] float32: logits at every position."""
+        """The logits at every position: [len(token_ids), V] float32."""
         return (
             self.model(torch.tensor([token_ids], device=self.model.device)).logits[0].float().cpu()
         )

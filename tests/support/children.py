@@ -1,8 +1,8 @@
-"""Runs answers in forked children of one process a chapter, which has torch and the chapter's given
-cells loaded.
+"""Run answers in forked children of one process per chapter.
 
-The process is one of its own, not a fork of pytest: it computes on one thread from the start, for
-OpenMP's other threads do not survive a fork, and sets TRITON_INTERPRET before anything imports
+The process has already imported torch and run the chapter's given cells. It is a process of its
+own, not a fork of pytest, for two reasons. It computes on one thread from the start, because
+OpenMP's other threads do not survive a fork. And it sets TRITON_INTERPRET before anything imports
 triton.
 """
 
@@ -21,14 +21,14 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-LIMIT = 150  # seconds that one answer may take: many times what it takes where nothing else runs
+# Seconds that one answer may take: many times what it takes on a quiet machine.
+LIMIT = 150
 
 
 class Children:
-    """A chapter: setup are its given cells before the first statement; RuntimeError where they
-    fail.
+    """The process of one chapter. Close it, or use `with`.
 
-    Close it, or use `with`.
+    setup: the chapter's given cells before the first statement. RuntimeError where they fail.
     """
 
     def __init__(self, setup: list[str], chapter: str, folder: Path) -> None:
@@ -61,13 +61,13 @@ class Children:
     def run(self, *cells: str, limit: int = LIMIT) -> dict[str, Any]:
         """Execute cells one after the other in a child.
 
-        Returns {"raised": type of what a cell raised, or None; "cell": its number; "name": a
-        Mistake's; "message"; "printed": what the last cell printed}.
+        Returns {"raised": the type of a cell's exception, or None; "cell": the number of that cell;
+        "name": the name of a Mistake; "message"; "printed": what the last cell printed}.
         """
         return self._ask({"cells": cells, "limit": limit})
 
     def warm(self, *cells: str) -> None:
-        """Execute cells in the process itself: what their check caches, every child then has."""
+        """Execute cells in the process itself: each child then has the checks' cached results."""
         self._ask({"warm": cells})
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -85,7 +85,10 @@ class Children:
 
 
 def execute(source: str, name: str, namespace: dict[str, Any]) -> None:
-    """Execute a cell whose lines can be found again, as Triton does to compile a kernel."""
+    """Execute a cell, and register its lines with `linecache`.
+
+    Triton reads the lines of a function again to compile it as a kernel.
+    """
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
     exec(compile(source, name, "exec"), namespace)
 
@@ -152,7 +155,8 @@ def run_forked(cells: list[str], limit: int, namespace: dict[str, Any]) -> dict[
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what is printed past Python goes to the error output
+    # Output that bypasses Python's sys.stdout goes to stderr.
+    os.dup2(2, 1)
     import torch
 
     torch.set_num_threads(1)

@@ -1,9 +1,8 @@
-"""Compile for Hopper what every launcher would launch, on a machine without a GPU; prints one JSON
-object.
+"""Compile every launcher's kernels for Hopper on a machine without a GPU; prints one JSON object.
 
-Run by test_kernel_compile.py in a process of its own, because TRITON_INTERPRET must not be set
-here. The launchers run as they are, on CPU tensors; instead of a launch, the kernel is compiled
-with the arguments and options that they chose.
+test_kernel_compile.py runs this in another process, because TRITON_INTERPRET must not be set here.
+The launchers run unchanged, on CPU tensors. Instead of a launch, the kernel is compiled with the
+arguments and options that the launcher chose.
 """
 
 import inspect
@@ -37,7 +36,7 @@ launches: list[tuple[JITFunction, dict, dict, dict, dict]] = []
 
 
 def record(self: JITFunction, *args, grid, warmup, **kwargs) -> None:
-    """Instead of `JITFunction.run`: what Triton would specialise this launch on."""
+    """Replace `JITFunction.run`: record what Triton would specialise this launch on."""
     options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
     values = inspect.signature(self.fn).bind(*args, **kwargs).arguments.values()
     signature, constants, attributes = {}, {}, {}
@@ -72,7 +71,7 @@ def compile_for_hopper(
 
 
 def cases(dtype: torch.dtype) -> dict:
-    """Launches of Qwen3-0.6B's shape; between them every variant that an engine meets."""
+    """Launches of Qwen3-0.6B's shape; together they cover every variant that an engine meets."""
     kernels = Kernels.triton()
     tokens, heads, kv_heads, dim = 64, 16, 8, 128
     x = torch.zeros(tokens, 1024, dtype=dtype)
@@ -127,8 +126,9 @@ def cases(dtype: torch.dtype) -> dict:
         kernels.sample(logits, torch.ones(batch), None, None, None, row, row)
 
     def many_shapes() -> None:
-        """Nothing here may need a second version of a kernel (but for 1, which Triton always treats
-        apart).
+        """Launch with many shapes. No shape may need a second version of a kernel.
+
+        The exception is 1, which Triton always specialises on.
         """
         for batch, width, longest in ((2, 20, 900), (3, 21, 901), (16, 32, 1024), (33, 77, 4000)):
             prefill(64, longest, batch, width, skip=batch // 3)

@@ -1,6 +1,4 @@
-"""A throwaway chapter to test the course's machinery with: a function, a class with a bug to find,
-a prediction.
-"""
+"""A small chapter for tests of the course: a function, a class with a bug, a prediction."""
 
 from __future__ import annotations
 
@@ -84,14 +82,15 @@ def find(notebook: NotebookNode, id: str) -> NotebookNode:
 
 
 def fill_in(notebook: NotebookNode, **answers: str) -> None:
-    """Put the right answers in, or others: answer_1="def …"."""
+    """Fill in the right answers, or others: answer_1="def …"."""
     for id, source in SOURCES.items():
         find(notebook, f"answer-{id[-1]}").source = answers.get(f"answer_{id[-1]}", source)
 
 
 def make_chapter(root: Path) -> Chapter:
-    """A repository's three folders at root with the solution of chapter 99 in them, as if it had
-    been executed.
+    """Make a repository's three folders at root, with the solution of chapter 99 in them.
+
+    The solution looks as if it had been executed.
     """
     for folder in ("notebooks", "solutions", "exercises"):
         (root / folder).mkdir(parents=True)

@@ -1,9 +1,8 @@
-"""The capstone's worker as a fork of a process that has everything imported, so that a test need
-not wait for that.
+"""The capstone's worker as a fork of a process that has already imported everything.
 
-`python forked.py ADDRESS` listens on a Unix socket and forks for every connection; the child does
-what the command's worker does, `minivllm.course.capstone.main`, with the connection as its standard
-input and output.
+A test then does not wait for the imports. `python forked.py ADDRESS` listens on a Unix socket and
+forks for every connection. The child does what the command's worker does,
+`minivllm.course.capstone.main`, with the connection as its standard input and output.
 """
 
 from __future__ import annotations
@@ -21,7 +20,10 @@ from pathlib import Path
 
 
 class Server:
-    """The process that forks. start: in the place of `capstone._start`. Close it, or use `with`."""
+    """The process that forks. Close it, or use `with`.
+
+    start: replaces `capstone._start`.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.address = str(folder / "forks")
@@ -82,9 +84,8 @@ def main(address: str) -> None:
     capstone._package_run = functools.cache(capstone._package_run)
     capstone._package_run()
     with contextlib.redirect_stdout(io.StringIO()):
-        for chapter in chapters(
-            Path(__file__).resolve().parents[2]
-        ):  # what they import is then there
+        # Afterwards, the modules that the solutions import are loaded.
+        for chapter in chapters(Path(__file__).resolve().parents[2]):
             if chapter.number in {piece.chapter for piece in capstone.PIECES}:
                 first = next(cell for cell in chapter.solution.cells if cell.cell_type == "code")
                 assert role(first)[0] == "given"

@@ -1,4 +1,4 @@
-"""Names of test cases that are the same in every process, which pytest-xdist asks for."""
+"""Names of test cases that are the same in every process, as pytest-xdist requires."""
 
 import re
 

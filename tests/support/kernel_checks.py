@@ -1,9 +1,8 @@
-"""One checking function an operation: it compares an implementation with a textbook in float64, and
-raises.
+"""One checking function per operation: it compares an implementation with a textbook in float64.
 
-What the comparison alone would not notice is made visible: outputs are allocated full of NaN
-between guard bands, inputs stand between bands of NaN, caches are NaN wherever no token lies, and
-block tables end in garbage.
+The tensors are prepared such that errors outside the compared numbers show, too. Outputs are
+allocated full of NaN between guard bands. Inputs stand between bands of NaN. Caches are NaN where
+they hold no token, and block tables end in garbage.
 """
 
 from __future__ import annotations
@@ -20,8 +19,10 @@ from minivllm.kernels import Kernels
 from minivllm.kernels.rotary import NormRope
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-OUTPUT_BAND = 1232.0  # around outputs; exact in bfloat16 too
-BAND = 8192  # numbers before and after a fenced tensor: more than one cache block of any case here
+# The value around outputs; bfloat16 represents it exactly.
+OUTPUT_BAND = 1232.0
+# The numbers before and after a fenced tensor: more than one cache block of any case here.
+BAND = 8192
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -40,8 +41,9 @@ def require_triton() -> None:
 
 
 def fence(tensor: torch.Tensor, band: float = math.nan) -> torch.Tensor:
-    """The same numbers between two bands of NaN: a read outside shows in the result, a write with
-    `assert_fence`.
+    """The same numbers between two bands of NaN.
+
+    A read outside shows in the result; `assert_fence` finds a write outside.
     """
     buffer = torch.full(
         (tensor.numel() + 2 * BAND,), band, dtype=tensor.dtype, device=tensor.device
@@ -61,16 +63,17 @@ def assert_fence(inner: torch.Tensor, band: float = math.nan) -> None:
 
 @contextlib.contextmanager
 def guarded_outputs() -> Iterator[None]:
-    """`torch.empty` gives poison between guard bands, so that a number not written and one too many
-    both show.
+    """Let `torch.empty` give poison between guard bands.
+
+    A number that was not written and a write outside then both show.
     """
     empty, floats, integers = torch.empty, [], []
 
     def poisoned(*shape, dtype=torch.float32, device=None) -> torch.Tensor:
         size = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
         if dtype.is_floating_point:
-            # Nothing reads an output, and what is wrongly written beside it may be NaN: a band of
-            # numbers shows that.
+            # No kernel reads an output, and a wrong write beside it may be NaN. A band of numbers
+            # reveals such a write.
             floats.append(
                 fence(torch.full(tuple(size), math.nan, dtype=dtype, device=device), OUTPUT_BAND)
             )
@@ -91,7 +94,7 @@ def guarded_outputs() -> Iterator[None]:
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
-    """expected: float64; actual must be of dtype and as near as that allows."""
+    """Assert that actual has this dtype and is as near to expected (float64) as it allows."""
     assert actual.dtype == dtype, f"result is {actual.dtype}, not {dtype}"
     torch.testing.assert_close(
         actual.double().cpu(),
@@ -139,7 +142,7 @@ def check_silu_mul(kernels: Kernels, device: torch.device, dtype: torch.dtype) -
 
 
 def check_qk_norm_rope(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> None:
-    """Pairs are turned as complex numbers: (a + ib)·exp(i·position·frequency)."""
+    """The reference rotates pairs as complex numbers: (a + ib)·exp(i·position·frequency)."""
     generator = torch.Generator().manual_seed(3)
     for tokens, heads, kv_heads, dim in (
         (1, 1, 1, 2),
@@ -211,7 +214,7 @@ def check_store_kv(kernels: Kernels, device: torch.device, dtype: torch.dtype) -
 
 
 def check_qk_norm_rope_store(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> None:
-    """The fused operation gives the very numbers of its parts, and writes nothing else."""
+    """The fused operation gives exactly the numbers of its parts, and writes nothing else."""
     generator = torch.Generator().manual_seed(14)
     for tokens, heads, kv_heads, dim, block_size in (
         (1, 1, 1, 2, 16),
@@ -275,7 +278,8 @@ def check_softmax(softmax, device: torch.device, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(5)
     for rows, width in ((1, 1), (3, 15), (2, 16), (2, 17), (4, 100), (0, 5)):
         x = (torch.randn(rows, width + 3, generator=generator) * 5).to(device, dtype)
-        x[:, : width // 2] = -math.inf  # whole tiles of them, before the row's maximum is known
+        # Whole tiles of -inf come before the row's maximum is known.
+        x[:, : width // 2] = -math.inf
         x = fence(x)[:, :width]
         with guarded_outputs():
             out = softmax(x)
@@ -284,16 +288,16 @@ def check_softmax(softmax, device: torch.device, dtype: torch.dtype) -> None:
 
 
 def check_merge(merge_attention, device: torch.device) -> None:
-    """Parts of one attention, in which some rows have empty parts, nothing but empty parts, or very
-    unequal ones.
+    """Merge parts of one attention.
+
+    Some rows have empty parts, only empty parts, or very unequal parts.
     """
     generator = torch.Generator().manual_seed(6)
     for splits, batch, heads, dim in ((1, 1, 1, 4), (2, 3, 2, 24), (21, 2, 3, 64), (53, 3, 1, 80)):
         out = torch.randn(splits, batch, heads, dim, generator=generator)
         lse = torch.randn(splits, batch, heads, generator=generator) * 6
-        lse[
-            :: max(2, splits - 1), 0
-        ] = -math.inf  # the first part, and one in the middle of or behind the others
+        # The first part is empty, and one in the middle or at the end.
+        lse[:: max(2, splits - 1), 0] = -math.inf
         lse[1:, -1, 0] += 200.0  # exp(200) overflows float32
         if batch > 1:
             lse[:, 1, -1] = -math.inf
@@ -313,9 +317,7 @@ def check_merge(merge_attention, device: torch.device) -> None:
 
 
 class PagedContexts:
-    """Keys and values of some sequences, both dense (for the textbook) and paged (for the
-    kernels).
-    """
+    """Keys and values of some sequences, dense (for the textbook) and paged (for the kernels)."""
 
     def __init__(
         self,
@@ -335,7 +337,7 @@ class PagedContexts:
         width = -(-max(contexts) // block_size) + 2
         num_blocks = len(contexts) * width + 1
         order = torch.randperm(num_blocks, generator=generator)
-        # Garbage behind each context: -1, and one beyond the last block; both lie in the fence,
+        # Garbage behind each context: -1, and one beyond the last block. Both point into the fence,
         # where all is NaN.
         self.block_table = torch.full((len(contexts), width), -1, dtype=torch.int32)
         self.block_table[:, 1::2] = num_blocks
@@ -357,8 +359,9 @@ class PagedContexts:
 def attention_by_hand(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """[q_len, H, D], [context, KH, D] twice -> float64 [q_len, H, D], one query token and head at a
-    time.
+    """Attention in float64 for one query token and head at a time: [q_len, H, D].
+
+    query: [q_len, H, D]. key, value: [context, KH, D].
     """
     query, key, value = query.double().cpu(), key.double().cpu(), value.double().cpu()
     q_len, heads, _ = query.shape
@@ -393,7 +396,7 @@ def check_decode(
     for heads, kv_heads, dim, block_size, num_splits, contexts in cases:
         pages = PagedContexts(contexts, kv_heads, dim, block_size, device, dtype, seed=heads)
         generator = torch.Generator().manual_seed(dim)
-        # Queries large enough that the weights are far from equal.
+        # The queries are large, so that the weights are far from equal.
         qkv = fence(
             (2 * torch.randn(len(contexts), heads + 2, dim, generator=generator)).to(device, dtype)
         )
@@ -478,7 +481,7 @@ def check_prefill(
 
 
 def philox_by_hand(counter: Sequence[int], key: Sequence[int]) -> list[int]:
-    """Philox4x32-10 as the paper has it, on Python's own integers."""
+    """Philox4x32-10 as in the paper, on Python's own integers."""
     c, k = list(counter), list(key)
     for _ in range(10):
         left, right = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
@@ -501,7 +504,7 @@ def uniform_by_hand(seed: int, position: int) -> float:
 def filter_by_hand(
     logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float
 ) -> list[int]:
-    """Token ids that stay, in float64, one token at a time."""
+    """The token ids that stay, in float64, one token at a time."""
     kept = sorted(
         (i for i in range(len(logits)) if logits[i] > -math.inf), key=lambda i: (-logits[i], i)
     )
@@ -522,7 +525,8 @@ def check_filter(filter_logits) -> None:
         rows = 40
         logits = torch.randn(rows, vocabulary, generator=generator) * 2
         logits[::3, ::2] = -math.inf if vocabulary > 1 else 0.0
-        logits[::5] = logits[::5].round()  # many equal ones
+        # Many equal logits.
+        logits[::5] = logits[::5].round()
         temperature = torch.rand(rows, generator=generator) * 2 + 0.2
         top_k = torch.randint(-1, 8, (rows,), generator=generator, dtype=torch.int32)
         top_p = (torch.rand(rows, generator=generator) * 1.2).clamp_max(1.0)
@@ -547,16 +551,13 @@ def check_filter(filter_logits) -> None:
 
 
 def check_sample(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> None:
-    """Each token is the one at which the float64 distribution, summed in order, passes the row's
-    uniform number.
-    """
+    """Each token is the first one whose cumulative float64 share passes the uniform number."""
     generator = torch.Generator().manual_seed(7)
     for vocabulary in (1, 50, 4096, 4097, 9000):
         rows = 12
         logits = torch.randn(rows, vocabulary + 3, generator=generator) * 3
-        logits[
-            1:, : vocabulary // 3
-        ] = -math.inf  # masked at the start, and at the end, where whole tiles are empty
+        # Masked at the start; and at the end, where whole tiles are empty.
+        logits[1:, : vocabulary // 3] = -math.inf
         logits[3, -(-vocabulary // 2) :] = -math.inf
         logits[4] = 1.5  # all equal
         logits = fence(logits.to(device, dtype))[:, :vocabulary]

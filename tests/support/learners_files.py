@@ -1,4 +1,4 @@
-"""What learners do to their files of exercises, harmless or not, and the verdicts on one."""
+"""What learners do to their files of exercises, harmless or not, and the verdicts on a file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ WRONG = "def double(x):\n    return x * x"
 def judge(
     chapter: Chapter, path: Path, timeout: float = 30, ids: set[str] | None = None
 ) -> dict[str, Verdict]:
-    """The verdicts by id. The learner's file must not have been touched."""
+    """The verdicts by id.
+
+    Also asserts that the learner's file was not changed.
+    """
     before, since = path.read_bytes(), path.stat().st_mtime_ns
     found = {
         verdict.id: verdict for verdict in verdicts(graft(path, chapter), path.parent, ids, timeout)
@@ -32,7 +35,7 @@ def states(found: dict[str, Verdict]) -> dict[str, str]:
 
 
 def insert(notebook: NotebookNode, after: str, source: str) -> None:
-    """A cell that a learner added."""
+    """Insert a cell that a learner added."""
     notebook.cells.insert(
         notebook.cells.index(demo.find(notebook, after)) + 1, new_code_cell(source)
     )
@@ -43,7 +46,7 @@ def without(notebook: NotebookNode, *ids: str) -> None:
 
 
 def saved_as_passed(notebook: NotebookNode) -> None:
-    """As if the checks had been run and had passed."""
+    """Make the notebook look as if the checks had been run and had passed."""
     for id, printed in demo.PRINTED.items():
         check = demo.find(notebook, f"check-{id[-1]}")
         check.outputs = [new_output("stream", name="stdout", text=f"{id} passed: {printed}\n")]

@@ -1,10 +1,9 @@
-"""How the engine is compared with transformers: a run that is recorded, and the one rule by which
-it is judged.
+"""The comparison of the engine with transformers: a recorded run, and the one rule to judge it.
 
-`RecordedLLM` is the engine with nothing changed: through its own seams (`kernels`, `scheduler_cls`)
-it counts launches, notes what the scheduler did, and keeps the logits that every token was chosen
-from, those of recorded graphs too. `assert_same_greedy` compares logits and tokens with
-transformers' on the same weights, in float32.
+`RecordedLLM` is the unchanged engine. Through the engine's own arguments (`kernels`,
+`scheduler_cls`) it counts launches and records what the scheduler did. It keeps the logits of every
+token, also those of recorded graphs. `assert_same_greedy` compares logits and tokens with those of
+transformers on the same weights, in float32.
 """
 
 from __future__ import annotations
@@ -37,18 +36,18 @@ from support.checkpoints import (
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.set_float32_matmul_precision("highest")
 
-#: Largest logit error that counts as rounding, as a share of the logits' standard deviation.
+#: The largest logit error that counts as rounding, as a share of the logits' standard deviation.
 #: Measured: at most 2e-5 on random checkpoints; the weakest of the mutations in test_mutations.py
 #: gives 2e-3.
 TOLERANCE = 2e-4
-#: Tokens that may differ at all (by the margin rule) in a thousand.
+#: How many tokens per thousand may differ at all (by the margin rule).
 MAX_DIFFERENCES_PER_1000 = 1
 NUM_TOKENS = 64
 MIN_DISTINCT = 30
 
 
 class Checkpoint:
-    """A random checkpoint, transformers on it, and prompts that are worth completing."""
+    """A random checkpoint, transformers on it, and prompts with varied completions."""
 
     def __init__(self, path: Path, family: str = "qwen3", **changes: Any) -> None:
         self.path = write_checkpoint(path, family, **changes)
@@ -57,7 +56,7 @@ class Checkpoint:
         self._salts: Counter[tuple[int, ...]] = Counter()
 
     def prompt(self, length: int, which: int = 0, after: Sequence[int] = ()) -> list[int]:
-        """`after`, then `length` random tokens; another `which`, another first token.
+        """`after`, then `length` random tokens; with another `which`, the first token differs.
 
         The prompt is chosen so that its completion holds at least MIN_DISTINCT tokens.
         """
@@ -74,7 +73,7 @@ class Checkpoint:
         return found[which]
 
     def prompts(self, *lengths: int) -> list[list[int]]:
-        """One for each length, all different."""
+        """One prompt per length, all different."""
         return [self.prompt(n, lengths[:i].count(n)) for i, n in enumerate(lengths)]
 
 
@@ -88,7 +87,7 @@ class Completion:
 
     prompt: list[int]
     token_ids: list[int]
-    #: [len(token_ids), V] float32: row i is what token i was chosen from.
+    #: [len(token_ids), V] float32: row i holds the logits of token i.
     logits: torch.Tensor
     #: The block table when the sequence was last scheduled.
     block_table: list[int]
@@ -105,7 +104,7 @@ def _engines_choice(path: Path | None, attention_backend: str) -> Kernels:
 
 
 class RecordedLLM(LLM):
-    """An `LLM` in float32, on the device there is, that remembers. Options are LLM's."""
+    """An `LLM` in float32 that records its run, on a GPU where there is one. Options are LLM's."""
 
     def __init__(
         self,
@@ -126,8 +125,8 @@ class RecordedLLM(LLM):
         self._sequences: list[Any] = []
         self._logits: dict[tuple[int, int], torch.Tensor] = {}
         self._tables: dict[int, list[int]] = {}
-        #: Logits of the step being run, of steps whose results the scheduler has not seen (with
-        #: the order of their rows), and of each graph.
+        #: The logits of the present step, of the steps whose results the scheduler has not seen
+        #: (with the order of their rows), and of each graph.
         self._fresh: torch.Tensor | None = None
         self._in_flight: deque[tuple[torch.Tensor, list[int]]] = deque()
         self._captured: dict[int, torch.Tensor] = {}
@@ -140,7 +139,8 @@ class RecordedLLM(LLM):
                 "scheduler_cls": self._recording(scheduler_cls),
             }
         super().__init__(path, dtype="float32", attention_backend=attention_backend, **options)
-        if "kernels" not in options:  # what records cannot be sent to other ranks: here is enough
+        # Recording kernels cannot be sent to other ranks; recording here is enough.
+        if "kernels" not in options:
             engine = self.llm_engine
             engine.model_runner.sampler.kernels = self._counting(kernels)
             engine.scheduler.__class__ = self._recording(scheduler_cls)
@@ -157,7 +157,7 @@ class RecordedLLM(LLM):
         return completions
 
     def completions(self) -> list[Completion]:
-        """Every sequence so far, in the order of arrival, as far as it has come."""
+        """Every sequence so far, in the order of arrival, also unfinished ones."""
         found = []
         for seq in self._sequences:
             token_ids = [t for t in seq.output_token_ids if t >= 0]
@@ -177,13 +177,11 @@ class RecordedLLM(LLM):
         return found
 
     def add(self, prompt: Sequence[int], num_tokens: int = NUM_TOKENS, **params: Any) -> str:
-        """Queue a greedy request with the engine, for a loop of one's own; returns its id."""
+        """Add a greedy request to the engine, for a test with its own loop; returns its id."""
         return self.llm_engine.add_request(prompt, greedy(num_tokens, **params))
 
     def run_one_step_late(self) -> list[Completion]:
-        """Run what was added, planning (and launching) each step before the results of the one
-        before are known.
-        """
+        """Run the added requests; launch each step before the last step's results are known."""
         scheduler, runner = self.llm_engine.scheduler, self.llm_engine.model_runner
         waiting = None
         while scheduler.has_unfinished or waiting is not None:
@@ -205,7 +203,8 @@ class RecordedLLM(LLM):
                 if name == "sample":
                     logits = (args[0] if args else kwargs["logits"]).detach().float().clone()
                     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-                        self._captured[len(logits)] = logits  # written anew by every replay
+                        # Every replay overwrites them.
+                        self._captured[len(logits)] = logits
                     else:
                         self._fresh = logits
                 return function(*args, **kwargs)
@@ -291,14 +290,14 @@ def greedy(num_tokens: int = NUM_TOKENS, **params: Any) -> SamplingParams:
 
 @dataclass
 class Report:
-    """What the margin rule let pass, over many comparisons."""
+    """The differences that the margin rule accepted, over many comparisons."""
 
     num_tokens: int = 0
     max_error: float = 0.0
     differences: list[str] = field(default_factory=list)
 
     def check(self) -> None:
-        """Raise unless at most one token of a thousand differs (of fewer than a thousand, one)."""
+        """Raise unless at most one token per thousand differs (of fewer than a thousand, one)."""
         allowed = max(1, self.num_tokens * MAX_DIFFERENCES_PER_1000 // 1000)
         if len(self.differences) > allowed:
             raise ParityError(
@@ -320,14 +319,14 @@ def assert_same_greedy(
     partial: bool = False,
     report: Report = REPORT,
 ) -> None:
-    """Raise `ParityError` unless these are transformers' greedy completions and logits, but for
-    rounding.
+    """Raise `ParityError` unless completions and logits are transformers', up to rounding.
 
-    Logits: every one lies within TOLERANCE of the reference's at the same position after the same
-    tokens. Tokens: each is the reference's first choice, or (the margin rule) its two best logits
-    lie within 10 x the error measured there. partial: completions may be shorter than num_tokens
-    (aborted, or ended by themselves). min_distinct: how many different tokens each of the
-    reference's completions must hold; few would prove little.
+    Logits: each one lies within TOLERANCE of the reference's at the same position after the same
+    tokens. Tokens: each is the reference's first choice, or (the margin rule) the reference's two
+    best logits lie within 10 x the error measured there. partial: completions may be shorter than
+    num_tokens (aborted, or ended by themselves). min_distinct: how many different tokens each of
+    the reference's completions must hold; a comparison with few different tokens would prove
+    little.
     """
     assert completions, "nothing to compare"
     here = Report()
@@ -343,7 +342,8 @@ def assert_same_greedy(
             )
         if completion.token_ids == expected.token_ids[:count]:
             logits = expected.logits[:count]
-        else:  # what the reference says after the tokens that the engine chose
+        else:
+            # The reference's logits after the tokens that the engine chose.
             fed = completion.prompt + completion.token_ids[:-1]
             logits = reference.logits(fed)[len(completion.prompt) - 1 :]
         _compare(
@@ -361,12 +361,13 @@ def assert_same_greedy(
 
 
 def _compare(completion: Completion, expected: torch.Tensor, name: str, report: Report) -> None:
-    """expected: [steps, V]"""
+    """Compare one completion. expected: [steps, V]."""
     if not len(completion.token_ids):
         return
     errors = (completion.logits - expected).abs().amax(-1)
     relative = float(errors.max() / expected.std())
-    if not relative <= TOLERANCE:  # NaN is an error too
+    # NaN is an error, too.
+    if not relative <= TOLERANCE:
         step = (
             int((errors > TOLERANCE * expected.std()).nonzero()[0])
             if not errors.isnan().any()
@@ -394,8 +395,9 @@ def _compare(completion: Completion, expected: torch.Tensor, name: str, report: 
 def run_hit_after_miss(llm: RecordedLLM, model: Checkpoint) -> list:
     """Leave the third block of a prompt cached and its first two evicted, then run that prompt.
 
-    The request with prompt_logprobs takes no hits: it computes the first two blocks again (they
-    stay the other request's in the cache) and registers the third; that one outlives the others.
+    The request with prompt_logprobs takes no hits. It computes the first two blocks again (the
+    cache keeps the other request's copies) and registers the third, which stays cached longer than
+    the others.
     """
     head, tail, last = model.prompt(8), model.prompt(4), model.prompt(2)
     manager = llm.llm_engine.scheduler.block_manager

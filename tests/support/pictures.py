@@ -1,4 +1,4 @@
-"""What pictures are held against: their size, and colours as the colour-blind see them."""
+"""What pictures are checked against: their size, and colours as colour-blind people see them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BLINDNESS = {
 
 
 def seen(color: str, kind: str | None) -> tuple[float, float, float]:
-    """A colour as CIE L*a*b*, as somebody with this kind of colour blindness sees it."""
+    """A colour in CIE L*a*b*, as a person with this kind of colour blindness sees it."""
     linear = [
         x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in palette.rgb(color)
     ]

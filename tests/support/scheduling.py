@@ -1,10 +1,10 @@
 """A fake model that knows what a KV cache would hold, and random requests served with it.
 
-The fake model knows what a KV cache would hold: every entry is (token, position, chain), where
-chain hashes all tokens up to there *as they were read through the block table*. The next token is a
-function of the last chain, so a stale, foreign or misplaced block changes the text; and each
-sequence's true text is known beforehand, whatever the schedule. Results arrive at once, or one step
-late (step N + 1 is planned and run before step N is reported).
+Every entry of the cache is (token, position, chain). The chain hashes all tokens up to there *as
+they were read through the block table*. The next token is a function of the last chain, so a stale,
+foreign or misplaced block changes the text. Each sequence's true text is known beforehand, whatever
+the schedule. Results arrive at once, or one step late (step N + 1 is planned and run before the
+results of step N are reported).
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from minivllm.engine.scheduler import Scheduler
 from minivllm.engine.sequence import PENDING, Sequence, SequenceStatus, max_steps
 from minivllm.sampling_params import SamplingParams
 
-VOCAB = 3  # few tokens, so that prompts and outputs share prefixes by chance as well
+# With few tokens, prompts and outputs share prefixes also by chance.
+VOCAB = 3
 
 
 class Truth:
-    """The text of one sequence, from its request alone: token i follows from the tokens before
-    it.
+    """The text of one sequence, from its request alone.
+
+    Each token follows from the tokens before it.
     """
 
     def __init__(
@@ -42,8 +44,9 @@ class Truth:
         self.output = self.tokens[self.num_prompt :]
 
     def token(self, position: int) -> int:
-        """The token at a position; beyond the end, what a step computed for nothing would
-        sample.
+        """The token at a position.
+
+        Beyond the end it is the token that a superfluous step would sample.
         """
         while len(self.tokens) <= position:
             banned = (
@@ -55,7 +58,7 @@ class Truth:
         return self.tokens[position]
 
     def block_hashes(self, count: int, block_size: int) -> list[int]:
-        """The hashes of the first so many blocks of the true text."""
+        """The hashes of the first `count` blocks of the true text."""
         for index in range(len(self._block_hashes), count):
             previous = self._block_hashes[-1] if self._block_hashes else None
             tokens = self.tokens[index * block_size : (index + 1) * block_size]
@@ -74,7 +77,7 @@ def fake_sample(chain: int, banned: frozenset[int]) -> int:
 
 @dataclass(frozen=True)
 class Pool:
-    """What an engine of this size would be made with."""
+    """The sizes of an engine."""
 
     num_blocks: int = 8
     block_size: int = 2
@@ -84,13 +87,14 @@ class Pool:
 
     @property
     def max_num_tokens(self) -> int:
-        """The longest sequence it can hold; the last token is never fed back."""
+        """The longest sequence that the pool can hold; the last token is never an input."""
         return self.num_blocks * self.block_size + 1
 
 
 class Simulation:
-    """A scheduler, its block manager, and the fake model; asserts everything that must hold at each
-    step.
+    """A scheduler, its block manager, and the fake model.
+
+    Each step asserts everything that must hold.
     """
 
     def __init__(
@@ -105,8 +109,8 @@ class Simulation:
         self.pool, self.late, self.sequence_cls = pool, late, sequence_cls
         self.manager_cls, self.scheduler_cls = manager_cls, scheduler_cls
         self._new_scheduler()
-        #: What memory holds: block -> offset -> (token, position, chain), or None where nothing was
-        #: written yet.
+        #: The content of memory: block -> offset -> (token, position, chain), or None where nothing
+        #: was written yet.
         self.content = [[None] * pool.block_size for _ in range(pool.num_blocks)]
         self.last_token = [None] * pool.max_num_seqs
         self.truths: dict[int, Truth] = {}
@@ -114,13 +118,13 @@ class Simulation:
         self.results: deque = deque()
         self.num_steps = self.num_deferrals = self.num_late_accepted = 0
         #: Verified proposals, refused ones, and those dropped because a stop came before them; and
-        #: steps with proposals whose sequence had been preempted when its results came.
+        #: steps with proposals whose sequence had been preempted before its results arrived.
         self.num_right = self.num_wrong = self.num_cut = self.num_late_verified = 0
         self.has_proposed = False
-        #: Chains of all that has been verified: only of these may hashes be made.
+        #: The chains of all verified tokens: block hashes may be made of these only.
         self.verified_chains: set[int] = set()
         self.chain_of_hash: dict[int, int] = {}
-        #: Tokens of each sequence, the prompt's included, whose values have been brought.
+        #: The tokens of each sequence, the prompt's included, whose values have been reported.
         self.num_reported: dict[int, int] = {}
 
     def _new_scheduler(self) -> None:
@@ -138,7 +142,7 @@ class Simulation:
         min_tokens: int = 0,
         prompt_logprobs: int | None = None,
     ) -> Sequence:
-        """A request, cut to what the pool can hold, as the engine's own checks would."""
+        """Add a request, shortened to what the pool can hold, as the engine's checks would."""
         prompt = prompt[: self.pool.max_num_tokens - 1]
         max_num_tokens = min(len(prompt) + max_tokens, self.pool.max_num_tokens)
         min_tokens = min(min_tokens, max_num_tokens - len(prompt))
@@ -160,8 +164,9 @@ class Simulation:
         return seq
 
     def propose(self, seq: Sequence, num_right: int, num_wrong: int) -> None:
-        """Propose what seq will say next, as a model that sometimes errs: so many right tokens,
-        then wrong ones.
+        """Propose the next tokens of seq, like a draft model that sometimes errs.
+
+        num_right right tokens come first, then num_wrong wrong ones.
         """
         known = seq.num_tokens - seq.has_pending_token
         truth = self.truths[seq.seq_id]
@@ -178,8 +183,9 @@ class Simulation:
             assert taken == proposals[:room]
 
     def propose_at_random(self, rng: random.Random) -> None:
-        """Right, wrong and partly right proposals, for some of those that run and those that do
-        not.
+        """Propose right, wrong and partly right tokens for some of the sequences.
+
+        Some of these are running, others are not.
         """
         for seq in list(self.live.values()):
             if rng.random() < 0.7:
@@ -196,8 +202,10 @@ class Simulation:
         self.check()
 
     def interrupt(self) -> None:
-        """A step fails while it is computed, maybe after it wrote: the results in flight never
-        arrive, and the engine begins anew with the tokens that it knows (`EngineCore.restart`).
+        """Let a step fail while it is computed, perhaps after it wrote.
+
+        The results in flight never arrive. The engine starts again with the tokens that it knows
+        (`EngineCore.restart`).
         """
         batch = self.scheduler.schedule()
         self._execute(batch)
@@ -218,7 +226,7 @@ class Simulation:
         self.check()
 
     def step(self) -> None:
-        """Plan and run a step; report it at once, or report the one before."""
+        """Plan and run a step; report it at once, or report the step before."""
         if not self.live and not self.results:
             assert not self.scheduler.schedule(), "planned a step for nobody"
             return
@@ -236,15 +244,17 @@ class Simulation:
             self.check()
 
     def drain(self, guesses: random.Random | None = None) -> None:
-        """Run until everything has finished, within the stated bound; then nothing may be left
-        over.
+        """Run until all requests have finished, within the stated bound.
+
+        Then no block and no slot may be in use.
         """
         left = max_steps(
             (s.num_prompt_tokens, s.max_num_tokens - s.num_prompt_tokens)
             for s in self.live.values()
         )
         if self.late and self.has_proposed:
-            left *= 2  # a sequence rests while its proposals are verified
+            # A sequence rests while its proposals are verified.
+            left *= 2
         while self.live or self.results:
             if self.live:
                 assert left > 0, (
@@ -283,7 +293,7 @@ class Simulation:
         return tokens
 
     def _verify(self, item) -> list[int]:
-        """Sample behind the known tokens and behind each proposal, until one is wrong."""
+        """Sample after the known tokens and after each proposal, until a proposal is wrong."""
         seq, verified = item.sequence, []
         assert item.sample_positions[-1] == item.end, (
             "samples somewhere else than behind what it computed"
@@ -299,7 +309,7 @@ class Simulation:
         return verified
 
     def _check_history(self, seq: Sequence, truth: Truth, end: int) -> None:
-        """What a step reads must be this sequence's own history, written before."""
+        """Check that a step reads only this sequence's own history, written before."""
         for position in range(end):
             expected = (truth.token(position), position, truth.chains[position])
             found = self._entry(seq, position)
@@ -344,14 +354,13 @@ class Simulation:
             "the oldest was preempted"
         )
         if oldest is not None and oldest not in ids:
-            # It may rest only while results of it, or of a block that it waits for, are in flight.
+            # It may rest only while its own results, or those of a block that it waits for, are in
+            # flight.
             assert self.results, "the oldest request got nothing in this step"
         self.num_deferrals += self._deferred(batch)
 
     def _deferred(self, batch) -> bool:
-        """Whether the head of the queue stayed there only to wait for a block that somebody else
-        computes.
-        """
+        """Whether the head of the queue waited only for a block that another sequence computes."""
         scheduler = self.scheduler
         has_room = (
             len(scheduler.running) < self.pool.max_num_seqs and batch.num_tokens < self.pool.budget
@@ -401,8 +410,9 @@ class Simulation:
             assert not seq.block_table
 
     def check(self) -> None:
-        """The classes' own invariants; nobody lost; and the prefix cache tells the truth about
-        memory.
+        """Check the classes' own invariants, that no request is lost, and the prefix cache.
+
+        The prefix cache must describe the content of memory correctly.
         """
         self.scheduler.check()
         queued = {seq.seq_id for seq in [*self.scheduler.running, *self.scheduler.waiting]}
@@ -445,7 +455,7 @@ def random_pool(rng: random.Random) -> Pool:
 
 
 def random_prompt(rng: random.Random, known: list[list[int]], longest: int) -> list[int]:
-    """Most prompts begin as an earlier one did, or as its text went on."""
+    """A random prompt. Most begin like an earlier prompt, or continue like its text."""
     length = rng.randint(1, longest)
     prompt: list[int] = []
     if known and rng.random() < 0.75:
@@ -457,8 +467,9 @@ def random_prompt(rng: random.Random, known: list[list[int]], longest: int) -> l
 def run_random(
     seed: int, *, late: bool, num_events: int = 40, proposing: bool = False, **classes
 ) -> Simulation:
-    """One random history of adds, aborts and steps; then everything has to finish. proposing: with
-    proposals before each step.
+    """Run one random history of adds, aborts and steps; then all requests have to finish.
+
+    proposing: with proposals before each step.
     """
     rng, guesses = random.Random(seed), random.Random(seed + 1)
     sim = Simulation(random_pool(rng), late=late, **classes)
@@ -489,7 +500,7 @@ def run_random(
 
 
 def run_many(seeds, late: bool, **options) -> dict[str, int]:
-    """Counters over many random histories, so that a test can assert which situations it met."""
+    """Counters over many random histories; a test asserts which situations occurred."""
     total = dict.fromkeys(
         ("preemptions", "hits", "chunks", "mixed", "finished", "deferrals", "late_accepted"), 0
     )
@@ -519,8 +530,9 @@ def make_seq(seq_id: int, tokens: list[int], **changes) -> Sequence:
 
 
 def compute(manager: BlockManager, seq: Sequence, end: int | None = None) -> list[int]:
-    """Allocate, compute and register a sequence's tokens up to end, as a step would; returns its
-    block table.
+    """Allocate, compute and register a sequence's tokens up to end, as a step would.
+
+    Returns its block table.
     """
     end = seq.num_tokens if end is None else end
     start = seq.num_computed_tokens

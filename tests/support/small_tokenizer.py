@@ -26,7 +26,7 @@ CHATML = (
 
 
 def write_tokenizer(path: Path, vocab_size: int = 420) -> int:
-    """Byte-level BPE in Hugging Face's files; returns the number of its tokens."""
+    """Write a byte-level BPE tokenizer in Hugging Face's files; returns its number of tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

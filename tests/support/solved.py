@@ -1,5 +1,6 @@
-"""A repository whose learner has solved everything: copies of the exercises, filled with the
-solutions' answers.
+"""A repository whose learner has solved all exercises.
+
+It holds copies of the exercises with the solutions' answers filled in.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def answers_of(chapter: Chapter) -> dict[str, str]:
 
 
 def write_solved(root: Path, chapters: Iterable[Chapter]) -> Path:
-    """Write these chapters' solutions and solved exercises below root, which is returned."""
+    """Write these chapters' solutions and solved exercises below root, and return root."""
     for folder in ("notebooks", "solutions", "exercises"):
         (root / folder).mkdir()
     for chapter in chapters:

@@ -1,6 +1,4 @@
-"""Kinds of checkpoints: families, numbers of heads, biases, tied weights, shards, scaled rotary
-embeddings.
-"""
+"""Kinds of checkpoints: families, heads, biases, tied weights, shards, scaled rotary embeddings."""
 
 from __future__ import annotations
 
@@ -10,14 +8,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Variant:
-    """A kind of checkpoint, and what of it must be visible to us, or the test would not test it."""
+    """A kind of checkpoint, and the fields that must show its feature.
+
+    Without these fields the test could pass although the feature is missing.
+    """
 
     family: str
     changes: dict[str, Any] = field(default_factory=dict)
     #: Fields of `ModelConfig`.
     expected: dict[str, Any] = field(default_factory=dict)
-    #: Changes of `RopeConfig` that must give another rope table: what the variant adds is really
-    #: used.
+    #: Changes of `RopeConfig` that must give another rope table. This shows that the variant's
+    #: feature is really used.
     unlike: dict[str, Any] = field(default_factory=dict)
 
 

@@ -1,11 +1,11 @@
-"""The training corpus: every document the bundled model ever saw, drawn from a seed.
+"""The training corpus: every document that the bundled model was trained on, drawn from a seed.
 
-`documents(seed)` is an endless stream; nothing is read from disk or from a network. Kinds of
-documents and their shares are in `MIXTURE`. A document is a tuple of `Segment`s: the text, and
-whether the model is trained to write it (what a user or a system message says is read, not
-learned).
+`documents(seed)` is an endless stream; nothing is read from disk or from a network. `MIXTURE` holds
+the kinds of documents and their shares. A document is a tuple of `Segment`s. A segment is a text,
+with a flag that says whether the loss covers it. The model reads the messages of a user or a system
+and does not learn to write them.
 
-Print some with ``python -m minivllm.bundled.training.corpus --documents 20``.
+Print some documents with ``python -m minivllm.bundled.training.corpus --documents 20``.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
 SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
 
-# What the tokenizer applies to a list of messages; `render_chat` below is the same in Python (a
-# test compares them).
+# The tokenizer applies this template to a list of messages. `render_chat` below is the same in
+# Python (a test compares them).
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -56,7 +56,7 @@ class Document:
 
 
 def render_chat(messages: list[Message], add_generation_prompt: bool = False) -> str:
-    """ChatML, as the chat template renders it."""
+    """Render messages as ChatML, like the chat template."""
     text = "".join(f"{TURN_START}{m.role}\n{m.content}{TURN_END}\n" for m in messages)
     return text + (f"{TURN_START}assistant\n" if add_generation_prompt else "")
 
@@ -161,8 +161,9 @@ def comparison_questions() -> Iterator[str]:
 
 
 def all_glossary_questions(excluded: Collection[str] = frozenset()) -> Iterator[str]:
-    """Every question about a term that the corpus can contain, up to casing, spacing and
-    punctuation.
+    """Every question about a term that the corpus can contain.
+
+    Upper and lower case, spaces and punctuation are ignored.
     """
     for term in glossary.TERMS:
         yield from glossary.question_bank(term, excluded=frozenset(excluded))
@@ -604,7 +605,7 @@ class CorpusWriter:
             for term in glossary.TERMS
         ]
 
-    # exchanges: one question and its answer
+    # Exchanges: one question and its answer.
 
     def draw_term(self) -> str:
         return self.rng.choices(glossary.TERMS, self.term_weights)[0]
@@ -661,7 +662,7 @@ class CorpusWriter:
         story = stories.write_story(rng, cast, emoji=emoji)
         return (request, story.text), story
 
-    # chats
+    # Chats.
 
     def opening_messages(self) -> list[Message]:
         return (
@@ -775,7 +776,7 @@ class CorpusWriter:
         return chat_document(kind, messages)
 
     def retelling(self, story: stories.Story) -> Exchange:
-        """The same hero with another object."""
+        """Another story with the same hero and another object."""
         rng = self.rng
         cast = stories.draw_cast(rng, story.cast.hero)
         question = _ask(
@@ -797,7 +798,7 @@ class CorpusWriter:
         )
         return _ask(rng, asked), pick(rng, others)
 
-    # documents
+    # Documents.
 
     def story_chat(self) -> Document:
         return self.single_turn("story chat", self.story_exchange()[0])
@@ -873,8 +874,9 @@ def _messages(exchange: Exchange) -> list[Message]:
 
 
 def _match_request(rng: random.Random, cast: stories.Cast, request: str) -> stories.Cast:
-    """A request may name the kind but not the name, or neither: then the story is free to
-    choose.
+    """The cast of the story that answers a request.
+
+    It is this cast if the request names the hero or the object; otherwise a new one is drawn.
     """
     if cast.hero.kind in request or cast.hero.name in request:
         return cast

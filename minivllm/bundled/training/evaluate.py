@@ -2,20 +2,19 @@
 
     python -m minivllm.bundled.training.evaluate
 
-What is measured, and how:
+The measurements:
 
-* **stories**: 200 requests whose (character, object) pair no training story joins, sampled at
-  temperature 0.7 with a
-  fixed seed. A story counts when it names the character's kind and the whole object ("silver key")
-  and ends by itself. Two stories share a run when, with names, kinds and objects replaced, any 20
-  consecutive tokens are the same.
-* **glossary**: questions written by somebody who had not seen the corpus, answered greedily. An
-  answer is right when
-  it shows the asked term's key facts and is closest to that term's reference answers among all 58.
-* **overlap**: none of these questions is one that the corpus can contain (casing, spaces and
-  punctuation aside).
-* **positions**: loss by position on documents with seeds that training does not use.
-* **tasks**: counting, sorting, sums and the like, greedily, by exact match.
+- **stories**: 200 requests, sampled at temperature 0.7 with a fixed seed. No training story joins
+  the (character, object) pair of a request. A story counts when it names the character's kind and
+  the whole object ("silver key") and ends by itself. Names, kinds and objects are replaced before
+  two stories are compared; the two share a run when any 20 consecutive tokens are the same.
+- **glossary**: questions whose author had not seen the corpus, answered greedily. An answer is
+  right when it shows the key facts of the asked term, and when this term's reference answers are
+  the closest ones among all 58.
+- **overlap**: the corpus cannot contain any of these questions (upper and lower case, spaces and
+  punctuation are ignored).
+- **positions**: loss by position on documents with seeds that training does not use.
+- **tasks**: counting, sorting, sums and similar tasks, greedily, by exact match.
 """
 
 from __future__ import annotations
@@ -61,7 +60,8 @@ class Bundle:
 @dataclass(frozen=True)
 class Generated:
     text: str
-    ended: bool  # it stopped by itself, before the limit
+    #: The text ended by itself, before the limit.
+    ended: bool
 
 
 def load(path: Path = BUNDLED_MODEL_PATH, dtype: torch.dtype = torch.float32) -> Bundle:
@@ -129,7 +129,7 @@ _KINDS = re.compile(r"\b(?:" + "|".join(sorted(stories.KINDS, key=len, reverse=T
 
 
 def anonymous(text: str, cast: stories.Cast) -> str:
-    """The story with its object, names and kinds replaced, so that only the telling is compared."""
+    """The story with object, names and kinds replaced, so that only the wording is compared."""
     text = text.replace(cast.thing.phrase, "OBJECT").replace(cast.thing.noun, "OBJECT")
     return _KINDS.sub("KIND", _NAMES.sub("NAME", text))
 
@@ -192,7 +192,10 @@ def score_stories(
 def score_glossary(
     bundle: Bundle, questions: Sequence[dict[str, str]]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """`questions` is a list of {"question", "term"}."""
+    """Score the answers to glossary questions.
+
+    questions: a list of {"question", "term"}.
+    """
     answers = generate(bundle, [user_prompt(q["question"]) for q in questions], 160)
     details = []
     for question, answer in zip(questions, answers, strict=True):
@@ -219,8 +222,9 @@ def _words(text: str) -> frozenset[str]:
 
 
 def score_overlap(questions: Sequence[dict[str, str]], excluded: frozenset[str]) -> dict[str, Any]:
-    """How many questions the corpus can contain, with and without the exclusion, and the nearest
-    words it has.
+    """Count the questions that the corpus can contain, with and without the exclusion.
+
+    Also measure the share of words that a question has in common with the nearest one in the bank.
     """
     normalised = [glossary.normalise(q["question"]) for q in questions]
     emitted = {glossary.normalise(q) for q in corpus.all_glossary_questions(excluded)}
@@ -244,8 +248,9 @@ def score_overlap(questions: Sequence[dict[str, str]], excluded: frozenset[str])
 
 @torch.inference_mode()
 def score_positions(bundle: Bundle, count: int = 48) -> dict[str, Any]:
-    """Mean loss of the trained-on tokens by position, on long documents and on packed rows with
-    fresh seeds.
+    """The mean loss of the trained tokens by position, on documents with fresh seeds.
+
+    Long documents and packed rows are measured separately.
     """
     from minivllm.bundled.training import train
 
@@ -282,8 +287,9 @@ def score_positions(bundle: Bundle, count: int = 48) -> dict[str, Any]:
 
 
 def score_tasks(bundle: Bundle, count: int = 60) -> dict[str, float]:
-    """Exact matches for each kind of small task, and for a question about a story earlier in the
-    chat.
+    """The share of exact matches for each kind of small task.
+
+    One more kind is a question about a story earlier in the chat.
     """
     result: dict[str, float] = {}
     for task, _ in corpus.TASKS:
@@ -319,7 +325,7 @@ def score_tasks(bundle: Bundle, count: int = 60) -> dict[str, float]:
 def evaluate(
     path: Path, paraphrases: Path | None, num_stories: int = 200, dtype: torch.dtype = torch.float32
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """All scores, and the texts behind them."""
+    """All scores, and the texts that they are about."""
     bundle = load(path, dtype)
     began = time.monotonic()
     scores: dict[str, Any] = {

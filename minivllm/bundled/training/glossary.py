@@ -1,12 +1,13 @@
-# ruff: noqa: E501  (one template a line, however long)
 """The glossary: 58 terms of LLM inference, their answers, and thousands of ways to ask for each.
 
-Every `Entry` has three answers that share the key facts (what it is, why it matters), so that one answer serves
-"what is", "why", "how" and "explain" alike. `facts` are the groups of words that an answer must show to be counted
-as right: one alternative out of every group. `questions` are wordings that fit this term alone; `FRAMES` fit any.
+Every `Entry` has three answers that share the key facts (what the term is, why it matters), so that
+one answer fits "what is", "why", "how" and "explain" questions. `facts` are groups of words: a
+right answer must show one alternative of every group. `questions` are wordings that fit this term
+alone; `FRAMES` fit any term.
 
-`question_bank(term)` draws a fixed number of questions from all of these. The bank is finite and deterministic, so
-whether a given question was ever seen in training can be checked exactly, not sampled.
+`question_bank(term)` draws a fixed number of questions from all of these. The bank is finite and
+deterministic, so a test can check exactly, without sampling, whether a question was ever seen in
+training.
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ QUESTIONS_PER_TERM = 8000
 @dataclass(frozen=True)
 class Entry:
     term: str
-    article: str  # "a", "an", "the" or "" for names that stand alone
-    names: tuple[str, ...]  # spellings that fit where the term does; the first is the term itself
+    #: "a", "an", "the", or "" for names without an article.
+    article: str
+    #: Spellings that can replace the term; the first is the term itself.
+    names: tuple[str, ...]
     plurals: tuple[str, ...]
     facts: tuple[tuple[str, ...], ...]
     answers: tuple[str, ...]
@@ -2400,7 +2403,8 @@ ENTRIES: tuple[Entry, ...] = (
 BY_TERM: dict[str, Entry] = {entry.term: entry for entry in ENTRIES}
 TERMS: tuple[str, ...] = tuple(BY_TERM)
 
-# Terms whose names contain, or are confused with, one another: drawn more often, and compared with one another.
+# Terms whose names contain one another, or that are often confused. They are drawn more often, and
+# compared with one another.
 CONFUSABLE: tuple[tuple[str, ...], ...] = (
     ("decode", "greedy decoding", "prefill", "chunked prefill"),
     ("softmax", "online softmax", "log-sum-exp"),
@@ -2428,8 +2432,8 @@ CONFUSABLE: tuple[tuple[str, ...], ...] = (
     ("random seed", "stop string", "safetensors", "Gumbel-max trick"),
 )
 
-# {x} is the term with an article where it has one ("a KV cache"), {t} without ("KV cache"), {other} another term that
-# only sets the scene, {scene} a place of work, {who} somebody.
+# {x} is the term with an article where it has one ("a KV cache"), {t} without ("KV cache"), {other}
+# another term that only sets the scene, {scene} a place of work, {who} a person.
 FRAMES: tuple[str, ...] = (
     "[what is|what's|whats|what exactly is|what on earth is|so what is|what, in short, is] {x}",
     "what is {x} [good|used|needed|there] for",
@@ -2813,7 +2817,8 @@ SUFFIXES = (
     "I never got it",
     "take your time",
 )
-# Openers that end in a full stop: idle chatter before the question, so that the model learns to look for the term.
+# Openers that end in a full stop: small talk before the question, so that the model learns to look
+# for the term.
 CHATTER = (
     (
         "I am [sitting|stuck] [on a train|in a meeting|at my desk|in a lecture] and"
@@ -2864,8 +2869,9 @@ CHATTER = (
     ),
 )
 
-# Term spotting: for a share of the questions the words around the term are drawn at random from these, so that the
-# model cannot rely on known frames. Words that belong to the name of any term are left out.
+# Term spotting: for a share of the questions, the words around the term are drawn at random from
+# these, so that the model cannot rely on known frames. Words that belong to the name of any term
+# are left out.
 _TERM_WORDS = frozenset(
     word
     for entry in ENTRIES
@@ -2888,7 +2894,7 @@ _NORMALISE = re.compile(r"[\W_]+")
 
 
 def normalise(text: str) -> str:
-    """Lower case, without punctuation and white space: what counts as the same question.
+    """Lower case, without punctuation and white space: the rule for equal questions.
 
     >>> normalise("What IS the KV-cache ?")
     'whatisthekvcache'
@@ -2899,7 +2905,8 @@ def normalise(text: str) -> str:
 def _term_slots(entry: Entry, rng: random.Random) -> dict[str, Slot]:
     def bare() -> str:
         name = entry.names[0] if rng.random() < 0.5 else pick(rng, entry.names)
-        # A name with its own article ("the logits") is kept whole; where an article stands already it is dropped.
+        # A name with its own article ("the logits") is kept whole; where an article stands already,
+        # the name's article is dropped.
         return name.removeprefix("the ").removeprefix("a ")
 
     def with_determiner() -> str:
@@ -2930,7 +2937,7 @@ def _term_slots(entry: Entry, rng: random.Random) -> dict[str, Slot]:
 
 
 def _misspell(rng: random.Random, text: str, protected: frozenset[str]) -> str:
-    """One typing error in an ordinary word: two letters swapped, one dropped or one doubled."""
+    """Make one typing error in an ordinary word: swap two letters, drop one or double one."""
     words = [m for m in _DOUBLE_LETTERS.finditer(text) if m.group() not in protected]
     if not words:
         return text
@@ -2955,7 +2962,10 @@ def _protected_words(entry: Entry) -> frozenset[str]:
 def draw_question(
     entry: Entry, rng: random.Random, slots: dict[str, Slot], protected: frozenset[str]
 ) -> str:
-    """One question about the term: a frame, perhaps with chatter before or after and a typing error."""
+    """Draw one question about the term.
+
+    A frame, perhaps with small talk before or after it, and perhaps with a typing error.
+    """
     draw = rng.random()
     if draw < 0.06:
         before, after = (
@@ -2992,9 +3002,10 @@ def draw_question(
 def question_bank(
     term: str, size: int = QUESTIONS_PER_TERM, excluded: Collection[str] = frozenset()
 ) -> tuple[str, ...]:
-    """All questions about a term that training may use: distinct after `normalise`, none of them in `excluded`.
+    """All questions about a term that training may use.
 
-    `excluded` holds normalised questions that are kept for evaluation.
+    They are distinct after `normalise`, and none of them is in `excluded`: normalised questions
+    that are kept for evaluation.
     """
     entry = BY_TERM[term]
     rng = random.Random(f"question bank: {term}")
@@ -3011,7 +3022,7 @@ def question_bank(
 
 
 def surface(rng: random.Random, question: str) -> str:
-    """Vary what `normalise` ignores: casing, final punctuation, a stray space."""
+    """Vary what `normalise` ignores: upper and lower case, final punctuation, a stray space."""
     draw = rng.random()
     if draw < 0.62:
         question = re.sub(r"(^|[.!?] )([a-z])", lambda m: m[1] + m[2].upper(), question)
@@ -3040,14 +3051,14 @@ def _words(text: str) -> list[str]:
 
 
 def similarity(answer: str, reference: str) -> float:
-    """How alike two answers are: the share of word pairs (bigrams) they have in common (Dice)."""
+    """The similarity of two answers: the share of common word pairs (bigrams), after Dice."""
     first, second = _words(answer), _words(reference)
     a, b = set(pairwise(first)), set(pairwise(second))
     return 2 * len(a & b) / max(1, len(a) + len(b))
 
 
 def closest_term(answer: str) -> str:
-    """The term whose reference answers are most like the answer."""
+    """The term whose reference answers are most similar to the answer."""
     return max(
         TERMS,
         key=lambda term: max(similarity(answer, reference) for reference in BY_TERM[term].answers),
@@ -3055,5 +3066,5 @@ def closest_term(answer: str) -> str:
 
 
 def answer_is_right(term: str, answer: str) -> bool:
-    """The scorer: the key facts are there, and no other term's answers are closer."""
+    """Whether the key facts are there, and no other term's answers are closer."""
     return has_key_facts(BY_TERM[term], answer) and closest_term(answer) == term

@@ -1,9 +1,9 @@
-"""Random text from templates: the tiny language in which the corpus is written.
+"""Random text from templates: the small language in which the corpus is written.
 
 A template is ordinary text with two additions:
 
-* ``[red|green|]`` draws one alternative (an empty one is allowed, and they nest);
-* ``{name}`` is replaced by a value, or by what a function returns when the value is one.
+- ``[red|green|]`` draws one alternative (an alternative may be empty, and choices may nest);
+- ``{name}`` is replaced by a value, or by the result of a function when the value is one.
 
     >>> import random
     >>> expand("[A|The] {colour} hat", random.Random(1), {"colour": "red"})
@@ -34,7 +34,7 @@ _VOWEL_SOUND = re.compile(r"(?:(?!uni|use|one)[aeiouéAEIOUÉ]|honest)")
 
 @cache
 def parse(template: str) -> tuple[Node, ...]:
-    """Parse a template; raises ValueError when its brackets do not match."""
+    """Parse a template. ValueError when its brackets do not match."""
     pieces = [piece for piece in _MARKS.split(template) if piece]
     nodes, position = _parse_sequence(pieces, 0, depth=0, template=template)
     if position != len(pieces):
@@ -92,7 +92,7 @@ def _expand(
 
 
 def pick(rng: random.Random, items: Sequence[str]) -> str:
-    """`rng.choice`, a little faster."""
+    """Draw one item; a little faster than `rng.choice`."""
     return items[int(rng.random() * len(items))]
 
 
@@ -102,10 +102,10 @@ def tidy(text: str) -> str:
 
 
 def sentence_case(text: str) -> str:
-    """Tidy, and capitalise the first letter of every sentence."""
+    """Tidy the text, and capitalise the first letter of every sentence."""
     return _SENTENCE_START.sub(lambda match: match[1] + match[2] + match[3].upper(), tidy(text))
 
 
 def with_article(noun: str) -> str:
-    """`fox` -> `a fox`, `owl` -> `an owl`."""
+    """Add the indefinite article: `fox` -> `a fox`, `owl` -> `an owl`."""
     return ("an " if _VOWEL_SOUND.match(noun) else "a ") + noun

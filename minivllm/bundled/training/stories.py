@@ -1,13 +1,14 @@
-# ruff: noqa: E501, SIM905  (one template a line, however long; words in one string)
-"""The story grammar: who, what, where, and 24 plots.
+# ruff: noqa: E501, SIM905  (one template per line, however long; words in one string)
+"""The story grammar: characters, objects, places, and 24 plots.
 
-A story has one lead character of a *kind* ("fox") with a *name* ("Pip"), one *object* ("silver key"), a friend, and
-places. `write_story` draws an opening, the beats of one plot, an aside or two, and a closing; every sentence has
-several wordings with alternatives inside, so that two stories seldom share a run of words.
+A story has one lead character of a *kind* ("fox") with a *name* ("Pip"), one *object* ("silver
+key"), a friend, and places. `write_story` draws an opening, the beats of one plot, one or two
+asides, and a closing. Every sentence has several wordings with alternatives inside, so two stories
+seldom share a run of words.
 
-**Held-out pairs.** `pair_is_held_out(kind, noun)` is true for about one (kind, noun) pair in ten. No story of the
-training corpus joins such a pair, whatever the adjective or the names, so a request for one asks the model for
-something it never saw together.
+**Held-out pairs.** `pair_is_held_out(kind, noun)` is true for about one (kind, noun) pair in ten.
+No story of the training corpus joins such a pair, whatever the adjective or the names. A request
+for such a pair therefore tests the model on a combination that it has never seen.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from functools import cache
 
 from minivllm.bundled.training.grammar import Slot, expand, pick, sentence_case, tidy, with_article
 
-HELD_OUT_SHARE = 10  # one pair in so many is held out
+# One pair in ten is held out.
+HELD_OUT_SHARE = 10
 
 ANIMALS = (
     "ant badger bear beaver bee beetle butterfly camel cat cow crab crocodile crow deer dog dolphin"
@@ -114,10 +116,12 @@ TRAITS = (
 
 
 def pair_is_held_out(kind: str, noun: str) -> bool:
-    """Whether (kind, noun) is kept out of every training story. The rule is a hash, so it needs no list.
+    """Whether (kind, noun) is kept out of every training story.
 
-    >>> pair_is_held_out("fox", "key") == pair_is_held_out("fox", "key")
-    True
+    The rule is a hash, so it needs no list.
+
+        >>> pair_is_held_out("fox", "key") == pair_is_held_out("fox", "key")
+        True
     """
     digest = hashlib.sha256(f"{kind}|{noun}".encode()).digest()
     return digest[0] % HELD_OUT_SHARE == 0
@@ -137,7 +141,7 @@ class Character:
 
     @property
     def pronouns(self) -> tuple[str, str, str]:
-        """Subject, object, possessive."""
+        """The pronouns: subject, object, possessive."""
         female = self.kind in WOMEN or (self.kind not in MEN and self.name in _SHE)
         return ("she", "her", "her") if female else ("he", "him", "his")
 
@@ -157,7 +161,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Cast:
-    """Who and what a story is about."""
+    """The characters, the object and the places of a story."""
 
     hero: Character
     thing: Thing
@@ -1942,7 +1946,7 @@ NUMBER_WORDS = {
 
 @cache
 def allowed_nouns(kinds: tuple[str, ...]) -> tuple[str, ...]:
-    """The nouns that no character of these kinds is kept apart from."""
+    """The nouns that training may join with all of these kinds."""
     return tuple(noun for noun in NOUNS if not any(_HELD_OUT[kind, noun] for kind in kinds))
 
 
@@ -2032,7 +2036,8 @@ def write_story(
             templates.append(pick(rng, ASIDES))
     templates.append(pick(rng, CLOSINGS))
     sentences = [sentence_case(expand(template, rng, slots)) for template in templates]
-    if rng.random() < 0.3:  # in two or three paragraphs
+    # Two or three paragraphs.
+    if rng.random() < 0.3:
         cuts = {int(rng.random() * (len(sentences) - 2)) + 1 for _ in range(2)}
         text = "".join(
             ("\n\n" if i in cuts else " " if i else "") + s for i, s in enumerate(sentences)
@@ -2060,7 +2065,8 @@ def write_long_story(rng: random.Random, cast: Cast, chapters: int) -> str:
     kinds, nouns = {cast.hero.kind, cast.friend.kind}, {cast.thing.noun}
     for number in range(1, chapters + 1):
         if number > 1:
-            while True:  # nobody may meet an object of another chapter that is held out for them
+            # No character may meet an object of another chapter if the pair is held out.
+            while True:
                 cast = draw_cast(rng, cast.hero)
                 kinds_now, nouns_now = kinds | {cast.friend.kind}, nouns | {cast.thing.noun}
                 if not any(_HELD_OUT[kind, noun] for kind in kinds_now for noun in nouns_now):

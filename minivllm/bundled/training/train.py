@@ -1,11 +1,11 @@
-"""Train the bundled model from nothing: corpus, tokenizer, weights, in a few minutes on one GPU.
+"""Train the bundled model from scratch: corpus, tokenizer and weights, in minutes on one GPU.
 
     python -m minivllm.bundled.training.train --out DIR --minutes 5
 
-Worker processes draw and tokenize fresh documents while the GPU trains, so no document is seen
-twice. Rows of 2,048 tokens start with the start of a document and are filled with whole documents;
-only what the assistant says, and raw text, is trained on. AdamW with warm-up and a cosine that ends
-when the time (or the number of steps) is over.
+Worker processes draw and tokenize new documents while the GPU trains, so the model sees no document
+twice. Rows of 2,048 tokens start with the start of a document and are filled with whole documents.
+The loss covers raw text and what the assistant says, nothing else. The optimizer is AdamW with
+warm-up and a cosine schedule that ends when the time (or the number of steps) is over.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# In a row each entry is a token id, plus this bit where the token is not trained on.
+# Each entry of a row is a token id, plus this bit where the loss does not cover the token.
 NOT_TRAINED = 1 << 15
 IGNORED_LABEL = -100
 
@@ -74,7 +74,7 @@ ARCHITECTURE: dict[str, Any] = {
 
 
 def train_tokenizer(num_documents: int) -> Tokenizer:
-    """Byte-level BPE without a normalizer: any text survives encode and decode."""
+    """Train byte-level BPE without a normalizer: any text survives encode and decode."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -120,7 +120,7 @@ def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
 
 
 def encode(tokenizer: Tokenizer, document: corpus.Document) -> np.ndarray:
-    """Token ids of a document, with NOT_TRAINED set where the text is only read."""
+    """The token ids of a document, with NOT_TRAINED set where the text is only read."""
     encoded = tokenizer.encode_batch([s.text for s in document.segments], add_special_tokens=False)
     parts = [
         np.array(e.ids, dtype=np.uint16) | np.uint16(0 if s.trained else NOT_TRAINED)
@@ -132,8 +132,9 @@ def encode(tokenizer: Tokenizer, document: corpus.Document) -> np.ndarray:
 def pack(
     pieces: Iterator[np.ndarray], num_rows: int, padding: int, waiting_limit: int = 64
 ) -> np.ndarray:
-    """Fill rows with whole documents: the longest waiting one that still fits comes next, padding
-    ends the row.
+    """Fill rows with whole documents. Padding ends a row.
+
+    The longest waiting document that still fits comes next.
     """
     rows = np.full((num_rows, ROW_LENGTH), padding | NOT_TRAINED, dtype=np.uint16)
     waiting: list[np.ndarray] = []
@@ -142,8 +143,8 @@ def pack(
         while True:
             while len(waiting) < waiting_limit:
                 waiting.append(next(pieces))
-            # The oldest one opens the row; afterwards take them as they come, and the best fit near
-            # the end.
+            # The oldest document opens the row. The next ones are taken in order, and near the end
+            # the best fit.
             room = ROW_LENGTH - filled
             fitting = [i for i, piece in enumerate(waiting) if len(piece) <= room]
             if not fitting:
@@ -166,7 +167,7 @@ def _start_worker(tokenizer_json: str, excluded: frozenset[str], rows_per_shard:
 
 
 def make_shard(index: int) -> np.ndarray:
-    """Rows of fresh documents; the same for the same index."""
+    """Rows of new documents; the same for the same index."""
     tokenizer: Tokenizer = _WORKER["tokenizer"]
     stream = (
         encode(tokenizer, document)
@@ -185,7 +186,8 @@ def new_model(seed: int, special: dict[str, int]) -> Qwen3ForCausalLM:
         **settings, pad_token_id=special["pad"], eos_token_id=special["eos"], bos_token_id=None
     )
     model = Qwen3ForCausalLM(config)
-    with torch.no_grad():  # what each layer adds to the residual stream starts small
+    # Each layer's addition to the residual stream is small at the beginning.
+    with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 parameter.mul_(1 / math.sqrt(2 * config.num_hidden_layers))
@@ -237,7 +239,7 @@ class Trainer:
             fused=self._on_gpu,
         )
         torch.set_float32_matmul_precision("high")
-        #: Steps so far, and seconds that they took.
+        #: The number of steps so far, and the seconds that they took.
         self.num_steps, self.seconds = 0, 0.0
         #: Every `--log-every` steps: the step, the mean loss since the last entry, tokens per
         #: second.
@@ -251,7 +253,7 @@ class Trainer:
             torch.cuda.synchronize()
 
     def run(self, stream: Iterator[np.ndarray]) -> None:
-        """Train until the steps, or the minutes, that were asked for have passed."""
+        """Train until the requested steps or minutes have passed."""
         clock, losses = time.monotonic(), []
         for rows in stream:
             elapsed = time.monotonic() - clock
@@ -269,13 +271,13 @@ class Trainer:
         self.seconds = time.monotonic() - clock
 
     def _progress(self, elapsed: float) -> float:
-        """The share of the training that is done."""
+        """The finished share of the training."""
         if self._arguments.steps:
             return self.num_steps / self._arguments.steps
         return elapsed / (60 * self._arguments.minutes)
 
     def _step(self, rows: np.ndarray, progress: float) -> torch.Tensor:
-        """One update; returns the loss before it."""
+        """Do one update; returns the loss before it."""
         peak, warmup = self._arguments.learning_rate, self._arguments.warmup
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(progress, self.num_steps, peak, warmup)
@@ -302,14 +304,17 @@ class Trainer:
 
 
 def batches(shards: Iterable[np.ndarray], batch_rows: int) -> Iterator[np.ndarray]:
-    """The rows of the shards, so many at a time; what is left over of a shard is dropped."""
+    """The rows of the shards in batches.
+
+    The rest of a shard that does not fill a batch is dropped.
+    """
     for shard in shards:
         for start in range(0, len(shard) - batch_rows + 1, batch_rows):
             yield shard[start : start + batch_rows]
 
 
 def shares_of(rows: np.ndarray, padding: int) -> dict[str, float]:
-    """What part of the tokens is trained on, and what part is padding."""
+    """The share of tokens that the loss covers, and the share of padding."""
     return {
         "share_of_tokens_trained_on": round(float((rows < NOT_TRAINED).mean()), 3),
         "share_of_padding": round(float((rows == (padding | NOT_TRAINED)).mean()), 4),
@@ -333,7 +338,7 @@ def train(arguments: argparse.Namespace) -> None:
         "eos": tokenizer.token_to_id(corpus.TURN_END),
     }
 
-    # The banks are built here, once: the workers are forked and share them.
+    # The banks are built once, here: the workers are forked and share them.
     for term in glossary.TERMS:
         glossary.question_bank(term, excluded=excluded)
     log.info("question banks after %.0f s", time.monotonic() - began)
@@ -405,9 +410,7 @@ def _where_and_when(device: torch.device) -> dict[str, Any]:
 
 
 def save_model(model: Qwen3ForCausalLM, out: Path, special: dict[str, int]) -> None:
-    """bfloat16 weights under the names that Qwen3 checkpoints use, and the configuration in their
-    style.
-    """
+    """Save bfloat16 weights under the names of Qwen3 checkpoints, and the configuration."""
     from safetensors.torch import save_file
 
     tensors = {
@@ -431,9 +434,7 @@ def save_model(model: Qwen3ForCausalLM, out: Path, special: dict[str, int]) -> N
 
 
 def read_excluded(path: Path | None) -> tuple[frozenset[str], dict[str, Any] | None]:
-    """Normalised questions that the corpus must not contain, and what the record says about
-    them.
-    """
+    """The normalised questions that the corpus must not contain, and a note for the record."""
     if path is None:
         return frozenset(), None
     content = path.read_bytes()
@@ -466,23 +467,23 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--minutes", type=float, default=5.0, help="time for the training loop alone"
     )
     parser.add_argument(
-        "--steps", type=int, default=0, help="stop after so many steps instead of by the clock"
+        "--steps", type=int, default=0, help="stop after this number of steps, not by time"
     )
     parser.add_argument(
-        "--batch-rows", type=int, default=32, help=f"rows of {ROW_LENGTH} tokens a step"
+        "--batch-rows", type=int, default=32, help=f"rows of {ROW_LENGTH} tokens per step"
     )
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--warmup", type=int, default=150, help="steps")
+    parser.add_argument("--warmup", type=int, default=150, help="warm-up steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
-    parser.add_argument(
-        "--shards", type=int, default=600, help="at most so many shards of fresh text"
-    )
+    parser.add_argument("--shards", type=int, default=600, help="the most shards of new text")
     parser.add_argument("--rows-per-shard", type=int, default=512)
     parser.add_argument("--tokenizer-documents", type=int, default=60_000)
     parser.add_argument(
-        "--exclude-questions", type=Path, help="JSON list with a 'question' in each item, kept out"
+        "--exclude-questions",
+        type=Path,
+        help="questions to leave out: JSON list, 'question' in each item",
     )
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available()
