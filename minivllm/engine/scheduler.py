@@ -159,7 +159,8 @@ class SchedulerBase:
                 self._take_verified(item, tokens)
                 continue
             item.new_token_ids = tokens
-            for token_id in tokens:  # one
+            # Without proposals, this is one token.
+            for token_id in tokens:
                 seq.token_ids[position] = token_id
                 if token_id in seq.stop_ids or position + 1 >= seq.max_num_tokens:
                     ending = self._ending(seq, position, token_id)
