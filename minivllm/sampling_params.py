@@ -25,6 +25,15 @@ MAX_LOGPROBS = 20
 _T = TypeVar("_T")
 
 
+#: The parameters that filter the distribution, each with the values that switch it off. The first
+#: of these is what the sampling kernel gets for a row without the filter.
+FILTERS: dict[str, tuple[int | float, ...]] = {
+    "top_k": (0, -1),
+    "top_p": (1.0,),
+    "min_p": (0.0,),
+}
+
+
 class RequestOutputKind(enum.Enum):
     """Which part of a running request a step reports."""
 
@@ -209,8 +218,8 @@ class SamplingParams:
 
     @property
     def has_filter(self) -> bool:
-        """Whether any of top-k, top-p and min-p restricts the choice."""
-        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+        """Whether any of `FILTERS` restricts the choice."""
+        return any(getattr(self, name) not in off for name, off in FILTERS.items())
 
     @property
     def has_penalty(self) -> bool:

@@ -18,7 +18,7 @@ from minivllm import RequestOutputKind, SamplingParams
 from minivllm.compat.calls import PARAMETERS
 from minivllm.engine.input_processor import InputProcessor
 from minivllm.engine.sampler import FIT_FOR_GRAPHS, Sampler
-from minivllm.engine.sequence import Sequence
+from minivllm.engine.sequence import ScheduledSequence, Sequence
 from minivllm.errors import (
     MiniVLLMError,
     SamplingParamsError,
@@ -275,6 +275,33 @@ def test_a_new_field_keeps_its_row_out_of_the_graph(sampler, changed):
     assert not sampler.needs_edit([0])
     assert sampler.needs_edit([1])
     assert sampler.needs_edit([0, 1])
+
+
+@pytest.mark.parametrize("name", sorted(set(FIELDS) - FIT_FOR_GRAPHS))
+def test_every_parameter_has_an_effect_of_its_own(name):
+    """Alone, with all others off: it changes what the kernel gets, or what is returned.
+
+    A filter that `has_filter` does not know, for example, would act only beside another one.
+    """
+
+    def ask(params: SamplingParams) -> list[Any]:
+        seen: list[Any] = []
+
+        def sample(logits: torch.Tensor, **arguments: Any) -> torch.Tensor:
+            seen.append([logits.tolist(), *arguments.items()])
+            return torch.tensor([7])
+
+        kernels = dataclasses.replace(Kernels.reference(), sample=sample)
+        sampler = Sampler(1, VOCAB, kernels, torch.device("cpu"))
+        bad_words = ((20,),) if params.bad_words else ()
+        seq = Sequence(0, [1, 2, 3, 7], params, frozenset([5]), bad_words=bad_words, slot=0)
+        seq.num_prompt_tokens = 3
+        sampler.admit([seq])
+        item = ScheduledSequence(seq, 3, 1, 4, 0)
+        _, logprobs = sampler(torch.arange(VOCAB).float()[None], [item])
+        return [repr(seen), logprobs is None]
+
+    assert ask(SamplingParams(**{name: OTHER[name]})) != ask(SamplingParams())
 
 
 def test_filters_do_not_matter_to_a_greedy_row(sampler):

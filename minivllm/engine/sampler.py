@@ -19,7 +19,7 @@ import torch
 
 from minivllm.engine.sequence import ScheduledSequence, Sequence, slots_of
 from minivllm.kernels import Kernels
-from minivllm.sampling_params import SamplingParams
+from minivllm.sampling_params import FILTERS, SamplingParams
 
 #: Parameters that `sample_by_temperature` obeys, or that do not affect the choice of a token. A
 #: recorded graph samples for a sequence only if all its other parameters have their default values.
@@ -44,13 +44,12 @@ FIT_FOR_GRAPHS = frozenset(
     }
 )
 #: These parameters fit a graph if no row is filtered. A greedy row is never filtered.
-_FILTERS = frozenset({"top_k", "top_p", "min_p"})
 
 
 @functools.cache
 def _defaults_in_graphs(params_cls: type) -> dict[str, Any]:
     """The parameters that must have their default values for a recorded graph, with the values."""
-    unfit = [f for f in fields(params_cls) if f.name not in FIT_FOR_GRAPHS | _FILTERS]
+    unfit = [f for f in fields(params_cls) if f.name not in FIT_FOR_GRAPHS | FILTERS.keys()]
     # A default factory makes a new value for each object, so the field itself has no default. The
     # value that the factory makes counts as the default.
     return {
@@ -191,9 +190,11 @@ class Sampler:
     ) -> None:
         self.kernels, self.device, self.vocab_size = kernels, device, vocab_size
         self._temperature = np.zeros(num_slots, np.float32)
-        self._top_k = np.zeros(num_slots, np.int32)
-        self._top_p = np.ones(num_slots, np.float32)
-        self._min_p = np.zeros(num_slots, np.float32)
+        #: For each of `FILTERS` a value per slot: int32 or float32.
+        self._filters = {
+            name: np.full(num_slots, off[0], np.int32 if isinstance(off[0], int) else np.float32)
+            for name, off in FILTERS.items()
+        }
         self._seed = np.zeros(num_slots, np.int64)
         self._has_filter = np.zeros(num_slots, bool)
         self._has_penalty = np.zeros(num_slots, bool)
@@ -242,9 +243,11 @@ class Sampler:
         slot, params = seq.slot, seq.params
         assert slot is not None
         self._temperature[slot] = params.temperature
-        self._top_k[slot] = min(max(params.top_k, 0), self.vocab_size)
-        self._top_p[slot] = params.top_p
-        self._min_p[slot] = params.min_p
+        for name, off in FILTERS.items():
+            value = getattr(params, name)
+            self._filters[name][slot] = off[0] if value in off else value
+        # A kernel may trust that there are so many tokens.
+        self._filters["top_k"][slot] = min(params.top_k, self.vocab_size) if params.top_k > 0 else 0
         self._seed[slot] = seq.seed
         self._has_filter[slot] = params.has_filter and not params.is_greedy
         self._has_penalty[slot] = params.has_penalty
@@ -312,16 +315,13 @@ class Sampler:
     ) -> dict[str, torch.Tensor | None]:
         """Keyword arguments of the kernel. An argument is None if no row needs it."""
         temperature = self._temperature[slots]
-        names = ("temperature", "top_k", "top_p", "min_p", "seeds", "positions")
+        names = ("temperature", *FILTERS, "seeds", "positions")
         if not temperature.any():
             return dict.fromkeys(names)
-        filtered = self._has_filter[slots].any()
-        filters = (
-            (self._top_k[slots], self._top_p[slots], self._min_p[slots])
-            if filtered
-            else (None, None, None)
-        )
-        values = (temperature, *filters, self._seed[slots], positions)
+        filters: dict[str, np.ndarray | None] = dict.fromkeys(FILTERS)
+        if self._has_filter[slots].any():
+            filters = {name: values[slots] for name, values in self._filters.items()}
+        values = (temperature, *filters.values(), self._seed[slots], positions)
         return {
             n: None if v is None else self._tensor(v) for n, v in zip(names, values, strict=True)
         }
