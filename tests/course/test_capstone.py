@@ -320,7 +320,7 @@ def test_blocks_that_are_lost_are_missed(with_answers: Answers, few: None) -> No
     )
     report = examine(with_answers(MyBlockManager=source))
     assert [(f.piece, f.name) for f in report.problems] == [("MyBlockManager", "wrong")]
-    assert "blocks of the KV cache were not given back" in report.problems[0].message
+    assert "blocks of the KV cache were not freed" in report.problems[0].message
 
 
 def test_a_piece_that_raises_is_named_with_its_line(with_answers: Answers, few: None) -> None:
