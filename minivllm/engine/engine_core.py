@@ -7,7 +7,7 @@ end; whoever drives the core (`LLMEngine`) keeps what has come out. So the core 
 step before was cut short.
 
 With tensor_parallel_size > 1 every rank runs a core like this one on its share of the model; see
-parallel/launch.py.
+parallel/launch.py. Taught in notebooks/07_engine.ipynb.
 """
 
 from __future__ import annotations

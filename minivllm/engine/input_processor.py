@@ -2,7 +2,8 @@
 served.
 
 The only place that decides what is refused before a request exists. A refusal raises a
-`RequestError` and leaves nothing behind, so it never touches another request.
+`RequestError` and leaves nothing behind, so it never touches another request. Taught in
+notebooks/07_engine.ipynb.
 """
 
 from __future__ import annotations

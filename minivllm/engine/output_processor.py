@@ -4,7 +4,7 @@ blocks and steps.
 The engine's core says which tokens a step gave to which sequence. This file keeps each request as
 its caller sees it: one prompt, n completions, each with its tokens, text, logprobs and end. A
 request's state is the truth about it: after an interrupt the core is built anew from what stands
-here (`OutputProcessor.settle`).
+here (`OutputProcessor.settle`). Taught in notebooks/07_engine.ipynb.
 """
 
 from __future__ import annotations
