@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import json
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest

@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from minivllm.course.checks.ch07 import TokenText
-    from minivllm.engine.sequence import Sequence
+    from minivllm.engine.output_processor import Request
     from minivllm.llm import LLM
+    from minivllm.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,12 @@ PIECES = (
         "TextStream",
         _methods("tokenizer:Detokenizer", "append", "finish", "emit"),
     ),
-    Piece("loop", "07", "MyEngine", _methods("engine.llm_engine:LLMEngine", "step", "add_request")),
+    Piece(
+        "loop",
+        "07",
+        "MyEngine",
+        _methods("engine.llm_engine:LLMEngine", "step", "advance", "add_request"),
+    ),
 )
 KERNELS = (
     "merge_attention",
@@ -681,14 +686,25 @@ class Run:
     blocks_lost: int = 0
 
 
+def _asked(
+    llm: LLM, requests: Iterable[tuple[str, dict[str, Any]]]
+) -> tuple[list[list[int]], list[SamplingParams]]:
+    """(prompts in the chat template, their parameters), as a loop's `run` takes them."""
+    from minivllm import SamplingParams
+
+    prompts, params = [], []
+    for prompt, wishes in requests:
+        prompts.append(llm.render_chat([{"role": "user", "content": prompt}]))
+        params.append(SamplingParams(**{"max_tokens": MAX_TOKENS, **wishes}))
+    return prompts, params
+
+
 def _package_run() -> Run:
-    """Generate the right answers with the package's engine, through `LLM`."""
-    from minivllm import LLM, SamplingParams
+    """The right answers: the package's engine, by its own face."""
+    from minivllm import LLM
 
     with LLM(device="cpu", **ROOM) as llm:
-        chats = [llm.render_chat([{"role": "user", "content": prompt}]) for prompt, _ in REQUESTS]
-        params = [SamplingParams(**{"max_tokens": MAX_TOKENS, **wishes}) for _, wishes in REQUESTS]
-        outputs = [output.outputs[0] for output in llm.generate(chats, params, use_tqdm=False)]
+        outputs = [o.outputs[0] for o in llm.generate(*_asked(llm, REQUESTS), use_tqdm=False)]
         stats = vars(llm.llm_engine.scheduler.stats)
     ends = [(o.finish_reason, o.stop_reason) for o in outputs]
     return Run([o.token_ids for o in outputs], [o.text for o in outputs], ends, stats=dict(stats))
@@ -727,18 +743,56 @@ def _engine(
     llm = LLM(device="cpu", kernels=kernels, **options, **room)
     tokenizer = llm.get_tokenizer()
 
-    def stream(stops: Iterable[str] = ()) -> TokenText:
-        if "TextStream" not in answers:
-            return ch07.TokenText(tokenizer, tuple(stops))
+    def stream(stops: Iterable[str] = ()) -> Any:
         return noted("TextStream")(
             lambda token_ids: tokenizer.decode(list(token_ids)), tuple(stops)
         )
 
     def loop() -> Any:
-        parts = (llm.llm_engine.scheduler, llm.llm_engine.model_runner, stream)
+        engine = llm.llm_engine
+        request_cls = _with_stream(stream) if "TextStream" in answers else None
+        new_request = ch07.RequestMaker(tokenizer, request_cls)
+        parts = (engine.input_processor, engine.core, engine.processor, new_request)
         return noted("MyEngine")(*parts) if "MyEngine" in answers else ch07._RightEngine(*parts)
 
     return llm, loop
+
+
+def _with_stream(new_stream: Callable[[Iterable[str]], Any]) -> type[Request]:
+    """A `Request` whose texts come from a learner's `TextStream`. new_stream: makes one, from stop
+    strings.
+    """
+    from minivllm.engine.output_processor import Request
+
+    class StreamedRequest(Request):
+        def add_completion(self, seq_id: int) -> None:
+            super().add_completion(seq_id)
+            self.completions[-1].detokenizer = _StreamedText(new_stream(self.params.stop_strings))
+
+    return StreamedRequest
+
+
+class _StreamedText:
+    """A learner's `TextStream` where a completion has a `Detokenizer`."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.text = stream, ""
+
+    def append(self, token_id: int, check_stop: bool = True) -> str | None:
+        self.text += self.stream.append(token_id)
+        return self.stream.stopped
+
+    def extend(self, token_ids: Iterable[int]) -> None:
+        for token_id in token_ids:
+            self.append(token_id)
+
+    def finish(self, check_stop: bool = True) -> str | None:
+        self.text += self.stream.finish()
+        return self.stream.stopped
+
+    def num_safe(self, finished: bool) -> int:
+        """All of it: a stream gives out only what stays."""
+        return len(self.text)
 
 
 def _in_parts(decode: Callable, split: int) -> Callable:
@@ -787,8 +841,6 @@ def _run(answers: dict[str, Any], watched: Iterable[str]) -> Run:
 
     watched: the pieces for which calls of the package's own implementation are recorded.
     """
-    from minivllm.course.checks.ch07 import new_sequence
-
     run = Run([], [], [])
     mine = {
         code: name
@@ -816,19 +868,18 @@ def _run(answers: dict[str, Any], watched: Iterable[str]) -> Run:
                 run.own.setdefault(piece, name)
 
     llm, loop = _engine(answers, run.calls, ROOM, SPLIT)
-    sequences = [
-        new_sequence(llm, number, prompt, **{"max_tokens": MAX_TOKENS, **wishes})
-        for number, (prompt, wishes) in enumerate(REQUESTS)
-    ]
+    asked = _asked(llm, REQUESTS)
     room, before = llm.llm_engine.scheduler.block_manager.num_free_blocks, sys.getprofile()
     sys.setprofile(profile)
     try:
-        texts = loop().run(sequences)
+        outputs = [output.outputs[0] for output in loop().run(*asked)]
     finally:
         sys.setprofile(before)
-    run.texts = list(texts)
-    run.tokens = [[token for token in seq.output_token_ids if token >= 0] for seq in sequences]
-    run.ends = [(seq.finish_reason, seq.stop_reason) for seq in sequences]
+    if len(outputs) != len(REQUESTS):
+        raise ValueError(f"`run` gave {len(outputs)} outputs for {len(REQUESTS)} prompts.")
+    run.texts = [output.text for output in outputs]
+    run.tokens = [output.token_ids for output in outputs]
+    run.ends = [(output.finish_reason, output.stop_reason) for output in outputs]
     scheduler = llm.llm_engine.scheduler
     run.stats = dict(vars(scheduler.stats))
     run.blocks_lost = room - scheduler.block_manager.num_free_blocks
@@ -1008,24 +1059,16 @@ def _without(
 
 
 def _speed(answers: dict[str, Any]) -> float:
-    """Measure the speed in tokens per second: the better of two runs.
-
-    The requests are the greedy ones, in an engine with a large cache.
-    """
-    from minivllm.course.checks.ch07 import new_sequence
-
+    """Tokens a second, for the greedy requests in an engine with room; the better of two runs."""
     seconds, count = [], 0
+    greedy = [request for request in REQUESTS if not request[1]["temperature"]]
     for _ in range(2):
         llm, loop = _engine(answers, Counter(), {})
-        prompts = [prompt for prompt, wishes in REQUESTS if not wishes["temperature"]]
-        sequences: list[Sequence] = [
-            new_sequence(llm, i, prompt, temperature=0.0, max_tokens=MAX_TOKENS)
-            for i, prompt in enumerate(prompts)
-        ]
-        engine, start = loop(), time.perf_counter()
-        engine.run(sequences)
+        asked, engine = _asked(llm, greedy), loop()
+        start = time.perf_counter()
+        outputs = engine.run(*asked)
         seconds.append(time.perf_counter() - start)
-        count = sum(seq.num_output_tokens for seq in sequences)
+        count = sum(len(output.outputs[0].token_ids) for output in outputs)
     return count / min(seconds)
 
 

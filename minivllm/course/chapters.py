@@ -286,6 +286,9 @@ MODULES = {
         "layers/rotary.py",
     ),
     "07": (
+        "engine/engine_core.py",
+        "engine/input_processor.py",
+        "engine/output_processor.py",
         "engine/llm_engine.py",
         "engine/model_runner.py",
         "engine/sampler.py",

@@ -447,6 +447,13 @@ TERMS: tuple[Term, ...] = (
         " model, and turns the result into tokens.",
     ),
     Term(
+        "engine core",
+        "07",
+        "engine/engine_core.py:EngineCore",
+        "The part of the engine that knows token ids only: sequences in, and from each step lists"
+        " of new tokens out. Text is made outside of it.",
+    ),
+    Term(
         "greedy decoding",
         "07",
         "sampling_params.py:SamplingParams.is_greedy",

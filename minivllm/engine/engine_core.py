@@ -6,7 +6,7 @@ keeps these results. So the core is disposable: `restart` builds queues, slots a
 given sequences, wherever the step before was interrupted.
 
 With tensor_parallel_size > 1 every rank runs such a core on its share of the model; see
-parallel/launch.py.
+parallel/launch.py. Taught in notebooks/07_engine.ipynb.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Turn a caller's input into the engine's input: token ids, and checked parameters.
 
 This is the only place that decides what is refused before a request exists. A refusal raises a
-`RequestError` and leaves no trace in the engine, so it never affects another request.
+`RequestError` and leaves no trace in the engine, so it never affects another request. Taught in
+notebooks/07_engine.ipynb.
 """
 
 from __future__ import annotations

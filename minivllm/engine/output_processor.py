@@ -3,7 +3,8 @@
 The engine's core says which tokens a step gave to which sequence. This file keeps each request as
 its caller sees it: one prompt and n completions, each with its tokens, text, logprobs and end. It
 knows nothing about blocks and steps. After an interrupt, the core is built anew from the requests
-that are kept here (`OutputProcessor.settle`).
+that are kept here (`OutputProcessor.settle`). Taught in
+notebooks/07_engine.ipynb.
 """
 
 from __future__ import annotations

@@ -250,8 +250,10 @@ OWN = {
     "build_batch": "=build_batch = package_batch",
     "sample": "=from minivllm.kernels.sampling import filter_logits",
     "TextStream": (
-        "=class TextStream(TokenText):\n    def __init__(self, decode, stops):\n"
-        "        super().__init__(tokenizer, stops)"
+        "=from minivllm.tokenizer import Detokenizer\n\n\nclass TextStream(TextStream):\n"
+        "    def append(self, token_id):\n"
+        "        Detokenizer(tokenizer, (), True).append(token_id)\n"
+        "        return super().append(token_id)"
     ),
 }
 
@@ -336,8 +338,8 @@ def test_a_cell_that_raises_is_named(with_answers: Answers, quick: None) -> None
 
 def test_an_endless_piece_is_named(with_answers: Answers, few: None) -> None:
     source = (
-        "=class MyEngine(MyEngine):\n    def run(self, sequences):\n        while True:\n          "
-        "  self.step()"
+        "=class MyEngine(MyEngine):\n    def run(self, prompts, params):\n        while True:\n    "
+        "        self.step()"
     )
     assert problems(with_answers(MyEngine=source), timeout=3.0) == [("MyEngine", "endless")]
 

@@ -2423,1003 +2423,1366 @@ class TextStream:
         return piece
 
 
-# %% 07.6 order-of-the-end: texts as they finish
+# %% 07.6 order-of-the-end: outputs as they finish
 class MyEngine:
-    """Requests in, steps, texts out."""
+    """Prompts in, steps, outputs out: the loop between the two doors of the core."""
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, new_stream: Callable) -> None:
-        self.scheduler, self.runner, self.new_stream = scheduler, runner, new_stream
-        self.streams = {}
-        self.planned = False
+    def __init__(
+        self,
+        inputs: InputProcessor,
+        core: EngineCore,
+        outputs: OutputProcessor,
+        new_request: Callable[[EngineInput, OutputCollector], Request],
+    ) -> None:
+        self.inputs, self.core, self.outputs = inputs, core, outputs
+        self.new_request = new_request
+        self.collector = OutputCollector()  # who waits for the outputs: whoever calls step
+        self.num_tokens = 0  # that the core has brought so far
 
-    def add(self, seq: Sequence) -> None:
-        """Queue a request."""
-        self.streams[seq.seq_id] = self.new_stream(seq.params.stop_strings)
-        self.scheduler.add(seq)
+    def add(self, prompt: list[int], params: SamplingParams) -> str:
+        """Queue a request; returns its request_id. What can't be served raises."""
+        return self.queue(self.inputs.process(prompt, params))
 
-    def step(self) -> dict[int, str]:
-        """One step for everything that runs: seq_id -> its new text."""
-        batch = self.scheduler.schedule()
-        self.planned = bool(batch)
-        if not batch:
-            return {}
-        tokens = self.runner.execute(batch).wait()
-        news = {}
-        for item in self.scheduler.update(batch, tokens):
-            seq, stream, text = item.sequence, self.streams[item.sequence.seq_id], ""
-            if seq.finish_reason != "stop":
-                text = stream.append(seq.token_ids[item.sample_position])
-            if stream.stopped is not None:
-                self.scheduler.finish(seq, "stop", stream.stopped)
-            if seq.is_finished:
-                text += stream.finish()
-                del self.streams[seq.seq_id]
-            news[seq.seq_id] = text
-        return news
+    def queue(self, checked: EngineInput) -> str:
+        """Queue what has been checked."""
+        request = self.new_request(checked, self.collector)
+        self.outputs.add(request)
+        for index in range(checked.params.n):
+            self.core.add(request.new_sequence(request, index))
+        return request.request_id
 
-    def run(self, sequences: list[Sequence]) -> list[str]:
-        """Serve these to their ends; their texts, in their order."""
-        texts = {seq.seq_id: "" for seq in sequences}
-        for seq in sequences:
-            self.add(seq)
-        while not all(seq.is_finished for seq in sequences):
-            for seq_id, text in self.step().items():
-                if seq_id in texts:
-                    texts[seq_id] += text
-            if not self.planned:
-                raise RuntimeError("Nothing was planned, and requests are unfinished: one is too large for the cache.")
-        return [texts[seq.seq_id] for seq in sorted(sequences, key=lambda seq: seq.num_output_tokens)]
+    def abort(self, request_id: str) -> None:
+        """End a request now; the next step reports it. An unknown id is ignored."""
+        request = self.outputs.requests.get(request_id)
+        if request is not None:
+            self.core.finish(self.outputs.end(request), "abort")
+
+    def step(self) -> list[RequestOutput]:
+        """One step for everything that runs: the outputs of the requests with news."""
+        step = self.core.step()
+        self.num_tokens += sum(len(output.token_ids) for output in step.outputs)
+        for seq_id, stop_string in self.outputs.process(step):
+            self.core.finish([seq_id], "stop", stop_string)
+        return self.outputs.collect(self.collector)
+
+    def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
+        """Serve these to their ends; the last output of each, in their order."""
+        checked = [self.inputs.process(*asked) for asked in zip(prompts, params)]
+        ids = [self.queue(one) for one in checked]
+        ended = {}
+        while not all(id in ended for id in ids):
+            ended |= {output.request_id: output for output in self.step() if output.finished}
+        return [output for id, output in ended.items() if id in ids]
 
 
 # %% 07.6 one-at-a-time: one request after the other
 class MyEngine:
-    """Requests in, steps, texts out."""
+    """Prompts in, steps, outputs out: the loop between the two doors of the core."""
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, new_stream: Callable) -> None:
-        self.scheduler, self.runner, self.new_stream = scheduler, runner, new_stream
-        self.streams = {}
-        self.planned = False
+    def __init__(
+        self,
+        inputs: InputProcessor,
+        core: EngineCore,
+        outputs: OutputProcessor,
+        new_request: Callable[[EngineInput, OutputCollector], Request],
+    ) -> None:
+        self.inputs, self.core, self.outputs = inputs, core, outputs
+        self.new_request = new_request
+        self.collector = OutputCollector()  # who waits for the outputs: whoever calls step
+        self.num_tokens = 0  # that the core has brought so far
 
-    def add(self, seq: Sequence) -> None:
-        """Queue a request."""
-        self.streams[seq.seq_id] = self.new_stream(seq.params.stop_strings)
-        self.scheduler.add(seq)
+    def add(self, prompt: list[int], params: SamplingParams) -> str:
+        """Queue a request; returns its request_id. What can't be served raises."""
+        return self.queue(self.inputs.process(prompt, params))
 
-    def step(self) -> dict[int, str]:
-        """One step for everything that runs: seq_id -> its new text."""
-        batch = self.scheduler.schedule()
-        self.planned = bool(batch)
-        if not batch:
-            return {}
-        tokens = self.runner.execute(batch).wait()
-        news = {}
-        for item in self.scheduler.update(batch, tokens):
-            seq, stream, text = item.sequence, self.streams[item.sequence.seq_id], ""
-            if seq.finish_reason != "stop":
-                text = stream.append(seq.token_ids[item.sample_position])
-            if stream.stopped is not None:
-                self.scheduler.finish(seq, "stop", stream.stopped)
-            if seq.is_finished:
-                text += stream.finish()
-                del self.streams[seq.seq_id]
-            news[seq.seq_id] = text
-        return news
+    def queue(self, checked: EngineInput) -> str:
+        """Queue what has been checked."""
+        request = self.new_request(checked, self.collector)
+        self.outputs.add(request)
+        for index in range(checked.params.n):
+            self.core.add(request.new_sequence(request, index))
+        return request.request_id
 
-    def run(self, sequences: list[Sequence]) -> list[str]:
-        """Serve these to their ends; their texts, in their order."""
-        texts = {seq.seq_id: "" for seq in sequences}
-        for seq in sequences:
-          self.add(seq)
-          while not seq.is_finished:
-              for seq_id, text in self.step().items():
-                if seq_id in texts:
-                      texts[seq_id] += text
-              if not self.planned:
-                raise RuntimeError("Nothing was planned, and requests are unfinished: one is too large for the cache.")
-        return [texts[seq.seq_id] for seq in sequences]
+    def abort(self, request_id: str) -> None:
+        """End a request now; the next step reports it. An unknown id is ignored."""
+        request = self.outputs.requests.get(request_id)
+        if request is not None:
+            self.core.finish(self.outputs.end(request), "abort")
 
+    def step(self) -> list[RequestOutput]:
+        """One step for everything that runs: the outputs of the requests with news."""
+        step = self.core.step()
+        self.num_tokens += sum(len(output.token_ids) for output in step.outputs)
+        for seq_id, stop_string in self.outputs.process(step):
+            self.core.finish([seq_id], "stop", stop_string)
+        return self.outputs.collect(self.collector)
 
-# %% 07.6 loses-the-end: no finish
-class MyEngine:
-    """Requests in, steps, texts out."""
-
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, new_stream: Callable) -> None:
-        self.scheduler, self.runner, self.new_stream = scheduler, runner, new_stream
-        self.streams = {}
-        self.planned = False
-
-    def add(self, seq: Sequence) -> None:
-        """Queue a request."""
-        self.streams[seq.seq_id] = self.new_stream(seq.params.stop_strings)
-        self.scheduler.add(seq)
-
-    def step(self) -> dict[int, str]:
-        """One step for everything that runs: seq_id -> its new text."""
-        batch = self.scheduler.schedule()
-        self.planned = bool(batch)
-        if not batch:
-            return {}
-        tokens = self.runner.execute(batch).wait()
-        news = {}
-        for item in self.scheduler.update(batch, tokens):
-            seq, stream, text = item.sequence, self.streams[item.sequence.seq_id], ""
-            if seq.finish_reason != "stop":
-                text = stream.append(seq.token_ids[item.sample_position])
-            if stream.stopped is not None:
-                self.scheduler.finish(seq, "stop", stream.stopped)
-            if seq.is_finished:
-                del self.streams[seq.seq_id]
-            news[seq.seq_id] = text
-        return news
-
-    def run(self, sequences: list[Sequence]) -> list[str]:
-        """Serve these to their ends; their texts, in their order."""
-        texts = {seq.seq_id: "" for seq in sequences}
-        for seq in sequences:
-            self.add(seq)
-        while not all(seq.is_finished for seq in sequences):
-            for seq_id, text in self.step().items():
-                if seq_id in texts:
-                    texts[seq_id] += text
-            if not self.planned:
-                raise RuntimeError("Nothing was planned, and requests are unfinished: one is too large for the cache.")
-        return [texts[seq.seq_id] for seq in sequences]
-
-
-# %% 07.6 shows-the-stop-token: shows every token
-class MyEngine:
-    """Requests in, steps, texts out."""
-
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, new_stream: Callable) -> None:
-        self.scheduler, self.runner, self.new_stream = scheduler, runner, new_stream
-        self.streams = {}
-        self.planned = False
-
-    def add(self, seq: Sequence) -> None:
-        """Queue a request."""
-        self.streams[seq.seq_id] = self.new_stream(seq.params.stop_strings)
-        self.scheduler.add(seq)
-
-    def step(self) -> dict[int, str]:
-        """One step for everything that runs: seq_id -> its new text."""
-        batch = self.scheduler.schedule()
-        self.planned = bool(batch)
-        if not batch:
-            return {}
-        tokens = self.runner.execute(batch).wait()
-        news = {}
-        for item in self.scheduler.update(batch, tokens):
-            seq, stream, text = item.sequence, self.streams[item.sequence.seq_id], ""
-            if True:
-                text = stream.append(seq.token_ids[item.sample_position])
-            if stream.stopped is not None:
-                self.scheduler.finish(seq, "stop", stream.stopped)
-            if seq.is_finished:
-                text += stream.finish()
-                del self.streams[seq.seq_id]
-            news[seq.seq_id] = text
-        return news
-
-    def run(self, sequences: list[Sequence]) -> list[str]:
-        """Serve these to their ends; their texts, in their order."""
-        texts = {seq.seq_id: "" for seq in sequences}
-        for seq in sequences:
-            self.add(seq)
-        while not all(seq.is_finished for seq in sequences):
-            for seq_id, text in self.step().items():
-                if seq_id in texts:
-                    texts[seq_id] += text
-            if not self.planned:
-                raise RuntimeError("Nothing was planned, and requests are unfinished: one is too large for the cache.")
-        return [texts[seq.seq_id] for seq in sequences]
-
-
-# %% 07.6 last-token-lost: a finished sequence's last token is never shown
-class MyEngine:
-    """Requests in, steps, texts out."""
-
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, new_stream: Callable) -> None:
-        self.scheduler, self.runner, self.new_stream = scheduler, runner, new_stream
-        self.streams = {}
-        self.planned = False
-
-    def add(self, seq: Sequence) -> None:
-        """Queue a request."""
-        self.streams[seq.seq_id] = self.new_stream(seq.params.stop_strings)
-        self.scheduler.add(seq)
-
-    def step(self) -> dict[int, str]:
-        """One step for everything that runs: seq_id -> its new text."""
-        batch = self.scheduler.schedule()
-        self.planned = bool(batch)
-        if not batch:
-            return {}
-        tokens = self.runner.execute(batch).wait()
-        news = {}
-        for item in self.scheduler.update(batch, tokens):
-            seq, stream, text = item.sequence, self.streams[item.sequence.seq_id], ""
-            if not seq.is_finished:
-                text = stream.append(seq.token_ids[item.sample_position])
-            if stream.stopped is not None:
-                self.scheduler.finish(seq, "stop", stream.stopped)
-            if seq.is_finished:
-                text += stream.finish()
-                del self.streams[seq.seq_id]
-            news[seq.seq_id] = text
-        return news
-
-    def run(self, sequences: list[Sequence]) -> list[str]:
-        """Serve these to their ends; their texts, in their order."""
-        texts = {seq.seq_id: "" for seq in sequences}
-        for seq in sequences:
-            self.add(seq)
-        while not all(seq.is_finished for seq in sequences):
-            for seq_id, text in self.step().items():
-                if seq_id in texts:
-                    texts[seq_id] += text
-            if not self.planned:
-                raise RuntimeError("Nothing was planned, and requests are unfinished: one is too large for the cache.")
-        return [texts[seq.seq_id] for seq in sequences]
+    def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
+        """Serve these to their ends; the last output of each, in their order."""
+        checked = [self.inputs.process(*asked) for asked in zip(prompts, params)]
+        ended = []
+        for one in checked:
+            id, last = self.queue(one), None
+            while last is None:
+                last = next((o for o in self.step() if o.request_id == id and o.finished), None)
+            ended.append(last)
+        return ended
 
 
 # %% 07.6 computes-past-the-stop: the text stops, the work does not
 class MyEngine:
-    """Requests in, steps, texts out."""
+    """Prompts in, steps, outputs out: the loop between the two doors of the core."""
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, new_stream: Callable) -> None:
-        self.scheduler, self.runner, self.new_stream = scheduler, runner, new_stream
-        self.streams = {}
-        self.planned = False
+    def __init__(
+        self,
+        inputs: InputProcessor,
+        core: EngineCore,
+        outputs: OutputProcessor,
+        new_request: Callable[[EngineInput, OutputCollector], Request],
+    ) -> None:
+        self.inputs, self.core, self.outputs = inputs, core, outputs
+        self.new_request = new_request
+        self.collector = OutputCollector()  # who waits for the outputs: whoever calls step
+        self.num_tokens = 0  # that the core has brought so far
 
-    def add(self, seq: Sequence) -> None:
-        """Queue a request."""
-        self.streams[seq.seq_id] = self.new_stream(seq.params.stop_strings)
-        self.scheduler.add(seq)
+    def add(self, prompt: list[int], params: SamplingParams) -> str:
+        """Queue a request; returns its request_id. What can't be served raises."""
+        return self.queue(self.inputs.process(prompt, params))
 
-    def step(self) -> dict[int, str]:
-        """One step for everything that runs: seq_id -> its new text."""
-        batch = self.scheduler.schedule()
-        self.planned = bool(batch)
-        if not batch:
-            return {}
-        tokens = self.runner.execute(batch).wait()
-        news = {}
-        for item in self.scheduler.update(batch, tokens):
-            seq, stream, text = item.sequence, self.streams[item.sequence.seq_id], ""
-            if seq.finish_reason != "stop":
-                text = stream.append(seq.token_ids[item.sample_position])
-            if seq.is_finished:
-                text += stream.finish()
-                del self.streams[seq.seq_id]
-            news[seq.seq_id] = text
-        return news
+    def queue(self, checked: EngineInput) -> str:
+        """Queue what has been checked."""
+        request = self.new_request(checked, self.collector)
+        self.outputs.add(request)
+        for index in range(checked.params.n):
+            self.core.add(request.new_sequence(request, index))
+        return request.request_id
 
-    def run(self, sequences: list[Sequence]) -> list[str]:
-        """Serve these to their ends; their texts, in their order."""
-        texts = {seq.seq_id: "" for seq in sequences}
-        for seq in sequences:
-            self.add(seq)
-        while not all(seq.is_finished for seq in sequences):
-            for seq_id, text in self.step().items():
-                if seq_id in texts:
-                    texts[seq_id] += text
-            if not self.planned:
-                raise RuntimeError("Nothing was planned, and requests are unfinished: one is too large for the cache.")
-        return [texts[seq.seq_id] for seq in sequences]
+    def abort(self, request_id: str) -> None:
+        """End a request now; the next step reports it. An unknown id is ignored."""
+        request = self.outputs.requests.get(request_id)
+        if request is not None:
+            self.core.finish(self.outputs.end(request), "abort")
+
+    def step(self) -> list[RequestOutput]:
+        """One step for everything that runs: the outputs of the requests with news."""
+        step = self.core.step()
+        self.num_tokens += sum(len(output.token_ids) for output in step.outputs)
+        self.outputs.process(step)
+        return self.outputs.collect(self.collector)
+
+    def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
+        """Serve these to their ends; the last output of each, in their order."""
+        checked = [self.inputs.process(*asked) for asked in zip(prompts, params)]
+        ids = [self.queue(one) for one in checked]
+        ended = {}
+        while not all(id in ended for id in ids):
+            ended |= {output.request_id: output for output in self.step() if output.finished}
+        return [ended[id] for id in ids]
 
 
 # %% 07.6 no-stop-reason: does not say which
 class MyEngine:
-    """Requests in, steps, texts out."""
+    """Prompts in, steps, outputs out: the loop between the two doors of the core."""
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, new_stream: Callable) -> None:
-        self.scheduler, self.runner, self.new_stream = scheduler, runner, new_stream
-        self.streams = {}
-        self.planned = False
+    def __init__(
+        self,
+        inputs: InputProcessor,
+        core: EngineCore,
+        outputs: OutputProcessor,
+        new_request: Callable[[EngineInput, OutputCollector], Request],
+    ) -> None:
+        self.inputs, self.core, self.outputs = inputs, core, outputs
+        self.new_request = new_request
+        self.collector = OutputCollector()  # who waits for the outputs: whoever calls step
+        self.num_tokens = 0  # that the core has brought so far
 
-    def add(self, seq: Sequence) -> None:
-        """Queue a request."""
-        self.streams[seq.seq_id] = self.new_stream(seq.params.stop_strings)
-        self.scheduler.add(seq)
+    def add(self, prompt: list[int], params: SamplingParams) -> str:
+        """Queue a request; returns its request_id. What can't be served raises."""
+        return self.queue(self.inputs.process(prompt, params))
 
-    def step(self) -> dict[int, str]:
-        """One step for everything that runs: seq_id -> its new text."""
-        batch = self.scheduler.schedule()
-        self.planned = bool(batch)
-        if not batch:
-            return {}
-        tokens = self.runner.execute(batch).wait()
-        news = {}
-        for item in self.scheduler.update(batch, tokens):
-            seq, stream, text = item.sequence, self.streams[item.sequence.seq_id], ""
-            if seq.finish_reason != "stop":
-                text = stream.append(seq.token_ids[item.sample_position])
-            if stream.stopped is not None:
-                self.scheduler.finish(seq, "stop")
-            if seq.is_finished:
-                text += stream.finish()
-                del self.streams[seq.seq_id]
-            news[seq.seq_id] = text
-        return news
+    def queue(self, checked: EngineInput) -> str:
+        """Queue what has been checked."""
+        request = self.new_request(checked, self.collector)
+        self.outputs.add(request)
+        for index in range(checked.params.n):
+            self.core.add(request.new_sequence(request, index))
+        return request.request_id
 
-    def run(self, sequences: list[Sequence]) -> list[str]:
-        """Serve these to their ends; their texts, in their order."""
-        texts = {seq.seq_id: "" for seq in sequences}
-        for seq in sequences:
-            self.add(seq)
-        while not all(seq.is_finished for seq in sequences):
-            for seq_id, text in self.step().items():
-                if seq_id in texts:
-                    texts[seq_id] += text
-            if not self.planned:
-                raise RuntimeError("Nothing was planned, and requests are unfinished: one is too large for the cache.")
-        return [texts[seq.seq_id] for seq in sequences]
+    def abort(self, request_id: str) -> None:
+        """End a request now; the next step reports it. An unknown id is ignored."""
+        request = self.outputs.requests.get(request_id)
+        if request is not None:
+            self.core.finish(self.outputs.end(request), "abort")
+
+    def step(self) -> list[RequestOutput]:
+        """One step for everything that runs: the outputs of the requests with news."""
+        step = self.core.step()
+        self.num_tokens += sum(len(output.token_ids) for output in step.outputs)
+        for seq_id, stop_string in self.outputs.process(step):
+            self.core.finish([seq_id], "stop")
+        return self.outputs.collect(self.collector)
+
+    def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
+        """Serve these to their ends; the last output of each, in their order."""
+        checked = [self.inputs.process(*asked) for asked in zip(prompts, params)]
+        ids = [self.queue(one) for one in checked]
+        ended = {}
+        while not all(id in ended for id in ids):
+            ended |= {output.request_id: output for output in self.step() if output.finished}
+        return [ended[id] for id in ids]
 
 
-# %% 07.6 shows-the-stop: streams without stop strings
+# %% 07.6 no-stop-reason: a stop string is taken for an abort
 class MyEngine:
-    """Requests in, steps, texts out."""
+    """Prompts in, steps, outputs out: the loop between the two doors of the core."""
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, new_stream: Callable) -> None:
-        self.scheduler, self.runner, self.new_stream = scheduler, runner, new_stream
-        self.streams = {}
-        self.planned = False
+    def __init__(
+        self,
+        inputs: InputProcessor,
+        core: EngineCore,
+        outputs: OutputProcessor,
+        new_request: Callable[[EngineInput, OutputCollector], Request],
+    ) -> None:
+        self.inputs, self.core, self.outputs = inputs, core, outputs
+        self.new_request = new_request
+        self.collector = OutputCollector()  # who waits for the outputs: whoever calls step
+        self.num_tokens = 0  # that the core has brought so far
 
-    def add(self, seq: Sequence) -> None:
-        """Queue a request."""
-        self.streams[seq.seq_id] = self.new_stream(())
-        self.scheduler.add(seq)
+    def add(self, prompt: list[int], params: SamplingParams) -> str:
+        """Queue a request; returns its request_id. What can't be served raises."""
+        return self.queue(self.inputs.process(prompt, params))
 
-    def step(self) -> dict[int, str]:
-        """One step for everything that runs: seq_id -> its new text."""
-        batch = self.scheduler.schedule()
-        self.planned = bool(batch)
-        if not batch:
-            return {}
-        tokens = self.runner.execute(batch).wait()
-        news = {}
-        for item in self.scheduler.update(batch, tokens):
-            seq, stream, text = item.sequence, self.streams[item.sequence.seq_id], ""
-            if seq.finish_reason != "stop":
-                text = stream.append(seq.token_ids[item.sample_position])
-            if stream.stopped is not None:
-                self.scheduler.finish(seq, "stop", stream.stopped)
-            if seq.is_finished:
-                text += stream.finish()
-                del self.streams[seq.seq_id]
-            news[seq.seq_id] = text
-        return news
+    def queue(self, checked: EngineInput) -> str:
+        """Queue what has been checked."""
+        request = self.new_request(checked, self.collector)
+        self.outputs.add(request)
+        for index in range(checked.params.n):
+            self.core.add(request.new_sequence(request, index))
+        return request.request_id
 
-    def run(self, sequences: list[Sequence]) -> list[str]:
-        """Serve these to their ends; their texts, in their order."""
-        texts = {seq.seq_id: "" for seq in sequences}
-        for seq in sequences:
-            self.add(seq)
-        while not all(seq.is_finished for seq in sequences):
-            for seq_id, text in self.step().items():
-                if seq_id in texts:
-                    texts[seq_id] += text
-            if not self.planned:
-                raise RuntimeError("Nothing was planned, and requests are unfinished: one is too large for the cache.")
-        return [texts[seq.seq_id] for seq in sequences]
+    def abort(self, request_id: str) -> None:
+        """End a request now; the next step reports it. An unknown id is ignored."""
+        request = self.outputs.requests.get(request_id)
+        if request is not None:
+            self.core.finish(self.outputs.end(request), "abort")
+
+    def step(self) -> list[RequestOutput]:
+        """One step for everything that runs: the outputs of the requests with news."""
+        step = self.core.step()
+        self.num_tokens += sum(len(output.token_ids) for output in step.outputs)
+        for seq_id, stop_string in self.outputs.process(step):
+            self.core.finish([seq_id], "abort")
+        return self.outputs.collect(self.collector)
+
+    def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
+        """Serve these to their ends; the last output of each, in their order."""
+        checked = [self.inputs.process(*asked) for asked in zip(prompts, params)]
+        ids = [self.queue(one) for one in checked]
+        ended = {}
+        while not all(id in ended for id in ids):
+            ended |= {output.request_id: output for output in self.step() if output.finished}
+        return [ended[id] for id in ids]
 
 
-# %% 07.6 waits-for-ever: asks again when nothing was planned
+# %% 07.6 texts-overwritten: keeps outputs by prompt
 class MyEngine:
-    """Requests in, steps, texts out."""
+    """Prompts in, steps, outputs out: the loop between the two doors of the core."""
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, new_stream: Callable) -> None:
-        self.scheduler, self.runner, self.new_stream = scheduler, runner, new_stream
-        self.streams = {}
-        self.planned = False
+    def __init__(
+        self,
+        inputs: InputProcessor,
+        core: EngineCore,
+        outputs: OutputProcessor,
+        new_request: Callable[[EngineInput, OutputCollector], Request],
+    ) -> None:
+        self.inputs, self.core, self.outputs = inputs, core, outputs
+        self.new_request = new_request
+        self.collector = OutputCollector()  # who waits for the outputs: whoever calls step
+        self.num_tokens = 0  # that the core has brought so far
 
-    def add(self, seq: Sequence) -> None:
-        """Queue a request."""
-        self.streams[seq.seq_id] = self.new_stream(seq.params.stop_strings)
-        self.scheduler.add(seq)
+    def add(self, prompt: list[int], params: SamplingParams) -> str:
+        """Queue a request; returns its request_id. What can't be served raises."""
+        return self.queue(self.inputs.process(prompt, params))
 
-    def step(self) -> dict[int, str]:
-        """One step for everything that runs: seq_id -> its new text."""
-        batch = self.scheduler.schedule()
-        self.planned = bool(batch)
-        if not batch:
-            return {}
-        tokens = self.runner.execute(batch).wait()
-        news = {}
-        for item in self.scheduler.update(batch, tokens):
-            seq, stream, text = item.sequence, self.streams[item.sequence.seq_id], ""
-            if seq.finish_reason != "stop":
-                text = stream.append(seq.token_ids[item.sample_position])
-            if stream.stopped is not None:
-                self.scheduler.finish(seq, "stop", stream.stopped)
-            if seq.is_finished:
-                text += stream.finish()
-                del self.streams[seq.seq_id]
-            news[seq.seq_id] = text
-        return news
+    def queue(self, checked: EngineInput) -> str:
+        """Queue what has been checked."""
+        request = self.new_request(checked, self.collector)
+        self.outputs.add(request)
+        for index in range(checked.params.n):
+            self.core.add(request.new_sequence(request, index))
+        return request.request_id
 
-    def run(self, sequences: list[Sequence]) -> list[str]:
-        """Serve these to their ends; their texts, in their order."""
-        texts = {seq.seq_id: "" for seq in sequences}
-        for seq in sequences:
-            self.add(seq)
-        while not all(seq.is_finished for seq in sequences):
-            for seq_id, text in self.step().items():
-                if seq_id in texts:
-                    texts[seq_id] += text
-        return [texts[seq.seq_id] for seq in sequences]
+    def abort(self, request_id: str) -> None:
+        """End a request now; the next step reports it. An unknown id is ignored."""
+        request = self.outputs.requests.get(request_id)
+        if request is not None:
+            self.core.finish(self.outputs.end(request), "abort")
+
+    def step(self) -> list[RequestOutput]:
+        """One step for everything that runs: the outputs of the requests with news."""
+        step = self.core.step()
+        self.num_tokens += sum(len(output.token_ids) for output in step.outputs)
+        for seq_id, stop_string in self.outputs.process(step):
+            self.core.finish([seq_id], "stop", stop_string)
+        return self.outputs.collect(self.collector)
+
+    def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
+        """Serve these to their ends; the last output of each, in their order."""
+        checked = [self.inputs.process(*asked) for asked in zip(prompts, params)]
+        ids = [self.queue(one) for one in checked]
+        ended = {}
+        by_prompt = {}
+        while not all(id in ended for id in ids):
+            for output in self.step():
+                if output.finished:
+                    ended[output.request_id] = by_prompt[str(output.prompt_token_ids)] = output
+        return [by_prompt[str(prompt)] for prompt in prompts]
 
 
-# %% 07.6 request-dropped: leaves the loop when nothing was planned
+# %% 07.6 endless: what a step brought is not handed on
 class MyEngine:
-    """Requests in, steps, texts out."""
+    """Prompts in, steps, outputs out: the loop between the two doors of the core."""
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, new_stream: Callable) -> None:
-        self.scheduler, self.runner, self.new_stream = scheduler, runner, new_stream
-        self.streams = {}
-        self.planned = False
+    def __init__(
+        self,
+        inputs: InputProcessor,
+        core: EngineCore,
+        outputs: OutputProcessor,
+        new_request: Callable[[EngineInput, OutputCollector], Request],
+    ) -> None:
+        self.inputs, self.core, self.outputs = inputs, core, outputs
+        self.new_request = new_request
+        self.collector = OutputCollector()  # who waits for the outputs: whoever calls step
+        self.num_tokens = 0  # that the core has brought so far
 
-    def add(self, seq: Sequence) -> None:
-        """Queue a request."""
-        self.streams[seq.seq_id] = self.new_stream(seq.params.stop_strings)
-        self.scheduler.add(seq)
+    def add(self, prompt: list[int], params: SamplingParams) -> str:
+        """Queue a request; returns its request_id. What can't be served raises."""
+        return self.queue(self.inputs.process(prompt, params))
 
-    def step(self) -> dict[int, str]:
-        """One step for everything that runs: seq_id -> its new text."""
-        batch = self.scheduler.schedule()
-        self.planned = bool(batch)
-        if not batch:
-            return {}
-        tokens = self.runner.execute(batch).wait()
-        news = {}
-        for item in self.scheduler.update(batch, tokens):
-            seq, stream, text = item.sequence, self.streams[item.sequence.seq_id], ""
-            if seq.finish_reason != "stop":
-                text = stream.append(seq.token_ids[item.sample_position])
-            if stream.stopped is not None:
-                self.scheduler.finish(seq, "stop", stream.stopped)
-            if seq.is_finished:
-                text += stream.finish()
-                del self.streams[seq.seq_id]
-            news[seq.seq_id] = text
-        return news
+    def queue(self, checked: EngineInput) -> str:
+        """Queue what has been checked."""
+        request = self.new_request(checked, self.collector)
+        self.outputs.add(request)
+        for index in range(checked.params.n):
+            self.core.add(request.new_sequence(request, index))
+        return request.request_id
 
-    def run(self, sequences: list[Sequence]) -> list[str]:
-        """Serve these to their ends; their texts, in their order."""
-        texts = {seq.seq_id: "" for seq in sequences}
-        for seq in sequences:
-            self.add(seq)
-        while not all(seq.is_finished for seq in sequences):
-            for seq_id, text in self.step().items():
-                if seq_id in texts:
-                    texts[seq_id] += text
-            if not self.planned:
-                break
-        return [texts[seq.seq_id] for seq in sequences]
+    def abort(self, request_id: str) -> None:
+        """End a request now; the next step reports it. An unknown id is ignored."""
+        request = self.outputs.requests.get(request_id)
+        if request is not None:
+            self.core.finish(self.outputs.end(request), "abort")
+
+    def step(self) -> list[RequestOutput]:
+        """One step for everything that runs: the outputs of the requests with news."""
+        step = self.core.step()
+        self.num_tokens += sum(len(output.token_ids) for output in step.outputs)
+        return self.outputs.collect(self.collector)
+
+    def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
+        """Serve these to their ends; the last output of each, in their order."""
+        checked = [self.inputs.process(*asked) for asked in zip(prompts, params)]
+        ids = [self.queue(one) for one in checked]
+        ended = {}
+        while not all(id in ended for id in ids):
+            ended |= {output.request_id: output for output in self.step() if output.finished}
+        return [ended[id] for id in ids]
 
 
-# %% 07.6 texts-overwritten: keeps texts by prompt
+# %% 07.6 endless: looks for the end in the core, which knows other ids
 class MyEngine:
-    """Requests in, steps, texts out."""
+    """Prompts in, steps, outputs out: the loop between the two doors of the core."""
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, new_stream: Callable) -> None:
-        self.scheduler, self.runner, self.new_stream = scheduler, runner, new_stream
-        self.streams = {}
-        self.planned = False
+    def __init__(
+        self,
+        inputs: InputProcessor,
+        core: EngineCore,
+        outputs: OutputProcessor,
+        new_request: Callable[[EngineInput, OutputCollector], Request],
+    ) -> None:
+        self.inputs, self.core, self.outputs = inputs, core, outputs
+        self.new_request = new_request
+        self.collector = OutputCollector()  # who waits for the outputs: whoever calls step
+        self.num_tokens = 0  # that the core has brought so far
 
-    def add(self, seq: Sequence) -> None:
-        """Queue a request."""
-        self.streams[seq.seq_id] = self.new_stream(seq.params.stop_strings)
-        self.scheduler.add(seq)
+    def add(self, prompt: list[int], params: SamplingParams) -> str:
+        """Queue a request; returns its request_id. What can't be served raises."""
+        return self.queue(self.inputs.process(prompt, params))
 
-    def step(self) -> dict[int, str]:
-        """One step for everything that runs: seq_id -> its new text."""
-        batch = self.scheduler.schedule()
-        self.planned = bool(batch)
-        if not batch:
-            return {}
-        tokens = self.runner.execute(batch).wait()
-        news = {}
-        for item in self.scheduler.update(batch, tokens):
-            seq, stream, text = item.sequence, self.streams[item.sequence.seq_id], ""
-            if seq.finish_reason != "stop":
-                text = stream.append(seq.token_ids[item.sample_position])
-            if stream.stopped is not None:
-                self.scheduler.finish(seq, "stop", stream.stopped)
-            if seq.is_finished:
-                text += stream.finish()
-                del self.streams[seq.seq_id]
-            news[seq.seq_id] = text
-        return news
+    def queue(self, checked: EngineInput) -> str:
+        """Queue what has been checked."""
+        request = self.new_request(checked, self.collector)
+        self.outputs.add(request)
+        for index in range(checked.params.n):
+            self.core.add(request.new_sequence(request, index))
+        return request.request_id
 
-    def run(self, sequences: list[Sequence]) -> list[str]:
-        """Serve these to their ends; their texts, in their order."""
-        texts = {seq.seq_id: "" for seq in sequences}
-        same = {tuple(seq.token_ids): seq.seq_id for seq in sequences}
-        names = {seq.seq_id: same[tuple(seq.token_ids)] for seq in sequences}
-        for seq in sequences:
-            self.add(seq)
-        while not all(seq.is_finished for seq in sequences):
-            for seq_id, text in self.step().items():
-                if seq_id in texts:
-                    texts[seq_id] += text
-            if not self.planned:
-                raise RuntimeError("Nothing was planned, and requests are unfinished: one is too large for the cache.")
-        return [texts[names[seq.seq_id]] for seq in sequences]
+    def abort(self, request_id: str) -> None:
+        """End a request now; the next step reports it. An unknown id is ignored."""
+        request = self.outputs.requests.get(request_id)
+        if request is not None:
+            self.core.finish(self.outputs.end(request), "abort")
+
+    def step(self) -> list[RequestOutput]:
+        """One step for everything that runs: the outputs of the requests with news."""
+        step = self.core.step()
+        self.num_tokens += sum(len(output.token_ids) for output in step.outputs)
+        for seq_id, stop_string in self.outputs.process(step):
+            self.core.finish([seq_id], "stop", stop_string)
+        return self.outputs.collect(self.collector)
+
+    def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
+        """Serve these to their ends; the last output of each, in their order."""
+        checked = [self.inputs.process(*asked) for asked in zip(prompts, params)]
+        ids = [self.queue(one) for one in checked]
+        ended = {}
+        while not all(int(id) + len(prompts) in ended for id in ids):
+            ended |= {output.request_id: output for output in self.step() if output.finished}
+        return [ended[id] for id in ids]
 
 
-# %% 07.6 update-out-of-turn: updates also with an empty plan
+# %% 07.6 unfinished: the first output of each, not the last
 class MyEngine:
-    """Requests in, steps, texts out."""
+    """Prompts in, steps, outputs out: the loop between the two doors of the core."""
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, new_stream: Callable) -> None:
-        self.scheduler, self.runner, self.new_stream = scheduler, runner, new_stream
-        self.streams = {}
-        self.planned = False
+    def __init__(
+        self,
+        inputs: InputProcessor,
+        core: EngineCore,
+        outputs: OutputProcessor,
+        new_request: Callable[[EngineInput, OutputCollector], Request],
+    ) -> None:
+        self.inputs, self.core, self.outputs = inputs, core, outputs
+        self.new_request = new_request
+        self.collector = OutputCollector()  # who waits for the outputs: whoever calls step
+        self.num_tokens = 0  # that the core has brought so far
 
-    def add(self, seq: Sequence) -> None:
-        """Queue a request."""
-        self.streams[seq.seq_id] = self.new_stream(seq.params.stop_strings)
-        self.scheduler.add(seq)
+    def add(self, prompt: list[int], params: SamplingParams) -> str:
+        """Queue a request; returns its request_id. What can't be served raises."""
+        return self.queue(self.inputs.process(prompt, params))
 
-    def step(self) -> dict[int, str]:
-        """One step for everything that runs: seq_id -> its new text."""
-        batch = self.scheduler.schedule()
-        self.planned = bool(batch)
-        tokens = self.runner.execute(batch).wait() if batch else []
-        news = {}
-        for item in self.scheduler.update(batch, tokens):
-            seq, stream, text = item.sequence, self.streams[item.sequence.seq_id], ""
-            if seq.finish_reason != "stop":
-                text = stream.append(seq.token_ids[item.sample_position])
-            if stream.stopped is not None:
-                self.scheduler.finish(seq, "stop", stream.stopped)
-            if seq.is_finished:
-                text += stream.finish()
-                del self.streams[seq.seq_id]
-            news[seq.seq_id] = text
-        return news
+    def queue(self, checked: EngineInput) -> str:
+        """Queue what has been checked."""
+        request = self.new_request(checked, self.collector)
+        self.outputs.add(request)
+        for index in range(checked.params.n):
+            self.core.add(request.new_sequence(request, index))
+        return request.request_id
 
-    def run(self, sequences: list[Sequence]) -> list[str]:
-        """Serve these to their ends; their texts, in their order."""
-        texts = {seq.seq_id: "" for seq in sequences}
-        for seq in sequences:
-            self.add(seq)
-        while not all(seq.is_finished for seq in sequences):
-            for seq_id, text in self.step().items():
-                if seq_id in texts:
-                    texts[seq_id] += text
-            if not self.planned:
-                raise RuntimeError("Nothing was planned, and requests are unfinished: one is too large for the cache.")
-        return [texts[seq.seq_id] for seq in sequences]
+    def abort(self, request_id: str) -> None:
+        """End a request now; the next step reports it. An unknown id is ignored."""
+        request = self.outputs.requests.get(request_id)
+        if request is not None:
+            self.core.finish(self.outputs.end(request), "abort")
 
+    def step(self) -> list[RequestOutput]:
+        """One step for everything that runs: the outputs of the requests with news."""
+        step = self.core.step()
+        self.num_tokens += sum(len(output.token_ids) for output in step.outputs)
+        for seq_id, stop_string in self.outputs.process(step):
+            self.core.finish([seq_id], "stop", stop_string)
+        return self.outputs.collect(self.collector)
 
-# %% 07.6 endless: results are not handed back
-class MyEngine:
-    """Requests in, steps, texts out."""
-
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, new_stream: Callable) -> None:
-        self.scheduler, self.runner, self.new_stream = scheduler, runner, new_stream
-        self.streams = {}
-        self.planned = False
-
-    def add(self, seq: Sequence) -> None:
-        """Queue a request."""
-        self.streams[seq.seq_id] = self.new_stream(seq.params.stop_strings)
-        self.scheduler.add(seq)
-
-    def step(self) -> dict[int, str]:
-        """One step for everything that runs: seq_id -> its new text."""
-        batch = self.scheduler.schedule()
-        self.planned = bool(batch)
-        if not batch:
-            return {}
-        tokens = self.runner.execute(batch).wait()
-        news = {}
-        for item in batch.sampled[:0]:
-            seq, stream, text = item.sequence, self.streams[item.sequence.seq_id], ""
-            if seq.finish_reason != "stop":
-                text = stream.append(seq.token_ids[item.sample_position])
-            if stream.stopped is not None:
-                self.scheduler.finish(seq, "stop", stream.stopped)
-            if seq.is_finished:
-                text += stream.finish()
-                del self.streams[seq.seq_id]
-            news[seq.seq_id] = text
-        return news
-
-    def run(self, sequences: list[Sequence]) -> list[str]:
-        """Serve these to their ends; their texts, in their order."""
-        texts = {seq.seq_id: "" for seq in sequences}
-        for seq in sequences:
-            self.add(seq)
-        while not all(seq.is_finished for seq in sequences):
-            for seq_id, text in self.step().items():
-                if seq_id in texts:
-                    texts[seq_id] += text
-            if len(texts) > 99:
-                raise RuntimeError("Nothing was planned, and requests are unfinished: one is too large for the cache.")
-        return [texts[seq.seq_id] for seq in sequences]
-
-
-# %% 07.6 not-only-the-new: all the text so far, each time
-class MyEngine:
-    """Requests in, steps, texts out."""
-
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, new_stream: Callable) -> None:
-        self.scheduler, self.runner, self.new_stream = scheduler, runner, new_stream
-        self.streams = {}
-        self.planned = False
-
-    def add(self, seq: Sequence) -> None:
-        """Queue a request."""
-        self.streams[seq.seq_id] = self.new_stream(seq.params.stop_strings)
-        self.scheduler.add(seq)
-
-    def step(self) -> dict[int, str]:
-        """One step for everything that runs: seq_id -> its new text."""
-        batch = self.scheduler.schedule()
-        self.planned = bool(batch)
-        if not batch:
-            return {}
-        tokens = self.runner.execute(batch).wait()
-        news = {}
-        for item in self.scheduler.update(batch, tokens):
-            seq, stream, text = item.sequence, self.streams[item.sequence.seq_id], ""
-            if seq.finish_reason != "stop":
-                text = stream.append(seq.token_ids[item.sample_position])
-            if stream.stopped is not None:
-                self.scheduler.finish(seq, "stop", stream.stopped)
-            if seq.is_finished:
-                text += stream.finish()
-                del self.streams[seq.seq_id]
-            stream.seen = getattr(stream, "seen", "") + text
-            news[seq.seq_id] = stream.seen
-        return news
-
-    def run(self, sequences: list[Sequence]) -> list[str]:
-        """Serve these to their ends; their texts, in their order."""
-        texts = {seq.seq_id: "" for seq in sequences}
-        for seq in sequences:
-            self.add(seq)
-        while not all(seq.is_finished for seq in sequences):
-            for seq_id, text in self.step().items():
-                if seq_id in texts:
-                    texts[seq_id] = text
-            if not self.planned:
-                raise RuntimeError("Nothing was planned, and requests are unfinished: one is too large for the cache.")
-        return [texts[seq.seq_id] for seq in sequences]
+    def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
+        """Serve these to their ends; the last output of each, in their order."""
+        checked = [self.inputs.process(*asked) for asked in zip(prompts, params)]
+        ids = [self.queue(one) for one in checked]
+        ended = {}
+        while not all(id in ended for id in ids):
+            ended |= {output.request_id: output for output in self.step()}
+        return [ended[id] for id in ids]
 
 
 # %% 07.6 more-than-a-step: step serves all to the end
 class MyEngine:
-    """Requests in, steps, texts out."""
+    """Prompts in, steps, outputs out: the loop between the two doors of the core."""
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, new_stream: Callable) -> None:
-        self.scheduler, self.runner, self.new_stream = scheduler, runner, new_stream
-        self.streams = {}
-        self.planned = False
+    def __init__(
+        self,
+        inputs: InputProcessor,
+        core: EngineCore,
+        outputs: OutputProcessor,
+        new_request: Callable[[EngineInput, OutputCollector], Request],
+    ) -> None:
+        self.inputs, self.core, self.outputs = inputs, core, outputs
+        self.new_request = new_request
+        self.collector = OutputCollector()  # who waits for the outputs: whoever calls step
+        self.num_tokens = 0  # that the core has brought so far
 
-    def add(self, seq: Sequence) -> None:
-        """Queue a request."""
-        self.streams[seq.seq_id] = self.new_stream(seq.params.stop_strings)
-        self.scheduler.add(seq)
+    def add(self, prompt: list[int], params: SamplingParams) -> str:
+        """Queue a request; returns its request_id. What can't be served raises."""
+        return self.queue(self.inputs.process(prompt, params))
 
-    def step(self) -> dict[int, str]:
-        news = self.one()
-        planned = self.planned
-        while self.planned:
-            for seq_id, text in self.one().items():
-                news[seq_id] = news.get(seq_id, "") + text
-        self.planned = planned
-        return news
+    def queue(self, checked: EngineInput) -> str:
+        """Queue what has been checked."""
+        request = self.new_request(checked, self.collector)
+        self.outputs.add(request)
+        for index in range(checked.params.n):
+            self.core.add(request.new_sequence(request, index))
+        return request.request_id
 
-    def one(self) -> dict[int, str]:
-        batch = self.scheduler.schedule()
-        self.planned = bool(batch)
-        if not batch:
-            return {}
-        tokens = self.runner.execute(batch).wait()
-        news = {}
-        for item in self.scheduler.update(batch, tokens):
-            seq, stream, text = item.sequence, self.streams[item.sequence.seq_id], ""
-            if seq.finish_reason != "stop":
-                text = stream.append(seq.token_ids[item.sample_position])
-            if stream.stopped is not None:
-                self.scheduler.finish(seq, "stop", stream.stopped)
-            if seq.is_finished:
-                text += stream.finish()
-                del self.streams[seq.seq_id]
-            news[seq.seq_id] = text
-        return news
+    def abort(self, request_id: str) -> None:
+        """End a request now; the next step reports it. An unknown id is ignored."""
+        request = self.outputs.requests.get(request_id)
+        if request is not None:
+            self.core.finish(self.outputs.end(request), "abort")
 
-    def run(self, sequences: list[Sequence]) -> list[str]:
-        """Serve these to their ends; their texts, in their order."""
-        texts = {seq.seq_id: "" for seq in sequences}
-        for seq in sequences:
-            self.add(seq)
-        while not all(seq.is_finished for seq in sequences):
-            for seq_id, text in self.step().items():
-                if seq_id in texts:
-                    texts[seq_id] += text
-            if not self.planned:
-                raise RuntimeError("Nothing was planned, and requests are unfinished: one is too large for the cache.")
-        return [texts[seq.seq_id] for seq in sequences]
+    def step(self) -> list[RequestOutput]:
+        """One step for everything that runs: the outputs of the requests with news."""
+        while True:
+            step = self.core.step()
+            self.num_tokens += sum(len(output.token_ids) for output in step.outputs)
+            for seq_id, stop_string in self.outputs.process(step):
+                self.core.finish([seq_id], "stop", stop_string)
+            if not step.outputs:
+                break
+        return self.outputs.collect(self.collector)
+
+    def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
+        """Serve these to their ends; the last output of each, in their order."""
+        checked = [self.inputs.process(*asked) for asked in zip(prompts, params)]
+        ids = [self.queue(one) for one in checked]
+        ended = {}
+        while not all(id in ended for id in ids):
+            ended |= {output.request_id: output for output in self.step() if output.finished}
+        return [ended[id] for id in ids]
 
 
-# %% 07.6 first-text-lost: takes the first token for a part of the prompt
+# %% 07.6 idle-step: gives nothing where there is nothing
 class MyEngine:
-    """Requests in, steps, texts out."""
+    """Prompts in, steps, outputs out: the loop between the two doors of the core."""
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, new_stream: Callable) -> None:
-        self.scheduler, self.runner, self.new_stream = scheduler, runner, new_stream
-        self.streams = {}
-        self.planned = False
+    def __init__(
+        self,
+        inputs: InputProcessor,
+        core: EngineCore,
+        outputs: OutputProcessor,
+        new_request: Callable[[EngineInput, OutputCollector], Request],
+    ) -> None:
+        self.inputs, self.core, self.outputs = inputs, core, outputs
+        self.new_request = new_request
+        self.collector = OutputCollector()  # who waits for the outputs: whoever calls step
+        self.num_tokens = 0  # that the core has brought so far
 
-    def add(self, seq: Sequence) -> None:
-        """Queue a request."""
-        self.streams[seq.seq_id] = self.new_stream(seq.params.stop_strings)
-        self.scheduler.add(seq)
+    def add(self, prompt: list[int], params: SamplingParams) -> str:
+        """Queue a request; returns its request_id. What can't be served raises."""
+        return self.queue(self.inputs.process(prompt, params))
 
-    def step(self) -> dict[int, str]:
-        """One step for everything that runs: seq_id -> its new text."""
-        batch = self.scheduler.schedule()
-        self.planned = bool(batch)
-        if not batch:
-            return {}
-        tokens = self.runner.execute(batch).wait()
-        news = {}
-        for item in self.scheduler.update(batch, tokens):
-            seq, stream, text = item.sequence, self.streams[item.sequence.seq_id], ""
-            if seq.finish_reason != "stop" and item.num_new_tokens == 1:
-                text = stream.append(seq.token_ids[item.sample_position])
-            if stream.stopped is not None:
-                self.scheduler.finish(seq, "stop", stream.stopped)
-            if seq.is_finished:
-                text += stream.finish()
-                del self.streams[seq.seq_id]
-            news[seq.seq_id] = text
-        return news
+    def queue(self, checked: EngineInput) -> str:
+        """Queue what has been checked."""
+        request = self.new_request(checked, self.collector)
+        self.outputs.add(request)
+        for index in range(checked.params.n):
+            self.core.add(request.new_sequence(request, index))
+        return request.request_id
 
-    def run(self, sequences: list[Sequence]) -> list[str]:
-        """Serve these to their ends; their texts, in their order."""
-        texts = {seq.seq_id: "" for seq in sequences}
-        for seq in sequences:
-            self.add(seq)
-        while not all(seq.is_finished for seq in sequences):
-            for seq_id, text in self.step().items():
-                if seq_id in texts:
-                    texts[seq_id] += text
-            if not self.planned:
-                raise RuntimeError("Nothing was planned, and requests are unfinished: one is too large for the cache.")
-        return [texts[seq.seq_id] for seq in sequences]
+    def abort(self, request_id: str) -> None:
+        """End a request now; the next step reports it. An unknown id is ignored."""
+        request = self.outputs.requests.get(request_id)
+        if request is not None:
+            self.core.finish(self.outputs.end(request), "abort")
+
+    def step(self) -> list[RequestOutput]:
+        """One step for everything that runs: the outputs of the requests with news."""
+        step = self.core.step()
+        self.num_tokens += sum(len(output.token_ids) for output in step.outputs)
+        for seq_id, stop_string in self.outputs.process(step):
+            self.core.finish([seq_id], "stop", stop_string)
+        return self.outputs.collect(self.collector) or None
+
+    def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
+        """Serve these to their ends; the last output of each, in their order."""
+        checked = [self.inputs.process(*asked) for asked in zip(prompts, params)]
+        ids = [self.queue(one) for one in checked]
+        ended = {}
+        while not all(id in ended for id in ids):
+            ended |= {output.request_id: output for output in self.step() or [] if output.finished}
+        return [ended[id] for id in ids]
 
 
-# %% 07.6 right: collects in lists, plans in run
+# %% 07.6 unfinished-left-out: step mentions only requests that have ended
 class MyEngine:
-    def __init__(self, scheduler, runner, new_stream):
-        self.scheduler, self.runner, self.new_stream = scheduler, runner, new_stream
-        self.streams, self.open = {}, {}
+    """Prompts in, steps, outputs out: the loop between the two doors of the core."""
 
-    def add(self, seq):
-        self.streams[seq.seq_id] = self.new_stream(tuple(seq.params.stop_strings))
-        self.open[seq.seq_id] = seq
-        self.scheduler.add(seq)
+    def __init__(
+        self,
+        inputs: InputProcessor,
+        core: EngineCore,
+        outputs: OutputProcessor,
+        new_request: Callable[[EngineInput, OutputCollector], Request],
+    ) -> None:
+        self.inputs, self.core, self.outputs = inputs, core, outputs
+        self.new_request = new_request
+        self.collector = OutputCollector()  # who waits for the outputs: whoever calls step
+        self.num_tokens = 0  # that the core has brought so far
 
-    def step(self):
-        if not self.open:
-            return {}
-        batch = self.scheduler.schedule()
-        if not batch.items:
-            raise RuntimeError(f"{len(self.open)} requests are unfinished, and none can be planned.")
-        result = self.runner.execute(batch)
-        pieces = {}
-        for item in self.scheduler.update(batch, result.wait()):
-            seq = item.sequence
-            stream = self.streams[seq.seq_id]
-            parts = [] if seq.finish_reason == "stop" else [stream.append(seq.token_ids[item.sample_position])]
-            if stream.stopped and not seq.is_finished:
-                self.scheduler.finish(seq, "stop", stream.stopped)
-            elif stream.stopped:
-                seq.finish_reason, seq.stop_reason = "stop", stream.stopped
-            if seq.is_finished:
-                parts.append(stream.finish())
-                del self.open[seq.seq_id]
-            pieces[seq.seq_id] = "".join(parts)
-        return pieces
+    def add(self, prompt: list[int], params: SamplingParams) -> str:
+        """Queue a request; returns its request_id. What can't be served raises."""
+        return self.queue(self.inputs.process(prompt, params))
 
-    def run(self, sequences):
-        pieces = [[] for _ in sequences]
-        number = {seq.seq_id: i for i, seq in enumerate(sequences)}
-        for seq in sequences:
-            self.add(seq)
-        while any(not seq.is_finished for seq in sequences):
-            for seq_id, piece in self.step().items():
-                if seq_id in number:
-                    pieces[number[seq_id]].append(piece)
-        return ["".join(parts) for parts in pieces]
+    def queue(self, checked: EngineInput) -> str:
+        """Queue what has been checked."""
+        request = self.new_request(checked, self.collector)
+        self.outputs.add(request)
+        for index in range(checked.params.n):
+            self.core.add(request.new_sequence(request, index))
+        return request.request_id
+
+    def abort(self, request_id: str) -> None:
+        """End a request now; the next step reports it. An unknown id is ignored."""
+        request = self.outputs.requests.get(request_id)
+        if request is not None:
+            self.core.finish(self.outputs.end(request), "abort")
+
+    def step(self) -> list[RequestOutput]:
+        """One step for everything that runs: the outputs of the requests with news."""
+        step = self.core.step()
+        self.num_tokens += sum(len(output.token_ids) for output in step.outputs)
+        for seq_id, stop_string in self.outputs.process(step):
+            self.core.finish([seq_id], "stop", stop_string)
+        return [output for output in self.outputs.collect(self.collector) if output.finished]
+
+    def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
+        """Serve these to their ends; the last output of each, in their order."""
+        checked = [self.inputs.process(*asked) for asked in zip(prompts, params)]
+        ids = [self.queue(one) for one in checked]
+        ended = {}
+        while not all(id in ended for id in ids):
+            ended |= {output.request_id: output for output in self.step() if output.finished}
+        return [ended[id] for id in ids]
+
+
+# %% 07.6 no-id: add says nothing
+class MyEngine:
+    """Prompts in, steps, outputs out: the loop between the two doors of the core."""
+
+    def __init__(
+        self,
+        inputs: InputProcessor,
+        core: EngineCore,
+        outputs: OutputProcessor,
+        new_request: Callable[[EngineInput, OutputCollector], Request],
+    ) -> None:
+        self.inputs, self.core, self.outputs = inputs, core, outputs
+        self.new_request = new_request
+        self.collector = OutputCollector()  # who waits for the outputs: whoever calls step
+        self.num_tokens = 0  # that the core has brought so far
+
+    def add(self, prompt: list[int], params: SamplingParams) -> str:
+        """Queue a request; returns its request_id. What can't be served raises."""
+        self.queue(self.inputs.process(prompt, params))
+
+    def queue(self, checked: EngineInput) -> str:
+        """Queue what has been checked."""
+        request = self.new_request(checked, self.collector)
+        self.outputs.add(request)
+        for index in range(checked.params.n):
+            self.core.add(request.new_sequence(request, index))
+        return request.request_id
+
+    def abort(self, request_id: str) -> None:
+        """End a request now; the next step reports it. An unknown id is ignored."""
+        request = self.outputs.requests.get(request_id)
+        if request is not None:
+            self.core.finish(self.outputs.end(request), "abort")
+
+    def step(self) -> list[RequestOutput]:
+        """One step for everything that runs: the outputs of the requests with news."""
+        step = self.core.step()
+        self.num_tokens += sum(len(output.token_ids) for output in step.outputs)
+        for seq_id, stop_string in self.outputs.process(step):
+            self.core.finish([seq_id], "stop", stop_string)
+        return self.outputs.collect(self.collector)
+
+    def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
+        """Serve these to their ends; the last output of each, in their order."""
+        checked = [self.inputs.process(*asked) for asked in zip(prompts, params)]
+        ids = [self.queue(one) for one in checked]
+        ended = {}
+        while not all(id in ended for id in ids):
+            ended |= {output.request_id: output for output in self.step() if output.finished}
+        return [ended[id] for id in ids]
 
 
 # %% 07.6 foreign-request: run knows only its own requests
 class MyEngine:
-    """Requests in, steps, texts out."""
+    """Prompts in, steps, outputs out: the loop between the two doors of the core."""
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, new_stream: Callable) -> None:
-        self.scheduler, self.runner, self.new_stream = scheduler, runner, new_stream
-        self.streams = {}
-        self.planned = False
+    def __init__(
+        self,
+        inputs: InputProcessor,
+        core: EngineCore,
+        outputs: OutputProcessor,
+        new_request: Callable[[EngineInput, OutputCollector], Request],
+    ) -> None:
+        self.inputs, self.core, self.outputs = inputs, core, outputs
+        self.new_request = new_request
+        self.collector = OutputCollector()  # who waits for the outputs: whoever calls step
+        self.num_tokens = 0  # that the core has brought so far
 
-    def add(self, seq: Sequence) -> None:
-        """Queue a request."""
-        self.streams[seq.seq_id] = self.new_stream(seq.params.stop_strings)
-        self.scheduler.add(seq)
+    def add(self, prompt: list[int], params: SamplingParams) -> str:
+        """Queue a request; returns its request_id. What can't be served raises."""
+        return self.queue(self.inputs.process(prompt, params))
 
-    def step(self) -> dict[int, str]:
-        """One step for everything that runs: seq_id -> its new text."""
-        batch = self.scheduler.schedule()
-        self.planned = bool(batch)
-        if not batch:
-            return {}
-        tokens = self.runner.execute(batch).wait()
-        news = {}
-        for item in self.scheduler.update(batch, tokens):
-            seq, stream, text = item.sequence, self.streams[item.sequence.seq_id], ""
-            if seq.finish_reason != "stop":
-                text = stream.append(seq.token_ids[item.sample_position])
-            if stream.stopped is not None:
-                self.scheduler.finish(seq, "stop", stream.stopped)
-            if seq.is_finished:
-                text += stream.finish()
-                del self.streams[seq.seq_id]
-            news[seq.seq_id] = text
-        return news
+    def queue(self, checked: EngineInput) -> str:
+        """Queue what has been checked."""
+        request = self.new_request(checked, self.collector)
+        self.outputs.add(request)
+        for index in range(checked.params.n):
+            self.core.add(request.new_sequence(request, index))
+        return request.request_id
 
-    def run(self, sequences: list[Sequence]) -> list[str]:
-        """Serve these to their ends; their texts, in their order."""
-        texts = {seq.seq_id: "" for seq in sequences}
-        for seq in sequences:
-            self.add(seq)
-        while not all(seq.is_finished for seq in sequences):
-            for seq_id, text in self.step().items():
-                texts[seq_id] += text
-            if not self.planned:
-                raise RuntimeError("Nothing was planned, and requests are unfinished: one is too large for the cache.")
-        return [texts[seq.seq_id] for seq in sequences]
+    def abort(self, request_id: str) -> None:
+        """End a request now; the next step reports it. An unknown id is ignored."""
+        request = self.outputs.requests.get(request_id)
+        if request is not None:
+            self.core.finish(self.outputs.end(request), "abort")
+
+    def step(self) -> list[RequestOutput]:
+        """One step for everything that runs: the outputs of the requests with news."""
+        step = self.core.step()
+        self.num_tokens += sum(len(output.token_ids) for output in step.outputs)
+        for seq_id, stop_string in self.outputs.process(step):
+            self.core.finish([seq_id], "stop", stop_string)
+        return self.outputs.collect(self.collector)
+
+    def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
+        """Serve these to their ends; the last output of each, in their order."""
+        checked = [self.inputs.process(*asked) for asked in zip(prompts, params)]
+        ids = [self.queue(one) for one in checked]
+        ended = {id: None for id in ids}
+        while None in ended.values():
+            for output in self.step():
+                if output.finished and ended[output.request_id] is None:
+                    ended[output.request_id] = output
+        return [ended[id] for id in ids]
 
 
-# %% 07.6 empty-text-left-out: only where there is text
+# %% 07.6 foreign-request: returns whatever ends
 class MyEngine:
-    """Requests in, steps, texts out."""
+    """Prompts in, steps, outputs out: the loop between the two doors of the core."""
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, new_stream: Callable) -> None:
-        self.scheduler, self.runner, self.new_stream = scheduler, runner, new_stream
-        self.streams = {}
-        self.planned = False
+    def __init__(
+        self,
+        inputs: InputProcessor,
+        core: EngineCore,
+        outputs: OutputProcessor,
+        new_request: Callable[[EngineInput, OutputCollector], Request],
+    ) -> None:
+        self.inputs, self.core, self.outputs = inputs, core, outputs
+        self.new_request = new_request
+        self.collector = OutputCollector()  # who waits for the outputs: whoever calls step
+        self.num_tokens = 0  # that the core has brought so far
 
-    def add(self, seq: Sequence) -> None:
-        """Queue a request."""
-        self.streams[seq.seq_id] = self.new_stream(seq.params.stop_strings)
-        self.scheduler.add(seq)
+    def add(self, prompt: list[int], params: SamplingParams) -> str:
+        """Queue a request; returns its request_id. What can't be served raises."""
+        return self.queue(self.inputs.process(prompt, params))
 
-    def step(self) -> dict[int, str]:
-        """One step for everything that runs: seq_id -> its new text."""
-        batch = self.scheduler.schedule()
-        self.planned = bool(batch)
-        if not batch:
-            return {}
-        tokens = self.runner.execute(batch).wait()
-        news = {}
-        for item in self.scheduler.update(batch, tokens):
-            seq, stream, text = item.sequence, self.streams[item.sequence.seq_id], ""
-            if seq.finish_reason != "stop":
-                text = stream.append(seq.token_ids[item.sample_position])
-            if stream.stopped is not None:
-                self.scheduler.finish(seq, "stop", stream.stopped)
-            if seq.is_finished:
-                text += stream.finish()
-                del self.streams[seq.seq_id]
-            if text:
-                news[seq.seq_id] = text
-        return news
+    def queue(self, checked: EngineInput) -> str:
+        """Queue what has been checked."""
+        request = self.new_request(checked, self.collector)
+        self.outputs.add(request)
+        for index in range(checked.params.n):
+            self.core.add(request.new_sequence(request, index))
+        return request.request_id
 
-    def run(self, sequences: list[Sequence]) -> list[str]:
-        """Serve these to their ends; their texts, in their order."""
-        texts = {seq.seq_id: "" for seq in sequences}
-        for seq in sequences:
-            self.add(seq)
-        while not all(seq.is_finished for seq in sequences):
-            for seq_id, text in self.step().items():
-                if seq_id in texts:
-                    texts[seq_id] += text
-            if not self.planned:
-                raise RuntimeError("Nothing was planned, and requests are unfinished: one is too large for the cache.")
-        return [texts[seq.seq_id] for seq in sequences]
+    def abort(self, request_id: str) -> None:
+        """End a request now; the next step reports it. An unknown id is ignored."""
+        request = self.outputs.requests.get(request_id)
+        if request is not None:
+            self.core.finish(self.outputs.end(request), "abort")
+
+    def step(self) -> list[RequestOutput]:
+        """One step for everything that runs: the outputs of the requests with news."""
+        step = self.core.step()
+        self.num_tokens += sum(len(output.token_ids) for output in step.outputs)
+        for seq_id, stop_string in self.outputs.process(step):
+            self.core.finish([seq_id], "stop", stop_string)
+        return self.outputs.collect(self.collector)
+
+    def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
+        """Serve these to their ends; the last output of each, in their order."""
+        checked = [self.inputs.process(*asked) for asked in zip(prompts, params)]
+        ids = [self.queue(one) for one in checked]
+        ended = {}
+        while not all(id in ended for id in ids):
+            ended |= {output.request_id: output for output in self.step() if output.finished}
+        while self.outputs.requests:
+            ended |= {output.request_id: output for output in self.step() if output.finished}
+        return [ended[id] for id in sorted(ended, key=int)]
 
 
-# %% 07.6 texts-overwritten: streams kept by prompt
+# %% 07.6 queued-before-checked: queues one after the other
 class MyEngine:
-    """Requests in, steps, texts out."""
+    """Prompts in, steps, outputs out: the loop between the two doors of the core."""
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, new_stream: Callable) -> None:
-        self.scheduler, self.runner, self.new_stream = scheduler, runner, new_stream
-        self.streams = {}
-        self.planned = False
+    def __init__(
+        self,
+        inputs: InputProcessor,
+        core: EngineCore,
+        outputs: OutputProcessor,
+        new_request: Callable[[EngineInput, OutputCollector], Request],
+    ) -> None:
+        self.inputs, self.core, self.outputs = inputs, core, outputs
+        self.new_request = new_request
+        self.collector = OutputCollector()  # who waits for the outputs: whoever calls step
+        self.num_tokens = 0  # that the core has brought so far
 
-    def add(self, seq: Sequence) -> None:
-        """Queue a request."""
-        self.streams[tuple(seq.token_ids)] = self.new_stream(seq.params.stop_strings)
-        self.scheduler.add(seq)
+    def add(self, prompt: list[int], params: SamplingParams) -> str:
+        """Queue a request; returns its request_id. What can't be served raises."""
+        return self.queue(self.inputs.process(prompt, params))
 
-    def step(self) -> dict[int, str]:
-        """One step for everything that runs: seq_id -> its new text."""
-        batch = self.scheduler.schedule()
-        self.planned = bool(batch)
-        if not batch:
-            return {}
-        tokens = self.runner.execute(batch).wait()
-        news = {}
-        for item in self.scheduler.update(batch, tokens):
-            seq, stream, text = item.sequence, self.streams[tuple(item.sequence.token_ids[: item.sequence.num_prompt_tokens])], ""
-            if seq.finish_reason != "stop":
-                text = stream.append(seq.token_ids[item.sample_position])
-            if stream.stopped is not None:
-                self.scheduler.finish(seq, "stop", stream.stopped)
-            if seq.is_finished:
-                text += stream.finish()
-                del self.streams[tuple(seq.token_ids[: seq.num_prompt_tokens])]
-            news[seq.seq_id] = text
-        return news
+    def queue(self, checked: EngineInput) -> str:
+        """Queue what has been checked."""
+        request = self.new_request(checked, self.collector)
+        self.outputs.add(request)
+        for index in range(checked.params.n):
+            self.core.add(request.new_sequence(request, index))
+        return request.request_id
 
-    def run(self, sequences: list[Sequence]) -> list[str]:
-        """Serve these to their ends; their texts, in their order."""
-        texts = {seq.seq_id: "" for seq in sequences}
-        for seq in sequences:
-            self.add(seq)
-        while not all(seq.is_finished for seq in sequences):
-            for seq_id, text in self.step().items():
-                if seq_id in texts:
-                    texts[seq_id] += text
-            if not self.planned:
-                raise RuntimeError("Nothing was planned, and requests are unfinished: one is too large for the cache.")
-        return [texts[seq.seq_id] for seq in sequences]
+    def abort(self, request_id: str) -> None:
+        """End a request now; the next step reports it. An unknown id is ignored."""
+        request = self.outputs.requests.get(request_id)
+        if request is not None:
+            self.core.finish(self.outputs.end(request), "abort")
 
+    def step(self) -> list[RequestOutput]:
+        """One step for everything that runs: the outputs of the requests with news."""
+        step = self.core.step()
+        self.num_tokens += sum(len(output.token_ids) for output in step.outputs)
+        for seq_id, stop_string in self.outputs.process(step):
+            self.core.finish([seq_id], "stop", stop_string)
+        return self.outputs.collect(self.collector)
 
-# %% 07.4 half-precision: filters in bfloat16
-def filter_logits(
-    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor | None, top_p: torch.Tensor | None,
-    min_p: torch.Tensor | None,
-) -> torch.Tensor:
-    """logits [B, V] with -inf for what top-k, then top-p, then min-p exclude, after the temperature."""
-    filtered = logits.clone()
-    for i in range(len(logits)):
-        divisor = temperature[i] if temperature[i] > 0 else 1.0
-        scaled = logits[i] / divisor
-        order = scaled.sort(descending=True, stable=True).indices
-        keep = torch.ones_like(scaled, dtype=torch.bool)
-        if top_k is not None and 0 < top_k[i] < len(scaled):
-            keep[order[top_k[i] :]] = False
-        if top_p is not None and top_p[i] < 1:
-            probability = scaled.masked_fill(~keep, -torch.inf).softmax(0)[order]
-            before = probability.cumsum(0) - probability
-            keep[order[before >= top_p[i]]] = False
-        if min_p is not None and min_p[i] > 0:
-            keep &= scaled >= scaled.max() + min_p[i].log()
-        keep[order[0]] = True
-        filtered[i, ~keep] = -torch.inf
-    return filtered
+    def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
+        """Serve these to their ends; the last output of each, in their order."""
+        ids = [self.add(*asked) for asked in zip(prompts, params)]
+        ended = {}
+        while not all(id in ended for id in ids):
+            ended |= {output.request_id: output for output in self.step() if output.finished}
+        return [ended[id] for id in ids]
 
 
-def sample(
-    logits: torch.Tensor, temperature: torch.Tensor | None, top_k: torch.Tensor | None, top_p: torch.Tensor | None,
-    min_p: torch.Tensor | None, seeds: torch.Tensor | None, positions: torch.Tensor | None,
-) -> torch.Tensor:
-    """Token ids [B] int64 from logits [B, V]: greedy, or one number a row inverted through the running sum."""
-    greedy = logits.argmax(dim=-1)
-    if temperature is None:
-        return greedy
-    logits = filter_logits(logits, temperature, top_k, top_p, min_p).float()
-    divisor = torch.where(temperature == 0, 1.0, temperature)
-    ruler = (logits / divisor[:, None]).softmax(dim=-1).cumsum(dim=-1)
-    u = philox_uniform(seeds, positions)[:, None]
-    chosen = torch.searchsorted(ruler, u * ruler[:, -1:], right=True)[:, 0]
-    return torch.where(temperature == 0, greedy, chosen.clamp(max=logits.shape[1] - 1))
+# %% 07.6 completions-left-out: one sequence for a request
+class MyEngine:
+    """Prompts in, steps, outputs out: the loop between the two doors of the core."""
+
+    def __init__(
+        self,
+        inputs: InputProcessor,
+        core: EngineCore,
+        outputs: OutputProcessor,
+        new_request: Callable[[EngineInput, OutputCollector], Request],
+    ) -> None:
+        self.inputs, self.core, self.outputs = inputs, core, outputs
+        self.new_request = new_request
+        self.collector = OutputCollector()  # who waits for the outputs: whoever calls step
+        self.num_tokens = 0  # that the core has brought so far
+
+    def add(self, prompt: list[int], params: SamplingParams) -> str:
+        """Queue a request; returns its request_id. What can't be served raises."""
+        return self.queue(self.inputs.process(prompt, params))
+
+    def queue(self, checked: EngineInput) -> str:
+        """Queue what has been checked."""
+        request = self.new_request(checked, self.collector)
+        self.outputs.add(request)
+        self.core.add(request.new_sequence(request, 0))
+        return request.request_id
+
+    def abort(self, request_id: str) -> None:
+        """End a request now; the next step reports it. An unknown id is ignored."""
+        request = self.outputs.requests.get(request_id)
+        if request is not None:
+            self.core.finish(self.outputs.end(request), "abort")
+
+    def step(self) -> list[RequestOutput]:
+        """One step for everything that runs: the outputs of the requests with news."""
+        step = self.core.step()
+        self.num_tokens += sum(len(output.token_ids) for output in step.outputs)
+        for seq_id, stop_string in self.outputs.process(step):
+            self.core.finish([seq_id], "stop", stop_string)
+        return self.outputs.collect(self.collector)
+
+    def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
+        """Serve these to their ends; the last output of each, in their order."""
+        checked = [self.inputs.process(*asked) for asked in zip(prompts, params)]
+        ids = [self.queue(one) for one in checked]
+        ended = {}
+        while not all(id in ended for id in ids):
+            ended |= {output.request_id: output for output in self.step() if output.finished}
+        return [ended[id] for id in ids]
+
+
+# %% 07.6 abort-goes-on: ends it for the reader only
+class MyEngine:
+    """Prompts in, steps, outputs out: the loop between the two doors of the core."""
+
+    def __init__(
+        self,
+        inputs: InputProcessor,
+        core: EngineCore,
+        outputs: OutputProcessor,
+        new_request: Callable[[EngineInput, OutputCollector], Request],
+    ) -> None:
+        self.inputs, self.core, self.outputs = inputs, core, outputs
+        self.new_request = new_request
+        self.collector = OutputCollector()  # who waits for the outputs: whoever calls step
+        self.num_tokens = 0  # that the core has brought so far
+
+    def add(self, prompt: list[int], params: SamplingParams) -> str:
+        """Queue a request; returns its request_id. What can't be served raises."""
+        return self.queue(self.inputs.process(prompt, params))
+
+    def queue(self, checked: EngineInput) -> str:
+        """Queue what has been checked."""
+        request = self.new_request(checked, self.collector)
+        self.outputs.add(request)
+        for index in range(checked.params.n):
+            self.core.add(request.new_sequence(request, index))
+        return request.request_id
+
+    def abort(self, request_id: str) -> None:
+        """End a request now; the next step reports it. An unknown id is ignored."""
+        request = self.outputs.requests.get(request_id)
+        if request is not None:
+            self.outputs.end(request)
+
+    def step(self) -> list[RequestOutput]:
+        """One step for everything that runs: the outputs of the requests with news."""
+        step = self.core.step()
+        self.num_tokens += sum(len(output.token_ids) for output in step.outputs)
+        for seq_id, stop_string in self.outputs.process(step):
+            self.core.finish([seq_id], "stop", stop_string)
+        return self.outputs.collect(self.collector)
+
+    def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
+        """Serve these to their ends; the last output of each, in their order."""
+        checked = [self.inputs.process(*asked) for asked in zip(prompts, params)]
+        ids = [self.queue(one) for one in checked]
+        ended = {}
+        while not all(id in ended for id in ids):
+            ended |= {output.request_id: output for output in self.step() if output.finished}
+        return [ended[id] for id in ids]
+
+
+# %% 07.6 abort-unreported: ends it in the core only
+class MyEngine:
+    """Prompts in, steps, outputs out: the loop between the two doors of the core."""
+
+    def __init__(
+        self,
+        inputs: InputProcessor,
+        core: EngineCore,
+        outputs: OutputProcessor,
+        new_request: Callable[[EngineInput, OutputCollector], Request],
+    ) -> None:
+        self.inputs, self.core, self.outputs = inputs, core, outputs
+        self.new_request = new_request
+        self.collector = OutputCollector()  # who waits for the outputs: whoever calls step
+        self.num_tokens = 0  # that the core has brought so far
+
+    def add(self, prompt: list[int], params: SamplingParams) -> str:
+        """Queue a request; returns its request_id. What can't be served raises."""
+        return self.queue(self.inputs.process(prompt, params))
+
+    def queue(self, checked: EngineInput) -> str:
+        """Queue what has been checked."""
+        request = self.new_request(checked, self.collector)
+        self.outputs.add(request)
+        for index in range(checked.params.n):
+            self.core.add(request.new_sequence(request, index))
+        return request.request_id
+
+    def abort(self, request_id: str) -> None:
+        """End a request now; the next step reports it. An unknown id is ignored."""
+        request = self.outputs.requests.get(request_id)
+        if request is not None:
+            self.core.finish([one.seq_id for one in request.completions], "abort")
+
+    def step(self) -> list[RequestOutput]:
+        """One step for everything that runs: the outputs of the requests with news."""
+        step = self.core.step()
+        self.num_tokens += sum(len(output.token_ids) for output in step.outputs)
+        for seq_id, stop_string in self.outputs.process(step):
+            self.core.finish([seq_id], "stop", stop_string)
+        return self.outputs.collect(self.collector)
+
+    def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
+        """Serve these to their ends; the last output of each, in their order."""
+        checked = [self.inputs.process(*asked) for asked in zip(prompts, params)]
+        ids = [self.queue(one) for one in checked]
+        ended = {}
+        while not all(id in ended for id in ids):
+            ended |= {output.request_id: output for output in self.step() if output.finished}
+        return [ended[id] for id in ids]
+
+
+# %% 07.6 abort-unreported: ends it, and forgets it before anybody has heard
+class MyEngine:
+    """Prompts in, steps, outputs out: the loop between the two doors of the core."""
+
+    def __init__(
+        self,
+        inputs: InputProcessor,
+        core: EngineCore,
+        outputs: OutputProcessor,
+        new_request: Callable[[EngineInput, OutputCollector], Request],
+    ) -> None:
+        self.inputs, self.core, self.outputs = inputs, core, outputs
+        self.new_request = new_request
+        self.collector = OutputCollector()  # who waits for the outputs: whoever calls step
+        self.num_tokens = 0  # that the core has brought so far
+
+    def add(self, prompt: list[int], params: SamplingParams) -> str:
+        """Queue a request; returns its request_id. What can't be served raises."""
+        return self.queue(self.inputs.process(prompt, params))
+
+    def queue(self, checked: EngineInput) -> str:
+        """Queue what has been checked."""
+        request = self.new_request(checked, self.collector)
+        self.outputs.add(request)
+        for index in range(checked.params.n):
+            self.core.add(request.new_sequence(request, index))
+        return request.request_id
+
+    def abort(self, request_id: str) -> None:
+        """End a request now; the next step reports it. An unknown id is ignored."""
+        request = self.outputs.requests.get(request_id)
+        if request is not None:
+            self.core.finish(self.outputs.end(request), "abort")
+            self.outputs.forget(request)
+
+    def step(self) -> list[RequestOutput]:
+        """One step for everything that runs: the outputs of the requests with news."""
+        step = self.core.step()
+        self.num_tokens += sum(len(output.token_ids) for output in step.outputs)
+        for seq_id, stop_string in self.outputs.process(step):
+            self.core.finish([seq_id], "stop", stop_string)
+        return self.outputs.collect(self.collector)
+
+    def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
+        """Serve these to their ends; the last output of each, in their order."""
+        checked = [self.inputs.process(*asked) for asked in zip(prompts, params)]
+        ids = [self.queue(one) for one in checked]
+        ended = {}
+        while not all(id in ended for id in ids):
+            ended |= {output.request_id: output for output in self.step() if output.finished}
+        return [ended[id] for id in ids]
+
+
+# %% 07.6 abort-raises: expects every id to be there
+class MyEngine:
+    """Prompts in, steps, outputs out: the loop between the two doors of the core."""
+
+    def __init__(
+        self,
+        inputs: InputProcessor,
+        core: EngineCore,
+        outputs: OutputProcessor,
+        new_request: Callable[[EngineInput, OutputCollector], Request],
+    ) -> None:
+        self.inputs, self.core, self.outputs = inputs, core, outputs
+        self.new_request = new_request
+        self.collector = OutputCollector()  # who waits for the outputs: whoever calls step
+        self.num_tokens = 0  # that the core has brought so far
+
+    def add(self, prompt: list[int], params: SamplingParams) -> str:
+        """Queue a request; returns its request_id. What can't be served raises."""
+        return self.queue(self.inputs.process(prompt, params))
+
+    def queue(self, checked: EngineInput) -> str:
+        """Queue what has been checked."""
+        request = self.new_request(checked, self.collector)
+        self.outputs.add(request)
+        for index in range(checked.params.n):
+            self.core.add(request.new_sequence(request, index))
+        return request.request_id
+
+    def abort(self, request_id: str) -> None:
+        """End a request now; the next step reports it. An unknown id is ignored."""
+        self.core.finish(self.outputs.end(self.outputs.requests[request_id]), "abort")
+
+    def step(self) -> list[RequestOutput]:
+        """One step for everything that runs: the outputs of the requests with news."""
+        step = self.core.step()
+        self.num_tokens += sum(len(output.token_ids) for output in step.outputs)
+        for seq_id, stop_string in self.outputs.process(step):
+            self.core.finish([seq_id], "stop", stop_string)
+        return self.outputs.collect(self.collector)
+
+    def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
+        """Serve these to their ends; the last output of each, in their order."""
+        checked = [self.inputs.process(*asked) for asked in zip(prompts, params)]
+        ids = [self.queue(one) for one in checked]
+        ended = {}
+        while not all(id in ended for id in ids):
+            ended |= {output.request_id: output for output in self.step() if output.finished}
+        return [ended[id] for id in ids]
+
+
+# %% 07.6 abort-hits-others: ends everything
+class MyEngine:
+    """Prompts in, steps, outputs out: the loop between the two doors of the core."""
+
+    def __init__(
+        self,
+        inputs: InputProcessor,
+        core: EngineCore,
+        outputs: OutputProcessor,
+        new_request: Callable[[EngineInput, OutputCollector], Request],
+    ) -> None:
+        self.inputs, self.core, self.outputs = inputs, core, outputs
+        self.new_request = new_request
+        self.collector = OutputCollector()  # who waits for the outputs: whoever calls step
+        self.num_tokens = 0  # that the core has brought so far
+
+    def add(self, prompt: list[int], params: SamplingParams) -> str:
+        """Queue a request; returns its request_id. What can't be served raises."""
+        return self.queue(self.inputs.process(prompt, params))
+
+    def queue(self, checked: EngineInput) -> str:
+        """Queue what has been checked."""
+        request = self.new_request(checked, self.collector)
+        self.outputs.add(request)
+        for index in range(checked.params.n):
+            self.core.add(request.new_sequence(request, index))
+        return request.request_id
+
+    def abort(self, request_id: str) -> None:
+        """End a request now; the next step reports it. An unknown id is ignored."""
+        request = self.outputs.requests.get(request_id)
+        if request is not None:
+            for other in list(self.outputs.requests.values()):
+                self.core.finish(self.outputs.end(other), "abort")
+
+    def step(self) -> list[RequestOutput]:
+        """One step for everything that runs: the outputs of the requests with news."""
+        step = self.core.step()
+        self.num_tokens += sum(len(output.token_ids) for output in step.outputs)
+        for seq_id, stop_string in self.outputs.process(step):
+            self.core.finish([seq_id], "stop", stop_string)
+        return self.outputs.collect(self.collector)
+
+    def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
+        """Serve these to their ends; the last output of each, in their order."""
+        checked = [self.inputs.process(*asked) for asked in zip(prompts, params)]
+        ids = [self.queue(one) for one in checked]
+        ended = {}
+        while not all(id in ended for id in ids):
+            ended |= {output.request_id: output for output in self.step() if output.finished}
+        return [ended[id] for id in ids]
+
+
+# %% 07.6 request-dropped: leaves out what is refused
+class MyEngine:
+    """Prompts in, steps, outputs out: the loop between the two doors of the core."""
+
+    def __init__(
+        self,
+        inputs: InputProcessor,
+        core: EngineCore,
+        outputs: OutputProcessor,
+        new_request: Callable[[EngineInput, OutputCollector], Request],
+    ) -> None:
+        self.inputs, self.core, self.outputs = inputs, core, outputs
+        self.new_request = new_request
+        self.collector = OutputCollector()  # who waits for the outputs: whoever calls step
+        self.num_tokens = 0  # that the core has brought so far
+
+    def add(self, prompt: list[int], params: SamplingParams) -> str:
+        """Queue a request; returns its request_id. What can't be served raises."""
+        return self.queue(self.inputs.process(prompt, params))
+
+    def queue(self, checked: EngineInput) -> str:
+        """Queue what has been checked."""
+        request = self.new_request(checked, self.collector)
+        self.outputs.add(request)
+        for index in range(checked.params.n):
+            self.core.add(request.new_sequence(request, index))
+        return request.request_id
+
+    def abort(self, request_id: str) -> None:
+        """End a request now; the next step reports it. An unknown id is ignored."""
+        request = self.outputs.requests.get(request_id)
+        if request is not None:
+            self.core.finish(self.outputs.end(request), "abort")
+
+    def step(self) -> list[RequestOutput]:
+        """One step for everything that runs: the outputs of the requests with news."""
+        step = self.core.step()
+        self.num_tokens += sum(len(output.token_ids) for output in step.outputs)
+        for seq_id, stop_string in self.outputs.process(step):
+            self.core.finish([seq_id], "stop", stop_string)
+        return self.outputs.collect(self.collector)
+
+    def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
+        """Serve these to their ends; the last output of each, in their order."""
+        checked = []
+        for asked in zip(prompts, params):
+            try:
+                checked.append(self.inputs.process(*asked))
+            except ValueError:
+                pass
+        ids = [self.queue(one) for one in checked]
+        ended = {}
+        while not all(id in ended for id in ids):
+            ended |= {output.request_id: output for output in self.step() if output.finished}
+        return [ended[id] for id in ids]
+
+
+# %% 07.6 one-token-per-step: counts sequences
+class MyEngine:
+    """Prompts in, steps, outputs out: the loop between the two doors of the core."""
+
+    def __init__(
+        self,
+        inputs: InputProcessor,
+        core: EngineCore,
+        outputs: OutputProcessor,
+        new_request: Callable[[EngineInput, OutputCollector], Request],
+    ) -> None:
+        self.inputs, self.core, self.outputs = inputs, core, outputs
+        self.new_request = new_request
+        self.collector = OutputCollector()  # who waits for the outputs: whoever calls step
+        self.num_tokens = 0  # that the core has brought so far
+
+    def add(self, prompt: list[int], params: SamplingParams) -> str:
+        """Queue a request; returns its request_id. What can't be served raises."""
+        return self.queue(self.inputs.process(prompt, params))
+
+    def queue(self, checked: EngineInput) -> str:
+        """Queue what has been checked."""
+        request = self.new_request(checked, self.collector)
+        self.outputs.add(request)
+        for index in range(checked.params.n):
+            self.core.add(request.new_sequence(request, index))
+        return request.request_id
+
+    def abort(self, request_id: str) -> None:
+        """End a request now; the next step reports it. An unknown id is ignored."""
+        request = self.outputs.requests.get(request_id)
+        if request is not None:
+            self.core.finish(self.outputs.end(request), "abort")
+
+    def step(self) -> list[RequestOutput]:
+        """One step for everything that runs: the outputs of the requests with news."""
+        step = self.core.step()
+        self.num_tokens += len(step.outputs)
+        for seq_id, stop_string in self.outputs.process(step):
+            self.core.finish([seq_id], "stop", stop_string)
+        return self.outputs.collect(self.collector)
+
+    def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
+        """Serve these to their ends; the last output of each, in their order."""
+        checked = [self.inputs.process(*asked) for asked in zip(prompts, params)]
+        ids = [self.queue(one) for one in checked]
+        ended = {}
+        while not all(id in ended for id in ids):
+            ended |= {output.request_id: output for output in self.step() if output.finished}
+        return [ended[id] for id in ids]
+
+
+# %% 07.6 one-token-per-step: counts steps
+class MyEngine:
+    """Prompts in, steps, outputs out: the loop between the two doors of the core."""
+
+    def __init__(
+        self,
+        inputs: InputProcessor,
+        core: EngineCore,
+        outputs: OutputProcessor,
+        new_request: Callable[[EngineInput, OutputCollector], Request],
+    ) -> None:
+        self.inputs, self.core, self.outputs = inputs, core, outputs
+        self.new_request = new_request
+        self.collector = OutputCollector()  # who waits for the outputs: whoever calls step
+        self.num_tokens = 0  # that the core has brought so far
+
+    def add(self, prompt: list[int], params: SamplingParams) -> str:
+        """Queue a request; returns its request_id. What can't be served raises."""
+        return self.queue(self.inputs.process(prompt, params))
+
+    def queue(self, checked: EngineInput) -> str:
+        """Queue what has been checked."""
+        request = self.new_request(checked, self.collector)
+        self.outputs.add(request)
+        for index in range(checked.params.n):
+            self.core.add(request.new_sequence(request, index))
+        return request.request_id
+
+    def abort(self, request_id: str) -> None:
+        """End a request now; the next step reports it. An unknown id is ignored."""
+        request = self.outputs.requests.get(request_id)
+        if request is not None:
+            self.core.finish(self.outputs.end(request), "abort")
+
+    def step(self) -> list[RequestOutput]:
+        """One step for everything that runs: the outputs of the requests with news."""
+        step = self.core.step()
+        self.num_tokens += 1
+        for seq_id, stop_string in self.outputs.process(step):
+            self.core.finish([seq_id], "stop", stop_string)
+        return self.outputs.collect(self.collector)
+
+    def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
+        """Serve these to their ends; the last output of each, in their order."""
+        checked = [self.inputs.process(*asked) for asked in zip(prompts, params)]
+        ids = [self.queue(one) for one in checked]
+        ended = {}
+        while not all(id in ended for id in ids):
+            ended |= {output.request_id: output for output in self.step() if output.finished}
+        return [ended[id] for id in ids]
+
+
+# %% 07.6 right: keeps the last output of each, asks the output processor who is left
+class MyEngine:
+    """Prompts in, steps, outputs out: the loop between the two doors of the core."""
+
+    def __init__(
+        self,
+        inputs: InputProcessor,
+        core: EngineCore,
+        outputs: OutputProcessor,
+        new_request: Callable[[EngineInput, OutputCollector], Request],
+    ) -> None:
+        self.inputs, self.core, self.outputs = inputs, core, outputs
+        self.new_request = new_request
+        self.collector = OutputCollector()  # who waits for the outputs: whoever calls step
+        self.num_tokens = 0  # that the core has brought so far
+
+    def add(self, prompt: list[int], params: SamplingParams) -> str:
+        """Queue a request; returns its request_id. What can't be served raises."""
+        return self.queue(self.inputs.process(prompt, params))
+
+    def queue(self, checked: EngineInput) -> str:
+        """Queue what has been checked."""
+        request = self.new_request(checked, self.collector)
+        self.outputs.add(request)
+        for index in range(checked.params.n):
+            self.core.add(request.new_sequence(request, index))
+        return request.request_id
+
+    def abort(self, request_id: str) -> None:
+        """End a request now; the next step reports it. An unknown id is ignored."""
+        request = self.outputs.requests.get(request_id)
+        if request is not None:
+            self.core.finish(self.outputs.end(request), "abort")
+
+    def step(self) -> list[RequestOutput]:
+        """One step for everything that runs: the outputs of the requests with news."""
+        step = self.core.step()
+        self.num_tokens += sum(len(output.token_ids) for output in step.outputs)
+        for seq_id, stop_string in self.outputs.process(step):
+            self.core.finish([seq_id], "stop", stop_string)
+        return self.outputs.collect(self.collector)
+
+    def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
+        """Serve these to their ends; the last output of each, in their order."""
+        checked = [self.inputs.process(*asked) for asked in zip(prompts, params, strict=True)]
+        ids = [self.queue(one) for one in checked]
+        last = {}
+        while any(id in self.outputs.requests for id in ids):
+            for output in self.step():
+                last[output.request_id] = output
+        return [last[id] for id in ids]

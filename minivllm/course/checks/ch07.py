@@ -6,8 +6,9 @@ import functools
 import math
 from collections import abc
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from minivllm.course.checking import (
@@ -27,8 +28,13 @@ if TYPE_CHECKING:
     import torch
 
     from minivllm.engine.batch import BatchRow
-    from minivllm.engine.sequence import Sequence
+    from minivllm.engine.engine_core import EngineCore, StepOutput
+    from minivllm.engine.input_processor import EngineInput, InputProcessor
+    from minivllm.engine.output_processor import OutputCollector, OutputProcessor, Request
+    from minivllm.engine.sequence import ScheduledBatch, Sequence
     from minivllm.llm import LLM
+    from minivllm.outputs import RequestOutput
+    from minivllm.sampling_params import SamplingParams
     from minivllm.tokenizer import Tokenizer
 
 INF = math.inf
@@ -38,52 +44,82 @@ INF = math.inf
 
 
 def new_sequence(llm: LLM, seq_id: int, prompt: str | list[int], **params: Any) -> Sequence:
-    """A request for the scheduler. prompt: a question, put into the chat template, or token ids.
+    """A sequence for a scheduler or a core. prompt: a question, put into the chat template, or
+    token ids.
 
-    params: fields of `SamplingParams`; stop_token_ids join the model's end-of-sequence tokens.
-    Without a seed the sequence gets seq_id as its seed.
+    params: fields of `SamplingParams`. Without a seed the sequence gets seq_id as its seed.
     """
-    from minivllm.engine.sequence import Sequence
     from minivllm.sampling_params import SamplingParams
 
-    wanted = SamplingParams(**params)
-    ids = (
-        llm.render_chat([{"role": "user", "content": prompt}])
-        if isinstance(prompt, str)
-        else list(prompt)
-    )
-    stop_ids = frozenset(llm.llm_engine.model_config.eos_token_ids) | frozenset(
-        wanted.stop_token_ids or ()
-    )
-    seed = seq_id if wanted.seed is None else wanted.seed
-    return Sequence(
-        seq_id, ids, wanted, stop_ids, max_num_tokens=len(ids) + wanted.max_tokens, seed=seed
-    )
+    ids = _in_chat(llm, prompt) if isinstance(prompt, str) else list(prompt)
+    checked = llm.llm_engine.input_processor.process(ids, SamplingParams(**params))
+    return _sequence(checked, seq_id, seq_id, ids)
 
 
-class TokenText:
-    """The text of one answer as its tokens come: what exercise 07.5 asks for, by the package's
-    `Detokenizer`.
+class RequestMaker:
+    """Makes the requests that an `OutputProcessor` keeps, as `LLMEngine.add_request` does: ids are
+    "0", "1", …, in order of arrival.
+
+    request_cls: `Request`, or a class of one's own that behaves like it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: abc.Sequence[str] = ()) -> None:
-        from minivllm.tokenizer import Detokenizer
+    def __init__(self, tokenizer: Tokenizer, request_cls: Callable[..., Request] | None = None):
+        from minivllm.engine.output_processor import Request
 
-        self._detokenizer = Detokenizer(tokenizer, tuple(stops), skip_special_tokens=True)
-        #: The stop string that ended the text, or None.
-        self.stopped: str | None = None
+        self.tokenizer, self.request_cls = tokenizer, request_cls or Request
+        self.num_made = 0
 
-    def append(self, token_id: int) -> str:
-        """Take one more token; returns the text that can be shown now."""
-        if self.stopped is None:
-            self.stopped = self._detokenizer.append(token_id)
-        return self._detokenizer.emit(finished=self.stopped is not None)
+    def __call__(self, checked: EngineInput, collector: OutputCollector) -> Request:
+        """The request of what an `InputProcessor` has checked. collector: who waits for its
+        outputs.
+        """
+        from minivllm.outputs import RequestMetrics
 
-    def finish(self) -> str:
-        """No more tokens will come: returns what is left to show."""
-        if self.stopped is None:
-            self.stopped = self._detokenizer.finish()
-        return self._detokenizer.emit(finished=True)
+        number, self.num_made = self.num_made, self.num_made + 1
+
+        def new_sequence(request: Request, index: int) -> Sequence:
+            completion = request.completions[index]
+            ids = [*request.prompt_token_ids, *completion.token_ids]
+            return _sequence(checked, completion.seq_id, number, ids, index)
+
+        return self.request_cls(
+            str(number),
+            number,
+            checked.prompt_text,
+            checked.prompt_token_ids,
+            checked.params,
+            self.tokenizer,
+            RequestMetrics(arrival_time=perf_counter()),
+            collector,
+            new_sequence,
+        )
+
+
+def _in_chat(llm: LLM, question: str) -> list[int]:
+    return llm.render_chat([{"role": "user", "content": question}])
+
+
+def _sequence(
+    checked: EngineInput, seq_id: int, number: int, token_ids: list[int], index: int = 0
+) -> Sequence:
+    """What the core gets of a request. number: the seed of a request that brings none.
+
+    index: which of its completions; each has a seed of its own.
+    """
+    from minivllm.engine.sequence import Sequence
+
+    seed = number if checked.params.seed is None else checked.params.seed
+    return Sequence(
+        seq_id,
+        token_ids,
+        checked.params,
+        checked.stop_ids,
+        max_num_tokens=checked.max_num_tokens,
+        seed=seed + index,
+        bad_words=checked.bad_words,
+        index=index,
+        num_prompt_tokens=len(checked.prompt_token_ids),
+    )
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -1729,94 +1765,145 @@ def _first_wrong_piece(answer: Callable, cases: list[tuple]) -> str:
 
 # --- 07.6 -----------------------------------------------------------------------------------------
 
-#: More calls of `schedule` than any run here needs.
+#: More steps of the core than any run here needs.
 _MOST_STEPS = 600
+
+
+#: A small pool: its blocks are zeroed for each engine of the check.
+_ROOM = {"num_kv_blocks": 64, "max_model_len": 512}
 
 
 class _TooManySteps(Exception):
     pass
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A question to be put into the chat template, and what it asks of `SamplingParams` besides."""
+
+    question: str
+    wishes: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def prompt(self) -> list[int]:
+        return list(_chat_ids(self.question))
+
+    @property
+    def params(self) -> SamplingParams:
+        from minivllm.sampling_params import SamplingParams
+
+        return SamplingParams(**{"temperature": 0.0, "max_tokens": 24} | dict(self.wishes))
+
+
+def _ask(question: str, **wishes: Any) -> _Asked:
+    return _Asked(question, tuple(wishes.items()))
+
+
 class _Rig:
-    """An engine's scheduler and runner under observation, and what a loop needs besides."""
+    """The three parts of an engine, with a core under observation."""
 
     def __init__(self, **options: Any) -> None:
         from minivllm import LLM
+        from minivllm.engine.output_processor import OutputProcessor
 
-        self.llm = LLM(device="cpu", **options)
-        self.scheduler = self.llm.llm_engine.scheduler
-        self.runner = self.llm.llm_engine.model_runner
-        self.steps, self.batches, self.updates = 0, [], 0
-        self.served: set[int] = set()  # who got a token in the last step
-        self._schedule = self.scheduler.schedule
-        self._execute = self.runner.execute
-        self._update = self.scheduler.update
-        self.scheduler.schedule = self.schedule
-        self.runner.execute = self.execute
-        self.scheduler.update = self.update
+        self.llm = LLM(device="cpu", **_ROOM | options)
+        self.core: Any = self.llm.llm_engine.core
+        self.inputs, self.outputs = self.llm.llm_engine.input_processor, OutputProcessor()
+        self.num_steps = 0
+        #: What the core was given, in that order.
+        self.sequences: list[Sequence] = []
+        self.most_at_once = 0  # sequences that got tokens in one step
+        self.served: set[str] = set()  # requests that got tokens in the last step
+        self._step, self._add = self.core.step, self.core.add
+        self.core.step, self.core.add = self.step, self.add
 
-    def schedule(self) -> Any:
-        self.steps += 1
-        if self.steps > _MOST_STEPS:
+    def step(self) -> StepOutput:
+        self.num_steps += 1
+        if self.num_steps > _MOST_STEPS:
             raise _TooManySteps
-        self.served = set()
-        return self._schedule()
+        step = self._step()
+        seq_ids = [output.seq_id for output in step.outputs]
+        self.most_at_once = max(self.most_at_once, len(seq_ids))
+        self.served = {self.outputs.owner_of(seq_id).request_id for seq_id in seq_ids}
+        return step
 
-    def execute(self, batch: Any) -> Any:
-        self.batches.append(len(batch.items))
-        return self._execute(batch)
-
-    def update(self, batch: Any, token_ids: Any) -> Any:
-        self.updates += 1
-        expect(
-            self.scheduler.in_flight and self.scheduler.in_flight[0] is batch,
-            "update-out-of-turn",
-            "`update` was called with a batch that is not the one being computed (perhaps an empty"
-            " one, or the same twice).\nOne step: schedule, execute, wait, update, with the same"
-            " batch. An empty batch is not executed at all.",
-        )
-        expect(
-            len(token_ids) == len(batch.sampled),
-            "wrong-token-count",
-            f"`update` got {len(token_ids)} tokens for a batch in which {len(batch.sampled)}"
-            " requests are sampled.\nIt wants what `runner.execute(batch).wait()` returns: a token"
-            " for each of batch.sampled.",
-        )
-        items = self._update(batch, token_ids)
-        self.served = {item.sequence.seq_id for item in items}
-        return items
-
-    def stream(self, stops: abc.Sequence[str] = ()) -> TokenText:
-        return TokenText(self.llm.get_tokenizer(), stops)
+    def add(self, seq: Sequence) -> None:
+        self.sequences.append(seq)
+        self._add(seq)
 
     def engine(self, cls: Callable) -> Any:
-        return cls(self.scheduler, self.runner, self.stream)
+        new_request = RequestMaker(self.llm.get_tokenizer())
+        return cls(self.inputs, self.core, self.outputs, new_request)
 
-    def sequence(self, seq_id: int, prompt: str | list[int], **params: Any) -> Sequence:
-        return new_sequence(
-            self.llm, seq_id, prompt, **{"temperature": 0.0, "max_tokens": 24} | params
-        )
+    @property
+    def left_over(self) -> list[Sequence]:
+        """What the core has not finished."""
+        return [*self.core.scheduler.running, *self.core.scheduler.waiting]
 
-    def run(self, engine: Any, sequences: list[Sequence]) -> list[str]:
-        """engine.run, and an endless loop is a Mistake."""
+    def run(self, engine: Any, asked: list[_Asked]) -> list[RequestOutput]:
+        """engine.run, and an endless loop is a Mistake; so is what it returns, if it is no outputs
+        to their end.
+        """
+        from minivllm.outputs import RequestOutput
+
         try:
-            texts = engine.run(sequences)
+            outputs = engine.run([a.prompt for a in asked], [a.params for a in asked])
         except _TooManySteps:
-            done = sum(seq.is_finished for seq in sequences)
-            why = (
-                f"After {_MOST_STEPS} steps {done} of {len(sequences)} requests have finished, and"
-                " the loop runs on."
-            )
-            if done == len(sequences):
-                raise Mistake(
-                    "does-not-stop", f"{why}\nAll are done: `run` must end when its requests have."
-                ) from None
+            num_left = len(self.left_over)
             raise Mistake(
                 "endless",
-                f"{why}\nDo the steps get anywhere? Every planned batch must be executed, and its"
-                " tokens handed to `update`.",
+                f"After {_MOST_STEPS} steps of the core `run` goes on; the core has {num_left}"
+                " unfinished sequences.\nDoes `outputs` learn what each step brought (`process`),"
+                " and do you see when a request has finished (`output.finished`)?",
             ) from None
-        return texts
+        expect(
+            isinstance(outputs, list) and all(isinstance(o, RequestOutput) for o in outputs),
+            "wrong-type",
+            f"`run` gave {show(outputs)}.\nIt gives a list of `RequestOutput`s, one for each"
+            f" prompt.{_return_missing(outputs)}",
+        )
+        expect(
+            len(outputs) == len(asked),
+            "outputs-missing",
+            f"`run` gave {len(outputs)} outputs for {len(asked)} prompts.\nEach request must come"
+            " back once, the shortest and the last too.",
+        )
+        unfinished = [output.request_id for output in outputs if not output.finished]
+        expect(
+            not unfinished,
+            "unfinished",
+            f"`run` came back with outputs of requests {unfinished} that are not finished.\nGo on"
+            " until all have, and return the last output of each.",
+        )
+        return outputs
+
+
+@functools.cache
+def _right(asked: _Asked) -> RequestOutput:
+    """What the package's `generate` gives: made once for a process, whoever is being checked."""
+    llm = _package()
+    [output] = llm.generate([asked.prompt], asked.params, use_tqdm=False)
+    return output
+
+
+@functools.cache
+def _package() -> LLM:
+    from minivllm import LLM
+
+    return LLM(device="cpu", **_ROOM)
+
+
+@functools.cache
+def _chat_ids(question: str) -> tuple[int, ...]:
+    return tuple(_in_chat(_package(), question))
+
+
+def _right_texts(asked: Iterable[_Asked]) -> list[str]:
+    return _texts(map(_right, asked))
+
+
+def _texts(outputs: Iterable[RequestOutput]) -> list[str]:
+    return [output.outputs[0].text for output in outputs]
 
 
 _ASKED = (
@@ -1831,91 +1918,53 @@ _ASKED = (
 def check_loop(answer: Callable) -> str:
     served = _check_texts(answer)
     _check_steps(answer)
+    _check_completions(answer)
     _check_crowd(answer)
     _check_guest(answer)
-    _check_ends(answer)
     _check_stops(answer)
-    _check_stall(answer)
+    _check_abort(answer)
+    _check_refused(answer)
+    _check_several_tokens(answer)
     return (
-        f"{served} requests in chunks, preempted, stopped and streamed: the package's texts, and no"
-        " blocks left behind"
+        f"{served} requests in chunks, preempted, stopped, aborted and refused: the package's"
+        " texts, and no blocks left behind"
     )
 
 
 def _check_texts(answer: Callable) -> int:
     """The right texts, in order, served together."""
     rig = _Rig(max_num_batched_tokens=24)
-    engine = rig.engine(answer)
-    prompts = (_ASKED[2], _ASKED[0], *_ASKED[1::2])
-    sequences = [rig.sequence(i, prompt) for i, prompt in enumerate(prompts)]
-    texts = rig.run(engine, sequences)
-    tokenizer = rig.llm.get_tokenizer()
-    right = [tokenizer.decode(seq.output_token_ids) for seq in sequences]
+    asked = [_ask(question) for question in (_ASKED[2], _ASKED[0], *_ASKED[1::2])]
+    right = _right_texts(asked)
+    texts = _texts(rig.run(rig.engine(answer), asked))
     expect(
-        isinstance(texts, list) and all(isinstance(text, str) for text in texts),
-        "wrong-type",
-        f"`run` gave {show(texts)}.\nIt gives a list of texts, one for each sequence."
-        + _return_missing(texts),
-    )
-    expect(
-        len(texts) == len(right),
-        "texts-missing",
-        f"`run` gave {len(texts)} texts for {len(right)} sequences.\nEach request must come back,"
-        " the shortest and the last too.",
-    )
-    unfinished = [seq.seq_id for seq in sequences if not seq.is_finished]
-    expect(
-        not unfinished,
-        "unfinished",
-        f"`run` came back while requests {unfinished} are unfinished.\nGo on until all have.",
-    )
-    expect(
-        max(rig.batches) > 1,
+        rig.most_at_once > 1,
         "one-at-a-time",
-        f"Never were two requests in one step: {len(rig.batches)} steps for {len(sequences)}"
-        " requests.\nQueue *all* sequences first, then step: the scheduler puts them together, and"
-        " a step costs a GPU nearly the same for one or for fifty.",
+        f"Never did two requests get tokens in one step: {rig.num_steps} steps for"
+        f" {len(asked)} requests.\nQueue *all* of them first, then step: the scheduler puts them"
+        " together, and a step costs a GPU nearly the same for one or for fifty.",
     )
     expect(
         texts == right or sorted(texts) != sorted(right),
         "order-of-the-end",
         "The texts are right, but they come in the order in which the requests ended.\nThe caller"
-        " wants them in the order of the sequences: collect by seq_id.",
+        " wants them in the order of the prompts: collect by request_id.",
     )
-    for seq, prompt, text, wanted in zip(sequences, prompts, texts, right, strict=True):
-        expect(
-            "\ufffd" not in text,
-            "half-characters",
-            f"To {prompt!r} your engine shows {text!r}.\nUse the stream's pieces.",
-        )
-        if text != wanted and text == tokenizer.decode(seq.output_token_ids[:-1]):
-            raise Mistake(
-                "last-token-lost",
-                f"To {prompt!r} your engine says {text!r}, expected {wanted!r}.\nThe last token is"
-                ' missing. Only where finish_reason is "stop" is the last token of a sequence not'
-                ' shown; at "length" it counts.',
-            )
-        if text and text != wanted and wanted.endswith(text):
-            raise Mistake(
-                "first-text-lost",
-                f"To {prompt!r} your engine says {text[:40]!r}…, expected {wanted[:40]!r}….\nThe"
-                " beginning is missing: the step that ends a prompt brings the answer's first"
-                " token.",
-            )
+    for text, wanted in zip(texts, right, strict=True):
         expect(
             text == wanted,
             "wrong-text",
-            f"To {prompt!r} your engine says {text!r}, expected {wanted!r}.\nEach "
-            "token goes to the stream of its own request, "
-            "once, in order.",
+            f"Your engine says {text!r}, expected {wanted!r}.\nTake the last output of each"
+            " request, the one that is `finished`.",
         )
-    leftovers = rig.scheduler.running or rig.scheduler.waiting
     expect(
-        not leftovers,
+        not rig.left_over and not rig.outputs.requests,
         "left-behind",
-        "After `run` the scheduler still has requests.\nWho put them there?",
+        f"After `run` the core has {len(rig.left_over)} sequences and the output processor"
+        f" {len(rig.outputs.requests)} requests.\nWho put them there? A request is forgotten when"
+        " its end has been collected.",
     )
-    return len(sequences)
+    return len(asked)
 
 
 def _return_missing(value: Any) -> str:
@@ -1928,159 +1977,96 @@ def _check_steps(answer: Callable) -> None:
     engine = rig.engine(answer)
     idle = engine.step()
     expect(
-        idle == {} and not rig.batches,
+        idle == [],
         "idle-step",
-        f"With nothing to do, `step` gave {show(idle)} and executed {len(rig.batches)} batches.\nAn"
-        " empty plan is not executed: return {}.",
+        f"With nothing to do, `step` gave {show(idle)}.\nExpected is an empty list."
+        f"{_return_missing(idle)}",
     )
-    early, late = rig.sequence(7, _ASKED[1], max_tokens=8), rig.sequence(3, _ASKED[0])
-    engine.add(early)
-    texts: dict[int, str] = {}
+    early, late = _ask(_ASKED[1], max_tokens=8), _ask(_ASKED[0])
+    ids, last = [_added(engine, early)], {}
+    before = rig.num_steps
     for number in range(40):
         if number == 3:
+            made = rig.num_steps - before
             expect(
-                rig.steps <= 4,
+                made <= 3,
                 "more-than-a-step",
-                f"Three calls of `step` made {rig.steps - 1} plans.\n`step` makes one.",
+                f"Three calls of `step` made {made} steps of the core.\n`step` makes one.",
             )
-            engine.add(late)
-        news = engine.step()
-        expect(
-            isinstance(news, dict),
-            "wrong-type",
-            f"`step` gave {show(news)}, expected a dict: seq_id -> its new "
-            "text.\n{} where "
-            f"there is none.{_return_missing(news)}",
-        )
-        silent = rig.served - set(news)
+            ids.append(_added(engine, late))
+        news = _news(engine)
+        silent = rig.served - {output.request_id for output in news}
         expect(
             not silent,
-            "empty-text-left-out",
-            f"Request {', '.join(map(str, sorted(silent)))} got a token, and `step` does not"
-            f' mention it: {show(news)}.\nWhere nothing can be shown, its text is "": so the'
-            " caller knows that the request is alive.",
+            "unfinished-left-out",
+            f"Request {', '.join(sorted(silent))} got a token, and `step` does not mention it."
+            "\nReturn all that `outputs.collect` gives, also of requests that go on: somebody reads"
+            " along.",
         )
-        strangers = set(news) - {7, 3}
-        expect(
-            not strangers,
-            "wrong-key",
-            f"`step` speaks of requests {sorted(map(str, strangers))}, and there are 7 "
-            "and 3.\nThe keys are the sequences' seq_id.",
-        )
-        for seq_id, text in news.items():
-            texts[seq_id] = texts.get(seq_id, "") + text
-        if early.is_finished and late.is_finished:
+        last |= {output.request_id: output for output in news}
+        if len(last) == 2 and all(output.finished for output in last.values()):
             break
-    tokenizer = rig.llm.get_tokenizer()
-    for seq in (early, late):
-        wanted, text = tokenizer.decode(seq.output_token_ids), texts.get(seq.seq_id, "")
+    for id, wanted in zip(ids, _right_texts([early, late]), strict=True):
         expect(
-            seq.is_finished,
+            id in last and last[id].finished,
             "late-request-lost",
-            f"After 40 steps request {seq.seq_id} has not finished.\nA "
-            "request may come at any time, also between two steps: `add` "
-            "hands it to the scheduler.",
+            f"After 40 steps no output says that request {id} has finished.\nA request may come at"
+            " any time, also between two steps: `add` gives it to `outputs` and to the core.",
         )
-        whole = text != wanted and text.endswith(wanted) and len(text) > len(wanted)
-        expect(
-            not whole,
-            "not-only-the-new",
-            f"Joined, the pieces of request {seq.seq_id} are {text!r}, expected "
-            f"{wanted!r}.\n`step` returns what is *new*, not "
-            "all so far.",
-        )
+        text = last[id].outputs[0].text
         expect(
             text == wanted,
-            "pieces-do-not-join",
-            f"Joined, the pieces of request {seq.seq_id} are {text!r}, expected {wanted!r}.",
+            "wrong-text",
+            f"Stepped by hand, request {id} says {text!r}, expected {wanted!r}.",
         )
 
 
-def _check_ends(answer: Callable) -> None:
-    """Texts that end in a held-back piece, with a stop token, at max_tokens."""
-    rig = _Rig()
-    tokenizer = rig.llm.get_tokenizer()
-    plain = rig.sequence(0, _ASKED[1], max_tokens=16)
-    rig.run(rig.engine(_RightEngine), [plain])
-    ids, text = plain.output_token_ids, tokenizer.decode(plain.output_token_ids)
-    held = rig.sequence(1, _ASKED[1], max_tokens=16, stop=[text[-3:] + "never"])
-    by_token = rig.sequence(2, _ASKED[1], max_tokens=16, stop_token_ids=[ids[6]])
-    other = rig.sequence(4, _ASKED[1], max_tokens=5)
-    got = rig.run(rig.engine(answer), [held, by_token, other])
+def _added(engine: Any, asked: _Asked) -> str:
+    id = engine.add(asked.prompt, asked.params)
     expect(
-        got[0] == text,
-        "loses-the-end",
-        f"The text is {got[0]!r}, expected {text!r}. Its end was held back, because it could have"
-        f" become the stop string {held.params.stop_strings[0]!r}.\nWhen a sequence has finished,"
-        " its stream's `finish()` gives what is left.",
+        isinstance(id, str),
+        "no-id",
+        f"`add` gave {show(id)}.\nIt returns the `request_id` of the new request: the caller finds"
+        f" its outputs by it, and can abort it.{_return_missing(id)}",
     )
-    end = ids.index(ids[6])
-    wanted = tokenizer.decode(ids[:end])
-    expect(
-        got[1] != tokenizer.decode(ids[: end + 1]),
-        "shows-the-stop-token",
-        f"The request ends at token {ids[6]}, and your text {got[1]!r} has that token in it,"
-        f' expected {wanted!r}.\nWhere `seq.finish_reason` is "stop" after `update`, its last token'
-        " ended it, and is not shown.",
-    )
-    expect(
-        got[1] == wanted,
-        "wrong-text",
-        f"A request that ends at token {ids[6]} gave {got[1]!r}, expected {wanted!r}.",
-    )
-    wanted = tokenizer.decode(ids[:5])
-    expect(
-        got[2] != tokenizer.decode(ids[:4]),
-        "last-token-lost",
-        f"With max_tokens=5 your text is {got[2]!r}, expected {wanted!r}.\nOnly a sequence whose"
-        ' finish_reason is "stop" ends in a token that is not shown; at "length" the last one'
-        " counts.",
-    )
-    expect(
-        got[2] == wanted,
-        "wrong-text",
-        f"With max_tokens=5 your text is {got[2]!r}, expected {wanted!r}.\nLook at its end.",
-    )
+    return id
 
 
-def _check_stops(answer: Callable) -> None:
-    """Stop strings end the work, not only the text."""
+def _news(engine: Any) -> list[RequestOutput]:
+    """What a step returns, if it is a list of outputs."""
+    from minivllm.outputs import RequestOutput
+
+    news = engine.step()
+    expect(
+        isinstance(news, list) and all(isinstance(output, RequestOutput) for output in news),
+        "wrong-type",
+        f"`step` gave {show(news)}, expected a list of `RequestOutput`s: what `outputs.collect`"
+        f" returns.{_return_missing(news)}",
+    )
+    return news
+
+
+def _check_completions(answer: Callable) -> None:
+    """A request may want several completions, and each is a sequence."""
     rig = _Rig()
-    plain = rig.sequence(0, _ASKED[2], max_tokens=40)
-    rig.run(rig.engine(_RightEngine), [plain])
-    words = rig.llm.get_tokenizer().decode(plain.output_token_ids).split()
-    stop = f"{words[5]} {words[6]}"
-    seq = rig.sequence(1, _ASKED[2], max_tokens=40, stop=[stop])
-    free = rig.scheduler.block_manager.num_free_blocks
-    [text] = rig.run(rig.engine(answer), [seq])
-    expect(
-        stop not in text,
-        "shows-the-stop",
-        f"The text {text!r} has its stop string {stop!r} in it.\nGive "
-        "`new_stream` the request's "
-        "stop strings, `seq.params.stop_strings`.",
+    asked = [_ask(_ASKED[0], n=2)]
+    message = (
+        "A request with n=2 has two completions, and the core did not get two sequences for"
+        " it.\nEach is a sequence of its own: give the core `request.new_sequence(request, index)`"
+        " for every index below `checked.params.n`."
     )
+    try:
+        [output] = rig.run(rig.engine(answer), asked)
+    except Mistake as mistake:
+        if mistake.name != "endless" or len(rig.sequences) == 2:
+            raise
+        raise Mistake("completions-left-out", message) from None
+    [wanted] = _right_texts([_ask(_ASKED[0])])
+    texts = [completion.text for completion in output.outputs]
     expect(
-        seq.finish_reason == "stop" and seq.num_output_tokens < 40,
-        "computes-past-the-stop",
-        f"The text ended at {stop!r}, and yet the engine went on: {seq.num_output_tokens} tokens"
-        " were computed "
-        f"(finish_reason "
-        f'{seq.finish_reason!r}).\nTell the scheduler: `scheduler.finish(seq, "stop",'
-        " stream.stopped)`. That frees "
-        f"its blocks, too.",
-    )
-    expect(
-        seq.stop_reason == stop,
-        "no-stop-reason",
-        f"seq.stop_reason is {seq.stop_reason!r}, expected "
-        f"{stop!r}.\nIt is the third "
-        "argument of `scheduler.finish`.",
-    )
-    expect(
-        rig.scheduler.block_manager.num_free_blocks == free,
-        "left-behind",
-        "After a stop string blocks are still in use.\nUse `scheduler.finish`.",
+        texts == [wanted, wanted],
+        "wrong-text",
+        f"A request with n=2 says {show(texts)}, expected twice {wanted!r}.",
     )
 
 
@@ -2094,43 +2080,27 @@ def _check_crowd(answer: Callable) -> None:
         "max_model_len": 128,
         "max_num_seqs": 4,
     }
-    wishes = [(prompt, seed) for prompt in (_ASKED[2], _ASKED[1]) for seed in (1, 2, 3)]
-    right = []
-    for prompt, seed in wishes:
-        alone = _Rig(**options)
-        right += alone.run(
-            alone.engine(_RightEngine),
-            [alone.sequence(0, prompt, temperature=1.0, seed=seed, max_tokens=32)],
-        )
     rig = _Rig(**options)
-    engine = rig.engine(answer)
-    sequences = [
-        rig.sequence(i, p, temperature=1.0, seed=s, max_tokens=32)
-        for i, (p, s) in enumerate(wishes)
+    asked = [
+        _ask(question, temperature=1.0, seed=seed, max_tokens=32)
+        for question in (_ASKED[2], _ASKED[1])
+        for seed in (1, 2, 3)
     ]
-    try:
-        got = rig.run(engine, sequences)
-    except KeyError as error:
-        raise Mistake(
-            "texts-overwritten",
-            f"Requests have the same prompt and other seeds: KeyError: {show(error.args[0])}.\nKeep"
-            " what belongs to a request by its seq_id, also its stream; prompts are no keys.",
-        ) from error
-    assert rig.scheduler.stats.num_preemptions > 0, "this case should preempt"
+    right = _right_texts(asked)
+    got = _texts(rig.run(rig.engine(answer), asked))
+    assert rig.core.scheduler.stats.num_preemptions > 0, "this case should preempt"
     expect(
-        len(set(got)) == len(set(right))
-        or not any(got.count(text) > right.count(text) for text in got),
+        not any(got.count(text) > right.count(text) for text in got if text in right),
         "texts-overwritten",
         "Three requests have the same prompt and other seeds, and get the same text.\nKeep what"
-        " belongs to a request by its seq_id; prompts are no keys.",
+        " belongs to a request by its request_id; prompts are no keys.",
     )
-    for (prompt, seed), text, wanted in zip(wishes, got, right, strict=True):
+    for text, wanted in zip(got, right, strict=True):
         expect(
             text == wanted,
             "wrong-text",
-            f"In a full cache, {prompt!r} with seed {seed} gives {text!r}, expected {wanted!r} as"
-            " when it is alone.\nTake each item's token from `seq.token_ids[item.sample_position]`"
-            " of what `update` returned: order and number change in every step.",
+            f"In a full cache a request says {text!r}, expected {wanted!r} as when it is alone."
+            "\nWhat belongs to which request? Order and number change in every step.",
         )
 
 
@@ -2138,96 +2108,211 @@ def _check_guest(answer: Callable) -> None:
     """`run`, while a request that was added before is still being served."""
     rig = _Rig()
     engine = rig.engine(answer)
-    guest = rig.sequence(9, _ASKED[2], max_tokens=12)
-    mine = rig.sequence(5, _ASKED[0], max_tokens=30)
-    engine.add(guest)
+    guest, mine = _ask(_ASKED[2], max_tokens=5), _ask(_ASKED[0])
+    _added(engine, guest)
+    begins = "A request was added before `run` was called for another one"
     try:
-        texts = rig.run(engine, [mine])
+        texts = _texts(rig.run(engine, [mine]))
     except KeyError as error:
         raise Mistake(
             "foreign-request",
-            "Request 9 was added before `run` was called for request 5: KeyError:"
-            f" {show(error.args[0])}.\nA step serves everybody. `run` collects the texts of its own"
-            " requests, and passes over the others.",
+            f"{begins}: KeyError: {show(error.args[0])}.\nA step serves everybody. `run` collects"
+            " the outputs of its own requests, and passes over the others.",
         ) from error
-    wanted = [rig.llm.get_tokenizer().decode(mine.output_token_ids)]
+    except Mistake as mistake:
+        if mistake.name != "outputs-missing":
+            raise
+        raise Mistake(
+            "foreign-request",
+            f"{begins}, and `run` returned both.\nA step serves everybody; `run` returns the"
+            " outputs of its own requests.",
+        ) from None
+    wanted = _right_texts([mine])
     expect(
         texts == wanted,
         "foreign-request",
-        f"Request 9 was added before `run` was called for request 5, and `run` gave {show(texts)},"
-        f" expected {show(wanted)}.\nA step serves everybody; `run` returns the texts of its own"
-        " requests.",
+        f"{begins}, and `run` gave {show(texts)}, expected {show(wanted)}.\nA step serves"
+        " everybody; `run` returns the outputs of its own requests.",
     )
 
 
-def _check_stall(answer: Callable) -> None:
-    """What can never run must not be waited for."""
-    rig = _Rig(num_kv_blocks=8, max_model_len=128)
+def _check_stops(answer: Callable) -> None:
+    """Stop strings end the work, not only the text."""
+    rig = _Rig()
+    [text] = _right_texts([_ask(_ASKED[2], max_tokens=40)])
+    words = text.split()
+    stop = f"{words[5]} {words[6]}"
+    free = rig.core.scheduler.block_manager.num_free_blocks
+    [output] = rig.run(rig.engine(answer), [_ask(_ASKED[2], max_tokens=40, stop=stop)])
+    [seq] = rig.sequences
+    expect(
+        seq.is_finished and seq.num_output_tokens < 40,
+        "computes-past-the-stop",
+        f"The text ended at {stop!r}, and the core knows nothing of it: it went on to"
+        f" {seq.num_output_tokens} tokens, and has"
+        f" {'' if seq.is_finished else 'not '}finished.\nThe core knows no text. `outputs.process`"
+        " returns whom a stop string has ended: tell the core, with `core.finish`.",
+    )
+    said = (seq.finish_reason, seq.stop_reason)
+    expect(
+        said == ("stop", stop),
+        "no-stop-reason",
+        f"The core has noted {said} as the end of the sequence, expected {('stop', stop)}.\nIt is"
+        ' `core.finish([seq_id], "stop", stop_string)`.',
+    )
+    wanted = text[: text.index(stop)]
+    expect(
+        output.outputs[0].text == wanted,
+        "wrong-text",
+        f"With the stop string {stop!r} your engine says {output.outputs[0].text!r}, expected"
+        f" {wanted!r}.",
+    )
+    expect(
+        rig.core.scheduler.block_manager.num_free_blocks == free,
+        "left-behind",
+        "After a stop string blocks are still in use.\nUse `core.finish`.",
+    )
+
+
+def _check_abort(answer: Callable) -> None:
+    """A reader goes away: both sides of the cut must know."""
+    rig = _Rig()
     engine = rig.engine(answer)
-    too_long = rig.sequence(0, list(range(100, 250)))
+    gone, stays = _ask(_ASKED[2], max_tokens=40), _ask(_ASKED[1])
+    ids = [_added(engine, gone), _added(engine, stays)]
+    for _ in range(3):
+        engine.step()
+    _aborted(engine, ids[0], "a request that runs")
+    seq = rig.sequences[0]
+    expect(
+        seq.finish_reason == "abort" and not seq.block_table,
+        "abort-goes-on",
+        "A request was aborted, and the core goes on with it: its sequence has the finish_reason"
+        f" {seq.finish_reason!r}.\nNobody reads these tokens, and they keep blocks. Tell the core:"
+        ' `core.finish(seq_ids, "abort")`.',
+    )
+    last: dict[str, RequestOutput] = {}
+    while rig.num_steps < 80 and not (ids[1] in last and last[ids[1]].finished):
+        last |= {output.request_id: output for output in _news(engine)}
+    end = last[ids[0]].outputs[0].finish_reason if ids[0] in last else None
+    expect(
+        end == "abort",
+        "abort-unreported",
+        "A request was aborted, and no later `step` says that it has ended: its last output has"
+        f" finish_reason {end!r}.\nWhoever waits for it waits for ever. `outputs.end(request)` ends"
+        " it on this side of the cut, and returns the seq_ids for the other.",
+    )
+    [wanted] = _right_texts([stays])
+    text = last[ids[1]].outputs[0].text if ids[1] in last else ""
+    expect(
+        text == wanted,
+        "abort-hits-others",
+        f"Another request ran beside the one that was aborted: it says {text!r}, expected"
+        f" {wanted!r}.",
+    )
+    _aborted(engine, ids[0], "a request that has ended")
+
+
+def _aborted(engine: Any, request_id: str, what: str) -> None:
     try:
-        rig.run(engine, [too_long])
-    except Mistake as mistake:
-        if mistake.name != "endless":
-            raise
+        engine.abort(request_id)
+    except KeyError as error:
         raise Mistake(
-            "waits-for-ever",
-            "A prompt of 150 tokens never fits a cache of 128, nothing is planned, and your loop"
-            " asks again and again.\nA step that plans nothing while requests are unfinished will"
-            " not plan anything next time either: raise RuntimeError.",
-        ) from None
-    except RuntimeError as error:
+            "abort-raises",
+            f"`abort` of {what}: KeyError: {show(error.args[0])}.\nA request may end while its"
+            " caller decides to abort it. An id that `outputs.requests` does not have is ignored.",
+        ) from error
+
+
+def _check_refused(answer: Callable) -> None:
+    """What can never be served is refused, and nothing of that call is left behind."""
+    from minivllm.errors import RequestError
+
+    rig = _Rig(num_kv_blocks=8, max_model_len=128)
+    engine, good, too_long = rig.engine(answer), _ask(_ASKED[0]), list(range(100, 250))
+    try:
+        outputs = engine.run([good.prompt, too_long], [good.params] * 2)
+    except _TooManySteps:
+        outputs = None
+    except RequestError:
         expect(
-            str(error),
-            "silent-error",
-            "Your RuntimeError says nothing.\nTell the caller what happened, in a sentence.",
+            not rig.left_over and not rig.outputs.requests,
+            "queued-before-checked",
+            "Of two prompts the second was refused, and so nobody waits for the first; but it"
+            f" stands in the engine: sequences in the core: {len(rig.left_over)}, requests in the"
+            f" output processor: {len(rig.outputs.requests)}.\nCheck all prompts with"
+            " `inputs.process` before you queue one.",
         )
         return
-    except Exception as error:
-        raise Mistake(
-            "raised",
-            f"A request that never fits: {type(error).__name__}: {error}.\nExpected is a"
-            " RuntimeError.",
-        ) from error
     raise Mistake(
         "request-dropped",
-        "A prompt that never fits the cache came back without an error, as if it had been"
-        " served.\nRaise RuntimeError when a step plans nothing although requests are unfinished.",
+        f"A prompt of 150 tokens never fits a cache of 128, and `run` gave {show(outputs)}.\nLet"
+        " the error of `inputs.process` through: the caller has to know.",
+    )
+
+
+def _check_several_tokens(answer: Callable) -> None:
+    """A step may bring several tokens of a sequence: all of them count."""
+    from minivllm.engine.scheduler import Scheduler
+
+    known: list[int] = []
+
+    class Guessing(Scheduler):
+        """Proposes what follows; it happens to know."""
+
+        def schedule(self) -> ScheduledBatch:
+            for seq in self.running:
+                self.propose(seq, known[seq.num_output_tokens :][:3])
+            return super().schedule()
+
+    rig = _Rig(scheduler_cls=Guessing)
+    right = _right(_ask(_ASKED[1]))
+    known += right.outputs[0].token_ids
+    engine = rig.engine(answer)
+    [output] = rig.run(engine, [_ask(_ASKED[1])])
+    assert rig.num_steps < len(known) / 2, "steps should bring several tokens each"
+    text, wanted = output.outputs[0].text, right.outputs[0].text
+    expect(
+        text == wanted,
+        "wrong-text",
+        f"With steps that bring several tokens your engine says {text!r}, expected {wanted!r}."
+        "\nHand `outputs.process` the step as it is.",
+    )
+    counts = getattr(engine, "num_tokens", None)
+    expect(
+        counts == len(known),
+        "one-token-per-step",
+        f"{rig.num_steps} steps brought {len(known)} tokens, and `num_tokens` is {show(counts)}."
+        "\nA step gives each sequence a *list* of tokens: `output.token_ids`, of each output in"
+        " `step.outputs`. Add up their lengths.",
     )
 
 
 class _RightEngine:
-    """The loop as it should be; computes what answers are compared with."""
+    """The loop as it should be; runs in the capstone where the learner's own is not asked for."""
 
-    def __init__(self, scheduler: Any, runner: Any, new_stream: Callable) -> None:
-        self.scheduler = scheduler
-        self.runner = runner
-        self.new_stream = new_stream
-        self.streams = {}
+    def __init__(
+        self,
+        inputs: InputProcessor,
+        core: EngineCore,
+        outputs: OutputProcessor,
+        new_request: RequestMaker,
+    ) -> None:
+        from minivllm.engine.output_processor import OutputCollector
 
-    def add(self, seq: Sequence) -> None:
-        self.streams[seq.seq_id] = self.new_stream(seq.params.stop_strings)
-        self.scheduler.add(seq)
+        self.inputs, self.core, self.outputs = inputs, core, outputs
+        self.new_request, self.collector = new_request, OutputCollector()
 
-    def step(self) -> dict[int, str]:
-        batch, news = self.scheduler.schedule(), {}
-        if not batch:
-            return news
-        for item in self.scheduler.update(batch, self.runner.execute(batch).wait()):
-            seq = item.sequence
-            stream, ended = self.streams[seq.seq_id], seq.finish_reason == "stop"
-            text = "" if ended else stream.append(item.new_token_ids[0])
-            if stream.stopped is not None:
-                self.scheduler.finish(seq, "stop", stream.stopped)
-            news[seq.seq_id] = text + (stream.finish() if seq.is_finished else "")
-        return news
-
-    def run(self, sequences: list[Sequence]) -> list[str]:
-        texts = {seq.seq_id: "" for seq in sequences}
-        for seq in sequences:
-            self.add(seq)
-        while not all(seq.is_finished for seq in sequences):
-            for seq_id, text in self.step().items():
-                if seq_id in texts:
-                    texts[seq_id] += text
-        return [texts[seq.seq_id] for seq in sequences]
+    def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
+        ids, last = [], {}
+        for checked in map(self.inputs.process, prompts, params):
+            request = self.new_request(checked, self.collector)
+            self.outputs.add(request)
+            for index in range(checked.params.n):
+                self.core.add(request.new_sequence(request, index))
+            ids.append(request.request_id)
+        while self.outputs.requests:
+            for seq_id, stop in self.outputs.process(self.core.step()):
+                self.core.finish([seq_id], "stop", stop)
+            last |= {output.request_id: output for output in self.outputs.collect(self.collector)}
+        return [last[id] for id in ids]
