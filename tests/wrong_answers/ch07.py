@@ -2580,6 +2580,57 @@ class MyEngine:
         return [ended[id] for id in ids]
 
 
+# %% 07.6 computes-past-the-stop: goes on until the core has nothing left, which nobody tells of stops
+class MyEngine:
+    """Prompts in, steps, outputs out: the loop between the two doors of the core."""
+
+    def __init__(
+        self,
+        inputs: InputProcessor,
+        core: EngineCore,
+        outputs: OutputProcessor,
+        new_request: Callable[[EngineInput, OutputCollector], Request],
+    ) -> None:
+        self.inputs, self.core, self.outputs = inputs, core, outputs
+        self.new_request = new_request
+        self.collector = OutputCollector()  # who waits for the outputs: whoever calls step
+        self.num_tokens = 0  # that the core has brought so far
+
+    def add(self, prompt: list[int], params: SamplingParams) -> str:
+        """Queue a request; returns its request_id. What can't be served raises."""
+        return self.queue(self.inputs.process(prompt, params))
+
+    def queue(self, checked: EngineInput) -> str:
+        """Queue what has been checked."""
+        request = self.new_request(checked, self.collector)
+        self.outputs.add(request)
+        for index in range(checked.params.n):
+            self.core.add(request.new_sequence(request, index))
+        return request.request_id
+
+    def abort(self, request_id: str) -> None:
+        """End a request now; the next step reports it. An unknown id is ignored."""
+        request = self.outputs.requests.get(request_id)
+        if request is not None:
+            self.core.finish(self.outputs.end(request), "abort")
+
+    def step(self) -> list[RequestOutput]:
+        """One step for everything that runs: the outputs of the requests with news."""
+        step = self.core.step()
+        self.num_tokens += sum(len(output.token_ids) for output in step.outputs)
+        self.outputs.process(step)
+        return self.outputs.collect(self.collector)
+
+    def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
+        """Serve these to their ends; the last output of each, in their order."""
+        checked = [self.inputs.process(*asked) for asked in zip(prompts, params)]
+        ids = [self.queue(one) for one in checked]
+        ended = {}
+        while self.core.scheduler.running or self.core.scheduler.waiting:
+            ended |= {output.request_id: output for output in self.step() if output.finished}
+        return [ended[id] for id in ids]
+
+
 # %% 07.6 no-stop-reason: does not say which
 class MyEngine:
     """Prompts in, steps, outputs out: the loop between the two doors of the core."""

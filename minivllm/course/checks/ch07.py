@@ -63,7 +63,9 @@ class RequestMaker:
     request_cls: `Request`, or a class of one's own that behaves like it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, request_cls: Callable[..., Request] | None = None):
+    def __init__(
+        self, tokenizer: Tokenizer, request_cls: Callable[..., Request] | None = None
+    ) -> None:
         from minivllm.engine.output_processor import Request
 
         self.tokenizer, self.request_cls = tokenizer, request_cls or Request
@@ -1767,8 +1769,6 @@ def _first_wrong_piece(answer: Callable, cases: list[tuple]) -> str:
 
 #: More steps of the core than any run here needs.
 _MOST_STEPS = 600
-
-
 #: A small pool: its blocks are zeroed for each engine of the check.
 _ROOM = {"num_kv_blocks": 64, "max_model_len": 512}
 
@@ -1824,7 +1824,16 @@ class _Rig:
         step = self._step()
         seq_ids = [output.seq_id for output in step.outputs]
         self.most_at_once = max(self.most_at_once, len(seq_ids))
-        self.served = {self.outputs.owner_of(seq_id).request_id for seq_id in seq_ids}
+        try:
+            self.served = {self.outputs.owner_of(seq_id).request_id for seq_id in seq_ids}
+        except KeyError as error:
+            raise Mistake(
+                "computes-past-the-stop",
+                f"The core gave tokens to sequence {error.args[0]}, of which `outputs` knows"
+                " nothing any more: for its reader the request has ended.\nWhoever ends a request"
+                " outside of the core, by a stop string or an abort, tells the core, too, with"
+                " `core.finish`.",
+            ) from error
         return step
 
     def add(self, seq: Sequence) -> None:
