@@ -800,7 +800,7 @@ def engine_agrees(*used: Callable, max_tokens: int = 20, **options: Any) -> str:
     The model is the bundled one. options: of `LLM`. used: pieces wrapped by `counted`, each of
     which must have been called. Returns a line such as "the engine writes the same 70 tokens with
     it". Raises Mistake where the tokens differ. For kernels: ``engine_agrees(mine,
-    kernels=replace(Kernels.reference(), rms_norm=mine))``.
+    kernels=replace(Kernels.reference(), silu_mul=mine))``.
     """
     expected = engine_tokens(max_tokens)
     got = _generate(max_tokens, options)

@@ -2,8 +2,8 @@
 
 `Kernels` is the seam: an engine holds one instance and hands it to its layers, so a learner's own
 function, a Triton kernel and the torch reference are interchangeable, and two engines with
-different kernels can live side by side in one process. To try your own RMSNorm:
-``LLM(kernels=dataclasses.replace(Kernels.reference(), rms_norm=mine))``.
+different kernels can live side by side in one process. To try your own SwiGLU:
+``LLM(kernels=dataclasses.replace(Kernels.reference(), silu_mul=mine))``.
 
 One file per operation. Each holds, from top to bottom: the formula and its cost, the reference, the
 kernel and its launcher. cpu.py holds what is faster than the references on a CPU.

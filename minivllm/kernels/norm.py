@@ -81,7 +81,11 @@ def _launch(
     rows, width = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     # without a residual, neither is touched
-    total, other = (out, x) if residual is None else (torch.empty_like(out), residual)
+    total, other = (
+        (out, x)
+        if residual is None
+        else (torch.empty(x.shape, dtype=x.dtype, device=x.device), residual)
+    )
     if rows:
         block = triton.next_power_of_2(width)
         _rms_norm_kernel[(rows,)](

@@ -32,6 +32,12 @@ class ConfigFields:
         except ValueError as error:
             raise ConfigError(f"{self.where}: {name} {error}.") from error
 
+    def has(self, name: str) -> bool:
+        """Whether the field is there, perhaps as null. Absent and null differ where a family's
+        config class in transformers has a default that is not null.
+        """
+        return name in self.content
+
     def a(self, kind: type, name: str) -> Any:
         """A list or an object (kind: list, dict); an empty one when the field is absent."""
         value = self.content.get(name)

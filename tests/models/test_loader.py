@@ -625,7 +625,7 @@ def rope_scaling(kind: str) -> dict[str, Any]:
     [
         ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM"),
         ({"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM"),
-        ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
+        ({"architectures": ["GraniteForCausalLM"]}, "GraniteForCausalLM"),
         ({"architectures": []}, "none"),
         ({"use_sliding_window": True, "sliding_window": 32, "layer_types": None}, "sliding-window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),

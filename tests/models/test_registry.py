@@ -72,23 +72,24 @@ def test_a_class_of_ones_own_comes_before_the_registry(tmp_path: Path) -> None:
 
 
 def test_a_new_family_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mistral without a window is Llama under another name: refused before its line, and
+    """Seed-OSS without biases is Llama under another name: refused before its line, and
     transformers' tokens after it.
     """
-    from transformers import AutoModelForCausalLM, MistralConfig
+    from transformers import AutoModelForCausalLM, SeedOssConfig
 
     write_checkpoint(tmp_path / "llama", "llama", num_hidden_layers=2)
     llama = AutoModelForCausalLM.from_pretrained(tmp_path / "llama", dtype=torch.float32)
     said = json.loads((tmp_path / "llama" / "config.json").read_text())
     said = {k: v for k, v in said.items() if k not in ("architectures", "model_type")}
-    mistral = AutoModelForCausalLM.from_config(MistralConfig(**said | {"sliding_window": None}))
-    mistral.load_state_dict(llama.state_dict())
-    mistral.save_pretrained(tmp_path / "mistral")
-    with pytest.raises(UnsupportedModelError, match="'MistralForCausalLM' is none of"):
-        LLM(tmp_path / "mistral", **OPTIONS)
-    monkeypatch.setitem(MODELS, "MistralForCausalLM", LlamaForCausalLM)
+    without_biases = {"attention_bias": False, "attention_out_bias": False}
+    stranger = AutoModelForCausalLM.from_config(SeedOssConfig(**said | without_biases))
+    stranger.load_state_dict(llama.state_dict())
+    stranger.save_pretrained(tmp_path / "stranger")
+    with pytest.raises(UnsupportedModelError, match="'SeedOssForCausalLM' is none of"):
+        LLM(tmp_path / "stranger", **OPTIONS)
+    monkeypatch.setitem(MODELS, "SeedOssForCausalLM", LlamaForCausalLM)
     prompt = random_prompt(9)
     params = SamplingParams(temperature=0.0, max_tokens=12)
-    [output] = LLM(tmp_path / "mistral", **OPTIONS).generate([prompt], params, use_tqdm=False)
-    reference = TransformersReference(tmp_path / "mistral").greedy(prompt, 12)
+    [output] = LLM(tmp_path / "stranger", **OPTIONS).generate([prompt], params, use_tqdm=False)
+    reference = TransformersReference(tmp_path / "stranger").greedy(prompt, 12)
     assert output.outputs[0].token_ids == reference.token_ids

@@ -119,7 +119,8 @@ def check_norm(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> No
         fused = fence((torch.randn(rows, width + 11, generator=generator) * 3).to(device, dtype))
         x = fused[:, 7 : 7 + width]
         weight = fence(torch.randn(width, generator=generator).to(device, dtype))
-        residual = fence(torch.randn(rows, width, generator=generator).to(device, dtype))
+        wide = fence(torch.randn(rows, width + 6, generator=generator).to(device, dtype))
+        residual = wide[:, 5 : 5 + width]  # another stride than that of x
         for eps in (1e-6, 0.5):
             with guarded_outputs():
                 out = kernels.rms_norm(x, weight, eps)
