@@ -159,7 +159,7 @@ TERMS: tuple[Term, ...] = (
     Term(
         "attention",
         "02",
-        "layers/attention.py:attend",
+        "layers/attention.py:cached_attention",
         "Each token takes a weighted mean of the values of the tokens before it; the weights are a"
         " softmax of the dot products of its query with their keys.",
     ),

@@ -245,9 +245,9 @@ class Sampler:
         self._temperature[slot] = params.temperature
         for name, off in FILTERS.items():
             value = getattr(params, name)
+            if name == "top_k":  # there are no more tokens than these
+                value = min(value, self.vocab_size)
             self._filters[name][slot] = off[0] if value in off else value
-        # A kernel may trust that there are so many tokens.
-        self._filters["top_k"][slot] = min(params.top_k, self.vocab_size) if params.top_k > 0 else 0
         self._seed[slot] = seq.seed
         self._has_filter[slot] = params.has_filter and not params.is_greedy
         self._has_penalty[slot] = params.has_penalty

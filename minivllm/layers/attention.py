@@ -41,7 +41,7 @@ class ForwardContext:
     metadata: AttentionMetadata
 
 
-def attend(
+def cached_attention(
     query: torch.Tensor, cache: KVCache, metadata: AttentionMetadata, scale: float, kernels: Kernels
 ) -> torch.Tensor:
     """query: [T, H, D] -> [T, H, D]. The cache holds this step's keys and values already.

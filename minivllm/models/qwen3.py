@@ -15,7 +15,7 @@ from torch import nn
 from minivllm.config import LayerOptions, ModelConfig
 from minivllm.kernels import Kernels
 from minivllm.kernels.rotary import NormRope
-from minivllm.layers.attention import AttentionMetadata, ForwardContext, KVCache, attend
+from minivllm.layers.attention import AttentionMetadata, ForwardContext, KVCache, cached_attention
 from minivllm.layers.embedding import Embedding, OutputHead
 from minivllm.layers.linear import UNQUANTIZED, FusedLinear, LinearMethod, RowParallelLinear
 from minivllm.layers.mlp import SwiGLU
@@ -41,7 +41,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.kernels, self.layer_index = config, kernels, layer_index
         self.scale = config.head_dim**-0.5
-        # Whole heads: this rank's query heads, and the KV heads that those attend to.
+        # Whole heads: this rank's query heads, and the KV heads that those cached_attention to.
         q = group.part(config.num_attention_heads, config.head_dim)
         kv = group.part(config.num_key_value_heads, config.head_dim)
         self.qkv_sizes = [len(q), len(kv), len(kv)]
@@ -72,7 +72,7 @@ class Attention(nn.Module):
         query = self.kernels.qk_norm_rope_store(
             query, key, value, norm_rope, cache, metadata.slot_mapping
         )
-        out = attend(query, cache, metadata, self.scale, self.kernels)
+        out = cached_attention(query, cache, metadata, self.scale, self.kernels)
         return self.o_proj(out.flatten(-2))
 
 

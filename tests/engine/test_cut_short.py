@@ -10,6 +10,7 @@ had been.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import signal
@@ -107,6 +108,32 @@ class Strikes:
         sys.settrace(self._call)
 
 
+def in_a_thread(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test in a thread of its own.
+
+    An exception that a trace function raises in the middle of Python's own clean-up can leave
+    traces in the thread: the next error of another test would have it as its context.
+    """
+
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        errors: list[BaseException] = []
+
+        def body() -> None:
+            try:
+                test(*args, **kwargs)
+            except BaseException as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=body)
+        thread.start()
+        thread.join()
+        if errors:
+            raise errors[0]
+
+    return run
+
+
 def lines_of(action: Callable[[], Any]) -> list[tuple[str, int]]:
     """(file, line) of each line that runs; strike number n is the n-th of them, from 1 on."""
     strikes = Strikes()
@@ -145,6 +172,7 @@ def assert_whole(llm: LLM, expected: list[list[int]], where: Any) -> None:
     assert engine.metrics().num_used_kv_blocks == 0, where
 
 
+@in_a_thread
 def test_strikes_strike_again() -> None:
     """Also while the code is on its way out after the first one."""
 
@@ -168,6 +196,7 @@ def test_strikes_strike_again() -> None:
 
 @pytest.mark.parametrize("late", [False, True], ids=["at-once", "one-step-late"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@in_a_thread
 def test_at_every_line_of_generate(path: Path, late: bool, error: type[BaseException]) -> None:
     """Each line once, and a second strike soon after it: in what cleans up after the first."""
     expected = ids(generate(make(path)))
@@ -202,6 +231,7 @@ def test_at_every_line_of_generate(path: Path, late: bool, error: type[BaseExcep
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["at-once", "one-step-late"])
+@in_a_thread
 def test_an_open_stream_goes_on_as_if_nothing_had_been(path: Path, late: bool) -> None:
     long = SamplingParams(
         temperature=0.8, seed=3, max_tokens=18, ignore_eos=True, logprobs=1, presence_penalty=0.5
@@ -221,6 +251,7 @@ def test_an_open_stream_goes_on_as_if_nothing_had_been(path: Path, late: bool) -
         assert parts[-1].finish_reason == "length", strikes.places
 
 
+@in_a_thread
 def test_a_stream_that_is_struck_is_over_and_forgotten(path: Path) -> None:
     expected = ids(generate(make(path)))
     llm = make(path)
@@ -243,6 +274,7 @@ def test_a_stream_that_is_struck_is_over_and_forgotten(path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", list(RequestOutputKind))
+@in_a_thread
 def test_a_loop_of_ones_own_gets_every_token(path: Path, kind: RequestOutputKind) -> None:
     """The engine is driven by hand and struck again and again; whoever goes on stepping gets all,
     once.
@@ -268,6 +300,7 @@ def test_a_loop_of_ones_own_gets_every_token(path: Path, kind: RequestOutputKind
         engine.scheduler.check()
 
 
+@in_a_thread
 def test_an_abort_that_is_cut_short_is_carried_out(path: Path) -> None:
     llm = make(path)
     engine = llm.llm_engine
@@ -292,6 +325,7 @@ def test_an_abort_that_is_cut_short_is_carried_out(path: Path) -> None:
     assert llm.metrics().num_used_kv_blocks == 0
 
 
+@in_a_thread
 def test_add_request_is_all_or_nothing(path: Path) -> None:
     llm = make(path)
     engine = llm.llm_engine

@@ -1503,7 +1503,7 @@ class Attention(nn.Module):
         norms = (self.q_norm.weight, self.k_norm.weight)
         query, key = self.kernels.qk_norm_rope(query, key, *norms, cos_sin, positions, eps)
         self.kernels.store_kv(key, value, *cache, metadata.slot_mapping)
-        out = attend(query, cache, metadata, head_dim**-0.5, self.kernels)
+        out = cached_attention(query, cache, metadata, head_dim**-0.5, self.kernels)
         return out.flatten(-2) @ self.o_proj.weight.T
 
 
@@ -1588,7 +1588,7 @@ class Attention(nn.Module):
         norms = (self.q_norm.weight, self.k_norm.weight)
         query, key = self.kernels.qk_norm_rope(query, key, *norms, cos_sin, positions, eps)
         self.kernels.store_kv(key, value, *cache, metadata.slot_mapping)
-        out = attend(query, cache, metadata, head_dim**-0.5, self.kernels)
+        out = cached_attention(query, cache, metadata, head_dim**-0.5, self.kernels)
         return out.flatten(-2) @ self.o_proj.weight.T
 
 
@@ -1671,7 +1671,7 @@ class Attention(nn.Module):
         norms = (self.q_norm.weight, self.k_norm.weight)
         query, key = self.kernels.qk_norm_rope(query, key, *norms, cos_sin, positions, eps)
         self.kernels.store_kv(key, value, *cache, metadata.slot_mapping)
-        out = attend(query, cache, metadata, head_dim**-0.5, self.kernels)
+        out = cached_attention(query, cache, metadata, head_dim**-0.5, self.kernels)
         return out.flatten(-2) @ self.o_proj.weight.T
 
 
@@ -1755,7 +1755,7 @@ class Attention(nn.Module):
         norms = (self.q_norm.weight, self.q_norm.weight)
         query, key = self.kernels.qk_norm_rope(query, key, *norms, cos_sin, positions, eps)
         self.kernels.store_kv(key, value, *cache, metadata.slot_mapping)
-        out = attend(query, cache, metadata, head_dim**-0.5, self.kernels)
+        out = cached_attention(query, cache, metadata, head_dim**-0.5, self.kernels)
         return out.flatten(-2) @ self.o_proj.weight.T
 
 
@@ -1838,7 +1838,7 @@ class Attention(nn.Module):
         norms = (self.q_norm.weight, self.k_norm.weight)
         query, key = self.kernels.qk_norm_rope(query, key, *norms, cos_sin, torch.arange(len(x)), eps)
         self.kernels.store_kv(key, value, *cache, metadata.slot_mapping)
-        out = attend(query, cache, metadata, head_dim**-0.5, self.kernels)
+        out = cached_attention(query, cache, metadata, head_dim**-0.5, self.kernels)
         return out.flatten(-2) @ self.o_proj.weight.T
 
 
@@ -1920,7 +1920,7 @@ class Attention(nn.Module):
         query, key, value = ((x @ matrix.T).unflatten(-1, (-1, head_dim)) for matrix in matrices)
         norms = (self.q_norm.weight, self.k_norm.weight)
         query, key = self.kernels.qk_norm_rope(query, key, *norms, cos_sin, positions, eps)
-        out = attend(query, cache, metadata, head_dim**-0.5, self.kernels)
+        out = cached_attention(query, cache, metadata, head_dim**-0.5, self.kernels)
         return out.flatten(-2) @ self.o_proj.weight.T
 
 
@@ -2003,7 +2003,7 @@ class Attention(nn.Module):
         norms = (self.q_norm.weight, self.k_norm.weight)
         self.kernels.store_kv(key, value, *cache, metadata.slot_mapping)
         query, key = self.kernels.qk_norm_rope(query, key, *norms, cos_sin, positions, eps)
-        out = attend(query, cache, metadata, head_dim**-0.5, self.kernels)
+        out = cached_attention(query, cache, metadata, head_dim**-0.5, self.kernels)
         return out.flatten(-2) @ self.o_proj.weight.T
 
 
@@ -2086,7 +2086,7 @@ class Attention(nn.Module):
         norms = (self.q_norm.weight, self.k_norm.weight)
         query, key = self.kernels.qk_norm_rope(query, key, *norms, cos_sin, positions, eps)
         self.kernels.store_kv(key, value, *cache, metadata.slot_mapping)
-        out = attend(query, cache, metadata, head_dim**-0.5, self.kernels)
+        out = cached_attention(query, cache, metadata, head_dim**-0.5, self.kernels)
         return out.flatten(-2) @ self.o_proj.weight.T
 
 
@@ -2169,7 +2169,7 @@ class Attention(nn.Module):
         norms = (self.q_norm.weight, self.k_norm.weight)
         query, key = self.kernels.qk_norm_rope(query, key, *norms, cos_sin, positions, eps)
         self.kernels.store_kv(key, value, *cache, metadata.slot_mapping)
-        out = attend(query, cache, metadata, head_dim**-0.5, self.kernels)
+        out = cached_attention(query, cache, metadata, head_dim**-0.5, self.kernels)
         return out.flatten(-2) @ self.o_proj.weight.T
 
 
@@ -2252,7 +2252,7 @@ class Attention(nn.Module):
         norms = (self.q_norm.weight, self.k_norm.weight)
         query, key = self.kernels.qk_norm_rope(query, key, *norms, cos_sin, positions, eps)
         self.kernels.store_kv(key, value, *cache, metadata.slot_mapping)
-        out = attend(query, cache, metadata, head_dim**-0.5, self.kernels)
+        out = cached_attention(query, cache, metadata, head_dim**-0.5, self.kernels)
         return out.flatten(-2) @ self.o_proj.weight.T
 
 
@@ -2336,7 +2336,7 @@ class Attention(nn.Module):
         norms = (self.q_norm.weight, self.k_norm.weight)
         query, key = self.kernels.qk_norm_rope(query, key, *norms, cos_sin, positions, eps)
         self.kernels.store_kv(key, value, *cache, metadata.slot_mapping)
-        out = attend(query, cache, metadata, head_dim**-0.5, self.kernels)
+        out = cached_attention(query, cache, metadata, head_dim**-0.5, self.kernels)
         return out.flatten(-2) @ self.o_proj.weight.T
 
 
@@ -2419,7 +2419,7 @@ class Attention(nn.Module):
         norms = (self.q_norm.weight, self.k_norm.weight)
         query, key = self.kernels.qk_norm_rope(query, key, *norms, cos_sin, positions, eps)
         self.kernels.store_kv(key, value, *cache, metadata.slot_mapping)
-        out = attend(query, cache, metadata, 1.0, self.kernels)
+        out = cached_attention(query, cache, metadata, 1.0, self.kernels)
         return out.flatten(-2) @ self.o_proj.weight.T
 
 
@@ -2502,7 +2502,7 @@ class Attention(nn.Module):
         norms = (self.q_norm.weight, self.k_norm.weight)
         query, key = self.kernels.qk_norm_rope(query, key, *norms, cos_sin, positions, eps)
         self.kernels.store_kv(key, value, *cache, metadata.slot_mapping)
-        out = attend(query, cache, metadata, head_dim**-0.5, self.kernels)
+        out = cached_attention(query, cache, metadata, head_dim**-0.5, self.kernels)
         return out.flatten(-2) @ self.o_proj.weight.T
 
 
@@ -2585,7 +2585,7 @@ class Attention(nn.Module):
         norms = (self.q_norm.weight, self.k_norm.weight)
         query, key = self.kernels.qk_norm_rope(query, key, *norms, cos_sin, positions, eps)
         self.kernels.store_kv(key, value, *cache, metadata.slot_mapping)
-        out = attend(query, cache, metadata, head_dim**-0.5, self.kernels)
+        out = cached_attention(query, cache, metadata, head_dim**-0.5, self.kernels)
         return out.flatten(-2) @ self.o_proj.weight.T
 
 
@@ -2669,7 +2669,7 @@ class Attention(nn.Module):
         norms = (self.q_norm.weight, self.k_norm.weight)
         query, key = self.kernels.qk_norm_rope(query, key, *norms, cos_sin, positions, eps)
         self.kernels.store_kv(key, value, *cache, metadata.slot_mapping)
-        out = attend(query, cache, metadata, head_dim**-0.5, self.kernels)
+        out = cached_attention(query, cache, metadata, head_dim**-0.5, self.kernels)
         return out.flatten(-2) @ self.out_proj.weight.T
 
 
@@ -2756,7 +2756,7 @@ class Attention(nn.Module):
         norms = (self.q_norm.weight, self.k_norm.weight)
         query, key = self.kernels.qk_norm_rope(query, key, *norms, cos_sin, positions, eps)
         self.kernels.store_kv(key, value, *cache, metadata.slot_mapping)
-        out = attend(query, cache, metadata, head_dim**-0.5, self.kernels)
+        out = cached_attention(query, cache, metadata, head_dim**-0.5, self.kernels)
         return out.flatten(-2) @ self.o_proj.weight.T
 
 
@@ -2840,7 +2840,7 @@ class Attention(nn.Module):
         norms = (self.q_norm.weight, self.k_norm.weight)
         query, key = self.kernels.qk_norm_rope(query, key, *norms, cos_sin, positions, eps)
         self.kernels.store_kv(key, value, *cache, metadata.slot_mapping)
-        out = attend(query, cache, metadata, head_dim**-0.5, self.kernels)
+        out = cached_attention(query, cache, metadata, head_dim**-0.5, self.kernels)
         return out.flatten(-2) @ self.o_proj.weight.T
 
 
@@ -2924,7 +2924,7 @@ class Attention(nn.Module):
         norms = (self.q_norm.weight, self.k_norm.weight)
         query, key = self.kernels.qk_norm_rope(query, key, *norms, cos_sin, positions, eps)
         self.kernels.store_kv(key, value, *cache, metadata.slot_mapping)
-        out = attend(query, cache, metadata, head_dim**-0.5, self.kernels)
+        out = cached_attention(query, cache, metadata, head_dim**-0.5, self.kernels)
         return out.flatten(-2) @ self.o_proj.weight.T
 
 

@@ -1130,7 +1130,7 @@ class RankModel:
         norms = (self.w[f"{layer}.self_attn.{n}_norm.weight"] for n in "qk")
         q, k = self.kernels.qk_norm_rope(q, k, *norms, self.cos_sin, positions, eps)
         self.kernels.store_kv(k, v, *cache, metadata.slot_mapping)
-        out = attend(q, cache, metadata, head_dim**-0.5, self.kernels)
+        out = cached_attention(q, cache, metadata, head_dim**-0.5, self.kernels)
         return out.flatten(-2) @ w["o_proj"].T
 
     def mlp(self, group: Group, layer: str, x: torch.Tensor) -> torch.Tensor:
@@ -1206,7 +1206,7 @@ class RankModel:
         norms = (self.w[f"{layer}.self_attn.{n}_norm.weight"] for n in "qk")
         q, k = self.kernels.qk_norm_rope(q, k, *norms, self.cos_sin, positions, eps)
         self.kernels.store_kv(k, v, *cache, metadata.slot_mapping)
-        out = attend(q, cache, metadata, head_dim**-0.5, self.kernels)
+        out = cached_attention(q, cache, metadata, head_dim**-0.5, self.kernels)
         return group.all_reduce(out.flatten(-2) @ w["o_proj"].T)
 
     def mlp(self, group: Group, layer: str, x: torch.Tensor) -> torch.Tensor:
@@ -1282,7 +1282,7 @@ class RankModel:
         norms = (self.w[f"{layer}.self_attn.{n}_norm.weight"] for n in "qk")
         q, k = self.kernels.qk_norm_rope(q, k, *norms, self.cos_sin, positions, eps)
         self.kernels.store_kv(k, v, *cache, metadata.slot_mapping)
-        out = attend(q, cache, metadata, head_dim**-0.5, self.kernels)
+        out = cached_attention(q, cache, metadata, head_dim**-0.5, self.kernels)
         return group.all_reduce(out.flatten(-2) @ w["o_proj"].T)
 
     def mlp(self, group: Group, layer: str, x: torch.Tensor) -> torch.Tensor:
@@ -1358,7 +1358,7 @@ class RankModel:
         norms = (self.w[f"{layer}.self_attn.{n}_norm.weight"] for n in "qk")
         q, k = self.kernels.qk_norm_rope(q, k, *norms, self.cos_sin, positions, eps)
         self.kernels.store_kv(k, v, *cache, metadata.slot_mapping)
-        out = attend(q, cache, metadata, head_dim**-0.5, self.kernels)
+        out = cached_attention(q, cache, metadata, head_dim**-0.5, self.kernels)
         return group.all_reduce(out.flatten(-2) @ w["o_proj"].T)
 
     def mlp(self, group: Group, layer: str, x: torch.Tensor) -> torch.Tensor:
@@ -1434,7 +1434,7 @@ class RankModel:
         norms = (self.w[f"{layer}.self_attn.{n}_norm.weight"] for n in "qk")
         q, k = self.kernels.qk_norm_rope(q, k, *norms, self.cos_sin, positions, eps)
         self.kernels.store_kv(k, v, *cache, metadata.slot_mapping)
-        out = attend(q, cache, metadata, head_dim**-0.5, self.kernels)
+        out = cached_attention(q, cache, metadata, head_dim**-0.5, self.kernels)
         return group.all_reduce(out.flatten(-2) @ w["o_proj"].T)
 
     def mlp(self, group: Group, layer: str, x: torch.Tensor) -> torch.Tensor:
@@ -1510,7 +1510,7 @@ class RankModel:
         norms = (self.w[f"{layer}.self_attn.{n}_norm.weight"] for n in "qk")
         q, k = self.kernels.qk_norm_rope(q, k, *norms, self.cos_sin, positions, eps)
         self.kernels.store_kv(k, v, *cache, metadata.slot_mapping)
-        out = attend(q, cache, metadata, head_dim**-0.5, self.kernels)
+        out = cached_attention(q, cache, metadata, head_dim**-0.5, self.kernels)
         return group.all_reduce(out.flatten(-2) @ w["o_proj"].T)
 
     def mlp(self, group: Group, layer: str, x: torch.Tensor) -> torch.Tensor:
@@ -1586,7 +1586,7 @@ class RankModel:
         norms = (self.w[f"{layer}.self_attn.{n}_norm.weight"] for n in "qk")
         q, k = self.kernels.qk_norm_rope(q, k, *norms, self.cos_sin, positions, eps)
         self.kernels.store_kv(k, v, *cache, metadata.slot_mapping)
-        out = attend(q, cache, metadata, head_dim**-0.5, self.kernels)
+        out = cached_attention(q, cache, metadata, head_dim**-0.5, self.kernels)
         return group.all_reduce(stream + out.flatten(-2) @ w["o_proj"].T)
 
     def mlp(self, group: Group, layer: str, x: torch.Tensor) -> torch.Tensor:
@@ -1662,7 +1662,7 @@ class RankModel:
         norms = (self.w[f"{layer}.self_attn.{n}_norm.weight"] for n in "qk")
         q, k = self.kernels.qk_norm_rope(q, k, *norms, self.cos_sin, positions, eps)
         self.kernels.store_kv(k, v, *cache, metadata.slot_mapping)
-        out = attend(q, cache, metadata, head_dim**-0.5, self.kernels)
+        out = cached_attention(q, cache, metadata, head_dim**-0.5, self.kernels)
         return group.all_reduce(out.flatten(-2) @ w["o_proj"].T)
 
     def mlp(self, group: Group, layer: str, x: torch.Tensor) -> torch.Tensor:
@@ -1738,7 +1738,7 @@ class RankModel:
         norms = (self.w[f"{layer}.self_attn.{n}_norm.weight"] for n in "qk")
         q, k = self.kernels.qk_norm_rope(q, k, *norms, self.cos_sin, positions, eps)
         self.kernels.store_kv(k, v, *cache, metadata.slot_mapping)
-        out = attend(q, cache, metadata, head_dim**-0.5, self.kernels)
+        out = cached_attention(q, cache, metadata, head_dim**-0.5, self.kernels)
         return out.flatten(-2) @ w["o_proj"].T
 
     def mlp(self, group: Group, layer: str, x: torch.Tensor) -> torch.Tensor:
@@ -1814,7 +1814,7 @@ class RankModel:
         norms = (self.w[f"{layer}.self_attn.{n}_norm.weight"] for n in "qk")
         q, k = self.kernels.qk_norm_rope(q, k, *norms, self.cos_sin, positions, eps)
         self.kernels.store_kv(k, v, *cache, metadata.slot_mapping)
-        out = attend(q, cache, metadata, head_dim**-0.5, self.kernels)
+        out = cached_attention(q, cache, metadata, head_dim**-0.5, self.kernels)
         return group.all_reduce(out.flatten(-2) @ w["o_proj"].T) / group.size
 
     def mlp(self, group: Group, layer: str, x: torch.Tensor) -> torch.Tensor:
@@ -1890,7 +1890,7 @@ class RankModel:
         norms = (self.w[f"{layer}.self_attn.{n}_norm.weight"] for n in "qk")
         q, k = self.kernels.qk_norm_rope(q, k, *norms, self.cos_sin, positions, eps)
         self.kernels.store_kv(k, v, *cache, metadata.slot_mapping)
-        out = attend(q, cache, metadata, head_dim**-0.5, self.kernels)
+        out = cached_attention(q, cache, metadata, head_dim**-0.5, self.kernels)
         return group.all_reduce(out.flatten(-2) @ w["o_proj"].T)
 
     def mlp(self, group: Group, layer: str, x: torch.Tensor) -> torch.Tensor:
@@ -1966,7 +1966,7 @@ class RankModel:
         norms = (self.w[f"{layer}.self_attn.{n}_norm.weight"] for n in "qk")
         q, k = self.kernels.qk_norm_rope(q, k, *norms, self.cos_sin, positions, eps)
         self.kernels.store_kv(k, v, *cache, metadata.slot_mapping)
-        out = attend(q, cache, metadata, head_dim**-0.5, self.kernels)
+        out = cached_attention(q, cache, metadata, head_dim**-0.5, self.kernels)
         return group.all_reduce(out.flatten(-2) @ w["o_proj"].T)
 
     def mlp(self, group: Group, layer: str, x: torch.Tensor) -> torch.Tensor:
@@ -2042,7 +2042,7 @@ class RankModel:
         norms = (self.w[f"{layer}.self_attn.{n}_norm.weight"] for n in "qk")
         q, k = self.kernels.qk_norm_rope(q, k, *norms, self.cos_sin, positions, eps)
         self.kernels.store_kv(k, v, *cache, metadata.slot_mapping)
-        out = attend(q, cache, metadata, head_dim**-0.5, self.kernels)
+        out = cached_attention(q, cache, metadata, head_dim**-0.5, self.kernels)
         return group.all_reduce(out.flatten(-2) @ w["o_proj"].T)
 
     def mlp(self, group: Group, layer: str, x: torch.Tensor) -> torch.Tensor:
@@ -2118,7 +2118,7 @@ class RankModel:
         norms = (self.w[f"{layer}.self_attn.{n}_norm.weight"] for n in "qk")
         q, k = self.kernels.qk_norm_rope(q, k, *norms, self.cos_sin, positions, eps)
         self.kernels.store_kv(k, v, *cache, metadata.slot_mapping)
-        out = attend(q, cache, metadata, head_dim**-0.5, self.kernels)
+        out = cached_attention(q, cache, metadata, head_dim**-0.5, self.kernels)
         return group.all_reduce(out.flatten(-2) @ w["o_proj"].T)
 
     def mlp(self, group: Group, layer: str, x: torch.Tensor) -> torch.Tensor:
@@ -2194,7 +2194,7 @@ class RankModel:
         norms = (self.w[f"{layer}.self_attn.{n}_norm.weight"] for n in "qk")
         q, k = self.kernels.qk_norm_rope(q, k, *norms, self.cos_sin, positions, eps)
         self.kernels.store_kv(k, v, *cache, metadata.slot_mapping)
-        out = attend(q, cache, metadata, head_dim**-0.5, self.kernels)
+        out = cached_attention(q, cache, metadata, head_dim**-0.5, self.kernels)
         return group.all_reduce(out.flatten(-2) @ w["o_proj"].T)
 
     def mlp(self, group: Group, layer: str, x: torch.Tensor) -> torch.Tensor:
@@ -2271,7 +2271,7 @@ class RankModel:
         norms = (self.w[f"{layer}.self_attn.{n}_norm.weight"] for n in "qk")
         q, k = self.kernels.qk_norm_rope(q, k, *norms, self.cos_sin, positions, eps)
         self.kernels.store_kv(k, v, *cache, metadata.slot_mapping)
-        out = attend(q, cache, metadata, head_dim**-0.5, self.kernels)
+        out = cached_attention(q, cache, metadata, head_dim**-0.5, self.kernels)
         return group.all_reduce(out.flatten(-2) @ w["o_proj"].T)
 
     def mlp(self, group: Group, layer: str, x: torch.Tensor) -> torch.Tensor:
@@ -2351,7 +2351,7 @@ class RankModel:
         norms = (self.w[f"{layer}.self_attn.{n}_norm.weight"] for n in "qk")
         q, k = self.kernels.qk_norm_rope(q, k, *norms, self.cos_sin, positions, eps)
         self.kernels.store_kv(k, v, *cache, metadata.slot_mapping)
-        out = attend(q, cache, metadata, head_dim**-0.5, self.kernels)
+        out = cached_attention(q, cache, metadata, head_dim**-0.5, self.kernels)
         return group.all_reduce(out.flatten(-2) @ w["o_proj"].T)
 
     def mlp(self, group: Group, layer: str, x: torch.Tensor) -> torch.Tensor:

@@ -1722,7 +1722,7 @@ def _wrong_model(config: ModelConfig, seed: int, **wrong: Any) -> tuple[Callable
     import torch.nn.functional as F
 
     from minivllm.kernels import Kernels
-    from minivllm.layers.attention import attend
+    from minivllm.layers.attention import cached_attention
     from minivllm.layers.rotary import rope_table
 
     kernels, weights = Kernels.reference(), _weights(config, seed)
@@ -1768,7 +1768,7 @@ def _wrong_model(config: ModelConfig, seed: int, **wrong: Any) -> tuple[Callable
                 kernels.store_kv(
                     plain_key if how.get("stored_plain") else k, v, *pages, metadata.slot_mapping
                 )
-            out = attend(q, pages, metadata, how["scale"], kernels).flatten(-2)
+            out = cached_attention(q, pages, metadata, how["scale"], kernels).flatten(-2)
             branch = out @ weights[f"{p}self_attn.o_proj.weight"].T
             before = x
             x = branch + {"x": x, "h": h, "twice": 2 * x, "nothing": 0.0}[how["stream"][0]]
@@ -1955,7 +1955,7 @@ def check_model(answer: Any) -> str:
             (
                 "Keys and values never reach the cache: attention reads what was there"
                 " before.\nCall kernels.store_kv(key, value, *cache, metadata.slot_mapping) before"
-                " attend."
+                " cached_attention."
             ),
             wrong(not_stored=True),
         ),

@@ -317,7 +317,7 @@ def _rank_model(**how: Any) -> type:
     import torch
     import torch.nn.functional as F
 
-    from minivllm.layers.attention import attend
+    from minivllm.layers.attention import cached_attention
 
     class RankModel:
         def __init__(
@@ -381,7 +381,7 @@ def _rank_model(**how: Any) -> type:
             norms = (w[f"{layer}.self_attn.q_norm.weight"], w[f"{layer}.self_attn.k_norm.weight"])
             q, k = self.kernels.qk_norm_rope(q, k, *norms, self.cos_sin, positions, c.rms_norm_eps)
             self.kernels.store_kv(k, v, *cache, metadata.slot_mapping)
-            out = attend(q, cache, metadata, c.head_dim**-0.5, self.kernels).flatten(-2)
+            out = cached_attention(q, cache, metadata, c.head_dim**-0.5, self.kernels).flatten(-2)
             return self._sum(group, out @ w[f"{layer}.self_attn.o_proj.weight"].T, "attention")
 
         def mlp(self, group: Group, layer: str, x: torch.Tensor) -> torch.Tensor:
