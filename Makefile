@@ -58,10 +58,10 @@ lint: $(VENV)/.stamp-dev  ## Check style, formatting, imports between layers, an
 	$(VENV)/bin/lint-imports --no-logo --no-cache
 	$(PY) -m mypy
 
-# Long tests have the marker `slow`. The output ends with the long tests that lack this marker.
-quick: lint  ## Run lint and the fast tests while you edit (about a minute)
+# The course has tests of its own: pytest tests/course. Long tests have the marker `slow`. The output ends with the long tests that lack this marker.
+quick: lint  ## Run lint and the fast tests of the package while you edit
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) -m 'not slow and not real_weights' --durations=10 --durations-min=1 \
-	  tests $(ARGS)
+	  --ignore=tests/course tests $(ARGS)
 
 # One worker per core, with one thread each: on small models, a second thread does not speed up a matrix product.
 test: lint  ## Run all tests: units, parity, notebooks, exercises
