@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import xxhash
 
-from minivllm.config import EngineConfig, ModelConfig
+from minivllm.config import EngineConfig, ModelConfig, ResolvedConfig
 from minivllm.engine.batch import build_batch
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.model_runner import ModelRunner, StepResult
@@ -91,9 +91,9 @@ class StepOutput:
 
 
 def choose_kernels(
-    config: EngineConfig, model_config: ModelConfig, group: TensorParallelGroup = SINGLE
+    config: ResolvedConfig, model_config: ModelConfig, group: TensorParallelGroup = SINGLE
 ) -> Kernels:
-    """The fastest kernels for a resolved config. Every rank of the group gets the same choice.
+    """The fastest kernels for a config. Every rank of the group gets the same choice.
 
     What is fast on a CPU is measured, and rank 0 decides for all: each rank samples for itself, so
     the ranks' logits must be equal to the last bit.

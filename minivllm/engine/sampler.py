@@ -43,12 +43,12 @@ FIT_FOR_GRAPHS = frozenset(
         "truncate_prompt_tokens",
     }
 )
-#: These parameters fit a graph if no row is filtered. A greedy row is never filtered.
 
 
 @functools.cache
 def _defaults_in_graphs(params_cls: type) -> dict[str, Any]:
     """The parameters that must have their default values for a recorded graph, with the values."""
+    # Filters fit a graph where no row is filtered, and a greedy row never is: see `fits_graph`.
     unfit = [f for f in fields(params_cls) if f.name not in FIT_FOR_GRAPHS | FILTERS.keys()]
     # A default factory makes a new value for each object, so the field itself has no default. The
     # value that the factory makes counts as the default.

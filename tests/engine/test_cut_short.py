@@ -26,7 +26,7 @@ import minivllm
 from minivllm import LLM, SamplingParams
 from minivllm.errors import ConcurrentUseError
 from minivllm.sampling_params import RequestOutputKind
-from support.checkpoints import write_checkpoint
+from support.checkpoints import TINY, write_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -51,19 +51,7 @@ PROMPTS = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 3, 4, 5, 6, 7, 8, 11, 12], [7, 8]
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    shape = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    shape |= {
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "vocab_size": 64,
-        "max_position_embeddings": 64,
-    }
-    return write_checkpoint(tmp_path_factory.mktemp("cut"), **shape)
+    return write_checkpoint(tmp_path_factory.mktemp("cut"), **TINY)
 
 
 def make(path: Path, **options: Any) -> LLM:

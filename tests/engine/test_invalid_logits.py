@@ -12,7 +12,7 @@ from minivllm import LLM, SamplingParams
 from minivllm.errors import InvalidLogitsError
 from minivllm.kernels.sampling import NOT_A_TOKEN, sample, sample_reference
 from minivllm.models.qwen3 import Qwen3ForCausalLM
-from support.checkpoints import write_checkpoint
+from support.checkpoints import TINY, write_checkpoint
 
 POISON = 50  # a sequence that holds this token gets logits that are not finite
 PARAMS = [
@@ -39,19 +39,7 @@ class Poisoned(Qwen3ForCausalLM):
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    shape = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    shape |= {
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "vocab_size": 64,
-        "max_position_embeddings": 64,
-    }
-    return write_checkpoint(tmp_path_factory.mktemp("nan"), **shape)
+    return write_checkpoint(tmp_path_factory.mktemp("nan"), **TINY)
 
 
 def make(path: Path, **options: Any) -> LLM:

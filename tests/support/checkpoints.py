@@ -11,6 +11,19 @@ import torch
 MARGIN_FACTOR = 10.0
 
 
+#: The smallest model that has all parts: for tests that run an engine hundreds of times.
+TINY = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+}
+
+
 def write_checkpoint(
     path: Path, family: str = "qwen3", *, seed: int = 0, max_shard_size: str = "1GB", **changes
 ) -> Path:
