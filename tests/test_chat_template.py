@@ -1,5 +1,3 @@
-# ruff: noqa: E501
-
 """Chat templates: rendered as transformers renders them, and kept within limits, for they are not
 trusted.
 """

@@ -5,7 +5,7 @@ Each step has two times, which are medians. `seconds` is from planning the step 
 steps do not overlap (``async_scheduling=False``). `gpu_seconds` is how long its kernels ran,
 without the gaps between them. The two differ much where Python launches kernels more slowly than
 the GPU runs them.
-The cost models of `minivllm.course.simulator` are fitted to such a report. Weights are random;
+The cost models of `minivllm.course.sim.simulator` are fitted to such a report. Weights are random;
 speed does not depend on them.
 
     # The shape of Qwen3-8B, bfloat16, on a GPU:

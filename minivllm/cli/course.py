@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from minivllm.cli.options import require_number
-from minivllm.course import progress
+from minivllm.course.grading import progress
 from minivllm.text import printable
 from minivllm.viz.terminal import SafeConsole
 

@@ -13,11 +13,16 @@ import json
 import tokenize
 from typing import TYPE_CHECKING
 
-from minivllm.course.chapters import ChangedSolutionError, Chapter, compared_text, role
-from minivllm.course.checking import STUB
+from minivllm.course.notebooks import ChangedSolutionError, Chapter, compared_text, role
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
+
+
+#: What the body of a stub raises: ``NotImplementedError("01.2: your code here")``.
+STUB = "your code here"
+#: What `predict.compare` prints as long as the reader has not guessed.
+NOT_YET = "No guess yet: write your number in place of `...` in the cell above, and run both again."
 
 
 def stub_source(cell: NotebookNode) -> str:
@@ -216,5 +221,5 @@ def require_published(chapter: Chapter) -> None:
         raise ChangedSolutionError(
             f"{name} is not as it was published ({', '.join(changed)}), and answers are checked by"
             f" it. Restore it: git checkout -- {name} (its authors: python -m"
-            " minivllm.course.authoring stubs)"
+            " minivllm.course.authoring.tool stubs)"
         )

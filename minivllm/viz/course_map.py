@@ -1,7 +1,7 @@
 """The map of the course: a box for each chapter, with its minutes.
 
 An arrow leads from each chapter to those that need it. Chapters are plain data
-(`minivllm.course.chapters.road`). The place of a box follows from what the chapter needs.
+(`minivllm.course.notebooks.road`). The place of a box follows from what the chapter needs.
 """
 
 from __future__ import annotations

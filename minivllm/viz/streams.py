@@ -1,7 +1,7 @@
 """Pictures of a CPU and a GPU at work, and of batches padded to a recorded size.
 
 The pictures show two timelines, buckets, rows and writes. `draw_streams` takes any objects with
-lane, name, kind, start and end, such as `minivllm.course.streams.Span`; the others take plain
+lane, name, kind, start and end, such as `minivllm.course.sim.streams.Span`; the others take plain
 numbers. This module does not import the simulator.
 """
 

@@ -1,7 +1,7 @@
 """Each request, step by step: the scheduler's timeline, places in the batch, time between tokens.
 
 All of it is read from a `minivllm.engine.trace.Trace`: the engine's own, or that of
-`minivllm.course.simulator`. `timeline`, `places` and `token_gaps` compute what `draw_timeline`,
+`minivllm.course.sim.simulator`. `timeline`, `places` and `token_gaps` compute what `draw_timeline`,
 `draw_places` and `draw_token_gaps` draw.
 """
 

@@ -25,7 +25,7 @@ class Scrubber:
 
     Where a kernel is alive, JupyterLab shows the slider. Elsewhere the static picture of the same
     output shows: on GitHub, in nbconvert, or in a closed notebook whose widget output
-    `minivllm.course.authoring` removed.
+    `minivllm.course.authoring.tool` removed.
     """
 
     def __init__(self, trace: Trace, draw: Callable[..., Figure], step: int) -> None:

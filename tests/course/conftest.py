@@ -9,8 +9,8 @@ import nbformat
 import pytest
 from nbformat import NotebookNode
 
-from minivllm.course.authoring import write_stubs
-from minivllm.course.chapters import Chapter
+from minivllm.course.authoring.tool import write_stubs
+from minivllm.course.notebooks import Chapter
 from minivllm.course.stubs import make_exercises
 from support import demo
 
@@ -18,7 +18,7 @@ from support import demo
 @pytest.fixture
 def chapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Chapter:
     """A repository with chapter 99 in it, published: exercises and digests are written."""
-    monkeypatch.setattr("minivllm.course.chapters.DIGESTS", tmp_path)
+    monkeypatch.setattr("minivllm.course.notebooks.DIGESTS", tmp_path)
     chapter = demo.make_chapter(tmp_path)
     assert write_stubs(chapter) == []
     return chapter

@@ -19,10 +19,10 @@ import pytest
 from typer.testing import CliRunner
 
 from minivllm.cli.app import app
-from minivllm.course import capstone
-from minivllm.course.capstone import PIECES, examine
-from minivllm.course.chapters import chapters, role
-from minivllm.course.records import FAILED, PASSED, Records, answer_digest, groups_of
+from minivllm.course.grading import capstone
+from minivllm.course.grading.capstone import PIECES, examine
+from minivllm.course.grading.records import FAILED, PASSED, Records, answer_digest, groups_of
+from minivllm.course.notebooks import chapters, role
 from minivllm.course.stubs import defined_names, make_exercises
 from support import forked
 from support.answers import wrong_answers
@@ -78,7 +78,7 @@ def with_answers(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[An
     None is the stub; a source that begins with "=" is put behind the right one, and so takes names
     over from it.
     """
-    monkeypatch.setattr("minivllm.course.chapters.DIGESTS", finished)
+    monkeypatch.setattr("minivllm.course.notebooks.DIGESTS", finished)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     before = {path: path.read_text(encoding="utf-8") for path in (finished / "exercises").iterdir()}
 

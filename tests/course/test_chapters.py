@@ -18,8 +18,9 @@ import nbformat
 import pytest
 from nbformat import NotebookNode
 
-from minivllm.course.authoring import ROOT, problems
-from minivllm.course.chapters import (
+from minivllm.course.authoring.tool import ROOT, problems
+from minivllm.course.grading.checking import find
+from minivllm.course.notebooks import (
     DIGESTS,
     Chapter,
     CourseNotFoundError,
@@ -28,7 +29,6 @@ from minivllm.course.chapters import (
     read,
     role,
 )
-from minivllm.course.checking import find
 from minivllm.course.stubs import (
     defined_names,
     exercises_of,

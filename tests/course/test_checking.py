@@ -17,7 +17,7 @@ import torch
 
 from minivllm import Kernels
 from minivllm.course import attempted, check, checking
-from minivllm.course.checking import (
+from minivllm.course.grading.checking import (
     Mistake,
     NotAttempted,
     NotRunnableHere,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from minivllm import LLM, SamplingParams
-from minivllm.course.clocks import EngineClock, SimulatedMachine
+from minivllm.course.sim.clocks import EngineClock, SimulatedMachine
 
 US = 1e-6
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from minivllm.course.authoring import GLOSSARY, ROOT, broken_links
-from minivllm.course.chapters import MODULES, ROAD, as_committed
-from minivllm.course.glossary import PACKAGE, TERMS, Term, find, render
+from minivllm.course.authoring.glossary import PACKAGE, TERMS, Term, find, render
+from minivllm.course.authoring.tool import GLOSSARY, ROOT, broken_links
+from minivllm.course.notebooks import MODULES, ROAD, as_committed
 
 NAMES = {stop.number: stop.name for stop in ROAD}
 

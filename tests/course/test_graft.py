@@ -14,9 +14,9 @@ import pytest
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell
 
-from minivllm.course.chapters import ChangedSolutionError, Chapter, CourseNotFoundError, role
-from minivllm.course.graft import answers, chapter_of, graft
-from minivllm.course.runner import FAILED, NOT_ATTEMPTED, NOT_RUNNABLE, PASSED
+from minivllm.course.grading.graft import answers, chapter_of, graft
+from minivllm.course.grading.runner import FAILED, NOT_ATTEMPTED, NOT_RUNNABLE, PASSED
+from minivllm.course.notebooks import ChangedSolutionError, Chapter, CourseNotFoundError, role
 from support import demo
 from support.learners_files import (
     WRONG,
@@ -292,7 +292,7 @@ def test_trouble_is_named_soon_and_harms_no_other(
 def test_what_cannot_be_interrupted_is_ended(
     chapter: Chapter, learner: Learner, monkeypatch
 ) -> None:
-    monkeypatch.setattr("minivllm.course.runner.GRACE", 1.0)
+    monkeypatch.setattr("minivllm.course.grading.runner.GRACE", 1.0)
     stubborn = (
         "import signal\ndef double(x):\n    signal.signal(signal.SIGINT, signal.SIG_IGN)\n    while"
         " True: pass"
@@ -386,7 +386,7 @@ def test_not_runnable_here_is_never_passed(chapter: Chapter, learner: Learner) -
     cell = demo.find(chapter.solution, "setup")
     cell.source = cell.source.replace(
         "    suspects = ",
-        "    from minivllm.course.checking import NotRunnableHere\n"
+        "    from minivllm.course.grading.checking import NotRunnableHere\n"
         "    raise NotRunnableHere('Triton has no wheels')\n    suspects = ",
     )
     chapter.digests.unlink()

@@ -12,8 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from minivllm.cli.app import app
-from minivllm.course.chapters import Chapter, chapters
-from minivllm.course.records import NOT_RUNNABLE, PASSED, Records
+from minivllm.course.grading.records import NOT_RUNNABLE, PASSED, Records
+from minivllm.course.notebooks import Chapter, chapters
 from support.solved import write_solved
 
 pytestmark = pytest.mark.slow

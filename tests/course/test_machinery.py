@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from nbformat.v4 import new_code_cell
 
-from minivllm.course import authoring
-from minivllm.course.authoring import misplaced, problems
-from minivllm.course.chapters import ChangedSolutionError, Chapter, read, role
+from minivllm.course.authoring import tool as authoring
+from minivllm.course.authoring.tool import misplaced, problems
+from minivllm.course.notebooks import ChangedSolutionError, Chapter, read, role
 from minivllm.course.stubs import make_exercises, require_published, stub_source
 from support import demo
 from support.answers import leaks, parts_of, sections

@@ -19,7 +19,7 @@ import pytest
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from minivllm.course.authoring import write_stubs
+from minivllm.course.authoring.tool import write_stubs
 from minivllm.course.stubs import make_exercises
 from support import demo
 from support import learners_files as changes
@@ -159,11 +159,11 @@ def test_what_was_kept_aside_is_not_collected(outcomes: tuple[Outcomes, dict[str
 def test_a_changed_solution_fails_once_and_says_how_to_restore_it(
     tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr("minivllm.course.chapters.DIGESTS", tmp_path)
+    monkeypatch.setattr("minivllm.course.notebooks.DIGESTS", tmp_path)
     chapter = demo.make_chapter(tmp_path)
     write_stubs(chapter)
     (tmp_path / "conftest.py").write_text(
-        "import pathlib, minivllm.course.chapters as chapters\nchapters.DIGESTS ="
+        "import pathlib, minivllm.course.notebooks as chapters\nchapters.DIGESTS ="
         " pathlib.Path(__file__).parent"
     )
     chapter.solution.cells[1].source += "\n# changed"
@@ -183,8 +183,8 @@ def test_without_nbval_nothing_is_collected(tmp_path: Path) -> None:
 
 def test_the_plugin_is_light() -> None:
     code = (
-        "import sys, minivllm.course.plugin; print({'torch', 'nbformat', 'jupyter_client', 'rich'}"
-        " & set(sys.modules))"
+        "import sys, minivllm.course.grading.plugin;"
+        " print({'torch', 'nbformat', 'jupyter_client', 'rich'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

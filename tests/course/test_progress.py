@@ -16,8 +16,8 @@ from nbformat import NotebookNode
 from typer.testing import CliRunner
 
 from minivllm.cli.app import app
-from minivllm.course import checking
-from minivllm.course.chapters import Chapter, Statement, find_root, read
+from minivllm.course.grading import checking
+from minivllm.course.notebooks import Chapter, Statement, find_root, read
 from minivllm.course.stubs import make_exercises
 from support import demo
 from support.learners_files import WRONG, without
@@ -176,8 +176,8 @@ def test_without_the_notebooks_it_says_so(
 ) -> None:
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     monkeypatch.setattr(
-        "minivllm.course.chapters.__file__",
-        str(elsewhere / "site-packages/minivllm/course/chapters.py"),
+        "minivllm.course.notebooks.__file__",
+        str(elsewhere / "site-packages/minivllm/course/notebooks.py"),
     )
     monkeypatch.chdir(elsewhere)
     for command in (["check"], ["course"], ["course", "reset", "1"]):
@@ -274,7 +274,7 @@ def test_a_damaged_record_is_said_once_and_kept(
 def test_every_command_says_that_the_record_is_damaged(
     learner: Learner, command: list[str], monkeypatch
 ) -> None:
-    monkeypatch.setattr("minivllm.course.capstone.check", lambda *_: 0)
+    monkeypatch.setattr("minivllm.course.grading.capstone.check", lambda *_: 0)
     learner()
     for number in (1, 2):
         Path("exercises/.progress.json").write_text("damaged")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from minivllm.course.ranks import Call, CollectiveError, Group, Ranks
+from minivllm.course.sim.ranks import Call, CollectiveError, Group, Ranks
 
 
 def number(group: Group) -> torch.Tensor:

@@ -12,7 +12,7 @@ import pytest
 from minivllm import LLM, SamplingParams
 from minivllm.bench import steps as bench_steps
 from minivllm.bench.report import recorded
-from minivllm.course.simulator import (
+from minivllm.course.sim.simulator import (
     H200,
     STEPS,
     Arrival,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from minivllm import LLM, SamplingParams
-from minivllm.course.streams import (
+from minivllm.course.sim.streams import (
     NOT_WHILE_CAPTURING,
     CudaError,
     CUDAGraph,

@@ -15,8 +15,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from minivllm.course.authoring import ROOT
-from minivllm.course.chapters import role
+from minivllm.course.authoring.tool import ROOT
+from minivllm.course.notebooks import role
 
 pytestmark = pytest.mark.slow
 

@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minivllm.course.authoring import ROOT
-from minivllm.course.chapters import Chapter, compared_text, role
+from minivllm.course.authoring.tool import ROOT
+from minivllm.course.notebooks import Chapter, compared_text, role
 from minivllm.course.stubs import make_exercises, stub_source
 
 SECTION = re.compile(r"^# %% (\d\d\.\d+) ([a-z0-9-]+): *(.+)$", re.MULTILINE)

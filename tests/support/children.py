@@ -94,7 +94,7 @@ def execute(source: str, name: str, namespace: dict[str, Any]) -> None:
 
 
 def run_cells(cells: list[str], namespace: dict[str, Any]) -> dict[str, Any]:
-    from minivllm.course.checking import Mistake
+    from minivllm.course.grading.checking import Mistake
 
     result: dict[str, Any] = {
         "raised": None,
@@ -183,11 +183,12 @@ def preload(chapter: str) -> None:
     with contextlib.suppress(ImportError):
         import triton.language  # noqa: F401
     import minivllm.llm  # noqa: F401
-    from minivllm.course import checking
+    from minivllm.course.grading import checking
 
     with contextlib.suppress(checking.UnknownExerciseError):
         checking.find(f"{chapter}.0")
-    module = sys.modules.get(f"minivllm.course.checks.ch{chapter}")
+    package = checking.chapter_package(chapter)
+    module = sys.modules.get(f"{package}.exercises")
     if module is not None and "engine_agrees" in vars(module):
         checking.engine_tokens()
 

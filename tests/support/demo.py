@@ -8,12 +8,12 @@ import nbformat
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from minivllm.course.chapters import Chapter
+from minivllm.course.notebooks import Chapter
 
 SETUP = """
 import math
 from minivllm.course import attempted, check
-from minivllm.course.checking import diagnose, exercise, expect
+from minivllm.course.grading.checking import diagnose, exercise, expect
 
 offset = 0
 

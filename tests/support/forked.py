@@ -2,7 +2,7 @@
 
 A test then does not wait for the imports. `python forked.py ADDRESS` listens on a Unix socket and
 forks for every connection. The child does what the command's worker does,
-`minivllm.course.capstone.main`, with the connection as its standard input and output.
+`minivllm.course.grading.capstone.main`, with the connection as its standard input and output.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class Worker:
 
 
 def main(address: str) -> None:
-    from minivllm.course import capstone
-    from minivllm.course.chapters import chapters, role
+    from minivllm.course.grading import capstone
+    from minivllm.course.notebooks import chapters, role
 
     capstone._package_run = functools.cache(capstone._package_run)
     capstone._package_run()

@@ -7,9 +7,9 @@ from pathlib import Path
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_output
 
-from minivllm.course.chapters import Chapter
-from minivllm.course.graft import graft
-from minivllm.course.runner import Verdict, verdicts
+from minivllm.course.grading.graft import graft
+from minivllm.course.grading.runner import Verdict, verdicts
+from minivllm.course.notebooks import Chapter
 from support import demo
 
 WRONG = "def double(x):\n    return x * x"

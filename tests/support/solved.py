@@ -11,7 +11,7 @@ from pathlib import Path
 
 import nbformat
 
-from minivllm.course.chapters import Chapter, role
+from minivllm.course.notebooks import Chapter, role
 from minivllm.course.stubs import make_exercises
 
 

@@ -12,9 +12,9 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from minivllm.course.authoring import ROOT
-from minivllm.course.chapters import ROAD, Chapter, Stop, as_committed, road
-from minivllm.course.checking import Mistake, check
+from minivllm.course.authoring.tool import ROOT
+from minivllm.course.grading.checking import Mistake, check
+from minivllm.course.notebooks import ROAD, Chapter, Stop, as_committed, road
 from minivllm.viz.course_map import columns, direct, draw_course_map, places
 
 STOPS = [

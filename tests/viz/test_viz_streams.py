@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from minivllm.course.streams import SimulatedGPU, Span
+from minivllm.course.sim.streams import SimulatedGPU, Span
 
 pytest.importorskip("matplotlib")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from minivllm import LLM, SamplingParams
-from minivllm.course.simulator import STEPS, Arrival, simulate
+from minivllm.course.sim.simulator import STEPS, Arrival, simulate
 from minivllm.engine.scheduler import Scheduler
 from minivllm.engine.trace import Trace
 from support.checkpoints import write_checkpoint

@@ -17,8 +17,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from minivllm import errors
 from minivllm.cli.app import app
 from minivllm.config import EngineConfig
-from minivllm.course.authoring import ROOT, compared_text
-from minivllm.course.chapters import as_committed
+from minivllm.course.authoring.tool import ROOT, compared_text
+from minivllm.course.notebooks import as_committed
 from minivllm.engine.engine_core import EnginePieces
 from minivllm.sampling_params import SamplingParams
 

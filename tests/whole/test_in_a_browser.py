@@ -24,7 +24,7 @@ from typing import Any
 import nbformat
 import pytest
 
-from minivllm.course.authoring import ROOT
+from minivllm.course.authoring.tool import ROOT
 
 pytestmark = pytest.mark.slow
 

@@ -15,8 +15,8 @@ import pytest
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from minivllm.course.authoring import ROOT, broken_links, clean, execute, problems
-from minivllm.course.chapters import as_committed
+from minivllm.course.authoring.tool import ROOT, broken_links, clean, execute, problems
+from minivllm.course.notebooks import as_committed
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ALL = [

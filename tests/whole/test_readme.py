@@ -9,8 +9,8 @@ import re
 import nbformat
 import pytest
 
-from minivllm.course.authoring import ROOT, broken_links
-from minivllm.course.chapters import Stop, as_committed, road
+from minivllm.course.authoring.tool import ROOT, broken_links
+from minivllm.course.notebooks import Stop, as_committed, road
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PICTURE = ROOT / "notebooks/images/demo.svg"

@@ -1,4 +1,4 @@
-# ruff: noqa: E501, SIM905  (one template per line, however long; words in one string)
+# ruff: noqa: SIM905  (one template per line, however long; words in one string)
 """The story grammar: characters, objects, places, and 24 plots.
 
 A story has one lead character of a *kind* ("fox") with a *name* ("Pip"), one *object* ("silver

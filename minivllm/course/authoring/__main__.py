@@ -1,0 +1,5 @@
+"""`python -m minivllm.course.authoring`."""
+
+from minivllm.course.authoring.tool import main
+
+raise SystemExit(main())

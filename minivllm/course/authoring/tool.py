@@ -1,0 +1,265 @@
+"""Tools for the authors of notebooks.
+
+    python -m minivllm.course.authoring execute notebooks/00_tour.ipynb
+    python -m minivllm.course.authoring stubs
+    python -m minivllm.course.authoring glossary
+
+`execute` runs a notebook in place with a fresh kernel and removes what belongs to this machine. It
+saves the notebook only if `problems` finds nothing. `stubs` writes exercises/ from solutions/:
+every answer becomes a stub. It also writes the digests that show when a solution was changed.
+`glossary` writes notebooks/glossary.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+from nbformat import NotebookNode
+
+from minivllm.course.authoring import glossary
+from minivllm.course.notebooks import KINDS, Chapter, Statement, chapters, role
+from minivllm.course.stubs import digests, make_exercises, stub_source
+
+ROOT = Path(__file__).resolve().parents[3]
+GLOSSARY = "notebooks/glossary.md"
+MACHINE_PATH = re.compile(r"(?<![\w.])(/(work|home|root|Users|tmp|usr|opt)/|[A-Z]:\\)")
+TIMING = re.compile(r"\d ?(ms|µs|it/s|tok/s|tokens/s)\b|\d\.\d+ ?(s|seconds)\b")
+WIDGET = "application/vnd.jupyter.widget-view+json"
+NOT_COMPARED = {"image/png", "image/jpeg", WIDGET}
+MAX_IMAGE_BYTES, MIN_COMPARED_SHARE = 60_000, 0.6
+
+
+def compared_text(output: NotebookNode) -> str:
+    """All text of an output that nbval compares."""
+    data = output.get("data", {})
+    return "\n".join(
+        [output.get("text", ""), *(str(data[key]) for key in data if key not in NOT_COMPARED)]
+    ).strip()
+
+
+def clean(notebook: NotebookNode) -> None:
+    """Remove paths, times and versions of this machine, and widgets.
+
+    A widget's static picture stays.
+    """
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook.metadata = NotebookNode(kernelspec=kernel, language_info={"name": "python"})
+    for cell in notebook.cells:
+        for key in ("execution", "collapsed", "scrolled", "trusted"):
+            cell.metadata.pop(key, None)
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if len(data) > 1:
+                data.pop(WIDGET, None)
+            for holder, key in (
+                (output, "text"),
+                *((data, key) for key in data if key.startswith("text/")),
+            ):
+                if key in holder:
+                    holder[key] = (
+                        holder[key].replace(f"{ROOT}/", "").replace(str(Path.home()) + "/", "~/")
+                    )
+
+
+def problems(notebook: NotebookNode) -> list[str]:
+    """Return the reasons not to commit this notebook as it is; empty when there are none."""
+    found: list[str] = []
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    if [cell.execution_count for cell in code] != list(range(1, len(code) + 1)):
+        found.append("the cells have not been executed once, top to bottom")
+    compared = 0
+    for number, cell in enumerate(code, start=1):
+        ignored = "NBVAL_IGNORE_OUTPUT" in cell.source
+        if ignored and not (number < len(code) and "assert " in code[number].source):
+            found.append(
+                f"cell {number}: its output is ignored and the next code cell asserts nothing"
+            )
+        compared += not ignored and any(map(compared_text, cell.outputs))
+        for output in cell.outputs:
+            found += (f"cell {number}: {what}" for what in _output_problems(output, ignored))
+    if any(role(cell)[0] != "given" for cell in notebook.cells):
+        found += misplaced(notebook)
+        for cell in code:
+            if role(cell)[0] == "check" and not any(map(compared_text, cell.outputs)):
+                found.append(f"the check of {role(cell)[1]} printed nothing")
+            if role(cell)[0] == "exercise" and cell.outputs:
+                found.append(f"the answer to {role(cell)[1]} prints or shows something")
+    elif compared < MIN_COMPARED_SHARE * len(code):
+        found.append(f"only {compared} of {len(code)} code cells have outputs that nbval compares")
+    return found
+
+
+def _output_problems(output: NotebookNode, ignored: bool) -> Iterator[str]:
+    """Yield what is wrong with one output.
+
+    ignored: nbval does not compare the output.
+    """
+    if output.output_type == "error":
+        yield f"{output.ename}: {output.evalue}"
+    text = compared_text(output)
+    if MACHINE_PATH.search(text):
+        yield "a path of this machine in its output"
+    if TIMING.search(text) and not ignored:
+        yield "a time in an output that is compared"
+    image = base64.b64decode(output.get("data", {}).get("image/png", ""))
+    if len(image) > MAX_IMAGE_BYTES:
+        yield f"an image of {len(image):,} bytes; {MAX_IMAGE_BYTES:,} are allowed"
+
+
+def misplaced(solution: NotebookNode) -> list[str]:
+    """Return what is wrong with the order and the metadata of a solution's cells."""
+    found: list[str] = []
+    roles = [(role(cell), cell) for cell in solution.cells if role(cell)[0] != "given"]
+    expected = [(kind, id) for (first, id), _ in roles if first == "statement" for kind in KINDS]
+    if [what for what, _ in roles] != expected:
+        found.append(
+            "statement, answer, check of each exercise in this order, not"
+            f" {[what for what, _ in roles]}"
+        )
+    for (kind, id), cell in roles:
+        if (cell.cell_type == "markdown") != (kind == "statement"):
+            found.append(f"{id}: its {kind} is a {cell.cell_type} cell")
+        if kind == "statement":
+            statement = Statement.parse(id, cell.source)
+            if not (statement.minutes and statement.difficulty and statement.hints):
+                found.append(
+                    f"{id}: its statement needs a line like `●●○ · 15 minutes` and hints in"
+                    " <details>"
+                )
+        elif kind not in cell.metadata.get("tags", []):
+            found.append(f"{id}: its {kind} cell lacks the tag")
+        if kind == "exercise":
+            try:
+                stub_source(cell)
+            except ValueError as error:
+                found.append(f"{id}: {error}")
+    return found
+
+
+def broken_links(notebook: NotebookNode, folder: Path) -> list[str]:
+    """Return the broken links in the Markdown of a notebook in folder.
+
+    A relative link must name a file, a folder or a heading of a notebook. It must not name a line
+    of a file: the line number is wrong as soon as a line is added above it. A link to arXiv must
+    have the form https://arxiv.org/abs/2205.14135. Other links to the web are not checked.
+    """
+    found = []
+    for cell in notebook.cells:
+        text = _CODE.sub("", cell.source) if cell.cell_type == "markdown" else ""
+        found += [
+            f"cell {cell.id}: {url}"
+            for url in _ARXIV.findall(text)
+            if not _ARXIV_PAPER.fullmatch(url)
+        ]
+        for target in map("".join, _LINK.findall(text)):
+            path, _, anchor = target.partition("#")
+            on_the_web = re.match(r"[a-z]+:", path)
+            if not on_the_web and not _leads_somewhere(
+                folder / path if path else None, anchor, notebook
+            ):
+                found.append(f"cell {cell.id}: {target}")
+    return found
+
+
+_CODE = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
+_LINK = re.compile(r"""\]\(\s*<?([^)>\s]+)|\b(?:href|src)=["']([^"']+)["']""")
+_ARXIV = re.compile(r"[\w:/.]*\barxiv\.org/[\w./-]*\w", re.IGNORECASE)
+_ARXIV_PAPER = re.compile(r"https://arxiv\.org/(abs|pdf)/\d\d(0[1-9]|1[0-2])\.\d{4,5}(v\d+)?")
+
+
+def _leads_somewhere(path: Path | None, anchor: str, notebook: NotebookNode) -> bool:
+    if path is not None and not path.exists():
+        return False
+    if path is not None and path.suffix == ".ipynb":
+        notebook = nbformat.read(path, as_version=4)
+    if not anchor:
+        return True
+    # JupyterLab's anchor is the heading with - for spaces.
+    if path is None or path.suffix == ".ipynb":
+        headings = re.findall(
+            r"^#+ +(.+?)\s*$", "\n".join(c.source for c in notebook.cells), re.MULTILINE
+        )
+        return anchor.lower() in {heading.replace(" ", "-").lower() for heading in headings}
+    return False
+
+
+def write_stubs(chapter: Chapter) -> list[str]:
+    """Write the chapter's exercises and digests.
+
+    Where there are problems, nothing is written; the problems are returned.
+    """
+    if not (found := problems(chapter.solution)):
+        chapter.exercises.parent.mkdir(exist_ok=True)
+        nbformat.write(make_exercises(chapter), chapter.exercises)
+        chapter.digests.write_text(
+            json.dumps(digests(chapter.solution), indent=1) + "\n", encoding="utf-8"
+        )
+    return found
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def execute(path: Path) -> list[str]:
+    """Execute the notebook with a fresh kernel, and save it.
+
+    Where there are problems, nothing is saved; the problems are returned.
+    """
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(path, as_version=4)
+    options = {
+        "timeout": 120,
+        "allow_errors": True,
+        "record_timing": False,
+        "coalesce_streams": True,
+    }
+    NotebookClient(notebook, kernel_name="python3", **options).execute(
+        cwd=str(path.resolve().parent)
+    )
+    clean(notebook)
+    if not (found := problems(notebook)):
+        # Validates the notebook, too.
+        nbformat.write(notebook, path)
+    return found
+
+
+def main() -> int:
+    """Run the command line; the exit code is the number of notebooks refused."""
+    parser = argparse.ArgumentParser(
+        prog="python -m minivllm.course.authoring", description=__doc__.split("\n")[0]
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, what, number in (
+        ("execute", "execute notebooks in place", "+"),
+        ("stubs", "write exercises/ from solutions/ (all, or those given)", "*"),
+    ):
+        commands.add_parser(name, help=what).add_argument("notebooks", nargs=number, type=Path)
+    commands.add_parser("glossary", help="write notebooks/glossary.md")
+    arguments = parser.parse_args()
+    if arguments.command == "glossary":
+        (ROOT / GLOSSARY).write_text(glossary.render(), encoding="utf-8")
+        print(f"{GLOSSARY}: {len(glossary.TERMS)} terms")
+        return 0
+    if arguments.command == "execute":
+        results = {path: execute(path) for path in arguments.notebooks}
+    else:
+        paths = arguments.notebooks or [chapter.solution_path for chapter in chapters(ROOT)]
+        chosen = [Chapter(path.resolve().parent.parent, path.stem) for path in paths]
+        results = {chapter.exercises: write_stubs(chapter) for chapter in chosen}
+    for path, found in results.items():
+        print(
+            f"{path}: "
+            + (
+                "\n  ".join(["not saved:", *found])
+                if found
+                else f"saved, {path.stat().st_size:,} bytes"
+            )
+        )
+    return sum(map(bool, results.values()))

@@ -1,0 +1,1 @@
+"""How an answer is judged, and how its result is kept and shown."""

@@ -1,0 +1,1 @@
+"""Simulators that chapters and exercises use: schedulers, CUDA streams, ranks and clocks."""
