@@ -30,6 +30,8 @@ ROOT = Path(__file__).resolve().parents[3]
 GLOSSARY = "notebooks/glossary.md"
 MACHINE_PATH = re.compile(r"(?<![\w.])(/(work|home|root|Users|tmp|usr|opt)/|[A-Z]:\\)")
 TIMING = re.compile(r"\d ?(ms|µs|it/s|tok/s|tokens/s)\b|\d\.\d+ ?(s|seconds)\b")
+#: The tag of a cell whose output nbval does not compare. The reader of the page does not see tags.
+IGNORED = "nbval-ignore-output"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 NOT_COMPARED = {"image/png", "image/jpeg", WIDGET}
 MAX_IMAGE_BYTES, MIN_COMPARED_SHARE = 60_000, 0.6
@@ -75,11 +77,13 @@ def problems(notebook: NotebookNode) -> list[str]:
         found.append("the cells have not been executed once, top to bottom")
     compared = 0
     for number, cell in enumerate(code, start=1):
-        ignored = "NBVAL_IGNORE_OUTPUT" in cell.source
+        ignored = IGNORED in cell.metadata.get("tags", [])
         if ignored and not (number < len(code) and "assert " in code[number].source):
             found.append(
                 f"cell {number}: its output is ignored and the next code cell asserts nothing"
             )
+        if "# NBVAL_" in cell.source:
+            found.append(f"cell {number}: a marker of nbval in its code; use the tag {IGNORED}")
         compared += not ignored and any(map(compared_text, cell.outputs))
         for output in cell.outputs:
             found += (f"cell {number}: {what}" for what in _output_problems(output, ignored))
