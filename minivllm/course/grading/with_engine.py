@@ -1,0 +1,67 @@
+"""The whole engine with a learner's piece in it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from minivllm.course.grading.errors import Mistake
+from minivllm.course.grading.judges import expect
+
+PROMPTS = (
+    "Tell me a story about a fox named Pip.",
+    "What is a KV cache?",
+    "What is a block table?",
+    "What is 12 + 7?",
+)
+
+
+def engine_agrees(*used: Callable, max_tokens: int = 20, **options: Any) -> str:
+    """Require that the engine writes the same greedy tokens with these options as without.
+
+    The model is the bundled one. options: of `LLM`. used: pieces wrapped by `counted`, each of
+    which must have been called. Returns a line such as "the engine writes the same 70 tokens with
+    it". Raises Mistake where the tokens differ. For kernels: ``engine_agrees(mine,
+    kernels=replace(Kernels.reference(), silu_mul=mine))``.
+    """
+    expected = engine_tokens(max_tokens)
+    got = _generate(max_tokens, options)
+    for prompt, mine, right in zip(PROMPTS, got, expected, strict=True):
+        if mine != right:
+            same = next(
+                (i for i, (a, b) in enumerate(zip(mine, right, strict=False)) if a != b),
+                min(len(mine), len(right)),
+            )
+            raise Mistake(
+                "engine-differs",
+                "With your piece the engine writes other tokens than without. The answer to"
+                f" {prompt!r} begins with {same} tokens that agree; then comes"
+                f" {mine[same : same + 1]}, expected {right[same : same + 1]}.",
+            )
+    for piece in used:
+        expect(
+            piece.calls,
+            "not-used",
+            f"The engine never called {getattr(piece, '__name__', 'your piece')}.",
+        )
+    return f"the engine writes the same {sum(map(len, expected))} tokens with it"
+
+
+@functools.cache
+def engine_tokens(max_tokens: int = 20) -> list[list[int]]:
+    """The bundled model's greedy answers to `PROMPTS`, from the package's own pieces."""
+    return _generate(max_tokens, {})
+
+
+def _generate(max_tokens: int, options: dict[str, Any]) -> list[list[int]]:
+    from minivllm import LLM, SamplingParams
+
+    with LLM(**{"device": "cpu", **options}) as llm:
+        outputs = llm.generate(
+            list(PROMPTS), SamplingParams(temperature=0, max_tokens=max_tokens), use_tqdm=False
+        )
+    for output in outputs:
+        if output.error is not None:
+            raise output.error
+    return [list(output.outputs[0].token_ids) for output in outputs]
