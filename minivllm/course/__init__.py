@@ -1,5 +1,5 @@
 """The course's exercises: what a notebook imports. Cheap: the first check imports torch."""
 
-from minivllm.course.grading.checking import attempted, check
+from minivllm.course.grading.exercise import attempted, check
 
 __all__ = ["attempted", "check"]

@@ -275,7 +275,7 @@ MODULES = {
     "02": ("kernels/flash_attention.py",),
     "03": ("kernels/kv_cache.py", "kernels/paged_attention.py", "layers/attention.py"),
     "04": ("engine/block_manager.py",),
-    "05": ("engine/scheduler.py", "engine/sequence.py", "course/simulator.py"),
+    "05": ("engine/scheduler.py", "engine/sequence.py", "course/sim/simulator.py"),
     "06": (
         "models/qwen3.py",
         "models/loader.py",
@@ -296,13 +296,13 @@ MODULES = {
         "engine/batch.py",
         "tokenizer.py",
     ),
-    "08": ("engine/cuda_graphs.py", "course/streams.py"),
+    "08": ("engine/cuda_graphs.py", "course/sim/streams.py"),
     "09": (
         "parallel/group.py",
         "parallel/launch.py",
         "layers/linear.py",
         "layers/embedding.py",
-        "course/ranks.py",
+        "course/sim/ranks.py",
     ),
     "10": ("bench/costs.py", "bench/roofline.py", "bench/latency.py", "bench/breakdown.py"),
     "11": (

@@ -19,7 +19,7 @@ import pytest
 from nbformat import NotebookNode
 
 from minivllm.course.authoring.tool import ROOT, problems
-from minivllm.course.grading.checking import find
+from minivllm.course.grading.exercise import find
 from minivllm.course.notebooks import (
     DIGESTS,
     Chapter,

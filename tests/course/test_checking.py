@@ -16,25 +16,26 @@ import pytest
 import torch
 
 from minivllm import Kernels
-from minivllm.course import attempted, check, checking
-from minivllm.course.grading.checking import (
+from minivllm.course import attempted, check
+from minivllm.course.grading import exercise
+from minivllm.course.grading.compare import difference, show
+from minivllm.course.grading.diagnose import diagnose
+from minivllm.course.grading.errors import (
     Mistake,
     NotAttempted,
     NotRunnableHere,
     UnknownExerciseError,
+)
+from minivllm.course.grading.exercise import Exercise, Known, find, register
+from minivllm.course.grading.guard import MARGIN, guard, guarded, intact
+from minivllm.course.grading.judges import (
     counted,
-    diagnose,
-    difference,
-    engine_agrees,
-    exercise,
+    expect,
     expect_all,
     expect_own_work,
     expect_triton,
-    guard,
-    guarded,
-    intact,
-    show,
 )
+from minivllm.course.grading.with_engine import engine_agrees
 
 
 def stub(x):
@@ -59,20 +60,21 @@ class Half:
 
 @pytest.fixture(autouse=True)
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checking, "_EXERCISES", {})
+    monkeypatch.setattr(exercise, "_DRAFTS", {})
 
-    @exercise("98.1", "Double")
     def check_double(answer: Callable) -> str:
         diagnose(answer, [(1,), (3,)], lambda x: 2 * x)
         return "on 2 numbers"
 
-    @exercise("98.2", "Not here")
     def check_elsewhere(answer: Any) -> str:
         raise NotRunnableHere("no GPU")
 
-    @exercise("98.3", "Predict", hints={"too-few": 2})
     def check_numbers(blocks: int, tokens: int, rest: Any = None) -> str:
         raise Mistake("too-few", f"{blocks} and {tokens}")
+
+    register(Exercise("98.1", "Double", check_double))
+    register(Exercise("98.2", "Not here", check_elsewhere))
+    register(Exercise("98.3", "Predict", check_numbers, (Known("too-few", hint=2),)))
 
 
 # --- check ----------------------------------------------------------------------------------------
@@ -137,8 +139,8 @@ def test_values_that_are_missing_are_named() -> None:
 
 
 def test_hints_may_belong_to_mistakes() -> None:
-    assert checking.find("98.1").hints == {}
-    assert checking.find("98.3").hints == {"too-few": 2}
+    assert find("98.1").hints == {}
+    assert find("98.3").hints == {"too-few": 2}
 
 
 @pytest.mark.parametrize(
@@ -151,9 +153,21 @@ def test_unknown_exercises(id: Any, said: str) -> None:
     assert said in str(caught.value)
 
 
-def test_an_id_is_registered_once() -> None:
-    with pytest.raises(ValueError, match=r"98\.1 is checked by .*check_double already"):
-        exercise("98.1", "Another")(stub)
+def test_an_exercise_of_the_course_stays_as_it_is() -> None:
+    with pytest.raises(ValueError, match=r"has an exercise 01\.1 already"):
+        register(Exercise("01.1", "Another", stub))
+
+
+def test_a_mistake_stands_once() -> None:
+    with pytest.raises(ValueError, match=r"98\.4 has late more than once"):
+        Exercise("98.4", "Twice", stub, (Known("late"), Known("late", "Too late.")))
+
+
+def test_a_mistake_brings_its_message() -> None:
+    late = Exercise("98.4", "Late", stub, (Known("late", "Begin earlier."), Known("bare")))
+    assert str(late.mistake("late", "Step 3 of 2.")) == "late\nStep 3 of 2.\nBegin earlier."
+    with pytest.raises(KeyError, match="bare"):
+        late.mistake("bare")
 
 
 def test_attempted() -> None:
@@ -304,7 +318,7 @@ def test_what_a_check_says_while_it_runs_the_answer_is_passed_on() -> None:
 
 def test_all_that_is_wrong_is_said_at_once() -> None:
     def says(name: str) -> Callable[[], None]:
-        return lambda: checking.expect(name == "right", name, f"because {name}")
+        return lambda: expect(name == "right", name, f"because {name}")
 
     expect_all(says("right"), says("right"))
     with pytest.raises(Mistake, match=r"because one\nbecause two$") as caught:
@@ -372,10 +386,10 @@ def test_values_are_shown_in_a_line() -> None:
     ],
 )
 def test_what_is_out_of_bounds_is_poison_and_watched(dtype: torch.dtype) -> None:
-    for place in (-1, 6, -checking.MARGIN, 6 + checking.MARGIN - 1):
+    for place in (-1, 6, -MARGIN, 6 + MARGIN - 1):
         tensor = guarded(2, 3, dtype=dtype, fill=0)
         assert (tensor == 0).all()
-        beyond = torch.as_strided(tensor, (1,), (1,), checking.MARGIN + place)
+        beyond = torch.as_strided(tensor, (1,), (1,), MARGIN + place)
         assert beyond.isnan() if dtype.is_floating_point else beyond < -50
         assert intact(tensor)
         beyond.fill_(math.nan if dtype.is_floating_point else 0)

@@ -386,7 +386,7 @@ def test_not_runnable_here_is_never_passed(chapter: Chapter, learner: Learner) -
     cell = demo.find(chapter.solution, "setup")
     cell.source = cell.source.replace(
         "    suspects = ",
-        "    from minivllm.course.grading.checking import NotRunnableHere\n"
+        "    from minivllm.course.grading.errors import NotRunnableHere\n"
         "    raise NotRunnableHere('Triton has no wheels')\n    suspects = ",
     )
     chapter.digests.unlink()

@@ -17,7 +17,7 @@ from minivllm.course.authoring.tool import misplaced, problems
 from minivllm.course.notebooks import ChangedSolutionError, Chapter, read, role
 from minivllm.course.stubs import make_exercises, require_published, stub_source
 from support import demo
-from support.answers import leaks, parts_of, sections
+from support.answers import leaks, parts_of
 from support.children import Children
 
 # --- children -------------------------------------------------------------------------------------
@@ -209,13 +209,3 @@ def test_the_command_refuses_and_says_why(
     assert "the check of 99.3 printed nothing" in capsys.readouterr().out
     assert not bad.exercises.exists()
     assert make_exercises(chapter) == read(chapter.exercises)
-
-
-def test_sections_of_wrong_answers() -> None:
-    text = "# %% 01.2 no-rescale: forgets it\nx = 1\n\n# %% 01.3 right: other\ny = 2\n"
-    assert [(w.id, w.name, w.source) for w in sections(text)] == [
-        ("01.2", "no-rescale", "x = 1"),
-        ("01.3", "right", "y = 2"),
-    ]
-    with pytest.raises(ValueError, match="not of the form"):
-        sections("# %% 1.2 Bad name\n")

@@ -16,7 +16,8 @@ from nbformat import NotebookNode
 from typer.testing import CliRunner
 
 from minivllm.cli.app import app
-from minivllm.course.grading import checking
+from minivllm.course.grading import exercise
+from minivllm.course.grading.exercise import Exercise, Known
 from minivllm.course.notebooks import Chapter, Statement, find_root, read
 from minivllm.course.stubs import make_exercises
 from support import demo
@@ -82,8 +83,8 @@ def test_a_hint_s_lines_are_joined_but_not_its_lists(chapter: Chapter, learner: 
 
 
 def test_a_hint_may_belong_to_the_mistake(chapter: Chapter, learner: Learner, monkeypatch) -> None:
-    monkeypatch.setattr(checking, "_EXERCISES", {})
-    checking.exercise("99.1", "Double", hints={"squared": 2})(lambda answer: "")
+    known = (Known("squared", hint=2),)
+    monkeypatch.setitem(exercise._DRAFTS, "99.1", Exercise("99.1", "Double", str, known))
     text = demo.find(chapter.solution, "text-1")
     text.source += "<details><summary>Hint 2</summary>\n\nNot a square.\n\n</details>"
     nbformat.write(chapter.solution, chapter.solution_path)

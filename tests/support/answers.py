@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minivllm.course.authoring.tool import ROOT
+from minivllm.course.grading.exercise import find, modules
+from minivllm.course.grading.wrong_answers import sections, source_of
 from minivllm.course.notebooks import Chapter, compared_text, role
 from minivllm.course.stubs import make_exercises, stub_source
-
-SECTION = re.compile(r"^# %% (\d\d\.\d+) ([a-z0-9-]+): *(.+)$", re.MULTILINE)
-WRONG_ANSWERS = ROOT / "tests/wrong_answers"
 
 
 @dataclass
@@ -33,7 +30,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Wrong:
-    """A section of tests/wrong_answers/chNN.py."""
+    """A wrong answer, or another right one."""
 
     id: str
     name: str
@@ -61,26 +58,21 @@ def parts_of(chapter: Chapter) -> tuple[list[str], list[Part]]:
     return setup, list(parts.values())
 
 
-def sections(text: str) -> list[Wrong]:
-    """The sections of a file of wrong answers.
-
-    ValueError for a line that looks like a heading and is not one.
-    """
-    if bad := [
-        line for line in text.splitlines() if line.startswith("# %%") and not SECTION.match(line)
-    ]:
-        raise ValueError(f"not of the form `# %% 01.2 its-name: what is wrong`: {bad}")
-    found = list(SECTION.finditer(text))
-    ends = [match.start() for match in found[1:]] + [len(text)]
-    return [
-        Wrong(m[1], m[2], m[3], text[m.end() : end].strip())
-        for m, end in zip(found, ends, strict=True)
-    ]
-
-
 def wrong_answers(chapter: Chapter) -> list[Wrong]:
-    path = WRONG_ANSWERS / f"ch{chapter.number}.py"
-    return sections(path.read_text(encoding="utf-8")) if path.exists() else []
+    """The answers in the modules of a chapter's exercises, edits applied to the solutions.
+
+    The name of another right answer is "right". EditError where an edit does not fit any more.
+    """
+    solutions = {part.id: part.answer for part in parts_of(chapter)[1]}
+    found = []
+    for id in modules(chapter.number):
+        exercise = find(id)
+        named = [(known.name, known.answers) for known in exercise.mistakes]
+        for name, text in [*named, ("right", exercise.right)]:
+            found += [
+                Wrong(id, name, why, source_of(body, solutions[id])) for why, body in sections(text)
+            ]
+    return found
 
 
 def leaks(chapter: Chapter, path: Path | None = None) -> list[str]:

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import traceback
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def execute(source: str, name: str, namespace: dict[str, Any]) -> None:
 
 
 def run_cells(cells: list[str], namespace: dict[str, Any]) -> dict[str, Any]:
-    from minivllm.course.grading.checking import Mistake
+    from minivllm.course.grading.errors import Mistake
 
     result: dict[str, Any] = {
         "raised": None,
@@ -183,14 +184,12 @@ def preload(chapter: str) -> None:
     with contextlib.suppress(ImportError):
         import triton.language  # noqa: F401
     import minivllm.llm  # noqa: F401
-    from minivllm.course.grading import checking
+    from minivllm.course.grading.exercise import modules
+    from minivllm.course.grading.with_engine import engine_tokens
 
-    with contextlib.suppress(checking.UnknownExerciseError):
-        checking.find(f"{chapter}.0")
-    package = checking.chapter_package(chapter)
-    module = sys.modules.get(f"{package}.exercises")
-    if module is not None and "engine_agrees" in vars(module):
-        checking.engine_tokens()
+    found = [vars(import_module(name)) for name in modules(chapter).values()]
+    if any("engine_agrees" in names for names in found):
+        engine_tokens()
 
 
 if __name__ == "__main__":

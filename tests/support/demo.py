@@ -13,19 +13,22 @@ from minivllm.course.notebooks import Chapter
 SETUP = """
 import math
 from minivllm.course import attempted, check
-from minivllm.course.grading.checking import diagnose, exercise, expect
+from minivllm.course.grading.diagnose import diagnose
+from minivllm.course.grading.exercise import Exercise, register
+from minivllm.course.grading.judges import expect
 
 offset = 0
 
 
-@exercise("99.1", "Double")
 def check_double(answer):
     suspects = {"squared": ("You square; twice is asked for.", lambda x: x * x)}
     diagnose(answer, [(2,), (3,), (-7,)], lambda x: 2 * x, suspects)
     return "right on 3 numbers"
 
 
-@exercise("99.2", "Debug this")
+register(Exercise("99.1", "Double", check_double))
+
+
 def check_counter(answer):
     counter = answer(1)
     counter.add(2)
@@ -35,12 +38,17 @@ def check_counter(answer):
     return "counts"
 
 
-@exercise("99.3", "Predict")
+register(Exercise("99.2", "Debug this", check_counter))
+
+
 def check_prediction(blocks, tokens):
     held = f"{blocks} blocks hold {16 * blocks} tokens, not 50.\\nThe last is not full."
     expect(blocks == 4, "rounded-down", held)
     expect(tokens == 64, "wrong-values", "Four blocks of 16.\\nMultiply.")
     return "4 blocks, 64 tokens"
+
+
+register(Exercise("99.3", "Predict", check_prediction))
 """
 
 DOUBLE = '''def double(x: float) -> float:

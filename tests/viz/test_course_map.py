@@ -13,7 +13,8 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from minivllm.course.authoring.tool import ROOT
-from minivllm.course.grading.checking import Mistake, check
+from minivllm.course.grading.errors import Mistake
+from minivllm.course.grading.exercise import check
 from minivllm.course.notebooks import ROAD, Chapter, Stop, as_committed, road
 from minivllm.viz.course_map import columns, direct, draw_course_map, places
 

@@ -626,7 +626,8 @@ def _load(cells: dict[str, list], found: dict[str, str]) -> tuple[dict[str, Any]
 
     Each chapter runs in its own namespace.
     """
-    from minivllm.course.grading.checking import raised, unattempted
+    from minivllm.course.grading.errors import raised
+    from minivllm.course.grading.exercise import unattempted
 
     answers: dict[str, Any] = {}
     problems: list[Finding] = []
@@ -954,7 +955,7 @@ def _differs(run: Run, right: Run) -> str:
 
 def _together(answers: dict[str, Any], found: dict[str, str], say: Callable[..., None]) -> None:
     """Run all pieces in one engine, and alone those that were not called in it."""
-    from minivllm.course.grading.checking import raised
+    from minivllm.course.grading.errors import raised
 
     right = _package_run()
     try:
@@ -1008,7 +1009,7 @@ def _alone(
 
     Its calls are added to `calls`.
     """
-    from minivllm.course.grading.checking import raised
+    from minivllm.course.grading.errors import raised
 
     closer = f"`minivllm check {found[name]}` checks it in more detail."
     try:

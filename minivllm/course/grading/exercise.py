@@ -90,8 +90,22 @@ class Exercise:
 
         KeyError where the exercise has no such mistake, or the mistake has no message.
         """
-        message = next(k.message for k in self.mistakes if k.name == name and k.message)
+        message = {known.name: known.message for known in self.mistakes if known.message}[name]
         return Mistake(name, f"{seen}\n{message}" if seen else message)
+
+
+#: Exercises that are defined outside of the package, for example in the notebook of an author.
+_DRAFTS: dict[str, Exercise] = {}
+
+
+def register(exercise: Exercise) -> None:
+    """Let `find` and `check` know an exercise that is no module of the package.
+
+    ValueError where the package has an exercise with this id.
+    """
+    if exercise.id in modules(exercise.id.partition(".")[0]):
+        raise ValueError(f"The course has an exercise {exercise.id} already.")
+    _DRAFTS[exercise.id] = exercise
 
 
 def chapter_package(number: str) -> str:
@@ -120,12 +134,15 @@ def find(id: str) -> Exercise:
 
     UnknownExerciseError where there is no such exercise.
     """
+    if id in _DRAFTS:
+        return _DRAFTS[id]
     chapter = str(id).partition(".")[0]
     known = modules(chapter) if chapter.isdecimal() else {}
     if id not in known:
+        ids = sorted({*known, *(draft for draft in _DRAFTS if draft.startswith(f"{chapter}."))})
         raise UnknownExerciseError(
             f"There is no exercise {id!r}"
-            + (f"; chapter {chapter} has {', '.join(known)}." if known else ".")
+            + (f"; chapter {chapter} has {', '.join(ids)}." if ids else ".")
         )
     return import_module(known[id]).EXERCISE
 

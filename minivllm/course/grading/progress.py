@@ -18,7 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from minivllm.course.grading import capstone
-from minivllm.course.grading.checking import UnknownExerciseError, find
+from minivllm.course.grading.errors import UnknownExerciseError
+from minivllm.course.grading.exercise import find
 from minivllm.course.grading.graft import chapter_of, graft
 from minivllm.course.grading.records import (
     SIGNS,

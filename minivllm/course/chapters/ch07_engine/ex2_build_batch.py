@@ -1,0 +1,546 @@
+"""07.2: flatten a mixed batch."""
+
+from __future__ import annotations
+
+from collections import abc
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from minivllm.course.grading.compare import difference, show
+from minivllm.course.grading.errors import Mistake
+from minivllm.course.grading.judges import counted, expect
+from minivllm.course.grading.with_engine import engine_agrees
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from minivllm.engine.batch import BatchRow
+from minivllm.course.grading.exercise import Exercise, Known
+
+
+def _same(one: Any, other: Any) -> bool:
+    return difference(one, other) is None
+
+
+def _step_case(spec: list[tuple[int, int, bool]], block_size: int, seed: int) -> tuple:
+    """(rows, block_table, block_size). spec: (start, number of tokens, samples) of each row."""
+    import numpy as np
+
+    from minivllm.engine.batch import BatchRow
+
+    draws = np.random.default_rng(seed)
+    rows = [
+        BatchRow(draws.integers(0, 2048, count).tolist(), start, samples)
+        for start, count, samples in spec
+    ]
+    widths = [-(-(start + count) // block_size) for start, count, _ in spec]
+    # a row of the runner's table is as wide as the longest sequence could need
+    total = max(widths) + 2
+    blocks = draws.permutation(len(spec) * total).astype(np.int32)
+    return rows, blocks.reshape(len(spec), total) + 1, block_size
+
+
+#: Decodes come first, as the runner has sorted them; a prompt's last token may be alone in its
+#: step, too.
+_STEPS = {
+    "one decode": ([(6, 1, True)], 4),
+    "a prompt of three": ([(0, 3, True)], 4),
+    "a decode and a prompt": ([(5, 1, True), (0, 4, True)], 4),
+    "two prompts, both with 8 cached tokens": ([(8, 3, True), (8, 5, True)], 4),
+    "three decodes, one at the start of a block": (
+        [(15, 1, True), (16, 1, True), (3, 1, True)],
+        16,
+    ),
+    "decodes, and a chunk in the middle of a prompt": (
+        [(40, 1, True), (2, 1, True), (16, 16, False)],
+        16,
+    ),
+    "a prompt of one token": ([(0, 1, True), (0, 2, True)], 1),
+    "a decode, the last of a prompt, two chunks": (
+        [(9, 1, True), (12, 1, True), (4, 7, False), (0, 5, True)],
+        4,
+    ),
+    "a chunk alone": ([(32, 20, False)], 16),
+    "a chunk of one token": ([(7, 1, False), (9, 1, True), (0, 6, True)], 4),
+}
+
+
+def _fields(inputs: Any, rows: abc.Sequence[BatchRow], block_size: int) -> dict[str, Any]:
+    """What was made, by field; of the block table only what is needed, for the rest is
+    arbitrary.
+    """
+    attention = inputs.attention
+    names = (
+        "query_start_loc",
+        "seq_lens",
+        "slot_mapping",
+        "num_decodes",
+        "max_query_len",
+        "max_seq_len",
+        "max_decode_seq_len",
+    )
+    found = {name: getattr(inputs, name) for name in ("token_ids", "positions", "logits_indices")}
+    found |= {name: getattr(attention, name) for name in names}
+    table = attention.block_table
+    needed = [-(-(row.start + len(row.token_ids)) // block_size) for row in rows]
+    expect(
+        hasattr(table, "shape")
+        and table.ndim == 2
+        and len(table) == len(rows)
+        and table.shape[1] >= max(needed),
+        "wrong-block-table",
+        f"attention.block_table is {show(table)}; for {len(rows)} requests it has to be a tensor"
+        f" [{len(rows)}, at least {max(needed)}].\nIt is the one you were given, as a tensor:"
+        " torch.from_numpy(block_table).",
+    )
+    found["block_table"] = [table[i, :n].tolist() for i, n in enumerate(needed)]
+    found["block_table's dtype"] = str(table.dtype)
+    return found
+
+
+_RESTART = (
+    "You count positions from 0 in every row. A request that was computed in part before (a decode,"
+    " a later chunk, a prompt with cached tokens) goes on at `row.start`; from 0, the model reads"
+    " its words in the wrong places, and writes fluent nonsense."
+)
+
+
+_LAST = "`query_start_loc[i + 1] - 1` is the number of row i's last token in the step."
+
+
+#: field -> mistake's name -> explanation; what somebody who makes it has there, `_wrong_fields`
+#: computes.
+_FIELD_MISTAKES = {
+    "query_start_loc": {
+        "no-zero": (
+            "Row i lies from query_start_loc[i] to query_start_loc[i + 1]. Yours begins with the"
+            " first end: a 0 must come before it, B + 1 numbers in all."
+        ),
+        "no-end": "The last row's end is missing: B rows need B + 1 numbers.",
+        "lengths-not-sums": (
+            "These are the lengths of the rows. query_start_loc says where each begins: their"
+            " running sum."
+        ),
+    },
+    "seq_lens": {
+        "forgets-the-past": (
+            "seq_lens are contexts: what is in the cache already (row.start) and the new tokens."
+            " With the new tokens alone, a decode sees nobody but itself."
+        ),
+        "leaves-itself-out": (
+            "seq_lens count this step's tokens, too: each token attends to itself. The context is "
+            "row.start + len(row.token_ids)."
+        ),
+    },
+    "positions": {
+        "restarts-at-zero": _RESTART,
+        "one-long-line": (
+            "You number the tokens of the whole step. A position is a token's place in its *own*"
+            " request: row.start, row.start + 1, …"
+        ),
+        "starts-at-one": (
+            "All positions are one too high. Positions begin at 0, and row.start is the position of"
+            " a row's first new token."
+        ),
+    },
+    "slot_mapping": {
+        "restarts-at-zero": f"{_RESTART} And the new keys would overwrite those of the beginning.",
+        "position-as-slot": (
+            "These are positions. Where a position is *stored*, the block table says: "
+            "block_table[row, position // block_size] * block_size + position % block_size."
+        ),
+        "block-not-slot": "These are blocks. A slot is block * block_size + offset.",
+        "block-size-forgotten": (
+            "You add the offset to the block's number. A block holds block_size tokens: "
+            "block * block_size + offset."
+        ),
+        "offset-forgotten": (
+            "Every token goes to the first slot of its block. Add position % block_size."
+        ),
+        "first-table-for-all": (
+            "You look everything up in the first row's blocks. Each request has a table of its own,"
+            " and those blocks belong to somebody else."
+        ),
+    },
+    "logits_indices": {
+        "every-row-samples": (
+            "A chunk that leaves part of its prompt for later has no next token to choose. Only"
+            " rows with `row.samples` give a logit row."
+        ),
+        "one-too-far": f"These are the tokens *behind* each row. {_LAST}",
+        "first-token": (
+            "These are the rows' first tokens. What comes next, the *last* token of a row knows."
+        ),
+        "row-numbers": (
+            f"These are numbers of rows. The model gives a hidden state for each *token*. {_LAST}"
+        ),
+        "positions": (
+            "These are positions in the requests. logits_indices count the tokens of the step."
+            f" {_LAST}"
+        ),
+    },
+    "num_decodes": {
+        "all-rows": (
+            "num_decodes counts the rows with exactly one new token: they take the decode kernel."
+            " You count all rows."
+        ),
+        "old-rows-only": (
+            "A prompt of one token has a row of one token, too. The rows with one token come first,"
+            " and num_decodes says how many they are, whatever they are."
+        ),
+        "sampling-rows-only": (
+            "A chunk may be one token long and not sample. num_decodes is about the length alone."
+        ),
+        "all-with-a-past": (
+            "A later chunk of a prompt has a past, too, and more than one token. num_decodes counts"
+            " the rows with exactly one new token."
+        ),
+    },
+    "max_query_len": {
+        "context": (
+            "That is the longest context. max_query_len is the most *new* tokens that a row has."
+        ),
+        "all-tokens": "That is all tokens of the step. max_query_len is the longest row.",
+    },
+    "max_seq_len": {
+        "new-tokens": (
+            "That is the longest row. max_seq_len is the longest *context*: past and new tokens."
+        ),
+        "leaves-itself-out": "The context counts this step's tokens, too.",
+    },
+    "max_decode_seq_len": {
+        "all-rows": (
+            "Only the rows with one token count here: the decode kernel gets no others. Where there"
+            " are none, it is 0."
+        )
+    },
+}
+
+
+def _wrong_fields(
+    rows: abc.Sequence[BatchRow], table: np.ndarray, size: int
+) -> dict[str, dict[str, Any]]:
+    """field -> name of a mistake in `_FIELD_MISTAKES` -> what somebody who makes it has there."""
+    import torch
+
+    lens, starts = [len(row.token_ids) for row in rows], [row.start for row in rows]
+    ends = [sum(lens[: i + 1]) for i in range(len(rows))]
+    contexts = [start + n for start, n in zip(starts, lens, strict=True)]
+    local = [
+        (i, j) for i, n in enumerate(lens) for j in range(n)
+    ]  # (row, number of the token in it)
+    places = [(i, starts[i] + j) for i, j in local]
+    sampling = [i for i, row in enumerate(rows) if row.samples]
+
+    def ints(values: Iterable[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.tensor(list(values), dtype=dtype)
+
+    def small(values: Iterable[int]) -> torch.Tensor:
+        return ints(values, torch.int32)
+
+    def block(i: int, position: int) -> int:
+        return int(table[i, min(position // size, table.shape[1] - 1)])
+
+    return {
+        "query_start_loc": {
+            "no-zero": small(ends),
+            "no-end": small([0, *ends[:-1]]),
+            "lengths-not-sums": small([0, *lens]),
+        },
+        "seq_lens": {"forgets-the-past": small(lens), "leaves-itself-out": small(starts)},
+        "positions": {
+            "restarts-at-zero": ints(j for _, j in local),
+            "one-long-line": ints(range(len(local))),
+            "starts-at-one": ints(p + 1 for _, p in places),
+        },
+        "slot_mapping": {
+            "restarts-at-zero": ints(block(i, j) * size + j % size for i, j in local),
+            "position-as-slot": ints(p for _, p in places),
+            "block-not-slot": ints(block(i, p) for i, p in places),
+            "block-size-forgotten": ints(block(i, p) + p % size for i, p in places),
+            "offset-forgotten": ints(block(i, p) * size for i, p in places),
+            "first-table-for-all": ints(block(0, p) * size + p % size for _, p in places),
+        },
+        "logits_indices": {
+            "every-row-samples": ints(end - 1 for end in ends),
+            "one-too-far": ints(ends[i] for i in sampling),
+            "first-token": ints(ends[i] - lens[i] for i in sampling),
+            "row-numbers": ints(sampling),
+            "positions": ints(contexts[i] - 1 for i in sampling),
+        },
+        "num_decodes": {
+            "all-rows": len(rows),
+            "old-rows-only": sum(
+                n == 1 and start > 0 for n, start in zip(lens, starts, strict=True)
+            ),
+            "sampling-rows-only": sum(
+                n == 1 and row.samples for n, row in zip(lens, rows, strict=True)
+            ),
+            "all-with-a-past": sum(start > 0 for start in starts),
+        },
+        "max_query_len": {"context": max(contexts), "all-tokens": sum(lens)},
+        "max_seq_len": {"new-tokens": max(lens), "leaves-itself-out": max(starts)},
+        "max_decode_seq_len": {"all-rows": max(contexts)},
+    }
+
+
+def check_build_batch(answer: Callable) -> str:
+    from minivllm.engine.batch import build_batch
+
+    cases = {
+        name: _step_case(spec, size, seed)
+        for seed, (name, (spec, size)) in enumerate(_STEPS.items())
+    }
+    got: dict[str, dict[str, Any]] = {}
+    for name, (rows, table, size) in cases.items():
+        before = table.copy()
+        inputs = answer(rows, table, size)
+        expect(
+            hasattr(inputs, "attention") and hasattr(inputs, "token_ids"),
+            "wrong-type",
+            f"build_batch gave {show(inputs)}.\nIt has to give BatchInputs, with AttentionMetadata"
+            " in it." + (" Is a `return` missing?" if inputs is None else ""),
+        )
+        expect(
+            (before == table).all(),
+            "changed-input",
+            "Your code changed block_table.\nThe runner keeps using it.",
+        )
+        got[name] = _fields(inputs, rows, size)
+    right = {name: _fields(build_batch(*case), case[0], case[2]) for name, case in cases.items()}
+    wrong = {name: _wrong_fields(*case) for name, case in cases.items()}
+    order = (
+        "token_ids",
+        "query_start_loc",
+        "seq_lens",
+        "positions",
+        "slot_mapping",
+        "logits_indices",
+        "num_decodes",
+        "max_query_len",
+        "max_seq_len",
+        "max_decode_seq_len",
+        "block_table",
+        "block_table's dtype",
+    )
+    for field in order:
+        failing = [name for name in cases if not _same(got[name][field], right[name][field])]
+        if failing:
+            mine, expected, theirs = (
+                {n: f.get(field, {}) for n, f in found.items()} for found in (got, right, wrong)
+            )
+            _name_field(field, failing, mine, expected, theirs, cases)
+    mine = counted(answer)
+    line = engine_agrees(mine, build_batch=mine, max_num_batched_tokens=24)
+    return f"{len(cases)} steps; {line}"
+
+
+def _name_field(
+    field: str, failing: list[str], got: dict, right: dict, wrong: dict, cases: dict
+) -> None:
+    """Raise the Mistake about one field. All dicts are by the names of the steps."""
+    first = failing[0]
+    rows, _, size = cases[first]
+    spec = ", ".join(
+        f"{len(row.token_ids)} from position {row.start}{'' if row.samples else ' (not sampled)'}"
+        for row in rows
+    )
+    where = (
+        f"In a step of {first} (tokens: {spec}; blocks of {size}), {field} is"
+        f" {show(got[first], 12)}, expected "
+    )
+    where += f"{show(right[first], 12)}."
+    for names in (cases, failing):  # in all steps; or in these, with another mistake elsewhere
+        for mistake, why in _FIELD_MISTAKES.get(field, {}).items():
+            if all(_same(got[name], wrong[name][mistake]) for name in names):
+                raise Mistake(mistake, f"{where}\n{why}")
+    found = difference(got[first], right[first])
+    why = {
+        "wrong-dtype": (
+            "The kernels read memory by its type: int64 for token_ids, positions, slot_mapping and "
+            "logits_indices, int32 for the rest."
+        ),
+        "wrong-type": "The fields are torch tensors and plain integers.",
+    }
+    some = f"{len(failing)} of {len(cases)} steps differ in this field."
+    raise Mistake(found[0], f"{where}\n{why.get(found[0], some)}")
+
+
+EXERCISE = Exercise(
+    id="07.2",
+    title="Flatten a mixed batch",
+    check=check_build_batch,
+    mistakes=(
+        Known(
+            "restarts-at-zero",
+            answers=r"""
+# %% positions from 0, whatever is in the cache
+@@
+-            position = row.start + j
++            position = j
+
+# %% right positions, slots from 0
+@@
+-                int(block_table[i, position // block_size]) * block_size
+-                + position % block_size
++                int(block_table[i, j // block_size]) * block_size + j % block_size
+""",
+        ),
+        Known(
+            "every-row-samples",
+            answers=r"""
+# %% asks every row what comes next
+@@
+-        if row.samples:
+-            logits_indices.append(len(token_ids) - 1)
++        logits_indices.append(len(token_ids) - 1)
+""",
+        ),
+        Known(
+            "forgets-the-past",
+            answers=r"""
+# %% contexts of the new tokens alone
+@@
+-    contexts = [row.start + len(row.token_ids) for row in rows]
++    contexts = [len(row.token_ids) for row in rows]
+""",
+        ),
+        Known(
+            "no-zero",
+            answers=r"""
+# %% the ends of the rows
+@@
+-    token_ids, positions, slots, logits_indices, ends = [], [], [], [], [0]
++    token_ids, positions, slots, logits_indices, ends = [], [], [], [], []
+""",
+        ),
+        Known(
+            "position-as-slot",
+            answers=r"""
+# %% no look at the block table
+@@
+-            slots.append(
+-                int(block_table[i, position // block_size]) * block_size
+-                + position % block_size
+-            )
++            slots.append(position)
+""",
+        ),
+        Known(
+            "block-size-forgotten",
+            answers=r"""
+# %% block + offset
+@@
+-                int(block_table[i, position // block_size]) * block_size
+-                + position % block_size
++                int(block_table[i, position // block_size]) + position % block_size
+""",
+        ),
+        Known(
+            "first-table-for-all",
+            answers=r"""
+# %% the first row's blocks for everybody
+@@
+-                int(block_table[i, position // block_size]) * block_size
++                int(
++                    block_table[
++                        0, min(position // block_size, block_table.shape[1] - 1)
++                    ]
++                )
++                * block_size
+""",
+        ),
+        Known(
+            "one-too-far",
+            answers=r"""
+# %% the token behind the last
+@@
+-            logits_indices.append(len(token_ids) - 1)
++            logits_indices.append(len(token_ids))
+""",
+        ),
+        Known(
+            "row-numbers",
+            answers=r"""
+# %% numbers of rows, not of tokens
+@@
+-            logits_indices.append(len(token_ids) - 1)
++            logits_indices.append(i)
+""",
+        ),
+        Known(
+            "all-rows",
+            answers=r"""
+# %% all rows are decodes
+@@
+-        num_decodes=len(decodes),
++        num_decodes=len(rows),
+
+# %% the longest context of all
+@@
+-        max_decode_seq_len=max(decodes, default=0),
++        max_decode_seq_len=max(contexts),
+""",
+        ),
+        Known(
+            "old-rows-only",
+            answers=r"""
+# %% a decode is a row with a past
+@@
+-        num_decodes=len(decodes),
++        num_decodes=sum(row.start > 0 and len(row.token_ids) == 1 for row in rows),
+""",
+        ),
+        Known(
+            "wrong-dtype",
+            answers=r"""
+# %% everything int64
+@@
+-        query_start_loc=torch.tensor(ends, dtype=torch.int32),
+-        seq_lens=torch.tensor(contexts, dtype=torch.int32),
++        query_start_loc=torch.tensor(ends, dtype=torch.int64),
++        seq_lens=torch.tensor(contexts, dtype=torch.int64),
+""",
+        ),
+        Known(
+            "new-tokens",
+            answers=r"""
+# %% the longest row for the longest context
+@@
+-        max_seq_len=max(contexts),
++        max_seq_len=max(lens),
+""",
+        ),
+    ),
+    right=r"""
+# %% with torch's own repeat_interleave
+def build_batch(
+    rows: list[BatchRow], block_table: np.ndarray, block_size: int
+) -> BatchInputs:
+    table = torch.tensor(block_table)
+    lens = torch.tensor([len(row.token_ids) for row in rows])
+    starts = torch.tensor([row.start for row in rows])
+    edges = torch.cat((torch.zeros(1, dtype=torch.int64), lens.cumsum(0)))
+    owner = torch.arange(len(rows)).repeat_interleave(lens)
+    positions = torch.arange(int(edges[-1])) - edges[owner] + starts[owner]
+    slots = (
+        table[owner, positions // block_size].long() * block_size
+        + positions % block_size
+    )
+    contexts, single = starts + lens, lens == 1
+    attention = AttentionMetadata(
+        edges.int(),
+        contexts.int(),
+        table,
+        slots,
+        int(single.sum()),
+        int(lens.max()),
+        int(contexts.max()),
+        int(contexts[single].max()) if single.any() else 0,
+    )
+    token_ids = torch.tensor([token for row in rows for token in row.token_ids])
+    samples = torch.tensor([row.samples for row in rows])
+    return BatchInputs(token_ids, positions, attention, (edges[1:] - 1)[samples])
+""",
+)

@@ -1,0 +1,467 @@
+"""10.4: debug this: the fastest engine in the world."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from minivllm.course.grading.compare import show
+from minivllm.course.grading.errors import Mistake
+from minivllm.course.grading.judges import expect, expect_all
+
+if TYPE_CHECKING:
+    pass
+from minivllm.course.chapters.ch10_measuring.common import close
+from minivllm.course.grading.exercise import Exercise, Known
+
+#: Long questions, so that reading them costs something.
+STORIES = tuple(
+    f"Tell me a story about {who}. It should be long and have a beginning, a middle and an end, and"
+    f" please do not forget that {who} has a friend who lives far away, behind the snowy mountains."
+    for who in ("a fox named Pip", "an owl named Mira", "a robot named Ada")
+)
+
+
+SUMS = ("What is 12 + 7?", "What is 30 - 4?")
+
+
+ANSWERS = (SUMS[0], "What is a KV cache?")  # a short one and a longer one
+
+
+@functools.cache
+def _chat(questions: tuple[str, ...]) -> tuple[list[int], ...]:
+    """The questions as the chat template has them: the answers end by themselves."""
+    from minivllm import LLM
+
+    with LLM(device="cpu") as llm:
+        return tuple(
+            llm.render_chat([{"role": "user", "content": question}]) for question in questions
+        )
+
+
+def _served(
+    answer: Callable, questions: tuple[str, ...], params: Any, repeats: int, **timer: Any
+) -> tuple[float, Any]:
+    """(what the answer says, the clock that it looked at) on a fresh engine."""
+    from minivllm import LLM
+    from minivllm.course.sim.clocks import EngineClock
+
+    clock = EngineClock(**timer)
+    prompts = [list(prompt) for prompt in _chat(questions)]
+    with LLM(device="cpu", build_batch=clock.build_batch, num_kv_blocks=256) as llm:
+        found = answer(llm, prompts, params, clock.clock, repeats)
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        raise Mistake(
+            "wrong-type", f"Got {show(found)}.\nExpected a number: output tokens a second."
+        )
+    return float(found), clock
+
+
+@dataclass(frozen=True)
+class _Truth:
+    """What a run really did, on a machine that nobody disturbs. cached: seconds where the
+    prompts are not read.
+    """
+
+    tokens: int
+    prompt_tokens: int
+    allowed: int
+    seconds: float
+    cached: float
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+    def is_rate(self, found: float, pace: float = 1.0, cached: bool = True) -> bool:
+        """Whether somebody who counts rightly can have found this; cached: also who serves from
+        the cache.
+        """
+        times = [self.seconds, self.cached] if cached else [self.seconds]
+        return any(close(found, self.tokens / (pace * seconds)) for seconds in times)
+
+
+@functools.cache
+def _truth(questions: tuple[str, ...], max_tokens: int, ignore_eos: bool) -> _Truth:
+    from minivllm import LLM
+    from minivllm.course.sim.clocks import EngineClock
+
+    clock, params = EngineClock(), _params(max_tokens, ignore_eos)
+    with LLM(device="cpu", build_batch=clock.build_batch, num_kv_blocks=256) as llm:
+        times = []
+        for run in range(3):
+            if run == 1:
+                llm.llm_engine.scheduler.block_manager.reset_prefix_cache()
+            start = clock.now
+            outputs = llm.generate([list(p) for p in _chat(questions)], params, use_tqdm=False)
+            times.append(clock.now - start)
+    tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+    prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
+    return _Truth(tokens, prompt_tokens, max_tokens * len(questions), times[1], times[2])
+
+
+def _params(max_tokens: int, ignore_eos: bool) -> Any:
+    from minivllm import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=ignore_eos)
+
+
+def _counts_tokens(answer: Callable) -> None:
+    """Answers of different lengths, which end by themselves, served together."""
+    truth = _truth(ANSWERS, 200, False)
+    alone = [_truth((question,), 200, False) for question in ANSWERS]
+    found, _ = _served(answer, ANSWERS, _params(200, False), 3)
+    got = (
+        f"Answers of {alone[0].tokens} and {alone[1].tokens} tokens: you report {found:,.1f} tokens"
+        " a second, it is "
+    )
+    got += f"{truth.rate:,.1f}."
+    expect(
+        found < 0.3 * truth.allowed / truth.seconds,
+        "counts-what-was-allowed",
+        f"{got}\nYou count max_tokens for each request. These ended by themselves, long before:"
+        " count what came out.",
+    )
+    expect(
+        not any(
+            close(found, (truth.tokens + truth.prompt_tokens) / t)
+            for t in (truth.seconds, truth.cached)
+        ),
+        "prompt-tokens-counted",
+        f"{got}\nThat counts the tokens of the prompts as well, which come in bulk. Count what came"
+        " out.",
+    )
+    expect(
+        not any(
+            close(found, 2 * one.tokens / t) for one in alone for t in (truth.seconds, truth.cached)
+        ),
+        "one-answer-for-all",
+        f"{got}\nYou count one answer, and take the others to be as long. Add up the tokens of all"
+        " outputs.",
+    )
+    one_by_one = (sum(one.seconds for one in alone), sum(one.cached for one in alone))
+    expect(
+        not any(close(found, truth.tokens / seconds) for seconds in one_by_one),
+        "one-at-a-time",
+        f"{got}\nYou serve one request after the other. Hand all prompts to one call of generate:"
+        " the engine is fast because it serves them together.",
+    )
+    expect(
+        truth.is_rate(found),
+        "wrong-values",
+        f"{got}\nExpected: tokens that came out, by the time of one whole run.",
+    )
+
+
+def _reads_prompts(answer: Callable) -> None:
+    truth = _truth(STORIES, 4, True)
+    found, _ = _served(answer, STORIES, _params(4, True), 3)
+    got = (
+        f"Three long prompts, 4 tokens each: you report {found:,.1f} tokens a second, it is"
+        f" {truth.rate:,.1f}."
+    )
+    expect(
+        not close(found, truth.tokens / truth.cached),
+        "served-from-the-cache",
+        f"{got}\nFrom the second run on, the engine finds the prompts in its prefix cache and does"
+        " not read them. Nobody's first question is served like that: reset_prefix_cache() before"
+        " each run.",
+    )
+    expect(
+        truth.is_rate(found, cached=False),
+        "wrong-values",
+        f"{got}\nExpected: tokens that came out, by the time of one whole run.",
+    )
+
+
+def _is_typical(answer: Callable) -> None:
+    truth = _truth(SUMS, 6, True)
+    for odd, pace in (
+        (0.5, (1.0, 0.5, 1.0, 1.0, 2.5, 1.0, 1.0)),
+        (0.6, (1.0, 1.0, 0.6, 3.0, 1.0, 1.0, 1.0)),
+    ):
+        found, _ = _served(answer, SUMS, _params(6, True), 7, pace=pace)
+        got = (
+            f"Most runs make {truth.rate:,.1f} tokens a second, one is faster, one slower. You"
+            f" report {found:,.1f}."
+        )
+        expect(
+            not truth.is_rate(found, odd),
+            "best-of-all",
+            f"{got}\nThat is the best run. The more often you try, the better it gets. Report the"
+            " median.",
+        )
+        expect(
+            not truth.is_rate(found, max(pace)),
+            "worst-of-all",
+            f"{got}\nThat is the worst run. Report the median.",
+        )
+        expect(
+            truth.is_rate(found),
+            "mean-for-median",
+            f"{got}\nOne odd run must not move it. Report the median.",
+        )
+
+
+def _is_warm(answer: Callable) -> None:
+    truth = _truth(SUMS, 5, True)
+    found, clock = _served(answer, SUMS, _params(5, True), 1)
+    said = f"With repeats = 1 you report {found:,.1f} tokens a second, it is {truth.rate:,.1f}."
+    expect(
+        clock.num_readings,
+        "clock-not-used",
+        f"{said}\nYour code never looked at the clock that it was given.",
+    )
+    expect(
+        found > truth.rate / 3,
+        "not-warmed-up",
+        f"{said}\nThe very first step compiles, for two seconds. Serve something before you start"
+        " the clock.",
+    )
+
+
+def check_tokens_per_second(answer: Callable) -> str:
+    judges = (_counts_tokens, _reads_prompts, _is_typical, _is_warm)
+    expect_all(*(functools.partial(judge, answer) for judge in judges))
+    return "the engine is as fast as it is, whatever the prompts, the limits and the neighbours"
+
+
+EXERCISE = Exercise(
+    id="10.4",
+    title="Debug this: the fastest engine in the world",
+    check=check_tokens_per_second,
+    mistakes=(
+        Known(
+            "counts-what-was-allowed",
+            hint=1,
+            answers=r"""
+# %% all four complaints
+def tokens_per_second(llm, prompts, params, clock, repeats=5):
+    rates = []
+    for _ in range(repeats):
+        start = clock()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        seconds = clock() - start
+        rates.append(len(prompts) * params.max_tokens / seconds)
+    return max(rates)
+
+# %% the limit counts
+def tokens_per_second(llm, prompts, params, clock, repeats=5):
+    rates = []
+    llm.generate(prompts, params, use_tqdm=False)
+    for _ in range(repeats):
+        llm.llm_engine.scheduler.block_manager.reset_prefix_cache()
+        start = clock()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        seconds = clock() - start
+        rates.append(len(prompts) * params.max_tokens / seconds)
+    return median(rates)
+""",
+        ),
+        Known(
+            "prompt-tokens-counted",
+            answers=r"""
+# %% all tokens count
+def tokens_per_second(llm, prompts, params, clock, repeats=5):
+    rates = []
+    llm.generate(prompts, params, use_tqdm=False)
+    for _ in range(repeats):
+        llm.llm_engine.scheduler.block_manager.reset_prefix_cache()
+        start = clock()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        seconds = clock() - start
+        rates.append(
+            sum(
+                len(output.prompt_token_ids) + len(output.outputs[0].token_ids)
+                for output in outputs
+            )
+            / seconds
+        )
+    return median(rates)
+""",
+        ),
+        Known(
+            "served-from-the-cache",
+            hint=2,
+            answers=r"""
+# %% the warm-up fills the cache
+def tokens_per_second(llm, prompts, params, clock, repeats=5):
+    rates = []
+    llm.generate(prompts, params, use_tqdm=False)
+    for _ in range(repeats):
+        start = clock()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        seconds = clock() - start
+        rates.append(
+            sum(len(output.outputs[0].token_ids) for output in outputs) / seconds
+        )
+    return median(rates)
+
+# %% emptied once, before the loop
+def tokens_per_second(llm, prompts, params, clock, repeats=5):
+    rates = []
+    llm.generate(prompts, params, use_tqdm=False)
+    llm.llm_engine.scheduler.block_manager.reset_prefix_cache()
+    for _ in range(repeats):
+        start = clock()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        seconds = clock() - start
+        rates.append(
+            sum(len(output.outputs[0].token_ids) for output in outputs) / seconds
+        )
+    return median(rates)
+""",
+        ),
+        Known(
+            "best-of-all",
+            answers=r"""
+# %% the best run
+def tokens_per_second(llm, prompts, params, clock, repeats=5):
+    rates = []
+    llm.generate(prompts, params, use_tqdm=False)
+    for _ in range(repeats):
+        llm.llm_engine.scheduler.block_manager.reset_prefix_cache()
+        start = clock()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        seconds = clock() - start
+        rates.append(
+            sum(len(output.outputs[0].token_ids) for output in outputs) / seconds
+        )
+    return max(rates)
+""",
+        ),
+        Known(
+            "mean-for-median",
+            answers=r"""
+# %% the mean run
+def tokens_per_second(llm, prompts, params, clock, repeats=5):
+    rates = []
+    llm.generate(prompts, params, use_tqdm=False)
+    for _ in range(repeats):
+        llm.llm_engine.scheduler.block_manager.reset_prefix_cache()
+        start = clock()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        seconds = clock() - start
+        rates.append(
+            sum(len(output.outputs[0].token_ids) for output in outputs) / seconds
+        )
+    return sum(rates) / len(rates)
+
+# %% all tokens by all time
+def tokens_per_second(llm, prompts, params, clock, repeats=5):
+    llm.generate(prompts, params, use_tqdm=False)
+    tokens = seconds = 0
+    for _ in range(repeats):
+        llm.llm_engine.scheduler.block_manager.reset_prefix_cache()
+        start = clock()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        seconds += clock() - start
+        tokens += sum(len(output.outputs[0].token_ids) for output in outputs)
+    return tokens / seconds
+""",
+        ),
+        Known(
+            "worst-of-all",
+            answers=r"""
+# %% to be on the safe side
+def tokens_per_second(llm, prompts, params, clock, repeats=5):
+    rates = []
+    llm.generate(prompts, params, use_tqdm=False)
+    for _ in range(repeats):
+        llm.llm_engine.scheduler.block_manager.reset_prefix_cache()
+        start = clock()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        seconds = clock() - start
+        rates.append(
+            sum(len(output.outputs[0].token_ids) for output in outputs) / seconds
+        )
+    return min(rates)
+""",
+        ),
+        Known(
+            "not-warmed-up",
+            hint=3,
+            answers=r"""
+# %% no warm-up
+def tokens_per_second(llm, prompts, params, clock, repeats=5):
+    rates = []
+    for _ in range(repeats):
+        llm.llm_engine.scheduler.block_manager.reset_prefix_cache()
+        start = clock()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        seconds = clock() - start
+        rates.append(
+            sum(len(output.outputs[0].token_ids) for output in outputs) / seconds
+        )
+    return median(rates)
+""",
+        ),
+        Known(
+            "wrong-type",
+            answers=r"""
+# %% all rates
+def tokens_per_second(llm, prompts, params, clock, repeats=5):
+    rates = []
+    llm.generate(prompts, params, use_tqdm=False)
+    for _ in range(repeats):
+        llm.llm_engine.scheduler.block_manager.reset_prefix_cache()
+        start = clock()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        seconds = clock() - start
+        rates.append(
+            sum(len(output.outputs[0].token_ids) for output in outputs) / seconds
+        )
+    return rates
+""",
+        ),
+        Known(
+            "one-answer-for-all",
+            answers=r"""
+# %% counts the first
+def tokens_per_second(llm, prompts, params, clock, repeats=5):
+    llm.generate(prompts, params, use_tqdm=False)
+    rates = []
+    for _ in range(repeats):
+        llm.llm_engine.scheduler.block_manager.reset_prefix_cache()
+        start = clock()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        seconds = clock() - start
+        rates.append(len(outputs) * len(outputs[0].outputs[0].token_ids) / seconds)
+    return median(rates)
+""",
+        ),
+        Known(
+            "one-at-a-time",
+            answers=r"""
+# %% a call for each prompt
+def tokens_per_second(llm, prompts, params, clock, repeats=5):
+    llm.generate(prompts, params, use_tqdm=False)
+    rates = []
+    for _ in range(repeats):
+        llm.llm_engine.scheduler.block_manager.reset_prefix_cache()
+        start = clock()
+        outputs = [llm.generate([p], params, use_tqdm=False)[0] for p in prompts]
+        seconds = clock() - start
+        rates.append(sum(len(o.outputs[0].token_ids) for o in outputs) / seconds)
+    return median(rates)
+""",
+        ),
+    ),
+    right=r"""
+# %% another warm-up, tokens by time
+def tokens_per_second(llm, prompts, params, clock, repeats=5):
+    rates = []
+    llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2), use_tqdm=False)
+    for _ in range(repeats):
+        llm.llm_engine.scheduler.block_manager.reset_prefix_cache()
+        start = clock()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        seconds = clock() - start
+        rates.append(
+            sum(len(output.outputs[0].token_ids) for output in outputs) / seconds
+        )
+    return median(rates)
+""",
+)
