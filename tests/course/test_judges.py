@@ -1,0 +1,276 @@
+"""The small judges that checks are made of."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from time import perf_counter
+
+import numpy as np
+import pytest
+import torch
+
+from minivllm.course.grading.chance import expect_no_chance
+from minivllm.course.grading.diagnose import diagnose
+from minivllm.course.grading.errors import Mistake
+from minivllm.course.grading.isolated import isolated
+from minivllm.course.grading.judges import (
+    SOFTMAX,
+    Prediction,
+    expect_own_work,
+    expect_predictions,
+    expect_refusal,
+    expect_unchanged,
+)
+
+# --- state between calls --------------------------------------------------------------------------
+
+
+def double(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+CASES = [(torch.arange(1.0, n + 1),) for n in (3, 4, 4, 5)]
+
+
+def cached_by_address():
+    known = {}
+
+    def answer(x):
+        return known.setdefault((x.data_ptr(), len(x)), 2 * x)
+
+    return answer
+
+
+def cached_by_id():
+    known = {}
+
+    def answer(x):
+        known[id(x)] = known.get(id(x), (x, 2 * x))
+        return known[id(x)][1]
+
+    return answer
+
+
+def one_buffer():
+    buffers = {}
+
+    def answer(x):
+        return buffers.setdefault(len(x), torch.empty_like(x)).copy_(2 * x)
+
+    return answer
+
+
+def every_second_call():
+    calls = []
+
+    def answer(x):
+        calls.append(1)
+        return 2 * x + (len(calls) > len(CASES))
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (cached_by_address, "keeps-state"),
+        (cached_by_id, "keeps-state"),
+        (every_second_call, "keeps-state"),
+        (one_buffer, "result-reused"),
+    ],
+)
+def test_what_is_kept_between_calls_is_seen(make, name: str) -> None:
+    with pytest.raises(Mistake) as caught:
+        diagnose(make(), CASES, double)
+    assert caught.value.name == name
+    assert "call" in caught.value.message
+
+
+def test_a_list_that_was_appended_to_is_given_again_as_it_was() -> None:
+    seen = []
+
+    def answer(numbers):
+        seen.append((id(numbers), list(numbers)))
+        return sum(numbers)
+
+    assert diagnose(answer, [([1, 2],), ([3, 4, 5],)], lambda numbers: sum(numbers)) == 2
+    # Two first calls on copies, then two calls each on one list: [1, 2] twice, [3, 4, 5] twice.
+    assert [numbers for _, numbers in seen[2:]] == [[1, 2], [1, 2], [3, 4, 5], [3, 4, 5]]
+    assert seen[2][0] == seen[3][0]
+
+
+def test_a_right_answer_passes_twice() -> None:
+    assert diagnose(double, CASES, double) == len(CASES)
+    # What is written in place is not a result that a later call overwrites.
+    assert diagnose(lambda x: x.mul_(2), CASES, lambda x: x.mul_(2), writes=[0]) == len(CASES)
+
+
+def test_several_causes_of_one_symptom_are_all_said() -> None:
+    suspects = {"late": ("You come late.", lambda x: x), "early": ("You come early.", lambda x: x)}
+    with pytest.raises(Mistake) as caught:
+        diagnose(lambda x: x, [(1,)], lambda x: x + 1, suspects)
+    assert caught.value.name == "late"
+    assert "You come late." in caught.value.message
+    assert "looks the same here: You come early." in caught.value.message
+
+
+# --- own work -------------------------------------------------------------------------------------
+
+X = torch.tensor([[1.0, 2.0, 3.0]])
+
+
+def by_hand(x):
+    e = (x - x.amax(dim=1, keepdim=True)).exp()
+    return e / e.sum(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda x: x.softmax(dim=1),
+        lambda x: torch.softmax(x, 1),
+        lambda x: torch.special.softmax(x, 1),
+        lambda x: torch.nn.functional.softmin(-x, dim=1),
+        lambda x: torch.nn.Softmax(dim=1)(x),
+        lambda x: torch.ops.aten._softmax(x, 1, False),
+        lambda x: (x - x.logsumexp(dim=1, keepdim=True)).exp(),
+    ],
+)
+def test_softmax_in_other_words(answer) -> None:
+    with pytest.raises(Mistake, match="torch-did-it"):
+        expect_own_work(answer, (X,), SOFTMAX, "exp and sums")
+
+
+def test_numpy_is_no_way_round() -> None:
+    def answer(x):
+        e = np.exp(x.numpy())
+        return torch.from_numpy(e / e.sum())
+
+    with pytest.raises(Mistake, match="left-torch"):
+        expect_own_work(answer, (X,), SOFTMAX, "exp and sums")
+
+
+def test_own_work_passes() -> None:
+    expect_own_work(by_hand, (X,), SOFTMAX, "exp and sums")
+
+
+# --- refusals, inputs, predictions ----------------------------------------------------------------
+
+
+def refuse(error: Exception):
+    def call():
+        raise error
+
+    return call
+
+
+def test_refusals() -> None:
+    expect_refusal(refuse(ValueError("no")), "7 heads")
+    with pytest.raises(Mistake, match="wrong-error\nWith 7 heads your code raised IndexError: no"):
+        expect_refusal(refuse(IndexError("no")), "7 heads")
+    with pytest.raises(Mistake, match="not-refused\nWith 7 heads your code gave 3"):
+        expect_refusal(lambda: 3, "7 heads")
+    with pytest.raises(Mistake, match="straddles"):
+        expect_refusal(lambda: 3, "7 heads", name="straddles")
+    with pytest.raises(NotImplementedError):
+        expect_refusal(refuse(NotImplementedError("01.1: your code here")), "7 heads")
+
+
+def test_inputs_stay() -> None:
+    expect_unchanged([1, 2], [1, 2], "the prompt")
+    with pytest.raises(Mistake, match="changed the prompt"):
+        expect_unchanged([1, 2, 3], [1, 2], "the prompt")
+
+
+BLOCKS = Prediction("blocks", 4, "blocks", usual={"rounded-down": (3, "The last is not full.")})
+MB = Prediction("kv_mb", 12.5, "MB", near=0.02)
+
+
+def test_predictions() -> None:
+    expect_predictions((BLOCKS, 4), (MB, 12.6))
+    with pytest.raises(Mistake) as caught:
+        expect_predictions((BLOCKS, 3), (MB, 100))
+    assert caught.value.name == "rounded-down"
+    assert "3 blocks is too small" in caught.value.message
+    assert "kv_mb: 100 MB is too large" in caught.value.message
+    assert "4" not in caught.value.message
+    assert "12.5" not in caught.value.message
+
+
+@pytest.mark.parametrize("said", [None, "4", True, float("nan"), [4], (3, 5)])
+def test_a_prediction_is_a_number(said) -> None:
+    with pytest.raises(Mistake, match="wrong-type"):
+        BLOCKS.judge(said)
+
+
+@pytest.mark.parametrize("said", [float("inf"), float("-inf"), 0, -4, 4.0001])
+def test_a_count_is_exact(said) -> None:
+    with pytest.raises(Mistake, match="wrong-blocks"):
+        BLOCKS.judge(said)
+
+
+# --- chance ---------------------------------------------------------------------------------------
+
+
+def by_clock():
+    return int(time.time()) % 1000
+
+
+def by_imported_clock():
+    return int(perf_counter())
+
+
+@pytest.mark.parametrize(
+    "decide",
+    [
+        by_clock,
+        by_imported_clock,
+        lambda: hash("request-1") % 7919,
+        lambda: id(object) % 7919,
+        random.random,
+        lambda: float(torch.rand(())),
+    ],
+)
+def test_chance_is_seen(decide) -> None:
+    with pytest.raises(Mistake, match="by-chance"):
+        expect_no_chance(decide, "the order", decide)
+
+
+def test_the_world_is_put_back() -> None:
+    before = (hash, id, time.time, random.getstate(), torch.get_rng_state().sum().item())
+    assert expect_no_chance(lambda: sorted([3, 1, 2]), "the order", by_imported_clock) == [1, 2, 3]
+    after = (hash, id, time.time, random.getstate(), torch.get_rng_state().sum().item())
+    assert before == after
+    assert by_imported_clock.__globals__["perf_counter"] is time.perf_counter
+
+
+# --- a child --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def test_a_crash_is_a_verdict(interpreter: None) -> None:
+    with pytest.raises(Mistake, match=r"crashed\nYour kernel ended the Python process \(SIGSEGV\)"):
+        isolated(lambda: os.kill(os.getpid(), signal.SIGSEGV))
+
+
+def test_a_child_brings_back_what_it_found(interpreter: None) -> None:
+    assert isolated(lambda: "12 cases") == "12 cases"
+    with pytest.raises(Mistake, match="late\nToo late") as caught:
+        isolated(lambda: (_ for _ in ()).throw(Mistake("late", "Too late.")))
+    assert caught.value.name == "late"
+    with pytest.raises(Mistake, match="Your code raised ZeroDivisionError"):
+        isolated(lambda: 1 // 0)
+    with pytest.raises(NotImplementedError, match="your code here"):
+        isolated(refuse(NotImplementedError("01.1: your code here")))
+
+
+def test_without_the_interpreter_it_runs_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert isolated(os.getpid) == os.getpid()
