@@ -48,12 +48,12 @@ def _names_unknown_fields(cls: type[_T]) -> type[_T]:
     The signature stays the dataclass's own.
     """
     init, names = cls.__init__, [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    known = frozenset(names)
 
     @functools.wraps(init)
     def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
-        for name in kwargs:
-            if name not in names:
-                refuse_parameter(name, names)
+        if not known.issuperset(kwargs):
+            refuse_parameter(next(name for name in kwargs if name not in known), names)
         init(self, *args, **kwargs)
 
     cls.__init__ = checked_init  # type: ignore[method-assign]

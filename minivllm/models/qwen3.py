@@ -62,9 +62,10 @@ class Attention(nn.Module):
         q, k, v = self.qkv_proj(hidden).split(self.qkv_sizes, dim=-1)
         query, key, value = (x.unflatten(-1, (-1, self.config.head_dim)) for x in (q, k, v))
         cache, metadata = context.caches[self.layer_index], context.metadata
+        q_norm, k_norm = self.q_norm, self.k_norm
         norm_rope = NormRope(
-            None if self.q_norm is None else self.q_norm.weight,
-            None if self.k_norm is None else self.k_norm.weight,
+            None if q_norm is None else q_norm.weight,
+            None if k_norm is None else k_norm.weight,
             context.cos_sin,
             context.positions,
             self.config.rms_norm_eps,
