@@ -7,15 +7,17 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from minivllm.bundled import BUNDLED_MODEL_PATH
 from minivllm.cli.options import (
     Engine,
     MaxTokens,
+    Mine,
     MinP,
     Model,
     Seed,
@@ -23,6 +25,7 @@ from minivllm.cli.options import (
     Temperature,
     TopK,
     TopP,
+    engine_options,
     open_llm,
 )
 from minivllm.cli.stdio import complain, note, write
@@ -38,6 +41,7 @@ from minivllm.sampling_params import SamplingParams
 from minivllm.text import is_unicode, one_line
 
 if TYPE_CHECKING:
+    from minivllm.course.grading.capstone.mine import Mine as MyEngine
     from minivllm.llm import LLM
 
 HELP = "/reset begins anew, /exit or Ctrl-D leaves, Ctrl-C stops an answer."
@@ -54,6 +58,7 @@ def chat(
     min_p: MinP = 0.0,
     seed: Seed = None,
     system: System = None,
+    mine: Mine = False,
     engine: Engine = None,
 ) -> None:
     """Talk with the model. Questions may also be piped in, one per line."""
@@ -66,11 +71,38 @@ def chat(
         seed=seed,
     )
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    llm = open_llm(model, engine)
-    conversation = Chat(llm, params, system, interactive)
+    if mine:
+        own = _open_mine(model, engine)
+        llm, stream = own.llm, own.stream
+    else:
+        llm = open_llm(model, engine)
+        stream = partial(_texts, llm)
+    conversation = Chat(llm, stream, params, system, interactive)
     if interactive:
-        note(f"Chatting with {one_line(_model_name(llm))}. {HELP}")
+        whose = " on your own engine" if mine else ""
+        note(f"Chatting with {one_line(_model_name(llm))}{whose}. {HELP}")
     conversation.run()
+
+
+def _open_mine(model: str | None, engine: list[str] | None) -> MyEngine:
+    from minivllm.course.grading.capstone.mine import Mine as MyEngine
+
+    if model is not None:
+        raise ConfigError("--mine runs the bundled model; leave --model out.")
+    return MyEngine(**engine_options(engine))
+
+
+def _texts(llm: LLM, prompt: list[int], params: SamplingParams) -> Iterator[str]:
+    """The new text of an answer, piece by piece. Raises the error that ends it early."""
+    stream = llm.stream(prompt, params)
+    try:
+        for output in stream:
+            yield output.text
+            if output.error is not None:
+                raise output.error
+    finally:
+        # Aborts the request, if it has not ended.
+        stream.close()
 
 
 def _model_name(llm: LLM) -> str:
@@ -81,14 +113,21 @@ def _model_name(llm: LLM) -> str:
 class Chat:
     """A conversation with a model.
 
+    stream(prompt, params): yields the new text of an answer, and ends it when it is closed.
     interactive: whether a person types; otherwise lines come from a file or a pipe, without
     comments. Raises `ConfigError` for a model without a chat template.
     """
 
     def __init__(
-        self, llm: LLM, params: SamplingParams, system: str | None, interactive: bool
+        self,
+        llm: LLM,
+        stream: Callable[[list[int], SamplingParams], Iterator[str]],
+        params: SamplingParams,
+        system: str | None,
+        interactive: bool,
     ) -> None:
         self._llm, self._params, self._interactive = llm, params, interactive
+        self._new_stream = stream
         self._opening: list[Message] = [{"role": "system", "content": system}] if system else []
         self._messages = list(self._opening)
         self._interrupts = _Interrupts()
@@ -163,14 +202,12 @@ class Chat:
     def _stream(self, prompt: list[int], params: SamplingParams) -> tuple[str, bool]:
         """(the answer, whether Ctrl-C has cut it short)."""
         parts: list[str] = []
-        stream = self._llm.stream(prompt, params)
+        stream = self._new_stream(prompt, params)
         try:
             with self._interrupts.stoppable:
-                while not self._interrupts.pressed and (output := next(stream, None)) is not None:
-                    parts.append(output.text)
-                    write(output.text)
-                    if output.error is not None:
-                        raise output.error
+                while not self._interrupts.pressed and (text := next(stream, None)) is not None:
+                    parts.append(text)
+                    write(text)
         except KeyboardInterrupt:  # pressed again, for the step took too long
             if not self._interactive:
                 raise

@@ -28,7 +28,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from minivllm.cli.options import Engine, Model, open_llm, require_number
+from minivllm.cli.options import Engine, Mine, Model, engine_options, open_llm, require_number
 from minivllm.cli.trace import save_trace
 from minivllm.errors import ConfigError
 from minivllm.files import reason, require_writable, write_atomically
@@ -142,6 +142,7 @@ def demo(
     picture: Annotated[
         Path | None, typer.Option(help="Also draw the busiest step into this file, as SVG.")
     ] = None,
+    mine: Mine = False,
     engine: Engine = None,
 ) -> None:
     """Watch the engine serve a batch of prompts: its block tables, its KV cache, and the texts as
@@ -155,10 +156,26 @@ def demo(
         require_number(pace, "--pace")
     console = SafeConsole()
     console.print("Loading the model …", style="dim")
-    llm = open_llm(model, engine, trace=True, **ENGINE_OPTIONS)
+    llm = (
+        _open_mine(model, engine) if mine else open_llm(model, engine, trace=True, **ENGINE_OPTIONS)
+    )
+    if mine:
+        console.print(
+            "This engine is your own: the pieces that you wrote, in a loop of the package that lets"
+            " requests arrive one after the other.",
+            style="bold",
+        )
     _show_script(llm, console, pace, picture)
     if out is not None:
         save_trace(llm.trace, out)
+
+
+def _open_mine(model: str | None, engine: list[str] | None) -> LLM:
+    from minivllm.course.grading.capstone.mine import open_mine
+
+    if model is not None:
+        raise ConfigError("--mine runs the bundled model; leave --model out.")
+    return open_mine(**{**ENGINE_OPTIONS, "trace": True, **engine_options(engine)})
 
 
 def _show_script(llm: LLM, console: SafeConsole, pace: float | None, picture: Path | None) -> None:

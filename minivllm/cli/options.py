@@ -73,6 +73,14 @@ System = Annotated[
 ]
 
 
+Mine = Annotated[
+    bool,
+    typer.Option(
+        "--mine", help="Use the engine that you wrote in exercises/ (the course's capstone)."
+    ),
+]
+
+
 def open_llm(model: str | None, engine: list[str] | None, **options: Any) -> LLM:
     """The model with the command's own engine options, which those of ``--engine`` override.
 

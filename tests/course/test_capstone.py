@@ -8,19 +8,29 @@ test is of the command itself.
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
 import pytest
 from typer.testing import CliRunner
 
+from minivllm import LLM, SamplingParams
 from minivllm.cli.app import app
-from minivllm.course.grading import capstone
-from minivllm.course.grading.capstone import PIECES, examine
+from minivllm.course.grading.capstone import command, pieces, requests, run
+from minivllm.course.grading.capstone import examine as examining
+from minivllm.course.grading.capstone.examine import Report, examine
+from minivllm.course.grading.capstone.mine import Mine
+from minivllm.course.grading.capstone.page import render
+from minivllm.course.grading.capstone.pieces import PIECES
+from minivllm.course.grading.capstone.requests import ROUNDS
+from minivllm.course.grading.capstone.speed import Speed
+from minivllm.course.grading.capstone.standing import standing
 from minivllm.course.grading.records import FAILED, PASSED, Records, answer_digest, groups_of
 from minivllm.course.notebooks import chapters, role
 from minivllm.course.stubs import defined_names, make_exercises
@@ -58,7 +68,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[forked.Server]:
 
 @pytest.fixture
 def quick(server: forked.Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capstone, "_start", server.start)
+    monkeypatch.setattr(examining, "start", server.start)
 
 
 @pytest.fixture
@@ -67,7 +77,9 @@ def few(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     places.
     """
     names = ("MyBlockManager", "silu_mul", "Qwen3", "build_batch", "MyEngine")
-    monkeypatch.setattr(capstone, "PIECES", [piece for piece in PIECES if piece.answer in names])
+    few = [piece for piece in PIECES if piece.answer in names]
+    monkeypatch.setattr("minivllm.course.grading.capstone.examine.PIECES", few)
+    monkeypatch.setattr("minivllm.course.grading.capstone.standing.PIECES", few)
 
 
 @pytest.fixture
@@ -106,7 +118,7 @@ def with_answers(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[An
 
 
 def problems(root: Path, timeout: float = 60.0) -> list[tuple[str, str]]:
-    report = examine(root, timeout)
+    report = examine(root, timeout, rounds=1)
     return [(finding.piece, finding.name) for finding in report.problems]
 
 
@@ -121,30 +133,47 @@ def test_every_piece_is_an_answer_of_the_course() -> None:
         for name in defined_names(source)
     }
     assert {(piece.chapter, piece.answer) for piece in PIECES} <= answers
-    places = {*capstone.KERNELS, *capstone.OPTIONS.values(), "TextStream", "MyEngine"}
+    places = {*pieces.KERNELS, *pieces.OPTIONS.values(), "TextStream", "MyEngine"}
     assert places == {piece.answer for piece in PIECES}
 
 
 def test_what_the_package_has_in_their_places_is_there() -> None:
     for piece in PIECES:
-        names = [name for _, name in capstone._own(piece)]
+        names = [name for _, name in run.own_codes(piece)]
         assert set(names) == {path.partition(":")[2] for path in piece.own}
 
 
-def test_the_requests_enter_every_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And their texts depend on neither the order of the work nor on its rounding: no draw is at a
+@pytest.mark.parametrize("round", ROUNDS, ids=lambda round: round.name)
+def test_the_requests_depend_on_nothing_else(round: requests.Round) -> None:
+    """Their texts depend on neither the order of the work nor on its rounding: no draw is at a
     boundary.
     """
-    run = capstone._package_run()
-    for counter in ("num_preemptions", "num_mixed_steps", "num_chunks", "prefix_cache_hits"):
-        assert run.stats[counter] > 0, counter
+    plain = run.package_run(round)
+    blocks = -(-round.room["max_model_len"] // round.room["block_size"])
     for other in (
-        {"num_kv_blocks": 64},
+        {"num_kv_blocks": 8 * blocks},
         {"max_num_seqs": 1},
-        {"max_num_seqs": 2, "max_num_batched_tokens": 192},
+        {"max_num_seqs": 2, "max_num_batched_tokens": round.room["max_model_len"]},
     ):
-        monkeypatch.setattr(capstone, "ROOM", {**capstone.ROOM, **other})
-        assert capstone._package_run().texts == run.texts, other
+        roomy = replace(round, room={**round.room, **other})
+        assert run.package_run(roomy).texts == plain.texts, other
+
+
+def test_the_requests_enter_every_mode() -> None:
+    stats = run.package_run(requests.SHORT).stats
+    for counter in ("num_preemptions", "num_mixed_steps", "num_chunks", "prefix_cache_hits"):
+        assert stats[counter] > 0, counter
+
+
+def test_contexts_are_longer_than_any_tile_and_runs_longer_than_any_leak() -> None:
+    outputs = run.package_run(requests.LONG)
+    assert max(map(len, outputs.tokens)) >= 150
+    with LLM(device="cpu", **requests.LONG.room) as llm:
+        prompts, _ = run.asked(llm, requests.LONG)
+    assert max(len(p) + len(t) for p, t in zip(prompts, outputs.tokens, strict=True)) > 400
+    crowd = run.package_run(requests.CROWD)
+    assert len(crowd.tokens) == 120
+    assert crowd.stats["num_steps"] > 100
 
 
 # --- what it says ---------------------------------------------------------------------------------
@@ -157,6 +186,12 @@ def test_everything_right_passes(with_answers: Answers, monkeypatch: pytest.Monk
     assert result.output.count("✓") == len(PIECES)
     assert "You have built an inference engine." in result.output
     assert "tokens per second" in result.output
+    assert "rounds in turn, medians" in result.output
+    assert "minivllm chat --mine" in result.output
+    page = (with_answers() / "exercises/my_engine.html").read_text(encoding="utf-8")
+    assert "Once" in page
+    assert all(piece.answer in page for piece in PIECES)
+    assert "http" not in page
     calls = dict(re.findall(r"✓ .* (\w+) +\d\d\.\d +([\d,]+) calls", result.output))
     assert set(calls) == {piece.answer for piece in PIECES}
     assert "0" not in calls.values()
@@ -166,12 +201,12 @@ def test_the_road_shows_it(with_answers: Answers, monkeypatch: pytest.MonkeyPatc
     root = with_answers()
     monkeypatch.chdir(root)
     monkeypatch.setenv("COLUMNS", "200")
-    assert capstone.standing(root) == ("14 of 14 pieces have passed their checks", True)
+    assert standing(root) == ("14 of 14 pieces have passed their checks", True)
     assert "Next: minivllm check capstone" in CliRunner().invoke(app, ["course"]).output
-    capstone._keep(root, capstone.Report(speed=(1.0, 1.0)))
-    assert capstone.standing(root) == ("passed", False)
+    command._keep(root, Report(num_tokens=1))
+    assert standing(root) == ("passed", False)
     with_answers(rms_norm="=more = 1")
-    assert capstone.standing(root) == ("12 of 14 pieces have passed their checks", False)
+    assert standing(root) == ("12 of 14 pieces have passed their checks", False)
     said = CliRunner().invoke(app, ["course"]).output
     assert (
         "The goal, the engine that you wrote: 12 of 14 pieces have passed their checks. `minivllm"
@@ -207,8 +242,7 @@ def test_stubs_are_named(with_answers: Answers, monkeypatch: pytest.MonkeyPatch)
     result = CliRunner().invoke(app, ["check", "capstone"], env={"COLUMNS": "300"})
     assert result.exit_code == 1
     assert "✗ scheduler          MyScheduler        05.5  not-attempted" in result.output
-    assert "store_kv is still to write" in result.output
-    assert "decode_attention is still to write" in result.output, "it is in the same answer"
+    assert "3 pieces are still to write. Begin with exercise 03.3" in result.output
     assert result.output.count("✗") == 3
 
 
@@ -264,7 +298,7 @@ def test_the_packages_own_is_named(with_answers: Answers, quick: None, name: str
 
 
 def sections_of(id: str, name: str) -> list[str]:
-    """The sources in tests/wrong_answers of that name."""
+    """The answers of that name in the exercise's module."""
     chapter = next(chapter for chapter in CHAPTERS if chapter.number == id[:2])
     return [
         wrong.source for wrong in wrong_answers(chapter) if (wrong.id, wrong.name) == (id, name)
@@ -294,8 +328,8 @@ WRONG = {
 def test_a_wrong_piece_is_found(with_answers: Answers, quick: None, name: str) -> None:
     """Neither together with the others nor alone does it write the package's tokens."""
     root = with_answers(**{name: sections_of(*WRONG[name])[0]})
-    report = capstone.Report()
-    cells, found, number = capstone._collect(root, report), report.found, WRONG[name][0][:2]
+    report = Report()
+    cells, found, number = examining.collect(root, report), report.found, WRONG[name][0][:2]
     alone = {
         "cells": {number: cells[number]},
         "found": {k: id for k, id in found.items() if id[:2] == number},
@@ -304,7 +338,7 @@ def test_a_wrong_piece_is_found(with_answers: Answers, quick: None, name: str) -
         ({"task": "together", "cells": cells, "found": found}, ("", "together")),
         ({"task": "alone", "pieces": [name], **alone}, (name, "wrong")),
     ):
-        events = [event["problem"] for event in capstone._work(job, root / "exercises", 60.0)]
+        events = [event["problem"] for event in examining.work(job, root / "exercises", 60.0)]
         assert [(problem["piece"], problem["name"]) for problem in events] == [expected]
 
 
@@ -342,6 +376,121 @@ def test_an_endless_piece_is_named(with_answers: Answers, few: None) -> None:
         "        self.step()"
     )
     assert problems(with_answers(MyEngine=source), timeout=3.0) == [("MyEngine", "endless")]
+
+
+#: Holes that only a long past, or a long run, shows.
+HOLES = {
+    "a window of 256 tokens": (
+        "decode_attention",
+        "=given_decode = decode_attention\n\n\n"
+        "def decode_attention(query, k_cache, v_cache, block_table, seq_lens, scale, **more):\n"
+        "    first = max(0, int(seq_lens.max()) - 256) // k_cache.shape[2]\n"
+        "    lens = (seq_lens - first * k_cache.shape[2]).clamp(min=0)\n"
+        "    lens = torch.where(lens > 0, lens, seq_lens)\n"
+        "    return given_decode(query, k_cache, v_cache, block_table[:, first:].contiguous(),"
+        " lens, scale, **more)",
+        1,
+    ),
+    "every 50th block is lost": (
+        "MyBlockManager",
+        "=class MyBlockManager(MyBlockManager):\n    count = 0\n\n"
+        "    def free(self, seq):\n        type(self).count += 1\n"
+        "        if self.count % 50 == 0:\n            seq.block_table.pop()\n"
+        "        super().free(seq)",
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("hole", HOLES)
+def test_holes_that_short_runs_survive(with_answers: Answers, quick: None, hole: str) -> None:
+    name, source, round = HOLES[hole]
+    report, root = Report(), with_answers(**{name: source})
+    job = {"cells": examining.collect(root, report), "found": report.found}
+    for rounds in (round, round + 1):
+        task = {**job, "task": "together", "rounds": rounds}
+        events = list(examining.work(task, root / "exercises", 90.0))
+        found = [event["problem"] for event in events if "problem" in event]
+        assert bool(found) == (rounds > round), found
+
+
+def test_a_slow_piece_is_named(with_answers: Answers, quick: None) -> None:
+    source = (
+        "=import time\n\ngiven_batch = build_batch\n\n\n"
+        "def build_batch(rows, block_table, block_size):\n    time.sleep(0.05)\n"
+        "    return given_batch(rows, block_table, block_size)"
+    )
+    root = with_answers(build_batch=source)
+    report = Report()
+    examining.collect(root, report)
+    texts: list[str] = []
+    examining.reward(root, report, texts.append, 90.0)
+    assert report.speed is not None
+    assert report.speed.slow == "build_batch"
+    assert "The slow piece is build_batch" in report.speed.text()
+    assert len(texts) > 20
+    assert "".join(texts) == report.text
+
+
+def test_speeds_in_words() -> None:
+    even = Speed([100, 110, 105], [104, 112, 99])
+    assert "Yours: 105 tokens per second (100 to 110)" in even.text()
+    assert "no difference was measured" in even.text()
+    assert "The package is 2.00 times" in Speed([50, 51, 49], [100, 101, 99]).text()
+    assert "Yours is 2.00 times" in Speed([100, 101, 99], [50, 51, 49]).text()
+
+
+def test_the_page_shows_text_as_text() -> None:
+    report = Report(found={piece.answer: "01.1" for piece in PIECES}, text="<b>Once</b>")
+    page = render(report, datetime.date(2026, 11, 30))
+    assert "&lt;b&gt;Once&lt;/b&gt;" in page
+    assert "2026-11-30" in page
+
+
+# --- my engine ------------------------------------------------------------------------------------
+
+
+def test_my_engine_can_be_talked_to(with_answers: Answers, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = with_answers()
+    monkeypatch.chdir(root)
+    mine = Mine(root)
+    prompt = mine.llm.render_chat([{"role": "user", "content": "What is a KV cache?"}])
+    params = SamplingParams(temperature=0, max_tokens=30)
+    with LLM(device="cpu") as llm:
+        right = llm.generate([prompt], params, use_tqdm=False)[0].outputs[0].text
+    assert "".join(mine.stream(prompt, params)) == right
+    said = CliRunner().invoke(app, ["chat", "--mine", "-t", "0"], input="What is a KV cache?\n")
+    assert said.exit_code == 0, said.output
+    assert said.output.startswith(right)
+
+
+def test_my_engine_can_be_watched(with_answers: Answers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(with_answers())
+    result = CliRunner().invoke(app, ["demo", "--mine", "--pace", "0"], env={"COLUMNS": "120"})
+    assert result.exit_code == 0, result.output
+    assert "your own" in result.output
+
+
+def test_half_an_engine_cannot_be_talked_to(
+    with_answers: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(with_answers(MyScheduler=None))
+    result = CliRunner().invoke(app, ["chat", "--mine"], input="Hello\n")
+    assert result.exit_code == 2
+    assert "1 of 14 pieces are missing or do not run (MyScheduler)" in " ".join(
+        result.output.split()
+    )
+    assert "minivllm check capstone" in result.output
+
+
+def test_nothing_attempted_is_one_sentence(
+    with_answers: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(with_answers(**{piece.answer: None for piece in PIECES}))
+    result = CliRunner().invoke(app, ["check", "capstone"], env={"COLUMNS": "300"})
+    assert result.exit_code == 1
+    assert result.output.count("still to write") == 1
+    assert "14 pieces are still to write. Begin with exercise 01.4" in result.output
 
 
 def test_a_crash_is_named(with_answers: Answers, few: None) -> None:

@@ -275,7 +275,7 @@ def test_a_damaged_record_is_said_once_and_kept(
 def test_every_command_says_that_the_record_is_damaged(
     learner: Learner, command: list[str], monkeypatch
 ) -> None:
-    monkeypatch.setattr("minivllm.course.grading.capstone.check", lambda *_: 0)
+    monkeypatch.setattr("minivllm.course.grading.capstone.command.check", lambda *_: 0)
     learner()
     for number in (1, 2):
         Path("exercises/.progress.json").write_text("damaged")

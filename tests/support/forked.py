@@ -2,7 +2,7 @@
 
 A test then does not wait for the imports. `python forked.py ADDRESS` listens on a Unix socket and
 forks for every connection. The child does what the command's worker does,
-`minivllm.course.grading.capstone.main`, with the connection as its standard input and output.
+`minivllm.course.grading.capstone.worker.main`, with the connection as its standard input and output.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 class Server:
     """The process that forks. Close it, or use `with`.
 
-    start: replaces `capstone._start`.
+    start: replaces `examine.start`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -55,7 +55,7 @@ class Server:
 
 
 class Worker:
-    """What `capstone._work` uses of a `subprocess.Popen`: stdin and stdout, kill and wait."""
+    """What `examine.work` uses of a `subprocess.Popen`: stdin and stdout, kill and wait."""
 
     def __init__(self, address: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
@@ -78,15 +78,17 @@ class Worker:
 
 
 def main(address: str) -> None:
-    from minivllm.course.grading import capstone
+    from minivllm.course.grading.capstone import requests, worker
+    from minivllm.course.grading.capstone.pieces import PIECES
     from minivllm.course.notebooks import chapters, role
 
-    capstone._package_run = functools.cache(capstone._package_run)
-    capstone._package_run()
+    worker.package_run = functools.cache(worker.package_run)
+    for round in requests.ROUNDS:
+        worker.package_run(round)
     with contextlib.redirect_stdout(io.StringIO()):
         # Afterwards, the modules that the solutions import are loaded.
         for chapter in chapters(Path(__file__).resolve().parents[2]):
-            if chapter.number in {piece.chapter for piece in capstone.PIECES}:
+            if chapter.number in {piece.chapter for piece in PIECES}:
                 first = next(cell for cell in chapter.solution.cells if cell.cell_type == "code")
                 assert role(first)[0] == "given"
                 exec(compile(first.source, chapter.name, "exec"), {"__name__": "__main__"})
@@ -105,7 +107,7 @@ def main(address: str) -> None:
                 connection.close()
                 sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
                 try:
-                    capstone.main()
+                    worker.main()
                 finally:
                     os._exit(0)
             connection.close()

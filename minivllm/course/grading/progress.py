@@ -17,7 +17,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from minivllm.course.grading import capstone
+from minivllm.course.grading.capstone import command
+from minivllm.course.grading.capstone.standing import standing
 from minivllm.course.grading.errors import UnknownExerciseError
 from minivllm.course.grading.exercise import find
 from minivllm.course.grading.graft import chapter_of, graft
@@ -66,7 +67,7 @@ def check(what: str | None, console: Console, timeout: float = CELL_TIMEOUT) -> 
     if what == "capstone":
         # Prints what is damaged; the capstone itself would not.
         _records(find_root(), console)
-        return capstone.check(console, timeout)
+        return command.check(console, timeout)
     if what is not None:
         chosen = [_find(what)]
     else:
@@ -216,17 +217,17 @@ def overview(console: Console) -> None:
         highlight=False,
     )
     try:
-        standing, is_next = capstone.standing(root)
+        how_near, is_next = standing(root)
     except MiniVLLMError:
         # The table names the chapter with the problem.
-        standing, is_next = "", False
-    if standing:
+        how_near, is_next = "", False
+    if how_near:
         how = (
             ""
-            if is_next or standing == "passed"
+            if is_next or how_near == "passed"
             else " `minivllm check capstone` runs all of them as one engine."
         )
-        console.print(f"The goal, the engine that you wrote: {standing}.{how}", highlight=False)
+        console.print(f"The goal, the engine that you wrote: {how_near}.{how}", highlight=False)
     if is_next:
         following = "minivllm check capstone, which runs all that you wrote as one engine."
     if following:

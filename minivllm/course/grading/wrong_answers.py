@@ -26,7 +26,7 @@ class EditError(MiniVLLMError, ValueError):
 
 
 def sections(text: str) -> list[tuple[str, str]]:
-    """[(why it is wrong, the source or the hunks)], in order. EditError where no heading is first."""
+    """[(why, the source or the hunks)], in order. EditError where no heading is first."""
     found: list[tuple[str, list[str]]] = []
     for line in textwrap.dedent(text).strip("\n").split("\n"):
         if line.startswith(HEADING):

@@ -113,16 +113,30 @@ class EngineLoop:
         self.inputs, self.core, self.outputs = inputs, core, outputs
         self.new_request, self.collector = new_request, OutputCollector()
 
+    def add(self, prompt: list[int], params: SamplingParams) -> str:
+        """Queue a request; returns its request_id. Raises `RequestError` for a bad one."""
+        checked = self.inputs.process(prompt, params)
+        request = self.new_request(checked, self.collector)
+        self.outputs.add(request)
+        for index in range(checked.params.n):
+            self.core.add(request.new_sequence(request, index))
+        return request.request_id
+
+    def abort(self, request_id: str) -> None:
+        """End a request; the next step reports it."""
+        if (request := self.outputs.requests.get(request_id)) is not None:
+            self.core.finish(self.outputs.end(request), "abort")
+
+    def step(self) -> list[RequestOutput]:
+        """One step for all requests; the outputs with news."""
+        for seq_id, stop in self.outputs.process(self.core.step()):
+            self.core.finish([seq_id], "stop", stop)
+        return self.outputs.collect(self.collector)
+
     def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
-        ids, last = [], {}
-        for checked in map(self.inputs.process, prompts, params):
-            request = self.new_request(checked, self.collector)
-            self.outputs.add(request)
-            for index in range(checked.params.n):
-                self.core.add(request.new_sequence(request, index))
-            ids.append(request.request_id)
+        """Serve all of these; the last output of each, in their order."""
+        ids = [self.add(*asked) for asked in zip(prompts, params, strict=True)]
+        last = {}
         while self.outputs.requests:
-            for seq_id, stop in self.outputs.process(self.core.step()):
-                self.core.finish([seq_id], "stop", stop)
-            last |= {output.request_id: output for output in self.outputs.collect(self.collector)}
+            last |= {output.request_id: output for output in self.step()}
         return [last[id] for id in ids]
