@@ -1,9 +1,8 @@
 """Every chapter's exercises: solutions pass, stubs fail at their own check, wrong answers fail with
 the right name.
 
-Wrong answers stand in tests/wrong_answers/chNN.py, in sections
-``# %% 01.2 no-rescale: what is wrong``, each a full replacement of the answer cell; a section named
-``right`` is another right way. `-k ch01` selects a chapter.
+Wrong answers, and other right ones, stand in the modules of the exercises
+(minivllm/course/chapters). `-k ch01` selects a chapter.
 """
 
 from __future__ import annotations

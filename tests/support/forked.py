@@ -2,7 +2,8 @@
 
 A test then does not wait for the imports. `python forked.py ADDRESS` listens on a Unix socket and
 forks for every connection. The child does what the command's worker does,
-`minivllm.course.grading.capstone.worker.main`, with the connection as its standard input and output.
+`minivllm.course.grading.capstone.worker.main`, with the connection as its standard input and
+output.
 """
 
 from __future__ import annotations
