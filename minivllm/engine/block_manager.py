@@ -93,6 +93,16 @@ class BlockManager:
         """The number of free blocks whose content the prefix cache still knows."""
         return sum(self.blocks[i].block_hash is not None for i in self.free_blocks)
 
+    @property
+    def cached_blocks(self) -> list[int]:
+        """The free blocks whose content the prefix cache still knows, in order of eviction."""
+        return [i for i in self.free_blocks if self.blocks[i].block_hash is not None]
+
+    @property
+    def registered_blocks(self) -> list[int]:
+        """The blocks in the prefix cache, those in use included, in ascending order."""
+        return sorted(self.hash_to_block.values())
+
     def num_blocks_for(self, num_tokens: int) -> int:
         """The number of blocks that hold num_tokens tokens: the quotient, rounded up."""
         return -(-num_tokens // self.block_size)

@@ -304,6 +304,7 @@ class EngineCore:
             output.prompt_logprobs.append((item.sequence.seq_id, item.start + 1, logprobs))
         if record is not None:
             record.duration = time.perf_counter() - self._trace_start - record.start_time
+            record.new_token_ids = {label(i.sequence): list(i.new_token_ids) for i in accepted}
             record.finished = [label(i.sequence) for i in accepted if i.sequence.is_finished]
             self._last_record = record
 

@@ -42,7 +42,7 @@ from minivllm.engine.model_runner import ModelRunner
 from minivllm.engine.output_processor import OutputCollector, OutputProcessor, Request
 from minivllm.engine.scheduler import SchedulerBase, SchedulerStats
 from minivllm.engine.sequence import Sequence
-from minivllm.engine.trace import Trace
+from minivllm.engine.trace import Trace, TraceTexts
 from minivllm.inputs import PromptType
 from minivllm.models.loader import load_config, resolve_model_path
 from minivllm.outputs import RequestMetrics, RequestOutput
@@ -125,6 +125,7 @@ class LLMEngine:
         # Collects the outputs of the requests that have no collector of their own, for `step`.
         self.collector = OutputCollector()
         self._request_numbers = itertools.count()
+        self._trace_texts = None if self.tokenizer is None else TraceTexts(self.tokenizer)
         self._step_time = 0.0
         self._is_cut_short = False
         self._is_closed = False
@@ -147,6 +148,11 @@ class LLMEngine:
 
     @property
     def trace(self) -> Trace | None:
+        """The record of all steps, with the texts of those that have ended; None without
+        ``trace=True``.
+        """
+        if self.core.trace is not None and self._trace_texts is not None:
+            self._trace_texts.add_to(self.core.trace)
         return self.core.trace
 
     # --- requests ---------------------------------------------------------------------------------
@@ -195,6 +201,9 @@ class LLMEngine:
             collector,
             functools.partial(self._new_sequence, checked),
         )
+        if self.core.trace is not None and self.tokenizer is not None:
+            prompt = self.tokenizer.decode(checked.prompt_token_ids, skip_special_tokens=True)
+            self.core.trace.prompts[request_id] = prompt
         self.processor.add(request)
         for index in range(checked.params.n):
             self.core.add(request.new_sequence(request, index))

@@ -16,8 +16,10 @@ from minivllm.engine.scheduler import SchedulerBase
 from minivllm.engine.sequence import ScheduledBatch, Sequence
 from minivllm.errors import MiniVLLMError
 from minivllm.files import reason, write_atomically
+from minivllm.tokenizer import Detokenizer, Tokenizer
 
-TRACE_VERSION = 1
+#: Version 2 added the prompts, the new tokens and their texts; a file of version 1 has none.
+TRACE_VERSION = 2
 #: In bytes. A larger file is not read. 10,000 steps of 256 long sequences take about half of it.
 LARGEST_FILE = 1 << 30
 
@@ -64,6 +66,10 @@ class StepRecord:
     #: Blocks in the prefix cache, including those in use.
     registered_blocks: list[int]
     finished: list[str] = field(default_factory=list)
+    #: "request/index" -> the tokens that the step gave it.
+    new_token_ids: dict[str, list[int]] = field(default_factory=dict)
+    #: "request/index" -> what these tokens add to its text. `add_texts` fills it in.
+    texts: dict[str, str] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -84,6 +90,8 @@ class Trace:
     #: each sequence.
     max_model_len: int
     steps: list[StepRecord] = field(default_factory=list)
+    #: request_id -> the text of its prompt, special tokens left out.
+    prompts: dict[str, str] = field(default_factory=dict)
     version: int = TRACE_VERSION
 
     def save(self, path: str | Path) -> None:
@@ -109,9 +117,9 @@ class Trace:
                 raise ValueError(f"it is larger than {LARGEST_FILE >> 20} MiB")
             data = json.loads(content)
             version = data.get("version") if isinstance(data, dict) else None
-            if type(version) is not int or version != TRACE_VERSION:
-                raise ValueError(f"it is not of version {TRACE_VERSION}")
-            trace = _as_type(data, Trace, "")
+            if type(version) is not int or not 1 <= version <= TRACE_VERSION:
+                raise ValueError(f"it is not of version 1 to {TRACE_VERSION}")
+            trace = _as_type({**data, "version": TRACE_VERSION}, Trace, "")
             _require_whole(trace)
         except (ValueError, RecursionError) as error:
             problem = "it is nested too deeply" if isinstance(error, RecursionError) else error
@@ -231,8 +239,43 @@ def record_step(
         waiting=[label(seq) for seq in scheduler.waiting],
         preempted=[label(seq) for seq in batch.preempted],
         num_free_blocks=manager.num_free_blocks,
-        cached_blocks=[i for i in manager.free_blocks if manager.blocks[i].block_hash is not None],
-        registered_blocks=sorted(manager.hash_to_block.values()),
+        # A block manager of one's own may not say which blocks are in the prefix cache.
+        cached_blocks=getattr(manager, "cached_blocks", []),
+        registered_blocks=getattr(manager, "registered_blocks", []),
     )
     trace.steps.append(record)
     return record
+
+
+class TraceTexts:
+    """Adds texts to the records of a trace: what each step's tokens add to a completion's text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        #: "request/index" -> the text so far.
+        self._so_far: dict[str, Detokenizer] = {}
+        self._num_done = 0
+
+    def add_to(self, trace: Trace) -> None:
+        """Add the texts of the steps that have ended since the last call."""
+        if self._num_done > len(trace.steps):
+            self._num_done = 0
+        for record in trace.steps[self._num_done :]:
+            # The results of a step in flight are not known yet.
+            if not record.duration:
+                return
+            for name, token_ids in record.new_token_ids.items():
+                record.texts[name] = self._added(name, token_ids, name in record.finished)
+            self._num_done += 1
+
+    def _added(self, name: str, token_ids: list[int], ends: bool) -> str:
+        if name not in self._so_far:
+            self._so_far[name] = Detokenizer(self._tokenizer, (), True)
+        detokenizer = self._so_far[name]
+        before = len(detokenizer.text)
+        for token_id in token_ids:
+            detokenizer.append(token_id)
+        if ends:
+            detokenizer.finish()
+            del self._so_far[name]
+        return detokenizer.text[before:]

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Round:
-    """Requests that are served together.
+    """Requests that are served together. A round equals itself only, and so has a hash.
 
     name: as the report calls it. requests: (prompt, fields of `SamplingParams`). room: options of
     the engine. split: how many tokens a decode reads at once; a longer context is read in parts,
