@@ -29,7 +29,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from minivllm.cli.options import Engine, Mine, Model, engine_options, open_llm, require_number
-from minivllm.cli.trace import save_trace
+from minivllm.cli.trace import save_page, save_trace
 from minivllm.errors import ConfigError
 from minivllm.files import reason, require_writable, write_atomically
 from minivllm.text import printable
@@ -139,6 +139,10 @@ def demo(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Also save the trace to this file.")
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", help="Also write a page that plays the run in any browser."),
+    ] = None,
     picture: Annotated[
         Path | None, typer.Option(help="Also draw the busiest step into this file, as SVG.")
     ] = None,
@@ -150,6 +154,8 @@ def demo(
     """
     if out is not None:
         require_writable(out, "The trace")
+    if html is not None:
+        require_writable(html, "The page")
     if picture is not None:
         require_writable(picture, "The picture")
     if pace is not None:
@@ -168,6 +174,8 @@ def demo(
     _show_script(llm, console, pace, picture)
     if out is not None:
         save_trace(llm.trace, out)
+    if html is not None:
+        save_page(llm.trace, html)
 
 
 def _open_mine(model: str | None, engine: list[str] | None) -> LLM:

@@ -22,7 +22,7 @@ from minivllm.cli.prompts import prompts_from_stdin, render_all, say_refused, se
 from minivllm.cli.stdio import USER_ERROR
 from minivllm.engine.trace import Trace
 from minivllm.errors import ConfigError, RequestError
-from minivllm.files import reason, require_writable
+from minivllm.files import reason, require_writable, write_atomically
 from minivllm.sampling_params import SamplingParams
 from minivllm.text import printable
 from minivllm.viz.terminal import SafeConsole, step_table
@@ -39,6 +39,14 @@ def trace(
     out: Annotated[Path, typer.Option("--out", "-o", help="Where to save the record.")] = Path(
         "trace.json"
     ),
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", help="Also write a page that plays the record in any browser."),
+    ] = None,
+    svg: Annotated[
+        Path | None,
+        typer.Option("--svg", help="Also write an animated picture of the first 200 steps."),
+    ] = None,
     every_step: Annotated[
         bool,
         typer.Option(
@@ -59,10 +67,19 @@ def trace(
     if show is not None:
         if prompts:
             raise typer.BadParameter("--show prints a saved trace and takes no prompts.")
-        _print_trace(_load_trace(show), every_step)
+        saved = _load_trace(show)
+        if html is not None:
+            save_page(saved, html)
+        if svg is not None:
+            save_film(saved, svg)
+        _print_trace(saved, every_step)
         return
     prompts = prompts or prompts_from_stdin()
     require_writable(out, "The trace")
+    if html is not None:
+        require_writable(html, "The page")
+    if svg is not None:
+        require_writable(svg, "The picture")
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     llm = open_llm(model, engine, trace=True)
     inputs = render_all(llm, prompts, chat, system)
@@ -74,6 +91,10 @@ def trace(
     if refused < len(prompts):
         try:
             save_trace(llm.trace, out)
+            if html is not None:
+                save_page(llm.trace, html)
+            if svg is not None:
+                save_film(llm.trace, svg)
         finally:  # a full disk must not lose what was recorded
             _print_trace(llm.trace, every_step)
     if refused:
@@ -97,3 +118,26 @@ def save_trace(trace: Trace, path: Path) -> None:
         raise ConfigError(f"The trace cannot be written to {path}: {reason(error)}.") from error
     said = f"Trace of {len(trace.steps)} steps saved to {path}; minivllm trace --show {path}"
     typer.secho(printable(said), dim=True, err=True)
+
+
+def save_page(trace: Trace, path: Path, title: str = "minivllm at work") -> None:
+    """Write the page that plays a trace, and say where. Raises `ConfigError`."""
+    from minivllm.viz.player import write_page
+
+    try:
+        write_page(trace, path, title)
+    except OSError as error:
+        raise ConfigError(f"The page cannot be written to {path}: {reason(error)}.") from error
+    said = f"A page that plays the {len(trace.steps)} steps: {path}. Open it in any browser."
+    typer.secho(printable(said), dim=True, err=True)
+
+
+def save_film(trace: Trace, path: Path) -> None:
+    """Write the animated picture of a trace, and say where. Raises `ConfigError`."""
+    from minivllm.viz.player.animated import animated_svg
+
+    try:
+        write_atomically(path, animated_svg(trace, last=200))
+    except OSError as error:
+        raise ConfigError(f"The picture cannot be written to {path}: {reason(error)}.") from error
+    typer.secho(printable(f"An animated picture of the run: {path}"), dim=True, err=True)

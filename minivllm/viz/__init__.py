@@ -6,6 +6,7 @@ matplotlib is imported with the first picture, ipywidgets with the first slider.
 
     draw_block_table(llm.trace, step=3)  # which request owns which block
     draw_kv_memory(llm.trace)            # the use of the cache's memory
+    play(llm.trace)                      # the whole run, to be played in the page; needs no kernel
     scrub(llm.trace)                     # the first picture with a slider; needs a live kernel
 """
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from minivllm.viz.block_table import block_tables, draw_block_table
     from minivllm.viz.composition import draw_composition
     from minivllm.viz.memory import draw_kv_memory, kv_memory
+    from minivllm.viz.player import play
     from minivllm.viz.prefix import draw_prefix_tree
     from minivllm.viz.roofline import draw_floor, draw_roofline
     from minivllm.viz.softmax import draw_online_softmax
@@ -31,6 +33,7 @@ _HOMES = {
     "kv_memory": "minivllm.viz.memory",
     "draw_kv_memory": "minivllm.viz.memory",
     "scrub": "minivllm.viz.widgets",
+    "play": "minivllm.viz.player",
     "draw_timeline": "minivllm.viz.timeline",
     "draw_places": "minivllm.viz.timeline",
     "draw_token_gaps": "minivllm.viz.timeline",
@@ -55,6 +58,7 @@ __all__ = [
     "draw_timeline",
     "draw_token_gaps",
     "kv_memory",
+    "play",
     "scrub",
 ]
 

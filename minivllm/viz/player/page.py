@@ -97,6 +97,6 @@ class Player:
         return f"Player({len(self.trace.steps)} steps)"
 
 
-def show(trace: Trace, title: str = "", step: int | None = None, height: int = 760) -> Player:
+def play(trace: Trace, title: str = "", step: int | None = None, height: int = 760) -> Player:
     """The player of a trace, for the last line of a cell."""
     return Player(trace, title, step, height)
