@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -64,22 +65,17 @@ def trace(
     """Record what the engine does at every step, save it as JSON for minivllm.viz, and print it as
     a table.
     """
+    pictures = _Pictures(html, svg)
     if show is not None:
         if prompts:
             raise typer.BadParameter("--show prints a saved trace and takes no prompts.")
         saved = _load_trace(show)
-        if html is not None:
-            save_page(saved, html)
-        if svg is not None:
-            save_film(saved, svg)
+        pictures.write(saved)
         _print_trace(saved, every_step)
         return
     prompts = prompts or prompts_from_stdin()
     require_writable(out, "The trace")
-    if html is not None:
-        require_writable(html, "The page")
-    if svg is not None:
-        require_writable(svg, "The picture")
+    pictures.require()
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     llm = open_llm(model, engine, trace=True)
     inputs = render_all(llm, prompts, chat, system)
@@ -91,14 +87,32 @@ def trace(
     if refused < len(prompts):
         try:
             save_trace(llm.trace, out)
-            if html is not None:
-                save_page(llm.trace, html)
-            if svg is not None:
-                save_film(llm.trace, svg)
+            pictures.write(llm.trace)
         finally:  # a full disk must not lose what was recorded
             _print_trace(llm.trace, every_step)
     if refused:
         raise typer.Exit(USER_ERROR)
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """Files to write beside the trace: a page that plays it, and a film."""
+
+    html: Path | None
+    svg: Path | None
+
+    def require(self) -> None:
+        """Raise `ConfigError` before the run where a file could not be written after it."""
+        if self.html is not None:
+            require_writable(self.html, "The page")
+        if self.svg is not None:
+            require_writable(self.svg, "The picture")
+
+    def write(self, trace: Trace) -> None:
+        if self.html is not None:
+            save_page(trace, self.html)
+        if self.svg is not None:
+            save_film(trace, self.svg)
 
 
 def _load_trace(path: Path) -> Trace:
