@@ -335,8 +335,8 @@ def test_a_wrong_piece_is_found(with_answers: Answers, quick: None, name: str) -
         "found": {k: id for k, id in found.items() if id[:2] == number},
     }
     for job, expected in (
-        ({"task": "together", "cells": cells, "found": found}, ("", "together")),
-        ({"task": "alone", "pieces": [name], **alone}, (name, "wrong")),
+        ({"task": "together", "rounds": 1, "cells": cells, "found": found}, ("", "together")),
+        ({"task": "alone", "round": 0, "pieces": [name], **alone}, (name, "wrong")),
     ):
         events = [event["problem"] for event in examining.work(job, root / "exercises", 60.0)]
         assert [(problem["piece"], problem["name"]) for problem in events] == [expected]
