@@ -320,7 +320,9 @@ class _Again:
         moved = False
         for i, value in enumerate(twin):
             if i not in writes and _movable(value):
-                value.copy_(value.flatten().roll(1).view(value.shape))
+                # Poison must stay where it is.
+                poisoned = bool(value.isnan().any())
+                value.copy_(-value if poisoned else value.flatten().roll(1).view(value.shape))
                 moved = True
         if not moved:
             return case, plain

@@ -14,6 +14,13 @@ PROMPTS = (
     "What is a KV cache?",
     "What is a block table?",
     "What is 12 + 7?",
+    # About 300 tokens: whoever forgets what lies far back writes other tokens.
+    "There was a market in the village by the sea. "
+    + " ".join(
+        f"On day {day} {name} sold {day * 7} shells and {day % 5 + 2} baskets of figs."
+        for day, name in enumerate(("Pip", "Ada", "Bo", "Cleo", "Dan", "Edda", "Finn"), start=1)
+    )
+    + " Tell me a story about the market, with an owl and a silver key.",
 )
 
 
