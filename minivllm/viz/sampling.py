@@ -183,9 +183,13 @@ def draw_distributions(
         parts.append(f"{name}: {_shown(labels[best])!r} has {values[best]:.2f}{left}")
     alt = (
         f"Chart: {_plural(len(panels), 'distribution')} over the same {len(labels)} tokens, side by"
-        " side."
+        f" side. {'; '.join(parts)}."
     )
-    describe(figure, alt, f"{'; '.join(parts)}.")
+    cut = any(value == 0 for values in panels.values() for value in values)
+    caption = (
+        "A hatched bar is a token that was cut off." if cut else "The numbers are probabilities."
+    )
+    describe(figure, alt, caption)
     return figure
 
 

@@ -106,7 +106,9 @@ def test_what_is_cut_keeps_an_outline() -> None:
     figure = draw_distributions(WORDS, {"all": [0.5, 0.2, 0.2, 0.1], "top_k=2": [0.71, 0.29, 0, 0]})
     assert texts(figure).count("cut") == 2
     assert widths(figure) == pytest.approx([0.5, 0.2, 0.2, 0.1, 0.71, 0.29, 0.2, 0.1])
-    assert "top_k=2: 'the' has 0.71, 2 of 4 left" in figure.caption
+    assert "top_k=2: 'the' has 0.71, 2 of 4 left" in figure.alt
+    assert "cut off" in figure.caption
+    assert "cut off" not in draw_distributions(WORDS, {"all": [0.25] * 4}).caption
 
 
 def test_panels_that_do_not_match_are_refused() -> None:
