@@ -469,7 +469,7 @@ def _bracket(ax: Axes, begin: float, end: float, y: float, text: str, below: boo
     tip = y - 0.25 if below else y + 0.25
     ax.plot([begin, begin, end, end], [tip, y, y, tip], color=palette.RESERVED, linewidth=1.6)
     middle, limits = (begin + end) / 2, ax.get_xlim()
-    align, x = ("left", limits[0]) if end < 0.25 * limits[1] else ("center", middle)
+    align, x = ("left", limits[0]) if end < 0.4 * limits[1] else ("center", middle)
     style = {
         "ha": align,
         "va": "center",
