@@ -41,6 +41,7 @@ class Rotation:
 
     For `draw_rotation`. query, key: the two numbers of each pair, before the rotation. names: the
     names of the pairs. frequencies: radians per position of each. steps: positions of the query.
+    head_dim: the numbers of the whole head. whole_score: the score over all of its pairs.
     """
 
     query: tuple[Pair, ...]
@@ -49,6 +50,8 @@ class Rotation:
     frequencies: tuple[float, ...]
     distance: int
     steps: tuple[int, ...]
+    head_dim: int
+    whole_score: float
 
     def turned(self, step: int) -> list[tuple[Pair, Pair]]:
         """(query, key) of each pair, rotated according to their positions."""
@@ -59,8 +62,12 @@ class Rotation:
         ]
 
     def score(self, step: int) -> float:
-        """The dot product over these pairs."""
-        return sum(q[0] * k[0] + q[1] * k[1] for q, k in self.turned(step))
+        """What these pairs add to the score: their dot product, divided by √head_dim."""
+        return _score(self.turned(step), self.head_dim)
+
+
+def _score(hands: Sequence[tuple[Pair, Pair]], head_dim: int) -> float:
+    return sum(q[0] * k[0] + q[1] * k[1] for q, k in hands) / math.sqrt(head_dim)
 
 
 def turn(pair: Pair, angle: float) -> Pair:
@@ -90,9 +97,19 @@ def rotation(
             f"A query of {len(query)}, a key of {len(key)}, {half} frequencies, {len(chosen)}"
             f" pairs, {len(positions)} positions: there is nothing to draw."
         )
-    q, k = ([(float(x[i]), float(x[i + half])) for i in chosen] for x in (query, key))
-    turns = tuple(float(frequencies[i]) for i in chosen)
-    return Rotation(tuple(q), tuple(k), tuple(chosen), turns, distance, tuple(positions))
+    q, k = ([(float(x[i]), float(x[i + half])) for i in range(half)] for x in (query, key))
+    # Only the distance counts, so the key may stand at position 0.
+    hands = [(turn(a, distance * float(f)), b) for a, b, f in zip(q, k, frequencies, strict=True)]
+    return Rotation(
+        tuple(q[i] for i in chosen),
+        tuple(k[i] for i in chosen),
+        tuple(chosen),
+        tuple(float(frequencies[i]) for i in chosen),
+        distance,
+        tuple(positions),
+        head_dim=2 * half,
+        whole_score=_score(hands, 2 * half),
+    )
 
 
 def draw_rotation(rotation: Rotation, step: int = 0) -> Figure:
@@ -130,13 +147,11 @@ def draw_rotation(rotation: Rotation, step: int = 0) -> Figure:
     figure.text(0.012, 0.945, what, va="center", **_TITLE)
     for x, color, name in ((0.74, QUERY, "query"), (0.84, KEY, "key")):
         figure.text(x, 0.945, f"→ {name}", color=color, fontsize=11.5, weight="bold", va="center")
-    figure.text(
-        0.012,
-        0.035,
-        f"score of these pairs together: {rotation.score(step):.2f}",
-        fontsize=11,
-        color=palette.INK,
+    scores = (
+        f"These {count} pairs add {rotation.score(step):.1f} to the score. All"
+        f" {rotation.head_dim // 2} pairs together: {rotation.whole_score:.1f}."
     )
+    figure.text(0.012, 0.035, scores, fontsize=11, color=palette.INK)
     angles = ", ".join(
         f"pair {n}: {_between(q, k)}°" for n, (q, k) in zip(rotation.names, hands, strict=True)
     )
@@ -144,8 +159,7 @@ def draw_rotation(rotation: Rotation, step: int = 0) -> Figure:
         figure,
         f"Picture: {count} dials, one a pair of numbers, each with a hand for a query and a hand"
         " for a key.",
-        f"{what}. Angle between them: {angles}. Score of these pairs together:"
-        f" {rotation.score(step):.2f}.",
+        f"{what}. Angle between them: {angles}. {scores}",
     )
     return figure
 
@@ -250,7 +264,7 @@ def draw_block(config: ModelConfig) -> Figure:
     ax.text(
         2,
         7,
-        f"residual stream: {hidden} numbers a token",
+        f"residual stream: {hidden} numbers per token",
         va="center",
         fontsize=11,
         color=palette.INK,
@@ -275,13 +289,12 @@ def draw_block(config: ModelConfig) -> Figure:
     describe(
         figure,
         "Picture: a decoder block, with the residual stream as a band and two branches that read it"
-        " and add to it.",
-        f"The stream, {hidden} numbers a token, passes unchanged but for two additions. Attention"
-        " branch: "
+        f" and add to it. The stream has {hidden} numbers per token. Attention branch: "
         + ", ".join(f"{name} ({size})" for name, size, _ in attention if name)
         + ". MLP branch: "
         + ", ".join(f"{name} ({size})" for name, size, _ in mlp)
         + ".",
+        "Each branch reads the stream and adds its result to it. Nothing else changes the stream.",
     )
     return figure
 
@@ -456,8 +469,8 @@ def draw_lens(words: Sequence[str], rows: Mapping[str, Sequence[tuple[str, float
     describe(
         figure,
         f"Picture: the best next word at {len(stages)} stages of the stream, for each of {columns}"
-        " words.",
-        f"In the end: {ends}. Half of the columns have found their word by the stage"
+        f" words. In the end: {ends}.",
+        "A framed word is already the final one. Half of the columns have found theirs by the stage"
         f" “{stages[middle]}”.",
     )
     return figure
@@ -531,7 +544,9 @@ def draw_parameters(models: Mapping[str, ModelConfig]) -> Figure:
         figure, counts, lambda total: f"{_short(total)} parameters", "Where the parameters are"
     )
     describe(
-        figure, f"Chart: shares of the parameters of {len(models)} models.", " ".join(captions)
+        figure,
+        f"Chart: shares of the parameters of {len(models)} models. {' '.join(captions)}",
+        "All bars have the same length, whatever the size of the model.",
     )
     return figure
 
@@ -551,8 +566,9 @@ def draw_flops(config: ModelConfig, contexts: Sequence[int]) -> Figure:
     )
     describe(
         figure,
-        f"Chart: shares of the FLOPs of one token at {len(contexts)} lengths of context.",
-        " ".join(captions),
+        f"Chart: shares of the FLOPs of one token at {len(contexts)} lengths of context."
+        f" {' '.join(captions)}",
+        "All bars have the same length, whatever the length of the context.",
     )
     return figure
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -182,9 +183,13 @@ def draw_distributions(
         parts.append(f"{name}: {_shown(labels[best])!r} has {values[best]:.2f}{left}")
     alt = (
         f"Chart: {_plural(len(panels), 'distribution')} over the same {len(labels)} tokens, side by"
-        " side."
+        f" side. {'; '.join(parts)}."
     )
-    describe(figure, alt, f"{'; '.join(parts)}.")
+    cut = any(value == 0 for values in panels.values() for value in values)
+    caption = (
+        "A hatched bar is a token that was cut off." if cut else "The numbers are probabilities."
+    )
+    describe(figure, alt, caption)
     return figure
 
 
@@ -229,9 +234,10 @@ def ruler(probabilities: Sequence[float]) -> list[tuple[float, float]]:
 
 
 def draw_ruler(replay: SampledText, step: int = -1, names: int = 7) -> Figure:
-    """Draw the ruler of one step with its u: the likeliest tokens by name, the others in grey.
+    """Draw the ruler of one step with its u: likely tokens by name, the others in grey.
 
     step: index into replay.steps, negative from the end; IndexError where there is no such step.
+    names: the most tokens to name. A token whose name does not fit into its part stays grey.
     """
     count = len(replay.steps)
     if not -count <= step < count:
@@ -240,71 +246,66 @@ def draw_ruler(replay: SampledText, step: int = -1, names: int = 7) -> Figure:
     draw = replay.steps[step]
     parts = ruler(draw.probabilities)
     likeliest = sorted(range(len(parts)), key=lambda i: parts[i][0] - parts[i][1])[:names]
+    words = {token: _shown(replay.words[token]) for token in likeliest}
+    sizes = {
+        token: _fitting_size(words[token], parts[token][1] - parts[token][0]) for token in words
+    }
+    named = sorted(token for token, size in sizes.items() if size)
     figure = Figure(2.2)
     ax = figure.add_axes((0.02, 0.03, 0.96, 0.79))
     ax.set_xlim(-0.005, 1.005)
     ax.set_ylim(0, 3)
     ax.set_axis_off()
     ax.add_patch(Rectangle((0, 1), 1, 0.8, facecolor=palette.CACHED, linewidth=0))
-    for place, token in enumerate(sorted(likeliest)):
-        begin, end = parts[token]
-        color = palette.request_color(place)
-        ax.add_patch(
-            Rectangle(
-                (begin, 1),
-                end - begin,
-                0.8,
-                facecolor=color,
-                edgecolor=palette.PAPER,
-                linewidth=0.8,
-            )
-        )
-        name = _shown(replay.words[token])
-        if end - begin > 0.011 * len(name) + 0.012:
-            style = {
-                "ha": "center",
-                "va": "center",
-                "fontsize": 10.5,
-                "color": palette.text_on(color),
-            }
-            ax.text((begin + end) / 2, 1.4, name, **style)
-            ax.text(
-                (begin + end) / 2, 0.72, f"{end - begin:.2f}", ha="center", va="center", **_SOFT
-            )
+    for place, token in enumerate(named):
+        _draw_part(ax, parts[token], palette.request_color(place), words[token], sizes[token])
     begin, end = parts[draw.chosen]
     ax.plot([draw.u, draw.u], [0.9, 2.15], color=palette.INK, linewidth=2.2)
-    ax.add_patch(
-        Rectangle(
-            (begin, 1), max(end - begin, 0.002), 0.8, fill=False, edgecolor=palette.INK, linewidth=2
-        )
-    )
+    frame = {"fill": False, "edgecolor": palette.INK, "linewidth": 2}
+    ax.add_patch(Rectangle((begin, 1), max(end - begin, 0.002), 0.8, **frame))
     side = "left" if draw.u < 0.2 else "right" if draw.u > 0.8 else "center"
-    label = f"u = {draw.u:.3f}  →  {_shown(replay.words[draw.chosen])!r}"
-    ax.text(draw.u, 2.42, label, ha=side, va="center", **_BOLD)
-    for x, text, align in ((0, "0", "left"), (1, "1", "right")):
+    chosen = _shown(replay.words[draw.chosen])
+    ax.text(draw.u, 2.42, f"u = {draw.u:.3f}  →  {chosen!r}", ha=side, va="center", **_BOLD)
+    rest = 1 - sum(parts[i][1] - parts[i][0] for i in named)
+    grey = "; grey: all others" if rest >= _SEEN else ""
+    notes = ((0, "0", "left"), (0.5, f"tokens in order of their ids{grey}", "center"))
+    for x, text, align in (*notes, (1, "1", "right")):
         ax.text(x, 0.25, text, ha=align, va="center", **_SOFT)
-    ax.text(
-        0.5,
-        0.25,
-        "tokens in order of their ids; grey: all others",
-        ha="center",
-        va="center",
-        **_SOFT,
-    )
     text = draw.before.replace("\n", " ")
-    figure.text(0.02, 0.86, f"… {text[-68:]} ▁" if len(text) > 70 else f"{text} ▁", **_BOLD)
-    alt = (
+    if not text:
+        title = "The first token of the answer"
+    else:
+        title = f"… {text[-68:]} ▁" if len(text) > 70 else f"{text} ▁"
+    figure.text(0.02, 0.86, title, **_BOLD)
+    describe(
+        figure,
         f"Picture: the probabilities of step {step} laid on a line from 0 to 1, and the random"
-        " number on it."
+        f" number on it. {_plural(len(named), 'token')} with a name, {1 - rest:.2f} of the line.",
+        f"Step {step}: u = {draw.u:.3f} falls into the part of {chosen!r}, from {begin:.3f} to"
+        f" {end:.3f}.",
     )
-    rest = 1 - sum(parts[i][1] - parts[i][0] for i in likeliest)
-    caption = (
-        f"Step {step}: u = {draw.u:.3f} falls into the part of"
-        f" {_shown(replay.words[draw.chosen])!r}, from {begin:.3f} to {end:.3f}. The"
-        f" {len(likeliest)} likeliest take {1 - rest:.2f} of the line."
-    )
-    describe(figure, alt, caption)
     return figure
+
+
+#: The smallest grey part of a ruler that a reader sees.
+_SEEN = 0.004
+
+
+def _fitting_size(name: str, width: float) -> float:
+    """The largest font size with which the name fits into a part of the ruler; 0 for none."""
+    sizes = (10.5, 9.0, 7.5)
+    return next((s for s in sizes if width > (0.011 * len(name) + 0.012) * s / sizes[0]), 0.0)
+
+
+def _draw_part(ax: Axes, part: tuple[float, float], color: str, name: str, fontsize: float) -> None:
+    """Draw one token's part of the ruler: its name in it, its length below it."""
+    begin, end = part
+    face = {"facecolor": color, "edgecolor": palette.PAPER, "linewidth": 0.8}
+    ax.add_patch(Rectangle((begin, 1), end - begin, 0.8, **face))
+    middle = {"ha": "center", "va": "center"}
+    ink = palette.text_on(color)
+    ax.text((begin + end) / 2, 1.4, name, fontsize=fontsize, color=ink, **middle)
+    ax.text((begin + end) / 2, 0.72, f"{end - begin:.2f}", **middle, **_SOFT)
 
 
 # --- how often ------------------------------------------------------------------------------------
@@ -404,62 +405,71 @@ def life(trace: Trace, name: str, arrival: int = 0) -> Life:
     return Life(tuple(states), begins, sampled[0] - arrival, row.finished - arrival, len(sampled))
 
 
-def draw_life(trace: Trace, name: str, arrival: int = 0) -> Figure:
+def draw_life(
+    trace: Trace, name: str, arrival: int = 0, durations: Sequence[float] | None = None
+) -> Figure:
     """Draw one request from its arrival to its last token: waiting, prompt, decodes.
 
-    TTFT and TPOT are given in steps.
+    durations: the milliseconds of each step of the trace; a step is then as wide as it is long, and
+    TTFT and TPOT are in milliseconds. None gives them in steps.
     """
     found = life(trace, name, arrival)
     steps = len(found.states)
+    edges = [0.0, *accumulate(list(durations or [1] * (arrival + steps))[arrival:][:steps])]
+    first, total = edges[found.ttft], edges[-1]
     figure = Figure(2.4)
     ax = figure.add_axes((0.02, 0.03, 0.96, 0.84))
-    ax.set_xlim(-0.3, steps + 0.3)
+    ax.set_xlim(-0.005 * total, 1.005 * total)
     ax.set_ylim(4.1, -0.3)
     ax.set_axis_off()
     for i, state in enumerate(found.states):
         color, height, hatch = STYLES.get(state, (palette.FREE, 0.46, ""))
-        style = {
-            "facecolor": color,
-            "edgecolor": palette.PAPER,
-            "linewidth": 0.8 if steps < 90 else 0,
-            "hatch": hatch,
-        }
-        ax.add_patch(Rectangle((i, 1.5 - height / 2), 1, height, **style))
-    _bracket(ax, 0, found.ttft, 0.55, f"time to first token: {_plural(found.ttft, 'step')}")
-    if found.num_tokens > 1:
-        text = f"{found.num_tokens - 1} more tokens in {found.finished - found.first_token} steps"
-        _bracket(ax, found.ttft, steps, 2.45, f"{text}: {found.tpot:.2f} steps each", below=True)
-    marks = [
-        (0, "asked"),
-        (found.first_scheduled, "in a batch"),
-        (found.ttft, "first word"),
-        (steps, "done"),
-    ]
-    for i, (x, label) in enumerate(marks):
-        if i == 1 and x < 0.1 * steps:
-            # The first step comes at once: its mark has no room and says nothing.
-            continue
+        line = {"edgecolor": palette.PAPER, "linewidth": 0.8 if steps < 90 else 0, "hatch": hatch}
+        box = (edges[i], 1.5 - height / 2), edges[i + 1] - edges[i], height
+        ax.add_patch(Rectangle(*box, facecolor=color, **line))
+    ttft, gaps = _in_words(found, durations and first, durations and total - first)
+    _bracket(ax, 0, first, 0.55, f"time to first token: {ttft}")
+    caption, more = f"The first token is there after {ttft}", found.num_tokens - 1
+    if more:
+        _bracket(ax, first, total, 2.45, f"{_plural(more, 'more token')} in {gaps}", below=True)
+        caption += f"; {_plural(more, 'more token')} in {gaps}"
+    begins = edges[found.first_scheduled]
+    marks = [(0, "asked", "left"), (first, "first token", "left"), (total, "done", "right")]
+    if begins >= 0.1 * total:
+        # Where the first step comes at once, this mark has no room and says nothing.
+        marks.append((begins, "in a batch", "right"))
+    for x, label, align in marks:
         ax.plot([x, x], [1.0, 3.35], color=palette.INK, linewidth=1.2, linestyle=(0, (3, 2)))
-        align = ("left", "right", "left", "right")[i]
         ax.text(x, 3.65, label, ha=align, va="center", fontsize=10, color=palette.INK)
     figure.text(0.01, 0.9, "The life of a request", **_BOLD)
     waits = sum(state == "wait" for state in found.states)
     prompt = sum(state in ("prefill", "chunk") for state in found.states)
-    alt = f"Timeline: one request over {steps} steps, from its arrival to its last token."
-    caption = (
-        f"It waits for {_plural(waits, 'step')}, its prompt takes {prompt}, and the first token is"
-        f" there after {found.ttft}. {_plural(found.num_tokens, 'token')} in all; after the first,"
-        f" {found.tpot:.2f} steps each."
+    describe(
+        figure,
+        f"Timeline: one request over {steps} steps, from its arrival to its last token. It waits"
+        f" for {_plural(waits, 'step')}, its prompt takes {prompt}.",
+        f"{caption}.",
     )
-    describe(figure, alt, caption)
     return figure
+
+
+def _in_words(found: Life, ttft: float | None, rest: float | None) -> tuple[str, str]:
+    """TTFT, and how long the tokens after the first took; in steps where no times are given.
+
+    ttft, rest: milliseconds until the first token, and from there to the last one.
+    """
+    if ttft is None or rest is None:
+        steps = _plural(found.finished - found.first_token, "step")
+        return _plural(found.ttft, "step"), f"{steps}: {found.tpot:.2f} per token"
+    each = rest / max(found.num_tokens - 1, 1)
+    return f"{ttft:.1f} milliseconds", f"{rest:.1f} milliseconds: {each:.2f} per token"
 
 
 def _bracket(ax: Axes, begin: float, end: float, y: float, text: str, below: bool = False) -> None:
     tip = y - 0.25 if below else y + 0.25
     ax.plot([begin, begin, end, end], [tip, y, y, tip], color=palette.RESERVED, linewidth=1.6)
     middle, limits = (begin + end) / 2, ax.get_xlim()
-    align, x = ("left", limits[0]) if end < 0.25 * limits[1] else ("center", middle)
+    align, x = ("left", limits[0]) if end < 0.4 * limits[1] else ("center", middle)
     style = {
         "ha": align,
         "va": "center",

@@ -78,11 +78,15 @@ def test_all_pairs_together_are_what_the_model_computes(bundled: ModelConfig) ->
     query, key = ([draws.gauss(0, 1) for _ in range(8)] for _ in "qk")
     table = rope_table(bundled.rope, 8, 32, torch.device("cpu"))
     frequencies = [bundled.rope.theta ** (-2 * i / 8) for i in range(4)]
-    found = rotation(query, key, frequencies, 3, pairs=range(4), positions=[10]).score(0)
+    found = rotation(query, key, frequencies, 3, pairs=range(4), positions=[10])
+    part = rotation(query, key, frequencies, 3, pairs=[1], positions=[10])
     q, k = torch.tensor(query).expand(1, 1, 8), torch.tensor(key).expand(1, 1, 8)
     q, _ = qk_norm_rope_reference(q, q, None, None, table, torch.tensor([10]), 1e-6)
     _, k = qk_norm_rope_reference(k, k, None, None, table, torch.tensor([7]), 1e-6)
-    assert found == pytest.approx(float((q * k).sum()), abs=1e-4)
+    expected = float((q * k).sum()) / math.sqrt(8)
+    assert found.score(0) == pytest.approx(expected, abs=1e-4)
+    assert found.whole_score == part.whole_score == pytest.approx(expected, abs=1e-4)
+    assert part.score(0) != pytest.approx(expected, abs=1e-2)
 
 
 def test_dials_say_angles_and_score() -> None:
@@ -93,7 +97,10 @@ def test_dials_say_angles_and_score() -> None:
     assert first.caption.partition(". ")[2] == later.caption.partition(". ")[2], (
         "neither angles nor score change"
     )
-    assert f"{moving.score(0):.2f}" in first.caption
+    assert first.caption.endswith(
+        f"These 5 pairs add {moving.score(0):.1f} to the score."
+        f" All {moving.head_dim // 2} pairs together: {moving.whole_score:.1f}."
+    )
     with pytest.raises(IndexError, match="There is no step 13: the rotation has steps 0 to 12"):
         draw_rotation(moving, 13)
     assert scrub(moving, draw_rotation, step=3).step == 3
@@ -120,14 +127,14 @@ def test_pairings_name_their_pairs_and_refuse_others() -> None:
 
 
 def test_the_block_says_what_each_box_makes(bundled: ModelConfig) -> None:
-    caption = draw_block(bundled).caption
+    alt = draw_block(bundled).alt
     for words in (
-        "256 numbers a token",
+        "256 numbers per token",
         "q, k, v (512)",
         "QK-norm (4 + 2 heads of 64)",
         "gate, up (2 × 768)",
     ):
-        assert words in caption
+        assert words in alt
     llama = config_from_hf(
         {
             "architectures": ["LlamaForCausalLM"],
@@ -139,7 +146,7 @@ def test_the_block_says_what_each_box_makes(bundled: ModelConfig) -> None:
             "max_position_embeddings": 8,
         }
     )
-    assert "QK-norm" not in draw_block(llama).caption
+    assert "QK-norm" not in draw_block(llama).alt
 
 
 def test_columns_and_crosses_of_the_stream() -> None:
@@ -167,8 +174,8 @@ def test_the_lens_frames_what_is_settled() -> None:
     figure = draw_lens(["a", "b"], rows)
     framed = [patch for patch in figure.axes[0].patches if patch.get_linewidth() > 1]
     assert len(framed) == 3  # d at last, c twice
-    assert "In the end: a → d, b → c. Half of the columns" in figure.caption
-    assert figure.caption.endswith("found their word by the stage “block 2”.")
+    assert figure.alt.endswith("In the end: a → d, b → c.")
+    assert figure.caption.endswith("found theirs by the stage “block 2”.")
     for words in (["a"], []):
         with pytest.raises(ValueError, match="nothing to draw"):
             draw_lens(words, rows)
@@ -220,11 +227,11 @@ def test_flops_are_two_a_weight_and_grow_with_the_context() -> None:
 
 def test_bars_say_shares(bundled: ModelConfig) -> None:
     figure = draw_parameters({"bundled": bundled, "Qwen3-8B": shape_config("qwen3-8b")})
-    assert "bundled: 5.25 M parameters, embedding 10%, attention 22%, MLP 67%." in figure.caption
-    assert "head 8%" in figure.caption
+    assert "bundled: 5.25 M parameters, embedding 10%, attention 22%, MLP 67%." in figure.alt
+    assert "head 8%" in figure.alt
     figure = draw_flops(shape_config("qwen3-0.6b"), [1, 40_000])
-    assert figure.caption.startswith("1 token: 1.19 GFLOP")
-    assert "40,000 tokens: " in figure.caption
+    assert "1 token: 1.19 GFLOP" in figure.alt
+    assert "40,000 tokens: " in figure.alt
 
 
 def test_pictures_are_small_and_say_what_they_are(bundled: ModelConfig) -> None:

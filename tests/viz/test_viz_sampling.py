@@ -106,7 +106,9 @@ def test_what_is_cut_keeps_an_outline() -> None:
     figure = draw_distributions(WORDS, {"all": [0.5, 0.2, 0.2, 0.1], "top_k=2": [0.71, 0.29, 0, 0]})
     assert texts(figure).count("cut") == 2
     assert widths(figure) == pytest.approx([0.5, 0.2, 0.2, 0.1, 0.71, 0.29, 0.2, 0.1])
-    assert "top_k=2: 'the' has 0.71, 2 of 4 left" in figure.caption
+    assert "top_k=2: 'the' has 0.71, 2 of 4 left" in figure.alt
+    assert "cut off" in figure.caption
+    assert "cut off" not in draw_distributions(WORDS, {"all": [0.25] * 4}).caption
 
 
 def test_panels_that_do_not_match_are_refused() -> None:
@@ -138,8 +140,17 @@ def test_a_draw_shows_where_u_fell() -> None:
 def test_few_names_leave_the_rest_grey() -> None:
     probabilities = tuple([0.01] * 60 + [0.4])
     replay = SampledText((Draw(probabilities, 0.9, 60),), tuple(f"w{i}" for i in range(61)))
-    figure = draw_ruler(replay, names=1)
-    assert "The 1 likeliest take 0.40 of the line." in figure.caption
+    figure = draw_ruler(replay, names=7)
+    assert "1 token with a name, 0.40 of the line." in figure.alt, "the others have no room"
+    assert "tokens in order of their ids; grey: all others" in texts(figure)
+
+
+def test_a_ruler_without_grey_tells_of_none_and_the_first_step_says_so() -> None:
+    replay = SampledText((Draw((0.5, 0.2, 0.2, 0.1), 0.75, 2),), WORDS)
+    figure = draw_ruler(replay)
+    assert "4 tokens with a name, 1.00 of the line." in figure.alt
+    assert "tokens in order of their ids" in texts(figure)
+    assert "The first token of the answer" in texts(figure)
 
 
 def test_a_sampled_text_can_be_scrubbed() -> None:
@@ -180,9 +191,21 @@ def test_a_life_is_counted_in_steps(trace: Trace) -> None:
 def test_the_picture_says_the_same(trace: Trace) -> None:
     one, figure = life(trace, "2/0"), draw_life(trace, "2/0")
     assert f"time to first token: {one.ttft} steps" in texts(figure)
-    assert f"the first token is there after {one.ttft}" in figure.caption
+    assert f"The first token is there after {one.ttft} steps" in figure.caption
     assert "asked" in texts(figure)
     assert "in a batch" not in texts(draw_life(trace, "0/0")), "it came into the first step"
+
+
+def test_a_life_in_milliseconds_has_steps_of_their_own_widths(trace: Trace) -> None:
+    one, durations = life(trace, "2/0"), [1.0 + record.num_tokens for record in trace.steps]
+    figure = draw_life(trace, "2/0", durations=durations)
+    assert widths(figure)[: len(one.states)] == pytest.approx(durations[: len(one.states)])
+    ttft = sum(durations[: one.ttft])
+    rest = sum(durations[one.ttft : one.finished + 1])
+    assert f"time to first token: {ttft:.1f} milliseconds" in texts(figure)
+    assert f"{rest:.1f} milliseconds: {rest / 8:.2f} per token" in figure.caption
+    later = draw_life(trace, "2/0", arrival=3, durations=durations)
+    assert f"time to first token: {ttft - sum(durations[:3]):.1f} milliseconds" in texts(later)
 
 
 def test_who_is_not_there_has_no_life(trace: Trace) -> None:
