@@ -257,12 +257,12 @@ ROAD = (
     ),
     Stop("04_block_manager", "plain Python", "sharing, hashing, evicting", ("03",)),
     Stop("05_scheduler", "plain Python", "who runs in the next step, and who waits", ("03", "04")),
-    Stop("06_qwen3", "model", "the model, layer by layer, from its checkpoint", ("01",)),
+    Stop("06_qwen3", "model", "the model, layer by layer, from its checkpoint", ("01", "03")),
     Stop(
         "07_engine", "engine", "the loop that ties it together, and sampling", ("03", "05"), ("06",)
     ),
     Stop("08_cuda_graphs", "engine", "where a GPU's time goes when nothing computes", ("03", "05")),
-    Stop("09_tensor_parallel", "engine", "one model on several GPUs", ("05", "06")),
+    Stop("09_tensor_parallel", "engine", "one model on several GPUs", ("03", "06", "07")),
     Stop("10_measuring", "use", "how fast it is, and how fast it could be", ("07",), ("08",)),
     Stop("11_using_minivllm", "use", "every option, with an example", ("07",)),
 )
