@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from minivllm.engine.sequence import PENDING
 from minivllm.viz import palette
@@ -41,6 +41,8 @@ def draw_step_costs(measured: Mapping[str, Points], floor: float) -> Figure:
     handles = _lines(ax, measured)
     handles.append(ax.axhline(floor, color=palette.SOFT_INK, linewidth=1.2, linestyle=(0, (1, 2))))
     _name_axes(ax, "What a step takes", "tokens in the step", "milliseconds")
+    ax.set_yticks([5, 10, 20, 50, 100, 200], minor=False)
+    ax.yaxis.set_minor_locator(NullLocator())
     for axis, form in ((ax.xaxis, "{:,.0f}"), (ax.yaxis, "{:g}")):
         axis.set_major_formatter(FuncFormatter(lambda value, _, form=form: form.format(value)))
     side_legend(ax, handles, [*measured, "reading the weights"], "Tokens of")
@@ -275,5 +277,7 @@ def _overlap_alt(runs: Mapping[str, Sequence[StepLike]]) -> str:
 
 
 def _overlap_caption(runs: Mapping[str, Sequence[StepLike]]) -> str:
-    ends = [f"{title}: {steps[-1].updated[1]:.1f}" for title, steps in runs.items()]
-    return f"The same tokens in less time. {', '.join(ends)}."
+    ends = {title: steps[-1].updated[1] for title, steps in runs.items()}
+    first, last = next(iter(ends)), list(ends)[-1]
+    share = round(100 * ends[last] / ends[first])
+    return f"“{last}” needs {share} % of the time of “{first}”."

@@ -520,17 +520,13 @@ def draw_places(traces: Mapping[str, Trace]) -> Figure:
         _style(ax, longest, len(seating.seats), words, "")
         y -= 0.07
     ax.set_xlabel("step", fontsize=9.5, color=palette.SOFT_INK)
-    alt = f"Chart: who sits in which place of the batch at each step, for {_list(list(traces))}."
     sentences = [
         f"{title}: {p.num_steps} steps with {len(p.seats)} places, {round(100 * p.wasted)} % of"
         " them empty."
         for title, p in all_places.items()
     ]
-    describe(
-        figure,
-        alt,
-        " ".join(sentences) + " Dark starts are prompts; hatched places computed nothing.",
-    )
+    alt = f"Chart: who sits in which place of the batch at each step. {' '.join(sentences)}"
+    describe(figure, alt, "Dark starts are prompts; hatched places computed nothing.")
     return figure
 
 
@@ -679,13 +675,9 @@ def draw_token_gaps(traces: Mapping[str, Trace]) -> Figure:
         fontsize=9.5,
         color=palette.SOFT_INK,
     )
-    alt = f"Chart: time between tokens at each step, for {_list(list(traces))}."
-    words = "Milliseconds between a request's tokens. " + " ".join(sentences)
-    describe(
-        figure,
-        alt,
-        words + " Orange steps compute prompt tokens beside the decodes; blue ones do not.",
-    )
+    alt = f"Chart: milliseconds between a request's tokens at each step. {' '.join(sentences)}"
+    words = "Orange steps compute prompt tokens beside the decodes; blue ones do not."
+    describe(figure, alt, words)
     return figure
 
 
