@@ -320,8 +320,8 @@ def draw_block_story(story: BlockStory, step: int = -1, ax: Axes | None = None) 
     _story_legend(ax, height - 0.18)
     describe(
         figure,
-        f"Picture: the blocks of a KV cache after event {step}: {moment.text}",
-        _story_caption(step, moment),
+        f"Picture: the blocks of a KV cache{f' after event {step}' * bool(number)}: {moment.text}",
+        (f"Event {step}: " if number else "") + _story_caption(moment),
     )
     return figure
 
@@ -469,11 +469,11 @@ def _story_legend(ax: Axes, y: float) -> None:
         x += 0.62 + 0.075 * len(kind)
 
 
-def _story_caption(step: int, moment: Moment) -> str:
+def _story_caption(moment: Moment) -> str:
     used = sum(count > 0 for count in moment.ref_counts)
     shared = [str(block) for block, count in enumerate(moment.ref_counts) if count > 1]
     cached = moment.cached
-    text = f"Event {step}: {moment.text} {used} blocks used"
+    text = f"{moment.text} {used} blocks used"
     text += f", {len(shared)} of them shared ({_listed(shared)})" if shared else ", none shared"
     text += f"; {len(cached)} cached, {len(moment.free) - len(cached)} empty."
     return text + (
@@ -560,11 +560,13 @@ def draw_reuse(
     )
     total = Bar("", sum(again), sum(new))
     shares = "; ".join(f"{bar.label}: {bar.again:,} of {bar.again + bar.new:,}" for bar in bars)
-    alt = f"Chart: {title[0].lower()}{title[1:]}. {names[0].capitalize()}: {shares}."
-    caption = (
-        f"In all, {total.again:,} of {total.again + total.new:,} {ylabel}"
-        f" ({round(100 * total.share)} %): {names[0]}."
+    what = names[0].capitalize()
+    alt = (
+        f"Chart: {title[0].lower()}{title[1:]}. {what}: {shares}; in all {total.again:,} of"
+        f" {total.again + total.new:,}."
     )
+    ends = [f"{round(100 * bar.share)} % ({bar.label})" for bar in (bars[0], bars[-1])]
+    caption = f"{what}: {ends[0]}, {ends[1]}."
     describe(figure, alt, caption)
     return figure
 
@@ -620,9 +622,11 @@ def draw_hit_rates(
         (x0, y0), (x1, y1) = points[0], points[-1]
         parts.append(f"{name}: from {round(100 * y0)} % at {x0:g} to {round(100 * y1)} % at {x1:g}")
     alt = f"Chart: {title[0].lower()}{title[1:]}, against {xlabel}. {'; '.join(parts)}."
-    most = max(max(y for _, y in points) for points in curves.values())
-    caption = f"The best rate of all lines is {round(100 * most)} %" + (
-        f"; no policy can exceed {round(100 * limit)} %." if limit is not None else "."
+    best = max(curves, key=lambda name: sum(y for _, y in curves[name]))
+    caption = f"“{best}” is the best of them." + (
+        f" No policy can exceed {round(100 * limit)} %, the dotted line."
+        if limit is not None
+        else ""
     )
     describe(figure, alt, caption)
     return figure
