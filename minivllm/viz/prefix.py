@@ -128,16 +128,13 @@ def draw_prefix_tree(
     kept, alone = len(nodes), sum(-(-len(prompt) // block_size) for prompt in prompts)
     letters = [palette.request_letter(i) for i in range(len(prompts))]
     depth = len({node.block_hash for node in full if len(node.owners) == len(prompts)})
-    caption = (
-        f"{_listed(letters)}, prompts of {_listed([str(len(p)) for p in prompts])} tokens, cut into"
-        f" blocks of {block_size}. Alone they need {alone} blocks, together {kept}: {len(shared)}"
-        f" full blocks are shared, {depth} of them by all. The last block of a prompt, if not full,"
-        " has no name and is never shared."
+    alt = (
+        f"Picture: {_listed(letters)}, prompts of {_listed([str(len(p)) for p in prompts])} tokens,"
+        f" as a tree of blocks of {block_size}. Alone they need {alone} blocks, together {kept}:"
+        f" {len(shared)} full blocks are shared, {depth} of them by all."
     )
     describe(
-        figure,
-        f"Picture: {len(prompts)} prompts as a tree of blocks; equal beginnings are drawn once.",
-        caption,
+        figure, alt, "The last block of a prompt, if not full, has no name and is never shared."
     )
     return figure
 
@@ -285,8 +282,8 @@ class BlockStory:
     ) -> None:
         """Add a moment: the present state of the pool, after the event in `text`.
 
-        names: block -> hash, or a word. A letter keeps its row and its colour through the story, by
-        order of first appearance.
+        names: block -> hash, or a word. A letter keeps its row through the story, by order of first
+        appearance, and its colour.
         """
         short = {block: short_name(name) for block, name in names.items()}
         owned = {letter: tuple(table) for letter, table in tables.items()}
@@ -311,23 +308,30 @@ def draw_block_story(story: BlockStory, step: int = -1, ax: Axes | None = None) 
     ax.set_xlim(0, WIDTH)
     ax.set_ylim(height, 0)
     ax.set_axis_off()
-    number = f"{step} of {len(story.steps) - 1}"
+    # A story of one moment needs no number.
+    number = f"{step} of {len(story.steps) - 1}" if len(story.steps) > 1 else ""
     _say(ax, _MARGIN, 0.24, number, fontsize=12, color=palette.INK, weight="bold")
-    x = _MARGIN + 0.15 + 0.1 * len(number)
+    x = _MARGIN + (0.15 + 0.1 * len(number) if number else 0.0)
     _say(ax, x, 0.24, moment.text, fontsize=11, color=palette.INK)
-    drawing = _StoryDrawing(
-        ax, moment, {letter: palette.request_color(i) for i, letter in enumerate(letters)}
-    )
+    drawing = _StoryDrawing(ax, moment, _colors(letters))
     drawing.pool(pool_y, cell)
     drawing.tables(rows_y, small)
     drawing.queue(queue_y, small)
     _story_legend(ax, height - 0.18)
     describe(
         figure,
-        f"Picture: the blocks of a KV cache after event {step}: {moment.text}",
-        _story_caption(step, moment),
+        f"Picture: the blocks of a KV cache{f' after event {step}' * bool(number)}: {moment.text}",
+        (f"Event {step}: " if number else "") + _story_caption(moment),
     )
     return figure
+
+
+def _colors(letters: Sequence[str]) -> dict[str, str]:
+    """The colours of the other pictures for A, B, C and so on; for other names by order."""
+    alphabet = {palette.request_letter(i): i for i in range(26)}
+    if all(letter in alphabet for letter in letters):
+        return {letter: palette.request_color(alphabet[letter]) for letter in letters}
+    return {letter: palette.request_color(i) for i, letter in enumerate(letters)}
 
 
 def _say(ax: Axes, x: float, y: float, text: str, **options: Any) -> None:
@@ -457,18 +461,19 @@ def _story_legend(ax: Axes, y: float) -> None:
     for kind in ("used", "shared", "cached: free, content known", "empty: free, nothing known"):
         if kind in ("used", "shared"):
             edge = {"edgecolor": palette.INK, "lw": 1.8} if kind == "shared" else _PLAIN
-            ax.add_patch(Rectangle((x, y - 0.1), 0.2, 0.2, facecolor=palette.REQUESTS[0], **edge))
+            # Grey: every colour means a request.
+            ax.add_patch(Rectangle((x, y - 0.1), 0.2, 0.2, facecolor=palette.SOFT_INK, **edge))
         else:
             _unused(ax, x, y - 0.1, 0.2, kind.startswith("cached"))
         ax.text(x + 0.28, y, kind, fontsize=9, color=palette.SOFT_INK, va="center")
         x += 0.62 + 0.075 * len(kind)
 
 
-def _story_caption(step: int, moment: Moment) -> str:
+def _story_caption(moment: Moment) -> str:
     used = sum(count > 0 for count in moment.ref_counts)
     shared = [str(block) for block, count in enumerate(moment.ref_counts) if count > 1]
     cached = moment.cached
-    text = f"Event {step}: {moment.text} {used} blocks used"
+    text = f"{moment.text} {used} blocks used"
     text += f", {len(shared)} of them shared ({_listed(shared)})" if shared else ", none shared"
     text += f"; {len(cached)} cached, {len(moment.free) - len(cached)} empty."
     return text + (
@@ -555,14 +560,14 @@ def draw_reuse(
     )
     total = Bar("", sum(again), sum(new))
     shares = "; ".join(f"{bar.label}: {bar.again:,} of {bar.again + bar.new:,}" for bar in bars)
-    caption = (
-        f"{title}. {names[0].capitalize()}: {shares}; in all {total.again:,} of"
-        f" {total.again + total.new:,} "
+    what = names[0].capitalize()
+    alt = (
+        f"Chart: {title[0].lower()}{title[1:]}. {what}: {shares}; in all {total.again:,} of"
+        f" {total.again + total.new:,}."
     )
-    caption += f"({round(100 * total.share)} %)."
-    describe(
-        figure, f"Chart: {title.lower()}, {names[0]} and {names[1]}, for {len(bars)} bars.", caption
-    )
+    ends = [f"{round(100 * bar.share)} % ({bar.label})" for bar in (bars[0], bars[-1])]
+    caption = f"{what}: {ends[0]}, {ends[1]}."
+    describe(figure, alt, caption)
     return figure
 
 
@@ -616,10 +621,14 @@ def draw_hit_rates(
     for name, points in curves.items():
         (x0, y0), (x1, y1) = points[0], points[-1]
         parts.append(f"{name}: from {round(100 * y0)} % at {x0:g} to {round(100 * y1)} % at {x1:g}")
-    caption = f"{title}, against {xlabel}. {'; '.join(parts)}." + (
-        f" The most that is possible: {round(100 * limit)} %." if limit is not None else ""
+    alt = f"Chart: {title[0].lower()}{title[1:]}, against {xlabel}. {'; '.join(parts)}."
+    best = max(curves, key=lambda name: sum(y for _, y in curves[name]))
+    caption = f"“{best}” is the best of them." + (
+        f" No policy can exceed {round(100 * limit)} %, the dotted line."
+        if limit is not None
+        else ""
     )
-    describe(figure, f"Chart: {title.lower()} against {xlabel}, {len(curves)} lines.", caption)
+    describe(figure, alt, caption)
     return figure
 
 

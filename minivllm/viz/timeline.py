@@ -166,12 +166,14 @@ def draw_timeline(
     step: int | None = None,
     ax: Axes | None = None,
     labels: Sequence[str] | None = None,
+    title: str = "",
 ) -> Figure:
     """Draw what each request does in each step, one row per request, in order of arrival.
 
     step: mark this step, and draw the later ones faintly; negative steps count from the end, None
     marks none. ax: draw there instead of on a new figure. labels: one per request, in order of
-    arrival; drawn beside its row. Returns the figure; it displays itself, with a caption in words.
+    arrival; drawn beside its row. title: "" counts the requests. A colour says what a request does,
+    so the letters have none. Returns the figure; it displays itself, with a caption in words.
     """
     rows = timeline(trace)
     step = None if step is None else check_step(trace, step)
@@ -207,8 +209,9 @@ def draw_timeline(
             edgecolor=palette.INK,
             linewidth=1.2,
             zorder=5,
+            clip_on=False,
         )
-    _style(ax, len(trace.steps), max(len(rows), 2), "The scheduler's timeline", "step")
+    _style(ax, len(trace.steps), max(len(rows), 2), title or _timeline_title(trace, rows), "step")
     _state_legend(figure, rows, total)
     describe(figure, _timeline_alt(trace, rows), _timeline_caption(trace, rows, step))
     return figure
@@ -242,9 +245,9 @@ def _draw_row(
             )
             mark.set_path_effects([withStroke(linewidth=2.5, foreground=palette.PAPER)])
     if row.finished is not None and (step is None or row.finished <= step):
-        ax.plot(
-            [row.finished + 1] * 2, [y + 0.1, y + 0.9], color=palette.INK, linewidth=1.6, zorder=4
-        )
+        # In the last step this line stands on the edge of the axes.
+        style = {"color": palette.INK, "linewidth": 1.6, "zorder": 4, "clip_on": False}
+        ax.plot([row.finished + 1] * 2, [y + 0.1, y + 0.9], **style)
 
 
 def _bar(
@@ -268,9 +271,9 @@ def _bar(
 
 
 def _draw_name(ax: Axes, y: int, row: TimelineRow, label: str, height: float) -> None:
-    """Draw the request's letter on its colour, left of its row, and its label left of that."""
+    """Draw the request's letter left of its row, and its label left of that."""
     points = 72 * height
-    chip = {"boxstyle": "square,pad=0.18", "facecolor": row.color, "edgecolor": "none"}
+    chip = {"boxstyle": "square,pad=0.18", "facecolor": palette.FREE, "edgecolor": palette.LINE}
     options = {"xycoords": ax.get_yaxis_transform(), "textcoords": "offset points", "va": "center"}
     ax.annotate(
         row.letter,
@@ -280,7 +283,7 @@ def _draw_name(ax: Axes, y: int, row: TimelineRow, label: str, height: float) ->
         fontsize=min(9.0, 0.5 * points),
         weight="bold",
         bbox=chip,
-        color=palette.text_on(row.color),
+        color=palette.text_on(palette.FREE),
         **options,
     )
     if label:
@@ -362,6 +365,11 @@ def _state_legend(figure: Figure, rows: list[TimelineRow], total: float) -> None
         ha="right",
         va="center",
     )
+
+
+def _timeline_title(trace: Trace, rows: list[TimelineRow]) -> str:
+    most = max(len(record.running) for record in trace.steps)
+    return f"{_plural(len(rows), 'request')}, at most {most} at a time, step by step"
 
 
 def _timeline_alt(trace: Trace, rows: list[TimelineRow]) -> str:
@@ -512,17 +520,13 @@ def draw_places(traces: Mapping[str, Trace]) -> Figure:
         _style(ax, longest, len(seating.seats), words, "")
         y -= 0.07
     ax.set_xlabel("step", fontsize=9.5, color=palette.SOFT_INK)
-    alt = f"Chart: who sits in which place of the batch at each step, for {_list(list(traces))}."
     sentences = [
         f"{title}: {p.num_steps} steps with {len(p.seats)} places, {round(100 * p.wasted)} % of"
         " them empty."
         for title, p in all_places.items()
     ]
-    describe(
-        figure,
-        alt,
-        " ".join(sentences) + " Dark starts are prompts; hatched places computed nothing.",
-    )
+    alt = f"Chart: who sits in which place of the batch at each step. {' '.join(sentences)}"
+    describe(figure, alt, "Dark starts are prompts; hatched places computed nothing.")
     return figure
 
 
@@ -671,13 +675,9 @@ def draw_token_gaps(traces: Mapping[str, Trace]) -> Figure:
         fontsize=9.5,
         color=palette.SOFT_INK,
     )
-    alt = f"Chart: time between tokens at each step, for {_list(list(traces))}."
-    words = "Milliseconds between a request's tokens. " + " ".join(sentences)
-    describe(
-        figure,
-        alt,
-        words + " Orange steps compute prompt tokens beside the decodes; blue ones do not.",
-    )
+    alt = f"Chart: milliseconds between a request's tokens at each step. {' '.join(sentences)}"
+    words = "Orange steps compute prompt tokens beside the decodes; blue ones do not."
+    describe(figure, alt, words)
     return figure
 
 

@@ -135,7 +135,7 @@ def test_the_tree_is_drawn() -> None:
     assert letters == {"A": 4, "B": 3, "C": 2, "D": 2}
     assert (
         "Alone they need 11 blocks, together 8: 2 full blocks are shared, 0 of them by all."
-        in figure.caption
+        in figure.alt
     )
     check_words_and_size(figure)
 
@@ -220,12 +220,13 @@ def test_words_may_stand_for_hashes() -> None:
 
 def test_bars_are_the_numbers() -> None:
     bars = [Bar("one", 0, 40), Bar("two", 30, 10), Bar("three", 95, 5)]
-    figure = draw_reuse(bars, title="Tokens", names=("old", "new"))
+    figure = draw_reuse(bars, title="Tokens", names=("known from before", "new"))
     heights = [patch.get_height() for patch in figure.axes[0].patches]
     assert heights == [40, 10, 5, 0, 30, 95]
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert texts == ["0 %", "75 %", "95 %"]
-    assert "two: 30 of 40; three: 95 of 100; in all 125 of 180 (69 %)" in figure.caption
+    assert "two: 30 of 40; three: 95 of 100; in all 125 of 180." in figure.alt
+    assert figure.caption == "Known from before: 0 % (one), 95 % (three)."
     check_words_and_size(figure)
 
 
@@ -243,7 +244,8 @@ def test_lines_are_the_numbers() -> None:
         len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines[:2]})
         == 2
     )
-    assert "LRU: from 25 % at 10 to 50 % at 20" in figure.caption
+    assert "LRU: from 25 % at 10 to 50 % at 20" in figure.alt
+    assert "“LRU” is the best" in figure.caption
     assert "75 %" in figure.caption
     check_words_and_size(figure)
 

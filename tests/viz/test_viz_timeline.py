@@ -258,13 +258,13 @@ def test_pictures_of_several_traces(engine: Trace, simulated: Trace) -> None:
         figure = draw(traces)
         assert len(figure.axes) == 2
         assert len({ax.get_xlim() for ax in figure.axes}) == 1, "one scale"
-        assert "one: " in figure.caption
-        assert "other: " in figure.caption
+        assert "one: " in figure.alt
+        assert "other: " in figure.alt
         assert len(figure.to_png()) < MAX_PNG_BYTES
     share = round(100 * places(engine).wasted)
     assert (
         f"one: {len(engine.steps)} steps with 4 places, {share} % of them empty."
-        in draw_places(traces).caption
+        in draw_places(traces).alt
     )
 
 
