@@ -166,12 +166,14 @@ def draw_timeline(
     step: int | None = None,
     ax: Axes | None = None,
     labels: Sequence[str] | None = None,
+    title: str = "What each request does in each step",
 ) -> Figure:
     """Draw what each request does in each step, one row per request, in order of arrival.
 
     step: mark this step, and draw the later ones faintly; negative steps count from the end, None
     marks none. ax: draw there instead of on a new figure. labels: one per request, in order of
     arrival; drawn beside its row. Returns the figure; it displays itself, with a caption in words.
+    The letters have no colours here: a colour says what the request does, not who it is.
     """
     rows = timeline(trace)
     step = None if step is None else check_step(trace, step)
@@ -208,7 +210,7 @@ def draw_timeline(
             linewidth=1.2,
             zorder=5,
         )
-    _style(ax, len(trace.steps), max(len(rows), 2), "The scheduler's timeline", "step")
+    _style(ax, len(trace.steps), max(len(rows), 2), title, "step")
     _state_legend(figure, rows, total)
     describe(figure, _timeline_alt(trace, rows), _timeline_caption(trace, rows, step))
     return figure
@@ -242,9 +244,8 @@ def _draw_row(
             )
             mark.set_path_effects([withStroke(linewidth=2.5, foreground=palette.PAPER)])
     if row.finished is not None and (step is None or row.finished <= step):
-        ax.plot(
-            [row.finished + 1] * 2, [y + 0.1, y + 0.9], color=palette.INK, linewidth=1.6, zorder=4
-        )
+        end = {"color": palette.INK, "linewidth": 1.6, "zorder": 4, "clip_on": False}
+        ax.plot([row.finished + 1] * 2, [y + 0.1, y + 0.9], **end)
 
 
 def _bar(
@@ -268,9 +269,9 @@ def _bar(
 
 
 def _draw_name(ax: Axes, y: int, row: TimelineRow, label: str, height: float) -> None:
-    """Draw the request's letter on its colour, left of its row, and its label left of that."""
+    """Draw the request's letter left of its row, and its label left of that."""
     points = 72 * height
-    chip = {"boxstyle": "square,pad=0.18", "facecolor": row.color, "edgecolor": "none"}
+    chip = {"boxstyle": "square,pad=0.18", "facecolor": palette.FREE, "edgecolor": palette.LINE}
     options = {"xycoords": ax.get_yaxis_transform(), "textcoords": "offset points", "va": "center"}
     ax.annotate(
         row.letter,
@@ -280,7 +281,7 @@ def _draw_name(ax: Axes, y: int, row: TimelineRow, label: str, height: float) ->
         fontsize=min(9.0, 0.5 * points),
         weight="bold",
         bbox=chip,
-        color=palette.text_on(row.color),
+        color=palette.INK,
         **options,
     )
     if label:
