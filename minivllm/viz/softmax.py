@@ -131,29 +131,41 @@ def draw_online_softmax(
     return figure
 
 
+def _shades(count: int) -> list[str]:
+    """One colour per score, from dark to light in their order, so that no two are the same."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    return [to_hex(colormaps["viridis"](0.9 * i / max(1, count - 1))) for i in range(count)]
+
+
 def _draw_scores(ax: Axes, replay: SoftmaxReplay, step: int) -> None:
-    seen = replay.steps[step].end
-    finite = [score for score in replay.scores if math.isfinite(score)] or [0.0]
-    low, high = min(finite), max(finite)
+    seen, shades = replay.steps[step].end, _shades(len(replay.scores))
+    finite = [score for score in replay.scores if math.isfinite(score)]
+    low, high = min([0.0, *finite]), max([0.0, *finite])
     room = max(high - low, 1.0)
-    base = low - 0.12 * room
-    ax.set_ylim(base, high + 0.25 * room)
+    ax.set_ylim(low - 0.16 * room * (low < 0), high + 0.18 * room)
     ax.set_title(f"Step {step + 1} of {len(replay.steps)}: scores, as they come", **_BOLD)
     ax.set_ylabel("score and maximum", fontsize=9.5, color=palette.SOFT_INK)
-    ax.spines["bottom"].set_visible(False)
+    ax.spines["bottom"].set_position(("data", 0.0))
     for i, score in enumerate(replay.scores):
-        color = palette.request_color(i) if i < seen else palette.CACHED
-        if math.isfinite(score):
-            ax.add_patch(
-                Rectangle((i - 0.3, base), 0.6, score - base, facecolor=color, linewidth=0)
-            )
-            kind = {
-                "color": palette.INK if i < seen else palette.SOFT_INK,
-                "fontsize": 9,
-                "ha": "center",
-                "bbox": _LABEL,
-            }
-            ax.text(i, score + 0.03 * room, f"{score:.1f}", va="bottom", **kind)
+        color = shades[i] if i < seen else palette.CACHED
+        if not math.isfinite(score):
+            continue
+        ax.add_patch(Rectangle((i - 0.3, 0), 0.6, score, facecolor=color, linewidth=0))
+        # The number stands inside a bar that has room for it: above a bar runs the maximum.
+        inside = abs(score) > 0.2 * room
+        up = (score >= 0) != inside
+        ax.text(
+            i,
+            score + (0.03 if up else -0.03) * room,
+            f"{score:.1f}",
+            va="bottom" if up else "top",
+            ha="center",
+            fontsize=9,
+            color=palette.text_on(color) if inside else palette.INK,
+            bbox=None if inside else _LABEL,
+        )
     for record in replay.steps[: step + 1]:
         left, right = record.start - 0.5, record.end - 0.5
         if math.isfinite(record.new_max):
@@ -175,13 +187,12 @@ def _draw_sums(ax: Axes, replay: SoftmaxReplay, step: int, numbers: bool) -> Non
     height = max(record.new_sum for record in replay.steps) or 1.0
     ax.set_ylim(0, 1.3 * height)
     ax.set_ylabel("sum of exp(score − max)", fontsize=9.5, color=palette.SOFT_INK)
+    shades = _shades(len(replay.scores))
     for index, record in enumerate(replay.steps[: step + 1]):
         left, right = record.start - 0.3, record.end - 0.7
         base = 0.0
         for i, piece in enumerate(replay.pieces(index)):
-            color = palette.request_color(i)
-            face = color if index == step else palette.tint(color, 0.55)
-            style = {"facecolor": face, "edgecolor": palette.PAPER, "linewidth": 0.6}
+            style = {"facecolor": shades[i], "edgecolor": palette.PAPER, "linewidth": 0.6}
             ax.add_patch(Rectangle((left, base), right - left, piece, **style))
             base += piece
         if not numbers:
@@ -250,7 +261,7 @@ def _sentence(replay: SoftmaxReplay, step: int) -> str:
 def _replay_alt(replay: SoftmaxReplay, step: int) -> str:
     return (
         f"Chart: {len(replay.scores)} scores with their running maximum after step {step + 1}, and"
-        " below it the running sum, each column made of one piece a score."
+        " below it the running sum, each column made of one piece per score."
     )
 
 
