@@ -275,7 +275,12 @@ MODULES = {
     "02": ("kernels/flash_attention.py",),
     "03": ("kernels/kv_cache.py", "kernels/paged_attention.py", "layers/attention.py"),
     "04": ("engine/block_manager.py",),
-    "05": ("engine/scheduler.py", "engine/sequence.py", "course/sim/simulator.py"),
+    "05": (
+        "engine/scheduler.py",
+        "engine/sequence.py",
+        "course/sim/simulator.py",
+        "course/sim/overlap.py",
+    ),
     "06": (
         "models/qwen3.py",
         "models/loader.py",
