@@ -547,8 +547,8 @@ class _Slots:
         to_x, to_y = self.corner(physical, self.row.blocks[index][0])
         style = {
             "arrowstyle": "-|>",
-            "color": palette.RESERVED,
-            "linewidth": 1.8,
+            "color": palette.INK,
+            "linewidth": 1.5,
             "connectionstyle": "arc3,rad=0.12",
             "shrinkA": 0,
             "shrinkB": 0,
@@ -797,9 +797,10 @@ def draw_split_kv(
     ends = [max(end for _, _, end, _ in plan) for plan in plans]
     squares = -(-multiprocessors // _ABREAST) * _PITCH
     top, panel = 0.62, squares + 0.5
-    figure, ax = prepare(None, top + len(cases) * panel)
+    height = top + len(cases) * panel - 0.4
+    figure, ax = prepare(None, height)
     ax.set_xlim(0, WIDTH)
-    ax.set_ylim(top + len(cases) * panel, 0)
+    ax.set_ylim(height, 0)
     ax.set_axis_off()
     heads = {"fontsize": 9.5, "color": palette.SOFT_INK, "va": "center"}
     left, bar = 0.1, 3.85
