@@ -166,7 +166,7 @@ def _part(ax: Axes, place: Box, color: str, edge: str = palette.LINE, text: str 
 
 # --- what kernels reach ---------------------------------------------------------------------------
 
-#: The first implementation of a comparison is ours; the others are paler.
+#: The first implementation of a comparison stands out; the others are paler.
 _VARIANTS = (palette.USED, palette.tint(palette.SOFT_INK, 0.75), palette.tint(palette.INK, 0.3))
 
 
@@ -179,11 +179,11 @@ def draw_variants(
 ) -> Figure:
     """Draw a group of bars for each case: the speed of each implementation.
 
-    cases: case -> implementation -> speed. The first case names at most three implementations; a
-    later case may lack some of them. unit: of the speeds. limit: a speed to mark by a line, with
+    cases: case -> implementation -> speed. There are at most three implementations; a case may lack
+    some of them. unit: of the speeds. limit: a speed to mark by a line, with
     its name. ax: draw there instead of on a new figure.
     """
-    names = list(next(iter(cases.values())))
+    names = list(dict.fromkeys(name for row in cases.values() for name in row))
     own, bar, gap = ax is None, 0.2, 0.16
     group = bar * len(names) + gap
     figure, ax = prepare(ax, 0.95 + group * len(cases))

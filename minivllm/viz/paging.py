@@ -349,8 +349,8 @@ def draw_memory_map(
         **spaces,
     )
     alt = (
-        f"Map: what lies where in the cache over {num_steps:,} steps, under {len(maps)} ways to"
-        f" allocate it. {' '.join(parts)}"
+        f"Map: what lies where in the cache over {num_steps:,} steps. Panels: {len(maps)}."
+        f" {' '.join(parts)}"
     )
     caption = f"Requests that have finished after {num_steps:,} steps: {', '.join(done)}."
     describe(figure, alt, caption)
@@ -565,10 +565,11 @@ class _Slots:
             "color": palette.INK if owner else palette.SOFT_INK,
         }
         self.ax.text(x, y - 0.035, f"block {block}", fontsize=8, va="bottom", **name)
-        letters = "".join(f"{row.letter}, " for row in owners)
-        slots = f"{letters}slots {block * self.size}–{(block + 1) * self.size - 1}"
-        right = {"va": "bottom", "ha": "right", "color": palette.SOFT_INK}
-        self.ax.text(x + self.size * self.width, y - 0.035, slots, fontsize=7.5, **right)
+        if owners:
+            letters = "".join(f"{row.letter}, " for row in owners)
+            slots = f"{letters}slots {block * self.size}–{(block + 1) * self.size - 1}"
+            right = {"va": "bottom", "ha": "right", "color": palette.SOFT_INK}
+            self.ax.text(x + self.size * self.width, y - 0.035, slots, fontsize=7.5, **right)
         if owner is None:
             held, index = 0, 0
         else:
