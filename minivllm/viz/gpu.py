@@ -215,8 +215,7 @@ def draw_variants(
     first = [row[names[0]] for row in cases.values() if names[0] in row]
     describe(
         figure,
-        f"Chart: the speed of {len(names)} implementations in {len(cases)} cases, in {unit}."
-        f" {said}.",
+        f"Chart: bars of {', '.join(names)} in {len(cases)} cases, in {unit}. {said}.",
         f"{names[0]}: {_spoken(min(first))} to {_spoken(max(first))} {unit}.",
     )
     return figure
@@ -224,7 +223,8 @@ def draw_variants(
 
 def _draw_speed(ax: Axes, y: float, speed: float | None, color: str, longest: float) -> None:
     """Draw one bar with its number; a dash where an implementation has no number."""
-    text = {"va": "center", "fontsize": 8.5, "color": palette.INK}
+    paper = {"facecolor": palette.PAPER, "edgecolor": "none", "pad": 0.6}
+    text = {"va": "center", "fontsize": 8.5, "color": palette.INK, "bbox": paper, "zorder": 4}
     if speed is None:
         ax.text(longest * 0.008, y, "–", **text)
         return
