@@ -193,7 +193,8 @@ def draw_variants(
     longest = max([limit or 0, *(speed for row in cases.values() for speed in row.values())])
     for index, row in enumerate(cases.values()):
         for place, name in enumerate(names):
-            _draw_speed(ax, index * group + place * bar, row.get(name), _VARIANTS[place], longest)
+            y, color = index * group + place * bar, _VARIANTS[place]
+            _draw_speed(ax, y, row.get(name), color, limit, longest)
     middle = bar * (len(names) - 1) / 2
     ticks = [index * group + middle for index in range(len(cases))]
     ax.set_yticks(ticks, list(cases), fontsize=9.5, color=palette.INK)
@@ -221,15 +222,21 @@ def draw_variants(
     return figure
 
 
-def _draw_speed(ax: Axes, y: float, speed: float | None, color: str, longest: float) -> None:
+def _draw_speed(
+    ax: Axes, y: float, speed: float | None, color: str, limit: float | None, longest: float
+) -> None:
     """Draw one bar with its number; a dash where an implementation has no number."""
-    paper = {"facecolor": palette.PAPER, "edgecolor": "none", "pad": 0.6}
-    text = {"va": "center", "fontsize": 8.5, "color": palette.INK, "bbox": paper, "zorder": 4}
+    text = {"va": "center", "fontsize": 8.5, "color": palette.INK}
     if speed is None:
         ax.text(longest * 0.008, y, "–", **text)
         return
     ax.barh(y, speed, 0.17, color=color)
-    ax.text(speed + longest * 0.008, y, _spoken(speed), **text)
+    beside = speed + longest * 0.008
+    if limit is not None and speed < limit < beside + longest * 0.04:
+        # The line of the limit would cross the number.
+        text |= {"color": palette.text_on(color), "ha": "right"}
+        beside = speed - longest * 0.008
+    ax.text(beside, y, _spoken(speed), **text)
 
 
 def _name_variants(ax: Axes, names: list[str], limit_name: str) -> None:

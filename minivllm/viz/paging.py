@@ -547,7 +547,7 @@ class _Slots:
         to_x, to_y = self.corner(physical, self.row.blocks[index][0])
         style = {
             "arrowstyle": "-|>",
-            "color": palette.INK,
+            "color": palette.RESERVED,
             "linewidth": 1.5,
             "connectionstyle": "arc3,rad=0.12",
             "shrinkA": 0,

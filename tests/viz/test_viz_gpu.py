@@ -42,6 +42,16 @@ def test_bars_are_the_speeds_and_a_gap_is_a_dash() -> None:
     assert [text.get_text() for text in later.texts] == ["435", "–", "168", "129"]
 
 
+def test_a_number_never_stands_on_the_line_of_the_limit() -> None:
+    figure = draw_variants(
+        {"a": {"ours": 98.0}, "b": {"ours": 50.0}, "c": {"ours": 101.0}}, "%", 100
+    )
+    figure.to_png()
+    for text in figure.axes[0].texts:
+        place = text.get_window_extent().transformed(figure.axes[0].transData.inverted())
+        assert not place.x0 <= 100 <= place.x1, text.get_text()
+
+
 def test_drawing_on_given_axes() -> None:
     for draw in (lambda ax: draw_gpu(ax=ax), lambda ax: draw_variants(SPEEDS, "TFLOP/s", ax=ax)):
         figure = MatplotlibFigure()
