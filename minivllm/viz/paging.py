@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.collections import PatchCollection
 from matplotlib.figure import Figure as MatplotlibFigure
 from matplotlib.patches import Patch, Rectangle
 
@@ -23,8 +22,6 @@ from minivllm.viz import palette
 from minivllm.viz.block_table import Row, block_tables, busiest_step, check_step
 from minivllm.viz.figure import WIDTH, Box, Figure, describe, prepare
 
-#: The pale part of a request: room that it owns and that holds no token.
-_ROOM = 0.28
 #: Pixels of a memory map across and down; more are not visible and make the file large.
 _MAP_WIDTH, _MAP_HEIGHT = 900, 230
 
@@ -87,7 +84,7 @@ def draw_kv_bytes(models: Sequence[ModelShape], ax: Axes | None = None) -> Matpl
             transform=column,
             **text,
         )
-    _plain_axes(ax, "KiB of keys and values a token")
+    _plain_axes(ax, "KiB of keys and values per token")
     ax.set_yticks(
         range(len(models)), [model.name for model in models], fontsize=10, color=palette.INK
     )
@@ -107,13 +104,14 @@ def draw_kv_bytes(models: Sequence[ModelShape], ax: Axes | None = None) -> Matpl
     parts = [f"{m.name} {m.kv_bytes() / 1024:,.0f} KiB" for m in models]
     saved = ", ".join(f"{m.heads // m.kv_heads}" for m in models)
     caption = (
-        f"A token takes {', '.join(parts)}. Sharing K and V among query heads makes that {saved}"
-        f" times smaller. {_tokens_of_weights(models[0]):,} tokens are as heavy as the weights of"
+        f"{_tokens_of_weights(models[0]):,} tokens are as heavy as the weights of"
         f" {models[0].name}, {_tokens_of_weights(models[-1]):,} as those of {models[-1].name}."
     )
     describe(
         figure,
-        f"Chart: bytes of keys and values a token in {len(models)} models, with and without GQA.",
+        f"Chart: bytes of keys and values per token in {len(models)} models, with and without GQA."
+        f" A token takes {', '.join(parts)}. Sharing K and V among query heads makes that {saved}"
+        " times smaller.",
         caption,
     )
     return figure
@@ -199,7 +197,7 @@ _SHARES = (
     ("tokens", "tokens", {"facecolor": palette.USED}),
     ("later", "kept for tokens to come", {"facecolor": palette.tint(palette.USED, 0.4)}),
     ("never", "reserved, never used", {"facecolor": palette.WASTED, "hatch": palette.HATCH_WASTED}),
-    ("outside", "free, but nobody fits in", {"facecolor": palette.CACHED}),
+    ("outside", "nobody's", {"facecolor": palette.CACHED}),
 )
 
 
@@ -269,24 +267,36 @@ def draw_memory_shares(
             f"{name}: {100 * share.tokens:.1f} % tokens{paper}, {share.running:.1f} requests at"
             " once"
         )
-    alt = f"Chart: what KV memory was used for under {len(shares)} ways to allocate it."
-    describe(figure, alt, "Of the pool, while requests wait. " + "; ".join(parts) + ".")
+    alt = (
+        f"Chart: what KV memory was used for under {len(shares)} ways to allocate it, while"
+        f" requests wait. {'; '.join(parts)}."
+    )
+    said = " and ".join(
+        f"{100 * shares[name].tokens:.0f} % with {name}" for name in dict.fromkeys(_ends(shares))
+    )
+    describe(figure, alt, f"Share of the pool that holds tokens: {said}.")
     return figure
+
+
+def _ends(names: Mapping[str, object]) -> tuple[str, str]:
+    """The first and the last name."""
+    return next(iter(names)), next(reversed(list(names)))
 
 
 def draw_memory_map(
     maps: Mapping[str, Sequence[Sequence[Span]]], capacity: int, num_steps: int | None = None
 ) -> MatplotlibFigure:
-    """Draw the cache's addresses (up) at every step (right), in the colours of their owners.
+    """Draw what lies at the cache's addresses (up) at every step (right).
 
-    A place with a token is strong; a place that is only reserved is pale. One panel per way to
-    allocate. num_steps: draw only this many steps, from the first.
+    The colours are those of `draw_memory_shares`: a token, room for a token to come, room for none,
+    nobody's room. One panel per way to allocate. num_steps: draw only this many steps, from the
+    first.
     """
     num_steps = num_steps or max(map(len, maps.values()))
-    panel, gap, top, bottom = 1.5, 0.42, 0.38, 0.5
+    panel, gap, top, bottom = 1.5, 0.42, 0.66, 0.5
     height = top + len(maps) * panel + (len(maps) - 1) * gap + bottom
     figure = Figure(height)
-    parts = []
+    parts, done = [], []
     for i, (name, steps) in enumerate(maps.items()):
         y = height - top - panel - i * (panel + gap)
         ax = figure.add_axes((0.075, y / height, 0.905, panel / height))
@@ -310,6 +320,7 @@ def draw_memory_map(
             f"{100 * share:.0f} % tokens while requests wait · {finished} of {len(last_seen)}"
             " finished"
         )
+        done.append(f"{finished} with {name}")
         if len(steps) < num_steps:
             note += f" after {len(steps):,} steps"
         ax.set_title(note, loc="right", fontsize=9.5, color=palette.SOFT_INK, pad=4)
@@ -323,17 +334,31 @@ def draw_memory_map(
         else:
             ax.set_xlabel("step", fontsize=9.5, color=palette.SOFT_INK)
         parts.append(f"{name}: {note}.")
+    handles = [Patch(facecolor=color) for color in _MAP_COLORS.values()]
+    names = [name for field, name, _ in _SHARES if field in _MAP_COLORS]
+    spaces = {"handlelength": 1.2, "handletextpad": 0.4, "columnspacing": 1.4}
+    figure.legend(
+        handles,
+        names,
+        loc="upper left",
+        bbox_to_anchor=(0.065, 1.0),
+        ncols=len(names),
+        frameon=False,
+        fontsize=9,
+        labelcolor=palette.INK,
+        **spaces,
+    )
     alt = (
-        f"Map: who owns which part of the cache over {num_steps:,} steps, under {len(maps)} ways to"
-        " allocate it."
+        f"Map: what lies where in the cache over {num_steps:,} steps. Panels: {len(maps)}."
+        f" {' '.join(parts)}"
     )
-    describe(
-        figure,
-        alt,
-        f"Strong: a token lies there; pale: only reserved. In {num_steps:,} steps: "
-        + " ".join(parts),
-    )
+    caption = f"Requests that have finished after {num_steps:,} steps: {', '.join(done)}."
+    describe(figure, alt, caption)
     return figure
+
+
+#: Colours of the map, by the fields of `MemoryShares`.
+_MAP_COLORS = {field: style["facecolor"] for field, _, style in _SHARES}
 
 
 def _map_pixels(steps: Sequence[Sequence[Span]], capacity: int, num_steps: int) -> np.ndarray:
@@ -341,27 +366,24 @@ def _map_pixels(steps: Sequence[Sequence[Span]], capacity: int, num_steps: int) 
 
     Addresses and steps are thinned out to what is visible.
     """
-    strong = np.array(
-        [[round(255 * x) for x in palette.rgb(c)] for c in palette.REQUESTS], np.uint8
-    )
-    pale = np.array(
-        [[round(255 * x) for x in palette.rgb(palette.tint(c, _ROOM))] for c in palette.REQUESTS],
-        np.uint8,
-    )
+    colors = {
+        field: np.array([round(255 * x) for x in palette.rgb(color)], np.uint8)
+        for field, color in _MAP_COLORS.items()
+    }
     width, height = min(num_steps, _MAP_WIDTH), min(capacity, _MAP_HEIGHT)
     pixels = np.empty((height, width, 3), np.uint8)
-    pixels[:] = [round(255 * x) for x in palette.rgb(palette.FREE)]
+    pixels[:] = colors["outside"]
     addresses = (np.arange(height) * capacity) // height
     for column in range(width):
         step = column * num_steps // width
         if step < len(steps) and steps[step]:
-            owner, begin, room, held, _ = _columns(steps[step])
+            _, begin, room, held, needed = _columns(steps[step])
+            needed = np.where(needed < 0, held, np.clip(needed, held, room))
             span = np.searchsorted(begin, addresses, side="right") - 1
             # An address beyond the room of the nearest span below has no owner.
             inside = addresses - begin[span]
-            for colors, size in ((pale, room), (strong, held)):
-                rows = (span >= 0) & (inside < size[span])
-                pixels[rows, column] = colors[owner[span[rows]] % len(colors)]
+            for field, size in (("never", room), ("later", needed), ("tokens", held)):
+                pixels[(span >= 0) & (inside < size[span]), column] = colors[field]
     return pixels
 
 
@@ -410,15 +432,19 @@ def draw_slots(
     )
     painter.note(
         0.48,
-        f"What {row.letter} sees: positions in order, block after block. Arrows: its block table.",
+        f"What {row.letter} sees: its positions in order. Each “→ block” is an entry of its block"
+        " table.",
     )
     for index in range(len(row.blocks)):
         painter.logical(0.62, index)
     painter.note(
-        below + 0.26, "Where they lie: every slot of the cache. Thick frame: written in this step."
+        below + 0.26,
+        "Where they lie: every slot of the cache. Thick frame: written in this step. Arrow:"
+        f" {row.letter}'s newest token.",
     )
     for block in range(trace.num_blocks):
         painter.physical(below + 0.42, block, tables.owners.get(block, ()))
+    painter.arrow(0.62, below + 0.42)
     alt = (
         f"Picture: where the tokens of request {row.letter} lie in the KV cache, slot by slot, at"
         f" step {step}."
@@ -432,9 +458,8 @@ def _state(row: Row) -> str:
 
 
 def _slots_caption(step: int, row: Row, words: Sequence[str], size: int) -> str:
-    text = f"Step {step}: request {row.letter} is {row.state}"
     if not row.blocks:
-        return f"{text} and holds no block."
+        return f"Step {step}: request {row.letter} is {row.state} and holds no block."
     table = [block for block, _ in row.blocks]
     position = row.num_tokens - 1
     index, offset = divmod(position, size)
@@ -442,9 +467,9 @@ def _slots_caption(step: int, row: Row, words: Sequence[str], size: int) -> str:
     piece = f", “{word}”," if word else ""
     block, slot = table[index], table[index] * size + offset
     return (
-        f"{text}; its block table is {table}. Its last token{piece} has position {position}. Entry"
-        f" {position} // {size} = {index} of the table says block {block}, the offset is {position}"
-        f" % {size} = {offset}: slot {block} · {size} + {offset} = {slot}."
+        f"The newest token{piece} of {row.letter} has position {position}. Entry {position} //"
+        f" {size} = {index} of the block table says block {block}, the offset is {position} %"
+        f" {size} = {offset}: slot {block} · {size} + {offset} = {slot}."
     )
 
 
@@ -512,6 +537,25 @@ class _Slots:
                 x + offset * self.width, y, self.row if filled else None, first + offset, True
             )
 
+    def arrow(self, logical: float, physical: float) -> None:
+        """Draw an arrow from the newest token, as the request sees it, to where it lies."""
+        if not self.row.blocks:
+            return
+        index, offset = divmod(self.row.num_tokens - 1, self.size)
+        middle = (offset + 0.5) * self.width
+        x, y = self.corner(logical, index)
+        to_x, to_y = self.corner(physical, self.row.blocks[index][0])
+        style = {
+            "arrowstyle": "-|>",
+            "color": palette.RESERVED,
+            "linewidth": 1.5,
+            "connectionstyle": "arc3,rad=0.12",
+            "shrinkA": 0,
+            "shrinkB": 0,
+        }
+        start, end = (x + middle, y + _SLOT_HEIGHT), (to_x + middle, to_y)
+        self.ax.annotate("", end, start, arrowprops=style, zorder=4)
+
     def physical(self, top: float, block: int, owners: Sequence[Row]) -> None:
         x, y = self.corner(top, block)
         owner = self.row if self.row in owners else owners[0] if owners else None
@@ -521,10 +565,11 @@ class _Slots:
             "color": palette.INK if owner else palette.SOFT_INK,
         }
         self.ax.text(x, y - 0.035, f"block {block}", fontsize=8, va="bottom", **name)
-        letters = "".join(f"{row.letter}, " for row in owners)
-        slots = f"{letters}slots {block * self.size}–{(block + 1) * self.size - 1}"
-        right = {"va": "bottom", "ha": "right", "color": palette.SOFT_INK}
-        self.ax.text(x + self.size * self.width, y - 0.035, slots, fontsize=7.5, **right)
+        if owners:
+            letters = "".join(f"{row.letter}, " for row in owners)
+            slots = f"{letters}slots {block * self.size}–{(block + 1) * self.size - 1}"
+            right = {"va": "bottom", "ha": "right", "color": palette.SOFT_INK}
+            self.ax.text(x + self.size * self.width, y - 0.035, slots, fontsize=7.5, **right)
         if owner is None:
             held, index = 0, 0
         else:
@@ -738,47 +783,64 @@ def schedule_programs(
     return placed
 
 
+#: Multiprocessors side by side in `draw_split_kv`, inches between two, and the side of one.
+_ABREAST, _PITCH, _SIDE = 22, 0.155, 0.125
+
+
 def draw_split_kv(
     cases: Sequence[SplitCase], multiprocessors: int = 132, tile: int = 64
 ) -> MatplotlibFigure:
-    """Draw multiprocessors (down) over time (right): one panel per case, one stripe per program.
+    """Draw one square per multiprocessor, and one bar for the time: one panel per case.
 
-    Equal areas are equal work.
+    A square is the darker the longer its multiprocessor works. All bars have the same scale.
     """
     plans = [schedule_programs(case, multiprocessors, tile) for case in cases]
     ends = [max(end for _, _, end, _ in plan) for plan in plans]
-    panel, gap, top, bottom = 1.22, 0.44, 0.38, 0.5
-    height = top + len(cases) * panel + (len(cases) - 1) * gap + bottom
-    figure = Figure(height)
+    squares = -(-multiprocessors // _ABREAST) * _PITCH
+    top, panel = 0.62, squares + 0.5
+    height = top + len(cases) * panel - 0.4
+    figure, ax = prepare(None, height)
+    ax.set_xlim(0, WIDTH)
+    ax.set_ylim(height, 0)
+    ax.set_axis_off()
+    heads = {"fontsize": 9.5, "color": palette.SOFT_INK, "va": "center"}
+    left, bar = 0.1, 3.85
+    ax.text(left, 0.2, f"{multiprocessors} multiprocessors: blue ones work", **heads)
+    ax.text(bar, 0.2, f"time, in tiles of {tile} tokens", **heads)
     parts = []
     for i, (case, plan, end) in enumerate(zip(cases, plans, ends, strict=True)):
-        y = height - top - panel - i * (panel + gap)
-        ax = figure.add_axes((0.075, y / height, 0.905, panel / height))
-        ax.set_facecolor(palette.FREE)
-        stripes = [
-            Rectangle((begin, processor), stop - begin, 1) for processor, begin, stop, _ in plan
-        ]
-        colors = [palette.request_color(group) for *_, group in plan]
-        ax.add_collection(PatchCollection(stripes, facecolor=colors, edgecolor="none"))
-        ax.set_xlim(0, max(ends) * 1.01)
-        ax.set_ylim(multiprocessors, 0)
+        y = top + i * panel
+        ax.text(left, y - 0.1, case.label, fontsize=10, weight="bold", color=palette.INK)
+        _draw_multiprocessors(ax, plan, multiprocessors, Box(left, y, 0, 0))
+        length = 4.3 * end / max(ends)
+        ax.add_patch(Rectangle((bar, y + squares / 2 - 0.17), length, 0.3, facecolor=palette.USED))
+        text = {"fontsize": 10, "color": palette.INK, "va": "center"}
+        ax.text(bar + length + 0.08, y + squares / 2 - 0.02, f"{end:,} tiles", **text)
         busy = len({processor for processor, *_ in plan})
-        note = f"{busy} of {multiprocessors} multiprocessors work; done after {end:,} tiles"
-        ax.set_title(case.label, loc="left", fontsize=10.5, weight="bold", color=palette.INK, pad=4)
-        ax.set_title(note, loc="right", fontsize=9.5, color=palette.SOFT_INK, pad=4)
-        ax.set_yticks([0, multiprocessors], ["0", str(multiprocessors)])
-        ax.set_ylabel("multiprocessor", fontsize=8.5, color=palette.SOFT_INK, labelpad=-8)
-        ax.tick_params(colors=palette.SOFT_INK, labelsize=8.5, length=3)
-        for spine in ax.spines.values():
-            spine.set_color(palette.LINE)
-        if i + 1 < len(cases):
-            ax.set_xticklabels([])
-        else:
-            ax.set_xlabel(f"time, in tiles of {tile} tokens", fontsize=9.5, color=palette.SOFT_INK)
-        parts.append(f"{case.label}: {note}.")
+        parts.append(
+            f"{case.label}: {busy} of {multiprocessors} multiprocessors work; done after"
+            f" {end:,} tiles."
+        )
     alt = (
-        f"Chart: which of {multiprocessors} multiprocessors work when, in {len(cases)} ways to read"
-        " a context."
+        f"Chart: which of {multiprocessors} multiprocessors work, and for how long, in"
+        f" {len(cases)} ways to read a context. {' '.join(parts)}"
     )
-    describe(figure, alt, " ".join(parts))
+    slowest = f"The longest takes {max(ends) / min(ends):.3g} times as long as the shortest."
+    describe(figure, alt, slowest)
     return figure
+
+
+def _draw_multiprocessors(
+    ax: Axes, plan: Sequence[tuple[int, int, int, int]], count: int, place: Box
+) -> None:
+    """Draw one square per multiprocessor; its blue is the share of the time that it works."""
+    end = max(stop for _, _, stop, _ in plan)
+    work = [0] * count
+    for processor, begin, stop, _ in plan:
+        work[processor] += stop - begin
+    for index, tiles in enumerate(work):
+        row, column = divmod(index, _ABREAST)
+        corner = place.x + column * _PITCH, place.y + row * _PITCH
+        color = palette.tint(palette.USED, 0.25 + 0.75 * tiles / end) if tiles else palette.FREE
+        style = {"facecolor": color, "edgecolor": palette.LINE, "linewidth": 0.5}
+        ax.add_patch(Rectangle(corner, _SIDE, _SIDE, **style))

@@ -529,7 +529,7 @@ def _draw_state(
         "sum": (left + 2.0, 0.55),
         "share": (left + 2.7, 0.75),
     }
-    heads = {"max": "running max m", "factor": "rescale", "sum": "sum ℓ", "share": "of the end"}
+    heads = {"max": "running max m", "factor": "rescale", "sum": "sum ℓ", "share": "of final ℓ"}
     for name, (x, width) in columns.items():
         align = {"max": "left", "share": "left"}.get(name, "right")
         x_text = x if align == "left" else x + width
@@ -556,7 +556,7 @@ def _draw_state(
                 ax.plot([old], [y], "o", ms=5, markerfacecolor=palette.PAPER, markeredgecolor=_GONE)
             ax.plot([at(state.row_max[i])], [y], "o", ms=6, color=_GONE if grew else palette.INK)
             x, width = columns["factor"]
-            factor = f"{state.rescale[i]:.2f}" if state.rescale[i] >= 0.005 else "0.00…"
+            factor = f"{state.rescale[i]:.2f}" if state.rescale[i] >= 0.005 else "<0.01"
             word = f"× {factor}" if grew else ("first" if before is None else "× 1")
             color = _GONE if grew else palette.SOFT_INK
             ax.text(x + width, y, word, fontsize=9, color=color, va="center", ha="right")
@@ -679,10 +679,11 @@ def draw_attention_weights(
     small = int((weights[seen] < 0.01).sum())
     describe(
         figure,
-        f"Picture: the attention weights of one head for a text of {count} tokens, as a matrix.",
-        f"Of {count * count:,} weights {count * (count - 1) // 2:,} belong to the future and are"
-        f" zero; of the other {int(seen.sum()):,}, {100 * small / seen.sum():.0f} % are below 0.01."
-        f" Token {query}, {_shown(tokens[query])}, looks most at {_shown(tokens[best[0]])} and"
+        f"Picture: the attention weights of one head for a text of {count} tokens, as a matrix."
+        f" Of {count * count:,} weights {count * (count - 1) // 2:,} belong to the future and are"
+        f" zero; of the other {int(seen.sum()):,}, {100 * small / seen.sum():.0f} % are below"
+        " 0.01.",
+        f"Token {query}, {_shown(tokens[query])}, looks most at {_shown(tokens[best[0]])} and"
         f" {_shown(tokens[best[1]])}.",
     )
     return figure
@@ -749,14 +750,15 @@ def draw_attention_memory(
     )
     ax.set_xlabel("tokens of the prompt", fontsize=9.5, color=palette.SOFT_INK)
     over = next((n for n, s in zip(lengths, scores, strict=True) if s > memory), None)
-    full = f" They outgrow the {name} at {over:,}." if over else ""
     describe(
         figure,
         "Chart: bytes of the attention scores, and of Q, K, V and the output, against the length of"
-        " the prompt.",
-        f"At {lengths[0]:,} tokens the scores take {scores[0] / others[0]:.1f} times the bytes of"
-        f" Q, K, V and the output together, at {lengths[-1]:,} tokens"
-        f" {scores[-1] / others[-1]:,.0f} times.{full}",
+        f" the prompt. At {lengths[0]:,} tokens the scores take {scores[0] / others[0]:.1f} times"
+        f" the bytes of Q, K, V and the output together, at {lengths[-1]:,} tokens"
+        f" {scores[-1] / others[-1]:,.0f} times.",
+        f"The scores of {over:,} tokens no longer fit into the memory of one {name}."
+        if over
+        else f"The scores of all these prompts fit into the memory of one {name}.",
     )
     return figure
 
@@ -773,7 +775,7 @@ def draw_tile_room(
     that there is; a larger demand is hatched.
     """
     names = list(tiles)
-    limits = {"registers of a thread": registers, "KiB of shared memory": shared_kib}
+    limits = {"registers per thread": registers, "KiB of shared memory": shared_kib}
     height = 1.05 + 0.34 * len(names)
     figure, ax = prepare(None, height)
     ax.set_axis_off()
@@ -782,7 +784,7 @@ def draw_tile_room(
         ax = figure.add_axes((0.26 + 0.33 * index, 0.08 / height, 0.27, 0.34 * len(names) / height))
         _draw_room(ax, what, limit, numbers := [tiles[name][index] for name in names])
         for line, (name, number) in enumerate(zip(names, numbers, strict=True)):
-            lacks[name] += [what.split(" of ")[index]] * (number > limit)
+            lacks[name] += [("registers", "shared memory")[index]] * (number > limit)
             if index == 0:
                 style = {"fontsize": 9.5, "color": palette.INK, "ha": "right", "va": "center"}
                 ax.text(-0.04 * ax.get_xlim()[1], line, name, **style)
@@ -798,8 +800,10 @@ def draw_tile_room(
     alt = (
         f"Chart: registers and shared memory that {len(names)} tiles take, beside what a"
         " multiprocessor has of each."
+        f" {'; '.join(said).replace('too much registers', 'too many registers')}."
     )
-    describe(figure, alt, f"{'; '.join(said).replace('too much registers', 'too many registers')}.")
+    fitting = sum(not missing for missing in lacks.values())
+    describe(figure, alt, f"{fitting} of these {len(names)} tiles fit.")
     return figure  # type: ignore[return-value]
 
 

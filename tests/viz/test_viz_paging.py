@@ -18,6 +18,7 @@ from matplotlib.patches import Rectangle
 from minivllm.viz import palette
 from minivllm.viz.block_table import block_tables
 from minivllm.viz.paging import (
+    _MAP_COLORS,
     ModelShape,
     Span,
     SplitCase,
@@ -105,23 +106,32 @@ def test_drawn_shares_are_the_numbers() -> None:
     check(figure)
     widths = [patch.get_width() for patch in figure.axes[0].patches]
     assert widths == pytest.approx([100 * 15 / 48, 100 * 4 / 48, 100 * 13 / 48, 100 * 16 / 48])
-    assert "mine: 31.2 % tokens (paper: 25.0 %), 1.7 requests at once" in figure.caption
+    assert "mine: 31.2 % tokens (paper: 25.0 %), 1.7 requests at once" in figure.alt
+    assert figure.caption == "Share of the pool that holds tokens: 31 % with mine."
 
 
-def test_the_map_paints_tokens_strong_and_room_pale() -> None:
+def test_the_map_paints_what_lies_where() -> None:
     pixels = _map_pixels(STEPS, capacity=16, num_steps=4)
     assert pixels.shape == (16, 4, 3)
 
     def color(name: str) -> list[int]:
         return [round(255 * x) for x in palette.rgb(name)]
 
-    first, pale = palette.request_color(0), palette.tint(palette.request_color(0), 0.28)
-    assert [pixels[y, 0].tolist() for y in (0, 2, 3, 7)] == [color(first)] * 2 + [color(pale)] * 2
-    assert pixels[9, 1].tolist() == color(palette.request_color(1))
-    free = color(palette.FREE)
-    assert (pixels[12:, :3] == free).all()
-    assert (pixels[8:, 2] == free).all()
-    assert (pixels[:, 3] == free).all()  # nobody is left
+    token, later, never, outside = (
+        color(_MAP_COLORS[field]) for field in ("tokens", "later", "never", "outside")
+    )
+    assert len({tuple(one) for one in (token, later, never, outside)}) == 4
+    for step, spans in enumerate(STEPS):
+        drawn = pixels[:, step].tolist()
+        held = sum(span.held for span in spans)
+        room = sum(span.room for span in spans)
+        assert drawn.count(token) == held
+        assert drawn.count(later) == sum(max(0, span.needed - span.held) for span in spans)
+        assert drawn.count(outside) == 16 - room
+        assert drawn.count(never) == 16 - drawn.count(outside) - sum(s.needed for s in spans)
+    begin = STEPS[0][0].begin
+    assert pixels[begin, 0].tolist() == token, "a piece is filled from its begin"
+    assert (pixels[:, 3] == outside).all()  # nobody is left
 
 
 def test_the_map_thins_out_large_pools() -> None:
@@ -129,16 +139,17 @@ def test_the_map_thins_out_large_pools() -> None:
     pixels = _map_pixels(spans, 20_000, 3000)
     assert pixels.shape[0] < 1000
     assert pixels.shape[1] < 1000
-    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 5
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) == 3, "tokens, empty ends, nobody's"
 
 
 def test_the_map_counts_who_has_finished() -> None:
     figure = draw_memory_map({"a": STEPS, "b": STEPS[:1]}, 16, num_steps=3)
     check(figure)
     assert len(figure.axes) == 2
-    assert "a: 25 % tokens while requests wait · 1 of 2 finished" in figure.caption
-    assert "after 1 steps" in figure.caption
-    assert "a: " in draw_memory_map({"a": STEPS}, 16).caption
+    assert "a: 25 % tokens while requests wait · 1 of 2 finished" in figure.alt
+    assert "after 1 steps" in figure.alt
+    assert figure.caption == "Requests that have finished after 3 steps: 1 with a, 2 with b."
+    assert "a: " in draw_memory_map({"a": STEPS}, 16).alt
 
 
 @pytest.mark.slow
@@ -159,6 +170,8 @@ def test_slots_are_those_of_the_trace(trace: Trace) -> None:
             slot = record.block_tables["0/0"][last // 4] * 4 + last % 4
             assert f"position {last}" in figure.caption
             assert figure.caption.endswith(f"= {slot}.")
+        arrows = [text for text in figure.axes[0].texts if getattr(text, "arrow_patch", None)]
+        assert len(arrows) == bool(row.blocks), "an arrow from the newest token"
         # A thick frame for each token of this step, twice for those of the chosen request.
         thick = sum(
             patch.get_linewidth() > 2
@@ -219,6 +232,16 @@ def test_the_split_picture_says_who_works() -> None:
         [SplitCase("one", 1, 8, 4096), SplitCase("cut", 1, 8, 4096, splits=16)], 132
     )
     check(figure)
-    assert len(figure.axes) == 2
-    assert "one: 8 of 132 multiprocessors work; done after 64 tiles." in figure.caption
-    assert "cut: 128 of 132 multiprocessors work; done after 4 tiles." in figure.caption
+    assert "one: 8 of 132 multiprocessors work; done after 64 tiles." in figure.alt
+    assert "cut: 128 of 132 multiprocessors work; done after 4 tiles." in figure.alt
+    assert figure.caption == "The longest takes 16 times as long as the shortest."
+    idle, blue = palette.rgb(palette.FREE), palette.rgb(palette.USED)
+    colors = [patch.get_facecolor()[:3] for patch in figure.axes[0].patches]
+    assert len(colors) == 2 * (132 + 1), "squares, and a bar of the time for each case"
+    assert colors.count(idle) == (132 - 8) + (132 - 128)
+    assert colors.count(blue) == 8 + 128 + 2
+    # Two waves of programs: whoever works in one of them only is paler.
+    waves = draw_split_kv([SplitCase("waves", 17, 8, 640)])
+    pale = [patch.get_facecolor()[:3] for patch in waves.axes[0].patches]
+    assert pale.count(blue) == 4 + 1
+    assert len(set(pale)) == 2
