@@ -244,6 +244,22 @@ def graph_us(engine: LLMEngine, num_replays: int) -> float | None:
     return statistics.median(1e3 * start.elapsed_time(end) for start, end in pairwise(events))
 
 
+@torch.inference_mode()
+def recorded_graphs(engine: LLMEngine) -> dict[str, Any] | None:
+    """The sizes of the engine's graphs, their bytes, and the seconds of recording all of them once
+    more (the first time includes the compiling of kernels); None without graphs.
+    """
+    runner = engine.model_runner
+    if runner.graphs is None:
+        return None
+    sizes, memory_bytes = runner.graphs.sizes, runner.graphs.memory_bytes
+    runner.release_graphs()
+    start = time.perf_counter()
+    runner.graphs = runner._capture_graphs(sizes)
+    seconds = time.perf_counter() - start
+    return {"sizes": sizes, "memory_bytes": memory_bytes, "seconds": seconds}
+
+
 def profile_cpu(engine: LLMEngine, num_steps: int) -> list[dict[str, Any]]:
     """Operations by name on a CPU, each without those that it calls."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -380,6 +396,8 @@ def one_engine(
             if k not in ("device", "async_scheduling", "enforce_eager")
         },
     }
+    if graphs := recorded_graphs(engine):
+        about["recorded_graphs"] = graphs
     return about, rows
 
 
@@ -409,7 +427,10 @@ def run(
     rows: list[dict[str, Any]] = []
     for has_graphs, overlap in product(graphs, overlaps):
         options = {**engine_options, "enforce_eager": not has_graphs}
-        about, found = one_engine(model, requests, context, num_steps, deadline, overlap, options)
+        found_about, found = one_engine(
+            model, requests, context, num_steps, deadline, overlap, options
+        )
+        about |= found_about
         rows += found
         gc.collect()
         if on_gpu:
