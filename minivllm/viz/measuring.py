@@ -275,16 +275,17 @@ def draw_tradeoff(curves: Mapping[str, Sequence[Load]], ax: Axes | None = None) 
             color=palette.REQUESTS[index],
             linewidth=2,
         )
-        if index == 0:
-            for point, px, py in zip(points, x, y, strict=True):
-                ax.annotate(
-                    f"{point.sequences:,}",
-                    (px, py),
-                    xytext=(7, -11),
-                    textcoords="offset points",
-                    fontsize=9,
-                    color=palette.INK,
-                )
+        # The first curve's labels stand on the right of it, the others' on the left.
+        where = {"xytext": (7, -11)} if index == 0 else {"xytext": (-7, 5), "ha": "right"}
+        for point, px, py in zip(points, x, y, strict=True):
+            ax.annotate(
+                f"{point.sequences:,}",
+                (px, py),
+                textcoords="offset points",
+                fontsize=9,
+                color=palette.INK,
+                **where,
+            )
     _style_tradeoff(ax)
     side_legend(ax, handles, list(curves), "Sequences at once")
     alt = (
