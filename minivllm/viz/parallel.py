@@ -492,7 +492,7 @@ class CollectiveSweep:
     gpus: int = 8
     most_us: int = 20
     first_step: int = 1
-    step_name: str = "µs per start"
+    step_name: str = "microseconds"
 
     @property
     def steps(self) -> range:

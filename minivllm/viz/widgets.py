@@ -16,7 +16,7 @@ from minivllm.viz.figure import Figure, show
 
 logger = logging.getLogger(__name__)
 
-STILL = "Without a running kernel you see a still of {} {}; in JupyterLab, run the cell to scrub."
+STILL = "Without a running kernel you see a still of {}; in JupyterLab, run the cell to scrub."
 WIDGET_MIMETYPE = "application/vnd.jupyter.widget-view+json"
 
 
@@ -48,6 +48,7 @@ class Scrubber:
         slider = ipywidgets.IntSlider(
             first + self.step, first, last, description=self._name, layout={"width": "420px"}
         )
+        slider.style = {"description_width": "initial"}
         play = ipywidgets.Play(value=first + self.step, min=first, max=last, interval=400)
         ipywidgets.jslink((play, "value"), (slider, "value"))
 
@@ -69,7 +70,9 @@ class Scrubber:
                 "ipywidgets is not installed, so the picture stands still: pip install ipywidgets"
             )
         data["text/plain"] = f"{figure.alt} {figure.caption}"
-        show(data, metadata, STILL.format(self._name, self._first + self.step))
+        number = self._first + self.step
+        what = f"step {number}" if self._name == "step" else f"{number} {self._name}"
+        show(data, metadata, STILL.format(what))
 
 
 def scrub(

@@ -143,7 +143,7 @@ def test_a_sweep_divides_the_step_by_what_it_becomes() -> None:
     curve = next(line for line in figure.axes[0].lines if len(line.get_xdata()) == 20)
     assert list(curve.get_ydata())[::19] == pytest.approx([fast, slow])
     children = scrub(sweep, draw_collectives, step=9).widget().children
-    assert [slider.description for slider in children[0].children[1:]] == ["µs per start"]
+    assert [slider.description for slider in children[0].children[1:]] == ["microseconds"]
 
 
 # --- shares ---------------------------------------------------------------------------------------
