@@ -597,11 +597,11 @@ def draw_shares(
         labelcolor=palette.INK,
         handlelength=1.4,
     )
-    describe(
-        figure,
-        f"Chart: {title}, {_count(len(columns), 'column')} of {_count(len(names), 'part')}.",
-        _shares_in_words(groups, unit, limit, limit_name),
-    )
+    alt = f"Chart: {title}, {_count(len(columns), 'column')} of {_count(len(names), 'part')}."
+    caption = "The number above a column is the sum of its parts."
+    if limit is not None:
+        caption = f"The line is at {_short(limit)}: {limit_name}."
+    describe(figure, f"{alt} {_shares_in_words(groups, unit)}", caption)
     return figure
 
 
@@ -637,18 +637,11 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _shares_in_words(
-    groups: Mapping[str, Mapping[str, Mapping[str, float]]],
-    unit: str,
-    limit: float | None,
-    limit_name: str,
-) -> str:
+def _shares_in_words(groups: Mapping[str, Mapping[str, Mapping[str, float]]], unit: str) -> str:
     parts = []
     for panel, group in groups.items():
         columns = ", ".join(
             f"{name}: {_short(sum(values.values()))}" for name, values in group.items()
         )
         parts.append(f"{panel}, in {unit}: {columns}.")
-    return " ".join(parts) + (
-        f" The line is at {_short(limit)}: {limit_name}." if limit is not None else ""
-    )
+    return " ".join(parts)

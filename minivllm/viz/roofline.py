@@ -119,7 +119,9 @@ def draw_roofline(
     _style_roofline(ax, bandwidth, peak, ridge)
     if own_figure:
         _roofline_key(figure, points, colors)
-    describe(figure, _roofline_alt(points), _roofline_caption(points, bandwidth, peak, ridge))
+    numbers = _roofline_in_words(points, bandwidth, peak, ridge)
+    caption = "On the roof, a kernel is as fast as the machine allows."
+    describe(figure, f"{_roofline_alt(points)} {numbers}", caption)
     return figure
 
 
@@ -211,7 +213,7 @@ def _roofline_alt(points: Sequence[Point]) -> str:
     )
 
 
-def _roofline_caption(points: Sequence[Point], bandwidth: float, peak: float, ridge: float) -> str:
+def _roofline_in_words(points: Sequence[Point], bandwidth: float, peak: float, ridge: float) -> str:
     best, worst = (choose(points, key=lambda p: p.share_of_floor) for choose in (max, min))
     return (
         f"The machine reads {_rate(bandwidth)}B/s and multiplies {_rate(peak)}FLOP/s: below"

@@ -718,7 +718,7 @@ def test_pictures_say_in_words_what_they_show(kernel_report: dict[str, Any]) -> 
     assert [point.letter for point in points] == list("ABCDEF")
     figure = draw_roofline(kernel_report)
     best = max(points, key=lambda point: point.share_of_floor)
-    assert f"{best.case} with {best.share_of_floor:.0%}" in figure.caption
+    assert f"{best.case} with {best.share_of_floor:.0%}" in figure.alt
     assert "6 measured kernels" in figure.alt
     with pytest.raises(ValueError, match="nobody"):
         draw_roofline(kernel_report, variant="nobody")
