@@ -498,9 +498,8 @@ def draw_ratios(
     plain_axes(ax)
     ax.set_title(title, loc="left", fontsize=12, weight="bold", color=palette.INK)
     ax.set_xlim(min(0.8, *ratios) / 1.05, 1.25 * max(1.2, *ratios))
-    ax.set_xticks(
-        [tick for tick in (0.5, 1, 1.5, 2, 3, 5, 10, 20, 50) if tick <= max(ratios) * 1.2]
-    )
+    low, high = ax.get_xlim()
+    ax.set_xticks([tick for tick in (0.2, 0.5, 1, 1.5, 2, 3, 5, 10, 20, 50) if low < tick < high])
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} ×"))
     ax.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
     ax.set_yticks(range(len(rows)), list(rows), fontsize=9.5, color=palette.INK)
