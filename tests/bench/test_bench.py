@@ -701,7 +701,7 @@ def test_a_job_that_hangs_is_ended(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("on_gpu", "most"), [(True, 360), (False, 130)])
+@pytest.mark.parametrize(("on_gpu", "most"), [(True, 400), (False, 130)])
 def test_recording_everything_has_a_bound(on_gpu: bool, most: int) -> None:
     assert sum(job.soft for job in record.jobs("tiny", on_gpu)) <= most
 
