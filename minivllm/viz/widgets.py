@@ -16,7 +16,7 @@ from minivllm.viz.figure import Figure, show
 
 logger = logging.getLogger(__name__)
 
-STILL = "Without a running kernel you see a still of step {}; in JupyterLab, run the cell to scrub."
+STILL = "Without a running kernel you see a still of {}; in JupyterLab, run the cell to scrub."
 WIDGET_MIMETYPE = "application/vnd.jupyter.widget-view+json"
 
 
@@ -32,6 +32,8 @@ class Scrubber:
         self.trace, self.draw, self.step = trace, draw, step
         # An engine counts its steps from 0, a lesson from 1.
         self._first: int = getattr(trace, "first_step", 0)
+        # What the slider counts, where it is not steps.
+        self._name: str = getattr(trace, "step_name", "step")
         self.figure = lru_cache(maxsize=256)(lambda step: draw(trace, step=step))
         self.png = lru_cache(maxsize=256)(lambda step: self.figure(step).to_png())
 
@@ -44,8 +46,9 @@ class Scrubber:
         caption = ipywidgets.HTML()
         first, last = self._first, self._first + len(self.trace.steps) - 1
         slider = ipywidgets.IntSlider(
-            first + self.step, first, last, description="step", layout={"width": "420px"}
+            first + self.step, first, last, description=self._name, layout={"width": "420px"}
         )
+        slider.style = {"description_width": "initial"}
         play = ipywidgets.Play(value=first + self.step, min=first, max=last, interval=400)
         ipywidgets.jslink((play, "value"), (slider, "value"))
 
@@ -67,7 +70,9 @@ class Scrubber:
                 "ipywidgets is not installed, so the picture stands still: pip install ipywidgets"
             )
         data["text/plain"] = f"{figure.alt} {figure.caption}"
-        show(data, metadata, STILL.format(self._first + self.step))
+        number = self._first + self.step
+        what = f"step {number}" if self._name == "step" else f"{number} {self._name}"
+        show(data, metadata, STILL.format(what))
 
 
 def scrub(
