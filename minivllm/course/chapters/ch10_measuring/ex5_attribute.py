@@ -113,6 +113,14 @@ def _walked(spans: Spans, begin: float, end: float, *, back: bool) -> float:
     return total
 
 
+def _walked_in_any_order(spans: Spans, begin: float, end: float) -> float:
+    total, reached = 0.0, begin
+    for s, e in spans:
+        total += max(0.0, min(e, end) - max(s, reached))
+        reached = max(reached, min(e, end))
+    return total
+
+
 def _gaps_as_idle(begin: float, end: float, kernels: Spans, cpu: Spans) -> dict[str, float]:
     right = _attribute(begin, end, kernels, cpu)
     return {**right, "idle": end - begin - right["gpu"]}
@@ -136,9 +144,13 @@ def _traces() -> list[tuple[float, float, Spans, Spans]]:
             [(3.0, 6.0), (11.0, 12.0), (13.0, 20.0)],
         ),
         (0.0, 12.0, [(0.0, 4.0), (4.0, 8.0)], [(8.0, 9.0), (8.5, 11.0)]),
+        (0.0, 5.0, [], []),
+        (-20.0, -5.0, [(-30.0, -12.0), (-9.0, 0.0)], [(-12.0, -10.0), (3.0, 4.0)]),
+        (100, 200, [(10, 90), (120, 120), (150, 160), (220, 230)], [(155, 170), (95, 101)]),
+        (1e6, 1e6 + 50.0, [(1e6 + 10.0, 1e6 + 20.0)], [(1e6 - 5.0, 1e6 + 60.0)]),
     ]
     generator = seeded(10)
-    for size in (6, 15, 40):
+    for size in (6, 15, 40, 5000):
         starts = torch.rand(2, size, generator=generator).mul(100).sub(5)
         lengths = torch.rand(2, size, generator=generator).mul(120 / size)
         spans = [
@@ -473,7 +485,10 @@ def attribute(begin, end, kernels, cpu):
                 " them by their start."
             ),
             hint=3,
-            suspects=(_variant(ordered=False),),
+            suspects=(
+                _variant(ordered=False),
+                functools.partial(_accounted, _walked_in_any_order),
+            ),
             answers=r"""
 # %% merges in the order of the list
 def union(spans, begin, end):
