@@ -168,7 +168,7 @@ class Chapter:
         0 where there is no notebook.
         """
         try:
-            cells = read(self.notebook).cells[:4]
+            cells = read(self.notebook).cells[:5]
         except CourseNotFoundError:
             return 0
         text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")

@@ -1,19 +1,22 @@
 """Tools for the authors of notebooks.
 
     python -m minivllm.course.authoring execute notebooks/00_tour.ipynb
+    python -m minivllm.course.authoring links
     python -m minivllm.course.authoring stubs
     python -m minivllm.course.authoring glossary
 
 `execute` runs a notebook in place with a fresh kernel and removes what belongs to this machine. It
-saves the notebook only if `problems` finds nothing. `stubs` writes exercises/ from solutions/:
-every answer becomes a stub. It also writes the digests that show when a solution was changed.
-`glossary` writes notebooks/glossary.md.
+saves the notebook only if `problems` finds nothing. `links` writes the links between the pages into
+all notebooks: to the chapters before and after, the tour and the exercises. `stubs` writes
+exercises/ from solutions/: every answer becomes a stub. It also writes the digests that show when a
+solution was changed. `glossary` writes notebooks/glossary.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import copy
 import json
 import re
 from collections.abc import Iterator
@@ -22,8 +25,9 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
+from minivllm.course import navigation
 from minivllm.course.authoring import glossary
-from minivllm.course.notebooks import KINDS, Chapter, Statement, chapters, role
+from minivllm.course.notebooks import FOLDERS, KINDS, ROAD, Chapter, Statement, chapters, role
 from minivllm.course.stubs import digests, make_exercises, stub_source
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -207,6 +211,23 @@ def write_stubs(chapter: Chapter) -> list[str]:
     return found
 
 
+def write_links(root: Path) -> list[Path]:
+    """Write the links of all pages of the course in root. Returns the notebooks that changed."""
+    changed = []
+    for stop in ROAD:
+        for folder in (*FOLDERS, "exercises"):
+            path = root / folder / f"{stop.name}.ipynb"
+            if not path.exists():
+                continue
+            notebook = nbformat.read(path, as_version=4)
+            before = copy.deepcopy(notebook.cells)
+            navigation.place(notebook, folder, stop.name)
+            if notebook.cells != before:
+                nbformat.write(notebook, path)
+                changed.append(path)
+    return changed
+
+
 # --- the command line -----------------------------------------------------------------------------
 
 
@@ -245,8 +266,12 @@ def main() -> int:
         ("stubs", "write exercises/ from solutions/ (all, or those given)", "*"),
     ):
         commands.add_parser(name, help=what).add_argument("notebooks", nargs=number, type=Path)
+    commands.add_parser("links", help="write the links between the pages into all notebooks")
     commands.add_parser("glossary", help="write notebooks/glossary.md")
     arguments = parser.parse_args()
+    if arguments.command == "links":
+        print("\n".join([*map(str, write_links(ROOT)), "The other notebooks have their links."]))
+        return 0
     if arguments.command == "glossary":
         (ROOT / GLOSSARY).write_text(glossary.render(), encoding="utf-8")
         print(f"{GLOSSARY}: {len(glossary.TERMS)} terms")
