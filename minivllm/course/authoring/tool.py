@@ -27,7 +27,17 @@ from nbformat import NotebookNode
 
 from minivllm.course import navigation
 from minivllm.course.authoring import glossary
-from minivllm.course.notebooks import FOLDERS, KINDS, ROAD, Chapter, Statement, chapters, role
+from minivllm.course.notebooks import (
+    CELL_STATE,
+    FOLDERS,
+    KINDS,
+    METADATA,
+    ROAD,
+    Chapter,
+    Statement,
+    chapters,
+    role,
+)
 from minivllm.course.stubs import digests, make_exercises, stub_source
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -54,10 +64,9 @@ def clean(notebook: NotebookNode) -> None:
 
     A widget's static picture stays.
     """
-    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    notebook.metadata = NotebookNode(kernelspec=kernel, language_info={"name": "python"})
+    notebook.metadata = nbformat.from_dict(METADATA)
     for cell in notebook.cells:
-        for key in ("execution", "collapsed", "scrolled", "trusted"):
+        for key in CELL_STATE:
             cell.metadata.pop(key, None)
         for output in cell.get("outputs", []):
             data = output.get("data", {})

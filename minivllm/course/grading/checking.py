@@ -27,6 +27,7 @@ from pathlib import Path
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
+from minivllm.course.grading import next_step, rendering
 from minivllm.course.stubs import STUB
 from minivllm.errors import MiniVLLMError
 
@@ -60,9 +61,15 @@ class Mistake(CheckError):
         super().__init__(f"{name}\n{message}")
         self.name, self.message = name, message
 
+    def _render_traceback_(self) -> list[str]:
+        return rendering.failed(self.name, self.message)
+
 
 class NotAttempted(CheckError):
     """The answer is the stub, or a part of it is."""
+
+    def _render_traceback_(self) -> list[str]:
+        return rendering.not_attempted(str(self))
 
 
 class NotRunnableHere(CheckError):
@@ -167,6 +174,7 @@ def check(id: str, *answers: Any, **more: Any) -> None:
             ) from error
         raise raised(error) from error
     print(f"{id} passed: {line}")
+    next_step.show(id)
 
 
 def _parameters(function: Callable, count: int) -> list[str]:
