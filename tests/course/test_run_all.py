@@ -87,7 +87,7 @@ def test_a_passed_exercise_links_to_the_next(chapter: Chapter) -> None:
     lines = shown(notebook)
     assert lines["99.1"] == [
         "99.1 passed: right on 3 numbers",
-        "Next: [99.2 Debug this](99_demo.ipynb#99.2-·-Debug-this) (●●○, 5 minutes)",
+        "Next: [99.2 Debug this](99_demo.ipynb#cell-id=text-2) (●●○, 5 minutes)",
     ]
     assert lines["99.3"][1].startswith(
         "That was the last exercise of this chapter. `minivllm check"

@@ -222,6 +222,7 @@ def test_execute_cleans_and_refuses(tmp_path: Path) -> None:
             "[a](../minivllm/x.py#L3-L2) [b](../minivllm/x.py#line2)",
             ["../minivllm/x.py#L3-L2", "../minivllm/x.py#line2"],
         ),
+        ("[a](#cell-id=text) [b](#cell-id=other)", ["#cell-id=other"]),
         ("[a](#nowhere) [b](b.ipynb#nowhere)", ["#nowhere", "b.ipynb#nowhere"]),
         ("http://arxiv.org/abs/2205.14135", ["http://arxiv.org/abs/2205.14135"]),
         ("[p](https://arxiv.org/abs/2213.14135)", ["https://arxiv.org/abs/2213.14135"]),

@@ -162,9 +162,10 @@ def misplaced(solution: NotebookNode) -> list[str]:
 def broken_links(notebook: NotebookNode, folder: Path) -> list[str]:
     """Return the broken links in the Markdown of a notebook in folder.
 
-    A relative link must name a file, a folder or a heading of a notebook. It must not name a line
-    of a file: the line number is wrong as soon as a line is added above it. A link to arXiv must
-    have the form https://arxiv.org/abs/2205.14135. Other links to the web are not checked.
+    A relative link must name a file, a folder, or a heading or a cell of a notebook. It must not
+    name a line of a file: the line number is wrong as soon as a line is added above it. A link to
+    arXiv must have the form https://arxiv.org/abs/2205.14135. Other links to the web are not
+    checked.
     """
     found = []
     for cell in notebook.cells:
@@ -197,11 +198,13 @@ def _leads_somewhere(path: Path | None, anchor: str, notebook: NotebookNode) -> 
         notebook = nbformat.read(path, as_version=4)
     if not anchor:
         return True
-    # JupyterLab's anchor is the heading with - for spaces.
+    # JupyterLab's anchor is cell-id=…, or the heading with - for spaces.
     if path is None or path.suffix == ".ipynb":
         headings = re.findall(
             r"^#+ +(.+?)\s*$", "\n".join(c.source for c in notebook.cells), re.MULTILINE
         )
+        if anchor.startswith("cell-id="):
+            return anchor[8:] in [cell.id for cell in notebook.cells]
         return anchor.lower() in {heading.replace(" ", "-").lower() for heading in headings}
     return False
 

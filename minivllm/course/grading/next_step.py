@@ -56,7 +56,7 @@ def after(id: str, root: Path) -> str:
         return ""
     if at + 1 < len(statements):
         following = statements[at + 1]
-        link = f"{chapter.name}.ipynb#{_anchor(chapter, following)}"
+        link = f"{chapter.name}.ipynb#cell-id={_cell_id(chapter, following)}"
         about = f"{following.difficulty}, {following.minutes} minutes"
         return f"Next: [{following.id} {following.title}]({link}) ({about})"
     lines = [
@@ -85,8 +85,6 @@ def _next_page(chapter: Chapter) -> str:
     return following.name if following and known else ""
 
 
-def _anchor(chapter: Chapter, statement: Statement) -> str:
-    """JupyterLab's anchor of the heading above an exercise: its text, with - for each space."""
-    text = next(c.source for c in chapter.solution.cells if role(c) == ("statement", statement.id))
-    heading = re.search(r"^#+\s*(.+?)\s*$", text, re.MULTILINE)
-    return re.sub(r"[`*]", "", heading[1]).replace(" ", "-") if heading else ""
+def _cell_id(chapter: Chapter, statement: Statement) -> str:
+    """The id of the cell with a statement. JupyterLab's links can name a cell by it."""
+    return next(c.id for c in chapter.solution.cells if role(c) == ("statement", statement.id))
