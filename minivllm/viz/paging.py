@@ -337,20 +337,15 @@ def draw_memory_map(
 
 
 def _map_pixels(steps: Sequence[Sequence[Span]], capacity: int, num_steps: int) -> np.ndarray:
-    """[height, width, 3] uint8: the state of each address at each step.
+    """[height, width, 4] uint8, red, green, blue, opacity: the state of each address at each step.
 
     Addresses and steps are thinned out to what is visible.
     """
-    strong = np.array(
-        [[round(255 * x) for x in palette.rgb(c)] for c in palette.REQUESTS], np.uint8
-    )
-    pale = np.array(
-        [[round(255 * x) for x in palette.rgb(palette.tint(c, _ROOM))] for c in palette.REQUESTS],
-        np.uint8,
-    )
+    strong = np.array([palette.rgba(c) for c in palette.REQUESTS], np.uint8)
+    pale = np.array([palette.rgba(palette.tint(c, _ROOM)) for c in palette.REQUESTS], np.uint8)
     width, height = min(num_steps, _MAP_WIDTH), min(capacity, _MAP_HEIGHT)
-    pixels = np.empty((height, width, 3), np.uint8)
-    pixels[:] = [round(255 * x) for x in palette.rgb(palette.FREE)]
+    pixels = np.empty((height, width, 4), np.uint8)
+    pixels[:] = palette.rgba(palette.FREE)
     addresses = (np.arange(height) * capacity) // height
     for column in range(width):
         step = column * num_steps // width

@@ -110,10 +110,10 @@ def test_drawn_shares_are_the_numbers() -> None:
 
 def test_the_map_paints_tokens_strong_and_room_pale() -> None:
     pixels = _map_pixels(STEPS, capacity=16, num_steps=4)
-    assert pixels.shape == (16, 4, 3)
+    assert pixels.shape == (16, 4, 4)
 
     def color(name: str) -> list[int]:
-        return [round(255 * x) for x in palette.rgb(name)]
+        return list(palette.rgba(name))
 
     first, pale = palette.request_color(0), palette.tint(palette.request_color(0), 0.28)
     assert [pixels[y, 0].tolist() for y in (0, 2, 3, 7)] == [color(first)] * 2 + [color(pale)] * 2
