@@ -98,12 +98,20 @@ class Figure(MatplotlibFigure):
         show(*self.mimebundle(), self.caption)
 
 
-def show(data: dict[str, Any], metadata: dict[str, Any], caption: str) -> None:
-    """Display a mimebundle and, below it, its caption."""
+def show(
+    data: dict[str, Any],
+    metadata: dict[str, Any],
+    caption: str,
+    live: dict[str, Any] | None = None,
+) -> None:
+    """Display a mimebundle and, below it, its caption.
+
+    live: what a front end with a running kernel shows in place of the caption, by its MIME type.
+    """
     from IPython.display import display
 
     display(data, metadata=metadata, raw=True)
-    display({"text/markdown": f"*{caption}*", "text/plain": caption}, raw=True)
+    display({"text/markdown": f"*{caption}*", "text/plain": caption, **(live or {})}, raw=True)
 
 
 def prepare(ax: Axes | None, height: float) -> tuple[MatplotlibFigure, Axes]:

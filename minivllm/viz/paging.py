@@ -24,7 +24,7 @@ from minivllm.viz.block_table import Row, block_tables, busiest_step, check_step
 from minivllm.viz.figure import WIDTH, Box, Figure, describe, prepare
 
 #: The pale part of a request: room that it owns and that holds no token.
-_ROOM = 0.28
+_ROOM = 0.22
 #: Pixels of a memory map across and down; more are not visible and make the file large.
 _MAP_WIDTH, _MAP_HEIGHT = 900, 230
 
@@ -341,8 +341,9 @@ def _map_pixels(steps: Sequence[Sequence[Span]], capacity: int, num_steps: int) 
 
     Addresses and steps are thinned out to what is visible.
     """
-    strong = np.array([palette.rgba(c) for c in palette.REQUESTS], np.uint8)
-    pale = np.array([palette.rgba(palette.tint(c, _ROOM)) for c in palette.REQUESTS], np.uint8)
+    owners = [palette.request_color(i) for i in range(3 * len(palette.REQUESTS))]
+    strong = np.array([palette.rgba(c) for c in owners], np.uint8)
+    pale = np.array([palette.rgba(palette.tint(c, _ROOM)) for c in owners], np.uint8)
     width, height = min(num_steps, _MAP_WIDTH), min(capacity, _MAP_HEIGHT)
     pixels = np.empty((height, width, 4), np.uint8)
     pixels[:] = palette.rgba(palette.FREE)

@@ -20,8 +20,8 @@ SOFT_INK = "#757E8C"
 #: Outlines that only decorate: half transparent.
 LINE = "#757E8C8C"
 
-#: Requests, by order of arrival; repeated after the last. In this order, neighbouring colours
-#: differ most.
+#: Requests, by order of arrival. In this order, neighbouring colours differ most. `request_color`
+#: goes on with lighter and darker forms.
 REQUESTS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#F0E442", "#56B4E9", "#5F6673")
 
 #: States of KV memory.
@@ -29,7 +29,7 @@ USED = "#0072B2"
 WASTED = "#E69F00"
 CACHED = "#C9CFDA"
 #: Nearly transparent, so that free memory is the quietest on light and dark pages.
-FREE = "#757E8C1F"
+FREE = "#757E8C14"
 #: The room that contiguous reservation would take.
 RESERVED = "#D0451B"
 
@@ -38,8 +38,17 @@ HATCH_WASTED = "....."
 
 
 def request_color(index: int) -> str:
-    """The colour of the index-th request to arrive."""
-    return REQUESTS[index % len(REQUESTS)]
+    """The colour of the index-th request to arrive.
+
+    After the eight of `REQUESTS` come eight lighter and eight darker ones. The 24 are repeated.
+    """
+    color = REQUESTS[index % len(REQUESTS)]
+    target, share = _FORMS[index // len(REQUESTS) % len(_FORMS)]
+    return _hex(tuple(c + (t - c) * share for c, t in zip(rgb(color), rgb(target), strict=True)))
+
+
+#: (the colour to mix with, its share) of the plain, the lighter and the darker request colours.
+_FORMS = ((PAPER, 0.0), (PAPER, 0.55), ("#000000", 0.45))
 
 
 def request_letter(index: int) -> str:
@@ -81,7 +90,7 @@ def tint(color: str, strength: float) -> str:
 
 
 #: The strength from which on a `tint` is opaque.
-VEIL = 0.3
+VEIL = 0.23
 
 
 def contrast(one: str, other: str) -> float:

@@ -492,7 +492,7 @@ def _draw_scores(
     ax.text(
         left,
         top - 0.42,
-        "scores: darker is larger, hatched is hidden",
+        "scores: the bluer, the larger; hatched is hidden",
         fontsize=9.5,
         color=palette.INK,
         va="center",

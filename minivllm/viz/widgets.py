@@ -17,6 +17,10 @@ from minivllm.viz.figure import Figure, show
 logger = logging.getLogger(__name__)
 
 STILL = "Without a running kernel you see a still of step {}; in JupyterLab, run the cell to scrub."
+#: Milliseconds from step to step when the pictures are played. A slower machine skips steps.
+PLAY_INTERVAL = 150
+#: Pixels per inch of the pictures under the slider. Fewer than in a file, so that they come sooner.
+LIVE_DPI = 110
 WIDGET_MIMETYPE = "application/vnd.jupyter.widget-view+json"
 
 
@@ -33,7 +37,9 @@ class Scrubber:
         # An engine counts its steps from 0, a lesson from 1.
         self._first: int = getattr(trace, "first_step", 0)
         self.figure = lru_cache(maxsize=256)(lambda step: draw(trace, step=step))
-        self.png = lru_cache(maxsize=256)(lambda step: self.figure(step).to_png())
+        self.png = lru_cache(maxsize=256)(
+            lambda step: self.figure(step).to_png(LIVE_DPI, small=False)
+        )
 
     def widget(self) -> Any:
         """The ipywidgets box: a play button, a slider, the picture and its caption."""
@@ -46,7 +52,7 @@ class Scrubber:
         slider = ipywidgets.IntSlider(
             first + self.step, first, last, description="step", layout={"width": "420px"}
         )
-        play = ipywidgets.Play(value=first + self.step, min=first, max=last, interval=400)
+        play = ipywidgets.Play(value=first + self.step, min=first, max=last, interval=PLAY_INTERVAL)
         ipywidgets.jslink((play, "value"), (slider, "value"))
 
         def update(step: int) -> None:
@@ -58,16 +64,31 @@ class Scrubber:
         return ipywidgets.VBox([ipywidgets.HBox([play, slider]), image, caption])
 
     def _ipython_display_(self) -> None:
-        figure = self.figure(self.step)
+        figure, live = self.figure(self.step), {}
         data, metadata = figure.mimebundle()
         try:
-            data[WIDGET_MIMETYPE] = self.widget()._repr_mimebundle_()[WIDGET_MIMETYPE]
+            data |= _only_widget(self.widget())
+            live = _nothing()
         except ImportError:
             logger.warning(
                 "ipywidgets is not installed, so the picture stands still: pip install ipywidgets"
             )
         data["text/plain"] = f"{figure.alt} {figure.caption}"
-        show(data, metadata, STILL.format(self._first + self.step))
+        show(data, metadata, STILL.format(self._first + self.step), live)
+
+
+def _only_widget(widget: Any) -> dict[str, Any]:
+    return {WIDGET_MIMETYPE: widget._repr_mimebundle_()[WIDGET_MIMETYPE]}
+
+
+def _nothing() -> dict[str, Any]:
+    """A widget without content.
+
+    It takes the place of the sentence about a missing kernel where a kernel is running.
+    """
+    import ipywidgets
+
+    return _only_widget(ipywidgets.Box(layout={"display": "none"}))
 
 
 def scrub(

@@ -115,7 +115,7 @@ def test_the_map_paints_tokens_strong_and_room_pale() -> None:
     def color(name: str) -> list[int]:
         return list(palette.rgba(name))
 
-    first, pale = palette.request_color(0), palette.tint(palette.request_color(0), 0.28)
+    first, pale = palette.request_color(0), palette.tint(palette.request_color(0), 0.22)
     assert [pixels[y, 0].tolist() for y in (0, 2, 3, 7)] == [color(first)] * 2 + [color(pale)] * 2
     assert pixels[9, 1].tolist() == color(palette.request_color(1))
     free = color(palette.FREE)
