@@ -19,6 +19,7 @@ from matplotlib.text import Text
 from minivllm.viz import palette
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 #: The pages: JupyterLab's and GitHub's light theme, and JupyterLab's dark theme. GitHub's dark
@@ -40,6 +41,7 @@ def adapt(figure: Figure) -> None:
     for ax in figure.axes:
         if to_hex(ax.patch.get_facecolor()).upper() == palette.PAPER:
             ax.patch.set_alpha(0)
+        _set_frame(ax)
     for text, pixels in _texts(figure):
         _set_box(text, pixels)
         text.set_color(_readable(to_hex(text.get_color()).upper(), _under(text, pixels)))
@@ -96,6 +98,15 @@ def _cut_out(text: Text, pixels: np.ndarray) -> np.ndarray:
     return pixels[top : bottom + 1, left : right + 1].reshape(-1, 4)
 
 
+def _set_frame(ax: Axes) -> None:
+    """Give the frame and the ticks of a chart, black where nobody chose a colour, a middle tone."""
+    for spine in ax.spines.values():
+        *color, opacity = spine.get_edgecolor()
+        spine.set_edgecolor((*palette.rgb(palette.mid_tone(to_hex(color).upper())), opacity))
+    for line in (*ax.get_xticklines(), *ax.get_yticklines()):
+        line.set_color(palette.mid_tone(to_hex(line.get_color()).upper()))
+
+
 def _set_box(text: Text, pixels: np.ndarray) -> None:
     """Make the box of a text solid where something lies under it, and drop it on the bare page."""
     box = text.get_bbox_patch()
@@ -150,6 +161,7 @@ def _worst(color: str, below: np.ndarray) -> float:
 def _readable(color: str, below: np.ndarray) -> str:
     if below[3] < _FILL:
         return palette.mid_tone(color)
-    if _worst(color, below) >= _ENOUGH:
+    # The page's own inks are of middle brightness; on a fill, there is always a better one.
+    if color not in (palette.INK, palette.SOFT_INK) and _worst(color, below) >= _ENOUGH:
         return color
     return max((palette.DARK_TEXT, palette.PAPER), key=lambda one: _worst(one, below))

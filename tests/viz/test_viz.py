@@ -332,6 +332,7 @@ def test_texts_take_the_colour_that_can_be_read_where_they_lie() -> None:
     ax.set_xlim(0, 4)
     ax.set_xticks([])
     ax.set_yticks([])
+    ax.spines["left"].set_color("#000000")
     ax.add_patch(Rectangle((1, 0), 1, 1, facecolor=palette.request_color(5)))
     ax.add_patch(Rectangle((2, 0), 1, 1, facecolor=palette.tint(palette.USED, 0.1)))
     ax.add_patch(Rectangle((3, 0), 1, 1, fill=False, hatch="/////", edgecolor=palette.INK))
@@ -342,11 +343,13 @@ def test_texts_take_the_colour_that_can_be_read_where_they_lie() -> None:
     bare, hatched, filled, veiled = (to_hex(text.get_color()).upper() for text in texts)
     assert bare == palette.INK
     assert texts[0].get_bbox_patch().get_facecolor()[3] == 0, "no white box on a dark page"
-    assert hatched == palette.INK
+    assert hatched == palette.DARK_TEXT
     assert texts[1].get_bbox_patch().get_facecolor() == (1, 1, 1, 1)
     assert palette.contrast(filled, palette.request_color(5)) > 4.5
     assert palette.contrast(veiled, LIGHT) > 4 < palette.contrast(veiled, DARK)
     assert image.getpixel((20, 20))[3] == 0, "the page shines through"
+    frame = to_hex(ax.spines["left"].get_edgecolor())
+    assert palette.contrast(frame, LIGHT) > 4 < palette.contrast(frame, DARK)
     fill = image.getpixel((int(image.width * 0.45), 20))
     assert fill == pytest.approx(palette.rgba(palette.REQUESTS[5]), abs=3)
     contrasts = text_contrasts(figure)
