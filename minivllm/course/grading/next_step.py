@@ -1,12 +1,13 @@
 """What a learner does after an exercise has passed: the next exercise, or the next chapter.
 
 `check` shows it below the line of a passed exercise, with a link, where a notebook runs.
-`minivllm check` prints it in words. What is shown goes out as display data, not on stdout, so a
-graded run, which compares what a check printed on stdout, does not see it.
+`minivllm check` prints it in words. What is shown goes out as display data, because the text on
+stdout is what a graded run compares.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -15,17 +16,19 @@ from minivllm.course.navigation import neighbours
 from minivllm.course.notebooks import ROAD, Chapter, Statement, chapters, find_root, role
 from minivllm.errors import MiniVLLMError
 
+#: Set in the environment of a kernel that grades: there nobody reads what is shown.
+GRADED_RUN = "MINIVLLM_GRADED_RUN"
 #: The chapter after whose exercises all pieces of the capstone are written.
 CAPSTONE_AFTER = "07"
 _CAPSTONE = "`minivllm check capstone` runs what you wrote in chapters 01 to 07 as one engine."
 
 
 def show(id: str) -> None:
-    """Display the step after exercise id, where a Jupyter kernel runs this code.
+    """Display the step after exercise id, where a Jupyter kernel runs this code for a reader.
 
     Elsewhere, and where the course's notebooks cannot be read, nothing is shown.
     """
-    if not _in_a_notebook():
+    if GRADED_RUN in os.environ or not _in_a_notebook():
         return
     from IPython.display import display
 
