@@ -324,6 +324,8 @@ def test_a_chapter_runs_from_the_menu_and_its_widget_moves(
     page.wait_for(f"{SCRUBBER}.width > 0", 20)
     before = page.evaluate(SCRUBBER)
     assert before["caption"]
+    seen = "document.querySelector('.jp-Notebook').innerText"
+    assert "running kernel you see a still" not in page.evaluate(seen), "the kernel is running"
     target = (
         before["left"] + 8
         if before["x"] > (before["left"] + before["right"]) / 2
