@@ -209,13 +209,13 @@ def _stream_legend(figure: Figure, kinds: Sequence[str], height: float, own_figu
     figure.legend(
         handles=handles,
         loc="lower left",
-        bbox_to_anchor=(_LEFT / WIDTH - 0.01, 0.06 / height),
+        bbox_to_anchor=(0.01, 0.06 / height),
         ncols=5,
         frameon=False,
-        fontsize=8.5,
+        fontsize=8,
         labelcolor=palette.INK,
-        handlelength=1.4,
-        columnspacing=1.2,
+        handlelength=1.2,
+        columnspacing=0.9,
         handletextpad=0.5,
     )
 

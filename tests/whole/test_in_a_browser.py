@@ -25,6 +25,8 @@ import nbformat
 import pytest
 
 from minivllm.course.authoring.tool import ROOT
+from minivllm.course.notebooks import chapters, role
+from minivllm.course.stubs import make_exercises
 
 pytestmark = pytest.mark.slow
 
@@ -36,6 +38,8 @@ BROWSERS = (
     "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
 )
 CHAPTERS = ("03_paged_kv_cache", "05_scheduler")
+#: Pages that are opened and saved, and not run.
+UNTOUCHED = ("notebooks/06_qwen3.ipynb", "exercises/05_scheduler.ipynb")
 SCREENSHOTS = ROOT / ".cache" / "screenshots"
 
 
@@ -126,13 +130,22 @@ def wait_until(
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a JupyterLab on the chapters, their outputs cleared, in a folder and with
-    settings of its own.
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like the repository: chapters with their outputs cleared, pages as they were
+    committed, and the exercises of one chapter with one answer.
     """
-    pytest.importorskip("jupyterlab", reason="JupyterLab is not installed")
     folder = tmp_path_factory.mktemp("lab")
-    (folder / "notebooks").mkdir()
+    for name in ("notebooks", "exercises", "solutions", "minivllm/course"):
+        (folder / name).mkdir(parents=True)
+    for name in UNTOUCHED:
+        shutil.copy(ROOT / name, folder / name)
+    chapter = next(chapter for chapter in chapters(ROOT) if chapter.number == "04")
+    shutil.copy(chapter.solution_path, folder / "solutions")
+    exercises = make_exercises(chapter)
+    for cell, right in zip(exercises.cells, chapter.solution.cells, strict=True):
+        if role(cell) == ("exercise", "04.1"):
+            cell.source = right.source
+    nbformat.write(exercises, folder / "exercises" / chapter.exercises.name)
     for name in CHAPTERS:
         path = ROOT / "notebooks" / f"{name}.ipynb"
         if path.exists():
@@ -141,6 +154,13 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                 if cell.cell_type == "code":
                     cell.outputs, cell.execution_count = [], None
             nbformat.write(notebook, folder / "notebooks" / path.name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lab(folder: Path) -> Iterator[str]:
+    """The address of a JupyterLab on the folder, with settings of its own."""
+    pytest.importorskip("jupyterlab", reason="JupyterLab is not installed")
     settings = {
         "notebook-extension/tracker": (
             '{"windowingMode": "none"}'
@@ -173,6 +193,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "--ServerApp.port_retries=0",
     ]
     command += ["--IdentityProvider.token=", f"--ServerApp.root_dir={folder}"]
+    command += ["--ServerApp.contents_manager_class=minivllm.course.lab.CourseContents"]
     environment = {**os.environ, **places, "OMP_NUM_THREADS": "1"}
     log = folder / "log"
     with log.open("w") as output:
@@ -303,6 +324,8 @@ def test_a_chapter_runs_from_the_menu_and_its_widget_moves(
     page.wait_for(f"{SCRUBBER}.width > 0", 20)
     before = page.evaluate(SCRUBBER)
     assert before["caption"]
+    seen = "document.querySelector('.jp-Notebook').innerText"
+    assert "running kernel you see a still" not in page.evaluate(seen), "the kernel is running"
     target = (
         before["left"] + 8
         if before["x"] > (before["left"] + before["right"]) / 2
@@ -320,3 +343,43 @@ def test_a_chapter_runs_from_the_menu_and_its_widget_moves(
     page.wait_for(idle, 60)  # it draws each step that was passed
     time.sleep(0.5)
     assert page.screenshot(chapter).stat().st_size > 30_000
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", UNTOUCHED)
+def test_a_page_that_is_opened_and_saved_stays_as_it_was(
+    page: Page, lab: str, folder: Path, name: str
+) -> None:
+    """Neither the page counts as edited, nor do the bytes of the file change."""
+    notebook = NOTEBOOK.replace("CHAPTER", name)
+    page.send("Page.navigate", url=f"{lab}/tree/{name}")
+    kernel = f"{notebook}.context.sessionContext.session.kernel"
+    page.wait_for(f"{notebook}.context.isReady && {kernel}.status === 'idle'", 60)
+    page.evaluate(f"{kernel}.info.then(() => true)")
+    time.sleep(2)  # JupyterLab writes into the metadata what the kernel has said
+    assert page.evaluate(f"{notebook}.context.model.dirty") is False
+    page.evaluate(f"{notebook}.context.save().then(() => true)")
+    assert (folder / name).read_bytes() == (ROOT / name).read_bytes()
+
+
+@pytest.mark.timeout(290)
+def test_all_exercises_run_whatever_the_others_do(page: Page, lab: str) -> None:
+    """One exercise is answered and passes, the others are stubs. The passed one leads on."""
+    notebook, cells = (text.replace("CHAPTER", "04_block") for text in (NOTEBOOK, CELLS))
+    page.send("Page.navigate", url=f"{lab}/tree/exercises/04_block_manager.ipynb")
+    idle = f"{notebook}.context.sessionContext.session.kernel.status === 'idle'"
+    page.wait_for(f"{notebook}.context.isReady && {idle}", 60)
+    page.click(".lm-MenuBar-itemLabel", "Run")
+    page.click(".lm-Menu-itemLabel", "Run All Cells")
+    page.wait_for(f"{cells}.run === {cells}.cells && {idle}", 200, otherwise=cells)
+    errors = page.evaluate(cells)["errors"]
+    assert {error.partition(":")[0] for error in errors} <= {"NotAttempted", "Mistake"}, errors
+    link = "[...document.querySelectorAll('.jp-OutputArea a')].find((a) => /^04.2/.test(a.text))"
+    page.wait_for(f"{link}.scrollIntoView({{block: 'end'}}) || true", 20)
+    heading = """[...document.querySelectorAll('h2')].find((h) => /^04.2/.test(h.textContent)
+        && h.offsetParent).getBoundingClientRect().top"""
+    page.screenshot("exercises")
+    before = page.evaluate(heading)
+    page.evaluate(f"{link}.click()")
+    page.wait_for(f"{heading} < {before}", 20, otherwise=heading)
+    page.screenshot("exercises-next")
