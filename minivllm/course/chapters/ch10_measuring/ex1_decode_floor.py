@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from minivllm.course.grading.diagnose import diagnose
@@ -31,39 +32,54 @@ def _layer(
     return hidden * (query + 2 * kv_heads * dim + joined + mlp * config.intermediate_size)
 
 
+@dataclass(frozen=True)
+class _How:
+    """How somebody counts; as it stands here, rightly.
+
+    layer: numbers in the matrices of a layer. head: how often the head's matrix is read. repeated:
+    the weights are read for each sequence. both: 2 for keys and values. overlap: the larger of the
+    two times. The others replace the config's or the case's numbers.
+    """
+
+    layer: int | None = None
+    head: int = 1
+    repeated: bool = False
+    kv_heads: int | None = None
+    both: int = 2
+    kv_layers: int | None = None
+    sequences: int | None = None
+    dim: int | None = None
+    layers: int | None = None
+    overlap: bool = False
+
+
+def _or(value: int | None, usual: int) -> int:
+    return usual if value is None else value
+
+
 def _floor(
     config: ModelConfig,
     batch: int,
     context: int,
     element: int,
     bandwidth: float,
-    *,
-    layer: int | None = None,
-    head: int = 1,
-    repeated: bool = False,
-    kv_heads: int | None = None,
-    both: int = 2,
-    kv_layers: int | None = None,
-    sequences: int | None = None,
-    dim: int | None = None,
-    layers: int | None = None,
-    overlap: bool = False,
+    how: _How | None = None,
 ) -> tuple[float, float, float]:
-    """What the answer should give, or with other values what a mistake gives."""
-    layer = _layer(config) if layer is None else layer
-    layers = config.num_hidden_layers if layers is None else layers
-    weights = element * (layers * layer + head * config.vocab_size * config.hidden_size)
-    weights *= batch if repeated else 1
-    kv = both * (config.num_hidden_layers if kv_layers is None else kv_layers) * element
-    kv *= (kv_heads or config.num_key_value_heads) * (dim or config.head_dim)
-    kv *= (batch if sequences is None else sequences) * context
-    seconds = (max(weights, kv) if overlap else weights + kv) / bandwidth
+    """What the answer should give, or with another `how` what a mistake gives."""
+    how = how or _How()
+    layers = _or(how.layers, config.num_hidden_layers) * _or(how.layer, _layer(config))
+    weights = element * (layers + how.head * config.vocab_size * config.hidden_size)
+    weights *= batch if how.repeated else 1
+    kv = how.both * _or(how.kv_layers, config.num_hidden_layers) * element
+    kv *= _or(how.kv_heads, config.num_key_value_heads) * _or(how.dim, config.head_dim)
+    kv *= _or(how.sequences, batch) * context
+    seconds = (max(weights, kv) if how.overlap else weights + kv) / bandwidth
     return float(weights), float(kv), seconds
 
 
 def _guessed(config: ModelConfig, *more: Any) -> tuple:
     dim = config.hidden_size // config.num_attention_heads
-    return _floor(config, *more, layer=_layer(config, dim=dim), dim=dim)
+    return _floor(config, *more, how=_How(layer=_layer(config, dim=dim), dim=dim))
 
 
 def check_decode_floor(answer: Callable) -> str:
@@ -99,7 +115,7 @@ EXERCISE = Exercise(
                 " times hidden size."
             ),
             hint=2,
-            suspects=(lambda *case: _floor(*case, head=0),),
+            suspects=(lambda *case: _floor(*case, how=_How(head=0)),),
             answers=r"""
 # %% the layers alone
 def decode_floor(config, batch, context, element_bytes, bandwidth):
@@ -115,17 +131,17 @@ def decode_floor(config, batch, context, element_bytes, bandwidth):
         Known(
             "embedding-counted",
             message=(
-                "The table of embeddings is not read, but for one row a token. The head is: where the"
-                " two are tied, it is one matrix, used once as a table and once as a matrix."
+                "The table of embeddings is not read, but for one row a token. The head is: where"
+                " the two are tied, it is one matrix, used once as a table and once as a matrix."
             ),
             hint=2,
             suspects=(
-                lambda *case: _floor(*case, head=2),
+                lambda *case: _floor(*case, how=_How(head=2)),
                 lambda config, *more: _floor(
-                    config, *more, head=1 if config.tie_word_embeddings else 2
+                    config, *more, how=_How(head=1 if config.tie_word_embeddings else 2)
                 ),
                 lambda config, *more: _floor(
-                    config, *more, head=2 if config.tie_word_embeddings else 1
+                    config, *more, how=_How(head=2 if config.tie_word_embeddings else 1)
                 ),
             ),
             answers=r"""
@@ -157,12 +173,14 @@ def decode_floor(config, batch, context, element_bytes, bandwidth):
         Known(
             "query-heads-for-kv",
             message=(
-                "K and V have num_key_value_heads heads. That several query heads share one of them is"
-                " the point of GQA."
+                "K and V have num_key_value_heads heads. That several query heads share one of them"
+                " is the point of GQA."
             ),
             hint=1,
             suspects=(
-                lambda config, *more: _floor(config, *more, kv_heads=config.num_attention_heads),
+                lambda config, *more: _floor(
+                    config, *more, how=_How(kv_heads=config.num_attention_heads)
+                ),
             ),
             answers=r"""
 # %% K and V for every query head
@@ -179,9 +197,9 @@ def decode_floor(config, batch, context, element_bytes, bandwidth):
         ),
         Known(
             "k-without-v",
-            message=("There are keys and there are values: twice as much."),
+            message="There are keys and there are values: twice as much.",
             hint=1,
-            suspects=(lambda *case: _floor(*case, both=1),),
+            suspects=(lambda *case: _floor(*case, how=_How(both=1)),),
             answers=r"""
 # %% keys alone
 def decode_floor(config, batch, context, element_bytes, bandwidth):
@@ -197,9 +215,9 @@ def decode_floor(config, batch, context, element_bytes, bandwidth):
         ),
         Known(
             "kv-of-one-layer",
-            message=("Each layer has a cache of its own."),
+            message="Each layer has a cache of its own.",
             hint=1,
-            suspects=(lambda *case: _floor(*case, kv_layers=1),),
+            suspects=(lambda *case: _floor(*case, how=_How(kv_layers=1)),),
             answers=r"""
 # %% a cache for the whole model
 def decode_floor(config, batch, context, element_bytes, bandwidth):
@@ -216,11 +234,11 @@ def decode_floor(config, batch, context, element_bytes, bandwidth):
         Known(
             "kv-of-one-sequence",
             message=(
-                "Weights are read once for the whole batch; K and V are everybody's own, and read for"
-                " every sequence."
+                "Weights are read once for the whole batch; K and V are everybody's own, and read"
+                " for every sequence."
             ),
             hint=1,
-            suspects=(lambda *case: _floor(*case, sequences=1),),
+            suspects=(lambda *case: _floor(*case, how=_How(sequences=1)),),
             answers=r"""
 # %% the batch forgotten
 def decode_floor(config, batch, context, element_bytes, bandwidth):
@@ -237,11 +255,11 @@ def decode_floor(config, batch, context, element_bytes, bandwidth):
         Known(
             "weights-for-each-sequence",
             message=(
-                "The weights are read once in a step, however many sequences it has. That is why one"
-                " batches."
+                "The weights are read once in a step, however many sequences it has. That is why"
+                " one batches."
             ),
             hint=1,
-            suspects=(lambda *case: _floor(*case, repeated=True),),
+            suspects=(lambda *case: _floor(*case, how=_How(repeated=True)),),
             answers=r"""
 # %% as if nobody batched
 def decode_floor(config, batch, context, element_bytes, bandwidth):
@@ -257,9 +275,9 @@ def decode_floor(config, batch, context, element_bytes, bandwidth):
         ),
         Known(
             "weights-of-one-layer",
-            message=("That is one layer; the config says how many."),
+            message="That is one layer; the config says how many.",
             hint=1,
-            suspects=(lambda *case: _floor(*case, layers=1),),
+            suspects=(lambda *case: _floor(*case, how=_How(layers=1)),),
             answers=r"""
 # %% layers forgotten
 def decode_floor(config, batch, context, element_bytes, bandwidth):
@@ -303,9 +321,9 @@ def decode_floor(config, batch, context, element_bytes, bandwidth):
             ),
             hint=1,
             suspects=(
-                lambda c, *more: _floor(c, *more, layer=_layer(c, query=c.hidden_size)),
+                lambda c, *more: _floor(c, *more, how=_How(layer=_layer(c, query=c.hidden_size))),
                 lambda c, *more: _floor(
-                    c, *more, layer=_layer(c, query=c.hidden_size, joined=c.hidden_size)
+                    c, *more, how=_How(layer=_layer(c, query=c.hidden_size, joined=c.hidden_size))
                 ),
             ),
             answers=r"""
@@ -323,8 +341,8 @@ def decode_floor(config, batch, context, element_bytes, bandwidth):
         Known(
             "element-size-typed",
             message=(
-                "You take two bytes for every number, whatever element_bytes says. In float32 there are"
-                " four."
+                "You take two bytes for every number, whatever element_bytes says. In float32 there"
+                " are four."
             ),
             hint=1,
             suspects=(lambda c, b, n, e, w: _floor(c, b, n, 2, w),),
@@ -343,10 +361,15 @@ def decode_floor(config, batch, context, element_bytes, bandwidth):
         Known(
             "output-projection-forgotten",
             message=(
-                "Attention has four matrices: for q, k, v, and the one that its output goes through."
+                "Attention has four matrices: for q, k, v, and the one that its output goes"
+                " through."
             ),
             hint=1,
-            suspects=(lambda config, *more: _floor(config, *more, layer=_layer(config, joined=0)),),
+            suspects=(
+                lambda config, *more: _floor(
+                    config, *more, how=_How(layer=_layer(config, joined=0))
+                ),
+            ),
             answers=r"""
 # %% q, k and v alone
 def decode_floor(config, batch, context, element_bytes, bandwidth):
@@ -362,9 +385,11 @@ def decode_floor(config, batch, context, element_bytes, bandwidth):
         ),
         Known(
             "two-mlp-matrices",
-            message=("SwiGLU has three matrices: gate, up and down."),
+            message="SwiGLU has three matrices: gate, up and down.",
             hint=1,
-            suspects=(lambda config, *more: _floor(config, *more, layer=_layer(config, mlp=2)),),
+            suspects=(
+                lambda config, *more: _floor(config, *more, how=_How(layer=_layer(config, mlp=2))),
+            ),
             answers=r"""
 # %% up and down
 def decode_floor(config, batch, context, element_bytes, bandwidth):
@@ -381,10 +406,11 @@ def decode_floor(config, batch, context, element_bytes, bandwidth):
         Known(
             "larger-of-both",
             message=(
-                "The step reads both, the weights and the cache, through one memory: their times add up."
+                "The step reads both, the weights and the cache, through one memory: their times"
+                " add up."
             ),
             hint=1,
-            suspects=(lambda *case: _floor(*case, overlap=True),),
+            suspects=(lambda *case: _floor(*case, how=_How(overlap=True)),),
             answers=r"""
 # %% as if there were two memories
 def decode_floor(config, batch, context, element_bytes, bandwidth):
@@ -400,7 +426,7 @@ def decode_floor(config, batch, context, element_bytes, bandwidth):
         ),
         Known(
             "numbers-not-bytes",
-            message=("Those are numbers; each has element_bytes bytes."),
+            message="Those are numbers; each has element_bytes bytes.",
             hint=1,
             suspects=(
                 lambda c, b, n, e, w: _floor(c, b, n, 1, w),

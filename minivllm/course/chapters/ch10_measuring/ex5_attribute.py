@@ -174,8 +174,8 @@ EXERCISE = Exercise(
         Known(
             "overlap-counted-twice",
             message=(
-                "Kernels on two streams can run at the same time. Whenever at least one runs, the GPU"
-                " is busy: once, not twice. Add up the union, not the kernels."
+                "Kernels on two streams can run at the same time. Whenever at least one runs, the"
+                " GPU is busy: once, not twice. Add up the union, not the kernels."
             ),
             hint=1,
             suspects=(
@@ -284,9 +284,9 @@ def attribute(begin, end, kernels, cpu):
         Known(
             "idle-is-not-cpu",
             message=(
-                "Where no kernel runs, the CPU may be at fault, or it may be waiting too (for a lock,"
-                " for the network, for the next request). Only time in which it works is exposed CPU"
-                " time."
+                "Where no kernel runs, the CPU may be at fault, or it may be waiting too (for a"
+                " lock, for the network, for the next request). Only time in which it works is"
+                " exposed CPU time."
             ),
             suspects=(_cpu_for_idle,),
             answers=r"""
@@ -308,8 +308,8 @@ def attribute(begin, end, kernels, cpu):
         Known(
             "cpu-counted-as-idle",
             message=(
-                "Your idle time holds the CPU's as well. Idle is where neither works: the three numbers"
-                " add up to the step."
+                "Your idle time holds the CPU's as well. Idle is where neither works: the three"
+                " numbers add up to the step."
             ),
             suspects=(_gaps_as_idle,),
             answers=r"""
@@ -356,8 +356,8 @@ def attribute(begin, end, kernels, cpu):
         Known(
             "gaps-counted",
             message=(
-                "From the first kernel's start to the last one's end is not what the kernels ran: there"
-                " are gaps between them."
+                "From the first kernel's start to the last one's end is not what the kernels ran:"
+                " there are gaps between them."
             ),
             suspects=(_envelope,),
             answers=r"""
@@ -382,8 +382,8 @@ def attribute(begin, end, kernels, cpu):
         Known(
             "not-cut-to-the-step",
             message=(
-                "What reaches beyond the step belongs to its neighbours: count only the part between"
-                " begin and end."
+                "What reaches beyond the step belongs to its neighbours: count only the part"
+                " between begin and end."
             ),
             suspects=(
                 functools.partial(
@@ -409,8 +409,8 @@ def attribute(begin, end, kernels, cpu):
         Known(
             "dropped-at-the-edge",
             message=(
-                "A kernel that begins before the step, or ends after it, runs partly within it. That"
-                " part counts."
+                "A kernel that begins before the step, or ends after it, runs partly within it."
+                " That part counts."
             ),
             suspects=(_dropped,),
             answers=r"""
@@ -481,8 +481,8 @@ def attribute(begin, end, kernels, cpu):
         Known(
             "order-assumed",
             message=(
-                "The spans come in no particular order: streams are recorded one after the other. Sort"
-                " them by their start."
+                "The spans come in no particular order: streams are recorded one after the other."
+                " Sort them by their start."
             ),
             hint=3,
             suspects=(
