@@ -123,7 +123,7 @@ def the_block(
     q, k, v = ((h @ w[f"self_attn.{p}_proj.weight"].T).unflatten(-1, (-1, dim)) for p in "qkv")
     turned = []
     for y, which in zip((q, k), norms, strict=True):
-        weight = w.get(f"self_attn.{which}the_norm.weight")
+        weight = w.get(f"self_attn.{which}_norm.weight")
         if order == "norm first":
             turned.append(rope(y if weight is None else the_norm(y, weight), positions))
         else:

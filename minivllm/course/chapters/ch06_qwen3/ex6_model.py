@@ -199,7 +199,7 @@ def _wrong_model(config: ModelConfig, seed: int, **wrong: Any) -> tuple[Callable
                 for n in "qkv"
             )
             plain_key = k
-            qk = {n: weights.get(f"{p}self_attn.{n}the_norm.weight") for n in "qk-"}
+            qk = {n: weights.get(f"{p}self_attn.{n}_norm.weight") for n in "qk-"}
             names = how.get("norms", "qk")
             q, k = kernels.qk_norm_rope(q, k, qk[names[0]], qk[names[1]], table, at, how["eps"])
             if not how.get("not_stored"):
