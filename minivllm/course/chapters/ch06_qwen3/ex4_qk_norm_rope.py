@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 from minivllm.course.chapters.ch06_qwen3.common import EPS
 from minivllm.course.grading.exercise import Exercise, Known
 
+#: Rows of the table of cosines and sines.
+ROWS = 1024
+
 
 def check_qk_norm_rope(answer: Callable) -> str:
     import torch
@@ -40,11 +43,10 @@ def check_qk_norm_rope(answer: Callable) -> str:
         dtype: torch.dtype | None = None,
     ) -> tuple:
         dtype = dtype or torch.float32
-        table = rope_table(RopeConfig(theta), dim, 64, torch.device("cpu"))
-        q, k = (
-            (torch.randn(len(positions), n, dim, generator=random) * size).to(dtype)
-            for n in (heads, kv_heads)
-        )
+        table = rope_table(RopeConfig(theta), dim, ROWS, torch.device("cpu"))
+        # As the engine gives them: parts of one matrix product's result.
+        qkv = torch.randn(len(positions), heads + 2 * kv_heads, dim, generator=random) * size
+        q, k, _ = qkv.to(dtype).split([heads, kv_heads, kv_heads], dim=1)
         weights = [
             (torch.rand(dim, generator=random) + 0.5).to(dtype) if norm else None for _ in "qk"
         ]
@@ -60,6 +62,9 @@ def check_qk_norm_rope(answer: Callable) -> str:
         case([63, 0, 9, 9, 30], 4, 4, 8, norm=False),
         case([3, 40], 2, 1, 8, size=0.01, eps=1e-3),
         case(range(17), 4, 2, 64, theta=1e4),
+        case([1023, 512, 511, 64, 600], 2, 1, 8, theta=1e4),
+        case(range(300, 308), 8, 8, 8),  # as many tokens as heads, as many heads as numbers
+        case(range(70), 1, 1, 4),
     ]
     low = [
         case([2, 11, 50], 4, 2, 16, dtype=torch.bfloat16),
@@ -92,7 +97,7 @@ def check_qk_norm_rope(answer: Callable) -> str:
             "positions": positions,
             "from 0": torch.arange(len(positions)),
             "first": positions - positions[0],
-            "next": (positions + 1).clamp(max=63),
+            "next": (positions + 1).clamp(max=ROWS - 1),
         }[rows]
         cos, sin = cos_sin[at].unsqueeze(1).chunk(2, dim=-1)
         if broken == "swapped table":
