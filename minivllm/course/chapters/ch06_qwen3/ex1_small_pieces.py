@@ -561,8 +561,6 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
             answers=r'''
 # %% the halves exchanged
 @@
--    """RMSNorm of each row: [T, N], weight [N] -> [T, N] in x.dtype."""
-@@
 -    """The middle of SwiGLU: [T, 2N], gates before ups -> silu(gate) * up, [T, N]."""
 -    gate, up = gate_up.chunk(2, dim=-1)
 +    up, gate = gate_up.chunk(2, dim=-1)
@@ -572,8 +570,6 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
             "interleaved-halves",
             answers=r'''
 # %% every second column
-@@
--    """RMSNorm of each row: [T, N], weight [N] -> [T, N] in x.dtype."""
 @@
 -    """The middle of SwiGLU: [T, 2N], gates before ups -> silu(gate) * up, [T, N]."""
 -    gate, up = gate_up.chunk(2, dim=-1)

@@ -187,12 +187,8 @@ def block(
         ),
         Known(
             "one-norm-for-q-and-k",
-            answers=r'''
+            answers=r"""
 # %% only the stream is mended
-@@
--    """RMSNorm over the last dimension (given, and right)."""
-@@
--    """One decoder block: the stream [T, hidden] before it -> the stream after it."""
 @@
 -    q, k = (
 -        rope(norm(y, w[f"self_attn.{p}_norm.weight"]), positions)
@@ -200,7 +196,7 @@ def block(
 -    )
 +    q = rope(norm(q, w["self_attn.q_norm.weight"]), positions)
 +    k = rope(norm(k, w["self_attn.q_norm.weight"]), positions)
-''',
+""",
         ),
         Known(
             "residual-is-the-norm",
@@ -300,12 +296,8 @@ def block(
         ),
         Known(
             "norms-swapped",
-            answers=r'''
+            answers=r"""
 # %% two norms, exchanged
-@@
--    """RMSNorm over the last dimension (given, and right)."""
-@@
--    """One decoder block: the stream [T, hidden] before it -> the stream after it."""
 @@
 -    q, k = (
 -        rope(norm(y, w[f"self_attn.{p}_norm.weight"]), positions)
@@ -313,16 +305,12 @@ def block(
 -    )
 +    q = rope(norm(q, w["self_attn.k_norm.weight"]), positions)
 +    k = rope(norm(k, w["self_attn.q_norm.weight"]), positions)
-''',
+""",
         ),
         Known(
             "no-qk-norm",
-            answers=r'''
+            answers=r"""
 # %% both norms taken out
-@@
--    """RMSNorm over the last dimension (given, and right)."""
-@@
--    """One decoder block: the stream [T, hidden] before it -> the stream after it."""
 @@
 -    q, k = (
 -        rope(norm(y, w[f"self_attn.{p}_norm.weight"]), positions)
@@ -330,7 +318,7 @@ def block(
 -    )
 +    q = rope(q, positions)
 +    k = rope(k, positions)
-''',
+""",
         ),
         Known(
             "residual-twice",
@@ -359,12 +347,8 @@ def block(
         ),
         Known(
             "nothing-added",
-            answers=r'''
+            answers=r"""
 # %% the branch replaces the stream
-@@
--    """RMSNorm over the last dimension (given, and right)."""
-@@
--    """One decoder block: the stream [T, hidden] before it -> the stream after it."""
 @@
 -    q, k = (
 -        rope(norm(y, w[f"self_attn.{p}_norm.weight"]), positions)
@@ -374,16 +358,12 @@ def block(
 +    q = rope(norm(q, w["self_attn.q_norm.weight"]), positions)
 +    k = rope(norm(k, w["self_attn.k_norm.weight"]), positions)
 +    x = attend(q, k, v).flatten(-2) @ w["self_attn.o_proj.weight"].T
-''',
+""",
         ),
         Known(
             "norm-after-rope",
-            answers=r'''
+            answers=r"""
 # %% turns first
-@@
--    """RMSNorm over the last dimension (given, and right)."""
-@@
--    """One decoder block: the stream [T, hidden] before it -> the stream after it."""
 @@
 -    q, k = (
 -        rope(norm(y, w[f"self_attn.{p}_norm.weight"]), positions)
@@ -391,7 +371,7 @@ def block(
 -    )
 +    q = norm(rope(q, positions), w["self_attn.q_norm.weight"])
 +    k = norm(rope(k, positions), w["self_attn.k_norm.weight"])
-''',
+""",
         ),
         Known(
             "one-norm-for-both-branches",
@@ -420,12 +400,8 @@ def block(
         ),
         Known(
             "changed-input",
-            answers=r'''
+            answers=r"""
 # %% adds in place
-@@
--    """RMSNorm over the last dimension (given, and right)."""
-@@
--    """One decoder block: the stream [T, hidden] before it -> the stream after it."""
 @@
 -    q, k = (
 -        rope(norm(y, w[f"self_attn.{p}_norm.weight"]), positions)
@@ -435,7 +411,7 @@ def block(
 +    q = rope(norm(q, w["self_attn.q_norm.weight"]), positions)
 +    k = rope(norm(k, w["self_attn.k_norm.weight"]), positions)
 +    x += attend(q, k, v).flatten(-2) @ w["self_attn.o_proj.weight"].T
-''',
+""",
         ),
         Known(
             "mlp-not-normed",
