@@ -54,10 +54,7 @@ def _run(answer: type, where: str, runs: Callable[[Any], Any], **watched: Any) -
     try:
         return runs(Watch(answer, where, **watched))
     except SchedulerStalledError as error:
-        raise Mistake(
-            "stalled",
-            f"{where}: {error}\nReorder `self.waiting`; leave the planning to super().schedule().",
-        ) from error
+        raise EXERCISE.mistake("stalled", f"{where}: {error}") from error
 
 
 # --- on the busy day ------------------------------------------------------------------------------
@@ -122,20 +119,28 @@ def _judge_crowd(answer: type, limits: dict[str, int], also: str) -> None:
 
 # --- the same decisions everywhere ----------------------------------------------------------------
 
-#: Requests of which several come at the same moment with prompts of the same length.
-TIES = [Arrival(0.02 * (i // 3), (100, 400, 400, 900)[i // 3 % 4], 10 + i % 31) for i in range(90)]
+#: Requests of which three come at the same moment, with prompts of the same length.
+TIES = [Arrival(0.024 * (i // 3), (100, 400, 400, 900)[i // 3 % 4], 10 + i % 31) for i in range(90)]
 
 
 def _order(answer: type, where: str, **watched: Any) -> list[int]:
-    """The order in which the requests of `TIES` begin to run, those again that were preempted."""
-    watch = Watch(answer, where, [arrival.output_tokens for arrival in TIES], **watched)
-    _run_ties(watch)
-    return watch.admitted
+    """The order in which the requests of `TIES` begin to run, those again that were preempted.
+
+    First with a large cache, then with a small one.
+    """
+    order: list[int] = []
+    for limits in (ROOMY, CRAMPED):
+        watch = Watch(answer, where, [arrival.output_tokens for arrival in TIES], **watched)
+        _run_ties(watch, limits)
+        order += watch.admitted
+    return order
 
 
-def _run_ties(watch: Watch) -> None:
-    limits = {**CRAMPED, "num_blocks": 160}
-    simulate(TIES, scheduler_cls=watch, trace=False, **limits)
+def _run_ties(watch: Watch, limits: dict[str, int]) -> None:
+    try:
+        simulate(TIES, scheduler_cls=watch, trace=False, **limits)
+    except SchedulerStalledError as error:
+        raise EXERCISE.mistake("stalled", f"{watch.where}: {error}") from error
 
 
 def _judge_alike(answer: type) -> None:
@@ -272,6 +277,7 @@ class FairQueue(Scheduler):
 +        return True, -(300 * age + seq.num_tokens) // seq.num_tokens
 """,
         ),
+        Known("stalled", "Reorder `self.waiting`; leave the planning to `super().schedule()`."),
         Known(
             "too-slow",
             "Is the budget used up in every step while somebody waits?",
