@@ -92,45 +92,181 @@ ANSWERS = {
 +            self.waiting.append(newest)
 """,
     "preempts-the-oldest": r"""
+# %% who is first in the list
+@@
+-            newest = self.running.pop()
++            newest = self.running.pop(0)
+
+# %% who needs blocks goes
+@@
+-            newest = self.running.pop()
++            newest = seq
++            self.running.remove(seq)
+""",
+    "wrong-victim": r"""
 # %% the longest has most to give
+@@
+-            newest = self.running.pop()
++            planned = [item.sequence for item in batch.items]
++            rest = [other for other in self.running if other not in planned]
++            newest = max(rest, key=lambda other: other.num_tokens)
++            self.running.remove(newest)
+
+# %% the second goes, for the first may not
+@@
+-            newest = self.running.pop()
++            newest = self.running.pop(1 if len(self.running) > 1 else 0)
+""",
+    "waiting-first": r"""
+# %% the waiting ones are planned first
 class MyScheduler(SchedulerBase):
     def schedule(self) -> ScheduledBatch:
         batch, left = ScheduledBatch(), self.max_num_batched_tokens
-        for seq in list(self.running):
-            if left == 0 or seq not in self.running:
-                continue
-            num_new = min(seq.num_uncomputed_tokens, left)
-            if self.make_room(batch, seq, seq.num_computed_tokens + num_new):
-                self.compute(batch, seq, num_new)
-                left -= num_new
-        while (
-            self.waiting
-            and left > 0
-            and len(self.running) < self.max_num_seqs
-            and not batch.preempted
-        ):
+        old = list(self.running)
+        while self.waiting and left > 0 and len(self.running) < self.max_num_seqs:
             seq = self.waiting[0]
             prefix = self.block_manager.find_cached_prefix(seq)
-            num_cached = len(prefix) * self.block_manager.block_size
-            num_new = min(seq.num_tokens - num_cached, left)
-            if not self.block_manager.allocate(seq, num_cached + num_new, prefix):
+            cached = len(prefix) * self.block_manager.block_size
+            count = min(seq.num_tokens - cached, left)
+            if not self.block_manager.allocate(seq, cached + count, prefix):
                 break
             self.running.append(self.waiting.popleft())
-            self.start(batch, seq, num_cached)
-            self.compute(batch, seq, num_new)
-            left -= num_new
+            self.start(batch, seq, cached)
+            self.compute(batch, seq, count)
+            left -= count
+        for seq in old:
+            count = min(seq.num_uncomputed_tokens, left)
+            if seq not in self.running or count == 0:
+                continue
+            if not self.make_room(batch, seq, seq.num_computed_tokens + count):
+                break
+            self.compute(batch, seq, count)
+            left -= count
         return batch
 
     def make_room(self, batch: ScheduledBatch, seq: Sequence, num_tokens: int) -> bool:
-        planned = [item.sequence for item in batch.items]
         while not self.block_manager.allocate(seq, num_tokens):
-            victim = next(other for other in self.running if other not in planned)
+            planned = [item.sequence for item in batch.items]
+            victim = [other for other in self.running if other not in planned][-1]
             self.running.remove(victim)
             self.waiting.appendleft(victim)
             self.give_up(batch, victim)
             if victim is seq:
                 return False
         return True
+""",
+    "prompts-alone": r"""
+# %% a step that admits somebody does nothing else
+@@
+         index = 0
++        for seq in [*self.waiting][: self.max_num_seqs - len(self.running)]:
++            prefix = self.block_manager.find_cached_prefix(seq)
++            cached = len(prefix) * self.block_manager.block_size
++            count = min(seq.num_tokens - cached, left)
++            if not count or not self.block_manager.allocate(
++                seq, cached + count, prefix
++            ):
++                break
++            self.running.append(self.waiting.popleft())
++            self.start(batch, seq, cached)
++            self.compute(batch, seq, count)
++            left -= count
++        if batch:
++            return batch
+""",
+    "cached-in-budget": r"""
+# %% what the cache gives is counted, too
+@@
+             self.start(batch, seq, num_cached)
+             self.compute(batch, seq, num_new)
+-            left -= num_new
++            left -= num_cached + num_new
+""",
+    "prompt-only": r"""
+# %% a request that comes back computes its prompt
+@@
+-            num_new = min(seq.num_tokens - num_cached, left)
++            num_new = min(max(1, seq.num_prompt_tokens - num_cached), left)
+""",
+    "one-admission": r"""
+# %% one admission per step
+@@
+             self.start(batch, seq, num_cached)
+             self.compute(batch, seq, num_new)
+-            left -= num_new
++            break
+""",
+    "static-batching": r"""
+# %% admits when all have finished
+@@
+             self.waiting
++            and not self.running
+             and left > 0
+""",
+    "part-of-the-prefix": r"""
+# %% two blocks at most
+@@
+-            prefix = self.block_manager.find_cached_prefix(seq)
++            prefix = self.block_manager.find_cached_prefix(seq)[:2]
+""",
+    "one-victim-only": r"""
+# %% `if` for `while`
+@@
+-        while not self.block_manager.allocate(seq, num_tokens):
++        if not self.block_manager.allocate(seq, num_tokens):
+@@
+             if newest is seq:
+                 return False
++            return self.block_manager.allocate(seq, num_tokens)
+""",
+    "no-second-try": r"""
+# %% makes room for the next step
+@@
+-            if newest is seq:
+-                return False
++            return False
+""",
+    "never-preempts": r"""
+# %% who has no blocks waits
+@@
+-            newest = self.running.pop()
+-            self.waiting.appendleft(newest)
+-            self.give_up(batch, newest)
+-            if newest is seq:
+-                return False
++            return False
+""",
+    "too-short-a-chunk": r"""
+# %% whoever runs decodes
+@@
+-            num_new = min(seq.num_uncomputed_tokens, left)
++            num_new = min(seq.num_uncomputed_tokens, left, 1)
+""",
+    "no-chunks-for-running": r"""
+# %% a rest of a prompt that does not fit waits
+@@
+-            num_new = min(seq.num_uncomputed_tokens, left)
++            num_new = seq.num_uncomputed_tokens
++            if num_new > left:
++                break
+""",
+    "place-unused": r"""
+# %% one place stays empty
+@@
+-            and len(self.running) < self.max_num_seqs
++            and len(self.running) < self.max_num_seqs - 1
+""",
+    "budget-unused": r"""
+# %% the last token of the budget is left
+@@
+-            and left > 0
++            and left > 1
+""",
+    "blocks-for-all": r"""
+# %% blocks for all of its tokens, before the first chunk
+@@
+-            if not self.block_manager.allocate(seq, num_cached + num_new, prefix):
++            if not self.block_manager.allocate(seq, seq.num_tokens, prefix):
 """,
     "whole-prompts-only": r"""
 # %% admits who fits the budget as a whole
@@ -380,15 +516,6 @@ EXERCISE = Exercise(
 -            and not batch.preempted
 -        ):
 +        while self.waiting and left > 0 and not batch.preempted:
-""",
-        ),
-        Known(
-            "planned-and-preempted",
-            answers=r"""
-# %% the second goes, for the first may not
-@@
--            newest = self.running.pop()
-+            newest = self.running.pop(1 if len(self.running) > 1 else 0)
 """,
         ),
         Known(

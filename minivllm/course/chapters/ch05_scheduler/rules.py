@@ -182,6 +182,13 @@ class AdmitsBesideNothing(ByTheRules):
         return super().may_admit(batch) and not batch
 
 
+class AdmitsBesideNobody(ByTheRules):
+    """Admits one where nobody runs."""
+
+    def first_chunk(self, batch: ScheduledBatch, seq: Sequence, cached: int, left: int) -> int:
+        return 0 if self.running else super().first_chunk(batch, seq, cached, left)
+
+
 class Overtaken(ByTheRules):
     """Who does not fit is skipped, and the next one tried."""
 
@@ -514,7 +521,7 @@ ADMISSION = (
         "static-batching",
         "You admit only where nobody runs. A free place can be taken in each step: that is what"
         " continuous batching means.",
-        suspects=(StaticBatches, AdmitsBesideNothing),
+        suspects=(StaticBatches, AdmitsBesideNothing, AdmitsBesideNobody),
     ),
     Known(
         "overtaken",
@@ -587,16 +594,10 @@ DECISIONS = (
     ),
     Known(
         "preempts-the-oldest",
-        "You preempt the oldest that can go. The newest of the running goes, the last in the list:"
-        " else nobody is sure ever to finish.",
-        suspects=(OldestVictim, OldestUnplannedVictim),
-        hint=2,
-    ),
-    Known(
-        "preempts-itself",
-        "The sequence that needs blocks is preempted itself. The newest of the running goes, and"
-        " the one that needed the blocks goes on.",
-        suspects=(SelfVictim, SelfVictimGoesOn),
+        "You preempt the first in the list, or the oldest that this step has not planned: that is"
+        " the very sequence that needs the blocks. The newest of the running goes, the last in the"
+        " list: else nobody is sure ever to finish.",
+        suspects=(OldestVictim, OldestUnplannedVictim, SelfVictim, SelfVictimGoesOn),
         hint=2,
     ),
     Known(
