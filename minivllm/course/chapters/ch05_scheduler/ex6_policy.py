@@ -18,8 +18,10 @@ from minivllm.course.grading.exercise import Exercise, Known
 from minivllm.course.grading.judges import expect, expect_all
 from minivllm.course.sim.queues import (
     CRAMPED,
+    CROWDS,
     EARLY,
     ROOMY,
+    Crowd,
     busy_day,
     longest_early_wait,
 )
@@ -43,8 +45,8 @@ def check_policy(answer: type) -> str:
     )
     mine = _run(answer, "On the busy day", busy_day)
     _judge_alike(answer)
-    _judge_crowd(answer, ROOMY, "")
-    _judge_crowd(answer, CRAMPED, " and a small cache (250 blocks of 16 tokens)")
+    for crowd in CROWDS:
+        _judge_crowd(answer, crowd)
     _judge_busy_day(mine)
     return "better for most, bearable for all, and nobody starves"
 
@@ -94,26 +96,25 @@ def _require(condition: bool, name: str, seen: str) -> None:
 # --- in a crowd -----------------------------------------------------------------------------------
 
 
-def _judge_crowd(answer: type, limits: dict[str, int], also: str) -> None:
+def _judge_crowd(answer: type, crowd: Crowd) -> None:
     """An early request must not wait for longer because more requests come later."""
     waits = {}
     for count in (150, 600):
-        where = f"In a crowd of {count} requests{also}"
-        runs = partial(longest_early_wait, num_requests=count, limits=limits)
+        where = f"In a crowd of {count} requests that come {crowd.what}"
+        runs = partial(longest_early_wait, crowd=crowd, num_requests=count)
         waits[count] = _run(answer, where, runs)
     few, many = waits[150], waits[600]
     if many.steps_waited <= GROWTH * few.steps_waited + STEPS_MORE:
         return
-    seq, fair = many.sequence, longest_early_wait(Scheduler, 600, limits)
-    went = "" if not seq.num_preemptions else ", the time after a preemption included"
-    engine = also.replace(" and ", ", with ")
+    seq, fair = many.sequence, longest_early_wait(Scheduler, crowd, 600)
+    went = " After a preemption it had to wait again." if seq.num_preemptions else ""
     raise EXERCISE.mistake(
         "starves",
-        f"Requests keep coming, faster than the GPU can take them{engine}. Of those who come in the"
-        f" first {EARLY:.0f} s, one waits for {few.steps_waited:,} steps if 150 come in all, and"
-        f" one for {many.steps_waited:,} if 600 come; in order of arrival it is"
-        f" {fair.steps_waited:,}.\nThe second is request {seq.seq_id}: its prompt has"
-        f" {seq.num_prompt_tokens:,} tokens, it came at {many.arrival.time:.2f} s{went}.",
+        f"Requests keep coming, {crowd.what}. Of those who come in the first {EARLY:.0f} s, one"
+        f" waits for {few.steps_waited:,} steps if 150 come in all, and one for"
+        f" {many.steps_waited:,} if 600 come; in order of arrival it is {fair.steps_waited:,}.\nThe"
+        f" second is request {seq.seq_id}: its prompt has {seq.num_prompt_tokens:,} tokens, it came"
+        f" at {many.arrival.time:.2f} s.{went}",
     )
 
 
@@ -132,7 +133,8 @@ def _order(answer: type, where: str, **watched: Any) -> list[int]:
     for limits in (ROOMY, CRAMPED):
         watch = Watch(answer, where, [arrival.output_tokens for arrival in TIES], **watched)
         _run_ties(watch, limits)
-        order += watch.admitted
+        # Of one length, so that the first difference is shown, and not the lengths.
+        order += watch.admitted + [-1] * (400 - len(watch.admitted))
     return order
 
 
@@ -256,6 +258,12 @@ class FairQueue(Scheduler):
 +        late = age > 20 and seq.num_tokens > 2500
 +        return (False, seq.seq_id) if late else (True, seq.num_tokens)
 
+# %% the shortest first while the queue is short, in order of arrival else
+@@
+-        return (False, seq.seq_id) if age > 20 else (True, seq.num_tokens)
++        late = len(self.waiting) > 40
++        return (False, seq.seq_id) if late else (True, seq.num_tokens)
+
 # %% no patience while the queue is long
 @@
 -        return (False, seq.seq_id) if age > 20 else (True, seq.num_tokens)
@@ -368,8 +376,17 @@ class FairQueue(Scheduler):
 """,
         ),
         Known(
-            "reorders-running",
+            "changes-running",
             answers=r"""
+# %% somebody who runs is sent back to the queue
+@@
+         self.waiting = deque(sorted(self.waiting, key=self.rank))
+-        return super().schedule()
++        batch = super().schedule()
++        if self.waiting and len(self.running) > 4:
++            self.waiting.append(self.running.pop())
++        return batch
+
 # %% the running ones are ordered, too
 @@
          self.waiting = deque(sorted(self.waiting, key=self.rank))
@@ -393,6 +410,16 @@ class FairQueue(Scheduler):
 @@
 -        return super().schedule()
 +        super().schedule()
+""",
+        ),
+        Known(
+            "planned-twice",
+            answers=r"""
+# %% two plans
+@@
+         self.waiting = deque(sorted(self.waiting, key=self.rank))
++        super().schedule()
+         return super().schedule()
 """,
         ),
         Known(

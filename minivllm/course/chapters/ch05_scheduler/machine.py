@@ -261,6 +261,12 @@ class Machine:
                 "It returns the ScheduledBatch that it has filled.",
             )
         scheduler = self.scheduler
+        if any(other is not batch for other in scheduler.in_flight):
+            self.fail(
+                "another-batch",
+                f"{here} `start` or `compute` wrote into another batch than the one returned.",
+                "A step is one `ScheduledBatch`: make it once, hand it to all calls, return it.",
+            )
         queued = [seq.seq_id for seq in [*scheduler.running, *scheduler.waiting]]
         if missing := sorted(set(self.live) - set(queued)):
             self._fail_lost(missing[0], batch, here)

@@ -80,7 +80,7 @@ class Watch:
         scheduler = self.scheduler
         running, waiting = list(scheduler.running), list(scheduler.waiting)
         if [seq for seq in self.ran_last if not seq.is_finished] != running:
-            self.fail("reorders-running", "the list `running` was changed between two steps.")
+            self.fail("changes-running", "the list `running` was changed between two steps.")
         if self.neighbour:
             self.neighbour.work()
         batch = self._planned()
@@ -89,6 +89,12 @@ class Watch:
                 "no-plan",
                 f"your `schedule` returned {batch!r}.",
                 "The step is what `super().schedule()` returns: return it.",
+            )
+        if len(scheduler.in_flight) > 1:
+            self.fail(
+                "planned-twice",
+                "your `schedule` planned two steps, and returned one.",
+                "Each call of `super().schedule()` plans a step: call it once.",
             )
         self._require_deque()
         self._judge_queues(batch, running, waiting)
@@ -177,12 +183,14 @@ class Watch:
 
     def _judge_running(self, batch: ScheduledBatch, running: list[Sequence]) -> None:
         """Who ran before comes first, in the same order; only the last ones may be preempted."""
+        after = self.scheduler.running
+        if gone := [seq for seq in running if seq not in after and seq not in batch.preempted]:
+            self.fail("changes-running", f"request {gone[0].seq_id} was taken out of `running`.")
         kept = len(running) - len([seq for seq in batch.preempted if seq in running])
-        if self.scheduler.running[:kept] != running[:kept]:
+        if after[:kept] != running[:kept]:
             self.fail(
-                "reorders-running",
-                "the list `running` has another order than before, or another one than its last"
-                " was preempted.",
+                "changes-running",
+                "the list `running` has another order than before, or not its last was preempted.",
             )
 
     def _judge_held_back(self, batch: ScheduledBatch) -> None:
