@@ -26,6 +26,7 @@ def check_scheduler(answer: type) -> str:
     small, large = 150, 10
     _, preemptions, chunks = play_many(answer, EXERCISE.suspects, True, 5, (small, large))
     _judge_prefix_hits(answer)
+    _judge_evicted_prefix(answer)
     assert preemptions > 100
     assert chunks > 100
     return f"{small + large + 1} random histories; {_judge_in_engine(answer)}"
@@ -49,6 +50,22 @@ def _judge_prefix_hits(answer: type) -> None:
                 f" {seq.num_cached_tokens} tokens were taken from the prefix cache, expected"
                 f" {expected}.",
             )
+
+
+def _judge_evicted_prefix(answer: type) -> None:
+    """Two requests come in in one step; the first takes the cached blocks of the second."""
+    evidence = Evidence()
+    machine = Machine(answer, 12, 4, 2, 80, True, evidence)
+    first, second = [0, 1, 2] * 3, [1, 0] * 12 + [2]
+    for prompt in (first, second):
+        machine.add(prompt, 1)
+        while machine.live:
+            machine.step()
+    machine.add([2, 2, 1] * 8, 1)
+    machine.add(first, 1)
+    while machine.live:
+        machine.step()
+    evidence.settle(EXERCISE.suspects)
 
 
 def _judge_in_engine(answer: type) -> str:
@@ -202,6 +219,31 @@ class MyScheduler(SchedulerBase):
              self.waiting
 +            and not self.running
              and left > 0
+""",
+    "computes-the-prefix": r"""
+# %% a waiting sequence has no computed tokens yet
+@@
+-            num_new = min(seq.num_tokens - num_cached, left)
++            num_new = min(seq.num_uncomputed_tokens, left)
+""",
+    "plans-the-preempted": r"""
+# %% along a copy
+@@
+-        while index < len(self.running) and left > 0:
+-            seq = self.running[index]
++        for seq in list(self.running):
++            if left == 0:
++                break
+""",
+    "decodes-first": r"""
+# %% who decodes goes first
+@@
+-        while index < len(self.running) and left > 0:
+-            seq = self.running[index]
++        order = sorted(self.running, key=lambda s: s.num_uncomputed_tokens > 1)
++        for seq in order:
++            if left == 0 or seq not in self.running:
++                continue
 """,
     "part-of-the-prefix": r"""
 # %% two blocks at most
@@ -375,6 +417,27 @@ EXERCISE = Exercise(
 """,
         ),
         Known(
+            "running-out-of-order",
+            answers=r"""
+# %% who is admitted stands first
+@@
+-            self.running.append(self.waiting.popleft())
++            self.running.insert(0, self.waiting.popleft())
+""",
+        ),
+        Known(
+            "another-batch",
+            answers=r"""
+# %% a batch for the waiting ones, which is lost
+@@
+             self.start(batch, seq, num_cached)
+-            self.compute(batch, seq, num_new)
+-            left -= num_new
++            self.compute(ScheduledBatch(), seq, num_new)
++            left -= num_new
+""",
+        ),
+        Known(
             "over-budget",
             answers=r"""
 # %% decodes are not counted
@@ -409,6 +472,18 @@ EXERCISE = Exercise(
             "reads-what-nobody-wrote",
             hint=3,
             answers=r"""
+# %% asks the cache once for all who wait; the first admission takes blocks of the others
+@@
+-        index = 0
++        index, found = 0, {}
+@@
+-            prefix = self.block_manager.find_cached_prefix(seq)
++            if not found:
++                for other in self.waiting:
++                    prefix = self.block_manager.find_cached_prefix(other)
++                    found[other.seq_id] = prefix
++            prefix = found[seq.seq_id]
+
 # %% counts the prefix, and does not take its blocks
 @@
 -            prefix = self.block_manager.find_cached_prefix(seq)

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from minivllm.course.chapters.ch05_scheduler.common import misuse, the_count
 from minivllm.course.chapters.ch05_scheduler.moment import Moment, Plan
 from minivllm.course.chapters.ch05_scheduler.rules import RIGHT
+from minivllm.course.grading.compare import show
 from minivllm.course.grading.errors import CheckError, Mistake
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.sequence import ScheduledBatch, Sequence, SequenceStatus, max_steps
@@ -156,9 +157,10 @@ class Machine:
         """Fill the cache, and sample. Mistake where a request computes what is not its own."""
         tokens = []
         for item in batch.items:
+            if item.sequence in batch.admitted:
+                self._require_cached(item.sequence, item.start)
+        for item in batch.items:
             seq = item.sequence
-            if seq in batch.admitted:
-                self._require_cached(seq, item.start)
             for position in range(item.start, item.end):
                 block = self.manager.blocks[seq.block_table[position // self.size]]
                 if block.ref_count != 1 or block.block_hash is not None:
@@ -167,7 +169,7 @@ class Machine:
                         f"in step {self.number} request {seq.seq_id} computes token {position},"
                         " which lies in a block from the prefix cache.",
                         "What is cached is counted in tokens: a block has block_size of them. Start"
-                        " behind them.",
+                        " behind them; and only a waiting sequence may take a prefix.",
                     )
                 before = self._entry(seq, position - 1, item.start) if position else 0
                 self.content[block.block_id, position % self.size] = hash(
@@ -194,8 +196,9 @@ class Machine:
                     "reads-what-nobody-wrote",
                     f"in step {self.number} request {seq.seq_id} computes from token {start} on,"
                     f" but token {index * self.size} before it was never computed in its blocks.",
-                    "Only tokens in blocks from the prefix cache may be skipped: `allocate` takes"
-                    " the blocks that `find_cached_prefix` found.",
+                    "Only tokens in blocks from the prefix cache may be skipped: hand `allocate` the"
+                    " blocks that `find_cached_prefix` found. They are good until the next"
+                    " `allocate`, which may take them for somebody else.",
                 )
 
     def _entry(self, seq: Sequence, position: int, start: int) -> int:
@@ -257,7 +260,7 @@ class Machine:
         if not isinstance(batch, ScheduledBatch):
             self.fail(
                 "wrong-type",
-                f"schedule returned {batch!r}.",
+                f"schedule returned {show(batch)}.",
                 "It returns the ScheduledBatch that it has filled.",
             )
         scheduler = self.scheduler
@@ -348,22 +351,27 @@ class Machine:
         def mistake(name: str, what: str, hint: str) -> Mistake:
             return Mistake(name, f"{here} {what}\n{both}\n{hint}")
 
-        if not batch:
-            return mistake(
-                "stalled",
-                f"nothing is planned, although {len(plan.running)} requests run and"
-                f" {len(plan.waiting)} wait.",
-                "The oldest request must get at least a token in every step.",
-            )
         return (
             self._preemption_symptom(mistake, plan, expected)
-            or self._order_symptom(mistake, plan)
+            or (None if batch else self._stalled_symptom(mistake, plan))
+            or self._order_symptom(mistake, plan, expected)
             or self._left_over_symptom(mistake, plan, expected)
             or mistake(
                 "another-plan",
                 "another step is planned than by the rules.",
                 "Compare the two, request by request.",
             )
+        )
+
+    def _stalled_symptom(self, mistake: Any, plan: Plan) -> Mistake:
+        return mistake(
+            "stalled",
+            f"nothing is planned, although {len(plan.running)} requests run and"
+            f" {len(plan.waiting)} wait.",
+            "The oldest request must get at least a token in every step."
+            if plan.running
+            else "Nobody runs, and the head of the queue fits. Which condition keeps your code"
+            " from admitting it, and does it depend on an earlier step?",
         )
 
     def _preemption_symptom(self, mistake: Any, plan: Plan, expected: Plan) -> Mistake | None:
@@ -383,18 +391,24 @@ class Machine:
                 "A step that had to make room admits nobody, or it would soon have to make room"
                 " again.",
             )
-        if went and plan.running and min(went) < max(plan.running):
+        if wrong := sorted(plan.preempted - expected.preempted):
             return mistake(
                 "wrong-victim",
-                f"request {went[0]} is preempted, and the newer {max(plan.running)} runs on.",
-                "Take from the end of `running`, until `allocate` says True.",
+                f"request {wrong[0]} is preempted.",
+                "The newest goes: take from the end of `running`, until `allocate` says True.",
             )
         return None
 
-    def _order_symptom(self, mistake: Any, plan: Plan) -> Mistake | None:
+    def _order_symptom(self, mistake: Any, plan: Plan, expected: Plan) -> Mistake | None:
         order = [*plan.running, *plan.waiting]
         if order == sorted(order):
             return None
+        if sorted(plan.running) == sorted(expected.running) and plan.running != expected.running:
+            return mistake(
+                "running-out-of-order",
+                f"`running` is {list(plan.running)} afterwards (by number of arrival).",
+                "Who is admitted goes to the end of `running`, and the others keep their order.",
+            )
         queues = f"running are {list(plan.running)}, waiting {list(plan.waiting)[:12]}"
         if plan.preempted & {i for i, j in zip(order, sorted(order), strict=True) if i != j}:
             return mistake(

@@ -47,8 +47,10 @@ class Plan:
         )
         went = ", ".join(map(str, sorted(self.preempted)))
         waiting = ", ".join(map(str, self.waiting[:8])) + ", …" * (len(self.waiting) > 8)
+        in_order = list(self.running) == sorted(self.running)
         return (
             f"{tokens or 'nothing'}"
+            + f"; running: {', '.join(map(str, self.running))}" * (not in_order)
             + f"; {went} preempted" * bool(went)
             + (f"; waiting: {waiting}" if waiting else "; nobody waits")
         )

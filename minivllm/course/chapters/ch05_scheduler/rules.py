@@ -284,6 +284,13 @@ class PromptOnly(ByTheRules):
         return min(max(seq.num_prompt_tokens - cached, 1), left)
 
 
+class PrefixAgain(ByTheRules):
+    """All tokens of a waiting request are computed, those from the cache, too."""
+
+    def first_chunk(self, batch: ScheduledBatch, seq: Sequence, cached: int, left: int) -> int:
+        return min(seq.num_tokens, left)
+
+
 class CachedInBudget(ByTheRules):
     def cost(self, cached: int, count: int) -> int:
         return cached + count
@@ -327,6 +334,18 @@ class RunningWhole(ByTheRules):
 class BudgetOneLess(ByTheRules):
     def plan_waiting(self, batch: ScheduledBatch, left: int) -> int:
         return super().plan_waiting(batch, left - 1)
+
+
+class BudgetOverOneRunning(ByTheRules):
+    """Lets the running ones go on only while more than one token is left."""
+
+    def share(self, seq: Sequence, left: int) -> int:
+        return super().share(seq, left) if left > 1 else -1
+
+
+class BudgetOverOneBoth(BudgetOverOneRunning):
+    def first_chunk(self, batch: ScheduledBatch, seq: Sequence, cached: int, left: int) -> int:
+        return super().first_chunk(batch, seq, cached, left) if left > 1 else 0
 
 
 class BudgetOverOne(ByTheRules):
@@ -481,6 +500,46 @@ class SkipsWithoutBlocks(ByTheRules):
         return left
 
 
+class NeverItself(ByTheRules):
+    """The sequence that needs blocks waits where it is the newest itself."""
+
+    def make_room(self, batch: ScheduledBatch, seq: Sequence, count: int) -> bool:
+        while not self.block_manager.allocate(seq, seq.num_computed_tokens + count):
+            victim = self.running[-1]
+            if victim is seq:
+                return False
+            self.running.remove(victim)
+            self.requeue(victim)
+            self.give_up(batch, victim)
+        return True
+
+
+class AlongACopy(ByTheRules):
+    """Walks along a copy of `running`, and comes to sequences that were preempted."""
+
+    def plan_running(self, batch: ScheduledBatch, left: int) -> int:
+        for seq in list(self.running):
+            count = min(seq.num_uncomputed_tokens, left)
+            if count:
+                if not self.make_room(batch, seq, count):
+                    break
+                self.compute(batch, seq, count)
+                left -= count
+        return left
+
+
+class DecodesFirst(ByTheRules):
+    def plan_running(self, batch: ScheduledBatch, left: int) -> int:
+        for seq in sorted(self.running, key=lambda seq: seq.num_uncomputed_tokens > 1):
+            count = min(seq.num_uncomputed_tokens, left)
+            if count and seq in self.running:
+                if not self.make_room(batch, seq, count):
+                    break
+                self.compute(batch, seq, count)
+                left -= count
+        return left
+
+
 class AdmitsAfterPreempting(ByTheRules):
     def may_admit(self, batch: ScheduledBatch) -> bool:
         return True
@@ -543,7 +602,7 @@ ADMISSION = (
     Known(
         "budget-unused",
         "The last token of the budget is a token, too: admit while any is left.",
-        suspects=(BudgetOneLess, BudgetOverOne),
+        suspects=(BudgetOneLess, BudgetOverOne, BudgetOverOneRunning, BudgetOverOneBoth),
     ),
 )
 
@@ -566,6 +625,13 @@ DECISIONS = (
         "You count tokens from the prefix cache against the budget. They are not computed: only"
         " what a step computes counts.",
         suspects=(CachedInBudget, CachedInBudgetBefore, CachedInBudgetTwice),
+    ),
+    Known(
+        "computes-the-prefix",
+        "You compute all tokens of a waiting request, those in blocks from the prefix cache, too."
+        " Before `start` its `num_uncomputed_tokens` does not know them: take them off.",
+        suspects=(PrefixAgain,),
+        hint=3,
     ),
     Known(
         "ignores-prefix-cache",
@@ -629,10 +695,23 @@ DECISIONS = (
     ),
     Known(
         "never-preempts",
-        "Where there are no blocks for a running sequence, you let it wait. Preempt the newest of"
-        " the running until there are.",
-        suspects=(StopsWithoutBlocks, SkipsWithoutBlocks),
+        "Where there are no blocks for a running sequence, you let it wait, and keep its blocks."
+        " Preempt the newest of the running until there are: if need be, the sequence itself.",
+        suspects=(StopsWithoutBlocks, SkipsWithoutBlocks, NeverItself),
         hint=2,
+    ),
+    Known(
+        "plans-the-preempted",
+        "You walk along a copy of `running`, and come to a sequence that this step has preempted."
+        " Look whether it still runs.",
+        suspects=(AlongACopy,),
+        hint=2,
+    ),
+    Known(
+        "decodes-first",
+        "You plan those who decode before those whose prompt is not complete. Running sequences"
+        " are planned oldest first, whatever they do.",
+        suspects=(DecodesFirst,),
     ),
     Known(
         "admits-after-preempting",
