@@ -27,7 +27,8 @@ MISUSES = {
     ),
     "uncomputed": (
         "wrong-number",
-        "A step computes 1 to `num_uncomputed_tokens` tokens of a sequence.",
+        "A step computes 1 to `num_uncomputed_tokens` tokens of a sequence, and its budget"
+        " shrinks by just as many.",
     ),
 }
 

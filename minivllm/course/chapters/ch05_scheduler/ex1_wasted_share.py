@@ -46,6 +46,11 @@ def without_the_rest(lengths: list[int], places: int) -> float:
     return wasted_share(whole, places)
 
 
+def steps_without_the_rest(lengths: list[int], places: int) -> float:
+    whole = lengths[: len(lengths) // places * places]
+    return _share(sum(lengths), places * sum(map(max, _batches(whole, places))))
+
+
 def mean_of_batches(lengths: list[int], places: int) -> float:
     batches = _batches(lengths, places)
     shares = [_share(sum(batch), places * max(batch)) for batch in batches]
@@ -140,7 +145,7 @@ EXERCISE = Exercise(
         Known(
             "last-batch-missing",
             "You count whole batches only. The last batch takes whoever is left, and they count.",
-            suspects=(without_the_rest,),
+            suspects=(without_the_rest, steps_without_the_rest),
             answers=r"""
 # %% whole batches
 @@

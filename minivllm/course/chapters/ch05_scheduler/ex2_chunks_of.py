@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from random import Random
 
 from minivllm.course.grading.diagnose import diagnose
@@ -52,6 +52,40 @@ def _one_too_few(left: list[int], budget: int) -> int:
     return sum(tokens > 0 for tokens in left)
 
 
+def _one_too_many(left: list[int], budget: int) -> int:
+    """A request with nothing left decodes once more."""
+    chosen = [i for i, tokens in enumerate(left) if tokens >= 0][:budget]
+    for i in chosen:
+        left[i] -= 1
+    return len(chosen)
+
+
+def _first_only(left: list[int], budget: int) -> int:
+    """Only the first in the list can decode."""
+    return _everybody_of(left, range(min(budget, len(left))))
+
+
+def _by_rest(left: list[int], budget: int) -> int:
+    """Those with the fewest tokens left first."""
+    return _everybody_of(left, _active(left, lambda i: left[i])[:budget])
+
+
+def _by_rest_down(left: list[int], budget: int) -> int:
+    """Those with the most tokens left first."""
+    return _everybody_of(left, _active(left, lambda i: -left[i])[:budget])
+
+
+def _active(left: list[int], key: Callable[[int], int]) -> list[int]:
+    return sorted((i for i, tokens in enumerate(left) if tokens > 0), key=key)
+
+
+def _everybody_of(left: list[int], some: Iterable[int]) -> int:
+    chosen = [i for i in some if left[i] > 0]
+    for i in chosen:
+        left[i] -= 1
+    return len(chosen)
+
+
 def _until_empty(left: list[int], budget: int) -> int:
     """All of a request's tokens in one step."""
     used = 0
@@ -72,6 +106,11 @@ ignoring = _with(lambda left, budget: 0)
 endless = _with(lambda left, budget: len(left))
 endless_waiting = _with(lambda left, budget: min(len(left), budget))
 early = _with(_one_too_few)
+late = _with(_one_too_many)
+first_only = _with(_first_only)
+shortest_rest_first = _with(_by_rest)
+longest_rest_first = _with(_by_rest_down)
+one_place_kept = _with(lambda left, budget: _oldest_first(left, budget - 1))
 at_once = _with(_until_empty)
 negative = _with(_everybody)
 clamped = _with(lambda left, budget: min(budget, _everybody(left, budget)))
@@ -139,7 +178,7 @@ def check_chunks_of(answer: Callable) -> str:
     for _ in range(5):
         decodes = [rng.randint(1, 9) for _ in range(rng.randint(5, 9))]
         tight.append((rng.randint(5, 40), decodes, rng.randint(1, 4)))
-    diagnose(answer, tight, chunks_of, EXERCISE.suspects)
+    diagnose(answer, roomy + tight, chunks_of, EXERCISE.suspects)
     return f"right for {len(roomy) + len(tight)} prompts"
 
 
@@ -246,7 +285,7 @@ def chunks_of(prompt: int, decodes: list[int], budget: int) -> list[int]:
             "never-waits",
             "You give the prompt a token in every step, even where those who decode have used up"
             " the budget.",
-            suspects=(at_least_one, at_least_one_in_turn),
+            suspects=(at_least_one, at_least_one_in_turn, one_place_kept),
             answers=r"""
 # %% a token for the prompt in every step, so that it gets on
 def chunks_of(prompt: int, decodes: list[int], budget: int) -> list[int]:
@@ -308,6 +347,45 @@ def chunks_of(prompt: int, decodes: list[int], budget: int) -> list[int]:
 @@
 -        chosen = [i for i, tokens in enumerate(left) if tokens > 0][:budget]
 +        chosen = [i for i, tokens in enumerate(left) if tokens > 0][-budget:]
+""",
+        ),
+        Known(
+            "ends-too-late",
+            "A request that has no tokens left decodes once more in your plan, or one that never"
+            " had any. Only those with tokens left take part.",
+            suspects=(late,),
+            answers=r"""
+# %% `>=` for `>`
+@@
+-        chosen = [i for i, tokens in enumerate(left) if tokens > 0][:budget]
++        chosen = [i for i, tokens in enumerate(left) if tokens >= 0][:budget]
+""",
+        ),
+        Known(
+            "first-in-the-list-only",
+            "You look at the first `budget` requests of the list only. When these have no tokens"
+            " left, the next in the list decode.",
+            hint=2,
+            suspects=(first_only,),
+            answers=r"""
+# %% cut first, filtered then
+@@
+-        chosen = [i for i, tokens in enumerate(left) if tokens > 0][:budget]
++        chosen = [i for i, tokens in enumerate(left[:budget]) if tokens > 0]
+""",
+        ),
+        Known(
+            "ordered-by-rest",
+            "When the budget is too small for all who decode, you choose by how much they have"
+            " left. The oldest go first: those in front in the list.",
+            hint=2,
+            suspects=(shortest_rest_first, longest_rest_first),
+            answers=r"""
+# %% who is nearly done goes first
+@@
+-        chosen = [i for i, tokens in enumerate(left) if tokens > 0][:budget]
++        active = [i for i, tokens in enumerate(left) if tokens > 0]
++        chosen = sorted(active, key=lambda i: left[i])[:budget]
 """,
         ),
         Known(

@@ -131,6 +131,15 @@ class NightShift(Scheduler):
 """,
         ),
         Known(
+            "never-computed",
+            answers=r"""
+# %% starts, and forgets to compute
+@@
+-            self.compute(batch, seq, num_new)
+             budget -= num_new
+""",
+        ),
+        Known(
             "over-budget",
             answers=r"""
 # %% takes the whole prompt whenever anything of the budget is left

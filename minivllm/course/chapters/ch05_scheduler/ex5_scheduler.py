@@ -438,6 +438,15 @@ EXERCISE = Exercise(
 """,
         ),
         Known(
+            "never-computed",
+            answers=r"""
+# %% starts, and forgets to compute
+@@
+             self.start(batch, seq, num_cached)
+-            self.compute(batch, seq, num_new)
+""",
+        ),
+        Known(
             "over-budget",
             answers=r"""
 # %% decodes are not counted

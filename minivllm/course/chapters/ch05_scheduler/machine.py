@@ -196,8 +196,8 @@ class Machine:
                     "reads-what-nobody-wrote",
                     f"in step {self.number} request {seq.seq_id} computes from token {start} on,"
                     f" but token {index * self.size} before it was never computed in its blocks.",
-                    "Only tokens in blocks from the prefix cache may be skipped: hand `allocate` the"
-                    " blocks that `find_cached_prefix` found. They are good until the next"
+                    "Only tokens in blocks from the prefix cache may be skipped: hand `allocate`"
+                    " the blocks that `find_cached_prefix` found. They are good until the next"
                     " `allocate`, which may take them for somebody else.",
                 )
 
@@ -276,6 +276,13 @@ class Machine:
         if twice := {i for i in queued if queued.count(i) > 1}:
             where = f"{here} request {min(twice)} stands in the queues twice."
             self.fail("queued-twice", where, "Who enters one queue leaves the other.")
+        computed = {item.sequence.seq_id for item in batch.items}
+        if idle := [seq.seq_id for seq in batch.admitted if seq.seq_id not in computed]:
+            self.fail(
+                "never-computed",
+                f"{here} request {idle[0]} is started, and the step computes nothing of it.",
+                "After `start` comes `compute`, with the tokens that its blocks were asked for.",
+            )
         if batch.num_tokens > self.budget:
             shares = " + ".join(str(item.num_new_tokens) for item in batch.items)
             self.fail(
@@ -366,8 +373,7 @@ class Machine:
     def _stalled_symptom(self, mistake: Any, plan: Plan) -> Mistake:
         return mistake(
             "stalled",
-            f"nothing is planned, although {len(plan.running)} requests run and"
-            f" {len(plan.waiting)} wait.",
+            f"nothing is planned. Running: {len(plan.running)}, waiting: {len(plan.waiting)}.",
             "The oldest request must get at least a token in every step."
             if plan.running
             else "Nobody runs, and the head of the queue fits. Which condition keeps your code"
@@ -407,7 +413,8 @@ class Machine:
             return mistake(
                 "running-out-of-order",
                 f"`running` is {list(plan.running)} afterwards (by number of arrival).",
-                "Who is admitted goes to the end of `running`, and the others keep their order.",
+                "Who is admitted, in order of arrival, goes to the end of `running`, and the others"
+                " keep their order.",
             )
         queues = f"running are {list(plan.running)}, waiting {list(plan.waiting)[:12]}"
         if plan.preempted & {i for i, j in zip(order, sorted(order), strict=True) if i != j}:
@@ -526,7 +533,7 @@ def play_many(
     small, large = counts
     sizes = [Sizes.small(rng, 1 + i * 6 // small + rng.randint(0, 3)) for i in range(small)]
     sizes += [Sizes.large(rng) for _ in range(large)]
-    sizes.append(Sizes(60, 4, 12, 48, 120))
+    sizes.append(Sizes(60, 4, 9, 9, 320))
     done = [0, 0, 0]
     for number, size in enumerate(sizes):
         try:

@@ -6,6 +6,8 @@ what the learner's scheduler planned, in all steps that were seen.
 
 from __future__ import annotations
 
+from collections import deque
+
 from minivllm.course.grading.exercise import Known
 from minivllm.engine.scheduler import SchedulerBase
 from minivllm.engine.sequence import ScheduledBatch, Sequence
@@ -235,6 +237,14 @@ class NewestFirst(ByTheRules):
         left = super().plan_waiting(batch, left)
         self.waiting.reverse()
         return left
+
+
+class ShortestFirst(ByTheRules):
+    """The queue is ordered by length."""
+
+    def plan_waiting(self, batch: ScheduledBatch, left: int) -> int:
+        self.waiting = deque(sorted(self.waiting, key=lambda seq: seq.num_tokens))
+        return super().plan_waiting(batch, left)
 
 
 class BackOfTheQueue(ByTheRules):
@@ -584,9 +594,9 @@ ADMISSION = (
     ),
     Known(
         "overtaken",
-        "Who is at the head of the queue and does not fit stays there, and nobody passes: else it"
-        " might wait for ever.",
-        suspects=(Overtaken, OvertakenWhole, NewestFirst, BackOfTheQueue),
+        "Requests are admitted in order of arrival. Who is at the head of the queue and does not"
+        " fit stays there, and nobody passes: else it might wait for ever.",
+        suspects=(Overtaken, OvertakenWhole, NewestFirst, BackOfTheQueue, ShortestFirst),
     ),
     Known(
         "blocks-for-all",
