@@ -14,8 +14,8 @@ MISUSES = {
         "Move the sequence from one queue to the other first, then tell the base.",
     ),
     "in this step": (
-        "planned-and-preempted",
-        "Make room before you plan, and for nobody twice in a step.",
+        "computed-twice",
+        "Call `compute` once for a sequence, and begin each step with a new `ScheduledBatch()`.",
     ),
     "this step computes": (
         "planned-and-preempted",

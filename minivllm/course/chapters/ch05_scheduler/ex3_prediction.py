@@ -127,7 +127,7 @@ def _judge_victim(said: Any, right: str) -> None:
         letter == right,
         "wrong-victim",
         f"victim: {letter} is not the one to go.\nThe blocks of one are enough for the two others."
-        " Who of the three has waited and computed for the shortest time?",
+        " Who of the three it is depends on the order of arrival.",
     )
 
 

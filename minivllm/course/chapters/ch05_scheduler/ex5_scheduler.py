@@ -27,6 +27,7 @@ def check_scheduler(answer: type) -> str:
     _, preemptions, chunks = play_many(answer, EXERCISE.suspects, True, 5, (small, large))
     _judge_prefix_hits(answer)
     _judge_evicted_prefix(answer)
+    _judge_many_victims(answer)
     assert preemptions > 100
     assert chunks > 100
     return f"{small + large + 1} random histories; {_judge_in_engine(answer)}"
@@ -34,14 +35,11 @@ def check_scheduler(answer: type) -> str:
 
 def _judge_prefix_hits(answer: type) -> None:
     """The second of two equal prompts must profit from the first, with all of its blocks."""
-    for length in (10, 41, 64):
-        evidence = Evidence()
-        machine = Machine(answer, 40, 4, 2, 80, True, evidence)
+    for length in (10, 41, 64, 270):
+        machine = Machine(answer, 80, 4, 2, 80, True, Evidence())
         for _ in range(2):
             seq = machine.add([i % 3 for i in range(length)], 2)
-            while machine.live:
-                machine.step()
-        evidence.settle(EXERCISE.suspects)
+            machine.serve(EXERCISE.suspects)
         expected = (length - 1) // 4 * 4
         if seq.num_cached_tokens != expected:
             raise EXERCISE.mistake(
@@ -54,18 +52,24 @@ def _judge_prefix_hits(answer: type) -> None:
 
 def _judge_evicted_prefix(answer: type) -> None:
     """Two requests come in in one step; the first takes the cached blocks of the second."""
-    evidence = Evidence()
-    machine = Machine(answer, 12, 4, 2, 80, True, evidence)
+    machine = Machine(answer, 12, 4, 2, 80, True, Evidence())
     first, second = [0, 1, 2] * 3, [1, 0] * 12 + [2]
     for prompt in (first, second):
         machine.add(prompt, 1)
-        while machine.live:
-            machine.step()
+        machine.serve(EXERCISE.suspects)
     machine.add([2, 2, 1] * 8, 1)
     machine.add(first, 1)
-    while machine.live:
-        machine.step()
-    evidence.settle(EXERCISE.suspects)
+    machine.serve(EXERCISE.suspects)
+
+
+def _judge_many_victims(answer: type) -> None:
+    """The oldest needs the blocks of seven others, after a step that the check has planned."""
+    machine = Machine(answer, 16, 1, 9, 64, False, Evidence())
+    machine.add([i % 3 for i in range(15)], 1)
+    for _ in range(8):
+        machine.add([1], 3)
+    machine.step_of([1] * 9)
+    machine.serve(EXERCISE.suspects)
 
 
 def _judge_in_engine(answer: type) -> str:
@@ -234,6 +238,12 @@ class MyScheduler(SchedulerBase):
 +        for seq in list(self.running):
 +            if left == 0:
 +                break
+""",
+    "newest-running-first": r"""
+# %% from the end of the list
+@@
+-            seq = self.running[index]
++            seq = self.running[-1 - index]
 """,
     "decodes-first": r"""
 # %% who decodes goes first
@@ -423,6 +433,38 @@ EXERCISE = Exercise(
 @@
 -            self.running.append(self.waiting.popleft())
 +            self.running.insert(0, self.waiting.popleft())
+""",
+        ),
+        Known(
+            "too-few-preempted",
+            hint=2,
+            answers=r"""
+# %% three preemptions at most
+@@
+         while not self.block_manager.allocate(seq, num_tokens):
++            if len(batch.preempted) == 3:
++                return False
+""",
+        ),
+        Known(
+            "prefix-not-used",
+            answers=r"""
+# %% no prefix for a prompt that is computed in chunks
+@@
+             num_cached = len(prefix) * self.block_manager.block_size
++            if seq.num_tokens - num_cached > left:
++                prefix, num_cached = [], 0
+""",
+        ),
+        Known(
+            "computed-twice",
+            answers=r"""
+# %% one batch for all steps
+@@
+-        batch, left = ScheduledBatch(), self.max_num_batched_tokens
++        if not hasattr(self, "batch"):
++            self.batch = ScheduledBatch()
++        batch, left = self.batch, self.max_num_batched_tokens
 """,
         ),
         Known(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, NoReturn
@@ -76,6 +76,7 @@ class Machine:
         self.live: dict[int, Sequence] = {}
         self.texts: dict[int, list[int]] = {}
         self.number = -1
+        self.last_batch: ScheduledBatch | None = None
         self.room = blocks * size
         self.told = (
             f"With a budget of {budget}, {the_count(places, 'place')}, {blocks} blocks of"
@@ -131,13 +132,29 @@ class Machine:
             raise self.evidence.symptom
         self._finish(batch, tokens)
 
+    def serve(self, suspects: Mapping[str, tuple]) -> None:
+        """Step until all have finished; raises the Mistake that this shows."""
+        try:
+            while self.live:
+                self.step()
+        except CheckError:
+            self.evidence.settle(suspects)
+            raise
+        self.evidence.settle(suspects)
+
     def reckless_step(self, rng: Random) -> None:
         """The check plans a step, by no rules: chunks of any length, and others beside them."""
+        self.step_of(rng.choice((1, 1, 2, 3, 5, self.budget)) for _ in range(self.places))
+
+    def step_of(self, counts: Iterable[int]) -> None:
+        """The check plans a step: so many tokens for the first, the second, … request.
+
+        Fewer where a request has no more, or the budget is used up; none where there are no blocks.
+        """
         scheduler, batch, left = self.scheduler, ScheduledBatch(), self.budget
         self.number += 1
-        for seq in [*scheduler.running, *scheduler.waiting][: self.places]:
-            rest = seq.num_uncomputed_tokens
-            count = rng.randint(1, max(1, min(rest, left))) if rest and left else 0
+        for seq, most in zip([*scheduler.running, *scheduler.waiting], counts, strict=False):
+            count = min(most, seq.num_uncomputed_tokens, left)
             if not count or not self.manager.allocate(seq, seq.num_computed_tokens + count):
                 break
             if seq.slot is None:
@@ -264,6 +281,13 @@ class Machine:
                 "It returns the ScheduledBatch that it has filled.",
             )
         scheduler = self.scheduler
+        if batch is self.last_batch:
+            self.fail(
+                "another-batch",
+                f"{here} the batch of an earlier step is returned again.",
+                "Each step is a new `ScheduledBatch`.",
+            )
+        self.last_batch = batch
         if any(other is not batch for other in scheduler.in_flight):
             self.fail(
                 "another-batch",
@@ -397,6 +421,12 @@ class Machine:
                 "A step that had to make room admits nobody, or it would soon have to make room"
                 " again.",
             )
+        if went and plan.preempted < expected.preempted:
+            return mistake(
+                "too-few-preempted",
+                "the sequence that needs blocks does not get them, and newer ones run on.",
+                "Preempt until `allocate` says True, or until the sequence itself has gone.",
+            )
         if wrong := sorted(plan.preempted - expected.preempted):
             return mistake(
                 "wrong-victim",
@@ -432,6 +462,14 @@ class Machine:
         )
 
     def _left_over_symptom(self, mistake: Any, plan: Plan, expected: Plan) -> Mistake | None:
+        for i, (start, _) in expected.tokens.items():
+            if i in plan.tokens and plan.tokens[i][0] < start:
+                return mistake(
+                    "prefix-not-used",
+                    f"request {i} begins with token {plan.tokens[i][0]}, although its first"
+                    f" {start} tokens are in the prefix cache.",
+                    "A waiting sequence takes all blocks that `find_cached_prefix` finds for it.",
+                )
         left = self.budget - sum(count for _, count in plan.tokens.values())
         for i, (_, count) in expected.tokens.items():
             mine = plan.tokens.get(i, (0, 0))[1]

@@ -538,6 +538,32 @@ class AlongACopy(ByTheRules):
         return left
 
 
+class NewestRunningFirst(ByTheRules):
+    """The end of `running` is planned first."""
+
+    def plan_running(self, batch: ScheduledBatch, left: int) -> int:
+        index = 0
+        while index < len(self.running) and left > 0:
+            seq = self.running[-1 - index]
+            count = min(seq.num_uncomputed_tokens, left)
+            if not self.make_room(batch, seq, count):
+                break
+            self.compute(batch, seq, count)
+            left -= count
+            index += 1
+        return left
+
+
+class NewestRunningFirstOfCopy(ByTheRules):
+    def plan_running(self, batch: ScheduledBatch, left: int) -> int:
+        for seq in reversed(list(self.running)):
+            count = min(seq.num_uncomputed_tokens, left)
+            if count and seq in self.running and self.make_room(batch, seq, count):
+                self.compute(batch, seq, count)
+                left -= count
+        return left
+
+
 class DecodesFirst(ByTheRules):
     def plan_running(self, batch: ScheduledBatch, left: int) -> int:
         for seq in sorted(self.running, key=lambda seq: seq.num_uncomputed_tokens > 1):
@@ -716,6 +742,12 @@ DECISIONS = (
         " Look whether it still runs.",
         suspects=(AlongACopy,),
         hint=2,
+    ),
+    Known(
+        "newest-running-first",
+        "You plan the running sequences newest first. They are planned oldest first; only"
+        " preemption begins at the end of `running`.",
+        suspects=(NewestRunningFirst, NewestRunningFirstOfCopy),
     ),
     Known(
         "decodes-first",
