@@ -206,8 +206,8 @@ class Watch:
         if needed and max(needed) <= free:
             self.fail(
                 "holds-back",
-                f"{the_count(len(needed), 'request')} wait, although"
-                f" {the_count(left, 'token')} of the budget, a place and blocks are free.",
+                f"{the_count(left, 'token')} of the budget, a place and blocks are free, and yet"
+                f" {the_count(len(needed), 'request')} must wait.",
                 f"A step that is not full costs the time of a full one. {ONLY_ORDER}",
             )
         if not batch and (needed or scheduler.running):
