@@ -523,18 +523,6 @@ EXERCISE = Exercise(
             "reads-what-nobody-wrote",
             hint=3,
             answers=r"""
-# %% asks the cache once for all who wait; the first admission takes blocks of the others
-@@
--        index = 0
-+        index, found = 0, {}
-@@
--            prefix = self.block_manager.find_cached_prefix(seq)
-+            if not found:
-+                for other in self.waiting:
-+                    prefix = self.block_manager.find_cached_prefix(other)
-+                    found[other.seq_id] = prefix
-+            prefix = found[seq.seq_id]
-
 # %% counts the prefix, and does not take its blocks
 @@
 -            prefix = self.block_manager.find_cached_prefix(seq)
@@ -546,6 +534,18 @@ EXERCISE = Exercise(
 @@
 -            if not self.block_manager.allocate(seq, num_cached + num_new, prefix):
 +            if not self.block_manager.allocate(seq, num_cached + num_new):
+
+# %% asks the cache once for all who wait; the first admission takes blocks of the others
+@@
+-        index = 0
++        index, found = 0, {}
+@@
+-            prefix = self.block_manager.find_cached_prefix(seq)
++            if not found:
++                for other in self.waiting:
++                    prefix = self.block_manager.find_cached_prefix(other)
++                    found[other.seq_id] = prefix
++            prefix = found[seq.seq_id]
 """,
         ),
         Known(
