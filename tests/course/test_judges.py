@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import random
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 
 import numpy as np
 import pytest
 import torch
 
-from minivllm.course.grading.chance import expect_no_chance
+from minivllm.course.grading.chance import expect_no_chance, world
 from minivllm.course.grading.diagnose import diagnose
 from minivllm.course.grading.errors import Mistake
 from minivllm.course.grading.isolated import isolated
@@ -237,6 +239,17 @@ def by_imported_clock():
 def test_chance_is_seen(decide) -> None:
     with pytest.raises(Mistake, match="by-chance"):
         expect_no_chance(decide, "the order", decide)
+
+
+def test_the_world_knows_who_asked() -> None:
+    with world(1, by_clock, by_imported_clock) as asked:
+        sorted([hash("not of an answer"), by_imported_clock()])
+    assert asked == {"hash", "time.perf_counter"}  # this test is beside the answers
+    real = time.time()
+    with world(2, by_clock), ThreadPoolExecutor(1) as other:
+        assert datetime.datetime.now().timestamp() > real + 86400
+        assert abs(other.submit(time.time).result() - real) < 60 < time.time() - real
+    assert datetime.datetime.now().timestamp() < real + 60
 
 
 def test_the_world_is_put_back() -> None:
