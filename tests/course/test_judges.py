@@ -314,6 +314,22 @@ def test_a_read_outside_is_seen_though_its_result_is_not_used() -> None:
     assert not seen.read["out"].any()
 
 
+@triton.jit
+def careless_kernel(out_ptr, x_ptr, N, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, tl.load(x_ptr + at, mask=at < N))
+
+
+@needs_triton_interpreter
+def test_a_masked_load_without_other_gives_anything() -> None:
+    x, out = torch.arange(4.0), torch.zeros(4)
+    with accesses(x=x, out=out) as seen:
+        careless_kernel[(1,)](out, x, 3, BLOCK=4)
+    assert out[:3].tolist() == [0, 1, 2]
+    assert out[3].isnan()
+    assert seen.read_outside == []
+
+
 @needs_triton_interpreter
 def test_a_write_outside_does_not_happen() -> None:
     seen, out = run_shift(by=10**12, masked=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -127,6 +127,14 @@ _CATALOGUE = (
         "The mask has two axes: keys across, and down the position of each query ([:, "
         "None]).",
         "mask-of-the-first",
+    ),
+    (
+        "mask-of-the-first-tile",
+        "All tiles of queries get the mask of the first tile: the queries further down do not see"
+        " the keys between those and their own.\n"
+        "A query's position is past + its row in the whole chunk, not in its tile.",
+        "mask-of-the-first-tile",
+        "mask-of-the-first-tile cut",
     ),
     (
         "walk-of-the-first-query",
@@ -309,6 +317,7 @@ _CATALOGUE = (
         "and again.\n"
         "Divide once, after the walk.",
         "divide-at-once undivided",
+        "divide-at-once",
     ),
     (
         "not-divided",
@@ -415,11 +424,12 @@ def judge(
     attend: Attend,
     *,
     writes: Sequence[int] = (),
-    wording: Mapping[str, str] | None = None,
+    otherwise: str = "The weights that your queries give to keys look right in a small case.",
 ) -> int:
     """`diagnose`, which describes what the answer's queries look at where no mistake matches.
 
-    attend: the answer as a function of one head. The number of cases, or Mistake.
+    attend: the answer as a function of one head. otherwise: what to say where that one head is
+    right. The number of cases, or Mistake.
     """
     try:
         return diagnose(
@@ -428,14 +438,13 @@ def judge(
             right,
             exercise.suspects,
             writes=writes,
-            wording=wording,
             **TOLERANCES,
         )
     except Mistake as mistake:
         if mistake.name != "wrong-values":
             raise
         name, text = _symptom(answer, cases, right, attend, writes)
-        raise Mistake(name or mistake.name, f"{text}\n{mistake.message}") from None
+        raise Mistake(name or mistake.name, f"{text or otherwise}\n{mistake.message}") from None
 
 
 def _symptom(
@@ -461,7 +470,7 @@ def _symptom(
     failing = [case for case in special if not _agrees(answer, right, case, writes)]
     if failing and all(_agrees(answer, right, case, writes) for case in ordinary):
         return "", f"Ordinary inputs are right. It fails where {failing[0].about}."
-    return "", "The weights that your queries give to keys look right in a small case."
+    return "", ""
 
 
 def _agrees(

@@ -80,9 +80,9 @@ def _expect_real_walk(answer: Callable) -> None:
     expect(
         seen.products == 13 * [(block, block)],
         "walks-otherwise",
-        f"A chunk of 16 after 40, tiles of {block}: the result is right, and the function multiplies"
-        f" queries and keys {len(seen.products)} times, once per tile that it visits would be 13"
-        " times.\nMend the walk that is there; `visited` must say what it really does.",
+        f"A chunk of 16 after 40, tiles of {block}: the result is right, but queries and keys are"
+        f" multiplied {len(seen.products)} times, and 13 tiles are needed, each of {block} ×"
+        f" {block}.\nMend the walk that is there; `visited` must say what it really does.",
     )
 
 
@@ -134,8 +134,8 @@ EXERCISE = Exercise(
         Known(
             "mask-spoilt-instead",
             "The walk comes far enough now, but the mask has been moved to the start: queries of a"
-            " chunk see its first keys only.\nThe mask was right as it stood: key > past + row. Undo"
-            " that.",
+            " chunk see its first keys only.\nThe mask was right as it stood: key > past + row."
+            " Undo that.",
             hint=2,
             suspects=(_square(Walk.of("mask-from-start")),),
             answers=r"""
@@ -232,6 +232,40 @@ EXERCISE = Exercise(
 -            0, min(past + top + block, len(key)), block
 -        ):  # … walks along the keys
 +        for first in range(0, past + top + block, block):  # … walks along the keys
+""",
+        ),
+        Known(
+            "walks-otherwise",
+            answers=r"""
+# %% the right notes, and the whole matrix at once
+def chunk_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    block: int = 16,
+    visited: list | None = None,
+) -> torch.Tensor:
+    past = len(key) - len(query)
+    for top in range(0, len(query), block):
+        for first in range(0, min(past + top + block, len(key)), block):
+            if visited is not None:
+                visited.append((top, first))
+    hidden = torch.arange(len(key)) > torch.arange(past, len(key))[:, None]
+    scores = (query @ key.T * scale).masked_fill(hidden, -math.inf)
+    return scores.softmax(-1) @ value
+""",
+        ),
+        Known(
+            "keys-left-out",
+            answers=r"""
+# %% the last eight tiles
+@@
+-        for first in range(
+-            0, min(past + top + block, len(key)), block
+-        ):  # … walks along the keys
++        end = min(past + top + block, len(key))
++        for first in range(max(0, (end - 8 * block) // block * block), end, block):
 """,
         ),
         Known(

@@ -126,7 +126,11 @@ def check_prefill_attention(answer: Callable) -> str:
     from minivllm.kernels import Kernels
 
     call = _called(answer)
-    number = judge(EXERCISE, call, _cases(), _right, _one_head(call))
+    alone = (
+        "One request alone is right. Look at where each request's rows, blocks and length come"
+        " from, and each head's keys."
+    )
+    number = judge(EXERCISE, call, _cases(), _right, _one_head(call), otherwise=alone)
     _expect_nothing_kept(call)
     _expect_tiles(call)
     mine = counted(answer)
@@ -183,8 +187,8 @@ EXERCISE = Exercise(
         ),
         Known(
             "block-table-ignored",
-            "You read blocks 0, 1, 2, … of the cache, which belong to anybody.\nBlock j of request i"
-            " lies in block_table[i, j].",
+            "You read blocks 0, 1, 2, … of the cache, which belong to anybody.\nBlock j of request"
+            " i lies in block_table[i, j].",
             hint=2,
             suspects=(Prefill("block-table-ignored"),),
             answers=r"""
@@ -345,8 +349,8 @@ EXERCISE = Exercise(
         Known(
             "blocks-rounded-down",
             "The last block of a request is left out where it is not full: its keys are missing,"
-            " among them those of the newest tokens.\nA context of 35 tokens lies in 3 blocks of 16:"
-            " round up, -(-context // block_size).",
+            " among them those of the newest tokens.\nA context of 35 tokens lies in 3 blocks of"
+            " 16: round up, -(-context // block_size).",
             hint=2,
             suspects=_wrong("blocks-rounded-down", "blocks-rounded-down-in-place"),
             answers=r"""
@@ -402,8 +406,13 @@ def prefill_attention(
             " nan).\nRequest i has seq_lens[i] tokens; max_seq_len is only what a kernel's grid"
             " needs.",
             hint=2,
-            suspects=_wrong("length-of-the-longest", "length-of-the-first"),
+            suspects=_wrong("length-of-the-longest", "length-of-the-first", "cut-at-the-longest"),
             answers=r"""
+# %% cut at the longest context
+@@
+-            side_by_side(cache, blocks, context) for cache in (k_cache, v_cache)
++            side_by_side(cache, blocks, max_seq_len) for cache in (k_cache, v_cache)
+
 # %% the longest context for all
 @@
          rows = slice(starts[i], starts[i + 1])
@@ -433,8 +442,13 @@ def prefill_attention(
             " nothing: here some are 1,000,000, a block that no cache has.\nCut the row before you"
             " look up: block_table[i, : -(-context // block_size)].",
             hint=2,
-            suspects=(Prefill("whole-table"),),
+            suspects=(Prefill("whole-table"), Prefill("one-block-more")),
             answers=r"""
+# %% one block too many where the last one is full
+@@
+-        blocks = block_table[i, : -(-context // block_size)]
++        blocks = block_table[i, : context // block_size + 1]
+
 # %% all entries of the row
 @@
 -        blocks = block_table[i, : -(-context // block_size)]
@@ -557,8 +571,9 @@ def prefill_attention(
     for i, (start, stop) in enumerate(
         zip(query_start_loc[:-1].tolist(), query_start_loc[1:].tolist())
     ):
+        context = int(seq_lens[i])
         keys, values = (
-            side_by_side(c, block_table[i], int(seq_lens[i]))[:, None]
+            side_by_side(c, block_table[i, : -(-context // c.shape[2])], context)[:, None]
             for c in (k_cache, v_cache)
         )
         mine = query[start:stop].transpose(0, 1).unflatten(0, (kv_heads, -1))

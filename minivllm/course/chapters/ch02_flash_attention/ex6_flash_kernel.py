@@ -225,9 +225,10 @@ EXERCISE = Exercise(
         ),
         Known(
             "reads-beyond-the-keys",
-            "Where the last tile of keys is not full, its rows beyond N are read: poison here, nan."
-            " A weight of 0 does not help, for 0 · nan is nan.\nLoad key AND value with mask=(… <"
-            " N)[:, None] and other=0.0.",
+            "Where the last tile of keys is not full, what its rows beyond N hold gets into the"
+            " result: poison here, nan. A weight of 0 does not help, for 0 · nan is nan.\nLoad key"
+            " AND value with mask=(… < N)[:, None] and other=0.0. Without `other`, a masked lane"
+            " can hold anything.",
             hint=2,
             suspects=(_poisoned,),
             answers=r"""
@@ -237,6 +238,11 @@ EXERCISE = Exercise(
 -        value = tl.load(value_ptr + places, mask=inside, other=0.0)
 +        key = tl.load(key_ptr + places)
 +        value = tl.load(value_ptr + places)
+
+# %% no other: a masked lane can hold anything
+@@
+-        value = tl.load(value_ptr + places, mask=inside, other=0.0)
++        value = tl.load(value_ptr + places, mask=inside)
 
 # %% no mask for the keys: their scores are hidden anyway
 @@
@@ -451,6 +457,25 @@ EXERCISE = Exercise(
 +        new = tl.maximum(m, tl.max(scores, axis=1))
 +        rescale, weights = tl.exp2(m - new), tl.exp2(scores - new[:, None])
 +        weights = tl.where(tokens[None, :] <= positions[:, None], weights, 0.0)
+""",
+        ),
+        Known(
+            "mask-of-the-first-tile",
+            answers=r"""
+# %% positions of program 0 for all
+@@
+-    positions = N - Q + rows
++    positions = N - Q + tl.arange(0, BLOCK_M)
+""",
+        ),
+        Known(
+            "low-precision",
+            answers=r"""
+# %% half precision for the first product
+@@
+-        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
++        halves = tl.dot(query.to(tl.float16), tl.trans(key.to(tl.float16)))
++        scores = halves.to(tl.float32) * scale_log2
 """,
         ),
         Known(

@@ -110,8 +110,9 @@ class Prefill:
             key, value = (
                 cache[blocks].transpose(0, 1).flatten(1, 2) for cache in (k_cache, v_cache)
             )
+            length = int(seq_lens.max()) if self.wrong == "cut-at-the-longest" else context
             if self.wrong != "reads-beyond-the-context":
-                key, value = key[:, :context], value[:, :context]
+                key, value = key[:, :length], value[:, :length]
             for head in range(heads):
                 kv_head = self._kv_head(head, heads, kv_heads)
                 inputs = query[rows, head], key[kv_head], value[kv_head]
@@ -132,6 +133,8 @@ class Prefill:
         count = context // size if down else -(-context // size)
         if self.wrong == "whole-table":
             count = block_table.shape[1]
+        if self.wrong == "one-block-more":
+            count = context // size + 1
         if self.wrong == "block-table-ignored":
             return torch.arange(count)
         return block_table[0 if self.wrong == "first-table" else i, :count].long()

@@ -155,6 +155,8 @@ class Walk:
         shift = ("mask-one-more" in how) - ("mask-one-less" in how)
         if "mask-of-the-first" in how:
             positions = positions[:1].expand_as(positions)
+        if "mask-of-the-first-tile" in how:
+            positions = past + torch.arange(len(rows))
         hidden = columns > positions[:, None] + shift
         on_diagonal = columns[-1] > past + rows[0]
         if "mask-in-the-tile" in how and ("diagonal-only" not in how or on_diagonal):
