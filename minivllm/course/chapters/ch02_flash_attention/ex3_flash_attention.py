@@ -137,8 +137,8 @@ EXERCISE = Exercise(
             answers=r"""
 # %% the mask knows of the past, the walk does not
 @@
--            past + int(rows[-1]) + 1
-+            int(rows[-1]) + 1
+-        end = past + int(rows[-1]) + 1  # behind the last key that a query here sees
++        end = int(rows[-1]) + 1
 """,
         ),
         Known(
@@ -373,8 +373,8 @@ EXERCISE = Exercise(
             answers=r"""
 # %% only the tiles before
 @@
--            past + int(rows[-1]) + 1
-+            (past + top) // block_n * block_n
+-        end = past + int(rows[-1]) + 1  # behind the last key that a query here sees
++        end = (past + top) // block_n * block_n
 """,
         ),
         Known(
@@ -412,9 +412,7 @@ EXERCISE = Exercise(
             answers=r"""
 # %% walks to the end of the context
 @@
--        end = (
--            past + int(rows[-1]) + 1
--        )  # behind the last key that the last of these queries sees
+-        end = past + int(rows[-1]) + 1  # behind the last key that a query here sees
 +        end = len(key)  # behind the last key that the last of these queries sees
 """,
         ),

@@ -122,13 +122,13 @@ EXERCISE = Exercise(
             answers=r"""
 # %% as it came
 @@
--            0, min(past + top + block, len(key)), block
-+            0, min(top + block, len(key)), block
+-        for first in range(0, min(past + top + block, len(key)), block):
++        for first in range(0, min(top + block, len(key)), block):
 
 # %% the length of the queries for that of the keys
 @@
--            0, min(past + top + block, len(key)), block
-+            0, min(past + top + block, len(query)), block
+-        for first in range(0, min(past + top + block, len(key)), block):
++        for first in range(0, min(past + top + block, len(query)), block):
 """,
         ),
         Known(
@@ -146,8 +146,8 @@ EXERCISE = Exercise(
 
 # %% mask and walk both without a past
 @@
--            0, min(past + top + block, len(key)), block
-+            0, min(top + block, len(key)), block
+-        for first in range(0, min(past + top + block, len(key)), block):
++        for first in range(0, min(top + block, len(key)), block):
 @@
 -            scores = scores.masked_fill(columns > past + rows[:, None], -math.inf)
 +            scores = scores.masked_fill(columns > rows[:, None], -math.inf)
@@ -159,15 +159,13 @@ EXERCISE = Exercise(
             answers=r"""
 # %% up to the past and the tile's first row
 @@
--            0, min(past + top + block, len(key)), block
-+            0, (past + top) // block * block, block
+-        for first in range(0, min(past + top + block, len(key)), block):
++        for first in range(0, (past + top) // block * block, block):
 
 # %% up to the position of the first query
 @@
--        for first in range(
--            0, min(past + top + block, len(key)), block
--        ):  # … walks along the keys
-+        for first in range(0, past + top, block):  # … walks along the keys
+-        for first in range(0, min(past + top + block, len(key)), block):
++        for first in range(0, past + top, block):
 """,
         ),
         Known(
@@ -180,8 +178,8 @@ EXERCISE = Exercise(
             answers=r"""
 # %% top is gone
 @@
--            0, min(past + top + block, len(key)), block
-+            0, min(past + block, len(key)), block
+-        for first in range(0, min(past + top + block, len(key)), block):
++        for first in range(0, min(past + block, len(key)), block):
 """,
         ),
         Known(
@@ -190,15 +188,13 @@ EXERCISE = Exercise(
             answers=r"""
 # %% simply all keys
 @@
--        for first in range(
--            0, min(past + top + block, len(key)), block
--        ):  # … walks along the keys
-+        for first in range(0, len(key), block):  # … walks along the keys
+-        for first in range(0, min(past + top + block, len(key)), block):
++        for first in range(0, len(key), block):
 
 # %% all keys, but for the last tile
 @@
--            0, min(past + top + block, len(key)), block
-+            0, min(past + len(query), len(key)), block
+-        for first in range(0, min(past + top + block, len(key)), block):
++        for first in range(0, min(past + len(query), len(key)), block):
 """,
         ),
         Known(
@@ -216,10 +212,8 @@ EXERCISE = Exercise(
             answers=r"""
 # %% up to the position of the last query, which range leaves out
 @@
--        for first in range(
--            0, min(past + top + block, len(key)), block
--        ):  # … walks along the keys
-+        for first in range(0, past + int(rows[-1]), block):  # … walks along the keys
+-        for first in range(0, min(past + top + block, len(key)), block):
++        for first in range(0, past + int(rows[-1]), block):
 """,
         ),
         Known(
@@ -228,10 +222,8 @@ EXERCISE = Exercise(
             answers=r"""
 # %% no min at the end of the context
 @@
--        for first in range(
--            0, min(past + top + block, len(key)), block
--        ):  # … walks along the keys
-+        for first in range(0, past + top + block, block):  # … walks along the keys
+-        for first in range(0, min(past + top + block, len(key)), block):
++        for first in range(0, past + top + block, block):
 """,
         ),
         Known(
@@ -261,9 +253,7 @@ def chunk_attention(
             answers=r"""
 # %% the last eight tiles
 @@
--        for first in range(
--            0, min(past + top + block, len(key)), block
--        ):  # … walks along the keys
+-        for first in range(0, min(past + top + block, len(key)), block):
 +        end = min(past + top + block, len(key))
 +        for first in range(max(0, (end - 8 * block) // block * block), end, block):
 """,
@@ -274,23 +264,21 @@ def chunk_attention(
             answers=r"""
 # %% the walk begins where the chunk does
 @@
--            0, min(past + top + block, len(key)), block
-+            past, min(past + top + block, len(key)), block
+-        for first in range(0, min(past + top + block, len(key)), block):
++        for first in range(past, min(past + top + block, len(key)), block):
 """,
         ),
     ),
     right=r"""
 # %% by the last row
 @@
--            0, min(past + top + block, len(key)), block
-+            0, past + int(rows[-1]) + 1, block
+-        for first in range(0, min(past + top + block, len(key)), block):
++        for first in range(0, past + int(rows[-1]) + 1, block):
 
 # %% all keys, with a break
 @@
--        for first in range(
--            0, min(past + top + block, len(key)), block
--        ):  # … walks along the keys
-+        for first in range(0, len(key), block):  # … walks along the keys
+-        for first in range(0, min(past + top + block, len(key)), block):
++        for first in range(0, len(key), block):
 +            if first > past + rows[-1]:
 +                break
 """,
