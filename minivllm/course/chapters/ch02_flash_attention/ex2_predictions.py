@@ -99,7 +99,7 @@ def _matrix() -> Prediction:
             _megabytes((HEADS, NEW, NEW)),
             "Each query has a score for all 4,096 keys, not only for those of its chunk.",
         ),
-        "in-bytes": (matrix * 1e6, "That are bytes, and MB are asked for: divide by 10⁶."),
+        "in-bytes": (matrix * 1e6, "Those are bytes, and MB are asked for: divide by 10⁶."),
     }
     return Prediction("matrix_mb", matrix, "MB", _NEAR, usual, _COUNT)
 
@@ -128,7 +128,7 @@ def _flash() -> Prediction:
             (2 * query / HEADS) + (2 * keys / KV_HEADS),
             "All heads count: 16 of queries and of results, 8 of keys and of values.",
         ),
-        "flash-in-bytes": (right * 1e6, "That are bytes, and MB are asked for: divide by 10⁶."),
+        "flash-in-bytes": (right * 1e6, "Those are bytes, and MB are asked for: divide by 10⁶."),
     }
     return Prediction("flash_mb", right, "MB", _NEAR, usual, _COUNT)
 

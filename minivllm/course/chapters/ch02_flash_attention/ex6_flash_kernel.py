@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -50,7 +51,9 @@ def _run(kernel: Any, programs: int, args: tuple) -> Accesses:
     """Launch the kernel. Mistake where it writes outside of its tensors."""
     out, query, key, value, scale, block_m, block_n = args
     constants = {"D": query.shape[1], "BLOCK_M": block_m, "BLOCK_N": block_n}
-    with accesses(out=out, query=query, key=key, value=value) as seen:
+    # The interpreter's warnings about nan would stand before the verdict.
+    with warnings.catch_warnings(), accesses(out=out, query=query, key=key, value=value) as seen:
+        warnings.simplefilter("ignore", RuntimeWarning)
         kernel[(programs,)](
             out, query, key, value, len(query), len(key), scale * LOG2E, **constants
         )
