@@ -89,6 +89,8 @@ _CATALOGUE = (
         "The end is one more than the position of the tile's last query.",
         "walk-one-less",
         "walk-one-less cut",
+        "walk-of-the-block-less",
+        "walk-of-the-block-less cut",
     ),
     (
         "walks-beyond-the-context",
@@ -142,6 +144,7 @@ _CATALOGUE = (
         " keys between that and their own.\n"
         "It ends behind the position of the tile's LAST query.",
         "walk-to-the-first cut",
+        "walk-to-the-first",
     ),
     (
         "sees-the-next-token",

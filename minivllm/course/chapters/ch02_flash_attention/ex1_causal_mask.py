@@ -42,20 +42,19 @@ def _right(query_len: int, context: int) -> torch.Tensor:
 
 
 def _expect_own_tensor(answer: Callable) -> None:
-    """Who gets a mask may write into it; other masks, before and after it, must not notice."""
+    """Who gets a mask may write into it; other masks, older and newer ones, must not notice."""
     for query_len, context in ((3, 8), (5, 6)):
-        before = answer(query_len, context)
-        answer(2, 11).fill_(False)
-        other = answer(query_len, context)
-        other.fill_(False)
-        kept, again = before, answer(query_len, context)
-        for mask in (kept, again):
+        for other in ((2, 11), (query_len, context)):
+            older = answer(query_len, context)
+            answer(*other).fill_(False)
+            right = difference(older, _right(query_len, context)) is None
+            newer = answer(query_len, context)
             expect(
-                difference(mask, _right(query_len, context)) is None,
+                right and difference(newer, _right(query_len, context)) is None,
                 "result-reused",
-                f"causal_mask({query_len}, {context}) is right, until its caller writes into"
-                " another mask that your function returned: they share memory.\nReturn a new"
-                " tensor in each call.",
+                f"causal_mask({query_len}, {context}) is right, until its caller writes into the"
+                f" result of causal_mask{other}: they share memory.\nReturn a new tensor in each"
+                " call.",
             )
 
 
@@ -183,6 +182,18 @@ def causal_mask(query_len: int, context: int) -> torch.Tensor:
     mask = torch.zeros(query_len, context, dtype=torch.bool)
     mask[:, context - query_len :] = torch.ones(query_len, query_len).tril().bool()
     return mask
+""",
+        ),
+        Known(
+            "shifted-the-wrong-way",
+            "The triangle is moved to the left where it should be moved to the right: tokens of the"
+            " past are hidden.\nThe first query sees context - query_len keys of the past, and"
+            " itself.",
+            suspects=(lambda q, n: _shifted(q, n, q - n),),
+            answers=r"""
+# %% the sign of the diagonal
+def causal_mask(query_len: int, context: int) -> torch.Tensor:
+    return torch.ones(query_len, context, dtype=torch.bool).tril(query_len - context)
 """,
         ),
         Known(

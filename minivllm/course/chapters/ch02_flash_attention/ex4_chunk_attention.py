@@ -30,7 +30,13 @@ def _heads() -> list[tuple[Head, int]]:
         (70, 330, 64),
     ]
     heads = [(plain(q, n, 8, 100 + seed), block) for seed, (q, n, block) in enumerate(shapes)]
-    return [*heads, (steep(8, 120), 4), (giants(8, 121), 4), (long(5, 1300, 8, 122), 4)]
+    return [
+        *heads,
+        (steep(8, 120), 4),
+        (giants(8, 121), 4),
+        (plain(9, 31, 8, 123, scale=1.0), 8),
+        (long(5, 1300, 8, 122), 4),
+    ]
 
 
 def _right(query: Any, key: Any, value: Any, scale: float, block: int) -> Any:

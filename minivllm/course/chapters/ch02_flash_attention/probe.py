@@ -81,13 +81,13 @@ def _seen_in(
         if group * width > position and abs(float(mine[group])) > least
     ]
     if later:
-        return "sees-later-keys", f"{who}gives weight to the keys {_keys(later, width)}, after it."
+        return "sees-later-keys", f"{who}gives weight to {_keys(later, width)}, after it."
     nothing = mine.abs() <= _NONE * float(mine.abs().max())
     left_out = ((right > least) & nothing).nonzero().flatten().tolist()
     if left_out:
         return (
             "keys-left-out",
-            f"{who}gives no weight to the keys {_keys(left_out, width)}, which it may see.",
+            f"{who}gives no weight to {_keys(left_out, width)}, which it may see.",
         )
     total = float(mine.sum())
     sharper = _sharper(mine, right, exponents)
@@ -133,11 +133,12 @@ def _ratios(mine: torch.Tensor, right: torch.Tensor, width: int, position: int) 
         else:
             runs.append([group])
     for run in runs:
-        yield f"keys {_keys(run, width)}: {factor[run[0]]:.3g} times"
+        yield f"{_keys(run, width)}: {factor[run[0]]:.3g} times"
 
 
 def _keys(groups: list[int], width: int) -> str:
-    return _listed([key for g in groups for key in range(g * width, (g + 1) * width)])
+    keys = [key for group in groups for key in range(group * width, (group + 1) * width)]
+    return f"key {keys[0]}" if len(keys) == 1 else f"keys {_listed(keys)}"
 
 
 def _listed(numbers: list[int]) -> str:
