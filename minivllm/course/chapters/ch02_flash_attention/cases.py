@@ -70,10 +70,13 @@ def giants(dim: int, seed: int) -> Head:
     query, key = head.query.clone(), head.key.clone()
     key[:, 0], query[:, 0] = 0.0, 200.0 / head.scale
     key[0, 0], key[8, 0] = 1.0, 2.0
+    # So large a value shows the smallest weight that a hidden key gets.
+    value = head.value.clone()
+    value[8] = 1e6
     return Head(
         query,
         key,
-        head.value,
+        value,
         head.scale,
         "key 0 has a score of about 200, far above the keys after it, and key 8, which queries 0 to"
         " 2 must not see, one of about 400",

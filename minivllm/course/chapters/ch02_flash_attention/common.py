@@ -99,6 +99,7 @@ _CATALOGUE = (
         "of nothing.\n"
         "It ends at min(…, len(key)).",
         "walk-beyond",
+        "walk-beyond cut",
     ),
     (
         "indices-within-the-tile",
@@ -381,6 +382,20 @@ _CATALOGUE = (
         "first-values",
         "first-values cut",
     ),
+    (
+        "keys-of-the-first-tile",
+        "The queries are multiplied by the keys of the FIRST tile in each step of the walk.\n"
+        "Keys and values of a tile are the same rows: key[columns], like value[columns].",
+        "first-keys",
+        "first-keys cut",
+    ),
+    (
+        "no-maximum",
+        "No maximum is taken from the scores before exp. Large scores (here up to 400) give inf,"
+        " and very low ones give 0 alone: inf / inf and 0 / 0 are nan.\n"
+        "Keep a running maximum per row, and take exp(scores - maximum).",
+        "no-maximum",
+    ),
 )
 
 #: Symptoms, which `judge` reports where no mistake of the catalogue explains them.
@@ -464,15 +479,17 @@ def _symptom(
     ):
         return "low-precision", (
             "All numbers are nearly right, and not all are right: something on the way is rounded"
-            " to less than float32, or a small number is added, to a sum or to a score.\nCompute in"
-            " the dtype of the inputs, and by the formula."
+            " to less than float32, a constant is not exact, or a small number is added to a sum or a"
+            " score.\nCompute in the dtype of the inputs, and by the formula."
         )
-    if found := described(attend):
-        return found
-    special = [case for case in cases if case.about]
-    failing = [case for case in special if not _agrees(answer, right, case, writes)]
+    found = described(attend)
+    failing = [case for case in cases if case.about and not _agrees(answer, right, case, writes)]
     if failing and all(_agrees(answer, right, case, writes) for case in ordinary):
+        if found and found[0] in ("keys-left-out", "sees-later-keys"):
+            return found
         return "", f"Ordinary inputs are right. It fails where {failing[0].about}."
+    if found:
+        return found
     return "", ""
 
 

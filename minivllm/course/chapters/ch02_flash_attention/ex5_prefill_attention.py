@@ -43,12 +43,12 @@ def _cases() -> list[Case]:
     cases = [Case(args) for args in batches]
     for heads, where in (
         ([steep(8, 60), plain(3, 20, 8, 61), giants(8, 62)], "in the first and the last request"),
-        ([plain(3, 20, 8, 63), long(3, 2100, 8, 64)], "in the last request"),
+        ([plain(3, 20, 8, 63), long(3, 9001, 8, 64)], "in the last request"),
     ):
         requests = [(len(head.query), len(head.key)) for head in heads]
         args = batch(requests, Shape(2, 1, 8, 16), 12, special=dict(enumerate(heads)))
         about = "; and ".join(head.about for head in heads if head.about)
-        cases.append(Case(args, f"{where}, {about}"))
+        cases.append(Case(args, f"{where} {about}"))
     return cases
 
 
@@ -87,20 +87,22 @@ def _one_head(call: Callable) -> Callable:
 
 
 def _expect_nothing_kept(call: Callable) -> None:
-    """A second step in the same tensors, with other blocks for other requests, must be right."""
+    """Later steps, in the same tensors and in others, with other blocks, must be right."""
     shape, requests = Shape(2, 1, 8, 16), [(5, 40), (12, 12)]
     first, second = (batch(requests, shape, seed) for seed in (70, 71))
+    third = batch(requests, shape, 72)
     call(*first)
     for old, new in zip(first[:6], second[:6], strict=True):
         old.copy_(new)
-    found = difference(call(*first), _right(*second), **TOLERANCES)
-    expect(
-        not found,
-        "keeps-state",
-        "The first step is right. In the second one other requests have come, of the same lengths,"
-        " with other blocks in the same tensors, and the result is wrong: your code keeps something"
-        f" between calls.\nRead block_table and the cache anew in each call. {found and found[1]}.",
-    )
+    for args, expected in ((first, _right(*second)), (third, _right(*third))):
+        found = difference(call(*args), expected, **TOLERANCES)
+        expect(
+            not found,
+            "keeps-state",
+            "The first step is right. Then other requests come, of the same lengths and with other"
+            " blocks, and the result is wrong: your code keeps something between calls.\nRead"
+            f" block_table and the cache anew in each call. {found and found[1]}.",
+        )
 
 
 def _expect_tiles(call: Callable) -> None:
@@ -422,6 +424,19 @@ def prefill_attention(
 @@
          rows = slice(starts[i], starts[i + 1])
 +        context = int(seq_lens[0])
+""",
+        ),
+        Known(
+            "blocks-in-a-row",
+            "You read a request's first block, and then the blocks that lie behind it in the cache."
+            " They belong to anybody.\nEach entry of block_table[i] names one block; they need not"
+            " follow each other.",
+            suspects=(Prefill("blocks-in-a-row"),),
+            answers=r"""
+# %% counted on from the first one
+@@
+-        blocks = block_table[i, : -(-context // block_size)]
++        blocks = block_table[i, 0] + torch.arange(-(-context // block_size))
 """,
         ),
         Known(

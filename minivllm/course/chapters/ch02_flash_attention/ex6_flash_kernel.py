@@ -39,7 +39,7 @@ def _cases() -> list[Case]:
         (plain(9, 20, 32, 252, scale=1.0), 16, 16),
         (steep(16, 253), 16, 16),
         (giants(16, 254), 16, 32),
-        (long(3, 1300, 16, 255), 16, 16),
+        (long(3, 4201, 16, 255), 16, 64),
     ]
     return [
         Case((guarded(*head.query.shape), *map(guard, head.args[:3]), head.scale, m, n), head.about)
@@ -130,6 +130,14 @@ def _strided(of_queries: bool) -> Callable:
     return run
 
 
+def _turned(
+    out: Any, query: Any, key: Any, value: Any, scale: float, block_m: int, block_n: int
+) -> None:
+    """Keys are read as if they lay as [D, N]."""
+    turned = key.flatten().view(key.shape[1], key.shape[0]).T
+    out.copy_(Walk()(query, turned, value, scale, block_m, block_n))
+
+
 def _expect_inside(outside: list[tuple[str, str]]) -> None:
     """Nothing may have been read outside. outside: (the place, the sizes) of such reads."""
     if not outside:
@@ -169,7 +177,7 @@ def _judged(kernel: Any) -> int:
         outside.extend((place, _sizes(args)) for place in seen.read_outside)
 
     def attend(query: Any, key: Any, value: Any, scale: float) -> Any:
-        args = guarded(*query.shape), *map(guard, (query, key, value)), scale, 16, 16
+        args = guarded(*query.shape), *map(guard, (query, key, value)), scale, 32, 16
         launch(*args)
         return args[0]
 
@@ -424,6 +432,23 @@ EXERCISE = Exercise(
 @@
 -    tl.store(out_ptr + query_places, acc / l[:, None], mask=(rows < Q)[:, None])
 +    tl.store(out_ptr + query_places, acc, mask=(rows < Q)[:, None])
+""",
+        ),
+        Known(
+            "keys-turned-round",
+            "The keys are read as if they lay as [D, N]: number d of token t at d · N + t. They lie"
+            " as [N, D].\nNumber d of token t is at t · D + d. tl.trans turns the tile that was"
+            " loaded.",
+            suspects=(_turned,),
+            answers=r"""
+# %% transposed by the load, with the wrong row length
+@@
+-        key = tl.load(key_ptr + places, mask=inside, other=0.0)
++        turned = columns[:, None] * N + tokens[None, :]
++        key = tl.load(key_ptr + turned, mask=(tokens < N)[None, :], other=0.0)
+@@
+-        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
++        scores = tl.dot(query, key, input_precision="ieee") * scale_log2
 """,
         ),
         Known(

@@ -137,6 +137,8 @@ class Prefill:
             count = context // size + 1
         if self.wrong == "block-table-ignored":
             return torch.arange(count)
+        if self.wrong == "blocks-in-a-row":
+            return block_table[i, 0] + torch.arange(count)
         return block_table[0 if self.wrong == "first-table" else i, :count].long()
 
     def _kv_head(self, head: int, heads: int, kv_heads: int) -> int:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 #: Query, key, value and scale -> the result of the answer, for one head.
 Attend = Callable[..., "torch.Tensor"]
 
-_DIM = 32
+_DIM = 64
 #: A weight below this share of the largest one of its row counts as none.
 _NONE = 1e-3
 
@@ -29,9 +29,9 @@ def described(attend: Attend) -> tuple[str, str] | None:
 
     The name is "" where the answer raises.
 
-    attend: must take 32 numbers per query, key and value.
+    attend: must take 64 numbers per query, key and value.
     """
-    for queries, keys, seed in ((21, 30, 40), (5, 2500, 41)):
+    for queries, keys, seed in ((41, 60, 40), (13, 13, 42), (5, 2500, 41)):
         found = _compared(attend, queries, keys, seed)
         if found:
             name, text = found
@@ -82,6 +82,13 @@ def _seen_in(
     ]
     if later:
         return "sees-later-keys", f"{who}gives weight to {_keys(later, width)}, after it."
+    sharper = _sharper(mine, right, exponents)
+    if sharper is not None and abs(sharper - 1) > 0.01:
+        return (
+            "wrong-scale",
+            f"{who}has the weights of a softmax whose scores are {sharper:.4g} times what they"
+            " should be.",
+        )
     nothing = mine.abs() <= _NONE * float(mine.abs().max())
     left_out = ((right > least) & nothing).nonzero().flatten().tolist()
     if left_out:
@@ -90,13 +97,6 @@ def _seen_in(
             f"{who}gives no weight to {_keys(left_out, width)}, which it may see.",
         )
     total = float(mine.sum())
-    sharper = _sharper(mine, right, exponents)
-    if sharper is not None and abs(sharper - 1) > 0.01:
-        return (
-            "wrong-scale",
-            f"{who}has the weights of a softmax whose scores are {sharper:.4g} times what they"
-            " should be.",
-        )
     if abs(total - 1) > 1e-3:
         return "weights-do-not-add-up", f"{who}its weights add up to {total:.4g} and not to 1."
     parts = list(_ratios(mine, right, width, position))

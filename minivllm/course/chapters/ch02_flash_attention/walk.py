@@ -87,7 +87,8 @@ class Walk:
             for first in range(self._start(past, block_n), end, block_n):
                 last = min(first + block_n, end if "cut" in self.how else len(key))
                 columns = torch.arange(first, last)
-                scores = query[rows] @ key[columns].T
+                keys = key[columns - first] if "first-keys" in self.how else key[columns]
+                scores = query[rows] @ keys.T
                 hidden = self._hidden(columns, past, rows)
                 values = value[columns - first] if "first-values" in self.how else value[columns]
                 self._step(sums, scores, hidden, values, block_m)
@@ -181,6 +182,8 @@ class Walk:
         seen = self._masked(scores, hidden)
         largest = (scores if how & {"maximum-before-mask", "sum-before-mask"} else seen).amax(dim=1)
         new = largest if "tile-maximum" in how else torch.maximum(sums.m, largest)
+        if "no-maximum" in how:
+            new = torch.zeros_like(new)
         if "one-maximum" in how:
             new = new.max().expand_as(new)
         if "padded" in how and len(scores) < block_m:  # rows that do not exist have scores of 0
