@@ -479,8 +479,8 @@ def _symptom(
     ):
         return "low-precision", (
             "All numbers are nearly right, and not all are right: something on the way is rounded"
-            " to less than float32, a constant is not exact, or a small number is added to a sum or a"
-            " score.\nCompute in the dtype of the inputs, and by the formula."
+            " to less than float32, a constant is not exact, or a small number is added to a sum or"
+            " a score.\nCompute in the dtype of the inputs, and by the formula."
         )
     found = described(attend)
     failing = [case for case in cases if case.about and not _agrees(answer, right, case, writes)]
