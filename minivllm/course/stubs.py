@@ -231,5 +231,5 @@ def require_published(chapter: Chapter) -> None:
         raise ChangedSolutionError(
             f"{name} is not as it was published ({', '.join(changed)}), and answers are checked by"
             f" it. Restore it: git checkout -- {name} (its authors: python -m"
-            " minivllm.course.authoring.tool stubs)"
+            " minivllm.course.authoring stubs)"
         )
