@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from minivllm.course.sim.bundled_layers import Layer, attend, rope
@@ -13,62 +14,91 @@ if TYPE_CHECKING:
 EPS = 1e-6
 
 
-def the_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """RMSNorm over the last dimension."""
     import torch
 
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * weight
 
 
-def the_block(
-    x: torch.Tensor,
-    w: dict[str, torch.Tensor],
-    positions: torch.Tensor,
-    *,
-    stream: tuple[str, str] = ("x", "x"),
-    norms: str = "qk",
-    swapped: bool = False,
-    post: bool = False,
-    same_norm: bool = False,
-    order: str = "norm first",
-    mlp_reads: str = "its norm",
-) -> torch.Tensor:
-    """A decoder block: right by default, and wrong in the ways that the options name.
+@dataclass(frozen=True)
+class DecoderBlock:
+    """How somebody writes a decoder block; as it stands here, rightly.
 
-    stream: what the result of each branch is added to: the stream "x", its norm "h", "both", or
-    "nothing". norms: whose norm the query and the key get; "--" is none.
+    stream: what the result of each branch is added to: the stream "x", its norm "h", "both",
+    "twice" the stream, or "nothing". norms: whose norm the query and the key get; "--" is none.
+    order: "norm first" or "rope first". attention_reads: "its norm" or "the stream". mlp_reads:
+    "its norm", "the stream", "the old stream" or "the first norm". post: whether the stream itself
+    is normed, after each addition. same_norm: whether both branches take the first norm's weight.
+    positions: "given" or "counted" from 0. swapped: whether
+    gate and up are.
     """
-    import torch.nn.functional as F
 
-    def added(branch: torch.Tensor, h: torch.Tensor, how: str) -> torch.Tensor:
-        return branch + {"x": x, "h": h, "both": x + h, "twice": 2 * x, "nothing": 0.0}[how]
+    stream: tuple[str, str] = ("x", "x")
+    norms: str = "qk"
+    order: str = "norm first"
+    attention_reads: str = "its norm"
+    mlp_reads: str = "its norm"
+    post: bool = False
+    same_norm: bool = False
+    positions: str = "given"
+    swapped: bool = False
 
-    dim = len(w["self_attn.q_norm.weight"])
-    h = x if post else the_norm(x, w["input_layernorm.weight"])
-    q, k, v = ((h @ w[f"self_attn.{p}_proj.weight"].T).unflatten(-1, (-1, dim)) for p in "qkv")
-    turned = []
-    for y, which in zip((q, k), norms, strict=True):
-        weight = w.get(f"self_attn.{which}_norm.weight")
-        if order == "norm first":
-            turned.append(rope(y if weight is None else the_norm(y, weight), positions))
+    def __call__(
+        self, x: torch.Tensor, w: dict[str, torch.Tensor], positions: torch.Tensor
+    ) -> torch.Tensor:
+        """The stream [T, hidden] before the block -> the stream after it."""
+        bare = self.post or self.attention_reads == "the stream"
+        before, h = x, x if bare else normed(x, w["input_layernorm.weight"])
+        x = _added(self.attention(h, w, positions), x, h, self.stream[0])
+        if self.post:
+            x = h = normed(x, w["input_layernorm.weight"])
         else:
-            turned.append(the_norm(rope(y, positions), weight))
-    branch = attend(*turned, v).flatten(1) @ w["self_attn.o_proj.weight"].T
-    x = added(branch, h, stream[0])
-    if post:
-        x = the_norm(x, w["input_layernorm.weight"])
-    second = (
-        x
-        if post
-        else the_norm(
-            x, w["input_layernorm.weight" if same_norm else "post_attention_layernorm.weight"]
-        )
-    )
-    h = {"its norm": second, "the stream": x, "the first norm": h}[mlp_reads]
-    gate, up = (h @ w[f"mlp.{p}_proj.weight"].T for p in ("gate", "up"))
-    if swapped:
-        gate, up = up, gate
-    x = added((F.silu(gate) * up) @ w["mlp.down_proj.weight"].T, h, stream[1])
-    return the_norm(x, w["post_attention_layernorm.weight"]) if post else x
+            h = self.for_mlp(before, x, h, w)
+        gate, up = (h @ w[f"mlp.{p}_proj.weight"].T for p in ("gate", "up"))
+        if self.swapped:
+            gate, up = up, gate
+        branch = (gate * gate.sigmoid() * up) @ w["mlp.down_proj.weight"].T
+        x = _added(branch, x, h, self.stream[1])
+        return normed(x, w["post_attention_layernorm.weight"]) if self.post else x
+
+    def attention(
+        self, h: torch.Tensor, w: dict[str, torch.Tensor], positions: torch.Tensor
+    ) -> torch.Tensor:
+        """What attention adds to the stream."""
+        import torch
+
+        dim = len(w["self_attn.q_norm.weight"])
+        if self.positions == "counted":
+            positions = torch.arange(len(h))
+        q, k, v = ((h @ w[f"self_attn.{p}_proj.weight"].T).unflatten(-1, (-1, dim)) for p in "qkv")
+        turned = []
+        for y, which in zip((q, k), self.norms, strict=True):
+            weight = w.get(f"self_attn.{which}_norm.weight")
+            if self.order == "norm first":
+                turned.append(rope(y if weight is None else normed(y, weight), positions))
+            else:
+                turned.append(normed(rope(y, positions), weight))
+        return attend(*turned, v).flatten(1) @ w["self_attn.o_proj.weight"].T
+
+    def for_mlp(
+        self, before: torch.Tensor, x: torch.Tensor, h: torch.Tensor, w: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """What the MLP reads.
+
+        before, x: the stream before and after attention; h: what attention read.
+        """
+        weight = w[f"{'input' if self.same_norm else 'post_attention'}_layernorm.weight"]
+        return {
+            "its norm": normed(x, weight),
+            "the stream": x,
+            "the old stream": normed(before, weight),
+            "the first norm": h,
+        }[self.mlp_reads]
+
+
+def _added(branch: torch.Tensor, x: torch.Tensor, h: torch.Tensor, how: str) -> torch.Tensor:
+    return branch + {"x": x, "h": h, "both": x + h, "twice": 2 * x, "nothing": 0.0}[how]
 
 
 def random_layer(
@@ -80,6 +110,7 @@ def random_layer(
     wide: int,
     fresh: bool,
 ) -> dict:
+    """A layer's tensors, by their names in the checkpoint. fresh: the weights of norms are 1."""
     import torch
 
     def norm(size: int) -> torch.Tensor:

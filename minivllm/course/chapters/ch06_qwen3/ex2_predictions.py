@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from minivllm.course.grading.compare import show
-from minivllm.course.grading.errors import Mistake
+from minivllm.course.grading.judges import Prediction, expect_predictions
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +64,6 @@ def _measure() -> dict[str, int]:
         each.mlp(x)
     model.compute_logits(torch.empty(1, config.hidden_size, device=meta))
     matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2}
-    pair = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
     cache_row = torch.empty(
         2,
         config.num_hidden_layers,
@@ -81,8 +78,176 @@ def _measure() -> dict[str, int]:
         "flops": flops,
         "kv": cache_row.nbytes,
         "kv_all_heads": cache_row.nbytes * config.num_attention_heads // config.num_key_value_heads,
-        "context": round(flops / pair),
     }
+
+
+#: Sizes of the model, as its config says.
+HIDDEN, WIDE, HEADS, KV_HEADS, DIM, LAYERS = 2560, 9728, 32, 8, 128, 36
+EMBEDDING = 151_936 * HIDDEN
+#: Weights of matrices: q_proj, k_proj, and the three of the MLP.
+Q, KV, MLP = HIDDEN * HEADS * DIM, HIDDEN * KV_HEADS * DIM, 3 * HIDDEN * WIDE
+#: A layer with heads of hidden size / heads = 80 numbers.
+SQUARE = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * KV_HEADS * 80 + MLP
+NOT_SQUARE = (
+    "In Qwen3, the config says what head_dim is: 128, and not hidden size / heads. The heads"
+    " together have more numbers than the stream."
+)
+#: The share by which a prediction may miss, so that rounded numbers pass.
+NEAR = 0.002
+
+
+def _of_weights(measured: dict[str, int]) -> list[Prediction]:
+    layers = LAYERS * measured["layer"]
+    return [
+        Prediction(
+            "layer_weights",
+            measured["layer"],
+            "weights",
+            NEAR,
+            {
+                "head-dim-from-hidden-size": (SQUARE, NOT_SQUARE),
+                "forgot-gqa": (4 * Q + MLP, "k and v have fewer heads than q."),
+                "two-matrices-in-the-mlp": (
+                    2 * Q + 2 * KV + 2 * HIDDEN * WIDE,
+                    "The MLP of SwiGLU has three matrices: gate, up and down.",
+                ),
+                "forgot-o-proj": (
+                    Q + 2 * KV + MLP,
+                    "The result of the heads goes through a matrix back to the stream: o_proj.",
+                ),
+                "forgot-the-mlp": (2 * Q + 2 * KV, "These are the matrices of attention alone."),
+                "forgot-attention": (MLP, "These are the matrices of the MLP alone."),
+                "one-of-k-and-v": (2 * Q + KV + MLP, "k and v have a matrix each."),
+            },
+            "Write down the rows and columns of each of the seven matrices of a layer, and add.",
+        ),
+        Prediction(
+            "all_weights",
+            measured["all"],
+            "weights",
+            NEAR,
+            {
+                "head-counted-twice": (
+                    layers + 2 * EMBEDDING,
+                    "The head is tied: it is the embedding.",
+                ),
+                "forgot-the-embedding": (
+                    layers,
+                    "The embedding is a matrix, too, with a row for each token.",
+                ),
+                "head-dim-from-hidden-size": (LAYERS * SQUARE + EMBEDDING, NOT_SQUARE),
+                "one-layer": (
+                    measured["layer"] + EMBEDDING,
+                    "That is one layer and the embedding. The model has 36 layers.",
+                ),
+            },
+            "Add the matrices of all layers, and the one that is not in a layer.",
+        ),
+    ]
+
+
+def _of_flops(measured: dict[str, int]) -> list[Prediction]:
+    weights, flops = measured["all"], measured["flops"]
+    pair = 4 * LAYERS * HEADS * DIM
+    return [
+        Prediction(
+            "flops",
+            flops,
+            "FLOPs",
+            NEAR,
+            {
+                "multiplications-only": (
+                    weights,
+                    "Each weight is multiplied and the product added: two operations.",
+                ),
+                "forgot-the-head": (
+                    2 * (weights - EMBEDDING),
+                    "Looking a row up is free, but the head is a product with all of the"
+                    " embedding.",
+                ),
+                "look-up-counted": (
+                    2 * (weights + EMBEDDING),
+                    "The embedding is only looked up at the start. It is multiplied once, as the"
+                    " head.",
+                ),
+                "layers-without-additions": (
+                    weights - EMBEDDING,
+                    "Count the additions, too, and the product with the head.",
+                ),
+                "training": (
+                    6 * weights,
+                    "Six FLOPs per weight is for training, with the backward pass.",
+                ),
+            },
+            "How often does one token use each weight, and how many operations is that?",
+        ),
+        Prediction(
+            "context",
+            flops / pair,
+            "tokens",
+            NEAR,
+            {
+                "one-of-two-products": (
+                    2 * flops / pair,
+                    "Attention has two products: query · key, and weights · values.",
+                ),
+                "multiplications-only": (
+                    flops / pair / 2,
+                    "Count FLOPs on both sides: a multiplication and an addition are two.",
+                ),
+                "forgot-gqa": (
+                    flops * HEADS / KV_HEADS / pair,
+                    "GQA shares keys and values, which saves bytes. Each query head still computes"
+                    " its own scores.",
+                ),
+                "one-layer": (LAYERS * flops / pair, "Attention runs in each of the 36 layers."),
+                "forgot-the-head": (
+                    (flops - 2 * EMBEDDING) / pair,
+                    "The head is a product with a matrix, too.",
+                ),
+            },
+            "First find the FLOPs that attention takes for one token of context, in all heads and"
+            " layers.",
+        ),
+    ]
+
+
+def _of_bytes(measured: dict[str, int]) -> list[Prediction]:
+    one, every = measured["kv"], measured["kv_all_heads"]
+    halves = "Both keys and values are kept, and each number has two bytes."
+    return [
+        Prediction(
+            "kv_bytes",
+            one,
+            "bytes",
+            NEAR,
+            {
+                "keys-or-values": (one / 2, halves),
+                "float32": (one * 2, "A number in bfloat16 has 2 bytes."),
+                "forgot-gqa": (every, "Only the KV heads are kept, not the query heads."),
+                "one-layer": (one / LAYERS, "Each of the 36 layers keeps its own."),
+                "head-dim-from-hidden-size": (4 * LAYERS * KV_HEADS * 80, NOT_SQUARE),
+            },
+            "First count the bytes of one head's key in one layer.",
+        ),
+        Prediction(
+            "kv_bytes_all_heads",
+            every,
+            "bytes",
+            NEAR,
+            {
+                "forgot-gqa": (
+                    one,
+                    "That is with GQA. Without it each query head has keys and values of its own.",
+                ),
+                "head-dim-from-hidden-size": (4 * LAYERS * HIDDEN, NOT_SQUARE),
+                "keys-or-values": (every / 2, halves),
+                "float32": (every * 2, "A number in bfloat16 has 2 bytes."),
+                "one-layer": (every / LAYERS, "Each of the 36 layers keeps its own."),
+            },
+            "How many query heads share a KV head?",
+        ),
+    ]
 
 
 def check_predictions(
@@ -93,166 +258,17 @@ def check_predictions(
     kv_bytes_all_heads: float,
     context: float,
 ) -> str:
-    m = _measure()
-    hidden, wide, heads, kv_heads, dim = 2560, 9728, 32, 8, 128
-    embedding, layers = 151_936 * hidden, 36
-    q, kv, mlp = hidden * heads * dim, hidden * kv_heads * dim, 3 * hidden * wide
-    # head_dim taken as hidden_size / heads
-    square = 2 * hidden * hidden + 2 * hidden * 8 * 80 + mlp
-
-    def judge(
-        name: str, guess: Any, right: int, measured: str, known: dict[float, tuple[str, str]]
-    ) -> None:
-        if isinstance(guess, bool) or not isinstance(guess, int | float):
-            raise Mistake("wrong-type", f"{name} is {show(guess)}.\nA prediction is one number.")
-        if math.isclose(guess, right, rel_tol=0.002):
-            return
-        for value, (mistake, why) in known.items():
-            if math.isclose(guess, value, rel_tol=0.002):
-                raise Mistake(
-                    mistake,
-                    f"{name}: you predicted {guess:,.0f}, measured: {right:,}.\n{why} {measured}",
-                )
-        raise Mistake(
-            "wrong-prediction",
-            f"{name}: you predicted {guess:,.0f}, measured: {right:,}.\n{measured} "
-            "Find out where the difference comes from, then correct your number.",
-        )
-
-    not_square = (
-        "Of Qwen3, head_dim stands in the config: 32 heads of 128 are 4,096 numbers, more than the"
-        " stream has."
-    )
-    judge(
-        "layer_weights",
-        layer_weights,
-        m["layer"],
-        "Measured: the model was built, and one layer's matrices counted: q, k, v, o, gate, up,"
-        " down.",
-        {
-            square: ("head-dim-from-hidden-size", not_square),
-            2 * q + 2 * q + mlp: ("forgot-gqa", "k and v have 8 heads, not 32."),
-            2 * q + 2 * kv + 2 * hidden * wide: (
-                "two-matrices-in-the-mlp",
-                "SwiGLU has three: gate, up and down.",
-            ),
-            q + 2 * kv + mlp: (
-                "forgot-o-proj",
-                "What the heads say goes through a matrix back to the stream: o_proj.",
-            ),
-            2 * q + 2 * kv: ("forgot-the-mlp", "That is the attention alone."),
-            mlp: ("forgot-attention", "That is the MLP alone."),
-            2 * q + kv + mlp: ("one-of-k-and-v", "k and v have a matrix each."),
-        },
-    )
-    judge(
-        "all_weights",
-        all_weights,
-        m["all"],
-        "Measured: the model was built, and its matrices counted.",
-        {
-            layers * m["layer"] + 2 * embedding: (
-                "head-counted-twice",
-                "The head is tied: it is the embedding.",
-            ),
-            layers * m["layer"]: (
-                "forgot-the-embedding",
-                "A row of 2,560 for each of 151,936 tokens is missing.",
-            ),
-            layers * square + embedding: ("head-dim-from-hidden-size", not_square),
-        },
-    )
-    judge(
-        "flops",
-        flops,
-        m["flops"],
-        "Measured: one token went through the model, and every product was counted.",
-        {
-            m["all"]: (
-                "multiplications-only",
-                "Each weight is multiplied and added: two operations.",
-            ),
-            2 * (m["all"] - embedding): (
-                "forgot-the-head",
-                "Looking a row up is free, but the head is a product with all of the embedding.",
-            ),
-            2 * (m["all"] + embedding): (
-                "look-up-counted",
-                "The embedding is only looked up at the start; it is multiplied once, as the head.",
-            ),
-            m["all"] - embedding: (
-                "multiplications-only",
-                "Each weight is multiplied and added, the head's too.",
-            ),
-            6 * m["all"]: (
-                "training",
-                "Six FLOPs a weight is for training, with the backward pass.",
-            ),
-        },
-    )
-    judge(
-        "kv_bytes",
-        kv_bytes,
-        m["kv"],
-        "Measured: a tensor of [2, 36, 8, 128] in bfloat16.",
-        {
-            m["kv"] / 2: ("keys-or-values", "Keys and values are kept, of two bytes a number."),
-            m["kv"] * 2: ("float32", "bfloat16 has 2 bytes a number."),
-            m["kv_all_heads"]: (
-                "forgot-gqa",
-                "Only the 8 KV heads are kept; queries are used once and forgotten.",
-            ),
-            m["kv"] / layers: ("one-layer", "Each of the 36 layers keeps its own."),
-            2 * 2 * layers * kv_heads * 80: ("head-dim-from-hidden-size", not_square),
-        },
-    )
-    judge(
-        "kv_bytes_all_heads",
-        kv_bytes_all_heads,
-        m["kv_all_heads"],
-        "Four query heads share a KV head: four times.",
-        {
-            m["kv"]: (
-                "forgot-gqa",
-                "That is with GQA. Without it each of the 32 query heads has keys and values.",
-            ),
-            2 * 2 * layers * hidden: ("head-dim-from-hidden-size", not_square),
-            m["kv_all_heads"] / 2: (
-                "keys-or-values",
-                "Keys and values are kept, of two bytes a number.",
-            ),
-        },
-    )
-    judge(
-        "context",
-        context,
-        m["context"],
-        "Measured: the FLOPs above, over 4 · 36 · 32 · 128 for each token looked at.",
-        {
-            2 * m["context"]: (
-                "one-of-two-products",
-                "Attention has two products: query · key, and weights · values.",
-            ),
-            m["context"] / 2: (
-                "multiplications-only",
-                (
-                    "Count both or neither in FLOPs: attention costs 4 · head_dim a "
-                    "head and key, when a multiplication and an addition are two."
-                ),
-            ),
-            4 * m["context"]: (
-                "forgot-gqa",
-                (
-                    "GQA shares keys and values, it saves bytes. All 32 query heads still "
-                    "compute their scores."
-                ),
-            ),
-            m["context"] * layers: ("one-layer", "Each of the 36 layers attends."),
-            (m["flops"] - 2 * embedding) / (4 * layers * heads * dim): (
-                "forgot-the-head",
-                "The head is a matrix, too.",
-            ),
-        },
+    measured = _measure()
+    of_layer, of_all = _of_weights(measured)
+    of_flops, of_context = _of_flops(measured)
+    of_kv, of_all_heads = _of_bytes(measured)
+    expect_predictions(
+        (of_layer, layer_weights),
+        (of_all, all_weights),
+        (of_flops, flops),
+        (of_kv, kv_bytes),
+        (of_all_heads, kv_bytes_all_heads),
+        (of_context, context),
     )
     return "six predictions, all as measured"
 
@@ -447,7 +463,7 @@ context = 8_044_936_192 / (2 * 36 * 32 * 128)
 """,
         ),
         Known(
-            "wrong-prediction",
+            "wrong-context",
             answers=r"""
 # %% a guess
 layer_weights = 2560 * (2 * 4096 + 2 * 1024) + 3 * 2560 * 9728
@@ -456,6 +472,26 @@ flops = 2 * (36 * 100_925_440 + 151_936 * 2560)
 kv_bytes = 147_456
 kv_bytes_all_heads = 589_824
 context = 4096
+""",
+        ),
+        Known(
+            "wrong-type",
+            answers=r"""
+# %% not a number
+layer_weights = 2560 * (2 * 4096 + 2 * 1024) + 3 * 2560 * 9728
+all_weights = 36 * 100_925_440 + 151_936 * 2560
+flops = float("nan")
+kv_bytes = 147_456
+kv_bytes_all_heads = 589_824
+context = 13_637
+
+# %% a range
+layer_weights = 2560 * (2 * 4096 + 2 * 1024) + 3 * 2560 * 9728
+all_weights = 36 * 100_925_440 + 151_936 * 2560
+flops = 2 * (36 * 100_925_440 + 151_936 * 2560)
+kv_bytes = 147_456
+kv_bytes_all_heads = 589_824
+context = range(10_000, 20_000)
 """,
         ),
     ),

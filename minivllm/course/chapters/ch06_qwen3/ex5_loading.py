@@ -7,11 +7,11 @@ import re
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
-from itertools import combinations
+from itertools import combinations, cycle
 from typing import TYPE_CHECKING
 
 from minivllm.course.grading.diagnose import diagnose
+from minivllm.course.grading.errors import CheckError, Mistake
 from minivllm.course.grading.judges import expect, seeded
 from minivllm.course.grading.with_engine import PROMPTS
 
@@ -25,12 +25,19 @@ SMALL_FUSED = {
     "qkv_proj": {"q_proj": 6, "k_proj": 4, "v_proj": 4},
     "gate_up_proj": {"gate_proj": 5, "up_proj": 5},
 }
-
-
+#: Without grouped-query attention.
+EQUAL_FUSED = {
+    "qkv_proj": {"q_proj": 4, "k_proj": 4, "v_proj": 4},
+    "gate_up_proj": {"gate_proj": 5, "up_proj": 5},
+}
+#: Other names, and parts that are not in alphabetical order.
+OTHER_FUSED = {"in_proj": {"z_proj": 3, "x_proj": 5, "dt_proj": 1, "b_proj": 2}}
 BUNDLED_FUSED = {
     "qkv_proj": {"q_proj": 256, "k_proj": 128, "v_proj": 128},
     "gate_up_proj": {"gate_proj": 768, "up_proj": 768},
 }
+#: A change of a checkpoint: a tensor's name and the tensor -> what the file has instead.
+_Change = Callable[[str, "torch.Tensor"], list]
 
 
 @dataclass
@@ -41,355 +48,377 @@ class Files:
     tensors: list[tuple[str, torch.Tensor]]
     params: dict[str, torch.Tensor]
     tied: bool
+    fused: dict[str, dict[str, int]]
     culprit: str = ""  # where they do not fit: what an error must name, a regular expression
 
     def __repr__(self) -> str:
         return self.what
 
 
-def _small_checkpoint(
-    random: torch.Generator, layers: int, tied: bool, bias: bool
-) -> tuple[list, dict]:
-    """(tensors in alphabetical order, parameters full of NaN)."""
-    import torch
+@dataclass(frozen=True)
+class _Layout:
+    """What a small model is like."""
 
-    tensors, params = {"model.embed_tokens.weight": (7, 3), "model.norm.weight": (3,)}, {}
-    if not tied:
-        tensors["lm_head.weight"] = (7, 3)
-    params |= tensors
-    for i in range(layers):
-        prefix = f"model.layers.{i}."
-        own = {
-            "input_layernorm.weight": (3,),
-            "self_attn.o_proj.weight": (3, 6),
-            "mlp.down_proj.weight": (3, 5),
-            "self_attn.q_norm.weight": (2,),
-            "self_attn.k_norm.weight": (2,),
-        }
-        for branch, name in (("self_attn", "qkv_proj"), ("mlp", "gate_up_proj")):
-            kinds = (
-                {"weight": (3,), "bias": ()} if bias and branch == "self_attn" else {"weight": (3,)}
-            )
-            for kind, columns in kinds.items():
-                params[f"{prefix}{branch}.{name}.{kind}"] = (
-                    sum(SMALL_FUSED[name].values()),
-                    *columns,
-                )
-                for part, rows in SMALL_FUSED[name].items():
-                    tensors[f"{prefix}{branch}.{part}.{kind}"] = (rows, *columns)
-        tensors |= {prefix + name: shape for name, shape in own.items()}
-        params |= {prefix + name: shape for name, shape in own.items()}
-    filled = [(name, torch.randn(tensors[name], generator=random)) for name in sorted(tensors)]
-    return filled, {name: torch.full(shape, math.nan) for name, shape in params.items()}
+    layers: int = 1
+    tied: bool = True
+    bias: bool = False
+    fused: str = "grouped"  # "grouped", "equal", "other" or "nothing"
 
-
-def _load(
-    params: dict[str, torch.Tensor],
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    fused: dict[str, dict[str, int]],
-    tied: bool,
-    *,
-    slips: frozenset[str] = frozenset(),
-    rows: str = "by name",
-    shapes: str = "exact",
-) -> None:
-    """Right by default; slips: what is not looked at; rows: how the parts of a fused parameter are
-    found; shapes: how a tensor's shape is held against its place's."""
-    places: dict[str, torch.Tensor] = {}
-    whole: dict[str, str] = {}
-    for name, parameter in params.items():
-        module, _, kind = name.rpartition(".")
-        prefix, _, last = module.rpartition(".")
-        if last not in fused or (kind == "bias" and "bias-forgotten" in slips):
-            places[name] = parameter
-            continue
-        parts = fused[last] if rows != "alphabetical" else dict(sorted(fused[last].items()))
-        sizes = list(parts.values())
-        views = parameter.split(sizes) if rows != "equal" else parameter.tensor_split(len(sizes))
-        for part, view in zip(parts, views, strict=True):
-            places[f"{prefix}.{part}.{kind}"], whole[f"{prefix}.{part}.{kind}"] = view, name
-    waiting = dict(places)
-    arrived: dict[str, int] = {}
-    for name, tensor in tensors:
-        if (
-            (tied or "head-always-skipped" in slips)
-            and name == "lm_head.weight"
-            and "tied-copy" not in slips
-        ):
-            continue
-        if name not in places:
-            if "unexpected" in slips or ("bias-forgotten" in slips and name.endswith("bias")):
-                continue
-            raise ValueError(name)
-        place = places[name]
-        if shapes == "turned" and tensor.ndim == 2 and place.shape == tensor.T.shape:
-            tensor = tensor.T
-        if shapes == "numel" and place.numel() == tensor.numel():
-            tensor = tensor.reshape(place.shape)
-        fits = len(place) == len(tensor) if shapes == "rows" else place.shape == tensor.shape
-        if not fits and "shape" not in slips:
-            raise ValueError(name)
-        if rows == "by arrival" and name in whole:
-            start = arrived.get(whole[name], 0)
-            place = params[whole[name]][start : start + len(tensor)]
-            arrived[whole[name]] = start + len(tensor)
-        if "not-in-place" in slips:
-            params[whole.get(name, name)] = tensor
-        else:
-            try:
-                place.copy_(tensor)
-            except RuntimeError:
-                raise ValueError(name) from None
-        waiting.pop(name, None)
-        if "one-part-fills-all" in slips and name in whole:
-            waiting = {
-                key: value for key, value in waiting.items() if whole.get(key) != whole[name]
+    def shapes(self) -> tuple[dict[str, tuple], dict[str, tuple]]:
+        """(shapes by the file's names, shapes by the parameters' names)."""
+        tensors: dict[str, tuple] = {"model.embed_tokens.weight": (7, 3), "model.norm.weight": (3,)}
+        if not self.tied:
+            tensors["lm_head.weight"] = (7, 3)
+        params = dict(tensors)
+        for i in range(self.layers):
+            prefix = f"model.layers.{i}."
+            own = {
+                f"{prefix}input_layernorm.weight": (3,),
+                f"{prefix}self_attn.o_proj.weight": (3, 6),
+                f"{prefix}mlp.down_proj.weight": (3, 5),
+                f"{prefix}self_attn.q_norm.weight": (2,),
+                f"{prefix}self_attn.k_norm.weight": (2,),
             }
-    if waiting and "missing" not in slips:
-        if "bias-forgotten" in slips and all(name.endswith("bias") for name in waiting):
-            return
-        raise ValueError(", ".join(waiting))
+            tensors |= own
+            params |= own
+            for name, parts in self.parts().items():
+                branch = f"{prefix}{'mlp' if name.startswith('gate') else 'self_attn'}."
+                with_bias = self.bias and not name.startswith("gate")
+                kinds = {"weight": (3,), "bias": ()} if with_bias else {"weight": (3,)}
+                for kind, columns in kinds.items():
+                    params[f"{branch}{name}.{kind}"] = (sum(parts.values()), *columns)
+                    tensors |= {f"{branch}{p}.{kind}": (n, *columns) for p, n in parts.items()}
+        return tensors, params
+
+    def parts(self) -> dict[str, dict[str, int]]:
+        known = {"grouped": SMALL_FUSED, "equal": EQUAL_FUSED, "other": OTHER_FUSED}
+        return known.get(self.fused, {})
+
+
+class _Author:
+    """Writes small checkpoints of random numbers."""
+
+    def __init__(self) -> None:
+        self.random = seeded(5)
+
+    def files(
+        self,
+        what: str,
+        layout: _Layout | None = None,
+        change: _Change | None = None,
+        culprit: str = "",
+    ) -> Files:
+        """The tensors, in alphabetical order of their names, and parameters full of NaN."""
+        import torch
+
+        layout = layout or _Layout()
+        shapes, places = layout.shapes()
+        tensors = [(n, torch.randn(shapes[n], generator=self.random)) for n in sorted(shapes)]
+        if change:
+            tensors = [pair for name, tensor in tensors for pair in change(name, tensor)]
+        params = {name: torch.full(shape, math.nan) for name, shape in places.items()}
+        return Files(what, tensors, params, layout.tied, layout.parts(), culprit)
+
+    def fitting(self) -> list[Files]:
+        """Checkpoints that fill their parameters."""
+        import torch
+
+        simple = self.files("q, k, v in the order of the rows")
+        simple.tensors.sort(key=lambda pair: ("k_proj" in pair[0]) + 2 * ("v_proj" in pair[0]))
+        long = self.files("12 layers, tensors shuffled", _Layout(layers=12))
+        order = torch.randperm(len(long.tensors), generator=self.random).tolist()
+        long.tensors = [long.tensors[i] for i in order]
+        kinds = cycle((torch.bfloat16, torch.float64, torch.float16))
+        narrow = self.files("parameters in bfloat16", _Layout(tied=False))
+        narrow.params = {name: tensor.bfloat16() for name, tensor in narrow.params.items()}
+        copy = _extra("model.norm.weight", "lm_head.weight")
+        return [
+            simple,
+            self.files("one layer, tensors in alphabetical order"),
+            long,
+            self.files("biases on q, k and v", _Layout(bias=True)),
+            self.files("a head of its own", _Layout(tied=False)),
+            self.files("a tied head, of which the file has a copy", change=copy),
+            self.files(
+                "tensors in bfloat16, float64 and float16",
+                change=lambda n, t: [(n, t.to(next(kinds)))],
+            ),
+            narrow,
+            self.files("as many heads for k and v as for q", _Layout(fused="equal")),
+            self.files(
+                "a fused layer of another name, of four parts", _Layout(bias=True, fused="other")
+            ),
+            self.files("a model in which nothing is fused", _Layout(fused="nothing")),
+        ]
+
+    def lacking(self) -> list[Files]:
+        """Checkpoints that leave something unfilled."""
+
+        def lacking(what: str, pattern: str, culprit: str, layout: _Layout | None = None) -> Files:
+            return self.files(f"{what} in the file", layout, _without(pattern), culprit)
+
+        return [
+            lacking("no model.norm.weight", "model.norm", "model.norm"),
+            lacking("no v_proj of layer 1", r"\.1\..*v_proj", "v_proj|qkv_proj", _Layout(2)),
+            lacking(
+                "no k_proj of layer 11", r"\.11\..*k_proj", r"\.11\..*(k|qkv)_proj", _Layout(12)
+            ),
+            lacking("no k_norm", "k_norm", "k_norm"),
+            lacking("no bias of k_proj", "k_proj.bias", "(k|qkv)_proj.bias", _Layout(bias=True)),
+            lacking("no biases", "bias", "bias", _Layout(bias=True)),
+            lacking(
+                "the head is missing, and nothing is tied: no lm_head",
+                "lm_head",
+                "lm_head",
+                _Layout(tied=False),
+            ),
+            lacking("no tensor at all", "", r"\w+\.\w+"),
+        ]
+
+    def unexpected(self) -> list[Files]:
+        """Checkpoints with a tensor that fits nowhere."""
+        many = self.files("a layer too many", _Layout(2), culprit=r"layers\.1\.")
+        many.params = {name: tensor for name, tensor in many.params.items() if ".1." not in name}
+        attention = "model.layers.0.self_attn."
+        return [
+            many,
+            *(
+                self.files(f"{what} that belongs nowhere", None, _extra(at, attention + name), name)
+                for what, at, name in (
+                    ("a tensor", "model.norm.weight", "g_proj.weight"),
+                    ("an inv_freq", "model.norm.weight", "rotary_emb.inv_freq"),
+                    ("a bias", attention + "q_proj.weight", "q_proj.bias"),
+                )
+            ),
+        ]
+
+    def misshapen(self) -> list[Files]:
+        """Checkpoints with a tensor of another shape than its place."""
+        changes: list[tuple[str, str, Callable]] = [
+            ("an input_layernorm of one number", "input_layernorm", lambda t: t[:1]),
+            ("an input_layernorm of [1, 3] for [3]", "input_layernorm", lambda t: t[None]),
+            ("a k_proj of one row", "k_proj", lambda t: t[:1]),
+            ("a q_proj with another number of rows", "q_proj", lambda t: t[:5]),
+            ("an o_proj on its side, [6, 3] for [3, 6]", "o_proj", lambda t: t.T.contiguous()),
+            ("a v_proj of one column", "v_proj", lambda t: t[:, :1]),
+            ("a down_proj of one column", "down_proj", lambda t: t[:, :1]),
+            ("an embedding with a row too many", "embed_tokens", lambda t: t[[0, *range(len(t))]]),
+        ]
+        one = _reshaped("v_proj.bias", lambda t: t[:1])
+        return [
+            *(self.files(what, None, _reshaped(name, how), name) for what, name, how in changes),
+            self.files("a bias of v_proj of one number", _Layout(bias=True), one, "v_proj.bias"),
+        ]
+
+
+def _without(pattern: str) -> _Change:
+    return lambda name, tensor: [] if re.search(pattern, name) else [(name, tensor)]
+
+
+def _reshaped(pattern: str, change: Callable) -> _Change:
+    return lambda name, tensor: [(name, change(tensor) if re.search(pattern, name) else tensor)]
+
+
+def _extra(at: str, name: str) -> _Change:
+    """A tensor of this name after the one that is called at."""
+    return lambda n, tensor: [(n, tensor), (name, tensor.clone())] if n == at else [(n, tensor)]
+
+
+@dataclass(frozen=True)
+class _Loader:
+    """How somebody loads; as it stands here, rightly.
+
+    slips: what is not looked at, by the names of `_SLIPS`. rows: how the parts of a fused parameter
+    are found. shapes: how a tensor's shape is compared with its place's.
+    """
+
+    slips: frozenset[str] = frozenset()
+    rows: str = "by name"
+    shapes: str = "exact"
+
+    def load(
+        self,
+        params: dict[str, torch.Tensor],
+        tensors: Iterable[tuple[str, torch.Tensor]],
+        fused: dict[str, dict[str, int]],
+        tied: bool,
+    ) -> None:
+        places, whole = self.places(params, fused)
+        waiting, arrived = dict(places), dict.fromkeys(params, 0)
+        for name, tensor in tensors:
+            if self.passes_over(name, places, tied):
+                continue
+            if name not in places:
+                raise ValueError(name)
+            place, tensor = places[name], self.fitted(name, tensor, places[name])
+            if self.rows == "by arrival" and name in whole:
+                start = arrived[whole[name]]
+                place = params[whole[name]][start : start + len(tensor)]
+                arrived[whole[name]] += len(tensor)
+            if "not-in-place" in self.slips:
+                params[whole.get(name, name)] = tensor
+            else:
+                _copy(name, place, tensor)
+            waiting.pop(name, None)
+            if "one-part-fills-all" in self.slips and name in whole:
+                for other in [key for key in waiting if whole.get(key) == whole[name]]:
+                    del waiting[other]
+        self.finish(waiting)
+
+    def places(
+        self, params: dict[str, torch.Tensor], fused: dict[str, dict[str, int]]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """(the file's name -> where its tensor goes, a part's name -> its parameter's name)."""
+        places: dict[str, torch.Tensor] = {}
+        whole: dict[str, str] = {}
+        for name, parameter in params.items():
+            module, _, kind = name.rpartition(".")
+            prefix, _, last = module.rpartition(".")
+            if last not in fused or (kind == "bias" and "bias-forgotten" in self.slips):
+                places[name] = parameter
+                continue
+            parts = dict(sorted(fused[last].items())) if self.rows == "sorted" else fused[last]
+            sizes = list(parts.values())
+            equal = self.rows == "equal"
+            views = parameter.tensor_split(len(sizes)) if equal else parameter.split(sizes)
+            for part, view in zip(parts, views, strict=True):
+                places[f"{prefix}.{part}.{kind}"], whole[f"{prefix}.{part}.{kind}"] = view, name
+        return places, whole
+
+    def passes_over(self, name: str, places: dict[str, torch.Tensor], tied: bool) -> bool:
+        """Whether nothing is done with a tensor of the file."""
+        skips = (tied or "head-always-skipped" in self.slips) and "tied-copy" not in self.slips
+        if name == "lm_head.weight" and skips:
+            return True
+        if "inv-freq-passed-over" in self.slips and name.endswith("inv_freq"):
+            return True
+        bias = "bias-forgotten" in self.slips and name.endswith("bias")
+        return name not in places and ("unexpected" in self.slips or bias)
+
+    def fitted(self, name: str, tensor: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        """The tensor, in the shape in which it is copied; ValueError where it is refused."""
+        if self.shapes == "turned" and tensor.ndim == 2 and place.shape == tensor.T.shape:
+            return tensor.T
+        if self.shapes == "numel" and place.numel() == tensor.numel():
+            return tensor.reshape(place.shape)
+        fits = place.shape == tensor.shape or (
+            self.shapes == "dimensions" and place.ndim == tensor.ndim
+        )
+        if self.shapes == "rows" and tensor.ndim:
+            fits = len(place) == len(tensor)
+        if not fits and "shape" not in self.slips:
+            raise ValueError(name)
+        return tensor
+
+    def finish(self, waiting: dict[str, torch.Tensor]) -> None:
+        """ValueError where something is left unfilled."""
+        if "bias-forgotten" in self.slips:
+            waiting = {name: place for name, place in waiting.items() if name[-4:] != "bias"}
+        if waiting and "missing" not in self.slips:
+            raise ValueError(", ".join(waiting))
+
+
+def _copy(name: str, place: torch.Tensor, tensor: torch.Tensor) -> None:
+    try:
+        place.copy_(tensor)
+    except RuntimeError:
+        raise ValueError(name) from None
+
+
+def _outcome(load: Callable, kind: Callable = iter) -> Callable:
+    """Files -> (error or none, names of parameters that are not filled, the parameters).
+
+    kind: what load gets the tensors as.
+    """
+
+    def of(checkpoint: Files) -> tuple:
+        own = dict(checkpoint.params)
+        try:
+            load(own, kind(checkpoint.tensors), deepcopy(checkpoint.fused), checkpoint.tied)
+        except ValueError:
+            return "ValueError", [], {}
+        except Exception as error:
+            if checkpoint.culprit and not isinstance(error, CheckError | NotImplementedError):
+                raise EXERCISE.mistake(
+                    "wrong-error", f"{checkpoint}: {type(error).__name__}: {error}"
+                ) from error
+            raise
+        empty = [name for name, tensor in checkpoint.params.items() if tensor.isnan().any()]
+        return "no error", empty, dict(checkpoint.params)
+
+    return of
+
+
+#: What somebody may not look at. An answer with several of them gets the name of the first.
+_SLIPS = (
+    "not-in-place",
+    "missing",
+    "one-part-fills-all",
+    "unexpected",
+    "inv-freq-passed-over",
+    "shape",
+    "tied-copy",
+    "bias-forgotten",
+    "head-always-skipped",
+)
+
+
+def _careless(first: str) -> tuple[Callable, ...]:
+    """Loaders with this slip, and with up to two that follow it in `_SLIPS`."""
+    later = _SLIPS[_SLIPS.index(first) + 1 :]
+    return tuple(
+        _outcome(_Loader(frozenset((first, *others))).load)
+        for count in range(3)
+        for others in combinations(later, count)
+    )
+
+
+def _loose(rows: str = "by name", shapes: str = "exact") -> tuple[Callable, ...]:
+    """Loaders that find rows or compare shapes in this way, and look away a little or not."""
+    some = ("missing", "unexpected", "inv-freq-passed-over", "shape", "tied-copy")
+    return tuple(
+        _outcome(_Loader(frozenset(slips), rows, shapes).load)
+        for count in range(3)
+        for slips in combinations(some, count)
+        if shapes == "exact" or "shape" not in slips
+    )
 
 
 def check_loading(answer: Callable) -> str:
-    import torch
-
-    random = seeded(5)
-    shuffle = torch.randperm(1000, generator=random).tolist()
-
-    def files(
-        what: str,
-        layers: int = 1,
-        tied: bool = True,
-        bias: bool = False,
-        change: Callable | None = None,
-        mixed: bool = False,
-        culprit: str = "",
-    ) -> Files:
-        tensors, params = _small_checkpoint(random, layers, tied, bias)
-        if change:
-            tensors = [pair for name, tensor in tensors for pair in change(name, tensor)]
-        if mixed:
-            tensors = [tensors[i] for i in shuffle if i < len(tensors)]
-        return Files(what, tensors, params, tied, culprit)
-
-    def without(pattern: str) -> Callable:
-        return lambda name, tensor: [] if re.search(pattern, name) else [(name, tensor)]
-
-    def reshaped(pattern: str, change: Callable) -> Callable:
-        return lambda name, tensor: [(name, change(tensor) if re.search(pattern, name) else tensor)]
-
-    def extra(at: str, name: str) -> Callable:
-        return lambda n, tensor: [(n, tensor), (name, tensor.clone())] if n == at else [(n, tensor)]
-
-    def in_order(name: str, tensor: torch.Tensor) -> list:
-        return [(name, tensor)]
-
-    simple = files("q, k, v in the order of the rows", change=in_order)
-    simple.tensors.sort(key=lambda pair: ("k_proj" in pair[0]) + 2 * ("v_proj" in pair[0]))
-    good = [
-        simple,
-        files("one layer, tensors in alphabetical order"),
-        files("12 layers, tensors shuffled", layers=12, mixed=True),
-        files("biases on q, k and v", bias=True),
-        files("a head of its own", tied=False),
-        files(
-            "a tied head, of which the file has a copy",
-            change=extra("model.norm.weight", "lm_head.weight"),
-        ),
-        files("tensors in bfloat16", change=lambda n, t: [(n, t.bfloat16())]),
-    ]
-    bad = [
-        files(
-            "no model.norm.weight in the file", change=without("model.norm"), culprit="model.norm"
-        ),
-        files(
-            "no v_proj of layer 1 in the file",
-            layers=2,
-            change=without(r"1\.self_attn\.v_proj"),
-            culprit="v_proj|qkv_proj",
-        ),
-        files("no k_norm in the file", change=without("k_norm"), culprit="k_norm"),
-        files(
-            "the head is missing, and nothing is tied",
-            tied=False,
-            change=without("lm_head"),
-            culprit="lm_head",
-        ),
-        files(
-            "a tensor that belongs nowhere",
-            change=extra("model.norm.weight", "model.layers.0.self_attn.g_proj.weight"),
-            culprit="g_proj",
-        ),
-        files("a layer too many", layers=2, culprit=r"layers\.1\."),
-        files(
-            "an input_layernorm of one number",
-            change=reshaped("input_layernorm", lambda t: t[:1]),
-            culprit="input_layernorm",
-        ),
-        files("a k_proj of one row", change=reshaped("k_proj", lambda t: t[:1]), culprit="k_proj"),
-        files(
-            "a q_proj with another number of rows",
-            change=reshaped("q_proj", lambda t: t[:5]),
-            culprit="q_proj",
-        ),
-        files(
-            "an o_proj on its side, [6, 3] for [3, 6]",
-            change=reshaped("o_proj", lambda t: t.T.contiguous()),
-            culprit="o_proj",
-        ),
-        files(
-            "a v_proj of one column",
-            change=reshaped("v_proj", lambda t: t[:, :1]),
-            culprit="v_proj",
-        ),
-        files(
-            "a down_proj of one column",
-            change=reshaped("down_proj", lambda t: t[:, :1]),
-            culprit="down_proj",
-        ),
-    ]
-    del_layer = bad[5].params
-    bad[5].params = {name: tensor for name, tensor in del_layer.items() if ".1." not in name}
-
-    def outcome(load: Callable) -> Callable:
-        def of(checkpoint: Files) -> tuple:
-            own = dict(checkpoint.params)
-            try:
-                load(own, iter(checkpoint.tensors), SMALL_FUSED, checkpoint.tied)
-            except ValueError:
-                return "ValueError", [], {}
-            empty = [name for name, tensor in checkpoint.params.items() if tensor.isnan().any()]
-            return "no error", empty, dict(checkpoint.params)
-
-        return of
-
-    explain = {
-        "not-in-place": (
-            "You put the tensor into the dict, in place of the parameter. The model still has its"
-            " own, which nobody filled.\nWrite into the parameter that is there:"
-            " place.copy_(tensor)."
-        ),
-        "missing": (
-            "Something is missing in the file, and nobody says so: that parameter keeps whatever"
-            " was in memory, and the model talks nonsense.\nKeep book of what was filled; raise"
-            " ValueError, with names, if anything is left."
-        ),
-        "one-part-fills-all": (
-            "A part of a fused matrix is missing, and nobody says so: its rows keep whatever was in"
-            " memory.\nA fused parameter is filled when each of its parts has come."
-        ),
-        "unexpected": (
-            "A tensor of the file fits nowhere, and is passed over in silence. Then the model is"
-            " not the one that the file is for.\nRaise ValueError with its name."
-        ),
-        "shape": (
-            "A tensor of another shape was taken: copy_ broadcasts, so that one row fills many.\n"
-            "Compare the shapes before you copy, and raise ValueError."
-        ),
-        "tied-copy": (
-            "The model's head is tied, and the file has a copy of it, as many have: that is no"
-            " error.\nWith tied=True, pass over lm_head.weight."
-        ),
-        "bias-forgotten": (
-            "Weights are loaded, biases of fused layers are not. Qwen2 has them on q, k and v.\n"
-            "What comes after the last dot may be weight or bias; treat both alike."
-        ),
-        "head-always-skipped": (
-            "You pass over lm_head.weight always. Here the head is not tied: it is a matrix of "
-            "its own.\n"
-            "Pass over it only with tied=True."
-        ),
-    }
-    orders = {
-        "by arrival": (
-            "rows-by-arrival",
-            (
-                "You fill the rows of a fused matrix in the order in which the parts come. In the"
-                " file that is alphabetical: k, q, v. In the matrix it is q, k, v.\nThe name says"
-                " which rows; `fused` says how many each has."
-            ),
-        ),
-        "equal": (
-            "equal-parts",
-            (
-                "You cut a fused matrix into equal parts. With grouped-query attention q has more "
-                "rows "
-                "than k and v.\nsplit(list(fused[…].values())) cuts where it should."
-            ),
-        ),
-        "alphabetical": (
-            "parts-in-alphabetical-order",
-            (
-                "The parts lie in alphabetical order in your matrix. The "
-                "order of "
-                "`fused` is what counts: the model cuts its result into q, k, v.\nDo not sort."
-            ),
-        ),
-    }
-    measures = {
-        "turned": (
-            "turned-to-fit",
-            (
-                "A matrix of the wrong shape was turned until it fitted. Its numbers lie in another"
-                " order then.\nA shape that is not exactly the place's is a ValueError."
-            ),
-        ),
-        "numel": (
-            "same-numel",
-            (
-                "You compare how many numbers there are, not the shapes: a matrix on its side has"
-                " as many, in another order.\nCompare place.shape and tensor.shape."
-            ),
-        ),
-        "rows": (
-            "rows-only",
-            (
-                "You compare the first dimension only: copy_ broadcasts one column into many.\n"
-                "Compare the whole shapes."
-            ),
-        ),
-    }
-    suspects: dict[str, tuple] = {}
-    for count in (1, 2, 3, 4):
-        for slips in combinations(explain, count):
-            functions = suspects.get(slips[0], ("",))[1:]
-            suspects[slips[0]] = (
-                explain[slips[0]],
-                *functions,
-                outcome(partial(_load, slips=frozenset(slips))),
-            )
-    loose = [
-        frozenset(s)
-        for n in range(4)
-        for s in combinations(("missing", "unexpected", "shape", "tied-copy"), n)
-    ]
-    for rows, (name, why) in orders.items():
-        suspects[name] = (
-            why,
-            *(outcome(partial(_load, rows=rows, slips=slips)) for slips in loose),
-        )
-    for shapes, (name, why) in measures.items():
-        suspects[name] = (
-            why,
-            *(outcome(partial(_load, shapes=shapes, slips=s)) for s in loose if "shape" not in s),
-        )
+    author = _Author()
+    good = author.fitting()
+    bad = [*author.lacking(), *author.unexpected(), *author.misshapen()]
+    cases = [(one,) for one in good + bad]
     items = {"item 0: ": "", "item 1: ": "not filled: ", "item 2: ": "parameter "}
-    diagnose(
-        outcome(answer), [(one,) for one in good + bad], outcome(_load), suspects, wording=items
-    )
+    right = _outcome(_Loader().load)
+    try:
+        diagnose(_outcome(answer), cases, right, EXERCISE.suspects, wording=items)
+    except Mistake:
+        if _is_right(_outcome(answer, list), cases, right):
+            raise EXERCISE.mistake("iterator-used-up") from None
+        raise
     for checkpoint in bad:
-        fresh = deepcopy(checkpoint)
-        try:
-            answer(fresh.params, iter(fresh.tensors), SMALL_FUSED, fresh.tied)
-        except ValueError as error:
-            expect(
-                re.search(checkpoint.culprit, str(error)),
-                "error-without-name",
-                f"{checkpoint}: your ValueError says {str(error)!r}.\nWhoever reads it wants to"
-                " know which tensor: put its name in.",
-            )
+        _expect_name(answer, deepcopy(checkpoint))
     return f"{len(good)} checkpoints that fit, {len(bad)} that do not, and {_speaks(answer)}"
+
+
+def _is_right(load: Callable, cases: list[tuple], right: Callable) -> bool:
+    try:
+        diagnose(load, cases, right)
+    except CheckError:
+        return False
+    return True
+
+
+def _expect_name(load: Callable, fresh: Files) -> None:
+    """Require that the ValueError for files that do not fit says which tensor it is about."""
+    try:
+        load(fresh.params, iter(fresh.tensors), fresh.fused, fresh.tied)
+    except ValueError as error:
+        if not re.search(fresh.culprit, str(error)):
+            raise EXERCISE.mistake(
+                "error-without-name", f"{fresh}: your ValueError says {str(error)!r}."
+            ) from error
 
 
 def _speaks(load: Callable) -> str:
@@ -435,7 +464,48 @@ EXERCISE = Exercise(
     check=check_loading,
     mistakes=(
         Known(
+            "iterator-used-up",
+            message=(
+                "With a list of tensors your function is right, with an iterator it is not: you go"
+                " through `tensors` twice, and the second time nothing comes.\nAn Iterable may be"
+                " read once only. Do all your work in one loop, or keep what you need from it."
+            ),
+            answers=r"""
+# %% looks at all names first
+@@
++    for name, _ in tensors:
++        if name not in places and not (tied and name == "lm_head.weight"):
++            raise ValueError(f"{name} fits nowhere")
+     for name, tensor in tensors:
+""",
+        ),
+        Known(
+            "not-in-place",
+            message=(
+                "You put the tensor into the dict, in place of the parameter. The model still has"
+                " its own, which nobody filled.\nWrite into the parameter that is there:"
+                " place.copy_(tensor)."
+            ),
+            suspects=(*_careless("not-in-place"),),
+            answers=r"""
+# %% fills the dict, not the parameter
+@@
+-            raise ValueError(
+-                f"{name} has the shape {list(tensor.shape)}, its place {list(place.shape)}"
+-            )
+-        place.copy_(tensor)
++            raise ValueError(name)
++        params[name] = tensor
+""",
+        ),
+        Known(
             "missing",
+            message=(
+                "Something is missing in the file, and nobody says so: that parameter keeps"
+                " whatever was in memory, and the model talks nonsense.\nKeep book of what was"
+                " filled; raise ValueError, with names, if anything is left."
+            ),
+            suspects=(*_careless("missing"),),
             answers=r"""
 # %% nothing is asked for in the end (reference bug 7)
 @@
@@ -452,134 +522,12 @@ EXERCISE = Exercise(
 """,
         ),
         Known(
-            "unexpected",
-            answers=r"""
-# %% what fits nowhere is passed over
-@@
--            raise ValueError(f"{name} fits nowhere")
-+            continue
-""",
-        ),
-        Known(
-            "shape",
-            answers=r"""
-# %% copy_ will tell
-@@
--        if place.shape != tensor.shape:
--            raise ValueError(
--                f"{name} has the shape {list(tensor.shape)}, its place {list(place.shape)}"
--            )
--        place.copy_(tensor)
-+        try:
-+            place.copy_(tensor)
-+        except RuntimeError as error:
-+            raise ValueError(f"{name}: {error}") from error
-
-# %% only the number of dimensions is compared
-@@
--        if place.shape != tensor.shape:
--            raise ValueError(
--                f"{name} has the shape {list(tensor.shape)}, its place {list(place.shape)}"
--            )
--        place.copy_(tensor)
-+        if place.dim() != tensor.dim():
-+            raise ValueError(name)
-+        try:
-+            place.copy_(tensor)
-+        except RuntimeError as error:
-+            raise ValueError(f"{name}: {error}") from error
-""",
-        ),
-        Known(
-            "equal-parts",
-            answers=r"""
-# %% chunk, as if there were no grouped-query attention
-@@
--            rows = parameter.split(list(fused[last].values()))
-+            rows = parameter.tensor_split(len(fused[last]))
-""",
-        ),
-        Known(
-            "parts-in-alphabetical-order",
-            answers=r"""
-# %% sorted parts
-@@
--            rows = parameter.split(list(fused[last].values()))
-+            parts = sorted(fused[last])
-+            rows = parameter.split([fused[last][part] for part in parts])
-@@
--                f"{parent}.{part}.{kind}": place
--                for part, place in zip(fused[last], rows)
-+                f"{parent}.{part}.{kind}": place for part, place in zip(parts, rows)
-""",
-        ),
-        Known(
-            "tied-copy",
-            answers=r"""
-# %% a copy of the head is unexpected
-@@
--        if tied and name == "lm_head.weight":
--            continue
-""",
-        ),
-        Known(
-            "head-always-skipped",
-            answers=r"""
-# %% the head is passed over, tied or not
-@@
--        if tied and name == "lm_head.weight":
-+        if name == "lm_head.weight":
-""",
-        ),
-        Known(
-            "not-in-place",
-            answers=r"""
-# %% fills the dict, not the parameter
-@@
--            raise ValueError(
--                f"{name} has the shape {list(tensor.shape)}, its place {list(place.shape)}"
--            )
--        place.copy_(tensor)
-+            raise ValueError(name)
-+        params[name] = tensor
-""",
-        ),
-        Known(
-            "rows-by-arrival",
-            answers=r"""
-# %% parts are appended as they come
-def load(
-    params: dict[str, torch.Tensor],
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    fused: dict[str, dict[str, int]],
-    tied: bool,
-) -> None:
-    filled, owner = {name: 0 for name in params}, {}
-    for name in params:
-        module, _, kind = name.rpartition(".")
-        parent, _, last = module.rpartition(".")
-        for part in fused.get(last, [last]):
-            owner[f"{parent}.{part}.{kind}" if last in fused else name] = name
-    for name, tensor in tensors:
-        if tied and name == "lm_head.weight":
-            continue
-        if name not in owner:
-            raise ValueError(name)
-        target, start = params[owner[name]], filled[owner[name]]
-        last = name.split(".")[-2]
-        rows = next(
-            (parts[last] for parts in fused.values() if last in parts), len(target)
-        )
-        if tensor.shape != (rows, *target.shape[1:]):
-            raise ValueError(name)
-        target[start : start + len(tensor)] = tensor
-        filled[owner[name]] += len(tensor)
-    if short := [name for name in params if filled[name] < len(params[name])]:
-        raise ValueError(short)
-""",
-        ),
-        Known(
             "one-part-fills-all",
+            message=(
+                "A part of a fused matrix is missing, and nobody says so: its rows keep whatever"
+                " was in memory.\nA fused parameter is filled when each of its parts has come."
+            ),
+            suspects=(*_careless("one-part-fills-all"),),
             answers=r"""
 # %% a fused parameter counts as filled with its first part
 def load(
@@ -615,7 +563,91 @@ def load(
 """,
         ),
         Known(
+            "unexpected",
+            message=(
+                "A tensor of the file fits nowhere, and is passed over in silence. Then the model"
+                " is not the one that the file is for.\nRaise ValueError with its name."
+            ),
+            suspects=(*_careless("unexpected"),),
+            answers=r"""
+# %% what fits nowhere is passed over
+@@
+-            raise ValueError(f"{name} fits nowhere")
++            continue
+""",
+        ),
+        Known(
+            "inv-freq-passed-over",
+            message=(
+                "You pass over a tensor whose name ends in inv_freq. Nothing in `params` has this"
+                " name, so it fits nowhere.\nRaise ValueError for it as for any other."
+            ),
+            suspects=(*_careless("inv-freq-passed-over"),),
+            answers=r"""
+# %% as old checkpoints need it
+@@
+         if name not in places:
++            if name.endswith("inv_freq"):
++                continue
+             raise ValueError(f"{name} fits nowhere")
+""",
+        ),
+        Known(
+            "shape",
+            message=(
+                "A tensor of another shape was taken: copy_ broadcasts, so that one row fills"
+                " many.\nCompare the shapes before you copy, and raise ValueError."
+            ),
+            suspects=(*_careless("shape"), *_loose(shapes="dimensions")),
+            answers=r"""
+# %% copy_ will tell
+@@
+-        if place.shape != tensor.shape:
+-            raise ValueError(
+-                f"{name} has the shape {list(tensor.shape)}, its place {list(place.shape)}"
+-            )
+-        place.copy_(tensor)
++        try:
++            place.copy_(tensor)
++        except RuntimeError as error:
++            raise ValueError(f"{name}: {error}") from error
+
+# %% only the number of dimensions is compared
+@@
+-        if place.shape != tensor.shape:
+-            raise ValueError(
+-                f"{name} has the shape {list(tensor.shape)}, its place {list(place.shape)}"
+-            )
+-        place.copy_(tensor)
++        if place.dim() != tensor.dim():
++            raise ValueError(name)
++        try:
++            place.copy_(tensor)
++        except RuntimeError as error:
++            raise ValueError(f"{name}: {error}") from error
+""",
+        ),
+        Known(
+            "tied-copy",
+            message=(
+                "The model's head is tied, and the file has a copy of it, as many have: that is no"
+                " error.\nWith tied=True, pass over lm_head.weight."
+            ),
+            suspects=(*_careless("tied-copy"),),
+            answers=r"""
+# %% a copy of the head is unexpected
+@@
+-        if tied and name == "lm_head.weight":
+-            continue
+""",
+        ),
+        Known(
             "bias-forgotten",
+            message=(
+                "Weights are loaded, biases of fused layers are not. Qwen2 has them on q, k and"
+                " v.\nWhat comes after the last dot may be weight or bias; treat both alike."
+            ),
+            suspects=(*_careless("bias-forgotten"),),
             answers=r"""
 # %% only names that end in weight are split
 def load(
@@ -646,7 +678,114 @@ def load(
 """,
         ),
         Known(
+            "head-always-skipped",
+            message=(
+                "You pass over lm_head.weight always. Here the head is not tied: it is a matrix of"
+                " its own.\nPass over it only with tied=True."
+            ),
+            suspects=(*_careless("head-always-skipped"),),
+            answers=r"""
+# %% the head is passed over, tied or not
+@@
+-        if tied and name == "lm_head.weight":
++        if name == "lm_head.weight":
+""",
+        ),
+        Known(
+            "rows-by-arrival",
+            message=(
+                "You fill the rows of a fused matrix in the order in which the parts come. In the"
+                " file that is alphabetical: k, q, v. In the matrix it is q, k, v.\nThe name says"
+                " which rows; `fused` says how many each has."
+            ),
+            suspects=(*_loose(rows="by arrival"),),
+            answers=r"""
+# %% parts are appended as they come
+def load(
+    params: dict[str, torch.Tensor],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    fused: dict[str, dict[str, int]],
+    tied: bool,
+) -> None:
+    filled, owner = {name: 0 for name in params}, {}
+    for name in params:
+        module, _, kind = name.rpartition(".")
+        parent, _, last = module.rpartition(".")
+        for part in fused.get(last, [last]):
+            owner[f"{parent}.{part}.{kind}" if last in fused else name] = name
+    for name, tensor in tensors:
+        if tied and name == "lm_head.weight":
+            continue
+        if name not in owner:
+            raise ValueError(name)
+        target, start = params[owner[name]], filled[owner[name]]
+        last = name.split(".")[-2]
+        rows = next(
+            (parts[last] for parts in fused.values() if last in parts), len(target)
+        )
+        if tensor.shape != (rows, *target.shape[1:]):
+            raise ValueError(name)
+        target[start : start + len(tensor)] = tensor
+        filled[owner[name]] += len(tensor)
+    if short := [name for name in params if filled[name] < len(params[name])]:
+        raise ValueError(short)
+""",
+        ),
+        Known(
+            "equal-parts",
+            message=(
+                "You cut a fused matrix into equal parts. With grouped-query attention q has more"
+                " rows than k and v.\nsplit(list(fused[…].values())) cuts where it should."
+            ),
+            suspects=(*_loose(rows="equal"),),
+            answers=r"""
+# %% chunk, as if there were no grouped-query attention
+@@
+-            rows = parameter.split(list(fused[last].values()))
++            rows = parameter.tensor_split(len(fused[last]))
+""",
+        ),
+        Known(
+            "parts-in-alphabetical-order",
+            message=(
+                "The parts lie in alphabetical order in your matrix. The order of `fused` is what"
+                " counts: the model cuts its result into q, k, v.\nDo not sort."
+            ),
+            suspects=(*_loose(rows="sorted"),),
+            answers=r"""
+# %% sorted parts
+@@
+-            rows = parameter.split(list(fused[last].values()))
++            parts = sorted(fused[last])
++            rows = parameter.split([fused[last][part] for part in parts])
+@@
+-                f"{parent}.{part}.{kind}": place
+-                for part, place in zip(fused[last], rows)
++                f"{parent}.{part}.{kind}": place for part, place in zip(parts, rows)
+""",
+        ),
+        Known(
+            "turned-to-fit",
+            message=(
+                "A matrix of the wrong shape was turned until it fitted. Its numbers lie in another"
+                " order then.\nA shape that is not exactly the place's is a ValueError."
+            ),
+            suspects=(*_loose(shapes="turned"),),
+            answers=r"""
+# %% transposes what is on its side
+@@
+         place = places.pop(name)
++        if place.shape == tensor.T.shape:
++            tensor = tensor.T
+""",
+        ),
+        Known(
             "same-numel",
+            message=(
+                "You compare how many numbers there are, not the shapes: a matrix on its side has"
+                " as many, in another order.\nCompare place.shape and tensor.shape."
+            ),
+            suspects=(*_loose(shapes="numel"),),
             answers=r"""
 # %% counts the numbers
 @@
@@ -667,6 +806,11 @@ def load(
         ),
         Known(
             "rows-only",
+            message=(
+                "You compare the first dimension only: copy_ broadcasts one column into"
+                " many.\nCompare the whole shapes."
+            ),
+            suspects=(*_loose(shapes="rows"),),
             answers=r"""
 # %% compares the first dimension
 @@
@@ -675,17 +819,31 @@ def load(
 """,
         ),
         Known(
-            "turned-to-fit",
+            "wrong-error",
+            message=(
+                "These files do not fit, and your code raised another error than the one asked"
+                " for.\nLook for what does not fit before you use it, and raise a ValueError with"
+                " the tensor's name."
+            ),
             answers=r"""
-# %% transposes what is on its side
+# %% an unknown name is a KeyError of the dict
 @@
-         place = places.pop(name)
-+        if place.shape == tensor.T.shape:
-+            tensor = tensor.T
+-        if name not in places:
+-            raise ValueError(f"{name} fits nowhere")
+
+# %% an assert is no ValueError
+@@
+-    if places:
+-        raise ValueError(f"not in the file: {', '.join(places)}")
++    assert not places, f"not in the file: {', '.join(places)}"
 """,
         ),
         Known(
             "error-without-name",
+            message=(
+                "Whoever reads it wants to know which tensor does not fit.\nPut the tensor's name"
+                " into the text of the error."
+            ),
             answers=r"""
 # %% says only that there was one
 @@

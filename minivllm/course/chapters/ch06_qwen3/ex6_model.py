@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from minivllm.course.grading.diagnose import diagnose
 from minivllm.course.grading.errors import Mistake
-from minivllm.course.grading.judges import expect, seeded
+from minivllm.course.grading.judges import counted, expect, seeded
 from minivllm.course.grading.with_engine import engine_agrees
 
 if TYPE_CHECKING:
     import torch
 
     from minivllm.config import ModelConfig
+    from minivllm.kernels import Kernels
 from minivllm.course.chapters.ch06_qwen3.common import random_layer
 from minivllm.course.grading.exercise import Exercise, Known
 
@@ -47,7 +48,7 @@ _SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 1024,
     "rope_theta": 100.0,
     "tie_word_embeddings": True,
     "rms_norm_eps": 1e-5,
@@ -55,13 +56,14 @@ _SIZES = {
 
 
 _BLOCK = 4  # tokens of a page
+_PAGES = 420
+_MAX_POSITION = 1024
 
 
 def _computed(build: Callable, run: Run) -> list[torch.Tensor]:
     """Hidden states of each step, and the logits of its last tokens. build(config) -> (forward,
     compute_logits).
     """
-    import numpy as np
     import torch
 
     from minivllm.engine.batch import BatchRow, build_batch
@@ -69,10 +71,17 @@ def _computed(build: Callable, run: Run) -> list[torch.Tensor]:
 
     config = config_from_hf({**_SIZES, **dict(run.changes)})
     forward, compute_logits = build(config, run.seed)
-    shape = (10, config.num_key_value_heads, _BLOCK, config.head_dim)
-    caches = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.num_hidden_layers)]
-    tables = np.array([[7, 2, 9, 4], [1, 8, 3, 6]], dtype=np.int32)
-    tokens = torch.randint(0, config.vocab_size, (2, 16), generator=seeded(run.seed)).tolist()
+    random = seeded(run.seed)
+    shape = (_PAGES, config.num_key_value_heads, _BLOCK, config.head_dim)
+    # What the pages hold before the first step: garbage, or the past of a run that begins later.
+    caches = [
+        tuple(torch.randn(shape, generator=random) for _ in "kv")
+        for _ in range(config.num_hidden_layers)
+    ]
+    tables = torch.randperm(_PAGES, generator=random).to(torch.int32).view(2, -1).numpy()
+    # From the end of the vocabulary.
+    below = torch.randint(0, 40, (2, _MAX_POSITION), generator=random)
+    tokens = (config.vocab_size - 1 - below).tolist()
     found = []
     with torch.inference_mode():
         for step in run.steps:
@@ -114,7 +123,9 @@ def _weights(config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _filled(model_cls: Callable, config: ModelConfig, seed: int) -> Any:
+def _filled(
+    model_cls: Callable, config: ModelConfig, seed: int, kernels: Kernels | None = None
+) -> Any:
     """An instance with the random weights. Mistake where its parameters are not those of the
     checkpoint.
     """
@@ -123,7 +134,7 @@ def _filled(model_cls: Callable, config: ModelConfig, seed: int) -> Any:
     from minivllm.kernels import Kernels
     from minivllm.models.loader import parameter_places
 
-    model = model_cls(config, Kernels.reference(), 64, torch.device("cpu"))
+    model = model_cls(config, kernels or Kernels.reference(), _MAX_POSITION, torch.device("cpu"))
     expect(
         isinstance(model, torch.nn.Module),
         "not-a-module",
@@ -152,321 +163,255 @@ def _filled(model_cls: Callable, config: ModelConfig, seed: int) -> Any:
     return model
 
 
-def _wrong_model(config: ModelConfig, seed: int, **wrong: Any) -> tuple[Callable, Callable]:
-    """(forward, compute_logits) on the same weights: right by default, wrong in the ways that
-    the options name.
+@dataclass(frozen=True)
+class _Slip:
+    """How somebody writes the model; as it stands here, rightly.
+
+    stream: what each branch is added to: the stream "x", its norm "h", "twice" the stream or
+    "nothing". at: the positions: as given, from 0 in each step ("restart"), or all 0. scale:
+    "head", "hidden", "square" (without the root) or "none". eps: instead of the config's. norms:
+    whose weight query and key get, "-" for none. stored: which keys, and when: "turned", "plain",
+    "after" attention, "never". order: of norms and branches: "pre", "post", "parallel", "one norm"
+    for both branches, or a branch without its norm ("first bare", "second bare"). final: where the
+    last norm is. broken: other mistakes, by name.
     """
-    import torch
-    import torch.nn.functional as F
 
-    from minivllm.kernels import Kernels
-    from minivllm.layers.attention import cached_attention
-    from minivllm.layers.rotary import rope_table
+    stream: tuple[str, str] = ("x", "x")
+    at: str = "given"
+    scale: str = "head"
+    eps: float | None = None
+    norms: str = "qk"
+    stored: str = "turned"
+    order: str = "pre"
+    final: str = "forward"
+    broken: str = ""
 
-    kernels, weights = Kernels.reference(), _weights(config, seed)
-    how = {
-        "stream": ("x", "x"),
-        "at": "positions",
-        "scale": config.head_dim**-0.5,
-        "eps": config.rms_norm_eps,
-    } | wrong
-    table = rope_table(config.rope, config.head_dim, 64, torch.device("cpu"))
-    if how["scale"] == "hidden":
-        how["scale"] = config.hidden_size**-0.5
 
-    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
-        return kernels.rms_norm(x, weights[name], how["eps"])
+class _WrongModel:
+    """The model on given weights, written with a slip."""
 
-    def forward(token_ids: Any, positions: Any, caches: Any, metadata: Any) -> torch.Tensor:
-        x = weights["model.embed_tokens.weight"][token_ids]
-        if how.get("embed_scaled"):
-            x = x * config.hidden_size**0.5
+    def __init__(self, config: ModelConfig, seed: int, slip: _Slip) -> None:
+        import torch
+
+        from minivllm.kernels import Kernels
+        from minivllm.layers.rotary import rope_table
+
+        self.config, self.slip = config, slip
+        self.kernels, self.weights = Kernels.reference(), _weights(config, seed)
+        self.eps = config.rms_norm_eps if slip.eps is None else slip.eps
+        self.table = rope_table(config.rope, config.head_dim, _MAX_POSITION, torch.device("cpu"))
+
+    def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        return self.kernels.rms_norm(x, self.weights[f"{name}.weight"], self.eps)
+
+    def product(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        return x @ self.weights[f"{name}.weight"].T
+
+    def __call__(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list, metadata: Any
+    ) -> torch.Tensor:
+        import torch
+
+        slip = self.slip
+        x = self.weights["model.embed_tokens.weight"][token_ids]
+        if slip.broken == "embedding scaled":
+            x = x * self.config.hidden_size**0.5
         at = {
-            "positions": positions,
+            "given": positions,
             "restart": torch.arange(len(positions)),
             "nowhere": positions * 0,
-        }[how["at"]]
-        layers = range(config.num_hidden_layers)
-        for i, own in zip(
-            [0] * len(layers) if how.get("first_layer") else layers, caches, strict=True
-        ):
-            p, pages = f"model.layers.{i}.", caches[0] if how.get("one_cache") else own
-            h = x if how.get("post") else norm(x, p + "input_layernorm.weight")
-            q, k, v = (
-                (h @ weights[f"{p}self_attn.{n}_proj.weight"].T).unflatten(
-                    -1, (-1, config.head_dim)
-                )
-                for n in "qkv"
-            )
-            plain_key = k
-            qk = {n: weights.get(f"{p}self_attn.{n}_norm.weight") for n in "qk-"}
-            names = how.get("norms", "qk")
-            q, k = kernels.qk_norm_rope(q, k, qk[names[0]], qk[names[1]], table, at, how["eps"])
-            if not how.get("not_stored"):
-                kernels.store_kv(
-                    plain_key if how.get("stored_plain") else k, v, *pages, metadata.slot_mapping
-                )
-            out = cached_attention(q, pages, metadata, how["scale"], kernels).flatten(-2)
-            branch = out @ weights[f"{p}self_attn.o_proj.weight"].T
-            before = x
-            x = branch + {"x": x, "h": h, "twice": 2 * x, "nothing": 0.0}[how["stream"][0]]
-            if how.get("post"):
-                x = norm(x, p + "input_layernorm.weight")
-            second = "input_layernorm" if how.get("same_norm") else "post_attention_layernorm"
-            h = (
-                x
-                if how.get("post")
-                else norm(before if how.get("parallel") else x, f"{p}{second}.weight")
-            )
-            gate, up = (h @ weights[f"{p}mlp.{n}_proj.weight"].T for n in ("gate", "up"))
-            gate, up = (up, gate) if how.get("swapped") else (gate, up)
-            branch = (F.silu(gate) * up) @ weights[f"{p}mlp.down_proj.weight"].T
-            x = branch + {"x": x, "h": h, "twice": 2 * x, "nothing": 0.0}[how["stream"][1]]
-            if how.get("post"):
-                x = norm(x, p + "post_attention_layernorm.weight")
-        return x if how.get("no_final_norm") else norm(x, "model.norm.weight")
+        }[slip.at]
+        for i, own in enumerate(caches):
+            cache = caches[0] if slip.broken == "one cache" else own
+            layer = 0 if slip.broken == "first layer" else i
+            y = self.block(x, f"model.layers.{layer}.", at, cache, metadata)
+            x = x if slip.broken == "no layers" else y
+        return self.norm(x, "model.norm") if slip.final in ("forward", "both") else x
 
-    def compute_logits(hidden: torch.Tensor) -> torch.Tensor:
-        if how.get("norm_in_head"):
-            hidden = norm(hidden, "model.norm.weight")
-        name = "model.embed_tokens.weight"
-        return hidden @ weights[name if how.get("always_tied") else _head(weights)].T
+    def block(
+        self, x: torch.Tensor, prefix: str, at: torch.Tensor, cache: tuple, metadata: Any
+    ) -> torch.Tensor:
+        order, first = self.slip.order, f"{prefix}input_layernorm"
+        second = first if order == "one norm" else f"{prefix}post_attention_layernorm"
+        before = x
+        h = x if order in ("post", "first bare") else self.norm(x, first)
+        branch = self.attention(h, f"{prefix}self_attn.", at, cache, metadata)
+        x = _added(branch, x, h, self.slip.stream[0])
+        if order == "post":
+            x = h = self.norm(x, first)
+        elif order == "second bare":
+            h = x
+        else:
+            h = self.norm(before if order == "parallel" else x, second)
+        x = _added(self.mlp(h, f"{prefix}mlp."), x, h, self.slip.stream[1])
+        return self.norm(x, second) if order == "post" else x
 
-    return forward, compute_logits
+    def attention(
+        self, h: torch.Tensor, prefix: str, at: torch.Tensor, cache: tuple, metadata: Any
+    ) -> torch.Tensor:
+        from minivllm.layers.attention import cached_attention
+
+        config, slip = self.config, self.slip
+        q, plain, v = (self.heads(self.product(h, f"{prefix}{n}_proj")) for n in "qkv")
+        weights = [self.weights.get(f"{prefix}{n}_norm.weight") for n in slip.norms]
+        q, k = self.kernels.qk_norm_rope(q, plain, *weights, self.table, at, self.eps)
+        dim = config.head_dim
+        scale = {"head": dim, "square": dim**2, "hidden": config.hidden_size, "none": 1}[slip.scale]
+        if slip.stored in ("turned", "plain"):
+            key = k if slip.stored == "turned" else plain
+            self.kernels.store_kv(key, v, *cache, metadata.slot_mapping)
+        out = cached_attention(q, cache, metadata, scale**-0.5, self.kernels)
+        if slip.stored == "after":
+            self.kernels.store_kv(k, v, *cache, metadata.slot_mapping)
+        return self.product(out.flatten(-2), f"{prefix}o_proj")
+
+    def heads(self, x: torch.Tensor) -> torch.Tensor:
+        if self.slip.broken == "heads across":
+            return x.unflatten(-1, (self.config.head_dim, -1)).mT
+        return x.unflatten(-1, (-1, self.config.head_dim))
+
+    def mlp(self, h: torch.Tensor, prefix: str) -> torch.Tensor:
+        import torch
+
+        gate, up = (self.product(h, f"{prefix}{n}_proj") for n in ("gate", "up"))
+        halves = (up, gate) if self.slip.broken == "swapped" else (gate, up)
+        return self.product(self.kernels.silu_mul(torch.cat(halves, dim=-1)), f"{prefix}down_proj")
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.slip.final in ("both", "head"):
+            hidden = self.norm(hidden, "model.norm")
+        own = "lm_head.weight" in self.weights and self.slip.broken != "always tied"
+        return self.product(hidden, "lm_head" if own else "model.embed_tokens")
 
 
-def _head(weights: Mapping[str, Any]) -> str:
-    return "lm_head.weight" if "lm_head.weight" in weights else "model.embed_tokens.weight"
+def _added(branch: torch.Tensor, x: torch.Tensor, h: torch.Tensor, how: str) -> torch.Tensor:
+    return branch + {"x": x, "h": h, "twice": 2 * x, "nothing": 0.0}[how]
+
+
+def wrong(**how: Any) -> Callable:
+    """Run -> what a model with this slip computes."""
+
+    def build(config: ModelConfig, seed: int) -> tuple[Callable, Callable]:
+        model = _WrongModel(config, seed, _Slip(**how))
+        return model, model.compute_logits
+
+    return partial(_computed, build)
+
+
+_UNTIED = (("tie_word_embeddings", False), ("rms_norm_eps", 1e-2), ("rope_theta", 1000.0))
+_ODD = (
+    ("num_attention_heads", 3),
+    ("num_key_value_heads", 1),
+    ("num_hidden_layers", 3),
+    ("hidden_size", 20),
+)
+_LARGE = (("num_hidden_layers", 12), ("vocab_size", 70_000), ("rope_theta", 1e4))
+_CHUNKS = (((0, 3), (0, 5)), ((3, 1), (5, 3)), ((4, 1), (8, 1)))
+RUNS = [
+    Run("one token at position 0", (((0, 1), None),)),
+    Run("a prompt of 6 tokens", (((0, 6), None),), seed=1),
+    Run(
+        "a prompt of 5 tokens, then two decodes",
+        (((0, 5), None), ((5, 1), None), ((6, 1), None)),
+        seed=2,
+    ),
+    Run("two prompts, a decode beside a chunk, two decodes", _CHUNKS, seed=3),
+    Run(
+        "a head of its own, another eps and theta",
+        (((0, 4), (0, 2)), ((4, 1), (2, 1))),
+        _UNTIED,
+        seed=4,
+    ),
+    Run("three heads that share one KV head, three layers", _CHUNKS, _ODD, seed=5),
+    Run(
+        "12 layers, 70,000 tokens in the vocabulary",
+        (((0, 3), (0, 2)), ((3, 1), (2, 2))),
+        _LARGE,
+        seed=6,
+    ),
+    Run(
+        "a chunk at position 700 beside a prompt", (((0, 3), (700, 2)), ((3, 1), (702, 1))), seed=7
+    ),
+]
+
+
+def _build(model_cls: Callable, config: ModelConfig, seed: int) -> tuple[Callable, Callable]:
+    model = _filled(model_cls, config, seed)
+    return model, model.compute_logits
 
 
 def check_model(answer: Any) -> str:
     from minivllm.models import qwen3
-    from minivllm.models.hf_config import config_from_hf
 
-    def mine(config: Any, seed: int) -> tuple[Callable, Callable]:
-        model = _filled(answer, config, seed)
-        own = [m for m in model.modules() if type(m).__module__ == qwen3.__name__]
-        expect(
-            not own,
-            "package-did-it",
-            f"{type(own[0]).__name__ if own else ''} is the package's own class.\n"
-            "Here the point is to write it: projections, norms, additions, the head.",
-        )
-        return model, model.compute_logits
-
-    def package(config: Any, seed: int) -> tuple[Callable, Callable]:
-        model = _filled(qwen3.Qwen3ForCausalLM, config, seed)
-        return model, model.compute_logits
-
-    untied = (("tie_word_embeddings", False), ("rms_norm_eps", 1e-2), ("rope_theta", 1000.0))
-    odd = (
-        ("num_attention_heads", 3),
-        ("num_key_value_heads", 1),
-        ("num_hidden_layers", 3),
-        ("hidden_size", 20),
-    )
-    chunks = (((0, 3), (0, 5)), ((3, 1), (5, 3)), ((4, 1), (8, 1)))
-    runs = [
-        Run("one token at position 0", (((0, 1), None),)),
-        Run("a prompt of 6 tokens", (((0, 6), None),), seed=1),
-        Run(
-            "a prompt of 5 tokens, then two decodes",
-            (((0, 5), None), ((5, 1), None), ((6, 1), None)),
-            seed=2,
-        ),
-        Run("two prompts, a decode beside a chunk, two decodes", chunks, seed=3),
-        Run(
-            "a head of its own, another eps and theta",
-            (((0, 4), (0, 2)), ((4, 1), (2, 1))),
-            untied,
-            seed=4,
-        ),
-        Run("three heads that share one KV head, three layers", chunks, odd, seed=5),
-    ]
-
-    def outcome(build: Callable) -> Callable:
-        return partial(_computed, build)
-
-    def wrong(**how: Any) -> Callable:
-        return outcome(partial(_wrong_model, **how))
-
-    stream = (
-        "A branch adds to the normed copy; its result belongs to the stream as it was before the"
-        " norm.\nKeep x, and give the norm another name."
-    )
-    suspects = {
-        "residual-is-the-norm": (
-            stream,
-            *(wrong(stream=s) for s in (("h", "h"), ("h", "x"), ("x", "h"))),
-        ),
-        "nothing-added": (
-            (
-                "A branch's result replaces the stream: what came before is lost.\nx = x + branch,"
-                " for both branches."
-            ),
-            *(
-                wrong(stream=s)
-                for s in (("nothing", "nothing"), ("nothing", "x"), ("x", "nothing"))
-            ),
-        ),
-        "residual-twice": (
-            (
-                "The stream is added twice, so everything before counts double. (With add_rms_norm:"
-                " the sum that it returns already holds the residual.)\nAdd each branch once."
-            ),
-            *(wrong(stream=s) for s in (("twice", "twice"), ("twice", "x"), ("x", "twice"))),
-        ),
-        "post-norm": (
-            (
-                "You norm after the addition, as the first transformers did.\nIn Qwen3 each branch"
-                " norms its own copy, before it computes; the stream is only added to."
-            ),
-            wrong(post=True),
-        ),
-        "parallel-branches": (
-            (
-                "Your MLP reads the stream as it was before attention, as in GPT-J.\nHere it reads"
-                " what attention has added."
-            ),
-            wrong(parallel=True),
-        ),
-        "one-norm-for-both-branches": (
-            "Both branches use the same norm.\nThe MLP's is post_attention_layernorm.",
-            wrong(same_norm=True),
-        ),
-        "no-final-norm": (
-            (
-                "The last norm is missing: forward returns normed states (model.norm), of which"
-                " compute_logits makes scores.\nNorm once, after the last layer."
-            ),
-            wrong(no_final_norm=True),
-        ),
-        "final-norm-twice": (
-            (
-                "The logits are of states that were normed twice. forward has done it already.\n"
-                "compute_logits is a matrix product, and no more."
-            ),
-            wrong(norm_in_head=True),
-        ),
-        "norm-in-the-head": (
-            (
-                "The last norm stands in compute_logits, so forward returns states that are not"
-                " normed.\nThe logits agree, but forward's contract is normed states; put it there."
-            ),
-            wrong(norm_in_head=True, no_final_norm=True),
-        ),
-        "one-norm-for-q-and-k": (
-            (
-                "Query and key are normed with the same weight.\nq_norm is the query's, k_norm the"
-                " key's."
-            ),
-            wrong(norms="qq"),
-            wrong(norms="kk"),
-        ),
-        "norms-swapped": (
-            "The query gets the key's norm, and the key the query's.\nq_norm is for q.",
-            wrong(norms="kq"),
-        ),
-        "no-qk-norm": (
-            (
-                "Queries and keys are not normed.\nHand q_norm.weight and k_norm.weight to"
-                " qk_norm_rope."
-            ),
-            wrong(norms="--"),
-        ),
-        "no-rope": (
-            (
-                "Nothing is turned: the model cannot know the order of the words.\n"
-                "qk_norm_rope takes the table and the positions."
-            ),
-            wrong(at="nowhere"),
-        ),
-        "positions-from-zero": (
-            (
-                "Each step counts its positions from 0. The first step is right; a decoded token,"
-                " or the second of two prompts, is not.\nUse the positions that forward is given."
-            ),
-            wrong(at="restart"),
-        ),
-        "not-stored": (
-            (
-                "Keys and values never reach the cache: attention reads what was there"
-                " before.\nCall kernels.store_kv(key, value, *cache, metadata.slot_mapping) before"
-                " cached_attention."
-            ),
-            wrong(not_stored=True),
-        ),
-        "keys-stored-unturned": (
-            (
-                "The keys in the cache are neither normed nor turned: you store them too early.\n"
-                "First qk_norm_rope, then store_kv."
-            ),
-            wrong(stored_plain=True),
-        ),
-        "one-cache-for-all-layers": (
-            (
-                "All layers use the first layer's cache, and overwrite each other. A whole prompt"
-                " in one step looks right.\ncaches has one pair a layer: zip it with the layers."
-            ),
-            wrong(one_cache=True),
-        ),
-        "one-layer-again-and-again": (
-            "You run the first layer as often as there are layers.\nEach has weights of its own.",
-            wrong(first_layer=True),
-        ),
-        "no-scale": (
-            "Scores are not scaled.\nThe scale is head_dim ** -0.5.",
-            wrong(scale=1.0),
-        ),
-        "scale-of-the-wrong-size": (
-            (
-                "Scores are scaled by the root of the hidden size.\nA score is a product over"
-                " head_dim numbers: head_dim ** -0.5."
-            ),
-            wrong(scale="hidden"),
-        ),
-        "up-before-gate": (
-            (
-                "gate and up are exchanged.\nsilu_mul takes gates in the first half:"
-                " torch.cat((gate, up), dim=-1)."
-            ),
-            wrong(swapped=True),
-        ),
-        "eps-typed-in": (
-            (
-                "An eps is typed in. Checkpoints differ, and the config says which:"
-                " config.rms_norm_eps.\nUse it in every norm, the heads' too."
-            ),
-            wrong(eps=1e-6),
-            wrong(eps=1e-5),
-        ),
-        "always-tied": (
-            (
-                "Your head is always the embedding. This model's head is a matrix of its own.\n"
-                "self.lm_head.weight is the right one in both cases."
-            ),
-            wrong(always_tied=True),
-        ),
-        "embedding-scaled": (
-            (
-                "You scale the embedding by the root of the hidden size, as the first transformer"
-                " and Gemma do.\nQwen takes the row as it is."
-            ),
-            wrong(embed_scaled=True),
-        ),
-    }
+    # Outside of diagnose, which would take a Mistake for an exception of the answer's.
+    for changes in ((), _UNTIED):
+        _expect_own_classes(answer, changes)
     names = {
         f"item {i}: ": f"step {i // 2 + 1}, {'logits' if i % 2 else 'states'}: " for i in range(6)
     }
-    for changes in (
-        (),
-        untied,
-    ):  # outside of diagnose, which would take a Mistake for an exception of the answer's
-        mine(config_from_hf({**_SIZES, **dict(changes)}), 0)
-    cases = [(run,) for run in runs]
     number = diagnose(
-        outcome(mine), cases, outcome(package), suspects, wording=names, rtol=1e-3, atol=1e-4
+        partial(_computed, partial(_build, answer)),
+        [(run,) for run in RUNS],
+        partial(_computed, partial(_build, qwen3.Qwen3ForCausalLM)),
+        EXERCISE.suspects,
+        wording=names,
+        rtol=1e-3,
+        atol=1e-4,
     )
+    _expect_given_kernels(answer)
+    return f"{number} small models, and {_speaks(answer)}"
+
+
+def _expect_own_classes(answer: Any, changes: tuple) -> None:
+    """Require that no module of the model is the package's."""
+    from minivllm.models import qwen3
+    from minivllm.models.hf_config import config_from_hf
+
+    model = _filled(answer, config_from_hf({**_SIZES, **dict(changes)}), 0)
+    for module in model.modules():
+        if type(module).__module__ == qwen3.__name__:
+            raise EXERCISE.mistake(
+                "package-did-it", f"{type(module).__name__} is the package's own class."
+            )
+
+
+def _expect_given_kernels(answer: Any) -> None:
+    """Require that each layer calls the kernels that the model was given."""
+    from minivllm.kernels import Kernels
+
+    plain = Kernels.reference()
+    watched = {
+        name: counted(getattr(plain, name))
+        for name in ("rms_norm", "add_rms_norm", "qk_norm_rope", "store_kv", "silu_mul")
+    }
+    watched |= {
+        name: counted(getattr(plain, name)) for name in ("prefill_attention", "decode_attention")
+    }
+    kernels = replace(plain, **watched)
+
+    def build(config: ModelConfig, seed: int) -> tuple[Callable, Callable]:
+        model = _filled(answer, config, seed, kernels)
+        return model, model.compute_logits
+
+    _computed(build, RUNS[1])
+    layers = _SIZES["num_hidden_layers"]
+    calls = {name: kernel.calls for name, kernel in watched.items()}
+    found = {
+        "rms_norm": (calls["rms_norm"] + calls["add_rms_norm"], 2 * layers + 1),
+        "cached_attention": (calls["prefill_attention"] + calls["decode_attention"], layers),
+        **{name: (calls[name], layers) for name in ("qk_norm_rope", "store_kv", "silu_mul")},
+    }
+    for name, (times, least) in found.items():
+        if times < least:
+            raise EXERCISE.mistake(
+                "kernels-ignored",
+                f"In a step of {layers} layers your model called {name} of the kernels that it was"
+                f" given {times} times, and it needs {least} calls.",
+            )
+
+
+def _speaks(answer: Any) -> str:
+    """The model in the engine: a line for the learner, or Mistake."""
     forwards = 0
 
     class Counted(answer):
@@ -481,7 +426,13 @@ def check_model(answer: Any) -> str:
         "not-used",
         "The engine never called your model's forward.\nIs it defined in the class?",
     )
-    return f"{number} small models, and {line}"
+    return line
+
+
+STREAM = (
+    "A branch adds to the normed copy; its result belongs to the stream as it was before the"
+    " norm.\nKeep x, and give the norm another name."
+)
 
 
 EXERCISE = Exercise(
@@ -491,6 +442,8 @@ EXERCISE = Exercise(
     mistakes=(
         Known(
             "residual-is-the-norm",
+            message=(STREAM),
+            suspects=(*(wrong(stream=s) for s in (("h", "h"), ("h", "x"), ("x", "h"))),),
             answers=r'''
 # %% adds to the normed copy
 @@
@@ -513,6 +466,16 @@ EXERCISE = Exercise(
         ),
         Known(
             "nothing-added",
+            message=(
+                "A branch's result replaces the stream: what came before is lost.\nx = x + branch,"
+                " for both branches."
+            ),
+            suspects=(
+                *(
+                    wrong(stream=s)
+                    for s in (("nothing", "nothing"), ("nothing", "x"), ("x", "nothing"))
+                ),
+            ),
             answers=r'''
 # %% the MLP's result replaces the stream
 @@
@@ -525,6 +488,13 @@ EXERCISE = Exercise(
         ),
         Known(
             "residual-twice",
+            message=(
+                "The stream is added twice, so everything before counts double. (With add_rms_norm:"
+                " the sum that it returns already holds the residual.)\nAdd each branch once."
+            ),
+            suspects=(
+                *(wrong(stream=s) for s in (("twice", "twice"), ("twice", "x"), ("x", "twice"))),
+            ),
             answers=r'''
 # %% adds the sum that add_rms_norm has already made
 @@
@@ -539,71 +509,45 @@ EXERCISE = Exercise(
 ''',
         ),
         Known(
-            "one-norm-for-q-and-k",
+            "post-norm",
+            message=(
+                "You norm after the addition, as the first transformers did.\nIn Qwen3 each branch"
+                " norms its own copy, before it computes; the stream is only added to."
+            ),
+            suspects=(wrong(order="post"),),
+        ),
+        Known(
+            "parallel-branches",
+            message=(
+                "Your MLP reads the stream as it was before attention, as in GPT-J.\nHere it reads"
+                " what attention has added."
+            ),
+            suspects=(wrong(order="parallel"),),
             answers=r'''
-# %% q_norm for both (reference bug 9)
+# %% the MLP reads what attention read
 @@
      ) -> torch.Tensor:
 -        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
 @@
--        norms = (self.q_norm.weight, self.k_norm.weight)
-+        norms = (self.q_norm.weight, self.q_norm.weight)
+         norm, eps = self.kernels.rms_norm, self.config.rms_norm_eps
++        h = norm(x, self.post_attention_layernorm.weight, eps)
+@@
+-        return x + self.mlp(norm(x, self.post_attention_layernorm.weight, eps))
++        return x + self.mlp(h)
 ''',
         ),
         Known(
-            "positions-from-zero",
-            answers=r'''
-# %% positions of this step's tokens (reference bug 23)
-@@
-     ) -> torch.Tensor:
--        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
-@@
--            query, key, *norms, cos_sin, positions, eps
-+            query, key, *norms, cos_sin, torch.arange(len(x)), eps
-''',
-        ),
-        Known(
-            "not-stored",
-            answers=r'''
-# %% the cache stays empty
-@@
-     ) -> torch.Tensor:
--        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
-@@
--        self.kernels.store_kv(key, value, *cache, metadata.slot_mapping)
-''',
-        ),
-        Known(
-            "keys-stored-unturned",
-            answers=r'''
-# %% stores before it turns
-@@
-     ) -> torch.Tensor:
--        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
-@@
-         norms = (self.q_norm.weight, self.k_norm.weight)
-+        self.kernels.store_kv(key, value, *cache, metadata.slot_mapping)
-@@
-         )
--        self.kernels.store_kv(key, value, *cache, metadata.slot_mapping)
-''',
-        ),
-        Known(
-            "one-cache-for-all-layers",
-            answers=r'''
-# %% caches[0] everywhere
-@@
-     ) -> torch.Tensor:
--        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
-@@
--        for layer, cache in zip(self.model.layers, caches):
--            x = layer(x, positions, self.cos_sin, cache, metadata)
-+        for layer in self.model.layers:
-+            x = layer(x, positions, self.cos_sin, caches[0], metadata)
-''',
+            "one-norm-for-both-branches",
+            message="Both branches use the same norm.\nThe MLP's is post_attention_layernorm.",
+            suspects=(wrong(order="one norm"),),
         ),
         Known(
             "no-final-norm",
+            message=(
+                "The last norm is missing: forward returns normed states (model.norm), of which"
+                " compute_logits makes scores.\nNorm once, after the last layer."
+            ),
+            suspects=(wrong(final="nowhere"),),
             answers=r'''
 # %% the stream as it is
 @@
@@ -617,7 +561,20 @@ EXERCISE = Exercise(
 ''',
         ),
         Known(
+            "final-norm-twice",
+            message=(
+                "The logits are of states that were normed twice. forward has done it already.\n"
+                "compute_logits is a matrix product, and no more."
+            ),
+            suspects=(wrong(final="both"),),
+        ),
+        Known(
             "norm-in-the-head",
+            message=(
+                "The last norm stands in compute_logits, so forward returns states that are not"
+                " normed.\nThe logits agree, but forward's contract is normed states; put it there."
+            ),
+            suspects=(wrong(final="head"),),
             answers=r'''
 # %% the last norm in compute_logits
 @@
@@ -636,19 +593,150 @@ EXERCISE = Exercise(
 ''',
         ),
         Known(
-            "up-before-gate",
+            "one-norm-for-q-and-k",
+            message=(
+                "Query and key are normed with the same weight.\nq_norm is the query's, k_norm the"
+                " key's."
+            ),
+            suspects=(
+                wrong(norms="qq"),
+                wrong(norms="kk"),
+            ),
             answers=r'''
-# %% the halves exchanged
+# %% q_norm for both (reference bug 9)
 @@
      ) -> torch.Tensor:
 -        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
 @@
--            (x @ self.gate_proj.weight.T, x @ self.up_proj.weight.T), dim=-1
-+            (x @ self.up_proj.weight.T, x @ self.gate_proj.weight.T), dim=-1
+-        norms = (self.q_norm.weight, self.k_norm.weight)
++        norms = (self.q_norm.weight, self.q_norm.weight)
 ''',
         ),
         Known(
+            "norms-swapped",
+            message="The query gets the key's norm, and the key the query's.\nq_norm is for q.",
+            suspects=(wrong(norms="kq"),),
+        ),
+        Known(
+            "no-qk-norm",
+            message=(
+                "Queries and keys are not normed.\nHand q_norm.weight and k_norm.weight to"
+                " qk_norm_rope."
+            ),
+            suspects=(wrong(norms="--"),),
+        ),
+        Known(
+            "no-rope",
+            message=(
+                "Nothing is turned: the model cannot know the order of the words.\n"
+                "qk_norm_rope takes the table and the positions."
+            ),
+            suspects=(wrong(at="nowhere"),),
+        ),
+        Known(
+            "positions-from-zero",
+            message=(
+                "Each step counts its positions from 0. The first step is right; a decoded token,"
+                " or the second of two prompts, is not.\nUse the positions that forward is given."
+            ),
+            suspects=(wrong(at="restart"),),
+            answers=r'''
+# %% positions of this step's tokens (reference bug 23)
+@@
+     ) -> torch.Tensor:
+-        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
+@@
+-            query, key, *norms, cos_sin, positions, eps
++            query, key, *norms, cos_sin, torch.arange(len(x)), eps
+''',
+        ),
+        Known(
+            "not-stored",
+            message=(
+                "Keys and values never reach the cache: attention reads what was there"
+                " before.\nCall kernels.store_kv(key, value, *cache, metadata.slot_mapping) before"
+                " cached_attention."
+            ),
+            suspects=(wrong(stored="never"),),
+            answers=r'''
+# %% the cache stays empty
+@@
+     ) -> torch.Tensor:
+-        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
+@@
+-        self.kernels.store_kv(key, value, *cache, metadata.slot_mapping)
+''',
+        ),
+        Known(
+            "stored-after-attention",
+            message=(
+                "You store this step's keys and values after attention, so attention reads what the"
+                " pages held before: a token does not see itself.\nCall store_kv before"
+                " cached_attention."
+            ),
+            suspects=(wrong(stored="after"),),
+            answers=r'''
+# %% stores when attention is done
+@@
+     ) -> torch.Tensor:
+-        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
+@@
+-        self.kernels.store_kv(key, value, *cache, metadata.slot_mapping)
+         out = cached_attention(query, cache, metadata, head_dim**-0.5, self.kernels)
++        self.kernels.store_kv(key, value, *cache, metadata.slot_mapping)
+''',
+        ),
+        Known(
+            "keys-stored-unturned",
+            message=(
+                "The keys in the cache are neither normed nor turned: you store them too early.\n"
+                "First qk_norm_rope, then store_kv."
+            ),
+            suspects=(wrong(stored="plain"),),
+            answers=r'''
+# %% stores before it turns
+@@
+     ) -> torch.Tensor:
+-        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
+@@
+         norms = (self.q_norm.weight, self.k_norm.weight)
++        self.kernels.store_kv(key, value, *cache, metadata.slot_mapping)
+@@
+         )
+-        self.kernels.store_kv(key, value, *cache, metadata.slot_mapping)
+''',
+        ),
+        Known(
+            "one-cache-for-all-layers",
+            message=(
+                "All layers use the first layer's cache, and overwrite each other. A whole prompt"
+                " in one step looks right.\ncaches has one pair a layer: zip it with the layers."
+            ),
+            suspects=(wrong(broken="one cache"),),
+            answers=r'''
+# %% caches[0] everywhere
+@@
+     ) -> torch.Tensor:
+-        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
+@@
+-        for layer, cache in zip(self.model.layers, caches):
+-            x = layer(x, positions, self.cos_sin, cache, metadata)
++        for layer in self.model.layers:
++            x = layer(x, positions, self.cos_sin, caches[0], metadata)
+''',
+        ),
+        Known(
+            "one-layer-again-and-again",
+            message=(
+                "You run the first layer as often as there are layers.\nEach has weights of its"
+                " own."
+            ),
+            suspects=(wrong(broken="first layer"),),
+        ),
+        Known(
             "no-scale",
+            message="Scores are not scaled.\nThe scale is head_dim ** -0.5.",
+            suspects=(wrong(scale="none"),),
             answers=r'''
 # %% scores as they are
 @@
@@ -660,7 +748,99 @@ EXERCISE = Exercise(
 ''',
         ),
         Known(
+            "scale-of-the-wrong-size",
+            message=(
+                "Scores are scaled by the root of the hidden size.\nA score is a product over"
+                " head_dim numbers: head_dim ** -0.5."
+            ),
+            suspects=(wrong(scale="hidden"),),
+        ),
+        Known(
+            "scale-without-root",
+            message=(
+                "Scores are divided by head_dim. Sums of head_dim products grow with its root.\n"
+                "The scale is head_dim ** -0.5."
+            ),
+            suspects=(wrong(scale="square"),),
+            answers=r"""
+# %% one over head_dim
+@@
+-        out = cached_attention(query, cache, metadata, head_dim**-0.5, self.kernels)
++        out = cached_attention(query, cache, metadata, 1 / head_dim, self.kernels)
+""",
+        ),
+        Known(
+            "branch-not-normed",
+            message=(
+                "A branch reads the stream itself, whose numbers grow from layer to layer.\nEach"
+                " branch reads a normed copy: attention with input_layernorm, the MLP with"
+                " post_attention_layernorm."
+            ),
+            suspects=(wrong(order="first bare"), wrong(order="second bare")),
+            answers=r"""
+# %% the MLP reads the stream
+@@
+-        return x + self.mlp(norm(x, self.post_attention_layernorm.weight, eps))
++        return x + self.mlp(x)
+""",
+        ),
+        Known(
+            "heads-cut-across",
+            message=(
+                "A head's numbers do not stand side by side in your heads: you cut the other way.\n"
+                "A row of the product is head 0, then head 1, …: unflatten(-1, (-1, head_dim))."
+            ),
+            suspects=(wrong(broken="heads across"),),
+        ),
+        Known(
+            "layers-without-effect",
+            message=(
+                "The layers run, and their result is not used: your states are those of the"
+                " embedding, normed.\nIn the loop, x = layer(x, …)."
+            ),
+            suspects=(wrong(broken="no layers"),),
+            answers=r"""
+# %% calls each layer, and drops the result
+@@
+-            x = layer(x, positions, self.cos_sin, cache, metadata)
++            layer(x, positions, self.cos_sin, cache, metadata)
+""",
+        ),
+        Known(
+            "up-before-gate",
+            message=(
+                "gate and up are exchanged.\nsilu_mul takes gates in the first half:"
+                " torch.cat((gate, up), dim=-1)."
+            ),
+            suspects=(wrong(broken="swapped"),),
+            answers=r'''
+# %% the halves exchanged
+@@
+     ) -> torch.Tensor:
+-        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
+@@
+-            (x @ self.gate_proj.weight.T, x @ self.up_proj.weight.T), dim=-1
++            (x @ self.up_proj.weight.T, x @ self.gate_proj.weight.T), dim=-1
+''',
+        ),
+        Known(
+            "eps-typed-in",
+            message=(
+                "An eps is typed in. Checkpoints differ, and the config says which:"
+                " config.rms_norm_eps.\nUse it in every norm, the heads' too."
+            ),
+            suspects=(
+                wrong(eps=1e-6),
+                wrong(eps=1e-5),
+            ),
+        ),
+        Known(
             "always-tied",
+            message=(
+                "Your head is always the embedding. This model's head is a matrix of its own.\n"
+                "self.lm_head.weight is the right one in both cases."
+            ),
+            suspects=(wrong(broken="always tied"),),
             answers=r'''
 # %% the embedding is the head, always
 @@
@@ -673,37 +853,41 @@ EXERCISE = Exercise(
 ''',
         ),
         Known(
-            "parallel-branches",
-            answers=r'''
-# %% the MLP reads what attention read
-@@
-     ) -> torch.Tensor:
--        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
-@@
-         norm, eps = self.kernels.rms_norm, self.config.rms_norm_eps
-+        h = norm(x, self.post_attention_layernorm.weight, eps)
-@@
--        return x + self.mlp(norm(x, self.post_attention_layernorm.weight, eps))
-+        return x + self.mlp(h)
-''',
+            "embedding-scaled",
+            message=(
+                "You scale the embedding by the root of the hidden size, as the first transformer"
+                " and Gemma do.\nQwen takes the row as it is."
+            ),
+            suspects=(wrong(broken="embedding scaled"),),
         ),
         Known(
-            "wrong-names",
-            answers=r'''
-# %% a name of one's own
+            "kernels-ignored",
+            message=(
+                "On a GPU the engine hands in other kernels, and your model would not use"
+                " them.\nTake the operations from self.kernels, and hand self.kernels to"
+                " cached_attention."
+            ),
+            answers=r"""
+# %% torch's own SiLU
 @@
--        self.o_proj = Weight(config.hidden_size, q)
-+        self.out_proj = Weight(config.hidden_size, q)
+-        return self.kernels.silu_mul(gate_up) @ self.down_proj.weight.T
++        gate, up = gate_up.chunk(2, dim=-1)
++        return F.linear(F.silu(gate) * up, self.down_proj.weight)
+
+# %% the reference kernels, whatever is given
 @@
-     ) -> torch.Tensor:
--        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
-@@
--        return out.flatten(-2) @ self.o_proj.weight.T
-+        return out.flatten(-2) @ self.out_proj.weight.T
-''',
+-        out = cached_attention(query, cache, metadata, head_dim**-0.5, self.kernels)
++        out = cached_attention(
++            query, cache, metadata, head_dim**-0.5, Kernels.reference()
++        )
+""",
         ),
         Known(
             "package-did-it",
+            message=(
+                "Here the point is to write it: projections, norms, additions, the head.\nDerive"
+                " your classes from nn.Module."
+            ),
             answers=r'''
 # %% takes the package's attention
 @@
@@ -730,6 +914,21 @@ EXERCISE = Exercise(
 +        x = x + self.self_attn(norm(x, self.input_layernorm.weight, eps), context)
 ''',
         ),
+        Known(
+            "wrong-names",
+            answers=r'''
+# %% a name of one's own
+@@
+-        self.o_proj = Weight(config.hidden_size, q)
++        self.out_proj = Weight(config.hidden_size, q)
+@@
+     ) -> torch.Tensor:
+-        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
+@@
+-        return out.flatten(-2) @ self.o_proj.weight.T
++        return out.flatten(-2) @ self.out_proj.weight.T
+''',
+        ),
     ),
     right=r'''
 # %% the head's fused pair: add_rms_norm
@@ -752,8 +951,7 @@ EXERCISE = Exercise(
 -        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
 @@
 -        return self.kernels.silu_mul(gate_up) @ self.down_proj.weight.T
-+        gate, up = gate_up.chunk(2, dim=-1)
-+        return F.linear(F.silu(gate) * up, self.down_proj.weight)
++        return F.linear(self.kernels.silu_mul(gate_up), self.down_proj.weight)
 @@
 -        """token_ids, positions [T] -> normed states [T, hidden]."""
 -        x = self.model.embed_tokens.weight[token_ids]
