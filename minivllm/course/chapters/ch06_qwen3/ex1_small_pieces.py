@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -35,32 +35,58 @@ def check_small_pieces(rms_norm: Callable, silu_mul: Callable) -> str:
     return f"{norms} norms, {gates} gates, and {engine_agrees(norm, gate, kernels=kernels)}"
 
 
-def _check_rms_norm(answer: Callable) -> int:
+#: The mistakes of `silu_mul`; all others are of `rms_norm`.
+GATES = (
+    "up-before-gate",
+    "interleaved-halves",
+    "sigmoid-alone",
+    "another-activation",
+    "silu-of-both",
+    "silu-of-the-product",
+    "no-activation",
+    "added-not-multiplied",
+    "exp-overflows",
+)
+#: Other names of what is to be written here.
+OWN_NORMS = (
+    *("rms_norm", "layer_norm", "normalize", "fused_rms_norm", "native_layer_norm"),
+    *("group_norm", "native_group_norm", "batch_norm", "native_batch_norm", "instance_norm"),
+)
+OWN_GATES = ("silu", "glu", "swish")
+PIECES = "squares, means, roots, sigmoid and products"
+
+
+def _norm_case(
+    random: torch.Generator,
+    rows: int,
+    width: int,
+    *,
+    size: float = 1.0,
+    shift: float = 0.0,
+    eps: float = EPS,
+    dtype: str = "float32",
+) -> tuple:
+    """The arguments of a call of `rms_norm`."""
     import torch
 
-    from minivllm.kernels.norm import rms_norm_reference
+    x = torch.randn(rows, width, generator=random) * size + shift
+    weight = torch.rand(width, generator=random) + 0.5
+    kind = getattr(torch, dtype)
+    return x.to(kind), weight.to(kind), eps
 
-    random = seeded(1)
 
-    def case(
-        rows: int,
-        width: int,
-        size: float = 1.0,
-        shift: float = 0.0,
-        eps: float = EPS,
-        half: bool = False,
-    ) -> tuple:
-        dtype = torch.float16 if half else torch.float32
-        x = torch.randn(rows, width, generator=random) * size + shift
-        return x.to(dtype), (torch.rand(width, generator=random) + 0.5).to(dtype), eps
+def _norm_cases(random: torch.Generator) -> list[tuple]:
+    import torch
 
+    case = partial(_norm_case, random)
     apart = case(3, 8)
     apart[0].mul_(torch.tensor([[1.0], [100.0], [0.01]]))
     zeros = case(2, 6)
     zeros[0][1] = 0.0
-    simple = torch.tensor([[3.0, 4.0]]), torch.ones(2), 0.0
-    cases = [
-        simple,
+    # As the engine gives it: a part of a wider table.
+    part = torch.randn(9, 3, 20, generator=random)[:, 1]
+    return [
+        (torch.tensor([[3.0, 4.0]]), torch.ones(2), 0.0),
         case(1, 1),
         case(2, 5),
         case(4, 64),
@@ -72,154 +98,81 @@ def _check_rms_norm(answer: Callable) -> int:
         case(7, 7),
         case(130, 17),
         case(3, 1025),
-        # As the engine gives it: a part of a wider table.
-        (torch.randn(9, 3, 20, generator=random)[:, 1], torch.rand(20, generator=random), EPS),
-        case(3, 64, half=True),
-        case(2, 32, size=400.0, half=True),
+        (part, torch.rand(20, generator=random), EPS),
+        case(3, 64, dtype="float16"),
+        case(2, 32, size=400.0, dtype="float16"),
     ]
 
-    def norm(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        eps: float,
-        *,
-        mean: Callable | None = None,
-        low: bool = False,
-        root: Callable | None = None,
-        weigh: Callable = torch.mul,
-    ) -> torch.Tensor:
-        wide = x if low else x.float()
-        square = (mean or (lambda y: y.square().mean(-1, keepdim=True)))(wide)
-        return weigh((wide / (root or (lambda s: torch.sqrt(s + eps)))(square)).to(x.dtype), weight)
 
-    def layer_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        wide = x.float()
-        return norm(wide - wide.mean(-1, keepdim=True), weight, eps).to(x.dtype)
+@dataclass(frozen=True)
+class _Norm:
+    """How somebody norms; as it stands here, rightly.
 
-    def eps_outside(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return norm(x, weight, eps, root=lambda s: s.sqrt() + eps)
+    centred: whether the mean is subtracted. narrow: whether squares stay in the dtype of x. mean:
+    what of the squares: "mean", "sum", or the mean of the whole "table", of "columns" or of
+    "sizes". root: where eps goes: "inside", "outside", "no eps", "clamped", or "no root". eps: in
+    place of the given one. weigh: "after", "not", "plus one" or "before".
+    """
 
-    suspects = {
-        "layer-norm": (
-            (
-                "You subtract the mean first: that is LayerNorm. RMSNorm leaves the mean where it"
-                " is.\nDivide x by the root of the mean of its squares, and nothing else."
-            ),
-            layer_norm,
-        ),
-        "squares-overflow": (
-            (
-                "In float32 all is right. In float16 it is not: the square of 400 is 160,000,"
-                " beyond the largest float16, so the mean is inf and the row becomes 0.\nTake"
-                " x.float() for square, mean and root, and come back to x.dtype afterwards."
-            ),
-            partial(norm, low=True),
-        ),
-        "sum-not-mean": (
-            (
-                "You divide by the root of the sum of squares, which makes vectors of length 1:"
-                " numbers get smaller the more there are.\nRMSNorm takes the mean of the squares."
-            ),
-            partial(norm, mean=lambda y: y.square().sum(-1, keepdim=True)),
-            partial(
-                norm,
-                mean=lambda y: y.square().sum(-1, keepdim=True),
-                root=lambda s: s.sqrt().clamp(min=1e-12),
-            ),
-        ),
-        "no-root": (
-            (
-                "You divide by the mean square, not by its root: a row twice as large comes out"
-                " half as large.\nTake torch.sqrt (or multiply with torch.rsqrt)."
-            ),
-            lambda x, weight, eps: norm(x, weight, eps, root=lambda s: s + eps),
-        ),
-        "eps-outside-the-root": (
-            (
-                "eps stands outside the root. For small numbers that is another result: √(s + eps)"
-                " is not √s + eps.\nAdd it to the mean square, then take the root."
-            ),
-            eps_outside,
-        ),
-        "eps-forgotten": (
-            (
-                "eps is not used: a row of zeros is divided by 0, and small rows come out too"
-                " large.\nAdd it to the mean square, inside the root."
-            ),
-            partial(norm, root=lambda s: s.sqrt()),
-        ),
-        "eps-typed-in": (
-            (
-                "You add an eps of your own, not the one you are given. Checkpoints differ: Qwen"
-                " has 1e-6, Llama 1e-5.\nUse the argument."
-            ),
-            *(lambda x, weight, eps, e=e: norm(x, weight, e) for e in (1e-6, 1e-5, 1e-8)),
-        ),
-        "one-size-for-all-rows": (
-            (
-                "You divide all rows by the same number, the root mean square of the whole table.\n"
-                "Each row (token) has its own: .mean(dim=-1, keepdim=True)."
-            ),
-            partial(norm, mean=lambda y: y.square().mean()),
-        ),
-        "wrong-axis": (
-            (
-                "You take the mean down the columns, over the tokens. A token's norm must not"
-                " depend on its neighbours.\nOf [T, N], dim=-1 runs along a row."
-            ),
-            partial(norm, mean=lambda y: y.square().mean(0, keepdim=True)),
-        ),
-        "no-weight": (
-            (
-                "The rows have the right size, but the learned weight is not used.\nMultiply by it"
-                " in the end."
-            ),
-            partial(norm, weigh=lambda y, w: y),
-        ),
-        "weight-plus-one": (
-            (
-                "You multiply by 1 + weight. Gemma stores its norms so; Qwen and Llama store the"
-                " weight itself.\nMultiply by weight."
-            ),
-            partial(norm, weigh=lambda y, w: y * (1 + w)),
-        ),
-        "weight-inside": (
-            (
-                "You multiply by the weight first, and norm the product: the mean square is then"
-                " that of weighted numbers.\nNorm x, then multiply."
-            ),
-            lambda x, weight, eps: norm(
-                x.float() * weight.float(), torch.ones_like(weight).float(), eps
-            ).to(x.dtype),
-        ),
-        "mean-of-sizes": (
-            (
-                "You divide by the mean absolute value. That is a size, too, but not the root mean"
-                " square.\nSquare, mean, root: in this order."
-            ),
-            lambda x, weight, eps: norm(
-                x, weight, eps, mean=lambda y: y.abs().mean(-1, keepdim=True) ** 2
-            ),
-        ),
-    }
+    centred: bool = False
+    narrow: bool = False
+    mean: str = "mean"
+    root: str = "inside"
+    eps: float | None = None
+    weigh: str = "after"
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = x if self.narrow else x.float()
+        if self.centred:
+            wide = wide - wide.mean(-1, keepdim=True)
+        if self.weigh == "before":
+            wide = wide * weight.float()
+        divisor = self.rooted(self.averaged(wide), eps if self.eps is None else self.eps)
+        normed = (wide / divisor).to(x.dtype)
+        if self.weigh in ("before", "not"):
+            return normed
+        return normed * (1 + weight if self.weigh == "plus one" else weight)
+
+    def averaged(self, x: torch.Tensor) -> torch.Tensor:
+        square = x.square()
+        if self.mean == "table":
+            return square.mean()
+        if self.mean == "columns":
+            return square.mean(0, keepdim=True)
+        if self.mean == "sizes":
+            return x.abs().mean(-1, keepdim=True) ** 2
+        if self.mean == "sum":
+            return square.sum(-1, keepdim=True)
+        return square.mean(-1, keepdim=True)
+
+    def rooted(self, square: torch.Tensor, eps: float) -> torch.Tensor:
+        if self.root == "no root":
+            return square + eps
+        if self.root == "inside":
+            return (square + eps).sqrt()
+        root = square.sqrt()
+        return {"outside": root + eps, "no eps": root, "clamped": root.clamp(min=1e-12)}[self.root]
+
+
+def _check_rms_norm(answer: Callable) -> int:
+    from minivllm.kernels.norm import rms_norm_reference
+
+    random = seeded(1)
+    cases = _norm_cases(random)
+    suspects = {name: known for name, known in EXERCISE.suspects.items() if name not in GATES}
     # Half precision: whoever stays in float32 up to the weight rounds once less.
     number = diagnose(answer, cases, rms_norm_reference, suspects, rtol=3e-3)
-    expect_own_work(
-        answer,
-        cases[2],
-        ("rms_norm", "layer_norm", "normalize"),
-        "squares, means, roots, sigmoid and products",
-    )
+    # bfloat16 has no large steps in size, but eight bits.
+    coarse = [_norm_case(random, 3, 65, size=50.0, dtype="bfloat16")]
+    number += diagnose(answer, coarse, rms_norm_reference, suspects, rtol=0.02, atol=0.02)
+    for case in (cases[2], cases[11], cases[13]):
+        expect_own_work(answer, case, OWN_NORMS, PIECES)
     return number
 
 
-def _check_silu_mul(answer: Callable) -> int:
+def _gate_cases(random: torch.Generator) -> list[tuple]:
     import torch
-    import torch.nn.functional as F
 
-    from minivllm.kernels.activation import silu_mul_reference
-
-    random = seeded(2)
     wide = torch.randn(3, 16, generator=random) * 60
     wide[0, :3] = torch.tensor([-200.0, 200.0, 100.0])
     half = (torch.randn(4, 12, generator=random) * 3).to(torch.float16)
@@ -231,86 +184,60 @@ def _check_silu_mul(answer: Callable) -> int:
         half,
         torch.randn(7, 2, 10, generator=random)[:, 1],
     ]
+    return [(table,) for table in tables]
 
-    def halves(activate: Callable, order: int = 1) -> Callable:
-        def mul(gate_up: torch.Tensor) -> torch.Tensor:
-            gate, up = gate_up.chunk(2, dim=-1)[::order]
-            return (activate(gate.float()) * up.float()).to(gate_up.dtype)
 
-        return mul
+@dataclass(frozen=True)
+class _Gate:
+    """How somebody gates; as it stands here, rightly.
 
-    def by_exp(z: torch.Tensor) -> torch.Tensor:
-        return z * torch.exp(z) / (1 + torch.exp(z))
+    activation: "silu", … . of: what goes through it: the "gate", "both" halves, their "product", or
+    the gate, which is then added to the ups ("sum"). cut: "gate first", "up first" or "neighbours".
+    """
 
-    suspects = {
-        "up-before-gate": (
-            (
-                "SiLU is taken of the wrong half: the first N columns are the gates, the last N the"
-                " ups.\n(Whoever makes this mistake in both, loader and model, would not even"
-                " notice.)"
-            ),
-            halves(F.silu, -1),
-        ),
-        "interleaved-halves": (
-            (
-                "You take every second column for the gate. Here the two matrices lie below each"
-                " other, so gates are the first N columns, and ups the last N.\n`gate_up.chunk(2,"
-                " dim=-1)` cuts there."
-            ),
-            lambda g: F.silu(g[:, ::2]) * g[:, 1::2],
-        ),
-        "sigmoid-alone": (
-            (
-                "Your gate is sigmoid(gate): that is GLU, the parent of SwiGLU.\n"
-                "SiLU is gate · sigmoid(gate): three factors with up."
-            ),
-            halves(torch.sigmoid),
-        ),
-        "another-activation": (
-            (
-                "The product is right, but the activation is not SiLU (GEGLU takes GELU, ReGLU"
-                " takes ReLU).\nsilu(z) = z · sigmoid(z)."
-            ),
-            *map(halves, (F.gelu, partial(F.gelu, approximate="tanh"), F.relu, torch.tanh)),
-        ),
-        "silu-of-both": (
-            "Both halves go through SiLU. Only the gate does; up stays as it is.\nsilu(gate) * up.",
-            lambda g: F.silu(g.chunk(2, dim=-1)[0]) * F.silu(g.chunk(2, dim=-1)[1]),
-        ),
-        "silu-of-the-product": (
-            (
-                "You multiply first, and take SiLU of the product.\nsilu(gate) * up: the gate alone"
-                " goes through it."
-            ),
-            lambda g: F.silu(g.chunk(2, dim=-1)[0] * g.chunk(2, dim=-1)[1]),
-        ),
-        "no-activation": (
-            (
-                "You multiply gate and up as they are: nothing is gated.\nThe gate goes through"
-                " SiLU first."
-            ),
-            halves(lambda z: z),
-        ),
-        "added-not-multiplied": (
-            (
-                "You add gate and up. A gate multiplies: where it is 0, nothing passes.\nsilu(gate)"
-                " * up."
-            ),
-            lambda g: F.silu(g.chunk(2, dim=-1)[0]) + g.chunk(2, dim=-1)[1],
-        ),
-        "exp-overflows": (
-            (
-                "exp(gate) overflows from 89 on: inf / inf is nan. Chapter 1's old friend.\nWrite"
-                " sigmoid as 1 / (1 + exp(-gate)), whose limits are 0 and 1, or take torch.sigmoid."
-            ),
-            halves(by_exp),
-        ),
-    }
-    cases = [(table,) for table in tables]
+    activation: str = "silu"
+    of: str = "gate"
+    cut: str = "gate first"
+
+    def __call__(self, gate_up: torch.Tensor) -> torch.Tensor:
+        wide = gate_up.float()
+        gate, up = wide.chunk(2, dim=-1)
+        if self.cut == "up first":
+            gate, up = up, gate
+        if self.cut == "neighbours":
+            gate, up = wide[:, ::2], wide[:, 1::2]
+        if self.of == "product":
+            result = self.activated(gate * up)
+        elif self.of == "sum":
+            result = self.activated(gate) + up
+        else:
+            result = self.activated(gate) * (self.activated(up) if self.of == "both" else up)
+        return result.to(gate_up.dtype)
+
+    def activated(self, z: torch.Tensor) -> torch.Tensor:
+        import torch
+        import torch.nn.functional as F
+
+        return {
+            "silu": F.silu,
+            "sigmoid": torch.sigmoid,
+            "gelu": F.gelu,
+            "gelu by tanh": partial(F.gelu, approximate="tanh"),
+            "relu": F.relu,
+            "tanh": torch.tanh,
+            "nothing": torch.clone,
+            "by exp": lambda y: y * torch.exp(y) / (1 + torch.exp(y)),
+        }[self.activation](z)
+
+
+def _check_silu_mul(answer: Callable) -> int:
+    from minivllm.kernels.activation import silu_mul_reference
+
+    cases = _gate_cases(seeded(2))
+    suspects = {name: known for name, known in EXERCISE.suspects.items() if name in GATES}
     number = diagnose(answer, cases, silu_mul_reference, suspects, rtol=3e-3)
-    expect_own_work(
-        answer, cases[2], ("silu", "glu"), "squares, means, roots, sigmoid and products"
-    )
+    for case in (cases[2], cases[7], cases[9]):
+        expect_own_work(answer, case, OWN_GATES, PIECES)
     return number
 
 
@@ -321,6 +248,11 @@ EXERCISE = Exercise(
     mistakes=(
         Known(
             "layer-norm",
+            message=(
+                "You subtract the mean first: that is LayerNorm. RMSNorm leaves the mean where it"
+                " is.\nDivide x by the root of the mean of its squares, and nothing else."
+            ),
+            suspects=(_Norm(centred=True),),
             answers=r"""
 # %% subtracts the mean, as LayerNorm does
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -338,6 +270,12 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
         ),
         Known(
             "squares-overflow",
+            message=(
+                "In float32 all is right. In float16 it is not: the square of 400 is 160,000,"
+                " beyond the largest float16, so the mean is inf and the row becomes 0.\nTake"
+                " x.float() for square, mean and root, and come back to x.dtype afterwards."
+            ),
+            suspects=(_Norm(narrow=True),),
             answers=r"""
 # %% squares in the input's dtype
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -360,6 +298,14 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
         ),
         Known(
             "sum-not-mean",
+            message=(
+                "You divide by the root of the sum of squares, which makes vectors of length 1:"
+                " numbers get smaller the more there are.\nRMSNorm takes the mean of the squares."
+            ),
+            suspects=(
+                _Norm(mean="sum"),
+                _Norm(mean="sum", root="clamped"),
+            ),
             answers=r"""
 # %% unit length, not unit size
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -376,6 +322,11 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
         ),
         Known(
             "no-root",
+            message=(
+                "You divide by the mean square, not by its root: a row twice as large comes out"
+                " half as large.\nTake torch.sqrt (or multiply with torch.rsqrt)."
+            ),
+            suspects=(_Norm(root="no root"),),
             answers=r"""
 # %% the root is forgotten
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -392,6 +343,11 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
         ),
         Known(
             "eps-outside-the-root",
+            message=(
+                "eps stands outside the root. For small numbers that is another result: √(s + eps)"
+                " is not √s + eps.\nAdd it to the mean square, then take the root."
+            ),
+            suspects=(_Norm(root="outside"),),
             answers=r"""
 # %% eps is added to the root
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -408,6 +364,11 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
         ),
         Known(
             "eps-forgotten",
+            message=(
+                "eps is not used: a row of zeros is divided by 0, and small rows come out too"
+                " large.\nAdd it to the mean square, inside the root."
+            ),
+            suspects=(_Norm(root="no eps"),),
             answers=r"""
 # %% no eps at all
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -422,6 +383,11 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
         ),
         Known(
             "eps-typed-in",
+            message=(
+                "You add an eps of your own, not the one you are given. Checkpoints differ: Qwen"
+                " has 1e-6, Llama 1e-5.\nUse the argument."
+            ),
+            suspects=(*(_Norm(eps=eps) for eps in (1e-6, 1e-5, 1e-8)),),
             answers=r"""
 # %% the eps of one's own model (reference bug 12)
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -438,6 +404,11 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
         ),
         Known(
             "one-size-for-all-rows",
+            message=(
+                "You divide all rows by the same number, the root mean square of the whole table.\n"
+                "Each row (token) has its own: .mean(dim=-1, keepdim=True)."
+            ),
+            suspects=(_Norm(mean="table"),),
             answers=r"""
 # %% mean() over the whole table
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -452,6 +423,11 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
         ),
         Known(
             "wrong-axis",
+            message=(
+                "You take the mean down the columns, over the tokens. A token's norm must not"
+                " depend on its neighbours.\nOf [T, N], dim=-1 runs along a row."
+            ),
+            suspects=(_Norm(mean="columns"),),
             answers=r"""
 # %% the mean over the tokens
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -466,6 +442,11 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
         ),
         Known(
             "no-weight",
+            message=(
+                "The rows have the right size, but the learned weight is not used.\nMultiply by it"
+                " in the end."
+            ),
+            suspects=(_Norm(weigh="not"),),
             answers=r"""
 # %% the weight is forgotten
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -482,6 +463,11 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
         ),
         Known(
             "weight-plus-one",
+            message=(
+                "You multiply by 1 + weight. Gemma stores its norms so; Qwen and Llama store the"
+                " weight itself.\nMultiply by weight."
+            ),
+            suspects=(_Norm(weigh="plus one"),),
             answers=r"""
 # %% Gemma's form
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -494,6 +480,160 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return gate * torch.sigmoid(gate) * up
+""",
+        ),
+        Known(
+            "weight-inside",
+            message=(
+                "You multiply by the weight first, and norm the product: the mean square is then"
+                " that of weighted numbers.\nNorm x, then multiply."
+            ),
+            suspects=(_Norm(weigh="before"),),
+        ),
+        Known(
+            "mean-of-sizes",
+            message=(
+                "You divide by the mean absolute value. That is a size, too, but not the root mean"
+                " square.\nSquare, mean, root: in this order."
+            ),
+            suspects=(_Norm(mean="sizes"),),
+        ),
+        Known(
+            "up-before-gate",
+            message=(
+                "SiLU is taken of the wrong half: the first N columns are the gates, the last N the"
+                " ups.\n(Whoever makes this mistake in both, loader and model, would not even"
+                " notice.)"
+            ),
+            suspects=(_Gate(cut="up first"),),
+            answers=r'''
+# %% the halves exchanged
+@@
+-    """The middle of SwiGLU: [T, 2N], gates before ups -> silu(gate) * up, [T, N]."""
+-    gate, up = gate_up.chunk(2, dim=-1)
++    up, gate = gate_up.chunk(2, dim=-1)
+''',
+        ),
+        Known(
+            "interleaved-halves",
+            message=(
+                "You take every second column for the gate. Here the two matrices lie below each"
+                " other, so gates are the first N columns, and ups the last N.\n`gate_up.chunk(2,"
+                " dim=-1)` cuts there."
+            ),
+            suspects=(_Gate(cut="neighbours"),),
+            answers=r'''
+# %% every second column
+@@
+-    """The middle of SwiGLU: [T, 2N], gates before ups -> silu(gate) * up, [T, N]."""
+-    gate, up = gate_up.chunk(2, dim=-1)
++    gate, up = gate_up[:, ::2], gate_up[:, 1::2]
+''',
+        ),
+        Known(
+            "sigmoid-alone",
+            message=(
+                "Your gate is sigmoid(gate): that is GLU, the parent of SwiGLU.\n"
+                "SiLU is gate · sigmoid(gate): three factors with up."
+            ),
+            suspects=(_Gate("sigmoid"),),
+            answers=r"""
+# %% GLU
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = x.float()
+    mean_square = wide.square().mean(dim=-1, keepdim=True)
+    return (wide / torch.sqrt(mean_square + eps)).to(x.dtype) * weight
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.sigmoid(gate) * up
+""",
+        ),
+        Known(
+            "another-activation",
+            message=(
+                "The product is right, but the activation is not SiLU (GEGLU takes GELU, ReGLU"
+                " takes ReLU).\nsilu(z) = z · sigmoid(z)."
+            ),
+            suspects=(*map(_Gate, ("gelu", "gelu by tanh", "relu", "tanh")),),
+            answers=r"""
+# %% GEGLU
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = x.float()
+    mean_square = wide.square().mean(dim=-1, keepdim=True)
+    return (wide / torch.sqrt(mean_square + eps)).to(x.dtype) * weight
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate) * up
+""",
+        ),
+        Known(
+            "silu-of-both",
+            message=(
+                "Both halves go through SiLU. Only the gate does; up stays as it is.\n"
+                "silu(gate) * up."
+            ),
+            suspects=(_Gate(of="both"),),
+        ),
+        Known(
+            "silu-of-the-product",
+            message=(
+                "You multiply first, and take SiLU of the product.\nsilu(gate) * up: the gate alone"
+                " goes through it."
+            ),
+            suspects=(_Gate(of="product"),),
+        ),
+        Known(
+            "no-activation",
+            message=(
+                "You multiply gate and up as they are: nothing is gated.\nThe gate goes through"
+                " SiLU first."
+            ),
+            suspects=(_Gate("nothing"),),
+        ),
+        Known(
+            "added-not-multiplied",
+            message=(
+                "You add gate and up. A gate multiplies: where it is 0, nothing passes.\nsilu(gate)"
+                " * up."
+            ),
+            suspects=(_Gate(of="sum"),),
+        ),
+        Known(
+            "exp-overflows",
+            message=(
+                "exp(gate) overflows from 89 on: inf / inf is nan. Chapter 1's old friend.\nWrite"
+                " sigmoid as 1 / (1 + exp(-gate)), whose limits are 0 and 1, or take torch.sigmoid."
+            ),
+            suspects=(_Gate("by exp"),),
+            answers=r"""
+# %% silu by exp(z) / (1 + exp(z))
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = x.float()
+    mean_square = wide.square().mean(dim=-1, keepdim=True)
+    return (wide / torch.sqrt(mean_square + eps)).to(x.dtype) * weight
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    wide = gate.float()
+    return (wide * torch.exp(wide) / (1 + torch.exp(wide)) * up.float()).to(
+        gate_up.dtype
+    )
+
+# %% the same, in the order in which it is read
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = x.float()
+    mean_square = wide.square().mean(dim=-1, keepdim=True)
+    return (wide / torch.sqrt(mean_square + eps)).to(x.dtype) * weight
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return gate * (torch.exp(gate) / (torch.exp(gate) + 1)) * up
 """,
         ),
         Known(
@@ -554,85 +694,6 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return gate * torch.sigmoid(gate) * up
-""",
-        ),
-        Known(
-            "up-before-gate",
-            answers=r'''
-# %% the halves exchanged
-@@
--    """The middle of SwiGLU: [T, 2N], gates before ups -> silu(gate) * up, [T, N]."""
--    gate, up = gate_up.chunk(2, dim=-1)
-+    up, gate = gate_up.chunk(2, dim=-1)
-''',
-        ),
-        Known(
-            "interleaved-halves",
-            answers=r'''
-# %% every second column
-@@
--    """The middle of SwiGLU: [T, 2N], gates before ups -> silu(gate) * up, [T, N]."""
--    gate, up = gate_up.chunk(2, dim=-1)
-+    gate, up = gate_up[:, ::2], gate_up[:, 1::2]
-''',
-        ),
-        Known(
-            "sigmoid-alone",
-            answers=r"""
-# %% GLU
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    wide = x.float()
-    mean_square = wide.square().mean(dim=-1, keepdim=True)
-    return (wide / torch.sqrt(mean_square + eps)).to(x.dtype) * weight
-
-
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return torch.sigmoid(gate) * up
-""",
-        ),
-        Known(
-            "another-activation",
-            answers=r"""
-# %% GEGLU
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    wide = x.float()
-    mean_square = wide.square().mean(dim=-1, keepdim=True)
-    return (wide / torch.sqrt(mean_square + eps)).to(x.dtype) * weight
-
-
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.gelu(gate) * up
-""",
-        ),
-        Known(
-            "exp-overflows",
-            answers=r"""
-# %% silu by exp(z) / (1 + exp(z))
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    wide = x.float()
-    mean_square = wide.square().mean(dim=-1, keepdim=True)
-    return (wide / torch.sqrt(mean_square + eps)).to(x.dtype) * weight
-
-
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    wide = gate.float()
-    return (wide * torch.exp(wide) / (1 + torch.exp(wide)) * up.float()).to(
-        gate_up.dtype
-    )
-
-# %% the same, in the order in which it is read
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    wide = x.float()
-    mean_square = wide.square().mean(dim=-1, keepdim=True)
-    return (wide / torch.sqrt(mean_square + eps)).to(x.dtype) * weight
-
-
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return gate * (torch.exp(gate) / (torch.exp(gate) + 1)) * up
 """,
         ),
     ),
