@@ -109,8 +109,8 @@ class _Norm:
     """How somebody norms; as it stands here, rightly.
 
     centred: whether the mean is subtracted. narrow: whether squares stay in the dtype of x. mean:
-    what of the squares: "mean", "sum", or the mean of the whole "table", of "columns" or of
-    "sizes". root: where eps goes: "inside", "outside", "no eps", "clamped", or "no root". eps: in
+    what of the squares: "mean", "sum", the mean of the whole "table", of "columns" or of "sizes",
+    or the "variance". root: where eps goes: "inside", "outside", "no eps", "clamped", or "no root". eps: in
     place of the given one. weigh: "after", "not", "plus one" or "before".
     """
 
@@ -139,6 +139,8 @@ class _Norm:
             return square.mean()
         if self.mean == "columns":
             return square.mean(0, keepdim=True)
+        if self.mean == "variance":
+            return x.var(-1, keepdim=True, unbiased=False)
         if self.mean == "sizes":
             return x.abs().mean(-1, keepdim=True) ** 2
         if self.mean == "sum":
@@ -266,6 +268,20 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return gate * torch.sigmoid(gate) * up
+""",
+        ),
+        Known(
+            "variance-not-mean-square",
+            message=(
+                "You divide by the standard deviation: a variance is the mean square of what is"
+                " left when the mean is subtracted.\nRMSNorm takes the mean of x·x itself."
+            ),
+            suspects=(_Norm(mean="variance"),),
+            answers=r"""
+# %% var, as in LayerNorm
+@@
+-    mean_square = wide.square().mean(dim=-1, keepdim=True)
++    mean_square = wide.var(dim=-1, keepdim=True, unbiased=False)
 """,
         ),
         Known(

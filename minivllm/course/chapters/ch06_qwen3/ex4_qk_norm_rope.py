@@ -320,7 +320,7 @@ EXERCISE = Exercise(
             answers=r'''
 # %% the table's halves exchanged
 @@
--    """Norm, where weights are given, and turn each head: [T, H, D], [T, KH, D] -> both, new."""
+-    """Norm where weights are given, and turn: [T, H, D], [T, KH, D] -> both, new."""
 -    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
 +    sin, cos = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
 ''',
@@ -339,13 +339,13 @@ EXERCISE = Exercise(
             answers=r'''
 # %% the first rows of the table (reference bug 23)
 @@
--    """Norm, where weights are given, and turn each head: [T, H, D], [T, KH, D] -> both, new."""
+-    """Norm where weights are given, and turn: [T, H, D], [T, KH, D] -> both, new."""
 -    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
 +    cos, sin = cos_sin[: len(positions)].unsqueeze(1).chunk(2, dim=-1)
 
 # %% counted from the step's first position
 @@
--    """Norm, where weights are given, and turn each head: [T, H, D], [T, KH, D] -> both, new."""
+-    """Norm where weights are given, and turn: [T, H, D], [T, KH, D] -> both, new."""
 -    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
 +    cos, sin = cos_sin[positions - positions[0]].unsqueeze(1).chunk(2, dim=-1)
 ''',

@@ -496,7 +496,7 @@ EXERCISE = Exercise(
 # %% fills the dict, not the parameter
 @@
 -            raise ValueError(
--                f"{name} has the shape {list(tensor.shape)}, its place {list(place.shape)}"
+-                f"{name} is {list(tensor.shape)}, its place {list(place.shape)}"
 -            )
 -        place.copy_(tensor)
 +            raise ValueError(name)
@@ -609,7 +609,7 @@ def load(
 @@
 -        if place.shape != tensor.shape:
 -            raise ValueError(
--                f"{name} has the shape {list(tensor.shape)}, its place {list(place.shape)}"
+-                f"{name} is {list(tensor.shape)}, its place {list(place.shape)}"
 -            )
 -        place.copy_(tensor)
 +        try:
@@ -621,7 +621,7 @@ def load(
 @@
 -        if place.shape != tensor.shape:
 -            raise ValueError(
--                f"{name} has the shape {list(tensor.shape)}, its place {list(place.shape)}"
+-                f"{name} is {list(tensor.shape)}, its place {list(place.shape)}"
 -            )
 -        place.copy_(tensor)
 +        if place.dim() != tensor.dim():
@@ -855,8 +855,8 @@ def load(
 -            raise ValueError(f"{name} fits nowhere")
 +            raise ValueError("unexpected tensor")
 @@
--                f"{name} has the shape {list(tensor.shape)}, its place {list(place.shape)}"
-+                f"a tensor has the shape {list(tensor.shape)}, its place {list(place.shape)}"
+-                f"{name} is {list(tensor.shape)}, its place {list(place.shape)}"
++                f"a tensor is {list(tensor.shape)}, its place {list(place.shape)}"
 
 # %% does not say what is missing
 @@

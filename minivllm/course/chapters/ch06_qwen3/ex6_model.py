@@ -171,9 +171,9 @@ class _Slip:
     "nothing". at: the positions: as given, from 0 in each step ("restart"), or all 0. scale:
     "head", "hidden", "square" (without the root) or "none". eps: instead of the config's. norms:
     whose weight query and key get, "-" for none. stored: which keys, and when: "turned", "plain",
-    "after" attention, "never". order: of norms and branches: "pre", "post", "parallel", "one norm"
-    for both branches, or a branch without its norm ("first bare", "second bare"). final: where the
-    last norm is. broken: other mistakes, by name.
+    "exchanged" with values, "after" attention, "never". order: of norms and branches: "pre",
+    "post", "parallel", "one norm" for both branches, or a branch without its norm ("first bare",
+    "second bare"). final: where the last norm is. broken: other mistakes, by name.
     """
 
     stream: tuple[str, str] = ("x", "x")
@@ -257,9 +257,9 @@ class _WrongModel:
         q, k = self.kernels.qk_norm_rope(q, plain, *weights, self.table, at, self.eps)
         dim = config.head_dim
         scale = {"head": dim, "square": dim**2, "hidden": config.hidden_size, "none": 1}[slip.scale]
-        if slip.stored in ("turned", "plain"):
-            key = k if slip.stored == "turned" else plain
-            self.kernels.store_kv(key, v, *cache, metadata.slot_mapping)
+        pair = {"turned": (k, v), "plain": (plain, v), "exchanged": (v, k)}.get(slip.stored)
+        if pair:
+            self.kernels.store_kv(*pair, *cache, metadata.slot_mapping)
         out = cached_attention(q, cache, metadata, scale**-0.5, self.kernels)
         if slip.stored == "after":
             self.kernels.store_kv(k, v, *cache, metadata.slot_mapping)
@@ -754,6 +754,14 @@ EXERCISE = Exercise(
                 " head_dim numbers: head_dim ** -0.5."
             ),
             suspects=(wrong(scale="hidden"),),
+        ),
+        Known(
+            "keys-and-values-exchanged",
+            message=(
+                "The key pages hold values, and the value pages hold keys.\nstore_kv takes the key"
+                " first, and a cache is (key pages, value pages)."
+            ),
+            suspects=(wrong(stored="exchanged"),),
         ),
         Known(
             "scale-without-root",
