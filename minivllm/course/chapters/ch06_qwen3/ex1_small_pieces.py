@@ -44,6 +44,7 @@ GATES = (
     "silu-of-both",
     "silu-of-the-product",
     "no-activation",
+    "sigmoid-falls",
     "added-not-multiplied",
     "exp-overflows",
 )
@@ -110,8 +111,8 @@ class _Norm:
 
     centred: whether the mean is subtracted. narrow: whether squares stay in the dtype of x. mean:
     what of the squares: "mean", "sum", the mean of the whole "table", of "columns" or of "sizes",
-    or the "variance". root: where eps goes: "inside", "outside", "no eps", "clamped", or "no root". eps: in
-    place of the given one. weigh: "after", "not", "plus one" or "before".
+    or the "variance". root: where eps goes: "inside", "outside", "no eps", "clamped", or "no root".
+    eps: in place of the given one. weigh: "after", "not", "plus one" or "before".
     """
 
     centred: bool = False
@@ -228,6 +229,7 @@ class _Gate:
             "relu": F.relu,
             "tanh": torch.tanh,
             "nothing": torch.clone,
+            "falling": lambda y: y * torch.sigmoid(-y),
             "by exp": lambda y: y * torch.exp(y) / (1 + torch.exp(y)),
         }[self.activation](z)
 
@@ -609,6 +611,20 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
                 " SiLU first."
             ),
             suspects=(_Gate("nothing"),),
+        ),
+        Known(
+            "sigmoid-falls",
+            message=(
+                "Your sigmoid falls: a large gate closes, and a small one opens.\nIt is 1 / (1 +"
+                " exp(-z)), with a minus."
+            ),
+            suspects=(_Gate("falling"),),
+            answers=r"""
+# %% the minus is forgotten
+@@
+-    return gate * torch.sigmoid(gate) * up
++    return gate / (1 + torch.exp(gate)) * up
+""",
         ),
         Known(
             "added-not-multiplied",
