@@ -200,6 +200,7 @@ def _of_flops(measured: dict[str, int]) -> list[Prediction]:
                     "GQA shares keys and values, which saves bytes. Each query head still computes"
                     " its own scores.",
                 ),
+                "head-dim-from-hidden-size": (flops / (4 * LAYERS * HIDDEN), NOT_SQUARE),
                 "one-layer": (LAYERS * flops / pair, "Attention runs in each of the 36 layers."),
                 "forgot-the-head": (
                     (flops - 2 * EMBEDDING) / pair,

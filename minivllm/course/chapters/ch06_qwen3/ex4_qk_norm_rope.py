@@ -112,9 +112,10 @@ class _Slip:
 
         if weight is None:
             return x
-        dims = (-1,) if self.over == "head" else (-2, -1)
+        dims = (-2, -1) if self.over == "token" else (-1,)
         wide = x if self.broken == "narrow" else x.float()
-        square = wide.square().mean(dims, keepdim=True)
+        square = wide.square()
+        square = square.sum(-1, True) if self.over == "sum" else square.mean(dims, keepdim=True)
         eps = eps if self.eps_used is None else self.eps_used
         normed = (wide * torch.rsqrt(square + eps)).to(x.dtype)
         return normed * weight if self.weigh else normed
@@ -127,6 +128,7 @@ class _Slip:
             "positions": positions,
             "from 0": torch.arange(len(positions)),
             "first": positions - positions[0],
+            "least": positions - positions.min(),
             "next": (positions + 1).clamp(max=ROWS - 1),
         }[self.rows]
         cos, sin = cos_sin[at].unsqueeze(1).chunk(2, dim=-1)
@@ -170,7 +172,7 @@ def _turned(slip: _Slip, *case: Any) -> tuple[torch.Tensor, torch.Tensor]:
         y = slip.norm(x, weight, eps) if slip.order == "norm first" else x
         y = slip.turn(y.float(), *angles).to(x.dtype) if own in slip.turns else y
         results.append(slip.norm(y, weight, eps) if slip.order != "norm first" else y)
-    return results[0], results[1]
+    return tuple(results[::-1] if slip.broken == "key first" else results)
 
 
 def wrong(**how: Any) -> Callable:
@@ -335,6 +337,7 @@ EXERCISE = Exercise(
             suspects=(
                 wrong(rows="from 0"),
                 wrong(rows="first"),
+                wrong(rows="least"),
             ),
             answers=r'''
 # %% the first rows of the table (reference bug 23)
@@ -451,6 +454,25 @@ def qk_norm_rope(
 
     return turn(query, q_weight), turn(key, k_weight)
 """,
+        ),
+        Known(
+            "sum-not-mean",
+            message=(
+                "You divide by the root of the sum of squares, which makes heads of length"
+                " 1.\nRMSNorm takes the mean of the squares: .mean(dim=-1, keepdim=True)."
+            ),
+            suspects=(wrong(over="sum"),),
+            answers=r"""
+# %% unit length
+@@
+-                * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
++                * torch.rsqrt(wide.square().sum(dim=-1, keepdim=True) + eps)
+""",
+        ),
+        Known(
+            "key-first",
+            message="You return the key first.\nThe engine unpacks the pair as query, key.",
+            suspects=(wrong(broken="key first"),),
         ),
         Known(
             "norm-over-all-heads",
