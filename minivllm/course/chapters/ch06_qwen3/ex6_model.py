@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from minivllm.course.grading.diagnose import diagnose
 from minivllm.course.grading.errors import Mistake
-from minivllm.course.grading.judges import counted, expect, seeded
+from minivllm.course.grading.judges import counted, expect, expect_unchanged, seeded
 from minivllm.course.grading.with_engine import engine_agrees
 
 if TYPE_CHECKING:
@@ -91,7 +91,10 @@ def _computed(build: Callable, run: Run) -> list[torch.Tensor]:
                 BatchRow(tokens[i][start : start + count], start, True) for i, start, count in here
             ]
             batch = build_batch(rows, tables[[i for i, *_ in here]], _BLOCK)
+            before = batch.token_ids.clone(), batch.positions.clone()
             hidden = forward(batch.token_ids, batch.positions, caches, batch.attention)
+            expect_unchanged(batch.token_ids, before[0], "token_ids")
+            expect_unchanged(batch.positions, before[1], "positions")
             found += [hidden, compute_logits(hidden[batch.logits_indices])]
     return found
 
