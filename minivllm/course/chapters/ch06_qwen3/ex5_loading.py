@@ -36,6 +36,8 @@ BUNDLED_FUSED = {
     "qkv_proj": {"q_proj": 256, "k_proj": 128, "v_proj": 128},
     "gate_up_proj": {"gate_proj": 768, "up_proj": 768},
 }
+#: What a parameter holds that nobody has filled. A model has arbitrary numbers there, and no NaN.
+EMPTY = 32768.0
 #: A change of a checkpoint: a tensor's name and the tensor -> what the file has instead.
 _Change = Callable[[str, "torch.Tensor"], list]
 
@@ -112,7 +114,7 @@ class _Author:
         change: _Change | None = None,
         culprit: str = "",
     ) -> Files:
-        """The tensors, in alphabetical order of their names, and parameters full of NaN."""
+        """The tensors, in alphabetical order of their names, and parameters full of `EMPTY`."""
         import torch
 
         layout = layout or _Layout()
@@ -120,7 +122,7 @@ class _Author:
         tensors = [(n, torch.randn(shapes[n], generator=self.random)) for n in sorted(shapes)]
         if change:
             tensors = [pair for name, tensor in tensors for pair in change(name, tensor)]
-        params = {name: torch.full(shape, math.nan) for name, shape in places.items()}
+        params = {name: torch.full(shape, EMPTY) for name, shape in places.items()}
         return Files(what, tensors, params, layout.tied, layout.parts(), culprit)
 
     def fitting(self) -> list[Files]:
@@ -308,6 +310,8 @@ class _Loader:
         fits = place.shape == tensor.shape or (
             self.shapes == "dimensions" and place.ndim == tensor.ndim
         )
+        if self.shapes == "matrices" and tensor.ndim < 2:
+            fits = True
         if self.shapes == "rows" and tensor.ndim:
             fits = len(place) == len(tensor)
         if not fits and "shape" not in self.slips:
@@ -347,7 +351,7 @@ def _outcome(load: Callable, kind: Callable = iter) -> Callable:
                     "wrong-error", f"{checkpoint}: {type(error).__name__}: {error}"
                 ) from error
             raise
-        empty = [name for name, tensor in checkpoint.params.items() if tensor.isnan().any()]
+        empty = [name for name, tensor in checkpoint.params.items() if (tensor == EMPTY).any()]
         return "no error", empty, dict(checkpoint.params)
 
     return of
@@ -603,7 +607,11 @@ def load(
                 "A tensor of another shape was taken: copy_ broadcasts, so that one row fills"
                 " many.\nCompare the shapes before you copy, and raise ValueError."
             ),
-            suspects=(*_careless("shape"), *_loose(shapes="dimensions")),
+            suspects=(
+                *_careless("shape"),
+                *_loose(shapes="dimensions"),
+                *_loose(shapes="matrices"),
+            ),
             answers=r"""
 # %% copy_ will tell
 @@

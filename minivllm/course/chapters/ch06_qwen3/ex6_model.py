@@ -172,17 +172,19 @@ class _Slip:
 
     stream: what each branch is added to: the stream "x", its norm "h", "twice" the stream or
     "nothing". at: the positions: as given, from 0 in each step ("restart"), or all 0. scale:
-    "head", "hidden", "square" (without the root) or "none". eps: instead of the config's. norms:
-    whose weight query and key get, "-" for none. stored: which keys, and when: "turned", "plain",
-    "exchanged" with values, "after" attention, "never". order: of norms and branches: "pre",
-    "post", "parallel", "one norm" for both branches, or a branch without its norm ("first bare",
-    "second bare"). final: where the last norm is. broken: other mistakes, by name.
+    "head", "hidden", "square" (without the root) or "none". eps: instead of the config's; eps_of:
+    in the norms of "heads", of "rows" or in "all". norms: whose weight query and key get, "-" for
+    none. stored: which keys, and when: "turned", "plain", "exchanged" with values, "after"
+    attention, "never". order: of norms and branches: "pre", "post", "parallel", "one norm" for both
+    branches, or a branch without its norm ("first bare", "second bare"). final: where the last norm
+    is. broken: other mistakes, by name.
     """
 
     stream: tuple[str, str] = ("x", "x")
     at: str = "given"
     scale: str = "head"
     eps: float | None = None
+    eps_of: str = "all"
     norms: str = "qk"
     stored: str = "turned"
     order: str = "pre"
@@ -201,7 +203,9 @@ class _WrongModel:
 
         self.config, self.slip = config, slip
         self.kernels, self.weights = Kernels.reference(), _weights(config, seed)
-        self.eps = config.rms_norm_eps if slip.eps is None else slip.eps
+        own = config.rms_norm_eps if slip.eps is None else slip.eps
+        self.eps = config.rms_norm_eps if slip.eps_of == "heads" else own
+        self.eps_of_heads = config.rms_norm_eps if slip.eps_of == "rows" else own
         self.table = rope_table(config.rope, config.head_dim, _MAX_POSITION, torch.device("cpu"))
 
     def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
@@ -257,7 +261,7 @@ class _WrongModel:
         config, slip = self.config, self.slip
         q, plain, v = (self.heads(self.product(h, f"{prefix}{n}_proj")) for n in "qkv")
         weights = [self.weights.get(f"{prefix}{n}_norm.weight") for n in slip.norms]
-        q, k = self.kernels.qk_norm_rope(q, plain, *weights, self.table, at, self.eps)
+        q, k = self.kernels.qk_norm_rope(q, plain, *weights, self.table, at, self.eps_of_heads)
         dim = config.head_dim
         scale = {"head": dim, "square": dim**2, "hidden": config.hidden_size, "none": 1}[slip.scale]
         pair = {"turned": (k, v), "plain": (plain, v), "exchanged": (v, k)}.get(slip.stored)
@@ -266,7 +270,8 @@ class _WrongModel:
         out = cached_attention(q, cache, metadata, scale**-0.5, self.kernels)
         if slip.stored == "after":
             self.kernels.store_kv(k, v, *cache, metadata.slot_mapping)
-        return self.product(out.flatten(-2), f"{prefix}o_proj")
+        joined = out.mT if slip.broken == "joined across" else out
+        return self.product(joined.flatten(-2), f"{prefix}o_proj")
 
     def heads(self, x: torch.Tensor) -> torch.Tensor:
         if self.slip.broken == "heads across":
@@ -798,10 +803,11 @@ EXERCISE = Exercise(
         Known(
             "heads-cut-across",
             message=(
-                "A head's numbers do not stand side by side in your heads: you cut the other way.\n"
+                "A head's numbers do not stand side by side in your heads: you cut or join them the"
+                " other way.\n"
                 "A row of the product is head 0, then head 1, …: unflatten(-1, (-1, head_dim))."
             ),
-            suspects=(wrong(broken="heads across"),),
+            suspects=(wrong(broken="heads across"), wrong(broken="joined across")),
         ),
         Known(
             "layers-without-effect",
@@ -841,8 +847,7 @@ EXERCISE = Exercise(
                 " config.rms_norm_eps.\nUse it in every norm, the heads' too."
             ),
             suspects=(
-                wrong(eps=1e-6),
-                wrong(eps=1e-5),
+                *(wrong(eps=e, eps_of=of) for e in (1e-6, 1e-5) for of in ("all", "heads", "rows")),
             ),
         ),
         Known(
