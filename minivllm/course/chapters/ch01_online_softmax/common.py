@@ -30,6 +30,8 @@ class Walk:
     guarded: bool = True
     #: Whether the 0 is subtracted wherever a tile is masked, whatever came before it.
     guard_by_tile: bool = False
+    #: Whether that holds for the weights of a masked tile after others, too.
+    guards_weights: bool = True
     #: The maximum under which the weights of a tile are taken.
     under: Literal["new", "tile", "old", "old or new", "nothing"] = "new"
     #: What multiplies what was summed before.
@@ -42,13 +44,21 @@ class Walk:
     #: Whether the new maximum is the larger one of the old and the tile's, and whether it is kept.
     compares: bool = True
     keeps: bool = True
+    #: Whether a tile that does not raise the maximum is left out.
+    only_rises: bool = False
     #: Whether all rows share one maximum.
     shared: bool = False
     #: Whether all rows share one sum.
     sums_all: bool = False
     #: Which tiles count.
     tiles: Literal[
-        "all", "full", "first", "but the last", "until masked", "none if the first is masked"
+        "all",
+        "full",
+        "first",
+        "but the last",
+        "until masked",
+        "none if the first is masked",
+        "without masked scores",
     ] = "all"
     #: Whether the output is divided by the sum so far in each tile.
     divides_each: bool = False
@@ -73,6 +83,9 @@ class Walk:
             factor = self._factor(m, tile_max, under)
             added, out = weights.sum(dim=1, keepdim=True), weights @ value
             added = added.sum().expand_as(m) if self.sums_all else added
+            if self.only_rises:
+                rises = tile_max > m
+                added, out, factor = added * rises, out * rises, factor.where(rises, 1.0)
             if self.late:
                 l, acc = (l + added) * factor, (acc + out) * factor
             else:
@@ -95,6 +108,8 @@ class Walk:
         return finite(maximum) if self.guarded else maximum
 
     def _under(self, m: torch.Tensor, tile_max: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        if not self.guards_weights:
+            return tile_max.masked_fill(new == -INF, 0.0)
         bases = {"new": new, "tile": tile_max, "old": m, "old or new": m.where(m > -INF, new)}
         return 0.0 * finite(new) if self.under == "nothing" else self._safe(bases[self.under])
 
@@ -110,16 +125,19 @@ class Walk:
 
     def _tiles(self, scores: torch.Tensor, values: torch.Tensor, block: int) -> tuple:
         tiles, parts = scores.split(block, dim=1), values.split(block)
-        masked = [tile.max() == -INF for tile in tiles]
-        count = {
-            "all": len(tiles),
-            "full": scores.shape[1] // block,
-            "first": 1,
-            "but the last": len(tiles) - 1,
-            "until masked": masked.index(True) if True in masked else len(tiles),
-            "none if the first is masked": 0 if masked[0] else len(tiles),
+        last, tail = len(tiles) - 1, scores.shape[1] % block > 0
+        masked = [bool((tile == -INF).all()) for tile in tiles]
+        counts = {
+            "all": lambda i: True,
+            "full": lambda i: not (i == last and tail),
+            "first": lambda i: i == 0,
+            "but the last": lambda i: i < last,
+            "until masked": lambda i: not any(masked[: i + 1]),
+            "none if the first is masked": lambda i: not masked[0],
+            "without masked scores": lambda i: bool((tiles[i] > -INF).all()),
         }[self.tiles]
-        return tiles[:count], parts[:count]
+        chosen = [i for i in range(len(tiles)) if counts(i)]
+        return [tiles[i] for i in chosen], [parts[i] for i in chosen]
 
 
 #: Mistake's name, its message, the walks that make it. Where two walks look alike in all cases, the
@@ -137,7 +155,14 @@ _SLIPS: tuple[tuple[str, str, tuple[Walk, ...]], ...] = (
         "A tile's weights are taken under the tile's own maximum. Where an earlier tile held a"
         " larger score, they are too large.\nTake them under the running maximum, after it has seen"
         " the tile: then the whole sum stands under one maximum.",
-        (Walk(under="tile"),),
+        (Walk(under="tile"), Walk(under="tile", guards_weights=False)),
+    ),
+    (
+        "only-rising-tiles",
+        "A tile counts only when it raises the maximum; the others are left out, though their"
+        " scores have weights, too.\nAdd every tile to the sum. What depends on the maximum is the"
+        " rescaling: without a rise its factor is 1.",
+        (Walk(only_rises=True),),
     ),
     (
         "tile-under-the-old-maximum",
@@ -232,6 +257,13 @@ _SLIPS: tuple[tuple[str, str, tuple[Walk, ...]], ...] = (
         "Your walk ends at a tile in which everything is masked. Scores may follow after it.\nLeave"
         " that tile out, and go on with the next one: `continue`, not `break`.",
         (Walk(tiles="until masked"), Walk(tiles="none if the first is masked")),
+    ),
+    (
+        "tiles-with-masked-scores-left-out",
+        "You leave out each tile that holds a masked score, and with it the scores beside that"
+        " one.\nA masked score (-inf) adds exp(-inf) = 0 by itself. Only a tile in which ALL scores"
+        " are masked needs care.",
+        (Walk(tiles="without masked scores"),),
     ),
     (
         "guard-looks-at-the-tile",

@@ -108,7 +108,7 @@ EXERCISE = Exercise(
             " inf is nan; far below 0 all weights are 0, and 0 / 0 is nan.\nSubtract each row's"
             " largest score first: it changes no probability, and no exp is above 1 then.",
             hint=1,
-            suspects=(_by_exp,),
+            suspects=(_by_exp, lambda x: _by_exp(x).nan_to_num(0.0)),
             answers=r"""
 # %% the formula as it stands in the book
 def safe_softmax(x: torch.Tensor) -> torch.Tensor:
@@ -177,6 +177,17 @@ def safe_softmax(x: torch.Tensor) -> torch.Tensor:
     weights = torch.exp(x - x.mean(dim=1, keepdim=True))
     return weights / weights.sum(dim=1, keepdim=True)
 """,
+        ),
+        Known(
+            "first-score-subtracted",
+            "You subtract each row's first score. Where another one lies more than 88 above it, exp"
+            " gives inf; and where the first one is -inf, everything is nan.\nSubtract each row's"
+            " LARGEST score: then no exponent is above 0.",
+            hint=1,
+            suspects=(
+                lambda x: _by_exp(x - x[:, :1]),
+                lambda x: _by_exp(x - finite(x[:, :1])),
+            ),
         ),
         Known(
             "minimum-subtracted",

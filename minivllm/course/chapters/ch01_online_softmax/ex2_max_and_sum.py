@@ -218,6 +218,15 @@ def max_and_sum(scores: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.T
         m = new
     return m, l
 """,
+    "only-rising-tiles": r"""
+# %% nothing to do without a rise
+@@
+-        l = l * torch.exp(m - finite) + torch.exp(tile - finite).sum()
+-        m = new
++        if new > m:
++            l = l * torch.exp(m - finite) + torch.exp(tile - finite).sum()
++            m = new
+""",
     "guard-looks-at-the-tile": r"""
 # %% asks the tile, not the maximum
 @@
@@ -225,6 +234,10 @@ def max_and_sum(scores: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.T
 +        finite = torch.where(tile.max() == -math.inf, 0.0, new)
 """,
 }
+
+
+#: Walks that still have the first bug, and not the second.
+_OWN_MAXIMUM = (Walk(under="tile"), Walk(under="tile", guards_weights=False))
 
 
 def _slips() -> tuple[Known, ...]:
@@ -247,7 +260,7 @@ def _slips() -> tuple[Known, ...]:
     )
     own = "tile-under-its-own-maximum"
     return tuple(
-        replace(slip, suspects=(_by(Walk(under="tile")),)) if slip.name == own else slip
+        replace(slip, suspects=tuple(map(_by, _OWN_MAXIMUM))) if slip.name == own else slip
         for slip in known
     )
 
