@@ -44,6 +44,10 @@ class Walk:
     #: Whether the new maximum is the larger one of the old and the tile's, and whether it is kept.
     compares: bool = True
     keeps: bool = True
+    #: Whether the tile's own maximum is kept in its place.
+    keeps_tile_max: bool = False
+    #: Whether absolute values are compared.
+    magnitudes: bool = False
     #: Whether a tile that does not raise the maximum is left out.
     only_rises: bool = False
     #: Whether all rows share one maximum.
@@ -75,7 +79,7 @@ class Walk:
         m, l = torch.full((len(scores), 1), self.start), torch.zeros(len(scores), 1)
         acc = torch.zeros(len(scores), values.shape[1])
         for tile, value in zip(*self._tiles(scores, values, block), strict=True):
-            tile_max = tile.amax(dim=1, keepdim=True)
+            tile_max = (finite(tile).abs() if self.magnitudes else tile).amax(dim=1, keepdim=True)
             tile_max = tile_max.max().expand_as(m) if self.shared else tile_max
             new = torch.maximum(m, tile_max) if self.compares else tile_max
             under = new.masked_fill(tile_max == -INF, 0.0) if self.guard_by_tile else new
@@ -92,7 +96,8 @@ class Walk:
                 l = (l * factor if self.rescales_sum else l) + added
                 acc = (acc * factor if self.rescales_out else acc) + out
             acc = acc / l if self.divides_each else acc
-            m = new if self.keeps else m
+            kept = tile_max if self.keeps_tile_max else new
+            m = kept if self.keeps else m
         return m, l, acc
 
     def exp(self, x: torch.Tensor) -> torch.Tensor:
@@ -132,6 +137,7 @@ class Walk:
             "full": lambda i: not (i == last and tail),
             "first": lambda i: i == 0,
             "but the last": lambda i: i < last,
+            "but the last of several": lambda i: i < max(last, 1),
             "until masked": lambda i: not any(masked[: i + 1]),
             "none if the first is masked": lambda i: not masked[0],
             "without masked scores": lambda i: bool((tiles[i] > -INF).all()),
@@ -202,7 +208,7 @@ _SLIPS: tuple[tuple[str, str, tuple[Walk, ...]], ...] = (
         "Your running maximum is the maximum of the latest tile: a larger score of an earlier tile"
         " is forgotten.\nThe new maximum is the larger one of two: of the old maximum and the"
         " tile's.",
-        (Walk(compares=False),),
+        (Walk(compares=False), Walk(keeps_tile_max=True)),
     ),
     (
         "maximum-not-kept",
@@ -228,6 +234,13 @@ _SLIPS: tuple[tuple[str, str, tuple[Walk, ...]], ...] = (
         ),
     ),
     (
+        "largest-magnitude",
+        "Your maximum is that of the absolute values. For scores far below 0 it is far above them,"
+        " and everything underflows to a sum of 0.\nTake the largest score itself, which may be"
+        " negative.",
+        (Walk(magnitudes=True),),
+    ),
+    (
         "no-maximum",
         "You take exp of the scores as they are: large ones give inf, and inf / inf is nan.\nKeep a"
         " running maximum, subtract it in the exponent, and rescale when it grows.",
@@ -244,7 +257,7 @@ _SLIPS: tuple[tuple[str, str, tuple[Walk, ...]], ...] = (
         "last-tile-dropped",
         "Your loop ends one tile too early: the last tile is ignored, full or not.\nCount the steps"
         " for a row that fits into one tile.",
-        (Walk(tiles="but the last"),),
+        (Walk(tiles="but the last"), Walk(tiles="but the last of several")),
     ),
     (
         "first-tile-only",

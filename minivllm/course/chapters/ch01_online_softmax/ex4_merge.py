@@ -313,6 +313,72 @@ def merge_attention(
 """,
         ),
         Known(
+            "maximum-never-below-zero",
+            "What you subtract is never below 0. Where all log-sum-exps are far below 0, all"
+            " weights underflow to 0, and nothing is left to divide.\nSubtract the largest"
+            " log-sum-exp over the parts itself, which may be negative.",
+            hint=2,
+            suspects=_merges(lambda lse: (lse - lse.amax(dim=0).clamp(min=0.0)).exp()),
+            answers=r"""
+# %% a clamp against -inf
+def merge_attention(
+    partial_out: torch.Tensor, partial_lse: torch.Tensor
+) -> torch.Tensor:
+    largest = partial_lse.amax(dim=0).clamp(min=0.0)
+    weights = torch.exp(partial_lse - largest)
+    total = weights.sum(dim=0)
+    merged = (weights.unsqueeze(-1) * partial_out).sum(dim=0)
+    return merged / torch.where(total == 0.0, 1.0, total).unsqueeze(-1)
+""",
+        ),
+        Known(
+            "clamped",
+            "You cut large log-sum-exps off instead of shifting them. Then all parts beyond the"
+            " limit look alike: 800 and 802 get the same weight.\nSubtract the largest one over the"
+            " parts; differences stay as they are.",
+            hint=2,
+            suspects=_merges(
+                *(
+                    lambda lse, limit=limit: lse.clamp(max=limit).exp()
+                    for limit in (50.0, 80.0, 85.0, 88.0, 88.7, 100.0)
+                )
+            ),
+        ),
+        Known(
+            "weights-over-everything",
+            "Your weights add up to 1 over all parts, sequences and heads together. Each sequence"
+            " and head has a merge of its own.\nSum over the parts only: dim=0 of [S, B, H].",
+            hint=2,
+            suspects=_merges(
+                lambda lse: lse.flatten().softmax(0).view(lse.shape),
+                lambda lse: (w := _below(lse)) / w.sum(),
+                divide=False,
+            ),
+            answers=r"""
+# %% the sum of all weights
+@@
+-    total = weights.sum(dim=0)
++    total = weights.sum()
+""",
+        ),
+        Known(
+            "weights-turned-round",
+            "Parts with small log-sum-exps count most in your merge, and it should be the other way"
+            " round.\nThe weight of a part is exp(+lse).",
+            hint=1,
+            suspects=_merges(lambda lse: (-lse).softmax(dim=0), divide=False),
+        ),
+        Known(
+            "divided-by-the-parts",
+            "Your result is right, but for a division by the number of parts. The weights add up to"
+            " 1 already.\nTake a sum over the parts, not a mean.",
+            hint=1,
+            suspects=tuple(
+                lambda out, lse, merge=merge: merge(out, lse) / len(out)
+                for merge in _merges(_below, _below_unguarded)
+            ),
+        ),
+        Known(
             "first-part-as-maximum",
             "You subtract the first part's log-sum-exp, not the largest. Where another part lies"
             " far above it, exp gives inf; and where the first part is empty, everything is nan.\n"

@@ -57,7 +57,7 @@ def _cases() -> list[Case]:
         case(3, 8, 4, 4, 4),
         case(4, 33, 8, 6, 16, scale=1.0),
         case(5, 7, 4, 4, 1),
-        case(2, 32, 16, 16, 8, scale=0.25),
+        case(8, 32, 16, 16, 8, scale=0.25),
         case(6, 6, 6, 6, 3),
         case(40, 7, 3, 5, 5),
         case(3, 21, 8, 8, 4, scale=9.0),
@@ -121,6 +121,12 @@ def _by(walk: Walk, divide: bool = True) -> Callable:
     return of
 
 
+def _by_count(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, block: int
+) -> torch.Tensor:
+    return _by(Walk(), divide=False)(q, k, v, scale, block) / len(k)
+
+
 def check_attend(answer: Callable) -> str:
     """Judge an answer to 01.5."""
     cases = _cases()
@@ -150,10 +156,12 @@ def _expect_one_pass(answer: Callable, case: Case) -> None:
 
 
 def _expect_small_tiles(seen: Seen, length: int, block: int) -> None:
+    """No operation takes in more than a tile, or makes as many numbers as there are keys."""
     if math.prod(seen.largest) >= length:
-        name = "whole-row" if length in seen.largest else "tile-too-large"
+        read = max(len(seen.widest(name).rows) for name in seen.reads)
+        name = "tile-too-large" if read > block else "tiles-kept"
         raise Mistake(
-            name,
+            "whole-row" if length in seen.largest else name,
             f"The result is right, but on the way you made a tensor {list(seen.largest)}, for a"
             f" context of {length} keys in tiles of {block}.\nThis exercise does without the row of"
             " scores: hold no more than the scores of a tile, [M, block].",
@@ -339,6 +347,13 @@ EXERCISE = Exercise(
 -    return acc / l
 +    return acc
 """,
+        ),
+        Known(
+            "divided-by-the-count",
+            "You divide the weighted sum by the number of keys. The weights do not add up to that,"
+            " but to l.\nDivide by l, the sum of the weights.",
+            hint=3,
+            suspects=(_by_count,),
         ),
         Known(
             "tiles-averaged",

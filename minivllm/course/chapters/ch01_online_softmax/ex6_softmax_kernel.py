@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from minivllm.course.chapters.ch01_online_softmax.common import INF, Walk, slips
+from minivllm.course.chapters.ch01_online_softmax.common import INF, Walk, finite, slips
 from minivllm.course.grading.accesses import Accesses, accesses
 from minivllm.course.grading.diagnose import diagnose
 from minivllm.course.grading.errors import Mistake
@@ -217,6 +218,21 @@ def _tile_wise(x: torch.Tensor, block: int) -> torch.Tensor:
     return torch.cat([tile.softmax(dim=1) for tile in x.split(block, dim=1)], dim=1)
 
 
+def _so_far(x: torch.Tensor, block: int) -> torch.Tensor:
+    """Each tile under the maximum and the sum of the row up to its end."""
+    import torch
+
+    parts = []
+    for start in range(0, x.shape[1], block):
+        m, l, _ = Walk()(x[:, : start + block], block)
+        parts.append((x[:, start : start + block] - finite(m)).exp() / l)
+    return torch.cat(parts, dim=1)
+
+
+def _first_unwritten(out: torch.Tensor, x: torch.Tensor, block: int) -> None:
+    out[:, block:] = x.softmax(dim=1)[:, block:]
+
+
 def _tail_unmasked(x: torch.Tensor, block: int) -> torch.Tensor:
     # On into the next row, or poison.
     whole = x.as_strided((len(x), -(-x.shape[1] // block) * block), x.stride())
@@ -249,12 +265,14 @@ def _judge(kernel: Any) -> int:
                 wording={BEYOND: _BEYOND},
             )
         except Mistake as mistake:
-            if mistake.name in ("wrong-values", "changed-input", "keeps-state"):
-                _expect_inside(seen)  # says more than the numbers do
+            # A place outside says more than numbers do.
+            if mistake.name in ("wrong-values", "changed-input", "keeps-state", "first-row-only"):
+                _expect_inside(seen)
+            if mistake.name == "wrong-values":
+                _expect_own_reads(seen)
             raise
     _expect_inside(seen)
-    if seen.read:
-        raise EXERCISE.mistake("load-without-mask", _touched("reads", seen.read))
+    _expect_own_reads(seen)
     if seen.lanes:
         raise EXERCISE.mistake(
             "tile-too-large", f"The result is right, but a load of yours has {seen.lanes} lanes."
@@ -274,6 +292,11 @@ def _touched(does: str, noted: list[tuple[str, str]]) -> str:
 def _expect_inside(seen: _Seen) -> None:
     if seen.written:
         raise EXERCISE.mistake("out-of-bounds-write", _touched("writes to", seen.written))
+
+
+def _expect_own_reads(seen: _Seen) -> None:
+    if seen.read:
+        raise EXERCISE.mistake("load-without-mask", _touched("reads", seen.read))
 
 
 _ANSWERS = {
@@ -504,6 +527,40 @@ def softmax_kernel(out_ptr, x_ptr, row_stride, N, BLOCK: tl.constexpr):
 """,
         ),
         Known(
+            "written-too-early",
+            "You write a tile with the maximum and the sum SO FAR; the rest of the row can still"
+            " change both.\nA first loop finds maximum and sum of the whole row; a second one"
+            " writes.",
+            hint=3,
+            suspects=(_written(_so_far),),
+            answers=r"""
+# %% one loop does both
+@triton.jit
+def softmax_kernel(out_ptr, x_ptr, row_stride, N, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    lanes = tl.arange(0, BLOCK)
+    row_max = float("-inf")
+    row_sum = 0.0
+    for start in range(0, N, BLOCK):
+        inside = start + lanes < N
+        x = tl.load(
+            x_ptr + row * row_stride + start + lanes, mask=inside, other=float("-inf")
+        )
+        new_max = tl.maximum(row_max, tl.max(x, axis=0))
+        finite = tl.where(new_max == float("-inf"), 0.0, new_max)
+        p = tl.exp(x - finite)
+        row_sum = row_sum * tl.exp(row_max - finite) + tl.sum(p, axis=0)
+        row_max = new_max
+        tl.store(out_ptr + row * N + start + lanes, p / row_sum, mask=inside)
+""",
+        ),
+        Known(
+            "first-tile-not-written",
+            "The first tile of each row is never written: what was in `out` before is still there."
+            "\nThe second loop begins at 0, as the first one does.",
+            suspects=(_first_unwritten,),
+        ),
+        Known(
             "first-row-only",
             "Your kernel computes row 0 in every program, or writes all results to row 0.\nProgram"
             " r, tl.program_id(0), reads row r at x_ptr + r * row_stride and writes row r at"
@@ -564,7 +621,8 @@ def softmax_kernel(out_ptr, x_ptr, row_stride, N, BLOCK: tl.constexpr):
             "load-without-mask",
             "Where the last tile is not full, your kernel reads beyond the row: into the next row,"
             " or what follows the last (here: poison, nan). Elsewhere that can end the process,"
-            " even where the numbers are not used.\nGive tl.load a mask, and other=float('-inf').",
+            " even where the numbers are not used.\nEach tl.load needs a mask that is False beyond"
+            " the row, start + lanes < N, and other=float('-inf').",
             suspects=(_written(_tail_unmasked),),
             answers=r"""
 # %% reads beyond the row
@@ -589,6 +647,25 @@ def softmax_kernel(out_ptr, x_ptr, row_stride, N, BLOCK: tl.constexpr):
 -        )
 +        x = tl.load(x_ptr + row * row_stride + start + lanes)
 +        x = tl.where(inside, x, float("-inf"))
+         new_max = tl.maximum(row_max, tl.max(x, axis=0))
+""",
+        ),
+        Known(
+            "masked-lanes-undefined",
+            "The lanes that a mask switches off hold anything where tl.load has no `other` (here:"
+            " nan), and you add them to maximum and sum.\nGive tl.load other=float('-inf'): it"
+            " never wins, and its exp is 0.",
+            hint=2,
+            suspects=(_padded(math.nan),),
+            answers=r"""
+# %% a mask, and no other
+@@
+     for start in range(0, N, BLOCK):
+         inside = start + lanes < N
+-        x = tl.load(
+-            x_ptr + row * row_stride + start + lanes, mask=inside, other=float("-inf")
+-        )
++        x = tl.load(x_ptr + row * row_stride + start + lanes, mask=inside)
          new_max = tl.maximum(row_max, tl.max(x, axis=0))
 """,
         ),
