@@ -84,8 +84,8 @@ def _shaped(case: Callable[..., Case]) -> list[Case]:
     far[0].copy_(torch.tensor([[40.0] * 4, [-40.0] * 4]))
     # Large scores are exact and far apart here, so that rounding does not show.
     low, giant = case(1, 11, 2, 3, 4, scale=1.0), case(2, 13, 1, 3, 4, scale=1.0)
-    low[0].fill_(100.0)
-    low[1].copy_(-100.0 - 1.5 * torch.tensor([3, 4, 2, 9, 1, 5, 2, 6, 5, 3, 7]).unsqueeze(1))
+    column = -100.0 - 1.5 * torch.tensor([3, 4, 2, 9, 1, 5, 2, 6, 5, 3, 7])
+    low = (low[0].fill_(100.0), torch.stack([column, column]).T, *low[2:])
     giant[0].copy_(torch.tensor([[8.0], [-8.0]]))
     giant[1][0], giant[1][12] = -1250.0, 1250.0
     falls_far = case(1, 12, 1, 2, 3, scale=1.0)
