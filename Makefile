@@ -47,7 +47,8 @@ demo: $(VENV)/.stamp-base  ## Watch the engine serve a batch of prompts with the
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m minivllm demo
 
 lab: $(VENV)/.stamp-lab  ## Open the course in JupyterLab, with the packages for its exercises and their checks
-	$(PY) -m jupyterlab --notebook-dir=. --ServerApp.default_url=/lab/tree/notebooks/00_tour.ipynb
+	$(PY) -m jupyterlab --notebook-dir=. --ServerApp.default_url=/lab/tree/notebooks/00_tour.ipynb \
+	  --ServerApp.contents_manager_class=minivllm.course.lab.CourseContents
 
 setup: $(VENV)/.stamp-dev  ## Install everything (demo, lab and tests) into .venv
 	@$(PY) -m minivllm doctor

@@ -616,7 +616,8 @@ RUN_ATTACKS = """
         except BaseException as error:
             outcome = f"{type(error).__name__}: {error}"[:200]
         found[name] = [outcome, time.monotonic() - start]
-        assert tokenizer.apply_chat_template(chat, chat_template="{{ messages[0].content }}") == "hello"
+        echo = "{{ messages[0].content }}"
+        assert tokenizer.apply_chat_template(chat, chat_template=echo) == "hello"
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     tokenizer.close()
     child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
@@ -691,7 +692,8 @@ class TestLimits:
             print(tokenizer._worker._process.pid, flush=True)
             if sys.argv[2] == "busy":
                 threading.Timer(0.3, os.kill, (os.getpid(), 9)).start()
-                loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+                begin, end = "{% for i in range(99999) %}", "{% endfor %}"
+                loop = begin + begin + end + end
                 tokenizer.apply_chat_template([], chat_template=loop)
             os.kill(os.getpid(), 9)
         """

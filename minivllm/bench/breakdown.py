@@ -26,7 +26,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,9 @@ from minivllm.parallel.launch import pick_device
 
 #: Kernels listed by name; the others are summed up.
 MOST_NAMES = 30
+
+#: The part of a step that belongs to no line of the engine.
+COLLECTOR = "Python's garbage collector"
 
 
 @dataclass(frozen=True)
@@ -136,11 +139,17 @@ def _short(name: str) -> str:
 
 
 class _Timers:
-    """Seconds of the CPU's parts of a step, by wrapping the engine's own objects."""
+    """Seconds of the CPU's parts of a step, by wrapping the engine's own objects.
+
+    A run of Python's garbage collector begins in whatever part happens to make the next object. So
+    its seconds are a part of their own, and no other part's.
+    """
 
     def __init__(self, engine: LLMEngine) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
-        scheduler, runner = engine.scheduler, engine.model_runner
+        self._collector_start = 0.0
+        gc.callbacks.append(self._note_collector)
+        scheduler, runner, processor = engine.scheduler, engine.model_runner, engine.processor
         execute = self._timed("launch the step", runner.execute)
         waited = self._timed("wait for the GPU", lambda result: StepResult.wait(result))
         scheduler.schedule = self._timed("schedule", scheduler.schedule)
@@ -151,31 +160,51 @@ class _Timers:
                 return waited(self)
 
         runner.execute = lambda batch: Waiting(**vars(execute(batch)))
-        self._owners = [(scheduler, "schedule"), (scheduler, "update"), (runner, "execute")]
+        processor.process = self._timed("extend the requests", processor.process)
+        processor.collect = self._timed("make the outputs", processor.collect)
+        self._owners = [
+            (scheduler, "schedule"),
+            (scheduler, "update"),
+            (runner, "execute"),
+            (processor, "process"),
+            (processor, "collect"),
+        ]
+
+    def _note_collector(self, phase: str, info: dict[str, int]) -> None:
+        now = time.perf_counter()
+        if phase == "start":
+            self._collector_start = now
+        else:
+            self.seconds[COLLECTOR] += now - self._collector_start
 
     def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*args: Any) -> Any:
-            start = time.perf_counter()
+            start, collected = time.perf_counter(), self.seconds[COLLECTOR]
             try:
                 return function(*args)
             finally:
-                self.seconds[name] += time.perf_counter() - start
+                taken = time.perf_counter() - start
+                self.seconds[name] += taken - (self.seconds[COLLECTOR] - collected)
 
         return wrapper
 
     def remove(self) -> None:
+        gc.callbacks.remove(self._note_collector)
         for owner, attribute in self._owners:
             delattr(owner, attribute)
 
 
 def cpu_parts(engine: LLMEngine, num_steps: int) -> dict[str, float]:
-    """Milliseconds per step of the CPU's parts; in "wait for the GPU" the CPU has nothing to do."""
+    """Milliseconds per step of the CPU's parts, as means over the steps.
+
+    In "wait for the GPU" the CPU has nothing to do. "everything else" has no timer of its own.
+    """
     timers = _Timers(engine)
     try:
         total = sum(timed_steps(engine, num_steps))
     finally:
         timers.remove()
-    parts = dict(timers.seconds)
+    parts = {name: seconds for name, seconds in timers.seconds.items() if seconds}
     parts["everything else"] = total - sum(parts.values())
     return {
         name: 1e3 * seconds / num_steps
@@ -213,6 +242,22 @@ def graph_us(engine: LLMEngine, num_replays: int) -> float | None:
         event.record()
     torch.cuda.synchronize()
     return statistics.median(1e3 * start.elapsed_time(end) for start, end in pairwise(events))
+
+
+@torch.inference_mode()
+def recorded_graphs(engine: LLMEngine) -> dict[str, Any] | None:
+    """The sizes of the engine's graphs, their bytes, and the seconds of recording all of them once
+    more (the first time includes the compiling of kernels); None without graphs.
+    """
+    runner = engine.model_runner
+    if runner.graphs is None:
+        return None
+    sizes, memory_bytes = runner.graphs.sizes, runner.graphs.memory_bytes
+    runner.release_graphs()
+    start = time.perf_counter()
+    runner.graphs = runner._capture_graphs(sizes)
+    seconds = time.perf_counter() - start
+    return {"sizes": sizes, "memory_bytes": memory_bytes, "seconds": seconds}
 
 
 def profile_cpu(engine: LLMEngine, num_steps: int) -> list[dict[str, Any]]:
@@ -286,7 +331,9 @@ def one_engine(
     """(what the engine is, a row for each number of requests), on one engine with overlap on or
     off.
     """
-    say(f"breakdown: starting the engine, overlap {'on' if overlap else 'off'}")
+    eager = engine_options["enforce_eager"]
+    how = f"overlap {'on' if overlap else 'off'}, graphs {'off' if eager else 'on'}"
+    say(f"breakdown: starting the engine, {how}")
     engine = LLMEngine(model, skip_tokenizer_init=True, async_scheduling=overlap, **engine_options)
     on_gpu = engine.model_runner.device.type == "cuda"
     num_profiled = max(4, num_steps // 4)
@@ -336,9 +383,7 @@ def one_engine(
             "overlap": overlap,
             "graphs": not engine.config.enforce_eager,
         }
-        | attempt(
-            f"{n} running, overlap {'on' if overlap else 'off'}", deadline, lambda n=n: one(n)
-        )
+        | attempt(f"{n} running, {how}", deadline, lambda n=n: one(n))
         for n in requests
     ]
     about = {
@@ -348,9 +393,11 @@ def one_engine(
         "engine": {
             k: v
             for k, v in asdict(engine.config).items()
-            if k not in ("device", "async_scheduling")
+            if k not in ("device", "async_scheduling", "enforce_eager")
         },
     }
+    if graphs := recorded_graphs(engine):
+        about["recorded_graphs"] = graphs
     return about, rows
 
 
@@ -361,13 +408,15 @@ def run(
     context: int | None = None,
     num_steps: int = 64,
     overlaps: Sequence[bool] = (True, False),
+    graphs: Sequence[bool] = (True,),
     max_seconds: float | None = None,
     **engine_options: Any,
 ) -> dict[str, Any]:
     """Break a decode step down at each number of running requests, with overlap on and off.
 
-    context: tokens of each prompt; None is 512 on a GPU, 64 on a CPU. max_seconds: rows that would
-    begin later are left out. Other options are the engine's.
+    graphs: True replays each step as a CUDA graph, False launches its kernels one by one; a CPU has
+    no graphs. context: tokens of each prompt; None is 512 on a GPU, 64 on a CPU. max_seconds: rows
+    that would begin later are left out. Other options are the engine's.
     """
     on_gpu = pick_device(engine_options.get("device", "auto")).startswith("cuda")
     requests, context = requests or ((256,) if on_gpu else (8,)), context or (512 if on_gpu else 64)
@@ -376,10 +425,12 @@ def run(
     engine_options.setdefault("max_model_len", -(-(context + 4 * num_steps + 192) // 64) * 64)
     about: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
-    for overlap in overlaps:
-        about, found = one_engine(
-            model, requests, context, num_steps, deadline, overlap, engine_options
+    for has_graphs, overlap in product(graphs, overlaps):
+        options = {**engine_options, "enforce_eager": not has_graphs}
+        found_about, found = one_engine(
+            model, requests, context, num_steps, deadline, overlap, options
         )
+        about |= found_about
         rows += found
         gc.collect()
         if on_gpu:

@@ -199,6 +199,7 @@ def _breakdown(report: dict[str, Any]) -> Iterable[Table]:
         f"A decode step, {report['model']}: milliseconds",
         "running",
         "overlap",
+        "graphs",
         "step",
         "kernels",
         "gaps",
@@ -207,21 +208,22 @@ def _breakdown(report: dict[str, Any]) -> Iterable[Table]:
         "the CPU's parts",
     )
     for row in report["rows"]:
-        name, overlap = str(row["running"]), "on" if row["overlap"] else "off"
+        name = str(row["running"])
+        how = ["on" if row[key] else "off" for key in ("overlap", "graphs")]
         if "median_step_ms" not in row:
-            table.add_row(name, overlap, Text(row["failed"][:80], style="red"))
+            table.add_row(name, *how, Text(row["failed"][:80], style="red"))
             continue
         parts = ", ".join(f"{part} {ms:.2f}" for part, ms in row["cpu_ms"].items() if ms >= 0.005)
         gpu = [
             f"{row[k]:.3f}" if k in row else "" for k in ("kernels_ms", "gaps_ms", "exposed_cpu_ms")
         ]
         idle = f"{row['gpu_idle_share']:.0%}" if "gpu_idle_share" in row else ""
-        table.add_row(name, overlap, f"{row['median_step_ms']:.3f}", *gpu, idle, parts)
+        table.add_row(name, *how, f"{row['median_step_ms']:.3f}", *gpu, idle, parts)
     yield table
     for row in report["rows"]:
         if named := row.get("kernels") or row.get("operations"):
-            overlap = "on" if row["overlap"] else "off"
-            title = f"{row['running']} running, overlap {overlap}: by name"
+            overlap, graphs = ("on" if row[key] else "off" for key in ("overlap", "graphs"))
+            title = f"{row['running']} running, overlap {overlap}, graphs {graphs}: by name"
             table = _table(title, "name", "calls a step", "µs a step", "share")
             for entry in named[:15]:
                 values = (

@@ -379,31 +379,34 @@ def breakdown(
     context: Maybe = None,
     num_steps: Annotated[int, typer.Option(min=4)] = 64,
     overlap: Annotated[str, typer.Option(help="'on', 'off' or 'both'.")] = "both",
+    graphs: Annotated[
+        str, typer.Option(help="'on', 'off' (every kernel is launched by itself) or 'both'.")
+    ] = "on",
     dtype: Dtype = "auto",
     device: Device = "auto",
-    enforce_eager: Eager = False,
     max_seconds: MaxSeconds = None,
     out: Out = None,
 ) -> None:
     """Where the time of a decode step goes: kernels by name, gaps, exposed CPU time; with overlap
-    on and off.
+    on and off, as a CUDA graph and without.
     """
     from minivllm.bench.breakdown import run
 
-    overlaps = {"on": (True,), "off": (False,), "both": (True, False)}
-    if overlap not in overlaps:
-        raise typer.BadParameter("'on', 'off' or 'both'", param_hint="--overlap")
+    choices = {"on": (True,), "off": (False,), "both": (True, False)}
+    for option, choice in (("--overlap", overlap), ("--graphs", graphs)):
+        if choice not in choices:
+            raise typer.BadParameter("'on', 'off' or 'both'", param_hint=option)
     with _model(model, shape) as (path, more):
         report = run(
             path,
             requests=_numbers(running),
             context=context,
             num_steps=num_steps,
-            overlaps=overlaps[overlap],
+            overlaps=choices[overlap],
+            graphs=choices[graphs],
             max_seconds=max_seconds,
             dtype=dtype,
             device=device,
-            enforce_eager=enforce_eager,
             **more,
         )
     _finish(report, out)

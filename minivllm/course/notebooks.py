@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 #: The repository's folders with notebooks that are committed with their outputs.
 FOLDERS = ("notebooks", "solutions")
 KINDS = ("statement", "exercise", "check")
+#: The metadata of a committed notebook: nothing about the machine that it ran on.
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+#: Metadata of cells that are about one run or one browser.
+CELL_STATE = ("execution", "collapsed", "scrolled", "trusted")
 DIGESTS = Path(__file__).parent / "published"
 _EFFORT = re.compile(r"^\s*([●○]+)\s*·\s*(\d+) minutes?\s*$", re.MULTILINE)
 
@@ -168,7 +175,7 @@ class Chapter:
         0 where there is no notebook.
         """
         try:
-            cells = read(self.notebook).cells[:4]
+            cells = read(self.notebook).cells[:5]
         except CourseNotFoundError:
             return 0
         text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")

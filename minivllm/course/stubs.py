@@ -13,6 +13,7 @@ import json
 import tokenize
 from typing import TYPE_CHECKING
 
+from minivllm.course import navigation
 from minivllm.course.notebooks import ChangedSolutionError, Chapter, compared_text, role
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 STUB = "your code here"
 #: What `predict.compare` prints as long as the reader has not guessed.
 NOT_YET = "No guess yet: write your number in place of `...` in the cell above, and run both again."
+#: The tag of a cell whose exception does not stop "Run All Cells". JupyterLab and nbclient know it.
+MAY_RAISE = "raises-exception"
 
 
 def stub_source(cell: NotebookNode) -> str:
@@ -161,11 +164,18 @@ def make_exercises(chapter: Chapter) -> NotebookNode:
 def exercises_of(solution: NotebookNode, name: str) -> NotebookNode:
     """`make_exercises` for a solution that is not in a file.
 
-    name: the chapter's, which goes into the metadata.
+    name: the chapter's, which goes into the metadata. From the first statement on, a code cell may
+    raise: without an answer, or with a wrong one, the cells below it still run.
     """
     notebook = copy.deepcopy(solution)
     notebook.metadata.minivllm = {"chapter": name}
+    begun = False
     for cell in notebook.cells:
+        begun = begun or role(cell)[0] == "statement"
+        if cell.id in (navigation.TOP, navigation.BOTTOM):
+            cell.source = navigation.source(cell.id, "exercises", name)
+        if begun and cell.cell_type == "code":
+            cell.metadata.tags = [*cell.metadata.get("tags", []), MAY_RAISE]
         if role(cell)[0] == "exercise":
             cell.source = stub_source(cell)
             cell.metadata.minivllm.pop("stub", None)
@@ -221,5 +231,5 @@ def require_published(chapter: Chapter) -> None:
         raise ChangedSolutionError(
             f"{name} is not as it was published ({', '.join(changed)}), and answers are checked by"
             f" it. Restore it: git checkout -- {name} (its authors: python -m"
-            " minivllm.course.authoring.tool stubs)"
+            " minivllm.course.authoring stubs)"
         )

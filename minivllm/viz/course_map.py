@@ -120,7 +120,7 @@ def _box(ax: Axes, column: int, row: int, stop: StopLike, color: str) -> None:
             boxstyle=style,
             linewidth=1.6,
             edgecolor=color,
-            facecolor=palette.tint(color, 0.14),
+            facecolor=palette.tint(color, 0.1),
             zorder=2,
         )
     )

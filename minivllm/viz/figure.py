@@ -1,4 +1,5 @@
-"""`Figure`: a matplotlib figure with its alt text, which displays the same way everywhere.
+"""`Figure`: a matplotlib figure with its alt text, which displays the same way everywhere, on light
+and on dark pages.
 
 JupyterLab, nbconvert's default template and GitHub ignore alt text in an output's metadata, so the
 metadata alone do not suffice. A figure therefore displays as two outputs. The first is the PNG,
@@ -26,7 +27,7 @@ WIDTH = 9.0
 #: Pixels per inch in the file, and on the page: sharp on dense screens.
 FILE_DPI, PAGE_DPI = 160, 96
 #: Colours in the file. Flat pictures need few, and the file becomes a fourth of the size.
-NUM_COLORS = 96
+NUM_COLORS = 256
 
 
 @dataclass(frozen=True)
@@ -59,22 +60,29 @@ class Figure(MatplotlibFigure):
         self.alt = ""
         self.caption = ""
 
-    def to_png(self) -> bytes:
-        """The picture as a small PNG; its metadata hold the alt text and the caption."""
+    def to_png(self, dpi: int = FILE_DPI, *, small: bool = True) -> bytes:
+        """The picture as a PNG; its metadata hold the alt text and the caption.
+
+        dpi: pixels per inch. small: spend the time to make the file small.
+        """
         from PIL import Image, PngImagePlugin
 
+        from minivllm.viz.themes import adapt
+
+        adapt(self)
         canvas: FigureCanvasAgg = self.canvas  # type: ignore[assignment]
-        self.set_dpi(FILE_DPI)
+        self.set_dpi(dpi)
         canvas.draw()
-        image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert(
-            "RGB"
-        )
+        image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba())
         info = PngImagePlugin.PngInfo()
         info.add_itxt("Description", f"{self.alt} {self.caption}")
         file = io.BytesIO()
-        image.quantize(NUM_COLORS, dither=Image.Dither.NONE).save(
-            file, "PNG", optimize=True, pnginfo=info
-        )
+        if small:
+            # The only way of Pillow to reduce colours that keeps their opacity.
+            image = image.quantize(
+                NUM_COLORS, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE
+            )
+        image.save(file, "PNG", optimize=small, compress_level=6 if small else 1, pnginfo=info)
         return file.getvalue()
 
     def mimebundle(self) -> tuple[dict[str, str], dict[str, Any]]:
@@ -90,12 +98,20 @@ class Figure(MatplotlibFigure):
         show(*self.mimebundle(), self.caption)
 
 
-def show(data: dict[str, Any], metadata: dict[str, Any], caption: str) -> None:
-    """Display a mimebundle and, below it, its caption."""
+def show(
+    data: dict[str, Any],
+    metadata: dict[str, Any],
+    caption: str,
+    live: dict[str, Any] | None = None,
+) -> None:
+    """Display a mimebundle and, below it, its caption.
+
+    live: what a front end with a running kernel shows in place of the caption, by its MIME type.
+    """
     from IPython.display import display
 
     display(data, metadata=metadata, raw=True)
-    display({"text/markdown": f"*{caption}*", "text/plain": caption}, raw=True)
+    display({"text/markdown": f"*{caption}*", "text/plain": caption, **(live or {})}, raw=True)
 
 
 def prepare(ax: Axes | None, height: float) -> tuple[MatplotlibFigure, Axes]:

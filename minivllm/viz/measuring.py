@@ -177,7 +177,7 @@ def draw_parts(
             ax.annotate(_number(left), (left, y), fontsize=9.5, color=palette.INK, **where)
     _style_parts(ax, list(rows), names, pale, title, unit)
     alt = f"Chart: {len(rows)} bars cut into {len(names)} parts, {title[0].lower()}{title[1:]}."
-    describe(figure, alt, _parts_caption(rows, unit))
+    describe(figure, f"{alt} {_parts_in_words(rows, unit)}", _largest_parts(rows))
     return figure
 
 
@@ -221,7 +221,17 @@ def _style_parts(
     )
 
 
-def _parts_caption(rows: Mapping[str, Mapping[str, float]], unit: str) -> str:
+def _largest_parts(rows: Mapping[str, Mapping[str, float]]) -> str:
+    bars_of: dict[str, list[str]] = {}
+    for name, parts in rows.items():
+        bars_of.setdefault(max(parts, key=lambda part: parts[part]), []).append(name)
+    if len(bars_of) == 1:
+        return f"The largest part of each bar: {next(iter(bars_of))}."
+    found = [f"{part} (in {', '.join(names)})" for part, names in bars_of.items()]
+    return f"The largest parts: {'; '.join(found)}."
+
+
+def _parts_in_words(rows: Mapping[str, Mapping[str, float]], unit: str) -> str:
     sentences = []
     for name, parts in rows.items():
         total = sum(parts.values())
@@ -275,22 +285,23 @@ def draw_tradeoff(curves: Mapping[str, Sequence[Load]], ax: Axes | None = None) 
             color=palette.REQUESTS[index],
             linewidth=2,
         )
-        if index == 0:
-            for point, px, py in zip(points, x, y, strict=True):
-                ax.annotate(
-                    f"{point.sequences:,}",
-                    (px, py),
-                    xytext=(7, -11),
-                    textcoords="offset points",
-                    fontsize=9,
-                    color=palette.INK,
-                )
+        # The first curve's labels stand on the right of it, the others' on the left.
+        where = {"xytext": (7, -11)} if index == 0 else {"xytext": (-7, 5), "ha": "right"}
+        for point, px, py in zip(points, x, y, strict=True):
+            ax.annotate(
+                f"{point.sequences:,}",
+                (px, py),
+                textcoords="offset points",
+                fontsize=9,
+                color=palette.INK,
+                **where,
+            )
     _style_tradeoff(ax)
     side_legend(ax, handles, list(curves), "Sequences at once")
     alt = (
         f"Chart: tokens a second against the time between a request's tokens, {len(curves)} curves."
     )
-    describe(figure, alt, _tradeoff_caption(curves))
+    describe(figure, f"{alt} {_tradeoff_in_words(curves)}", "Up and to the left is better.")
     return figure
 
 
@@ -314,7 +325,7 @@ def _style_tradeoff(ax: Axes) -> None:
     ax.grid(color=palette.LINE, linewidth=0.5, alpha=0.6)
 
 
-def _tradeoff_caption(curves: Mapping[str, Sequence[Load]]) -> str:
+def _tradeoff_in_words(curves: Mapping[str, Sequence[Load]]) -> str:
     sentences = []
     for name, points in curves.items():
         first, last = points[0], points[-1]
@@ -371,11 +382,11 @@ def draw_samples(
         f"Chart: {sum(map(len, samples.values()))} measured times, repeat by repeat, of"
         f" {', '.join(samples)}."
     )
-    describe(figure, alt, _samples_caption(samples, unit))
+    describe(figure, f"{alt} {_samples_in_words(samples, unit)}", "A line marks a median.")
     return figure
 
 
-def _samples_caption(samples: Mapping[str, Sequence[float]], unit: str) -> str:
+def _samples_in_words(samples: Mapping[str, Sequence[float]], unit: str) -> str:
     return " ".join(
         f"{name}: median {_number(statistics.median(values))} {unit}, mean"
         f" {_number(statistics.fmean(values))}, from {_number(min(values))} to"
@@ -449,3 +460,61 @@ __all__ = [
     "draw_samples",
     "draw_tradeoff",
 ]
+
+
+# --- beside others --------------------------------------------------------------------------------
+
+
+def draw_ratios(
+    rows: Mapping[str, Mapping[str, float]],
+    one: str,
+    title: str = "Beside the others",
+    ax: Axes | None = None,
+) -> Figure:
+    """Draw times as multiples of one engine's: a row per workload, a mark per engine.
+
+    rows: workload -> engine -> its time divided by the time of `one`, which is the line at 1. Right
+    of the line is slower. Engines need not have every workload. ValueError without a row, or for a
+    ratio that is not positive.
+    """
+    from matplotlib.ticker import FuncFormatter
+
+    ratios = [ratio for found in rows.values() for ratio in found.values()]
+    if not ratios or min(ratios) <= 0:
+        raise ValueError("ratios above 0 are drawn, at least one")
+    names = list(dict.fromkeys(name for found in rows.values() for name in found))
+    height = 1.2 + 0.4 * len(rows)
+    own_figure = ax is None
+    figure, ax = prepare(ax, height)
+    if own_figure:
+        ax.set_position((0.11, 0.65 / height, 0.62, 0.4 * len(rows) / height))
+    ax.set_xscale("log")
+    ax.axvline(1, color=palette.INK, linewidth=1.6)
+    handles = [ax.plot([], [], color=palette.INK, linewidth=1.6)[0]]
+    for index, name in enumerate(names):
+        points = [(found[name], y) for y, found in enumerate(rows.values()) if name in found]
+        marker, color = _MARKERS[index % len(_MARKERS)], palette.request_color(index)
+        handles += ax.plot(*zip(*points, strict=True), marker, color=color, ms=9)
+    plain_axes(ax)
+    ax.set_title(title, loc="left", fontsize=12, weight="bold", color=palette.INK)
+    ax.set_xlim(min(0.8, *ratios) / 1.05, 1.25 * max(1.2, *ratios))
+    low, high = ax.get_xlim()
+    ax.set_xticks([tick for tick in (0.2, 0.5, 1, 1.5, 2, 3, 5, 10, 20, 50) if low < tick < high])
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} ×"))
+    ax.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    ax.set_yticks(range(len(rows)), list(rows), fontsize=9.5, color=palette.INK)
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.grid(axis="y", color=palette.LINE, linewidth=0.5, alpha=0.6)
+    ax.set_xlabel(f"time, as a multiple of {one}'s", fontsize=9.5, color=palette.SOFT_INK)
+    side_legend(ax, handles, [one, *names], "Engine")
+    told = [
+        f"{row}: {', '.join(f'{name} {ratio:.2f}' for name, ratio in found.items())}"
+        for row, found in rows.items()
+    ]
+    describe(
+        figure,
+        f"Chart: the times of {len(names)} engines in {len(rows)} workloads, divided by {one}'s."
+        f" {'; '.join(told)}.",
+        f"Right of the line, an engine takes longer than {one}.",
+    )
+    return figure

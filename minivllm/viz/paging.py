@@ -362,16 +362,15 @@ _MAP_COLORS = {field: style["facecolor"] for field, _, style in _SHARES}
 
 
 def _map_pixels(steps: Sequence[Sequence[Span]], capacity: int, num_steps: int) -> np.ndarray:
-    """[height, width, 3] uint8: the state of each address at each step.
+    """[height, width, 4] uint8, red, green, blue, opacity: the state of each address at each step.
 
     Addresses and steps are thinned out to what is visible.
     """
     colors = {
-        field: np.array([round(255 * x) for x in palette.rgb(color)], np.uint8)
-        for field, color in _MAP_COLORS.items()
+        field: np.array(palette.rgba(color), np.uint8) for field, color in _MAP_COLORS.items()
     }
     width, height = min(num_steps, _MAP_WIDTH), min(capacity, _MAP_HEIGHT)
-    pixels = np.empty((height, width, 3), np.uint8)
+    pixels = np.empty((height, width, 4), np.uint8)
     pixels[:] = colors["outside"]
     addresses = (np.arange(height) * capacity) // height
     for column in range(width):

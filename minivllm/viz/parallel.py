@@ -34,8 +34,9 @@ PARTS = (
 
 
 def rank_color(rank: int) -> str:
-    """The colour of a rank; the colours repeat after the eighth rank."""
-    return palette.request_color(rank)
+    """The colour of a rank; from the ninth on, paler ones."""
+    color = palette.request_color(rank)
+    return color if rank < len(palette.REQUESTS) else palette.tint(color, 0.4)
 
 
 def _plain(figure: Figure, width: float, height: float) -> Axes:
@@ -266,9 +267,9 @@ Heads = Sequence[tuple[Iterable[int], Iterable[int]]]
 def draw_heads(num_heads: int, num_kv_heads: int, splits: Mapping[str, Heads]) -> Figure:
     """Draw which rank has which heads.
 
-    Each split has a row of query heads and, below it, the KV heads that they read. A head of
-    several ranks is divided. A query head without exactly one rank is framed, and so is a KV head
-    without a rank. splits: title -> heads of each rank.
+    Each split has a row of query heads and, below it, the KV heads that they read. A KV head of
+    several ranks has a copy for each of them, one below the other. A query head without exactly one
+    rank is framed, and so is a KV head without a rank. splits: title -> heads of each rank.
     """
     figure = Figure(0.15 + 1.12 * len(splits))
     ax = _plain(figure, 100, 12.4 * len(splits) + 0.8)
@@ -303,15 +304,11 @@ def draw_heads(num_heads: int, num_kv_heads: int, splits: Mapping[str, Heads]) -
 def _draw_head(
     ax: Axes, x: float, y: float, width: float, owners: Sequence[int], single: bool
 ) -> None:
+    high = 3.4 / max(1, len(owners))
     for i, rank in enumerate(owners):
-        part = width / len(owners)
-        _box(
-            ax,
-            Box(x + i * part, y, part, 3.4),
-            rank_color(rank),
-            f"{rank}" if part > 1.4 else "",
-            9,
-        )
+        size = 9 if len(owners) == 1 else 7.5
+        text = f"{rank}" if len(owners) <= 2 else ""
+        _box(ax, Box(x, y + i * high, width, high), rank_color(rank), text, size)
     if not owners or (single and len(owners) > 1):
         frame = Rectangle(
             (x, y), width, 3.4, facecolor="none", edgecolor=WRONG, linewidth=2, zorder=4
@@ -477,6 +474,75 @@ def _draw_send(ax: Axes, x: float, y: float, rank: int, n: int) -> None:
         ax.add_patch(FancyArrowPatch((x + 4.2, 8.2), (x + 4.2, 11.9), **style))
 
 
+# --- the price of starting a collective -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CollectiveSweep:
+    """A step on several GPUs, for every time that a collective may take to start.
+
+    one: model -> milliseconds of a step on one GPU. many: model -> milliseconds of the step on
+    `gpus` GPUs, with collectives that start in no time. collectives: model -> their number in a
+    step. A step of the slider is a microsecond per start, from 1 to `most_us`.
+    """
+
+    one: Mapping[str, float]
+    many: Mapping[str, float]
+    collectives: Mapping[str, int]
+    gpus: int = 8
+    most_us: int = 20
+    first_step: int = 1
+    step_name: str = "microseconds"
+
+    @property
+    def steps(self) -> range:
+        return range(1, self.most_us + 1)
+
+    def speedup(self, model: str, us: float) -> float:
+        """How many times as fast the step is on all GPUs as on one."""
+        return self.one[model] / (self.many[model] + self.collectives[model] * us / 1000)
+
+
+def draw_collectives(sweep: CollectiveSweep, step: int) -> Figure:
+    """Draw how many times as fast a step is, over the time that a collective takes to start.
+
+    One curve per model; a dashed line marks the chosen time, which is step + 1 microseconds.
+    """
+    check_step(sweep, step)  # type: ignore[arg-type]
+    us = sweep.steps[step]
+    figure = Figure(3.6)
+    ax = figure.add_axes((0.08, 0.16, 0.7, 0.68))
+    for index, model in enumerate(sweep.one):
+        values = [sweep.speedup(model, each) for each in sweep.steps]
+        style = {"color": PARTS[index], "linewidth": 2.2, "linestyle": ("-", "--", "-.")[index % 3]}
+        ax.plot(sweep.steps, values, **style)
+        ax.plot(us, sweep.speedup(model, us), "o", color=PARTS[index], ms=8, zorder=5)
+        words = f"{model}: {sweep.speedup(model, us):.2f} ×"
+        label = {"fontsize": 10, "color": palette.INK, "va": "center", "clip_on": False}
+        ax.text(sweep.most_us + 0.3, values[-1], words, **label)
+    ax.axhline(1, color=palette.INK, linewidth=1.2)
+    as_fast = {"fontsize": 8.5, "color": palette.INK, "ha": "right", "va": "bottom"}
+    ax.text(sweep.most_us - 0.1, 1.05, "as fast as one GPU", **as_fast)
+    ax.axvline(us, color=palette.INK, linewidth=1.2, linestyle=(0, (3, 2)))
+    plain_axes(ax)
+    ax.set_xlim(1, sweep.most_us)
+    ax.set_ylim(0)
+    ax.set_xticks([1, *range(5, sweep.most_us + 1, 5)])
+    axis = {"fontsize": 9.5, "color": palette.SOFT_INK}
+    ax.set_xlabel("microseconds until a collective has started", **axis)
+    ax.set_ylabel("times as fast", **axis)
+    title = f"{sweep.gpus} GPUs instead of one, {us} µs per start"
+    figure.text(0.01, 0.94, title, va="center", **_TITLE)
+    found = [f"{model} {sweep.speedup(model, us):.2f}" for model in sweep.one]
+    describe(
+        figure,
+        f"Chart: how many times as fast a step is on {sweep.gpus} GPUs, for collectives that take 1"
+        f" to {sweep.most_us} microseconds to start, for {_count(len(sweep.one), 'model')}.",
+        f"With {us} microseconds per start, times as fast: {', '.join(found)}.",
+    )
+    return figure
+
+
 # --- memory and time ------------------------------------------------------------------------------
 
 
@@ -486,28 +552,34 @@ def draw_shares(
     title: str,
     limit: float | None = None,
     limit_name: str = "",
+    same_scale: bool = True,
 ) -> Figure:
     """Draw the parts of a step's time, or of a rank's memory, as stacked columns.
 
     groups: panel's title -> column's name -> part -> number, in `unit`. limit: a line across all
-    panels. All panels have the same scale. ValueError where there is nothing to draw.
+    panels. same_scale: False gives each panel a scale of its own. ValueError where there is nothing
+    to draw.
     """
     columns = [parts for group in groups.values() for parts in group.values()]
     if not columns:
         raise ValueError("there is nothing to draw")
     names = list(dict.fromkeys(name for parts in columns for name in parts))
-    top = max([sum(parts.values()) for parts in columns] + ([limit] if limit else []))
+    tops = {
+        panel: max([*(sum(parts.values()) for parts in group.values()), limit or 0.0])
+        for panel, group in groups.items()
+    }
+    tops = dict.fromkeys(groups, max(tops.values())) if same_scale else tops
     figure = Figure(3.7)
     wide = (1 - 0.085) / len(groups)
     for i, (panel, group) in enumerate(groups.items()):
-        ax = figure.add_axes((0.075 + i * wide, 0.21, wide - 0.02, 0.58))
-        _draw_stacks(ax, group, names, top)
+        ax = figure.add_axes((0.075 + i * wide, 0.21, wide - (0.02 if same_scale else 0.05), 0.58))
+        _draw_stacks(ax, group, names, tops[panel])
         ax.set_title(panel, loc="left", fontsize=10.5, weight="bold", color=palette.INK)
         if limit is not None:
             ax.axhline(limit, color=WRONG, linewidth=1.6, linestyle="--")
-        if i:
+        if i and same_scale:
             ax.set_yticklabels([])
-        else:
+        if not i:
             ax.set_ylabel(unit, fontsize=9.5, color=palette.SOFT_INK)
     figure.text(0.01, 0.955, title, va="center", **_TITLE)
     handles = [Patch(facecolor=PARTS[i], label=name) for i, name in enumerate(names)]
@@ -525,11 +597,11 @@ def draw_shares(
         labelcolor=palette.INK,
         handlelength=1.4,
     )
-    describe(
-        figure,
-        f"Chart: {title}, {_count(len(columns), 'column')} of {_count(len(names), 'part')}.",
-        _shares_in_words(groups, unit, limit, limit_name),
-    )
+    alt = f"Chart: {title}, {_count(len(columns), 'column')} of {_count(len(names), 'part')}."
+    caption = "The number above a column is the sum of its parts."
+    if limit is not None:
+        caption = f"The line is at {_short(limit)}: {limit_name}."
+    describe(figure, f"{alt} {_shares_in_words(groups, unit)}", caption)
     return figure
 
 
@@ -565,18 +637,11 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _shares_in_words(
-    groups: Mapping[str, Mapping[str, Mapping[str, float]]],
-    unit: str,
-    limit: float | None,
-    limit_name: str,
-) -> str:
+def _shares_in_words(groups: Mapping[str, Mapping[str, Mapping[str, float]]], unit: str) -> str:
     parts = []
     for panel, group in groups.items():
         columns = ", ".join(
             f"{name}: {_short(sum(values.values()))}" for name, values in group.items()
         )
         parts.append(f"{panel}, in {unit}: {columns}.")
-    return " ".join(parts) + (
-        f" The line is at {_short(limit)}: {limit_name}." if limit is not None else ""
-    )
+    return " ".join(parts)

@@ -166,7 +166,7 @@ def _draw_node(
     is_full, strip = node.block_hash is not None, 0.2
     edge = {"edgecolor": palette.INK, "lw": 1.8} if len(node.owners) > 1 else _PLAIN
     face = (
-        palette.tint(palette.request_color(node.owners[0]), 0.12)
+        palette.tint(palette.request_color(node.owners[0]), 0.1)
         if len(node.owners) == 1
         else palette.FREE
     )

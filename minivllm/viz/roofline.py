@@ -84,7 +84,7 @@ def draw_roofline(
     own_figure = ax is None
     figure, ax = prepare(ax, max(3.9, 0.26 * len(points) + 1.1))
     if own_figure:
-        ax.set_position((0.085, 0.13, 0.535, 0.74))
+        ax.set_position((0.085, 0.13, 0.475, 0.74))
     ridge = peak / bandwidth
     left = min(0.4, *(point.flops_per_byte / 2 for point in points))
     right = max(4 * ridge, *(2 * point.flops_per_byte for point in points))
@@ -117,8 +117,11 @@ def draw_roofline(
             color=palette.INK,
         )
     _style_roofline(ax, bandwidth, peak, ridge)
-    _roofline_key(ax, points, colors)
-    describe(figure, _roofline_alt(points), _roofline_caption(points, bandwidth, peak, ridge))
+    if own_figure:
+        _roofline_key(figure, points, colors)
+    numbers = _roofline_in_words(points, bandwidth, peak, ridge)
+    caption = "On the roof, a kernel is as fast as the machine allows."
+    describe(figure, f"{_roofline_alt(points)} {numbers}", caption)
     return figure
 
 
@@ -181,39 +184,26 @@ def _rate(value: float) -> str:
     return f"{value / scale:.3g} {unit}"
 
 
-def _roofline_key(ax: Axes, points: Sequence[Point], colors: dict[str, str]) -> None:
-    from matplotlib.lines import Line2D
-
-    handles = [
-        Line2D(
-            [],
-            [],
-            marker="o",
-            linestyle="",
-            markersize=7,
-            color=colors[p.kernel],
-            markeredgecolor=palette.INK,
-        )
-        for p in points
-    ]
-    names = [
-        f"{p.letter}  {p.kernel.removesuffix('_attention')} {p.case}: {p.share_of_floor:.0%}"
-        for p in points
-    ]
-    legend = ax.legend(
-        handles,
-        names,
-        title="Share of the best speed",
-        loc="center left",
-        bbox_to_anchor=(1.03, 0.5),
-        frameon=False,
-        fontsize=9,
-        labelcolor=palette.INK,
-        alignment="left",
-        handletextpad=0.4,
-        labelspacing=0.45,
-    )
-    legend.get_title().set(color=palette.INK, fontsize=10, fontweight="bold")
+def _roofline_key(figure: Figure, points: Sequence[Point], colors: dict[str, str]) -> None:
+    """Draw a bar for each point, on the right: points that lie on one spot differ in their bars."""
+    axes = figure.add_axes((0.82, 0.13, 0.12, 0.74))
+    places = range(len(points))
+    shares = [point.share_of_floor for point in points]
+    bars = {"height": 0.6, "color": [colors[point.kernel] for point in points]}
+    axes.barh(places, shares, edgecolor=palette.INK, linewidth=0.5, **bars)
+    for y, share in zip(places, shares, strict=True):
+        axes.text(share + 0.03, y, f"{share:.0%}", fontsize=9, color=palette.INK, va="center")
+    names = [f"{p.letter}  {p.kernel.removesuffix('_attention')} {p.case}" for p in points]
+    axes.set_yticks(places, names, fontsize=8.5, color=palette.INK)
+    axes.set_ylim(len(points) - 0.4, -0.6)
+    axes.set_xlim(0, 1)
+    axes.set_xticks([])
+    axes.tick_params(axis="y", length=0)
+    axes.set_facecolor(palette.PAPER)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.spines["left"].set_color(palette.LINE)
+    title = {"fontsize": 10, "weight": "bold", "color": palette.INK}
+    axes.set_title("Share of the best speed", loc="center", x=0.1, **title)
 
 
 def _roofline_alt(points: Sequence[Point]) -> str:
@@ -223,7 +213,7 @@ def _roofline_alt(points: Sequence[Point]) -> str:
     )
 
 
-def _roofline_caption(points: Sequence[Point], bandwidth: float, peak: float, ridge: float) -> str:
+def _roofline_in_words(points: Sequence[Point], bandwidth: float, peak: float, ridge: float) -> str:
     best, worst = (choose(points, key=lambda p: p.share_of_floor) for choose in (max, min))
     return (
         f"The machine reads {_rate(bandwidth)}B/s and multiplies {_rate(peak)}FLOP/s: below"

@@ -209,13 +209,13 @@ def _stream_legend(figure: Figure, kinds: Sequence[str], height: float, own_figu
     figure.legend(
         handles=handles,
         loc="lower left",
-        bbox_to_anchor=(_LEFT / WIDTH - 0.01, 0.06 / height),
+        bbox_to_anchor=(0.01, 0.06 / height),
         ncols=5,
         frameon=False,
-        fontsize=8.5,
+        fontsize=8,
         labelcolor=palette.INK,
-        handlelength=1.4,
-        columnspacing=1.2,
+        handlelength=1.2,
+        columnspacing=0.9,
         handletextpad=0.5,
     )
 
@@ -475,6 +475,71 @@ def _padding_caption(replay: PaddingReplay, step: int) -> str:
     )
 
 
+# --- what the GPU knows of each slot --------------------------------------------------------------
+
+
+def draw_slots_state(
+    position: Sequence[int],
+    last_token: Sequence[int],
+    block_table: Sequence[Sequence[int]],
+    block_size: int,
+    running: Sequence[int],
+) -> Figure:
+    """Draw the tensors that a decode step reads: a row per slot, and where the step writes.
+
+    position, last_token: a number for each slot. block_table: the blocks of each slot. running: the
+    slots of this step; the other rows are pale. The block that gets the step's K and V is framed.
+    """
+    columns = max(len(blocks) for blocks in block_table)
+    rows, high = len(position), 0.34
+    height = 0.95 + rows * high
+    figure, ax = prepare(None, height)
+    ax.set_xlim(0, WIDTH)
+    ax.set_ylim(height, 0)
+    ax.axis("off")
+    left, wide = 3.3, (WIDTH - 3.45) / columns
+    heads = [(0.75, "slot"), (1.55, "position"), (2.55, "last token"), (left, "block table")]
+    for x, words in heads:
+        place = {"ha": "left" if words == "block table" else "center", "va": "center"}
+        ax.text(x, 0.25, words, fontsize=9.5, weight="bold", color=palette.INK, **place)
+    for slot in range(rows):
+        y, runs = 0.45 + slot * high, slot in running
+        ink = palette.INK if runs else palette.SOFT_INK
+        texts = [(0.75, str(slot)), (1.55, f"{position[slot]}"), (2.55, f"{last_token[slot]}")]
+        for x, words in texts:
+            style = {"ha": "center", "va": "center", "weight": "bold" if x == 0.75 else "normal"}
+            ax.text(x, y + high / 2, words, fontsize=9, color=ink, **style)
+        for column, block in enumerate(block_table[slot]):
+            box = Box(left + column * wide, y + 0.03, wide, high - 0.06)
+            writes = runs and column == position[slot] // block_size
+            _draw_entry(ax, box, str(block), palette.request_color(slot) if runs else None, writes)
+    ax.text(
+        left,
+        height - 0.2,
+        "thick frame: this block gets the step's K and V",
+        fontsize=8.5,
+        color=palette.INK,
+        va="center",
+    )
+    describe(
+        figure,
+        f"Picture: position, last token and block table of {_plural(rows, 'slot')}.",
+        f"A step of slots {', '.join(map(str, running))} reads these rows and advances them.",
+    )
+    return figure  # type: ignore[return-value]
+
+
+def _draw_entry(ax: Axes, box: Box, words: str, color: str | None, writes: bool) -> None:
+    """Draw an entry of a block table. color: None for a slot that does not run."""
+    face = palette.FREE if color is None else palette.tint(color, 0.35)
+    edge = palette.INK if writes else palette.PAPER
+    entry = Rectangle(box.corner, box.width - 0.03, box.height, facecolor=face, edgecolor=edge)
+    entry.set(linewidth=2.0 if writes else 0.8, zorder=3 if writes else 2)
+    ax.add_patch(entry)
+    ink = palette.SOFT_INK if color is None else palette.INK
+    ax.text(*box.center, words, fontsize=8, color=ink, ha="center", va="center", zorder=4)
+
+
 # --- what a step wrote ----------------------------------------------------------------------------
 
 
@@ -518,11 +583,14 @@ def draw_writes(
     tables: Mapping[str, Sequence[int]],
     expected: Iterable[tuple[int, int]],
     ax: Axes | None = None,
+    lengths: Mapping[str, int] | None = None,
 ) -> Figure:
     """Draw the blocks of some sequences, and the places that a step wrote.
 
-    A dot marks a correct place, a cross a wrong one. The arguments are those of `find_writes`. The
-    blocks stand in the order of the tables, one row of blocks per sequence.
+    A dot marks a correct place, a red cross a wrong one. The first arguments are those of
+    `find_writes`. The blocks stand in the order of the tables, one row of blocks per sequence.
+    lengths: letter -> the tokens that the sequence has in the cache. What stands behind them is an
+    earlier sequence's, and is drawn in grey; without lengths, all is drawn in the owner's colour.
     """
     writes = find_writes(before, after, tables, expected)
     shown = {letter: list(blocks) for letter, blocks in tables.items()}
@@ -530,8 +598,8 @@ def draw_writes(
     if strays:
         shown["nobody"] = strays
     size, most = len(before[0]), max(len(blocks) for blocks in shown.values())
-    row, gap = 0.34, 0.1
-    height = 0.5 + len(shown) * (row + gap) + 0.35
+    row, gap = 0.36, 0.24
+    height = 0.62 + len(shown) * (row + gap) + 0.2
     own_figure = ax is None
     figure, ax = prepare(ax, height)
     if own_figure:
@@ -552,21 +620,23 @@ def draw_writes(
     writes_of: dict[int, dict[int, Write]] = {}
     for write in writes:
         writes_of.setdefault(write.block, {})[write.offset] = write
-    y = 0.5
+    y = 0.66
     letters = [palette.request_letter(index) for index in range(64)]
     for index, (letter, blocks) in enumerate(shown.items()):
         number = letters.index(letter) if letter in letters else index
         color = palette.CACHED if letter == "nobody" else palette.request_color(number)
         _draw_owner(ax, y, row, letter, color)
+        own = (lengths or {}).get(letter, len(blocks) * size)
         for column, block in enumerate(blocks):
             box = Box(0.95 + column * (cell * size + 0.12), y, cell * size, row)
-            _draw_block(ax, box, block, after[block], writes_of.get(block, {}), color)
+            _draw_block(
+                ax, box, after[block], writes_of.get(block, {}), (color, own - column * size)
+            )
+            ax.text(
+                *box.corner, f"block {block}", fontsize=6.5, color=palette.SOFT_INK, va="bottom"
+            )
         y += row + gap
-    notes = (
-        "●  written by the sequence that it belongs to      ✕  written by somebody else     "
-        " number: the block"
-    )
-    ax.text(0.95, height - 0.17, notes, fontsize=8.5, color=palette.INK, va="center")
+    _writes_notes(ax, height - 0.17, lengths is not None)
     describe(figure, _writes_alt(shown), _writes_caption(writes))
     return figure
 
@@ -586,46 +656,60 @@ def _draw_owner(ax: Axes, y: float, row: float, letter: str, color: str) -> None
     )
 
 
+def _writes_notes(ax: Axes, y: float, has_lengths: bool) -> None:
+    """Draw the line below the blocks that explains the marks."""
+    notes = [("●", palette.INK, "written by its own sequence")]
+    notes += [("✕", HARM, "written by another row")]
+    notes += [("■", palette.CACHED, "left by an earlier sequence")] * has_lengths
+    x = 0.95
+    for mark, color, words in notes:
+        ax.text(x, y, mark, fontsize=11, weight="bold", color=color, va="center")
+        ax.text(x + 0.2, y, words, fontsize=8.5, color=palette.INK, va="center")
+        x += 0.5 + 0.072 * len(words)
+
+
 def _draw_block(
-    ax: Axes, box: Box, block: int, values: Any, writes: Mapping[int, Write], color: str
+    ax: Axes,
+    box: Box,
+    values: Any,
+    writes: Mapping[int, Write],
+    owner: tuple[str, int],
 ) -> None:
     """Draw a block after the step, one cell per place.
 
-    values: the contents of the places. writes: the step's writes, by place.
+    values: the contents of the places. writes: the step's writes, by place. owner: the colour of
+    the block's sequence, and the number of places from here on that the sequence has filled.
     """
     x, y = box.corner
     cell = box.width / len(values)
+    color, own = owner
     for offset, value in enumerate(values):
-        filled = float(value) != 0.0
+        face = palette.FREE
+        if float(value) != 0.0:
+            face = palette.tint(color, 0.45) if offset < own else palette.CACHED
         write = writes.get(offset)
-        face = palette.tint(color, 0.45) if filled else palette.FREE
-        if write is not None:
-            face = color if write.allowed else palette.PAPER
-        place = Rectangle(
-            (x + offset * cell, y),
-            cell,
-            box.height,
-            facecolor=face,
-            edgecolor=palette.PAPER,
-            linewidth=0.5,
-        )
+        if write is not None and write.allowed:
+            face = color
+        place = Rectangle((x + offset * cell, y), cell, box.height, facecolor=face)
+        place.set(edgecolor=palette.PAPER, linewidth=0.5)
         ax.add_patch(place)
-        if write is not None:
-            mark = "●" if write.allowed else "✕"
-            ink = palette.text_on(color) if write.allowed else HARM
-            ax.text(
-                x + (offset + 0.5) * cell,
-                box.center[1],
-                mark,
-                fontsize=6 if write.allowed else 11,
-                weight="bold",
-                color=ink,
-                ha="center",
-                va="center",
-            )
+        if write is not None and write.allowed:
+            mark = {"fontsize": 7, "color": palette.text_on(color), "ha": "center", "va": "center"}
+            ax.text(x + (offset + 0.5) * cell, box.center[1], "●", **mark)
     frame = {"fill": False, "edgecolor": palette.SOFT_INK, "linewidth": 0.9}
     ax.add_patch(Rectangle(box.corner, box.width, box.height, **frame))
-    ax.text(x + 0.03, y + 0.075, str(block), fontsize=6.5, color=palette.SOFT_INK, va="center")
+    for offset, write in writes.items():
+        if not write.allowed:
+            _draw_harm(ax, x + (offset + 0.5) * cell, box.center[1])
+
+
+def _draw_harm(ax: Axes, x: float, y: float) -> None:
+    """Draw a large red cross on a place that somebody else has written."""
+    reach = 0.15
+    for slope in (-1, 1):
+        ends = ([x - reach, x + reach], [y - slope * reach, y + slope * reach])
+        ax.plot(*ends, color=palette.PAPER, linewidth=6, solid_capstyle="round", zorder=5)
+        ax.plot(*ends, color=HARM, linewidth=3.2, solid_capstyle="round", zorder=6)
 
 
 def _writes_alt(shown: Mapping[str, Sequence[int]]) -> str:

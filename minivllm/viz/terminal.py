@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from minivllm.text import one_line, printable
-from minivllm.viz.palette import CACHED, INK, request_color, request_letter, text_on
+from minivllm.viz.palette import CACHED, DARK_TEXT, request_color, request_letter, text_on
 
 if TYPE_CHECKING:
     from minivllm.engine.trace import StepRecord, Trace
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 FILL = " ▁▂▃▄▅▆▇█"
 USED_CELL, CACHED_CELL, FREE_CELL = "█", "▒", "·"
 USED_STYLE, CACHED_STYLE, FREE_STYLE = "#56B4E9", "#E69F00", "dim"
-SHARED_STYLE = f"{INK} on {CACHED}"
+SHARED_STYLE = f"{DARK_TEXT} on {CACHED}"
 SHARED_MARK = "="
 
 

@@ -25,9 +25,9 @@ from minivllm.viz.figure import WIDTH, describe, prepare
 Kind = Literal["full", "masked", "skipped"]
 Fault = Literal["missed", "wasted"]
 
-#: From paper to ink through the blue of computed tiles.
+#: From the page, which shines through, to the blue of computed tiles.
 BLUES = LinearSegmentedColormap.from_list(
-    "blues", [palette.PAPER, palette.tint(palette.USED, 0.35), palette.USED]
+    "blues", [(*palette.rgb(palette.USED), strength) for strength in (0.0, 0.35, 1.0)]
 )
 _FULL = palette.tint(palette.USED, 0.75)
 _MASKED = palette.WASTED
@@ -492,7 +492,7 @@ def _draw_scores(
     ax.text(
         left,
         top - 0.42,
-        "scores: darker is larger, hatched is hidden",
+        "scores: the bluer, the larger; hatched is hidden",
         fontsize=9.5,
         color=palette.INK,
         va="center",

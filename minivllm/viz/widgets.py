@@ -16,7 +16,11 @@ from minivllm.viz.figure import Figure, show
 
 logger = logging.getLogger(__name__)
 
-STILL = "Without a running kernel you see a still of step {}; in JupyterLab, run the cell to scrub."
+STILL = "Without a running kernel you see a still of {}; in JupyterLab, run the cell to scrub."
+#: Milliseconds from step to step when the pictures are played. A slower machine skips steps.
+PLAY_INTERVAL = 150
+#: Pixels per inch of the pictures under the slider. Fewer than in a file, so that they come sooner.
+LIVE_DPI = 110
 WIDGET_MIMETYPE = "application/vnd.jupyter.widget-view+json"
 
 
@@ -32,8 +36,12 @@ class Scrubber:
         self.trace, self.draw, self.step = trace, draw, step
         # An engine counts its steps from 0, a lesson from 1.
         self._first: int = getattr(trace, "first_step", 0)
+        # What the slider counts, where it is not steps.
+        self._name: str = getattr(trace, "step_name", "step")
         self.figure = lru_cache(maxsize=256)(lambda step: draw(trace, step=step))
-        self.png = lru_cache(maxsize=256)(lambda step: self.figure(step).to_png())
+        self.png = lru_cache(maxsize=256)(
+            lambda step: self.figure(step).to_png(LIVE_DPI, small=False)
+        )
 
     def widget(self) -> Any:
         """The ipywidgets box: a play button, a slider, the picture and its caption."""
@@ -44,9 +52,10 @@ class Scrubber:
         caption = ipywidgets.HTML()
         first, last = self._first, self._first + len(self.trace.steps) - 1
         slider = ipywidgets.IntSlider(
-            first + self.step, first, last, description="step", layout={"width": "420px"}
+            first + self.step, first, last, description=self._name, layout={"width": "420px"}
         )
-        play = ipywidgets.Play(value=first + self.step, min=first, max=last, interval=400)
+        slider.style = {"description_width": "initial"}
+        play = ipywidgets.Play(value=first + self.step, min=first, max=last, interval=PLAY_INTERVAL)
         ipywidgets.jslink((play, "value"), (slider, "value"))
 
         def update(step: int) -> None:
@@ -58,16 +67,33 @@ class Scrubber:
         return ipywidgets.VBox([ipywidgets.HBox([play, slider]), image, caption])
 
     def _ipython_display_(self) -> None:
-        figure = self.figure(self.step)
+        figure, live = self.figure(self.step), {}
         data, metadata = figure.mimebundle()
         try:
-            data[WIDGET_MIMETYPE] = self.widget()._repr_mimebundle_()[WIDGET_MIMETYPE]
+            data |= _only_widget(self.widget())
+            live = _nothing()
         except ImportError:
             logger.warning(
                 "ipywidgets is not installed, so the picture stands still: pip install ipywidgets"
             )
         data["text/plain"] = f"{figure.alt} {figure.caption}"
-        show(data, metadata, STILL.format(self._first + self.step))
+        number = self._first + self.step
+        what = f"step {number}" if self._name == "step" else f"{number} {self._name}"
+        show(data, metadata, STILL.format(what), live)
+
+
+def _only_widget(widget: Any) -> dict[str, Any]:
+    return {WIDGET_MIMETYPE: widget._repr_mimebundle_()[WIDGET_MIMETYPE]}
+
+
+def _nothing() -> dict[str, Any]:
+    """A widget without content.
+
+    It takes the place of the sentence about a missing kernel where a kernel is running.
+    """
+    import ipywidgets
+
+    return _only_widget(ipywidgets.Box(layout={"display": "none"}))
 
 
 def scrub(

@@ -260,6 +260,7 @@ def test_a_failing_case_does_not_take_the_others_with_it(monkeypatch: pytest.Mon
         ["kernels", "--only", "nonsense"],
         ["kernels", "--shape", "nonsense"],
         ["breakdown", "--overlap", "perhaps"],
+        ["breakdown", "--graphs", "perhaps"],
         ["latency", "--running", "0"],
     ],
 )
@@ -573,8 +574,10 @@ def test_breakdown_on_a_cpu(tmp_path: Path) -> None:
             "update",
             "launch the step",
             "wait for the GPU",
+            "extend the requests",
+            "make the outputs",
             "everything else",
-        } == row["cpu_ms"].keys()
+        } == row["cpu_ms"].keys() - {breakdown.COLLECTOR}
         assert min(row["cpu_ms"].values()) >= 0
     assert "by name" in text
 
@@ -698,7 +701,7 @@ def test_a_job_that_hangs_is_ended(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("on_gpu", "most"), [(True, 360), (False, 130)])
+@pytest.mark.parametrize(("on_gpu", "most"), [(True, 400), (False, 130)])
 def test_recording_everything_has_a_bound(on_gpu: bool, most: int) -> None:
     assert sum(job.soft for job in record.jobs("tiny", on_gpu)) <= most
 
@@ -715,7 +718,7 @@ def test_pictures_say_in_words_what_they_show(kernel_report: dict[str, Any]) -> 
     assert [point.letter for point in points] == list("ABCDEF")
     figure = draw_roofline(kernel_report)
     best = max(points, key=lambda point: point.share_of_floor)
-    assert f"{best.case} with {best.share_of_floor:.0%}" in figure.caption
+    assert f"{best.case} with {best.share_of_floor:.0%}" in figure.alt
     assert "6 measured kernels" in figure.alt
     with pytest.raises(ValueError, match="nobody"):
         draw_roofline(kernel_report, variant="nobody")

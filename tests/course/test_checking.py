@@ -126,7 +126,17 @@ def test_check_raises_what_it_found(id: str, answer: Any, kind: type, said: str)
     with pytest.raises(kind) as caught:
         check(id, answer)
     assert said in str(caught.value)
-    assert caught.value._render_traceback_() == [f"{kind.__name__}: {caught.value}"]
+
+
+def test_a_notebook_shows_what_was_raised_without_a_traceback() -> None:
+    """The texts that IPython shows in place of a traceback."""
+    assert NotAttempted("98.1: still to write: stub.")._render_traceback_() == [
+        "98.1 not attempted: still to write: stub."
+    ]
+    assert Mistake("squared", "You square.\nTwice.")._render_traceback_() == [
+        "\x1b[1;31mfailed: squared\x1b[0m\nYou square.\nTwice."
+    ]
+    assert NotRunnableHere("no GPU")._render_traceback_() == ["NotRunnableHere: no GPU"]
 
 
 def test_values_that_are_missing_are_named() -> None:
@@ -411,7 +421,7 @@ def test_the_engine_runs_on_a_piece_and_says_when_it_differs() -> None:
     mine = counted(reference.rms_norm)
     assert (
         engine_agrees(mine, kernels=replace(reference, rms_norm=mine))
-        == "the engine writes the same 80 tokens with it"
+        == "the engine writes the same 100 tokens with it"
     )
     assert mine.calls > 10
     with pytest.raises(Mistake) as caught:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import random
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from time import perf_counter
 
@@ -14,7 +16,7 @@ import pytest
 import torch
 
 from minivllm.course.grading.accesses import Accesses, accesses
-from minivllm.course.grading.chance import expect_no_chance
+from minivllm.course.grading.chance import expect_no_chance, world
 from minivllm.course.grading.diagnose import diagnose
 from minivllm.course.grading.errors import Mistake
 from minivllm.course.grading.isolated import isolated
@@ -264,6 +266,17 @@ def test_chance_is_seen(decide) -> None:
         expect_no_chance(decide, "the order", decide)
 
 
+def test_the_world_knows_who_asked() -> None:
+    with world(1, by_clock, by_imported_clock) as asked:
+        sorted([hash("not of an answer"), by_imported_clock()])
+    assert asked == {"hash", "time.perf_counter"}  # this test is beside the answers
+    real = time.time()
+    with world(2, by_clock), ThreadPoolExecutor(1) as other:
+        assert datetime.datetime.now().timestamp() > real + 86400
+        assert abs(other.submit(time.time).result() - real) < 60 < time.time() - real
+    assert datetime.datetime.now().timestamp() < real + 60
+
+
 def test_the_world_is_put_back() -> None:
     before = (hash, id, time.time, random.getstate(), torch.get_rng_state().sum().item())
     assert expect_no_chance(lambda: sorted([3, 1, 2]), "the order", by_imported_clock) == [1, 2, 3]
@@ -329,6 +342,22 @@ def test_a_read_outside_is_seen_though_its_result_is_not_used() -> None:
     assert out.flatten().tolist() == list(range(6))
     assert seen.read["x"].all()
     assert not seen.read["out"].any()
+
+
+@triton.jit
+def careless_kernel(out_ptr, x_ptr, N, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, tl.load(x_ptr + at, mask=at < N))
+
+
+@needs_triton_interpreter
+def test_a_masked_load_without_other_gives_anything() -> None:
+    x, out = torch.arange(4.0), torch.zeros(4)
+    with accesses(x=x, out=out) as seen:
+        careless_kernel[(1,)](out, x, 3, BLOCK=4)
+    assert out[:3].tolist() == [0, 1, 2]
+    assert out[3].isnan()
+    assert seen.read_outside == []
 
 
 @needs_triton_interpreter

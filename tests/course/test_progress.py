@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from minivllm.cli.app import app
 from minivllm.course.grading import exercise
 from minivllm.course.grading.exercise import Exercise, Known
-from minivllm.course.notebooks import Chapter, Statement, find_root, read
+from minivllm.course.notebooks import Chapter, Statement, Stop, find_root, read
 from minivllm.course.stubs import make_exercises
 from support import demo
 from support.learners_files import WRONG, without
@@ -108,6 +108,24 @@ def test_no_hint_is_about_a_file_that_does_not_run(learner: Learner, source: str
 def test_all_right_exits_with_0(learner: Learner) -> None:
     learner()
     assert "3 of 3 passed." in minivllm("check")
+
+
+def test_check_ends_with_the_next_step(chapter: Chapter, learner: Learner, monkeypatch) -> None:
+    first = "Next: 99.1, Double (5 minutes), in exercises/99_demo.ipynb; then minivllm check 99"
+    learner(two_wrong)
+    assert minivllm("check", "99", code=1).splitlines()[-1] == first
+    learner(lambda notebook: demo.fill_in(notebook, answer_3="blocks = ...\ntokens: int = ..."))
+    assert minivllm("check", "99", code=1).splitlines()[-1].startswith("Next: 99.3, Predict")
+    learner()
+    assert "Next:" not in minivllm("check", "99"), "no chapter comes after it"
+
+    nbformat.write(nbformat.v4.new_notebook(), chapter.root / "notebooks/98_more.ipynb")
+    for module in ("notebooks", "navigation", "grading.next_step"):
+        road = (Stop("99_demo", "use", "a demo"), Stop("98_more", "use", "more"))
+        monkeypatch.setattr(f"minivllm.course.{module}.ROAD", road)
+    last = minivllm("check", "99").splitlines()[-1]
+    assert last == "Next: read notebooks/98_more.ipynb, the next chapter."
+    assert "Next:" not in minivllm("check", str(learner().rename(chapter.root / "copy.ipynb")))
 
 
 @pytest.mark.parametrize(

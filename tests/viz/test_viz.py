@@ -5,7 +5,9 @@ engine.
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
+import math
 import subprocess
 import sys
 import threading
@@ -20,11 +22,16 @@ from support.pictures import BLINDNESS, MAX_PNG_BYTES, seen
 
 pytest.importorskip("matplotlib")
 
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure as MatplotlibFigure
-from matplotlib.patches import StepPatch
+from matplotlib.patches import Rectangle, StepPatch
+from PIL import Image
 
 from minivllm.viz import block_tables, draw_block_table, draw_kv_memory, kv_memory, palette, scrub
 from minivllm.viz.block_table import busiest_step
+from minivllm.viz.figure import Figure
+from minivllm.viz.themes import DARK, LIGHT, text_contrasts
+from minivllm.viz.widgets import LIVE_DPI, WIDGET_MIMETYPE
 
 PICTURES = [draw_block_table, draw_kv_memory]
 
@@ -245,13 +252,17 @@ def test_scrubber_moves_and_has_a_static_twin(shared: Trace, displayed: list) ->
     controls, image, caption = scrubber.widget().children
     first = image.value
     controls.children[1].value = 5
-    assert image.value == draw_block_table(shared, 5).to_png() != first
+    live = draw_block_table(shared, 5).to_png(LIVE_DPI, small=False)
+    assert image.value == live != first
     assert draw_block_table(shared, 5).caption in caption.value
     assert controls.children[1].max == len(shared.steps) - 1
     scrubber._ipython_display_()
     picture, _ = displayed[0]
     assert "application/vnd.jupyter.widget-view+json" in picture
     assert picture["image/png"] == draw_block_table(shared, 1).mimebundle()[0]["image/png"]
+    note, _ = displayed[1]
+    assert note["text/markdown"].startswith("*Without a running kernel")
+    assert WIDGET_MIMETYPE in note, "with a running kernel, nothing is shown in its place"
 
 
 def test_without_ipywidgets_the_twin_remains(
@@ -260,6 +271,7 @@ def test_without_ipywidgets_the_twin_remains(
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
     scrub(shared, draw_kv_memory)._ipython_display_()
     assert set(displayed[0][0]) == {"image/png", "text/plain"}
+    assert set(displayed[1][0]) == {"text/markdown", "text/plain"}
     assert "pip install ipywidgets" in caplog.text
 
 
@@ -285,16 +297,74 @@ def test_pictures_need_no_pyplot_and_no_main_thread(shared: Trace) -> None:
 # --- the palette ----------------------------------------------------------------------------------
 
 
-def test_text_is_legible_on_every_fill() -> None:
+PAGES = (LIGHT, DARK, "#0D1117")  # the last one is GitHub's dark page
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_text_and_lines_are_legible_on_light_and_dark_pages(page: str) -> None:
     for color in (palette.INK, palette.SOFT_INK, palette.RESERVED):
-        for background in (palette.PAPER, palette.FREE):
-            assert palette.contrast(color, background) >= 4.5
+        assert palette.contrast(color, page) >= 4
+    for color in (*palette.REQUESTS, palette.RESERVED, "#000000", "#FFFFFF", "#882255"):
+        assert palette.contrast(palette.mid_tone(color), page) >= 4
+
+
+def test_a_mid_tone_keeps_what_can_be_read_and_the_hue() -> None:
+    assert palette.mid_tone(palette.INK) == palette.INK
+    red, green, blue = palette.rgb(palette.mid_tone("#882255"))
+    assert red > blue > green
+
+
+def test_text_is_legible_on_every_fill() -> None:
     for color in (
-        *palette.REQUESTS,
+        *map(palette.request_color, range(24)),
         *(palette.tint(c, 0.3) for c in palette.REQUESTS),
         palette.CACHED,
     ):
-        assert palette.contrast(palette.text_on(color), color) >= 4.5
+        assert palette.opacity(color) == 1
+        assert palette.contrast(palette.text_on(color), color) >= 4.2
+    for veil in (palette.FREE, palette.tint(palette.USED, 0.2)):
+        assert palette.text_on(veil) == palette.INK
+
+
+def test_texts_take_the_colour_that_can_be_read_where_they_lie() -> None:
+    figure = Figure(2.0)
+    ax = figure.add_axes((0, 0, 1, 1), facecolor=palette.PAPER)
+    ax.set_xlim(0, 4)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.spines["left"].set_color("#000000")
+    ax.add_patch(Rectangle((1, 0), 1, 1, facecolor=palette.request_color(5)))
+    ax.add_patch(Rectangle((2, 0), 1, 1, facecolor=palette.tint(palette.USED, 0.1)))
+    ax.add_patch(Rectangle((3, 0), 1, 1, fill=False, hatch="/////", edgecolor=palette.INK))
+    box = {"facecolor": palette.PAPER, "edgecolor": "none"}
+    texts = [ax.text(x + 0.3, 0.5, f"text {x}", color=palette.INK, bbox=box) for x in (0, 3)]
+    texts += [ax.text(x + 0.3, 0.5, f"text {x}", color="#000000") for x in (1, 2)]
+    image = Image.open(io.BytesIO(figure.to_png())).convert("RGBA")
+    bare, hatched, filled, veiled = (to_hex(text.get_color()).upper() for text in texts)
+    assert bare == palette.INK
+    assert texts[0].get_bbox_patch().get_facecolor()[3] == 0, "no white box on a dark page"
+    assert hatched == palette.DARK_TEXT
+    assert texts[1].get_bbox_patch().get_facecolor() == (1, 1, 1, 1)
+    assert palette.contrast(filled, palette.request_color(5)) > 4.5
+    assert palette.contrast(veiled, LIGHT) > 4 < palette.contrast(veiled, DARK)
+    assert image.getpixel((20, 20))[3] == 0, "the page shines through"
+    frame = to_hex(ax.spines["left"].get_edgecolor())
+    assert palette.contrast(frame, LIGHT) > 4 < palette.contrast(frame, DARK)
+    fill = image.getpixel((int(image.width * 0.45), 20))
+    assert fill == pytest.approx(palette.rgba(palette.REQUESTS[5]), abs=3)
+    contrasts = text_contrasts(figure)
+    assert min(contrasts[f"text {x}"] for x in range(4)) > 3.5
+
+
+def test_a_tick_at_the_edge_is_not_cut() -> None:
+    figure = Figure(2.0)
+    ax = figure.add_axes((0.1, 0.3, 0.9, 0.6))
+    ax.set_xlim(0, 1000)
+    figure.to_png()
+    last = [label for label in ax.get_xticklabels() if label.get_text() == "1000"]
+    assert last
+    figure.canvas.draw()
+    assert all(label.get_window_extent().x1 <= figure.bbox.width for label in last)
 
 
 @pytest.mark.parametrize("kind", [None, *BLINDNESS])
@@ -315,6 +385,17 @@ def test_colours_stay_apart_for_the_colour_blind(kind: str | None) -> None:
         (palette.USED, palette.WASTED, palette.CACHED, palette.FREE), 2
     ):
         assert distance(one, other) > 10, (one, other)
+
+
+def test_more_requests_than_colours_stay_apart() -> None:
+    """Lighter and darker forms follow the eight colours; neighbours differ for everybody."""
+    colors = [palette.request_color(i) for i in range(24)]
+    assert colors[:8] == list(palette.REQUESTS)
+    assert len(set(colors)) == 24
+    for kind in (None, *BLINDNESS):
+        looks = [seen(color, kind) for color in colors]
+        for i, j in [(i, i + 1) for i in range(23)] + [(i, i + 8) for i in range(16)]:
+            assert math.dist(looks[i], looks[j]) > 10, (kind, colors[i], colors[j])
 
 
 def test_letters_do_not_end() -> None:

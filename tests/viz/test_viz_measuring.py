@@ -16,6 +16,7 @@ from minivllm.viz.measuring import (
     draw_decode_floor,
     draw_intervals,
     draw_parts,
+    draw_ratios,
     draw_samples,
     draw_tradeoff,
 )
@@ -29,12 +30,14 @@ ROWS = {
 }
 LOADS = {"measured": [Load(1, 1e-3), Load(8, 2e-3)], "floor": [Load(1, 0.5e-3), Load(8, 1e-3)]}
 SAMPLES = {"A": [1.0, 2.0, 9.0], "B": [4.0, 4.0, 5.0]}
+RATIOS = {"long": {"theirs": 1.5, "slow": 12.0}, "short": {"theirs": 0.9}}
 LANES = {"stream 1": [(-5.0, 10.0), (20.0, 40.0)], "CPU": [(10.0, 20.0), (90.0, 130.0)]}
 PICTURES = {
     "floor": lambda **more: draw_decode_floor(BATCHES, PARTS, [(1, 2e-3), (16, 6e-3)], **more),
     "parts": lambda **more: draw_parts(ROWS, pale=["CPU"], **more),
     "tradeoff": lambda **more: draw_tradeoff(LOADS, **more),
     "samples": lambda **more: draw_samples(SAMPLES, **more),
+    "ratios": lambda **more: draw_ratios(RATIOS, "mine", **more),
     "intervals": lambda **more: draw_intervals(LANES, 0.0, 100.0, **more),
 }
 
@@ -89,17 +92,16 @@ def test_bars_are_the_parts() -> None:
     figure = draw_parts(ROWS, pale=["CPU"])
     [ax] = figure.axes
     assert bars(ax) == [(0.0, 3.0), (3.0, 1.0), (4.0, 2.0), (0.0, 3.0), (3.0, 1.0)]
-    assert (
-        "off: 6.00 milliseconds, most of it attention 50%, CPU 33%, matrices 17%" in figure.caption
-    )
-    assert "on: 4.00 milliseconds, most of it attention 75%, matrices 25%." in figure.caption
+    assert "off: 6.00 milliseconds, most of it attention 50%, CPU 33%, matrices 17%" in figure.alt
+    assert "on: 4.00 milliseconds, most of it attention 75%, matrices 25%." in figure.alt
+    assert figure.caption == "The largest part of each bar: attention."
     colors = [patch.get_facecolor() for patch in ax.patches]
     assert colors[0] == colors[3] != colors[1]
     assert tuple(round(c, 3) for c in colors[2][:3]) == tuple(
         round(c, 3) for c in palette.rgb(palette.FREE)
     )
     shares = draw_parts({"x": {"a": 60.0, "b": 40.0}}, unit="percent of a step")
-    assert shares.caption == "x: a 60%, b 40%."
+    assert shares.alt.endswith(" x: a 60%, b 40%.")
     assert not shares.axes[0].texts, "every bar is 100 long"
     with pytest.raises(ValueError, match="no bar"):
         draw_parts({})
@@ -124,10 +126,26 @@ def test_points_of_the_tradeoff() -> None:
     assert list(map(float, first.get_ydata())) == pytest.approx([1000.0, 4000.0])
     assert (
         "1 to 8 sequences make 4 times as many tokens a second, and each waits 2.0 times as long"
-        in figure.caption
+        in figure.alt
     )
     with pytest.raises(ValueError, match="without points"):
         draw_tradeoff({"empty": []})
+
+
+def test_marks_are_the_ratios() -> None:
+    [ax] = draw_ratios(RATIOS, "mine").axes
+    marks = {line.get_marker(): line for line in ax.lines if line.get_marker() != "None"}
+    assert [list(map(float, line.get_xdata())) for line in marks.values()] == [[1.5, 0.9], [12.0]]
+    assert [list(line.get_ydata()) for line in marks.values()] == [[0, 1], [0]]
+    assert draw_ratios({"x": {"other": 2.0}}, "mine").alt.endswith("x: other 2.00.")
+    for wrong in ({}, {"x": {"other": 0.0}}):
+        with pytest.raises(ValueError, match="above 0"):
+            draw_ratios(wrong, "mine")
+
+
+def test_bars_with_other_largest_parts_name_them() -> None:
+    rows = {"off": {"a": 1.0, "b": 2.0}, "on": {"a": 3.0, "b": 1.0}, "late": {"a": 0.5, "b": 9.0}}
+    assert draw_parts(rows).caption == "The largest parts: b (in off, late); a (in on)."
 
 
 def test_dots_are_the_repeats() -> None:
@@ -135,7 +153,7 @@ def test_dots_are_the_repeats() -> None:
     [ax] = figure.axes
     dots = [line for line in ax.lines if line.get_marker() not in ("None", "", None)]
     assert [list(map(float, line.get_ydata())) for line in dots] == list(SAMPLES.values())
-    assert "A: median 2.00 parsecs, mean 4.00, from 1.00 to 9.00." in figure.caption
+    assert "A: median 2.00 parsecs, mean 4.00, from 1.00 to 9.00." in figure.alt
     assert len({line.get_marker() for line in dots}) == 2
     with pytest.raises(ValueError, match="nothing"):
         draw_samples({"A": []})

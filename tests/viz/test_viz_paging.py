@@ -112,10 +112,10 @@ def test_drawn_shares_are_the_numbers() -> None:
 
 def test_the_map_paints_what_lies_where() -> None:
     pixels = _map_pixels(STEPS, capacity=16, num_steps=4)
-    assert pixels.shape == (16, 4, 3)
+    assert pixels.shape == (16, 4, 4)
 
     def color(name: str) -> list[int]:
-        return [round(255 * x) for x in palette.rgb(name)]
+        return list(palette.rgba(name))
 
     token, later, never, outside = (
         color(_MAP_COLORS[field]) for field in ("tokens", "later", "never", "outside")

@@ -18,8 +18,10 @@ from minivllm.viz import palette, scrub
 from minivllm.viz.parallel import (
     PARTS,
     WRONG,
+    CollectiveSweep,
     Heads,
     Ring,
+    draw_collectives,
     draw_heads,
     draw_parallel_block,
     draw_ring,
@@ -127,6 +129,23 @@ def test_the_ring_draws_its_steps() -> None:
         Ring(1)
 
 
+# --- the price of a start ---
+
+
+def test_a_sweep_divides_the_step_by_what_it_becomes() -> None:
+    sweep = CollectiveSweep({"small": 0.3}, {"small": 0.1}, {"small": 50})
+    assert sweep.speedup("small", 4) == pytest.approx(0.3 / (0.1 + 50 * 0.004))
+    assert list(sweep.steps) == list(range(1, 21))
+    figure = draw_collectives(sweep, step=3)
+    assert "With 4 microseconds per start" in figure.caption
+    assert "small 1.00" in figure.caption
+    slow, fast = (sweep.speedup("small", us) for us in (20, 1))
+    curve = next(line for line in figure.axes[0].lines if len(line.get_xdata()) == 20)
+    assert list(curve.get_ydata())[::19] == pytest.approx([fast, slow])
+    children = scrub(sweep, draw_collectives, step=9).widget().children
+    assert [slider.description for slider in children[0].children[1:]] == ["microseconds"]
+
+
 # --- shares ---------------------------------------------------------------------------------------
 
 
@@ -136,8 +155,10 @@ def test_columns_stack_their_parts_on_one_scale() -> None:
     boxes = [(p.get_y(), p.get_height()) for p in one.patches if isinstance(p, Rectangle)]
     assert boxes == [(0, 3.0), (3.0, 0), (0, 1.5), (1.5, 0.75)]
     assert one.get_ylim() == many.get_ylim()
-    assert "one, in milliseconds: 1 GPU: 3, 2 GPUs: 2.25." in figure.caption
-    assert figure.caption.endswith("The line is at 5: too slow.")
+    one, many = draw_shares(TIMES, "milliseconds", "A step", same_scale=False).axes
+    assert one.get_ylim() < many.get_ylim()
+    assert "one, in milliseconds: 1 GPU: 3, 2 GPUs: 2.25." in figure.alt
+    assert figure.caption == "The line is at 5: too slow."
     assert len(PARTS) == len(set(PARTS))
     with pytest.raises(ValueError, match="nothing to draw"):
         draw_shares({}, "GB", "Memory")

@@ -25,6 +25,7 @@ from minivllm.viz.softmax import (
     draw_programs,
     online_softmax,
 )
+from minivllm.viz.widgets import LIVE_DPI
 
 SCORES = [4.9, 5.2, 4.2, 6.2, 5.5, 6.9, 5.3, 4.9, 4.1, 7.6, 7.7, 7.1]
 MAX_PNG_BYTES = 60_000
@@ -130,7 +131,7 @@ def test_the_slider_shows_each_step() -> None:
         12,
     ), "a lesson counts from 1, as its captions do"
     slider.value = 10
-    assert image.value == draw_online_softmax(replay, 9).to_png()
+    assert image.value == draw_online_softmax(replay, 9).to_png(LIVE_DPI, small=False)
     assert draw_online_softmax(replay, 9).caption in caption.value
 
 

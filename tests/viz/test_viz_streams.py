@@ -11,15 +11,18 @@ from minivllm.course.sim.streams import SimulatedGPU, Span
 
 pytest.importorskip("matplotlib")
 
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure as MatplotlibFigure
 from matplotlib.patches import Rectangle, StepPatch
 
 from minivllm.engine.cuda_graphs import graph_sizes
-from minivllm.viz import scrub
+from minivllm.viz import palette, scrub
 from minivllm.viz.streams import (
+    HARM,
     KINDS,
     draw_buckets,
     draw_padding,
+    draw_slots_state,
     draw_streams,
     draw_writes,
     find_writes,
@@ -172,12 +175,32 @@ def test_writes_are_found_and_judged() -> None:
         (5, 0, "", False),
     ]
     figure = draw_writes(before, after, tables, [(2, 3)])
-    marks = [text.get_text() for text in figure.axes[0].texts if text.get_text() in "●✕"]
-    assert sorted(marks) == ["●", "✕", "✕"]
+    dots = [text for text in figure.axes[0].texts if text.get_text() == "●"]
+    crosses = [line for line in figure.axes[0].lines if line.get_color() == HARM]
+    assert len(dots) == 1 + 1  # and one that explains it
+    assert len(crosses) == 2 * 2
     assert "3 places written, 1 of them" in figure.caption
     assert "Block 0, place 1, of A, was written by somebody else." in figure.caption
     assert "Block 5, place 0, of nobody" in figure.caption
     assert "A, B, nobody" in figure.alt
+
+
+def test_what_an_earlier_sequence_left_is_grey() -> None:
+    before = torch.ones(2, 4)
+    after = before.clone()
+    after[1, 0] = 2
+    figure = draw_writes(before, after, {"A": [0, 1]}, [(1, 0)], lengths={"A": 5})
+    faces = [to_hex(p.get_facecolor()).upper() for p in figure.axes[0].patches if p.get_fill()]
+    assert faces.count(palette.CACHED) == 3
+    assert any("earlier sequence" in text.get_text() for text in figure.axes[0].texts)
+
+
+def test_a_slot_shows_where_its_step_writes() -> None:
+    figure = draw_slots_state([5, 2], [7, 8], [[3, 4], [6, 0]], 4, running=[0])
+    framed = [p for p in figure.axes[0].patches if to_hex(p.get_edgecolor()) == palette.INK.lower()]
+    assert len(framed) == 1  # slot 0 at position 5, in its second block
+    assert framed[0].get_x() > min(p.get_x() for p in figure.axes[0].patches)
+    assert "slots 0 reads" in figure.caption
 
 
 def test_pictures_are_small_and_have_words(runs: dict[str, list[Span]]) -> None:
@@ -186,6 +209,7 @@ def test_pictures_are_small_and_have_words(runs: dict[str, list[Span]]) -> None:
         draw_buckets({"The engine's": graph_sizes(32)}, SEEN),
         draw_padding(replay_padding([3, 8, 5, 1] * 30, [1, 4, 8]), 7),
         draw_writes(torch.zeros(3, 16), torch.ones(3, 16), {"A": [0, 1]}, []),
+        draw_slots_state([96, 87], [1235, 510], [[0, 3, 6], [1, 4, 7]], 16, running=[0, 1]),
     ):
         assert len(figure.to_png()) < MAX_PNG_BYTES
         assert len(figure.alt) > 30

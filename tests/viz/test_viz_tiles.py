@@ -23,6 +23,7 @@ from minivllm.viz.tiles import (
     draw_tile_room,
     replay_tiles,
 )
+from minivllm.viz.widgets import LIVE_DPI
 
 MAX_PNG_BYTES = 60_000
 SHAPES = [(1, 1), (1, 40), (16, 16), (17, 17), (16, 56), (13, 50), (64, 64), (70, 70), (9, 73)]
@@ -185,10 +186,10 @@ def test_a_replay_scrubs(scores: torch.Tensor) -> None:
     pytest.importorskip("ipywidgets")
     replay = replay_tiles(scores, block_n=8)
     controls, image, caption = scrub(replay, draw_tile_replay, step=1).widget().children
-    assert image.value == draw_tile_replay(replay, 1).to_png()
+    assert image.value == draw_tile_replay(replay, 1).to_png(LIVE_DPI, small=False)
     assert "Tile 2 of 6" in caption.value
     controls.children[1].value = 5
-    assert image.value == draw_tile_replay(replay, 4).to_png()
+    assert image.value == draw_tile_replay(replay, 4).to_png(LIVE_DPI, small=False)
     assert draw_tile_replay(replay, 4).caption in caption.value
 
 

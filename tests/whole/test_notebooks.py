@@ -5,6 +5,7 @@ compares).
 from __future__ import annotations
 
 import copy
+import shutil
 import subprocess
 import sys
 import warnings
@@ -15,8 +16,18 @@ import pytest
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from minivllm.course.authoring.tool import IGNORED, ROOT, broken_links, clean, execute, problems
-from minivllm.course.notebooks import as_committed
+from minivllm.course import navigation
+from minivllm.course.authoring.tool import (
+    IGNORED,
+    ROOT,
+    broken_links,
+    clean,
+    execute,
+    problems,
+    write_links,
+)
+from minivllm.course.notebooks import Chapter, as_committed
+from minivllm.course.stubs import make_exercises
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ALL = [
@@ -117,6 +128,14 @@ def test_links_lead_somewhere(path: Path, pytestconfig: pytest.Config) -> None:
     assert broken_links(notebook, path.parent) == []
 
 
+@pytest.mark.parametrize("path", ALL, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_the_neighbours_are_linked(path: Path, pytestconfig: pytest.Config) -> None:
+    notebook = nbformat.reads(text_of(path, pytestconfig), as_version=4)
+    linked = copy.deepcopy(notebook)
+    navigation.place(linked, path.parent.name, path.stem)
+    assert linked == notebook, "run `python -m minivllm.course.authoring links`"
+
+
 def test_small_together(pytestconfig: pytest.Config) -> None:
     texts = [as_committed(path)[0] or "" for path in ALL]
     assert sum(len(text.encode()) for text in texts) < MAX_BYTES_TOGETHER
@@ -203,6 +222,7 @@ def test_execute_cleans_and_refuses(tmp_path: Path) -> None:
             "[a](../minivllm/x.py#L3-L2) [b](../minivllm/x.py#line2)",
             ["../minivllm/x.py#L3-L2", "../minivllm/x.py#line2"],
         ),
+        ("[a](#cell-id=text) [b](#cell-id=other)", ["#cell-id=other"]),
         ("[a](#nowhere) [b](b.ipynb#nowhere)", ["#nowhere", "b.ipynb#nowhere"]),
         ("http://arxiv.org/abs/2205.14135", ["http://arxiv.org/abs/2205.14135"]),
         ("[p](https://arxiv.org/abs/2213.14135)", ["https://arxiv.org/abs/2213.14135"]),
@@ -223,3 +243,59 @@ def test_broken_links_are_named(tmp_path: Path, text: str, broken: list[str]) ->
     assert broken_links(new_notebook(cells=cells), tmp_path / "notebooks") == [
         f"cell text: {link}" for link in broken
     ]
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """A folder with the course's notebooks, as they are, and a folder for what they link to."""
+    for path in ALL:
+        (tmp_path / path.parent.name).mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / path.parent.name)
+    return tmp_path
+
+
+def test_links_are_written_once_into_every_page(copied: Path) -> None:
+    for path in copied.rglob("*.ipynb"):
+        notebook = nbformat.read(path, as_version=4)
+        notebook.cells = [cell for cell in notebook.cells if "nav-" not in cell.id]
+        nbformat.write(notebook, path)
+    assert len(write_links(copied)) == len(ALL)
+    written = {path: path.read_bytes() for path in copied.rglob("*.ipynb")}
+    for path in written:
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+        notebook.cells = [cell for cell in notebook.cells if "nav-" in cell.id]
+        assert [cell.id for cell in notebook.cells] == ["nav-top", "nav-bottom"]
+        assert broken_links(notebook, path.parent) == []
+    assert write_links(copied) == []
+    assert written == {path: path.read_bytes() for path in copied.rglob("*.ipynb")}
+
+
+def test_a_page_links_to_both_sides() -> None:
+    assert navigation.links("notebooks", "03_paged_kv_cache") == (
+        "[← 02 flash attention](02_flash_attention.ipynb) · [the tour](00_tour.ipynb)"
+        " · [exercises 03](../exercises/03_paged_kv_cache.ipynb)"
+        " · [04 block manager →](04_block_manager.ipynb)"
+    )
+    assert navigation.links("notebooks", "00_tour") == (
+        "[01 online softmax →](01_online_softmax.ipynb)"
+    )
+    last = navigation.links("notebooks", "11_using_minivllm")
+    assert last == "[← 10 measuring](10_measuring.ipynb) · [the tour](00_tour.ipynb)"
+    top = navigation.source("nav-top", "exercises", "03_paged_kv_cache")
+    assert "[chapter 03](../notebooks/03_paged_kv_cache.ipynb)" in top
+    assert "(../solutions/03_paged_kv_cache.ipynb)" in top
+    assert "last hint" in top
+
+
+def test_exercises_get_links_of_their_own(copied: Path) -> None:
+    write_links(copied)
+    chapter = Chapter(copied, "03_paged_kv_cache")
+    made, written = make_exercises(chapter), nbformat.read(chapter.exercises, as_version=4)
+    for id in ("nav-top", "nav-bottom"):
+        [theirs], [ours] = (
+            [cell.source for cell in notebook.cells if cell.id == id]
+            for notebook in (made, written)
+        )
+        assert theirs == ours
+        assert theirs != next(c.source for c in chapter.solution.cells if c.id == id)

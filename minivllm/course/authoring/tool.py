@@ -1,19 +1,22 @@
 """Tools for the authors of notebooks.
 
     python -m minivllm.course.authoring execute notebooks/00_tour.ipynb
+    python -m minivllm.course.authoring links
     python -m minivllm.course.authoring stubs
     python -m minivllm.course.authoring glossary
 
 `execute` runs a notebook in place with a fresh kernel and removes what belongs to this machine. It
-saves the notebook only if `problems` finds nothing. `stubs` writes exercises/ from solutions/:
-every answer becomes a stub. It also writes the digests that show when a solution was changed.
-`glossary` writes notebooks/glossary.md.
+saves the notebook only if `problems` finds nothing. `links` writes the links between the pages into
+all notebooks: to the chapters before and after, the tour and the exercises. `stubs` writes
+exercises/ from solutions/: every answer becomes a stub. It also writes the digests that show when a
+solution was changed. `glossary` writes notebooks/glossary.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import copy
 import json
 import re
 from collections.abc import Iterator
@@ -22,8 +25,19 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
+from minivllm.course import navigation
 from minivllm.course.authoring import glossary
-from minivllm.course.notebooks import KINDS, Chapter, Statement, chapters, role
+from minivllm.course.notebooks import (
+    CELL_STATE,
+    FOLDERS,
+    KINDS,
+    METADATA,
+    ROAD,
+    Chapter,
+    Statement,
+    chapters,
+    role,
+)
 from minivllm.course.stubs import digests, make_exercises, stub_source
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -50,10 +64,9 @@ def clean(notebook: NotebookNode) -> None:
 
     A widget's static picture stays.
     """
-    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    notebook.metadata = NotebookNode(kernelspec=kernel, language_info={"name": "python"})
+    notebook.metadata = nbformat.from_dict(METADATA)
     for cell in notebook.cells:
-        for key in ("execution", "collapsed", "scrolled", "trusted"):
+        for key in CELL_STATE:
             cell.metadata.pop(key, None)
         for output in cell.get("outputs", []):
             data = output.get("data", {})
@@ -149,9 +162,10 @@ def misplaced(solution: NotebookNode) -> list[str]:
 def broken_links(notebook: NotebookNode, folder: Path) -> list[str]:
     """Return the broken links in the Markdown of a notebook in folder.
 
-    A relative link must name a file, a folder or a heading of a notebook. It must not name a line
-    of a file: the line number is wrong as soon as a line is added above it. A link to arXiv must
-    have the form https://arxiv.org/abs/2205.14135. Other links to the web are not checked.
+    A relative link must name a file, a folder, or a heading or a cell of a notebook. It must not
+    name a line of a file: the line number is wrong as soon as a line is added above it. A link to
+    arXiv must have the form https://arxiv.org/abs/2205.14135. Other links to the web are not
+    checked.
     """
     found = []
     for cell in notebook.cells:
@@ -184,11 +198,13 @@ def _leads_somewhere(path: Path | None, anchor: str, notebook: NotebookNode) -> 
         notebook = nbformat.read(path, as_version=4)
     if not anchor:
         return True
-    # JupyterLab's anchor is the heading with - for spaces.
+    # JupyterLab's anchor is cell-id=…, or the heading with - for spaces.
     if path is None or path.suffix == ".ipynb":
         headings = re.findall(
             r"^#+ +(.+?)\s*$", "\n".join(c.source for c in notebook.cells), re.MULTILINE
         )
+        if anchor.startswith("cell-id="):
+            return anchor[8:] in [cell.id for cell in notebook.cells]
         return anchor.lower() in {heading.replace(" ", "-").lower() for heading in headings}
     return False
 
@@ -205,6 +221,23 @@ def write_stubs(chapter: Chapter) -> list[str]:
             json.dumps(digests(chapter.solution), indent=1) + "\n", encoding="utf-8"
         )
     return found
+
+
+def write_links(root: Path) -> list[Path]:
+    """Write the links of all pages of the course in root. Returns the notebooks that changed."""
+    changed = []
+    for stop in ROAD:
+        for folder in (*FOLDERS, "exercises"):
+            path = root / folder / f"{stop.name}.ipynb"
+            if not path.exists():
+                continue
+            notebook = nbformat.read(path, as_version=4)
+            before = copy.deepcopy(notebook.cells)
+            navigation.place(notebook, folder, stop.name)
+            if notebook.cells != before:
+                nbformat.write(notebook, path)
+                changed.append(path)
+    return changed
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -245,8 +278,12 @@ def main() -> int:
         ("stubs", "write exercises/ from solutions/ (all, or those given)", "*"),
     ):
         commands.add_parser(name, help=what).add_argument("notebooks", nargs=number, type=Path)
+    commands.add_parser("links", help="write the links between the pages into all notebooks")
     commands.add_parser("glossary", help="write notebooks/glossary.md")
     arguments = parser.parse_args()
+    if arguments.command == "links":
+        print("\n".join([*map(str, write_links(ROOT)), "The other notebooks have their links."]))
+        return 0
     if arguments.command == "glossary":
         (ROOT / GLOSSARY).write_text(glossary.render(), encoding="utf-8")
         print(f"{GLOSSARY}: {len(glossary.TERMS)} terms")

@@ -334,8 +334,11 @@ class _Again:
 
 
 def _rolled(value: Any) -> Any:
-    # Poison must stay where it is.
-    return _negated(value) if value.isnan().any() else value.flatten().roll(1).view(value.shape)
+    # NaN and infinities are poison, and stay where they are.
+    finite = value.isfinite()
+    rolled = value.clone()
+    rolled[finite] = value[finite].roll(1)
+    return rolled
 
 
 def _negated(value: Any) -> Any:

@@ -6,6 +6,7 @@ import sysconfig
 import traceback
 from pathlib import Path
 
+from minivllm.course.grading import rendering
 from minivllm.errors import MiniVLLMError
 
 
@@ -26,12 +27,18 @@ class Mistake(CheckError):
         super().__init__(f"{name}\n{message}")
         self.name, self.message = name, message
 
+    def _render_traceback_(self) -> list[str]:
+        return rendering.failed(self.name, self.message)
+
     def __reduce__(self) -> tuple:
         return type(self), (self.name, self.message)
 
 
 class NotAttempted(CheckError):
     """The answer is the stub, or a part of it is."""
+
+    def _render_traceback_(self) -> list[str]:
+        return rendering.not_attempted(str(self))
 
 
 class NotRunnableHere(CheckError):

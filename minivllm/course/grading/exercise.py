@@ -20,6 +20,7 @@ from importlib import import_module
 from types import FunctionType, MethodType
 from typing import Any
 
+from minivllm.course.grading import next_step
 from minivllm.course.grading.errors import (
     CheckError,
     Mistake,
@@ -169,6 +170,7 @@ def check(id: str, *answers: Any, **more: Any) -> None:
             ) from error
         raise raised(error) from error
     print(f"{id} passed: {line}")
+    next_step.show(id)
 
 
 def _parameters(function: Callable, count: int) -> list[str]:

@@ -17,6 +17,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from minivllm.course.grading import next_step
 from minivllm.course.grading.capstone import command
 from minivllm.course.grading.capstone.standing import standing
 from minivllm.course.grading.errors import UnknownExerciseError
@@ -44,6 +45,9 @@ from minivllm.course.notebooks import Chapter, CourseNotFoundError, Statement, c
 from minivllm.course.stubs import make_exercises, require_published
 from minivllm.errors import ConfigError, MiniVLLMError
 from minivllm.files import reason
+
+#: The next step, when all pieces of the capstone have passed.
+CAPSTONE = "minivllm check capstone, which runs all that you wrote as one engine."
 
 
 def _records(root: Path, console: Console) -> Records:
@@ -82,7 +86,30 @@ def check(what: str | None, console: Console, timeout: float = CELL_TIMEOUT) -> 
             Text("No exercise has been attempted yet. `minivllm course` says where to begin.")
         )
         return 1
-    return max(_check(*one, console, timeout) for one in chosen)
+    records = _records(chosen[0][0].root, console)
+    worst = max(_check(*one, console, timeout, records) for one in chosen)
+    # Records are about the file in exercises/; a copy elsewhere has no next step.
+    if in_place := [chapter for chapter, path, _ in chosen if path == chapter.exercises]:
+        _print_next(in_place, records, console)
+    return worst
+
+
+def _print_next(checked: list[Chapter], records: Records, console: Console) -> None:
+    """Print the next step after these chapters were checked."""
+    steps = [_next(chapter, states_of(chapter, records)) for chapter in checked]
+    step = next(filter(None, steps), "") or _after(checked[-1])
+    if step:
+        console.print(Text(f"Next: {step}"))
+
+
+def _after(chapter: Chapter) -> str:
+    """The next step after a chapter whose exercises have all passed."""
+    try:
+        _, capstone_is_next = standing(chapter.root)
+    except MiniVLLMError:
+        # A notebook of another chapter cannot be read. `minivllm course` names it.
+        capstone_is_next = False
+    return CAPSTONE if capstone_is_next else next_step.after_chapter(chapter)
 
 
 def _find(what: str) -> tuple[Chapter, Path, Collection[str] | None]:
@@ -116,12 +143,17 @@ def _find(what: str) -> tuple[Chapter, Path, Collection[str] | None]:
 
 
 def _check(
-    chapter: Chapter, path: Path, ids: Collection[str] | None, console: Console, timeout: float
+    chapter: Chapter,
+    path: Path,
+    ids: Collection[str] | None,
+    console: Console,
+    timeout: float,
+    records: Records,
 ) -> int:
     groups = graft(path, chapter)
     by_id = {group.id: group for group in groups}
     statements = {statement.id: statement for statement in chapter.statements}
-    records, found = _records(chapter.root, console), []
+    found = []
     console.print(Text(f"{chapter.title}  ({_shown(path, chapter.root)})", style="bold"))
     for verdict in verdicts(groups, path.parent, ids, timeout):
         record = records.note(by_id[verdict.id], verdict)
@@ -229,7 +261,7 @@ def overview(console: Console) -> None:
         )
         console.print(f"The goal, the engine that you wrote: {how_near}.{how}", highlight=False)
     if is_next:
-        following = "minivllm check capstone, which runs all that you wrote as one engine."
+        following = CAPSTONE
     if following:
         console.print(Text(f"Next: {following}"))
 

@@ -7,6 +7,7 @@ would also compare what the answers print, and it waits two minutes for a kernel
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import time
@@ -17,6 +18,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from minivllm.course.grading.graft import Cell, Group
+from minivllm.course.grading.next_step import GRADED_RUN
 from minivllm.course.notebooks import JupyterMissingError
 from minivllm.course.stubs import names_in
 
@@ -92,7 +94,10 @@ class JupyterKernel:
 
         self._manager = KernelManager(kernel_name="python3", kernel_spec_manager=ThisPython())
         self._manager.start_kernel(
-            cwd=str(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            cwd=str(folder),
+            env={**os.environ, GRADED_RUN: "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         self._client = self._manager.client()
         self._client.start_channels()

@@ -2,161 +2,149 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, Any
-
-from minivllm.course.grading.errors import Mistake
-from minivllm.course.grading.judges import expect_all
-
-if TYPE_CHECKING:
-    pass
 from minivllm.course.grading.exercise import Exercise, Known
+from minivllm.course.grading.judges import Prediction, expect_predictions
+
+NEW, CONTEXT, HEADS, KV_HEADS, DIM, BLOCK = 1024, 4096, 16, 8, 128, 64
+_DRAW = (
+    "Draw it: draw_attention_tiles(1024, 4096, 64, 64), or take it on paper with 4 new tokens after"
+    " 12."
+)
+_COUNT = (
+    "Write down each tensor's shape, multiply its sides, by two bytes per number, and divide by"
+    " 10⁶."
+)
+#: How far MB may be off: MiB are 4.9 % fewer.
+_NEAR = 0.06
 
 
-def check_predictions(
-    computed_tiles: float, masked_tiles: float, matrix_mb: float, flash_mb: float
-) -> str:
+def _megabytes(*shapes: tuple[int, ...]) -> float:
     import torch
 
-    from minivllm.viz.tiles import attention_tiles
-
-    new, context, heads, kv_heads, dim, block = 1024, 4096, 16, 8, 128, 64
-    counts = attention_tiles(new, context, block, block).counts
-    computed, rows, columns = counts["full"] + counts["masked"], new // block, context // block
-
-    def megabytes(*shapes: tuple[int, ...]) -> float:
-        return (
-            sum(torch.empty(shape, dtype=torch.bfloat16, device="meta").nbytes for shape in shapes)
-            / 1e6
-        )
-
-    matrix = megabytes((heads, new, context))
-    flash = megabytes(
-        (new, heads, dim), (context, kv_heads, dim), (context, kv_heads, dim), (new, heads, dim)
+    return (
+        sum(torch.empty(shape, dtype=torch.bfloat16, device="meta").nbytes for shape in shapes)
+        / 1e6
     )
 
-    def judge(what: str, said: Any, right: float, unit: str, near: float, usual: dict) -> None:
-        if not isinstance(said, int | float) or isinstance(said, bool):
-            raise Mistake("wrong-type", f"{what} should be one number.\nIt is {said!r}.")
-        if abs(said - right) <= near * right:
-            return
-        for name, (wrong, why) in usual.items():
-            if abs(said - wrong) <= near * wrong:
-                raise Mistake(
-                    name, f"{what}: you said {said:,.6g}, measured are {right:,.6g} {unit}.\n{why}"
-                )
-        draw = (
-            "Draw it: draw_attention_tiles(1024, 4096, 64, 64), or take it on paper with 4 new"
-            " tokens after 12."
-        )
-        count = (
-            "Write down each tensor's shape, multiply its sides, by two bytes a number, and divide"
-            " by 10⁶."
-        )
-        said_and_right = f"{what}: you said {said:,.6g}, measured are {right:,.6g} {unit}."
-        advice = draw if what.endswith("tiles") else count
-        raise Mistake(f"wrong-{what.replace('_', '-')}", f"{said_and_right}\n{advice}")
 
-    start_aligned = attention_tiles(new, new, block, block).counts
-    usual_computed = {
+def _computed_tiles() -> Prediction:
+    from minivllm.viz.tiles import attention_tiles
+
+    counts = attention_tiles(NEW, CONTEXT, BLOCK, BLOCK).counts
+    alone = attention_tiles(NEW, NEW, BLOCK, BLOCK).counts
+    usual = {
         "half-is-skipped": (
-            rows * columns // 2,
-            (
-                "Half is skipped for a whole prompt. This chunk has a past of 3,072 tokens, which"
-                " all its queries see: only the corner at the end is skipped."
-            ),
+            counts.total() // 2,
+            "Half is skipped for a whole prompt. This chunk has a past of 3,072 tokens, which all"
+            " its queries see: only the corner at the end is skipped.",
         ),
         "nothing-is-skipped": (
-            rows * columns,
-            (
-                "The first queries of the chunk do not see its last: that corner is skipped, 15"
-                " tiles in the first row of tiles, 14 in the second, and so on."
-            ),
+            counts.total(),
+            "The first queries of the chunk do not see its last tokens: that corner is skipped.",
         ),
         "past-forgotten": (
-            start_aligned["full"] + start_aligned["masked"],
-            (
-                "That is the chunk alone, without its past. All queries also see the 3,072 keys"
-                " from the cache."
-            ),
+            alone["full"] + alone["masked"],
+            "That is the chunk alone, without its past. All queries also see the 3,072 keys from"
+            " the cache.",
         ),
         "diagonal-forgotten": (
             counts["full"],
             "The tiles on the diagonal are computed, too: with a mask.",
         ),
     }
-    usual_masked = {
+    right = counts["full"] + counts["masked"]
+    return Prediction("computed_tiles", right, "tiles", usual=usual, advice=_DRAW)
+
+
+def _masked_tiles() -> Prediction:
+    from minivllm.viz.tiles import attention_tiles
+
+    counts = attention_tiles(NEW, CONTEXT, BLOCK, BLOCK).counts
+    rows, columns = NEW // BLOCK, CONTEXT // BLOCK
+    usual = {
         "all-computed-are-masked": (
-            computed,
-            (
-                "A tile whose queries all see all of its keys needs no mask, and that is nearly"
-                " every one. Only the diagonal does."
-            ),
+            counts["full"] + counts["masked"],
+            "A tile whose queries all see all of its keys needs no mask, and that is nearly every"
+            " one. Only the diagonal does.",
         ),
         "a-mask-for-each-column": (
             columns,
-            (
-                "The diagonal crosses one tile in each ROW of tiles; the past's columns are seen by"
-                " all queries."
-            ),
+            "The diagonal begins after the past, whose columns are seen by all queries. Count along"
+            " the rows of tiles.",
         ),
         "two-in-a-row": (
             2 * rows,
-            (
-                "3,072 is a multiple of 64: the diagonal starts at a tile's corner, and crosses one"
-                " tile in each row of tiles, not two."
-            ),
+            "3,072 is a multiple of 64: the diagonal starts at a tile's corner. Does it cross two"
+            " tiles in a row of tiles?",
         ),
     }
-    usual_matrix = {
-        "one-head": (matrix / heads, "That is one head; each of the 16 has scores of its own."),
+    return Prediction("masked_tiles", counts["masked"], "tiles", usual=usual, advice=_DRAW)
+
+
+def _matrix() -> Prediction:
+    matrix = _megabytes((HEADS, NEW, CONTEXT))
+    usual = {
+        "one-head": (matrix / HEADS, "That is one head; each of the 16 has scores of its own."),
         "kv-heads": (
-            matrix / heads * kv_heads,
-            (
-                "Scores are there for each QUERY head, 16: two that share keys still ask different"
-                " questions."
-            ),
+            matrix / HEADS * KV_HEADS,
+            "Scores are there for each QUERY head, 16: two that share keys still ask different"
+            " questions.",
         ),
-        "in-float32": (2 * matrix, "bfloat16 takes two bytes a number."),
+        "in-float32": (2 * matrix, "bfloat16 takes two bytes per number."),
         "square": (
-            megabytes((heads, context, context)),
-            "Only the 1,024 new tokens are queries; the matrix is 1,024 × 4,096.",
+            _megabytes((HEADS, CONTEXT, CONTEXT)),
+            "Only the 1,024 new tokens are queries: the matrix has fewer rows than columns.",
         ),
         "chunk-only": (
-            megabytes((heads, new, new)),
+            _megabytes((HEADS, NEW, NEW)),
             "Each query has a score for all 4,096 keys, not only for those of its chunk.",
         ),
+        "in-bytes": (matrix * 1e6, "Those are bytes, and MB are asked for: divide by 10⁶."),
     }
-    query, keys = megabytes((new, heads, dim)), megabytes((context, kv_heads, dim))
-    usual_flash = {
+    return Prediction("matrix_mb", matrix, "MB", _NEAR, usual, _COUNT)
+
+
+def _flash() -> Prediction:
+    query, keys = _megabytes((NEW, HEADS, DIM)), _megabytes((CONTEXT, KV_HEADS, DIM))
+    right = 2 * query + 2 * keys
+    usual = {
         "heads-not-shared": (
             2 * query + 4 * keys,
             "Keys and values have 8 heads, not 16: two query heads share one.",
         ),
         "keys-of-the-chunk-only": (
-            2 * query + 2 * keys * new / context,
-            (
-                "The chunk reads the keys and values of its whole context, 4,096 tokens, from the"
-                " cache."
-            ),
+            2 * query + 2 * keys * NEW / CONTEXT,
+            "The chunk reads the keys and values of its whole context, 4,096 tokens, from the"
+            " cache.",
         ),
         "result-forgotten": (query + 2 * keys, "The result is written, and as large as Q."),
         "values-forgotten": (2 * query + keys, "Keys AND values are read, and are equally large."),
-        "as-if-whole-prompt": (
-            megabytes((context, 2 * heads + 2 * kv_heads, dim)),
-            "Only 1,024 tokens have a query and a result; keys and values have all 4,096.",
+        "twice-as-much": (
+            2 * right,
+            "That is twice what is carried. Only 1,024 tokens have a query and a result, and"
+            " bfloat16 takes two bytes per number.",
         ),
+        "one-head-each": (
+            (2 * query / HEADS) + (2 * keys / KV_HEADS),
+            "All heads count: 16 of queries and of results, 8 of keys and of values.",
+        ),
+        "flash-in-bytes": (right * 1e6, "Those are bytes, and MB are asked for: divide by 10⁶."),
     }
-    tiles = f"of {rows * columns:,}"
-    expect_all(
-        partial(judge, "computed_tiles", computed_tiles, computed, tiles, 0.0, usual_computed),
-        partial(judge, "masked_tiles", masked_tiles, counts["masked"], "tiles", 0.0, usual_masked),
-        partial(judge, "matrix_mb", matrix_mb, matrix, "MB", 0.06, usual_matrix),
-        partial(judge, "flash_mb", flash_mb, flash, "MB", 0.06, usual_flash),
+    return Prediction("flash_mb", right, "MB", _NEAR, usual, _COUNT)
+
+
+def check_predictions(
+    computed_tiles: float, masked_tiles: float, matrix_mb: float, flash_mb: float
+) -> str:
+    """Judge an answer to 02.2."""
+    computed, masked, matrix, flash = _computed_tiles(), _masked_tiles(), _matrix(), _flash()
+    expect_predictions(
+        (computed, computed_tiles), (masked, masked_tiles), (matrix, matrix_mb), (flash, flash_mb)
     )
+    tiles = NEW // BLOCK * (CONTEXT // BLOCK)
     return (
-        f"{computed} of {rows * columns:,} tiles, {counts['masked']} masked; {matrix:.0f} MB become"
-        f" {flash:.0f}"
+        f"{computed.right} of {tiles:,} tiles, {masked.right} masked; {matrix.right:.0f} MB become"
+        f" {flash.right:.0f}"
     )
 
 
@@ -206,6 +194,22 @@ flash_mb = 25.2
 computed_tiles = 888
 masked_tiles = 16
 matrix_mb = 134.2
+flash_mb = 25.2
+""",
+        ),
+        Known(
+            "wrong-type",
+            answers=r"""
+# %% two numbers
+computed_tiles = (904, 1024)
+masked_tiles = 16
+matrix_mb = 134.2
+flash_mb = 25.2
+
+# %% not a number
+computed_tiles = 904
+masked_tiles = 16
+matrix_mb = float("nan")
 flash_mb = 25.2
 """,
         ),
@@ -345,9 +349,15 @@ flash_mb = (2 * 1024 * 16 + 4096 * 8) * 128 * 2 / 1e6
 """,
         ),
         Known(
-            "as-if-whole-prompt",
+            "twice-as-much",
             hint=2,
             answers=r"""
+# %% four bytes
+computed_tiles = 904
+masked_tiles = 16
+matrix_mb = 134.2
+flash_mb = (2 * 1024 * 16 + 2 * 4096 * 8) * 128 * 4 / 1e6
+
 # %% 4,096 queries
 computed_tiles = 904
 masked_tiles = 16
@@ -356,13 +366,64 @@ flash_mb = 4096 * (2 * 16 + 2 * 8) * 128 * 2 / 1e6
 """,
         ),
         Known(
-            "wrong-matrix-mb",
+            "in-bytes",
             answers=r"""
-# %% in bytes
+# %% not divided by a million
 computed_tiles = 904
 masked_tiles = 16
 matrix_mb = 16 * 1024 * 4096 * 2
 flash_mb = 25.2
+""",
+        ),
+        Known(
+            "wrong-matrix-mb",
+            answers=r"""
+# %% a guess
+computed_tiles = 904
+masked_tiles = 16
+matrix_mb = 150
+flash_mb = 25.2
+""",
+        ),
+        Known(
+            "wrong-flash-mb",
+            answers=r"""
+# %% infinitely much
+computed_tiles = 904
+masked_tiles = 16
+matrix_mb = 134.2
+flash_mb = float("inf")
+""",
+        ),
+        Known(
+            "wrong-masked-tiles",
+            answers=r"""
+# %% one too many
+computed_tiles = 904
+masked_tiles = 17
+matrix_mb = 134.2
+flash_mb = 25.2
+""",
+        ),
+        Known(
+            "flash-in-bytes",
+            answers=r"""
+# %% not divided by a million
+computed_tiles = 904
+masked_tiles = 16
+matrix_mb = 134.2
+flash_mb = (2 * 1024 * 16 + 2 * 4096 * 8) * 128 * 2
+""",
+        ),
+        Known(
+            "one-head-each",
+            hint=2,
+            answers=r"""
+# %% one head of each
+computed_tiles = 904
+masked_tiles = 16
+matrix_mb = 134.2
+flash_mb = (2 * 1024 + 2 * 4096) * 128 * 2 / 1e6
 """,
         ),
     ),

@@ -2,99 +2,132 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from minivllm.course.grading.diagnose import diagnose
-from minivllm.course.grading.judges import expect
-
-if TYPE_CHECKING:
-    pass
-from minivllm.course.chapters.ch02_flash_attention.common import (
-    exact,
-    the_inputs,
-    the_suspects,
-    the_watch,
+from minivllm.course.chapters.ch02_flash_attention.cases import Head, giants, long, plain, steep
+from minivllm.course.chapters.ch02_flash_attention.common import Case, judge, walks
+from minivllm.course.chapters.ch02_flash_attention.walk import Walk, exact
+from minivllm.course.chapters.ch02_flash_attention.watch import (
+    Seen,
+    expect_own_attention,
+    expect_small,
+    watch,
 )
 from minivllm.course.grading.exercise import Exercise, Known
+from minivllm.course.grading.judges import expect
 
 
-def _expect_tiles(answer: Callable, dim: int, block: int) -> None:
-    """An answer that is right must not hold the matrix, nor multiply tiles that nobody sees."""
-    from minivllm.viz.tiles import attention_tiles
-
-    queries, keys = 64, 1024
-    seen = the_watch(answer, *the_inputs(queries, keys, dim, 99), block, block)
-    expect(
-        not seen.fused,
-        "done-by-torch",
-        "The result is right, but scaled_dot_product_attention made it.\nHere you build what stands"
-        " behind it.",
-    )
-    expect(
-        seen.largest < queries * keys,
-        "whole-matrix",
-        f"The result is right, but a tensor of {seen.largest:,} numbers was made on the way: for"
-        f" {queries} queries and {keys:,} keys that is the whole matrix (masks count, too).\nHold"
-        f" one tile of scores, {block} × {block}, at a time.",
-    )
-    limit = keys * dim  # all keys, which are given
-    expect(
-        seen.largest <= limit,
-        "whole-rows",
-        f"The result is right, but a tensor of {seen.largest:,} numbers was made on the way:"
-        f" {block} queries against all {keys:,} keys.\nThe keys come in tiles, too, with a running"
-        f" maximum and sum: {block} × {block} scores at a time.",
-    )
-    queries = keys = 128
-    counts = attention_tiles(queries, keys, block, block).counts
-    computed, tile_flops = counts["full"] + counts["masked"], 4 * block * block * dim
-    flops = the_watch(answer, *the_inputs(queries, keys, dim, 98), block, block).flops
-    expect(
-        flops <= computed * tile_flops,
-        "visits-the-future",
-        f"The result is right, but matrix products of {flops / tile_flops:.0f} tiles were computed,"
-        f" and only {computed} of {counts.total()} hold a pair that counts.\nA walk ends at the"
-        " diagonal: at the position of the tile's last query.",
-    )
-
-
-def check_flash_attention(answer: Callable) -> str:
+def _cases() -> list[Case]:
     shapes = [
         # queries, keys, dim, block_m, block_n
         (1, 1, 4, 16, 16),
         (4, 4, 8, 16, 16),
         (16, 16, 8, 16, 16),
-        (32, 32, 8, 16, 16),
         (33, 33, 16, 16, 16),
         (1, 40, 8, 16, 16),
         (7, 40, 8, 16, 16),
         (20, 61, 16, 8, 16),
         (48, 48, 16, 16, 8),
         (17, 50, 8, 4, 32),
+        (13, 65, 12, 5, 7),
         (9, 9, 8, 1, 1),
+        # Two chunks with tiles of the same sizes, and other pasts.
+        (16, 18, 8, 16, 8),
+        (16, 20, 8, 16, 8),
+        (130, 257, 8, 64, 128),
     ]
-    cases = [(*the_inputs(q, n, d, seed), m, b) for seed, (q, n, d, m, b) in enumerate(shapes)]
-    cases += [
-        (*the_inputs(24, 40, 8, 50, size=5.0), 8, 8),
-        (*the_inputs(4, 30, 8, 51, spread=60.0), 16, 8),
+    heads = [(plain(q, n, d, seed), m, b) for seed, (q, n, d, m, b) in enumerate(shapes)]
+    heads += [
+        (plain(24, 40, 8, 50, size=5.0), 8, 8),
+        (plain(5, 21, 8, 52, scale=1.0), 4, 8),
+        (plain(5, 21, 8, 53, scale=0.01), 2, 4),
+        (steep(8, 54), 4, 8),
+        (giants(8, 55), 4, 4),
+        (giants(8, 56), 3, 16),
+        (long(3, 1300, 8, 57), 2, 2),
+        (long(70, 9001, 8, 58), 32, 64),
     ]
-    query, key, value, _ = the_inputs(5, 21, 8, 52)
-    cases += [(query, key, value, 1.0, 4, 8), (query * 0, key, value, 0.3, 2, 4)]
+    return [Case((*head.args, m, n), head.about) for head, m, n in heads]
 
-    def right(query: Any, key: Any, value: Any, scale: float, block_m: int, block_n: int) -> Any:
-        return exact(query, key, value, scale)
 
-    number = diagnose(answer, cases, right, the_suspects(), rtol=1e-3, atol=2e-4)
-    _expect_tiles(answer, dim=8, block=16)
+def _right(query: Any, key: Any, value: Any, scale: float, block_m: int, block_n: int) -> Any:
+    return exact(query, key, value, scale)
+
+
+def _watched(answer: Callable, head: Head, block_m: int, block_n: int) -> Seen:
+    query, key, value, scale = head.args
+    args = (query, key, value, scale, block_m, block_n)
+    return watch(answer, *args, query=query, key=key, value=value, dim=query.shape[1])
+
+
+def _expect_tiles(answer: Callable) -> None:
+    """An answer that is right must hold one tile of scores, of the size that is asked for."""
+    queries, keys, block_m, block_n = 48, 1024, 8, 32
+    seen = _watched(answer, plain(queries, keys, 4, 99), block_m, block_n)
+    expect_own_attention(seen)
+    where = f"For {queries} queries and {keys:,} keys in tiles of {block_m} × {block_n}"
+    tile = block_m * block_n
+    expect_small(seen, where, queries * keys, block_m * keys, tile, f"{block_m} × {block_n}")
+    mine = tuple(max((p[i] for p in seen.products), default=0) for i in (0, 1))
+    expect(
+        mine == (block_m, block_n),
+        "other-tiles",
+        f"The result is right, and your tiles have {mine[0]} queries and {mine[1]} keys.\n"
+        f"block_m = {block_m} and block_n = {block_n} were asked for: a tile has so many queries"
+        " and so many keys.",
+    )
+
+
+def _expect_no_future(answer: Callable) -> None:
+    """An answer that is right must not multiply tiles that nobody sees."""
+    from minivllm.viz.tiles import attention_tiles
+
+    for queries, keys, block_m, block_n in ((64, 128, 8, 16), (66, 131, 16, 8)):
+        counts = attention_tiles(queries, keys, block_m, block_n).counts
+        needed = counts["full"] + counts["masked"]
+        seen = _watched(answer, plain(queries, keys, 4, 98), block_m, block_n)
+        # In pairs and not in products: who begins a new tile at the chunk has more, smaller ones.
+        mine = -(-sum(q * k for q, k in seen.products) // (block_m * block_n))
+        where = f"{queries} queries, {keys} keys, tiles of {block_m} × {block_n}"
+        expect(
+            abs(mine - 2 * needed) > needed // 10,
+            "two-passes",
+            "The result is right, but queries and keys of each tile are multiplied twice, perhaps"
+            f" once for the maximum and once for the weights ({where}).\nOne walk is enough: keep a"
+            " running maximum, and rescale the old sums where it grows.",
+        )
+        expect(
+            mine <= needed,
+            "visits-the-future",
+            f"The result is right, but queries and keys of {mine} tiles were multiplied, and only"
+            f" {needed} of {counts.total()} hold a pair that counts ({where}).\nA walk ends at the"
+            " diagonal: at the position of the tile's last query.",
+        )
+
+
+def check_flash_attention(answer: Callable) -> str:
+    """Judge an answer to 02.3."""
+
+    def attend(query: Any, key: Any, value: Any, scale: float) -> Any:
+        return answer(query, key, value, scale, 4, 8)
+
+    number = judge(EXERCISE, answer, _cases(), _right, attend)
+    _expect_tiles(answer)
+    _expect_no_future(answer)
     return f"{number} cases; one tile of scores at a time, and none in vain"
+
+
+def _use(name: str, walk: Walk) -> Sequence[Callable]:
+    return (walk,)
 
 
 EXERCISE = Exercise(
     id="02.3",
     title="Flash attention, tile by tile",
     check=check_flash_attention,
-    mistakes=(
+    mistakes=walks(
+        _use,
         Known(
             "aligned-to-start",
             hint=2,
@@ -111,8 +144,8 @@ EXERCISE = Exercise(
             answers=r"""
 # %% the mask knows of the past, the walk does not
 @@
--            past + int(rows[-1]) + 1
-+            int(rows[-1]) + 1
+-        end = past + int(rows[-1]) + 1  # behind the last key that a query here sees
++        end = int(rows[-1]) + 1
 """,
         ),
         Known(
@@ -153,7 +186,7 @@ EXERCISE = Exercise(
         ),
         Known(
             "mixed-bases",
-            answers=r'''
+            answers=r"""
 # %% the rescaling stays in base e
 @@
 -            rescale, weights = torch.exp2(m - new), torch.exp2(scores - new[:, None])
@@ -166,24 +199,7 @@ EXERCISE = Exercise(
 @@
 -            rescale, weights = torch.exp2(m - new), torch.exp2(scores - new[:, None])
 +            rescale, weights = torch.exp2(m - new), torch.exp(scores - new[:, None])
-
-# %% natural scores, weights in base two, rescaling in base e
-@@
--    """Causal attention of the last Q of N tokens, one head: [Q, D], [N, D], [N, D] -> [Q, D]."""
-@@
--        tile = query[rows] * (scale * math.log2(math.e))  # scores in base two
-+        tile = query[rows] * scale
-@@
--            rescale, weights = torch.exp2(m - new), torch.exp2(scores - new[:, None])
-+            rescale, weights = torch.exp(m - new), torch.exp2(scores - new[:, None])
-
-# %% scores in base two, weights in base e, rescaling in base two
-@@
--    """Causal attention of the last Q of N tokens, one head: [Q, D], [N, D], [N, D] -> [Q, D]."""
-@@
--            rescale, weights = torch.exp2(m - new), torch.exp2(scores - new[:, None])
-+            rescale, weights = torch.exp2(m - new), torch.exp(scores - new[:, None])
-''',
+""",
         ),
         Known(
             "sum-not-rescaled",
@@ -364,8 +380,8 @@ EXERCISE = Exercise(
             answers=r"""
 # %% only the tiles before
 @@
--            past + int(rows[-1]) + 1
-+            (past + top) // block_n * block_n
+-        end = past + int(rows[-1]) + 1  # behind the last key that a query here sees
++        end = (past + top) // block_n * block_n
 """,
         ),
         Known(
@@ -403,9 +419,7 @@ EXERCISE = Exercise(
             answers=r"""
 # %% walks to the end of the context
 @@
--        end = (
--            past + int(rows[-1]) + 1
--        )  # behind the last key that the last of these queries sees
+-        end = past + int(rows[-1]) + 1  # behind the last key that a query here sees
 +        end = len(key)  # behind the last key that the last of these queries sees
 """,
         ),
@@ -458,6 +472,21 @@ def flash_attention(
         Known(
             "whole-rows",
             answers=r"""
+# %% a softmax over each row
+def flash_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    block_m: int = 16,
+    block_n: int = 16,
+) -> torch.Tensor:
+    past, out = len(key) - len(query), torch.empty_like(query)
+    for i in range(len(query)):
+        end = past + i + 1
+        out[i] = (key[:end] @ query[i] * scale).softmax(-1) @ value[:end]
+    return out
+
 # %% tiles of queries against all keys
 def flash_attention(
     query: torch.Tensor,
@@ -509,8 +538,222 @@ def flash_attention(
 +        tile = query[rows].mul_(1.0)
 """,
         ),
+        Known(
+            "scale-of-your-own",
+            answers=r"""
+# %% D ** -0.5
+@@
+-        tile = query[rows] * (scale * math.log2(math.e))  # scores in base two
++        tile = query[rows] * (query.shape[1] ** -0.5 * math.log2(math.e))
+""",
+        ),
+        Known(
+            "hidden-scores-too-high",
+            answers=r"""
+# %% -10,000
+@@
+-                scores = scores.masked_fill(columns > past + rows[:, None], -math.inf)
++                scores = scores.masked_fill(columns > past + rows[:, None], -1e4)
+
+# %% added
+@@
+-                scores = scores.masked_fill(columns > past + rows[:, None], -math.inf)
++                scores = scores - 1e4 * (columns > past + rows[:, None])
+""",
+        ),
+        Known(
+            "maximum-before-the-mask",
+            answers=r"""
+# %% the weights are masked
+@@
+-            if columns[-1] > past + top:  # on the diagonal
+-                scores = scores.masked_fill(columns > past + rows[:, None], -math.inf)
+@@
+-            rescale, weights = torch.exp2(m - new), torch.exp2(scores - new[:, None])
++            rescale, weights = torch.exp2(m - new), torch.exp2(scores - new[:, None])
++            weights = weights.masked_fill(columns > past + rows[:, None], 0.0)
+""",
+        ),
+        Known(
+            "maximum-of-the-tile-only",
+            answers=r"""
+# %% it may fall
+@@
+-            new = torch.maximum(m, scores.amax(dim=1))
++            new = scores.amax(dim=1)
+""",
+        ),
+        Known(
+            "maximum-starts-at-a-number",
+            answers=r"""
+# %% -10,000
+@@
+-        m, l = torch.full((len(rows),), -math.inf), torch.zeros(len(rows))
++        m, l = torch.full((len(rows),), -1e4), torch.zeros(len(rows))
+""",
+        ),
+        Known(
+            "one-sum-for-all-rows",
+            answers=r"""
+# %% sum of everything
+@@
+-            l = l * rescale + weights.sum(dim=1)
++            l = l * rescale + weights.sum()
+""",
+        ),
+        Known(
+            "values-of-the-first-tile",
+            answers=r"""
+# %% rows 0, 1, 2, … of the values
+@@
+-            acc = acc * rescale[:, None] + weights @ value[columns]
++            acc = acc * rescale[:, None] + weights @ value[: len(columns)]
+""",
+        ),
+        Known(
+            "keys-left-out",
+            answers=r"""
+# %% the last 512 tokens only
+@@
+-        for first in range(0, end, block_n):
++        for first in range(max(0, (end - 512) // block_n * block_n), end, block_n):
+
+# %% the first tile and the last forty
+@@
+-        for first in range(0, end, block_n):
++        for first in range(0, end, block_n):
++            if 0 < first < end - 40 * block_n:
++                continue
+""",
+        ),
+        Known(
+            "low-precision",
+            answers=r"""
+# %% half precision for the product
+@@
+-            scores = tile @ key[columns].T
++            scores = (tile.half() @ key[columns].half().T).float()
+""",
+        ),
+        Known(
+            "other-tiles",
+            answers=r"""
+# %% 16 keys, whatever block_n is
+@@
+-        for first in range(0, end, block_n):
+-            columns = torch.arange(first, min(first + block_n, end))
++        for first in range(0, end, 16):
++            columns = torch.arange(first, min(first + 16, end))
+""",
+        ),
+        Known(
+            "tiles-are-kept",
+            answers=r"""
+# %% all scores first, then one softmax over the list
+def flash_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    block_m: int = 16,
+    block_n: int = 16,
+) -> torch.Tensor:
+    past, out = len(key) - len(query), torch.empty_like(query)
+    for top in range(0, len(query), block_m):
+        rows = torch.arange(top, min(top + block_m, len(query)))
+        tiles = torch.arange(past + int(rows[-1]) + 1).split(block_n)
+        scores = [
+            (query[rows] @ key[columns].T * scale).masked_fill(
+                columns > past + rows[:, None], -math.inf
+            )
+            for columns in tiles
+        ]
+        m = torch.stack([tile.amax(1) for tile in scores]).amax(0)
+        weights = [torch.exp(tile - m[:, None]) for tile in scores]
+        acc = sum(w @ value[columns] for w, columns in zip(weights, tiles))
+        out[rows] = acc / sum(w.sum(1) for w in weights)[:, None]
+    return out
+""",
+        ),
+        Known(
+            "left-torch",
+            answers=r"""
+# %% NumPy
+def flash_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    block_m: int = 16,
+    block_n: int = 16,
+) -> torch.Tensor:
+    q, k, v = (x.numpy() for x in (query, key, value))
+    past, out = len(k) - len(q), torch.empty_like(query)
+    for i in range(len(q)):
+        scores = k[: past + i + 1] @ q[i] * scale
+        weights = torch.tensor(scores - scores.max()).exp().numpy()
+        out[i] = torch.from_numpy(weights @ v[: past + i + 1] / weights.sum())
+    return out
+""",
+        ),
+        Known(
+            "two-passes",
+            answers=r"""
+# %% the maximum first, as in the softmax of one row
+@@
+-        for first in range(0, end, block_n):
++        for first in range(0, end, block_n):
++            columns = torch.arange(first, min(first + block_n, end))
++            scores = tile @ key[columns].T
++            scores = scores.masked_fill(columns > past + rows[:, None], -math.inf)
++            m = torch.maximum(m, scores.amax(dim=1))
++        for first in range(0, end, block_n):
+""",
+        ),
+        Known(
+            "result-reused",
+            answers=r"""
+# %% one result per shape
+@@
++results: dict = {}
++
++
+ def flash_attention(
+     query: torch.Tensor,
+@@
+-    past, out = len(key) - len(query), torch.empty_like(query)
++    past = len(key) - len(query)
++    out = results.setdefault(query.shape, torch.empty(query.shape))
+""",
+        ),
     ),
     right=r"""
+# %% partial results merged as in chapter 1, and scores turned over
+def flash_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    block_m: int = 16,
+    block_n: int = 16,
+) -> torch.Tensor:
+    past, done = len(key) - len(query), []
+    for rows in torch.arange(len(query)).split(block_m):
+        out, lse = torch.zeros(len(rows), value.shape[1]), torch.tensor(-math.inf)
+        for columns in torch.arange(past + int(rows[-1]) + 1).split(block_n):
+            scores = (key[columns] @ query[rows].T).T * scale
+            scores[columns > past + rows[:, None]] = -math.inf
+            part = torch.logsumexp(scores, 1)
+            both = torch.logaddexp(lse, part)
+            new = torch.nan_to_num(torch.softmax(scores, 1)) @ value[columns]
+            out = (
+                out * torch.exp(lse - both)[:, None]
+                + new * torch.exp(part - both)[:, None]
+            )
+            lse = both
+        done.append(out)
+    return torch.cat(done)
+
 # %% base e, all tiles masked, -1e30 for -inf
 @@
 -        tile = query[rows] * (scale * math.log2(math.e))  # scores in base two

@@ -2,276 +2,168 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from minivllm.course.grading.diagnose import Suspects, diagnose
-from minivllm.course.grading.guard import guarded
-from minivllm.course.grading.judges import counted, expect, seeded
+from minivllm.course.chapters.ch02_flash_attention.cases import Head, giants, long, plain, steep
+from minivllm.course.chapters.ch02_flash_attention.common import TOLERANCES, Case, judge, walks
+from minivllm.course.chapters.ch02_flash_attention.paged import Prefill, Shape, batch
+from minivllm.course.chapters.ch02_flash_attention.walk import Walk
+from minivllm.course.chapters.ch02_flash_attention.watch import (
+    expect_own_attention,
+    expect_small,
+    watch,
+)
+from minivllm.course.grading.compare import difference
+from minivllm.course.grading.exercise import Exercise, Known
+from minivllm.course.grading.judges import counted, expect
 from minivllm.course.grading.with_engine import engine_agrees
 
-if TYPE_CHECKING:
-    import torch
-from minivllm.course.chapters.ch02_flash_attention.common import (
-    INF,
-    WALKS,
-    exact,
-    the_walk,
-    the_watch,
-)
-from minivllm.course.grading.exercise import Exercise, Known
-
-#: What depends on where tiles begin.
-_TILE_BY_TILE = {
-    "stops-before-the-diagonal",
-    "stops-one-short",
-    "past-not-visited",
-    "straddling-tile-not-masked",
-    "indices-within-the-tile",
-    "mixed-bases",
-    "not-rescaled",
-    "maximum-not-kept",
-    "sum-not-rescaled",
-    "output-not-rescaled",
-    "tile-under-its-own-maximum",
-    "tail-dropped",
-    "a-softmax-for-each-tile",
-    "divided-in-each-tile",
-}
+#: Tiles that learners may have taken, (queries, keys): many keep all queries of a request in one.
+_TILES = ((1 << 20, 64), (1 << 20, 16), (1 << 20, 32), (64, 64), (16, 16))
+_LARGEST = 64
+_ONE_HEAD = Shape(heads=1, kv_heads=1, dim=8, block_size=16)
 
 
-def _batch(
-    query_lens: Sequence[int],
-    contexts: Sequence[int],
-    heads: int,
-    kv_heads: int,
-    dim: int,
-    block_size: int,
-    seed: int,
-    in_order: bool = False,
-    scale: float | None = None,
-) -> tuple:
-    """Arguments of prefill_attention. NaN lies where no token does, and in blocks that a table
-    names past a context.
-    """
-    import torch
-
-    random = seeded(seed)
-    needed = [-(-context // block_size) for context in contexts]
-    total, width = sum(needed) + 3, max(needed) + 2
-    blocks = torch.arange(total) if in_order else torch.randperm(total, generator=random)
-    table = blocks[-1].repeat(len(contexts), width).to(torch.int32)
-    caches = [guarded(total, kv_heads, block_size, dim, fill=math.nan) for _ in range(2)]
-    used = 0
-    for i, (context, count) in enumerate(zip(contexts, needed, strict=True)):
-        mine = blocks[used : used + count]
-        table[i, :count], used = mine, used + count
-        for cache in caches:
-            tokens = torch.randn(kv_heads, context, dim, generator=random)
-            for j, block in enumerate(mine.tolist()):
-                part = tokens[:, j * block_size : (j + 1) * block_size]
-                cache[block, :, : part.shape[1]] = part
-    query = torch.randn(sum(query_lens), heads, dim, generator=random)
-    starts = torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32)
-    lengths = torch.tensor(contexts, dtype=torch.int32)
-    return query, *caches, table, starts, lengths, dim**-0.5 if scale is None else scale
+def _cases() -> list[Case]:
+    batches = [
+        batch([(4, 4)], Shape(1, 1, 8, 16), 1, in_order=True),
+        batch([(1, 1)], Shape(4, 2, 8, 16), 2),
+        batch([(16, 16)], Shape(2, 2, 8, 16), 3),
+        batch([(5, 5), (20, 20), (1, 1)], Shape(4, 2, 8, 16), 4, nowhere=True),
+        batch([(7, 7), (7, 7)], Shape(4, 4, 8, 4), 5),
+        batch([(3, 35)], Shape(2, 1, 8, 16), 6, scale=1.0, nowhere=True),
+        batch([(16, 48), (2, 33), (9, 9)], Shape(4, 2, 16, 8), 7, nowhere=True),
+        batch([(33, 70), (64, 64), (17, 80)], Shape(6, 2, 8, 32), 8),
+        batch([(30, 150), (5, 200)], Shape(2, 2, 12, 16), 10, nowhere=True),
+        batch([(130, 257), (2, 129)], Shape(3, 1, 8, 5), 11),
+    ]
+    cases = [Case(args) for args in batches]
+    for heads, where in (
+        ([steep(8, 60), plain(3, 20, 8, 61), giants(8, 62)], "in the first and the last request"),
+        ([plain(3, 20, 8, 63), long(3, 9001, 8, 64)], "in the last request"),
+    ):
+        requests = [(len(head.query), len(head.key)) for head in heads]
+        args = batch(requests, Shape(2, 1, 8, 16), 12, special=dict(enumerate(heads)))
+        about = "; and ".join(head.about for head in heads if head.about)
+        cases.append(Case(args, f"{where} {about}"))
+    return cases
 
 
-def _prefill(
-    query: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
+def _called(answer: Callable) -> Callable:
+    """The answer as a function of the arguments of `batch`."""
+
+    def call(*args: Any) -> Any:
+        lens = (args[4][1:] - args[4][:-1]).tolist()
+        return answer(*args, max_query_len=max(lens), max_seq_len=int(args[5].max()))
+
+    return call
+
+
+def _right(
+    query: Any,
+    k_cache: Any,
+    v_cache: Any,
+    block_table: Any,
+    query_start_loc: Any,
+    seq_lens: Any,
     scale: float,
-    *,
-    wrong: str = "",
-    attend: Callable | None = None,
-) -> torch.Tensor:
-    """Attention of a ragged batch over the paged cache, head by head with `attend`; wrong in the
-    way that is named.
-    """
-    import torch
+) -> Any:
+    return Prefill()(query, k_cache, v_cache, block_table, query_start_loc, seq_lens, scale)
 
-    out = torch.full_like(query, math.nan)
-    heads, (kv_heads, block_size) = query.shape[1], k_cache.shape[1:3]
-    starts = query_start_loc.tolist()
-    for i, context in enumerate(seq_lens.tolist()):
-        rows = slice(starts[i], starts[i + 1])
-        if wrong in ("length-of-the-longest", "length-of-the-first"):
-            context = int(seq_lens.max() if wrong == "length-of-the-longest" else seq_lens[0])
-        count = (
-            context // block_size if wrong == "blocks-rounded-down" else -(-context // block_size)
+
+def _one_head(call: Callable) -> Callable:
+    """The answer as a function of one head."""
+
+    def attend(query: Any, key: Any, value: Any, scale: float) -> Any:
+        shape = replace(_ONE_HEAD, dim=query.shape[1])
+        special = {0: Head(query, key, value, scale)}
+        args = batch([(len(query), len(key))], shape, 1, scale=scale, special=special)
+        return call(*args)[:, 0]
+
+    return attend
+
+
+def _expect_nothing_kept(call: Callable) -> None:
+    """Later steps, in the same tensors and in others, with other blocks, must be right."""
+    shape, requests = Shape(2, 1, 8, 16), [(5, 40), (12, 12)]
+    first, second = (batch(requests, shape, seed) for seed in (70, 71))
+    third = batch(requests, shape, 72)
+    call(*first)
+    for old, new in zip(first[:6], second[:6], strict=True):
+        old.copy_(new)
+    for args, expected in ((first, _right(*second)), (third, _right(*third))):
+        found = difference(call(*args), expected, **TOLERANCES)
+        expect(
+            not found,
+            "keeps-state",
+            "The first step is right. Then other requests come, of the same lengths and with other"
+            " blocks, and the result is wrong: your code keeps something between calls.\nRead"
+            f" block_table and the cache anew in each call. {found and found[1]}.",
         )
-        blocks = block_table[0 if wrong == "first-table" else i, :count].long()
-        if wrong == "block-table-ignored":
-            blocks = torch.arange(count)
-        room = count * block_size if wrong == "reads-beyond-the-context" else context
-        key, value = (
-            cache[blocks].transpose(0, 1).flatten(1, 2)[:, :room] for cache in (k_cache, v_cache)
-        )
-        for head in range(heads):
-            kv_head = head % kv_heads if wrong == "wrong-kv-head" else head // (heads // kv_heads)
-            inputs = query[rows, head], key[kv_head], value[kv_head]
-            if wrong == "reads-beyond-the-context":
-                out[rows, head] = _beyond(*inputs, scale, context)
-            else:
-                out[rows, head] = (attend or exact)(*inputs, scale)
-    return out
 
 
-def _right_walks(tiles: Sequence[tuple[int, int]]) -> list[Callable]:
-    """Attention of one head in tiles of these sizes; where no key is left to see, it is 0 / 0."""
-    return [partial(the_walk, block_m=queries, block_n=keys) for queries, keys in tiles]
-
-
-def _beyond(query: Any, key: Any, value: Any, scale: float, context: int) -> Any:
-    """As `exact` for the context, over keys and values that are longer: hidden, but 0 · NaN is
-    NaN.
-    """
-    import torch
-
-    scores = query @ key.T * scale
-    hidden = torch.arange(len(key)) > torch.arange(context - len(query), context)[:, None]
-    return scores.masked_fill(hidden, -INF).softmax(dim=-1) @ value
+def _expect_tiles(call: Callable) -> None:
+    """An answer that is right must hold no score for each pair of tokens."""
+    queries, keys = 200, 1500
+    args = batch([(queries, keys)], _ONE_HEAD, 9)
+    seen = watch(call, *args, query=args[0], key=args[1], value=args[2], dim=_ONE_HEAD.dim)
+    expect_own_attention(seen)
+    where = f"For a chunk of {queries} after {keys - queries:,} tokens and one head"
+    widest = max((k for _, k in seen.products), default=0)
+    tile = queries * _LARGEST
+    expect_small(seen, where, queries * keys, queries * keys, tile, f"{queries} × {_LARGEST}")
+    expect(
+        widest <= _LARGEST,
+        "tiles-too-large",
+        f"The result is right, but queries were multiplied by {widest:,} keys at once.\n{where},"
+        f" walk along the keys in tiles of at most {_LARGEST}.",
+    )
 
 
 def check_prefill_attention(answer: Callable) -> str:
+    """Judge an answer to 02.5."""
     from minivllm.kernels import Kernels
 
-    cases = [
-        _batch([4], [4], 1, 1, 8, 16, 1, in_order=True),
-        _batch([1], [1], 4, 2, 8, 16, 2),
-        _batch([16], [16], 2, 2, 8, 16, 3),
-        _batch([5, 20, 1], [5, 20, 1], 4, 2, 8, 16, 4),
-        _batch([7, 7], [7, 7], 4, 4, 8, 4, 5),
-        _batch([3], [35], 2, 1, 8, 16, 6, scale=1.0),
-        _batch([16, 2, 9], [48, 33, 9], 4, 2, 16, 16, 7),
-        _batch([33, 64, 17], [70, 64, 80], 6, 2, 8, 32, 8),
-        _batch([30, 5], [150, 200], 2, 2, 8, 16, 10),
-    ]
-
-    def call(*args: Any) -> Any:
-        query_lens = (args[4][1:] - args[4][:-1]).tolist()
-        return answer(*args, max_query_len=max(query_lens), max_seq_len=int(args[5].max()))
-
-    def right(
-        query: Any,
-        k_cache: Any,
-        v_cache: Any,
-        block_table: Any,
-        query_start_loc: Any,
-        seq_lens: Any,
-        scale: float,
-    ) -> Any:
-        return _prefill(query, k_cache, v_cache, block_table, query_start_loc, seq_lens, scale)
-
-    # Nobody is told how large a tile is here, and many keep all queries of a request in one.
-    tiles = [(queries, keys) for keys in (64, 16, 32) for queries in (1 << 20, keys)]
-
-    def walks(name: str, way: str) -> list[Callable]:
-        sizes = tiles if name in _TILE_BY_TILE else tiles[:1]
-        return [
-            partial(_prefill, attend=partial(the_walk, block_m=m, block_n=n, wrong=way))
-            for m, n in sizes
-        ]
-
-    suspects: Suspects = {
-        "wrong-kv-head": (
-            (
-                "The query heads read the wrong KV heads: as if 0, 2, 4 shared one and 1, 3, 5"
-                " another (head % KH).\nNEIGHBOURS share: query head h reads KV head h // (H //"
-                " KH)."
-            ),
-            partial(_prefill, wrong="wrong-kv-head"),
-        ),
-        "block-table-ignored": (
-            (
-                "You read blocks 0, 1, 2, … of the cache, which belong to anybody.\n"
-                "Block j of sequence i lies in block_table[i, j]."
-            ),
-            partial(_prefill, wrong="block-table-ignored"),
-        ),
-        "table-of-the-first-sequence": (
-            (
-                "All sequences read through the block table of the first one.\nRow i of block_table"
-                " belongs to sequence i."
-            ),
-            partial(_prefill, wrong="first-table"),
-        ),
-        "blocks-rounded-down": (
-            (
-                "The last block of a request is left out where it is not full: its keys are"
-                " missing, among them those of the newest tokens.\nA context of 35 tokens lies in 3"
-                " blocks of 16: round up, -(-context // block_size)."
-            ),
-            partial(_prefill, wrong="blocks-rounded-down"),
-            *(
-                partial(_prefill, wrong="blocks-rounded-down", attend=walk)
-                for walk in _right_walks(tiles)
-            ),
-        ),
-        "one-length-for-all": (
-            (
-                "All requests get the same length of context, that of the longest or of the first."
-                " What lies in the cache beyond a request's own context belongs to nobody (here it"
-                " is nan).\nRequest i has seq_lens[i] tokens; max_seq_len is only what a kernel's"
-                " grid needs."
-            ),
-            *(partial(_prefill, wrong=f"length-of-the-{which}") for which in ("longest", "first")),
-            *(
-                partial(_prefill, wrong=f"length-of-the-{which}", attend=walk)
-                for which in ("longest", "first")
-                for walk in _right_walks(tiles)
-            ),
-        ),
-        "reads-beyond-the-context": (
-            (
-                "The last block is read to its end, and what lies beyond the context can be"
-                " anything: here it is nan. A weight of 0 does not help: 0 · nan is nan.\nCut keys"
-                " and values at the context, seq_lens[i]."
-            ),
-            partial(_prefill, wrong="reads-beyond-the-context"),
-        ),
-        **{
-            name: (why, *(f for way in ways for f in walks(name, way)))
-            for name, (why, *ways) in WALKS.items()
-        },
-    }
-    number = diagnose(call, cases, right, suspects)
-
-    queries = keys = 320
-    seen = the_watch(call, *_batch([queries], [keys], 2, 1, 8, 16, 9))
-    limit = 2 * queries * 64
-    expect(
-        not seen.fused,
-        "done-by-torch",
-        "The result is right, but scaled_dot_product_attention made it.\nHere you build what stands"
-        " behind it.",
+    call = _called(answer)
+    alone = (
+        "One request alone is right. Look at where each request's rows, blocks and length come"
+        " from, and each head's keys."
     )
-    expect(
-        seen.largest <= limit,
-        "whole-matrix",
-        f"The result is right, but a tensor of {seen.largest:,} numbers was made on the way, for a"
-        f" prompt of {keys} tokens and 2 heads: a score for each pair of tokens (a mask counts,"
-        f" too).\nWalk along the keys in tiles of at most 64: {limit:,} numbers for all queries and"
-        " heads at once.",
-    )
+    number = judge(EXERCISE, call, _cases(), _right, _one_head(call), otherwise=alone)
+    _expect_nothing_kept(call)
+    _expect_tiles(call)
     mine = counted(answer)
     kernels = replace(Kernels.reference(), prefill_attention=mine)
     line = engine_agrees(mine, kernels=kernels, max_num_batched_tokens=16)
     return f"{number} batches; in chunks of 16, {line}"
 
 
+def _use(name: str, walk: Walk) -> Sequence[Callable]:
+    return tuple(
+        Prefill(attend=partial(walk, block_m=queries, block_n=keys)) for queries, keys in _TILES
+    )
+
+
+def _wrong(*ways: str) -> tuple[Callable, ...]:
+    """Suspects that are wrong in these ways, with each kind of attention to one head.
+
+    Where no key is left to see, a walk gives 0 / 0 and a softmax an error or nan.
+    """
+    right = [partial(Walk(), block_m=queries, block_n=keys) for queries, keys in _TILES]
+    return tuple(
+        wrong for way in ways for wrong in (Prefill(way), *(Prefill(way, walk) for walk in right))
+    )
+
+
 EXERCISE = Exercise(
     id="02.5",
     title="Your attention reads for the engine",
     check=check_prefill_attention,
-    mistakes=(
+    mistakes=walks(
+        _use,
         Known(
             "aligned-to-start",
             answers=r"""
@@ -283,7 +175,11 @@ EXERCISE = Exercise(
         ),
         Known(
             "wrong-kv-head",
+            "The query heads read the wrong KV heads: as if 0, 2, 4 shared one and 1, 3, 5 another"
+            " (head % KH), or all the same one.\nNEIGHBOURS share: query head h reads KV head"
+            " h // (H // KH).",
             hint=3,
+            suspects=(Prefill("head-modulo"), Prefill("first-kv-head")),
             answers=r"""
 # %% head modulo KH
 @@
@@ -293,7 +189,10 @@ EXERCISE = Exercise(
         ),
         Known(
             "block-table-ignored",
+            "You read blocks 0, 1, 2, … of the cache, which belong to anybody.\nBlock j of request"
+            " i lies in block_table[i, j].",
             hint=2,
+            suspects=(Prefill("block-table-ignored"),),
             answers=r"""
 # %% blocks in the order of the cache
 @@
@@ -303,7 +202,10 @@ EXERCISE = Exercise(
         ),
         Known(
             "table-of-the-first-sequence",
+            "All requests read through the block table of the first one.\nRow i of block_table"
+            " belongs to request i.",
             hint=2,
+            suspects=(Prefill("first-table"),),
             answers=r"""
 # %% row 0 for all
 @@
@@ -313,7 +215,11 @@ EXERCISE = Exercise(
         ),
         Known(
             "reads-beyond-the-context",
+            "The last block is read to its end, and what lies beyond the context can be anything:"
+            " here it is nan. A weight of 0 does not help: 0 · nan is nan.\nCut keys and values at"
+            " the context, seq_lens[i].",
             hint=2,
+            suspects=(Prefill("reads-beyond-the-context"),),
             answers=r"""
 # %% the last block to its end
 @@
@@ -385,10 +291,9 @@ EXERCISE = Exercise(
         Known(
             "whole-matrix",
             hint=3,
-            answers=r'''
+            answers=r"""
 # %% the naive way for each head
 @@
--    """Causal attention of the last Q of N tokens, one head, in tiles of keys: [Q, D], [N, D], [N, D] -> [Q, D]."""
 -    positions = torch.arange(len(key) - len(query), len(key))[:, None]
 -    acc, m, l = (
 -        torch.zeros_like(query),
@@ -410,14 +315,13 @@ EXERCISE = Exercise(
 -        m = new
 -    return acc / l
 +    return (query @ key.T * scale).masked_fill(hidden, -math.inf).softmax(-1) @ value
-''',
+""",
         ),
         Known(
             "done-by-torch",
-            answers=r'''
+            answers=r"""
 # %% what torch has
 @@
--    """Causal attention of the last Q of N tokens, one head, in tiles of keys: [Q, D], [N, D], [N, D] -> [Q, D]."""
 -    positions = torch.arange(len(key) - len(query), len(key))[:, None]
 -    acc, m, l = (
 -        torch.zeros_like(query),
@@ -442,17 +346,17 @@ EXERCISE = Exercise(
 +    return attention(
 +        query[None], key[None], value[None], attn_mask=~hidden, scale=scale
 +    )[0]
-''',
+""",
         ),
         Known(
             "blocks-rounded-down",
+            "The last block of a request is left out where it is not full: its keys are missing,"
+            " among them those of the newest tokens.\nA context of 35 tokens lies in 3 blocks of"
+            " 16: round up, -(-context // block_size).",
             hint=2,
-            answers=r'''
+            suspects=_wrong("blocks-rounded-down", "blocks-rounded-down-in-place"),
+            answers=r"""
 # %% whole blocks only
-@@
--    """Causal attention of the last Q of N tokens, one head, in tiles of keys: [Q, D], [N, D], [N, D] -> [Q, D]."""
-@@
--    """Each request's new tokens over its whole context: [T, H, D] -> [T, H, D]."""
 @@
 -        blocks = block_table[i, : -(-context // block_size)]
 +        blocks = block_table[i, : context // block_size]
@@ -495,30 +399,146 @@ def prefill_attention(
                 query[rows, head], keys[kv_head], values[kv_head], scale
             )
     return out
-''',
+""",
         ),
         Known(
             "one-length-for-all",
+            "All requests get the same length of context, that of the longest or of the first. What"
+            " lies in the cache beyond a request's own context belongs to nobody (here it is"
+            " nan).\nRequest i has seq_lens[i] tokens; max_seq_len is only what a kernel's grid"
+            " needs.",
             hint=2,
-            answers=r'''
+            suspects=_wrong("length-of-the-longest", "length-of-the-first", "cut-at-the-longest"),
+            answers=r"""
+# %% cut at the longest context
+@@
+-            side_by_side(cache, blocks, context) for cache in (k_cache, v_cache)
++            side_by_side(cache, blocks, max_seq_len) for cache in (k_cache, v_cache)
+
 # %% the longest context for all
-@@
--    """Causal attention of the last Q of N tokens, one head, in tiles of keys: [Q, D], [N, D], [N, D] -> [Q, D]."""
-@@
--    """Each request's new tokens over its whole context: [T, H, D] -> [T, H, D]."""
 @@
          rows = slice(starts[i], starts[i + 1])
 +        context = max_seq_len
 
 # %% the first request's context for all
 @@
--    """Causal attention of the last Q of N tokens, one head, in tiles of keys: [Q, D], [N, D], [N, D] -> [Q, D]."""
-@@
--    """Each request's new tokens over its whole context: [T, H, D] -> [T, H, D]."""
-@@
          rows = slice(starts[i], starts[i + 1])
 +        context = int(seq_lens[0])
-''',
+""",
+        ),
+        Known(
+            "blocks-in-a-row",
+            "You read a request's first block, and then the blocks that lie behind it in the cache."
+            " They belong to anybody.\nEach entry of block_table[i] names one block; they need not"
+            " follow each other.",
+            suspects=(Prefill("blocks-in-a-row"),),
+            answers=r"""
+# %% counted on from the first one
+@@
+-        blocks = block_table[i, : -(-context // block_size)]
++        blocks = block_table[i, 0] + torch.arange(-(-context // block_size))
+""",
+        ),
+        Known(
+            "blocks-of-16",
+            "You count as if a block had 16 tokens. Here some caches have blocks of 4, 5, 8 or"
+            " 32.\nblock_size is k_cache.shape[2].",
+            suspects=_wrong("blocks-of-16"),
+            answers=r"""
+# %% 16 typed in
+@@
+-        blocks = block_table[i, : -(-context // block_size)]
++        blocks = block_table[i, : -(-context // 16)]
+""",
+        ),
+        Known(
+            "table-read-beyond-the-context",
+            "You look up entries of block_table that lie beyond the request's context. They mean"
+            " nothing: here some are 1,000,000, a block that no cache has.\nCut the row before you"
+            " look up: block_table[i, : -(-context // block_size)].",
+            hint=2,
+            suspects=(Prefill("whole-table"), Prefill("one-block-more")),
+            answers=r"""
+# %% one block too many where the last one is full
+@@
+-        blocks = block_table[i, : -(-context // block_size)]
++        blocks = block_table[i, : context // block_size + 1]
+
+# %% all entries of the row
+@@
+-        blocks = block_table[i, : -(-context // block_size)]
++        blocks = block_table[i]
+""",
+        ),
+        Known(
+            "keeps-state",
+            answers=r"""
+# %% keys by address, request and length
+@@
++kept: dict = {}
++
++
+ def prefill_attention(
+     query: torch.Tensor,
+@@
+         for head in range(heads):
+             kv_head = head // (heads // kv_heads)
++            place = k_cache.data_ptr(), i, context
++            keys = kept.setdefault(place, keys)
+""",
+        ),
+        Known(
+            "tiles-too-large",
+            answers=r"""
+# %% tiles of 128, for a few queries at a time
+@@
+-    for first in range(0, len(key), 64):
+-        tile = slice(first, min(first + 64, len(key)))
++    if len(query) > 32:
++        parts = range(0, len(query), 32)
++        past = len(key) - len(query)
++        return torch.cat(
++            [
++                attend(query[p : p + 32], key[: past + p + 32], value[: past + p + 32], scale)
++                for p in parts
++            ]
++        )
++    for first in range(0, len(key), 128):
++        tile = slice(first, min(first + 128, len(key)))
+""",
+        ),
+        Known(
+            "scale-of-your-own",
+            answers=r"""
+# %% D ** -0.5
+@@
+-        scores = query @ key[tile].T * scale
++        scores = query @ key[tile].T * query.shape[1] ** -0.5
+""",
+        ),
+        Known(
+            "maximum-before-the-mask",
+            answers=r"""
+# %% masked weights
+@@
+-        scores = scores.masked_fill(
+-            torch.arange(tile.start, tile.stop) > positions, -math.inf
+-        )
+-        new = torch.maximum(m, scores.amax(dim=1, keepdim=True))
+-        rescale, weights = torch.exp(m - new), torch.exp(scores - new)
++        visible = torch.arange(tile.start, tile.stop) <= positions
++        new = torch.maximum(m, scores.amax(dim=1, keepdim=True))
++        rescale, weights = torch.exp(m - new), torch.exp(scores - new) * visible
+""",
+        ),
+        Known(
+            "keys-left-out",
+            answers=r"""
+# %% the last four tiles of a long context
+@@
+-    for first in range(0, len(key), 64):
++    for first in range(max(0, len(key) - 256) // 64 * 64, len(key), 64):
+""",
         ),
     ),
     right=r'''
@@ -566,8 +586,9 @@ def prefill_attention(
     for i, (start, stop) in enumerate(
         zip(query_start_loc[:-1].tolist(), query_start_loc[1:].tolist())
     ):
+        context = int(seq_lens[i])
         keys, values = (
-            side_by_side(c, block_table[i], int(seq_lens[i]))[:, None]
+            side_by_side(c, block_table[i, : -(-context // c.shape[2])], context)[:, None]
             for c in (k_cache, v_cache)
         )
         mine = query[start:stop].transpose(0, 1).unflatten(0, (kv_heads, -1))

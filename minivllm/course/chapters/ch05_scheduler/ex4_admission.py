@@ -2,122 +2,101 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-from random import Random
+from dataclasses import replace
 
-from minivllm.course.chapters.ch05_scheduler.common import misuse, the_count
-from minivllm.course.grading.errors import Mistake
+from minivllm.course.chapters.ch05_scheduler.machine import play_many
+from minivllm.course.chapters.ch05_scheduler.rules import ADMISSION
 from minivllm.course.grading.exercise import Exercise, Known
 from minivllm.course.grading.judges import expect
-from minivllm.course.sim.simulator import STEPS, Arrival, Simulation, simulate
 from minivllm.engine.scheduler import Scheduler
-from minivllm.errors import SchedulerStalledError
 
 
 def check_admission(answer: type) -> str:
     expect(
-        isinstance(answer, type) and issubclass(answer, Scheduler),
+        isinstance(answer, type)
+        and issubclass(answer, Scheduler)
+        and answer.schedule_waiting is not Scheduler.schedule_waiting,
         "wrong-type",
         "Leave it a subclass of Scheduler, with a method `schedule_waiting(self, batch,"
         f" budget)`.\nYou handed in {answer!r}.",
     )
-    rng = Random(4)
-    count = 0
-    for number in range(60):
-        work = [
-            Arrival(rng.randint(0, 12), rng.randint(1, 20), rng.randint(1, 8))
-            for _ in range(3 + number // 4)
-        ]
-        limits = {
-            "max_num_batched_tokens": rng.choice([3, 8, 16, 64]),
-            "max_num_seqs": rng.randint(1, 4),
-            "num_blocks": rng.randint(8, 20),
-            "block_size": 4,
-        }
-        told = f"With {len(work)} requests, {_words(limits)}:"
-        try:
-            run = simulate(work, scheduler_cls=answer, cost=STEPS, **limits)
-        except SchedulerStalledError as error:
-            raise Mistake(
-                "stalled", f"{told} {error}\nDoes anybody wait who fits, or would fit in chunks?"
-            ) from error
-        except AssertionError as error:
-            if not str(error):
-                raise
-            name, hint = misuse(str(error))
-            raise Mistake(name, f"{told} {error}.\n{hint}") from error
-        _check_admission(run, told, limits)
-        right = simulate(work, cost=STEPS, **limits)
-        for step, (mine, theirs) in enumerate(zip(_plans(run), _plans(right), strict=False)):
-            if mine != theirs:
-                raise Mistake(
-                    "another-plan",
-                    f"{told} nobody is lost, but step {step} computes {mine}; expected {theirs}"
-                    " (request: tokens).\nAdmit whoever is at the head of the queue with as many"
-                    " tokens as fit the budget; stop at the first who does not fit.",
-                )
-        count += len(work)
-    return f"{count} requests in, {count} answers out"
+    requests, *_ = play_many(answer, EXERCISE.suspects, False, 4, (100, 8))
+    return f"{requests} requests in, {requests} answers out"
 
 
-def _check_admission(run: Simulation, told: str, limits: dict[str, int]) -> None:
-    budget = limits["max_num_batched_tokens"]
-    for step in run.trace.steps:
-        expect(
-            step.num_tokens <= budget,
-            "over-budget",
-            f"{told} step {step.step} computes {step.num_tokens} tokens.\nThe budget is {budget}"
-            " tokens a step.",
-        )
-    if run.lost:
-        first = run.lost[0]
-        waited = run.requests[first].steps_waited
-        raise Mistake(
-            "lost-request",
-            f"{told} {len(run.lost)} never get an answer. The first is number {first}: it stood in"
-            f" the queue for {the_count(waited, 'step')}, then it was neither there nor running.\nWho"
-            " takes a request out of the queue must run it, or put it back where it was.",
-        )
-    started = sorted(run.requests, key=lambda r: (r.first_scheduled, r.sequence.seq_id))
-    ids = [request.sequence.seq_id for request in started]
-    late = next((b for a, b in pairwise(ids) if b < a), None)
-    for (
-        step
-    ) in run.trace.steps:  # who was preempted has started before, and may be overtaken all the same
-        running, waiting = (
-            [int(name.partition("/")[0]) for name in names]
-            for names in (step.running, step.waiting)
-        )
-        if late is None and running and waiting and min(waiting) < max(running):
-            late = min(waiting)
-    if late is not None:
-        raise Mistake(
-            "overtaken",
-            f"{told} nobody is lost, but request {late} waits while one that came later runs.\nA"
-            " request that does not fit stays at the head of the queue: put back at its end, or"
-            " skipped, it could wait for ever.",
-        )
+#: Answers for the mistakes that the rules name.
+ANSWERS = {
+    "overtaken": r"""
+# %% put back at the end of the queue
+@@
+-            seq = self.waiting[0]
++            seq = self.waiting.popleft()
+@@
+-                break
+-            self.running.append(self.waiting.popleft())
++                self.waiting.append(seq)
++                break
++            self.running.append(seq)
 
-
-def _plans(run: Simulation) -> list[dict[str, int]]:
-    return [
-        {item.request_id: item.num_new_tokens for item in step.scheduled}
-        for step in run.trace.steps
-    ]
-
-
-def _words(limits: dict[str, int]) -> str:
-    return (
-        f"a budget of {limits['max_num_batched_tokens']}, {the_count(limits['max_num_seqs'], 'place')}"
-        f" and {limits['num_blocks']} blocks of {limits['block_size']} tokens"
-    )
-
+# %% who does not fit is skipped, and the next one tried
+@@
+-        while self.waiting:
+-            seq = self.waiting[0]
++        for seq in list(self.waiting):
+@@
+-                break
+-            self.running.append(self.waiting.popleft())
++                continue
++            self.waiting.remove(seq)
++            self.running.append(seq)
+""",
+    "whole-prompts-only": r"""
+# %% waits until the whole prompt fits the budget
+@@
+-            num_new = min(seq.num_tokens, budget)
++            num_new = seq.num_tokens
+@@
+-                num_new == 0
++                num_new > budget
+""",
+    "one-admission": r"""
+# %% `if` for `while`
+@@
+-        while self.waiting:
++        for _ in range(min(1, len(self.waiting))):
+""",
+    "prompt-only": r"""
+# %% a request that comes back computes its prompt
+@@
+-            num_new = min(seq.num_tokens, budget)
++            num_new = min(seq.num_prompt_tokens, budget)
+""",
+    "blocks-for-all": r"""
+# %% blocks for the whole prompt, before its first chunk
+@@
+-                or not self.block_manager.allocate(seq, num_new)
++                or not self.block_manager.allocate(seq, seq.num_tokens)
+""",
+    "place-unused": r"""
+# %% a place stays empty
+@@
+-            no_place = len(self.running) == self.max_num_seqs
++            no_place = len(self.running) + 1 >= self.max_num_seqs
+""",
+    "budget-unused": r"""
+# %% the last token of the budget stays
+@@
+-                num_new == 0
++                budget <= 1
+""",
+}
 
 EXERCISE = Exercise(
     id="05.4",
     title="Debug this: requests that vanish",
     check=check_admission,
     mistakes=(
+        *(replace(known, answers=ANSWERS.get(known.name, "")) for known in ADMISSION),
         Known(
             "lost-request",
             hint=2,
@@ -139,59 +118,25 @@ class NightShift(Scheduler):
             budget -= num_new
 
 # %% goes on with the next one instead of stopping
-class NightShift(Scheduler):
-    def schedule_waiting(self, batch: ScheduledBatch, budget: int) -> None:
-        while self.waiting and budget and len(self.running) < self.max_num_seqs:
-            seq = self.waiting.popleft()
-            num_new = min(seq.num_tokens, budget)
-            if not self.block_manager.allocate(seq, num_new):
-                continue
-            self.running.append(seq)
-            self.start(batch, seq)
-            self.compute(batch, seq, num_new)
-            budget -= num_new
+@@
+-        while self.waiting:
+-            seq = self.waiting[0]
++        while self.waiting and budget and len(self.running) < self.max_num_seqs:
++            seq = self.waiting.popleft()
+@@
+-                break
+-            self.running.append(self.waiting.popleft())
++                continue
++            self.running.append(seq)
 """,
         ),
         Known(
-            "overtaken",
-            hint=3,
+            "never-computed",
             answers=r"""
-# %% put back at the end of the queue
-class NightShift(Scheduler):
-    def schedule_waiting(self, batch: ScheduledBatch, budget: int) -> None:
-        while self.waiting:
-            seq = self.waiting.popleft()
-            num_new = min(seq.num_tokens, budget)
-            no_place = len(self.running) == self.max_num_seqs
-            if (
-                num_new == 0
-                or no_place
-                or not self.block_manager.allocate(seq, num_new)
-            ):
-                self.waiting.append(seq)
-                break
-            self.running.append(seq)
-            self.start(batch, seq)
-            self.compute(batch, seq, num_new)
-            budget -= num_new
-
-# %% who does not fit is skipped, and the next one tried
-class NightShift(Scheduler):
-    def schedule_waiting(self, batch: ScheduledBatch, budget: int) -> None:
-        for seq in list(self.waiting):
-            num_new = min(seq.num_tokens, budget)
-            no_place = len(self.running) == self.max_num_seqs
-            if (
-                num_new == 0
-                or no_place
-                or not self.block_manager.allocate(seq, num_new)
-            ):
-                continue
-            self.waiting.remove(seq)
-            self.running.append(seq)
-            self.start(batch, seq)
-            self.compute(batch, seq, num_new)
-            budget -= num_new
+# %% starts, and forgets to compute
+@@
+-            self.compute(batch, seq, num_new)
+             budget -= num_new
 """,
         ),
         Known(
@@ -208,83 +153,52 @@ class NightShift(Scheduler):
             self.start(batch, seq)
             self.compute(batch, seq, seq.num_tokens)
             budget -= seq.num_tokens
-""",
-        ),
-        Known(
-            "stalled",
-            hint=2,
-            answers=r"""
-# %% waits until the whole prompt fits the budget
-class NightShift(Scheduler):
-    def schedule_waiting(self, batch: ScheduledBatch, budget: int) -> None:
-        while self.waiting:
-            seq = self.waiting[0]
-            no_place = len(self.running) == self.max_num_seqs
-            if (
-                seq.num_tokens > budget
-                or no_place
-                or not self.block_manager.allocate(seq, seq.num_tokens)
-            ):
-                break
-            self.running.append(self.waiting.popleft())
-            self.start(batch, seq)
-            self.compute(batch, seq, seq.num_tokens)
-            budget -= seq.num_tokens
-""",
-        ),
-        Known(
-            "another-plan",
-            answers=r"""
-# %% one admission a step
-class NightShift(Scheduler):
-    def schedule_waiting(self, batch: ScheduledBatch, budget: int) -> None:
-        if not self.waiting or budget == 0 or len(self.running) == self.max_num_seqs:
-            return
-        seq = self.waiting[0]
-        num_new = min(seq.num_tokens, budget)
-        if self.block_manager.allocate(seq, num_new):
-            self.running.append(self.waiting.popleft())
-            self.start(batch, seq)
-            self.compute(batch, seq, num_new)
+
+# %% the budget is not counted down
+@@
+-            budget -= num_new
 """,
         ),
         Known(
             "too-many-places",
             answers=r"""
 # %% the check for a free place got lost
-class NightShift(Scheduler):
-    def schedule_waiting(self, batch: ScheduledBatch, budget: int) -> None:
-        while self.waiting and budget > 0:
-            seq = self.waiting[0]
-            num_new = min(seq.num_tokens, budget)
-            if not self.block_manager.allocate(seq, num_new):
-                break
-            self.running.append(self.waiting.popleft())
-            self.start(batch, seq)
-            self.compute(batch, seq, num_new)
-            budget -= num_new
+@@
+-                or no_place
+""",
+        ),
+        Known(
+            "blocks-while-waiting",
+            answers=r"""
+# %% asks for the blocks first, and for a place and the budget then
+@@
+-                num_new == 0
++                not self.block_manager.allocate(seq, num_new)
+                 or no_place
+-                or not self.block_manager.allocate(seq, num_new)
++                or num_new == 0
+""",
+        ),
+        Known(
+            "computed-without-blocks",
+            answers=r"""
+# %% blocks are not asked for
+@@
+-                or not self.block_manager.allocate(seq, num_new)
 """,
         ),
     ),
     right=r"""
 # %% put back where it was
-class NightShift(Scheduler):
-    def schedule_waiting(self, batch: ScheduledBatch, budget: int) -> None:
-        while self.waiting:
-            seq = self.waiting.popleft()
-            num_new = min(seq.num_tokens, budget)
-            no_place = len(self.running) == self.max_num_seqs
-            if (
-                num_new == 0
-                or no_place
-                or not self.block_manager.allocate(seq, num_new)
-            ):
-                self.waiting.appendleft(seq)
-                break
-            self.running.append(seq)
-            self.start(batch, seq)
-            self.compute(batch, seq, num_new)
-            budget -= num_new
+@@
+-            seq = self.waiting[0]
++            seq = self.waiting.popleft()
+@@
+-                break
+-            self.running.append(self.waiting.popleft())
++                self.waiting.appendleft(seq)
++                break
++            self.running.append(seq)
 
 # %% the conditions in the loop's head
 class NightShift(Scheduler):

@@ -69,6 +69,11 @@ def _check_rms_norm(answer: Callable) -> int:
         zeros,
         case(3, 16, size=0.01, eps=1e-4),
         case(5, 33, eps=1e-5),
+        case(7, 7),
+        case(130, 17),
+        case(3, 1025),
+        # As the engine gives it: a part of a wider table.
+        (torch.randn(9, 3, 20, generator=random)[:, 1], torch.rand(20, generator=random), EPS),
         case(3, 64, half=True),
         case(2, 32, size=400.0, half=True),
     ]
@@ -218,12 +223,13 @@ def _check_silu_mul(answer: Callable) -> int:
     wide = torch.randn(3, 16, generator=random) * 60
     wide[0, :3] = torch.tensor([-200.0, 200.0, 100.0])
     half = (torch.randn(4, 12, generator=random) * 3).to(torch.float16)
-    shapes = ((1, 2), (2, 4), (5, 14), (3, 256))
+    shapes = ((1, 2), (2, 4), (5, 14), (3, 256), (65, 6), (4, 4), (2, 1030))
     tables = [
         torch.zeros(2, 4),
         *(torch.randn(*shape, generator=random) * 2 for shape in shapes),
         wide,
         half,
+        torch.randn(7, 2, 10, generator=random)[:, 1],
     ]
 
     def halves(activate: Callable, order: int = 1) -> Callable:
@@ -555,8 +561,6 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
             answers=r'''
 # %% the halves exchanged
 @@
--    """RMSNorm of each row: [T, N], weight [N] -> [T, N] in x.dtype."""
-@@
 -    """The middle of SwiGLU: [T, 2N], gates before ups -> silu(gate) * up, [T, N]."""
 -    gate, up = gate_up.chunk(2, dim=-1)
 +    up, gate = gate_up.chunk(2, dim=-1)
@@ -566,8 +570,6 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
             "interleaved-halves",
             answers=r'''
 # %% every second column
-@@
--    """RMSNorm of each row: [T, N], weight [N] -> [T, N] in x.dtype."""
 @@
 -    """The middle of SwiGLU: [T, 2N], gates before ups -> silu(gate) * up, [T, N]."""
 -    gate, up = gate_up.chunk(2, dim=-1)

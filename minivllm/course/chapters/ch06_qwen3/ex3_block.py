@@ -11,8 +11,9 @@ from minivllm.course.grading.judges import seeded
 
 if TYPE_CHECKING:
     pass
-from minivllm.course.chapters.ch06_qwen3.common import layer_weights, random_layer, the_block
+from minivllm.course.chapters.ch06_qwen3.common import random_layer, the_block
 from minivllm.course.grading.exercise import Exercise, Known
+from minivllm.course.sim.bundled_layers import layer_weights
 
 
 def check_block(answer: Callable) -> str:
@@ -21,10 +22,17 @@ def check_block(answer: Callable) -> str:
     random = seeded(3)
 
     def case(
-        tokens: int, fresh: bool, size: float = 1.0, dim: int = 8, heads: int = 4, kv_heads: int = 2
+        tokens: int,
+        fresh: bool,
+        size: float = 1.0,
+        dim: int = 8,
+        heads: int = 4,
+        kv_heads: int = 2,
+        first: int = 0,
     ) -> tuple:
         layer = random_layer(random, 24, heads, kv_heads, dim, 40, fresh)
-        return torch.randn(tokens, 24, generator=random) * size, layer, torch.arange(tokens)
+        x = torch.randn(tokens, 24, generator=random) * size
+        return x, layer, torch.arange(first, first + tokens)
 
     cases = [
         case(1, True),
@@ -32,6 +40,10 @@ def check_block(answer: Callable) -> str:
         case(4, True, 3.0),
         case(6, False),
         case(9, False, 5.0, dim=6, heads=3, kv_heads=1),
+        # More tokens than any tile, as many as the stream is wide, and a step in mid-answer.
+        case(70, False),
+        case(24, False, 2.0),
+        case(5, False, first=900),
     ]
     real = [torch.randn(12, 256, generator=random) * size for size in (0.13, 8.0)]
     cases += [(x, layer_weights(i), torch.arange(12)) for x, i in zip(real, (0, 5), strict=True)]
@@ -175,12 +187,8 @@ def block(
         ),
         Known(
             "one-norm-for-q-and-k",
-            answers=r'''
+            answers=r"""
 # %% only the stream is mended
-@@
--    """RMSNorm over the last dimension (given, and right)."""
-@@
--    """One decoder block: the stream [T, hidden] before it -> the stream after it."""
 @@
 -    q, k = (
 -        rope(norm(y, w[f"self_attn.{p}_norm.weight"]), positions)
@@ -188,7 +196,7 @@ def block(
 -    )
 +    q = rope(norm(q, w["self_attn.q_norm.weight"]), positions)
 +    k = rope(norm(k, w["self_attn.q_norm.weight"]), positions)
-''',
+""",
         ),
         Known(
             "residual-is-the-norm",
@@ -288,12 +296,8 @@ def block(
         ),
         Known(
             "norms-swapped",
-            answers=r'''
+            answers=r"""
 # %% two norms, exchanged
-@@
--    """RMSNorm over the last dimension (given, and right)."""
-@@
--    """One decoder block: the stream [T, hidden] before it -> the stream after it."""
 @@
 -    q, k = (
 -        rope(norm(y, w[f"self_attn.{p}_norm.weight"]), positions)
@@ -301,16 +305,12 @@ def block(
 -    )
 +    q = rope(norm(q, w["self_attn.k_norm.weight"]), positions)
 +    k = rope(norm(k, w["self_attn.q_norm.weight"]), positions)
-''',
+""",
         ),
         Known(
             "no-qk-norm",
-            answers=r'''
+            answers=r"""
 # %% both norms taken out
-@@
--    """RMSNorm over the last dimension (given, and right)."""
-@@
--    """One decoder block: the stream [T, hidden] before it -> the stream after it."""
 @@
 -    q, k = (
 -        rope(norm(y, w[f"self_attn.{p}_norm.weight"]), positions)
@@ -318,7 +318,7 @@ def block(
 -    )
 +    q = rope(q, positions)
 +    k = rope(k, positions)
-''',
+""",
         ),
         Known(
             "residual-twice",
@@ -347,12 +347,8 @@ def block(
         ),
         Known(
             "nothing-added",
-            answers=r'''
+            answers=r"""
 # %% the branch replaces the stream
-@@
--    """RMSNorm over the last dimension (given, and right)."""
-@@
--    """One decoder block: the stream [T, hidden] before it -> the stream after it."""
 @@
 -    q, k = (
 -        rope(norm(y, w[f"self_attn.{p}_norm.weight"]), positions)
@@ -362,16 +358,12 @@ def block(
 +    q = rope(norm(q, w["self_attn.q_norm.weight"]), positions)
 +    k = rope(norm(k, w["self_attn.k_norm.weight"]), positions)
 +    x = attend(q, k, v).flatten(-2) @ w["self_attn.o_proj.weight"].T
-''',
+""",
         ),
         Known(
             "norm-after-rope",
-            answers=r'''
+            answers=r"""
 # %% turns first
-@@
--    """RMSNorm over the last dimension (given, and right)."""
-@@
--    """One decoder block: the stream [T, hidden] before it -> the stream after it."""
 @@
 -    q, k = (
 -        rope(norm(y, w[f"self_attn.{p}_norm.weight"]), positions)
@@ -379,7 +371,7 @@ def block(
 -    )
 +    q = norm(rope(q, positions), w["self_attn.q_norm.weight"])
 +    k = norm(rope(k, positions), w["self_attn.k_norm.weight"])
-''',
+""",
         ),
         Known(
             "one-norm-for-both-branches",
@@ -408,12 +400,8 @@ def block(
         ),
         Known(
             "changed-input",
-            answers=r'''
+            answers=r"""
 # %% adds in place
-@@
--    """RMSNorm over the last dimension (given, and right)."""
-@@
--    """One decoder block: the stream [T, hidden] before it -> the stream after it."""
 @@
 -    q, k = (
 -        rope(norm(y, w[f"self_attn.{p}_norm.weight"]), positions)
@@ -423,7 +411,7 @@ def block(
 +    q = rope(norm(q, w["self_attn.q_norm.weight"]), positions)
 +    k = rope(norm(k, w["self_attn.k_norm.weight"]), positions)
 +    x += attend(q, k, v).flatten(-2) @ w["self_attn.o_proj.weight"].T
-''',
+""",
         ),
         Known(
             "mlp-not-normed",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,297 +17,184 @@ if TYPE_CHECKING:
 from minivllm.course.chapters.ch06_qwen3.common import EPS
 from minivllm.course.grading.exercise import Exercise, Known
 
+#: Rows of the table of cosines and sines.
+ROWS = 1024
 
-def check_qk_norm_rope(answer: Callable) -> str:
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What the inputs of a case are like; theta: base of the angles."""
+
+    norm: bool = True
+    size: float = 1.0
+    eps: float = EPS
+    theta: float = 100.0
+    dtype: str = "float32"
+
+
+def _case(
+    random: torch.Generator,
+    positions: Sequence[int],
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    how: _Inputs | None = None,
+) -> tuple:
+    """The arguments of a call."""
     import torch
 
     from minivllm.config import RopeConfig
-    from minivllm.kernels import Kernels
-    from minivllm.kernels.rotary import qk_norm_rope_reference
     from minivllm.layers.rotary import rope_table
 
-    random = seeded(4)
-
-    def case(
-        positions: Sequence[int],
-        heads: int,
-        kv_heads: int,
-        dim: int,
-        norm: bool = True,
-        size: float = 1.0,
-        eps: float = EPS,
-        theta: float = 100.0,
-        dtype: torch.dtype | None = None,
-    ) -> tuple:
-        dtype = dtype or torch.float32
-        table = rope_table(RopeConfig(theta), dim, 64, torch.device("cpu"))
-        q, k = (
-            (torch.randn(len(positions), n, dim, generator=random) * size).to(dtype)
-            for n in (heads, kv_heads)
-        )
-        weights = [
-            (torch.rand(dim, generator=random) + 0.5).to(dtype) if norm else None for _ in "qk"
-        ]
-        return q, k, *weights, table, torch.tensor(positions), eps
-
-    cases = [
-        case([0], 1, 1, 2),
-        case([0], 2, 1, 4, norm=False),
-        case([1], 1, 1, 2, norm=False),
-        case([0, 1, 2], 4, 2, 8),
-        case([7], 2, 2, 6, size=3.0),
-        case([5, 6, 7, 8], 3, 1, 16),
-        case([63, 0, 9, 9, 30], 4, 4, 8, norm=False),
-        case([3, 40], 2, 1, 8, size=0.01, eps=1e-3),
-        case(range(17), 4, 2, 64, theta=1e4),
+    how = how or _Inputs()
+    dtype = getattr(torch, how.dtype)
+    table = rope_table(RopeConfig(how.theta), dim, ROWS, torch.device("cpu"))
+    # As the engine gives them: parts of one matrix product's result.
+    qkv = torch.randn(len(positions), heads + 2 * kv_heads, dim, generator=random) * how.size
+    q, k, _ = qkv.to(dtype).split([heads, kv_heads, kv_heads], dim=1)
+    weights = [
+        (torch.rand(dim, generator=random) + 0.5).to(dtype) if how.norm else None for _ in "qk"
     ]
-    low = [
-        case([2, 11, 50], 4, 2, 16, dtype=torch.bfloat16),
-        case([4], 2, 1, 8, norm=False, dtype=torch.bfloat16),
-        case([3, 20], 2, 1, 16, size=1000.0, dtype=torch.float16),  # its squares are beyond float16
+    return q, k, *weights, table, torch.tensor(positions), how.eps
+
+
+def _cases(random: torch.Generator) -> list[tuple]:
+    bare = _Inputs(norm=False)
+    wide = _Inputs(theta=1e4)
+    return [
+        _case(random, [0], 1, 1, 2),
+        _case(random, [0], 2, 1, 4, bare),
+        _case(random, [1], 1, 1, 2, bare),
+        _case(random, [0, 1, 2], 4, 2, 8),
+        _case(random, [7], 2, 2, 6, _Inputs(size=3.0)),
+        _case(random, [5, 6, 7, 8], 3, 1, 16),
+        _case(random, [63, 0, 9, 9, 30], 4, 4, 8, bare),
+        _case(random, [3, 40], 2, 1, 8, _Inputs(size=0.01, eps=1e-3)),
+        _case(random, range(17), 4, 2, 64, wide),
+        _case(random, [1023, 512, 511, 64, 600], 2, 1, 8, wide),
+        # As many tokens as heads, and as many heads as numbers.
+        _case(random, range(300, 308), 8, 8, 8),
+        _case(random, range(70), 1, 1, 4),
     ]
 
-    def turned(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        q_weight: torch.Tensor | None,
-        k_weight: torch.Tensor | None,
-        cos_sin: torch.Tensor,
-        positions: torch.Tensor,
-        eps: float,
-        *,
-        pairs: str = "halves",
-        sign: float = 1.0,
-        order: str = "norm first",
-        which: str = "qk",
-        turns: str = "qk",
-        rows: str = "positions",
-        over: str = "head",
-        weigh: bool = True,
-        eps_used: float | None = None,
-        broken: str = "",
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Right by default, and wrong in the ways that the options name."""
+
+def _low_cases(random: torch.Generator) -> list[tuple]:
+    return [
+        _case(random, [2, 11, 50], 4, 2, 16, _Inputs(dtype="bfloat16")),
+        _case(random, [4], 2, 1, 8, _Inputs(norm=False, dtype="bfloat16")),
+        # Its squares are beyond float16.
+        _case(random, [3, 20], 2, 1, 16, _Inputs(size=1000.0, dtype="float16")),
+    ]
+
+
+@dataclass(frozen=True)
+class _Slip:
+    """How somebody norms and turns; as it stands here, rightly.
+
+    pairs: which numbers make a pair. order: of norm and rotation. which: whose weight query and key
+    get, "-" for none. turns: who is turned. rows: which rows of the table. over: what a norm is
+    taken over. eps_used: instead of the eps that is given. broken: other mistakes, by name.
+    """
+
+    pairs: str = "halves"
+    sign: float = 1.0
+    order: str = "norm first"
+    which: str = "qk"
+    turns: str = "qk"
+    rows: str = "positions"
+    over: str = "head"
+    weigh: bool = True
+    eps_used: float | None = None
+    broken: str = ""
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+        import torch
+
+        if weight is None:
+            return x
+        dims = (-1,) if self.over == "head" else (-2, -1)
+        wide = x if self.broken == "narrow" else x.float()
+        square = wide.square().mean(dims, keepdim=True)
+        eps = eps if self.eps_used is None else self.eps_used
+        normed = (wide * torch.rsqrt(square + eps)).to(x.dtype)
+        return normed * weight if self.weigh else normed
+
+    def angles(self, cos_sin: torch.Tensor, positions: torch.Tensor) -> tuple:
+        """(cosines, sines), each [T, 1, D/2]."""
+        import torch
+
         at = {
             "positions": positions,
             "from 0": torch.arange(len(positions)),
             "first": positions - positions[0],
-            "next": (positions + 1).clamp(max=63),
-        }[rows]
+            "next": (positions + 1).clamp(max=ROWS - 1),
+        }[self.rows]
         cos, sin = cos_sin[at].unsqueeze(1).chunk(2, dim=-1)
-        if broken == "swapped table":
+        if self.broken == "swapped table":
             cos, sin = sin, cos
-        weights = {"q": q_weight, "k": k_weight, "-": None}
-        eps = eps if eps_used is None else eps_used
+        return cos, sin * self.sign
 
-        def norm(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-            if weight is None:
-                return x
-            dims = (-1,) if over == "head" else (-2, -1)
-            wide = x if broken == "narrow" else x.float()
-            square = wide.square().mean(dims, keepdim=True)
-            normed = (wide * torch.rsqrt(square + eps)).to(x.dtype)
-            return normed * weight if weigh else normed
+    def turn(self, x: torch.Tensor, c: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        import torch
 
-        def turn(x: torch.Tensor) -> torch.Tensor:
-            c, s = cos, sin * sign
-            if pairs == "mixed":  # neighbours turned, by angles laid out for halves
-                c, s = torch.cat((c, c), -1), torch.cat((s, s), -1)
-                partner = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
-                return x * c + partner * s
-            if pairs == "mixed the other way":  # halves turned, by angles laid out for neighbours
-                c, s = c.repeat_interleave(2, -1), s.repeat_interleave(2, -1)
-                a, b = x.chunk(2, dim=-1)
-                return x * c + torch.cat((-b, a), -1) * s
-            a, b = (x[..., ::2], x[..., 1::2]) if pairs == "interleaved" else x.chunk(2, dim=-1)
-            first, second = a * c - b * s, b * c + a * s
-            if broken == "sign":
-                second = b * c - a * s
-            if broken == "in place":
-                second = b * c + first * s
-            if broken == "no cross":
-                first, second = a * c, b * s
-            if pairs == "interleaved":
-                return torch.stack((first, second), -1).flatten(-2)
-            if pairs == "interleaved out":
-                return torch.stack((first, second), -1).flatten(-2)
-            if pairs == "interleaved in":
-                a, b = x[..., ::2], x[..., 1::2]
-                return torch.cat((a * c - b * s, b * c + a * s), -1)
-            return torch.cat((first, second), -1)
+        if self.pairs == "mixed":  # neighbours turned, by angles laid out for halves
+            c, s = torch.cat((c, c), -1), torch.cat((s, s), -1)
+            partner = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+            return x * c + partner * s
+        if self.pairs == "mixed the other way":  # halves, by angles laid out for neighbours
+            c, s = c.repeat_interleave(2, -1), s.repeat_interleave(2, -1)
+            a, b = x.chunk(2, dim=-1)
+            return x * c + torch.cat((-b, a), -1) * s
+        neighbours = self.pairs in ("interleaved", "interleaved in")
+        a, b = (x[..., ::2], x[..., 1::2]) if neighbours else x.chunk(2, dim=-1)
+        first, second = a * c - b * s, b * c + a * s
+        if self.broken == "sign":
+            second = b * c - a * s
+        if self.broken == "in place":
+            second = b * c + first * s
+        if self.broken == "no cross":
+            first, second = a * c, b * s
+        if self.pairs in ("interleaved", "interleaved out"):
+            return torch.stack((first, second), -1).flatten(-2)
+        return torch.cat((first, second), -1)
 
-        results = []
-        for x, name, own in ((query, which[0], "q"), (key, which[1], "k")):
-            weight = weights[name]
-            y = norm(x, weight) if order == "norm first" else x
-            y = turn(y.float()).to(x.dtype) if own in turns else y
-            results.append(norm(y, weight) if order != "norm first" else y)
-        return results[0], results[1]
 
-    def wrong(**how: Any) -> Callable:
-        return partial(turned, **how)
+def _turned(slip: _Slip, *case: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """`qk_norm_rope` with a slip. case: its arguments."""
+    query, key, q_weight, k_weight, cos_sin, positions, eps = case
+    angles = slip.angles(cos_sin, positions)
+    weights = {"q": q_weight, "k": k_weight, "-": None}
+    results = []
+    for x, name, own in ((query, slip.which[0], "q"), (key, slip.which[1], "k")):
+        weight = weights[name]
+        y = slip.norm(x, weight, eps) if slip.order == "norm first" else x
+        y = slip.turn(y.float(), *angles).to(x.dtype) if own in slip.turns else y
+        results.append(slip.norm(y, weight, eps) if slip.order != "norm first" else y)
+    return results[0], results[1]
 
-    halves = (
-        "Here pair i is (x[i], x[i + D/2]): `a, b = x.chunk(2, dim=-1)`, and torch.cat puts them"
-        " back."
-    )
-    suspects = {
-        "interleaved-pairs": (
-            (
-                "You turn neighbours, (x[2i], x[2i + 1]), as the paper does. That is a right"
-                " rotation for weights that were laid out so; these checkpoints are laid out for"
-                f" halves.\n{halves}"
-            ),
-            wrong(pairs="interleaved"),
-        ),
-        "pairs-of-one-kind-angles-of-another": (
-            (
-                "The numbers of your pairs turn by different angles: pairs are of one kind, and"
-                f" cosines and sines are laid out for the other.\n{halves} Both get cos[i] and"
-                " sin[i]."
-            ),
-            wrong(pairs="mixed"),
-            wrong(pairs="mixed the other way"),
-        ),
-        "put-back-elsewhere": (
-            (
-                "You cut in one way and put together in another: numbers come back at other"
-                f" places.\n{halves}"
-            ),
-            wrong(pairs="interleaved out"),
-            wrong(pairs="interleaved in"),
-        ),
-        "turned-backwards": (
-            (
-                "You turn clockwise: by minus the angle. Distances survive, so it looks right, but"
-                " the weights were trained with the other direction.\n(a, b) becomes (a·cos -"
-                " b·sin, b·cos + a·sin)."
-            ),
-            wrong(sign=-1.0),
-        ),
-        "not-a-rotation": (
-            (
-                "The second number of a pair is not that of a rotation: lengths change.\n"
-                "(a, b) becomes (a·cos - b·sin, b·cos + a·sin), both from the old a and b."
-            ),
-            wrong(broken="sign"),
-            wrong(broken="in place"),
-            wrong(broken="no cross"),
-        ),
-        "cos-and-sin-swapped": (
-            (
-                "Cosines and sines are exchanged: at position 0 nothing should turn.\n"
-                "A row of cos_sin holds D/2 cosines first, then D/2 sines."
-            ),
-            wrong(broken="swapped table"),
-        ),
-        "positions-from-zero": (
-            (
-                "You take the first rows of the table, as if every step began at position 0. A"
-                " prompt alone looks right; the first decoded token does not.\nRows of cos_sin are"
-                " picked by `positions`: cos_sin[positions]."
-            ),
-            wrong(rows="from 0"),
-            wrong(rows="first"),
-        ),
-        "one-position-late": (
-            (
-                "Everything is turned by one position too many: the first token has position 0, and"
-                " does not turn.\ncos_sin[positions], as it is."
-            ),
-            wrong(rows="next"),
-        ),
-        "one-norm-for-q-and-k": (
-            (
-                "Query and key are normed with the same weight. With weights of 1 nobody sees it.\n"
-                "q_weight is for the query, k_weight for the key."
-            ),
-            wrong(which="qq"),
-            wrong(which="kk"),
-        ),
-        "norms-swapped": (
-            "The query gets the key's weight, and the key the query's.\nq_weight is for the query.",
-            wrong(which="kq"),
-        ),
-        "no-norm": (
-            (
-                "Nothing is normed: this is RoPE alone, as in Llama.\nWhere weights are given, norm"
-                " each head first."
-            ),
-            wrong(which="--"),
-        ),
-        "query-normed-only": (
-            (
-                "The key is not normed. Both sides of the product must be, or scores can still"
-                " explode.\nk_weight is for the key."
-            ),
-            wrong(which="q-"),
-        ),
-        "norm-after-rope": (
-            (
-                "You turn first and norm afterwards. Turning keeps lengths, but the norm's weight"
-                " multiplies number by number, and turning has mixed two of them.\nFirst the norm,"
-                " then the rotation."
-            ),
-            wrong(order="rope first"),
-        ),
-        "norm-over-all-heads": (
-            (
-                "You norm all heads of a token together. Each head is a vector of its own, with its"
-                " own size.\nThe mean is over the last dimension only: .mean(dim=-1, keepdim=True)."
-            ),
-            wrong(over="token"),
-        ),
-        "norm-without-weight": (
-            (
-                "The norm's weight is not used: heads have size 1, but not the learned"
-                " scale.\nMultiply by it."
-            ),
-            wrong(weigh=False),
-        ),
-        "eps-forgotten": (
-            (
-                "The norm does not use the eps it is given: for small heads that is another"
-                " result.\nAdd it to the mean square, inside the root."
-            ),
-            wrong(eps_used=0.0),
-            wrong(eps_used=1e-6),
-            wrong(eps_used=1e-5),
-            wrong(eps_used=1e-8),
-        ),
-        "key-not-turned": (
-            (
-                "The key is not turned. Then a score depends on the query's position alone, not on"
-                " the distance.\nTurn both, each by its own position."
-            ),
-            wrong(turns="q"),
-        ),
-        "query-not-turned": (
-            (
-                "The query is not turned. Then a score depends on the key's position alone, not on"
-                " the distance.\nTurn both, each by its own position."
-            ),
-            wrong(turns="k"),
-        ),
-    }
+
+def wrong(**how: Any) -> Callable:
+    return partial(_turned, _Slip(**how))
+
+
+HALVES = (
+    "Here pair i is (x[i], x[i + D/2]): `a, b = x.chunk(2, dim=-1)`, and torch.cat puts them back."
+)
+
+
+def check_qk_norm_rope(answer: Callable) -> str:
+    from minivllm.kernels import Kernels
+    from minivllm.kernels.rotary import qk_norm_rope_reference as right
+
+    random = seeded(4)
     items = {"item 0: ": "the query: ", "item 1: ": "the key: "}
-    number = diagnose(
-        answer, cases, qk_norm_rope_reference, suspects, wording=items, rtol=1e-3, atol=1e-4
-    )
-    narrow = {
-        "norm-in-16-bits": (
-            (
-                "You norm in the inputs' dtype. In float16 the square of 300 is infinite already,"
-                " and nothing is left of the head.\nx.float() first, and back to x.dtype at the"
-                " end."
-            ),
-            wrong(broken="narrow"),
-        )
-    }
+    suspects = EXERCISE.suspects
+    narrow = {"norm-in-16-bits": suspects.pop("norm-in-16-bits")}
+    cases = _cases(random)
+    number = diagnose(answer, cases, right, suspects, wording=items, rtol=1e-3, atol=1e-4)
     # In 16 bits, rounding once more or less is no mistake.
-    number += diagnose(
-        answer, low, qk_norm_rope_reference, narrow, wording=items, rtol=0.03, atol=0.03
-    )
+    low = _low_cases(random)
+    number += diagnose(answer, low, right, narrow, wording=items, rtol=0.03, atol=0.03)
     mine = counted(answer)
     line = engine_agrees(mine, kernels=replace(Kernels.reference(), qk_norm_rope=mine))
     return f"{number} batches of heads, and {line}"
@@ -320,24 +207,35 @@ EXERCISE = Exercise(
     mistakes=(
         Known(
             "interleaved-pairs",
-            answers=r'''
+            message=(
+                "You turn neighbours, (x[2i], x[2i + 1]), as the paper does. That is a right"
+                " rotation for weights that were laid out so; these checkpoints are laid out for"
+                f" halves.\n{HALVES}"
+            ),
+            suspects=(wrong(pairs="interleaved"),),
+            answers=r"""
 # %% neighbours, as in the paper
-@@
--    """Norm, where weights are given, and turn each head: [T, H, D], [T, KH, D] -> both, new."""
 @@
 -        a, b = wide.chunk(2, dim=-1)
 -        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 +        a, b = wide[..., ::2], wide[..., 1::2]
 +        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1)
 +        return turned.flatten(-2).to(x.dtype)
-''',
+""",
         ),
         Known(
             "pairs-of-one-kind-angles-of-another",
-            answers=r'''
+            message=(
+                "The numbers of your pairs turn by different angles: pairs are of one kind, and"
+                f" cosines and sines are laid out for the other.\n{HALVES} Both get cos[i] and"
+                " sin[i]."
+            ),
+            suspects=(
+                wrong(pairs="mixed"),
+                wrong(pairs="mixed the other way"),
+            ),
+            answers=r"""
 # %% neighbours, with a table for halves
-@@
--    """Norm, where weights are given, and turn each head: [T, H, D], [T, KH, D] -> both, new."""
 @@
 -        a, b = wide.chunk(2, dim=-1)
 -        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
@@ -347,60 +245,78 @@ EXERCISE = Exercise(
 
 # %% halves, with a table for neighbours
 @@
--    """Norm, where weights are given, and turn each head: [T, H, D], [T, KH, D] -> both, new."""
-@@
              )
 +        c, s = cos.repeat_interleave(2, dim=-1), sin.repeat_interleave(2, dim=-1)
 @@
 -        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 +        return (wide * c + torch.cat((-b, a), dim=-1) * s).to(x.dtype)
-''',
+""",
         ),
         Known(
             "put-back-elsewhere",
-            answers=r'''
+            message=(
+                "You cut in one way and put together in another: numbers come back at other"
+                f" places.\n{HALVES}"
+            ),
+            suspects=(
+                wrong(pairs="interleaved out"),
+                wrong(pairs="interleaved in"),
+            ),
+            answers=r"""
 # %% cut into halves, put back as neighbours
-@@
--    """Norm, where weights are given, and turn each head: [T, H, D], [T, KH, D] -> both, new."""
 @@
 -        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 +        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1)
 +        return turned.flatten(-2).to(x.dtype)
-''',
+""",
         ),
         Known(
             "turned-backwards",
-            answers=r'''
+            message=(
+                "You turn clockwise: by minus the angle. Distances survive, so it looks right, but"
+                " the weights were trained with the other direction.\n(a, b) becomes (a·cos -"
+                " b·sin, b·cos + a·sin)."
+            ),
+            suspects=(wrong(sign=-1.0),),
+            answers=r"""
 # %% rotate_half with the other sign
-@@
--    """Norm, where weights are given, and turn each head: [T, H, D], [T, KH, D] -> both, new."""
 @@
 -        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 +        return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).to(x.dtype)
-''',
+""",
         ),
         Known(
             "not-a-rotation",
-            answers=r'''
+            message=(
+                "The second number of a pair is not that of a rotation: lengths change.\n"
+                "(a, b) becomes (a·cos - b·sin, b·cos + a·sin), both from the old a and b."
+            ),
+            suspects=(
+                wrong(broken="sign"),
+                wrong(broken="in place"),
+                wrong(broken="no cross"),
+            ),
+            answers=r"""
 # %% the same sign twice
-@@
--    """Norm, where weights are given, and turn each head: [T, H, D], [T, KH, D] -> both, new."""
 @@
 -        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 +        return torch.cat((a * cos - b * sin, b * cos - a * sin), dim=-1).to(x.dtype)
 
 # %% a is overwritten before b needs it
 @@
--    """Norm, where weights are given, and turn each head: [T, H, D], [T, KH, D] -> both, new."""
-@@
 -        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 +        a = a * cos - b * sin
 +        b = b * cos + a * sin
 +        return torch.cat((a, b), dim=-1).to(x.dtype)
-''',
+""",
         ),
         Known(
             "cos-and-sin-swapped",
+            message=(
+                "Cosines and sines are exchanged: at position 0 nothing should turn.\n"
+                "A row of cos_sin holds D/2 cosines first, then D/2 sines."
+            ),
+            suspects=(wrong(broken="swapped table"),),
             answers=r'''
 # %% the table's halves exchanged
 @@
@@ -411,6 +327,15 @@ EXERCISE = Exercise(
         ),
         Known(
             "positions-from-zero",
+            message=(
+                "You take the first rows of the table, as if every step began at position 0. A"
+                " prompt alone looks right; the first decoded token does not.\nRows of cos_sin are"
+                " picked by `positions`: cos_sin[positions]."
+            ),
+            suspects=(
+                wrong(rows="from 0"),
+                wrong(rows="first"),
+            ),
             answers=r'''
 # %% the first rows of the table (reference bug 23)
 @@
@@ -426,51 +351,80 @@ EXERCISE = Exercise(
 ''',
         ),
         Known(
+            "one-position-late",
+            message=(
+                "Everything is turned by one position too many: the first token has position 0, and"
+                " does not turn.\ncos_sin[positions], as it is."
+            ),
+            suspects=(wrong(rows="next"),),
+        ),
+        Known(
             "one-norm-for-q-and-k",
-            answers=r'''
+            message=(
+                "Query and key are normed with the same weight. With weights of 1 nobody sees it.\n"
+                "q_weight is for the query, k_weight for the key."
+            ),
+            suspects=(
+                wrong(which="qq"),
+                wrong(which="kk"),
+            ),
+            answers=r"""
 # %% one norm for both (reference bug 9)
-@@
--    """Norm, where weights are given, and turn each head: [T, H, D], [T, KH, D] -> both, new."""
 @@
 -    return turn(query, q_weight), turn(key, k_weight)
 +    return turn(query, q_weight), turn(key, q_weight)
-''',
+""",
         ),
         Known(
             "norms-swapped",
-            answers=r'''
+            message=(
+                "The query gets the key's weight, and the key the query's.\nq_weight is for the"
+                " query."
+            ),
+            suspects=(wrong(which="kq"),),
+            answers=r"""
 # %% weights exchanged
-@@
--    """Norm, where weights are given, and turn each head: [T, H, D], [T, KH, D] -> both, new."""
 @@
 -    return turn(query, q_weight), turn(key, k_weight)
 +    return turn(query, k_weight), turn(key, q_weight)
-''',
+""",
         ),
         Known(
             "no-norm",
-            answers=r'''
+            message=(
+                "Nothing is normed: this is RoPE alone, as in Llama.\nWhere weights are given, norm"
+                " each head first."
+            ),
+            suspects=(wrong(which="--"),),
+            answers=r"""
 # %% RoPE alone
-@@
--    """Norm, where weights are given, and turn each head: [T, H, D], [T, KH, D] -> both, new."""
 @@
 -    return turn(query, q_weight), turn(key, k_weight)
 +    return turn(query, None), turn(key, None)
-''',
+""",
         ),
         Known(
             "query-normed-only",
-            answers=r'''
+            message=(
+                "The key is not normed. Both sides of the product must be, or scores can still"
+                " explode.\nk_weight is for the key."
+            ),
+            suspects=(wrong(which="q-"),),
+            answers=r"""
 # %% the key is forgotten
-@@
--    """Norm, where weights are given, and turn each head: [T, H, D], [T, KH, D] -> both, new."""
 @@
 -    return turn(query, q_weight), turn(key, k_weight)
 +    return turn(query, q_weight), turn(key, None)
-''',
+""",
         ),
         Known(
             "norm-after-rope",
+            message=(
+                "You turn first and norm afterwards. Turning keeps lengths, but the norm's weight"
+                " multiplies number by number, and turning has mixed two of them.\nFirst the norm,"
+                " then the rotation."
+            ),
+            suspects=(wrong(order="rope first"),),
             answers=r"""
 # %% turns, then norms
 def qk_norm_rope(
@@ -500,21 +454,27 @@ def qk_norm_rope(
         ),
         Known(
             "norm-over-all-heads",
-            answers=r'''
+            message=(
+                "You norm all heads of a token together. Each head is a vector of its own, with its"
+                " own size.\nThe mean is over the last dimension only: .mean(dim=-1, keepdim=True)."
+            ),
+            suspects=(wrong(over="token"),),
+            answers=r"""
 # %% one mean for all heads of a token
-@@
--    """Norm, where weights are given, and turn each head: [T, H, D], [T, KH, D] -> both, new."""
 @@
 -                * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
 +                * torch.rsqrt(wide.square().mean(dim=(-2, -1), keepdim=True) + eps)
-''',
+""",
         ),
         Known(
             "norm-without-weight",
-            answers=r'''
+            message=(
+                "The norm's weight is not used: heads have size 1, but not the learned"
+                " scale.\nMultiply by it."
+            ),
+            suspects=(wrong(weigh=False),),
+            answers=r"""
 # %% the weight is forgotten
-@@
--    """Norm, where weights are given, and turn each head: [T, H, D], [T, KH, D] -> both, new."""
 @@
 -            wide = (
 -                wide
@@ -522,25 +482,36 @@ def qk_norm_rope(
 -                * weight.float()
 -            )
 +            wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-''',
+""",
         ),
         Known(
             "eps-forgotten",
-            answers=r'''
+            message=(
+                "The norm does not use the eps it is given: for small heads that is another"
+                " result.\nAdd it to the mean square, inside the root."
+            ),
+            suspects=(
+                wrong(eps_used=0.0),
+                wrong(eps_used=1e-6),
+                wrong(eps_used=1e-5),
+                wrong(eps_used=1e-8),
+            ),
+            answers=r"""
 # %% a fixed eps (reference bug 12)
-@@
--    """Norm, where weights are given, and turn each head: [T, H, D], [T, KH, D] -> both, new."""
 @@
 -                * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
 +                * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + 1e-6)
-''',
+""",
         ),
         Known(
             "key-not-turned",
-            answers=r'''
+            message=(
+                "The key is not turned. Then a score depends on the query's position alone, not on"
+                " the distance.\nTurn both, each by its own position."
+            ),
+            suspects=(wrong(turns="q"),),
+            answers=r"""
 # %% the key is normed, and that is all
-@@
--    """Norm, where weights are given, and turn each head: [T, H, D], [T, KH, D] -> both, new."""
 @@
 -    return turn(query, q_weight), turn(key, k_weight)
 +    if k_weight is not None:
@@ -551,37 +522,24 @@ def qk_norm_rope(
 +            * k_weight.float()
 +        ).to(key.dtype)
 +    return turn(query, q_weight), key
-''',
+""",
         ),
         Known(
-            "wrong-dtype",
-            answers=r'''
-# %% comes back in float32
-@@
--    """Norm, where weights are given, and turn each head: [T, H, D], [T, KH, D] -> both, new."""
-@@
--        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-''',
-        ),
-        Known(
-            "changed-input",
-            answers=r'''
-# %% norms in place where it can
-@@
--    """Norm, where weights are given, and turn each head: [T, H, D], [T, KH, D] -> both, new."""
-@@
--            wide = (
--                wide
--                * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
--                * weight.float()
--            )
-+            wide *= torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-+            wide = wide * weight.float()
-''',
+            "query-not-turned",
+            message=(
+                "The query is not turned. Then a score depends on the key's position alone, not on"
+                " the distance.\nTurn both, each by its own position."
+            ),
+            suspects=(wrong(turns="k"),),
         ),
         Known(
             "norm-in-16-bits",
+            message=(
+                "You norm in the inputs' dtype. In float16 the square of 300 is infinite already,"
+                " and nothing is left of the head.\nx.float() first, and back to x.dtype at the"
+                " end."
+            ),
+            suspects=(wrong(broken="narrow"),),
             answers=r"""
 # %% norms in the dtype of the input
 @@
@@ -591,6 +549,29 @@ def qk_norm_rope(
 -            )
 +                x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight
 +            ).float()
+""",
+        ),
+        Known(
+            "wrong-dtype",
+            answers=r"""
+# %% comes back in float32
+@@
+-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
++        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+""",
+        ),
+        Known(
+            "changed-input",
+            answers=r"""
+# %% norms in place where it can
+@@
+-            wide = (
+-                wide
+-                * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+-                * weight.float()
+-            )
++            wide *= torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
++            wide = wide * weight.float()
 """,
         ),
     ),

@@ -436,42 +436,34 @@ EXERCISE = Exercise(
     mistakes=(
         Known(
             "missing",
-            answers=r'''
+            answers=r"""
 # %% nothing is asked for in the end (reference bug 7)
-@@
--    """Fill every parameter in place from a checkpoint's tensors. ValueError where the two do not fit."""
 @@
 -    if places:
 -        raise ValueError(f"not in the file: {', '.join(places)}")
 
 # %% neither missing nor unexpected
 @@
--    """Fill every parameter in place from a checkpoint's tensors. ValueError where the two do not fit."""
-@@
 -            raise ValueError(f"{name} fits nowhere")
 +            continue
 @@
 -    if places:
 -        raise ValueError(f"not in the file: {', '.join(places)}")
-''',
+""",
         ),
         Known(
             "unexpected",
-            answers=r'''
+            answers=r"""
 # %% what fits nowhere is passed over
-@@
--    """Fill every parameter in place from a checkpoint's tensors. ValueError where the two do not fit."""
 @@
 -            raise ValueError(f"{name} fits nowhere")
 +            continue
-''',
+""",
         ),
         Known(
             "shape",
-            answers=r'''
+            answers=r"""
 # %% copy_ will tell
-@@
--    """Fill every parameter in place from a checkpoint's tensors. ValueError where the two do not fit."""
 @@
 -        if place.shape != tensor.shape:
 -            raise ValueError(
@@ -485,8 +477,6 @@ EXERCISE = Exercise(
 
 # %% only the number of dimensions is compared
 @@
--    """Fill every parameter in place from a checkpoint's tensors. ValueError where the two do not fit."""
-@@
 -        if place.shape != tensor.shape:
 -            raise ValueError(
 -                f"{name} has the shape {list(tensor.shape)}, its place {list(place.shape)}"
@@ -498,25 +488,21 @@ EXERCISE = Exercise(
 +            place.copy_(tensor)
 +        except RuntimeError as error:
 +            raise ValueError(f"{name}: {error}") from error
-''',
+""",
         ),
         Known(
             "equal-parts",
-            answers=r'''
+            answers=r"""
 # %% chunk, as if there were no grouped-query attention
-@@
--    """Fill every parameter in place from a checkpoint's tensors. ValueError where the two do not fit."""
 @@
 -            rows = parameter.split(list(fused[last].values()))
 +            rows = parameter.tensor_split(len(fused[last]))
-''',
+""",
         ),
         Known(
             "parts-in-alphabetical-order",
-            answers=r'''
+            answers=r"""
 # %% sorted parts
-@@
--    """Fill every parameter in place from a checkpoint's tensors. ValueError where the two do not fit."""
 @@
 -            rows = parameter.split(list(fused[last].values()))
 +            parts = sorted(fused[last])
@@ -525,36 +511,30 @@ EXERCISE = Exercise(
 -                f"{parent}.{part}.{kind}": place
 -                for part, place in zip(fused[last], rows)
 +                f"{parent}.{part}.{kind}": place for part, place in zip(parts, rows)
-''',
+""",
         ),
         Known(
             "tied-copy",
-            answers=r'''
+            answers=r"""
 # %% a copy of the head is unexpected
-@@
--    """Fill every parameter in place from a checkpoint's tensors. ValueError where the two do not fit."""
 @@
 -        if tied and name == "lm_head.weight":
 -            continue
-''',
+""",
         ),
         Known(
             "head-always-skipped",
-            answers=r'''
+            answers=r"""
 # %% the head is passed over, tied or not
-@@
--    """Fill every parameter in place from a checkpoint's tensors. ValueError where the two do not fit."""
 @@
 -        if tied and name == "lm_head.weight":
 +        if name == "lm_head.weight":
-''',
+""",
         ),
         Known(
             "not-in-place",
-            answers=r'''
+            answers=r"""
 # %% fills the dict, not the parameter
-@@
--    """Fill every parameter in place from a checkpoint's tensors. ValueError where the two do not fit."""
 @@
 -            raise ValueError(
 -                f"{name} has the shape {list(tensor.shape)}, its place {list(place.shape)}"
@@ -562,7 +542,7 @@ EXERCISE = Exercise(
 -        place.copy_(tensor)
 +            raise ValueError(name)
 +        params[name] = tensor
-''',
+""",
         ),
         Known(
             "rows-by-arrival",

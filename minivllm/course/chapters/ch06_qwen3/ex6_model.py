@@ -199,7 +199,7 @@ def _wrong_model(config: ModelConfig, seed: int, **wrong: Any) -> tuple[Callable
                 for n in "qkv"
             )
             plain_key = k
-            qk = {n: weights.get(f"{p}self_attn.{n}the_norm.weight") for n in "qk-"}
+            qk = {n: weights.get(f"{p}self_attn.{n}_norm.weight") for n in "qk-"}
             names = how.get("norms", "qk")
             q, k = kernels.qk_norm_rope(q, k, qk[names[0]], qk[names[1]], table, at, how["eps"])
             if not how.get("not_stored"):
@@ -494,21 +494,8 @@ EXERCISE = Exercise(
             answers=r'''
 # %% adds to the normed copy
 @@
--    """The branch that looks at other tokens."""
--
-@@
      ) -> torch.Tensor:
 -        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
-@@
--    """The branch in which each token is for itself."""
--
-@@
--        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
-@@
--    """One layer: two branches, each with a norm of its own."""
--
-@@
--        """The stream [T, hidden] -> the stream after both additions."""
 @@
 -        x = x + self.self_attn(
 -            norm(x, self.input_layernorm.weight, eps),
@@ -522,16 +509,6 @@ EXERCISE = Exercise(
 +        x = x + self.self_attn(x, positions, cos_sin, cache, metadata)
 +        x = norm(x, self.post_attention_layernorm.weight, eps)
 +        return x + self.mlp(x)
-@@
--    """Holds what the checkpoint calls `model` (given, and complete)."""
--
-@@
--    """The model as the engine calls it."""
--
-@@
--        """token_ids, positions [T] -> normed states [T, hidden]."""
-@@
--        """Normed states [R, hidden] -> a score for every token of the vocabulary, [R, vocabulary]."""
 ''',
         ),
         Known(
@@ -539,34 +516,11 @@ EXERCISE = Exercise(
             answers=r'''
 # %% the MLP's result replaces the stream
 @@
--    """The branch that looks at other tokens."""
--
-@@
      ) -> torch.Tensor:
 -        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
 @@
--    """The branch in which each token is for itself."""
--
-@@
--        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
-@@
--    """One layer: two branches, each with a norm of its own."""
--
-@@
--        """The stream [T, hidden] -> the stream after both additions."""
-@@
 -        return x + self.mlp(norm(x, self.post_attention_layernorm.weight, eps))
 +        return self.mlp(norm(x, self.post_attention_layernorm.weight, eps))
-@@
--    """Holds what the checkpoint calls `model` (given, and complete)."""
--
-@@
--    """The model as the engine calls it."""
--
-@@
--        """token_ids, positions [T] -> normed states [T, hidden]."""
-@@
--        """Normed states [R, hidden] -> a score for every token of the vocabulary, [R, vocabulary]."""
 ''',
         ),
         Known(
@@ -574,37 +528,14 @@ EXERCISE = Exercise(
             answers=r'''
 # %% adds the sum that add_rms_norm has already made
 @@
--    """The branch that looks at other tokens."""
--
-@@
      ) -> torch.Tensor:
 -        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
-@@
--    """The branch in which each token is for itself."""
--
-@@
--        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
-@@
--    """One layer: two branches, each with a norm of its own."""
--
-@@
--        """The stream [T, hidden] -> the stream after both additions."""
 @@
 -        return x + self.mlp(norm(x, self.post_attention_layernorm.weight, eps))
 +        h, total = self.kernels.add_rms_norm(
 +            x, torch.zeros_like(x), self.post_attention_layernorm.weight, eps
 +        )
 +        return x + total + self.mlp(h)
-@@
--    """Holds what the checkpoint calls `model` (given, and complete)."""
--
-@@
--    """The model as the engine calls it."""
--
-@@
--        """token_ids, positions [T] -> normed states [T, hidden]."""
-@@
--        """Normed states [R, hidden] -> a score for every token of the vocabulary, [R, vocabulary]."""
 ''',
         ),
         Known(
@@ -612,34 +543,11 @@ EXERCISE = Exercise(
             answers=r'''
 # %% q_norm for both (reference bug 9)
 @@
--    """The branch that looks at other tokens."""
--
-@@
      ) -> torch.Tensor:
 -        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
 @@
 -        norms = (self.q_norm.weight, self.k_norm.weight)
 +        norms = (self.q_norm.weight, self.q_norm.weight)
-@@
--    """The branch in which each token is for itself."""
--
-@@
--        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
-@@
--    """One layer: two branches, each with a norm of its own."""
--
-@@
--        """The stream [T, hidden] -> the stream after both additions."""
-@@
--    """Holds what the checkpoint calls `model` (given, and complete)."""
--
-@@
--    """The model as the engine calls it."""
--
-@@
--        """token_ids, positions [T] -> normed states [T, hidden]."""
-@@
--        """Normed states [R, hidden] -> a score for every token of the vocabulary, [R, vocabulary]."""
 ''',
         ),
         Known(
@@ -647,34 +555,11 @@ EXERCISE = Exercise(
             answers=r'''
 # %% positions of this step's tokens (reference bug 23)
 @@
--    """The branch that looks at other tokens."""
--
-@@
      ) -> torch.Tensor:
 -        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
 @@
 -            query, key, *norms, cos_sin, positions, eps
 +            query, key, *norms, cos_sin, torch.arange(len(x)), eps
-@@
--    """The branch in which each token is for itself."""
--
-@@
--        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
-@@
--    """One layer: two branches, each with a norm of its own."""
--
-@@
--        """The stream [T, hidden] -> the stream after both additions."""
-@@
--    """Holds what the checkpoint calls `model` (given, and complete)."""
--
-@@
--    """The model as the engine calls it."""
--
-@@
--        """token_ids, positions [T] -> normed states [T, hidden]."""
-@@
--        """Normed states [R, hidden] -> a score for every token of the vocabulary, [R, vocabulary]."""
 ''',
         ),
         Known(
@@ -682,42 +567,16 @@ EXERCISE = Exercise(
             answers=r'''
 # %% the cache stays empty
 @@
--    """The branch that looks at other tokens."""
--
-@@
      ) -> torch.Tensor:
 -        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
 @@
 -        self.kernels.store_kv(key, value, *cache, metadata.slot_mapping)
-@@
--    """The branch in which each token is for itself."""
--
-@@
--        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
-@@
--    """One layer: two branches, each with a norm of its own."""
--
-@@
--        """The stream [T, hidden] -> the stream after both additions."""
-@@
--    """Holds what the checkpoint calls `model` (given, and complete)."""
--
-@@
--    """The model as the engine calls it."""
--
-@@
--        """token_ids, positions [T] -> normed states [T, hidden]."""
-@@
--        """Normed states [R, hidden] -> a score for every token of the vocabulary, [R, vocabulary]."""
 ''',
         ),
         Known(
             "keys-stored-unturned",
             answers=r'''
 # %% stores before it turns
-@@
--    """The branch that looks at other tokens."""
--
 @@
      ) -> torch.Tensor:
 -        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
@@ -727,26 +586,6 @@ EXERCISE = Exercise(
 @@
          )
 -        self.kernels.store_kv(key, value, *cache, metadata.slot_mapping)
-@@
--    """The branch in which each token is for itself."""
--
-@@
--        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
-@@
--    """One layer: two branches, each with a norm of its own."""
--
-@@
--        """The stream [T, hidden] -> the stream after both additions."""
-@@
--    """Holds what the checkpoint calls `model` (given, and complete)."""
--
-@@
--    """The model as the engine calls it."""
--
-@@
--        """token_ids, positions [T] -> normed states [T, hidden]."""
-@@
--        """Normed states [R, hidden] -> a score for every token of the vocabulary, [R, vocabulary]."""
 ''',
         ),
         Known(
@@ -754,36 +593,13 @@ EXERCISE = Exercise(
             answers=r'''
 # %% caches[0] everywhere
 @@
--    """The branch that looks at other tokens."""
--
-@@
      ) -> torch.Tensor:
 -        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
-@@
--    """The branch in which each token is for itself."""
--
-@@
--        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
-@@
--    """One layer: two branches, each with a norm of its own."""
--
-@@
--        """The stream [T, hidden] -> the stream after both additions."""
-@@
--    """Holds what the checkpoint calls `model` (given, and complete)."""
--
-@@
--    """The model as the engine calls it."""
--
-@@
--        """token_ids, positions [T] -> normed states [T, hidden]."""
 @@
 -        for layer, cache in zip(self.model.layers, caches):
 -            x = layer(x, positions, self.cos_sin, cache, metadata)
 +        for layer in self.model.layers:
 +            x = layer(x, positions, self.cos_sin, caches[0], metadata)
-@@
--        """Normed states [R, hidden] -> a score for every token of the vocabulary, [R, vocabulary]."""
 ''',
         ),
         Known(
@@ -791,36 +607,13 @@ EXERCISE = Exercise(
             answers=r'''
 # %% the stream as it is
 @@
--    """The branch that looks at other tokens."""
--
-@@
      ) -> torch.Tensor:
 -        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
-@@
--    """The branch in which each token is for itself."""
--
-@@
--        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
-@@
--    """One layer: two branches, each with a norm of its own."""
--
-@@
--        """The stream [T, hidden] -> the stream after both additions."""
-@@
--    """Holds what the checkpoint calls `model` (given, and complete)."""
--
-@@
--    """The model as the engine calls it."""
--
-@@
--        """token_ids, positions [T] -> normed states [T, hidden]."""
 @@
 -        return self.kernels.rms_norm(
 -            x, self.model.norm.weight, self.config.rms_norm_eps
 -        )
 +        return x
-@@
--        """Normed states [R, hidden] -> a score for every token of the vocabulary, [R, vocabulary]."""
 ''',
         ),
         Known(
@@ -828,36 +621,15 @@ EXERCISE = Exercise(
             answers=r'''
 # %% the last norm in compute_logits
 @@
--    """The branch that looks at other tokens."""
--
-@@
      ) -> torch.Tensor:
 -        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
-@@
--    """The branch in which each token is for itself."""
--
-@@
--        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
-@@
--    """One layer: two branches, each with a norm of its own."""
--
-@@
--        """The stream [T, hidden] -> the stream after both additions."""
-@@
--    """Holds what the checkpoint calls `model` (given, and complete)."""
--
-@@
--    """The model as the engine calls it."""
--
-@@
--        """token_ids, positions [T] -> normed states [T, hidden]."""
 @@
 -        return self.kernels.rms_norm(
 -            x, self.model.norm.weight, self.config.rms_norm_eps
 -        )
 +        return x
 @@
--        """Normed states [R, hidden] -> a score for every token of the vocabulary, [R, vocabulary]."""
+-        """Normed states [R, hidden] -> a score for every token, [R, vocabulary]."""
 +        hidden = self.kernels.rms_norm(
 +            hidden, self.model.norm.weight, self.config.rms_norm_eps
 +        )
@@ -868,34 +640,11 @@ EXERCISE = Exercise(
             answers=r'''
 # %% the halves exchanged
 @@
--    """The branch that looks at other tokens."""
--
-@@
      ) -> torch.Tensor:
--        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
-@@
--    """The branch in which each token is for itself."""
--
-@@
 -        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
 @@
 -            (x @ self.gate_proj.weight.T, x @ self.up_proj.weight.T), dim=-1
 +            (x @ self.up_proj.weight.T, x @ self.gate_proj.weight.T), dim=-1
-@@
--    """One layer: two branches, each with a norm of its own."""
--
-@@
--        """The stream [T, hidden] -> the stream after both additions."""
-@@
--    """Holds what the checkpoint calls `model` (given, and complete)."""
--
-@@
--    """The model as the engine calls it."""
--
-@@
--        """token_ids, positions [T] -> normed states [T, hidden]."""
-@@
--        """Normed states [R, hidden] -> a score for every token of the vocabulary, [R, vocabulary]."""
 ''',
         ),
         Known(
@@ -903,34 +652,11 @@ EXERCISE = Exercise(
             answers=r'''
 # %% scores as they are
 @@
--    """The branch that looks at other tokens."""
--
-@@
      ) -> torch.Tensor:
 -        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
 @@
 -        out = cached_attention(query, cache, metadata, head_dim**-0.5, self.kernels)
 +        out = cached_attention(query, cache, metadata, 1.0, self.kernels)
-@@
--    """The branch in which each token is for itself."""
--
-@@
--        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
-@@
--    """One layer: two branches, each with a norm of its own."""
--
-@@
--        """The stream [T, hidden] -> the stream after both additions."""
-@@
--    """Holds what the checkpoint calls `model` (given, and complete)."""
--
-@@
--    """The model as the engine calls it."""
--
-@@
--        """token_ids, positions [T] -> normed states [T, hidden]."""
-@@
--        """Normed states [R, hidden] -> a score for every token of the vocabulary, [R, vocabulary]."""
 ''',
         ),
         Known(
@@ -938,31 +664,10 @@ EXERCISE = Exercise(
             answers=r'''
 # %% the embedding is the head, always
 @@
--    """The branch that looks at other tokens."""
--
-@@
      ) -> torch.Tensor:
 -        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
 @@
--    """The branch in which each token is for itself."""
--
-@@
--        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
-@@
--    """One layer: two branches, each with a norm of its own."""
--
-@@
--        """The stream [T, hidden] -> the stream after both additions."""
-@@
--    """Holds what the checkpoint calls `model` (given, and complete)."""
--
-@@
--    """The model as the engine calls it."""
--
-@@
--        """token_ids, positions [T] -> normed states [T, hidden]."""
-@@
--        """Normed states [R, hidden] -> a score for every token of the vocabulary, [R, vocabulary]."""
+-        """Normed states [R, hidden] -> a score for every token, [R, vocabulary]."""
 -        return hidden @ self.lm_head.weight.T
 +        return hidden @ self.model.embed_tokens.weight.T
 ''',
@@ -972,46 +677,20 @@ EXERCISE = Exercise(
             answers=r'''
 # %% the MLP reads what attention read
 @@
--    """The branch that looks at other tokens."""
--
-@@
      ) -> torch.Tensor:
 -        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
-@@
--    """The branch in which each token is for itself."""
--
-@@
--        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
-@@
--    """One layer: two branches, each with a norm of its own."""
--
-@@
--        """The stream [T, hidden] -> the stream after both additions."""
 @@
          norm, eps = self.kernels.rms_norm, self.config.rms_norm_eps
 +        h = norm(x, self.post_attention_layernorm.weight, eps)
 @@
 -        return x + self.mlp(norm(x, self.post_attention_layernorm.weight, eps))
 +        return x + self.mlp(h)
-@@
--    """Holds what the checkpoint calls `model` (given, and complete)."""
--
-@@
--    """The model as the engine calls it."""
--
-@@
--        """token_ids, positions [T] -> normed states [T, hidden]."""
-@@
--        """Normed states [R, hidden] -> a score for every token of the vocabulary, [R, vocabulary]."""
 ''',
         ),
         Known(
             "wrong-names",
             answers=r'''
 # %% a name of one's own
-@@
--    """The branch that looks at other tokens."""
--
 @@
 -        self.o_proj = Weight(config.hidden_size, q)
 +        self.out_proj = Weight(config.hidden_size, q)
@@ -1021,26 +700,6 @@ EXERCISE = Exercise(
 @@
 -        return out.flatten(-2) @ self.o_proj.weight.T
 +        return out.flatten(-2) @ self.out_proj.weight.T
-@@
--    """The branch in which each token is for itself."""
--
-@@
--        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
-@@
--    """One layer: two branches, each with a norm of its own."""
--
-@@
--        """The stream [T, hidden] -> the stream after both additions."""
-@@
--    """Holds what the checkpoint calls `model` (given, and complete)."""
--
-@@
--    """The model as the engine calls it."""
--
-@@
--        """token_ids, positions [T] -> normed states [T, hidden]."""
-@@
--        """Normed states [R, hidden] -> a score for every token of the vocabulary, [R, vocabulary]."""
 ''',
         ),
         Known(
@@ -1054,24 +713,11 @@ EXERCISE = Exercise(
 +
  class Attention(nn.Module):
 @@
--    """The branch that looks at other tokens."""
--
-@@
      ) -> torch.Tensor:
 -        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
 @@
--    """The branch in which each token is for itself."""
--
-@@
--        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
-@@
--    """One layer: two branches, each with a norm of its own."""
--
-@@
 -        self.self_attn = Attention(config, kernels)
 +        self.self_attn = minivllm.models.qwen3.Attention(config, kernels, 0)
-@@
--        """The stream [T, hidden] -> the stream after both additions."""
 @@
 -        x = x + self.self_attn(
 -            norm(x, self.input_layernorm.weight, eps),
@@ -1082,37 +728,14 @@ EXERCISE = Exercise(
 -        )
 +        context = ForwardContext(positions, cos_sin, [cache], metadata)
 +        x = x + self.self_attn(norm(x, self.input_layernorm.weight, eps), context)
-@@
--    """Holds what the checkpoint calls `model` (given, and complete)."""
--
-@@
--    """The model as the engine calls it."""
--
-@@
--        """token_ids, positions [T] -> normed states [T, hidden]."""
-@@
--        """Normed states [R, hidden] -> a score for every token of the vocabulary, [R, vocabulary]."""
 ''',
         ),
     ),
     right=r'''
 # %% the head's fused pair: add_rms_norm
 @@
--    """The branch that looks at other tokens."""
--
-@@
      ) -> torch.Tensor:
 -        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
-@@
--    """The branch in which each token is for itself."""
--
-@@
--        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
-@@
--    """One layer: two branches, each with a norm of its own."""
--
-@@
--        """The stream [T, hidden] -> the stream after both additions."""
 @@
 -        x = x + self.self_attn(
 +        h = self.self_attn(
@@ -1122,49 +745,18 @@ EXERCISE = Exercise(
 +            h, x, self.post_attention_layernorm.weight, eps
 +        )
 +        return x + self.mlp(h)
-@@
--    """Holds what the checkpoint calls `model` (given, and complete)."""
--
-@@
--    """The model as the engine calls it."""
--
-@@
--        """token_ids, positions [T] -> normed states [T, hidden]."""
-@@
--        """Normed states [R, hidden] -> a score for every token of the vocabulary, [R, vocabulary]."""
 
 # %% torch's own pieces
 @@
--    """The branch that looks at other tokens."""
--
-@@
      ) -> torch.Tensor:
--        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
-@@
--    """The branch in which each token is for itself."""
--
-@@
 -        """Normed states [T, hidden] -> what to add to the stream, [T, hidden]."""
 @@
 -        return self.kernels.silu_mul(gate_up) @ self.down_proj.weight.T
 +        gate, up = gate_up.chunk(2, dim=-1)
 +        return F.linear(F.silu(gate) * up, self.down_proj.weight)
 @@
--    """One layer: two branches, each with a norm of its own."""
--
-@@
--        """The stream [T, hidden] -> the stream after both additions."""
-@@
--    """Holds what the checkpoint calls `model` (given, and complete)."""
--
-@@
--    """The model as the engine calls it."""
--
-@@
 -        """token_ids, positions [T] -> normed states [T, hidden]."""
 -        x = self.model.embed_tokens.weight[token_ids]
 +        x = F.embedding(token_ids, self.model.embed_tokens.weight)
-@@
--        """Normed states [R, hidden] -> a score for every token of the vocabulary, [R, vocabulary]."""
 ''',
 )

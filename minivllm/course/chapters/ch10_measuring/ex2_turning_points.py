@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from minivllm.course.grading.compare import show
 from minivllm.course.grading.errors import Mistake
+from minivllm.course.grading.judges import Prediction, expect_all
 
 if TYPE_CHECKING:
     from minivllm.bench.costs import ModelCosts
@@ -30,6 +32,105 @@ def _step_seconds(batch: int, context: int, kv_bytes: int = 2, compute: bool = T
     return matrices + batch * context * costs.kv_elements_per_token * kv_bytes / READS
 
 
+def _kv_passes_weights(name: str, context: int) -> Prediction:
+    """From how many sequences on K and V are more bytes than the matrices."""
+    costs = _costs()
+    weights, kv = costs.layer_weights + costs.head_weights, costs.kv_elements_per_token
+    right = weights / kv / context
+    usual = {
+        "query-heads-for-kv": (right / 2, "You counted K and V for 16 heads; there are 8."),
+        "k-without-v": (2 * right, "You counted keys or values; a step reads both."),
+        "head-forgotten": (
+            costs.layer_weights / kv / context,
+            "The matrix of the head is read as well.",
+        ),
+        "embedding-counted": (
+            (weights + costs.head_weights) / kv / context,
+            "You counted the embeddings and the head; tied, they are one matrix.",
+        ),
+        "kv-of-one-layer": (28 * right, "Each of the 28 layers has K and V."),
+    }
+    advice = "Divide the bytes of all matrices by the bytes of K and V of one sequence."
+    return Prediction(name, right, "sequences", 0.03, usual, advice)
+
+
+def _matrices_turn() -> Prediction:
+    ridge = MULTIPLIES / READS
+    missing = "2 bytes per weight, and 2 operations per weight and sequence."
+    usual = {
+        "bytes-or-operations": (ridge / 2, f"A factor of two is missing: {missing}"),
+        "bytes-or-operations-twice": (2 * ridge, f"A factor of two too many: {missing}"),
+    }
+    advice = (
+        "With n sequences a weight makes 2 · n operations and has 2 bytes. Where do both take"
+        " equally long? The model's size does not matter."
+    )
+    return Prediction("matrices_turn", ridge, "sequences", 0.03, usual, advice)
+
+
+def _attention_flops_per_byte() -> Prediction:
+    costs = _costs()
+    right = costs.attention_flops_per_pair / (2 * costs.kv_elements_per_token)
+    usual = {
+        "gqa-forgotten": (1.0, "That would be without GQA: each pair of K and V serves 2 heads."),
+        "k-without-v": (
+            4.0,
+            "Bytes of K and of V, operations with K and with V: count both on both sides.",
+        ),
+        "all-heads-share": (16.0, "Only 16 / 8 query heads share a pair of K and V, not all 16."),
+        "bytes-or-operations": (0.5, "2 bytes per number, 2 operations per query that meets it."),
+    }
+    advice = (
+        "A key and its value are 2 · 128 numbers of 2 bytes. They meet the queries of 16 / 8 heads,"
+        " with 2 operations per number and query."
+    )
+    return Prediction("attention_flops_per_byte", right, "FLOPs per byte", 0.03, usual, advice)
+
+
+def _small_kv_speedup() -> Prediction:
+    costs = _costs()
+    weights, kv = costs.layer_weights + costs.head_weights, costs.kv_elements_per_token
+    before, after = _step_seconds(256, 1024), _step_seconds(256, 1024, kv_bytes=1)
+    only_reading = 256 * 1024 * kv
+    usual = {
+        "weights-forgotten": (2.0, "Half of K and V is not half of the step."),
+        "upside-down": (after / before, "That is the new time divided by the old."),
+        "matrices-only-read": (
+            (weights + only_reading) / (weights + only_reading / 2),
+            "With 256 sequences the matrices take longer to multiply than to read.",
+        ),
+        "weights-forgotten-before": (
+            only_reading / (weights + only_reading / 2),
+            "The weights are read before, too.",
+        ),
+    }
+    advice = "Compute both times: the matrices take as long as before, K and V half as long."
+    # Nearer than two percent to the right number lies that of matrices that are only read.
+    return Prediction("small_kv_speedup", before / after, "times", 0.011, usual, advice)
+
+
+def _judge_attention_turns(said: Any) -> None:
+    """Never is +inf, and nothing else."""
+    number = isinstance(said, int | float) and not isinstance(said, bool) and not math.isnan(said)
+    if not number:
+        raise Mistake(
+            "wrong-type", f"attention_turns is {show(said)}.\nA prediction is one number."
+        )
+    if said < 0:
+        raise Mistake(
+            "less-than-nothing",
+            f"attention_turns: {said:,.4g} sequences.\nA number of sequences is at least 1;"
+            " `float('inf')` stands for never.",
+        )
+    if math.isfinite(said):
+        raise Mistake(
+            "attention-does-not-share",
+            f"attention_turns: you predicted {said:,.4g}.\nMore sequences bring more operations,"
+            " and as many more bytes: nobody shares K and V. So what happens to the FLOPs per byte"
+            " when a sequence is added?",
+        )
+
+
 def check_turning_points(
     kv_passes_weights_1k: float,
     kv_passes_weights_8k: float,
@@ -38,119 +139,17 @@ def check_turning_points(
     attention_turns: float,
     small_kv_speedup: float,
 ) -> str:
-    costs = _costs()
-    weights, kv = costs.layer_weights + costs.head_weights, costs.kv_elements_per_token
-
-    def judge(
-        name: str, guess: Any, right: float, why: str, known: dict[float, tuple[str, str]]
-    ) -> None:
-        if isinstance(guess, bool) or not isinstance(guess, int | float):
-            raise Mistake("wrong-type", f"{name} is {show(guess)}.\nA prediction is one number.")
-        if guess == right or math.isclose(guess, right, rel_tol=0.03):
-            return
-        for value, (mistake, explanation) in known.items():
-            if guess == value or math.isclose(guess, value, rel_tol=0.03):
-                raise Mistake(
-                    mistake,
-                    f"{name}: you predicted {guess:,.4g}, it is {right:,.4g}.\n{explanation} {why}",
-                )
-        raise Mistake(
-            "wrong-prediction", f"{name}: you predicted {guess:,.4g}, it is {right:,.4g}.\n{why}"
-        )
-
-    one = weights / kv
-    for name, guess, context in (
-        ("kv_passes_weights_1k", kv_passes_weights_1k, 1024),
-        ("kv_passes_weights_8k", kv_passes_weights_8k, 8192),
-    ):
-        judge(
-            name,
-            guess,
-            one / context,
-            f"A sequence of {context:,} tokens has {2 * kv * context / 1e6:,.0f} million "
-            f"bytes of K and V, the matrices have {2 * weights / 1e6:,.0f} million.",
-            {
-                one / context / 2: (
-                    "query-heads-for-kv",
-                    "You counted K and V for 16 heads; there are 8.",
-                ),
-                2 * one / context: (
-                    "k-without-v",
-                    "You counted keys or values; a step reads both.",
-                ),
-                costs.layer_weights / kv / context: (
-                    "head-forgotten",
-                    "The matrix of the head is read as well.",
-                ),
-                (weights + costs.head_weights) / kv / context: (
-                    "embedding-counted",
-                    "You counted the embeddings and the head; tied, they are one matrix.",
-                ),
-                28 * one / context: ("kv-of-one-layer", "Each of the 28 layers has K and V."),
-            },
-        )
-    ridge = MULTIPLIES / READS
-    judge(
-        "matrices_turn",
-        matrices_turn,
-        ridge,
-        "A weight has 2 bytes, and makes 2 operations for every sequence: so "
-        "many FLOPs a byte as there are sequences. The model's size does not matter.",
-        {
-            ridge / 2: (
-                "bytes-or-operations",
-                "A factor of two is missing: 2 bytes a weight, and 2 operations.",
-            ),
-            2 * ridge: (
-                "bytes-or-operations",
-                "A factor of two too many: 2 bytes a weight, and 2 operations.",
-            ),
-        },
+    """Judge the six numbers; a message names each that is wrong, and tells none."""
+    predictions = (
+        (_kv_passes_weights("kv_passes_weights_1k", 1024), kv_passes_weights_1k),
+        (_kv_passes_weights("kv_passes_weights_8k", 8192), kv_passes_weights_8k),
+        (_matrices_turn(), matrices_turn),
+        (_attention_flops_per_byte(), attention_flops_per_byte),
+        (_small_kv_speedup(), small_kv_speedup),
     )
-    judge(
-        "attention_flops_per_byte",
-        attention_flops_per_byte,
-        costs.attention_flops_per_pair / (2 * kv),
-        "A key and its value, 2 · 128 numbers of 2 bytes, meet the queries of 2 heads, with 2"
-        " operations a number.",
-        {
-            1.0: (
-                "gqa-forgotten",
-                "That would be without GQA: here each pair of K and V serves 16 / 8 query heads.",
-            ),
-            4.0: (
-                "k-without-v",
-                "Bytes of K and of V, operations with K and with V: count both on both sides.",
-            ),
-            16.0: ("gqa-forgotten", "Only 16 / 8 query heads share a pair of K and V, not all 16."),
-            0.5: (
-                "bytes-or-operations",
-                "2 bytes a number, 2 operations for each query that meets it.",
-            ),
-        },
-    )
-    if math.isfinite(attention_turns):
-        raise Mistake(
-            "attention-does-not-share",
-            f"attention_turns: you predicted {attention_turns:,.4g}, it is infinite.\nMore"
-            " sequences bring more operations, and as many more bytes: nobody shares K and V. It"
-            f" stays at {attention_flops_per_byte:g} FLOPs a byte.",
-        )
-    before, after = _step_seconds(256, 1024), _step_seconds(256, 1024, kv_bytes=1)
-    judge(
-        "small_kv_speedup",
-        small_kv_speedup,
-        before / after,
-        f"{1e3 * before:.2f} milliseconds before, "
-        f"{1e3 * after:.2f} after: the matrices take as long as they did.",
-        {
-            2.0: ("weights-forgotten", "Half of K and V is not half of the step."),
-            after / before: ("upside-down", "That is the new time divided by the old."),
-            256 * 1024 * kv / (weights + 256 * 1024 * kv / 2): (
-                "weights-forgotten",
-                "The weights are read before, too.",
-            ),
-        },
+    expect_all(
+        *(partial(prediction.judge, said) for prediction, said in predictions),
+        partial(_judge_attention_turns, attention_turns),
     )
     return "six turning points"
 
@@ -238,7 +237,11 @@ matrices_turn = 75
 attention_flops_per_byte = 2
 attention_turns = float("inf")
 small_kv_speedup = 1.88
-
+""",
+        ),
+        Known(
+            "bytes-or-operations-twice",
+            answers=r"""
 # %% a multiplication and an addition counted as one
 kv_passes_weights_1k = 595_984_384 / (57_344 * 1024)
 kv_passes_weights_8k = 595_984_384 / (57_344 * 8192)
@@ -258,7 +261,11 @@ matrices_turn = 150
 attention_flops_per_byte = 1
 attention_turns = float("inf")
 small_kv_speedup = 1.88
-
+""",
+        ),
+        Known(
+            "all-heads-share",
+            answers=r"""
 # %% all query heads share
 kv_passes_weights_1k = 595_984_384 / (57_344 * 1024)
 kv_passes_weights_8k = 595_984_384 / (57_344 * 8192)
@@ -266,6 +273,24 @@ matrices_turn = 150
 attention_flops_per_byte = 16
 attention_turns = float("inf")
 small_kv_speedup = 1.88
+""",
+        ),
+        Known(
+            "matrices-only-read",
+            answers=r"""
+# %% the matrices take as long as reading them
+@@
+-small_kv_speedup = (0.452e-3 + 30.06e9 / 4.5e12) / (0.452e-3 + 15.03e9 / 4.5e12)
++small_kv_speedup = (1.19e9 + 30.06e9) / (1.19e9 + 15.03e9)
+""",
+        ),
+        Known(
+            "less-than-nothing",
+            answers=r"""
+# %% minus infinity for never
+@@
+-attention_turns = float("inf")
++attention_turns = float("-inf")
 """,
         ),
         Known(
@@ -313,7 +338,7 @@ small_kv_speedup = 0.532
 """,
         ),
         Known(
-            "wrong-prediction",
+            "wrong-small-kv-speedup",
             answers=r"""
 # %% attention with many queries
 kv_passes_weights_1k = 595_984_384 / (57_344 * 1024)
@@ -327,6 +352,11 @@ small_kv_speedup = 1.5
         Known(
             "wrong-type",
             answers=r"""
+# %% not a number
+@@
+-attention_turns = float("inf")
++attention_turns = float("nan")
+
 # %% a text
 kv_passes_weights_1k = 595_984_384 / (57_344 * 1024)
 kv_passes_weights_8k = 595_984_384 / (57_344 * 8192)

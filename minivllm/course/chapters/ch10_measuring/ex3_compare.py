@@ -150,8 +150,63 @@ def _takes_medians(answer: Callable) -> None:
         )
 
 
+def _counts_to_an_even_number(answer: Callable) -> None:
+    """Four timed calls that take 1, 2, 4 and 8 times as long, however many came before."""
+    from minivllm.course.sim.clocks import SimulatedMachine
+
+    class Listed(SimulatedMachine):
+        def _factor(self, name: str) -> float:
+            return (1.0, 8.0, 2.0, 4.0)[self._calls[name] % 4]
+
+    machine = Listed()
+    tasks = {"A": machine.task("A", 100 * US), "B": machine.task("B", 50 * US)}
+    found = _compared(answer, machine, tasks, 4)
+    for name, unit in (("A", 100), ("B", 50)):
+        median, low, high = (seconds / US - 5 for seconds in found[name])
+        got = (
+            f"Four calls of {name} take {unit}, {2 * unit}, {4 * unit} and {8 * unit} microseconds"
+            f" of work. You report a median of {median:.0f}, from {low:.0f} to {high:.0f}."
+        )
+        expect(
+            close(low, unit) and close(high, 8 * unit),
+            "not-all-rounds",
+            f"{got}\nThe least and the greatest are those of all `rounds` timed calls: here 4.",
+        )
+        expect(
+            close(median, 3 * unit),
+            "one-of-the-two-middles",
+            f"{got}\nOf an even number of values, the median is the mean of the two in the middle,"
+            f" {2 * unit} and {4 * unit}. `statistics.median` knows that.",
+        )
+
+
+def _starts_anew(answer: Callable) -> None:
+    """The same names twice, the second time on a machine on which they take longer.
+
+    An answer whose first call is wrong already is left to the other judges.
+    """
+    for times in (1, 3):
+        machine, right = _machine(), (5 + times * 100) * US
+        tasks = {name: machine.task(name, times * 100 * US) for name in ("A", "B")}
+        found = _compared(answer, machine, tasks, 5)
+        wrong = [name for name, row in found.items() if not all(close(x, right) for x in row)]
+        if wrong and times == 1:
+            return
+        for name in wrong:
+            median, low, high = (seconds / US for seconds in found[name])
+            raise Mistake(
+                "keeps-state",
+                f"{name} takes {right / US:.0f} microseconds in every call. You report"
+                f" {median:.0f}, from {low:.0f} to {high:.0f}.\nA first call of `compare` was"
+                " right and this one is not: your code keeps times of the call before. Make the"
+                " lists inside of the function.",
+            )
+
+
 def check_compare(answer: Callable) -> str:
-    for judge in (_waits, _warms_up, _interleaves, _takes_medians):
+    """Judge a stopwatch on simulated machines, each with one trap."""
+    judges = (_starts_anew, _waits, _warms_up, _interleaves, _takes_medians)
+    for judge in (*judges, _counts_to_an_even_number):
         judge(answer)
     return "cold, warm, busy and disturbed machines, and the medians are what they should be"
 
@@ -161,6 +216,38 @@ EXERCISE = Exercise(
     title="An honest stopwatch",
     check=check_compare,
     mistakes=(
+        Known(
+            "one-of-the-two-middles",
+            answers=r"""
+# %% the middle of the sorted list
+@@
+-        name: (median(found), min(found), max(found)) for name, found in times.items()
++        name: (sorted(found)[len(found) // 2], min(found), max(found))
++        for name, found in times.items()
+""",
+        ),
+        Known(
+            "keeps-state",
+            answers=r"""
+# %% the times in a default argument
+@@
+-    tasks: dict[str, Callable], clock: Callable, synchronize: Callable, rounds: int
++    tasks: dict[str, Callable],
++    clock: Callable,
++    synchronize: Callable,
++    rounds: int,
++    times={},
+@@
+-    times = {name: [] for name in tasks}
++    for name in tasks:
++        times.setdefault(name, [])
+@@
+-        name: (median(found), min(found), max(found)) for name, found in times.items()
++        name: (median(found), min(found), max(found))
++        for name, found in times.items()
++        if name in tasks
+""",
+        ),
         Known(
             "not-warmed-up",
             hint=1,

@@ -133,6 +133,13 @@ def _counts_tokens(answer: Callable) -> None:
         f"{got}\nThat counts the tokens of the prompts as well, which come in bulk. Count what came"
         " out.",
     )
+    forced = _truth(ANSWERS, 200, True)
+    expect(
+        not forced.is_rate(found),
+        "changes-the-request",
+        f"{got}\nThat is the speed with ignore_eos: answers that go on to max_tokens. Serve the"
+        " parameters as they are given.",
+    )
     expect(
         not any(
             close(found, 2 * one.tokens / t) for one in alone for t in (truth.seconds, truth.cached)
@@ -205,6 +212,22 @@ def _is_typical(answer: Callable) -> None:
         )
 
 
+def _counts_to_an_even_number(answer: Callable) -> None:
+    """Four runs at a half, once, twice and four times the usual time."""
+    truth = _truth(SUMS, 6, True)
+    found, _ = _served(answer, SUMS, _params(6, True), 4, pace=(1.0, 0.5, 2.0, 4.0))
+    rates = [truth.tokens / (pace * truth.seconds) for pace in (4.0, 2.0, 1.0, 0.5)]
+    # The median of the rates, or the rate of the median time.
+    middles = ((rates[1] + rates[2]) / 2, truth.tokens / (1.5 * truth.seconds))
+    expect(
+        any(close(found, middle) for middle in middles),
+        "one-of-the-two-middles",
+        f"Four runs make {', '.join(f'{rate:,.1f}' for rate in rates)} tokens per second, and you"
+        f" report {found:,.1f}.\nOf an even number of values, the median is the mean of the two in"
+        " the middle. `repeats` says how many runs there are.",
+    )
+
+
 def _is_warm(answer: Callable) -> None:
     truth = _truth(SUMS, 5, True)
     found, clock = _served(answer, SUMS, _params(5, True), 1)
@@ -225,6 +248,7 @@ def _is_warm(answer: Callable) -> None:
 def check_tokens_per_second(answer: Callable) -> str:
     judges = (_counts_tokens, _reads_prompts, _is_typical, _is_warm)
     expect_all(*(functools.partial(judge, answer) for judge in judges))
+    _counts_to_an_even_number(answer)
     return "the engine is as fast as it is, whatever the prompts, the limits and the neighbours"
 
 
@@ -233,6 +257,25 @@ EXERCISE = Exercise(
     title="Debug this: the fastest engine in the world",
     check=check_tokens_per_second,
     mistakes=(
+        Known(
+            "one-of-the-two-middles",
+            answers=r"""
+# %% the middle of the sorted rates
+@@
+-    return median(rates)
++    return sorted(rates)[len(rates) // 2]
+""",
+        ),
+        Known(
+            "changes-the-request",
+            answers=r"""
+# %% answers that go on to the limit
+@@
+-    rates = []
++    rates = []
++    params = SamplingParams(temperature=0, max_tokens=params.max_tokens, ignore_eos=True)
+""",
+        ),
         Known(
             "counts-what-was-allowed",
             hint=1,

@@ -113,91 +113,17 @@ def _walked(spans: Spans, begin: float, end: float, *, back: bool) -> float:
     return total
 
 
+def _walked_in_any_order(spans: Spans, begin: float, end: float) -> float:
+    total, reached = 0.0, begin
+    for s, e in spans:
+        total += max(0.0, min(e, end) - max(s, reached))
+        reached = max(reached, min(e, end))
+    return total
+
+
 def _gaps_as_idle(begin: float, end: float, kernels: Spans, cpu: Spans) -> dict[str, float]:
     right = _attribute(begin, end, kernels, cpu)
     return {**right, "idle": end - begin - right["gpu"]}
-
-
-_ATTRIBUTE_SUSPECTS: dict[str, tuple] = {
-    "overlap-counted-twice": (
-        (
-            "Kernels on two streams can run at the same time. Whenever at least one runs, the GPU"
-            " is busy: once, not twice. Add up the union, not the kernels."
-        ),
-        _summed,
-        _summed_kept_idle,
-        _summed_clamped,
-        functools.partial(_accounted, _added_up),
-    ),
-    "hidden-cpu-counted": (
-        (
-            "CPU time costs something only where no kernel runs meanwhile. What the GPU's work"
-            " hides is free."
-        ),
-        _all_cpu,
-        _all_cpu_kept_idle,
-    ),
-    "idle-is-not-cpu": (
-        (
-            "Where no kernel runs, the CPU may be at fault, or it may be waiting too (for a lock,"
-            " for the network, for the next request). Only time in which it works is exposed CPU"
-            " time."
-        ),
-        _cpu_for_idle,
-    ),
-    "cpu-counted-as-idle": (
-        (
-            "Your idle time holds the CPU's as well. Idle is where neither works: the three numbers"
-            " add up to the step."
-        ),
-        _gaps_as_idle,
-    ),
-    "less-than-nothing": (
-        (
-            "A span that lies within an earlier one adds nothing; yours takes something away:"
-            " max(0, …)."
-        ),
-        functools.partial(_accounted, functools.partial(_walked, back=False)),
-    ),
-    "gaps-counted": (
-        (
-            "From the first kernel's start to the last one's end is not what the kernels ran: there"
-            " are gaps between them."
-        ),
-        _envelope,
-    ),
-    "not-cut-to-the-step": (
-        (
-            "What reaches beyond the step belongs to its neighbours: count only the part between"
-            " begin and end."
-        ),
-        functools.partial(
-            _accounted, lambda spans, *_: _length(_union(spans, -math.inf, math.inf))
-        ),
-    ),
-    "dropped-at-the-edge": (
-        (
-            "A kernel that begins before the step, or ends after it, runs partly within it. That"
-            " part counts."
-        ),
-        _dropped,
-    ),
-    "nested-cuts-short": (
-        (
-            "A short kernel may lie within a long one on another stream. After it, the long one"
-            " still runs: go on from the later of the two ends."
-        ),
-        _variant(nested=False),
-        functools.partial(_accounted, functools.partial(_walked, back=True)),
-    ),
-    "order-assumed": (
-        (
-            "The spans come in no particular order: streams are recorded one after the other. Sort"
-            " them by their start."
-        ),
-        _variant(ordered=False),
-    ),
-}
 
 
 def _traces() -> list[tuple[float, float, Spans, Spans]]:
@@ -218,9 +144,13 @@ def _traces() -> list[tuple[float, float, Spans, Spans]]:
             [(3.0, 6.0), (11.0, 12.0), (13.0, 20.0)],
         ),
         (0.0, 12.0, [(0.0, 4.0), (4.0, 8.0)], [(8.0, 9.0), (8.5, 11.0)]),
+        (0.0, 5.0, [], []),
+        (-20.0, -5.0, [(-30.0, -12.0), (-9.0, 0.0)], [(-12.0, -10.0), (3.0, 4.0)]),
+        (100, 200, [(10, 90), (120, 120), (150, 160), (220, 230)], [(155, 170), (95, 101)]),
+        (1e6, 1e6 + 50.0, [(1e6 + 10.0, 1e6 + 20.0)], [(1e6 - 5.0, 1e6 + 60.0)]),
     ]
     generator = seeded(10)
-    for size in (6, 15, 40):
+    for size in (6, 15, 40, 5000):
         starts = torch.rand(2, size, generator=generator).mul(100).sub(5)
         lengths = torch.rand(2, size, generator=generator).mul(120 / size)
         spans = [
@@ -232,7 +162,7 @@ def _traces() -> list[tuple[float, float, Spans, Spans]]:
 
 
 def check_attribute(answer: Callable) -> str:
-    count = diagnose(answer, _traces(), _attribute, _ATTRIBUTE_SUSPECTS, rtol=1e-6, atol=1e-6)
+    count = diagnose(answer, _traces(), _attribute, EXERCISE.suspects, rtol=1e-6, atol=1e-6)
     return f"{count} recorded steps, every microsecond once"
 
 
@@ -243,7 +173,17 @@ EXERCISE = Exercise(
     mistakes=(
         Known(
             "overlap-counted-twice",
+            message=(
+                "Kernels on two streams can run at the same time. Whenever at least one runs, the"
+                " GPU is busy: once, not twice. Add up the union, not the kernels."
+            ),
             hint=1,
+            suspects=(
+                _summed,
+                _summed_kept_idle,
+                _summed_clamped,
+                functools.partial(_accounted, _added_up),
+            ),
             answers=r"""
 # %% the sum of all kernels
 def union(spans, begin, end):
@@ -296,7 +236,15 @@ def attribute(begin, end, kernels, cpu):
         ),
         Known(
             "hidden-cpu-counted",
+            message=(
+                "CPU time costs something only where no kernel runs meanwhile. What the GPU's work"
+                " hides is free."
+            ),
             hint=2,
+            suspects=(
+                _all_cpu,
+                _all_cpu_kept_idle,
+            ),
             answers=r"""
 # %% all that the CPU did
 def union(spans, begin, end):
@@ -335,6 +283,12 @@ def attribute(begin, end, kernels, cpu):
         ),
         Known(
             "idle-is-not-cpu",
+            message=(
+                "Where no kernel runs, the CPU may be at fault, or it may be waiting too (for a"
+                " lock, for the network, for the next request). Only time in which it works is"
+                " exposed CPU time."
+            ),
+            suspects=(_cpu_for_idle,),
             answers=r"""
 # %% where no kernel runs, it is the CPU's fault
 def union(spans, begin, end):
@@ -352,7 +306,60 @@ def attribute(begin, end, kernels, cpu):
 """,
         ),
         Known(
+            "cpu-counted-as-idle",
+            message=(
+                "Your idle time holds the CPU's as well. Idle is where neither works: the three"
+                " numbers add up to the step."
+            ),
+            suspects=(_gaps_as_idle,),
+            answers=r"""
+# %% all but the kernels
+def union(spans, begin, end):
+    total, reached = 0, begin
+    for a, b in sorted(spans):
+        a, b = max(a, begin), min(b, end)
+        total += max(0, b - max(a, reached))
+        reached = max(reached, b)
+    return total
+
+
+def attribute(begin, end, kernels, cpu):
+    gpu = union(kernels, begin, end)
+    some = union(kernels + cpu, begin, end)
+    return {"gpu": gpu, "exposed_cpu": some - gpu, "idle": end - begin - gpu}
+""",
+        ),
+        Known(
+            "less-than-nothing",
+            message=(
+                "A span that lies within an earlier one adds nothing; yours takes something away:"
+                " max(0, …)."
+            ),
+            suspects=(functools.partial(_accounted, functools.partial(_walked, back=False)),),
+            answers=r"""
+# %% no max(0, ...)
+def union(spans, begin, end):
+    total, reached = 0, begin
+    for a, b in sorted(spans):
+        a, b = max(a, begin), min(b, end)
+        total += b - max(a, reached)
+        reached = max(reached, b)
+    return total
+
+
+def attribute(begin, end, kernels, cpu):
+    gpu = union(kernels, begin, end)
+    some = union(kernels + cpu, begin, end)
+    return {"gpu": gpu, "exposed_cpu": some - gpu, "idle": end - begin - some}
+""",
+        ),
+        Known(
             "gaps-counted",
+            message=(
+                "From the first kernel's start to the last one's end is not what the kernels ran:"
+                " there are gaps between them."
+            ),
+            suspects=(_envelope,),
             answers=r"""
 # %% from the first to the last
 def union(spans, begin, end):
@@ -374,6 +381,15 @@ def attribute(begin, end, kernels, cpu):
         ),
         Known(
             "not-cut-to-the-step",
+            message=(
+                "What reaches beyond the step belongs to its neighbours: count only the part"
+                " between begin and end."
+            ),
+            suspects=(
+                functools.partial(
+                    _accounted, lambda spans, *_: _length(_union(spans, -math.inf, math.inf))
+                ),
+            ),
             answers=r"""
 # %% whole spans
 def union(spans, begin, end):
@@ -392,6 +408,11 @@ def attribute(begin, end, kernels, cpu):
         ),
         Known(
             "dropped-at-the-edge",
+            message=(
+                "A kernel that begins before the step, or ends after it, runs partly within it."
+                " That part counts."
+            ),
+            suspects=(_dropped,),
             answers=r"""
 # %% only what lies within
 def union(spans, begin, end):
@@ -413,7 +434,15 @@ def attribute(begin, end, kernels, cpu):
         ),
         Known(
             "nested-cuts-short",
+            message=(
+                "A short kernel may lie within a long one on another stream. After it, the long one"
+                " still runs: go on from the later of the two ends."
+            ),
             hint=3,
+            suspects=(
+                _variant(nested=False),
+                functools.partial(_accounted, functools.partial(_walked, back=True)),
+            ),
             answers=r"""
 # %% goes on from the end of the last one
 def union(spans, begin, end):
@@ -451,7 +480,15 @@ def attribute(begin, end, kernels, cpu):
         ),
         Known(
             "order-assumed",
+            message=(
+                "The spans come in no particular order: streams are recorded one after the other."
+                " Sort them by their start."
+            ),
             hint=3,
+            suspects=(
+                _variant(ordered=False),
+                functools.partial(_accounted, _walked_in_any_order),
+            ),
             answers=r"""
 # %% merges in the order of the list
 def union(spans, begin, end):
@@ -509,44 +546,6 @@ def attribute(begin, end, kernels, cpu):
         "exposed_cpu": (somebody - gpu) / (end - begin),
         "idle": 1 - somebody / (end - begin),
     }
-""",
-        ),
-        Known(
-            "cpu-counted-as-idle",
-            answers=r"""
-# %% all but the kernels
-def union(spans, begin, end):
-    total, reached = 0, begin
-    for a, b in sorted(spans):
-        a, b = max(a, begin), min(b, end)
-        total += max(0, b - max(a, reached))
-        reached = max(reached, b)
-    return total
-
-
-def attribute(begin, end, kernels, cpu):
-    gpu = union(kernels, begin, end)
-    some = union(kernels + cpu, begin, end)
-    return {"gpu": gpu, "exposed_cpu": some - gpu, "idle": end - begin - gpu}
-""",
-        ),
-        Known(
-            "less-than-nothing",
-            answers=r"""
-# %% no max(0, ...)
-def union(spans, begin, end):
-    total, reached = 0, begin
-    for a, b in sorted(spans):
-        a, b = max(a, begin), min(b, end)
-        total += b - max(a, reached)
-        reached = max(reached, b)
-    return total
-
-
-def attribute(begin, end, kernels, cpu):
-    gpu = union(kernels, begin, end)
-    some = union(kernels + cpu, begin, end)
-    return {"gpu": gpu, "exposed_cpu": some - gpu, "idle": end - begin - some}
 """,
         ),
     ),
