@@ -28,6 +28,8 @@ class Walk:
     start: float = -INF
     #: Whether 0 is subtracted where the maximum is -inf.
     guarded: bool = True
+    #: What is subtracted is at least this.
+    clamp: float = -INF
     #: Whether the 0 is subtracted wherever a tile is masked, whatever came before it.
     guard_by_tile: bool = False
     #: Whether that holds for the weights of a masked tile after others, too.
@@ -53,7 +55,7 @@ class Walk:
     #: Whether all rows share one maximum.
     shared: bool = False
     #: Whether all rows share one sum.
-    sums_all: bool = False
+    sums_all: Literal["", "in each tile", "at the end"] = ""
     #: Which tiles count.
     tiles: Literal[
         "all",
@@ -83,10 +85,11 @@ class Walk:
             tile_max = tile_max.max().expand_as(m) if self.shared else tile_max
             new = torch.maximum(m, tile_max) if self.compares else tile_max
             under = new.masked_fill(tile_max == -INF, 0.0) if self.guard_by_tile else new
+            under = under.clamp(min=self.clamp)
             weights = self.exp(tile - self._under(m, tile_max, under))
             factor = self._factor(m, tile_max, under)
             added, out = weights.sum(dim=1, keepdim=True), weights @ value
-            added = added.sum().expand_as(m) if self.sums_all else added
+            added = added.sum().expand_as(m) if self.sums_all == "in each tile" else added
             if self.only_rises:
                 rises = tile_max > m
                 added, out, factor = added * rises, out * rises, factor.where(rises, 1.0)
@@ -98,7 +101,7 @@ class Walk:
             acc = acc / l if self.divides_each else acc
             kept = tile_max if self.keeps_tile_max else new
             m = kept if self.keeps else m
-        return m, l, acc
+        return m, l.sum().expand_as(m) if self.sums_all == "at the end" else l, acc
 
     def exp(self, x: torch.Tensor) -> torch.Tensor:
         """The power that the walk takes for exp."""
@@ -183,6 +186,13 @@ _SLIPS: tuple[tuple[str, str, tuple[Walk, ...]], ...] = (
         " were, under a maximum that no longer holds.\nMultiply them by exp(old maximum - new"
         " maximum) before you add the tile.",
         (Walk(factor="one"),),
+    ),
+    (
+        "guard-changes-low-maxima",
+        "What you subtract is never below a limit (0, for example), also where the maximum is an"
+        " ordinary number below it. The sum then stands under another maximum than the one that you"
+        " keep.\nOnly a maximum of -inf needs another number in its place.",
+        tuple(Walk(clamp=limit) for limit in (0.0, -1e2, -1e3, -1e4)),
     ),
     (
         "rescaled-the-wrong-way",
@@ -302,7 +312,7 @@ _SLIPS: tuple[tuple[str, str, tuple[Walk, ...]], ...] = (
         "one-sum-for-all-rows",
         "All rows of scores share one sum: you divide each row by the weights of all of them.\nThe"
         " sum is taken along each row: dim=1, with keepdim=True.",
-        (Walk(sums_all=True),),
+        (Walk(sums_all="in each tile"), Walk(sums_all="at the end")),
     ),
     (
         "output-not-rescaled",

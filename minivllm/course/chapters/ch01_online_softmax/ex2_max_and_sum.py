@@ -227,6 +227,12 @@ def max_and_sum(scores: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.T
 +            l = l * torch.exp(m - finite) + torch.exp(tile - finite).sum()
 +            m = new
 """,
+    "guard-changes-low-maxima": r"""
+# %% a clamp gets rid of -inf
+@@
+-        finite = torch.where(new == -math.inf, 0.0, new)
++        finite = new.clamp(min=0.0)
+""",
     "guard-looks-at-the-tile": r"""
 # %% asks the tile, not the maximum
 @@
