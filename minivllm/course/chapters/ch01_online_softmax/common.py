@@ -176,9 +176,9 @@ _SLIPS: tuple[tuple[str, str, tuple[Walk, ...]], ...] = (
     (
         "tile-under-the-old-maximum",
         "A tile's weights are taken under the maximum from before the tile. Where the tile holds a"
-        " larger score, they are too large, and the first tile has nothing but -inf to subtract.\n"
+        " larger score, they are too large.\n"
         "Find the new maximum first, and take the weights under that.",
-        (Walk(under="old"), Walk(under="old or new")),
+        (Walk(under="old or new"),),
     ),
     (
         "no-rescale",
@@ -198,7 +198,16 @@ _SLIPS: tuple[tuple[str, str, tuple[Walk, ...]], ...] = (
         "rescaled-the-wrong-way",
         "What was summed before grows when the maximum grows. Its terms are exp(score - maximum):"
         " under a larger maximum they must shrink.\nThe factor is exp(old - new), at most 1.",
-        (Walk(factor="grows"), Walk(factor="grows, 0 at first")),
+        (Walk(factor="grows, 0 at first"),),
+    ),
+    (
+        "nan-from-the-first-tile",
+        "Your sum is nan from the first tile on. Before it the maximum is -inf and the sum is 0, so"
+        " a factor of exp(new - old), which is inf, makes 0 * inf = nan; a quotient, or a"
+        " difference without exp, does the same; weights under the OLD maximum of -inf are"
+        " inf.\nThe factor is exp(old - new), here exp(-inf) = 0, and the weights stand under the"
+        " new maximum.",
+        (Walk(factor="grows"), Walk(under="old")),
     ),
     (
         "tile-rescaled-too",

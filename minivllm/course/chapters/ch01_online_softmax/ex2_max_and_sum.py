@@ -227,6 +227,12 @@ def max_and_sum(scores: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.T
 +            l = l * torch.exp(m - finite) + torch.exp(tile - finite).sum()
 +            m = new
 """,
+    "nan-from-the-first-tile": r"""
+# %% a factor without exp
+@@
+-        l = l * torch.exp(m - finite) + torch.exp(tile - finite).sum()
++        l = l * (m - finite) + torch.exp(tile - finite).sum()
+""",
     "guard-changes-low-maxima": r"""
 # %% a clamp gets rid of -inf
 @@
