@@ -183,7 +183,11 @@ def _by(walk: Walk) -> Callable:
     def rows(x: torch.Tensor, block: int) -> torch.Tensor:
         import torch
 
-        return torch.cat([walk.probabilities(row, block) for row in x.split(1)])
+        # Lanes beyond the row are masked scores, as in a kernel.
+        lanes = -x.shape[1] % block if walk.tiles == "all" else 0
+        full = torch.nn.functional.pad(x, (0, lanes), value=-INF)
+        parts = [walk.probabilities(row, block) for row in full.split(1)]
+        return torch.cat(parts)[:, : x.shape[1]]
 
     return _written(rows)
 
@@ -226,6 +230,15 @@ def _so_far(x: torch.Tensor, block: int) -> torch.Tensor:
     for start in range(0, x.shape[1], block):
         m, l, _ = Walk()(x[:, : start + block], block)
         parts.append((x[:, start : start + block] - finite(m)).exp() / l)
+    return torch.cat(parts, dim=1)
+
+
+def _under_tiles(x: torch.Tensor, block: int) -> torch.Tensor:
+    """The row's sum is right, and each tile stands under its own maximum."""
+    import torch
+
+    _, l, _ = Walk()(x, block)
+    parts = [(tile - tile.amax(dim=1, keepdim=True)).exp() / l for tile in x.split(block, dim=1)]
     return torch.cat(parts, dim=1)
 
 
@@ -553,6 +566,13 @@ def softmax_kernel(out_ptr, x_ptr, row_stride, N, BLOCK: tl.constexpr):
         row_max = new_max
         tl.store(out_ptr + row * N + start + lanes, p / row_sum, mask=inside)
 """,
+        ),
+        Known(
+            "written-under-the-tile-maximum",
+            "What you store stands under each tile's own maximum, and row_sum stands under the"
+            " row's.\nStore tl.exp(x - row_max) / row_sum, with the row_max from the end of the"
+            " first loop.",
+            suspects=(_written(_under_tiles),),
         ),
         Known(
             "first-tile-not-written",
