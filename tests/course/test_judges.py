@@ -99,6 +99,23 @@ def test_what_is_kept_between_calls_is_seen(make, name: str) -> None:
     assert "call" in caught.value.message
 
 
+def test_a_cache_of_sums_is_seen() -> None:
+    kept: dict[int, float] = {}
+
+    def total(row: torch.Tensor) -> float:
+        return kept.setdefault(id(row), row.sum().item())
+
+    cases = [(torch.arange(1.0, n),) for n in (4, 5, 6)]
+    with pytest.raises(Mistake) as found:
+        diagnose(total, cases, lambda row: row.sum().item())
+    assert found.value.name == "keeps-state"
+
+
+def test_a_finite_number_is_not_near_infinity() -> None:
+    with pytest.raises(Mistake):
+        diagnose(lambda: -1e30, [()], lambda: float("-inf"))
+
+
 def test_a_list_that_was_appended_to_is_given_again_as_it_was() -> None:
     seen = []
 

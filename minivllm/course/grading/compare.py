@@ -50,7 +50,8 @@ def difference(
     if is_tensor(got) and got.numel() == 1:
         got = got.item()
     if isinstance(expected, float) and isinstance(got, int | float):
-        near = abs(got - expected) <= atol + rtol * abs(expected)
+        # An infinite number is near to nothing but itself.
+        near = math.isfinite(expected) and abs(got - expected) <= atol + rtol * abs(expected)
         same = near or got == expected or (math.isnan(got) and math.isnan(expected))
     else:
         same = bool(got == expected)
