@@ -1,14 +1,286 @@
-"""What the exercises of chapter 04 share."""
+"""What the exercises of chapter 04 share: names of blocks, and stories that judge an answer.
+
+A story is a list of calls on one object. After each call a stage writes down what can be seen. An
+answer is right where everybody sees the same after its calls as after those of the right class. At
+the first difference the wrong classes of the exercise tell the story, too: a mistake is named only
+where its wrong class shows the same as the answer up to there.
+"""
 
 from __future__ import annotations
 
-from collections import abc
+from collections import abc, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+from minivllm.course.grading.compare import show
+from minivllm.course.grading.errors import CheckError, Mistake, causes, raised
+from minivllm.course.grading.exercise import Exercise
+from minivllm.course.grading.judges import expect
+from minivllm.course.stubs import STUB
 from minivllm.engine.block_manager import hash_block
 
+#: The calls of a story that a message shows: the last ones.
+SHOWN = 8
 
-def the_names(tokens: abc.Sequence[int], size: int) -> list[int]:
+
+def names_of(tokens: abc.Sequence[int], size: int) -> list[int]:
+    """The chained names of the full blocks of a prompt, in blocks of size tokens."""
     names: list[int] = []
     for start in range(0, len(tokens) - size + 1, size):
         names.append(hash_block(names[-1] if names else None, tokens[start : start + size]))
     return names
+
+
+# --- stories --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Story:
+    """Calls on one object.
+
+    title: what the story is about, in words. settings: of the stage. calls: (what to do, argument,
+    …). name: what a mistake is called that no wrong class of the exercise shows.
+    """
+
+    title: str
+    settings: tuple
+    calls: tuple[tuple, ...]
+    name: str = "wrong-values"
+
+
+class Stage(Protocol):
+    """Where a story is told: it makes one object of a class, and calls it."""
+
+    def do(self, *call: Any) -> dict[str, Any]:
+        """Do one call. Returns what can be seen after it: label -> value."""
+
+    def words(self, *call: Any) -> str:
+        """The call, as a message shows it."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a call showed: values by label, or the exception that it raised; and its words."""
+
+    values: dict[str, Any]
+    error: Exception | None = None
+    words: str = ""
+
+    def same_as(self, other: Seen) -> bool:
+        return self.values == other.values and type(self.error) is type(other.error)
+
+
+def tell(stage: Callable[..., Stage], made: type, story: Story) -> list[Seen]:
+    """What the calls of a story show on an object of this class, up to the first exception."""
+    seen: list[Seen] = []
+    try:
+        here = stage(made, *story.settings)
+    except CheckError:
+        raise
+    except Exception as error:
+        return [Seen({}, error, "making the object")]
+    for call in story.calls:
+        words = here.words(*call)
+        try:
+            seen.append(Seen(here.do(*call), None, words))
+        except CheckError:
+            raise
+        except Exception as error:
+            return [*seen, Seen({}, error, words)]
+    return seen
+
+
+@dataclass(frozen=True)
+class Stories:
+    """The stories of an exercise, its stage and its right class."""
+
+    stage: Callable[..., Stage]
+    right: type
+    told: abc.Sequence[Story]
+
+    def judge(self, answer: type, exercise: Exercise) -> int:
+        """The number of calls, where the answer shows the same as the right class after each.
+
+        Raises the Mistake that the first difference shows.
+        """
+        count = 0
+        for number, story in enumerate(self.told):
+            mine, right = self._tell(answer, story), self._tell(self.right, story)
+            where = _first_difference(mine, right)
+            if where is not None:
+                raise self._verdict(exercise, number, mine, where)
+            count += len(right)
+        return count
+
+    def _tell(self, made: type, story: Story) -> list[Seen]:
+        return tell(self.stage, made, story)
+
+    def _verdict(
+        self, exercise: Exercise, number: int, mine: list[Seen], where: int
+    ) -> Mistake | Exception:
+        """What to raise for a story that went wrong. where: the first difference."""
+        story, last = self.told[number], mine[where]
+        if any(STUB in str(cause) for cause in causes(last.error)):
+            return last.error
+        seen = f"{story.title}\n{_calls(mine[: where + 1])}"
+        if last.error:
+            what = f"There your code raised {type(last.error).__name__}: {last.error}"
+        else:
+            what = _differences(last, self._tell(self.right, story)[where])
+        if names := self._names(exercise, number, mine, where):
+            why, *others = (exercise.suspects[name][0] for name in names[:2])
+            also = "".join(f"\nOr, which looks the same here: {other}" for other in others)
+            return Mistake(names[0], f"{why}\n{seen}\n{what}{also}")
+        if last.error and story.name == "wrong-values":
+            return raised(last.error, seen)
+        return Mistake(story.name, f"{seen}\n{what}")
+
+    def _names(self, exercise: Exercise, number: int, mine: list[Seen], where: int) -> list[str]:
+        """The mistakes whose wrong classes show what the answer shows, up to its first difference.
+
+        Of several, those that show the same for longest.
+        """
+        lasts: dict[str, int] = {}
+        for name, (_, *classes) in exercise.suspects.items():
+            for wrong in classes:
+                theirs = self._tell(wrong, self.told[number])
+                until = _first_difference(theirs, mine)
+                until = min(len(theirs), len(mine)) if until is None else until
+                if until > where and self._passes(wrong, self.told[:number]):
+                    lasts[name] = max(lasts.get(name, 0), until)
+        return [name for name, until in lasts.items() if until == max(lasts.values())]
+
+    def _passes(self, made: type, stories: abc.Sequence[Story]) -> bool:
+        return all(
+            _first_difference(self._tell(made, story), self._tell(self.right, story)) is None
+            for story in stories
+        )
+
+
+def _first_difference(mine: list[Seen], right: list[Seen]) -> int | None:
+    pairs = enumerate(zip(mine, right, strict=False))
+    return next((index for index, (one, other) in pairs if not one.same_as(other)), None)
+
+
+def _calls(seen: list[Seen]) -> str:
+    """The last calls, one per line, and what they returned."""
+    lines = [f"  {each.words}{_returned(each)}" for each in seen[-SHOWN:]]
+    left_out = len(seen) - len(lines)
+    return "\n".join([f"  … {left_out} calls before"] * bool(left_out) + lines)
+
+
+def _returned(seen: Seen) -> str:
+    value = seen.values.get("it returned")
+    return "" if value is None else f"  →  {show(value, 12)}"
+
+
+def _differences(mine: Seen, right: Seen) -> str:
+    lines = [
+        f"{label}: {show(mine.values.get(label), 24)}; expected {show(value, 24)}."
+        for label, value in right.values.items()
+        if mine.values.get(label) != value
+    ]
+    return "Here, " + "\n".join(lines)
+
+
+def slips(right: type, *names: str) -> type:
+    """The right class of an exercise with these slips: its methods ask for them by name."""
+    return type(f"Wrong{right.__name__}", (right,), {"slips": frozenset(names)})
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def expect_no_growth(run: Callable[[int], Any], what: str) -> None:
+    """Require that an object is no larger after 1,200 rounds of work than after 300.
+
+    run(rounds) makes the object, does the work, and gives everything back.
+    """
+    few, many = footprint(run(300)), footprint(run(1200))
+    expect(
+        many <= few + 200,
+        "grows",
+        f"After 300 rounds of {what} your object holds {few:,} things, after 1,200 rounds"
+        f" {many:,}.\nNothing is in use after a round, so nothing more should be kept: an engine"
+        " runs for weeks. Which list or dict gets longer with each call?",
+    )
+
+
+def footprint(value: Any) -> int:
+    """How many objects a value holds in lists, dicts, sets, deques and attributes, itself included.
+
+    Classes of the answer count, too: what they hold is kept as long as the answer.
+    """
+    seen: set[int] = set()
+    todo, count = [value], 0
+    while todo:
+        item = todo.pop()
+        if id(item) in seen and not isinstance(item, int | str | None):
+            continue
+        seen.add(id(item))
+        count += 1
+        if isinstance(item, abc.Mapping):
+            todo += [part for pair in item.items() for part in pair]
+        elif isinstance(item, list | tuple | set | frozenset | deque):
+            todo += item
+        elif type(type(item)) is type and type(item).__module__ in ("__main__", "builtins"):
+            todo += vars(item).values() if hasattr(item, "__dict__") else []
+            slots = getattr(type(item), "__slots__", ())
+            todo += [getattr(item, slot, None) for slot in slots]
+        if item is value:
+            members = vars(type(item)).values()
+            todo += [each for each in members if isinstance(each, list | dict | set | deque)]
+    return count
+
+
+# --- functions ------------------------------------------------------------------------------------
+
+
+def expect_no_memory(
+    function: Callable, pairs: Iterable[tuple[tuple, tuple]], right: Callable
+) -> None:
+    """Require that a call depends on nothing but its arguments.
+
+    pairs: (arguments, other arguments of the same kinds). The second call gets the very lists and
+    dicts of the first one, filled anew.
+    """
+    for before, after in pairs:
+        args = tuple(_copied(arg) for arg in before)
+        first = function(*args)
+        kept = list(first)
+        for arg, value in zip(args, after, strict=True):
+            if isinstance(arg, list):
+                arg[:] = value
+            elif isinstance(arg, dict):
+                arg.clear()
+                arg.update(value)
+        second = function(*(_filled(arg, new) for arg, new in zip(args, after, strict=True)))
+        expect(
+            second == right(*after),
+            "keeps-state",
+            f"The first call is right. Then the same list gets other tokens, and the second call"
+            f" gives {show(second)}; expected {show(right(*after))}.\nYour code keeps something"
+            " between calls. Look for a cache, a default argument that is changed, or a variable"
+            " outside of the function.",
+        )
+        expect(
+            first == kept,
+            "result-reused",
+            "Your function returns the same list at each call, and fills it anew. Its caller may"
+            " still use the result of the call before.\nMake a new list in each call.",
+        )
+
+
+def _copied(value: Any) -> Any:
+    return (
+        list(value)
+        if isinstance(value, list)
+        else dict(value)
+        if isinstance(value, dict)
+        else value
+    )
+
+
+def _filled(arg: Any, new: Any) -> Any:
+    return arg if isinstance(arg, list | dict) else new

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from minivllm.course.chapters.ch04_block_manager.common import the_names
+from minivllm.course.chapters.ch04_block_manager.common import names_of
 from minivllm.course.grading.diagnose import diagnose
 from minivllm.course.grading.exercise import Exercise, Known
 from minivllm.engine.block_manager import hash_block
@@ -80,7 +80,7 @@ def check_block_names(answer: Callable) -> str:
                 " full, so it has one (the token that must be left to compute is a matter of"
                 " *finding* a prefix)."
             ),
-            lambda tokens, size: the_names(tokens[:-1], size),
+            lambda tokens, size: names_of(tokens[:-1], size),
         ),
         "whole-prefix": (
             (
@@ -105,7 +105,7 @@ def check_block_names(answer: Callable) -> str:
             to_the_first,
         ),
     }
-    count = diagnose(answer, cases, the_names, suspects)
+    count = diagnose(answer, cases, names_of, suspects)
     return f"{count} prompts, in blocks of 1, 4 and 16 tokens"
 
 

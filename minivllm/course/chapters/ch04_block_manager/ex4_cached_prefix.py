@@ -6,7 +6,7 @@ import random
 from collections import abc
 from collections.abc import Callable
 
-from minivllm.course.chapters.ch04_block_manager.common import the_names
+from minivllm.course.chapters.ch04_block_manager.common import names_of
 from minivllm.course.grading.diagnose import diagnose
 from minivllm.course.grading.exercise import Exercise, Known
 from minivllm.engine.block_manager import hash_block
@@ -43,7 +43,7 @@ def _prefix_cases() -> list[tuple[list[int], Cache, int]]:
         (50, 16),
     ):
         tokens = [rng.randrange(2048) for _ in range(length)]
-        names = the_names(tokens, size)
+        names = names_of(tokens, size)
         blocks = rng.sample(range(100), len(names))
         cache = {
             name: (block, tuple(tokens[i * size : (i + 1) * size]))
@@ -52,7 +52,7 @@ def _prefix_cases() -> list[tuple[list[int], Cache, int]]:
         other = [rng.randrange(2048) for _ in range(3 * size)]
         strangers = {
             name: (100 + i, tuple(other[i * size : (i + 1) * size]))
-            for i, name in enumerate(the_names(other, size))
+            for i, name in enumerate(names_of(other, size))
         }
         cases.append((tokens, {**cache, **strangers}, size))
         # known blocks behind another beginning
@@ -73,7 +73,7 @@ def _prefix_cases() -> list[tuple[list[int], Cache, int]]:
             tokens,
             {
                 name: (i, tuple(other[4 * i : 4 * i + 4]))
-                for i, name in enumerate(the_names(other, 4))
+                for i, name in enumerate(names_of(other, 4))
             },
             4,
         )
@@ -81,7 +81,7 @@ def _prefix_cases() -> list[tuple[list[int], Cache, int]]:
     # Equal blocks: whoever slices at the wrong places finds them, whoever names them in another way
     # does not.
     tokens = [7] * 13
-    cases.append((tokens, {name: (i, (7,) * 4) for i, name in enumerate(the_names(tokens, 4))}, 4))
+    cases.append((tokens, {name: (i, (7,) * 4) for i, name in enumerate(names_of(tokens, 4))}, 4))
     # Blocks that were registered for themselves, as an unchained cache would.
     tokens = [rng.randrange(2048) for _ in range(14)]
     alone = {
@@ -269,11 +269,11 @@ def check_cached_prefix(answer: Callable) -> str:
             ),
             lambda t, c, s: [
                 pair
-                for name in the_names(t, s)
+                for name in names_of(t, s)
                 if (pair := c.get(name)) and pair[0] in _prefix(t, c, s)
             ],
-            lambda t, c, s: the_names(t, s)[: len(_prefix(t, c, s))],
-            lambda t, c, s: [c[name][1] for name in the_names(t, s)[: len(_prefix(t, c, s))]],
+            lambda t, c, s: names_of(t, s)[: len(_prefix(t, c, s))],
+            lambda t, c, s: [c[name][1] for name in names_of(t, s)[: len(_prefix(t, c, s))]],
         ),
         "block-index-for-position": (
             (
