@@ -22,6 +22,8 @@ from minivllm.engine.block_manager import hash_block
 
 #: The calls of a story that a message shows: the last ones.
 SHOWN = 8
+#: Stories of at most so many calls tell mistakes apart that look the same at first.
+SHORT = 60
 
 
 def names_of(tokens: abc.Sequence[int], size: int) -> list[int]:
@@ -109,53 +111,78 @@ class Stories:
             mine, right = self._tell(answer, story), self._tell(self.right, story)
             where = _first_difference(mine, right)
             if where is not None:
-                raise self._verdict(exercise, number, mine, where)
+                names = self._names(answer, exercise, number, where)
+                raise _verdict(exercise, names, story, mine[: where + 1], right[where])
             count += len(right)
         return count
 
     def _tell(self, made: type, story: Story) -> list[Seen]:
         return tell(self.stage, made, story)
 
-    def _verdict(
-        self, exercise: Exercise, number: int, mine: list[Seen], where: int
-    ) -> Mistake | Exception:
-        """What to raise for a story that went wrong. where: the first difference."""
-        story, last = self.told[number], mine[where]
-        if any(STUB in str(cause) for cause in causes(last.error)):
-            return last.error
-        seen = f"{story.title}\n{_calls(mine[: where + 1])}"
-        if last.error:
-            what = f"There your code raised {type(last.error).__name__}: {last.error}"
-        else:
-            what = _differences(last, self._tell(self.right, story)[where])
-        if names := self._names(exercise, number, mine, where):
-            why, *others = (exercise.suspects[name][0] for name in names[:2])
-            also = "".join(f"\nOr, which looks the same here: {other}" for other in others)
-            return Mistake(names[0], f"{why}\n{seen}\n{what}{also}")
-        if last.error and story.name == "wrong-values":
-            return raised(last.error, seen)
-        return Mistake(story.name, f"{seen}\n{what}")
-
-    def _names(self, exercise: Exercise, number: int, mine: list[Seen], where: int) -> list[str]:
+    def _names(self, answer: type, exercise: Exercise, number: int, where: int) -> list[str]:
         """The mistakes whose wrong classes show what the answer shows, up to its first difference.
 
-        Of several, those that show the same for longest.
+        They are right in the stories before. Of several, those that show the same in the most of
+        the short stories, and then for longest in this one.
         """
-        lasts: dict[str, int] = {}
+        mine = self._tell(answer, self.told[number])
+        scores: dict[str, tuple[int, int]] = {}
+        short: list[tuple[Story, list[Seen]]] | None = None
         for name, (_, *classes) in exercise.suspects.items():
             for wrong in classes:
-                theirs = self._tell(wrong, self.told[number])
-                until = _first_difference(theirs, mine)
-                until = min(len(theirs), len(mine)) if until is None else until
-                if until > where and self._passes(wrong, self.told[:number]):
-                    lasts[name] = max(lasts.get(name, 0), until)
-        return [name for name, until in lasts.items() if until == max(lasts.values())]
+                until = _same_until(self._tell(wrong, self.told[number]), mine)
+                if until <= where or not self._is_right(wrong, self.told[:number]):
+                    continue
+                if short is None:
+                    some = [story for story in self.told if len(story.calls) <= SHORT]
+                    short = [(story, self._tell_quietly(answer, story)) for story in some[:60]]
+                same = sum(_same(self._tell(wrong, story), theirs) for story, theirs in short)
+                scores[name] = max(scores.get(name, (0, 0)), (same, until))
+        return [name for name, score in scores.items() if score == max(scores.values())]
 
-    def _passes(self, made: type, stories: abc.Sequence[Story]) -> bool:
+    def _tell_quietly(self, made: type, story: Story) -> list[Seen]:
+        """Like `tell`, also for a class whose object does what a stage refuses."""
+        try:
+            return self._tell(made, story)
+        except CheckError:
+            return []
+
+    def _is_right(self, made: type, stories: abc.Sequence[Story]) -> bool:
         return all(
-            _first_difference(self._tell(made, story), self._tell(self.right, story)) is None
-            for story in stories
+            _same(self._tell(made, story), self._tell(self.right, story)) for story in stories
         )
+
+
+def _verdict(
+    exercise: Exercise, names: list[str], story: Story, mine: list[Seen], right: Seen
+) -> Mistake | Exception:
+    """What to raise for a story that went wrong.
+
+    names: of the mistakes that show the same. mine: up to the first difference. right: what should
+    have been seen there.
+    """
+    last = mine[-1]
+    if any(STUB in str(cause) for cause in causes(last.error)):
+        return last.error
+    seen = f"{story.title}\n{_calls(mine)}"
+    if names:
+        what = _differences(last, right)
+        why, *others = (exercise.suspects[name][0] for name in names[:2])
+        also = "".join(f"\nOr, which looks the same here: {other}" for other in others)
+        return Mistake(names[0], f"{why}\n{seen}\n{what}{also}")
+    if last.error and story.name == "wrong-values":
+        return raised(last.error, seen)
+    return Mistake(story.name, f"{seen}\n{_differences(last, right)}")
+
+
+def _same_until(mine: list[Seen], other: list[Seen]) -> int:
+    """The number of calls after which both show the same."""
+    where = _first_difference(mine, other)
+    return min(len(mine), len(other)) if where is None else where
+
+
+def _same(mine: list[Seen], other: list[Seen]) -> bool:
+    return _same_until(mine, other) == max(len(mine), len(other))
 
 
 def _first_difference(mine: list[Seen], right: list[Seen]) -> int | None:
@@ -176,6 +203,8 @@ def _returned(seen: Seen) -> str:
 
 
 def _differences(mine: Seen, right: Seen) -> str:
+    if mine.error:
+        return f"There your code raised {type(mine.error).__name__}: {mine.error}"
     lines = [
         f"{label}: {show(mine.values.get(label), 24)}; expected {show(value, 24)}."
         for label, value in right.values.items()
