@@ -226,7 +226,8 @@ def random_story(
     """What a real scheduler does for random requests that begin alike.
 
     blocks, sizes, lengths: of the pool, of a block, of the new part of a prompt. most: the largest
-    number of requests. ahead: the scheduler plans each step before it has the tokens of the step before.
+    number of requests. ahead: whether the scheduler plans each step before it has the tokens of the
+    step before.
     """
     rng = random.Random(seed)
     num_blocks, size = rng.choice(blocks), rng.choice(sizes)
