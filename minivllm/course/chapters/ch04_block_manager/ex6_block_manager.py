@@ -1142,7 +1142,7 @@ class MyBlockManager(BlockManager):
 # %% the last token stands for all
 @@
 -            if block is None or self.tokens[block] != self._tokens_of(seq, index):
-+            if block is None or self.tokens[block][-1:] != self._tokens_of(seq, index)[-1:]:
++            if block is None or self.tokens[block][-1] != self._tokens_of(seq, index)[-1]:
 
 # %% all but the first block
 @@
