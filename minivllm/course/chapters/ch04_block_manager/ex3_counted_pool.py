@@ -17,6 +17,8 @@ from minivllm.course.grading.compare import show
 from minivllm.course.grading.exercise import Exercise, Known
 from minivllm.course.grading.judges import expect, expect_unchanged
 
+OTHER_ERRORS = (AssertionError, RuntimeError, KeyError, IndexError, TypeError, Exception)
+
 
 class Pool:
     """What 04.3 asks for, and its usual mistakes: each slip is one."""
@@ -89,7 +91,8 @@ class Pool:
         if {"below zero", "skipped"} & self.slips or not looked_at:
             return
         if refuse(self.counts[block] <= 0 for block in looked_at):
-            raise (AssertionError if "asserts" in self.slips else ValueError)("not in use")
+            wrong = (error for error in OTHER_ERRORS if error.__name__ in self.slips)
+            raise next(wrong, ValueError)("not in use")
 
 
 class StackedPool(Pool):
@@ -174,9 +177,7 @@ STORIES = (
         (
             ("allocate", 3),
             ("share", [0, 1]),
-            ("share", []),
             ("release", [0, 1, 2]),
-            ("release", []),
             ("release", [0, 1]),
         ),
     ),
@@ -204,7 +205,11 @@ STORIES = (
             ("release", [2, 0, 3]),
             ("release", [3, 2]),
         ),
-        "double-free",
+    ),
+    Story(
+        "Empty lists are shared and released.",
+        (3,),
+        (("share", []), ("allocate", 3), ("release", []), ("share", []), ("allocate", 0)),
     ),
     Story(
         "The owners give their blocks back, and others take them one by one.",
@@ -293,7 +298,7 @@ def random_stories() -> tuple[Story, ...]:
     """Short ones on small pools, a few on larger ones, and a long one."""
     small = [random_story(seed, 1 + seed % 9, 40) for seed in range(27)]
     large = [random_story(seed, size, 60) for seed, size in ((50, 17), (51, 65), (52, 600))]
-    return (*small, *large, random_story(60, 33, 2600))
+    return (*small, *large, random_story(60, 33, 8000))
 
 
 def _expect_own_state(answer: type) -> None:
@@ -602,7 +607,7 @@ EXERCISE = Exercise(
                 " expects that one: raise ValueError(…) yourself, with a text that says what is"
                 " wrong."
             ),
-            suspects=(slips(Pool, "asserts"),),
+            suspects=tuple(slips(Pool, error.__name__) for error in OTHER_ERRORS),
             answers=r"""
 # %% an assertion
 @@

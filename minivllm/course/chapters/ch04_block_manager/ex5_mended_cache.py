@@ -39,7 +39,8 @@ class Cache:
         revived = [block for block in found if self.uses[block] == 0]
         if "taken first" in self.slips:
             self._take_found(found, revived)
-        if num_new + self._not_room(found, revived) > len(self.queue):
+        spare = "one to spare" in self.slips and num_new > 0
+        if num_new + self._not_room(found, revived) + spare > len(self.queue):
             return None
         fresh = []
         if "fresh first" in self.slips:
@@ -60,7 +61,8 @@ class Cache:
         for block in found:
             self.uses[block] = 1 if "used once" in self.slips else self.uses[block] + 1
         for block in found if "always in the queue" in self.slips else revived:
-            if "stays in the queue" not in self.slips:
+            gone = "removed where there" in self.slips and block not in self.queue
+            if "stays in the queue" not in self.slips and not gone:
                 self.queue.remove(block)
 
     def _fresh(self) -> int:
@@ -109,6 +111,8 @@ class CacheStage:
         seen: dict[str, Any] = {}
         if what == "look":
             seen["it returned"] = self.cache.look_up(list(names))
+        elif what == "open":
+            seen["it returned"] = self._open(who, names, num_rest)[1]
         elif what == "leave":
             self.cache.close(self.tables.pop(who, []))
         else:
@@ -121,18 +125,24 @@ class CacheStage:
             },
         }
 
-    def _serve(self, who: str, names: tuple, num_rest: int) -> list[int] | None:
-        """Open a table for these names and some blocks more, and name what was computed."""
+    def _open(self, who: str, names: tuple, num_rest: int) -> tuple[Any, list[int] | None]:
+        """Open a table for these names and some blocks more. Returns it, and a copy."""
         found = self.cache.look_up(list(names))
         given = list(found)
         table = self.cache.open(given, len(names) + num_rest - len(found))
         expect_unchanged(given, found, "found, the list that open was given")
         if table is not None:
             self.tables[who] = list(table)
+        return table, None if table is None else list(table)
+
+    def _serve(self, who: str, names: tuple, num_rest: int) -> list[int] | None:
+        """Open a table, and name what was computed."""
+        table, copy = self._open(who, names, num_rest)
+        if table is not None:
             self.named |= set(names)
             for block, name in zip(table, names, strict=False):
                 self.cache.name(block, name)
-        return None if table is None else list(table)
+        return copy
 
 
 STORIES = (
@@ -173,6 +183,27 @@ STORIES = (
             ("serve", "A", ("a1", "a2"), 1),
             ("serve", "B", (), 1),
             ("serve", "B", ("a1",), 0),
+        ),
+    ),
+    Story(
+        "Complaint 2, too: A comes back, and its two blocks are the next ones in the queue.",
+        (4,),
+        (
+            ("serve", "A", ("a1", "a2")),
+            ("leave", "A"),
+            ("serve", "B", (), 2),
+            ("leave", "B"),
+            ("serve", "A", ("a1", "a2")),
+        ),
+    ),
+    Story(
+        "A comes back, and its names are looked up before anything new is computed.",
+        (5,),
+        (
+            ("serve", "A", ("a1", "a2")),
+            ("leave", "A"),
+            ("open", "A", ("a1", "a2")),
+            ("look", "B", ("a1", "a2")),
         ),
     ),
     Story(
@@ -297,6 +328,7 @@ EXERCISE = Exercise(
                 slips(Cache, "stays in the queue"),
                 slips(Cache, "revived not counted", "stays in the queue"),
                 slips(Cache, "fresh first"),
+                slips(Cache, "fresh first", "removed where there"),
                 slips(Cache, "revived not counted", "stays in the queue", "old name stays"),
                 slips(Cache, "stays in the queue", "old name stays"),
             ),
@@ -359,6 +391,20 @@ EXERCISE = Exercise(
 # %% forgets the other way of two
 @@
 -            self.names[block] = None
+""",
+        ),
+        Known(
+            "last-block-refused",
+            message=(
+                "The last block of the queue can be had, and you refuse it.\n"
+                "Compare with >, not with >=."
+            ),
+            suspects=(slips(Cache, "one to spare"),),
+            answers=r"""
+# %% one block to spare
+@@
+-        if num_new + len(revived) > len(self.queue):
++        if num_new and num_new + len(revived) >= len(self.queue):
 """,
         ),
         Known(
@@ -478,6 +524,24 @@ EXERCISE = Exercise(
 """,
         ),
         Known(
+            "wrong-values",
+            answers=r"""
+# %% forgets what it has found, too
+@@
+             self.queue.remove(block)
++            self.where.pop(self.names[block], None)
++            self.names[block] = None
+
+# %% every 500th block is lost
+@@
+             self.uses[block] -= 1
++            self.num = getattr(self, "num", 0) + 1
+@@
+-            if self.uses[block] == 0:
++            if self.uses[block] == 0 and self.num % 500:
+""",
+        ),
+        Known(
             "changed-input",
             answers=r"""
 # %% lengthens the list that it was given
@@ -507,18 +571,6 @@ EXERCISE = Exercise(
 @@
              self.names[block] = None
 +            self.old = [*getattr(self, "old", ()), block]
-""",
-        ),
-        Known(
-            "wrong-values",
-            answers=r"""
-# %% every 500th block is lost
-@@
-             self.uses[block] -= 1
-+            self.num = getattr(self, "num", 0) + 1
-@@
--            if self.uses[block] == 0:
-+            if self.uses[block] == 0 and self.num % 500:
 """,
         ),
     ),
