@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from minivllm.course.grading.compare import show
+from minivllm.course.grading.compare import difference, show
 from minivllm.course.grading.errors import CheckError, Mistake, causes, raised
 from minivllm.course.grading.exercise import Exercise
 from minivllm.course.grading.judges import expect
@@ -26,11 +26,12 @@ SHOWN = 8
 SHORT = 60
 
 
-def names_of(tokens: abc.Sequence[int], size: int) -> list[int]:
-    """The chained names of the full blocks of a prompt, in blocks of size tokens."""
+def names_of(token_ids: abc.Sequence[int], block_size: int) -> list[int]:
+    """The chained names of the full blocks of a prompt."""
     names: list[int] = []
-    for start in range(0, len(tokens) - size + 1, size):
-        names.append(hash_block(names[-1] if names else None, tokens[start : start + size]))
+    for start in range(0, len(token_ids) - block_size + 1, block_size):
+        previous = names[-1] if names else None
+        names.append(hash_block(previous, token_ids[start : start + block_size]))
     return names
 
 
@@ -286,7 +287,7 @@ def expect_no_memory(
                 arg.update(value)
         second = function(*(_filled(arg, new) for arg, new in zip(args, after, strict=True)))
         expect(
-            second == right(*after),
+            difference(second, right(*after)) is None,
             "keeps-state",
             f"The first call is right. Then the same list gets other tokens, and the second call"
             f" gives {show(second)}; expected {show(right(*after))}.\nYour code keeps something"
@@ -294,7 +295,7 @@ def expect_no_memory(
             " outside of the function.",
         )
         expect(
-            first == kept,
+            list(first) == kept,
             "result-reused",
             "Your function returns the same list at each call, and fills it anew. Its caller may"
             " still use the result of the call before.\nMake a new list in each call.",

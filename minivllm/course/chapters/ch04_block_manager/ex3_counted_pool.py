@@ -233,6 +233,11 @@ STORIES = (
         "wrong-order",
     ),
     Story(
+        "One prompt is asked again and again, and is found in a free block each time.",
+        (4,),
+        (("share", [2]), ("release", [2])) * 800,
+    ),
+    Story(
         "Two sequences with three and two blocks, of which two are shared for a while.",
         (6,),
         (
@@ -271,7 +276,8 @@ def random_story(seed: int, num_blocks: int, num_calls: int) -> Story:
     while len(calls) < num_calls:
         event = rng.random()
         if event < 0.4 or not tables:
-            call = ("allocate", rng.randint(0, max(4, num_blocks // 4)))
+            most = min(len(pool.queue) + 1, max(4, num_blocks // 4))
+            call = ("allocate", rng.randint(0, most))
         elif event < 0.6:
             table = rng.choice(tables)
             call = ("share", table[: rng.randint(1, len(table))])

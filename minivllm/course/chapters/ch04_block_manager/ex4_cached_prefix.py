@@ -24,14 +24,14 @@ SIZES = (
 )
 
 
-def _prefix(tokens: list[int], cache: Cache, size: int) -> list[int]:
+def _prefix(token_ids: list[int], cache: Cache, block_size: int) -> list[int]:
     found: list[int] = []
     name = None
-    for start in range(0, len(tokens) - size, size):
-        block_tokens = tuple(tokens[start : start + size])
-        name = hash_block(name, block_tokens)
+    for start in range(0, len(token_ids) - block_size, block_size):
+        tokens = tuple(token_ids[start : start + block_size])
+        name = hash_block(name, tokens)
         block, known = cache.get(name, (None, None))
-        if known != block_tokens:
+        if known != tokens:
             break
         found.append(block)
     return found
@@ -506,7 +506,8 @@ EXERCISE = Exercise(
                 lambda t, c, s: _walk(t, c, s, agree=lambda a, b: a[-1] == b[-1]),
                 lambda t, c, s: _walk(t, c, s, agree=lambda a, b: sorted(a) == sorted(b)),
                 lambda t, c, s: _walk(t, c, s, agree=lambda a, b: set(a) == set(b)),
-                lambda t, c, s: _walk(t, c, s, agree=lambda a, b: len(a) == len(b)),
+                lambda t, c, s: _walk(t, c, s, agree=lambda a, b: sum(a) == sum(b)),
+                lambda t, c, s: _walk(t, c, s, agree=lambda a, b: any(map(int.__eq__, a, b))),
                 _all_but_the_first_compared,
                 _only_the_first_compared,
             ),
