@@ -64,14 +64,24 @@ class Stage(Protocol):
 
 @dataclass(frozen=True)
 class Seen:
-    """What a call showed: values by label, or the exception that it raised; and its words."""
+    """What a call showed: values by label, or the exception that it raised; and its words.
+
+    Labels that begin with "_" are of what a right class may do in its own way: they only tell wrong
+    classes apart.
+    """
 
     values: dict[str, Any]
     error: Exception | None = None
     words: str = ""
 
-    def same_as(self, other: Seen) -> bool:
-        return self.values == other.values and type(self.error) is type(other.error)
+    def same_as(self, other: Seen, *, closely: bool = False) -> bool:
+        same = type(self.error) is type(other.error)
+        if closely:
+            return same and self.values == other.values
+        return same and self._open_to_all() == other._open_to_all()
+
+    def _open_to_all(self) -> dict[str, Any]:
+        return {label: value for label, value in self.values.items() if label[0] != "_"}
 
 
 def tell(stage: Callable[..., Stage], made: type, story: Story) -> list[Seen]:
@@ -96,20 +106,24 @@ def tell(stage: Callable[..., Stage], made: type, story: Story) -> list[Seen]:
 
 @dataclass(frozen=True)
 class Stories:
-    """The stories of an exercise, its stage and its right class."""
+    """The stories of an exercise, its stage and its right classes.
+
+    rights: an answer may show in each story what any of them shows.
+    """
 
     stage: Callable[..., Stage]
-    right: type
+    rights: tuple[type, ...]
     told: abc.Sequence[Story]
 
     def judge(self, answer: type, exercise: Exercise) -> int:
-        """The number of calls, where the answer shows the same as the right class after each.
+        """The number of calls, where the answer shows the same as a right class after each.
 
         Raises the Mistake that the first difference shows.
         """
         count = 0
         for number, story in enumerate(self.told):
-            mine, right = self._tell(answer, story), self._tell(self.right, story)
+            mine = self._tell(answer, story)
+            right = self._right(mine, story)
             where = _first_difference(mine, right)
             if where is not None:
                 names = self._names(answer, exercise, number, where)
@@ -119,6 +133,17 @@ class Stories:
 
     def _tell(self, made: type, story: Story) -> list[Seen]:
         return tell(self.stage, made, story)
+
+    def _right(self, mine: list[Seen], story: Story) -> list[Seen]:
+        """What a right class shows: the one that shows the same as mine for longest."""
+        best = self._tell(self.rights[0], story)
+        for right in self.rights[1:]:
+            if _first_difference(mine, best) is None:
+                break
+            other = self._tell(right, story)
+            if _same_until(mine, other) > _same_until(mine, best):
+                best = other
+        return best
 
     def _names(self, answer: type, exercise: Exercise, number: int, where: int) -> list[str]:
         """The mistakes whose wrong classes show what the answer shows, up to its first difference.
@@ -131,13 +156,14 @@ class Stories:
         short: list[tuple[Story, list[Seen]]] | None = None
         for name, (_, *classes) in exercise.suspects.items():
             for wrong in classes:
-                until = _same_until(self._tell(wrong, self.told[number]), mine)
+                theirs = self._tell(wrong, self.told[number])
+                until = _same_until(theirs, mine, closely=True)
                 if until <= where or not self._is_right(wrong, self.told[:number]):
                     continue
                 if short is None:
                     some = [story for story in self.told if len(story.calls) <= SHORT]
                     short = [(story, self._tell_quietly(answer, story)) for story in some[:60]]
-                same = sum(_same(self._tell(wrong, story), theirs) for story, theirs in short)
+                same = sum(_same(self._tell(wrong, story), seen) for story, seen in short)
                 scores[name] = max(scores.get(name, (0, 0)), (same, until))
         return [name for name, score in scores.items() if score == max(scores.values())]
 
@@ -149,9 +175,11 @@ class Stories:
             return []
 
     def _is_right(self, made: type, stories: abc.Sequence[Story]) -> bool:
-        return all(
-            _same(self._tell(made, story), self._tell(self.right, story)) for story in stories
-        )
+        for story in stories:
+            theirs = self._tell(made, story)
+            if _first_difference(theirs, self._right(theirs, story)) is not None:
+                return False
+        return True
 
 
 def _verdict(
@@ -176,19 +204,20 @@ def _verdict(
     return Mistake(story.name, f"{seen}\n{_differences(last, right)}")
 
 
-def _same_until(mine: list[Seen], other: list[Seen]) -> int:
+def _same_until(mine: list[Seen], other: list[Seen], *, closely: bool = False) -> int:
     """The number of calls after which both show the same."""
-    where = _first_difference(mine, other)
+    where = _first_difference(mine, other, closely=closely)
     return min(len(mine), len(other)) if where is None else where
 
 
 def _same(mine: list[Seen], other: list[Seen]) -> bool:
-    return _same_until(mine, other) == max(len(mine), len(other))
+    return _same_until(mine, other, closely=True) == max(len(mine), len(other))
 
 
-def _first_difference(mine: list[Seen], right: list[Seen]) -> int | None:
+def _first_difference(mine: list[Seen], right: list[Seen], *, closely: bool = False) -> int | None:
     pairs = enumerate(zip(mine, right, strict=False))
-    return next((index for index, (one, other) in pairs if not one.same_as(other)), None)
+    differ = (i for i, (one, other) in pairs if not one.same_as(other, closely=closely))
+    return next(differ, None)
 
 
 def _calls(seen: list[Seen]) -> str:
@@ -209,7 +238,7 @@ def _differences(mine: Seen, right: Seen) -> str:
     lines = [
         f"{label}: {show(mine.values.get(label), 24)}; expected {show(value, 24)}."
         for label, value in right.values.items()
-        if mine.values.get(label) != value
+        if label[0] != "_" and mine.values.get(label) != value
     ]
     return "Here, " + "\n".join(lines)
 

@@ -74,6 +74,8 @@ class Desk:
             if seq.block_table
         }
         seen = {} if name in ("come", "tokens") else {"num_free_blocks": free, **tables}
+        if name in ("find", "register"):
+            seen["_named"] = len(self.seqs[args[0]].block_hashes)
         return seen if returned is None else {"it returned": returned, **seen}
 
     def _numbered(self, blocks: abc.Sequence[int]) -> list[Any]:

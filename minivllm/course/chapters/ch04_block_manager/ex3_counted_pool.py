@@ -332,7 +332,7 @@ def check_counted_pool(answer: type) -> str:
         f"Expected the class CountedPool, got {show(answer)}.\nHand in the class, not a pool.",
     )
     _expect_own_state(answer)
-    count = Stories(PoolStage, Pool, (*STORIES, *random_stories())).judge(answer, EXERCISE)
+    count = Stories(PoolStage, (Pool,), (*STORIES, *random_stories())).judge(answer, EXERCISE)
 
     def work(rounds: int) -> Any:
         pool = answer(6)

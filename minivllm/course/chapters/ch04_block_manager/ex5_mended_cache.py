@@ -272,7 +272,7 @@ def check_mended_cache(answer: type) -> str:
         f"Expected the class NamedCache, got {show(answer)}.\nHand in the class, not a cache.",
     )
     _expect_own_state(answer)
-    count = Stories(CacheStage, Cache, (*STORIES, *random_stories())).judge(answer, EXERCISE)
+    count = Stories(CacheStage, (Cache,), (*STORIES, *random_stories())).judge(answer, EXERCISE)
 
     def work(rounds: int) -> Any:
         cache = answer(6)

@@ -28,6 +28,10 @@ from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.sequence import PENDING
 from minivllm.sampling_params import SamplingParams
 
+#: Whoever looks at all full blocks of a sequence in each step names a block, too, whose name became
+#: free in the meantime. That is as good.
+RIGHT = (Manager, slips(Manager, "from the beginning"))
+
 METHODS = ("find_cached_prefix", "allocate", "register_computed", "free")
 
 Calls = tuple[tuple, ...]
@@ -308,6 +312,20 @@ STORIES = (
         for number in (0, 3)
     ),
     Story(
+        "Two long prompts in a pool of 160 blocks of 16 tokens.",
+        (160, 16),
+        (
+            *_computed(0, *range(1200)),
+            *_computed(1, *range(1100), *range(5, 80)),
+            ("free", 0),
+            ("probe", tuple(range(1190))),
+            ("free", 1),
+            ("probe", tuple(range(1210))),
+            *_computed(2, *range(3000, 4280), found=False),
+            ("free", 2),
+        ),
+    ),
+    Story(
         "enable_prefix_caching is False.",
         (4, 2, False),
         (
@@ -362,7 +380,7 @@ def check_block_manager(answer: type) -> str:
     )
     _expect_own_state(answer)
     collisions = COLLISIONS if can_collide(answer) else ()
-    Stories(Desk, Manager, (*STORIES, *collisions, *_histories())).judge(answer, EXERCISE)
+    Stories(Desk, RIGHT, (*STORIES, *collisions, *_histories())).judge(answer, EXERCISE)
     _expect_no_growth(answer)
     line = engine_agrees(block_manager_cls=answer)
     _check_in_engine(answer)
@@ -702,13 +720,35 @@ EXERCISE = Exercise(
 """,
         ),
         Known(
+            "tokens-not-kept",
+            message=(
+                "A block has its name, and cannot be found: its tokens are not kept, or not the"
+                " right ones, so that the comparison fails.\n"
+                "When register_computed names a block, it also keeps the block's tokens."
+            ),
+            suspects=(slips(Manager, "tokens not kept"),),
+            answers=r"""
+# %% keeps the name alone
+@@
+-                self.names[block], self.tokens[block] = (
+-                    name,
+-                    self._tokens_of(seq, index),
+-                )
++                self.names[block] = name
+""",
+        ),
+        Known(
             "registered-too-late",
             message=(
                 "A block is full and computed, and cannot be found.\nregister_computed is called"
                 " step by step, with one token, too: a block is full when its *last* token comes,"
                 " wherever the step began."
             ),
-            suspects=(slips(Manager, "from the next block"), slips(Manager, "one token late")),
+            suspects=(
+                slips(Manager, "from the next block"),
+                slips(Manager, "one token late"),
+                slips(Manager, "not the first block"),
+            ),
             hint=3,
             answers=r"""
 # %% counts full blocks from where the step began
@@ -1229,6 +1269,57 @@ class MyBlockManager(BlockManager):
 """,
         ),
         Known(
+            "only-free-ones-found",
+            message=(
+                "A block that somebody uses is in the cache, and you find only blocks that nobody"
+                " uses.\n"
+                "Full blocks are never written again, so blocks in use can be shared, too."
+            ),
+            suspects=(slips(Manager, "only free ones found"),),
+            answers=r"""
+# %% whoever uses a block has it alone
+@@
+-            if block is None or self.tokens[block] != self._tokens_of(seq, index):
++            if block not in self.free_blocks or self.tokens[block] != self._tokens_of(
++                seq, index
++            ):
+""",
+        ),
+        Known(
+            "smallest-first",
+            message=(
+                "You take the free block with the smallest number.\n"
+                "The number says nothing about a block. Of those with a name, take the one that was"
+                " used least recently."
+            ),
+            suspects=(slips(Manager, "smallest number"),),
+            answers=r"""
+# %% the smallest number, empty ones first
+@@
+-            block, _ = self.free_blocks.popitem(last=False)
++            block = min(self.free_blocks, key=lambda b: (self.names[b] is not None, b))
++            del self.free_blocks[block]
+""",
+        ),
+        Known(
+            "counted-when-found",
+            message=(
+                "find_cached_prefix counts an owner for the blocks that it finds.\n"
+                "It only looks: the scheduler may look many times before it admits the sequence."
+                " allocate takes, and counts."
+            ),
+            suspects=(slips(Manager, "counted when found"),),
+            answers=r"""
+# %% counts too early
+@@
+             found.append(block)
++            self.counts[block] += 1
+@@
+-            self.counts[block] += 1
+             self.free_blocks.pop(block, None)
+""",
+        ),
+        Known(
             "shared-between-managers",
             answers=r"""
 # %% the cache belongs to the class
@@ -1266,6 +1357,11 @@ class MyBlockManager(BlockManager):
         ),
     ),
     right=r"""
+# %% names all full blocks of the sequence in each step
+@@
+-        for index in range(start // self.block_size, end // self.block_size):
++        for index in range(end // self.block_size):
+
 # %% a set of free blocks with times of last use, and blocks as objects
 class MyBlockManager:
     def __init__(

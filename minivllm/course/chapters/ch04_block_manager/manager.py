@@ -64,11 +64,15 @@ class Manager:
             most = min(most, len(seq.block_hashes))
         for index in range(most):
             block = self.where.get(seq.block_hashes[index])
-            if block is None or not self._agree(self.tokens[block], seq, index):
+            used = "only free ones found" in self.slips and block is not None and self.counts[block]
+            if used or block is None or not self._agree(self.tokens[block], seq, index):
                 if "after a miss" in self.slips:
                     continue
                 break
             found.append(block)
+        if "counted when found" in self.slips:
+            for block in found:
+                self.counts[block] += 1
         return found[:-1] if "last hit given up" in self.slips else found
 
     def _most(self, seq: Sequence) -> int:
@@ -143,7 +147,8 @@ class Manager:
 
     def _take_prefix(self, seq: Sequence, prefix: abc.Sequence[int]) -> None:
         for block in prefix:
-            if "sharing not counted" not in self.slips or self.counts[block] == 0:
+            counted = "sharing not counted" in self.slips and self.counts[block] > 0
+            if not counted and "counted when found" not in self.slips:
                 self.counts[block] += 1
             if "stays in the queue" not in self.slips:
                 if block in self.free_blocks:
@@ -152,6 +157,9 @@ class Manager:
             seq.block_table.append(block)
 
     def _take_new(self, seq: Sequence) -> None:
+        if "smallest number" in self.slips:
+            for block in sorted(self.free_blocks, key=lambda b: (self.names[b] is not None, b)):
+                self.free_blocks.move_to_end(block)
         block, _ = self.free_blocks.popitem(last="newest first" in self.slips)
         name = self.names[block]
         if name is not None and "old name stays" not in self.slips:
@@ -174,7 +182,9 @@ class Manager:
         for index in self._full(seq, start, end):
             block, name = seq.block_table[index], seq.block_hashes[index]
             if self._may_name(block, name):
-                self.names[block], self.tokens[block] = name, self._tokens_of(seq, index)
+                self.names[block] = name
+                if "tokens not kept" not in self.slips:
+                    self.tokens[block] = self._tokens_of(seq, index)
                 if "twin named" not in self.slips or name not in self.where:
                     self.where[name] = block
 
@@ -184,6 +194,10 @@ class Manager:
         first, last = start // size, end // size
         if "from the next block" in self.slips:
             first = -(-start // size)
+        if "from the beginning" in self.slips:
+            first = 0
+        if "not the first block" in self.slips:
+            first += 1
         if "one token late" in self.slips:
             last = (end - 1) // size
         if "started blocks" in self.slips:
