@@ -248,7 +248,7 @@ def _judge_values(job: Job, runs: dict[Case, Run], suspects: dict[str, tuple]) -
     ranks = range(max(case.size for case in runs))
     try:
         diagnose(
-            lambda case: runs[case].results,
+            lambda case: runs[case].kept,
             [(case,) for case in runs],
             job.right,
             suspects,
@@ -259,8 +259,9 @@ def _judge_values(job: Job, runs: dict[Case, Run], suspects: dict[str, tuple]) -
     except Mistake as mistake:
         if mistake.name == "wrong-values":
             for case, run in runs.items():
-                expect_finite(run.results, job.right(case), f"With {case}: ")
-                expect_alike(run.results, job.result, f"With {case}: ")
+                expect_finite(run.kept, job.right(case), f"With {case}: ")
+                expect_alike(run.kept, job.result, f"With {case}: ")
+            expect_exact(mistake, {case: (run.kept, job.right(case)) for case, run in runs.items()})
         raise
 
 
@@ -272,9 +273,24 @@ def expect_finite(results: Sequence[Any], right: Sequence[torch.Tensor], where: 
             not bad or not theirs.isfinite().all(),
             "not-finite",
             f"{where}the result on rank {rank} holds NaN or infinite numbers: {show(result)}.\nNaN"
-            " and infinity times zero are NaN, and exp of a large number is infinite. Find the"
-            " first line where they appear.",
+            " and infinity times zero are NaN, exp of a large number is infinite, and float16 ends"
+            " at 65,504. Find the first line where they appear.",
         )
+
+
+def expect_exact(mistake: Mistake, runs: dict[Any, tuple[list, list]]) -> None:
+    """Where all results are nearly right, the mistake is a rounding. runs: case -> (results, right
+    ones).
+    """
+    for results, right in runs.values():
+        for mine, theirs in zip(results, right, strict=True):
+            if difference(mine, theirs, 1e-2, 1e-2 * float(theirs.abs().max())):
+                return
+    raise Mistake(
+        "rounded",
+        f"Your numbers are right to two or three digits only: {mistake.message}\nSomething on the"
+        " way is rounded to half precision. Keep the dtype of the numbers that come in.",
+    )
 
 
 def expect_alike(results: Sequence[Any], what: str, where: str = "") -> None:

@@ -210,8 +210,8 @@ def my_heads(rank, size, num_heads, num_kv_heads):
         Known(
             "kv-heads-of-one-end",
             (
-                "With more ranks than KV heads you give most ranks the same KV head, the first or the"
-                " last one. Ask which KV head a rank's own query heads read."
+                "With more ranks than KV heads you give most ranks the same KV head, the first or"
+                " the last one. Ask which KV head a rank's own query heads read."
             ),
             hint=1,
             suspects=(

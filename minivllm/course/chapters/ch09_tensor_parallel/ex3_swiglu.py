@@ -96,14 +96,14 @@ def _cases() -> list[Case]:
 def check_swiglu(shard: Callable, swiglu: Callable) -> str:
     """The parts first, with the right swiglu; then swiglu, on the right parts."""
     cases = _cases()
-    collect(partial(_check_shapes, shard), cases)
+    collect(partial(_check_shapes, shard), [*cases, cases[3].in_float64()])
     found = collect(partial(_sum_of_terms, shard), cases)
     diagnose(
         found.__getitem__,
         [(case,) for case in cases],
         _whole,
         suspects_of(_SHARD),
-        wording={"case = ": "shard, on "},
+        wording={"case = ": "your shard and a right swiglu, "},
         rtol=1e-4,
         atol=2e-5,
     )
@@ -254,6 +254,23 @@ def _same_rank(gate_up: Any, down: Any, rank: int, size: int) -> tuple:
     return right_shard(gate_up, down, 0, size)
 
 
+def _taken_in_turn(gate_up: Any, down: Any, rank: int, size: int) -> tuple:
+    import torch
+
+    apart = torch.cat((gate_up[0::2], gate_up[1::2]))
+    return right_shard(apart, down, rank, size)
+
+
+def _same_gates(gate_up: Any, down: Any, rank: int, size: int) -> tuple:
+    own = right_shard(gate_up, down, rank, size)[1]
+    return right_shard(gate_up, down, 0, size)[0], own
+
+
+def _same_columns(gate_up: Any, down: Any, rank: int, size: int) -> tuple:
+    own = right_shard(gate_up, down, rank, size)[0]
+    return own, right_shard(gate_up, down, 0, size)[1]
+
+
 def _reversed(gate_up: Any, down: Any, rank: int, size: int) -> tuple:
     own = right_shard(gate_up, down, rank, size)
     return own[0], right_shard(gate_up, down, size - 1 - rank, size)[1]
@@ -283,6 +300,21 @@ def _early(group: Group, gate: Any, up: Any) -> Any:
 
 def _silu(x: torch.Tensor) -> torch.Tensor:
     return x * x.sigmoid()
+
+
+def _gelu(x: torch.Tensor) -> torch.Tensor:
+    import torch.nn.functional as F
+
+    return F.gelu(x)
+
+
+def _residual(result: Callable) -> Callable:
+    """A suspect for swiglu that adds x. result(group, x, term)."""
+
+    def swiglu(group: Group, x: Any, gate_up: Any, down: Any) -> Any:
+        return result(group, x, _gated(x, gate_up) @ down.T)
+
+    return partial(_JOB.results, swiglu)
 
 
 def _summed_x(case: Case) -> list[Any]:
@@ -367,8 +399,17 @@ _SHARD = (
     ),
     Known(
         "one-part-for-all",
-        ("Every rank gets the part of rank 0. The part depends on rank."),
-        suspects=(_cut(_same_rank),),
+        "Every rank gets the part of rank 0, of one matrix or of both. The parts depend on rank.",
+        suspects=(_cut(_same_rank), _cut(_same_gates), _cut(_same_columns)),
+    ),
+    Known(
+        "not-in-turns",
+        (
+            "You read the fused matrix as if gates and ups took turns. It holds all gates first,"
+            " then all ups."
+        ),
+        hint=1,
+        suspects=(_cut(_taken_in_turn),),
     ),
 )
 
@@ -443,6 +484,14 @@ _SWIGLU = (
 """,
     ),
     Known(
+        "stream-added",
+        "You add x. swiglu returns what the MLP computes; the stream is its caller's.",
+        suspects=(
+            _residual(lambda group, x, term: x + group.all_reduce(term)),
+            _residual(lambda group, x, term: group.all_reduce(x + term)),
+        ),
+    ),
+    Known(
         "up-before-gate",
         (
             "gate and up are exchanged: the first half of gate_up are the gates, and silu is for"
@@ -462,6 +511,7 @@ _SWIGLU = (
         suspects=(
             _before(lambda group, gate, up: gate.sigmoid() * up),
             _before(lambda group, gate, up: gate.relu() * up),
+            _before(lambda group, gate, up: _gelu(gate) * up),
             _before(lambda group, gate, up: gate * up),
             _before(lambda group, gate, up: _silu(gate * up)),
             _before(lambda group, gate, up: _silu(gate) * _silu(up)),

@@ -99,7 +99,7 @@ def _poisoned(case: Case) -> Case:
 def check_vocabulary(shard_rows: Callable, embed: Callable, logits: Callable) -> str:
     """Each function alone, on the right rows."""
     cases = _cases()
-    collect(partial(_check_rows, shard_rows), cases)
+    collect(partial(_check_rows, shard_rows), [*cases, cases[2].in_float64()])
     number = judge(_EMBED_JOB, embed, cases, suspects_of(_EMBED))
     for case in map(_poisoned, cases):
         table = case.data["looked_up"]
@@ -136,18 +136,32 @@ def _check_poison(job: Job, function: Callable, case: Case) -> None:
 def _check_rows(shard_rows: Callable, case: Case) -> None:
     """Each rank must get its block of rows, and zeros behind the last token."""
     table = case.data["table"].clone()
-    for part in (case, case.other_numbers()):
-        table.copy_(part.data["table"])
-        parts = [shard_rows(table, rank, case.size) for rank in range(case.size)]
-        expect(
-            all(map(is_tensor, parts)),
-            "wrong-type",
-            f"shard_rows returned {show(parts)}.\nIt should be a tensor, on every rank.",
-        )
-        expect_unchanged(table, part.data["table"], "table")
-        _check_lengths(parts, len(table))
-        for rank, rows in enumerate(parts):
-            _check_block(rows, part, rank)
+    _check_parts(shard_rows, case, table)
+    twin = case.other_numbers()
+    table.copy_(twin.data["table"])
+    try:
+        _check_parts(shard_rows, twin, table)
+    except Mistake as mistake:
+        raise Mistake(
+            "keeps-state",
+            "The first calls of shard_rows are right, and others with other numbers are not: your"
+            " code keeps something between calls.\nLook for a variable outside of the function, or"
+            f" a cache. {mistake.message}",
+        ) from mistake
+
+
+def _check_parts(shard_rows: Callable, case: Case, table: torch.Tensor) -> None:
+    """table: to hand in, with the numbers of the case."""
+    parts = [shard_rows(table, rank, case.size) for rank in range(case.size)]
+    expect(
+        all(map(is_tensor, parts)),
+        "wrong-type",
+        f"shard_rows returned {show(parts)}.\nIt should be a tensor, on every rank.",
+    )
+    expect_unchanged(table, case.data["table"], "table")
+    _check_lengths(parts, len(table))
+    for rank, rows in enumerate(parts):
+        _check_block(rows, case, rank)
 
 
 def _check_lengths(parts: list[torch.Tensor], vocab: int) -> None:
@@ -197,8 +211,7 @@ def _check_block(rows: torch.Tensor, case: Case, rank: int) -> None:
         "wrong-rows",
         f"The rows of rank {rank} are not those of the tokens {rank * count} to"
         f" {rank * count + len(own) - 1}.\nRank r has the r-th block of {count}, in order, and"
-        " padding comes after the last token. (Where this is right at a first call and wrong at a"
-        " second one, your code keeps something between calls.)",
+        " padding comes after the last token.",
     )
     expect(
         not rows[len(own) :].any(),
@@ -421,7 +434,7 @@ _LOGITS = (
         (
             "The padding comes back as tokens: there are more scores than tokens. One of them may"
             " even win, and then a token is sampled that does not exist. Cut the logits off at"
-            " vocab_size, after gathering."
+            " vocab_size along the last dimension, after gathering."
         ),
         hint=3,
         answers=r"""

@@ -112,6 +112,16 @@ def _wrong(
     return partial(_JOB.results, mlp)
 
 
+def _early(case: Case) -> list[Any]:
+    """A suspect that adds up before relu, too."""
+
+    def mlp(group: Group, x: Any, up: Any, up_bias: Any, down: Any, down_bias: Any) -> Any:
+        h = group.all_reduce(x @ up.T + up_bias).relu()
+        return group.all_reduce(h @ down.T) + down_bias
+
+    return _JOB.results(mlp, case)
+
+
 def _everywhere(group: Group, h: Any, down: Any, bias: Any) -> Any:
     return group.all_reduce(h @ down + bias)
 
@@ -264,6 +274,7 @@ EXERCISE = Exercise(
                 " there, not terms of a sum: only their products with down are terms."
             ),
             suspects=(
+                _early,
                 _wrong(lambda group, h, down, bias: group.all_reduce(h) @ down + bias),
                 _wrong(
                     lambda group, h, down, bias: group.all_reduce(group.all_reduce(h) @ down) + bias
