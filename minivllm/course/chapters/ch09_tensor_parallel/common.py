@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from minivllm.course.grading.compare import difference, is_tensor, show
@@ -357,6 +358,12 @@ def _judge_precision(job: Job, function: Callable, case: Case) -> None:
     )
 
 
+def _listed(texts: Iterable[str]) -> str:
+    """ "a, 3 × b, a"."""
+    counted = [(text, len([*same])) for text, same in groupby(texts)]
+    return ", ".join(text if count == 1 else f"{count} × {text}" for text, count in counted)
+
+
 def expect_calls(
     calls: Sequence[Call],
     expected: Sequence[tuple[str, tuple[int, ...]]],
@@ -369,8 +376,8 @@ def expect_calls(
     got = [(call.name, call.shape) for call in calls]
     if got == list(expected) or (case.size == 1 and len(got) <= len(expected)):
         return
-    said = ", ".join(map(str, calls)) or "no collective"
-    wanted = ", ".join(f"{name} of {list(shape)}" for name, shape in expected)
+    said = _listed(map(str, calls)) or "no collective"
+    wanted = _listed(f"{name} of {list(shape)}" for name, shape in expected)
     seen = f"With {case}: the result is right, but your ranks call {said}.\nExpected: {wanted}."
     expect(
         len(calls) >= len(expected),

@@ -16,6 +16,7 @@ from minivllm.course.chapters.ch09_tensor_parallel.common import (
     collect,
     count_of,
     expect_calls,
+    expect_exact,
 )
 from minivllm.course.chapters.ch09_tensor_parallel.rank_model import the_rank_model
 from minivllm.course.grading.compare import is_tensor, show
@@ -186,15 +187,21 @@ def check_rank_model(answer: type) -> str:
     steps = {
         f"item {i}: ": f"step {i // 2 + 1}, {'logits' if i % 2 else 'states'}: " for i in range(10)
     }
-    number = diagnose(
-        found.__getitem__,
-        [(case,) for case in cases],
-        partial(_computed, Qwen3ForCausalLM),
-        EXERCISE.suspects,
-        wording={"case = ": "", **steps},
-        rtol=1e-4,
-        atol=5e-5,
-    )
+    right = {case: _computed(Qwen3ForCausalLM, case) for case in cases}
+    try:
+        number = diagnose(
+            found.__getitem__,
+            [(case,) for case in cases],
+            lambda case: right[case],
+            EXERCISE.suspects,
+            wording={"case = ": "", **steps},
+            rtol=1e-4,
+            atol=5e-5,
+        )
+    except Mistake as mistake:
+        if mistake.name == "wrong-values":
+            expect_exact(mistake, {case: (found[case], right[case]) for case in cases})
+        raise
     for case in sorted(cases, key=lambda case: case.size == 1):
         for step, calls in zip(case.data["steps"], made[case], strict=True):
             _check_calls(case, step, calls)
@@ -252,22 +259,56 @@ def _check_parts(answer: type, case: Case) -> None:
 
     whole = checkpoint_of(_filled(Qwen3ForCausalLM, case))
     config = _config_of(case)
+    models = []
     for rank in range(case.size):
         weights = {name: tensor.clone() for name, tensor in whole.items()}
         rest = (torch.zeros(64, config.head_dim), rank, case.size)
         model = answer(config, Kernels.reference(), weights, *rest)
-        right = the_rank_model()(config, Kernels.reference(), whole, *rest)
         expect_unchanged(weights, whole, "weights, or a tensor in it")
-        for name, tensor in whole.items():
-            mine = model.part(name, tensor.clone())
-            _check_part(config, name, tensor, mine, right.w[name])
-        _check_nothing_else(model, whole, right.w)
+        models.append(model)
+    right = the_rank_model()(config, Kernels.reference(), whole, torch.zeros(1), 0, case.size).w
+    for name, tensor in whole.items():
+        parts = [model.part(name, tensor.clone()) for model in models]
+        for part in parts:
+            where = f"{name}, {list(tensor.shape)}, "
+            expect(
+                is_tensor(part),
+                "wrong-type",
+                f"{where}has the part {show(part)}.\nReturn a tensor.",
+            )
+        if "embed_tokens" in name or "lm_head" in name:
+            _check_rows(name, tensor, parts)
+        for part in parts:
+            _check_part(config, name, tensor, part, right[name])
+    for model in models:
+        _check_nothing_else(model, whole, right)
+
+
+def _check_rows(name: str, whole: torch.Tensor, parts: list[torch.Tensor]) -> None:
+    """The ranks' rows of the embedding or of the head: equally many, and enough."""
+    vocab, size = len(whole), len(parts)
+    lengths, count = [len(part) for part in parts], -(-len(whole) // size)
+    if lengths in ([count] * size, [vocab] * size):
+        return
+    said = f"Of {name} with {vocab} rows the ranks keep {', '.join(map(str, lengths))}"
+    expect(
+        sum(lengths) >= vocab,
+        "tokens-without-a-row",
+        f"{said}: some tokens have no row.\nRound up: {count} rows on each rank, with padding at"
+        " the end.",
+    )
+    expect(
+        len({*lengths}) == 1,
+        "uneven-parts",
+        f"{said}.\nAll ranks keep equally many, {count}: a collective needs one shape on all ranks."
+        " The last ones get padding.",
+    )
+    raise Mistake("wrong-shape", f"{said} rows.\nEnough are {count} on each: rounded up.")
 
 
 def _check_part(config: ModelConfig, name: str, whole: Any, mine: Any, right: Any) -> None:
     """The shape of what a rank keeps of one tensor. config: of the model."""
     where = f"{name}, {list(whole.shape)}, "
-    expect(is_tensor(mine), "wrong-type", f"{where}has the part {show(mine)}.\nIt is a tensor.")
     if mine.shape == right.shape:
         return
     becomes = f"{where}becomes {list(mine.shape)}"
@@ -293,13 +334,7 @@ def _check_part(config: ModelConfig, name: str, whole: Any, mine: Any, right: An
             f"{becomes}Heads stay whole, {config.head_dim} rows each; with more ranks than KV"
             " heads, several keep the same one.",
         )
-    if "embed" in name or "lm_head" in name:
-        raise Mistake(
-            "tokens-without-a-row",
-            f"{becomes}The vocabulary is rounded up to a multiple of the ranks, with rows of"
-            " padding at its end. All ranks keep equally many.",
-        )
-    raise Mistake("wrong-shape", f"{becomes}These are the rank's own outputs: cut dimension 0.")
+    raise Mistake("wrong-shape", f"{becomes}Only dimension 0 is cut here: these are its outputs.")
 
 
 def _check_nothing_else(model: Any, whole: dict, parts: dict) -> None:
@@ -341,7 +376,9 @@ def _held(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
         yield from _held([value.func, value.args, value.keywords], seen)
     elif hasattr(value, "__dict__") and not isinstance(value, type):
         own = [item for kind in type(value).__mro__[:-1] for item in vars(kind).values()]
-        yield from _held([vars(value), *[item for item in own if isinstance(item, dict)]], seen)
+        yield from _held(
+            [vars(value), *[item for item in own if isinstance(item, dict | list)]], seen
+        )
 
 
 def _wrong(**how: Any) -> Callable:
@@ -531,6 +568,54 @@ EXERCISE = Exercise(
             ),
         ),
         Known(
+            "heads-dealt-around",
+            (
+                "You deal whole query heads around: rank r has every n-th. Then they do not read"
+                " the KV heads of their rank. Take a block of heads, and of o_proj the same block"
+                " of columns."
+            ),
+            hint=1,
+            suspects=(_wrong(heads="q"), _wrong(heads="qo"), _wrong(heads="q", dealt=True)),
+        ),
+        Known(
+            "same-kv-head-for-all",
+            (
+                "With more ranks than KV heads all ranks keep the first one. Each keeps the KV head"
+                " that its own query heads read."
+            ),
+            hint=3,
+            suspects=(_wrong(first=True),),
+        ),
+        Known(
+            "up-before-gate",
+            "gate and up are exchanged: silu_mul gets the gates first.",
+            suspects=(_wrong(swapped=True),),
+        ),
+        Known(
+            "added-not-gathered",
+            (
+                "You add the ranks' scores. They are scores of different tokens: they belong side"
+                " by side, all_gather."
+            ),
+            hint=3,
+            suspects=(_wrong(added=True),),
+            answers=r"""
+# %% all_reduce of the scores
+@@
+-        return group.all_gather(hidden @ head.T)[:, : self.config.vocab_size]
++        return group.all_reduce(hidden @ head.T)[:, : self.config.vocab_size]
+""",
+        ),
+        Known(
+            "gathered-along-rows",
+            (
+                "You put the ranks' scores below each other, as if they were further sequences."
+                " They are further tokens: gather along the last dimension."
+            ),
+            hint=3,
+            suspects=(_wrong(below=True), _wrong(below=True, padding_kept=True)),
+        ),
+        Known(
             "always-tied",
             (
                 "Your head is always the embedding. One of the models has lm_head.weight: use it"
@@ -614,6 +699,18 @@ EXERCISE = Exercise(
 """,
         ),
         Known(
+            "uneven-parts",
+            answers=r"""
+# %% chunks of a vocabulary that does not divide
+@@
+-            rows = -(-len(tensor) // size)
+-            return F.pad(tensor, (0, 0, 0, rows * size - len(tensor)))[
+-                rank * rows : (rank + 1) * rows
+-            ]
++            return tensor.chunk(size)[rank]
+""",
+        ),
+        Known(
             "norm-divided",
             hint=1,
             answers=r"""
@@ -663,7 +760,7 @@ EXERCISE = Exercise(
 """,
         ),
         Known(
-            "wrong-values",
+            "rounded",
             answers=r"""
 # %% logits rounded to float16 on the way
 @@

@@ -17,8 +17,10 @@ def the_rank_model(**how: Any) -> type:
 
     residual, doubled, averaged: "attention", "mlp" or "both", where the stream is inside the sum,
     the sum is made twice, and the sum is divided. strided: the end of the names of weights that are
-    cut in steps of size. dealt: KV heads are dealt around. no_mask, inclusive, mean_rows: faults of
-    embed. always_tied, padding_kept, scrambled: of compute_logits.
+    cut in steps of size. dealt: KV heads are dealt around; first: only the first ones are kept.
+    heads: "q" or "qo", which of these two are cut in steps of whole heads. no_mask, inclusive,
+    mean_rows: faults of embed. swapped: of mlp. always_tied, padding_kept, scrambled, added, below:
+    of compute_logits.
     """
     import torch
     import torch.nn.functional as F
@@ -47,12 +49,17 @@ def the_rank_model(**how: Any) -> type:
 
         def part(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
             rank, size, kv_heads = self.rank, self.size, self.config.num_key_value_heads
+            if name.endswith("q_proj.weight") and "q" in how.get("heads", ""):
+                return tensor.unflatten(0, (-1, self.config.head_dim))[rank::size].flatten(0, 1)
+            if name.endswith("o_proj.weight") and "o" in how.get("heads", ""):
+                by_head = tensor.unflatten(1, (-1, self.config.head_dim))
+                return by_head[:, rank::size].flatten(1, 2)
             if name.endswith(("q_proj.weight", "gate_proj.weight", "up_proj.weight")):
                 return tensor[rank::size] if cut(name) else tensor.chunk(size)[rank]
             if name.endswith(("k_proj.weight", "v_proj.weight")):
                 parts = min(size, kv_heads)
                 place = rank % parts if how.get("dealt") else rank * parts // size
-                return tensor.chunk(parts)[place]
+                return tensor.chunk(parts)[0 if how.get("first") and size > kv_heads else place]
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 return tensor[:, rank::size] if cut(name) else tensor.chunk(size, dim=1)[rank]
             if name.endswith(("embed_tokens.weight", "lm_head.weight")):
@@ -95,6 +102,8 @@ def the_rank_model(**how: Any) -> type:
             gate, up, down = (
                 self.w[f"{layer}.mlp.{n}_proj.weight"] for n in ("gate", "up", "down")
             )
+            if how.get("swapped"):
+                gate, up = up, gate
             h = self.kernels.silu_mul(torch.cat((x @ gate.T, x @ up.T), dim=-1))
             return self._sum(group, h @ down.T, "mlp")
 
@@ -131,8 +140,11 @@ def the_rank_model(**how: Any) -> type:
             head = self.w.get("lm_head.weight", self.w["model.embed_tokens.weight"])
             if how.get("always_tied"):
                 head = self.w["model.embed_tokens.weight"]
-            if how.get("scrambled"):
-                logits = group.all_gather(hidden @ head.T, dim=0).reshape(len(hidden), -1)
+            if how.get("added"):
+                logits = group.all_reduce(hidden @ head.T)
+            elif how.get("scrambled") or how.get("below"):
+                logits = group.all_gather(hidden @ head.T, dim=0)
+                logits = logits.reshape(len(hidden), -1) if how.get("scrambled") else logits
             else:
                 logits = group.all_gather(hidden @ head.T)
             return logits if how.get("padding_kept") else logits[:, : self.config.vocab_size]
