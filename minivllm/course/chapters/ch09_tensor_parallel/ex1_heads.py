@@ -170,7 +170,7 @@ def my_heads(rank, size, num_heads, num_kv_heads):
         ),
         Known(
             "order-exchanged",
-            ("The pair is the wrong way round: query heads first, then KV heads."),
+            "The pair is the wrong way round: query heads first, then KV heads.",
             suspects=(_exchanged,),
             answers=r"""
 # %% KV heads first
@@ -390,7 +390,7 @@ def my_heads(rank, size, num_heads, num_kv_heads):
         ),
         Known(
             "last-head-left-out",
-            ("Your ranges end one too early: `range(a, b)` does not hold b."),
+            "Your ranges end one too early: `range(a, b)` does not hold b.",
             hint=2,
             suspects=(
                 _wrong(lambda r, n, h: _block(r, n, h)[:-1]),
@@ -413,7 +413,7 @@ def my_heads(rank, size, num_heads, num_kv_heads):
         ),
         Known(
             "one-head-too-many",
-            ("Your ranges end one too late: `range(a, b)` ends with b − 1."),
+            "Your ranges end one too late: `range(a, b)` ends with b − 1.",
             hint=2,
             suspects=(
                 _wrong(

@@ -169,8 +169,8 @@ def _one_all_reduce() -> Prediction:
     return Prediction("one_all_reduce", one, "bytes", _NEAR, usual, advice)
 
 
-def _sent() -> Prediction:
-    """Bytes that a rank sends in all all-reduces, in a ring."""
+def _sent(all_reduces: Any, one_all_reduce: Any) -> Prediction:
+    """Bytes that a rank sends in all all-reduces, in a ring. The arguments are predictions, too."""
     m = _measure()
     one, whole = m["one"], m["one"] * m["all_reduces"]
     usual = {
@@ -189,6 +189,9 @@ def _sent() -> Prediction:
         ),
         "one-sequence": (m["sent"] / _SEQUENCES, "A step has 16 sequences."),
     }
+    if isinstance(all_reduces, int | float) and isinstance(one_all_reduce, int | float):
+        first = 1.5 * all_reduces * one_all_reduce
+        usual = {"follows": (first, "It follows from your first two numbers.")} | usual
     advice = "Your first two numbers, and what a ring sends of a tensor: follow one share of it."
     return Prediction("sent", m["sent"], "bytes", _NEAR, usual, advice)
 
@@ -318,7 +321,7 @@ def check_predictions(
     expect_predictions(
         (_all_reduces(), all_reduces),
         (_one_all_reduce(), one_all_reduce),
-        (_sent(), sent),
+        (_sent(all_reduces, one_all_reduce), sent),
         (_gathered(), gathered),
         (_weights(), weights),
         (_kv_bytes(), kv_bytes),

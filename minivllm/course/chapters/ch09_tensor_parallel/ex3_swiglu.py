@@ -507,7 +507,7 @@ _SWIGLU = (
     ),
     Known(
         "other-activation",
-        ("The gates do not go through silu, z · sigmoid(z), alone."),
+        "The gates do not go through silu, z · sigmoid(z), alone.",
         suspects=(
             _before(lambda group, gate, up: gate.sigmoid() * up),
             _before(lambda group, gate, up: gate.relu() * up),

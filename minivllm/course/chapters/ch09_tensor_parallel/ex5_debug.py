@@ -157,7 +157,7 @@ EXERCISE = Exercise(
         ),
         Known(
             "bias-forgotten",
-            ("The bias of down is gone. It must be added, once."),
+            "The bias of down is gone. It must be added, once.",
             hint=3,
             suspects=(_wrong(_never),),
             answers=r"""
@@ -169,7 +169,7 @@ EXERCISE = Exercise(
         ),
         Known(
             "bias-twice",
-            ("The bias of down is added before the sum and after it. Once is enough."),
+            "The bias of down is added before the sum and after it. Once is enough.",
             hint=3,
             suspects=(
                 _wrong(lambda group, h, down, bias: group.all_reduce(h @ down + bias) + bias),
@@ -224,7 +224,7 @@ EXERCISE = Exercise(
         ),
         Known(
             "column-bias-forgotten",
-            ("The bias of up is gone."),
+            "The bias of up is gone.",
             suspects=(
                 *(
                     _wrong(result, lambda bias, size: 0 * bias)

@@ -547,7 +547,7 @@ EXERCISE = Exercise(
         ),
         Known(
             "rows-that-do-not-match",
-            ("Row j of gate and row j of up make one number: cut both at the same places."),
+            "Row j of gate and row j of up make one number: cut both at the same places.",
             hint=1,
             suspects=(
                 _wrong(strided=("gate_proj.weight",)),
