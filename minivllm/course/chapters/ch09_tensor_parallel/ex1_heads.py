@@ -225,6 +225,53 @@ def my_heads(rank, size, num_heads, num_kv_heads):
                     kv_heads=lambda r, n, h, k, q: _block(r, n, k) if k >= n else range(k - 1, k)
                 ),
             ),
+            answers=r"""
+# %% zero where nothing is left
+def my_heads(rank, size, num_heads, num_kv_heads):
+    if num_heads % size or (num_kv_heads % size and size % num_kv_heads):
+        raise ValueError("cannot be split")
+    q = num_heads // size
+    queries = range(rank * q, (rank + 1) * q)
+    k = num_kv_heads // size
+    return queries, range(rank * k, (rank + 1) * k) if k else range(0, 1)
+""",
+        ),
+        Known(
+            "kv-head-of-the-rank-number",
+            (
+                "You take the KV head with the rank's number. That is right only where there are as"
+                " many ranks as KV heads: divide a query head by num_heads // num_kv_heads."
+            ),
+            hint=1,
+            suspects=(
+                _wrong(kv_heads=lambda r, n, h, k, q: range(r, r + 1)),
+                _wrong(kv_heads=lambda r, n, h, k, q: [r]),
+            ),
+            answers=r"""
+# %% divided by the rank's share of query heads
+def my_heads(rank, size, num_heads, num_kv_heads):
+    if num_heads % size or (num_kv_heads % size and size % num_kv_heads):
+        raise ValueError("cannot be split")
+    q = num_heads // size
+    queries = range(rank * q, (rank + 1) * q)
+    return queries, range(queries[0] // q, queries[-1] // q + 1)
+""",
+        ),
+        Known(
+            "borders-for-heads",
+            (
+                "You return where a range begins and ends, two numbers. Return the range itself, or"
+                " all its heads."
+            ),
+            suspects=(
+                _wrong(
+                    lambda r, n, h: [r * h // n, (r + 1) * h // n],
+                    lambda r, n, h, k, q: [
+                        q[0] // (h // k),
+                        (q[1] - 1) // (h // k) + 1,
+                    ],
+                ),
+            ),
         ),
         Known(
             "next-head-only",
@@ -240,6 +287,16 @@ def my_heads(rank, size, num_heads, num_kv_heads):
                     lambda r, n, h, k, q: range(q[0] // (h // k), q[-1] // (h // k) + 1),
                 ),
             ),
+            answers=r"""
+# %% from the rank on
+def my_heads(rank, size, num_heads, num_kv_heads):
+    if num_heads % size or (num_kv_heads % size and size % num_kv_heads):
+        raise ValueError("cannot be split")
+    q = num_heads // size
+    queries = range(rank, rank + q)
+    group = num_heads // num_kv_heads
+    return queries, range(queries[0] // group, queries[-1] // group + 1)
+""",
         ),
         Known(
             "dealt-around",

@@ -410,6 +410,12 @@ _SHARD = (
         ),
         hint=1,
         suspects=(_cut(_taken_in_turn),),
+        answers=r"""
+# %% even rows and odd rows
+@@
+-    gate, up = gate_up.chunk(2)
++    gate, up = gate_up[0::2], gate_up[1::2]
+""",
     ),
 )
 

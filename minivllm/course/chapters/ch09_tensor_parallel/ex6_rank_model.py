@@ -523,6 +523,13 @@ EXERCISE = Exercise(
             ),
             hint=3,
             suspects=(_wrong(scrambled=True),),
+            answers=r"""
+# %% gathered below each other and reshaped
+@@
+-        return group.all_gather(hidden @ head.T)[:, : self.config.vocab_size]
++        scores = group.all_gather(hidden @ head.T, dim=0)
++        return scores.reshape(len(hidden), -1)[:, : self.config.vocab_size]
+""",
         ),
         Known(
             "columns-of-others",
@@ -553,6 +560,16 @@ EXERCISE = Exercise(
                 _wrong(strided=("gate_proj.weight",)),
                 _wrong(strided=("up_proj.weight",)),
             ),
+            answers=r"""
+# %% gate in steps, up in blocks
+@@
+-        if name.endswith(("q_proj.weight", "gate_proj.weight", "up_proj.weight")):
+-            return tensor.chunk(size)[rank]
++        if name.endswith("gate_proj.weight"):
++            return tensor[rank::size]
++        if name.endswith(("q_proj.weight", "up_proj.weight")):
++            return tensor.chunk(size)[rank]
+""",
         ),
         Known(
             "heads-torn",
@@ -566,6 +583,16 @@ EXERCISE = Exercise(
                 _wrong(strided=("q_proj.weight", "gate_proj.weight", "up_proj.weight")),
                 _wrong(strided=("q_proj.weight", "o_proj.weight")),
             ),
+            answers=r"""
+# %% q in steps of rows
+@@
+-        if name.endswith(("q_proj.weight", "gate_proj.weight", "up_proj.weight")):
+-            return tensor.chunk(size)[rank]
++        if name.endswith("q_proj.weight"):
++            return tensor[rank::size]
++        if name.endswith(("gate_proj.weight", "up_proj.weight")):
++            return tensor.chunk(size)[rank]
+""",
         ),
         Known(
             "heads-dealt-around",
@@ -576,6 +603,17 @@ EXERCISE = Exercise(
             ),
             hint=1,
             suspects=(_wrong(heads="q"), _wrong(heads="qo"), _wrong(heads="q", dealt=True)),
+            answers=r"""
+# %% q in steps of heads
+@@
+-        if name.endswith(("q_proj.weight", "gate_proj.weight", "up_proj.weight")):
+-            return tensor.chunk(size)[rank]
++        if name.endswith("q_proj.weight"):
++            heads = tensor.unflatten(0, (-1, self.config.head_dim))
++            return heads[rank::size].flatten(0, 1)
++        if name.endswith(("gate_proj.weight", "up_proj.weight")):
++            return tensor.chunk(size)[rank]
+""",
         ),
         Known(
             "same-kv-head-for-all",
@@ -585,6 +623,13 @@ EXERCISE = Exercise(
             ),
             hint=3,
             suspects=(_wrong(first=True),),
+            answers=r"""
+# %% the first one
+@@
+-            return tensor.chunk(min(size, kv_heads))[rank * min(size, kv_heads) // size]
++            place = rank if kv_heads >= size else 0
++            return tensor.chunk(min(size, kv_heads))[place]
+""",
         ),
         Known(
             "up-before-gate",
@@ -614,6 +659,13 @@ EXERCISE = Exercise(
             ),
             hint=3,
             suspects=(_wrong(below=True), _wrong(below=True, padding_kept=True)),
+            answers=r"""
+# %% dim 0
+@@
+-        return group.all_gather(hidden @ head.T)[:, : self.config.vocab_size]
++        scores = group.all_gather(hidden @ head.T, dim=0)
++        return scores[:, : self.config.vocab_size]
+""",
         ),
         Known(
             "always-tied",
