@@ -6,12 +6,14 @@ import os
 import random
 import signal
 import time
+from importlib.util import find_spec
 from time import perf_counter
 
 import numpy as np
 import pytest
 import torch
 
+from minivllm.course.grading.accesses import Accesses, accesses
 from minivllm.course.grading.chance import expect_no_chance
 from minivllm.course.grading.diagnose import diagnose
 from minivllm.course.grading.errors import Mistake
@@ -23,6 +25,12 @@ from minivllm.course.grading.judges import (
     expect_predictions,
     expect_refusal,
     expect_unchanged,
+)
+from minivllm.kernels._triton import tl, triton
+
+needs_triton_interpreter = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None,
+    reason="needs Triton's interpreter",
 )
 
 # --- state between calls --------------------------------------------------------------------------
@@ -274,3 +282,60 @@ def test_a_child_brings_back_what_it_found(interpreter: None) -> None:
 def test_without_the_interpreter_it_runs_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert isolated(os.getpid) == os.getpid()
+
+
+# --- what a kernel reads and writes ---------------------------------------------------------------
+
+
+@triton.jit
+def shift_kernel(out_ptr, x_ptr, N, BY: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    if MASKED:
+        x = tl.load(x_ptr + at, mask=at < N, other=1.0)
+    else:
+        x = tl.load(x_ptr + at)
+    tl.store(out_ptr + at + BY, x, mask=at < N)
+
+
+def run_shift(by: int, masked: bool) -> tuple[Accesses, torch.Tensor]:
+    x, out = torch.arange(6.0).view(3, 2), torch.zeros(3, 2)
+    with accesses(x=x, out=out) as seen:
+        shift_kernel[(1,)](out, x, 6, BY=by, BLOCK=8, MASKED=masked)
+    return seen, out
+
+
+@needs_triton_interpreter
+def test_a_read_outside_is_seen_though_its_result_is_not_used() -> None:
+    seen, out = run_shift(by=0, masked=False)
+    assert seen.read_outside == ["row 3 of x, which has the rows 0 to 2"]
+    assert seen.written_outside == []
+    assert out.flatten().tolist() == list(range(6))
+    assert seen.read["x"].all()
+    assert not seen.read["out"].any()
+
+
+@needs_triton_interpreter
+def test_a_write_outside_does_not_happen() -> None:
+    seen, out = run_shift(by=10**12, masked=True)
+    assert len(seen.written_outside) == 1
+    assert "which has the rows 0 to 2" in seen.written_outside[0]
+    assert seen.read_outside == []
+    assert not out.any()
+    assert not seen.written["out"].any()
+    seen, _ = run_shift(by=0, masked=True)
+    assert seen.written_outside == []
+    assert seen.written["out"].all()
+
+
+# --- NaN in what an answer may not read -----------------------------------------------------------
+
+
+def test_a_cache_is_seen_though_nan_lies_beside_what_it_keeps() -> None:
+    known = {}
+
+    def answer(x, length):
+        return known.setdefault((x.data_ptr(), length), 2 * x[:length])
+
+    case = torch.tensor([1.0, 2.0, float("nan")]), 2
+    with pytest.raises(Mistake, match="keeps-state"):
+        diagnose(answer, [case], lambda x, length: 2 * x[:length])
