@@ -38,7 +38,8 @@ def accesses(**tensors: torch.Tensor) -> Iterator[Accesses]:
     """Watch the loads, stores and atomics of the kernels that are launched in this block.
 
     tensors: all that the kernels get, by name; contiguous, on the CPU. What lies outside of them is
-    neither read nor written: a load gives NaN there (integers: 0), a store does nothing.
+    neither read nor written: a load gives NaN there (integers: 0), a store does nothing. A masked
+    load without `other` gives NaN, too, where the mask is False.
     """
     import numpy as np
 
@@ -65,10 +66,11 @@ def accesses(**tensors: torch.Tensor) -> Iterator[Accesses]:
             missed.append(_described(int(address[lost][0]), tensors))
         return TensorHandle(found, mask.dtype)
 
-    def load(original: Callable, ptrs: Any, mask: Any, *more: Any) -> Any:
+    def load(original: Callable, ptrs: Any, mask: Any, other: Any, *more: Any) -> Any:
         allowed = inside(ptrs, mask, seen.read, seen.read_outside)
-        result = original(ptrs, allowed, *more)
-        lost = np.asarray(mask.data, dtype=bool) & ~allowed.data
+        result = original(ptrs, allowed, other, *more)
+        # Triton does not say what a masked lane gets where `other` is missing.
+        lost = ~allowed.data if other is None else np.asarray(mask.data, bool) & ~allowed.data
         if lost.any() and np.issubdtype(result.data.dtype, np.floating):
             result.data = np.where(lost, np.asarray(np.nan, result.data.dtype), result.data)
         return result
