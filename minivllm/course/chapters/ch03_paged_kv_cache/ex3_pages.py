@@ -183,7 +183,6 @@ def _batches() -> list[tuple]:
         _batch([5, 0, 9], (2, 4, 8), 2, junk="numbers"),
         _batch([20, 64, 31], (3, 8, 12), 2, scale=0.7),
         _batch([24, 10], (2, 6, 5), 3, loud=300.0),
-        _deep(),
         _batch([130, 257, 0], (2, 16, 8), 2),
         _batch([600], (1, 12, 8), 3, junk="numbers"),
     ]
@@ -205,26 +204,26 @@ def _called(function: Callable) -> Callable:
     return run
 
 
+def _right(
+    query: Any, k_cache: Any, v_cache: Any, block_table: Any, seq_lens: Any, scale: float
+) -> torch.Tensor:
+    return Decode()(query, k_cache, v_cache, block_table, seq_lens, scale)
+
+
 def _check_decode(answer: Callable) -> int:
-    from minivllm.kernels.paged_attention import decode_attention_reference
-
-    mine, right = _called(answer), _called(decode_attention_reference)
-
-    def named(
-        query: Any, k_cache: Any, v_cache: Any, block_table: Any, seq_lens: Any, scale: float
-    ) -> torch.Tensor:
-        return right(query, k_cache, v_cache, block_table, seq_lens, scale)
-
-    number = judge(mine, _batches(), named, _suspects(Decode), closer=lambda: weights_seen(mine))
-    _expect_dtype(mine, right)
-    _expect_no_stale_entries(mine, right)
+    mine = _called(answer)
+    number = judge(mine, _batches(), _right, _suspects(Decode), closer=lambda: weights_seen(mine))
+    # A float32 of 12,000 has three decimals, and so has a log-sum-exp.
+    judge(mine, [_deep()], _right, _suspects(Decode), rtol=0.01, atol=0.01)
+    _expect_dtype(mine)
+    _expect_no_stale_entries(mine)
     first, second = (_batch(contexts, (2, 4, 8), 2) for contexts in ([9, 6], [5, 11]))
     what = "other requests have come, with other blocks and contexts"
-    expect_nothing_kept(mine, first, second, right, what)
+    expect_nothing_kept(mine, first, second, _right, what)
     return number
 
 
-def _expect_dtype(mine: Callable, right: Callable) -> None:
+def _expect_dtype(mine: Callable) -> None:
     import torch
 
     batch = _batch([5, 8], (2, 4, 8), 2)
@@ -236,7 +235,7 @@ def _expect_dtype(mine: Callable, right: Callable) -> None:
         f"query is bfloat16, and your result {got.dtype}.\nIt has query's dtype:"
         " torch.zeros_like(query).",
     )
-    found = difference(got.float(), right(*batch), rtol=0.05, atol=0.05)
+    found = difference(got.float(), _right(*batch), rtol=0.05, atol=0.05)
     expect(
         not found,
         "wrong-in-bfloat16",
@@ -245,12 +244,12 @@ def _expect_dtype(mine: Callable, right: Callable) -> None:
     )
 
 
-def _expect_no_stale_entries(mine: Callable, right: Callable) -> None:
+def _expect_no_stale_entries(mine: Callable) -> None:
     for size in (4, 16):
         # Three whole blocks: the entry behind them is not needed, and none of a padded row.
         batch = _batch([size + 1, 3 * size, 0], (2, size, 8), 2, stale=NOWHERE)
         try:
-            same = difference(mine(*batch), right(*batch)) is None
+            same = difference(mine(*batch), _right(*batch)) is None
         except IndexError:
             same = False
         if not same:

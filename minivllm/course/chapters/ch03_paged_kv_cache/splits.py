@@ -88,8 +88,7 @@ class Splits:
             begin = max(
                 begin, begin + (-(-(end - begin) // request.tile) - self.last) * request.tile
             )
-        from_zero = self.mistake == "starts-at-zero" or self.mistake.startswith("no-maximum")
-        m = torch.full((heads,), 0.0 if from_zero else -math.inf)
+        m = torch.full((heads,), _first_maximum(self.mistake))
         l, acc = torch.zeros(heads), torch.zeros(heads, dim)
         for first in range(begin, end, request.tile):
             known_until = end if self.mistake == "rounded-down-and-cut" else request.context
@@ -171,6 +170,13 @@ class Splits:
         if self.mistake in nothing:
             lse = torch.where(l > 0, lse, nothing[self.mistake])
         return out, lse
+
+
+def _first_maximum(mistake: str) -> float:
+    if mistake == "starts-at-zero" or mistake.startswith("no-maximum"):
+        return 0.0
+    what, _, number = mistake.partition(":")
+    return float(number) if what == "starts-at" else -math.inf
 
 
 def _factor(mistake: str, scale: float, dim: int) -> float:
