@@ -44,26 +44,26 @@ def judge(
         message = re.sub(r"= (float32 \[[\d, ]+\]) \([^()]*\)", r"= \1", mistake.message)
         name = mistake.name
         if name == "wrong-values" and closer:
-            name = "low-precision" if _nearly_right(answer, cases, right, more) else name
+            rounded = "writes" not in more and _nearly_right(answer, cases, right)
+            name = "low-precision" if rounded else name
             message += "\n" + (_ROUNDED if name == "low-precision" else closer())
         raise Mistake(name, message) from mistake.__cause__
 
 
 _ROUNDED = (
-    "All results are nearly right, within 2 %, and none is exact: somewhere your code computes in"
-    " half precision.\nLook for .half(), .bfloat16(), or a dtype that you gave to a new tensor."
+    "Most results are nearly right, within 2 %, and not exact: somewhere your code computes in half"
+    " precision.\nLook for .half(), .bfloat16(), or a dtype that you gave to a new tensor."
 )
 
 
-def _nearly_right(
-    answer: Callable, cases: Sequence[tuple], right: Callable, more: dict[str, Any]
-) -> bool:
-    """Whether all results differ from the right ones by less than 2 %."""
-    try:
-        diagnose(answer, cases, right, writes=more.get("writes", ()), rtol=0.02, atol=0.02)
-    except Mistake:
-        return False
-    return True
+def _nearly_right(answer: Callable, cases: Sequence[tuple], right: Callable) -> bool:
+    """Whether most results differ from the right ones by less than 2 %, and few are exact."""
+    near = exact = 0
+    for case in cases:
+        got, expected = answer(*copy.deepcopy(case)), right(*copy.deepcopy(case))
+        exact += difference(got, expected) is None
+        near += difference(got, expected, 0.02, 0.02) is None
+    return 3 * near >= 2 * len(cases) and 3 * exact <= len(cases)
 
 
 def expect_nothing_kept(
@@ -141,38 +141,45 @@ def pages(
     return k_cache, v_cache, table, torch.tensor(contexts, dtype=torch.int32)
 
 
-def weights_seen(attend: Callable[..., torch.Tensor]) -> str:
-    """A line that says which tokens have the wrong weight, with one request and one head.
+#: What to say where `weights_seen` finds nothing.
+WEIGHTS_ARE_RIGHT = (
+    "With one request and one head all weights are right. Look at what is different with several"
+    " requests or heads, other sizes, or large scores."
+)
 
-    attend(query, k_cache, v_cache, block_table, seq_lens, scale) gives the output ``[1, 1, 16]``.
+
+def weights_seen(attend: Callable[..., torch.Tensor], context: int = 11, size: int = 4) -> str:
+    """A line that says which tokens have the wrong weight, with one request and one head; or "".
+
+    attend(query, k_cache, v_cache, block_table, seq_lens, scale) gives the output ``[1, 1, D]``.
     The values of token j are 0 but for a 1 in column j, so that the output shows the weights.
     """
     import torch
 
-    context, size, scale = 11, 4, 0.3
-    k_cache, v_cache, table, lens = pages([context], (1, size, 16), seed=7, junk="numbers")
+    dim, scale = 1 << context.bit_length(), 0.3
+    k_cache, v_cache, table, lens = pages([context], (1, size, dim), seed=7, junk="numbers")
+    k_cache[..., 16:] = 0.0
     tokens = torch.arange(context)
     places = table[0].long()[tokens // size], 0, tokens % size
     v_cache.zero_()
-    v_cache[..., 15] = 1.0
-    v_cache[places] = torch.eye(16)[:context]
-    query = torch.randn(1, 1, 16, generator=seeded(8))
+    v_cache[..., -1] = 1.0
+    v_cache[places] = torch.eye(dim)[:context]
+    query = torch.randn(1, 1, dim, generator=seeded(8))
     expected = (k_cache[places] @ query[0, 0] * scale).softmax(dim=0)
     where = f"A closer look: one request with {context} tokens in blocks of {size}, one head."
     try:
         got = attend(query, k_cache, v_cache, table, lens, scale)[0, 0]
     except Exception as error:
         return f"{where} Your code raises {type(error).__name__}: {error}"
-    wrong = [j for j in range(context) if not abs(got[j] - expected[j]) < 1e-3]
-    if abs(got[15]) > 1e-3:
+    near = 1e-3 if context < 50 else 1e-4
+    wrong = [j for j in range(context) if not abs(got[j] - expected[j]) < near]
+    if abs(got[-1]) > near:
         return (
             f"{where} What lies beyond the context, or in other blocks, has a weight of"
-            f" {got[15]:.3f}; it should have none."
+            f" {got[-1]:.4f}; it should have none."
         )
+    shown = ", ".join(f"token {j} {got[j]:.4f} (right: {expected[j]:.4f})" for j in wrong[:4])
     if not wrong:
-        return (
-            f"{where} There all weights are right. Look at what is different with several requests"
-            " or heads, other sizes, longer contexts or large scores."
-        )
-    shown = ", ".join(f"token {j} {got[j]:.3f} (right: {expected[j]:.3f})" for j in wrong[:4])
-    return f"{where} These weights are wrong: {shown}{' …' if len(wrong) > 4 else ''}."
+        return ""
+    count = "" if len(wrong) <= 4 else f" and those of {len(wrong) - 4} tokens more"
+    return f"{where} These weights are wrong: {shown}{count}."

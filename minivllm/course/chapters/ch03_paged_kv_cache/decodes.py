@@ -46,8 +46,11 @@ class Decode:
             context = self._context(i, seq_lens)
             row = block_table[0 if self.mistake == "one-table-for-all" else i]
             caches = k_cache, k_cache if self.mistake == "keys-as-values" else v_cache
-            k, v = (self._rows(cache, row, context, query.shape[1]) for cache in caches)
-            out[i] = self._attend(query[i], k, v, context, scale)
+            ends = {"cut-at-the-longest": seq_lens.max(), "cut-at-the-first": seq_lens[0]}
+            cut = int(ends[self.mistake]) if self.mistake in ends else None
+            k, v = (self._rows(cache, row, context, query.shape[1], cut) for cache in caches)
+            heads = self._queries(query.shape[1], k_cache.shape[1])
+            out[i] = self._attend(query[i][heads], (k, v), context, scale, k_cache.shape[1])
         return out
 
     def _context(self, i: int, seq_lens: torch.Tensor) -> int:
@@ -58,7 +61,7 @@ class Decode:
         return max(0, int(seq_lens[i]) - (self.mistake == "new-token-missing"))
 
     def _rows(
-        self, cache: torch.Tensor, row: torch.Tensor, context: int, heads: int
+        self, cache: torch.Tensor, row: torch.Tensor, context: int, heads: int, cut: int | None
     ) -> torch.Tensor:
         """The rows that are read for each query head, ``[heads, tokens, head_dim]``."""
         import torch
@@ -76,7 +79,7 @@ class Decode:
                 else blocks.transpose(0, 1).flatten(1, 2)
             )
         if self.mistake not in _NOT_CUT and (context or self.mistake != "padded-row"):
-            rows = rows[:, :context]
+            rows = rows[:, : context if cut is None else cut]
         if self.window:
             rows = rows[:, -self.window :]
         return rows[self._kv_heads(heads, cache.shape[1])]
@@ -89,9 +92,20 @@ class Decode:
             count = context // size
         elif self.mistake == "last-block-missing-but-one":
             count = max(1, context // size)
+        elif self.mistake == "last-block-missing-if-begun":
+            count = (context - 1) // size
         elif self.mistake == "padded-row":
             count = max(1, count)
         return torch.arange(count) if self.mistake == "table-ignored" else row[:count].long()
+
+    def _queries(self, heads: int, kv_heads: int) -> torch.Tensor:
+        """The query head whose output is head 0, 1 …."""
+        import torch
+
+        numbers = torch.arange(heads)
+        if self.mistake == "heads-out-of-order":
+            return numbers.view(-1, kv_heads).T.flatten()
+        return numbers
 
     def _kv_heads(self, heads: int, kv_heads: int) -> torch.Tensor:
         """The KV head of each query head."""
@@ -103,9 +117,17 @@ class Decode:
         return numbers * 0 if self.mistake == "first-kv-head" else numbers // (heads // kv_heads)
 
     def _attend(
-        self, query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: int, scale: float
+        self,
+        query: torch.Tensor,
+        rows: tuple[torch.Tensor, torch.Tensor],
+        context: int,
+        scale: float,
+        kv_heads: int,
     ) -> torch.Tensor:
+        """The output of one request's heads. rows: keys and values, [heads, tokens, head_dim]."""
         import torch
+
+        k, v = rows
 
         usual = query.shape[-1] ** -0.5
         factors = {
@@ -129,13 +151,16 @@ class Decode:
             v[:, context:] = 0.0
         if self.mistake == "padded-row" and not context:
             return torch.full_like(query, math.nan)
-        return torch.einsum("hn,hnd->hd", self._weights(scores), v)
+        return torch.einsum("hn,hnd->hd", self._weights(scores, kv_heads), v)
 
-    def _weights(self, scores: torch.Tensor) -> torch.Tensor:
+    def _weights(self, scores: torch.Tensor, kv_heads: int) -> torch.Tensor:
         if self.mistake == "no-maximum":
             return scores.exp() / scores.exp().sum(dim=-1, keepdim=True)
         if self.mistake == "not-normalised":
             return (scores - scores.amax(dim=-1, keepdim=True)).exp() if scores.numel() else scores
+        if self.mistake in ("softmax-over-group", "softmax-over-kv-heads"):
+            dim = 1 if self.mistake == "softmax-over-group" else 0
+            return scores.unflatten(0, (kv_heads, -1)).softmax(dim=dim).flatten(0, 1)
         return scores.softmax(dim=0 if self.mistake == "softmax-over-heads" else -1)
 
 

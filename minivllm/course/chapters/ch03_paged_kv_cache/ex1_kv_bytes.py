@@ -25,6 +25,7 @@ _MODELS = (
     _Model(12, 3072, 24, 6, 64),  # heads shorter than hidden_size / num_attention_heads
     _Model(1, 64, 4, 1, 16),
     _Model(3, 90, 9, 3, 22),
+    _Model(26, 2304, 8, 4, 256),
 )
 
 

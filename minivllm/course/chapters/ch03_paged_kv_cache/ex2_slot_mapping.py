@@ -128,6 +128,18 @@ def _one_each(last: bool) -> Callable:
     return mapped
 
 
+def _one_more(
+    table: torch.Tensor, starts: list[int], lens: list[int], size: int, pad_to: int
+) -> torch.Tensor:
+    return _right(table, starts, [count + 1 for count in lens], size, pad_to)
+
+
+def _padding_first(
+    table: torch.Tensor, starts: list[int], lens: list[int], size: int, pad_to: int
+) -> torch.Tensor:
+    return _right(table, starts, lens, size, pad_to).roll(pad_to - sum(lens))
+
+
 def _in_blocks_of(size: int) -> Callable:
     """With another block size; 0: the table's width."""
 
@@ -343,7 +355,10 @@ def slot_mapping(
             "You add the offset to the block's number. Block b begins at slot b ·"
             " block_size.\nMultiply first.",
             hint=1,
-            suspects=(_mapping(lambda t, p, j, size: t[p // size] + p % size),),
+            suspects=(
+                _mapping(lambda t, p, j, size: t[p // size] + p % size),
+                _mapping(lambda t, p, j, size: t[p // size] + p),
+            ),
             answers=r"""
 # %% forgets to multiply
 @@
@@ -390,6 +405,26 @@ def slot_mapping(
 -        for position in range(start, start + count):
 +        for position in [start + count - 1]:
 """,
+        ),
+        Known(
+            "one-token-too-many",
+            "A request got one slot more than it has new tokens.\nIts last new token has position"
+            " starts[i] + query_lens[i] - 1; `range` stops before its second number.",
+            hint=2,
+            suspects=(_one_more,),
+            answers=r"""
+# %% up to and with the end
+@@
+-        for position in range(start, start + count):
++        for position in range(start, start + count + 1):
+""",
+        ),
+        Known(
+            "padding-first",
+            "The -1 stand before the slots.\nThe tokens come first, request after request, and -1"
+            " fills up what is left behind them.",
+            hint=3,
+            suspects=(_padding_first,),
         ),
         Known(
             "padded-with-zero",

@@ -10,6 +10,7 @@ from minivllm.course.chapters.ch03_paged_kv_cache import decodes as reading
 from minivllm.course.chapters.ch03_paged_kv_cache import stores as storing
 from minivllm.course.chapters.ch03_paged_kv_cache.common import (
     NOWHERE,
+    WEIGHTS_ARE_RIGHT,
     expect_nothing_kept,
     judge,
     pages,
@@ -212,7 +213,7 @@ def _right(
 
 def _check_decode(answer: Callable) -> int:
     mine = _called(answer)
-    number = judge(mine, _batches(), _right, _suspects(Decode), closer=lambda: weights_seen(mine))
+    number = judge(mine, _batches(), _right, _suspects(Decode), closer=lambda: _closer(mine))
     # A float32 of 12,000 has three decimals, and so has a log-sum-exp.
     judge(mine, [_deep()], _right, _suspects(Decode), rtol=0.01, atol=0.01)
     _expect_dtype(mine)
@@ -221,6 +222,11 @@ def _check_decode(answer: Callable) -> int:
     what = "other requests have come, with other blocks and contexts"
     expect_nothing_kept(mine, first, second, _right, what)
     return number
+
+
+def _closer(mine: Callable) -> str:
+    """A line about the weights: in a small case or, where they are right, in a long context."""
+    return weights_seen(mine) or weights_seen(mine, 600, 16) or WEIGHTS_ARE_RIGHT
 
 
 def _expect_dtype(mine: Callable) -> None:
@@ -372,8 +378,9 @@ EXERCISE = Exercise(
         ),
         Known(
             "keys-as-values",
-            "The value cache got keys.\nkey goes to k_cache, value to v_cache.",
-            suspects=(Store(keys_as_values=True),),
+            "Keys and values are mixed up: a cache got what belongs to the other.\nkey goes to"
+            " k_cache, value to v_cache.",
+            suspects=tuple(Store(sources=sources) for sources in ((0, 0), (1, 1), (1, 0))),
             answers=r"""
 # %% copied the line, changed one name
 @@
@@ -550,6 +557,20 @@ EXERCISE = Exercise(
 """,
         ),
         Known(
+            "heads-out-of-order",
+            "You view the query heads as [group, KV heads], and the output as [KV heads, group]:"
+            " heads get each other's results.\nThe first `group` query heads share KV head 0: view"
+            " both as [KV heads, group, head_dim].",
+            hint=3,
+            suspects=decodes("heads-out-of-order"),
+            answers=r"""
+# %% the other way round, and not back
+@@
+-        q = query[i].unflatten(0, (kv_heads, -1))
++        q = query[i].unflatten(0, (-1, kv_heads)).transpose(0, 1)
+""",
+        ),
+        Known(
             "first-kv-head",
             "All query heads read KV head 0.\nQuery heads 0 … group-1 share KV head 0, the next"
             " ones KV head 1, and so on.",
@@ -626,7 +647,13 @@ EXERCISE = Exercise(
             "Your softmax adds up over the heads. The weights of one head over its tokens must add"
             " up to 1.\nLook at dim: the tokens are in the last dimension of the scores.",
             hint=3,
-            suspects=decodes("softmax-over-heads"),
+            suspects=decodes("softmax-over-heads", "softmax-over-group", "softmax-over-kv-heads"),
+            answers=r"""
+# %% the wrong dimension of three
+@@
+-        weights = torch.softmax(q @ k.transpose(1, 2) * scale, dim=-1)
++        weights = torch.softmax(q @ k.transpose(1, 2) * scale, dim=1)
+""",
         ),
         Known(
             "table-ignored",
@@ -658,7 +685,9 @@ EXERCISE = Exercise(
             "You take one context for all requests: the first, or the longest.\nseq_lens[i] is"
             " request i's.",
             hint=2,
-            suspects=decodes("longest-for-all", "first-for-all"),
+            suspects=decodes(
+                "longest-for-all", "first-for-all", "cut-at-the-longest", "cut-at-the-first"
+            ),
             answers=r"""
 # %% the longest
 @@
@@ -684,7 +713,9 @@ EXERCISE = Exercise(
             "A block that is not full is left out: context // block_size rounds down.\nRound up: a"
             " context of 5 in blocks of 4 needs two.",
             hint=2,
-            suspects=decodes("last-block-missing", "last-block-missing-but-one"),
+            suspects=decodes(
+                "last-block-missing", "last-block-missing-but-one", "last-block-missing-if-begun"
+            ),
             answers=r"""
 # %% rounds down
 @@

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from minivllm.course.chapters.ch03_paged_kv_cache.common import (
     NO_BLOCK,
+    WEIGHTS_ARE_RIGHT,
     judge,
     pages,
     weights_seen,
@@ -304,11 +305,14 @@ def _expect_fair_splits(kernel: _Kernel) -> None:
 def _closer(kernel: _Kernel) -> str:
     """A line about the weights, of one split or, where that is right, of two."""
 
-    def attend(num_splits: int) -> str:
-        return weights_seen(lambda *args: kernel(*args, (4, num_splits))[0])
+    def attend(tile: int, num_splits: int) -> Callable:
+        return lambda *args: kernel(*args, (tile, num_splits))[0]
 
-    alone = attend(1)
-    return alone if "all weights are right" not in alone else f"With two splits: {attend(2)}"
+    if alone := weights_seen(attend(4, 1)):
+        return f"{alone} That is with num_splits = 1 and TILE = 4."
+    if split := weights_seen(attend(4, 2)):
+        return f"{split} That is with num_splits = 2; with 1 all weights are right."
+    return weights_seen(attend(16, 2), 200, 16) or WEIGHTS_ARE_RIGHT
 
 
 def _judged(answer: Any) -> int:
@@ -804,20 +808,6 @@ EXERCISE = Exercise(
 """,
         ),
         Known(
-            "maximum-starts-at-a-number",
-            "Your running maximum m does not start at -inf, but at a number. Real scores may be"
-            " smaller: then all weights are exp of something far below 0, and their sum is 0. And"
-            " the lse of an empty split is that number, not -inf.\nLet m start at float('-inf').",
-            hint=3,
-            suspects=splits(*(f"starts-at:{start}" for start in _STARTS)),
-            answers=r"""
-# %% a large negative number
-@@
--    m, l, acc = float("-inf"), 0.0, tl.zeros([D], dtype=tl.float32)
-+    m, l, acc = -1e9, 0.0, tl.zeros([D], dtype=tl.float32)
-""",
-        ),
-        Known(
             "mask-too-small",
             "The scores beyond the context are masked with a number that is not small enough: real"
             " scores may be smaller, and then what is hidden gets the weight.\nMask with"
@@ -829,6 +819,20 @@ EXERCISE = Exercise(
 @@
 -        scores = tl.where(known, tl.sum(k * query[None, :], axis=1), float("-inf"))
 +        scores = tl.where(known, tl.sum(k * query[None, :], axis=1), -1e4)
+""",
+        ),
+        Known(
+            "maximum-starts-at-a-number",
+            "Your running maximum m does not start at -inf, but at a number. Real scores may be"
+            " smaller: then all weights are exp of something far below 0, and their sum is 0. And"
+            " the lse of an empty split is that number, not -inf.\nLet m start at float('-inf').",
+            hint=3,
+            suspects=splits(*(f"starts-at:{start}" for start in _STARTS)),
+            answers=r"""
+# %% a large negative number
+@@
+-    m, l, acc = float("-inf"), 0.0, tl.zeros([D], dtype=tl.float32)
++    m, l, acc = -1e9, 0.0, tl.zeros([D], dtype=tl.float32)
 """,
         ),
         Known(

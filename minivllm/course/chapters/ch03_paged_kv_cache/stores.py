@@ -70,7 +70,8 @@ class Store:
     choose: Choose = wanted
     keys: Put = put
     values: Put = put
-    keys_as_values: bool = False
+    #: What goes to the key cache and to the value cache: 0 is the keys, 1 the values.
+    sources: tuple[int, int] = (0, 1)
 
     def __call__(
         self,
@@ -80,9 +81,9 @@ class Store:
         v_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        value = key if self.keys_as_values else value
-        for rows, cache, put_rows in ((key, k_cache, self.keys), (value, v_cache, self.values)):
-            rows, slots = self.choose(rows, slot_mapping)
+        caches = (k_cache, self.keys), (v_cache, self.values)
+        for source, (cache, put_rows) in zip(self.sources, caches, strict=True):
+            rows, slots = self.choose((key, value)[source], slot_mapping)
             put_rows(cache, slots, rows)
 
 
