@@ -116,7 +116,7 @@ class _Kernel:
         return joined(out, lse)
 
     def launch(
-        self, case: tuple, reads: dict[tuple, int] | None = None
+        self, case: tuple, reads: dict[tuple, tuple[int, int]] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, Accesses]:
         """(out, lse, what was read and written).
 
@@ -142,7 +142,7 @@ class _Kernel:
         with contextlib.ExitStack() as watch:
             seen = watch.enter_context(accesses(**tensors))
             if reads is not None:
-                watch.enter_context(_by_program(seen, reads))
+                watch.enter_context(_by_program(seen, k_cache, reads))
             self.kernel[(batch, heads, num_splits)](
                 out,
                 lse,
@@ -247,54 +247,76 @@ def _right(
 
 
 @contextlib.contextmanager
-def _by_program(seen: Accesses, reads: dict[tuple, int]) -> Iterator[None]:
-    """Note in reads how many keys each program loads, by its place in the grid."""
+def _by_program(
+    seen: Accesses, k_cache: torch.Tensor, reads: dict[tuple, tuple[int, int]]
+) -> Iterator[None]:
+    """Note in reads what each program loads of the key cache, by its place in the grid.
+
+    (how many numbers, in how many loads); loads whose mask hides everything count, too.
+    """
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield
         return
     from triton.runtime.interpreter import interpreter_builder
 
-    original, place = interpreter_builder.set_grid_idx, []
+    original, load = interpreter_builder.set_grid_idx, interpreter_builder.create_masked_load
+    place, loads = [], [0]
+    begin = k_cache.data_ptr()
+    end = begin + k_cache.numel() * k_cache.element_size()
 
     def note() -> None:
         rows = seen.read["k_cache"]
         if place:
-            reads[place.pop()] = int(rows.sum())
+            reads[place.pop()] = int(rows.sum()), loads[0]
         rows[:] = False
+        loads[0] = 0
 
     def setting(*at: int) -> None:
         note()
         place.append(at)
         original(*at)
 
+    def loading(ptrs: Any, *more: Any) -> Any:
+        address = ptrs.data
+        loads[0] += bool(((address >= begin) & (address < end)).any())
+        return load(ptrs, *more)
+
     interpreter_builder.set_grid_idx = setting
+    interpreter_builder.create_masked_load = loading
     try:
         yield
         note()
     finally:
         del interpreter_builder.set_grid_idx
+        interpreter_builder.create_masked_load = load
 
 
 def _expect_fair_splits(kernel: _Kernel) -> None:
     """No split may count, or load, more tokens than its share."""
     for context, shape, tile, num_splits in (
-        (40, (1, 8, 16), 8, 4),
+        (56, (1, 8, 16), 8, 4),
         (50, (1, 4, 16), 8, 3),
         (100, (1, 16, 16), 4, 2),
     ):
         case = _case([context], shape, 1, tile, num_splits)
         case[0].zero_()  # all scores are 0: the sum of a split's weights is its number of tokens
-        reads: dict[tuple, int] = {}
+        reads: dict[tuple, tuple[int, int]] = {}
         _, lse, _ = kernel.launch(case, reads)
         counts = [round(math.exp(x)) for x in lse[:, 0, 0].tolist()]
-        loaded = [reads.get((0, 0, split), 0) // shape[2] for split in range(num_splits)]
+        found = [reads.get((0, 0, split), (0, 0)) for split in range(num_splits)]
+        loaded = [numbers // shape[2] for numbers, _ in found]
+        walked = [loads * tile for _, loads in found]
         tiles = -(-context // tile)
         most = -(-tiles // num_splits)
         where = (
             f"A context of {context} tokens, TILE = {tile}, num_splits = {num_splits}: that are"
             f" {tiles} tiles, at most {most} for each split."
         )
-        for what, numbers in (("have", counts), ("load the keys of", loaded)):
+        for what, numbers in (
+            ("have", counts),
+            ("load the keys of", loaded),
+            ("walk over", walked),
+        ):
             if max(numbers) > most * tile:
                 said = ", ".join(map(str, numbers))
                 raise EXERCISE.mistake(
@@ -738,6 +760,32 @@ EXERCISE = Exercise(
 """,
         ),
         Known(
+            "exp2-without-log2e",
+            "You take powers of 2 where powers of e are asked for.\nUse tl.exp; or multiply the"
+            " scale by log2(e) first, and turn m and l back at the end: lse is natural.",
+            hint=1,
+            suspects=splits("exp2"),
+            answers=r"""
+# %% exp2 is faster, is it not?
+@@
+-        weights, rescale = tl.exp(scores - new), tl.exp(m - new)
++        weights, rescale = tl.exp2(scores - new), tl.exp2(m - new)
+""",
+        ),
+        Known(
+            "divided-by-kv-heads",
+            "You take head // KH for the KV head. Each KV head has GROUP query heads.\nThe KV head"
+            " is head // GROUP.",
+            hint=1,
+            suspects=splits("divided-by-kv-heads"),
+            answers=r"""
+# %% head // KH
+@@
+-            rows_of(table_ptr, tokens, known, head // GROUP, KH, SIZE, D)[:, None]
++            rows_of(table_ptr, tokens, known, head // KH, KH, SIZE, D)[:, None]
+""",
+        ),
+        Known(
             "own-scale",
             "You scale by 1 / √D. That is the usual scale, but the model decides: use the argument"
             " `scale`.\nHere it is another one.",
@@ -861,6 +909,18 @@ EXERCISE = Exercise(
 @@
 -    share = tl.cdiv(tl.cdiv(context, TILE), num_splits) * TILE
 +    share = tl.cdiv(context, TILE) * TILE
+
+# %% all walk over everything, and mask what is another split's
+@@
+-    for first in range(begin, tl.minimum(begin + share, context), TILE):
++    for first in range(0, context, TILE):
+@@
+-        known = tokens < context
++        known = (tokens >= begin) & (tokens < tl.minimum(begin + share, context))
+@@
+-        weights, rescale = tl.exp(scores - new), tl.exp(m - new)
++        base = tl.where(new == float("-inf"), 0.0, new)
++        weights, rescale = tl.exp(scores - base), tl.exp(m - base)
 
 # %% one tile each, and the last split takes the rest
 @@

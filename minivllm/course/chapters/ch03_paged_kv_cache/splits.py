@@ -96,7 +96,8 @@ class Splits:
             new = torch.maximum(m, scores.amax(dim=1))
             if self.mistake.startswith("no-maximum"):
                 new = torch.zeros(heads)
-            weights, rescale = torch.exp(scores - new[:, None]), torch.exp(m - new)
+            exp = torch.exp2 if self.mistake == "exp2" else torch.exp
+            weights, rescale = exp(scores - new[:, None]), exp(m - new)
             keep_l = self.mistake in ("no-rescale", "no-rescale-l")
             keep_acc = self.mistake in ("no-rescale", "no-rescale-acc")
             l = l * (1.0 if keep_l else rescale) + weights.sum(dim=1)
@@ -145,6 +146,7 @@ class Splits:
             "interleaved": numbers % kv_heads,
             "no-group": numbers,
             "first-kv-head": numbers * 0,
+            "divided-by-kv-heads": numbers // kv_heads,
         }.get(self.mistake, numbers // (heads // kv_heads))
         rows = ((blocks * kv_heads + kv_head[:, None]) * size + tokens % size) * dim
         places = rows[..., None] + torch.arange(dim)
