@@ -423,7 +423,6 @@ def slot_mapping(
             "padding-first",
             "The -1 stand before the slots.\nThe tokens come first, request after request, and -1"
             " fills up what is left behind them.",
-            hint=3,
             suspects=(_padding_first,),
         ),
         Known(

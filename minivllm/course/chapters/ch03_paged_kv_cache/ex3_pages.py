@@ -639,7 +639,6 @@ EXERCISE = Exercise(
         Known(
             "not-normalised",
             "The weights do not add up to 1.\nDivide by their sum, or use torch.softmax.",
-            hint=3,
             suspects=decodes("not-normalised"),
         ),
         Known(

@@ -901,8 +901,8 @@ EXERCISE = Exercise(
         ),
         Known(
             "unfair-splits",
-            "The merged output is right, but one split does more than its share, and the others"
-            " wait for it.\nNo split may have more than ⌈tiles / num_splits⌉ tiles.",
+            "The merged output is right, but a split does more than its share, and the others wait"
+            " for it.\nNo split may have more than ⌈tiles / num_splits⌉ tiles.",
             hint=2,
             answers=r"""
 # %% split 0 does everything
