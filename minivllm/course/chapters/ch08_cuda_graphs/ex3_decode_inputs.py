@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 from minivllm.course.chapters.ch08_cuda_graphs.common import (
     QUESTIONS,
     cuda_errors,
-    the_expected,
-    the_prompts,
+    expected_answers,
+    prompts,
 )
 from minivllm.course.grading.exercise import Exercise, Known
 
@@ -240,7 +240,7 @@ def _with_the_model(decode_inputs: Callable, advance: Callable) -> int:
 
     gpu = SimulatedGPU()
     model = SimulatedModel(gpu, num_slots=4)
-    prompts, expected = the_prompts(), the_expected(30)
+    prompts, expected = prompts(), expected_answers(30)
     texts = {i: [model.admit(i, prompts[i], len(prompts[i]) + 31)] for i in range(3)}
     inputs, move_on = counted(decode_inputs), counted(advance)
 

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 from minivllm.course.chapters.ch08_cuda_graphs.common import (
     QUESTIONS,
     cuda_errors,
-    the_expected,
-    the_n,
-    the_prompts,
+    expected_answers,
+    amount,
+    prompts,
 )
 from minivllm.course.grading.exercise import Exercise, Known
 
@@ -129,13 +129,13 @@ def _size_fault(answer: Callable) -> str:
         if size not in (1, 2, 4, 8) or size < count:
             raise Mistake(
                 "no-such-graph",
-                f"For {the_n(count, 'sequence')} fill returned {show(size)}.\nRecorded are 1, 2, 4"
+                f"For {amount(count, 'sequence')} fill returned {show(size)}.\nRecorded are 1, 2, 4"
                 " and 8.",
             )
         if size != best:
             return (
-                f"For {the_n(count, 'sequence')} fill returned {size}; the smallest graph that is"
-                f" large enough has {the_n(best, 'row')}.\nAll others are computed for nobody."
+                f"For {amount(count, 'sequence')} fill returned {size}; the smallest graph that is"
+                f" large enough has {amount(best, 'row')}.\nAll others are computed for nobody."
             )
     return ""
 
@@ -143,7 +143,7 @@ def _size_fault(answer: Callable) -> str:
 def _serve_rows(answer: Callable) -> int:
     from minivllm.course.sim.streams import RowServer, SimulatedGPU
 
-    gpu, prompts, expected = SimulatedGPU(), the_prompts(), the_expected(120)
+    gpu, prompts, expected = SimulatedGPU(), prompts(), expected_answers(120)
     server = RowServer(gpu, answer, [1, 2, 4], longest_prompt=max(map(len, prompts)))
     addresses = [getattr(server.batch, name).data_ptr() for name in _TENSORS]
     order = {"A": 0, "B": 1, "C": 2, "D": 3}

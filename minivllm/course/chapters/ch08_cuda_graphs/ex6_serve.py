@@ -12,7 +12,7 @@ from minivllm.course.grading.judges import expect
 
 if TYPE_CHECKING:
     pass
-from minivllm.course.chapters.ch08_cuda_graphs.common import cuda_errors, the_n
+from minivllm.course.chapters.ch08_cuda_graphs.common import cuda_errors, amount
 from minivllm.course.grading.exercise import Exercise, Known
 
 
@@ -114,7 +114,7 @@ def _serve_one(answer: Callable, requests: list[tuple[int, int]], times: dict[st
         raise Mistake(
             "never-ends",
             f"{what}: after {limit} calls of schedule() your loop still runs;"
-            f" {the_n(engine.unfinished, 'request')} unfinished, {the_n(len(engine._in_flight), 'step')}"
+            f" {amount(engine.unfinished, 'request')} unfinished, {amount(len(engine._in_flight), 'step')}"
             " under way.\nWhen schedule() gives None, the tokens of a step that is under way may"
             " be what it lacks: bring them. When nothing is under way either, you are done.",
         ) from None
@@ -135,13 +135,13 @@ def _judge_serve(engine: Any, gpu: Any, what: str, count: Any, others: tuple[Any
     if engine._in_flight:
         raise Mistake(
             "last-step-lost",
-            f"{what}: your loop has ended with {the_n(len(engine._in_flight), 'step')} under way,"
+            f"{what}: your loop has ended with {amount(len(engine._in_flight), 'step')} under way,"
             " whose tokens nobody got.\nBefore you leave, bring what is still under way.",
         )
     expect(
         not engine.unfinished,
         "stops-too-early",
-        f"{what}: your loop has ended; {the_n(engine.unfinished, 'request')} unfinished.\nschedule()"
+        f"{what}: your loop has ended; {amount(engine.unfinished, 'request')} unfinished.\nschedule()"
         " may give None only because tokens are missing. After an update, ask again.",
     )
     expect(
