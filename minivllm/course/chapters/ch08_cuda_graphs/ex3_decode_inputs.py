@@ -25,7 +25,7 @@ NAMES = ("positions", "seq_lens", "block_table", "slot_mapping")
 #: Where to look when one of the four tensors is wrong in a way that has no name.
 ADVICE = {
     "positions": "Row i is about slots[i]: its position is state.position[slots[i]], [B] int64.",
-    "seq_lens": "A real row at position p reads p + 1 tokens, the spare slot's row none: [B] int32.",
+    "seq_lens": "A real row at position p reads p + 1 tokens, the spare row none: [B] int32.",
     "block_table": "Row i is the row of state.block_table that belongs to slots[i]: [B, max_blocks]"
     " int32, unchanged also for the spare slot.",
     "slot_mapping": "Row i looks up its own row of the table, in the column position // block_size."
