@@ -164,6 +164,7 @@ def _observe(graphs: Any, bench: _Bench, asked: list[int]) -> _Seen:
 def _judge_sizes(graphs: Any, bench: _Bench, benches: Sequence[_Bench]) -> None:
     """Which graph runs for how many slots?"""
     picked: dict[int, int | None] = {}
+    refused: Exception = ValueError()
     for count in range(1, max(bench.sizes) + 1):
         batch, others = list(range(count)), [len(other.rows) for other in benches]
         try:
@@ -174,7 +175,7 @@ def _judge_sizes(graphs: Any, bench: _Bench, benches: Sequence[_Bench]) -> None:
             if len(bench.sizes) == 1 or count < max(bench.sizes):
                 raise
             picked[count] = None
-            refused = f"{type(error).__name__}: {error}"
+            refused = error
             continue
         _judge_that_one_ran(seen, bench, [*zip(benches, others, strict=True)])
         picked[count] = len(seen.rows[0])
@@ -184,9 +185,11 @@ def _judge_sizes(graphs: Any, bench: _Bench, benches: Sequence[_Bench]) -> None:
         return
     name, count = found
     if name == "not-the-smallest" and picked[count] is None:
+        if not isinstance(refused, ValueError):
+            raise refused
         raise EXERCISE.mistake(
             "exact-fit-refused",
-            f"replay of {count} slots, with graphs for {bench.sizes}, raised {refused}",
+            f"replay of {count} slots, with graphs for {bench.sizes}, raised ValueError: {refused}",
         )
     best = min(size for size in bench.sizes if size >= count)
     ran = picked[count]

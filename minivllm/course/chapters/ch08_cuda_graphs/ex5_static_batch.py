@@ -197,13 +197,14 @@ def _judge_size(answer: Callable, setting: _Setting) -> None:
     """Which graph does fill choose for how many sequences?"""
     gpu, batch = setting.make(answer)
     picked: dict[int, int | None] = {}
+    failed: Exception = ValueError()
     for count in range(1, max(setting.sizes) + 1):
         try:
             size = _fill(gpu, batch, setting.rows(count))
-        except (StopIteration, IndexError, ValueError):
+        except (StopIteration, IndexError, ValueError) as error:
             if count < max(setting.sizes):
                 raise
-            size = None
+            size, failed = None, error
         seen = f"For {amount(count, 'sequence')} fill returned {show(size)}."
         if size is not None and (isinstance(size, bool) or size not in setting.sizes):
             raise EXERCISE.mistake("no-such-graph", f"{seen} Recorded are {list(setting.sizes)}.")
@@ -211,6 +212,8 @@ def _judge_size(answer: Callable, setting: _Setting) -> None:
     found = size_mistake(picked, setting.sizes)
     if found is not None:
         name, count = found
+        if name == "not-the-smallest" and picked[count] is None:
+            raise failed
         best = min(size for size in setting.sizes if size >= count)
         raise EXERCISE.mistake(
             name,
