@@ -1,4 +1,4 @@
-"""What the exercises of chapter 08 share: requests, CUDA's errors, mistakes that several can name."""
+"""What the exercises of chapter 08 share: prompts, CUDA's errors, mistakes that several name."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _picks(sizes: Sequence[int], count: int) -> dict[str, int | None]:
 
 
 def size_mistake(picked: Mapping[int, int | None], sizes: Sequence[int]) -> tuple[str, int] | None:
-    """(the mistake's name, the first number of sequences with a wrong size); None where all is right.
+    """(mistake's name, first number of sequences with a wrong size); None where all is right.
 
     picked: number of sequences -> the size that the answer took; None where it raised. sizes: in
     the order in which the answer got them.

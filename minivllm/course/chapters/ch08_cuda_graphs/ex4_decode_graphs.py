@@ -1131,7 +1131,7 @@ class DecodeGraphs:
 @@
 -        if not fitting:
 -            raise ValueError(
--                f"no graph for {len(slots)} sequences; the largest is {max(self.graphs)}"
+-                f"{len(slots)} slots; the largest graph has {max(self.graphs)} rows"
 -            )
 +        if not fitting:
 +            self.replay(slots[: max(self.graphs)])
