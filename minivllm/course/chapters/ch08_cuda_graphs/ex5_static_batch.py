@@ -61,7 +61,7 @@ class _Setting:
         return found
 
 
-SETTINGS = (_Setting((4, 1, 8, 2), 16, 254, 40), _Setting((3, 7), 8, 164, 8))
+SETTINGS = (_Setting((4, 1, 8, 2), 16, 254, 40), _Setting((3, 7), 2, 163, 8))
 
 
 def check_static_batch(answer: Callable) -> str:

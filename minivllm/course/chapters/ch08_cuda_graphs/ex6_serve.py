@@ -12,9 +12,12 @@ from minivllm.course.grading.compare import show
 from minivllm.course.grading.errors import Mistake
 from minivllm.course.grading.exercise import Exercise, Known
 
+#: How often a loop may ask an event that has not passed yet.
+QUERIES = 3
+
 
 class _TooLong(Exception):
-    pass
+    """The loop goes on and on."""
 
 
 class _Event:
@@ -22,13 +25,20 @@ class _Event:
 
     def __init__(self, event: Any, number: int, watch: _Watch) -> None:
         self._event, self._number, self._watch = event, number, watch
+        self._asked = 0
 
     def synchronize(self) -> None:
         self._watch.waited_for(self._number)
         self._event.synchronize()
 
     def query(self) -> bool:
-        return self._event.query()
+        passed = self._event.query()
+        self._asked += not passed
+        if self._asked > QUERIES:
+            raise self._watch.mistake(
+                "spins", f"your loop asked the event of step {self._number} {self._asked} times."
+            )
+        return passed
 
 
 class _Watch:
@@ -128,11 +138,11 @@ class _Watch:
                 "tokens-read-too-early", f"{got}; they are {show(self.tokens(number))}."
             )
         others = [i for i in range(len(self.launched)) if tokens == self.tokens(i)]
-        of = f" and are those of step {others[-1]}" if others else ""
-        raise self.mistake(
-            "tokens-of-another-step",
-            f"{got}; they should be {show(self.tokens(number))}{of}.",
-        )
+        if others:
+            raise self.mistake(
+                "tokens-of-another-step", f"{got}; they are those of step {others[-1]}."
+            )
+        raise self.mistake("wrong-tokens", f"{got}, expected {show(self.tokens(number))}.")
 
     def updated(self) -> None:
         self.num_updated += 1
@@ -744,6 +754,10 @@ def serve(engine):
         ),
         Known(
             "spins",
+            message=(
+                "On a real machine that keeps a CPU core busy with nothing but asking."
+                " `step.arrived.synchronize()` waits."
+            ),
             hint=3,
             answers=r"""
 # %% asks until the answer is yes
@@ -761,6 +775,26 @@ def serve(engine):
             while not step.arrived.query():
                 pass
             engine.update(before, step.token_ids.tolist())
+
+# %% works a little between the questions
+@@
+-            step.arrived.synchronize()
++            while not step.arrived.query():
++                engine.gpu.work("ask again", 1.0)
+""",
+        ),
+        Known(
+            "wrong-tokens",
+            message=(
+                "update wants all tokens of the step, as its pinned tensor holds them: one for"
+                " each sequence that got a token."
+            ),
+            hint=1,
+            answers=r"""
+# %% one token for all
+@@
+-            engine.update(oldest, step.token_ids.tolist())
++            engine.update(oldest, [step.token_ids[0].item()] * len(step.token_ids))
 """,
         ),
         Known(
