@@ -170,7 +170,12 @@ def _small_cases() -> list[_Case]:
             n: random.choice((1, random.randint(1, 9), random.randint(1, 300))) for n in counts
         }
         cases.append((steps, top, random.randint(1, 5)))
-    return cases
+    # The same numbers of sequences, in other numbers of steps.
+    twins = [
+        (dict(zip(seen, reversed(seen.values()), strict=True)), top, graphs)
+        for seen, top, graphs in cases[-60:]
+    ]
+    return cases + twins
 
 
 def _large_cases() -> list[_Case]:
@@ -184,9 +189,9 @@ def _large_cases() -> list[_Case]:
 
 def check_choose_sizes(answer: Callable) -> str:
     small, large = _small_cases(), _large_cases()
-    _judge_padding(small, [_sizes_of(answer, case) for case in small])
+    _judge_padding(small, _all_sizes(answer, small))
     with _cpu_limit("With 50 different numbers and 8 graphs"):
-        found = [_sizes_of(answer, case) for case in large]
+        found = _all_sizes(answer, large)
     _judge_padding(large, found)
     count = len(small) + len(large)
     return f"{count} kinds of traffic, nowhere a row of padding too many"
@@ -197,7 +202,22 @@ def _described(case: _Case) -> str:
     return f"With seen = {show(seen)}, max_num_seqs = {top}, num_graphs = {graphs}"
 
 
-def _sizes_of(answer: Callable, case: _Case) -> list[int]:
+def _all_sizes(answer: Callable, cases: Sequence[_Case]) -> list[list[int]]:
+    """The sizes that the answer chooses in each case; a later call must not change them."""
+    found: list[list[int]] = []
+    before: Any = []
+    for case in cases:
+        sizes = _sizes_of(answer, case)
+        if found and list(before) != found[-1]:
+            raise EXERCISE.mistake(
+                "result-reused", f"The list {show(found[-1])} has become {show(list(before))}."
+            )
+        found.append(list(sizes))
+        before = sizes
+    return found
+
+
+def _sizes_of(answer: Callable, case: _Case) -> Sequence[int]:
     """The sizes that the answer chooses; they must be sizes that could be recorded."""
     seen, top, graphs = case
     given, what = dict(seen), _described(case)
@@ -221,7 +241,7 @@ def _sizes_of(answer: Callable, case: _Case) -> list[int]:
         raise EXERCISE.mistake("useless-size", f"{what}: got {show(sizes)}.")
     if any(a >= b for a, b in pairwise(sizes)):
         raise EXERCISE.mistake("not-ascending", f"{what}: got {show(sizes)}.")
-    return list(sizes)
+    return sizes
 
 
 def _judge_padding(cases: Sequence[_Case], found: Sequence[list[int]]) -> None:
@@ -239,8 +259,21 @@ def _judge_padding(cases: Sequence[_Case], found: Sequence[list[int]]) -> None:
     for name, (_, *rules) in EXERCISE.suspects.items():
         if any(_pads_like(rule, cases, mine) for rule in rules):
             raise EXERCISE.mistake(name, seen)
+    if _gave_before(i, cases, found):
+        raise EXERCISE.mistake("same-as-before", seen)
     raise EXERCISE.mistake(
         "too-much-padding", f"{seen}\nIn {len(worse)} of {len(cases)} cases a better choice exists."
+    )
+
+
+def _gave_before(i: int, cases: Sequence[_Case], found: Sequence[list[int]]) -> bool:
+    """Whether these sizes were the right ones for an earlier case with the same numbers."""
+    (seen, *rest) = cases[i]
+    return any(
+        (set(other), *more) == (set(seen), *rest)
+        and other != seen
+        and found[j] == found[i] == _best_sizes(other, *more)
+        for j, (other, *more) in enumerate(cases[:i])
     )
 
 
@@ -515,6 +548,43 @@ def choose_sizes(seen, max_num_seqs, num_graphs):
 +                    for n in counts[done:end]
 +                    if end < len(counts)
 +                )
+""",
+        ),
+        Known(
+            "same-as-before",
+            message=(
+                "These sizes were right for an earlier call, with the same numbers of sequences"
+                " in other numbers of steps. Does your code keep something from one call to the"
+                " next?"
+            ),
+            answers=r"""
+# %% remembers by the numbers alone
+@@
+     counts = sorted({*seen, max_num_seqs})
++    memory = choose_sizes.__dict__
++    key = str((counts, num_graphs))
++    if key in memory:
++        return list(memory[key])
+@@
+-    return best[len(counts)][1]
++    memory[key] = best[len(counts)][1]
++    return list(memory[key])
+""",
+        ),
+        Known(
+            "result-reused",
+            message=(
+                "Your function returns the same list at each call, and overwrites it. Its"
+                " caller may still use it: make a new one in each call."
+            ),
+            answers=r"""
+# %% one list for all calls
+@@
+-    return best[len(counts)][1]
++    if not hasattr(choose_sizes, "sizes"):
++        choose_sizes.sizes = []
++    choose_sizes.sizes[:] = best[len(counts)][1]
++    return choose_sizes.sizes
 """,
         ),
         Known(

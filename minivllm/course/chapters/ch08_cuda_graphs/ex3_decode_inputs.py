@@ -255,11 +255,11 @@ def _name_the_tensor(results: Sequence[list], cases: Sequence[_Case]) -> None:
         pairs = [
             (got[index], case.expected()[index]) for got, case in zip(results, cases, strict=True)
         ]
-        wrong = [i for i, pair in enumerate(pairs) if difference(*pair)]
+        wrong = [i for i, pair in enumerate(pairs) if difference(*pair, 0.0, 0.0)]
         if not wrong:
             continue
         first = wrong[0]
-        kind, what = difference(*pairs[first])
+        kind, what = difference(*pairs[first], 0.0, 0.0)
         seen = f"{name}: {what}.\nWith {cases[first].where}."
         for known, (_, *suspects) in EXERCISE.suspects.items():
             if any(_same_as(suspect, index, results, cases) for suspect in suspects):
@@ -302,7 +302,7 @@ def _same_as(
     except (RuntimeError, IndexError):
         return False
     return not any(
-        difference(got[index], other) for got, other in zip(results, theirs, strict=True)
+        difference(got[index], other, 0.0, 0.0) for got, other in zip(results, theirs, strict=True)
     )
 
 
@@ -399,7 +399,7 @@ def _judge_recorded(decode_inputs: Callable, advance: Callable) -> None:
             graph.replay()
             values = [value.cpu() for value in got]
         for name, value, wanted in zip(NAMES, values, expected, strict=True):
-            if found := difference(value, wanted):
+            if found := difference(value, wanted, 0.0, 0.0):
                 raise EXERCISE.mistake(
                     "not-recorded", f"Recorded and replayed with slots {batch}, {name}: {found[1]}."
                 )
@@ -697,6 +697,16 @@ def advance(state, slots, token_ids):
 +    column = ((positions + 1) // block_size).clamp(max=block_table.shape[1] - 1)
 +    block = block_table.gather(1, column[:, None])[:, 0]
 +    places = block * block_size + (positions + 1) % block_size
++    slot_mapping = torch.where(is_real, places, -1)
+""",
+        ),
+        Known(
+            "wrong-values",
+            answers=r"""
+# %% places in float32
+@@
+-    slot_mapping = torch.where(is_real, block * block_size + positions % block_size, -1)
++    places = (block.float() * block_size + positions % block_size).long()
 +    slot_mapping = torch.where(is_real, places, -1)
 """,
         ),
@@ -1014,5 +1024,21 @@ def advance(state, slots, token_ids):
     state.last_token[slots] = token_ids
     state.position[slots] += 1
     state.position[-1] = 0
+
+# %% masked_fill, and a sum in place
+def decode_inputs(state, slots, block_size):
+    spare = slots == len(state.position) - 1
+    positions = state.position.index_select(0, slots).clone()
+    table = state.block_table.index_select(0, slots)
+    seq_lens = (positions + 1).masked_fill(spare, 0).to(torch.int32)
+    block = torch.div(positions, block_size, rounding_mode="floor")
+    places = state.block_table[slots, block].long() * block_size
+    places = places + torch.remainder(positions, block_size)
+    return [positions, seq_lens, table, places.masked_fill(spare, -1)]
+
+
+def advance(state, slots, token_ids):
+    state.last_token.index_copy_(0, slots, token_ids)
+    state.position.index_put_((slots,), (slots != len(state.position) - 1).long(), accumulate=True)
 """,
 )

@@ -590,8 +590,25 @@ def serve(engine):
         ),
         Known(
             "updated-before-launch",
-            message=("update brings the tokens of a step that was launched."),
+            message=(
+                "update brings the tokens of a step that was launched, with the batch of the"
+                " same step."
+            ),
             hint=1,
+            answers=r"""
+# %% the old tokens with the batch that was just planned
+def serve(engine):
+    before, num_steps = None, 0
+    while True:
+        batch = engine.schedule()
+        if before is not None:
+            before[1].arrived.synchronize()
+            engine.update(batch or before[0], before[1].token_ids.tolist())
+        if batch is None and before is None:
+            return num_steps
+        before = (batch, engine.launch(batch)) if batch is not None else None
+        num_steps += before is not None
+""",
         ),
         Known(
             "updated-something-else",
