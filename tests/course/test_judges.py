@@ -17,6 +17,7 @@ import torch
 
 from minivllm.course.grading.accesses import Accesses, accesses
 from minivllm.course.grading.chance import expect_no_chance, world
+from minivllm.course.grading.compare import difference
 from minivllm.course.grading.diagnose import diagnose
 from minivllm.course.grading.errors import Mistake
 from minivllm.course.grading.isolated import isolated
@@ -385,3 +386,10 @@ def test_a_cache_is_seen_though_nan_lies_beside_what_it_keeps() -> None:
     case = torch.tensor([1.0, 2.0, float("nan")]), 2
     with pytest.raises(Mistake, match="keeps-state"):
         diagnose(answer, [case], lambda x, length: 2 * x[:length])
+
+
+def test_integers_have_no_tolerance() -> None:
+    slots = torch.tensor([1_000_000, 5])
+    assert difference(slots, slots.clone(), 1e-2, 1.0) is None
+    assert difference(slots + torch.tensor([1, 0]), slots, 1e-2, 1.0)[0] == "wrong-values"
+    assert difference(torch.tensor([True]), torch.tensor([False]))[0] == "wrong-values"

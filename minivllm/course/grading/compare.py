@@ -103,7 +103,11 @@ def _tensor_difference(
         return "wrong-shape", f"got the shape {list(got.shape)}, expected {list(expected.shape)}"
     if got.dtype != expected.dtype:
         return "wrong-dtype", f"got {got.dtype}, expected {expected.dtype}"
-    wrong = ~torch.isclose(got.cpu(), expected.cpu(), rtol=rtol, atol=atol, equal_nan=True)
+    if expected.dtype.is_floating_point or expected.dtype.is_complex:
+        wrong = ~torch.isclose(got.cpu(), expected.cpu(), rtol=rtol, atol=atol, equal_nan=True)
+    else:
+        # A slot, a position or a token is right or wrong; no tolerance.
+        wrong = got.cpu() != expected.cpu()
     if not wrong.any():
         return None
     where = wrong.nonzero()[0].tolist()
