@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 INF = math.inf
 
 
+#: What is taken for -inf.
+_FILLS = {"fill-1e4": -1e4, "fill-1e9": -1e9, "fill-1e10": -1e10, "fill-1000": -1000.0}
+
+
 # --- filter_logits ----------------------------------------------------------------------------
 
 
@@ -37,7 +41,7 @@ def _filter(
         row = logits[i] if mistake == "half" else logits[i].float()
         heat = float(temperature[0 if mistake == "first-row-too-hot" else i])
         scaled = row * heat if mistake == "multiplied" else row / heat
-        order = scaled.sort(descending=True, stable=True).indices
+        order = _order(scaled, "ties-higher" if mistake == "ties-higher" else "")
         keep = _kept_by_k(scaled, order, 0 if top_k is None else int(top_k[j]), mistake)
         p = 1.0 if top_p is None else float(top_p[j])
         if p < 1:
@@ -46,7 +50,8 @@ def _filter(
         if least > 0:
             keep &= _kept_by_min_p(row, scaled, keep, least, mistake)
         shown = scaled.to(logits.dtype) if mistake == "returns-scaled" else logits[i]
-        kept = shown.masked_fill(~keep, 0.0 if mistake == "zero" else -INF)
+        fill = {"zero": 0.0, **_FILLS}.get(mistake, -INF)
+        kept = shown.masked_fill(~keep, fill)
         rows.append(kept[order] if mistake == "sorted" else kept)
     return torch.stack(rows)
 
@@ -60,9 +65,26 @@ def _first(order: torch.Tensor, k: int) -> torch.Tensor:
 def _kept_by_k(scaled: torch.Tensor, order: torch.Tensor, k: int, mistake: str) -> torch.Tensor:
     if k == 0 or (k < 0 and mistake != "negative-k"):
         k = len(order)
+    least = scaled[order[min(k, len(order)) - 1]]
     if mistake == "ties":
-        return scaled >= scaled[order[min(k, len(order)) - 1]]
+        return scaled >= least
+    if mistake == "ties-dropped":
+        return (scaled > least) | (k >= len(order))
+    if mistake == "above-the-next":
+        above = scaled > scaled[order[k]] if k < len(order) else scaled > -INF
+        return above | _first(order, 1)
     return _first(order, k)
+
+
+def _order(scaled: torch.Tensor, mistake: str) -> torch.Tensor:
+    """The ids in order of size, of equal ones the lower first."""
+    import torch
+
+    if mistake == "id-order":
+        return torch.arange(len(scaled))
+    if mistake == "ties-higher":
+        return len(scaled) - 1 - scaled.flip(0).sort(descending=True, stable=True).indices
+    return scaled.sort(descending=True, stable=True).indices
 
 
 def _kept_by_p(
@@ -70,9 +92,7 @@ def _kept_by_p(
 ) -> torch.Tensor:
     import torch
 
-    order = scaled.sort(descending=True, stable=True).indices
-    if mistake == "id-order":
-        order = torch.arange(len(row))
+    order = _order(scaled, mistake)
     base = row if mistake == "p-before-temperature" else scaled
     if mistake != "p-of-everything":
         base = base.masked_fill(~keep, -INF)
@@ -82,12 +102,14 @@ def _kept_by_p(
     few = {
         "stops-short": total <= p,
         "stops-short-empty": total <= p,
+        "stops-short-below": total < p,
         "exact-too-many": before <= p,
         "one-too-many": torch.cat((torch.tensor([True]), (before < p)[:-1])),
     }.get(mistake, before < p)
+    few = torch.zeros_like(keep).scatter_(0, order, few)
     if mistake != "stops-short-empty":
-        few[0] = True
-    return torch.zeros_like(keep).scatter_(0, order, few)
+        few[_order(scaled, mistake if mistake == "ties-higher" else "")[0]] = True
+    return few
 
 
 def _kept_by_min_p(
@@ -97,6 +119,10 @@ def _kept_by_min_p(
     weights = base.masked_fill(~keep, -INF).softmax(0)
     if mistake == "absolute-min-p":
         return weights >= least
+    if mistake == "absolute-and-best":
+        kept = base.softmax(0) >= least
+        kept[scaled.argmax()] = True
+        return kept
     bound = least * weights.max()
     kept = weights > bound if mistake == "min-p-strict" else weights >= bound
     kept[scaled.argmax()] = True
@@ -228,6 +254,8 @@ def _weights(
     }.get(mistake, logits.float() / heat)
     if mistake == "half":
         return (logits / heat.to(logits.dtype)).softmax(-1).float()
+    if mistake == "half-of-all":
+        return scaled.half().softmax(-1).float()
     if mistake == "overflow":
         return scaled.exp()
     if mistake == "batch-maximum":
@@ -458,13 +486,13 @@ def _name_sample(
     )
     if all(cases[name][0].dtype == torch.bfloat16 for name in failing):
         raise EXERCISE.mistake("half-precision", where)
+    for known in SAMPLE:
+        if any(_gives_the_same(wrong, cases, got) for wrong in known.suspects):
+            raise EXERCISE.mistake(known.name, where)
     if failing == [_STAIRS]:
         raise EXERCISE.mistake("batch-wide-maximum", where)
     if set(failing) == {_STAIRS, _LARGE}:
         raise EXERCISE.mistake("overflow", where)
-    for known in SAMPLE:
-        if any(_gives_the_same(wrong, cases, got) for wrong in known.suspects):
-            raise EXERCISE.mistake(known.name, where)
     expect(
         not all(torch.equal(got[name], c[0].argmax(-1)) for name, c in cases.items()),
         "always-greedy",
@@ -482,11 +510,20 @@ def _name_sample(
         f"{where}\nTokens are numbers from 0 to V - 1. Is no running sum above your u? The ruler's"
         " end may be a little below 1: multiply u by the last running sum.",
     )
-    right = len(cases) - len(failing)
+    beside = max(
+        int((got[name] - _sample(*cases[name]))[rows].abs().max())
+        for name, rows in off.items()
+        if rows
+    )
+    rounded = (
+        " All wrong tokens are neighbours of the right ones: is something rounded, as by a softmax"
+        " or a sum in half precision?"
+    )
     raise Mistake(
         "wrong-values",
-        f"{where}\nWrong are these batches: {'; '.join(failing)}. The other {right} are right: what"
-        " do the wrong ones have in common?",
+        f"{where}\nWrong are these batches: {'; '.join(failing)}. The other"
+        f" {len(cases) - len(failing)} are right: what do the wrong ones have in common?"
+        f"{rounded if beside <= 3 else ''}",
     )
 
 
@@ -674,6 +711,7 @@ FILTER = (
         suspects=(
             _wrong_filter("stops-short"),
             _wrong_filter("stops-short-empty"),
+            _wrong_filter("stops-short-below"),
         ),
         answers=r"""
 # %% the token that crosses the line is dropped
@@ -727,7 +765,7 @@ FILTER = (
             "You take min_p as a probability. It is a share of the *best* token's: where the best"
             " has 0.5, min_p = 0.1 drops what is below 0.05."
         ),
-        suspects=(_wrong_filter("absolute-min-p"),),
+        suspects=(_wrong_filter("absolute-min-p"), _wrong_filter("absolute-and-best")),
         answers=r"""
 # %% a probability of min_p at least
 @@
@@ -787,6 +825,39 @@ FILTER = (
 +            keep[order[before >= top_p[0]]] = False
 +        if min_p is not None and min_p[0] > 0:
 +            keep &= scaled >= scaled.max() + min_p[0].log()
+""",
+    ),
+    Known(
+        "top-k-drops-ties",
+        message=(
+            "Where several tokens are equal to the k-th, you keep none of them, or those with the"
+            " higher ids.\nKeep exactly k, of equal ones those with the lower ids: a stable sort in"
+            " descending order does that."
+        ),
+        suspects=(
+            _wrong_filter("ties-dropped"),
+            _wrong_filter("above-the-next"),
+            _wrong_filter("ties-higher"),
+        ),
+        answers=r"""
+# %% only what is above the next one
+@@
+-            keep[order[top_k[i] :]] = False
++            keep = scaled > scaled[order[top_k[i]]]
+""",
+    ),
+    Known(
+        "nearly-excluded",
+        message=(
+            "What is excluded has a large negative logit, and not -inf.\nIn a row of logits far"
+            " below 0, or at a high temperature, such a token is drawn: only -inf has the weight 0."
+        ),
+        suspects=tuple(map(_wrong_filter, _FILLS)),
+        answers=r"""
+# %% a large negative number
+@@
+-        filtered[i, ~keep] = -torch.inf
++        filtered[i, ~keep] = -1e4
 """,
     ),
     Known(
@@ -1032,7 +1103,10 @@ SAMPLE = (
             " stop growing long before they reach 1, and the tokens behind are never"
             " drawn.\nlogits.float() first."
         ),
-        suspects=(_wrong_sample("half"),),
+        suspects=(
+            _wrong_sample("half"),
+            _wrong_sample("half-of-all"),
+        ),
         answers=r"""
 # %% the softmax of what came
 @@
