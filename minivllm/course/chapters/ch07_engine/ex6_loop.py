@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from minivllm.engine.model_runner import StepResult
     from minivllm.engine.sequence import ScheduledBatch, Sequence
     from minivllm.llm import LLM
-    from minivllm.outputs import RequestOutput
+    from minivllm.outputs import CompletionOutput, RequestOutput
     from minivllm.sampling_params import SamplingParams
 
 #: More steps of the core than any run here needs.
@@ -51,7 +51,10 @@ class _Asked:
     def params(self) -> SamplingParams:
         from minivllm.sampling_params import SamplingParams
 
-        return SamplingParams(**{"temperature": 0.0, "max_tokens": 24} | dict(self.wishes))
+        wishes = {"temperature": 0.0, "max_tokens": 24} | dict(self.wishes)
+        if isinstance(stops := wishes.get("stop"), tuple):
+            wishes["stop"] = list(stops)
+        return SamplingParams(**wishes)
 
 
 def _ask(question: str, **wishes: Any) -> _Asked:
@@ -117,7 +120,7 @@ class _Rig:
             self.llm.llm_engine.core.model_runner.execute = _execute
         self.core: Any = self.llm.llm_engine.core
         self.inputs, self.outputs = self.llm.llm_engine.input_processor, OutputProcessor()
-        self.num_steps = 0
+        self.num_steps = self.num_outputs = self.num_tokens_of_last = 0
         #: What the core was given, in that order.
         self.sequences: list[Sequence] = []
         self.most_at_once = 0  # sequences that got tokens in one step
@@ -131,6 +134,9 @@ class _Rig:
             raise _TooManySteps
         step = self._step()
         seq_ids = [output.seq_id for output in step.outputs]
+        if seq_ids:
+            self.num_outputs += len(seq_ids)
+            self.num_tokens_of_last = sum(len(output.token_ids) for output in step.outputs)
         self.most_at_once = max(self.most_at_once, len(seq_ids))
         try:
             self.served = {self.outputs.owner_of(seq_id).request_id for seq_id in seq_ids}
@@ -151,6 +157,25 @@ class _Rig:
     def engine(self, cls: Callable) -> Any:
         new_request = RequestMaker(self.llm.get_tokenizer())
         return cls(self.inputs, self.core, self.outputs, new_request)
+
+    def _endless(self) -> Mistake:
+        """What to say where `run` does not come back."""
+        going = [*self.outputs.requests]
+        if not self.left_over and going:
+            return Mistake(
+                "waits-for-nothing",
+                f"The core has nothing left to do, and `run` still waits: in `outputs` these"
+                f" requests have not been collected to their ends: {show(going)}.\nDoes"
+                " `core.finish` end a sequence that no stop string has ended? Does each output go"
+                " to the collector that `step` collects from? Are all completions queued?",
+            )
+        return Mistake(
+            "endless",
+            f"After {_MOST_STEPS} steps of the core `run` goes on; the core has"
+            f" {len(self.left_over)} unfinished sequences.\nDoes `outputs` learn what each step"
+            " brought (`process`), and do you see when a request has finished"
+            " (`output.finished`)?",
+        )
 
     def expect_empty(self, after: str) -> None:
         """Nothing is left behind: no sequence, no request, no block."""
@@ -180,13 +205,7 @@ class _Rig:
         try:
             outputs = engine.run(prompts, params)
         except _TooManySteps:
-            num_left = len(self.left_over)
-            raise Mistake(
-                "endless",
-                f"After {_MOST_STEPS} steps of the core `run` goes on; the core has {num_left}"
-                " unfinished sequences.\nDoes `outputs` learn what each step brought (`process`),"
-                " and do you see when a request has finished (`output.finished`)?",
-            ) from None
+            raise self._endless() from None
         expect_unchanged(prompts, before[0], "`prompts`, in `run`")
         expect_unchanged(params, before[1], "`params`, in `run`")
         expect(
@@ -216,6 +235,14 @@ def _right(asked: _Asked, scripted: bool = True) -> RequestOutput:
     """What the package's `generate` gives: made once for a process, whoever is being checked."""
     [output] = _package(scripted).generate([asked.prompt], asked.params, use_tqdm=False)
     return output
+
+
+def _completions(asked: _Asked) -> list[CompletionOutput]:
+    """The completions of a request. In `RequestMaker`'s hands, number i has the seed + i."""
+    wishes = {name: wish for name, wish in asked.wishes if name not in ("n", "seed")}
+    seed = dict(asked.wishes)["seed"]
+    alone = [_ask(asked.question, seed=seed + i, **wishes) for i in range(asked.params.n)]
+    return [_right(one).outputs[0] for one in alone]
 
 
 @functools.cache
@@ -255,9 +282,10 @@ def check_loop(answer: Callable) -> str:
     _check_completions(answer)
     _check_crowd(answer)
     _check_two_engines(answer)
-    _check_guest(answer)
     _check_stops(answer)
     _check_late_stops(answer)
+    _check_guest(answer, 5)
+    _check_guest(answer, 50)
     _check_abort(answer)
     _check_early_abort(answer)
     _check_refused(answer)
@@ -395,11 +423,12 @@ def _check_completions(answer: Callable) -> None:
     try:
         [output] = rig.run(rig.engine(answer), asked)
     except Mistake as mistake:
-        if mistake.name != "endless" or len(rig.sequences) == 3:
+        usual = [seq.index for seq in rig.sequences] == [0, 1, 2]
+        if mistake.name not in ("endless", "waits-for-nothing") or usual:
             raise
         raise Mistake("completions-left-out", message) from None
     texts = [completion.text for completion in output.outputs]
-    right = [completion.text for completion in _right(asked[0]).outputs]
+    right = [completion.text for completion in _completions(asked[0])]
     expect(
         texts == right,
         "wrong-text",
@@ -435,6 +464,13 @@ def _check_crowd(answer: Callable) -> None:
         "Many requests have the same prompt and other seeds, and some get the text of another."
         "\nKeep what belongs to a request by its request_id; prompts are no keys.",
     )
+    expect(
+        got == right or sorted(got) != sorted(right),
+        "wrong-order",
+        f"{len(asked)} requests get the right texts, in another order than that of the prompts.\n"
+        "Look outputs up by request_id, in the order in which `run` got its prompts. Ids are texts:"
+        ' "10" sorts before "2".',
+    )
     for text, wanted in zip(got, right, strict=True):
         expect(
             text == wanted,
@@ -467,11 +503,14 @@ def _check_two_engines(answer: Callable) -> None:
         )
 
 
-def _check_guest(answer: Callable) -> None:
-    """`run`, while a request that was added before is still being served."""
+def _check_guest(answer: Callable, length: int) -> None:
+    """`run`, while a request that was added before is still being served.
+
+    length: the number of tokens that this one wants; `run`'s own wants 8.
+    """
     rig = _Rig()
     engine = rig.engine(answer)
-    guest, mine = _ask(_ASKED[2], max_tokens=50, ignore_eos=True), _ask(_ASKED[0], max_tokens=8)
+    guest, mine = _ask(_ASKED[2], max_tokens=length, ignore_eos=True), _ask(_ASKED[0], max_tokens=8)
     _added(engine, guest)
     begins = "A request was added before `run` was called for another one"
     try:
@@ -497,6 +536,8 @@ def _check_guest(answer: Callable) -> None:
         f"{begins}, and `run` gave {show(texts)}, expected {show(wanted)}.\nA step serves"
         " everybody; `run` returns the outputs of its own requests.",
     )
+    if length < 20:
+        return
     steps = rig.num_steps
     expect(
         rig.left_over and steps < 20,
@@ -523,7 +564,7 @@ def _check_stops(answer: Callable) -> None:
     [text] = _right_texts([_ask(_ASKED[2], max_tokens=40)])
     words = text.split(" ")
     stop = f"{words[5]} {words[6]}"
-    wishes = {"max_tokens": 40, "stop": ["nowhere", stop]}
+    wishes = {"max_tokens": 40, "stop": ("nowhere", stop)}
     [output] = rig.run(rig.engine(answer), [_ask(_ASKED[2], **wishes)])
     [seq] = rig.sequences
     expect(
@@ -556,7 +597,7 @@ def _check_late_stops(answer: Callable) -> None:
     before it in the same piece.
     """
     rig = _Rig()
-    stops = {"stop": [" fox", "END", "café", " = 19."]}
+    stops = {"stop": (" fox", "END", "café", " = 19.")}
     asked = [
         _ask(question, temperature=1.0, seed=seed, max_tokens=max_tokens, **stops)
         for question in _ASKED
@@ -567,7 +608,8 @@ def _check_late_stops(answer: Callable) -> None:
         asked.append(one)
     got = rig.run(rig.engine(answer), asked)
     for output, one in zip(got, asked, strict=True):
-        for completion, wanted in zip(output.outputs, _right(one).outputs, strict=True):
+        right_ones = _completions(one) if one.params.n > 1 else _right(one).outputs
+        for completion, wanted in zip(output.outputs, right_ones, strict=True):
             mine = (completion.text, completion.finish_reason, completion.stop_reason)
             right = (wanted.text, wanted.finish_reason, wanted.stop_reason)
             expect(
@@ -740,13 +782,29 @@ def _check_several_tokens(answer: Callable) -> None:
         f"With steps that bring several tokens your engine says {text!r}, expected {wanted!r}."
         "\nHand `outputs.process` the step as it is.",
     )
-    counts = getattr(engine, "num_tokens", None)
+    _expect_count(rig, getattr(engine, "num_tokens", None), len(known))
+
+
+def _expect_count(rig: _Rig, said: Any, right: int) -> None:
+    """`num_tokens` counts all tokens of all steps."""
+    seen = f"{rig.num_steps} steps brought {right} tokens, and `num_tokens` is {show(said)}."
     expect(
-        counts == len(known),
+        said != rig.num_tokens_of_last or said == right,
+        "last-step-only",
+        f"{seen}\nSo many came in the last step. `num_tokens` counts since the engine was made:"
+        " add, with `+=`.",
+    )
+    expect(
+        said != rig.num_outputs and said not in (rig.num_steps, rig.num_steps - 1),
         "one-token-per-step",
-        f"{rig.num_steps} steps brought {len(known)} tokens, and `num_tokens` is {show(counts)}."
-        "\nA step gives each sequence a *list* of tokens: `output.token_ids`, of each output in"
-        " `step.outputs`. Add up their lengths.",
+        f"{seen}\nA step gives each sequence a *list* of tokens: `output.token_ids`, of each output"
+        " in `step.outputs`. Add up their lengths.",
+    )
+    expect(
+        said == right,
+        "wrong-count",
+        f"{seen}\nAdd up the lengths of `output.token_ids`, of each output in `step.outputs`, in"
+        " each step.",
     )
 
 
@@ -1019,6 +1077,70 @@ EXERCISE = Exercise(
 +                checked.append(self.inputs.process(*asked))
 +            except ValueError:
 +                pass
+""",
+        ),
+        Known(
+            "waits-for-others",
+            answers=r"""
+# %% until the output processor is empty
+@@
+-        while not all(id in ended for id in ids):
++        while self.outputs.requests:
+""",
+        ),
+        Known(
+            "shared-between-engines",
+            answers=r"""
+# %% one collector for all engines
+@@
+-        self.collector = OutputCollector()
++        MyEngine.collector = OutputCollector()
+""",
+        ),
+        Known(
+            "changed-input",
+            answers=r"""
+# %% empties the list of prompts
+@@
+-        checked = [self.inputs.process(*asked) for asked in zip(prompts, params)]
++        checked = []
++        for one in params:
++            checked.append(self.inputs.process(prompts.pop(0), one))
+""",
+        ),
+        Known(
+            "wrong-order",
+            answers=r"""
+# %% ids in the order of their texts
+@@
+-        return [ended[id] for id in ids]
++        return [ended[id] for id in sorted(ids)]
+""",
+        ),
+        Known(
+            "last-step-only",
+            answers=r"""
+# %% does not add up
+@@
+-        self.num_tokens += sum(len(output.token_ids) for output in step.outputs)
++        self.num_tokens = sum(len(output.token_ids) for output in step.outputs)
+""",
+        ),
+        Known(
+            "waits-for-nothing",
+            answers=r"""
+# %% a stop string ends all completions of its request in the core
+@@
+-            self.core.finish([seq_id], "stop", stop_string)
++            request = self.outputs.owner_of(seq_id)
++            for one in request.completions:
++                self.core.finish([one.seq_id], "stop", stop_string)
+
+# %% a collector for each request, and one that is read
+@@
+-        request = self.new_request(checked, self.collector)
++        self.collector = OutputCollector()
++        request = self.new_request(checked, self.collector)
 """,
         ),
         Known(
