@@ -161,7 +161,8 @@ class _Rig:
     def _endless(self) -> Mistake:
         """What to say where `run` does not come back."""
         going = [*self.outputs.requests]
-        if not self.left_over and going:
+        heard = any(c.token_ids for r in self.outputs.requests.values() for c in r.completions)
+        if not self.left_over and going and heard:
             return Mistake(
                 "waits-for-nothing",
                 f"The core has nothing left to do, and `run` still waits: in `outputs` these"
