@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections import abc
 from collections.abc import Callable
 from functools import partial
@@ -77,6 +78,9 @@ class _Stream:
             text = text[: self._end_of_safe(text)]
         find = text.rfind if "rfind" in self.mistakes else text.find
         found = [(find(stop, begin), stop) for stop in stops if find(stop, begin) >= 0]
+        if "pattern" in self.mistakes:
+            hits = [(re.search(stop, text), stop) for stop in stops]
+            found = [(hit.start(), stop) for hit, stop in hits if hit]
         if "list-order" in self.mistakes:
             return found[0] if found else None
         return min(found, default=None)
@@ -85,6 +89,8 @@ class _Stream:
         """How much of the text may be shown now."""
         if "from-broken" in self.mistakes:
             text = text.partition("\ufffd")[0]
+        elif "one-broken" in self.mistakes:
+            text = text.removesuffix("\ufffd")
         elif "half" not in self.mistakes:
             text = text.rstrip("\ufffd")
         stops = self.stops[:1] if "first-stop" in self.mistakes else self.stops
@@ -119,7 +125,7 @@ def _tokenizer() -> Tokenizer:
 #: A tokenizer as Llama's: ▁ stands for a space, and the one at the beginning of a text is dropped.
 _PIECES = (
     *("▁Once", "▁upon", "▁a", "▁time", ",", "▁END", "s", "▁", "E", "N", "D", "N"),
-    *(".", "x", "▁(x)", "▁stop", "▁that▁END▁is▁no▁END,"),
+    *(".", "x", "▁(x)", "▁stop", "▁that▁END▁is▁no▁END,", "\ufffd\ufffd"),
 )
 
 
@@ -162,6 +168,8 @@ def _stream_cases() -> list[tuple]:
         ("pieces", _pieces("xENENxENENENDx"), ("ENEND",)),
         ("pieces", _pieces("xENEN"), ("ENEND", "ENxx")),
         ("pieces", _pieces("xxENExEE"), ("ENE", "zzz")),
+        # Two broken characters at the end, which stay.
+        ("pieces", [0, 17, 1, 17], ()),
         # Twice in one piece; and what only looks like a pattern.
         ("pieces", [0, 16, 1, 1], ("END",)),
         ("pieces", [0, 14, 4, 12, 12, 2, 14], ("(x).", "..")),
@@ -290,6 +298,7 @@ MISTAKES = (
         suspects=(
             _wrong("half"),
             _wrong("half no-hold"),
+            _wrong("one-broken"),
         ),
         answers=r"""
 # %% shows what is not a character yet
@@ -447,8 +456,9 @@ MISTAKES = (
     Known(
         "first-in-the-list",
         message=(
-            "Where two stop strings are in the text, you take the one that comes first in the list."
-            " The one that comes first in the *text* ends it."
+            "Several stop strings are in the text, and you take another than the first, such as the"
+            " first in the list or the last in the alphabet.\nThe one that begins first in the"
+            " *text* ends it."
         ),
         suspects=(_wrong("list-order"),),
         answers=r"""
@@ -478,6 +488,23 @@ MISTAKES = (
 @@
 -        found = [(text.find(stop), stop) for stop in self.stops if stop in text]
 +        found = [(text.rfind(stop), stop) for stop in self.stops if stop in text]
+""",
+    ),
+    Known(
+        "stop-as-a-pattern",
+        message=(
+            "You take a stop string for a pattern: a point in it then fits every character.\nStop"
+            " strings are plain text: `find` and `in` look for that; `re` needs `re.escape`."
+        ),
+        suspects=(_wrong("pattern"),),
+        answers=r"""
+# %% searches with re
+@@
+-        found = [(text.find(stop), stop) for stop in self.stops if stop in text]
++        import re
++
++        hits = [(re.search(stop, text), stop) for stop in self.stops]
++        found = [(hit.start(), stop) for hit, stop in hits if hit]
 """,
     ),
     Known(

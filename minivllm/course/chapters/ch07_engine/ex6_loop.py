@@ -282,13 +282,13 @@ def check_loop(answer: Callable) -> str:
     _check_steps(answer)
     _check_completions(answer)
     _check_crowd(answer)
-    _check_two_engines(answer)
     _check_stops(answer)
     _check_late_stops(answer)
     _check_guest(answer, 5)
     _check_guest(answer, 50)
     _check_abort(answer)
     _check_early_abort(answer)
+    _check_two_engines(answer)
     _check_refused(answer)
     _check_several_tokens(answer)
     return (
@@ -488,19 +488,30 @@ def _check_two_engines(answer: Callable) -> None:
     engines = [rig.engine(answer) for rig in rigs]
     ids = [_added(engine, one) for engine, one in zip(engines, asked, strict=True)]
     last: list[dict[str, RequestOutput]] = [{}, {}]
-    counts = [0, 0]
+    advice = (
+        "Each engine has a collector and a dict of its own: make them in `__init__`, not in the"
+        " class."
+    )
+    # The end of this one is news for whoever steps the first engine, and for nobody else.
+    gone = _added(engines[0], asked[1])
+    _aborted(engines[0], gone, "a request in another engine")
+    heard = [output.request_id for output in _news(engines[1])]
+    expect(
+        gone not in heard,
+        "shared-between-engines",
+        f"Two engines run. Request {gone} of the first was aborted, and a step of the second"
+        f" reports it.\n{advice}",
+    )
     for _ in range(80):
         for number, engine in enumerate(engines):
             last[number] |= {output.request_id: output for output in _news(engine)}
-            counts[number] = getattr(engine, "num_tokens", 0)
     for id, outputs, wanted in zip(ids, last, _right_texts(asked), strict=True):
         text = outputs[id].outputs[0].text if id in outputs else None
         expect(
             text == wanted,
             "shared-between-engines",
-            f"Two engines are stepped in turn, and one says {text!r}, expected {wanted!r}.\nEach"
-            " engine has a collector and a dict of its own: make them in `__init__`, not in the"
-            " class.",
+            f"Two engines are stepped in turn, and one says {text!r}, expected {wanted!r}.\n"
+            f"{advice}",
         )
 
 
