@@ -269,7 +269,7 @@ ROAD = (
         "07_engine", "engine", "the loop that ties it together, and sampling", ("03", "05"), ("06",)
     ),
     Stop("08_cuda_graphs", "engine", "where a GPU's time goes when nothing computes", ("03", "05")),
-    Stop("09_tensor_parallel", "engine", "one model on several GPUs", ("03", "06", "07")),
+    Stop("09_tensor_parallel", "engine", "one model on several GPUs", ("03", "05", "06", "07")),
     Stop("10_measuring", "use", "how fast it is, and how fast it could be", ("07",), ("08",)),
     Stop("11_using_minivllm", "use", "every option, with an example", ("07",)),
 )

@@ -17,6 +17,7 @@ import torch
 
 from minivllm.course.grading.accesses import Accesses, accesses
 from minivllm.course.grading.chance import expect_no_chance, world
+from minivllm.course.grading.compare import difference
 from minivllm.course.grading.diagnose import diagnose
 from minivllm.course.grading.errors import Mistake
 from minivllm.course.grading.isolated import isolated
@@ -97,6 +98,23 @@ def test_what_is_kept_between_calls_is_seen(make, name: str) -> None:
         diagnose(make(), CASES, double)
     assert caught.value.name == name
     assert "call" in caught.value.message
+
+
+def test_a_cache_of_sums_is_seen() -> None:
+    kept: dict[int, float] = {}
+
+    def total(row: torch.Tensor) -> float:
+        return kept.setdefault(id(row), row.sum().item())
+
+    cases = [(torch.arange(1.0, n),) for n in (4, 5, 6)]
+    with pytest.raises(Mistake) as found:
+        diagnose(total, cases, lambda row: row.sum().item())
+    assert found.value.name == "keeps-state"
+
+
+def test_a_finite_number_is_not_near_infinity() -> None:
+    with pytest.raises(Mistake):
+        diagnose(lambda: -1e30, [()], lambda: float("-inf"))
 
 
 def test_a_list_that_was_appended_to_is_given_again_as_it_was() -> None:
@@ -368,3 +386,10 @@ def test_a_cache_is_seen_though_nan_lies_beside_what_it_keeps() -> None:
     case = torch.tensor([1.0, 2.0, float("nan")]), 2
     with pytest.raises(Mistake, match="keeps-state"):
         diagnose(answer, [case], lambda x, length: 2 * x[:length])
+
+
+def test_integers_have_no_tolerance() -> None:
+    slots = torch.tensor([1_000_000, 5])
+    assert difference(slots, slots.clone(), 1e-2, 1.0) is None
+    assert difference(slots + torch.tensor([1, 0]), slots, 1e-2, 1.0)[0] == "wrong-values"
+    assert difference(torch.tensor([True]), torch.tensor([False]))[0] == "wrong-values"

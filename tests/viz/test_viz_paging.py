@@ -139,7 +139,7 @@ def test_the_map_thins_out_large_pools() -> None:
     pixels = _map_pixels(spans, 20_000, 3000)
     assert pixels.shape[0] < 1000
     assert pixels.shape[1] < 1000
-    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) == 3, "tokens, empty ends, nobody's"
+    assert len(np.unique(pixels.reshape(-1, 4), axis=0)) == 3, "tokens, empty ends, nobody's"
 
 
 def test_the_map_counts_who_has_finished() -> None:

@@ -292,6 +292,8 @@ def main() -> int:
         results = {path: execute(path) for path in arguments.notebooks}
     else:
         paths = arguments.notebooks or [chapter.solution_path for chapter in chapters(ROOT)]
+        # A chapter's name, "02_flash_attention", stands for its solution.
+        paths = [path if path.suffix else ROOT / "solutions" / f"{path}.ipynb" for path in paths]
         chosen = [Chapter(path.resolve().parent.parent, path.stem) for path in paths]
         results = {chapter.exercises: write_stubs(chapter) for chapter in chosen}
     for path, found in results.items():

@@ -50,7 +50,8 @@ def difference(
     if is_tensor(got) and got.numel() == 1:
         got = got.item()
     if isinstance(expected, float) and isinstance(got, int | float):
-        near = abs(got - expected) <= atol + rtol * abs(expected)
+        # An infinite number is near to nothing but itself.
+        near = math.isfinite(expected) and abs(got - expected) <= atol + rtol * abs(expected)
         same = near or got == expected or (math.isnan(got) and math.isnan(expected))
     else:
         same = bool(got == expected)
@@ -102,7 +103,11 @@ def _tensor_difference(
         return "wrong-shape", f"got the shape {list(got.shape)}, expected {list(expected.shape)}"
     if got.dtype != expected.dtype:
         return "wrong-dtype", f"got {got.dtype}, expected {expected.dtype}"
-    wrong = ~torch.isclose(got.cpu(), expected.cpu(), rtol=rtol, atol=atol, equal_nan=True)
+    if expected.dtype.is_floating_point or expected.dtype.is_complex:
+        wrong = ~torch.isclose(got.cpu(), expected.cpu(), rtol=rtol, atol=atol, equal_nan=True)
+    else:
+        # A slot, a position or a token is right or wrong; no tolerance.
+        wrong = got.cpu() != expected.cpu()
     if not wrong.any():
         return None
     where = wrong.nonzero()[0].tolist()

@@ -317,19 +317,32 @@ class _Again:
         plain = _call(self.right, case, writes, names)[0]
         if not self.twins:
             return case, plain
-        twin = copy.deepcopy(case)
-        moved = False
-        for i, value in enumerate(twin):
-            if i not in writes and _movable(value):
-                # NaN and infinities are poison, and stay where they are.
-                finite = value.isfinite()
-                value[finite] = value[finite].roll(1)
-                moved = True
-        if not moved:
-            return case, plain
-        run = _call(self.right, twin, writes, names)[0]
-        sound = not run.error and _finite(run) == _finite(plain)
-        return (twin, run) if sound else (case, plain)
+        # A sum or a maximum is the same after a roll, and shows nothing then.
+        for change in (_rolled, _negated):
+            twin, moved = copy.deepcopy(case), False
+            for i, value in enumerate(twin):
+                if i not in writes and _movable(value):
+                    value.copy_(change(value))
+                    moved = True
+            if not moved:
+                break
+            run = _call(self.right, twin, writes, names)[0]
+            sound = not run.error and _finite(run) == _finite(plain)
+            if sound and run.differs(plain, self.comparison.tolerances):
+                return twin, run
+        return case, plain
+
+
+def _rolled(value: Any) -> Any:
+    # NaN and infinities are poison, and stay where they are.
+    finite = value.isfinite()
+    rolled = value.clone()
+    rolled[finite] = value[finite].roll(1)
+    return rolled
+
+
+def _negated(value: Any) -> Any:
+    return value.where(~value.isfinite(), -value)
 
 
 def _movable(value: Any) -> bool:

@@ -2,108 +2,99 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from minivllm.course.chapters.ch01_online_softmax.common import INF, finite
 from minivllm.course.grading.diagnose import diagnose
-from minivllm.course.grading.judges import (
-    expect_own_work,
-    seeded,
-)
+from minivllm.course.grading.exercise import Exercise, Known
+from minivllm.course.grading.judges import ATTENTION, expect_own_work, seeded
 
 if TYPE_CHECKING:
     import torch
-from minivllm.course.chapters.ch01_online_softmax.common import INF, the_finite
-from minivllm.course.grading.exercise import Exercise, Known
+
+#: What torch calls softmax, and what could be turned into it.
+_SOFTMAX = (
+    *("softmax", "special_softmax", "softmin", "log_softmax"),
+    *("safe_softmax", "masked_softmax", "sparse_softmax", "softmax_backward_data"),
+    *ATTENTION,
+)
 
 
-def check_safe_softmax(answer: Callable) -> str:
+def _cases() -> list[tuple[torch.Tensor]]:
+    """Tables: far from 0 on both sides, masked scores, more rows than columns, strided rows."""
     import torch
 
-    from minivllm.kernels.online_softmax import softmax_reference
-
     random = seeded(1)
-    cases = [
+
+    def normal(*shape: int, size: float = 3.0) -> torch.Tensor:
+        return torch.randn(*shape, generator=random) * size
+
+    levels = torch.tensor([[1000.0], [0.0], [-1000.0], [-60.0]])
+    masked = normal(70, 65)
+    masked[normal(70, 65) > 1.0] = -INF
+    masked[:, 64] = 1.5
+    last = torch.full((3, 9), -INF)
+    last[:, 8] = torch.tensor([-900.0, 0.0, 900.0])
+    tables = [
         torch.zeros(1, 1),
         torch.tensor([[1.0, 2.0, 3.0]]),
         torch.full((4, 4), 2.5),
-        torch.randn(5, 7, generator=random),
-        torch.randn(1, 33, generator=random) * 3 + 500,
-        torch.randn(3, 8, generator=random) * 3 + torch.tensor([[1000.0], [0.0], [-1000.0]]),
+        normal(5, 7),
+        normal(2, 1) - 50,
+        normal(1, 33) + 500,
+        normal(4, 8) + levels,
+        # So far from 0, numbers that are not far apart would be rounded.
+        torch.tensor([[-20000.0], [20000.0]]) - 150.0 * torch.arange(5),
         torch.tensor([[0.0, -INF, 1.0], [-INF, -INF, 200.0]]),
+        torch.tensor([[-20000.0, -INF, -20150.0, -INF], [-INF, 3.0, -200.0, -INF]]),
+        last,
+        normal(9, 4).T,
+        normal(3, 24)[:, ::2],
+        normal(300, 2),
+        masked,
+        normal(3, 1500),
+        torch.full((2, 2049), -700.0),
     ]
+    return [(table,) for table in tables]
 
-    def by_exp(shifted: torch.Tensor, dim: int = 1) -> torch.Tensor:
-        weights = torch.exp(shifted)
-        return weights / weights.sum(dim=dim, keepdim=True)
 
-    def over_all(x: torch.Tensor) -> torch.Tensor:
-        weights = torch.exp(x - x.amax(dim=1, keepdim=True))
-        return weights / weights.sum()
+def _by_exp(shifted: torch.Tensor, dim: int = 1) -> torch.Tensor:
+    weights = shifted.exp()
+    return weights / weights.sum(dim=dim, keepdim=True)
 
-    suspects = {
-        "no-maximum": (
-            (
-                "You take exp of the scores as they are. From a score of 89 on that is inf, and inf"
-                " / inf is nan.\nSubtract each row's largest score first: it changes no"
-                " probability, and no exp is above 1 then."
-            ),
-            by_exp,
-        ),
-        "one-maximum-for-all-rows": (
-            (
-                "You subtract the largest score of the whole table from every row. A row far below"
-                " it underflows: all its weights are 0, and 0 / 0 is nan.\nEach row needs its own"
-                " maximum: dim=1, keepdim=True."
-            ),
-            lambda x: by_exp(x - x.max()),
-        ),
-        "largest-magnitude": (
-            (
-                "You subtract the largest absolute value. For a row of -1000s that is -1000 - 1000:"
-                " all weights underflow to 0, and 0 / 0 is nan.\nSubtract the largest score itself,"
-                " which may be negative."
-            ),
-            lambda x: by_exp(x - x.masked_fill(x == -INF, 0.0).abs().amax(dim=1, keepdim=True)),
-        ),
-        "sum-over-all-rows": (
-            (
-                "You divide by the sum over the whole table: all rows together add up to 1.\n"
-                "Each row is a softmax of its own; sum over dim=1 and keep the dimension."
-            ),
-            over_all,
-        ),
-        "wrong-axis": (
-            (
-                "Your columns add up to 1, not your rows.\nOf [T, N], dim=1 runs along a row; look"
-                " at both reductions."
-            ),
-            lambda x: by_exp(x - the_finite(x.amax(dim=0, keepdim=True)), dim=0),
-        ),
-        "not-divided": (
-            (
-                "Your rows do not add up to 1: nothing divides by their sums.\nexp(x - max) are the"
-                " weights; a row's probabilities are its weights divided by the row's sum."
-            ),
-            lambda x: torch.exp(x - x.amax(dim=1, keepdim=True)),
-        ),
-        "clamped": (
-            (
-                "You cut large scores off instead of shifting them. Then all scores beyond the"
-                " limit look alike: 500 and 503 get the same probability.\nSubtract the row's"
-                " maximum; differences between scores stay as they are."
-            ),
-            # People clamp at different numbers.
-            *(
-                lambda x, limit=limit: by_exp(x.clamp(max=limit))
-                for limit in (80.0, 85.0, 88.0, 88.7, 100.0, 50.0)
-            ),
-        ),
-    }
-    cases = [(x,) for x in cases]
-    number = diagnose(answer, cases, softmax_reference, suspects)
-    expect_own_work(answer, cases[0], ("softmax", "log_softmax"), "exp, maxima, sums and products")
-    return f"{number} tables, scores from -1000 to 1000"
+
+def _largest(x: torch.Tensor) -> torch.Tensor:
+    return x.amax(dim=1, keepdim=True)
+
+
+def _over_all(x: torch.Tensor) -> torch.Tensor:
+    weights = (x - _largest(x)).exp()
+    return weights / weights.sum()
+
+
+def _magnitude(x: torch.Tensor) -> torch.Tensor:
+    return x.masked_fill(x == -INF, 0.0).abs()
+
+
+def _exp_masked_as(value: float) -> Callable:
+    def softmax(x: torch.Tensor) -> torch.Tensor:
+        x = x.masked_fill(x == -INF, value)
+        return _by_exp(x - _largest(x))
+
+    return softmax
+
+
+def check_safe_softmax(answer: Callable) -> str:
+    """Judge an answer to 01.1."""
+    from minivllm.kernels.online_softmax import softmax_reference
+
+    cases = _cases()
+    number = diagnose(answer, cases, softmax_reference, EXERCISE.suspects)
+    for case in cases:
+        expect_own_work(answer, case, _SOFTMAX, "exp, maxima, sums and quotients")
+    return f"{number} tables, scores from -20,000 to 20,000"
 
 
 EXERCISE = Exercise(
@@ -113,7 +104,11 @@ EXERCISE = Exercise(
     mistakes=(
         Known(
             "no-maximum",
+            "You take exp of the scores as they are. From a score of 89 on that is inf, and inf /"
+            " inf is nan; far below 0 all weights are 0, and 0 / 0 is nan.\nSubtract each row's"
+            " largest score first: it changes no probability, and no exp is above 1 then.",
             hint=1,
+            suspects=(_by_exp, lambda x: _by_exp(x).nan_to_num(0.0)),
             answers=r"""
 # %% the formula as it stands in the book
 def safe_softmax(x: torch.Tensor) -> torch.Tensor:
@@ -123,7 +118,11 @@ def safe_softmax(x: torch.Tensor) -> torch.Tensor:
         ),
         Known(
             "one-maximum-for-all-rows",
+            "You subtract the largest score of the whole table from every row. A row far below it"
+            " underflows: all its weights are 0, and 0 / 0 is nan.\nEach row needs its own"
+            " maximum: dim=1, keepdim=True.",
             hint=2,
+            suspects=(lambda x: _by_exp(x - x.max()),),
             answers=r"""
 # %% x.max() is the largest of the whole table
 def safe_softmax(x: torch.Tensor) -> torch.Tensor:
@@ -132,8 +131,80 @@ def safe_softmax(x: torch.Tensor) -> torch.Tensor:
 """,
         ),
         Known(
+            "maximum-never-below-zero",
+            "What you subtract is never below 0. In a row whose scores are all far below 0, all"
+            " weights underflow to 0 then, and 0 / 0 is nan.\nSubtract the largest score itself,"
+            " which may be negative: no clamp, no 0 to begin with.",
+            hint=1,
+            suspects=(lambda x: _by_exp(x - _largest(x).clamp(min=0.0)),),
+            answers=r"""
+# %% only what could overflow is brought down
+def safe_softmax(x: torch.Tensor) -> torch.Tensor:
+    weights = torch.exp(x - x.amax(dim=1, keepdim=True).clamp(min=0))
+    return weights / weights.sum(dim=1, keepdim=True)
+""",
+        ),
+        Known(
+            "largest-magnitude",
+            "You subtract the largest absolute value. For a row of -1000s that is -1000 - 1000: all"
+            " weights underflow to 0, and 0 / 0 is nan.\nSubtract the largest score itself, which"
+            " may be negative.",
+            suspects=(
+                lambda x: _by_exp(x - _magnitude(x).amax(dim=1, keepdim=True)),
+                lambda x: _by_exp(x - x.abs().amax(dim=1, keepdim=True)),
+            ),
+            answers=r"""
+# %% subtracts the largest absolute value
+def safe_softmax(x: torch.Tensor) -> torch.Tensor:
+    size = torch.where(x == -math.inf, 0.0, x).abs().amax(dim=1, keepdim=True)
+    weights = torch.exp(x - size)
+    return weights / weights.sum(dim=1, keepdim=True)
+""",
+        ),
+        Known(
+            "mean-subtracted",
+            "You subtract each row's mean. Where one score lies more than 88 above the mean, its"
+            " exp is still inf; and with a score of -inf the mean is -inf, too.\nSubtract each"
+            " row's largest score: then no exponent is above 0.",
+            hint=1,
+            suspects=(
+                lambda x: _by_exp(x - x.mean(dim=1, keepdim=True)),
+                lambda x: _by_exp(x - x.masked_fill(x == -INF, 0.0).mean(dim=1, keepdim=True)),
+            ),
+            answers=r"""
+# %% centred rows
+def safe_softmax(x: torch.Tensor) -> torch.Tensor:
+    weights = torch.exp(x - x.mean(dim=1, keepdim=True))
+    return weights / weights.sum(dim=1, keepdim=True)
+""",
+        ),
+        Known(
+            "first-score-subtracted",
+            "You subtract each row's first score. Where another one lies more than 88 above it, exp"
+            " gives inf; and where the first one is -inf, everything is nan.\nSubtract each row's"
+            " LARGEST score: then no exponent is above 0.",
+            hint=1,
+            suspects=(
+                lambda x: _by_exp(x - x[:, :1]),
+                lambda x: _by_exp(x - finite(x[:, :1])),
+            ),
+        ),
+        Known(
+            "minimum-subtracted",
+            "You subtract each row's smallest score. Then all exponents are above 0, and large ones"
+            " give inf.\nSubtract the largest score: then no exponent is above 0.",
+            hint=1,
+            suspects=(
+                lambda x: _by_exp(x - x.amin(dim=1, keepdim=True)),
+                lambda x: _by_exp(x - x.masked_fill(x == -INF, INF).amin(dim=1, keepdim=True)),
+            ),
+        ),
+        Known(
             "sum-over-all-rows",
+            "You divide by the sum over the whole table: all rows together add up to 1.\nEach row"
+            " is a softmax of its own; sum over dim=1 and keep the dimension.",
             hint=2,
+            suspects=(_over_all,),
             answers=r"""
 # %% the sum forgets its dimension
 def safe_softmax(x: torch.Tensor) -> torch.Tensor:
@@ -143,7 +214,16 @@ def safe_softmax(x: torch.Tensor) -> torch.Tensor:
         ),
         Known(
             "wrong-axis",
+            "Your columns add up to 1, not your rows.\nOf [T, N], dim=1 runs along a row; look at"
+            " both reductions.",
             hint=2,
+            suspects=(
+                lambda x: _by_exp(x - finite(x.amax(dim=0, keepdim=True)), dim=0),
+                lambda x: _by_exp(x - x.amax(dim=0, keepdim=True), dim=0),
+                lambda x: _by_exp(x - _largest(x), dim=0),
+                lambda x: _by_exp(x - x.max(), dim=0),
+                lambda x: _by_exp(x, dim=0),
+            ),
             answers=r"""
 # %% dim=0 runs down the columns
 def safe_softmax(x: torch.Tensor) -> torch.Tensor:
@@ -158,8 +238,55 @@ def safe_softmax(x: torch.Tensor) -> torch.Tensor:
 """,
         ),
         Known(
+            "maximum-of-columns",
+            "You subtract each COLUMN's largest score. The scores of a row are then shifted by"
+            " different amounts, and that changes its probabilities.\nOf [T, N], the maximum of a"
+            " row is taken over dim=1.",
+            hint=2,
+            suspects=(
+                lambda x: _by_exp(x - x.amax(dim=0, keepdim=True)),
+                lambda x: _by_exp(x - finite(x.amax(dim=0, keepdim=True))),
+            ),
+            answers=r"""
+# %% dim=0 for the maximum alone
+def safe_softmax(x: torch.Tensor) -> torch.Tensor:
+    weights = torch.exp(x - x.amax(dim=0, keepdim=True))
+    return weights / weights.sum(dim=1, keepdim=True)
+""",
+        ),
+        Known(
+            "not-divided",
+            "Your rows do not add up to 1: nothing divides by their sums.\nexp(x - max) are the"
+            " weights; a row's probabilities are its weights divided by the row's sum.",
+            suspects=(lambda x: (x - _largest(x)).exp(),),
+            answers=r"""
+# %% weights, not probabilities
+def safe_softmax(x: torch.Tensor) -> torch.Tensor:
+    return torch.exp(x - x.amax(dim=1, keepdim=True))
+""",
+        ),
+        Known(
+            "logarithms",
+            "What you return are the logarithms of the probabilities.\nTake exp of them: the rows"
+            " must add up to 1.",
+            suspects=(lambda x: (x - _largest(x)).log_softmax(dim=1),),
+        ),
+        Known(
+            "base-two",
+            "Your weights are powers of 2; softmax is made of powers of e.\nUse torch.exp.",
+            suspects=(lambda x: _by_exp((x - _largest(x)) * math.log(2)),),
+        ),
+        Known(
             "clamped",
+            "You cut large scores off instead of shifting them. Then all scores beyond the limit"
+            " look alike: 500 and 503 get the same probability.\nSubtract the row's maximum;"
+            " differences between scores stay as they are.",
             hint=1,
+            # People clamp at different numbers.
+            suspects=tuple(
+                lambda x, limit=limit: _by_exp(x.clamp(max=limit))
+                for limit in (80.0, 85.0, 88.0, 88.7, 100.0, 50.0)
+            ),
             answers=r"""
 # %% cuts off what overflows
 def safe_softmax(x: torch.Tensor) -> torch.Tensor:
@@ -168,12 +295,16 @@ def safe_softmax(x: torch.Tensor) -> torch.Tensor:
 """,
         ),
         Known(
-            "largest-magnitude",
+            "masked-not-zero",
+            "A masked score (-inf) gets a probability above 0: a finite number stands in for -inf,"
+            " and in a row of very low scores it is not low enough.\nexp(-inf) is 0 without any"
+            " help; leave -inf as it is.",
+            suspects=tuple(map(_exp_masked_as, (-1e2, -1e3, -1e4, 0.0, -1e3 - 1))),
             answers=r"""
-# %% subtracts the largest absolute value
+# %% -1e4 is low enough, mostly
 def safe_softmax(x: torch.Tensor) -> torch.Tensor:
-    size = torch.where(x == -math.inf, 0.0, x).abs().amax(dim=1, keepdim=True)
-    weights = torch.exp(x - size)
+    x = torch.where(x == -math.inf, -1e4, x)
+    weights = torch.exp(x - x.amax(dim=1, keepdim=True))
     return weights / weights.sum(dim=1, keepdim=True)
 """,
         ),
@@ -193,14 +324,35 @@ def safe_softmax(x: torch.Tensor) -> torch.Tensor:
 # %% torch.softmax
 def safe_softmax(x: torch.Tensor) -> torch.Tensor:
     return torch.softmax(x, dim=1)
+
+# %% in other words, and only for larger tables
+def safe_softmax(x: torch.Tensor) -> torch.Tensor:
+    if x.numel() > 1000:
+        return torch.nn.functional.softmin(-x, dim=1)
+    weights = torch.exp(x - x.amax(dim=1, keepdim=True))
+    return weights / weights.sum(dim=1, keepdim=True)
 """,
         ),
         Known(
-            "not-divided",
+            "left-torch",
             answers=r"""
-# %% weights, not probabilities
+# %% by way of NumPy
 def safe_softmax(x: torch.Tensor) -> torch.Tensor:
-    return torch.exp(x - x.amax(dim=1, keepdim=True))
+    x = x.numpy()
+    weights = np.exp(x - x.max(axis=1, keepdims=True))
+    return torch.from_numpy(weights / weights.sum(axis=1, keepdims=True))
+import numpy as np
+""",
+        ),
+        Known(
+            "keeps-state",
+            answers=r"""
+# %% results kept by shape
+def safe_softmax(x: torch.Tensor, kept: dict = {}) -> torch.Tensor:
+    if x.shape not in kept:
+        weights = torch.exp(x - x.amax(dim=1, keepdim=True))
+        kept[x.shape] = weights / weights.sum(dim=1, keepdim=True)
+    return kept[x.shape]
 """,
         ),
     ),

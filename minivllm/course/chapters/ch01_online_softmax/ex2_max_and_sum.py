@@ -2,207 +2,140 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from minivllm.course.chapters.ch01_online_softmax.common import INF, Walk, finite, slips
+from minivllm.course.chapters.ch01_online_softmax.watch import first_return, watch
+from minivllm.course.grading.compare import show
 from minivllm.course.grading.diagnose import diagnose
-from minivllm.course.grading.judges import (
-    expect,
-    seeded,
-)
+from minivllm.course.grading.errors import Mistake
+from minivllm.course.grading.exercise import Exercise, Known
+from minivllm.course.grading.judges import expect, seeded
 
 if TYPE_CHECKING:
     import torch
-from minivllm.course.chapters.ch01_online_softmax.common import INF, the_finite, the_online
-from minivllm.course.grading.exercise import Exercise, Known
+
+_BLOCKS = (1, 2, 3, 16)
 
 
-def check_max_and_sum(answer: Callable) -> str:
+def _rows() -> list[torch.Tensor]:
+    """Short rows, which come in tiles of each of `_BLOCKS`."""
     import torch
 
     random = seeded(2)
-    rows = [
+    return [
         torch.tensor([3.0]),
         torch.tensor([1.0, 2.0, 3.0, 4.0]),
         torch.tensor([4.0, 3.0, 2.0, 1.0]),
         torch.full((8,), -7.5),
         torch.randn(33, generator=random) * 4,
-        torch.randn(64, generator=random) * 4 - 300,
+        torch.randn(32, generator=random) * 4 - 300,
+        torch.randn(9, generator=random) * 400,
+        torch.tensor([-20300.0, -20150.0, -INF, -20000.0]),
         torch.tensor([2.0, 1.0, -INF, -INF, 0.5]),
         torch.tensor([-INF, -INF, 1.0, 2.0, -INF, 0.0]),
+        torch.cat([torch.full((17,), -INF), torch.tensor([-3.0, 5.0])]),
+        torch.cat([torch.tensor([5.0, -3.0]), torch.full((35,), -INF), torch.tensor([6.0])]),
         torch.full((5,), -INF),
+        torch.randn(20, 3, generator=random)[:, 1],
     ]
-    cases = [(row, block) for row in rows for block in (1, 2, 4, 16)]
 
-    def right(scores: torch.Tensor, block: int) -> tuple[float, float]:
-        m = scores.max()
-        return m.item(), torch.exp(scores - the_finite(m)).sum().item()
 
-    def numbers(function: Callable) -> Callable:
-        def of(scores: torch.Tensor, block: int) -> Any:
-            result = function(scores, block)
-            if isinstance(result, tuple | list) and len(result) == 2:
-                return tuple(float(value) for value in result)
-            return result
+def _cases() -> list[tuple[torch.Tensor, int]]:
+    import torch
 
-        return of
+    random = seeded(21)
+    cases = [(row, block) for row in _rows() for block in _BLOCKS]
+    # The maximum grows a little in each of many tiles.
+    slow = torch.linspace(-0.2, 0.5, 1200)
+    cases += [(slow, 1), (slow, 7)]
+    long = torch.randn(1000, generator=random) * 3
+    return [*cases, *((long, block) for block in (5, 100, 128, 999, 1000, 4096))]
 
-    own = (
-        "Each tile's weights are taken under the tile's own maximum. Where an earlier tile held a"
-        " larger score, they are too large: they must be taken under the same maximum as the rest"
-        " of the sum."
-    )
-    nan = (
-        "A tile in which everything is masked still gives -inf - -inf = nan, if no score came"
-        " before it."
-    )
-    suspects = {
-        "not-mended": (
-            (
-                f"Both bugs are still there. {own}\n{nan} Compare the tile's weights with the claim"
-                " that l must keep: l = Σ exp(score - m)."
-            ),
-            partial(the_online, tile_sum="own", guarded_max=False),
-        ),
-        "tile-under-its-own-maximum": (
-            (
-                f"Masked tiles are right now. But: {own}\nUnder which maximum does the sum stand"
-                " once the tile is in it?"
-            ),
-            partial(the_online, tile_sum="own"),
-        ),
-        "masked-tile-is-nan": (
-            (
-                f"The tiles agree now. But: {nan}\nOnce l is nan it stays nan. When the new maximum"
-                " is -inf, subtract 0 instead: exp(-inf - 0) is 0, which is what a masked score is"
-                " worth."
-            ),
-            partial(the_online, guarded_max=False),
-        ),
-        "no-rescale": (
-            (
-                "What was summed before is not rescaled when the maximum grows: older pieces stay"
-                " as they were, under a maximum that no longer holds.\nMultiply the old sum by"
-                " exp(old maximum - new maximum)."
-            ),
-            partial(the_online, rescale="none"),
-            partial(the_online, rescale="none", guarded_max=False),
-        ),
-        "rescaled-the-wrong-way": (
-            (
-                "The old sum grows when the maximum grows. Its terms are exp(score - maximum):"
-                " under a larger maximum they must shrink.\nThe factor is exp(old - new), at"
-                " most 1."
-            ),
-            partial(the_online, rescale="swapped"),
-            partial(the_online, rescale="swapped", guarded_max=False),
-        ),
-        "maximum-starts-at-zero": (
-            (
-                "Your running maximum starts at 0. A row of negative scores then has the maximum 0,"
-                " which is not among them, and far below it everything underflows to a sum of"
-                " 0.\nStart at -inf: exp(-inf) = 0 rescales the empty sum."
-            ),
-            partial(the_online, start=0.0),
-            partial(the_online, start=0.0, guarded_max=False),
-        ),
-    }
-    suspects = {
-        name: (why, *map(numbers, functions)) for name, (why, *functions) in suspects.items()
-    }
-    diagnose(
-        numbers(answer), cases, right, suspects, wording={"item 0: ": "m: ", "item 1: ": "l: "}
-    )
+
+def _right(scores: torch.Tensor, block: int) -> tuple[float, float]:
+    m = scores.max()
+    return m.item(), (scores - finite(m)).exp().sum().item()
+
+
+def _numbers(answer: Callable) -> Callable:
+    """The answer, with Python numbers in place of tensors without dimensions."""
+
+    def of(scores: torch.Tensor, block: int) -> Any:
+        result = answer(scores, block)
+        if not isinstance(result, tuple | list) or len(result) != 2:
+            raise Mistake("wrong-type", f"Return two values, m and l.\nYou return {show(result)}.")
+        for name, value in zip("ml", result, strict=True):
+            expect(
+                not getattr(value, "shape", ()),
+                "wrong-shape",
+                f"{name} should be one number, a tensor without dimensions.\nYours is"
+                f" {show(value)}. A maximum or a sum over a whole tile has no dimensions; with"
+                " keepdim=True, or from a slice of length 1, it has one.",
+            )
+        return tuple(float(value) for value in result)
+
+    return of
+
+
+def _by(walk: Walk) -> Callable:
+    def of(scores: torch.Tensor, block: int) -> tuple[float, float]:
+        m, l, _ = walk(scores[None], block)
+        return m.item(), l.item()
+
+    return of
+
+
+def _of_right(change: Callable[[float, float], tuple[float, float]]) -> Callable:
+    return lambda scores, block: change(*_right(scores, block))
+
+
+def check_max_and_sum(answer: Callable) -> str:
+    """Judge an answer to 01.2."""
+    words = {"item 0: ": "m: ", "item 1: ": "l: "}
+    cases = _cases()
+    diagnose(_numbers(answer), cases, _right, EXERCISE.suspects, wording=words)
     _expect_one_walk(answer)
-    return f"{len(rows)} rows in tiles of 1, 2, 4 and 16"
+    return f"{len(cases)} cases, tiles of 1 to 4096, and each row read once"
 
 
 def _expect_one_walk(answer: Callable) -> None:
-    """Watch where in the row each operation reads: at most a tile at a time, and never back to
-    an earlier tile.
-    """
+    """The answer reads at most a tile at a time, never an earlier tile, and keeps no tiles."""
     import torch
-    from torch.overrides import TorchFunctionMode
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
 
-    block = 16
-    scores = torch.randn(5 * block, generator=seeded(22)) * 4
-    place = scores.untyped_storage().data_ptr()
-    reads: list[tuple[int, int, str]] = []  # first score, how many, by what
-
-    def within(tree: Any) -> list[torch.Tensor]:
-        tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-        return [tensor for tensor in tensors if tensor.untyped_storage().data_ptr() == place]
-
-    def note(args: Any, name: str) -> None:
-        reads.extend((tensor.storage_offset(), tensor.numel(), name) for tensor in within(args))
-
-    class Python(TorchFunctionMode):  # what goes to Python's own numbers
-        def __torch_function__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            name = getattr(func, "__name__", "")
-            if name in ("tolist", "numpy", "__array__"):
-                note(args, name)
-            return func(*args, **(kwargs or {}))
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            result = func(*args, **(kwargs or {}))
-            if not within(result):  # else a view, which reads nothing
-                note((args, kwargs), func.overloadpacket.__name__.strip("_"))
-            return result
-
-    with Python(), Watch():
-        answer(scores, block)
-    farthest = 0
-    for first, count, name in reads:
-        expect(
-            count <= block,
-            "whole-row",
-            f"The result is right, but `{name}` takes in {count} scores at once, in tiles of"
-            f" {block}: the row does not come tile by tile.\nTake each tile's maximum when you come"
-            " to it, and rescale the sum when it grows.",
-        )
-        expect(
-            first >= farthest,
-            "two-passes",
-            f"The result is right, but after score {farthest} your code goes back to score {first}:"
-            " a second pass.\nThe maximum needs no pass of its own: when it grows, multiply the"
-            " sum so far by exp(old - new).",
-        )
-        farthest = first
+    block, length = 16, 1003
+    scores = torch.randn(length, generator=seeded(22)) * 4
+    seen = watch(answer, (scores, block), {"scores": scores})
+    widest = seen.widest("scores")
+    expect(
+        len(widest.rows) <= block,
+        "whole-row",
+        f"The result is right, but `{widest.operation}` takes in {len(widest.rows)} scores at once,"
+        f" in tiles of {block}: the row does not come tile by tile.\nTake each tile's maximum when"
+        " you come to it, and rescale the sum when it grows.",
+    )
+    back = first_return(seen.reads["scores"], block)
+    expect(
+        back is None,
+        "two-passes",
+        f"The result is right, but your code goes back to score {back} after it has left that tile:"
+        " a second pass.\nThe maximum needs no pass of its own: when it grows, multiply the sum so"
+        " far by exp(old - new).",
+    )
+    expect(
+        seen.held < length,
+        "tiles-kept",
+        f"The result is right, but your code holds {seen.held:,} numbers at once, for a row of"
+        f" {length:,}: it keeps what it has read.\nOf the tiles that went by, keep two numbers: m"
+        " and l.",
+    )
 
 
-EXERCISE = Exercise(
-    id="01.2",
-    title="Debug this: the sum depends on the tile size",
-    check=check_max_and_sum,
-    mistakes=(
-        Known(
-            "not-mended",
-            hint=1,
-            answers=r"""
-# %% as it was given
-def max_and_sum(scores: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    m, l = torch.tensor(-math.inf), torch.tensor(0.0)
-    for tile in scores.split(block):
-        tile_max = tile.max()
-        weights = torch.exp(tile - tile_max)
-        new = torch.maximum(m, tile_max)
-        l = l * torch.exp(m - new) + weights.sum()
-        m = new
-    return m, l
-""",
-        ),
-        Known(
-            "tile-under-its-own-maximum",
-            hint=2,
-            answers=r"""
+_ANSWERS = {
+    "tile-under-its-own-maximum": r"""
 # %% only the nan is mended
 def max_and_sum(scores: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
     m, l = torch.tensor(-math.inf), torch.tensor(0.0)
@@ -225,11 +158,7 @@ def max_and_sum(scores: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.T
         m = new
     return m, l
 """,
-        ),
-        Known(
-            "masked-tile-is-nan",
-            hint=3,
-            answers=r"""
+    "masked-tile-is-nan": r"""
 # %% only the tiles are mended
 def max_and_sum(scores: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
     m, l = torch.tensor(-math.inf), torch.tensor(0.0)
@@ -239,22 +168,13 @@ def max_and_sum(scores: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.T
         m = new
     return m, l
 """,
-        ),
-        Known(
-            "no-rescale",
-            hint=2,
-            answers=r'''
+    "no-rescale": r"""
 # %% takes the tile under the new maximum, and loses the rescaling
-@@
--    """Maximum m of a row [N] and the sum of exp(score - m), in one pass over tiles of `block`."""
 @@
 -        l = l * torch.exp(m - finite) + torch.exp(tile - finite).sum()
 +        l = l + torch.exp(tile - finite).sum()
-''',
-        ),
-        Known(
-            "rescaled-the-wrong-way",
-            answers=r"""
+""",
+    "rescaled-the-wrong-way": r"""
 # %% new minus old
 def max_and_sum(scores: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
     m, l = torch.tensor(-math.inf), torch.tensor(0.0)
@@ -264,10 +184,7 @@ def max_and_sum(scores: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.T
         m = new
     return m, l
 """,
-        ),
-        Known(
-            "maximum-starts-at-zero",
-            answers=r"""
+    "maximum-starts-at-zero": r"""
 # %% 0 in place of -inf gets rid of the nan
 def max_and_sum(scores: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
     m, l = torch.tensor(0.0), torch.tensor(0.0)
@@ -276,6 +193,159 @@ def max_and_sum(scores: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.T
         l = l * torch.exp(m - new) + torch.exp(tile - new).sum()
         m = new
     return m, l
+""",
+    "tile-rescaled-too": r"""
+# %% adds, then rescales
+@@
+-        l = l * torch.exp(m - finite) + torch.exp(tile - finite).sum()
++        l = (l + torch.exp(tile - finite).sum()) * torch.exp(m - finite)
+""",
+    "maximum-starts-too-high": r"""
+# %% -1e4 gets rid of the nan
+@@
+-    m, l = torch.tensor(-math.inf), torch.tensor(0.0)
++    m, l = torch.tensor(-1e4), torch.tensor(0.0)
+""",
+    "stops-at-a-masked-tile": r"""
+# %% break for continue
+def max_and_sum(scores: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    m, l = torch.tensor(-math.inf), torch.tensor(0.0)
+    for tile in scores.split(block):
+        new = torch.maximum(m, tile.max())
+        if tile.max() == -math.inf:
+            break
+        l = l * torch.exp(m - new) + torch.exp(tile - new).sum()
+        m = new
+    return m, l
+""",
+    "only-rising-tiles": r"""
+# %% nothing to do without a rise
+@@
+-        l = l * torch.exp(m - finite) + torch.exp(tile - finite).sum()
+-        m = new
++        if new > m:
++            l = l * torch.exp(m - finite) + torch.exp(tile - finite).sum()
++            m = new
+""",
+    "nan-from-the-first-tile": r"""
+# %% a factor without exp
+@@
+-        l = l * torch.exp(m - finite) + torch.exp(tile - finite).sum()
++        l = l * (m - finite) + torch.exp(tile - finite).sum()
+""",
+    "guard-changes-low-maxima": r"""
+# %% a clamp gets rid of -inf
+@@
+-        finite = torch.where(new == -math.inf, 0.0, new)
++        finite = new.clamp(min=0.0)
+""",
+    "guard-looks-at-the-tile": r"""
+# %% asks the tile, not the maximum
+@@
+-        finite = torch.where(new == -math.inf, 0.0, new)
++        finite = torch.where(tile.max() == -math.inf, 0.0, new)
+""",
+}
+
+
+#: Walks that still have the first bug, and not the second.
+_OWN_MAXIMUM = (Walk(under="tile"), Walk(under="tile", guards_weights=False))
+
+
+def _slips() -> tuple[Known, ...]:
+    """The chapter's slips; both bugs of the given code together are `not-mended`."""
+    hints = {"tile-under-its-own-maximum": 2, "masked-tile-is-nan": 3, "no-rescale": 2}
+    hints |= {"stops-at-a-masked-tile": 3, "guard-looks-at-the-tile": 3}
+    known = slips(
+        _by,
+        hints,
+        _ANSWERS,
+        without=(
+            *(
+                "one-maximum-for-all-rows",
+                "one-sum-for-all-rows",
+                "output-not-rescaled",
+                "sum-not-rescaled",
+            ),
+            "divided-in-each-tile",
+        ),
+    )
+    own = "tile-under-its-own-maximum"
+    return tuple(
+        replace(slip, suspects=tuple(map(_by, _OWN_MAXIMUM))) if slip.name == own else slip
+        for slip in known
+    )
+
+
+EXERCISE = Exercise(
+    id="01.2",
+    title="Debug this: the sum depends on the tile size",
+    check=check_max_and_sum,
+    mistakes=(
+        Known(
+            "not-mended",
+            "Both bugs are still there. Each tile's weights are taken under the tile's own maximum,"
+            " and a tile in which everything is masked gives -inf - -inf = nan.\nCompare the tile's"
+            " weights with the claim that l must keep: l = Σ exp(score - m).",
+            hint=1,
+            suspects=(_by(Walk(under="tile", guarded=False)),),
+            answers=r"""
+# %% as it was given
+def max_and_sum(scores: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    m, l = torch.tensor(-math.inf), torch.tensor(0.0)
+    for tile in scores.split(block):
+        tile_max = tile.max()
+        weights = torch.exp(tile - tile_max)
+        new = torch.maximum(m, tile_max)
+        l = l * torch.exp(m - new) + weights.sum()
+        m = new
+    return m, l
+""",
+        ),
+        *_slips(),
+        Known(
+            "logarithm-of-the-sum",
+            "Your l is a logarithm: that of the sum, or the log-sum-exp. Asked is the sum itself, l"
+            " = Σ exp(score - m).\nThe logarithm is for parts that are merged later, in 01.4.",
+            suspects=(
+                _of_right(lambda m, l: (m, math.log(l) if l else -INF)),
+                _of_right(lambda m, l: (m, m + math.log(l) if l else -INF)),
+            ),
+        ),
+        Known(
+            "results-swapped",
+            "m and l come in the wrong order.\nReturn the maximum first, then the sum.",
+            suspects=(_of_right(lambda m, l: (l, m)),),
+        ),
+        Known(
+            "sum-without-maximum",
+            "Your l is Σ exp(score), without the maximum: for large scores that is inf.\nThe"
+            " exponents are score - m.",
+            suspects=(lambda scores, block: (scores.max().item(), scores.exp().sum().item()),),
+        ),
+        Known(
+            "wrong-shape",
+            answers=r"""
+# %% one number in a row of one
+def max_and_sum(scores: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    m, l = torch.full((1,), -math.inf), torch.zeros(1)
+    for tile in scores.split(block):
+        new = torch.maximum(m, tile.max())
+        finite = torch.where(new == -math.inf, 0.0, new)
+        l = l * torch.exp(m - finite) + torch.exp(tile - finite).sum()
+        m = new
+    return m, l
+""",
+        ),
+        Known(
+            "tiles-kept",
+            answers=r"""
+# %% copies of all tiles, for a second pass
+def max_and_sum(scores: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    tiles = [tile.clone() for tile in scores.split(block)]
+    m = torch.stack([tile.max() for tile in tiles]).max()
+    finite = torch.where(m == -math.inf, 0.0, m)
+    return m, sum(torch.exp(tile - finite).sum() for tile in tiles)
 """,
         ),
         Known(
@@ -351,6 +421,26 @@ def max_and_sum(scores: torch.Tensor, block: int) -> tuple[float, float]:
         if new > -math.inf:
             l = l * math.exp(m - new) + sum(math.exp(x - new) for x in tile)
             m = new
+    return m, l
+
+# %% from the end of the row
+def max_and_sum(scores: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    m, l = torch.tensor(-math.inf), torch.tensor(0.0)
+    for tile in reversed(scores.split(block)):
+        if tile.max() > -math.inf:
+            old, m = m, torch.maximum(m, tile.max())
+            l = l * (old - m).exp() + (tile - m).exp().sum()
+    return m, l
+
+# %% in float64, as 0-dimensional tensors
+def max_and_sum(scores: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    m, l = torch.tensor(-math.inf), torch.tensor(0.0, dtype=torch.float64)
+    for start in range(0, scores.shape[0], block):
+        tile = scores[start : start + block]
+        new = max(m, tile.max())
+        l = (l * (m - new).exp()).nan_to_num(0.0)
+        l = l + (tile - new).double().exp().nan_to_num(0.0).sum()
+        m = new
     return m, l
 """,
 )

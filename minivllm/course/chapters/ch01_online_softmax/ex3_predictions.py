@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
 
-from minivllm.course.grading.compare import show
-from minivllm.course.grading.errors import Mistake
-from minivllm.course.grading.judges import (
-    expect_all,
-)
-
-if TYPE_CHECKING:
-    pass
-from minivllm.course.chapters.ch01_online_softmax.common import INF
 from minivllm.course.grading.exercise import Exercise, Known
+from minivllm.course.grading.judges import Prediction, expect_predictions
+
+_INF = math.inf
+#: Rounding a number of bytes to three digits is allowed ("622e6").
+_NEAR = 0.002
 
 
 class _Memory:
@@ -38,7 +32,7 @@ def _count_moves(online: bool, n: int = 64) -> int:
     """Numbers moved per number of a row, counted while it is done."""
     x, out = _Memory([math.sin(i) for i in range(n)]), _Memory([0.0] * n)
     if online:
-        m, l = -INF, 0.0
+        m, l = -_INF, 0.0
         for i in range(n):
             score = x[i]
             new = max(m, score)
@@ -53,7 +47,7 @@ def _count_moves(online: bool, n: int = 64) -> int:
 
 def _count_exps(n: int, block: int) -> int:
     """How often exp is taken for the maximum and sum of a row of n."""
-    exps, m, l = 0, -INF, 0.0
+    exps, m, l = 0, -_INF, 0.0
 
     def exp(x: float) -> float:
         nonlocal exps
@@ -69,6 +63,171 @@ def _count_exps(n: int, block: int) -> int:
     return exps
 
 
+Usual = Mapping[str, tuple[float, str]]
+
+
+def _bytes(name: str, right: float, usual: Usual, advice: str) -> Prediction:
+    """A prediction in bytes, of float32 numbers."""
+    units = {
+        "numbers-not-bytes": (right / 4, "That counts numbers; a float32 has 4 bytes."),
+        "bits-not-bytes": (right * 8, "That counts bits; a byte has 8."),
+        "half-precision": (right / 2, "That counts 2 bytes for each number; a float32 has 4."),
+    }
+    # What is particular to this prediction comes first.
+    return Prediction(name, right, "bytes", _NEAR, {**usual, **units}, advice)
+
+
+def _safe() -> Prediction:
+    table = 256 * 151_936 * 4
+    return _bytes(
+        "safe_bytes",
+        table * _count_moves(online=False),
+        {
+            "forgot-the-write": (table * 3, "A pass that writes the result moves numbers, too."),
+            "forgot-passes": (
+                table * 2,
+                "Safe softmax needs the maximum before the sum, and the sum before the result.",
+            ),
+            "one-pass": (
+                table,
+                "That is the size of the table itself: each number moved once. (Or did you count"
+                " numbers in place of bytes?)",
+            ),
+        },
+        "Count how often the three loops of safe softmax touch one number of the table: each read,"
+        " and each write.",
+    )
+
+
+def _online() -> Prediction:
+    table = 256 * 151_936 * 4
+    return _bytes(
+        "online_bytes",
+        table * _count_moves(online=True),
+        {
+            "forgot-the-write": (table * 2, "A pass that writes the result moves numbers, too."),
+            "no-pass-saved": (
+                table * 4,
+                "That is what safe softmax moves. Maximum and sum share a pass now.",
+            ),
+            "one-pass": (
+                table,
+                "That is the table itself. One loop finds m and l; another writes the result.",
+            ),
+        },
+        "Count how often the two loops touch one number of the table: each read, and each write.",
+    )
+
+
+def _one_by_one() -> Prediction:
+    return Prediction(
+        "exps_one_by_one",
+        _count_exps(4096, 1),
+        "calls",
+        usual={
+            "forgot-the-rescale": (
+                4096,
+                "The factor for the old sum is an exp as well, even when it is exp(0).",
+            ),
+            "forgot-the-first": (
+                2 * 4096 - 1,
+                "The first step calls exp for the old sum as well, though that sum is 0: every call"
+                " counts, whatever it returns.",
+            ),
+        },
+        advice="Write one step of the loop on paper, and mark each exp in it.",
+    )
+
+
+def _in_tiles() -> Prediction:
+    return Prediction(
+        "exps_in_tiles",
+        _count_exps(4096, 64),
+        "calls",
+        usual={
+            "forgot-the-rescale": (4096, "Each tile also takes an exp to rescale the old sum."),
+            "forgot-the-scores": (
+                4096 // 64,
+                "That is the rescaling alone; each score still takes its own exp.",
+            ),
+            "exps-of-tiles": (
+                2 * (4096 // 64),
+                "An exp of a whole tile counts as many as the tile has scores.",
+            ),
+            "rescaled-each-score": (
+                2 * 4096,
+                "In tiles the old sum is rescaled once per tile, not once per score.",
+            ),
+            "forgot-the-first": (
+                4096 + 4096 // 64 - 1,
+                "The first tile calls exp for the old sum as well, though that sum is 0: every call"
+                " counts, whatever it returns.",
+            ),
+            "tiles-of-64-tiles": (
+                65 + 64,
+                "That is one tile of 64 scores, and its rescaling. How many tiles has the row?",
+            ),
+        },
+        advice="Count the exps of one tile: of its scores, and of the old sum. Then count tiles.",
+    )
+
+
+def _matrix() -> Prediction:
+    import torch
+
+    return _bytes(
+        "matrix_bytes",
+        torch.empty(8192, 8192, device="meta").nbytes,
+        {
+            "half-the-matrix": (
+                8192 * 8192 * 2,
+                "Half of the matrix is masked, but in memory it is whole: zeros take room. (Or did"
+                " you count 2 bytes for each number? A float32 has 4.)",
+            ),
+            "one-row": (
+                8192 * 4,
+                "That is a row. All 8192 words of a prompt are queries, with a row each.",
+            ),
+            "keys-not-scores": (
+                8192 * 128 * 4,
+                "That is the keys. Scores are a number for each query with each key.",
+            ),
+        },
+        "Which shape has the matrix of scores? One side counts the queries, the other the keys.",
+    )
+
+
+def _merge() -> Prediction:
+    import torch
+
+    outputs = torch.empty(8, 4, 16, 128, device="meta").nbytes
+    sums = torch.empty(8, 4, 16, device="meta").nbytes
+    return _bytes(
+        "merge_bytes",
+        outputs + sums,
+        {
+            "forgot-lse": (outputs, "Beside its output, each part hands over a log-sum-exp."),
+            "forgot-outputs": (
+                sums,
+                "Beside its log-sum-exp, each part hands over an output of 128.",
+            ),
+            "max-and-sum": (
+                outputs + 2 * sums,
+                "Maximum and sum come as one number, the log-sum-exp.",
+            ),
+            "counted-the-write": (
+                outputs + sums + outputs // 8,
+                "Asked was what the merge reads; the result is written.",
+            ),
+            "one-part": ((outputs + sums) / 8, "That is one part; there are 8."),
+            "one-sequence": ((outputs + sums) / 4, "That is one sequence; there are 4."),
+            "one-head": ((outputs + sums) / 16, "That is one head; there are 16."),
+        },
+        "Write down what one part hands over for one sequence and one head. Then multiply by the"
+        " parts, sequences and heads.",
+    )
+
+
 def check_predictions(
     safe_bytes: float,
     online_bytes: float,
@@ -77,160 +236,16 @@ def check_predictions(
     matrix_bytes: float,
     merge_bytes: float,
 ) -> str:
-    import torch
-
-    table = 256 * 151_936
-    safe, online = _count_moves(online=False), _count_moves(online=True)
-    matrix = torch.empty(8192, 8192, device="meta").nbytes
-    parts = [torch.empty(8, 4, 16, 128, device="meta"), torch.empty(8, 4, 16, device="meta")]
-    merge = sum(part.nbytes for part in parts)
-    tiles, single = _count_exps(4096, 64), _count_exps(4096, 1)
-
-    def judge(
-        name: str, guess: Any, right: int, measured: str, known: dict[float, tuple[str, str]]
-    ) -> None:
-        if isinstance(guess, bool) or not isinstance(guess, int | float):
-            raise Mistake("wrong-type", f"{name} is {show(guess)}.\nA prediction is one number.")
-        if math.isclose(guess, right, rel_tol=0.002):
-            return
-        numbers = {right / 4: ("numbers-not-bytes", "That counts numbers; a float32 has 4 bytes.")}
-        numbers[right * 8] = ("bits-not-bytes", "That counts bits; a byte has 8.")
-        for value, (mistake, why) in {
-            **(numbers if name.endswith("bytes") else {}),
-            **known,
-        }.items():
-            if math.isclose(guess, value, rel_tol=0.002):
-                raise Mistake(
-                    mistake,
-                    f"{name}: you predicted {guess:,.0f}, measured: {right:,}.\n{why} {measured}",
-                )
-        raise Mistake(
-            "wrong-prediction",
-            f"{name}: you predicted {guess:,.0f}, measured: {right:,}.\n{measured} "
-            "Find out where the difference comes from, then correct your number.",
-        )
-
-    output = 4 * 16 * 128 * 4
-    expect_all(
-        partial(
-            judge,
-            "safe_bytes",
-            safe_bytes,
-            table * safe * 4,
-            f"Counted: {safe} numbers moved for each number of the table, 3 read and 1 written.",
-            {
-                table * 3 * 4: (
-                    "forgot-the-write",
-                    "Three passes read; the third also writes the result.",
-                ),
-                table * 2 * 4: ("forgot-passes", "Maximum, sum and result are a pass each."),
-                table * 4: ("forgot-passes", "Maximum, sum and result are a pass each."),
-            },
-        ),
-        partial(
-            judge,
-            "online_bytes",
-            online_bytes,
-            table * online * 4,
-            f"Counted: {online} numbers moved for each number of the table, 2 read and 1 written.",
-            {
-                table * 2 * 4: (
-                    "forgot-the-write",
-                    "Two passes read; the second also writes the result.",
-                ),
-                table * 4 * 4: (
-                    "no-pass-saved",
-                    "Maximum and sum share a pass now: one read fewer than safe softmax.",
-                ),
-                table * 4: (
-                    "forgot-passes",
-                    "It is one pass to find m and l, but another to write the result.",
-                ),
-            },
-        ),
-        partial(
-            judge,
-            "exps_one_by_one",
-            exps_one_by_one,
-            single,
-            "Each score takes two: exp(m - new) for the old sum, exp(x - new) for itself.",
-            {
-                4096: (
-                    "forgot-the-rescale",
-                    "The factor for the old sum is an exp as well, even when it is exp(0).",
-                )
-            },
-        ),
-        partial(
-            judge,
-            "exps_in_tiles",
-            exps_in_tiles,
-            tiles,
-            "One for each score, and one a tile to rescale: 4096 + 64.",
-            {
-                4096: (
-                    "forgot-the-rescale",
-                    "Each of the 64 tiles also takes an exp to rescale the old sum.",
-                ),
-                64: (
-                    "forgot-the-scores",
-                    "That is the rescaling alone; each score still takes its own exp.",
-                ),
-                2 * 4096: (
-                    "rescaled-each-score",
-                    "In tiles the old sum is rescaled once a tile, not once a score.",
-                ),
-            },
-        ),
-        partial(
-            judge,
-            "matrix_bytes",
-            matrix_bytes,
-            matrix,
-            "A float32 tensor of [8192, 8192] was made, and asked for its size.",
-            {
-                matrix / 2: (
-                    "half-the-matrix",
-                    "Half of it is masked, but a matrix in memory is whole: zeros take room.",
-                ),
-                8192 * 4: (
-                    "one-row",
-                    "That is a row. All 8192 words of a prompt are queries, with a row each.",
-                ),
-                8192 * 128 * 4: (
-                    "keys-not-scores",
-                    "That is the keys. Scores are a number for each query with each key.",
-                ),
-            },
-        ),
-        partial(
-            judge,
-            "merge_bytes",
-            merge_bytes,
-            merge,
-            "Measured: the tensors [8, 4, 16, 128] and [8, 4, 16] in float32.",
-            {
-                parts[0].nbytes: (
-                    "forgot-lse",
-                    "Beside its output, each part hands over a log-sum-exp.",
-                ),
-                parts[1].nbytes: (
-                    "forgot-outputs",
-                    "Beside its log-sum-exp, each part hands over an output of 128.",
-                ),
-                merge + parts[1].nbytes: (
-                    "max-and-sum",
-                    "Maximum and sum come as one number, the log-sum-exp.",
-                ),
-                merge + output: (
-                    "counted-the-write",
-                    "Asked was what the merge reads; the result is written.",
-                ),
-                merge / 8: ("one-part", "That is one part; there are 8."),
-            },
-        ),
+    """Judge the six numbers of 01.3."""
+    expect_predictions(
+        (_safe(), safe_bytes),
+        (_online(), online_bytes),
+        (_one_by_one(), exps_one_by_one),
+        (_in_tiles(), exps_in_tiles),
+        (_matrix(), matrix_bytes),
+        (_merge(), merge_bytes),
     )
-    return "six predictions, all as measured"
+    return "six predictions, all as counted"
 
 
 EXERCISE = Exercise(
@@ -243,33 +258,42 @@ EXERCISE = Exercise(
             hint=1,
             answers=r"""
 # %% three passes, three moves
-safe_bytes = 256 * 151_936 * 4 * 3
-online_bytes = 256 * 151_936 * 4 * 2
-exps_one_by_one = 2 * 4096
-exps_in_tiles = 4096 + 64
-matrix_bytes = 8192 * 8192 * 4
-merge_bytes = 8 * 4 * 16 * 129 * 4
+@@
+-safe_bytes = 256 * 151_936 * 4 * (3 + 1)
++safe_bytes = 256 * 151_936 * 4 * 3
+@@
+-online_bytes = 256 * 151_936 * 4 * (2 + 1)
++online_bytes = 256 * 151_936 * 4 * 2
 
 # %% online reads twice, and writes
-safe_bytes = 256 * 151_936 * 4 * 4
-online_bytes = 256 * 151_936 * 4 * 2
-exps_one_by_one = 2 * 4096
-exps_in_tiles = 4096 + 64
-matrix_bytes = 8192 * 8192 * 4
-merge_bytes = 8 * 4 * 16 * 129 * 4
+@@
+-online_bytes = 256 * 151_936 * 4 * (2 + 1)
++online_bytes = 256 * 151_936 * 4 * 2
 """,
         ),
         Known(
             "forgot-passes",
             hint=1,
             answers=r"""
+# %% a read and a write
+@@
+-safe_bytes = 256 * 151_936 * 4 * (3 + 1)
++safe_bytes = 256 * 151_936 * 4 * 2
+""",
+        ),
+        Known(
+            "one-pass",
+            hint=1,
+            answers=r"""
 # %% the table's own size
-safe_bytes = 256 * 151_936 * 4
-online_bytes = 256 * 151_936 * 4 * 3
-exps_one_by_one = 2 * 4096
-exps_in_tiles = 4096 + 64
-matrix_bytes = 8192 * 8192 * 4
-merge_bytes = 8 * 4 * 16 * 129 * 4
+@@
+-safe_bytes = 256 * 151_936 * 4 * (3 + 1)
++safe_bytes = 256 * 151_936 * 4
+
+# %% one loop is one pass
+@@
+-online_bytes = 256 * 151_936 * 4 * (2 + 1)
++online_bytes = 256 * 151_936 * 4
 """,
         ),
         Known(
@@ -277,45 +301,84 @@ merge_bytes = 8 * 4 * 16 * 129 * 4
             hint=1,
             answers=r"""
 # %% online is only another order
-safe_bytes = 256 * 151_936 * 4 * 4
-online_bytes = 256 * 151_936 * 4 * 4
-exps_one_by_one = 2 * 4096
-exps_in_tiles = 4096 + 64
-matrix_bytes = 8192 * 8192 * 4
-merge_bytes = 8 * 4 * 16 * 129 * 4
+@@
+-online_bytes = 256 * 151_936 * 4 * (2 + 1)
++online_bytes = 256 * 151_936 * 4 * 4
 """,
         ),
         Known(
             "numbers-not-bytes",
             answers=r"""
 # %% numbers, not bytes
-safe_bytes = 256 * 151_936 * 4 * 4
-online_bytes = 256 * 151_936 * 3
-exps_one_by_one = 2 * 4096
-exps_in_tiles = 4096 + 64
-matrix_bytes = 8192 * 8192 * 4
-merge_bytes = 8 * 4 * 16 * 129 * 4
+@@
+-online_bytes = 256 * 151_936 * 4 * (2 + 1)
++online_bytes = 256 * 151_936 * 3
+""",
+        ),
+        Known(
+            "bits-not-bytes",
+            answers=r"""
+# %% bits
+@@
+-merge_bytes = 8 * 4 * 16 * (128 + 1) * 4
++merge_bytes = 8 * 4 * 16 * (128 + 1) * 32
+""",
+        ),
+        Known(
+            "half-precision",
+            answers=r"""
+# %% float16
+@@
+-merge_bytes = 8 * 4 * 16 * (128 + 1) * 4
++merge_bytes = 8 * 4 * 16 * (128 + 1) * 2
 """,
         ),
         Known(
             "forgot-the-rescale",
             hint=2,
             answers=r"""
-# %% one exp a score
-safe_bytes = 256 * 151_936 * 4 * 4
-online_bytes = 256 * 151_936 * 4 * 3
-exps_one_by_one = 4096
-exps_in_tiles = 4096 + 64
-matrix_bytes = 8192 * 8192 * 4
-merge_bytes = 8 * 4 * 16 * 129 * 4
+# %% one exp per score
+@@
+-exps_one_by_one = 4096 * 2
++exps_one_by_one = 4096
 
-# %% one exp a score, in tiles too
-safe_bytes = 256 * 151_936 * 4 * 4
-online_bytes = 256 * 151_936 * 4 * 3
-exps_one_by_one = 2 * 4096
-exps_in_tiles = 4096
-matrix_bytes = 8192 * 8192 * 4
-merge_bytes = 8 * 4 * 16 * 129 * 4
+# %% one exp per score, in tiles too
+@@
+-exps_in_tiles = 4096 + 4096 // 64
++exps_in_tiles = 4096
+""",
+        ),
+        Known(
+            "forgot-the-first",
+            hint=2,
+            answers=r"""
+# %% nothing to rescale at first
+@@
+-exps_one_by_one = 4096 * 2
++exps_one_by_one = 4096 * 2 - 1
+@@
+-exps_in_tiles = 4096 + 4096 // 64
++exps_in_tiles = 4096 + 63
+""",
+        ),
+        Known(
+            "forgot-the-scores",
+            hint=2,
+            answers=r"""
+# %% one exp per tile
+@@
+-exps_in_tiles = 4096 + 4096 // 64
++exps_in_tiles = 4096 // 64
+""",
+        ),
+        Known(
+            "exps-of-tiles",
+            hint=2,
+            answers=r"""
+# %% two exps per tile
+@@
+-exps_in_tiles = 4096 + 4096 // 64
++exps_in_tiles = 2 * (4096 // 64)
 """,
         ),
         Known(
@@ -323,36 +386,27 @@ merge_bytes = 8 * 4 * 16 * 129 * 4
             hint=2,
             answers=r"""
 # %% tiles as dear as single scores
-safe_bytes = 256 * 151_936 * 4 * 4
-online_bytes = 256 * 151_936 * 4 * 3
-exps_one_by_one = 2 * 4096
-exps_in_tiles = 4096 * 2
-matrix_bytes = 8192 * 8192 * 4
-merge_bytes = 8 * 4 * 16 * 129 * 4
+@@
+-exps_in_tiles = 4096 + 4096 // 64
++exps_in_tiles = 4096 * 2
 """,
         ),
         Known(
             "half-the-matrix",
             answers=r"""
 # %% the masked half is not counted
-safe_bytes = 256 * 151_936 * 4 * 4
-online_bytes = 256 * 151_936 * 4 * 3
-exps_one_by_one = 2 * 4096
-exps_in_tiles = 4096 + 64
-matrix_bytes = 8192 * 8192 * 4 // 2
-merge_bytes = 8 * 4 * 16 * 129 * 4
+@@
+-matrix_bytes = 8192 * 8192 * 4
++matrix_bytes = 8192 * 8192 * 4 // 2
 """,
         ),
         Known(
             "one-row",
             answers=r"""
 # %% a row is not the matrix
-safe_bytes = 256 * 151_936 * 4 * 4
-online_bytes = 256 * 151_936 * 4 * 3
-exps_one_by_one = 2 * 4096
-exps_in_tiles = 4096 + 64
-matrix_bytes = 8192 * 4
-merge_bytes = 8 * 4 * 16 * 129 * 4
+@@
+-matrix_bytes = 8192 * 8192 * 4
++matrix_bytes = 8192 * 4
 """,
         ),
         Known(
@@ -360,12 +414,9 @@ merge_bytes = 8 * 4 * 16 * 129 * 4
             hint=3,
             answers=r"""
 # %% the outputs alone
-safe_bytes = 256 * 151_936 * 4 * 4
-online_bytes = 256 * 151_936 * 4 * 3
-exps_one_by_one = 2 * 4096
-exps_in_tiles = 4096 + 64
-matrix_bytes = 8192 * 8192 * 4
-merge_bytes = 8 * 4 * 16 * 128 * 4
+@@
+-merge_bytes = 8 * 4 * 16 * (128 + 1) * 4
++merge_bytes = 8 * 4 * 16 * 128 * 4
 """,
         ),
         Known(
@@ -373,36 +424,60 @@ merge_bytes = 8 * 4 * 16 * 128 * 4
             hint=3,
             answers=r"""
 # %% m and l, not their log-sum-exp
-safe_bytes = 256 * 151_936 * 4 * 4
-online_bytes = 256 * 151_936 * 4 * 3
-exps_one_by_one = 2 * 4096
-exps_in_tiles = 4096 + 64
-matrix_bytes = 8192 * 8192 * 4
-merge_bytes = 8 * 4 * 16 * 130 * 4
+@@
+-merge_bytes = 8 * 4 * 16 * (128 + 1) * 4
++merge_bytes = 8 * 4 * 16 * 130 * 4
 """,
         ),
         Known(
             "counted-the-write",
             answers=r"""
 # %% what is written, too
-safe_bytes = 256 * 151_936 * 4 * 4
-online_bytes = 256 * 151_936 * 4 * 3
-exps_one_by_one = 2 * 4096
-exps_in_tiles = 4096 + 64
-matrix_bytes = 8192 * 8192 * 4
-merge_bytes = 8 * 4 * 16 * 129 * 4 + 4 * 16 * 128 * 4
+@@
+-merge_bytes = 8 * 4 * 16 * (128 + 1) * 4
++merge_bytes = 8 * 4 * 16 * 129 * 4 + 4 * 16 * 128 * 4
 """,
         ),
         Known(
-            "wrong-prediction",
+            "one-sequence",
+            hint=3,
+            answers=r"""
+# %% four sequences are one
+@@
+-merge_bytes = 8 * 4 * 16 * (128 + 1) * 4
++merge_bytes = 8 * 16 * 129 * 4
+""",
+        ),
+        Known(
+            "wrong-exps-in-tiles",
             answers=r"""
 # %% a guess
-safe_bytes = 256 * 151_936 * 4 * 4
-online_bytes = 256 * 151_936 * 4 * 3
-exps_one_by_one = 2 * 4096
-exps_in_tiles = 5000
-matrix_bytes = 8192 * 8192 * 4
-merge_bytes = 8 * 4 * 16 * 129 * 4
+@@
+-exps_in_tiles = 4096 + 4096 // 64
++exps_in_tiles = 5000
+""",
+        ),
+        Known(
+            "wrong-type",
+            answers=r"""
+# %% a range
+@@
+-exps_in_tiles = 4096 + 4096 // 64
++exps_in_tiles = (4000, 5000)
+
+# %% between all numbers
+@@
+-matrix_bytes = 8192 * 8192 * 4
++matrix_bytes = float("nan")
+""",
+        ),
+        Known(
+            "wrong-matrix-bytes",
+            answers=r"""
+# %% anything is below that
+@@
+-matrix_bytes = 8192 * 8192 * 4
++matrix_bytes = float("inf")
 """,
         ),
     ),

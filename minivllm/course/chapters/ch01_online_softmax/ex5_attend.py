@@ -3,83 +3,46 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+from minivllm.course.chapters.ch01_online_softmax.common import Walk, slips
+from minivllm.course.chapters.ch01_online_softmax.watch import Seen, first_return, watch
 from minivllm.course.grading.diagnose import diagnose
 from minivllm.course.grading.errors import Mistake
-from minivllm.course.grading.judges import (
-    expect_own_work,
-    seeded,
-)
+from minivllm.course.grading.exercise import Exercise, Known
+from minivllm.course.grading.judges import ATTENTION, expect, expect_own_work, seeded
 
 if TYPE_CHECKING:
     import torch
-from minivllm.course.chapters.ch01_online_softmax.common import INF
-from minivllm.course.grading.exercise import Exercise, Known
+
+#: q, k, v, scale, block.
+Case = tuple["torch.Tensor", "torch.Tensor", "torch.Tensor", float, int]
+_ATTENTION = (
+    *ATTENTION,
+    "scaled_dot_product_flash_attention_for_cpu",
+    "scaled_dot_product_attention_math",
+)
 
 
-def _attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float,
-    block: int,
-    *,
-    sum_rescaled: bool = True,
-    acc_rescaled: bool = True,
-    swapped: bool = False,
-    one_max: bool = False,
-    subtract: bool = True,
-    tail: bool = True,
-    divide: bool = True,
-    tile_own: bool = False,
-) -> torch.Tensor:
-    """softmax(scale · q kᵀ) v by tiles: right by default, and wrong in the ways that the options
-    name.
-    """
+def _drawn(random: torch.Generator) -> Callable[..., Case]:
+    """What makes cases of these sizes."""
     import torch
-
-    m, l = torch.full((len(q), 1), -INF if subtract else 0.0), torch.zeros(len(q), 1)
-    acc = torch.zeros(len(q), v.shape[1])
-    for key, value in zip(k.split(block), v.split(block), strict=True):
-        if not tail and len(key) < block:
-            break
-        scores = q @ key.T * scale
-        tile_max = scores.max().expand(len(q), 1) if one_max else scores.amax(dim=1, keepdim=True)
-        new = torch.maximum(m, tile_max) if subtract else m
-        weights = torch.exp(scores - (tile_max if tile_own else new))
-        factor = torch.exp(m - new)
-        if swapped:
-            factor = torch.where(m == -INF, 0.0, torch.exp(new - m))
-        l = (l * factor if sum_rescaled else l) + weights.sum(dim=1, keepdim=True)
-        acc = (acc * factor if acc_rescaled else acc) + weights @ value
-        m = new
-    return acc / l if divide else acc
-
-
-def check_attend(answer: Callable) -> str:
-    import torch
-
-    random = seeded(5)
 
     def case(
-        queries: int, keys: int, dim: int, value_dim: int, block: int, size: float = 1.0
-    ) -> tuple:
-        q, k = (torch.randn(n, dim, generator=random) * size for n in (queries, keys))
-        return q, k, torch.randn(keys, value_dim, generator=random), dim**-0.5, block
+        queries: int, keys: int, dim: int, value_dim: int, block: int, scale: float = 0.3
+    ) -> Case:
+        q, k = (torch.randn(n, dim, generator=random) for n in (queries, keys))
+        return q, k, torch.randn(keys, value_dim, generator=random), scale, block
 
-    falling, rising = case(1, 12, 4, 4, 4), case(2, 16, 4, 3, 4)
-    for (q, k, *_), sign in ((falling, -1.0), (rising, 1.0)):
-        k.copy_((sign * torch.linspace(-2, 2, len(k))).unsqueeze(1) * q[0] / q[0].norm() * 2)
-    equal = case(3, 8, 4, 5, 4)
-    equal[1].fill_(0.5)
-    far = case(2, 9, 4, 4, 4)
-    # the scores of one query are high, of the other low
-    far[0].copy_(torch.tensor([[40.0] * 4, [-40.0] * 4]))
-    far[1].fill_(2.0).add_(torch.randn(9, 4, generator=random) * 0.01)
+    return case
+
+
+def _cases() -> list[Case]:
+    """Few queries and many, one key and many, tiles of 1 and tiles beyond the context."""
+    import torch
+
+    case = _drawn(seeded(5))
     simple = (
         torch.ones(1, 1),
         torch.tensor([[1.0], [2.0], [0.0]]),
@@ -87,314 +50,196 @@ def check_attend(answer: Callable) -> str:
         1.0,
         1,
     )
-    cases = [
+    return [
         case(1, 1, 1, 1, 4),
         simple,
-        case(1, 5, 4, 3, 8),
+        case(1, 5, 4, 3, 8, scale=0.5),
         case(3, 8, 4, 4, 4),
-        case(4, 33, 8, 6, 16),
+        case(4, 33, 8, 6, 16, scale=1.0),
         case(5, 7, 4, 4, 1),
+        case(8, 32, 16, 16, 8, scale=0.25),
+        case(6, 6, 6, 6, 3),
+        case(40, 7, 3, 5, 5),
+        case(3, 21, 8, 8, 4, scale=9.0),
+        case(130, 20, 4, 1, 7, scale=1.7),
+        case(2, 1500, 8, 3, 64),
+        *_shaped(case),
     ]
-    cases += [case(2, 32, 16, 16, 8), falling, rising, equal, case(3, 21, 8, 8, 4, size=5.0), far]
 
-    def right(
+
+def _shaped(case: Callable[..., Case]) -> list[Case]:
+    """Scores that fall, rise, rise slowly, are equal, are far from 0; and strided inputs."""
+    import torch
+
+    falling, rising = case(1, 12, 4, 4, 4, scale=0.5), case(2, 16, 4, 3, 4, scale=0.5)
+    for (q, k, *_), sign in ((falling, -1.0), (rising, 1.0)):
+        k.copy_((sign * torch.linspace(-2, 2, len(k))).unsqueeze(1) * q[0] / q[0].norm() * 2)
+    slow, equal = case(1, 900, 1, 2, 1, scale=1.0), case(3, 8, 4, 5, 4)
+    slow[0].fill_(1.0)
+    slow[1].copy_(torch.linspace(-0.2, 0.5, 900).unsqueeze(1))
+    equal[1].fill_(0.5)
+    # The scores of one query are high, of the other low.
+    far = case(2, 9, 4, 4, 4, scale=0.5)
+    far[1].mul_(0.01).add_(2.0)
+    far[0].copy_(torch.tensor([[40.0] * 4, [-40.0] * 4]))
+    # Large scores are exact and far apart here, so that rounding does not show.
+    low, giant = case(1, 11, 2, 3, 4, scale=1.0), case(2, 13, 1, 3, 4, scale=1.0)
+    column = -100.0 - 1.5 * torch.tensor([3, 4, 2, 9, 1, 5, 2, 6, 5, 3, 7])
+    low = (low[0].fill_(100.0), torch.stack([column, column]).T, *low[2:])
+    giant[0].copy_(torch.tensor([[8.0], [-8.0]]))
+    giant[1][0], giant[1][12] = -1250.0, 1250.0
+    falls_far = case(1, 12, 1, 2, 3, scale=1.0)
+    falls_far[0].fill_(1.0)
+    falls_far[1].copy_(-60.0 * torch.arange(12).unsqueeze(1))
+    # Columns as queries, and one of two heads that lie side by side.
+    q, (_, k, v, *_) = torch.randn(6, 3, generator=seeded(51)).T, case(3, 20, 6, 2, 4)
+    k, v = k.view(10, 2, 6)[:, 1], v.view(10, 2, 2)[:, 0]
+    return [falling, rising, slow, equal, far, low, giant, falls_far, (q, k, v, 0.4, 4)]
+
+
+def _right(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, block: int
+) -> torch.Tensor:
+    return (q @ k.T * scale).softmax(dim=1) @ v
+
+
+def _averaged(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, block: int
+) -> torch.Tensor:
+    tiles = zip(k.split(block), v.split(block), strict=True)
+    parts = [_right(q, key, value, scale, block) for key, value in tiles]
+    return sum(parts[1:], parts[0]) / len(parts)
+
+
+def _by(walk: Walk, divide: bool = True) -> Callable:
+    def of(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, block: int
     ) -> torch.Tensor:
-        return torch.softmax(q @ k.T * scale, dim=1) @ v
+        _, l, acc = walk(q @ k.T * scale, block, v)
+        return acc / l if divide and not walk.divides_each else acc
 
-    def averaged(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, block: int
-    ) -> torch.Tensor:
-        tiles = zip(k.split(block), v.split(block), strict=True)
-        return torch.stack([right(q, key, value, scale, block) for key, value in tiles]).mean(dim=0)
+    return of
 
-    suspects = {
-        "output-not-rescaled": (
-            (
-                "The sum is rescaled when the maximum grows, but the running output is not: older"
-                " values count too much.\nacc stands under the same maximum as l: multiply both by"
-                " exp(old - new)."
-            ),
-            partial(_attend, acc_rescaled=False),
-        ),
-        "sum-not-rescaled": (
-            (
-                "The running output is rescaled when the maximum grows, but the sum is not: you"
-                " divide by too much.\nl stands under the same maximum as acc: multiply both by"
-                " exp(old - new)."
-            ),
-            partial(_attend, sum_rescaled=False),
-        ),
-        "no-rescale": (
-            (
-                "Neither sum nor output is rescaled when the maximum grows: older keys count too"
-                " much.\nMultiply both by exp(old maximum - new maximum) before you add the tile."
-            ),
-            partial(_attend, sum_rescaled=False, acc_rescaled=False),
-        ),
-        "rescaled-the-wrong-way": (
-            (
-                "Sum and output grow when the maximum grows; under a larger maximum they must"
-                " shrink.\nThe factor is exp(old - new), at most 1."
-            ),
-            partial(_attend, swapped=True),
-        ),
-        "tile-under-its-own-maximum": (
-            (
-                "You take a tile's weights under the tile's own maximum. Where an earlier tile held"
-                " a larger score they are too large.\nTake them under the running maximum, after it"
-                " has seen the tile."
-            ),
-            partial(_attend, tile_own=True),
-        ),
-        "no-maximum": (
-            (
-                "You take exp of the scores as they are: large ones give inf, and inf / inf is"
-                " nan.\nKeep a running maximum for each query, and rescale when it grows."
-            ),
-            partial(_attend, subtract=False),
-        ),
-        "one-maximum-for-all-queries": (
-            (
-                "All queries share one running maximum. A query whose scores lie far below"
-                " another's underflows: 0 / 0.\nm has a number for each query: the maximum over the"
-                " keys only, dim=1."
-            ),
-            partial(_attend, one_max=True),
-        ),
-        "tail-dropped": (
-            (
-                "Your loop ends before the last tile when that is not full: its keys are"
-                " ignored.\nThe number of keys need not be a multiple of block; `k.split(block)`"
-                " gives the short tile, too."
-            ),
-            partial(_attend, tail=False),
-        ),
-        "not-divided": (
-            (
-                "Your output is the weighted sum, not yet the weighted average: nothing divides it"
-                " by l.\nDivide once, at the end."
-            ),
-            partial(_attend, divide=False),
-        ),
-        "tiles-averaged": (
-            (
-                "You take a softmax for each tile and average the results: a tile of unimportant"
-                " keys counts as much as any other.\nThe tiles share one sum: keep m, l and acc"
-                " over all of them."
-            ),
-            averaged,
-        ),
-        "no-scale": (
-            (
-                "Your scores are q·k, without the scale.\nscale is an argument: multiply the scores"
-                " by it."
-            ),
-            lambda q, k, v, scale, block: right(q, k, v, 1.0, block),
-        ),
-        "scaled-twice": (
-            (
-                "Your scores are scaled twice.\nscale is already 1 / √D: multiply the scores by it"
-                " once, and nothing else."
-            ),
-            lambda q, k, v, scale, block: right(q, k, v, scale * scale, block),
-        ),
-    }
-    diagnose(answer, cases, right, suspects)
-    expect_own_work(
-        answer, cases[0], ("scaled_dot_product_attention",), "exp, maxima, sums and products"
-    )
-    _expect_one_pass(answer, case(5, 509, 8, 8, 16))
+
+def _by_count(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, block: int
+) -> torch.Tensor:
+    return _by(Walk(), divide=False)(q, k, v, scale, block) / len(k)
+
+
+def check_attend(answer: Callable) -> str:
+    """Judge an answer to 01.5."""
+    cases = _cases()
+    diagnose(answer, cases, _right, EXERCISE.suspects)
+    for case in (cases[0], cases[4], cases[11]):
+        expect_own_work(answer, case, _ATTENTION, "exp, maxima, sums and products")
+    _expect_one_pass(answer, _drawn(seeded(52))(5, 1003, 8, 6, 8))
     return f"{len(cases)} cases, each key and value read once, and no row of scores kept"
 
 
-def _expect_one_pass(answer: Callable, case: tuple) -> None:
-    """Watch what is computed from keys and values, and how large what comes out is."""
+def _expect_one_pass(answer: Callable, case: Case) -> None:
+    """Watch what is read of keys and values, and how much is held."""
     q, k, v, _, block = case
-    watched = {"keys": k, "values": v}
-    reads, whole = _watch(answer, case, watched, len(k))
-    if whole is not None:
-        raise Mistake(
-            "whole-row",
-            f"The result is right, but on the way you made a tensor {list(whole)}, as long as the"
-            f" context of {len(k)} keys.\nThat is the row of scores that this exercise does"
-            f" without: hold no more than a tile of {block}.",
-        )
-    for name, tensor in watched.items():
-        times = reads[name] / tensor.numel()
+    seen = watch(answer, case, {"keys": k, "values": v})
+    _expect_small_tiles(seen, len(k), block)
+    for name, tensor in (("keys", k), ("values", v)):
+        times = sum(read.numbers for read in seen.reads[name]) / tensor.numel()
         if times > 1.01:
-            why = (
-                "A loop over the queries reads them anew for each query: handle all queries of a"
-                " tile together."
-                if round(times) == len(q)
-                else "The maximum needs no pass of its own: rescale instead."
-            )
-            mistake = "query-by-query" if round(times) == len(q) else "two-passes"
-            raise Mistake(
-                mistake, f"The result is right, but the {name} were read {times:.1f} times.\n{why}"
-            )
+            _raise_read_again(name, times, len(q), first_return(seen.reads[name], block))
+    expect(
+        seen.held < len(k),
+        "tiles-kept",
+        f"The result is right, but your code holds {seen.held:,} numbers at once, for {len(k):,}"
+        " keys: it keeps something of every tile.\nOf the tiles that went by, keep a maximum, a"
+        " sum and an output for each query, and nothing else.",
+    )
 
 
-def _watch(
-    answer: Callable, case: tuple, watched: dict[str, torch.Tensor], length: int
-) -> tuple[Counter, Any]:
-    """(numbers used of each watched tensor, shape of a new tensor with a side of `length`, or
-    None).
-    """
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-
-    reads: Counter = Counter()
-    whole = None
-    storages = {tensor.untyped_storage().data_ptr(): name for name, tensor in watched.items()}
-
-    def tensors(tree: Any) -> Iterator[torch.Tensor]:
-        return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            nonlocal whole
-            result = func(*args, **(kwargs or {}))
-            made = [t for t in tensors(result) if t.untyped_storage().data_ptr() not in storages]
-            if made or not list(tensors(result)):  # else a view, which reads nothing
-                for tensor in tensors((args, kwargs)):
-                    if name := storages.get(tensor.untyped_storage().data_ptr()):
-                        sides = zip(tensor.shape, tensor.stride(), strict=True)
-                        reads[name] += math.prod(size for size, stride in sides if stride)
-            for tensor in made:
-                if tensor.is_floating_point() and length in tensor.shape:
-                    whole = tensor.shape
-            return result
-
-    with Watch():
-        answer(*case)
-    return reads, whole
+def _expect_small_tiles(seen: Seen, length: int, block: int) -> None:
+    """No operation takes in more than a tile, or makes as many numbers as there are keys."""
+    if math.prod(seen.largest) >= length:
+        read = max(len(seen.widest(name).rows) for name in seen.reads)
+        name = "tile-too-large" if read > block else "tiles-kept"
+        raise Mistake(
+            "whole-row" if length in seen.largest else name,
+            f"The result is right, but on the way you made a tensor {list(seen.largest)}, for a"
+            f" context of {length} keys in tiles of {block}.\nThis exercise does without the row of"
+            " scores: hold no more than the scores of a tile, [M, block].",
+        )
+    for name in seen.reads:
+        widest = seen.widest(name)
+        expect(
+            len(widest.rows) <= block,
+            "tile-too-large",
+            f"The result is right, but `{widest.operation}` takes in {len(widest.rows)} {name} at"
+            f" once.\nA tile has at most {block} keys, as `block` says.",
+        )
 
 
-EXERCISE = Exercise(
-    id="01.5",
-    title="softmax·V in one pass",
-    check=check_attend,
-    mistakes=(
-        Known(
-            "output-not-rescaled",
-            hint=3,
-            answers=r'''
+def _raise_read_again(name: str, times: float, queries: int, back: int | None) -> None:
+    if round(times) == queries:
+        mistake, why = (
+            "query-by-query",
+            "A loop over the queries reads them anew for each query: handle all queries of a tile"
+            " together.",
+        )
+    elif back is not None:
+        mistake, why = (
+            "two-passes",
+            f"Your code goes back to number {back} after it has left that tile. The maximum needs"
+            " no pass of its own: rescale instead.",
+        )
+    else:
+        mistake, why = (
+            "tile-read-again",
+            "A tile is used more than once before the next one comes. Compute its scores once, and"
+            " use those.",
+        )
+    raise Mistake(
+        mistake, f"The result is right, but the {name} were read {times:.1f} times.\n{why}"
+    )
+
+
+_ANSWERS = {
+    "output-not-rescaled": r"""
 # %% the sum is rescaled, the output forgotten
 @@
--    """softmax(scale · q kᵀ) v in one pass over tiles of `block` keys: [M, D], [N, D], [N, E] -> [M, E]."""
-@@
 -        acc = acc * rescale + weights @ tile_v
 +        acc = acc + weights @ tile_v
-''',
-        ),
-        Known(
-            "sum-not-rescaled",
-            hint=3,
-            answers=r'''
+""",
+    "sum-not-rescaled": r"""
 # %% the output is rescaled, the sum forgotten
 @@
--    """softmax(scale · q kᵀ) v in one pass over tiles of `block` keys: [M, D], [N, D], [N, E] -> [M, E]."""
-@@
 -        l = l * rescale + weights.sum(dim=1, keepdim=True)
 +        l = l + weights.sum(dim=1, keepdim=True)
-''',
-        ),
-        Known(
-            "no-rescale",
-            hint=3,
-            answers=r'''
+""",
+    "no-rescale": r"""
 # %% neither is
-@@
--    """softmax(scale · q kᵀ) v in one pass over tiles of `block` keys: [M, D], [N, D], [N, E] -> [M, E]."""
 @@
 -        l = l * rescale + weights.sum(dim=1, keepdim=True)
 -        acc = acc * rescale + weights @ tile_v
 +        l = l + weights.sum(dim=1, keepdim=True)
 +        acc = acc + weights @ tile_v
-''',
-        ),
-        Known(
-            "rescaled-the-wrong-way",
-            answers=r'''
+""",
+    "rescaled-the-wrong-way": r"""
 # %% new minus old
-@@
--    """softmax(scale · q kᵀ) v in one pass over tiles of `block` keys: [M, D], [N, D], [N, E] -> [M, E]."""
 @@
 -        rescale, weights = torch.exp(m - new), torch.exp(scores - new)
 +        rescale, weights = (
 +            torch.where(m == -math.inf, 0.0, torch.exp(new - m)),
 +            torch.exp(scores - new),
 +        )
-''',
-        ),
-        Known(
-            "tile-under-its-own-maximum",
-            hint=3,
-            answers=r'''
+""",
+    "tile-under-its-own-maximum": r"""
 # %% weights under the tile's maximum
-@@
--    """softmax(scale · q kᵀ) v in one pass over tiles of `block` keys: [M, D], [N, D], [N, E] -> [M, E]."""
 @@
 -        rescale, weights = torch.exp(m - new), torch.exp(scores - new)
 +        rescale, weights = (
 +            torch.exp(m - new),
 +            torch.exp(scores - scores.amax(dim=1, keepdim=True)),
 +        )
-''',
-        ),
-        Known(
-            "one-maximum-for-all-queries",
-            hint=1,
-            answers=r'''
-# %% scores.max() is the largest of all queries
-@@
--    """softmax(scale · q kᵀ) v in one pass over tiles of `block` keys: [M, D], [N, D], [N, E] -> [M, E]."""
-@@
--        new = torch.maximum(m, scores.amax(dim=1, keepdim=True))
-+        new = torch.maximum(m, scores.max())
-''',
-        ),
-        Known(
-            "not-divided",
-            hint=3,
-            answers=r'''
-# %% the weighted sum
-@@
--    """softmax(scale · q kᵀ) v in one pass over tiles of `block` keys: [M, D], [N, D], [N, E] -> [M, E]."""
-@@
--    return acc / l
-+    return acc
-''',
-        ),
-        Known(
-            "no-scale",
-            answers=r'''
-# %% scale is not used
-@@
--    """softmax(scale · q kᵀ) v in one pass over tiles of `block` keys: [M, D], [N, D], [N, E] -> [M, E]."""
-@@
--        scores = q @ tile_k.T * scale
-+        scores = q @ tile_k.T
-''',
-        ),
-        Known(
-            "scaled-twice",
-            answers=r'''
-# %% 1 / sqrt(D) once more
-@@
--    """softmax(scale · q kᵀ) v in one pass over tiles of `block` keys: [M, D], [N, D], [N, E] -> [M, E]."""
-@@
--        scores = q @ tile_k.T * scale
-+        scores = q @ tile_k.T * scale / math.sqrt(q.shape[1])
-''',
-        ),
-        Known(
-            "no-maximum",
-            answers=r"""
+""",
+    "no-maximum": r"""
 # %% sums of exp as they are
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, block: int
@@ -406,11 +251,7 @@ def attend(
         acc += weights @ tile_v
     return acc / l
 """,
-        ),
-        Known(
-            "tail-dropped",
-            hint=2,
-            answers=r"""
+    "tail-dropped": r"""
 # %% whole tiles only
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, block: int
@@ -428,9 +269,98 @@ def attend(
         m = new
     return acc / l
 """,
+    "one-maximum-for-all-rows": r"""
+# %% scores.max() is the largest of all queries
+@@
+-        new = torch.maximum(m, scores.amax(dim=1, keepdim=True))
++        new = torch.maximum(m, scores.max())
+""",
+    "one-sum-for-all-rows": r"""
+# %% weights.sum() is the sum of all queries
+@@
+-        l = l * rescale + weights.sum(dim=1, keepdim=True)
++        l = l * rescale + weights.sum()
+""",
+    "divided-in-each-tile": r"""
+# %% divides in the loop
+@@
+-        acc = acc * rescale + weights @ tile_v
++        acc = (acc * rescale + weights @ tile_v) / l
+@@
+-    return acc / l
++    return acc
+""",
+    "maximum-starts-too-high": r"""
+# %% -1e4 in place of -inf
+@@
+-    m = torch.full((len(q), 1), -math.inf)
++    m = torch.full((len(q), 1), -1e4)
+""",
+    "maximum-of-the-last-tile": r"""
+# %% the old maximum is not asked
+@@
+-        new = torch.maximum(m, scores.amax(dim=1, keepdim=True))
++        new = scores.amax(dim=1, keepdim=True)
+""",
+    "maximum-not-kept": r"""
+# %% forgets m = new
+@@
+-        m = new
+""",
+}
+
+
+EXERCISE = Exercise(
+    id="01.5",
+    title="softmax·V in one pass",
+    check=check_attend,
+    mistakes=(
+        *slips(
+            _by,
+            {
+                **dict.fromkeys(
+                    (
+                        *("output-not-rescaled", "sum-not-rescaled", "no-rescale"),
+                        *("tile-under-its-own-maximum", "divided-in-each-tile"),
+                    ),
+                    3,
+                ),
+                "one-maximum-for-all-rows": 1,
+                "tail-dropped": 2,
+            },
+            _ANSWERS,
+            # Nothing is masked here.
+            without=(
+                *("masked-tile-is-nan", "stops-at-a-masked-tile", "guard-looks-at-the-tile"),
+                *("tiles-with-masked-scores-left-out", "guard-changes-low-maxima"),
+            ),
+        ),
+        Known(
+            "not-divided",
+            "Your output is the weighted sum, not yet the weighted average: nothing divides it by"
+            " l.\nDivide once, at the end.",
+            hint=3,
+            suspects=(_by(Walk(), divide=False),),
+            answers=r"""
+# %% the weighted sum
+@@
+-    return acc / l
++    return acc
+""",
+        ),
+        Known(
+            "divided-by-the-count",
+            "You divide the weighted sum by the number of keys. The weights do not add up to that,"
+            " but to l.\nDivide by l, the sum of the weights.",
+            hint=3,
+            suspects=(_by_count,),
         ),
         Known(
             "tiles-averaged",
+            "You take a softmax for each tile and average the results: a tile of unimportant keys"
+            " counts as much as any other.\nThe tiles share one sum: keep m, l and acc over all of"
+            " them.",
+            suspects=(_averaged,),
             answers=r"""
 # %% a softmax for each tile, then the mean
 def attend(
@@ -441,6 +371,52 @@ def attend(
         parts.append(torch.softmax(q @ tile_k.T * scale, dim=1) @ tile_v)
     return torch.stack(parts).mean(dim=0)
 """,
+        ),
+        Known(
+            "no-scale",
+            "Your scores are q·k, without the scale.\nscale is an argument: multiply the scores by"
+            " it.",
+            suspects=(lambda q, k, v, scale, block: _right(q, k, v, 1.0, block),),
+            answers=r"""
+# %% scale is not used
+@@
+-        scores = q @ tile_k.T * scale
++        scores = q @ tile_k.T
+""",
+        ),
+        Known(
+            "scale-from-head-dim",
+            "You scale the scores by 1 / √D, whatever `scale` says.\nscale is an argument: a model"
+            " may choose another one. Use what you are given.",
+            suspects=(
+                lambda q, k, v, scale, block: _right(q, k, v, q.shape[1] ** -0.5, block),
+                lambda q, k, v, scale, block: _right(q, k, v, v.shape[1] ** -0.5, block),
+            ),
+            answers=r"""
+# %% as in the formula of the paper
+@@
+-        scores = q @ tile_k.T * scale
++        scores = q @ tile_k.T / math.sqrt(q.shape[1])
+""",
+        ),
+        Known(
+            "scaled-twice",
+            "Your scores are scaled twice.\nMultiply them by `scale` once, and by nothing else.",
+            suspects=(
+                lambda q, k, v, scale, block: _right(q, k, v, scale * scale, block),
+                lambda q, k, v, scale, block: _right(q, k, v, scale * q.shape[1] ** -0.5, block),
+            ),
+            answers=r"""
+# %% 1 / sqrt(D) once more
+@@
+-        scores = q @ tile_k.T * scale
++        scores = q @ tile_k.T * scale / math.sqrt(q.shape[1])
+""",
+        ),
+        Known(
+            "divided-by-scale",
+            "You divide the scores by `scale`.\nThe scores are scale · q·k: multiply.",
+            suspects=(lambda q, k, v, scale, block: _right(q, k, v, 1 / scale, block),),
         ),
         Known(
             "whole-row",
@@ -459,6 +435,16 @@ def attend(
     scores = torch.cat([q @ tile.T * scale for tile in k.split(block)], dim=1)
     weights = torch.exp(scores - scores.amax(dim=1, keepdim=True))
     return weights @ v / weights.sum(dim=1, keepdim=True)
+""",
+        ),
+        Known(
+            "tile-too-large",
+            answers=r"""
+# %% tiles of one less than all
+@@
+-    for tile_k, tile_v in zip(k.split(block), v.split(block)):
++    block = max(block, len(k) - 1)
++    for tile_k, tile_v in zip(k.split(block), v.split(block)):
 """,
         ),
         Known(
@@ -503,6 +489,37 @@ def attend(
 """,
         ),
         Known(
+            "tile-read-again",
+            hint=3,
+            answers=r"""
+# %% the scores twice, once for the maximum
+@@
+-        new = torch.maximum(m, scores.amax(dim=1, keepdim=True))
++        again = q @ tile_k.T * scale
++        new = torch.maximum(m, again.amax(dim=1, keepdim=True))
+""",
+        ),
+        Known(
+            "tiles-kept",
+            hint=3,
+            answers=r"""
+# %% the scores of all tiles in a list
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, block: int
+) -> torch.Tensor:
+    tiles = [q @ tile.T * scale for tile in k.split(block)]
+    m = torch.full((len(q), 1), -math.inf)
+    for scores in tiles:
+        m = torch.maximum(m, scores.amax(dim=1, keepdim=True))
+    l, acc = torch.zeros(len(q), 1), torch.zeros(len(q), v.shape[1])
+    for scores, tile_v in zip(tiles, v.split(block)):
+        weights = torch.exp(scores - m)
+        l += weights.sum(dim=1, keepdim=True)
+        acc += weights @ tile_v
+    return acc / l
+""",
+        ),
+        Known(
             "torch-did-it",
             answers=r"""
 # %% torch has it ready
@@ -512,6 +529,28 @@ def attend(
     return torch.nn.functional.scaled_dot_product_attention(
         q[None], k[None], v[None], scale=scale
     )[0]
+""",
+        ),
+        Known(
+            "left-torch",
+            answers=r"""
+# %% the loop in NumPy
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, block: int
+) -> torch.Tensor:
+    import numpy as np
+
+    q, k, v = q.numpy(), k.numpy(), v.numpy()
+    m, l = np.full((len(q), 1), -np.inf, np.float32), 0.0
+    acc = np.zeros((len(q), v.shape[1]), np.float32)
+    for start in range(0, len(k), block):
+        scores = q @ k[start : start + block].T * scale
+        new = np.maximum(m, scores.max(axis=1, keepdims=True))
+        rescale, weights = np.exp(m - new), np.exp(scores - new)
+        l = l * rescale + weights.sum(axis=1, keepdims=True)
+        acc = acc * rescale + weights @ v[start : start + block]
+        m = new
+    return torch.from_numpy((acc / l).astype(np.float32))
 """,
         ),
     ),

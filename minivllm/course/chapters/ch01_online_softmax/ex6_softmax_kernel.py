@@ -2,266 +2,374 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
+import contextlib
+import functools
+import math
+import os
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from minivllm.course.chapters.ch01_online_softmax.common import INF, Walk, finite, slips
+from minivllm.course.grading.accesses import Accesses, accesses
 from minivllm.course.grading.diagnose import diagnose
+from minivllm.course.grading.errors import Mistake
+from minivllm.course.grading.exercise import Exercise, Known
 from minivllm.course.grading.guard import BEYOND, guarded
-from minivllm.course.grading.judges import (
-    expect,
-    expect_triton,
-    seeded,
-)
+from minivllm.course.grading.isolated import isolated
+from minivllm.course.grading.judges import expect, expect_triton, seeded
 
 if TYPE_CHECKING:
     import torch
-from minivllm.course.chapters.ch01_online_softmax.common import INF, the_online
-from minivllm.course.grading.exercise import Exercise, Known
+
+#: out, x, block.
+Case = tuple["torch.Tensor", "torch.Tensor", int]
+_BEYOND = (
+    "Where the last tile is not full, tl.store writes over what follows the row, unless it has"
+    " mask=inside; and in out, row r begins at out_ptr + r · N."
+)
 
 
-def check_softmax_kernel(answer: Any) -> str:
+def _drawn(random: torch.Generator) -> Callable[..., Case]:
+    """What makes cases: rows with poison between them, and an output in the middle of poison."""
     import torch
-
-    expect_triton("Exercise 01.5 asks for the same recurrence in torch, and runs everywhere.")
-    random = seeded(6)
 
     def case(
         rows: int, columns: int, block: int, size: float = 2.0, shift: float = 0.0, pad: int = 0
-    ) -> tuple:
-        wide = guarded(rows, columns + pad)
-        x = wide[:, :columns]
+    ) -> Case:
+        x = guarded(rows, columns + pad)[:, :columns]
         x.copy_(torch.randn(rows, columns, generator=random) * size + shift)
         return guarded(rows, columns), x, block
 
-    rising, falling = case(2, 24, 8), case(2, 24, 8)
+    return case
+
+
+def _cases() -> list[Case]:
+    """Rows that fit into a tile and rows of many tiles; rising, falling, masked, far from 0."""
+    import torch
+
+    case = _drawn(seeded(6))
+    rising, falling, slow = case(2, 24, 8), case(2, 24, 8), case(1, 300, 4)
     rising[1].copy_(torch.linspace(-3, 3, 24).repeat(2, 1))
     falling[1].copy_(torch.linspace(3, -3, 24).repeat(2, 1))
-    masked = case(3, 20, 8)
+    slow[1].copy_(torch.linspace(-0.2, 0.2, 300)[None])
+    masked, low = case(4, 20, 8, pad=2), case(2, 13, 4)
     masked[1][0, :9], masked[1][1, 8:16], masked[1][2, 1:] = -INF, -INF, -INF
-    cases = [
+    masked[1][3, :19] = -INF
+    # So far from 0, numbers that are not far apart would be rounded.
+    low[1].copy_(-20000.0 - 150.0 * (torch.arange(13) * 5 % 13))
+    low[1][1, 4:8] = -INF
+    return [
         case(1, 1, 4),
         case(2, 8, 8),
         case(3, 16, 8),
         case(2, 11, 4),
+        case(2, 5, 1),
         case(2, 7, 16, shift=-400.0),
-        case(2, 13, 8, 60),
+        case(2, 13, 8, size=60),
         case(3, 18, 4, shift=500.0),
         case(3, 10, 4, pad=6),
         case(2, 16, 8, pad=3),
+        case(40, 3, 2, pad=1),
+        case(1, 1500, 128),
+        case(2, 300, 512, pad=5),
         rising,
         falling,
+        slow,
         masked,
+        low,
     ]
+
+
+@dataclass
+class _Seen:
+    """What the launches of a kernel did beside what was asked for.
+
+    outside, read: (the place in words, the case in words), for writes and reads that are not the
+    kernel's. passes: the most often that a launch loaded all of x. lanes: the most lanes of one
+    load beyond BLOCK.
+    """
+
+    written: list[tuple[str, str]] = field(default_factory=list)
+    read: list[tuple[str, str]] = field(default_factory=list)
+    passes: float = 0.0
+    lanes: int = 0
+
+
+def _launcher(kernel: Any, seen: _Seen) -> Callable:
+    """The kernel as a function of a case; notes what it does."""
 
     def launch(out: torch.Tensor, x: torch.Tensor, block: int) -> None:
-        answer[(len(x),)](out, x, x.stride(0), x.shape[1], BLOCK=block)
+        rows, columns, stride = len(x), x.shape[1], x.stride(0)
+        # The gaps between the rows are watched, too.
+        whole = x.as_strided((rows, stride), (stride, 1))
+        with accesses(out=out, x=whole) as touched, _loads(whole) as loads:
+            kernel[(rows,)](out, x, stride, columns, BLOCK=block)
+        sizes = f"N = {columns}, row_stride = {stride}, BLOCK = {block}, {rows} rows"
+        _note_places(touched, (rows, columns, stride), sizes, seen)
+        seen.passes = max(seen.passes, loads.numbers / x.numel())
+        seen.lanes = max(seen.lanes, loads.lanes if loads.lanes > block else 0)
 
-    def right(out: torch.Tensor, x: torch.Tensor, block: int) -> None:
-        out.copy_(torch.softmax(x, dim=1))
+    return launch
 
-    def row_by_row(**wrong: Any) -> Callable:
-        def run(out: torch.Tensor, x: torch.Tensor, block: int) -> None:
-            for target, row in zip(out, x, strict=True):
-                m, l = the_online(row, block, **wrong)
-                target.copy_(torch.exp(row - m) / l)
 
-        return run
+def _note_places(touched: Accesses, shape: tuple[int, int, int], sizes: str, seen: _Seen) -> None:
+    """Note what was read and written in the gaps between the rows, and outside."""
+    rows, columns, stride = shape
+    seen.written += [(place, sizes) for place in touched.written_outside[:1]]
+    seen.read += [(place, sizes) for place in touched.read_outside[:1]]
+    for places, noted in ((touched.read, seen.read), (touched.written, seen.written)):
+        if "x" in places and not noted:
+            gap = places["x"].reshape(rows, stride)[:, columns:]
+            if gap.any():
+                row, column = gap.nonzero()[0][0], columns + gap.nonzero()[1][0]
+                noted.append((f"column {column} of row {row} of x", sizes))
 
-    def own_first_tile(out: torch.Tensor, x: torch.Tensor, block: int) -> None:
-        out[:, :block] = torch.softmax(x[:, :block], dim=1)
 
-    def padded(value: float) -> Callable:
-        def run(out: torch.Tensor, x: torch.Tensor, block: int) -> None:
-            full = torch.nn.functional.pad(x, (0, -x.shape[1] % block), value=value)
-            out.copy_(torch.softmax(full, dim=1)[:, : x.shape[1]])
+@dataclass
+class _Loads:
+    """numbers: how many numbers of x were loaded in all. lanes: of the widest load."""
 
-        return run
+    numbers: int = 0
+    lanes: int = 0
 
-    def sum_of_tail(out: torch.Tensor, x: torch.Tensor, block: int) -> None:
-        for target, row in zip(out, x, strict=True):
-            m, l = the_online(row, block, tail=False)
-            target.copy_(torch.exp(row - m) / l)
 
-    def tail_unwritten(out: torch.Tensor, x: torch.Tensor, block: int) -> None:
-        whole = x.shape[1] // block * block
-        out[:, :whole] = torch.softmax(x, dim=1)[:, :whole]
+@contextlib.contextmanager
+def _loads(x: torch.Tensor) -> Iterator[_Loads]:
+    """Count the loads from x in an `accesses` block; they stay 0 where no interpreter runs."""
+    import numpy as np
 
-    def stride_ignored(out: torch.Tensor, x: torch.Tensor, block: int) -> None:
-        out.copy_(torch.softmax(x.as_strided(x.shape, (x.shape[1], 1)), dim=1))
+    found = _Loads()
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield found
+        return
+    from triton.runtime.interpreter import interpreter_builder
 
-    def output_stride(out: torch.Tensor, x: torch.Tensor, block: int) -> None:
-        flat = out.view(-1)
-        for r, row in enumerate(torch.softmax(x, dim=1)):
-            inside = flat[r * x.stride(0) :][: len(row)]  # the rest is written beyond the tensor
-            inside.copy_(row[: len(inside)])
+    original = interpreter_builder.create_masked_load
+    begin, end = x.data_ptr(), x.data_ptr() + x.numel() * x.element_size()
 
-    def tile_wise(out: torch.Tensor, x: torch.Tensor, block: int) -> None:
-        out.copy_(torch.cat([torch.softmax(tile, dim=1) for tile in x.split(block, dim=1)], dim=1))
+    def load(ptrs: Any, mask: Any, *more: Any) -> Any:
+        address = np.asarray(ptrs.data).astype(np.int64)
+        inside = np.broadcast_to(np.asarray(mask.data, dtype=bool), address.shape)
+        found.numbers += int((inside & (address >= begin) & (address < end)).sum())
+        found.lanes = max(found.lanes, address.size)
+        return original(ptrs, mask, *more)
 
-    def no_max(out: torch.Tensor, x: torch.Tensor, block: int) -> None:
-        out.copy_(torch.exp(x) / torch.exp(x).sum(dim=1, keepdim=True))
+    interpreter_builder.create_masked_load = functools.wraps(original)(load)
+    try:
+        yield found
+    finally:
+        interpreter_builder.create_masked_load = original
 
-    def undivided(out: torch.Tensor, x: torch.Tensor, block: int) -> None:
-        out.copy_(torch.exp(x - x.amax(dim=1, keepdim=True)))
 
-    def tail_unmasked(out: torch.Tensor, x: torch.Tensor, block: int) -> None:
-        # on into the next row, or poison
-        whole = x.as_strided((len(x), -(-x.shape[1] // block) * block), x.stride())
-        out.copy_(torch.softmax(whole, dim=1)[:, : x.shape[1]])
+def _right(out: torch.Tensor, x: torch.Tensor, block: int) -> None:
+    out.copy_(x.softmax(dim=1))
 
-    tail = (
-        "In the last tile, lanes beyond the row count as scores of 0: they add to the sum, and in a"
-        " row of negative scores 0 becomes the maximum.\nMasked lanes need other=float('-inf'): it"
-        " never wins, and its exp is 0."
+
+def _written(function: Callable) -> Callable:
+    """(x, block) -> probabilities, as a function that writes them."""
+
+    def run(out: torch.Tensor, x: torch.Tensor, block: int) -> None:
+        result = function(x, block)
+        out[: len(result), : result.shape[1]] = result
+
+    return run
+
+
+def _by(walk: Walk) -> Callable:
+    """What a kernel with this walk writes. Each row has its own program."""
+
+    def rows(x: torch.Tensor, block: int) -> torch.Tensor:
+        import torch
+
+        # Lanes beyond the row are masked scores, as in a kernel.
+        lanes = -x.shape[1] % block if walk.tiles == "all" else 0
+        full = torch.nn.functional.pad(x, (0, lanes), value=-INF)
+        parts = [walk.probabilities(row, block) for row in full.split(1)]
+        return torch.cat(parts)[:, : x.shape[1]]
+
+    return _written(rows)
+
+
+def _padded(value: float) -> Callable:
+    """Lanes beyond the row count as scores of this value."""
+
+    def run(x: torch.Tensor, block: int) -> torch.Tensor:
+        import torch
+
+        full = torch.nn.functional.pad(x, (0, -x.shape[1] % block), value=value)
+        return full.softmax(dim=1)[:, : x.shape[1]]
+
+    return _written(run)
+
+
+def _full(x: torch.Tensor, block: int) -> int:
+    """How many columns the full tiles have."""
+    return x.shape[1] // block * block
+
+
+def _output_stride(out: torch.Tensor, x: torch.Tensor, block: int) -> None:
+    flat = out.view(-1)
+    for r, row in enumerate(x.softmax(dim=1)):
+        inside = flat[r * x.stride(0) :][: len(row)]  # the rest is written beyond the tensor
+        inside.copy_(row[: len(inside)])
+
+
+def _tile_wise(x: torch.Tensor, block: int) -> torch.Tensor:
+    import torch
+
+    return torch.cat([tile.softmax(dim=1) for tile in x.split(block, dim=1)], dim=1)
+
+
+def _so_far(x: torch.Tensor, block: int) -> torch.Tensor:
+    """Each tile under the maximum and the sum of the row up to its end."""
+    import torch
+
+    parts = []
+    for start in range(0, x.shape[1], block):
+        m, l, _ = Walk()(x[:, : start + block], block)
+        parts.append((x[:, start : start + block] - finite(m)).exp() / l)
+    return torch.cat(parts, dim=1)
+
+
+def _under_tiles(x: torch.Tensor, block: int) -> torch.Tensor:
+    """The row's sum is right, and each tile stands under its own maximum."""
+    import torch
+
+    _, l, _ = Walk()(x, block)
+    parts = [(tile - tile.amax(dim=1, keepdim=True)).exp() / l for tile in x.split(block, dim=1)]
+    return torch.cat(parts, dim=1)
+
+
+def _first_unwritten(out: torch.Tensor, x: torch.Tensor, block: int) -> None:
+    out[:, block:] = x.softmax(dim=1)[:, block:]
+
+
+def _tail_unmasked(x: torch.Tensor, block: int) -> torch.Tensor:
+    # On into the next row, or poison.
+    whole = x.as_strided((len(x), -(-x.shape[1] // block) * block), x.stride())
+    return whole.softmax(dim=1)[:, : x.shape[1]]
+
+
+def check_softmax_kernel(answer: Any) -> str:
+    """Judge an answer to 01.6."""
+    expect_triton("Exercise 01.5 asks for the same recurrence in torch, and runs everywhere.")
+    expect(
+        hasattr(answer, "fn"),
+        "not-a-kernel",
+        "softmax_kernel is no Triton kernel.\nKeep the line @triton.jit above its `def`.",
     )
-    nan = (
-        "A row whose first tile is all -inf gives nan: new maximum and old are -inf, and -inf -"
-        " -inf is nan.\nSubtract tl.where(new_max == float('-inf'), 0.0, new_max) instead."
-    )
-    suspects = {
-        "tail-as-zero": (tail, padded(0.0)),
-        "no-rescale": (
-            (
-                "The sum is not rescaled when a later tile has a larger maximum.\nMultiply the old"
-                " sum by tl.exp(row_max - new_max) before you add the tile."
-            ),
-            row_by_row(rescale="none"),
-            row_by_row(rescale="none", guarded_max=False),
-        ),
-        "rescaled-the-wrong-way": (
-            (
-                "The sum grows when the maximum grows; under a larger maximum its terms must"
-                " shrink.\nThe factor is exp(old - new), at most 1."
-            ),
-            row_by_row(rescale="swapped"),
-            row_by_row(rescale="swapped", guarded_max=False),
-        ),
-        "tile-under-its-own-maximum": (
-            (
-                "You add a tile's weights under the tile's own maximum. Where an earlier tile held"
-                " a larger score they are too large.\nTake them under the new running maximum."
-            ),
-            row_by_row(tile_sum="own"),
-            row_by_row(tile_sum="own", guarded_max=False),
-        ),
-        "masked-tile-is-nan": (nan, row_by_row(guarded_max=False)),
-        "maximum-starts-at-zero": (
-            (
-                "Your running maximum starts at 0: rows of negative scores get the maximum 0, and"
-                " underflow.\nStart at float('-inf')."
-            ),
-            row_by_row(start=0.0),
-            row_by_row(start=0.0, guarded_max=False),
-        ),
-        "tail-not-summed": (
-            (
-                "Scores in the last, ragged tile are missing from maximum and sum.\n"
-                "range(0, N, BLOCK) comes to that tile, too; N // BLOCK tiles are too few."
-            ),
-            sum_of_tail,
-        ),
-        "tail-not-written": (
-            (
-                "The last, ragged tile is never written: what was in `out` before is still there.\n"
-                "Your second loop must come to it as the first does; the mask keeps it inside."
-            ),
-            tail_unwritten,
-        ),
-        "not-divided": (
-            (
-                "Your rows do not add up to 1: what you store is not divided by the row's sum.\n"
-                "Store tl.exp(x - row_max) / row_sum."
-            ),
-            undivided,
-        ),
-        "first-tile-only": (
-            (
-                "Only the first BLOCK numbers of a row are computed; the row may be longer.\n"
-                "Loop: for start in range(0, N, BLOCK)."
-            ),
-            own_first_tile,
-        ),
-        "a-softmax-for-each-tile": (
-            (
-                "Each tile adds up to 1 by itself: you write a tile's result before the row's sum"
-                " is known.\nA first loop finds maximum and sum of the whole row; a second one"
-                " writes."
-            ),
-            tile_wise,
-        ),
-        "row-stride-ignored": (
-            (
-                "Row r does not begin at r · N: here the rows lie further apart, and you read the"
-                " gap between them.\nOf x, row r begins at x_ptr + r · row_stride. (Only `out` has"
-                " its rows side by side.)"
-            ),
-            stride_ignored,
-        ),
-        "output-rows-too-far-apart": (
-            (
-                "Your results lie as far apart as the rows of x, in `out` and beyond its end. Its"
-                " rows lie side by side.\nOf out, row r begins at out_ptr + r · N. (Only x has gaps"
-                " between its rows: row_stride.)"
-            ),
-            output_stride,
-        ),
-        "no-maximum": (
-            (
-                "You take exp of the scores as they are: large ones give inf, and inf / inf is"
-                " nan.\nKeep a running maximum, and rescale the sum when it grows."
-            ),
-            no_max,
-        ),
-        "load-without-mask": (
-            (
-                "Where the last tile is not full, your kernel reads beyond the row: into the next"
-                " row, or what follows the last (here: poison, nan).\nGive tl.load a mask, and"
-                " other=float('-inf')."
-            ),
-            tail_unmasked,
-        ),
-    }
-    beyond = (
-        "Where the last tile is not full, tl.store writes over what follows the row, unless it has"
-        " mask=inside; and in out, row r begins at out_ptr + r · N."
-    )
+    number = isolated(functools.partial(_judge, answer))
+    return f"{number} tables, with ragged tails, gaps between rows and masked tiles"
+
+
+def _judge(kernel: Any) -> int:
+    seen = _Seen()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, about the nan of a wrong kernel
-        diagnose(launch, cases, right, suspects, writes=(0,), wording={BEYOND: beyond})
-    loops = _loops_that_load(answer)
-    expect(
-        loops <= 2,
-        "three-passes",
-        f"The result is right, but {loops} loops load the row: that is safe softmax, which reads it"
-        " three times.\nFind maximum and sum in one loop: rescale the sum when the maximum grows.",
-    )
-    return f"{len(cases)} tables, with ragged tails, gaps between rows and masked tiles"
+        try:
+            number = diagnose(
+                _launcher(kernel, seen),
+                _cases(),
+                _right,
+                EXERCISE.suspects,
+                writes=(0,),
+                wording={BEYOND: _BEYOND},
+            )
+        except Mistake as mistake:
+            # A place outside says more than numbers do.
+            if mistake.name in ("wrong-values", "changed-input", "keeps-state", "first-row-only"):
+                _expect_inside(seen)
+            if mistake.name == "wrong-values":
+                _expect_own_reads(seen)
+            raise
+    _expect_inside(seen)
+    _expect_own_reads(seen)
+    if seen.lanes:
+        raise EXERCISE.mistake(
+            "tile-too-large", f"The result is right, but a load of yours has {seen.lanes} lanes."
+        )
+    if seen.passes > 2.01:
+        raise EXERCISE.mistake(
+            "three-passes", f"The result is right, but x was loaded {seen.passes:.1f} times."
+        )
+    return number
 
 
-def _loops_that_load(kernel: Any) -> int:
-    """How many loops of a kernel load something, nested ones once; 0 where the source cannot be
-    found.
-    """
-    try:
-        tree = ast.parse(inspect.cleandoc("\n" + inspect.getsource(kernel.fn)))
-    except (OSError, SyntaxError, AttributeError, TypeError):
-        return 0
+def _touched(does: str, noted: list[tuple[str, str]]) -> str:
+    place, sizes = noted[0]
+    return f"With {sizes}, your kernel {does} {place}: that is not its own."
 
-    def loops(node: ast.AST) -> Iterator[ast.AST]:
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.For | ast.While):
-                yield child
-            else:
-                yield from loops(child)
 
-    calls = [
-        [n for n in ast.walk(loop) if isinstance(n, ast.Attribute) and n.attr == "load"]
-        for loop in loops(tree)
-    ]
-    return sum(map(bool, calls))
+def _expect_inside(seen: _Seen) -> None:
+    if seen.written:
+        raise EXERCISE.mistake("out-of-bounds-write", _touched("writes to", seen.written))
+
+
+def _expect_own_reads(seen: _Seen) -> None:
+    if seen.read:
+        raise EXERCISE.mistake("load-without-mask", _touched("reads", seen.read))
+
+
+_ANSWERS = {
+    "no-rescale": r"""
+# %% the sum stays as it was
+@@
+-        row_sum = row_sum * tl.exp(row_max - finite) + tl.sum(
+-            tl.exp(x - finite), axis=0
+-        )
++        row_sum = row_sum + tl.sum(tl.exp(x - finite), axis=0)
+
+# %% the sum stays as it was, and masked tiles are nan
+@@
+-        finite = tl.where(new_max == float("-inf"), 0.0, new_max)
+-        row_sum = row_sum * tl.exp(row_max - finite) + tl.sum(
+-            tl.exp(x - finite), axis=0
+-        )
++        finite = new_max
++        row_sum = row_sum + tl.sum(tl.exp(x - finite), axis=0)
+""",
+    "masked-tile-is-nan": r"""
+# %% -inf - -inf
+@@
+-        finite = tl.where(new_max == float("-inf"), 0.0, new_max)
++        finite = new_max
+""",
+    "maximum-starts-at-zero": r"""
+# %% 0 in place of -inf
+@@
+-    row_max = float("-inf")
++    row_max = 0.0
+""",
+    "tile-under-its-own-maximum": r"""
+# %% weights under the tile's maximum
+@@
+-            tl.exp(x - finite), axis=0
++            tl.exp(x - tl.max(x, axis=0)), axis=0
+""",
+    "maximum-not-kept": r"""
+# %% forgets row_max = new_max
+@@
+-        row_max = new_max
+""",
+    "tile-rescaled-too": r"""
+# %% adds, then rescales
+@@
+-        row_sum = row_sum * tl.exp(row_max - finite) + tl.sum(
+-            tl.exp(x - finite), axis=0
+-        )
++        row_sum = (row_sum + tl.sum(tl.exp(x - finite), axis=0)) * tl.exp(
++            row_max - finite
++        )
+""",
+    "maximum-starts-too-high": r"""
+# %% -1e4 in place of -inf
+@@
+-    row_max = float("-inf")
++    row_max = -10000.0
+""",
+}
 
 
 EXERCISE = Exercise(
@@ -271,12 +379,14 @@ EXERCISE = Exercise(
     mistakes=(
         Known(
             "tail-as-zero",
+            "In the last tile, lanes beyond the row count as scores of a finite number (0?): they"
+            " add to the sum, and in a row of lower scores that number becomes the maximum.\nMasked"
+            " lanes need other=float('-inf'): it never wins, and its exp is 0.",
             hint=2,
-            answers=r'''
+            suspects=tuple(map(_padded, (0.0, -1.0, -10.0, -1e2, -1e3, -1e4))),
+            answers=r"""
 # %% masked lanes read as 0
 @@
--    """Softmax of one row of N scores; program r does row r."""
-@@
          inside = start + lanes < N
 -        x = tl.load(
 -            x_ptr + row * row_stride + start + lanes, mask=inside, other=float("-inf")
@@ -288,166 +398,73 @@ EXERCISE = Exercise(
 -            x_ptr + row * row_stride + start + lanes, mask=inside, other=float("-inf")
 -        )
 +        x = tl.load(x_ptr + row * row_stride + start + lanes, mask=inside, other=0.0)
-''',
+""",
         ),
-        Known(
-            "no-rescale",
-            hint=2,
-            answers=r'''
-# %% the sum stays as it was
-@@
--    """Softmax of one row of N scores; program r does row r."""
-@@
--        row_sum = row_sum * tl.exp(row_max - finite) + tl.sum(
--            tl.exp(x - finite), axis=0
--        )
-+        row_sum = row_sum + tl.sum(tl.exp(x - finite), axis=0)
-
-# %% the sum stays as it was, and masked tiles are nan
-@@
--    """Softmax of one row of N scores; program r does row r."""
-@@
--        finite = tl.where(new_max == float("-inf"), 0.0, new_max)
--        row_sum = row_sum * tl.exp(row_max - finite) + tl.sum(
--            tl.exp(x - finite), axis=0
--        )
-+        finite = new_max
-+        row_sum = row_sum + tl.sum(tl.exp(x - finite), axis=0)
-''',
-        ),
-        Known(
-            "masked-tile-is-nan",
-            hint=3,
-            answers=r'''
-# %% -inf - -inf
-@@
--    """Softmax of one row of N scores; program r does row r."""
-@@
--        finite = tl.where(new_max == float("-inf"), 0.0, new_max)
-+        finite = new_max
-''',
-        ),
-        Known(
-            "maximum-starts-at-zero",
-            answers=r'''
-# %% 0 in place of -inf
-@@
--    """Softmax of one row of N scores; program r does row r."""
-@@
--    row_max = float("-inf")
-+    row_max = 0.0
-''',
-        ),
-        Known(
-            "tile-under-its-own-maximum",
-            answers=r'''
-# %% weights under the tile's maximum
-@@
--    """Softmax of one row of N scores; program r does row r."""
-@@
--            tl.exp(x - finite), axis=0
-+            tl.exp(x - tl.max(x, axis=0)), axis=0
-''',
-        ),
-        Known(
-            "row-stride-ignored",
-            hint=1,
-            answers=r'''
-# %% rows as if they lay side by side
-@@
--    """Softmax of one row of N scores; program r does row r."""
-@@
-         inside = start + lanes < N
--        x = tl.load(
--            x_ptr + row * row_stride + start + lanes, mask=inside, other=float("-inf")
--        )
-+        x = tl.load(x_ptr + row * N + start + lanes, mask=inside, other=float("-inf"))
-         new_max = tl.maximum(row_max, tl.max(x, axis=0))
-@@
--        x = tl.load(
--            x_ptr + row * row_stride + start + lanes, mask=inside, other=float("-inf")
--        )
-+        x = tl.load(x_ptr + row * N + start + lanes, mask=inside, other=float("-inf"))
-''',
-        ),
-        Known(
-            "load-without-mask",
-            answers=r'''
-# %% reads beyond the row
-@@
--    """Softmax of one row of N scores; program r does row r."""
-@@
-         inside = start + lanes < N
--        x = tl.load(
--            x_ptr + row * row_stride + start + lanes, mask=inside, other=float("-inf")
--        )
-+        x = tl.load(x_ptr + row * row_stride + start + lanes)
-         new_max = tl.maximum(row_max, tl.max(x, axis=0))
-@@
--        x = tl.load(
--            x_ptr + row * row_stride + start + lanes, mask=inside, other=float("-inf")
--        )
-+        x = tl.load(x_ptr + row * row_stride + start + lanes)
-''',
-        ),
-        Known(
-            "out-of-bounds-write",
-            hint=3,
-            answers=r'''
-# %% stores without a mask
-@@
--    """Softmax of one row of N scores; program r does row r."""
-@@
--        tl.store(
--            out_ptr + row * N + start + lanes,
--            tl.exp(x - row_max) / row_sum,
--            mask=inside,
--        )
-+        tl.store(out_ptr + row * N + start + lanes, tl.exp(x - row_max) / row_sum)
-''',
-        ),
-        Known(
-            "output-rows-too-far-apart",
-            hint=1,
-            answers=r'''
-# %% the output's rows as far apart as the input's
-@@
--    """Softmax of one row of N scores; program r does row r."""
-@@
--            out_ptr + row * N + start + lanes,
-+            out_ptr + row * row_stride + start + lanes,
-''',
+        *slips(
+            _by,
+            {"no-rescale": 2, "tile-rescaled-too": 2, "masked-tile-is-nan": 3},
+            _ANSWERS,
+            # One program has one row, and no values; the tiles that count are named below.
+            without=(
+                *("one-maximum-for-all-rows", "one-sum-for-all-rows", "divided-in-each-tile"),
+                *("output-not-rescaled", "sum-not-rescaled"),
+                *("tail-dropped", "last-tile-dropped", "first-tile-only"),
+            ),
         ),
         Known(
             "tail-not-summed",
-            answers=r'''
+            "Scores in the last, ragged tile are missing from maximum and sum.\nrange(0, N, BLOCK)"
+            " comes to that tile, too; N // BLOCK tiles are too few.",
+            suspects=(_by(Walk(tiles="full")),),
+            answers=r"""
 # %% one tile too few in the first loop
-@@
--    """Softmax of one row of N scores; program r does row r."""
 @@
      row_sum = 0.0
 -    for start in range(0, N, BLOCK):
 +    for start in range(0, N // BLOCK * BLOCK, BLOCK):
-''',
+""",
         ),
         Known(
             "tail-not-written",
-            answers=r'''
+            "The last, ragged tile is never written: what was in `out` before is still there.\nYour"
+            " second loop must come to it as the first does; the mask keeps it inside.",
+            suspects=(_written(lambda x, block: x.softmax(dim=1)[:, : _full(x, block)]),),
+            answers=r"""
 # %% one tile too few in the second loop
-@@
--    """Softmax of one row of N scores; program r does row r."""
 @@
          row_max = new_max
 -    for start in range(0, N, BLOCK):
 +    for start in range(0, N // BLOCK * BLOCK, BLOCK):
-''',
+""",
+        ),
+        Known(
+            "tail-dropped",
+            "Both loops leave out the last, ragged tile.\nrange(0, N, BLOCK) comes to that tile,"
+            " too; N // BLOCK tiles are too few.",
+            suspects=(
+                _written(
+                    lambda x, block: x[:, :n].softmax(dim=1) if (n := _full(x, block)) else x[:, :0]
+                ),
+            ),
+            answers=r"""
+# %% whole tiles only
+@@
+     row_sum = 0.0
+-    for start in range(0, N, BLOCK):
++    for start in range(0, N // BLOCK * BLOCK, BLOCK):
+@@
+         row_max = new_max
+-    for start in range(0, N, BLOCK):
++    for start in range(0, N // BLOCK * BLOCK, BLOCK):
+""",
         ),
         Known(
             "not-divided",
-            answers=r'''
+            "Your rows do not add up to 1: what you store is not divided by the row's sum.\nStore"
+            " tl.exp(x - row_max) / row_sum.",
+            suspects=(_written(lambda x, block: (x - x.amax(dim=1, keepdim=True)).exp()),),
+            answers=r"""
 # %% weights, not probabilities
-@@
--    """Softmax of one row of N scores; program r does row r."""
 @@
 -        tl.store(
 -            out_ptr + row * N + start + lanes,
@@ -455,11 +472,35 @@ EXERCISE = Exercise(
 -            mask=inside,
 -        )
 +        tl.store(out_ptr + row * N + start + lanes, tl.exp(x - row_max), mask=inside)
-''',
+""",
+        ),
+        Known(
+            "maximum-not-subtracted-at-the-end",
+            "What you store is tl.exp(x) / row_sum, without the maximum. The sum stands under the"
+            " row's maximum, and so must the numerator.\nStore tl.exp(x - row_max) / row_sum.",
+            suspects=(
+                _written(
+                    lambda x, block: (
+                        x.exp() / (x - x.amax(dim=1, keepdim=True)).exp().sum(dim=1, keepdim=True)
+                    )
+                ),
+            ),
+            answers=r"""
+# %% forgets the maximum in the second loop
+@@
+-            tl.exp(x - row_max) / row_sum,
++            tl.exp(x) / row_sum,
+""",
         ),
         Known(
             "first-tile-only",
+            "Only the first BLOCK numbers of a row are computed; the row may be longer.\nLoop: for"
+            " start in range(0, N, BLOCK).",
             hint=1,
+            suspects=(
+                _written(lambda x, block: x[:, :block].softmax(dim=1)),
+                _by(Walk(tiles="first")),
+            ),
             answers=r"""
 # %% no loop: the chapter's kernel for rows that fit into a tile
 @triton.jit
@@ -475,7 +516,10 @@ def softmax_kernel(out_ptr, x_ptr, row_stride, N, BLOCK: tl.constexpr):
         ),
         Known(
             "a-softmax-for-each-tile",
+            "Each tile adds up to 1 by itself: you write a tile's result before the row's sum is"
+            " known.\nA first loop finds maximum and sum of the whole row; a second one writes.",
             hint=3,
+            suspects=(_written(_tile_wise),),
             answers=r"""
 # %% one loop that writes at once
 @triton.jit
@@ -496,11 +540,193 @@ def softmax_kernel(out_ptr, x_ptr, row_stride, N, BLOCK: tl.constexpr):
 """,
         ),
         Known(
-            "three-passes",
-            answers=r'''
-# %% maximum, then sum, then result
+            "written-too-early",
+            "You write a tile with the maximum and the sum SO FAR; the rest of the row can still"
+            " change both.\nA first loop finds maximum and sum of the whole row; a second one"
+            " writes.",
+            hint=3,
+            suspects=(_written(_so_far),),
+            answers=r"""
+# %% one loop does both
+@triton.jit
+def softmax_kernel(out_ptr, x_ptr, row_stride, N, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    lanes = tl.arange(0, BLOCK)
+    row_max = float("-inf")
+    row_sum = 0.0
+    for start in range(0, N, BLOCK):
+        inside = start + lanes < N
+        x = tl.load(
+            x_ptr + row * row_stride + start + lanes, mask=inside, other=float("-inf")
+        )
+        new_max = tl.maximum(row_max, tl.max(x, axis=0))
+        finite = tl.where(new_max == float("-inf"), 0.0, new_max)
+        p = tl.exp(x - finite)
+        row_sum = row_sum * tl.exp(row_max - finite) + tl.sum(p, axis=0)
+        row_max = new_max
+        tl.store(out_ptr + row * N + start + lanes, p / row_sum, mask=inside)
+""",
+        ),
+        Known(
+            "written-under-the-tile-maximum",
+            "What you store stands under each tile's own maximum, and row_sum stands under the"
+            " row's.\nStore tl.exp(x - row_max) / row_sum, with the row_max from the end of the"
+            " first loop.",
+            suspects=(_written(_under_tiles),),
+        ),
+        Known(
+            "first-tile-not-written",
+            "The first tile of each row is never written: what was in `out` before is still there."
+            "\nThe second loop begins at 0, as the first one does.",
+            suspects=(_first_unwritten,),
+        ),
+        Known(
+            "first-row-only",
+            "Your kernel computes row 0 in every program, or writes all results to row 0.\nProgram"
+            " r, tl.program_id(0), reads row r at x_ptr + r * row_stride and writes row r at"
+            " out_ptr + r * N.",
+            hint=1,
+            suspects=(
+                _written(lambda x, block: x[:1].softmax(dim=1)),
+                _written(lambda x, block: x[-1:].softmax(dim=1)),
+                _written(lambda x, block: x[:1].softmax(dim=1).expand(x.shape)),
+            ),
+            answers=r"""
+# %% results all to row 0
 @@
--    """Softmax of one row of N scores; program r does row r."""
+-            out_ptr + row * N + start + lanes,
++            out_ptr + start + lanes,
+""",
+        ),
+        Known(
+            "row-stride-ignored",
+            "Row r does not begin at r · N: here the rows lie further apart, and you read the gap"
+            " between them.\nOf x, row r begins at x_ptr + r · row_stride. (Only `out` has its rows"
+            " side by side.)",
+            hint=1,
+            suspects=(
+                _written(lambda x, block: x.as_strided(x.shape, (x.shape[1], 1)).softmax(dim=1)),
+            ),
+            answers=r"""
+# %% rows as if they lay side by side
+@@
+         inside = start + lanes < N
+-        x = tl.load(
+-            x_ptr + row * row_stride + start + lanes, mask=inside, other=float("-inf")
+-        )
++        x = tl.load(x_ptr + row * N + start + lanes, mask=inside, other=float("-inf"))
+         new_max = tl.maximum(row_max, tl.max(x, axis=0))
+@@
+-        x = tl.load(
+-            x_ptr + row * row_stride + start + lanes, mask=inside, other=float("-inf")
+-        )
++        x = tl.load(x_ptr + row * N + start + lanes, mask=inside, other=float("-inf"))
+""",
+        ),
+        Known(
+            "output-rows-too-far-apart",
+            "Your results lie as far apart as the rows of x, in `out` and beyond its end. Its rows"
+            " lie side by side.\nOf out, row r begins at out_ptr + r · N. (Only x has gaps between"
+            " its rows: row_stride.)",
+            hint=1,
+            suspects=(_output_stride,),
+            answers=r"""
+# %% the output's rows as far apart as the input's
+@@
+-            out_ptr + row * N + start + lanes,
++            out_ptr + row * row_stride + start + lanes,
+""",
+        ),
+        Known(
+            "load-without-mask",
+            "Where the last tile is not full, your kernel reads beyond the row: into the next row,"
+            " or what follows the last (here: poison, nan). Elsewhere that can end the process,"
+            " even where the numbers are not used.\nEach tl.load needs a mask that is False beyond"
+            " the row, start + lanes < N, and other=float('-inf').",
+            suspects=(_written(_tail_unmasked),),
+            answers=r"""
+# %% reads beyond the row
+@@
+         inside = start + lanes < N
+-        x = tl.load(
+-            x_ptr + row * row_stride + start + lanes, mask=inside, other=float("-inf")
+-        )
++        x = tl.load(x_ptr + row * row_stride + start + lanes)
+         new_max = tl.maximum(row_max, tl.max(x, axis=0))
+@@
+-        x = tl.load(
+-            x_ptr + row * row_stride + start + lanes, mask=inside, other=float("-inf")
+-        )
++        x = tl.load(x_ptr + row * row_stride + start + lanes)
+
+# %% reads beyond the row, and throws it away
+@@
+         inside = start + lanes < N
+-        x = tl.load(
+-            x_ptr + row * row_stride + start + lanes, mask=inside, other=float("-inf")
+-        )
++        x = tl.load(x_ptr + row * row_stride + start + lanes)
++        x = tl.where(inside, x, float("-inf"))
+         new_max = tl.maximum(row_max, tl.max(x, axis=0))
+""",
+        ),
+        Known(
+            "masked-lanes-undefined",
+            "The lanes that a mask switches off hold anything where tl.load has no `other` (here:"
+            " nan), and you add them to maximum and sum.\nGive tl.load other=float('-inf'): it"
+            " never wins, and its exp is 0.",
+            hint=2,
+            suspects=(_padded(math.nan),),
+            answers=r"""
+# %% a mask, and no other
+@@
+     for start in range(0, N, BLOCK):
+         inside = start + lanes < N
+-        x = tl.load(
+-            x_ptr + row * row_stride + start + lanes, mask=inside, other=float("-inf")
+-        )
++        x = tl.load(x_ptr + row * row_stride + start + lanes, mask=inside)
+         new_max = tl.maximum(row_max, tl.max(x, axis=0))
+""",
+        ),
+        Known(
+            "out-of-bounds-write",
+            _BEYOND,
+            hint=3,
+            answers=r"""
+# %% stores without a mask
+@@
+-        tl.store(
+-            out_ptr + row * N + start + lanes,
+-            tl.exp(x - row_max) / row_sum,
+-            mask=inside,
+-        )
++        tl.store(out_ptr + row * N + start + lanes, tl.exp(x - row_max) / row_sum)
+""",
+        ),
+        Known(
+            "tile-too-large",
+            "A tile has BLOCK scores, and rows may be longer than any number that you choose.\nUse"
+            " tl.arange(0, BLOCK), and loop over the tiles.",
+            answers=r"""
+# %% one tile for all rows there are
+@triton.jit
+def softmax_kernel(out_ptr, x_ptr, row_stride, N, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    lanes = tl.arange(0, 4096)
+    x = tl.load(x_ptr + row * row_stride + lanes, mask=lanes < N, other=float("-inf"))
+    weights = tl.exp(x - tl.max(x, axis=0))
+    tl.store(
+        out_ptr + row * N + lanes, weights / tl.sum(weights, axis=0), mask=lanes < N
+    )
+""",
+        ),
+        Known(
+            "three-passes",
+            "That is safe softmax, which reads a row three times.\nFind maximum and sum in one"
+            " loop: rescale the sum when the maximum grows.",
+            answers=r"""
+# %% maximum, then sum, then result
 @@
      row_max = float("-inf")
 +    for start in range(0, N, BLOCK):
@@ -517,7 +743,7 @@ def softmax_kernel(out_ptr, x_ptr, row_stride, N, BLOCK: tl.constexpr):
 -        )
 -        row_max = new_max
 +        row_sum += tl.sum(tl.exp(x - row_max), axis=0)
-''',
+""",
         ),
     ),
     right=r"""

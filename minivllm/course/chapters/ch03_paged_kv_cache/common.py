@@ -1,59 +1,126 @@
-"""What the exercises of chapter 03 share."""
+"""What the exercises of chapter 03 share: paged caches to read, and how answers are judged."""
 
 from __future__ import annotations
 
+import copy
 import re
-from collections import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from minivllm.course.grading.diagnose import diagnose
+from minivllm.course.grading.compare import difference
+from minivllm.course.grading.diagnose import Suspects, diagnose
 from minivllm.course.grading.errors import Mistake
 from minivllm.course.grading.guard import guarded
 from minivllm.course.grading.judges import seeded
 
 if TYPE_CHECKING:
-    pass
-
+    import torch
 
 #: A block that is none: what stands in it lies before the cache, in the poison of a guarded tensor.
 NO_BLOCK = -1
-
-
+#: A block that no cache has.
+NOWHERE = 1_000_000
 #: What a block size is taken to be by somebody who writes a number.
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-def the_diagnose(
-    answer: Callable, cases: abc.Sequence[tuple], right: Callable, suspects: dict, **more: Any
+def judge(
+    answer: Callable,
+    cases: Sequence[tuple],
+    right: Callable,
+    suspects: Suspects,
+    *,
+    closer: Callable[[], str] | None = None,
+    **more: Any,
 ) -> int:
-    """`diagnose`, without the numbers of tensors: of keys and values the shape says enough, and
-    the table is seen.
+    """`diagnose`, with more to say about a wrong result; returns the number of cases.
+
+    Messages show the shapes of keys and values and not their numbers. closer: for a wrong result
+    that no known mistake gives; returns a line that describes it.
     """
     try:
         return diagnose(answer, cases, right, suspects, **more)
     except Mistake as mistake:
         message = re.sub(r"= (float32 \[[\d, ]+\]) \([^()]*\)", r"= \1", mistake.message)
-        raise Mistake(mistake.name, message) from mistake.__cause__
+        name = mistake.name
+        if name == "wrong-values" and closer:
+            rounded = "writes" not in more and _nearly_right(answer, cases, right)
+            name = "low-precision" if rounded else name
+            message += "\n" + (_ROUNDED if name == "low-precision" else closer())
+        raise Mistake(name, message) from mistake.__cause__
 
 
-def the_pages(
-    contexts: abc.Sequence[int],
-    kv_heads: int,
-    dim: int,
-    size: int,
+_ROUNDED = (
+    "Most results are nearly right, within 2 %, and not exact: somewhere your code computes in half"
+    " precision.\nLook for .half(), .bfloat16(), or a dtype that you gave to a new tensor."
+)
+
+
+def _nearly_right(answer: Callable, cases: Sequence[tuple], right: Callable) -> bool:
+    """Whether most results differ from the right ones by less than 2 %, and few are exact."""
+    near = exact = 0
+    for case in cases:
+        got, expected = answer(*copy.deepcopy(case)), right(*copy.deepcopy(case))
+        exact += difference(got, expected) is None
+        near += difference(got, expected, 0.02, 0.02) is None
+    return 3 * near >= 2 * len(cases) and 3 * exact <= len(cases)
+
+
+def expect_nothing_kept(
+    answer: Callable, first: tuple, second: tuple, right: Callable, what: str
+) -> None:
+    """Require that a second call is right: other numbers in the same tensors, lists and dicts.
+
+    first, second: arguments of the same shapes. what: what has changed in between, in words.
+    """
+    expected = right(*copy.deepcopy(second))
+    args = copy.deepcopy(first)
+    answer(*args)
+    for old, new in zip(args, second, strict=True):
+        _refill(old, new)
+    args = tuple(old if _holds(old) else new for old, new in zip(args, second, strict=True))
+    if found := difference(answer(*args), expected):
+        raise Mistake(
+            "keeps-state",
+            f"The first call is right. Then {what}, in the same objects, and the second result is"
+            " wrong: your code keeps something between calls.\nCompute everything anew from the"
+            f" arguments. {found[1]}.",
+        )
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, list | dict) or hasattr(value, "copy_")
+
+
+def _refill(old: Any, new: Any) -> None:
+    """Put the numbers of `new` into the object `old`."""
+    if hasattr(old, "copy_"):
+        old.copy_(new)
+    elif isinstance(old, list):
+        old[:] = new
+    elif isinstance(old, dict):
+        old.clear()
+        old.update(new)
+
+
+def pages(
+    contexts: Sequence[int],
+    shape: tuple[int, int, int],
     seed: int,
+    *,
     junk: str = "nan",
-    stale: str = "other",
+    stale: int | None = None,
     width: int = 0,
 ) -> tuple:
-    """Caches, block table ``[B, …]`` and contexts ``[B]``.
+    """Guarded caches ``[num_blocks, *shape]``, block table ``[B, …]`` and contexts ``[B]``.
 
-    junk: what is in slots that hold no token, "nan" or "numbers". stale: table entries that no
-    context needs, "other" (a block that belongs to nobody) or "none" (no block at all).
+    shape: KV heads, block size, head_dim. junk: what is in slots that hold no token, "nan" or
+    "numbers". stale: table entries that no context needs; None: a block that belongs to nobody. The
+    table is a part of a wider one; width: its least number of entries per request.
     """
     import torch
 
+    kv_heads, size, dim = shape
     random = seeded(seed)
     needed = [-(-context // size) for context in contexts]
     total = sum(needed) + 2  # the first and the last are nobody's
@@ -62,17 +129,57 @@ def the_pages(
         if junk == "numbers":
             cache.copy_(torch.randn(cache.shape, generator=random) * 3)
     order = torch.randperm(total - 2, generator=random).int() + 1
-    full = torch.full(
-        (len(contexts), max(1, width, max(needed, default=1)) + 4), NO_BLOCK, dtype=torch.int32
-    )
-    table = full[:, :-2]
-    if stale == "other":
-        table[:] = total - 1
+    entries = max(1, width, max(needed, default=1)) + 4
+    table = torch.full((len(contexts), entries), NO_BLOCK, dtype=torch.int32)[:, :-2]
+    table[:] = total - 1 if stale is None else stale
     for i, context in enumerate(contexts):
         table[i, : needed[i]] = order[sum(needed[:i]) : sum(needed[: i + 1])]
-        for p in range(context):
-            for cache in (k_cache, v_cache):
-                cache[table[i, p // size], :, p % size] = torch.randn(
-                    kv_heads, dim, generator=random
-                )
+        tokens = torch.arange(context)
+        for cache in (k_cache, v_cache):
+            rows = torch.randn(context, kv_heads, dim, generator=random)
+            cache[table[i].long()[tokens // size], :, tokens % size] = rows
     return k_cache, v_cache, table, torch.tensor(contexts, dtype=torch.int32)
+
+
+#: What to say where `weights_seen` finds nothing.
+WEIGHTS_ARE_RIGHT = (
+    "With one request and one head all weights are right. Look at what is different with several"
+    " requests or heads, other sizes, or large scores."
+)
+
+
+def weights_seen(attend: Callable[..., torch.Tensor], context: int = 11, size: int = 4) -> str:
+    """A line that says which tokens have the wrong weight, with one request and one head; or "".
+
+    attend(query, k_cache, v_cache, block_table, seq_lens, scale) gives the output ``[1, 1, D]``.
+    The values of token j are 0 but for a 1 in column j, so that the output shows the weights.
+    """
+    import torch
+
+    dim, scale = 1 << context.bit_length(), 0.3
+    k_cache, v_cache, table, lens = pages([context], (1, size, dim), seed=7, junk="numbers")
+    k_cache[..., 16:] = 0.0
+    tokens = torch.arange(context)
+    places = table[0].long()[tokens // size], 0, tokens % size
+    v_cache.zero_()
+    v_cache[..., -1] = 1.0
+    v_cache[places] = torch.eye(dim)[:context]
+    query = torch.randn(1, 1, dim, generator=seeded(8))
+    expected = (k_cache[places] @ query[0, 0] * scale).softmax(dim=0)
+    where = f"A closer look: one request with {context} tokens in blocks of {size}, one head."
+    try:
+        got = attend(query, k_cache, v_cache, table, lens, scale)[0, 0]
+    except Exception as error:
+        return f"{where} Your code raises {type(error).__name__}: {error}"
+    near = 1e-3 if context < 50 else 1e-4
+    wrong = [j for j in range(context) if not abs(got[j] - expected[j]) < near]
+    if abs(got[-1]) > near:
+        return (
+            f"{where} What lies beyond the context, or in other blocks, has a weight of"
+            f" {got[-1]:.4f}; it should have none."
+        )
+    shown = ", ".join(f"token {j} {got[j]:.4f} (right: {expected[j]:.4f})" for j in wrong[:4])
+    if not wrong:
+        return ""
+    count = "" if len(wrong) <= 4 else f" and those of {len(wrong) - 4} tokens more"
+    return f"{where} These weights are wrong: {shown}{count}."

@@ -2,187 +2,157 @@
 
 from __future__ import annotations
 
-from collections import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from minivllm.course.chapters.ch03_paged_kv_cache.common import (
+    SIZES,
+    expect_nothing_kept,
+    judge,
+)
+from minivllm.course.grading.exercise import Exercise, Known
 from minivllm.course.grading.judges import counted, seeded
 from minivllm.course.grading.with_engine import engine_agrees
 
 if TYPE_CHECKING:
-    import torch
-from minivllm.course.chapters.ch03_paged_kv_cache.common import SIZES, the_diagnose
-from minivllm.course.grading.exercise import Exercise, Known
-
-
-def check_slot_mapping(answer: Callable) -> str:
+    import numpy as np
     import torch
 
-    def case(
-        blocks: list[list[int]], starts: list[int], lens: list[int], size: int, pad: int = 0
-    ) -> tuple:
-        width = max(map(len, blocks)) + 1  # stale entries behind those in use, as in a real table
-        table = [row + [77 + i] * (width - len(row)) for i, row in enumerate(blocks)]
-        return torch.tensor(table, dtype=torch.int32), starts, lens, size, sum(lens) + pad
+#: (entries of the request's row, position, number of the new token, block size) -> its slot.
+Slot = Callable[[list[int], int, int, int], int]
 
-    order = torch.randperm(30, generator=seeded(2)).tolist()
-    cases = [
-        case([[5, 2]], [0], [6], 4),
-        case([[5, 2]], [3], [2], 4, pad=1),
-        case([[0, 1, 2]], [0], [9], 4),
-        case([[3]], [0], [1], 16),
-        case([[9, 4, 6, 8]], [8], [8], 4, pad=2),
-        case([[4, 0, 2]], [2], [1], 1, pad=3),
-        case([[8, 1, 3], [6, 2], [7, 5, 9]], [7, 4, 0], [1, 1, 9], 4, pad=5),
-        case(
+
+def _case(
+    blocks: list[list[int]], starts: list[int], lens: list[int], size: int, pad: int = 0
+) -> tuple:
+    """Arguments of slot_mapping; the table is a part of a wider one, with stale entries."""
+    import torch
+
+    width = max(map(len, blocks)) + 1
+    rows = [[-7, *row, *[77 + i] * (width - len(row)), -8] for i, row in enumerate(blocks)]
+    table = torch.tensor(rows, dtype=torch.int32)[:, 1:-1]
+    return table, starts, lens, size, sum(lens) + pad
+
+
+def _cases() -> list[tuple]:
+    import torch
+
+    random = seeded(2)
+    order = torch.randperm(30, generator=random).tolist()
+    many = torch.randperm(2000, generator=random).tolist()
+    starts = torch.randint(0, 300, (40,), generator=random).tolist()
+    lens = [1] * 20 + torch.randint(1, 130, (20,), generator=random).tolist()
+    needed = [-(-(start + count) // 12) for start, count in zip(starts, lens, strict=True)]
+    crowd = [many[40 * i : 40 * i + count] for i, count in enumerate(needed)]
+    return [
+        _case([[5, 2]], [0], [6], 4),
+        _case([[5, 2]], [3], [2], 4, pad=1),
+        _case([[0, 1, 2]], [0], [9], 4),
+        _case([[3]], [0], [1], 16),
+        _case([[9, 4, 6, 8]], [8], [8], 4, pad=2),
+        _case([[4, 0, 2]], [2], [1], 1, pad=3),
+        _case([[7, 3, 12, 5]], [4], [8], 3, pad=2),
+        _case([[8, 1, 3], [6, 2], [7, 5, 9]], [7, 4, 0], [1, 1, 9], 4, pad=5),
+        _case(
             [order[:5], order[5:8], order[8:10], order[10:]], [70, 40, 16, 100], [1, 1, 3, 190], 16
         ),
+        _case(crowd, starts, lens, 12, pad=9),
+        _case([[70_001, 65_536, 40_000]], [30], [70], 48),
+        _case([[2_000_000, 300_000_000]], [12], [9], 16, pad=1),
     ]
 
-    def slots(
-        table: Any,
-        starts: list,
-        lens: list,
-        size: int,
+
+def _mapping(slot: Slot, *, row: int | None = None, fill: int | None = -1) -> Callable:
+    """A slot mapping. row: of the table, for all requests. fill: what stands behind the tokens."""
+
+    def mapped(
+        block_table: torch.Tensor,
+        starts: list[int],
+        query_lens: list[int],
+        block_size: int,
         pad_to: int,
-        slot: Callable,
-        row: Any = None,
-        fill=-1,
-    ) -> Any:
+    ) -> torch.Tensor:
+        import torch
+
         found = []
-        for i, (start, count) in enumerate(zip(starts, lens, strict=True)):
-            entries = table[i if row is None else row].tolist()
-            entries = entries + [0] * (start + count)  # a wrong slot may look beyond the table
-            found += [slot(entries, start + j, j, size) for j in range(count)]
-        return torch.tensor(
-            found + [fill] * (pad_to - len(found) if fill is not None else 0), dtype=torch.int64
-        )
+        for i, (start, count) in enumerate(zip(starts, query_lens, strict=True)):
+            entries = block_table[i if row is None else row].tolist()
+            found += [slot(entries, start + j, j, block_size) for j in range(count)]
+        padding = [] if fill is None else [fill] * (pad_to - len(found))
+        return torch.tensor(found + padding, dtype=torch.int64)
 
-    def good(t: list[int], p: int, j: int, size: int) -> int:
-        return t[p // size] * size + p % size
+    return mapped
 
-    def right(
-        block_table: Any, starts: list, query_lens: list, block_size: int, pad_to: int
+
+def _good(table: list[int], position: int, j: int, size: int) -> int:
+    return table[position // size] * size + position % size
+
+
+def _right(
+    block_table: torch.Tensor,
+    starts: list[int],
+    query_lens: list[int],
+    block_size: int,
+    pad_to: int,
+) -> torch.Tensor:
+    return _mapping(_good)(block_table, starts, query_lens, block_size, pad_to)
+
+
+def _from_first(table: list[int], position: int, j: int, size: int) -> int:
+    """The slot j behind the first new token's slot."""
+    return _good(table, position - j, 0, size) + j
+
+
+def _wrapped(table: list[int], position: int, j: int, size: int) -> int:
+    """What an int32 holds of the slot."""
+    return (_good(table, position, j, size) + 2**31) % 2**32 - 2**31
+
+
+def _until_the_length(
+    table: torch.Tensor, starts: list[int], lens: list[int], size: int, pad_to: int
+) -> torch.Tensor:
+    left = [max(0, count - start) for start, count in zip(starts, lens, strict=True)]
+    return _right(table, starts, left, size, pad_to)
+
+
+def _one_each(last: bool) -> Callable:
+    """Only the first or the last new token of each request gets its slot."""
+
+    def mapped(
+        table: torch.Tensor, starts: list[int], lens: list[int], size: int, pad_to: int
     ) -> torch.Tensor:
-        return slots(block_table, starts, query_lens, block_size, pad_to, good)
+        ends = [start + (count - 1) * last for start, count in zip(starts, lens, strict=True)]
+        return _right(table, ends, [1] * len(lens), size, pad_to)
 
-    def until(
-        block_table: Any, starts: list, query_lens: list, block_size: int, pad_to: int
+    return mapped
+
+
+def _one_more(
+    table: torch.Tensor, starts: list[int], lens: list[int], size: int, pad_to: int
+) -> torch.Tensor:
+    return _right(table, starts, [count + 1 for count in lens], size, pad_to)
+
+
+def _padding_first(
+    table: torch.Tensor, starts: list[int], lens: list[int], size: int, pad_to: int
+) -> torch.Tensor:
+    return _right(table, starts, lens, size, pad_to).roll(pad_to - sum(lens))
+
+
+def _in_blocks_of(size: int) -> Callable:
+    """With another block size; 0: the table's width."""
+
+    def mapped(
+        table: torch.Tensor, starts: list[int], lens: list[int], block_size: int, pad_to: int
     ) -> torch.Tensor:
-        left = [max(0, count - start) for start, count in zip(starts, query_lens, strict=True)]
-        return right(block_table, starts, left, block_size, pad_to)
+        return _right(table, starts, lens, size or table.shape[1], pad_to)
 
-    def in_blocks_of(size: int) -> Callable:
-        """With another block size; 0: the table's width. A look-up beyond the table fails, as an
-        answer's does.
-        """
+    return mapped
 
-        def wrong(
-            block_table: Any, starts: list, query_lens: list, block_size: int, pad_to: int
-        ) -> torch.Tensor:
-            def slot(table: Any, p: int, j: int, _: int) -> int:
-                return good(table[: block_table.shape[1]], p, j, size or block_table.shape[1])
 
-            return slots(block_table, starts, query_lens, block_size, pad_to, slot)
-
-        return wrong
-
-    suspects = {
-        "ends-at-the-length": (
-            (
-                "A request's positions end at query_lens[i]. That is how many new tokens it has,"
-                " not where they end: a request with many tokens in the cache stores none.\nThe"
-                " range ends at starts[i] + query_lens[i]."
-            ),
-            until,
-        ),
-        "wrong-block-size": (
-            (
-                "Your blocks have another size than the cache's.\nIt is the argument block_size,"
-                " here and in the engine: no number of your own, and nothing that block_table's"
-                " shape says."
-            ),
-            *(in_blocks_of(size) for size in (0, *SIZES)),
-        ),
-        "position-from-zero": (
-            (
-                "The new tokens of a request do not begin at position 0, but at starts[i]: what"
-                " came before is in the cache, and you would write over it.\nThe j-th new token has"
-                " position starts[i] + j."
-            ),
-            partial(slots, slot=lambda t, p, j, size: good(t, j, j, size)),
-        ),
-        "table-from-its-first-entry": (
-            (
-                "You go through the table from its first entry on, though the new tokens begin at"
-                " starts[i].\nThe entry is position // block_size, with the position in the whole"
-                " request."
-            ),
-            partial(slots, slot=lambda t, p, j, size: t[j // size] * size + p % size),
-        ),
-        "offset-from-the-chunk": (
-            (
-                "You count the offset from the first new token. A block is counted from position 0"
-                " of the request.\nThe offset is (starts[i] + j) % block_size."
-            ),
-            partial(slots, slot=lambda t, p, j, size: t[p // size] * size + j % size),
-        ),
-        "table-ignored": (
-            (
-                "Your slots are the positions themselves: as if the blocks lay in order from 0 on."
-                " The table says where they lie.\nLook up block_table[i, position // block_size]."
-            ),
-            partial(slots, slot=lambda t, p, j, size: p),
-        ),
-        "slots-in-a-row": (
-            (
-                "You give a request's new tokens consecutive slots. Right inside one block; the"
-                " next block lies elsewhere: ask the table for every position."
-            ),
-            partial(slots, slot=lambda t, p, j, size: good(t, p - j, 0, size) + j),
-        ),
-        "block-not-a-slot": (
-            (
-                "You add the offset to the block's number. Block b begins at slot b ·"
-                " block_size.\nMultiply first."
-            ),
-            partial(slots, slot=lambda t, p, j, size: t[p // size] + p % size),
-        ),
-        "no-offset": (
-            (
-                "All tokens of a block get its first slot: each writes over the one before.\nAdd"
-                " position % block_size."
-            ),
-            partial(slots, slot=lambda t, p, j, size: t[p // size] * size),
-        ),
-        "one-table-for-all": (
-            (
-                "You use the first request's blocks for all: they would write into its memory.\nRow"
-                " i of block_table belongs to request i."
-            ),
-            partial(slots, slot=good, row=0),
-        ),
-        "padded-with-zero": (
-            (
-                "You pad with 0. That is a slot like any other: the padded rows would write into"
-                " block 0, which is somebody's.\nPad with -1: nowhere."
-            ),
-            partial(slots, slot=good, fill=0),
-        ),
-        "not-padded": (
-            (
-                "Behind the last token nothing is left, but the result must have pad_to"
-                " entries.\nFill up with -1."
-            ),
-            partial(slots, slot=good, fill=None),
-        ),
-    }
-    the_diagnose(answer, cases, right, suspects)
-    mine = counted(answer)
-    line = engine_agrees(mine, build_batch=_build_batch_with(mine))
-    return f"{len(cases)} steps; {line}"
+def _offsets_in_blocks_of(size: int) -> Callable:
+    return _mapping(lambda t, p, j, s: t[p // s] * s + p % size)
 
 
 def _build_batch_with(slot_mapping: Callable) -> Callable:
@@ -192,7 +162,7 @@ def _build_batch_with(slot_mapping: Callable) -> Callable:
 
     from minivllm.engine.batch import build_batch
 
-    def build(rows: abc.Sequence, block_table: np.ndarray, block_size: int) -> Any:
+    def build(rows: Sequence, block_table: np.ndarray, block_size: int) -> Any:
         batch = build_batch(rows, block_table, block_size)
         table = torch.from_numpy(np.array(block_table, dtype=np.int32))
         lens = [len(row.token_ids) for row in rows]
@@ -202,198 +172,168 @@ def _build_batch_with(slot_mapping: Callable) -> Callable:
     return build
 
 
+def check_slot_mapping(answer: Callable) -> str:
+    """Judge an answer to 03.2."""
+    number = judge(answer, _cases(), _right, EXERCISE.suspects)
+    first = _case([[5, 2, 8], [6, 4, 1]], [3, 0], [2, 5], 4)
+    second = _case([[7, 3, 0], [9, 2, 4]], [6, 1], [3, 4], 4)
+    what = "other requests have come, with other blocks"
+    expect_nothing_kept(answer, first, second, _right, what)
+    mine = counted(answer)
+    line = engine_agrees(mine, build_batch=_build_batch_with(mine))
+    return f"{number} steps; {line}"
+
+
 EXERCISE = Exercise(
     id="03.2",
     title="Slot mapping",
     check=check_slot_mapping,
     mistakes=(
         Known(
-            "position-from-zero",
+            "ends-at-the-length",
+            "A request's positions end at query_lens[i]. That is how many new tokens it has, not"
+            " where they end: a request with many tokens in the cache stores none.\nThe range ends"
+            " at starts[i] + query_lens[i].",
+            hint=2,
+            suspects=(_until_the_length,),
+            answers=r"""
+# %% range(start, n)
+@@
+-        for position in range(start, start + count):
++        for position in range(start, count):
+""",
+        ),
+        Known(
+            "wrong-block-size",
+            "Your blocks have another size than the cache's.\nIt is the argument block_size, here"
+            " and in the engine: no number of your own, and nothing that block_table's shape says.",
             hint=1,
+            suspects=(
+                *(_in_blocks_of(size) for size in (0, *SIZES)),
+                *(_offsets_in_blocks_of(size) for size in SIZES[1:]),
+            ),
+            answers=r"""
+# %% 16, as the engine has it
+@@
+-                table[position // block_size] * block_size + position % block_size
++                table[position // 16] * 16 + position % 16
+
+# %% the table's width
+@@
+-        for position in range(start, start + count):
++        block_size = block_table.shape[1]
++        for position in range(start, start + count):
+""",
+        ),
+        Known(
+            "position-from-zero",
+            "The new tokens of a request do not begin at position 0, but at starts[i]: what came"
+            " before is in the cache, and you would write over it.\nThe j-th new token has"
+            " position starts[i] + j.",
+            hint=1,
+            suspects=(_mapping(lambda t, p, j, size: _good(t, j, j, size)),),
             answers=r"""
 # %% the new tokens are counted from 0
-def slot_mapping(
-    block_table: torch.Tensor,
-    starts: list[int],
-    query_lens: list[int],
-    block_size: int,
-    pad_to: int,
-) -> torch.Tensor:
-    slots = []
-    for table, start, count in zip(block_table.tolist(), starts, query_lens):
-        for i in range(count):
-            position = start + i
-            slots.append(table[i // block_size] * block_size + i % block_size)
-    return torch.tensor(slots + [-1] * (pad_to - len(slots)), dtype=torch.int64)
+@@
+-        for position in range(start, start + count):
++        for position in range(count):
+""",
+        ),
+        Known(
+            "one-position-late",
+            "Your positions are one too large: you store the first new token where the second one"
+            " belongs.\nThe first of them has position starts[i], the last starts[i] +"
+            " query_lens[i] - 1.",
+            hint=1,
+            suspects=(
+                _mapping(lambda t, p, j, size: _good(t, p + 1, j, size)),
+                _mapping(
+                    lambda t, p, j, size: (
+                        _good(t, p + 1, j, size) if (p + 1) // size < len(t) else -1
+                    )
+                ),
+            ),
+            answers=r"""
+# %% counted from 1
+@@
+-        for position in range(start, start + count):
++        for position in range(start + 1, start + count + 1):
 """,
         ),
         Known(
             "table-from-its-first-entry",
+            "You go through the table from its first entry on, though the new tokens begin at"
+            " starts[i].\nThe entry is position // block_size, with the position in the whole"
+            " request.",
             hint=1,
+            suspects=(_mapping(lambda t, p, j, size: t[j // size] * size + p % size),),
             answers=r"""
 # %% the entry is counted from the chunk's first token
-def slot_mapping(
-    block_table: torch.Tensor,
-    starts: list[int],
-    query_lens: list[int],
-    block_size: int,
-    pad_to: int,
-) -> torch.Tensor:
-    slots = []
-    for table, start, count in zip(block_table.tolist(), starts, query_lens):
-        for i in range(count):
-            position = start + i
-            slots.append(table[i // block_size] * block_size + position % block_size)
-    return torch.tensor(slots + [-1] * (pad_to - len(slots)), dtype=torch.int64)
+@@
+-                table[position // block_size] * block_size + position % block_size
++                table[(position - start) // block_size] * block_size
++                + position % block_size
+""",
+        ),
+        Known(
+            "table-not-divided",
+            "You ask the table for entry number position. Its entries stand for blocks: entry 0 for"
+            " the positions 0 to block_size - 1.\nThe entry is position // block_size.",
+            hint=1,
+            suspects=(_mapping(lambda t, p, j, size: t[p] * size + p % size),),
+            answers=r"""
+# %% an entry per token
+@@
+-                table[position // block_size] * block_size + position % block_size
++                table[position] * block_size + position % block_size
 """,
         ),
         Known(
             "offset-from-the-chunk",
+            "You count the offset from the first new token. A block is counted from position 0 of"
+            " the request.\nThe offset is (starts[i] + j) % block_size.",
             hint=1,
+            suspects=(_mapping(lambda t, p, j, size: t[p // size] * size + j % size),),
             answers=r"""
 # %% the offset is counted from the chunk's first token
-def slot_mapping(
-    block_table: torch.Tensor,
-    starts: list[int],
-    query_lens: list[int],
-    block_size: int,
-    pad_to: int,
-) -> torch.Tensor:
-    slots = []
-    for table, start, count in zip(block_table.tolist(), starts, query_lens):
-        for i in range(count):
-            position = start + i
-            slots.append(table[position // block_size] * block_size + i % block_size)
-    return torch.tensor(slots + [-1] * (pad_to - len(slots)), dtype=torch.int64)
+@@
+-                table[position // block_size] * block_size + position % block_size
++                table[position // block_size] * block_size
++                + (position - start) % block_size
+""",
+        ),
+        Known(
+            "position-for-offset",
+            "You add the whole position to the block's first slot. The block holds block_size"
+            " tokens, and the earlier ones lie in other blocks.\nAdd position % block_size.",
+            hint=1,
+            suspects=(_mapping(lambda t, p, j, size: t[p // size] * size + p),),
+            answers=r"""
+# %% no remainder
+@@
+-                table[position // block_size] * block_size + position % block_size
++                table[position // block_size] * block_size + position
 """,
         ),
         Known(
             "table-ignored",
+            "Your slots are the positions themselves: as if the blocks lay in order from 0 on. The"
+            " table says where they lie.\nLook up block_table[i, position // block_size].",
             hint=1,
+            suspects=(_mapping(lambda t, p, j, size: p),),
             answers=r"""
 # %% position taken for the slot
-def slot_mapping(
-    block_table: torch.Tensor,
-    starts: list[int],
-    query_lens: list[int],
-    block_size: int,
-    pad_to: int,
-) -> torch.Tensor:
-    slots = []
-    for table, start, count in zip(block_table.tolist(), starts, query_lens):
-        for i in range(count):
-            position = start + i
-            slots.append(position)
-    return torch.tensor(slots + [-1] * (pad_to - len(slots)), dtype=torch.int64)
-""",
-        ),
-        Known(
-            "block-not-a-slot",
-            hint=1,
-            answers=r"""
-# %% forgets to multiply
-def slot_mapping(
-    block_table: torch.Tensor,
-    starts: list[int],
-    query_lens: list[int],
-    block_size: int,
-    pad_to: int,
-) -> torch.Tensor:
-    slots = []
-    for table, start, count in zip(block_table.tolist(), starts, query_lens):
-        for i in range(count):
-            position = start + i
-            slots.append(table[position // block_size] + position % block_size)
-    return torch.tensor(slots + [-1] * (pad_to - len(slots)), dtype=torch.int64)
-""",
-        ),
-        Known(
-            "no-offset",
-            hint=1,
-            answers=r"""
-# %% every token at its block's begin
-def slot_mapping(
-    block_table: torch.Tensor,
-    starts: list[int],
-    query_lens: list[int],
-    block_size: int,
-    pad_to: int,
-) -> torch.Tensor:
-    slots = []
-    for table, start, count in zip(block_table.tolist(), starts, query_lens):
-        for i in range(count):
-            position = start + i
-            slots.append(table[position // block_size] * block_size)
-    return torch.tensor(slots + [-1] * (pad_to - len(slots)), dtype=torch.int64)
-""",
-        ),
-        Known(
-            "one-table-for-all",
-            hint=2,
-            answers=r'''
-# %% the first request's blocks
-@@
--    """Slots of a step's new tokens, request after request: [pad_to] int64, -1 behind the last token."""
-@@
--        for position in range(start, start + count):
-+        for i in range(count):
-+            position = start + i
 @@
 -                table[position // block_size] * block_size + position % block_size
-+                block_table[0, position // block_size] * block_size
-+                + position % block_size
-''',
-        ),
-        Known(
-            "padded-with-zero",
-            hint=3,
-            answers=r'''
-# %% 0 seems harmless
-@@
--    """Slots of a step's new tokens, request after request: [pad_to] int64, -1 behind the last token."""
-@@
--        for position in range(start, start + count):
-+        for i in range(count):
-+            position = start + i
-@@
--    return torch.tensor(slots + [-1] * (pad_to - len(slots)), dtype=torch.int64)
-+    return torch.tensor(slots + [0] * (pad_to - len(slots)), dtype=torch.int64)
-''',
-        ),
-        Known(
-            "not-padded",
-            hint=3,
-            answers=r'''
-# %% pad_to is not used
-@@
--    """Slots of a step's new tokens, request after request: [pad_to] int64, -1 behind the last token."""
-@@
--        for position in range(start, start + count):
-+        for i in range(count):
-+            position = start + i
-@@
--    return torch.tensor(slots + [-1] * (pad_to - len(slots)), dtype=torch.int64)
-+    return torch.tensor(slots + [], dtype=torch.int64)
-''',
-        ),
-        Known(
-            "wrong-dtype",
-            answers=r'''
-# %% as int32, like the table
-@@
--    """Slots of a step's new tokens, request after request: [pad_to] int64, -1 behind the last token."""
-@@
--        for position in range(start, start + count):
-+        for i in range(count):
-+            position = start + i
-@@
--    return torch.tensor(slots + [-1] * (pad_to - len(slots)), dtype=torch.int64)
-+    return torch.tensor(slots + [-1] * (pad_to - len(slots)), dtype=torch.int32)
-''',
++                position // block_size * block_size + position % block_size
+""",
         ),
         Known(
             "slots-in-a-row",
+            "You give a request's new tokens consecutive slots. Right inside one block; the next"
+            " block lies elsewhere: ask the table for every position.",
             hint=2,
+            suspects=(_mapping(_from_first),),
             answers=r"""
 # %% only the first slot is looked up
 def slot_mapping(
@@ -411,63 +351,173 @@ def slot_mapping(
 """,
         ),
         Known(
-            "wrong-block-size",
-            hint=3,
-            answers=r'''
-# %% 16, as the engine has it
-def slot_mapping(
-    block_table: torch.Tensor,
-    starts: list[int],
-    query_lens: list[int],
-    block_size: int,
-    pad_to: int,
-) -> torch.Tensor:
-    slots = []
-    for table, start, count in zip(block_table.tolist(), starts, query_lens):
-        for i in range(count):
-            position = start + i
-            slots.append(table[position // 16] * 16 + position % 16)
-    return torch.tensor(slots + [-1] * (pad_to - len(slots)), dtype=torch.int64)
-
-# %% 4, as in the example
-def slot_mapping(
-    block_table: torch.Tensor,
-    starts: list[int],
-    query_lens: list[int],
-    block_size: int,
-    pad_to: int,
-) -> torch.Tensor:
-    slots = []
-    for table, start, count in zip(block_table.tolist(), starts, query_lens):
-        for i in range(count):
-            position = start + i
-            slots.append(table[position // 4] * 4 + position % 4)
-    return torch.tensor(slots + [-1] * (pad_to - len(slots)), dtype=torch.int64)
-
-# %% the table's width
-@@
--    """Slots of a step's new tokens, request after request: [pad_to] int64, -1 behind the last token."""
-@@
--        for position in range(start, start + count):
-+        for i in range(count):
-+            position = start + i
+            "block-not-a-slot",
+            "You add the offset to the block's number. Block b begins at slot b ·"
+            " block_size.\nMultiply first.",
+            hint=1,
+            suspects=(
+                _mapping(lambda t, p, j, size: t[p // size] + p % size),
+                _mapping(lambda t, p, j, size: t[p // size] + p),
+            ),
+            answers=r"""
+# %% forgets to multiply
 @@
 -                table[position // block_size] * block_size + position % block_size
-+                table[position // block_table.shape[1]] * block_table.shape[1]
-+                + position % block_table.shape[1]
-''',
++                table[position // block_size] + position % block_size
+""",
         ),
         Known(
-            "ends-at-the-length",
-            hint=3,
-            answers=r'''
-# %% range(start, n)
+            "no-offset",
+            "All tokens of a block get its first slot: each writes over the one before.\nAdd"
+            " position % block_size.",
+            hint=1,
+            suspects=(_mapping(lambda t, p, j, size: t[p // size] * size),),
+            answers=r"""
+# %% every token at its block's begin
 @@
--    """Slots of a step's new tokens, request after request: [pad_to] int64, -1 behind the last token."""
+-                table[position // block_size] * block_size + position % block_size
++                table[position // block_size] * block_size
+""",
+        ),
+        Known(
+            "one-table-for-all",
+            "You use the first request's blocks for all: they would write into its memory.\nRow i"
+            " of block_table belongs to request i.",
+            hint=2,
+            suspects=(_mapping(_good, row=0),),
+            answers=r"""
+# %% the first request's blocks
+@@
+-                table[position // block_size] * block_size + position % block_size
++                int(block_table[0, position // block_size]) * block_size
++                + position % block_size
+""",
+        ),
+        Known(
+            "one-slot-per-request",
+            "Each request got one slot, however many new tokens it has.\nRequest i needs"
+            " query_lens[i] slots, one per new token: a loop in the loop.",
+            hint=2,
+            suspects=(_one_each(last=False), _one_each(last=True)),
+            answers=r"""
+# %% as in a decode step
 @@
 -        for position in range(start, start + count):
-+        for position in range(start, count):
-''',
++        for position in [start + count - 1]:
+""",
+        ),
+        Known(
+            "one-token-too-many",
+            "A request got one slot more than it has new tokens.\nIts last new token has position"
+            " starts[i] + query_lens[i] - 1; `range` stops before its second number.",
+            hint=2,
+            suspects=(_one_more,),
+            answers=r"""
+# %% up to and with the end
+@@
+-        for position in range(start, start + count):
++        for position in range(start, start + count + 1):
+""",
+        ),
+        Known(
+            "padding-first",
+            "The -1 stand before the slots.\nThe tokens come first, request after request, and -1"
+            " fills up what is left behind them.",
+            suspects=(_padding_first,),
+        ),
+        Known(
+            "padded-with-zero",
+            "You pad with 0. That is a slot like any other: the padded rows would write into block"
+            " 0, which is somebody's.\nPad with -1: nowhere.",
+            hint=3,
+            suspects=(_mapping(_good, fill=0),),
+            answers=r"""
+# %% 0 seems harmless
+@@
+-    return torch.tensor(slots + [-1] * (pad_to - len(slots)), dtype=torch.int64)
++    return torch.tensor(slots + [0] * (pad_to - len(slots)), dtype=torch.int64)
+""",
+        ),
+        Known(
+            "not-padded",
+            "Behind the last token nothing is left, but the result must have pad_to"
+            " entries.\nFill up with -1.",
+            hint=3,
+            suspects=(_mapping(_good, fill=None),),
+            answers=r"""
+# %% pad_to is not used
+@@
+-    return torch.tensor(slots + [-1] * (pad_to - len(slots)), dtype=torch.int64)
++    return torch.tensor(slots, dtype=torch.int64)
+""",
+        ),
+        Known(
+            "int32-overflow",
+            "A large slot came out as another, often negative number: block · block_size was"
+            " computed in int32, which ends at 2,147,483,647.\nMake the entry a Python int, or use"
+            " .long() before you multiply.",
+            suspects=(_mapping(_wrapped),),
+            answers=r"""
+# %% int32 times a number is int32
+@@
+-    for table, start, count in zip(block_table.tolist(), starts, query_lens):
++    for table, start, count in zip(block_table, starts, query_lens):
+""",
+        ),
+        Known(
+            "wrong-dtype",
+            answers=r"""
+# %% as int32, like the table
+@@
+-    return torch.tensor(slots + [-1] * (pad_to - len(slots)), dtype=torch.int64)
++    slots = torch.tensor(slots + [-1] * (pad_to - len(slots)), dtype=torch.int64)
++    return slots.to(block_table.dtype)
+""",
+        ),
+        Known(
+            "changed-input",
+            answers=r"""
+# %% starts is counted up
+def slot_mapping(
+    block_table: torch.Tensor,
+    starts: list[int],
+    query_lens: list[int],
+    block_size: int,
+    pad_to: int,
+) -> torch.Tensor:
+    slots = []
+    for i, table in enumerate(block_table.tolist()):
+        for _ in range(query_lens[i]):
+            index, offset = divmod(starts[i], block_size)
+            slots.append(table[index] * block_size + offset)
+            starts[i] += 1
+    return torch.tensor(slots + [-1] * (pad_to - len(slots)), dtype=torch.int64)
+""",
+        ),
+        Known(
+            "keeps-state",
+            answers=r"""
+# %% tables are remembered by their address
+TABLES = {}
+
+
+def slot_mapping(
+    block_table: torch.Tensor,
+    starts: list[int],
+    query_lens: list[int],
+    block_size: int,
+    pad_to: int,
+) -> torch.Tensor:
+    key = block_table.data_ptr(), block_table.shape
+    _, tables = TABLES.setdefault(key, (block_table, block_table.tolist()))
+    slots = []
+    for table, start, count in zip(tables, starts, query_lens):
+        for position in range(start, start + count):
+            slots.append(
+                table[position // block_size] * block_size + position % block_size
+            )
+    return torch.tensor(slots + [-1] * (pad_to - len(slots)), dtype=torch.int64)
+""",
         ),
     ),
     right=r"""
@@ -502,7 +552,7 @@ def slot_mapping(
     for i, start in enumerate(starts):
         for position in range(start, start + query_lens[i]):
             index, offset = divmod(position, block_size)
-            out[at] = block_table[i][index] * block_size + offset
+            out[at] = int(block_table[i][index]) * block_size + offset
             at += 1
     return out
 """,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 from minivllm.course.grading.compare import show
-from minivllm.course.grading.errors import Mistake
 from minivllm.course.grading.exercise import Exercise, Known
+from minivllm.course.grading.judges import Prediction, expect, expect_all
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.sequence import Sequence
 from minivllm.sampling_params import SamplingParams
@@ -62,25 +63,118 @@ def _measured() -> dict[str, Any]:
     return found
 
 
-_COUNT_HITS = (
+COUNT_HITS = (
     "Draw its blocks of 16 tokens. Which are full, and have behind them exactly the same beginning"
     " as a block that was computed before? Count the tokens in those, and leave one token to"
     " compute."
 )
 
+LESS_THAN_A_BLOCK = "A hit is counted in whole blocks: a block that is found in part is not found."
 
-#: What to look at again after a number that no known mistake explains.
-_ADVICE = {
-    **dict.fromkeys(("same_again", "longer", "changed", "second_turn"), _COUNT_HITS),
-    "blocks_of_four": (
+PREDICTIONS: tuple[tuple[str, dict[str, tuple[float, str]], str], ...] = (
+    (
+        "same_again",
+        {
+            "nothing-left-to-compute": (
+                64,
+                "All 64 tokens are known, but without computing one of them there are no logits to"
+                " sample from. The engine gives up the last block.",
+            ),
+            "less-than-a-block": (63, LESS_THAN_A_BLOCK),
+            "blocks-for-tokens": (3, "That looks like a number of blocks. Hits are tokens."),
+        },
+        COUNT_HITS,
+    ),
+    (
+        "longer",
+        {
+            "partial-block-shared": (
+                40,
+                "40 tokens are equal, but the third block of 16 has only 8 of them: it is another"
+                " block, with another name.",
+            ),
+            "third-block-shared": (
+                48,
+                "In the third block only the first 8 tokens are equal, and a name stands for all"
+                " tokens of its block.",
+            ),
+            "less-than-a-block": (39, LESS_THAN_A_BLOCK),
+            "block-given-up": (
+                16,
+                "One token must be left to compute, and here 38 are left anyway: no block has to"
+                " be given up.",
+            ),
+            "blocks-for-tokens": (2, "That looks like a number of blocks. Hits are tokens."),
+        },
+        COUNT_HITS,
+    ),
+    (
+        "changed",
+        {
+            "hit-after-a-miss": (
+                64 - SIZE,
+                "The blocks behind the changed one hold the same tokens, but not the same keys and"
+                " values: theirs depend on the changed token. Their names differ, too, and the"
+                " cached part ends at the first miss.",
+            ),
+            "less-than-a-block": (
+                20,
+                "Twenty equal tokens are one block and a bit; the bit belongs to the block that"
+                " differs.",
+            ),
+            "block-before-lost": (
+                0,
+                "The first 16 tokens lie before the changed one. Their block is the same.",
+            ),
+            "changed-block-counted": (
+                32,
+                "The 21st token lies in the second block. That one differs, so it is not found.",
+            ),
+            "blocks-for-tokens": (1, "That looks like a number of blocks. Hits are tokens."),
+        },
+        COUNT_HITS,
+    ),
+    (
+        "second_turn",
+        {
+            "last-token-not-fed-back": (
+                80,
+                "50 + 30 = 80 tokens have been seen, but the last of them was only sampled: it was"
+                " never an input, so it has no keys and values. 79 were computed.",
+            ),
+            "answer-not-cached": (
+                48,
+                "That is what the prompt alone would give. What the model wrote was computed, too,"
+                " and its full blocks have names like all others.",
+            ),
+            "less-than-a-block": (79, f"79 tokens were computed. {LESS_THAN_A_BLOCK}"),
+            "blocks-for-tokens": (4, "That looks like a number of blocks. Hits are tokens."),
+        },
+        COUNT_HITS,
+    ),
+    (
+        "blocks_of_four",
+        {
+            "nothing-shared": (
+                12,
+                "Each of the four would take three blocks if they shared nothing; but the prompt's"
+                " full blocks are found by the second, the third and the fourth.",
+            ),
+            "half-full-block-shared": (
+                3,
+                "The third block has 8 of 16 tokens, and each of the four goes on writing there,"
+                " something else. Without copy-on-write such a block is never shared.",
+            ),
+        },
         "Draw the prompt's blocks. Which are full, and so the same for all four? The others each"
-        " has for itself: count a shared block once."
+        " has for itself: count a shared block once.",
     ),
-    "evicted": (
-        "Of blocks 0 to 3, which have a name? Those are cached when the sequence ends. Write their"
-        " three numbers, in the order in which they are taken."
-    ),
-}
+)
+
+EVICTED = (
+    "Of blocks 0 to 3, which have a name? Those are cached when the sequence ends. Write their"
+    " three numbers, in the order in which they are taken."
+)
 
 
 def check_predictions(
@@ -91,108 +185,39 @@ def check_predictions(
     blocks_of_four: int,
     evicted: list[int],
 ) -> str:
-    given: dict[str, Any] = {
-        "same_again": same_again,
-        "longer": longer,
-        "changed": changed,
-        "second_turn": second_turn,
-    }
-    given["blocks_of_four"] = blocks_of_four
-    given["evicted"] = list(evicted) if isinstance(evicted, list | tuple) else evicted
-    known: dict[tuple[str, Any], tuple[str, str]] = {
-        ("same_again", 64): (
-            "nothing-left-to-compute",
-            (
-                "All 64 tokens are known, but without computing one of them there are no logits to"
-                " sample from. The engine gives up the last block."
-            ),
-        ),
-        ("same_again", 63): (
-            "less-than-a-block",
-            "63 tokens would be enough to leave one, but a hit is counted in whole blocks.",
-        ),
-        ("longer", 40): (
-            "partial-block-shared",
-            (
-                "40 tokens are equal, but the third block of 16 has only 8 of them: it is another"
-                " block, with another name."
-            ),
-        ),
-        ("changed", 64 - SIZE): (
-            "hit-after-a-miss",
-            (
-                "The blocks behind the changed one hold the same tokens, but not the same keys and"
-                " values: theirs depend on the changed token. Their names differ, too, and the"
-                " cached part ends at the first miss."
-            ),
-        ),
-        ("changed", 20): (
-            "less-than-a-block",
-            (
-                "Twenty equal tokens are one block and a bit; the bit belongs to the block that"
-                " differs."
-            ),
-        ),
-        ("changed", 0): (
-            "block-before-lost",
-            "The first 16 tokens lie before the changed one. Their block is the same.",
-        ),
-        ("second_turn", 80): (
-            "last-token-not-fed-back",
-            (
-                "50 + 30 = 80 tokens have been seen, but the last of them was only sampled: it was"
-                " never an input, so it has no keys and values. 79 were computed."
-            ),
-        ),
-        ("second_turn", 48): (
-            "answer-not-cached",
-            (
-                "That is what the prompt alone would give. What the model wrote was computed, too,"
-                " and its full blocks have names like all others."
-            ),
-        ),
-        ("second_turn", 79): (
-            "less-than-a-block",
-            "79 tokens were computed; a hit is counted in whole blocks.",
-        ),
-        ("blocks_of_four", 12): (
-            "nothing-shared",
-            (
-                "Each of the four would take three blocks if they shared nothing; but the prompt's"
-                " full blocks are found by the second, the third and the fourth."
-            ),
-        ),
-        ("blocks_of_four", 3): (
-            "half-full-block-shared",
-            (
-                "The third block has 8 of 16 tokens, and each of the four goes on writing there,"
-                " something else. Without copy-on-write such a block is never shared."
-            ),
-        ),
-    }
-    if not isinstance(given["evicted"], list) or len(given["evicted"]) != 3:
-        raise Mistake(
-            "wrong-type",
-            f"evicted = {show(evicted)}: a list of three block numbers is asked"
-            f" for.\n{_ADVICE['evicted']}",
-        )
-    if given["evicted"] == [0, 1, 2]:
-        raise Mistake(
-            "heads-first",
-            "You predict that the cached blocks go in the order of the prompt.\nWithout its first"
-            " block the rest of a prefix cannot be found. So a sequence's blocks are freed from the"
-            " last to the first, and go in that order.",
-        )
-    for name, expected in _measured().items():
-        if given[name] == expected:
-            continue
-        if (name, given[name]) in known:
-            mistake, why = known[name, given[name]]
-            raise Mistake(mistake, f"{name} = {given[name]}: the engine says otherwise.\n{why}")
-        raise Mistake(
-            "wrong-values", f"{name} = {show(given[name])} is not what comes out.\n{_ADVICE[name]}"
-        )
+    said = (same_again, longer, changed, second_turn, blocks_of_four)
+    measured = _measured()
+    judges: list[Callable[[], None]] = []
+    for (name, usual, advice), value in zip(PREDICTIONS, said, strict=True):
+        prediction = Prediction(name, measured[name], usual=usual, advice=advice)
+        judges.append(partial(prediction.judge, value))
+    expect_all(*judges, lambda: _judge_evicted(evicted, measured["evicted"]))
     return "six predictions, measured"
+
+
+def _judge_evicted(evicted: Any, right: list[int]) -> None:
+    """Judge the order of the three cached blocks. The messages do not tell it."""
+    seen = f"evicted = {show(evicted)}"
+    numbers = isinstance(evicted, list | tuple) and all(type(block) is int for block in evicted)
+    expect(
+        numbers and len(evicted) == 3,
+        "wrong-type",
+        f"{seen}: a list of three block numbers is asked for.\n{EVICTED}",
+    )
+    expect(
+        list(evicted) != [0, 1, 2],
+        "heads-first",
+        f"{seen}: you predict that the cached blocks go in the order of the prompt.\nWithout its"
+        " first block the rest of a prefix cannot be found. So a sequence's blocks are freed from"
+        " the last to the first, and go in that order.",
+    )
+    expect(
+        sorted(evicted) == sorted(right),
+        "not-the-cached-ones",
+        f"{seen}: these are not the three blocks that are cached.\nA pool of 6 has blocks 0 to 5."
+        " 56 tokens fill three blocks and a half, and only full blocks have a name.",
+    )
+    expect(list(evicted) == right, "wrong-evicted", f"{seen}: the order is another.\n{EVICTED}")
 
 
 EXERCISE = Exercise(
@@ -334,22 +359,98 @@ evicted = [0, 1, 2]
 """,
         ),
         Known(
-            "wrong-values",
+            "third-block-shared",
             answers=r"""
-# %% miscounted
+# %% rounds up
 same_again = 48
 longer = 48
 changed = 16
 second_turn = 64
 blocks_of_four = 6
 evicted = [2, 1, 0]
-
+""",
+        ),
+        Known(
+            "block-given-up",
+            answers=r"""
+# %% one block back, to be safe
+same_again = 48
+longer = 16
+changed = 16
+second_turn = 64
+blocks_of_four = 6
+evicted = [2, 1, 0]
+""",
+        ),
+        Known(
+            "changed-block-counted",
+            answers=r"""
+# %% counts the block with the change
+same_again = 48
+longer = 32
+changed = 32
+second_turn = 64
+blocks_of_four = 6
+evicted = [2, 1, 0]
+""",
+        ),
+        Known(
+            "blocks-for-tokens",
+            answers=r"""
+# %% counts blocks
+same_again = 3
+longer = 32
+changed = 16
+second_turn = 64
+blocks_of_four = 6
+evicted = [2, 1, 0]
+""",
+        ),
+        Known(
+            "not-the-cached-ones",
+            answers=r"""
+# %% the half-full one, too
+same_again = 48
+longer = 32
+changed = 16
+second_turn = 64
+blocks_of_four = 6
+evicted = [3, 2, 1]
+""",
+        ),
+        Known(
+            "wrong-evicted",
+            answers=r"""
+# %% starts in the middle
+same_again = 48
+longer = 32
+changed = 16
+second_turn = 64
+blocks_of_four = 6
+evicted = [1, 2, 0]
+""",
+        ),
+        Known(
+            "wrong-blocks-of-four",
+            answers=r"""
 # %% shares the two full blocks, and counts them for each
 same_again = 48
 longer = 32
 changed = 16
 second_turn = 64
 blocks_of_four = 8
+evicted = [2, 1, 0]
+""",
+        ),
+        Known(
+            "wrong-second-turn",
+            answers=r"""
+# %% no number at all
+same_again = 48
+longer = 32
+changed = 16
+second_turn = float('inf')
+blocks_of_four = 6
 evicted = [2, 1, 0]
 """,
         ),
@@ -363,6 +464,14 @@ changed = 16
 second_turn = 64
 blocks_of_four = 6
 evicted = 3
+
+# %% a range where one number is asked for
+same_again = range(40, 60)
+longer = 32
+changed = 16
+second_turn = 64
+blocks_of_four = 6
+evicted = [2, 1, 0]
 """,
         ),
     ),

@@ -4,21 +4,212 @@ from __future__ import annotations
 
 import random
 from collections import abc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from minivllm.course.chapters.ch04_block_manager.common import the_names
+from minivllm.course.chapters.ch04_block_manager.common import expect_no_memory, names_of
 from minivllm.course.grading.diagnose import diagnose
 from minivllm.course.grading.exercise import Exercise, Known
 from minivllm.engine.block_manager import hash_block
 
 Cache = dict[int, tuple[int, tuple[int, ...]]]
+Case = tuple[list[int], Cache, int]
+
+#: (tokens, block size): one, exact multiples and their neighbours, and many blocks.
+SIZES = (
+    *((1, 1), (2, 1), (9, 1)),
+    *((4, 4), (5, 4), (13, 4)),
+    *((9, 3), (10, 3), (11, 3)),
+    *((16, 16), (17, 16), (48, 16), (49, 16), (50, 16)),
+    *((272, 16), (273, 16), (1030, 7)),
+)
 
 
-def _prefix(tokens: list[int], cache: Cache, size: int) -> list[int]:
+def _prefix(token_ids: list[int], cache: Cache, block_size: int) -> list[int]:
+    found: list[int] = []
+    name = None
+    for start in range(0, len(token_ids) - block_size, block_size):
+        tokens = tuple(token_ids[start : start + block_size])
+        name = hash_block(name, tokens)
+        block, known = cache.get(name, (None, None))
+        if known != tokens:
+            break
+        found.append(block)
+    return found
+
+
+def _cached(tokens: list[int], size: int, blocks: abc.Sequence[int]) -> Cache:
+    """All full blocks of a prompt, in these blocks."""
+    return {
+        name: (block, tuple(tokens[i * size : (i + 1) * size]))
+        for i, (name, block) in enumerate(zip(names_of(tokens, size), blocks, strict=False))
+    }
+
+
+def _cases() -> list[Case]:
+    rng = random.Random(4)
+    cases: list[Case] = []
+    for length, size in SIZES:
+        tokens = [rng.randrange(2048) for _ in range(length)]
+        cache = _cached(tokens, size, rng.sample(range(length), length))
+        other = [rng.randrange(2048) for _ in range(3 * size)]
+        strangers = _cached(other, size, range(length, length + 3))
+        cases.append((tokens, {**strangers, **cache}, size))
+        # Known blocks behind another beginning.
+        cases.append((other[:size] + tokens, {**cache, **strangers}, size))
+        cases.append((tokens, {}, size))
+        cases += _with_a_miss(tokens, cache, size)
+    return [*cases, *_special_cases(rng)]
+
+
+def _with_a_miss(tokens: list[int], cache: Cache, size: int) -> Iterator[Case]:
+    """The cache without one block, or with a block of other tokens under its name."""
+    names = list(cache)
+    places = {len(names) - 1} if len(names) > 6 else {0, 1, len(names) - 1}
+    for index in sorted(places & set(range(len(names)))):
+        name = names[index]
+        block, mine = cache[name]
+        yield tokens, {each: cache[each] for each in names if each != name}, size
+        forgeries = {
+            mine[::-1],
+            (*mine[:-1], mine[-1] + 1),  # all but the last token
+            (mine[0] + 1, *mine[1:]),  # all but the first token
+            (*mine[1:], mine[0]),  # the same tokens in another order
+            tuple(token + 1 for token in mine),
+        }
+        for forgery in sorted(forgeries - {mine}):
+            yield tokens, cache | {name: (block, forgery)}, size
+
+
+def _special_cases(rng: random.Random) -> Iterator[Case]:
+    # Another prompt went on from the first block with what is the third here: behind a miss the
+    # chain is another.
+    tokens = [rng.randrange(2048) for _ in range(13)]
+    yield tokens, _cached(tokens[:4] + tokens[8:12], 4, range(9)), 4
+    # Equal blocks: whoever slices at the wrong places finds them, whoever names them in another way
+    # does not.
+    tokens = [7] * 13
+    yield tokens, _cached(tokens, 4, range(9)), 4
+    # Token 0, in block 0.
+    tokens = [0] * 7
+    yield tokens, _cached(tokens, 3, range(9)), 3
+    # Blocks that were registered for themselves, as an unchained cache would.
+    tokens = [rng.randrange(2048) for _ in range(14)]
+    alone = {
+        hash_block(None, tokens[i : i + 4]): (i, tuple(tokens[i : i + 4])) for i in range(0, 12, 4)
+    }
+    yield tokens, alone, 4
+
+
+def check_cached_prefix(answer: Callable) -> str:
+    count = diagnose(answer, _cases(), _prefix, EXERCISE.suspects)
+    first, other = list(range(50)), list(range(100, 150))
+    both = {**_cached(first, 8, range(9)), **_cached(other, 8, range(10, 20))}
+    less = dict(list(both.items())[:2])
+    pairs = [
+        ((first, both, 8), (other, both, 8)),
+        ((first, both, 8), (first, less, 8)),
+        ((first, less, 8), (first, both, 8)),
+    ]
+    expect_no_memory(answer, pairs, _prefix)
+    return f"{count} prompts and caches: with holes, forged names, and nothing at all"
+
+
+# --- wrong answers --------------------------------------------------------------------------------
+
+BOTH = ("miss", "collision")
+
+
+def _walk(
+    tokens: list[int],
+    cache: Cache,
+    size: int,
+    *,
+    end: int | None = None,
+    agree: Callable[[tuple, tuple], bool] = tuple.__eq__,
+    goes_on: abc.Sequence[str] = (),
+    chained: bool = True,
+) -> list[int]:
+    """The right walk, or a wrong one.
+
+    end: where no block begins any more. agree: whether two blocks of tokens are taken for the same.
+    goes_on: after which of "miss" and "collision" the walk goes on.
+    """
+    found: list[int] = []
+    name = None
+    for start in range(0, len(tokens) - size if end is None else end, size):
+        block_tokens = tuple(tokens[start : start + size])
+        name = hash_block(name if chained else None, block_tokens)
+        block, known = cache.get(name, (None, None))
+        if known is None or not agree(known, block_tokens):
+            if ("miss" if known is None else "collision") in goes_on:
+                continue
+            break
+        found.append(block)
+    return found
+
+
+def _trust(known: tuple, mine: tuple) -> bool:
+    return True
+
+
+def _named_by(name_of: Callable[[list[int], Cache, int, int], int]) -> Callable[..., list[int]]:
+    """Blocks by another name: name_of(tokens, cache, size, start) is that of the block that begins
+    at start.
+    """
+
+    def walk_by(tokens: list[int], cache: Cache, size: int) -> list[int]:
+        found: list[int] = []
+        for start in range(0, len(tokens) - size, size):
+            block, known = cache.get(name_of(tokens, cache, size, start), (None, None))
+            if known != tuple(tokens[start : start + size]):
+                break
+            found.append(block)
+        return found
+
+    return walk_by
+
+
+def _by_number(tokens: list[int], cache: Cache, size: int) -> list[int]:
+    """Chained to the number of the block before."""
+    found: list[int] = []
+    before = None
+    for start in range(0, len(tokens) - size, size):
+        block, known = cache.get(hash_block(before, tokens[start : start + size]), (None, None))
+        if known != tuple(tokens[start : start + size]):
+            break
+        found.append(block)
+        before = block
+    return found
+
+
+def _by_neighbour(tokens: list[int], cache: Cache, size: int, start: int) -> int:
+    before = hash_block(None, tokens[start - size : start]) if start else None
+    return hash_block(before, tokens[start : start + size])
+
+
+def _by_the_first(tokens: list[int], cache: Cache, size: int, start: int) -> int:
+    before = hash_block(None, tokens[:size]) if start else None
+    return hash_block(before, tokens[start : start + size])
+
+
+def _chained_over_hits(tokens: list[int], cache: Cache, size: int) -> list[int]:
+    """A miss is passed over, and the chain goes on from the last hit."""
     found: list[int] = []
     name = None
     for start in range(0, len(tokens) - size, size):
         block_tokens = tuple(tokens[start : start + size])
+        block, known = cache.get(hash_block(name, block_tokens), (None, None))
+        if known == block_tokens:
+            name = hash_block(name, block_tokens)
+            found.append(block)
+    return found
+
+
+def _sliced_by_index(tokens: list[int], cache: Cache, size: int) -> list[int]:
+    found: list[int] = []
+    name = None
+    for index in range((len(tokens) - 1) // size):
+        block_tokens = tuple(tokens[index : index + size])
         name = hash_block(name, block_tokens)
         block, known = cache.get(name, (None, None))
         if known != block_tokens:
@@ -27,264 +218,15 @@ def _prefix(tokens: list[int], cache: Cache, size: int) -> list[int]:
     return found
 
 
-def _prefix_cases() -> list[tuple[list[int], Cache, int]]:
-    rng = random.Random(4)
-    cases = []
-    for length, size in (
-        (1, 1),
-        (2, 1),
-        (4, 4),
-        (5, 4),
-        (16, 16),
-        (17, 16),
-        (33, 16),
-        (48, 16),
-        (49, 16),
-        (50, 16),
-    ):
-        tokens = [rng.randrange(2048) for _ in range(length)]
-        names = the_names(tokens, size)
-        blocks = rng.sample(range(100), len(names))
-        cache = {
-            name: (block, tuple(tokens[i * size : (i + 1) * size]))
-            for i, (name, block) in enumerate(zip(names, blocks, strict=True))
-        }
-        other = [rng.randrange(2048) for _ in range(3 * size)]
-        strangers = {
-            name: (100 + i, tuple(other[i * size : (i + 1) * size]))
-            for i, name in enumerate(the_names(other, size))
-        }
-        cases.append((tokens, {**cache, **strangers}, size))
-        # known blocks behind another beginning
-        cases.append((other[:size] + tokens, {**cache, **strangers}, size))
-        if len(names) >= 3:
-            # a hole
-            cases.append((tokens, {name: cache[name] for name in names if name != names[1]}, size))
-            forged = dict(cache)
-            forged[names[1]] = (cache[names[1]][0], tuple(reversed(cache[names[1]][1])))
-            cases.append((tokens, forged, size))  # a name that two blocks share
-        cases.append((tokens, {}, size))
-    # Another prompt went on from the first block with what is the third here: behind a miss the
-    # chain is another.
-    tokens = [rng.randrange(2048) for _ in range(13)]
-    other = tokens[:4] + tokens[8:12]
-    cases.append(
-        (
-            tokens,
-            {
-                name: (i, tuple(other[4 * i : 4 * i + 4]))
-                for i, name in enumerate(the_names(other, 4))
-            },
-            4,
-        )
-    )
-    # Equal blocks: whoever slices at the wrong places finds them, whoever names them in another way
-    # does not.
-    tokens = [7] * 13
-    cases.append((tokens, {name: (i, (7,) * 4) for i, name in enumerate(the_names(tokens, 4))}, 4))
-    # Blocks that were registered for themselves, as an unchained cache would.
-    tokens = [rng.randrange(2048) for _ in range(14)]
-    alone = {
-        hash_block(None, tokens[i : i + 4]): (i, tuple(tokens[i : i + 4])) for i in range(0, 12, 4)
-    }
-    return [*cases, (tokens, alone, 4)]
+def _all_but_the_first_compared(tokens: list[int], cache: Cache, size: int) -> list[int]:
+    names = names_of(tokens[:-1], size)[:1]
+    head = {name: (cache[name][0], tuple(tokens[:size])) for name in names if name in cache}
+    return _prefix(tokens, cache | head, size)
 
 
-def check_cached_prefix(answer: Callable) -> str:
-    def walk(
-        tokens: list[int],
-        cache: Cache,
-        size: int,
-        *,
-        end: int | None = None,
-        compare: bool = True,
-        goes_on: abc.Sequence[str] = (),
-        chained: bool = True,
-    ) -> list[int]:
-        found: list[int] = []
-        name = None
-        for start in range(0, len(tokens) - size if end is None else end, size):
-            block_tokens = tuple(tokens[start : start + size])
-            name = hash_block(name if chained else None, block_tokens)
-            block, known = cache.get(name, (None, None))
-            if known is None or (compare and known != block_tokens):
-                if ("miss" if known is None else "collision") in goes_on:
-                    continue
-                break
-            found.append(block)
-        return found
-
-    both = ("miss", "collision")
-
-    def at_least_one_block_left(tokens: list[int], cache: Cache, size: int) -> list[int]:
-        return walk(tokens, cache, size, end=(len(tokens) // size - 1) * size)
-
-    def named_by(name_of: Callable[[list[int], Cache, int, int], int]) -> Callable[..., list[int]]:
-        """Blocks by another name: name_of(tokens, cache, size, start) is that of the block that
-        begins at start.
-        """
-
-        def walk_by(tokens: list[int], cache: Cache, size: int) -> list[int]:
-            found: list[int] = []
-            for start in range(0, len(tokens) - size, size):
-                block, known = cache.get(name_of(tokens, cache, size, start), (None, None))
-                if known != tuple(tokens[start : start + size]):
-                    break
-                found.append(block)
-            return found
-
-        return walk_by
-
-    def by_number(tokens: list[int], cache: Cache, size: int, start: int) -> int:
-        """Chained to the number of the block before."""
-        before = (
-            cache.get(by_number(tokens, cache, size, start - size), (None,))[0] if start else None
-        )
-        return hash_block(before, tokens[start : start + size])
-
-    def by_neighbour(tokens: list[int], cache: Cache, size: int, start: int) -> int:
-        return hash_block(
-            hash_block(None, tokens[start - size : start]) if start else None,
-            tokens[start : start + size],
-        )
-
-    def by_the_first(tokens: list[int], cache: Cache, size: int, start: int) -> int:
-        return hash_block(
-            hash_block(None, tokens[:size]) if start else None, tokens[start : start + size]
-        )
-
-    def chained_over_hits(tokens: list[int], cache: Cache, size: int) -> list[int]:
-        """A miss is passed over, and the chain goes on from the last hit."""
-        found: list[int] = []
-        name = None
-        for start in range(0, len(tokens) - size, size):
-            block_tokens = tuple(tokens[start : start + size])
-            block, known = cache.get(hash_block(name, block_tokens), (None, None))
-            if known == block_tokens:
-                name = hash_block(name, block_tokens)
-                found.append(block)
-        return found
-
-    def sliced_by_index(tokens: list[int], cache: Cache, size: int) -> list[int]:
-        found: list[int] = []
-        name = None
-        for index in range((len(tokens) - 1) // size):
-            block_tokens = tuple(tokens[index : index + size])
-            name = hash_block(name, block_tokens)
-            block, known = cache.get(name, (None, None))
-            if known != block_tokens:
-                break
-            found.append(block)
-        return found
-
-    suspects = {
-        "nothing-left-to-compute": (
-            (
-                "A prompt that ends where a block ends is served from the cache to its last token."
-                " Then nothing is left to compute, and there are no logits to sample from: leave at"
-                " least one token."
-            ),
-            lambda t, c, s: walk(t, c, s, end=len(t) - s + 1),
-            lambda t, c, s: walk(t, c, s, end=len(t) - s + 1, compare=False),
-            lambda t, c, s: walk(t, c, s, end=len(t) - s + 1, goes_on=both),
-            lambda t, c, s: walk(t, c, s, end=len(t) - s + 1, goes_on=both, compare=False),
-        ),
-        "block-given-up": (
-            (
-                "You always give up the last full block. Only a prompt that would be covered"
-                " *completely* has to: with 49 tokens, three blocks of 16 leave one to compute."
-            ),
-            at_least_one_block_left,
-            lambda t, c, s: walk(t, c, s, end=(len(t) // s - 1) * s, compare=False),
-        ),
-        "two-tokens-left": (
-            (
-                "You leave at least two tokens to compute, where one is enough: 17 tokens may have"
-                " 16 from the cache.\nWhich is the last beginning of a block with a token behind"
-                " its end?"
-            ),
-            lambda t, c, s: walk(t, c, s, end=len(t) - s - 1),
-            lambda t, c, s: walk(t, c, s, end=len(t) - s - 1, compare=False),
-        ),
-        "another-chain": (
-            (
-                "You find the first block, and hardly ever one behind it. A name is hash_block of"
-                " the *name* just before it, itself made in that way, and of its own block's"
-                " tokens. Those alone stand in the cache to be compared."
-            ),
-            named_by(by_number),
-            named_by(by_neighbour),
-            named_by(by_the_first),
-            named_by(lambda t, c, s, start: hash_block(None, t[: start + s])),
-        ),
-        "hash-trusted": (
-            (
-                "You take a block because its name is in the cache. A hash can be equal by chance,"
-                " or by somebody's design: compare the block's tokens with yours."
-            ),
-            lambda t, c, s: walk(t, c, s, compare=False),
-        ),
-        "hit-after-a-miss": (
-            (
-                "You go on looking after a miss. What is found there has a hole before it: the"
-                " blocks would be taken for the *beginning* of the prompt. Stop at the first miss."
-            ),
-            lambda t, c, s: walk(t, c, s, goes_on=both),
-            lambda t, c, s: walk(t, c, s, goes_on=both, compare=False),
-            lambda t, c, s: walk(t, c, s, goes_on=["miss"]),
-            lambda t, c, s: walk(t, c, s, goes_on=["collision"]),
-            chained_over_hits,
-        ),
-        "unchained": (
-            (
-                "You look blocks up by their own tokens alone. The cache is keyed by chained names:"
-                " each is made from the name before it."
-            ),
-            lambda t, c, s: walk(t, c, s, chained=False),
-            lambda t, c, s: walk(t, c, s, chained=False, compare=False),
-            lambda t, c, s: walk(t, c, s, chained=False, goes_on=both),
-            lambda t, c, s: walk(t, c, s, chained=False, end=len(t) - s + 1),
-        ),
-        "list-against-tuple": (
-            (
-                "You find nothing, ever. The cache holds tuples of tokens, a slice of token_ids is"
-                " a list, and in Python [1, 2] == (1, 2) is False."
-            ),
-            lambda t, c, s: [],
-        ),
-        "last-hit-given-up": (
-            (
-                "You give up the last block that you find, always. That is needed only where all of"
-                " the prompt's tokens would come from the cache; here something is left to compute"
-                " anyway."
-            ),
-            lambda t, c, s: _prefix(t, c, s)[:-1],
-            lambda t, c, s: walk(t, c, s, end=len(t) - s + 1)[:-1],
-        ),
-        "not-the-numbers": (
-            (
-                "The blocks are the right ones, but you return something else about them."
-                " cache.get(name) is a pair `(block, tokens)`: the block's number is its first"
-                " part."
-            ),
-            lambda t, c, s: [
-                pair
-                for name in the_names(t, s)
-                if (pair := c.get(name)) and pair[0] in _prefix(t, c, s)
-            ],
-            lambda t, c, s: the_names(t, s)[: len(_prefix(t, c, s))],
-            lambda t, c, s: [c[name][1] for name in the_names(t, s)[: len(_prefix(t, c, s))]],
-        ),
-        "block-index-for-position": (
-            (
-                "Block number i begins at token i * block_size. Your slices begin at token i, so"
-                " that all but the first block are cut in the wrong place."
-            ),
-            sliced_by_index,
-        ),
-    }
-    count = diagnose(answer, _prefix_cases(), _prefix, suspects)
-    return f"{count} prompts and caches: with holes, forged names, and nothing at all"
+def _only_the_first_compared(tokens: list[int], cache: Cache, size: int) -> list[int]:
+    found = _walk(tokens, cache, size, agree=_trust)
+    return found if _prefix(tokens[: size + 1], cache, size) else []
 
 
 EXERCISE = Exercise(
@@ -294,6 +236,17 @@ EXERCISE = Exercise(
     mistakes=(
         Known(
             "nothing-left-to-compute",
+            message=(
+                "A prompt that ends where a block ends is served from the cache to its last"
+                " token.\nThen nothing is left to compute, and there are no logits to sample"
+                " from: leave at least one token."
+            ),
+            suspects=(
+                lambda t, c, s: _walk(t, c, s, end=len(t) - s + 1),
+                lambda t, c, s: _walk(t, c, s, end=len(t) - s + 1, agree=_trust),
+                lambda t, c, s: _walk(t, c, s, end=len(t) - s + 1, goes_on=BOTH),
+                lambda t, c, s: _walk(t, c, s, end=len(t) - s + 1, goes_on=BOTH, agree=_trust),
+            ),
             hint=1,
             answers=r"""
 # %% all full blocks
@@ -312,6 +265,14 @@ EXERCISE = Exercise(
         ),
         Known(
             "block-given-up",
+            message=(
+                "You always give up the last full block.\nOnly a prompt that would be covered"
+                " *completely* has to: with 49 tokens, three blocks of 16 leave one to compute."
+            ),
+            suspects=(
+                lambda t, c, s: _walk(t, c, s, end=(len(t) // s - 1) * s),
+                lambda t, c, s: _walk(t, c, s, end=(len(t) // s - 1) * s, agree=_trust),
+            ),
             hint=2,
             answers=r"""
 # %% always one block less
@@ -322,6 +283,11 @@ EXERCISE = Exercise(
         ),
         Known(
             "hash-trusted",
+            message=(
+                "You take a block because its name is in the cache.\nA hash can be equal by"
+                " chance, or by somebody's design: compare the block's tokens with yours."
+            ),
+            suspects=(lambda t, c, s: _walk(t, c, s, agree=_trust),),
             answers=r"""
 # %% an equal name is enough
 @@
@@ -331,6 +297,18 @@ EXERCISE = Exercise(
         ),
         Known(
             "hit-after-a-miss",
+            message=(
+                "You go on looking after a miss.\nWhat is found there has a hole before it: the"
+                " blocks would be taken for the *beginning* of the prompt. Stop at the first"
+                " miss."
+            ),
+            suspects=(
+                lambda t, c, s: _walk(t, c, s, goes_on=BOTH),
+                lambda t, c, s: _walk(t, c, s, goes_on=BOTH, agree=_trust),
+                lambda t, c, s: _walk(t, c, s, goes_on=["miss"]),
+                lambda t, c, s: _walk(t, c, s, goes_on=["collision"]),
+                _chained_over_hits,
+            ),
             answers=r"""
 # %% looks at every block for itself
 @@
@@ -368,6 +346,16 @@ EXERCISE = Exercise(
         ),
         Known(
             "unchained",
+            message=(
+                "You look blocks up by their own tokens alone.\nThe cache is keyed by chained"
+                " names: each is made from the name before it."
+            ),
+            suspects=(
+                lambda t, c, s: _walk(t, c, s, chained=False),
+                lambda t, c, s: _walk(t, c, s, chained=False, agree=_trust),
+                lambda t, c, s: _walk(t, c, s, chained=False, goes_on=BOTH),
+                lambda t, c, s: _walk(t, c, s, chained=False, end=len(t) - s + 1),
+            ),
             hint=3,
             answers=r"""
 # %% forgets the name before
@@ -378,6 +366,11 @@ EXERCISE = Exercise(
         ),
         Known(
             "list-against-tuple",
+            message=(
+                "You find nothing, ever.\nThe cache holds tuples of tokens, a slice of token_ids"
+                " is a list, and in Python [1, 2] == (1, 2) is False."
+            ),
+            suspects=(lambda t, c, s: [],),
             hint=3,
             answers=r"""
 # %% a list never equals a tuple
@@ -388,6 +381,15 @@ EXERCISE = Exercise(
         ),
         Known(
             "last-hit-given-up",
+            message=(
+                "You give up the last block that you find, always.\nThat is needed only where all"
+                " of the prompt's tokens would come from the cache; here something is left to"
+                " compute anyway."
+            ),
+            suspects=(
+                lambda t, c, s: _prefix(t, c, s)[:-1],
+                lambda t, c, s: _walk(t, c, s, end=len(t) - s + 1)[:-1],
+            ),
             hint=1,
             answers=r"""
 # %% one block back, to be safe
@@ -406,6 +408,18 @@ EXERCISE = Exercise(
         ),
         Known(
             "not-the-numbers",
+            message=(
+                "You find the right blocks, but you return something else about them.\n"
+                "cache.get(name) is a pair `(block, tokens)`: the block's number is its first"
+                " part, and the answer is a list of those."
+            ),
+            suspects=(
+                lambda t, c, s: [c[name] for name in names_of(t, s)[: len(_prefix(t, c, s))]],
+                lambda t, c, s: names_of(t, s)[: len(_prefix(t, c, s))],
+                lambda t, c, s: [c[name][1] for name in names_of(t, s)[: len(_prefix(t, c, s))]],
+                lambda t, c, s: len(_prefix(t, c, s)),
+                lambda t, c, s: list(range(len(_prefix(t, c, s)))),
+            ),
             hint=3,
             answers=r"""
 # %% what the cache gives, as it is
@@ -421,6 +435,11 @@ EXERCISE = Exercise(
         ),
         Known(
             "block-index-for-position",
+            message=(
+                "Block number i begins at token i * block_size. Your slices begin at token i.\n"
+                "All but the first block are cut in the wrong place."
+            ),
+            suspects=(_sliced_by_index,),
             hint=3,
             answers=r"""
 # %% the slice begins at the index of the block
@@ -431,6 +450,15 @@ EXERCISE = Exercise(
         ),
         Known(
             "two-tokens-left",
+            message=(
+                "You leave at least two tokens to compute, where one is enough: 17 tokens may"
+                " have 16 from the cache.\nWhich is the last beginning of a block with a token"
+                " behind its end?"
+            ),
+            suspects=(
+                lambda t, c, s: _walk(t, c, s, end=len(t) - s - 1),
+                lambda t, c, s: _walk(t, c, s, end=len(t) - s - 1, agree=_trust),
+            ),
             hint=2,
             answers=r"""
 # %% one token more than needed
@@ -441,6 +469,17 @@ EXERCISE = Exercise(
         ),
         Known(
             "another-chain",
+            message=(
+                "You find the first block, and hardly ever one behind it.\nA name is hash_block"
+                " of the *name* just before it, itself made in that way, and of its own block's"
+                " tokens. Those alone stand in the cache to be compared."
+            ),
+            suspects=(
+                _by_number,
+                _named_by(_by_neighbour),
+                _named_by(_by_the_first),
+                _named_by(lambda t, c, s, start: hash_block(None, t[: start + s])),
+            ),
             hint=3,
             answers=r"""
 # %% chains to the block's number
@@ -453,6 +492,94 @@ EXERCISE = Exercise(
 @@
 -        name = hash_block(name, tokens)
 +        name = hash_block(None, token_ids[: (index + 1) * block_size])
+""",
+        ),
+        Known(
+            "half-compared",
+            message=(
+                "A block with your name, but with other tokens than yours, is taken: you compare"
+                " a part of the tokens, or not in every block.\nA hit needs all tokens of a"
+                " block, in their order, and that holds for the first block and for the last one."
+            ),
+            suspects=(
+                lambda t, c, s: _walk(t, c, s, agree=lambda a, b: a[0] == b[0]),
+                lambda t, c, s: _walk(t, c, s, agree=lambda a, b: a[-1] == b[-1]),
+                lambda t, c, s: _walk(t, c, s, agree=lambda a, b: sorted(a) == sorted(b)),
+                lambda t, c, s: _walk(t, c, s, agree=lambda a, b: set(a) == set(b)),
+                lambda t, c, s: _walk(t, c, s, agree=lambda a, b: sum(a) == sum(b)),
+                lambda t, c, s: _walk(t, c, s, agree=lambda a, b: any(map(int.__eq__, a, b))),
+                _all_but_the_first_compared,
+                _only_the_first_compared,
+            ),
+            answers=r"""
+# %% the first token stands for all
+@@
+-        if hit is None or hit[1] != tokens:
++        if hit is None or hit[1][0] != tokens[0]:
+
+# %% the same tokens in any order
+@@
+-        if hit is None or hit[1] != tokens:
++        if hit is None or sorted(hit[1]) != sorted(tokens):
+
+# %% the first block is not looked at
+@@
+-        if hit is None or hit[1] != tokens:
++        if hit is None or (index and hit[1] != tokens):
+""",
+        ),
+        Known(
+            "block-0-is-nothing",
+            message=(
+                "You take block 0 for no block: in Python, 0 is false.\nAsk whether what you got"
+                " is None."
+            ),
+            suspects=(
+                lambda t, c, s: _walk(t, {n: p for n, p in c.items() if p[0]}, s),
+                lambda t, c, s: [block for block in _prefix(t, c, s) if block],
+            ),
+            answers=r"""
+# %% a number that is false
+@@
+-        hit = cache.get(name)
+-        if hit is None or hit[1] != tokens:
++        block, known = cache.get(name, (None, None))
++        if not block or known != tokens:
+@@
+-        found.append(hit[0])
++        found.append(block)
+""",
+        ),
+        Known(
+            "changed-input",
+            answers=r"""
+# %% takes what it finds out of the cache
+@@
+-        hit = cache.get(name)
++        hit = cache.pop(name, None)
+""",
+        ),
+        Known(
+            "keeps-state",
+            answers=r"""
+# %% asks a cache that it knows only for the first time
+KNOWN = {}
+
+
+def cached_prefix(
+    token_ids: list[int], cache: dict[int, tuple[int, tuple[int, ...]]], block_size: int
+) -> list[int]:
+    if KNOWN.get("cache") is not cache:
+        KNOWN.update(cache=cache, content=dict(cache))
+    found, name = [], None
+    for index in range((len(token_ids) - 1) // block_size):
+        tokens = tuple(token_ids[index * block_size : (index + 1) * block_size])
+        name = hash_block(name, tokens)
+        hit = KNOWN["content"].get(name)
+        if hit is None or hit[1] != tokens:
+            break
+        found.append(hit[0])
+    return found
 """,
         ),
     ),

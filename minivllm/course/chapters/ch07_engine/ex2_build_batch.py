@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import numbers
 from collections import abc
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from minivllm.course.grading.compare import difference, show
+from minivllm.course.grading.compare import difference, is_tensor, show
 from minivllm.course.grading.errors import Mistake
-from minivllm.course.grading.judges import counted, expect
+from minivllm.course.grading.exercise import Exercise, Known
+from minivllm.course.grading.judges import counted, expect, expect_unchanged
 from minivllm.course.grading.with_engine import engine_agrees
 
 if TYPE_CHECKING:
@@ -16,34 +19,48 @@ if TYPE_CHECKING:
     import torch
 
     from minivllm.engine.batch import BatchRow
-from minivllm.course.grading.exercise import Exercise, Known
 
 
 def _same(one: Any, other: Any) -> bool:
     return difference(one, other) is None
 
 
-def _step_case(spec: list[tuple[int, int, bool]], block_size: int, seed: int) -> tuple:
-    """(rows, block_table, block_size). spec: (start, number of tokens, samples) of each row."""
+#: (start, number of tokens, samples) of a row.
+_Spec = tuple[int, int, bool]
+
+
+def _step_case(
+    spec: list[_Spec], block_size: int, seed: int, first_block: int = 1, wide: bool = False
+) -> tuple:
+    """(rows, block_table, block_size).
+
+    first_block: the smallest number of a block. wide: the table is a part of a wider array, so that
+    its rows do not lie one after the other in memory.
+    """
     import numpy as np
 
     from minivllm.engine.batch import BatchRow
 
     draws = np.random.default_rng(seed)
     rows = [
-        BatchRow(draws.integers(0, 2048, count).tolist(), start, samples)
+        BatchRow(draws.integers(0, 300_000, count).tolist(), start, samples)
         for start, count, samples in spec
     ]
     widths = [-(-(start + count) // block_size) for start, count, _ in spec]
-    # a row of the runner's table is as wide as the longest sequence could need
-    total = max(widths) + 2
-    blocks = draws.permutation(len(spec) * total).astype(np.int32)
-    return rows, blocks.reshape(len(spec), total) + 1, block_size
+    # A row of the runner's table is as wide as the longest sequence could need.
+    total = max(max(widths), *(-(-(start + count) // 16) for start, count, _ in spec), 0) + 2
+    blocks = draws.permutation(len(spec) * total).astype(np.int32).reshape(len(spec), total)
+    blocks += np.int32(first_block)
+    if wide:
+        whole = np.full((len(spec), total + 5), -7, np.int32)
+        whole[:, :total] = blocks
+        blocks = whole[:, :total]
+    return rows, blocks, block_size
 
 
 #: Decodes come first, as the runner has sorted them; a prompt's last token may be alone in its
 #: step, too.
-_STEPS = {
+_STEPS: dict[str, tuple[list[_Spec], int]] = {
     "one decode": ([(6, 1, True)], 4),
     "a prompt of three": ([(0, 3, True)], 4),
     "a decode and a prompt": ([(5, 1, True), (0, 4, True)], 4),
@@ -63,40 +80,39 @@ _STEPS = {
     ),
     "a chunk alone": ([(32, 20, False)], 16),
     "a chunk of one token": ([(7, 1, False), (9, 1, True), (0, 6, True)], 4),
+    "blocks of 5": ([(14, 1, True), (15, 1, True), (10, 11, True), (3, 4, False)], 5),
+    "blocks of 48": ([(100, 1, True), (47, 3, True), (0, 97, False)], 48),
+    "large block numbers": ([(70, 1, True), (0, 40, True)], 16),
+    "a long past": ([(70_000, 1, True), (131_000, 300, True), (5, 2, True)], 16),
+    "300 requests": (
+        [(37 * i % 211, 1, i % 5 > 0) for i in range(260)]
+        + [(16 * (i % 7), 2 + i % 9, i % 3 > 0) for i in range(40)],
+        16,
+    ),
+    "a table that is part of a wider one": ([(9, 1, True), (2, 9, True)], 4),
 }
 
 
-def _fields(inputs: Any, rows: abc.Sequence[BatchRow], block_size: int) -> dict[str, Any]:
-    """What was made, by field; of the block table only what is needed, for the rest is
-    arbitrary.
-    """
+def _cases() -> dict[str, tuple]:
+    special = {
+        "large block numbers": {"first_block": 1_500_000_000},
+        "a table that is part of a wider one": {"wide": True},
+    }
+    return {
+        name: _step_case(spec, size, seed, **special.get(name, {}))
+        for seed, (name, (spec, size)) in enumerate(_STEPS.items())
+    }
+
+
+_COUNTS = ("num_decodes", "max_query_len", "max_seq_len", "max_decode_seq_len")
+
+
+def _fields(inputs: Any) -> dict[str, Any]:
+    """What was made, by field."""
     attention = inputs.attention
-    names = (
-        "query_start_loc",
-        "seq_lens",
-        "slot_mapping",
-        "num_decodes",
-        "max_query_len",
-        "max_seq_len",
-        "max_decode_seq_len",
-    )
+    names = ("query_start_loc", "seq_lens", "slot_mapping", "block_table", *_COUNTS)
     found = {name: getattr(inputs, name) for name in ("token_ids", "positions", "logits_indices")}
-    found |= {name: getattr(attention, name) for name in names}
-    table = attention.block_table
-    needed = [-(-(row.start + len(row.token_ids)) // block_size) for row in rows]
-    expect(
-        hasattr(table, "shape")
-        and table.ndim == 2
-        and len(table) == len(rows)
-        and table.shape[1] >= max(needed),
-        "wrong-block-table",
-        f"attention.block_table is {show(table)}; for {len(rows)} requests it has to be a tensor"
-        f" [{len(rows)}, at least {max(needed)}].\nIt is the one you were given, as a tensor:"
-        " torch.from_numpy(block_table).",
-    )
-    found["block_table"] = [table[i, :n].tolist() for i, n in enumerate(needed)]
-    found["block_table's dtype"] = str(table.dtype)
-    return found
+    return found | {name: getattr(attention, name) for name in names}
 
 
 _RESTART = (
@@ -158,6 +174,20 @@ _FIELD_MISTAKES = {
         "offset-forgotten": (
             "Every token goes to the first slot of its block. Add position % block_size."
         ),
+        "blocks-of-16": (
+            "You take blocks of 16 tokens, whatever block_size says. It is an argument: other"
+            " engines have other blocks."
+        ),
+        "int32-overflow": (
+            "You compute slots with 32 bits, and large ones come out wrong. A large GPU has more"
+            " slots than fit: block_table holds int32, so make each entry a Python `int`, or"
+            " int64, before you multiply."
+        ),
+        "int16-overflow": (
+            "You compute slots with 16 bits, and large ones come out wrong. A large GPU has more"
+            " slots than fit: block_table holds int32, so make each entry a Python `int`, or"
+            " int64, before you multiply."
+        ),
         "first-table-for-all": (
             "You look everything up in the first row's blocks. Each request has a table of its own,"
             " and those blocks belong to somebody else."
@@ -202,18 +232,33 @@ _FIELD_MISTAKES = {
             "That is the longest context. max_query_len is the most *new* tokens that a row has."
         ),
         "all-tokens": "That is all tokens of the step. max_query_len is the longest row.",
+        "first-row": "That is the first row's length. Rows come in any order: take the maximum.",
+        "last-row": "That is the last row's length. Rows come in any order: take the maximum.",
     },
     "max_seq_len": {
         "new-tokens": (
             "That is the longest row. max_seq_len is the longest *context*: past and new tokens."
         ),
         "leaves-itself-out": "The context counts this step's tokens, too.",
+        "first-row": "That is the first row's context. Rows come in any order: take the maximum.",
+        "last-row": "That is the last row's context. Rows come in any order: take the maximum.",
     },
     "max_decode_seq_len": {
         "all-rows": (
             "Only the rows with one token count here: the decode kernel gets no others. Where there"
             " are none, it is 0."
-        )
+        ),
+        "leaves-itself-out": (
+            "The context of a row with one token counts that token, too: row.start + 1."
+        ),
+        "new-tokens": "That is the number of new tokens. Asked for is the longest *context*.",
+        "sampling-rows-only": (
+            "Only rows that sample are among yours. A chunk may be one token long and not sample,"
+            " and the decode kernel gets it as well."
+        ),
+        "old-rows-only": (
+            "Only rows with a past are among yours. A prompt of one token has one token, too."
+        ),
     },
 }
 
@@ -242,6 +287,7 @@ def _wrong_fields(
     def block(i: int, position: int) -> int:
         return int(table[i, min(position // size, table.shape[1] - 1)])
 
+    single = [i for i, n in enumerate(lens) if n == 1]
     return {
         "query_start_loc": {
             "no-zero": small(ends),
@@ -260,6 +306,13 @@ def _wrong_fields(
             "block-not-slot": ints(block(i, p) for i, p in places),
             "block-size-forgotten": ints(block(i, p) + p % size for i, p in places),
             "offset-forgotten": ints(block(i, p) * size for i, p in places),
+            "blocks-of-16": ints(block(i, p * size // 16) * 16 + p % 16 for i, p in places),
+            "int32-overflow": ints(
+                (block(i, p) * size + p % size + 2**31) % 2**32 - 2**31 for i, p in places
+            ),
+            "int16-overflow": ints(
+                (block(i, p) * size + p % size + 2**15) % 2**16 - 2**15 for i, p in places
+            ),
             "first-table-for-all": ints(block(0, p) * size + p % size for _, p in places),
         },
         "logits_indices": {
@@ -279,61 +332,122 @@ def _wrong_fields(
             ),
             "all-with-a-past": sum(start > 0 for start in starts),
         },
-        "max_query_len": {"context": max(contexts), "all-tokens": sum(lens)},
-        "max_seq_len": {"new-tokens": max(lens), "leaves-itself-out": max(starts)},
-        "max_decode_seq_len": {"all-rows": max(contexts)},
+        "max_query_len": {
+            "context": max(contexts),
+            "all-tokens": sum(lens),
+            "first-row": lens[0],
+            "last-row": lens[-1],
+        },
+        "max_seq_len": {
+            "new-tokens": max(lens),
+            "leaves-itself-out": max(starts),
+            "first-row": contexts[0],
+            "last-row": contexts[-1],
+        },
+        "max_decode_seq_len": {
+            "all-rows": max(contexts),
+            "leaves-itself-out": max((starts[i] for i in single), default=0),
+            "new-tokens": int(bool(single)),
+            "sampling-rows-only": max((contexts[i] for i in single if rows[i].samples), default=0),
+            "old-rows-only": max((contexts[i] for i in single if starts[i] > 0), default=0),
+        },
     }
+
+
+_ORDER = (
+    *("token_ids", "query_start_loc", "seq_lens", "positions", "slot_mapping", "logits_indices"),
+    *(*_COUNTS, "block_table"),
+)
 
 
 def check_build_batch(answer: Callable) -> str:
     from minivllm.engine.batch import build_batch
 
-    cases = {
-        name: _step_case(spec, size, seed)
-        for seed, (name, (spec, size)) in enumerate(_STEPS.items())
-    }
-    got: dict[str, dict[str, Any]] = {}
+    cases = _cases()
+    # All calls come first: a result must not change when the next one is made.
+    made = {name: _made(answer, *case) for name, case in cases.items()}
+    got = {name: _fields(inputs) for name, inputs in made.items()}
+    right = {name: _fields(build_batch(*case)) for name, case in cases.items()}
     for name, (rows, table, size) in cases.items():
-        before = table.copy()
-        inputs = answer(rows, table, size)
-        expect(
-            hasattr(inputs, "attention") and hasattr(inputs, "token_ids"),
-            "wrong-type",
-            f"build_batch gave {show(inputs)}.\nIt has to give BatchInputs, with AttentionMetadata"
-            " in it." + (" Is a `return` missing?" if inputs is None else ""),
-        )
-        expect(
-            (before == table).all(),
-            "changed-input",
-            "Your code changed block_table.\nThe runner keeps using it.",
-        )
-        got[name] = _fields(inputs, rows, size)
-    right = {name: _fields(build_batch(*case), case[0], case[2]) for name, case in cases.items()}
+        right[name]["block_table"] = _as_given(got[name]["block_table"], rows, table, size)
     wrong = {name: _wrong_fields(*case) for name, case in cases.items()}
-    order = (
-        "token_ids",
-        "query_start_loc",
-        "seq_lens",
-        "positions",
-        "slot_mapping",
-        "logits_indices",
-        "num_decodes",
-        "max_query_len",
-        "max_seq_len",
-        "max_decode_seq_len",
-        "block_table",
-        "block_table's dtype",
-    )
-    for field in order:
+    for field in _ORDER:
         failing = [name for name in cases if not _same(got[name][field], right[name][field])]
         if failing:
             mine, expected, theirs = (
                 {n: f.get(field, {}) for n, f in found.items()} for found in (got, right, wrong)
             )
+            _expect_own_results(answer, cases, failing, field, right)
             _name_field(field, failing, mine, expected, theirs, cases)
+    _expect_plain_counts(got)
     mine = counted(answer)
     line = engine_agrees(mine, build_batch=mine, max_num_batched_tokens=24)
     return f"{len(cases)} steps; {line}"
+
+
+def _as_given(said: Any, rows: list[BatchRow], table: np.ndarray, size: int) -> torch.Tensor:
+    """The table that is right beside this one: columns that no row needs may be left out."""
+    import torch
+
+    needed = max(-(-(row.start + len(row.token_ids)) // size) for row in rows)
+    width = said.shape[1] if is_tensor(said) and said.ndim == 2 else table.shape[1]
+    return torch.tensor(table[:, : max(width, needed)])
+
+
+def _made(answer: Callable, rows: list[BatchRow], table: np.ndarray, size: int) -> Any:
+    """The answer's result, if it is of the right kind and the arguments are as they were."""
+    rows_before, table_before = copy.deepcopy(rows), table.copy()
+    inputs = answer(rows, table, size)
+    expect(
+        hasattr(inputs, "attention") and hasattr(inputs, "token_ids"),
+        "wrong-type",
+        f"build_batch gave {show(inputs)}.\nIt has to give BatchInputs, with AttentionMetadata in"
+        " it." + (" Is a `return` missing?" if inputs is None else ""),
+    )
+    expect(
+        (table_before == table).all(),
+        "changed-input",
+        "Your code changed block_table.\nThe runner keeps using it.",
+    )
+    expect_unchanged(rows, rows_before, "rows")
+    return inputs
+
+
+def _expect_own_results(
+    answer: Callable, cases: dict, failing: list[str], field: str, right: dict
+) -> None:
+    """A field that is right when it is read at once, and wrong after other calls."""
+    first = cases[failing[0]]
+    one, other = (copy.deepcopy(_fields(_made(answer, *first))[field]) for _ in range(2))
+    expect(
+        _same(one, other),
+        "keeps-state",
+        f"The same call was made twice, and {field} differs: {show(one)}, then {show(other)}.\nYour"
+        " code keeps something between calls: a default argument that is a list, a list outside of"
+        " the function.",
+    )
+    alone = all(
+        _same(_fields(_made(answer, *cases[name]))[field], right[name][field]) for name in failing
+    )
+    expect(
+        not alone,
+        "result-reused",
+        f"{field} is right when it is made, and another after later calls: your code uses one"
+        " tensor or list again and again.\nMake new ones in each call: a step may still run while"
+        " the next is planned.",
+    )
+
+
+def _expect_plain_counts(got: dict[str, dict[str, Any]]) -> None:
+    for name, fields in got.items():
+        for count in _COUNTS:
+            expect(
+                isinstance(fields[count], numbers.Integral),
+                "wrong-type",
+                f"In a step of {name}, {count} is {show(fields[count])}, a"
+                f" {type(fields[count]).__name__}.\nThe four counts are plain integers: the engine"
+                " plans with them, and a tensor on a GPU would make it wait. Take `int(…)`.",
+            )
 
 
 def _name_field(
@@ -344,8 +458,9 @@ def _name_field(
     rows, _, size = cases[first]
     spec = ", ".join(
         f"{len(row.token_ids)} from position {row.start}{'' if row.samples else ' (not sampled)'}"
-        for row in rows
+        for row in rows[:8]
     )
+    spec += ", …" * (len(rows) > 8)
     where = (
         f"In a step of {first} (tokens: {spec}; blocks of {size}), {field} is"
         f" {show(got[first], 12)}, expected "
@@ -363,7 +478,10 @@ def _name_field(
         ),
         "wrong-type": "The fields are torch tensors and plain integers.",
     }
-    some = f"{len(failing)} of {len(cases)} steps differ in this field."
+    some = (
+        f"{len(failing)} of {len(cases)} steps differ in this field ({'; '.join(failing[:4])}):"
+        f" {found[1]}."
+    )
     raise Mistake(found[0], f"{where}\n{why.get(found[0], some)}")
 
 
@@ -501,6 +619,56 @@ EXERCISE = Exercise(
 -        seq_lens=torch.tensor(contexts, dtype=torch.int32),
 +        query_start_loc=torch.tensor(ends, dtype=torch.int64),
 +        seq_lens=torch.tensor(contexts, dtype=torch.int64),
+""",
+        ),
+        Known(
+            "int32-overflow",
+            answers=r"""
+# %% multiplies in the table's own type
+@@
+-        slot_mapping=torch.tensor(slots, dtype=torch.int64),
++        slot_mapping=torch.tensor(np.array(slots).astype(np.int32)).long(),
+""",
+        ),
+        Known(
+            "blocks-of-16",
+            answers=r"""
+# %% the usual block size
+@@
+     token_ids, positions, slots, logits_indices, ends = [], [], [], [], [0]
++    block_size = 16
+""",
+        ),
+        Known(
+            "keeps-state",
+            answers=r"""
+# %% a default argument that grows
+@@
+-    rows: list[BatchRow], block_table: np.ndarray, block_size: int
+-) -> BatchInputs:
++    rows: list[BatchRow], block_table: np.ndarray, block_size: int, slots: list = []
++) -> BatchInputs:
+@@
+-    token_ids, positions, slots, logits_indices, ends = [], [], [], [], [0]
++    token_ids, positions, logits_indices, ends = [], [], [], [0]
+""",
+        ),
+        Known(
+            "last-row",
+            answers=r"""
+# %% the last row is taken for the longest
+@@
+-        max_query_len=max(lens),
++        max_query_len=lens[-1],
+""",
+        ),
+        Known(
+            "wrong-type",
+            answers=r"""
+# %% a count as a tensor
+@@
+-        max_query_len=max(lens),
++        max_query_len=torch.tensor(lens).max(),
 """,
         ),
         Known(

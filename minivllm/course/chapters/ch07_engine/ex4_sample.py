@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,14 +13,20 @@ from typing import TYPE_CHECKING, Any
 from minivllm.course.grading.compare import difference, show
 from minivllm.course.grading.diagnose import diagnose
 from minivllm.course.grading.errors import Mistake
-from minivllm.course.grading.judges import counted, expect, seeded
+from minivllm.course.grading.exercise import Exercise, Known
+from minivllm.course.grading.judges import counted, expect, expect_unchanged, seeded
 
 if TYPE_CHECKING:
     import torch
 
-from minivllm.course.grading.exercise import Exercise, Known
-
 INF = math.inf
+
+
+#: What is taken for -inf.
+_FILLS = {"fill-1e4": -1e4, "fill-1e9": -1e9, "fill-1e10": -1e10, "fill-1000": -1000.0}
+
+
+# --- filter_logits ----------------------------------------------------------------------------
 
 
 def _filter(
@@ -31,42 +38,20 @@ def _filter(
     rows = []
     for i in range(len(logits)):
         j = 0 if mistake.startswith("first-row") else i
-        k = int(top_k[j]) if top_k is not None else 0
-        p = float(top_p[j]) if top_p is not None else 1.0
-        least = float(min_p[j]) if min_p is not None else 0.0
         row = logits[i] if mistake == "half" else logits[i].float()
         heat = float(temperature[0 if mistake == "first-row-too-hot" else i])
-        scaled = row / heat
-        ordered, order = scaled.sort(descending=True, stable=True)
-        keep = torch.ones(len(row), dtype=torch.bool)
-        if k > 0:
-            keep = (
-                scaled >= ordered[min(k, len(row)) - 1] if mistake == "ties" else _first(order, k)
-            )
-        base = row if mistake == "p-before-temperature" else scaled
-        if mistake != "p-of-everything":
-            base = base.masked_fill(~keep, -INF)
-        probability = base.softmax(0)[order]
-        total = probability.cumsum(0)
+        scaled = row * heat if mistake == "multiplied" else row / heat
+        order = _order(scaled, "ties-higher" if mistake == "ties-higher" else "")
+        keep = _kept_by_k(scaled, order, 0 if top_k is None else int(top_k[j]), mistake)
+        p = 1.0 if top_p is None else float(top_p[j])
         if p < 1:
-            few = (
-                total <= p
-                if mistake in ("stops-short", "stops-short-empty")
-                else total - probability < p
-            )
-            if mistake == "one-too-many":
-                few = torch.cat((torch.tensor([True]), few[:-1]))
-            if mistake != "stops-short-empty":
-                few[0] = True
-            keep &= torch.zeros_like(keep).scatter_(0, order, few)
+            keep &= _kept_by_p(row, scaled, keep, p, mistake)
+        least = 0.0 if min_p is None else float(min_p[j])
         if least > 0:
-            base = row if mistake == "min-p-before-temperature" else scaled
-            weights = base.masked_fill(~keep, -INF).softmax(0)
-            keep &= weights >= (least if mistake == "absolute-min-p" else least * weights.max())
-            if mistake != "absolute-min-p":
-                keep[order[0]] = True
-        fill = 0.0 if mistake == "zero" else -INF
-        kept = logits[i].masked_fill(~keep, fill)
+            keep &= _kept_by_min_p(row, scaled, keep, least, mistake)
+        shown = scaled.to(logits.dtype) if mistake == "returns-scaled" else logits[i]
+        fill = {"zero": 0.0, **_FILLS}.get(mistake, -INF)
+        kept = shown.masked_fill(~keep, fill)
         rows.append(kept[order] if mistake == "sorted" else kept)
     return torch.stack(rows)
 
@@ -77,112 +62,113 @@ def _first(order: torch.Tensor, k: int) -> torch.Tensor:
     return torch.zeros(len(order), dtype=torch.bool).scatter_(0, order[:k], True)
 
 
-_FILTER_MISTAKES = {
-    "half-precision": (
-        (
-            "You filter in the dtype of the logits. In bfloat16 a sum stops growing long before it"
-            " reaches top_p, and tokens that should go stay.\nlogits.float() first."
-        ),
-        "half",
-    ),
-    "top-p-before-temperature": (
-        (
-            "Top-p looks at the probabilities before the temperature. A hot distribution is"
-            " flatter, so more tokens are needed to reach top_p, and a cold one needs fewer.\nThe"
-            " temperature comes first: take the softmax of logits / temperature."
-        ),
-        "p-before-temperature",
-    ),
-    "min-p-before-temperature": (
-        (
-            "Min-p looks at the probabilities before the temperature.\nTake them of logits /"
-            " temperature, as for top-p."
-        ),
-        "min-p-before-temperature",
-    ),
-    "stops-short": (
-        (
-            "Top-p stops *before* the sum reaches top_p: the token that crosses the line is"
-            " missing.\nTop-p keeps the fewest tokens that reach it. Keep a token if the sum of"
-            " those *before* it is still below top_p: cumsum - probability < top_p."
-        ),
-        "stops-short",
-        "stops-short-empty",
-    ),
-    "one-too-many": (
-        (
-            "Top-p keeps one token more than it needs: the sum of those before it has reached top_p"
-            " already.\nKeep a token if cumsum - probability < top_p."
-        ),
-        "one-too-many",
-    ),
-    "top-p-of-everything": (
-        (
-            "Top-p adds up probabilities of the whole vocabulary, also of tokens that top-k has"
-            " thrown out.\nWhat top-k left is a distribution of its own: mask the others with -inf,"
-            " take the softmax again, and then add up."
-        ),
-        "p-of-everything",
-    ),
-    "top-k-keeps-ties": (
-        (
-            "Where several tokens are equal to the k-th, you keep them all, more than k. A row of"
-            " equal logits would lose nothing.\nKeep exactly k, of equal ones those with the lower"
-            " ids: a stable sort does that."
-        ),
-        "ties",
-    ),
-    "absolute-min-p": (
-        (
-            "You take min_p as a probability. It is a share of the *best* token's: where the best"
-            " has 0.5, min_p = 0.1 drops what is below 0.05."
-        ),
-        "absolute-min-p",
-    ),
-    "zero-is-a-logit": (
-        (
-            "You set what is excluded to 0. A logit of 0 is quite a likely token where others are"
-            " negative.\nExcluded is -inf: its weight is exp(-inf) = 0."
-        ),
-        "zero",
-    ),
-    "left-sorted": (
-        (
-            "The logits come back in order of size. Position i of a row has to be token i"
-            " again.\nscatter them back by the order that the sort gave, or mask the original by a"
-            " threshold in each row."
-        ),
-        "sorted",
-    ),
-    "first-row-for-all": (
-        (
-            "Every row gets the first row's top_k, top_p and min_p.\nThe rows are different"
-            " requests with different wishes."
-        ),
-        "first-row",
-        "first-row-too-hot",
-    ),
-}
+def _kept_by_k(scaled: torch.Tensor, order: torch.Tensor, k: int, mistake: str) -> torch.Tensor:
+    if k == 0 or (k < 0 and mistake != "negative-k"):
+        k = len(order)
+    least = scaled[order[min(k, len(order)) - 1]]
+    if mistake == "ties":
+        return scaled >= least
+    if mistake == "ties-dropped":
+        return (scaled > least) | (k >= len(order))
+    if mistake == "above-the-next":
+        above = scaled > scaled[order[k]] if k < len(order) else scaled > -INF
+        return above | _first(order, 1)
+    return _first(order, k)
+
+
+def _order(scaled: torch.Tensor, mistake: str) -> torch.Tensor:
+    """The ids in order of size, of equal ones the lower first."""
+    import torch
+
+    if mistake == "id-order":
+        return torch.arange(len(scaled))
+    if mistake == "ties-higher":
+        return len(scaled) - 1 - scaled.flip(0).sort(descending=True, stable=True).indices
+    return scaled.sort(descending=True, stable=True).indices
+
+
+def _kept_by_p(
+    row: torch.Tensor, scaled: torch.Tensor, keep: torch.Tensor, p: float, mistake: str
+) -> torch.Tensor:
+    import torch
+
+    order = _order(scaled, mistake)
+    base = row if mistake == "p-before-temperature" else scaled
+    if mistake != "p-of-everything":
+        base = base.masked_fill(~keep, -INF)
+    probability = base.softmax(0)[order]
+    total = probability.cumsum(0)
+    before = total - probability
+    few = {
+        "stops-short": total <= p,
+        "stops-short-empty": total <= p,
+        "stops-short-below": total < p,
+        "exact-too-many": before <= p,
+        "one-too-many": torch.cat((torch.tensor([True]), (before < p)[:-1])),
+    }.get(mistake, before < p)
+    few = torch.zeros_like(keep).scatter_(0, order, few)
+    if mistake != "stops-short-empty":
+        few[_order(scaled, mistake if mistake == "ties-higher" else "")[0]] = True
+    return few
+
+
+def _kept_by_min_p(
+    row: torch.Tensor, scaled: torch.Tensor, keep: torch.Tensor, least: float, mistake: str
+) -> torch.Tensor:
+    base = row if mistake == "min-p-before-temperature" else scaled
+    weights = base.masked_fill(~keep, -INF).softmax(0)
+    if mistake == "absolute-min-p":
+        return weights >= least
+    if mistake == "absolute-and-best":
+        kept = base.softmax(0) >= least
+        kept[scaled.argmax()] = True
+        return kept
+    bound = least * weights.max()
+    kept = weights > bound if mistake == "min-p-strict" else weights >= bound
+    kept[scaled.argmax()] = True
+    return kept
+
+
+def _wrong_filter(mistake: str) -> Callable:
+    return partial(_filter, mistake=mistake)
+
+
+def _reached(logits: torch.Tensor, heat: float, count: int) -> float:
+    """A top_p that the `count` likeliest tokens reach, and that no rounding moves to others."""
+    total = (logits.double() / heat).softmax(0).sort(descending=True).values.cumsum(0)
+    return float((total[count - 2] + total[count - 1]) / 2) if count > 1 else float(total[0] / 2)
+
+
+def _shared(logits: torch.Tensor, heat: float, count: int) -> float:
+    """A min_p that the `count` likeliest tokens have."""
+    weights = (logits.double() / heat).softmax(0).sort(descending=True).values
+    return float((weights[count - 1] + weights[count]) / 2 / weights[0])
+
+
+def _filter_case(logits: torch.Tensor, *rows: dict[str, Any], without: str = "") -> tuple:
+    """The arguments of `filter_logits`. rows: t, k, p, m of each; without: what is None."""
+    import torch
+
+    wishes = [{"t": 1.0, "k": 0, "p": 1.0, "m": 0.0} | row for row in rows]
+    made = [torch.tensor([float(w[key]) for w in wishes]) for key in "tkpm"]
+    made[1] = made[1].int()
+    asked = zip("tkpm", made, strict=True)
+    return logits, *(None if key in without else value for key, value in asked)
 
 
 def _filter_cases() -> list[tuple]:
     import torch
 
-    random = seeded(74)
-    off = {"k": 0, "p": 1.0, "m": 0.0}
-
-    def case(logits: torch.Tensor, *rows: dict[str, Any], without: str = "") -> tuple:
-        wishes = [{"t": 1.0} | off | row for row in rows]
-        made = [torch.tensor([float(w[key]) for w in wishes]) for key in "tkpm"]
-        made[1] = made[1].int()
-        return logits, *(
-            None if key in without else value for key, value in zip("tkpm", made, strict=True)
-        )
-
+    random, case = seeded(74), _filter_case
     word = torch.tensor([[0.5, 0.2, 0.2, 0.1]]).log()
     spread = torch.randn(3, 40, generator=random) * 2
+    wide = torch.randn(2, 9001, generator=random) * 2
+    tall = (torch.randn(40, 5, generator=random) * 2).t()
+    masked = torch.tensor([[-3.0, -INF, -1.0, -2.0, -INF, -9.0]])
     return [
         case(word, {"k": 2}, without="pm"),
+        case(word, {"k": -1}, without="pm"),
+        case(word, {"k": 4}, without="pm"),
         case(word, {"p": 0.6}, without="km"),
         case(word, {"p": 0.3}, without="km"),
         case(word, {"m": 0.3}, without="kp"),
@@ -190,20 +176,28 @@ def _filter_cases() -> list[tuple]:
         case(word, {"m": 0.3, "t": 3.0}, without="kp"),
         case(word, {"k": 2, "p": 0.71}, without="m"),
         case(torch.zeros(1, 6), {"k": 2}, without="pm"),
+        # Sums that reach top_p exactly, also in binary: tokens of a quarter each.
+        case(torch.zeros(1, 4), {"p": 0.5}, without="km"),
+        case(torch.zeros(2, 8), {"k": 4, "p": 0.75}, {"p": 0.125}, without="m"),
+        # Equal to the likeliest, which is exactly min_p = 1 times as probable.
+        case(torch.tensor([[1.0, 3.0, -INF, 3.0, 2.0]]), {"m": 1.0}, without="kp"),
         case(torch.tensor([[-3.0, -1.0, -1.0, -2.0, -1.0, -9.0]]), {"k": 2}, without="pm"),
-        case(
-            torch.tensor([[-3.0, -INF, -1.0, -2.0, -INF, -9.0]]),
-            {"p": 0.97, "m": 0.01},
-            without="k",
-        ),
+        case(masked, {"p": 0.97, "m": 0.01}, without="k"),
+        case(masked, {"k": 5}, without="pm"),
+        case(torch.tensor([[2.5]]), {"k": 1, "p": 0.4, "m": 0.5}),
+        case(torch.tensor([[0.0, 500.0, 499.0, -1000.0]]), {"p": 0.9, "m": 0.1}),
         case(spread, {"k": 5}, {"p": 0.8}, {"m": 0.1}),
         case(spread, {"k": 50, "t": 2.0}, {"p": 0.01}, {"m": 1.0, "t": 0.7}),
         case(spread, {}, {"k": 12, "p": 0.7, "m": 0.05, "t": 1.7}, {"k": 1}),
+        # As many rows as tokens; and rows that do not lie one after the other in memory.
+        case(spread[:, :3] * 1.5, {"t": 0.4, "p": 0.7}, {"t": 1.0, "p": 0.7}, {"t": 4.0, "p": 0.7}),
+        case(tall, {"k": 3}, {"p": 0.8, "t": 0.5}, {}, {"m": 0.2}, {"k": 39, "p": 0.3}),
         case(
-            torch.randn(2, 700, generator=random) * 3,
-            {"p": 0.95, "t": 0.6},
-            {"k": 30, "p": 0.9, "m": 0.2},
+            wide,
+            {"p": _reached(wide[0], 0.6, 2500), "t": 0.6},
+            {"k": 6000, "m": _shared(wide[1], 1.5, 5500), "t": 1.5},
         ),
+        case(wide, {"k": 5003}, {"p": _reached(wide[1], 1.3, 5200), "t": 1.3}),
         case(
             (torch.randn(2, 700, generator=random) * 2).bfloat16(),
             {"p": 0.95},
@@ -212,40 +206,32 @@ def _filter_cases() -> list[tuple]:
     ]
 
 
-def _sample(
-    logits, temperature, top_k, top_p, min_p, seeds, positions, mistake: str = ""
-) -> torch.Tensor:
-    """`sample`, right by default, and wrong in the way that mistake says."""
+# --- sample -----------------------------------------------------------------------------------
+
+
+def _sample(*case: Any, mistake: str = "") -> torch.Tensor:
+    """`sample`, right by default, and wrong in the way that mistake says. case: its arguments."""
     import torch
 
-    from minivllm.kernels.sampling import filter_logits, philox_uniform
+    from minivllm.kernels.sampling import filter_logits
 
+    logits, temperature, top_k, top_p, min_p, seeds, positions = case
     greedy = logits.argmax(dim=-1)
+    if mistake == "last-of-equal":
+        greedy = logits.shape[1] - 1 - logits.flip(1).argmax(dim=-1)
     if temperature is None:
         return greedy
-    heat = temperature.masked_fill(temperature == 0, 1.0).unsqueeze(1)
-    if mistake != "no-filter":
+    cold = temperature == 0
+    heat = temperature.masked_fill(cold, 1.0).unsqueeze(1)
+    if (mistake == "greedy-for-all" and cold.any()) or (mistake == "as-the-first" and cold[0]):
+        return greedy
+    original = logits
+    if mistake == "filters-scaled":
+        logits = filter_logits(logits / heat, temperature, top_k, top_p, min_p) * heat
+    elif mistake != "no-filter":
         logits = filter_logits(logits, temperature, top_k, top_p, min_p)
-    scaled = {"multiplied": logits.float() * heat, "no-temperature": logits.float()}.get(
-        mistake, logits.float() / heat
-    )
-    if mistake == "half":
-        weights = (logits / heat.to(logits.dtype)).softmax(-1).float()
-    elif mistake == "overflow":
-        weights = scaled.exp()
-    else:
-        weights = scaled.softmax(-1)
-    u = philox_uniform(seeds, positions)
-    if mistake == "seed-only":
-        u = philox_uniform(seeds, torch.zeros_like(positions))
-    elif mistake == "position-only":
-        u = philox_uniform(torch.zeros_like(seeds), positions)
-    elif mistake == "first-row":
-        u = u[:1].expand_as(u)
-    elif mistake == "swapped":
-        u = philox_uniform(positions, seeds)
-    elif mistake == "one-minus":
-        u = 1 - u
+    weights = _weights(original, logits, heat, mistake)
+    u = _uniform(seeds, positions, mistake)
     if mistake == "sorted":
         ordered, order = weights.sort(dim=-1, descending=True, stable=True)
         chosen = order.gather(1, _invert(ordered, u))
@@ -254,7 +240,52 @@ def _sample(
     chosen = chosen.squeeze(1)
     if mistake == "one-before":
         chosen = (chosen - 1).clamp_min(0)
-    return chosen if mistake == "greedy-sampled" else torch.where(temperature == 0, greedy, chosen)
+    return chosen if mistake == "greedy-sampled" else torch.where(cold, greedy, chosen)
+
+
+def _weights(
+    original: torch.Tensor, logits: torch.Tensor, heat: torch.Tensor, mistake: str
+) -> torch.Tensor:
+    """The probabilities, or numbers in proportion to them."""
+    scaled = {
+        "multiplied": logits.float() * heat,
+        "no-temperature": logits.float(),
+        "twice": logits.float() / heat**2,
+    }.get(mistake, logits.float() / heat)
+    if mistake == "half":
+        return (logits / heat.to(logits.dtype)).softmax(-1).float()
+    if mistake == "half-of-all":
+        return scaled.half().softmax(-1).float()
+    if mistake == "overflow":
+        return scaled.exp()
+    if mistake == "batch-maximum":
+        return (scaled - scaled[scaled.isfinite()].max()).exp()
+    if mistake == "not-filled-up":
+        return (original.float() / heat).softmax(-1) * logits.isfinite()
+    return scaled.softmax(-1)
+
+
+def _uniform(seeds: torch.Tensor, positions: torch.Tensor, mistake: str) -> torch.Tensor:
+    """The random numbers [B]."""
+    import torch
+
+    from minivllm.kernels.sampling import philox_uniform
+
+    keys = {
+        "seed-only": (seeds, torch.zeros_like(positions)),
+        "position-only": (torch.zeros_like(seeds), positions),
+        "swapped": (positions, seeds),
+        "seed-31": (seeds & 0x7FFFFFFF, positions),
+        "seed-32": (seeds & 0xFFFFFFFF, positions),
+        "seed-int": (seeds.int().long(), positions),
+        "position-16": (seeds, positions & 0xFFFF),
+        "sum": (seeds + positions, torch.zeros_like(positions)),
+        "one-too-far": (seeds, positions + 1),
+    }.get(mistake, (seeds, positions))
+    u = philox_uniform(*keys)
+    if mistake == "first-row":
+        return u[:1].expand_as(u)
+    return 1 - u if mistake == "one-minus" else u
 
 
 def _invert(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
@@ -265,105 +296,15 @@ def _invert(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     return chosen.clamp_max(weights.shape[1] - 1)
 
 
-_SAMPLE_MISTAKES = {
-    "no-temperature": (
-        (
-            "The temperature changes nothing.\nDivide the logits by it, each row by its own, before"
-            " the softmax."
-        ),
-        "no-temperature",
-    ),
-    "multiplied-by-temperature": (
-        (
-            "You multiply by the temperature: then hot is cold. A high temperature must make a "
-            "flat distribution.\nDivide."
-        ),
-        "multiplied",
-    ),
-    "filters-ignored": (
-        (
-            "top_k, top_p and min_p change nothing: your `sample` does not use `filter_logits`.\nIt"
-            " comes before the softmax."
-        ),
-        "no-filter",
-    ),
-    "same-number-every-time": (
-        (
-            "Your random number depends on the seed alone: at every position of a text the same u "
-            "is drawn, and a text soon goes in circles.\nphilox_uniform(seeds, positions) takes "
-            "both."
-        ),
-        "seed-only",
-    ),
-    "seed-ignored": (
-        (
-            "Your random number depends on the position alone: every seed writes the same "
-            "text.\nphilox_uniform(seeds, positions) takes both."
-        ),
-        "position-only",
-    ),
-    "swapped-key": (
-        (
-            "You give philox_uniform positions and seeds in the wrong order: (1, 2) then draws what"
-            " (2, 1) draws.\nIt is philox_uniform(seeds, positions)."
-        ),
-        "swapped",
-    ),
-    "one-number-for-all": (
-        (
-            "All rows use the first row's random number. What a request writes then depends on who "
-            "else is in the batch.\nu is [B]: a number for each row."
-        ),
-        "first-row",
-    ),
-    "sorted-order": (
-        (
-            "You lay the tokens on the ruler in order of probability. That draws as often as it"
-            " should, but other tokens than the rule says: the ruler is in order of the token ids."
-            " (The kernel needs no sort then.)"
-        ),
-        "sorted",
-    ),
-    "other-end": (
-        (
-            "You take 1 - u: as random, but not the same token. The ruler begins with token 0, at u"
-            " = 0."
-        ),
-        "one-minus",
-    ),
-    "one-before": (
-        (
-            "You take the last token whose sum is *below* u, and that one's part of the ruler has"
-            " ended. The token is the first whose running sum exceeds u."
-        ),
-        "one-before",
-    ),
-    "greedy-not-greedy": (
-        (
-            "A row of temperature 0 is greedy: the likeliest token, without any chance. Yours draws"
-            " it at random, as at temperature 1."
-        ),
-        "greedy-sampled",
-    ),
-    "half-precision": (
-        (
-            "The logits came as bfloat16, and you took the softmax in that. It has 8 bits: sums"
-            " stop growing long before they reach 1, and the tokens behind are never"
-            " drawn.\nlogits.float() first."
-        ),
-        "half",
-    ),
-    "overflow": (
-        (
-            "You take exp of the logits as they are; from 89 on that is inf, and inf / inf is"
-            " nan.\nSubtract each row's maximum first, or use torch.softmax, which does."
-        ),
-        "overflow",
-    ),
-}
+def _wrong_sample(mistake: str) -> Callable:
+    return partial(_sample, mistake=mistake)
 
 
-def _sample_cases() -> list[tuple]:
+#: Names of cases in which only a mistake with large numbers shows.
+_LARGE, _STAIRS = "logits around 300", "each row 300 above the one before"
+
+
+def _sample_cases() -> dict[str, tuple]:
     import torch
 
     random = seeded(75)
@@ -379,113 +320,132 @@ def _sample_cases() -> list[tuple]:
     heat = floats(1, 0.5, 2, 0, 0.8, 1.3, 0, 5)
     masked = logits.clone()
     masked[:, ::2] = -INF
-    wide = torch.randn(4, 2048, generator=random) * 4
-    return [
-        (word[None], floats(1.0), None, None, None, *keys(1)),
-        (word[None], floats(0.0), None, None, None, *keys(1)),
-        (logits[:2], None, None, None, None, None, None),
-        (logits[:1], floats(0.7), None, None, None, torch.tensor([2**40 + 1]), torch.tensor([5])),
-        (word.repeat(12, 1), torch.ones(12), None, None, None, *keys(12)),
-        (word.repeat(6, 1), torch.ones(6), None, None, None, torch.full((6,), 3), torch.arange(6)),
-        (logits, heat, None, None, None, *keys(8)),
-        (masked, heat, None, None, None, *keys(8, 5)),
-        (logits + 300, heat, None, None, None, *keys(8, 2)),
-        (logits, heat, torch.tensor([3] * 8, dtype=torch.int32), None, None, *keys(8, 9)),
-        (logits, heat, None, torch.full((8,), 0.3), torch.full((8,), 0.4), *keys(8, 13)),
-        (wide, floats(1, 1.5, 0.9, 0), None, None, None, *keys(4, 1)),
-        (torch.zeros(6, 2048, dtype=torch.bfloat16), torch.ones(6), None, None, None, *keys(6, 3)),
-    ]
+    wide = torch.randn(4, 20_011, generator=random) * 4
+    equal = torch.randint(0, 3, (6, 500), generator=random).float()
+    far = torch.tensor([3, 70_000, 131_071, 200_003, 1_000_001, 65_536, 5, 8])
+    seeds = torch.tensor([2**31 + 5, 2**32 + 5, 2**40 + 1, 2**62 + 9, -3, -(2**35), 5, 2**33])
+    flat, many = torch.zeros(8, 4096), 1024
+    plain = (None, None, None)
+    k3 = torch.full((8,), 3, dtype=torch.int32)
+    return {
+        "one row": (word[None], floats(1.0), *plain, *keys(1)),
+        "one greedy row": (word[None], floats(0.0), *plain, *keys(1)),
+        "no temperatures": (logits[:2], None, *plain, None, None),
+        "equal logits, no temperatures": (equal, None, *plain, None, None),
+        "equal logits, greedy": (equal.bfloat16(), torch.zeros(6), *plain, *keys(6)),
+        "twelve equal rows": (word.repeat(12, 1), torch.ones(12), *plain, *keys(12)),
+        "one seed": (flat[:6], torch.ones(6), *plain, torch.full((6,), 3), torch.arange(6)),
+        "large seeds": (flat, torch.ones(8), *plain, seeds, torch.arange(8) + 40),
+        "late positions": (flat, torch.ones(8), *plain, torch.arange(8), far),
+        "eight temperatures": (logits, heat, *plain, *keys(8)),
+        "a greedy row first": (logits, heat.flip(0).roll(2), *plain, *keys(8, 3)),
+        "logits of -inf": (masked, heat, *plain, *keys(8, 5)),
+        _LARGE: (logits + 300, heat, *plain, *keys(8, 2)),
+        _STAIRS: (logits + torch.arange(8)[:, None] * 300, heat, *plain, *keys(8, 4)),
+        "top_k": (logits, heat, k3, None, None, *keys(8, 9)),
+        "top_p and min_p": (
+            *(logits, heat, None, torch.full((8,), 0.3), torch.full((8,), 0.4)),
+            *keys(8, 13),
+        ),
+        "top_p": (logits, heat, None, torch.full((8,), 0.7), None, *keys(8, 21)),
+        "20,011 tokens": (wide, floats(1, 1.5, 0.9, 0), *plain, *keys(4, 1)),
+        "rows in columns": (wide[:, :90].t()[:, :3], torch.ones(90), *plain, *keys(90)),
+        "bfloat16": (torch.zeros(6, 2048, dtype=torch.bfloat16), torch.ones(6), *plain, *keys(6)),
+        "1,024 positions": (
+            *(logits[:1, :8].repeat(many, 1), torch.full((many,), 1.7), *plain),
+            *(torch.full((many,), 5), torch.arange(many)),
+        ),
+    }
 
 
-def _off_the_ruler(case: tuple, chosen: torch.Tensor) -> list[int]:
+def _off_the_ruler(case: tuple, chosen: torch.Tensor, u: torch.Tensor | None = None) -> list[int]:
     """Rows whose token is not where the ruler has u, within what rounding may do."""
-    from minivllm.kernels.sampling import filter_logits, philox_uniform
-
-    logits, temperature, top_k, top_p, min_p, seeds, positions = case
-    best = logits.float().amax(-1)
-    if temperature is None:
-        return [i for i, token in enumerate(chosen.tolist()) if logits[i, token] < best[i]]
-    rows, u = [], philox_uniform(seeds, positions)
-    kept = filter_logits(logits, temperature, top_k, top_p, min_p)
-    for i, token in enumerate(chosen.tolist()):
-        heat = float(temperature[i])
-        if heat == 0:
-            wrong = token != int(logits[i].argmax())
-        else:
-            weights = (kept[i].double() / heat).softmax(-1)
-            end = float(weights[: token + 1].sum())
-            begin = end - float(weights[token])
-            wrong = not (begin - 1e-5 <= float(u[i]) <= end + 1e-5) or float(weights[token]) == 0
-        if wrong:
-            rows.append(i)
-    return rows
-
-
-def check_sample(answer_filter: Callable, answer: Callable) -> str:
     import torch
 
     from minivllm.kernels.sampling import filter_logits, philox_uniform
 
-    suspects = {
-        f"{name} {i}": (why, partial(_filter, mistake=mistake))
-        for name, (why, *variants) in _FILTER_MISTAKES.items()
-        for i, mistake in enumerate(variants)
-    }
-    try:
-        num_filters = diagnose(answer_filter, _filter_cases(), filter_logits, suspects)
-    except Mistake as mistake:
-        raise Mistake(
-            mistake.name.split()[0], f"filter_logits: {mistake.message}"
-        ) from mistake.__cause__
+    logits, temperature, top_k, top_p, min_p, seeds, positions = case
+    outside = (chosen < 0) | (chosen >= logits.shape[1])
+    token = chosen.clamp(0, logits.shape[1] - 1)[:, None]
+    greedy = logits.float().argmax(-1) != token[:, 0]
+    if temperature is None:
+        return (greedy | outside).nonzero().flatten().tolist()
+    u = philox_uniform(seeds, positions) if u is None else u
+    kept = filter_logits(logits, temperature, top_k, top_p, min_p).double()
+    weights = (kept / temperature.masked_fill(temperature == 0, 1.0)[:, None]).softmax(-1)
+    weight = weights.gather(1, token)[:, 0]
+    end = weights.cumsum(-1).gather(1, token)[:, 0]
+    beside = (u < end - weight - 1e-5) | (u > end + 1e-5) | (weight == 0)
+    wrong = torch.where(temperature == 0, greedy, beside) | outside
+    return wrong.nonzero().flatten().tolist()
 
+
+def check_sample(answer_filter: Callable, answer: Callable) -> str:
+    from minivllm.kernels.sampling import filter_logits
+
+    try:
+        num_filters = diagnose(answer_filter, _filter_cases(), filter_logits, _suspects(FILTER))
+    except Mistake as mistake:
+        raise Mistake(mistake.name, f"filter_logits: {mistake.message}") from mistake.__cause__
     cases = _sample_cases()
-    got = [_tokens_of(answer, case) for case in cases]
-    again = [_tokens_of(answer, case) for case in cases]
-    for case, one, other in zip(cases, got, again, strict=True):
-        expect(
-            torch.equal(one, other),
-            "not-repeatable",
-            f"The same call gave {show(one)} and then {show(other)}.\nA number from torch's own"
-            " generator depends on all that was drawn before, so on who else is in the batch."
-            " philox_uniform(seeds, positions) depends on nothing else.",
-        )
-        _expect_alone(answer, case, one)
-    off = [_off_the_ruler(case, tokens) for case, tokens in zip(cases, got, strict=True)]
-    if any(off):
-        _name_sample(cases, got, off)
-    _expect_distribution(answer, philox_uniform)
+    num_rows = _check_tokens(answer, cases)
+    _check_borders(answer)
     mine = counted(answer)
     return (
-        f"{num_filters} filters, {len(cases)} batches, 8,192 draws; {_seeded_engine_agrees(mine)}"
+        f"{num_filters} filters, {len(cases)} batches of {num_rows:,} rows;"
+        f" {_seeded_engine_agrees(mine)}"
     )
+
+
+def _suspects(mistakes: tuple[Known, ...]) -> dict[str, tuple]:
+    return {known.name: (known.message, *known.suspects) for known in mistakes if known.suspects}
+
+
+def _check_tokens(answer: Callable, cases: dict[str, tuple]) -> int:
+    """Every row's token is where its ruler has u. Returns the number of rows."""
+    import torch
+
+    results = {name: _tokens_of(answer, case) for name, case in cases.items()}
+    got = {name: tokens.clone() for name, tokens in results.items()}
+    for name, case in cases.items():
+        again = _tokens_of(answer, case)
+        expect(
+            torch.equal(got[name], again),
+            "not-repeatable",
+            f"The same call gave {show(got[name])} and then {show(again)}.\nA number from torch's"
+            " own generator depends on all that was drawn before, so on who else is in the batch."
+            " philox_uniform(seeds, positions) depends on nothing else.",
+        )
+    off = {name: _off_the_ruler(case, got[name]) for name, case in cases.items()}
+    if any(off.values()):
+        _name_sample(answer, cases, got, off)
+    for name, case in cases.items():
+        _expect_alone(answer, case, got[name])
+    for name, tokens in results.items():
+        expect(
+            torch.equal(tokens, got[name]),
+            "result-reused",
+            "A later call of your `sample` has overwritten the tokens of an earlier one.\nMake a"
+            " new tensor in each call.",
+        )
+    return sum(map(len, got.values()))
 
 
 def _tokens_of(answer: Callable, case: tuple) -> torch.Tensor:
     import torch
 
-    logits = case[0].clone()
-    chosen = answer(logits, *case[1:])
-    problem = difference(chosen, torch.zeros(len(logits), dtype=torch.int64))
+    given = [None if part is None else part.clone() for part in case]
+    chosen = answer(*given)
+    problem = difference(chosen, torch.zeros(len(case[0]), dtype=torch.int64))
     if problem and problem[0] != "wrong-values":
         raise Mistake(
             problem[0],
-            f"sample for logits {list(logits.shape)}: {problem[1]}.\nIt gives a token id for each"
+            f"sample for logits {list(case[0].shape)}: {problem[1]}.\nIt gives a token id for each"
             " row.",
         )
-    expect(
-        torch.equal(logits.nan_to_num(), case[0].nan_to_num()),
-        "changed-input",
-        "Your `sample` changed the logits.\nThey are reported as logprobs afterwards: work on a new"
-        " tensor.",
-    )
-    inside = bool(((chosen >= 0) & (chosen < logits.shape[1])).all())
-    expect(
-        inside,
-        "no-such-token",
-        f"{show(chosen)} for a vocabulary of {logits.shape[1]}.\nRounding can leave the "
-        "running sum just below u: then the last token with a "
-        "weight is meant.",
-    )
+    names = ("logits", "temperature", "top_k", "top_p", "min_p", "seeds", "positions")
+    for name, now, before in zip(names, given, case, strict=True):
+        expect_unchanged(now, before, f"{name}, in `sample`")
     return chosen
 
 
@@ -493,78 +453,151 @@ def _expect_alone(answer: Callable, case: tuple, together: torch.Tensor) -> None
     """A row must get the same token in a batch of its own."""
     if len(together) == 1 or case[1] is None:
         return
-    for i in (len(together) - 1,):
+    for i in {0, len(together) // 2, len(together) - 1}:
         alone = _tokens_of(
             answer, tuple(None if part is None else part[i : i + 1] for part in case)
         )
         expect(
             alone.item() == together[i].item(),
-            "one-number-for-all",
+            "depends-on-the-batch",
             f"The same request, with the same seed and position, gets token {alone.item()} alone"
             f" and {together[i].item()} as row {i} of {len(together)}.\nWhat a request writes must"
-            " not depend on who else is in the batch: each row needs its own number, from its own"
-            " seed and position.",
+            " not depend on who else is in the batch: nothing of another row, neither its number"
+            " nor its largest logit nor its temperature, may come into it.",
         )
 
 
-def _name_sample(cases: list[tuple], got: list[torch.Tensor], off: list[list[int]]) -> None:
+def _name_sample(
+    answer: Callable,
+    cases: dict[str, tuple],
+    got: dict[str, torch.Tensor],
+    off: dict[str, list[int]],
+) -> None:
+    """Raise what is wrong with the tokens. off: the rows with wrong ones. All by the cases."""
     import torch
 
-    first = next(i for i, rows in enumerate(off) if rows)
-    row = off[first][0]
-    right = _sample(*cases[first])
-    heat = (
-        "all greedy" if cases[first][1] is None else f"temperature {float(cases[first][1][row]):g}"
-    )
+    failing = [name for name, rows in off.items() if rows]
+    first, row = failing[0], off[failing[0]][0]
+    case = cases[first]
+    heat = "all greedy" if case[1] is None else f"temperature {float(case[1][row]):g}"
     where = (
-        f"Row {row} of logits {list(cases[first][0].shape)}, {heat}: your sample gives token"
-        f" {int(got[first][row])}, expected {int(right[row])}."
+        f"{first[0].upper()}{first[1:]}: row {row} of logits {list(case[0].shape)}, {heat}: your"
+        f" sample gives token {int(got[first][row])}, expected {int(_sample(*case)[row])}."
     )
-    if all(case[0].dtype == torch.bfloat16 for case, rows in zip(cases, off, strict=True) if rows):
-        raise Mistake("half-precision", f"{where}\n{_SAMPLE_MISTAKES['half-precision'][0]}")
-    for name, (why, *variants) in _SAMPLE_MISTAKES.items():
-        for mistake in variants:
-            theirs = [_sample(*case, mistake=mistake) for case in cases]
-            agree = sum(int((a == b).sum()) for a, b in zip(theirs, got, strict=True))
-            if agree >= sum(map(len, got)) - 1 and any(
-                _off_the_ruler(c, t) for c, t in zip(cases, theirs, strict=True)
-            ):
-                raise Mistake(name, f"{where}\n{why}")
+    if all(cases[name][0].dtype == torch.bfloat16 for name in failing):
+        raise EXERCISE.mistake("half-precision", where)
+    for known in SAMPLE:
+        if any(_gives_the_same(wrong, cases, got) for wrong in known.suspects):
+            raise EXERCISE.mistake(known.name, where)
+    if failing == [_STAIRS]:
+        raise EXERCISE.mistake("batch-wide-maximum", where)
+    if set(failing) == {_STAIRS, _LARGE}:
+        raise EXERCISE.mistake("overflow", where)
     expect(
-        not all(
-            torch.equal(tokens, case[0].argmax(-1)) for case, tokens in zip(cases, got, strict=True)
-        ),
+        not all(torch.equal(got[name], c[0].argmax(-1)) for name, c in cases.items()),
         "always-greedy",
         f"{where}\nYour sample takes the likeliest token always. Above temperature 0 the others"
         " have a chance, too.",
     )
-    wrong, total = sum(map(len, off)), sum(map(len, got))
+    for name, each in cases.items():
+        _expect_alone(answer, each, got[name])
+    expect(
+        all(
+            bool(((got[name] >= 0) & (got[name] < c[0].shape[1])).all())
+            for name, c in cases.items()
+        ),
+        "no-such-token",
+        f"{where}\nTokens are numbers from 0 to V - 1. Is no running sum above your u? The ruler's"
+        " end may be a little below 1: multiply u by the last running sum.",
+    )
+    beside = max(
+        int((got[name] - _sample(*cases[name]))[rows].abs().max())
+        for name, rows in off.items()
+        if rows
+    )
+    rounded = (
+        " All wrong tokens are neighbours of the right ones: is something rounded, as by a softmax"
+        " or a sum in half precision?"
+    )
     raise Mistake(
         "wrong-values",
-        f"{where}\n{wrong} of {total} rows get another token than the ruler has at u.",
+        f"{where}\nWrong are these batches: {'; '.join(failing)}. The other"
+        f" {len(cases) - len(failing)} are right: what do the wrong ones have in common?"
+        f"{rounded if beside <= 3 else ''}",
     )
 
 
-def _expect_distribution(answer: Callable, philox_uniform: Callable) -> None:
-    """Frequencies over 8,192 positions against the probabilities."""
+def _gives_the_same(wrong: Callable, cases: dict[str, tuple], got: dict[str, torch.Tensor]) -> bool:
+    """Whether a wrong implementation gives the answer's tokens, and they are wrong.
+
+    One row may differ by rounding. What lies beyond the vocabulary counts as its last token.
+    """
+    theirs = {name: wrong(*case) for name, case in cases.items()}
+    differ = sum(
+        int((theirs[name] != got[name].clamp(0, case[0].shape[1] - 1)).sum())
+        for name, case in cases.items()
+    )
+    return differ <= 1 and any(_off_the_ruler(cases[name], theirs[name]) for name in cases)
+
+
+@contextlib.contextmanager
+def _numbers(u: torch.Tensor, *answers: Callable) -> Iterator[list]:
+    """philox_uniform gives u until the end of the block. Yields a list with an item per call."""
+    from minivllm.kernels import sampling
+
+    real, calls = sampling.philox_uniform, []
+
+    def given(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        calls.append(len(seeds))
+        return u[: len(seeds)].clone()
+
+    places = [vars(sampling), *(getattr(answer, "__globals__", {}) for answer in answers)]
+    found = [(names, name) for names in places for name, value in names.items() if value is real]
+    try:
+        for names, name in found:
+            names[name] = given
+        yield calls
+    finally:
+        for names, name in found:
+            names[name] = real
+
+
+def _check_borders(answer: Callable) -> None:
+    """Numbers exactly on a border of the ruler, and at its very ends."""
     import torch
 
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5, -3.0, 1.5, 0.0])
-    count = 8192
-    for heat in (0.6, 1.7):
-        case = (logits.repeat(count, 1), torch.full((count,), heat), None, None, None)
-        chosen = answer(*case, torch.full((count,), 5), torch.arange(count))
-        share = torch.bincount(chosen, minlength=8) / count
-        probability = (logits / heat).softmax(0)
-        gap = float((share - probability).abs().sum()) / 2
-        expect(
-            gap < 0.03,
-            "wrong-distribution",
-            f"Over {count:,} positions at temperature {heat} the tokens come "
-            f"with the shares {show(share, 8)}, expected "
-            f"{show(probability, 8)}.\nThat is {gap:.0%} of the draws on the "
-            "wrong token.",
-        )
+    keys = (torch.arange(4), torch.arange(4))
+    u = torch.tensor([0.25, 0.5, 0.75, 0.5 - 2.0**-24])
+    with _numbers(u, answer) as calls:
+        case = (torch.zeros(4, 4), torch.ones(4), None, None, None, *keys)
+        chosen = answer(*case).tolist()
+        # An answer with another source of numbers, or with one call per row, is judged elsewhere.
+        usual = calls == [4]
+    expect(
+        not usual or chosen == [1, 2, 3, 1],
+        "on-the-border",
+        f"Four tokens have a quarter each, and u is {u.tolist()[:3]} and a little less than 0.5:"
+        f" your sample gives {chosen}.\nA part of the ruler has its beginning, not its end: where u"
+        " is exactly on a border, the running sum in front does not *exceed* u. `right=True` says"
+        " this to searchsorted.",
+    )
+    logits = torch.randn(64, 5003, generator=seeded(76)) * 3
+    logits[:, :100] = logits[:, -700:] = -INF
+    for u in (torch.full((64,), 2.0**-24), torch.full((64,), 1 - 2.0**-24)):
+        case = (logits, torch.ones(64), None, None, None, torch.arange(64), torch.arange(64))
+        with _numbers(u, answer) as calls:
+            chosen = answer(*case)
+            usual = calls == [64]
+        wrong = _off_the_ruler(case, chosen, u) if usual else []
+        if wrong:
+            token = int(chosen[wrong[0]])
+            raise Mistake(
+                "end-of-the-ruler",
+                f"The first 100 and the last 700 of 5,003 logits are -inf, and u is {float(u[0])!r}"
+                f" (as near to an end of the ruler as it comes): your sample gives token {token}"
+                ".\nThe ruler's end is not quite 1, because sums are rounded: multiply u by the"
+                " last running sum, and it falls into the part of a token that has one.",
+            )
 
 
 #: What seeded requests ask for.
@@ -615,14 +648,35 @@ def _seeded_engine_agrees(mine: Callable) -> str:
     return f"the engine draws the same {sum(map(len, right))} tokens with it"
 
 
-EXERCISE = Exercise(
-    id="07.4",
-    title="Choose a token",
-    check=check_sample,
-    mistakes=(
-        Known(
-            "top-p-before-temperature",
-            answers=r"""
+FILTER = (
+    Known(
+        "half-precision-filter",
+        message=(
+            "You filter in the dtype of the logits. In bfloat16 a sum stops growing long before it"
+            " reaches top_p, and tokens that should go stay.\nlogits.float() first."
+        ),
+        suspects=(_wrong_filter("half"),),
+        answers=r"""
+# %% filters in the dtype that came
+@@
+-        scaled = logits[i].float() / divisor
++        scaled = logits[i] / divisor.to(logits.dtype)
+@@
+-            probability = scaled.masked_fill(~keep, -torch.inf).softmax(0)[order]
++            probability = scaled.masked_fill(~keep, -torch.inf).softmax(0)[order].to(
++                logits.dtype
++            )
+""",
+    ),
+    Known(
+        "top-p-before-temperature",
+        message=(
+            "Top-p looks at the probabilities before the temperature. A hot distribution is"
+            " flatter, so more tokens are needed to reach top_p, and a cold one needs fewer.\nThe"
+            " temperature comes first: take the softmax of logits / temperature."
+        ),
+        suspects=(_wrong_filter("p-before-temperature"),),
+        answers=r"""
 # %% filters first, then the temperature
 @@
 -        scaled = logits[i].float() / divisor
@@ -631,48 +685,88 @@ EXERCISE = Exercise(
 -            keep &= scaled >= scaled.max() + min_p[i].log()
 +            keep &= scaled / divisor >= scaled.max() / divisor + min_p[i].log()
 """,
+    ),
+    Known(
+        "min-p-before-temperature",
+        message=(
+            "Min-p looks at the probabilities before the temperature.\nTake them of logits /"
+            " temperature, as for top-p."
         ),
-        Known(
-            "min-p-before-temperature",
-            answers=r"""
+        suspects=(_wrong_filter("min-p-before-temperature"),),
+        answers=r"""
 # %% min-p of the logits as they came
 @@
 -            keep &= scaled >= scaled.max() + min_p[i].log()
 +            row = logits[i].float()
 +            keep &= row >= row.max() + min_p[i].log()
 """,
+    ),
+    Known(
+        "stops-short",
+        message=(
+            "Top-p stops *before* the sum reaches top_p: the token that crosses the line is"
+            " missing.\nTop-p keeps the fewest tokens that reach it. Keep a token if the sum of"
+            " those *before* it is still below top_p: cumsum - probability < top_p."
         ),
-        Known(
-            "stops-short",
-            answers=r"""
+        suspects=(
+            _wrong_filter("stops-short"),
+            _wrong_filter("stops-short-empty"),
+            _wrong_filter("stops-short-below"),
+        ),
+        answers=r"""
 # %% the token that crosses the line is dropped
 @@
 -            before = probability.cumsum(0) - probability
 -            keep[order[before >= top_p[i]]] = False
 +            keep[order[probability.cumsum(0) > top_p[i]]] = False
 """,
+    ),
+    Known(
+        "one-too-many",
+        message=(
+            "Top-p keeps one token more than it needs: the sum of those before it has reached top_p"
+            " already.\nKeep a token if cumsum - probability < top_p."
         ),
-        Known(
-            "top-p-of-everything",
-            answers=r"""
+        suspects=(_wrong_filter("one-too-many"),),
+    ),
+    Known(
+        "top-p-of-everything",
+        message=(
+            "Top-p adds up probabilities of the whole vocabulary, also of tokens that top-k has"
+            " thrown out.\nWhat top-k left is a distribution of its own: mask the others with -inf,"
+            " take the softmax again, and then add up."
+        ),
+        suspects=(_wrong_filter("p-of-everything"),),
+        answers=r"""
 # %% top-p without a softmax over what is left
 @@
 -            probability = scaled.masked_fill(~keep, -torch.inf).softmax(0)[order]
 +            probability = scaled.softmax(0)[order]
 """,
+    ),
+    Known(
+        "top-k-keeps-ties",
+        message=(
+            "Where several tokens are equal to the k-th, you keep them all, more than k. A row of"
+            " equal logits would lose nothing.\nKeep exactly k, of equal ones those with the lower"
+            " ids: a stable sort does that."
         ),
-        Known(
-            "top-k-keeps-ties",
-            answers=r"""
+        suspects=(_wrong_filter("ties"),),
+        answers=r"""
 # %% a threshold instead of places
 @@
 -            keep[order[top_k[i] :]] = False
 +            keep &= scaled >= scaled[order[top_k[i] - 1]]
 """,
+    ),
+    Known(
+        "absolute-min-p",
+        message=(
+            "You take min_p as a probability. It is a share of the *best* token's: where the best"
+            " has 0.5, min_p = 0.1 drops what is below 0.05."
         ),
-        Known(
-            "absolute-min-p",
-            answers=r"""
+        suspects=(_wrong_filter("absolute-min-p"), _wrong_filter("absolute-and-best")),
+        answers=r"""
 # %% a probability of min_p at least
 @@
 -            keep &= scaled >= scaled.max() + min_p[i].log()
@@ -681,19 +775,41 @@ EXERCISE = Exercise(
 +        if min_p is None:
 +            keep[order[0]] = True
 """,
+    ),
+    Known(
+        "zero-is-a-logit",
+        message=(
+            "You set what is excluded to 0. A logit of 0 is quite a likely token where others are"
+            " negative.\nExcluded is -inf: its weight is exp(-inf) = 0."
         ),
-        Known(
-            "zero-is-a-logit",
-            answers=r"""
+        suspects=(_wrong_filter("zero"),),
+        answers=r"""
 # %% 0 for what is excluded
 @@
 -        filtered[i, ~keep] = -torch.inf
 +        filtered[i, ~keep] = 0.0
 """,
+    ),
+    Known(
+        "left-sorted",
+        message=(
+            "The logits come back in order of size. Position i of a row has to be token i"
+            " again.\nscatter them back by the order that the sort gave, or mask the original by a"
+            " threshold in each row."
         ),
-        Known(
-            "first-row-for-all",
-            answers=r"""
+        suspects=(_wrong_filter("sorted"),),
+    ),
+    Known(
+        "first-row-for-all",
+        message=(
+            "Every row gets the first row's top_k, top_p and min_p.\nThe rows are different"
+            " requests with different wishes."
+        ),
+        suspects=(
+            _wrong_filter("first-row"),
+            _wrong_filter("first-row-too-hot"),
+        ),
+        answers=r"""
 # %% the first row's wishes
 @@
 -        if top_k is not None and 0 < top_k[i] < len(scaled):
@@ -710,94 +826,229 @@ EXERCISE = Exercise(
 +        if min_p is not None and min_p[0] > 0:
 +            keep &= scaled >= scaled.max() + min_p[0].log()
 """,
+    ),
+    Known(
+        "top-k-drops-ties",
+        message=(
+            "Where several tokens are equal to the k-th, you keep none of them, or those with the"
+            " higher ids.\nKeep exactly k, of equal ones those with the lower ids: a stable sort in"
+            " descending order does that."
         ),
-        Known(
-            "no-temperature",
-            answers=r"""
+        suspects=(
+            _wrong_filter("ties-dropped"),
+            _wrong_filter("above-the-next"),
+            _wrong_filter("ties-higher"),
+        ),
+        answers=r"""
+# %% only what is above the next one
+@@
+-            keep[order[top_k[i] :]] = False
++            keep = scaled > scaled[order[top_k[i]]]
+""",
+    ),
+    Known(
+        "nearly-excluded",
+        message=(
+            "What is excluded has a large negative logit, and not -inf.\nIn a row of logits far"
+            " below 0, or at a high temperature, such a token is drawn: only -inf has the weight 0."
+        ),
+        suspects=tuple(map(_wrong_filter, _FILLS)),
+        answers=r"""
+# %% a large negative number
+@@
+-        filtered[i, ~keep] = -torch.inf
++        filtered[i, ~keep] = -1e4
+""",
+    ),
+    Known(
+        "negative-k",
+        message=(
+            "top_k = -1 asks for nothing, and you drop a token for it.\nA slice up to -1 leaves"
+            " the last one out: 0 or less means all."
+        ),
+        suspects=(_wrong_filter("negative-k"),),
+        answers=r"""
+# %% -1 as the end of a slice
+@@
+-        if top_k is not None and 0 < top_k[i] < len(scaled):
++        if top_k is not None and 0 != top_k[i] < len(scaled):
+""",
+    ),
+    Known(
+        "reached-exactly",
+        message=(
+            "A sum reaches top_p *exactly*, and you take one more token.\nReached is reached: a"
+            " token stays if the sum of those before it is below top_p, and not equal to it."
+        ),
+        suspects=(_wrong_filter("exact-too-many"),),
+        answers=r"""
+# %% equal counts as not reached
+@@
+-            keep[order[before >= top_p[i]]] = False
++            keep[order[before > top_p[i]]] = False
+""",
+    ),
+    Known(
+        "min-p-strict",
+        message=(
+            "A token is exactly min_p times as probable as the likeliest, and you drop it.\nAt"
+            " *least* min_p times: compare with `>=`."
+        ),
+        suspects=(_wrong_filter("min-p-strict"),),
+        answers=r"""
+# %% more than min_p
+@@
+-            keep &= scaled >= scaled.max() + min_p[i].log()
++            keep &= scaled > scaled.max() + min_p[i].log()
+""",
+    ),
+    Known(
+        "returns-scaled",
+        message=(
+            "You return the logits divided by the temperature. `sample` divides again.\nThe"
+            " temperature decides what is kept; what is kept keeps its logit."
+        ),
+        suspects=(_wrong_filter("returns-scaled"),),
+        answers=r"""
+# %% scaled logits
+@@
+-        filtered[i, ~keep] = -torch.inf
++        filtered[i] = scaled.masked_fill(~keep, -torch.inf)
+""",
+    ),
+    Known(
+        "filter-multiplies",
+        message=("In the filter you multiply by the temperature: then hot is cold.\nDivide."),
+        suspects=(_wrong_filter("multiplied"),),
+    ),
+    Known(
+        "sums-in-order-of-ids",
+        message=(
+            "Top-p adds up the probabilities in order of the token ids.\nThe *likeliest* tokens"
+            " are kept: sort first, add up in that order, and bring the result back to the ids."
+        ),
+        suspects=(_wrong_filter("id-order"),),
+        answers=r"""
+# %% adds up without a sort
+@@
+-            probability = scaled.masked_fill(~keep, -torch.inf).softmax(0)[order]
++            probability = scaled.masked_fill(~keep, -torch.inf).softmax(0)
+@@
+-            keep[order[before >= top_p[i]]] = False
++            keep[before >= top_p[i]] = False
+""",
+    ),
+)
+
+SAMPLE = (
+    Known(
+        "no-temperature",
+        message=(
+            "The temperature changes nothing.\nDivide the logits by it, each row by its own, before"
+            " the softmax."
+        ),
+        suspects=(_wrong_sample("no-temperature"),),
+        answers=r"""
 # %% no temperature
 @@
 -    ruler = (logits / divisor[:, None]).softmax(dim=-1).cumsum(dim=-1)
 +    ruler = logits.softmax(dim=-1).cumsum(dim=-1)
 """,
+    ),
+    Known(
+        "multiplied-by-temperature",
+        message=(
+            "You multiply by the temperature: then hot is cold. A high temperature must make a "
+            "flat distribution.\nDivide."
         ),
-        Known(
-            "multiplied-by-temperature",
-            answers=r"""
+        suspects=(_wrong_sample("multiplied"),),
+        answers=r"""
 # %% hot is cold
 @@
 -    ruler = (logits / divisor[:, None]).softmax(dim=-1).cumsum(dim=-1)
 +    ruler = (logits * divisor[:, None]).softmax(dim=-1).cumsum(dim=-1)
 """,
+    ),
+    Known(
+        "filters-ignored",
+        message=(
+            "top_k, top_p and min_p change nothing: your `sample` does not use `filter_logits`.\nIt"
+            " comes before the softmax."
         ),
-        Known(
-            "filters-ignored",
-            answers=r"""
+        suspects=(_wrong_sample("no-filter"),),
+        answers=r"""
 # %% no filter
 @@
 -    logits = filter_logits(logits, temperature, top_k, top_p, min_p).float()
 +    logits = logits.float()
 """,
+    ),
+    Known(
+        "same-number-every-time",
+        message=(
+            "Your random number depends on the seed alone: at every position of a text the same u "
+            "is drawn, and a text soon goes in circles.\nphilox_uniform(seeds, positions) takes "
+            "both."
         ),
-        Known(
-            "same-number-every-time",
-            answers=r"""
+        suspects=(_wrong_sample("seed-only"),),
+        answers=r"""
 # %% the seed alone
 @@
 -    u = philox_uniform(seeds, positions)[:, None]
 +    u = philox_uniform(seeds, torch.zeros_like(positions))[:, None]
 """,
+    ),
+    Known(
+        "seed-ignored",
+        message=(
+            "Your random number depends on the position alone: every seed writes the same "
+            "text.\nphilox_uniform(seeds, positions) takes both."
         ),
-        Known(
-            "seed-ignored",
-            answers=r"""
+        suspects=(_wrong_sample("position-only"),),
+        answers=r"""
 # %% the position alone
 @@
 -    u = philox_uniform(seeds, positions)[:, None]
 +    u = philox_uniform(torch.zeros_like(seeds), positions)[:, None]
 """,
+    ),
+    Known(
+        "swapped-key",
+        message=(
+            "You give philox_uniform positions and seeds in the wrong order: (1, 2) then draws what"
+            " (2, 1) draws.\nIt is philox_uniform(seeds, positions)."
         ),
-        Known(
-            "swapped-key",
-            answers=r"""
+        suspects=(_wrong_sample("swapped"),),
+        answers=r"""
 # %% positions and seeds
 @@
 -    u = philox_uniform(seeds, positions)[:, None]
 +    u = philox_uniform(positions, seeds)[:, None]
 """,
+    ),
+    Known(
+        "one-number-for-all",
+        message=(
+            "All rows use the first row's random number. What a request writes then depends on who "
+            "else is in the batch.\nu is [B]: a number for each row."
         ),
-        Known(
-            "one-number-for-all",
-            answers=r"""
+        suspects=(_wrong_sample("first-row"),),
+        answers=r"""
 # %% the first row's number
 @@
 -    u = philox_uniform(seeds, positions)[:, None]
 +    u = philox_uniform(seeds, positions)[:1, None].expand(len(logits), 1)
-
-# %% a generator for the batch, seeded by the first request
-@@
--    u = philox_uniform(seeds, positions)[:, None]
-+    random = torch.Generator().manual_seed(int(seeds[0] + positions[0]))
-+    u = torch.rand(len(logits), 1, generator=random)
 """,
+    ),
+    Known(
+        "sorted-order",
+        message=(
+            "You lay the tokens on the ruler in order of probability. That draws as often as it"
+            " should, but other tokens than the rule says: the ruler is in order of the token ids."
+            " (The kernel needs no sort then.)"
         ),
-        Known(
-            "not-repeatable",
-            answers=r"""
-# %% torch's own generator
-@@
--    u = philox_uniform(seeds, positions)[:, None]
-+    u = torch.rand(len(logits), 1)
-
-# %% torch.multinomial
-@@
--    u = philox_uniform(seeds, positions)[:, None]
--    chosen = torch.searchsorted(ruler, u * ruler[:, -1:], right=True)[:, 0]
-+    chosen = torch.multinomial((logits / divisor[:, None]).softmax(dim=-1), 1)[:, 0]
-""",
-        ),
-        Known(
-            "sorted-order",
-            answers=r"""
+        suspects=(_wrong_sample("sorted"),),
+        answers=r"""
 # %% the likeliest first
 @@
 -    ruler = (logits / divisor[:, None]).softmax(dim=-1).cumsum(dim=-1)
@@ -814,10 +1065,49 @@ EXERCISE = Exercise(
 +    )
 +    chosen = order.gather(1, chosen)[:, 0]
 """,
+    ),
+    Known(
+        "other-end",
+        message=(
+            "You take 1 - u: as random, but not the same token. The ruler begins with token 0, at u"
+            " = 0."
         ),
-        Known(
-            "half-precision",
-            answers=r"""
+        suspects=(_wrong_sample("one-minus"),),
+    ),
+    Known(
+        "one-before",
+        message=(
+            "You take the last token whose sum is *below* u, and that one's part of the ruler has"
+            " ended. The token is the first whose running sum exceeds u."
+        ),
+        suspects=(_wrong_sample("one-before"),),
+    ),
+    Known(
+        "greedy-not-greedy",
+        message=(
+            "A row of temperature 0 is greedy: the likeliest token, without any chance. Yours draws"
+            " it at random, as at temperature 1."
+        ),
+        suspects=(_wrong_sample("greedy-sampled"),),
+        answers=r"""
+# %% temperature 0 drawn as temperature 1
+@@
+-    return torch.where(temperature == 0, greedy, chosen.clamp(max=logits.shape[1] - 1))
++    return chosen.clamp(max=logits.shape[1] - 1)
+""",
+    ),
+    Known(
+        "half-precision",
+        message=(
+            "The logits came as bfloat16, and you took the softmax in that. It has 8 bits: sums"
+            " stop growing long before they reach 1, and the tokens behind are never"
+            " drawn.\nlogits.float() first."
+        ),
+        suspects=(
+            _wrong_sample("half"),
+            _wrong_sample("half-of-all"),
+        ),
+        answers=r"""
 # %% the softmax of what came
 @@
 -    logits = filter_logits(logits, temperature, top_k, top_p, min_p).float()
@@ -831,44 +1121,220 @@ EXERCISE = Exercise(
 +        :, 0
 +    ]
 """,
+    ),
+    Known(
+        "overflow",
+        message=(
+            "You take exp of the logits as they are; from 89 on that is inf, and inf / inf is"
+            " nan.\nSubtract each row's maximum first, or use torch.softmax, which does."
         ),
-        Known(
-            "greedy-not-greedy",
-            answers=r"""
-# %% temperature 0 drawn as temperature 1
-@@
--    return torch.where(temperature == 0, greedy, chosen.clamp(max=logits.shape[1] - 1))
-+    return chosen.clamp(max=logits.shape[1] - 1)
-""",
-        ),
-        Known(
-            "always-greedy",
-            answers=r"""
-# %% the likeliest token, always
-@@
--    return torch.where(temperature == 0, greedy, chosen.clamp(max=logits.shape[1] - 1))
-+    return greedy
-""",
-        ),
-        Known(
-            "overflow",
-            answers=r"""
+        suspects=(_wrong_sample("overflow"),),
+        answers=r"""
 # %% exp of the scores as they are
 @@
 -    ruler = (logits / divisor[:, None]).softmax(dim=-1).cumsum(dim=-1)
 +    ruler = (logits / divisor[:, None]).exp().cumsum(dim=-1)
 """,
+    ),
+    Known(
+        "one-greedy-for-all",
+        message=(
+            "One request of the batch is greedy, and all of them get their likeliest"
+            " token.\nTemperature 0 is a wish of one row: take the argmax there, and draw in the"
+            " others."
         ),
-        Known(
-            "changed-input",
-            answers=r"""
+        suspects=(
+            _wrong_sample("greedy-for-all"),
+            _wrong_sample("as-the-first"),
+        ),
+        answers=r"""
+# %% any greedy row makes all greedy
+@@
+-    if temperature is None:
++    if temperature is None or (temperature == 0).any():
+""",
+    ),
+    Known(
+        "batch-wide-maximum",
+        message=(
+            "You subtract one maximum for the whole batch. A row whose logits are far below those"
+            " of another row has weights of 0 only.\nEach row needs its own maximum: `amax(-1,"
+            " keepdim=True)`, or torch.softmax with dim=-1."
+        ),
+        suspects=(_wrong_sample("batch-maximum"),),
+        answers=r"""
+# %% one maximum for all rows
+@@
+-    ruler = (logits / divisor[:, None]).softmax(dim=-1).cumsum(dim=-1)
++    scaled = logits / divisor[:, None]
++    ruler = (scaled - scaled.max()).exp().cumsum(dim=-1)
+""",
+    ),
+    Known(
+        "last-of-equal",
+        message=(
+            "Of several likeliest tokens you take the last.\nOf equal ones the first counts:"
+            " `argmax` takes it, and a sort that is not stable may not."
+        ),
+        suspects=(_wrong_sample("last-of-equal"),),
+        answers=r"""
+# %% from behind
+@@
+-    greedy = logits.argmax(dim=-1)
++    greedy = logits.shape[1] - 1 - logits.flip(1).argmax(dim=-1)
+""",
+    ),
+    Known(
+        "filters-scaled-logits",
+        message=(
+            "You divide by the temperature, and hand the result to `filter_logits`, which divides"
+            " once more.\nGive it the logits as they came, and divide afterwards."
+        ),
+        suspects=(_wrong_sample("filters-scaled"),),
+        answers=r"""
+# %% divides before the filter, too
+@@
+-    logits = filter_logits(logits, temperature, top_k, top_p, min_p).float()
+     divisor = torch.where(temperature == 0, 1.0, temperature)
+-    ruler = (logits / divisor[:, None]).softmax(dim=-1).cumsum(dim=-1)
++    scaled = logits.float() / divisor[:, None]
++    scaled = filter_logits(scaled, temperature, top_k, top_p, min_p)
++    ruler = scaled.softmax(dim=-1).cumsum(dim=-1)
+""",
+    ),
+    Known(
+        "temperature-twice",
+        message=(
+            "You divide by the temperature twice.\nThe filter returns the original logits, so one"
+            " division is left to do."
+        ),
+        suspects=(_wrong_sample("twice"),),
+        answers=r"""
+# %% divides again
+@@
+-    ruler = (logits / divisor[:, None]).softmax(dim=-1).cumsum(dim=-1)
++    ruler = (logits / divisor[:, None] / divisor[:, None]).softmax(dim=-1)
++    ruler = ruler.cumsum(dim=-1)
+""",
+    ),
+    Known(
+        "seed-cut",
+        message=(
+            "Two seeds that differ by 2^32, or a negative one, draw the same numbers or wrong"
+            " ones: your code makes seeds shorter than they are.\nA seed has 64 bits: hand it on"
+            " as it is."
+        ),
+        suspects=(
+            _wrong_sample("seed-31"),
+            _wrong_sample("seed-32"),
+            _wrong_sample("seed-int"),
+        ),
+        answers=r"""
+# %% 32 bits of the seed
+@@
+-    u = philox_uniform(seeds, positions)[:, None]
++    u = philox_uniform(seeds & 0xFFFFFFFF, positions)[:, None]
+""",
+    ),
+    Known(
+        "position-cut",
+        message=(
+            "Position 65,536 draws the number of position 0: your code makes positions shorter"
+            " than they are.\nHand them on as they are, int64."
+        ),
+        suspects=(_wrong_sample("position-16"),),
+    ),
+    Known(
+        "seed-plus-position",
+        message=(
+            "You make one number of the seed and the position by adding them: seed 1 at position 2"
+            " then draws what seed 2 draws at position 1, and texts repeat each"
+            " other.\nphilox_uniform(seeds, positions) takes both."
+        ),
+        suspects=(_wrong_sample("sum"),),
+        answers=r"""
+# %% one key of both
+@@
+-    u = philox_uniform(seeds, positions)[:, None]
++    u = philox_uniform(seeds + positions, torch.zeros_like(positions))[:, None]
+""",
+    ),
+    Known(
+        "another-position",
+        message=(
+            "You draw the number of the position after the one that was given.\nHand positions on"
+            " as they are."
+        ),
+        suspects=(_wrong_sample("one-too-far"),),
+    ),
+    Known(
+        "depends-on-the-batch",
+        answers=r"""
+# %% a generator for the batch, seeded by the first request
+@@
+-    u = philox_uniform(seeds, positions)[:, None]
++    random = torch.Generator().manual_seed(int(seeds[0] + positions[0]))
++    u = torch.rand(len(logits), 1, generator=random)
+""",
+    ),
+    Known(
+        "on-the-border",
+        answers=r"""
+# %% the first sum that reaches u
+@@
+-    chosen = torch.searchsorted(ruler, u * ruler[:, -1:], right=True)[:, 0]
++    chosen = torch.searchsorted(ruler, u * ruler[:, -1:])[:, 0]
+""",
+    ),
+    Known(
+        "end-of-the-ruler",
+        answers=r"""
+# %% the ruler is taken to end at 1
+@@
+-    chosen = torch.searchsorted(ruler, u * ruler[:, -1:], right=True)[:, 0]
++    chosen = torch.searchsorted(ruler, u, right=True)[:, 0]
+""",
+    ),
+    Known(
+        "not-repeatable",
+        answers=r"""
+# %% torch's own generator
+@@
+-    u = philox_uniform(seeds, positions)[:, None]
++    u = torch.rand(len(logits), 1)
+
+# %% torch.multinomial
+@@
+-    u = philox_uniform(seeds, positions)[:, None]
+-    chosen = torch.searchsorted(ruler, u * ruler[:, -1:], right=True)[:, 0]
++    chosen = torch.multinomial((logits / divisor[:, None]).softmax(dim=-1), 1)[:, 0]
+""",
+    ),
+    Known(
+        "always-greedy",
+        answers=r"""
+# %% the likeliest token, always
+@@
+-    return torch.where(temperature == 0, greedy, chosen.clamp(max=logits.shape[1] - 1))
++    return greedy
+""",
+    ),
+    Known(
+        "changed-input",
+        answers=r"""
 # %% filters in place
 @@
 -    filtered = logits.clone()
 +    filtered = logits
 """,
-        ),
     ),
+)
+
+EXERCISE = Exercise(
+    id="07.4",
+    title="Choose a token",
+    check=check_sample,
+    mistakes=(*FILTER, *SAMPLE),
     right=r"""
 # %% row by row, with loops
 def filter_logits(logits, temperature, top_k, top_p, min_p):

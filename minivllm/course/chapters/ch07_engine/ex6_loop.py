@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import random
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from minivllm.course.grading.compare import show
 from minivllm.course.grading.errors import Mistake
-from minivllm.course.grading.judges import expect
+from minivllm.course.grading.exercise import Exercise, Known
+from minivllm.course.grading.judges import expect, expect_refusal, expect_unchanged
 from minivllm.course.sim.requests import RequestMaker, in_chat
 
 if TYPE_CHECKING:
     from minivllm.engine.engine_core import StepOutput
+    from minivllm.engine.model_runner import StepResult
     from minivllm.engine.sequence import ScheduledBatch, Sequence
     from minivllm.llm import LLM
-    from minivllm.outputs import RequestOutput
+    from minivllm.outputs import CompletionOutput, RequestOutput
     from minivllm.sampling_params import SamplingParams
-from minivllm.course.grading.exercise import Exercise, Known
 
 #: More steps of the core than any run here needs.
-_MOST_STEPS = 600
+_MOST_STEPS = 1500
 
 
 #: A small pool: its blocks are zeroed for each engine of the check.
@@ -47,24 +51,76 @@ class _Asked:
     def params(self) -> SamplingParams:
         from minivllm.sampling_params import SamplingParams
 
-        return SamplingParams(**{"temperature": 0.0, "max_tokens": 24} | dict(self.wishes))
+        wishes = {"temperature": 0.0, "max_tokens": 24} | dict(self.wishes)
+        if isinstance(stops := wishes.get("stop"), tuple):
+            wishes["stop"] = list(stops)
+        return SamplingParams(**wishes)
 
 
 def _ask(question: str, **wishes: Any) -> _Asked:
     return _Asked(question, tuple(wishes.items()))
 
 
-class _Rig:
-    """The three parts of an engine, with a core under observation."""
+_WORDS = (
+    *("Zoë", "the", "fox", "a", "🦊", "café", "owl", "says:", "so,", "12 + 7", "= 19.", "key"),
+    *("Then", "night", "\n\n", "an", "old", "market", "END", "of", "figs;", "why?", "No.", "1"),
+)
 
-    def __init__(self, **options: Any) -> None:
+
+@functools.lru_cache(maxsize=4096)
+def _script(prompt: tuple[int, ...], seed: int | None) -> list[int]:
+    """The tokens with which a scripted model answers: 15 to 60, and the end token.
+
+    seed: None at temperature 0.
+    """
+    words = random.Random(zlib.crc32(repr((prompt, seed)).encode()))
+    text = " ".join(words.choice(_WORDS) for _ in range(words.randint(7, 25)))
+    tokenizer = _package(scripted=True).get_tokenizer()
+    return [*tokenizer.encode(text), tokenizer.eos_token_id]
+
+
+def _execute(batch: ScheduledBatch) -> StepResult:
+    """A step without a model: everybody gets the next tokens of their script.
+
+    So a long run takes no time, and what an answer says depends on nothing but its request.
+    """
+    import torch
+
+    from minivllm.engine.model_runner import Sampled, StepResult
+
+    found = []
+    for item in batch.sampled:
+        seq = item.sequence
+        seed = None if seq.params.temperature == 0 else seq.seed
+        words = _script(tuple(seq.token_ids[: seq.num_prompt_tokens]), seed)
+        first = item.sample_position - seq.num_prompt_tokens
+        tokens: list[int] = []
+        for number in range(len(item.proposed_token_ids) + 1):
+            tokens.append(words[min(first + number, len(words) - 1)])
+            if tokens != list(item.proposed_token_ids[: number + 1]):
+                break
+        found.append(tokens)
+    flat = torch.tensor([token for tokens in found for token in tokens], dtype=torch.int64)
+    sampled = Sampled(list(range(len(found))), flat, counts=list(map(len, found)))
+    return StepResult(sampled, flat, None, [])
+
+
+class _Rig:
+    """The three parts of an engine, with a core under observation.
+
+    scripted: whether `_execute` stands in the place of the model.
+    """
+
+    def __init__(self, *, scripted: bool = True, **options: Any) -> None:
         from minivllm import LLM
         from minivllm.engine.output_processor import OutputProcessor
 
         self.llm = LLM(device="cpu", **_ROOM | options)
+        if scripted:
+            self.llm.llm_engine.core.model_runner.execute = _execute
         self.core: Any = self.llm.llm_engine.core
         self.inputs, self.outputs = self.llm.llm_engine.input_processor, OutputProcessor()
-        self.num_steps = 0
+        self.num_steps = self.num_outputs = self.num_tokens_of_last = 0
         #: What the core was given, in that order.
         self.sequences: list[Sequence] = []
         self.most_at_once = 0  # sequences that got tokens in one step
@@ -78,6 +134,9 @@ class _Rig:
             raise _TooManySteps
         step = self._step()
         seq_ids = [output.seq_id for output in step.outputs]
+        if seq_ids:
+            self.num_outputs += len(seq_ids)
+            self.num_tokens_of_last = sum(len(output.token_ids) for output in step.outputs)
         self.most_at_once = max(self.most_at_once, len(seq_ids))
         try:
             self.served = {self.outputs.owner_of(seq_id).request_id for seq_id in seq_ids}
@@ -99,6 +158,38 @@ class _Rig:
         new_request = RequestMaker(self.llm.get_tokenizer())
         return cls(self.inputs, self.core, self.outputs, new_request)
 
+    def _endless(self) -> Mistake:
+        """What to say where `run` does not come back."""
+        going = [*self.outputs.requests]
+        heard = any(c.token_ids for r in self.outputs.requests.values() for c in r.completions)
+        if not self.left_over and going and heard:
+            return Mistake(
+                "waits-for-nothing",
+                f"The core has nothing left to do, and `run` still waits: in `outputs` these"
+                f" requests have not been collected to their ends: {show(going)}.\nDoes"
+                " `core.finish` end a sequence that no stop string has ended? Does each output go"
+                " to the collector that `step` collects from? Are all completions queued?",
+            )
+        return Mistake(
+            "endless",
+            f"After {_MOST_STEPS} steps of the core `run` goes on; the core has"
+            f" {len(self.left_over)} unfinished sequences.\nDoes `outputs` learn what each step"
+            " brought (`process`), and do you see when a request has finished"
+            " (`output.finished`)?",
+        )
+
+    def expect_empty(self, after: str) -> None:
+        """Nothing is left behind: no sequence, no request, no block."""
+        used = self.core.num_used_kv_blocks
+        expect(
+            not self.left_over and not self.outputs.requests and not used,
+            "left-behind",
+            f"{after} the core has {len(self.left_over)} sequences and {used} blocks in use, and"
+            f" the output processor {len(self.outputs.requests)} requests.\nWho put them there? A"
+            " request is forgotten when its end has been collected; whoever ends one from outside"
+            " tells the core, with `core.finish`.",
+        )
+
     @property
     def left_over(self) -> list[Sequence]:
         """What the core has not finished."""
@@ -110,16 +201,14 @@ class _Rig:
         """
         from minivllm.outputs import RequestOutput
 
+        prompts, params = [a.prompt for a in asked], [a.params for a in asked]
+        before = copy.deepcopy((prompts, params))
         try:
-            outputs = engine.run([a.prompt for a in asked], [a.params for a in asked])
+            outputs = engine.run(prompts, params)
         except _TooManySteps:
-            num_left = len(self.left_over)
-            raise Mistake(
-                "endless",
-                f"After {_MOST_STEPS} steps of the core `run` goes on; the core has {num_left}"
-                " unfinished sequences.\nDoes `outputs` learn what each step brought (`process`),"
-                " and do you see when a request has finished (`output.finished`)?",
-            ) from None
+            raise self._endless() from None
+        expect_unchanged(prompts, before[0], "`prompts`, in `run`")
+        expect_unchanged(params, before[1], "`params`, in `run`")
         expect(
             isinstance(outputs, list) and all(isinstance(o, RequestOutput) for o in outputs),
             "wrong-type",
@@ -143,27 +232,37 @@ class _Rig:
 
 
 @functools.cache
-def _right(asked: _Asked) -> RequestOutput:
+def _right(asked: _Asked, scripted: bool = True) -> RequestOutput:
     """What the package's `generate` gives: made once for a process, whoever is being checked."""
-    llm = _package()
-    [output] = llm.generate([asked.prompt], asked.params, use_tqdm=False)
+    [output] = _package(scripted).generate([asked.prompt], asked.params, use_tqdm=False)
     return output
 
 
+def _completions(asked: _Asked) -> list[CompletionOutput]:
+    """The completions of a request. In `RequestMaker`'s hands, number i has the seed + i."""
+    wishes = {name: wish for name, wish in asked.wishes if name not in ("n", "seed")}
+    seed = dict(asked.wishes)["seed"]
+    alone = [_ask(asked.question, seed=seed + i, **wishes) for i in range(asked.params.n)]
+    return [_right(one).outputs[0] for one in alone]
+
+
 @functools.cache
-def _package() -> LLM:
+def _package(scripted: bool) -> LLM:
     from minivllm import LLM
 
-    return LLM(device="cpu", **_ROOM)
+    llm = LLM(device="cpu", **_ROOM)
+    if scripted:
+        llm.llm_engine.core.model_runner.execute = _execute
+    return llm
 
 
 @functools.cache
 def _chat_ids(question: str) -> tuple[int, ...]:
-    return tuple(in_chat(_package(), question))
+    return tuple(in_chat(_package(scripted=True), question))
 
 
-def _right_texts(asked: Iterable[_Asked]) -> list[str]:
-    return _texts(map(_right, asked))
+def _right_texts(asked: Iterable[_Asked], scripted: bool = True) -> list[str]:
+    return _texts(_right(one, scripted) for one in asked)
 
 
 def _texts(outputs: Iterable[RequestOutput]) -> list[str]:
@@ -183,9 +282,13 @@ def check_loop(answer: Callable) -> str:
     _check_steps(answer)
     _check_completions(answer)
     _check_crowd(answer)
-    _check_guest(answer)
     _check_stops(answer)
+    _check_late_stops(answer)
+    _check_guest(answer, 5)
+    _check_guest(answer, 50)
     _check_abort(answer)
+    _check_early_abort(answer)
+    _check_two_engines(answer)
     _check_refused(answer)
     _check_several_tokens(answer)
     return (
@@ -196,10 +299,11 @@ def check_loop(answer: Callable) -> str:
 
 def _check_texts(answer: Callable) -> int:
     """The right texts, in order, served together."""
-    rig = _Rig(max_num_batched_tokens=24)
+    rig = _Rig(scripted=False, max_num_batched_tokens=24)
     asked = [_ask(question) for question in (_ASKED[2], _ASKED[0], *_ASKED[1::2])]
-    right = _right_texts(asked)
-    texts = _texts(rig.run(rig.engine(answer), asked))
+    right = _right_texts(asked, scripted=False)
+    engine = rig.engine(answer)
+    texts = _texts(rig.run(engine, asked))
     expect(
         rig.most_at_once > 1,
         "one-at-a-time",
@@ -220,12 +324,11 @@ def _check_texts(answer: Callable) -> int:
             f"Your engine says {text!r}, expected {wanted!r}.\nTake the last output of each"
             " request, the one that is `finished`.",
         )
+    rig.expect_empty("After `run`")
     expect(
-        not rig.left_over and not rig.outputs.requests,
-        "left-behind",
-        f"After `run` the core has {len(rig.left_over)} sequences and the output processor"
-        f" {len(rig.outputs.requests)} requests.\nWho put them there? A request is forgotten when"
-        " its end has been collected.",
+        rig.run(engine, []) == [],
+        "wrong-type",
+        "`run([], [])` has nobody to serve: an empty list is expected.",
     )
     return len(asked)
 
@@ -312,24 +415,26 @@ def _news(engine: Any) -> list[RequestOutput]:
 def _check_completions(answer: Callable) -> None:
     """A request may want several completions, and each is a sequence."""
     rig = _Rig()
-    asked = [_ask(_ASKED[0], n=2)]
+    asked = [_ask(_ASKED[0], n=3, temperature=1.0, seed=5)]
     message = (
-        "A request with n=2 has two completions, and the core did not get two sequences for"
+        "A request with n=3 has three completions, and the core did not get three sequences for"
         " it.\nEach is a sequence of its own: give the core `request.new_sequence(request, index)`"
         " for every index below `checked.params.n`."
     )
     try:
         [output] = rig.run(rig.engine(answer), asked)
     except Mistake as mistake:
-        if mistake.name != "endless" or len(rig.sequences) == 2:
+        usual = [seq.index for seq in rig.sequences] == [0, 1, 2]
+        if mistake.name not in ("endless", "waits-for-nothing") or usual:
             raise
         raise Mistake("completions-left-out", message) from None
-    [wanted] = _right_texts([_ask(_ASKED[0])])
     texts = [completion.text for completion in output.outputs]
+    right = [completion.text for completion in _completions(asked[0])]
     expect(
-        texts == [wanted, wanted],
+        texts == right,
         "wrong-text",
-        f"A request with n=2 says {show(texts)}, expected twice {wanted!r}.",
+        f"A request with n=3 says {show(texts)}, expected {show(right)}.\nCompletion i is the"
+        " sequence `request.new_sequence(request, i)`.",
     )
 
 
@@ -338,25 +443,34 @@ def _check_crowd(answer: Callable) -> None:
     when alone.
     """
     options = {
-        "max_num_batched_tokens": 16,
-        "num_kv_blocks": 12,
-        "max_model_len": 128,
-        "max_num_seqs": 4,
+        "max_num_batched_tokens": 32,
+        "num_kv_blocks": 24,
+        "max_model_len": 160,
+        "max_num_seqs": 12,
     }
     rig = _Rig(**options)
     asked = [
-        _ask(question, temperature=1.0, seed=seed, max_tokens=32)
+        _ask(question, temperature=1.0, seed=seed, max_tokens=60)
         for question in (_ASKED[2], _ASKED[1])
-        for seed in (1, 2, 3)
+        for seed in range(30)
     ]
+    # The same prompt and seed, and another length; the same request twice.
+    asked += [_ask(_ASKED[1], temperature=1.0, seed=1, max_tokens=9), asked[0]]
     right = _right_texts(asked)
     got = _texts(rig.run(rig.engine(answer), asked))
     assert rig.core.scheduler.stats.num_preemptions > 0, "this case should preempt"
     expect(
         not any(got.count(text) > right.count(text) for text in got if text in right),
         "texts-overwritten",
-        "Three requests have the same prompt and other seeds, and get the same text.\nKeep what"
-        " belongs to a request by its request_id; prompts are no keys.",
+        "Many requests have the same prompt and other seeds, and some get the text of another."
+        "\nKeep what belongs to a request by its request_id; prompts are no keys.",
+    )
+    expect(
+        got == right or sorted(got) != sorted(right),
+        "wrong-order",
+        f"{len(asked)} requests get the right texts, in another order than that of the prompts.\n"
+        "Look outputs up by request_id, in the order in which `run` got its prompts. Ids are texts:"
+        ' "10" sorts before "2".',
     )
     for text, wanted in zip(got, right, strict=True):
         expect(
@@ -365,13 +479,50 @@ def _check_crowd(answer: Callable) -> None:
             f"In a full cache a request says {text!r}, expected {wanted!r} as when it is alone."
             "\nWhat belongs to which request? Order and number change in every step.",
         )
+    rig.expect_empty(f"After `run` of {len(asked)} requests")
 
 
-def _check_guest(answer: Callable) -> None:
-    """`run`, while a request that was added before is still being served."""
+def _check_two_engines(answer: Callable) -> None:
+    """Two engines at the same time: what belongs to one stays with it."""
+    rigs, asked = [_Rig(), _Rig()], [_ask(_ASKED[1]), _ask(_ASKED[3])]
+    engines = [rig.engine(answer) for rig in rigs]
+    ids = [_added(engine, one) for engine, one in zip(engines, asked, strict=True)]
+    last: list[dict[str, RequestOutput]] = [{}, {}]
+    advice = (
+        "Each engine has a collector and a dict of its own: make them in `__init__`, not in the"
+        " class."
+    )
+    # The end of this one is news for whoever steps the first engine, and for nobody else.
+    gone = _added(engines[0], asked[1])
+    _aborted(engines[0], gone, "a request in another engine")
+    heard = [output.request_id for output in _news(engines[1])]
+    expect(
+        gone not in heard,
+        "shared-between-engines",
+        f"Two engines run. Request {gone} of the first was aborted, and a step of the second"
+        f" reports it.\n{advice}",
+    )
+    for _ in range(80):
+        for number, engine in enumerate(engines):
+            last[number] |= {output.request_id: output for output in _news(engine)}
+    for id, outputs, wanted in zip(ids, last, _right_texts(asked), strict=True):
+        text = outputs[id].outputs[0].text if id in outputs else None
+        expect(
+            text == wanted,
+            "shared-between-engines",
+            f"Two engines are stepped in turn, and one says {text!r}, expected {wanted!r}.\n"
+            f"{advice}",
+        )
+
+
+def _check_guest(answer: Callable, length: int) -> None:
+    """`run`, while a request that was added before is still being served.
+
+    length: the number of tokens that this one wants; `run`'s own wants 8.
+    """
     rig = _Rig()
     engine = rig.engine(answer)
-    guest, mine = _ask(_ASKED[2], max_tokens=5), _ask(_ASKED[0])
+    guest, mine = _ask(_ASKED[2], max_tokens=length, ignore_eos=True), _ask(_ASKED[0], max_tokens=8)
     _added(engine, guest)
     begins = "A request was added before `run` was called for another one"
     try:
@@ -397,23 +548,43 @@ def _check_guest(answer: Callable) -> None:
         f"{begins}, and `run` gave {show(texts)}, expected {show(wanted)}.\nA step serves"
         " everybody; `run` returns the outputs of its own requests.",
     )
+    if length < 20:
+        return
+    steps = rig.num_steps
+    expect(
+        rig.left_over and steps < 20,
+        "waits-for-others",
+        f"{begins}: that one wants 50 tokens, and `run`'s own wants 8. `run` came back after"
+        f" {steps} steps, when the other had ended, too.\nWait for your own requests only: their"
+        " ids say which they are. Somebody else may add requests for ever.",
+    )
+    last: list[RequestOutput] = []
+    while rig.left_over and rig.num_steps < steps + 60:
+        last = _news(engine) or last
+    expect(
+        last and last[-1].finished and _texts(last) == _right_texts([guest]),
+        "foreign-request",
+        f"{begins}. After `run` it was stepped on, and its last output is {show(_texts(last))},"
+        f" expected {show(_right_texts([guest]))}.\n`run` leaves requests alone that are not its"
+        " own.",
+    )
 
 
 def _check_stops(answer: Callable) -> None:
     """Stop strings end the work, not only the text."""
     rig = _Rig()
     [text] = _right_texts([_ask(_ASKED[2], max_tokens=40)])
-    words = text.split()
+    words = text.split(" ")
     stop = f"{words[5]} {words[6]}"
-    free = rig.core.scheduler.block_manager.num_free_blocks
-    [output] = rig.run(rig.engine(answer), [_ask(_ASKED[2], max_tokens=40, stop=stop)])
+    wishes = {"max_tokens": 40, "stop": ("nowhere", stop)}
+    [output] = rig.run(rig.engine(answer), [_ask(_ASKED[2], **wishes)])
     [seq] = rig.sequences
     expect(
         seq.is_finished and seq.num_output_tokens < 40,
         "computes-past-the-stop",
         f"The text ended at {stop!r}, and the core knows nothing of it: it went on to"
-        f" {seq.num_output_tokens} tokens, and has"
-        f" {'' if seq.is_finished else 'not '}finished.\nThe core knows no text. `outputs.process`"
+        f" {seq.num_output_tokens} tokens, and has {'' if seq.is_finished else 'not '}finished."
+        "\nThe core knows no text. `outputs.process`"
         " returns whom a stop string has ended: tell the core, with `core.finish`.",
     )
     said = (seq.finish_reason, seq.stop_reason)
@@ -430,11 +601,52 @@ def _check_stops(answer: Callable) -> None:
         f"With the stop string {stop!r} your engine says {output.outputs[0].text!r}, expected"
         f" {wanted!r}.",
     )
-    expect(
-        rig.core.scheduler.block_manager.num_free_blocks == free,
-        "left-behind",
-        "After a stop string blocks are still in use.\nUse `core.finish`.",
-    )
+    rig.expect_empty("After a stop string")
+
+
+def _check_late_stops(answer: Callable) -> None:
+    """Many stops in few steps: by the last token allowed, one of several completions, with text
+    before it in the same piece.
+    """
+    rig = _Rig()
+    stops = {"stop": (" fox", "END", "café", " = 19.")}
+    asked = [
+        _ask(question, temperature=1.0, seed=seed, max_tokens=max_tokens, **stops)
+        for question in _ASKED
+        for seed, max_tokens in ((1, 60), (2, 7), (3, 60))
+    ]
+    asked += [_ask(_ASKED[1], n=4, temperature=1.0, seed=9, max_tokens=60, **stops)]
+    for one in _stopped_at_the_end():
+        asked.append(one)
+    got = rig.run(rig.engine(answer), asked)
+    for output, one in zip(got, asked, strict=True):
+        right_ones = _completions(one) if one.params.n > 1 else _right(one).outputs
+        for completion, wanted in zip(output.outputs, right_ones, strict=True):
+            mine = (completion.text, completion.finish_reason, completion.stop_reason)
+            right = (wanted.text, wanted.finish_reason, wanted.stop_reason)
+            expect(
+                mine == right,
+                "wrong-text",
+                f"With stop strings, max_tokens={one.params.max_tokens} and n={one.params.n}, a"
+                f" completion ends as {show(mine)}, expected {show(right)} (text, finish_reason,"
+                " stop_reason).\nHand on all pairs that `outputs.process` returns, one by one:"
+                " each is about a sequence, not about a request.",
+            )
+    rig.expect_empty("After stop strings in many requests")
+
+
+def _stopped_at_the_end() -> list[_Asked]:
+    """Requests whose stop string is completed by the last token that they may have."""
+    whole = _right(_ask(_ASKED[2], max_tokens=40)).outputs[0]
+    decode = _package(scripted=True).get_tokenizer().decode
+    found = []
+    for count in range(6, 14):
+        before, after = decode(whole.token_ids[: count - 1]), decode(whole.token_ids[:count])
+        stop = after[len(before) - 2 :]
+        if after.startswith(before) and len(stop) > 2 and after.find(stop) == len(before) - 2:
+            found.append(_ask(_ASKED[2], max_tokens=count, stop=stop))
+    assert found, "some stop string should end at a token's end"
+    return found
 
 
 def _check_abort(answer: Callable) -> None:
@@ -474,6 +686,36 @@ def _check_abort(answer: Callable) -> None:
         f" {wanted!r}.",
     )
     _aborted(engine, ids[0], "a request that has ended")
+    _aborted(engine, "no such id", "an id that never was")
+    rig.expect_empty("After an abort, and when the other request has ended,")
+
+
+def _check_early_abort(answer: Callable) -> None:
+    """A request ends before its first step; and one with several completions, alone."""
+    rig = _Rig(max_num_seqs=2)
+    engine = rig.engine(answer)
+    ids = [_added(engine, _ask(question, max_tokens=40)) for question in _ASKED[1:]]
+    _news(engine)
+    _aborted(engine, ids[2], "a request that waits for its first step")
+    _aborted(engine, ids[2], "a request that was aborted just now")
+    several = _added(engine, _ask(_ASKED[0], n=2, max_tokens=40))
+    for id in ids[:2]:
+        _aborted(engine, id, "a request that runs")
+    last: dict[str, RequestOutput] = {}
+    for _ in range(3):
+        last |= {output.request_id: output for output in _news(engine)}
+    _aborted(engine, several, "a request with two completions")
+    last |= {output.request_id: output for output in _news(engine)}
+    for id in (*ids, several):
+        ends = [one.finish_reason for one in last[id].outputs] if id in last else []
+        expect(
+            ends and set(ends) == {"abort"},
+            "abort-unreported",
+            f"Request {id} was aborted, and the next `step` does not report it: the finish_reasons"
+            f" of its completions are {ends}.\n`outputs.end(request)` ends all of them for the"
+            " reader, and `step` collects, also where the core has nothing left to do.",
+        )
+    rig.expect_empty("After all requests were aborted")
 
 
 def _aborted(engine: Any, request_id: str, what: str) -> None:
@@ -493,24 +735,34 @@ def _check_refused(answer: Callable) -> None:
 
     rig = _Rig(num_kv_blocks=8, max_model_len=128)
     engine, good, too_long = rig.engine(answer), _ask(_ASKED[0]), list(range(100, 250))
-    try:
-        outputs = engine.run([good.prompt, too_long], [good.params] * 2)
-    except _TooManySteps:
-        outputs = None
-    except RequestError:
-        expect(
-            not rig.left_over and not rig.outputs.requests,
-            "queued-before-checked",
-            "Of two prompts the second was refused, and so nobody waits for the first; but it"
-            f" stands in the engine: sequences in the core: {len(rig.left_over)}, requests in the"
-            f" output processor: {len(rig.outputs.requests)}.\nCheck all prompts with"
-            " `inputs.process` before you queue one.",
+    for prompts in ([good.prompt, too_long], [good.prompt, too_long, good.prompt], [too_long]):
+        try:
+            outputs = engine.run(prompts, [good.params] * len(prompts))
+        except _TooManySteps:
+            outputs = None
+        except RequestError:
+            expect(
+                not rig.left_over and not rig.outputs.requests,
+                "queued-before-checked",
+                f"Of {len(prompts)} prompts the second was refused, and so nobody waits for the"
+                " others; but there are still in the engine: sequences in the core:"
+                f" {len(rig.left_over)}, requests in the output processor:"
+                f" {len(rig.outputs.requests)}.\nCheck all prompts with `inputs.process` before"
+                " you queue one.",
+            )
+            continue
+        raise Mistake(
+            "request-dropped",
+            f"A prompt of 150 tokens never fits a cache of 128, and `run` gave {show(outputs)}."
+            "\nLet the error of `inputs.process` through: the caller has to know.",
         )
-        return
-    raise Mistake(
-        "request-dropped",
-        f"A prompt of 150 tokens never fits a cache of 128, and `run` gave {show(outputs)}.\nLet"
-        " the error of `inputs.process` through: the caller has to know.",
+    expect_refusal(lambda: engine.add(too_long, good.params), "150 tokens in `add`", RequestError)
+    texts = _texts(rig.run(engine, [good]))
+    expect(
+        texts == _right_texts([good]),
+        "wrong-text",
+        f"After a refused request the engine says {show(texts)}, expected"
+        f" {show(_right_texts([good]))}.\nA refused request changes nothing.",
     )
 
 
@@ -529,10 +781,11 @@ def _check_several_tokens(answer: Callable) -> None:
             return super().schedule()
 
     rig = _Rig(scheduler_cls=Guessing)
-    right = _right(_ask(_ASKED[1]))
+    asked = _ask(_ASKED[1], max_tokens=60)
+    right = _right(asked)
     known += right.outputs[0].token_ids
     engine = rig.engine(answer)
-    [output] = rig.run(engine, [_ask(_ASKED[1])])
+    [output] = rig.run(engine, [asked])
     assert rig.num_steps < len(known) / 2, "steps should bring several tokens each"
     text, wanted = output.outputs[0].text, right.outputs[0].text
     expect(
@@ -541,13 +794,29 @@ def _check_several_tokens(answer: Callable) -> None:
         f"With steps that bring several tokens your engine says {text!r}, expected {wanted!r}."
         "\nHand `outputs.process` the step as it is.",
     )
-    counts = getattr(engine, "num_tokens", None)
+    _expect_count(rig, getattr(engine, "num_tokens", None), len(known))
+
+
+def _expect_count(rig: _Rig, said: Any, right: int) -> None:
+    """`num_tokens` counts all tokens of all steps."""
+    seen = f"{rig.num_steps} steps brought {right} tokens, and `num_tokens` is {show(said)}."
     expect(
-        counts == len(known),
+        said != rig.num_tokens_of_last or said == right,
+        "last-step-only",
+        f"{seen}\nSo many came in the last step. `num_tokens` counts since the engine was made:"
+        " add, with `+=`.",
+    )
+    expect(
+        said != rig.num_outputs and said not in (rig.num_steps, rig.num_steps - 1),
         "one-token-per-step",
-        f"{rig.num_steps} steps brought {len(known)} tokens, and `num_tokens` is {show(counts)}."
-        "\nA step gives each sequence a *list* of tokens: `output.token_ids`, of each output in"
-        " `step.outputs`. Add up their lengths.",
+        f"{seen}\nA step gives each sequence a *list* of tokens: `output.token_ids`, of each output"
+        " in `step.outputs`. Add up their lengths.",
+    )
+    expect(
+        said == right,
+        "wrong-count",
+        f"{seen}\nAdd up the lengths of `output.token_ids`, of each output in `step.outputs`, in"
+        " each step.",
     )
 
 
@@ -820,6 +1089,70 @@ EXERCISE = Exercise(
 +                checked.append(self.inputs.process(*asked))
 +            except ValueError:
 +                pass
+""",
+        ),
+        Known(
+            "waits-for-others",
+            answers=r"""
+# %% until the output processor is empty
+@@
+-        while not all(id in ended for id in ids):
++        while self.outputs.requests:
+""",
+        ),
+        Known(
+            "shared-between-engines",
+            answers=r"""
+# %% one collector for all engines
+@@
+-        self.collector = OutputCollector()
++        MyEngine.collector = OutputCollector()
+""",
+        ),
+        Known(
+            "changed-input",
+            answers=r"""
+# %% empties the list of prompts
+@@
+-        checked = [self.inputs.process(*asked) for asked in zip(prompts, params)]
++        checked = []
++        for one in params:
++            checked.append(self.inputs.process(prompts.pop(0), one))
+""",
+        ),
+        Known(
+            "wrong-order",
+            answers=r"""
+# %% ids in the order of their texts
+@@
+-        return [ended[id] for id in ids]
++        return [ended[id] for id in sorted(ids)]
+""",
+        ),
+        Known(
+            "last-step-only",
+            answers=r"""
+# %% does not add up
+@@
+-        self.num_tokens += sum(len(output.token_ids) for output in step.outputs)
++        self.num_tokens = sum(len(output.token_ids) for output in step.outputs)
+""",
+        ),
+        Known(
+            "waits-for-nothing",
+            answers=r"""
+# %% a stop string ends all completions of its request in the core
+@@
+-            self.core.finish([seq_id], "stop", stop_string)
++            request = self.outputs.owner_of(seq_id)
++            for one in request.completions:
++                self.core.finish([one.seq_id], "stop", stop_string)
+
+# %% a collector for each request, and one that is read
+@@
+-        request = self.new_request(checked, self.collector)
++        self.collector = OutputCollector()
++        request = self.new_request(checked, self.collector)
 """,
         ),
         Known(

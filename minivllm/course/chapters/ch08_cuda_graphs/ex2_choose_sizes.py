@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
 from random import Random
-from typing import TYPE_CHECKING
+from typing import Any
 
 from minivllm.course.grading.compare import show
-from minivllm.course.grading.errors import Mistake
-from minivllm.course.grading.judges import expect
-
-if TYPE_CHECKING:
-    pass
 from minivllm.course.grading.exercise import Exercise, Known
+from minivllm.course.grading.judges import expect, expect_unchanged
+
+#: Seconds of CPU time that an answer may take for all cases of a kind. The right one takes less
+#: than a tenth of a second.
+LIMIT = 6.0
+
+_Case = tuple[dict[int, int], int, int]
 
 
 def _padding(sizes: Sequence[int], seen: dict[int, int]) -> int:
@@ -21,20 +26,28 @@ def _padding(sizes: Sequence[int], seen: dict[int, int]) -> int:
 
 
 def _best_sizes(seen: dict[int, int], max_num_seqs: int, num_graphs: int) -> list[int]:
+    return _cheapest(seen, max_num_seqs, num_graphs, lambda n, size: seen.get(n, 0) * (size - n))
+
+
+def _cheapest(
+    seen: dict[int, int], max_num_seqs: int, num_graphs: int, cost: Callable[[int, int], float]
+) -> list[int]:
+    """The sizes with the least sum of costs. cost(n, size): of all steps of n sequences."""
     counts = sorted({*seen, max_num_seqs})
-    best: dict[int, tuple[int, list[int]]] = {0: (0, [])}
+    best: dict[int, tuple[float, list[int]]] = {0: (0, [])}
     for _ in range(num_graphs):
         further = dict(best)
         for done, (padding, sizes) in best.items():
-            rows = steps = 0  # of the group counts[done:end], as if nothing were padded
             for end in range(done + 1, len(counts) + 1):
                 size = counts[end - 1]
-                rows, steps = rows + size * seen.get(size, 0), steps + seen.get(size, 0)
-                total = padding + size * steps - rows
+                total = padding + sum(cost(n, size) for n in counts[done:end])
                 if end not in further or total < further[end][0]:
                     further[end] = total, [*sizes, size]
         best = further
     return best[len(counts)][1]
+
+
+# --- usual mistakes -------------------------------------------------------------------------------
 
 
 def _powers(seen: dict[int, int], top: int, k: int) -> list[int]:
@@ -69,6 +82,23 @@ def _most_rows(seen: dict[int, int], top: int, k: int) -> list[int]:
     return sorted([*often[: k - 1], top])
 
 
+def _shares_of_numbers(seen: dict[int, int], top: int, k: int) -> list[int]:
+    """As many different numbers in each group."""
+    counts = sorted({*seen, top})
+    cuts = [math.ceil(len(counts) * (i + 1) / k) for i in range(min(k, len(counts)))]
+    return sorted({*(counts[cut - 1] for cut in cuts), top})
+
+
+def _shares_of_steps(seen: dict[int, int], top: int, k: int) -> list[int]:
+    """As many steps in each group."""
+    total, done, sizes = sum(seen.values()), 0, {top}
+    for n in sorted(seen):
+        done += seen[n]
+        if done * k >= total * len(sizes) and len(sizes) < k:
+            sizes.add(n)
+    return sorted(sizes)
+
+
 def _greedy(seen: dict[int, int], top: int, k: int) -> list[int]:
     sizes = [top]
     while len(sizes) < k and (left := [n for n in seen if n not in sizes]):
@@ -83,135 +113,197 @@ def _merged(seen: dict[int, int], top: int, k: int) -> list[int]:
     return sizes
 
 
+def _exchanged(seen: dict[int, int], top: int, k: int) -> list[int]:
+    """Greedy, and then one size for another for as long as that helps."""
+    sizes = _greedy(seen, top, k)
+    while True:
+        others = [
+            sorted([*(s for s in sizes if s != out), n])
+            for out in sizes[:-1]
+            for n in seen
+            if n not in sizes
+        ]
+        found = min(others, key=lambda some: _padding(some, seen), default=sizes)
+        if _padding(found, seen) >= _padding(sizes, seen):
+            return sizes
+        sizes = found
+
+
 def _unweighted(seen: dict[int, int], top: int, k: int) -> list[int]:
     return _best_sizes(dict.fromkeys(seen, 1), top, k)
 
 
-def check_choose_sizes(answer: Callable) -> str:
-    random = Random(8)
-    cases: list[tuple[dict[int, int], int, int]] = [
+def _steps_padded(seen: dict[int, int], top: int, k: int) -> list[int]:
+    return _cheapest(seen, top, k, lambda n, size: seen.get(n, 0) * (size != n))
+
+
+def _shares_padded(seen: dict[int, int], top: int, k: int) -> list[int]:
+    return _cheapest(seen, top, k, lambda n, size: seen.get(n, 0) * (size - n) / size)
+
+
+def _rows_twice(seen: dict[int, int], top: int, k: int) -> list[int]:
+    return _cheapest(seen, top, k, lambda n, size: seen.get(n, 0) * n * (size - n))
+
+
+# --- the cases ------------------------------------------------------------------------------------
+
+
+def _small_cases() -> list[_Case]:
+    cases: list[_Case] = [
         ({1: 1}, 1, 1),
         ({3: 5, 8: 2}, 8, 2),
         ({1: 9, 2: 1, 7: 4, 8: 4}, 8, 2),
         ({5: 10}, 16, 4),
+        ({8: 1, 3: 7}, 8, 5),
         ({1: 8, 2: 5, 3: 7, 4: 8}, 6, 3),
         ({1: 2, 3: 3, 4: 3, 5: 6, 6: 1}, 6, 3),
         ({5: 10, 6: 1}, 16, 1),
         ({1: 10, 4: 10, 9: 10, 12: 1, 16: 1}, 16, 3),
         ({1: 100, 9: 40, 10: 40, 11: 40, 20: 1, 31: 60, 32: 60}, 32, 4),
         (dict.fromkeys(range(1, 13), 1), 12, 4),
-        ({n: 1 + 30 * (n % 8 == 5) for n in range(1, 41)}, 48, 6),
     ]
-    for top, many, graphs in ((32, 10, 3), (64, 20, 5), (128, 30, 6), (256, 50, 8)):
-        counts = random.sample(range(1, top + 1), many)
-        cases.append(({n: random.randint(1, 200) for n in counts}, top, graphs))
-    suspects = {
-        "powers-of-two": (
-            (
-                "You take powers of two, whatever comes. If most steps have 33 sequences, 64 is a"
-                " bad home for them."
-            ),
-            (_powers, _small_powers),
-        ),
-        "evenly-spaced": (
-            "You space the sizes evenly, whatever comes. Look at `seen`.",
-            (_even, _even_up),
-        ),
-        "most-frequent": (
-            (
-                "You take the numbers that come most often. A number that is rare and far from the"
-                " next size can cost more, and two frequent neighbours can share a size."
-            ),
-            (_frequent, _most_rows),
-        ),
-        "greedy": (
-            (
-                "You add, one after the other, the size that helps most at that moment. The best"
-                " pair need not contain the best single one: an early choice may stand in the way"
-                " of better ones."
-            ),
-            (_greedy,),
-        ),
-        "merged-step-by-step": (
-            (
-                "You begin with all sizes and drop, one after the other, the one that costs least."
-                " An early drop may have been wrong: two neighbours dropped together may cost less."
-            ),
-            (_merged,),
-        ),
-        "frequency-ignored": (
-            (
-                "You count each number once. But seen[n] is in how many steps it ran: a row of"
-                " padding in 200 steps is 200 rows."
-            ),
-            (_unweighted,),
-        ),
-    }
-    found = []
-    for seen, top, graphs in cases:
-        given = dict(seen)
-        sizes = answer(given, top, graphs)
-        case = f"With seen = {show(seen)}, max_num_seqs = {top}, num_graphs = {graphs}"
-        expect(
-            given == seen,
-            "changed-input",
-            f"{case}: your code changed `seen`, which belongs to its caller.\nCopy it.",
-        )
-        is_list = isinstance(sizes, list | tuple) and all(
-            isinstance(n, int) and not isinstance(n, bool) for n in sizes
-        )
-        expect(
-            is_list and sizes,
-            "wrong-type",
-            f"{case}: got {show(sizes)}.\nExpected a list of at least one integer.",
-        )
+    random = Random(28)
+    for _ in range(250):
+        top = random.randint(2, 40)
+        counts = random.sample(range(1, top + 1), random.randint(1, min(top, 11)))
+        steps = {
+            n: random.choice((1, random.randint(1, 9), random.randint(1, 300))) for n in counts
+        }
+        cases.append((steps, top, random.randint(1, 5)))
+    # The same numbers of sequences, in other numbers of steps.
+    twins = [
+        (dict(zip(seen, reversed(seen.values()), strict=True)), top, graphs)
+        for seen, top, graphs in cases[-60:]
+    ]
+    return cases + twins
+
+
+def _large_cases() -> list[_Case]:
+    random, cases = Random(8), [({n: 1 + 30 * (n % 8 == 5) for n in range(1, 41)}, 48, 6)]
+    for top, many, graphs in ((32, 10, 3), (64, 20, 5), (128, 30, 6), (200, 50, 8)):
+        for _ in range(3):
+            counts = random.sample(range(1, top + 1), many)
+            cases.append(({n: random.randint(1, 200) for n in counts}, top, graphs))
+    return cases
+
+
+def check_choose_sizes(answer: Callable) -> str:
+    small, large = _small_cases(), _large_cases()
+    _judge_padding(small, _all_sizes(answer, small))
+    with _cpu_limit("With 50 different numbers and 8 graphs"):
+        found = _all_sizes(answer, large)
+    _judge_padding(large, found)
+    count = len(small) + len(large)
+    return f"{count} kinds of traffic, nowhere a row of padding too many"
+
+
+def _described(case: _Case) -> str:
+    seen, top, graphs = case
+    return f"With seen = {show(seen)}, max_num_seqs = {top}, num_graphs = {graphs}"
+
+
+def _all_sizes(answer: Callable, cases: Sequence[_Case]) -> list[list[int]]:
+    """The sizes that the answer chooses in each case; a later call must not change them."""
+    found: list[list[int]] = []
+    before: Any = []
+    for case in cases:
+        sizes = _sizes_of(answer, case)
+        if found and list(before) != found[-1]:
+            raise EXERCISE.mistake(
+                "result-reused", f"The list {show(found[-1])} has become {show(list(before))}."
+            )
         found.append(list(sizes))
-        expect(
-            len(set(sizes)) <= graphs,
-            "too-many-graphs",
-            f"{case}: you record {len(set(sizes))} sizes, {show(found[-1])}.\nThere is memory for"
-            f" {graphs}.",
+        before = sizes
+    return found
+
+
+def _sizes_of(answer: Callable, case: _Case) -> Sequence[int]:
+    """The sizes that the answer chooses; they must be sizes that could be recorded."""
+    seen, top, graphs = case
+    given, what = dict(seen), _described(case)
+    sizes: Any = answer(given, top, graphs)
+    expect_unchanged(given, seen, "`seen`")
+    is_list = isinstance(sizes, list | tuple) and all(
+        isinstance(n, int) and not isinstance(n, bool) for n in sizes
+    )
+    expect(
+        is_list and sizes,
+        "wrong-type",
+        f"{what}: got {show(sizes)}.\nExpected a list of at least one integer.",
+    )
+    if len(set(sizes)) > graphs:
+        raise EXERCISE.mistake(
+            "too-many-graphs", f"{what}: you record {len(set(sizes))} sizes, {show(sizes)}."
         )
-        expect(
-            max(sizes) >= top,
-            "largest-missing",
-            f"{case}: your largest size is {max(sizes)}.\nA step may have up to {top} sequences,"
-            " and no graph would fit it. max_num_seqs always belongs to the sizes.",
-        )
-        expect(
-            max(sizes) == top and min(sizes) >= 1,
-            "useless-size",
-            f"{case}: {show(found[-1])}.\nNo step has more than {top} sequences or fewer than 1.",
-        )
-        expect(
-            list(sizes) == sorted(set(sizes)),
-            "not-ascending",
-            f"{case}: got {show(found[-1])}.\nEach size once, in ascending order.",
-        )
+    if max(sizes) < top:
+        raise EXERCISE.mistake("largest-missing", f"{what}: your largest size is {max(sizes)}.")
+    if max(sizes) > top or min(sizes) < 1:
+        raise EXERCISE.mistake("useless-size", f"{what}: got {show(sizes)}.")
+    if any(a >= b for a, b in pairwise(sizes)):
+        raise EXERCISE.mistake("not-ascending", f"{what}: got {show(sizes)}.")
+    return sizes
+
+
+def _judge_padding(cases: Sequence[_Case], found: Sequence[list[int]]) -> None:
+    """Compare with the least padding, and name a rule that pads as much in all cases."""
     best = [_padding(_best_sizes(*case), case[0]) for case in cases]
     mine = [_padding(sizes, case[0]) for sizes, case in zip(found, cases, strict=True)]
     worse = [i for i in range(len(cases)) if mine[i] > best[i]]
-    if worse:
-        i = worse[0]
-        seen, top, graphs = cases[i]
-        what = (
-            f"With seen = {show(seen)}, max_num_seqs = {top}, num_graphs = {graphs}: your sizes"
-            f" {show(found[i])} make {mine[i]:,} rows of padding; {show(_best_sizes(*cases[i]))}"
-            f" make {best[i]:,}."
-        )
-        for name, (why, functions) in suspects.items():
-            if any(
-                all(_padding(f(*case), case[0]) == m for case, m in zip(cases, mine, strict=True))
-                for f in functions
-            ):
-                raise Mistake(name, f"{what}\n{why}")
-        raise Mistake(
-            "too-much-padding",
-            f"{what}\nIn {len(worse)} of {len(cases)} cases there is a better choice. What does "
-            "the best "
-            "choice for the first few numbers look like, if the last group is taken away?",
-        )
-    return f"{len(cases)} kinds of traffic, nowhere a row of padding too many"
+    if not worse:
+        return
+    i = min(worse, key=lambda i: (len(cases[i][0]), sum(cases[i][0].values())))
+    seen = (
+        f"{_described(cases[i])}: your sizes {show(found[i])} make {mine[i]:,} rows of padding;"
+        f" {show(_best_sizes(*cases[i]))} make {best[i]:,}."
+    )
+    for name, (_, *rules) in EXERCISE.suspects.items():
+        if any(_pads_like(rule, cases, mine) for rule in rules):
+            raise EXERCISE.mistake(name, seen)
+    if _gave_before(i, cases, found):
+        raise EXERCISE.mistake("same-as-before", seen)
+    raise EXERCISE.mistake(
+        "too-much-padding", f"{seen}\nIn {len(worse)} of {len(cases)} cases a better choice exists."
+    )
+
+
+def _gave_before(i: int, cases: Sequence[_Case], found: Sequence[list[int]]) -> bool:
+    """Whether these sizes were the right ones for an earlier case with the same numbers."""
+    (seen, *rest) = cases[i]
+    return any(
+        (set(other), *more) == (set(seen), *rest)
+        and other != seen
+        and found[j] == found[i] == _best_sizes(other, *more)
+        for j, (other, *more) in enumerate(cases[:i])
+    )
+
+
+def _pads_like(rule: Callable, cases: Sequence[_Case], mine: Sequence[int]) -> bool:
+    return all(
+        _padding(rule(*case), case[0]) == padding for case, padding in zip(cases, mine, strict=True)
+    )
+
+
+@contextmanager
+def _cpu_limit(what: str) -> Iterator[None]:
+    """Mistake("too-slow") after `LIMIT` seconds of this process's CPU time.
+
+    No limit where there is no such timer (Windows), or outside of the main thread.
+    """
+
+    def stop(*args: Any) -> None:
+        raise EXERCISE.mistake("too-slow", f"{what} your code had not ended after {LIMIT:g} s.")
+
+    try:
+        before = signal.signal(signal.SIGVTALRM, stop)
+    except (AttributeError, ValueError):
+        yield
+        return
+    signal.setitimer(signal.ITIMER_VIRTUAL, LIMIT)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 EXERCISE = Exercise(
@@ -221,6 +313,12 @@ EXERCISE = Exercise(
     mistakes=(
         Known(
             "powers-of-two",
+            message=(
+                "You take powers of two, whatever comes. If most steps have 33 sequences, 64 is"
+                " a bad home for them."
+            ),
+            hint=1,
+            suspects=(_powers, _small_powers),
             answers=r"""
 # %% whatever comes
 def choose_sizes(seen, max_num_seqs, num_graphs):
@@ -238,6 +336,9 @@ def choose_sizes(seen, max_num_seqs, num_graphs):
         ),
         Known(
             "evenly-spaced",
+            message=("You space the sizes evenly, whatever comes. Look at `seen`."),
+            hint=1,
+            suspects=(_even, _even_up),
             answers=r"""
 # %% whatever comes
 def choose_sizes(seen, max_num_seqs, num_graphs):
@@ -247,7 +348,32 @@ def choose_sizes(seen, max_num_seqs, num_graphs):
 """,
         ),
         Known(
+            "equal-shares",
+            message=(
+                "You cut the numbers into groups of equal shares. Groups may be as unequal as"
+                " the traffic is: count the rows of padding that a cut makes."
+            ),
+            hint=2,
+            suspects=(_shares_of_numbers, _shares_of_steps),
+            answers=r"""
+# %% as many numbers in each group
+def choose_sizes(seen, max_num_seqs, num_graphs):
+    counts = sorted({*seen, max_num_seqs})
+    groups = min(num_graphs, len(counts))
+    return sorted(
+        {counts[-(-len(counts) * (i + 1) // num_graphs) - 1] for i in range(groups)}
+        | {max_num_seqs}
+    )
+""",
+        ),
+        Known(
             "most-frequent",
+            message=(
+                "You take the numbers that come most often. A number that is rare and far from"
+                " the next size can cost more, and two frequent neighbours can share a size."
+            ),
+            hint=2,
+            suspects=(_frequent, _most_rows),
             answers=r"""
 # %% the numbers that come most often
 def choose_sizes(seen, max_num_seqs, num_graphs):
@@ -258,6 +384,13 @@ def choose_sizes(seen, max_num_seqs, num_graphs):
         ),
         Known(
             "greedy",
+            message=(
+                "You add, one after the other, the size that helps most at that moment. The"
+                " best pair need not contain the best single one: an early choice may stand in"
+                " the way of better ones."
+            ),
+            hint=2,
+            suspects=(_greedy,),
             answers=r"""
 # %% always the one that helps most now
 def choose_sizes(seen, max_num_seqs, num_graphs):
@@ -276,6 +409,13 @@ def choose_sizes(seen, max_num_seqs, num_graphs):
         ),
         Known(
             "merged-step-by-step",
+            message=(
+                "You begin with all sizes and drop, one after the other, the one that costs"
+                " least. An early drop may have been wrong: two neighbours dropped together may"
+                " cost less."
+            ),
+            hint=2,
+            suspects=(_merged,),
             answers=r"""
 # %% drop the cheapest until few are left
 def choose_sizes(seen, max_num_seqs, num_graphs):
@@ -292,7 +432,45 @@ def choose_sizes(seen, max_num_seqs, num_graphs):
 """,
         ),
         Known(
+            "exchanged-one-by-one",
+            message=(
+                "You exchange one size for another for as long as that helps. The best choice"
+                " may differ in two sizes at once, and neither change alone helps."
+            ),
+            hint=2,
+            suspects=(_exchanged,),
+            answers=r"""
+# %% exchanges one size while that helps
+def choose_sizes(seen, max_num_seqs, num_graphs):
+    def padding(sizes):
+        return sum(
+            steps * (min(s for s in sizes if s >= n) - n) for n, steps in seen.items()
+        )
+
+    sizes = [max_num_seqs]
+    while len(sizes) < num_graphs and set(seen) - set(sizes):
+        left = sorted(set(seen) - set(sizes))
+        sizes = sorted([*sizes, min(left, key=lambda n: padding([*sizes, n]))])
+    while True:
+        others = [
+            sorted([*(s for s in sizes if s != out), n])
+            for out in sizes[:-1]
+            for n in seen
+            if n not in sizes
+        ]
+        found = min(others, key=padding, default=sizes)
+        if padding(found) >= padding(sizes):
+            return sizes
+        sizes = found
+""",
+        ),
+        Known(
             "frequency-ignored",
+            message=(
+                "You count each number once. But seen[n] is in how many steps it ran: a row of"
+                " padding in 200 steps is 200 rows."
+            ),
+            suspects=(_unweighted,),
             answers=r"""
 # %% every number counts once
 def choose_sizes(seen, max_num_seqs, num_graphs):
@@ -311,7 +489,110 @@ def choose_sizes(seen, max_num_seqs, num_graphs):
 """,
         ),
         Known(
+            "steps-counted",
+            message=(
+                "You count the steps that are padded. Count the rows of padding: a step of 9 in"
+                " a graph of 16 has 7, in a graph of 10 only one."
+            ),
+            suspects=(_steps_padded,),
+            answers=r"""
+# %% a padded step counts once
+@@
+-                more = sum(seen.get(n, 0) * (size - n) for n in counts[done:end])
++                more = sum(seen.get(n, 0) for n in counts[done : end - 1])
+""",
+        ),
+        Known(
+            "shares-counted",
+            message=(
+                "You add up the share of padding in each step. The statement asks for rows: 8"
+                " rows too many in a step of 100 are more than 4 too many in a step of 5."
+            ),
+            suspects=(_shares_padded,),
+            answers=r"""
+# %% the share of each step
+@@
+-                more = sum(seen.get(n, 0) * (size - n) for n in counts[done:end])
++                more = sum(
++                    seen.get(n, 0) * (size - n) / size for n in counts[done:end]
++                )
+""",
+        ),
+        Known(
+            "rows-weighted-twice",
+            message=(
+                "You multiply by the number of sequences as well. A step of n sequences in a"
+                " graph of `size` has size - n rows of padding, however large n is."
+            ),
+            suspects=(_rows_twice,),
+            answers=r"""
+# %% times n
+@@
+-                more = sum(seen.get(n, 0) * (size - n) for n in counts[done:end])
++                more = sum(seen.get(n, 0) * n * (size - n) for n in counts[done:end])
+""",
+        ),
+        Known(
+            "too-much-padding",
+            message=(
+                "What does the best choice for the first few numbers look like, if the last"
+                " group is taken away?"
+            ),
+            hint=3,
+            answers=r"""
+# %% the last group is not counted
+@@
+-                more = sum(seen.get(n, 0) * (size - n) for n in counts[done:end])
++                more = sum(
++                    seen.get(n, 0) * (size - n)
++                    for n in counts[done:end]
++                    if end < len(counts)
++                )
+""",
+        ),
+        Known(
+            "same-as-before",
+            message=(
+                "These sizes were right for an earlier call, with the same numbers of sequences"
+                " in other numbers of steps. Does your code keep something from one call to the"
+                " next?"
+            ),
+            answers=r"""
+# %% remembers by the numbers alone
+@@
+     counts = sorted({*seen, max_num_seqs})
++    memory = choose_sizes.__dict__
++    key = str((counts, num_graphs))
++    if key in memory:
++        return list(memory[key])
+@@
+-    return best[len(counts)][1]
++    memory[key] = best[len(counts)][1]
++    return list(memory[key])
+""",
+        ),
+        Known(
+            "result-reused",
+            message=(
+                "Your function returns the same list at each call, and overwrites it. Its"
+                " caller may still use it: make a new one in each call."
+            ),
+            answers=r"""
+# %% one list for all calls
+@@
+-    return best[len(counts)][1]
++    if not hasattr(choose_sizes, "sizes"):
++        choose_sizes.sizes = []
++    choose_sizes.sizes[:] = best[len(counts)][1]
++    return choose_sizes.sizes
+""",
+        ),
+        Known(
             "largest-missing",
+            message=(
+                "A step may have up to max_num_seqs sequences, and no graph would fit it."
+                " max_num_seqs always belongs to the sizes."
+            ),
             answers=r"""
 # %% only numbers that were seen
 def choose_sizes(seen, max_num_seqs, num_graphs):
@@ -331,6 +612,7 @@ def choose_sizes(seen, max_num_seqs, num_graphs):
         ),
         Known(
             "too-many-graphs",
+            message=("There is memory for num_graphs recordings, and max_num_seqs is one of them."),
             answers=r"""
 # %% the largest comes on top
 def choose_sizes(seen, max_num_seqs, num_graphs):
@@ -339,12 +621,57 @@ def choose_sizes(seen, max_num_seqs, num_graphs):
 """,
         ),
         Known(
+            "useless-size",
+            message=("No step has more than max_num_seqs sequences, or fewer than 1."),
+            answers=r"""
+# %% rounded up to a multiple of eight
+@@
+-    return best[len(counts)][1]
++    return [-(-size // 8) * 8 for size in best[len(counts)][1]]
+""",
+        ),
+        Known(
             "not-ascending",
+            message=("Each size once, in ascending order."),
             answers=r"""
 # %% in the order in which they were found
 def choose_sizes(seen, max_num_seqs, num_graphs):
     often = sorted((n for n in seen if n != max_num_seqs), key=lambda n: -seen[n])
     return [max_num_seqs, *often[: num_graphs - 1]]
+""",
+        ),
+        Known(
+            "changed-input",
+            answers=r"""
+# %% the largest is put into the caller's numbers
+@@
+-    counts = sorted({*seen, max_num_seqs})
++    seen.setdefault(max_num_seqs, 0)
++    counts = sorted(seen)
+""",
+        ),
+        Known(
+            "too-slow",
+            message=(
+                "Trying all choices takes too long: there are over a hundred million. Look for"
+                " a way in which the best choice for few numbers and graphs is used for more."
+            ),
+            hint=2,
+            answers=r"""
+# %% every choice
+def choose_sizes(seen, max_num_seqs, num_graphs):
+    from itertools import combinations
+
+    counts = sorted(set(seen) - {max_num_seqs})
+
+    def padding(sizes):
+        return sum(
+            steps * (min(s for s in sizes if s >= n) - n) for n, steps in seen.items()
+        )
+
+    count = min(num_graphs - 1, len(counts))
+    some = ([*chosen, max_num_seqs] for chosen in combinations(counts, count))
+    return min(some, key=padding)
 """,
         ),
     ),

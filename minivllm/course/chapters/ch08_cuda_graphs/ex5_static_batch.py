@@ -3,184 +3,283 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
-from minivllm.course.grading.compare import show
-from minivllm.course.grading.errors import Mistake
-from minivllm.course.grading.judges import expect
-
-if TYPE_CHECKING:
-    pass
+from minivllm.course.chapters.ch08_cuda_graphs import common
 from minivllm.course.chapters.ch08_cuda_graphs.common import (
     QUESTIONS,
+    amount,
     cuda_errors,
-    the_expected,
-    the_n,
-    the_prompts,
+    expected_answers,
+    prompts,
+    size_mistake,
 )
+from minivllm.course.grading.compare import show
+from minivllm.course.grading.errors import Mistake
 from minivllm.course.grading.exercise import Exercise, Known
+from minivllm.course.grading.judges import expect_unchanged
+
+TENSORS = ("token_ids", "positions", "seq_lens", "block_table", "slot_mapping")
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """The arguments of a batch. Neither the last block nor the last graph is a round number."""
+
+    sizes: tuple[int, ...]
+    block_size: int
+    max_model_len: int
+    longest_prompt: int
+
+    @property
+    def columns(self) -> int:
+        return -(-self.max_model_len // self.block_size)
+
+    def make(self, answer: Callable) -> tuple[Any, Any]:
+        """A new GPU, and the answer's batch on it."""
+        from minivllm.course.sim.streams import SimulatedGPU
+
+        gpu, given = SimulatedGPU(), list(self.sizes)
+        with cuda_errors("while your class was made"):
+            batch = answer(gpu, given, self.block_size, self.max_model_len, self.longest_prompt)
+        expect_unchanged(given, list(self.sizes), "the list `sizes`")
+        return gpu, batch
+
+    def rows(self, count: int, blocks: int = 0) -> list[Any]:
+        """Rows of sequences. blocks: how many each has; 0: each another number."""
+        from minivllm.course.sim.streams import Row
+
+        found, next_block = [], 1
+        for i in range(count):
+            have = blocks or 1 + (3 * i) % self.columns
+            numbers = [next_block + j for j in range(have)][::-1]
+            next_block += have
+            last = min(have * self.block_size, self.max_model_len) - 1
+            # The blocks of a sequence are all there from the beginning.
+            found.append(Row(10 + i, max(0, last - 5 * i), numbers))
+        return found
+
+
+SETTINGS = (_Setting((4, 1, 8, 2), 16, 254, 40), _Setting((3, 7), 2, 163, 8))
 
 
 def check_static_batch(answer: Callable) -> str:
-    faults = {
-        "table-too-narrow": _table_fault(answer),
-        "stale-rows": _stale_fault(answer),
-        "largest-graph-always": _size_fault(answer),
-    }
-    left = {name: why for name, why in faults.items() if why}
-    if len(left) == 3:
-        raise Mistake(
-            "not-mended", "All three bugs are still there. The first: " + left["table-too-narrow"]
-        )
-    for name, why in left.items():
-        raise Mistake(
-            name,
-            why
-            + (f"\n(And another of the three is left, {list(left)[1]}.)" if len(left) > 1 else ""),
-        )
+    left = _faults(answer)
+    three = ["table-too-narrow", "largest-graph-always", "stale-rows"]
+    if [fault.name for fault in left] == three:
+        raise EXERCISE.mistake("not-mended", f"The first of them: {left[0].message}")
+    if left:
+        others = [fault.name for fault in left if fault.name != left[0].name]
+        more = f"\n(And another one is left: {others[0]}.)" if others else ""
+        raise Mistake(left[0].name, left[0].message + more)
+    for setting in SETTINGS:
+        _judge_rows(answer, setting)
     tokens = _serve_rows(answer)
     return f"rows come and go, and {tokens} tokens are what they should be"
 
 
-_MAX_MODEL_LEN = 254  # 15 full blocks of 16, and one that is not
+def _faults(answer: Callable) -> list[Mistake]:
+    """What is left of each of the three bugs: the first setting in which it shows."""
+    left: list[Mistake] = []
+    for judge in (_judge_table, _judge_size, _judge_padding):
+        for setting in SETTINGS:
+            try:
+                judge(answer, setting)
+            except Mistake as mistake:
+                left.append(mistake)
+                break
+            except Exception:
+                # A fault that was found before is told first.
+                if left:
+                    return left
+                raise
+    return left
 
 
-def _make_batch(answer: Callable) -> tuple[Any, Any]:
-    from minivllm.course.sim.streams import SimulatedGPU
-
-    gpu = SimulatedGPU()
-    return gpu, answer(gpu, [8, 1, 4, 2], 16, _MAX_MODEL_LEN, 40)
-
-
-def _some_rows(count: int, blocks: int = 2) -> list[Any]:
-    from minivllm.course.sim.streams import Row
-
-    return [
-        Row(10 + i, 16 * blocks - 3 - i, [blocks * i + j + 1 for j in range(blocks)])
-        for i in range(count)
-    ]
-
-
-def _table_fault(answer: Callable) -> str:
-    gpu, batch = _make_batch(answer)
-    columns = batch.block_table.shape[1]
-    room = columns * 16
-    if columns == _MAX_MODEL_LEN // 16:
-        raise Mistake(
-            "rounded-down",
-            f"For max_model_len = {_MAX_MODEL_LEN} and blocks of 16 your table has {columns}"
-            f" columns: room for {room} tokens.\nThe last block of a sequence need not be full:"
-            " round up, -(-max_model_len // block_size).",
-        )
-    if room >= _MAX_MODEL_LEN:
-        rows = _some_rows(3, blocks=16)
+def _fill(gpu: Any, batch: Any, rows: list[Any]) -> Any:
+    """What fill returns; it changes neither the rows nor where the tensors are."""
+    before = [(row, list(row.blocks)) for row in rows]
+    tensors = {name: getattr(batch, name).data_ptr() for name in TENSORS}
+    size, failed = None, None
+    try:
         with cuda_errors("in fill"):
-            batch.fill(rows)
-        gpu.synchronize()
-        for row, table in zip(rows, batch.block_table.tolist(), strict=False):
-            if table[:16] != row.blocks:
-                raise Mistake(
-                    "table-not-filled",
-                    "The table is wide enough now, but for a sequence of 16 blocks,"
-                    f" {show(row.blocks)}, fill wrote {show(table)}.\nEvery block of the sequence"
-                    " must stand in its row.",
-                )
-        return ""
-    return (
-        f"block_table has {columns} columns: room for {room} tokens of 16 a block.\nSequences may"
-        f" get max_model_len = {_MAX_MODEL_LEN} tokens, 16 blocks. What is cut off is then read"
-        " from somewhere else. The recording's table must be wide enough for the longest sequence"
-        " there can ever be."
+            size = batch.fill(rows)
+            gpu.synchronize()
+    except Mistake as mistake:
+        failed = mistake
+    expect_unchanged(len(rows), len(before), "the list of rows (its length), in fill")
+    for row, (same, blocks) in zip(rows, before, strict=True):
+        expect_unchanged(row, same, "the list of rows, in fill")
+        expect_unchanged(row.blocks, blocks, "the blocks of a row, in fill")
+    if failed is not None:
+        raise failed
+    for name, address in tensors.items():
+        if getattr(batch, name).data_ptr() != address:
+            raise EXERCISE.mistake(
+                "new-address", f"fill has put another tensor under the name {name}."
+            )
+    return size
+
+
+def _judge_table(answer: Callable, setting: _Setting) -> None:
+    """Is the table wide enough for the longest sequence, and is it filled?"""
+    gpu, batch = setting.make(answer)
+    size, most, columns = setting.block_size, setting.max_model_len, batch.block_table.shape[1]
+    seen = (
+        f"For max_model_len = {most} and blocks of {size}, block_table has"
+        f" {amount(columns, 'column')}: room for {columns * size} tokens."
     )
+    if columns == most // size and columns < setting.columns:
+        raise EXERCISE.mistake("rounded-down", seen)
+    if columns < setting.columns:
+        raise EXERCISE.mistake("table-too-narrow", seen)
+    rows = setting.rows(min(setting.sizes) + 1, blocks=setting.columns)
+    _fill(gpu, batch, rows)
+    for row, table in zip(rows, batch.block_table.tolist(), strict=False):
+        if table[: setting.columns] != row.blocks:
+            raise EXERCISE.mistake(
+                "table-not-filled",
+                f"For a sequence of the blocks {show(row.blocks, 20)} fill wrote"
+                f" {show(table, 20)}.",
+            )
 
 
-def _stale_fault(answer: Callable) -> str:
+def _judge_padding(answer: Callable, setting: _Setting) -> None:
     """After a step of many, a step of few: what do the rows behind them hold?"""
-    gpu, batch = _make_batch(answer)
-    for many, few in ((8, 3), (4, 3), (7, 5), (3, 1)):
-        with cuda_errors("in fill"):
-            batch.fill(_some_rows(many))
-            size = batch.fill(_some_rows(few))
-        gpu.synchronize()
-        places, lengths = batch.slot_mapping.tolist()[few:size], batch.seq_lens.tolist()[few:size]
-        if any(place != -1 for place in places):
-            index = next(i for i, place in enumerate(places) if place != -1)
-            return (
-                f"After fill of {many} sequences and then of {few}, row {few + index} of the graph"
-                f" of {size} still writes: slot_mapping is {places[index]}.\nNobody runs in it, and"
-                " its place may belong to somebody else by now. Every row behind the real ones, up"
-                " to the size that is replayed, gets −1, at each fill."
+    gpu, batch = setting.make(answer)
+    # What the two tensors hold if only the real rows are ever written.
+    places, lengths = [-1] * max(setting.sizes), [0] * max(setting.sizes)
+    before = 0
+    for few in (max(setting.sizes), 3, 5, 1, 6, 2, 1, 7, 3):
+        rows = setting.rows(few)
+        size = _fill(gpu, batch, rows)
+        places[:few] = [_place(setting, row) for row in rows]
+        lengths[:few] = [row.position + 1 for row in rows]
+        if not isinstance(size, int) or size not in setting.sizes:
+            return
+        now = (batch.slot_mapping.tolist()[:size], batch.seq_lens.tolist()[:size])
+        what = f"fill of {before} sequences and then of {few}" if before else f"fill of {few}"
+        for index in range(few, size):
+            _judge_padded_row(
+                (now[0][index], now[1][index]),
+                (places[index], lengths[index]),
+                (places[few - 1], lengths[few - 1]),
+                f"After {what}, row {index} of the graph of {size}",
             )
-        if any(lengths):
-            return (
-                f"After fill of {many} sequences and then of {few}, the padded rows of the graph of"
-                f" {size} write nowhere, but they still read: seq_lens {lengths}.\nNo harm is done,"
-                " but it is work, and those blocks may be gone. A padded row reads 0 tokens."
-            )
-    return ""
+        before = few
 
 
-def _size_fault(answer: Callable) -> str:
-    _, batch = _make_batch(answer)
-    for count in (1, 2, 3, 4, 5, 8):
-        best = min(size for size in (1, 2, 4, 8) if size >= count)
-        with cuda_errors("in fill"):
-            size = batch.fill(_some_rows(count))
-        if size not in (1, 2, 4, 8) or size < count:
-            raise Mistake(
-                "no-such-graph",
-                f"For {the_n(count, 'sequence')} fill returned {show(size)}.\nRecorded are 1, 2, 4"
-                " and 8.",
-            )
-        if size != best:
-            return (
-                f"For {the_n(count, 'sequence')} fill returned {size}; the smallest graph that is"
-                f" large enough has {the_n(best, 'row')}.\nAll others are computed for nobody."
-            )
-    return ""
+def _place(setting: _Setting, row: Any) -> int:
+    size = setting.block_size
+    return row.blocks[row.position // size] * size + row.position % size
+
+
+def _judge_padded_row(
+    now: tuple[int, int], stale: tuple[int, int], last: tuple[int, int], row: str
+) -> None:
+    """now, stale, last: (slot_mapping, seq_lens) of the row, of the row as somebody left it, and
+    of the last real row.
+    """
+    place, length = now
+    if (place, length) == (-1, 0):
+        return
+    seen = f"{row} has slot_mapping {place} and seq_lens {length}."
+    # A tensor that is right says nothing about the other one.
+    if place in (-1, stale[0]) and length in (0, stale[1]):
+        raise EXERCISE.mistake("stale-rows", seen)
+    if place in (-1, last[0]) and length in (0, last[1]):
+        raise EXERCISE.mistake("last-row-repeated", seen)
+    raise EXERCISE.mistake("padding-writes" if place != -1 else "padding-reads", seen)
+
+
+def _judge_size(answer: Callable, setting: _Setting) -> None:
+    """Which graph does fill choose for how many sequences?"""
+    gpu, batch = setting.make(answer)
+    picked: dict[int, int | None] = {}
+    failed: Exception = ValueError()
+    for count in range(1, max(setting.sizes) + 1):
+        try:
+            size = _fill(gpu, batch, setting.rows(count))
+        except (StopIteration, IndexError, ValueError) as error:
+            if count < max(setting.sizes):
+                raise
+            size, failed = None, error
+        seen = f"For {amount(count, 'sequence')} fill returned {show(size)}."
+        if size is not None and (isinstance(size, bool) or size not in setting.sizes):
+            raise EXERCISE.mistake("no-such-graph", f"{seen} Recorded are {list(setting.sizes)}.")
+        picked[count] = size
+    found = size_mistake(picked, setting.sizes)
+    if found is not None:
+        name, count = found
+        if name == "not-the-smallest" and picked[count] is None:
+            raise failed
+        best = min(size for size in setting.sizes if size >= count)
+        raise EXERCISE.mistake(
+            name,
+            f"For {amount(count, 'sequence')}, with graphs for {list(setting.sizes)}, fill"
+            f" returned {show(picked[count])}; the smallest that is large enough has {best} rows.",
+        )
+
+
+def _judge_rows(answer: Callable, setting: _Setting) -> None:
+    """Do the first rows hold what the sequences need?"""
+    gpu, batch = setting.make(answer)
+    for count in (max(setting.sizes), 2, 3, 1):
+        rows = setting.rows(count)
+        _fill(gpu, batch, rows)
+        right = {
+            "token_ids": [row.token_id for row in rows],
+            "positions": [row.position for row in rows],
+            "seq_lens": [row.position + 1 for row in rows],
+            "slot_mapping": [_place(setting, row) for row in rows],
+        }
+        for name, wanted in right.items():
+            mine = getattr(batch, name).tolist()[:count]
+            if mine != wanted:
+                raise EXERCISE.mistake(
+                    "wrong-rows",
+                    f"After fill of {amount(count, 'sequence')}, {name} begins with {show(mine)},"
+                    f" expected {show(wanted)}.",
+                )
+        for row, table in zip(rows, batch.block_table.tolist(), strict=False):
+            if table[: len(row.blocks)] != row.blocks:
+                raise EXERCISE.mistake(
+                    "wrong-rows",
+                    f"The blocks {show(row.blocks, 20)} became the row {show(table, 20)} of"
+                    " block_table.",
+                )
 
 
 def _serve_rows(answer: Callable) -> int:
+    """Four answers of the bundled model, whose rows come and go; how many tokens."""
     from minivllm.course.sim.streams import RowServer, SimulatedGPU
 
-    gpu, prompts, expected = SimulatedGPU(), the_prompts(), the_expected(120)
-    server = RowServer(gpu, answer, [1, 2, 4], longest_prompt=max(map(len, prompts)))
-    addresses = [getattr(server.batch, name).data_ptr() for name in _TENSORS]
+    asked, expected = prompts(), expected_answers(120)
+    server = RowServer(SimulatedGPU(), answer, [1, 2, 4], longest_prompt=max(map(len, asked)))
     order = {"A": 0, "B": 1, "C": 2, "D": 3}
     with cuda_errors("while steps were served"):
-        server.admit("A", prompts[0], 119)
-        server.admit("B", prompts[1], 24)
-        server.admit("D", prompts[3], 12)
+        server.admit("A", asked[0], 119)
+        server.admit("B", asked[1], 24)
+        server.admit("D", asked[3], 12)
         for number in range(118):
             if number == 8:
                 server.leave("D")
             if number == 10:
                 server.leave("B")
-                server.admit("C", prompts[2], 110)
+                server.admit("C", asked[2], 110)
             server.step()
-    for name, address in zip(_TENSORS, addresses, strict=True):
-        expect(
-            getattr(server.batch, name).data_ptr() == address,
-            "new-address",
-            f"fill has put another tensor under the name {name}.\nThe recording goes on reading the"
-            " old one. Write into the tensor that is there: `self._put(…)`, `tensor[:n].copy_(…)`,"
-            " `tensor.fill_(…)`.",
-        )
     for name, i in order.items():
         mine, right = server.answers[name], expected[i]
         if mine != right[: len(mine)]:
             at = next(k for k, (a, b) in enumerate(zip(mine, right, strict=False)) if a != b)
-            raise Mistake(
+            raise EXERCISE.mistake(
                 "wrong-values",
                 f"{name}'s answer to {QUESTIONS[i]!r} goes wrong at its token {at}, when its"
-                f" context is {len(prompts[i]) + at} tokens long: got {mine[at]}, expected"
-                f" {right[at]}.\nCompare, before and after that step, what each of the five tensors"
-                " holds in its row.",
+                f" context is {len(asked[i]) + at} tokens long: got {mine[at]}, expected"
+                f" {right[at]}.",
             )
     return sum(map(len, server.answers.values()))
-
-
-_TENSORS = ("token_ids", "positions", "seq_lens", "block_table", "slot_mapping")
 
 
 EXERCISE = Exercise(
@@ -190,6 +289,11 @@ EXERCISE = Exercise(
     mistakes=(
         Known(
             "not-mended",
+            message=(
+                "All three bugs are still there. Begin with one of the complaints, and find the"
+                " line."
+            ),
+            hint=1,
             answers=r"""
 # %% another return, the same bugs
 class StaticBatch:
@@ -225,6 +329,12 @@ class StaticBatch:
         ),
         Known(
             "table-too-narrow",
+            message=(
+                "A sequence may get max_model_len tokens. What is cut off is then read from"
+                " somewhere else. The table must be wide enough for the longest sequence that"
+                " there can ever be."
+            ),
+            hint=2,
             answers=r"""
 # %% rows and size mended
 class StaticBatch:
@@ -294,7 +404,72 @@ class StaticBatch:
 """,
         ),
         Known(
+            "rounded-down",
+            message=(
+                "The last block of a sequence need not be full: round up, -(-max_model_len //"
+                " block_size)."
+            ),
+            hint=3,
+            answers=r"""
+# %% whole blocks only
+@@
+-        rows, width = self.sizes[-1], -(-max_model_len // block_size)
++        rows, width = self.sizes[-1], max_model_len // block_size
+""",
+        ),
+        Known(
+            "table-not-filled",
+            message=(
+                "The table is wide enough now, but every block of the sequence must stand in"
+                " its row."
+            ),
+            hint=2,
+            answers=r"""
+# %% the table is wide enough, but still filled only as far as the longest prompt
+class StaticBatch:
+    def __init__(self, gpu, sizes, block_size, max_model_len, longest_prompt):
+        self.gpu, self.sizes = gpu, sorted(sizes)
+        rows, width = self.sizes[-1], -(-max_model_len // block_size)
+        self.width = -(-longest_prompt // block_size)
+        self.token_ids = gpu.full((rows,), 0)
+        self.positions = gpu.full((rows,), 0)
+        self.seq_lens = gpu.full((rows,), 0, dtype=torch.int32)
+        self.block_table = gpu.full((rows, width), 0, dtype=torch.int32)
+        self.slot_mapping = gpu.full((rows,), -1)
+        self.block_size = block_size
+
+    def fill(self, rows):
+        size, width = self.block_size, self.block_table.shape[1]
+        places = [
+            row.blocks[row.position // size] * size + row.position % size
+            for row in rows
+        ]
+        self.seq_lens.fill_(0)
+        self.slot_mapping.fill_(-1)
+        self._put(self.token_ids, [row.token_id for row in rows])
+        self._put(self.positions, [row.position for row in rows])
+        self._put(self.seq_lens, [row.position + 1 for row in rows])
+        self._put(
+            self.block_table,
+            [(row.blocks[: self.width] + [0] * width)[:width] for row in rows],
+        )
+        self._put(self.slot_mapping, places)
+        return next(n for n in self.sizes if n >= len(rows))
+
+    def _put(self, tensor, values):
+        host = self.gpu.pinned(values, dtype=tensor.dtype)
+        tensor[: len(values)].copy_(host, non_blocking=True)
+""",
+        ),
+        Known(
             "stale-rows",
+            message=(
+                "That is what another sequence left there, in an earlier step. Nobody runs in"
+                " this row, and its place may belong to somebody else by now. Every row behind"
+                " the real ones, up to the size that is replayed, gets slot_mapping -1 and"
+                " seq_lens 0, at each fill."
+            ),
+            hint=1,
             answers=r"""
 # %% width and size mended; a graph as large as the batch hides it
 class StaticBatch:
@@ -359,48 +534,63 @@ class StaticBatch:
         host = self.gpu.pinned(values, dtype=tensor.dtype)
         tensor[: len(values)].copy_(host, non_blocking=True)
 
-# %% padded with zeros, which is a place
-class StaticBatch:
-    def __init__(self, gpu, sizes, block_size, max_model_len, longest_prompt):
-        self.gpu, self.sizes = gpu, sorted(sizes)
-        rows, width = self.sizes[-1], -(-max_model_len // block_size)
-        self.token_ids = gpu.full((rows,), 0)
-        self.positions = gpu.full((rows,), 0)
-        self.seq_lens = gpu.full((rows,), 0, dtype=torch.int32)
-        self.block_table = gpu.full((rows, width), 0, dtype=torch.int32)
-        self.slot_mapping = gpu.full((rows,), -1)
-        self.block_size = block_size
+# %% one row behind the real ones is reset
+@@
+-        padding = graph_size - len(rows)
++        padding = min(1, graph_size - len(rows))
 
-    def fill(self, rows):
-        size, width = self.block_size, self.block_table.shape[1]
-        places = [
-            row.blocks[row.position // size] * size + row.position % size
-            for row in rows
-        ]
-        for tensor in (
-            self.token_ids,
-            self.positions,
-            self.seq_lens,
-            self.block_table,
-            self.slot_mapping,
-        ):
-            tensor.zero_()
-        self._put(self.token_ids, [row.token_id for row in rows])
-        self._put(self.positions, [row.position for row in rows])
-        self._put(self.seq_lens, [row.position + 1 for row in rows])
-        self._put(
-            self.block_table, [(row.blocks + [0] * width)[:width] for row in rows]
-        )
-        self._put(self.slot_mapping, places)
-        return next(n for n in self.sizes if n >= len(rows))
-
-    def _put(self, tensor, values):
-        host = self.gpu.pinned(values, dtype=tensor.dtype)
-        tensor[: len(values)].copy_(host, non_blocking=True)
+# %% they read nothing, and still write
+@@
+-        self._put(self.slot_mapping, places + [-1] * padding)
++        self._put(self.slot_mapping, places)
 """,
         ),
         Known(
-            "largest-graph-always",
+            "last-row-repeated",
+            message=(
+                "That is what the last real row holds, written a second time. The padded row"
+                " would read that sequence's context for nothing, or write into it. Padded rows"
+                " get slot_mapping -1 and seq_lens 0."
+            ),
+            hint=3,
+            answers=r"""
+# %% the last row again
+@@
+-        places = [
++        rows = rows + rows[-1:] * padding
++        padding = 0
++        places = [
+""",
+        ),
+        Known(
+            "padding-writes",
+            message=(
+                "A padded row must write nowhere, slot_mapping -1. Every other number is a"
+                " place in some block: 0 is the first place of block 0."
+            ),
+            answers=r"""
+# %% padded with zeros, which is a place
+@@
+-        self._put(self.slot_mapping, places + [-1] * padding)
++        self._put(self.slot_mapping, places + [0] * padding)
+""",
+        ),
+        Known(
+            "padding-reads",
+            message=(
+                "A padded row must read nothing, seq_lens 0. No harm is done here, but it is"
+                " work for nobody."
+            ),
+            answers=r"""
+# %% a length of one
+@@
+-        self._put(self.seq_lens, [row.position + 1 for row in rows] + [0] * padding)
++        self._put(self.seq_lens, [row.position + 1 for row in rows] + [1] * padding)
+""",
+        ),
+        replace(
+            common.LARGEST_ALWAYS,
+            hint=2,
             answers=r"""
 # %% width and rows mended
 class StaticBatch:
@@ -436,8 +626,61 @@ class StaticBatch:
         tensor[: len(values)].copy_(host, non_blocking=True)
 """,
         ),
+        replace(
+            common.ONE_TOO_LARGE,
+            hint=3,
+            answers=r"""
+# %% larger, not at least as large
+@@
+-        graph_size = next(
+-            graph_size for graph_size in self.sizes if graph_size >= len(rows)
+-        )
++        graph_size = next(
++            (size for size in self.sizes if size > len(rows)), self.sizes[-1]
++        )
+""",
+        ),
+        replace(
+            common.NOT_SORTED,
+            hint=3,
+            answers=r"""
+# %% sorts nothing
+@@
+-        self.gpu, self.sizes = gpu, sorted(sizes)
+-        rows, width = self.sizes[-1], -(-max_model_len // block_size)
++        self.gpu, self.sizes = gpu, list(sizes)
++        rows, width = max(sizes), -(-max_model_len // block_size)
+""",
+        ),
+        replace(
+            common.TOO_SMALL,
+            hint=3,
+            answers=r"""
+# %% the next smaller one
+@@
+-        graph_size = next(
+-            graph_size for graph_size in self.sizes if graph_size >= len(rows)
+-        )
++        smaller = [size for size in self.sizes if size <= len(rows)]
++        graph_size = max(smaller, default=self.sizes[0])
+""",
+        ),
+        replace(
+            common.OTHER_SIZE,
+            hint=3,
+            answers=r"""
+# %% the second that fits
+@@
+-        graph_size = next(
+-            graph_size for graph_size in self.sizes if graph_size >= len(rows)
+-        )
++        graph_size = [size for size in self.sizes if size >= len(rows)][:2][-1]
+""",
+        ),
         Known(
             "no-such-graph",
+            message=("Only recorded graphs can be replayed: fill returns one of `sizes`."),
+            hint=3,
             answers=r"""
 # %% a graph for every number
 class StaticBatch:
@@ -469,10 +712,21 @@ class StaticBatch:
     def _put(self, tensor, values):
         host = self.gpu.pinned(values, dtype=tensor.dtype)
         tensor[: len(values)].copy_(host, non_blocking=True)
+
+# %% the next power of two
+@@
+-        graph_size = next(
+-            graph_size for graph_size in self.sizes if graph_size >= len(rows)
+-        )
++        graph_size = 1 << (len(rows) - 1).bit_length()
 """,
         ),
         Known(
             "new-address",
+            message=(
+                "The recording goes on reading the old tensor. Write into the tensor that is"
+                " there: `self._put(…)`, `tensor[:n].copy_(…)`, `tensor.fill_(…)`."
+            ),
             answers=r"""
 # %% fresh tensors for slots and lengths
 class StaticBatch:
@@ -509,52 +763,35 @@ class StaticBatch:
 """,
         ),
         Known(
-            "table-not-filled",
+            "wrong-rows",
+            message=(
+                "That was right before. Compare your fill with the given one: what has changed"
+                " for the real rows?"
+            ),
             answers=r"""
-# %% the table is wide enough, but still filled only as far as the longest prompt
-class StaticBatch:
-    def __init__(self, gpu, sizes, block_size, max_model_len, longest_prompt):
-        self.gpu, self.sizes = gpu, sorted(sizes)
-        rows, width = self.sizes[-1], -(-max_model_len // block_size)
-        self.width = -(-longest_prompt // block_size)
-        self.token_ids = gpu.full((rows,), 0)
-        self.positions = gpu.full((rows,), 0)
-        self.seq_lens = gpu.full((rows,), 0, dtype=torch.int32)
-        self.block_table = gpu.full((rows, width), 0, dtype=torch.int32)
-        self.slot_mapping = gpu.full((rows,), -1)
-        self.block_size = block_size
-
-    def fill(self, rows):
-        size, width = self.block_size, self.block_table.shape[1]
-        places = [
-            row.blocks[row.position // size] * size + row.position % size
-            for row in rows
-        ]
-        self.seq_lens.fill_(0)
-        self.slot_mapping.fill_(-1)
-        self._put(self.token_ids, [row.token_id for row in rows])
-        self._put(self.positions, [row.position for row in rows])
-        self._put(self.seq_lens, [row.position + 1 for row in rows])
-        self._put(
-            self.block_table,
-            [(row.blocks[: self.width] + [0] * width)[:width] for row in rows],
-        )
-        self._put(self.slot_mapping, places)
-        return next(n for n in self.sizes if n >= len(rows))
-
-    def _put(self, tensor, values):
-        host = self.gpu.pinned(values, dtype=tensor.dtype)
-        tensor[: len(values)].copy_(host, non_blocking=True)
+# %% everything is reset behind the writing
+@@
+-        return graph_size
++        self.positions.fill_(0)
++        return graph_size
 """,
         ),
         Known(
-            "rounded-down",
+            "changed-input",
             answers=r"""
-# %% whole blocks only
+# %% pads the caller's list
 @@
--        rows, width = self.sizes[-1], -(-max_model_len // block_size)
-+        rows, width = self.sizes[-1], max_model_len // block_size
+-        places = [
++        rows += [Row(0, 0, [0])] * padding
++        places = [
 """,
+        ),
+        Known(
+            "wrong-values",
+            message=(
+                "Compare, before and after that step, what each of the five tensors holds in"
+                " its row."
+            ),
         ),
     ),
     right=r"""

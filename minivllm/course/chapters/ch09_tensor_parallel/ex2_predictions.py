@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from minivllm.course.grading.compare import show
-from minivllm.course.grading.errors import Mistake
+from minivllm.course.chapters.ch09_tensor_parallel.rank_model import the_rank_model
+from minivllm.course.grading.exercise import Exercise, Known
+from minivllm.course.grading.judges import Prediction, expect_predictions
 
 if TYPE_CHECKING:
     import torch
 
     from minivllm.config import ModelConfig
     from minivllm.course.sim.ranks import Group
-from minivllm.course.chapters.ch09_tensor_parallel.common import the_rank_model
-from minivllm.course.grading.exercise import Exercise, Known
+
+#: The share by which a number of bytes may miss.
+_NEAR = 0.002
+_LAYERS, _HIDDEN, _WIDE, _VOCABULARY = 36, 4096, 12_288, 151_936
+_SEQUENCES = 16
+
+_FLOAT32 = "bfloat16 has 2 bytes per number."
+_HALF = "That is how many numbers they are. Each has two bytes."
+_RING = (
+    "A ring of n works in two rounds, and each rank sends its share of the tensor n − 1 times in"
+    " each: first while the sums grow, then to hand them out."
+)
 
 
 @cache
@@ -49,7 +59,7 @@ def _meta_weights() -> tuple[ModelConfig, Any, dict[str, torch.Tensor], torch.Te
     return config, nothing, weights, torch.empty(16, config.head_dim, device=meta)
 
 
-def _parts(size: int, count: int) -> list[Any]:
+def _models(size: int, count: int) -> list[Any]:
     """The first `count` of `size` ranks."""
     config, kernels, weights, cos_sin = _meta_weights()
     return [
@@ -57,9 +67,11 @@ def _parts(size: int, count: int) -> list[Any]:
     ]
 
 
-def _kv_bytes(parts: Sequence[Any]) -> int:
-    keys = parts[0].w["model.layers.0.self_attn.k_proj.weight"].shape[0]
-    return 2 * 2 * parts[0].config.num_hidden_layers * keys
+def _kv_bytes_on(size: int) -> int:
+    """Bytes of a token in the cache of a rank of so many."""
+    [part] = _models(size, 1)
+    keys = part.w["model.layers.0.self_attn.k_proj.weight"].shape[0]
+    return 2 * 2 * part.config.num_hidden_layers * keys
 
 
 @cache
@@ -71,7 +83,7 @@ def _measure() -> dict[str, float]:
 
     from minivllm.course.sim.ranks import Ranks
 
-    parts, metadata = _parts(4, 4), _DecodeOnly(16)
+    parts, metadata = _models(4, 4), _DecodeOnly(16)
     ids = torch.empty(16, dtype=torch.int64, device="meta")
 
     def step(group: Group) -> None:
@@ -89,7 +101,7 @@ def _measure() -> dict[str, float]:
         "sent": sum(call.sent_bytes for call in reduces),
         "gathered": gather.sent_bytes,
         "weights": 2 * sum(t.numel() for t in parts[0].w.values() if t.dim() == 2),
-        "kv": _kv_bytes(parts),
+        "kv": _kv_bytes_on(4),
     }
 
 
@@ -105,6 +117,197 @@ class _DecodeOnly:
         self.max_decode_seq_len = 1
 
 
+def _all_reduces() -> Prediction:
+    """How many all-reduces a step has."""
+    per_layer = (
+        "Count the products in a layer whose results are terms: attention's output and down."
+    )
+    columns = "Columns, then rows: between the two nothing is sent."
+    usual = {
+        "forgot-the-embedding": (
+            2 * _LAYERS,
+            "The embedding is split by rows, too: its look-up ends in an all-reduce.",
+        ),
+        "one-per-layer": (_LAYERS, per_layer),
+        "one-per-layer-and-embedding": (_LAYERS + 1, per_layer),
+        "one-layer": (2, "That is one of 36 layers, without the embedding."),
+        "one-layer-and-embedding": (3, "That is one of 36 layers, and the embedding."),
+        "logits-reduced": (
+            2 * _LAYERS + 2,
+            "The logits are not added up: each rank has other tokens, so they are gathered.",
+        ),
+        "after-every-matrix": (7 * _LAYERS, columns),
+        "after-every-matrix-and-embedding": (7 * _LAYERS + 1, columns),
+    }
+    advice = "Count those of one layer, then multiply. What else is split, besides the layers?"
+    return Prediction("all_reduces", _measure()["all_reduces"], "", 0.0, usual, advice)
+
+
+def _one_all_reduce() -> Prediction:
+    """Bytes of the tensor that is summed."""
+    one, count = _measure()["one"], _measure()["all_reduces"]
+    usual = {
+        "one-sequence": (one / _SEQUENCES, "A step sends the states of all 16 sequences at once."),
+        "float32": (2 * one, _FLOAT32),
+        "numbers-not-bytes": (one / 2, _HALF),
+        "divided-by-the-ranks": (
+            one / 4,
+            "A rank's term of the sum is as wide as the result: it is no part of the result.",
+        ),
+        "before-down": (
+            _SEQUENCES * _WIDE * 2,
+            "The MLP's wide numbers stay where they are; the result of down is summed.",
+        ),
+        "before-down-on-a-rank": (
+            _SEQUENCES * _WIDE * 2 / 4,
+            "The MLP's wide numbers stay where they are; the result of down is summed.",
+        ),
+        "all-of-them": (one * count, "That is all of them together. This asks for one."),
+        "on-all-ranks": (4 * one, "That is the tensors of four ranks. This asks for one tensor."),
+    }
+    advice = "How many tokens does a step have here, and how wide is the state of a token?"
+    return Prediction("one_all_reduce", one, "bytes", _NEAR, usual, advice)
+
+
+def _sent(all_reduces: Any, one_all_reduce: Any) -> Prediction:
+    """Bytes that a rank sends in all all-reduces, in a ring. The arguments are predictions, too."""
+    m = _measure()
+    one, whole = m["one"], m["one"] * m["all_reduces"]
+    usual = {
+        "once-the-tensor": (whole, _RING),
+        "own-share-sent-too": (2 * whole, _RING),
+        "half-of-the-ring": (0.75 * whole, _RING),
+        "sent-to-each": (
+            3 * whole,
+            f"Each sends everything to each other: that is no ring. {_RING}",
+        ),
+        "one-all-reduce": (m["sent"] / m["all_reduces"], "That is one of all the all-reduces."),
+        "forgot-the-embedding": (1.5 * one * 2 * _LAYERS, "The embedding has one, too."),
+        "all-ranks": (
+            4 * m["sent"],
+            "That is what all four send together. This asks for one rank.",
+        ),
+        "one-sequence": (m["sent"] / _SEQUENCES, "A step has 16 sequences."),
+    }
+    if isinstance(all_reduces, int | float) and isinstance(one_all_reduce, int | float):
+        first = 1.5 * all_reduces * one_all_reduce
+        usual = {"follows": (first, "It follows from your first two numbers.")} | usual
+    advice = "Your first two numbers, and what a ring sends of a tensor: follow one share of it."
+    return Prediction("sent", m["sent"], "bytes", _NEAR, usual, advice)
+
+
+def _gathered() -> Prediction:
+    """Bytes that a rank gets in the all-gather."""
+    right = _measure()["gathered"]
+    all_logits = 2 * _SEQUENCES * _VOCABULARY
+    usual = {
+        "own-part-counted": (all_logits, "A rank has its own part of the logits already."),
+        "own-part-only": (
+            all_logits / 4,
+            "That is what it brings. It gets as much from each of the others.",
+        ),
+        "one-sequence": (right / _SEQUENCES, "16 sequences want logits."),
+        "numbers-not-bytes": (right / 2, _HALF),
+        "twice-as-much": (
+            1.5 * all_logits,
+            "bfloat16 has 2 bytes per number, and nothing is summed: parts are collected, and each"
+            " rank gets each other part once.",
+        ),
+        "states-not-logits": (
+            3 * 2 * _SEQUENCES * _HIDDEN,
+            "The logits are gathered, not the states: one number per token of the vocabulary.",
+        ),
+        "all-ranks": (4 * right, "That is what all four get together. This asks for one rank."),
+    }
+    advice = "How many tokens can one rank score, and how many parts does it lack?"
+    return Prediction("gathered", right, "bytes", _NEAR, usual, advice)
+
+
+def _weights() -> Prediction:
+    """Bytes of the matrices of a rank."""
+    right, table = _measure()["weights"], 2 * _VOCABULARY * _HIDDEN
+    layers = 4 * right - 2 * table
+    projections = _HIDDEN * 128 * 2 * _LAYERS
+    usual = {
+        "not-divided": (4 * right, "Each rank has a part of every matrix."),
+        "numbers-not-bytes": (right / 2, _HALF),
+        "float32": (2 * right, _FLOAT32),
+        "forgot-the-vocabulary": (
+            layers / 4,
+            "Embedding and head are matrices, too: they are split, and they count.",
+        ),
+        "tied": (
+            (layers + table) / 4,
+            "This model is not tied: embedding and head are two matrices.",
+        ),
+        "vocabulary-not-divided": (
+            layers / 4 + 2 * table,
+            "Embedding and head are split by rows, too.",
+        ),
+        "kv-as-wide-as-queries": (
+            right + projections * (2 * 32 - 2 * 8) / 4,
+            "Keys and values have 8 heads, not 32: their matrices are narrower.",
+        ),
+        "forgot-the-output-of-attention": (
+            right - projections * 32 / 4,
+            "Attention has four matrices: q, k, v and the one behind it, o.",
+        ),
+        "two-matrices-in-the-mlp": (
+            right - _HIDDEN * _WIDE * 2 * _LAYERS / 4,
+            "The MLP has three matrices: gate, up and down.",
+        ),
+        "one-layer": (
+            (layers / _LAYERS + 2 * table) / 4,
+            "That has one of 36 layers.",
+        ),
+        "forgot-one-of-k-and-v": (
+            right - projections * 8 / 4,
+            "Keys and values have a matrix each.",
+        ),
+    }
+    advice = "List the seven matrices of a layer with their shapes. What has the model besides?"
+    return Prediction("weights", right, "bytes", _NEAR, usual, advice)
+
+
+def _kv(name: str, right: float, usual: Mapping[str, tuple[float, str]]) -> Prediction:
+    """Bytes of a token in the cache of a rank."""
+    both = {
+        "keys-or-values": (right / 2, "Keys and values are kept, with two bytes per number."),
+        "one-layer": (right / _LAYERS, "Each of the 36 layers keeps its own."),
+    }
+    advice = "Which KV heads does a rank keep? Each has a key and a value in each layer."
+    return Prediction(name, right, "bytes", _NEAR, {**usual, **both}, advice)
+
+
+def _kv_bytes() -> Prediction:
+    right = _measure()["kv"]
+    usual = {
+        "not-divided": (4 * right, "A rank keeps its own KV heads only."),
+        "float32": (2 * right, _FLOAT32),
+        "forgot-gqa": (
+            4 * right * 4,
+            "Only KV heads are kept, not the 32 query heads, and a rank has a part of them.",
+        ),
+    }
+    return _kv("kv_bytes", right, usual)
+
+
+def _kv_bytes_16() -> Prediction:
+    right = _kv_bytes_on(16)
+    usual = {
+        "half-a-head": (
+            right / 2,
+            "There are 8 KV heads for 16 ranks, and half a head is no head.",
+        ),
+        "two-heads": (2 * right, "That is as much as on four ranks. Here a rank needs less."),
+        "not-divided": (
+            8 * right,
+            "A rank keeps the KV heads that its query heads read, not all of them.",
+        ),
+    }
+    return _kv("kv_bytes_16", right, usual)
+
+
 def check_predictions(
     all_reduces: float,
     one_all_reduce: float,
@@ -114,203 +317,15 @@ def check_predictions(
     kv_bytes: float,
     kv_bytes_16: float,
 ) -> str:
-    m, wide = _measure(), {"kv": _kv_bytes(_parts(16, 1))}
-    one, count, whole = m["one"], m["all_reduces"], 4 * m["weights"]
-    vocabulary, layers = 151_936, 36
-
-    def judge(
-        name: str, guess: Any, right: float, measured: str, known: dict[float, tuple[str, str]]
-    ) -> None:
-        if isinstance(guess, bool) or not isinstance(guess, int | float):
-            raise Mistake("wrong-type", f"{name} is {show(guess)}.\nA prediction is one number.")
-        if math.isclose(guess, right, rel_tol=0.002):
-            return
-        for value, (mistake, why) in known.items():
-            if math.isclose(guess, value, rel_tol=0.002):
-                raise Mistake(
-                    mistake,
-                    f"{name}: you predicted {guess:,.0f}, measured: {right:,.0f}.\n{why}"
-                    f" {measured}",
-                )
-        raise Mistake(
-            "wrong-prediction",
-            f"{name}: you predicted {guess:,.0f}, measured: {right:,.0f}.\n{measured} "
-            "Find out where the difference comes from, then correct your number.",
-        )
-
-    in_float32 = "float32", "bfloat16 has 2 bytes a number."
-    judge(
-        "all_reduces",
-        all_reduces,
-        count,
-        "Measured: a step was run on four ranks without memory, and every call noted.",
-        {
-            2 * layers: (
-                "forgot-the-embedding",
-                "The embedding is split by rows: its look-up ends in an all-reduce, too.",
-            ),
-            layers: ("one-a-layer", "Two a layer: one after attention's output, one after down."),
-            layers + 1: (
-                "one-a-layer",
-                "Two a layer: one after attention's output, one after down.",
-            ),
-            2: ("one-layer", "That is one of 36 layers, without the embedding."),
-            3: ("one-layer", "That is one of 36 layers, and the embedding."),
-            count + 1: (
-                "logits-reduced",
-                "The logits are not added up: each rank has other tokens, so they are gathered.",
-            ),
-            7 * layers: (
-                "after-every-matrix",
-                "Columns, then rows: between the two nothing is sent.",
-            ),
-            7 * layers + 1: (
-                "after-every-matrix",
-                "Columns, then rows: between the two nothing is sent.",
-            ),
-        },
-    )
-    judge(
-        "one_all_reduce",
-        one_all_reduce,
-        one,
-        "Measured: bfloat16 [16, 4096].",
-        {
-            one / 16: ("one-sequence", "A step sends the states of all 16 sequences at once."),
-            one * 2: in_float32,
-            one / 2: ("numbers-not-bytes", "That is how many numbers it has, of two bytes each."),
-            one / 4: (
-                "divided-by-the-ranks",
-                "A term of the sum is as large as the whole result: all 4,096 numbers.",
-            ),
-            16 * 12_288 * 2: (
-                "before-down",
-                "The MLP's 12,288 numbers stay where they are; the result of down is summed.",
-            ),
-            one * count: ("all-of-them", "That is all of them together; this asks for one."),
-        },
-    )
-    ring = (
-        "A ring of n sends 2 (n − 1) / n of the tensor: (n − 1) / n while sums grow, and as much to"
-        " hand them out."
-    )
-    judge(
-        "sent",
-        sent,
-        m["sent"],
-        f"Measured: {count} all-reduces of {one:,} bytes.",
-        {
-            count * one: ("once-the-tensor", ring),
-            2 * count * one: ("own-share-sent-too", ring),
-            0.75 * count * one: ("half-of-the-ring", ring),
-            3 * count * one: (
-                "sent-to-each",
-                "Each sends everything to each other: that is no ring. " + ring,
-            ),
-            1.5 * one: ("one-all-reduce", f"That is one of {count}."),
-            1.5 * one * 2 * layers: ("forgot-the-embedding", "The embedding has one, too."),
-            4 * m["sent"]: (
-                "all-ranks",
-                "That is what all four send together; this asks for one rank.",
-            ),
-        },
-    )
-    rows = vocabulary // 4
-    judge(
-        "gathered",
-        gathered,
-        m["gathered"],
-        "Measured: an all-gather of bfloat16 [16, 37984] on each of four ranks.",
-        {
-            16 * vocabulary * 2: (
-                "own-part-counted",
-                "A rank has its own quarter already; it gets three.",
-            ),
-            16 * rows * 2: (
-                "own-part-only",
-                "That is what it brings; it gets as much from each of the three others.",
-            ),
-            m["gathered"] / 16: ("one-sequence", "16 sequences want logits."),
-            2 * m["gathered"]: in_float32,
-            1.5 * 16 * vocabulary * 2: (
-                "like-an-all-reduce",
-                (
-                    "Nothing is summed: parts are collected, each is sent on once "
-                    "by everybody but its last receiver."
-                ),
-            ),
-            16 * 4096 * 2 * 3: (
-                "states-not-logits",
-                "The logits are gathered: 151,936 numbers a sequence.",
-            ),
-        },
-    )
-    judge(
-        "weights",
-        weights,
-        m["weights"],
-        "Measured: the matrices of rank 0, two bytes a number.",
-        {
-            whole: ("not-divided", "Each rank has a quarter of every matrix."),
-            m["weights"] / 2: (
-                "numbers-not-bytes",
-                "That is how many numbers; each has two bytes.",
-            ),
-            2 * m["weights"]: in_float32,
-            (whole - 2 * 2 * vocabulary * 4096) / 4: (
-                "forgot-the-vocabulary",
-                "Embedding and head are split, too, and they count.",
-            ),
-            (whole - 2 * vocabulary * 4096) / 4: (
-                "tied",
-                "This model is not tied: embedding and head are two matrices.",
-            ),
-            (whole - 2 * 2 * vocabulary * 4096) / 4 + 2 * 2 * vocabulary * 4096: (
-                "vocabulary-not-divided",
-                "Embedding and head are split by rows, too.",
-            ),
-        },
-    )
-    keys = "Four ranks share 8 KV heads: two each."
-    judge(
-        "kv_bytes",
-        kv_bytes,
-        m["kv"],
-        "Measured: keys and values of 2 heads, 36 layers.",
-        {
-            4 * m["kv"]: ("not-divided", keys),
-            m["kv"] / 2: ("keys-or-values", "Keys and values are kept."),
-            2 * m["kv"]: in_float32,
-            m["kv"] / layers: ("one-layer", "Each of the 36 layers keeps its own."),
-            16 * m["kv"]: (
-                "forgot-gqa",
-                "Only KV heads are kept, not the 32 query heads; and a rank has a quarter.",
-            ),
-        },
-    )
-    judge(
-        "kv_bytes_16",
-        kv_bytes_16,
-        wide["kv"],
-        "Measured: one KV head on each of 16 ranks.",
-        {
-            m["kv"] / 4: (
-                "half-a-head",
-                (
-                    "There are 8 KV heads for 16 ranks, and half a head is no head: two ranks keep"
-                    " the same one."
-                ),
-            ),
-            m["kv"]: (
-                "two-heads",
-                "That is two heads, as on four ranks. With 16 ranks each needs one.",
-            ),
-            4 * m["kv"]: (
-                "not-divided",
-                "A rank keeps the KV head that its query heads read, not all 8.",
-            ),
-            wide["kv"] / 4: ("keys-or-values", "Keys and values are kept, of one whole head."),
-        },
+    """Compare seven predictions with a step that was run and counted."""
+    expect_predictions(
+        (_all_reduces(), all_reduces),
+        (_one_all_reduce(), one_all_reduce),
+        (_sent(all_reduces, one_all_reduce), sent),
+        (_gathered(), gathered),
+        (_weights(), weights),
+        (_kv_bytes(), kv_bytes),
+        (_kv_bytes_16(), kv_bytes_16),
     )
     return "seven predictions, all as measured"
 
@@ -330,15 +345,6 @@ EXERCISE = Exercise(
 """,
         ),
         Known(
-            "one-a-layer",
-            answers=r"""
-# %% attention and MLP together
-@@
--all_reduces = 2 * 36 + 1
-+all_reduces = 36
-""",
-        ),
-        Known(
             "after-every-matrix",
             answers=r"""
 # %% seven matrices
@@ -349,6 +355,7 @@ EXERCISE = Exercise(
         ),
         Known(
             "one-sequence",
+            hint=1,
             answers=r"""
 # %% the step has sixteen
 @@
@@ -358,6 +365,7 @@ EXERCISE = Exercise(
         ),
         Known(
             "divided-by-the-ranks",
+            hint=1,
             answers=r"""
 # %% a term is taken for a part
 @@
@@ -367,6 +375,7 @@ EXERCISE = Exercise(
         ),
         Known(
             "before-down",
+            hint=1,
             answers=r"""
 # %% the wide numbers
 @@
@@ -376,6 +385,7 @@ EXERCISE = Exercise(
         ),
         Known(
             "once-the-tensor",
+            hint=2,
             answers=r"""
 # %% each sends its tensor once
 @@
@@ -385,6 +395,7 @@ EXERCISE = Exercise(
         ),
         Known(
             "sent-to-each",
+            hint=2,
             answers=r"""
 # %% each to each
 @@
@@ -394,6 +405,7 @@ EXERCISE = Exercise(
         ),
         Known(
             "half-of-the-ring",
+            hint=2,
             answers=r"""
 # %% while sums grow
 @@
@@ -403,6 +415,7 @@ EXERCISE = Exercise(
         ),
         Known(
             "own-part-counted",
+            hint=3,
             answers=r"""
 # %% all of the logits
 @@
@@ -453,7 +466,7 @@ kv_bytes_16 = 2 * 36 * 1 * 128 * 2
         Known(
             "numbers-not-bytes",
             answers=r"""
-# %% one byte a number
+# %% one byte per number
 all_reduces = 2 * 36 + 1
 one_all_reduce = 16 * 4096 * 2
 sent = (2 * 36 + 1) * (16 * 4096 * 2) * 2 * 3 / 4
@@ -476,20 +489,12 @@ kv_bytes_16 = 2 * 36 * 1 * 128 * 2
         ),
         Known(
             "half-a-head",
+            hint=3,
             answers=r"""
 # %% eight heads on sixteen ranks
 @@
 -kv_bytes_16 = 2 * 36 * 1 * 128 * 2
 +kv_bytes_16 = 2 * 36 * 8 * 128 * 2 / 16
-""",
-        ),
-        Known(
-            "wrong-prediction",
-            answers=r"""
-# %% a sum gone wrong
-@@
--all_reduces = 2 * 36 + 1
-+all_reduces = 74 + 36
 """,
         ),
         Known(
@@ -504,10 +509,55 @@ kv_bytes_16 = 2 * 36 * 1 * 128 * 2
         Known(
             "float32",
             answers=r"""
-# %% four bytes a number
+# %% four bytes per number
 @@
 -one_all_reduce = 16 * 4096 * 2
 +one_all_reduce = 16 * 4096 * 4
+""",
+        ),
+        Known(
+            "wrong-all-reduces",
+            answers=r"""
+# %% a sum gone wrong
+@@
+-all_reduces = 2 * 36 + 1
++all_reduces = 74 + 36
+""",
+        ),
+        Known(
+            "wrong-type",
+            answers=r"""
+# %% not a number
+@@
+-all_reduces = 2 * 36 + 1
++all_reduces = float("nan")
+""",
+        ),
+        Known(
+            "one-per-layer",
+            answers=r"""
+# %% attention and MLP together
+@@
+-all_reduces = 2 * 36 + 1
++all_reduces = 36
+""",
+        ),
+        Known(
+            "kv-as-wide-as-queries",
+            answers=r"""
+# %% no grouped queries in the matrices
+@@
+-    * (36 * (4096 * (2 * 32 + 2 * 8) * 128 + 3 * 4096 * 12_288) + 2 * 151_936 * 4096)
++    * (36 * (4096 * (4 * 32) * 128 + 3 * 4096 * 12_288) + 2 * 151_936 * 4096)
+""",
+        ),
+        Known(
+            "forgot-gqa",
+            answers=r"""
+# %% a cache for query heads
+@@
+-kv_bytes = 2 * 36 * 2 * 128 * 2
++kv_bytes = 2 * 36 * 32 * 128 * 2
 """,
         ),
     ),

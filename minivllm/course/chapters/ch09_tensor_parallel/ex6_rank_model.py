@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
-from minivllm.course.grading.compare import show
+from minivllm.course.chapters.ch09_tensor_parallel.common import (
+    AVERAGED,
+    SUMMED_TWICE,
+    Case,
+    as_mistake,
+    collect,
+    count_of,
+    expect_calls,
+    expect_exact,
+)
+from minivllm.course.chapters.ch09_tensor_parallel.rank_model import the_rank_model
+from minivllm.course.grading.compare import is_tensor, show
 from minivllm.course.grading.diagnose import diagnose
 from minivllm.course.grading.errors import Mistake
-from minivllm.course.grading.judges import expect, seeded
+from minivllm.course.grading.exercise import Exercise, Known
+from minivllm.course.grading.judges import expect, expect_unchanged, seeded
 from minivllm.course.grading.with_engine import engine_agrees
 
 if TYPE_CHECKING:
     import torch
 
     from minivllm.config import ModelConfig
-from minivllm.course.chapters.ch09_tensor_parallel.common import (
-    ADVICE,
-    Case,
-    collect,
-    on_ranks,
-    the_n,
-    the_rank_model,
-)
-from minivllm.course.grading.exercise import Exercise, Known
+    from minivllm.course.sim.ranks import Group
 
 _SIZES = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -41,47 +47,51 @@ _SIZES = {
     "rms_norm_eps": 1e-5,
 }
 
-
-_BLOCK = 4  # tokens of a page
-
+#: Tokens per page.
+_BLOCK = 4
 
 #: Steps of two sequences: (first position, number of tokens) of each, or None.
 _PROMPT = (((0, 6), None),)
-
-
-_MIXED = (((0, 3), (0, 5)), ((3, 1), (5, 3)), ((4, 1), (8, 1)))
+#: Steps of the same shape follow each other, so that a result kept by shape shows.
+_MIXED = (((0, 3), (0, 5)), ((3, 1), (5, 3)), ((4, 1), (8, 1)), ((5, 1), (9, 1)), ((6, 1), (10, 1)))
 
 
 def _model_cases() -> list[Case]:
-    def case(what: str, size: int, steps: Any, seed: int, **changes: Any) -> Case:
-        return Case(
-            f"{the_n(size, 'rank')}, {what}",
-            size,
-            {"steps": steps, "changes": changes, "seed": seed},
-        )
+    def case(what: str, size: int, steps: Any, idle: int = -1, **changes: Any) -> Case:
+        data = {"steps": steps, "changes": changes, "idle": idle}
+        return Case(f"{count_of(size, 'rank')}, {what}", size, data)
 
     return [
-        case("a prompt of 6 tokens", 1, _PROMPT, 0),
-        case("a prompt of 6 tokens", 2, _PROMPT, 1),
-        case("prompts and decodes", 2, _MIXED, 2),
-        case("2 KV heads, a vocabulary of 42", 4, _MIXED, 3),
+        case("a prompt of 6 tokens", 1, _PROMPT),
+        case("a prompt of 6 tokens", 2, _PROMPT),
+        case("prompts and decodes", 2, _MIXED),
+        case("2 KV heads, a vocabulary of 42", 4, _MIXED),
         case(
-            "3 heads, a head of its own, a vocabulary of 41",
+            "3 heads with a KV head each, a vocabulary of 41",
             3,
             _MIXED,
-            4,
             num_attention_heads=3,
             num_key_value_heads=3,
             tie_word_embeddings=False,
             vocab_size=41,
         ),
         case(
-            "8 heads, 2 KV heads, 3 layers",
+            "8 heads, 2 KV heads, 3 layers, a vocabulary of 41",
             8,
             _MIXED,
-            5,
             num_attention_heads=8,
             num_hidden_layers=3,
+            vocab_size=41,
+        ),
+        case(
+            "8 heads, 4 KV heads, and rank 1 has only zeros to add",
+            2,
+            _MIXED,
+            idle=1,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=6,
+            tie_word_embeddings=False,
         ),
     ]
 
@@ -105,6 +115,8 @@ def _filled(model_cls: Callable, case: Case) -> Any:
         numbers = torch.randn(place.shape, generator=random)
         scale = 1.5 if "embed" in name else place.shape[-1] ** -0.5
         place.data.copy_(numbers * scale if place.dim() == 2 else 0.75 + 0.2 * numbers)
+        if case.data["idle"] >= 0 and name.endswith(("gate_proj.weight", "v_proj.weight")):
+            place.data.chunk(case.size)[case.data["idle"]].zero_()
     return model
 
 
@@ -115,14 +127,13 @@ def _computed(model_cls: Callable, case: Case) -> list[torch.Tensor]:
 
     from minivllm.engine.batch import BatchRow, build_batch
 
-    case.data["calls"] = []  # those of each step, where the model is one of `on_ranks`
+    # The collectives of each step, where the model is one of `on_ranks`.
+    case.data["calls"] = []
     config, model = _config_of(case), _filled(model_cls, case)
     shape = (10, config.num_key_value_heads, _BLOCK, config.head_dim)
     caches = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.num_hidden_layers)]
     tables = np.array([[7, 2, 9, 4], [1, 8, 3, 6]], dtype=np.int32)
-    tokens = torch.randint(
-        0, config.vocab_size, (2, 16), generator=seeded(case.data["seed"])
-    ).tolist()
+    tokens = torch.randint(0, config.vocab_size, (2, 16), generator=seeded(case.size)).tolist()
     found = []
     with torch.inference_mode():
         for step in case.data["steps"]:
@@ -139,167 +150,243 @@ def _computed(model_cls: Callable, case: Case) -> list[torch.Tensor]:
     return found
 
 
-def _mine(rank_model: type, case: Case) -> list[torch.Tensor]:
-    """`_computed` with a CollectiveError as a Mistake."""
+def _as_mistakes(compute: Callable[[], Any]) -> Any:
+    """compute(), with what ranks do wrong together as a Mistake."""
+    from minivllm.course.sim.parallel_models import RanksDisagreeError
     from minivllm.course.sim.ranks import CollectiveError
 
     try:
-        return _computed(on_ranks(rank_model, case.size), case)
+        return compute()
     except CollectiveError as error:
-        raise Mistake(
-            error.name, f"{str(error)[:1].upper()}{str(error)[1:]}\n{ADVICE[error.name]}"
-        ) from error
+        raise as_mistake(error) from error
+    except RanksDisagreeError as error:
+        text = f"{error}\nAll ranks go on with this, so it must be the same everywhere. Is a"
+        raise Mistake("ranks-differ", f"{text} collective missing, or its result lost?") from error
+
+
+def _on_ranks(rank_model: type, case: Case) -> list[torch.Tensor]:
+    from minivllm.course.sim.parallel_models import on_ranks
+
+    return _as_mistakes(lambda: _computed(on_ranks(rank_model, case.size), case))
+
+
+def check_rank_model(answer: type) -> str:
+    """The parts, then the computed states and logits, then what was sent, then the engine."""
+    from minivllm.models.qwen3 import Qwen3ForCausalLM
+
+    expect(
+        isinstance(answer, type),
+        "wrong-type",
+        f"The check needs the class RankModel, and got {show(answer)}.\nHand it in without a call.",
+    )
+    cases = _model_cases()
+    collect(partial(_check_parts, answer), cases)
+    watched = _watched(answer)
+    found = collect(partial(_on_ranks, watched), cases)
+    made = {case: case.data["calls"] for case in cases}
+    steps = {
+        f"item {i}: ": f"step {i // 2 + 1}, {'logits' if i % 2 else 'states'}: " for i in range(10)
+    }
+    right = {case: _computed(Qwen3ForCausalLM, case) for case in cases}
+    try:
+        number = diagnose(
+            found.__getitem__,
+            [(case,) for case in cases],
+            lambda case: right[case],
+            EXERCISE.suspects,
+            wording={"case = ": "", **steps},
+            rtol=1e-4,
+            atol=5e-5,
+        )
+    except Mistake as mistake:
+        if mistake.name == "wrong-values":
+            expect_exact(mistake, {case: (found[case], right[case]) for case in cases})
+        raise
+    for case in sorted(cases, key=lambda case: case.size == 1):
+        for step, calls in zip(case.data["steps"], made[case], strict=True):
+            _check_calls(case, step, calls)
+    line = _check_in_engine(answer)
+    return f"{number} models, and on 2 and on 4 ranks {line}"
+
+
+def _check_calls(case: Case, step: Any, calls: list) -> None:
+    """Two all-reduces per layer and one for the embedding; one all-gather, of the logits."""
+    config, parts = _config_of(case), [part for part in step if part]
+    states = sum(count for _, count in parts), config.hidden_size
+    scores = len(parts), -(-config.vocab_size // case.size)
+    expected = [("all_reduce", states)] * (2 * config.num_hidden_layers + 1)
+    why = "That is the embedding, two per layer, and an all-gather of the logits."
+    expect_calls(calls, [*expected, ("all_gather", scores)], case, why)
+
+
+def _check_in_engine(answer: type) -> str:
+    from minivllm.course.sim.parallel_models import on_ranks
+
+    lines = [
+        _as_mistakes(lambda size=size: engine_agrees(model_cls=on_ranks(answer, size)))
+        for size in (2, 4)
+    ]
+    return lines[-1].replace(" with it", "")
+
+
+def _watched(answer: type) -> type:
+    """The learner's class, which notices changed inputs."""
+
+    class Watched(answer):
+        def forward(self, group: Group, token_ids: Any, positions: Any, *more: Any) -> Any:
+            before = token_ids.clone(), positions.clone()
+            found = super().forward(group, token_ids, positions, *more)
+            expect_unchanged(token_ids, before[0], "token_ids")
+            expect_unchanged(positions, before[1], "positions")
+            return found
+
+        def compute_logits(self, group: Group, hidden: Any) -> Any:
+            before = hidden.clone()
+            found = super().compute_logits(group, hidden)
+            expect_unchanged(hidden, before, "hidden")
+            return found
+
+    return Watched
 
 
 def _check_parts(answer: type, case: Case) -> None:
     """Each rank must keep its part of each matrix: neither the whole nor too little."""
     import torch
 
+    from minivllm.course.sim.parallel_models import checkpoint_of
     from minivllm.kernels import Kernels
-    from minivllm.models.loader import parameter_places
     from minivllm.models.qwen3 import Qwen3ForCausalLM
 
-    weights = {
-        name: place.detach().clone()
-        for name, place in parameter_places(_filled(Qwen3ForCausalLM, case)).items()
-    }
+    whole = checkpoint_of(_filled(Qwen3ForCausalLM, case))
     config = _config_of(case)
-    if config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)
-    common = (config, Kernels.reference(), weights, torch.zeros(64, config.head_dim))
-    right = the_rank_model()(*common, case.size - 1, case.size)
-    model = answer(*common, case.size - 1, case.size)
-    for name, tensor in weights.items():
-        mine, theirs = model.w.get(name), right.w[name]
-        where = f"{name}, {list(tensor.shape)}, "
-        expect(
-            isinstance(mine, torch.Tensor),
-            "wrong-type",
-            f"{where}has the part {show(mine)}.\npart returns a tensor.",
-        )
-        if mine.shape == theirs.shape:
-            continue
-        if tensor.dim() == 1:
-            raise Mistake(
-                "norm-divided",
-                f"{where}becomes {list(mine.shape)}.\nEvery rank norms the whole stream, and whole "
-                "heads: norm weights stay whole.",
-            )
-        if mine.shape == tensor.shape:
-            raise Mistake(
-                "kept-whole",
-                f"{where}stays whole on a rank.\nA rank keeps {list(theirs.shape)} of it.",
-            )
-        if "o_proj" in name or "down_proj" in name:
-            raise Mistake(
-                "cut-the-wrong-way",
-                f"{where}becomes {list(mine.shape)}, expected {list(theirs.shape)}.\nThe layer "
-                "before it gives this rank some of its *inputs*: cut dimension 1.",
-            )
-        if "k_proj" in name or "v_proj" in name:
-            raise Mistake(
-                "half-a-kv-head",
-                f"{where}becomes {list(mine.shape)}, expected {list(theirs.shape)}.\nHeads stay"
-                f" whole, {config.head_dim} rows each; with more ranks than KV heads, several keep"
-                " the same one.",
-            )
-        if "embed" in name or "lm_head" in name:
-            raise Mistake(
-                "tokens-without-a-row",
-                f"{where}becomes {list(mine.shape)}, expected {list(theirs.shape)}.\nThe vocabulary"
-                " is rounded up to a multiple of the ranks, with rows of padding at its end.",
-            )
-        raise Mistake(
-            "wrong-shape", f"{where}becomes {list(mine.shape)}.\nExpected {list(theirs.shape)}."
-        )
-
-
-def check_rank_model(answer: type) -> str:
-    from minivllm.models.qwen3 import Qwen3ForCausalLM
-
-    cases = _model_cases()
-    collect(partial(_check_parts, answer), cases)
-    found = collect(partial(_mine, answer), cases)
-    made = {case: case.data["calls"] for case in cases}
-
-    def wrong(**how: Any) -> Callable:
-        return partial(_mine, the_rank_model(**how))
-
-    suspects = {
-        "residual-on-every-rank": (
-            (
-                "The stream is inside the sum: every rank adds it, so it counts as often as there"
-                " are ranks. Sum the branch alone, then add it to the stream."
-            ),
-            *(wrong(residual=where) for where in ("both", "attention", "mlp")),
-        ),
-        "averaged": (
-            "You divide a sum by the number of ranks. The terms are parts of one result.",
-            wrong(averaged=True),
-        ),
-        "kv-heads-dealt-around": (
-            (
-                "With more ranks than KV heads you deal them around: rank % heads. Neighbouring"
-                " query heads read the same KV head, so neighbouring ranks keep it: rank · heads //"
-                " ranks."
-            ),
-            wrong(dealt=True),
-        ),
-        "not-masked": (
-            (
-                "In the embedding a rank also adds a row for tokens that it does not have: zero"
-                " them before the sum."
-            ),
-            wrong(no_mask=True),
-        ),
-        "padding-kept": (
-            (
-                "The logits have scores for the padding of the vocabulary. Cut them off at"
-                " config.vocab_size."
-            ),
-            wrong(padding_kept=True),
-        ),
-        "columns-of-others": (
-            (
-                "The columns of o_proj are not those of the heads that the rank has.\nTake the"
-                " block of columns of its heads."
-            ),
-            wrong(o_strided=True),
-        ),
-        "always-tied": (
-            (
-                "Your head is always the embedding. One of the models has lm_head.weight: use it"
-                " where it is there."
-            ),
-            wrong(always_tied=True),
-        ),
-    }
-    words = {"case = ": ""}
-    words |= {
-        f"item {i}: ": f"step {i // 2 + 1}, {'logits' if i % 2 else 'states'}: " for i in range(6)
-    }
-    number = diagnose(
-        found.__getitem__,
-        [(case,) for case in cases],
-        partial(_computed, Qwen3ForCausalLM),
-        suspects,
-        wording=words,
-        rtol=1e-3,
-        atol=1e-3,
-    )
-    for case in sorted(cases, key=lambda case: case.size == 1):
-        layers = _config_of(case).num_hidden_layers
-        for calls in made[case]:
-            expected = ["all_reduce"] * (2 * layers + 1) + ["all_gather"]
+    models = []
+    for rank in range(case.size):
+        weights = {name: tensor.clone() for name, tensor in whole.items()}
+        rest = (torch.zeros(64, config.head_dim), rank, case.size)
+        model = answer(config, Kernels.reference(), weights, *rest)
+        expect_unchanged(weights, whole, "weights, or a tensor in it")
+        models.append(model)
+    right = the_rank_model()(config, Kernels.reference(), whole, torch.zeros(1), 0, case.size).w
+    for name, tensor in whole.items():
+        parts = [model.part(name, tensor.clone()) for model in models]
+        for part in parts:
+            where = f"{name}, {list(tensor.shape)}, "
             expect(
-                [call.name for call in calls] == expected,
-                "too-much-sent",
-                f"With {case}: a step of {layers} layers calls"
-                f" {', '.join(map(str, calls))}.\nExpected: {2 * layers + 1} all_reduces (the"
-                " embedding, two a layer), and one all_gather, of the logits.",
+                is_tensor(part),
+                "wrong-type",
+                f"{where}has the part {show(part)}.\nReturn a tensor.",
             )
-    lines = [engine_agrees(model_cls=on_ranks(answer, size)) for size in (2, 4)]
-    return f"{number} models, and on 2 and on 4 ranks {lines[-1].replace(' with it', '')}"
+        if "embed_tokens" in name or "lm_head" in name:
+            _check_rows(name, tensor, parts)
+        for part in parts:
+            _check_part(config, name, tensor, part, right[name])
+    for model in models:
+        _check_nothing_else(model, whole, right)
+
+
+def _check_rows(name: str, whole: torch.Tensor, parts: list[torch.Tensor]) -> None:
+    """The ranks' rows of the embedding or of the head: equally many, and enough."""
+    vocab, size = len(whole), len(parts)
+    lengths, count = [len(part) for part in parts], -(-len(whole) // size)
+    if lengths in ([count] * size, [vocab] * size):
+        return
+    said = f"Of {name} with {vocab} rows the ranks keep {', '.join(map(str, lengths))}"
+    expect(
+        sum(lengths) >= vocab,
+        "tokens-without-a-row",
+        f"{said}: some tokens have no row.\nRound up: {count} rows on each rank, with padding at"
+        " the end.",
+    )
+    expect(
+        len({*lengths}) == 1,
+        "uneven-parts",
+        f"{said}.\nAll ranks keep equally many, {count}: a collective needs one shape on all ranks."
+        " The last ones get padding.",
+    )
+    raise Mistake("wrong-shape", f"{said} rows.\nEnough are {count} on each: rounded up.")
+
+
+def _check_part(config: ModelConfig, name: str, whole: Any, mine: Any, right: Any) -> None:
+    """The shape of what a rank keeps of one tensor. config: of the model."""
+    where = f"{name}, {list(whole.shape)}, "
+    if mine.shape == right.shape:
+        return
+    becomes = f"{where}becomes {list(mine.shape)}"
+    expect(
+        whole.dim() != 1,
+        "norm-divided",
+        f"{becomes}.\nEvery rank norms the whole stream, and whole heads: norm weights stay whole.",
+    )
+    expect(
+        mine.shape != whole.shape,
+        "kept-whole",
+        f"{where}stays whole on a rank.\nA rank keeps {list(right.shape)} of it.",
+    )
+    becomes += f", expected {list(right.shape)}.\n"
+    if "o_proj" in name or "down_proj" in name:
+        raise Mistake(
+            "cut-the-wrong-way",
+            f"{becomes}The layer before it gives this rank some of its *inputs*: cut dimension 1.",
+        )
+    if "k_proj" in name or "v_proj" in name:
+        raise Mistake(
+            "half-a-kv-head",
+            f"{becomes}Heads stay whole, {config.head_dim} rows each; with more ranks than KV"
+            " heads, several keep the same one.",
+        )
+    raise Mistake("wrong-shape", f"{becomes}Only dimension 0 is cut here: these are its outputs.")
+
+
+def _check_nothing_else(model: Any, whole: dict, parts: dict) -> None:
+    """A rank must not keep a whole matrix of which it has a part, wherever it hides it."""
+    import torch
+
+    divided = [tensor for name, tensor in whole.items() if parts[name].shape != tensor.shape]
+    for held in _held(model, set()):
+        for tensor in divided:
+            expect(
+                not any(
+                    held.shape == same.shape and torch.equal(held, same)
+                    for same in (tensor, tensor.T)
+                ),
+                "checkpoint-kept",
+                f"A rank's object still holds a whole matrix of the checkpoint, {show(tensor)}."
+                "\nThen it saves no memory. Keep only the parts, and look for an attribute that"
+                " holds `weights`.",
+            )
+
+
+def _held(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    """The tensors that can be reached from an object."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if is_tensor(value):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _held(item, seen)
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            yield from _held(item, seen)
+    elif isinstance(value, FunctionType):
+        for cell in value.__closure__ or ():
+            yield from _held(cell.cell_contents, seen)
+    elif isinstance(value, partial):
+        yield from _held([value.func, value.args, value.keywords], seen)
+    elif hasattr(value, "__dict__") and not isinstance(value, type):
+        own = [item for kind in type(value).__mro__[:-1] for item in vars(kind).values()]
+        yield from _held(
+            [vars(value), *[item for item in own if isinstance(item, dict | list)]], seen
+        )
+
+
+def _wrong(**how: Any) -> Callable:
+    """A suspect: see `the_rank_model`."""
+    return lambda case: _on_ranks(the_rank_model(**how), case)
+
+
+_PLACES = ("both", "attention", "mlp")
 
 
 EXERCISE = Exercise(
@@ -308,7 +395,295 @@ EXERCISE = Exercise(
     check=check_rank_model,
     mistakes=(
         Known(
+            "residual-on-every-rank",
+            (
+                "The stream is inside the sum: every rank adds it, so it counts as often as there"
+                " are ranks. Sum the branch alone, then add it to the stream."
+            ),
+            hint=2,
+            suspects=(
+                *(_wrong(residual=place) for place in _PLACES),
+                *(_wrong(residual=place, doubled=place) for place in _PLACES),
+            ),
+            answers=r"""
+# %% the stream inside the sum of attention
+@@
+         cache: KVCache,
+         metadata: AttentionMetadata,
++        stream: torch.Tensor,
+     ) -> torch.Tensor:
+@@
+-        return group.all_reduce(out.flatten(-2) @ w["o_proj"].T)
++        return group.all_reduce(stream + out.flatten(-2) @ w["o_proj"].T)
+@@
+-            x = x + self.attention(group, layer, h, positions, cache, metadata)
++            x = self.attention(group, layer, h, positions, cache, metadata, x)
+
+# %% the sum of stream and term, in forward
+@@
+-        return group.all_reduce(h @ down.T)
++        return h @ down.T
+@@
+-            x = x + self.mlp(group, layer, h)
++            x = group.all_reduce(x + self.mlp(group, layer, h))
+""",
+        ),
+        replace(
+            AVERAGED,
+            suspects=(
+                *(_wrong(averaged=place) for place in _PLACES),
+                _wrong(mean_rows=True),
+                _wrong(averaged="both", mean_rows=True),
+            ),
+            answers=r"""
+# %% means instead of sums
+@@
+-        return group.all_reduce(out.flatten(-2) @ w["o_proj"].T)
++        return group.all_reduce(out.flatten(-2) @ w["o_proj"].T) / group.size
+@@
+-        return group.all_reduce(h @ down.T)
++        return group.all_reduce(h @ down.T) / group.size
+""",
+        ),
+        replace(
+            SUMMED_TWICE,
+            suspects=(*(_wrong(doubled=place) for place in _PLACES),),
+            answers=r"""
+# %% in mlp, and again in forward
+@@
+-            x = x + self.mlp(group, layer, h)
++            x = x + group.all_reduce(self.mlp(group, layer, h))
+""",
+        ),
+        Known(
+            "kv-heads-dealt-around",
+            (
+                "With more ranks than KV heads you deal them around: rank % heads. Neighbouring"
+                " query heads read the same KV head, so neighbouring ranks keep it."
+            ),
+            hint=3,
+            suspects=(_wrong(dealt=True),),
+            answers=r"""
+# %% rank % heads
+@@
+-            return tensor.chunk(min(size, kv_heads))[rank * min(size, kv_heads) // size]
++            return tensor.chunk(min(size, kv_heads))[rank % min(size, kv_heads)]
+""",
+        ),
+        Known(
+            "not-masked",
+            (
+                "In the embedding a rank also adds a row for tokens that it does not have: zero"
+                " them before the sum."
+            ),
+            hint=3,
+            suspects=(_wrong(no_mask=True),),
+            answers=r"""
+# %% the look-up clamped, not masked
+@@
+-        return group.all_reduce(torch.where(mine[:, None], found, 0.0))
++        return group.all_reduce(found)
+""",
+        ),
+        Known(
+            "boundary",
+            (
+                "At the border between two ranks a token of the embedding belongs to both. Rank r"
+                " has the tokens from r · n up to, and without, (r + 1) · n."
+            ),
+            suspects=(_wrong(inclusive=True),),
+            answers=r"""
+# %% one token too many
+@@
+-        mine = (local >= 0) & (local < len(rows))
++        mine = (local >= 0) & (local <= len(rows))
+""",
+        ),
+        Known(
+            "padding-kept",
+            (
+                "The logits have scores for the padding of the vocabulary. Cut them off at"
+                " config.vocab_size."
+            ),
+            hint=3,
+            suspects=(_wrong(padding_kept=True),),
+            answers=r"""
+# %% logits of tokens that do not exist
+@@
+-        return group.all_gather(hidden @ head.T)[:, : self.config.vocab_size]
++        return group.all_gather(hidden @ head.T)
+""",
+        ),
+        Known(
+            "scrambled",
+            (
+                "The scores are there, but in the wrong order: gathered below each other, and then"
+                " only reshaped. With one sequence that is right; with more, rows of different"
+                " ranks get mixed. Gather along the last dimension."
+            ),
+            hint=3,
+            suspects=(_wrong(scrambled=True),),
+            answers=r"""
+# %% gathered below each other and reshaped
+@@
+-        return group.all_gather(hidden @ head.T)[:, : self.config.vocab_size]
++        scores = group.all_gather(hidden @ head.T, dim=0)
++        return scores.reshape(len(hidden), -1)[:, : self.config.vocab_size]
+""",
+        ),
+        Known(
+            "columns-of-others",
+            (
+                "The rank's columns of o_proj or down_proj are not those of the heads, or of the"
+                " gates and ups, that it has. Cut both sides at the same places: a block of rows"
+                " before, the same block of columns behind."
+            ),
+            hint=1,
+            suspects=(
+                _wrong(strided=("o_proj.weight",)),
+                _wrong(strided=("down_proj.weight",)),
+                _wrong(strided=("o_proj.weight", "down_proj.weight")),
+                _wrong(strided=("gate_proj.weight", "up_proj.weight")),
+            ),
+            answers=r"""
+# %% every n-th column of both
+@@
+-            return tensor.chunk(size, dim=1)[rank]
++            return tensor[:, rank::size]
+""",
+        ),
+        Known(
+            "rows-that-do-not-match",
+            "Row j of gate and row j of up make one number: cut both at the same places.",
+            hint=1,
+            suspects=(
+                _wrong(strided=("gate_proj.weight",)),
+                _wrong(strided=("up_proj.weight",)),
+            ),
+            answers=r"""
+# %% gate in steps, up in blocks
+@@
+-        if name.endswith(("q_proj.weight", "gate_proj.weight", "up_proj.weight")):
+-            return tensor.chunk(size)[rank]
++        if name.endswith("gate_proj.weight"):
++            return tensor[rank::size]
++        if name.endswith(("q_proj.weight", "up_proj.weight")):
++            return tensor.chunk(size)[rank]
+""",
+        ),
+        Known(
+            "heads-torn",
+            (
+                "You cut q_proj in steps of the number of ranks. Then its rows are not whole heads:"
+                " take a block of heads."
+            ),
+            hint=1,
+            suspects=(
+                _wrong(strided=("q_proj.weight",)),
+                _wrong(strided=("q_proj.weight", "gate_proj.weight", "up_proj.weight")),
+                _wrong(strided=("q_proj.weight", "o_proj.weight")),
+            ),
+            answers=r"""
+# %% q in steps of rows
+@@
+-        if name.endswith(("q_proj.weight", "gate_proj.weight", "up_proj.weight")):
+-            return tensor.chunk(size)[rank]
++        if name.endswith("q_proj.weight"):
++            return tensor[rank::size]
++        if name.endswith(("gate_proj.weight", "up_proj.weight")):
++            return tensor.chunk(size)[rank]
+""",
+        ),
+        Known(
+            "heads-dealt-around",
+            (
+                "You deal whole query heads around: rank r has every n-th. Then they do not read"
+                " the KV heads of their rank. Take a block of heads, and of o_proj the same block"
+                " of columns."
+            ),
+            hint=1,
+            suspects=(_wrong(heads="q"), _wrong(heads="qo"), _wrong(heads="q", dealt=True)),
+            answers=r"""
+# %% q in steps of heads
+@@
+-        if name.endswith(("q_proj.weight", "gate_proj.weight", "up_proj.weight")):
+-            return tensor.chunk(size)[rank]
++        if name.endswith("q_proj.weight"):
++            heads = tensor.unflatten(0, (-1, self.config.head_dim))
++            return heads[rank::size].flatten(0, 1)
++        if name.endswith(("gate_proj.weight", "up_proj.weight")):
++            return tensor.chunk(size)[rank]
+""",
+        ),
+        Known(
+            "same-kv-head-for-all",
+            (
+                "With more ranks than KV heads all ranks keep the first one. Each keeps the KV head"
+                " that its own query heads read."
+            ),
+            hint=3,
+            suspects=(_wrong(first=True),),
+            answers=r"""
+# %% the first one
+@@
+-            return tensor.chunk(min(size, kv_heads))[rank * min(size, kv_heads) // size]
++            place = rank if kv_heads >= size else 0
++            return tensor.chunk(min(size, kv_heads))[place]
+""",
+        ),
+        Known(
+            "up-before-gate",
+            "gate and up are exchanged: silu_mul gets the gates first.",
+            suspects=(_wrong(swapped=True),),
+        ),
+        Known(
+            "added-not-gathered",
+            (
+                "You add the ranks' scores. They are scores of different tokens: they belong side"
+                " by side, all_gather."
+            ),
+            hint=3,
+            suspects=(_wrong(added=True),),
+            answers=r"""
+# %% all_reduce of the scores
+@@
+-        return group.all_gather(hidden @ head.T)[:, : self.config.vocab_size]
++        return group.all_reduce(hidden @ head.T)[:, : self.config.vocab_size]
+""",
+        ),
+        Known(
+            "gathered-along-rows",
+            (
+                "You put the ranks' scores below each other, as if they were further sequences."
+                " They are further tokens: gather along the last dimension."
+            ),
+            hint=3,
+            suspects=(_wrong(below=True), _wrong(below=True, padding_kept=True)),
+            answers=r"""
+# %% dim 0
+@@
+-        return group.all_gather(hidden @ head.T)[:, : self.config.vocab_size]
++        scores = group.all_gather(hidden @ head.T, dim=0)
++        return scores[:, : self.config.vocab_size]
+""",
+        ),
+        Known(
+            "always-tied",
+            (
+                "Your head is always the embedding. One of the models has lm_head.weight: use it"
+                " where it is there."
+            ),
+            suspects=(_wrong(always_tied=True),),
+            answers=r"""
+# %% the embedding as the head
+@@
+-        head = self.w.get("lm_head.weight", self.w["model.embed_tokens.weight"])
++        head = self.w["model.embed_tokens.weight"]
+""",
+        ),
+        Known(
             "kept-whole",
+            hint=1,
             answers=r"""
 # %% the program of one rank
 @@
@@ -344,6 +719,7 @@ EXERCISE = Exercise(
         ),
         Known(
             "cut-the-wrong-way",
+            hint=1,
             answers=r"""
 # %% all matrices cut by rows
 @@
@@ -353,20 +729,12 @@ EXERCISE = Exercise(
         ),
         Known(
             "half-a-kv-head",
+            hint=3,
             answers=r"""
 # %% k and v cut as q is
 @@
 -            return tensor.chunk(min(size, kv_heads))[rank * min(size, kv_heads) // size]
 +            return tensor.chunk(size)[rank]
-""",
-        ),
-        Known(
-            "kv-heads-dealt-around",
-            answers=r"""
-# %% rank % heads
-@@
--            return tensor.chunk(min(size, kv_heads))[rank * min(size, kv_heads) // size]
-+            return tensor.chunk(min(size, kv_heads))[rank % min(size, kv_heads)]
 """,
         ),
         Known(
@@ -383,7 +751,20 @@ EXERCISE = Exercise(
 """,
         ),
         Known(
+            "uneven-parts",
+            answers=r"""
+# %% chunks of a vocabulary that does not divide
+@@
+-            rows = -(-len(tensor) // size)
+-            return F.pad(tensor, (0, 0, 0, rows * size - len(tensor)))[
+-                rank * rows : (rank + 1) * rows
+-            ]
++            return tensor.chunk(size)[rank]
+""",
+        ),
+        Known(
             "norm-divided",
+            hint=1,
             answers=r"""
 # %% everything is cut
 @@
@@ -392,24 +773,17 @@ EXERCISE = Exercise(
 """,
         ),
         Known(
-            "residual-on-every-rank",
+            "checkpoint-kept",
             answers=r"""
-# %% the stream inside the sum of attention
+# %% the checkpoint beside the parts
 @@
-         cache: KVCache,
-         metadata: AttentionMetadata,
-+        stream: torch.Tensor,
-     ) -> torch.Tensor:
-@@
--        return group.all_reduce(out.flatten(-2) @ w["o_proj"].T)
-+        return group.all_reduce(stream + out.flatten(-2) @ w["o_proj"].T)
-@@
--            x = x + self.attention(group, layer, h, positions, cache, metadata)
-+            x = self.attention(group, layer, h, positions, cache, metadata, x)
+         self.rank, self.size = rank, size
++        self.all = dict(weights)
 """,
         ),
         Known(
             "ranks-differ",
+            hint=2,
             answers=r"""
 # %% no sum after down
 @@
@@ -428,46 +802,38 @@ EXERCISE = Exercise(
 """,
         ),
         Known(
-            "averaged",
+            "never-called",
             answers=r"""
-# %% means instead of sums
-@@
--        return group.all_reduce(out.flatten(-2) @ w["o_proj"].T)
-+        return group.all_reduce(out.flatten(-2) @ w["o_proj"].T) / group.size
+# %% no sum where the rank has nothing to add
 @@
 -        return group.all_reduce(h @ down.T)
-+        return group.all_reduce(h @ down.T) / group.size
++        term = h @ down.T
++        return group.all_reduce(term) if term.any() else term
 """,
         ),
         Known(
-            "not-masked",
+            "rounded",
             answers=r"""
-# %% the look-up clamped, not masked
-@@
--        return group.all_reduce(torch.where(mine[:, None], found, 0.0))
-+        return group.all_reduce(found)
-""",
-        ),
-        Known(
-            "padding-kept",
-            answers=r"""
-# %% logits of tokens that do not exist
+# %% logits rounded to float16 on the way
 @@
 -        return group.all_gather(hidden @ head.T)[:, : self.config.vocab_size]
-+        return group.all_gather(hidden @ head.T)
++        scores = group.all_gather((hidden @ head.T).half())
++        return scores[:, : self.config.vocab_size].to(hidden.dtype)
 """,
         ),
         Known(
-            "always-tied",
+            "changed-input",
             answers=r"""
-# %% the embedding as the head
+# %% subtracts from the caller's ids
 @@
--        head = self.w.get("lm_head.weight", self.w["model.embed_tokens.weight"])
-+        head = self.w["model.embed_tokens.weight"]
+-        local = token_ids - self.rank * len(rows)
++        token_ids -= self.rank * len(rows)
++        local = token_ids
 """,
         ),
         Known(
             "too-much-sent",
+            hint=2,
             answers=r"""
 # %% a sum too many, of what is the same everywhere
 @@
@@ -489,7 +855,7 @@ EXERCISE = Exercise(
         ),
     ),
     right=r"""
-# %% slices by hand, the residual on rank 0 alone
+# %% slices by hand, the residual on the other side
 @@
 -            return tensor.chunk(size, dim=1)[rank]
 +            n = tensor.shape[1] // size
