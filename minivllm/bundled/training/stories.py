@@ -189,8 +189,8 @@ class Plot:
     )
 
 
-# Slots: N the hero's name, kind / a_kind, hero (name or kind), he him his; obj / an_obj / noun; F the friend's name,
-# fk / a_f the friend's kind; in / in2 places.
+# Slots: N the hero's name, kind / a_kind, hero (name or kind), he him his; obj / an_obj / noun;
+# F the friend's name, fk / a_f the friend's kind; in / in2 places.
 
 OPENINGS = (
     "Once upon a time, {in}, there lived {a_trait} {kind} [named|called|by the name of] {N}.",
