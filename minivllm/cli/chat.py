@@ -75,9 +75,8 @@ def chat(
         own = _open_mine(model, engine)
         llm, stream = own.llm, own.stream
     else:
-        llm = open_llm(model, engine)
-        stream = partial(_texts, llm)
-    conversation = Chat(llm, stream, params, system, interactive)
+        llm, stream = open_llm(model, engine), None
+    conversation = Chat(llm, params, system, interactive, stream)
     if interactive:
         whose = " on your own engine" if mine else ""
         note(f"Chatting with {one_line(_model_name(llm))}{whose}. {HELP}")
@@ -113,7 +112,8 @@ def _model_name(llm: LLM) -> str:
 class Chat:
     """A conversation with a model.
 
-    stream(prompt, params): yields the new text of an answer, and ends it when it is closed.
+    stream(prompt, params): yields the new text of an answer, and ends it when it is closed; by
+    default the model's own.
     interactive: whether a person types; otherwise lines come from a file or a pipe, without
     comments. Raises `ConfigError` for a model without a chat template.
     """
@@ -121,13 +121,13 @@ class Chat:
     def __init__(
         self,
         llm: LLM,
-        stream: Callable[[list[int], SamplingParams], Iterator[str]],
         params: SamplingParams,
         system: str | None,
         interactive: bool,
+        stream: Callable[[list[int], SamplingParams], Iterator[str]] | None = None,
     ) -> None:
         self._llm, self._params, self._interactive = llm, params, interactive
-        self._new_stream = stream
+        self._new_stream = stream or partial(_texts, llm)
         self._opening: list[Message] = [{"role": "system", "content": system}] if system else []
         self._messages = list(self._opening)
         self._interrupts = _Interrupts()

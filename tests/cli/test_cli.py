@@ -686,7 +686,7 @@ def spoilt_traces() -> dict[str, Any]:
     found |= {
         "no blocks": {**trace, "num_blocks": 0},
         "size": {**trace, "block_size": 0},
-        "version": {**trace, "version": 2},
+        "version": {**trace, "version": 3},
     }
     return found | {"list": [], "text": "x", "steps 1": {**trace, "steps": [[]]}, "null": None}
 
@@ -755,7 +755,16 @@ BAD_FILES = [
 ]
 
 
-@pytest.mark.parametrize("command", [["trace", "-o"], ["demo", "-o"], ["demo", "--picture"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["trace", "-o"],
+        ["demo", "-o"],
+        ["demo", "--picture"],
+        ["demo", "--html"],
+        ["trace", "--svg"],
+    ],
+)
 @pytest.mark.parametrize(("path", "why"), BAD_FILES)
 def test_a_file_that_cannot_be_written_is_refused_before_the_model_is_loaded(
     monkeypatch, tmp_path, command, path, why

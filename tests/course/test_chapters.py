@@ -54,9 +54,6 @@ def chapter(request: pytest.FixtureRequest) -> Chapter:
     return request.param
 
 
-#: Exercises whose checks compare with runs of the engine that they keep: made once, not for each
-#: answer.
-KEEP_RUNS = {"07.6", "08.3", "08.4", "08.5", "10.4"}
 _running: dict[str, Children] = {}
 _warm: set[str] = set()
 
@@ -74,7 +71,9 @@ def run(chapter: Chapter, part: Part, *cells: str) -> dict[str, Any]:
     if chapter.name not in _running:
         folder = chapter.exercises.parent
         _running[chapter.name] = Children(parts_of(chapter)[0], chapter.number, folder)
-    if part.id in KEEP_RUNS - _warm:
+    if part.id not in _warm:
+        # Imports, and the runs that a check compares with and keeps, are made once, not for each
+        # answer.
         _warm.add(part.id)
         _running[chapter.name].warm(part.answer, part.check)
     result = _running[chapter.name].run(*cells)

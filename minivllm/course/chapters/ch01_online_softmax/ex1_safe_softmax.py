@@ -188,6 +188,12 @@ def safe_softmax(x: torch.Tensor) -> torch.Tensor:
                 lambda x: _by_exp(x - x[:, :1]),
                 lambda x: _by_exp(x - finite(x[:, :1])),
             ),
+            answers=r"""
+# %% any score of the row will do
+@@
+-    weights = torch.exp(x - x.amax(dim=1, keepdim=True))
++    weights = torch.exp(x - x[:, :1])
+""",
         ),
         Known(
             "minimum-subtracted",
