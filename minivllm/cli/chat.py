@@ -25,8 +25,8 @@ from minivllm.cli.options import (
     Temperature,
     TopK,
     TopP,
-    engine_options,
     open_llm,
+    open_mine,
 )
 from minivllm.cli.stdio import complain, note, write
 from minivllm.errors import (
@@ -41,7 +41,6 @@ from minivllm.sampling_params import SamplingParams
 from minivllm.text import is_unicode, one_line
 
 if TYPE_CHECKING:
-    from minivllm.course.grading.capstone.mine import Mine as MyEngine
     from minivllm.llm import LLM
 
 HELP = "/reset begins anew, /exit or Ctrl-D leaves, Ctrl-C stops an answer."
@@ -72,7 +71,7 @@ def chat(
     )
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if mine:
-        own = _open_mine(model, engine)
+        own = open_mine(model, engine)
         llm, stream = own.llm, own.stream
     else:
         llm, stream = open_llm(model, engine), None
@@ -81,14 +80,6 @@ def chat(
         whose = " on your own engine" if mine else ""
         note(f"Chatting with {one_line(_model_name(llm))}{whose}. {HELP}")
     conversation.run()
-
-
-def _open_mine(model: str | None, engine: list[str] | None) -> MyEngine:
-    from minivllm.course.grading.capstone.mine import Mine as MyEngine
-
-    if model is not None:
-        raise ConfigError("--mine runs the bundled model; leave --model out.")
-    return MyEngine(**engine_options(engine))
 
 
 def _texts(llm: LLM, prompt: list[int], params: SamplingParams) -> Iterator[str]:

@@ -28,7 +28,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from minivllm.cli.options import Engine, Mine, Model, engine_options, open_llm, require_number
+from minivllm.cli.options import Engine, Mine, Model, open_llm, open_mine, require_number
 from minivllm.cli.trace import save_page, save_trace
 from minivllm.errors import ConfigError
 from minivllm.files import reason, require_writable, write_atomically
@@ -162,9 +162,8 @@ def demo(
         require_number(pace, "--pace")
     console = SafeConsole()
     console.print("Loading the model …", style="dim")
-    llm = (
-        _open_mine(model, engine) if mine else open_llm(model, engine, trace=True, **ENGINE_OPTIONS)
-    )
+    options = {"trace": True, **ENGINE_OPTIONS}
+    llm = open_mine(model, engine, **options).llm if mine else open_llm(model, engine, **options)
     if mine:
         console.print(
             "This engine is your own: the pieces that you wrote, in a loop of the package that lets"
@@ -176,14 +175,6 @@ def demo(
         save_trace(llm.trace, out)
     if html is not None:
         save_page(llm.trace, html)
-
-
-def _open_mine(model: str | None, engine: list[str] | None) -> LLM:
-    from minivllm.course.grading.capstone.mine import open_mine
-
-    if model is not None:
-        raise ConfigError("--mine runs the bundled model; leave --model out.")
-    return open_mine(**{**ENGINE_OPTIONS, "trace": True, **engine_options(engine)})
 
 
 def _show_script(llm: LLM, console: SafeConsole, pace: float | None, picture: Path | None) -> None:

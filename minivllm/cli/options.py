@@ -14,6 +14,7 @@ from minivllm.config import EngineConfig
 from minivllm.errors import ConfigError
 
 if TYPE_CHECKING:
+    from minivllm.course.grading.capstone.mine import Mine as MyEngine
     from minivllm.llm import LLM
 
 Model = Annotated[
@@ -86,18 +87,36 @@ def open_llm(model: str | None, engine: list[str] | None, **options: Any) -> LLM
 
     Raises `ConfigError` for a wrong option, and where torch or another package is missing.
     """
-    chosen = engine_options(engine)
-    if options.get("trace") and not chosen.get("trace", True):
-        raise ConfigError(
-            "--engine trace=off: this command records a trace; leave that option out."
-        )
+    merged = _merged(options, engine)
     try:
         from minivllm.llm import LLM
     except ImportError as error:
         raise ConfigError(
             f"{error}. `minivllm doctor` says what is missing and how to get it."
         ) from error
-    return LLM(model, **{**options, **chosen})
+    return LLM(model, **merged)
+
+
+def open_mine(model: str | None, engine: list[str] | None, **options: Any) -> MyEngine:
+    """The learner's own engine, with options as `open_llm` takes them.
+
+    Raises `ConfigError` for a model, for a wrong option, and where a piece is missing.
+    """
+    from minivllm.course.grading.capstone.mine import Mine as MyEngine
+
+    if model is not None:
+        raise ConfigError("--mine runs the bundled model; leave --model out.")
+    return MyEngine(**_merged(options, engine))
+
+
+def _merged(options: dict[str, Any], engine: list[str] | None) -> dict[str, Any]:
+    """A command's own engine options, overridden by those of ``--engine``."""
+    chosen = engine_options(engine)
+    if options.get("trace") and not chosen.get("trace", True):
+        raise ConfigError(
+            "--engine trace=off: this command records a trace; leave that option out."
+        )
+    return {**options, **chosen}
 
 
 def engine_options(assignments: list[str] | None) -> dict[str, Any]:

@@ -104,16 +104,13 @@ def _requests(clock: _Clock, names: dict[str, int], rows: int, top: int) -> Iter
         if all(place < 0 for _, place in places):
             continue
         color = request_color(number)
-        shown = clock.animate(
-            "display", ((i, "none" if place < 0 else "inline") for i, place in places)
-        )
         # An animated transform may not jump, so each place has a group of its own.
         for place in sorted({place for _, place in places if 0 <= place < rows}):
             here = clock.animate(
                 "display", ((i, "inline" if p == place else "none") for i, p in places)
             )
             y = top + place * _ROW
-            yield f'<g display="{"inline" if places[0][1] == place else "none"}">{here or shown}'
+            yield f'<g display="{"inline" if places[0][1] == place else "none"}">{here}'
             yield (
                 f'<rect x="{_MARGIN}" y="{y + 3}" width="26" height="22" rx="5" fill="{color}"'
                 f' stroke="{INK}"/>'

@@ -17,7 +17,6 @@ from minivllm.course.notebooks import find_root
 from minivllm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from minivllm.llm import LLM
     from minivllm.sampling_params import SamplingParams
 
 
@@ -30,22 +29,12 @@ class Mine:
 
     def __init__(self, root: Path | None = None, **options: Any) -> None:
         answers = _answers(root or find_root())
-        self.llm, self._loop = build(answers, Counter(), options)
-        self._engine = self._loop()
+        self.llm, new_loop = build(answers, Counter(), options)
+        self._engine = new_loop()
 
     def stream(self, prompt: list[int], params: SamplingParams) -> Iterator[str]:
         """Yield the new text of one answer after each step of the learner's loop."""
         return stream(self._engine, prompt, params)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that the loop has counted so far."""
-        return self._engine.num_tokens
-
-
-def open_mine(**options: Any) -> LLM:
-    """An `LLM` with the learner's pieces in it, for who brings a loop of their own."""
-    return Mine(**options).llm
 
 
 def _answers(root: Path) -> dict[str, Any]:
