@@ -5,8 +5,10 @@ reason.
 """
 
 import os
+import re
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -50,3 +52,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow and item.path.suffix != ".ipynb")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each worker one file after the other; of a file with chapters, one chapter.
+
+    The chapters' exercises are one file and almost half of all time: as one piece, they would keep
+    one worker busy after the others have ended.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByChapter(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            chapter = re.search(r"::.*\[(ch\d\d)", nodeid)
+            return super()._split_scope(nodeid) + (chapter[1] if chapter else "")
+
+    return ByChapter(config, log) if config.getoption("dist") == "loadfile" else None

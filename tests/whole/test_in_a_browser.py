@@ -84,6 +84,7 @@ def lab(folder: Path) -> Iterator[str]:
     }
     command = [
         sys.executable,
+        "-P",  # the folder holds a minivllm/ without a package
         "-m",
         "jupyterlab",
         "--no-browser",

@@ -204,6 +204,13 @@ def safe_softmax(x: torch.Tensor) -> torch.Tensor:
                 lambda x: _by_exp(x - x.amin(dim=1, keepdim=True)),
                 lambda x: _by_exp(x - x.masked_fill(x == -INF, INF).amin(dim=1, keepdim=True)),
             ),
+            answers=r"""
+# %% the smallest finite score of the row
+def safe_softmax(x: torch.Tensor) -> torch.Tensor:
+    smallest = x.masked_fill(x == -math.inf, math.inf).amin(dim=1, keepdim=True)
+    weights = torch.exp(x - smallest)
+    return weights / weights.sum(dim=1, keepdim=True)
+""",
         ),
         Known(
             "sum-over-all-rows",

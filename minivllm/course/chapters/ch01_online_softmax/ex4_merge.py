@@ -168,6 +168,13 @@ def merge_attention(
             " is exp(lse) of the part, divided by the sum of all these.",
             hint=1,
             suspects=(lambda out, lse: out.sum(dim=0),),
+            answers=r"""
+# %% the sum of the outputs
+def merge_attention(
+    partial_out: torch.Tensor, partial_lse: torch.Tensor
+) -> torch.Tensor:
+    return partial_out.sum(dim=0)
+""",
         ),
         Known(
             "largest-part-only",
@@ -343,6 +350,13 @@ def merge_attention(
                     for limit in (50.0, 80.0, 85.0, 88.0, 88.7, 100.0)
                 )
             ),
+            answers=r"""
+# %% exp of what is at most 80
+@@
+-    largest = partial_lse.amax(dim=0)
+-    weights = torch.exp(partial_lse - largest.masked_fill(largest == -math.inf, 0.0))
++    weights = torch.exp(partial_lse.clamp(max=80.0))
+""",
         ),
         Known(
             "weights-over-everything",
@@ -367,6 +381,14 @@ def merge_attention(
             " round.\nThe weight of a part is exp(+lse).",
             hint=1,
             suspects=_merges(lambda lse: (-lse).softmax(dim=0), divide=False),
+            answers=r"""
+# %% the minus sign of a distance
+def merge_attention(
+    partial_out: torch.Tensor, partial_lse: torch.Tensor
+) -> torch.Tensor:
+    weights = torch.softmax(-partial_lse, dim=0)
+    return (weights.unsqueeze(-1) * partial_out).sum(dim=0)
+""",
         ),
         Known(
             "divided-by-the-parts",
@@ -377,6 +399,12 @@ def merge_attention(
                 lambda out, lse, merge=merge: merge(out, lse) / len(out)
                 for merge in _merges(_below, _below_unguarded)
             ),
+            answers=r"""
+# %% a mean of the weighted outputs
+@@
+-    merged = (weights.unsqueeze(-1) * partial_out).sum(dim=0)
++    merged = (weights.unsqueeze(-1) * partial_out).mean(dim=0)
+""",
         ),
         Known(
             "first-part-as-maximum",
@@ -387,6 +415,12 @@ def merge_attention(
             suspects=_merges(
                 lambda lse: (lse - lse[0]).exp(), lambda lse: (lse - finite(lse[0])).exp()
             ),
+            answers=r"""
+# %% any part will do
+@@
+-    largest = partial_lse.amax(dim=0)
++    largest = partial_lse[0]
+""",
         ),
         Known(
             "wrong-axis",

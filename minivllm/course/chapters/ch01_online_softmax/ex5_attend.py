@@ -354,6 +354,12 @@ EXERCISE = Exercise(
             " but to l.\nDivide by l, the sum of the weights.",
             hint=3,
             suspects=(_by_count,),
+            answers=r"""
+# %% a mean of the weighted values
+@@
+-    return acc / l
++    return acc / len(k)
+""",
         ),
         Known(
             "tiles-averaged",
