@@ -154,6 +154,8 @@ class EngineCore:
         self.config = replace(self.config, num_kv_blocks=self.model_runner.num_kv_blocks)
         self.trace = self._new_trace() if config.trace else None
         self._trace_start = 0.0
+        #: Gets the record of each step that has ended, while somebody watches the engine.
+        self.watcher: Callable[[StepRecord], None] | None = None
         # A running hash of every token so far.
         self._token_hash = xxhash.xxh3_64()
         # The number of steps that may still run when the next one is planned.
@@ -262,8 +264,8 @@ class EngineCore:
     def _launch(self, batch: ScheduledBatch, output: StepOutput) -> None:
         """Start a step that has just been planned."""
         self.peak_used_kv_blocks = max(self.peak_used_kv_blocks, self.num_used_kv_blocks)
-        trace = self.trace
-        record = None if trace is None else self._record(trace, batch, output.start_time)
+        is_recorded = self.trace is not None or self.watcher is not None
+        record = self._record(batch, output.start_time) if is_recorded else None
         output.admitted = [(seq.seq_id, seq.num_cached_tokens) for seq in batch.admitted]
         self._in_flight.append((batch, self.model_runner.execute(batch), record))
 
@@ -307,6 +309,8 @@ class EngineCore:
             record.new_token_ids = {label(i.sequence): list(i.new_token_ids) for i in accepted}
             record.finished = [label(i.sequence) for i in accepted if i.sequence.is_finished]
             self._last_record = record
+            if self.watcher is not None:
+                self.watcher(record)
 
     def _end_failed(self, failed: list[Sequence]) -> None:
         """End sequences whose logits were not finite, and reset the prefix cache.
@@ -350,10 +354,14 @@ class EngineCore:
             **{name: getattr(self.config, name) for name in names},
         )
 
-    def _record(self, trace: Trace, batch: ScheduledBatch, now: float) -> StepRecord:
-        if not trace.steps:
+    def _record(self, batch: ScheduledBatch, now: float) -> StepRecord:
+        """Record a step that has just been planned, in the trace if there is one."""
+        steps = [] if self.trace is None else self.trace.steps
+        if self.trace is not None and not steps:
             self._trace_start = now
-        return record_step(trace, batch, self.scheduler, now - self._trace_start)
+        record = record_step(len(steps), batch, self.scheduler, now - self._trace_start)
+        steps.append(record)
+        return record
 
 
 def _take_out_failed(batch: ScheduledBatch, token_ids: list[list[int]]) -> list[Sequence]:

@@ -42,7 +42,7 @@ from minivllm.engine.model_runner import ModelRunner
 from minivllm.engine.output_processor import OutputCollector, OutputProcessor, Request
 from minivllm.engine.scheduler import SchedulerBase, SchedulerStats
 from minivllm.engine.sequence import Sequence
-from minivllm.engine.trace import Trace, TraceTexts
+from minivllm.engine.trace import StepRecord, Trace, TraceTexts
 from minivllm.inputs import PromptType
 from minivllm.models.loader import load_config, resolve_model_path
 from minivllm.outputs import RequestMetrics, RequestOutput
@@ -180,10 +180,17 @@ class LLMEngine:
                 f"Request id {request_id!r} is in use; finish or abort that request first."
             )
         checked = self.input_processor.process(prompt, params)
-        return self._add(request_id, checked, collector or self.collector)
+        return self.add_checked(request_id, checked, collector or self.collector)
 
     @_changes_engine
-    def _add(self, request_id: str | None, checked: EngineInput, collector: OutputCollector) -> str:
+    def add_checked(
+        self, request_id: str | None, checked: EngineInput, collector: OutputCollector
+    ) -> str:
+        """Queue a request that an `InputProcessor` for this engine has checked; return its id.
+
+        For a driver that checks requests elsewhere, such as a server's event loop. request_id: None
+        makes one; the caller knows that a given one is not in use.
+        """
         # Only served requests are counted, so that refused ones do not change the derived seeds.
         number = next(self._request_numbers)
         if request_id is None:
@@ -245,6 +252,13 @@ class LLMEngine:
 
     def get_num_unfinished_requests(self) -> int:
         return sum(not request.is_finished for request in self._requests.values())
+
+    def watch(self, watcher: Callable[[StepRecord], None] | None) -> None:
+        """Give the record of each step from now on to `watcher`, when the step has ended.
+
+        None ends this. Unlike a trace, records are not kept.
+        """
+        self.core.watcher = watcher
 
     # --- stepping ---------------------------------------------------------------------------------
 

@@ -211,13 +211,12 @@ def label(seq: Sequence) -> str:
 
 
 def record_step(
-    trace: Trace, batch: ScheduledBatch, scheduler: SchedulerBase, start_time: float
+    number: int, batch: ScheduledBatch, scheduler: SchedulerBase, start_time: float
 ) -> StepRecord:
-    """Append the record of a step that has just been planned.
+    """Describe a step that has just been planned.
 
-    start_time: seconds since the trace began.
+    number: of the step, from 0. start_time: seconds since the trace began.
     """
-
     manager, running, admitted = scheduler.block_manager, scheduler.running, set(batch.admitted)
     scheduled = []
     for item in batch.items:
@@ -228,8 +227,8 @@ def record_step(
         scheduled.append(
             TracedSequence(seq.request_id, seq.index, kind, *span, samples, num_cached)
         )
-    record = StepRecord(
-        step=len(trace.steps),
+    return StepRecord(
+        step=number,
         start_time=start_time,
         duration=0.0,
         scheduled=scheduled,
@@ -243,8 +242,6 @@ def record_step(
         cached_blocks=getattr(manager, "cached_blocks", []),
         registered_blocks=getattr(manager, "registered_blocks", []),
     )
-    trace.steps.append(record)
-    return record
 
 
 class TraceTexts:
@@ -264,9 +261,13 @@ class TraceTexts:
             # The results of a step in flight are not known yet.
             if not record.duration:
                 return
-            for name, token_ids in record.new_token_ids.items():
-                record.texts[name] = self._added(name, token_ids, name in record.finished)
+            self.add(record)
             self._num_done += 1
+
+    def add(self, record: StepRecord) -> None:
+        """Add the texts of one step that has ended. Call it for each step once, in order."""
+        for name, token_ids in record.new_token_ids.items():
+            record.texts[name] = self._added(name, token_ids, name in record.finished)
 
     def _added(self, name: str, token_ids: list[int], ends: bool) -> str:
         if name not in self._so_far:

@@ -29,7 +29,11 @@ pytestmark = pytest.mark.slow
 
 CHAPTERS = ("03_paged_kv_cache", "05_scheduler")
 #: Pages that are opened and saved, and not run.
-UNTOUCHED = ("notebooks/06_qwen3.ipynb", "exercises/05_scheduler.ipynb")
+UNTOUCHED = (
+    "notebooks/00_tour.ipynb",
+    "notebooks/06_qwen3.ipynb",
+    "exercises/05_scheduler.ipynb",
+)
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +217,41 @@ def test_a_page_that_is_opened_and_saved_stays_as_it_was(
     assert page.evaluate(f"{notebook}.context.model.dirty") is False
     page.evaluate(f"{notebook}.context.save().then(() => true)")
     assert (folder / name).read_bytes() == (ROOT / name).read_bytes()
+
+
+#: The frame of the first player in the page.
+FRAME = "document.querySelector('.jp-OutputArea iframe[srcdoc]')"
+
+
+@pytest.mark.timeout(120)
+def test_the_player_plays_without_a_kernel(page: Page, lab: str) -> None:
+    """In a page as it was committed, whose kernel has been shut down; light and dark as the lab."""
+    notebook = NOTEBOOK.replace("CHAPTER", "00_tour")
+    page.send("Page.navigate", url=f"{lab}/tree/notebooks/00_tour.ipynb")
+    session = f"{notebook}.context.sessionContext"
+    page.wait_for(f"{notebook}.context.isReady && {session}.session.kernel", 60)
+    page.evaluate(f"{session}.shutdown().then(() => true)")
+    page.wait_for(f"!{session}.session?.kernel", 20)
+
+    page.wait_for(f"{FRAME}.scrollIntoView({{block: 'center'}}) || true", 20)
+    player = f"{FRAME}.contentWindow.player"
+    page.wait_for(f"{player}.run.states.length > 100", 20)
+    assert page.evaluate(f"{player}.at") == 2
+    assert page.evaluate(f"{FRAME}.parentElement.querySelector('.mv-note')") is None
+    page.evaluate(f"{player}.play()")
+    page.wait_for(f"{player}.at > 6", 20)
+    page.evaluate(f"{player}.pause()")
+    said = page.evaluate(f"{FRAME}.contentDocument.querySelector('.news').textContent")
+    assert "blocks in use" in said
+
+    for theme, dark in (("JupyterLab Dark", True), ("JupyterLab Light", False)):
+        page.evaluate(
+            f"jupyterapp.commands.execute('apputils:change-theme', {{theme: '{theme}'}})"
+            ".then(() => true)"
+        )
+        page.wait_for(f"{FRAME}.contentWindow.player.dark === {json.dumps(dark)}", 20)
+        time.sleep(0.5)
+        page.screenshot(f"player-in-{theme.split()[1].lower()}")
 
 
 @pytest.mark.timeout(290)

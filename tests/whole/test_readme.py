@@ -9,7 +9,7 @@ import re
 import nbformat
 import pytest
 
-from minivllm.course.authoring.tool import ROOT, broken_links
+from minivllm.course.authoring.tool import PICTURES, ROOT, broken_links, picture_of
 from minivllm.course.notebooks import Stop, as_committed, road
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -45,6 +45,15 @@ def test_the_picture_is_small_and_described() -> None:
     assert "http" not in re.sub(
         r'xmlns="[^"]+"|<!--.*?-->', "", PICTURE.read_text(encoding="utf-8")
     ), "no fonts fetched"
+
+
+@pytest.mark.parametrize("chapter", PICTURES)
+def test_a_picture_from_a_chapter_is_the_chapters(chapter: str) -> None:
+    """To bring it up to date: python -m minivllm.course.authoring execute notebooks/NN_*.ipynb."""
+    call, name = PICTURES[chapter]
+    _, notebook = as_committed(ROOT / "notebooks" / f"{chapter}.ipynb")
+    assert f"(notebooks/{name})" in README
+    assert (ROOT / "notebooks" / name).read_bytes() == picture_of(notebook, call)
 
 
 @pytest.mark.parametrize("stop", COMMITTED, ids=[stop.name for stop in COMMITTED])

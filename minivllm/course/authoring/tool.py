@@ -47,7 +47,9 @@ TIMING = re.compile(r"\d ?(ms|µs|it/s|tok/s|tokens/s)\b|\d\.\d+ ?(s|seconds)\b"
 #: The tag of a cell whose output nbval does not compare. The reader of the page does not see tags.
 IGNORED = "nbval-ignore-output"
 WIDGET = "application/vnd.jupyter.widget-view+json"
-NOT_COMPARED = {"image/png", "image/jpeg", WIDGET}
+NOT_COMPARED = {"image/png", "image/jpeg", "text/html", WIDGET}
+#: Pictures that README.md shows, too: chapter -> (a call in the cell that draws it, the file).
+PICTURES = {"05_scheduler": ('draw_places({"Static', "images/batching.png")}
 MAX_IMAGE_BYTES, MIN_COMPARED_SHARE = 60_000, 0.6
 
 
@@ -264,7 +266,20 @@ def execute(path: Path) -> list[str]:
     if not (found := problems(notebook)):
         # Validates the notebook, too.
         nbformat.write(notebook, path)
+        if path.stem in PICTURES:
+            target = path.parent / PICTURES[path.stem][1]
+            target.write_bytes(picture_of(notebook, PICTURES[path.stem][0]))
     return found
+
+
+def picture_of(notebook: NotebookNode, call: str) -> bytes:
+    """The PNG that the one code cell with this call shows. ValueError without such a cell."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and call in cell.source:
+            for output in cell.outputs:
+                if "image/png" in output.get("data", {}):
+                    return base64.b64decode(output.data["image/png"])
+    raise ValueError(f"no cell with {call} shows a picture")
 
 
 def main() -> int:

@@ -255,7 +255,10 @@ def simulate(
         if not batch or num_steps > most_steps:
             stalled = _stalled(scheduler, num_steps - 1, bool(batch))
             break
-        record = record_step(recorder, batch, scheduler, clock.now) if trace else None
+        record = None
+        if trace:
+            record = record_step(len(recorder.steps), batch, scheduler, clock.now)
+            recorder.steps.append(record)
         seconds = cost.seconds((item.start, item.num_new_tokens) for item in batch.items)
         for item in batch.items:
             request = clock.requests[item.sequence.seq_id]

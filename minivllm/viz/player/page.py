@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import json
 from functools import cache
@@ -14,6 +13,12 @@ from minivllm.engine.trace import Trace
 from minivllm.files import write_atomically
 from minivllm.viz import palette
 from minivllm.viz.player.pack import pack
+
+#: Stands in place of the player on a page that keeps frames out; the player removes it.
+NOTE = (
+    "Here plays a run of the engine, where a page may run programs: in JupyterLab, in VS Code, and"
+    " on the course's site."
+)
 
 
 @cache
@@ -39,7 +44,7 @@ def page(trace: Trace, title: str = "minivllm at work", step: int | None = None)
     title: its heading. step: the first step to show, counted from 0; None: the first. The address
     of a step is the page's own with ``#step=12``.
     """
-    data = _as_script({"trace": pack(trace), "options": _options(title=title, step=step or 0)})
+    data = _as_script({"trace": pack(trace), "options": _options(title=title, step=step or 0, wholePage=True)})
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -55,6 +60,7 @@ body {{ margin: 0; background: light-dark(#ffffff, #14171f); }}
 <body>
 <main id="player"><noscript>The player needs JavaScript.</noscript></main>
 <script>
+{_source("run.js")}
 {_source("player.js")}
 (() => {{
   const {{ trace, options }} = {data};
@@ -75,7 +81,8 @@ class Player:
     """The player as the output of a notebook's cell.
 
     It lies in a frame of its own, so that it works without a kernel, in VS Code, and on a web page,
-    and no style of the page reaches it. height: of the frame, in CSS pixels.
+    and no style of the page reaches it. It is light or dark as the page is. height: of the frame,
+    in CSS pixels.
     """
 
     def __init__(
@@ -84,13 +91,13 @@ class Player:
         self.trace, self.title, self.step, self.height = trace, title, step, height
 
     def _repr_html_(self) -> str:
-        whole = page(self.trace, self.title or "A run of the engine", self.step)
-        # As a data address, the page has an origin of its own and cannot touch the notebook.
-        address = base64.b64encode(whole.encode()).decode()
+        title = self.title or "A run of the engine"
+        # The page stands in the attribute itself: a frame of a data: address is blocked in VS Code.
+        whole = html.escape(page(self.trace, title, self.step))
         return (
-            f'<iframe title="{html.escape(self.title or "A run of the engine")}"'
-            f' src="data:text/html;base64,{address}" loading="lazy" style="width: 100%;'
-            f' height: {self.height}px; border: 0"></iframe>'
+            f'<div><p class="mv-note"><em>{NOTE}</em></p>'
+            f'<iframe title="{html.escape(title)}" srcdoc="{whole}" loading="lazy"'
+            f' style="width: 100%; height: {self.height}px; border: 0"></iframe></div>'
         )
 
     def __repr__(self) -> str:

@@ -1,0 +1,141 @@
+"""The loop around an engine: messages in, the news of each step out.
+
+The loop is the only one that touches the engine. It runs in a thread or in a process of its own
+(core_client.py), so a step never waits for the event loop: `send` only puts news into a queue.
+Between two steps it takes in everything that has arrived. With nothing to compute, it sleeps until
+a message comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from minivllm.engine.llm_engine import LLMEngine
+from minivllm.engine.output_processor import OutputCollector
+from minivllm.engine.trace import StepRecord, TraceTexts
+from minivllm.sampling_params import RequestOutputKind
+from minivllm.serving import wire
+
+
+class CoreLoop:
+    """Runs an engine until a `Close` comes. send: takes each message for the event loop."""
+
+    def __init__(
+        self, engine: LLMEngine, inbox: SimpleQueue[Any], send: Callable[[Any], None]
+    ) -> None:
+        self.engine, self.inbox, self.send = engine, inbox, send
+        self.collector = OutputCollector()
+        #: Requests whose prompt's logprobs have not been sent.
+        self._asks_prompt: set[str] = set()
+        self._viewer: Viewer | None = None
+        self._is_closed = False
+
+    def started(self) -> wire.Started:
+        """What the event loop must know to check requests itself."""
+        engine = self.engine
+        return wire.Started(
+            str(engine.model_path),
+            engine.model_config,
+            engine.config,
+            engine.input_processor.takes_cache_salt,
+        )
+
+    def run(self) -> None:
+        """Serve until `Close`. An error of a step ends the loop and is raised."""
+        while not self._is_closed:
+            self._take_in()
+            if self._is_closed or not self.engine.get_num_unfinished_requests():
+                self._report()
+                continue
+            self.engine.advance()
+            self._report()
+
+    def _take_in(self) -> None:
+        """Handle the messages that have arrived; without work, wait for one."""
+        if not self.engine.get_num_unfinished_requests() and not self.collector.news:
+            self._handle(self.inbox.get())
+        while not self._is_closed:
+            try:
+                message = self.inbox.get_nowait()
+            except Empty:
+                return
+            self._handle(message)
+
+    def _handle(self, message: Any) -> None:
+        match message:
+            case wire.Add(request_id, checked):
+                params = checked.params
+                if params.output_kind is not RequestOutputKind.FINAL_ONLY:
+                    params = replace(params, output_kind=RequestOutputKind.DELTA)
+                if params.prompt_logprobs is not None:
+                    self._asks_prompt.add(request_id)
+                self.engine.add_checked(request_id, replace(checked, params=params), self.collector)
+            case wire.Abort(request_ids):
+                self.engine.abort_request(request_ids)
+            case wire.Ping(number):
+                self.send(wire.Pong(number))
+            case wire.ResetPrefixCache(number):
+                self.send(wire.Pong(number, self.engine.reset_prefix_cache()))
+            case wire.Watch(is_on):
+                self._watch(is_on)
+            case wire.Close():
+                self._is_closed = True
+
+    def _report(self) -> None:
+        # Before `collect`, which forgets the requests that have finished.
+        steps = self._viewer.take() if self._viewer is not None else []
+        gains = []
+        for output in self.engine.collect(self.collector):
+            asks = output.request_id in self._asks_prompt
+            gains.append(wire.pack(output, asks))
+            if asks:
+                self._asks_prompt.discard(output.request_id)
+        if gains or steps:
+            self.send(wire.News(gains, self.stats(), steps))
+
+    def stats(self) -> wire.Stats:
+        scheduler = self.engine.scheduler
+        return wire.Stats(len(scheduler.running), len(scheduler.waiting), self.engine.metrics())
+
+    # --- the player's steps ---------------------------------------------------------------------
+
+    def _watch(self, is_on: bool) -> None:
+        """Record steps only while somebody looks: a record costs time in each step."""
+        self._viewer = Viewer(self.engine) if is_on else None
+        self.engine.watch(self._viewer.records.append if self._viewer is not None else None)
+
+
+class Viewer:
+    """Packs the steps of an engine for the player (viz/player), from now on."""
+
+    def __init__(self, engine: LLMEngine) -> None:
+        from minivllm.viz.player.pack import Packer
+
+        self.engine = engine
+        #: The records of steps that have ended and are not packed yet.
+        self.records: list[StepRecord] = []
+        self._packer = Packer()
+        self._texts = None if engine.tokenizer is None else TraceTexts(engine.tokenizer)
+
+    def take(self) -> list[dict[str, Any]]:
+        """The steps since the last call. "new": [name, prompt] of the sequences that appear."""
+        packed = []
+        for record in self.records:
+            if self._texts is not None:
+                self._texts.add(record)
+            known = len(self._packer.names)
+            step = self._packer.step(record)
+            step["new"] = [[name, self._prompt(name)] for name in list(self._packer.names)[known:]]
+            packed.append(step)
+        self.records.clear()
+        return packed
+
+    def _prompt(self, name: str) -> str:
+        """The text of a sequence's prompt, as long as its request is known."""
+        request = self.engine.processor.requests.get(name.rpartition("/")[0])
+        if request is None or self.engine.tokenizer is None:
+            return ""
+        return self.engine.tokenizer.decode(request.prompt_token_ids, skip_special_tokens=True)
