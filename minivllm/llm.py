@@ -360,14 +360,7 @@ class LLM:
     def _chat_prompt(
         self, messages: Sequence[Message], variables: Mapping[str, Any]
     ) -> TokensPrompt:
-        tokenizer = self.get_tokenizer()
-        inputs.check_conversation(messages)
-        rendered = tokenizer.apply_chat_template(messages, **variables)
-        # With the variable tokenize=True the result is a list of token ids already.
-        if not isinstance(rendered, str):
-            return {"prompt_token_ids": rendered}
-        token_ids = tokenizer.encode(rendered, add_special_tokens=False)
-        return {"prompt": rendered, "prompt_token_ids": token_ids}
+        return self._open_engine().input_processor.chat_prompt(messages, variables)
 
     def abort(self, request_ids: str | Iterable[str]) -> None:
         """End requests early. They return the tokens so far, with finish_reason "abort"."""

@@ -1,4 +1,4 @@
-"""The command `minivllm`: generate, chat, demo, trace, bench, check, course, doctor.
+"""The command `minivllm`: generate, chat, serve, demo, trace, bench, check, course, doctor.
 
 Each command is a file of this folder. torch takes seconds to import, so no file of this folder
 imports it at its top: a command does when it starts to compute.
@@ -17,6 +17,7 @@ from minivllm.cli.course import check, course_app
 from minivllm.cli.demo import demo
 from minivllm.cli.doctor import doctor
 from minivllm.cli.generate import generate
+from minivllm.cli.serve import serve
 from minivllm.cli.stdio import EXIT_CODES, App, Commands, prepare_streams
 from minivllm.cli.trace import trace
 
@@ -54,6 +55,7 @@ def main(
 
 app.command()(generate)
 app.command()(chat)
+app.command()(serve)
 app.command()(demo)
 app.command()(trace)
 app.add_typer(

@@ -7,7 +7,7 @@ notebooks/07_engine.ipynb.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,15 @@ from typing import Any
 
 from minivllm import errors
 from minivllm.config import ModelConfig, ResolvedConfig
-from minivllm.inputs import ParsedPrompt, PromptType, check_params, parse_prompt
+from minivllm.inputs import (
+    Message,
+    ParsedPrompt,
+    PromptType,
+    TokensPrompt,
+    check_conversation,
+    check_params,
+    parse_prompt,
+)
 from minivllm.models.loader import default_sampling_params
 from minivllm.sampling_params import SamplingParams
 from minivllm.tokenizer import Tokenizer
@@ -100,6 +108,26 @@ class InputProcessor:
             max_num_tokens,
             parsed.cache_salt,
         )
+
+    def chat_prompt(
+        self, messages: Sequence[Message], variables: Mapping[str, Any]
+    ) -> TokensPrompt:
+        """The prompt that the model's chat template makes of a conversation.
+
+        The template writes the special tokens itself, so none are added. Raises `RequestError` for
+        an invalid conversation, for one that the template refuses, and without a tokenizer.
+        """
+        if self.tokenizer is None:
+            raise errors.TokenizerRequiredError(
+                "This engine was made with skip_tokenizer_init=True."
+            )
+        check_conversation(messages)
+        rendered = self.tokenizer.apply_chat_template(messages, **variables)
+        # With the variable tokenize=True the result is a list of token ids already.
+        if not isinstance(rendered, str):
+            return {"prompt_token_ids": rendered}
+        token_ids = self.tokenizer.encode(rendered, add_special_tokens=False)
+        return {"prompt": rendered, "prompt_token_ids": token_ids}
 
     # --- the prompt -------------------------------------------------------------------------------
 

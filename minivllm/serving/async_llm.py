@@ -68,7 +68,7 @@ class AsyncLLM:
             raise errors.ConfigError(f'core is "process" or "thread", not {core!r}.')
         if pieces is not None and core == "process":
             raise errors.ConfigError('Parts of your own need core="thread".')
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, Stream] = {}
         self._answers: dict[int, asyncio.Future[bool]] = {}
         self._numbers = itertools.count()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -152,7 +152,7 @@ class AsyncLLM:
             )
         return self.input_processor.process(prompt, params)
 
-    def start(self, checked: EngineInput, request_id: str | None = None) -> _Stream:
+    def start(self, checked: EngineInput, request_id: str | None = None) -> Stream:
         """Hand a checked request to the engine. The caller must `drop` the stream in the end."""
         self._require_alive()
         if request_id is None:
@@ -162,11 +162,11 @@ class AsyncLLM:
                 f"Request id {request_id!r} is in use; finish or abort that request first."
             )
         self._loop = asyncio.get_running_loop()
-        stream = self._streams[request_id] = _Stream(request_id, checked)
+        stream = self._streams[request_id] = Stream(request_id, checked)
         self._core.send(wire.Add(request_id, checked))
         return stream
 
-    def drop(self, stream: _Stream) -> None:
+    def drop(self, stream: Stream) -> None:
         """Forget a stream, and abort its request if that has not finished."""
         if self._streams.pop(stream.request_id, None) is stream and not stream.is_finished:
             self._core.send(wire.Abort([stream.request_id]))
@@ -175,6 +175,10 @@ class AsyncLLM:
         """End requests now. They return the tokens so far; unknown ids are ignored."""
         ids = [request_id] if isinstance(request_id, str) else list(request_id)
         self._core.send(wire.Abort(ids))
+
+    async def abort_all(self) -> None:
+        """End all requests now. They return the tokens so far."""
+        self._core.send(wire.Abort(list(self._streams)))
 
     @property
     def num_unfinished(self) -> int:
@@ -290,7 +294,7 @@ class AsyncLLM:
                 answer.set_exception(error)
 
 
-class _Stream:
+class Stream:
     """One request as its caller sees it."""
 
     def __init__(self, request_id: str, checked: EngineInput) -> None:
@@ -299,6 +303,8 @@ class _Stream:
         #: Whether the caller has got the last output.
         self.is_finished = False
         self.metrics: RequestMetrics | None = None
+        #: Tokens of all completions in the outputs so far.
+        self.num_output_tokens = 0
         self._waiting: list[wire.Gain] = []
         self._completions = [CompletionOutput(i) for i in range(checked.params.n)]
         self._ended: set[int] = set()
@@ -349,6 +355,7 @@ class _Stream:
                 else:
                     output = self._completions[index]
                 _extend(output, piece)
+                self.num_output_tokens += len(piece[2])
                 if output.finish_reason is not None:
                     self._ended.add(index)
         outputs = (

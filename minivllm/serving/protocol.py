@@ -18,20 +18,18 @@ from minivllm.errors import RequestError, SamplingParamsError
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
 
 #: Fields that do not change the answer.
-HARMLESS = frozenset(
-    [
-        "user",
-        "store",
-        "metadata",
-        "service_tier",
-        "parallel_tool_calls",
-        "prediction",
-        "safety_identifier",
-        "prompt_cache_key",
-        "verbosity",
-        "request_id",
-    ]
-)
+HARMLESS = {
+    "user",
+    "store",
+    "metadata",
+    "service_tier",
+    "parallel_tool_calls",
+    "prediction",
+    "safety_identifier",
+    "prompt_cache_key",
+    "verbosity",
+    "request_id",
+}
 #: Fields that would change the answer, and that minivllm lacks: name -> what to do instead.
 LACKING = {
     "tools": "minivllm calls no tools",

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from minivllm.outputs import CompletionOutput, Logprob, RequestOutput
+from minivllm.outputs import Logprob, RequestOutput
 
 
 def usage(num_prompt: int, num_output: int, num_cached: int = 0) -> dict[str, Any]:

@@ -44,7 +44,9 @@ def page(trace: Trace, title: str = "minivllm at work", step: int | None = None)
     title: its heading. step: the first step to show, counted from 0; None: the first. The address
     of a step is the page's own with ``#step=12``.
     """
-    data = _as_script({"trace": pack(trace), "options": _options(title=title, step=step or 0, wholePage=True)})
+    data = _as_script(
+        {"trace": pack(trace), "options": _options(title=title, step=step or 0, wholePage=True)}
+    )
     return f"""<!doctype html>
 <html lang="en">
 <head>

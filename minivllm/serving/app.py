@@ -1,0 +1,256 @@
+"""The HTTP application: OpenAI's API over one `AsyncLLM`.
+
+Each handler checks everything before it starts anything, so a request is refused as a whole. An
+answer is one JSON object or a stream of server-sent events. A client that goes away ends its
+requests: its task is cancelled, and with it the streams of the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+
+import minivllm
+from minivllm import errors
+from minivllm.engine.input_processor import EngineInput
+from minivllm.serving import chats, completions, responses
+from minivllm.serving.api_errors import APIError, as_api_error, body, from_validation
+from minivllm.serving.chats import ChatAnswer
+from minivllm.serving.completions import CompletionAnswer
+from minivllm.serving.middleware import Edge
+from minivllm.serving.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from minivllm.serving.state import Job, ServerState
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: Proxies must pass each event on at once.
+EVENT_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+class ClientGoneError(Exception):
+    """The client has closed its connection; nobody reads an answer."""
+
+
+def build_app(state: ServerState) -> FastAPI:
+    """The application. The caller closes the engine of `state`."""
+    app = FastAPI(
+        title="minivllm",
+        version=minivllm.__version__,
+        description="An OpenAI-compatible server over one minivllm engine.",
+    )
+    app.state.server = state
+    _add_error_handlers(app)
+    _add_generation(app, state)
+    _add_tokens(app, state)
+    _add_operations(app, state)
+    app.add_middleware(Edge, key=state.options.api_key, max_body=state.options.max_body_bytes)
+    return app
+
+
+def _error_response(error: APIError) -> JSONResponse:
+    return JSONResponse(error.body, error.status, error.headers)
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return _error_response(from_validation(error))
+
+    @app.exception_handler(errors.MiniVLLMError)
+    async def refused(request: Request, error: errors.MiniVLLMError) -> Response:
+        return _error_response(as_api_error(error))
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        what = f"{request.method} {request.url.path}: {error.detail}."
+        message = str(error.detail) if error.status_code == 413 else what
+        return JSONResponse(body(error.status_code, message), error.status_code, error.headers)
+
+    @app.exception_handler(ClientGoneError)
+    async def gone(request: Request, error: ClientGoneError) -> Response:
+        return Response(status_code=499)
+
+    @app.exception_handler(Exception)
+    async def bug(request: Request, error: Exception) -> Response:
+        logger.error("request %s failed", request.state.request_id, exc_info=error)
+        return JSONResponse(body(500, f"Internal error: {type(error).__name__}."), 500)
+
+
+#: The errors in the API's own description.
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {
+        "description": text,
+        "content": {"application/json": {"schema": {"type": "object"}}},
+    }
+    for status, text in {
+        400: "A field is wrong, or asks for what minivllm lacks",
+        401: "The API key is missing or wrong",
+        404: "The model is not here",
+        413: "The body is too large",
+        429: "The queue is full",
+        500: "The model gave no finite number",
+        503: "The engine cannot serve",
+    }.items()
+}
+
+
+def _add_generation(app: FastAPI, state: ServerState) -> None:
+    def job(inputs: list[EngineInput], request: Request) -> Job:
+        return Job(state, inputs, request.state.request_id, request.state.note)
+
+    async def respond(answer: Any, is_stream: bool | None, request: Request) -> Response:
+        if is_stream:
+            return StreamingResponse(
+                answer.events(), media_type="text/event-stream", headers=EVENT_HEADERS
+            )
+        whole = await unless_gone(request, answer.whole())
+        return Response(responses.to_json(whole), media_type="application/json")
+
+    @app.post("/v1/completions", responses=ERRORS)
+    async def create_completion(body: CompletionRequest, request: Request) -> Response:
+        """Continue a text. As a stream with ``stream=true``."""
+        inputs = await completions.check(state, body)
+        return await respond(CompletionAnswer(body, job(inputs, request)), body.stream, request)
+
+    @app.post("/v1/chat/completions", responses=ERRORS)
+    async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
+        """Answer a conversation. As a stream with ``stream=true``."""
+        inputs = await chats.check(state, body)
+        return await respond(ChatAnswer(body, job(inputs, request)), body.stream, request)
+
+    @app.get("/v1/models", responses={401: ERRORS[401]})
+    async def list_models() -> dict[str, Any]:
+        """The one model that is served here."""
+        return {"object": "list", "data": [_model_card(state)]}
+
+    @app.get("/v1/models/{name:path}", responses={401: ERRORS[401], 404: ERRORS[404]})
+    async def get_model(name: str) -> dict[str, Any]:
+        """The model, if it has this name."""
+        state.require_model(name)
+        return _model_card(state)
+
+
+def _model_card(state: ServerState) -> dict[str, Any]:
+    return {
+        "id": state.model_name,
+        "object": "model",
+        "created": state.created,
+        "owned_by": "minivllm",
+        "root": str(state.llm.model_path),
+        "parent": None,
+        "max_model_len": state.llm.config.max_model_len,
+    }
+
+
+def _add_tokens(app: FastAPI, state: ServerState) -> None:
+    """vLLM's further routes, for clients that count tokens."""
+
+    def tokenizer() -> Any:
+        if state.llm.tokenizer is None:
+            raise errors.TokenizerRequiredError("This server has no tokenizer.")
+        return state.llm.tokenizer
+
+    @app.post("/tokenize", responses=ERRORS)
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        """The token ids of a text or a conversation."""
+        state.require_model(body.model)
+        if body.messages is not None:
+            chat = ChatCompletionRequest(
+                messages=body.messages,
+                add_generation_prompt=body.add_generation_prompt,
+                continue_final_message=body.continue_final_message,
+                chat_template_kwargs=body.chat_template_kwargs,
+            )
+            prompt = await chats.render(state, chat.conversation, chat.template_variables)
+            tokens = list(prompt["prompt_token_ids"])
+        else:
+            special = body.add_special_tokens is not False
+            tokens = await asyncio.to_thread(tokenizer().encode, body.prompt, special)
+        found = {
+            "count": len(tokens),
+            "max_model_len": state.llm.config.max_model_len,
+            "tokens": tokens,
+        }
+        if body.return_token_strs:
+            decode = tokenizer().decode
+            found["token_strs"] = [decode([t], skip_special_tokens=False) for t in tokens]
+        return found
+
+    @app.post("/detokenize", responses=ERRORS)
+    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+        """The text of token ids."""
+        state.require_model(body.model)
+        size = state.llm.model_config.vocab_size
+        if any(not 0 <= t < size for t in body.tokens):
+            raise errors.InvalidTokenError(f"tokens holds an id outside 0 to {size - 1}.")
+        text = await asyncio.to_thread(tokenizer().decode, body.tokens, False)
+        return {"prompt": text}
+
+    @app.get("/tokenizer_info", responses={401: ERRORS[401]})
+    async def tokenizer_info() -> dict[str, Any]:
+        """The checkpoint's tokenizer_config.json, for clients that tokenize themselves."""
+        file = state.llm.model_path / "tokenizer_config.json"
+        if not file.exists():
+            return {}
+        found: dict[str, Any] = json.loads(await asyncio.to_thread(file.read_text, "utf-8"))
+        return found
+
+
+def _add_operations(app: FastAPI, state: ServerState) -> None:
+    @app.get("/health", responses={503: ERRORS[503]})
+    @app.get("/ping", include_in_schema=False)
+    async def health() -> Response:
+        """200 if the engine can run a step now."""
+        if state.is_draining:
+            raise APIError(503, "This server is shutting down.")
+        await state.llm.check_health()
+        return Response(status_code=200)
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        """The version of minivllm."""
+        return {"version": minivllm.__version__}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """For Prometheus."""
+        return Response(state.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """The result of some work, which is cancelled when the client goes away.
+
+    Raises `ClientGoneError` then.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_until_gone(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGoneError
+    finally:
+        for future in (task, gone):
+            future.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
