@@ -26,6 +26,7 @@ from minivllm.serving import chats, completions, responses
 from minivllm.serving.api_errors import APIError, as_api_error, body, from_validation
 from minivllm.serving.chats import ChatAnswer
 from minivllm.serving.completions import CompletionAnswer
+from minivllm.serving.live import LiveFeed
 from minivllm.serving.middleware import Edge
 from minivllm.serving.protocol import (
     ChatCompletionRequest,
@@ -221,6 +222,20 @@ def _add_operations(app: FastAPI, state: ServerState) -> None:
             raise APIError(503, "This server is shutting down.")
         await state.llm.check_health()
         return Response(status_code=200)
+
+    feed = LiveFeed(state)
+
+    @app.get("/", include_in_schema=False)
+    async def live() -> Response:
+        """The page that shows the engine at work."""
+        return Response(feed.page, media_type="text/html; charset=utf-8")
+
+    @app.get("/events", include_in_schema=False)
+    async def events() -> Response:
+        """The engine's steps, for the page."""
+        return StreamingResponse(
+            feed.events(), media_type="text/event-stream", headers=EVENT_HEADERS
+        )
 
     @app.get("/version")
     async def version() -> dict[str, str]:

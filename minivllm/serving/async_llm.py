@@ -77,8 +77,7 @@ class AsyncLLM:
         self._encoders = ThreadPoolExecutor(1, thread_name_prefix="encode")
         #: The state after the latest step.
         self.stats = wire.Stats()
-        #: Gets each step, packed for the player, while `watch` is on.
-        self.on_steps: Callable[[list[dict[str, Any]]], None] | None = None
+        self._on_step: Callable[[wire.Step], None] | None = None
         #: Called once, in the event loop, when the core has died.
         self.on_death: Callable[[errors.MiniVLLMError], None] | None = None
         name = None if model is None else str(model)
@@ -91,6 +90,7 @@ class AsyncLLM:
             self._core, started = thread, thread.started
         self.model_path = Path(started.model_path)
         self.model_config, self.config = started.model_config, started.config
+        self.kv_bytes_per_token = started.kv_bytes_per_token
         self.tokenizer = None if self.config.skip_tokenizer_init else Tokenizer(self.model_path)
         self.input_processor = InputProcessor(
             self.model_path,
@@ -212,11 +212,15 @@ class AsyncLLM:
         """Forget the content of all KV blocks. Returns False while requests are unfinished."""
         return await self._ask(wire.ResetPrefixCache)
 
-    def watch(self, on_steps: Callable[[list[dict[str, Any]]], None] | None) -> None:
-        """Give each step from now on, packed for the player, to a function; None ends this."""
+    def watch(self, on_step: Callable[[wire.Step], None] | None, with_text: bool = False) -> None:
+        """Give a description of the engine's steps to a function, from now on; None ends this.
+
+        Called at most 30 times per second. with_text: with prompts and answers. Nothing is recorded
+        while nobody watches.
+        """
         self._loop = asyncio.get_running_loop()
-        self.on_steps = on_steps
-        self._core.send(wire.Watch(on_steps is not None))
+        self._on_step = on_step
+        self._core.send(wire.Watch(on_step is not None, with_text))
 
     async def close(self) -> None:
         """End what runs, and free the engine. Callers that wait get `EngineEndedError`."""
@@ -267,14 +271,14 @@ class AsyncLLM:
 
     def _take(self, message: Any) -> None:
         match message:
-            case wire.News(gains, stats, steps):
+            case wire.News(gains, stats, step):
                 self.stats = stats
                 for gain in gains:
                     stream = self._streams.get(gain[0])
                     if stream is not None:
                         stream.put(gain)
-                if steps and self.on_steps is not None:
-                    self.on_steps(steps)
+                if step is not None and self._on_step is not None:
+                    self._on_step(step)
             case wire.Pong(number, result):
                 answer = self._answers.get(number)
                 if answer is not None and not answer.done():

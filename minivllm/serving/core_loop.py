@@ -8,6 +8,7 @@ a message comes.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from queue import Empty, SimpleQueue
@@ -18,6 +19,9 @@ from minivllm.engine.output_processor import OutputCollector
 from minivllm.engine.trace import StepRecord, TraceTexts
 from minivllm.sampling_params import RequestOutputKind
 from minivllm.serving import wire
+
+#: How many steps per second a viewer is shown: as many as a screen can show.
+STEPS_PER_SECOND = 30
 
 
 class CoreLoop:
@@ -41,6 +45,7 @@ class CoreLoop:
             engine.model_config,
             engine.config,
             engine.input_processor.takes_cache_salt,
+            engine.model_runner.kv_bytes_per_token,
         )
 
     def run(self) -> None:
@@ -79,63 +84,81 @@ class CoreLoop:
                 self.send(wire.Pong(number))
             case wire.ResetPrefixCache(number):
                 self.send(wire.Pong(number, self.engine.reset_prefix_cache()))
-            case wire.Watch(is_on):
-                self._watch(is_on)
+            case wire.Watch(is_on, with_text):
+                self._watch(is_on, with_text)
             case wire.Close():
                 self._is_closed = True
 
     def _report(self) -> None:
         # Before `collect`, which forgets the requests that have finished.
-        steps = self._viewer.take() if self._viewer is not None else []
+        step = self._viewer.take() if self._viewer is not None else None
         gains = []
         for output in self.engine.collect(self.collector):
             asks = output.request_id in self._asks_prompt
             gains.append(wire.pack(output, asks))
             if asks:
                 self._asks_prompt.discard(output.request_id)
-        if gains or steps:
-            self.send(wire.News(gains, self.stats(), steps))
+        if gains or step is not None:
+            self.send(wire.News(gains, self.stats(), step))
 
     def stats(self) -> wire.Stats:
         scheduler = self.engine.scheduler
         return wire.Stats(len(scheduler.running), len(scheduler.waiting), self.engine.metrics())
 
-    # --- the player's steps ---------------------------------------------------------------------
-
-    def _watch(self, is_on: bool) -> None:
+    def _watch(self, is_on: bool, with_text: bool) -> None:
         """Record steps only while somebody looks: a record costs time in each step."""
-        self._viewer = Viewer(self.engine) if is_on else None
-        self.engine.watch(self._viewer.records.append if self._viewer is not None else None)
+        self._viewer = Viewer(self.engine, with_text) if is_on else None
+        self.engine.watch(None if self._viewer is None else self._viewer.add)
 
 
 class Viewer:
-    """Packs the steps of an engine for the player (viz/player), from now on."""
+    """Describes an engine's steps for people: at most `STEPS_PER_SECOND`, however fast it is.
 
-    def __init__(self, engine: LLMEngine) -> None:
-        from minivllm.viz.player.pack import Packer
+    with_text: whether prompts and answers are shown.
+    """
 
+    def __init__(self, engine: LLMEngine, with_text: bool) -> None:
         self.engine = engine
-        #: The records of steps that have ended and are not packed yet.
-        self.records: list[StepRecord] = []
-        self._packer = Packer()
-        self._texts = None if engine.tokenizer is None else TraceTexts(engine.tokenizer)
+        self._with_text = with_text and engine.tokenizer is not None
+        self._texts = TraceTexts(engine.tokenizer) if engine.tokenizer is not None else None
+        #: Steps that have ended and are not shown yet.
+        self._records: list[StepRecord] = []
+        self._known: set[str] = set()
+        self._shown_at = 0.0
 
-    def take(self) -> list[dict[str, Any]]:
-        """The steps since the last call. "new": [name, prompt] of the sequences that appear."""
-        packed = []
-        for record in self.records:
-            if self._texts is not None:
+    def add(self, record: StepRecord) -> None:
+        """Take in a step that has ended."""
+        self._records.append(record)
+
+    def take(self) -> wire.Step | None:
+        """The latest step, if it is time to show one; what others in between brought is in it."""
+        now = time.perf_counter()
+        if not self._records or (
+            now - self._shown_at < 1 / STEPS_PER_SECOND
+            and not any(record.finished for record in self._records)
+        ):
+            return None
+        self._shown_at = now
+        records, self._records = self._records, []
+        step = wire.Step(**vars(records[-1]))
+        step.finished = [name for record in records for name in record.finished]
+        step.preempted = [name for record in records for name in record.preempted]
+        step.texts, step.new_token_ids = {}, {}
+        for record in records:
+            if self._with_text and self._texts is not None:
                 self._texts.add(record)
-            known = len(self._packer.names)
-            step = self._packer.step(record)
-            step["new"] = [[name, self._prompt(name)] for name in list(self._packer.names)[known:]]
-            packed.append(step)
-        self.records.clear()
-        return packed
+                for name, text in record.texts.items():
+                    step.texts[name] = step.texts.get(name, "") + text
+        # A sequence may come and go between two steps that are shown.
+        appeared = {name for record in records for name in (*record.running, *record.waiting)}
+        step.prompts = {name: self._prompt(name) for name in sorted(appeared - self._known)}
+        self._known |= appeared
+        self._known -= set(step.finished)
+        return step
 
     def _prompt(self, name: str) -> str:
         """The text of a sequence's prompt, as long as its request is known."""
         request = self.engine.processor.requests.get(name.rpartition("/")[0])
-        if request is None or self.engine.tokenizer is None:
+        if request is None or self.engine.tokenizer is None or not self._with_text:
             return ""
         return self.engine.tokenizer.decode(request.prompt_token_ids, skip_special_tokens=True)

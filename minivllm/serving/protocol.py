@@ -166,7 +166,7 @@ class CompletionRequest(SamplingFields):
         """The prompts, one by one. Raises `RequestError` for an empty list."""
         prompt = self.prompt
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
-            return [prompt]  # type: ignore[list-item]
+            return [prompt]
         if not prompt:
             raise RequestError(
                 "prompt is an empty list; give a text, token ids, or a list of them."

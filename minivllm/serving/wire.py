@@ -12,6 +12,7 @@ from typing import Any
 from minivllm.config import ModelConfig, ResolvedConfig
 from minivllm.engine.input_processor import EngineInput
 from minivllm.engine.llm_engine import EngineMetrics
+from minivllm.engine.trace import StepRecord
 from minivllm.outputs import RequestOutput
 
 #: (index, text, token_ids, cumulative_logprob, logprobs, finish_reason, stop_reason): what one
@@ -46,9 +47,10 @@ class Ping:
 
 @dataclass(frozen=True)
 class Watch:
-    """Record the engine's steps from now on, or stop recording."""
+    """Show the engine's steps from now on, or stop. with_text: prompts and answers, too."""
 
     is_on: bool
+    with_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Started:
     model_config: ModelConfig
     config: ResolvedConfig
     takes_cache_salt: bool
+    kv_bytes_per_token: int
 
 
 @dataclass(frozen=True)
@@ -104,13 +107,21 @@ class Stats:
         return self.counters.num_used_kv_blocks / total if total else 0.0
 
 
+@dataclass
+class Step(StepRecord):
+    """A step as a viewer sees it; it stands for the steps since the one before, too."""
+
+    #: "request/index" -> the text of the prompt, for sequences that appear.
+    prompts: dict[str, str] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class News:
-    """What a step brought. steps: packed for the player, while somebody watches."""
+    """What a step brought. step: a description of it, now and then, while somebody watches."""
 
     gains: list[Gain]
     stats: Stats
-    steps: list[dict[str, Any]] = field(default_factory=list)
+    step: Step | None = None
 
 
 def pack(output: RequestOutput, with_prompt: bool) -> Gain:

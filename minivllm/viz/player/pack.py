@@ -20,6 +20,9 @@ class Packer:
 
     def __init__(self) -> None:
         self.names: dict[str, int] = {}
+        #: The names that appeared in the latest step, in the order of their numbers.
+        self.added: list[str] = []
+        self._next = 0
         self._tables: dict[str, list[int]] = {}
         self._cached: set[int] = set()
         #: Name -> tokens that have been computed at some time, to see what is computed again.
@@ -27,10 +30,20 @@ class Packer:
 
     def number(self, name: str) -> int:
         """The number of a sequence, "request/index", by order of appearance."""
-        return self.names.setdefault(name, len(self.names))
+        if name not in self.names:
+            self.names[name] = self._next
+            self._next += 1
+            self.added.append(name)
+        return self.names[name]
+
+    def forget(self, name: str) -> None:
+        """Drop a sequence that has finished. Its number is not given again."""
+        self.names.pop(name, None)
+        self._reached.pop(name, None)
 
     def step(self, record: StepRecord) -> dict[str, Any]:
         """One step as plain lists. Call it for each step once, in order."""
+        self.added = []
         for name in (*record.running, *record.waiting):
             self.number(name)
         scheduled = []

@@ -22,11 +22,12 @@ NOTE = (
 
 
 @cache
-def _source(name: str) -> str:
+def source(name: str) -> str:
+    """The text of a file of this folder."""
     return files("minivllm.viz.player").joinpath(name).read_text(encoding="utf-8")
 
 
-def _as_script(data: Any) -> str:
+def as_script(data: Any) -> str:
     """JSON that may stand inside a <script> element, whatever texts it holds."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
@@ -34,7 +35,8 @@ def _as_script(data: Any) -> str:
     return text
 
 
-def _options(**more: Any) -> dict[str, Any]:
+def player_options(**more: Any) -> dict[str, Any]:
+    """The options of `MinivllmPlayer` in player.js."""
     return {"colors": list(palette.REQUESTS), **more}
 
 
@@ -44,8 +46,11 @@ def page(trace: Trace, title: str = "minivllm at work", step: int | None = None)
     title: its heading. step: the first step to show, counted from 0; None: the first. The address
     of a step is the page's own with ``#step=12``.
     """
-    data = _as_script(
-        {"trace": pack(trace), "options": _options(title=title, step=step or 0, wholePage=True)}
+    data = as_script(
+        {
+            "trace": pack(trace),
+            "options": player_options(title=title, step=step or 0, wholePage=True),
+        }
     )
     return f"""<!doctype html>
 <html lang="en">
@@ -57,13 +62,13 @@ def page(trace: Trace, title: str = "minivllm at work", step: int | None = None)
 <style>
 :root {{ color-scheme: light dark; }}
 body {{ margin: 0; background: light-dark(#ffffff, #14171f); }}
-{_source("player.css")}</style>
+{source("player.css")}</style>
 </head>
 <body>
 <main id="player"><noscript>The player needs JavaScript.</noscript></main>
 <script>
-{_source("run.js")}
-{_source("player.js")}
+{source("run.js")}
+{source("player.js")}
 (() => {{
   const {{ trace, options }} = {data};
   window.player = new MinivllmPlayer(document.getElementById("player"), trace, options);

@@ -381,13 +381,37 @@ class MinivllmPlayer {
     this.setFollow(next === undefined ? running[0] : next);
   }
 
-  /** Show the newest step from now on: for a server that sends steps as they happen. */
-  push(step, names = []) {
+  /** Take in a step as it happens. most: keep this many steps, and forget the oldest. */
+  push(step, names = [], most = Infinity) {
     const atEnd = this.at >= this.last;
+    this.live = true;
     this.run.append(step, names);
+    const gone = this.run.trim(most);
+    for (const who of gone.names) this.forget(who);
     this.still = null;
-    if (atEnd) this.go(this.last);
-    else this.draw();
+    this.at = Math.max(0, this.at - gone.steps);
+    if (atEnd) this.at = this.last;
+    // One picture per frame, however many steps came.
+    if (this.due) return;
+    this.due = requestAnimationFrame(() => {
+      this.due = 0;
+      this.draw();
+    });
+  }
+
+  /** What stands there before the first step. */
+  showIdle() {
+    this.news.textContent = "Nothing has run yet. The player begins with the first request.";
+  }
+
+  /** Remove what the page has of a sequence that is long over. */
+  forget(who) {
+    const row = this.rows.get(who);
+    if (row) row.node.remove();
+    this.rows.delete(who);
+    const option = [...this.select.options].find((entry) => Number(entry.value) === who);
+    if (option) option.remove();
+    if (this.follow === who) this.setFollow(who);
   }
 
   address() {
@@ -512,9 +536,8 @@ class MinivllmPlayer {
   drawRows(state) {
     const run = this.run,
       shown = [...state.running, ...state.waiting];
-    run.names.forEach((_, who) => {
+    for (let who = run.first; who < run.names.length; who++)
       if (run.endedAt[who] <= this.at && !shown.includes(who)) shown.push(who);
-    });
     shown.forEach((who, place) => {
       let row = this.rows.get(who);
       if (!row) row = this.newRow(who);
@@ -761,7 +784,7 @@ class MinivllmPlayer {
   drawTimeline() {
     const run = this.run,
       n = run.states.length,
-      rows = run.names.length,
+      rows = run.names.length - run.first,
       row = Math.max(3, Math.min(14, 260 / Math.max(1, rows)));
     const lanes = rows * row,
       strip = 56,
@@ -797,7 +820,7 @@ class MinivllmPlayer {
     if (this.follow >= 0) {
       ctx.strokeStyle = this.paint.accent;
       ctx.lineWidth = 1.5;
-      ctx.strokeRect(0.5, this.follow * row, width - 1, row);
+      ctx.strokeRect(0.5, (this.follow - run.first) * row, width - 1, row);
     }
   }
 
@@ -806,8 +829,9 @@ class MinivllmPlayer {
       paint = this.paint,
       run = this.run,
       step = width / n;
-    run.lanes.forEach((lane, who) => {
-      const y = who * row;
+    for (let who = run.first; who < run.lanes.length; who++) {
+      const lane = run.lanes[who],
+        y = (who - run.first) * row;
       if (row >= 9) {
         ctx.fillStyle = paint.ink;
         ctx.fillText(run.letters[who], 2, y + row / 2);
@@ -830,15 +854,16 @@ class MinivllmPlayer {
         }
         i = j;
       }
-    });
+    }
     ctx.strokeStyle = paint.warn;
     ctx.lineWidth = 2.5;
     for (const event of run.events)
-      if (event.kind === "preemption") {
-        const x = left + event.step * step;
+      if (event.kind === "preemption" && event.who >= run.first) {
+        const x = left + event.step * step,
+          y = (event.who - run.first) * row;
         ctx.beginPath();
-        ctx.moveTo(x, event.who * row);
-        ctx.lineTo(x, (event.who + 1) * row);
+        ctx.moveTo(x, y);
+        ctx.lineTo(x, y + row);
         ctx.stroke();
       }
   }
@@ -966,7 +991,7 @@ class MinivllmPlayer {
       { left, width, row, lanes, n } = this.axis;
     const i = Math.max(0, Math.min(n - 1, Math.floor(((x - left) * n) / width))),
       state = this.run.states[i],
-      who = Math.floor(y / row);
+      who = this.run.first + Math.floor(y / row);
     if (y < lanes && who < this.run.names.length) {
       const words = [
         "not here yet",

@@ -45,7 +45,8 @@ class Run {
     this.states = [];
     this.texts = [];
     this.lanes = [];
-    this.reached = [];
+    /* Sequences with smaller numbers are forgotten. */
+    this.first = 0;
     this.endedAt = [];
     this.events = [];
     trace.names.forEach((name, i) => this.addName(name, trace.asks[i]));
@@ -80,7 +81,9 @@ class Run {
       step.c[1].forEach((block) => cached.delete(block));
       step.c[0].forEach((block) => cached.add(block));
     }
-    const lengths = new Map(before ? before.lengths : []);
+    const lengths = new Map(
+      [...(before ? before.lengths : [])].filter(([who]) => who >= this.first),
+    );
     for (const [who, text] of step.x) {
       this.texts[who] += text;
       lengths.set(who, this.texts[who].length);
@@ -116,17 +119,13 @@ class Run {
       state.tokens[kind] += count;
       doing.set(who, kind);
     }
-    this.lanes.forEach((lane, who) => {
-      lane[i] = doing.has(who)
-        ? [PROMPT, TOKEN, REPEAT][doing.get(who)]
-        : running.has(who)
-          ? IDLE
-          : waiting.has(who)
-            ? WAIT
-            : i > this.endedAt[who]
-              ? OVER
-              : ABSENT;
-    });
+    for (let who = this.first; who < this.lanes.length; who++) {
+      let does = i > this.endedAt[who] ? OVER : ABSENT;
+      if (doing.has(who)) does = [PROMPT, TOKEN, REPEAT][doing.get(who)];
+      else if (running.has(who)) does = IDLE;
+      else if (waiting.has(who)) does = WAIT;
+      this.lanes[who][i] = does;
+    }
     const ran = new Set(before ? before.running : []);
     for (const [who, , , , , hit] of state.scheduled) {
       if (!ran.has(who)) this.events.push({ step: i, kind: "admission", who });
@@ -137,6 +136,30 @@ class Run {
       this.endedAt[who] = i;
       this.events.push({ step: i, kind: "end", who });
     });
+  }
+
+  /** Forget all but about the last `most` steps, and the sequences that ended before these.
+
+      Returns how many steps, and which sequences, are gone. */
+  trim(most) {
+    const steps = this.states.length - most;
+    const names = [];
+    // Not at each step: it renumbers everything.
+    if (steps <= most / 10) return { steps: 0, names };
+    this.states.splice(0, steps);
+    this.states.forEach((state) => (state.step -= steps));
+    this.lanes.forEach((lane) => lane.splice(0, steps));
+    this.endedAt = this.endedAt.map((at) => at - steps);
+    this.events = this.events
+      .filter((event) => event.step >= steps)
+      .map((event) => ({ ...event, step: event.step - steps }));
+    while (this.first < this.names.length && this.endedAt[this.first] < 0) {
+      names.push(this.first);
+      this.texts[this.first] = "";
+      this.lanes[this.first] = [];
+      this.first += 1;
+    }
+    return { steps, names };
   }
 
   /** block -> the sequences whose table names it, in this state. */
