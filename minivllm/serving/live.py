@@ -18,8 +18,8 @@ from minivllm.viz.player.pack import Packer
 
 #: Steps that may wait for a viewer: some seconds.
 MOST_WAITING = 150
-#: Seconds after which a viewer without steps gets a sign of life.
-HEARTBEAT = 10.0
+#: Seconds after which a viewer without steps gets a sign of life, and the page is seen to close.
+HEARTBEAT = 1.0
 
 
 class LiveFeed:
@@ -46,7 +46,7 @@ class LiveFeed:
         try:
             self._join(viewer)
             yield _event("start", self._sizes())
-            while True:
+            while not self.state.is_draining:
                 try:
                     step = await asyncio.wait_for(viewer.queue.get(), HEARTBEAT)
                 except TimeoutError:

@@ -23,6 +23,7 @@ class Packer:
         #: The names that appeared in the latest step, in the order of their numbers.
         self.added: list[str] = []
         self._next = 0
+        self._over: set[str] = set()
         self._tables: dict[str, list[int]] = {}
         self._cached: set[int] = set()
         #: Name -> tokens that have been computed at some time, to see what is computed again.
@@ -37,9 +38,11 @@ class Packer:
         return self.names[name]
 
     def forget(self, name: str) -> None:
-        """Drop a sequence that has finished. Its number is not given again."""
-        self.names.pop(name, None)
-        self._reached.pop(name, None)
+        """Drop a finished sequence as soon as it has no blocks any more.
+
+        Its number is not given again.
+        """
+        self._over.add(name)
 
     def step(self, record: StepRecord) -> dict[str, Any]:
         """One step as plain lists. Call it for each step once, in order."""
@@ -71,6 +74,10 @@ class Packer:
             "x": [[self.number(name), text] for name, text in record.texts.items() if text],
         }
         self._cached = cached
+        for name in self._over - self._tables.keys():
+            self._over.remove(name)
+            self.names.pop(name, None)
+            self._reached.pop(name, None)
         return packed
 
     def _changed_tables(self, tables: Mapping[str, list[int]]) -> list[list[Any]]:
