@@ -27,6 +27,7 @@ from minivllm.errors import (
     UnsupportedParameterError,
 )
 from minivllm.kernels import Kernels
+from minivllm.sampling_params import FILTERS
 from support.checkpoints import TransformersReference
 from support.sampling import PROMPT, VOCAB, decode_reference, make_llm, tokens_of, write_model
 
@@ -303,6 +304,33 @@ def test_every_parameter_has_an_effect_of_its_own(name):
         return [repr(seen), logprobs is None]
 
     assert ask(SamplingParams(**{name: OTHER[name]})) != ask(SamplingParams())
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamsWithFilter(SamplingParams):
+    top_a: float = 0.0
+
+
+def test_a_kernel_gets_a_new_filter_only_where_a_row_asks(monkeypatch):
+    """Kernels of users, and the answers to exercise 07.4, have the signature of before."""
+    monkeypatch.setitem(FILTERS, "top_a", (0.0,))
+    calls: list[set[str]] = []
+
+    def sample(logits, temperature, top_k, top_p, min_p, seeds, positions, **new):
+        calls.append(set(new))
+        return torch.zeros(len(logits), dtype=torch.int64)
+
+    kernels = dataclasses.replace(Kernels.reference(), sample=sample)
+    sampler = Sampler(3, VOCAB, kernels, torch.device("cpu"))
+    asked = [{}, {"top_p": 0.5}, {"top_p": 0.5, "top_a": 0.25}]
+    seqs = [
+        Sequence(i, [1, 2], ParamsWithFilter(**filters), slot=i) for i, filters in enumerate(asked)
+    ]
+    sampler.admit(seqs)
+    for count in (1, 2, 3):
+        items = [ScheduledSequence(seq, 1, 1, 2, 0) for seq in seqs[:count]]
+        sampler(torch.zeros(count, VOCAB), items)
+    assert calls == [set(), set(), {"top_a"}]
 
 
 def test_filters_do_not_matter_to_a_greedy_row(sampler):

@@ -43,6 +43,9 @@ FIT_FOR_GRAPHS = frozenset(
         "truncate_prompt_tokens",
     }
 )
+#: The filters that every sampling kernel takes. A kernel gets another of `FILTERS` only in a step
+#: in which a row asks for it: kernels that somebody wrote before it was there go on working.
+KERNEL_FILTERS = ("top_k", "top_p", "min_p")
 
 
 @functools.cache
@@ -313,18 +316,22 @@ class Sampler:
     def _arguments(
         self, slots: np.ndarray, positions: np.ndarray
     ) -> dict[str, torch.Tensor | None]:
-        """Keyword arguments of the kernel. An argument is None if no row needs it."""
+        """Keyword arguments of the kernel. An argument is None if no row needs it.
+
+        A filter that is not in `KERNEL_FILTERS` is left out then.
+        """
+        names = ("temperature", *KERNEL_FILTERS, "seeds", "positions")
+        arguments: dict[str, torch.Tensor | None] = dict.fromkeys(names)
         temperature = self._temperature[slots]
-        names = ("temperature", *FILTERS, "seeds", "positions")
         if not temperature.any():
-            return dict.fromkeys(names)
-        filters: dict[str, np.ndarray | None] = dict.fromkeys(FILTERS)
+            return arguments
+        values = {"temperature": temperature, "seeds": self._seed[slots], "positions": positions}
         if self._has_filter[slots].any():
-            filters = {name: values[slots] for name, values in self._filters.items()}
-        values = (temperature, *filters.values(), self._seed[slots], positions)
-        return {
-            n: None if v is None else self._tensor(v) for n, v in zip(names, values, strict=True)
-        }
+            for name, of_slots in self._filters.items():
+                asked = of_slots[slots]
+                if name in KERNEL_FILTERS or (asked != FILTERS[name][0]).any():
+                    values[name] = asked
+        return arguments | {name: self._tensor(value) for name, value in values.items()}
 
     def _edit(
         self,

@@ -1,5 +1,5 @@
-"""Qwen3, and through the same decoder Qwen2, Qwen2.5 and Llama (qwen2.py, llama.py): they differ in
-biases and in QK-norm only.
+"""Qwen3, and through the same decoder the other families of registry.py (Qwen2, Llama, …): they
+differ in biases and in QK-norm only.
 
 A block reads the residual stream twice. It normalises, attends, and adds the result to the stream;
 it normalises, applies the MLP, and adds again. The additions are fused into the next norm. So

@@ -17,13 +17,10 @@ from minivllm.models.llama import LlamaForCausalLM
 from minivllm.models.loader import iterate_weights, load_config
 from minivllm.models.qwen3 import Qwen3ForCausalLM
 from minivllm.models.registry import MODELS, model_class
+from support.checkpoints import FAMILIES as CLASSES
 from support.checkpoints import TransformersReference, random_prompt, write_checkpoint
 
-FAMILIES = {
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "llama": "LlamaForCausalLM",
-}
+FAMILIES = {family: f"{name}ForCausalLM" for family, (name, _) in CLASSES.items()}
 OPTIONS = {"device": "cpu", "num_kv_blocks": 16, "skip_tokenizer_init": True}
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from minivllm.course.grading.exercise import find, modules
-from minivllm.course.grading.wrong_answers import sections, source_of
+from minivllm.course.grading.wrong_answers import EditError, sections, source_of
 from minivllm.course.notebooks import Chapter, compared_text, role
 from minivllm.course.stubs import make_exercises, stub_source
 
@@ -69,9 +69,15 @@ def wrong_answers(chapter: Chapter) -> list[Wrong]:
         exercise = find(id)
         named = [(known.name, known.answers) for known in exercise.mistakes]
         for name, text in [*named, ("right", exercise.right)]:
-            found += [
-                Wrong(id, name, why, source_of(body, solutions[id])) for why, body in sections(text)
-            ]
+            try:
+                found += [
+                    Wrong(id, name, why, source_of(body, solutions[id]))
+                    for why, body in sections(text)
+                ]
+            except EditError as error:
+                raise EditError(f"{id}, {name}: {error}") from None
+            except KeyError:
+                raise EditError(f"{id} has a module, and no answer cell in the solution.") from None
     return found
 
 

@@ -11,6 +11,13 @@ import torch
 MARGIN_FACTOR = 10.0
 
 
+#: Family -> (how transformers' classes begin, fields that its tiny config needs).
+FAMILIES: dict[str, tuple[str, dict]] = {
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "qwen2": ("Qwen2", {}),
+    "llama": ("Llama", {"head_dim": 32}),
+}
+
 #: The smallest model that has all parts: for tests that run an engine hundreds of times.
 TINY = {
     "hidden_size": 16,
@@ -29,24 +36,15 @@ def write_checkpoint(
 ) -> Path:
     """Write a small random checkpoint, and return its directory.
 
-    family: "qwen3", "qwen2" or "llama". Plain initialization makes a model repeat two tokens, which
+    family: one of `FAMILIES`. Plain initialization makes a model repeat two tokens, which
     hides bugs. So the weights are scaled such that attention patterns are sharp and the output
     varies, and epsilon is large enough to have an effect. `changes` are fields of the config.
     """
-    from transformers import (
-        LlamaConfig,
-        LlamaForCausalLM,
-        Qwen2Config,
-        Qwen2ForCausalLM,
-        Qwen3Config,
-        Qwen3ForCausalLM,
-    )
+    import transformers
 
-    config_cls, model_cls = {
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-        "llama": (LlamaConfig, LlamaForCausalLM),
-    }[family]
+    name, fields = FAMILIES[family]
+    config_cls = getattr(transformers, f"{name}Config")
+    model_cls = getattr(transformers, f"{name}ForCausalLM")
     shape = {
         "vocab_size": 1024,
         "hidden_size": 64,
@@ -60,9 +58,8 @@ def write_checkpoint(
         "eos_token_id": None,
         "bos_token_id": None,
         "pad_token_id": None,
+        **fields,
     }
-    if family != "qwen2":
-        shape["head_dim"] = 32
     torch.manual_seed(seed)
     model = model_cls(config_cls(**{**shape, **changes})).float()
     with torch.no_grad():

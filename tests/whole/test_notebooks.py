@@ -5,6 +5,7 @@ compares).
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from minivllm.course import navigation
+from minivllm.course.authoring import effort
 from minivllm.course.authoring.tool import (
     IGNORED,
     ROOT,
@@ -26,7 +28,7 @@ from minivllm.course.authoring.tool import (
     problems,
     write_links,
 )
-from minivllm.course.notebooks import Chapter, as_committed
+from minivllm.course.notebooks import Chapter, as_committed, chapters
 from minivllm.course.stubs import make_exercises
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -133,7 +135,35 @@ def test_the_neighbours_are_linked(path: Path, pytestconfig: pytest.Config) -> N
     notebook = nbformat.reads(text_of(path, pytestconfig), as_version=4)
     linked = copy.deepcopy(notebook)
     navigation.place(linked, path.parent.name, path.stem)
+    effort.refresh_page(linked, Chapter(ROOT, path.stem))
     assert linked == notebook, "run `python -m minivllm.course.authoring links`"
+
+
+def test_sums_of_exercises_are_written_into_pages(copied: Path) -> None:
+    """A statement with other minutes changes the chapter, its exercises and the README."""
+    name = "04_block_manager"
+    shutil.copy(ROOT / "README.md", copied)
+    write_links(copied)
+    path = copied / "solutions" / f"{name}.ipynb"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("●●○ · 25 minutes", "●●○ · 1025 minutes"), encoding="utf-8")
+    changed = {path.relative_to(copied).as_posix() for path in write_links(copied)}
+    pages = {f"{folder}/{name}.ipynb" for folder in ("notebooks", "solutions", "exercises")}
+    assert changed == {*pages, "README.md"}
+    assert "1140 minutes of exercises" in (copied / f"notebooks/{name}.ipynb").read_text("utf-8")
+    assert "about 1140 minutes together" in path.read_text("utf-8")
+    assert "| 60, 1140 |" in (copied / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("folder", ["notebooks", "solutions"])
+def test_every_page_says_the_sums(folder: str) -> None:
+    for chapter in chapters(ROOT):
+        page = nbformat.read(ROOT / folder / f"{chapter.name}.ipynb", as_version=4)
+        for cell in page.cells:
+            cell.source = re.sub(r"\d+ minutes", "0 minutes", cell.source)
+        before = copy.deepcopy(page)
+        effort.refresh_page(page, chapter)
+        assert page != before, chapter.name
 
 
 def test_small_together(pytestconfig: pytest.Config) -> None:

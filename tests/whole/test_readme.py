@@ -9,6 +9,7 @@ import re
 import nbformat
 import pytest
 
+from minivllm.course.authoring import effort
 from minivllm.course.authoring.tool import PICTURES, ROOT, broken_links, picture_of
 from minivllm.course.notebooks import Stop, as_committed, road
 
@@ -62,4 +63,6 @@ def test_the_table_says_what_the_chapter_says(stop: Stop) -> None:
     *_, needs, minutes = (cell.strip() for cell in row.strip("|").split("|"))
     expected = [*stop.needs, *([f"({', '.join(stop.helps)})"] if stop.helps else [])]
     assert needs == (", ".join(expected) or "–")
-    assert minutes == (f"{stop.reading}, {stop.exercises}" if stop.exercises else f"{stop.reading}")
+    assert effort.refresh_table(row, ROOT) == row, (
+        f"not {minutes}: run `python -m minivllm.course.authoring links`"
+    )

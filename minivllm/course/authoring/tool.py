@@ -6,8 +6,9 @@
     python -m minivllm.course.authoring glossary
 
 `execute` runs a notebook in place with a fresh kernel and removes what belongs to this machine. It
-saves the notebook only if `problems` finds nothing. `links` writes the links between the pages into
-all notebooks: to the chapters before and after, the tour and the exercises. `stubs` writes
+saves the notebook only if `problems` finds nothing. `links` writes what the pages say about each
+other: the links to the chapters before and after, the tour and the exercises; and how many
+exercises there are and how long they take, in README.md, too. `stubs` writes
 exercises/ from solutions/: every answer becomes a stub. It also writes the digests that show when a
 solution was changed. `glossary` writes notebooks/glossary.md.
 """
@@ -20,13 +21,14 @@ import copy
 import json
 import re
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
 
 from minivllm.course import navigation
-from minivllm.course.authoring import glossary
+from minivllm.course.authoring import effort, glossary
 from minivllm.course.notebooks import (
     CELL_STATE,
     FOLDERS,
@@ -136,11 +138,13 @@ def misplaced(solution: NotebookNode) -> list[str]:
     found: list[str] = []
     roles = [(role(cell), cell) for cell in solution.cells if role(cell)[0] != "given"]
     expected = [(kind, id) for (first, id), _ in roles if first == "statement" for kind in KINDS]
-    if [what for what, _ in roles] != expected:
+    pairs = zip_longest([what for what, _ in roles], expected, fillvalue=("no cell", ""))
+    for here, wanted in (pair for pair in pairs if pair[0] != pair[1]):
         found.append(
-            "statement, answer, check of each exercise in this order, not"
-            f" {[what for what, _ in roles]}"
+            "statement, answer, check of each exercise in this order: where"
+            f" {' '.join(wanted).strip()} belongs, there is {' '.join(here).strip()}"
         )
+        break
     for (kind, id), cell in roles:
         if (cell.cell_type == "markdown") != (kind == "statement"):
             found.append(f"{id}: its {kind} is a {cell.cell_type} cell")
@@ -226,7 +230,10 @@ def write_stubs(chapter: Chapter) -> list[str]:
 
 
 def write_links(root: Path) -> list[Path]:
-    """Write the links of all pages of the course in root. Returns the notebooks that changed."""
+    """Write the links of all pages of the course in root, and the sums of their exercises.
+
+    Returns the files that changed.
+    """
     changed = []
     for stop in ROAD:
         for folder in (*FOLDERS, "exercises"):
@@ -236,9 +243,15 @@ def write_links(root: Path) -> list[Path]:
             notebook = nbformat.read(path, as_version=4)
             before = copy.deepcopy(notebook.cells)
             navigation.place(notebook, folder, stop.name)
+            effort.refresh_page(notebook, Chapter(root, stop.name))
             if notebook.cells != before:
                 nbformat.write(notebook, path)
                 changed.append(path)
+    if (readme := root / "README.md").exists():
+        text = readme.read_text(encoding="utf-8")
+        if (refreshed := effort.refresh_table(text, root)) != text:
+            readme.write_text(refreshed, encoding="utf-8")
+            changed.append(readme)
     return changed
 
 
@@ -293,11 +306,13 @@ def main() -> int:
         ("stubs", "write exercises/ from solutions/ (all, or those given)", "*"),
     ):
         commands.add_parser(name, help=what).add_argument("notebooks", nargs=number, type=Path)
-    commands.add_parser("links", help="write the links between the pages into all notebooks")
+    commands.add_parser(
+        "links", help="write the links between the pages, and the minutes of the exercises"
+    )
     commands.add_parser("glossary", help="write notebooks/glossary.md")
     arguments = parser.parse_args()
     if arguments.command == "links":
-        print("\n".join([*map(str, write_links(ROOT)), "The other notebooks have their links."]))
+        print("\n".join([*map(str, write_links(ROOT)), "The other pages are as they should be."]))
         return 0
     if arguments.command == "glossary":
         (ROOT / GLOSSARY).write_text(glossary.render(), encoding="utf-8")
