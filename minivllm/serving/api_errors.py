@@ -6,9 +6,8 @@ model that is not here, 413 too large a body, 429 a full queue, 503 an engine th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
-
-from fastapi.exceptions import RequestValidationError
 
 from minivllm import errors
 
@@ -67,11 +66,13 @@ def as_api_error(error: errors.MiniVLLMError) -> APIError:
     return APIError(503, str(error))
 
 
-def from_validation(error: RequestValidationError) -> APIError:
-    """What is wrong with a body, in one sentence that names the field."""
-    first = error.errors()[0]
-    # "body", then the path; members of a union are named by their types, which say nothing here.
-    path = [str(part) for part in first["loc"][1:] if not _is_of_a_union(part)]
+def from_validation(first: Mapping[str, Any], *head: str) -> APIError:
+    """What is wrong with a body, in one sentence that names the field.
+
+    first: the first error of pydantic. head: what stands before the field in its place.
+    """
+    # Members of a union are named by their types, which say nothing here.
+    path = [str(part) for part in first["loc"][len(head) :] if not _is_of_a_union(part)]
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         return APIError(400, f"The body is not JSON: {first.get('ctx', {}).get('error', message)}.")

@@ -17,6 +17,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 import minivllm
@@ -71,7 +72,11 @@ def _error_response(error: APIError) -> JSONResponse:
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return _error_response(from_validation(error))
+        return _error_response(from_validation(error.errors()[0], "body"))
+
+    @app.exception_handler(ValidationError)
+    async def invalid_part(request: Request, error: ValidationError) -> Response:
+        return _error_response(from_validation(error.errors()[0]))
 
     @app.exception_handler(errors.MiniVLLMError)
     async def refused(request: Request, error: errors.MiniVLLMError) -> Response:
@@ -172,12 +177,7 @@ def _add_tokens(app: FastAPI, state: ServerState) -> None:
         """The token ids of a text or a conversation."""
         state.require_model(body.model)
         if body.messages is not None:
-            chat = ChatCompletionRequest(
-                messages=body.messages,
-                add_generation_prompt=body.add_generation_prompt,
-                continue_final_message=body.continue_final_message,
-                chat_template_kwargs=body.chat_template_kwargs,
-            )
+            chat = ChatCompletionRequest(**body.chat_fields)
             prompt = await chats.render(state, chat.conversation, chat.template_variables)
             tokens = list(prompt["prompt_token_ids"])
         else:

@@ -285,6 +285,12 @@ class TokenizeRequest(APIModel):
             raise ValueError("Give either prompt or messages.")
         return self
 
+    @property
+    def chat_fields(self) -> dict[str, Any]:
+        """The fields, as far as given, that a chat request has, too."""
+        fields = self.model_dump(exclude_unset=True)
+        return {k: v for k, v in fields.items() if k in ChatCompletionRequest.model_fields}
+
 
 class DetokenizeRequest(APIModel):
     """The body of ``POST /detokenize``."""
