@@ -107,6 +107,7 @@ def check_decode_graphs(answer: Callable) -> str:
     for sizes in ([4, 1, 8, 2], [3, 7]):
         _replay_in_a_row(answer, sizes)
     _judge_own_sizes(answer)
+    _judge_large_sizes(answer)
     tokens = _graphs_of_the_model(answer)
     return (
         f"{replays} replays, none waited; the bundled model writes the same {tokens} tokens"
@@ -159,6 +160,14 @@ def _judge_own_sizes(answer: Callable) -> None:
                 f"The sizes were [8, 2, 4] when your object was made. Then the caller put {now}"
                 f" into that list, and replay([5, 6]) {found}.",
             )
+
+
+def _judge_large_sizes(answer: Callable) -> None:
+    """Few slots in graphs of many rows: most of them are padding."""
+    bench = _Bench([256, 96])
+    graphs = _record(answer, bench)
+    for batch in ([3], [7, 0, 2], list(range(NUM_SLOTS))):
+        _judge_replay(_observe(graphs, bench, batch), bench)
 
 
 def _judge_recordings(bench: _Bench, wanted: int) -> None:
@@ -684,6 +693,12 @@ class DecodeGraphs:
 @@
          graph.replay()
 +        self.step(self.slots[:size])
+
+# %% a large graph is replayed twice
+@@
+         graph.replay()
++        if size >= 64:
++            graph.replay()
 """,
         ),
         replace(
