@@ -61,10 +61,13 @@ def causes(error: BaseException | None) -> list[BaseException]:
     return found
 
 
-_LIBRARIES = tuple(
-    str(Path(p).resolve()) for p in (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
-)
-_PACKAGE = str(Path(__file__).resolve().parents[2])
+def _spellings(*paths: str) -> tuple[str, ...]:
+    """Each path as it is and resolved: where a folder is a link, frames may have either name."""
+    return tuple({str(one) for path in paths for one in (Path(path), Path(path).resolve())})
+
+
+_LIBRARIES = _spellings(sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
+_PACKAGE = _spellings(str(Path(__file__).parents[2]))
 
 
 def raised(error: Exception, case: str = "") -> Mistake:
@@ -76,7 +79,7 @@ def raised(error: Exception, case: str = "") -> Mistake:
     # Triton's interpreter wraps what a kernel raises.
     for cause in reversed(causes(error)):
         for frame in reversed(traceback.extract_tb(cause.__traceback__)):
-            if not frame.filename.startswith((*_LIBRARIES, _PACKAGE, "<frozen", "<string")):
+            if not frame.filename.startswith((*_LIBRARIES, *_PACKAGE, "<frozen", "<string")):
                 where = f"in {frame.name}, line {frame.lineno} of its cell" + (
                     f": {frame.line}" if frame.line else ""
                 )

@@ -54,6 +54,11 @@ class RequestMaker:
         number, self.num_made = self.num_made, self.num_made + 1
 
         def new_sequence(request: Request, index: int) -> Sequence:
+            if not request.completions:
+                raise RuntimeError(
+                    "a request has no completions before outputs.add(request): ask it for its"
+                    " sequences afterwards"
+                )
             completion = request.completions[index]
             ids = [*request.prompt_token_ids, *completion.token_ids]
             return _sequence(checked, completion.seq_id, number, ids, index)

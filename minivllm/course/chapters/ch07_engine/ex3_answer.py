@@ -193,22 +193,27 @@ def _first_wrong_step(answer: Callable) -> str:
         if mine == right:
             continue
         prompt, max_tokens, _, preempted, _ = case
-        begins = f"A prompt of {len(prompt)} tokens, max_tokens={max_tokens}"
+        begins = f"The shortest wrong answer: {_tokens(len(prompt))} of prompt, max_tokens="
+        begins += str(max_tokens)
         begins += f", preempted after step {', '.join(map(str, preempted))}" * bool(preempted)
         for number, (one, other) in enumerate(
             zip(mine["steps"], right["steps"], strict=False), start=1
         ):
             if one != other:
                 return (
-                    f"{begins}: in step {number} `to_compute` gives {one[0]} tokens from position"
+                    f"{begins}: in step {number} `to_compute` gives {_tokens(one[0])} from position"
                     f" {one[1]}, expected {other[0]} from position {other[1]}."
                 )
         return (
             f"{begins}: the first steps are right, and the answer ends after"
-            f" {len(mine['steps'])} steps, expected {len(right['steps'])}. Who says when it is"
+            f" step {len(mine['steps'])}, expected after {len(right['steps'])}. Who says when it is"
             " `finished`?"
         )
     return ""
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token{'s' * (count != 1)}"
 
 
 def _expect_asked_twice(answer: Callable) -> None:

@@ -44,7 +44,7 @@ def _filter(
         order = _order(scaled, "ties-higher" if mistake == "ties-higher" else "")
         keep = _kept_by_k(scaled, order, 0 if top_k is None else int(top_k[j]), mistake)
         p = 1.0 if top_p is None else float(top_p[j])
-        if p < 1:
+        if p < 1 or mistake == "p-of-one":
             keep &= _kept_by_p(row, scaled, keep, p, mistake)
         least = 0.0 if min_p is None else float(min_p[j])
         if least > 0:
@@ -107,7 +107,7 @@ def _kept_by_p(
         "one-too-many": torch.cat((torch.tensor([True]), (before < p)[:-1])),
     }.get(mistake, before < p)
     few = torch.zeros_like(keep).scatter_(0, order, few)
-    if mistake != "stops-short-empty":
+    if mistake not in ("stops-short-empty", "empty-at-zero"):
         few[_order(scaled, mistake if mistake == "ties-higher" else "")[0]] = True
     return few
 
@@ -172,6 +172,9 @@ def _filter_cases() -> list[tuple]:
         case(word, {"p": 0.6}, without="km"),
         case(word, {"p": 0.3}, without="km"),
         case(word, {"m": 0.3}, without="kp"),
+        # The likeliest has all of a float32 sum, and top_p = 1 keeps the others; 0 keeps itself.
+        case(torch.tensor([[1.0, 30.0, 0.0, -2.0]]), {"p": 1.0}, without="km"),
+        case(word, {"p": 0.0}, without="km"),
         case(word, {"p": 0.6, "t": 0.5}, without="km"),
         case(word, {"m": 0.3, "t": 3.0}, without="kp"),
         case(word, {"k": 2, "p": 0.71}, without="m"),
@@ -221,7 +224,7 @@ def _sample(*case: Any, mistake: str = "") -> torch.Tensor:
         greedy = logits.shape[1] - 1 - logits.flip(1).argmax(dim=-1)
     if temperature is None:
         return greedy
-    cold = temperature == 0
+    cold = temperature <= _COLD.get(mistake, 0.0)
     heat = temperature.masked_fill(cold, 1.0).unsqueeze(1)
     if (mistake == "greedy-for-all" and cold.any()) or (mistake == "as-the-first" and cold[0]):
         return greedy
@@ -279,6 +282,8 @@ def _uniform(seeds: torch.Tensor, positions: torch.Tensor, mistake: str) -> torc
         "seed-32": (seeds & 0xFFFFFFFF, positions),
         "seed-int": (seeds.int().long(), positions),
         "position-16": (seeds, positions & 0xFFFF),
+        "position-32": (seeds, positions & 0xFFFFFFFF),
+        "position-int": (seeds, positions.int().long()),
         "sum": (seeds + positions, torch.zeros_like(positions)),
         "one-too-far": (seeds, positions + 1),
     }.get(mistake, (seeds, positions))
@@ -296,12 +301,17 @@ def _invert(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     return chosen.clamp_max(weights.shape[1] - 1)
 
 
+#: Up to which temperature rows are taken for greedy ones.
+_COLD = {f"cold-{bound:g}": bound for bound in (2e-2, 2e-3, 2e-4, 2e-5, 2e-6)}
+
+
 def _wrong_sample(mistake: str) -> Callable:
     return partial(_sample, mistake=mistake)
 
 
 #: Names of cases in which only a mistake with large numbers shows.
 _LARGE, _STAIRS = "logits around 300", "each row 300 above the one before"
+_HARDLY_WARM = "equal logits, hardly warm"
 
 
 def _sample_cases() -> dict[str, tuple]:
@@ -322,7 +332,7 @@ def _sample_cases() -> dict[str, tuple]:
     masked[:, ::2] = -INF
     wide = torch.randn(4, 20_011, generator=random) * 4
     equal = torch.randint(0, 3, (6, 500), generator=random).float()
-    far = torch.tensor([3, 70_000, 131_071, 200_003, 1_000_001, 65_536, 5, 8])
+    far = torch.tensor([3, 70_000, 131_071, 2**31 + 7, 1_000_001, 65_536, 2**32 + 9, 2**40])
     seeds = torch.tensor([2**31 + 5, 2**32 + 5, 2**40 + 1, 2**62 + 9, -3, -(2**35), 5, 2**33])
     flat, many = torch.zeros(8, 4096), 1024
     plain = (None, None, None)
@@ -333,6 +343,10 @@ def _sample_cases() -> dict[str, tuple]:
         "no temperatures": (logits[:2], None, *plain, None, None),
         "equal logits, no temperatures": (equal, None, *plain, None, None),
         "equal logits, greedy": (equal.bfloat16(), torch.zeros(6), *plain, *keys(6)),
+        _HARDLY_WARM: (
+            *(equal, floats(1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 0), *plain),
+            *keys(6, 7),
+        ),
         "twelve equal rows": (word.repeat(12, 1), torch.ones(12), *plain, *keys(12)),
         "one seed": (flat[:6], torch.ones(6), *plain, torch.full((6,), 3), torch.arange(6)),
         "large seeds": (flat, torch.ones(8), *plain, seeds, torch.arange(8) + 40),
@@ -405,8 +419,11 @@ def _check_tokens(answer: Callable, cases: dict[str, tuple]) -> int:
     """Every row's token is where its ruler has u. Returns the number of rows."""
     import torch
 
-    results = {name: _tokens_of(answer, case) for name, case in cases.items()}
-    got = {name: tokens.clone() for name, tokens in results.items()}
+    results, got = {}, {}
+    for name, case in cases.items():
+        results[name] = _tokens_of(answer, case)
+        # A copy at once: a later call may overwrite it.
+        got[name] = results[name].clone()
     for name, case in cases.items():
         again = _tokens_of(answer, case)
         expect(
@@ -489,10 +506,13 @@ def _name_sample(
     for known in SAMPLE:
         if any(_gives_the_same(wrong, cases, got) for wrong in known.suspects):
             raise EXERCISE.mistake(known.name, where)
-    if failing == [_STAIRS]:
+    # Large numbers come of low temperatures, too.
+    large = {*failing} - {_HARDLY_WARM}
+    if large == {_STAIRS}:
         raise EXERCISE.mistake("batch-wide-maximum", where)
-    if set(failing) == {_STAIRS, _LARGE}:
-        raise EXERCISE.mistake("overflow", where)
+    if large == {_STAIRS, _LARGE}:
+        alone = [_right_alone(answer, cases[name]) for name in failing]
+        raise EXERCISE.mistake("batch-wide-maximum" if all(alone) else "overflow", where)
     expect(
         not all(torch.equal(got[name], c[0].argmax(-1)) for name, c in cases.items()),
         "always-greedy",
@@ -525,6 +545,15 @@ def _name_sample(
         f" {len(cases) - len(failing)} are right: what do the wrong ones have in common?"
         f"{rounded if beside <= 3 else ''}",
     )
+
+
+def _right_alone(answer: Callable, case: tuple) -> bool:
+    """Whether each row gets its token in a batch of its own."""
+    rows = [
+        tuple(None if part is None else part[i : i + 1] for part in case)
+        for i in range(len(case[0]))
+    ]
+    return not any(_off_the_ruler(row, _tokens_of(answer, row)) for row in rows)
 
 
 def _gives_the_same(wrong: Callable, cases: dict[str, tuple], got: dict[str, torch.Tensor]) -> bool:
@@ -649,6 +678,34 @@ def _seeded_engine_agrees(mine: Callable) -> str:
 
 
 FILTER = (
+    Known(
+        "top-p-of-one",
+        message=(
+            "top_p = 1 asks for nothing, and you drop tokens for it. Where the likeliest is far"
+            " ahead, a float32 sum is 1 long before the last token.\nAll stay where top_p is 1:"
+            " leave such a row alone."
+        ),
+        suspects=(_wrong_filter("p-of-one"),),
+        answers=r"""
+# %% adds up for a top_p of 1, too
+@@
+-        if top_p is not None and top_p[i] < 1:
++        if top_p is not None:
+""",
+    ),
+    Known(
+        "nothing-left",
+        message=(
+            "top_p = 0 leaves no token at all.\nThe likeliest token always stays: note it last,"
+            " whatever the sums say."
+        ),
+        suspects=(_wrong_filter("empty-at-zero"),),
+        answers=r"""
+# %% the likeliest may go, too
+@@
+-        keep[order[0]] = True
+""",
+    ),
     Known(
         "half-precision-filter",
         message=(
@@ -1097,6 +1154,27 @@ SAMPLE = (
 """,
     ),
     Known(
+        "cold-is-not-greedy",
+        message=(
+            "A row whose temperature is small gets its likeliest token, the first of equal ones."
+            "\nOnly temperature 0 is greedy: at any other, equal logits have equal chances."
+        ),
+        suspects=tuple(map(_wrong_sample, _COLD)),
+        answers=r"""
+# %% greedy below 0.01
+@@
+-    return torch.where(temperature == 0, greedy, chosen.clamp(max=logits.shape[1] - 1))
++    chosen = chosen.clamp(max=logits.shape[1] - 1)
++    return torch.where(temperature < 1e-2, greedy, chosen)
+
+# %% greedy below 1e-5
+@@
+-    return torch.where(temperature == 0, greedy, chosen.clamp(max=logits.shape[1] - 1))
++    chosen = chosen.clamp(max=logits.shape[1] - 1)
++    return torch.where(temperature < 1e-5, greedy, chosen)
+""",
+    ),
+    Known(
         "half-precision",
         message=(
             "The logits came as bfloat16, and you took the softmax in that. It has 8 bits: sums"
@@ -1168,6 +1246,12 @@ SAMPLE = (
 -    ruler = (logits / divisor[:, None]).softmax(dim=-1).cumsum(dim=-1)
 +    scaled = logits / divisor[:, None]
 +    ruler = (scaled - scaled.max()).exp().cumsum(dim=-1)
+
+# %% one maximum for all rows, before the temperature, and a division by the sum
+@@
+-    ruler = (logits / divisor[:, None]).softmax(dim=-1).cumsum(dim=-1)
++    weights = ((logits - logits.max()) / divisor[:, None]).exp()
++    ruler = (weights / weights.sum(-1, keepdim=True)).cumsum(dim=-1)
 """,
     ),
     Known(
@@ -1239,10 +1323,20 @@ SAMPLE = (
     Known(
         "position-cut",
         message=(
-            "Position 65,536 draws the number of position 0: your code makes positions shorter"
-            " than they are.\nHand them on as they are, int64."
+            "Two positions that differ by 2^16 or 2^32 draw the same number: your code makes"
+            " positions shorter than they are.\nHand them on as they are: all 64 bits count."
         ),
-        suspects=(_wrong_sample("position-16"),),
+        suspects=(
+            _wrong_sample("position-16"),
+            _wrong_sample("position-32"),
+            _wrong_sample("position-int"),
+        ),
+        answers=r"""
+# %% 32 bits of the position
+@@
+-    u = philox_uniform(seeds, positions)[:, None]
++    u = philox_uniform(seeds, positions.int().long())[:, None]
+""",
     ),
     Known(
         "seed-plus-position",
@@ -1293,6 +1387,22 @@ SAMPLE = (
 @@
 -    chosen = torch.searchsorted(ruler, u * ruler[:, -1:], right=True)[:, 0]
 +    chosen = torch.searchsorted(ruler, u, right=True)[:, 0]
+""",
+    ),
+    Known(
+        "result-reused",
+        answers=r"""
+# %% one tensor for all batches of a size
+@@
++_tokens = {}
++
++
+ def sample(
+@@
+-    return torch.where(temperature == 0, greedy, chosen.clamp(max=logits.shape[1] - 1))
++    tokens = _tokens.setdefault(len(logits), torch.zeros_like(greedy))
++    chosen = chosen.clamp(max=logits.shape[1] - 1)
++    return tokens.copy_(torch.where(temperature == 0, greedy, chosen))
 """,
     ),
     Known(

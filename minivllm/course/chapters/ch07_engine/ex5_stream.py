@@ -44,10 +44,11 @@ class _Stream:
         return new
 
     def _show(self, last: bool) -> str:
-        if self.stopped is not None and "goes-on" not in self.mistakes:
+        if self.stopped is not None and not {"goes-on", "searches-on"} & {*self.mistakes}:
             return ""
         text = self._text()
-        found = None if self.stopped is not None else self._stop_in(text)
+        again = "searches-on" in self.mistakes
+        found = None if self.stopped is not None and not again else self._stop_in(text)
         if found:
             end, self.stopped = found
             end += len(self.stopped) if "shows-stop" in self.mistakes else 0
@@ -87,6 +88,7 @@ class _Stream:
 
     def _end_of_safe(self, text: str) -> int:
         """How much of the text may be shown now."""
+        whole = text
         if "from-broken" in self.mistakes:
             text = text.partition("\ufffd")[0]
         elif "one-broken" in self.mistakes:
@@ -94,6 +96,9 @@ class _Stream:
         elif "half" not in self.mistakes:
             text = text.rstrip("\ufffd")
         stops = self.stops[:1] if "first-stop" in self.mistakes else self.stops
+        if "hold-behind" in self.mistakes:
+            lengths = [k for s in stops for k in range(1, len(s)) if whole.endswith(s[:k])]
+            return min(len(text), len(whole) - max(lengths, default=0))
         lengths = [k for stop in stops for k in range(1, len(stop)) if text.endswith(stop[:k])]
         held = max(lengths, default=0)
         if "no-hold" in self.mistakes:
@@ -168,6 +173,8 @@ def _stream_cases() -> list[tuple]:
         ("pieces", _pieces("xENENxENENENDx"), ("ENEND",)),
         ("pieces", _pieces("xENEN"), ("ENEND", "ENxx")),
         ("pieces", _pieces("xxENExEE"), ("ENE", "zzz")),
+        # After the stop, a longer one is completed that begins before it.
+        ("pieces", _pieces("xEN.x"), ("N", "EN.")),
         # Two broken characters at the end, which stay.
         ("pieces", [0, 17, 1, 17], ()),
         # Twice in one piece; and what only looks like a pattern.
@@ -188,13 +195,16 @@ def _stream_run(cls: Callable) -> Callable:
     """A function that follows a stream of this class to the end, and beyond."""
 
     def follow(tokenizer: str, token_ids: list[int], stops: tuple[str, ...]) -> dict[str, Any]:
-        stream = cls(_DECODERS[tokenizer], stops)
-        # The engine would end at a stop string; whoever streams late may not.
-        shown = [stream.append(token) for token in token_ids]
-        ends = {"finish": stream.finish(), "finish again": stream.finish()}
-        return {"shown": shown, **ends, "stopped": stream.stopped}
+        return _follow(cls(_DECODERS[tokenizer], stops), token_ids)
 
     return follow
+
+
+def _follow(stream: Any, token_ids: abc.Sequence[int]) -> dict[str, Any]:
+    # The engine would end at a stop string; whoever streams late may not.
+    shown = [stream.append(token) for token in token_ids]
+    ends = {"finish": stream.finish(), "finish again": stream.finish()}
+    return {"shown": shown, **ends, "stopped": stream.stopped}
 
 
 def _wrong(mistakes: str) -> Callable:
@@ -215,13 +225,18 @@ def check_stream(answer: Callable) -> str:
     )
 
 
+def _decode_letters(token_ids: abc.Sequence[int]) -> str:
+    """Every token has a text: one from another stream, too, as the notebook's picture's."""
+    return "".join(chr(ord("a") + token % 26) for token in token_ids)
+
+
 def _expect_own_tokens(answer: Callable) -> None:
     """Streams are made for each request, and many are read at the same time."""
-    texts = ([0, 8, 9, 8, 9, 10, 2], [1, 2, 3, 8, 9, 6, 2])
+    texts = [[ord(letter) - ord("a") for letter in text] for text in ("oqzqzjx", "xotqzsu")]
     pieces: list[list[str]] = [[], []]
     try:
-        alone = [_stream_run(answer)("pieces", list(text), ("END",))["shown"] for text in texts]
-        streams = [answer(_decode_pieces, ("END",)) for _ in texts]
+        alone = [_follow(answer(_decode_letters, ("qzj",)), text)["shown"] for text in texts]
+        streams = [answer(_decode_letters, ("qzj",)) for _ in texts]
         for tokens in zip(*texts, strict=True):
             for stream, token, shown in zip(streams, tokens, pieces, strict=True):
                 shown.append(stream.append(token))
@@ -471,10 +486,39 @@ MISTAKES = (
     Known(
         "goes-on-after-the-stop",
         message=(
-            "After a stop string more text is shown.\nOnce `stopped` is set, `append` and `finish`"
-            " return nothing."
+            "After a stop string the stream goes on: more text is shown, or `stopped` becomes"
+            " another stop string.\nOnce `stopped` is set, the text has ended: `append` and"
+            ' `finish` return "" and change nothing.'
         ),
-        suspects=(_wrong("goes-on"),),
+        suspects=(_wrong("goes-on"), _wrong("searches-on")),
+        answers=r"""
+# %% looks for stop strings again
+@@
+-        if self.stopped is not None:
+-            return ""
+""",
+    ),
+    Known(
+        "looks-behind-broken-bytes",
+        message=(
+            "The text ends in �, and before it stands the beginning of a stop string, which you"
+            " show. The � is held back, for it may become anything: so the end of what *can* be"
+            " shown lies before it.\nTake the � away first, then ask whether the rest ends in a"
+            " beginning."
+        ),
+        suspects=(_wrong("hold-behind"),),
+        answers=r"""
+# %% asks the whole text for its end
+@@
+-            text = text.rstrip("\ufffd")
++            whole, text = text, text.rstrip("\ufffd")
+@@
+-                if text.endswith(stop[:k])
++                if whole.endswith(stop[:k])
+@@
+-            end = len(text) - max(held, default=0)
++            end = min(len(text), len(whole) - max(held, default=0))
+""",
     ),
     Known(
         "last-stop-in-the-text",
@@ -689,6 +733,15 @@ MISTAKES = (
 @@
 -        self.token_ids: list[int] = []
 +        self.token_ids.clear()
+
+# %% the tokens belong to the class, and nobody empties them
+@@
++    token_ids: list[int] = []
++
+     def __init__(
+         self, decode: Callable[[list[int]], str], stops: tuple[str, ...] = ()
+@@
+-        self.token_ids: list[int] = []
 """,
     ),
 )

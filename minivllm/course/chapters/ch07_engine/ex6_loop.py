@@ -120,7 +120,7 @@ class _Rig:
             self.llm.llm_engine.core.model_runner.execute = _execute
         self.core: Any = self.llm.llm_engine.core
         self.inputs, self.outputs = self.llm.llm_engine.input_processor, OutputProcessor()
-        self.num_steps = self.num_outputs = self.num_tokens_of_last = 0
+        self.num_steps = self.num_outputs = self.num_tokens = self.num_tokens_of_last = 0
         #: What the core was given, in that order.
         self.sequences: list[Sequence] = []
         self.most_at_once = 0  # sequences that got tokens in one step
@@ -137,6 +137,7 @@ class _Rig:
         if seq_ids:
             self.num_outputs += len(seq_ids)
             self.num_tokens_of_last = sum(len(output.token_ids) for output in step.outputs)
+            self.num_tokens += self.num_tokens_of_last
         self.most_at_once = max(self.most_at_once, len(seq_ids))
         try:
             self.served = {self.outputs.owner_of(seq_id).request_id for seq_id in seq_ids}
@@ -338,8 +339,11 @@ def _return_missing(value: Any) -> str:
 
 
 def _check_steps(answer: Callable) -> None:
-    """`step` by itself: what it returns, requests that come later, and an idle engine."""
-    rig = _Rig()
+    """`step` by itself: what it returns, requests that come later, and an idle engine.
+
+    Prompts take several steps, which bring no news.
+    """
+    rig = _Rig(max_num_batched_tokens=8)
     engine = rig.engine(answer)
     idle = engine.step()
     expect(
@@ -350,25 +354,19 @@ def _check_steps(answer: Callable) -> None:
     )
     early, late = _ask(_ASKED[1], max_tokens=8), _ask(_ASKED[0])
     ids, last = [_added(engine, early)], {}
-    before = rig.num_steps
-    for number in range(40):
-        if number == 3:
-            made = rig.num_steps - before
-            expect(
-                made <= 3,
-                "more-than-a-step",
-                f"Three calls of `step` made {made} steps of the core.\n`step` makes one.",
-            )
+    for number in range(60):
+        if number == 6:
             ids.append(_added(engine, late))
+        before = rig.num_steps
         news = _news(engine)
-        silent = rig.served - {output.request_id for output in news}
+        made = rig.num_steps - before
         expect(
-            not silent,
-            "unfinished-left-out",
-            f"Request {', '.join(sorted(silent))} got a token, and `step` does not mention it."
-            "\nReturn all that `outputs.collect` gives, also of requests that go on: somebody reads"
-            " along.",
+            made == 1,
+            "more-than-a-step" if made else "no-step",
+            f"One call of `step` made {made} steps of the core.\n`step` makes one, also where that"
+            " brings no news, as in the middle of a prompt.",
         )
+        _expect_heard(rig, engine, news)
         last |= {output.request_id: output for output in news}
         if len(last) == 2 and all(output.finished for output in last.values()):
             break
@@ -376,7 +374,7 @@ def _check_steps(answer: Callable) -> None:
         expect(
             id in last and last[id].finished,
             "late-request-lost",
-            f"After 40 steps no output says that request {id} has finished.\nA request may come at"
+            f"After 60 steps no output says that request {id} has finished.\nA request may come at"
             " any time, also between two steps: `add` gives it to `outputs` and to the core.",
         )
         text = last[id].outputs[0].text
@@ -385,6 +383,27 @@ def _check_steps(answer: Callable) -> None:
             "wrong-text",
             f"Stepped by hand, request {id} says {text!r}, expected {wanted!r}.",
         )
+    _expect_count(rig, getattr(engine, "num_tokens", None), rig.num_tokens)
+
+
+def _expect_heard(rig: _Rig, engine: Any, news: list[RequestOutput]) -> None:
+    """Each request that got tokens in the last step has news."""
+    silent = rig.served - {output.request_id for output in news}
+    if not silent:
+        return
+    who = ", ".join(sorted(silent))
+    expect(
+        not silent <= {output.request_id for output in _news(engine) if not output.finished},
+        "a-step-late",
+        f"Request {who} got a token, and only the next `step` mentions it.\nDo you collect before"
+        " `outputs.process` has seen the step? First `process`, then `collect`.",
+    )
+    raise Mistake(
+        "unfinished-left-out",
+        f"Request {who} got a token, and `step` does not mention it."
+        "\nReturn all that `outputs.collect` gives, also of requests that go on: somebody reads"
+        " along.",
+    )
 
 
 def _added(engine: Any, asked: _Asked) -> str:
@@ -417,9 +436,9 @@ def _check_completions(answer: Callable) -> None:
     rig = _Rig()
     asked = [_ask(_ASKED[0], n=3, temperature=1.0, seed=5)]
     message = (
-        "A request with n=3 has three completions, and the core did not get three sequences for"
-        " it.\nEach is a sequence of its own: give the core `request.new_sequence(request, index)`"
-        " for every index below `checked.params.n`."
+        "A request with n=3 has three completions, and the core did not get the sequences 0, 1 and"
+        " 2 of it.\nEach is a sequence of its own: give the core"
+        " `request.new_sequence(request, index)` for every index below `checked.params.n`."
     )
     try:
         [output] = rig.run(rig.engine(answer), asked)
@@ -458,6 +477,17 @@ def _check_crowd(answer: Callable) -> None:
     asked += [_ask(_ASKED[1], temperature=1.0, seed=1, max_tokens=9), asked[0]]
     right = _right_texts(asked)
     got = _texts(rig.run(rig.engine(answer), asked))
+    given = [
+        (seq.token_ids[: seq.num_prompt_tokens], seq.params.seed, seq.params.max_tokens)
+        for seq in rig.sequences
+    ]
+    wishes = [(one.prompt, one.params.seed, one.params.max_tokens) for one in asked]
+    expect(
+        sorted(given) == sorted(wishes),
+        "wishes-mixed-up",
+        "Many requests have prompts and parameters of their own, and the core got other pairs of"
+        " them.\n`params[i]` belongs to `prompts[i]`: process each prompt with its own.",
+    )
     assert rig.core.scheduler.stats.num_preemptions > 0, "this case should preempt"
     expect(
         not any(got.count(text) > right.count(text) for text in got if text in right),
@@ -557,6 +587,14 @@ def _check_guest(answer: Callable, length: int) -> None:
         f"{begins}: that one wants 50 tokens, and `run`'s own wants 8. `run` came back after"
         f" {steps} steps, when the other had ended, too.\nWait for your own requests only: their"
         " ids say which they are. Somebody else may add requests for ever.",
+    )
+    theirs, own = (seq.num_output_tokens for seq in rig.sequences)
+    expect(
+        theirs == own,
+        "a-step-too-many",
+        f"{begins}. Both got a token in each step, and when `run` came back, its own had got"
+        f" {own} and the other {theirs}.\nCome back after the step that ends the last of your own"
+        " requests.",
     )
     last: list[RequestOutput] = []
     while rig.left_over and rig.num_steps < steps + 60:
@@ -799,9 +837,11 @@ def _check_several_tokens(answer: Callable) -> None:
 
 def _expect_count(rig: _Rig, said: Any, right: int) -> None:
     """`num_tokens` counts all tokens of all steps."""
+    if said == right:
+        return
     seen = f"{rig.num_steps} steps brought {right} tokens, and `num_tokens` is {show(said)}."
     expect(
-        said != rig.num_tokens_of_last or said == right,
+        said != rig.num_tokens_of_last,
         "last-step-only",
         f"{seen}\nSo many came in the last step. `num_tokens` counts since the engine was made:"
         " add, with `+=`.",
@@ -1098,6 +1138,60 @@ EXERCISE = Exercise(
 @@
 -        while not all(id in ended for id in ids):
 +        while self.outputs.requests:
+""",
+        ),
+        Known(
+            "a-step-too-many",
+            answers=r"""
+# %% one step more, to be sure
+@@
++        self.step()
+         return [ended[id] for id in ids]
+""",
+        ),
+        Known(
+            "a-step-late",
+            answers=r"""
+# %% collects, then processes
+@@
++        news = self.outputs.collect(self.collector)
+         for seq_id, stop_string in self.outputs.process(step):
+@@
+-        return self.outputs.collect(self.collector)
++        return news
+""",
+        ),
+        Known(
+            "wishes-mixed-up",
+            answers=r"""
+# %% the first parameters for all
+@@
+-        checked = [self.inputs.process(*asked) for asked in zip(prompts, params)]
++        checked = [self.inputs.process(prompt, params[0]) for prompt in prompts]
+""",
+        ),
+        Known(
+            "wrong-count",
+            answers=r"""
+# %% counts in `run` what its requests got
+@@
+-        self.num_tokens += sum(len(output.token_ids) for output in step.outputs)
+@@
+-        return [ended[id] for id in ids]
++        for id in ids:
++            self.num_tokens += sum(len(one.token_ids) for one in ended[id].outputs)
++        return [ended[id] for id in ids]
+""",
+        ),
+        Known(
+            "raised",
+            answers=r"""
+# %% asks for the sequences first
+@@
+-        self.outputs.add(request)
+@@
+             self.core.add(request.new_sequence(request, index))
++        self.outputs.add(request)
 """,
         ),
         Known(

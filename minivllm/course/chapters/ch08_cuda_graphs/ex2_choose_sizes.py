@@ -184,6 +184,12 @@ def _large_cases() -> list[_Case]:
         for _ in range(3):
             counts = random.sample(range(1, top + 1), many)
             cases.append(({n: random.randint(1, 200) for n in counts}, top, graphs))
+    # Few graphs for many numbers: groups are long.
+    cases += [(cases[-1][0], 200, 2), (cases[-2][0], 200, 1)]
+    # Years of steps: sums that float32 and int32 do not hold, and the last digits decide.
+    for many, graphs, spread in ((20, 3, 50), (20, 3, 60), (50, 7, 300), (50, 7, 400)):
+        years = {n: 10**9 + random.randint(0, spread) for n in range(1, many + 1)}
+        cases.append((years, many + 5, graphs))
     return cases
 
 
@@ -548,6 +554,12 @@ def choose_sizes(seen, max_num_seqs, num_graphs):
 +                    for n in counts[done:end]
 +                    if end < len(counts)
 +                )
+
+# %% adds up in float32
+@@
+-                more = sum(seen.get(n, 0) * (size - n) for n in counts[done:end])
++                rows = [float(seen.get(n, 0) * (size - n)) for n in counts[done:end]]
++                more = torch.tensor(rows).sum().item()
 """,
         ),
         Known(

@@ -94,7 +94,8 @@ class _Seen:
 
 
 def check_decode_graphs(answer: Callable) -> str:
-    benches = [_Bench([4, 1, 8, 2]), _Bench([3, 7]), _Bench([5])]
+    # The last one has sizes that others have, too.
+    benches = [_Bench([4, 1, 8, 2]), _Bench([3, 7]), _Bench([5]), _Bench([7, 2])]
     # All are made before the first replay: so it shows if they share anything.
     made = [(_record(answer, bench), bench) for bench in benches]
     for graphs, bench in made:
@@ -105,6 +106,8 @@ def check_decode_graphs(answer: Callable) -> str:
         _judge_recordings(bench, len(bench.sizes))
     for sizes in ([4, 1, 8, 2], [3, 7]):
         _replay_in_a_row(answer, sizes)
+    _judge_own_sizes(answer)
+    _judge_large_sizes(answer)
     tokens = _graphs_of_the_model(answer)
     return (
         f"{replays} replays, none waited; the bundled model writes the same {tokens} tokens"
@@ -134,6 +137,37 @@ def _record(answer: Callable, bench: _Bench) -> Any:
         )
     bench.rows.clear()
     return graphs
+
+
+def _judge_own_sizes(answer: Callable) -> None:
+    """The caller's list of sizes may change once the object has been made."""
+    bench, given = _Bench([8, 2, 4]), [8, 2, 4]
+    with cuda_errors("while your class recorded"):
+        graphs = answer(bench.gpu, bench.step, given, NUM_SLOTS)
+    for now in ([8], [1, 3], []):
+        given[:] = now
+        bench.rows.clear()
+        try:
+            with cuda_errors("in replay"):
+                graphs.replay([5, 6])
+                bench.gpu.synchronize()
+            found = f"ran for the slots {bench.rows[0]}" if bench.rows else "ran no step"
+        except (LookupError, ValueError, StopIteration, TypeError) as error:
+            found = f"raised {type(error).__name__}: {error}"
+        if bench.rows != [[5, 6]]:
+            raise EXERCISE.mistake(
+                "keeps-the-callers-sizes",
+                f"The sizes were [8, 2, 4] when your object was made. Then the caller put {now}"
+                f" into that list, and replay([5, 6]) {found}.",
+            )
+
+
+def _judge_large_sizes(answer: Callable) -> None:
+    """Few slots in graphs of many rows: most of them are padding."""
+    bench = _Bench([256, 96])
+    graphs = _record(answer, bench)
+    for batch in ([3], [7, 0, 2], list(range(NUM_SLOTS))):
+        _judge_replay(_observe(graphs, bench, batch), bench)
 
 
 def _judge_recordings(bench: _Bench, wanted: int) -> None:
@@ -659,6 +693,12 @@ class DecodeGraphs:
 @@
          graph.replay()
 +        self.step(self.slots[:size])
+
+# %% a large graph is replayed twice
+@@
+         graph.replay()
++        if size >= 64:
++            graph.replay()
 """,
         ),
         replace(
@@ -923,6 +963,22 @@ class DecodeGraphs:
 @@
 -        padded = [*slots, *[self.spare_slot] * (size - len(slots))]
 +        padded = [*slots, *[-1] * (size - len(slots))]
+""",
+        ),
+        Known(
+            "keeps-the-callers-sizes",
+            message=(
+                "Your class has kept the list itself, which belongs to the caller. Keep a copy, or"
+                " look at what you have recorded."
+            ),
+            answers=r"""
+# %% looks for the size in the caller's list
+@@
+-        self.gpu, self.spare_slot = gpu, spare_slot
++        self.gpu, self.spare_slot, self.sizes = gpu, spare_slot, sizes
+@@
+-        fitting = [size for size in self.graphs if size >= len(slots)]
++        fitting = [size for size in self.sizes if size >= len(slots)]
 """,
         ),
         Known(

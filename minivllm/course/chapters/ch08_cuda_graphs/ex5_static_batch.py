@@ -63,6 +63,9 @@ class _Setting:
 
 SETTINGS = (_Setting((4, 1, 8, 2), 16, 254, 40), _Setting((3, 7), 2, 163, 8))
 
+#: Of these only the choice of a size is looked at.
+_LARGE = _Setting((24, 16, 40, 32), 16, 64, 16)
+
 
 def check_static_batch(answer: Callable) -> str:
     left = _faults(answer)
@@ -75,6 +78,8 @@ def check_static_batch(answer: Callable) -> str:
         raise Mistake(left[0].name, left[0].message + more)
     for setting in SETTINGS:
         _judge_rows(answer, setting)
+    _judge_size(answer, _LARGE)
+    _judge_two_steps(answer, SETTINGS[0])
     tokens = _serve_rows(answer)
     return f"rows come and go, and {tokens} tokens are what they should be"
 
@@ -209,6 +214,15 @@ def _judge_size(answer: Callable, setting: _Setting) -> None:
         if size is not None and (isinstance(size, bool) or size not in setting.sizes):
             raise EXERCISE.mistake("no-such-graph", f"{seen} Recorded are {list(setting.sizes)}.")
         picked[count] = size
+    for count in range(max(setting.sizes) - 1, 0, -1):
+        size = _fill(gpu, batch, setting.rows(count))
+        if size != picked[count]:
+            raise EXERCISE.mistake(
+                "depends-on-the-step-before",
+                f"For {amount(count, 'sequence')}, with graphs for {list(setting.sizes)}, fill"
+                f" returned {show(picked[count])} after a step of fewer and {show(size)} after a"
+                " step of more.",
+            )
     found = size_mistake(picked, setting.sizes)
     if found is not None:
         name, count = found
@@ -227,28 +241,63 @@ def _judge_rows(answer: Callable, setting: _Setting) -> None:
     gpu, batch = setting.make(answer)
     for count in (max(setting.sizes), 2, 3, 1):
         rows = setting.rows(count)
-        _fill(gpu, batch, rows)
-        right = {
-            "token_ids": [row.token_id for row in rows],
-            "positions": [row.position for row in rows],
-            "seq_lens": [row.position + 1 for row in rows],
-            "slot_mapping": [_place(setting, row) for row in rows],
-        }
-        for name, wanted in right.items():
-            mine = getattr(batch, name).tolist()[:count]
-            if mine != wanted:
-                raise EXERCISE.mistake(
-                    "wrong-rows",
-                    f"After fill of {amount(count, 'sequence')}, {name} begins with {show(mine)},"
-                    f" expected {show(wanted)}.",
-                )
-        for row, table in zip(rows, batch.block_table.tolist(), strict=False):
-            if table[: len(row.blocks)] != row.blocks:
-                raise EXERCISE.mistake(
-                    "wrong-rows",
-                    f"The blocks {show(row.blocks, 20)} became the row {show(table, 20)} of"
-                    " block_table.",
-                )
+        # Sequences may share their first blocks: a cached prefix.
+        for step in (rows, [_with_other_blocks(row) for row in rows]):
+            _fill(gpu, batch, step)
+            _judge_row_values(setting, {name: getattr(batch, name) for name in TENSORS}, step)
+
+
+def _with_other_blocks(row: Any) -> Any:
+    """The same row, with other blocks behind its first one."""
+    return replace(row, blocks=[row.blocks[0], *(block + 1000 for block in row.blocks[1:])])
+
+
+def _judge_row_values(setting: _Setting, tensors: dict[str, Any], rows: list[Any]) -> None:
+    count = len(rows)
+    right = {
+        "token_ids": [row.token_id for row in rows],
+        "positions": [row.position for row in rows],
+        "seq_lens": [row.position + 1 for row in rows],
+        "slot_mapping": [_place(setting, row) for row in rows],
+    }
+    for name, wanted in right.items():
+        mine = tensors[name].tolist()[:count]
+        if mine != wanted:
+            raise EXERCISE.mistake(
+                "wrong-rows",
+                f"After fill of {amount(count, 'sequence')}, {name} begins with {show(mine)},"
+                f" expected {show(wanted)}.",
+            )
+    for row, table in zip(rows, tensors["block_table"].tolist(), strict=False):
+        if table[: len(row.blocks)] != row.blocks:
+            raise EXERCISE.mistake(
+                "wrong-rows",
+                f"The blocks {show(row.blocks, 20)} became the row {show(table, 20)} of"
+                " block_table.",
+            )
+
+
+def _judge_two_steps(answer: Callable, setting: _Setting) -> None:
+    """Does a second fill leave alone what a step reads that has not run yet?"""
+    gpu, batch = setting.make(answer)
+    many = setting.rows(6)
+    first, second = many[:3], many[3:]
+    with cuda_errors("in fill"):
+        # A long step still runs, so copies wait.
+        gpu.launch("the step before", 100_000.0)
+        batch.fill(list(first))
+        # In the place of a step: it reads all tensors when its turn comes.
+        read = {name: getattr(batch, name).clone() for name in TENSORS}
+        batch.fill(list(second))
+        gpu.synchronize()
+    try:
+        _judge_row_values(setting, read, first)
+    except Mistake as mistake:
+        raise EXERCISE.mistake(
+            "pinned-overwritten",
+            "fill was called again while the step before had not run yet, and that step read the"
+            f" wrong rows. {mistake.message.splitlines()[0]}",
+        ) from None
 
 
 def _serve_rows(answer: Callable) -> int:
@@ -774,6 +823,14 @@ class StaticBatch:
 -        return graph_size
 +        self.positions.fill_(0)
 +        return graph_size
+
+# %% tables are taken for the same where they begin with the same block
+@@
+-        self._put(self.block_table, tables + [[0] * width] * padding)
++        first = [table[0] for table in tables]
++        if first != getattr(self, "first", None):
++            self._put(self.block_table, tables + [[0] * width] * padding)
++        self.first = first
 """,
         ),
         Known(
@@ -784,6 +841,41 @@ class StaticBatch:
 -        places = [
 +        rows += [Row(0, 0, [0])] * padding
 +        places = [
+""",
+        ),
+        Known(
+            "depends-on-the-step-before",
+            message=(
+                "Take the smallest graph that is large enough, whatever ran before: rows that"
+                " nobody needs are computed for nobody."
+            ),
+            answers=r"""
+# %% stays with the larger graph for a while
+@@
+-        padding = graph_size - len(rows)
++        if graph_size >= 16:
++            before = getattr(self, "before", 0)
++            graph_size = max(graph_size, min(before, 2 * graph_size))
++        self.before = graph_size
++        padding = graph_size - len(rows)
+""",
+        ),
+        Known(
+            "pinned-overwritten",
+            message=(
+                "A copy waits in the stream, and reads the pinned tensor only when its turn comes:"
+                " by then your fill had put newer numbers into it. Take a new pinned tensor for"
+                " each copy, as the given `_put` does."
+            ),
+            answers=r"""
+# %% a pinned tensor for each of the five, kept
+@@
+-        host = self.gpu.pinned(values, dtype=tensor.dtype)
++        kept = self.__dict__.setdefault("kept", {})
++        if (id(tensor), len(values)) not in kept:
++            kept[id(tensor), len(values)] = self.gpu.pinned(values, dtype=tensor.dtype)
++        host = kept[id(tensor), len(values)]
++        host.copy_(torch.tensor(values, dtype=tensor.dtype))
 """,
         ),
         Known(
