@@ -54,12 +54,13 @@ def _cases() -> list[Case]:
     rising[1].copy_(torch.linspace(-3, 3, 24).repeat(2, 1))
     falling[1].copy_(torch.linspace(3, -3, 24).repeat(2, 1))
     slow[1].copy_(torch.linspace(-0.2, 0.2, 300)[None])
-    masked, low = case(4, 20, 8, pad=2), case(2, 13, 4)
+    masked, low = case(4, 20, 8, pad=2), case(3, 13, 4)
     masked[1][0, :9], masked[1][1, 8:16], masked[1][2, 1:] = -INF, -INF, -INF
     masked[1][3, :19] = -INF
     # So far from 0, numbers that are not far apart would be rounded.
     low[1].copy_(-20000.0 - 150.0 * (torch.arange(13) * 5 % 13))
     low[1][1, 4:8] = -INF
+    low[1][2] = -1e36 * (1 + torch.arange(13) * 5 % 13)
     return [
         case(1, 1, 4),
         case(2, 8, 8),
@@ -71,7 +72,7 @@ def _cases() -> list[Case]:
         case(3, 18, 4, shift=500.0),
         case(3, 10, 4, pad=6),
         case(2, 16, 8, pad=3),
-        case(40, 3, 2, pad=1),
+        case(130, 3, 4, pad=1),
         case(1, 1500, 128),
         case(2, 300, 512, pad=5),
         rising,
@@ -368,6 +369,11 @@ _ANSWERS = {
 @@
 -    row_max = float("-inf")
 +    row_max = -10000.0
+
+# %% -1e9 in place of -inf
+@@
+-    row_max = float("-inf")
++    row_max = -1.0e9
 """,
 }
 
