@@ -239,6 +239,12 @@ def max_and_sum(scores: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.T
 -        finite = torch.where(new == -math.inf, 0.0, new)
 +        finite = new.clamp(min=0.0)
 """,
+    "stand-in-kept": r"""
+# %% 0 becomes the maximum
+@@
+-        m = new
++        m = finite
+""",
     "guard-looks-at-the-tile": r"""
 # %% asks the tile, not the maximum
 @@
