@@ -100,6 +100,8 @@ class Prediction:
         number = isinstance(said, int | float) and not isinstance(said, bool)
         if not number or math.isnan(said):
             raise Mistake("wrong-type", f"{self.name} should be one number.\nIt is {said!r}.")
+        # A plain number: one of a class of its own may compare as it likes.
+        said = int.__add__(said, 0) if isinstance(said, int) else float.__add__(said, 0.0)
         if _near(said, self.right, self.near):
             return
         unit = self.unit and f" {self.unit}"

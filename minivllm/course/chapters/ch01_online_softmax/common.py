@@ -48,6 +48,8 @@ class Walk:
     keeps: bool = True
     #: Whether the tile's own maximum is kept in its place.
     keeps_tile_max: bool = False
+    #: Whether the number that stands in for a maximum of -inf is kept.
+    keeps_finite: bool = False
     #: Whether absolute values are compared.
     magnitudes: bool = False
     #: Whether a tile that does not raise the maximum is left out.
@@ -100,6 +102,7 @@ class Walk:
                 acc = (acc * factor if self.rescales_out else acc) + out
             acc = acc / l if self.divides_each else acc
             kept = tile_max if self.keeps_tile_max else new
+            kept = finite(kept) if self.keeps_finite else kept
             m = kept if self.keeps else m
         return m, l.sum().expand_as(m) if self.sums_all == "at the end" else l, acc
 
@@ -228,6 +231,13 @@ _SLIPS: tuple[tuple[str, str, tuple[Walk, ...]], ...] = (
         " is forgotten.\nThe new maximum is the larger one of two: of the old maximum and the"
         " tile's.",
         (Walk(compares=False), Walk(keeps_tile_max=True)),
+    ),
+    (
+        "stand-in-kept",
+        "While all scores are masked you subtract 0 in place of -inf, which is right, and you keep"
+        " this 0 as the maximum, which is not: no score is 0, and scores far below it underflow to"
+        " a sum of 0.\nSubtract the number that stands in, and keep the maximum itself.",
+        (Walk(keeps_finite=True),),
     ),
     (
         "maximum-not-kept",

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from minivllm.course.chapters.ch01_online_softmax.common import INF, finite
+from minivllm.course.grading.compare import show
 from minivllm.course.grading.diagnose import diagnose
 from minivllm.course.grading.exercise import Exercise, Known
-from minivllm.course.grading.judges import ATTENTION, expect_own_work, seeded
+from minivllm.course.grading.judges import ATTENTION, expect, expect_own_work, seeded
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +21,8 @@ _SOFTMAX = (
     *("safe_softmax", "masked_softmax", "sparse_softmax", "softmax_backward_data"),
     *ATTENTION,
 )
+#: Numbers that people put in place of -inf.
+_STANDING_IN = (0.0, *(-(10.0**n) for n in (2, 3, 4, 5, 6, 9, 10, 20, 30, 38)), -3.4028235e38)
 
 
 def _cases() -> list[tuple[torch.Tensor]]:
@@ -35,6 +38,8 @@ def _cases() -> list[tuple[torch.Tensor]]:
     masked = normal(70, 65)
     masked[normal(70, 65) > 1.0] = -INF
     masked[:, 64] = 1.5
+    least = torch.finfo(torch.float32).min
+    lowest = torch.tensor([[least, -INF, -INF], [-2e30, -1e30, -INF], [-INF, -INF, -1e10]])
     last = torch.full((3, 9), -INF)
     last[:, 8] = torch.tensor([-900.0, 0.0, 900.0])
     tables = [
@@ -50,12 +55,14 @@ def _cases() -> list[tuple[torch.Tensor]]:
         torch.tensor([[0.0, -INF, 1.0], [-INF, -INF, 200.0]]),
         torch.tensor([[-20000.0, -INF, -20150.0, -INF], [-INF, 3.0, -200.0, -INF]]),
         last,
+        lowest,
         normal(9, 4).T,
         normal(3, 24)[:, ::2],
         normal(300, 2),
         masked,
         normal(3, 1500),
         torch.full((2, 2049), -700.0),
+        torch.linspace(-900.0, 900.0, 9001)[None],
     ]
     return [(table,) for table in tables]
 
@@ -92,9 +99,33 @@ def check_safe_softmax(answer: Callable) -> str:
 
     cases = _cases()
     number = diagnose(answer, cases, softmax_reference, EXERCISE.suspects)
+    for (x,) in cases:
+        _expect_exact(x, answer(x.clone()))
     for case in cases:
         expect_own_work(answer, case, _SOFTMAX, "exp, maxima, sums and quotients")
-    return f"{number} tables, scores from -20,000 to 20,000"
+    return f"{number} tables, scores from -3e38 to 20,000"
+
+
+def _expect_exact(x: torch.Tensor, result: torch.Tensor) -> None:
+    """What the tolerance of the comparison does not see: masked scores, and sums of rows."""
+    masked = result[x == -INF]
+    expect(
+        not masked.any(),
+        "masked-not-zero",
+        "The result is nearly right, but masked scores (-inf) get probabilities above 0, of up to"
+        f" {float(masked.max()) if len(masked) else 0.0:.3g}. A masked score has the probability 0,"
+        " exactly.\nexp(-inf) is 0 without any help: no limit from below, and nothing added.",
+    )
+    sums = result.double().sum(dim=1)
+    # Far from 0, a log-sum-exp is rounded, and the sum of a row with it.
+    off = (sums - 1.0).abs().max() if x[x > -INF].abs().max() < 20.0 else sums.new_zeros(())
+    expect(
+        off < 3e-6,
+        "rows-not-one",
+        "The result is nearly right, but a row adds up to"
+        f" {float(sums[(sums - 1.0).abs().argmax()]):.6f}, for x = {show(x)}.\nDivide by the sum of"
+        " the weights as it is: it is at least 1, so that nothing needs to be added to it.",
+    )
 
 
 EXERCISE = Exercise(
@@ -312,12 +343,41 @@ def safe_softmax(x: torch.Tensor) -> torch.Tensor:
             "A masked score (-inf) gets a probability above 0: a finite number stands in for -inf,"
             " and in a row of very low scores it is not low enough.\nexp(-inf) is 0 without any"
             " help; leave -inf as it is.",
-            suspects=tuple(map(_exp_masked_as, (-1e2, -1e3, -1e4, 0.0, -1e3 - 1))),
+            suspects=tuple(map(_exp_masked_as, _STANDING_IN)),
             answers=r"""
 # %% -1e4 is low enough, mostly
 def safe_softmax(x: torch.Tensor) -> torch.Tensor:
     x = torch.where(x == -math.inf, -1e4, x)
     weights = torch.exp(x - x.amax(dim=1, keepdim=True))
+    return weights / weights.sum(dim=1, keepdim=True)
+
+# %% -1e9 is low enough for all scores that people have seen
+def safe_softmax(x: torch.Tensor) -> torch.Tensor:
+    x = x.masked_fill(x == -math.inf, -1e9)
+    weights = torch.exp(x - x.amax(dim=1, keepdim=True))
+    return weights / weights.sum(dim=1, keepdim=True)
+
+# %% nothing lies more than 50 below the maximum
+def safe_softmax(x: torch.Tensor) -> torch.Tensor:
+    weights = torch.exp((x - x.amax(dim=1, keepdim=True)).clamp(min=-50.0))
+    return weights / weights.sum(dim=1, keepdim=True)
+""",
+        ),
+        Known(
+            "rows-not-one",
+            answers=r"""
+# %% a small number against a division by 0
+def safe_softmax(x: torch.Tensor) -> torch.Tensor:
+    weights = torch.exp(x - x.amax(dim=1, keepdim=True))
+    return weights / (weights.sum(dim=1, keepdim=True) + 1e-5)
+""",
+        ),
+        Known(
+            "wrong-values",
+            answers=r"""
+# %% the maximum of the first 5000 columns
+def safe_softmax(x: torch.Tensor) -> torch.Tensor:
+    weights = torch.exp(x - x[:, :5000].amax(dim=1, keepdim=True))
     return weights / weights.sum(dim=1, keepdim=True)
 """,
         ),

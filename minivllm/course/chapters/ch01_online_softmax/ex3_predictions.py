@@ -72,6 +72,10 @@ def _bytes(name: str, right: float, usual: Usual, advice: str) -> Prediction:
         "numbers-not-bytes": (right / 4, "That counts numbers; a float32 has 4 bytes."),
         "bits-not-bytes": (right * 8, "That counts bits; a byte has 8."),
         "half-precision": (right / 2, "That counts 2 bytes for each number; a float32 has 4."),
+        "in-megabytes": (right / 1e6, "That is in megabytes, and bytes are asked for."),
+        "in-mebibytes": (right / 2**20, "That is in MiB, and bytes are asked for."),
+        "in-gigabytes": (right / 1e9, "That is in gigabytes, and bytes are asked for."),
+        "in-gibibytes": (right / 2**30, "That is in GiB, and bytes are asked for."),
     }
     # What is particular to this prediction comes first.
     return Prediction(name, right, "bytes", _NEAR, {**usual, **units}, advice)
@@ -86,7 +90,8 @@ def _safe() -> Prediction:
             "forgot-the-write": (table * 3, "A pass that writes the result moves numbers, too."),
             "forgot-passes": (
                 table * 2,
-                "Safe softmax needs the maximum before the sum, and the sum before the result.",
+                "Safe softmax needs the maximum before the sum, and the sum before the result. (Or"
+                " did you count 2 bytes for each number? A float32 has 4.)",
             ),
             "one-pass": (
                 table,
@@ -334,6 +339,42 @@ EXERCISE = Exercise(
 """,
         ),
         Known(
+            "in-megabytes",
+            answers=r"""
+# %% as the chapter prints it
+@@
+-safe_bytes = 256 * 151_936 * 4 * (3 + 1)
++safe_bytes = 256 * 151_936 * 4 * (3 + 1) / 1e6
+""",
+        ),
+        Known(
+            "in-gigabytes",
+            answers=r"""
+# %% GB
+@@
+-online_bytes = 256 * 151_936 * 4 * (2 + 1)
++online_bytes = 256 * 151_936 * 4 * (2 + 1) / 1e9
+""",
+        ),
+        Known(
+            "in-mebibytes",
+            answers=r"""
+# %% MiB
+@@
+-matrix_bytes = 8192 * 8192 * 4
++matrix_bytes = 256
+""",
+        ),
+        Known(
+            "in-gibibytes",
+            answers=r"""
+# %% GiB
+@@
+-matrix_bytes = 8192 * 8192 * 4
++matrix_bytes = 0.25
+""",
+        ),
+        Known(
             "forgot-the-rescale",
             hint=2,
             answers=r"""
@@ -478,6 +519,15 @@ EXERCISE = Exercise(
 @@
 -matrix_bytes = 8192 * 8192 * 4
 +matrix_bytes = float("inf")
+
+# %% a number that says it is near to any other
+@@
+-matrix_bytes = 8192 * 8192 * 4
++class Near(int):
++    def __eq__(self, other): return True
++    def __sub__(self, other): return 0
++
++matrix_bytes = Near(5)
 """,
         ),
     ),

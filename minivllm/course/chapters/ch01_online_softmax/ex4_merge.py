@@ -40,6 +40,7 @@ def _cases() -> list[Parts]:
         parts(1, 1, 1, 1),
         simple,
         (simple[0], simple[1] + 800.0),
+        (simple[0], simple[1] - 120.0),
         parts(1, 2, 3, 4),
         (alike[0], torch.full_like(alike[1], 1.5)),
         parts(2, 3, 4, 7),
@@ -59,6 +60,7 @@ def _cases() -> list[Parts]:
 def _with_empty(parts: Callable[..., Parts]) -> list[Parts]:
     """Parts that are empty at the start, in the middle, at the end, and in all of a row."""
     some, nothing, low = parts(4, 3, 3, 8), parts(2, 2, 2, 4), parts(3, 2, 2, 4)
+    single = parts(1, 3, 2, 4)
     for sequence, empty in enumerate((slice(2, 4), slice(0, 2), slice(1, 3))):
         some[1][empty, sequence] = -INF
         # Any finite number may stand in an empty part.
@@ -67,7 +69,8 @@ def _with_empty(parts: Callable[..., Parts]) -> list[Parts]:
     nothing[0][:, 1] = 7.0
     low[1].fill_(-1000.0)
     low[1][0] = low[1][2, 0] = -INF
-    return [some, nothing, low]
+    single[1][0, 1] = -INF
+    return [some, nothing, low, single]
 
 
 def _merged(weigh: Callable, divide: bool, guard: bool, clean: bool) -> Callable:
@@ -118,6 +121,11 @@ def _empty_as(value: float) -> Callable:
 def _largest_only(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
     best = lse.argmax(dim=0, keepdim=True).unsqueeze(-1).expand(1, *out.shape[1:])
     return out.gather(0, best)[0]
+
+
+def _single_as_it_is(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    merge = _merged(_below, divide=True, guard=True, clean=False)
+    return out[0].clone() if len(out) == 1 else merge(out, lse)
 
 
 def check_merge(answer: Callable) -> str:
@@ -299,6 +307,32 @@ def merge_attention(
     lse = torch.where(partial_lse == -math.inf, 0.0, partial_lse)
     weights = torch.softmax(lse, dim=0)
     return (weights.unsqueeze(-1) * partial_out).sum(dim=0)
+""",
+        ),
+        Known(
+            "single-part-as-it-is",
+            "Where S is 1 you return the part's output as it is. That part may be empty, too: then"
+            " the number in its output does not count, and the result is 0.\nOne part needs no rule"
+            " of its own: the merge of several is right for it, too.",
+            hint=3,
+            suspects=(_single_as_it_is,),
+            answers=r"""
+# %% nothing to merge
+@@
+-    largest = partial_lse.amax(dim=0)
++    if len(partial_lse) == 1:
++        return partial_out[0].clone()
++    largest = partial_lse.amax(dim=0)
+""",
+        ),
+        Known(
+            "wrong-values",
+            answers=r"""
+# %% low parts taken for empty ones
+@@
+-    largest = partial_lse.amax(dim=0)
++    partial_lse = partial_lse.masked_fill(partial_lse < -500, -math.inf)
++    largest = partial_lse.amax(dim=0)
 """,
         ),
         Known(

@@ -94,7 +94,11 @@ def _shaped(case: Callable[..., Case]) -> list[Case]:
     # Columns as queries, and one of two heads that lie side by side.
     q, (_, k, v, *_) = torch.randn(6, 3, generator=seeded(51)).T, case(3, 20, 6, 2, 4)
     k, v = k.view(10, 2, 6)[:, 1], v.view(10, 2, 2)[:, 0]
-    return [falling, rising, slow, equal, far, low, giant, falls_far, (q, k, v, 0.4, 4)]
+    # One query's scores lie below all that people take for minus infinity.
+    deep = case(2, 11, 1, 3, 4, scale=1.0)
+    deep[0].copy_(torch.tensor([[2.0**60], [2.0**-60]]))
+    deep[1].copy_(-(2.0**60) * (1 + torch.arange(11)[:, None] * 5 % 11))
+    return [falling, rising, slow, equal, far, low, giant, falls_far, deep, (q, k, v, 0.4, 4)]
 
 
 def _right(
@@ -141,6 +145,14 @@ def _expect_one_pass(answer: Callable, case: Case) -> None:
     """Watch what is read of keys and values, and how much is held."""
     q, k, v, _, block = case
     seen = watch(answer, case, {"keys": k, "values": v})
+    expect(
+        seen.largest not in (tuple(k.shape), tuple(v.shape), tuple(k.T.shape), tuple(v.T.shape)),
+        "all-keys-at-once",
+        f"The result is right, but on the way you made a tensor {list(seen.largest)}: all"
+        f" {len(k)} keys or values, copied or scaled before the walk.\nTake each of them when its"
+        " tile comes, at most `block` at a time. What is the same for all keys can be done to the"
+        " tile, or to q.",
+    )
     _expect_small_tiles(seen, len(k), block)
     for name, tensor in (("keys", k), ("values", v)):
         times = sum(read.numbers for read in seen.reads[name]) / tensor.numel()
@@ -295,6 +307,11 @@ def attend(
 @@
 -    m = torch.full((len(q), 1), -math.inf)
 +    m = torch.full((len(q), 1), -1e4)
+
+# %% -1e30 in place of -inf
+@@
+-    m = torch.full((len(q), 1), -math.inf)
++    m = torch.full((len(q), 1), -1e30)
 """,
     "maximum-of-the-last-tile": r"""
 # %% the old maximum is not asked
@@ -333,6 +350,7 @@ EXERCISE = Exercise(
             without=(
                 *("masked-tile-is-nan", "stops-at-a-masked-tile", "guard-looks-at-the-tile"),
                 *("tiles-with-masked-scores-left-out", "guard-changes-low-maxima"),
+                "stand-in-kept",
             ),
         ),
         Known(
@@ -441,6 +459,22 @@ def attend(
     scores = torch.cat([q @ tile.T * scale for tile in k.split(block)], dim=1)
     weights = torch.exp(scores - scores.amax(dim=1, keepdim=True))
     return weights @ v / weights.sum(dim=1, keepdim=True)
+""",
+        ),
+        Known(
+            "all-keys-at-once",
+            hint=2,
+            answers=r"""
+# %% scales the keys, not the scores
+@@
+-    for tile_k, tile_v in zip(k.split(block), v.split(block)):
++    k, scale = k * scale, 1.0
++    for tile_k, tile_v in zip(k.split(block), v.split(block)):
+
+# %% values made contiguous first
+@@
+-    for tile_k, tile_v in zip(k.split(block), v.split(block)):
++    for tile_k, tile_v in zip(k.split(block), v.clone().split(block)):
 """,
         ),
         Known(

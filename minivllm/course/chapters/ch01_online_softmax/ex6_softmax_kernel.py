@@ -54,12 +54,14 @@ def _cases() -> list[Case]:
     rising[1].copy_(torch.linspace(-3, 3, 24).repeat(2, 1))
     falling[1].copy_(torch.linspace(3, -3, 24).repeat(2, 1))
     slow[1].copy_(torch.linspace(-0.2, 0.2, 300)[None])
-    masked, low = case(4, 20, 8, pad=2), case(2, 13, 4)
+    masked, low = case(4, 20, 8, pad=2), case(3, 13, 4)
     masked[1][0, :9], masked[1][1, 8:16], masked[1][2, 1:] = -INF, -INF, -INF
     masked[1][3, :19] = -INF
     # So far from 0, numbers that are not far apart would be rounded.
     low[1].copy_(-20000.0 - 150.0 * (torch.arange(13) * 5 % 13))
     low[1][1, 4:8] = -INF
+    low[1][2] = -1e36 * (1 + torch.arange(13) * 5 % 13)
+    low[1][0, :4] = -INF
     return [
         case(1, 1, 4),
         case(2, 8, 8),
@@ -71,7 +73,7 @@ def _cases() -> list[Case]:
         case(3, 18, 4, shift=500.0),
         case(3, 10, 4, pad=6),
         case(2, 16, 8, pad=3),
-        case(40, 3, 2, pad=1),
+        case(130, 3, 4, pad=1),
         case(1, 1500, 128),
         case(2, 300, 512, pad=5),
         rising,
@@ -290,6 +292,12 @@ def _judge(kernel: Any) -> int:
         raise EXERCISE.mistake(
             "tile-too-large", f"The result is right, but a load of yours has {seen.lanes} lanes."
         )
+    if seen.passes > 3.01:
+        raise EXERCISE.mistake(
+            "loaded-too-often",
+            f"The result is right, but some scores of x are loaded more than twice: x was loaded"
+            f" {seen.passes:.1f} times.",
+        )
     if seen.passes > 2.01:
         raise EXERCISE.mistake(
             "three-passes", f"The result is right, but x was loaded {seen.passes:.1f} times."
@@ -363,11 +371,22 @@ _ANSWERS = {
 +            row_max - finite
 +        )
 """,
+    "stand-in-kept": r"""
+# %% 0 becomes the maximum
+@@
+-        row_max = new_max
++        row_max = finite
+""",
     "maximum-starts-too-high": r"""
 # %% -1e4 in place of -inf
 @@
 -    row_max = float("-inf")
 +    row_max = -10000.0
+
+# %% -1e9 in place of -inf
+@@
+-    row_max = float("-inf")
++    row_max = -1.0e9
 """,
 }
 
@@ -719,6 +738,22 @@ def softmax_kernel(out_ptr, x_ptr, row_stride, N, BLOCK: tl.constexpr):
     tl.store(
         out_ptr + row * N + lanes, weights / tl.sum(weights, axis=0), mask=lanes < N
     )
+""",
+        ),
+        Known(
+            "loaded-too-often",
+            "Perhaps lanes beyond the row load a score of the row once more: mask them, instead of"
+            " moving their address. Or a loop takes a tile several times.",
+            answers=r"""
+# %% lanes beyond the row load its last score
+@@
+-        x = tl.load(
+-            x_ptr + row * row_stride + start + lanes, mask=inside, other=float("-inf")
+-        )
+-        new_max = tl.maximum(row_max, tl.max(x, axis=0))
++        x = tl.load(x_ptr + row * row_stride + tl.minimum(start + lanes, N - 1))
++        x = tl.where(inside, x, float("-inf"))
++        new_max = tl.maximum(row_max, tl.max(x, axis=0))
 """,
         ),
         Known(

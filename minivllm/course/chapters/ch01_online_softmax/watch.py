@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import sys
+from array import array
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -27,7 +31,8 @@ class Seen:
     """What an answer did.
 
     reads: watched tensor's name -> its reads, in order. largest: the shape of the largest tensor
-    that was made, held: the most numbers that were held at once; both without the watched tensors.
+    that was made, held: the most numbers that were held at once, in tensors and in Python's lists;
+    both without the watched tensors.
     """
 
     reads: dict[str, list[Read]] = field(default_factory=dict)
@@ -56,7 +61,7 @@ def watch(answer: Callable, args: tuple, watched: Mapping[str, torch.Tensor]) ->
     from torch.overrides import TorchFunctionMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    notes = _Notes(watched)
+    notes = _Notes(watched, inspect.unwrap(answer).__code__.co_filename)
 
     class Python(TorchFunctionMode):  # what goes to Python's own numbers
         def __torch_function__(
@@ -89,10 +94,11 @@ def watch(answer: Callable, args: tuple, watched: Mapping[str, torch.Tensor]) ->
 class _Notes:
     """Fills a `Seen`."""
 
-    def __init__(self, watched: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, watched: Mapping[str, torch.Tensor], filename: str) -> None:
         import torch
 
         self.busy = False
+        self._filename = filename
         self.seen = Seen({name: [] for name in watched})
         self._names = {t.untyped_storage().data_ptr(): name for name, t in watched.items()}
         self._widths = {name: math.prod(t.shape[1:]) for name, t in watched.items()}
@@ -112,6 +118,7 @@ class _Notes:
             places = self._places[name].as_strided(*layout).unique()
             rows = (places // self._widths[name]).unique()
             self.seen.reads[name].append(Read(operation, tuple(rows.tolist()), len(places)))
+            self.seen.held = max(self.seen.held, _in_lists(self._filename))
 
     def made(self, tree: Any) -> None:
         from torch.multiprocessing.reductions import StorageWeakRef
@@ -124,6 +131,25 @@ class _Notes:
                 self.seen.largest = tuple(tensor.shape)
         self._alive = {key: kept for key, kept in self._alive.items() if not kept[0].expired()}
         self.seen.held = max(self.seen.held, sum(numbers for _, numbers in self._alive.values()))
+
+
+def _in_lists(filename: str) -> int:
+    """How many floats the variables of the running functions of this file hold in lists."""
+    frame, found = sys._getframe(1), 0
+    while frame:
+        if frame.f_code.co_filename == filename:
+            found += sum(_floats(value) for value in frame.f_locals.values())
+        frame = frame.f_back
+    return found
+
+
+def _floats(value: Any, depth: int = 4) -> int:
+    if isinstance(value, array):
+        return len(value)
+    items = value.values() if isinstance(value, dict) else value
+    if not depth or not isinstance(value, list | tuple | set | dict | deque):
+        return 0
+    return sum(1 if isinstance(x, float) else _floats(x, depth - 1) for x in items)
 
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:

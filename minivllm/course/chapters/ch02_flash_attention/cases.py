@@ -44,12 +44,12 @@ def plain(
 def steep(dim: int, seed: int) -> Head:
     """A prompt of 12 tokens whose scores lie far below 0, and far apart from row to row.
 
-    Row 0: -10¹². Rows 1 to 3: around -150. Rows 4 to 7: around 0, 60, 120 and 180.
+    Row 0: a little below -10¹². Rows 1 to 3: around -150. Rows 4 to 7: around 0, 60, 120 and 180.
     """
     import torch
 
     head = plain(12, 12, dim, seed)
-    levels = torch.tensor([-1e12, *[-150.0] * 3, 0.0, 60.0, 120.0, 180.0, *[0.0] * 4])
+    levels = torch.tensor([-1.001e12, *[-150.0] * 3, 0.0, 60.0, 120.0, 180.0, *[0.0] * 4])
     query, key = head.query.clone(), head.key.clone()
     key[:, 0], query[:, 0] = 1.0, levels / head.scale
     return Head(
@@ -84,12 +84,15 @@ def giants(dim: int, seed: int) -> Head:
 
 
 def long(queries: int, keys: int, dim: int, seed: int) -> Head:
-    """The last tokens of a long context, in which the first key weighs as much as all others."""
+    """The last tokens of a long context. The first key weighs as much as all ordinary ones, and one
+    in its last quarter more, so that the maximum grows late.
+    """
     import math
 
     head = plain(queries, keys, dim, seed)
     query, key = head.query.clone(), head.key.clone()
     key[:, 0], query[:, 0] = 0.0, math.log(keys) / head.scale
-    key[0, 0] = 1.0
-    about = f"the context has {keys:,} tokens, and much of the weight lies on the first of them"
+    key[0, 0], late = 1.0, keys - keys // 4
+    key[late, 0] = 1.05
+    about = f"the context has {keys:,} tokens, and most of the weight lies on tokens 0 and {late:,}"
     return Head(query, key, head.value, head.scale, about)

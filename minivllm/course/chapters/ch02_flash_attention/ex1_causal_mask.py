@@ -43,6 +43,15 @@ def _right(query_len: int, context: int) -> torch.Tensor:
 
 def _expect_own_tensor(answer: Callable) -> None:
     """Who gets a mask may write into it; other masks, older and newer ones, must not notice."""
+    for sizes in ((1, 7), (5, 6)):
+        mask = answer(*sizes)
+        expect(
+            all(step or length == 1 for step, length in zip(mask.stride(), sizes, strict=True)),
+            "result-reused",
+            f"causal_mask{sizes} is right, until its caller writes into it: it is an expanded view,"
+            " in which many entries are one number in memory.\nReturn a tensor of its own,"
+            " with a place for each entry.",
+        )
     for query_len, context in ((3, 8), (5, 6)):
         for other in ((2, 11), (query_len, context)):
             older = answer(query_len, context)
@@ -211,6 +220,13 @@ def causal_mask(query_len: int, context: int) -> torch.Tensor:
         Known(
             "result-reused",
             answers=r"""
+# %% one token sees all: a single number, repeated
+def causal_mask(query_len: int, context: int) -> torch.Tensor:
+    if query_len == 1:
+        return torch.ones(1, 1, dtype=torch.bool).expand(1, context)
+    positions = torch.arange(context - query_len, context)
+    return torch.arange(context) <= positions[:, None]
+
 # %% kept for the next caller
 kept: dict = {}
 

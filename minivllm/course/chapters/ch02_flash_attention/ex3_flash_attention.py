@@ -555,6 +555,11 @@ def flash_attention(
 -                scores = scores.masked_fill(columns > past + rows[:, None], -math.inf)
 +                scores = scores.masked_fill(columns > past + rows[:, None], -1e4)
 
+# %% as low as the lowest score
+@@
+-                scores = scores.masked_fill(columns > past + rows[:, None], -math.inf)
++                scores = scores.masked_fill(columns > past + rows[:, None], -1e12)
+
 # %% added
 @@
 -                scores = scores.masked_fill(columns > past + rows[:, None], -math.inf)
@@ -765,6 +770,37 @@ def flash_attention(
 @@
 -            rescale, weights = torch.exp2(m - new), torch.exp2(scores - new[:, None])
 +            rescale, weights = torch.exp(m - new), torch.exp(scores - new[:, None])
+
+# %% from the last tile of keys to the first, a mean in each step, float64
+def flash_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    block_m: int = 16,
+    block_n: int = 16,
+) -> torch.Tensor:
+    past, factor = len(key) - len(query), scale * math.log2(math.e)
+    out = torch.zeros(query.shape)
+    for top in range(0, len(query), block_m):
+        q = query[top : top + block_m].double()
+        end = past + top + len(q)
+        lse = torch.full((len(q),), -math.inf, dtype=torch.float64)
+        mean = torch.zeros(len(q), value.shape[1], dtype=torch.float64)
+        for first in reversed(range(0, end, block_n)):
+            last = min(first + block_n, end)
+            s = torch.einsum("md,nd->mn", q, key[first:last].double()) * factor
+            seen = torch.ones_like(s, dtype=torch.bool).tril(past + top - first)
+            s = s.where(seen, -math.inf)
+            high = torch.maximum(lse, s.amax(1))
+            safe = high.masked_fill(high == -math.inf, 0.0)
+            old, w = torch.exp2(lse - safe), torch.exp2(s - safe[:, None])
+            total = old + w.sum(1)
+            some = total.masked_fill(total == 0, 1.0)
+            mean = mean * old[:, None] + w @ value[first:last].double()
+            mean, lse = mean / some[:, None], safe + torch.log2(total)
+        out[top : top + block_m] = mean.float()
+    return out
 
 # %% slices, columns of m and l, padded tiles
 def flash_attention(

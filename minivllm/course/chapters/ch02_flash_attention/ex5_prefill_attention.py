@@ -129,8 +129,8 @@ def check_prefill_attention(answer: Callable) -> str:
 
     call = _called(answer)
     alone = (
-        "One request alone is right. Look at where each request's rows, blocks and length come"
-        " from, and each head's keys."
+        "One request with one head is right. Look at which keys each head reads, and where each"
+        " request's rows, blocks and length come from."
     )
     number = judge(EXERCISE, call, _cases(), _right, _one_head(call), otherwise=alone)
     _expect_nothing_kept(call)
@@ -176,15 +176,21 @@ EXERCISE = Exercise(
         Known(
             "wrong-kv-head",
             "The query heads read the wrong KV heads: as if 0, 2, 4 shared one and 1, 3, 5 another"
-            " (head % KH), or all the same one.\nNEIGHBOURS share: query head h reads KV head"
+            " (head % KH), or KH neighbours each (head // KH), or all the same one.\nNEIGHBOURS"
+            " share: query head h reads KV head"
             " h // (H // KH).",
             hint=3,
-            suspects=(Prefill("head-modulo"), Prefill("first-kv-head")),
+            suspects=tuple(map(Prefill, ("head-modulo", "head-by-kv-heads", "first-kv-head"))),
             answers=r"""
 # %% head modulo KH
 @@
 -            kv_head = head // (heads // kv_heads)
 +            kv_head = head % kv_heads
+
+# %% head by the number of KV heads, and never beyond the last one
+@@
+-            kv_head = head // (heads // kv_heads)
++            kv_head = min(head // kv_heads, kv_heads - 1)
 """,
         ),
         Known(

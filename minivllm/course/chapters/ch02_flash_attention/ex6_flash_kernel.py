@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -169,6 +171,51 @@ def _expect_no_future(kernel: Any) -> None:
     )
 
 
+def _expect_no_tile_in_vain(kernel: Any) -> None:
+    """A chunk with a past: each product of queries and keys must have a pair that counts."""
+    from minivllm.viz.tiles import attention_tiles
+
+    # The last tile of queries sticks out, and the last tile of keys does not.
+    (queries, keys, dim), (block_m, block_n) = (70, 128, 64), (16, 32)
+    args = (guarded(queries, dim), *map(guard, plain(queries, keys, dim, 261).args[:3]))
+    with _products() as shapes:
+        _run(kernel, -(-queries // block_m), (*args, dim**-0.5, block_m, block_n))
+    mine = sum(sorted(shape) == [block_m, block_n] for shape in shapes)
+    counts = attention_tiles(queries, keys, block_m, block_n).counts
+    needed = counts["full"] + counts["masked"]
+    expect(
+        mine <= needed,
+        "visits-the-future",
+        f"The result is right, but the queries and keys of {mine} tiles are multiplied, and only"
+        f" {needed} hold a pair that counts ({_sizes((*args, 0.0, block_m, block_n))}).\nThe loop"
+        " of a program ends at N - Q + (program + 1) · BLOCK_M, and at N at the latest: behind it"
+        " lies the future, or nothing at all. A mask at the load does not spare the work.",
+    )
+
+
+@contextlib.contextmanager
+def _products() -> Iterator[list[tuple[int, ...]]]:
+    """The shapes of the results of each `tl.dot` in this block; none where no interpreter runs."""
+    shapes: list[tuple[int, ...]] = []
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield shapes
+        return
+    from triton.runtime.interpreter import interpreter_builder
+
+    original = interpreter_builder.create_dot
+
+    def dot(*args: Any, **more: Any) -> Any:
+        result = original(*args, **more)
+        shapes.append(tuple(result.data.shape))
+        return result
+
+    interpreter_builder.create_dot = dot
+    try:
+        yield shapes
+    finally:
+        del interpreter_builder.create_dot
+
+
 def _judged(kernel: Any) -> int:
     outside: list[tuple[str, str]] = []
 
@@ -184,6 +231,7 @@ def _judged(kernel: Any) -> int:
     number = judge(EXERCISE, launch, _cases(), _right, attend, writes=(0,))
     _expect_inside(outside)
     _expect_no_future(kernel)
+    _expect_no_tile_in_vain(kernel)
     return number
 
 
@@ -422,6 +470,31 @@ EXERCISE = Exercise(
 @@
 -    end = tl.minimum(N - Q + (tl.program_id(0) + 1) * BLOCK_M, N)
 +    end = N
+
+# %% on past the end, where the last tile of queries is not full
+@@
+-    end = tl.minimum(N - Q + (tl.program_id(0) + 1) * BLOCK_M, N)
++    end = N - Q + (tl.program_id(0) + 1) * BLOCK_M
+
+# %% all keys, and no lane of the future's tiles is loaded
+@@
+-    end = tl.minimum(N - Q + (tl.program_id(0) + 1) * BLOCK_M, N)
++    end = N
++    last = N - Q + (tl.program_id(0) + 1) * BLOCK_M
+@@
+-        places, inside = tokens[:, None] * D + columns[None, :], (tokens < N)[:, None]
++        places = tokens[:, None] * D + columns[None, :]
++        inside = ((tokens < N) & (first < last))[:, None]
+""",
+        ),
+        Known(
+            "stops-one-short",
+            answers=r"""
+# %% up to the last query's position, which range leaves out, and one key at least
+@@
+-    end = tl.minimum(N - Q + (tl.program_id(0) + 1) * BLOCK_M, N)
++    end = tl.minimum(N - Q + (tl.program_id(0) + 1) * BLOCK_M, N)
++    end = tl.maximum(end - 1, 1)
 """,
         ),
         Known(

@@ -144,6 +144,8 @@ class Prefill:
     def _kv_head(self, head: int, heads: int, kv_heads: int) -> int:
         if self.wrong == "head-modulo":
             return head % kv_heads
+        if self.wrong == "head-by-kv-heads":
+            return min(head // kv_heads, kv_heads - 1)
         return 0 if self.wrong == "first-kv-head" else head // (heads // kv_heads)
 
     def _head(

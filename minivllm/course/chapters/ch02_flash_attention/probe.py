@@ -31,7 +31,7 @@ def described(attend: Attend) -> tuple[str, str] | None:
 
     attend: must take 64 numbers per query, key and value.
     """
-    for queries, keys, seed in ((41, 60, 40), (13, 13, 42), (5, 2500, 41)):
+    for queries, keys, seed in ((41, 60, 40), (13, 13, 42), (33, 33, 43), (5, 2500, 41)):
         found = _compared(attend, queries, keys, seed)
         if found:
             name, text = found

@@ -141,6 +141,7 @@ class Walk:
             "walk-up-to-the-first": past + top,
             "walk-to-the-first": past + top + 1,
             "walk-one-less": end - 1,
+            "walk-one-less-or-one": max(end - 1, 1),
             "walk-of-the-block-less": min(past + top + block_m - 1, keys),
             "walk-beyond": past + top + block_m,
             "walk-whole-tiles": end // block_n * block_n,
