@@ -18,7 +18,10 @@ from minivllm.course.chapters.ch09_tensor_parallel.common import (
     expect_calls,
     expect_exact,
 )
-from minivllm.course.chapters.ch09_tensor_parallel.rank_model import the_rank_model
+from minivllm.course.chapters.ch09_tensor_parallel.rank_model import (
+    RightRankModel,
+    rank_model_with,
+)
 from minivllm.course.grading.compare import is_tensor, show
 from minivllm.course.grading.diagnose import diagnose
 from minivllm.course.grading.errors import Mistake
@@ -329,7 +332,7 @@ def _check_parts(answer: type, case: Case) -> None:
         model = answer(config, Kernels.reference(), weights, *rest)
         expect_unchanged(weights, whole, "weights, or a tensor in it")
         models.append(model)
-    right = the_rank_model()(config, Kernels.reference(), whole, torch.zeros(1), 0, case.size).w
+    right = RightRankModel(config, Kernels.reference(), whole, torch.zeros(1), 0, case.size).w
     for name, tensor in whole.items():
         parts = [model.part(name, tensor.clone()) for model in models]
         for part in parts:
@@ -445,8 +448,8 @@ def _held(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
 
 
 def _wrong(**how: Any) -> Callable:
-    """A suspect: see `the_rank_model`."""
-    return lambda case: _on_ranks(the_rank_model(**how), case)
+    """A suspect: see `rank_model_with`."""
+    return lambda case: _on_ranks(rank_model_with(**how), case)
 
 
 _PLACES = ("both", "attention", "mlp")
