@@ -106,7 +106,9 @@ class Prediction:
             return
         unit = self.unit and f" {self.unit}"
         seen = f"{self.name}: {said:,.6g}{unit} is too {'small' if said < self.right else 'large'}."
-        for name, (wrong, why) in self.usual.items():
+        # Usual numbers may lie closer together than `near`: the nearest one tells the cause.
+        ordered = sorted(self.usual.items(), key=lambda item: abs(said - item[1][0]))
+        for name, (wrong, why) in ordered:
             if _near(said, wrong, self.near):
                 raise Mistake(name, f"{seen}\n{why}")
         raise Mistake(f"wrong-{self.name.replace('_', '-')}", f"{seen}\n{self.advice}")

@@ -65,9 +65,8 @@ def on_ranks(rank_model: type, size: int) -> type:
             if key not in self.pages:
                 blocks, heads, block_size, dim = caches[0][0].shape
                 shape = (blocks, max(1, heads // size), block_size, dim)
-                empty = [
-                    [(torch.zeros(shape), torch.zeros(shape)) for _ in caches] for _ in range(size)
-                ]
+                make = caches[0][0].new_zeros
+                empty = [[(make(shape), make(shape)) for _ in caches] for _ in range(size)]
                 self.pages = {key: empty}
             return self.pages[key]
 

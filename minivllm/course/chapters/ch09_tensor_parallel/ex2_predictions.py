@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from minivllm.course.chapters.ch09_tensor_parallel.rank_model import the_rank_model
+from minivllm.course.chapters.ch09_tensor_parallel.rank_model import RightRankModel
 from minivllm.course.grading.exercise import Exercise, Known
 from minivllm.course.grading.judges import Prediction, expect_predictions
 
@@ -62,9 +62,7 @@ def _meta_weights() -> tuple[ModelConfig, Any, dict[str, torch.Tensor], torch.Te
 def _models(size: int, count: int) -> list[Any]:
     """The first `count` of `size` ranks."""
     config, kernels, weights, cos_sin = _meta_weights()
-    return [
-        the_rank_model()(config, kernels, weights, cos_sin, rank, size) for rank in range(count)
-    ]
+    return [RightRankModel(config, kernels, weights, cos_sin, rank, size) for rank in range(count)]
 
 
 def _kv_bytes_on(size: int) -> int:

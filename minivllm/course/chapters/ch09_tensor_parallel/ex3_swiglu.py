@@ -56,9 +56,17 @@ def _whole(case: Case) -> torch.Tensor:
 
 
 def _case(
-    size: int, tokens: int, hidden: int, wide: int, seed: int, scale: float = 1.0, idle: int = -1
+    size: int,
+    tokens: int,
+    hidden: int,
+    wide: int,
+    seed: int,
+    scale: float = 1.0,
+    idle: tuple[str, int] | None = None,
 ) -> Case:
-    """x is no row-major tensor. scale: of x. idle: a rank whose gates are all zero."""
+    """x is no row-major tensor. scale: of x. idle: ("gates", "ups" or "down", the rank whose part
+    of that is all zeros).
+    """
     import torch
 
     random = seeded(seed)
@@ -70,9 +78,12 @@ def _case(
     what = f"{count_of(size, 'rank')}, {count_of(tokens, 'token')}, hidden {hidden}, MLP {wide}"
     if scale != 1:
         what += ", large numbers"
-    if idle >= 0:
-        data["gate_up"][idle * wide // size : (idle + 1) * wide // size] = 0.0
-        what += f", gates of zero on rank {idle}"
+    if idle:
+        zero, rank = idle
+        mine = slice(rank * wide // size, (rank + 1) * wide // size)
+        gates, ups = data["gate_up"].chunk(2)
+        {"gates": gates, "ups": ups, "down": data["down"].T}[zero][mine] = 0.0
+        what += f", {zero} of zero on rank {rank}"
     return Case(what, size, data)
 
 
@@ -88,8 +99,10 @@ def _cases() -> list[Case]:
         _case(5, 130, 33, 35, 7),
         _case(2, 17, 40, 520, 8),
         _case(2, 4, 6, 10, 9, scale=300.0),
-        _case(4, 3, 6, 12, 10, idle=0),
-        _case(3, 1, 7, 12, 11, idle=2),
+        _case(4, 3, 6, 12, 10, idle=("gates", 0)),
+        _case(3, 1, 7, 12, 11, idle=("gates", 2)),
+        _case(2, 2, 6, 8, 12, idle=("ups", 1)),
+        _case(4, 2, 7, 8, 13, idle=("down", 3)),
     ]
 
 
@@ -615,6 +628,12 @@ _OTHERS = (
 +    if not h.any():
 +        return torch.zeros_like(x)
 +    return group.all_reduce(h @ down.T)
+
+# %% nothing to add where all ups are zero
+@@
++    if not up.any():
++        return torch.zeros_like(x)
+     return group.all_reduce((F.silu(gate) * up) @ down.T)
 """,
     ),
     Known(

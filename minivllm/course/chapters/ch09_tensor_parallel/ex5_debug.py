@@ -48,14 +48,18 @@ def _changed(
     idle: tuple[int, ...] = (),
     zero: tuple[str, ...] = (),
     unread: int = -1,
+    scale: float = 1.0,
 ) -> dict[str, torch.Tensor]:
     """idle: ranks on which relu leaves zeros alone. zero: what is all zeros. unread: a rank whose
-    part of down is all zeros.
+    part of down is all zeros. scale: of x and of the biases; down is as much smaller.
     """
     from minivllm.course.sim.parallel_models import ReluMLP
 
     data = vars(ReluMLP(**data).idle(*idle, size=size)).copy()
     data |= {name: data[name] * 0 for name in zero}
+    if scale != 1:
+        factors = {"x": scale, "up_bias": scale, "down": 1 / scale, "down_bias": scale}
+        data |= {name: data[name] * factor for name, factor in factors.items()}
     if unread >= 0:
         share = len(data["up_bias"]) // size
         data["down"] = data["down"].clone()
@@ -81,6 +85,7 @@ def _cases() -> list[Case]:
         _case(4, 2, 12, "a part of down of zeros on rank 1", unread=1),
         _case(2, 2, 13, "an up_bias of zeros", zero=("up_bias",)),
         _case(3, 2, 14, "a down_bias of zeros", zero=("down_bias",)),
+        _case(4, 2, 15, "large numbers", scale=1e6),
     ]
 
 
@@ -340,6 +345,11 @@ EXERCISE = Exercise(
 -    return group.all_reduce(F.linear(h, down)) + down_bias
 +    down_bias /= group.size
 +    return group.all_reduce(F.linear(h, down, down_bias))
+
+# %% x is bounded, in place
+@@
++    x.clamp_(-1e4, 1e4)
+     h = torch.relu(F.linear(x, up, up_bias))
 """,
         ),
         Known(

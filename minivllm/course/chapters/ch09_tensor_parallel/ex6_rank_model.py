@@ -18,7 +18,10 @@ from minivllm.course.chapters.ch09_tensor_parallel.common import (
     expect_calls,
     expect_exact,
 )
-from minivllm.course.chapters.ch09_tensor_parallel.rank_model import the_rank_model
+from minivllm.course.chapters.ch09_tensor_parallel.rank_model import (
+    RightRankModel,
+    rank_model_with,
+)
 from minivllm.course.grading.compare import is_tensor, show
 from minivllm.course.grading.diagnose import diagnose
 from minivllm.course.grading.errors import Mistake
@@ -57,8 +60,10 @@ _MIXED = (((0, 3), (0, 5)), ((3, 1), (5, 3)), ((4, 1), (8, 1)), ((5, 1), (9, 1))
 
 
 def _model_cases() -> list[Case]:
-    def case(what: str, size: int, steps: Any, idle: int = -1, **changes: Any) -> Case:
-        data = {"steps": steps, "changes": changes, "idle": idle}
+    def case(
+        what: str, size: int, steps: Any, idle: int = -1, double: bool = False, **changes: Any
+    ) -> Case:
+        data = {"steps": steps, "changes": changes, "idle": idle, "double": double}
         return Case(f"{count_of(size, 'rank')}, {what}", size, data)
 
     return [
@@ -93,6 +98,7 @@ def _model_cases() -> list[Case]:
             head_dim=6,
             tie_word_embeddings=False,
         ),
+        case("float64", 2, _PROMPT, double=True),
     ]
 
 
@@ -110,6 +116,8 @@ def _filled(model_cls: Callable, case: Case) -> Any:
     from minivllm.models.loader import parameter_places
 
     model = model_cls(_config_of(case), Kernels.reference(), 64, torch.device("cpu"))
+    if case.data["double"]:
+        model.double()
     random = seeded(900)
     for name, place in sorted(parameter_places(model).items()):
         numbers = torch.randn(place.shape, generator=random)
@@ -131,7 +139,8 @@ def _computed(model_cls: Callable, case: Case) -> list[torch.Tensor]:
     case.data["calls"] = []
     config, model = _config_of(case), _filled(model_cls, case)
     shape = (10, config.num_key_value_heads, _BLOCK, config.head_dim)
-    caches = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.num_hidden_layers)]
+    make = partial(torch.zeros, shape, dtype=torch.float64 if case.data["double"] else None)
+    caches = [(make(), make()) for _ in range(config.num_hidden_layers)]
     tables = np.array([[7, 2, 9, 4], [1, 8, 3, 6]], dtype=np.int32)
     tokens = torch.randint(0, config.vocab_size, (2, 16), generator=seeded(case.size)).tolist()
     found = []
@@ -181,7 +190,8 @@ def check_rank_model(answer: type) -> str:
     )
     cases = _model_cases()
     collect(partial(_check_parts, answer), cases)
-    watched = _watched(answer)
+    pieces = _Pieces()
+    watched = _watched(answer, pieces)
     found = collect(partial(_on_ranks, watched), cases)
     made = {case: case.data["calls"] for case in cases}
     steps = {
@@ -202,6 +212,7 @@ def check_rank_model(answer: type) -> str:
         if mistake.name == "wrong-values":
             expect_exact(mistake, {case: (found[case], right[case]) for case in cases})
         raise
+    pieces.expect_whole()
     for case in sorted(cases, key=lambda case: case.size == 1):
         for step, calls in zip(case.data["steps"], made[case], strict=True):
             _check_calls(case, step, calls)
@@ -229,13 +240,68 @@ def _check_in_engine(answer: type) -> str:
     return lines[-1].replace(" with it", "")
 
 
-def _watched(answer: type) -> type:
-    """The learner's class, which notices changed inputs."""
+class _Pieces:
+    """What the pieces of a forward return on each rank. It must be whole: alike on all ranks."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, dict[str, torch.Tensor]] = {}
+        self.ended: set[int] = set()
+        #: What differed first.
+        self.differs = ""
+
+    def begin(self, rank: int) -> None:
+        self.found[rank] = {}
+        self.ended.discard(rank)
+
+    def add(self, rank: int, what: str, result: Any) -> Any:
+        if is_tensor(result) and rank in self.found:
+            self.found[rank][f"{what} (call {len(self.found[rank]) + 1})"] = result.clone()
+        return result
+
+    def end(self, rank: int, size: int) -> None:
+        """The rank that ends last compares all of them."""
+        from minivllm.course.sim.parallel_models import RanksDisagreeError, require_alike
+
+        self.ended.add(rank)
+        if self.differs or not self.ended >= {*range(size)}:
+            return
+        self.ended.clear()
+        for what in self.found[rank]:
+            try:
+                require_alike([self.found[r].get(what) for r in range(size)], what)
+            except RanksDisagreeError as error:
+                self.differs = str(error)
+                return
+
+    def expect_whole(self) -> None:
+        expect(
+            not self.differs,
+            "term-returned",
+            f"The model's results are right, but {self.differs}\nembed, attention and mlp return"
+            " whole states, the same on every rank: sum at the end of each, not in its caller.",
+        )
+
+
+def _watched(answer: type, pieces: _Pieces) -> type:
+    """The learner's class, which notices changed inputs, and what its pieces return."""
 
     class Watched(answer):
+        def embed(self, group: Group, *more: Any, **named: Any) -> Any:
+            return pieces.add(group.rank, "embed's result", super().embed(group, *more, **named))
+
+        def attention(self, group: Group, *more: Any, **named: Any) -> Any:
+            return pieces.add(
+                group.rank, "attention's result", super().attention(group, *more, **named)
+            )
+
+        def mlp(self, group: Group, *more: Any, **named: Any) -> Any:
+            return pieces.add(group.rank, "mlp's result", super().mlp(group, *more, **named))
+
         def forward(self, group: Group, token_ids: Any, positions: Any, *more: Any) -> Any:
             before = token_ids.clone(), positions.clone()
+            pieces.begin(group.rank)
             found = super().forward(group, token_ids, positions, *more)
+            pieces.end(group.rank, group.size)
             expect_unchanged(token_ids, before[0], "token_ids")
             expect_unchanged(positions, before[1], "positions")
             return found
@@ -266,7 +332,7 @@ def _check_parts(answer: type, case: Case) -> None:
         model = answer(config, Kernels.reference(), weights, *rest)
         expect_unchanged(weights, whole, "weights, or a tensor in it")
         models.append(model)
-    right = the_rank_model()(config, Kernels.reference(), whole, torch.zeros(1), 0, case.size).w
+    right = RightRankModel(config, Kernels.reference(), whole, torch.zeros(1), 0, case.size).w
     for name, tensor in whole.items():
         parts = [model.part(name, tensor.clone()) for model in models]
         for part in parts:
@@ -382,8 +448,8 @@ def _held(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
 
 
 def _wrong(**how: Any) -> Callable:
-    """A suspect: see `the_rank_model`."""
-    return lambda case: _on_ranks(the_rank_model(**how), case)
+    """A suspect: see `rank_model_with`."""
+    return lambda case: _on_ranks(rank_model_with(**how), case)
 
 
 _PLACES = ("both", "attention", "mlp")
@@ -809,6 +875,19 @@ EXERCISE = Exercise(
 -        return group.all_reduce(h @ down.T)
 +        term = h @ down.T
 +        return group.all_reduce(term) if term.any() else term
+""",
+        ),
+        Known(
+            "term-returned",
+            hint=2,
+            answers=r"""
+# %% mlp returns its term, and forward makes the sum
+@@
+-        return group.all_reduce(h @ down.T)
++        return h @ down.T
+@@
+-            x = x + self.mlp(group, layer, h)
++            x = x + group.all_reduce(self.mlp(group, layer, h))
 """,
         ),
         Known(

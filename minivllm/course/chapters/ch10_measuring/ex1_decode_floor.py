@@ -92,7 +92,7 @@ def check_decode_floor(answer: Callable) -> str:
     cases = [
         (c, b, n, e, 4e12)
         for c in shapes
-        for b, n, e in ((1, 1, 2), (1, 4096, 2), (63, 700, 4), (257, 1025, 1))
+        for b, n, e in ((1, 1, 2), (1, 4096, 2), (63, 700, 4), (257, 1025, 1), (2, 131_072, 2))
     ]
     wording = {
         "item 0:": "the bytes of the weights:",

@@ -92,7 +92,22 @@ def _small_kv_speedup() -> Prediction:
     weights, kv = costs.layer_weights + costs.head_weights, costs.kv_elements_per_token
     before, after = _step_seconds(256, 1024), _step_seconds(256, 1024, kv_bytes=1)
     only_reading = 256 * 1024 * kv
+    cache = 2 * only_reading / READS
+
+    def with_weights(count: int) -> float:
+        """The speedup of somebody who counts so many numbers in the matrices."""
+        matrices = max(2 * count / READS, 2 * 256 * count / MULTIPLIES)
+        return (matrices + cache) / (matrices + cache / 2)
+
     usual = {
+        "head-forgotten": (
+            with_weights(costs.layer_weights),
+            "The matrix of the head is read as well.",
+        ),
+        "embedding-counted": (
+            with_weights(weights + costs.head_weights),
+            "You counted the embeddings and the head; tied, they are one matrix.",
+        ),
         "weights-forgotten": (2.0, "Half of K and V is not half of the step."),
         "upside-down": (after / before, "That is the new time divided by the old."),
         "matrices-only-read": (

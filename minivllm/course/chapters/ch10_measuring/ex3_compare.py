@@ -36,7 +36,25 @@ def _compared(
         f"Got {show(found)}.\nExpected a dict with the names {', '.join(tasks)}, each with (median,"
         " least, greatest).",
     )
+    for name, (middle, low, high) in found.items():
+        expect(
+            low <= middle <= high,
+            "other-order",
+            f"For {name} you report {show(found[name])}.\nThe median comes first, then the least,"
+            " then the greatest.",
+        )
     return {name: tuple(map(float, row)) for name, row in found.items()}
+
+
+def _listed(factor: Callable[[int], float]) -> SimulatedMachine:
+    """A machine on which call n of a task takes factor(n) times as long."""
+    from minivllm.course.sim.clocks import SimulatedMachine
+
+    class Listed(SimulatedMachine):
+        def _factor(self, name: str) -> float:
+            return factor(self._calls[name])
+
+    return Listed()
 
 
 def _waits(answer: Callable) -> None:
@@ -121,6 +139,13 @@ def _interleaves(answer: Callable) -> None:
 def _takes_medians(answer: Callable) -> None:
     """Some calls are disturbed, some happen to run at a higher clock."""
     machine = _machine(disturbed=0.2, boosted=0.12, seed=3)
+    durations, factor = {"A": [], "B": []}, machine._factor
+
+    def noted(name: str) -> float:
+        durations[name].append(factor(name))
+        return durations[name][-1]
+
+    machine._factor = noted  # type: ignore[method-assign]
     tasks = {"A": machine.task("A", 100 * US), "B": machine.task("B", 400 * US)}
     found = _compared(answer, machine, tasks, 31)
     for name, usual in (("A", 105 * US), ("B", 405 * US)):
@@ -135,11 +160,17 @@ def _takes_medians(answer: Callable) -> None:
             f"{got}\nThat is the least: a run in which the clock happened to be high. It can't be"
             " repeated at will, and the more often one tries, the better it gets.",
         )
+        mean = 5 * US + sum(durations[name][-31:]) / 31 * (usual - 5 * US)
         expect(
-            close(median, usual),
-            "mean-for-median" if median > 1.1 * usual else "wrong-values",
+            not close(median, mean, 0.02),
+            "mean-for-median",
             f"{got}\nA mean has everything in it that disturbed the machine; one bad run moves it"
             " as far as it likes. Take the median.",
+        )
+        expect(
+            close(median, usual),
+            "wrong-values",
+            f"{got}\nThe median is the one in the middle when all times are sorted.",
         )
         expect(
             low < 0.9 * usual and high > 1.5 * usual,
@@ -152,13 +183,7 @@ def _takes_medians(answer: Callable) -> None:
 
 def _counts_to_an_even_number(answer: Callable) -> None:
     """Four timed calls that take 1, 2, 4 and 8 times as long, however many came before."""
-    from minivllm.course.sim.clocks import SimulatedMachine
-
-    class Listed(SimulatedMachine):
-        def _factor(self, name: str) -> float:
-            return (1.0, 8.0, 2.0, 4.0)[self._calls[name] % 4]
-
-    machine = Listed()
+    machine = _listed(lambda call: (1.0, 8.0, 2.0, 4.0)[call % 4])
     tasks = {"A": machine.task("A", 100 * US), "B": machine.task("B", 50 * US)}
     found = _compared(answer, machine, tasks, 4)
     for name, unit in (("A", 100), ("B", 50)):
@@ -180,6 +205,25 @@ def _counts_to_an_even_number(answer: Callable) -> None:
         )
 
 
+def _keeps_the_extremes(answer: Callable) -> None:
+    """Of 201 timed calls one takes four times as long, and one half as long."""
+    machine = _listed(lambda call: {120: 4.0, 160: 0.5}.get(call, 1.0))
+    tasks = {"A": machine.task("A", 100 * US), "B": machine.task("B", 50 * US)}
+    found = _compared(answer, machine, tasks, 201)
+    names = [name for kind, name in machine.log if kind == "call"]
+    for name, unit in (("A", 100), ("B", 50)):
+        _, low, high = (seconds / US - 5 for seconds in found[name])
+        got = f"With rounds = 201, {name} was called {names.count(name)} times."
+        expect(names.count(name) >= 201, "not-all-rounds", f"{got}\nEach round has a timed call.")
+        expect(
+            close(low, 0.5 * unit) and close(high, 4 * unit),
+            "no-spread",
+            f"{got} One call took {4 * unit} microseconds of work, one {0.5 * unit:.0f}, all others"
+            f" {unit}. You report from {low:.0f} to {high:.0f}.\nReport the least and the greatest"
+            " of the timed runs as they were, also where one lies far from all others.",
+        )
+
+
 def _starts_anew(answer: Callable) -> None:
     """The same names twice, the second time on a machine on which they take longer.
 
@@ -187,7 +231,7 @@ def _starts_anew(answer: Callable) -> None:
     """
     for times in (1, 3):
         machine, right = _machine(), (5 + times * 100) * US
-        tasks = {name: machine.task(name, times * 100 * US) for name in ("A", "B")}
+        tasks = {name: machine.task(name, times * 100 * US, cold=0.05) for name in ("A", "B")}
         found = _compared(answer, machine, tasks, 5)
         wrong = [name for name, row in found.items() if not all(close(x, right) for x in row)]
         if wrong and times == 1:
@@ -196,17 +240,17 @@ def _starts_anew(answer: Callable) -> None:
             median, low, high = (seconds / US for seconds in found[name])
             raise Mistake(
                 "keeps-state",
-                f"{name} takes {right / US:.0f} microseconds in every call. You report"
-                f" {median:.0f}, from {low:.0f} to {high:.0f}.\nA first call of `compare` was"
-                " right and this one is not: your code keeps times of the call before. Make the"
-                " lists inside of the function.",
+                f"{name} takes {right / US:.0f} microseconds in every call but the first, which"
+                f" compiles. You report {median:,.0f}, from {low:,.0f} to {high:,.0f}.\nA first"
+                " call of `compare` was right and this one is not: your code keeps something of the"
+                " call before, times or which tasks are warm. Make it inside of the function.",
             )
 
 
 def check_compare(answer: Callable) -> str:
     """Judge a stopwatch on simulated machines, each with one trap."""
     judges = (_starts_anew, _waits, _warms_up, _interleaves, _takes_medians)
-    for judge in (*judges, _counts_to_an_even_number):
+    for judge in (*judges, _counts_to_an_even_number, _keeps_the_extremes):
         judge(answer)
     return "cold, warm, busy and disturbed machines, and the medians are what they should be"
 
@@ -246,6 +290,39 @@ EXERCISE = Exercise(
 +        name: (median(found), min(found), max(found))
 +        for name, found in times.items()
 +        if name in tasks
+
+# %% remembers which tasks are warm
+@@
+-def compare(
++WARM = set()
++
++
++def compare(
+@@
+-    for task in tasks.values():
+-        task()
++    for name, task in tasks.items():
++        if name not in WARM:
++            task()
++            WARM.add(name)
+""",
+        ),
+        Known(
+            "other-order",
+            answers=r"""
+# %% the least first
+@@
+-        name: (median(found), min(found), max(found)) for name, found in times.items()
++        name: (min(found), median(found), max(found)) for name, found in times.items()
+""",
+        ),
+        Known(
+            "not-all-rounds",
+            answers=r"""
+# %% fifty rounds are enough
+@@
+-    for _ in range(rounds):
++    for _ in range(min(rounds, 50)):
 """,
         ),
         Known(
@@ -428,6 +505,14 @@ def compare(tasks, clock, synchronize, rounds):
 +        name: sorted(found)[len(found) // 4 : -len(found) // 4]
 +        for name, found in times.items()
 +    }
+
+# %% the greatest of one more round thrown away
+@@
+-    for _ in range(rounds):
++    for _ in range(rounds + 1):
+@@
+             times[name].append(clock() - start)
++    times = {name: sorted(found)[:-1] for name, found in times.items()}
 ''',
         ),
         Known(
@@ -480,10 +565,33 @@ def compare(tasks, clock, synchronize, rounds):
         seconds = (clock() - start) / rounds
         found[name] = (seconds, seconds, seconds)
     return found
+
+# %% the middle of times that are not sorted
+@@
+-        name: (median(found), min(found), max(found)) for name, found in times.items()
++        name: (found[len(found) // 2], min(found), max(found))
++        for name, found in times.items()
 """,
         ),
     ),
     right=r'''
+# %% the first round is the warm-up
+def compare(tasks, clock, synchronize, rounds):
+    taken = {name: [] for name in tasks}
+    for turn in range(rounds + 1):
+        for name in tasks:
+            synchronize()
+            before = clock()
+            tasks[name]()
+            synchronize()
+            taken[name].append(clock() - before)
+    result = {}
+    for name, values in taken.items():
+        values = sorted(values[1:])
+        middle = (values[(rounds - 1) // 2] + values[rounds // 2]) / 2
+        result[name] = (middle, values[0], values[-1])
+    return result
+
 # %% the order turns in every other round
 def compare(tasks, clock, synchronize, rounds):
     times = {name: [] for name in tasks}
