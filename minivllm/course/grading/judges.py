@@ -100,6 +100,8 @@ class Prediction:
         number = isinstance(said, int | float) and not isinstance(said, bool)
         if not number or math.isnan(said):
             raise Mistake("wrong-type", f"{self.name} should be one number.\nIt is {said!r}.")
+        # The value alone, whatever a class of its own calls equal.
+        said = int.__int__(said) if isinstance(said, int) else float.__float__(said)
         if _near(said, self.right, self.near):
             return
         unit = self.unit and f" {self.unit}"
