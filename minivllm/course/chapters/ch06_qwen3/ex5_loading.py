@@ -855,6 +855,17 @@ def load(
 """,
         ),
         Known(
+            "raised",
+            answers=r"""
+# %% a fused name anywhere in the name
+@@
+-        if last in fused:
+-            rows = parameter.split(list(fused[last].values()))
++        if last := next((whole for whole in fused if whole in name), ""):
++            rows = parameter.split(list(fused[last].values()))
+""",
+        ),
+        Known(
             "wrong-values",
             answers=r"""
 # %% passes over all that begins with lm_head
@@ -868,13 +879,6 @@ def load(
 @@
 -        if tied and name == "lm_head.weight":
 +        if tied and name.endswith("lm_head.weight"):
-
-# %% a fused name anywhere in the name
-@@
--        if last in fused:
--            rows = parameter.split(list(fused[last].values()))
-+        if last := next((whole for whole in fused if whole in name), ""):
-+            rows = parameter.split(list(fused[last].values()))
 
 # %% reads other 16 bits as if they were its own
 @@
