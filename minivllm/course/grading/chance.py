@@ -1,8 +1,8 @@
 """Does an answer decide by chance? Run it twice in worlds that differ in nothing that it may use.
 
 Ranks and repeated runs must come to the same decisions. So a decision may not depend on `hash` of a
-string or `id` of an object (both differ between processes), on a clock, or on random numbers that
-nobody asked for.
+string, `id` of an object or the number of the process (they differ between processes), on a clock,
+or on random numbers that nobody asked for.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import datetime
+import os
 import random
 import sys
 import threading
@@ -51,17 +52,18 @@ def expect_no_chance(run: Callable[[], Any], what: str, *answers: Any) -> Any:
 
 @contextlib.contextmanager
 def world(number: int, *answers: Any) -> Iterator[set[str]]:
-    """Clocks, hashes, ids and random numbers of their own, until the end of the block.
+    """Clocks, hashes, ids, random numbers and a process number of their own, until the block ends.
 
     number: worlds with different numbers differ in all of them. Yields a set: the names of the
-    clocks, and of `hash` and `id`, that code beside the answers has called so far. The clocks of
-    other threads stay right, since a notebook's kernel has timers.
+    clocks, and of `hash`, `id` and `os.getpid`, that code beside the answers has called so far. The
+    clocks of other threads stay right, since a notebook's kernel has timers.
     """
     spaces = _namespaces(answers)
     asked: set[str] = set()
     places = {f"builtins.{name}": (builtins, name) for name in ("hash", "id")}
     places |= {f"time.{name}": (time, name) for name in _CLOCKS}
     places["datetime.datetime"] = (datetime, "datetime")
+    places["os.getpid"] = (os, "getpid")
     originals = {id(getattr(*place)): name for name, place in places.items()}
     replaced = _Replacements(number, asked, spaces).all()
     undo: list[Callable[[], None]] = []
@@ -108,7 +110,18 @@ class _Replacements:
             self.note("id")
             return real_id(value) ^ salt
 
+        real_process = os.getpid
+
+        def other_process() -> int:
+            """The process has another number only for the answers: threads and locks ask, too."""
+            names = sys._getframe(1).f_globals
+            if not any(names is space for space in self.spaces):
+                return real_process()
+            self.asked.add("os.getpid")
+            return 1000 + self.number
+
         found: dict[str, Any] = {"builtins.hash": salted_hash, "builtins.id": salted_id}
+        found["os.getpid"] = other_process
         for name in _CLOCKS:
             found[f"time.{name}"] = self.other_clock(name)
         found["datetime.datetime"] = self.other_date(datetime.datetime)

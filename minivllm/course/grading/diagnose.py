@@ -266,6 +266,14 @@ def _copied(value: Any) -> Any:
         return value
 
 
+_KEEPS = (
+    "your code keeps something between calls.\nLook for a variable outside of the function, a"
+    " default argument that is changed, an attribute, or a cache."
+)
+#: Where the second result is not that of the first call.
+_OR_NOT = "If you find none: these numbers are others, and your code may be right for some only."
+
+
 @dataclass(frozen=True)
 class _Again:
     """Second calls of an answer that was right the first time, on the smaller cases."""
@@ -294,11 +302,10 @@ class _Again:
         if found := second.differs(expected, self.comparison.tolerances):
             old = difference(second.result, first.result, **self.comparison.tolerances) is None
             gave = "it gave the result of the call before" if old else f"{found[1]}"
+            why = _KEEPS if old else f"{_KEEPS}\n{_OR_NOT}"
             raise Mistake(
                 "keeps-state",
-                "The first call is right, and a second call is not: your code keeps something"
-                " between calls.\nLook for a variable outside of the function, a default argument"
-                f" that is changed, an attribute, or a cache.\n{described}: {gave}.",
+                f"The first call is right, and a second call is not: {why}\n{described}: {gave}.",
             )
         if owned and difference(first.returned, first.result, 0.0, 0.0):
             raise Mistake(

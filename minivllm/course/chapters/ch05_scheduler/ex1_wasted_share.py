@@ -105,6 +105,8 @@ def check_wasted_share(answer: Callable) -> str:
         ([4, 1], 8),
         ([9], 3),
         ([3, 9, 2, 2], 2),
+        # The same requests in another order.
+        ([9, 2, 3, 2], 2),
         ([10, 1, 1], 2),
         ([], 4),
         ([6, 6, 6, 6, 6], 4),
@@ -255,6 +257,22 @@ def wasted_share(lengths: list[int], places: int) -> float:
         until[first] += length
     had = places * max(until)
     return 1 - sum(lengths) / had if had else 0.0
+""",
+        ),
+        Known(
+            "wrong-values",
+            answers=r"""
+# %% remembers the answer for as many requests with as much work
+seen: dict[tuple, float] = {}
+
+
+def wasted_share(lengths: list[int], places: int) -> float:
+    key = len(lengths), sum(lengths), max(lengths, default=0), places
+    if key not in seen:
+        batches = [lengths[i : i + places] for i in range(0, len(lengths), places)]
+        had = places * sum(max(batch) for batch in batches)
+        seen[key] = 1 - sum(lengths) / had if had else 0.0
+    return seen[key]
 """,
         ),
         Known(

@@ -10,8 +10,6 @@ from minivllm.course.grading.exercise import Exercise, Known
 
 #: (tokens left of each request, budget) -> how many of them decode; counts their tokens down.
 Decode = Callable[[list[int], int], int]
-#: Where a wrong plan that never ends is cut off.
-MOST_STEPS = 400
 
 
 def chunks_of(prompt: int, decodes: list[int], budget: int) -> list[int]:
@@ -20,7 +18,9 @@ def chunks_of(prompt: int, decodes: list[int], budget: int) -> list[int]:
 
 def _planned(prompt: int, decodes: list[int], budget: int, decode: Decode) -> list[int]:
     left, chunks = list(decodes), []
-    while prompt > 0 and len(chunks) < MOST_STEPS:
+    # A right step uses up at least one token. A wrong plan that never ends is cut off here.
+    most_steps = prompt + sum(decodes)
+    while prompt > 0 and len(chunks) < most_steps:
         chunks.append(min(prompt, budget - decode(left, budget)))
         prompt -= chunks[-1]
     return chunks
@@ -174,6 +174,8 @@ def check_chunks_of(answer: Callable) -> str:
         (4, [1, 5, 1], 1),
         (3, [2], 1),
         (90, [1 + 29 * i % 40 for i in range(40)], 16),
+        # Thousands of steps: a long wait, and a long prompt in small chunks.
+        (1500, [1200, 0, 700], 1),
     ]
     for _ in range(5):
         decodes = [rng.randint(1, 9) for _ in range(rng.randint(5, 9))]
@@ -434,6 +436,28 @@ def chunks_of(prompt: int, decodes: list[int], budget: int) -> list[int]:
 +            left[i] -= min(tokens, room)
 +            room -= min(tokens, room)
 +        chunks.append(min(prompt, room))
+""",
+        ),
+        Known(
+            "raised",
+            answers=r"""
+# %% calls itself for the rest, too deep for a long prompt
+def chunks_of(prompt: int, decodes: list[int], budget: int) -> list[int]:
+    if prompt <= 0:
+        return []
+    chosen = [i for i, tokens in enumerate(decodes) if tokens > 0][:budget]
+    left = [tokens - (i in chosen) for i, tokens in enumerate(decodes)]
+    chunk = min(prompt, budget - len(chosen))
+    return [chunk, *chunks_of(prompt - chunk, left, budget)]
+""",
+        ),
+        Known(
+            "wrong-values",
+            answers=r"""
+# %% gives up after a thousand steps
+@@
+-    while prompt > 0:
++    while prompt > 0 and len(chunks) < 1000:
 """,
         ),
         Known(

@@ -190,6 +190,16 @@ EXERCISE = Exercise(
 @@
 -num_steps = 9
 +num_steps = 10
+
+# %% a number that is equal to everything
+@@
+-num_steps = 9
++class Any(int):
++    def __eq__(self, other: object) -> bool:
++        return True
++
++
++num_steps = Any(1)
 """,
         ),
         Known(

@@ -49,6 +49,13 @@ ANSWERS = {
 +                continue
 +            self.waiting.remove(seq)
 +            self.running.append(seq)
+
+# %% after 300 steps whoever finds no blocks goes to the end of the queue
+@@
+-                break
++                if self.stats.num_steps > 300:
++                    self.waiting.rotate(-1)
++                break
 """,
     "whole-prompts-only": r"""
 # %% waits until the whole prompt fits the budget

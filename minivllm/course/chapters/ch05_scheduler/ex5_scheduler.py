@@ -30,7 +30,7 @@ def check_scheduler(answer: type) -> str:
     _judge_many_victims(answer)
     assert preemptions > 100
     assert chunks > 100
-    return f"{small + large + 1} random histories; {_judge_in_engine(answer)}"
+    return f"{small + large + 3} random histories; {_judge_in_engine(answer)}"
 
 
 def _judge_prefix_hits(answer: type) -> None:
@@ -313,6 +313,12 @@ class MyScheduler(SchedulerBase):
 @@
 -            and left > 0
 +            and left > 1
+
+# %% a token in reserve when many run
+@@
+-        batch, left = ScheduledBatch(), self.max_num_batched_tokens
++        batch, left = ScheduledBatch(), self.max_num_batched_tokens
++        left -= len(self.running) > 20
 """,
     "blocks-for-all": r"""
 # %% blocks for all of its tokens, before the first chunk
@@ -436,6 +442,15 @@ EXERCISE = Exercise(
 """,
         ),
         Known(
+            "leaves-budget",
+            answers=r"""
+# %% sixteen admissions in one step are enough
+@@
+             and left > 0
++            and len(batch.admitted) < 16
+""",
+        ),
+        Known(
             "too-few-preempted",
             hint=2,
             answers=r"""
@@ -444,6 +459,12 @@ EXERCISE = Exercise(
          while not self.block_manager.allocate(seq, num_tokens):
 +            if len(batch.preempted) == 3:
 +                return False
+
+# %% after 200 steps the newest but one goes first
+@@
+-            newest = self.running.pop()
++            later = self.stats.num_steps > 200 and seq not in self.running[-2:]
++            newest = self.running.pop(-2 if later else -1)
 """,
         ),
         Known(

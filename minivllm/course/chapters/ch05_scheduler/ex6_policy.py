@@ -35,6 +35,8 @@ from minivllm.sampling_params import SamplingParams
 MEDIAN, WORST, THROUGHPUT = 0.7, 1.5, 0.97
 #: By how much an early wait may grow when four times as many requests come: this factor, and steps.
 GROWTH, STEPS_MORE = 1.6, 10
+#: So many steps the engine has had when a crowd comes.
+LONG_AT_WORK = 100_000
 
 
 def check_policy(answer: type) -> str:
@@ -102,7 +104,8 @@ def _judge_crowd(answer: type, crowd: Crowd) -> None:
     for count in (150, 600):
         where = f"In a crowd of {count} requests that come {crowd.what}"
         runs = partial(longest_early_wait, crowd=crowd, num_requests=count)
-        waits[count] = _run(answer, where, runs)
+        # An engine that has been at work for long must be as fair as a new one.
+        waits[count] = _run(answer, where, runs, steps_before=LONG_AT_WORK)
     few, many = waits[150], waits[600]
     if many.steps_waited <= GROWTH * few.steps_waited + STEPS_MORE:
         return
@@ -150,7 +153,7 @@ def _judge_alike(answer: type) -> None:
     where, before = "Where several requests come at once", _notes(answer)
     with world(1, answer) as asked:
         alone = _order(answer, where)
-    if clocks := sorted(asked - {"hash", "id"}):
+    if clocks := sorted(asked - {"hash", "id", "os.getpid"}):
         raise EXERCISE.mistake("machine-clock", f"Your order calls {', '.join(clocks)}.")
     kept = _shuffled_addresses()
     try:
@@ -173,7 +176,8 @@ def _judge_alike(answer: type) -> None:
     if found := difference(other, alone, 0.0, 0.0):
         _judge_notes(answer, before, found[1])
         raise EXERCISE.mistake(
-            "knows-the-answer", f"With other parameters the order changes: {found[1]}."
+            "knows-the-answer",
+            f"With other parameters and other words the order changes: {found[1]}.",
         )
     beside = _order(answer, f"{where}, beside another scheduler of your class", neighbour=True)
     if found := difference(beside, alone, 0.0, 0.0):
@@ -278,6 +282,12 @@ class FairQueue(Scheduler):
 +        for seq in batch.preempted:
 +            self.arrived[seq.seq_id] = self.stats.num_steps
 +        return batch
+
+# %% patience in the first steps of the engine only
+@@
+-        return (False, seq.seq_id) if age > 20 else (True, seq.num_tokens)
++        late = age > 20 and self.stats.num_steps < 2000
++        return (False, seq.seq_id) if late else (True, seq.num_tokens)
 
 # %% age in relation to length: the longer the prompt, the longer everybody lets it wait
 @@
@@ -522,6 +532,22 @@ class FairQueue(Scheduler):
         )
         return super().schedule()
 
+# %% ties by the number of the process
+import os
+
+
+class FairQueue(Scheduler):
+    def schedule(self) -> ScheduledBatch:
+        sign = -1 if os.getpid() % 2 else 1
+        by_age = self.stats.num_steps % 2 == 0
+        self.waiting = deque(
+            sorted(
+                self.waiting,
+                key=lambda s: (by_age or s.num_tokens, sign * s.seq_id),
+            )
+        )
+        return super().schedule()
+
 # %% patience by a hash of a text
 @@
 -        return (False, seq.seq_id) if age > 20 else (True, seq.num_tokens)
@@ -537,14 +563,20 @@ class FairQueue(Scheduler):
         Known(
             "knows-the-answer",
             "How long an answer will be nobody knows: `params` and `max_num_tokens` say what is"
-            " allowed, not what comes. Order by `num_tokens`, by `seq_id`, and by what you have"
-            " counted yourself.",
+            " allowed, not what comes, and the words of a prompt do not say it either. Order by"
+            " `num_tokens`, by `seq_id`, and by what you have counted yourself.",
             answers=r"""
 # %% short answers first
 @@
 -        return (False, seq.seq_id) if age > 20 else (True, seq.num_tokens)
 +        length = seq.num_tokens + seq.params.max_tokens
 +        return (False, seq.seq_id) if age > 20 else (True, length)
+
+# %% the words decide
+@@
+-        return (False, seq.seq_id) if age > 20 else (True, seq.num_tokens)
++        rank = 1000 * seq.num_tokens + sum(seq.token_ids)
++        return (False, seq.seq_id) if age > 20 else (True, rank)
 """,
         ),
         Known(
@@ -614,6 +646,15 @@ class FairQueue(Scheduler):
         self.waiting.clear()
         self.waiting.extend(order)
         super().schedule_waiting(batch, budget)
+
+# %% by turns: a step in order of arrival, a step with the shortest first
+class FairQueue(Scheduler):
+    def schedule(self) -> ScheduledBatch:
+        short = self.stats.num_steps % 2 == 0
+        self.waiting = deque(
+            sorted(self.waiting, key=lambda s: (short and s.num_tokens, s.seq_id))
+        )
+        return super().schedule()
 
 # %% two lists that are put together, and notes that are thrown away in the end
 @@

@@ -510,6 +510,8 @@ class Sizes:
     requests: int
     prompt: int = 7
     shared: int = 9
+    #: Whether all requests arrive before the first step.
+    at_once: bool = False
 
     @classmethod
     def small(cls, rng: Random, requests: int) -> Sizes:
@@ -540,7 +542,7 @@ def play(answer: type, sizes: Sizes, caching: bool, rng: Random, evidence: Evide
         source = rng.choice(texts) if texts and rng.random() < 0.6 else []
         new = [rng.randrange(3) for _ in range(rng.randint(1, sizes.prompt))]
         machine.add(source[: rng.randint(0, sizes.shared)] + new, rng.randint(1, 9))
-        if rng.random() < 0.5:
+        if not sizes.at_once and rng.random() < 0.5:
             if reckless and rng.random() < 0.5:
                 machine.reckless_step(rng)
             if machine.live:
@@ -571,7 +573,9 @@ def play_many(
     small, large = counts
     sizes = [Sizes.small(rng, 1 + i * 6 // small + rng.randint(0, 3)) for i in range(small)]
     sizes += [Sizes.large(rng) for _ in range(large)]
-    sizes.append(Sizes(60, 4, 9, 9, 320))
+    # A long queue; many steps with few blocks; many admissions in one step.
+    sizes += [Sizes(60, 4, 9, 9, 320), Sizes(12, 4, 6, 16, 320)]
+    sizes.append(Sizes(600, 4, 200, 250, 150, at_once=True))
     done = [0, 0, 0]
     for number, size in enumerate(sizes):
         try:

@@ -24,7 +24,7 @@ class Watch:
     where: the run, as messages name it ("On the busy day"). answers: for each request, by number,
     the length of its answer, which the sequence then carries in its parameters; None: they do not
     tell. honest: False gives them other lengths than those that come. neighbour: whether another
-    scheduler of the class works in between.
+    scheduler of the class works in between. steps_before: how many steps the engine has had.
 
     admitted: the numbers of the requests, in the order in which they began to run.
     """
@@ -36,11 +36,13 @@ class Watch:
         answers: list[int] | None = None,
         honest: bool = True,
         neighbour: bool = False,
+        steps_before: int = 0,
     ) -> None:
         self.answer, self.where, self.answers, self.honest = answer, where, answers, honest
         self.neighbour = _Neighbour(answer) if neighbour else None
         self.admitted: list[int] = []
         self.preempted: set[int] = set()
+        self.steps_before = steps_before
         self.number = -1
         self.ran_last: list[Sequence] = []
 
@@ -48,6 +50,7 @@ class Watch:
         """What `simulate` calls to make its scheduler."""
         self.scheduler = scheduler = self.answer(manager, places, budget)
         self.limits = (places, budget, manager.num_blocks)
+        scheduler.stats.num_steps = self.steps_before
         self.plan, self.take = scheduler.schedule, scheduler.add
         scheduler.schedule, scheduler.add = self.schedule, self.add
         return scheduler
@@ -62,6 +65,7 @@ class Watch:
             if not self.honest:
                 length = max(self.answers) + min(self.answers) + 1 - length
                 seq.request_id, seq.seed = f"r{10_000 - seq.seq_id}", 7 * seq.seq_id
+                seq.token_ids = [(37 * seq.seq_id + i) % 101 for i in range(seq.num_tokens)]
             seq.params = SamplingParams(max_tokens=length)
             # An answer may not end before the simulator ends it.
             seq.max_num_tokens = seq.num_tokens + length + (0 if self.honest else 4096)

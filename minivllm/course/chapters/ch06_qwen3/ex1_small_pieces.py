@@ -99,6 +99,7 @@ def _norm_cases(random: torch.Generator) -> list[tuple]:
         case(7, 7),
         case(130, 17),
         case(3, 1025),
+        case(2, 5000),
         (part, torch.rand(20, generator=random), EPS),
         case(3, 64, dtype="float16"),
         case(2, 32, size=400.0, dtype="float16"),
@@ -679,6 +680,21 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
         * weight.float()
     )
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return gate * torch.sigmoid(gate) * up
+""",
+        ),
+        Known(
+            "wrong-values",
+            answers=r"""
+# %% the first 1024 numbers stand for the whole row
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = x.float()
+    mean_square = wide[:, :1024].square().mean(dim=-1, keepdim=True)
+    return (wide / torch.sqrt(mean_square + eps)).to(x.dtype) * weight
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:

@@ -198,7 +198,8 @@ def _of_flops(measured: dict[str, int]) -> list[Prediction]:
                 "forgot-gqa": (
                     flops * HEADS / KV_HEADS / pair,
                     "GQA shares keys and values, which saves bytes. Each query head still computes"
-                    " its own scores.",
+                    " its own scores. (One FLOP instead of four for a number of key and value would"
+                    " be as far off.)",
                 ),
                 "head-dim-from-hidden-size": (flops / (4 * LAYERS * HIDDEN), NOT_SQUARE),
                 "one-layer": (LAYERS * flops / pair, "Attention runs in each of the 36 layers."),

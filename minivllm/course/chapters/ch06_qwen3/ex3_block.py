@@ -55,6 +55,9 @@ def _cases(random: torch.Generator) -> list[tuple]:
     # Not in the order of the text, and not one after the other.
     x, layer, _ = _case(random, 4, False)
     cases.append((x, layer, torch.tensor([40, 3, 900, 7])))
+    # Late in a long text.
+    x, layer, _ = _case(random, 3, False)
+    cases.append((x, layer, torch.tensor([70_003, 9000, 69_990])))
     real = [torch.randn(12, 256, generator=random) * size for size in (0.13, 8.0)]
     return cases + [
         (x, layer_weights(i), torch.arange(12)) for x, i in zip(real, (0, 5), strict=True)
@@ -461,6 +464,15 @@ def block(
             "up-before-gate",
             message=("gate and up are exchanged: SiLU belongs to gate.\nF.silu(gate) * up."),
             suspects=(DecoderBlock(swapped=True),),
+        ),
+        Known(
+            "wrong-values",
+            answers=r"""
+# %% a table that ends after 4096 positions
+@@
+-        rope(norm(y, w[f"self_attn.{p}_norm.weight"]), positions)
++        rope(norm(y, w[f"self_attn.{p}_norm.weight"]), positions % 4096)
+""",
         ),
         Known(
             "changed-input",

@@ -23,13 +23,14 @@ ROWS = 1024
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What the inputs of a case are like; theta: base of the angles."""
+    """What the inputs of a case are like; theta: base of the angles; rows: of their table."""
 
     norm: bool = True
     size: float = 1.0
     eps: float = EPS
     theta: float = 100.0
     dtype: str = "float32"
+    rows: int = ROWS
 
 
 def _case(
@@ -48,7 +49,7 @@ def _case(
 
     how = how or _Inputs()
     dtype = getattr(torch, how.dtype)
-    table = rope_table(RopeConfig(how.theta), dim, ROWS, torch.device("cpu"))
+    table = rope_table(RopeConfig(how.theta), dim, how.rows, torch.device("cpu"))
     # As the engine gives them: parts of one matrix product's result.
     qkv = torch.randn(len(positions), heads + 2 * kv_heads, dim, generator=random) * how.size
     q, k, _ = qkv.to(dtype).split([heads, kv_heads, kv_heads], dim=1)
@@ -75,6 +76,8 @@ def _cases(random: torch.Generator) -> list[tuple]:
         # As many tokens as heads, and as many heads as numbers.
         _case(random, range(300, 308), 8, 8, 8),
         _case(random, range(70), 1, 1, 4),
+        # Late in a long text.
+        _case(random, [70_003, 9000, 69_990], 2, 1, 4, _Inputs(theta=1e4, rows=70_010)),
     ]
 
 
@@ -84,6 +87,14 @@ def _low_cases(random: torch.Generator) -> list[tuple]:
         _case(random, [4], 2, 1, 8, _Inputs(norm=False, dtype="bfloat16")),
         # Its squares are beyond float16.
         _case(random, [3, 20], 2, 1, 16, _Inputs(size=1000.0, dtype="float16")),
+    ]
+
+
+def _bare_cases(random: torch.Generator) -> list[tuple]:
+    """Without a norm, so that a right answer rounds once: its last digit is known."""
+    return [
+        _case(random, range(500, 520), 4, 2, 16, _Inputs(norm=False, dtype=dtype))
+        for dtype in ("bfloat16", "float16")
     ]
 
 
@@ -129,7 +140,7 @@ class _Slip:
             "from 0": torch.arange(len(positions)),
             "first": positions - positions[0],
             "least": positions - positions.min(),
-            "next": (positions + 1).clamp(max=ROWS - 1),
+            "next": (positions + 1).clamp(max=len(cos_sin) - 1),
         }[self.rows]
         cos, sin = cos_sin[at].unsqueeze(1).chunk(2, dim=-1)
         if self.broken == "swapped table":
@@ -170,7 +181,12 @@ def _turned(slip: _Slip, *case: Any) -> tuple[torch.Tensor, torch.Tensor]:
     for x, name, own in ((query, slip.which[0], "q"), (key, slip.which[1], "k")):
         weight = weights[name]
         y = slip.norm(x, weight, eps) if slip.order == "norm first" else x
-        y = slip.turn(y.float(), *angles).to(x.dtype) if own in slip.turns else y
+        wide, here = y.float(), angles
+        if slip.broken == "narrow turn":
+            wide, here = y, tuple(angle.to(x.dtype) for angle in angles)
+        if slip.broken == "narrow table":
+            here = tuple(angle.to(x.dtype).float() for angle in angles)
+        y = slip.turn(wide, *here).to(x.dtype) if own in slip.turns else y
         results.append(slip.norm(y, weight, eps) if slip.order != "norm first" else y)
     return tuple(results[::-1] if slip.broken == "key first" else results)
 
@@ -191,12 +207,14 @@ def check_qk_norm_rope(answer: Callable) -> str:
     random = seeded(4)
     items = {"item 0: ": "the query: ", "item 1: ": "the key: "}
     suspects = EXERCISE.suspects
-    narrow = {"norm-in-16-bits": suspects.pop("norm-in-16-bits")}
+    narrow = {name: suspects.pop(name) for name in ("norm-in-16-bits", "turns-in-16-bits")}
     cases = _cases(random)
     number = diagnose(answer, cases, right, suspects, wording=items, rtol=1e-3, atol=1e-4)
     # In 16 bits, rounding once more or less is no mistake.
     low = _low_cases(random)
     number += diagnose(answer, low, right, narrow, wording=items, rtol=0.03, atol=0.03)
+    bare = _bare_cases(random)
+    number += diagnose(answer, bare, right, narrow, wording=items, rtol=0.008, atol=5e-4)
     mine = counted(answer)
     line = engine_agrees(mine, kernels=replace(Kernels.reference(), qk_norm_rope=mine))
     return f"{number} batches of heads, and {line}"
@@ -571,6 +589,42 @@ def qk_norm_rope(
 -            )
 +                x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight
 +            ).float()
+""",
+        ),
+        Known(
+            "turns-in-16-bits",
+            message=(
+                "You turn in the inputs' dtype, or by cosines and sines in it. Where a · cos and"
+                " b · sin nearly cancel out, little is left that is right.\nx.float() first,"
+                " cos_sin as it is, and back to x.dtype at the end."
+            ),
+            hint=3,
+            suspects=(wrong(broken="narrow turn"), wrong(broken="narrow table")),
+            answers=r"""
+# %% turns in the dtype of the input
+@@
+-        a, b = wide.chunk(2, dim=-1)
+-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
++        a, b = wide.to(x.dtype).chunk(2, dim=-1)
++        c, s = cos.to(x.dtype), sin.to(x.dtype)
++        return torch.cat((a * c - b * s, b * c + a * s), dim=-1)
+
+# %% a table in the dtype of the input
+@@
+-        a, b = wide.chunk(2, dim=-1)
+-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
++        a, b = wide.chunk(2, dim=-1)
++        c, s = cos.to(x.dtype), sin.to(x.dtype)
++        return torch.cat((a * c - b * s, b * c + a * s), dim=-1).to(x.dtype)
+""",
+        ),
+        Known(
+            "wrong-values",
+            answers=r"""
+# %% a table that ends after 8192 positions
+@@
+-    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
++    cos, sin = cos_sin[positions % 8192].unsqueeze(1).chunk(2, dim=-1)
 """,
         ),
         Known(

@@ -69,6 +69,7 @@ class _Layout:
     tied: bool = True
     bias: bool = False
     fused: str = "grouped"  # "grouped", "equal", "other" or "nothing"
+    lookalike: bool = False  # whether a parameter that is not fused has a fused name in its own
 
     def shapes(self) -> tuple[dict[str, tuple], dict[str, tuple]]:
         """(shapes by the file's names, shapes by the parameters' names)."""
@@ -85,6 +86,8 @@ class _Layout:
                 f"{prefix}self_attn.q_norm.weight": (2,),
                 f"{prefix}self_attn.k_norm.weight": (2,),
             }
+            if self.lookalike:
+                own[f"{prefix}self_attn.qkv_proj.norm.weight"] = (3,)
             tensors |= own
             params |= own
             for name, parts in self.parts().items():
@@ -135,8 +138,9 @@ class _Author:
         order = torch.randperm(len(long.tensors), generator=self.random).tolist()
         long.tensors = [long.tensors[i] for i in order]
         kinds = cycle((torch.bfloat16, torch.float64, torch.float16))
-        narrow = self.files("parameters in bfloat16", _Layout(tied=False))
+        narrow = self.files("parameters in bfloat16, tensors in float16", _Layout(tied=False))
         narrow.params = {name: tensor.bfloat16() for name, tensor in narrow.params.items()}
+        narrow.tensors = [(name, tensor.half()) for name, tensor in narrow.tensors]
         copy = _extra("model.norm.weight", "lm_head.weight")
         return [
             simple,
@@ -150,6 +154,7 @@ class _Author:
                 change=lambda n, t: [(n, t.to(next(kinds)))],
             ),
             narrow,
+            self.files("a norm called qkv_proj.norm", _Layout(lookalike=True)),
             self.files("as many heads for k and v as for q", _Layout(fused="equal")),
             self.files(
                 "a fused layer of another name, of four parts", _Layout(bias=True, fused="other")
@@ -194,7 +199,18 @@ class _Author:
                     ("a tensor", "model.norm.weight", "g_proj.weight"),
                     ("an inv_freq", "model.norm.weight", "rotary_emb.inv_freq"),
                     ("a bias", attention + "q_proj.weight", "q_proj.bias"),
+                    ("a name of many parts", "model.norm.weight", "q_proj.lora.0.weight"),
+                    ("the fused name itself", "model.norm.weight", "qkv_proj.weight"),
                 )
+            ),
+            *(
+                self.files(
+                    f"{name}, which belongs nowhere",
+                    None,
+                    _extra("model.norm.weight", name),
+                    re.escape(name),
+                )
+                for name in ("lm_head.bias", "model.lm_head.weight", "q_proj.weight")
             ),
         ]
 
@@ -341,6 +357,8 @@ def _outcome(load: Callable, kind: Callable = iter) -> Callable:
 
     def of(checkpoint: Files) -> tuple:
         own = dict(checkpoint.params)
+        # The memory of the model: what somebody puts in its place later does not count.
+        memory = {name: tensor.detach() for name, tensor in own.items()}
         try:
             load(own, kind(checkpoint.tensors), deepcopy(checkpoint.fused), checkpoint.tied)
         except ValueError:
@@ -351,8 +369,8 @@ def _outcome(load: Callable, kind: Callable = iter) -> Callable:
                     "wrong-error", f"{checkpoint}: {type(error).__name__}: {error}"
                 ) from error
             raise
-        empty = [name for name, tensor in checkpoint.params.items() if (tensor == EMPTY).any()]
-        return "no error", empty, dict(checkpoint.params)
+        empty = [name for name, tensor in memory.items() if (tensor == EMPTY).any()]
+        return "no error", empty, memory
 
     return of
 
@@ -491,9 +509,9 @@ EXERCISE = Exercise(
         Known(
             "not-in-place",
             message=(
-                "You put the tensor into the dict, in place of the parameter. The model still has"
-                " its own, which nobody filled.\nWrite into the parameter that is there:"
-                " place.copy_(tensor)."
+                "You put the tensor into the dict, in place of the parameter, or give the parameter"
+                " other memory (`.data =`). What the model computes with is not filled.\nWrite into"
+                " the parameter that is there: place.copy_(tensor)."
             ),
             suspects=(*_careless("not-in-place"),),
             answers=r"""
@@ -505,6 +523,11 @@ EXERCISE = Exercise(
 -        place.copy_(tensor)
 +            raise ValueError(name)
 +        params[name] = tensor
+
+# %% gives the parameter other memory
+@@
+-        place.copy_(tensor)
++        place.data = tensor.to(place.dtype)
 """,
         ),
         Known(
@@ -829,6 +852,39 @@ def load(
 @@
 -        if place.shape != tensor.shape:
 +        if place.shape[0] != tensor.shape[0]:
+""",
+        ),
+        Known(
+            "raised",
+            answers=r"""
+# %% a fused name anywhere in the name
+@@
+-        if last in fused:
+-            rows = parameter.split(list(fused[last].values()))
++        if last := next((whole for whole in fused if whole in name), ""):
++            rows = parameter.split(list(fused[last].values()))
+""",
+        ),
+        Known(
+            "wrong-values",
+            answers=r"""
+# %% passes over all that begins with lm_head
+@@
+-        if name not in places:
++        if name not in places and name.startswith("lm_head"):
++            continue
++        if name not in places:
+
+# %% passes over all that ends with lm_head.weight
+@@
+-        if tied and name == "lm_head.weight":
++        if tied and name.endswith("lm_head.weight"):
+
+# %% reads other 16 bits as if they were its own
+@@
+-        place.copy_(tensor)
++        alike = place.element_size() == tensor.element_size()
++        place.copy_(tensor.view(place.dtype) if alike else tensor)
 """,
         ),
         Known(

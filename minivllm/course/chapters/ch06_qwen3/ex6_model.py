@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from minivllm.course.grading.compare import difference
 from minivllm.course.grading.diagnose import diagnose
 from minivllm.course.grading.errors import Mistake
 from minivllm.course.grading.judges import counted, expect, expect_unchanged, seeded
@@ -340,6 +341,7 @@ RUNS = [
     Run(
         "a chunk at position 700 beside a prompt", (((0, 3), (700, 2)), ((3, 1), (702, 1))), seed=7
     ),
+    Run("800 tokens in a step", (((0, 520), (0, 280)),), seed=8),
 ]
 
 
@@ -416,6 +418,58 @@ def _expect_given_kernels(answer: Any) -> None:
                 f"In a step of {layers} layers your model called {name} of the kernels that it was"
                 f" given {times} times, and it needs {least} calls.",
             )
+    _expect_kernels_used(answer)
+
+
+def _expect_kernels_used(answer: Any) -> None:
+    """Require that other numbers from a kernel make other numbers of the model."""
+    from minivllm.models import qwen3
+
+    def build(model_cls: Callable, config: ModelConfig, seed: int) -> tuple[Callable, Callable]:
+        model = _filled(model_cls, config, seed, _other_kernels())
+        return model, model.compute_logits
+
+    mine, theirs = (
+        _computed(partial(build, cls), RUNS[3]) for cls in (answer, qwen3.Qwen3ForCausalLM)
+    )
+    if difference(mine, theirs, 1e-3, 1e-4):
+        raise EXERCISE.mistake(
+            "kernels-ignored",
+            "The check has handed in kernels that give other numbers, and your model does not"
+            " compute with these numbers: it calls a kernel and takes the result from elsewhere.",
+        )
+
+
+def _other_kernels() -> Kernels:
+    """Kernels whose results are a little off, each in a way of its own."""
+    from minivllm.kernels import Kernels
+
+    plain = Kernels.reference()
+
+    def scaled(kernel: Callable, factor: float) -> Callable:
+        return lambda *args, **options: kernel(*args, **options) * factor
+
+    def add_rms_norm(x: Any, residual: Any, weight: Any, eps: float) -> tuple:
+        normed, total = plain.add_rms_norm(x, residual, weight, eps)
+        return 1.25 * normed, total
+
+    def qk_norm_rope(*args: Any) -> tuple:
+        query, key = plain.qk_norm_rope(*args)
+        return 0.75 * query, -0.5 * key
+
+    def store_kv(key: Any, value: Any, *rest: Any) -> None:
+        plain.store_kv(1.5 * key, 0.875 * value, *rest)
+
+    return replace(
+        plain,
+        rms_norm=scaled(plain.rms_norm, 1.25),
+        add_rms_norm=add_rms_norm,
+        qk_norm_rope=qk_norm_rope,
+        store_kv=store_kv,
+        silu_mul=scaled(plain.silu_mul, 0.625),
+        prefill_attention=scaled(plain.prefill_attention, 1.125),
+        decode_attention=scaled(plain.decode_attention, 1.125),
+    )
 
 
 def _speaks(answer: Any) -> str:
@@ -877,6 +931,16 @@ EXERCISE = Exercise(
             suspects=(wrong(broken="embedding scaled"),),
         ),
         Known(
+            "wrong-values",
+            answers=r"""
+# %% queries beyond the first 256 of a step are forgotten
+@@
+         self.kernels.store_kv(key, value, *cache, metadata.slot_mapping)
++        if len(query) > 256:
++            query[256:] = 0
+""",
+        ),
+        Known(
             "kernels-ignored",
             message=(
                 "On a GPU the engine hands in other kernels, and your model would not use"
@@ -887,6 +951,13 @@ EXERCISE = Exercise(
 # %% torch's own SiLU
 @@
 -        return self.kernels.silu_mul(gate_up) @ self.down_proj.weight.T
++        gate, up = gate_up.chunk(2, dim=-1)
++        return F.linear(F.silu(gate) * up, self.down_proj.weight)
+
+# %% calls the kernel, and takes torch's own SiLU
+@@
+-        return self.kernels.silu_mul(gate_up) @ self.down_proj.weight.T
++        self.kernels.silu_mul(gate_up)
 +        gate, up = gate_up.chunk(2, dim=-1)
 +        return F.linear(F.silu(gate) * up, self.down_proj.weight)
 
