@@ -22,6 +22,8 @@ from minivllm.serving import wire
 
 #: How many steps per second a viewer is shown: as many as a screen can show.
 STEPS_PER_SECOND = 30
+#: Seconds after which the engine's state is reported although no request has news.
+STATS_INTERVAL = 0.1
 
 
 class CoreLoop:
@@ -36,6 +38,7 @@ class CoreLoop:
         self._asks_prompt: set[str] = set()
         self._viewer: Viewer | None = None
         self._is_closed = False
+        self._reported_at = 0.0
 
     def started(self) -> wire.Started:
         """What the event loop must know to check requests itself."""
@@ -98,7 +101,10 @@ class CoreLoop:
             gains.append(wire.pack(output, asks))
             if asks:
                 self._asks_prompt.discard(output.request_id)
-        if gains or step is not None:
+        now = time.perf_counter()
+        # Now and then without news of a request: who watches the engine wants to see it work.
+        if gains or step is not None or now - self._reported_at > STATS_INTERVAL:
+            self._reported_at = now
             self.send(wire.News(gains, self.stats(), step))
 
     def stats(self) -> wire.Stats:

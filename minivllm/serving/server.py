@@ -87,6 +87,9 @@ def serve(llm: AsyncLLM, options: ServerOptions, **uvicorn_options: Any) -> int:
     before = {sig: signal.signal(sig, _ignore) for sig in (signal.SIGTERM, signal.SIGINT)}
     try:
         server.run()
+    except SystemExit:
+        # uvicorn has said why it cannot listen.
+        return 1
     finally:
         for sig, handler in before.items():
             signal.signal(sig, handler)

@@ -318,7 +318,8 @@ def test_a_key_a_queue_and_a_large_body() -> None:
 
         long = {"prompt": STORY, "stream": True, "max_tokens": 1500, "ignore_eos": True}
         with client.stream("POST", "/v1/completions", json=long) as stream:
-            next(stream.iter_lines())
+            lines = stream.iter_lines()
+            next(lines)
             response = client.post("/v1/completions", json=body)
             assert response.status_code == 429
             assert int(response.headers["retry-after"]) >= 1

@@ -147,7 +147,7 @@ def test_the_core_ends_with_its_server(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--port", "99999"], "99999"),
+        (["--port", "99999"], "65535"),
         (["--ssl-certfile", "nowhere.pem"], "both"),
         (["-e", "block_size=x"], "block_size"),
         (["/no/such/model"], "No model directory"),
