@@ -217,7 +217,7 @@ def draw_variants(
     describe(
         figure,
         f"Chart: bars of {', '.join(names)} in {len(cases)} cases, in {unit}. {said}.",
-        f"The longest bar of {names[0]}: {longest_bar}.",
+        f"The longest bar of “{names[0]}”: {longest_bar}.",
     )
     return figure
 

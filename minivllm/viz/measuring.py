@@ -22,8 +22,9 @@ _MARKERS = ("o", "s", "^", "D", "v")
 
 
 def _number(value: float) -> str:
-    """A number with three significant digits: 0.27, 5.28, 41.6, 1,230."""
-    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    """A number with three significant digits: 0.27, 5.28, 41.6, 1,230. But 40, not 40.0."""
+    whole = abs(value) >= 100 or (abs(value) >= 10 and value == round(value))
+    digits = 0 if whole else 1 if abs(value) >= 10 else 2
     return f"{value:,.{digits}f}"
 
 
