@@ -160,7 +160,7 @@ def draw_block_table(trace: Trace, step: int | None = None, ax: Axes | None = No
         painter.pool_cell(index, block, tables)
     painter.notes()
     painter.legend()
-    describe(figure, _alt(tables), _caption(trace, tables))
+    describe(figure, f"{_alt(tables)} {_in_words(trace, tables)}", _caption(tables))
     return figure
 
 
@@ -379,7 +379,19 @@ def _alt(tables: BlockTables) -> str:
     )
 
 
-def _caption(trace: Trace, tables: BlockTables) -> str:
+def _caption(tables: BlockTables) -> str:
+    if groups := _shared_groups(tables, limit=1):
+        what = f"{groups[0][1]} share blocks."
+    elif not tables.free:
+        what = "no block is free."
+    elif tables.cached:
+        what = "hatched blocks belong to nobody, and can be used again."
+    else:
+        what = "no block is shared."
+    return f"Step {tables.step}: {what}"
+
+
+def _in_words(trace: Trace, tables: BlockTables) -> str:
     running = [row for row in tables.rows if row.state == "running"]
     waiting = sum(row.state == "waiting" for row in tables.rows)
     tokens = sum(tables.filled.values())

@@ -12,7 +12,7 @@ from minivllm.viz.figure import WIDTH, Figure, describe
 #: Inches: the height of a line, the indent of a level, and where the second column begins.
 _LINE, _INDENT, _SECOND = 0.245, 0.28, 3.0
 #: The most letters of a sentence in the second column.
-_LETTERS = 84
+_LETTERS = 90
 
 
 @dataclass(frozen=True)
@@ -72,5 +72,6 @@ def draw_class_tree(root: type, title: str) -> Figure:
         ax.text(_SECOND, y, text, fontsize=8.5, color=palette.SOFT_INK, va="center")
     first = [member.name for member in members if member.depth == 1]
     alt = f"Picture: {root.__name__} and the {len(members) - 1} classes below it, as a tree."
-    describe(figure, alt, f"Directly below {root.__name__}: {', '.join(first)}.")
+    alt += f" Directly below {root.__name__}: {', '.join(first)}."
+    describe(figure, alt, f"What is bold lies directly below {root.__name__}.")
     return figure

@@ -91,7 +91,8 @@ def draw_composition(trace: Trace, step: int | None = None, ax: Axes | None = No
     _key(ax, made, step)
     describe(
         figure,
-        f"Chart: the tokens of each of {count} steps, by kind, and the budget.",
+        f"Chart: the tokens of each of {count} steps, by kind, and the budget."
+        f" {_in_words(made, step)}",
         _caption(made, step),
     )
     return figure
@@ -133,6 +134,18 @@ def _key(ax: Axes, made: Composition, step: int) -> None:
 
 
 def _caption(made: Composition, step: int) -> str:
+    kinds = {
+        "decodes": made.decode[step],
+        "prompt tokens": made.prompt[step],
+        "tokens computed again": made.again[step],
+    }
+    present = [kind for kind, tokens in kinds.items() if tokens]
+    if len(present) > 1:
+        return f"Step {step} mixes {', '.join(present[:-1])} and {present[-1]}."
+    return f"Step {step} holds {present[0]} only." if present else f"Step {step} holds nothing."
+
+
+def _in_words(made: Composition, step: int) -> str:
     text = (
         f"Step {step}: {made.total(step):,} tokens of at most {made.budget:,}:"
         f" {made.decode[step]:,} decoded, {made.prompt[step]:,} of prompts"

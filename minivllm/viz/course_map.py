@@ -105,7 +105,7 @@ def draw_course_map(stops: Sequence[StopLike]) -> Figure:
     for stop in stops:
         _box(ax, *where[stop.number], stop, colors[parts.index(stop.part) % len(colors)])
     ax.text(0.09, high + 0.08, WORDS, fontsize=9.5, color=palette.SOFT_INK, va="center")
-    describe(figure, _alt(stops), _caption(stops))
+    describe(figure, f"{_alt(stops)} {_in_words(stops)}", _caption(stops))
     return figure
 
 
@@ -203,18 +203,19 @@ def _caption(stops: Sequence[StopLike]) -> str:
     reading, exercises = (
         sum(getattr(stop, name) for stop in stops) for name in ("reading", "exercises")
     )
+    later = [stop.number for stop in stops if not stop.reading]
+    to_come = f" Still to come: {', '.join(later)}." if later else ""
+    return f"{_hours(reading)} of reading and {_hours(exercises)} of exercises.{to_come}"
+
+
+def _in_words(stops: Sequence[StopLike]) -> str:
     arrows = [
         f"{stop.number} after {' and '.join(direct(stops)[stop.number])}"
         for stop in stops
         if stop.needs
     ]
     free = " and ".join(stop.number for stop in stops if not stop.needs)
-    later = [stop.number for stop in stops if not stop.reading]
-    to_come = f" Still to come: {', '.join(later)}." if later else ""
-    return (
-        f"{_hours(reading)} of reading and {_hours(exercises)} of exercises. Nothing is needed for"
-        f" {free}; {', '.join(arrows)}.{to_come}"
-    )
+    return f"Nothing is needed for {free}; {', '.join(arrows)}."
 
 
 def _hours(minutes: int) -> str:

@@ -4,7 +4,7 @@ and on dark pages.
 JupyterLab, nbconvert's default template and GitHub ignore alt text in an output's metadata, so the
 metadata alone do not suffice. A figure therefore displays as two outputs. The first is the PNG,
 with `alt` in the metadata (some front ends read it there) and as ``text/plain``. The second is
-`caption`, the picture in words and numbers, as Markdown below the PNG. Both texts are computed from
+`caption`, one thing that the picture shows, as Markdown below the PNG. Both texts are computed from
 the plotted data. nbval compares these texts; it does not compare images.
 """
 
@@ -49,7 +49,7 @@ class Box:
 
 
 class Figure(MatplotlibFigure):
-    """A figure with `alt` (one sentence: what it is) and `caption` (what it shows, in numbers).
+    """A figure with `alt` (what it is, and its numbers) and `caption` (one thing to see in it).
 
     Made without pyplot, so nothing is registered globally, and no cell shows the figure twice.
     """

@@ -213,11 +213,11 @@ def draw_variants(
         f"{case}: " + ", ".join(f"{name} {_spoken(speed)}" for name, speed in row.items())
         for case, row in cases.items()
     )
-    first = [row[names[0]] for row in cases.values() if names[0] in row]
+    longest_bar = max(cases, key=lambda case: cases[case].get(names[0], 0.0))
     describe(
         figure,
         f"Chart: bars of {', '.join(names)} in {len(cases)} cases, in {unit}. {said}.",
-        f"{names[0]}: {_spoken(min(first))} to {_spoken(max(first))} {unit}.",
+        f"The longest bar of “{names[0]}”: {longest_bar}.",
     )
     return figure
 

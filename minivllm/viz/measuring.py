@@ -22,8 +22,9 @@ _MARKERS = ("o", "s", "^", "D", "v")
 
 
 def _number(value: float) -> str:
-    """A number with three significant digits: 0.27, 5.28, 41.6, 1,230."""
-    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    """A number with three significant digits: 0.27, 5.28, 41.6, 1,230. But 40, not 40.0."""
+    whole = abs(value) >= 100 or (abs(value) >= 10 and value == round(value))
+    digits = 0 if whole else 1 if abs(value) >= 10 else 2
     return f"{value:,.{digits}f}"
 
 
@@ -88,9 +89,9 @@ def draw_decode_floor(
     side_legend(ax, handles, labels, "A decode step")
     alt = (
         f"Chart: the least time of a decode step for {batches[0]} to {batches[-1]:,} sequences, by"
-        " part."
+        f" part. {_decode_floor_in_words(batches, floor, measured)}"
     )
-    describe(figure, alt, _decode_floor_caption(batches, parts, floor, measured))
+    describe(figure, alt, _decode_floor_caption(batches, parts))
     return figure
 
 
@@ -113,19 +114,21 @@ def _style_decode_floor(ax: Axes, batches: Sequence[int]) -> None:
     ax.grid(color=palette.LINE, linewidth=0.5, alpha=0.6)
 
 
-def _decode_floor_caption(
-    batches: Sequence[int],
-    parts: Mapping[str, Sequence[float]],
-    floor: Sequence[float],
-    measured: Sequence[tuple[int, float]],
-) -> str:
+def _decode_floor_caption(batches: Sequence[int], parts: Mapping[str, Sequence[float]]) -> str:
     (first, weights), *others = parts.items()
-    text = f"With {batches[0]}, a step takes at least {_number(1e3 * floor[0])} milliseconds"
-    text += f", with {batches[-1]:,} at least {_number(1e3 * floor[-1])}."
+    found = []
     for name, values in others:
         place = crossing(batches, weights, values)
         where = f"from about {place:.0f} sequences on" if place else "nowhere in this range"
-        text += f" {name[0].upper()}{name[1:]}: more than {first} {where}."
+        found.append(f"{name} cost more than {first} {where}")
+    return f"{'; '.join(found) or f'Only {first}'}."
+
+
+def _decode_floor_in_words(
+    batches: Sequence[int], floor: Sequence[float], measured: Sequence[tuple[int, float]]
+) -> str:
+    text = f"With {batches[0]}, a step takes at least {_number(1e3 * floor[0])} milliseconds"
+    text += f", with {batches[-1]:,} at least {_number(1e3 * floor[-1])}."
     if measured:
         text += f" Measured: {', '.join(f'{_number(1e3 * s)} with {n:,}' for n, s in measured)}."
     return text
@@ -222,13 +225,11 @@ def _style_parts(
 
 
 def _largest_parts(rows: Mapping[str, Mapping[str, float]]) -> str:
-    bars_of: dict[str, list[str]] = {}
-    for name, parts in rows.items():
-        bars_of.setdefault(max(parts, key=lambda part: parts[part]), []).append(name)
-    if len(bars_of) == 1:
-        return f"The largest part of each bar: {next(iter(bars_of))}."
-    found = [f"{part} (in {', '.join(names)})" for part, names in bars_of.items()]
-    return f"The largest parts: {'; '.join(found)}."
+    largest = {name: max(parts, key=lambda part: parts[part]) for name, parts in rows.items()}
+    if len(set(largest.values())) == 1:
+        return f"The largest part of each bar: {next(iter(largest.values()))}."
+    longest = max(rows, key=lambda name: sum(rows[name].values()))
+    return f"The largest part of “{longest}”: {largest[longest]}."
 
 
 def _parts_in_words(rows: Mapping[str, Mapping[str, float]], unit: str) -> str:
@@ -323,6 +324,8 @@ def _style_tradeoff(ax: Axes) -> None:
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     ax.tick_params(which="minor", labelsize=8, labelcolor=palette.SOFT_INK)
     ax.grid(color=palette.LINE, linewidth=0.5, alpha=0.6)
+    # Room for the labels of the lowest points.
+    ax.margins(y=0.12)
 
 
 def _tradeoff_in_words(curves: Mapping[str, Sequence[Load]]) -> str:
@@ -443,11 +446,11 @@ def draw_intervals(
     ax.set_xlim(low, high)
     ax.set_xlabel(unit, fontsize=9.5, color=palette.SOFT_INK)
     said = ", ".join(f"{name} {sum(e - s for s, e in lane):g}" for name, lane in lanes.items())
-    caption = (
-        f"A step of {end - begin:g} {unit}. Sums of the lanes' bars: {said}. Shaded: not in this"
-        " step."
+    alt = (
+        f"Chart: what ran when, in {len(lanes)} lanes: {', '.join(lanes)}. A step of"
+        f" {end - begin:g} {unit}. Sums of the lanes' bars: {said}."
     )
-    describe(figure, f"Chart: what ran when, in {len(lanes)} lanes: {', '.join(lanes)}.", caption)
+    describe(figure, alt, "What is shaded does not belong to this step.")
     return figure
 
 

@@ -142,7 +142,7 @@ def draw_kv_memory(
     ax.axvline(step, color=palette.INK, linewidth=1.2)
     _style_axes(ax, count, ceiling)
     _key(ax, memory, step)
-    describe(figure, _alt(count), _caption(memory, step))
+    describe(figure, f"{_alt(count)} {_in_words(memory, step)}", _caption(memory, step))
     return figure
 
 
@@ -206,6 +206,11 @@ def _alt(count: int) -> str:
 
 
 def _caption(memory: KVMemory, step: int) -> str:
+    fits = "would fit" if memory.reserved[step] <= memory.capacity else "would not fit"
+    return f"Step {step}: a contiguous reservation {fits} into the pool."
+
+
+def _in_words(memory: KVMemory, step: int) -> str:
     taken = memory.tokens[step] + memory.wasted[step]
     share = round(100 * memory.tokens[step] / taken) if taken else 100
     text = (

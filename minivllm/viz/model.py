@@ -158,8 +158,8 @@ def draw_rotation(rotation: Rotation, step: int = 0) -> Figure:
     describe(
         figure,
         f"Picture: {count} dials, one a pair of numbers, each with a hand for a query and a hand"
-        " for a key.",
-        f"{what}. Angle between them: {angles}. {scores}",
+        f" for a key. {what}. Angle between them: {angles}. {scores}",
+        f"{what}: the distance alone decides the score.",
     )
     return figure
 
@@ -202,7 +202,7 @@ def draw_pairings(head_dim: int, pairings: Mapping[str, Sequence[tuple[int, int]
     pairings: name -> pairs of indices. ValueError where a number is in no pair, or in two.
     """
     figure = Figure(1.55 * len(pairings) + 0.1)
-    captions = []
+    said = []
     for row, (name, pairs) in enumerate(pairings.items()):
         if sorted(i for pair in pairs for i in pair) != list(range(head_dim)):
             raise ValueError(
@@ -235,9 +235,12 @@ def draw_pairings(head_dim: int, pairings: Mapping[str, Sequence[tuple[int, int]
                     fontsize=11,
                     color=palette.text_on(shade),
                 )
-        captions.append(f"{name}: " + ", ".join(f"{a} with {b}" for a, b in pairs))
-    alt = f"Picture: {len(pairings)} ways to pair the {head_dim} numbers of a head."
-    describe(figure, alt, "; ".join(captions) + ".")
+        said.append(f"{name}: " + ", ".join(f"{a} with {b}" for a, b in pairs))
+    alt = (
+        f"Picture: {len(pairings)} ways to pair the {head_dim} numbers of a head."
+        f" {'; '.join(said)}."
+    )
+    describe(figure, alt, "Numbers that an arc joins turn together.")
     return figure
 
 
@@ -387,11 +390,16 @@ def draw_stream(
     for side in ("top", "right", "left"):
         ax.spines[side].set_visible(False)
     ax.spines["bottom"].set_color(palette.LINE)
-    caption = f"Size of the stream: {labels[0]} {sizes[0]:.1f}, in the end {sizes[-1]:.1f}."
+    largest = labels[max(range(len(sizes)), key=sizes.__getitem__)]
+    caption = f"The stream is largest at {largest}."
     if found is not None:
         ax.plot(range(len(found)), found, "x", color=palette.INK, markersize=9, markeredgewidth=2.4)
-        caption += " " + _where_they_part(sizes, labels, found)
-    describe(figure, f"Chart: the size of the residual stream at {len(sizes)} places.", caption)
+        caption = _where_they_part(sizes, labels, found)
+    alt = (
+        f"Chart: the size of the residual stream at {len(sizes)} places, {labels[0]}"
+        f" {sizes[0]:.1f}, in the end {sizes[-1]:.1f}."
+    )
+    describe(figure, alt, caption)
     return figure
 
 
@@ -414,7 +422,7 @@ def draw_lens(words: Sequence[str], rows: Mapping[str, Sequence[tuple[str, float
     """Draw the head's prediction from the stream at each stage, as a table of words.
 
     words: the input, one column per word. rows: stage -> (best next word, its probability) for each
-    column; the last stage is the model's answer. Darker is more certain. A frame marks the stage
+    column; the last stage is the model's answer. Greener is more certain. A frame marks the stage
     from which a column keeps its final word. ValueError for rows that do not fit.
     """
     stages, columns = list(rows), len(words)

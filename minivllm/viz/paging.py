@@ -103,15 +103,15 @@ def draw_kv_bytes(models: Sequence[ModelShape], ax: Axes | None = None) -> Matpl
     )
     parts = [f"{m.name} {m.kv_bytes() / 1024:,.0f} KiB" for m in models]
     saved = ", ".join(f"{m.heads // m.kv_heads}" for m in models)
+    heavy = [f"{_tokens_of_weights(m):,} tokens of {m.name}" for m in models]
     caption = (
-        f"{_tokens_of_weights(models[0]):,} tokens are as heavy as the weights of"
-        f" {models[0].name}, {_tokens_of_weights(models[-1]):,} as those of {models[-1].name}."
+        f"{_tokens_of_weights(models[0]):,} tokens are as heavy as the weights of {models[0].name}."
     )
     describe(
         figure,
         f"Chart: bytes of keys and values per token in {len(models)} models, with and without GQA."
         f" A token takes {', '.join(parts)}. Sharing K and V among query heads makes that {saved}"
-        " times smaller.",
+        f" times smaller. As heavy as the weights: {', '.join(heavy)}.",
         caption,
     )
     return figure
@@ -271,16 +271,9 @@ def draw_memory_shares(
         f"Chart: what KV memory was used for under {len(shares)} ways to allocate it, while"
         f" requests wait. {'; '.join(parts)}."
     )
-    said = " and ".join(
-        f"{100 * shares[name].tokens:.0f} % with {name}" for name in dict.fromkeys(_ends(shares))
-    )
-    describe(figure, alt, f"Share of the pool that holds tokens: {said}.")
+    best = max(shares, key=lambda name: shares[name].tokens)
+    describe(figure, alt, f"The largest share of tokens: {best}.")
     return figure
-
-
-def _ends(names: Mapping[str, object]) -> tuple[str, str]:
-    """The first and the last name."""
-    return next(iter(names)), next(reversed(list(names)))
 
 
 def draw_memory_map(
@@ -296,7 +289,8 @@ def draw_memory_map(
     panel, gap, top, bottom = 1.5, 0.42, 0.66, 0.5
     height = top + len(maps) * panel + (len(maps) - 1) * gap + bottom
     figure = Figure(height)
-    parts, done = [], []
+    parts: list[str] = []
+    finished: dict[str, int] = {}
     for i, (name, steps) in enumerate(maps.items()):
         y = height - top - panel - i * (panel + gap)
         ax = figure.add_axes((0.075, y / height, 0.905, panel / height))
@@ -308,7 +302,7 @@ def draw_memory_map(
             extent=(0, num_steps, 0, capacity),
         )
         last_seen = {span[0]: step for step, spans in enumerate(steps) for span in spans}
-        finished = sum(step + 1 < num_steps for step in last_seen.values())
+        finished[name] = sum(step + 1 < num_steps for step in last_seen.values())
         first_seen = {
             span[0]: step for step, spans in reversed(list(enumerate(steps))) for span in spans
         }
@@ -317,10 +311,9 @@ def draw_memory_map(
         ).tokens
         ax.set_title(name, loc="left", fontsize=11, weight="bold", color=palette.INK, pad=4)
         note = (
-            f"{100 * share:.0f} % tokens while requests wait · {finished} of {len(last_seen)}"
-            " finished"
+            f"{100 * share:.0f} % tokens while requests wait ·"
+            f" {finished[name]} of {len(last_seen)} finished"
         )
-        done.append(f"{finished} with {name}")
         if len(steps) < num_steps:
             note += f" after {len(steps):,} steps"
         ax.set_title(note, loc="right", fontsize=9.5, color=palette.SOFT_INK, pad=4)
@@ -352,9 +345,15 @@ def draw_memory_map(
         f"Map: what lies where in the cache over {num_steps:,} steps. Panels: {len(maps)}."
         f" {' '.join(parts)}"
     )
-    caption = f"Requests that have finished after {num_steps:,} steps: {', '.join(done)}."
-    describe(figure, alt, caption)
+    describe(figure, alt, _map_caption(finished))
     return figure
+
+
+def _map_caption(finished: Mapping[str, int]) -> str:
+    if len(finished) == 1:
+        name, count = next(iter(finished.items()))
+        return f"{count:,} request{'' if count == 1 else 's'} finished with {name}."
+    return f"The most requests finished with {max(finished, key=lambda name: finished[name])}."
 
 
 #: Colours of the map, by the fields of `MemoryShares`.
@@ -448,7 +447,12 @@ def draw_slots(
         f"Picture: where the tokens of request {row.letter} lie in the KV cache, slot by slot, at"
         f" step {step}."
     )
-    describe(figure, alt, _slots_caption(step, row, pieces.get(row.name, ()), trace.block_size))
+    words = pieces.get(row.name, ())
+    describe(
+        figure,
+        f"{alt} {_slots_in_words(step, row, words, trace.block_size)}",
+        _slots_caption(step, row, words, trace.block_size),
+    )
     return figure
 
 
@@ -456,15 +460,26 @@ def _state(row: Row) -> str:
     return f"{row.num_tokens} tokens in {len(row.blocks)} blocks" if row.blocks else row.state
 
 
-def _slots_caption(step: int, row: Row, words: Sequence[str], size: int) -> str:
-    if not row.blocks:
-        return f"Step {step}: request {row.letter} is {row.state} and holds no block."
-    table = [block for block, _ in row.blocks]
+def _newest(row: Row, words: Sequence[str], size: int) -> tuple[int, int, str]:
+    """(position, slot, its word in a sentence) of the newest token of a request."""
     position = row.num_tokens - 1
     index, offset = divmod(position, size)
     word = words[position].strip() if position < len(words) else ""
-    piece = f", “{word}”," if word else ""
-    block, slot = table[index], table[index] * size + offset
+    return position, row.blocks[index][0] * size + offset, f", “{word}”," if word else ""
+
+
+def _slots_caption(step: int, row: Row, words: Sequence[str], size: int) -> str:
+    if not row.blocks:
+        return f"Step {step}: request {row.letter} is {row.state} and holds no block."
+    _, slot, piece = _newest(row, words, size)
+    return f"Step {step}: the newest token{piece} of {row.letter} lies in slot {slot}."
+
+
+def _slots_in_words(step: int, row: Row, words: Sequence[str], size: int) -> str:
+    if not row.blocks:
+        return _slots_caption(step, row, words, size)
+    position, slot, piece = _newest(row, words, size)
+    (index, offset), block = divmod(position, size), slot // size
     return (
         f"The newest token{piece} of {row.letter} has position {position}. Entry {position} //"
         f" {size} = {index} of the block table says block {block}, the offset is {position} %"
@@ -606,16 +621,31 @@ class _Reads:
         return cls(len(wanted), position_of, counts, missed, foreign, repeated, wrong_order)
 
     @property
+    def faults(self) -> list[str]:
+        """What should not be, each in a few words."""
+        position_of = self.position_of
+        found = {
+            "not read:": [position_of[slot] for slot in self.missed],
+            "read more than once:": [position_of[slot] for slot in self.repeated],
+            "slots of nobody or somebody else:": self.foreign,
+        }
+        faults = [f"{name} {_some(numbers)}" for name, numbers in found.items() if numbers]
+        return [*faults, *["read in another order"] * self.wrong_order]
+
+    @property
     def caption(self) -> str:
+        """Say in words what was wrong."""
+        if not self.faults:
+            return "Every position was read once."
+        return f"{self.faults[0][0].upper()}{'; '.join(self.faults)[1:]}."
+
+    @property
+    def in_words(self) -> str:
         """Say in words what was read and what was not."""
-        position_of, missed, repeated = self.position_of, self.missed, self.repeated
-        text = f"Of {self.num_positions} positions {self.num_positions - len(missed)} were read"
-        text += f"; not read: {_some(position_of[slot] for slot in missed)}" if missed else ""
-        if repeated:
-            text += f"; more than once: {_some(position_of[slot] for slot in repeated)}"
-        if self.foreign:
-            text += f"; slots of nobody or somebody else: {_some(self.foreign)}"
-        return text + ("; but in another order." if self.wrong_order else ".")
+        read = self.num_positions - len(self.missed)
+        return (
+            f"{'; '.join([f'Of {self.num_positions} positions {read} were read', *self.faults])}."
+        )
 
 
 def draw_reads(
@@ -686,7 +716,8 @@ def draw_reads(
     )
     describe(
         figure,
-        f"Map: which slots of a cache of {num_blocks} blocks were read for one context.",
+        f"Map: which slots of a cache of {num_blocks} blocks were read for one context."
+        f" {reads.in_words}",
         reads.caption,
     )
     return figure
@@ -791,7 +822,7 @@ def draw_split_kv(
 ) -> MatplotlibFigure:
     """Draw one square per multiprocessor, and one bar for the time: one panel per case.
 
-    A square is the darker the longer its multiprocessor works. All bars have the same scale.
+    A square is the bluer the longer its multiprocessor works. All bars have the same scale.
     """
     plans = [schedule_programs(case, multiprocessors, tile) for case in cases]
     ends = [max(end for _, _, end, _ in plan) for plan in plans]

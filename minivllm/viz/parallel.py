@@ -35,8 +35,7 @@ PARTS = (
 
 def rank_color(rank: int) -> str:
     """The colour of a rank; from the ninth on, paler ones."""
-    color = palette.request_color(rank)
-    return color if rank < len(palette.REQUESTS) else palette.tint(color, 0.4)
+    return palette.request_color(rank)
 
 
 def _plain(figure: Figure, width: float, height: float) -> Axes:
@@ -89,11 +88,11 @@ def draw_splits(num_ranks: int = 2) -> Figure:
     describe(
         figure,
         f"Picture: the product of x and a matrix, on {num_ranks} ranks, with the matrix cut in two"
-        " ways.",
-        f"By columns: every rank has all of x and {parts} of the columns, and computes {parts} of"
-        f" the result's columns; who needs all of them, gathers. By rows: every rank has {parts} of"
-        f" x's columns and {parts} of the rows, and computes a term as large as the whole result;"
-        " an all-reduce adds the terms.",
+        f" ways. By columns: every rank has all of x and {parts} of the columns, and computes"
+        f" {parts} of the result's columns; who needs all of them, gathers. By rows: every rank has"
+        f" {parts} of x's columns and {parts} of the rows, and computes a term as large as the"
+        " whole result; an all-reduce adds the terms.",
+        "Cut by columns, the results are gathered; cut by rows, they are added.",
     )
     return figure
 
@@ -235,11 +234,11 @@ def draw_parallel_block(config: ModelConfig, num_ranks: int = 2) -> Figure:
     describe(
         figure,
         f"Picture: a decoder block on {num_ranks} ranks, a lane each, with two all-reduces across"
-        " the lanes.",
-        f"Every rank norms all {config.hidden_size:,} numbers of a token, alike. Then {heads} of"
-        f" {config.num_attention_heads} query heads and {wide:,} of {config.intermediate_size:,}"
-        " MLP columns each. After attention's output, and after down, an all-reduce adds the terms"
-        " of all ranks.",
+        f" the lanes. Every rank norms all {config.hidden_size:,} numbers of a token, alike. Then"
+        f" {heads} of {config.num_attention_heads} query heads and {wide:,} of"
+        f" {config.intermediate_size:,} MLP columns each. After attention's output, and after"
+        " down, an all-reduce adds the terms of all ranks.",
+        "Attention ends with an all-reduce, and so does the MLP.",
     )
     return figure
 
@@ -273,11 +272,11 @@ def draw_heads(num_heads: int, num_kv_heads: int, splits: Mapping[str, Heads]) -
     """
     figure = Figure(0.15 + 1.12 * len(splits))
     ax = _plain(figure, 100, 12.4 * len(splits) + 0.8)
-    captions = []
+    said, lists_of = [], {}
     for row, (title, heads) in enumerate(splits.items()):
         top = 12.4 * row
         ax.text(1, top + 2.2, title, va="center", fontsize=11, weight="bold", color=palette.INK)
-        lists = [([*queries], [*keys]) for queries, keys in heads]
+        lists = lists_of[title] = [([*queries], [*keys]) for queries, keys in heads]
         for kind, (label, number, y) in enumerate(
             (("query heads", num_heads, 3.9), ("KV heads", num_kv_heads, 8.2))
         ):
@@ -292,12 +291,12 @@ def draw_heads(num_heads: int, num_kv_heads: int, splits: Mapping[str, Heads]) -
                     owners,
                     single=kind == 0,
                 )
-        captions.append(f"{title}: {_heads_in_words(num_heads, num_kv_heads, lists)}.")
+        said.append(f"{title}: {_heads_in_words(num_heads, num_kv_heads, lists)}.")
     alt = (
         f"Picture: which of {num_heads} query heads and {num_kv_heads} KV heads each rank has, in"
-        f" {len(splits)} ways."
+        f" {len(splits)} ways. {' '.join(said)}"
     )
-    describe(figure, alt, " ".join(captions))
+    describe(figure, alt, _heads_caption(num_heads, num_kv_heads, lists_of))
     return figure
 
 
@@ -326,6 +325,24 @@ def _draw_head(
                 hatch="////",
             )
         )
+
+
+def _heads_caption(num_heads: int, num_kv_heads: int, splits: Mapping[str, Heads]) -> str:
+    """The first fault of the ways to split, or what is special about the last of them."""
+    for title, lists in splits.items():
+        owners = [sum(h in own for _, own in lists) for h in range(num_kv_heads)]
+        held = [sum(h in own for own, _ in lists) for h in range(num_heads)]
+        for wrong, words in (
+            (held.count(0), "{} on no rank"),
+            (sum(count > 1 for count in held), "{} computed twice"),
+        ):
+            if wrong:
+                return f"{title}: {words.format(_count(wrong, 'query head'))}."
+        if 0 in owners:
+            return f"{title}: {_count(owners.count(0), 'KV head')} on no rank."
+    shared = any(count > 1 for count in owners)
+    where = "every KV head is on several ranks" if shared else "every head is on one rank"
+    return f"{title}: {where}."
 
 
 def _heads_in_words(
@@ -434,16 +451,23 @@ def draw_ring(ring: Ring, step: int) -> Figure:
     describe(
         figure,
         f"Picture: the parts of {n} ranks in a ring, after step {step} of {2 * n - 2} of an"
-        " all-reduce.",
-        f"After step {step}: {full} of {n * n} parts hold the terms of all {n} ranks."
+        f" all-reduce. {full} of {n * n} parts hold the terms of all {n} ranks."
         + (
             " Just sent:"
             f" {', '.join(f'part {part} by rank {rank}' for rank, part in sorted(sends))}."
             if sends
             else ""
         ),
+        f"After step {step}, {_ring_caption(full, n * n)}.",
     )
     return figure
+
+
+def _ring_caption(full: int, parts: int) -> str:
+    if full == parts:
+        return "every part holds the terms of all ranks"
+    count = f"{full} parts hold" if full > 1 else f"{full or 'no'} part holds"
+    return f"{count} the terms of all ranks"
 
 
 def _ring_title(ring: Ring, step: int) -> str:
@@ -503,6 +527,16 @@ class CollectiveSweep:
         return self.one[model] / (self.many[model] + self.collectives[model] * us / 1000)
 
 
+def _sweep_caption(sweep: CollectiveSweep, us: int) -> str:
+    slower = [model for model in sweep.one if sweep.speedup(model, us) < 1]
+    what = (
+        f"one GPU is faster for {' and '.join(slower)}"
+        if slower
+        else f"{sweep.gpus} GPUs are faster for every model"
+    )
+    return f"With {us} microseconds per start, {what}."
+
+
 def draw_collectives(sweep: CollectiveSweep, step: int) -> Figure:
     """Draw how many times as fast a step is, over the time that a collective takes to start.
 
@@ -537,8 +571,9 @@ def draw_collectives(sweep: CollectiveSweep, step: int) -> Figure:
     describe(
         figure,
         f"Chart: how many times as fast a step is on {sweep.gpus} GPUs, for collectives that take 1"
-        f" to {sweep.most_us} microseconds to start, for {_count(len(sweep.one), 'model')}.",
-        f"With {us} microseconds per start, times as fast: {', '.join(found)}.",
+        f" to {sweep.most_us} microseconds to start, for {_count(len(sweep.one), 'model')}."
+        f" With {us} microseconds per start, times as fast: {', '.join(found)}.",
+        _sweep_caption(sweep, us),
     )
     return figure
 

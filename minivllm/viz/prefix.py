@@ -320,8 +320,9 @@ def draw_block_story(story: BlockStory, step: int = -1, ax: Axes | None = None) 
     _story_legend(ax, height - 0.18)
     describe(
         figure,
-        f"Picture: the blocks of a KV cache{f' after event {step}' * bool(number)}: {moment.text}",
-        (f"Event {step}: " if number else "") + _story_caption(moment),
+        f"Picture: the blocks of a KV cache{f' after event {step}' * bool(number)}:"
+        f" {_story_in_words(moment)}",
+        (f"Event {step}: " if number else "") + moment.text,
     )
     return figure
 
@@ -461,15 +462,16 @@ def _story_legend(ax: Axes, y: float) -> None:
     for kind in ("used", "shared", "cached: free, content known", "empty: free, nothing known"):
         if kind in ("used", "shared"):
             edge = {"edgecolor": palette.INK, "lw": 1.8} if kind == "shared" else _PLAIN
-            # Grey: every colour means a request.
-            ax.add_patch(Rectangle((x, y - 0.1), 0.2, 0.2, facecolor=palette.SOFT_INK, **edge))
+            # Grey, because every colour means a request; pale, so that the frame can be seen.
+            face = palette.tint(palette.SOFT_INK, 0.5)
+            ax.add_patch(Rectangle((x, y - 0.1), 0.2, 0.2, facecolor=face, **edge))
         else:
             _unused(ax, x, y - 0.1, 0.2, kind.startswith("cached"))
         ax.text(x + 0.28, y, kind, fontsize=9, color=palette.SOFT_INK, va="center")
         x += 0.62 + 0.075 * len(kind)
 
 
-def _story_caption(moment: Moment) -> str:
+def _story_in_words(moment: Moment) -> str:
     used = sum(count > 0 for count in moment.ref_counts)
     shared = [str(block) for block, count in enumerate(moment.ref_counts) if count > 1]
     cached = moment.cached
@@ -565,9 +567,8 @@ def draw_reuse(
         f"Chart: {title[0].lower()}{title[1:]}. {what}: {shares}; in all {total.again:,} of"
         f" {total.again + total.new:,}."
     )
-    ends = [f"{round(100 * bar.share)} % ({bar.label})" for bar in (bars[0], bars[-1])]
-    caption = f"{what}: {ends[0]}, {ends[1]}."
-    describe(figure, alt, caption)
+    best = max(bars, key=lambda bar: bar.share)
+    describe(figure, alt, f"{what}: the largest share in “{best.label}”.")
     return figure
 
 

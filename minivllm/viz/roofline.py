@@ -25,7 +25,7 @@ PARTS = (
     ("prefill_attention", "attention of prompts", palette.REQUESTS[2]),
 )
 #: Points closer than this (in decades) share a label.
-TOGETHER = 0.09
+TOGETHER = 0.2
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,11 @@ def _labels(points: Sequence[Point]) -> list[tuple[float, float, str]]:
                 break
         else:
             groups.append([point])
+    # On the right of the rightmost point, so that no other point lies on the label.
+    places = [max(group, key=lambda point: point.flops_per_byte) for group in groups]
     return [
-        (g[0].flops_per_byte, g[0].flops_per_second, " ".join(p.letter for p in g)) for g in groups
+        (place.flops_per_byte, place.flops_per_second, " ".join(p.letter for p in group))
+        for place, group in zip(places, groups, strict=True)
     ]
 
 
@@ -273,7 +276,7 @@ def draw_floor(report: dict[str, Any], ax: Axes | None = None) -> Figure:
             annotation_clip=False,
         )
     _style_floor(ax, list(cases))
-    describe(figure, _floor_alt(cases), _floor_caption(cases))
+    describe(figure, f"{_floor_alt(cases)} {_floor_in_words(cases)}", _floor_caption(cases))
     return figure
 
 
@@ -329,6 +332,15 @@ def _floor_alt(cases: dict[str, Any]) -> str:
 
 
 def _floor_caption(cases: dict[str, Any]) -> str:
+    shares = {
+        name: case["share_of_floor"] for name, case in cases.items() if "share_of_floor" in case
+    }
+    if not shares:
+        return "A bar is the least time that the hardware needs."
+    return f"Farthest from its floor: {min(shares, key=lambda name: shares[name])}."
+
+
+def _floor_in_words(cases: dict[str, Any]) -> str:
     names = {part: name for part, name, _ in PARTS}
     sentences = []
     for name, case in cases.items():

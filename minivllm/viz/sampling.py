@@ -105,7 +105,7 @@ def draw_flat_batch(inputs: Any, block_size: int, words: Sequence[str] | None = 
     ]
     alt = (
         f"Picture: the {count} tokens of a step laid end to end, with positions and slots in blocks"
-        f" of {block_size}."
+        f" of {block_size}. {'; '.join(rows)}."
     )
     followed = [names[next(r for r in range(num_rows) if i < edges[r + 1])] for i in asked]
     followed = " and ".join(filter(None, [", ".join(followed[:-1]), *followed[-1:]])) or "nobody"
@@ -115,7 +115,7 @@ def draw_flat_batch(inputs: Any, block_size: int, words: Sequence[str] | None = 
         f"One step: {_plural(count, 'token')} of {_plural(num_rows, 'request')}",
         **_BOLD,
     )
-    describe(figure, alt, f"{'; '.join(rows)}. A next token is chosen for {followed}.")
+    describe(figure, alt, f"A next token is chosen for {followed}.")
     return figure
 
 
@@ -280,9 +280,9 @@ def draw_ruler(replay: SampledText, step: int = -1, names: int = 7) -> Figure:
     describe(
         figure,
         f"Picture: the probabilities of step {step} laid on a line from 0 to 1, and the random"
-        f" number on it. {_plural(len(named), 'token')} with a name, {1 - rest:.2f} of the line.",
-        f"Step {step}: u = {draw.u:.3f} falls into the part of {chosen!r}, from {begin:.3f} to"
-        f" {end:.3f}.",
+        f" number on it. {_plural(len(named), 'token')} with a name, {1 - rest:.2f} of the line."
+        f" {draw.u:.3f} falls into the part from {begin:.3f} to {end:.3f}.",
+        f"Step {step}: the random number falls into the part of {chosen!r}.",
     )
     return figure
 
@@ -351,9 +351,10 @@ def draw_frequencies(
     ]
     alt = (
         f"Chart: the probabilities of {len(labels)} tokens, and the shares with which they were"
-        " drawn."
+        f" drawn. Against the probabilities, {'; '.join(parts)}."
     )
-    describe(figure, alt, f"Against the probabilities, {'; '.join(parts)}.")
+    worst = max(gaps, key=lambda name: gaps[name])
+    describe(figure, alt, f"Farthest from the probabilities: {worst}.")
     return figure
 
 
@@ -429,10 +430,10 @@ def draw_life(
         ax.add_patch(Rectangle(*box, facecolor=color, **line))
     ttft, gaps = _in_words(found, durations and first, durations and total - first)
     _bracket(ax, 0, first, 0.55, f"time to first token: {ttft}")
-    caption, more = f"The first token is there after {ttft}", found.num_tokens - 1
+    rest, more = "", found.num_tokens - 1
     if more:
         _bracket(ax, first, total, 2.45, f"{_plural(more, 'more token')} in {gaps}", below=True)
-        caption += f"; {_plural(more, 'more token')} in {gaps}"
+        rest = f" {_plural(more, 'more token')} in {gaps}."
     begins = edges[found.first_scheduled]
     marks = [(0, "asked", "left"), (first, "first token", "left"), (total, "done", "right")]
     if begins >= 0.1 * total:
@@ -447,8 +448,8 @@ def draw_life(
     describe(
         figure,
         f"Timeline: one request over {steps} steps, from its arrival to its last token. It waits"
-        f" for {_plural(waits, 'step')}, its prompt takes {prompt}.",
-        f"{caption}.",
+        f" for {_plural(waits, 'step')}, its prompt takes {prompt}.{rest}",
+        f"The first token is there after {ttft}.",
     )
     return figure
 

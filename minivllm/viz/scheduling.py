@@ -197,7 +197,9 @@ class _Panel:
         style = {"facecolor": color, "edgecolor": palette.PAPER, "linewidth": 1, "zorder": 3}
         self.ax.add_patch(Rectangle((start, y), width, _LANE, **style))
         ink = palette.text_on(color)
-        middle = {"ha": "center", "va": "center", "fontsize": 8.5, "weight": "bold"}
+        # In a narrow bar, a larger letter would stand over the edges.
+        size = 8.5 if width > 0.15 * self.scale else 6.5
+        middle = {"ha": "center", "va": "center", "fontsize": size, "weight": "bold"}
         self.ax.text(start + width / 2, y + _LANE / 2, text, color=ink, zorder=5, **middle)
 
     def _useless(self, step: StepLike, y: float) -> None:

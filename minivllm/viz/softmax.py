@@ -127,7 +127,7 @@ def draw_online_softmax(
     caption = _replay_caption(replay, step)
     if found is not None:
         caption += _mark_found(bottom, replay, step, found)
-    describe(figure, _replay_alt(replay, step), caption)
+    describe(figure, f"{_replay_alt(replay, step)} {_replay_in_words(replay, step)}", caption)
     return figure
 
 
@@ -266,6 +266,12 @@ def _replay_alt(replay: SoftmaxReplay, step: int) -> str:
 
 
 def _replay_caption(replay: SoftmaxReplay, step: int) -> str:
+    record = replay.steps[step]
+    what = "grows, and the sum so far is scaled down" if record.jumped else "stays"
+    return f"Step {step + 1}: the maximum {what if step else 'is the first'}."
+
+
+def _replay_in_words(replay: SoftmaxReplay, step: int) -> str:
     done = replay.steps[: step + 1]
     jumps = [f"× {record.rescale:.2f}" for record in done if record.jumped]
     text = (
@@ -329,9 +335,9 @@ def draw_exp_range(rows: Mapping[str, Sequence[float]]) -> Figure:
     parts = [f"{name}: largest {max(rows[name]):.1f}, {lost[name]} beyond" for name in rows]
     alt = (
         f"Chart: {len(rows)} rows of scores on a line, with the largest numbers whose exp float16"
-        " and float32 can hold."
+        f" and float32 can hold. {'; '.join(parts)}."
     )
-    describe(figure, alt, f"exp overflows float32 beyond {limit:.1f}. {'; '.join(parts)}.")
+    describe(figure, alt, f"exp overflows float32 beyond {limit:.1f}.")
     return figure  # type: ignore[return-value]
 
 
@@ -366,7 +372,7 @@ def draw_merge(
         ax.set_ylabel("exp(score − max)", fontsize=9.5, color=palette.SOFT_INK)
         plain_axes(ax)
     top.set_title("Summed apart, each part under its own maximum", **_BOLD)
-    captions = []
+    terms = []
     for index, (part, (begin, end)) in enumerate(zip(parts, pairwise(edges), strict=True)):
         color = palette.request_color(index)
         letter = palette.request_letter(index)
@@ -392,7 +398,7 @@ def draw_merge(
         )
         arrow = {"arrowstyle": "-|>", "color": palette.RESERVED, "linewidth": 1.6}
         bottom.annotate("", (middle, 1.2), (middle, 1.45), arrowprops=arrow, annotation_clip=False)
-        captions.append(f"{letter} {part.new_sum:.2f} × {factor:.2f}")
+        terms.append(f"{letter} {part.new_sum:.2f} × {factor:.2f}")
         for ax in (top, bottom):
             if begin:
                 ax.axvline(begin - 0.5, color=palette.LINE, linewidth=1)
@@ -403,10 +409,9 @@ def draw_merge(
     alt = (
         f"Chart: {len(row)} scores in {len(parts)} parts, summed under each part's own maximum, and"
         " below it the same pieces rescaled to the common maximum."
+        f" Merged: maximum {total_max:.1f}, sum {' + '.join(terms)} = {total:.2f}."
     )
-    describe(
-        figure, alt, f"Merged: maximum {total_max:.1f}, sum {' + '.join(captions)} = {total:.2f}."
-    )
+    describe(figure, alt, "Sums can be added once they have a common maximum.")
     return figure
 
 
@@ -451,9 +456,10 @@ def draw_passes(versions: Mapping[str, Sequence[str]]) -> Figure:
     counts = [f"{name}: {len(moves)}" for name, moves in versions.items()]
     alt = (
         f"Chart: the passes over memory of {len(versions)} ways to compute softmax, a box for each"
-        " read and write."
+        f" read and write. Times that a row is read or written: {'; '.join(counts)}."
     )
-    describe(figure, alt, f"Times that a row is read or written. {'; '.join(counts)}.")
+    fewest = min(versions, key=lambda name: len(versions[name]))
+    describe(figure, alt, f"The fewest passes: {fewest}.")
     return figure  # type: ignore[return-value]
 
 
@@ -529,12 +535,13 @@ def draw_programs(columns: int, block: int, rows: int | None = None) -> Figure:
         color=palette.SOFT_INK,
     )
     if rows is None:
-        who, beyond = f"{lines} programs of one tile", f"{masked} lanes lie beyond the end"
+        who = f"{lines} programs of one tile"
+        beyond = f"The lanes beyond the end are masked: {masked}"
     else:
         who = f"{rows} programs, one for each row, with {tiles} tiles each"
-        beyond = f"{masked // rows} lanes of each row lie beyond its end"
+        beyond = f"The lanes beyond the end of a row are masked: {masked // rows} of each row"
     alt = f"Picture: {who}, a tile {block} lanes wide, with the offset that each lane works on."
-    describe(figure, alt, f"{who[0].upper()}{who[1:]}; {beyond} and are masked.")
+    describe(figure, alt, f"{beyond}.")
     return figure  # type: ignore[return-value]
 
 

@@ -134,7 +134,7 @@ def draw_streams(runs: Mapping[str, Sequence[SpanLike]], ax: Axes | None = None)
     _stream_legend(
         figure, [span.kind for spans in runs.values() for span in spans], height, own_figure
     )
-    describe(figure, _streams_alt(runs), _streams_caption(times))
+    describe(figure, f"{_streams_alt(runs)} {_streams_in_words(times)}", _streams_caption(times))
     return figure
 
 
@@ -232,6 +232,13 @@ def _streams_alt(runs: Mapping[str, Any]) -> str:
 
 
 def _streams_caption(times: Mapping[str, LaneTimes]) -> str:
+    busiest = max(times, key=lambda title: times[title].gpu_share)
+    if len(times) == 1:
+        return f"The GPU is busy {times[busiest].gpu_share:.0%} of the time."
+    return f"The GPU is busiest in “{busiest}”."
+
+
+def _streams_in_words(times: Mapping[str, LaneTimes]) -> str:
     parts = []
     for title, run in times.items():
         text = f"{title}: {_words(run.total)}, of which the GPU is busy {run.gpu_share:.0%}"
@@ -313,7 +320,8 @@ def draw_buckets(
             labelcolor=palette.INK,
             handlelength=1.4,
         )
-    describe(figure, _buckets_alt(choices, seen), _buckets_caption(choices, seen))
+    words = _buckets_in_words(choices, seen)
+    describe(figure, f"{_buckets_alt(choices, seen)} {words}", _buckets_caption(choices, seen))
     return figure
 
 
@@ -371,6 +379,11 @@ def _buckets_alt(choices: Mapping[str, Sequence[int]], seen: Mapping[int, int]) 
 
 
 def _buckets_caption(choices: Mapping[str, Sequence[int]], seen: Mapping[int, int]) -> str:
+    least = min(choices, key=lambda title: padded_rows(choices[title], seen))
+    return f"The least padding: “{least}”."
+
+
+def _buckets_in_words(choices: Mapping[str, Sequence[int]], seen: Mapping[int, int]) -> str:
     total, steps = sum(n * count for n, count in seen.items()), sum(seen.values())
     parts = [f"{_plural(steps, 'step')} with {total:,} rows of sequences."]
     for title, sizes in choices.items():
@@ -435,7 +448,8 @@ def draw_padding(replay: PaddingReplay, step: int = -1, ax: Axes | None = None) 
     plain_axes(ax)
     if own_figure:
         _draw_rows(figure, replay, replay.steps[step], step)
-    describe(figure, _padding_alt(replay, step), _padding_caption(replay, step))
+    words = _padding_in_words(replay, step)
+    describe(figure, f"{_padding_alt(replay, step)} {words}", _padding_caption(replay, step))
     return figure
 
 
@@ -464,6 +478,11 @@ def _padding_alt(replay: PaddingReplay, step: int) -> str:
 
 
 def _padding_caption(replay: PaddingReplay, step: int) -> str:
+    now = replay.steps[step]
+    return f"Step {step}: {_plural(now.size - now.count, 'row')} of padding."
+
+
+def _padding_in_words(replay: PaddingReplay, step: int) -> str:
     now = replay.steps[step]
     padding = now.size - now.count
     total = sum(s.count for s in replay.steps)
@@ -637,7 +656,7 @@ def draw_writes(
             )
         y += row + gap
     _writes_notes(ax, height - 0.17, lengths is not None)
-    describe(figure, _writes_alt(shown), _writes_caption(writes))
+    describe(figure, f"{_writes_alt(shown)} {_writes_in_words(writes)}", _writes_caption(writes))
     return figure
 
 
@@ -717,6 +736,18 @@ def _writes_alt(shown: Mapping[str, Sequence[int]]) -> str:
 
 
 def _writes_caption(writes: Sequence[Write]) -> str:
+    wrong = [w for w in writes if not w.allowed]
+    if not wrong:
+        return "Every place was written by the sequence that it belongs to."
+    more = f", and {_plural(len(wrong) - 1, 'other place')}" if len(wrong) > 1 else ""
+    return f"{_place(wrong[0])}{more}: written by somebody else."
+
+
+def _place(w: Write) -> str:
+    return f"Block {w.block}, place {w.offset}, of {w.owner or 'nobody'}"
+
+
+def _writes_in_words(writes: Sequence[Write]) -> str:
     right = [w for w in writes if w.allowed]
     wrong = [w for w in writes if not w.allowed]
     text = (
@@ -724,10 +755,7 @@ def _writes_caption(writes: Sequence[Write]) -> str:
         " belongs to."
     )
     for w in wrong[:4]:
-        text += (
-            f" Block {w.block}, place {w.offset}, of {w.owner or 'nobody'}, was written by somebody"
-            " else."
-        )
+        text += f" {_place(w)}, was written by somebody else."
     if len(wrong) > 4:
         text += f" And {len(wrong) - 4} more."
     return text

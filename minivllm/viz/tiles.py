@@ -7,6 +7,7 @@ draw_tile_replay)` puts it under a slider).
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -146,8 +147,8 @@ def draw_attention_tiles(
     _legend(ax, {name: faults[name] for name in shown[3:]}, names, side, 0.78)
     describe(
         figure,
-        _tiles_alt(tiles, went),
-        _tiles_caption(tiles, total, faults if went is not None else None),
+        f"{_tiles_alt(tiles, went)} {_tiles_in_words(tiles, total, went)}",
+        _tiles_caption(total, faults if went is not None else None),
     )
     return figure
 
@@ -311,9 +312,16 @@ def _tiles_alt(tiles: list[SequenceTiles], went: set | None) -> str:
     )
 
 
-def _tiles_caption(
-    tiles: list[SequenceTiles], total: Counter[str], faults: Counter[str] | None
-) -> str:
+def _tiles_caption(total: Counter[str], faults: Counter[str] | None) -> str:
+    if faults is not None:
+        return (
+            f"This function missed {faults['missed']:,} tiles and visited {faults['wasted']:,} for"
+            " nothing."
+        )
+    return f"{100 * total['skipped'] / total.total():.0f} % of the tiles are never visited."
+
+
+def _tiles_in_words(tiles: list[SequenceTiles], total: Counter[str], went: set | None) -> str:
     parts = [f"{_name(one)[2:]} tokens" for one in tiles]
     text = (
         parts[0].capitalize()
@@ -321,7 +329,7 @@ def _tiles_caption(
         else "; ".join(f"{palette.request_letter(i)}: {part}" for i, part in enumerate(parts))
     )
     count = sum(total.values())
-    what = "computed" if faults is None else "needed"
+    what = "computed" if went is None else "needed"
     text += (
         f". Of {count:,} tiles {total['full']:,} are {what} without a mask, {total['masked']:,}"
         f" with one, {total['skipped']:,} ({100 * total['skipped'] / count:.0f} %) never."
@@ -332,11 +340,6 @@ def _tiles_caption(
         columns = max(-(-one.context // block_n) for one in tiles)
         text += (
             f" Padded to the longest, the batch would have {len(tiles) * rows * columns:,} tiles."
-        )
-    if faults is not None:
-        text += (
-            f" This function missed {faults['missed']:,} tiles and visited {faults['wasted']:,} for"
-            " nothing."
         )
     return text
 
@@ -431,7 +434,8 @@ def draw_tile_replay(replay: TileReplay, step: int = -1, ax: Axes | None = None)
     ax.text(left, 0.2, title, fontsize=12, weight="bold", color=palette.INK, va="center")
     _draw_scores(ax, replay, state, left, top, 4.1 / keys, row)
     _draw_state(ax, replay, step, left + 4.1 + 0.3, top, row)
-    describe(figure, _replay_alt(replay), _replay_caption(replay, step))
+    words = _replay_in_words(replay, step)
+    describe(figure, f"{_replay_alt(replay)} {words}", _replay_caption(replay, step))
     return figure
 
 
@@ -597,6 +601,16 @@ def _replay_alt(replay: TileReplay) -> str:
 
 
 def _replay_caption(replay: TileReplay, step: int) -> str:
+    if step == 0:
+        what = "all queries get their first maximum and sum"
+    elif any(map(operator.gt, replay.steps[step].row_max, replay.steps[step - 1].row_max)):
+        what = "some maxima grow, and what was summed under them is scaled down"
+    else:
+        what = "no maximum grows"
+    return f"Tile {step + 1} of {len(replay.steps)}: {what}."
+
+
+def _replay_in_words(replay: TileReplay, step: int) -> str:
     state, queries = replay.steps[step], len(replay.scores)
     text = f"Tile {step + 1} of {len(replay.steps)}, keys {state.first} to {state.last - 1}: "
     if step == 0:

@@ -60,7 +60,7 @@ _LABEL = 44
 _ROW, _ALL_ROWS = 0.27, 6.5
 #: Inches: lower rows get no letter, narrower cells no edges.
 _LETTER_ROW, _EDGE_CELL = 0.13, 0.045
-_FAINT = 0.28
+_FAINT = 0.22
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,8 @@ def draw_timeline(
         )
     _style(ax, len(trace.steps), max(len(rows), 2), title or _timeline_title(trace, rows), "step")
     _state_legend(figure, rows, total)
-    describe(figure, _timeline_alt(trace, rows), _timeline_caption(trace, rows, step))
+    words = _timeline_in_words(trace, rows, step)
+    describe(figure, f"{_timeline_alt(trace, rows)} {words}", _timeline_caption(trace, rows, step))
     return figure
 
 
@@ -380,13 +381,25 @@ def _timeline_alt(trace: Trace, rows: list[TimelineRow]) -> str:
 
 
 def _timeline_caption(trace: Trace, rows: list[TimelineRow], step: int | None) -> str:
+    """Say one thing: the rarest of what happens."""
     if step is not None:
-        return _step_caption(trace.steps[step], rows, step)
+        return _step_caption(rows, step)
+    if gone := [row.letter for row in rows if row.gone is not None]:
+        return f"Gone without having finished: {_list(gone)}."
+    if again := [row.letter for row in rows if row.preempted]:
+        return f"Preempted, and computed again: {_list(again)}."
+    if chunked := [row.letter for row in rows if row.count("chunk")]:
+        return f"Computed in chunks: the prompt{'s' * (len(chunked) > 1)} of {_list(chunked)}."
+    longest = max(rows, key=lambda row: row.count("wait"))
+    return f"{longest.letter} waits longest." if longest.count("wait") else "Nobody waits."
+
+
+def _timeline_in_words(trace: Trace, rows: list[TimelineRow], step: int | None) -> str:
+    if step is not None:
+        return _step_in_words(trace.steps[step], rows, step)
     waits = [row.count("wait") for row in rows]
     longest = max(rows, key=lambda row: row.count("wait"))
-    text = f"{len(rows)} requests in {len(trace.steps)} steps."
-    if max(waits):
-        text += f" {longest.letter} waits longest, {max(waits)} steps."
+    text = f"{longest.letter} waits longest, {max(waits)} steps." if max(waits) else "Nobody waits."
     if chunked := [row.letter for row in rows if row.count("chunk")]:
         text += f" Computed in chunks: the prompt{'s' * (len(chunked) > 1)} of {_list(chunked)}."
     if again := [row for row in rows if row.preempted]:
@@ -402,36 +415,37 @@ def _timeline_caption(trace: Trace, rows: list[TimelineRow], step: int | None) -
     return text
 
 
-def _step_caption(record: StepRecord, rows: list[TimelineRow], step: int) -> str:
+#: What a request does in a step, by its state.
+_DOES = {
+    "prefill": "computes its prompt to the end",
+    "chunk": "computes a chunk of its prompt",
+    "again": "computes again what it had lost",
+    "decode": "decodes",
+    "idle": "holds its place",
+    "wait": "waits",
+}
+
+
+def _step_caption(rows: list[TimelineRow], step: int, *, numbers: bool = False) -> str:
+    """Who does what in a step; numbers: with the tokens of prompts."""
     parts = []
-    for state, verb in (
-        ("prefill", "computes its prompt to the end"),
-        ("chunk", "computes a chunk of its prompt"),
-        ("again", "computes again what it had lost"),
-        ("decode", "decodes"),
-        ("idle", "holds its place"),
-        ("wait", "waits"),
-    ):
+    for state, verb in _DOES.items():
         who = [row for row in rows if row.states[step] == state]
         if not who:
             continue
-        names = [
-            (
-                f"{r.letter} ({r.num_tokens[step]})"
-                if state in ("prefill", "chunk", "again")
-                else r.letter
-            )
-            for r in who
-        ]
+        counted = numbers and state in ("prefill", "chunk", "again")
+        names = [r.letter + f" ({r.num_tokens[step]})" * counted for r in who]
         verb = verb if len(who) == 1 else _plural_verb(verb)
         parts.append(f"{_list(names)} {verb}")
-    text = (
-        f"Step {step}: {'; '.join(parts) or 'nothing'}. {_plural(record.num_tokens, 'token')} in"
-        " all."
-    )
+    text = f"Step {step}: {'; '.join(parts) or 'nothing'}."
     if lost := [row.letter for row in rows if step in row.preempted]:
         text += f" {_list(lost)} {'was' if len(lost) == 1 else 'were'} preempted to make room."
     return text
+
+
+def _step_in_words(record: StepRecord, rows: list[TimelineRow], step: int) -> str:
+    words = _step_caption(rows, step, numbers=True)
+    return f"{words} {_plural(record.num_tokens, 'token')} in all."
 
 
 def _plural_verb(text: str) -> str:
@@ -526,7 +540,7 @@ def draw_places(traces: Mapping[str, Trace]) -> Figure:
         for title, p in all_places.items()
     ]
     alt = f"Chart: who sits in which place of the batch at each step. {' '.join(sentences)}"
-    describe(figure, alt, "Dark starts are prompts; hatched places computed nothing.")
+    describe(figure, alt, "Grey starts are prompts; hatched places computed nothing.")
     return figure
 
 

@@ -731,7 +731,8 @@ def test_pictures_say_in_words_what_they_show(kernel_report: dict[str, Any]) -> 
         "share_of_floor": 0.5,
     }
     figure = draw_floor({"cases": {"nano": case, "open": {"floor": case["floor"]}}})
-    assert "took 8.00 s, so 50% was necessary" in figure.caption
+    assert "took 8.00 s, so 50% was necessary" in figure.alt
+    assert figure.caption == "Farthest from its floor: nano."
     widths = [patch.get_width() for patch in figure.axes[0].patches]
     assert widths == pytest.approx([0.125, 0.0625, 0.25, 0.0625, 0.5, 0.25, 0.125, 0.5, 0.125])
     assert len(figure.to_png()) < 60_000

@@ -134,7 +134,7 @@ def test_a_notebook_shows_what_was_raised_without_a_traceback() -> None:
         "98.1 not attempted: still to write: stub."
     ]
     assert Mistake("squared", "You square.\nTwice.")._render_traceback_() == [
-        "\x1b[1;31mfailed: squared\x1b[0m\nYou square.\nTwice."
+        "\x1b[1mfailed: squared\x1b[0m\nYou square.\nTwice."
     ]
     assert NotRunnableHere("no GPU")._render_traceback_() == ["NotRunnableHere: no GPU"]
 

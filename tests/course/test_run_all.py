@@ -53,7 +53,7 @@ def test_stubs_are_told_in_one_line_each(chapter: Chapter) -> None:
     run_all(notebook, chapter.exercises.parent)
     lines = shown(notebook)
     assert lines["99.1"] == ["99.1 not attempted: still to write: double."]
-    assert lines["99.2"][0] == "\x1b[1;31mfailed: not-updated\x1b[0m", "its stub is code with a bug"
+    assert lines["99.2"][0] == "\x1b[1mfailed: not-updated\x1b[0m", "its stub is code with a bug"
     [line] = lines["99.3"]
     assert line.startswith("99.3 not attempted: still to write: blocks (still `...`)")
 
@@ -64,7 +64,7 @@ def test_a_mistake_stops_no_other_exercise(chapter: Chapter) -> None:
     run_all(notebook, chapter.exercises.parent)
     lines = shown(notebook)
     assert lines["99.1"][:2] == [
-        "\x1b[1;31mfailed: squared\x1b[0m",
+        "\x1b[1mfailed: squared\x1b[0m",
         "You square; twice is asked for.",
     ]
     assert "NameError" in lines["99.2"][-1], "the cell of the answer cannot be read"

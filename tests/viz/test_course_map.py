@@ -39,10 +39,9 @@ def test_the_picture_says_it_in_words() -> None:
     figure = draw_course_map(STOPS)
     found = [text.get_text() for text in figure.axes[0].texts]
     assert {"5", "50 + 40", "30 + 80", "20", "to come"} <= set(found)
-    assert (
-        figure.caption
-        == "2 hours of reading and 2 hours of exercises. Nothing is needed for 00 and 01; 02 after"
-        " 01, 03 after 02, 04 after 01. Still to come: 03."
+    assert figure.caption == "2 hours of reading and 2 hours of exercises. Still to come: 03."
+    assert figure.alt.endswith(
+        "Nothing is needed for 00 and 01; 02 after 01, 03 after 02, 04 after 01."
     )
     assert len(figure.to_png()) < 60_000
 

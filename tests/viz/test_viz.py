@@ -163,14 +163,14 @@ def test_every_step_draws_small_with_words_and_one_size(draw, trace: Trace) -> N
     assert figure.alt.encode() in png
 
 
-def test_caption_names_the_numbers(shared: Trace) -> None:
-    caption = draw_block_table(shared, 1).caption
-    assert "3 requests running, 1 waiting" in caption
-    assert "2 blocks (0, 1) are shared by A, B and C." in caption
-    assert (
-        "hold 18 tokens in blocks with room for 20 (90 % filled)"
-        in draw_kv_memory(shared, 1).caption
-    )
+def test_alt_text_names_the_numbers_and_the_caption_one_thing(shared: Trace) -> None:
+    figure = draw_block_table(shared, 1)
+    assert "3 requests running, 1 waiting" in figure.alt
+    assert "2 blocks (0, 1) are shared by A, B and C." in figure.alt
+    assert figure.caption == "Step 1: A, B and C share blocks."
+    memory = draw_kv_memory(shared, 1)
+    assert "hold 18 tokens in blocks with room for 20 (90 % filled)" in memory.alt
+    assert memory.caption.startswith("Step 1: a contiguous reservation would")
 
 
 def test_default_step_is_the_busiest(shared: Trace) -> None:

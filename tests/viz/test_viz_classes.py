@@ -30,6 +30,7 @@ def test_the_picture_names_them_all_and_stays_small() -> None:
     texts = {text.get_text() for text in figure.axes[0].texts}
     assert {member.name for member in family(errors.MiniVLLMError)} <= texts
     assert "Another thread is using this engine" in texts
-    assert "EmptyPromptError" not in figure.caption
-    assert "RequestError" in figure.caption
+    assert "EmptyPromptError" not in figure.alt
+    assert "RequestError" in figure.alt
+    assert figure.caption == "What is bold lies directly below MiniVLLMError."
     assert len(figure.to_png()) < MAX_IMAGE_BYTES

@@ -35,7 +35,7 @@ def test_bars_are_the_speeds_and_a_gap_is_a_dash() -> None:
     assert widths == [168.0, 129.0, 434.9]
     texts = [text.get_text() for text in ax.texts]
     assert texts == ["168", "129", "435", "–"]
-    assert figure.caption == "ours: 168 to 435 TFLOP/s."
+    assert figure.caption == "The longest bar of “ours”: chunk."
     assert "small: ours 168, theirs 129; chunk: ours 435." in figure.alt
     # An implementation may be missing in the first case.
     later = draw_variants(dict(reversed(SPEEDS.items())), "TFLOP/s").axes[0]

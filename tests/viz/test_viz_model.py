@@ -93,11 +93,12 @@ def test_dials_say_angles_and_score() -> None:
     moving = hands(positions=range(7, 20))
     first, later = draw_rotation(moving, 0), draw_rotation(moving, 5)
     assert len(first.axes) == 5
-    assert first.caption.startswith("Query at position 7, key at 0. Angle between them: pair 0: ")
-    assert first.caption.partition(". ")[2] == later.caption.partition(". ")[2], (
-        "neither angles nor score change"
+    assert first.caption == "Query at position 7, key at 0: the distance alone decides the score."
+    begin, end = (
+        figure.alt.partition(" Angle between them: pair 0: ")[2] for figure in (first, later)
     )
-    assert first.caption.endswith(
+    assert begin == end != "", "neither angles nor score change"
+    assert first.alt.endswith(
         f"These 5 pairs add {moving.score(0):.1f} to the score."
         f" All {moving.head_dim // 2} pairs together: {moving.whole_score:.1f}."
     )
@@ -116,8 +117,8 @@ def test_what_cannot_be_turned_is_refused(change: dict) -> None:
 
 def test_pairings_name_their_pairs_and_refuse_others() -> None:
     figure = draw_pairings(8, {"halves": HALVES, "interleaved": NEIGHBOURS})
-    assert "halves: 0 with 4, 1 with 5" in figure.caption
-    assert "interleaved: 0 with 1, 2 with 3" in figure.caption
+    assert "halves: 0 with 4, 1 with 5" in figure.alt
+    assert "interleaved: 0 with 1, 2 with 3" in figure.alt
     for pairs in ([(0, 1)], [(0, 1), (1, 2), (3, 4), (5, 6)]):
         with pytest.raises(ValueError, match="are not pairs"):
             draw_pairings(8, {"wrong": pairs})

@@ -107,7 +107,7 @@ def test_drawn_shares_are_the_numbers() -> None:
     widths = [patch.get_width() for patch in figure.axes[0].patches]
     assert widths == pytest.approx([100 * 15 / 48, 100 * 4 / 48, 100 * 13 / 48, 100 * 16 / 48])
     assert "mine: 31.2 % tokens (paper: 25.0 %), 1.7 requests at once" in figure.alt
-    assert figure.caption == "Share of the pool that holds tokens: 31 % with mine."
+    assert figure.caption == "The largest share of tokens: mine."
 
 
 def test_the_map_paints_what_lies_where() -> None:
@@ -148,8 +148,10 @@ def test_the_map_counts_who_has_finished() -> None:
     assert len(figure.axes) == 2
     assert "a: 25 % tokens while requests wait · 1 of 2 finished" in figure.alt
     assert "after 1 steps" in figure.alt
-    assert figure.caption == "Requests that have finished after 3 steps: 1 with a, 2 with b."
-    assert "a: " in draw_memory_map({"a": STEPS}, 16).alt
+    assert figure.caption == "The most requests finished with b."
+    alone = draw_memory_map({"a": STEPS}, 16)
+    assert "a: " in alone.alt
+    assert alone.caption.endswith("finished with a.")
 
 
 @pytest.mark.slow
@@ -168,8 +170,9 @@ def test_slots_are_those_of_the_trace(trace: Trace) -> None:
         if row.blocks:
             last = record.num_computed_tokens["0/0"] - 1
             slot = record.block_tables["0/0"][last // 4] * 4 + last % 4
-            assert f"position {last}" in figure.caption
-            assert figure.caption.endswith(f"= {slot}.")
+            assert f"position {last}" in figure.alt
+            assert figure.alt.endswith(f"= {slot}.")
+            assert figure.caption.endswith(f"lies in slot {slot}.")
         arrows = [text for text in figure.axes[0].texts if getattr(text, "arrow_patch", None)]
         assert len(arrows) == bool(row.blocks), "an arrow from the newest token"
         # A thick frame for each token of this step, twice for those of the chosen request.
@@ -200,13 +203,12 @@ def test_reads_are_sorted_into_right_missed_repeated_and_foreign() -> None:
     wanted = [table[p // size] * size + p % size for p in range(10)]
     figure = draw_reads(wanted, wanted, 6, size)
     check(figure)
-    assert figure.caption == "Of 10 positions 10 were read."
+    assert figure.caption == "Every position was read once."
     got = [*wanted[:6], wanted[0], 23, 22, -1]
-    caption = draw_reads(wanted, got, 6, size).caption
-    assert "Of 10 positions 6 were read" in caption
-    assert "not read: 6–9" in caption
-    assert "more than once: 0" in caption
-    assert "slots of nobody or somebody else: -1, 22–23" in caption
+    faulty = draw_reads(wanted, got, 6, size)
+    assert "Of 10 positions 6 were read" in faulty.alt
+    assert faulty.caption.startswith("Not read: 6–9; read more than once: 0;")
+    assert "slots of nobody or somebody else: -1, 22–23" in faulty.caption
     assert "in another order" in draw_reads(wanted, wanted[::-1], 6, size).caption
 
 

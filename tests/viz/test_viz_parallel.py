@@ -64,7 +64,7 @@ def test_the_block_has_a_lane_for_each_rank_and_two_all_reduces() -> None:
     found = texts(figure)
     assert found.count("all-reduce") == 2
     assert found.count("8 + 2 + 2 heads") == found.count("2 × 3072") == 4
-    assert "8 of 32 query heads and 3,072 of 12,288 MLP columns each" in figure.caption
+    assert "8 of 32 query heads and 3,072 of 12,288 MLP columns each" in figure.alt
     for size in (3, 8):
         with pytest.raises(ValueError, match="up to 4, that divide 32"):
             draw_parallel_block(shape_config("qwen3-8b"), size)
@@ -75,10 +75,12 @@ def test_the_block_has_a_lane_for_each_rank_and_two_all_reduces() -> None:
 
 def test_heads_say_what_a_rank_has() -> None:
     figure = draw_heads(32, 8, {f"{size} ranks": heads(size) for size in (2, 16)})
-    assert (
-        figure.caption == "2 ranks: rank 0 has 16 query heads and 4 KV heads. "
+    assert figure.alt.endswith(
+        "2 ranks: rank 0 has 16 query heads and 4 KV heads. "
         "16 ranks: rank 0 has 2 query heads and 1 KV head, and each KV head is on 2 ranks."
     )
+    assert figure.caption == "16 ranks: every KV head is on several ranks."
+    assert "every head is on one rank" in draw_heads(32, 8, {"2 ranks": heads(2)}).caption
     assert not [patch for patch in figure.axes[0].patches if patch.get_linewidth() == 2], (
         "nothing is framed"
     )
@@ -87,9 +89,13 @@ def test_heads_say_what_a_rank_has() -> None:
 def test_heads_that_nobody_has_or_two_ranks_compute_are_framed() -> None:
     figure = draw_heads(4, 2, {"wrong": [((0, 1), (0,)), ((1, 2), (0,))]})
     assert (
-        "nobody has 1 query head; 1 query head computed twice; nobody has 1 KV head"
-        in figure.caption
+        "nobody has 1 query head; 1 query head computed twice; nobody has 1 KV head" in figure.alt
     )
+    assert figure.caption == "wrong: 1 query head on no rank."
+    twice = draw_heads(2, 2, {"wrong": [((0, 1), (0, 1)), ((1,), ())]})
+    assert twice.caption == "wrong: 1 query head computed twice."
+    lost = draw_heads(2, 2, {"wrong": [((0, 1), (0,))]})
+    assert lost.caption == "wrong: 1 KV head on no rank."
     framed = [patch for patch in figure.axes[0].patches if patch.get_linewidth() == 2]
     assert len(framed) == 3
     assert {tuple(patch.get_edgecolor()) for patch in framed} == {(*palette.rgb(WRONG), 1.0)}
@@ -118,10 +124,13 @@ def test_the_ring_adds_up_what_it_sends(size: int) -> None:
 def test_the_ring_draws_its_steps() -> None:
     ring = Ring(4)
     first, third, last = (draw_ring(ring, step) for step in (0, 3, 6))
-    assert "0 of 16 parts hold the terms of all 4 ranks" in first.caption
-    assert "4 of 16" in third.caption
-    assert "Just sent: part 2 by rank 0" in third.caption
-    assert "16 of 16" in last.caption
+    assert "0 of 16 parts hold the terms of all 4 ranks" in first.alt
+    assert "4 of 16" in third.alt
+    assert "Just sent: part 2 by rank 0" in third.alt
+    assert "16 of 16" in last.alt
+    assert first.caption == "After step 0, no part holds the terms of all ranks."
+    assert third.caption == "After step 3, 4 parts hold the terms of all ranks."
+    assert last.caption == "After step 6, every part holds the terms of all ranks."
     with pytest.raises(IndexError, match="steps 0 to 6"):
         draw_ring(ring, 7)
     assert scrub(ring, draw_ring, step=2).step == 2
@@ -137,8 +146,10 @@ def test_a_sweep_divides_the_step_by_what_it_becomes() -> None:
     assert sweep.speedup("small", 4) == pytest.approx(0.3 / (0.1 + 50 * 0.004))
     assert list(sweep.steps) == list(range(1, 21))
     figure = draw_collectives(sweep, step=3)
-    assert "With 4 microseconds per start" in figure.caption
-    assert "small 1.00" in figure.caption
+    assert figure.caption.startswith("With 4 microseconds per start, ")
+    assert "small 1.00" in figure.alt
+    assert draw_collectives(sweep, step=19).caption.endswith("one GPU is faster for small.")
+    assert "faster for every model" in draw_collectives(sweep, step=0).caption
     slow, fast = (sweep.speedup("small", us) for us in (20, 1))
     curve = next(line for line in figure.axes[0].lines if len(line.get_xdata()) == 20)
     assert list(curve.get_ydata())[::19] == pytest.approx([fast, slow])

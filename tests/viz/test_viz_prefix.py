@@ -82,7 +82,7 @@ def check_words_and_size(figure: MatplotlibFigure) -> None:
     data, metadata = figure.mimebundle()
     assert metadata["image/png"]["alt"] == data["text/plain"] == figure.alt
     assert len(figure.alt) > 30
-    assert len(figure.caption) > 30
+    assert figure.caption.endswith(".")
     png = figure.to_png()
     assert png.startswith(b"\x89PNG")
     assert len(png) < MAX_PNG_BYTES
@@ -186,10 +186,10 @@ def test_every_moment_is_drawn(step: int) -> None:
     shared = sum(count > 1 for count in moment.ref_counts)
     assert texts.count("AB") == shared
     used = sum(count > 0 for count in moment.ref_counts)
-    assert f"{used} blocks used" in figure.caption
+    assert f"{used} blocks used" in figure.alt
+    assert figure.caption == f"Event {step}: {moment.text}"
     assert (
-        f"{len(moment.cached)} cached, {len(moment.free) - len(moment.cached)} empty."
-        in figure.caption
+        f"{len(moment.cached)} cached, {len(moment.free) - len(moment.cached)} empty." in figure.alt
     )
     assert texts.count("holds nothing") == len(story.letters) - len(moment.tables)
     check_words_and_size(figure)
@@ -226,7 +226,7 @@ def test_bars_are_the_numbers() -> None:
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert texts == ["0 %", "75 %", "95 %"]
     assert "two: 30 of 40; three: 95 of 100; in all 125 of 180." in figure.alt
-    assert figure.caption == "Known from before: 0 % (one), 95 % (three)."
+    assert figure.caption == "Known from before: the largest share in “three”."
     check_words_and_size(figure)
 
 

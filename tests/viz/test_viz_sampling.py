@@ -79,7 +79,7 @@ def test_a_flat_batch_shows_tokens_positions_slots_and_who_is_asked() -> None:
         assert all(str(value) in shown for value in values.tolist())
     assert shown.count("next?") == 2
     assert "One step: 10 tokens of 3 requests" in shown
-    assert "B 6 tokens from position 8" in figure.caption
+    assert "B 6 tokens from position 8" in figure.alt
     assert "A next token is chosen for A and C." in figure.caption
 
 
@@ -131,7 +131,8 @@ def test_a_draw_shows_where_u_fell() -> None:
     replay = SampledText((Draw((0.5, 0.2, 0.2, 0.1), 0.75, 2, "Once upon a time"),), WORDS)
     figure = draw_ruler(replay)
     assert "u = 0.750  →  '↵'" in texts(figure)
-    assert "from 0.700 to 0.900" in figure.caption
+    assert "from 0.700 to 0.900" in figure.alt
+    assert figure.caption == "Step 0: the random number falls into the part of '↵'."
     assert "Once upon a time ▁" in texts(figure)
     with pytest.raises(IndexError, match="no step 1 among 1"):
         draw_ruler(replay, step=1)
@@ -166,8 +167,9 @@ def test_frequencies_say_how_far_they_are_off() -> None:
     figure = draw_frequencies(
         WORDS, [0.5, 0.2, 0.2, 0.1], {"right": [50, 20, 20, 10], "greedy": [100, 0, 0, 0]}
     )
-    assert "right: 0 % of the draws fell on another token" in figure.caption
-    assert "greedy: 50 % of the draws" in figure.caption
+    assert "right: 0 % of the draws fell on another token" in figure.alt
+    assert "greedy: 50 % of the draws" in figure.alt
+    assert figure.caption == "Farthest from the probabilities: greedy."
     for draws in ({"one": [1, 2]}, {"none": [0, 0, 0, 0]}):
         with pytest.raises(ValueError, match="4 labels"):
             draw_frequencies(WORDS, [0.25] * 4, draws)
@@ -203,7 +205,7 @@ def test_a_life_in_milliseconds_has_steps_of_their_own_widths(trace: Trace) -> N
     ttft = sum(durations[: one.ttft])
     rest = sum(durations[one.ttft : one.finished + 1])
     assert f"time to first token: {ttft:.1f} milliseconds" in texts(figure)
-    assert f"{rest:.1f} milliseconds: {rest / 8:.2f} per token" in figure.caption
+    assert f"{rest:.1f} milliseconds: {rest / 8:.2f} per token" in figure.alt
     later = draw_life(trace, "2/0", arrival=3, durations=durations)
     assert f"time to first token: {ttft - sum(durations[:3]):.1f} milliseconds" in texts(later)
 

@@ -82,11 +82,11 @@ def test_columns_are_made_of_the_pieces(block: int) -> None:
         assert heights == pytest.approx(expected)
 
 
-def test_caption_and_sentence_say_the_numbers() -> None:
+def test_words_and_sentence_say_the_numbers() -> None:
     figure = draw_online_softmax(online_softmax(SCORES, labels=[f"w{i}" for i in range(12)]), 5)
-    assert (
-        figure.caption
-        == "Step 6: 6 of 12 scores seen, maximum 6.9, sum 2.13. The sum was rescaled 3 times: ×"
+    assert figure.caption == "Step 6: the maximum grows, and the sum so far is scaled down."
+    assert figure.alt.endswith(
+        "Step 6: 6 of 12 scores seen, maximum 6.9, sum 2.13. The sum was rescaled 3 times: ×"
         " 0.74, × 0.37, × 0.50."
     )
     [sentence] = [text.get_text() for text in figure.texts]
@@ -95,7 +95,7 @@ def test_caption_and_sentence_say_the_numbers() -> None:
         f"w{i}" for i in range(12)
     ]
     masked = draw_online_softmax(online_softmax([-math.inf, -math.inf, 1.0], 2), 0)
-    assert "sum 0.00" in masked.caption
+    assert "sum 0.00" in masked.alt
 
 
 def test_a_replay_does_not_jump_and_stays_small() -> None:
@@ -137,7 +137,7 @@ def test_the_slider_shows_each_step() -> None:
 
 def test_exp_overflows_where_the_picture_says() -> None:
     figure = draw_exp_range({"small": [-3.0, 88.7], "large": [88.8, 200.0, 1.0]})
-    assert "small: largest 88.7, 0 beyond; large: largest 200.0, 2 beyond." in figure.caption
+    assert "small: largest 88.7, 0 beyond; large: largest 200.0, 2 beyond." in figure.alt
     limit = EXP_LIMITS["float32, bfloat16"]
     assert math.exp(limit - 1e-6) < 3.4028235e38 < math.exp(limit + 1e-6)
     assert len(figure.to_png()) < MAX_PNG_BYTES
@@ -146,8 +146,8 @@ def test_exp_overflows_where_the_picture_says() -> None:
 def test_merged_parts_make_the_whole() -> None:
     whole = online_softmax(SCORES).steps[-1]
     figure = draw_merge(SCORES, [4, 9])
-    assert figure.caption.startswith(f"Merged: maximum {whole.new_max:.1f}, sum A 1.78 × 0.22 + ")
-    assert figure.caption.endswith(f"= {whole.new_sum:.2f}.")
+    assert f"Merged: maximum {whole.new_max:.1f}, sum A 1.78 × 0.22 + " in figure.alt
+    assert figure.alt.endswith(f"= {whole.new_sum:.2f}.")
     top, bottom = figure.axes
     assert sum(
         patch.get_height() for patch in bottom.patches if isinstance(patch, Rectangle)
@@ -161,18 +161,16 @@ def test_passes_are_counted() -> None:
     figure = draw_passes(
         {"safe": ["read: max", "read: sum", "read", "write"], "online": ["read", "read", "write"]}
     )
-    assert figure.caption == "Times that a row is read or written. safe: 4; online: 3."
+    assert figure.alt.endswith("Times that a row is read or written: safe: 4; online: 3.")
+    assert figure.caption == "The fewest passes: online."
     assert [text.get_text() for text in figure.axes[0].texts].count("4 × N") == 1
 
 
 def test_programs_and_masked_lanes() -> None:
     one, many = draw_programs(10, 4), draw_programs(10, 4, rows=3)
-    assert one.caption == "3 programs of one tile; 2 lanes lie beyond the end and are masked."
-    assert (
-        many.caption
-        == "3 programs, one for each row, with 3 tiles each; 2 lanes of each row lie beyond its end"
-        " and are masked."
-    )
+    assert one.caption == "The lanes beyond the end are masked: 2."
+    assert many.caption == "The lanes beyond the end of a row are masked: 2 of each row."
+    assert "3 programs, one for each row, with 3 tiles each" in many.alt
     for figure, lanes in ((one, 12), (many, 36)):
         assert len(figure.axes[0].patches) == lanes
         assert sum(bool(patch.get_hatch()) for patch in figure.axes[0].patches) == lanes // 6

@@ -199,7 +199,7 @@ def test_every_step_draws_small_with_words_and_one_size(draw, trace: Trace) -> N
         figure = draw(trace, step=step)
         sizes.add(tuple(figure.get_size_inches()))
         captions.add(figure.caption)
-        assert f"Step {step}:" in figure.caption
+        assert f"Step {step}" in figure.caption
         assert len(figure.alt) > 30
     assert len(sizes) == 1, "a replay must not jump"
     assert len(captions) == len(steps)
@@ -209,13 +209,14 @@ def test_every_step_draws_small_with_words_and_one_size(draw, trace: Trace) -> N
 
 def test_the_caption_says_who_does_what(simulated: Trace) -> None:
     for step, record in list(enumerate(simulated.steps))[::3]:
-        caption = draw_timeline(simulated, step).caption
-        assert f"{record.num_tokens:,} token" in caption
-        assert ("wait" in caption) == bool(record.waiting)
-        assert ("preempted" in caption) == bool(record.preempted)
-    whole = draw_timeline(simulated).caption
-    assert f"7 requests in {len(simulated.steps)} steps" in whole
-    assert f"{sum(composition(simulated).again):,} tokens were computed a second time" in whole
+        figure = draw_timeline(simulated, step)
+        assert f"{record.num_tokens:,} token" in figure.alt
+        assert ("wait" in figure.caption) == bool(record.waiting)
+        assert ("preempted" in figure.caption) == bool(record.preempted)
+    whole = draw_timeline(simulated)
+    assert f"each of 7 requests does in each of {len(simulated.steps)} steps" in whole.alt
+    assert f"{sum(composition(simulated).again):,} tokens were computed a second time" in whole.alt
+    assert whole.caption.startswith("Preempted, and computed again: ")
 
 
 def test_bars_are_the_tokens(simulated: Trace) -> None:

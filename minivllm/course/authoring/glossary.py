@@ -84,7 +84,9 @@ def render(package: Path = PACKAGE) -> str:
         find(term.place, package)
         path, _, symbol = term.place.partition(":")
         chapter = f"[chapter {term.chapter}]({names[term.chapter]}.ipynb)"
-        where = f"[{path}](../minivllm/{path}): `{symbol}`"
+        # Without the backslashes, Markdown shows __init__ as a bold "init".
+        words = path.replace("__", r"\_\_")
+        where = f"[{words}](../minivllm/{path}): `{symbol}`"
         lines += ["", f"**{term.name}**: {term.text}<br>", f"{chapter} · {where}"]
     note = (
         "Written by `python -m minivllm.course.authoring glossary` from"

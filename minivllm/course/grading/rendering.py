@@ -1,11 +1,12 @@
-"""How a notebook shows what a check raises: without a traceback, and a failure in red.
+"""How a notebook shows what a check raises: without a traceback, and a failure's name in bold.
 
 The text of the exception stays as it is for everybody who catches or grades it.
 """
 
 from __future__ import annotations
 
-RED, PLAIN = "\x1b[1;31m", "\x1b[0m"
+#: On the red of a dark page's error, red letters cannot be read.
+BOLD, PLAIN = "\x1b[1m", "\x1b[0m"
 
 
 def not_attempted(text: str) -> list[str]:
@@ -18,5 +19,5 @@ def not_attempted(text: str) -> list[str]:
 
 
 def failed(name: str, message: str) -> list[str]:
-    """The lines for a wrong answer: the mistake's name in red, and what is wrong."""
-    return [f"{RED}failed: {name}{PLAIN}\n{message}"]
+    """The lines for a wrong answer: the mistake's name in bold, and what is wrong."""
+    return [f"{BOLD}failed: {name}{PLAIN}\n{message}"]
