@@ -55,7 +55,9 @@ def _cases() -> list[tuple]:
         (4500, 16, 64),
     ]
     cases = [_case(context, size, tile) for context, size, tile in sizes]
-    return [*cases, _case(26, 6, 4, (3, 5)), _case(19, 16, 8, (1, 3))]
+    k_cache, *more = _case(18, 8, 4)
+    low = (k_cache.bfloat16(), *more)
+    return [*cases, _case(26, 6, 4, (3, 5)), _case(19, 16, 8, (1, 3)), low]
 
 
 def _reader(block: Place, offset: Place, *, whole: bool = False, smaller: bool = False) -> Callable:
@@ -163,6 +165,15 @@ EXERCISE = Exercise(
     title="Debug this: right for months",
     check=check_read_context,
     mistakes=(
+        Known(
+            "wrong-dtype",
+            answers=r"""
+# %% float32, whatever the cache holds
+@@
+-    return torch.stack(rows)
++    return torch.stack(rows).float()
+""",
+        ),
         Known(
             "wrong-values",
             answers=r"""

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from minivllm.course.grading.compare import show
+from minivllm.course.grading.compare import difference, show
 from minivllm.course.grading.errors import CheckError, Mistake, causes, raised
 from minivllm.course.grading.exercise import Exercise
 from minivllm.course.stubs import STUB
@@ -235,11 +235,18 @@ def _differences(mine: Seen, right: Seen) -> str:
     if mine.error:
         return f"There your code raised {type(mine.error).__name__}: {mine.error}"
     lines = [
-        f"{label}: {show(mine.values.get(label), 24)}; expected {show(value, 24)}."
+        f"{label}: {_told_apart(mine.values.get(label), value)}."
         for label, value in right.values.items()
         if label[0] != "_" and mine.values.get(label) != value
     ]
     return "Here, " + "\n".join(lines)
+
+
+def _told_apart(mine: Any, right: Any) -> str:
+    """Both values, in words; of long lists that begin alike, where they differ."""
+    shown = show(mine, 24), show(right, 24)
+    found = difference(mine, right, 0.0, 0.0) if shown[0] == shown[1] else None
+    return found[1] if found else "{}; expected {}".format(*shown)
 
 
 def slips(right: type, *names: str) -> type:

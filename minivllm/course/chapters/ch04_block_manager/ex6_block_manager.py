@@ -340,7 +340,7 @@ STORIES = (
         (
             ("come", 0, (1, 2, 3, 4, 5)),
             ("find", 0),
-            *_computed(1, 1, 2, 3, 4),
+            *_computed(1, 1, 2, 3, 4, found=False),
             ("find", 0),
             ("free", 1),
             *_computed(2, 9, 9, 9, 9, 9, 9, found=False),
