@@ -161,10 +161,13 @@ def _batch(
 
 
 def _deep() -> tuple:
-    """A batch whose scores are all about -12,000. Its numbers are exact in float32."""
+    """A batch whose scores are all about -12,000. Its numbers are exact in float32.
+
+    One context fills its blocks: there it does not matter with what others are masked.
+    """
     import torch
 
-    batch = _batch([5, 9], (1, 4, 8), 1, scale=0.5)
+    batch = _batch([5, 9, 8], (1, 4, 8), 1, scale=0.5)
     batch[0].fill_(-2048.0)
     keys = batch[1]
     steps = torch.randint(0, 2, keys.shape, generator=seeded(5)) / 1024
@@ -655,6 +658,8 @@ EXERCISE = Exercise(
 # %% a running maximum that starts at 0
 @@
 -        weights = torch.softmax(q @ k.transpose(1, 2) * scale, dim=-1)
++        if context == 0:
++            continue
 +        scores = q @ k.transpose(1, 2) * scale
 +        weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True).clamp(min=0))
 +        weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -662,6 +667,8 @@ EXERCISE = Exercise(
 # %% the same, and a sum of 0 is thought of
 @@
 -        weights = torch.softmax(q @ k.transpose(1, 2) * scale, dim=-1)
++        if context == 0:
++            continue
 +        scores = q @ k.transpose(1, 2) * scale
 +        weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True).clamp(min=0))
 +        weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-30)
