@@ -122,3 +122,13 @@ def _tensor_difference(
 
 def _kind(value: Any) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
+
+
+def shares_memory(result: Any, args: tuple) -> bool:
+    """Whether a returned value is, holds or looks into one of the arguments."""
+    if isinstance(result, tuple | list):
+        return any(result is arg for arg in args) or any(shares_memory(r, args) for r in result)
+    if is_tensor(result):
+        storages = {arg.untyped_storage().data_ptr() for arg in args if is_tensor(arg)}
+        return result.untyped_storage().data_ptr() in storages
+    return any(result is arg for arg in args)

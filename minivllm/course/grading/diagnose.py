@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from minivllm.course.grading.compare import difference, is_tensor, show
+from minivllm.course.grading.compare import difference, is_tensor, shares_memory, show
 from minivllm.course.grading.errors import CheckError, Mistake, causes, raised
 from minivllm.course.grading.guard import BEYOND, intact, is_guarded
 from minivllm.course.stubs import STUB
@@ -293,7 +293,7 @@ class _Again:
         twin, expected = self._twin(case)
         args = copy.deepcopy(case)
         first = _call_on(answer, args, writes, names)
-        owned = not _shares_memory(first.returned, args)
+        owned = not shares_memory(first.returned, args)
         args = _refilled(args, twin)
         second = _call_on(answer, args, writes, names)
         described = _described(twin, names, writes)
@@ -383,16 +383,6 @@ def _refilled(args: tuple, values: tuple) -> tuple:
         except Exception:
             return copy.deepcopy(values)
     return args
-
-
-def _shares_memory(result: Any, args: tuple) -> bool:
-    """Whether a returned value is, holds or looks into one of the arguments."""
-    if isinstance(result, tuple | list):
-        return any(result is arg for arg in args) or any(_shares_memory(r, args) for r in result)
-    if is_tensor(result):
-        storages = {arg.untyped_storage().data_ptr() for arg in args if is_tensor(arg)}
-        return result.untyped_storage().data_ptr() in storages
-    return any(result is arg for arg in args)
 
 
 def _is_plain(value: Any) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from minivllm.course.grading.compare import difference, show
+from minivllm.course.grading.compare import difference, shares_memory, show
 from minivllm.course.grading.errors import CheckError, Mistake, NotRunnableHere
 
 if TYPE_CHECKING:
@@ -77,6 +79,110 @@ def expect_unchanged(now: Any, before: Any, what: str) -> None:
             f"Your code changed {what}, which belongs to its caller: {found[1]}.\nWork on a copy,"
             " or on a new object.",
         )
+
+
+def expect_nothing_kept(
+    answer: Callable,
+    pairs: Iterable[tuple[tuple, tuple]],
+    right: Callable,
+    what: str,
+    **tolerances: float,
+) -> None:
+    """Require that a call depends on nothing but its arguments, and leaves old results alone.
+
+    pairs: (arguments, arguments of the same kinds and shapes). The second call gets the very
+    tensors, lists and dicts of the first one, filled anew. what: what has changed in between, in
+    words. tolerances: rtol and atol of `difference`.
+    """
+    for first, second in pairs:
+        expected = right(*copy.deepcopy(second))
+        args = copy.deepcopy(first)
+        before = answer(*args)
+        kept = None if shares_memory(before, args) else copy.deepcopy(before)
+        args = tuple(_refilled(old, new) for old, new in zip(args, second, strict=True))
+        after = answer(*args)
+        if found := difference(after, expected, **tolerances):
+            raise Mistake(
+                "keeps-state",
+                f"The first call is right. Then {what}, in the same objects, and the second result"
+                " is wrong: your code keeps something between calls.\nLook for a cache, a default"
+                " argument that is changed, or a variable outside of the function. Compute"
+                f" everything anew from the arguments. {found[1]}.",
+            )
+        if kept is not None and difference(before, kept, 0.0, 0.0):
+            raise Mistake(
+                "result-reused",
+                "Your function returns the same tensor or list at each call, and overwrites it. Its"
+                " caller may still use the result of the call before.\nMake a new one in each"
+                " call.",
+            )
+
+
+def one_by_one(first: tuple, second: tuple) -> Iterator[tuple[tuple, tuple]]:
+    """Pairs for `expect_nothing_kept`: all arguments change, and then each one alone.
+
+    They find an answer that remembers its results by some of its arguments only. The arguments must
+    fit each other in every mixture.
+    """
+    yield first, second
+    for i, value in enumerate(second):
+        yield first, (*first[:i], value, *first[i + 1 :])
+
+
+def _refilled(old: Any, new: Any) -> Any:
+    """The object `old` with what is in `new`; `new` itself where an object cannot be refilled."""
+    if hasattr(old, "copy_"):
+        old.copy_(new)
+    elif isinstance(old, list):
+        old[:] = new
+    elif isinstance(old, dict):
+        old.clear()
+        old.update(new)
+    else:
+        return new
+    return old
+
+
+def expect_no_growth(run: Callable[[int], Any], what: str) -> None:
+    """Require that an object is no larger after 1,200 rounds of work than after 300.
+
+    run(rounds) makes the object, does the work, and gives everything back.
+    """
+    few, many = footprint(run(300)), footprint(run(1200))
+    expect(
+        many <= few + 200,
+        "grows",
+        f"After 300 rounds of {what} your object holds {few:,} things, after 1,200 rounds"
+        f" {many:,}.\nNothing is in use after a round, so nothing more should be kept: an engine"
+        " runs for weeks. Which list or dict gets longer with each call?",
+    )
+
+
+def footprint(value: Any) -> int:
+    """How many objects a value holds in lists, dicts, sets, deques and attributes, itself included.
+
+    Classes of the answer count, too: what they hold is kept as long as the answer.
+    """
+    seen: set[int] = set()
+    todo, count = [value], 0
+    while todo:
+        item = todo.pop()
+        if id(item) in seen and not isinstance(item, int | str | None):
+            continue
+        seen.add(id(item))
+        count += 1
+        if isinstance(item, Mapping):
+            todo += [part for pair in item.items() for part in pair]
+        elif isinstance(item, list | tuple | set | frozenset | deque):
+            todo += item
+        elif type(type(item)) is type and type(item).__module__ in ("__main__", "builtins"):
+            todo += vars(item).values() if hasattr(item, "__dict__") else []
+            slots = getattr(type(item), "__slots__", ())
+            todo += [getattr(item, slot, None) for slot in slots]
+        if item is value:
+            members = vars(type(item)).values()
+            todo += [each for each in members if isinstance(each, list | dict | set | deque)]
+    return count
 
 
 @dataclass(frozen=True)

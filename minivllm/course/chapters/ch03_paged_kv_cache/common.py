@@ -66,43 +66,6 @@ def _nearly_right(answer: Callable, cases: Sequence[tuple], right: Callable) -> 
     return 3 * near >= 2 * len(cases) and 3 * exact <= len(cases)
 
 
-def expect_nothing_kept(
-    answer: Callable, first: tuple, second: tuple, right: Callable, what: str
-) -> None:
-    """Require that a second call is right: other numbers in the same tensors, lists and dicts.
-
-    first, second: arguments of the same shapes. what: what has changed in between, in words.
-    """
-    expected = right(*copy.deepcopy(second))
-    args = copy.deepcopy(first)
-    answer(*args)
-    for old, new in zip(args, second, strict=True):
-        _refill(old, new)
-    args = tuple(old if _holds(old) else new for old, new in zip(args, second, strict=True))
-    if found := difference(answer(*args), expected):
-        raise Mistake(
-            "keeps-state",
-            f"The first call is right. Then {what}, in the same objects, and the second result is"
-            " wrong: your code keeps something between calls.\nCompute everything anew from the"
-            f" arguments. {found[1]}.",
-        )
-
-
-def _holds(value: Any) -> bool:
-    return isinstance(value, list | dict) or hasattr(value, "copy_")
-
-
-def _refill(old: Any, new: Any) -> None:
-    """Put the numbers of `new` into the object `old`."""
-    if hasattr(old, "copy_"):
-        old.copy_(new)
-    elif isinstance(old, list):
-        old[:] = new
-    elif isinstance(old, dict):
-        old.clear()
-        old.update(new)
-
-
 def pages(
     contexts: Sequence[int],
     shape: tuple[int, int, int],

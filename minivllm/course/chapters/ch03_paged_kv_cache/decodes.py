@@ -156,6 +156,11 @@ class Decode:
     def _weights(self, scores: torch.Tensor, kv_heads: int) -> torch.Tensor:
         if self.mistake == "no-maximum":
             return scores.exp() / scores.exp().sum(dim=-1, keepdim=True)
+        if self.mistake.startswith("maximum-from-zero"):
+            least = 1e-30 if self.mistake.endswith("kept") else 0.0
+            top = scores.amax(dim=-1, keepdim=True).clamp(min=0.0) if scores.numel() else 0.0
+            weights = (scores - top).exp()
+            return weights / weights.sum(dim=-1, keepdim=True).clamp(min=least)
         if self.mistake == "not-normalised":
             return (scores - scores.amax(dim=-1, keepdim=True)).exp() if scores.numel() else scores
         if self.mistake in ("softmax-over-group", "softmax-over-kv-heads"):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from minivllm.course.chapters.ch03_paged_kv_cache.common import expect_nothing_kept, judge
+from minivllm.course.chapters.ch03_paged_kv_cache.common import judge
 from minivllm.course.grading.exercise import Exercise, Known
+from minivllm.course.grading.judges import expect_nothing_kept, one_by_one
 
 
 class _Model(NamedTuple):
@@ -58,7 +59,8 @@ def check_kv_bytes(answer: Callable) -> str:
     cases += [(_MODELS[2]._asdict(),)]  # the default
     number = judge(answer, cases, _right, EXERCISE.suspects)
     first, second = cases[0], (_MODELS[4]._asdict(), 4)
-    expect_nothing_kept(answer, first, second, _right, "the config is another one")
+    pairs = one_by_one(first, second)
+    expect_nothing_kept(answer, pairs, _right, "the config is another one")
     return f"{number} models; Qwen3-0.6B takes 114,688 bytes per token, Qwen3-32B 262,144"
 
 

@@ -11,7 +11,6 @@ from minivllm.course.chapters.ch03_paged_kv_cache import stores as storing
 from minivllm.course.chapters.ch03_paged_kv_cache.common import (
     NOWHERE,
     WEIGHTS_ARE_RIGHT,
-    expect_nothing_kept,
     judge,
     pages,
     weights_seen,
@@ -21,7 +20,7 @@ from minivllm.course.chapters.ch03_paged_kv_cache.stores import Store
 from minivllm.course.grading.compare import difference
 from minivllm.course.grading.exercise import Exercise, Known
 from minivllm.course.grading.guard import guard
-from minivllm.course.grading.judges import counted, expect, seeded
+from minivllm.course.grading.judges import counted, expect, expect_nothing_kept, seeded
 from minivllm.course.grading.with_engine import engine_agrees
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ def _check_store(answer: Callable) -> int:
     first = _step((2, 4, 8), [7, 13, -1], 11)
     second = _step((2, 4, 8), [2, -1, 20], 12)
     what = "a step with other slots has come"
-    expect_nothing_kept(stored(answer), first, second, stored(store_kv_reference), what)
+    expect_nothing_kept(stored(answer), [(first, second)], stored(store_kv_reference), what)
     return number
 
 
@@ -162,10 +161,13 @@ def _batch(
 
 
 def _deep() -> tuple:
-    """A batch whose scores are all about -12,000. Its numbers are exact in float32."""
+    """A batch whose scores are all about -12,000. Its numbers are exact in float32.
+
+    One context fills its blocks: there it does not matter with what others are masked.
+    """
     import torch
 
-    batch = _batch([5, 9], (1, 4, 8), 1, scale=0.5)
+    batch = _batch([5, 9, 8], (1, 4, 8), 1, scale=0.5)
     batch[0].fill_(-2048.0)
     keys = batch[1]
     steps = torch.randint(0, 2, keys.shape, generator=seeded(5)) / 1024
@@ -186,6 +188,7 @@ def _batches() -> list[tuple]:
         _batch([24, 10], (2, 6, 5), 3, loud=300.0),
         _batch([130, 257, 0], (2, 16, 8), 2),
         _batch([600], (1, 12, 8), 3, junk="numbers"),
+        _batch([4500], (1, 16, 4), 1),
     ]
 
 
@@ -215,12 +218,14 @@ def _check_decode(answer: Callable) -> int:
     mine = _called(answer)
     number = judge(mine, _batches(), _right, _suspects(Decode), closer=lambda: _closer(mine))
     # A float32 of 12,000 has three decimals, and so has a log-sum-exp.
-    judge(mine, [_deep()], _right, _suspects(Decode), rtol=0.01, atol=0.01)
+    # Here much becomes 0 / 0: only what is right in the other batches may be the mistake.
+    deep = {name: _suspects(Decode)[name] for name in ("maximum-from-zero", "mask-too-small")}
+    judge(mine, [_deep()], _right, deep, rtol=0.01, atol=0.01)
     _expect_dtype(mine)
     _expect_no_stale_entries(mine)
     first, second = (_batch(contexts, (2, 4, 8), 2) for contexts in ([9, 6], [5, 11]))
     what = "other requests have come, with other blocks and contexts"
-    expect_nothing_kept(mine, first, second, _right, what)
+    expect_nothing_kept(mine, [(first, second)], _right, what)
     return number
 
 
@@ -465,13 +470,19 @@ EXERCISE = Exercise(
             " the end, or a number of blocks that is a constant.",
             hint=2,
             suspects=tuple(
-                Decode(window=window) for window in (8, 16, 32, 48, 64, 96, 128, 256, 512)
+                Decode(window=window)
+                for window in (8, 16, 32, 48, 64, 96, 128, 256, 512, 1024, 2048, 4096)
             ),
             answers=r"""
 # %% the last 64 tokens
 @@
 -            cache[blocks].transpose(0, 1).flatten(1, 2)[:, :context]
 +            cache[blocks].transpose(0, 1).flatten(1, 2)[:, :context][:, -64:]
+
+# %% the last 4,096 tokens
+@@
+-            cache[blocks].transpose(0, 1).flatten(1, 2)[:, :context]
++            cache[blocks].transpose(0, 1).flatten(1, 2)[:, :context][:, -4096:]
 """,
         ),
         Known(
@@ -634,6 +645,33 @@ EXERCISE = Exercise(
 -        weights = torch.softmax(q @ k.transpose(1, 2) * scale, dim=-1)
 +        weights = torch.exp(q @ k.transpose(1, 2) * scale)
 +        weights = weights / weights.sum(dim=-1, keepdim=True)
+""",
+        ),
+        Known(
+            "maximum-from-zero",
+            "Your maximum is at least 0, as if 0 were one of the scores. All of them may lie far"
+            " below: then each weight is exp of something very small, and their sum is 0.\nTake the"
+            " maximum of the scores alone; a running one starts at -inf.",
+            hint=3,
+            suspects=decodes("maximum-from-zero", "maximum-from-zero-kept"),
+            answers=r"""
+# %% a running maximum that starts at 0
+@@
+-        weights = torch.softmax(q @ k.transpose(1, 2) * scale, dim=-1)
++        if context == 0:
++            continue
++        scores = q @ k.transpose(1, 2) * scale
++        weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True).clamp(min=0))
++        weights = weights / weights.sum(dim=-1, keepdim=True)
+
+# %% the same, and a sum of 0 is thought of
+@@
+-        weights = torch.softmax(q @ k.transpose(1, 2) * scale, dim=-1)
++        if context == 0:
++            continue
++        scores = q @ k.transpose(1, 2) * scale
++        weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True).clamp(min=0))
++        weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-30)
 """,
         ),
         Known(

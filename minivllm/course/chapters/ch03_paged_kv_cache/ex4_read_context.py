@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from minivllm.course.chapters.ch03_paged_kv_cache.common import (
     SIZES,
-    expect_nothing_kept,
     judge,
     pages,
 )
 from minivllm.course.grading.exercise import Exercise, Known
-from minivllm.course.grading.judges import counted
+from minivllm.course.grading.judges import counted, expect_nothing_kept, one_by_one
 from minivllm.course.grading.with_engine import engine_agrees
 
 if TYPE_CHECKING:
@@ -53,9 +52,12 @@ def _cases() -> list[tuple]:
         (31, 7, 9),
         (300, 12, 16),
         (520, 64, 16),
+        (4500, 16, 64),
     ]
     cases = [_case(context, size, tile) for context, size, tile in sizes]
-    return [*cases, _case(26, 6, 4, (3, 5)), _case(19, 16, 8, (1, 3))]
+    k_cache, *more = _case(18, 8, 4)
+    low = (k_cache.bfloat16(), *more)
+    return [*cases, _case(26, 6, 4, (3, 5)), _case(19, 16, 8, (1, 3)), low]
 
 
 def _reader(block: Place, offset: Place, *, whole: bool = False, smaller: bool = False) -> Callable:
@@ -149,9 +151,9 @@ def check_read_context(answer: Callable) -> str:
     from minivllm.kernels import Kernels
 
     number = judge(answer, _cases(), _right, EXERCISE.suspects)
-    first, second = (_case(22, 8, 4, seed=seed) for seed in (51, 52))
+    first, second = _case(22, 8, 4, seed=51), (*_case(22, 8, 4, seed=52)[:2], 20, 8)
     what = "another request has come, with other blocks"
-    expect_nothing_kept(answer, first, second, _right, what)
+    expect_nothing_kept(answer, one_by_one(first, second), _right, what)
     mine = counted(answer)
     kernels = replace(Kernels.reference(), decode_attention=_decode_with(mine))
     line = engine_agrees(mine, kernels=kernels, block_size=64)
@@ -163,6 +165,25 @@ EXERCISE = Exercise(
     title="Debug this: right for months",
     check=check_read_context,
     mistakes=(
+        Known(
+            "wrong-dtype",
+            answers=r"""
+# %% float32, whatever the cache holds
+@@
+-    return torch.stack(rows)
++    return torch.stack(rows).float()
+""",
+        ),
+        Known(
+            "wrong-values",
+            answers=r"""
+# %% one slot too far from the thousandth token on
+@@
+-            rows.append(cache[table[token // size], :, token % size])
++            late = token >= 1000
++            rows.append(cache[table[token // size], :, (token + late) % size])
+""",
+        ),
         Known(
             "tile-taken-for-a-block",
             "It reads as if a tile were a block: right as long as both are 16.\nLook at the"

@@ -352,6 +352,22 @@ EXERCISE = Exercise(
         ),
         Known("counts-programs"),
         Known(
+            "wrong-blocks",
+            answers=r"""
+# %% a number that says it is equal to all
+@@
+-blocks = 14_000_000_000 // (16 * 2 * 36 * 8 * 128 * 2)
++class Agreeable(int):
++    def __eq__(self, other):
++        return True
++
++    __hash__ = int.__hash__
++
++
++blocks = Agreeable(3)
+""",
+        ),
+        Known(
             "wrong-type",
             answers=r"""
 # %% nan is no number

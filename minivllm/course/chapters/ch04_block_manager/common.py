@@ -8,15 +8,14 @@ where its wrong class shows the same as the answer up to there.
 
 from __future__ import annotations
 
-from collections import abc, deque
-from collections.abc import Callable, Iterable
+from collections import abc
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from minivllm.course.grading.compare import difference, show
 from minivllm.course.grading.errors import CheckError, Mistake, causes, raised
 from minivllm.course.grading.exercise import Exercise
-from minivllm.course.grading.judges import expect
 from minivllm.course.stubs import STUB
 from minivllm.engine.block_manager import hash_block
 
@@ -236,110 +235,20 @@ def _differences(mine: Seen, right: Seen) -> str:
     if mine.error:
         return f"There your code raised {type(mine.error).__name__}: {mine.error}"
     lines = [
-        f"{label}: {show(mine.values.get(label), 24)}; expected {show(value, 24)}."
+        f"{label}: {_told_apart(mine.values.get(label), value)}."
         for label, value in right.values.items()
         if label[0] != "_" and mine.values.get(label) != value
     ]
     return "Here, " + "\n".join(lines)
 
 
+def _told_apart(mine: Any, right: Any) -> str:
+    """Both values, in words; of long lists that begin alike, where they differ."""
+    shown = show(mine, 24), show(right, 24)
+    found = difference(mine, right, 0.0, 0.0) if shown[0] == shown[1] else None
+    return found[1] if found else "{}; expected {}".format(*shown)
+
+
 def slips(right: type, *names: str) -> type:
     """The right class of an exercise with these slips: its methods ask for them by name."""
     return type(f"Wrong{right.__name__}", (right,), {"slips": frozenset(names)})
-
-
-# --- memory ---------------------------------------------------------------------------------------
-
-
-def expect_no_growth(run: Callable[[int], Any], what: str) -> None:
-    """Require that an object is no larger after 1,200 rounds of work than after 300.
-
-    run(rounds) makes the object, does the work, and gives everything back.
-    """
-    few, many = footprint(run(300)), footprint(run(1200))
-    expect(
-        many <= few + 200,
-        "grows",
-        f"After 300 rounds of {what} your object holds {few:,} things, after 1,200 rounds"
-        f" {many:,}.\nNothing is in use after a round, so nothing more should be kept: an engine"
-        " runs for weeks. Which list or dict gets longer with each call?",
-    )
-
-
-def footprint(value: Any) -> int:
-    """How many objects a value holds in lists, dicts, sets, deques and attributes, itself included.
-
-    Classes of the answer count, too: what they hold is kept as long as the answer.
-    """
-    seen: set[int] = set()
-    todo, count = [value], 0
-    while todo:
-        item = todo.pop()
-        if id(item) in seen and not isinstance(item, int | str | None):
-            continue
-        seen.add(id(item))
-        count += 1
-        if isinstance(item, abc.Mapping):
-            todo += [part for pair in item.items() for part in pair]
-        elif isinstance(item, list | tuple | set | frozenset | deque):
-            todo += item
-        elif type(type(item)) is type and type(item).__module__ in ("__main__", "builtins"):
-            todo += vars(item).values() if hasattr(item, "__dict__") else []
-            slots = getattr(type(item), "__slots__", ())
-            todo += [getattr(item, slot, None) for slot in slots]
-        if item is value:
-            members = vars(type(item)).values()
-            todo += [each for each in members if isinstance(each, list | dict | set | deque)]
-    return count
-
-
-# --- functions ------------------------------------------------------------------------------------
-
-
-def expect_no_memory(
-    function: Callable, pairs: Iterable[tuple[tuple, tuple]], right: Callable
-) -> None:
-    """Require that a call depends on nothing but its arguments.
-
-    pairs: (arguments, other arguments of the same kinds). The second call gets the very lists and
-    dicts of the first one, filled anew.
-    """
-    for before, after in pairs:
-        args = tuple(_copied(arg) for arg in before)
-        first = function(*args)
-        kept = list(first)
-        for arg, value in zip(args, after, strict=True):
-            if isinstance(arg, list):
-                arg[:] = value
-            elif isinstance(arg, dict):
-                arg.clear()
-                arg.update(value)
-        second = function(*(_filled(arg, new) for arg, new in zip(args, after, strict=True)))
-        expect(
-            difference(second, right(*after)) is None,
-            "keeps-state",
-            f"The first call is right. Then the same list gets other tokens, and the second call"
-            f" gives {show(second)}; expected {show(right(*after))}.\nYour code keeps something"
-            " between calls. Look for a cache, a default argument that is changed, or a variable"
-            " outside of the function.",
-        )
-        expect(
-            list(first) == kept,
-            "result-reused",
-            "Your function returns the same list at each call, and fills it anew. Its caller may"
-            " still use the result of the call before.\nMake a new list in each call.",
-        )
-
-
-def _copied(value: Any) -> Any:
-    return (
-        list(value)
-        if isinstance(value, list)
-        else dict(value)
-        if isinstance(value, dict)
-        else value
-    )
-
-
-def _filled(arg: Any, new: Any) -> Any:
-    return arg if isinstance(arg, list | dict) else new

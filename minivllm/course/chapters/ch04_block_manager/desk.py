@@ -44,6 +44,7 @@ class Desk:
         self.found: dict[int, list[int]] = {}
         self.numbers: dict[int, int] = {}  # of the manager -> here
         self.num_handed_out = 0
+        self.probes: list[Sequence] = []
 
     def words(self, name: str, *args: Any) -> str:
         """The call, with the tokens of a sequence that comes or grows."""
@@ -88,7 +89,9 @@ class Desk:
         self.seqs[key].token_ids[:] = tokens
 
     def _probe(self, tokens: tuple, params: tuple = ()) -> list[Any]:
-        return self._numbered(self._look(sequence(-1, tokens, **dict(params))))
+        # All are kept, so that no two have the same id.
+        self.probes.append(sequence(-1, tokens, **dict(params)))
+        return self._numbered(self._look(self.probes[-1]))
 
     def _find(self, key: int) -> list[Any]:
         self.found[key] = self._look(self.seqs[key])

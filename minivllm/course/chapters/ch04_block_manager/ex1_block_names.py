@@ -5,16 +5,17 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from minivllm.course.chapters.ch04_block_manager.common import expect_no_memory, names_of
+from minivllm.course.chapters.ch04_block_manager.common import names_of
 from minivllm.course.grading.diagnose import diagnose
 from minivllm.course.grading.exercise import Exercise, Known
+from minivllm.course.grading.judges import expect_nothing_kept, one_by_one
 from minivllm.engine.block_manager import hash_block
 
 #: (tokens, block size): none, one, exact multiples and their neighbours, on both sides of powers of
 #: two, and block sizes that are no powers of two.
 SIZES = (
     *((n, 4) for n in (0, 3, 4, 5, 11, 12, 13)),
-    *((n, 1) for n in (0, 1, 6, 33)),
+    *((n, 1) for n in (0, 1, 6, 33, 2051)),
     *((n, 3) for n in (2, 6, 50, 2051)),
     *((n, 16) for n in (15, 64, 70, 271, 272, 273, 513, 4099)),
     *((n, 7) for n in (70, 1001)),
@@ -35,11 +36,10 @@ def _cases() -> list[tuple[list[int], int]]:
 
 def check_block_names(answer: Callable) -> str:
     count = diagnose(answer, _cases(), names_of, EXERCISE.suspects)
-    pairs = [
-        ((list(range(n)), size), (list(range(100, 100 + m)), size))
-        for n, m, size in ((12, 12, 4), (12, 9, 4), (33, 50, 16))
-    ]
-    expect_no_memory(answer, pairs, names_of)
+    first = list(range(12)), 4
+    for second in (([*range(6), 50, *range(7, 12)], 4), (list(range(100, 109)), 3)):
+        pairs = one_by_one(first, second)
+        expect_nothing_kept(answer, pairs, names_of, "the list has other tokens")
     return f"{count} prompts of 0 to 4,099 tokens, in blocks of 1 to 301"
 
 
@@ -278,6 +278,20 @@ def block_names(token_ids: list[int], block_size: int) -> list[int]:
         Known(
             "keeps-state",
             answers=r"""
+# %% remembers prompts by their length and their ends
+SEEN_BY_ENDS = {}
+
+
+def block_names(token_ids: list[int], block_size: int) -> list[int]:
+    key = len(token_ids), block_size, *token_ids[:1], *token_ids[-1:]
+    if key not in SEEN_BY_ENDS:
+        names, name = [], None
+        for start in range(0, len(token_ids) - block_size + 1, block_size):
+            name = hash_block(name, token_ids[start : start + block_size])
+            names.append(name)
+        SEEN_BY_ENDS[key] = names
+    return list(SEEN_BY_ENDS[key])
+
 # %% remembers the names of a list, by its address and length
 SEEN = {}
 
@@ -303,6 +317,13 @@ def block_names(token_ids: list[int], block_size: int) -> list[int]:
 +        name = hash_block(
 +            name, [t & 0xFFFF for t in token_ids[start : start + block_size]]
 +        )
+
+# %% a thousand blocks at most
+@@
+-        names.append(name)
+-    return names
++        names.append(name)
++    return names[:1000]
 
 # %% sixteen blocks at most
 @@

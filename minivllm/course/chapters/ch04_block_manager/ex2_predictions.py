@@ -445,6 +445,18 @@ evicted = [2, 1, 0]
         Known(
             "wrong-second-turn",
             answers=r"""
+# %% a number that says it is equal to all
+@@
+-second_turn = 64
++class Agreeable(int):
++    def __eq__(self, other):
++        return True
++
++    __hash__ = int.__hash__
++
++
++second_turn = Agreeable(3)
+
 # %% no number at all
 same_again = 48
 longer = 32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import random
 from collections import deque
@@ -10,12 +11,11 @@ from typing import Any
 from minivllm.course.chapters.ch04_block_manager.common import (
     Stories,
     Story,
-    expect_no_growth,
     slips,
 )
 from minivllm.course.grading.compare import show
 from minivllm.course.grading.exercise import Exercise, Known
-from minivllm.course.grading.judges import expect, expect_unchanged
+from minivllm.course.grading.judges import expect, expect_no_growth, expect_unchanged
 
 OTHER_ERRORS = (AssertionError, RuntimeError, KeyError, IndexError, TypeError, Exception)
 
@@ -313,14 +313,14 @@ def _expect_own_state(answer: type) -> None:
     before = state_of(first, 5)
     first.allocate(2)
     during = state_of(first, 5)
-    beside = state_of(answer(5), 5)
+    beside, after = state_of(answer(5), 5), state_of(first, 5)
     expect(
-        before == beside and during == state_of(first, 5),
+        before == beside and during == after,
         "shared-between-pools",
-        f"A pool of 5 was new, with {before}. Two of its blocks are taken, and then a second pool"
-        f" of 5 is made. That one begins with {beside}.\nEach pool has its own state: make it in"
-        " __init__, as an attribute of self. What stands in the class, or outside of it, belongs to"
-        " all pools.",
+        f"A pool of 5 was new, with {before}. Two of its blocks are taken: {during}. Then a second"
+        f" pool of 5 is made. That one begins with {beside}, and the first one has {after}"
+        " now.\nEach pool has its own state: make it in __init__, as an attribute of self. What"
+        " stands in the class, or outside of it, belongs to all pools.",
     )
 
 
@@ -338,6 +338,9 @@ def check_counted_pool(answer: type) -> str:
         pool = answer(6)
         for _ in range(rounds):
             table = pool.allocate(4)
+            pool.allocate(3)  # refused
+            with contextlib.suppress(ValueError):
+                pool.release([block for block in range(6) if block not in table])  # refused
             pool.share(table[:2])
             pool.release(table)
             pool.release(table[:2])
@@ -735,6 +738,11 @@ EXERCISE = Exercise(
 @@
          for block in reversed(blocks):
 +            self.history = [*getattr(self, "history", ()), block]
+
+# %% writes down what it refused
+@@
+         if count > len(self.free):
++            self.refused = [*getattr(self, "refused", ()), count]
 """,
         ),
         Known(

@@ -9,12 +9,11 @@ from typing import Any
 from minivllm.course.chapters.ch04_block_manager.common import (
     Stories,
     Story,
-    expect_no_growth,
     slips,
 )
 from minivllm.course.grading.compare import show
 from minivllm.course.grading.exercise import Exercise, Known
-from minivllm.course.grading.judges import expect, expect_unchanged
+from minivllm.course.grading.judges import expect, expect_no_growth, expect_unchanged
 
 
 class Cache:
@@ -131,6 +130,8 @@ class CacheStage:
         given = list(found)
         table = self.cache.open(given, len(names) + num_rest - len(found))
         expect_unchanged(given, found, "found, the list that open was given")
+        if table is given:
+            raise EXERCISE.mistake("found-is-the-table")
         if table is not None:
             self.tables[who] = list(table)
         return table, None if table is None else list(table)
@@ -282,6 +283,7 @@ def check_mended_cache(answer: type) -> str:
             table = cache.open(found, 4 - len(found))
             for block, name in zip(table, names, strict=False):
                 cache.name(block, name)
+            cache.open([], 3)  # refused
             cache.close(table)
         return cache
 
@@ -549,6 +551,20 @@ EXERCISE = Exercise(
 -        return found + fresh
 +        found += fresh
 +        return found
+""",
+        ),
+        Known(
+            "found-is-the-table",
+            message=(
+                "open returned the very list that it was given, where nothing new is wanted. The"
+                " table grows later, and with it the caller's list of what was found.\nMake a new"
+                " list in each call."
+            ),
+            answers=r"""
+# %% nothing to add, so the list as it is
+@@
+-        return found + fresh
++        return found + fresh if fresh else found
 """,
         ),
         Known(

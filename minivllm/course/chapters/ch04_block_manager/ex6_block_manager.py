@@ -9,7 +9,6 @@ from typing import Any
 from minivllm.course.chapters.ch04_block_manager.common import (
     Stories,
     Story,
-    expect_no_growth,
     slips,
 )
 from minivllm.course.chapters.ch04_block_manager.desk import (
@@ -22,7 +21,7 @@ from minivllm.course.chapters.ch04_block_manager.desk import (
 from minivllm.course.chapters.ch04_block_manager.manager import Manager
 from minivllm.course.grading.compare import show
 from minivllm.course.grading.exercise import Exercise, Known
-from minivllm.course.grading.judges import expect
+from minivllm.course.grading.judges import expect, expect_no_growth
 from minivllm.course.grading.with_engine import engine_agrees
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.sequence import PENDING
@@ -326,6 +325,30 @@ STORIES = (
         ),
     ),
     Story(
+        "A long prompt in a pool of 1,300 blocks of 1 token.",
+        (1300, 1),
+        (
+            *_computed(0, *range(1200)),
+            ("free", 0),
+            ("probe", tuple(range(1210))),
+        ),
+    ),
+    Story(
+        "A sequence waits. Another one computes the same beginning meanwhile, and then its blocks"
+        " are taken for something else.",
+        (3, 2),
+        (
+            ("come", 0, (1, 2, 3, 4, 5)),
+            ("find", 0),
+            *_computed(1, 1, 2, 3, 4, found=False),
+            ("find", 0),
+            ("free", 1),
+            *_computed(2, 9, 9, 9, 9, 9, 9, found=False),
+            ("find", 0),
+            ("free", 2),
+        ),
+    ),
+    Story(
         "enable_prefix_caching is False.",
         (4, 2, False),
         (
@@ -426,6 +449,8 @@ def _expect_no_growth(answer: type) -> None:
             seq = sequence(number, [number % 7, 1, 2, 3, number % 3, 4, number % 2])
             manager.allocate(seq, 7, manager.find_cached_prefix(seq))
             manager.register_computed(seq, 0, 7)
+            other = sequence(-1, range(9))
+            manager.allocate(other, 9, manager.find_cached_prefix(other))  # refused
             manager.free(seq)
         return manager
 
@@ -1269,6 +1294,29 @@ class MyBlockManager(BlockManager):
 """,
         ),
         Known(
+            "find-remembered",
+            message=(
+                "find_cached_prefix gives a sequence the same blocks as before, though the cache"
+                " has changed since then: blocks were computed, or taken for something else.\nLook"
+                " anew in each call."
+            ),
+            suspects=(slips(Manager, "looks once"),),
+            answers=r"""
+# %% remembers what a sequence found while it waits
+@@
+         self._extend_names(seq)
+         found = []
++        key = id(seq), seq.num_tokens
++        if getattr(self, "last", (None, ()))[0] == key:
++            return list(self.last[1])
+@@
+             found.append(block)
+-        return found
++        self.last = key, list(found)
++        return found
+""",
+        ),
+        Known(
             "only-free-ones-found",
             message=(
                 "A block that somebody uses is in the cache, and you find only blocks that nobody"
@@ -1336,6 +1384,11 @@ class MyBlockManager(BlockManager):
         Known(
             "wrong-values",
             answers=r"""
+# %% a prefix of a hundred blocks at most
+@@
+-        for index in range((seq.num_tokens - 1) // self.block_size):
++        for index in range(min(100, (seq.num_tokens - 1) // self.block_size)):
+
 # %% every 500th block is lost
 @@
 -            self.counts[block] -= 1

@@ -23,6 +23,7 @@ class Manager:
         self.tokens: list[tuple[int, ...]] = [()] * num_blocks
         self.where: dict[int, int] = {}
         self.revived: set[int] = set()
+        self.looked: dict[tuple[int, int], tuple[Sequence, list[int]]] = {}
 
     @property
     def num_free_blocks(self) -> int:
@@ -73,6 +74,8 @@ class Manager:
         if "counted when found" in self.slips:
             for block in found:
                 self.counts[block] += 1
+        if "looks once" in self.slips:
+            _, found = self.looked.setdefault((id(seq), seq.num_tokens), (seq, found))
         return found[:-1] if "last hit given up" in self.slips else found
 
     def _most(self, seq: Sequence) -> int:
