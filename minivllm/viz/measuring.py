@@ -424,7 +424,7 @@ def draw_intervals(
     low, high = min([begin, *(s for s, _ in spans)]), max([end, *(e for _, e in spans)])
     for left, right in ((low, begin), (end, high)):
         if right > left:
-            ax.axvspan(left, right, color=palette.CACHED, linewidth=0)
+            ax.axvspan(left, right, color=palette.tint(palette.SOFT_INK, 0.22), linewidth=0)
     for y, lane in enumerate(lanes.values()):
         color = palette.REQUESTS[y]
         ax.barh(
