@@ -88,6 +88,18 @@ def source_of(document: str) -> str:
     return f"{document}.{'ipynb' if notebook else 'md'}"
 
 
+def symbols(text: str) -> str:
+    """Link the names behind links to files, as in the glossary: [engine/batch.py](…): `Batch`."""
+    return _SYMBOL.sub(lambda m: f"{m[1]}{{py:obj}}`{m[3]} <{_module(m[2])}.{m[3]}>`", text)
+
+
+_SYMBOL = re.compile(r"(\]\((?:\.\./)*(minivllm/[\w/]+)\.py\): )`([\w.]+)`")
+
+
+def _module(path: str) -> str:
+    return path.replace("/", ".").removesuffix(".__init__")
+
+
 def slug(heading: str) -> str:
     """The anchor of a heading: as on GitHub, in small letters, where Jupyter keeps capitals."""
     return re.sub(r"[^\w-]", "", heading.lower().replace(" ", "-"))

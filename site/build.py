@@ -19,7 +19,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path[:0] = [str(HERE), str(ROOT)]
+# The package of this checkout, wherever another one is installed.
+sys.path.insert(1, str(ROOT))
 
 import nbformat  # noqa: E402
 
@@ -69,7 +70,8 @@ def course_pages(folder: Path) -> None:
         save(chapter, folder / "notebooks" / f"{stop.name}.ipynb")
     for name in ("cheat_sheet", "glossary"):
         text = (ROOT / "notebooks" / f"{name}.md").read_text(encoding="utf-8")
-        write(folder, f"notebooks/{name}", adapt.links(text, "notebooks", f"notebooks/{name}"))
+        text = adapt.links(adapt.symbols(text), "notebooks", f"notebooks/{name}")
+        write(folder, f"notebooks/{name}", text)
     shutil.copytree(ROOT / "notebooks/images", folder / "notebooks/images")
 
 
@@ -149,6 +151,16 @@ def run_of_the_demo(folder: Path) -> str:
     )
 
 
+def tidy(out: Path) -> None:
+    """Remove what a reader of the site does not need."""
+    for path in out.rglob("*.map"):
+        path.unlink()
+    (out / ".buildinfo").unlink(missing_ok=True)
+    shutil.rmtree(out / "_sources", ignore_errors=True)
+    # GitHub Pages leaves out folders whose names begin with "_", unless it finds this file.
+    (out / ".nojekyll").touch()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Build the site.")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "site")
@@ -165,12 +177,20 @@ def main() -> int:
     reference.write(source)
     # -W: a link that leads nowhere, or a page that no page leads to, stops the build.
     arguments = ["-b", "html", "-c", str(HERE), "-d", str(work / "doctrees"), "-W"]
-    arguments += ["-q", "-j", "auto", "-D", f"html_static_path=static,{work / 'static'}", str(source), str(out)]
+    arguments += [
+        "-q",
+        "-j",
+        "auto",
+        "-D",
+        f"html_static_path=static,{work / 'static'}",
+        str(source),
+        str(out),
+    ]
     from sphinx.cmd.build import build_main
 
     if code := build_main(arguments):
         return code
-    shutil.rmtree(out / ".buildinfo", ignore_errors=True)
+    tidy(out)
     print(f"{sum(1 for _ in out.rglob('*.html'))} pages: {out / 'index.html'}")
     return 0
 

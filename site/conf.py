@@ -36,12 +36,14 @@ myst_dmath_double_inline = True
 # --- the reference --------------------------------------------------------------------------------
 
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "show-inheritance": True, "no-value": True}
+autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
 autodoc_inherit_docstrings = False
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88
 add_module_names = False
+toc_object_entries_show_parents = "hide"
 #: In a docstring, `name` is a link if the reference has this name, and code otherwise.
 default_role = "py:obj"
 
@@ -63,6 +65,13 @@ html_theme_options: dict[str, Any] = {
     "use_download_button": False,
     "use_fullscreen_button": False,
     "home_page_in_toc": False,
+    # The sidebar and the line above the text have all that the bar at the top would repeat.
+    "navbar_start": [],
+    "navbar_center": [],
+    "navbar_end": [],
+    "navbar_persistent": [],
+    # The player on the front page needs the width.
+    "secondary_sidebar_items": {"**": ["page-toc"], "index": []},
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }

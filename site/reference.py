@@ -25,18 +25,22 @@ class Group:
     places: tuple[str, ...]
 
 
+LIBRARY = ("llm", "sampling_params", "outputs", "inputs", "config", "errors", "metrics")
 GROUPS = (
     Group(
         "library",
         "The library",
         "What a program imports: the offline interface, parameters, outputs and errors.",
-        ("llm.py", "sampling_params.py", "outputs.py", "inputs.py", "config.py", "errors.py")
-        + ("metrics.py",),
+        tuple(f"{name}.py" for name in LIBRARY),
     ),
     Group("engine", "The engine", "From a request to its tokens, step by step.", ("engine",)),
-    Group("kernels", "Kernels", "Each operation: the reference and the Triton kernel.", ("kernels",)),
+    Group(
+        "kernels", "Kernels", "Each operation: the reference and the Triton kernel.", ("kernels",)
+    ),
     Group("layers", "Layers", "What a model is made of.", ("layers",)),
-    Group("models", "Models", "The families of models, and how a checkpoint is loaded.", ("models",)),
+    Group(
+        "models", "Models", "The families of models, and how a checkpoint is loaded.", ("models",)
+    ),
     Group("parallel", "Tensor parallelism", "Ranks, and what they exchange.", ("parallel",)),
     Group(
         "text",
@@ -55,7 +59,7 @@ def files(place: str) -> list[Path]:
     """The public Python files at a place of the package."""
     path = PACKAGE / place
     found = [path] if path.is_file() else sorted(path.rglob("*.py"))
-    return [file for file in found if not file.stem.strip("_") or _is_public(file)]
+    return [file for file in found if _is_public(file)]
 
 
 def _is_public(file: Path) -> bool:
@@ -91,10 +95,9 @@ def document_of(path: str) -> str:
 
 
 def summary(file: Path) -> str:
-    """The first sentence of a module's docstring, in one line."""
+    """The first paragraph of a module's docstring, in one line."""
     text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-    paragraph = " ".join(text.split("\n\n")[0].split())
-    return paragraph
+    return " ".join(text.split("\n\n")[0].split()).replace("*", r"\*")
 
 
 def write(folder: Path) -> None:
