@@ -19,8 +19,6 @@ from reference import document_of
 from repository import ROOT, url_of
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
-#: An output with more lines than this gets a scroll bar.
-MANY_LINES = 40
 #: Files of the repository that are pages under another name.
 RENAMED = {
     "README.md": "guide/index",
@@ -122,13 +120,11 @@ def notebook(path: Path) -> NotebookNode:
 
 
 def _fold(cell: NotebookNode) -> None:
-    """Tags for what JupyterLab folds, and for long outputs."""
+    """Tags for what JupyterLab folds."""
     jupyter = cell.metadata.get("jupyter", {})
     tags = list(cell.metadata.get("tags", []))
     tags += ["hide-input"] * bool(jupyter.get("source_hidden"))
     tags += ["hide-output"] * bool(jupyter.get("outputs_hidden"))
-    lines = sum(output.get("text", "").count("\n") for output in cell.outputs)
-    tags += ["scroll-output"] * (lines > MANY_LINES)
     cell.metadata.tags = tags
 
 

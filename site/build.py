@@ -95,7 +95,7 @@ def guide_pages(folder: Path) -> None:
 
 def command_help() -> str:
     """The help of each command, as Markdown."""
-    environment = {**os.environ, "TERM": "dumb", "NO_COLOR": "1", "COLUMNS": "88"}
+    environment = {**os.environ, "TERM": "dumb", "NO_COLOR": "1", "COLUMNS": "84"}
     parts = ["\n## Each command\n"]
     for command in COMMANDS:
         arguments = [sys.executable, "-m", "minivllm", command, "--help"]
@@ -151,14 +151,14 @@ def run_of_the_demo(folder: Path) -> str:
     )
 
 
-def tidy(out: Path) -> None:
+def tidy(pages: Path) -> None:
     """Remove what a reader of the site does not need."""
-    for path in out.rglob("*.map"):
+    for path in pages.rglob("*.map"):
         path.unlink()
-    (out / ".buildinfo").unlink(missing_ok=True)
-    shutil.rmtree(out / "_sources", ignore_errors=True)
+    (pages / ".buildinfo").unlink(missing_ok=True)
+    shutil.rmtree(pages / "_sources", ignore_errors=True)
     # GitHub Pages leaves out folders whose names begin with "_", unless it finds this file.
-    (out / ".nojekyll").touch()
+    (pages / ".nojekyll").touch()
 
 
 def main() -> int:
@@ -166,9 +166,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "site")
     out = parser.parse_args().out.resolve()
     work = out.with_name(f"{out.name}-work")
-    source = work / "source"
-    for folder in (work, out):
-        shutil.rmtree(folder, ignore_errors=True)
+    source, pages = work / "source", work / "pages"
+    shutil.rmtree(work, ignore_errors=True)
     source.mkdir(parents=True)
 
     front_page(source, run_of_the_demo(work))
@@ -176,21 +175,16 @@ def main() -> int:
     guide_pages(source)
     reference.write(source)
     # -W: a link that leads nowhere, or a page that no page leads to, stops the build.
-    arguments = ["-b", "html", "-c", str(HERE), "-d", str(work / "doctrees"), "-W"]
-    arguments += [
-        "-q",
-        "-j",
-        "auto",
-        "-D",
-        f"html_static_path=static,{work / 'static'}",
-        str(source),
-        str(out),
-    ]
+    arguments = ["-b", "html", "-c", str(HERE), "-d", str(work / "doctrees"), "-W", "-q"]
+    arguments += ["-j", "auto", "-D", f"html_static_path=static,{work / 'static'}"]
     from sphinx.cmd.build import build_main
 
-    if code := build_main(arguments):
+    if code := build_main([*arguments, str(source), str(pages)]):
         return code
-    tidy(out)
+    tidy(pages)
+    # An older site stays until the new one is complete.
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.move(pages, out)
     print(f"{sum(1 for _ in out.rglob('*.html'))} pages: {out / 'index.html'}")
     return 0
 
