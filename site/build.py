@@ -23,9 +23,11 @@ ROOT = HERE.parent
 sys.path.insert(1, str(ROOT))
 
 import nbformat  # noqa: E402
+from typer.main import get_command  # noqa: E402
 
 import adapt  # noqa: E402
 import reference  # noqa: E402
+from minivllm.cli.app import app  # noqa: E402
 from minivllm.course.notebooks import ROAD, Stop, road  # noqa: E402
 
 #: The height of the player on the front page, in CSS pixels.
@@ -48,8 +50,6 @@ GUIDE = (
     GuidePage("measured", "What was measured", ("What was measured",)),
     GuidePage("trust", "Why you can trust the tokens", ("Why you can trust the tokens",)),
 )
-#: Commands whose help stands on the page of the command line.
-COMMANDS = ("generate", "chat", "trace", "demo", "bench", "check", "course", "doctor")
 
 
 def write(folder: Path, page: str, text: str) -> None:
@@ -97,7 +97,7 @@ def command_help() -> str:
     """The help of each command, as Markdown."""
     environment = {**os.environ, "TERM": "dumb", "NO_COLOR": "1", "COLUMNS": "84"}
     parts = ["\n## Each command\n"]
-    for command in COMMANDS:
+    for command in get_command(app).commands:
         arguments = [sys.executable, "-m", "minivllm", command, "--help"]
         told = subprocess.run(
             arguments, env=environment, cwd=ROOT, capture_output=True, encoding="utf-8", check=True
