@@ -36,7 +36,7 @@ PYTEST_ARGS ?= --nbval $(WORKERS)
 WORKERS = -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quick test test-newest lab lint test-real-weights wheel constraints clean
+.PHONY: help setup demo quick test test-newest lab site lint test-real-weights wheel constraints clean
 
 help:  ## Show this list
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/  make \1\t\2/p' Makefile | expand -t 26
@@ -49,6 +49,10 @@ demo: $(VENV)/.stamp-base  ## Watch the engine serve a batch of prompts with the
 lab: $(VENV)/.stamp-lab  ## Open the course in JupyterLab, with the packages for its exercises and their checks
 	$(PY) -m jupyterlab --notebook-dir=. --ServerApp.default_url=/lab/tree/notebooks/00_tour.ipynb \
 	  --ServerApp.contents_manager_class=minivllm.course.lab.CourseContents
+
+# Two processes, see site/build.py; one thread in each, as for the demo.
+site: $(VENV)/.stamp-site  ## Build the pages of the course and of the library: build/site/index.html
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) site/build.py
 
 setup: $(VENV)/.stamp-dev  ## Install everything (demo, lab and tests) into .venv
 	@$(PY) -m minivllm doctor
@@ -111,6 +115,10 @@ $(VENV)/.stamp-lab: pyproject.toml constraints.txt | $(VENV)/.stamp-venv
 	$(INSTALL) -c constraints.txt -e '.[lab]'
 	@touch $@ $(VENV)/.stamp-base
 
+$(VENV)/.stamp-site: pyproject.toml constraints.txt | $(VENV)/.stamp-venv
+	$(INSTALL) -c constraints.txt -e '.[site]'
+	@touch $@ $(VENV)/.stamp-base
+
 $(VENV)/.stamp-dev: pyproject.toml constraints.txt | $(VENV)/.stamp-venv
 	$(INSTALL) -c constraints.txt -e '.[dev]'
-	@touch $@ $(VENV)/.stamp-base $(VENV)/.stamp-lab
+	@touch $@ $(VENV)/.stamp-base $(VENV)/.stamp-lab $(VENV)/.stamp-site

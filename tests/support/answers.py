@@ -91,11 +91,18 @@ def leaks(chapter: Chapter, path: Path | None = None) -> list[str]:
     for cell in exercises.cells:
         if cell.get("outputs") or "stub" in cell.metadata.get("minivllm", {}):
             found.append(f"cell {cell.id}: an output, or the stub's metadata")
+    cells = {f"cell {cell.id}": cell.source for cell in exercises.cells}
+    return found + shown_answers(chapter, cells)
+
+
+def shown_answers(chapter: Chapter, sources: dict[str, str]) -> list[str]:
+    """Find the sources that have most of the lines of an answer. sources: by their place."""
+    found = []
     for part in parts_of(chapter)[1]:
         lines = _lines(part.answer) - _lines(part.stub)
-        for cell in exercises.cells:
-            if len(lines) >= 3 and len(lines & _lines(cell.source)) > len(lines) / 2:
-                found.append(f"cell {cell.id}: most of the answer to {part.id}")
+        for place, source in sources.items():
+            if len(lines) >= 3 and len(lines & _lines(source)) > len(lines) / 2:
+                found.append(f"{place}: most of the answer to {part.id}")
     return found
 
 

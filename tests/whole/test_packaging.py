@@ -193,7 +193,7 @@ def _make(tmp_path: Path, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("target", "extra"), [("demo", "."), ("lab", ".[lab]"), ("test", ".[dev]")]
+    ("target", "extra"), [("demo", "."), ("lab", ".[lab]"), ("site", ".[site]"), ("test", ".[dev]")]
 )
 def test_make_installs_the_same_pins_with_pip_and_with_uv(tmp_path, target, extra):
     pip = _make(tmp_path, target, "UV=", f"PYTHON={sys.executable}")
