@@ -51,6 +51,10 @@ from minivllm.engine.sequence import (
     Sequence,
     SequenceStatus,
 )
+from minivllm.errors import ConfigError
+
+#: Slots are a list. A number that was meant to be "no limit" would fill the memory with it.
+MOST_SLOTS = 1 << 20
 
 
 @dataclass
@@ -94,6 +98,11 @@ class SchedulerBase:
     has_proposals: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
+        if self.max_num_seqs > MOST_SLOTS:
+            raise ConfigError(
+                f"max_num_seqs={self.max_num_seqs} is too large; at most {MOST_SLOTS:,} sequences"
+                " run at once."
+            )
         self.free_slots = list(reversed(range(self.max_num_seqs)))
 
     @property

@@ -229,7 +229,7 @@ def test_the_player_plays_without_a_kernel(page: Page, lab: str) -> None:
     notebook = NOTEBOOK.replace("CHAPTER", "00_tour")
     page.send("Page.navigate", url=f"{lab}/tree/notebooks/00_tour.ipynb")
     session = f"{notebook}.context.sessionContext"
-    page.wait_for(f"{notebook}.context.isReady && {session}.session.kernel", 60)
+    page.wait_for(f"{notebook}.context.isReady && !!{session}.session.kernel", 60)
     page.evaluate(f"{session}.shutdown().then(() => true)")
     page.wait_for(f"!{session}.session?.kernel", 20)
 

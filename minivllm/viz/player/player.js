@@ -4,6 +4,11 @@
 /* With more running sequences than this, only the followed one has lines to its blocks. */
 const MOST_WITH_LINES = 12;
 
+/** The end of a text, at most so long, from the beginning of a word. */
+function fromWord(text, most) {
+  return text.length <= most ? text : `…${text.slice(-most).replace(/^\S*\s/, "")}`;
+}
+
 /** The page around this frame, where the browser lets us ask it; else null. */
 function pageAround() {
   try {
@@ -75,12 +80,16 @@ class MinivllmPlayer {
     this.root.className = "mv";
     this.root.replaceChildren();
     const facts = `${run.model}: ${run.blocks} blocks of ${run.size} tokens, at most ${run.seqs} sequences and ${run.budget} tokens per step`;
+    const about =
+      `In each step the model reads up to ${run.budget} tokens: one for each request that is being answered (decode), the others from prompts.` +
+      ` Of every token that it has read it keeps keys and values (KV), in blocks of ${run.size} tokens. Here you see who holds which block.`;
     this.root.append(
       make(
         "div",
         { className: "mv-top" },
         make("h2", { textContent: this.options.title || "minivllm at work" }),
         make("span", { className: "facts", textContent: facts }),
+        make("p", { className: "about", textContent: about }),
       ),
     );
     this.playButton = button("Play", "Play or pause", () => this.toggle(), "space");
@@ -114,7 +123,7 @@ class MinivllmPlayer {
       ...[1, 2, 5, 10, 30, 60].map((n) =>
         make("option", {
           value: n,
-          textContent: `${n} steps per second`,
+          textContent: `${n} steps/s`,
           selected: n === this.speed,
         }),
       ),
@@ -145,12 +154,7 @@ class MinivllmPlayer {
     bar.setAttribute("aria-label", "Player");
     if (/^(https?|file):/.test(location.protocol))
       bar.append(
-        button(
-          "Link",
-          "Copy a link to this step",
-          () => navigator.clipboard && navigator.clipboard.writeText(location.href),
-          "l",
-        ),
+        (this.linkButton = button("Link", "Copy a link to this step", () => this.copyLink(), "l")),
       );
     this.news = make("div", { className: "news" });
     this.news.setAttribute("role", "status");
@@ -209,7 +213,10 @@ class MinivllmPlayer {
             ["background: var(--again)", "computed again"],
             ["background: var(--soft); height: .2em", "waits"],
             ["border-color: var(--warn); border-width: 0 0 0 3px", "preempted"],
-            ["border-color: var(--budget); border-width: 2px 0 0", "token budget"],
+            [
+              "border-color: var(--budget); border-width: 2px 0 0",
+              "token budget, size of the pool",
+            ],
             ["border-top: 2px dashed var(--warn)", "memory that whole lengths would reserve"],
           ]),
         ),
@@ -296,6 +303,19 @@ class MinivllmPlayer {
     if (this.state) this.address();
   }
 
+  /** Put the address of this step where Paste finds it, and say whether that worked. */
+  async copyLink() {
+    let said = "Copied";
+    try {
+      await navigator.clipboard.writeText(location.href);
+    } catch {
+      said = "Copy it from the address bar";
+    }
+    if (!this.linkButton) return;
+    this.linkButton.textContent = said;
+    setTimeout(() => (this.linkButton.textContent = "Link"), 1500);
+  }
+
   step(by) {
     this.pause();
     this.go(this.at + by);
@@ -352,7 +372,7 @@ class MinivllmPlayer {
       "-": () => this.faster(-1),
       f: () => this.nextFollow(),
       t: () => this.flip(),
-      l: () => navigator.clipboard && navigator.clipboard.writeText(location.href),
+      l: () => this.copyLink(),
     };
     if (
       own ||
@@ -497,14 +517,20 @@ class MinivllmPlayer {
       if (event.step !== this.at) continue;
       const who = run.letters[event.who];
       if (event.kind === "hit")
-        parts.push(`${who} finds ${event.tokens} tokens in the prefix cache.`);
+        parts.push(
+          `${who} finds the first ${event.tokens} tokens of its prompt in the prefix cache, and shares their blocks.`,
+        );
       else if (event.kind === "admission") parts.push(`${who} is admitted.`);
-      else if (event.kind === "end") parts.push(`${who} ends, and its blocks are free again.`);
+      else if (event.kind === "end")
+        parts.push(`${who} ends; from the next step on, its blocks are free.`);
     }
-    if (state.preempted.length)
+    const before = run.states[this.at - 1];
+    for (const who of state.preempted) {
+      const lost = ((before && before.tables.get(who)) || []).length;
       parts.push(
-        `No block is free: ${letters(state.preempted)} is preempted. Its blocks go back to the pool, and it will be computed again.`,
+        `No block was free for those before it: ${run.letters[who]}, which came last, is preempted. It gives up its ${lost} blocks, and will be computed again.`,
       );
+    }
     return parts.join(" ");
   }
 
@@ -550,7 +576,7 @@ class MinivllmPlayer {
       if (row.mark !== mark) {
         row.mark = mark;
         row.what.textContent = ended ? "finished" : what;
-        row.old.textContent = text.slice(Math.max(0, length - fresh - 300), length - fresh);
+        row.old.textContent = fromWord(text.slice(0, length - fresh), 300);
         row.fresh.textContent = text.slice(length - fresh);
         row.node.setAttribute("aria-pressed", String(this.follow === who));
         row.node.classList.toggle("off", !state.running.includes(who));
@@ -580,7 +606,7 @@ class MinivllmPlayer {
       make(
         "div",
         {},
-        make("span", { className: "ask", textContent: ask ? `…${ask.slice(-70)} ` : "" }),
+        make("span", { className: "ask", textContent: ask ? `${fromWord(ask, 70)} ` : "" }),
         row.old,
         row.fresh,
       ),
@@ -604,7 +630,7 @@ class MinivllmPlayer {
       text,
     );
     row.node.setAttribute("role", "button");
-    row.node.setAttribute("aria-label", `Follow ${run.letters[who]}: ${ask.slice(-70)}`);
+    row.node.setAttribute("aria-label", `Follow ${run.letters[who]}: ${fromWord(ask, 70)}`);
     this.rows.set(who, row);
     this.select.append(make("option", { value: who, textContent: `follow ${run.letters[who]}` }));
     return row;
@@ -664,7 +690,10 @@ class MinivllmPlayer {
     for (let block = 0; block < run.blocks; block++) {
       const x = (block % place.columns) * place.size,
         y = place.top + Math.floor(block / place.columns) * place.high;
-      at.set(block, [x + place.size / 2, y]);
+      at.set(block, [x, y]);
+    }
+    this.drawLines(ctx, state, at);
+    for (const [block, [x, y]] of at)
       this.square(
         ctx,
         state,
@@ -675,13 +704,11 @@ class MinivllmPlayer {
         place.size - 2,
         place.high - 2,
       );
-    }
+    const label = `pool: ${run.blocks - state.free} in use, ${state.free - state.cached.size} free, ${state.cached.size} cached`;
+    ctx.fillStyle = paint.panel;
+    ctx.fillRect(0, place.top - 17, ctx.measureText(label).width + 4, 15);
     ctx.fillStyle = paint.soft;
-    ctx.fillText(
-      `pool: ${run.blocks - state.free} in use, ${state.free - state.cached.size} free, ${state.cached.size} cached`,
-      0,
-      place.top - 9,
-    );
+    ctx.fillText(label, 0, place.top - 9);
     place.shown.forEach((who, i) => {
       const table = state.tables.get(who) || [],
         y = i * place.row;
@@ -701,11 +728,6 @@ class MinivllmPlayer {
           j,
         ),
       );
-      if (this.follow === who || (this.follow < 0 && state.running.length <= MOST_WITH_LINES)) {
-        // The more sequences, the fainter their lines: the squares stay readable.
-        if (this.follow < 0) ctx.globalAlpha = Math.min(1, 3 / state.running.length);
-        this.lines(ctx, who, table, y, at);
-      }
       ctx.globalAlpha = 1;
     });
     if (state.running.length > place.shown.length) {
@@ -718,18 +740,28 @@ class MinivllmPlayer {
     }
   }
 
-  lines(ctx, who, table, y, at) {
-    ctx.strokeStyle = this.run.colors[who];
-    ctx.lineWidth = this.follow === who ? 2 : 1.2;
-    table.forEach((block, j) => {
-      const [x2, y2] = at.get(block),
-        x1 = this.place.left + j * (this.place.cell + 2) + this.place.cell / 2,
-        y1 = y + this.place.row - 2;
-      ctx.beginPath();
-      ctx.moveTo(x1, y1);
-      ctx.bezierCurveTo(x1, (y1 + y2) / 2, x2, (y1 + y2) / 2, x2, y2);
-      ctx.stroke();
+  /** Lines from logical blocks to the pool: of the followed sequence, or faintly of all. */
+  drawLines(ctx, state, at) {
+    const { left, cell, row, shown, size } = this.place;
+    shown.forEach((who, i) => {
+      const all = this.follow < 0 && state.running.length <= MOST_WITH_LINES;
+      if (this.follow !== who && !all) return;
+      // The more sequences, the fainter their lines.
+      ctx.globalAlpha = this.follow === who ? 1 : Math.max(0.15, 1 / state.running.length);
+      ctx.strokeStyle = this.run.colors[who];
+      ctx.lineWidth = this.follow === who ? 2 : 1.2;
+      (state.tables.get(who) || []).forEach((block, j) => {
+        const [x, y2] = at.get(block),
+          x1 = left + j * (cell + 2) + cell / 2,
+          x2 = x + size / 2,
+          y1 = (i + 1) * row - 2;
+        ctx.beginPath();
+        ctx.moveTo(x1, y1);
+        ctx.bezierCurveTo(x1, (y1 + y2) / 2, x2, (y1 + y2) / 2, x2, y2);
+        ctx.stroke();
+      });
     });
+    ctx.globalAlpha = 1;
   }
 
   /** How many tokens of a block are computed, for a sequence that has it as its j-th. */
@@ -753,7 +785,8 @@ class MinivllmPlayer {
         ctx.fillStyle =
           this.filled(state, first, j) * 2 > run.size ? inkOn(run.colors[first]) : paint.ink;
         ctx.textAlign = "center";
-        ctx.fillText(run.letters[first], x + w / 2, y + h / 2 + 1);
+        const label = who.length > 1 ? `×${who.length}` : run.letters[first];
+        ctx.fillText(label, x + w / 2, y + h / 2 + 1);
         ctx.textAlign = "left";
       }
     } else if (state.cached.has(block)) {
@@ -910,14 +943,18 @@ class MinivllmPlayer {
     const used = run.states.map((state) => mb((run.blocks - state.free) * run.size)),
       whole = run.states.map((state) => mb(state.running.length * run.longest));
     const pool = mb(run.blocks * run.size),
-      most = Math.max(pool, ...used) * 1.6;
-    const peak = Math.max(...whole),
-      note =
-        peak > most
-          ? `; whole lengths would reserve up to ${peak.toPrecision(3)} MB, off the picture`
-          : "";
+      most = Math.max(pool, ...used) * 1.3,
+      peak = Math.max(...whole);
+    const note = peak > most ? `; ${peak.toPrecision(3)} MB if each reserved its whole length` : "";
     ctx.fillStyle = paint.soft;
     ctx.fillText(`KV memory in use, of ${pool.toPrecision(3)} MB${note}`, left, top - 6);
+    const limit = top + high - (pool * high) / most;
+    ctx.strokeStyle = paint.budget;
+    ctx.lineWidth = 2;
+    ctx.beginPath();
+    ctx.moveTo(left, limit);
+    ctx.lineTo(left + width, limit);
+    ctx.stroke();
     ctx.fillStyle = paint.decode;
     used.forEach((value, i) =>
       ctx.fillRect(
@@ -932,8 +969,10 @@ class MinivllmPlayer {
     ctx.setLineDash([5, 4]);
     ctx.beginPath();
     whole.forEach((value, i) => {
-      const y = top + high - (Math.min(value, most) * high) / most + 1;
-      ctx.lineTo(left + i * step, y);
+      // What lies off the picture is said in words.
+      if (value > most) return;
+      const y = top + high - (value * high) / most + 1;
+      ctx.moveTo(left + i * step, y);
       ctx.lineTo(left + (i + 1) * step, y);
     });
     ctx.stroke();
@@ -1005,7 +1044,7 @@ class MinivllmPlayer {
       return `${this.run.letters[who]} in step ${i}: ${words[this.run.lanes[who][i] || 0]}`;
     }
     const [prompt, decode, again] = state.tokens;
-    return `Step ${i}: ${prompt} tokens of prompts, ${decode} decodes, ${again} again\n${this.run.blocks - state.free} of ${this.run.blocks} blocks in use\n${(state.duration * 1000).toPrecision(3)} ms`;
+    return `Step ${i}: ${prompt} tokens of prompts, ${decode} decodes, ${again} again\n${this.run.blocks - state.free} of ${this.run.blocks} blocks in use\nthe step took ${(state.duration * 1000).toPrecision(3)} ms`;
   }
 
   hint(event, text) {
