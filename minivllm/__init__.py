@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from minivllm.kernels import Kernels
     from minivllm.llm import LLM
     from minivllm.outputs import CompletionOutput, RequestOutput
-    from minivllm.sampling_params import RequestOutputKind, SamplingParams
+    from minivllm.sampling_params import (
+        RequestOutputKind,
+        SamplingParams,
+        StructuredOutputsParams,
+    )
 
 __version__ = "0.1.0"
 
@@ -24,6 +28,7 @@ _HOMES = {
     "LLMEngine": "minivllm.engine.llm_engine",
     "SamplingParams": "minivllm.sampling_params",
     "RequestOutputKind": "minivllm.sampling_params",
+    "StructuredOutputsParams": "minivllm.sampling_params",
     "RequestOutput": "minivllm.outputs",
     "CompletionOutput": "minivllm.outputs",
     "PromptType": "minivllm.inputs",
@@ -42,6 +47,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TextPrompt",
     "TokensPrompt",
     "__version__",

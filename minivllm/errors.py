@@ -70,6 +70,14 @@ class UnsupportedMethodError(UnsupportedFeatureError, AttributeError):
     """A method that only vLLM's `LLM` has. Also an AttributeError, so that `hasattr` is False."""
 
 
+class MissingPackageError(RequestError, ImportError):
+    """The request needs an optional package. The message says how to install it."""
+
+
+class StructuredOutputError(RequestError):
+    """The output could not go on as its grammar demands. The message says why."""
+
+
 class InvalidLogitsError(RequestError):
     """The model's logits for this request are not finite, so no token can be chosen."""
 

@@ -6,6 +6,7 @@ Names, defaults, order and meaning are vLLM's. Taught in notebooks/11_using_mini
 import dataclasses
 import enum
 import functools
+import json
 import math
 import numbers
 import operator
@@ -13,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
-from minivllm.compat.calls import refuse_parameter
+from minivllm.compat.calls import STRUCTURES, refuse_parameter
 from minivllm.errors import SamplingParamsError
 
 #: Largest number of completions per prompt; each is a sequence of its own.
@@ -53,11 +54,108 @@ def _names_unknown_fields(cls: type[_T]) -> type[_T]:
     @functools.wraps(init)
     def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
         if not known.issuperset(kwargs):
-            refuse_parameter(next(name for name in kwargs if name not in known), names)
+            refuse_parameter(
+                next(name for name in kwargs if name not in known), names, cls.__name__
+            )
         init(self, *args, **kwargs)
 
     cls.__init__ = checked_init  # type: ignore[method-assign]
     return cls
+
+
+@_names_unknown_fields
+@dataclass(frozen=True)
+class StructuredOutputsParams:
+    """What the whole output must be: exactly one of the first five fields says it.
+
+    The names are vLLM's. Needs the package llguidance: ``pip install 'minivllm[serve]'``.
+    """
+
+    #: A JSON text that fits this JSON schema: a dict, or JSON.
+    json: str | dict[str, Any] | None = None
+    #: A text that fits this regular expression as a whole (Rust's syntax, without look-around).
+    regex: str | None = None
+    choice: Sequence[str] | None = None  # one of these strings
+    #: A text of this context-free grammar: in Lark's language, or in llama.cpp's GBNF.
+    grammar: str | None = None
+    json_object: bool | None = None  # True: any JSON object
+    disable_any_whitespace: bool = False  # no space between the parts of a JSON text
+    #: The space between the parts of a JSON text, as a regular expression. None: a space, or a new
+    #: line with its indentation.
+    whitespace_pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in KINDS if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            raise SamplingParamsError(
+                f"structured_outputs needs exactly one of {', '.join(KINDS)}; got"
+                f" {' and '.join(given) or 'none'}."
+            )
+        self._check_types()
+        _ = self.text  # raises for a text that is not JSON
+
+    def _check_types(self) -> None:
+        _flag("json_object", self.json_object or False)
+        _flag("disable_any_whitespace", self.disable_any_whitespace)
+        for name in ("regex", "grammar", "whitespace_pattern"):
+            if not isinstance(getattr(self, name), str | None):
+                raise _wrong_structure(name, getattr(self, name), "it is a string.")
+        if self.choice is not None:
+            words = _list("choice", self.choice)
+            if not words or not all(isinstance(word, str) for word in words):
+                raise _wrong_structure("choice", self.choice, "it is a list of strings.")
+            object.__setattr__(self, "choice", words)
+
+    @functools.cached_property
+    def kind(self) -> str:
+        """The field that is set: one of `KINDS`."""
+        return next(name for name in KINDS if getattr(self, name) not in (None, False))
+
+    @functools.cached_property
+    def text(self) -> str:
+        """The value of this field as a string. It is JSON, except for regex and grammar."""
+        kind, value = self.kind, getattr(self, self.kind)
+        if kind == "json_object":
+            return '{"type": "object"}'
+        if kind == "choice":
+            return json.dumps(value)
+        if kind != "json":
+            return value
+        if hasattr(value, "model_json_schema"):
+            raise _wrong_structure("json", value, "pass its model_json_schema().")
+        try:
+            schema = json.loads(value) if isinstance(value, str) else value
+            text = json.dumps(schema, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise SamplingParamsError(
+                f"structured_outputs: json is not a JSON schema: {error}."
+            ) from error
+        if not isinstance(schema, dict | bool):
+            raise _wrong_structure("json", value, "a JSON schema is an object.")
+        return text
+
+    @property
+    def key(self) -> tuple[str, str, bool, str | None]:
+        """Equal for parameters that mean the same."""
+        return self.kind, self.text, self.disable_any_whitespace, self.whitespace_pattern
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as values that JSON can hold. Keyword arguments of the constructor."""
+        return {
+            field.name: value
+            for field in dataclasses.fields(self)
+            if (value := getattr(self, field.name)) != field.default
+        }
+
+
+#: The fields of `StructuredOutputsParams` that say what the output must be.
+KINDS = ("json", "regex", "choice", "grammar", "json_object")
+
+
+def _wrong_structure(name: str, value: Any, what: str) -> SamplingParamsError:
+    return SamplingParamsError(
+        f"structured_outputs: {name} has the wrong type: {value!r:.80}; {what}"
+    )
 
 
 @_names_unknown_fields
@@ -112,6 +210,8 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     #: What `LLMEngine.step` reports. `LLM.generate` and `LLM.stream` set it themselves.
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    #: What the whole output must be: JSON of a schema, a text of a grammar, ...
+    structured_outputs: StructuredOutputsParams | None = None
     logit_bias: dict[int, float] | None = None  # added to the logits of these tokens
     allowed_token_ids: Sequence[int] | None = None  # no other token may be chosen
     #: Words that the output must not contain, at the start of a text or after a space. A word of
@@ -127,6 +227,11 @@ class SamplingParams:
         if not isinstance(self.output_kind, RequestOutputKind):
             raise SamplingParamsError(
                 f"output_kind has the wrong type: {self.output_kind!r}; use RequestOutputKind."
+            )
+        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+            raise SamplingParamsError(
+                f"structured_outputs has the wrong type: {self.structured_outputs!r:.80}; use"
+                f" {STRUCTURES}."
             )
         for name, (low, high) in _INTEGERS.items():
             given = getattr(self, name)
@@ -199,13 +304,23 @@ class SamplingParams:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as values that JSON can hold. `from_dict` makes the same parameters again."""
-        return {**_copies(self), "output_kind": self.output_kind.value}
+        wanted = self.structured_outputs
+        return {
+            **_copies(self),
+            "output_kind": self.output_kind.value,
+            "structured_outputs": None if wanted is None else wanted.to_dict(),
+        }
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         """Make parameters from `to_dict`'s result, also after JSON has turned keys into strings."""
         kind = fields.get("output_kind", RequestOutputKind.CUMULATIVE)
-        return cls(**{**fields, "output_kind": RequestOutputKind(kind)})
+        wanted = fields.get("structured_outputs")
+        read = {
+            "output_kind": RequestOutputKind(kind),
+            "structured_outputs": None if wanted is None else StructuredOutputsParams(**wanted),
+        }
+        return cls(**{**fields, **read})
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -78,6 +78,15 @@ class Tokenizer:
         token = self.special_tokens.get("eos_token")
         return None if token is None else self._tokenizer.token_to_id(token)
 
+    @property
+    def size(self) -> int:
+        """One more than the greatest token id."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def to_json(self) -> str:
+        """The tokenizer in the format of tokenizer.json, with the tokens of the other files."""
+        return self._tokenizer.to_str()
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of text. add_special_tokens: add those of the tokenizer, such as a BOS."""
         try:

@@ -27,7 +27,7 @@ from minivllm.errors import (
     UnsupportedParameterError,
 )
 from minivllm.kernels import Kernels
-from minivllm.sampling_params import FILTERS
+from minivllm.sampling_params import FILTERS, StructuredOutputsParams
 from support.checkpoints import TransformersReference
 from support.sampling import PROMPT, VOCAB, decode_reference, make_llm, tokens_of, write_model
 
@@ -57,6 +57,7 @@ OTHER = {
     "spaces_between_special_tokens": False,
     "include_stop_str_in_output": True,
     "output_kind": RequestOutputKind.DELTA,
+    "structured_outputs": StructuredOutputsParams(regex="a+"),
     "logit_bias": {3: 1.5, 4: -2},
     "allowed_token_ids": [3, 4],
     "bad_words": ["w1", "w2 w3"],

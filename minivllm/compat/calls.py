@@ -11,7 +11,12 @@ from minivllm.errors import (
 )
 
 _SAMPLE_AND_RANK = "ask for n completions with logprobs=1 and compare their cumulative_logprob"
-_NO_STRUCTURE = "allowed_token_ids, logit_bias and bad_words restrict the choice of tokens"
+#: How a user asks for structured outputs.
+STRUCTURES = "structured_outputs=StructuredOutputsParams(json=..., regex=..., choice=..., ...)"
+_USE_STRUCTURES = f"use {STRUCTURES}"
+_NO_STRUCTURE = (
+    "structured_outputs, allowed_token_ids, logit_bias and bad_words restrict the choice of tokens"
+)
 _NO_LORA = "merge the adapter into the weights and load the merged checkpoint"
 _NO_TOOLS = 'if only the chat template should see them, pass chat_template_kwargs={"tools": [...]}'
 _ONLY_GENERATES = (
@@ -28,13 +33,15 @@ PARAMETERS = {
     "length_penalty": "it belongs to beam search, which is not here; leave it out",
     "early_stopping": "it belongs to beam search, which is not here; leave it out",
     "logits_processors": _NO_STRUCTURE,
-    "guided_decoding": _NO_STRUCTURE,
-    "guided_json": _NO_STRUCTURE,
-    "guided_regex": _NO_STRUCTURE,
-    "guided_choice": _NO_STRUCTURE,
-    "guided_grammar": _NO_STRUCTURE,
-    "structured_outputs": _NO_STRUCTURE,
-    "response_format": _NO_STRUCTURE,
+    "guided_decoding": _USE_STRUCTURES,
+    "guided_json": "use structured_outputs=StructuredOutputsParams(json=...)",
+    "guided_regex": "use structured_outputs=StructuredOutputsParams(regex=...)",
+    "guided_choice": "use structured_outputs=StructuredOutputsParams(choice=[...])",
+    "guided_grammar": "use structured_outputs=StructuredOutputsParams(grammar=...)",
+    "response_format": (
+        "it belongs to the server's requests; here use"
+        " structured_outputs=StructuredOutputsParams(json=...)"
+    ),
     "repetition_detection": "repetition_penalty and frequency_penalty work against repetition",
     "thinking_token_budget": "max_tokens bounds the whole answer",
     "logprob_token_ids": "logprobs=-1 returns all tokens (with the engine option max_logprobs=-1)",
@@ -73,7 +80,7 @@ ARGUMENTS = {
     "lora_request": _NO_LORA,
     "prompt_adapter_request": _NO_LORA,
     "priority": "requests are served in order of arrival",
-    "guided_options_request": _NO_STRUCTURE,
+    "guided_options_request": f"SamplingParams takes {STRUCTURES}",
     "prompt_token_ids": 'pass prompts=[{"prompt_token_ids": ids}, ...]',
     "multi_modal_data": _TEXT_ONLY,
     "mm_processor_kwargs": _TEXT_ONLY,
@@ -114,15 +121,23 @@ METHODS = {
 }
 
 
-def refuse_parameter(name: str, known: Iterable[str]) -> NoReturn:
-    """Raise for a field that `SamplingParams` does not have."""
-    if name in PARAMETERS:
+#: Fields of vLLM's StructuredOutputsParams.
+STRUCTURE_FIELDS = {
+    "structural_tag": "write the whole output as a grammar",
+    "disable_additional_properties": 'write "additionalProperties": false into the schema',
+    "disable_fallback": "there is one library, llguidance; leave it out",
+    "backend": "there is one library, llguidance; leave it out",
+}
+
+
+def refuse_parameter(name: str, known: Iterable[str], owner: str = "SamplingParams") -> NoReturn:
+    """Raise for a field that `SamplingParams`, or another owner, does not have."""
+    fields = PARAMETERS if owner == "SamplingParams" else STRUCTURE_FIELDS
+    if name in fields:
         raise UnsupportedParameterError(
-            f"SamplingParams: {name} is not supported by minivllm; {PARAMETERS[name]}."
+            f"{owner}: {name} is not supported by minivllm; {fields[name]}."
         )
-    raise UnsupportedParameterError(
-        f"SamplingParams has no field {name!r}.{did_you_mean(name, known)}"
-    )
+    raise UnsupportedParameterError(f"{owner} has no field {name!r}.{did_you_mean(name, known)}")
 
 
 def refuse_arguments(call: str, arguments: Mapping[str, Any], known: Iterable[str]) -> None:

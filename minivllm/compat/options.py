@@ -93,9 +93,13 @@ MISSING = (
     ),
     Missing(
         "structured_outputs_config guided_decoding_backend guided_decoding_disable_fallback "
-        "guided_decoding_disable_any_whitespace guided_decoding_disable_additional_properties "
+        "guided_decoding_disable_any_whitespace guided_decoding_disable_additional_properties",
+        "a request brings its own structured_outputs, and llguidance serves all of them",
+        (*OFF, "auto", "guidance"),
+    ),
+    Missing(
         "reasoning_parser reasoning_parser_plugin reasoning_config enable_reasoning",
-        "minivllm does not constrain or parse its output",
+        "minivllm does not parse its output",
         OFF,
     ),
     Missing(

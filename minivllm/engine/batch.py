@@ -16,6 +16,15 @@ import torch
 from minivllm.layers.attention import AttentionMetadata
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor to the device without waiting.
+
+    The copy goes through pinned memory: a copy from pageable memory first waits for all queued work
+    of the GPU.
+    """
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class BatchInputs:
     """The inputs of the model's forward pass, and the rows of its output that need logits."""

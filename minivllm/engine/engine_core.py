@@ -70,7 +70,7 @@ class SequenceOutput:
     token_ids: abc.Sequence[int]
     #: "stop", "length", or "error" (the model's logits were not finite).
     finish_reason: str | None = None
-    #: The request's stop token that ended the sequence.
+    #: The request's stop token that ended the sequence; of an error, why the grammar failed.
     stop_reason: str | int | None = None
     #: Logprobs of the whole step. Those of token_ids[i] stand in row `row + i`.
     logprobs: TokenLogprobs | None = None
@@ -175,6 +175,9 @@ class EngineCore:
     def add(self, seq: Sequence) -> None:
         """Queue a sequence. The caller has checked that it can be served."""
         self._sequences[seq.seq_id] = seq
+        if seq.params.structured_outputs is not None:
+            # In the background, while the sequence waits.
+            self.model_runner.grammars.begin(seq.params.structured_outputs)
         self.scheduler.add(seq)
         if self.ranks.were_started_here:
             self.ranks.mirror("add_described", _describe(seq))
@@ -320,8 +323,8 @@ class EngineCore:
         for seq in failed:
             # If a stop token has ended the sequence already, the failure came after its last token.
             if not seq.is_finished:
-                self.scheduler.finish(seq, "error")
-        if failed:
+                self.scheduler.finish(seq, "error", seq.failure)
+        if any(seq.failure is None for seq in failed):
             self.scheduler.block_manager.reset_prefix_cache()
 
     def _state(self) -> int:

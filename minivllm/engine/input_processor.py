@@ -15,6 +15,7 @@ from typing import Any
 
 from minivllm import errors
 from minivllm.config import ModelConfig, ResolvedConfig
+from minivllm.engine.structured_outputs import GrammarCompiler, end_ids
 from minivllm.inputs import (
     Message,
     ParsedPrompt,
@@ -51,7 +52,8 @@ class InputProcessor:
     """Check and encode requests for one model.
 
     config: resolved, with its number of KV blocks. takes_cache_salt: whether the block manager
-    never shares blocks between requests with different salts.
+    never shares blocks between requests with different salts. grammars: those of the engine, if it
+    is in this process.
     """
 
     def __init__(
@@ -61,14 +63,15 @@ class InputProcessor:
         config: ResolvedConfig,
         tokenizer: Tokenizer | None,
         takes_cache_salt: bool = True,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         self.takes_cache_salt = takes_cache_salt or not config.enable_prefix_caching
         self.path, self.config, self.tokenizer = path, config, tokenizer
         self.vocab_size = model_config.vocab_size
         self.max_logprobs = self.vocab_size if config.max_logprobs == -1 else config.max_logprobs
-        # vLLM's rule: the ids in the model's configs, and the tokenizer's own.
-        eos_ids = (*model_config.eos_token_ids, tokenizer.eos_token_id if tokenizer else None)
-        self.eos_ids = frozenset(i for i in eos_ids if i is not None and 0 <= i < self.vocab_size)
+        self.eos_ids = end_ids(model_config, tokenizer)
+        self.grammars = grammars or GrammarCompiler(path, model_config)
+        self.grammars.tokenizer = tokenizer
 
     @cached_property
     def default_params(self) -> SamplingParams:
@@ -95,7 +98,8 @@ class InputProcessor:
         max_num_tokens = self._max_num_tokens(len(token_ids), params)
         self._check_params(params)
         stop_ids = frozenset(params.stop_token_ids or ())
-        if not params.ignore_eos:
+        if not params.ignore_eos or params.structured_outputs is not None:
+            # Where a grammar has come to its end, nothing else is left to choose.
             stop_ids |= self.eos_ids
         bad_words = self._encode_bad_words(params.bad_words or ())
         self._check_choice(params, stop_ids, bad_words)
@@ -199,6 +203,13 @@ class InputProcessor:
                     raise errors.SamplingParamsError(
                         f"{name}: token {token_id}; the vocabulary ends at {self.vocab_size - 1}."
                     )
+        if params.structured_outputs is not None:
+            if self.tokenizer is None:
+                raise errors.TokenizerRequiredError(
+                    "structured_outputs needs a tokenizer, and this engine has none."
+                )
+            # Raises what is wrong with the grammar.
+            self.grammars.compile(params.structured_outputs)
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(params, name) or 0
             if (self.vocab_size if count == -1 else count) > self.max_logprobs:

@@ -119,6 +119,7 @@ class LLMEngine:
             self.config,
             self.tokenizer,
             getattr(self.core.scheduler.block_manager, "supports_extra_keys", False),
+            self.core.model_runner.grammars,
         )
         self.processor = OutputProcessor()
         self._requests = self.processor.requests

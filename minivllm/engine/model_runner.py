@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 from minivllm.config import ModelConfig, ResolvedConfig
-from minivllm.engine.batch import BatchInputs, BatchRow, build_batch
+from minivllm.engine.batch import BatchInputs, BatchRow, build_batch, to_device
 from minivllm.engine.cuda_graphs import DecodeGraphs, DecodeState, graph_sizes
 from minivllm.engine.memory import check_memory, typed_start_errors
-from minivllm.engine.sampler import Sampler, TokenLogprobs, to_device, token_logprobs
+from minivllm.engine.sampler import Sampler, TokenLogprobs, token_logprobs
 from minivllm.engine.sequence import PENDING, ScheduledBatch, ScheduledSequence, slots_of
+from minivllm.engine.structured_outputs import GrammarCompiler
 from minivllm.errors import ConfigError, OutOfMemoryError
 from minivllm.kernels import Kernels
 from minivllm.layers.attention import KVCache
@@ -141,8 +142,9 @@ class ModelRunner:
             self._num_blocks = np.zeros(num_slots, np.int64)
             self._is_ready = np.zeros(num_slots, bool)
             self._state = DecodeState.empty(num_slots, max_blocks, self.device)
+            self.grammars = GrammarCompiler(path, model_config)
             self.sampler = Sampler(
-                config.max_num_seqs, model_config.vocab_size, kernels, self.device
+                config.max_num_seqs, model_config.vocab_size, kernels, self.device, self.grammars
             )
             self.num_kv_blocks = min(
                 group.exchange(config.num_kv_blocks or self._default_num_kv_blocks())

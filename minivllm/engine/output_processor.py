@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from minivllm.engine.engine_core import SequenceOutput, StepOutput
 from minivllm.engine.sampler import TokenLogprobs
 from minivllm.engine.sequence import Sequence
-from minivllm.errors import InvalidLogitsError, RequestError
+from minivllm.errors import InvalidLogitsError, RequestError, StructuredOutputError
 from minivllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
 from minivllm.tokenizer import Detokenizer, Tokenizer
@@ -140,7 +140,8 @@ class Request:
             completion.settled = (len(completion.token_ids), None, None)
             return None
         if finish_reason == "error":
-            self.error, self.ends_with = InvalidLogitsError(), "error"
+            self.error, self.ends_with = _error_of(self.params, stop_reason), "error"
+            stop_reason = None
         for number, token_id in enumerate(output.token_ids):
             completion.token_ids.append(token_id)
             if output.logprobs is not None:
@@ -288,6 +289,18 @@ class Request:
         if self.tokenizer is None or not self.params.detokenize:
             return None
         return self.tokenizer.decode([token_id], skip_special_tokens=False)
+
+
+def _error_of(params: SamplingParams, why: str | int | None) -> RequestError:
+    """The error of a request for which no token could be chosen. why: its grammar's failure."""
+    if why is not None:
+        return StructuredOutputError(f"structured_outputs: the grammar cannot go on: {why}")
+    if params.structured_outputs and (params.allowed_token_ids is not None or params.bad_words):
+        return StructuredOutputError(
+            "No token could be chosen: allowed_token_ids or bad_words leave none of those that the"
+            " grammar allows, or the model's logits are not finite."
+        )
+    return InvalidLogitsError()
 
 
 class OutputProcessor:

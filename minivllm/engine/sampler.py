@@ -1,10 +1,10 @@
 """The sampler: from logits to tokens, for the whole batch at once.
 
-The order is vLLM's: log-probabilities of the raw logits; allowed_token_ids, bad_words, min_tokens
-and logit_bias; penalties; then the kernel `sample`, which applies temperature, top-k, top-p and
-min-p and draws with one keyed uniform number per row. Each running sequence has a slot. The
-sampler's data about a sequence is written once, when the sequence is admitted. Taught in
-notebooks/07_engine.ipynb.
+The order is vLLM's: log-probabilities of the raw logits; the mask of structured_outputs;
+allowed_token_ids, bad_words, min_tokens and logit_bias; penalties; then the kernel `sample`, which
+applies temperature, top-k, top-p and min-p and draws with one keyed uniform number per row. Each
+running sequence has a slot. The sampler's data about a sequence is written once, when the sequence
+is admitted. Taught in notebooks/07_engine.ipynb.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from minivllm.engine.batch import to_device
 from minivllm.engine.sequence import ScheduledSequence, Sequence, slots_of
+from minivllm.engine.structured_outputs import GrammarCompiler, GrammarMasks
 from minivllm.kernels import Kernels
 from minivllm.sampling_params import FILTERS, SamplingParams
 
@@ -93,15 +95,6 @@ def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> Tok
     )
 
 
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a tensor to the device without waiting.
-
-    The copy goes through pinned memory: a copy from pageable memory first waits for all queued work
-    of the GPU.
-    """
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
-
-
 def _valid_ids(token_ids: torch.Tensor) -> torch.Tensor:
     """Map `NOT_A_TOKEN` to a valid id too. The results at that id are used for nothing."""
     return token_ids & 0xFFFFFFFF
@@ -119,6 +112,12 @@ class LogitEdits:
         self.allowed = None if ids is None else to_device(torch.tensor(ids), device)
         self.min_tokens = params.min_tokens if seq.stop_ids else 0
         self.stop_ids = to_device(torch.tensor(sorted(seq.stop_ids), dtype=torch.int64), device)
+        #: The grammar's end-of-sequence tokens that the request ignores.
+        ignored = self._ignored_ids(seq)
+        self.ignored_ids = (
+            to_device(torch.tensor(ignored, dtype=torch.int64), device) if ignored else None
+        )
+        self.has_grammar = params.structured_outputs is not None
         bias = params.logit_bias or {}
         self.bias_ids = to_device(torch.tensor(list(bias), dtype=torch.int64), device)
         self.bias = to_device(torch.tensor(list(bias.values()), dtype=torch.float32), device)
@@ -128,7 +127,15 @@ class LogitEdits:
     def wanted_by(seq: Sequence) -> bool:
         params = seq.params
         asked = params.allowed_token_ids is not None or params.logit_bias or seq.bad_words
-        return bool(asked or (params.min_tokens and seq.stop_ids))
+        return bool(asked or (params.min_tokens and seq.stop_ids) or LogitEdits._ignored_ids(seq))
+
+    @staticmethod
+    def _ignored_ids(seq: Sequence) -> list[int]:
+        """With a grammar, end-of-sequence is among the stop tokens even if it is ignored."""
+        params = seq.params
+        if params.structured_outputs is None or not params.ignore_eos:
+            return []
+        return sorted(seq.stop_ids.difference(params.stop_token_ids or ()))
 
     def apply(self, logits: torch.Tensor, num_output_tokens: int) -> None:
         """Edit logits [V] float32 in place.
@@ -142,9 +149,19 @@ class LogitEdits:
         if self.bad_words is not None:
             self.bad_words.apply(logits)
         if num_output_tokens < self.min_tokens:
-            logits[self.stop_ids] = -torch.inf
+            self._ban(logits, self.stop_ids)
+        elif self.ignored_ids is not None:
+            self._ban(logits, self.ignored_ids)
         if len(self.bias):
             logits[self.bias_ids] += self.bias
+
+    def _ban(self, logits: torch.Tensor, token_ids: torch.Tensor) -> None:
+        """Ban tokens; but where a grammar leaves nothing else, the sequence has to end."""
+        if not self.has_grammar:
+            logits[token_ids] = -torch.inf
+            return
+        others = logits.index_fill(0, token_ids, -torch.inf)
+        logits.copy_(torch.where(others.amax() > -torch.inf, others, logits))
 
 
 class BadWords:
@@ -186,10 +203,18 @@ class SeenTokens:
 
 
 class Sampler:
-    """Sample tokens for sequences in slots. V is the vocabulary size."""
+    """Sample tokens for sequences in slots. V is the vocabulary size.
+
+    grammars: compiles the grammars of sequences that have one.
+    """
 
     def __init__(
-        self, num_slots: int, vocab_size: int, kernels: Kernels, device: torch.device
+        self,
+        num_slots: int,
+        vocab_size: int,
+        kernels: Kernels,
+        device: torch.device,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         self.kernels, self.device, self.vocab_size = kernels, device, vocab_size
         self._temperature = np.zeros(num_slots, np.float32)
@@ -205,6 +230,7 @@ class Sampler:
         self._needs_edit = np.zeros(num_slots, bool)
         self._edits: list[LogitEdits | None] = [None] * num_slots
         self._has_edits = np.zeros(num_slots, bool)
+        self._masks = GrammarMasks(num_slots, grammars, device)
         #: Temperature and seed on the device, for recorded graphs. The last entry belongs to the
         #: spare slot.
         self._device_temperature = torch.zeros(num_slots + 1, device=device)
@@ -258,6 +284,7 @@ class Sampler:
         self._has_edits[slot] = self._edits[slot] is not None
         # Besides its parameters, the sequence's own bad words (as tokens) count.
         self._needs_edit[slot] = not fits_graph(params) or self._has_edits[slot]
+        self._masks.admit(seq)
         if params.has_penalty:
             self._admit_penalties(seq)
 
@@ -290,6 +317,9 @@ class Sampler:
             edits = self._edits[slots[row]]
             if edits is not None and edits.bad_words is not None:
                 edits.bad_words.note(token_ids[row : row + 1])
+        if self._masks.is_used[slots].any():
+            rows = np.flatnonzero(self._masks.is_used[slots])
+            self._masks.note(token_ids[self._tensor(rows)], slots[rows])
         if self._has_penalty[slots].any():
             rows = np.flatnonzero(self._has_penalty[slots])
             known = _valid_ids(token_ids[self._tensor(rows)])
@@ -342,6 +372,12 @@ class Sampler:
     ) -> torch.Tensor:
         """Apply the edits of the rows, in a float32 copy. Without edits, return logits itself."""
         edited = None
+        if self._masks.is_used[slots].any():
+            edited = logits.float().clone()
+            rows = np.flatnonzero(self._masks.is_used[slots])
+            masked = edited[self._tensor(rows)]
+            self._masks.apply(masked, slots[rows])
+            edited[self._tensor(rows)] = masked
         for row in np.flatnonzero(self._has_edits[slots]).tolist():
             edited = logits.float().clone() if edited is None else edited
             num_output_tokens = int(positions[row]) - items[row].sequence.num_prompt_tokens

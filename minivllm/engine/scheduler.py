@@ -360,6 +360,8 @@ class SchedulerBase:
         """(finish_reason, stop_reason) if the token at this position is the last of seq."""
         if token_id in seq.stop_ids and (
             position + 1 - seq.num_prompt_tokens >= seq.params.min_tokens
+            # The sampler chose it before min_tokens because the grammar allowed nothing else.
+            or seq.params.structured_outputs is not None
         ):
             return "stop", token_id if token_id in (seq.params.stop_token_ids or ()) else None
         return ("length", None) if position + 1 >= seq.max_num_tokens else None

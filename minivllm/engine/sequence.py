@@ -68,6 +68,8 @@ class Sequence:
     #: "stop", "length", "abort" or "error" once finished.
     finish_reason: str | None = None
     stop_reason: str | int | None = None  # the stop string or token
+    #: Why its grammar cannot go on. None: it can, or there is none.
+    failure: str | None = None
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = self.num_prompt_tokens or len(self.token_ids)

@@ -145,7 +145,9 @@ class AsyncLLM:
         """Check and encode a request. Raises a `RequestError` if it cannot be served."""
         self._require_alive()
         text = prompt.get("prompt") if isinstance(prompt, dict) else prompt
-        if isinstance(text, str) and len(text) > LONG_TEXT:
+        is_long = isinstance(text, str) and len(text) > LONG_TEXT
+        # A grammar may take as long to compile.
+        if is_long or (params is not None and params.structured_outputs is not None):
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(
                 self._encoders, self.input_processor.process, prompt, params

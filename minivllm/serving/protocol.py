@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from minivllm.errors import RequestError, SamplingParamsError
-from minivllm.sampling_params import RequestOutputKind, SamplingParams
+from minivllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 #: Fields that do not change the answer.
 HARMLESS = {
@@ -51,6 +51,16 @@ LACKING = {
     "kv_transfer_params": "minivllm does not move KV caches between servers",
     "mm_processor_kwargs": "the models here read text only",
     "documents": "write them into a message",
+    "guided_decoding_backend": "there is one library, llguidance",
+    "guided_whitespace_pattern": "use whitespace_pattern in structured_outputs",
+    "structural_tag": "write the whole answer as a grammar in structured_outputs",
+}
+#: vLLM's older name -> the field of `StructuredOutputsParams`.
+GUIDED = {
+    "guided_json": "json",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
 }
 #: Values of lacking fields that ask for nothing.
 EMPTY: tuple[Any, ...] = (None, [], {}, False, "", "none", "auto")
@@ -90,6 +100,35 @@ class StreamOptions(APIModel):
     continuous_usage_stats: bool = False
 
 
+class JSONSchemaFormat(APIModel):
+    """A schema with its name. The name and `strict` change nothing: answers always fit the schema."""
+
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(APIModel):
+    """OpenAI's way to ask for an answer in JSON."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError('json_schema belongs to {"type": "json_schema"}.')
+        return self
+
+    @property
+    def wanted(self) -> dict[str, Any]:
+        """The same as fields of `StructuredOutputsParams`; empty for a free text."""
+        if self.json_schema is not None:
+            return {"json": self.json_schema.schema_}
+        return {"json_object": True} if self.type == "json_object" else {}
+
+
 class SamplingFields(APIModel):
     """The fields of both APIs that say how tokens are chosen."""
 
@@ -124,6 +163,13 @@ class SamplingFields(APIModel):
     prompt_logprobs: int | None = None
     cache_salt: Annotated[str, Field(min_length=1)] | None = None
     return_token_ids: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: dict[str, Any] | None = None
+    # vLLM's older names for the fields of structured_outputs.
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
@@ -145,12 +191,34 @@ class SamplingFields(APIModel):
         own: fields of one API. Raises `SamplingParamsError` for values out of range.
         """
         names = set(SamplingFields.model_fields) - {
-            *("model", "stream", "stream_options", "cache_salt", "return_token_ids")
+            *("model", "stream", "stream_options", "cache_salt", "return_token_ids"),
+            *("response_format", *GUIDED),
         }
         given = {name: getattr(self, name) for name in names}
+        given["structured_outputs"] = self._structured_outputs()
         kind = RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY
         fields = {k: v for k, v in {**given, **own}.items() if v is not None}
         return defaults.clone(**fields, output_kind=kind)
+
+    def _structured_outputs(self) -> StructuredOutputsParams | None:
+        """What the answer must be, from the one field that says it.
+
+        Raises `SamplingParamsError` if several fields say it, or for a wrong value.
+        """
+        given = {
+            "response_format": self.response_format.wanted if self.response_format else None,
+            "structured_outputs": {
+                k: v for k, v in (self.structured_outputs or {}).items() if v is not None
+            },
+            **{
+                name: None if getattr(self, name) is None else {field: getattr(self, name)}
+                for name, field in GUIDED.items()
+            },
+        }
+        wanted = {name: fields for name, fields in given.items() if fields}
+        if len(wanted) > 1:
+            raise SamplingParamsError(f"Give only one of {' and '.join(wanted)}.")
+        return StructuredOutputsParams(**next(iter(wanted.values()))) if wanted else None
 
 
 class CompletionRequest(SamplingFields):

@@ -632,6 +632,7 @@ WRONG_TYPES = {
     "allowed_token_ids": [5, "12", b"12", {1}, iter([1])],
     "bad_words": [5, {"a"}, iter(["a"]), b"a"],
     "logit_bias": [[1, 2], 5],
+    "structured_outputs": [{"regex": "a"}, "a"],
     "ignore_eos": ["yes", None, 1],
     "detokenize": ["yes", None, 0],
     "skip_special_tokens": ["yes", None],
