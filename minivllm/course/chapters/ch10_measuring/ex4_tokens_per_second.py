@@ -63,7 +63,7 @@ def _served(
             "wrong-type", f"Got {show(found)}.\nExpected a number: output tokens a second."
         )
     expect(
-        len(runs) >= repeats or not any(len(given) > 1 for given in served),
+        len(runs) >= repeats or sum(len(given) == 1 for given in served) >= repeats,
         "unequal-work",
         f"With repeats = {repeats} and {len(prompts)} prompts, {len(runs)} calls of generate got"
         " all prompts.\nEach of the timed runs does all the work: the prompts as they are given,"
