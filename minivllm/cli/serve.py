@@ -38,6 +38,10 @@ ShowText = Annotated[
     bool, typer.Option("--show-text", help="Let the live page show prompts and answers.")
 ]
 LogPrompts = Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")]
+Demo = Annotated[
+    bool,
+    typer.Option("--demo", help="Ask for stories now and then, to have something to look at."),
+]
 Core = Annotated[
     str, typer.Option(help='Where the engine runs: in a "process" of its own, or in a "thread".')
 ]
@@ -65,6 +69,7 @@ def serve(
     drain_seconds: Drain = 30.0,
     show_text: ShowText = False,
     log_prompts: LogPrompts = False,
+    demo: Demo = False,
     core: Core = "process",
     ssl_certfile: CertFile = None,
     ssl_keyfile: KeyFile = None,
@@ -95,7 +100,8 @@ def serve(
         api_key,
         max_queue,
         max_body << 20,
-        show_text=show_text,
+        show_text=show_text or demo,
+        demo=demo,
         log_prompts=log_prompts,
         drain_seconds=drain_seconds,
     )

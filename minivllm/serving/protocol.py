@@ -101,7 +101,7 @@ class StreamOptions(APIModel):
 
 
 class JSONSchemaFormat(APIModel):
-    """A schema with its name. The name and `strict` change nothing: answers always fit the schema."""
+    """A schema with its name. Name and `strict` change nothing: an answer always fits the schema."""
 
     name: str
     description: str | None = None

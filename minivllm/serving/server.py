@@ -17,6 +17,7 @@ import uvicorn
 from minivllm import errors
 from minivllm.serving.app import build_app
 from minivllm.serving.async_llm import AsyncLLM
+from minivllm.serving.demo_load import keep_busy
 from minivllm.serving.state import ServerOptions, ServerState
 
 logger = logging.getLogger("minivllm.serving")
@@ -31,11 +32,13 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
         super().__init__(config)
         self.engine_state = state
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._load: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
         self.engine_state.llm.on_death = self._end_dead
+        if self.engine_state.options.demo:
+            self._load = asyncio.create_task(keep_busy(self.engine_state.llm))
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """Called at SIGTERM and SIGINT. The second SIGINT ends at once."""
@@ -49,6 +52,8 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: Any = None) -> None:
         state = self.engine_state
         state.is_draining = True
+        if self._load is not None:
+            self._load.cancel()
         watch = asyncio.create_task(self._abort_late())
         try:
             await super().shutdown(sockets)

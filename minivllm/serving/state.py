@@ -35,6 +35,8 @@ class ServerOptions:
     show_text: bool = False
     #: Whether the log holds prompts.
     log_prompts: bool = False
+    #: Whether the server asks its engine for stories, so that the page has something to show.
+    demo: bool = False
     #: Seconds that running requests have left after SIGTERM.
     drain_seconds: float = 30.0
 
