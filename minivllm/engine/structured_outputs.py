@@ -291,7 +291,10 @@ class GrammarMasks:
         num_words = max([-(-logits.shape[1] // 32), *(state.num_words for *_, state in rows)])
         words = np.zeros((len(slots), num_words), np.uint32)
         going = [(state.matcher, row) for row, _, state in rows if state.failure is None]
-        self._executor.unsafe_compute_mask_ptr(going, words.ctypes.data, 4 * num_words, len(slots))
+        if going:
+            self._executor.unsafe_compute_mask_ptr(
+                going, words.ctypes.data, 4 * num_words, len(slots)
+            )
         for row, seq, state in rows:
             state.check()
             if state.failure is not None:

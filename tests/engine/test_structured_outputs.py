@@ -477,6 +477,8 @@ def test_a_grammar_that_nobody_has_checked_ends_its_request(
         return replace(checked, params=asked)
 
     monkeypatch.setattr(InputProcessor, "process", unchecked)
+    with pytest.raises(StructuredOutputError, match="unclosed"):
+        generate(llm, PROMPT, params(wanted={"regex": "[a"}))
     failed, other = generate(llm, [PROMPT] * 2, [params(wanted={"regex": "[a"}), params(1)])
     assert isinstance(failed.error, RequestError)
     assert "unclosed" in str(failed.error)
