@@ -22,7 +22,7 @@ a grammar, and a step without such a sequence never waits.
 Preemption, interrupts and speculation need no care either. A sequence that gets a slot again starts
 its grammar anew with the tokens that it has. A step that verifies proposals samples only tokens
 that count, so no token has to be taken back. Each rank compiles and masks for itself, with equal
-results. Taught in notebooks/07_engine.ipynb.
+results. Shown in notebooks/11_using_minivllm.ipynb.
 """
 
 from __future__ import annotations
@@ -70,8 +70,7 @@ def _library() -> Any:
         import llguidance
     except ImportError as error:
         raise MissingPackageError(
-            f"structured_outputs needs the package llguidance ({error}): pip install"
-            " 'minivllm[serve]'."
+            "structured_outputs needs the package llguidance: pip install 'minivllm[serve]'."
         ) from error
     return llguidance
 
@@ -263,7 +262,8 @@ class GrammarMasks:
             return
         state = None
         try:
-            assert self._compiler is not None
+            if self._compiler is None:
+                raise SamplingParamsError("This sampler was made without a GrammarCompiler.")
             state = self._compiler.compile(wanted).start()
             # A sequence that was preempted comes back with output.
             state.advance(token_id for token_id in seq.output_token_ids if token_id >= 0)
@@ -291,7 +291,10 @@ class GrammarMasks:
         num_words = max([-(-logits.shape[1] // 32), *(state.num_words for *_, state in rows)])
         words = np.zeros((len(slots), num_words), np.uint32)
         going = [(state.matcher, row) for row, _, state in rows if state.failure is None]
-        self._executor.unsafe_compute_mask_ptr(going, words.ctypes.data, 4 * num_words, len(slots))
+        if going:
+            self._executor.unsafe_compute_mask_ptr(
+                going, words.ctypes.data, 4 * num_words, len(slots)
+            )
         for row, seq, state in rows:
             state.check()
             if state.failure is not None:

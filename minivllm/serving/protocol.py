@@ -101,7 +101,7 @@ class StreamOptions(APIModel):
 
 
 class JSONSchemaFormat(APIModel):
-    """A schema with its name. Name and `strict` change nothing: an answer always fits the schema."""
+    """A schema with its name. Neither the name nor `strict` changes anything: every answer fits."""
 
     name: str
     description: str | None = None
