@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from minivllm.bench.report import machine
+from minivllm.bench.served import load_name, remarks
 from minivllm.viz.terminal import SafeConsole
 
 
@@ -258,10 +259,61 @@ def _roofline(report: dict[str, Any]) -> Iterable[Table]:
     yield table
 
 
+def _serve(report: dict[str, Any]) -> Iterable[Table | Text]:
+    settings = report["settings"]
+    lengths = " + ".join("…".join(map(str, settings[kind])) for kind in ("input", "output"))
+    has_slo = bool(settings["slo"])
+    targets = ", ".join(f"{name} ≤ {1e3 * most:g} ms" for name, most in settings["slo"].items())
+    table = _table(
+        f"A server under load, {report['model']}: {lengths} tokens",
+        "load",
+        "answered",
+        "requests/s",
+        "output tokens/s",
+        "prompt tokens/s",
+        *([f"{targets}", "good requests/s"] if has_slo else []),
+        "busiest client",
+    )
+    times = _table(
+        "Latency: milliseconds, median / p90 / p99",
+        "load",
+        "first token (TTFT)",
+        "per token (TPOT)",
+        "gap between chunks",
+        "end to end",
+    )
+    for point in report["points"]:
+        name = load_name(point)
+        good = point.get("goodput")
+        kept = [f"{good['share']:.0%}", f"{good['requests_per_second']:,.2f}"] if good else []
+        table.add_row(
+            name,
+            f"{point['completed']:,} of {point['planned']:,}",
+            f"{point['requests_per_second']:,.2f}",
+            f"{point['output_tokens_per_second']:,.0f}",
+            f"{point['prompt_tokens_per_second']:,.0f}",
+            *kept,
+            f"{max(point['busy']):.0%}",
+        )
+        found = [point[kind] for kind in ("ttft", "tpot", "gap", "end_to_end")]
+        times.add_row(
+            name,
+            *(
+                " / ".join(_ms(spread[q]) for q in ("median", "p90", "p99")) if spread else ""
+                for spread in found
+            ),
+        )
+    yield table
+    yield times
+    for text, is_warning in remarks(report):
+        yield Text(text, style="red" if is_warning else "")
+
+
 _TABLES = {
     "kernels": _kernels,
     "throughput": _throughput,
     "latency": _latency,
     "breakdown": _breakdown,
     "roofline": _roofline,
+    "serve": _serve,
 }

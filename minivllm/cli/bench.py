@@ -7,22 +7,29 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from minivllm.bench.cases import CASES, KERNELS, Workload
 from minivllm.bench.costs import Rates
 from minivllm.bench.shapes import SHAPES, shape_directory
-from minivllm.cli.stdio import Commands
+from minivllm.cli import options
+from minivllm.cli.options import Engine
+from minivllm.cli.stdio import FAILED, Commands
 from minivllm.config import DTYPES
 from minivllm.errors import ConfigError
 from minivllm.files import reason, require_writable, write_atomically
 from minivllm.text import printable
+
+if TYPE_CHECKING:
+    from minivllm.bench.loads import Settings
+
+T = TypeVar("T")
 
 app = typer.Typer(
     cls=Commands,
@@ -105,7 +112,7 @@ Maybe = Annotated[int | None, typer.Option(min=1)]
 Repeats = Annotated[int, typer.Option(min=1, help="Rounds after a warm-up; medians are quoted.")]
 
 
-def _numbers(text: str | None) -> list[int] | None:
+def _numbers(text: str | None, option: str | None = None) -> list[int] | None:
     """The numbers of a list like "1,8,64"; None stays None."""
     if text is None:
         return None
@@ -114,7 +121,7 @@ def _numbers(text: str | None) -> list[int] | None:
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 1:
-        raise typer.BadParameter(f"{text!r} is no list of numbers like 1,8,64")
+        raise typer.BadParameter(f"{text!r} is no list of numbers like 1,8,64", param_hint=option)
     return numbers
 
 
@@ -509,3 +516,168 @@ def record(
     for name, found in summary.items():
         typer.echo(printable(f"{name}: {found['problem'] or 'done'} ({found['seconds']} s)"))
     raise typer.Exit(any(found["problem"] for found in summary.values()))
+
+
+def _picture(path: Path | None) -> Path | None:
+    if path is not None and path.suffix not in (".png", ".svg"):
+        raise typer.BadParameter(f"{path} ends neither in .png nor in .svg")
+    return _writable(path)
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="What --spawn serves: a directory or hub id.", show_default="bundled model"
+        ),
+    ] = None,
+    base_url: Annotated[
+        str, typer.Option(help="The server, with or without /v1.")
+    ] = "http://127.0.0.1:8000",
+    spawn: Annotated[
+        bool, typer.Option("--spawn", help="Start `minivllm serve [MODEL]` here, and end it.")
+    ] = False,
+    engine: Engine = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="MINIVLLM_API_KEY",
+            show_envvar=False,
+            help="The server's key; MINIVLLM_API_KEY sets it, too.",
+        ),
+    ] = None,
+    served_model: Annotated[
+        str | None,
+        typer.Option("--model", help="The model's name there.", show_default="the first one"),
+    ] = None,
+    clients: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,…",
+            help="Closed loops: N clients, each sends when its last request has ended.",
+            show_default="8, without --rate",
+        ),
+    ] = None,
+    rate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="R,R,…", help="Open arrivals: R requests per second, with random gaps."
+        ),
+    ] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Requests of each load.")] = 100,
+    warmup: Annotated[int, typer.Option(min=0, help="Requests before each, not counted.")] = 4,
+    input: Annotated[
+        str, typer.Option(metavar="N-N", help="Least and most tokens of a prompt.")
+    ] = "100-300",
+    output: Annotated[
+        str, typer.Option(metavar="N-N", help="Least and most tokens of an answer.")
+    ] = "64-192",
+    temperature: Annotated[
+        float, typer.Option(min=0.0, callback=_no_nan, help="0 is greedy.")
+    ] = 0.0,
+    vocab: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Prompts are of token ids below this.",
+            show_default="what /tokenize shows to exist",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Draws lengths, prompts and arrivals.")] = 0,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=256, help="Client processes.", show_default="half the cores, at most 8"
+        ),
+    ] = None,
+    slo: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=MS",
+            help="A target for ttft, tpot or e2e, in milliseconds, for goodput. May be repeated.",
+        ),
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(min=0.001, callback=_no_nan, help="Seconds of a request at most.")
+    ] = 600.0,
+    picture: Annotated[
+        Path | None, typer.Option(callback=_picture, help="Draw it into this PNG or SVG file.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "--save", callback=_writable, help="Write everything measured to this JSON."
+        ),
+    ] = None,
+) -> None:
+    """A server under load: TTFT, TPOT, throughput and goodput of any server with OpenAI's API.
+
+    Several --clients or --rate are measured one after the other: latency against load.
+    """
+    from minivllm.bench import loads
+
+    if not spawn and (model or engine):
+        raise typer.BadParameter("MODEL and --engine need --spawn", param_hint="--spawn")
+    options.engine_options(engine)
+    settings = loads.Settings(
+        clients=tuple(_numbers(clients, "--clients") or (() if rate else (8,))),
+        rates=_read(loads.parse_rates, rate, "--rate") if rate is not None else (),
+        model=served_model,
+        input=_read(loads.parse_span, input, "--input"),
+        output=_read(loads.parse_span, output, "--output"),
+        requests=requests,
+        warmup=warmup,
+        processes=processes,
+        seed=seed,
+        vocab=vocab,
+        temperature=temperature,
+        timeout=timeout,
+        slo=_read(loads.parse_slo, slo or [], "--slo"),
+    )
+    report = _served(settings, base_url, api_key, (model, engine or []) if spawn else None)
+    _finish(report, out)
+    if picture is not None:
+        _draw_served(report, picture)
+    if report["problem"]:
+        raise typer.Exit(FAILED)
+
+
+def _read(parse: Callable[[T], Any], given: T, option: str) -> Any:
+    """What was given, parsed. Raises `typer.BadParameter` where `parse` raises ValueError."""
+    try:
+        return parse(given)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
+
+
+def _served(
+    settings: Settings, url: str, key: str | None, spawn: tuple[str | None, list[str]] | None
+) -> dict[str, Any]:
+    """The report of a server. spawn: the model and the engine options of one of our own."""
+    from minivllm.bench.serving import run
+
+    if spawn is None:
+        return run(url, settings, key=key)
+    from minivllm.bench.spawned import spawned
+
+    with spawned(*spawn, key=key) as own:
+        found = {"model": spawn[0] or "bundled", "engine": spawn[1]}
+        return run(own, settings, key=key, spawned=found)
+
+
+def _draw_served(report: dict[str, Any], picture: Path) -> None:
+    try:
+        from minivllm.viz.serving import draw_served, to_svg
+    except ImportError as error:
+        raise ConfigError(f"Drawing takes matplotlib ({error}): make lab") from error
+    if not any(point["completed"] for point in report["points"]):
+        return
+    figure = draw_served(report)
+    try:
+        write_atomically(picture, to_svg(figure) if picture.suffix == ".svg" else figure.to_png())
+    except OSError as error:
+        raise ConfigError(
+            f"The picture cannot be written to {picture}: {reason(error)}."
+        ) from error
+    typer.echo(printable(f"Drawn to {picture}."))
