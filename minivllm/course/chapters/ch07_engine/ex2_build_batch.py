@@ -30,12 +30,18 @@ _Spec = tuple[int, int, bool]
 
 
 def _step_case(
-    spec: list[_Spec], block_size: int, seed: int, first_block: int = 1, wide: bool = False
+    spec: list[_Spec],
+    block_size: int,
+    seed: int,
+    first_block: int = 1,
+    wide: bool = False,
+    twins: bool = False,
 ) -> tuple:
     """(rows, block_table, block_size).
 
     first_block: the smallest number of a block. wide: the table is a part of a wider array, so that
-    its rows do not lie one after the other in memory.
+    its rows do not lie one after the other in memory. twins: the first two rows are equal, and end
+    with token 0.
     """
     import numpy as np
 
@@ -46,6 +52,9 @@ def _step_case(
         BatchRow(draws.integers(0, 300_000, count).tolist(), start, samples)
         for start, count, samples in spec
     ]
+    if twins:
+        for row in rows[:2]:
+            row.token_ids[:] = [*rows[0].token_ids[:-1], 0]
     widths = [-(-(start + count) // block_size) for start, count, _ in spec]
     # A row of the runner's table is as wide as the longest sequence could need.
     total = max(max(widths), *(-(-(start + count) // 16) for start, count, _ in spec), 0) + 2
@@ -90,6 +99,7 @@ _STEPS: dict[str, tuple[list[_Spec], int]] = {
         16,
     ),
     "a table that is part of a wider one": ([(9, 1, True), (2, 9, True)], 4),
+    "two requests that say the same": ([(5, 1, True), (5, 1, True), (0, 3, True)], 4),
 }
 
 
@@ -97,6 +107,7 @@ def _cases() -> dict[str, tuple]:
     special = {
         "large block numbers": {"first_block": 1_500_000_000},
         "a table that is part of a wider one": {"wide": True},
+        "two requests that say the same": {"twins": True},
     }
     return {
         name: _step_case(spec, size, seed, **special.get(name, {}))

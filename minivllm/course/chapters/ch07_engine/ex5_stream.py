@@ -168,6 +168,8 @@ def _stream_cases() -> list[tuple]:
         ("pieces", [0, 8, 8, 9, 9, 10, 2, 3], ("END",)),
         ("pieces", [0, 1, 2, 3, 4, 1], ("time", "on a")),
         ("pieces", [0, 1, 2], ("on", "upon")),
+        # One piece brings both: the first of them in the text counts, not the longer one.
+        ("pieces", [0, 1, 14, 2], ("x)", "(")),
         ("pieces", [2, 3, 4, 1, 2, 3, 4, 2], (", upon a time,", "zzzz")),
         # The beginning of a stop string within another beginning of it.
         ("pieces", _pieces("xENENxENENENDx"), ("ENEND",)),
