@@ -459,6 +459,15 @@ def test_a_grammar_is_compiled_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -
     assert compiled == ["[x-z]{3}"]
 
 
+def test_a_long_chain_of_rules_is_compiled_in_a_deep_stack(llm: LLM) -> None:
+    """The library follows rules by recursion, and with a common stack this ends the process."""
+    count = 4_500
+    rules = [f"b{i}: b{i + 1}" for i in range(count)]
+    chain = "\n".join(["start: b0", *rules, f'b{count}: "z"'])
+    (output,) = generate(llm, PROMPT, params(wanted={"grammar": chain}))
+    assert output.outputs[0].text == "z"
+
+
 def test_only_some_grammars_are_kept(llm: LLM) -> None:
     compiler = llm.llm_engine.model_runner.grammars
     for number in range(structured_outputs.MAX_GRAMMARS + 5):
