@@ -52,7 +52,8 @@ def test_the_picture_is_small_and_described() -> None:
 def test_a_picture_from_a_chapter_is_the_chapters(chapter: str) -> None:
     """To bring it up to date: python -m minivllm.course.authoring execute notebooks/NN_*.ipynb."""
     call, name = PICTURES[chapter]
-    _, notebook = as_committed(ROOT / "notebooks" / f"{chapter}.ipynb")
+    text, _ = as_committed(ROOT / "notebooks" / f"{chapter}.ipynb")
+    notebook = nbformat.reads(text, as_version=4)
     assert f"(notebooks/{name})" in README
     assert (ROOT / "notebooks" / name).read_bytes() == picture_of(notebook, call)
 
