@@ -15,7 +15,12 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import (
+    JSONResponse,
+    PlainTextResponse,
+    Response,
+    StreamingResponse,
+)
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
@@ -115,6 +120,18 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 
+#: An answer is JSON, or events where the client asked for a stream.
+ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer",
+        "content": {
+            "application/json": {"schema": {"type": "object"}},
+            "text/event-stream": {"schema": {"type": "string"}},
+        },
+    },
+    **ERRORS,
+}
+
 
 def _add_generation(app: FastAPI, state: ServerState) -> None:
     def job(inputs: list[EngineInput], request: Request) -> Job:
@@ -128,13 +145,13 @@ def _add_generation(app: FastAPI, state: ServerState) -> None:
         whole = await unless_gone(request, answer.whole())
         return Response(responses.to_json(whole), media_type="application/json")
 
-    @app.post("/v1/completions", responses=ERRORS)
+    @app.post("/v1/completions", responses=ANSWERS)
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """Continue a text. As a stream with ``stream=true``."""
         inputs = await completions.check(state, body)
         return await respond(CompletionAnswer(body, job(inputs, request)), body.stream, request)
 
-    @app.post("/v1/chat/completions", responses=ERRORS)
+    @app.post("/v1/chat/completions", responses=ANSWERS)
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation. As a stream with ``stream=true``."""
         inputs = await chats.check(state, body)
@@ -214,7 +231,7 @@ def _add_tokens(app: FastAPI, state: ServerState) -> None:
 
 
 def _add_operations(app: FastAPI, state: ServerState) -> None:
-    @app.get("/health", responses={503: ERRORS[503]})
+    @app.get("/health", response_class=Response, responses={503: ERRORS[503]})
     @app.get("/ping", include_in_schema=False)
     async def health() -> Response:
         """200 if the engine can run a step now."""
@@ -242,7 +259,7 @@ def _add_operations(app: FastAPI, state: ServerState) -> None:
         """The version of minivllm."""
         return {"version": minivllm.__version__}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """For Prometheus."""
         return Response(state.metrics.render(), media_type=CONTENT_TYPE_LATEST)
