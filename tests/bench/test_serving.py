@@ -361,9 +361,9 @@ def test_percentiles_are_those_of_the_server() -> None:
         report = measure(fake, clients=(4,), requests=32, processes=2)
     [found] = report["points"]
     assert (found["completed"], found["errors"], len(found["busy"])) == (32, {}, 2)
-    assert 0.05 <= found["ttft"]["min"] <= found["ttft"]["median"] < 0.5
-    assert 0.8 <= found["ttft"]["p90"] <= found["ttft"]["max"] < 3.0
-    assert 0.03 <= found["tpot"]["min"] <= found["tpot"]["median"] < 0.3
+    assert 0.05 <= found["ttft"]["min"] <= found["ttft"]["median"] < 0.8
+    assert 0.8 <= found["ttft"]["p90"] <= found["ttft"]["max"] < 10.0
+    assert 0.03 <= found["tpot"]["min"] <= found["tpot"]["median"] < 0.5
     assert found["end_to_end"]["min"] >= 0.03 * 3 + 0.05
     assert found["gap"]["count"] == 32 * 3
     assert (found["output_tokens"], found["tokens_per_chunk"]) == (128, 1.0)
@@ -398,10 +398,10 @@ def test_open_arrivals_do_not_wait_for_answers() -> None:
     due = [r.due or 0.0 for r in draw_requests(Settings(requests=16), 0, 20.0)]
     starts = [row["start"] + due[0] for row in found["requests"]]
     assert starts == pytest.approx(due, abs=1e-4)
-    assert fake.most_at_once >= 10
+    assert fake.most_at_once >= 8
     # They came when they were due, as far as a busy machine can tell.
     came = [moment - fake.moments[0] for moment in fake.moments]
-    assert came[-1] == pytest.approx(due[-1] - due[0], abs=0.8)
+    assert came[-1] == pytest.approx(due[-1] - due[0], abs=2.0)
 
 
 def test_chunks_of_several_tokens() -> None:
