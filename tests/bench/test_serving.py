@@ -30,6 +30,7 @@ from minivllm.bench.sse import Client, Endpoint, HTTPError, Response
 from minivllm.cli.bench import app
 from minivllm.errors import ConfigError
 from support.fake_server import Answer, Fake, fake_server
+from support.pictures import MAX_PNG_BYTES
 from support.servers import server
 
 SERVER = Server(Endpoint("127.0.0.1", 1), "fake", None, 1000, None)
@@ -439,6 +440,37 @@ def test_a_server_that_dies_leaves_what_was_measured(tmp_path: Path) -> None:
     assert 0 < found["completed"] < 20
     assert found["ttft"]["count"] == found["completed"]
     assert picture.read_bytes().startswith(b"<?xml")
+
+
+def test_clients_without_connections_do_not_blame_the_server() -> None:
+    record = failed(0.0, 1.0, "unreachable", "Too many open files")
+    found = summarize([record], {}, 3)
+    with fake_server() as fake:
+        alive = Server(Endpoint.parse(fake.url), "fake", None, 1000, None)
+        said = serving._problem(alive, [{"is_gone": True}], found)
+    assert said is not None
+    assert "no more connections (Too many open files): 0 of 3" in said
+    assert "has gone" in (serving._problem(SERVER, [{"is_gone": True}], found) or "")
+
+
+def test_pictures_bring_words() -> None:
+    pytest.importorskip("matplotlib")
+    from minivllm.viz.serving import draw_served, to_svg
+
+    one = summarize([record(0.0, [0.25, 2.25], 3)], {}, 1)
+    single = draw_served({"points": [one | {"clients": 2}]})
+    assert single.caption == (
+        "1 output tokens per second. Median / p90 / p99 in milliseconds: TTFT 250.0 / 250.0 /"
+        " 250.0, TPOT 1,000.0 / 1,000.0 / 1,000.0."
+    )
+    sweep = draw_served({"points": [one | {"rate": 2.0}, one | {"rate": 1.0}], "knee": 2.0})
+    assert sweep.caption.endswith("The server holds 2 requests per second.")
+    for figure in (single, sweep):
+        assert figure.alt.startswith("Charts: ")
+        assert len(figure.to_png()) < MAX_PNG_BYTES
+        assert b"<svg" in to_svg(figure)
+    with pytest.raises(ValueError, match="no request"):
+        draw_served({"points": [one | {"completed": 0}]})
 
 
 def test_all_requests_refused_is_a_failure() -> None:
