@@ -45,12 +45,13 @@ def draw_requests(settings: Settings, number: int, rate: float | None) -> list[R
 
     At a rate, the gaps between arrivals are exponential: a Poisson process.
     """
-    rng = random.Random(f"{settings.seed}:{number}:{rate}")
+    rng = random.Random(f"{settings.seed}:{number}:lengths")
+    gaps = random.Random(f"{settings.seed}:{number}:arrivals")
     first, due, requests = number * settings.requests, 0.0, []
     for i in range(settings.requests):
         lengths = rng.randint(*settings.input), rng.randint(*settings.output)
         if rate is not None:
-            due += rng.expovariate(rate)
+            due += gaps.expovariate(rate)
         requests.append(Request(first + i, *lengths, due=None if rate is None else due))
     return requests
 

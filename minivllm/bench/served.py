@@ -1,6 +1,7 @@
 """What the clients of `minivllm bench serve` saw, as numbers.
 
-TTFT is the time from sending a request (or, at a rate, from when it was due) to its first chunk.
+TTFT is the time from sending a request (or, at a rate, from when it was due) to its first chunk; if
+the request takes a new connection, making that is part of it.
 TPOT is the time from the first chunk to the last, divided by the tokens but one: where a chunk
 holds several tokens, their time is shared out evenly. Gaps are those between chunks.
 """
@@ -185,13 +186,14 @@ def remarks(report: Mapping[str, Any]) -> list[tuple[str, bool]]:
         found.append((text, False))
     if "knee" in report:
         held = report["knee"]
-        lowest = min(p["rate"] for p in report["points"] if "rate" in p)
+        rates = [point["rate"] for point in report["points"] if "rate" in point]
         bound = (
             f"{ENOUGH_GOOD:.0%} of the requests keep the targets"
             if report["settings"]["slo"]
-            else f"the median request takes at most {TOO_SLOW:g} × as long as at {lowest:g}/s"
+            else f"the median request takes at most {TOO_SLOW:g} × as long as at {min(rates):g}/s"
         )
         text = "no rate" if held is None else f"up to {held:g} requests/s"
+        text += ", the highest one measured" * (held == max(rates))
         found.append((f"The server holds {text}: {bound}.", False))
     if report["problem"]:
         found.append((report["problem"], True))

