@@ -405,6 +405,7 @@ SYMPTOMS = (
     "rows-of-nan",
     "sees-later-keys",
     "keys-left-out",
+    "keys-counted-twice",
     "wrong-scale",
     "weights-do-not-add-up",
     "wrong-weights",

@@ -255,6 +255,19 @@ def chunk_attention(
 """,
         ),
         Known(
+            "keys-counted-twice",
+            answers=r"""
+# %% the past, and then from the tile on in which it ends
+@@
+-        for first in range(0, min(past + top + block, len(key)), block):
++        end = min(past + top + block, len(key))
++        for first in [
++            *range(0, past, block),
++            *range(past // block * block, end, block),
++        ]:
+""",
+        ),
+        Known(
             "keys-left-out",
             answers=r"""
 # %% the last eight tiles

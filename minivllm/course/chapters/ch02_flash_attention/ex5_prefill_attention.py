@@ -538,6 +538,20 @@ def prefill_attention(
 """,
         ),
         Known(
+            "sees-later-keys",
+            answers=r"""
+# %% masks the last tile only
+@@
+-        scores = scores.masked_fill(
+-            torch.arange(tile.start, tile.stop) > positions, -math.inf
+-        )
++        if tile.stop == len(key):
++            scores = scores.masked_fill(
++                torch.arange(tile.start, tile.stop) > positions, -math.inf
++            )
+""",
+        ),
+        Known(
             "keys-left-out",
             answers=r"""
 # %% the last four tiles of a long context

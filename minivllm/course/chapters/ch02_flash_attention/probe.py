@@ -31,7 +31,13 @@ def described(attend: Attend) -> tuple[str, str] | None:
 
     attend: must take 64 numbers per query, key and value.
     """
-    for queries, keys, seed in ((41, 60, 40), (13, 13, 42), (33, 33, 43), (5, 2500, 41)):
+    for queries, keys, seed in (
+        (41, 60, 40),
+        (13, 13, 42),
+        (33, 33, 43),
+        (5, 2500, 41),
+        (150, 200, 44),
+    ):
         found = _compared(attend, queries, keys, seed)
         if found:
             name, text = found
@@ -89,12 +95,20 @@ def _seen_in(
             f"{who}has the weights of a softmax whose scores are {sharper:.4g} times what they"
             " should be.",
         )
-    nothing = mine.abs() <= _NONE * float(mine.abs().max())
+    # A small weight beside others that are too large is not none.
+    nothing = (mine.abs() <= _NONE * float(mine.abs().max())) & (mine.abs() < 0.1 * right)
     left_out = ((right > least) & nothing).nonzero().flatten().tolist()
     if left_out:
         return (
             "keys-left-out",
             f"{who}gives no weight to {_keys(left_out, width)}, which it may see.",
+        )
+    again = _counted_twice(mine, right, least)
+    if again:
+        return (
+            "keys-counted-twice",
+            f"{who}{_keys(again, width)} weigh twice as much beside the other keys as they should:"
+            " as if their tile were visited twice.",
         )
     total = float(mine.sum())
     if abs(total - 1) > 1e-3:
@@ -119,6 +133,20 @@ def _sharper(
     slope = (x * y).sum() / (x * x).sum()
     fits = torch.allclose(slope * x, y, rtol=0.0, atol=0.02)
     return float(slope) if fits else None
+
+
+def _counted_twice(mine: torch.Tensor, right: torch.Tensor, least: float) -> list[int]:
+    """The groups of keys whose factor is twice that of all others; none where it is otherwise."""
+    import torch
+
+    seen = right > least
+    factor = torch.where(seen, mine / right, torch.inf)
+    lowest = float(factor.min())
+    twice = seen & ((factor / (2 * lowest) - 1).abs() < 0.02)
+    once = seen & ((factor / lowest - 1).abs() < 0.02)
+    if lowest <= 0 or bool((seen & ~twice & ~once).any()):
+        return []
+    return twice.nonzero().flatten().tolist()
 
 
 def _ratios(mine: torch.Tensor, right: torch.Tensor, width: int, position: int) -> Iterator[str]:

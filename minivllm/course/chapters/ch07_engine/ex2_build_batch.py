@@ -92,7 +92,7 @@ _STEPS: dict[str, tuple[list[_Spec], int]] = {
     "blocks of 5": ([(14, 1, True), (15, 1, True), (10, 11, True), (3, 4, False)], 5),
     "blocks of 48": ([(100, 1, True), (47, 3, True), (0, 97, False)], 48),
     "large block numbers": ([(70, 1, True), (0, 40, True)], 16),
-    "a long past": ([(70_000, 1, True), (131_000, 300, True), (5, 2, True)], 16),
+    "a long past": ([(70_000, 1, True), (2**24 + 5, 1, True), (5, 300, True)], 16),
     "300 requests": (
         [(37 * i % 211, 1, i % 5 > 0) for i in range(260)]
         + [(16 * (i % 7), 2 + i % 9, i % 3 > 0) for i in range(40)],
@@ -135,6 +135,17 @@ _RESTART = (
 
 _LAST = "`query_start_loc[i + 1] - 1` is the number of row i's last token in the step."
 
+_LOOKED_UP = (
+    "Two rows of a step may be equal: two requests with the same text. Yours are then taken for"
+    " one: `rows.index(row)` finds the first row that is *equal*. Let `enumerate(rows)` say which"
+    " row it is."
+)
+
+_ROUNDED = (
+    "Large numbers come out rounded: float32 holds integers exactly up to 2²⁴ only. Make them"
+    " integers from the beginning, with dtype=torch.int64 or int32."
+)
+
 
 #: field -> mistake's name -> explanation; what somebody who makes it has there, `_wrong_fields`
 #: computes.
@@ -159,6 +170,7 @@ _FIELD_MISTAKES = {
             "seq_lens count this step's tokens, too: each token attends to itself. The context is "
             "row.start + len(row.token_ids)."
         ),
+        "rounded-numbers": _ROUNDED,
     },
     "positions": {
         "restarts-at-zero": _RESTART,
@@ -170,6 +182,7 @@ _FIELD_MISTAKES = {
             "All positions are one too high. Positions begin at 0, and row.start is the position of"
             " a row's first new token."
         ),
+        "rounded-numbers": _ROUNDED,
     },
     "slot_mapping": {
         "restarts-at-zero": f"{_RESTART} And the new keys would overwrite those of the beginning.",
@@ -203,6 +216,8 @@ _FIELD_MISTAKES = {
             "You look everything up in the first row's blocks. Each request has a table of its own,"
             " and those blocks belong to somebody else."
         ),
+        "row-looked-up": _LOOKED_UP,
+        "rounded-numbers": _ROUNDED,
     },
     "logits_indices": {
         "every-row-samples": (
@@ -219,6 +234,11 @@ _FIELD_MISTAKES = {
         "positions": (
             "These are positions in the requests. logits_indices count the tokens of the step."
             f" {_LAST}"
+        ),
+        "row-looked-up": _LOOKED_UP,
+        "token-0-left-out": (
+            "A row whose last token is 0 gives no logit row. 0 is a token id like any other; only"
+            " `row.samples` decides."
         ),
     },
     "num_decodes": {
@@ -295,6 +315,9 @@ def _wrong_fields(
     def small(values: Iterable[int]) -> torch.Tensor:
         return ints(values, torch.int32)
 
+    def rounded(values: Iterable[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(list(values), dtype=torch.float32).to(dtype)
+
     def block(i: int, position: int) -> int:
         return int(table[i, min(position // size, table.shape[1] - 1)])
 
@@ -305,11 +328,16 @@ def _wrong_fields(
             "no-end": small([0, *ends[:-1]]),
             "lengths-not-sums": small([0, *lens]),
         },
-        "seq_lens": {"forgets-the-past": small(lens), "leaves-itself-out": small(starts)},
+        "seq_lens": {
+            "forgets-the-past": small(lens),
+            "leaves-itself-out": small(starts),
+            "rounded-numbers": rounded(contexts, torch.int32),
+        },
         "positions": {
             "restarts-at-zero": ints(j for _, j in local),
             "one-long-line": ints(range(len(local))),
             "starts-at-one": ints(p + 1 for _, p in places),
+            "rounded-numbers": rounded((p for _, p in places), torch.int64),
         },
         "slot_mapping": {
             "restarts-at-zero": ints(block(i, j) * size + j % size for i, j in local),
@@ -325,6 +353,12 @@ def _wrong_fields(
                 (block(i, p) * size + p % size + 2**15) % 2**16 - 2**15 for i, p in places
             ),
             "first-table-for-all": ints(block(0, p) * size + p % size for _, p in places),
+            "row-looked-up": ints(
+                block(rows.index(rows[i]), p) * size + p % size for i, p in places
+            ),
+            "rounded-numbers": rounded(
+                (block(i, p) * size + p % size for i, p in places), torch.int64
+            ),
         },
         "logits_indices": {
             "every-row-samples": ints(end - 1 for end in ends),
@@ -332,6 +366,8 @@ def _wrong_fields(
             "first-token": ints(ends[i] - lens[i] for i in sampling),
             "row-numbers": ints(sampling),
             "positions": ints(contexts[i] - 1 for i in sampling),
+            "row-looked-up": ints(ends[rows.index(rows[i])] - 1 for i in sampling),
+            "token-0-left-out": ints(ends[i] - 1 for i in sampling if rows[i].token_ids[-1]),
         },
         "num_decodes": {
             "all-rows": len(rows),
@@ -648,6 +684,41 @@ EXERCISE = Exercise(
 @@
      token_ids, positions, slots, logits_indices, ends = [], [], [], [], [0]
 +    block_size = 16
+""",
+        ),
+        Known(
+            "row-looked-up",
+            answers=r"""
+# %% looks for its number in the list, for the logits
+@@
+-        if row.samples:
+-            logits_indices.append(len(token_ids) - 1)
+     lens = [len(row.token_ids) for row in rows]
++    logits_indices = [ends[rows.index(row) + 1] - 1 for row in rows if row.samples]
+
+# %% looks for its number in the list, for the blocks
+@@
+-                int(block_table[i, position // block_size]) * block_size
++                int(block_table[rows.index(row), position // block_size]) * block_size
+""",
+        ),
+        Known(
+            "token-0-left-out",
+            answers=r"""
+# %% whether there is a token
+@@
+-        if row.samples:
++        if row.samples and row.token_ids[-1]:
+""",
+        ),
+        Known(
+            "rounded-numbers",
+            answers=r"""
+# %% positions by way of float32
+@@
+-    token_ids, positions, logits_indices = numbers
++    token_ids, _, logits_indices = numbers
++    positions = torch.tensor(positions, dtype=torch.float32).long()
 """,
         ),
         Known(

@@ -176,6 +176,7 @@ def check_answer(answer: Callable) -> str:
     except Mistake as mistake:
         seen = _first_wrong_step(answer)
         raise Mistake(mistake.name, f"{mistake.message}\n{seen}".strip()) from mistake.__cause__
+    _expect_token_0(answer)
     return (
         f"{number} answers, short, long and preempted: the right tokens at the right positions,"
         " none twice"
@@ -234,6 +235,30 @@ def _expect_asked_twice(answer: Callable) -> None:
             " only says what is to be computed. What has been computed, `append` brings.",
         )
         one.append(token)
+
+
+def _expect_token_0(answer: Callable) -> None:
+    """0 is an id like any other: as the end token, and as a token that was written."""
+    for eos in (0, 3):
+        one, right = answer([5, 6, 7], 6, eos), _Answer([5, 6, 7], 6, eos)
+        for token in (11, 0) if eos == 0 else (11, 0, 3):
+            one.append(token)
+            right.append(token)
+            tokens, start = one.to_compute()
+            expect(
+                (list(tokens), start) == right.to_compute(),
+                "token-0-left-out",
+                f"The token {token} was written, and `to_compute` gives {list(tokens)} from"
+                f" position {start}, expected {right.to_compute()}.\n0 is an id like any other:"
+                " compare with `is None` or count, rather than ask `if token`.",
+            )
+            expect(
+                bool(one.finished) == right.finished,
+                "end-not-seen" if right.finished else "end-too-early",
+                f"eos is {eos}, and when {token} was written, `finished` is {one.finished!r},"
+                f" expected {right.finished}.\n0 is an id like any other: compare the last token"
+                " with `eos`, by `==`, and do not ask `if eos`.",
+            )
 
 
 def _expect_own_lists(answer: Callable) -> None:
@@ -569,6 +594,11 @@ class Answer:
 @@
 -            written > 0 and self.token_ids[-1] == self.eos
 +            written > 0 and self.token_ids[-1] is self.eos
+
+# %% an id of 0 counts as none
+@@
+-            written > 0 and self.token_ids[-1] == self.eos
++            written > 0 and self.eos and self.token_ids[-1] == self.eos
 """,
     ),
     Known(

@@ -84,6 +84,8 @@ class _Stream:
             found = [(hit.start(), stop) for hit, stop in hits if hit]
         if "list-order" in self.mistakes:
             return found[0] if found else None
+        if "longest" in self.mistakes:
+            return max(found, key=lambda one: len(one[1]), default=None)
         return min(found, default=None)
 
     def _end_of_safe(self, text: str) -> int:
@@ -474,15 +476,20 @@ MISTAKES = (
         "first-in-the-list",
         message=(
             "Several stop strings are in the text, and you take another than the first, such as the"
-            " first in the list or the last in the alphabet.\nThe one that begins first in the"
-            " *text* ends it."
+            " first in the list, the longest, or the last in the alphabet.\nThe one that begins"
+            " first in the *text* ends it."
         ),
-        suspects=(_wrong("list-order"),),
+        suspects=(_wrong("list-order"), _wrong("longest")),
         answers=r"""
 # %% the list's order decides
 @@
 -            end, self.stopped = min(found)
 +            end, self.stopped = found[0]
+
+# %% the longest
+@@
+-            end, self.stopped = min(found)
++            end, self.stopped = max(found, key=lambda one: len(one[1]))
 """,
     ),
     Known(

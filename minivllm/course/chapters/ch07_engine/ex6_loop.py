@@ -125,6 +125,7 @@ class _Rig:
         self.sequences: list[Sequence] = []
         self.most_at_once = 0  # sequences that got tokens in one step
         self.served: set[str] = set()  # requests that got tokens in the last step
+        self.last_steps: dict[str, int] = {}  # request_id -> the last step that gave it tokens
         self._step, self._add = self.core.step, self.core.add
         self.core.step, self.core.add = self.step, self.add
 
@@ -149,6 +150,7 @@ class _Rig:
                 " outside of the core, by a stop string or an abort, tells the core, too, with"
                 " `core.finish`.",
             ) from error
+        self.last_steps |= dict.fromkeys(self.served, self.num_steps)
         return step
 
     def add(self, seq: Sequence) -> None:
@@ -304,7 +306,8 @@ def _check_texts(answer: Callable) -> int:
     asked = [_ask(question) for question in (_ASKED[2], _ASKED[0], *_ASKED[1::2])]
     right = _right_texts(asked, scripted=False)
     engine = rig.engine(answer)
-    texts = _texts(rig.run(engine, asked))
+    outputs = rig.run(engine, asked)
+    texts = _texts(outputs)
     expect(
         rig.most_at_once > 1,
         "one-at-a-time",
@@ -312,12 +315,15 @@ def _check_texts(answer: Callable) -> int:
         f" {len(asked)} requests.\nQueue *all* of them first, then step: the scheduler puts them"
         " together, and a step costs a GPU nearly the same for one or for fifty.",
     )
-    expect(
-        texts == right or sorted(texts) != sorted(right),
-        "order-of-the-end",
-        "The texts are right, but they come in the order in which the requests ended.\nThe caller"
-        " wants them in the order of the prompts: collect by request_id.",
-    )
+    if texts != right and sorted(texts) == sorted(right):
+        ends = [rig.last_steps[output.request_id] for output in outputs]
+        by_end = ends == sorted(ends)
+        order = "the order in which the requests ended" if by_end else "another order, as of a set"
+        raise Mistake(
+            "order-of-the-end" if by_end else "wrong-order",
+            f"The texts are right, but they come in {order}.\nThe caller wants them in the order of"
+            " the prompts: collect by request_id, and look up the ids in the order of `queue`.",
+        )
     for text, wanted in zip(texts, right, strict=True):
         expect(
             text == wanted,
@@ -326,10 +332,17 @@ def _check_texts(answer: Callable) -> int:
             " request, the one that is `finished`.",
         )
     rig.expect_empty("After `run`")
+    before = rig.num_steps
     expect(
         rig.run(engine, []) == [],
         "wrong-type",
         "`run([], [])` has nobody to serve: an empty list is expected.",
+    )
+    expect(
+        rig.num_steps == before,
+        "a-step-too-many",
+        "`run([], [])` has nobody to serve, and it made a step.\nAsk whether somebody is left"
+        " *before* each step, also before the first.",
     )
     return len(asked)
 
@@ -1147,6 +1160,16 @@ EXERCISE = Exercise(
 @@
 +        self.step()
          return [ended[id] for id in ids]
+
+# %% a step before anybody asks, even for no prompts
+@@
+-        while not all(id in ended for id in ids):
++        while True:
+             ended |= {
+                 output.request_id: output for output in self.step() if output.finished
+             }
++            if all(id in ended for id in ids):
++                break
 """,
         ),
         Known(
