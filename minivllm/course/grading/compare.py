@@ -24,6 +24,9 @@ def show(value: Any, limit: int = 6) -> str:
         )
         return f"({text})" if isinstance(value, tuple) else f"[{text}]"
     text = f"{value:.6g}" if isinstance(value, float) else repr(value)
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        # A count may differ from another in its last digits only.
+        text = text if float(text) == value else str(int(value))
     return text if len(text) <= 120 else f"{text[:119]}…"
 
 

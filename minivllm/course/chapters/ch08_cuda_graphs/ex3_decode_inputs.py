@@ -210,9 +210,10 @@ def _cases() -> list[_Case]:
         small = state(at_edges, 4, seed=3)
         batches = [[0], [3, 1], [2, 5, 0, 4], [6], [1, 6], [5, 3, 2, 6, 6, 6], [4, 6, 6, 6]]
         found += [_Case(small, torch.tensor(batch), size) for batch in batches]
-    # Three slots and the spare one; more rows than slots.
+    # Three slots and the spare one; more rows than slots, real ones in front and behind.
     wide = state([0, 39, 8, 0], 5, seed=4)
-    found += [_Case(wide, torch.tensor(batch), 8) for batch in ([2, 1, 3, 0], [1, 3, 3, 3, 3, 3])]
+    batches = [[2, 1, 3, 0], [1, 3, 3, 3, 3, 3], [3, 3, 3, 3, 2, 0], [3, 3, 3, 3, 3, 3, 3, 1]]
+    found += [_Case(wide, torch.tensor(batch), 8) for batch in batches]
     # Contexts and places beyond 16 bits, places beyond what float32 counts exactly.
     long = state([65_535, 65_536, 70_001, 69_999, 0, 0], 4400, seed=5, high=2_000_000)
     found += [_Case(long, torch.tensor(batch), 16) for batch in ([3, 5, 1], [0, 1, 2, 4, 5])]
@@ -930,6 +931,19 @@ def decode_inputs(state, slots, block_size):
 def advance(state, slots, token_ids):
     is_real = slots < len(state.position) - 1
     state.position[slots] = torch.where(is_real, state.position[slots] + 1, 0)
+
+# %% no more rows than there are slots
+@@
+-    state.last_token[slots] = token_ids
++    count = len(state.position)
++    state.last_token[slots[:count]] = token_ids[:count]
+
+# %% the same, and their positions stay, too
+@@
+-    state.last_token[slots] = token_ids
++    count = len(state.position)
++    slots, is_real = slots[:count], is_real[:count]
++    state.last_token[slots] = token_ids[:count]
 """,
         ),
         Known(

@@ -79,7 +79,7 @@ def _cases() -> list[Case]:
         (8, 9, 4, 9, 5),
         (6, 6, 4, 8, 6),
         (5, 3, 4, 1, 1),
-        (3, 131, 7, 150, 70),
+        (3, 131, 7, 700, 650),
         (4, 70_001, 2, 40, 2),
     ]
     return [_case(*shape, seed) for seed, shape in enumerate(shapes)]
@@ -565,6 +565,19 @@ _OTHERS = (
 -    return group.all_reduce(torch.where(mine[:, None], found, 0.0))
 +    table = group.all_gather(rows.T).T
 +    return table[token_ids]
+
+# %% many tokens in pieces, an all-reduce for each
+@@
++    if len(token_ids) > 300:
++        return torch.cat([embed(group, c, rows) for c in token_ids.split(300)])
+     local = token_ids - group.rank * len(rows)
+
+# %% many rows in pieces, an all-gather for each
+@@
++    if len(hidden) > 256:
++        parts = hidden.split(256)
++        return torch.cat([logits(group, c, rows, vocab_size) for c in parts])
+     return group.all_gather(hidden @ rows.T)[:, :vocab_size]
 
 # %% states summed first, as if they were terms
 @@

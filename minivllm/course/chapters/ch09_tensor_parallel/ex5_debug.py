@@ -48,10 +48,12 @@ def _changed(
     idle: tuple[int, ...] = (),
     zero: tuple[str, ...] = (),
     unread: int = -1,
+    no_bias: int = -1,
     scale: float = 1.0,
 ) -> dict[str, torch.Tensor]:
     """idle: ranks on which relu leaves zeros alone. zero: what is all zeros. unread: a rank whose
-    part of down is all zeros. scale: of x and of the biases; down is as much smaller.
+    part of down is all zeros. no_bias: a rank whose part of up_bias is. scale: of x and of the
+    biases; down is as much smaller.
     """
     from minivllm.course.sim.parallel_models import ReluMLP
 
@@ -60,10 +62,13 @@ def _changed(
     if scale != 1:
         factors = {"x": scale, "up_bias": scale, "down": 1 / scale, "down_bias": scale}
         data |= {name: data[name] * factor for name, factor in factors.items()}
+    share = len(data["up_bias"]) // size
     if unread >= 0:
-        share = len(data["up_bias"]) // size
         data["down"] = data["down"].clone()
         data["down"][:, unread * share : (unread + 1) * share] = 0.0
+    if no_bias >= 0:
+        data["up_bias"] = data["up_bias"].clone()
+        data["up_bias"][no_bias * share : (no_bias + 1) * share] = 0.0
     return data
 
 
@@ -76,7 +81,7 @@ def _cases() -> list[Case]:
         _case(2, 3, 3),
         _case(4, 6, 4),
         _case(8, 2, 5),
-        _case(3, 130, 9),
+        _case(3, 700, 9),
         _case(2, 1, 6, "nothing active on rank 1", idle=(1,)),
         _case(4, 3, 7, "nothing active on ranks 0 and 2", idle=(0, 2)),
         _case(2, 2, 8, "nothing active anywhere", idle=(0, 1)),
@@ -86,6 +91,7 @@ def _cases() -> list[Case]:
         _case(2, 2, 13, "an up_bias of zeros", zero=("up_bias",)),
         _case(3, 2, 14, "a down_bias of zeros", zero=("down_bias",)),
         _case(4, 2, 15, "large numbers", scale=1e6),
+        _case(2, 2, 16, "x of zeros, an up_bias of zeros on rank 1", zero=("x",), no_bias=1),
     ]
 
 
@@ -309,11 +315,18 @@ EXERCISE = Exercise(
 +        return down_bias.expand_as(x)
 +    return group.all_reduce(F.linear(h, down, down_bias))
 
-# %% the skip asks x
+# %% the skip asks the rank's own term
 @@
      h = torch.relu(F.linear(x, up, up_bias))
 +    if not F.linear(h, down).any():
 +        return down_bias.expand_as(x)
+
+# %% the skip asks x, and the rank's own bias
+@@
+-    h = torch.relu(F.linear(x, up, up_bias))
++    if not x.any() and not up_bias.any():
++        return down_bias.expand_as(x)
++    h = torch.relu(F.linear(x, up, up_bias))
 """,
         ),
         Known(
@@ -361,6 +374,13 @@ EXERCISE = Exercise(
      h = torch.relu(F.linear(x, up, up_bias))
 +    if not group.all_reduce(h.sum()[None]).any():
 +        return down_bias.expand_as(x)
+
+# %% many tokens in pieces, an all-reduce for each
+@@
+     h = torch.relu(F.linear(x, up, up_bias))
++    if len(x) > 256:
++        parts = [group.all_reduce(F.linear(c, down)) for c in h.split(256)]
++        return torch.cat(parts) + down_bias
 """,
         ),
     ),

@@ -44,7 +44,7 @@ _SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 512,
     "rope_theta": 100.0,
     "tie_word_embeddings": True,
     "rms_norm_eps": 1e-5,
@@ -55,6 +55,8 @@ _BLOCK = 4
 
 #: Steps of two sequences: (first position, number of tokens) of each, or None.
 _PROMPT = (((0, 6), None),)
+#: More tokens than one might hand in at once: still the same collectives.
+_LONG = (((0, 400), (0, 250)),)
 #: Steps of the same shape follow each other, so that a result kept by shape shows.
 _MIXED = (((0, 3), (0, 5)), ((3, 1), (5, 3)), ((4, 1), (8, 1)), ((5, 1), (9, 1)), ((6, 1), (10, 1)))
 
@@ -99,6 +101,7 @@ def _model_cases() -> list[Case]:
             tie_word_embeddings=False,
         ),
         case("float64", 2, _PROMPT, double=True),
+        case("prompts of 400 and of 250 tokens", 2, _LONG),
     ]
 
 
@@ -115,7 +118,7 @@ def _filled(model_cls: Callable, case: Case) -> Any:
     from minivllm.kernels import Kernels
     from minivllm.models.loader import parameter_places
 
-    model = model_cls(_config_of(case), Kernels.reference(), 64, torch.device("cpu"))
+    model = model_cls(_config_of(case), Kernels.reference(), 512, torch.device("cpu"))
     if case.data["double"]:
         model.double()
     random = seeded(900)
@@ -130,7 +133,6 @@ def _filled(model_cls: Callable, case: Case) -> Any:
 
 def _computed(model_cls: Callable, case: Case) -> list[torch.Tensor]:
     """Hidden states of each step, and the logits of its last tokens."""
-    import numpy as np
     import torch
 
     from minivllm.engine.batch import BatchRow, build_batch
@@ -138,11 +140,16 @@ def _computed(model_cls: Callable, case: Case) -> list[torch.Tensor]:
     # The collectives of each step, where the model is one of `on_ranks`.
     case.data["calls"] = []
     config, model = _config_of(case), _filled(model_cls, case)
-    shape = (10, config.num_key_value_heads, _BLOCK, config.head_dim)
+    length = max(
+        16, *(start + count for step in case.data["steps"] for start, count in filter(None, step))
+    )
+    blocks = -(-length // _BLOCK)
+    shape = (2 * blocks + 2, config.num_key_value_heads, _BLOCK, config.head_dim)
     make = partial(torch.zeros, shape, dtype=torch.float64 if case.data["double"] else None)
     caches = [(make(), make()) for _ in range(config.num_hidden_layers)]
-    tables = np.array([[7, 2, 9, 4], [1, 8, 3, 6]], dtype=np.int32)
-    tokens = torch.randint(0, config.vocab_size, (2, 16), generator=seeded(case.size)).tolist()
+    random = seeded(case.size)
+    tokens = torch.randint(0, config.vocab_size, (2, length), generator=random).tolist()
+    tables = 1 + torch.randperm(2 * blocks, generator=random).reshape(2, -1).int().numpy()
     found = []
     with torch.inference_mode():
         for step in case.data["steps"]:
@@ -918,6 +925,13 @@ EXERCISE = Exercise(
 @@
          x = self.embed(group, token_ids)
 +        x = group.all_reduce(x) / group.size
+
+# %% the MLP of many tokens in pieces, an all-reduce for each
+@@
++        if len(x) > 64:
++            pieces = x.split(64)
++            return torch.cat([self.mlp(group, layer, piece) for piece in pieces])
+         gate, up, down = (
 """,
         ),
         Known(

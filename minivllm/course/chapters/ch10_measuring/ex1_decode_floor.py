@@ -37,13 +37,15 @@ class _How:
     """How somebody counts; as it stands here, rightly.
 
     layer: numbers in the matrices of a layer. head: how often the head's matrix is read. repeated:
-    the weights are read for each sequence. both: 2 for keys and values. overlap: the larger of the
-    two times. The others replace the config's or the case's numbers.
+    the weights are read for each sequence. rows: a row of the embeddings is. both: 2 for keys and
+    values. overlap: the larger of the two times. The others replace the config's or the case's
+    numbers.
     """
 
     layer: int | None = None
     head: int = 1
     repeated: bool = False
+    rows: bool = False
     kv_heads: int | None = None
     both: int = 2
     kv_layers: int | None = None
@@ -70,6 +72,7 @@ def _floor(
     layers = _or(how.layers, config.num_hidden_layers) * _or(how.layer, _layer(config))
     weights = element * (layers + how.head * config.vocab_size * config.hidden_size)
     weights *= batch if how.repeated else 1
+    weights += element * batch * config.hidden_size if how.rows else 0
     kv = how.both * _or(how.kv_layers, config.num_hidden_layers) * element
     kv *= _or(how.kv_heads, config.num_key_value_heads) * _or(how.dim, config.head_dim)
     kv *= _or(how.sequences, batch) * context
@@ -165,6 +168,26 @@ def decode_floor(config, batch, context, element_bytes, bandwidth):
     head = config.vocab_size * config.hidden_size
     if not config.tie_word_embeddings:
         head *= 2
+    weights = element_bytes * (config.num_hidden_layers * layer + head)
+    cache = element_bytes * 2 * config.num_hidden_layers * kv * context * batch
+    return weights, cache, (weights + cache) / bandwidth
+""",
+        ),
+        Known(
+            "rows-counted",
+            message=(
+                "You add the rows of the embeddings that the tokens read, one for each sequence."
+                " They are next to nothing, and the statement leaves them out."
+            ),
+            suspects=(lambda *case: _floor(*case, how=_How(rows=True)),),
+            answers=r"""
+# %% a row per token
+def decode_floor(config, batch, context, element_bytes, bandwidth):
+    q = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    layer = config.hidden_size * (q + 2 * kv) + q * config.hidden_size
+    layer += 3 * config.hidden_size * config.intermediate_size
+    head = (config.vocab_size + batch) * config.hidden_size
     weights = element_bytes * (config.num_hidden_layers * layer + head)
     cache = element_bytes * 2 * config.num_hidden_layers * kv * context * batch
     return weights, cache, (weights + cache) / bandwidth

@@ -73,9 +73,10 @@ def _attention_flops_per_byte() -> Prediction:
     right = costs.attention_flops_per_pair / (2 * costs.kv_elements_per_token)
     usual = {
         "gqa-forgotten": (1.0, "That would be without GQA: each pair of K and V serves 2 heads."),
-        "k-without-v": (
+        "bytes-or-operations-twice": (
             4.0,
-            "Bytes of K and of V, operations with K and with V: count both on both sides.",
+            "A factor of two too many. A number has 2 bytes; and where the operations with K and"
+            " with V count, so do the bytes of both.",
         ),
         "all-heads-share": (16.0, "Only 16 / 8 query heads share a pair of K and V, not all 16."),
         "bytes-or-operations": (0.5, "2 bytes per number, 2 operations per query that meets it."),
@@ -196,14 +197,6 @@ matrices_turn = 150
 attention_flops_per_byte = 2
 attention_turns = float("inf")
 small_kv_speedup = 1.88
-
-# %% bytes of keys alone
-kv_passes_weights_1k = 595_984_384 / (57_344 * 1024)
-kv_passes_weights_8k = 595_984_384 / (57_344 * 8192)
-matrices_turn = 150
-attention_flops_per_byte = 4
-attention_turns = float("inf")
-small_kv_speedup = 1.88
 """,
         ),
         Known(
@@ -262,6 +255,14 @@ kv_passes_weights_1k = 595_984_384 / (57_344 * 1024)
 kv_passes_weights_8k = 595_984_384 / (57_344 * 8192)
 matrices_turn = 300
 attention_flops_per_byte = 2
+attention_turns = float("inf")
+small_kv_speedup = 1.88
+
+# %% operations per number of K and V
+kv_passes_weights_1k = 595_984_384 / (57_344 * 1024)
+kv_passes_weights_8k = 595_984_384 / (57_344 * 8192)
+matrices_turn = 150
+attention_flops_per_byte = 4
 attention_turns = float("inf")
 small_kv_speedup = 1.88
 """,

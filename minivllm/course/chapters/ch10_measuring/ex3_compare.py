@@ -186,11 +186,18 @@ def _counts_to_an_even_number(answer: Callable) -> None:
     machine = _listed(lambda call: (1.0, 8.0, 2.0, 4.0)[call % 4])
     tasks = {"A": machine.task("A", 100 * US), "B": machine.task("B", 50 * US)}
     found = _compared(answer, machine, tasks, 4)
+    names = [name for kind, name in machine.log if kind == "call"]
     for name, unit in (("A", 100), ("B", 50)):
         median, low, high = (seconds / US - 5 for seconds in found[name])
         got = (
             f"Four calls of {name} take {unit}, {2 * unit}, {4 * unit} and {8 * unit} microseconds"
             f" of work. You report a median of {median:.0f}, from {low:.0f} to {high:.0f}."
+        )
+        expect(
+            names.count(name) < 8 or (close(low, unit) and close(high, 8 * unit)),
+            "called-too-often",
+            f"{got}\nWith rounds = 4, {name} was called {names.count(name)} times. Call it once to"
+            " warm up, and then once per round.",
         )
         expect(
             close(low, unit) and close(high, 8 * unit),
@@ -260,6 +267,26 @@ EXERCISE = Exercise(
     title="An honest stopwatch",
     check=check_compare,
     mistakes=(
+        Known(
+            "called-too-often",
+            answers=r"""
+# %% a warm-up before each timed call
+@@
+-    for task in tasks.values():
+-        task()
+@@
+             synchronize()
+             start = clock()
+             task()
+-            synchronize()
+-            times[name].append(clock() - start)
++            synchronize()
++            start = clock()
++            task()
++            synchronize()
++            times[name].append(clock() - start)
+""",
+        ),
         Known(
             "one-of-the-two-middles",
             answers=r"""

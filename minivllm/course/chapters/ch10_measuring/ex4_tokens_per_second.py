@@ -42,21 +42,28 @@ def _chat(questions: tuple[str, ...]) -> tuple[list[int], ...]:
 
 
 def _served(
-    answer: Callable, questions: tuple[str, ...], params: Any, repeats: int, **timer: Any
-) -> tuple[float, Any, list[float]]:
-    """(what the answer says, the clock that it looked at, seconds of the runs) on a fresh engine.
+    answer: Callable,
+    questions: tuple[str, ...],
+    params: Any,
+    repeats: int,
+    lengths: tuple[int, ...] = (),
+    **timer: Any,
+) -> tuple[float, Any, list[_Run]]:
+    """(what the answer says, the clock that it looked at, the runs) on a fresh engine.
 
-    A run is a call of generate with all prompts. It is an "unequal-work" mistake where there are
-    fewer than `repeats`, unless each prompt is served in calls of its own, which other judges name.
+    lengths: how many tokens the answers of the first run have, of the second and so on, in place of
+    what params say. A run is a call of generate with all prompts. It is an "unequal-work" mistake
+    where there are fewer than `repeats`, unless each prompt is served in calls of its own, which
+    other judges name.
     """
     from minivllm import LLM
     from minivllm.course.sim.clocks import EngineClock
 
     clock = EngineClock(**timer)
     prompts = [list(prompt) for prompt in _chat(questions)]
-    runs: list[float] = []
+    runs: list[_Run] = []
     with LLM(device="cpu", build_batch=clock.build_batch, num_kv_blocks=256) as llm:
-        served = _note_runs(llm, [list(prompt) for prompt in prompts], clock, runs)
+        served = _note_runs(llm, [list(prompt) for prompt in prompts], clock, runs, lengths)
         found = answer(llm, prompts, params, clock.clock, repeats)
     if isinstance(found, bool) or not isinstance(found, int | float):
         raise Mistake(
@@ -72,22 +79,35 @@ def _served(
     return float(found), clock, runs
 
 
-def _note_runs(llm: Any, prompts: list[list[int]], clock: Any, runs: list[float]) -> list[list]:
-    """Append to `runs` how long each call of generate with all prompts takes. Returns a list, which
-    gets the prompts of every call.
+def _note_runs(
+    llm: Any, prompts: list[list[int]], clock: Any, runs: list[_Run], lengths: tuple[int, ...]
+) -> list[list]:
+    """Append to `runs` what each call of generate with all prompts does. Returns a list, which gets
+    the prompts of every call. lengths: see `_served`.
     """
     generate, served = llm.generate, []
 
     def noting(given: Any, *more: Any, **named: Any) -> Any:
         served.append(list(given))
-        start = clock.now
+        start, whole = clock.now, served[-1] == prompts
+        if whole and lengths:
+            more, named["sampling_params"] = (), _params(lengths[len(runs) % len(lengths)], True)
         outputs = generate(given, *more, **named)
-        if served[-1] == prompts:
-            runs.append(clock.now - start)
+        if whole:
+            tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+            runs.append(_Run(tokens, clock.now - start))
         return outputs
 
     llm.generate = noting
     return served
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A call of generate with all prompts."""
+
+    tokens: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -201,16 +221,16 @@ def _reads_prompts(answer: Callable) -> None:
         f" {truth.rate:,.1f}."
     )
     # Three runs after each other read their prompts; a warm-up may come before or after them.
-    reads = [seconds > (truth.seconds + truth.cached) / 2 for seconds in runs]
+    reads = [run.seconds > (truth.seconds + truth.cached) / 2 for run in runs]
     hidden = len(reads) >= 3 and not any(all(reads[i : i + 3]) for i in range(len(reads) - 2))
     if hidden and truth.is_rate(found, cached=False):
         got += " But not each of the three runs took as long."
     expect(
         not hidden and not close(found, truth.tokens / truth.cached),
         "served-from-the-cache",
-        f"{got}\nFrom the second run on, the engine finds the prompts in its prefix cache and does"
-        " not read them. Nobody's first question is served like that: reset_prefix_cache() before"
-        " each run.",
+        f"{got}\nIn some of the timed runs, or in all, the engine finds the prompts in its prefix"
+        " cache and does not read them: the warm-up has, or a run before. Nobody's first question"
+        " is served like that: reset_prefix_cache() before each timed run.",
     )
     expect(
         truth.is_rate(found, cached=False),
@@ -249,18 +269,33 @@ def _is_typical(answer: Callable) -> None:
 
 
 def _counts_to_an_even_number(answer: Callable) -> None:
-    """Four runs at a half, once, twice and four times the usual time."""
-    truth = _truth(SUMS, 6, True)
-    found, _, _ = _served(answer, SUMS, _params(6, True), 4, pace=(1.0, 0.5, 2.0, 4.0))
+    """Twelve runs, three each at a half, once, twice and four times the usual time."""
+    truth = _truth(SUMS, 2, True)
+    found, _, _ = _served(answer, SUMS, _params(2, True), 12, pace=(1.0, 0.5, 2.0, 4.0))
     rates = [truth.tokens / (pace * truth.seconds) for pace in (4.0, 2.0, 1.0, 0.5)]
     # The median of the rates, or the rate of the median time.
     middles = ((rates[1] + rates[2]) / 2, truth.tokens / (1.5 * truth.seconds))
     expect(
         any(close(found, middle) for middle in middles),
         "one-of-the-two-middles",
-        f"Four runs make {', '.join(f'{rate:,.1f}' for rate in rates)} tokens per second, and you"
-        f" report {found:,.1f}.\nOf an even number of values, the median is the mean of the two in"
-        " the middle. `repeats` says how many runs there are.",
+        f"Of twelve runs three each make {', '.join(f'{rate:,.1f}' for rate in rates)} tokens per"
+        f" second, and you report {found:,.1f}.\nOf an even number of values, the median is"
+        " the mean of the two in the middle. `repeats` says how many runs there are.",
+    )
+
+
+def _counts_each_run(answer: Callable) -> None:
+    """Runs whose answers have different lengths, as sampled ones do."""
+    found, _, runs = _served(answer, SUMS, _params(8, True), 3, lengths=(5, 8, 4, 2))
+    rates = [run.tokens / run.seconds for run in runs]
+    said = ", ".join(f"{run.tokens} in {run.seconds * 1e3:,.1f} ms" for run in runs)
+    # A warm-up may come before or after the timed runs.
+    expect(
+        any(close(found, sorted(rates[i : i + 3])[1]) for i in range(len(rates) - 2)),
+        "tokens-of-another-run",
+        f"Sampled answers differ in length from run to run. These runs made {said}, and you report"
+        f" {found:,.1f} tokens per second.\nDivide the tokens of each run by the time of the same"
+        " run, and report the median of these rates.",
     )
 
 
@@ -285,6 +320,7 @@ def check_tokens_per_second(answer: Callable) -> str:
     judges = (_counts_tokens, _reads_prompts, _is_typical, _is_warm)
     expect_all(*(functools.partial(judge, answer) for judge in judges))
     _counts_to_an_even_number(answer)
+    _counts_each_run(answer)
     return "the engine is as fast as it is, whatever the prompts, the limits and the neighbours"
 
 
@@ -300,6 +336,33 @@ EXERCISE = Exercise(
 @@
 -    return median(rates)
 +    return sorted(rates)[len(rates) // 2]
+""",
+        ),
+        Known(
+            "tokens-of-another-run",
+            answers=r"""
+# %% the tokens of the warm-up
+@@
+-    llm.generate(prompts, params, use_tqdm=False)
++    outputs = llm.generate(prompts, params, use_tqdm=False)
++    tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+@@
+-        outputs = llm.generate(prompts, params, use_tqdm=False)
++        llm.generate(prompts, params, use_tqdm=False)
+@@
+-        rates.append(
+-            sum(len(output.outputs[0].token_ids) for output in outputs) / seconds
+-        )
++        rates.append(tokens / seconds)
+
+# %% the tokens of the last run, by the median of the times
+@@
+-        rates.append(
+-            sum(len(output.outputs[0].token_ids) for output in outputs) / seconds
+-        )
+-    return median(rates)
++        rates.append(seconds)
++    return sum(len(output.outputs[0].token_ids) for output in outputs) / median(rates)
 """,
         ),
         Known(
@@ -415,6 +478,11 @@ def tokens_per_second(llm, prompts, params, clock, repeats=5):
 @@
 -    for _ in range(repeats):
 +    for _ in range(min(repeats, 5)):
+
+# %% seven runs are enough
+@@
+-    for _ in range(repeats):
++    for _ in range(min(repeats, 7)):
 
 # %% equal prompts, and more than two, are served once
 @@
