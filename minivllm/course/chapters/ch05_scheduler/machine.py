@@ -485,8 +485,8 @@ class Machine:
             if not mine:
                 return mistake(
                     "skips-the-running",
-                    f"the budget has {the_count(left, 'token')} left, and request {i}, which runs, gets"
-                    " none.",
+                    f"the budget has {the_count(left, 'token')} left, and request {i}, which runs,"
+                    " gets none.",
                     "Running sequences come first, oldest first, each with as many tokens as it has"
                     " left to compute.",
                 )
