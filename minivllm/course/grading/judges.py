@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -161,7 +162,8 @@ def expect_no_growth(run: Callable[[int], Any], what: str) -> None:
 def footprint(value: Any) -> int:
     """How many objects a value holds in lists, dicts, sets, deques and attributes, itself included.
 
-    Classes of the answer count, too: what they hold is kept as long as the answer.
+    Each byte of a buffer and each letter of a text counts as one object. Classes of the answer
+    count, too: what they hold is kept as long as the answer.
     """
     seen: set[int] = set()
     todo, count = [value], 0
@@ -175,6 +177,10 @@ def footprint(value: Any) -> int:
             todo += [part for pair in item.items() for part in pair]
         elif isinstance(item, list | tuple | set | frozenset | deque):
             todo += item
+        elif isinstance(item, bytes | bytearray | str | array):
+            count += len(item)
+        elif isinstance(item, int):
+            count += item.bit_length() // 1024
         elif type(type(item)) is type and type(item).__module__ in ("__main__", "builtins"):
             todo += vars(item).values() if hasattr(item, "__dict__") else []
             slots = getattr(type(item), "__slots__", ())

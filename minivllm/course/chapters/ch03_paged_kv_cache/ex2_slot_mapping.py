@@ -28,12 +28,20 @@ Slot = Callable[[list[int], int, int, int], int]
 
 
 def _case(
-    blocks: list[list[int]], starts: list[int], lens: list[int], size: int, pad: int = 0
+    blocks: list[list[int]],
+    starts: list[int],
+    lens: list[int],
+    size: int,
+    pad: int = 0,
+    spare: int = 1,
 ) -> tuple:
-    """Arguments of slot_mapping; the table is a part of a wider one, with stale entries."""
+    """Arguments of slot_mapping; the table is a part of a wider one, with stale entries.
+
+    spare: the columns that no request needs.
+    """
     import torch
 
-    width = max(map(len, blocks)) + 1
+    width = max(map(len, blocks)) + spare
     rows = [[-7, *row, *[77 + i] * (width - len(row)), -8] for i, row in enumerate(blocks)]
     table = torch.tensor(rows, dtype=torch.int32)[:, 1:-1]
     return table, starts, lens, size, sum(lens) + pad
@@ -54,7 +62,7 @@ def _cases() -> list[tuple]:
         _case([[5, 2]], [3], [2], 4, pad=1),
         _case([[0, 1, 2]], [0], [9], 4),
         _case([[3]], [0], [1], 16),
-        _case([[9, 4, 6, 8]], [8], [8], 4, pad=2),
+        _case([[9, 4, 6, 8]], [8], [8], 4, pad=2, spare=0),
         _case([[4, 0, 2]], [2], [1], 1, pad=3),
         _case([[7, 3, 12, 5]], [4], [8], 3, pad=2),
         _case([[8, 1, 3], [6, 2], [7, 5, 9]], [7, 4, 0], [1, 1, 9], 4, pad=5),
@@ -496,6 +504,22 @@ def slot_mapping(
             slots.append(table[index] * block_size + offset)
             starts[i] += 1
     return torch.tensor(slots + [-1] * (pad_to - len(slots)), dtype=torch.int64)
+""",
+        ),
+        Known(
+            "raised",
+            answers=r"""
+# %% looks the next block up at the end of a block, which may be the table's end
+@@
++            if (position + 1) % block_size == 0:
++                following = table[(position + 1) // block_size]
+             slots.append(
+
+# %% looks up the block behind the last token
+@@
+-        for position in range(start, start + count):
++        following = table[(start + count) // block_size]
++        for position in range(start, start + count):
 """,
         ),
         Known(

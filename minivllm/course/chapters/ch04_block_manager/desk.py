@@ -45,6 +45,7 @@ class Desk:
         self.numbers: dict[int, int] = {}  # of the manager -> here
         self.num_handed_out = 0
         self.probes: list[Sequence] = []
+        self.last: tuple[Any, list[int]] = ([], [])  # what a look gave, and a copy
 
     def words(self, name: str, *args: Any) -> str:
         """The call, with the tokens of a sequence that comes or grows."""
@@ -114,6 +115,15 @@ class Desk:
             f" blocks were free; after it, {after[0]} and {after[1]}.\nIt only looks: the scheduler"
             " may decide not to admit the sequence. allocate takes.",
         )
+        earlier, copy = self.last
+        expect(
+            list(earlier) == copy,
+            "result-reused",
+            f"find_cached_prefix returned {copy}. After the next call of it, the same list is"
+            f" {list(earlier)}.\nA list that you have returned belongs to the caller, who may still"
+            " need it. Make a new one in each call.",
+        )
+        self.last = (found, list(found))
         return list(found)
 
     def _allocate(self, key: int, num_tokens: int) -> Any:

@@ -299,13 +299,31 @@ SEEN = {}
 def block_names(token_ids: list[int], block_size: int) -> list[int]:
     last, names = SEEN.get("last", (None, None))
     if last is token_ids and len(names) == len(token_ids) // block_size:
-        return names
+        return list(names)
     names, name = [], None
     for start in range(0, len(token_ids) - block_size + 1, block_size):
         name = hash_block(name, token_ids[start : start + block_size])
         names.append(name)
-    SEEN["last"] = token_ids, names
+    SEEN["last"] = token_ids, list(names)
     return names
+""",
+        ),
+        Known(
+            "result-reused",
+            answers=r"""
+# %% remembers prompts, and gives the same list again
+SEEN = {}
+
+
+def block_names(token_ids: list[int], block_size: int) -> list[int]:
+    key = block_size, *token_ids
+    if key not in SEEN:
+        names, name = [], None
+        for start in range(0, len(token_ids) - block_size + 1, block_size):
+            name = hash_block(name, token_ids[start : start + block_size])
+            names.append(name)
+        SEEN[key] = names
+    return SEEN[key]
 """,
         ),
         Known(

@@ -144,7 +144,7 @@ class PoolStage:
             seen["it returned"] = list(result) if isinstance(result, list) else result
         for owned in (result, given):
             if self.rude and isinstance(owned, list):
-                owned[:] = [block + 1 for block in owned] * 2
+                owned[:] = [*[block + 1 for block in owned] * 2, 0]
         return seen | after
 
     def _state(self) -> dict[str, Any]:
@@ -263,6 +263,7 @@ STORIES = (
             ("release", [3, 4]),
             ("release", [1, 2]),
             *[("allocate", 1)] * 5,
+            *[("allocate", 0)] * 2,
         ),
         "keeps-a-list",
     ),
@@ -348,7 +349,15 @@ def check_counted_pool(answer: type) -> str:
             pool.release(table[1:3])
         return pool
 
+    def revive(rounds: int) -> Any:
+        pool = answer(6)
+        for _ in range(rounds):
+            pool.share([4, 2])
+            pool.release([4, 2])
+        return pool
+
     expect_no_growth(work, "allocate, share and release")
+    expect_no_growth(revive, "share and release, of blocks that are free before and after,")
     return f"{len(STORIES)} stories, and {count:,} calls"
 
 
@@ -679,8 +688,8 @@ EXERCISE = Exercise(
         Known(
             "result-reused",
             message=(
-                "allocate returns the same list at each call, and fills it anew. It is the table"
-                " of the sequence that asked for it.\nMake a new list in each call."
+                "allocate returns one and the same list in two calls. It belongs to the sequence"
+                " that asked for it, as its table.\nMake a new list in each call."
             ),
             answers=r"""
 # %% one list for all results
@@ -688,6 +697,13 @@ EXERCISE = Exercise(
 -        taken = [self.free.popitem(last=False)[0] for _ in range(count)]
 +        taken = self.__dict__.setdefault("taken", [])
 +        taken[:] = [self.free.popitem(last=False)[0] for _ in range(count)]
+
+# %% one list for all that ask for nothing
+@@
+         if count > len(self.free):
+             return None
++        if count == 0:
++            return self.__dict__.setdefault("nothing", [])
 """,
         ),
         Known(
@@ -738,6 +754,49 @@ EXERCISE = Exercise(
 @@
          for block in reversed(blocks):
 +            self.history = [*getattr(self, "history", ()), block]
+
+# %% writes down what was shared, a byte per call
+@@
+         for block in blocks:
++            self.log = getattr(self, "log", b"") + b"s"
+             self.counts[block] += 1
+
+# %% entries of the queue that are out of date stay until allocate meets them
+class CountedPool:
+    def __init__(self, num_blocks: int) -> None:
+        self.counts, self.stamps = [0] * num_blocks, [0] * num_blocks
+        self.queue = deque((block, 0) for block in range(num_blocks))
+        self.num_free = num_blocks
+
+    def ref_count(self, block: int) -> int:
+        return self.counts[block]
+
+    def allocate(self, count: int) -> list[int] | None:
+        if count > self.num_free:
+            return None
+        taken = []
+        while len(taken) < count:
+            block, stamp = self.queue.popleft()
+            if stamp == self.stamps[block]:
+                taken.append(block)
+        self.share(taken)
+        return taken
+
+    def share(self, blocks: list[int]) -> None:
+        for block in blocks:
+            if self.counts[block] == 0:
+                self.stamps[block] += 1
+                self.num_free -= 1
+            self.counts[block] += 1
+
+    def release(self, blocks: list[int]) -> None:
+        if any(self.counts[block] == 0 for block in blocks):
+            raise ValueError("a block without an owner")
+        for block in reversed(blocks):
+            self.counts[block] -= 1
+            if self.counts[block] == 0:
+                self.queue.append((block, self.stamps[block]))
+                self.num_free += 1
 
 # %% writes down what it refused
 @@

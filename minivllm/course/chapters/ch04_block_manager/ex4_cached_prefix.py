@@ -586,6 +586,27 @@ def cached_prefix(
 """,
         ),
         Known(
+            "result-reused",
+            answers=r"""
+# %% equal results are one list
+RESULTS = {}
+
+
+def cached_prefix(
+    token_ids: list[int], cache: dict[int, tuple[int, tuple[int, ...]]], block_size: int
+) -> list[int]:
+    found, name = [], None
+    for index in range((len(token_ids) - 1) // block_size):
+        tokens = tuple(token_ids[index * block_size : (index + 1) * block_size])
+        name = hash_block(name, tokens)
+        hit = cache.get(name)
+        if hit is None or hit[1] != tokens:
+            break
+        found.append(hit[0])
+    return RESULTS.setdefault(tuple(found), found)
+""",
+        ),
+        Known(
             "keeps-state",
             answers=r"""
 # %% asks a cache that it knows only for the first time

@@ -454,7 +454,17 @@ def _expect_no_growth(answer: type) -> None:
             manager.free(seq)
         return manager
 
+    def ever_new(rounds: int) -> Any:
+        manager = answer(6, 2)
+        for number in range(rounds):
+            seq = sequence(number, range(7 * number, 7 * number + 7))
+            manager.allocate(seq, 7, manager.find_cached_prefix(seq))
+            manager.register_computed(seq, 0, 7)
+            manager.free(seq)
+        return manager
+
     expect_no_growth(work, "one request at a time")
+    expect_no_growth(ever_new, "a request with a new text, one at a time,")
 
 
 _SYSTEM = (
@@ -1399,8 +1409,45 @@ class MyBlockManager(BlockManager):
 """,
         ),
         Known(
+            "result-reused",
+            answers=r"""
+# %% one list for all that is found
+@@
+-        found = []
++        found = self.__dict__.setdefault("found", [])
++        found.clear()
+""",
+        ),
+        Known(
             "grows",
             answers=r"""
+# %% the names of blocks that were taken stay, and are looked through at the look-up
+@@
+-            if block is None or self.tokens[block] != self._tokens_of(seq, index):
++            if block is None or self.names[block] != seq.block_hashes[index]:
++                break
++            if self.tokens[block] != self._tokens_of(seq, index):
+@@
+-                del self.where[self.names[block]]
+@@
+-            if self.names[block] is None and name not in self.where:
++            holder = self.where.get(name)
++            if self.names[block] is None and (
++                holder is None or self.names[holder] != name
++            ):
+
+# %% the tokens of each name stay
+@@
+-            if block is None or self.tokens[block] != self._tokens_of(seq, index):
++            known = self.__dict__.setdefault("known", {})
++            if block is None or known[seq.block_hashes[index]] != self._tokens_of(
++                seq, index
++            ):
+@@
+                 self.where[name] = block
++                known = self.__dict__.setdefault("known", {})
++                known[name] = self._tokens_of(seq, index)
+
 # %% remembers all sequences that were ever here
 @@
 -        seq.block_table.clear()

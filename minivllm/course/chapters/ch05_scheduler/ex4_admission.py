@@ -84,6 +84,15 @@ ANSWERS = {
 -                or not self.block_manager.allocate(seq, num_new)
 +                or not self.block_manager.allocate(seq, seq.num_tokens)
 """,
+    "block-in-reserve": r"""
+# %% one block stays free for those who run
+@@
+-                num_new == 0
++                num_new == 0
++                or self.running
++                and self.block_manager.num_free_blocks
++                <= self.block_manager.num_blocks_for(num_new)
+""",
     "place-unused": r"""
 # %% a place stays empty
 @@

@@ -254,6 +254,20 @@ class MyScheduler(SchedulerBase):
 +        for seq in order:
 +            if left == 0 or seq not in self.running:
 +                continue
+
+# %% the list itself is sorted
+@@
+         index = 0
++        self.running.sort(key=lambda s: s.num_uncomputed_tokens > 1)
+""",
+    "block-in-reserve": r"""
+# %% one block stays free for those who run
+@@
+             num_new = min(seq.num_tokens - num_cached, left)
++            needed = self.block_manager.num_blocks_for(num_cached + num_new)
++            free = self.block_manager.num_free_blocks
++            if self.running and needed - len(prefix) >= free:
++                break
 """,
     "part-of-the-prefix": r"""
 # %% two blocks at most

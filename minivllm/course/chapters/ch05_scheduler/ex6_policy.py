@@ -172,6 +172,13 @@ def _judge_alike(answer: type) -> None:
             " depends on more than the requests and counts of steps: on random numbers, on the"
             " order of a set, or on notes that outlive a scheduler.",
         )
+    if asked and (found := difference(_order(answer, where), alone, 0.0, 0.0)):
+        raise Mistake(
+            "by-chance",
+            f"Two runs on the same requests begin them in another order: {found[1]}.\nYour order"
+            f" depends on {', '.join(sorted(asked))}, which another process answers otherwise. Use"
+            " the requests and your counts only.",
+        )
     other = _order(answer, where, honest=False)
     if found := difference(other, alone, 0.0, 0.0):
         _judge_notes(answer, before, found[1])

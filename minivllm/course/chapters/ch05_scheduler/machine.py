@@ -485,15 +485,15 @@ class Machine:
             if not mine:
                 return mistake(
                     "skips-the-running",
-                    f"{the_count(left, 'token')} of the budget are left, and request {i}, which"
-                    " runs, gets none.",
+                    f"the budget has {the_count(left, 'token')} left, and request {i}, which runs,"
+                    " gets none.",
                     "Running sequences come first, oldest first, each with as many tokens as it has"
                     " left to compute.",
                 )
             return mistake(
                 "too-short-a-chunk",
-                f"request {i} computes {the_count(mine, 'token')}, and {left} of the budget are"
-                " left.",
+                f"request {i} computes {the_count(mine, 'token')}, and the budget has"
+                f" {the_count(left, 'token')} left.",
                 "A chunk is as long as the budget allows.",
             )
         return None

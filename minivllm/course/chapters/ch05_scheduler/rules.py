@@ -576,6 +576,14 @@ class DecodesFirst(ByTheRules):
         return left
 
 
+class DecodesFirstSorted(ByTheRules):
+    """Sorts `running` itself, so that the end of it is not the newest any more."""
+
+    def plan_running(self, batch: ScheduledBatch, left: int) -> int:
+        self.running.sort(key=lambda seq: seq.num_uncomputed_tokens > 1)
+        return super().plan_running(batch, left)
+
+
 class AdmitsAfterPreempting(ByTheRules):
     def may_admit(self, batch: ScheduledBatch) -> bool:
         return True
@@ -628,7 +636,13 @@ ADMISSION = (
         "blocks-for-all",
         "You ask for the blocks of the whole request before its first chunk. Ask for those of the"
         " tokens that this step computes; the others come with their chunks.",
-        suspects=(BlocksForAll, BlocksToTheEnd, BlockOfReserve),
+        suspects=(BlocksForAll, BlocksToTheEnd),
+    ),
+    Known(
+        "block-in-reserve",
+        "You keep a block free for those who run. Admit as long as there are blocks for the tokens"
+        " of this step, down to the last one: who needs a block later preempts somebody for it.",
+        suspects=(BlockOfReserve,),
     ),
     Known(
         "place-unused",
@@ -753,7 +767,7 @@ DECISIONS = (
         "decodes-first",
         "You plan those who decode before those whose prompt is not complete. Running sequences"
         " are planned oldest first, whatever they do.",
-        suspects=(DecodesFirst,),
+        suspects=(DecodesFirst, DecodesFirstSorted),
     ),
     Known(
         "admits-after-preempting",

@@ -23,7 +23,10 @@ ROWS = 1024
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What the inputs of a case are like; theta: base of the angles; rows: of their table."""
+    """What the inputs of a case are like; theta: base of the angles; rows: of their table.
+
+    spare: the numbers behind each head that do not belong to it.
+    """
 
     norm: bool = True
     size: float = 1.0
@@ -31,6 +34,7 @@ class _Inputs:
     theta: float = 100.0
     dtype: str = "float32"
     rows: int = ROWS
+    spare: int = 0
 
 
 def _case(
@@ -51,8 +55,9 @@ def _case(
     dtype = getattr(torch, how.dtype)
     table = rope_table(RopeConfig(how.theta), dim, how.rows, torch.device("cpu"))
     # As the engine gives them: parts of one matrix product's result.
-    qkv = torch.randn(len(positions), heads + 2 * kv_heads, dim, generator=random) * how.size
-    q, k, _ = qkv.to(dtype).split([heads, kv_heads, kv_heads], dim=1)
+    shape = (len(positions), heads + 2 * kv_heads, dim + how.spare)
+    qkv = (torch.randn(shape, generator=random) * how.size).to(dtype)[..., :dim]
+    q, k, _ = qkv.split([heads, kv_heads, kv_heads], dim=1)
     weights = [
         (torch.rand(dim, generator=random) + 0.5).to(dtype) if how.norm else None for _ in "qk"
     ]
@@ -68,8 +73,8 @@ def _cases(random: torch.Generator) -> list[tuple]:
         _case(random, [1], 1, 1, 2, bare),
         _case(random, [0, 1, 2], 4, 2, 8),
         _case(random, [7], 2, 2, 6, _Inputs(size=3.0)),
-        _case(random, [5, 6, 7, 8], 3, 1, 16),
-        _case(random, [63, 0, 9, 9, 30], 4, 4, 8, bare),
+        _case(random, [5, 6, 7, 8], 3, 1, 16, _Inputs(spare=4)),
+        _case(random, [63, 0, 9, 9, 30], 4, 4, 8, _Inputs(norm=False, spare=4)),
         _case(random, [3, 40], 2, 1, 8, _Inputs(size=0.01, eps=1e-3)),
         _case(random, range(17), 4, 2, 64, wide),
         _case(random, [1023, 512, 511, 64, 600], 2, 1, 8, wide),
@@ -625,6 +630,16 @@ def qk_norm_rope(
 @@
 -    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
 +    cos, sin = cos_sin[positions % 8192].unsqueeze(1).chunk(2, dim=-1)
+""",
+        ),
+        Known(
+            "raised",
+            answers=r"""
+# %% a view, as if heads lay side by side
+@@
+-        a, b = wide.chunk(2, dim=-1)
++        pairs = wide.view(len(x), -1).view(*x.shape[:2], 2, x.shape[2] // 2)
++        a, b = pairs.unbind(dim=2)
 """,
         ),
         Known(

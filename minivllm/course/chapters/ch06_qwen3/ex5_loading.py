@@ -32,6 +32,12 @@ EQUAL_FUSED = {
 }
 #: Other names, and parts that are not in alphabetical order.
 OTHER_FUSED = {"in_proj": {"z_proj": 3, "x_proj": 5, "dt_proj": 1, "b_proj": 2}}
+#: Each part's name ends in the name of another part; and the same in another order.
+CROSS_FUSED = {
+    "cross_qkv_proj": {"cross_q_proj": 3, "cross_k_proj": 2, "cross_v_proj": 1},
+    **SMALL_FUSED,
+}
+CROSS_LAST_FUSED = dict(reversed(CROSS_FUSED.items()))
 BUNDLED_FUSED = {
     "qkv_proj": {"q_proj": 256, "k_proj": 128, "v_proj": 128},
     "gate_up_proj": {"gate_proj": 768, "up_proj": 768},
@@ -68,7 +74,8 @@ class _Layout:
     layers: int = 1
     tied: bool = True
     bias: bool = False
-    fused: str = "grouped"  # "grouped", "equal", "other" or "nothing"
+    fused: str = "grouped"  # "grouped", "equal", "other", "cross", "cross last" or "nothing"
+    root: str = "model.layers."  # what stands before a layer's number
     lookalike: bool = False  # whether a parameter that is not fused has a fused name in its own
 
     def shapes(self) -> tuple[dict[str, tuple], dict[str, tuple]]:
@@ -78,7 +85,7 @@ class _Layout:
             tensors["lm_head.weight"] = (7, 3)
         params = dict(tensors)
         for i in range(self.layers):
-            prefix = f"model.layers.{i}."
+            prefix = f"{self.root}{i}."
             own = {
                 f"{prefix}input_layernorm.weight": (3,),
                 f"{prefix}self_attn.o_proj.weight": (3, 6),
@@ -101,6 +108,7 @@ class _Layout:
 
     def parts(self) -> dict[str, dict[str, int]]:
         known = {"grouped": SMALL_FUSED, "equal": EQUAL_FUSED, "other": OTHER_FUSED}
+        known |= {"cross": CROSS_FUSED, "cross last": CROSS_LAST_FUSED}
         return known.get(self.fused, {})
 
 
@@ -160,6 +168,14 @@ class _Author:
                 "a fused layer of another name, of four parts", _Layout(bias=True, fused="other")
             ),
             self.files("a model in which nothing is fused", _Layout(fused="nothing")),
+            self.files("layers called h.0, h.1", _Layout(2, root="h.")),
+            self.files("layers deep inside", _Layout(root="model.text.decoder.layers.")),
+            *(
+                self.files(
+                    "cross attention: parts called q_proj and cross_q_proj", _Layout(fused=f)
+                )
+                for f in ("cross", "cross last")
+            ),
         ]
 
     def lacking(self) -> list[Files]:
@@ -868,6 +884,41 @@ def load(
         Known(
             "wrong-values",
             answers=r"""
+# %% a part's name anywhere in the name
+def load(
+    params: dict[str, torch.Tensor],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    fused: dict[str, dict[str, int]],
+    tied: bool,
+) -> None:
+    left = set()
+    for name in params:
+        layer = name.split(".")[-2] if "." in name else ""
+        left |= {name.replace(layer, part) for part in fused.get(layer, [layer])}
+    for name, tensor in tensors:
+        if tied and name == "lm_head.weight":
+            continue
+        place = params.get(name)
+        for layer, parts in fused.items():
+            start = 0
+            for part, rows in parts.items():
+                if part in name and name.replace(part, layer) in params:
+                    whole = params[name.replace(part, layer)]
+                    place = whole[start : start + rows]
+                start += rows
+        if place is None or place.shape != tensor.shape:
+            raise ValueError(name)
+        place.copy_(tensor)
+        left.discard(name)
+    if left:
+        raise ValueError(sorted(left))
+
+# %% names are cut at fixed places
+@@
+-        parent, _, last = module.rpartition(".")
++        pieces = module.split(".")
++        parent, last = ".".join(pieces[:4]), pieces[4] if len(pieces) == 5 else ""
+
 # %% passes over all that begins with lm_head
 @@
 -        if name not in places:
