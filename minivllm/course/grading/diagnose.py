@@ -50,6 +50,7 @@ def diagnose(
     writes: Sequence[int] = (),
     wording: Mapping[str, str] | None = None,
     twins: bool = True,
+    fresh: bool = False,
     **tolerances: float,
 ) -> int:
     """Compare answer with right on copies of each case.
@@ -66,7 +67,8 @@ def diagnose(
     An answer that is right in all cases is called again, with other numbers in the same tensors and
     lists. An answer that keeps something between calls then gives a wrong result ("keeps-state") or
     overwrites the result of the call before ("result-reused"). twins: False where other numbers are
-    not allowed; then the second call gets the same ones.
+    not allowed; then the second call gets the same ones. fresh: True where one and the same list or
+    tensor in both calls is "result-reused", too, whatever is in it.
 
     A CheckError from inside the answer is passed on: a check may wrap the answer to watch what it
     does.
@@ -81,7 +83,7 @@ def diagnose(
     try:
         comparison = _Comparison.of(right, cases, writes, tolerances)
         comparison.judge(answer, suspects or {})
-        _Again(comparison, right, twins).judge(answer)
+        _Again(comparison, right, twins, fresh).judge(answer)
         return len(comparison.cases)
     except Mistake as mistake:
         message = mistake.message
@@ -281,6 +283,7 @@ class _Again:
     comparison: _Comparison
     right: Callable
     twins: bool
+    fresh: bool
 
     def judge(self, answer: Callable) -> None:
         """Raise Mistake where the second call shows that the answer keeps something."""
@@ -307,7 +310,8 @@ class _Again:
                 "keeps-state",
                 f"The first call is right, and a second call is not: {why}\n{described}: {gave}.",
             )
-        if owned and _is_mutable(first.returned) and first.returned is second.returned:
+        again = first.returned is second.returned and _is_mutable(first.returned)
+        if self.fresh and owned and again:
             raise Mistake(
                 "result-reused",
                 "Your function returns one and the same tensor or list in two calls. Each belongs"

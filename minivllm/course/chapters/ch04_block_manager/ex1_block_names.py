@@ -35,7 +35,7 @@ def _cases() -> list[tuple[list[int], int]]:
 
 
 def check_block_names(answer: Callable) -> str:
-    count = diagnose(answer, _cases(), names_of, EXERCISE.suspects)
+    count = diagnose(answer, _cases(), names_of, EXERCISE.suspects, fresh=True)
     first = list(range(12)), 4
     for second in (([*range(6), 50, *range(7, 12)], 4), (list(range(100, 109)), 3)):
         pairs = one_by_one(first, second)

@@ -103,7 +103,7 @@ def _special_cases(rng: random.Random) -> Iterator[Case]:
 
 
 def check_cached_prefix(answer: Callable) -> str:
-    count = diagnose(answer, _cases(), _prefix, EXERCISE.suspects)
+    count = diagnose(answer, _cases(), _prefix, EXERCISE.suspects, fresh=True)
     first, other = list(range(50)), list(range(100, 150))
     both = {**_cached(first, 8, range(9)), **_cached(other, 8, range(10, 20))}
     less = dict(list(both.items())[:2])
