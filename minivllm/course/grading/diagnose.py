@@ -50,7 +50,6 @@ def diagnose(
     writes: Sequence[int] = (),
     wording: Mapping[str, str] | None = None,
     twins: bool = True,
-    fresh: bool = False,
     **tolerances: float,
 ) -> int:
     """Compare answer with right on copies of each case.
@@ -67,8 +66,7 @@ def diagnose(
     An answer that is right in all cases is called again, with other numbers in the same tensors and
     lists. An answer that keeps something between calls then gives a wrong result ("keeps-state") or
     overwrites the result of the call before ("result-reused"). twins: False where other numbers are
-    not allowed; then the second call gets the same ones. fresh: True where one and the same list or
-    tensor in both calls is "result-reused", too, whatever is in it.
+    not allowed; then the second call gets the same ones.
 
     A CheckError from inside the answer is passed on: a check may wrap the answer to watch what it
     does.
@@ -83,7 +81,7 @@ def diagnose(
     try:
         comparison = _Comparison.of(right, cases, writes, tolerances)
         comparison.judge(answer, suspects or {})
-        _Again(comparison, right, twins, fresh).judge(answer)
+        _Again(comparison, right, twins).judge(answer)
         return len(comparison.cases)
     except Mistake as mistake:
         message = mistake.message
@@ -283,7 +281,6 @@ class _Again:
     comparison: _Comparison
     right: Callable
     twins: bool
-    fresh: bool
 
     def judge(self, answer: Callable) -> None:
         """Raise Mistake where the second call shows that the answer keeps something."""
@@ -309,14 +306,6 @@ class _Again:
             raise Mistake(
                 "keeps-state",
                 f"The first call is right, and a second call is not: {why}\n{described}: {gave}.",
-            )
-        again = first.returned is second.returned and _is_mutable(first.returned)
-        if self.fresh and owned and again:
-            raise Mistake(
-                "result-reused",
-                "Your function returns one and the same tensor or list in two calls. Each belongs"
-                " to its caller, who may change it.\nMake a new one in each call."
-                f"\n{described}.",
             )
         if owned and difference(first.returned, first.result, 0.0, 0.0):
             raise Mistake(
@@ -398,10 +387,6 @@ def _refilled(args: tuple, values: tuple) -> tuple:
 
 def _is_plain(value: Any) -> bool:
     return is_tensor(value) or isinstance(value, list | dict | tuple)
-
-
-def _is_mutable(value: Any) -> bool:
-    return is_tensor(value) or isinstance(value, list | dict | set)
 
 
 def _size(case: Any) -> int:
