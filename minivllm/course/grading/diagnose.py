@@ -307,13 +307,6 @@ class _Again:
                 "keeps-state",
                 f"The first call is right, and a second call is not: {why}\n{described}: {gave}.",
             )
-        if owned and _is_mutable(first.returned) and first.returned is second.returned:
-            raise Mistake(
-                "result-reused",
-                "Your function returns one and the same tensor or list in two calls. Each belongs"
-                " to its caller, who may change it.\nMake a new one in each call."
-                f"\n{described}.",
-            )
         if owned and difference(first.returned, first.result, 0.0, 0.0):
             raise Mistake(
                 "result-reused",
@@ -394,10 +387,6 @@ def _refilled(args: tuple, values: tuple) -> tuple:
 
 def _is_plain(value: Any) -> bool:
     return is_tensor(value) or isinstance(value, list | dict | tuple)
-
-
-def _is_mutable(value: Any) -> bool:
-    return is_tensor(value) or isinstance(value, list | dict | set)
 
 
 def _size(case: Any) -> int:

@@ -119,6 +119,17 @@ def expect_nothing_kept(
             )
 
 
+def expect_new_result(answer: Callable, case: tuple) -> None:
+    """Require that two calls with equal arguments return two lists."""
+    first, second = (answer(*copy.deepcopy(case)) for _ in range(2))
+    expect(
+        first is not second,
+        "result-reused",
+        "Your function returns one and the same list in two calls. Each belongs to its caller, who"
+        " may change it.\nMake a new one in each call.",
+    )
+
+
 def one_by_one(first: tuple, second: tuple) -> Iterator[tuple[tuple, tuple]]:
     """Pairs for `expect_nothing_kept`: all arguments change, and then each one alone.
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from minivllm.course.chapters.ch04_block_manager.common import names_of
 from minivllm.course.grading.diagnose import diagnose
 from minivllm.course.grading.exercise import Exercise, Known
-from minivllm.course.grading.judges import expect_nothing_kept, one_by_one
+from minivllm.course.grading.judges import expect_new_result, expect_nothing_kept, one_by_one
 from minivllm.engine.block_manager import hash_block
 
 #: (tokens, block size): none, one, exact multiples and their neighbours, on both sides of powers of
@@ -37,6 +37,7 @@ def _cases() -> list[tuple[list[int], int]]:
 def check_block_names(answer: Callable) -> str:
     count = diagnose(answer, _cases(), names_of, EXERCISE.suspects)
     first = list(range(12)), 4
+    expect_new_result(answer, first)
     for second in (([*range(6), 50, *range(7, 12)], 4), (list(range(100, 109)), 3)):
         pairs = one_by_one(first, second)
         expect_nothing_kept(answer, pairs, names_of, "the list has other tokens")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from minivllm.course.chapters.ch04_block_manager.common import names_of
 from minivllm.course.grading.diagnose import diagnose
 from minivllm.course.grading.exercise import Exercise, Known
-from minivllm.course.grading.judges import expect_nothing_kept, one_by_one
+from minivllm.course.grading.judges import expect_new_result, expect_nothing_kept, one_by_one
 from minivllm.engine.block_manager import hash_block
 
 Cache = dict[int, tuple[int, tuple[int, ...]]]
@@ -104,6 +104,8 @@ def _special_cases(rng: random.Random) -> Iterator[Case]:
 
 def check_cached_prefix(answer: Callable) -> str:
     count = diagnose(answer, _cases(), _prefix, EXERCISE.suspects)
+    for case in _cases()[:3]:
+        expect_new_result(answer, case)
     first, other = list(range(50)), list(range(100, 150))
     both = {**_cached(first, 8, range(9)), **_cached(other, 8, range(10, 20))}
     less = dict(list(both.items())[:2])
