@@ -25,7 +25,7 @@ PATH = "/v1/completions"
 
 
 @dataclass(frozen=True)
-class Request:
+class LoadRequest:
     """One request of a plan.
 
     number: names its prompt; no two requests of a run have the same. due: seconds after the start
@@ -54,8 +54,8 @@ class Plan:
     temperature: float
     timeout: float
     clients: int
-    requests: list[Request]
-    warmup: list[Request]
+    requests: list[LoadRequest]
+    warmup: list[LoadRequest]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -64,10 +64,10 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         found = json.loads(text)
         for name in ("requests", "warmup"):
-            found[name] = [Request(**request) for request in found[name]]
+            found[name] = [LoadRequest(**request) for request in found[name]]
         return cls(**found)
 
-    def body(self, request: Request) -> dict[str, Any]:
+    def body(self, request: LoadRequest) -> dict[str, Any]:
         """What is sent: greedy unless told otherwise, and always as many tokens as planned."""
         return {
             "model": self.model,
@@ -112,7 +112,7 @@ class Load:
         else:
             await self._arrivals(start)
 
-    async def _client(self, queue: Iterator[Request]) -> None:
+    async def _client(self, queue: Iterator[LoadRequest]) -> None:
         for request in queue:
             if self.is_gone:
                 return
@@ -127,7 +127,7 @@ class Load:
                     return
                 tasks.create_task(self._send(request, due))
 
-    async def _send(self, request: Request, due: float) -> None:
+    async def _send(self, request: LoadRequest, due: float) -> None:
         """Send a request, and note what came of it. Its clock runs from the time it was due."""
         record: dict[str, Any] = {"number": request.number, "status": "ok", "start": due}
         record["late"] = time.perf_counter() - due

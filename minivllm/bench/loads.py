@@ -11,7 +11,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from minivllm.bench.clients import Request
+from minivllm.bench.clients import LoadRequest
 
 #: What a target can be set for.
 SLO_NAMES = ("ttft", "tpot", "e2e")
@@ -40,7 +40,7 @@ class Settings:
     slo: Mapping[str, float] = field(default_factory=dict)
 
 
-def draw_requests(settings: Settings, number: int, rate: float | None) -> list[Request]:
+def draw_requests(settings: Settings, number: int, rate: float | None) -> list[LoadRequest]:
     """The requests of a load; number: its place among the loads, so that no prompt comes twice.
 
     At a rate, the gaps between arrivals are exponential: a Poisson process.
@@ -52,16 +52,16 @@ def draw_requests(settings: Settings, number: int, rate: float | None) -> list[R
         lengths = rng.randint(*settings.input), rng.randint(*settings.output)
         if rate is not None:
             due += gaps.expovariate(rate)
-        requests.append(Request(first + i, *lengths, due=None if rate is None else due))
+        requests.append(LoadRequest(first + i, *lengths, due=None if rate is None else due))
     return requests
 
 
-def draw_warmup(settings: Settings, number: int) -> list[Request]:
+def draw_warmup(settings: Settings, number: int) -> list[LoadRequest]:
     """The requests that are sent before those of a load. Their numbers are below 0."""
     rng = random.Random(f"{settings.seed}:{number}:warmup")
     first = -1 - number * settings.warmup
     return [
-        Request(first - i, rng.randint(*settings.input), rng.randint(*settings.output))
+        LoadRequest(first - i, rng.randint(*settings.input), rng.randint(*settings.output))
         for i in range(settings.warmup)
     ]
 

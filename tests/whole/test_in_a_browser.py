@@ -27,7 +27,7 @@ from support.browser import Page, wait_until
 
 pytestmark = pytest.mark.slow
 
-CHAPTERS = ("03_paged_kv_cache", "05_scheduler")
+CHAPTERS = ("03_paged_kv_cache", "08_cuda_graphs")
 #: Pages that are opened and saved, and not run.
 UNTOUCHED = (
     "notebooks/00_tour.ipynb",
