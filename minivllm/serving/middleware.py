@@ -107,7 +107,9 @@ class Body:
         if message["type"] == "http.request":
             self.size += len(message.get("body", b""))
             if self.size > self.most:
-                await _discard(self.receive)
+                # After the last part of a body, nothing comes until the client goes away.
+                if message.get("more_body", False):
+                    await _discard(self.receive)
                 raise HTTPException(413, str(_too_large(self.most)))
         return message
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from starlette.exceptions import HTTPException
 
 from minivllm import LLM, SamplingParams
+from minivllm.serving.middleware import Edge
 from minivllm.serving.state import ServerOptions
 from support.servers import Running, server
 
@@ -326,3 +329,31 @@ def test_a_key_a_queue_and_a_large_body() -> None:
         assert running.is_idle()
         assert ask(running, "/v1/completions", body)["choices"]
         assert "minivllm:requests_refused_total" in client.get("/metrics").text
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_large_body_without_a_length_is_answered(parts: int) -> None:
+    """Also where all of it is in one message: then no other one comes that could be waited for."""
+    sent: list[dict[str, Any]] = []
+    messages = [
+        {"type": "http.request", "body": b"x" * 3000, "more_body": i < parts - 1}
+        for i in range(parts)
+    ]
+
+    async def receive() -> dict[str, Any]:
+        if messages:
+            return messages.pop(0)
+        await asyncio.sleep(60)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        with pytest.raises(HTTPException, match="2,000 bytes"):
+            await receive()
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    edge = Edge(app, key=None, max_body=2000)
+    asyncio.run(asyncio.wait_for(edge(scope, receive, send), 10))
+    assert not messages
