@@ -173,6 +173,15 @@ class EngineConfig:
         """
         return cls(**own_options(options, tuple(field.name for field in dataclasses.fields(cls))))
 
+    @classmethod
+    def choose(cls, config: Self | None, options: Mapping[str, Any]) -> Self:
+        """The config, or one made of the options. Raises `ConfigError` where both are given."""
+        if config is None:
+            return cls.from_options(options)
+        if options:
+            raise ConfigError(f"Give {', '.join(options)} in the config, or no config.")
+        return config
+
     def __post_init__(self) -> None:
         cls: Any = type(self)
         annotations = annotations_of(cls)

@@ -106,7 +106,7 @@ def serve(
         drain_seconds=drain_seconds,
     )
     tls: dict[str, Any] = {"ssl_certfile": ssl_certfile, "ssl_keyfile": ssl_keyfile}
-    llm = AsyncLLM(model or model_option, core=core, **options.engine_options(engine))  # type: ignore[arg-type]
+    llm = AsyncLLM(model or model_option, core=core, **options.engine_options(engine))
     raise typer.Exit(run(llm, chosen, host=host, port=port, **tls))
 
 

@@ -31,7 +31,7 @@ from minivllm.engine.model_runner import ModelRunner, StepResult
 from minivllm.engine.sampler import TokenLogprobs
 from minivllm.engine.scheduler import Scheduler, SchedulerBase
 from minivllm.engine.sequence import ScheduledBatch, Sequence
-from minivllm.engine.trace import StepRecord, Trace, label, record_step
+from minivllm.engine.trace import StepRecord, Trace, label, new_trace, record_step
 from minivllm.errors import SchedulerStalledError, UnsupportedFeatureError
 from minivllm.kernels import Kernels
 from minivllm.kernels.cpu import choose_onednn
@@ -152,7 +152,11 @@ class EngineCore:
             raise
         self.ranks.release = self.model_runner.release_graphs
         self.config = replace(self.config, num_kv_blocks=self.model_runner.num_kv_blocks)
-        self.trace = self._new_trace() if config.trace else None
+        self.trace: Trace | None = None
+        if config.trace:
+            self.trace = new_trace(
+                model_path.name, self.config, self.model_runner.kv_bytes_per_token
+            )
         self._trace_start = 0.0
         #: Gets the record of each step that has ended, while somebody watches the engine.
         self.watcher: Callable[[StepRecord], None] | None = None
@@ -347,15 +351,6 @@ class EngineCore:
         return pieces.scheduler_cls(manager, config.max_num_seqs, config.max_num_batched_tokens)
 
     # --- trace ------------------------------------------------------------------------------------
-
-    def _new_trace(self) -> Trace:
-        names = ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len")
-        return Trace(
-            self.model_path.name,
-            self.config.num_kv_blocks,
-            kv_bytes_per_token=self.model_runner.kv_bytes_per_token,
-            **{name: getattr(self.config, name) for name in names},
-        )
 
     def _record(self, batch: ScheduledBatch, now: float) -> StepRecord:
         """Record a step that has just been planned, in the trace if there is one."""

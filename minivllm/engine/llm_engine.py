@@ -103,10 +103,7 @@ class LLMEngine:
         group: TensorParallelGroup | None = None,
         **options: Any,
     ) -> None:
-        if config is None:
-            config = EngineConfig.from_options(options)
-        elif options:
-            raise errors.ConfigError(f"Give {', '.join(options)} in the config, or no config.")
+        config = EngineConfig.choose(config, options)
         self.model_path = BUNDLED_MODEL_PATH if model is None else resolve_model_path(model)
         # First check that this is a model directory, so that the error does not name its tokenizer.
         load_config(self.model_path)

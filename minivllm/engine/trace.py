@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+from minivllm.config import ResolvedConfig
 from minivllm.engine.scheduler import SchedulerBase
 from minivllm.engine.sequence import ScheduledBatch, Sequence
 from minivllm.errors import MiniVLLMError
@@ -203,6 +204,17 @@ def _require_whole(trace: Trace) -> None:
             raise ValueError(f"steps[{number}] lacks the blocks or tokens of {min(lost)[:100]}")
         if any(item.kind not in ("prefill", "decode") for item in record.scheduled):
             raise ValueError(f"steps[{number}].scheduled has a kind other than prefill and decode")
+
+
+def new_trace(model: str, config: ResolvedConfig, kv_bytes_per_token: int) -> Trace:
+    """A trace without steps, of an engine with this config. model: its name."""
+    names = ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len")
+    return Trace(
+        model,
+        config.num_kv_blocks,
+        kv_bytes_per_token=kv_bytes_per_token,
+        **{name: getattr(config, name) for name in names},
+    )
 
 
 def label(seq: Sequence) -> str:

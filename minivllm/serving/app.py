@@ -29,6 +29,7 @@ import minivllm
 from minivllm import errors
 from minivllm.engine.input_processor import EngineInput
 from minivllm.serving import chats, completions, responses
+from minivllm.serving.answers import Answer
 from minivllm.serving.api_errors import APIError, as_api_error, body, from_validation
 from minivllm.serving.chats import ChatAnswer
 from minivllm.serving.completions import CompletionAnswer
@@ -137,7 +138,7 @@ def _add_generation(app: FastAPI, state: ServerState) -> None:
     def job(inputs: list[EngineInput], request: Request) -> Job:
         return Job(state, inputs, request.state.request_id, request.state.note)
 
-    async def respond(answer: Any, is_stream: bool | None, request: Request) -> Response:
+    async def respond(answer: Answer, is_stream: bool | None, request: Request) -> Response:
         if is_stream:
             return StreamingResponse(
                 answer.events(), media_type="text/event-stream", headers=EVENT_HEADERS

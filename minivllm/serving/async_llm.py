@@ -60,10 +60,7 @@ class AsyncLLM:
         pieces: EnginePieces | None = None,
         **options: Any,
     ) -> None:
-        if config is None:
-            config = EngineConfig.from_options(options)
-        elif options:
-            raise errors.ConfigError(f"Give {', '.join(options)} in the config, or no config.")
+        config = EngineConfig.choose(config, options)
         if core not in ("process", "thread"):
             raise errors.ConfigError(f'core is "process" or "thread", not {core!r}.')
         if pieces is not None and core == "process":
@@ -331,15 +328,13 @@ class Stream:
 
     async def next(self) -> RequestOutput:
         """The next output. Raises `EngineEndedError` when the engine has died."""
-        while True:
-            await self._has_news.wait()
-            if not self._waiting and self._error is not None:
-                self.is_finished = True
-                raise self._error
+        await self._has_news.wait()
+        if not self._waiting and self._error is not None:
+            self.is_finished = True
+            raise self._error
+        if self._error is None:
             self._has_news.clear()
-            if self._error is not None:
-                self._has_news.set()
-            return self._join()
+        return self._join()
 
     def _join(self) -> RequestOutput:
         """Join what has come since the last output into one output."""

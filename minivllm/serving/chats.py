@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 from minivllm import errors, inputs
 from minivllm.engine.input_processor import EngineInput
 from minivllm.outputs import CompletionOutput, RequestOutput
 from minivllm.serving import responses
-from minivllm.serving.api_errors import APIError, as_api_error
+from minivllm.serving.answers import Answer
+from minivllm.serving.api_errors import APIError
 from minivllm.serving.protocol import ChatCompletionRequest
 from minivllm.serving.state import Job, ServerState, check_all
 
@@ -43,26 +43,22 @@ async def render(
         raise APIError(400, str(error), param="messages") from error
 
 
-class ChatAnswer:
-    """The answer to a chat request, as one object or as a stream of events."""
+class ChatAnswer(Answer):
+    """The answer to a chat request."""
 
     def __init__(self, body: ChatCompletionRequest, job: Job) -> None:
-        self.body, self.job = body, job
-        self.head: dict[str, Any] = {
-            "id": f"chatcmpl-{job.request_id}",
-            "object": "chat.completion.chunk" if body.stream else "chat.completion",
-            "created": job.state.created_now(),
-            "model": job.state.model_name,
-        }
+        super().__init__(
+            body, job, "chatcmpl", "chat.completion.chunk" if body.stream else "chat.completion"
+        )
+        self.body = body
         self._begun: set[int] = set()
 
     async def whole(self) -> dict[str, Any]:
-        """The whole answer. Raises the error of a request that failed."""
         (output,) = await self.job.whole()
         choices = []
         for completion in output.outputs:
             message = {"role": "assistant", "content": completion.text}
-            choices.append({**self._choice(output, completion), "message": message})
+            choices.append({**self._choice(completion), "message": message})
         answer: dict[str, Any] = {
             **self.head,
             "choices": choices,
@@ -72,27 +68,10 @@ class ChatAnswer:
             answer["prompt_logprobs"] = responses.prompt_logprobs(output.prompt_logprobs)
         return answer
 
-    async def events(self) -> AsyncIterator[str]:
-        """The answer as server-sent events; an error becomes the last event."""
-        num_prompt, count, cached = len(self.job.inputs[0].prompt_token_ids), 0, 0
-        try:
-            async for _, output in self.job.outputs():
-                cached = output.num_cached_tokens
-                for completion in output.outputs:
-                    count += len(completion.token_ids)
-                    choice = {**self._choice(output, completion), "delta": self._delta(completion)}
-                    chunk: dict[str, Any] = {**self.head, "choices": [choice]}
-                    if self.body.continuous_usage:
-                        chunk["usage"] = responses.usage(num_prompt, count)
-                    elif self.body.include_usage:
-                        chunk["usage"] = None
-                    yield f"data: {responses.to_json(chunk)}\n\n"
-            if self.body.include_usage:
-                usage = responses.usage(num_prompt, count, cached)
-                yield f"data: {responses.to_json({**self.head, 'choices': [], 'usage': usage})}\n\n"
-            yield "data: [DONE]\n\n"
-        except errors.MiniVLLMError as error:
-            yield f"data: {responses.to_json(as_api_error(error).body)}\n\n"
+    def chunk_choice(
+        self, position: int, output: RequestOutput, completion: CompletionOutput
+    ) -> dict[str, Any]:
+        return {**self._choice(completion), "delta": self._delta(completion)}
 
     def _delta(self, completion: CompletionOutput) -> dict[str, Any]:
         delta: dict[str, Any] = {"content": completion.text}
@@ -101,7 +80,7 @@ class ChatAnswer:
             delta = {"role": "assistant", **delta}
         return delta
 
-    def _choice(self, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
+    def _choice(self, completion: CompletionOutput) -> dict[str, Any]:
         choice: dict[str, Any] = {
             "index": completion.index,
             "logprobs": None,

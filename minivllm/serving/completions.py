@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
 from typing import Any
 
 from minivllm.engine.input_processor import EngineInput
-from minivllm.errors import MiniVLLMError
 from minivllm.outputs import CompletionOutput, RequestOutput
 from minivllm.serving import responses
-from minivllm.serving.api_errors import as_api_error
+from minivllm.serving.answers import Answer
 from minivllm.serving.protocol import CompletionRequest
 from minivllm.serving.state import Job, ServerState, check_all
 
@@ -20,39 +19,33 @@ async def check(state: ServerState, body: CompletionRequest) -> list[EngineInput
     prompts = body.prompts
     state.admit(len(prompts), body.n or 1)
     params = body.params(state.llm.input_processor.default_params)
-    return await check_all(state, [_prompt(state, body, p) for p in prompts], params)
+    return await check_all(state, [await _prompt(state, body, p) for p in prompts], params)
 
 
-def _prompt(state: ServerState, body: CompletionRequest, prompt: str | list[int]) -> Any:
+async def _prompt(state: ServerState, body: CompletionRequest, prompt: str | list[int]) -> Any:
     salt = {} if body.cache_salt is None else {"cache_salt": body.cache_salt}
     if isinstance(prompt, str):
         if body.add_special_tokens or state.llm.tokenizer is None:
             return {"prompt": prompt, **salt}
-        token_ids = state.llm.tokenizer.encode(prompt, add_special_tokens=False)
+        # In a thread: a long text takes milliseconds.
+        token_ids = await asyncio.to_thread(state.llm.tokenizer.encode, prompt, False)
         return {"prompt": prompt, "prompt_token_ids": token_ids, **salt}
     return {"prompt_token_ids": prompt, **salt}
 
 
-class CompletionAnswer:
-    """The answer to a completions request, as one object or as a stream of events."""
+class CompletionAnswer(Answer):
+    """The answer to a completions request."""
 
     def __init__(self, body: CompletionRequest, job: Job) -> None:
-        self.body, self.job = body, job
-        self.n = job.inputs[0].params.n
-        self.head: dict[str, Any] = {
-            "id": f"cmpl-{job.request_id}",
-            "object": "text_completion",
-            "created": job.state.created_now(),
-            "model": job.state.model_name,
-        }
+        super().__init__(body, job, "cmpl", "text_completion")
+        self.body, self.n = body, job.inputs[0].params.n
         #: Characters of each choice so far, for `text_offset`.
         self._lengths: dict[int, int] = {}
 
     async def whole(self) -> dict[str, Any]:
-        """The whole answer. Raises the error of a prompt that failed."""
         outputs = await self.job.whole()
         choices = [
-            self._choice(position, output, completion)
+            self.chunk_choice(position, output, completion)
             for position, output in enumerate(outputs)
             for completion in output.outputs
         ]
@@ -61,35 +54,10 @@ class CompletionAnswer:
             usage = responses.usage(usage["prompt_tokens"], 0)
         return {**self.head, "choices": choices, "usage": usage}
 
-    async def events(self) -> AsyncIterator[str]:
-        """The answer as server-sent events; an error becomes the last event."""
-        counts, cached = dict.fromkeys(range(len(self.job.inputs)), 0), 0
-        try:
-            async for position, output in self.job.outputs():
-                cached += output.num_cached_tokens * output.finished
-                for completion in output.outputs:
-                    counts[position] += len(completion.token_ids)
-                    chunk: dict[str, Any] = {
-                        **self.head,
-                        "choices": [self._choice(position, output, completion)],
-                    }
-                    if self.body.continuous_usage:
-                        num_prompt = len(output.prompt_token_ids)
-                        chunk["usage"] = responses.usage(num_prompt, counts[position])
-                    elif self.body.include_usage:
-                        chunk["usage"] = None
-                    yield f"data: {responses.to_json(chunk)}\n\n"
-            if self.body.include_usage:
-                num_prompt = sum(len(checked.prompt_token_ids) for checked in self.job.inputs)
-                usage = responses.usage(num_prompt, sum(counts.values()), cached)
-                yield f"data: {responses.to_json({**self.head, 'choices': [], 'usage': usage})}\n\n"
-            yield "data: [DONE]\n\n"
-        except MiniVLLMError as error:
-            yield f"data: {responses.to_json(as_api_error(error).body)}\n\n"
-
-    def _choice(
+    def chunk_choice(
         self, position: int, output: RequestOutput, completion: CompletionOutput
     ) -> dict[str, Any]:
+        """A choice: of a whole answer, too, which is a stream of one chunk."""
         index = position * self.n + completion.index
         is_first = index not in self._lengths
         text, token_ids = completion.text, completion.token_ids

@@ -55,10 +55,8 @@ class CoreLoop:
         """Serve until `Close`. An error of a step ends the loop and is raised."""
         while not self._is_closed:
             self._take_in()
-            if self._is_closed or not self.engine.get_num_unfinished_requests():
-                self._report()
-                continue
-            self.engine.advance()
+            if not self._is_closed and self.engine.get_num_unfinished_requests():
+                self.engine.advance()
             self._report()
 
     def _take_in(self) -> None:
@@ -76,11 +74,13 @@ class CoreLoop:
         match message:
             case wire.Add(request_id, checked):
                 params = checked.params
-                if params.output_kind is not RequestOutputKind.FINAL_ONLY:
-                    params = replace(params, output_kind=RequestOutputKind.DELTA)
                 if params.prompt_logprobs is not None:
                     self._asks_prompt.add(request_id)
-                self.engine.add_checked(request_id, replace(checked, params=params), self.collector)
+                if params.output_kind is RequestOutputKind.CUMULATIVE:
+                    # What is new is sent; the other side adds it up.
+                    delta = replace(params, output_kind=RequestOutputKind.DELTA)
+                    checked = replace(checked, params=delta)
+                self.engine.add_checked(request_id, checked, self.collector)
             case wire.Abort(request_ids):
                 self.engine.abort_request(request_ids)
             case wire.Ping(number):

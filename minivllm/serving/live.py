@@ -11,10 +11,11 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
+from minivllm.engine.trace import new_trace
 from minivllm.serving import wire
 from minivllm.serving.state import ServerState
 from minivllm.viz.player.live import live_page
-from minivllm.viz.player.pack import Packer
+from minivllm.viz.player.pack import Packer, pack
 
 #: Steps that may wait for a viewer: some seconds.
 MOST_WAITING = 150
@@ -76,19 +77,8 @@ class LiveFeed:
 
     def _sizes(self) -> dict[str, Any]:
         """The head of a trace, without names and steps, as the player reads it."""
-        config = self.state.llm.config
-        return {
-            "model": self.state.model_name,
-            "blocks": config.num_kv_blocks,
-            "size": config.block_size,
-            "seqs": config.max_num_seqs,
-            "budget": config.max_num_batched_tokens,
-            "bytes": self.state.llm.kv_bytes_per_token,
-            "longest": config.max_model_len,
-            "names": [],
-            "asks": [],
-            "steps": [],
-        }
+        llm = self.state.llm
+        return pack(new_trace(self.state.model_name, llm.config, llm.kv_bytes_per_token))
 
 
 class Viewer:

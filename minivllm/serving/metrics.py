@@ -162,6 +162,7 @@ class EngineCollector(Collector):
         self.llm, self.labels = llm, labels
 
     def collect(self) -> Iterator[Metric]:
+        """The metrics of one scrape."""
         stats, names, values = self.llm.stats, list(self.labels), list(self.labels.values())
         gauges = {
             "vllm:num_requests_running": ("Sequences in the batch.", stats.num_running),

@@ -39,6 +39,11 @@ def to_json(value: Any) -> str:
         return json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":"))
 
 
+def event(value: Any) -> str:
+    """A value as one server-sent event."""
+    return f"data: {to_json(value)}\n\n"
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
