@@ -15,6 +15,7 @@ import nbformat
 from nbformat import NotebookNode
 
 from minivllm.course.navigation import BOTTOM
+from minivllm.course.notebooks import as_committed
 from reference import document_of
 from repository import ROOT, url_of
 
@@ -103,9 +104,13 @@ def slug(heading: str) -> str:
     return re.sub(r"[^\w-]", "", heading.lower().replace(" ", "-"))
 
 
-def notebook(path: Path) -> NotebookNode:
-    """A notebook of notebooks/ or exercises/ as a page of the site."""
-    found = nbformat.read(path, as_version=4)
+def notebook(path: Path, committed: bool = False) -> NotebookNode:
+    """A notebook of notebooks/ or exercises/ as a page of the site.
+
+    committed: as git has it, whatever a learner has saved since.
+    """
+    text = as_committed(path)[0] if committed else None
+    found = nbformat.reads(path.read_text(encoding="utf-8") if text is None else text, as_version=4)
     folder = path.parent.name
     # The theme has links to the neighbours at the end of each page.
     found.cells = [cell for cell in found.cells if cell.get("id") != BOTTOM]

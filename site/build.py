@@ -1,4 +1,4 @@
-"""Build the site: `python site/build.py [--out build/site]`, or `make site`.
+"""Build the site: `python site/build.py [--out build/site] [--committed]`, or `make site`.
 
 The site is a folder of static pages. Every link in it is relative, so that it can be opened from a
 disk and put on any host. No notebook is run: the pages show the committed outputs. The player on
@@ -58,15 +58,15 @@ def write(folder: Path, page: str, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def course_pages(folder: Path) -> None:
+def course_pages(folder: Path, committed: bool) -> None:
     """The chapters and the exercises."""
     for stop in ROAD:
-        chapter = adapt.notebook(ROOT / "notebooks" / f"{stop.name}.ipynb")
+        chapter = adapt.notebook(ROOT / "notebooks" / f"{stop.name}.ipynb", committed)
         exercises = ROOT / "exercises" / f"{stop.name}.ipynb"
         if exercises.exists():
             toctree = f"```{{toctree}}\n:hidden:\n\n../exercises/{stop.name}\n```"
             chapter.cells.append(nbformat.v4.new_markdown_cell(toctree))
-            save(adapt.notebook(exercises), folder / "exercises" / exercises.name)
+            save(adapt.notebook(exercises, committed), folder / "exercises" / exercises.name)
         save(chapter, folder / "notebooks" / f"{stop.name}.ipynb")
     for name in ("cheat_sheet", "glossary"):
         text = (ROOT / "notebooks" / f"{name}.md").read_text(encoding="utf-8")
@@ -164,14 +164,20 @@ def tidy(pages: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Build the site.")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "site")
-    out = parser.parse_args().out.resolve()
+    parser.add_argument(
+        "--committed",
+        action="store_true",
+        help="show the notebooks as git has them, whatever has been saved since",
+    )
+    arguments = parser.parse_args()
+    out = arguments.out.resolve()
     work = out.with_name(f"{out.name}-work")
     source, pages = work / "source", work / "pages"
     shutil.rmtree(work, ignore_errors=True)
     source.mkdir(parents=True)
 
     front_page(source, run_of_the_demo(work))
-    course_pages(source)
+    course_pages(source, arguments.committed)
     guide_pages(source)
     reference.write(source)
     # -W: a link that leads nowhere, or a page that no page leads to, stops the build.

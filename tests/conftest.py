@@ -56,16 +56,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give each worker one file after the other; of a file with chapters, one chapter.
+    """Give each worker one file after the other; of tests/course/test_chapters.py, one chapter.
 
     The chapters' exercises are one file and almost half of all time: as one piece, they would keep
-    one worker busy after the others have ended.
+    one worker busy after the others have ended. No other file may be cut: the tests of a journey,
+    for example, go on from one another.
     """
     from xdist.scheduler import LoadFileScheduling
 
     class ByChapter(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            chapter = re.search(r"::.*\[(ch\d\d)", nodeid)
+            chapter = re.search(r"/test_chapters\.py::.*\[(ch\d\d)", nodeid)
             return super()._split_scope(nodeid) + (chapter[1] if chapter else "")
 
     return ByChapter(config, log) if config.getoption("dist") == "loadfile" else None

@@ -22,7 +22,11 @@ pytestmark = pytest.mark.slow
 
 #: Of what `make test` runs, what looks at the files that are changed below.
 FOLDERS = ("tests/course", "tests/whole", "notebooks", "solutions")
-SELECTED = "00_tour or (ch01 and (step or published or leak)) or (01_online_softmax and links)"
+#: The site is built for its tests from what this checks below.
+SELECTED = (
+    "(00_tour and not narrow) or (ch01 and (step or published or leak))"
+    " or (01_online_softmax and links)"
+)
 
 
 def clone_of(repository: Path, folder: Path) -> Path:
@@ -91,3 +95,13 @@ def test_a_learners_working_copy_is_green(tmp_path: Path) -> None:
             f" -- {name}" in said
         )
     assert "notebooks/00_tour-mine.ipynb is not in git, and was left out" in said
+
+    write_pages = (
+        "import sys; sys.path.insert(0, 'site')\n"
+        "import build; build.course_pages(build.Path('pages'), committed=True)"
+    )
+    subprocess.run([sys.executable, "-c", write_pages], cwd=root, env=environment, check=True)
+    for name in ("notebooks/00_tour.ipynb", "exercises/01_online_softmax.ipynb"):
+        page = (root / "pages" / name).read_text(encoding="utf-8")
+        assert "nowhere.md" not in page
+        assert "something else" not in page

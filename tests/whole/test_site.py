@@ -83,7 +83,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("site") / "pages"
     before = os.times()
     built = subprocess.run(
-        [sys.executable, str(ROOT / "site/build.py"), "--out", str(out)],
+        [sys.executable, str(ROOT / "site/build.py"), "--committed", "--out", str(out)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         stdout=subprocess.PIPE,
