@@ -96,7 +96,7 @@ def _cases() -> list[tuple]:
         _case([7, 33], (3, 16, 8), 1, 4, 3),
         _case([130], (1, 4, 8), 1, 4, 2),
         _case([270], (1, 16, 32), 1, 16, 3),
-        _case([4200], (1, 32, 4), 1, 32, 1),
+        _case([4200], (1, 32, 4), 1, 16, 1),
     ]
 
 
@@ -986,6 +986,12 @@ EXERCISE = Exercise(
 @@
 -    for first in range(begin, tl.minimum(begin + share, context), TILE):
 +    share = tl.minimum(share, 64 * TILE)
++    for first in range(begin, tl.minimum(begin + share, context), TILE):
+
+# %% of a long context the last tiles
+@@
+-    for first in range(begin, tl.minimum(begin + share, context), TILE):
++    begin = tl.maximum(begin, tl.minimum(begin + share, context) - 256 * TILE)
 +    for first in range(begin, tl.minimum(begin + share, context), TILE):
 """,
         ),
