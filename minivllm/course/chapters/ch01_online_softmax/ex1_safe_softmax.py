@@ -411,6 +411,17 @@ def safe_softmax(x: torch.Tensor) -> torch.Tensor:
         Known(
             "left-torch",
             answers=r"""
+# %% number by number
+def safe_softmax(x: torch.Tensor) -> torch.Tensor:
+    out = []
+    for row in x:
+        values = [float(value) for value in row]
+        m = max(values)
+        weights = [math.exp(value - m) for value in values]
+        total = sum(weights)
+        out.append([weight / total for weight in weights])
+    return torch.tensor(out)
+
 # %% by way of NumPy
 def safe_softmax(x: torch.Tensor) -> torch.Tensor:
     x = x.numpy()

@@ -332,6 +332,33 @@ def max_and_sum(scores: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.T
             suspects=(lambda scores, block: (scores.max().item(), scores.exp().sum().item()),),
         ),
         Known(
+            "keeps-state",
+            answers=r"""
+# %% goes on from the row before
+@@
++running = {}
++
++
+ def max_and_sum(scores: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+@@
+-    m, l = torch.tensor(-math.inf), torch.tensor(0.0)
++    m, l = running.get(block, (torch.tensor(-math.inf), torch.tensor(0.0)))
+@@
+-    return m, l
++    running[block] = m, l
++    return m, l
+""",
+        ),
+        Known(
+            "wrong-values",
+            answers=r"""
+# %% stops after 2,000 tiles
+@@
+-    for tile in scores.split(block):
++    for tile in scores.split(block)[:2000]:
+""",
+        ),
+        Known(
             "wrong-shape",
             answers=r"""
 # %% one number in a row of one

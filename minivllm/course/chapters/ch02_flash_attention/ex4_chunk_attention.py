@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from minivllm.course.chapters.ch02_flash_attention.cases import Head, faint, giants, long, plain, steep
+from minivllm.course.chapters.ch02_flash_attention.cases import (
+    Head,
+    faint,
+    giants,
+    long,
+    plain,
+    steep,
+)
 from minivllm.course.chapters.ch02_flash_attention.common import Case, judge, walks
 from minivllm.course.chapters.ch02_flash_attention.walk import Walk, exact
 from minivllm.course.chapters.ch02_flash_attention.watch import expect_own_attention, watch

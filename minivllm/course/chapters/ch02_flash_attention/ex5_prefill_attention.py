@@ -7,7 +7,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from minivllm.course.chapters.ch02_flash_attention.cases import Head, faint, giants, long, plain, steep
+from minivllm.course.chapters.ch02_flash_attention.cases import (
+    Head,
+    faint,
+    giants,
+    long,
+    plain,
+    steep,
+)
 from minivllm.course.chapters.ch02_flash_attention.common import TOLERANCES, Case, judge, walks
 from minivllm.course.chapters.ch02_flash_attention.paged import Prefill, Shape, batch
 from minivllm.course.chapters.ch02_flash_attention.walk import Walk
@@ -568,6 +575,21 @@ def prefill_attention(
 +        if rows.stop - rows.start == 1:
 +            keys, values = keys[:, -1:], values[:, -1:]
 +        for head in range(heads):
+""",
+        ),
+        Known(
+            "wrong-values",
+            answers=r"""
+# %% leaves out tiles whose weights are small
+@@
+         new = torch.maximum(m, scores.amax(dim=1, keepdim=True))
++        if (scores.amax(dim=1, keepdim=True) < new - 12).all():
++            continue
+
+# %% as many tokens as a table of blocks of 16 has
+@@
+     for i, context in enumerate(seq_lens.tolist()):
++        context = min(context, 16 * block_table.shape[1])
 """,
         ),
     ),

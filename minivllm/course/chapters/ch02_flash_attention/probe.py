@@ -42,8 +42,8 @@ def described(attend: Attend) -> tuple[str, str] | None:
         found = _compared(attend, queries, keys, seed)
         if found:
             name, text = found
-            tried = f"{queries} {'query' if queries == 1 else 'queries'} after {keys - queries} keys"
-            return name, f"Tried with {tried}: {text}"
+            who = "1 query" if queries == 1 else f"{queries} queries"
+            return name, f"Tried with {who} after {keys - queries} keys: {text}"
     return None
 
 

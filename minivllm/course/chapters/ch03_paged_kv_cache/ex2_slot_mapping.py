@@ -598,6 +598,22 @@ def slot_mapping(
     return out
 """,
         ),
+        Known(
+            "wrong-values",
+            answers=r"""
+# %% the table in float32
+@@
+-    for table, start, count in zip(block_table.tolist(), starts, query_lens):
++    tables = block_table.float().long().tolist()
++    for table, start, count in zip(tables, starts, query_lens):
+
+# %% slots of 40 bits
+@@
+-                table[position // block_size] * block_size + position % block_size
++                (table[position // block_size] * block_size + position % block_size)
++                % 2**40
+""",
+        ),
     ),
     right=r"""
 # %% vectorised

@@ -864,6 +864,17 @@ EXERCISE = Exercise(
         Known(
             "keeps-state",
             answers=r"""
+# %% the blocks of a request, by its length
+@@
++kept = {}
++
++
+ def decode_attention(
+@@
+-        blocks = block_table[i, : math.ceil(context / size)]
++        blocks = block_table[i, : math.ceil(context / size)]
++        blocks = kept.setdefault((i, context, size), blocks)
+
 # %% the tables are remembered
 @@
 -    kv_heads, size = k_cache.shape[1:3]
@@ -871,6 +882,21 @@ EXERCISE = Exercise(
 +    tables = decode_attention.__dict__
 +    key = block_table.data_ptr(), tuple(block_table.shape)
 +    _, block_table = tables.setdefault(key, (block_table, block_table.clone()))
+""",
+        ),
+        Known(
+            "wrong-values",
+            answers=r"""
+# %% clears NaN from the cache
+@@
+     wanted = slot_mapping >= 0
++    k_cache.nan_to_num_(0.0)
++    v_cache.nan_to_num_(0.0)
+
+# %% slots of 15 bits
+@@
+-    wanted = slot_mapping >= 0
++    wanted = (slot_mapping >= 0) & (slot_mapping < 1 << 15)
 """,
         ),
     ),
