@@ -103,7 +103,7 @@ def faint(dim: int, seed: int) -> Head:
     head = plain(9, 200, dim, seed, size=0.5)
     query, key, value = head.query.clone(), head.key.clone(), head.value.clone()
     key[:, 0], query[:, 0] = 0.0, 1.0 / head.scale
-    # Tiles of up to 64 hold nothing else, too.
-    key[96:, 0], value[96:] = -30.0, value[96:] * 1e15
-    about = "keys 96 to 199 have weights of about e⁻³⁰, and values of about 10¹⁵: they count, too"
+    # Tiles of up to 64 hold nothing else, too. Values of one sign add up without rounding away.
+    key[96:, 0], value[96:] = -20.0, value[96:].abs() * 1e9
+    about = "keys 96 to 199 have weights of about e⁻²⁰, and values of about 10⁹: they count, too"
     return Head(query, key, value, head.scale, about)
