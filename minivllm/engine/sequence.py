@@ -136,6 +136,8 @@ class ScheduledSequence:
     proposed_token_ids: abc.Sequence[int] = ()
     #: The tokens that the step gave to the sequence; set by `SchedulerBase.update`.
     new_token_ids: abc.Sequence[int] = ()
+    #: How many of the proposals were right; set by `SchedulerBase.update`.
+    num_accepted: int = 0
 
     @property
     def end(self) -> int:
