@@ -42,7 +42,16 @@ from minivllm.errors import (
 )
 from minivllm.inputs import Message, Params, Prompts, RefusedPrompt, TokensPrompt
 from minivllm.kernels import Kernels
-from minivllm.metrics import COUNTERS, Counter, Gauge, Metric
+from minivllm.metrics import (
+    ACCEPTED_PER_POS,
+    COUNTERS,
+    SPECULATION_COUNTERS,
+    Counter,
+    Gauge,
+    Metric,
+    Vector,
+    per_position,
+)
 from minivllm.outputs import CompletionOutput, RequestOutput, StreamOutput
 from minivllm.parallel.group import TensorParallelGroup
 from minivllm.sampling_params import MAX_LOGPROBS, RequestOutputKind, SamplingParams
@@ -199,12 +208,18 @@ class LLM:
         labels = {"model_name": engine.model_path.name, "engine": "0"}
         running, waiting = len(engine.scheduler.running), len(engine.scheduler.waiting)
         usage = found.num_used_kv_blocks / found.num_kv_blocks
+        names, accepted = dict(COUNTERS), []
+        if (wanted := engine.config.speculative_config) is not None:
+            names |= SPECULATION_COUNTERS
+            most, counts = wanted.num_speculative_tokens or 0, found.num_accepted_tokens_per_pos
+            accepted = [Vector(ACCEPTED_PER_POS, labels, per_position(counts, most))]
         return [
             Gauge("vllm:num_requests_running", labels, running),
             Gauge("vllm:num_requests_waiting", labels, waiting),
             # 1.0 means that the cache is full.
             Gauge("vllm:kv_cache_usage_perc", labels, usage),
-            *(Counter(name, labels, getattr(found, field)) for name, field in COUNTERS.items()),
+            *(Counter(name, labels, getattr(found, field)) for name, field in names.items()),
+            *accepted,
         ]
 
     def get_default_sampling_params(self) -> SamplingParams:

@@ -50,6 +50,7 @@ from minivllm.engine.sequence import (
     ScheduledSequence,
     Sequence,
     SequenceStatus,
+    num_equal,
 )
 from minivllm.errors import ConfigError
 
@@ -352,7 +353,7 @@ class SchedulerBase:
         """Append the verified tokens of a step with proposals, and take back the rejected ones."""
         seq, position = item.sequence, item.sample_position
         assert position is not None
-        item.num_accepted = _num_equal(item.proposed_token_ids, tokens)
+        item.num_accepted = num_equal(item.proposed_token_ids, tokens)
         self.stats.note_proposals(len(item.proposed_token_ids), item.num_accepted)
         ending: tuple[str, str | int | None] | None = None
         count = 0
@@ -389,16 +390,6 @@ class SchedulerBase:
         self.block_manager.free(seq)
         self.free_slots.append(seq.slot)
         seq.slot, seq.proposed_token_ids = None, []
-
-
-def _num_equal(proposals: abc.Sequence[int], tokens: abc.Sequence[int]) -> int:
-    """The number of tokens up to the first one that is not the proposal."""
-    count = 0
-    for proposal, token in zip(proposals, tokens, strict=False):
-        if proposal != token:
-            break
-        count += 1
-    return count
 
 
 @dataclass

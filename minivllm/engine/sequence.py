@@ -168,6 +168,16 @@ class ScheduledSequence:
         ]
 
 
+def num_equal(proposals: abc.Sequence[int], tokens: abc.Sequence[int]) -> int:
+    """The number of tokens up to the first one that is not the proposal."""
+    count = 0
+    for proposal, token in zip(proposals, tokens, strict=False):
+        if proposal != token:
+            break
+        count += 1
+    return count
+
+
 def slots_of(items: Iterable[ScheduledSequence]) -> list[int]:
     """The slots of a step's sequences. Every sequence in a step runs, so it has a slot."""
     return cast("list[int]", [item.sequence.slot for item in items])

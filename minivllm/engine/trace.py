@@ -14,13 +14,14 @@ from typing import Any, get_args, get_origin
 
 from minivllm.config import ResolvedConfig
 from minivllm.engine.scheduler import SchedulerBase
-from minivllm.engine.sequence import ScheduledBatch, Sequence
+from minivllm.engine.sequence import ScheduledBatch, Sequence, num_equal
 from minivllm.errors import MiniVLLMError
 from minivllm.files import reason, write_atomically
 from minivllm.tokenizer import Detokenizer, Tokenizer
 
-#: Version 2 added the prompts, the new tokens and their texts; a file of version 1 has none.
-TRACE_VERSION = 2
+#: Version 2 added the prompts, the new tokens and their texts, version 3 the proposals; files of
+#: earlier versions have none.
+TRACE_VERSION = 3
 #: In bytes. A larger file is not read. 10,000 steps of 256 long sequences take about half of it.
 LARGEST_FILE = 1 << 30
 
@@ -44,6 +45,9 @@ class TracedSequence:
     samples: bool
     #: Tokens that the prefix cache supplied; set in the step that admits the sequence.
     num_cached_tokens: int = 0
+    #: Of speculative decoding: the guesses that the step verifies, the last of its new tokens. The
+    #: right ones come first in the record's `new_token_ids`.
+    proposed_token_ids: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -75,6 +79,16 @@ class StepRecord:
     @property
     def num_tokens(self) -> int:
         return sum(item.num_new_tokens for item in self.scheduled)
+
+    def num_accepted(self, item: TracedSequence) -> int:
+        """The number of right proposals of a scheduled sequence; 0 before the step has ended."""
+        tokens = self.new_token_ids.get(f"{item.request_id}/{item.index}", ())
+        return num_equal(item.proposed_token_ids, tokens)
+
+    def verified_end(self, item: TracedSequence) -> int:
+        """The end of what the step computes of a sequence, without its wrong proposals."""
+        end = item.start + item.num_new_tokens
+        return end - len(item.proposed_token_ids) + self.num_accepted(item)
 
 
 @dataclass
@@ -236,8 +250,9 @@ def record_step(
         kind = "decode" if item.start >= seq.num_prompt_tokens else "prefill"
         num_cached = seq.num_cached_tokens if seq in admitted else 0
         span = (item.start, item.num_new_tokens)
+        proposed = list(item.proposed_token_ids)
         scheduled.append(
-            TracedSequence(seq.request_id, seq.index, kind, *span, samples, num_cached)
+            TracedSequence(seq.request_id, seq.index, kind, *span, samples, num_cached, proposed)
         )
     return StepRecord(
         step=number,

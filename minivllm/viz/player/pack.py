@@ -52,11 +52,10 @@ class Packer:
         scheduled = []
         for item in record.scheduled:
             name = f"{item.request_id}/{item.index}"
-            end = item.start + item.num_new_tokens
             # Also where new tokens follow in the same piece: a preemption has cost the others.
             again = item.start < self._reached.get(name, 0)
             kind = AGAIN if again else DECODE if item.kind == "decode" else PREFILL
-            self._reached[name] = max(end, self._reached.get(name, 0))
+            self._reached[name] = max(record.verified_end(item), self._reached.get(name, 0))
             span = (item.start, item.num_new_tokens, int(item.samples), item.num_cached_tokens)
             scheduled.append([self.number(name), kind, *span])
         cached = set(record.cached_blocks)
