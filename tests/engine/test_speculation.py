@@ -25,6 +25,7 @@ from minivllm.errors import ConfigError, ProposalError
 from minivllm.metrics import Counter, Vector
 from minivllm.models.loader import load_config
 from support.checkpoints import TINY, random_prompt, write_checkpoint
+from support.ranks import run_ranks
 from support.scheduling import VOCAB, run_many
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3}
@@ -280,6 +281,34 @@ def test_beyond_the_length_of_the_draft_nothing_is_proposed(path: Path) -> None:
     assert output.outputs[0].token_ids == expected.outputs[0].token_ids
     assert output.metrics is not None
     assert 0 < output.metrics.num_draft_tokens <= 7
+
+
+# --- ranks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["draft", "random"])
+def test_two_ranks_verify_the_proposals_of_rank_0(path: Path, how: str) -> None:
+    """Each rank has a proposer of its own that would propose other tokens; rank 0's counts."""
+    params = SamplingParams(temperature=1.0, seed=3, max_tokens=20, ignore_eos=True)
+    prompts = [[1, 2, 3], [4, 5], [6]]
+    expected = make(path).generate(prompts, params, use_tqdm=False)
+
+    def serve(group: Any) -> tuple[list[list[int]], int]:
+        rng = random.Random(group.rank)
+        mine = Fixed(lambda sequences: [[rng.randrange(64), 1] for _ in sequences])
+        draft = {"model": str(path), "num_speculative_tokens": 2}
+        options: dict[str, Any] = (
+            {"speculative_config": draft} if how == "draft" else {"proposer": mine}
+        )
+        llm = make(path, group=group, tensor_parallel_size=2, **options)
+        found = llm.generate(prompts, params, use_tqdm=False)
+        assert (len(mine.asked) > 0) == (how == "random" and group.rank == 0)
+        return [o.outputs[0].token_ids for o in found], llm.metrics().num_draft_tokens
+
+    one, other = run_ranks(2, serve)
+    assert one == other
+    assert one[0] == [o.outputs[0].token_ids for o in expected]
+    assert one[1] > 20
 
 
 # --- random histories -----------------------------------------------------------------------------
