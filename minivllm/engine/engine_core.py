@@ -334,6 +334,9 @@ class EngineCore:
         if record is not None:
             record.duration = time.perf_counter() - self._trace_start - record.start_time
             record.new_token_ids = {label(i.sequence): list(i.new_token_ids) for i in accepted}
+            record.num_accepted = {
+                label(i.sequence): i.num_accepted for i in accepted if i.proposed_token_ids
+            }
             record.finished = [label(i.sequence) for i in accepted if i.sequence.is_finished]
             self._last_record = record
             if self.watcher is not None:

@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin
 
 from minivllm.config import ResolvedConfig
 from minivllm.engine.scheduler import SchedulerBase
-from minivllm.engine.sequence import ScheduledBatch, Sequence, num_equal
+from minivllm.engine.sequence import ScheduledBatch, Sequence
 from minivllm.errors import MiniVLLMError
 from minivllm.files import reason, write_atomically
 from minivllm.tokenizer import Detokenizer, Tokenizer
@@ -45,8 +45,7 @@ class TracedSequence:
     samples: bool
     #: Tokens that the prefix cache supplied; set in the step that admits the sequence.
     num_cached_tokens: int = 0
-    #: Of speculative decoding: the guesses that the step verifies, the last of its new tokens. The
-    #: right ones come first in the record's `new_token_ids`.
+    #: Of speculative decoding: the guesses that the step verifies, the last of its new tokens.
     proposed_token_ids: list[int] = field(default_factory=list)
 
 
@@ -75,20 +74,19 @@ class StepRecord:
     new_token_ids: dict[str, list[int]] = field(default_factory=dict)
     #: "request/index" -> what these tokens add to its text. `add_texts` fills it in.
     texts: dict[str, str] = field(default_factory=dict)
+    #: "request/index" -> how many of its proposals were right: the first ones.
+    num_accepted: dict[str, int] = field(default_factory=dict)
+    #: "request/index" -> the text of its wrong proposals. `add_texts` fills it in.
+    rejected_texts: dict[str, str] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
         return sum(item.num_new_tokens for item in self.scheduled)
 
-    def num_accepted(self, item: TracedSequence) -> int:
-        """The number of right proposals of a scheduled sequence; 0 before the step has ended."""
-        tokens = self.new_token_ids.get(f"{item.request_id}/{item.index}", ())
-        return num_equal(item.proposed_token_ids, tokens)
-
     def verified_end(self, item: TracedSequence) -> int:
         """The end of what the step computes of a sequence, without its wrong proposals."""
-        end = item.start + item.num_new_tokens
-        return end - len(item.proposed_token_ids) + self.num_accepted(item)
+        end = item.start + item.num_new_tokens - len(item.proposed_token_ids)
+        return end + self.num_accepted.get(f"{item.request_id}/{item.index}", 0)
 
 
 @dataclass
@@ -295,6 +293,10 @@ class TraceTexts:
         """Add the texts of one step that has ended. Call it for each step once, in order."""
         for name, token_ids in record.new_token_ids.items():
             record.texts[name] = self._added(name, token_ids, name in record.finished)
+        for item in record.scheduled:
+            name = f"{item.request_id}/{item.index}"
+            if rejected := item.proposed_token_ids[record.num_accepted.get(name, 0) :]:
+                record.rejected_texts[name] = self._tokenizer.decode(rejected)
 
     def _added(self, name: str, token_ids: list[int], ends: bool) -> str:
         if name not in self._so_far:

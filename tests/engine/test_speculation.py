@@ -393,6 +393,7 @@ def test_prometheus() -> None:
 
 def test_a_trace_holds_the_proposals(path: Path, tmp_path: Path) -> None:
     from minivllm.engine.trace import Trace
+    from minivllm.viz.player.pack import pack
     from minivllm.viz.timeline import is_prompt, num_again
 
     mine = Fixed(lambda sequences: [[1, 2]] * len(sequences))
@@ -410,7 +411,13 @@ def test_a_trace_holds_the_proposals(path: Path, tmp_path: Path) -> None:
     assert sum(len(i.proposed_token_ids) for _, i in with_guesses) == (
         output.metrics.num_draft_tokens
     )
-    assert sum(r.num_accepted(i) for r, i in with_guesses) == output.metrics.num_accepted_tokens
+    num_right = sum(sum(record.num_accepted.values()) for record in trace.steps)
+    assert num_right == output.metrics.num_accepted_tokens < output.metrics.num_draft_tokens
+    # The player draws them; wrong ones are struck out.
+    guesses = [guess for step in pack(trace)["steps"] for guess in step.get("g", [])]
+    assert [guess[1:3] for guess in guesses] == [
+        [len(item.proposed_token_ids), record.num_accepted["0/0"]] for record, item in with_guesses
+    ]
     # Rejected guesses are computed again, but the tokens in their place are new.
     assert not any(count for step in num_again(trace) for count in step.values())
 
