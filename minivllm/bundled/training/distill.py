@@ -3,7 +3,9 @@
     python -m minivllm.bundled.training.distill --out DIR --minutes 5
 
 The draft has the tokenizer of the bundled model, two layers of width 128 and 0.66 million
-parameters: 1.3 MB in bfloat16. It learns the distribution of the bundled model at every token that
+parameters: 1.3 MB in bfloat16 (with `--layers 1` 0.46 million and 0.9 MB). On one busy EPYC core a
+step of two layers took 2.5 ms of CPU time, of one layer 1.9 ms, and of the bundled model 8 ms: most
+of it is spent on calls, not on arithmetic. It learns the distribution of the bundled model at every token that
 the corpus trains on (Hinton et al., 2015, arXiv 1503.02531), from text that no model has seen. The
 loss is the Kullback-Leibler divergence from the bundled model to the draft, in nats.
 
@@ -87,13 +89,14 @@ def distil(arguments: argparse.Namespace) -> None:
         first = next(stream)
         teacher = AutoModelForCausalLM.from_pretrained(BUNDLED_MODEL_PATH, dtype=torch.float32)
         teacher = teacher.to(device).eval().requires_grad_(False)
-        student = train.new_model(arguments.seed, special, ARCHITECTURE).to(device).train()
+        architecture = ARCHITECTURE | {"num_hidden_layers": arguments.layers}
+        student = train.new_model(arguments.seed, special, architecture).to(device).train()
         trainer = train.Trainer(student, device, arguments, divergence_from(teacher))
         trainer.warm_up(first)
         num_parameters = sum(p.numel() for p in student.parameters())
         log.info("%d parameters; first step after %.0f s", num_parameters, time.monotonic() - began)
         trainer.run(stream)
-    train.save_model(student, out, special, ARCHITECTURE)
+    train.save_model(student, out, special, architecture)
     record = {
         **train.where_and_when(device),
         "teacher": BUNDLED_MODEL_PATH.name,
@@ -189,6 +192,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     parser = train.argument_parser(__doc__)
+    parser.add_argument("--layers", type=int, default=2, help="layers of the draft")
     parser.add_argument("--stories", type=int, default=50, help="texts of the measurement")
     parser.add_argument(
         "--only-measure", action="store_true", help="do not train; measure the draft in --out"
