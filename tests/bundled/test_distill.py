@@ -25,14 +25,14 @@ def test_the_draft_is_small_and_learns_from_the_teacher() -> None:
     ids = torch.arange(12)[None]
     labels = torch.where(ids < 6, train.IGNORED_LABEL, ids)
     loss = distill.divergence_from(teacher)
-    assert abs(float(loss(teacher, ids, labels))) < 1e-6
+    assert loss(teacher, ids, labels).abs().item() < 1e-6
     before = loss(student, ids, labels)
     assert before > 1e-3
     # By hand, over the six trained tokens.
     wanted = teacher(input_ids=ids).logits[0, 5:-1].log_softmax(-1)
     got = student(input_ids=ids).logits[0, 5:-1].log_softmax(-1)
     by_hand = (wanted.exp() * (wanted - got)).sum(-1).mean()
-    assert float(before) == pytest.approx(float(by_hand), rel=1e-4)
+    assert before.item() == pytest.approx(by_hand.item(), rel=1e-4)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     before.backward()
     assert all(p.grad is None for p in teacher.parameters())

@@ -5,9 +5,11 @@
 The draft has the tokenizer of the bundled model, two layers of width 128 and 0.66 million
 parameters: 1.3 MB in bfloat16 (with `--layers 1` 0.46 million and 0.9 MB). On one busy EPYC core a
 step of two layers took 2.5 ms of CPU time, of one layer 1.9 ms, and of the bundled model 8 ms: most
-of it is spent on calls, not on arithmetic. It learns the distribution of the bundled model at every token that
-the corpus trains on (Hinton et al., 2015, arXiv 1503.02531), from text that no model has seen. The
-loss is the Kullback-Leibler divergence from the bundled model to the draft, in nats.
+of it is spent on calls, not on arithmetic.
+
+The draft learns the distribution of the bundled model at every token that the corpus trains on
+(Hinton et al., 2015, arXiv 1503.02531), from text that no model has seen. The loss is the
+Kullback-Leibler divergence from the bundled model to the draft, in nats.
 
 The measurement: the bundled model writes stories for held-out requests. A proposal is accepted if
 all proposals before it are, and if it is the token of the story; so the draft's own choices at each
