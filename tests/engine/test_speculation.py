@@ -334,10 +334,10 @@ class LooksUp(Scheduler):
 
 def test_random_histories_with_prompt_lookup() -> None:
     """Pools so small that sequences are preempted, in steps of a few tokens."""
-    met = run_many(range(250), False, scheduler_cls=LooksUp)
+    met = run_many(range(150), False, scheduler_cls=LooksUp)
     assert min(met["right"], met["wrong"]) > 100
     for name in ("preemptions", "hits", "chunks", "mixed"):
-        assert met[name] > 100, name
+        assert met[name] > 50, name
 
 
 # --- numbers --------------------------------------------------------------------------------------
