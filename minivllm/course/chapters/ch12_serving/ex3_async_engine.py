@@ -574,8 +574,8 @@ EXERCISE = Exercise(
         ),
         Known(
             "in-the-event-loop",
-            "The engine belongs to your thread alone. A call may take as long as a step, or wait for"
-            " one, and meanwhile no client of this event loop is served. Put the request into a"
+            "The engine belongs to your thread alone. A call may take as long as a step, or wait"
+            " for one, and meanwhile no client of this event loop is served. Put the request into a"
             " queue, which the thread empties between two steps.",
             hint=1,
             answers=r"""
@@ -678,7 +678,8 @@ EXERCISE = Exercise(
         ),
         Known(
             "busy-wait",
-            "Without requests your thread runs in circles, and takes a core (and Python's lock) from"
+            "Without requests your thread runs in circles, and takes a core (and Python's lock)"
+            " from"
             " everybody else. It should sleep: `get` of a queue waits until something is in it.",
             hint=3,
             answers=r"""
@@ -756,8 +757,8 @@ EXERCISE = Exercise(
         ),
         Known(
             "step-waits",
-            "Your thread waits until the event loop has taken what a step brought. A loop that writes"
-            " to hundreds of clients is often busy: hand it over, and go on.",
+            "Your thread waits until the event loop has taken what a step brought. A loop that"
+            " writes to hundreds of clients is often busy: hand it over, and go on.",
             hint=2,
             answers=r"""
 # %% waits until it is in the queue
@@ -768,8 +769,8 @@ EXERCISE = Exercise(
         ),
         Known(
             "harms-others",
-            "A request that the engine refuses is its own caller's trouble. Catch the error where the"
-            " thread adds the request, and send it to this caller alone.",
+            "A request that the engine refuses is its own caller's trouble. Catch the error where"
+            " the thread adds the request, and send it to this caller alone.",
             answers=r"""
 # %% the thread ends
 @@
@@ -983,7 +984,8 @@ EXERCISE = Exercise(
         ),
         Known(
             "needs-a-loop",
-            "The constructor may run before there is an event loop: ask for the loop in `generate`.",
+            "The constructor may run before there is an event loop: ask for the loop in"
+            " `generate`.",
             answers=r"""
 # %% asks in the constructor
 @@

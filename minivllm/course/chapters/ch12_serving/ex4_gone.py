@@ -296,7 +296,8 @@ async def _leaves(whole: Callable, loop: VirtualLoop) -> _Engine:
         expect(
             found is None,
             "not-none",
-            f"{said}, and `whole` returned {show(found and found.outputs[0].text)}.\nNobody is there"
+            f"{said}, and `whole` returned {show(found and found.outputs[0].text)}.\nNobody is"
+            f" there"
             " to read it: return None.",
         )
         if loop.time() > at + GAP / 4:
@@ -584,7 +585,9 @@ EXERCISE = Exercise(
             answers=r"""
 # %% where it is caught, and in finally
 @@
+-            yield output
 -    finally:
++            yield output
 +    except asyncio.CancelledError:
 +        engine.abort(request_id)
 +        raise
@@ -679,7 +682,8 @@ EXERCISE = Exercise(
         ),
         Known(
             "task-left",
-            "A task that nobody ends waits for ever, and holds what it knows: a server has thousands"
+            "A task that nobody ends waits for ever, and holds what it knows: a server has"
+            " thousands"
             " of them after a day. Cancel both tasks at the end, in `finally`, and wait for them.",
             hint=3,
             answers=r"""
