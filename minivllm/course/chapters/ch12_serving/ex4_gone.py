@@ -109,7 +109,9 @@ def _expect_aborted(engine: _Engine, how: str, name: str, at: float | None = Non
         raise EXERCISE.mistake("late-abort", seen)
 
 
-def _expect_no_tasks(how: str) -> None:
+async def _expect_no_tasks(how: str) -> None:
+    # Who was cancelled ends in the next turns.
+    await _turns()
     left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     if left:
         name = getattr(left[0].get_coro(), "__qualname__", "a coroutine")
@@ -276,7 +278,7 @@ async def _finishes(whole: Callable, loop: VirtualLoop) -> _Engine:
             "The answer was there, and `whole` went on waiting until the client had left.\nWhoever"
             " comes first decides: `asyncio.wait(…, return_when=asyncio.FIRST_COMPLETED)`.",
         )
-        _expect_no_tasks("The answer was there")
+        await _expect_no_tasks("The answer was there")
     return engine
 
 
@@ -290,6 +292,7 @@ async def _leaves(whole: Callable, loop: VirtualLoop) -> _Engine:
     ):
         begin = loop.time()
         found = await whole(engine, "fox", _params(90), _Client(after).gone)
+        await _turns()
         at = begin + after
         said = f"The client went away {how}"
         _expect_aborted(engine, said, "left-on-leaving", at + GAP / 4)
@@ -303,7 +306,7 @@ async def _leaves(whole: Callable, loop: VirtualLoop) -> _Engine:
         if loop.time() > at + GAP / 4:
             seen = f"{said}, and `whole` returned {loop.time() - at:g} seconds later."
             raise EXERCISE.mistake("late-abort", seen)
-        _expect_no_tasks(said)
+        await _expect_no_tasks(said)
     return engine
 
 
@@ -312,7 +315,7 @@ async def _whole_fails(whole: Callable, loop: VirtualLoop) -> _Engine:
     try:
         found = await whole(engine, "fox", _params(5), _Client(None).gone)
     except EngineEndedError:
-        _expect_no_tasks("The engine failed, and `whole` raised the error")
+        await _expect_no_tasks("The engine failed, and `whole` raised the error")
         return engine
     raise EXERCISE.mistake("error-lost", f"The engine failed, and `whole` returned {show(found)}.")
 
@@ -329,7 +332,7 @@ async def _whole_is_cancelled(whole: Callable, loop: VirtualLoop) -> _Engine:
     _expect_aborted(engine, how, "left-on-cancel")
     if not task.cancelled():
         raise EXERCISE.mistake("swallows-cancel", f"{how}, and it returned as if nothing were.")
-    _expect_no_tasks(how)
+    await _expect_no_tasks(how)
     return engine
 
 
@@ -556,7 +559,7 @@ EXERCISE = Exercise(
             " to somebody else already. Abort only what still runs.",
             hint=1,
             answers=r"""
-# %% always
+# %% always, in finally
 @@
 -        if not ended:
 -            engine.abort(request_id)
@@ -793,6 +796,14 @@ EXERCISE = Exercise(
         ),
     ),
     right=r"""
+# %% cancels, and leaves the rest to the event loop
+@@
+-        for task in (work, leaving):
+-            task.cancel()
+-        await asyncio.gather(work, leaving, return_exceptions=True)
++        work.cancel()
++        leaving.cancel()
+
 # %% catches both by name, whole without stream
 @@
 -    try:
