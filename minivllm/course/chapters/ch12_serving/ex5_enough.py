@@ -357,6 +357,8 @@ def _expect_piece(got: Any, right: Any, how: str) -> None:
         raise EXERCISE.mistake("end-lost", seen)
     if right[0].startswith(got[0]):
         raise EXERCISE.mistake("not-joined", seen)
+    if got[0].startswith(right[0]):
+        raise EXERCISE.mistake("wakes-late", seen)
     if got[0].endswith(right[0]):
         raise EXERCISE.mistake("text-again", seen)
     raise EXERCISE.mistake("text-lost", seen)
@@ -390,7 +392,12 @@ async def _ends_without_text(made: Callable, loop: VirtualLoop) -> None:
     box.put("a")
     _expect_piece(await box.get(), ("a", None), "put('a')")
     box.put("", "stop")
-    _expect_piece(await box.get(), ("", "stop"), "put('', 'stop')")
+    reader = asyncio.create_task(box.get())
+    await _turns()
+    if not reader.done():
+        reader.cancel()
+        raise EXERCISE.mistake("end-lost", "put('', 'stop'), and `get` waits for ever.")
+    _expect_piece(reader.result(), ("", "stop"), "put('', 'stop')")
     box = made()
     box.put("a")
     box.put("", "stop")
@@ -403,7 +410,7 @@ async def _wakes(made: Callable, loop: VirtualLoop) -> None:
     box, got = made(), []
 
     async def read() -> None:
-        while (piece := await box.get()) is not None:
+        while len(got) < 20 and (piece := await box.get()) is not None:
             got.append(piece)
 
     task = asyncio.create_task(read())
@@ -501,12 +508,12 @@ _STUCK = (
 )
 _SCENES: tuple[Scene, ...] = (
     _one_by_one,
+    _sleeps,
     _joins,
     _ends_without_text,
+    _is_cancelled,
     _wakes,
     _ignores_nothing,
-    _sleeps,
-    _is_cancelled,
     _two_boxes,
 )
 
@@ -898,6 +905,21 @@ class Admission:
 -        await self.has_news.wait()
 +        while not self.has_news.is_set():
 +            await asyncio.sleep(0.01)
+""",
+        ),
+        Known(
+            "wakes-late",
+            "A reader was waiting when the first of these came, and it got them only together with"
+            " later ones. `put` wakes it at once.",
+            answers=r"""
+# %% waits a moment for more
+@@
+-        await self.has_news.wait()
+-        self.has_news.clear()
++        await self.has_news.wait()
++        for _ in range(20):
++            await asyncio.sleep(0)
++        self.has_news.clear()
 """,
         ),
         Known(
