@@ -393,7 +393,7 @@ async def _ends_without_text(made: Callable, loop: VirtualLoop) -> None:
     _expect_piece(await box.get(), ("a", None), "put('a')")
     box.put("", "stop")
     reader = asyncio.create_task(box.get())
-    await _turns()
+    await asyncio.wait([reader], timeout=100)
     if not reader.done():
         reader.cancel()
         raise EXERCISE.mistake("end-lost", "put('', 'stop'), and `get` waits for ever.")
@@ -485,7 +485,7 @@ async def _is_cancelled(made: Callable, loop: VirtualLoop) -> None:
             _expect_piece(task.result(), (text, None), how)
             continue
         again = asyncio.create_task(box.get())
-        await _turns()
+        await asyncio.wait([again], timeout=100)
         if not again.done():
             again.cancel()
             raise EXERCISE.mistake("text-lost", f"{how}. Then the next reader waits for ever.")

@@ -286,7 +286,9 @@ def _expect_texts(run: _Run, texts: list[str]) -> None:
     whole = case.text(len(case.steps))
     got, said = "".join(texts), f"{run.seen} the events' texts are {show(texts)}."
     right = whole.rstrip("�") if case.fails else whole
-    if got != right:
+    # Whether what stands before half a character waits with it is left open.
+    waiting = case.fails and right.startswith(got) and whole.endswith("�")
+    if got != right and not waiting:
         if got.count("�") > right.count("�"):
             raise _mistake("broken-characters", said)
         pieces = [case.text(i + 1)[len(case.text(i)) :] for i in range(len(case.steps))]
