@@ -443,7 +443,8 @@ EXERCISE = Exercise(
         ),
         Known(
             "another-number-of-places",
-            "You serve with another number of places than `slots`.",
+            "So many requests are served as if there were another number of places than `slots`:"
+            " one, one fewer, or one more.",
             suspects=(one_place, one_fewer, one_more),
             answers=r"""
 # %% a single place

@@ -360,6 +360,8 @@ def _goodput_cases() -> list[tuple[list[Record], float, float]]:
         ([Record(0.0, 0.0, [], 2.0, ok=False), exact[1]], 1.0, 1.0),
         (exact, 0.25, 0.25),
         ([exact[i] for i in (3, 0, 5, 2, 1, 4)], 0.25, 0.25),
+        # The first one was sent late.
+        ([Record(0.0, 1.5, [(2.0, 1), (2.5, 1)], 3.0), *exact[3:5]], 2.0, 0.5),
         # The answer that ends last began first.
         ([Record(3.0, 3.0, [(3.5, 1), (9.0, 1)], 9.25), *exact[:4]], 0.5, 0.5),
     ]

@@ -68,9 +68,9 @@ class _Engine:
             if not self._running:
                 self.faults.setdefault("idle-step", "Your thread called `step` with no request.")
             self.batches.append(len(self._running))
+            self._pass_gate()
             if len(self.batches) == self._fails_at:
                 raise RuntimeError(f"step {self._fails_at} has failed")
-            self._pass_gate()
             return list(self._write())
 
     def _write(self) -> Iterator[RequestOutput]:
@@ -91,7 +91,6 @@ class _Engine:
                 "loop-waits", f"A step took {PATIENCE:g} seconds, and the event loop stood still."
             )
             self._is_open = True
-        self.at_gate.clear()
 
     @contextlib.contextmanager
     def _entered(self, method: str) -> Iterator[None]:
@@ -111,7 +110,15 @@ class _Engine:
         finally:
             self._inside.release()
 
+    def close(self) -> None:
+        self.faults.setdefault("closes-the-engine", "Your class called `engine.close()`.")
+
     # What the check calls.
+
+    def let_one_go(self) -> None:
+        """Let the step at the gate go on, and stop the next one."""
+        self.at_gate.clear()
+        self._gate.release()
 
     def open(self) -> None:
         """Let this step and all others go on."""
@@ -225,7 +232,7 @@ def expect_returned(result: Any) -> None:
 
 
 def _raise_fault(engine: _Engine) -> None:
-    order = ("in-the-event-loop", "two-at-a-time", "loop-waits", "idle-step")
+    order = ("in-the-event-loop", "two-at-a-time", "loop-waits", "idle-step", "closes-the-engine")
     for name in order:
         if name in engine.faults:
             raise EXERCISE.mistake(name, engine.faults[name])
@@ -365,6 +372,11 @@ async def _fails(stage: _Stage) -> None:
     """The second step raises."""
     readers = [stage.read("fox", 5), stage.read("owl", 5)]
     await stage.at_gate()
+    stage.engine.let_one_go()
+    await stage.at_gate()
+    # It comes while the step runs that fails.
+    readers.append(stage.read("ram", 2))
+    await stage.turns()
     stage.engine.open()
     for reader in readers:
         seen = "The second step raised a RuntimeError, and a caller waits for ever."
@@ -396,6 +408,9 @@ async def _closes(stage: _Stage) -> None:
     await stage.at_gate()
     closing = asyncio.get_running_loop().create_task(stage.mine.close())
     await asyncio.sleep(0.05)
+    # It comes while the thread is about to end.
+    readers.append(stage.read("ram", 2))
+    await stage.turns()
     if closing.done() and not closing.exception():
         seen = "`await close()` returned while a step was running."
         raise EXERCISE.mistake("close-does-not-wait", seen)
@@ -814,6 +829,12 @@ EXERCISE = Exercise(
             " the error to each of them, and let `generate` raise it.",
             hint=4,
             answers=r"""
+# %% forgets those whose request is still in the queue
+@@
+-        while not self.inbox.empty():
+-            if (message := self.inbox.get()) is not None:
+-                message[2](self.error)
+
 # %% the thread just ends
 @@
 -        except Exception as error:
@@ -839,6 +860,8 @@ EXERCISE = Exercise(
 -        else:
 -            self.error = EngineEndedError("This engine has been closed.")
 +        except Exception as error:
++            while not self.inbox.empty():
++                readers[object()] = self.inbox.get()[2]
 +            for tell in readers.values():
 +                tell(error)
 +            return
@@ -861,6 +884,11 @@ EXERCISE = Exercise(
             "At the end the thread gives everybody who waits an `EngineEndedError`.",
             hint=4,
             answers=r"""
+# %% forgets those whose request is still in the queue
+@@
+-        while not self.inbox.empty():
++        while not (self.inbox.empty() or isinstance(self.error, EngineEndedError)):
+
 # %% forgets them
 @@
 -        for tell in readers.values():
@@ -930,6 +958,17 @@ EXERCISE = Exercise(
 """,
         ),
         Known("thread-left"),
+        Known(
+            "closes-the-engine",
+            "The engine belongs to whoever made it, and may be used again: end your thread only.",
+            answers=r"""
+# %% tidies up too much
+@@
+-        await asyncio.to_thread(self.thread.join)
++        await asyncio.to_thread(self.thread.join)
++        self.engine.close()
+""",
+        ),
         Known(
             "caller-left-waiting",
             "Does the thread take the request in, and does what a step brings reach the queue that"

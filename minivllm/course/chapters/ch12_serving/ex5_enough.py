@@ -274,6 +274,8 @@ def _admissions() -> list[tuple[list[Operation], int, int, float]]:
         # Two ends: each of seven waits four seconds.
         ([admit] * 8 + [("end", 1.0), admit, ("end", 1.0), admit, admit], 1, 7, 8.0),
         ([admit] * 40 + [("end", 1.0), admit, admit], 2, 30, 16.0),
+        # A fast server: 300 ends in a window.
+        ([admit] * 900 + [("end", 0.0), admit] * 300 + [("admit", 0.25)], 2, 800, 8.0),
     ]
     for seed in range(6):
         rng = Random(seed)
@@ -366,13 +368,22 @@ def _expect_piece(got: Any, right: Any, how: str) -> None:
 
 async def _one_by_one(made: Callable, loop: VirtualLoop) -> None:
     box = made()
-    for text in ("Once ", "upon", " a time"):
+    for text in ("Once ", "upon", " ", "a time", "\n\n"):
         box.put(text)
         _expect_piece(await box.get(), (text, None), f"put({text!r})")
     box.put(".", "stop")
     _expect_piece(await box.get(), (".", "stop"), "put('.', 'stop')")
-    for _ in range(2):
-        _expect_piece(await box.get(), None, "The last piece was read")
+    for _ in range(3):
+        await _expect_over(box)
+
+
+async def _expect_over(box: Any) -> None:
+    reader = asyncio.create_task(box.get())
+    await asyncio.wait([reader], timeout=100)
+    if not reader.done():
+        reader.cancel()
+        raise EXERCISE.mistake("end-again", "The last piece was read, and `get` waits for ever.")
+    _expect_piece(reader.result(), None, "The last piece was read")
 
 
 async def _joins(made: Callable, loop: VirtualLoop) -> None:
@@ -384,7 +395,7 @@ async def _joins(made: Callable, loop: VirtualLoop) -> None:
     box.put("a")
     box.put("b", "length")
     _expect_piece(await box.get(), ("ab", "length"), "put('a'), put('b', 'length')")
-    _expect_piece(await box.get(), None, "The last piece was read")
+    await _expect_over(box)
 
 
 async def _ends_without_text(made: Callable, loop: VirtualLoop) -> None:
@@ -402,7 +413,7 @@ async def _ends_without_text(made: Callable, loop: VirtualLoop) -> None:
     box.put("a")
     box.put("", "stop")
     _expect_piece(await box.get(), ("a", "stop"), "put('a'), put('', 'stop')")
-    _expect_piece(await box.get(), None, "The last piece was read")
+    await _expect_over(box)
 
 
 async def _wakes(made: Callable, loop: VirtualLoop) -> None:
@@ -492,6 +503,40 @@ async def _is_cancelled(made: Callable, loop: VirtualLoop) -> None:
         _expect_piece(again.result(), (text, None), how)
 
 
+async def _at_any_turn(made: Callable, loop: VirtualLoop) -> None:
+    """A writer and readers side by side; some readers are cancelled, after any number of turns."""
+    for seed in range(24):
+        rng, box = Random(seed), made()
+        words = [f"{seed}.{i} " for i in range(30)]
+
+        async def write(box: Any = box, words: list[str] = words, rng: Random = rng) -> None:
+            for word in words:
+                box.put(word)
+                for _ in range(rng.randint(0, 3)):
+                    await asyncio.sleep(0)
+            box.put("", "stop")
+
+        writer, got, reason = asyncio.create_task(write()), "", None
+        while reason is None:
+            reader = asyncio.create_task(box.get())
+            if rng.random() < 0.5 * (seed > 5):
+                await _turns(rng.randint(0, 3))
+                reader.cancel()
+            await asyncio.wait([reader], timeout=100)
+            how = "A writer put 30 words, and readers took them"
+            how += ", some of whom were cancelled" if seed > 5 else ""
+            if not reader.done():
+                reader.cancel()
+                raise EXERCISE.mistake("text-lost", f"{how}. After {got[-12:]!r} nothing comes.")
+            if not reader.cancelled():
+                text, reason = reader.result()
+                got += text
+        await writer
+        if got != "".join(words):
+            seen = f"{how}: {show(got)}, expected {show(''.join(words))}."
+            raise EXERCISE.mistake("text-lost", seen)
+
+
 async def _two_boxes(made: Callable, loop: VirtualLoop) -> None:
     one, other = made(), made()
     one.put("a")
@@ -514,6 +559,7 @@ _SCENES: tuple[Scene, ...] = (
     _is_cancelled,
     _wakes,
     _ignores_nothing,
+    _at_any_turn,
     _two_boxes,
 )
 
@@ -798,6 +844,14 @@ class Admission:
 -        self.text += text
 +        self.text = text
 
+# %% takes the text, and awaits something before it returns
+@@
+-        self.has_news.clear()
+-        text, self.text = self.text, ""
++        text, self.text = self.text, ""
++        await asyncio.sleep(0)
++        self.has_news.clear()
+
 # %% a future per wait, which takes the text with it
 @@
 -        self.text += text
@@ -870,6 +924,11 @@ class Admission:
             "After the last piece there is nothing: `get` returns None, at once, as often as it is"
             " asked.",
             answers=r"""
+# %% waits for something after the end
+@@
+-        if self.is_over:
+-            return None
+
 # %% the end again and again
 @@
 -        if self.is_over:
@@ -931,11 +990,6 @@ class Admission:
 -        self.has_news.clear()
 +        self.has_news.clear()
 +        await self.has_news.wait()
-
-# %% after the end
-@@
--        if self.is_over:
--            return None
 """,
         ),
     ),

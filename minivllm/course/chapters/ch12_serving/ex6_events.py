@@ -292,13 +292,24 @@ def _expect_texts(run: _Run, texts: list[str]) -> None:
         if got.count("�") > right.count("�"):
             raise _mistake("broken-characters", said)
         pieces = [case.text(i + 1)[len(case.text(i)) :] for i in range(len(case.steps))]
-        lost_end = right.startswith(got) and len(got) < len(right)
+        late = _first_late(run, texts)
+        lost_end = right.startswith(got) and late in (0, len(case.steps))
         if lost_end:
             raise _mistake("end-of-text-lost", f"{said}\nThe whole text is {whole!r}.")
         if len(got) > len(right) or got == "".join(case.text(i + 1) for i in range(len(pieces))):
             raise _mistake("text-again", f"{said}\nThe whole text is {whole!r}.")
         raise _mistake("wrong-text", f"{said}\nThe whole text is {whole!r}.")
-    # What is known is sent before the next step is waited for.
+    if late := _first_late(run, texts):
+        seen += f" after {late} steps the text is {case.text(late)!r}, and not all of it was sent."
+        raise _mistake("sent-late", seen)
+
+
+def _first_late(run: _Run, texts: list[str]) -> int:
+    """After how many steps the client has not got what is known by then; 0: always.
+
+    A text that ends inside of a character may wait.
+    """
+    case = run.case
     sent = ""
     moments = iter([*zip(texts, (taken for _, taken in run.events), strict=False), ("", 10**9)])
     text, taken = next(moments)
@@ -308,10 +319,8 @@ def _expect_texts(run: _Run, texts: list[str]) -> None:
             text, taken = next(moments)
         known = case.text(count)
         if not known.endswith("�") and len(sent) < len(known):
-            raise _mistake(
-                "sent-late",
-                f"{seen} after {count} steps the text is {known!r}, and {sent!r} was sent.",
-            )
+            return count
+    return 0
 
 
 def _expect_closed(answer: Callable) -> None:
