@@ -340,6 +340,13 @@ def ends_in_order(records: list[Record], ttft: float, tpot: float) -> float:
     return _number(records, ttft, tpot) / (records[-1].end - records[0].due)
 
 
+def begins_in_order(records: list[Record], ttft: float, tpot: float) -> float:
+    """From the first of the list on."""
+    if not records:
+        return 0.0
+    return _number(records, ttft, tpot) / (max(r.end for r in records) - records[0].due)
+
+
 def _goodput_cases() -> list[tuple[list[Record], float, float]]:
     exact = [
         # On both limits, and beyond one of them by a hair.
@@ -764,6 +771,7 @@ EXERCISE = Exercise(
                 partial(goodput, begin=_sent),
                 from_zero,
                 ends_in_order,
+                begins_in_order,
             ),
             answers=r"""
 # %% only those that succeeded

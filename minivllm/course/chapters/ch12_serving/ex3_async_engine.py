@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -298,19 +299,23 @@ async def _alone(stage: _Stage) -> None:
 
 
 async def _free_loop(stage: _Stage) -> None:
-    """A second request comes while a step of the first one runs."""
+    """Many requests come while a step of the first one runs."""
     first = stage.read("fox", 4)
     await stage.at_gate()
     second = stage.read("owl", 3)
+    crowd = [stage.read("crow", 1) for _ in range(300)]
     await stage.turns()
     stage.engine.open()
-    said = "A second request came during a step of the first one."
+    said = "300 requests came during a step of the first one."
     for reader, prompt, count in ((first, "fox", 4), (second, "owl", 3)):
         got = await stage.result(reader, "caller-left-waiting", f"{said} {_WAITING}")
         _expect_outputs(got, prompt, count)
+    for reader in crowd:
+        got = await stage.result(reader, "caller-left-waiting", f"{said} {_WAITING}")
+        _expect_outputs(got, "crow", 1)
     served = stage.engine.batches
     if max(served) < 2:
-        raise EXERCISE.mistake("one-at-a-time", f"{said} The steps served {served} requests.")
+        raise EXERCISE.mistake("one-at-a-time", f"{said} The steps served {show(served)} requests.")
 
 
 async def _free_steps(stage: _Stage) -> None:
@@ -473,6 +478,23 @@ async def _idles(stage: _Stage) -> None:
         _expect_outputs(got, "fox", 2)
 
 
+async def _forgets(stage: _Stage) -> None:
+    """Many requests, one after the other."""
+    counts = []
+    for number in (60, 300):
+        for _ in range(number):
+            reader = stage.read("fox", 1)
+            got = await stage.result(reader, "caller-left-waiting", f"Many requests. {_WAITING}")
+            _expect_outputs(got, "fox", 1)
+        gc.collect()
+        counts.append(len(gc.get_objects()))
+    if counts[1] - counts[0] > 200:
+        seen = (
+            f"After 300 requests that have ended, {counts[1] - counts[0]} more objects are alive."
+        )
+        raise EXERCISE.mistake("never-forgets", seen)
+
+
 # --- the real engine ------------------------------------------------------------------------------
 
 
@@ -546,6 +568,7 @@ def check_async_engine(answer: Callable) -> str:
         (_closes, {"gated": True}),
         (_closes_unused, {}),
         (_idles, {}),
+        (_forgets, {}),
     ]
     for scenario, options in scenarios:
         _play(answer, scenario, _Engine(**options))
@@ -654,6 +677,11 @@ EXERCISE = Exercise(
             " event loop, wait with `await` only.",
             hint=2,
             answers=r"""
+# %% a queue that may be full
+@@
+-        self.inbox: queue.SimpleQueue = queue.SimpleQueue()
++        self.inbox: queue.Queue = queue.Queue(8)
+
 # %% a queue of threads, read in the event loop
 @@
 -        loop, news = asyncio.get_running_loop(), asyncio.Queue()
@@ -955,6 +983,17 @@ EXERCISE = Exercise(
 -        self.error: Exception | None = None
 +        self.error: Exception | None = None
 +        self.ended = lambda: None
+""",
+        ),
+        Known(
+            "never-forgets",
+            "A server runs for weeks. Forget a request when its last output has gone to its"
+            " caller.",
+            answers=r"""
+# %% keeps its readers
+@@
+-                    if output.finished:
+-                        del readers[output.request_id]
 """,
         ),
         Known("thread-left"),

@@ -282,6 +282,16 @@ async def _finishes(whole: Callable, loop: VirtualLoop) -> _Engine:
     return engine
 
 
+async def _waits_long(whole: Callable, loop: VirtualLoop) -> _Engine:
+    """A long queue: the first token comes after two hours, and the client stays."""
+    engine = _Engine(loop, first=7200.0)
+    found = await whole(engine, "fox", _params(2), _Client(None).gone)
+    if found is None:
+        seen = f"The client stayed, and `whole` returned None after {loop.time():g} seconds."
+        raise EXERCISE.mistake("gives-up", seen)
+    return engine
+
+
 async def _leaves(whole: Callable, loop: VirtualLoop) -> _Engine:
     """The client goes away before the first token, between two, and at once."""
     engine = _Engine(loop, first=60.0)
@@ -425,7 +435,7 @@ def check_gone(stream_: Callable, whole_: Callable) -> str:
     scenes: list[tuple[Callable[..., Awaitable[_Engine]], Callable]] = [
         *((scene, stream_) for scene in (_reads_all, _closes, _closes_at_the_end, _never_reads)),
         *((scene, stream_) for scene in (_is_cancelled, _fails, _throws, _others_stay)),
-        *((scene, whole_) for scene in (_finishes, _leaves, _whole_fails)),
+        *((scene, whole_) for scene in (_finishes, _waits_long, _leaves, _whole_fails)),
         *((scene, whole_) for scene in (_whole_is_cancelled, _two_at_once)),
     ]
     for scene, answer in scenes:
@@ -793,6 +803,17 @@ EXERCISE = Exercise(
 @@
 -        await asyncio.wait({work, leaving}, return_when=asyncio.FIRST_COMPLETED)
 +        await asyncio.wait({work, leaving}, timeout=200)
+""",
+        ),
+        Known(
+            "gives-up",
+            "How long an answer may take is the client's business: wait without a limit.",
+            answers=r"""
+# %% not longer than a minute
+@@
+-        await asyncio.wait({work, leaving}, return_when=asyncio.FIRST_COMPLETED)
++        both, first = {work, leaving}, asyncio.FIRST_COMPLETED
++        await asyncio.wait(both, return_when=first, timeout=60)
 """,
         ),
         Known(

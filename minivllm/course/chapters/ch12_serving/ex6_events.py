@@ -291,17 +291,27 @@ def _expect_texts(run: _Run, texts: list[str]) -> None:
     if got != right and not waiting:
         if got.count("�") > right.count("�"):
             raise _mistake("broken-characters", said)
-        pieces = [case.text(i + 1)[len(case.text(i)) :] for i in range(len(case.steps))]
         late = _first_late(run, texts)
         lost_end = right.startswith(got) and late in (0, len(case.steps))
         if lost_end:
             raise _mistake("end-of-text-lost", f"{said}\nThe whole text is {whole!r}.")
-        if len(got) > len(right) or got == "".join(case.text(i + 1) for i in range(len(pieces))):
+        if _is_again(right, texts):
             raise _mistake("text-again", f"{said}\nThe whole text is {whole!r}.")
         raise _mistake("wrong-text", f"{said}\nThe whole text is {whole!r}.")
     if late := _first_late(run, texts):
         seen += f" after {late} steps the text is {case.text(late)!r}, and not all of it was sent."
         raise _mistake("sent-late", seen)
+
+
+def _is_again(right: str, texts: list[str]) -> bool:
+    """Whether the first event that is wrong brings text which was sent before."""
+    sent = ""
+    for text in texts:
+        if not right.startswith(sent + text):
+            # All of what was sent, or its last letters, stand in it again.
+            return bool(sent) and (text.startswith(sent) or 0 <= right.find(text) < len(sent))
+        sent += text
+    return False
 
 
 def _first_late(run: _Run, texts: list[str]) -> int:
@@ -352,13 +362,24 @@ def _real_case() -> _Case:
     return _Case(steps, [], usage=True, what=what, decode=lambda ids: _tokenizer().decode(ids))
 
 
+def _judge(answer: Callable, case: _Case) -> None:
+    run = _Run(answer, case)
+    _expect_choices(run, _expect_end(run, _expect_framed(run)))
+
+
 def check_events(answer: Callable) -> str:
     cases = [*_cases(), _real_case()]
     for case in cases:
         # Twice: nothing may stay.
-        for _ in range(2):
-            run = _Run(answer, case)
-            _expect_choices(run, _expect_end(run, _expect_framed(run)))
+        _judge(answer, case)
+        try:
+            _judge(answer, case)
+        except Mistake as mistake:
+            raise Mistake(
+                "keeps-state",
+                "The first call is right, and the same call again is not: your code keeps something"
+                f" between calls.\nLook for what is made outside of `events`.\n{mistake.message}",
+            ) from mistake
     _expect_closed(answer)
     return f"{len(cases)} answers, byte by byte, and a client that can read them all"
 
@@ -643,6 +664,21 @@ EXERCISE = Exercise(
 """,
         ),
         Known("wrong-text", "The texts of all events, joined, must be that of all tokens."),
+        Known(
+            "keeps-state",
+            answers=r"""
+# %% one list for all answers
+@@
+-def as_event(value) -> str:
++TOKEN_IDS = []
++
++
++def as_event(value) -> str:
+@@
+-    token_ids, sent = [], ""
++    token_ids, sent = TOKEN_IDS, ""
+""",
+        ),
         Known(
             "changed-input",
             answers=r"""
