@@ -56,7 +56,7 @@ class _Engine:
             if prompt == "refused":
                 raise ValueError("this prompt is too long")
             self._number += 1
-            request_id = f"{prompt}-{self._number * 37 % 101}"
+            request_id = f"{prompt}-{self._number * 37 % 10_007}"
             self._running[request_id] = [], int(params.max_tokens or 1)
             return request_id
 

@@ -40,7 +40,7 @@ class _Engine:
 
     def start(self, prompt: str, params: SamplingParams) -> str:
         self.num_started += 1
-        request_id = f"{prompt}-{self.num_started * 37 % 101}"
+        request_id = f"{prompt}-{self.num_started * 37 % 10_007}"
         self.running[request_id] = self.loop.time(), [], int(params.max_tokens or 1)
         return request_id
 
@@ -435,7 +435,7 @@ def check_gone(stream_: Callable, whole_: Callable) -> str:
     scenes: list[tuple[Callable[..., Awaitable[_Engine]], Callable]] = [
         *((scene, stream_) for scene in (_reads_all, _closes, _closes_at_the_end, _never_reads)),
         *((scene, stream_) for scene in (_is_cancelled, _fails, _throws, _others_stay)),
-        *((scene, whole_) for scene in (_finishes, _waits_long, _leaves, _whole_fails)),
+        *((scene, whole_) for scene in (_finishes, _leaves, _waits_long, _whole_fails)),
         *((scene, whole_) for scene in (_whole_is_cancelled, _two_at_once)),
     ]
     for scene, answer in scenes:
