@@ -80,7 +80,7 @@ def _cases() -> list[Case]:
         (6, 6, 4, 8, 6),
         (5, 3, 4, 1, 1),
         (3, 131, 7, 700, 650),
-        (4, 70_001, 2, 40, 2),
+        (4, 270_001, 2, 40, 2),
     ]
     return [_case(*shape, seed) for seed, shape in enumerate(shapes)]
 
@@ -125,8 +125,24 @@ def _judge_logits(logits: Callable, cases: list[Case]) -> None:
 
 
 def _check_poison(job: Job, function: Callable, case: Case) -> None:
-    """What the right code does not use may be NaN."""
-    [results] = collect(partial(job.results, function), [case]).values()
+    """What the right code does not use may be NaN, and does not travel."""
+
+    def watched(group: Group, *args: Any) -> Any:
+        all_gather = group.all_gather
+
+        def looking(tensor: Any, *dim: Any, **named: Any) -> Any:
+            if is_tensor(tensor) and not tensor.isfinite().all():
+                travels.append(tensor)
+            return all_gather(tensor, *dim, **named)
+
+        group.all_gather = looking  # type: ignore[method-assign]
+        return function(group, *args)
+
+    travels: list[Any] = []
+    [results] = collect(partial(job.results, watched), [case]).values()
+    if travels and job is _EMBED_JOB:
+        seen = f"With {case}: your embed passes {show(travels[0])} to all_gather."
+        raise EXERCISE.mistake("rows-travel", seen)
     for rank, result in enumerate(results):
         if is_tensor(result) and not result.isfinite().all():
             seen = f"With {case}: the result on rank {rank} is {show(result)}."
@@ -552,6 +568,21 @@ _OTHERS = (
 @@
 -    return group.all_reduce(torch.where(mine[:, None], found, 0.0))
 +    return group.all_reduce(found * mine[:, None])
+""",
+    ),
+    Known(
+        "rows-travel",
+        (
+            "That holds rows of the table for which nobody asks, or padding: weights travel. Send"
+            " only what was looked up, in an all-reduce."
+        ),
+        hint=3,
+        answers=r"""
+# %% the table travels where there are more tokens than rows
+@@
+     local = token_ids - group.rank * len(rows)
++    if len(token_ids) > len(rows):
++        return group.all_gather(rows.T).T[token_ids]
 """,
     ),
     Known(
