@@ -183,12 +183,12 @@ class _Slip:
 
     stream: what each branch is added to: the stream "x", its norm "h", "twice" the stream or
     "nothing". at: the positions: as given, from 0 in each step ("restart"), or all 0. scale:
-    "head", "hidden", "square" (without the root), "bundled" (the bundled model's) or "none". eps: instead of the config's; eps_of:
-    in the norms of "heads", of "rows" or in "all". norms: whose weight query and key get, "-" for
-    none. stored: which keys, and when: "turned", "plain", "exchanged" with values, "after"
-    attention, "never". order: of norms and branches: "pre", "post", "parallel", "one norm" for both
-    branches, or a branch without its norm ("first bare", "second bare"). final: where the last norm
-    is. broken: other mistakes, by name.
+    "head", "hidden", "square" (without the root), "bundled" (the bundled model's) or "none". eps:
+    instead of the config's; eps_of: in the norms of "heads", of "rows" or in "all". norms: whose
+    weight query and key get, "-" for none. stored: which keys, and when: "turned", "plain",
+    "exchanged" with values, "after" attention, "never". order: of norms and branches: "pre",
+    "post", "parallel", "one norm" for both branches, or a branch without its norm ("first bare",
+    "second bare"). final: where the last norm is. broken: other mistakes, by name.
     """
 
     stream: tuple[str, str] = ("x", "x")
