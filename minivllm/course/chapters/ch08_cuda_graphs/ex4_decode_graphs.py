@@ -1413,7 +1413,8 @@ class DecodeGraphs:
         self.gpu, self.spare = gpu, spare_slot
         self.sizes = tuple(sorted(sizes))
         self.buffer = gpu.full((self.sizes[-1],), spare_slot)
-        step(gpu.full((self.sizes[-1],), spare_slot))
+        for n in self.sizes:
+            step(gpu.full((n,), spare_slot))
         self.graph, self.out = {}, {}
         handle = gpu.graph_pool_handle()
         for n in self.sizes:
