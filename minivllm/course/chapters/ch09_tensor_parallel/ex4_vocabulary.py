@@ -128,25 +128,29 @@ def _check_poison(job: Job, function: Callable, case: Case) -> None:
     """What the right code does not use may be NaN, and does not travel."""
 
     def watched(group: Group, *args: Any) -> Any:
-        all_gather = group.all_gather
+        def looking(collective: Callable) -> Callable:
+            def look(tensor: Any, *more: Any, **named: Any) -> Any:
+                if is_tensor(tensor) and not tensor.isfinite().all():
+                    travels.append((collective.__name__, tensor))
+                return collective(tensor, *more, **named)
 
-        def looking(tensor: Any, *dim: Any, **named: Any) -> Any:
-            if is_tensor(tensor) and not tensor.isfinite().all():
-                travels.append(tensor)
-            return all_gather(tensor, *dim, **named)
+            return look
 
-        group.all_gather = looking  # type: ignore[method-assign]
+        for name in ("all_reduce", "all_gather"):
+            setattr(group, name, looking(getattr(group, name)))
         return function(group, *args)
 
-    travels: list[Any] = []
+    travels: list[tuple[str, Any]] = []
     [results] = collect(partial(job.results, watched), [case]).values()
-    if travels and job is _EMBED_JOB:
-        seen = f"With {case}: your embed passes {show(travels[0])} to all_gather."
-        raise EXERCISE.mistake("rows-travel", seen)
     for rank, result in enumerate(results):
         if is_tensor(result) and not result.isfinite().all():
             seen = f"With {case}: the result on rank {rank} is {show(result)}."
             raise EXERCISE.mistake("nan-let-through", seen)
+    # The scores of padding travel with the others.
+    if travels and job is _EMBED_JOB:
+        name, tensor = travels[0]
+        seen = f"With {case}: your embed passes {show(tensor)} to {name}."
+        raise EXERCISE.mistake("rows-travel", seen)
 
 
 def _check_rows(shard_rows: Callable, case: Case) -> None:
@@ -583,6 +587,14 @@ _OTHERS = (
      local = token_ids - group.rank * len(rows)
 +    if len(token_ids) > len(rows):
 +        return group.all_gather(rows.T).T[token_ids]
+
+# %% the whole table as a sum, for two ranks and many tokens
+@@
+     local = token_ids - group.rank * len(rows)
++    if group.size == 2 and len(token_ids) >= 2 * len(rows):
++        whole = rows.new_zeros(2 * len(rows), rows.shape[1])
++        whole[group.rank * len(rows) :][: len(rows)] = rows
++        return group.all_reduce(whole)[token_ids]
 """,
     ),
     Known(
