@@ -270,14 +270,18 @@ STORIES = (
 )
 
 
-def random_story(seed: int, num_blocks: int, num_calls: int) -> Story:
-    """Random calls, as sequences that share prefixes make them."""
+def random_story(seed: int, num_blocks: int, num_calls: int, most_taken: int = 0) -> Story:
+    """Random calls, as sequences that share prefixes make them.
+
+    most_taken: the most that one call takes (0: a quarter of the pool, so that it is mostly in
+    use). With a limit most of the pool stays free, and in the end all that is free is taken.
+    """
     rng, pool, tables = random.Random(seed), Pool(num_blocks), []
     calls: list[tuple] = []
     while len(calls) < num_calls:
         event = rng.random()
         if event < 0.4 or not tables:
-            most = min(len(pool.queue) + 1, max(4, num_blocks // 4))
+            most = min(len(pool.queue) + 1, most_taken or max(4, num_blocks // 4))
             call = ("allocate", rng.randint(0, most))
         elif event < 0.6:
             table = rng.choice(tables)
@@ -296,6 +300,7 @@ def random_story(seed: int, num_blocks: int, num_calls: int) -> Story:
         got = getattr(pool, call[0])(call[1])
         if kept := got if call[0] == "allocate" else call[1] if call[0] == "share" else None:
             tables.append(list(kept))
+    calls += [("allocate", len(pool.queue))] * bool(most_taken)
     return Story(
         f"{num_calls:,} random calls on a pool of {num_blocks}.", (num_blocks,), tuple(calls)
     )
@@ -305,6 +310,7 @@ def random_stories() -> tuple[Story, ...]:
     """Short ones on small pools, a few on larger ones, and a long one."""
     small = [random_story(seed, 1 + seed % 9, 40) for seed in range(27)]
     large = [random_story(seed, size, 60) for seed, size in ((50, 17), (51, 65), (52, 600))]
+    large += [random_story(53, 50, 60, 3), random_story(54, 700, 60, 4)]
     return (*small, *large, random_story(60, 33, 8000))
 
 
@@ -745,6 +751,18 @@ EXERCISE = Exercise(
 -            if self.counts[block] == 0:
 +            self.num = getattr(self, "num", 0) + 1
 +            if self.counts[block] == 0 and self.num % 500:
+
+# %% a long queue comes into another order when somebody leaves its middle
+@@
+-            self.free.pop(block, None)
++            if self.free.pop(block, self) is None and len(self.free) > 32:
++                self.free.move_to_end(next(iter(self.free)))
+
+# %% in a very long queue the newest changes places
+@@
+-            self.free.pop(block, None)
++            if self.free.pop(block, self) is None and len(self.free) > 500:
++                self.free.move_to_end(next(reversed(self.free)), last=False)
 """,
         ),
         Known(

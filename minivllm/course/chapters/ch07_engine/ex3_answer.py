@@ -150,6 +150,8 @@ def _cases() -> list[tuple]:
     ]
     long = [
         (list(range(1000, 1300)), 8, never, [3]),
+        # More tokens than one step of many an engine takes.
+        (list(range(7, 9007)), 4, never, [2]),
         ([5, 6, 7], 300, never, [40, 217]),
         ([5, 6, 7], 300, 140, [65, 66]),
     ]
@@ -709,6 +711,16 @@ class Answer:
 @@
 -        self.token_ids = list(prompt)
 +        self.token_ids = prompt
+""",
+    ),
+    Known(
+        "wrong-values",
+        answers=r"""
+# %% a long prompt, in pieces that nobody asked for
+@@
+-        return self.token_ids[self.num_computed :], self.num_computed
++        end = self.num_computed + 2048
++        return self.token_ids[self.num_computed : end], self.num_computed
 """,
     ),
 )

@@ -187,6 +187,9 @@ def _filter_cases() -> list[tuple]:
         case(torch.tensor([[-3.0, -1.0, -1.0, -2.0, -1.0, -9.0]]), {"k": 2}, without="pm"),
         case(masked, {"p": 0.97, "m": 0.01}, without="k"),
         case(masked, {"k": 5}, without="pm"),
+        # Nearly all, and not all.
+        case(torch.tensor([[0.0, 10.0, 2.0, 5.0]]), {"p": 0.9998}, without="km"),
+        case(torch.tensor([[0.0, 10.0, 2.0, 5.0]]), {"m": 1e-4}, without="kp"),
         case(torch.tensor([[2.5]]), {"k": 1, "p": 0.4, "m": 0.5}),
         case(torch.tensor([[0.0, 500.0, 499.0, -1000.0]]), {"p": 0.9, "m": 0.1}),
         case(spread, {"k": 5}, {"p": 0.8}, {"m": 0.1}),
@@ -993,6 +996,20 @@ FILTER = (
 @@
 -            keep[order[before >= top_p[i]]] = False
 +            keep[before >= top_p[i]] = False
+""",
+    ),
+    Known(
+        "wrong-values",
+        answers=r"""
+# %% nearly 1 is 1
+@@
+-        if top_p is not None and top_p[i] < 1:
++        if top_p is not None and top_p[i] < 0.999:
+
+# %% nearly 0 is 0
+@@
+-        if min_p is not None and min_p[i] > 0:
++        if min_p is not None and min_p[i] > 1e-3:
 """,
     ),
 )

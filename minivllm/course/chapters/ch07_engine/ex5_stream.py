@@ -95,6 +95,8 @@ class _Stream:
             text = text.partition("\ufffd")[0]
         elif "one-broken" in self.mistakes:
             text = text.removesuffix("\ufffd")
+        elif "three-broken" in self.mistakes:
+            text = text[:-3] + text[-3:].rstrip("\ufffd")
         elif "half" not in self.mistakes:
             text = text.rstrip("\ufffd")
         stops = self.stops[:1] if "first-stop" in self.mistakes else self.stops
@@ -179,8 +181,11 @@ def _stream_cases() -> list[tuple]:
         ("pieces", _pieces("xxENExEE"), ("ENE", "zzz")),
         # After the stop, a longer one is completed that begins before it.
         ("pieces", _pieces("xEN.x"), ("N", "EN.")),
-        # Two broken characters at the end, which stay.
+        # Two broken characters at the end, which stay; and many.
         ("pieces", [0, 17, 1, 17], ()),
+        ("pieces", [0, 17, 17, 17, 17, 17, 1, 8, 17, 17, 17, 17], ("END",)),
+        # A long text.
+        ("pieces", [0, 1, 2, 3, 4] * 250 + [8, 9, 10, 1], ("END",)),
         # Twice in one piece; and what only looks like a pattern.
         ("pieces", [0, 16, 1, 1], ("END",)),
         ("pieces", [0, 14, 4, 12, 12, 2, 14], ("(x).", "..")),
@@ -318,11 +323,17 @@ MISTAKES = (
             _wrong("half"),
             _wrong("half no-hold"),
             _wrong("one-broken"),
+            _wrong("three-broken"),
         ),
         answers=r"""
 # %% shows what is not a character yet
 @@
 -            text = text.rstrip("\ufffd")
+
+# %% a character has four bytes at most, so three may be missing
+@@
+-            text = text.rstrip("\ufffd")
++            text = text[:-3] + text[-3:].rstrip("\ufffd")
 """,
     ),
     Known(
@@ -751,6 +762,15 @@ MISTAKES = (
          self, decode: Callable[[list[int]], str], stops: tuple[str, ...] = ()
 @@
 -        self.token_ids: list[int] = []
+""",
+    ),
+    Known(
+        "wrong-values",
+        answers=r"""
+# %% decodes the first 512 tokens of a long text
+@@
+-        text = self.decode(self.token_ids)
++        text = self.decode(self.token_ids[:512])
 """,
     ),
 )

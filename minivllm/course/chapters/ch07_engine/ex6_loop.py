@@ -159,7 +159,9 @@ class _Rig:
 
     def engine(self, cls: Callable) -> Any:
         new_request = RequestMaker(self.llm.get_tokenizer())
-        return cls(self.inputs, self.core, self.outputs, new_request)
+        engine = cls(self.inputs, self.core, self.outputs, new_request)
+        _expect_own_count(engine, 0)
+        return engine
 
     def _endless(self) -> Mistake:
         """What to say where `run` does not come back."""
@@ -446,17 +448,22 @@ def _news(engine: Any) -> list[RequestOutput]:
 
 def _check_completions(answer: Callable) -> None:
     """A request may want several completions, and each is a sequence."""
+    for n in (3, 17):
+        _check_completions_of(answer, n)
+
+
+def _check_completions_of(answer: Callable, n: int) -> None:
     rig = _Rig()
-    asked = [_ask(_ASKED[0], n=3, temperature=1.0, seed=5)]
+    asked = [_ask(_ASKED[0], n=n, temperature=1.0, seed=5)]
     message = (
-        "A request with n=3 has three completions, and the core did not get the sequences 0, 1 and"
-        " 2 of it.\nEach is a sequence of its own: give the core"
+        f"A request with n={n} has {n} completions, and the core did not get the sequences 0 to"
+        f" {n - 1} of it.\nEach is a sequence of its own: give the core"
         " `request.new_sequence(request, index)` for every index below `checked.params.n`."
     )
     try:
         [output] = rig.run(rig.engine(answer), asked)
     except Mistake as mistake:
-        usual = [seq.index for seq in rig.sequences] == [0, 1, 2]
+        usual = [seq.index for seq in rig.sequences] == list(range(n))
         if mistake.name not in ("endless", "waits-for-nothing") or usual:
             raise
         raise Mistake("completions-left-out", message) from None
@@ -465,7 +472,7 @@ def _check_completions(answer: Callable) -> None:
     expect(
         texts == right,
         "wrong-text",
-        f"A request with n=3 says {show(texts)}, expected {show(right)}.\nCompletion i is the"
+        f"A request with n={n} says {show(texts)}, expected {show(right)}.\nCompletion i is the"
         " sequence `request.new_sequence(request, i)`.",
     )
 
@@ -527,7 +534,7 @@ def _check_crowd(answer: Callable) -> None:
 
 def _check_two_engines(answer: Callable) -> None:
     """Two engines at the same time: what belongs to one stays with it."""
-    rigs, asked = [_Rig(), _Rig()], [_ask(_ASKED[1]), _ask(_ASKED[3])]
+    rigs, asked = [_Rig(), _Rig()], [_ask(_ASKED[1]), _ask(_ASKED[3], max_tokens=9)]
     engines = [rig.engine(answer) for rig in rigs]
     ids = [_added(engine, one) for engine, one in zip(engines, asked, strict=True)]
     last: list[dict[str, RequestOutput]] = [{}, {}]
@@ -556,6 +563,24 @@ def _check_two_engines(answer: Callable) -> None:
             f"Two engines are stepped in turn, and one says {text!r}, expected {wanted!r}.\n"
             f"{advice}",
         )
+    for rig, engine in zip(rigs, engines, strict=True):
+        _expect_own_count(engine, rig.num_tokens)
+
+
+def _expect_own_count(engine: Any, right: int) -> None:
+    """`num_tokens` where other engines have been at work, too."""
+    said = getattr(engine, "num_tokens", right)
+    expect(
+        said == right,
+        "shared-between-engines",
+        f"An engine is made, and its `num_tokens` is {show(said)} before its first step."
+        "\nEach engine counts for itself, from 0: `self.num_tokens = 0` in `__init__`, and"
+        " `self.num_tokens +=` in `step`. What stands in the class belongs to all engines."
+        if right == 0
+        else f"Two engines are stepped in turn. One of them has brought {right} tokens, and its"
+        f" `num_tokens` is {show(said)}.\nEach engine counts for itself: `self.num_tokens`, which"
+        " `__init__` makes.",
+    )
 
 
 def _check_guest(answer: Callable, length: int) -> None:
@@ -591,9 +616,16 @@ def _check_guest(answer: Callable, length: int) -> None:
         f"{begins}, and `run` gave {show(texts)}, expected {show(wanted)}.\nA step serves"
         " everybody; `run` returns the outputs of its own requests.",
     )
+    steps, theirs = rig.num_steps, rig.sequences[0]
+    expect(
+        not theirs.is_finished or theirs.num_output_tokens == length,
+        "foreign-request",
+        f"{begins}: that one wants {length} tokens, and was ended after"
+        f" {theirs.num_output_tokens}, as {theirs.finish_reason!r}.\n`run` leaves requests alone"
+        " that are not its own: it neither aborts nor finishes them.",
+    )
     if length < 20:
         return
-    steps = rig.num_steps
     expect(
         rig.left_over and steps < 20,
         "waits-for-others",
@@ -601,12 +633,12 @@ def _check_guest(answer: Callable, length: int) -> None:
         f" {steps} steps, when the other had ended, too.\nWait for your own requests only: their"
         " ids say which they are. Somebody else may add requests for ever.",
     )
-    theirs, own = (seq.num_output_tokens for seq in rig.sequences)
+    written, own = (seq.num_output_tokens for seq in rig.sequences)
     expect(
-        theirs == own,
+        written == own,
         "a-step-too-many",
         f"{begins}. Both got a token in each step, and when `run` came back, its own had got"
-        f" {own} and the other {theirs}.\nCome back after the step that ends the last of your own"
+        f" {own} and the other {written}.\nCome back after the step that ends the last of your own"
         " requests.",
     )
     last: list[RequestOutput] = []
@@ -709,14 +741,7 @@ def _check_abort(answer: Callable) -> None:
     for _ in range(3):
         engine.step()
     _aborted(engine, ids[0], "a request that runs")
-    seq = rig.sequences[0]
-    expect(
-        seq.finish_reason == "abort" and not seq.block_table,
-        "abort-goes-on",
-        "A request was aborted, and the core goes on with it: its sequence has the finish_reason"
-        f" {seq.finish_reason!r}.\nNobody reads these tokens, and they keep blocks. Tell the core:"
-        ' `core.finish(seq_ids, "abort")`.',
-    )
+    _expect_aborted(rig.sequences[:1])
     last: dict[str, RequestOutput] = {}
     while rig.num_steps < 80 and not (ids[1] in last and last[ids[1]].finished):
         last |= {output.request_id: output for output in _news(engine)}
@@ -741,6 +766,25 @@ def _check_abort(answer: Callable) -> None:
     rig.expect_empty("After an abort, and when the other request has ended,")
 
 
+def _expect_aborted(sequences: list[Sequence]) -> None:
+    """The core has ended these, as aborted."""
+    for number, seq in enumerate(sequences, start=1):
+        which = f"sequence {number} of {len(sequences)}" if len(sequences) > 1 else "its sequence"
+        expect(
+            seq.is_finished and not seq.block_table,
+            "abort-goes-on",
+            f"A request was aborted, and the core goes on with it: {which} has the finish_reason"
+            f" {seq.finish_reason!r}.\nNobody reads these tokens, and they keep blocks. Tell the"
+            ' core: `core.finish(seq_ids, "abort")`, with all seq_ids that `outputs.end` returns.',
+        )
+        expect(
+            seq.finish_reason == "abort",
+            "wrong-abort-reason",
+            f"A request was aborted. The core has ended {which}, and noted {seq.finish_reason!r} as"
+            ' the reason.\nIt is `core.finish(seq_ids, "abort")`.',
+        )
+
+
 def _check_early_abort(answer: Callable) -> None:
     """A request ends before its first step; and one with several completions, alone."""
     rig = _Rig(max_num_seqs=2)
@@ -756,6 +800,7 @@ def _check_early_abort(answer: Callable) -> None:
     for _ in range(3):
         last |= {output.request_id: output for output in _news(engine)}
     _aborted(engine, several, "a request with two completions")
+    _expect_aborted(rig.sequences[3:5])
     last |= {output.request_id: output for output in _news(engine)}
     for id in (*ids, several):
         ends = [one.finish_reason for one in last[id].outputs] if id in last else []
@@ -1064,6 +1109,12 @@ EXERCISE = Exercise(
 +                output.request_id: output for output in self.step() if output.finished
 +            }
 +        return [ended[id] for id in sorted(ended, key=int)]
+
+# %% clears the engine before it begins
+@@
+         checked = [self.inputs.process(*asked) for asked in zip(prompts, params)]
++        for id in list(self.outputs.requests):
++            self.abort(id)
 """,
         ),
         Known(
@@ -1084,6 +1135,11 @@ EXERCISE = Exercise(
 -        for index in range(checked.params.n):
 -            self.core.add(request.new_sequence(request, index))
 +        self.core.add(request.new_sequence(request, 0))
+
+# %% four completions at most
+@@
+-        for index in range(checked.params.n):
++        for index in range(min(checked.params.n, 4)):
 """,
         ),
         Known(
@@ -1093,6 +1149,20 @@ EXERCISE = Exercise(
 @@
 -            self.core.finish(self.outputs.end(request), "abort")
 +            self.outputs.end(request)
+
+# %% tells the core of the first completion only
+@@
+-            self.core.finish(self.outputs.end(request), "abort")
++            self.core.finish(self.outputs.end(request)[:1], "abort")
+""",
+        ),
+        Known(
+            "wrong-abort-reason",
+            answers=r"""
+# %% aborted by a stop
+@@
+-            self.core.finish(self.outputs.end(request), "abort")
++            self.core.finish(self.outputs.end(request), "stop")
 """,
         ),
         Known(
@@ -1224,6 +1294,25 @@ EXERCISE = Exercise(
 @@
 -        self.collector = OutputCollector()
 +        MyEngine.collector = OutputCollector()
+
+# %% one count for all engines
+@@
+-        self.num_tokens = 0  # that the core has brought so far
+@@
+-        self.num_tokens += sum(len(output.token_ids) for output in step.outputs)
++        MyEngine.num_tokens += sum(len(output.token_ids) for output in step.outputs)
+@@
+         return self.outputs.collect(self.collector)
++
++    num_tokens = 0
+
+# %% one count for all engines, and each new engine begins anew
+@@
+-        self.num_tokens = 0  # that the core has brought so far
++        MyEngine.num_tokens = 0
+@@
+-        self.num_tokens += sum(len(output.token_ids) for output in step.outputs)
++        MyEngine.num_tokens += sum(len(output.token_ids) for output in step.outputs)
 """,
         ),
         Known(
