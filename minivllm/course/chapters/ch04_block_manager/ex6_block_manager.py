@@ -113,6 +113,22 @@ STORIES = (
         ),
     ),
     Story(
+        "A text is computed, and its block taken for something else. Then it is computed again.",
+        (2, 2),
+        (
+            *_computed(0, 1, 2),
+            ("free", 0),
+            ("come", 1, (3, 4, 5, 6)),
+            ("allocate", 1, 4),
+            ("register", 1, 0, 4),
+            ("free", 1),
+            *_computed(2, 1, 2, found=False),
+            ("probe", (1, 2, 3)),
+            ("free", 2),
+            ("probe", (1, 2, 3)),
+        ),
+    ),
+    Story(
         "Four tokens are cached in blocks of 2. How many blocks does a prompt get that is one token"
         " longer, as long, one shorter?",
         (6, 2),
@@ -889,11 +905,16 @@ EXERCISE = Exercise(
         Known(
             "name-outlives-content",
             message=(
-                "A block was taken for something new, and its old name still finds it.\nForget a"
+                "A block was taken for something new, and its old name still leads to it: whoever"
+                " looks finds another text, or no longer finds its own.\nForget a"
                 " block's name when it is handed out, in both directions: the name of the block,"
                 " and the block of the name."
             ),
-            suspects=(slips(Manager, "still found"), slips(Manager, "old name stays")),
+            suspects=(
+                slips(Manager, "still found"),
+                slips(Manager, "old name stays"),
+                slips(Manager, "block of the name stays"),
+            ),
             hint=2,
             answers=r"""
 # %% an evicted block can still be found, by its tokens
@@ -902,6 +923,10 @@ EXERCISE = Exercise(
 -                del self.where[self.names[block]]
 -                self.names[block], self.tokens[block] = None, ()
 +            self.names[block] = None
+
+# %% the name still leads to a block that has none, so that nobody gets it again
+@@
+-                del self.where[self.names[block]]
 """,
         ),
         Known(

@@ -166,7 +166,7 @@ class Manager:
         block, _ = self.free_blocks.popitem(last="newest first" in self.slips)
         name = self.names[block]
         if name is not None and "old name stays" not in self.slips:
-            if "still found" not in self.slips:
+            if not {"still found", "block of the name stays"} & self.slips:
                 self.where.pop(name, None)
             if "name not cleared" not in self.slips:
                 self.names[block] = None
