@@ -60,8 +60,11 @@ class Pool:
         return self.queue.pop() if "from the end" in self.slips else self.queue.popleft()
 
     def share(self, blocks: list[int]) -> None:
+        in_use = any(self.counts[block] for block in blocks[:1])
         for block in blocks:
-            stays = "stays in the queue" in self.slips
+            stays = "stays in the queue" in self.slips or (
+                "first one decides" in self.slips and in_use
+            )
             if not stays and (self.counts[block] == 0 or "always in the queue" in self.slips):
                 self.queue.remove(block)
             if "two at most" in self.slips and self.counts[block] == 2:
@@ -184,7 +187,7 @@ STORIES = (
     Story(
         "Many sequences share a block.",
         (3,),
-        (("allocate", 2), *[("share", [0])] * 300, *[("release", [0])] * 301),
+        (("allocate", 2), *[("share", [0])] * 1100, *[("release", [0])] * 1101),
     ),
     Story(
         "The prefix cache finds its text in blocks that are free, and shares them.",
@@ -231,6 +234,21 @@ STORIES = (
             *[("allocate", 1)] * 6,
         ),
         "wrong-order",
+    ),
+    Story(
+        "A prefix is found: its first block is in use, the others are free.",
+        (6,),
+        (
+            ("allocate", 3),
+            ("share", [0]),
+            ("release", [0, 1, 2]),
+            ("share", [0, 1, 2]),
+            ("allocate", 3),
+            ("allocate", 1),
+            ("release", [0]),
+            ("release", [0, 1, 2]),
+            ("allocate", 3),
+        ),
     ),
     Story(
         "One prompt is asked again and again, and is found in a free block each time.",
@@ -457,9 +475,18 @@ EXERCISE = Exercise(
                 " ones. It will be handed to somebody else.\nWhoever revives a free block must"
                 " take it off the free list."
             ),
-            suspects=(slips(Pool, "stays in the queue"),),
+            suspects=(slips(Pool, "stays in the queue"), slips(Pool, "first one decides")),
             hint=2,
             answers=r"""
+# %% one is looked at, for all
+@@
++        revived = any(self.counts[block] == 0 for block in blocks[:1])
+         for block in blocks:
+             self.counts[block] += 1
+-            self.free.pop(block, None)
++            if revived:
++                self.free.pop(block, None)
+
 # %% a revived block stays on the free list
 @@
 -            self.free.pop(block, None)
