@@ -115,6 +115,25 @@ EXERCISE = Exercise(
     mistakes=(
         *(replace(known, answers=ANSWERS.get(known.name, "")) for known in ADMISSION),
         Known(
+            "too-short-a-chunk",
+            answers=r"""
+# %% no chunk above 512 tokens
+@@
+-            num_new = min(seq.num_tokens, budget)
++            num_new = min(seq.num_tokens, budget, 512)
+""",
+        ),
+        Known(
+            "leaves-budget",
+            answers=r"""
+# %% 64 in a step, and no more
+@@
+             budget -= num_new
++            if len(batch.admitted) == 64:
++                break
+""",
+        ),
+        Known(
             "lost-request",
             hint=2,
             answers=r"""

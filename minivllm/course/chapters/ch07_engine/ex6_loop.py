@@ -651,6 +651,8 @@ def _check_guest(answer: Callable, length: int) -> None:
         f" expected {show(_right_texts([guest]))}.\n`run` leaves requests alone that are not its"
         " own.",
     )
+    rig.run(engine, [mine])
+    _expect_count(rig, getattr(engine, "num_tokens", None), rig.num_tokens)
 
 
 def _check_stops(answer: Callable) -> None:
@@ -715,6 +717,16 @@ def _check_late_stops(answer: Callable) -> None:
                 " stop_reason).\nHand on all pairs that `outputs.process` returns, one by one:"
                 " each is about a sequence, not about a request.",
             )
+    decode = rig.llm.get_tokenizer().decode
+    for seq in rig.sequences:
+        said = decode(seq.output_token_ids)
+        expect(
+            not isinstance(seq.stop_reason, str) or seq.stop_reason in said,
+            "no-stop-reason",
+            f"The core has noted {seq.stop_reason!r} as the stop string that ended the text"
+            f" {said!r}, which does not have it.\nOne step may end several sequences:"
+            ' `core.finish([seq_id], "stop", stop_string)`, for each pair with its own.',
+        )
     rig.expect_empty("After stop strings in many requests")
 
 
@@ -764,6 +776,7 @@ def _check_abort(answer: Callable) -> None:
     _aborted(engine, ids[0], "a request that has ended")
     _aborted(engine, "no such id", "an id that never was")
     rig.expect_empty("After an abort, and when the other request has ended,")
+    _expect_count(rig, getattr(engine, "num_tokens", None), rig.num_tokens)
 
 
 def _expect_aborted(sequences: list[Sequence]) -> None:
@@ -914,7 +927,7 @@ def _expect_count(rig: _Rig, said: Any, right: int) -> None:
         said == right,
         "wrong-count",
         f"{seen}\nAdd up the lengths of `output.token_ids`, of each output in `step.outputs`, in"
-        " each step.",
+        " each step. Nothing else changes it: not a new `run`, and not an abort.",
     )
 
 
@@ -986,6 +999,14 @@ EXERCISE = Exercise(
 @@
 -            self.core.finish([seq_id], "stop", stop_string)
 +            self.core.finish([seq_id], "abort")
+
+# %% one stop string for all that end in this step
+@@
+-        for seq_id, stop_string in self.outputs.process(step):
+-            self.core.finish([seq_id], "stop", stop_string)
++        pairs = self.outputs.process(step)
++        if pairs:
++            self.core.finish([seq_id for seq_id, _ in pairs], "stop", pairs[0][1])
 """,
         ),
         Known(
@@ -1274,6 +1295,16 @@ EXERCISE = Exercise(
 +        for id in ids:
 +            self.num_tokens += sum(len(one.token_ids) for one in ended[id].outputs)
 +        return [ended[id] for id in ids]
+
+# %% `run` begins at 0
+@@
+         checked = [self.inputs.process(*asked) for asked in zip(prompts, params)]
++        self.num_tokens = 0
+
+# %% an abort takes its tokens back
+@@
+             self.core.finish(self.outputs.end(request), "abort")
++            self.num_tokens -= sum(len(one.token_ids) for one in request.completions)
 """,
         ),
         Known(
