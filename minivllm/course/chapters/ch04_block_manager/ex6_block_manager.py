@@ -49,7 +49,7 @@ STORIES = (
         (8, 4),
         (
             ("come", 0, tuple(range(100, 132))),
-            *(("allocate", 0, end) for end in (1, 3, 4, 5, 6, 8, 9, 16, 17, 17, 32)),
+            *(("allocate", 0, end) for end in (1, 3, 4, 5, 6, 8, 9, 16, 17, 17, 9, 32)),
             ("free", 0),
             ("come", 1, tuple(range(200, 220))),
             ("allocate", 1, 20),
@@ -347,6 +347,20 @@ STORIES = (
             *_computed(0, *range(1200)),
             ("free", 0),
             ("probe", tuple(range(1210))),
+            *_computed(1, *range(5000, 5150), found=False),
+            ("probe", tuple(range(1210))),
+        ),
+    ),
+    Story(
+        "A sequence is preempted, and comes back.",
+        (6, 2),
+        (
+            *_computed(0, 1, 2, 3, 4, 5),
+            ("preempt", 0),
+            ("find", 0),
+            ("allocate", 0, 5),
+            ("register", 0, 4, 5),
+            ("free", 0),
         ),
     ),
     Story(
@@ -392,7 +406,13 @@ COLLISIONS = tuple(
         ),
     )
     for cached, prompts in (
-        ((1, 2, 3), ((4, 5, 6), (1, 5, 6), (1, 2, 6), (4, 5, 3), (4, 2, 3), (3, 1, 2), (1, 2, 3))),
+        (
+            (1, 2, 3),
+            (
+                *((4, 5, 6), (1, 5, 6), (1, 2, 6), (4, 5, 3), (4, 2, 3), (1, 5, 3), (3, 1, 2)),
+                (1, 2, 3),
+            ),
+        ),
         (
             (1, 2, 3, 7, 8, 9),
             ((1, 2, 3, 4, 4, 4), (1, 2, 3, 7, 8, 8), (1, 2, 3, 8, 8, 9), (1, 2, 3, 9, 7, 8)),
@@ -1235,6 +1255,7 @@ class MyBlockManager(BlockManager):
                 slips(Manager, "first token compared"),
                 slips(Manager, "last token compared"),
                 slips(Manager, "tokens sorted"),
+                slips(Manager, "ends compared"),
                 slips(Manager, "first block compared"),
                 slips(Manager, "first block not compared"),
             ),
@@ -1244,12 +1265,35 @@ class MyBlockManager(BlockManager):
 -            if block is None or self.tokens[block] != self._tokens_of(seq, index):
 +            if block is None or self.tokens[block][-1] != self._tokens_of(seq, index)[-1]:
 
+# %% the first and the last token
+@@
+-            if block is None or self.tokens[block] != self._tokens_of(seq, index):
++            known, mine = self.tokens[block or 0], self._tokens_of(seq, index)
++            if block is None or (known[:1], known[-1:]) != (mine[:1], mine[-1:]):
+
 # %% all but the first block
 @@
 -            if block is None or self.tokens[block] != self._tokens_of(seq, index):
 +            if block is None or (
 +                index and self.tokens[block] != self._tokens_of(seq, index)
 +            ):
+""",
+        ),
+        Known(
+            "preempted-finds-nothing",
+            message=(
+                "A sequence that was preempted waits again, and find_cached_prefix gives it"
+                " nothing.\nIts own blocks may still be in the cache, with its answer so far: they"
+                " are as good as anybody's."
+            ),
+            suspects=(slips(Manager, "preempted finds nothing"),),
+            answers=r"""
+# %% who was preempted begins anew
+@@
+         self._extend_names(seq)
+         found = []
++        if seq.num_preemptions:
++            return found
 """,
         ),
         Known(

@@ -240,7 +240,9 @@ def _expect_asked_twice(answer: Callable) -> None:
 
 
 def _expect_token_0(answer: Callable) -> None:
-    """0 is an id like any other: as the end token, and as a token that was written."""
+    """0 is an id like any other, as the end token and as a token that was written; so is a large
+    one.
+    """
     for eos in (0, 3, 2**40 + 3):
         one, right = answer([5, 6, 7], 6, eos), _Answer([5, 6, 7], 6, eos)
         for token in (11, 0) if eos == 0 else (11, 0, eos):
@@ -258,8 +260,8 @@ def _expect_token_0(answer: Callable) -> None:
                 bool(one.finished) == right.finished,
                 "end-not-seen" if right.finished else "end-too-early",
                 f"eos is {eos}, and when {token} was written, `finished` is {one.finished!r},"
-                f" expected {right.finished}.\n0 is an id like any other: compare the last token"
-                " with `eos`, by `==`, and do not ask `if eos`.",
+                f" expected {right.finished}.\nAny number from 0 on may be the end token: compare"
+                " the last token with `eos`, by `==`, and do not ask `if eos`.",
             )
 
 
