@@ -1004,20 +1004,6 @@ FILTER = (
 +            keep[before >= top_p[i]] = False
 """,
     ),
-    Known(
-        "wrong-values",
-        answers=r"""
-# %% nearly 1 is 1
-@@
--        if top_p is not None and top_p[i] < 1:
-+        if top_p is not None and top_p[i] < 0.999:
-
-# %% nearly 0 is 0
-@@
--        if min_p is not None and min_p[i] > 0:
-+        if min_p is not None and min_p[i] > 1e-3:
-""",
-    ),
 )
 
 SAMPLE = (
@@ -1387,6 +1373,12 @@ SAMPLE = (
     Known(
         "depends-on-the-batch",
         answers=r"""
+# %% all rows greedy: forgets to look
+@@
++    if (temperature == 0).all():
++        return torch.zeros_like(greedy)
+     logits = filter_logits(logits, temperature, top_k, top_p, min_p).float()
+
 # %% a generator for the batch, seeded by the first request
 @@
 -    u = philox_uniform(seeds, positions)[:, None]
@@ -1464,11 +1456,15 @@ SAMPLE = (
     Known(
         "wrong-values",
         answers=r"""
-# %% all rows greedy: forgets to look
+# %% nearly 1 is 1
 @@
-+    if (temperature == 0).all():
-+        return torch.zeros_like(greedy)
-     logits = filter_logits(logits, temperature, top_k, top_p, min_p).float()
+-        if top_p is not None and top_p[i] < 1:
++        if top_p is not None and top_p[i] < 0.999:
+
+# %% nearly 0 is 0
+@@
+-        if min_p is not None and min_p[i] > 0:
++        if min_p is not None and min_p[i] > 1e-3:
 
 # %% no temperature below 0.01
 @@
