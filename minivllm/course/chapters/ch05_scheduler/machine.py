@@ -602,9 +602,9 @@ def play_many(
     sizes += [Sizes.large(rng) for _ in range(large)]
     # A long queue; many steps with few blocks; many admissions in one step.
     sizes += [Sizes(60, 4, 9, 9, 320), Sizes(12, 4, 6, 16, 320)]
-    sizes += [Sizes(600, 4, 200, budget, 150, at_once=True) for budget in (250, 1200)]
     # Long prompts, in long chunks.
     sizes.append(Sizes(700, 16, 3, 1500, 7, prompt=3000))
+    sizes += [Sizes(600, 4, 200, budget, 150, at_once=True) for budget in (1200, 250)]
     done = [0, 0, 0]
     for number, size in enumerate(sizes):
         try:
