@@ -96,7 +96,7 @@ def _cases() -> list[tuple]:
         _case([7, 33], (3, 16, 8), 1, 4, 3),
         _case([130], (1, 4, 8), 1, 4, 2),
         _case([270], (1, 16, 32), 1, 16, 3),
-        _case([4200], (1, 32, 4), 1, 32, 1),
+        _case([4200], (1, 32, 4), 1, 128, 1),
     ]
 
 
@@ -412,7 +412,7 @@ def _engine_decode(kernel: Any) -> Callable:
             GROUP=heads // k_cache.shape[1],
             D=dim,
             SIZE=k_cache.shape[2],
-            TILE=16,
+            TILE=64,
         )
         return merge_attention(out, lse)
 
