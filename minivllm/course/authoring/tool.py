@@ -279,7 +279,8 @@ def execute(path: Path) -> list[str]:
     if not (found := problems(notebook)):
         # Validates the notebook, too.
         nbformat.write(notebook, path)
-        if path.stem in PICTURES:
+        # A solution has its chapter's name, and no picture.
+        if path.stem in PICTURES and path.resolve().parent.name == "notebooks":
             target = path.parent / PICTURES[path.stem][1]
             target.write_bytes(picture_of(notebook, PICTURES[path.stem][0]))
     return found
