@@ -3,7 +3,7 @@
 ::
 
     server = start_server("--max-queue=8", max_num_seqs=4)
-    point = await server.offer(requests=40, rate=10.0)    # what the clients saw, as `served` sums up
+    point = await server.offer(requests=40, rate=10.0)    # what its clients saw
     server.close()
 
 It is `minivllm serve` on a free port of loopback, in a process of its own. It ends with `close`, or

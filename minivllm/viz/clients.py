@@ -128,12 +128,13 @@ def draw_lines(
     title: str,
     axes: tuple[str, str],
     *,
+    note: str = "",
     logarithmic: bool = False,
 ) -> Figure:
     """Draw curves through their points, with a legend at the side.
 
-    curves: name -> points (x, y), ascending in x. axes: what x and y are. ValueError where a curve
-    has no point.
+    curves: name -> points (x, y), ascending in x. axes: what x and y are. note: what there is to
+    see, for the caption. logarithmic: both axes. ValueError where a curve has no point.
     """
     if not curves or not all(curves.values()):
         raise ValueError("a curve without points")
@@ -148,28 +149,63 @@ def draw_lines(
     for name, set_label in zip(axes, (ax.set_xlabel, ax.set_ylabel), strict=True):
         set_label(name, fontsize=9.5, color=palette.SOFT_INK)
     ax.grid(color=palette.LINE, linewidth=0.5, alpha=0.6)
-    ax.set_xlim(left=0)
     if logarithmic:
+        ax.set_xscale("log", base=2)
         ax.set_yscale("log")
-        ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+        ax.set_xticks([x for x, _ in next(iter(curves.values()))])
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_formatter(lambda value, _: _number(value))
     else:
+        ax.set_xlim(left=0)
         ax.set_ylim(bottom=0)
     side_legend(ax, handles, list(curves), axes[1].capitalize())
     said = "; ".join(
-        f"{name}: {', '.join(f'{y:,.3g} at {x:,.3g}' for x, y in points)}"
+        f"{name}: {', '.join(f'{_number(y)} at {_number(x)}' for x, y in points)}"
         for name, points in curves.items()
     )
-    last = {name: points[-1][1] for name, points in curves.items()}
-    top = max(last, key=lambda name: last[name])
-    describe(
-        figure,
-        f"Chart: {title[0].lower()}{title[1:]}, {axes[1]} against {axes[0]}. {said}.",
-        f"At the right end, “{top}” is the highest." if len(curves) > 1 else f"{title}.",
-    )
+    alt = f"Chart: {title[0].lower()}{title[1:]}, {axes[1]} against {axes[0]}. {said}."
+    describe(figure, alt, note or f"{title}.")
     return figure
 
 
+def _number(value: float) -> str:
+    """Three significant digits at least: 0.195, 10.4, 1,024."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 # --- what clients saw -----------------------------------------------------------------------------
+
+
+def draw_request(arrivals: Sequence[float], num_tokens: int) -> Figure:
+    """Draw what one client saw of its request: when the events came, TTFT, and the rest.
+
+    arrivals: seconds from sending to each event. num_tokens: of the answer. ValueError for fewer
+    than two events.
+    """
+    if len(arrivals) < 2:
+        raise ValueError("two events at least are drawn")
+    times = [1e3 * time for time in arrivals]
+    first, last = times[0], times[-1]
+    figure = Figure(1.9)
+    ax = figure.add_axes((0.03, 0.3, 0.94, 0.5))
+    plain_axes(ax)
+    ax.spines["left"].set_visible(False)
+    ax.set_yticks([])
+    ax.set(xlim=(-0.01 * last, 1.01 * last), ylim=(0, 3))
+    ax.vlines(times, 0.1, 0.9, color=palette.REQUESTS[0], linewidth=2)
+    spans = ((0, first, "TTFT", 1), (first, last, f"{num_tokens - 1} × TPOT", 0))
+    for begin, end, name, color in spans:
+        ax.barh(1.5, end - begin, left=begin, height=0.35, color=palette.REQUESTS[color])
+        ax.text((begin + end) / 2, 2.3, name, ha="center", va="center", color=palette.INK)
+    ax.set_xlabel("milliseconds since the request was sent", fontsize=9.5, color=palette.SOFT_INK)
+    ax.set_title("One request, as its client saw it", loc="left", **_BOLD)
+    describe(
+        figure,
+        f"Chart: {len(times)} events of one answer of {num_tokens} tokens, the first after"
+        f" {first:.0f}, the last after {last:.0f} milliseconds.",
+        "The events of one answer: first a wait, then a steady stream.",
+    )
+    return figure
 
 
 def draw_seen(rows: Mapping[str, Sequence[tuple[float, float]]], title: str) -> Figure:
@@ -198,16 +234,16 @@ def draw_seen(rows: Mapping[str, Sequence[tuple[float, float]]], title: str) -> 
         ax.grid(color=palette.LINE, linewidth=0.5, alpha=0.6)
     figure.text(0.01, 0.94, title, **_BOLD)
     told = [
-        f"{name}: {len(seen)} requests, half of them in up to"
-        f" {statistics.median(s for _, s in seen):.3g}, the slowest in"
-        f" {max(s for _, s in seen):.3g} seconds"
+        f"{name}: {len(seen)} requests, half of them up to"
+        f" {statistics.median(s for _, s in seen):.3g}, the slowest {max(s for _, s in seen):.3g}"
         for name, seen in rows.items()
     ]
     counts = {name: sum(s > most / 4 for _, s in seen) for name, seen in rows.items()}
     described = ", ".join(f"{count} in “{name}”" for name, count in counts.items())
     describe(
         figure,
-        f"Charts: how long each request took, by the time at which it was due. {'; '.join(told)}.",
+        "Charts: the seconds that each request took, by the time at which it was due."
+        f" {'; '.join(told)}.",
         f"So many requests took more than a quarter of the longest time: {described}.",
     )
     return figure
