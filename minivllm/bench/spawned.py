@@ -19,6 +19,8 @@ from minivllm.errors import ConfigError
 
 #: Seconds that the server may take to end.
 _PATIENCE = 15.0
+#: A process that ends the server when its stdin ends, so when this process has ended, however.
+_WATCH = "import os, signal, sys; sys.stdin.read(); os.kill(int(sys.argv[1]), signal.SIGTERM)"
 
 
 @contextlib.contextmanager
@@ -55,10 +57,18 @@ def spawned(
                 stderr=subprocess.STDOUT,
                 env=environment,
             )
+        watch = subprocess.Popen(
+            [sys.executable, "-I", "-c", _WATCH, str(process.pid)],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
         try:
             say("serve: the server starts")
             yield _address(process, log, time.monotonic() + start_seconds)
         finally:
+            # First: once the server has ended, its number may be another process's.
+            watch.kill()
+            watch.communicate()
             _end(process)
 
 
