@@ -654,8 +654,8 @@ TERMS: tuple[Term, ...] = (
         "server-sent events",
         "12",
         "serving/responses.py:event",
-        "How a server streams over HTTP: each event is a line `data: …` and an empty line."
-        " OpenAI's API ends a stream with `data: [DONE]`.",
+        "How a server streams over HTTP: a line that begins with `data:` for each event, and an"
+        " empty line after it. OpenAI's API ends a stream with the event `[DONE]`.",
     ),
     Term(
         "Poisson arrivals",
@@ -668,8 +668,8 @@ TERMS: tuple[Term, ...] = (
         "open and closed loop",
         "12",
         "bench/clients.py:Load.run",
-        "Two kinds of load. Open: requests come at a rate, whatever the server does. Closed:"
-        " each client sends its next request when the last one has ended.",
+        "In an open loop, requests come at a rate, whatever the server does. In a closed loop, each"
+        " client sends its next request when its last one has ended.",
     ),
     Term(
         "coordinated omission",
