@@ -326,6 +326,7 @@ MODULES = {
         "engine/trace.py",
         "errors.py",
     ),
+    "12": ("serving/async_llm.py", "serving/core_loop.py", "bench/loads.py", "bench/served.py"),
 }
 
 

@@ -9,7 +9,7 @@
 The engine's steps run in a process or a thread of their own. The event loop never waits for a step:
 it puts requests into a queue and is woken once per step with everything that the step brought. A
 step never waits for the event loop, or for a caller that reads slowly: what a request gained while
-nobody read is joined into one output. The names are vLLM's.
+nobody read is joined into one output. The names are vLLM's. Taught in notebooks/12_serving.ipynb.
 """
 
 from __future__ import annotations

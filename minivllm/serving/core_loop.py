@@ -3,7 +3,7 @@
 The loop is the only one that touches the engine. It runs in a thread or in a process of its own
 (core_client.py), so a step never waits for the event loop: `send` only puts news into a queue.
 Between two steps it takes in everything that has arrived. With nothing to compute, it sleeps until
-a message comes.
+a message comes. Taught in notebooks/12_serving.ipynb.
 """
 
 from __future__ import annotations

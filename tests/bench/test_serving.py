@@ -31,7 +31,7 @@ from minivllm.cli.bench import app
 from minivllm.errors import ConfigError
 from support.fake_server import Answer, Fake, fake_server
 from support.pictures import MAX_PNG_BYTES
-from support.servers import server
+from support.servers import server, wait_for
 
 SERVER = Server(Endpoint("127.0.0.1", 1), "fake", None, 1000, None)
 SMALL = ["--input", "4-9", "--output", "3-6", "--warmup", "2"]
@@ -578,3 +578,19 @@ def test_a_server_of_its_own() -> None:
 def test_a_server_that_does_not_start_says_why() -> None:
     with pytest.raises(ConfigError, match="did not start"), spawned("/nowhere"):
         pytest.fail("it started")
+
+
+@pytest.mark.slow
+def test_a_server_of_its_own_ends_when_its_owner_is_killed() -> None:
+    code = (
+        "import time; from minivllm.bench.spawned import spawned\n"
+        "with spawned(None, ['device=cpu', 'num_kv_blocks=64']) as url:\n"
+        "    print(url, flush=True)\n"
+        "    time.sleep(600)"
+    )
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as owner:
+        endpoint = Endpoint.parse(owner.stdout.readline().strip())
+        assert serving.is_alive(endpoint)
+        owner.kill()
+    wait_for(lambda: not serving.is_alive(endpoint))
