@@ -68,6 +68,16 @@ class Tokenizer:
         self._chat_templates = _templates_of_config(path, self.config)
         self._worker = TemplateWorker()
 
+    @property
+    def info(self) -> dict[str, Any]:
+        """tokenizer_config.json for a client that tokenizes itself: special tokens as texts, and
+        the default chat template, whichever file it is in.
+        """
+        found = {**self.config, **self.special_tokens}
+        if (source := self._all_templates.get("default")) is not None:
+            found["chat_template"] = source.text
+        return found
+
     def close(self) -> None:
         """End the process that renders chat templates. It starts again when needed."""
         self._worker.close()

@@ -8,7 +8,6 @@ requests: its task is cancelled, and with it the streams of the engine.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import Awaitable
 from typing import Any, TypeVar
@@ -221,13 +220,10 @@ def _add_tokens(app: FastAPI, state: ServerState) -> None:
         text = await asyncio.to_thread(tokenizer().decode, body.tokens, False)
         return {"prompt": text}
 
-    @app.get("/tokenizer_info", responses={401: ERRORS[401]})
+    @app.get("/tokenizer_info", responses={400: ERRORS[400], 401: ERRORS[401]})
     async def tokenizer_info() -> dict[str, Any]:
         """The checkpoint's tokenizer_config.json, for clients that tokenize themselves."""
-        file = state.llm.model_path / "tokenizer_config.json"
-        if not file.exists():
-            return {}
-        found: dict[str, Any] = json.loads(await asyncio.to_thread(file.read_text, "utf-8"))
+        found: dict[str, Any] = await asyncio.to_thread(lambda: tokenizer().info)
         return found
 
 

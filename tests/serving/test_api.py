@@ -189,7 +189,9 @@ def test_models_tokens_and_operations(running: Running) -> None:
     assert found["count"] == len(found["tokens"])
     assert "".join(found["token_strs"]) == STORY
     assert ask(running, "/detokenize", {"tokens": found["tokens"]}) == {"prompt": STORY}
-    assert client.get("/tokenizer_info").json()["eos_token"]
+    found = client.get("/tokenizer_info").json()
+    assert (found["eos_token"], found["bos_token"]) == ("<|im_end|>", None)
+    assert "<|im_start|>" in found["chat_template"]
     assert client.get("/health").status_code == 200
     assert client.get("/version").json()["version"]
     text = client.get("/metrics").text
