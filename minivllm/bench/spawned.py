@@ -26,16 +26,23 @@ def spawned(
     model: str | None,
     engine: Sequence[str] = (),
     *,
+    core: str = "process",
     key: str | None = None,
     start_seconds: float = 1800.0,
 ) -> Iterator[str]:
     """The address of a server that runs until the context ends.
 
-    engine: options as "block_size=16". key: what clients must send. start_seconds: how long it may
-    take to answer. Raises `ConfigError` with the end of its log where it does not start.
+    engine: options as "block_size=16". core: where it runs. key: what clients must send.
+    start_seconds: how long it may take to answer. Raises `ConfigError` with the end of its log
+    where it does not start.
     """
     command = [sys.executable, "-m", "minivllm", "serve", *([model] if model else [])]
-    command += ["--port=0", "--drain-seconds=1", *(f"--engine={option}" for option in engine)]
+    command += [
+        "--port=0",
+        "--drain-seconds=1",
+        f"--core={core}",
+        *(f"--engine={option}" for option in engine),
+    ]
     # Not among the arguments, which every user of the machine can read.
     environment = {**os.environ, **({"MINIVLLM_API_KEY": key} if key else {})}
     with tempfile.TemporaryDirectory() as folder, _ended_by_sigterm():
