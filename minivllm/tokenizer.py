@@ -682,7 +682,7 @@ class Detokenizer:
     def _accept(self, new_text: str, check_stop: bool) -> str | None:
         old_length = len(self.text)
         self.text += new_text
-        if not check_stop:
+        if not check_stop or not self._stops:
             return None
         found = [(self.text.find(s, max(0, old_length - len(s) + 1)), s) for s in self._stops]
         found = [(position, s) for position, s in found if position >= 0]
@@ -693,7 +693,7 @@ class Detokenizer:
         return stop
 
     def _num_held_back(self) -> int:
-        if self._include_stop:
+        if self._include_stop or not self._stops:
             return 0
         return max(
             (k for s in self._stops for k in range(1, len(s)) if self.text.endswith(s[:k])),
