@@ -93,6 +93,11 @@ class Tokenizer:
         """One more than the greatest token id."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Each token's text -> its id."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
     def to_json(self) -> str:
         """The tokenizer in the format of tokenizer.json, with the tokens of the other files."""
         return self._tokenizer.to_str()

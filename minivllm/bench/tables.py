@@ -54,12 +54,23 @@ def _show_batch(report: dict[str, Any]) -> None:
             f" ({floor['flops'] / floor['seconds'] / 1e9:.0f} GFLOP/s); minivllm takes"
             f" {ours / floor['seconds']:.2f} × that."
         )
+    if "speculation" in report:
+        console.print(acceptance_line(report["speculation"]))
     if "step_parts" in report:
         parts = ", ".join(
             f"{name} {share:.0%}" for name, share in report["step_parts"].items() if share >= 0.005
         )
         console.print(f"Where the time goes: {parts}.")
     console.print(f"{machine(report)}.")
+
+
+def acceptance_line(found: dict[str, Any]) -> str:
+    """What became of the proposals of speculative decoding."""
+    shares = ", ".join(f"{share:.0%}" for share in found["accepted_per_position"])
+    return (
+        f"Speculation: {found['accepted']:,} of {found['proposed']:,} proposed tokens accepted in"
+        f" {found['drafts']:,} verifications (per position: {shares or 'none'})."
+    )
 
 
 def _table(title: str, *columns: str) -> Table:

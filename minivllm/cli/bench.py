@@ -19,7 +19,7 @@ from minivllm.bench.cases import CASES, KERNELS, Workload
 from minivllm.bench.costs import Rates
 from minivllm.bench.shapes import SHAPES, shape_directory
 from minivllm.cli import options
-from minivllm.cli.options import Engine
+from minivllm.cli.options import Engine, engine_options
 from minivllm.cli.stdio import FAILED, Commands
 from minivllm.config import DTYPES
 from minivllm.errors import ConfigError
@@ -216,6 +216,10 @@ def throughput(
     dummy_weights: Annotated[
         bool, typer.Option(help="Random weights; needs only config.json.")
     ] = False,
+    speculative_config: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help="Speculative decoding, as LLM(...) takes it."),
+    ] = None,
     max_seconds: MaxSeconds = None,
     out: Out = None,
 ) -> None:
@@ -233,6 +237,8 @@ def throughput(
         "max_num_batched_tokens": max_num_batched_tokens,
         "load_format": "dummy" if dummy_weights else "auto",
     }
+    if speculative_config is not None:
+        options |= engine_options([f"speculative_config={speculative_config}"])
     with _model(model, shape) as (path, more):
         options |= more
         if names:

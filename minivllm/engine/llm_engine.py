@@ -302,6 +302,8 @@ class LLMEngine:
         self._is_closed = True
         self.core.close()
         self.core.model_runner.release()
+        if self.core.speculator is not None:
+            self.core.speculator.release()
         if self.tokenizer is not None:
             self.tokenizer.close()
 
@@ -309,8 +311,9 @@ class LLMEngine:
         """A snapshot of the counters."""
         self._recover_if_cut_short()
         core, processor = self.core, self.processor
+        stats = vars(core.scheduler.stats)
         return EngineMetrics(
-            **vars(core.scheduler.stats),
+            **{**stats, "num_accepted_tokens_per_pos": [*stats["num_accepted_tokens_per_pos"]]},
             num_generated_tokens=processor.num_generated_tokens,
             num_finished_requests=processor.num_finished_requests,
             num_kv_blocks=self.config.num_kv_blocks,

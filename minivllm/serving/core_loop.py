@@ -149,12 +149,14 @@ class Viewer:
         step = wire.Step(**vars(records[-1]))
         step.finished = [name for record in records for name in record.finished]
         step.preempted = [name for record in records for name in record.preempted]
-        step.texts, step.new_token_ids = {}, {}
+        step.texts, step.new_token_ids, step.rejected_texts = {}, {}, {}
         for record in records:
             if self._with_text and self._texts is not None:
                 self._texts.add(record)
                 for name, text in record.texts.items():
                     step.texts[name] = step.texts.get(name, "") + text
+        if self._with_text:
+            step.rejected_texts = records[-1].rejected_texts
         # A sequence may come and go between two steps that are shown.
         appeared = {name for record in records for name in (*record.running, *record.waiting)}
         step.prompts = {name: self._prompt(name) for name in sorted(appeared - self._known)}

@@ -412,7 +412,7 @@ def _engine_decode(kernel: Any) -> Callable:
             GROUP=heads // k_cache.shape[1],
             D=dim,
             SIZE=k_cache.shape[2],
-            TILE=16,
+            TILE=64,
         )
         return merge_attention(out, lse)
 
