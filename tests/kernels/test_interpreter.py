@@ -41,7 +41,8 @@ def test_all_names_are_replaced_and_come_back(monkeypatch: pytest.MonkeyPatch) -
     softmax(torch.randn(2, 5))
     assert len(before) > 50
     assert seen[0] == before
-    assert seen[1:] and not any(seen[1:])
+    assert seen[1:]
+    assert not any(seen[1:])
     assert builtins() == before
 
 
