@@ -246,7 +246,8 @@ class LLMEngine:
 
     def has_unfinished_requests(self) -> bool:
         """Whether a `step` has anything to compute or to report."""
-        return bool(self.collector.news) or self.get_num_unfinished_requests() > 0
+        requests = self._requests.values()
+        return bool(self.collector.news) or any(not request.is_finished for request in requests)
 
     def get_num_unfinished_requests(self) -> int:
         return sum(not request.is_finished for request in self._requests.values())

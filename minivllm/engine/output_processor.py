@@ -111,7 +111,11 @@ class Request:
 
     @property
     def is_finished(self) -> bool:
-        return all(completion.is_finished for completion in self.completions)
+        # A plain loop: this is asked for each token of a stream, and `all` makes a generator.
+        for completion in self.completions:  # noqa: SIM110
+            if completion.settled[1] is None:
+                return False
+        return True
 
     @property
     def has_news(self) -> bool:

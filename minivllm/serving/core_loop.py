@@ -55,13 +55,13 @@ class CoreLoop:
         """Serve until `Close`. An error of a step ends the loop and is raised."""
         while not self._is_closed:
             self._take_in()
-            if not self._is_closed and self.engine.get_num_unfinished_requests():
+            if not self._is_closed and self.engine.has_unfinished_requests():
                 self.engine.advance()
             self._report()
 
     def _take_in(self) -> None:
         """Handle the messages that have arrived; without work, wait for one."""
-        if not self.engine.get_num_unfinished_requests() and not self.collector.news:
+        if not self.engine.has_unfinished_requests() and not self.collector.news:
             self._handle(self.inbox.get())
         while not self._is_closed:
             try:

@@ -31,17 +31,16 @@ def usage_of(outputs: list[RequestOutput]) -> dict[str, Any]:
     )
 
 
+#: Made once: `json.dumps` with options makes an encoder in each call.
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
+
 def to_json(value: Any) -> str:
     """JSON without spaces. Infinite logprobs, which JSON has not, become -9999.0 as in vLLM."""
     try:
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        return _encode(value)
     except ValueError:
-        return json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":"))
-
-
-def event(value: Any) -> str:
-    """A value as one server-sent event."""
-    return f"data: {to_json(value)}\n\n"
+        return _encode(_finite(value))
 
 
 def _finite(value: Any) -> Any:

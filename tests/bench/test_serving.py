@@ -535,6 +535,8 @@ def test_what_does_not_fit_the_server() -> None:
         (["model"], "need --spawn"),
         (["-e", "block_size=16"], "need --spawn"),
         (["--spawn", "-e", "blok_size=16"], "block_size"),
+        (["--offline"], "need --spawn"),
+        (["--spawn", "--core", "planet"], "thread"),
     ],
 )
 def test_mistakes_are_refused(arguments: list[str], why: str) -> None:
@@ -572,6 +574,26 @@ def test_a_server_of_its_own() -> None:
     said = bench("--spawn", *options, "--api-key", "secret")
     assert "3 of 3" in said
     assert "secret" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("core", ["process", "thread"])
+def test_what_serving_costs(tmp_path: Path, core: str) -> None:
+    """The same requests in `LLM.generate`, for closed loops only."""
+    out = tmp_path / "r.json"
+    options = ["-e", "device=cpu", "-e", "num_kv_blocks=64", "--requests", "6", *SMALL]
+    loads = ["--clients", "2", "--rate", "50", "--core", core, "--offline", "--save", str(out)]
+    said = bench("--spawn", *options, *loads)
+    assert "LLM.generate" in said
+    report = json.loads(out.read_text())
+    assert report["server"]["spawned"]["core"] == core
+    closed, arrivals = report["points"]
+    assert "offline" not in arrivals
+    found = closed["offline"]
+    assert found["output_tokens_per_second"]["min"] > 0
+    share = closed["output_tokens_per_second"] / found["output_tokens_per_second"]["median"]
+    assert found["share"] == pytest.approx(share)
+    assert f"{share:.0%}" in said
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -122,6 +123,25 @@ def test_a_chat_that_continues_its_last_message(running: Running) -> None:
     assert answer["choices"][0]["message"]["content"] == same["choices"][0]["text"]
 
 
+def test_64_at_once_are_those_of_generate(running: Running, llm: LLM) -> None:
+    """Half of them as streams; each with a seed of its own, and with the model's own top_p."""
+    defaults = llm.get_default_sampling_params()
+    assert defaults.top_p == 0.95
+    prompts = [f"Tell me a story about fox number {n}." for n in range(64)]
+    own = [defaults.clone(temperature=0.9, seed=n, max_tokens=16) for n in range(64)]
+    expected = [o.outputs[0].text for o in llm.generate(prompts, own, use_tqdm=False)]
+
+    def one(n: int) -> str:
+        body = {"prompt": prompts[n], "temperature": 0.9, "seed": n, "max_tokens": 16}
+        found = ask(running, "/v1/completions", {**body, "stream": n % 2 == 0})
+        chunks = found if n % 2 == 0 else [found]
+        return "".join(chunk["choices"][0]["text"] for chunk in chunks)
+
+    with ThreadPoolExecutor(64) as pool:
+        assert list(pool.map(one, range(64))) == expected
+    assert running.is_idle()
+
+
 def test_usage_in_a_stream(running: Running) -> None:
     body = {"prompt": STORY, "stream": True, **GREEDY}
     *chunks, last = ask(
@@ -189,7 +209,9 @@ def test_models_tokens_and_operations(running: Running) -> None:
     assert found["count"] == len(found["tokens"])
     assert "".join(found["token_strs"]) == STORY
     assert ask(running, "/detokenize", {"tokens": found["tokens"]}) == {"prompt": STORY}
-    assert client.get("/tokenizer_info").json()["eos_token"]
+    found = client.get("/tokenizer_info").json()
+    assert (found["eos_token"], found["bos_token"]) == ("<|im_end|>", None)
+    assert "<|im_start|>" in found["chat_template"]
     assert client.get("/health").status_code == 200
     assert client.get("/version").json()["version"]
     text = client.get("/metrics").text
