@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import random
 import signal
@@ -98,6 +99,31 @@ def test_what_is_kept_between_calls_is_seen(make, name: str) -> None:
         diagnose(make(), CASES, double)
     assert caught.value.name == name
     assert "call" in caught.value.message
+
+
+def test_a_right_call_that_comes_after_others_is_told_from_a_wrong_one() -> None:
+    kept: dict[int, torch.Tensor] = {}
+    calls: list[int] = []
+
+    def by_length(x: torch.Tensor) -> torch.Tensor:
+        return kept.setdefault(len(x), 2 * x)
+
+    def wrong_and_counting(x: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x))
+        return 3 * x
+
+    @functools.lru_cache
+    def factor(length: int) -> int:
+        return 2 if factor.cache_info().currsize == 0 else 3
+
+    cases = [(torch.ones(3),), (torch.arange(1.0, 4.0),), (torch.ones(5),)]
+    answers = {"keeps-state": (by_length, lambda x: factor(len(x)) * x)}
+    answers["wrong-values"] = (wrong_and_counting,)
+    for name, functions in answers.items():
+        for answer in functions:
+            with pytest.raises(Mistake) as found:
+                diagnose(answer, cases, double)
+            assert found.value.name == name
 
 
 def test_a_cache_of_sums_is_seen() -> None:

@@ -11,6 +11,7 @@ from minivllm.course.grading.compare import difference, is_tensor, shares_memory
 from minivllm.course.grading.copies import copied
 from minivllm.course.grading.errors import CheckError, Mistake, causes, raised
 from minivllm.course.grading.guard import BEYOND, intact, is_guarded
+from minivllm.course.grading.kept import Memory
 from minivllm.course.stubs import STUB
 
 #: Mistake's name -> (explanation for the learner, wrong implementation, another implementation of
@@ -63,10 +64,11 @@ def diagnose(
     "raised", "wrong-type", "wrong-shape", "wrong-dtype" or "wrong-values", and the message shows
     the smallest failing case.
 
-    An answer that is right in all cases is called again, with other numbers in the same tensors and
-    lists. An answer that keeps something between calls then gives a wrong result ("keeps-state") or
-    overwrites the result of the call before ("result-reused"). twins: False where other numbers are
-    not allowed; then the second call gets the same ones.
+    An answer that is wrong in a case, and right in it once all that it kept is put back, is
+    "keeps-state". An answer that is right in all cases is called again, with other numbers in the
+    same tensors and lists. An answer that keeps something between calls then gives a wrong result
+    ("keeps-state") or overwrites the result of the call before ("result-reused"). twins: False
+    where other numbers are not allowed; then the second call gets the same ones.
 
     A CheckError from inside the answer is passed on: a check may wrap the answer to watch what it
     does.
@@ -122,6 +124,7 @@ class _Comparison:
 
     def judge(self, answer: Callable, suspects: Suspects) -> None:
         """Raise the answer's fault, as `diagnose` describes it."""
+        memory = Memory.of(answer)
         calls = [_call(answer, case, self.writes, self.names) for case in self.cases]
         runs = [run for run, _ in calls]
         failing = [
@@ -129,6 +132,7 @@ class _Comparison:
         ]
         if failing:
             first = min(failing, key=lambda i: _size(self.cases[i]))
+            self._raise_kept(answer, memory, runs[first], first)
             self._raise_known(runs, failing, suspects)
             self._raise_error(runs[first].error, first)
         for i, (_, after) in enumerate(calls):
@@ -143,6 +147,19 @@ class _Comparison:
             raise Mistake(name, f"{share}{self._described(first)}: {what}.")
         for i, (_, after) in enumerate(calls):
             self._require_unchanged(i, after)
+
+    def _raise_kept(self, answer: Callable, memory: Memory, run: _Run, case: int) -> None:
+        """Raise Mistake where the answer is right in this case as soon as it has forgotten."""
+        if isinstance(run.error, CheckError) or not memory.forget():
+            return
+        fresh = _call(answer, self.cases[case], self.writes, self.names)[0]
+        if fresh.differs(self.expected[case], self.tolerances) is None:
+            _, what = run.differs(self.expected[case], self.tolerances) or ("", "")
+            raise Mistake(
+                "keeps-state",
+                f"By itself this call is right, and after other calls it is not: {_KEEPS}\n"
+                f"{self._described(case)}: {what}.",
+            )
 
     def _raise_known(self, runs: list[_Run], failing: list[int], suspects: Suspects) -> None:
         """Raise a CheckError from inside the answer, or the mistake of the first matching suspect.

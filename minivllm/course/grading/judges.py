@@ -275,13 +275,18 @@ ATTENTION = ("scaled_dot_product_attention", "multi_head_attention_forward", "fl
 
 
 def expect_own_work(
-    answer: Callable, case: Sequence[Any], forbidden: Sequence[str], use: str
+    answer: Callable,
+    case: Sequence[Any],
+    forbidden: Sequence[str],
+    use: str,
+    scalars: int | None = None,
 ) -> None:
     """Require that answer(*case) computes by itself what these operations of torch compute.
 
     forbidden: names without spelling: "softmax" stands for `torch.special.softmax`, `aten._softmax`
     and `Tensor.softmax_`, too. The message of Mistake("torch-did-it") says what to use instead. A
-    tensor that leaves torch for NumPy or Python numbers is Mistake("left-torch").
+    tensor that leaves torch for NumPy or Python numbers is Mistake("left-torch"), and so are more
+    than `scalars` numbers that leave it one by one; None: any number may.
     """
     from torch.overrides import TorchFunctionMode
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -318,6 +323,14 @@ def expect_own_work(
             f"The result is right, but your code leaves torch with `{name}` to compute it.\n"
             f"Compute with tensors: use {use}.",
         )
+    taken = plain.count("local_scalar_dense")
+    expect(
+        scalars is None or taken <= scalars,
+        "left-torch",
+        f"The result is right, but your code takes {taken:,} numbers out of torch one by one, to"
+        " compute with them (float, item, a comparison in `if`).\n"
+        f"Compute with tensors: use {use}.",
+    )
 
 
 def expect_triton(instead: str) -> None:

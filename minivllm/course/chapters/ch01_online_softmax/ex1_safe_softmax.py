@@ -101,8 +101,10 @@ def check_safe_softmax(answer: Callable) -> str:
     number = diagnose(answer, cases, softmax_reference, EXERCISE.suspects)
     for (x,) in cases:
         _expect_exact(x, answer(x.clone()))
-    for case in cases:
-        expect_own_work(answer, case, _SOFTMAX, "exp, maxima, sums and quotients")
+    for (x,) in cases:
+        # A loop over rows may look at a few numbers of each.
+        few = 4 * len(x) + 16
+        expect_own_work(answer, (x,), _SOFTMAX, "exp, maxima, sums and quotients", few)
     return f"{number} tables, scores from -3e38 to 20,000"
 
 
@@ -409,6 +411,17 @@ def safe_softmax(x: torch.Tensor) -> torch.Tensor:
         Known(
             "left-torch",
             answers=r"""
+# %% number by number
+def safe_softmax(x: torch.Tensor) -> torch.Tensor:
+    out = []
+    for row in x:
+        values = [float(value) for value in row]
+        m = max(values)
+        weights = [math.exp(value - m) for value in values]
+        total = sum(weights)
+        out.append([weight / total for weight in weights])
+    return torch.tensor(out)
+
 # %% by way of NumPy
 def safe_softmax(x: torch.Tensor) -> torch.Tensor:
     x = x.numpy()

@@ -53,7 +53,8 @@ def _cases() -> list[tuple[torch.Tensor, int]]:
     slow = torch.linspace(-0.2, 0.5, 1200)
     cases += [(slow, 1), (slow, 7)]
     long = torch.randn(1000, generator=random) * 3
-    return [*cases, *((long, block) for block in (5, 100, 128, 999, 1000, 4096))]
+    cases += [(long, block) for block in (5, 100, 128, 999, 1000, 4096)]
+    return [*cases, (torch.randn(5001, generator=random) * 3, 2)]
 
 
 def _right(scores: torch.Tensor, block: int) -> tuple[float, float]:
@@ -329,6 +330,33 @@ def max_and_sum(scores: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.T
             "Your l is Σ exp(score), without the maximum: for large scores that is inf.\nThe"
             " exponents are score - m.",
             suspects=(lambda scores, block: (scores.max().item(), scores.exp().sum().item()),),
+        ),
+        Known(
+            "keeps-state",
+            answers=r"""
+# %% goes on from the row before
+@@
++running = {}
++
++
+ def max_and_sum(scores: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+@@
+-    m, l = torch.tensor(-math.inf), torch.tensor(0.0)
++    m, l = running.get(block, (torch.tensor(-math.inf), torch.tensor(0.0)))
+@@
+-    return m, l
++    running[block] = m, l
++    return m, l
+""",
+        ),
+        Known(
+            "wrong-values",
+            answers=r"""
+# %% stops after 2,000 tiles
+@@
+-    for tile in scores.split(block):
++    for tile in scores.split(block)[:2000]:
+""",
         ),
         Known(
             "wrong-shape",

@@ -63,7 +63,9 @@ def _cases() -> list[Case]:
         case(3, 21, 8, 8, 4, scale=9.0),
         case(130, 20, 4, 1, 7, scale=1.7),
         case(2, 1500, 8, 3, 64),
+        case(1, 2600, 4, 2, 1),
         *_shaped(case),
+        _faint(case),
     ]
 
 
@@ -99,6 +101,14 @@ def _shaped(case: Callable[..., Case]) -> list[Case]:
     deep[0].copy_(torch.tensor([[2.0**60], [2.0**-60]]))
     deep[1].copy_(-(2.0**60) * (1 + torch.arange(11)[:, None] * 5 % 11))
     return [falling, rising, slow, equal, far, low, giant, falls_far, deep, (q, k, v, 0.4, 4)]
+
+
+def _faint(case: Callable[..., Case]) -> Case:
+    """Keys whose weights are about e⁻³⁰, and whose values are so large that they count."""
+    q, k, v, scale, block = case(3, 40, 4, 2, 4, scale=0.5)
+    k[:, 0], q[:, 0] = 0.0, 1.0 / scale
+    k[21:, 0], v[21:] = -30.0, v[21:] * 1e15
+    return q, k, v, scale, block
 
 
 def _right(
@@ -591,6 +601,21 @@ def attend(
         acc = acc * rescale + weights @ v[start : start + block]
         m = new
     return torch.from_numpy((acc / l).astype(np.float32))
+""",
+        ),
+        Known(
+            "wrong-values",
+            answers=r"""
+# %% leaves out tiles whose weights are small
+@@
+         new = torch.maximum(m, scores.amax(dim=1, keepdim=True))
++        if (scores.amax(dim=1, keepdim=True) < new - 20).all():
++            continue
+
+# %% stops after 2,500 tiles
+@@
+-    for tile_k, tile_v in zip(k.split(block), v.split(block)):
++    for tile_k, tile_v in zip(k.split(block)[:2500], v.split(block)):
 """,
         ),
     ),

@@ -96,3 +96,14 @@ def long(queries: int, keys: int, dim: int, seed: int) -> Head:
     key[late, 0] = 1.05
     about = f"the context has {keys:,} tokens, and most of the weight lies on tokens 0 and {late:,}"
     return Head(query, key, head.value, head.scale, about)
+
+
+def faint(dim: int, seed: int) -> Head:
+    """A chunk of 9 after 191: the second half of the past has tiny weights and huge values."""
+    head = plain(9, 200, dim, seed, size=0.5)
+    query, key, value = head.query.clone(), head.key.clone(), head.value.clone()
+    key[:, 0], query[:, 0] = 0.0, 1.0 / head.scale
+    # Tiles of up to 64 hold nothing else, too.
+    key[96:, 0], value[96:] = -30.0, value[96:] * 1e15
+    about = "keys 96 to 199 have weights of about e⁻³⁰, and values of about 10¹⁵: they count, too"
+    return Head(query, key, value, head.scale, about)

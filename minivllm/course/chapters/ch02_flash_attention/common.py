@@ -288,6 +288,14 @@ _CATALOGUE = (
         "same-acc",
     ),
     (
+        "rescaled-without-scale",
+        "The weights are exp(scale · (score - maximum)), and what was summed before is multiplied "
+        "by exp(old - new), where these maxima have no scale in them.\n"
+        "Multiply the scores by scale as soon as you have them: then maxima, weights and factors "
+        "all have it.",
+        "rescale-unscaled",
+    ),
+    (
         "tile-under-its-own-maximum",
         "A tile's weights are taken under its own maximum. Where an earlier tile had a "
         "larger score they are too large.\n"

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from minivllm.course.chapters.ch02_flash_attention.cases import Head, giants, long, plain, steep
+from minivllm.course.chapters.ch02_flash_attention.cases import (
+    Head,
+    faint,
+    giants,
+    long,
+    plain,
+    steep,
+)
 from minivllm.course.chapters.ch02_flash_attention.common import Case, judge, walks
 from minivllm.course.chapters.ch02_flash_attention.walk import Walk, exact
 from minivllm.course.chapters.ch02_flash_attention.watch import (
@@ -47,6 +54,7 @@ def _cases() -> list[Case]:
         (giants(8, 56), 3, 16),
         (long(3, 1300, 8, 57), 2, 2),
         (long(70, 9001, 8, 58), 32, 64),
+        (faint(8, 59), 4, 16),
     ]
     return [Case((*head.args, m, n), head.about) for head, m, n in heads]
 
@@ -224,6 +232,20 @@ EXERCISE = Exercise(
 @@
 -            acc = acc * rescale[:, None] + weights @ value[columns]
 +            acc = acc + weights @ value[columns]
+""",
+        ),
+        Known(
+            "rescaled-without-scale",
+            hint=3,
+            answers=r"""
+# %% the scale in the exponent of the weights alone
+@@
+-        tile = query[rows] * (scale * math.log2(math.e))  # scores in base two
++        tile = query[rows]
+@@
+-            rescale, weights = torch.exp2(m - new), torch.exp2(scores - new[:, None])
++            rescale = torch.exp(m - new)
++            weights = torch.exp((scores - new[:, None]) * scale)
 """,
         ),
         Known(

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from minivllm.course.chapters.ch02_flash_attention.cases import Head, giants, long, plain, steep
+from minivllm.course.chapters.ch02_flash_attention.cases import (
+    Head,
+    faint,
+    giants,
+    long,
+    plain,
+    steep,
+)
 from minivllm.course.chapters.ch02_flash_attention.common import Case, judge, walks
 from minivllm.course.chapters.ch02_flash_attention.walk import Walk, exact
 from minivllm.course.chapters.ch02_flash_attention.watch import expect_own_attention, watch
@@ -36,6 +43,8 @@ def _heads() -> list[tuple[Head, int]]:
         (giants(8, 121), 4),
         (plain(9, 31, 8, 123, scale=1.0), 8),
         (long(5, 1300, 8, 122), 4),
+        (long(3, 9001, 8, 124), 64),
+        (faint(8, 125), 16),
     ]
 
 
@@ -275,6 +284,13 @@ def chunk_attention(
 -        for first in range(0, min(past + top + block, len(key)), block):
 +        end = min(past + top + block, len(key))
 +        for first in range(max(0, (end - 8 * block) // block * block), end, block):
+
+# %% notes all tiles, and multiplies those of the last 2,048 tokens
+@@
+-            columns = torch.arange(first, min(first + block, len(key)))
++            if first < past + top - 2048:
++                continue
++            columns = torch.arange(first, min(first + block, len(key)))
 """,
         ),
         Known(

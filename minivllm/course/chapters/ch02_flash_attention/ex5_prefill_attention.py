@@ -7,7 +7,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from minivllm.course.chapters.ch02_flash_attention.cases import Head, giants, long, plain, steep
+from minivllm.course.chapters.ch02_flash_attention.cases import (
+    Head,
+    faint,
+    giants,
+    long,
+    plain,
+    steep,
+)
 from minivllm.course.chapters.ch02_flash_attention.common import TOLERANCES, Case, judge, walks
 from minivllm.course.chapters.ch02_flash_attention.paged import Prefill, Shape, batch
 from minivllm.course.chapters.ch02_flash_attention.walk import Walk
@@ -39,11 +46,14 @@ def _cases() -> list[Case]:
         batch([(33, 70), (64, 64), (17, 80)], Shape(6, 2, 8, 32), 8),
         batch([(30, 150), (5, 200)], Shape(2, 2, 12, 16), 10, nowhere=True),
         batch([(130, 257), (2, 129)], Shape(3, 1, 8, 5), 11),
+        # One new token after a past; and blocks so large that the table is narrow.
+        batch([(1, 150), (1, 20), (3, 70)], Shape(4, 2, 8, 64), 13),
     ]
     cases = [Case(args) for args in batches]
     for heads, where in (
         ([steep(8, 60), plain(3, 20, 8, 61), giants(8, 62)], "in the first and the last request"),
         ([plain(3, 20, 8, 63), long(3, 9001, 8, 64)], "in the last request"),
+        ([faint(8, 65), plain(3, 20, 8, 66)], "in the first request"),
     ):
         requests = [(len(head.query), len(head.key)) for head in heads]
         args = batch(requests, Shape(2, 1, 8, 16), 12, special=dict(enumerate(heads)))
@@ -558,6 +568,28 @@ def prefill_attention(
 @@
 -    for first in range(0, len(key), 64):
 +    for first in range(max(0, len(key) - 256) // 64 * 64, len(key), 64):
+
+# %% a single new token sees itself alone
+@@
+-        for head in range(heads):
++        if rows.stop - rows.start == 1:
++            keys, values = keys[:, -1:], values[:, -1:]
++        for head in range(heads):
+""",
+        ),
+        Known(
+            "wrong-values",
+            answers=r"""
+# %% leaves out tiles whose weights are small
+@@
+         new = torch.maximum(m, scores.amax(dim=1, keepdim=True))
++        if (scores.amax(dim=1, keepdim=True) < new - 12).all():
++            continue
+
+# %% as many tokens as a table of blocks of 16 has
+@@
+     for i, context in enumerate(seq_lens.tolist()):
++        context = min(context, 16 * block_table.shape[1])
 """,
         ),
     ),

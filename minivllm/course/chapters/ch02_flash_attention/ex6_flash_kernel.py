@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from minivllm.course.chapters.ch02_flash_attention.cases import giants, long, plain, steep
+from minivllm.course.chapters.ch02_flash_attention.cases import faint, giants, long, plain, steep
 from minivllm.course.chapters.ch02_flash_attention.common import Case, judge, walks
 from minivllm.course.chapters.ch02_flash_attention.walk import LOG2E, Walk, exact
 from minivllm.course.grading.accesses import Accesses, accesses
@@ -42,6 +42,7 @@ def _cases() -> list[Case]:
         (steep(16, 253), 16, 16),
         (giants(16, 254), 16, 32),
         (long(3, 4201, 16, 255), 16, 64),
+        (faint(16, 256), 16, 16),
     ]
     return [
         Case((guarded(*head.query.shape), *map(guard, head.args[:3]), head.scale, m, n), head.about)

@@ -37,11 +37,13 @@ def described(attend: Attend) -> tuple[str, str] | None:
         (33, 33, 43),
         (5, 2500, 41),
         (150, 200, 44),
+        (1, 60, 45),
     ):
         found = _compared(attend, queries, keys, seed)
         if found:
             name, text = found
-            return name, f"Tried with {queries} queries after {keys - queries} keys: {text}"
+            who = "1 query" if queries == 1 else f"{queries} queries"
+            return name, f"Tried with {who} after {keys - queries} keys: {text}"
     return None
 
 
@@ -97,18 +99,19 @@ def _seen_in(
         )
     # A small weight beside others that are too large is not none.
     nothing = (mine.abs() <= _NONE * float(mine.abs().max())) & (mine.abs() < 0.1 * right)
-    left_out = ((right > least) & nothing).nonzero().flatten().tolist()
-    if left_out:
+    if bool(((right > least) & nothing).any()):
+        # Name those of little weight, too: which keys are missing tells why.
+        left_out = ((right > 0) & nothing).nonzero().flatten().tolist()
         return (
             "keys-left-out",
-            f"{who}gives no weight to {_keys(left_out, width)}, which it may see.",
+            f"{who}gives no weight to {_keys(left_out, width, position)}, which it may see.",
         )
     again = _counted_twice(mine, right, least)
     if again:
         return (
             "keys-counted-twice",
-            f"{who}{_keys(again, width)} weigh twice as much beside the other keys as they should:"
-            " as if their tile were visited twice.",
+            f"{who}the weight of {_keys(again, width)} is twice what it should be beside the other"
+            " keys: as if their tile were visited twice.",
         )
     total = float(mine.sum())
     if abs(total - 1) > 1e-3:
@@ -161,11 +164,13 @@ def _ratios(mine: torch.Tensor, right: torch.Tensor, width: int, position: int) 
         else:
             runs.append([group])
     for run in runs:
-        yield f"{_keys(run, width)}: {factor[run[0]]:.3g} times"
+        yield f"{_keys(run, width, position)}: {factor[run[0]]:.3g} times"
 
 
-def _keys(groups: list[int], width: int) -> str:
+def _keys(groups: list[int], width: int, last: int | None = None) -> str:
+    """The keys of these groups, in words; those after `last` are left out."""
     keys = [key for group in groups for key in range(group * width, (group + 1) * width)]
+    keys = [key for key in keys if last is None or key <= last]
     return f"key {keys[0]}" if len(keys) == 1 else f"keys {_listed(keys)}"
 
 

@@ -42,6 +42,7 @@ class _Sums:
     acc: torch.Tensor
     l: torch.Tensor
     m: torch.Tensor
+    scale: float
     walked: int = 0
 
 
@@ -82,7 +83,7 @@ class Walk:
         out = torch.empty_like(query)
         for top in range(0, len(query), block_m):
             rows = torch.arange(top, min(top + block_m, len(query)))
-            sums = self._sums(len(rows), value.shape[1])
+            sums = self._sums(len(rows), value.shape[1], scale)
             end = self._end(past, rows, room, block_m, block_n)
             for first in range(self._start(past, block_n), end, block_n):
                 last = min(first + block_n, end if "cut" in self.how else len(key))
@@ -116,12 +117,13 @@ class Walk:
         }
         return next((factors[word] for word in self.how & factors.keys()), scale)
 
-    def _sums(self, rows: int, dim: int) -> _Sums:
+    def _sums(self, rows: int, dim: int, scale: float) -> _Sums:
         import torch
 
         low = LOW if "start-at-a-number" in self.how else -INF
         start = 0.0 if "start-at-zero" in self.how else low
-        return _Sums(torch.zeros(rows, dim), torch.zeros(rows), torch.full((rows,), start))
+        m = torch.full((rows,), start)
+        return _Sums(torch.zeros(rows, dim), torch.zeros(rows), m, scale)
 
     def _start(self, past: int, block_n: int) -> int:
         starts = {"walk-of-the-chunk": past, "walk-of-the-chunk's-tiles": past // block_n * block_n}
@@ -190,7 +192,7 @@ class Walk:
         if "padded" in how and len(scores) < block_m:  # rows that do not exist have scores of 0
             new = new.clamp(min=0.0)
         weights = self._weights(seen, sums.m, new)
-        rescale = self._rescale(sums.m, new)
+        rescale = self._rescale(sums.m, new, sums.scale)
         total = weights.sum(dim=1)
         if "sum-before-mask" in how:
             total = torch.exp(scores - new[:, None]).sum(dim=1)
@@ -221,7 +223,7 @@ class Walk:
             under = old
         return torch.exp(scores - under[:, None])
 
-    def _rescale(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    def _rescale(self, old: torch.Tensor, new: torch.Tensor, scale: float) -> torch.Tensor:
         """The factor for the old sums."""
         import torch
 
@@ -229,6 +231,8 @@ class Walk:
             return torch.ones_like(old)
         if "rescale-inverted" in self.how:
             return torch.exp(new - old)
+        if "rescale-unscaled" in self.how:
+            return torch.exp((old - new) / scale)
         # Maxima and weights are in base two, and the factor is not; and the other way round.
         if "rescale-base-e" in self.how:
             return torch.exp((old - new) * LOG2E)

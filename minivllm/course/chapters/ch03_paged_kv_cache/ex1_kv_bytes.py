@@ -27,6 +27,7 @@ _MODELS = (
     _Model(1, 64, 4, 1, 16),
     _Model(3, 90, 9, 3, 22),
     _Model(26, 2304, 8, 4, 256),
+    _Model(96, 12288, 96, 96, 128),  # GPT-3
 )
 
 
@@ -59,8 +60,14 @@ def check_kv_bytes(answer: Callable) -> str:
     cases += [(_MODELS[2]._asdict(),)]  # the default
     number = judge(answer, cases, _right, EXERCISE.suspects)
     first, second = cases[0], (_MODELS[4]._asdict(), 4)
-    pairs = one_by_one(first, second)
-    expect_nothing_kept(answer, pairs, _right, "the config is another one")
+    expect_nothing_kept(
+        answer, one_by_one(first, second), _right, "the config or bytes_per_number is another one"
+    )
+    config = _MODELS[0]._asdict()
+    # An answer may remember by some of the entries only.
+    others = [({**config, key: config[key] // 2}, 2) for key in config]
+    pairs = [((config, 2), other) for other in others]
+    expect_nothing_kept(answer, pairs, _right, "one entry of the config is another one")
     return f"{number} models; Qwen3-0.6B takes 114,688 bytes per token, Qwen3-32B 262,144"
 
 
@@ -280,6 +287,15 @@ def kv_bytes_per_token(config: dict[str, int], bytes_per_number: int = 2) -> int
         Known(
             "keeps-state",
             answers=r"""
+# %% cached without the length of a head
+SIZES = {}
+
+
+def kv_bytes_per_token(config: dict[str, int], bytes_per_number: int = 2) -> int:
+    layers, heads = config["num_hidden_layers"], config["num_key_value_heads"]
+    size = 2 * layers * heads * config["head_dim"] * bytes_per_number
+    return SIZES.setdefault((layers, heads, bytes_per_number), size)
+
 # %% cached by the dict's address
 KNOWN = {}
 
@@ -291,6 +307,15 @@ def kv_bytes_per_token(config: dict[str, int], bytes_per_number: int = 2) -> int
         row = config["num_key_value_heads"] * config["head_dim"]
         KNOWN[key] += (row,)
     return KNOWN[key][1] * KNOWN[key][2] * bytes_per_number
+""",
+        ),
+        Known(
+            "wrong-values",
+            answers=r"""
+# %% four megabytes at most
+@@
+-    return 2 * config["num_hidden_layers"] * row * bytes_per_number
++    return min(2 * config["num_hidden_layers"] * row * bytes_per_number, 1 << 22)
 """,
         ),
     ),

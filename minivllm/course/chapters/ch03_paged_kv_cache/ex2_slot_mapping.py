@@ -71,7 +71,8 @@ def _cases() -> list[tuple]:
         ),
         _case(crowd, starts, lens, 12, pad=9),
         _case([[70_001, 65_536, 40_000]], [30], [70], 48),
-        _case([[2_000_000, 300_000_000]], [12], [9], 16, pad=1),
+        _case([[2_000_000, 300_000_001]], [12], [9], 16, pad=1),
+        _case([[2_000_000_001]], [5], [3], 1024),
     ]
 
 
@@ -595,6 +596,22 @@ def slot_mapping(
     out = BUFFERS[pad_to].fill_(-1)
     out[: len(slots)] = torch.tensor(slots, dtype=torch.int64)
     return out
+""",
+        ),
+        Known(
+            "wrong-values",
+            answers=r"""
+# %% the table in float32
+@@
+-    for table, start, count in zip(block_table.tolist(), starts, query_lens):
++    tables = block_table.float().long().tolist()
++    for table, start, count in zip(tables, starts, query_lens):
+
+# %% slots of 40 bits
+@@
+-                table[position // block_size] * block_size + position % block_size
++                (table[position // block_size] * block_size + position % block_size)
++                % 2**40
 """,
         ),
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -46,9 +47,11 @@ def _step(
     *,
     strided: bool = False,
     num_blocks: int = 6,
+    stale: bool = False,
 ) -> tuple:
     """Arguments of store_kv. shape: KV heads, block size, head_dim.
 
+    stale: every other block holds NaN.
     strided: key and value as the engine gives them, as parts of one matrix product's result.
     """
     import torch
@@ -60,6 +63,9 @@ def _step(
     else:
         key, value = torch.randn(2, count, kv_heads, dim, generator=random)
     caches = [guard(torch.randn(num_blocks, *shape, generator=random)) for _ in range(2)]
+    if stale:
+        for cache in caches:
+            cache[::2] = math.nan
     return key, value, *caches, torch.tensor(slots, dtype=torch.int64)
 
 
@@ -79,6 +85,8 @@ def _steps() -> list[tuple]:
         _step((2, 4, 8), [-1, -1], 8),
         _step((2, 4, 8), [], 9),
         _step((3, 12, 2), many.tolist(), 10, strided=True, num_blocks=40),
+        _step((2, 4, 8), [1, -1, 17], 13, stale=True),
+        _step((1, 16, 2), [40_000, 5, 70_003, -1], 14, num_blocks=4_400),
     ]
 
 
@@ -856,6 +864,17 @@ EXERCISE = Exercise(
         Known(
             "keeps-state",
             answers=r"""
+# %% the blocks of a request, by its length
+@@
++kept = {}
++
++
+ def decode_attention(
+@@
+-        blocks = block_table[i, : math.ceil(context / size)]
++        blocks = block_table[i, : math.ceil(context / size)]
++        blocks = kept.setdefault((i, context, size), blocks)
+
 # %% the tables are remembered
 @@
 -    kv_heads, size = k_cache.shape[1:3]
@@ -863,6 +882,21 @@ EXERCISE = Exercise(
 +    tables = decode_attention.__dict__
 +    key = block_table.data_ptr(), tuple(block_table.shape)
 +    _, block_table = tables.setdefault(key, (block_table, block_table.clone()))
+""",
+        ),
+        Known(
+            "wrong-values",
+            answers=r"""
+# %% clears NaN from the cache
+@@
+     wanted = slot_mapping >= 0
++    k_cache.nan_to_num_(0.0)
++    v_cache.nan_to_num_(0.0)
+
+# %% slots of 15 bits
+@@
+-    wanted = slot_mapping >= 0
++    wanted = (slot_mapping >= 0) & (slot_mapping < 1 << 15)
 """,
         ),
     ),

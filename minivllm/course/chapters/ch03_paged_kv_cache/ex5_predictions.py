@@ -113,6 +113,7 @@ def _wasted(size: int, slack: float) -> Prediction:
     """Percent of the slots that are empty in blocks of this size; slack: how far off is fine."""
     right, mean = _empty_share(size), (LONGEST + 1) / 2
     whole, half = 100 * size / (mean + size), 100 * size / 2 / mean
+    shares = [1 - n / (-(-n // size) * size) for n in range(1, LONGEST + 1)]
     usual = {
         "whole-block": (
             whole,
@@ -123,6 +124,12 @@ def _wasted(size: int, slack: float) -> Prediction:
             half,
             "You divide the empty room by the TOKENS. Asked for is its share of the MEMORY in use:"
             " divide by tokens and empty room together.",
+        ),
+        "average-of-shares": (
+            100 * sum(shares) / len(shares),
+            "You take each chat's share of empty room, and average these shares: so a short chat"
+            " counts as much as a long one. Asked for is a share of the memory: all empty room,"
+            " divided by all room.",
         ),
         "not-in-percent": (right / 100, "That is a share, and percent are asked for: times 100."),
         "full-share": (
@@ -328,6 +335,16 @@ EXERCISE = Exercise(
 @@
 -wasted_256 = 100 * 127.5 / (500.5 + 127.5)
 +wasted_256 = 100 * 128 / 500.5
+""",
+        ),
+        Known(
+            "average-of-shares",
+            hint=2,
+            answers=r"""
+# %% chat by chat
+@@
+-wasted_256 = 100 * 127.5 / (500.5 + 127.5)
++wasted_256 = sum(100 * (1 - n / (-(-n // 256) * 256)) for n in range(1, 1001)) / 1000
 """,
         ),
         Known(
