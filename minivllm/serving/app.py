@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -56,18 +56,26 @@ class ClientGoneError(Exception):
 
 
 class EventStream(Response):
-    """Server-sent events, until the events or the client end. Closes the events in both cases."""
+    """Server-sent events, until the events or the client end. Closes the events in both cases.
 
-    def __init__(self, events: AsyncGenerator[str, None]) -> None:
+    at_end: is called in the end, also where no event was asked for.
+    """
+
+    def __init__(
+        self, events: AsyncGenerator[str, None], at_end: Callable[[], None] = lambda: None
+    ) -> None:
         super().__init__(headers=EVENT_HEADERS, media_type="text/event-stream")
         del self.headers["content-length"]
-        self.events = events
+        self.events, self._at_end = events, at_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        with contextlib.suppress(ClientGoneError):
-            await send(start)
-            await unless_gone(receive, self._write(send))
+        try:
+            with contextlib.suppress(ClientGoneError):
+                await send(start)
+                await unless_gone(receive, self._write(send))
+        finally:
+            self._at_end()
 
     async def _write(self, send: Send) -> None:
         async with contextlib.aclosing(self.events) as events:
@@ -163,9 +171,13 @@ def _add_generation(app: FastAPI, state: ServerState) -> None:
         return Job(state, inputs, request.state.request_id, request.state.note)
 
     async def respond(answer: Answer, is_stream: bool | None, request: Request) -> Response:
+        answer.job.take_place()
         if is_stream:
-            return EventStream(answer.events())
-        whole = await unless_gone(request.receive, answer.whole())
+            return EventStream(answer.events(), answer.job.give_place_back)
+        try:
+            whole = await unless_gone(request.receive, answer.whole())
+        finally:
+            answer.job.give_place_back()
         return Response(responses.to_json(whole), media_type="application/json")
 
     @app.post("/v1/completions", responses=ANSWERS)
