@@ -88,8 +88,12 @@ def completion_logprobs(
             tokens.append(token_text(chosen, token_id))
             values.append(chosen.logprob)
             best = sorted(entry.items(), key=lambda pair: pair[1].rank or 0)[:count]
-            tops.append({token_text(found, t): found.logprob for t, found in best})
-            tops[-1].setdefault(tokens[-1], chosen.logprob)  # type: ignore[union-attr]
+            top: dict[str, float] = {}
+            for t, found in best:
+                # Two tokens may have the same text; the likelier one comes first, and stays.
+                top.setdefault(token_text(found, t), found.logprob)
+            top.setdefault(tokens[-1], chosen.logprob)
+            tops.append(top)
         offsets.append(offset)
         offset += len(tokens[-1])
     return {
