@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Self
 from minivllm.compat.options import own_options
 from minivllm.errors import ConfigError
 from minivllm.sampling_params import MAX_LOGPROBS
-from minivllm.validation import Range, annotations_of, check
+from minivllm.validation import Range, annotations_of, check, shown
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,11 @@ DTYPE_ALIASES = {"float": "float32", "half": "float16"}
 CPU_SEQUENCE_BYTES = 1 << 30
 
 Count = Annotated[int, Range(1)]
+
+#: Without prompt_lookup_min and _max: the number of tokens that must occur again, as in vLLM.
+PROMPT_LOOKUP = 5
+#: Without num_speculative_tokens, which only a proposer of the caller's own may leave out.
+NUM_SPECULATIVE_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,98 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class SpeculativeConfig:
+    """Speculative decoding: who proposes tokens, and how many. Names are vLLM's.
+
+    "ngram": where the last tokens have occurred before, the tokens that followed there (prompt
+    lookup). "draft_model": the tokens that a smaller model samples. None: the caller's own
+    `Proposer`. Raises `ConfigError` for a value that does not fit the annotation, and for fields
+    that do not belong together.
+    """
+
+    method: Literal["ngram", "draft_model"] | None = None
+    #: The most tokens that are proposed for a sequence in a step. A sequence whose proposals are
+    #: often rejected gets fewer.
+    num_speculative_tokens: Annotated[int, Range(1, 64)] | None = None
+    #: The draft model: a directory or a hub id. It must have the vocabulary of the engine's model.
+    model: str | None = None
+    #: Of "ngram": the most and the fewest last tokens that are searched for, the most first. One
+    #: of them alone counts for both; None: 5.
+    prompt_lookup_max: Count | None = None
+    prompt_lookup_min: Count | None = None
+    #: Propose nothing while more sequences than this run: then a step computes so much that the
+    #: proposals slow it down. None: 64 on a GPU, 8 on a CPU.
+    disable_by_batch_size: Count | None = None
+
+    @classmethod
+    def of(cls, value: Any) -> Self:
+        """The config that a mapping or a config describes. Raises `ConfigError`."""
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping) or not value:
+            raise ConfigError(
+                "speculative_config must be a dict such as {'method': 'ngram',"
+                f" 'num_speculative_tokens': 4}}, or None, got {shown(value)}."
+            )
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in value:
+            if name not in names:
+                raise ConfigError(
+                    f"speculative_config has no field {shown(name)}; its fields are"
+                    f" {', '.join(names)}."
+                )
+        return cls(**value)
+
+    def __post_init__(self) -> None:
+        values = {name: getattr(self, name) for name in annotations_of(SpeculativeConfig)}
+        if isinstance(self.model, Path):
+            values["model"] = str(self.model)
+        if values["method"] is None and values["model"] is not None:
+            values["method"] = "draft_model"
+        for name, annotation in annotations_of(SpeculativeConfig).items():
+            try:
+                values[name] = check(values[name], annotation)
+            except ValueError as error:
+                raise ConfigError(f"speculative_config: {name} {error}.") from error
+        if values["method"] == "ngram":
+            longest, shortest = values["prompt_lookup_max"], values["prompt_lookup_min"]
+            values["prompt_lookup_max"] = longest or shortest or PROMPT_LOOKUP
+            values["prompt_lookup_min"] = shortest or longest or PROMPT_LOOKUP
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raise `ConfigError` for fields that do not belong together."""
+        lookup = (self.prompt_lookup_min, self.prompt_lookup_max)
+        if self.method == "draft_model" and self.model is None:
+            raise ConfigError(
+                "speculative_config: method='draft_model' needs a model, a directory or a hub id."
+            )
+        if self.method != "draft_model" and self.model is not None:
+            raise ConfigError(
+                f"speculative_config: method={self.method!r} takes no model; leave it out, or use"
+                " method='draft_model'."
+            )
+        if self.method != "ngram" and lookup != (None, None):
+            raise ConfigError(
+                "speculative_config: prompt_lookup_min and prompt_lookup_max belong to"
+                " method='ngram'; leave them out."
+            )
+        if self.method is not None and self.num_speculative_tokens is None:
+            raise ConfigError(
+                "speculative_config: give num_speculative_tokens, the most tokens to propose at a"
+                " time; 4 is a good start."
+            )
+        shortest, longest = self.prompt_lookup_min or 0, self.prompt_lookup_max or 0
+        if shortest > longest:
+            raise ConfigError(
+                f"speculative_config: prompt_lookup_min={shortest} is above"
+                f" prompt_lookup_max={longest}."
+            )
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """How the engine runs. Names are vLLM's where vLLM has them.
 
@@ -160,6 +257,9 @@ class EngineConfig:
     max_logprobs: Annotated[int, Range(-1, 2**31 - 1)] = MAX_LOGPROBS
     #: Record what happens at each step; see `minivllm.engine.trace`.
     trace: bool = False
+    #: Speculative decoding: several tokens per step, and the same text. A mapping is taken as the
+    #: fields of `SpeculativeConfig`. None: off.
+    speculative_config: SpeculativeConfig | None = None
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
@@ -191,6 +291,10 @@ class EngineConfig:
                 value = str(value).removeprefix("torch.")
             if field.name == "dtype" and isinstance(value, str):
                 value = DTYPE_ALIASES.get(value, value)
+            if field.name == "speculative_config":
+                value = None if value is None else SpeculativeConfig.of(value)
+                object.__setattr__(self, field.name, value)
+                continue
             try:
                 value = check(value, annotations[field.name])
             except ValueError as error:
@@ -224,9 +328,26 @@ class EngineConfig:
             "max_model_len": self._resolve_max_model_len(model, dtype, block_size, on_gpu),
             "num_kv_blocks": self.num_kv_blocks or 0,
         }
+        if self.speculative_config is not None:
+            decided |= self._resolve_speculation(self.speculative_config, on_gpu)
         resolved = ResolvedConfig(**{**options, **decided})
         resolved._check_against(model, on_gpu)
         return resolved
+
+    def _resolve_speculation(self, wanted: SpeculativeConfig, on_gpu: bool) -> dict[str, Any]:
+        """What speculative decoding decides: its own fields, and that no step runs ahead."""
+        if self.async_scheduling:
+            raise ConfigError(
+                "async_scheduling=True plans a step before the tokens of the previous one are"
+                " known, and a proposal follows known tokens. Leave async_scheduling or"
+                " speculative_config out."
+            )
+        limit = wanted.disable_by_batch_size or (64 if on_gpu else 8)
+        count = wanted.num_speculative_tokens or NUM_SPECULATIVE_TOKENS
+        resolved = dataclasses.replace(
+            wanted, disable_by_batch_size=limit, num_speculative_tokens=count
+        )
+        return {"async_scheduling": False, "speculative_config": resolved}
 
     def _resolve_max_model_len(
         self, model: ModelConfig, dtype: str, block_size: int, on_gpu: bool

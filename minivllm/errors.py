@@ -110,6 +110,10 @@ class SchedulerStalledError(MiniVLLMError):
     """The scheduler planned nothing although requests wait: your own scheduler has a bug."""
 
 
+class ProposalError(MiniVLLMError, ValueError):
+    """Your own proposer returned something else than a list of token ids for each sequence."""
+
+
 class RankError(MiniVLLMError):
     """Ranks of a tensor-parallel engine can no longer work together. Make a new engine."""
 

@@ -25,13 +25,14 @@ from tqdm.auto import tqdm
 
 from minivllm import inputs
 from minivllm.compat.calls import refuse_arguments, refuse_method
-from minivllm.config import EngineConfig
+from minivllm.config import EngineConfig, SpeculativeConfig
 from minivllm.engine.batch import build_batch
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.engine_core import EnginePieces
 from minivllm.engine.llm_engine import EngineMetrics, LLMEngine
 from minivllm.engine.output_processor import OutputCollector
 from minivllm.engine.scheduler import Scheduler, SchedulerBase
+from minivllm.engine.speculation import Proposer
 from minivllm.engine.trace import Trace
 from minivllm.errors import (
     ConcurrentUseError,
@@ -41,7 +42,16 @@ from minivllm.errors import (
 )
 from minivllm.inputs import Message, Params, Prompts, RefusedPrompt, TokensPrompt
 from minivllm.kernels import Kernels
-from minivllm.metrics import COUNTERS, Counter, Gauge, Metric
+from minivllm.metrics import (
+    ACCEPTED_PER_POS,
+    COUNTERS,
+    SPECULATION_COUNTERS,
+    Counter,
+    Gauge,
+    Metric,
+    Vector,
+    per_position,
+)
 from minivllm.outputs import CompletionOutput, RequestOutput, StreamOutput
 from minivllm.parallel.group import TensorParallelGroup
 from minivllm.sampling_params import MAX_LOGPROBS, RequestOutputKind, SamplingParams
@@ -78,6 +88,9 @@ class LLM:
     - async_scheduling: plan a step while the previous one runs. None: True on a GPU, else False.
     - attention_backend: "auto" is "triton" on a GPU and "torch" on a CPU.
     - tensor_parallel_size: the number of ranks, one per GPU, that share the model.
+    - speculative_config: speculative decoding, which verifies several proposed tokens per step and
+      gives the same text: a dict with vLLM's names, such as ``{"method": "ngram",
+      "num_speculative_tokens": 4}``; see `SpeculativeConfig`. None: off.
 
     Model and requests
 
@@ -90,7 +103,7 @@ class LLM:
     - trace: record what happens at each step; see `minivllm.engine.trace`.
 
     Your own pieces in place of the package's, and a group of ranks that have met already: kernels,
-    block_manager_cls, scheduler_cls, model_cls, build_batch, group.
+    block_manager_cls, scheduler_cls, model_cls, build_batch, proposer, group.
 
     Raises `ConfigError` for a value that cannot work. Options that only vLLM has (vllm_options) are
     refused with a hint at what to do instead, unless their value asks for what minivllm does
@@ -121,11 +134,13 @@ class LLM:
         generation_config: Literal["auto", "vllm"] = "auto",
         max_logprobs: int = MAX_LOGPROBS,
         trace: bool = False,
+        speculative_config: Mapping[str, Any] | SpeculativeConfig | None = None,
         kernels: Kernels | None = None,
         block_manager_cls: Callable[..., BlockManager] = BlockManager,
         scheduler_cls: Callable[..., SchedulerBase] = Scheduler,
         model_cls: Callable[..., Any] | None = None,
         build_batch: Callable[..., Any] = build_batch,
+        proposer: Proposer | None = None,
         group: TensorParallelGroup | None = None,
         **vllm_options: Any,
     ) -> None:
@@ -149,10 +164,13 @@ class LLM:
             generation_config=generation_config,
             max_logprobs=max_logprobs,
             trace=trace,
+            speculative_config=speculative_config,
             **vllm_options,
         )
         config = EngineConfig.from_options(options)
-        pieces = EnginePieces(kernels, block_manager_cls, scheduler_cls, model_cls, build_batch)
+        pieces = EnginePieces(
+            kernels, block_manager_cls, scheduler_cls, model_cls, build_batch, proposer
+        )
         engine = LLMEngine(model, config=config, pieces=pieces, group=group)
         self.llm_engine: LLMEngine | None = engine
         #: The calls that are under way, and the thread of each. A stream may be open while
@@ -190,12 +208,18 @@ class LLM:
         labels = {"model_name": engine.model_path.name, "engine": "0"}
         running, waiting = len(engine.scheduler.running), len(engine.scheduler.waiting)
         usage = found.num_used_kv_blocks / found.num_kv_blocks
+        names, accepted = dict(COUNTERS), []
+        if (wanted := engine.config.speculative_config) is not None:
+            names |= SPECULATION_COUNTERS
+            most, counts = wanted.num_speculative_tokens or 0, found.num_accepted_tokens_per_pos
+            accepted = [Vector(ACCEPTED_PER_POS, labels, per_position(counts, most))]
         return [
             Gauge("vllm:num_requests_running", labels, running),
             Gauge("vllm:num_requests_waiting", labels, waiting),
             # 1.0 means that the cache is full.
             Gauge("vllm:kv_cache_usage_perc", labels, usage),
-            *(Counter(name, labels, getattr(found, field)) for name, field in COUNTERS.items()),
+            *(Counter(name, labels, getattr(found, field)) for name, field in names.items()),
+            *accepted,
         ]
 
     def get_default_sampling_params(self) -> SamplingParams:

@@ -22,6 +22,13 @@ class Counter(Metric):
 
 
 @dataclass
+class Vector(Metric):
+    """Several numbers that only grow, one per position."""
+
+    values: list[int]
+
+
+@dataclass
 class Gauge(Metric):
     """A number that may rise and fall."""
 
@@ -45,3 +52,16 @@ COUNTERS = {
     "vllm:generation_tokens": "num_generated_tokens",
     "vllm:request_success": "num_finished_requests",
 }
+
+#: The same for an engine with speculative decoding. Others do not report these.
+SPECULATION_COUNTERS = {
+    "vllm:spec_decode_num_drafts": "num_drafts",
+    "vllm:spec_decode_num_draft_tokens": "num_draft_tokens",
+    "vllm:spec_decode_num_accepted_tokens": "num_accepted_tokens",
+}
+ACCEPTED_PER_POS = "vllm:spec_decode_num_accepted_tokens_per_pos"
+
+
+def per_position(counts: list[int], num_speculative_tokens: int) -> list[int]:
+    """How often each proposal was right, for all positions: also those that none has reached."""
+    return counts + [0] * (num_speculative_tokens - len(counts))

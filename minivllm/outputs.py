@@ -59,6 +59,9 @@ class RequestMetrics:
     finished_time: float | None = None
     #: Tokens of the longest completion. TPOT divides by this number.
     num_generation_tokens: int = 0
+    #: With speculative decoding: the proposals that were verified, and the right ones of them.
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
     @property
     def queue_time(self) -> float | None:

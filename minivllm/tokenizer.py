@@ -68,6 +68,16 @@ class Tokenizer:
         self._chat_templates = _templates_of_config(path, self.config)
         self._worker = TemplateWorker()
 
+    @property
+    def info(self) -> dict[str, Any]:
+        """tokenizer_config.json for a client that tokenizes itself: special tokens as texts, and
+        the default chat template, whichever file it is in.
+        """
+        found = {**self.config, **self.special_tokens}
+        if (source := self._all_templates.get("default")) is not None:
+            found["chat_template"] = source.text
+        return found
+
     def close(self) -> None:
         """End the process that renders chat templates. It starts again when needed."""
         self._worker.close()
@@ -82,6 +92,11 @@ class Tokenizer:
     def size(self) -> int:
         """One more than the greatest token id."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Each token's text -> its id."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
 
     def to_json(self) -> str:
         """The tokenizer in the format of tokenizer.json, with the tokens of the other files."""
@@ -672,7 +687,7 @@ class Detokenizer:
     def _accept(self, new_text: str, check_stop: bool) -> str | None:
         old_length = len(self.text)
         self.text += new_text
-        if not check_stop:
+        if not check_stop or not self._stops:
             return None
         found = [(self.text.find(s, max(0, old_length - len(s) + 1)), s) for s in self._stops]
         found = [(position, s) for position, s in found if position >= 0]
@@ -683,7 +698,7 @@ class Detokenizer:
         return stop
 
     def _num_held_back(self) -> int:
-        if self._include_stop:
+        if self._include_stop or not self._stops:
             return 0
         return max(
             (k for s in self._stops for k in range(1, len(s)) if self.text.endswith(s[:k])),

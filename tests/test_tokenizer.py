@@ -150,6 +150,25 @@ def test_special_tokens_reach_templates(tmp_path):
     tokenizer.close()
 
 
+def test_what_a_client_is_told_of_the_tokenizer(tmp_path):
+    """Tokens are texts, and the template is there, in whatever file it is."""
+    token = {"__type": "AddedToken", "content": "<pad>", **TOKEN}
+    write(
+        tmp_path,
+        config={"pad_token": token, "bos_token": None, "chat_template": "old"},
+        special_tokens_map={"eos_token": "<|end|>"},
+    )
+    found = Tokenizer(tmp_path).info
+    assert found == {
+        "pad_token": "<pad>",
+        "bos_token": None,
+        "eos_token": "<|end|>",
+        "chat_template": "old",
+    }
+    (tmp_path / "chat_template.jinja").write_text("new")
+    assert Tokenizer(tmp_path).info["chat_template"] == "new"
+
+
 def test_the_eos_token_of_the_tokenizer(tmp_path):
     assert (
         Tokenizer(BUNDLED_MODEL_PATH).eos_token_id

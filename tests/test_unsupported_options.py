@@ -87,7 +87,7 @@ def test_an_option_of_vllm_is_refused_by_name(name: str) -> None:
         ({"revision": "main"}, "snapshot_download"),
         ({"hf_overrides": {"rope_theta": 1e6}}, "config.json"),
         ({"enable_chunked_prefill": False}, "always computed in chunks"),
-        ({"max_num_seqs": 4, "speculative_config": {"method": "ngram"}}, "speculate"),
+        ({"speculative_model": "somewhere", "max_num_seqs": 4}, "give speculative_config="),
     ],
     ids=str,
 )

@@ -1,6 +1,7 @@
 """What `minivllm bench serve` sends: its settings, read from the command line, and the requests.
 
-Light, like the client processes: a wrong option is refused before torch is imported.
+Light, like the client processes: a wrong option is refused before torch is imported. Taught in
+notebooks/12_serving.ipynb.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 TTFT is the time from sending a request (or, at a rate, from when it was due) to its first chunk; if
 the request takes a new connection, making that is part of it.
 TPOT is the time from the first chunk to the last, divided by the tokens but one: where a chunk
-holds several tokens, their time is shared out evenly. Gaps are those between chunks.
+holds several tokens, their time is shared out evenly. Gaps are those between chunks. Taught in
+notebooks/12_serving.ipynb.
 """
 
 from __future__ import annotations

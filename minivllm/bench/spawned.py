@@ -19,6 +19,8 @@ from minivllm.errors import ConfigError
 
 #: Seconds that the server may take to end.
 _PATIENCE = 15.0
+#: A process that ends the server when its stdin ends, so when this process has ended, however.
+_WATCH = "import os, signal, sys; sys.stdin.read(); os.kill(int(sys.argv[1]), signal.SIGTERM)"
 
 
 @contextlib.contextmanager
@@ -26,16 +28,23 @@ def spawned(
     model: str | None,
     engine: Sequence[str] = (),
     *,
+    flags: Sequence[str] = (),
     key: str | None = None,
     start_seconds: float = 1800.0,
 ) -> Iterator[str]:
     """The address of a server that runs until the context ends.
 
-    engine: options as "block_size=16". key: what clients must send. start_seconds: how long it may
-    take to answer. Raises `ConfigError` with the end of its log where it does not start.
+    engine: options as "block_size=16". flags: of the command, as "--max-queue=8". key: what clients
+    must send. start_seconds: how long it may take to answer. Raises `ConfigError` with the end of
+    its log where it does not start.
     """
     command = [sys.executable, "-m", "minivllm", "serve", *([model] if model else [])]
-    command += ["--port=0", "--drain-seconds=1", *(f"--engine={option}" for option in engine)]
+    command += [
+        "--port=0",
+        "--drain-seconds=1",
+        *(f"--engine={option}" for option in engine),
+        *flags,
+    ]
     # Not among the arguments, which every user of the machine can read.
     environment = {**os.environ, **({"MINIVLLM_API_KEY": key} if key else {})}
     with tempfile.TemporaryDirectory() as folder, _ended_by_sigterm():
@@ -48,10 +57,18 @@ def spawned(
                 stderr=subprocess.STDOUT,
                 env=environment,
             )
+        watch = subprocess.Popen(
+            [sys.executable, "-I", "-c", _WATCH, str(process.pid)],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
         try:
             say("serve: the server starts")
             yield _address(process, log, time.monotonic() + start_seconds)
         finally:
+            # First: once the server has ended, its number may be another process's.
+            watch.kill()
+            watch.communicate()
             _end(process)
 
 

@@ -54,12 +54,23 @@ def _show_batch(report: dict[str, Any]) -> None:
             f" ({floor['flops'] / floor['seconds'] / 1e9:.0f} GFLOP/s); minivllm takes"
             f" {ours / floor['seconds']:.2f} × that."
         )
+    if "speculation" in report:
+        console.print(acceptance_line(report["speculation"]))
     if "step_parts" in report:
         parts = ", ".join(
             f"{name} {share:.0%}" for name, share in report["step_parts"].items() if share >= 0.005
         )
         console.print(f"Where the time goes: {parts}.")
     console.print(f"{machine(report)}.")
+
+
+def acceptance_line(found: dict[str, Any]) -> str:
+    """What became of the proposals of speculative decoding."""
+    shares = ", ".join(f"{share:.0%}" for share in found["accepted_per_position"])
+    return (
+        f"Speculation: {found['accepted']:,} of {found['proposed']:,} proposed tokens accepted in"
+        f" {found['drafts']:,} verifications (per position: {shares or 'none'})."
+    )
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -263,6 +274,7 @@ def _serve(report: dict[str, Any]) -> Iterable[Table | Text]:
     settings = report["settings"]
     lengths = " + ".join("…".join(map(str, settings[kind])) for kind in ("input", "output"))
     has_slo = bool(settings["slo"])
+    is_compared = any("offline" in point for point in report["points"])
     targets = ", ".join(f"{name} ≤ {1e3 * most:g} ms" for name, most in settings["slo"].items())
     table = _table(
         f"A server under load, {report['model']}: {lengths} tokens",
@@ -272,6 +284,7 @@ def _serve(report: dict[str, Any]) -> Iterable[Table | Text]:
         "output tokens/s",
         "prompt tokens/s",
         *([f"{targets}", "good requests/s"] if has_slo else []),
+        *(["LLM.generate: tokens/s", "the server's share"] if is_compared else []),
         "busiest client",
     )
     times = _table(
@@ -286,6 +299,10 @@ def _serve(report: dict[str, Any]) -> Iterable[Table | Text]:
         name = load_name(point)
         good = point.get("goodput")
         kept = [f"{good['share']:.0%}", f"{good['requests_per_second']:,.2f}"] if good else []
+        if is_compared:
+            own = point.get("offline")
+            rate = _range(own["output_tokens_per_second"], 0) if own else ""
+            kept += [rate, f"{own['share']:.0%}" if own else ""]
         table.add_row(
             name,
             f"{point['completed']:,} of {point['planned']:,}",

@@ -30,6 +30,7 @@ from minivllm.bench.report import Deadline, attempt, environment, say, spread
 from minivllm.bench.roofline import case_floor
 from minivllm.bench.running import drain
 from minivllm.bench.timing import measure_rates, rates_of
+from minivllm.engine.llm_engine import EngineMetrics
 from minivllm.errors import ConfigError
 from minivllm.kernels import Kernels
 from minivllm.layers.linear import Linear
@@ -216,6 +217,8 @@ def run(
             theirs / ours for theirs, ours in zip(times[name], times["minivllm"], strict=True)
         ]
         report["results"][name]["minivllm_is_faster_by"] = spread(ratios)
+    if engine.config.speculative_config is not None:
+        report["speculation"] = acceptance(llm.metrics())
     if engine.config.device == "cpu":
         report["floor"] = _floor(llm, prompts, output_lens)
         kernels = engine.model_runner.sampler.kernels
@@ -282,6 +285,27 @@ def run_cases(
     }
 
 
+def acceptance(after: EngineMetrics, before: EngineMetrics | None = None) -> dict[str, Any]:
+    """What became of the proposals between two snapshots of an engine's counters.
+
+    accepted_per_position: the share of the steps with proposals in which the first, second, ...
+    proposal was right.
+    """
+    before = before or EngineMetrics()
+    drafts = after.num_drafts - before.num_drafts
+    earlier = before.num_accepted_tokens_per_pos
+    counts = [
+        count - (earlier[position] if position < len(earlier) else 0)
+        for position, count in enumerate(after.num_accepted_tokens_per_pos)
+    ]
+    return {
+        "drafts": drafts,
+        "proposed": after.num_draft_tokens - before.num_draft_tokens,
+        "accepted": after.num_accepted_tokens - before.num_accepted_tokens,
+        "accepted_per_position": [count / max(drafts, 1) for count in counts],
+    }
+
+
 def _run_case(llm: LLM, workload: Workload, repeats: int, deadline: Deadline) -> dict[str, Any]:
     prompts, output_lens = workload.draw(llm.llm_engine.model_config.vocab_size)
     runner = minivllm_runner(llm, workload.temperature)
@@ -301,6 +325,7 @@ def _run_case(llm: LLM, workload: Workload, repeats: int, deadline: Deadline) ->
         "prompt_tokens_per_second": spread([num_prompt / t for t in times]),
         "steps": (after.num_steps - before.num_steps) // len(times),
         "preemptions": after.num_preemptions - before.num_preemptions,
+        **({"speculation": acceptance(after, before)} if after.num_drafts else {}),
     }
 
 

@@ -19,7 +19,7 @@ from minivllm.bench.cases import CASES, KERNELS, Workload
 from minivllm.bench.costs import Rates
 from minivllm.bench.shapes import SHAPES, shape_directory
 from minivllm.cli import options
-from minivllm.cli.options import Engine
+from minivllm.cli.options import Engine, engine_options
 from minivllm.cli.stdio import FAILED, Commands
 from minivllm.config import DTYPES
 from minivllm.errors import ConfigError
@@ -216,6 +216,10 @@ def throughput(
     dummy_weights: Annotated[
         bool, typer.Option(help="Random weights; needs only config.json.")
     ] = False,
+    speculative_config: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help="Speculative decoding, as LLM(...) takes it."),
+    ] = None,
     max_seconds: MaxSeconds = None,
     out: Out = None,
 ) -> None:
@@ -233,6 +237,8 @@ def throughput(
         "max_num_batched_tokens": max_num_batched_tokens,
         "load_format": "dummy" if dummy_weights else "auto",
     }
+    if speculative_config is not None:
+        options |= engine_options([f"speculative_config={speculative_config}"])
     with _model(model, shape) as (path, more):
         options |= more
         if names:
@@ -539,6 +545,15 @@ def serve(
         bool, typer.Option("--spawn", help="Start `minivllm serve [MODEL]` here, and end it.")
     ] = False,
     engine: Engine = None,
+    core: Annotated[
+        str, typer.Option(help='Where --spawn runs the engine: in a "process" or a "thread".')
+    ] = "process",
+    offline: Annotated[
+        bool,
+        typer.Option(
+            "--offline", help="Run the requests of closed loops through LLM.generate, too."
+        ),
+    ] = False,
     api_key: Annotated[
         str | None,
         typer.Option(
@@ -617,9 +632,12 @@ def serve(
     """
     from minivllm.bench import loads
 
-    if not spawn and (model or engine):
-        raise typer.BadParameter("MODEL and --engine need --spawn", param_hint="--spawn")
-    options.engine_options(engine)
+    if not spawn and (model or engine or offline):
+        wanting = "MODEL, --engine and --offline need --spawn"
+        raise typer.BadParameter(wanting, param_hint="--spawn")
+    if core not in ("process", "thread"):
+        raise typer.BadParameter(f'{core!r} is not "process" or "thread"', param_hint="--core")
+    engine_options = options.engine_options(engine)
     settings = loads.Settings(
         clients=tuple(_numbers(clients, "--clients") or (() if rate else (8,))),
         rates=_read(loads.parse_rates, rate, "--rate") if rate is not None else (),
@@ -635,7 +653,12 @@ def serve(
         timeout=timeout,
         slo=_read(loads.parse_slo, slo or [], "--slo"),
     )
-    report = _served(settings, base_url, api_key, (model, engine or []) if spawn else None)
+    own = (model, engine or [], core) if spawn else None
+    report = _served(settings, base_url, api_key, own)
+    if offline:
+        from minivllm.bench.offline import compare
+
+        compare(report, settings, model, engine_options)
     _finish(report, out)
     if picture is not None:
         _draw_served(report, picture)
@@ -652,17 +675,18 @@ def _read(parse: Callable[[T], Any], given: T, option: str) -> Any:
 
 
 def _served(
-    settings: Settings, url: str, key: str | None, spawn: tuple[str | None, list[str]] | None
+    settings: Settings, url: str, key: str | None, spawn: tuple[str | None, list[str], str] | None
 ) -> dict[str, Any]:
-    """The report of a server. spawn: the model and the engine options of one of our own."""
+    """The report of a server. spawn: the model, the engine options and the core of our own."""
     from minivllm.bench.serving import run
 
     if spawn is None:
         return run(url, settings, key=key)
     from minivllm.bench.spawned import spawned
 
-    with spawned(*spawn, key=key) as own:
-        found = {"model": spawn[0] or "bundled", "engine": spawn[1]}
+    model, engine, core = spawn
+    with spawned(model, engine, flags=[f"--core={core}"], key=key) as own:
+        found = {"model": model or "bundled", "engine": engine, "core": core}
         return run(own, settings, key=key, spawned=found)
 
 

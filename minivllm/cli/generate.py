@@ -29,6 +29,7 @@ from minivllm.sampling_params import SamplingParams
 from minivllm.text import one_line
 
 if TYPE_CHECKING:
+    from minivllm.engine.llm_engine import EngineMetrics
     from minivllm.llm import LLM
 
 
@@ -105,7 +106,14 @@ def _print_stats(llm: LLM, first_text: float | None) -> None:
         f"{metrics.num_generated_tokens} tokens in {metrics.step_time:.2f} s of {metrics.num_steps}"
         f" steps ({metrics.num_generated_tokens / max(metrics.step_time, 1e-9):.0f} tokens/s);"
         f" {first}; {metrics.prefix_cache_hits} of {metrics.prefix_cache_queries} prompt tokens"
-        " from the prefix cache",
+        " from the prefix cache" + _acceptance(metrics),
         dim=True,
         err=True,
     )
+
+
+def _acceptance(metrics: EngineMetrics) -> str:
+    """What became of the proposals, if any were made."""
+    if not metrics.num_draft_tokens:
+        return ""
+    return f"; {metrics.num_accepted_tokens} of {metrics.num_draft_tokens} proposed tokens accepted"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import fields
 from difflib import get_close_matches
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin, g
 
 import typer
 
-from minivllm.config import EngineConfig
+from minivllm.config import EngineConfig, SpeculativeConfig
 from minivllm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -169,10 +170,23 @@ def _as_option(value: str, kind: Any) -> Any:
                 return number(value)
             except ValueError:
                 pass
+    if SpeculativeConfig in members:
+        return _as_mapping(value)
     if str in members or not {bool, int, float} & set(members):
         return value
     names = {bool: "on or off", int: "a whole number", float: "a number", type(None): "none"}
     raise ValueError(" or ".join(names[member] for member in names if member in members))
+
+
+def _as_mapping(value: str) -> dict[str, Any]:
+    """An option that has fields, written in JSON. Raises ValueError with what is wanted."""
+    try:
+        found = json.loads(value)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError('a JSON object such as \'{"method": "ngram", ...}\', or none')
+    return found
 
 
 def require_number(value: float, option: str) -> None:

@@ -86,10 +86,15 @@ MISSING = (
         " those",
     ),
     Missing(
-        "speculative_config speculative_model num_speculative_tokens num_lookahead_slots"
-        " spec_method spec_model spec_tokens per_request_spec_decode_metrics",
-        "minivllm does not speculate; leave it out, and the text is the same",
+        "speculative_model num_speculative_tokens num_lookahead_slots spec_method spec_model"
+        " spec_tokens",
+        "give speculative_config={'method': ..., 'num_speculative_tokens': ...}",
         (None, 0, {}, "none"),
+    ),
+    Missing(
+        "per_request_spec_decode_metrics",
+        "every `RequestOutput.metrics` counts the request's proposals already",
+        (None, False, True),
     ),
     Missing(
         "structured_outputs_config guided_decoding_backend guided_decoding_disable_fallback "

@@ -272,6 +272,7 @@ ROAD = (
     Stop("09_tensor_parallel", "engine", "one model on several GPUs", ("03", "05", "06", "07")),
     Stop("10_measuring", "use", "how fast it is, and how fast it could be", ("07",), ("08",)),
     Stop("11_using_minivllm", "use", "every option, with an example", ("07",)),
+    Stop("12_serving", "use", "many clients, one engine", ("05", "07")),
 )
 
 
@@ -325,6 +326,7 @@ MODULES = {
         "engine/trace.py",
         "errors.py",
     ),
+    "12": ("serving/async_llm.py", "serving/core_loop.py", "bench/loads.py", "bench/served.py"),
 }
 
 

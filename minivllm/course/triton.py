@@ -11,6 +11,9 @@ try:
     import triton
     import triton.language as tl
 
+    from minivllm.kernels._interpreter import quicken
+
+    quicken()
     HAS_TRITON = True
 except ImportError:
     from minivllm.kernels._triton import tl, triton

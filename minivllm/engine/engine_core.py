@@ -24,19 +24,21 @@ from typing import Any
 import torch
 import xxhash
 
-from minivllm.config import EngineConfig, ModelConfig, ResolvedConfig
+from minivllm.config import EngineConfig, ModelConfig, ResolvedConfig, SpeculativeConfig
 from minivllm.engine.batch import build_batch
 from minivllm.engine.block_manager import BlockManager
+from minivllm.engine.draft_model import DraftModel, check_vocabulary, draft_config
 from minivllm.engine.model_runner import ModelRunner, StepResult
 from minivllm.engine.sampler import TokenLogprobs
 from minivllm.engine.scheduler import Scheduler, SchedulerBase
-from minivllm.engine.sequence import ScheduledBatch, Sequence
+from minivllm.engine.sequence import ScheduledBatch, ScheduledSequence, Sequence
+from minivllm.engine.speculation import NgramProposer, Proposer, Speculator
 from minivllm.engine.trace import StepRecord, Trace, label, new_trace, record_step
-from minivllm.errors import SchedulerStalledError, UnsupportedFeatureError
+from minivllm.errors import ConfigError, SchedulerStalledError, UnsupportedFeatureError
 from minivllm.kernels import Kernels
 from minivllm.kernels.cpu import choose_onednn
 from minivllm.kernels.sampling import NOT_A_TOKEN
-from minivllm.models.loader import load_config, weight_shapes
+from minivllm.models.loader import load_config, resolve_model_path, weight_shapes
 from minivllm.parallel.group import SINGLE, TensorParallelGroup
 from minivllm.parallel.launch import EngineRanks, pick_device
 from minivllm.sampling_params import SamplingParams
@@ -57,6 +59,8 @@ class EnginePieces:
     scheduler_cls: Callable[..., SchedulerBase] = Scheduler
     model_cls: Callable[..., Any] | None = None
     build_batch: Callable[..., Any] = build_batch
+    #: None: the one that speculative_config names, if any.
+    proposer: Proposer | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -75,6 +79,9 @@ class SequenceOutput:
     #: Logprobs of the whole step. Those of token_ids[i] stand in row `row + i`.
     logprobs: TokenLogprobs | None = None
     row: int = 0
+    #: The proposals that the step has verified for the sequence, and the right ones among them.
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 @dataclass(eq=False)
@@ -123,6 +130,8 @@ class EngineCore:
         group: TensorParallelGroup | None = None,
     ) -> None:
         device = pick_device(config.device)
+        if pieces.proposer is not None and config.speculative_config is None:
+            config = replace(config, speculative_config=SpeculativeConfig())
         self.model_path, self.model_config = model_path, load_config(model_path)
         self.config = replace(config, device=device).resolve(
             self.model_config, device.partition(":")[0]
@@ -138,6 +147,8 @@ class EngineCore:
             kernels = pieces.kernels or choose_kernels(
                 self.config, self.model_config, self.ranks.group
             )
+            # A draft model first: the KV cache takes what memory is left.
+            self.speculator = self._new_speculator()
             self.model_runner = ModelRunner(
                 model_path,
                 self.model_config,
@@ -166,6 +177,7 @@ class EngineCore:
         self._depth = int(self.config.async_scheduling)
         self.peak_used_kv_blocks = 0
         self.scheduler = self._new_scheduler()
+        self._check_takes_proposals()
         self._sequences: dict[int, Sequence] = {}  # unfinished sequences
         self._in_flight: deque[tuple[ScheduledBatch, StepResult, StepRecord | None]] = deque()
         #: The objects of `StepOutput.outputs`, used again in every step: with some hundred new
@@ -199,6 +211,8 @@ class EngineCore:
             seq = self._sequences.pop(seq_id, None)
             if seq is not None and not seq.is_finished:
                 self.scheduler.finish(seq, reason, stop_reason)
+                if self.speculator is not None:
+                    self.speculator.forget(seq_id)
                 self.ranks.mirror("finish", [seq_id], reason, stop_reason)
                 if reason == "stop" and self._last_record is not None:
                     self._last_record.finished.append(label(seq))
@@ -231,6 +245,8 @@ class EngineCore:
         scheduler = self._new_scheduler()
         scheduler.stats = self.scheduler.stats
         self.model_runner.forget_sequences()
+        if self.speculator is not None:
+            self.speculator.restart()
         self._in_flight.clear()
         self._sequences = {seq.seq_id: seq for seq in sequences}
         for seq in self._sequences.values():
@@ -251,6 +267,8 @@ class EngineCore:
         output = StepOutput(time.perf_counter())
         try:
             self.ranks.agree(self, self._state)
+            if self.speculator is not None:
+                self.speculator.propose(self.scheduler)
             batch = self.scheduler.schedule()
             if batch:
                 self._launch(batch, output)
@@ -308,16 +326,35 @@ class EngineCore:
             found.logprobs, found.row = result.logprobs, row_of.get(id(item), 0)
             if found.finish_reason is not None:
                 self._sequences.pop(seq.seq_id, None)
+        if self.speculator is not None:
+            self._note_proposals(self.speculator, accepted, outputs)
         output.outputs += outputs
         for item, logprobs in result.prompt_logprobs:
             output.prompt_logprobs.append((item.sequence.seq_id, item.start + 1, logprobs))
         if record is not None:
             record.duration = time.perf_counter() - self._trace_start - record.start_time
             record.new_token_ids = {label(i.sequence): list(i.new_token_ids) for i in accepted}
+            record.num_accepted = {
+                label(i.sequence): i.num_accepted for i in accepted if i.proposed_token_ids
+            }
             record.finished = [label(i.sequence) for i in accepted if i.sequence.is_finished]
             self._last_record = record
             if self.watcher is not None:
                 self.watcher(record)
+
+    def _note_proposals(
+        self,
+        speculator: Speculator,
+        items: list[ScheduledSequence],
+        outputs: list[SequenceOutput],
+    ) -> None:
+        """Report how the proposals of a step have fared, and have the speculator learn from it."""
+        speculator.note(items)
+        for found, item in zip(outputs, items, strict=True):
+            found.num_draft_tokens = len(item.proposed_token_ids)
+            found.num_accepted_tokens = item.num_accepted
+            if found.finish_reason is not None:
+                speculator.forget(found.seq_id)
 
     def _end_failed(self, failed: list[Sequence]) -> None:
         """End sequences whose logits were not finite, and reset the prefix cache.
@@ -342,6 +379,56 @@ class EngineCore:
             plan += [t for seq in scheduler.running for t in (seq.seq_id, *seq.proposed_token_ids)]
         state.update(array("q", [*plan, scheduler.block_manager.num_free_blocks]).tobytes())
         return state.intdigest() >> 1
+
+    def _new_speculator(self) -> Speculator | None:
+        """What proposes tokens, as the config and the caller's pieces say; None if nothing does."""
+        wanted, mine, group = (
+            self.config.speculative_config,
+            self._pieces.proposer,
+            self.ranks.group,
+        )
+        if wanted is None:
+            return None
+        if (wanted.method is None) == (mine is None):
+            raise ConfigError(
+                "speculative_config needs a method, 'ngram' or 'draft_model'."
+                if mine is None
+                else f"speculative_config has method={wanted.method!r}, and there is a proposer,"
+                " too; leave one of them out."
+            )
+        # The other ranks get the proposals of rank 0.
+        proposer = mine
+        if group.rank:
+            proposer = None
+        elif wanted.method == "ngram":
+            proposer = NgramProposer(wanted.prompt_lookup_max or 1, wanted.prompt_lookup_min or 1)
+        elif wanted.method == "draft_model":
+            proposer = self._load_draft(wanted)
+        return Speculator(proposer, wanted, self.model_config.vocab_size, group)
+
+    def _check_takes_proposals(self) -> None:
+        """Raise `ConfigError` if proposals would be ignored."""
+        manager = self.scheduler.block_manager
+        if self.speculator is None or hasattr(manager, "trim"):
+            return
+        self.close()
+        self.speculator.release()
+        self.model_runner.release()
+        raise ConfigError(
+            f"{type(manager).__name__} has no method `trim`, which gives back the blocks of"
+            " rejected proposals: write one, or leave speculative_config out."
+        )
+
+    def _load_draft(self, wanted: SpeculativeConfig) -> DraftModel:
+        path = resolve_model_path(wanted.model or "")
+        model = load_config(path)
+        names_tokens = not self.config.skip_tokenizer_init
+        check_vocabulary(path, model, self.model_path, self.model_config, names_tokens)
+        num_seqs = min(self.config.max_num_seqs, wanted.disable_by_batch_size or 1)
+        config = draft_config(self.config, model, num_seqs)
+        return DraftModel(
+            path, model, config, self._pieces.kernels or choose_kernels(config, model)
+        )
 
     def _new_scheduler(self) -> SchedulerBase:
         config, pieces = self.config, self._pieces

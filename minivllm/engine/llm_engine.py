@@ -246,7 +246,8 @@ class LLMEngine:
 
     def has_unfinished_requests(self) -> bool:
         """Whether a `step` has anything to compute or to report."""
-        return bool(self.collector.news) or self.get_num_unfinished_requests() > 0
+        requests = self._requests.values()
+        return bool(self.collector.news) or any(not request.is_finished for request in requests)
 
     def get_num_unfinished_requests(self) -> int:
         return sum(not request.is_finished for request in self._requests.values())
@@ -301,6 +302,8 @@ class LLMEngine:
         self._is_closed = True
         self.core.close()
         self.core.model_runner.release()
+        if self.core.speculator is not None:
+            self.core.speculator.release()
         if self.tokenizer is not None:
             self.tokenizer.close()
 
@@ -308,8 +311,9 @@ class LLMEngine:
         """A snapshot of the counters."""
         self._recover_if_cut_short()
         core, processor = self.core, self.processor
+        stats = vars(core.scheduler.stats)
         return EngineMetrics(
-            **vars(core.scheduler.stats),
+            **{**stats, "num_accepted_tokens_per_pos": [*stats["num_accepted_tokens_per_pos"]]},
             num_generated_tokens=processor.num_generated_tokens,
             num_finished_requests=processor.num_finished_requests,
             num_kv_blocks=self.config.num_kv_blocks,

@@ -180,6 +180,13 @@ class ModelRunner:
         self._num_blocks[:] = 0
         self._is_ready[:] = False
 
+    def take_back(self, slots: list[int]) -> None:
+        """Forget the newest tokens of these slots. Their next step brings its tokens itself.
+
+        For a driver that changes what it has been given, as a draft model's does with its guesses.
+        """
+        self._is_ready[slots] = False
+
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes per token of this rank's cache, over all layers."""
@@ -239,25 +246,18 @@ class ModelRunner:
         separate step would sample. A proposal is accepted if it equals the sampled token. This is
         the simplest form of speculative decoding (Leviathan et al., 2023).
 
-        logits: [R, V], k + 1 rows for an item with k proposals. Each round samples one row of every
-        item whose proposals are right so far. Then the CPU looks at the tokens, because penalties
-        and bad words count the tokens of earlier rounds.
+        logits: [R, V], k + 1 rows for an item with k proposals.
         """
         numbers = [len(item.sample_positions) for item in items]
         firsts = [
             end - number for end, number in zip(itertools.accumulate(numbers), numbers, strict=True)
         ]
         verified: list[list[int]] = [[] for _ in items]
-        going, number = list(range(len(items))), 0
-        while going:
-            rows = self._tensor([firsts[i] + number for i in going])
-            token_ids = self.sampler.sample(logits[rows], [items[i] for i in going], number)
-            for i, token_id in zip(going, token_ids.tolist(), strict=True):
-                verified[i].append(token_id)
-            going = [
-                i for i in going if verified[i] == list(items[i].proposed_token_ids[: number + 1])
-            ]
-            number += 1
+        keeps_state = self.sampler.keeps_state(slots_of(items))
+        self._sample_at_once(items, logits, np.flatnonzero(~keeps_state).tolist(), verified, firsts)
+        self._sample_in_rounds(
+            items, logits, np.flatnonzero(keeps_state).tolist(), verified, firsts
+        )
         counts = [len(tokens) for tokens in verified]
         rows = self._tensor([f + j for f, n in zip(firsts, counts, strict=True) for j in range(n)])
         token_ids = self._tensor([token_id for tokens in verified for token_id in tokens])
@@ -274,6 +274,61 @@ class ModelRunner:
             if item.proposed_token_ids:
                 self._num_blocks[item.sequence.slot] = num_kept
         return Sampled([], token_ids, logprobs, counts)
+
+    def _sample_at_once(
+        self,
+        items: list[ScheduledSequence],
+        logits: torch.Tensor,
+        places: list[int],
+        verified: list[list[int]],
+        firsts: list[int],
+    ) -> None:
+        """Sample all rows of the items at `places`, and keep what holds in `verified`.
+
+        firsts: each item's first row of the logits.
+        """
+        rows = [(i, number) for i in places for number in range(len(items[i].sample_positions))]
+        if not rows:
+            return
+        token_ids = self.sampler.sample(
+            logits[self._tensor([firsts[i] + number for i, number in rows])],
+            [items[i] for i, _ in rows],
+            [number for _, number in rows],
+        )
+        holds = True
+        for (i, number), token_id in zip(rows, token_ids.tolist(), strict=True):
+            # A token holds if all proposals before it are right.
+            proposals = items[i].proposed_token_ids
+            if number == 0:
+                holds = True
+            elif holds:
+                holds = verified[i][-1] == proposals[number - 1]
+            if holds:
+                verified[i].append(token_id)
+
+    def _sample_in_rounds(
+        self,
+        items: list[ScheduledSequence],
+        logits: torch.Tensor,
+        places: list[int],
+        verified: list[list[int]],
+        firsts: list[int],
+    ) -> None:
+        """As `_sample_at_once`, for items whose sampling keeps a state, such as penalties.
+
+        Each round samples one row of every item whose proposals are right so far. Then the CPU
+        looks at the tokens: those behind a wrong proposal must not be counted.
+        """
+        going, number = places, 0
+        while going:
+            rows = self._tensor([firsts[i] + number for i in going])
+            token_ids = self.sampler.sample(logits[rows], [items[i] for i in going], number)
+            for i, token_id in zip(going, token_ids.tolist(), strict=True):
+                verified[i].append(token_id)
+            going = [
+                i for i in going if verified[i] == list(items[i].proposed_token_ids[: number + 1])
+            ]
+            number += 1
 
     def _replay(self, graphs: DecodeGraphs, items: list[ScheduledSequence]) -> StepResult:
         """Run a step as a recorded graph: every sequence decodes the token that it sampled last."""

@@ -111,7 +111,11 @@ class Request:
 
     @property
     def is_finished(self) -> bool:
-        return all(completion.is_finished for completion in self.completions)
+        # A plain loop: this is asked for each token of a stream, and `all` makes a generator.
+        for completion in self.completions:  # noqa: SIM110
+            if completion.settled[1] is None:
+                return False
+        return True
 
     @property
     def has_news(self) -> bool:
@@ -340,6 +344,9 @@ class OutputProcessor:
             num_tokens = request.completions[index].settled[0]
             if request.metrics.first_token_time is None:
                 request.metrics.first_token_time = now
+            if output.num_draft_tokens:
+                request.metrics.num_draft_tokens += output.num_draft_tokens
+                request.metrics.num_accepted_tokens += output.num_accepted_tokens
             stop_string = request.take(index, output)
             if stop_string is not None:
                 ended.append((output.seq_id, stop_string))

@@ -226,6 +226,8 @@ class Sampler:
         self._seed = np.zeros(num_slots, np.int64)
         self._has_filter = np.zeros(num_slots, bool)
         self._has_penalty = np.zeros(num_slots, bool)
+        # Whether what is sampled next depends on the sampled tokens by more than the model.
+        self._keeps_state = np.zeros(num_slots, bool)
         # Whether the sequence needs more than a recorded graph can do.
         self._needs_edit = np.zeros(num_slots, bool)
         self._edits: list[LogitEdits | None] = [None] * num_slots
@@ -258,6 +260,13 @@ class Sampler:
         """Whether `sample_by_temperature` would be wrong for any of these slots."""
         return bool(self._needs_edit[slots].any())
 
+    def keeps_state(self, slots: abc.Sequence[int]) -> np.ndarray:
+        """For each slot, whether its tokens must be sampled one after another, [N] bool.
+
+        Penalties, bad words and grammars look at the tokens before.
+        """
+        return self._keeps_state[slots]
+
     def sample_by_temperature(
         self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
@@ -285,6 +294,9 @@ class Sampler:
         # Besides its parameters, the sequence's own bad words (as tokens) count.
         self._needs_edit[slot] = not fits_graph(params) or self._has_edits[slot]
         self._masks.admit(seq)
+        self._keeps_state[slot] = bool(
+            params.has_penalty or params.structured_outputs is not None or seq.bad_words
+        )
         if params.has_penalty:
             self._admit_penalties(seq)
 
@@ -299,18 +311,23 @@ class Sampler:
         return token_ids, self.logprobs(logits, token_ids, items)
 
     def sample(
-        self, logits: torch.Tensor, items: abc.Sequence[ScheduledSequence], number: int = 0
+        self,
+        logits: torch.Tensor,
+        items: abc.Sequence[ScheduledSequence],
+        numbers: abc.Sequence[int] | int = 0,
     ) -> torch.Tensor:
         """Sample from logits [R, V], one row per item, and count the tokens as output.
 
-        number: the index of this token among those that the step samples for each item, from 0.
-        The tokens before it have been sampled already. Returns token ids [R] int64.
+        numbers: the index of each row's token among those that the step samples for its item, from
+        0; one number stands for all rows. The tokens before it have been sampled already, or are
+        sampled in this call: items may be in it several times if none of them `keeps_state`.
+        Returns token ids [R] int64.
         """
         slots = np.array(slots_of(items), np.int64)
         positions = np.zeros(len(items), np.int64)
         if self._temperature[slots].any() or self._has_edits[slots].any():
             positions[:] = [item.sample_position or 0 for item in items]
-            positions += number
+            positions += np.asarray(numbers)
         logits = self._edit(logits, items, slots, positions)
         token_ids = self.kernels.sample(logits, **self._arguments(slots, positions))
         for row in np.flatnonzero(self._has_edits[slots]).tolist():

@@ -50,6 +50,7 @@ from minivllm.engine.sequence import (
     ScheduledSequence,
     Sequence,
     SequenceStatus,
+    num_equal,
 )
 from minivllm.errors import ConfigError
 
@@ -70,6 +71,22 @@ class SchedulerStats:
     num_computed_tokens: int = 0
     prefix_cache_queries: int = 0  # tokens of admitted sequences
     prefix_cache_hits: int = 0  # tokens that the prefix cache supplied
+    #: Sequences in steps that verified proposals for them, these proposals, and the right ones.
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    #: How often the first, second, ... proposal was right.
+    num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
+
+    def note_proposals(self, num_proposed: int, num_accepted: int) -> None:
+        """Count the proposals that a step has verified for one sequence."""
+        self.num_drafts += 1
+        self.num_draft_tokens += num_proposed
+        self.num_accepted_tokens += num_accepted
+        per_pos = self.num_accepted_tokens_per_pos
+        per_pos += [0] * (num_proposed - len(per_pos))
+        for position in range(num_accepted):
+            per_pos[position] += 1
 
 
 @dataclass
@@ -336,6 +353,8 @@ class SchedulerBase:
         """Append the verified tokens of a step with proposals, and take back the rejected ones."""
         seq, position = item.sequence, item.sample_position
         assert position is not None
+        item.num_accepted = num_equal(item.proposed_token_ids, tokens)
+        self.stats.note_proposals(len(item.proposed_token_ids), item.num_accepted)
         ending: tuple[str, str | int | None] | None = None
         count = 0
         while count < len(tokens) and ending is None:

@@ -136,6 +136,8 @@ class ScheduledSequence:
     proposed_token_ids: abc.Sequence[int] = ()
     #: The tokens that the step gave to the sequence; set by `SchedulerBase.update`.
     new_token_ids: abc.Sequence[int] = ()
+    #: How many of the proposals were right; set by `SchedulerBase.update`.
+    num_accepted: int = 0
 
     @property
     def end(self) -> int:
@@ -164,6 +166,16 @@ class ScheduledSequence:
             *self.sequence.token_ids[self.start : self.sample_position],
             *self.proposed_token_ids,
         ]
+
+
+def num_equal(proposals: abc.Sequence[int], tokens: abc.Sequence[int]) -> int:
+    """The number of tokens up to the first one that is not the proposal."""
+    count = 0
+    for proposal, token in zip(proposals, tokens, strict=False):
+        if proposal != token:
+            break
+        count += 1
+    return count
 
 
 def slots_of(items: Iterable[ScheduledSequence]) -> list[int]:

@@ -19,8 +19,9 @@ from minivllm.errors import MiniVLLMError
 from minivllm.files import reason, write_atomically
 from minivllm.tokenizer import Detokenizer, Tokenizer
 
-#: Version 2 added the prompts, the new tokens and their texts; a file of version 1 has none.
-TRACE_VERSION = 2
+#: Version 2 added the prompts, the new tokens and their texts, version 3 the proposals; files of
+#: earlier versions have none.
+TRACE_VERSION = 3
 #: In bytes. A larger file is not read. 10,000 steps of 256 long sequences take about half of it.
 LARGEST_FILE = 1 << 30
 
@@ -44,6 +45,8 @@ class TracedSequence:
     samples: bool
     #: Tokens that the prefix cache supplied; set in the step that admits the sequence.
     num_cached_tokens: int = 0
+    #: Of speculative decoding: the guesses that the step verifies, the last of its new tokens.
+    proposed_token_ids: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -71,10 +74,19 @@ class StepRecord:
     new_token_ids: dict[str, list[int]] = field(default_factory=dict)
     #: "request/index" -> what these tokens add to its text. `add_texts` fills it in.
     texts: dict[str, str] = field(default_factory=dict)
+    #: "request/index" -> how many of its proposals were right: the first ones.
+    num_accepted: dict[str, int] = field(default_factory=dict)
+    #: "request/index" -> the text of its wrong proposals. `add_texts` fills it in.
+    rejected_texts: dict[str, str] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
         return sum(item.num_new_tokens for item in self.scheduled)
+
+    def verified_end(self, item: TracedSequence) -> int:
+        """The end of what the step computes of a sequence, without its wrong proposals."""
+        end = item.start + item.num_new_tokens - len(item.proposed_token_ids)
+        return end + self.num_accepted.get(f"{item.request_id}/{item.index}", 0)
 
 
 @dataclass
@@ -236,8 +248,9 @@ def record_step(
         kind = "decode" if item.start >= seq.num_prompt_tokens else "prefill"
         num_cached = seq.num_cached_tokens if seq in admitted else 0
         span = (item.start, item.num_new_tokens)
+        proposed = list(item.proposed_token_ids)
         scheduled.append(
-            TracedSequence(seq.request_id, seq.index, kind, *span, samples, num_cached)
+            TracedSequence(seq.request_id, seq.index, kind, *span, samples, num_cached, proposed)
         )
     return StepRecord(
         step=number,
@@ -280,6 +293,10 @@ class TraceTexts:
         """Add the texts of one step that has ended. Call it for each step once, in order."""
         for name, token_ids in record.new_token_ids.items():
             record.texts[name] = self._added(name, token_ids, name in record.finished)
+        for item in record.scheduled:
+            name = f"{item.request_id}/{item.index}"
+            if rejected := item.proposed_token_ids[record.num_accepted.get(name, 0) :]:
+                record.rejected_texts[name] = self._tokenizer.decode(rejected)
 
     def _added(self, name: str, token_ids: list[int], ends: bool) -> str:
         if name not in self._so_far:

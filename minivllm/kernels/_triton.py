@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from minivllm.kernels._interpreter import quicken
+
 # before a launch only annotations are read; Triton takes strings
 tl: Any = SimpleNamespace(constexpr="tl.constexpr")
 
@@ -25,6 +27,7 @@ def _load() -> Any:
             "Triton is not installed; it has wheels for Linux only (pip install"
             " 'minivllm[triton]'). Kernels.reference() runs everywhere."
         ) from error
+    quicken()
     return triton
 
 

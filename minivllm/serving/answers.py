@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from minivllm.errors import MiniVLLMError
@@ -28,6 +28,8 @@ class Answer:
             "created": job.state.created_now(),
             "model": job.state.model_name,
         }
+        # How each event begins: encoded once, because a stream has an event for each token.
+        self._opening = f'data: {responses.to_json(self.head)[:-1]},"choices":['
 
     async def whole(self) -> dict[str, Any]:
         """The whole answer. Raises the error of a prompt that failed."""
@@ -39,26 +41,26 @@ class Answer:
         """What a chunk of a stream says of one completion of the position-th prompt."""
         raise NotImplementedError
 
-    async def events(self) -> AsyncIterator[str]:
+    async def events(self) -> AsyncGenerator[str, None]:
         """The answer as server-sent events; an error becomes the last event."""
         counts, cached = [0] * len(self.job.inputs), 0
+        continuous = self._wants.continuous_usage
+        closing = '],"usage":null}\n\n' if self._wants.include_usage else "]}\n\n"
         try:
             async for position, output in self.job.outputs():
                 cached += output.num_cached_tokens * output.finished
                 for completion in output.outputs:
                     counts[position] += len(completion.token_ids)
-                    choice = self.chunk_choice(position, output, completion)
-                    chunk: dict[str, Any] = {**self.head, "choices": [choice]}
-                    if self._wants.continuous_usage:
+                    choice = responses.to_json(self.chunk_choice(position, output, completion))
+                    if continuous:
                         num_prompt = len(output.prompt_token_ids)
-                        chunk["usage"] = responses.usage(num_prompt, counts[position])
-                    elif self._wants.include_usage:
-                        chunk["usage"] = None
-                    yield responses.event(chunk)
+                        usage = responses.to_json(responses.usage(num_prompt, counts[position]))
+                        closing = f'],"usage":{usage}}}\n\n'
+                    yield f"{self._opening}{choice}{closing}"
             if self._wants.include_usage:
                 num_prompt = sum(len(checked.prompt_token_ids) for checked in self.job.inputs)
-                usage = responses.usage(num_prompt, sum(counts), cached)
-                yield responses.event({**self.head, "choices": [], "usage": usage})
+                usage = responses.to_json(responses.usage(num_prompt, sum(counts), cached))
+                yield f'{self._opening}],"usage":{usage}}}\n\n'
             yield "data: [DONE]\n\n"
         except MiniVLLMError as error:
-            yield responses.event(as_api_error(error).body)
+            yield f"data: {responses.to_json(as_api_error(error).body)}\n\n"

@@ -11,7 +11,7 @@ from typing import Any
 
 from minivllm import errors
 
-#: Seconds after which a refused client may try again.
+#: Seconds after which a client may try again, where nothing else is known.
 RETRY_AFTER = 1
 
 TYPES = {
@@ -29,11 +29,22 @@ TYPES = {
 
 
 class APIError(errors.MiniVLLMError):
-    """A request that is answered with an error. status: of HTTP."""
+    """A request that is answered with an error.
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str = "") -> None:
+    status: of HTTP. retry_after: seconds after which the client may try again.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str = "",
+        retry_after: int = RETRY_AFTER,
+    ) -> None:
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
+        self.retry_after = retry_after
 
     @property
     def body(self) -> dict[str, Any]:
@@ -43,7 +54,7 @@ class APIError(errors.MiniVLLMError):
     def headers(self) -> dict[str, str]:
         """Headers of the answer."""
         if self.status in (429, 503):
-            return {"Retry-After": str(RETRY_AFTER)}
+            return {"Retry-After": str(self.retry_after)}
         return {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
 
 

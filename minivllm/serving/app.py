@@ -8,9 +8,9 @@ requests: its task is cancelled, and with it the streams of the engine.
 from __future__ import annotations
 
 import asyncio
-import json
+import contextlib
 import logging
-from collections.abc import Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -19,11 +19,11 @@ from fastapi.responses import (
     JSONResponse,
     PlainTextResponse,
     Response,
-    StreamingResponse,
 )
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 import minivllm
 from minivllm import errors
@@ -53,6 +53,38 @@ EVENT_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 class ClientGoneError(Exception):
     """The client has closed its connection; nobody reads an answer."""
+
+
+class EventStream(Response):
+    """Server-sent events, until the events or the client end. Closes the events in both cases.
+
+    at_end: is called in the end, also where no event was asked for.
+    """
+
+    def __init__(
+        self, events: AsyncGenerator[str, None], at_end: Callable[[], None] = lambda: None
+    ) -> None:
+        super().__init__(headers=EVENT_HEADERS, media_type="text/event-stream")
+        del self.headers["content-length"]
+        self.events, self._at_end = events, at_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        try:
+            with contextlib.suppress(ClientGoneError):
+                await send(start)
+                await unless_gone(receive, self._write(send))
+        finally:
+            self._at_end()
+
+    async def _write(self, send: Send) -> None:
+        async with contextlib.aclosing(self.events) as events:
+            async for event in events:
+                # Waits while the client reads too slowly; its answer is joined meanwhile.
+                await send(
+                    {"type": "http.response.body", "body": event.encode(), "more_body": True}
+                )
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def build_app(state: ServerState) -> FastAPI:
@@ -139,11 +171,13 @@ def _add_generation(app: FastAPI, state: ServerState) -> None:
         return Job(state, inputs, request.state.request_id, request.state.note)
 
     async def respond(answer: Answer, is_stream: bool | None, request: Request) -> Response:
+        answer.job.take_place()
         if is_stream:
-            return StreamingResponse(
-                answer.events(), media_type="text/event-stream", headers=EVENT_HEADERS
-            )
-        whole = await unless_gone(request, answer.whole())
+            return EventStream(answer.events(), answer.job.give_place_back)
+        try:
+            whole = await unless_gone(request.receive, answer.whole())
+        finally:
+            answer.job.give_place_back()
         return Response(responses.to_json(whole), media_type="application/json")
 
     @app.post("/v1/completions", responses=ANSWERS)
@@ -221,13 +255,10 @@ def _add_tokens(app: FastAPI, state: ServerState) -> None:
         text = await asyncio.to_thread(tokenizer().decode, body.tokens, False)
         return {"prompt": text}
 
-    @app.get("/tokenizer_info", responses={401: ERRORS[401]})
+    @app.get("/tokenizer_info", responses={400: ERRORS[400], 401: ERRORS[401]})
     async def tokenizer_info() -> dict[str, Any]:
         """The checkpoint's tokenizer_config.json, for clients that tokenize themselves."""
-        file = state.llm.model_path / "tokenizer_config.json"
-        if not file.exists():
-            return {}
-        found: dict[str, Any] = json.loads(await asyncio.to_thread(file.read_text, "utf-8"))
+        found: dict[str, Any] = await asyncio.to_thread(lambda: tokenizer().info)
         return found
 
 
@@ -251,9 +282,7 @@ def _add_operations(app: FastAPI, state: ServerState) -> None:
     @app.get("/events", include_in_schema=False)
     async def events() -> Response:
         """The engine's steps, for the page."""
-        return StreamingResponse(
-            feed.events(), media_type="text/event-stream", headers=EVENT_HEADERS
-        )
+        return EventStream(feed.events())
 
     @app.get("/version")
     async def version() -> dict[str, str]:
@@ -266,13 +295,13 @@ def _add_operations(app: FastAPI, state: ServerState) -> None:
         return Response(state.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
-async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
     """The result of some work, which is cancelled when the client goes away.
 
     Raises `ClientGoneError` then.
     """
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_until_gone(request))
+    gone = asyncio.ensure_future(_until_gone(receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
@@ -284,6 +313,6 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
         await asyncio.gather(task, gone, return_exceptions=True)
 
 
-async def _until_gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
         pass

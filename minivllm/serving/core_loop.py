@@ -3,7 +3,7 @@
 The loop is the only one that touches the engine. It runs in a thread or in a process of its own
 (core_client.py), so a step never waits for the event loop: `send` only puts news into a queue.
 Between two steps it takes in everything that has arrived. With nothing to compute, it sleeps until
-a message comes.
+a message comes. Taught in notebooks/12_serving.ipynb.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class CoreLoop:
         """Serve until `Close`. An error of a step ends the loop and is raised."""
         while not self._is_closed:
             self._take_in()
-            if not self._is_closed and self.engine.get_num_unfinished_requests():
+            if not self._is_closed and self.engine.has_unfinished_requests():
                 self.engine.advance()
             self._report()
 
     def _take_in(self) -> None:
         """Handle the messages that have arrived; without work, wait for one."""
-        if not self.engine.get_num_unfinished_requests() and not self.collector.news:
+        if not self.engine.has_unfinished_requests() and not self.collector.news:
             self._handle(self.inbox.get())
         while not self._is_closed:
             try:
@@ -149,12 +149,14 @@ class Viewer:
         step = wire.Step(**vars(records[-1]))
         step.finished = [name for record in records for name in record.finished]
         step.preempted = [name for record in records for name in record.preempted]
-        step.texts, step.new_token_ids = {}, {}
+        step.texts, step.new_token_ids, step.rejected_texts = {}, {}, {}
         for record in records:
             if self._with_text and self._texts is not None:
                 self._texts.add(record)
                 for name, text in record.texts.items():
                     step.texts[name] = step.texts.get(name, "") + text
+        if self._with_text:
+            step.rejected_texts = records[-1].rejected_texts
         # A sequence may come and go between two steps that are shown.
         appeared = {name for record in records for name in (*record.running, *record.waiting)}
         step.prompts = {name: self._prompt(name) for name in sorted(appeared - self._known)}

@@ -6,6 +6,7 @@ process that started it.
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import signal
@@ -48,6 +49,9 @@ def _serve(requests: IO[bytes], outbox: SimpleQueue[Any]) -> int:
 
         model, config = pickle.loads(first)
         engine = LLMEngine(model, config=config)
+        # As in `serve` (server.py): no step waits while Python looks through what stays anyway.
+        gc.collect()
+        gc.freeze()
         inbox: SimpleQueue[Any] = SimpleQueue()
         loop = CoreLoop(engine, inbox, outbox.put)
         outbox.put(loop.started())

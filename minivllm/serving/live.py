@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from minivllm.engine.trace import new_trace
@@ -41,7 +41,7 @@ class LiveFeed:
             has_chat=llm.tokenizer is not None,
         )
 
-    async def events(self) -> AsyncIterator[str]:
+    async def events(self) -> AsyncGenerator[str, None]:
         """The engine's steps as server-sent events, beginning with the engine's sizes."""
         viewer = Viewer()
         try:

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from minivllm.metrics import COUNTERS
+from minivllm.metrics import ACCEPTED_PER_POS, COUNTERS, SPECULATION_COUNTERS, per_position
 from minivllm.outputs import RequestOutput
 from minivllm.serving.async_llm import AsyncLLM
 
@@ -174,9 +174,20 @@ class EngineCollector(Collector):
             gauge.add_metric(values, value)
             yield gauge
         counters = {**COUNTERS, "vllm:prompt_tokens": "num_computed_tokens"}
+        wanted = self.llm.config.speculative_config
+        if wanted is not None:
+            counters |= SPECULATION_COUNTERS
         # Counted here by reason.
         counters.pop("vllm:request_success", None)
         for name, field in counters.items():
             counter = CounterMetricFamily(name, f"{field} of the engine.", labels=names)
             counter.add_metric(values, getattr(stats.counters, field))
+            yield counter
+        if wanted is not None:
+            counter = CounterMetricFamily(
+                ACCEPTED_PER_POS, "Proposals that were right.", labels=[*names, "position"]
+            )
+            counts, most = stats.counters.num_accepted_tokens_per_pos, wanted.num_speculative_tokens
+            for position, count in enumerate(per_position(counts, most or 0)):
+                counter.add_metric([*values, str(position)], count)
             yield counter

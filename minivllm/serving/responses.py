@@ -31,17 +31,16 @@ def usage_of(outputs: list[RequestOutput]) -> dict[str, Any]:
     )
 
 
+#: Made once: `json.dumps` with options makes an encoder in each call.
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
+
 def to_json(value: Any) -> str:
     """JSON without spaces. Infinite logprobs, which JSON has not, become -9999.0 as in vLLM."""
     try:
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        return _encode(value)
     except ValueError:
-        return json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":"))
-
-
-def event(value: Any) -> str:
-    """A value as one server-sent event."""
-    return f"data: {to_json(value)}\n\n"
+        return _encode(_finite(value))
 
 
 def _finite(value: Any) -> Any:
@@ -89,8 +88,12 @@ def completion_logprobs(
             tokens.append(token_text(chosen, token_id))
             values.append(chosen.logprob)
             best = sorted(entry.items(), key=lambda pair: pair[1].rank or 0)[:count]
-            tops.append({token_text(found, t): found.logprob for t, found in best})
-            tops[-1].setdefault(tokens[-1], chosen.logprob)  # type: ignore[union-attr]
+            top: dict[str, float] = {}
+            for t, found in best:
+                # Two tokens may have the same text; the likelier one comes first, and stays.
+                top.setdefault(token_text(found, t), found.logprob)
+            top.setdefault(tokens[-1], chosen.logprob)
+            tops.append(top)
         offsets.append(offset)
         offset += len(tokens[-1])
     return {

@@ -12,6 +12,7 @@ from uuid import uuid4
 from minivllm import errors
 from minivllm.engine.input_processor import EngineInput
 from minivllm.outputs import RequestOutput
+from minivllm.serving.admission import Admission
 from minivllm.serving.api_errors import APIError
 from minivllm.serving.async_llm import AsyncLLM, Stream
 from minivllm.serving.metrics import ServerMetrics
@@ -52,6 +53,7 @@ class ServerState:
 
     def __post_init__(self) -> None:
         self.metrics = ServerMetrics(self.llm, self.model_name)
+        self.admission = Admission(self.llm.config.max_num_seqs, self.options.max_queue)
 
     @property
     def model_name(self) -> str:
@@ -84,11 +86,17 @@ class ServerState:
             )
         if self.is_draining:
             raise APIError(503, "This server is shutting down.")
-        room = self.llm.config.max_num_seqs + self.options.max_queue
-        if self.llm.num_unfinished + num_prompts > room:
+        self.require_room(num_prompts)
+
+    def require_room(self, count: int) -> None:
+        """Raises `APIError` (429) where `count` more requests would be too many."""
+        unfinished = self.llm.num_unfinished
+        if not self.admission.has_room(count, unfinished):
             self.metrics.refused.inc()
             raise APIError(
-                429, f"The queue is full: {self.llm.num_unfinished} requests run or wait."
+                429,
+                f"The queue is full: {unfinished} requests run or wait.",
+                retry_after=self.admission.retry_after(unfinished),
             )
 
 
@@ -104,6 +112,23 @@ class Job:
     request_id: str
     note: dict[str, Any] = field(default_factory=dict)
     streams: list[Stream] = field(default_factory=list)
+    _has_place: bool = False
+
+    def take_place(self) -> None:
+        """Hold places in the queue until the engine has the requests, or `give_place_back`.
+
+        Checking the prompts takes time, in which others came in. Raises `APIError` (429) where no
+        place is left.
+        """
+        self.state.require_room(len(self.inputs))
+        self.state.admission.num_promised += len(self.inputs)
+        self._has_place = True
+
+    def give_place_back(self) -> None:
+        """For a job that may not have begun. A second call does nothing."""
+        if self._has_place:
+            self.state.admission.num_promised -= len(self.inputs)
+            self._has_place = False
 
     async def whole(self) -> list[RequestOutput]:
         """The finished outputs, one for each prompt. Raises the error of a prompt that failed."""
@@ -152,6 +177,7 @@ class Job:
     def _start(self) -> None:
         # Not earlier: a handler whose client is gone before its first output must leave nothing.
         llm = self.state.llm
+        self.give_place_back()
         for checked in self.inputs:
             # A client may send an id twice, so the engine's ids have a part of their own.
             self.streams.append(llm.start(checked, f"{self.request_id}-{uuid4().hex[:8]}"))
@@ -167,6 +193,7 @@ class Job:
             if not stream.is_finished:
                 self.state.metrics.observe_abort()
             self.state.llm.drop(stream)
+            self.state.admission.note_end()
         num_prompt = sum(len(checked.prompt_token_ids) for checked in self.inputs)
         num_output = sum(stream.num_output_tokens for stream in self.streams)
         self.note["tokens"] = f"{num_prompt}+{num_output}"

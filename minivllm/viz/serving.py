@@ -39,8 +39,8 @@ def to_svg(figure: Figure) -> bytes:
 
 
 def _axes(figure: Figure, count: int) -> list[Axes]:
-    width = 0.945 / count
-    return [figure.add_axes((0.065 + i * width, 0.26, width - 0.06, 0.6)) for i in range(count)]
+    width = 0.93 / count
+    return [figure.add_axes((0.08 + i * width, 0.26, width - 0.06, 0.6)) for i in range(count)]
 
 
 def _style(ax: Axes, title: str, x: str, y: str) -> None:

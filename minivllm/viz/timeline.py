@@ -94,7 +94,8 @@ def is_prompt(item: TracedSequence) -> bool:
 
     These are tokens of a prompt, or tokens lost in a preemption.
     """
-    return item.kind == "prefill" or item.num_new_tokens > 1 or not item.samples
+    num_known = item.num_new_tokens - len(item.proposed_token_ids)
+    return item.kind == "prefill" or num_known > 1 or not item.samples
 
 
 def name_of(item: TracedSequence) -> str:
@@ -109,7 +110,7 @@ def num_again(trace: Trace) -> list[dict[str, int]]:
     for record in trace.steps:
         steps.append({})
         for item in record.scheduled:
-            name, end = name_of(item), item.start + item.num_new_tokens
+            name, end = name_of(item), record.verified_end(item)
             steps[-1][name] = max(0, min(end, furthest.get(name, 0)) - item.start)
             furthest[name] = max(end, furthest.get(name, 0))
     return steps

@@ -31,7 +31,7 @@ from minivllm.cli.bench import app
 from minivllm.errors import ConfigError
 from support.fake_server import Answer, Fake, fake_server
 from support.pictures import MAX_PNG_BYTES
-from support.servers import server
+from support.servers import server, wait_for
 
 SERVER = Server(Endpoint("127.0.0.1", 1), "fake", None, 1000, None)
 SMALL = ["--input", "4-9", "--output", "3-6", "--warmup", "2"]
@@ -535,6 +535,8 @@ def test_what_does_not_fit_the_server() -> None:
         (["model"], "need --spawn"),
         (["-e", "block_size=16"], "need --spawn"),
         (["--spawn", "-e", "blok_size=16"], "block_size"),
+        (["--offline"], "need --spawn"),
+        (["--spawn", "--core", "planet"], "thread"),
     ],
 )
 def test_mistakes_are_refused(arguments: list[str], why: str) -> None:
@@ -575,6 +577,42 @@ def test_a_server_of_its_own() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("core", ["process", "thread"])
+def test_what_serving_costs(tmp_path: Path, core: str) -> None:
+    """The same requests in `LLM.generate`, for closed loops only."""
+    out = tmp_path / "r.json"
+    options = ["-e", "device=cpu", "-e", "num_kv_blocks=64", "--requests", "6", *SMALL]
+    loads = ["--clients", "2", "--rate", "50", "--core", core, "--offline", "--save", str(out)]
+    said = bench("--spawn", *options, *loads)
+    assert "LLM.generate" in said
+    report = json.loads(out.read_text())
+    assert report["server"]["spawned"]["core"] == core
+    closed, arrivals = report["points"]
+    assert "offline" not in arrivals
+    found = closed["offline"]
+    assert found["output_tokens_per_second"]["min"] > 0
+    share = closed["output_tokens_per_second"] / found["output_tokens_per_second"]["median"]
+    assert found["share"] == pytest.approx(share)
+    assert f"{share:.0%}" in said
+
+
+@pytest.mark.slow
 def test_a_server_that_does_not_start_says_why() -> None:
     with pytest.raises(ConfigError, match="did not start"), spawned("/nowhere"):
         pytest.fail("it started")
+
+
+@pytest.mark.slow
+def test_a_server_of_its_own_ends_when_its_owner_is_killed() -> None:
+    code = (
+        "import time; from minivllm.bench.spawned import spawned\n"
+        "with spawned(None, ['device=cpu', 'num_kv_blocks=64']) as url:\n"
+        "    print(url, flush=True)\n"
+        "    time.sleep(600)"
+    )
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as owner:
+        endpoint = Endpoint.parse(owner.stdout.readline().strip())
+        assert serving.is_alive(endpoint)
+        owner.kill()
+    wait_for(lambda: not serving.is_alive(endpoint))

@@ -39,6 +39,8 @@ NAMES = (
     "output_processor",
     "llm_engine",
     "model_runner",
+    "speculation",
+    "draft_model",
 )
 STRUCK = {str(PACKAGE / "llm.py"), *(str(PACKAGE / "engine" / f"{name}.py") for name in NAMES)}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
@@ -214,6 +216,32 @@ def test_at_every_line_of_generate(path: Path, late: bool, error: type[BaseExcep
         # more.
         assert llm.metrics().num_generated_tokens - made == GREEDY.max_tokens, strikes.places
         if place % 20 == 0:
+            assert_whole(llm, expected, strikes.places)
+    assert_whole(llm, expected, "at the end")
+
+
+@in_a_thread
+def test_at_every_line_of_speculation(path: Path) -> None:
+    """Strikes where proposals are made and verified, in the draft's own runner, too."""
+    draft = {"model": str(path), "num_speculative_tokens": 3}
+    expected = ids(generate(make(path)))
+    llm = make(path, speculative_config=draft)
+    lines = lines_of(lambda: generate(llm))
+    assert llm.metrics().num_accepted_tokens > 10
+    new = {"speculation.py", "draft_model.py"}
+    assert {name for name, _ in lines} >= new
+    places = [n for n in one_each(lines, 1) if lines[n - 1][0] in new]
+    # Also in steps that verify, and in what the draft's runner and block manager do.
+    places += random.Random(1).sample(range(len(lines)), 30)
+    rng = random.Random(0)
+    for place in sorted(places):
+        with (
+            Strikes(place, place + rng.choice([1, 3, 9, 60, 200])) as strikes,
+            contextlib.suppress(KeyboardInterrupt),
+        ):
+            generate(llm)
+        assert ids(generate(llm, PROMPTS[2:3])) == expected[2:3], strikes.places
+        if place % 9 == 0:
             assert_whole(llm, expected, strikes.places)
     assert_whole(llm, expected, "at the end")
 

@@ -1,13 +1,15 @@
 """Steps that verify proposals, in the engine with a real model: the same tokens, logprobs and ends
 as without.
 
-There is no proposer in the package yet. Here a test plays one: it knows what the engine says
-without proposals, and hands the scheduler right, wrong and partly right guesses between the steps.
+First a test plays the proposer: it knows what the engine says without proposals, and hands the
+scheduler right, wrong and partly right guesses between the steps. Then the package's own proposers
+do it, and bad ones.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 
 from minivllm import LLM, SamplingParams
 from minivllm.engine.sequence import PENDING
+from minivllm.engine.speculation import Proposer
 from minivllm.errors import InvalidLogitsError
 from minivllm.models.qwen3 import Qwen3ForCausalLM
 from support.checkpoints import write_checkpoint
@@ -31,10 +34,22 @@ POISON = 47  # a model of this file gives no finite numbers behind it
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 tokens: token i is the word "wi"; words stand between spaces."""
-    path = tmp_path_factory.mktemp("proposals")
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16}
+    return write_model(tmp_path_factory.mktemp("proposals"), 3)
+
+
+@pytest.fixture(scope="module")
+def another(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A draft of one layer, with the same tokens."""
+    return write_model(tmp_path_factory.mktemp("draft"), 4, num_hidden_layers=1)
+
+
+def write_model(path: Path, seed: int, num_hidden_layers: int = 2) -> Path:
+    shape = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 16}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    write_checkpoint(path, seed=3, vocab_size=VOCAB, max_position_embeddings=256, **shape, **heads)
+    shape["num_hidden_layers"] = num_hidden_layers
+    write_checkpoint(
+        path, seed=seed, vocab_size=VOCAB, max_position_embeddings=256, **shape, **heads
+    )
     vocabulary = {f"w{i}": i for i in range(VOCAB)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -146,6 +161,25 @@ def plain(path: Path) -> dict:
     return serve(make(path, num_kv_blocks=400), all_requests())
 
 
+def sampled_requests() -> list[tuple[str, Any, SamplingParams]]:
+    """Seeds and temperatures."""
+    return [
+        (
+            f"{temperature} {seed} {number}",
+            {"prompt_token_ids": prompt},
+            SamplingParams(temperature=temperature, seed=seed, max_tokens=16, ignore_eos=True),
+        )
+        for temperature in (0.0, 0.7, 1.5)
+        for seed in (1, 2)
+        for number, prompt in enumerate(PROMPTS)
+    ]
+
+
+@pytest.fixture(scope="module")
+def plain_sampled(path: Path) -> dict:
+    return serve(make(path, num_kv_blocks=400), sampled_requests())
+
+
 def make(path: Path, **options: Any) -> LLM:
     return LLM(path, device="cpu", **{**TIGHT, **options})
 
@@ -193,6 +227,98 @@ def test_the_same_tokens_and_logprobs(path: Path, plain: dict, style: str, late:
         assert guesser.num_accepted == guesser.num_verified
     else:
         assert 0 < guesser.num_accepted < guesser.num_verified
+
+
+class Random(Proposer):
+    """Guesses at random, as many as it likes."""
+
+    def __init__(self) -> None:
+        self.random = random.Random(0)
+
+    def propose(self, sequences: Any, num_tokens: Any) -> list[list[int]]:
+        return [self.random.choices(range(VOCAB), k=self.random.randint(0, 9)) for _ in sequences]
+
+
+class Repeats(Proposer):
+    """Adversarial: proposes what a verifier might take by mistake, such as stop tokens."""
+
+    def propose(self, sequences: Any, num_tokens: Any) -> list[list[int]]:
+        return [
+            [sorted(seq.stop_ids)[0] if seq.stop_ids else seq.token_ids[-1]] * count
+            for seq, count in zip(sequences, num_tokens, strict=True)
+        ]
+
+
+NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 1}
+SPECULATING: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
+    "ngram": lambda path, other: {"speculative_config": NGRAM | {"prompt_lookup_max": 3}},
+    "itself": lambda path, other: {
+        "speculative_config": {"model": str(path), "num_speculative_tokens": 3}
+    },
+    "another model": lambda path, other: {
+        "speculative_config": {"model": other, "num_speculative_tokens": 4}
+    },
+    "random": lambda path, other: {"proposer": Random()},
+    "repeats": lambda path, other: {
+        "proposer": Repeats(),
+        "speculative_config": {"num_speculative_tokens": 2, "disable_by_batch_size": 3},
+    },
+}
+
+
+@pytest.mark.parametrize("how", SPECULATING)
+def test_the_same_with_a_proposer(
+    path: Path, another: Path, plain: dict, plain_sampled: dict, how: str
+) -> None:
+    """All kinds of requests together, in a tight pool: texts, logprobs and ends are the same."""
+    llm = make(path, **SPECULATING[how](path, another))
+    found = serve(llm, all_requests())
+    assert_same(found, plain)
+    metrics = llm.metrics()
+    assert metrics.num_preemptions > 0
+    assert metrics.num_chunks > 0
+    assert metrics.prefix_cache_hits > 0
+    assert metrics.num_draft_tokens > 50
+    per_pos = metrics.num_accepted_tokens_per_pos
+    assert sum(per_pos) == metrics.num_accepted_tokens < metrics.num_draft_tokens
+    assert per_pos == sorted(per_pos, reverse=True)
+    requests = [output.metrics for output in found.values()]
+    assert sum(m.num_draft_tokens for m in requests) == metrics.num_draft_tokens
+    assert sum(m.num_accepted_tokens for m in requests) == metrics.num_accepted_tokens
+    if how == "itself":
+        assert metrics.num_accepted_tokens > 0.5 * metrics.num_draft_tokens
+    assert_same(serve(llm, sampled_requests()), plain_sampled)
+
+
+def test_an_interrupted_proposer_begins_anew(path: Path, plain: dict) -> None:
+    """As after Ctrl-C while the draft computes, and while the model does."""
+    llm, requests = make(path, **SPECULATING["itself"](path, path)), all_requests()
+    engine, found, number = llm.llm_engine, {}, 0
+    draft = engine.core.speculator.proposer
+    for request_id, prompt, params in requests:
+        engine.add_request(prompt, params, request_id)
+
+    def interrupted(execute: Any, period: int) -> Any:
+        def run(batch: Any) -> Any:
+            nonlocal number
+            result, number = execute(batch), number + 1
+            if number % period == 0:
+                raise KeyboardInterrupt
+            return result
+
+        return run
+
+    draft.runner.execute = interrupted(draft.runner.execute, 23)
+    engine.model_runner.execute = interrupted(engine.model_runner.execute, 29)
+    num_interrupts = 0
+    while engine.has_unfinished_requests():
+        try:
+            for output in engine.step():
+                found[output.request_id] = output
+        except KeyboardInterrupt:
+            num_interrupts += 1
+    assert num_interrupts > 5
+    assert_same(found, plain)
 
 
 def test_right_proposals_save_steps(path: Path, plain: dict) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from minivllm import LLM, RequestOutput, SamplingParams, StructuredOutputsParams
+from minivllm.bundled import BUNDLED_MODEL_PATH
 from minivllm.engine import structured_outputs
 from minivllm.engine.input_processor import InputProcessor
 from minivllm.engine.structured_outputs import GrammarState
@@ -265,6 +266,17 @@ def test_proposals_are_verified_under_the_grammar(llm: LLM, late: bool) -> None:
         number += 1
     assert results(found[-1:]) == results([expected])
     assert late or (guesser.num_right > 5 and number < len(expected.outputs[0].token_ids))
+
+
+def test_a_draft_that_knows_no_grammar_changes_no_text(llm: LLM) -> None:
+    """The draft is the model itself, without the masks: it is often right, and sometimes not."""
+    asked = [params(5, wanted={"json": SCHEMA}), params(6), params(7, wanted={"regex": REGEX})]
+    draft = {"model": str(BUNDLED_MODEL_PATH), "num_speculative_tokens": 3}
+    other = LLM(**OPTIONS, speculative_config=draft)
+    prompts = [PROMPT] * len(asked)
+    assert results(generate(other, prompts, asked)) == results(generate(llm, prompts, asked))
+    metrics = other.metrics()
+    assert 0 < metrics.num_accepted_tokens < metrics.num_draft_tokens
 
 
 def test_two_ranks_mask_alike(expected: list[Any]) -> None:

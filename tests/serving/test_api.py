@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.exceptions import HTTPException
 
 from minivllm import LLM, SamplingParams
+from minivllm.bundled import BUNDLED_MODEL_PATH
+from minivllm.outputs import Logprob
 from minivllm.serving.middleware import Edge
+from minivllm.serving.responses import completion_logprobs
 from minivllm.serving.state import ServerOptions
 from support.servers import Running, server
 
@@ -122,6 +128,25 @@ def test_a_chat_that_continues_its_last_message(running: Running) -> None:
     assert answer["choices"][0]["message"]["content"] == same["choices"][0]["text"]
 
 
+def test_64_at_once_are_those_of_generate(running: Running, llm: LLM) -> None:
+    """Half of them as streams; each with a seed of its own, and with the model's own top_p."""
+    defaults = llm.get_default_sampling_params()
+    assert defaults.top_p == 0.95
+    prompts = [f"Tell me a story about fox number {n}." for n in range(64)]
+    own = [defaults.clone(temperature=0.9, seed=n, max_tokens=16) for n in range(64)]
+    expected = [o.outputs[0].text for o in llm.generate(prompts, own, use_tqdm=False)]
+
+    def one(n: int) -> str:
+        body = {"prompt": prompts[n], "temperature": 0.9, "seed": n, "max_tokens": 16}
+        found = ask(running, "/v1/completions", {**body, "stream": n % 2 == 0})
+        chunks = found if n % 2 == 0 else [found]
+        return "".join(chunk["choices"][0]["text"] for chunk in chunks)
+
+    with ThreadPoolExecutor(64) as pool:
+        assert list(pool.map(one, range(64))) == expected
+    assert running.is_idle()
+
+
 def test_usage_in_a_stream(running: Running) -> None:
     body = {"prompt": STORY, "stream": True, **GREEDY}
     *chunks, last = ask(
@@ -189,17 +214,28 @@ def test_models_tokens_and_operations(running: Running) -> None:
     assert found["count"] == len(found["tokens"])
     assert "".join(found["token_strs"]) == STORY
     assert ask(running, "/detokenize", {"tokens": found["tokens"]}) == {"prompt": STORY}
-    assert client.get("/tokenizer_info").json()["eos_token"]
+    found = client.get("/tokenizer_info").json()
+    assert (found["eos_token"], found["bos_token"]) == ("<|im_end|>", None)
+    assert "<|im_start|>" in found["chat_template"]
     assert client.get("/health").status_code == 200
     assert client.get("/version").json()["version"]
     text = client.get("/metrics").text
     for name in (
         "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
         "vllm:kv_cache_usage_perc",
+        "vllm:prefix_cache_queries_total",
+        "vllm:prefix_cache_hits_total",
+        "vllm:num_preemptions_total",
+        "vllm:prompt_tokens_total",
         "vllm:generation_tokens_total",
         "vllm:request_success_total",
         "vllm:time_to_first_token_seconds_bucket",
+        "vllm:request_time_per_output_token_seconds_bucket",
+        "vllm:request_queue_time_seconds_bucket",
         "vllm:e2e_request_latency_seconds_count",
+        "vllm:request_prompt_tokens_bucket",
+        "vllm:request_generation_tokens_bucket",
     ):
         assert f"\n{name}{{" in text, name
 
@@ -223,6 +259,33 @@ def test_metrics_count(running: Running) -> None:
     assert gained("vllm:e2e_request_latency_seconds_count") == 1
     assert gained("vllm:request_generation_tokens_sum") == 12
     assert gained("vllm:prompt_tokens_total") > 0
+
+
+def test_chat_template_kwargs_reach_the_template(tmp_path: Path) -> None:
+    folder = tmp_path / "moody"
+    shutil.copytree(BUNDLED_MODEL_PATH, folder, ignore=shutil.ignore_patterns("training"))
+    path = folder / "tokenizer_config.json"
+    fields = json.loads(path.read_text())
+    fields["chat_template"] += "{{ mood | default('calm') }}"
+    path.write_text(json.dumps(fields))
+    messages = [{"role": "user", "content": "Hello."}]
+    with server(model=str(folder)) as running:
+        for given, mood in ((None, "calm"), ({"mood": "merry"}, "merry")):
+            body = {"messages": messages, "chat_template_kwargs": given}
+            tokens = ask(running, "/tokenize", body)["tokens"]
+            assert ask(running, "/detokenize", {"tokens": tokens})["prompt"].endswith(mood)
+            found = ask(running, "/v1/chat/completions", {**body, "max_tokens": 1})
+            assert found["usage"]["prompt_tokens"] == len(tokens)
+
+
+def test_of_two_tokens_with_one_text_the_likelier_is_shown() -> None:
+    entry = {
+        7: Logprob(logprob=-3.0, rank=3, decoded_token="x"),
+        5: Logprob(logprob=-0.5, rank=1, decoded_token="a"),
+        6: Logprob(logprob=-2.0, rank=2, decoded_token="a"),
+    }
+    found = completion_logprobs([7], [entry], 2)
+    assert found["top_logprobs"] == [{"a": -0.5, "x": -3.0}]
 
 
 # --- what it refuses ------------------------------------------------------------------------------

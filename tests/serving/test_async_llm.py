@@ -76,6 +76,21 @@ def test_the_texts_are_those_of_generate(core: str, kind: str, texts: list[str])
     run(test, core)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("core", ["thread", "process"])
+def test_tensor_parallelism(core: str, texts: list[str]) -> None:
+    async def one(llm: AsyncLLM, n: int) -> str:
+        outputs = [o.outputs[0].text async for o in llm.generate(PROMPTS[n], params(n))]
+        return "".join(outputs)
+
+    async def test(llm: AsyncLLM) -> None:
+        found = await asyncio.gather(*(one(llm, n) for n in range(len(PROMPTS))))
+        assert found == texts
+        assert await blocks_are_back(llm)
+
+    run(test, core, tensor_parallel_size=2, dtype="float32")
+
+
 def test_a_slow_reader_gets_everything_in_one_output(texts: list[str]) -> None:
     async def test(llm: AsyncLLM) -> None:
         outputs: AsyncIterator[Any] = llm.generate(PROMPTS[0], params(0))

@@ -105,6 +105,23 @@ def test_a_full_queue_is_tried_again(client: OpenAI, running: Running) -> None:
     assert running.is_idle()
 
 
+def test_litellm(running: Running) -> None:
+    litellm = pytest.importorskip("litellm", reason="needs: pip install litellm")
+    options = {"api_base": f"{running.address}/v1", "api_key": "sk-1", "max_retries": 0}
+    chat = {**options, "model": "openai/bundled", "messages": MESSAGES, "temperature": 0}
+    whole = litellm.completion(**chat, max_tokens=12)
+    assert whole.usage.completion_tokens == 12
+    chunks = list(litellm.completion(**chat, max_tokens=12, stream=True))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == whole.choices[0].message.content
+    text_model = {**options, "model": "text-completion-openai/bundled"}
+    assert litellm.text_completion(**text_model, prompt=STORY, max_tokens=4).choices[0].text
+    with pytest.raises(litellm.BadRequestError, match="top_p"):
+        litellm.completion(**chat, top_p=7)
+    with pytest.raises(litellm.AuthenticationError):
+        litellm.completion(**{**chat, "api_key": "sk-2"})
+
+
 def test_curl(running: Running) -> None:
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")

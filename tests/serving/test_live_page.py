@@ -59,6 +59,8 @@ def test_nothing_is_recorded_while_nobody_looks() -> None:
         core = running.state.llm._core._engine.core
         assert core.watcher is None
         with running.client.stream("GET", "/events") as stream:
-            next(stream.iter_lines())
+            # Kept, because the end of this iterator closes the connection.
+            lines = stream.iter_lines()
+            next(lines)
             wait_for(lambda: core.watcher is not None)
         wait_for(lambda: core.watcher is None)

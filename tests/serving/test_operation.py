@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
 import random
+import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ import httpx
 import psutil
 import pytest
 
+from minivllm.serving.state import ServerOptions
 from support.servers import PATIENCE, command, server, wait_for
 
 LONG = {"prompt": "Tell me a story about a fox.", "max_tokens": 1500, "ignore_eos": True}
@@ -208,6 +212,8 @@ def test_https(tmp_path: Path) -> None:
 
 
 NUM_REQUESTS = int(os.environ.get("MINIVLLM_STORM", "300"))
+#: What a client of the storm may end with: a status, or that it went away itself.
+ENDS = {200, 400, 413, 429, "gone"}
 
 
 @pytest.mark.slow
@@ -216,17 +222,11 @@ def test_a_storm_of_clients(tmp_path: Path) -> None:
     """MINIVLLM_STORM=10000 for the whole storm: a third of the clients goes away, others send
     nonsense, read slowly, or send far too much. Nothing stays.
     """
-    with command(tmp_path, "--max-queue=64", "-enum_kv_blocks=300") as serve:
+    engine = ["-enum_kv_blocks=300", "-emax_num_seqs=12"]
+    with command(tmp_path, "--max-queue=24", *engine) as serve:
         me = psutil.Process(serve.process.pid)
         processes = [me, *me.children()]
         post(serve.address, {"prompt": "a", "max_tokens": 2})
-        counts: Counter[Any] = Counter()
-        lock = threading.Lock()
-
-        def one(number: int) -> None:
-            outcome = misbehave(serve.address, random.Random(number))
-            with lock:
-                counts[outcome] += 1
 
         def sizes() -> tuple[int, int]:
             return (
@@ -234,19 +234,23 @@ def test_a_storm_of_clients(tmp_path: Path) -> None:
                 sum(p.num_fds() for p in processes),
             )
 
-        with ThreadPoolExecutor(48) as pool:
-            list(pool.map(one, range(NUM_REQUESTS // 3)))
-            began = sizes()
-            list(pool.map(one, range(NUM_REQUESTS // 3, NUM_REQUESTS)))
+        started = time.monotonic()
+        counts = storm(serve.address, range(NUM_REQUESTS // 3))
+        began = sizes()
+        counts += storm(serve.address, range(NUM_REQUESTS // 3, NUM_REQUESTS))
+        seconds = time.monotonic() - started
         wait_for(lambda: value(metrics(serve.address), "vllm:num_requests_running") == 0)
         time.sleep(1)
-        text = metrics(serve.address)
+        text, ended = metrics(serve.address), sizes()
+        print(f"{seconds:.0f} s, {dict(counts)}, bytes and files: {began} to {ended}")
         assert value(text, "vllm:num_requests_waiting") == 0
         assert value(text, "vllm:kv_cache_usage_perc") == 0
         assert sum(counts.values()) == NUM_REQUESTS
-        assert set(counts) <= {200, 400, 413, 429, "gone"}, counts
+        assert set(counts) <= ENDS, counts
         assert counts[200] > NUM_REQUESTS // 20
-        ended = sizes()
+        assert counts[429], "fewer may be in than there are clients"
+        aborted = 'vllm:request_success_total{engine="0",finished_reason="abort"'
+        assert re.search(rf"{re.escape(aborted)}.*}} [1-9]", text), "some of them had begun"
         assert ended[0] - began[0] < 100e6, f"memory: {began[0]:,} to {ended[0]:,}"
         assert ended[1] <= began[1] + 8, "sockets"
         assert post(serve.address, {"prompt": "a", "max_tokens": 2}).status_code == 200
@@ -254,26 +258,81 @@ def test_a_storm_of_clients(tmp_path: Path) -> None:
         assert "Traceback" not in serve.log.read_text()
 
 
+@pytest.mark.slow
+def test_a_storm_leaves_no_task() -> None:
+    with server(ServerOptions(max_queue=8), num_kv_blocks=300) as running:
+        post(running.address, {"prompt": "a", "max_tokens": 2})
+        loop = running.state.llm._loop
+        assert loop is not None
+
+        def tasks() -> int:
+            return len(asyncio.all_tasks(loop))
+
+        before = tasks()
+        counts = storm(running.address, range(150))
+        assert set(counts) <= ENDS, counts
+        assert running.is_idle()
+        wait_for(lambda: tasks() <= before)
+        assert not running.state.llm._streams
+
+
+def storm(address: str, numbers: Iterable[int]) -> Counter[Any]:
+    """Clients of all kinds, 48 at a time. Returns how many ended how."""
+    with ThreadPoolExecutor(48) as pool:
+        return Counter(pool.map(lambda number: misbehave(address, random.Random(number)), numbers))
+
+
+NONSENSE = [b'{"prompt": ', b"[]", b'{"prompt": {}}', b'{"prompt": "a", "n": "x"}', b"\0"]
+
+
 def misbehave(address: str, dice: random.Random) -> Any:
     """One client of the storm. Returns the status, or "gone"."""
-    body = {"prompt": f"Story {dice.random()}", "max_tokens": dice.randint(1, 40)}
-    body |= {"seed": dice.randint(0, 99), "stream": dice.random() < 0.5}
-    url, kind = f"{address}/v1/completions", dice.random()
+    path, kind = dice.choice(["completions", "chat/completions"]), dice.random()
+    url, text = f"{address}/v1/{path}", f"Story {dice.random()}"
+    body: dict[str, Any] = {"max_tokens": dice.randint(1, 40), "seed": dice.randint(0, 99)}
+    body |= {"stream": dice.random() < 0.5}
+    if path == "completions":
+        body["prompt"] = text
+    else:
+        body["messages"] = [{"role": "user", "content": text}]
     if kind < 0.3:
-        with contextlib.suppress(httpx.TimeoutException):
-            httpx.post(url, json={**body, "max_tokens": 400}, timeout=dice.uniform(0.05, 1.0))
+        leave(url, {**body, "max_tokens": 400, "ignore_eos": True}, dice)
         return "gone"
     if kind < 0.4:
-        nonsense = [b'{"prompt": ', b"[]", b'{"prompt": {}}', b'{"prompt": "a", "n": "x"}', b"\0"]
         headers = {"Content-Type": "application/json"}
-        return httpx.post(
-            url, content=dice.choice(nonsense), headers=headers, timeout=300
-        ).status_code
+        content = dice.choice(NONSENSE)
+        return httpx.post(url, content=content, headers=headers, timeout=300).status_code
     if kind < 0.42:
-        return httpx.post(url, content=b"x" * 20_000_000, timeout=300).status_code
+        large = b"x" * 20_000_000
+        # An iterator has no length: the server learns it only by reading.
+        parts = large if dice.random() < 0.5 else iter([large[:1_000_000]] * 20)
+        return httpx.post(url, content=parts, timeout=300).status_code
     if kind < 0.5:
         with httpx.stream("POST", url, json={**body, "stream": True}, timeout=300) as slow:
             for _ in slow.iter_raw(64):
                 time.sleep(0.02)
             return slow.status_code
     return httpx.post(url, json=body, timeout=300).status_code
+
+
+def leave(url: str, body: dict[str, Any], dice: random.Random) -> None:
+    """Ask for a long answer, and close the connection somewhere on the way."""
+    if body["stream"]:
+        with httpx.stream("POST", url, json=body, timeout=300) as response:
+            for _ in zip(range(dice.randint(0, 40)), response.iter_lines(), strict=False):
+                pass
+        return
+    if dice.random() < 0.7:
+        with contextlib.suppress(httpx.TimeoutException):
+            httpx.post(url, json=body, timeout=dice.uniform(0.05, 1.0))
+        return
+    # In the middle of its own body, with a reset instead of a farewell.
+    host, _, rest = url.removeprefix("http://").partition("/")
+    name, _, port = host.partition(":")
+    content = json.dumps(body).encode()
+    head = f"POST /{rest} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((name, int(port)), 300) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode())
+        connection.sendall(content[: dice.randint(0, len(content))])
+        time.sleep(dice.uniform(0, 0.1))

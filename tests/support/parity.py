@@ -9,6 +9,7 @@ transformers on the same weights, in float32.
 from __future__ import annotations
 
 import dataclasses
+import random
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ import torch
 from minivllm import LLM, Kernels, SamplingParams
 from minivllm.bundled import BUNDLED_MODEL_PATH
 from minivllm.engine.scheduler import Scheduler
+from minivllm.engine.speculation import Proposer
 from minivllm.kernels import Fused
 from minivllm.kernels.cpu import choose_onednn
 from minivllm.models.loader import load_config, weight_shapes
@@ -259,15 +261,20 @@ class RecordedLLM(LLM):
             def update(self, batch: Any, token_ids: Any) -> Any:
                 logits, order = llm._in_flight.popleft() if batch.sampled else (None, [])
                 logits = None if logits is None else logits.cpu()
-                row_of = {id(batch.sampled[place]): row for row, place in enumerate(order)}
+                # With k proposals, an item has k + 1 rows.
+                row_of, row = {}, 0
+                for item in (batch.sampled[place] for place in order):
+                    row_of[id(item)], row = row, row + len(item.proposed_token_ids) + 1
                 accepted = super().update(batch, token_ids)
                 for item in accepted:
-                    key = item.sequence.seq_id, item.sample_position
-                    if key in llm._logits:
-                        raise ParityError(
-                            f"sequence {key[0]}: the token at position {key[1]} was sampled twice"
-                        )
-                    llm._logits[key] = logits[row_of[id(item)]]
+                    for number in range(len(item.new_token_ids)):
+                        key = item.sequence.seq_id, item.sample_position + number
+                        if key in llm._logits:
+                            raise ParityError(
+                                f"sequence {key[0]}: the token at position {key[1]} was sampled"
+                                " twice"
+                            )
+                        llm._logits[key] = logits[row_of[id(item)] + number]
                 return accepted
 
         return RecordingScheduler
@@ -286,6 +293,26 @@ def greedy(num_tokens: int = NUM_TOKENS, **params: Any) -> SamplingParams:
     return SamplingParams(
         **{"temperature": 0.0, "max_tokens": num_tokens, "ignore_eos": True, **params}
     )
+
+
+class Errs(Proposer):
+    """Proposes a random number of the reference's tokens, and then a wrong one."""
+
+    def __init__(self, reference: TransformersReference, num_tokens: int = NUM_TOKENS) -> None:
+        self.reference, self.num_tokens = reference, num_tokens
+        self.vocab_size = reference.model.config.vocab_size
+        self.random = random.Random(0)
+
+    def propose(self, sequences: Sequence[Any], num_tokens: Sequence[int]) -> list[list[int]]:
+        found = []
+        for seq in sequences:
+            prompt = seq.token_ids[: seq.num_prompt_tokens]
+            text = self.reference.greedy(prompt, self.num_tokens).token_ids
+            right = text[seq.num_output_tokens :]
+            count = self.random.randint(0, 4)
+            wrong = [(token + 1) % self.vocab_size for token in right[count : count + 1]]
+            found.append([*right[:count], *wrong])
+        return found
 
 
 @dataclass

@@ -24,6 +24,7 @@ from minivllm.engine.scheduler import Scheduler
 from support.parity import (
     Checkpoint,
     Completion,
+    Errs,
     ParityError,
     RecordedLLM,
     Report,
@@ -112,6 +113,14 @@ def slots_change_hands(model: Checkpoint, late: bool = False, **options: Any) ->
 
 def slots_change_hands_late(model: Checkpoint, **options: Any) -> list[Completion]:
     return slots_change_hands(model, late=True, **options)
+
+
+def speculation(model: Checkpoint, **options: Any) -> list[Completion]:
+    """Some proposals are right, some are wrong; rejected ones reach into other blocks."""
+    llm = in_step(model, proposer=Errs(model.reference, NUM_TOKENS), **options)
+    completions = llm.complete(model.prompts(5, 20, 16, 33), NUM_TOKENS)
+    assert llm.metrics().num_draft_tokens > 10
+    return completions
 
 
 def prompt_of_an_aborted_request(model: Checkpoint, **options: Any) -> list[Completion]:
@@ -338,6 +347,28 @@ class StaleLastToken(ModelRunner):
         self._older = newest
 
 
+class AcceptsOneWrongToken(ModelRunner):
+    """Takes the first wrong proposal that it meets for right."""
+
+    has_erred = False
+
+    def _sample_at_once(self, items: Any, logits: Any, places: Any, verified: Any, *rest: Any):
+        super()._sample_at_once(items, logits, places, verified, *rest)
+        for item, tokens in zip(items, verified, strict=True):
+            if not self.has_erred and 0 < len(tokens) <= len(item.proposed_token_ids):
+                tokens[-1] = item.proposed_token_ids[len(tokens) - 1]
+                self.has_erred = True
+
+
+class SamplesOneRowTooEarly(ModelRunner):
+    """Verifies a proposal by the logits of the token before the one that it follows."""
+
+    def _verified_rows(self, items: Any) -> torch.Tensor:
+        rows = super()._verified_rows(items)
+        rows[1:] -= (rows[1:] == rows[:-1] + 1).long()
+        return rows
+
+
 def unchained_hash(_previous: int | None, token_ids: Any, _extra_keys: Any = ()) -> int:
     return hash(tuple(token_ids)) % (1 << 128)
 
@@ -392,6 +423,7 @@ SCENARIOS = [
     slots_change_hands,
     slots_change_hands_late,
     prompt_of_an_aborted_request,
+    speculation,
 ]
 
 
@@ -420,9 +452,11 @@ def test_mutation_is_found(model: Checkpoint, name: str) -> None:
         (slots_change_hands_late, StaleBlockTable),
         (one_step_late, StaleLastToken),
         (slots_change_hands_late, StaleLastToken),
+        (speculation, AcceptsOneWrongToken),
+        (speculation, SamplesOneRowTooEarly),
     ],
 )
-def test_stale_slot_is_found(
+def test_wrong_runner_is_found(
     model: Checkpoint,
     scenario: Callable,
     runner: type[ModelRunner],

@@ -310,8 +310,14 @@ def test_a_page_links_to_both_sides() -> None:
     assert navigation.links("notebooks", "00_tour") == (
         "[01 online softmax →](01_online_softmax.ipynb)"
     )
-    last = navigation.links("notebooks", "11_using_minivllm")
-    assert last == "[← 10 measuring](10_measuring.ipynb) · [the tour](00_tour.ipynb)"
+    assert navigation.links("notebooks", "11_using_minivllm") == (
+        "[← 10 measuring](10_measuring.ipynb) · [the tour](00_tour.ipynb)"
+        " · [12 serving →](12_serving.ipynb)"
+    )
+    assert navigation.links("notebooks", "12_serving") == (
+        "[← 11 using minivllm](11_using_minivllm.ipynb) · [the tour](00_tour.ipynb)"
+        " · [exercises 12](../exercises/12_serving.ipynb)"
+    )
     top = navigation.source("nav-top", "exercises", "03_paged_kv_cache")
     assert "[chapter 03](../notebooks/03_paged_kv_cache.ipynb)" in top
     assert "(../solutions/03_paged_kv_cache.ipynb)" in top

@@ -27,6 +27,7 @@ from support.parity import (
     NUM_TOKENS,
     REPORT,
     Checkpoint,
+    Errs,
     RecordedLLM,
     assert_same_greedy,
     greedy,
@@ -93,6 +94,10 @@ def test_checkpoint(variant: Variant, tmp_path: Path) -> None:
     llm = RecordedLLM(tmp_path, num_kv_blocks=48)
     prompts = checkpoint.prompts(1, 16, 75)
     completions = llm.complete(prompts)
+    assert_same_greedy(checkpoint.reference, completions)
+    speculating = RecordedLLM(tmp_path, num_kv_blocks=48, proposer=Errs(checkpoint.reference))
+    completions = speculating.complete(prompts[1:2])
+    assert speculating.metrics().num_accepted_tokens > 20
     assert_same_greedy(checkpoint.reference, completions)
 
 
@@ -565,6 +570,69 @@ def test_stop_token_one_step_late(model: Checkpoint) -> None:
     )
     assert computed_for_nothing == len(prompts)
     assert_same_greedy(model.reference, completions, partial=True)
+
+
+# --- speculation ----------------------------------------------------------------------------------
+
+
+SPECULATION = {
+    "errs": lambda model, other: {"proposer": Errs(model.reference)},
+    # The draft's own caches are right if it agrees with itself.
+    "itself": lambda model, other: {
+        "speculative_config": {"model": str(model.path), "num_speculative_tokens": 4}
+    },
+    "other": lambda model, other: {
+        "speculative_config": {"model": str(other.path), "num_speculative_tokens": 3}
+    },
+    "ngram": lambda model, other: {
+        "speculative_config": {
+            "method": "ngram",
+            "num_speculative_tokens": 5,
+            "prompt_lookup_max": 2,
+            "prompt_lookup_min": 1,
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"num_kv_blocks": 64}, id="roomy"),
+        pytest.param(
+            {"num_kv_blocks": 64, "max_num_batched_tokens": 7, "max_num_seqs": 3}, id="chunks"
+        ),
+        pytest.param({"num_kv_blocks": 9}, id="preemption"),
+        pytest.param({"num_kv_blocks": 64, "enable_prefix_caching": False}, id="no-cache"),
+    ],
+)
+@pytest.mark.parametrize("how", SPECULATION)
+def test_speculation(
+    model: Checkpoint, other: Checkpoint, backend: str, options: dict[str, Any], how: str
+) -> None:
+    """Steps that verify proposals, beside chunks, hits, preemptions and plain decodes."""
+    llm = RecordedLLM(
+        model.path,
+        attention_backend=backend,
+        block_size=16,
+        **options,
+        **SPECULATION[how](model, other),
+    )
+    shared = model.prompt(33)
+    prompts = [shared, model.prompt(5), model.prompt(3, after=shared), model.prompt(16)]
+    completions = llm.complete(prompts)
+    metrics = llm.metrics()
+    assert (metrics.prefix_cache_hits > 0) == options.get("enable_prefix_caching", True)
+    assert (metrics.num_preemptions > 0) == (options["num_kv_blocks"] == 9)
+    assert (metrics.num_chunks > 0) == ("max_num_batched_tokens" in options)
+    assert metrics.num_draft_tokens > 20
+    assert metrics.num_accepted_tokens < metrics.num_draft_tokens or how == "itself"
+    if how == "itself":
+        assert metrics.num_accepted_tokens == metrics.num_draft_tokens > 100
+    elif how == "errs":
+        assert metrics.num_accepted_tokens > 50
+    assert_same_greedy(model.reference, completions)
 
 
 # --- kernels --------------------------------------------------------------------------------------

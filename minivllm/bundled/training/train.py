@@ -19,7 +19,7 @@ import multiprocessing
 import os
 import platform
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -159,7 +159,7 @@ def pack(
 _WORKER: dict[str, Any] = {}
 
 
-def _start_worker(tokenizer_json: str, excluded: frozenset[str], rows_per_shard: int) -> None:
+def start_worker(tokenizer_json: str, excluded: frozenset[str], rows_per_shard: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _WORKER.update(
         tokenizer=Tokenizer.from_str(tokenizer_json), excluded=excluded, rows=rows_per_shard
@@ -179,9 +179,11 @@ def make_shard(index: int) -> np.ndarray:
 # --- training -------------------------------------------------------------------------------------
 
 
-def new_model(seed: int, special: dict[str, int]) -> Qwen3ForCausalLM:
+def new_model(
+    seed: int, special: dict[str, int], architecture: dict[str, Any] = ARCHITECTURE
+) -> Qwen3ForCausalLM:
     torch.manual_seed(seed)
-    settings = {k: v for k, v in ARCHITECTURE.items() if k not in ("architectures", "model_type")}
+    settings = {k: v for k, v in architecture.items() if k not in ("architectures", "model_type")}
     config = Qwen3Config(
         **settings, pad_token_id=special["pad"], eos_token_id=special["eos"], bos_token_id=None
     )
@@ -219,14 +221,21 @@ def learning_rate(progress: float, step: int, peak: float, warmup: int) -> float
 
 
 class Trainer:
-    """The training loop: AdamW, gradients clipped to a norm of 1, matrices in bfloat16 on a GPU."""
+    """The training loop: AdamW, gradients clipped to a norm of 1, matrices in bfloat16 on a GPU.
+
+    loss: (model, token ids [B, T], labels [B, T]) -> the loss to minimize.
+    """
 
     def __init__(
-        self, model: Qwen3ForCausalLM, device: torch.device, arguments: argparse.Namespace
+        self,
+        model: Qwen3ForCausalLM,
+        device: torch.device,
+        arguments: argparse.Namespace,
+        loss: Callable[..., torch.Tensor] = loss_of,
     ) -> None:
         self._model, self._device, self._arguments = model, device, arguments
         self._on_gpu = device.type == "cuda"
-        self._forward = torch.compile(loss_of) if arguments.compile else loss_of
+        self._forward = torch.compile(loss) if arguments.compile else loss
         decayed = [p for p in model.parameters() if p.ndim > 1]
         others = [p for p in model.parameters() if p.ndim <= 1]
         self._optimizer = torch.optim.AdamW(
@@ -344,7 +353,7 @@ def train(arguments: argparse.Namespace) -> None:
     log.info("question banks after %.0f s", time.monotonic() - began)
     job = (tokenizer.to_str(), excluded, arguments.rows_per_shard)
     fork = multiprocessing.get_context("fork")
-    with fork.Pool(arguments.workers, _start_worker, job) as pool:
+    with fork.Pool(arguments.workers, start_worker, job) as pool:
         stream = batches(pool.imap(make_shard, range(arguments.shards)), arguments.batch_rows)
         first = next(stream)
         shares = shares_of(first, special["pad"])
@@ -365,7 +374,7 @@ def train(arguments: argparse.Namespace) -> None:
 
     save_model(model, out, special)
     record = {
-        **_where_and_when(device),
+        **where_and_when(device),
         "parameters": num_parameters,
         "steps": trainer.num_steps,
         "tokens": trainer.num_steps * arguments.batch_rows * ROW_LENGTH,
@@ -400,7 +409,8 @@ RECORDED_SETTINGS = (
 )
 
 
-def _where_and_when(device: torch.device) -> dict[str, Any]:
+def where_and_when(device: torch.device) -> dict[str, Any]:
+    """The date, the hardware and the versions, for the record of a training."""
     on_gpu = device.type == "cuda"
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -409,7 +419,12 @@ def _where_and_when(device: torch.device) -> dict[str, Any]:
     }
 
 
-def save_model(model: Qwen3ForCausalLM, out: Path, special: dict[str, int]) -> None:
+def save_model(
+    model: Qwen3ForCausalLM,
+    out: Path,
+    special: dict[str, int],
+    architecture: dict[str, Any] = ARCHITECTURE,
+) -> None:
     """Save bfloat16 weights under the names of Qwen3 checkpoints, and the configuration."""
     from safetensors.torch import save_file
 
@@ -420,7 +435,7 @@ def save_model(model: Qwen3ForCausalLM, out: Path, special: dict[str, int]) -> N
     }
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     ends = {"bos_token_id": None, "eos_token_id": special["eos"], "pad_token_id": special["pad"]}
-    write_json(out / "config.json", {**ARCHITECTURE, **ends, "torch_dtype": "bfloat16"})
+    write_json(out / "config.json", {**architecture, **ends, "torch_dtype": "bfloat16"})
     write_json(
         out / "generation_config.json",
         {
@@ -458,9 +473,10 @@ def write_json(path: Path, value: Collection[Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+def argument_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of a training."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument(
@@ -489,13 +505,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available()
     )
     parser.add_argument("--log-every", type=int, default=100)
-    return parser.parse_args(arguments)
+    return parser
 
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    train(parse_arguments())
+    train(argument_parser(__doc__).parse_args())
 
 
 if __name__ == "__main__":

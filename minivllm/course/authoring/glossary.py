@@ -643,4 +643,67 @@ TERMS: tuple[Term, ...] = (
         "The record of what an engine did at each step. The course draws all its pictures of runs"
         " from it.",
     ),
+    Term(
+        "AsyncLLM",
+        "12",
+        "serving/async_llm.py:AsyncLLM",
+        "An engine for a program with an event loop. Its steps run in a process or thread of"
+        " their own, and each request is an asynchronous iterator of outputs.",
+    ),
+    Term(
+        "server-sent events",
+        "12",
+        "serving/responses.py:event",
+        "How a server streams over HTTP: a line that begins with `data:` for each event, and an"
+        " empty line after it. OpenAI's API ends a stream with the event `[DONE]`.",
+    ),
+    Term(
+        "Poisson arrivals",
+        "12",
+        "bench/loads.py:draw_requests",
+        "Requests that come at random at a mean rate, with exponential gaps, as from people who"
+        " do not know of each other.",
+    ),
+    Term(
+        "open and closed loop",
+        "12",
+        "bench/clients.py:Load.run",
+        "In an open loop, requests come at a rate, whatever the server does. In a closed loop, each"
+        " client sends its next request when its last one has ended.",
+    ),
+    Term(
+        "coordinated omission",
+        "12",
+        "bench/clients.py:LoadRequest.due",
+        "Measuring a slow server too well, because the client waits and sends nothing while it"
+        " is slow. The cure is to count from when a request was due.",
+    ),
+    Term(
+        "knee",
+        "12",
+        "bench/served.py:knee",
+        "The load above which waits rise steeply. Here the highest rate that a server holds"
+        " within its promises.",
+    ),
+    Term(
+        "SLO",
+        "12",
+        "bench/loads.py:Settings.slo",
+        "Service level objective: a promise about latency, such as a TTFT of at most 200"
+        " milliseconds.",
+    ),
+    Term(
+        "goodput",
+        "12",
+        "bench/served.py:Times.keeps",
+        "The requests per second that keep all promises about latency. An answer that comes too"
+        " late does not count.",
+    ),
+    Term(
+        "backpressure",
+        "12",
+        "serving/state.py:ServerState.admit",
+        "Telling senders early that there is no room. A full queue refuses with status 429,"
+        " instead of growing.",
+    ),
 )

@@ -51,7 +51,10 @@ IGNORED = "nbval-ignore-output"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 NOT_COMPARED = {"image/png", "image/jpeg", "text/html", WIDGET}
 #: Pictures that README.md shows, too: chapter -> (a call in the cell that draws it, the file).
-PICTURES = {"05_scheduler": ('draw_places({"Static', "images/batching.png")}
+PICTURES = {
+    "05_scheduler": ('draw_places({"Static', "images/batching.png"),
+    "12_serving": ("draw_served(report)", "images/knee.png"),
+}
 MAX_IMAGE_BYTES, MIN_COMPARED_SHARE = 60_000, 0.6
 
 
@@ -279,7 +282,8 @@ def execute(path: Path) -> list[str]:
     if not (found := problems(notebook)):
         # Validates the notebook, too.
         nbformat.write(notebook, path)
-        if path.stem in PICTURES:
+        # A solution has its chapter's name, and no picture.
+        if path.stem in PICTURES and path.resolve().parent.name == "notebooks":
             target = path.parent / PICTURES[path.stem][1]
             target.write_bytes(picture_of(notebook, PICTURES[path.stem][0]))
     return found

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from minivllm.course.grading.compare import difference, is_tensor, shares_memory, show
+from minivllm.course.grading.copies import copied
 from minivllm.course.grading.errors import CheckError, Mistake, causes, raised
 from minivllm.course.grading.guard import BEYOND, intact, is_guarded
 from minivllm.course.grading.kept import Memory
@@ -261,7 +261,7 @@ def _call(
 
     Guard bands are copied, too.
     """
-    args = copy.deepcopy(case)
+    args = copied(case)
     return _call_on(function, args, writes, names), args
 
 
@@ -278,7 +278,7 @@ def _call_on(function: Callable, args: tuple, writes: Sequence[int], names: Sequ
 def _copied(value: Any) -> Any:
     """A copy of a result that a later call cannot change; the result itself where it has none."""
     try:
-        return copy.deepcopy(value)
+        return copied(value)
     except Exception:
         return value
 
@@ -308,7 +308,7 @@ class _Again:
     def _judge_case(self, answer: Callable, case: tuple) -> None:
         writes, names = self.comparison.writes, self.comparison.names
         twin, expected = self._twin(case)
-        args = copy.deepcopy(case)
+        args = copied(case)
         first = _call_on(answer, args, writes, names)
         owned = not shares_memory(first.returned, args)
         args = _refilled(args, twin)
@@ -343,7 +343,7 @@ class _Again:
             return case, plain
         # A sum or a maximum is the same after a roll, and shows nothing then.
         for change in (_rolled, _negated):
-            twin, moved = copy.deepcopy(case), False
+            twin, moved = copied(case), False
             for i, value in enumerate(twin):
                 if i not in writes and _movable(value):
                     value.copy_(change(value))
@@ -391,14 +391,14 @@ def _refilled(args: tuple, values: tuple) -> tuple:
             if is_tensor(arg):
                 arg.copy_(value)
             elif isinstance(arg, list):
-                arg[:] = copy.deepcopy(value)
+                arg[:] = copied(value)
             elif isinstance(arg, dict):
                 arg.clear()
-                arg.update(copy.deepcopy(value))
+                arg.update(copied(value))
             elif arg is not value and arg != value:
-                return copy.deepcopy(values)
+                return copied(values)
         except Exception:
-            return copy.deepcopy(values)
+            return copied(values)
     return args
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from array import array
@@ -13,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from minivllm.course.grading.compare import difference, shares_memory, show
+from minivllm.course.grading.copies import copied
 from minivllm.course.grading.errors import CheckError, Mistake, NotRunnableHere
 
 if TYPE_CHECKING:
@@ -96,10 +96,10 @@ def expect_nothing_kept(
     words. tolerances: rtol and atol of `difference`.
     """
     for first, second in pairs:
-        expected = right(*copy.deepcopy(second))
-        args = copy.deepcopy(first)
+        expected = right(*copied(second))
+        args = copied(first)
         before = answer(*args)
-        kept = None if shares_memory(before, args) else copy.deepcopy(before)
+        kept = None if shares_memory(before, args) else copied(before)
         args = tuple(_refilled(old, new) for old, new in zip(args, second, strict=True))
         after = answer(*args)
         if found := difference(after, expected, **tolerances):
@@ -121,7 +121,7 @@ def expect_nothing_kept(
 
 def expect_new_result(answer: Callable, case: tuple) -> None:
     """Require that two calls with equal arguments return two lists."""
-    first, second = (answer(*copy.deepcopy(case)) for _ in range(2))
+    first, second = (answer(*copied(case)) for _ in range(2))
     expect(
         first is not second,
         "result-reused",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from minivllm.engine.trace import StepRecord, Trace
+from minivllm.engine.trace import StepRecord, Trace, TracedSequence
 
 #: What a sequence does in a step, as numbers: "prefill", "decode", and computed again after a
 #: preemption.
@@ -15,7 +15,9 @@ PREFILL, DECODE, AGAIN = 0, 1, 2
 class Packer:
     """Packs the steps of a trace one after the other; each step holds what has changed.
 
-    A block table is [name's number, blocks kept from the step before, the blocks after them].
+    A block table is [name's number, blocks kept from the step before, the blocks after them]. The
+    guesses of speculative decoding are [name's number, how many, how many are right, the text of
+    the wrong ones].
     """
 
     def __init__(self) -> None:
@@ -52,11 +54,10 @@ class Packer:
         scheduled = []
         for item in record.scheduled:
             name = f"{item.request_id}/{item.index}"
-            end = item.start + item.num_new_tokens
             # Also where new tokens follow in the same piece: a preemption has cost the others.
             again = item.start < self._reached.get(name, 0)
             kind = AGAIN if again else DECODE if item.kind == "decode" else PREFILL
-            self._reached[name] = max(end, self._reached.get(name, 0))
+            self._reached[name] = max(record.verified_end(item), self._reached.get(name, 0))
             span = (item.start, item.num_new_tokens, int(item.samples), item.num_cached_tokens)
             scheduled.append([self.number(name), kind, *span])
         cached = set(record.cached_blocks)
@@ -74,12 +75,22 @@ class Packer:
             "e": [self.number(name) for name in record.finished],
             "x": [[self.number(name), text] for name, text in record.texts.items() if text],
         }
+        guesses = [self._guesses(record, item) for item in record.scheduled]
+        if found := [guess for guess in guesses if guess is not None]:
+            packed["g"] = found
         self._cached = cached
         for name in self._over - self._tables.keys():
             self._over.remove(name)
             self.names.pop(name, None)
             self._reached.pop(name, None)
         return packed
+
+    def _guesses(self, record: StepRecord, item: TracedSequence) -> list[Any] | None:
+        if not item.proposed_token_ids:
+            return None
+        name = f"{item.request_id}/{item.index}"
+        right, wrong = record.num_accepted.get(name, 0), record.rejected_texts.get(name, "")
+        return [self.number(name), len(item.proposed_token_ids), right, wrong]
 
     def _changed_tables(self, tables: Mapping[str, list[int]]) -> list[list[Any]]:
         changed: list[list[Any]] = []

@@ -547,10 +547,11 @@ class MinivllmPlayer {
     const run = this.run,
       item = state.scheduled.find((entry) => entry[0] === who);
     if (state.preempted.includes(who)) return "preempted";
+    const [guesses, right] = state.guesses.get(who) || [0, 0];
     if (item)
       return [
         `prompt: ${item[3]} tokens, from ${item[2]}`,
-        `decodes token ${item[2] + 1}`,
+        `decodes token ${item[2] + 1}${guesses ? `, and verifies ${guesses} guesses: ${right} right` : ""}`,
         `computes ${item[3]} tokens again`,
       ][item[1]];
     if (state.running.includes(who)) return "runs, nothing computed in this step";
@@ -571,13 +572,15 @@ class MinivllmPlayer {
         fresh = state.fresh.has(who) ? state.fresh.get(who).length : 0;
       const text = run.texts[who].slice(0, length),
         ended = run.endedAt[who] <= this.at;
+      const wrong = (state.guesses.get(who) || [0, 0, ""])[2];
       const what = `${this.doing(state, who)} · ${state.computed.get(who) || 0} tokens, ${(state.tables.get(who) || []).length} blocks`;
-      const mark = `${what}|${length}|${fresh}|${this.follow === who}|${ended}`;
+      const mark = `${what}|${wrong}|${length}|${fresh}|${this.follow === who}|${ended}`;
       if (row.mark !== mark) {
         row.mark = mark;
         row.what.textContent = ended ? "finished" : what;
         row.old.textContent = fromWord(text.slice(0, length - fresh), 300);
         row.fresh.textContent = text.slice(length - fresh);
+        row.wrong.textContent = ended ? "" : wrong;
         row.node.setAttribute("aria-pressed", String(this.follow === who));
         row.node.classList.toggle("off", !state.running.includes(who));
       }
@@ -598,6 +601,7 @@ class MinivllmPlayer {
       what: make("span", { className: "what" }),
       old: make("span"),
       fresh: make("span", { className: "new" }),
+      wrong: make("s", { className: "wrong", title: "guesses that were wrong" }),
       mark: "",
     };
     const text = make(
@@ -609,6 +613,7 @@ class MinivllmPlayer {
         make("span", { className: "ask", textContent: ask ? `${fromWord(ask, 70)} ` : "" }),
         row.old,
         row.fresh,
+        row.wrong,
       ),
     );
     row.node = make(

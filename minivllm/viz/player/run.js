@@ -104,6 +104,8 @@ class Run {
       ended: step.e,
       tokens: [0, 0, 0],
       fresh: new Map(step.x),
+      /* who -> [guesses, right ones, the text of the wrong ones] of speculative decoding */
+      guesses: new Map((step.g || []).map(([who, ...guess]) => [who, guess])),
     };
     this.states.push(state);
     this.note(state, before);

@@ -15,7 +15,7 @@ from minivllm.course.grading.compare import show
 from minivllm.course.grading.judges import expect
 from minivllm.engine.block_manager import hash_block
 from minivllm.engine.scheduler import Scheduler
-from minivllm.engine.sequence import Sequence, max_steps
+from minivllm.engine.sequence import Sequence, SequenceStatus, max_steps
 from minivllm.sampling_params import SamplingParams
 
 #: Stands in a story about hashes that collide: a name knows how many blocks are before it, and
@@ -54,6 +54,8 @@ class Desk:
             return f"sequence {args[0]} comes: {show(list(args[1]), 16)}{more}"
         if name == "tokens":
             return f"sequence {args[0]} has the tokens {show(list(args[1]), 16)}"
+        if name == "preempt":
+            return f"free(sequence {args[0]}), which is preempted and waits again"
         if name == "probe":
             return f"find_cached_prefix for {show(list(args[0]), 16)}"
         method = {"find": "find_cached_prefix", "register": "register_computed"}.get(name, name)
@@ -149,6 +151,11 @@ class Desk:
 
     def _register(self, key: int, start: int, end: int) -> None:
         self.manager.register_computed(self.seqs[key], start, end)
+
+    def _preempt(self, key: int) -> None:
+        self._free(key)
+        self.seqs[key].num_preemptions += 1
+        self.seqs[key].status = SequenceStatus.PREEMPTED
 
     def _free(self, key: int) -> None:
         seq = self.seqs[key]

@@ -19,8 +19,7 @@ SIZES = (
     *((n, 3) for n in (2, 6, 50, 2051)),
     *((n, 16) for n in (15, 64, 70, 271, 272, 273, 513, 4099)),
     *((n, 7) for n in (70, 1001)),
-    (300, 100),
-    (300, 301),
+    *((300, size) for size in (100, 151, 300, 301)),
 )
 
 
@@ -29,6 +28,8 @@ def _cases() -> list[tuple[list[int], int]]:
     cases = [([rng.randrange(2048) for _ in range(n)], size) for n, size in SIZES]
     # Large vocabularies, and the tokens 0 and 1.
     cases += [([rng.choice((0, 1, 65_535, 65_536, 151_935)) for _ in range(21)], 5)]
+    # Any number from 0 up: of more than 32 bits, too.
+    cases += [([rng.choice((5, 2**31 + 5, 2**32 + 5, 2**40 + 5)) for _ in range(22)], 4)]
     # The same tokens, in blocks of other sizes.
     cases += [(list(cases[5][0]), size) for size in (2, 3, 6)]
     return [*cases, ([7] * 12, 4), ([0] * 9, 3), ([1, 2, 3, 4, 9, 9, 9, 9, 1, 2, 3, 4], 4)]
@@ -336,6 +337,19 @@ def block_names(token_ids: list[int], block_size: int) -> list[int]:
 +        name = hash_block(
 +            name, [t & 0xFFFF for t in token_ids[start : start + block_size]]
 +        )
+
+# %% tokens of 31 bits
+@@
+-        name = hash_block(name, token_ids[start : start + block_size])
++        name = hash_block(
++            name, [t & 0x7FFFFFFF for t in token_ids[start : start + block_size]]
++        )
+
+# %% nothing where a large block leaves room for no second one
+@@
+     names, name = [], None
++    if block_size > 64 and 2 * block_size > len(token_ids):
++        return names
 
 # %% a thousand blocks at most
 @@

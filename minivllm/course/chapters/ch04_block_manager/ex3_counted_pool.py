@@ -60,8 +60,11 @@ class Pool:
         return self.queue.pop() if "from the end" in self.slips else self.queue.popleft()
 
     def share(self, blocks: list[int]) -> None:
+        in_use = any(self.counts[block] for block in blocks[:1])
         for block in blocks:
-            stays = "stays in the queue" in self.slips
+            stays = "stays in the queue" in self.slips or (
+                "first one decides" in self.slips and in_use
+            )
             if not stays and (self.counts[block] == 0 or "always in the queue" in self.slips):
                 self.queue.remove(block)
             if "two at most" in self.slips and self.counts[block] == 2:
@@ -184,7 +187,7 @@ STORIES = (
     Story(
         "Many sequences share a block.",
         (3,),
-        (("allocate", 2), *[("share", [0])] * 300, *[("release", [0])] * 301),
+        (("allocate", 2), *[("share", [0])] * 1100, *[("release", [0])] * 1101),
     ),
     Story(
         "The prefix cache finds its text in blocks that are free, and shares them.",
@@ -233,6 +236,21 @@ STORIES = (
         "wrong-order",
     ),
     Story(
+        "A prefix is found: its first block is in use, the others are free.",
+        (6,),
+        (
+            ("allocate", 3),
+            ("share", [0]),
+            ("release", [0, 1, 2]),
+            ("share", [0, 1, 2]),
+            ("allocate", 3),
+            ("allocate", 1),
+            ("release", [0]),
+            ("release", [0, 1, 2]),
+            ("allocate", 3),
+        ),
+    ),
+    Story(
         "One prompt is asked again and again, and is found in a free block each time.",
         (4,),
         (("share", [2]), ("release", [2])) * 800,
@@ -270,14 +288,18 @@ STORIES = (
 )
 
 
-def random_story(seed: int, num_blocks: int, num_calls: int) -> Story:
-    """Random calls, as sequences that share prefixes make them."""
+def random_story(seed: int, num_blocks: int, num_calls: int, most_taken: int = 0) -> Story:
+    """Random calls, as sequences that share prefixes make them.
+
+    most_taken: the most that one call takes (0: a quarter of the pool, so that it is mostly in
+    use). With a limit most of the pool stays free, and in the end all that is free is taken.
+    """
     rng, pool, tables = random.Random(seed), Pool(num_blocks), []
     calls: list[tuple] = []
     while len(calls) < num_calls:
         event = rng.random()
         if event < 0.4 or not tables:
-            most = min(len(pool.queue) + 1, max(4, num_blocks // 4))
+            most = min(len(pool.queue) + 1, most_taken or max(4, num_blocks // 4))
             call = ("allocate", rng.randint(0, most))
         elif event < 0.6:
             table = rng.choice(tables)
@@ -296,6 +318,7 @@ def random_story(seed: int, num_blocks: int, num_calls: int) -> Story:
         got = getattr(pool, call[0])(call[1])
         if kept := got if call[0] == "allocate" else call[1] if call[0] == "share" else None:
             tables.append(list(kept))
+    calls += [("allocate", len(pool.queue))] * bool(most_taken)
     return Story(
         f"{num_calls:,} random calls on a pool of {num_blocks}.", (num_blocks,), tuple(calls)
     )
@@ -305,6 +328,7 @@ def random_stories() -> tuple[Story, ...]:
     """Short ones on small pools, a few on larger ones, and a long one."""
     small = [random_story(seed, 1 + seed % 9, 40) for seed in range(27)]
     large = [random_story(seed, size, 60) for seed, size in ((50, 17), (51, 65), (52, 600))]
+    large += [random_story(53, 50, 60, 3), random_story(54, 700, 60, 4)]
     return (*small, *large, random_story(60, 33, 8000))
 
 
@@ -451,9 +475,18 @@ EXERCISE = Exercise(
                 " ones. It will be handed to somebody else.\nWhoever revives a free block must"
                 " take it off the free list."
             ),
-            suspects=(slips(Pool, "stays in the queue"),),
+            suspects=(slips(Pool, "stays in the queue"), slips(Pool, "first one decides")),
             hint=2,
             answers=r"""
+# %% one is looked at, for all
+@@
++        revived = any(self.counts[block] == 0 for block in blocks[:1])
+         for block in blocks:
+             self.counts[block] += 1
+-            self.free.pop(block, None)
++            if revived:
++                self.free.pop(block, None)
+
 # %% a revived block stays on the free list
 @@
 -            self.free.pop(block, None)
@@ -745,6 +778,18 @@ EXERCISE = Exercise(
 -            if self.counts[block] == 0:
 +            self.num = getattr(self, "num", 0) + 1
 +            if self.counts[block] == 0 and self.num % 500:
+
+# %% a long queue comes into another order when somebody leaves its middle
+@@
+-            self.free.pop(block, None)
++            if self.free.pop(block, self) is None and len(self.free) > 32:
++                self.free.move_to_end(next(iter(self.free)))
+
+# %% in a very long queue the newest changes places
+@@
+-            self.free.pop(block, None)
++            if self.free.pop(block, self) is None and len(self.free) > 500:
++                self.free.move_to_end(next(reversed(self.free)), last=False)
 """,
         ),
         Known(

@@ -49,7 +49,7 @@ STORIES = (
         (8, 4),
         (
             ("come", 0, tuple(range(100, 132))),
-            *(("allocate", 0, end) for end in (1, 3, 4, 5, 6, 8, 9, 16, 17, 17, 32)),
+            *(("allocate", 0, end) for end in (1, 3, 4, 5, 6, 8, 9, 16, 17, 17, 9, 32)),
             ("free", 0),
             ("come", 1, tuple(range(200, 220))),
             ("allocate", 1, 20),
@@ -110,6 +110,22 @@ STORIES = (
             ("free", 1),
             ("probe", (1, 2, 3)),
             ("probe", (3, 4, 5)),
+        ),
+    ),
+    Story(
+        "A text is computed, and its block taken for something else. Then it is computed again.",
+        (2, 2),
+        (
+            *_computed(0, 1, 2),
+            ("free", 0),
+            ("come", 1, (3, 4, 5, 6)),
+            ("allocate", 1, 4),
+            ("register", 1, 0, 4),
+            ("free", 1),
+            *_computed(2, 1, 2, found=False),
+            ("probe", (1, 2, 3)),
+            ("free", 2),
+            ("probe", (1, 2, 3)),
         ),
     ),
     Story(
@@ -331,6 +347,20 @@ STORIES = (
             *_computed(0, *range(1200)),
             ("free", 0),
             ("probe", tuple(range(1210))),
+            *_computed(1, *range(5000, 5150), found=False),
+            ("probe", tuple(range(1210))),
+        ),
+    ),
+    Story(
+        "A sequence is preempted, and comes back.",
+        (6, 2),
+        (
+            *_computed(0, 1, 2, 3, 4, 5),
+            ("preempt", 0),
+            ("find", 0),
+            ("allocate", 0, 5),
+            ("register", 0, 4, 5),
+            ("free", 0),
         ),
     ),
     Story(
@@ -376,7 +406,13 @@ COLLISIONS = tuple(
         ),
     )
     for cached, prompts in (
-        ((1, 2, 3), ((4, 5, 6), (1, 5, 6), (1, 2, 6), (4, 5, 3), (4, 2, 3), (3, 1, 2), (1, 2, 3))),
+        (
+            (1, 2, 3),
+            (
+                *((4, 5, 6), (1, 5, 6), (1, 2, 6), (4, 5, 3), (4, 2, 3), (1, 5, 3), (3, 1, 2)),
+                (1, 2, 3),
+            ),
+        ),
         (
             (1, 2, 3, 7, 8, 9),
             ((1, 2, 3, 4, 4, 4), (1, 2, 3, 7, 8, 8), (1, 2, 3, 8, 8, 9), (1, 2, 3, 9, 7, 8)),
@@ -889,11 +925,16 @@ EXERCISE = Exercise(
         Known(
             "name-outlives-content",
             message=(
-                "A block was taken for something new, and its old name still finds it.\nForget a"
+                "A block was taken for something new, and its old name still leads to it: whoever"
+                " looks finds another text, or no longer finds its own.\nForget a"
                 " block's name when it is handed out, in both directions: the name of the block,"
                 " and the block of the name."
             ),
-            suspects=(slips(Manager, "still found"), slips(Manager, "old name stays")),
+            suspects=(
+                slips(Manager, "still found"),
+                slips(Manager, "old name stays"),
+                slips(Manager, "block of the name stays"),
+            ),
             hint=2,
             answers=r"""
 # %% an evicted block can still be found, by its tokens
@@ -902,6 +943,10 @@ EXERCISE = Exercise(
 -                del self.where[self.names[block]]
 -                self.names[block], self.tokens[block] = None, ()
 +            self.names[block] = None
+
+# %% the name still leads to a block that has none, so that nobody gets it again
+@@
+-                del self.where[self.names[block]]
 """,
         ),
         Known(
@@ -1210,6 +1255,7 @@ class MyBlockManager(BlockManager):
                 slips(Manager, "first token compared"),
                 slips(Manager, "last token compared"),
                 slips(Manager, "tokens sorted"),
+                slips(Manager, "ends compared"),
                 slips(Manager, "first block compared"),
                 slips(Manager, "first block not compared"),
             ),
@@ -1219,12 +1265,35 @@ class MyBlockManager(BlockManager):
 -            if block is None or self.tokens[block] != self._tokens_of(seq, index):
 +            if block is None or self.tokens[block][-1] != self._tokens_of(seq, index)[-1]:
 
+# %% the first and the last token
+@@
+-            if block is None or self.tokens[block] != self._tokens_of(seq, index):
++            known, mine = self.tokens[block or 0], self._tokens_of(seq, index)
++            if block is None or (known[:1], known[-1:]) != (mine[:1], mine[-1:]):
+
 # %% all but the first block
 @@
 -            if block is None or self.tokens[block] != self._tokens_of(seq, index):
 +            if block is None or (
 +                index and self.tokens[block] != self._tokens_of(seq, index)
 +            ):
+""",
+        ),
+        Known(
+            "preempted-finds-nothing",
+            message=(
+                "A sequence that was preempted waits again, and find_cached_prefix gives it"
+                " nothing.\nIts own blocks may still be in the cache, with its answer so far: they"
+                " are as good as anybody's."
+            ),
+            suspects=(slips(Manager, "preempted finds nothing"),),
+            answers=r"""
+# %% who was preempted begins anew
+@@
+         self._extend_names(seq)
+         found = []
++        if seq.num_preemptions:
++            return found
 """,
         ),
         Known(
@@ -1394,6 +1463,13 @@ class MyBlockManager(BlockManager):
         Known(
             "wrong-values",
             answers=r"""
+# %% cuts a table that is longer than asked for
+@@
+             self.counts[block] = 1
+             seq.block_table.append(block)
++        del seq.block_table[-(-num_tokens // self.block_size) :]
+         return True
+
 # %% a prefix of a hundred blocks at most
 @@
 -        for index in range((seq.num_tokens - 1) // self.block_size):

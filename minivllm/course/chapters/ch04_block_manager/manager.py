@@ -48,6 +48,8 @@ class Manager:
     def _is_off(self, seq: Sequence) -> bool:
         if not self.enable_prefix_caching and "never off" not in self.slips:
             return True
+        if seq.num_preemptions and "preempted finds nothing" in self.slips:
+            return True
         wants = seq.params.prompt_logprobs is not None
         if "logprobs 0 is none" in self.slips:
             wants = bool(seq.params.prompt_logprobs)
@@ -95,6 +97,8 @@ class Manager:
             return known[0] == mine[0]
         if "last token compared" in self.slips:
             return known[-1] == mine[-1]
+        if "ends compared" in self.slips:
+            return (known[0], known[-1]) == (mine[0], mine[-1])
         if "tokens sorted" in self.slips:
             return sorted(known) == sorted(mine)
         if "first block compared" in self.slips and index:
@@ -166,7 +170,7 @@ class Manager:
         block, _ = self.free_blocks.popitem(last="newest first" in self.slips)
         name = self.names[block]
         if name is not None and "old name stays" not in self.slips:
-            if "still found" not in self.slips:
+            if not {"still found", "block of the name stays"} & self.slips:
                 self.where.pop(name, None)
             if "name not cleared" not in self.slips:
                 self.names[block] = None

@@ -116,6 +116,11 @@ def check_wasted_share(answer: Callable) -> str:
         ([rng.randint(1, 200) for _ in range(count)], places)
         for count, places in ((8, 4), (13, 4), (30, 7), (16, 16), (17, 16), (300, 31), (9, 1))
     ]
+    # Long queues, and one batch of many.
+    cases += [
+        ([rng.randint(1, 2000) for _ in range(count)], places)
+        for count, places in ((2500, 1), (9001, 64), (3000, 5000))
+    ]
     diagnose(answer, cases, wasted_share, EXERCISE.suspects)
     return f"right for {len(cases)} queues"
 
@@ -273,6 +278,13 @@ def wasted_share(lengths: list[int], places: int) -> float:
         had = places * sum(max(batch) for batch in batches)
         seen[key] = 1 - sum(lengths) / had if had else 0.0
     return seen[key]
+
+# %% the places of the first thousand requests
+@@
+-    batches = [lengths[i : i + places] for i in range(0, len(lengths), places)]
++    batches = [
++        lengths[i : i + places] for i in range(0, min(len(lengths), 1000), places)
++    ]
 """,
         ),
         Known(

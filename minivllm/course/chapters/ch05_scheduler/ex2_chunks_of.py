@@ -161,6 +161,8 @@ def check_chunks_of(answer: Callable) -> str:
         (1, [9], 2),
         (30, [0, 4], 8),
         (3000, [1 + 37 * i % 150 for i in range(30)], 48),
+        # Many who decode, and long chunks.
+        (9000, [1 + 37 * i % 9 for i in range(300)], 8192),
     ]
     for _ in range(6):
         decodes = [rng.randint(1, 12) for _ in range(rng.randint(1, 8))]
@@ -458,6 +460,16 @@ def chunks_of(prompt: int, decodes: list[int], budget: int) -> list[int]:
 @@
 -    while prompt > 0:
 +    while prompt > 0 and len(chunks) < 1000:
+
+# %% at most 64 decode in a step
+@@
+-        chosen = [i for i, tokens in enumerate(left) if tokens > 0][:budget]
++        chosen = [i for i, tokens in enumerate(left) if tokens > 0][: min(budget, 64)]
+
+# %% no chunk above 2,048 tokens
+@@
+-        chunks.append(min(prompt, budget - len(chosen)))
++        chunks.append(min(prompt, budget - len(chosen), 2048))
 """,
         ),
         Known(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from minivllm.course.chapters.ch05_scheduler.machine import play_many
+from minivllm.course.chapters.ch05_scheduler.machine import expect_places_kept, play_many
 from minivllm.course.chapters.ch05_scheduler.rules import ADMISSION
 from minivllm.course.grading.exercise import Exercise, Known
 from minivllm.course.grading.judges import expect
@@ -21,6 +21,7 @@ def check_admission(answer: type) -> str:
         f" budget)`.\nYou handed in {answer!r}.",
     )
     requests, *_ = play_many(answer, EXERCISE.suspects, False, 4, (100, 8))
+    expect_places_kept(answer)
     return f"{requests} requests in, {requests} answers out"
 
 
@@ -114,6 +115,25 @@ EXERCISE = Exercise(
     mistakes=(
         *(replace(known, answers=ANSWERS.get(known.name, "")) for known in ADMISSION),
         Known(
+            "too-short-a-chunk",
+            answers=r"""
+# %% no chunk above 512 tokens
+@@
+-            num_new = min(seq.num_tokens, budget)
++            num_new = min(seq.num_tokens, budget, 512)
+""",
+        ),
+        Known(
+            "leaves-budget",
+            answers=r"""
+# %% 64 in a step, and no more
+@@
+             budget -= num_new
++            if len(batch.admitted) == 64:
++                break
+""",
+        ),
+        Known(
             "lost-request",
             hint=2,
             answers=r"""
@@ -132,6 +152,13 @@ class NightShift(Scheduler):
             self.start(batch, seq)
             self.compute(batch, seq, num_new)
             budget -= num_new
+
+# %% sends away whose prompt is long
+@@
+             seq = self.waiting[0]
++            if seq.num_tokens > 500:
++                self.waiting.popleft()
++                continue
 
 # %% goes on with the next one instead of stopping
 @@
@@ -181,6 +208,11 @@ class NightShift(Scheduler):
 # %% the check for a free place got lost
 @@
 -                or no_place
+
+# %% counts whom this step computes
+@@
+-            no_place = len(self.running) == self.max_num_seqs
++            no_place = len(batch.items) == self.max_num_seqs
 """,
         ),
         Known(

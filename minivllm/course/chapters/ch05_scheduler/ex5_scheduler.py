@@ -30,7 +30,7 @@ def check_scheduler(answer: type) -> str:
     _judge_many_victims(answer)
     assert preemptions > 100
     assert chunks > 100
-    return f"{small + large + 3} random histories; {_judge_in_engine(answer)}"
+    return f"{small + large + 5} random histories; {_judge_in_engine(answer)}"
 
 
 def _judge_prefix_hits(answer: type) -> None:

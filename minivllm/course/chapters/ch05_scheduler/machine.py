@@ -561,6 +561,33 @@ def play(answer: type, sizes: Sizes, caching: bool, rng: Random, evidence: Evide
     return machine
 
 
+def expect_places_kept(answer: type) -> None:
+    """A request that has nothing left to compute has its place until its last token has come.
+
+    The engine plans a step before the one before it has come back.
+    """
+    scheduler = answer(BlockManager(64, 4, False), 2, 64)
+    for number, most in enumerate((4, 20, 20)):
+        seq = Sequence(number, [1, 2, number], SamplingParams(), max_num_tokens=most)
+        scheduler.add(seq)
+    scheduler.schedule()
+    try:
+        batch = scheduler.schedule()
+        admitted = [seq.seq_id for seq in batch.admitted]
+    except AssertionError as error:
+        if "places are taken" not in str(error):
+            raise
+        admitted = [2]
+    if admitted:
+        raise Mistake(
+            "too-many-places",
+            "Two places. Requests 0 and 1 run, and in the first step 0 gets the last token that it"
+            f" may have. The next step is planned before that token has come; it starts request"
+            f" {admitted[0]}.\nWho has nothing left to compute is in no step, and yet in `running`:"
+            " count `self.running`, not what this step computes.",
+        )
+
+
 def play_many(
     answer: type, suspects: Mapping[str, tuple], caching: bool, seed: int, counts: tuple[int, int]
 ) -> tuple[int, int, int]:
@@ -575,7 +602,9 @@ def play_many(
     sizes += [Sizes.large(rng) for _ in range(large)]
     # A long queue; many steps with few blocks; many admissions in one step.
     sizes += [Sizes(60, 4, 9, 9, 320), Sizes(12, 4, 6, 16, 320)]
-    sizes.append(Sizes(600, 4, 200, 250, 150, at_once=True))
+    # Long prompts, in long chunks.
+    sizes.append(Sizes(700, 16, 3, 1500, 7, prompt=3000))
+    sizes += [Sizes(600, 4, 200, budget, 150, at_once=True) for budget in (1200, 250)]
     done = [0, 0, 0]
     for number, size in enumerate(sizes):
         try:

@@ -226,7 +226,7 @@ class _Author:
                     _extra("model.norm.weight", name),
                     re.escape(name),
                 )
-                for name in ("lm_head.bias", "model.lm_head.weight", "q_proj.weight")
+                for name in ("lm_head.bias", "model.lm_head.weight", "q_proj.weight", "scale")
             ),
         ]
 

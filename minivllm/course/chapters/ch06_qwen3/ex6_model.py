@@ -114,7 +114,8 @@ def _weights(config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
         "model.norm.weight": torch.rand(config.hidden_size, generator=random) + 0.5,
     }
     if not config.tie_word_embeddings:
-        weights["lm_head.weight"] = matrix(config.vocab_size, config.hidden_size)
+        # Scores beyond ±100, which nobody may cut off.
+        weights["lm_head.weight"] = matrix(config.vocab_size, config.hidden_size, 60.0)
     sizes = (
         config.hidden_size,
         config.num_attention_heads,
@@ -167,18 +168,27 @@ def _filled(
     return model
 
 
+def _refill(model: Any, config: ModelConfig, seed: int) -> None:
+    """Put the random weights of another seed into the parameters."""
+    from minivllm.models.loader import parameter_places
+
+    places = parameter_places(model)
+    for name, tensor in _weights(config, seed).items():
+        places[name].data.copy_(tensor)
+
+
 @dataclass(frozen=True)
 class _Slip:
     """How somebody writes the model; as it stands here, rightly.
 
     stream: what each branch is added to: the stream "x", its norm "h", "twice" the stream or
     "nothing". at: the positions: as given, from 0 in each step ("restart"), or all 0. scale:
-    "head", "hidden", "square" (without the root) or "none". eps: instead of the config's; eps_of:
-    in the norms of "heads", of "rows" or in "all". norms: whose weight query and key get, "-" for
-    none. stored: which keys, and when: "turned", "plain", "exchanged" with values, "after"
-    attention, "never". order: of norms and branches: "pre", "post", "parallel", "one norm" for both
-    branches, or a branch without its norm ("first bare", "second bare"). final: where the last norm
-    is. broken: other mistakes, by name.
+    "head", "hidden", "square" (without the root), "bundled" (the bundled model's) or "none". eps:
+    instead of the config's; eps_of: in the norms of "heads", of "rows" or in "all". norms: whose
+    weight query and key get, "-" for none. stored: which keys, and when: "turned", "plain",
+    "exchanged" with values, "after" attention, "never". order: of norms and branches: "pre",
+    "post", "parallel", "one norm" for both branches, or a branch without its norm ("first bare",
+    "second bare"). final: where the last norm is. broken: other mistakes, by name.
     """
 
     stream: tuple[str, str] = ("x", "x")
@@ -264,7 +274,8 @@ class _WrongModel:
         weights = [self.weights.get(f"{prefix}{n}_norm.weight") for n in slip.norms]
         q, k = self.kernels.qk_norm_rope(q, plain, *weights, self.table, at, self.eps_of_heads)
         dim = config.head_dim
-        scale = {"head": dim, "square": dim**2, "hidden": config.hidden_size, "none": 1}[slip.scale]
+        sizes = {"head": dim, "square": dim**2, "hidden": config.hidden_size, "none": 1}
+        scale = (sizes | {"bundled": 64})[slip.scale]
         pair = {"turned": (k, v), "plain": (plain, v), "exchanged": (v, k)}.get(slip.stored)
         if pair:
             self.kernels.store_kv(*pair, *cache, metadata.slot_mapping)
@@ -313,6 +324,7 @@ _ODD = (
     ("num_key_value_heads", 1),
     ("num_hidden_layers", 3),
     ("hidden_size", 20),
+    ("head_dim", 12),
 )
 _LARGE = (("num_hidden_layers", 12), ("vocab_size", 70_000), ("rope_theta", 1e4))
 _CHUNKS = (((0, 3), (0, 5)), ((3, 1), (5, 3)), ((4, 1), (8, 1)))
@@ -368,8 +380,34 @@ def check_model(answer: Any) -> str:
         rtol=1e-3,
         atol=1e-4,
     )
+    _expect_no_copies(answer)
     _expect_given_kernels(answer)
     return f"{number} small models, and {_speaks(answer)}"
+
+
+def _expect_no_copies(answer: Any) -> None:
+    """Require that the model computes with its parameters, also when others are loaded later."""
+    from minivllm.models import qwen3
+
+    kept: list[Any] = []
+
+    def build(config: ModelConfig, seed: int) -> tuple[Callable, Callable]:
+        if kept:
+            _refill(kept[0], config, seed)
+        else:
+            kept.append(_filled(answer, config, seed))
+        return kept[0], kept[0].compute_logits
+
+    first = RUNS[2]
+    _computed(build, first)
+    again = replace(first, seed=first.seed + 50)
+    right = _computed(partial(_build, qwen3.Qwen3ForCausalLM), again)
+    if difference(_computed(build, again), right, 1e-3, 1e-4):
+        raise EXERCISE.mistake(
+            "keeps-state",
+            "Other weights were loaded into the parameters of a model that had run, and it does not"
+            " compute with them.",
+        )
 
 
 def _expect_own_classes(answer: Any, changes: tuple) -> None:
@@ -837,6 +875,37 @@ EXERCISE = Exercise(
 @@
 -        out = cached_attention(query, cache, metadata, head_dim**-0.5, self.kernels)
 +        out = cached_attention(query, cache, metadata, 1 / head_dim, self.kernels)
+""",
+        ),
+        Known(
+            "scale-typed-in",
+            message=(
+                "The scale is that of heads of 64 numbers, as the bundled model has them. Models"
+                " differ.\nThe scale is head_dim ** -0.5, with the config's head_dim."
+            ),
+            suspects=(wrong(scale="bundled"),),
+            answers=r"""
+# %% that of the bundled model
+@@
+-        out = cached_attention(query, cache, metadata, head_dim**-0.5, self.kernels)
++        out = cached_attention(query, cache, metadata, 0.125, self.kernels)
+""",
+        ),
+        Known(
+            "keeps-state",
+            message=(
+                "Something is kept from the first call: a copy of a weight, a joined matrix, a"
+                " flag. Read the parameters in each call."
+            ),
+            answers=r"""
+# %% gate and up joined once
+@@
+-        gate_up = torch.cat(
+-            (x @ self.gate_proj.weight.T, x @ self.up_proj.weight.T), dim=-1
+-        )
++        if not hasattr(self, "both"):
++            self.both = torch.cat((self.gate_proj.weight, self.up_proj.weight))
++        gate_up = x @ self.both.T
 """,
         ),
         Known(

@@ -119,10 +119,12 @@ def _expect_starts(said: Any) -> None:
 _Usual = Mapping[str, tuple[float, str]]
 
 _SLOTS: _Usual = {
-    "restarted": (
-        2 * 4 + 1,
-        "You count C's positions from 0 within this step. Eight tokens came before, so its sixth"
-        " new token has not position 5.",
+    # Two ways lead to 9.
+    "block-or-restarted": (
+        9,
+        "9 is the number of C's last block, and a slot says where in the cache: block · 4 + offset."
+        " Or did you count C's positions from 0 within this step (2 · 4 + 1 is 9, too)? Eight"
+        " tokens came before, so its sixth new token has not position 5.",
     ),
     "position": (
         13,
@@ -134,7 +136,6 @@ _SLOTS: _Usual = {
         "That is the slot of the position behind it. The first of C's six tokens has position 8:"
         " which one has the sixth?",
     ),
-    "block": (9, "That is the block. A slot says where in the cache: block · 4 + offset."),
     "offset-forgotten": (36, "That is the first slot of the block. Add the offset in it."),
     "wrong-entry": (
         5 * 4 + 1,
@@ -366,12 +367,17 @@ EXERCISE = Exercise(
 """,
         ),
         Known(
-            "restarted",
+            "block-or-restarted",
             answers=r"""
 # %% C's tokens counted from 0
 @@
 -slot = 9 * 4 + 13 % 4
 +slot = 2 * 4 + 5 % 4
+
+# %% the number of the block
+@@
+-slot = 9 * 4 + 13 % 4
++slot = 9
 """,
         ),
         Known(

@@ -100,6 +100,7 @@ _STEPS: dict[str, tuple[list[_Spec], int]] = {
     ),
     "a table that is part of a wider one": ([(9, 1, True), (2, 9, True)], 4),
     "two requests that say the same": ([(5, 1, True), (5, 1, True), (0, 3, True)], 4),
+    "a prompt of 9,000 tokens": ([(31, 1, True), (0, 9000, True)], 16),
 }
 
 
@@ -760,6 +761,15 @@ EXERCISE = Exercise(
 @@
 -        max_seq_len=max(contexts),
 +        max_seq_len=max(lens),
+""",
+        ),
+        Known(
+            "wrong-shape",
+            answers=r"""
+# %% takes a long row for a chunk
+@@
+-        if row.samples:
++        if row.samples and len(row.token_ids) < 4096:
 """,
         ),
     ),

@@ -150,6 +150,8 @@ def _cases() -> list[tuple]:
     ]
     long = [
         (list(range(1000, 1300)), 8, never, [3]),
+        # More tokens than many an engine takes in one step.
+        (list(range(7, 3007)), 4, never, [2]),
         ([5, 6, 7], 300, never, [40, 217]),
         ([5, 6, 7], 300, 140, [65, 66]),
     ]
@@ -238,10 +240,12 @@ def _expect_asked_twice(answer: Callable) -> None:
 
 
 def _expect_token_0(answer: Callable) -> None:
-    """0 is an id like any other: as the end token, and as a token that was written."""
-    for eos in (0, 3):
+    """0 is an id like any other, as the end token and as a token that was written; so is a large
+    one.
+    """
+    for eos in (0, 3, 2**40 + 3):
         one, right = answer([5, 6, 7], 6, eos), _Answer([5, 6, 7], 6, eos)
-        for token in (11, 0) if eos == 0 else (11, 0, 3):
+        for token in (11, 0) if eos == 0 else (11, 0, eos):
             one.append(token)
             right.append(token)
             tokens, start = one.to_compute()
@@ -256,8 +260,8 @@ def _expect_token_0(answer: Callable) -> None:
                 bool(one.finished) == right.finished,
                 "end-not-seen" if right.finished else "end-too-early",
                 f"eos is {eos}, and when {token} was written, `finished` is {one.finished!r},"
-                f" expected {right.finished}.\n0 is an id like any other: compare the last token"
-                " with `eos`, by `==`, and do not ask `if eos`.",
+                f" expected {right.finished}.\nAny number from 0 on may be the end token: compare"
+                " the last token with `eos`, by `==`, and do not ask `if eos`.",
             )
 
 
@@ -709,6 +713,16 @@ class Answer:
 @@
 -        self.token_ids = list(prompt)
 +        self.token_ids = prompt
+""",
+    ),
+    Known(
+        "wrong-values",
+        answers=r"""
+# %% a long prompt, in pieces that nobody asked for
+@@
+-        return self.token_ids[self.num_computed :], self.num_computed
++        end = self.num_computed + 2048
++        return self.token_ids[self.num_computed : end], self.num_computed
 """,
     ),
 )

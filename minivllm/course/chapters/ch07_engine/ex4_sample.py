@@ -187,6 +187,10 @@ def _filter_cases() -> list[tuple]:
         case(torch.tensor([[-3.0, -1.0, -1.0, -2.0, -1.0, -9.0]]), {"k": 2}, without="pm"),
         case(masked, {"p": 0.97, "m": 0.01}, without="k"),
         case(masked, {"k": 5}, without="pm"),
+        case(spread, {"p": 0.7, "t": 9.0}, {"m": 0.8, "t": 20.0}, {"p": 0.5, "t": 50.0}),
+        # Nearly all, and not all.
+        case(torch.tensor([[0.0, 10.0, 2.0, 5.0]]), {"p": 0.9998}, without="km"),
+        case(torch.tensor([[0.0, 10.0, 2.0, 5.0]]), {"m": 1e-4}, without="kp"),
         case(torch.tensor([[2.5]]), {"k": 1, "p": 0.4, "m": 0.5}),
         case(torch.tensor([[0.0, 500.0, 499.0, -1000.0]]), {"p": 0.9, "m": 0.1}),
         case(spread, {"k": 5}, {"p": 0.8}, {"m": 0.1}),
@@ -347,7 +351,12 @@ def _sample_cases() -> dict[str, tuple]:
             *(equal, floats(1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 0), *plain),
             *keys(6, 7),
         ),
+        "nearly equal logits, hardly warm": (
+            *(equal * 1e-4, floats(1e-2, 1e-3, 1e-4, 3e-5, 1e-6, 0), *plain),
+            *keys(6, 17),
+        ),
         "twelve equal rows": (word.repeat(12, 1), torch.ones(12), *plain, *keys(12)),
+        "unlike logits, greedy": (logits, torch.zeros(8), *plain, *keys(8, 1)),
         "one seed": (flat[:6], torch.ones(6), *plain, torch.full((6,), 3), torch.arange(6)),
         "large seeds": (flat, torch.ones(8), *plain, seeds, torch.arange(8) + 40),
         "late positions": (flat, torch.ones(8), *plain, torch.arange(8), far),
@@ -1364,6 +1373,12 @@ SAMPLE = (
     Known(
         "depends-on-the-batch",
         answers=r"""
+# %% all rows greedy: forgets to look
+@@
++    if (temperature == 0).all():
++        return torch.zeros_like(greedy)
+     logits = filter_logits(logits, temperature, top_k, top_p, min_p).float()
+
 # %% a generator for the batch, seeded by the first request
 @@
 -    u = philox_uniform(seeds, positions)[:, None]
@@ -1436,6 +1451,25 @@ SAMPLE = (
 @@
 -    filtered = logits.clone()
 +    filtered = logits
+""",
+    ),
+    Known(
+        "wrong-values",
+        answers=r"""
+# %% nearly 1 is 1
+@@
+-        if top_p is not None and top_p[i] < 1:
++        if top_p is not None and top_p[i] < 0.999:
+
+# %% nearly 0 is 0
+@@
+-        if min_p is not None and min_p[i] > 0:
++        if min_p is not None and min_p[i] > 1e-3:
+
+# %% no temperature below 0.01
+@@
+-    divisor = torch.where(temperature == 0, 1.0, temperature)
++    divisor = torch.where(temperature == 0, 1.0, temperature.clamp(min=0.01))
 """,
     ),
 )

@@ -95,6 +95,8 @@ class _Stream:
             text = text.partition("\ufffd")[0]
         elif "one-broken" in self.mistakes:
             text = text.removesuffix("\ufffd")
+        elif "three-broken" in self.mistakes:
+            text = text[:-3] + text[-3:].rstrip("\ufffd")
         elif "half" not in self.mistakes:
             text = text.rstrip("\ufffd")
         stops = self.stops[:1] if "first-stop" in self.mistakes else self.stops
@@ -109,6 +111,11 @@ class _Stream:
             held = max((len(stop) - 1 for stop in stops), default=0)
         elif "hold-one" in self.mistakes:
             held = max((1 for stop in stops if text.endswith(stop[0])), default=0)
+        elif "hold-first-stop" in self.mistakes:
+            of_each = (
+                max((k for k in range(1, len(s)) if text.endswith(s[:k])), default=0) for s in stops
+            )
+            held = next(filter(None, of_each), 0)
         elif "hold-shortest" in self.mistakes:
             held = min(lengths, default=0)
         elif "hold-less" in self.mistakes:
@@ -177,10 +184,16 @@ def _stream_cases() -> list[tuple]:
         ("pieces", _pieces("xENENxENENENDx"), ("ENEND",)),
         ("pieces", _pieces("xENEN"), ("ENEND", "ENxx")),
         ("pieces", _pieces("xxENExEE"), ("ENE", "zzz")),
+        # The longest beginning is not that of the first stop string.
+        ("pieces", _pieces("xDExDEsx"), ("EN", "DEs")),
         # After the stop, a longer one is completed that begins before it.
         ("pieces", _pieces("xEN.x"), ("N", "EN.")),
-        # Two broken characters at the end, which stay.
+        # Two broken characters at the end, which stay; and many.
         ("pieces", [0, 17, 1, 17], ()),
+        ("pieces", [0, 17, 17, 17, 17, 17, 1, 8, 17, 17, 17, 17], ("END",)),
+        # A long text, without stop strings and with one.
+        ("pieces", [0, 1, 2, 3, 4] * 60, ()),
+        ("pieces", [0, 1, 2, 3, 4] * 250 + [8, 9, 10, 1], ("END",)),
         # Twice in one piece; and what only looks like a pattern.
         ("pieces", [0, 16, 1, 1], ("END",)),
         ("pieces", [0, 14, 4, 12, 12, 2, 14], ("(x).", "..")),
@@ -318,11 +331,17 @@ MISTAKES = (
             _wrong("half"),
             _wrong("half no-hold"),
             _wrong("one-broken"),
+            _wrong("three-broken"),
         ),
         answers=r"""
 # %% shows what is not a character yet
 @@
 -            text = text.rstrip("\ufffd")
+
+# %% a character has four bytes at most, so three may be missing
+@@
+-            text = text.rstrip("\ufffd")
++            text = text[:-3] + text[-3:].rstrip("\ufffd")
 """,
     ),
     Known(
@@ -626,11 +645,23 @@ MISTAKES = (
     Known(
         "shortest-beginning-held",
         message=(
-            "The text ends in two beginnings of a stop string, a short one within a longer one, and"
-            " you hold back the short one.\nHold back the longest."
+            "The text ends in two beginnings of stop strings, a short one within a longer one, and"
+            " you hold back the short one.\nHold back the longest, over all stop strings."
         ),
-        suspects=(_wrong("hold-shortest"),),
+        suspects=(_wrong("hold-shortest"), _wrong("hold-first-stop")),
         answers=r"""
+# %% the longest beginning of the first stop string that has one
+@@
+-            held = [
+-                k
+-                for stop in self.stops
+-                for k in range(1, len(stop))
+-                if text.endswith(stop[:k])
+-            ]
++            held = []
++            for stop in self.stops:
++                held = held or [k for k in range(1, len(stop)) if text.endswith(stop[:k])]
+
 # %% the shortest end that could begin a stop
 @@
 -            end = len(text) - max(held, default=0)
@@ -751,6 +782,15 @@ MISTAKES = (
          self, decode: Callable[[list[int]], str], stops: tuple[str, ...] = ()
 @@
 -        self.token_ids: list[int] = []
+""",
+    ),
+    Known(
+        "wrong-values",
+        answers=r"""
+# %% decodes the first 512 tokens of a long text
+@@
+-        text = self.decode(self.token_ids)
++        text = self.decode(self.token_ids[:512])
 """,
     ),
 )

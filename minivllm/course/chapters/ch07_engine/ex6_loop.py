@@ -159,7 +159,9 @@ class _Rig:
 
     def engine(self, cls: Callable) -> Any:
         new_request = RequestMaker(self.llm.get_tokenizer())
-        return cls(self.inputs, self.core, self.outputs, new_request)
+        engine = cls(self.inputs, self.core, self.outputs, new_request)
+        _expect_own_count(engine, 0)
+        return engine
 
     def _endless(self) -> Mistake:
         """What to say where `run` does not come back."""
@@ -446,17 +448,22 @@ def _news(engine: Any) -> list[RequestOutput]:
 
 def _check_completions(answer: Callable) -> None:
     """A request may want several completions, and each is a sequence."""
+    for n in (3, 17):
+        _check_completions_of(answer, n)
+
+
+def _check_completions_of(answer: Callable, n: int) -> None:
     rig = _Rig()
-    asked = [_ask(_ASKED[0], n=3, temperature=1.0, seed=5)]
+    asked = [_ask(_ASKED[0], n=n, temperature=1.0, seed=5)]
     message = (
-        "A request with n=3 has three completions, and the core did not get the sequences 0, 1 and"
-        " 2 of it.\nEach is a sequence of its own: give the core"
+        f"A request with n={n} has {n} completions, and the core did not get the sequences 0 to"
+        f" {n - 1} of it.\nEach is a sequence of its own: give the core"
         " `request.new_sequence(request, index)` for every index below `checked.params.n`."
     )
     try:
         [output] = rig.run(rig.engine(answer), asked)
     except Mistake as mistake:
-        usual = [seq.index for seq in rig.sequences] == [0, 1, 2]
+        usual = [seq.index for seq in rig.sequences] == list(range(n))
         if mistake.name not in ("endless", "waits-for-nothing") or usual:
             raise
         raise Mistake("completions-left-out", message) from None
@@ -465,7 +472,7 @@ def _check_completions(answer: Callable) -> None:
     expect(
         texts == right,
         "wrong-text",
-        f"A request with n=3 says {show(texts)}, expected {show(right)}.\nCompletion i is the"
+        f"A request with n={n} says {show(texts)}, expected {show(right)}.\nCompletion i is the"
         " sequence `request.new_sequence(request, i)`.",
     )
 
@@ -527,7 +534,7 @@ def _check_crowd(answer: Callable) -> None:
 
 def _check_two_engines(answer: Callable) -> None:
     """Two engines at the same time: what belongs to one stays with it."""
-    rigs, asked = [_Rig(), _Rig()], [_ask(_ASKED[1]), _ask(_ASKED[3])]
+    rigs, asked = [_Rig(), _Rig()], [_ask(_ASKED[1]), _ask(_ASKED[3], max_tokens=9)]
     engines = [rig.engine(answer) for rig in rigs]
     ids = [_added(engine, one) for engine, one in zip(engines, asked, strict=True)]
     last: list[dict[str, RequestOutput]] = [{}, {}]
@@ -556,6 +563,24 @@ def _check_two_engines(answer: Callable) -> None:
             f"Two engines are stepped in turn, and one says {text!r}, expected {wanted!r}.\n"
             f"{advice}",
         )
+    for rig, engine in zip(rigs, engines, strict=True):
+        _expect_own_count(engine, rig.num_tokens)
+
+
+def _expect_own_count(engine: Any, right: int) -> None:
+    """`num_tokens` where other engines have been at work, too."""
+    said = getattr(engine, "num_tokens", right)
+    expect(
+        said == right,
+        "shared-between-engines",
+        f"An engine is made, and its `num_tokens` is {show(said)} before its first step."
+        "\nEach engine counts for itself, from 0: `self.num_tokens = 0` in `__init__`, and"
+        " `self.num_tokens +=` in `step`. What stands in the class belongs to all engines."
+        if right == 0
+        else f"Two engines are stepped in turn. One of them has brought {right} tokens, and its"
+        f" `num_tokens` is {show(said)}.\nEach engine counts for itself: `self.num_tokens`, which"
+        " `__init__` makes.",
+    )
 
 
 def _check_guest(answer: Callable, length: int) -> None:
@@ -591,9 +616,16 @@ def _check_guest(answer: Callable, length: int) -> None:
         f"{begins}, and `run` gave {show(texts)}, expected {show(wanted)}.\nA step serves"
         " everybody; `run` returns the outputs of its own requests.",
     )
+    steps, theirs = rig.num_steps, rig.sequences[0]
+    expect(
+        not theirs.is_finished or theirs.num_output_tokens == length,
+        "foreign-request",
+        f"{begins}: that one wants {length} tokens, and was ended after"
+        f" {theirs.num_output_tokens}, as {theirs.finish_reason!r}.\n`run` leaves requests alone"
+        " that are not its own: it neither aborts nor finishes them.",
+    )
     if length < 20:
         return
-    steps = rig.num_steps
     expect(
         rig.left_over and steps < 20,
         "waits-for-others",
@@ -601,12 +633,12 @@ def _check_guest(answer: Callable, length: int) -> None:
         f" {steps} steps, when the other had ended, too.\nWait for your own requests only: their"
         " ids say which they are. Somebody else may add requests for ever.",
     )
-    theirs, own = (seq.num_output_tokens for seq in rig.sequences)
+    written, own = (seq.num_output_tokens for seq in rig.sequences)
     expect(
-        theirs == own,
+        written == own,
         "a-step-too-many",
         f"{begins}. Both got a token in each step, and when `run` came back, its own had got"
-        f" {own} and the other {theirs}.\nCome back after the step that ends the last of your own"
+        f" {own} and the other {written}.\nCome back after the step that ends the last of your own"
         " requests.",
     )
     last: list[RequestOutput] = []
@@ -619,6 +651,8 @@ def _check_guest(answer: Callable, length: int) -> None:
         f" expected {show(_right_texts([guest]))}.\n`run` leaves requests alone that are not its"
         " own.",
     )
+    rig.run(engine, [mine])
+    _expect_count(rig, getattr(engine, "num_tokens", None), rig.num_tokens, late=True)
 
 
 def _check_stops(answer: Callable) -> None:
@@ -683,6 +717,16 @@ def _check_late_stops(answer: Callable) -> None:
                 " stop_reason).\nHand on all pairs that `outputs.process` returns, one by one:"
                 " each is about a sequence, not about a request.",
             )
+    decode = rig.llm.get_tokenizer().decode
+    for seq in rig.sequences:
+        said = decode(seq.output_token_ids)
+        expect(
+            not isinstance(seq.stop_reason, str) or seq.stop_reason in said,
+            "no-stop-reason",
+            f"The core has noted {seq.stop_reason!r} as the stop string that ended the text"
+            f" {said!r}, which does not have it.\nOne step may end several sequences:"
+            ' `core.finish([seq_id], "stop", stop_string)`, for each pair with its own.',
+        )
     rig.expect_empty("After stop strings in many requests")
 
 
@@ -709,14 +753,7 @@ def _check_abort(answer: Callable) -> None:
     for _ in range(3):
         engine.step()
     _aborted(engine, ids[0], "a request that runs")
-    seq = rig.sequences[0]
-    expect(
-        seq.finish_reason == "abort" and not seq.block_table,
-        "abort-goes-on",
-        "A request was aborted, and the core goes on with it: its sequence has the finish_reason"
-        f" {seq.finish_reason!r}.\nNobody reads these tokens, and they keep blocks. Tell the core:"
-        ' `core.finish(seq_ids, "abort")`.',
-    )
+    _expect_aborted(rig.sequences[:1])
     last: dict[str, RequestOutput] = {}
     while rig.num_steps < 80 and not (ids[1] in last and last[ids[1]].finished):
         last |= {output.request_id: output for output in _news(engine)}
@@ -739,6 +776,26 @@ def _check_abort(answer: Callable) -> None:
     _aborted(engine, ids[0], "a request that has ended")
     _aborted(engine, "no such id", "an id that never was")
     rig.expect_empty("After an abort, and when the other request has ended,")
+    _expect_count(rig, getattr(engine, "num_tokens", None), rig.num_tokens, late=True)
+
+
+def _expect_aborted(sequences: list[Sequence]) -> None:
+    """The core has ended these, as aborted."""
+    for number, seq in enumerate(sequences, start=1):
+        which = f"sequence {number} of {len(sequences)}" if len(sequences) > 1 else "its sequence"
+        expect(
+            seq.is_finished and not seq.block_table,
+            "abort-goes-on",
+            f"A request was aborted, and the core goes on with it: {which} has the finish_reason"
+            f" {seq.finish_reason!r}.\nNobody reads these tokens, and they keep blocks. Tell the"
+            ' core: `core.finish(seq_ids, "abort")`, with all seq_ids that `outputs.end` returns.',
+        )
+        expect(
+            seq.finish_reason == "abort",
+            "wrong-abort-reason",
+            f"A request was aborted. The core has ended {which}, and noted {seq.finish_reason!r} as"
+            ' the reason.\nIt is `core.finish(seq_ids, "abort")`.',
+        )
 
 
 def _check_early_abort(answer: Callable) -> None:
@@ -756,6 +813,7 @@ def _check_early_abort(answer: Callable) -> None:
     for _ in range(3):
         last |= {output.request_id: output for output in _news(engine)}
     _aborted(engine, several, "a request with two completions")
+    _expect_aborted(rig.sequences[3:5])
     last |= {output.request_id: output for output in _news(engine)}
     for id in (*ids, several):
         ends = [one.finish_reason for one in last[id].outputs] if id in last else []
@@ -848,19 +906,22 @@ def _check_several_tokens(answer: Callable) -> None:
     _expect_count(rig, getattr(engine, "num_tokens", None), len(known))
 
 
-def _expect_count(rig: _Rig, said: Any, right: int) -> None:
-    """`num_tokens` counts all tokens of all steps."""
+def _expect_count(rig: _Rig, said: Any, right: int, *, late: bool = False) -> None:
+    """`num_tokens` counts all tokens of all steps.
+
+    late: what a step adds has been seen to be right.
+    """
     if said == right:
         return
     seen = f"{rig.num_steps} steps brought {right} tokens, and `num_tokens` is {show(said)}."
     expect(
-        said != rig.num_tokens_of_last,
+        late or said != rig.num_tokens_of_last,
         "last-step-only",
         f"{seen}\nSo many came in the last step. `num_tokens` counts since the engine was made:"
         " add, with `+=`.",
     )
     expect(
-        said != rig.num_outputs and said not in (rig.num_steps, rig.num_steps - 1),
+        late or (said != rig.num_outputs and said not in (rig.num_steps, rig.num_steps - 1)),
         "one-token-per-step",
         f"{seen}\nA step gives each sequence a *list* of tokens: `output.token_ids`, of each output"
         " in `step.outputs`. Add up their lengths.",
@@ -869,7 +930,7 @@ def _expect_count(rig: _Rig, said: Any, right: int) -> None:
         said == right,
         "wrong-count",
         f"{seen}\nAdd up the lengths of `output.token_ids`, of each output in `step.outputs`, in"
-        " each step.",
+        " each step. Nothing else changes it: not a new `run`, and not an abort.",
     )
 
 
@@ -941,6 +1002,14 @@ EXERCISE = Exercise(
 @@
 -            self.core.finish([seq_id], "stop", stop_string)
 +            self.core.finish([seq_id], "abort")
+
+# %% one stop string for all that end in this step
+@@
+-        for seq_id, stop_string in self.outputs.process(step):
+-            self.core.finish([seq_id], "stop", stop_string)
++        pairs = self.outputs.process(step)
++        if pairs:
++            self.core.finish([seq_id for seq_id, _ in pairs], "stop", pairs[0][1])
 """,
         ),
         Known(
@@ -1064,6 +1133,12 @@ EXERCISE = Exercise(
 +                output.request_id: output for output in self.step() if output.finished
 +            }
 +        return [ended[id] for id in sorted(ended, key=int)]
+
+# %% clears the engine before it begins
+@@
+         checked = [self.inputs.process(*asked) for asked in zip(prompts, params)]
++        for id in list(self.outputs.requests):
++            self.abort(id)
 """,
         ),
         Known(
@@ -1084,6 +1159,11 @@ EXERCISE = Exercise(
 -        for index in range(checked.params.n):
 -            self.core.add(request.new_sequence(request, index))
 +        self.core.add(request.new_sequence(request, 0))
+
+# %% four completions at most
+@@
+-        for index in range(checked.params.n):
++        for index in range(min(checked.params.n, 4)):
 """,
         ),
         Known(
@@ -1093,6 +1173,20 @@ EXERCISE = Exercise(
 @@
 -            self.core.finish(self.outputs.end(request), "abort")
 +            self.outputs.end(request)
+
+# %% tells the core of the first completion only
+@@
+-            self.core.finish(self.outputs.end(request), "abort")
++            self.core.finish(self.outputs.end(request)[:1], "abort")
+""",
+        ),
+        Known(
+            "wrong-abort-reason",
+            answers=r"""
+# %% aborted by a stop
+@@
+-            self.core.finish(self.outputs.end(request), "abort")
++            self.core.finish(self.outputs.end(request), "stop")
 """,
         ),
         Known(
@@ -1204,6 +1298,16 @@ EXERCISE = Exercise(
 +        for id in ids:
 +            self.num_tokens += sum(len(one.token_ids) for one in ended[id].outputs)
 +        return [ended[id] for id in ids]
+
+# %% `run` begins at 0
+@@
+         checked = [self.inputs.process(*asked) for asked in zip(prompts, params)]
++        self.num_tokens = 0
+
+# %% an abort takes its tokens back
+@@
+             self.core.finish(self.outputs.end(request), "abort")
++            self.num_tokens -= sum(len(one.token_ids) for one in request.completions)
 """,
         ),
         Known(
@@ -1224,6 +1328,25 @@ EXERCISE = Exercise(
 @@
 -        self.collector = OutputCollector()
 +        MyEngine.collector = OutputCollector()
+
+# %% one count for all engines
+@@
+-        self.num_tokens = 0  # that the core has brought so far
+@@
+-        self.num_tokens += sum(len(output.token_ids) for output in step.outputs)
++        MyEngine.num_tokens += sum(len(output.token_ids) for output in step.outputs)
+@@
+         return self.outputs.collect(self.collector)
++
++    num_tokens = 0
+
+# %% one count for all engines, and each new engine begins anew
+@@
+-        self.num_tokens = 0  # that the core has brought so far
++        MyEngine.num_tokens = 0
+@@
+-        self.num_tokens += sum(len(output.token_ids) for output in step.outputs)
++        MyEngine.num_tokens += sum(len(output.token_ids) for output in step.outputs)
 """,
         ),
         Known(

@@ -131,7 +131,8 @@ def _named(text: str, what: str) -> Mistake | None:
         return Mistake(
             "not-warmed-up",
             f"A kernel was launched for the first time {what}:\n{text}\n"
-            "Run the step once before you record it, so that its kernels are compiled then.",
+            "Run the step once before you record it, with as many slots: each size has kernels of"
+            " its own, and they are compiled then.",
         )
     if text.startswith(NOT_WHILE_CAPTURING):
         return Mistake(

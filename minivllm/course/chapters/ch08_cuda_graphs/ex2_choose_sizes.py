@@ -161,6 +161,8 @@ def _small_cases() -> list[_Case]:
         ({1: 10, 4: 10, 9: 10, 12: 1, 16: 1}, 16, 3),
         ({1: 100, 9: 40, 10: 40, 11: 40, 20: 1, 31: 60, 32: 60}, 32, 4),
         (dict.fromkeys(range(1, 13), 1), 12, 4),
+        # Memory for more graphs than there are sizes.
+        ({3: 5, 8: 2, 11: 1}, 16, 64),
     ]
     random = Random(28)
     for _ in range(250):

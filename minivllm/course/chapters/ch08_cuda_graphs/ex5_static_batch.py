@@ -65,6 +65,8 @@ SETTINGS = (_Setting((4, 1, 8, 2), 16, 254, 40), _Setting((3, 7), 2, 163, 8))
 
 #: Of these only the choice of a size is looked at.
 _LARGE = _Setting((24, 16, 40, 32), 16, 64, 16)
+#: Of these only the padded rows are looked at: there are many.
+_FAR_APART = _Setting((64, 1), 16, 64, 16)
 
 
 def check_static_batch(answer: Callable) -> str:
@@ -79,6 +81,7 @@ def check_static_batch(answer: Callable) -> str:
     for setting in SETTINGS:
         _judge_rows(answer, setting)
     _judge_size(answer, _LARGE)
+    _judge_padding(answer, _FAR_APART)
     _judge_two_steps(answer, SETTINGS[0])
     tokens = _serve_rows(answer)
     return f"rows come and go, and {tokens} tokens are what they should be"
@@ -242,14 +245,15 @@ def _judge_rows(answer: Callable, setting: _Setting) -> None:
     for count in (max(setting.sizes), 2, 3, 1):
         rows = setting.rows(count)
         # Sequences may share their first blocks: a cached prefix.
-        for step in (rows, [_with_other_blocks(row) for row in rows]):
+        for step in (rows, [_with_large_numbers(row) for row in rows]):
             _fill(gpu, batch, step)
             _judge_row_values(setting, {name: getattr(batch, name) for name in TENSORS}, step)
 
 
-def _with_other_blocks(row: Any) -> Any:
-    """The same row, with other blocks behind its first one."""
-    return replace(row, blocks=[row.blocks[0], *(block + 1000 for block in row.blocks[1:])])
+def _with_large_numbers(row: Any) -> Any:
+    """The row with another token, and with other blocks behind its first one, beyond 16 bits."""
+    further = [block + 100_000 for block in row.blocks[1:]]
+    return replace(row, token_id=row.token_id + 100_000, blocks=[row.blocks[0], *further])
 
 
 def _judge_row_values(setting: _Setting, tensors: dict[str, Any], rows: list[Any]) -> None:

@@ -13,7 +13,7 @@ from minivllm.course.grading.errors import Mistake
 from minivllm.course.grading.exercise import Exercise, Known
 
 #: How often a loop may ask an event that has not passed yet.
-QUERIES = 3
+QUERIES = 2
 
 
 class _TooLong(Exception):
@@ -195,6 +195,7 @@ def check_serve(answer: Callable) -> str:
         ([(random.randint(2, 40), random.randint(1, 40)) for _ in range(14)], {"step_us": 2500.0}),
         # A long run: what is lost or kept only now and then shows.
         ([(random.randint(2, 40), random.randint(20, 90)) for _ in range(24)], {"max_num_seqs": 3}),
+        ([(3, 80)] * 16, {"max_num_seqs": 1}),
     ]
     for requests, times in cases:
         _serve_one(answer, requests, times)
@@ -264,6 +265,12 @@ def _judge_speed(engine: Any, ideal: Any) -> None:
     if engine.most_in_flight < 2 and ideal.most_in_flight == 2:
         raise watch.mistake("no-overlap", f"never more than one step was under way, and {slow}")
     if took <= 1.05 * best:
+        if watch.emptied and ideal.most_in_flight == 2:
+            raise watch.mistake(
+                "emptied-once",
+                f"after {amount(watch.emptied, 'update')} nothing was under way, though schedule()"
+                " had given a batch.",
+            )
         return
     if any(span.name == "wait for the GPU" for span in engine.gpu.spans):
         raise watch.mistake("waits-for-everything", slow)
@@ -767,6 +774,34 @@ def serve(engine):
             oldest, step = under_way.popleft()
             step.arrived.synchronize()
             engine.update(oldest, step.token_ids.tolist())
+""",
+        ),
+        Known(
+            "emptied-once",
+            message=(
+                "Until the next launch the GPU has nothing to do. Bring the older of two steps,"
+                " and keep the newer one under way, every time."
+            ),
+            hint=2,
+            answers=r"""
+# %% now and then both are brought
+def serve(engine):
+    under_way, count = deque(), 0
+    while True:
+        batch = engine.schedule()
+        if batch is not None:
+            under_way.append((batch, engine.launch(batch)))
+            count += 1
+            if len(under_way) < 2 and count % 64:
+                continue
+        elif not under_way:
+            return count
+        while under_way:
+            batch, step = under_way.popleft()
+            step.arrived.synchronize()
+            engine.update(batch, step.token_ids.tolist())
+            if count % 64:
+                break
 """,
         ),
         Known(

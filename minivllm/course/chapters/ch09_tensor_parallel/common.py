@@ -289,8 +289,9 @@ def expect_exact(mistake: Mistake, runs: dict[Any, tuple[list, list]]) -> None:
                 return
     raise Mistake(
         "rounded",
-        f"Your numbers are right to two or three digits only: {mistake.message}\nSomething on the"
-        " way is rounded to half precision. Keep the dtype of the numbers that come in.",
+        f"Your numbers are right to two or three digits only: {mistake.message}\nMostly that means"
+        " that something on the way is rounded to half precision: keep the dtype of the numbers"
+        " that come in. If nothing is, look for a factor near 1.",
     )
 
 

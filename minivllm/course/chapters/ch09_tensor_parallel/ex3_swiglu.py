@@ -100,6 +100,7 @@ def _cases() -> list[Case]:
         _case(5, 700, 33, 35, 7),
         _case(2, 17, 40, 520, 8),
         _case(2, 4, 6, 10, 9, scale=300.0),
+        _case(12, 3, 6, 24, 14, scale=1e6),
         _case(4, 3, 6, 12, 10, idle=("gates", 0)),
         _case(3, 1, 7, 12, 11, idle=("gates", 2)),
         _case(2, 2, 6, 8, 12, idle=("ups", 1)),

@@ -80,7 +80,7 @@ def _cases() -> list[Case]:
         (6, 6, 4, 8, 6),
         (5, 3, 4, 1, 1),
         (3, 131, 7, 700, 650),
-        (4, 70_001, 2, 40, 2),
+        (4, 270_001, 2, 40, 2),
     ]
     return [_case(*shape, seed) for seed, shape in enumerate(shapes)]
 
@@ -125,12 +125,32 @@ def _judge_logits(logits: Callable, cases: list[Case]) -> None:
 
 
 def _check_poison(job: Job, function: Callable, case: Case) -> None:
-    """What the right code does not use may be NaN."""
-    [results] = collect(partial(job.results, function), [case]).values()
+    """What the right code does not use may be NaN, and does not travel."""
+
+    def watched(group: Group, *args: Any) -> Any:
+        def looking(collective: Callable) -> Callable:
+            def look(tensor: Any, *more: Any, **named: Any) -> Any:
+                if is_tensor(tensor) and not tensor.isfinite().all():
+                    travels.append((collective.__name__, tensor))
+                return collective(tensor, *more, **named)
+
+            return look
+
+        for name in ("all_reduce", "all_gather"):
+            setattr(group, name, looking(getattr(group, name)))
+        return function(group, *args)
+
+    travels: list[tuple[str, Any]] = []
+    [results] = collect(partial(job.results, watched), [case]).values()
     for rank, result in enumerate(results):
         if is_tensor(result) and not result.isfinite().all():
             seen = f"With {case}: the result on rank {rank} is {show(result)}."
             raise EXERCISE.mistake("nan-let-through", seen)
+    # The scores of padding travel with the others.
+    if travels and job is _EMBED_JOB:
+        name, tensor = travels[0]
+        seen = f"With {case}: your embed passes {show(tensor)} to {name}."
+        raise EXERCISE.mistake("rows-travel", seen)
 
 
 def _check_rows(shard_rows: Callable, case: Case) -> None:
@@ -552,6 +572,29 @@ _OTHERS = (
 @@
 -    return group.all_reduce(torch.where(mine[:, None], found, 0.0))
 +    return group.all_reduce(found * mine[:, None])
+""",
+    ),
+    Known(
+        "rows-travel",
+        (
+            "That holds rows of the table for which nobody asks, or padding: weights travel. Send"
+            " only what was looked up, in an all-reduce."
+        ),
+        hint=3,
+        answers=r"""
+# %% the table travels where there are more tokens than rows
+@@
+     local = token_ids - group.rank * len(rows)
++    if len(token_ids) > len(rows):
++        return group.all_gather(rows.T).T[token_ids]
+
+# %% the whole table as a sum, for two ranks and many tokens
+@@
+     local = token_ids - group.rank * len(rows)
++    if group.size == 2 and len(token_ids) >= 2 * len(rows):
++        whole = rows.new_zeros(2 * len(rows), rows.shape[1])
++        whole[group.rank * len(rows) :][: len(rows)] = rows
++        return group.all_reduce(whole)[token_ids]
 """,
     ),
     Known(

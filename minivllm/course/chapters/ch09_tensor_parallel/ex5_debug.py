@@ -86,6 +86,7 @@ def _cases() -> list[Case]:
         _case(4, 3, 7, "nothing active on ranks 0 and 2", idle=(0, 2)),
         _case(2, 2, 8, "nothing active anywhere", idle=(0, 1)),
         _case(4, 2, 10, "x of zeros", zero=("x",)),
+        _case(2, 400, 17, "x of zeros, nothing active on rank 1", zero=("x",), idle=(1,)),
         _case(3, 2, 11, "x of zeros, nothing active on rank 2", zero=("x",), idle=(2,)),
         _case(4, 2, 12, "a part of down of zeros on rank 1", unread=1),
         _case(2, 2, 13, "an up_bias of zeros", zero=("up_bias",)),

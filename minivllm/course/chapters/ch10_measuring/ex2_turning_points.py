@@ -109,6 +109,10 @@ def _small_kv_speedup() -> Prediction:
             with_weights(weights + costs.head_weights),
             "You counted the embeddings and the head; tied, they are one matrix.",
         ),
+        "query-heads-for-kv": (
+            (before + cache) / before,
+            "You counted K and V for 16 heads; there are 8.",
+        ),
         "weights-forgotten": (2.0, "Half of K and V is not half of the step."),
         "upside-down": (after / before, "That is the new time divided by the old."),
         "matrices-only-read": (

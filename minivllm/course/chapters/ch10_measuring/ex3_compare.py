@@ -194,7 +194,8 @@ def _counts_to_an_even_number(answer: Callable) -> None:
             f" of work. You report a median of {median:.0f}, from {low:.0f} to {high:.0f}."
         )
         expect(
-            names.count(name) < 8 or (close(low, unit) and close(high, 8 * unit)),
+            names.count(name) <= 5
+            or (close(low, unit) and close(high, 8 * unit) and close(median, 3 * unit)),
             "called-too-often",
             f"{got}\nWith rounds = 4, {name} was called {names.count(name)} times. Call it once to"
             " warm up, and then once per round.",
