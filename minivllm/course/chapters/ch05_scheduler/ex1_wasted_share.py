@@ -265,7 +265,7 @@ def wasted_share(lengths: list[int], places: int) -> float:
 """,
         ),
         Known(
-            "wrong-values",
+            "keeps-state",
             answers=r"""
 # %% remembers the answer for as many requests with as much work
 seen: dict[tuple, float] = {}
@@ -278,7 +278,11 @@ def wasted_share(lengths: list[int], places: int) -> float:
         had = places * sum(max(batch) for batch in batches)
         seen[key] = 1 - sum(lengths) / had if had else 0.0
     return seen[key]
-
+""",
+        ),
+        Known(
+            "wrong-values",
+            answers=r"""
 # %% the places of the first thousand requests
 @@
 -    batches = [lengths[i : i + places] for i in range(0, len(lengths), places)]
