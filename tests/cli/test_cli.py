@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from minivllm.bench.report import RECORDED
 from minivllm.cli.app import app
 from minivllm.config import EngineConfig
-from minivllm.engine.trace import Trace, TraceError
+from minivllm.engine.trace import TRACE_VERSION, Trace, TraceError
 from minivllm.errors import OutOfMemoryError
 from minivllm.outputs import StreamOutput
 from minivllm.sampling_params import SamplingParams
@@ -686,7 +686,7 @@ def spoilt_traces() -> dict[str, Any]:
     found |= {
         "no blocks": {**trace, "num_blocks": 0},
         "size": {**trace, "block_size": 0},
-        "version": {**trace, "version": 3},
+        "version": {**trace, "version": TRACE_VERSION + 1},
     }
     return found | {"list": [], "text": "x", "steps 1": {**trace, "steps": [[]]}, "null": None}
 

@@ -223,7 +223,7 @@ def test_a_storm_of_clients(tmp_path: Path) -> None:
     nonsense, read slowly, or send far too much. Nothing stays.
     """
     engine = ["-enum_kv_blocks=300", "-emax_num_seqs=12"]
-    with command(tmp_path, "--max-queue=24", *engine) as serve:
+    with command(tmp_path, "--max-queue=8", *engine) as serve:
         me = psutil.Process(serve.process.pid)
         processes = [me, *me.children()]
         post(serve.address, {"prompt": "a", "max_tokens": 2})

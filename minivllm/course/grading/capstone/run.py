@@ -62,10 +62,10 @@ def package_run(round: Round) -> Run:
     with LLM(device="cpu", **round.room) as llm:
         prompts, params = asked(llm, round)
         outputs = [o.outputs[0] for o in llm.generate(prompts, params, use_tqdm=False)]
-        stats = vars(llm.llm_engine.scheduler.stats)
+        stats = _counts(llm.llm_engine.scheduler.stats)
     ends = [(o.finish_reason, o.stop_reason) for o in outputs]
     tokens, texts = [o.token_ids for o in outputs], [o.text for o in outputs]
-    return Run(round, tokens, texts, ends, stats=dict(stats))
+    return Run(round, tokens, texts, ends, stats=stats)
 
 
 def run_with(answers: dict[str, Any], watched: Iterable[str], round: Round) -> Run:
@@ -113,9 +113,14 @@ def run_with(answers: dict[str, Any], watched: Iterable[str], round: Round) -> R
     run.tokens = [output.token_ids for output in outputs]
     run.ends = [(output.finish_reason, output.stop_reason) for output in outputs]
     scheduler = llm.llm_engine.scheduler
-    run.stats = dict(vars(scheduler.stats))
+    run.stats = _counts(scheduler.stats)
     run.blocks_lost = room - scheduler.block_manager.num_free_blocks
     return run
+
+
+def _counts(stats: Any) -> dict[str, int]:
+    """The scheduler's plain counters."""
+    return {name: count for name, count in vars(stats).items() if isinstance(count, int)}
 
 
 def _methods_of(answer: type) -> Iterator[CodeType]:
