@@ -223,6 +223,11 @@ class Speculator:
             )
         proposals = []
         for (seq, count), token_ids in zip(wanted, found, strict=True):
+            if not hasattr(token_ids, "__getitem__") or isinstance(token_ids, str | dict):
+                raise ProposalError(
+                    f"{name} must return a list of token ids for each sequence, and returned"
+                    f" {token_ids!r:.80} for one; an empty list is no guess."
+                )
             checked = [self._checked(name, token_id) for token_id in token_ids[:count]]
             if checked:
                 proposals.append((seq.seq_id, checked))

@@ -191,6 +191,9 @@ class Fixed(Proposer):
         ([[1.5]], "proposed 1.5"),
         ([[1], [2]], "must return one list per sequence, here 1"),
         (None, "must return one list per sequence"),
+        ([None], "must return a list of token ids for each sequence, and returned None"),
+        ([7], "returned 7 for one"),
+        (["7"], "returned '7' for one"),
     ],
 )
 def test_a_proposer_that_returns_no_proposals(path: Path, answer: Any, said: str) -> None:
