@@ -415,10 +415,10 @@ def test_holes_that_short_runs_survive(with_answers: Answers, quick: None, hole:
         assert bool(found) == (rounds > round), found
 
 
-def test_a_slow_piece_is_named(with_answers: Answers, quick: None) -> None:
+def test_a_slow_piece_is_named(with_answers: Answers, few: None) -> None:
     source = (
         "=import time\n\ngiven_batch = build_batch\n\n\n"
-        "def build_batch(rows, block_table, block_size):\n    time.sleep(0.05)\n"
+        "def build_batch(rows, block_table, block_size):\n    time.sleep(0.02)\n"
         "    return given_batch(rows, block_table, block_size)"
     )
     root = with_answers(build_batch=source)
