@@ -17,6 +17,9 @@ def rope_table(
     """[max_position, head_dim] float32: the cosines of all pairs, then their sines, for each
     position.
     """
+    if device.type == "meta":
+        # Only its size is asked for, perhaps of a model that is too large for this machine.
+        return torch.empty(max_position, head_dim, dtype=torch.float32, device=device)
     frequencies, scale = rope_frequencies(rope, head_dim)
     # Computed on the CPU, so that every device rotates by the same angles.
     angles = torch.outer(torch.arange(max_position, dtype=torch.float32, device="cpu"), frequencies)
