@@ -1,6 +1,6 @@
 """Who may come in, and when a refused client may try again.
 
-Taught in notebooks/12_serving.ipynb.
+The course builds one in exercise 12.5.
 """
 
 from __future__ import annotations

@@ -653,7 +653,7 @@ TERMS: tuple[Term, ...] = (
     Term(
         "server-sent events",
         "12",
-        "serving/responses.py:event",
+        "serving/answers.py:Answer.events",
         "How a server streams over HTTP: a line that begins with `data:` for each event, and an"
         " empty line after it. OpenAI's API ends a stream with the event `[DONE]`.",
     ),
