@@ -27,6 +27,8 @@ import pytest
 from minivllm.serving.state import ServerOptions
 from support.servers import PATIENCE, command, server, wait_for
 
+pytestmark = pytest.mark.slow
+
 LONG = {"prompt": "Tell me a story about a fox.", "max_tokens": 1500, "ignore_eos": True}
 
 

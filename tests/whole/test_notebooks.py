@@ -69,6 +69,7 @@ def test_there_is_a_first_page() -> None:
     assert ROOT / "notebooks/00_tour.ipynb" in NOTEBOOKS
 
 
+@pytest.mark.slow
 def test_nbval(path: Path, pytestconfig: pytest.Config) -> None:
     arguments = [Path(argument).resolve() for argument in pytestconfig.args]
     if pytestconfig.getoption("nbval", False) and any(
