@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 from collections import deque
@@ -12,6 +11,7 @@ from types import CodeType, FunctionType
 from typing import Any
 
 from minivllm.course.grading.compare import difference, is_tensor
+from minivllm.course.grading.copies import copied
 
 _PLAIN = (bool, int, float, str, tuple, list, dict, set, deque, type(None))
 
@@ -44,7 +44,7 @@ class Memory:
         """Put everything back as it was. Whether anything had changed."""
         changed = [place for place in self.places if not _same(place.read(), place.before)]
         for place in changed:
-            place.write(copy.deepcopy(place.before))
+            place.write(copied(place.before))
         return bool(changed)
 
 
@@ -121,7 +121,7 @@ def _place(value: Any, read: Callable[[], Any], rebind: Callable[[Any], None]) -
         rebind(value if isinstance(value, list | deque | dict | set) or is_tensor(value) else old)
 
     try:
-        yield _Place(read, write, copy.deepcopy(value))
+        yield _Place(read, write, copied(value))
     except Exception:
         return  # what cannot be copied cannot be put back
 
