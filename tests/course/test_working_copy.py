@@ -21,7 +21,7 @@ from minivllm.course.notebooks import role
 pytestmark = pytest.mark.slow
 
 #: Of what `make test` runs, what looks at the files that are changed below.
-FOLDERS = ("tests/course", "tests/whole", "notebooks", "solutions")
+FOLDERS = ("tests/course", "tests/whole", "notebooks")
 #: The site is built for its tests from what this checks below.
 SELECTED = (
     "(00_tour and not narrow) or (ch01 and (step or published or leak))"
