@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from minivllm.bundled import BUNDLED_DRAFT_PATH
 from minivllm.config import ModelConfig, ResolvedConfig
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.model_runner import ModelRunner, StepResult
@@ -31,6 +32,7 @@ from minivllm.engine.sequence import ScheduledBatch, ScheduledSequence, Sequence
 from minivllm.engine.speculation import Proposer
 from minivllm.errors import ConfigError
 from minivllm.kernels import Kernels
+from minivllm.models.loader import resolve_model_path
 from minivllm.sampling_params import FILTERS, SamplingParams
 from minivllm.tokenizer import Tokenizer
 
@@ -39,6 +41,11 @@ logger = logging.getLogger(__name__)
 #: Bytes of the draft's KV cache, if one sequence of max_model_len does not take more. With a draft
 #: of Qwen3-0.6B's shape, 4 GiB hold 37,000 tokens.
 CPU_CACHE_BYTES, GPU_CACHE_BYTES = 64 << 20, 4 << 30
+
+
+def draft_path(model: str) -> Path:
+    """The directory of a draft. "draft" is the bundled model's; write "./draft" for a directory."""
+    return BUNDLED_DRAFT_PATH if model == "draft" else resolve_model_path(model)
 
 
 def check_vocabulary(
