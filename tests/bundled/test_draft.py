@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 
-import pytest
-
 from minivllm import LLM, SamplingParams
 from minivllm.bundled import BUNDLED_DRAFT_PATH, BUNDLED_MODEL_PATH
 from minivllm.bundled.training.corpus import held_out_requests
@@ -40,20 +38,23 @@ def test_what_its_card_says_is_what_was_measured() -> None:
     assert f"{record['steps']:,} steps" in card
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_it_is_mostly_right_about_stories(temperature: float) -> None:
+def test_it_is_mostly_right_about_stories() -> None:
     """In the engine, on stories that no training has joined: the same text, in fewer steps."""
+    temperatures = [0.0, 0.0, 0.7, 0.7]
     asked = [[{"role": "user", "content": r.prompt}] for r in held_out_requests(4, "draft test")]
     params = [
-        SamplingParams(temperature=temperature, seed=i, max_tokens=100) for i in range(len(asked))
+        SamplingParams(temperature=temperature, seed=i, max_tokens=100)
+        for i, temperature in enumerate(temperatures)
     ]
     draft = {"method": "draft_model", "model": "draft", "num_speculative_tokens": K}
-    said = []
+    said: list[list[list[int]]] = []
     for config in (None, draft):
         with LLM(device="cpu", speculative_config=config) as llm:
             outputs = llm.chat(asked, params, use_tqdm=False)
             said.append([output.outputs[0].token_ids for output in outputs])
-            metrics = llm.metrics()
     assert said[0] == said[1]
-    assert metrics.num_draft_tokens > 200
-    assert metrics.num_accepted_tokens >= 0.6 * metrics.num_draft_tokens
+    for some in (outputs[:2], outputs[2:]):
+        found = [output.metrics for output in some if output.metrics is not None]
+        proposed = sum(metrics.num_draft_tokens for metrics in found)
+        assert proposed > 100
+        assert sum(metrics.num_accepted_tokens for metrics in found) >= 0.6 * proposed

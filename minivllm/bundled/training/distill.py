@@ -2,8 +2,8 @@
 
     python -m minivllm.bundled.training.distill --out DIR --minutes 4
 
-A draft has the tokenizer of the bundled model and at most 0.66 million parameters: 1.3 MB in
-bfloat16. Drafts of several shapes are trained together, on the same batches, so that one run can
+A draft has the tokenizer of the bundled model and about 0.6 million parameters: 1.3 MB in bfloat16.
+Drafts of several shapes are trained together, on the same batches, so that one run can
 choose: `--shapes 1x160 2x128` are one layer of width 160, and two of width 128. Each gets a folder
 of its own in DIR.
 
