@@ -131,7 +131,8 @@ class SpeculativeConfig:
     #: The most tokens that are proposed for a sequence in a step. A sequence whose proposals are
     #: often rejected gets fewer.
     num_speculative_tokens: Annotated[int, Range(1, 64)] | None = None
-    #: The draft model: a directory or a hub id. It must have the vocabulary of the engine's model.
+    #: The draft model: a directory or a hub id, or "draft" for the one that comes with the bundled
+    #: model. It must have the vocabulary of the engine's model.
     model: str | None = None
     #: Of "ngram": the most and the fewest last tokens that are searched for, the most first. One
     #: of them alone counts for both; None: 5.

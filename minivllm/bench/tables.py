@@ -326,6 +326,64 @@ def _serve(report: dict[str, Any]) -> Iterable[Table | Text]:
         yield Text(text, style="red" if is_warning else "")
 
 
+def _speculate(report: dict[str, Any]) -> Iterable[Table]:
+    table = _table(
+        f"Speculation: {report['model']} with {report['draft']}, {report['context']} tokens of"
+        f" context, {'with' if report['graphs'] else 'without'} CUDA graphs: milliseconds",
+        "requests",
+        "proposals",
+        "plain step",
+        "verifying",
+        "the draft",
+        "in plain steps",
+        "pays from",
+        "without a draft",
+    )
+    for row in report["costs"]:
+        name, k = f"{row['requests']}", f"{row['num_speculative_tokens']}"
+        if "failed" in row:
+            table.add_row(name, k, Text(row["failed"][:80], style="red"))
+            continue
+        times = [
+            _ms(row[part]["median"]) if (part := f"{kind}_seconds") in row else ""
+            for kind in ("plain", "verify", "draft")
+        ]
+        shares = [
+            "never" if row[key] is None else f"{row[key]:.0%} accepted"
+            for key in ("pays_from", "pays_from_without_draft")
+        ]
+        table.add_row(name, k, *times, f"{row['cost']:.2f}", *shares)
+    yield table
+    if not report["texts"]:
+        return
+    table = _table(
+        "Texts of the bundled model: tokens/s",
+        "texts",
+        "temperature",
+        "requests",
+        "method",
+        "without",
+        "with",
+        "speed-up",
+        "accepted",
+        "tokens a step",
+        "same tokens",
+    )
+    for row in report["texts"]:
+        head = [row["texts"], f"{row['temperature']}", f"{row['requests']}", row["method"]]
+        if "failed" in row:
+            table.add_row(*head, Text(row["failed"][:80], style="red"))
+            continue
+        rates = [f"{row[key]['median']:,.0f}" for key in _RATES]
+        accepted = ["" if row[key] is None else f"{row[key]:.2f}" for key in _ACCEPTED]
+        same = "yes" if row["same_tokens"] else "NO"
+        table.add_row(*head, *rates, _range(row["speed_up"], 2), *accepted, same)
+    yield table
+
+
+_RATES = ("plain_tokens_per_second", "tokens_per_second")
+_ACCEPTED = ("share_accepted", "tokens_per_step")
+
 _TABLES = {
     "kernels": _kernels,
     "throughput": _throughput,
@@ -333,4 +391,5 @@ _TABLES = {
     "breakdown": _breakdown,
     "roofline": _roofline,
     "serve": _serve,
+    "speculate": _speculate,
 }

@@ -426,6 +426,51 @@ def breakdown(
 
 
 @app.command()
+def speculate(
+    model: Model = None,
+    shape: Shape = None,
+    draft: Annotated[
+        str, typer.Option(help="Directory or hub id of the draft; 'draft' is the bundled one.")
+    ] = "draft",
+    draft_shape: Annotated[
+        str | None, typer.Option(help="Random weights in this shape as the draft.")
+    ] = None,
+    requests: Annotated[
+        str | None, typer.Option(metavar="N,N,…", help="Running requests: 1,4,16,64.")
+    ] = None,
+    tokens: Annotated[
+        str, typer.Option(metavar="N,N,…", help="Proposed tokens per request and step.")
+    ] = "1,2,4,8",
+    context: Maybe = None,
+    repeats: Repeats = 8,
+    enforce_eager: Eager = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    max_seconds: MaxSeconds = None,
+    out: Out = None,
+) -> None:
+    """Speculative decoding: what a step with proposals and a draft's steps cost, and the acceptance
+    from which on it pays; with the bundled model also its speed on texts.
+    """
+    from minivllm.bench.speculate import Plan, run
+
+    if (shape is None) != (draft_shape is None):
+        raise typer.BadParameter("give --shape and --draft-shape, or neither")
+    with _model(model, shape) as (path, more), _model(None, draft_shape) as (other, _):
+        plan = Plan(
+            requests=_numbers(requests, "--requests"),
+            ks=_numbers(tokens, "--tokens") or (),
+            context=context,
+            repeats=repeats,
+            has_texts=path is None,
+            max_seconds=max_seconds,
+        )
+        more |= {"enforce_eager": enforce_eager, "dtype": dtype, "device": device}
+        report = run(path, other or draft, plan, **more)
+    _finish(report, out)
+
+
+@app.command()
 def roofline(
     report: Annotated[
         Path, typer.Argument(help="JSON of `minivllm bench throughput --case … --out FILE`.")

@@ -7,6 +7,10 @@ lies in tensors that stay in place (`DecodeState`): block tables, positions, las
 reads these tensors and advances them itself. The CPU sends only the slots that run and the blocks
 that are new.
 
+With speculative decoding a second set of graphs verifies up to k proposals per slot. All rows of a
+graph have k + 1 tokens; a slot with fewer proposals has padding in front of them, which writes
+nothing and sees only earlier tokens.
+
 A batch is padded to the next recorded size. A padded row stands for the spare slot: its context is
 0 tokens long, and its K and V are written nowhere (slot_mapping -1), so it cannot change the other
 rows. Taught in notebooks/08_cuda_graphs.ipynb.
@@ -26,6 +30,9 @@ import torch
 from tqdm import tqdm
 
 from minivllm.layers.attention import AttentionMetadata
+
+#: In place of a proposal where a slot has fewer of them than others.
+NO_PROPOSAL = -1
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,34 @@ class DecodeState:
             max_decode_seq_len=max_seq_len,
         )
 
+    def verify_metadata(
+        self, slots: torch.Tensor, place: torch.Tensor, block_size: int, max_seq_len: int
+    ) -> AttentionMetadata:
+        """Metadata of a step with as many tokens per slot, of which the first ones may be padding.
+
+        slots: [B] int64. place: [B, W] int64, each token's distance from the position of its slot;
+        below 0 it is padding. max_seq_len: as for `decode_metadata`.
+        """
+        num_seqs, width = place.shape
+        is_real = (slots < len(self.position) - 1)[:, None]
+        position = (self.position[slots][:, None] + place).clamp_min(0)
+        block_table = self.block_table[slots]
+        block = block_table.gather(1, position // block_size)
+        slot_mapping = torch.where(
+            is_real & (place >= 0), block * block_size + position % block_size, -1
+        )
+        starts = torch.arange(num_seqs + 1, dtype=torch.int32, device=slots.device) * width
+        return AttentionMetadata(
+            query_start_loc=starts,
+            seq_lens=torch.where(is_real[:, 0], position[:, -1] + 1, 0).int(),
+            block_table=block_table,
+            slot_mapping=slot_mapping.flatten(),
+            num_decodes=0,
+            max_query_len=width,
+            max_seq_len=max_seq_len,
+            max_decode_seq_len=0,
+        )
+
     def set_last_token(self, slots: torch.Tensor, token_ids: torch.Tensor) -> None:
         """Store the token that each slot computes next. slots, token_ids: [B] int64.
 
@@ -71,11 +106,15 @@ class DecodeState:
         """
         _low_words(self.last_token)[slots] = _low_words(token_ids)
 
-    def advance(self, slots: torch.Tensor, token_ids: torch.Tensor) -> None:
-        """Note one new token per slot. The spare slot stays at position 0."""
+    def advance(
+        self, slots: torch.Tensor, token_ids: torch.Tensor, count: torch.Tensor | int = 1
+    ) -> None:
+        """Note the last of `count` new tokens per slot, [B] or for all. The spare slot stays at
+        position 0.
+        """
         self.set_last_token(slots, token_ids)
         self.position[slots] = torch.where(
-            slots < len(self.position) - 1, self.position[slots] + 1, 0
+            slots < len(self.position) - 1, self.position[slots] + count, 0
         )
 
 
@@ -136,25 +175,33 @@ class DecodeGraphs:
     """Recorded decode steps.
 
     step: the function to record, from slots [B] int64 to (token ids [B], hidden states
-    [B, hidden_size]), all on the GPU.
+    [B, hidden_size]), all on the GPU. num_proposals: k > 0 if it also takes proposals [B, k] int64;
+    its results are then [B, k + 1] and [B (k + 1), hidden_size].
     """
 
     def __init__(
         self,
-        step: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+        step: Callable[..., tuple[torch.Tensor, torch.Tensor]],
         sizes: Sequence[int],
         spare_slot: int,
         device: torch.device,
+        num_proposals: int = 0,
     ) -> None:
-        self.sizes, self.spare_slot = list(sizes), spare_slot
+        self.sizes, self.spare_slot, self.num_proposals = list(sizes), spare_slot, num_proposals
         self._slots = torch.full((max(sizes),), spare_slot, dtype=torch.int64, device=device)
         self._padded: list[int] = []  # the content of `_slots`
+        self._proposals = torch.full(
+            (max(sizes), num_proposals), NO_PROPOSAL, dtype=torch.int64, device=device
+        )
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
         before = torch.cuda.mem_get_info(device)[0]
         try:
             with recording() as record:
                 for size in tqdm(sorted(sizes, reverse=True), desc="CUDA graphs", leave=False):
-                    graph, found = record(functools.partial(step, self._slots[:size]))
+                    inputs = [self._slots[:size]]
+                    if num_proposals:
+                        inputs.append(self._proposals[:size])
+                    graph, found = record(functools.partial(step, *inputs))
                     self._graphs[size] = graph, *found
         except BaseException:
             self.release()
@@ -172,16 +219,31 @@ class DecodeGraphs:
             graph.reset()
         self._graphs.clear()
 
-    def replay(self, slots: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the step for these slots. The next replay overwrites the results."""
+    def replay(
+        self, slots: Sequence[int], proposals: Sequence[Sequence[int]] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the step for these slots. The next replay overwrites the results.
+
+        proposals: for each slot exactly k, if the graphs take any; `NO_PROPOSAL` in front of those
+        that there are.
+        """
         size = self.sizes[bisect.bisect_left(self.sizes, len(slots))]
-        padded = [*slots, *[self.spare_slot] * (size - len(slots))]
+        num_padded = size - len(slots)
+        padded = [*slots, *[self.spare_slot] * num_padded]
         if padded != self._padded:
             # Empty until the copy has been started.
             self._padded = []
-            # Pinned memory: a copy from pageable memory first waits for all queued work of the GPU.
-            self._slots[:size].copy_(torch.tensor(padded, pin_memory=True), non_blocking=True)
+            self._send(padded, self._slots[:size])
             self._padded = padded
+        if self.num_proposals:
+            none = [NO_PROPOSAL] * self.num_proposals
+            self._send([*proposals, *[none] * num_padded], self._proposals[:size])
         graph, token_ids, hidden = self._graphs[size]
         graph.replay()
-        return token_ids[: len(slots)], hidden[: len(slots)]
+        num_rows = len(slots) * (self.num_proposals + 1)
+        return token_ids[: len(slots)], hidden[:num_rows]
+
+    @staticmethod
+    def _send(values: list, where: torch.Tensor) -> None:
+        # Pinned memory: a copy from pageable memory first waits for all queued work of the GPU.
+        where.copy_(torch.tensor(values, pin_memory=True), non_blocking=True)

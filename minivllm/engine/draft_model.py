@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from minivllm.bundled import BUNDLED_DRAFT_PATH
 from minivllm.config import ModelConfig, ResolvedConfig
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.model_runner import ModelRunner, StepResult
@@ -31,6 +32,7 @@ from minivllm.engine.sequence import ScheduledBatch, ScheduledSequence, Sequence
 from minivllm.engine.speculation import Proposer
 from minivllm.errors import ConfigError
 from minivllm.kernels import Kernels
+from minivllm.models.loader import resolve_model_path
 from minivllm.sampling_params import FILTERS, SamplingParams
 from minivllm.tokenizer import Tokenizer
 
@@ -39,6 +41,11 @@ logger = logging.getLogger(__name__)
 #: Bytes of the draft's KV cache, if one sequence of max_model_len does not take more. With a draft
 #: of Qwen3-0.6B's shape, 4 GiB hold 37,000 tokens.
 CPU_CACHE_BYTES, GPU_CACHE_BYTES = 64 << 20, 4 << 30
+
+
+def draft_path(model: str) -> Path:
+    """The directory of a draft. "draft" is the bundled model's; write "./draft" for a directory."""
+    return BUNDLED_DRAFT_PATH if model == "draft" else resolve_model_path(model)
 
 
 def check_vocabulary(
@@ -162,7 +169,7 @@ class DraftModel(Proposer):
                 following.append(follower)
         if not batch:
             return [[] for _ in sequences]
-        self.runner.take_back(slots_of(batch.items))
+        self._prepare(batch)
         results = [(batch, self.runner.execute(batch))]
         for follower in following:
             self._register(follower)
@@ -228,6 +235,35 @@ class DraftModel(Proposer):
             follower.is_new = False
             batch.admitted.append(seq)
         return num_new
+
+    def _prepare(self, batch: ScheduledBatch) -> None:
+        """Tell the runner that the newest tokens of its slots are others than it sampled.
+
+        Where graphs are recorded, most sequences have gained one or two tokens: the tokens that
+        were verified, less those that the draft has computed. Then one or two replays are much
+        faster than a step without a graph.
+        """
+        items, runner = batch.items, self.runner
+        if (
+            runner.graphs is None
+            or batch.admitted
+            or any(item.num_new_tokens > 2 or item.sample_position is None for item in items)
+        ):
+            runner.take_back(slots_of(items))
+            return
+        first = [item for item in items if item.num_new_tokens == 2]
+        if first:
+            self._expect(first)
+            ahead = [replace(item, num_new_tokens=1, sample_position=None) for item in first]
+            runner.execute(ScheduledBatch(ahead))
+        for item in first:
+            item.start, item.num_new_tokens = item.start + 1, 1
+        self._expect(items)
+
+    def _expect(self, items: list[ScheduledSequence]) -> None:
+        starts = [item.start for item in items]
+        token_ids = [item.sequence.token_ids[item.start] for item in items]
+        self.runner.expect(slots_of(items), token_ids, starts)
 
     def _register(self, follower: Follower) -> None:
         """Let other followers share the full blocks of known tokens that are computed now."""

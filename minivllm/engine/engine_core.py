@@ -27,7 +27,7 @@ import xxhash
 from minivllm.config import EngineConfig, ModelConfig, ResolvedConfig, SpeculativeConfig
 from minivllm.engine.batch import build_batch
 from minivllm.engine.block_manager import BlockManager
-from minivllm.engine.draft_model import DraftModel, check_vocabulary, draft_config
+from minivllm.engine.draft_model import DraftModel, check_vocabulary, draft_config, draft_path
 from minivllm.engine.model_runner import ModelRunner, StepResult
 from minivllm.engine.sampler import TokenLogprobs
 from minivllm.engine.scheduler import Scheduler, SchedulerBase
@@ -38,7 +38,7 @@ from minivllm.errors import ConfigError, SchedulerStalledError, UnsupportedFeatu
 from minivllm.kernels import Kernels
 from minivllm.kernels.cpu import choose_onednn
 from minivllm.kernels.sampling import NOT_A_TOKEN
-from minivllm.models.loader import load_config, resolve_model_path, weight_shapes
+from minivllm.models.loader import load_config, weight_shapes
 from minivllm.parallel.group import SINGLE, TensorParallelGroup
 from minivllm.parallel.launch import EngineRanks, pick_device
 from minivllm.sampling_params import SamplingParams
@@ -420,7 +420,7 @@ class EngineCore:
         )
 
     def _load_draft(self, wanted: SpeculativeConfig) -> DraftModel:
-        path = resolve_model_path(wanted.model or "")
+        path = draft_path(wanted.model or "")
         model = load_config(path)
         names_tokens = not self.config.skip_tokenizer_init
         check_vocabulary(path, model, self.model_path, self.model_config, names_tokens)

@@ -19,11 +19,17 @@ from torch import nn
 
 from minivllm.config import ModelConfig, ResolvedConfig
 from minivllm.engine.batch import BatchInputs, BatchRow, build_batch, to_device
-from minivllm.engine.cuda_graphs import DecodeGraphs, DecodeState, graph_sizes
+from minivllm.engine.cuda_graphs import NO_PROPOSAL, DecodeGraphs, DecodeState, graph_sizes
 from minivllm.engine.memory import check_memory, typed_start_errors
 from minivllm.engine.mixed_graphs import MixedGraphs, StepShape, step_shapes
 from minivllm.engine.sampler import Sampler, TokenLogprobs, token_logprobs
-from minivllm.engine.sequence import PENDING, ScheduledBatch, ScheduledSequence, slots_of
+from minivllm.engine.sequence import (
+    PENDING,
+    ScheduledBatch,
+    ScheduledSequence,
+    num_equal,
+    slots_of,
+)
 from minivllm.engine.structured_outputs import GrammarCompiler
 from minivllm.errors import ConfigError, OutOfMemoryError
 from minivllm.kernels import Kernels
@@ -126,6 +132,8 @@ class ModelRunner:
         self.graphs: DecodeGraphs | None = None
         self.mixed_graphs: MixedGraphs | None = None
         self._can_record_prompts = True
+        # Of steps that verify proposals, if the engine speculates.
+        self.verifying: DecodeGraphs | None = None
         self.kv_caches: list[KVCache] = []
         # An nn.Module with `compute_logits`; None after `release`.
         self.model: Any = None
@@ -159,6 +167,7 @@ class ModelRunner:
             if not config.enforce_eager:
                 self.graphs = self._capture_graphs(graph_sizes(config.max_num_seqs))
                 self.mixed_graphs = self._capture_mixed_graphs(self._step_shapes())
+                self.verifying = self._capture_verifying(graph_sizes(self._most_verified()))
 
     @contextmanager
     def _released_on_failure(self) -> Iterator[None]:
@@ -170,8 +179,8 @@ class ModelRunner:
 
     def release_graphs(self) -> None:
         """Destroy the recorded graphs. Later steps launch their kernels one by one."""
-        recorded = (self.graphs, self.mixed_graphs)
-        self.graphs = self.mixed_graphs = None
+        recorded = (self.graphs, self.verifying, self.mixed_graphs)
+        self.graphs = self.verifying = self.mixed_graphs = None
         for graphs in recorded:
             if graphs is not None:
                 graphs.release()
@@ -193,6 +202,16 @@ class ModelRunner:
         """
         self._is_ready[slots] = False
 
+    def expect(self, slots: list[int], token_ids: list[int], positions: list[int]) -> None:
+        """State which token each of these slots computes next, and its position.
+
+        For the same kind of driver. All tokens before are computed, so a recorded graph can run.
+        """
+        on_device = self._tensor(slots)
+        self._state.set_last_token(on_device, self._tensor(token_ids))
+        self._state.position[on_device] = self._tensor(positions)
+        self._is_ready[slots] = True
+
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes per token of this rank's cache, over all layers."""
@@ -209,12 +228,11 @@ class ModelRunner:
             self._is_ready[seq.slot] = False
         self.sampler.admit(batch.admitted)
         self._write_new_blocks(batch.items)
-        if (
-            self.graphs is not None
-            and not batch.has_proposals
-            and self._is_ready[slots_of(batch.items)].all()
-        ):
-            return self._replay(self.graphs, batch.items)
+        if self.graphs is not None and self._is_ready[slots_of(batch.items)].all():
+            if not batch.has_proposals:
+                return self._replay(self.graphs, batch.items)
+            if self._can_replay_proposals(batch.items):
+                return self._replay_proposals(batch.items)
         # Rows of one token come first, so that decode and prefill attention each get one part.
         items = sorted(batch.items, key=_is_long)
         hidden, logits_indices = self._forward(items)
@@ -272,13 +290,17 @@ class ModelRunner:
             item.sample_positions[count - 1] for item, count in zip(items, counts, strict=True)
         ]
         self._note_sampled(items, last, positions)
-        for item in items:
-            # Blocks after the first sampled token may be given back, and other blocks may take
-            # their place.
-            num_kept = -(-item.sample_positions[0] // self.config.block_size)
-            if item.proposed_token_ids:
-                self._num_blocks[item.sequence.slot] = num_kept
+        self._expect_trim(items)
         return Sampled([], token_ids, logprobs, counts)
+
+    def _expect_trim(self, items: list[ScheduledSequence]) -> None:
+        """Blocks after the first sampled token may be given back, and other blocks may take their
+        place: the device gets them again.
+        """
+        for item in items:
+            if item.proposed_token_ids:
+                num_kept = -(-item.sample_positions[0] // self.config.block_size)
+                self._num_blocks[item.sequence.slot] = num_kept
 
     def _sample_at_once(
         self,
@@ -352,6 +374,75 @@ class ModelRunner:
             self._state.set_last_token(self._tensor(slots), token_ids)
         return self._result(Sampled(order, token_ids, logprobs), [])
 
+    def _can_replay_proposals(self, items: list[ScheduledSequence]) -> bool:
+        """Whether a recording can run these items: decodes, some with proposals."""
+        graphs = self.verifying
+        if graphs is None or len(items) > graphs.sizes[-1]:
+            return False
+        counts = [len(item.proposed_token_ids) for item in items]
+        return max(counts) <= graphs.num_proposals and all(
+            item.sample_position is not None and item.num_new_tokens == count + 1
+            for item, count in zip(items, counts, strict=True)
+        )
+
+    def _replay_proposals(self, items: list[ScheduledSequence]) -> StepResult:
+        """As `_replay`, with proposals. Waits for the results: a graph cannot shorten them."""
+        graphs = self.verifying
+        assert graphs is not None
+        slots, order = slots_of(items), list(range(len(items)))
+        proposals = [list(item.proposed_token_ids) for item in items]
+        padding = [graphs.num_proposals - len(tokens) for tokens in proposals]
+        sampled, hidden = graphs.replay(
+            slots,
+            [[NO_PROPOSAL] * n + tokens for n, tokens in zip(padding, proposals, strict=True)],
+        )
+        if self.sampler.needs_edit(slots):
+            # As in `_replay`. What the graph has noted is overwritten.
+            starts = range(0, len(hidden), graphs.num_proposals + 1)
+            rows = [
+                row
+                for start, n in zip(starts, padding, strict=True)
+                for row in range(start + n, start + graphs.num_proposals + 1)
+            ]
+            logits = self.model.compute_logits(hidden[self._tensor(rows)])
+            return self._result(replace(self._verify(items, logits), order=order), [])
+        verified = []
+        for row, n, tokens in zip(sampled.tolist(), padding, proposals, strict=True):
+            verified.append(row[n : n + num_equal(tokens, row[n:]) + 1])
+        self._expect_trim(items)
+        token_ids = torch.tensor([token_id for tokens in verified for token_id in tokens])
+        found = Sampled(order, token_ids, None, [len(tokens) for tokens in verified])
+        return StepResult(found, token_ids, None, [])
+
+    def _verify_step(
+        self, slots: torch.Tensor, proposals: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The step with proposals that a graph records.
+
+        slots: [B] int64; proposals: [B, k] int64. Returns what the model samples in the place of
+        each token [B, k + 1], and hidden states [B (k + 1), hidden_size].
+        """
+        state, is_padding = self._state, proposals == NO_PROPOSAL
+        num_padding = is_padding.sum(1, keepdim=True)
+        width = proposals.shape[1] + 1
+        place = torch.arange(width, device=slots.device) - num_padding
+        metadata = state.verify_metadata(
+            slots, place, self.config.block_size, self.config.max_model_len
+        )
+        # The last known token stands in front of the proposals.
+        token_ids = nn.functional.pad(proposals.clamp_min(0), (1, 0))
+        token_ids = torch.where(place == 0, state.last_token[slots][:, None], token_ids)
+        position = (state.position[slots][:, None] + place).clamp_min(0).flatten()
+        hidden = self.model(token_ids.flatten(), position, self.kv_caches, metadata)
+        of_tokens = slots[:, None].expand(-1, width).flatten()
+        sampled = self.sampler.sample_by_temperature(
+            self.model.compute_logits(hidden), of_tokens, position + 1
+        ).view(-1, width)
+        holds = is_padding | (sampled[:, :-1] == proposals)
+        last = holds.long().cumprod(1).sum(1, keepdim=True)
+        state.advance(slots, sampled.gather(1, last)[:, 0], (last - num_padding + 1)[:, 0])
+        return sampled, hidden
+
     def _decode_step(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The step that a graph records.
 
@@ -367,10 +458,26 @@ class ModelRunner:
         state.advance(slots, token_ids)
         return token_ids, hidden
 
-    @torch.inference_mode()
     def _capture_graphs(self, sizes: list[int]) -> DecodeGraphs:
+        return self._capture(self._decode_step, sizes)
+
+    def _capture_verifying(self, sizes: list[int]) -> DecodeGraphs | None:
+        """Record steps with up to `num_speculative_tokens` proposals; None without speculation."""
+        wanted = self.config.speculative_config
+        if wanted is None or not wanted.num_speculative_tokens:
+            return None
+        return self._capture(self._verify_step, sizes, wanted.num_speculative_tokens)
+
+    def _most_verified(self) -> int:
+        """The most sequences that run while tokens are proposed."""
+        wanted, most = self.config.speculative_config, self.config.max_num_seqs
+        return most if wanted is None else min(most, wanted.disable_by_batch_size or most)
+
+    @torch.inference_mode()
+    def _capture(self, step: Callable, sizes: list[int], num_proposals: int = 0) -> DecodeGraphs:
+        spare_slot = self.config.max_num_seqs
         try:
-            return DecodeGraphs(self._decode_step, sizes, self.config.max_num_seqs, self.device)
+            return DecodeGraphs(step, sizes, spare_slot, self.device, num_proposals)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -560,10 +667,14 @@ class ModelRunner:
             # All sizes share one memory pool, so the largest graph takes as much as all of them
             # (on an H200 104 MiB, for one size or nineteen).
             self.kv_caches = self._allocate_kv_caches(1)
-            recorded = self._capture_graphs([self.config.max_num_seqs]).memory_bytes
             largest = max(self._step_shapes(), key=lambda shape: shape.num_rows)
-            if (mixed := self._capture_mixed_graphs([largest])) is not None:
-                recorded += mixed.memory_bytes
+            kinds = (
+                self._capture_graphs([self.config.max_num_seqs]),
+                self._capture_verifying([self._most_verified()]),
+                self._capture_mixed_graphs([largest]),
+            )
+            recorded = sum(graphs.memory_bytes for graphs in kinds if graphs is not None)
+            del kinds
             self.kv_caches = []
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)

@@ -16,9 +16,8 @@ and for none while so many sequences run that a step computes enough without the
 counts, never by the clock. With tensor parallelism rank 0 proposes for all ranks.
 
 Steps do not run ahead of their results (`async_scheduling`) with speculation: a proposal follows
-known tokens, and a step with proposals gives an unknown number of tokens. Steps with proposals are
-not recorded as CUDA graphs: recordings of a fixed number of proposals have not been tried on a GPU
-yet. Steps without proposals are.
+known tokens, and a step with proposals gives an unknown number of tokens. Steps of decodes with
+proposals replay CUDA graphs that have room for the most proposals (`engine/cuda_graphs.py`).
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import pytest
 
-from minivllm.bundled import BUNDLED_MODEL_PATH
+from minivllm.bundled import BUNDLED_DRAFT_PATH, BUNDLED_MODEL_PATH
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL_FILES = (
@@ -299,6 +299,11 @@ def test_the_wheel_holds_the_bundled_model(wheel):
             == (BUNDLED_MODEL_PATH / name).stat().st_size
         )
     assert sum(infos[f"minivllm/bundled/{name}"].file_size for name in MODEL_FILES) <= 13e6
+    drafts = {name.name: name.stat().st_size for name in BUNDLED_DRAFT_PATH.iterdir()}
+    for name, size in drafts.items():
+        assert infos[f"minivllm/bundled/draft/{name}"].file_size == size
+    assert {*MODEL_FILES, "README.md"} <= set(drafts)
+    assert sum(drafts.values()) <= 2e6
 
 
 @pytest.mark.slow

@@ -223,7 +223,8 @@ def learning_rate(progress: float, step: int, peak: float, warmup: int) -> float
 class Trainer:
     """The training loop: AdamW, gradients clipped to a norm of 1, matrices in bfloat16 on a GPU.
 
-    loss: (model, token ids [B, T], labels [B, T]) -> the loss to minimize.
+    loss: (model, token ids [B, T], labels [B, T]) -> the loss to minimize, or several [S], for
+    models that are trained together; their sum is minimized.
     """
 
     def __init__(
@@ -235,7 +236,7 @@ class Trainer:
     ) -> None:
         self._model, self._device, self._arguments = model, device, arguments
         self._on_gpu = device.type == "cuda"
-        self._forward = torch.compile(loss) if arguments.compile else loss
+        self._forward = torch.compile(loss, dynamic=False) if arguments.compile else loss
         decayed = [p for p in model.parameters() if p.ndim > 1]
         others = [p for p in model.parameters() if p.ndim <= 1]
         self._optimizer = torch.optim.AdamW(
@@ -252,7 +253,7 @@ class Trainer:
         self.num_steps, self.seconds = 0, 0.0
         #: Every `--log-every` steps: the step, the mean loss since the last entry, tokens per
         #: second.
-        self.history: list[dict[str, float]] = []
+        self.history: list[dict[str, Any]] = []
 
     def warm_up(self, rows: np.ndarray) -> None:
         """Compile on these rows, without an update, before the clock starts."""
@@ -271,7 +272,7 @@ class Trainer:
                 break
             losses.append(self._step(rows, progress))
             if self.num_steps % self._arguments.log_every == 0:
-                loss = torch.stack(losses).mean().item()
+                loss = torch.stack(losses).mean(0).double().cpu().numpy().round(4).tolist()
                 losses.clear()
                 rate = self.num_steps * rows.size / (time.monotonic() - clock)
                 self._note(elapsed, loss, rate)
@@ -300,16 +301,14 @@ class Trainer:
         ids, labels = to_batch(rows, self._device)
         with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._on_gpu):
             loss = self._forward(self._model, ids, labels)
-        loss.backward()
+        loss.sum().backward()
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
         return loss.detach()
 
-    def _note(self, elapsed: float, loss: float, rate: float) -> None:
+    def _note(self, elapsed: float, loss: float | list[float], rate: float) -> None:
         step = self.num_steps
-        self.history.append(
-            {"step": step, "loss": round(loss, 4), "tokens_per_second": round(rate)}
-        )
-        log.info("step %5d  %4.0f s  loss %.4f  %.2f M tokens/s", step, elapsed, loss, rate / 1e6)
+        self.history.append({"step": step, "loss": loss, "tokens_per_second": round(rate)})
+        log.info("step %5d  %4.0f s  loss %s  %.2f M tokens/s", step, elapsed, loss, rate / 1e6)
 
 
 def batches(shards: Iterable[np.ndarray], batch_rows: int) -> Iterator[np.ndarray]:
