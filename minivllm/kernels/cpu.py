@@ -168,15 +168,15 @@ def store_kv(
     first = slot_mapping // block_size * (num_kv_heads * block_size) + slot_mapping % block_size
     # [T · KH]
     rows = (first.unsqueeze(1) + torch.arange(num_kv_heads) * block_size).flatten()
-    for x, cache in ((key, k_cache), (value, v_cache)):
-        if not isinstance(cache, QuantizedCache):
-            cache.view(-1, dim).index_copy_(0, rows, x.reshape(-1, dim))
+    for x, target in ((key, k_cache), (value, v_cache)):
+        if not isinstance(target, QuantizedCache):
+            target.view(-1, dim).index_copy_(0, rows, x.reshape(-1, dim))
             continue
-        values, scales = quantize_reference(x, cache)
-        values, held = values.view(torch.uint8), cache.values.view(torch.uint8)
+        values, scales = quantize_reference(x, target)
+        values, held = values.view(torch.uint8), target.values.view(torch.uint8)
         held.view(-1, dim).index_copy_(0, rows, values.view(-1, dim))
         if scales is not None:
-            cache.scales.view(-1).index_copy_(0, rows, scales.view(-1))
+            target.scales.view(-1).index_copy_(0, rows, scales.view(-1))
 
 
 def decode_attention(
