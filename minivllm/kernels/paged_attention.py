@@ -111,7 +111,12 @@ def _decode_kernel(
         if query.dtype == tl.bfloat16:
             query = query.to(tl.float16)  # e4m3 becomes float16 in one instruction, without error
 
-    acc = tl.zeros([16, BLOCK_D], dtype=tl.float32)
+    if KIND == "auto":
+        acc = tl.zeros([16, BLOCK_D], dtype=tl.float32)
+    else:
+        halves = tl.arange(0, BLOCK_D // 2)
+        acc = tl.zeros([16, BLOCK_D // 2], dtype=tl.float32)
+        acc_odd = tl.zeros([16, BLOCK_D // 2], dtype=tl.float32)
     row_max = tl.full([16], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([16], dtype=tl.float32)
     share = tl.cdiv(tl.cdiv(context, BLOCK_N), num_splits) * BLOCK_N
@@ -141,19 +146,38 @@ def _decode_kernel(
         weights = tl.exp2(scores * scale_log2 - new_max[:, None])
         row_sum = row_sum * rescale + tl.sum(weights, axis=1)
         # Beyond the context lies anything, NaN too, and 0 · NaN is NaN: it must be read as 0.
-        value_rows = v_cache_ptr + base + rows[:, None]
-        value = tl.load(value_rows + columns[None, :], mask=inside, other=0.0)
-        if KIND == "int8":
-            weights *= tl.load(v_scales_ptr + scale_rows, mask=known, other=0.0)[None, :]
-        weights, value = weights.to(query.dtype), value.to(query.dtype)
-        acc = tl.dot(weights, value, acc * rescale[:, None], input_precision="ieee")
+        if KIND == "auto":
+            value_rows = v_cache_ptr + base + rows[:, None]
+            value = tl.load(value_rows + columns[None, :], mask=inside, other=0.0)
+            weights = weights.to(query.dtype)
+            acc = tl.dot(weights, value, acc * rescale[:, None], input_precision="ieee")
+        else:
+            if KIND == "int8":
+                weights *= tl.load(v_scales_ptr + scale_rows, mask=known, other=0.0)[None, :]
+            weights = weights.to(query.dtype)
+            value_rows = v_cache_ptr + base // 2 + rows[:, None] // 2
+            pairs = tl.load(
+                value_rows + halves[None, :],
+                mask=known[:, None] & (halves < D // 2)[None, :],
+                other=0,
+            )
+            even, odd = pairs.to(tl.int8), (pairs >> 8).to(tl.int8)
+            if KIND == "fp8":
+                even = even.to(tl.float8e4nv, bitcast=True)
+                odd = odd.to(tl.float8e4nv, bitcast=True)
+            even, odd = even.to(query.dtype), odd.to(query.dtype)
+            acc = tl.dot(weights, even, acc * rescale[:, None], input_precision="ieee")
+            acc_odd = tl.dot(weights, odd, acc_odd * rescale[:, None], input_precision="ieee")
         row_max = new_max
 
     # an empty split, or a padded sequence: output 0, lse -inf
     safe_sum = tl.where(row_sum > 0.0, row_sum, 1.0)
     if KIND == "fp8":
         acc *= tl.load(v_scales_ptr + kv_head)
+        acc_odd *= tl.load(v_scales_ptr + kv_head)
     target = (split * tl.num_programs(1) + sequence) * (KH * GROUP) + heads
+    if KIND != "auto":
+        acc = tl.reshape(tl.join(acc, acc_odd), [16, BLOCK_D])
     tl.store(
         out_ptr + target[:, None] * D + columns[None, :], acc / safe_sum[:, None], mask=inside_q
     )
@@ -240,7 +264,7 @@ def decode_attention(
             lse,
             query,
             keys,
-            values,
+            values if kind == "auto" else values.view(torch.int16),
             k_scales,
             v_scales,
             block_table,
