@@ -25,7 +25,6 @@ from torch import Tensor
 
 from minivllm.kernels.kv_cache import (
     Cache,
-    QuantizedCache,
     cache_parts,
     quantize_reference,
 )
@@ -169,7 +168,7 @@ def store_kv(
     # [T · KH]
     rows = (first.unsqueeze(1) + torch.arange(num_kv_heads) * block_size).flatten()
     for x, target in ((key, k_cache), (value, v_cache)):
-        if not isinstance(target, QuantizedCache):
+        if isinstance(target, Tensor):
             target.view(-1, dim).index_copy_(0, rows, x.reshape(-1, dim))
             continue
         values, scales = quantize_reference(x, target)

@@ -89,9 +89,9 @@ def cache_parts(cache: Cache) -> tuple[Tensor, Tensor, str]:
     """Values, scales and kind of a cache. One of the model's dtype has none: "auto", and what
     stands for the scales is not read.
     """
-    if isinstance(cache, QuantizedCache):
-        return cache.values, cache.scales, cache.kind
-    return cache, cache, "auto"
+    if isinstance(cache, Tensor):
+        return cache, cache, "auto"
+    return cache.values, cache.scales, cache.kind
 
 
 def quantize_reference(x: Tensor, cache: QuantizedCache) -> tuple[Tensor, Tensor | None]:
@@ -112,7 +112,7 @@ def quantize_reference(x: Tensor, cache: QuantizedCache) -> tuple[Tensor, Tensor
 
 def read_blocks(cache: Cache, blocks: Tensor) -> Tensor:
     """Blocks of a cache in float32: ``[...]`` int -> ``[..., KH, block_size, D]``."""
-    if not isinstance(cache, QuantizedCache):
+    if isinstance(cache, Tensor):
         return cache[blocks].float()
     scales = cache.scales[blocks] if cache.kind == "int8" else cache.scales.unsqueeze(-1)
     return cache.values[blocks].float() * scales.unsqueeze(-1)
@@ -129,7 +129,7 @@ def store_kv_reference(
     slots = slot_mapping[wanted]
     blocks, offsets = slots // block_size, slots % block_size
     for x, cache in ((key[wanted], k_cache), (value[wanted], v_cache)):
-        if not isinstance(cache, QuantizedCache):
+        if isinstance(cache, Tensor):
             cache[blocks, :, offsets] = x
             continue
         values, scales = quantize_reference(x, cache)

@@ -33,6 +33,8 @@ OPERATIONS = [
     "decode, block_size 64",
     "decode, block_size 64, splits",
     "decode, block_size 16, splits",
+    "store and attention, fp8",
+    "store and attention, int8",
 ]
 
 

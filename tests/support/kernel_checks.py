@@ -493,7 +493,9 @@ class PagedContexts:
                     place = block, slice(None), token % shape[2]
                     if kind == "int8":
                         # Scales of quite different sizes, so that a neighbour's is noticed.
-                        scale = (1.0 + (token * 7 + torch.arange(len(x), device=device)) % 5) / 500
+                        scale = (
+                            1.0 + (token * 7 + way + torch.arange(len(x), device=device)) % 5
+                        ) / 500
                         cache.scales[place] = scale
                         numbers = (x * 100).round().clamp(-127, 127).to(torch.int8)
                     else:
