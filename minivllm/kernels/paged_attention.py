@@ -84,7 +84,9 @@ def decode_attention_reference(
 
 @triton.jit
 def _unpack(pairs, like, KIND: tl.constexpr):
-    """Pairs of 8-bit numbers [n, D / 2] int16 -> those of even and of odd columns, in like's dtype."""
+    """Pairs of 8-bit numbers [n, D / 2] int16 -> those of even and of odd columns, in the dtype of
+    like.
+    """
     even, odd = pairs.to(tl.int8), (pairs >> 8).to(tl.int8)
     if KIND == "fp8":
         even = even.to(tl.float8e4nv, bitcast=True)
