@@ -350,7 +350,7 @@ def assert_same_greedy(
     """Raise `ParityError` unless completions and logits are transformers', up to rounding.
 
     Logits: each one lies within the tolerance of the reference's at the same position, after the
-    same tokens. Tokens: each is the reference's first choice, or (the margin rule) the reference's two
+    same tokens. Tokens: each is the first choice of the reference, or (the margin rule) its two
     best logits lie within 10 x the error measured there. partial: completions may be shorter than
     num_tokens (aborted, or ended by themselves). min_distinct: how many different tokens each of
     the reference's completions must hold; a comparison with few different tokens would prove
