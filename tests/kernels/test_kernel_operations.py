@@ -30,14 +30,18 @@ def test_store_kv(kernels: Kernels, device_dtype):
     checks.check_store_kv(kernels, *device_dtype)
 
 
-#: Kinds of quantized caches. Triton's interpreter rounds float8 wrong when it stores.
 KINDS = ["int8", "fp8"]
+
+
+def skip_in_the_interpreter(kernels: Kernels, kind: str) -> None:
+    """It rounds float8 wrong, and has no inline assembly; an engine refuses fp8 there."""
+    if kind == "fp8" and kernels.name == "triton" and checks.DEVICE.type == "cpu":
+        pytest.skip("Triton's interpreter cannot do this kernel with float8")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_store_quantized(kernels: Kernels, device_dtype, kind: str):
-    if kind == "fp8" and kernels.name == "triton" and checks.DEVICE.type == "cpu":
-        pytest.skip("Triton's interpreter rounds float8 wrong")
+    skip_in_the_interpreter(kernels, kind)
     checks.check_store_quantized(kernels, *device_dtype, kind)
 
 
@@ -164,6 +168,7 @@ QUANTIZED_PREFILL = [
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_decode_of_a_quantized_cache(kernels: Kernels, device_dtype, kind: str):
+    skip_in_the_interpreter(kernels, kind)
     checks.check_decode(kernels, *device_dtype, QUANTIZED_DECODE, kind)
 
 

@@ -127,14 +127,14 @@ def test_triton_interpreter(tmp_path: Path) -> None:
         max_num_batched_tokens=24,
     )
     shared = tiny.prompt(33)
-    completions = llm.complete([shared, tiny.prompt(16), [*shared[:32], 7]], num_tokens=4)
+    completions = llm.complete([shared, tiny.prompt(16), [*shared[:32], 7]], num_tokens=3)
     metrics = llm.metrics()
     assert metrics.num_preemptions > 0
     assert metrics.prefix_cache_hits >= 32
     assert metrics.num_chunks > 0
     assert llm.launches["qk_norm_rope_store"] > 0
     reference = QuantizedReference(tmp_path, "int8")
-    assert_same_greedy(reference, completions, 4, min_distinct=2, tolerance=TOLERANCE)
+    assert_same_greedy(reference, completions, 3, min_distinct=2, tolerance=TOLERANCE)
 
 
 @pytest.mark.gpu
