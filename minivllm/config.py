@@ -446,7 +446,7 @@ class ResolvedConfig(EngineConfig):
             )
         if self.kv_cache_dtype == "fp8":
             raise ConfigError(
-                "Triton's interpreter on a CPU cannot do float8 right; set kv_cache_dtype='int8', or"
+                "Triton's interpreter on a CPU cannot do float8; set kv_cache_dtype='int8', or"
                 " attention_backend='torch'."
             )
         if importlib.util.find_spec("triton") is None:
