@@ -25,6 +25,10 @@ logger = logging.getLogger(__name__)
 DTYPES = ("float32", "float16", "bfloat16")
 #: Other names of dtypes, as in torch, transformers and vLLM.
 DTYPE_ALIASES = {"float": "float32", "half": "float16"}
+#: Another name of a kv_cache_dtype, as in vLLM.
+KV_CACHE_DTYPE_ALIASES = {"fp8_e4m3": "fp8"}
+#: Bytes of the scale that an int8 cache keeps for each token's K and V, per head.
+SCALE_BYTES = 4
 
 #: In bytes: on a CPU and without num_kv_blocks, the KV cache of one sequence of the default
 #: max_model_len may take this much over all layers. On a laptop with 8 GB, 1 GiB leaves room for a
@@ -115,6 +119,21 @@ class ModelConfig:
         layer = self.hidden_size * (heads * self.head_dim + 3 * self.intermediate_size)
         tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return self.num_hidden_layers * layer + tables
+
+
+def kv_bytes_per_token(
+    model: ModelConfig, dtype: str, kv_cache_dtype: str, num_kv_heads: int | None = None
+) -> int:
+    """Bytes of a token's K and V over all layers, an int8 cache's scales included.
+
+    dtype: the model's. num_kv_heads: of one rank; None: all.
+    """
+    heads = model.num_key_value_heads if num_kv_heads is None else num_kv_heads
+    of_model = 4 if dtype == "float32" else 2
+    row = model.head_dim * (of_model if kv_cache_dtype == "auto" else 1)
+    if kv_cache_dtype == "int8":
+        row += SCALE_BYTES
+    return 2 * model.num_hidden_layers * heads * row
 
 
 @dataclass(frozen=True)
@@ -220,6 +239,14 @@ class EngineConfig:
 
     #: "auto": the checkpoint's dtype on a GPU, float32 on a CPU.
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    #: What the KV cache holds. "auto": numbers of dtype. "fp8" (e4m3) and "int8": 8 bits per
+    #: number, so that the same memory holds almost twice as many tokens as in bfloat16. "fp8" is
+    #: for GPUs from Ada and Hopper on (a CPU converts it slowly), with one scale per head: 1, or
+    #: see calculate_kv_scales. "int8" has a scale per token and head, 4 bytes more.
+    kv_cache_dtype: Literal["auto", "fp8", "int8"] = "auto"
+    #: With kv_cache_dtype="fp8": measure the scales at the start, on random tokens. For models
+    #: whose keys or values are beyond 448, or mostly below 0.02.
+    calculate_kv_scales: bool = False
     device: str = "auto"  # "auto": cuda if there is a GPU
     #: Longest prompt plus output, in tokens. None: what the checkpoint allows; on a CPU without
     #: num_kv_blocks no more than fits into 1 GiB of KV cache, with a logged warning.
@@ -292,6 +319,8 @@ class EngineConfig:
                 value = str(value).removeprefix("torch.")
             if field.name == "dtype" and isinstance(value, str):
                 value = DTYPE_ALIASES.get(value, value)
+            if field.name == "kv_cache_dtype" and isinstance(value, str):
+                value = KV_CACHE_DTYPE_ALIASES.get(value, value)
             if field.name == "speculative_config":
                 value = None if value is None else SpeculativeConfig.of(value)
                 object.__setattr__(self, field.name, value)
@@ -358,8 +387,7 @@ class EngineConfig:
             return self.max_model_len or model.max_model_len
         # The ranks on a CPU share its memory, and each holds at least one KV head.
         kv_heads = max(model.num_key_value_heads, self.tensor_parallel_size)
-        itemsize = 4 if dtype == "float32" else 2
-        token_bytes = 2 * model.num_hidden_layers * kv_heads * model.head_dim * itemsize
+        token_bytes = kv_bytes_per_token(model, dtype, self.kv_cache_dtype, kv_heads)
         fits = max(CPU_SEQUENCE_BYTES // (token_bytes * block_size), 1) * block_size
         if fits < model.max_model_len:
             logger.warning(
@@ -388,6 +416,11 @@ class ResolvedConfig(EngineConfig):
             raise ConfigError(f"max_model_len={self.max_model_len} is beyond {_longest(model)}")
         if self.attention_backend == "triton":
             self._check_triton(on_gpu)
+        if self.calculate_kv_scales and self.kv_cache_dtype != "fp8":
+            raise ConfigError(
+                "calculate_kv_scales=True belongs to kv_cache_dtype='fp8', and kv_cache_dtype is"
+                f" {self.kv_cache_dtype!r}. Leave it out: int8 measures the scale of each token."
+            )
         heads = model.num_attention_heads
         kv_heads = model.num_key_value_heads
         width = model.intermediate_size
@@ -411,6 +444,11 @@ class ResolvedConfig(EngineConfig):
         if self.dtype != "float32":
             raise ConfigError(
                 "Triton's interpreter on a CPU computes right in float32 only; set dtype='float32'."
+            )
+        if self.kv_cache_dtype == "fp8":
+            raise ConfigError(
+                "Triton's interpreter on a CPU cannot do float8; set kv_cache_dtype='int8', or"
+                " attention_backend='torch'."
             )
         if importlib.util.find_spec("triton") is None:
             raise ConfigError(

@@ -31,13 +31,13 @@ OFF: tuple[Any, ...] = (None, False, {}, [], "", 0, 0.0)
 MISSING = (
     Missing("trust_remote_code code_revision", "minivllm never runs code of a checkpoint"),
     Missing(
-        "quantization quantization_config allow_deprecated_quantization calculate_kv_scales",
+        "quantization quantization_config allow_deprecated_quantization",
         "minivllm loads unquantized weights only; dtype='bfloat16' halves those of float32",
     ),
     Missing(
-        "kv_cache_dtype kv_cache_dtype_skip_layers",
-        "the KV cache has the type of the model, which is the option dtype",
-        (None, "auto", []),
+        "kv_cache_dtype_skip_layers",
+        "kv_cache_dtype holds for all layers",
+        (None, []),
     ),
     Missing(
         "tokenizer tokenizer_revision",

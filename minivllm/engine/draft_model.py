@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from minivllm.bundled import BUNDLED_DRAFT_PATH
-from minivllm.config import ModelConfig, ResolvedConfig
+from minivllm.config import ModelConfig, ResolvedConfig, kv_bytes_per_token
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.model_runner import ModelRunner, StepResult
 from minivllm.engine.sequence import ScheduledBatch, ScheduledSequence, Sequence, slots_of
@@ -87,10 +87,7 @@ def draft_config(config: ResolvedConfig, model: ModelConfig, num_seqs: int) -> R
             max_model_len,
         )
     on_gpu = config.device.partition(":")[0] == "cuda"
-    itemsize = 4 if config.dtype == "float32" else 2
-    token_bytes = (
-        2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * itemsize
-    )
+    token_bytes = kv_bytes_per_token(model, config.dtype, config.kv_cache_dtype)
     fits = (GPU_CACHE_BYTES if on_gpu else CPU_CACHE_BYTES) // (token_bytes * config.block_size)
     of_one = -(-max_model_len // config.block_size)
     return replace(

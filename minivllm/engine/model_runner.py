@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from minivllm.config import ModelConfig, ResolvedConfig
+from minivllm.config import ModelConfig, ResolvedConfig, kv_bytes_per_token
 from minivllm.engine.batch import BatchInputs, BatchRow, build_batch, to_device
 from minivllm.engine.cuda_graphs import NO_PROPOSAL, DecodeGraphs, DecodeState, graph_sizes
 from minivllm.engine.memory import check_memory, typed_start_errors
@@ -33,6 +33,7 @@ from minivllm.engine.sequence import (
 from minivllm.engine.structured_outputs import GrammarCompiler
 from minivllm.errors import ConfigError, OutOfMemoryError
 from minivllm.kernels import Kernels
+from minivllm.kernels.kv_cache import FP8_MAX, Cache, QuantizedCache
 from minivllm.layers.attention import AttentionMetadata, KVCache
 from minivllm.models.loader import LoadOptions, load_model
 from minivllm.parallel.group import SINGLE, TensorParallelGroup
@@ -44,6 +45,8 @@ CPU_KV_CACHE_BYTES = 256 << 20
 #: Rows of logits that prompt_logprobs holds at a time. The logits of a whole prompt would take
 #: gigabytes with a large vocabulary.
 LOGIT_ROWS = 256
+#: Random tokens on which the scales of an fp8 cache are measured.
+SCALE_TOKENS = 512
 
 
 def _is_long(item: ScheduledSequence) -> bool:
@@ -138,6 +141,7 @@ class ModelRunner:
         # An nn.Module with `compute_logits`; None after `release`.
         self.model: Any = None
         with self._released_on_failure(), typed_start_errors(self.device.type):
+            self._check_fp8()
             check_memory(model_config, config, group.size, self._cpu_cache_bytes())
             options = LoadOptions(
                 dtype=self.dtype,
@@ -160,6 +164,10 @@ class ModelRunner:
             self.sampler = Sampler(
                 config.max_num_seqs, model_config.vocab_size, kernels, self.device, self.grammars
             )
+            #: Of fp8: the scales that were measured; None: all are 1.
+            self._kv_scales: torch.Tensor | None = None
+            if config.calculate_kv_scales:
+                self._kv_scales = self._measure_kv_scales()
             self.num_kv_blocks = min(
                 group.exchange(config.num_kv_blocks or self._default_num_kv_blocks())
             )
@@ -168,6 +176,18 @@ class ModelRunner:
                 self.graphs = self._capture_graphs(graph_sizes(config.max_num_seqs))
                 self.mixed_graphs = self._capture_mixed_graphs(self._step_shapes())
                 self.verifying = self._capture_verifying(graph_sizes(self._most_verified()))
+
+    def _check_fp8(self) -> None:
+        """Raise `ConfigError` if this GPU's kernels cannot convert e4m3."""
+        config = self.config
+        if config.kv_cache_dtype != "fp8" or self.device.type != "cuda":
+            return
+        capability = torch.cuda.get_device_capability(self.device)
+        if config.attention_backend == "triton" and capability < (8, 9):
+            raise ConfigError(
+                "kv_cache_dtype='fp8' needs a GPU of compute capability 8.9 (Ada, Hopper) or newer,"
+                f" and this one has {'.'.join(map(str, capability))}. Use kv_cache_dtype='int8'."
+            )
 
     @contextmanager
     def _released_on_failure(self) -> Iterator[None]:
@@ -215,10 +235,8 @@ class ModelRunner:
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes per token of this rank's cache, over all layers."""
-        config = self.model_config
-        return (
-            2 * config.num_hidden_layers * self.num_kv_heads * config.head_dim * self.dtype.itemsize
-        )
+        dtypes = self.config.dtype, self.config.kv_cache_dtype
+        return kv_bytes_per_token(self.model_config, *dtypes, self.num_kv_heads)
 
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> StepResult:
@@ -616,18 +634,48 @@ class ModelRunner:
 
     # --- KV cache ---------------------------------------------------------------------------------
 
-    def _allocate_kv_caches(self, num_blocks: int) -> list[KVCache]:
+    def _allocate_kv_caches(self, num_blocks: int, kind: str | None = None) -> list[KVCache]:
         """Allocate caches of zeros, so that every entry is finite.
 
         Kernels may load rows beyond a context, and mask them afterwards.
         """
-        config = self.model_config
+        config, kind = self.model_config, kind or self.config.kv_cache_dtype
         shape = (num_blocks, self.num_kv_heads, self.config.block_size, config.head_dim)
 
-        def cache() -> torch.Tensor:
-            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        def cache(layer: int, which: int) -> Cache:
+            if kind == "auto":
+                return torch.zeros(shape, dtype=self.dtype, device=self.device)
+            made = QuantizedCache.zeros(shape, kind, self.device)
+            if self._kv_scales is not None:
+                made.scales.copy_(self._kv_scales[layer, which])
+            return made
 
-        return [(cache(), cache()) for _ in range(config.num_hidden_layers)]
+        return [(cache(layer, 0), cache(layer, 1)) for layer in range(config.num_hidden_layers)]
+
+    @torch.inference_mode()
+    def _measure_kv_scales(self) -> torch.Tensor:
+        """Scales of fp8 for each layer, K and V, and head: [num_hidden_layers, 2, num_kv_heads].
+
+        The largest number that random tokens give a head comes to lie between a quarter and half of
+        e4m3's largest, so others may be twice as large. The scales are powers of two: dividing by
+        them is exact, and rounding elsewhere, such as in the sums of ranks, cannot change them.
+        """
+        count = min(SCALE_TOKENS, self.config.max_model_len, self.config.max_num_batched_tokens)
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randint(self.model_config.vocab_size, (count,), generator=generator)
+        size = self.config.block_size
+        table = np.arange(-(-count // size), dtype=np.int32)[None]
+        inputs = self.build_batch([BatchRow(drawn.tolist(), 0, True)], table, size)
+        if self.device.type != "cpu":
+            inputs = self._to_device(inputs)
+        caches: Any = self._allocate_kv_caches(table.size, "auto")
+        self.model(inputs.token_ids, inputs.positions, caches, inputs.attention)
+        largest = torch.stack(
+            [torch.stack([x.float().abs().amax(dim=(0, 2, 3)) for x in pair]) for pair in caches]
+        )
+        # A head without a finite number keeps the scale 1.
+        usable = largest.isfinite() & (largest > 0)
+        return torch.where(usable, 2.0 * largest / FP8_MAX, 1.0).log2().ceil().exp2()
 
     def _cpu_cache_bytes(self) -> int:
         on_cpu = self.device.type == "cpu"

@@ -45,8 +45,9 @@ class Kernels:
     """One implementation of every operation. Signatures are those of the `*_reference` functions.
 
     Shapes: T tokens of the step, B sequences, H query heads, KH key/value heads, D head_dim, V
-    vocabulary. Caches are ``[num_blocks, KH, block_size, D]``. Prefill is attention of any number
-    of new tokens, decode of one.
+    vocabulary. Caches are ``[num_blocks, KH, block_size, D]``: tensors of the model's dtype or,
+    with the engine option kv_cache_dtype, `QuantizedCache`s. Prefill is attention of any number of
+    new tokens, decode of one.
 
     fused: what is done in fewer launches than operation by operation. `dataclasses.replace` drops
     it, so that the operation that you put in place of another is called. To keep it, where the
@@ -83,7 +84,7 @@ class Kernels:
         key: Tensor,
         value: Tensor,
         given: NormRope,
-        cache: tuple[Tensor, Tensor],
+        cache: tuple[kv_cache.Cache, kv_cache.Cache],
         slot_mapping: Tensor,
     ) -> Tensor:
         """`qk_norm_rope`, then `store_kv` of the keys and of value -> query. cache: k_cache and

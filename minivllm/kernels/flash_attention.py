@@ -24,13 +24,19 @@ import math
 import torch
 
 from minivllm.kernels._triton import tl, triton
-from minivllm.kernels.kv_cache import cache_rows, check_attention
+from minivllm.kernels.kv_cache import (
+    Cache,
+    cache_parts,
+    cache_rows,
+    check_attention,
+    read_blocks,
+)
 
 
 def prefill_attention_reference(
     query: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: Cache,
+    v_cache: Cache,
     block_table: torch.Tensor,
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -47,17 +53,9 @@ def prefill_attention_reference(
     for i, context in enumerate(seq_lens.tolist()):
         first, last = starts[i], starts[i + 1]
         blocks = block_table[i, : -(-context // block_size)]
-        key = (
-            k_cache.index_select(0, blocks)
-            .transpose(0, 1)
-            .reshape(num_kv_heads, -1, dim)[:, :context]
-            .float()
-        )
-        value = (
-            v_cache.index_select(0, blocks)
-            .transpose(0, 1)
-            .reshape(num_kv_heads, -1, dim)[:, :context]
-            .float()
+        key, value = (
+            read_blocks(cache, blocks).transpose(0, 1).reshape(num_kv_heads, -1, dim)[:, :context]
+            for cache in (k_cache, v_cache)
         )
         # The query heads that share a KV head stand below each other: [KH, q_len · group, D].
         rows = (
@@ -88,6 +86,8 @@ def _attend_tile(
     query,
     k_cache_ptr,
     v_cache_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
     table_ptr,
     first,
     context,
@@ -100,18 +100,22 @@ def _attend_tile(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
+    KIND: tl.constexpr,
 ):
     """One step of the online softmax, over keys first ... first + BLOCK_N - 1."""
     columns = tl.arange(0, BLOCK_D)
     tokens = first + tl.arange(0, BLOCK_N)
-    base, offsets = cache_rows(table_ptr, first, context, kv_head, KH, D, BLOCK_SIZE, BLOCK_N)
-    offsets = offsets[:, None] + columns[None, :]
+    base, rows = cache_rows(table_ptr, first, context, kv_head, KH, D, BLOCK_SIZE, BLOCK_N)
+    offsets = rows[:, None] + columns[None, :]
     inside = (columns < D)[None, :]
     if MASKED:
         # Beyond the context lies anything, NaN too, and 0 · NaN is NaN: it must be read as 0.
         inside = inside & (tokens < context)[:, None]
     key = tl.load(k_cache_ptr + base + offsets, mask=inside, other=0.0)
-    scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+    scores = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision="ieee")
+    if KIND == "int8":
+        scale_rows, known = base // D + rows // D, tokens < context
+        scores *= tl.load(k_scales_ptr + scale_rows, mask=known, other=0.0)[None, :]
     if MASKED:
         scores = tl.where(tokens[None, :] <= positions[:, None], scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, axis=1) * scale_log2)
@@ -122,7 +126,10 @@ def _attend_tile(
     weights = tl.exp2(scores * scale_log2 - finite_max[:, None])  # one fused multiply-add per score
     row_sum = row_sum * rescale + tl.sum(weights, axis=1)
     value = tl.load(v_cache_ptr + base + offsets, mask=inside, other=0.0)
-    acc = tl.dot(weights.to(value.dtype), value, acc * rescale[:, None], input_precision="ieee")
+    if KIND == "int8":
+        weights *= tl.load(v_scales_ptr + scale_rows, mask=known, other=0.0)[None, :]
+    weights, value = weights.to(query.dtype), value.to(query.dtype)
+    acc = tl.dot(weights, value, acc * rescale[:, None], input_precision="ieee")
     return acc, new_max, row_sum
 
 
@@ -134,6 +141,8 @@ def _prefill_kernel(
     query_ptr,
     k_cache_ptr,
     v_cache_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
     block_table_ptr,
     query_start_loc_ptr,
     seq_lens_ptr,
@@ -147,6 +156,7 @@ def _prefill_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    KIND: tl.constexpr,
 ):
     """Program (head, tile of queries, sequence). The grid suits the longest query; tiles beyond
     others end at once.
@@ -168,6 +178,11 @@ def _prefill_kernel(
         query_rows = query_ptr + token * query_stride + head * D
         query = tl.load(query_rows[:, None] + columns[None, :], mask=inside, other=0.0)
         table_ptr = block_table_ptr + sequence * table_stride
+        kv_head = head // (H // KH)
+        if KIND == "fp8":
+            scale_log2 *= tl.load(k_scales_ptr + kv_head)
+            if query.dtype == tl.bfloat16:
+                query = query.to(tl.float16)  # as in decode_attention
 
         acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
         row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
@@ -184,11 +199,13 @@ def _prefill_kernel(
                 query,
                 k_cache_ptr,
                 v_cache_ptr,
+                k_scales_ptr,
+                v_scales_ptr,
                 table_ptr,
                 first,
                 context,
                 positions,
-                head // (H // KH),
+                kv_head,
                 scale_log2,
                 KH,
                 D,
@@ -196,6 +213,7 @@ def _prefill_kernel(
                 BLOCK_SIZE,
                 BLOCK_N,
                 MASKED=False,
+                KIND=KIND,
             )
         for first in range(diagonal, end, BLOCK_N):
             acc, row_max, row_sum = _attend_tile(
@@ -205,11 +223,13 @@ def _prefill_kernel(
                 query,
                 k_cache_ptr,
                 v_cache_ptr,
+                k_scales_ptr,
+                v_scales_ptr,
                 table_ptr,
                 first,
                 context,
                 positions,
-                head // (H // KH),
+                kv_head,
                 scale_log2,
                 KH,
                 D,
@@ -217,8 +237,11 @@ def _prefill_kernel(
                 BLOCK_SIZE,
                 BLOCK_N,
                 MASKED=True,
+                KIND=KIND,
             )
         out = acc / tl.where(row_sum > 0.0, row_sum, 1.0)[:, None]  # a row that sees no key gives 0
+        if KIND == "fp8":
+            out *= tl.load(v_scales_ptr + kv_head)
         tl.store(out_ptr + ((token * H + head) * D)[:, None] + columns[None, :], out, mask=inside)
 
 
@@ -237,8 +260,8 @@ def _tiles(row_bytes: int, max_query_len: int, max_seq_len: int) -> tuple[int, i
 
 def prefill_attention(
     query: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: Cache,
+    v_cache: Cache,
     block_table: torch.Tensor,
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -251,8 +274,8 @@ def prefill_attention(
     its whole context.
 
     Rows query_start_loc[i] to query_start_loc[i + 1] (``[B + 1]`` int32, from 0 to T) belong to
-    sequence i. Contiguous caches ``[num_blocks, KH, block_size, D]`` of query.dtype, which hold
-    these tokens' K and V already; block_size a power of two from 16 up. block_table
+    sequence i. Contiguous caches ``[num_blocks, KH, block_size, D]`` of query.dtype or quantized,
+    which hold these tokens' K and V already; block_size a power of two from 16 up. block_table
     ``[B, max_blocks]`` int32, never read beyond a context; seq_lens ``[B]`` int32, the context with
     the new tokens. max_query_len, max_seq_len: upper bounds that the host knows, so that no launch
     waits for the GPU. ValueError for other shapes, strides or dtypes.
@@ -262,12 +285,16 @@ def prefill_attention(
     num_kv_heads, block_size = k_cache.shape[1:3]
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     block_m, block_n, warps, stages = _tiles(dim * query.element_size(), max_query_len, max_seq_len)
+    keys, k_scales, kind = cache_parts(k_cache)
+    values, v_scales, _ = cache_parts(v_cache)
     if tokens:
         _prefill_kernel[(heads, triton.cdiv(max_query_len, block_m), len(seq_lens))](
             out,
             query,
-            k_cache,
-            v_cache,
+            keys,
+            values,
+            k_scales,
+            v_scales,
             block_table,
             query_start_loc,
             seq_lens,
@@ -281,6 +308,7 @@ def prefill_attention(
             BLOCK_SIZE=block_size,
             BLOCK_M=block_m,
             BLOCK_N=block_n,
+            KIND=kind,
             num_warps=warps,
             num_stages=stages,
         )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from minivllm.kernels._triton import check_rows, tl, triton
+from minivllm.kernels.kv_cache import Cache, cache_parts, head_scales, largest_of, to_8_bits
 from minivllm.kernels.norm import rms_norm_reference
 
 
@@ -66,6 +67,8 @@ def qk_norm_rope_reference(
 def _turn_heads(
     out_ptr,
     out_head_stride,
+    scales_ptr,
+    first_place,
     x_ptr,
     weight_ptr,
     cos,
@@ -78,11 +81,14 @@ def _turn_heads(
     BLOCK_HEADS: tl.constexpr,
     NORM: tl.constexpr,
     TURN: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    KIND: tl.constexpr,
 ):
     """Norm and rotation of some heads of one token, each held as two halves
     ``[BLOCK_HEADS, BLOCK_HALF]``.
 
-    out_ptr, x_ptr: the token's head 0. Without TURN the heads are copied.
+    out_ptr, x_ptr, first_place (of a scale): the token's head 0. Without TURN the heads are copied.
+    KIND: of the cache that they go to, "auto" for one of their own dtype.
     """
     heads = first_head + tl.arange(0, BLOCK_HEADS)[:, None]
     columns = tl.arange(0, BLOCK_HALF)[None, :]
@@ -91,8 +97,8 @@ def _turn_heads(
     target = out_ptr + heads * out_head_stride + columns
     a = tl.load(source, mask=inside, other=0.0)
     b = tl.load(source + HALF, mask=inside, other=0.0)
+    dtype = a.dtype
     if TURN:
-        dtype = a.dtype
         a, b = a.to(tl.float32), b.to(tl.float32)
         if NORM:
             scale = 1.0 / tl.sqrt(
@@ -103,11 +109,20 @@ def _turn_heads(
             # Rounded as the norm alone would round, so that fused and unfused engines agree.
             a = ((a * scale[:, None]).to(dtype) * weight_a).to(tl.float32)
             b = ((b * scale[:, None]).to(dtype) * weight_b).to(tl.float32)
-        tl.store(target, a * cos - b * sin, mask=inside)
-        tl.store(target + HALF, b * cos + a * sin, mask=inside)
-    else:
+        a, b = a * cos - b * sin, b * cos + a * sin
+    if KIND == "auto":
         tl.store(target, a, mask=inside)
         tl.store(target + HALF, b, mask=inside)
+    else:
+        # Rounded first as a key in memory would be.
+        a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
+        heads = first_head + tl.arange(0, BLOCK_HEADS)
+        largest = tl.maximum(largest_of(a), largest_of(b)) + 0.0 * (largest_of(a) + largest_of(b))
+        scale = head_scales(
+            scales_ptr, heads, first_place + heads * BLOCK_SIZE, largest, heads < num_heads, KIND
+        )
+        tl.store(target, to_8_bits(a, scale, KIND), mask=inside)
+        tl.store(target + HALF, to_8_bits(b, scale, KIND), mask=inside)
 
 
 @triton.jit(do_not_specialize=["slot_mapping_ptr"])
@@ -115,6 +130,8 @@ def _qk_norm_rope_kernel(
     q_out_ptr,
     k_out_ptr,
     v_out_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
     q_ptr,
     k_ptr,
     v_ptr,
@@ -134,6 +151,7 @@ def _qk_norm_rope_kernel(
     BLOCK_HEADS: tl.constexpr,
     NORM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    KIND: tl.constexpr,
 ):
     """Program (token, group of heads): first query heads, then key heads, then, where BLOCK_SIZE >
     0, value heads.
@@ -150,17 +168,21 @@ def _qk_norm_rope_kernel(
     q_groups, k_groups = tl.cdiv(q_heads, BLOCK_HEADS), tl.cdiv(k_heads, BLOCK_HEADS)
     if BLOCK_SIZE > 0:
         slot = tl.load(slot_mapping_ptr + token)
-        target = (slot // BLOCK_SIZE * (k_heads * BLOCK_SIZE) + slot % BLOCK_SIZE) * (2 * HALF)
+        place = slot // BLOCK_SIZE * (k_heads * BLOCK_SIZE) + slot % BLOCK_SIZE
+        target = place * (2 * HALF)
         head_stride = BLOCK_SIZE * 2 * HALF
         written = tl.where(slot >= 0, k_heads, 0)  # -1 writes nowhere
     else:
-        target = token * k_heads * (2 * HALF)
+        place = token * k_heads
+        target = place * (2 * HALF)
         head_stride = 2 * HALF
         written = k_heads
     if group < q_groups:
         _turn_heads(
             q_out_ptr + token * q_heads * (2 * HALF),
             2 * HALF,
+            k_scales_ptr,
+            0,
             q_ptr + token * q_stride,
             q_weight_ptr,
             cos,
@@ -173,11 +195,15 @@ def _qk_norm_rope_kernel(
             BLOCK_HEADS,
             NORM,
             True,
+            BLOCK_SIZE,
+            "auto",
         )
     elif group < q_groups + k_groups:
         _turn_heads(
             k_out_ptr + target,
             head_stride,
+            k_scales_ptr,
+            place,
             k_ptr + token * k_stride,
             k_weight_ptr,
             cos,
@@ -190,11 +216,15 @@ def _qk_norm_rope_kernel(
             BLOCK_HEADS,
             NORM,
             True,
+            BLOCK_SIZE,
+            KIND,
         )
     else:
         _turn_heads(
             v_out_ptr + target,
             head_stride,
+            v_scales_ptr,
+            place,
             v_ptr + token * v_stride,
             k_weight_ptr,
             cos,
@@ -207,6 +237,8 @@ def _qk_norm_rope_kernel(
             BLOCK_HEADS,
             NORM,
             False,
+            BLOCK_SIZE,
+            KIND,
         )
 
 
@@ -238,7 +270,7 @@ def qk_norm_rope_store(
     key: Tensor,
     value: Tensor,
     given: NormRope,
-    cache: tuple[Tensor, Tensor],
+    cache: tuple[Cache, Cache],
     slot_mapping: Tensor,
 ) -> Tensor:
     """`qk_norm_rope`, then `store_kv` of the keys and of value ``[T, KH, D]``, in one launch ->
@@ -256,7 +288,7 @@ def qk_norm_rope_store(
 def _launch(
     heads: tuple[Tensor, Tensor, Tensor],
     given: NormRope,
-    targets: tuple[Tensor, Tensor],
+    targets: tuple[Cache, Cache],
     slot_mapping: Tensor,
     block_size: int,
 ) -> Tensor:
@@ -269,6 +301,7 @@ def _launch(
     check_rows("qk_norm_rope", query, key, value)
     (tokens, q_heads, dim), k_heads = query.shape, key.shape[1]
     q_out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    (k_values, k_scales, kind), (v_values, v_scales, _) = map(cache_parts, targets)
     if tokens:
         block_heads = min(8, triton.next_power_of_2(q_heads))
         groups = triton.cdiv(q_heads, block_heads) + (2 if block_size else 1) * triton.cdiv(
@@ -276,7 +309,10 @@ def _launch(
         )
         _qk_norm_rope_kernel[(tokens, groups)](
             q_out,
-            *targets,
+            k_values,
+            v_values,
+            k_scales,
+            v_scales,
             query,
             key,
             value,
@@ -296,6 +332,7 @@ def _launch(
             BLOCK_HEADS=block_heads,
             NORM=q_weight is not None,
             BLOCK_SIZE=block_size,
+            KIND=kind,
             num_warps=2,
         )
     return q_out

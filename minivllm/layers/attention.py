@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from minivllm.kernels import Kernels
+from minivllm.kernels.kv_cache import Cache
 
-#: (k_cache, v_cache) of one layer, each [num_blocks, num_kv_heads, block_size, head_dim].
-KVCache = tuple[torch.Tensor, torch.Tensor]
+#: (k_cache, v_cache) of one layer, each [num_blocks, num_kv_heads, block_size, head_dim]: tensors
+#: of the model's dtype, or `QuantizedCache`s.
+KVCache = tuple[Cache, Cache]
 
 
 @dataclass(frozen=True)

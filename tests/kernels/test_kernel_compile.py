@@ -34,6 +34,7 @@ OPERATIONS = [
     "decode, block_size 64, splits",
     "decode, block_size 16, splits",
 ]
+QUANTIZED = ["store and attention, fp8", "store and attention, int8"]
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +56,11 @@ def compiled() -> dict:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize(
+    ("operation", "dtype"),
+    [(name, dtype) for name in OPERATIONS for dtype in ("float32", "bfloat16")]
+    + [(name, "bfloat16") for name in QUANTIZED],
+)
 def test_compiles_for_hopper(compiled: dict, operation: str, dtype: str):
     result = compiled[f"{operation} {dtype}"]
     assert "error" not in result, result["error"]

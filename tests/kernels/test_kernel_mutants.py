@@ -74,6 +74,15 @@ CHECKS = {
     ),
     "linear": lambda m: checks.check_linear(with_operation("linear", m.linear), CPU, FLOAT),
     "store_kv": lambda m: checks.check_store_kv(with_operation("store_kv", m.store_kv), CPU, FLOAT),
+    "store int8": lambda m: checks.check_store_quantized(
+        with_operation("store_kv", m.store_kv), CPU, FLOAT, "int8"
+    ),
+    "fused int8": lambda m: checks.check_qk_norm_rope_store(
+        with_operation("fused", Fused(m.qk_norm_rope_store, online_softmax.merge_attention)),
+        CPU,
+        FLOAT,
+        "int8",
+    ),
     "softmax": lambda m: checks.check_softmax(lambda x: m.softmax(x, block=16), CPU, FLOAT),
     "merge": lambda m: checks.check_merge(m.merge_attention, CPU),
     "decode": lambda m: checks.check_decode(
@@ -82,6 +91,23 @@ CHECKS = {
     "prefill": lambda m: checks.check_prefill(
         with_operation("prefill_attention", m.prefill_attention), CPU, FLOAT
     ),
+    "decode int8": lambda m: checks.check_decode(
+        with_operation("decode_attention", m.decode_attention),
+        CPU,
+        FLOAT,
+        [(4, 2, 24, 16, 2, (1, 17, 0, 65, 130))],
+        "int8",
+    ),
+    **{
+        f"prefill {kind}": lambda m, kind=kind: checks.check_prefill(
+            with_operation("prefill_attention", m.prefill_attention),
+            CPU,
+            FLOAT,
+            [(4, 2, 24, 16, ((20, 20), (0, 40), (33, 97), (1, 64)))],
+            kind,
+        )
+        for kind in ("int8", "fp8")
+    },
     "filter": lambda m: checks.check_filter(m.filter_logits),
     "sample": lambda m: checks.check_sample(with_operation("sample", m.sample), CPU, FLOAT),
 }
@@ -483,6 +509,112 @@ MUTANTS = [
             "(lambda s: (s[0], logits.shape[1] - 1 -"
             " s[1]))(logits[rows].float().flip(1).sort(dim=-1, descending=True, stable=True))"
         ),
+    ),
+    # --- quantized caches
+    (
+        "kv_cache",
+        "store int8",
+        "cut off, not rounded",
+        "steps = (x + 12582912.0) - 12582912.0",
+        "steps = x",
+    ),
+    (
+        "kv_cache",
+        "store int8",
+        "one scale for all heads",
+        "return tl.max(tl.abs(x), axis=1) + tl.sum(x * 0.0, axis=1)",
+        "return tl.max(tl.max(tl.abs(x), axis=1), axis=0) + tl.sum(x * 0.0, axis=1)",
+    ),
+    (
+        "kv_cache",
+        "store int8",
+        "NaN is lost",
+        "tl.max(tl.abs(x), axis=1) + tl.sum(x * 0.0, axis=1)",
+        "tl.max(tl.where(tl.abs(x) < 1e30, tl.abs(x), 0.0), axis=1)",
+    ),
+    (
+        "kv_cache",
+        "store int8",
+        "the values' scales beside the keys",
+        "head_scales(v_scales_ptr,",
+        "head_scales(k_scales_ptr,",
+    ),
+    (
+        "kv_cache",
+        "store int8",
+        "-1 is written",
+        "written = heads < tl.where(slot >= 0, KH, 0)",
+        "written = heads < KH",
+    ),
+    (
+        "rotary",
+        "fused int8",
+        "the largest of half a head",
+        "tl.maximum(largest_of(a), largest_of(b))",
+        "largest_of(a)",
+    ),
+    (
+        "rotary",
+        "fused int8",
+        "scales of all heads at one place",
+        "first_place + heads * BLOCK_SIZE",
+        "first_place + heads * 0",
+    ),
+    (
+        "paged_attention",
+        "decode int8",
+        "keys without their scales",
+        "scores *= tl.load(k_scales_ptr",
+        "scores += 0.0 * tl.load(k_scales_ptr",
+    ),
+    (
+        "paged_attention",
+        "decode int8",
+        "the sum of scaled weights",
+        "row_sum = row_sum * rescale + tl.sum(weights, axis=1)",
+        "row_sum = row_sum * rescale + tl.sum(weights * known[None, :] * 0.01, axis=1)",
+    ),
+    (
+        "paged_attention",
+        "decode int8",
+        "scales beyond the context read",
+        "tl.load(v_scales_ptr + scale_rows, mask=known, other=0.0)",
+        "tl.load(v_scales_ptr + scale_rows)",
+    ),
+    (
+        "paged_attention",
+        "decode int8",
+        "scales of another head",
+        "scale_rows = base // D + rows // D",
+        "scale_rows = base // D + rows // D - kv_head * BLOCK_SIZE",
+    ),
+    (
+        "paged_attention",
+        "decode int8",
+        "even and odd numbers exchanged",
+        "tl.join(acc, acc_odd)",
+        "tl.join(acc_odd, acc)",
+    ),
+    (
+        "flash_attention",
+        "prefill fp8",
+        "the first head's scale",
+        "scale_log2 *= tl.load(k_scales_ptr + kv_head)",
+        "scale_log2 *= tl.load(k_scales_ptr)",
+    ),
+    (
+        "flash_attention",
+        "prefill int8",
+        "values by the keys' scales",
+        "weights *= tl.load(v_scales_ptr",
+        "weights *= tl.load(k_scales_ptr",
+    ),
+    (
+        "flash_attention",
+        "prefill fp8",
+        "values without a scale",
+        "out *= tl.load(v_scales_ptr + kv_head)",
+        "out *= 1.0",
     ),
 ]
 

@@ -30,6 +30,27 @@ def test_store_kv(kernels: Kernels, device_dtype):
     checks.check_store_kv(kernels, *device_dtype)
 
 
+KINDS = ["int8", "fp8"]
+
+
+def skip_in_the_interpreter(kernels: Kernels, kind: str) -> None:
+    """It rounds float8 wrong, and has no inline assembly; an engine refuses fp8 there."""
+    if kind == "fp8" and kernels.name == "triton" and checks.DEVICE.type == "cpu":
+        pytest.skip("Triton's interpreter cannot do this kernel with float8")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_store_quantized(kernels: Kernels, device_dtype, kind: str):
+    skip_in_the_interpreter(kernels, kind)
+    checks.check_store_quantized(kernels, *device_dtype, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_qk_norm_rope_store_quantized(triton_kernels: Kernels, device_dtype, kind: str):
+    checks.check_qk_norm_rope_store(triton_kernels, *device_dtype, kind)
+
+
 @pytest.mark.slow
 def test_qk_norm_rope_store(triton_kernels: Kernels, device_dtype):
     checks.check_qk_norm_rope_store(triton_kernels, *device_dtype)
@@ -131,6 +152,29 @@ def test_merge_attention(kernels: Kernels, device_dtype):
 @pytest.mark.slow
 def test_decode_attention(kernels: Kernels, device_dtype):
     checks.check_decode(kernels, *device_dtype)
+
+
+#: As DECODE_CASES and PREFILL_CASES, fewer: tiles are 64 and 128 tokens here.
+QUANTIZED_DECODE = [
+    (4, 2, 24, 16, 1, (1, 16, 17, 63, 64, 65, 0, 129)),
+    (6, 2, 80, 64, 2, (31, 0, 65, 130)),
+    (3, 3, 64, 128, 3, (129, 1, 300)),
+]
+QUANTIZED_PREFILL = [
+    (4, 2, 24, 16, ((70, 70), (1, 1), (0, 40), (33, 97), (1, 64))),
+    (2, 1, 16, 64, ((16, 16), (1, 130), (15, 79), (0, 0))),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decode_of_a_quantized_cache(kernels: Kernels, device_dtype, kind: str):
+    skip_in_the_interpreter(kernels, kind)
+    checks.check_decode(kernels, *device_dtype, QUANTIZED_DECODE, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prefill_of_a_quantized_cache(kernels: Kernels, device_dtype, kind: str):
+    checks.check_prefill(kernels, *device_dtype, QUANTIZED_PREFILL, kind)
 
 
 @pytest.mark.slow

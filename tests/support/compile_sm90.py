@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -23,12 +24,16 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from minivllm.kernels import Kernels, online_softmax
+from minivllm.kernels.kv_cache import QuantizedCache
 from minivllm.kernels.rotary import NormRope
 
 CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int8: "*i8",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -77,12 +82,13 @@ def cases(dtype: torch.dtype) -> dict:
     x = torch.zeros(tokens, 1024, dtype=dtype)
     qkv = torch.zeros(tokens, (heads + 2 * kv_heads) * dim, dtype=dtype).unflatten(1, (-1, dim))
     query, key, value = qkv.split((heads, kv_heads, kv_heads), dim=1)
-    pages = {size: torch.zeros(8, kv_heads, size, dim, dtype=dtype) for size in (16, 64)}
+    pages: dict = {size: torch.zeros(8, kv_heads, size, dim, dtype=dtype) for size in (16, 64)}
+    pages |= {kind: QuantizedCache.zeros((8, kv_heads, 64, dim), kind) for kind in ("fp8", "int8")}
     weight, cos_sin = torch.zeros(dim, dtype=dtype), torch.zeros(99, dim)
     longs = torch.zeros(tokens, dtype=torch.int64)
 
     def prefill(
-        block_size: int,
+        pages_of: int | str,
         longest: int,
         batch: int = 4,
         width: int = 20,
@@ -95,8 +101,8 @@ def cases(dtype: torch.dtype) -> dict:
         bounds = {"max_query_len": longest, "max_seq_len": context}
         kernels.prefill_attention(
             query[skip:],
-            pages[block_size],
-            pages[block_size],
+            pages[pages_of],
+            pages[pages_of],
             table,
             starts,
             lengths,
@@ -105,14 +111,14 @@ def cases(dtype: torch.dtype) -> dict:
         )
 
     def decode(
-        block_size: int, splits: int, batch: int = 4, width: int = 20, longest: int = 999
+        pages_of: int | str, splits: int, batch: int = 4, width: int = 20, longest: int = 999
     ) -> None:
         table = torch.zeros(batch, width, dtype=torch.int32)
         lengths = torch.ones(batch, dtype=torch.int32)
         kernels.decode_attention(
             query[:batch],
-            pages[block_size],
-            pages[block_size],
+            pages[pages_of],
+            pages[pages_of],
             table,
             lengths,
             0.1,
@@ -120,6 +126,19 @@ def cases(dtype: torch.dtype) -> dict:
             num_splits=splits,
             merge_attention=kernels.merge_attention,
         )
+
+    def quantized(kind: str) -> None:
+        """What differs most between the kinds; each compiles for some seconds."""
+        cache = pages[kind], pages[kind]
+        if kind == "fp8":
+            kernels.store_kv(key, value, *cache, longs)
+            decode(kind, 1)
+            prefill(kind, 999)
+        else:
+            given = NormRope(weight, weight, cos_sin, longs, 1e-6)
+            kernels.qk_norm_rope_store(query, key, value, given, cache, longs)
+            decode(kind, 4)
+            prefill(kind, 9)
 
     def sample(batch: int = 4) -> None:
         logits, row = torch.zeros(batch, 9000, dtype=dtype), longs[:batch]
@@ -162,6 +181,12 @@ def cases(dtype: torch.dtype) -> dict:
         "decode, block_size 64": lambda: decode(64, 1),
         "decode, block_size 64, splits": lambda: decode(64, 4),
         "decode, block_size 16, splits": lambda: decode(16, 4),
+        # In bfloat16 alone, which saves time: the GPU's tests compile the other dtypes.
+        **{
+            f"store and attention, {kind}": partial(quantized, kind)
+            for kind in ("fp8", "int8")
+            if dtype == torch.bfloat16
+        },
         "sample": sample,
         "many shapes": many_shapes,
     }

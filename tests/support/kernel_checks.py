@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from minivllm.kernels import Kernels
+from minivllm.kernels.kv_cache import Cache, QuantizedCache
 from minivllm.kernels.rotary import NormRope
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -214,7 +215,114 @@ def check_store_kv(kernels: Kernels, device: torch.device, dtype: torch.dtype) -
             assert torch.equal(cache, right), "a cache differs from what was to be stored"
 
 
-def check_qk_norm_rope_store(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> None:
+# --- quantized caches -----------------------------------------------------------------------------
+
+#: What stands around and between an int8 cache's numbers; no number is stored as this.
+GARBAGE = -128
+#: Every finite number of e4m3, by its bits.
+E4M3 = [
+    (-1) ** (bits >> 7)
+    * (2.0 ** ((bits >> 3 & 15) - 7) * (1 + (bits & 7) / 8) if bits >> 3 & 15 else (bits & 7) / 512)
+    for bits in range(256)
+    if bits & 127 != 127
+]
+
+
+def fenced_cache(shape: tuple, kind: str, device: torch.device, scales: Sequence[float]) -> Cache:
+    """A quantized cache of garbage between bands of garbage: NaN, or numbers with NaN as scale."""
+    numbers = torch.full((math.prod(shape) + 2 * BAND,), GARBAGE, dtype=torch.int8)
+    if kind == "fp8":
+        numbers = torch.full_like(numbers, 0x7F).view(torch.float8_e4m3fn)
+    values = numbers.to(device)[BAND:-BAND].view(shape)
+    if kind == "int8":
+        return QuantizedCache(values, fence(torch.full(shape[:3], math.nan, device=device)))
+    return QuantizedCache(values, fence(torch.tensor(scales, device=device)))
+
+
+def assert_cache_fence(cache: QuantizedCache) -> None:
+    """Nothing was written beside a cache of `fenced_cache`."""
+    assert_fence(cache.scales)
+    whole = torch.as_strided(
+        cache.values.view(torch.int8),
+        (cache.values.numel() + 2 * BAND,),
+        (1,),
+        cache.values.storage_offset() - BAND,
+    )
+    right = GARBAGE if cache.kind == "int8" else 0x7F
+    assert (torch.cat((whole[:BAND], whole[-BAND:])) == right).all(), "wrote outside of a cache"
+
+
+def scales_of_heads(kv_heads: int) -> list[float]:
+    """Another scale for each head; no kernel may take a neighbour's."""
+    return [2.0 ** (head % 5 - 2) for head in range(kv_heads)]
+
+
+def stored_by_hand(x: Sequence[float], kind: str, scale: float) -> tuple[list[float], float]:
+    """(the numbers that are stored for one head of one token, its scale), each number by itself.
+
+    A number that is not finite is stored as NaN (fp8), or makes the scale NaN (int8).
+    """
+    if kind == "fp8":
+        stored = []
+        for number in x:
+            wanted = number / scale
+            if not math.isfinite(wanted):
+                stored.append(math.nan)
+                continue
+            # The nearest; of two, the one whose last bit is 0: it has the even index.
+            near = sorted(E4M3, key=lambda e, wanted=wanted: abs(e - wanted))[:3]
+            ties = [e for e in near if abs(e - wanted) == abs(near[0] - wanted)]
+            stored.append(min(ties, key=lambda e: E4M3.index(abs(e)) % 2))
+        return stored, scale
+    if not all(map(math.isfinite, x)):
+        return [], math.nan
+    scale = float(torch.tensor(max(map(abs, x))) * (1.0 / 127.0))
+    divided = (torch.tensor(x) / (scale if scale > 1e-30 else 1.0)).tolist()
+    return [float(round(number)) for number in divided], scale  # Python rounds ties to even
+
+
+def check_store_quantized(
+    kernels: Kernels, device: torch.device, dtype: torch.dtype, kind: str
+) -> None:
+    generator = torch.Generator().manual_seed(4)
+    for tokens, kv_heads, dim, block_size in ((9, 3, 24, 16), (6, 9, 16, 3), (0, 1, 8, 16)):
+        shape, scales = (20, kv_heads, block_size, dim), scales_of_heads(kv_heads)
+        caches = [fenced_cache(shape, kind, device, scales[::way]) for way in (1, -1)]
+        before = [cache.values.clone() for cache in caches]
+        slots = torch.randperm(20 * block_size, generator=generator)[:tokens]
+        slots[1::4] = -1
+        kv = fence(
+            (torch.randn(tokens, 2 * kv_heads + 1, dim, generator=generator) * 5).to(device, dtype)
+        )
+        if tokens:
+            kv[0, 1] = 0.0
+            kv[0, 2, 3], kv[2, 1, 0], kv[2, -1, 1] = math.nan, math.inf, 1e4
+            kv[3, 1] *= 1e-3
+            kv[4, 1, :8] = 127.0 * torch.tensor([1, 0.5, 0.25, -0.5, 0.75, 1, -1, 0.125])
+        key, value = kv[:, 1 : 1 + kv_heads], kv[:, 1 + kv_heads :]
+        kernels.store_kv(key, value, *caches, slots.to(device))
+        for new, cache, old, way in zip((key, value), caches, before, (1, -1), strict=True):
+            assert_cache_fence(cache)
+            untouched = torch.ones(shape[:3], dtype=torch.bool)
+            for token, slot in enumerate(slots.tolist()):
+                for head in range(kv_heads if slot >= 0 else 0):
+                    place = slot // block_size, head, slot % block_size
+                    untouched[place] = False
+                    numbers = new[token, head].float().tolist()
+                    stored, scale = stored_by_hand(numbers, kind, scales[::way][head])
+                    if kind == "int8":
+                        found = float(cache.scales[place])
+                        assert found == scale or (math.isnan(found) and math.isnan(scale))
+                    held = cache.values[place].float().cpu()
+                    same = torch.equal(held.nan_to_num(7e7), torch.tensor(stored).nan_to_num(7e7))
+                    assert same or math.isnan(scale), (kind, numbers, stored, held)
+            now = cache.values.view(torch.uint8).cpu()[untouched]
+            assert torch.equal(now, old.view(torch.uint8).cpu()[untouched]), "wrote to other slots"
+
+
+def check_qk_norm_rope_store(
+    kernels: Kernels, device: torch.device, dtype: torch.dtype, kind: str = "auto"
+) -> None:
     """The fused operation gives exactly the numbers of its parts, and writes nothing else."""
     generator = torch.Generator().manual_seed(14)
     for tokens, heads, kv_heads, dim, block_size in (
@@ -236,8 +344,14 @@ def check_qk_norm_rope_store(kernels: Kernels, device: torch.device, dtype: torc
             for _ in range(2)
         ]
         for norms in (weights, (None, None)):
-            blank = torch.full((20, kv_heads, block_size, dim), 9.0, dtype=dtype, device=device)
+            shape = (20, kv_heads, block_size, dim)
+            blank = torch.full(shape, 9.0, dtype=dtype, device=device)
             caches, expected = [fence(blank), fence(blank)], [blank.clone(), blank.clone()]
+            if kind != "auto":
+                scales = scales_of_heads(kv_heads)
+                caches, expected = (
+                    [fenced_cache(shape, kind, device, scales) for _ in range(2)] for _ in range(2)
+                )
             with guarded_outputs():
                 given = NormRope(*norms, cos_sin, positions, 0.01)
                 actual = kernels.qk_norm_rope_store(*parts, given, tuple(caches), slots.to(device))
@@ -245,8 +359,13 @@ def check_qk_norm_rope_store(kernels: Kernels, device: torch.device, dtype: torc
             kernels.store_kv(key, parts[2], *expected, slots.to(device))
             assert torch.equal(actual, query)
             for cache, right in zip(caches, expected, strict=True):
-                assert_fence(cache)
-                assert torch.equal(cache, right)
+                if kind == "auto":
+                    assert_fence(cache)
+                    assert torch.equal(cache, right)
+                    continue
+                assert_cache_fence(cache)
+                assert torch.equal(cache.values.view(torch.uint8), right.values.view(torch.uint8))
+                assert torch.equal(cache.scales.nan_to_num(-1.0), right.scales.nan_to_num(-1.0))
 
 
 def check_linear(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> None:
@@ -318,7 +437,10 @@ def check_merge(merge_attention, device: torch.device) -> None:
 
 
 class PagedContexts:
-    """Keys and values of some sequences, dense (for the textbook) and paged (for the kernels)."""
+    """Keys and values of some sequences, dense (for the textbook) and paged (for the kernels).
+
+    kind: of the caches. The dense numbers are what a quantized cache holds, in float32.
+    """
 
     def __init__(
         self,
@@ -329,6 +451,7 @@ class PagedContexts:
         device,
         dtype,
         seed: int = 0,
+        kind: str = "auto",
     ):
         generator = torch.Generator().manual_seed(seed)
         self.keys, self.values = (
@@ -353,8 +476,34 @@ class PagedContexts:
                 for cache, dense in zip(caches, (self.keys, self.values), strict=True):
                     cache[block, :, token % block_size] = dense[i][token].cpu()
         self.k_cache, self.v_cache = (fence(cache.to(device)) for cache in caches)
+        if kind != "auto":
+            self._quantize(kind)
         self.block_table = self.block_table.to(device)
         self.seq_lens = torch.tensor(contexts, dtype=torch.int32, device=device)
+
+    def _quantize(self, kind: str) -> None:
+        shape, device = tuple(self.k_cache.shape), self.k_cache.device
+        for name, dense, way in (("k_cache", self.keys, 1), ("v_cache", self.values, -1)):
+            scales = scales_of_heads(shape[1])[::way]
+            cache = fenced_cache(shape, kind, device, scales)
+            for i, tokens in enumerate(dense):
+                dense[i] = torch.empty(tokens.shape, device=device)
+                for token, x in enumerate(tokens.float() / 4):
+                    block = int(self.block_table[i, token // shape[2]])
+                    place = block, slice(None), token % shape[2]
+                    if kind == "int8":
+                        # Scales of quite different sizes, so that a neighbour's is noticed.
+                        scale = (
+                            1.0 + (token * 7 + way + torch.arange(len(x), device=device)) % 5
+                        ) / 500
+                        cache.scales[place] = scale
+                        numbers = (x * 100).round().clamp(-127, 127).to(torch.int8)
+                    else:
+                        scale = cache.scales
+                        numbers = (x / scale[:, None]).to(torch.float8_e4m3fn)
+                    cache.values.view(torch.uint8)[place] = numbers.view(torch.uint8)
+                    dense[i][token] = numbers.float() * scale[:, None]
+            setattr(self, name, cache)
 
 
 def attention_by_hand(
@@ -392,10 +541,14 @@ DECODE_CASES = [
 
 
 def check_decode(
-    kernels: Kernels, device: torch.device, dtype: torch.dtype, cases=DECODE_CASES
+    kernels: Kernels,
+    device: torch.device,
+    dtype: torch.dtype,
+    cases=DECODE_CASES,
+    kind: str = "auto",
 ) -> None:
     for heads, kv_heads, dim, block_size, num_splits, contexts in cases:
-        pages = PagedContexts(contexts, kv_heads, dim, block_size, device, dtype, seed=heads)
+        pages = PagedContexts(contexts, kv_heads, dim, block_size, device, dtype, heads, kind)
         generator = torch.Generator().manual_seed(dim)
         # The queries are large, so that the weights are far from equal.
         qkv = fence(
@@ -445,11 +598,15 @@ PREFILL_CASES = [
 
 
 def check_prefill(
-    kernels: Kernels, device: torch.device, dtype: torch.dtype, cases=PREFILL_CASES
+    kernels: Kernels,
+    device: torch.device,
+    dtype: torch.dtype,
+    cases=PREFILL_CASES,
+    kind: str = "auto",
 ) -> None:
     for heads, kv_heads, dim, block_size, lengths in cases:
         contexts = [context for _, context in lengths]
-        pages = PagedContexts(contexts, kv_heads, dim, block_size, device, dtype, seed=heads)
+        pages = PagedContexts(contexts, kv_heads, dim, block_size, device, dtype, heads, kind)
         starts = torch.tensor([0, *(q_len for q_len, _ in lengths)]).cumsum(0)
         generator = torch.Generator().manual_seed(dim)
         qkv = fence(

@@ -345,11 +345,12 @@ def assert_same_greedy(
     min_distinct: int = MIN_DISTINCT,
     partial: bool = False,
     report: Report = REPORT,
+    tolerance: float = TOLERANCE,
 ) -> None:
     """Raise `ParityError` unless completions and logits are transformers', up to rounding.
 
-    Logits: each one lies within TOLERANCE of the reference's at the same position after the same
-    tokens. Tokens: each is the reference's first choice, or (the margin rule) the reference's two
+    Logits: each one lies within the tolerance of the reference's at the same position, after the
+    same tokens. Tokens: each is the first choice of the reference, or (the margin rule) its two
     best logits lie within 10 x the error measured there. partial: completions may be shorter than
     num_tokens (aborted, or ended by themselves). min_distinct: how many different tokens each of
     the reference's completions must hold; a comparison with few different tokens would prove
@@ -378,6 +379,7 @@ def assert_same_greedy(
             logits,
             f"completion {number} ({len(completion.prompt)} prompt tokens)",
             here,
+            tolerance,
         )
     here.check()
     report.num_tokens += here.num_tokens
@@ -387,16 +389,18 @@ def assert_same_greedy(
         warnings.warn(f"a tie was decided otherwise: {difference}", stacklevel=2)
 
 
-def _compare(completion: Completion, expected: torch.Tensor, name: str, report: Report) -> None:
+def _compare(
+    completion: Completion, expected: torch.Tensor, name: str, report: Report, tolerance: float
+) -> None:
     """Compare one completion. expected: [steps, V]."""
     if not len(completion.token_ids):
         return
     errors = (completion.logits - expected).abs().amax(-1)
     relative = float(errors.max() / expected.std())
     # NaN is an error, too.
-    if not relative <= TOLERANCE:
+    if not relative <= tolerance:
         step = (
-            int((errors > TOLERANCE * expected.std()).nonzero()[0])
+            int((errors > tolerance * expected.std()).nonzero()[0])
             if not errors.isnan().any()
             else "?"
         )
