@@ -169,9 +169,7 @@ def _row_kernel(
         if SCALE_BLOCK > 0:
             # All features of this program are in one row of blocks.
             first = tl.program_id(0) * BLOCK_N // SCALE_BLOCK * tl.cdiv(K, SCALE_BLOCK)
-            scale = tl.load(
-                scale_ptr + first + columns // SCALE_BLOCK, mask=columns < K, other=0.0
-            )
+            scale = tl.load(scale_ptr + first + columns // SCALE_BLOCK, mask=columns < K, other=0.0)
             x *= scale
         acc += weight * x[None, :]
     total = tl.sum(acc, axis=1)
@@ -388,7 +386,9 @@ def _tiles(
     out = torch.empty(rows, features, dtype=dtype, device=x.device)
     block_m = min(64, max(16, triton.next_power_of_2(rows)))
     block_n = 32 if rows <= 64 else 64
-    block_k = min(128, max(32, triton.next_power_of_2(width)))
+    # Registers and shared memory hold as many float32 of half as many columns.
+    most = 32 if x.dtype == torch.float32 else 128
+    block_k = min(most, max(32, triton.next_power_of_2(width)))
     grid = (triton.cdiv(features, block_n), triton.cdiv(rows, block_m))
     _tile_kernel[grid](
         out,
@@ -417,9 +417,7 @@ def _scale_block(weight: torch.Tensor, scale: torch.Tensor) -> int:
     return 0 if scale.shape == (len(weight), 1) else BLOCK
 
 
-def _check(
-    operation: str, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
-) -> None:
+def _check(operation: str, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> None:
     check_rows(operation, x)
     features, width = weight.shape
     blocks = (-(-features // BLOCK), -(-width // BLOCK))

@@ -31,6 +31,7 @@ from minivllm.layers.linear import (
     TiedLinearMethod,
 )
 
+
 class WeightOnly:
     """Multiplies by `linear_w8a16`: the activations stay in the dtype of the model."""
 
@@ -117,8 +118,8 @@ class StoredPackedInt8(WeightOnly):
     def create_weights(self, layer: Linear, in_features: int, out_features: int) -> None:
         if in_features % 4 or layer.inputs.start % 4:
             raise ConfigError(
-                f"A layer of {layer.inputs.total} input features is packed by fours, and this rank's"
-                f" part of {in_features} is no multiple of 4; lower tensor_parallel_size."
+                f"A layer of {layer.inputs.total} input features is packed by fours, and this"
+                f" rank's part of {in_features} is no multiple of 4; lower tensor_parallel_size."
             )
         packed = torch.empty(out_features, in_features // 4, dtype=torch.int32)
         layer.register_weight("weight_packed", packed, features_per=(1, 4))
@@ -189,8 +190,8 @@ def _check_blocks(layer: Linear) -> None:
     for part in parts:
         if part.start % BLOCK or (part.stop % BLOCK and part.stop != part.total):
             raise ConfigError(
-                f"This rank's features {part.start} to {part.stop} of {part.total} do not consist of"
-                f" whole blocks of {BLOCK}; lower tensor_parallel_size."
+                f"This rank's features {part.start} to {part.stop} of {part.total} are no whole"
+                f" blocks of {BLOCK}; lower tensor_parallel_size."
             )
 
 

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from minivllm.kernels import Kernels, online_softmax
+from minivllm.kernels import Kernels, online_softmax, quantized
 from minivllm.kernels.rotary import NormRope
 
 CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -31,6 +31,8 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.int8: "*i8",
+    torch.float8_e4m3fn: "*fp8e4nv",
 }
 launches: list[tuple[JITFunction, dict, dict, dict, dict]] = []
 
@@ -125,6 +127,12 @@ def cases(dtype: torch.dtype) -> dict:
         logits, row = torch.zeros(batch, 9000, dtype=dtype), longs[:batch]
         kernels.sample(logits, torch.ones(batch), None, None, None, row, row)
 
+    def w8(operation: str, weight_dtype: torch.dtype, rows: int, block: int = 0) -> None:
+        features, width = 4096, 1024
+        scale = torch.ones((32, 8) if block else (features, 1))
+        weight = torch.zeros(features, width, dtype=weight_dtype)
+        getattr(kernels, operation)(x[:1].expand(rows, -1), weight, scale)
+
     def many_shapes() -> None:
         """Launch with many shapes. No shape may need a second version of a kernel.
 
@@ -153,6 +161,13 @@ def cases(dtype: torch.dtype) -> dict:
             longs,
         ),
         "linear": lambda: kernels.linear(x[:1], torch.zeros(4096, 1024, dtype=dtype)),
+        "w8a16, one row": lambda: w8("linear_w8a16", torch.int8, 1),
+        "w8a16, blocks, one row": lambda: w8("linear_w8a16", quantized.FP8, 1, block=128),
+        "w8a16, some rows": lambda: w8("linear_w8a16", torch.int8, 64),
+        "w8a16, blocks, some rows": lambda: w8("linear_w8a16", quantized.FP8, 64, block=128),
+        "w8a16, many rows": lambda: w8("linear_w8a16", torch.int8, 257),
+        "w8a8, one row": lambda: w8("linear_w8a8", quantized.FP8, 1),
+        "w8a8, some rows": lambda: w8("linear_w8a8", quantized.FP8, 64),
         "softmax": lambda: online_softmax.softmax(x),
         "prefill, block_size 64": lambda: prefill(64, 999),
         "prefill, block_size 64, long": lambda: prefill(64, 999, context=9999),
