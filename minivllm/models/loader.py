@@ -425,8 +425,9 @@ def parameter_places(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _copy(place: Place, tensor: torch.Tensor, name: str) -> None:
-    if place.shape == (1,) and tensor.shape == ():  # one scale per tensor is written both ways
-        tensor = tensor.view(1)
+    # A scale per tensor and a column of scales are written in two ways each.
+    if (place.shape, tensor.ndim) == ((1,), 0) or place.shape == (*tensor.shape, 1):
+        tensor = tensor.view(place.shape)
     if place.shape != tensor.shape:
         raise WeightLoadingError(
             f"{name} has shape {tuple(tensor.shape)}; the config asks for {tuple(place.shape)}."
