@@ -65,7 +65,7 @@ def quantize_tokens_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     """x ``[T, K]`` -> (e4m3 [T, K], scale [T, 1] float32): one scale per token."""
     wide = x.float()
     top = wide.abs().amax(1, keepdim=True)
-    inverse = torch.where(top > 0, FP8_MAX / top, 0.0)
+    inverse = FP8_MAX / torch.where(top > 0, top, FP8_MAX)
     return (wide * inverse).clamp_(-FP8_MAX, FP8_MAX).to(FP8), top / FP8_MAX
 
 
@@ -157,7 +157,7 @@ def _row_kernel(
             top = tl.maximum(top, tl.abs(x.to(tl.float32)))
         largest = tl.max(top, axis=0)
         factor = largest / 448.0
-        inverse = tl.where(largest > 0.0, 448.0 / largest, 0.0)
+        inverse = 448.0 / tl.where(largest > 0.0, largest, 448.0)
     acc = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
     for start in range(0, K, BLOCK_K):
         columns = start + tl.arange(0, BLOCK_K)
@@ -236,16 +236,20 @@ def _tile_kernel(
 def _quantize_tokens_kernel(
     out_ptr, scale_ptr, x_ptr, x_stride, K: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """Program (row): its maximum first, then its numbers, which are in the cache by then."""
+    """Program (row): its maximum first, then its numbers, which are in the cache by then. The
+    scale of a row that is not finite is NaN.
+    """
     row = tl.program_id(0).to(tl.int64)
     top = tl.zeros([BLOCK_K], dtype=tl.float32)
+    spoiled = tl.zeros([BLOCK_K], dtype=tl.float32)
     for start in range(0, K, BLOCK_K):
         columns = start + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + row * x_stride + columns, mask=columns < K, other=0.0)
-        top = tl.maximum(top, tl.abs(x.to(tl.float32)))
+        x = tl.load(x_ptr + row * x_stride + columns, mask=columns < K, other=0.0).to(tl.float32)
+        top = tl.maximum(top, tl.abs(x))
+        spoiled += x * 0.0
     largest = tl.max(top, axis=0)
-    inverse = tl.where(largest > 0.0, 448.0 / largest, 0.0)
-    tl.store(scale_ptr + row, largest / 448.0)
+    inverse = 448.0 / tl.where(largest > 0.0, largest, 448.0)
+    tl.store(scale_ptr + row, largest / 448.0 + tl.sum(spoiled, axis=0))
     for start in range(0, K, BLOCK_K):
         columns = start + tl.arange(0, BLOCK_K)
         x = tl.load(x_ptr + row * x_stride + columns, mask=columns < K, other=0.0).to(tl.float32)
