@@ -326,6 +326,31 @@ def _serve(report: dict[str, Any]) -> Iterable[Table | Text]:
         yield Text(text, style="red" if is_warning else "")
 
 
+def _quality(report: dict[str, Any]) -> Iterable[Table]:
+    title = f"{report['model']}, {report['engine']['dtype']}: {report['positions']:,} tokens of "
+    table = _table(
+        title + report["text"],
+        "",
+        "perplexity",
+        "same greedy token",
+        "KL, nats",
+        "weights of blocks, MB",
+        "KV, bytes per token",
+    )
+    base = report["rows"][0]["perplexity"]
+    for row in report["rows"]:
+        name = ", ".join(f"{k}={v}" for k, v in row["options"].items())
+        table.add_row(
+            name or "full numbers",
+            f"{row['perplexity']:.4f} ({row['perplexity'] / base - 1:+.2%})",
+            f"{row['agreement']:.2%}",
+            f"{row['kl']:.2e}",
+            f"{row['block_weight_bytes'] / 1e6:,.1f}",
+            f"{row['kv_bytes_per_token']:,}",
+        )
+    yield table
+
+
 _TABLES = {
     "kernels": _kernels,
     "throughput": _throughput,
@@ -333,4 +358,5 @@ _TABLES = {
     "breakdown": _breakdown,
     "roofline": _roofline,
     "serve": _serve,
+    "quality": _quality,
 }
