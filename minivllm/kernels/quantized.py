@@ -143,10 +143,15 @@ def _row_kernel(
 ):
     """Program (some rows of W, row of x). SCALE_BLOCK: 128, or 0 for a scale per channel.
     QUANTIZE: x is rounded to e4m3, with a scale of its own. 128 is a multiple of BLOCK_N.
+
+    A tile of W is on its way while x, or the tile before it, is computed with.
     """
     features = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.program_id(1).to(tl.int64)
     weight_rows = weight_ptr + features.to(tl.int64)[:, None] * K
+    columns = tl.arange(0, BLOCK_K)
+    inside = (features < N)[:, None] & (columns < K)[None, :]
+    weight = tl.load(weight_rows + columns[None, :], mask=inside, other=0.0)
     factor = 1.0
     inverse = 1.0
     if QUANTIZE:
@@ -161,8 +166,9 @@ def _row_kernel(
     acc = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
     for start in range(0, K, BLOCK_K):
         columns = start + tl.arange(0, BLOCK_K)
-        inside = (features < N)[:, None] & (columns < K)[None, :]
-        weight = tl.load(weight_rows + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        coming = columns + BLOCK_K
+        inside = (features < N)[:, None] & (coming < K)[None, :]
+        following = tl.load(weight_rows + coming[None, :], mask=inside, other=0.0)
         x = tl.load(x_ptr + row * x_stride + columns, mask=columns < K, other=0.0).to(tl.float32)
         if QUANTIZE:
             x = _round_to_e4m3(x * inverse)
@@ -171,7 +177,8 @@ def _row_kernel(
             first = tl.program_id(0) * BLOCK_N // SCALE_BLOCK * tl.cdiv(K, SCALE_BLOCK)
             scale = tl.load(scale_ptr + first + columns // SCALE_BLOCK, mask=columns < K, other=0.0)
             x *= scale
-        acc += weight * x[None, :]
+        acc += weight.to(tl.float32) * x[None, :]
+        weight = following
     total = tl.sum(acc, axis=1)
     if SCALE_BLOCK == 0:
         scale = tl.load(scale_ptr + features, mask=features < N, other=0.0)
