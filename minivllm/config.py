@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,49 @@ class LayerOptions:
 
 
 @dataclass(frozen=True)
+class QuantizedLayers:
+    """The linear layers that one entry of a checkpoint's quantization_config is about.
+
+    targets: names of modules, ``re:`` and a regular expression, or "Linear", which means all.
+    scale: the name that the tensors of scales have in the checkpoint.
+    """
+
+    #: "fp8": e4m3 with a scale per output channel; "fp8_tensor": with one scale; "fp8_block": with
+    #: a scale per 128 x 128. "int8": with a scale per output channel; "int8_packed": the same, and
+    #: four weights to an int32.
+    format: Literal["fp8", "fp8_tensor", "fp8_block", "int8", "int8_packed"]
+    targets: tuple[str, ...] = ("Linear",)
+    scale: str = "weight_scale"
+
+
+@dataclass(frozen=True)
+class QuantizedCheckpoint:
+    """What quantization_config in config.json says. ignored: modules that are not quantized,
+    written as targets are.
+    """
+
+    method: Literal["fp8", "int8"]
+    layers: tuple[QuantizedLayers, ...]
+    ignored: tuple[str, ...] = ()
+
+    def of(self, name: str) -> QuantizedLayers | None:
+        """The entry for the module of this name; None where it is not quantized."""
+        if any(_means(target, name) for target in self.ignored):
+            return None
+        for layers in self.layers:
+            if any(target == "Linear" or _means(target, name) for target in layers.targets):
+                return layers
+        return None
+
+
+def _means(target: str, name: str) -> bool:
+    """Whether a target means this module: by its name, the end of it, or a module that holds it."""
+    if target.startswith("re:"):
+        return re.match(target.removeprefix("re:"), name) is not None
+    return name == target or name.startswith(f"{target}.") or name.endswith(f".{target}")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The shape of a decoder. Sizes are in elements."""
 
@@ -96,6 +140,8 @@ class ModelConfig:
     qk_norm: bool
     dtype: str
     eos_token_ids: tuple[int, ...]
+    #: How the weights of linear layers are stored; None: in `dtype`.
+    quantization: QuantizedCheckpoint | None = None
 
     @property
     def max_model_len(self) -> int:
@@ -114,11 +160,16 @@ class ModelConfig:
     @property
     def num_parameters(self) -> int:
         """The number of weights, without biases and norms, which are few."""
+        tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.num_block_parameters + tables
+
+    @property
+    def num_block_parameters(self) -> int:
+        """The weights of all blocks: `num_parameters` without embedding and head."""
         # Query and output projections, key and value projections.
         heads = 2 * (self.num_attention_heads + self.num_key_value_heads)
         layer = self.hidden_size * (heads * self.head_dim + 3 * self.intermediate_size)
-        tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return self.num_hidden_layers * layer + tables
+        return self.num_hidden_layers * layer
 
 
 def kv_bytes_per_token(
@@ -271,6 +322,10 @@ class EngineConfig:
     attention_backend: Literal["auto", "triton", "torch"] = "auto"
     #: "auto" reads safetensors. "dummy" draws random weights and needs config.json only.
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
+    #: Weights of 8 bits in all linear layers but the head, quantized when they are loaded. "fp8":
+    #: weights and activations in e4m3. "int8": weights only, fast on a CPU, too. None: as the
+    #: checkpoint has them, quantized or not.
+    quantization: Literal["fp8", "int8"] | None = None
     skip_tokenizer_init: bool = False  # token ids in and out, no text
     #: Number of ranks that share the model. Under torchrun, the number of its processes.
     tensor_parallel_size: Count = 1
@@ -296,7 +351,7 @@ class EngineConfig:
         Raises `ConfigError` for an unknown name (the message suggests a similar one), and for
         options that only vLLM has (the message says what to do instead). An option of vLLM is
         accepted if its value asks for what minivllm does anyway: ``trust_remote_code=False``,
-        ``quantization=None``, ``pipeline_parallel_size=1``, ``enable_chunked_prefill=True``,
+        ``pipeline_parallel_size=1``, ``enable_chunked_prefill=True``,
         ``swap_space=0``. compat/options.py has the list.
         """
         return cls(**own_options(options, tuple(field.name for field in dataclasses.fields(cls))))
@@ -357,12 +412,31 @@ class EngineConfig:
             "block_size": block_size,
             "max_model_len": self._resolve_max_model_len(model, dtype, block_size, on_gpu),
             "num_kv_blocks": self.num_kv_blocks or 0,
+            "quantization": self._resolve_quantization(model, on_gpu),
         }
         if self.speculative_config is not None:
             decided |= self._resolve_speculation(self.speculative_config, on_gpu)
         resolved = ResolvedConfig(**{**options, **decided})
         resolved._check_against(model, on_gpu)
         return resolved
+
+    def _resolve_quantization(
+        self, model: ModelConfig, on_gpu: bool
+    ) -> Literal["fp8", "int8"] | None:
+        """The caller's, or the checkpoint's, which cannot be another."""
+        stored = model.quantization.method if model.quantization is not None else None
+        wanted = self.quantization or stored
+        if stored not in (None, wanted):
+            raise ConfigError(
+                f"quantization={wanted!r}, but the checkpoint is quantized to {stored} already."
+                " Leave quantization out, or load the checkpoint that is not quantized."
+            )
+        if wanted == "fp8" and not on_gpu:
+            logger.warning(
+                "fp8 weights are converted at every step on a CPU, which is slow; %s.",
+                "quantization='int8' is fast" if stored is None else "an int8 checkpoint is fast",
+            )
+        return wanted
 
     def _resolve_speculation(self, wanted: SpeculativeConfig, on_gpu: bool) -> dict[str, Any]:
         """What speculative decoding decides: its own fields, and that no step runs ahead."""

@@ -98,6 +98,8 @@ class LLM:
     Model and requests
 
     - load_format: "auto" reads safetensors; "dummy" draws random weights.
+    - quantization: "fp8" or "int8" quantizes the weights of the linear layers to 8 bits when they
+      are loaded. None: as the checkpoint has them, quantized or not.
     - skip_tokenizer_init: token ids in and out, no text.
     - seed: of dummy weights, and of requests without a seed.
     - generation_config: the sampling defaults. "auto": the checkpoint's; "vllm":
@@ -133,6 +135,7 @@ class LLM:
         async_scheduling: bool | None = None,
         attention_backend: Literal["auto", "triton", "torch"] = "auto",
         load_format: Literal["auto", "safetensors", "dummy"] = "auto",
+        quantization: Literal["fp8", "int8"] | None = None,
         skip_tokenizer_init: bool = False,
         tensor_parallel_size: int = 1,
         seed: int = 0,
@@ -165,6 +168,7 @@ class LLM:
             async_scheduling=async_scheduling,
             attention_backend=attention_backend,
             load_format=load_format,
+            quantization=quantization,
             skip_tokenizer_init=skip_tokenizer_init,
             tensor_parallel_size=tensor_parallel_size,
             seed=seed,

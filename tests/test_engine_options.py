@@ -489,7 +489,8 @@ def test_a_resolved_config_has_a_value_for_everything() -> None:
     resolved = EngineConfig().resolve(model, "cpu")
     assert isinstance(resolved, ResolvedConfig)
     assert [name for name, value in vars(resolved).items() if value is None] == [
-        "speculative_config"  # off
+        "quantization",  # as the checkpoint has the weights
+        "speculative_config",  # off
     ]
     assert "auto" not in (resolved.dtype, resolved.device, resolved.attention_backend)
     assert resolved.num_kv_blocks == 0  # not known before the model is loaded

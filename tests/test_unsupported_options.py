@@ -77,7 +77,7 @@ def test_an_option_of_vllm_is_refused_by_name(name: str) -> None:
     ("options", "hint"),
     [
         ({"trust_remote_code": True}, "never runs code"),
-        ({"quantization": "awq"}, "unquantized"),
+        ({"quantization_config": {"bits": 4}}, "quantization='fp8' or 'int8'"),
         ({"enable_lora": True}, "merge"),
         ({"pipeline_parallel_size": 2}, "tensor_parallel_size"),
         ({"pipeline_parallel_size": True}, "tensor_parallel_size"),  # True is no 1

@@ -384,6 +384,32 @@ def _speculate(report: dict[str, Any]) -> Iterable[Table]:
 _RATES = ("plain_tokens_per_second", "tokens_per_second")
 _ACCEPTED = ("share_accepted", "tokens_per_step")
 
+
+def _quality(report: dict[str, Any]) -> Iterable[Table]:
+    title = f"{report['model']}, {report['engine']['dtype']}: {report['positions']:,} tokens of "
+    table = _table(
+        title + report["text"],
+        "",
+        "perplexity",
+        "same greedy token",
+        "KL, nats",
+        "weights of blocks, MB",
+        "KV, bytes per token",
+    )
+    base = report["rows"][0]["perplexity"]
+    for row in report["rows"]:
+        name = ", ".join(f"{k}={v}" for k, v in row["options"].items())
+        table.add_row(
+            name or "full numbers",
+            f"{row['perplexity']:.4f} ({row['perplexity'] / base - 1:+.2%})",
+            f"{row['agreement']:.2%}",
+            f"{row['kl']:.2e}",
+            f"{row['block_weight_bytes'] / 1e6:,.1f}",
+            f"{row['kv_bytes_per_token']:,}",
+        )
+    yield table
+
+
 _TABLES = {
     "kernels": _kernels,
     "throughput": _throughput,
@@ -392,4 +418,5 @@ _TABLES = {
     "roofline": _roofline,
     "serve": _serve,
     "speculate": _speculate,
+    "quality": _quality,
 }

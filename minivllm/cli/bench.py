@@ -220,6 +220,7 @@ def throughput(
         str | None,
         typer.Option(metavar="JSON", help="Speculative decoding, as LLM(...) takes it."),
     ] = None,
+    engine: Engine = None,
     max_seconds: MaxSeconds = None,
     out: Out = None,
 ) -> None:
@@ -239,6 +240,7 @@ def throughput(
     }
     if speculative_config is not None:
         options |= engine_options([f"speculative_config={speculative_config}"])
+    options |= engine_options(engine)
     with _model(model, shape) as (path, more):
         options |= more
         if names:
@@ -303,6 +305,7 @@ def latency(
     max_num_batched_tokens: Maybe = None,
     max_model_len: Maybe = None,
     enforce_eager: Eager = False,
+    engine: Engine = None,
     max_seconds: MaxSeconds = None,
     out: Out = None,
 ) -> None:
@@ -320,6 +323,8 @@ def latency(
         context_requests=context_requests,
     )
     options = _set(max_num_batched_tokens=max_num_batched_tokens, max_model_len=max_model_len)
+    options |= {"dtype": dtype, "device": device, "enforce_eager": enforce_eager}
+    options |= engine_options(engine)
     with _model(model, shape) as (path, more):
         report = run(
             path,
@@ -327,11 +332,7 @@ def latency(
             num_steps=num_steps,
             repeats=repeats,
             max_seconds=max_seconds,
-            dtype=dtype,
-            device=device,
-            enforce_eager=enforce_eager,
-            **options,
-            **more,
+            **{**options, **more},
         )
     _finish(report, out)
 
@@ -546,6 +547,37 @@ def _floors(
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         why = f"{type(error).__name__}: {error}"
         raise typer.BadParameter(f"the report is damaged ({why})", param_hint="REPORT") from error
+
+
+@app.command()
+def quality(
+    model: Model = None,
+    with_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with",
+            metavar="OPTION=VALUE,…",
+            help="Engine options to measure, one row; may be repeated. Without it: each way to"
+            " quantize.",
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="A text file to read instead of the default text.")
+    ] = None,
+    num_tokens: Annotated[int, typer.Option(min=64, help="About how many are scored.")] = 8192,
+    engine: Engine = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    out: Out = None,
+) -> None:
+    """What quantization costs: perplexity, greedy agreement and KL divergence beside the same
+    engine without it.
+    """
+    from minivllm.bench.quality import run
+
+    rows = [engine_options(row.split(",")) for row in with_ or []]
+    options = {"dtype": dtype, "device": device} | engine_options(engine)
+    _finish(run(model, rows, text=text, num_tokens=num_tokens, **options), out)
 
 
 @app.command()

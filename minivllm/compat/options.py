@@ -31,8 +31,9 @@ OFF: tuple[Any, ...] = (None, False, {}, [], "", 0, 0.0)
 MISSING = (
     Missing("trust_remote_code code_revision", "minivllm never runs code of a checkpoint"),
     Missing(
-        "quantization quantization_config allow_deprecated_quantization",
-        "minivllm loads unquantized weights only; dtype='bfloat16' halves those of float32",
+        "quantization_config allow_deprecated_quantization",
+        "quantization='fp8' or 'int8' quantizes the weights when they are loaded, and a quantized "
+        "checkpoint says itself how it is stored",
     ),
     Missing(
         "kv_cache_dtype_skip_layers",

@@ -36,7 +36,10 @@ def check_memory(
     parts = {"the sequences' tables": _table_bytes(config), "the KV cache": cache_bytes}
     if config.device.partition(":")[0] == "cpu":
         itemsize = getattr(torch, config.dtype).itemsize
-        parts["the weights"] = model.num_parameters * itemsize // num_ranks
+        weights = model.num_parameters * itemsize
+        if config.quantization is not None:  # all layers but embedding and head
+            weights -= model.num_block_parameters * (itemsize - 1)
+        parts["the weights"] = weights // num_ranks
         parts["the table of rotary angles"] = 2 * config.max_model_len * model.head_dim * 4
     needed, free = sum(parts.values()), available_bytes()
     if free is None or needed <= free:
@@ -104,9 +107,7 @@ def _table_bytes(config: ResolvedConfig) -> int:
 
 def _advice(largest: str, config: ResolvedConfig) -> str:
     if largest == "the weights":
-        smaller = (
-            "" if config.dtype != "float32" else " or dtype='bfloat16', which is half as large"
-        )
+        smaller = "" if config.quantization else " or quantization='int8'"
         return f"Use a smaller model{smaller}"
     if largest == "the KV cache" and config.num_kv_blocks:
         return f"Lower num_kv_blocks={config.num_kv_blocks}"

@@ -149,6 +149,7 @@ class ModelRunner:
                 max_position=config.max_model_len,
                 load_format=config.load_format,
                 seed=config.seed,
+                quantization=config.quantization,
                 model_cls=model_cls,
             )
             self.model = load_model(path, model_config, kernels, options, group)

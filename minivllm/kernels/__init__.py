@@ -27,6 +27,7 @@ from minivllm.kernels import (
 )
 from minivllm.kernels import cpu as cpu_kernels
 from minivllm.kernels import linear as linear_kernels
+from minivllm.kernels import quantized as quantized_kernels
 from minivllm.kernels import sampling as sampling_kernels
 from minivllm.kernels.rotary import NormRope
 
@@ -70,6 +71,12 @@ class Kernels:
     silu_mul: Callable  # (gate_up [T, 2N]) -> [T, N]
     #: (logits [B, V], temperature, top_k, top_p, min_p, seeds, positions) -> token ids [B]
     sample: Callable
+    #: As linear, with a weight of 8 bits and its scale: (x, weight, scale, bias | None) -> [T, N].
+    #: W8A8 quantizes x as well, to e4m3.
+    linear_w8a16: Callable = quantized_kernels.linear_w8a16_reference
+    linear_w8a8: Callable = quantized_kernels.linear_w8a8_reference
+    #: (weight, scale) -> the weight in the form that linear_w8a16 reads. Called once per layer.
+    pack_w8a16: Callable = quantized_kernels.unpacked
     #: Whether no operation waits for the host, so that a CUDA graph can record them.
     can_be_recorded: bool = False
     fused: InitVar[Fused | None] = None
@@ -135,6 +142,8 @@ class Kernels:
             store_kv=cpu_kernels.store_kv,
             qk_norm_rope=cpu_kernels.qk_norm_rope,
             linear=partial(cpu_kernels.linear, onednn=onednn),
+            linear_w8a16=cpu_kernels.linear_w8a16,
+            pack_w8a16=cpu_kernels.pack_w8a16,
         )
 
     @staticmethod
@@ -154,6 +163,8 @@ class Kernels:
             linear=linear_kernels.linear,
             silu_mul=activation.silu_mul,
             sample=sampling_kernels.sample,
+            linear_w8a16=quantized_kernels.linear_w8a16,
+            linear_w8a8=quantized_kernels.linear_w8a8,
             can_be_recorded=True,
             fused=Fused(rotary.qk_norm_rope_store, online_softmax.merge_attention),
         )

@@ -12,6 +12,8 @@ where a small tensor operation takes 2 to 10 µs whatever it computes:
   the weights: a head's row has one.
 - `store_kv`: the cache is written as rows of one matrix, not by an index in two dimensions: 162 µs
   instead of 264 for 256 tokens.
+- `linear_w8a16`: oneDNN multiplies the int8 weights as they are stored; the reference converts them
+  to float32 each time.
 """
 
 import time
@@ -29,6 +31,7 @@ from minivllm.kernels.kv_cache import (
     quantize_reference,
 )
 from minivllm.kernels.norm import rms_norm_reference
+from minivllm.kernels.quantized import linear_w8a16_reference
 from minivllm.kernels.rotary import check_heads
 
 #: A weight's shape: [output features, input features].
@@ -127,6 +130,78 @@ def _seconds(product: Callable[..., Tensor], x: Tensor, weight: Tensor) -> float
     product(x, weight)
     return time.perf_counter() - start
 
+
+# --- int8 weights ---------------------------------------------------------------------------------
+
+#: Numbers of rows that oneDNN is asked for here.
+PACKED_ROWS = (1, 2, *ONEDNN_ROWS)
+#: The largest activation in digits: 63 · 128 + 63.
+DIGITS_MAX = 8127
+#: Makes a number from -8127 to 8127 positive, with digits from 1 to 127, and rounds it when it is
+#: cut.
+DIGITS_OFFSET = 64 * 128 + 64 + 0.5
+HAS_PACKED = torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_prepack")
+
+
+def pack_w8a16(weight: Tensor, scale: Tensor) -> Tensor:
+    """An int8 weight with a scale per channel in oneDNN's layout, N·K bytes; another as it is."""
+    if not HAS_PACKED or weight.dtype != torch.int8 or scale.shape != (len(weight), 1):
+        return weight
+    return torch.ops.onednn.qlinear_prepack(weight, None)
+
+
+def linear_w8a16(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `linear_w8a16_reference`, for a weight of `pack_w8a16`. Activations keep 14 bits: the
+    result is off by 0.01 %, an int8 weight by 0.5 %.
+
+    oneDNN multiplies unsigned activations of 8 bits by int8 weights. Here an activation has two
+    digits of 7 bits, and each digit is a row: ``x = (128 · high + low) · maximum / 8127``. The sums
+    are sums of integers, so the result of a row does not depend on the batch. Digits have 7 bits
+    because two products of 7 and 8 bits fit into 16: CPUs without VNNI add pairs there, and with 8
+    bits they saturate (as `torch._int_mm` does on them; all other paths of torch round activations
+    to bfloat16, or quantize a whole batch by one scale).
+
+    Best of 40, one thread of an EPYC with VNNI, in µs, float32 by MKL and this: 3072 x 576 with 1
+    row 131 and 113, with 4 rows 347 and 155, with 32 rows 1375 and 622; but 512 x 256, which is in
+    the cache, with 1 row 11 and 72: 15 operations. Reading float32 from memory takes longer still.
+    """
+    if not weight.is_mkldnn:
+        return linear_w8a16_reference(x, weight, scale, bias)
+    (rows, width), most = x.shape, PACKED_ROWS[-1]
+    if rows > most:
+        parts = x.split(most)
+        return torch.cat([linear_w8a16(part, weight, scale, bias) for part in parts])
+    if not rows:
+        return x.new_empty(0, len(scale))
+    wide = x.float()
+    top = wide.abs().amax(1, keepdim=True)
+    # Of a row of zeros this makes NaN, of which any digits do: they are multiplied by 0 below.
+    number = torch.addcmul(_DIGITS_OFFSET, wide, DIGITS_MAX / top).to(torch.int16)
+    padded = PACKED_ROWS[bisect_left(PACKED_ROWS, rows)]
+    digits = torch.empty(2, padded, width, dtype=torch.uint8)
+    torch.bitwise_right_shift(number, 7, out=digits[0, :rows])
+    torch.bitwise_and(number, 127, out=digits[1, :rows])
+    features = len(scale)
+    high, low = torch.ops.onednn.qlinear_pointwise(
+        digits.view(-1, width),
+        1.0,  # of the activations: scale and zero point
+        64,
+        weight,
+        scale.flatten(),
+        torch.zeros(features, dtype=torch.int64),
+        None,
+        1.0,  # of the result, which is float32
+        0,
+        torch.float32,
+        "none",
+        [],
+        "",
+    ).view(2, padded, features)
+    out = low[:rows].add_(high[:rows], alpha=128).mul_(top / DIGITS_MAX)
+    return (out if bias is None else out.add_(bias)).to(x.dtype)
+
+
+_DIGITS_OFFSET = torch.tensor(DIGITS_OFFSET)
 
 # --- attention ------------------------------------------------------------------------------------
 

@@ -67,8 +67,16 @@ class OutputHead(Linear):
         inputs, rows = Part(hidden_size, 0, hidden_size), -(-vocab_size // group.size)
         super().__init__(inputs, rows, False, kernels, method)
         self.group, self.part = group, group.part(vocab_size, pad=True)
+        self._fill_up()
+
+    def use(self, method: LinearMethod) -> None:
+        super().use(method)
+        self._fill_up()
+
+    def _fill_up(self) -> None:
+        """Zeros in the rows behind this rank's part of the vocabulary."""
         for kind, parameter in self.named_parameters(recurse=False):
-            parameter[len(self.place(kind, self.part).tensor) :] = 0
+            parameter.data[len(self.place(kind, self.part).tensor) :].zero_()
 
     def places(self) -> dict[str, Place]:
         kinds = [kind for kind, _ in self.named_parameters(recurse=False)]

@@ -83,6 +83,7 @@ class Linear(nn.Module):
 
     #: Of methods that have one parameter of this name.
     weight: nn.Parameter
+    weight_scale: nn.Parameter
     bias: nn.Parameter | None
 
     def __init__(
@@ -95,12 +96,22 @@ class Linear(nn.Module):
     ) -> None:
         super().__init__()
         self.inputs, self.out_features = inputs, out_features
-        self.kernels, self.method = kernels, method
+        self.kernels, self.has_bias = kernels, bias
         self._features_per: dict[str, tuple[int, ...]] = {}
-        method.create_weights(self, len(inputs), out_features)
+        Linear.use(self, method)
+
+    def use(self, method: LinearMethod) -> None:
+        """Take this method, and its parameters in place of the present ones, before they are
+        filled.
+        """
+        for kind in self._features_per:
+            delattr(self, kind)
+        self._features_per.clear()
+        self.method = method
+        method.create_weights(self, len(self.inputs), self.out_features)
         self.register_parameter("bias", None)
-        if bias:
-            self.register_weight("bias", torch.empty(out_features), features_per=(1,))
+        if self.has_bias:
+            self.register_weight("bias", torch.empty(self.out_features), features_per=(1,))
 
     def register_weight(
         self, kind: str, tensor: torch.Tensor, features_per: tuple[int, ...] = (1, 1)
@@ -109,7 +120,8 @@ class Linear(nn.Module):
 
         features_per: how many output features a row stands for and, in two dimensions, how many
         input features a column stands for; 0: a column stands for all. (1, 1) is a weight, (1, 0) a
-        scale per output feature, ``[out_features, 1]``, and (128, 128) a scale per block.
+        scale per output feature, ``[out_features, 1]``, and (128, 128) a scale per block. (0,): the
+        checkpoint has one number per shard, which fills the rows of all its output features.
         """
         if not isinstance(tensor, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=False)
@@ -123,6 +135,8 @@ class Linear(nn.Module):
         """
         parameter = self.get_parameter(kind)
         per_row, *per_column = self._features_per[kind]
+        if per_row == 0:
+            return Place(parameter.data[before : before + len(outputs)], torch.Size((1,)))
         parts = [_in_units(outputs, per_row)]
         for features in per_column:
             whole = Part(parameter.shape[1], 0, parameter.shape[1])
@@ -142,8 +156,10 @@ class Linear(nn.Module):
 
 
 def _in_units(part: Part, features: int) -> Part:
-    """A part of features as a part of rows or columns that stand for so many features each."""
-    return Part(part.total // features, part.start // features, part.stop // features)
+    """A part of features as a part of rows or columns that stand for so many features each; the
+    last one may stand for fewer.
+    """
+    return Part(-(-part.total // features), part.start // features, -(-part.stop // features))
 
 
 class FusedLinear(Linear):

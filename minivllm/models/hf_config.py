@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from minivllm.config import DTYPE_ALIASES, DTYPES, ModelConfig, RopeConfig
 from minivllm.errors import UnsupportedModelError
 from minivllm.models.config_fields import ConfigFields, Factor, Positive, Size
+from minivllm.models.quantization_config import read_quantization
 from minivllm.models.registry import model_class
 from minivllm.validation import Range, shown
 
@@ -57,6 +58,7 @@ def config_from_hf(
         **options,
         dtype=_dtype_from_hf(read),
         eos_token_ids=_eos_token_ids(sources, sizes["vocab_size"]),
+        quantization=read_quantization(read),
     )
 
 
@@ -70,11 +72,6 @@ def _check_supported(read: ConfigFields) -> None:
         )
     if others := [kind for kind in kinds if kind != "full_attention"]:
         raise UnsupportedModelError(f"Layers of type {shown(others[0])} are not supported.")
-    if quantization := read.a(dict, "quantization_config"):
-        method = quantization.get("quant_method", "unknown")
-        raise UnsupportedModelError(
-            f"The checkpoint is quantized ({method}); minivllm loads unquantized weights only."
-        )
     if (activation := read.content.get("hidden_act", "silu")) != "silu":
         raise UnsupportedModelError(
             f"Activation {shown(activation)} is not supported; the decoder's MLP is SwiGLU."

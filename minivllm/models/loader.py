@@ -24,6 +24,7 @@ from minivllm.kernels import Kernels
 from minivllm.layers.embedding import Embedding
 from minivllm.layers.linear import FusedLinear, Linear
 from minivllm.layers.place import Place
+from minivllm.layers.quantization import Later, assign_methods
 from minivllm.models.hf_config import config_from_hf
 from minivllm.models.registry import model_class
 from minivllm.parallel.group import SINGLE, TensorParallelGroup
@@ -41,6 +42,13 @@ HUB_IGNORED += ["consolidated*", "adapter_model*"]
 
 #: Names of the two matrices that are one in a model with tied embeddings.
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+#: Ends of names of tensors that are not read: computed here, given by the shapes of others, or
+#: scales of a quantized KV cache.
+NOT_READ = ("rotary_emb.inv_freq", ".weight_shape", ".k_scale", ".v_scale", ".q_scale")
+#: Types of stored weights that need a scale.
+QUANTIZED = {torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64}
+QUANTIZED |= {torch.float8_e4m3fn, torch.float8_e5m2}
 
 #: Fields of generation_config.json that vLLM takes as defaults of a request, under vLLM's names.
 SAMPLING_DEFAULTS = {
@@ -155,6 +163,8 @@ class LoadOptions:
     max_position: int  # rows of the rope table: the longest sequence, in tokens
     load_format: str = "auto"  # "dummy": random weights; else the checkpoint's
     seed: int = 0  # of random weights
+    #: To what the weights of an unquantized checkpoint are quantized: "fp8", "int8" or None.
+    quantization: str | None = None
     #: None: the class that the registry has for the config's architecture.
     model_cls: Callable[..., nn.Module] | None = None
 
@@ -179,21 +189,45 @@ def load_model(
             "tensor_parallel_size > 1 needs a model_cls that takes a group, as Qwen3ForCausalLM"
             " does."
         )
+    is_dummy = options.load_format == "dummy"
+    # Random weights are drawn before they are quantized, however a checkpoint would store them.
+    stored = None if is_dummy else config.quantization
+    quantization = options.quantization
+    if is_dummy and config.quantization is not None:
+        quantization = config.quantization.method
+    is_quantized = stored is not None or quantization is not None
+    _check_device(options.device, quantization or (stored.method if stored is not None else None))
+    extra: dict[str, Any] = {**ranks}
+    if is_quantized and "method" in inspect.signature(model_cls).parameters:
+        extra["method"] = Later()  # no memory for what is not stored in `dtype`
     previous = torch.get_default_dtype()
     torch.set_default_dtype(options.dtype)
     try:
         with options.device:
-            model = model_cls(config, kernels, options.max_position, options.device, **ranks)
+            model = model_cls(config, kernels, options.max_position, options.device, **extra)
+            if is_quantized:
+                assign_methods(model, stored, quantization)
     finally:
         torch.set_default_dtype(previous)
-    if options.load_format == "dummy":
+    if is_dummy:
         _fill_at_random(model, options.seed, config.tie_word_embeddings)
+        for module in model.modules():
+            if isinstance(module, Linear):
+                module.method.process_weights_after_loading(module)
     else:
         load_weights(model, iterate_weights(path), tied=config.tie_word_embeddings)
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.method.process_weights_after_loading(module)
     return model.eval()
+
+
+def _check_device(device: torch.device, quantization: str | None) -> None:
+    """Raise `ConfigError` for a GPU that has no 8-bit floats."""
+    if quantization != "fp8" or device.type != "cuda":
+        return
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        raise ConfigError(
+            "fp8 needs a GPU of compute capability 8.9 or higher (Ada, Hopper); use"
+            " quantization='int8' with a checkpoint that is not quantized."
+        )
 
 
 def weight_shapes(config: ModelConfig, group: TensorParallelGroup = SINGLE) -> set[tuple[int, int]]:
@@ -286,6 +320,7 @@ def load_weights(
     places = checkpoint_places(model)
     if tied:
         places.pop(HEAD, None)
+    filling = _Filling(model)
     missing, unexpected = set(places), []
     seen: dict[str, torch.Tensor] = {}
     for name, tensor in weights:
@@ -294,7 +329,9 @@ def load_weights(
         if name in places:
             _copy(places[name], tensor, name)
             missing.discard(name)
-        elif not (tied and name == HEAD) and not name.endswith("rotary_emb.inv_freq"):
+            for filled in filling.note(name):
+                del places[filled]
+        elif not (tied and name == HEAD) and not name.endswith(NOT_READ):
             unexpected.append(name)
     if HEAD in seen and EMBEDDING in missing:
         _copy(places[EMBEDDING], seen[HEAD], HEAD)
@@ -304,6 +341,34 @@ def load_weights(
         raise WeightLoadingError(f"The checkpoint does not fit the model: {lists}.")
     if seen.keys() == {HEAD, EMBEDDING} and not _are_equal(*seen.values()):
         _untie(model, seen[HEAD])
+
+
+class _Filling:
+    """Which linear layers are full. A full one is processed at once, so that what is quantized when
+    it is loaded takes the memory of one unquantized layer, not of all.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers: dict[str, Linear] = {}
+        self._names: dict[Linear, set[str]] = {}
+        for prefix, module in model.named_modules():
+            if isinstance(module, Linear):
+                names = set(_places_of(prefix, module))
+                self._layers |= dict.fromkeys(names, module)
+                self._names[module] = names
+        self._missing = {layer: set(names) for layer, names in self._names.items()}
+
+    def note(self, name: str) -> set[str]:
+        """This tensor has been copied -> the names of a layer's tensors, if that was its last."""
+        layer = self._layers.get(name)
+        if layer is None:
+            return set()
+        missing = self._missing[layer]
+        missing.discard(name)
+        if missing:
+            return set()
+        layer.method.process_weights_after_loading(layer)
+        return self._names[layer]
 
 
 def _are_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -339,15 +404,19 @@ def checkpoint_places(model: nn.Module) -> dict[str, Place]:
     """
     places: dict[str, Place] = {}
     for prefix, module in model.named_modules():
-        if isinstance(module, Linear | Embedding):
-            found = module.places()
-        else:
-            parameters = module.named_parameters(recurse=False)
-            found = {kind: Place(p.data, p.shape) for kind, p in parameters}
-        if isinstance(module, FusedLinear):  # the shards stand beside it, not below it
-            prefix = prefix.rpartition(".")[0]
-        places |= {f"{prefix}.{name}": place for name, place in found.items()}
+        places |= _places_of(prefix, module)
     return places
+
+
+def _places_of(prefix: str, module: nn.Module) -> dict[str, Place]:
+    if isinstance(module, Linear | Embedding):
+        found = module.places()
+    else:
+        parameters = module.named_parameters(recurse=False)
+        found = {kind: Place(p.data, p.shape) for kind, p in parameters}
+    if isinstance(module, FusedLinear):  # the shards stand beside it, not below it
+        prefix = prefix.rpartition(".")[0]
+    return {f"{prefix}.{name}": place for name, place in found.items()}
 
 
 def parameter_places(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -356,13 +425,19 @@ def parameter_places(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _copy(place: Place, tensor: torch.Tensor, name: str) -> None:
+    # A scale per tensor and a column of scales are written in two ways each.
+    if (place.shape, tensor.ndim) == ((1,), 0) or place.shape == (*tensor.shape, 1):
+        tensor = tensor.view(place.shape)
     if place.shape != tensor.shape:
         raise WeightLoadingError(
             f"{name} has shape {tuple(tensor.shape)}; the config asks for {tuple(place.shape)}."
         )
-    if place.tensor.is_floating_point() and not tensor.is_floating_point():
+    # Numbers of 8 bits mean nothing without a scale, and other numbers are rounded by none.
+    is_quantized = [t.dtype in QUANTIZED for t in (place.tensor, tensor)]
+    if place.tensor.dtype != tensor.dtype and any(is_quantized):
         raise WeightLoadingError(
-            f"{name} is of type {tensor.dtype}; minivllm loads unquantized weights only."
+            f"{name} is of type {tensor.dtype}, and {place.tensor.dtype} is expected: config.json"
+            " must say in quantization_config how the weights are stored."
         )
     place.tensor.copy_(tensor[place.index])
 

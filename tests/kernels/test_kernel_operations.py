@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from minivllm.kernels import Fused, Kernels, online_softmax
+from minivllm.kernels import Fused, Kernels, cpu, online_softmax
 from minivllm.kernels.paged_attention import choose_num_splits
 from minivllm.kernels.rotary import NormRope
 from support import kernel_checks as checks
@@ -15,6 +15,19 @@ from support import kernel_checks as checks
 
 def test_norm(kernels: Kernels, device_dtype):
     checks.check_norm(kernels, *device_dtype)
+
+
+def test_linear_w8a16(kernels: Kernels, device_dtype):
+    is_rounded = kernels.name == "cpu" and cpu.HAS_PACKED
+    checks.check_linear_w8a16(kernels, *device_dtype, digits=cpu.DIGITS_MAX if is_rounded else 0)
+
+
+def test_linear_w8a8(kernels: Kernels, device_dtype):
+    checks.check_linear_w8a8(kernels, *device_dtype)
+
+
+def test_rows_of_8_bit_layers_are_apart(kernels: Kernels, device_dtype):
+    checks.check_rows_are_apart(kernels, *device_dtype)
 
 
 def test_silu_mul(kernels: Kernels, device_dtype):

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from minivllm.kernels import Kernels, online_softmax
+from minivllm.kernels import Kernels, online_softmax, quantized
 from minivllm.kernels.kv_cache import QuantizedCache
 from minivllm.kernels.rotary import NormRope
 
@@ -127,7 +127,7 @@ def cases(dtype: torch.dtype) -> dict:
             merge_attention=kernels.merge_attention,
         )
 
-    def quantized(kind: str) -> None:
+    def eight_bit_cache(kind: str) -> None:
         """What differs most between the kinds; each compiles for some seconds."""
         cache = pages[kind], pages[kind]
         if kind == "fp8":
@@ -143,6 +143,12 @@ def cases(dtype: torch.dtype) -> dict:
     def sample(batch: int = 4) -> None:
         logits, row = torch.zeros(batch, 9000, dtype=dtype), longs[:batch]
         kernels.sample(logits, torch.ones(batch), None, None, None, row, row)
+
+    def w8(operation: str, weight_dtype: torch.dtype, rows: int, block: int = 0) -> None:
+        features, width = 4096, 1024
+        scale = torch.ones((32, 8) if block else (features, 1))
+        weight = torch.zeros(features, width, dtype=weight_dtype)
+        getattr(kernels, operation)(x[:1].expand(rows, -1), weight, scale)
 
     def many_shapes() -> None:
         """Launch with many shapes. No shape may need a second version of a kernel.
@@ -172,6 +178,13 @@ def cases(dtype: torch.dtype) -> dict:
             longs,
         ),
         "linear": lambda: kernels.linear(x[:1], torch.zeros(4096, 1024, dtype=dtype)),
+        "w8a16, one row": lambda: w8("linear_w8a16", torch.int8, 1),
+        "w8a16, blocks, one row": lambda: w8("linear_w8a16", quantized.FP8, 1, block=128),
+        "w8a16, some rows": lambda: w8("linear_w8a16", torch.int8, 64),
+        "w8a16, blocks, some rows": lambda: w8("linear_w8a16", quantized.FP8, 64, block=128),
+        "w8a16, many rows": lambda: w8("linear_w8a16", torch.int8, 257),
+        "w8a8, one row": lambda: w8("linear_w8a8", quantized.FP8, 1),
+        "w8a8, some rows": lambda: w8("linear_w8a8", quantized.FP8, 64),
         "softmax": lambda: online_softmax.softmax(x),
         "prefill, block_size 64": lambda: prefill(64, 999),
         "prefill, block_size 64, long": lambda: prefill(64, 999, context=9999),
@@ -183,7 +196,7 @@ def cases(dtype: torch.dtype) -> dict:
         "decode, block_size 16, splits": lambda: decode(16, 4),
         # In bfloat16 alone, which saves time: the GPU's tests compile the other dtypes.
         **{
-            f"store and attention, {kind}": partial(quantized, kind)
+            f"store and attention, {kind}": partial(eight_bit_cache, kind)
             for kind in ("fp8", "int8")
             if dtype == torch.bfloat16
         },

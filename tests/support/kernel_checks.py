@@ -20,8 +20,8 @@ from minivllm.kernels.kv_cache import Cache, QuantizedCache
 from minivllm.kernels.rotary import NormRope
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# The value around outputs; bfloat16 represents it exactly.
-OUTPUT_BAND = 1232.0
+# The value around outputs; bfloat16 and e4m3 represent it exactly.
+OUTPUT_BAND = 208.0
 # The numbers before and after a fenced tensor: more than one cache block of any case here.
 BAND = 8192
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -389,6 +389,108 @@ def check_linear(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> 
                 0 if bias is None else bias.double()
             )
             assert_near(actual, expected, dtype)
+
+
+W8_SHAPES = (
+    (1, 1, 2),
+    (1, 100, 21),
+    (3, 1030, 9),
+    (4, 64, 40),
+    (5, 100, 150),
+    (20, 300, 33),
+    (70, 72, 40),
+    (260, 40, 24),
+    (0, 8, 8),
+)
+
+
+def quantized_weight(
+    features: int, width: int, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers of all sizes of int8 or e4m3, and a scale per channel that makes them weights."""
+    numbers = torch.randn(features, width, generator=generator) * 40
+    weight = numbers.round().clamp(-127, 127).to(dtype)
+    scale = (torch.rand(features, 1, generator=generator) + 0.5) / (40 * width**0.5)
+    return weight, scale
+
+
+def check_linear_w8a16(
+    kernels: Kernels, device: torch.device, dtype: torch.dtype, digits: float = 0.0
+) -> None:
+    """int8 and e4m3, with scales per channel and per block. digits: the largest activation, where
+    activations are rounded to integers.
+    """
+    generator = torch.Generator().manual_seed(21)
+    for rows, width, features in W8_SHAPES:
+        x = fence(torch.randn(rows, 2 * width, generator=generator).to(device, dtype))[:, width:]
+        for stored in (torch.int8, torch.float8_e4m3fn):
+            weight, channels = quantized_weight(features, width, stored, generator)
+            weight = fence(weight.to(device), 100.0 if stored == torch.int8 else math.nan)
+            grid = (-(-features // 128), -(-width // 128))
+            blocks = torch.rand(grid, generator=generator) / 40
+            expanded = blocks.repeat_interleave(128, 0).repeat_interleave(128, 1)
+            for scale, each in ((channels, channels), (blocks, expanded[:features, :width])):
+                scale = fence(scale.to(device))
+                meant = weight.double() * each.to(device).double()
+                bias = fence(torch.randn(features, generator=generator).to(device, dtype))
+                packed = kernels.pack_w8a16(weight, scale)
+                for added in (None, bias):
+                    with guarded_outputs():
+                        actual = kernels.linear_w8a16(x, packed, scale, added)
+                    expected = x.double() @ meant.T
+                    expected += 0 if added is None else added.double()
+                    if digits and rows:
+                        step = x.double().abs().amax(1, keepdim=True) / digits
+                        slack = 0.5 * step * meant.abs().sum(1) + TOLERANCE[dtype]
+                        slack += TOLERANCE[dtype] * expected.abs()
+                        assert actual.dtype == dtype
+                        assert ((actual.double() - expected).abs() <= slack).all()
+                    else:
+                        assert_near(actual, expected, dtype)
+
+
+def check_linear_w8a8(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> None:
+    """Activations of e4m3, rounded by torch, and sums in float64."""
+    generator = torch.Generator().manual_seed(22)
+    for rows, width, features in W8_SHAPES:
+        x = torch.randn(rows, 2 * width, generator=generator) * 30
+        x[:1] = 0.0  # a row without a maximum
+        x = fence(x.to(device, dtype))[:, width:]
+        weight, scale = quantized_weight(features, width, torch.float8_e4m3fn, generator)
+        weight, scale = fence(weight.to(device)), fence(scale.to(device))
+        bias = fence(torch.randn(features, generator=generator).to(device, dtype))
+        top = x.float().abs().amax(1, keepdim=True) if rows else x.float()
+        rounded = (x.float() * torch.where(top > 0, 448 / top, 0)).to(torch.float8_e4m3fn)
+        product = rounded.double() @ weight.double().T * (top.double() / 448) * scale.double().T
+        for added in (None, bias):
+            with guarded_outputs():
+                actual = kernels.linear_w8a8(x, weight, scale, added)
+            # One activation may be rounded to its other neighbour.
+            size = float(product.abs().max()) if rows else 0.0
+            expected = product + (0 if added is None else added.double())
+            torch.testing.assert_close(
+                actual.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * (1 + size)
+            )
+            assert actual.dtype == dtype
+
+
+def check_rows_are_apart(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> None:
+    """A row that is not finite spoils its own results only."""
+    generator = torch.Generator().manual_seed(23)
+    for rows in (2, 9):
+        x = torch.randn(rows, 48, generator=generator)
+        x[0, 3], x[1, 5] = math.nan, math.inf
+        x = x.to(device, dtype)
+        for stored in (torch.int8, torch.float8_e4m3fn):
+            weight, scale = (t.to(device) for t in quantized_weight(24, 48, stored, generator))
+            packed = kernels.pack_w8a16(weight, scale)
+            results = [kernels.linear_w8a16(x, packed, scale)]
+            if stored != torch.int8:
+                results.append(kernels.linear_w8a8(x, weight, scale))
+            for result in results:
+                assert result[0].isnan().all()
+                assert not result[1].isfinite().any()
+                assert result[2:].isfinite().all()
 
 
 # --- softmax and merging --------------------------------------------------------------------------
