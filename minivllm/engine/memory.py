@@ -107,7 +107,11 @@ def _table_bytes(config: ResolvedConfig) -> int:
 
 def _advice(largest: str, config: ResolvedConfig) -> str:
     if largest == "the weights":
-        smaller = "" if config.quantization else " or quantization='int8'"
+        smaller = (
+            "" if config.dtype != "float32" else " or dtype='bfloat16', which is half as large"
+        )
+        if config.quantization is None:
+            smaller += " or quantization='int8', whose layers take a quarter of float32's memory"
         return f"Use a smaller model{smaller}"
     if largest == "the KV cache" and config.num_kv_blocks:
         return f"Lower num_kv_blocks={config.num_kv_blocks}"
