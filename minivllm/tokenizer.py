@@ -491,8 +491,8 @@ class _WholeTexts(dict[int, str]):
     """`Tokenizer.whole_texts`, filled as tokens are asked for.
 
     A byte-level decoder (GPT-2's, Qwen's) puts the bytes of the tokens end to end and looks at
-    nothing else. So a token of whole characters has one text. Other decoders look at neighbours, for
-    a space or a ##.
+    nothing else. So a token of whole characters has one text. Other decoders look at the tokens
+    around it, for a space or a ##.
     """
 
     def __init__(self, tokenizer: Any) -> None:

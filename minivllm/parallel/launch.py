@@ -67,7 +67,10 @@ def connect(
         torch.cuda.set_device(rank if gpu is None else gpu)
         nccl = dist.ProcessGroupNCCL
         tensors = nccl(dist.PrefixStore("tensors", store), rank, size, nccl.Options())
-    return TensorParallelGroup(rank, size, tensors, objects, key)
+    # Ranks on several machines share no memory.
+    on_one_machine = host is not None or os.environ.get("LOCAL_WORLD_SIZE") == str(size)
+    shared = dist.PrefixStore("shared memory", store) if on_one_machine else None
+    return TensorParallelGroup(rank, size, tensors, objects, key, shared)
 
 
 def pick_device(device: str) -> str:
