@@ -86,7 +86,7 @@ class SharedBuffer:
         # keeps engines apart; it need not be the same on all ranks.
         self._name = f"minivllm {uuid4().hex}"
         self._store = _FreshNumbers(store)
-        self._group: Any = dist.ProcessGroup(self._store, rank, size)
+        self._group: Any = _c10d().ProcessGroup(self._store, rank, size)
         self._group._set_group_name(self._name)
         c10d._register_process_group(self._name, self._group)
         symmetric: Any = c10d._SymmetricMemory
