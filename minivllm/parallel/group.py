@@ -66,6 +66,8 @@ class TensorParallelGroup:
         self._shared: symmetric.SharedBuffer | None = None
         #: Which way an all-reduce takes; filled by `share_memory`.
         self.all_reduce_choice = symmetric.Choice([], [])
+        #: What was measured for that: size (in numbers) -> way -> seconds.
+        self.all_reduce_seconds: dict[int, dict[str, float]] = {}
         self.is_broken = False
 
     def part(self, count: int, unit: int = 1, pad: bool = False) -> Part:
@@ -131,6 +133,7 @@ class TensorParallelGroup:
         for size in sizes:
             x = torch.zeros(size, dtype=dtype, device="cuda")
             times = {name: symmetric.seconds_of(way, x) for name, way in ways.items()}
+            self.all_reduce_seconds[size] = times
             names.append(min(times, key=times.__getitem__))
         _, chosen = self.broadcast(0, names)
         self.all_reduce_choice = symmetric.Choice(sizes, list(chosen))
