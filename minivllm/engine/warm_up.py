@@ -30,4 +30,6 @@ def kinds_of_steps(max_num_seqs: int, max_num_batched_tokens: int, max_len: int)
         starts = [2**power for power in range(8, max_len.bit_length())] + [max_len - length]
         steps += [[(start, length)] for start in starts if 0 < start <= max_len - length]
     most = min(max_num_seqs, max_num_batched_tokens)
-    return [*steps, *([(0, 1)] * count for count in sorted({1, min(16, most), most}))]
+    few = min(16, most)
+    steps += [[(max_len - 1, 1)] * count for count in sorted({1, few})]
+    return [*steps, *([(0, 1)] * count for count in sorted({1, few, most}))]

@@ -101,3 +101,25 @@ def num_multiprocessors(device: torch.device) -> int:
         if device.type == "cuda"
         else 4
     )
+
+
+#: Rows up to which a kernel is launched early. Larger steps have no idle multiprocessors for it: on
+#: an H200 it made steps of one request 1.2 times as fast, and those of 256 requests 2 % slower.
+EARLY_ROWS = 16
+
+
+def launched_early(rows: int, device: torch.device) -> dict[str, bool]:
+    """Options of a launch that may begin while the kernel before it still runs (Hopper's
+    programmatic dependent launch), and the kernel's constant EARLY that says so.
+
+    Between two small kernels the GPU would be idle for a microsecond. An early kernel is started
+    already, and waits at `gdc_wait` until everything that the kernels before it wrote can be read.
+    What stands before that line may only read what no kernel writes, such as weights.
+    """
+    early = rows <= EARLY_ROWS and device.type == "cuda" and _is_hopper(device.index)
+    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
+
+
+@functools.cache
+def _is_hopper(index: int | None) -> bool:
+    return torch.cuda.get_device_capability(index) >= (9, 0)

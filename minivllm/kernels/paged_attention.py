@@ -23,7 +23,7 @@ from collections.abc import Callable
 
 import torch
 
-from minivllm.kernels._triton import num_multiprocessors, tl, triton
+from minivllm.kernels._triton import launched_early, num_multiprocessors, tl, triton
 from minivllm.kernels.kv_cache import cache_rows, check_attention
 
 
@@ -85,8 +85,12 @@ def _decode_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (KV head, sequence, split): an equal share of the context's tiles."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     kv_head = tl.program_id(0)
     sequence = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
@@ -220,6 +224,7 @@ def decode_attention(
             SPLIT=split,
             num_warps=warps,
             num_stages=stages,
+            **launched_early(batch, query.device),
         )
     if not split:
         return out[0]

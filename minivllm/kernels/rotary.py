@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minivllm.kernels._triton import check_rows, tl, triton
+from minivllm.kernels._triton import check_rows, launched_early, tl, triton
 from minivllm.kernels.norm import rms_norm_reference
 
 
@@ -134,6 +134,7 @@ def _qk_norm_rope_kernel(
     BLOCK_HEADS: tl.constexpr,
     NORM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (token, group of heads): first query heads, then key heads, then, where BLOCK_SIZE >
     0, value heads.
@@ -141,6 +142,9 @@ def _qk_norm_rope_kernel(
     BLOCK_SIZE 0: keys are written side by side, like queries; else keys and values go to their slot
     in the caches.
     """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     columns = tl.arange(0, BLOCK_HALF)[None, :]
@@ -297,5 +301,6 @@ def _launch(
             NORM=q_weight is not None,
             BLOCK_SIZE=block_size,
             num_warps=2,
+            **launched_early(tokens, query.device),
         )
     return q_out

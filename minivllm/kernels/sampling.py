@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minivllm.kernels._triton import check_rows, tl, triton
+from minivllm.kernels._triton import check_rows, launched_early, tl, triton
 
 TILE = 4096  # vocabulary entries summed together
 #: Stands for a token where there is none to choose, because a logit is NaN or the greatest one is
@@ -182,10 +182,14 @@ def _tile_sums_kernel(
     V,
     num_tiles,
     TILE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (row, tile): the maximum, and the sum of
     ``exp((logit - tile's maximum) / temperature)``.
     """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     tokens = tile * TILE + tl.arange(0, TILE)
@@ -217,8 +221,12 @@ def _choose_kernel(
     TILE: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
     NOT_A_TOKEN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program per row: the tile first, then the token in it."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     tiles = tl.arange(0, BLOCK_TILES)
     there = tiles < num_tiles
@@ -277,6 +285,7 @@ def sample(
         torch.empty(batch, num_tiles, dtype=torch.float32, device=logits.device) for _ in range(2)
     )
     out = torch.empty(batch, dtype=torch.int64, device=logits.device)
+    early = launched_early(batch, logits.device)
     if batch:
         _tile_sums_kernel[(batch, num_tiles)](
             tile_max,
@@ -288,6 +297,7 @@ def sample(
             num_tiles,
             TILE=TILE,
             num_warps=8,
+            **early,
         )
         _choose_kernel[(batch,)](
             out,
@@ -304,5 +314,6 @@ def sample(
             BLOCK_TILES=triton.next_power_of_2(num_tiles),
             NOT_A_TOKEN=NOT_A_TOKEN,
             num_warps=8,
+            **early,
         )
     return out
