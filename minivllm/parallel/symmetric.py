@@ -86,25 +86,26 @@ class SharedBuffer:
         # keeps engines apart; it need not be the same on all ranks.
         self._name = f"minivllm {uuid4().hex}"
         self._store = _FreshNumbers(store)
-        self._group: Any = _c10d().ProcessGroup(self._store, rank, size)
+        self._group: Any = c10d.ProcessGroup(self._store, rank, size)
         self._group._set_group_name(self._name)
         c10d._register_process_group(self._name, self._group)
         symmetric: Any = c10d._SymmetricMemory
         symmetric.set_group_info(self._name, rank, size, self._store)
         self._device = torch.device("cuda", torch.cuda.current_device())
-        self._buffer = symmetric.empty_strided_p2p((numel,), (1,), dtype, self._device, self._name)
+        self._buffer = symmetric.empty_strided_p2p((numel,), (1,), dtype, self._device)
         handle = symmetric.rendezvous(self._buffer, self._name)
         #: Of each rank, the words with which the others signal to it: a sender writes 1, and the
         #: receiver 0 again.
         self._pads = [handle.get_signal_pad(peer, (), torch.int32, 0) for peer in range(size)]
-        self._rank = rank
+        self._rank, self._size = rank, size
         # `let_go` needs this kernel at a time when none can be loaded.
         torch.empty(ALIGNMENT, dtype=torch.int32, device=self._device).fill_(1)
 
     def holds(self, x: torch.Tensor) -> bool:
         """Whether x can be added up through the buffer."""
         fits = x.dtype == self._buffer.dtype and x.numel() <= self._buffer.numel()
-        return fits and x.is_contiguous() and x.numel() * x.itemsize % ALIGNMENT == 0
+        is_even = x.numel() * x.itemsize % (ALIGNMENT * self._size) == 0
+        return fits and is_even and x.is_contiguous()
 
     def one_shot(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' x, in a new tensor."""
