@@ -304,6 +304,7 @@ class EngineCore:
         output: StepOutput,
     ) -> None:
         """Pass the results of a step to the scheduler and to `output`."""
+        self.ranks.group.wait_for(result.arrived)
         token_ids = result.wait()
         self.ranks.group.check()
         # The same tokens as in token_ids, in the order of the runner's rows.

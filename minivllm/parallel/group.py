@@ -15,6 +15,8 @@ import hashlib
 import hmac
 import json
 import logging
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -183,20 +185,34 @@ class TensorParallelGroup:
         if self.is_broken:
             raise RankFailedError("The ranks' communication has been aborted.")
 
+    def wait_for(self, event: torch.cuda.Event | None) -> None:
+        """Wait until the GPU has come to `event`. Raises `RankFailedError` if the group is aborted.
+
+        `Event.synchronize` would not return while a kernel waits for a rank that is gone.
+        """
+        while event is not None and self._shared is not None and not event.query():
+            self.check()
+            time.sleep(5e-5)
+
     def abort(self) -> None:
         """Abort the communication of tensors, even if a GPU waits for a rank that is gone."""
         self.is_broken = True
+        helper = None
         if self._shared is not None:
-            self._shared.let_go()
+            # At the same time: NCCL's kernels may stand behind those that wait here, or before.
+            helper = threading.Thread(target=self._shared.let_go, daemon=True)
+            helper.start()
         self._tensors.abort()
+        if helper is not None:
+            helper.join()
 
     def close(self) -> None:
         """Leave the group. The next collective of the other ranks fails."""
-        if self._shared is not None:
-            self._shared.close()
-            self._shared = None
         if self._tensors is not self._objects and not self.is_broken:
             self.abort()
+        shared, self._shared = self._shared, None
+        if shared is not None:
+            shared.close()
         self._tensors = self._objects = None
 
     def _gather(self, group: Any, x: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ import logging
 import os
 import re
 import statistics
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from itertools import pairwise
@@ -42,6 +43,11 @@ CALLS, REPLAYS = 8, 5
 
 #: How long a rank waits for the others to share their memory.
 PATIENCE = timedelta(seconds=30)
+
+#: Seconds for kernels that wait for a rank that is gone to be let go.
+PATIENCE_AT_END = 5.0
+#: Buffers that a kernel may still read. Freeing one would wait for that kernel.
+_never_freed: list[torch.Tensor] = []
 
 Operation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -122,26 +128,31 @@ class SharedBuffer:
         torch.ops.symm_mem.two_shot_all_reduce_out(mine, "sum", self._name, out.view(-1))
         return out
 
-    def let_go(self) -> None:
-        """Return when everything that this GPU's default stream has to do has run.
+    def let_go(self) -> bool:
+        """Wait until everything that this GPU's default stream has to do has run, and say whether.
 
         A kernel here waits for the others' signals, and a rank that has ended gives none. So its
         signals are given in its place, as often as needed. The sums are wrong from then on.
         """
+        deadline = time.monotonic() + PATIENCE_AT_END
         with torch.cuda.device(self._device):
             done = torch.cuda.Event()
             done.record(torch.cuda.default_stream())
             with torch.cuda.stream(torch.cuda.Stream()):
                 while not done.query():
+                    if time.monotonic() > deadline:
+                        return False
                     for peer, pad in enumerate(self._pads):
                         pad.fill_(int(peer == self._rank))
                     torch.cuda.current_stream().synchronize()
+        return True
 
     def close(self) -> None:
-        """Free this rank's buffer. No recorded graph may use it afterwards. May be called twice."""
-        if self._group is not None:
-            self.let_go()
-            _c10d()._unregister_process_group(self._name)
+        """Free this rank's buffer. No recorded graph may use it afterwards."""
+        _c10d()._unregister_process_group(self._name)
+        if not self.let_go():
+            logger.warning("A kernel still waits for a rank that is gone; its memory stays taken.")
+            _never_freed.append(self._buffer)
         self._buffer = self._group = None
         self._pads = []
 
@@ -198,8 +209,8 @@ class Choice:
 
 
 def sizes_up_to(width: int, rows: int) -> list[int]:
-    """Messages to measure: 1, 2, 4, ... rows of `width` numbers, and all rows."""
-    counts = [1 << power for power in range(rows.bit_length()) if 1 << power < rows]
+    """Messages to measure: 1, 4, 16, ... rows of `width` numbers, and all rows."""
+    counts = [4**power for power in range(rows.bit_length()) if 4**power < rows]
     return [count * width for count in (*counts, rows)]
 
 
