@@ -37,7 +37,7 @@ def start_decoding(
             f" and as many slots as requests; the engine has {config.num_kv_blocks} and"
             f" {config.max_num_seqs}"
         )
-    engine.scheduler.block_manager.reset_prefix_cache()
+    engine.reset_prefix_cache()
     rng = random.Random(num_requests * 1_000_003 + prompt_tokens)
     top = min(engine.model_config.vocab_size - 1, 10_000)
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=True)
