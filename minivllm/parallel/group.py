@@ -88,6 +88,7 @@ class TensorParallelGroup:
         """Return the sum of x over all ranks. The content of x is lost."""
         if self.size == 1:
             return x
+        self.check()
         if self._shared is not None and self._shared.holds(x):
             way = self.all_reduce_choice(x.numel())
             if way == "one shot":
