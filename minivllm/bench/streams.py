@@ -13,7 +13,7 @@ grow little where other programs want the same core.
     everything else       what connects these
 
 Beside the parts stands how often Python's garbage collector ran, and for how long. A step that it
-interrupts is the long tail that a reader notices. Taught in notebooks/10_measuring.ipynb.
+interrupts is the long tail that a reader notices.
 """
 
 from __future__ import annotations

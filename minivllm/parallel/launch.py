@@ -151,9 +151,12 @@ class EngineRanks:
             raise EngineEndedError(f"{self._ended} Make a new engine.")
         if self.group.size == 1:
             return
-        expected, calls = self.group.broadcast(state(), self._calls)
-        self._calls = []
-        for name, args in calls if self.group.rank else ():
+        if self.group.rank == 0:
+            self.group.broadcast(state(), self._calls)
+            self._calls = []
+            return
+        expected, calls = self.group.broadcast(0)
+        for name, args in calls:
             getattr(core, name)(*args)
         if state() != expected:
             raise RankMismatchError(
