@@ -151,6 +151,11 @@ class Tokenizer:
         return frozenset(token.content for token in found if token.special)
 
     @cached_property
+    def whole_texts(self) -> Mapping[int, str]:
+        """The text of each token that is decoded alike whatever stands around it, "" for others."""
+        return _WholeTexts(self._tokenizer)
+
+    @cached_property
     def _falls_back_to_bytes(self) -> bool:
         decoder = self._tokenizer.decoder
         return decoder is not None and b'"ByteFallback"' in decoder.__getstate__()
@@ -482,6 +487,28 @@ def _token_id(file: Path, value: Any) -> int:
 # --- text as tokens come --------------------------------------------------------------------------
 
 
+class _WholeTexts(dict[int, str]):
+    """`Tokenizer.whole_texts`, filled as tokens are asked for.
+
+    A byte-level decoder (GPT-2's, Qwen's) puts the bytes of the tokens end to end and looks at
+    nothing else. So a token of whole characters has one text. Other decoders look at the tokens
+    around it, for a space or a ##.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer, decoder = tokenizer, tokenizer.decoder
+        self._is_byte_level = (
+            decoder is not None and json.loads(decoder.__getstate__()).get("type") == "ByteLevel"
+        )
+
+    def __missing__(self, token_id: int) -> str:
+        text = ""
+        if self._is_byte_level:
+            text = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        self[token_id] = text = "" if REPLACEMENT in text else text
+        return text
+
+
 def _replace_wrong_bytes(tokens: list[str]) -> list[str]:
     """Replace tokens like <0xE4> that belong to no character by U+FFFD. Others stay."""
     result: list[str] = []
@@ -576,10 +603,20 @@ class Detokenizer:
         self._is_open = False
         self._tight = not (spaces_between_special_tokens or skip_special_tokens)
         self._last_token: int | None = None
+        self._whole_texts = tokenizer.whole_texts
 
     def append(self, token_id: int, check_stop: bool = True) -> str | None:
         """Add a token. Returns the stop string that it completes; `text` then ends before that."""
         if token_id in self._hidden:
+            return None
+        new_text = self._whole_texts[token_id]
+        if new_text and not (self._is_open or self._tight):
+            # The usual case. No later token needs more context than this one.
+            self._window[:] = (token_id,)
+            self._num_known = len(new_text)
+            if self._stops:
+                return self._accept(new_text, check_stop)
+            self.text += new_text
             return None
         self._window.append(token_id)
         decoded = self._decode(self._window)

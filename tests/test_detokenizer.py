@@ -157,6 +157,19 @@ def num_ids(tokenizer) -> int:
     return tokenizer._tokenizer.get_vocab_size() + 3  # some that it does not know
 
 
+def test_only_byte_level_tokens_of_whole_characters_have_a_text_of_their_own(tokenizers):
+    for kind, tokenizer in tokenizers.items():
+        texts = {i: tokenizer.whole_texts[i] for i in range(num_ids(tokenizer))}
+        if kind != "byte-level":
+            assert not any(texts.values()), kind
+            continue
+        assert all(texts[i] in ("", tokenizer.decode([i], False)) for i in texts)
+        broken = [i for i in texts if REPLACEMENT in tokenizer.decode([i], False)]
+        assert broken
+        assert not any(texts[i] for i in broken)
+        assert sum(map(bool, texts.values())) > 128
+
+
 @PROFILE
 @given(data=st.data())
 def test_the_text_is_what_the_output_adds(tokenizer, data):

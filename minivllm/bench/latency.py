@@ -42,7 +42,7 @@ def serve(
     params = SamplingParams(temperature=0.6, max_tokens=output_tokens, ignore_eos=True)
     first, between, rates = [], [], []
     for round_number in range(1 + repeats):
-        llm.llm_engine.scheduler.block_manager.reset_prefix_cache()
+        llm.reset_prefix_cache()
         start = time.perf_counter()
         outputs = llm.generate(prompts, params, use_tqdm=False)
         elapsed = time.perf_counter() - start
@@ -99,7 +99,7 @@ def shared_prefix(
             prompts = _prompts(
                 kind == "shared", num_requests, prefix, own, engine.model_config.vocab_size
             )
-            engine.scheduler.block_manager.reset_prefix_cache()
+            llm.reset_prefix_cache()
             start = time.perf_counter()
             llm.generate(prompts, params, use_tqdm=False)
             if round_number:

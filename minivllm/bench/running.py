@@ -6,7 +6,7 @@ import random
 import time
 
 from minivllm.engine.llm_engine import LLMEngine
-from minivllm.sampling_params import SamplingParams
+from minivllm.sampling_params import RequestOutputKind, SamplingParams
 
 #: Steps after the last prompt that are not timed.
 WARM_UP_STEPS = 8
@@ -18,6 +18,7 @@ def start_decoding(
     prompt_tokens: int,
     num_steps: int,
     temperature: float = 0.6,
+    output_kind: RequestOutputKind = RequestOutputKind.FINAL_ONLY,
 ) -> None:
     """Give the engine requests of random tokens and step until all are decoding, with num_steps
     steps to come.
@@ -37,10 +38,15 @@ def start_decoding(
             f" and as many slots as requests; the engine has {config.num_kv_blocks} and"
             f" {config.max_num_seqs}"
         )
-    engine.scheduler.block_manager.reset_prefix_cache()
+    engine.reset_prefix_cache()
     rng = random.Random(num_requests * 1_000_003 + prompt_tokens)
     top = min(engine.model_config.vocab_size - 1, 10_000)
-    params = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=True)
+    params = SamplingParams(
+        temperature=temperature,
+        max_tokens=max_tokens,
+        ignore_eos=True,
+        output_kind=output_kind,
+    )
     for i in range(num_requests):
         engine.add_request([rng.randint(0, top) for _ in range(prompt_tokens)], params, _name(i))
     while not _all_decoding(engine):

@@ -247,6 +247,36 @@ def _breakdown(report: dict[str, Any]) -> Iterable[Table]:
             yield table
 
 
+def _streams(report: dict[str, Any]) -> Iterable[Table]:
+    table = _table(
+        f"A step of streams with text, {report['model']}, without the model: CPU milliseconds",
+        "running",
+        "step",
+        "p99",
+        "p99 / median",
+        "µs a request",
+        "collector runs",
+        "parts",
+    )
+    for row in report["rows"]:
+        name = str(row["running"])
+        if "step_seconds" not in row:
+            table.add_row(name, Text(row["failed"][:80], style="red"))
+            continue
+        step = row["step_seconds"]
+        parts = ", ".join(f"{part} {ms:.2f}" for part, ms in row["cpu_ms"].items() if ms >= 0.005)
+        table.add_row(
+            name,
+            f"{1e3 * step['median']:.2f}",
+            f"{1e3 * step['p99']:.2f}",
+            f"{row['p99_by_median']:.2f}",
+            f"{row['us_per_request']:.1f}",
+            str(row["collector_runs"]),
+            parts,
+        )
+    yield table
+
+
 def _roofline(report: dict[str, Any]) -> Iterable[Table]:
     table = _table(
         f"Floor of {report['model']}, {report['dtype']}, where the machine"
@@ -415,6 +445,7 @@ _TABLES = {
     "throughput": _throughput,
     "latency": _latency,
     "breakdown": _breakdown,
+    "streams": _streams,
     "roofline": _roofline,
     "serve": _serve,
     "speculate": _speculate,

@@ -51,7 +51,7 @@ def minivllm_runner(llm: LLM, temperature: float = 0.0) -> Runner:
     """
 
     def run(prompts: list[list[int]], output_lens: list[int]) -> float:
-        llm.llm_engine.scheduler.block_manager.reset_prefix_cache()
+        llm.reset_prefix_cache()
         params = [
             SamplingParams(temperature=temperature, max_tokens=n, ignore_eos=True)
             for n in output_lens

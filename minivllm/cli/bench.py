@@ -472,6 +472,23 @@ def speculate(
 
 
 @app.command()
+def streams(
+    model: Model = None,
+    running: Annotated[str, typer.Option(metavar="N,N,…", help="Streams at once.")] = "256,1024",
+    num_steps: Annotated[int, typer.Option(min=4)] = 256,
+    max_seconds: MaxSeconds = None,
+    out: Out = None,
+) -> None:
+    """The CPU's work for a step in which every request streams text, by part, without the model;
+    and the longest steps.
+    """
+    from minivllm.bench.streams import run
+
+    counts = _numbers(running, "--running") or []
+    _finish(run(model, counts, num_steps=num_steps, max_seconds=max_seconds), out)
+
+
+@app.command()
 def roofline(
     report: Annotated[
         Path, typer.Argument(help="JSON of `minivllm bench throughput --case … --out FILE`.")

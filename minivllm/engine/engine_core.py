@@ -27,6 +27,7 @@ import xxhash
 from minivllm.config import EngineConfig, ModelConfig, ResolvedConfig, SpeculativeConfig
 from minivllm.engine.batch import build_batch
 from minivllm.engine.block_manager import BlockManager
+from minivllm.engine.collector import calm_collector
 from minivllm.engine.draft_model import DraftModel, check_vocabulary, draft_config, draft_path
 from minivllm.engine.model_runner import ModelRunner, StepResult
 from minivllm.engine.sampler import TokenLogprobs
@@ -143,6 +144,7 @@ class EngineCore:
         self.ranks = EngineRanks(config.tensor_parallel_size, *arguments, group=group)
         # The finalizer also runs at garbage collection and at the end of the program.
         self.close = weakref.finalize(self, self.ranks.close)
+        self.restore_collector = calm_collector(self)
         try:
             kernels = pieces.kernels or choose_kernels(
                 self.config, self.model_config, self.ranks.group
@@ -302,6 +304,7 @@ class EngineCore:
         output: StepOutput,
     ) -> None:
         """Pass the results of a step to the scheduler and to `output`."""
+        self.ranks.group.wait_for(result.arrived)
         token_ids = result.wait()
         self.ranks.group.check()
         # The same tokens as in token_ids, in the order of the runner's rows.
@@ -319,11 +322,12 @@ class EngineCore:
         while len(self._spare_outputs) < used + len(accepted):
             self._spare_outputs.append(SequenceOutput(0, []))
         outputs = self._spare_outputs[used : used + len(accepted)]
+        logprobs = result.logprobs
         for found, item in zip(outputs, accepted, strict=True):
             seq = item.sequence
             found.seq_id, found.token_ids = seq.seq_id, item.new_token_ids
             found.finish_reason, found.stop_reason = seq.finish_reason, seq.stop_reason
-            found.logprobs, found.row = result.logprobs, row_of.get(id(item), 0)
+            found.logprobs, found.row = logprobs, row_of.get(id(item), 0) if row_of else 0
             if found.finish_reason is not None:
                 self._sequences.pop(seq.seq_id, None)
         if self.speculator is not None:

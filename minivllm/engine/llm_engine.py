@@ -302,6 +302,7 @@ class LLMEngine:
         self._is_closed = True
         self.core.close()
         self.core.model_runner.release()
+        self.core.restore_collector()
         if self.core.speculator is not None:
             self.core.speculator.release()
         if self.tokenizer is not None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from minivllm.config import ModelConfig, ResolvedConfig, kv_bytes_per_token
 from minivllm.engine.batch import BatchInputs, BatchRow, build_batch, to_device
@@ -31,6 +32,7 @@ from minivllm.engine.sequence import (
     slots_of,
 )
 from minivllm.engine.structured_outputs import GrammarCompiler
+from minivllm.engine.warm_up import Row, kinds_of_steps
 from minivllm.errors import ConfigError, OutOfMemoryError
 from minivllm.kernels import Kernels
 from minivllm.kernels.kv_cache import FP8_MAX, Cache, QuantizedCache
@@ -153,6 +155,7 @@ class ModelRunner:
                 model_cls=model_cls,
             )
             self.model = load_model(path, model_config, kernels, options, group)
+            group.share_memory(config.max_num_batched_tokens, model_config.hidden_size, self.dtype)
             num_slots = config.max_num_seqs
             max_blocks = -(-config.max_model_len // config.block_size)
             #: Per slot: block ids; the number of them that the device has already (a step sends
@@ -177,6 +180,8 @@ class ModelRunner:
                 self.graphs = self._capture_graphs(graph_sizes(config.max_num_seqs))
                 self.mixed_graphs = self._capture_mixed_graphs(self._step_shapes())
                 self.verifying = self._capture_verifying(graph_sizes(self._most_verified()))
+            if self.device.type == "cuda" and kernels.can_be_recorded:
+                self._warm_up()
 
     def _check_fp8(self) -> None:
         """Raise `ConfigError` if this GPU's kernels cannot convert e4m3."""
@@ -730,21 +735,47 @@ class ModelRunner:
         return total * self.config.gpu_memory_utilization - (total - free) - activations - recorded
 
     def _run_largest_step(self) -> None:
-        """Run a full token budget over as many sequences as may run.
-
-        The step writes nothing to the cache, and reads one block.
-        """
-        budget, size = self.config.max_num_batched_tokens, self.config.block_size
+        """Run a full token budget over as many sequences as may run."""
+        budget = self.config.max_num_batched_tokens
         num_seqs = min(self.config.max_num_seqs, budget)
         lengths = [len(part) for part in np.array_split(np.arange(budget), num_seqs)]
         lengths = sorted((min(n, self.config.max_model_len) for n in lengths), key=lambda n: n > 1)
-        rows = [BatchRow([0] * n, 0, True) for n in lengths]
-        table = np.zeros((num_seqs, -(-max(lengths) // size)), np.int32)
-        inputs = self._to_device(self.build_batch(rows, table, size))
-        inputs.attention.slot_mapping.fill_(-1)
-        caches = self._allocate_kv_caches(1)
-        hidden = self.model(inputs.token_ids, inputs.positions, caches, inputs.attention)
-        logits = self.model.compute_logits(hidden[inputs.logits_indices])
+        logits = self._run_rows([(0, n) for n in lengths], self._allocate_kv_caches(1))
         ones = torch.ones(num_seqs, device=self.device)
         zeros = torch.zeros(num_seqs, dtype=torch.int64, device=self.device)
         self.sampler.kernels.sample(logits.float(), ones, None, ones, None, zeros, zeros)
+
+    def _run_rows(self, rows: list[Row], caches: list[KVCache]) -> torch.Tensor:
+        """Run the model on token 0, for its effects on the machine. Returns logits, one row each.
+
+        The step writes nothing to the cache, and reads one block as all of a context.
+        """
+        table = np.zeros(
+            (len(rows), -(-max(start + n for start, n in rows) // self.config.block_size)), np.int32
+        )
+        batch = [BatchRow([0] * n, start, True) for start, n in rows]
+        inputs = self._to_device(self.build_batch(batch, table, self.config.block_size))
+        inputs.attention.slot_mapping.fill_(-1)
+        hidden = self.model(inputs.token_ids, inputs.positions, caches, inputs.attention)
+        return self.model.compute_logits(hidden[inputs.logits_indices])
+
+    @torch.inference_mode()
+    def _warm_up(self) -> None:
+        """Have everything compiled and loaded that steps may need.
+
+        For compiled kernels only: plain torch has nothing to compile, and its attention over a
+        whole prompt takes memory that nobody has asked for yet.
+        """
+        config = self.config
+        sizes = (config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len)
+        steps = kinds_of_steps(*sizes)
+        # The largest step once more, last: it leaves its memory to the first prompts.
+        with tqdm(total=len(steps) + 2, desc="Kernels", leave=False) as progress:
+            for rows in steps:
+                logits = self._run_rows(rows, self.kv_caches)
+                progress.update()
+            self.sampler.warm_up(logits[:1])
+            progress.update()
+            self._run_largest_step()
+            progress.update()
+        torch.cuda.synchronize(self.device)

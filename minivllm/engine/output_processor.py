@@ -101,11 +101,16 @@ class Request:
     shows_progress: bool = False
     #: Whether text is decoded as tokens come; otherwise it is decoded once, at the end.
     follows_text: bool = False
+    stop_strings: tuple[str, ...] = ()
+    #: Whether a report holds only what is new.
+    is_delta: bool = False
 
     def __post_init__(self) -> None:
+        self.stop_strings = self.params.stop_strings
+        self.is_delta = self.params.output_kind is RequestOutputKind.DELTA
         self.shows_progress = self.params.output_kind is not RequestOutputKind.FINAL_ONLY
         wants_text = self.tokenizer is not None and self.params.detokenize
-        self.follows_text = wants_text and (self.shows_progress or bool(self.params.stop_strings))
+        self.follows_text = wants_text and (self.shows_progress or bool(self.stop_strings))
         if self.params.prompt_logprobs is not None:
             self.prompt_logprobs = [None] * len(self.prompt_token_ids)
 
@@ -138,9 +143,13 @@ class Request:
         finish_reason = output.finish_reason
         stop_reason: str | int | None = output.stop_reason
         ended_by: str | None = None
-        if finish_reason is None and completion.logprobs is None and not self.follows_text:
-            # The usual case: text and logprobs are not needed yet.
+        if finish_reason is None and completion.logprobs is None and not self.stop_strings:
+            # The usual case: no end, no logprobs, and no string that may end the text.
             completion.token_ids += output.token_ids
+            detokenizer = completion.detokenizer
+            if self.follows_text and detokenizer is not None:
+                for token_id in output.token_ids:
+                    detokenizer.append(token_id, check_stop=False)
             completion.settled = (len(completion.token_ids), None, None)
             return None
         if finish_reason == "error":
@@ -196,7 +205,11 @@ class Request:
         In DELTA mode, the output holds only what is new since the last report.
         """
         outputs = [self._report_completion(i) for i in range(len(self.completions))]
-        self.metrics.num_generation_tokens = max(c.settled[0] for c in self.completions)
+        # A plain loop, as in `is_finished`.
+        longest = 0
+        for completion in self.completions:
+            longest = max(longest, completion.settled[0])
+        self.metrics.num_generation_tokens = longest
         return RequestOutput(
             self.request_id,
             self.prompt,
@@ -219,8 +232,7 @@ class Request:
     def _report_completion(self, index: int) -> CompletionOutput:
         completion = self.completions[index]
         num_tokens, finish_reason, stop_reason = completion.settled
-        delta = self.params.output_kind is RequestOutputKind.DELTA
-        start, shown = (completion.num_reported, completion.num_shown) if delta else (0, 0)
+        start, shown = (completion.num_reported, completion.num_shown) if self.is_delta else (0, 0)
         text = ""
         if completion.detokenizer is not None:
             text = completion.detokenizer.text[shown : self._end_of_shown(completion)]
@@ -240,9 +252,12 @@ class Request:
 
         An end of the text that may become part of a stop string is held back.
         """
-        if completion.detokenizer is None:
+        detokenizer = completion.detokenizer
+        if detokenizer is None:
             return 0
-        return max(completion.num_shown, completion.detokenizer.num_safe(completion.is_finished))
+        if not self.stop_strings:
+            return len(detokenizer.text)
+        return max(completion.num_shown, detokenizer.num_safe(completion.is_finished))
 
     def _settle_at(
         self, completion: Completion, finish_reason: str | None, stop_reason: str | int | None
@@ -341,20 +356,21 @@ class OutputProcessor:
                 self._owners[seq_id][0].add_prompt_logprobs(start, logprobs)
         for output in step.outputs:
             request, index = self._owners[output.seq_id]
-            num_tokens = request.completions[index].settled[0]
-            if request.metrics.first_token_time is None:
-                request.metrics.first_token_time = now
+            completion, metrics = request.completions[index], request.metrics
+            num_tokens = completion.settled[0]
+            if metrics.first_token_time is None:
+                metrics.first_token_time = now
             if output.num_draft_tokens:
-                request.metrics.num_draft_tokens += output.num_draft_tokens
-                request.metrics.num_accepted_tokens += output.num_accepted_tokens
+                metrics.num_draft_tokens += output.num_draft_tokens
+                metrics.num_accepted_tokens += output.num_accepted_tokens
             stop_string = request.take(index, output)
             if stop_string is not None:
                 ended.append((output.seq_id, stop_string))
             # A stop string may end the completion in the middle of the step's tokens.
-            self.num_generated_tokens += request.completions[index].settled[0] - num_tokens
-            is_finished = request.completions[index].settled[1] is not None
+            self.num_generated_tokens += completion.settled[0] - num_tokens
+            is_finished = completion.settled[1] is not None
             if is_finished:
-                request.metrics.finished_time = now
+                metrics.finished_time = now
             if request.shows_progress or (is_finished and request.is_finished):
                 request.collector.news[request.request_id] = request
         return ended

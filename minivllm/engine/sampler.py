@@ -256,6 +256,17 @@ class Sampler:
             self._device_temperature[self._tensor(slots)] = self._tensor(self._temperature[slots])
             self._device_seed[self._tensor(slots)] = self._tensor(self._seed[slots])
 
+    def warm_up(self, logits: torch.Tensor) -> None:
+        """Run once what rows may ask for: greedy, filters, log-probabilities. logits: [1, V]."""
+        ones = torch.ones(1, device=self.device)
+        seeds = torch.zeros(1, dtype=torch.int64, device=self.device)
+        filters = (ones.int() * 8, ones / 2, ones / 8)
+        for values in (logits, logits.float()):
+            self.kernels.sample(values, None, None, None, None, None, None)
+            self.kernels.sample(values, ones, None, None, None, seeds, seeds)
+            token_ids = self.kernels.sample(values, ones, *filters, seeds, seeds)
+            token_logprobs(values, _valid_ids(token_ids), 2)
+
     def needs_edit(self, slots: abc.Sequence[int]) -> bool:
         """Whether `sample_by_temperature` would be wrong for any of these slots."""
         return bool(self._needs_edit[slots].any())

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from minivllm.kernels._triton import check_rows, tl, triton
+from minivllm.kernels.early import launched_early, wait_for_earlier
 
 
 def silu_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:
@@ -20,8 +21,9 @@ def silu_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def _silu_mul_kernel(out_ptr, gate_up_ptr, row_stride, N, BLOCK: tl.constexpr):
+def _silu_mul_kernel(out_ptr, gate_up_ptr, row_stride, N, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """Program (row, tile): BLOCK columns of one row."""
+    wait_for_earlier(EARLY)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < N
@@ -47,5 +49,6 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     if rows:
         block = min(1024, triton.next_power_of_2(width // 2))
         grid = (rows, triton.cdiv(width // 2, block))
-        _silu_mul_kernel[grid](out, gate_up, gate_up.stride(0), width // 2, BLOCK=block)
+        early = launched_early(rows, out.device)
+        _silu_mul_kernel[grid](out, gate_up, gate_up.stride(0), width // 2, BLOCK=block, **early)
     return out

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from minivllm.kernels._triton import check_rows, tl, triton
+from minivllm.kernels.early import launched_early
 
 #: T and N up to which a product of several rows is one for the kernel.
 MAX_ROWS, MAX_FEATURES = 4, 2048
@@ -42,20 +43,30 @@ def _linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BIAS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (some rows of W, row of x). Products are added lane by lane, and the lanes once, at
-    the end.
+    the end. The next piece of W is always on its way; the first one before there is an x.
     """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     features = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.program_id(1).to(tl.int64)
     weight_rows = weight_ptr + features.to(tl.int64)[:, None] * K
+    columns = tl.arange(0, BLOCK_K)
+    inside = (features < N)[:, None] & (columns < K)[None, :]
+    weight = tl.load(weight_rows + columns[None, :], mask=inside, other=0.0)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     acc = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
     for start in range(0, K, BLOCK_K):
         columns = start + tl.arange(0, BLOCK_K)
-        inside = (features < N)[:, None] & (columns < K)[None, :]
-        weight = tl.load(weight_rows + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        following = columns + BLOCK_K
+        inside = (features < N)[:, None] & (following < K)[None, :]
+        next_weight = tl.load(weight_rows + following[None, :], mask=inside, other=0.0)
         x = tl.load(x_ptr + row * x_stride + columns, mask=columns < K, other=0.0).to(tl.float32)
-        acc += weight * x[None, :]
+        acc += weight.to(tl.float32) * x[None, :]
+        weight = next_weight
     total = tl.sum(acc, axis=1)
     if BIAS:
         total += tl.load(bias_ptr + features, mask=features < N, other=0.0).to(tl.float32)
@@ -89,5 +100,6 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         BLOCK_K=block_k,
         BIAS=bias is not None,
         num_warps=8,
+        **launched_early(rows, x.device),
     )
     return out

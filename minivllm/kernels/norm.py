@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from minivllm.kernels._triton import check_rows, tl, triton
+from minivllm.kernels.early import launched_early, wait_for_earlier
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -44,8 +45,10 @@ def _rms_norm_kernel(
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program per row; the row fits into registers, so x is read once."""
+    wait_for_earlier(EARLY)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < N
@@ -100,6 +103,7 @@ def _launch(
             N=width,
             BLOCK=block,
             ADD=residual is not None,
+            **launched_early(rows, x.device),
             num_warps=8 if block > 2048 else 4,
         )
     return out, total

@@ -16,6 +16,7 @@ read three times. Merging reads 4·S·B·H·(D + 1) bytes and writes 4·B·H·D.
 import torch
 
 from minivllm.kernels._triton import check_rows, tl, triton
+from minivllm.kernels.early import launched_early, wait_for_earlier
 
 
 def softmax_reference(x: torch.Tensor) -> torch.Tensor:
@@ -85,8 +86,10 @@ def _merge_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program per (sequence, head): BLOCK_S parts at a time, merged online."""
+    wait_for_earlier(EARLY)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
     total_max = float("-inf")
@@ -137,5 +140,6 @@ def merge_attention(
             D=dim,
             BLOCK_D=triton.next_power_of_2(dim),
             BLOCK_S=BLOCK_S,
+            **launched_early(batch, out.device),
         )
     return out

@@ -38,6 +38,7 @@ from collections.abc import Callable
 import torch
 
 from minivllm.kernels._triton import num_multiprocessors, tl, triton
+from minivllm.kernels.early import launched_early, wait_for_earlier
 from minivllm.kernels.kv_cache import (
     Cache,
     cache_parts,
@@ -136,8 +137,10 @@ def _decode_kernel(
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
     KIND: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (KV head, sequence, split): an equal share of the context's tiles."""
+    wait_for_earlier(EARLY)
     kv_head = tl.program_id(0)
     sequence = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
@@ -321,6 +324,7 @@ def decode_attention(
             KIND=kind,
             num_warps=warps,
             num_stages=stages,
+            **launched_early(batch, query.device),
         )
     if not split:
         return out[0]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from minivllm.kernels._triton import check_rows, tl, triton
+from minivllm.kernels.early import launched_early, wait_for_earlier
 from minivllm.kernels.kv_cache import Cache, cache_parts, head_scales, largest_of, to_8_bits
 from minivllm.kernels.norm import rms_norm_reference
 
@@ -152,6 +153,7 @@ def _qk_norm_rope_kernel(
     NORM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     KIND: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (token, group of heads): first query heads, then key heads, then, where BLOCK_SIZE >
     0, value heads.
@@ -159,6 +161,7 @@ def _qk_norm_rope_kernel(
     BLOCK_SIZE 0: keys are written side by side, like queries; else keys and values go to their slot
     in the caches.
     """
+    wait_for_earlier(EARLY)
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     columns = tl.arange(0, BLOCK_HALF)[None, :]
@@ -334,5 +337,6 @@ def _launch(
             BLOCK_SIZE=block_size,
             KIND=kind,
             num_warps=2,
+            **launched_early(tokens, query.device),
         )
     return q_out

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minivllm.kernels._triton import check_rows, tl, triton
+from minivllm.kernels.early import launched_early, wait_for_earlier
 
 TILE = 4096  # vocabulary entries summed together
 #: Stands for a token where there is none to choose, because a logit is NaN or the greatest one is
@@ -182,10 +183,12 @@ def _tile_sums_kernel(
     V,
     num_tiles,
     TILE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (row, tile): the maximum, and the sum of
     ``exp((logit - tile's maximum) / temperature)``.
     """
+    wait_for_earlier(EARLY)
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     tokens = tile * TILE + tl.arange(0, TILE)
@@ -217,8 +220,10 @@ def _choose_kernel(
     TILE: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
     NOT_A_TOKEN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program per row: the tile first, then the token in it."""
+    wait_for_earlier(EARLY)
     row = tl.program_id(0).to(tl.int64)
     tiles = tl.arange(0, BLOCK_TILES)
     there = tiles < num_tiles
@@ -277,6 +282,7 @@ def sample(
         torch.empty(batch, num_tiles, dtype=torch.float32, device=logits.device) for _ in range(2)
     )
     out = torch.empty(batch, dtype=torch.int64, device=logits.device)
+    early = launched_early(batch, logits.device)
     if batch:
         _tile_sums_kernel[(batch, num_tiles)](
             tile_max,
@@ -288,6 +294,7 @@ def sample(
             num_tiles,
             TILE=TILE,
             num_warps=8,
+            **early,
         )
         _choose_kernel[(batch,)](
             out,
@@ -304,5 +311,6 @@ def sample(
             BLOCK_TILES=triton.next_power_of_2(num_tiles),
             NOT_A_TOKEN=NOT_A_TOKEN,
             num_warps=8,
+            **early,
         )
     return out

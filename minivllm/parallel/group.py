@@ -14,13 +14,20 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import logging
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from minivllm.errors import ConfigError, RankFailedError
+from minivllm.parallel import symmetric
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,8 @@ class TensorParallelGroup:
     """One rank's view of its group.
 
     tensors: the process group for model tensors. objects: the process group for messages of the
-    CPU. key: a secret of the group, which signs the messages of rank 0.
+    CPU. key: a secret of the group, which signs the messages of rank 0. store: where the ranks of a
+    group with GPUs meet once more, to share memory; None if they are on several machines.
     """
 
     def __init__(
@@ -53,9 +61,15 @@ class TensorParallelGroup:
         tensors: Any = None,
         objects: Any = None,
         key: bytes = b"",
+        store: dist.Store | None = None,
     ) -> None:
         self.rank, self.size, self._tensors, self._objects = rank, size, tensors, objects
-        self._key = key
+        self._key, self._store = key, store
+        self._shared: symmetric.SharedBuffer | None = None
+        #: Which way an all-reduce takes; filled by `share_memory`.
+        self.all_reduce_choice = symmetric.Choice([], [])
+        #: What was measured for that: size (in numbers) -> way -> seconds.
+        self.all_reduce_seconds: dict[int, dict[str, float]] = {}
         self.is_broken = False
 
     def part(self, count: int, unit: int = 1, pad: bool = False) -> Part:
@@ -71,9 +85,64 @@ class TensorParallelGroup:
         return Part(count * unit, first * unit, min(first + each, count) * unit)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum x over all ranks, in place. Returns x."""
-        if self.size > 1:
-            self._run("allreduce", self._tensors, [x])
+        """Return the sum of x over all ranks. The content of x is lost."""
+        if self.size == 1:
+            return x
+        self.check()
+        if self._shared is not None and self._shared.holds(x):
+            way = self.all_reduce_choice(x.numel())
+            if way == "one shot":
+                return self._shared.one_shot(x)
+            if way == "two shots":
+                return self._shared.two_shots(x)
+        return self._all_reduce_nccl(x)
+
+    def share_memory(self, rows: int, width: int, dtype: torch.dtype) -> None:
+        """Have all-reduces of [up to rows, width] go through shared memory where that is faster.
+
+        Collective. Does nothing for ranks without GPUs. Where memory cannot be shared, every
+        all-reduce goes through NCCL, as it does before this call.
+        """
+        if self.size == 1 or self._tensors is self._objects:
+            return
+        can_share = self._store is not None and symmetric.is_available()
+        if not all(self.exchange(int(can_share))):
+            logger.warning("The ranks' GPUs cannot share memory; all-reduces go through NCCL.")
+            return
+        rows = min(rows, symmetric.MOST_BYTES // (width * dtype.itemsize))
+        problem: Exception | None = None
+        try:
+            assert self._store is not None
+            self._shared = symmetric.SharedBuffer(
+                self._store, self.rank, self.size, rows * width, dtype
+            )
+        except (RuntimeError, AttributeError, TypeError) as error:
+            problem = error
+        if not all(self.exchange(int(problem is None))):
+            self._shared = None
+            logger.warning("All-reduces go through NCCL: %s", problem or "another rank failed")
+            return
+        self._measure_all_reduce(symmetric.sizes_up_to(width, rows), dtype)
+
+    def _measure_all_reduce(self, sizes: list[int], dtype: torch.dtype) -> None:
+        """Time every way at these sizes (in numbers). Rank 0's times decide for all ranks."""
+        assert self._shared is not None
+        ways = {
+            "NCCL": self._all_reduce_nccl,
+            "one shot": self._shared.one_shot,
+            "two shots": self._shared.two_shots,
+        }
+        names = []
+        for size in sizes:
+            x = torch.zeros(size, dtype=dtype, device="cuda")
+            times = {name: symmetric.seconds_of(way, x) for name, way in ways.items()}
+            self.all_reduce_seconds[size] = times
+            names.append(min(times, key=times.__getitem__))
+        _, chosen = self.broadcast(0, names)
+        self.all_reduce_choice = symmetric.Choice(sizes, list(chosen))
+
+    def _all_reduce_nccl(self, x: torch.Tensor) -> torch.Tensor:
+        self._run("allreduce", self._tensors, [x])
         return x
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
@@ -117,15 +186,34 @@ class TensorParallelGroup:
         if self.is_broken:
             raise RankFailedError("The ranks' communication has been aborted.")
 
+    def wait_for(self, event: torch.cuda.Event | None) -> None:
+        """Wait until the GPU has come to `event`. Raises `RankFailedError` if the group is aborted.
+
+        `Event.synchronize` would not return while a kernel waits for a rank that is gone.
+        """
+        while event is not None and self._shared is not None and not event.query():
+            self.check()
+            time.sleep(5e-5)
+
     def abort(self) -> None:
         """Abort the communication of tensors, even if a GPU waits for a rank that is gone."""
         self.is_broken = True
+        helper = None
+        if self._shared is not None:
+            # At the same time: NCCL's kernels may stand behind those that wait here, or before.
+            helper = threading.Thread(target=self._shared.let_go, daemon=True)
+            helper.start()
         self._tensors.abort()
+        if helper is not None:
+            helper.join()
 
     def close(self) -> None:
         """Leave the group. The next collective of the other ranks fails."""
         if self._tensors is not self._objects and not self.is_broken:
             self.abort()
+        shared, self._shared = self._shared, None
+        if shared is not None:
+            shared.close()
         self._tensors = self._objects = None
 
     def _gather(self, group: Any, x: torch.Tensor) -> torch.Tensor:

@@ -67,7 +67,10 @@ def connect(
         torch.cuda.set_device(rank if gpu is None else gpu)
         nccl = dist.ProcessGroupNCCL
         tensors = nccl(dist.PrefixStore("tensors", store), rank, size, nccl.Options())
-    return TensorParallelGroup(rank, size, tensors, objects, key)
+    # Ranks on several machines share no memory.
+    on_one_machine = host is not None or os.environ.get("LOCAL_WORLD_SIZE") == str(size)
+    shared = dist.PrefixStore("shared memory", store) if on_one_machine else None
+    return TensorParallelGroup(rank, size, tensors, objects, key, shared)
 
 
 def pick_device(device: str) -> str:
@@ -148,9 +151,12 @@ class EngineRanks:
             raise EngineEndedError(f"{self._ended} Make a new engine.")
         if self.group.size == 1:
             return
-        expected, calls = self.group.broadcast(state(), self._calls)
-        self._calls = []
-        for name, args in calls if self.group.rank else ():
+        if self.group.rank == 0:
+            self.group.broadcast(state(), self._calls)
+            self._calls = []
+            return
+        expected, calls = self.group.broadcast(0)
+        for name, args in calls:
             getattr(core, name)(*args)
         if state() != expected:
             raise RankMismatchError(

@@ -13,7 +13,16 @@ import torch
 from typer.testing import CliRunner
 
 from minivllm import LLM
-from minivllm.bench import breakdown, kernels, latency, record, report, roofline, throughput
+from minivllm.bench import (
+    breakdown,
+    kernels,
+    latency,
+    record,
+    report,
+    roofline,
+    streams,
+    throughput,
+)
 from minivllm.bench.breakdown import Interval
 from minivllm.bench.cases import CASES, KERNELS, Workload
 from minivllm.bench.costs import ModelCosts, Rates, attention_bytes, attention_flops, causal_pairs
@@ -580,6 +589,33 @@ def test_breakdown_on_a_cpu(tmp_path: Path) -> None:
         } == row["cpu_ms"].keys() - {breakdown.COLLECTOR}
         assert min(row["cpu_ms"].values()) >= 0
     assert "by name" in text
+
+
+def test_streams(tmp_path: Path) -> None:
+    out = tmp_path / "streams.json"
+    text = cli("streams", "--running", "2,6", "--num-steps", 70, "--out", out)
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["running"] for row in rows] == [2, 6]
+    for row in rows:
+        assert "failed" not in row
+        assert row["step_seconds"]["count"] == 70
+        assert row["p99_by_median"] >= 1
+        # The parts are those of the other measurement, and nothing in them waits for a GPU.
+        assert set(row["cpu_ms"]) > {
+            "schedule",
+            "update",
+            "extend the requests",
+            "make the outputs",
+        }
+        assert row["cpu_ms"]["wait for the GPU"] < row["cpu_ms"]["launch the step"]
+    assert "collector" in text
+
+
+def test_pythons_collector_does_not_run_within_steps() -> None:
+    """300 streams make more objects per step than its own threshold, and leave none."""
+    row = streams.measure(None, 300, 16)
+    assert row["collector_runs"] == 0
+    assert row["cpu_ms"][breakdown.COLLECTOR] == 0
 
 
 def timeline(num_steps: int) -> list[Interval]:
