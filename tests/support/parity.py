@@ -225,6 +225,13 @@ class RecordedLLM(LLM):
 
     def _watch(self, runner: Any) -> None:
         execute = runner.execute
+        # A draft records graphs, too, with the same kernels. So with speculation the logits of a
+        # replay are computed again, from its hidden states.
+        speculates = self.llm_engine.core.speculator is not None
+        replayed: list[torch.Tensor] = []
+        for graphs in (runner.graphs, runner.verifying) if speculates else ():
+            if graphs is not None:
+                self._keep_hidden(graphs, replayed)
 
         def recorded(batch: Any) -> Any:
             self._fresh = None
@@ -233,6 +240,9 @@ class RecordedLLM(LLM):
                 rows = len(batch.sampled)
                 if self._fresh is None:
                     self.num_replays += 1
+                if self._fresh is None and speculates:
+                    self._fresh = self._logits_of(runner, batch, replayed[-1])
+                elif self._fresh is None:
                     self._fresh = self._captured[min(n for n in self._captured if n >= rows)][
                         :rows
                     ].clone()
@@ -240,6 +250,30 @@ class RecordedLLM(LLM):
             return result
 
         runner.execute = recorded
+
+    @staticmethod
+    def _keep_hidden(graphs: Any, kept: list[torch.Tensor]) -> None:
+        replay = graphs.replay
+
+        def keeping(*args: Any) -> Any:
+            token_ids, hidden = replay(*args)
+            kept[:] = [hidden]
+            return token_ids, hidden
+
+        graphs.replay = keeping
+
+    @staticmethod
+    @torch.inference_mode()
+    def _logits_of(runner: Any, batch: Any, hidden: torch.Tensor) -> torch.Tensor:
+        """The logits [R, V] of a replay, without the padding in front of fewer proposals."""
+        if batch.has_proposals:
+            width = runner.verifying.num_proposals + 1
+            ends = range(width, len(hidden) + 1, width)
+            counts = [len(item.proposed_token_ids) + 1 for item in batch.items]
+            hidden = hidden[
+                [row for n, end in zip(counts, ends, strict=True) for row in range(end - n, end)]
+            ]
+        return runner.model.compute_logits(hidden).float().clone()
 
     def _recording(self, base: type[Scheduler]) -> type[Scheduler]:
         llm = self

@@ -4,11 +4,14 @@ runs this.
 
 from __future__ import annotations
 
+import statistics
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from minivllm import LLM
 from minivllm.models.loader import load_config
 from support.checkpoints import TransformersReference
 from support.parity import RecordedLLM, Report, assert_same_greedy, greedy
@@ -122,3 +125,41 @@ def test_same_answers_as_transformers(
         f"{report.num_tokens} tokens, {report.differences=}, logit error {report.max_error:.1e} of"
         " their deviation"
     )
+
+
+COPIED = (
+    "The old harbour was quiet in the early morning. Three grey boats lay at the pier, and their"
+    " colours had faded in the sun. A fisherman mended his nets and hummed a tune that his"
+    " neighbour had taught him. When the bell of the theatre rang, he folded the nets, put on his"
+    " coat and walked slowly up the hill to the centre of the town."
+)
+
+
+def test_prompt_lookup_on_a_text_to_edit(path: Path) -> None:
+    """The answer repeats the prompt: the same tokens, in far fewer steps. Speed is printed: both
+    engines run in turn. (This small model copies; it does not do the edit.)
+    """
+    asked = f"Copy this text, but write 'harbor' instead of 'harbour':\n\n{COPIED}"
+    chat, params = [{"role": "user", "content": asked}], greedy(96, ignore_eos=False)
+    lookup = {"method": "ngram", "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+    lookup["num_speculative_tokens"] = 8
+    engines = [LLM(path, max_model_len=512, speculative_config=how) for how in (None, lookup)]
+    rates: list[list[float]] = [[], []]
+    for _ in range(4):
+        said = []
+        for llm, found in zip(engines, rates, strict=True):
+            llm.reset_prefix_cache()
+            start = time.perf_counter()
+            [output] = llm.chat(chat, params, use_tqdm=False)
+            said.append(output.outputs[0].token_ids)
+            found.append(len(said[-1]) / (time.perf_counter() - start))
+        assert said[0] == said[1]
+        assert len(said[0]) > 60
+    metrics = engines[1].metrics()
+    plain, other = (statistics.median(found[1:]) for found in rates)
+    print(
+        f"\nprompt lookup: {other:.1f} tokens/s beside {plain:.1f} ({other / plain:.2f} x);"
+        f" {metrics.num_accepted_tokens} of {metrics.num_draft_tokens} proposals accepted in"
+        f" {metrics.num_drafts} steps"
+    )
+    assert metrics.num_accepted_tokens > 3 * metrics.num_drafts
