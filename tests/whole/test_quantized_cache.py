@@ -22,7 +22,7 @@ from support.parity import (
     Report,
     assert_same_greedy,
 )
-from support.quantized import TOLERANCE, QuantizedReference
+from support.quantized_cache import TOLERANCE, QuantizedReference
 from support.ranks import ThreadGroup, run_ranks
 
 BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.gpu)]
