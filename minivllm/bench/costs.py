@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from minivllm.config import ModelConfig
+from minivllm.config import SCALE_BYTES, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class ModelCosts:
-    """A decoder in numbers; all counts are of elements but for the last two."""
+    """A decoder in numbers; all counts are of elements but for the last three."""
 
     layer_weights: int  # of the matrices of all layers
     head_weights: int  # of the matrix that gives the logits
@@ -37,9 +37,17 @@ class ModelCosts:
         int  # of one query token looking at one key, over all heads and layers
     )
     bytes_per_element: int
+    #: With a quantized KV cache the bytes of a token's K and V; None: those of its elements.
+    quantized_kv_bytes: int | None = None
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return self.quantized_kv_bytes or self.kv_elements_per_token * self.bytes_per_element
 
     @staticmethod
-    def of(config: ModelConfig | dict[str, Any], bytes_per_element: int) -> ModelCosts:
+    def of(
+        config: ModelConfig | dict[str, Any], bytes_per_element: int, kv_cache_dtype: str = "auto"
+    ) -> ModelCosts:
         """config: a `ModelConfig`, or the "model_config" of a report."""
         values = config if isinstance(config, dict) else vars(config)
         hidden, layers, dim = values["hidden_size"], values["num_hidden_layers"], values["head_dim"]
@@ -55,7 +63,17 @@ class ModelCosts:
             kv_elements_per_token=2 * layers * kv_heads * dim,
             attention_flops_per_pair=layers * attention_flops(heads, dim, 1),
             bytes_per_element=bytes_per_element,
+            quantized_kv_bytes=None
+            if kv_cache_dtype == "auto"
+            else 2 * layers * kv_heads * kv_row_bytes(dim, bytes_per_element, kv_cache_dtype),
         )
+
+
+def kv_row_bytes(head_dim: int, element: int, kv_cache_dtype: str) -> int:
+    """Bytes of a head's key or value in the cache. element: bytes per number of the model's."""
+    if kv_cache_dtype == "auto":
+        return head_dim * element
+    return head_dim + (SCALE_BYTES if kv_cache_dtype == "int8" else 0)
 
 
 def attention_flops(heads: int, head_dim: int, pairs: int) -> int:

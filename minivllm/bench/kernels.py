@@ -20,13 +20,20 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minivllm.bench.cases import KERNELS
-from minivllm.bench.costs import Rates, attention_bytes, attention_flops, causal_pairs
+from minivllm.bench.costs import (
+    Rates,
+    attention_bytes,
+    attention_flops,
+    causal_pairs,
+    kv_row_bytes,
+)
 from minivllm.bench.report import Deadline, attempt, environment, say
 from minivllm.bench.shapes import shape_config
 from minivllm.bench.timing import measure, measure_rates, num_sets, rates_of
 from minivllm.config import ModelConfig
 from minivllm.kernels import Kernels
 from minivllm.kernels.cpu import choose_onednn
+from minivllm.kernels.kv_cache import Cache, QuantizedCache
 from minivllm.kernels.online_softmax import softmax, softmax_reference
 from minivllm.kernels.rotary import NormRope
 from minivllm.models.loader import weight_shapes
@@ -42,6 +49,8 @@ DECODE: dict[str, list[tuple[int, int | tuple[int, int]]]] = {
     "cuda": [(256, 1024), (64, 8192), (256, 4096), (256, (100, 2000)), (32, 1024), (1, 4096)],
     "cpu": [(8, 256), (1, 1024), (16, (10, 200))],
 }
+#: The quantized caches that the first case of DECODE is measured with, too.
+QUANTIZED = {"cuda": ["fp8", "int8"], "cpu": ["int8"]}
 #: Tokens of a step, for the operations on rows; rows and vocabulary of the logits (None: the
 #: model's).
 ROWS = {"cuda": [256, 8192], "cpu": [16, 256]}
@@ -109,15 +118,17 @@ class Setting:
 # --- attention ------------------------------------------------------------------------------------
 
 
-def paged_inputs(setting: Setting, contexts: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def paged_inputs(
+    setting: Setting, contexts: list[int], kind: str = "auto"
+) -> tuple[Cache, Cache, Tensor, Tensor]:
     """K cache, V cache, block table, context lengths; every sequence's blocks lie scattered over
-    the cache.
+    the cache. kind: a kv_cache_dtype.
     """
     _, kv_heads, dim = setting.heads
     size = setting.block_size
     needed = [-(-context // size) for context in contexts]
     shape = (sum(needed), kv_heads, size, dim)
-    caches = setting.randn(*shape), setting.randn(*shape)
+    caches = [_cache(setting, shape, kind) for _ in range(2)]
     blocks = torch.randperm(sum(needed)).int().split(needed)
     table = torch.nn.utils.rnn.pad_sequence(blocks, batch_first=True)
     return (
@@ -125,6 +136,17 @@ def paged_inputs(setting: Setting, contexts: list[int]) -> tuple[Tensor, Tensor,
         table.to(setting.device),
         torch.tensor(contexts, dtype=torch.int32, device=setting.device),
     )
+
+
+def _cache(setting: Setting, shape: tuple[int, int, int, int], kind: str) -> Cache:
+    """A cache of random numbers. Of a quantized one all scales are 1 / 32."""
+    numbers = setting.randn(*shape)
+    if kind == "auto":
+        return numbers
+    cache = QuantizedCache.zeros(shape, kind, setting.device)
+    cache.values.copy_((32 * numbers).clamp_(-127, 127))
+    cache.scales.fill_(1 / 32)
+    return cache
 
 
 def dense(cache: Tensor, table: Tensor, context: int) -> Tensor:
@@ -167,19 +189,22 @@ def decode_cases(setting: Setting) -> Iterator[Case]:
             yield _decode_case(setting, f"{batch} ragged {context[0]}..{context[1]}", contexts)
         else:
             yield _decode_case(setting, f"{batch} x {context}", [context] * batch)
+    batch, context = DECODE[setting.device.type][0]
+    assert isinstance(context, int)
+    for kind in QUANTIZED[setting.device.type]:
+        name = f"{batch} x {context}, {kind} cache"
+        yield _decode_case(setting, name, [context] * batch, kind)
 
 
-def _decode_case(setting: Setting, name: str, contexts: list[int]) -> Case:
+def _decode_case(setting: Setting, name: str, contexts: list[int], kind: str = "auto") -> Case:
     (heads, kv_heads, dim), longest, batch = setting.heads, max(contexts), len(contexts)
     element = setting.dtype.itemsize
     kernels, scale = setting.kernels, dim**-0.5
 
     def make() -> tuple:
-        return setting.randn(batch, heads, dim), *paged_inputs(setting, contexts)
+        return setting.randn(batch, heads, dim), *paged_inputs(setting, contexts, kind)
 
-    def ours(
-        query: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, lens: Tensor
-    ) -> Tensor:
+    def ours(query: Tensor, k_cache: Cache, v_cache: Cache, table: Tensor, lens: Tensor) -> Tensor:
         limits = {"max_seq_len": longest, "merge_attention": kernels.merge_attention}
         return kernels.decode_attention(query, k_cache, v_cache, table, lens, scale, **limits)
 
@@ -198,10 +223,12 @@ def _decode_case(setting: Setting, name: str, contexts: list[int]) -> Case:
         return out.reshape(batch, heads, dim)
 
     variants = {"minivllm": Variant(ours, graph=kernels.can_be_recorded)}
-    if min(contexts) == longest:  # a dense cache would be padded to the longest
+    # A dense cache would be padded to the longest, and torch has no quantized one.
+    if min(contexts) == longest and kind == "auto":
         variants |= _sdpa_variants(setting, False, contiguous, view)
         variants["torch matmuls"] = Variant(eager, contiguous, view=view)
-    moved = sum(attention_bytes(1, context, heads, kv_heads, dim, element) for context in contexts)
+    row = kv_row_bytes(dim, element, kind)
+    moved = 2 * batch * heads * dim * element + 2 * sum(contexts) * kv_heads * row
     flops = sum(attention_flops(heads, dim, context) for context in contexts)
     return Case("decode_attention", name, moved, flops, make, variants)
 

@@ -119,7 +119,7 @@ def floor_of(steps: Iterator[Step] | Sequence[Step], costs: ModelCosts, rates: R
             kv[new == 1] += context
             pairs[new == 1] += causal_pairs(new, context)
         for alone, part in ((True, "decode_attention"), (False, "prefill_attention")):
-            num_bytes = kv[alone] * costs.kv_elements_per_token * element
+            num_bytes = kv[alone] * costs.kv_bytes_per_token
             floor.add(part, num_bytes, pairs[alone] * costs.attention_flops_per_pair, rates)
     return floor
 
@@ -169,7 +169,8 @@ def run(
         raise ValueError("roofline needs a report of `minivllm bench throughput --case …`")
     engine, measured = report["engine"], report["rates"]
     rates = rates or Rates(measured["read_bytes_per_second"], measured["matmul_flops_per_second"])
-    costs = ModelCosts.of(report["model_config"], 4 if report["dtype"] == "float32" else 2)
+    element, kind = 4 if report["dtype"] == "float32" else 2, engine.get("kv_cache_dtype", "auto")
+    costs = ModelCosts.of(report["model_config"], element, kind)
     found: dict[str, Any] = {}
     for name in cases or report["cases"]:
         case = report["cases"][name]

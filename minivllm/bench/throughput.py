@@ -252,7 +252,7 @@ def run_cases(
     runner = engine.model_runner
     measured = measure_rates(runner.device, runner.dtype)
     config = asdict(engine.model_config)
-    costs = ModelCosts.of(config, runner.dtype.itemsize)
+    costs = ModelCosts.of(config, runner.dtype.itemsize, engine.config.kv_cache_dtype)
     limits = {
         name: getattr(engine.config, name) for name in ("max_num_seqs", "max_num_batched_tokens")
     }

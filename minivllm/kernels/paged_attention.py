@@ -228,16 +228,16 @@ def _decode_kernel(
         tl.store(lse_ptr + target, lse, mask=members < GROUP)
 
 
-#: BLOCK_N, warps, stages by the kind of cache and whether contexts are split. "auto" is from a
-#: sweep on an H200 for head_dim 128 in bf16. With many programs, small ones keep more bytes in
-#: flight; a few that share a context do better with a deeper pipeline. A tile of 8 bits has half
-#: the bytes, so it has twice the tokens.
+#: BLOCK_N, warps, stages by the kind of cache and whether contexts are split, from sweeps on an
+#: H200 for head_dim 128 in bf16 (256 sequences of 1024; of 8 bits with splits not measured). With
+#: many programs, small ones keep more bytes in flight; a few that share a context do better with a
+#: deeper pipeline.
 TILES = {
     ("auto", False): (32, 2, 5),
     ("auto", True): (64, 4, 5),
-    ("fp8", False): (64, 2, 5),
+    ("fp8", False): (32, 2, 5),
     ("fp8", True): (128, 4, 5),
-    ("int8", False): (64, 2, 5),
+    ("int8", False): (64, 2, 3),
     ("int8", True): (128, 4, 5),
 }
 #: Where a row of the query is longer than 256 bytes.

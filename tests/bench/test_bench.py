@@ -751,11 +751,11 @@ def test_pictures_say_in_words_what_they_show(kernel_report: dict[str, Any]) -> 
     from minivllm.viz.roofline import draw_floor, draw_roofline, roofline_points
 
     points = roofline_points(kernel_report, ["decode_attention", "prefill_attention"])
-    assert [point.letter for point in points] == list("ABCDEF")
+    assert [point.letter for point in points] == list("ABCDEFG")
     figure = draw_roofline(kernel_report)
     best = max(points, key=lambda point: point.share_of_floor)
     assert f"{best.case} with {best.share_of_floor:.0%}" in figure.alt
-    assert "6 measured kernels" in figure.alt
+    assert "7 measured kernels" in figure.alt
     with pytest.raises(ValueError, match="nobody"):
         draw_roofline(kernel_report, variant="nobody")
     parts = {
