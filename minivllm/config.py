@@ -324,7 +324,7 @@ class EngineConfig:
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
     #: Weights of 8 bits in all linear layers but the head, quantized when they are loaded. "fp8":
     #: weights and activations in e4m3. "int8": weights only, fast on a CPU, too. None: as the
-    #: checkpoint has them, quantized or not.
+    #: checkpoint has them, quantized or not. A draft model always is as its checkpoint has it.
     quantization: Literal["fp8", "int8"] | None = None
     skip_tokenizer_init: bool = False  # token ids in and out, no text
     #: Number of ranks that share the model. Under torchrun, the number of its processes.

@@ -97,6 +97,8 @@ def draft_config(config: ResolvedConfig, model: ModelConfig, num_seqs: int) -> R
         num_kv_blocks=max(of_one, min(fits, num_seqs * of_one)),
         tensor_parallel_size=1,
         speculative_config=None,
+        # The option is about the engine's model; this one is as its checkpoint has it.
+        quantization=model.quantization.method if model.quantization is not None else None,
     )
 
 
