@@ -22,15 +22,15 @@ from minivllm.kernels import cpu
 from minivllm.kernels.quantized import dequantize_reference
 from minivllm.models import loader
 from minivllm.parallel.group import TensorParallelGroup
-from support import parity
 from support.checkpoints import TINY, Reference, random_prompt, write_checkpoint
 from support.kernel_checks import require_triton
 from support.parity import Completion, RecordedLLM, assert_same_greedy
 from support.ranks import run_ranks
 
 NUM_TOKENS = 40
-#: Logit errors that count as rounding, as shares of their deviation. Measured: int8 by references
-#: 2e-5, by digits 8e-4; fp8 4e-2.
+#: Logit errors that count as rounding, as shares of their deviation. In the tests below the first
+#: completion had 1e-6 to 4e-6, and 3e-3 where activations are digits. With fp8 an error in the last
+#: bit may grow to a whole step of an activation, so more is allowed.
 INT8, DIGITS, FP8 = 2e-4, 5e-3, 2e-1
 
 
@@ -74,11 +74,16 @@ def compare(
     reference: OneAtATime,
     completions: list[Completion],
     tolerance: float,
-    monkeypatch: pytest.MonkeyPatch,
     num_tokens: int = NUM_TOKENS,
 ) -> None:
-    monkeypatch.setattr(parity, "TOLERANCE", tolerance)
-    assert_same_greedy(reference, completions, num_tokens, min_distinct=num_tokens // 3)  # type: ignore[arg-type]
+    distinct = num_tokens // 3
+    assert_same_greedy(
+        reference,  # type: ignore[arg-type]
+        completions,
+        num_tokens,
+        min_distinct=distinct,
+        tolerance=tolerance,
+    )
 
 
 KERNELS = [
@@ -97,7 +102,6 @@ def test_modes(
     tolerance: float,
     checkpoint: Path,
     references: dict[str, OneAtATime],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Batches, chunks, hits of the prefix cache, and preemption."""
     if kernels.name == "cpu" and torch.cuda.is_available():
@@ -121,12 +125,10 @@ def test_modes(
     assert llm.max_batch > 1
     operation = "linear_w8a16" if quantization == "int8" else "linear_w8a8"
     assert llm.launches[operation] > 3 * 4 * NUM_TOKENS
-    compare(references[quantization], completions, tolerance, monkeypatch)
+    compare(references[quantization], completions, tolerance)
 
 
-def test_speculation(
-    checkpoint: Path, references: dict[str, OneAtATime], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_speculation(checkpoint: Path, references: dict[str, OneAtATime]) -> None:
     """Several tokens per step, with the prompt as the source of proposals."""
     prompt = random_prompt(20)
     expected = references["int8"].greedy(prompt, NUM_TOKENS).token_ids
@@ -142,11 +144,11 @@ def test_speculation(
     )
     completions = llm.complete([prompt], num_tokens=NUM_TOKENS)
     assert llm.metrics().num_draft_tokens > 0
-    compare(references["int8"], completions, INT8, monkeypatch)
+    compare(references["int8"], completions, INT8)
 
 
 def test_two_ranks_have_the_tokens_of_one(
-    checkpoint: Path, references: dict[str, OneAtATime], monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, references: dict[str, OneAtATime]
 ) -> None:
     """The scale of a row is that of the whole row, whichever rank holds a part of it."""
     prompt = random_prompt(20)
@@ -175,9 +177,7 @@ def test_two_ranks_have_the_tokens_of_one(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("quantization", "tolerance"), [("int8", INT8), ("fp8", FP8)])
-def test_triton_interpreter(
-    quantization: str, tolerance: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_triton_interpreter(quantization: str, tolerance: float, tmp_path: Path) -> None:
     require_triton()
     if torch.cuda.is_available():
         pytest.skip("test_modes runs the compiled kernels")
@@ -187,7 +187,7 @@ def test_triton_interpreter(
     )
     completions = llm.complete([random_prompt(5, vocab_size=64)], num_tokens=3)
     reference = OneAtATime(tmp_path, quantization=quantization)
-    compare(reference, completions, tolerance, monkeypatch, num_tokens=3)
+    compare(reference, completions, tolerance, num_tokens=3)
 
 
 # --- what is quantized ----------------------------------------------------------------------------
