@@ -157,6 +157,7 @@ def num_ids(tokenizer) -> int:
     return tokenizer._tokenizer.get_vocab_size() + 3  # some that it does not know
 
 
+@pytest.mark.slow
 @PROFILE
 @given(data=st.data())
 def test_the_text_is_what_the_output_adds(tokenizer, data):

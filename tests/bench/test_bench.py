@@ -487,6 +487,7 @@ def engine(path: Path) -> LLMEngine:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("requests", [1, 4])
 def test_requests_are_all_decoding_and_leave_nothing(engine: LLMEngine, requests: int) -> None:
     start_decoding(engine, requests, 50, num_steps=5)
@@ -505,6 +506,7 @@ def test_more_requests_than_fit_are_refused(engine: LLMEngine) -> None:
     assert not engine.has_unfinished_requests()
 
 
+@pytest.mark.slow
 def test_latency(tmp_path: Path) -> None:
     out = tmp_path / "latency.json"
     sizes = ("--batches", "1,3", "--running", "2,4", "--contexts", "40", "--context-requests", 3)

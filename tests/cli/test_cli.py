@@ -71,6 +71,7 @@ def run(*arguments: str, **options) -> str:
 # --- generate -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_generate_streams_what_it_returns_at_once(checkpoint):
     arguments = ["generate", "-m", checkpoint, "-n", "24", "-t", "0", "Tell me a story."]
     streamed = run(*arguments)
@@ -250,6 +251,7 @@ def test_engine_options_of_another_type_are_refused(checkpoint, assignment, want
     assert wanted in output
 
 
+@pytest.mark.slow
 def test_prefix_caching_can_be_turned_off(checkpoint):
     prompt = "a prompt of more than one block of sixteen tokens"
     for word, hits in (("off", 0), ("on", 48)):
@@ -320,6 +322,7 @@ def test_a_trace_of_several_prompts_outlives_a_refused_one(picky, tmp_path):
     assert not file.exists()
 
 
+@pytest.mark.slow
 def test_statistics_of_nothing(picky):
     output = run("generate", "-m", picky, "--stats", "refuse", "refuse", code=2)
     assert "0 tokens in 0.00 s of 0 steps (0 tokens/s); no text" in output
@@ -983,6 +986,7 @@ def test_streams_are_put_back(capsys):
     assert (sys.stdin, sys.stdout, sys.stderr) == streams
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("redirection", "code", "said"),
     [
@@ -1048,6 +1052,7 @@ def test_bench_refuses_before_it_measures(monkeypatch, tmp_path, arguments, why)
     assert why in output
 
 
+@pytest.mark.slow
 def test_bench_says_what_its_options_make_impossible(monkeypatch):
     small = [
         "throughput",
@@ -1092,6 +1097,7 @@ def test_exit_codes_are_documented():
     )
 
 
+@pytest.mark.slow
 def test_python_m_is_the_same_command():
     command = [sys.executable, "-m", "minivllm", "--version"]
     result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
@@ -1134,6 +1140,7 @@ def test_doctor_reports_a_missing_model_with_the_cure(monkeypatch, tmp_path):
     assert CliRunner().invoke(app, ["doctor"]).exit_code == 1
 
 
+@pytest.mark.slow
 def test_doctor_reports_torch_that_is_missing_or_too_old(monkeypatch):
     import torch
 
@@ -1179,6 +1186,7 @@ def test_doctor_says_what_make_lab_brings(monkeypatch):
     assert "make test" in found["tests"].meaning
 
 
+@pytest.mark.slow
 def test_doctor_knows_which_numpy_an_older_tritons_interpreter_fails_on(monkeypatch):
     import triton
 
@@ -1195,6 +1203,7 @@ def test_doctor_knows_which_numpy_an_older_tritons_interpreter_fails_on(monkeypa
         assert ("numpy<2.4" in found["triton"].meaning) == (status == "note")
 
 
+@pytest.mark.slow
 def test_a_missing_torch_is_said_by_the_command(checkpoint):
     code = (
         "import sys; sys.modules['torch'] = None\n"

@@ -23,10 +23,7 @@ pytestmark = pytest.mark.slow
 #: Of what `make test` runs, what looks at the files that are changed below.
 FOLDERS = ("tests/course", "tests/whole", "notebooks")
 #: The site is built for its tests from what this checks below.
-SELECTED = (
-    "00_tour or (ch01 and (step or published or leak))"
-    " or (01_online_softmax and links)"
-)
+SELECTED = "00_tour or (ch01 and (step or published or leak)) or (01_online_softmax and links)"
 
 
 def clone_of(repository: Path, folder: Path) -> Path:

@@ -229,6 +229,7 @@ def test_programs_fill_the_machine_and_keep_the_work() -> None:
     assert [stop - begin for _, begin, stop, _ in plan] == [2, 2, 1, 0]
 
 
+@pytest.mark.slow
 def test_the_split_picture_says_who_works() -> None:
     figure = draw_split_kv(
         [SplitCase("one", 1, 8, 4096), SplitCase("cut", 1, 8, 4096, splits=16)], 132
