@@ -67,9 +67,9 @@ class Children:
         """
         return self._ask({"cells": cells, "limit": limit})
 
-    def warm(self, *cells: str) -> None:
-        """Execute cells in the process itself: each child then has the checks' cached results."""
-        self._ask({"warm": cells})
+    def warm(self, *cells: str) -> dict[str, Any]:
+        """`run`, but in the process itself: each child then has the checks' cached results."""
+        return self._ask({"warm": cells})
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         self.process.stdin.write(json.dumps(request) + "\n")
