@@ -241,6 +241,7 @@ def test_bytes_become_characters_one_by_one(tokenizers, kind, output, increments
     assert at_once(tokenizer, [to_id("a")], ids) == "".join(increments)
 
 
+@pytest.mark.slow
 @PROFILE
 @given(data=st.data())
 def test_decode_is_the_librarys_but_for_characters_beside_broken_bytes(tokenizer, data):

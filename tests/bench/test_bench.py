@@ -500,6 +500,7 @@ def test_requests_are_all_decoding_and_leave_nothing(engine: LLMEngine, requests
     engine.scheduler.check()
 
 
+@pytest.mark.slow
 def test_more_requests_than_fit_are_refused(engine: LLMEngine) -> None:
     with pytest.raises(ValueError, match="blocks"):
         start_decoding(engine, 5, 50, num_steps=5)
@@ -537,6 +538,7 @@ def test_latency(tmp_path: Path) -> None:
     assert "TTFT" in text
 
 
+@pytest.mark.slow
 def test_a_shared_prefix_is_computed_once(path: Path) -> None:
     llm = LLM(path, skip_tokenizer_init=True, device="cpu")
     latency.shared_prefix(llm, 4, 64, 8, repeats=1)

@@ -129,6 +129,7 @@ def test_the_prompt_may_come_from_standard_input(checkpoint):
     assert "Give a prompt" in run(*arguments, input="", code=2)
 
 
+@pytest.mark.slow
 def test_stats_say_what_it_took(checkpoint):
     result = CliRunner().invoke(app, ["generate", "-m", checkpoint, "-n", "8", "--stats", "hello"])
     assert re.search(r"^8 tokens in [\d.]+ s of 8 steps \(\d+ tokens/s\)", result.stderr)

@@ -198,6 +198,7 @@ def test_slots_of_a_request_without_blocks(trace: Trace) -> None:
         draw_slots(trace, step=999)
 
 
+@pytest.mark.slow
 def test_reads_are_sorted_into_right_missed_repeated_and_foreign() -> None:
     table, size = [3, 0, 5], 4
     wanted = [table[p // size] * size + p % size for p in range(10)]

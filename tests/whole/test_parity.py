@@ -357,6 +357,7 @@ def test_preemption_then_hits_on_ones_own_blocks(model: Checkpoint) -> None:
 # --- neighbours -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_abort_of_neighbours(model: Checkpoint, backend: str) -> None:
     """One is aborted while it decodes, one in the middle of its prompt; newcomers take over their
