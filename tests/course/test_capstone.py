@@ -370,7 +370,7 @@ def test_an_endless_piece_is_named(with_answers: Answers, only: Callable[..., No
         "=class MyEngine(MyEngine):\n    def run(self, prompts, params):\n        while True:\n    "
         "        self.step()"
     )
-    assert problems(with_answers(MyEngine=source), timeout=6.0) == [("MyEngine", "endless")]
+    assert problems(with_answers(MyEngine=source), timeout=8.0) == [("MyEngine", "endless")]
 
 
 #: Holes that only a long past, or a long run, shows.
