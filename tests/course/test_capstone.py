@@ -498,7 +498,8 @@ def test_pieces_that_only_disagree_are_told(
     with_answers: Answers, only: Callable[..., None]
 ) -> None:
     """One that is wrong only beside the other, and right alone."""
-    only("silu_mul", "build_batch", "MyEngine")
+    # Without silu_mul the mark stays; the model's turn, with both, takes it away.
+    only("silu_mul", "Qwen3", "build_batch")
     root = with_answers(
         build_batch=(
             "=given_batch = build_batch\n\n\ndef build_batch(rows, block_table, block_size):\n"
