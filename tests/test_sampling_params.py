@@ -406,6 +406,7 @@ def cases(reference):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

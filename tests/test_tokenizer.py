@@ -387,6 +387,7 @@ def ways(llm, prompt, params) -> dict[str, str]:
     return dict(zip(WAYS, (output.outputs[0].text, streamed, cumulative[-1]), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("seed", range(3))
 def test_prompt_and_text_read_as_one(llm, seed, skip):
@@ -401,6 +402,7 @@ def test_prompt_and_text_read_as_one(llm, seed, skip):
     assert ways(llm, output.prompt_token_ids, params)["generate"] == whole[len(before) :]
 
 
+@pytest.mark.slow
 def test_the_stop_token_may_stay_in_the_text(llm):
     tokenizer = llm.get_tokenizer()
     [output] = llm.generate("w1 w2", HOT, use_tqdm=False)
@@ -431,6 +433,7 @@ def test_the_stop_string_may_stay_in_the_text(llm):
         assert set(ways(llm, "w1 w2", params).values()) == {right}
 
 
+@pytest.mark.slow
 def test_without_detokenizing_there_is_no_text(llm, monkeypatch):
     params = replace(HOT, detokenize=False, logprobs=2, prompt_logprobs=1)
     [right] = llm.generate("w1 w2", HOT, use_tqdm=False)

@@ -496,6 +496,7 @@ def engine(path: Path) -> LLMEngine:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("requests", [1, 4])
 def test_requests_are_all_decoding_and_leave_nothing(engine: LLMEngine, requests: int) -> None:
     start_decoding(engine, requests, 50, num_steps=5)
@@ -508,12 +509,14 @@ def test_requests_are_all_decoding_and_leave_nothing(engine: LLMEngine, requests
     engine.scheduler.check()
 
 
+@pytest.mark.slow
 def test_more_requests_than_fit_are_refused(engine: LLMEngine) -> None:
     with pytest.raises(ValueError, match="blocks"):
         start_decoding(engine, 5, 50, num_steps=5)
     assert not engine.has_unfinished_requests()
 
 
+@pytest.mark.slow
 def test_latency(tmp_path: Path) -> None:
     out = tmp_path / "latency.json"
     sizes = ("--batches", "1,3", "--running", "2,4", "--contexts", "40", "--context-requests", 3)
@@ -544,6 +547,7 @@ def test_latency(tmp_path: Path) -> None:
     assert "TTFT" in text
 
 
+@pytest.mark.slow
 def test_a_shared_prefix_is_computed_once(path: Path) -> None:
     llm = LLM(path, skip_tokenizer_init=True, device="cpu")
     latency.shared_prefix(llm, 4, 64, 8, repeats=1)

@@ -33,6 +33,8 @@ from support.fake_server import Answer, Fake, fake_server
 from support.pictures import MAX_PNG_BYTES
 from support.servers import server, wait_for
 
+pytestmark = pytest.mark.slow
+
 SERVER = Server(Endpoint("127.0.0.1", 1), "fake", None, 1000, None)
 SMALL = ["--input", "4-9", "--output", "3-6", "--warmup", "2"]
 
@@ -568,7 +570,6 @@ def test_our_own_server(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
 def test_a_server_of_its_own() -> None:
     options = ["-e", "device=cpu", "-e", "num_kv_blocks=64", "--requests", "3", *SMALL]
     said = bench("--spawn", *options, "--api-key", "secret")
@@ -576,7 +577,6 @@ def test_a_server_of_its_own() -> None:
     assert "secret" not in said
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("core", ["process", "thread"])
 def test_what_serving_costs(tmp_path: Path, core: str) -> None:
     """The same requests in `LLM.generate`, for closed loops only."""
@@ -596,13 +596,11 @@ def test_what_serving_costs(tmp_path: Path, core: str) -> None:
     assert f"{share:.0%}" in said
 
 
-@pytest.mark.slow
 def test_a_server_that_does_not_start_says_why() -> None:
     with pytest.raises(ConfigError, match="did not start"), spawned("/nowhere"):
         pytest.fail("it started")
 
 
-@pytest.mark.slow
 def test_a_server_of_its_own_ends_when_its_owner_is_killed() -> None:
     code = (
         "import time; from minivllm.bench.spawned import spawned\n"

@@ -268,9 +268,9 @@ def test_no_paraphrase_is_a_question_of_the_corpus(
 def test_held_out_stories(bundle):
     from minivllm.bundled.training.evaluate import score_stories
 
-    scores, _ = score_stories(bundle, 200)
+    scores, _ = score_stories(bundle, 100)
     assert scores["both_named_and_ended"] >= 0.95
-    assert scores["distinct_texts"] >= 150
+    assert scores["distinct_texts"] >= 75
     assert scores["pairs_sharing_20_tokens"] < 0.1
 
 

@@ -7,6 +7,8 @@ import torch
 
 from minivllm.bundled.training import distill, train
 
+pytestmark = pytest.mark.slow
+
 
 def test_steps_are_counted_as_an_engine_would_make_them() -> None:
     right = [True] * 11
@@ -17,7 +19,6 @@ def test_steps_are_counted_as_an_engine_would_make_them() -> None:
     assert distill.accepted_per_step(mixed, 2) == [2, 0, 1, 2]
 
 
-@pytest.mark.slow
 def test_drafts_are_small_and_learn_from_the_teacher_together() -> None:
     special = {"pad": 0, "eos": 2}
     teacher = train.new_model(1, special, distill.architecture("1x32"))

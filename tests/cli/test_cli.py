@@ -71,6 +71,7 @@ def run(*arguments: str, **options) -> str:
 # --- generate -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_generate_streams_what_it_returns_at_once(checkpoint):
     arguments = ["generate", "-m", checkpoint, "-n", "24", "-t", "0", "Tell me a story."]
     streamed = run(*arguments)
@@ -128,6 +129,7 @@ def test_the_prompt_may_come_from_standard_input(checkpoint):
     assert "Give a prompt" in run(*arguments, input="", code=2)
 
 
+@pytest.mark.slow
 def test_stats_say_what_it_took(checkpoint):
     result = CliRunner().invoke(app, ["generate", "-m", checkpoint, "-n", "8", "--stats", "hello"])
     assert re.search(r"^8 tokens in [\d.]+ s of 8 steps \(\d+ tokens/s\)", result.stderr)
@@ -250,6 +252,7 @@ def test_engine_options_of_another_type_are_refused(checkpoint, assignment, want
     assert wanted in output
 
 
+@pytest.mark.slow
 def test_prefix_caching_can_be_turned_off(checkpoint):
     prompt = "a prompt of more than one block of sixteen tokens"
     for word, hits in (("off", 0), ("on", 48)):
@@ -320,6 +323,7 @@ def test_a_trace_of_several_prompts_outlives_a_refused_one(picky, tmp_path):
     assert not file.exists()
 
 
+@pytest.mark.slow
 def test_statistics_of_nothing(picky):
     output = run("generate", "-m", picky, "--stats", "refuse", "refuse", code=2)
     assert "0 tokens in 0.00 s of 0 steps (0 tokens/s); no text" in output
@@ -698,18 +702,26 @@ def test_a_damaged_trace_is_one_clear_line(tmp_path):
     """
     file = tmp_path / "trace.json"
     accepted = []
-    for name, content in spoilt_traces().items():
+    for number, (name, content) in enumerate(spoilt_traces().items()):
         file.write_text(json.dumps(content))
+        refused = ""
+        try:
+            Trace.load(file)
+            accepted.append(name)
+        except TraceError as error:
+            refused = str(error)
+            assert refused.startswith(
+                f"{file} holds no trace that this version of minivllm can read ("
+            ), name
+            assert "\n" not in refused, name
+        if refused and number % 10:
+            continue  # the command says of all of them what this error says
         result = CliRunner().invoke(app, ["trace", "--show", str(file)])
         assert isinstance(result.exception, SystemExit | None), (name, result.exception)
-        if result.exit_code == 0:
-            accepted.append(name)
+        if refused:
+            assert (result.exit_code, result.stderr) == (2, f"Error: {refused}\n"), name
         else:
-            assert (result.exit_code, result.stderr.count("\n")) == (2, 1), name
-            assert (
-                f"Error: {file} holds no trace that this version of minivllm can read ("
-                in result.stderr
-            )
+            assert result.exit_code == 0, name
     # Empty lists are lists, 1 is a number of seconds, and what has a default may be missing.
     assert "right" in accepted
     assert all("missing" not in name for name in accepted)
@@ -983,6 +995,7 @@ def test_streams_are_put_back(capsys):
     assert (sys.stdin, sys.stdout, sys.stderr) == streams
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("redirection", "code", "said"),
     [
@@ -1048,6 +1061,7 @@ def test_bench_refuses_before_it_measures(monkeypatch, tmp_path, arguments, why)
     assert why in output
 
 
+@pytest.mark.slow
 def test_bench_says_what_its_options_make_impossible(monkeypatch):
     small = [
         "throughput",
@@ -1092,6 +1106,7 @@ def test_exit_codes_are_documented():
     )
 
 
+@pytest.mark.slow
 def test_python_m_is_the_same_command():
     command = [sys.executable, "-m", "minivllm", "--version"]
     result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
@@ -1134,6 +1149,7 @@ def test_doctor_reports_a_missing_model_with_the_cure(monkeypatch, tmp_path):
     assert CliRunner().invoke(app, ["doctor"]).exit_code == 1
 
 
+@pytest.mark.slow
 def test_doctor_reports_torch_that_is_missing_or_too_old(monkeypatch):
     import torch
 
@@ -1179,6 +1195,7 @@ def test_doctor_says_what_make_lab_brings(monkeypatch):
     assert "make test" in found["tests"].meaning
 
 
+@pytest.mark.slow
 def test_doctor_knows_which_numpy_an_older_tritons_interpreter_fails_on(monkeypatch):
     import triton
 
@@ -1195,6 +1212,7 @@ def test_doctor_knows_which_numpy_an_older_tritons_interpreter_fails_on(monkeypa
         assert ("numpy<2.4" in found["triton"].meaning) == (status == "note")
 
 
+@pytest.mark.slow
 def test_a_missing_torch_is_said_by_the_command(checkpoint):
     code = (
         "import sys; sys.modules['torch'] = None\n"

@@ -158,6 +158,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_errors_of_a_checkpoint(checkpoint: Path) -> None:
     model, refused = ["-m", str(checkpoint)], f"refuse {HOSTILE}"
     assert_harmless(minivllm("generate", *model, refused, code=2))
@@ -170,6 +171,7 @@ def test_errors_of_a_checkpoint(checkpoint: Path) -> None:
     (checkpoint / "kept.json").rename(checkpoint / "config.json")
 
 
+@pytest.mark.slow
 def test_the_names_of_models_and_files(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / HOSTILE.replace("/", "")
     assert_harmless(minivllm("trace", "-m", str(checkpoint), "-n", "2", "-o", str(out), "hello"))

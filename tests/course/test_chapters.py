@@ -55,28 +55,40 @@ def chapter(request: pytest.FixtureRequest) -> Chapter:
 
 
 _running: dict[str, Children] = {}
-_warm: set[str] = set()
+#: Exercise -> what its solution and its check gave.
+_solved: dict[str, dict[str, Any]] = {}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_child_stays() -> Iterator[None]:
     yield
-    _warm.clear()
+    _solved.clear()
     while _running:
         _running.popitem()[1].close()
 
 
-def run(chapter: Chapter, part: Part, *cells: str) -> dict[str, Any]:
-    """`Children.run` of cells for an exercise, skipped where this machine cannot run its check."""
+def solve(chapter: Chapter, part: Part) -> dict[str, Any]:
+    """`Children.run` of an exercise's solution, once; skipped where its check cannot run.
+
+    It runs in the process that the others are forked from. So imports, and the runs that a check
+    compares with and keeps, are made once, not for each answer.
+    """
     if chapter.name not in _running:
         folder = chapter.exercises.parent
         _running[chapter.name] = Children(parts_of(chapter)[0], chapter.number, folder)
-    if part.id not in _warm:
-        # Imports, and the runs that a check compares with and keeps, are made once, not for each
-        # answer.
-        _warm.add(part.id)
-        _running[chapter.name].warm(part.answer, part.check)
-    result = _running[chapter.name].run(*cells)
+    if part.id not in _solved:
+        cells = (part.answer, *part.pictures, part.check)
+        _solved[part.id] = _running[chapter.name].warm(*cells)
+    return _runnable(_solved[part.id])
+
+
+def run(chapter: Chapter, part: Part, *cells: str) -> dict[str, Any]:
+    """`Children.run` of cells for an exercise, skipped where this machine cannot run its check."""
+    solve(chapter, part)
+    return _runnable(_running[chapter.name].run(*cells))
+
+
+def _runnable(result: dict[str, Any]) -> dict[str, Any]:
     if result["raised"] == "NotRunnableHere":
         pytest.skip(f"not runnable here: {result['message']}")
     return result
@@ -89,7 +101,7 @@ def run(chapter: Chapter, part: Part, *cells: str) -> dict[str, Any]:
     ("chapter", "part"), PARTS, ids=[label(c, part.id, "solution") for c, part in PARTS]
 )
 def test_the_solution_passes(chapter: Chapter, part: Part) -> None:
-    result = run(chapter, part, part.answer, *part.pictures, part.check)
+    result = solve(chapter, part)
     assert result["raised"] is None, f"{result}\n{as_committed(chapter.solution_path)[1]}"
     assert result["printed"] == part.printed, (
         "the check prints something else than the solution's notebook shows:"

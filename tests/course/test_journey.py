@@ -6,12 +6,14 @@ the next: the last test finds all pieces checked, as `minivllm course` says on t
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from minivllm.cli.app import app
+from minivllm.course.grading.capstone.pieces import PIECES
 from minivllm.course.grading.records import NOT_RUNNABLE, PASSED, Records
 from minivllm.course.notebooks import Chapter, chapters
 from support.solved import write_solved
@@ -50,8 +52,23 @@ def test_a_chapter(root: Path, chapter: Chapter) -> None:
     assert f"{list(states.values()).count(PASSED)} of {len(states)} passed." in said
 
 
-def test_the_capstone() -> None:
-    assert "You have built an inference engine." in minivllm("check", "capstone")
+def test_the_capstone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    said = minivllm("check", "capstone")
+    assert said.count("✓") == len(PIECES)
+    assert "You have built an inference engine." in said
+    assert "tokens per second" in said
+    assert "rounds in turn, medians" in said
+    assert "minivllm chat --mine" in said
+    calls = dict(re.findall(r"✓ .* (\w+) +\d\d\.\d +([\d,]+) calls", said))
+    assert set(calls) == {piece.answer for piece in PIECES}
+    assert "0" not in calls.values()
+
+    page = (root / "exercises/my_engine.html").read_text(encoding="utf-8")
+    assert "Once" in page
+    assert all(piece.answer in page for piece in PIECES)
+    assert "http" not in page
+
     said = minivllm("course")
     assert "All exercises have passed." in said
     assert "the engine that you wrote: passed" in said

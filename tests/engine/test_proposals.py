@@ -266,6 +266,7 @@ SPECULATING: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", SPECULATING)
 def test_the_same_with_a_proposer(
     path: Path, another: Path, plain: dict, plain_sampled: dict, how: str
@@ -290,6 +291,7 @@ def test_the_same_with_a_proposer(
     assert_same(serve(llm, sampled_requests()), plain_sampled)
 
 
+@pytest.mark.slow
 def test_an_interrupted_proposer_begins_anew(path: Path, plain: dict) -> None:
     """As after Ctrl-C while the draft computes, and while the model does."""
     llm, requests = make(path, **SPECULATING["itself"](path, path)), all_requests()
@@ -329,6 +331,7 @@ def test_right_proposals_save_steps(path: Path, plain: dict) -> None:
     assert guessing.metrics().num_steps < 0.6 * plainly.metrics().num_steps
 
 
+@pytest.mark.slow
 def test_an_interrupt_forgets_proposals_and_no_token(path: Path, plain: dict) -> None:
     """As after Ctrl-C: the core begins anew in the middle, from the tokens that have been told."""
     llm, requests = make(path), all_requests()

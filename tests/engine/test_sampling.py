@@ -234,6 +234,7 @@ def test_seeds_use_their_high_bits(llm):
     assert len(set(map(tuple, drawn))) == 4
 
 
+@pytest.mark.slow
 def test_n_completions_differ_and_can_be_repeated(llm, cramped):
     params = dataclasses.replace(SAMPLED, n=8)
     first = [o.token_ids for o in generate(llm, PROMPT, params)[0].outputs]
@@ -313,6 +314,7 @@ def edited(reference):
     return cases
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", range(len(EDITS)), ids=[str(edit) for edit in EDITS])
 def test_edits_of_the_logits(llm, edited, case):
     prompt, params, expected = edited[case]
@@ -321,6 +323,7 @@ def test_edits_of_the_logits(llm, edited, case):
     assert tokens_of(llm, prompt, plain) != [expected], "the edit changes nothing here"
 
 
+@pytest.mark.slow
 def test_edits_in_one_batch(llm, chunked, cramped, edited):
     """All of them together, whole, in chunks, with preemption: a row's edits are its own and
     survive recomputing.
@@ -333,6 +336,7 @@ def test_edits_in_one_batch(llm, chunked, cramped, edited):
     assert cramped.metrics().num_preemptions > before + 3
 
 
+@pytest.mark.slow
 def test_edits_one_step_late(checkpoint, edited):
     """Planned before the last token is known on the CPU: penalties and minimum lengths must not lag
     behind.

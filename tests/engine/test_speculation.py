@@ -227,6 +227,7 @@ def test_a_proposer_without_a_method_of_its_own(path: Path) -> None:
 # --- the draft model ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_draft_that_is_the_model_is_always_right(path: Path) -> None:
     """Its own cache holds what it should, also when blocks and slots are short.
 
@@ -335,6 +336,7 @@ class LooksUp(Scheduler):
         return accepted
 
 
+@pytest.mark.slow
 def test_random_histories_with_prompt_lookup() -> None:
     """Pools so small that sequences are preempted, in steps of a few tokens."""
     met = run_many(range(150), False, scheduler_cls=LooksUp)

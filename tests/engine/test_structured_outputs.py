@@ -173,11 +173,13 @@ def expected(llm: LLM) -> list[Any]:
     return results(generate(llm, *mixed()))
 
 
+@pytest.mark.slow
 def test_requests_without_a_grammar_are_not_affected(llm: LLM, expected: list[Any]) -> None:
     prompts, all_params = mixed()
     assert results(generate(llm, prompts[1::2], all_params[1::2])) == expected[1::2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -216,6 +218,7 @@ def test_graphs_and_steps_ahead_on_a_gpu_change_no_text() -> None:
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_completions_of_one_prompt_have_states_of_their_own(llm: LLM) -> None:
     (output,) = generate(llm, PROMPT, params(3, n=6))
     assert all(re.fullmatch(REGEX, c.text) for c in output.outputs)
@@ -223,6 +226,7 @@ def test_completions_of_one_prompt_have_states_of_their_own(llm: LLM) -> None:
     assert results(generate(llm, PROMPT, params(3, n=6))) == results([output])
 
 
+@pytest.mark.slow
 def test_an_interrupted_engine_goes_on_with_the_same_text(llm: LLM) -> None:
     (expected,) = results(generate(llm, PROMPT, params(5, wanted={"json": SCHEMA})))
     engine = llm.llm_engine
@@ -252,6 +256,7 @@ class _Guesser:
             scheduler.propose(seq, [*right, 7, 11])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", [False, True])
 def test_proposals_are_verified_under_the_grammar(llm: LLM, late: bool) -> None:
     asked = params(5, wanted={"json": SCHEMA})
@@ -268,6 +273,7 @@ def test_proposals_are_verified_under_the_grammar(llm: LLM, late: bool) -> None:
     assert late or (guesser.num_right > 5 and number < len(expected.outputs[0].token_ids))
 
 
+@pytest.mark.slow
 def test_a_draft_that_knows_no_grammar_changes_no_text(llm: LLM) -> None:
     """The draft is the model itself, without the masks: it is often right, and sometimes not."""
     asked = [params(5, wanted={"json": SCHEMA}), params(6), params(7, wanted={"regex": REGEX})]
@@ -279,6 +285,7 @@ def test_a_draft_that_knows_no_grammar_changes_no_text(llm: LLM) -> None:
     assert 0 < metrics.num_accepted_tokens < metrics.num_draft_tokens
 
 
+@pytest.mark.slow
 def test_two_ranks_mask_alike(expected: list[Any]) -> None:
     prompts, all_params = mixed()
 
@@ -320,6 +327,7 @@ def test_logprobs_are_those_before_the_mask(llm: LLM) -> None:
         assert mine[token_id].logprob == pytest.approx(right[token_id].logprob, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"ignore_eos": True}, {"min_tokens": 60}], ids=str)
 def test_a_finished_grammar_ends_the_request(llm: LLM, changes: dict) -> None:
     """Where end-of-sequence is the only token left, it ends the request. Not before."""

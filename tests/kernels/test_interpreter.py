@@ -1,4 +1,4 @@
-"""Triton's interpreter remembers the names that it replaces, and still replaces all of them."""
+"""Triton's interpreter does less, and still replaces all names, and computes the same."""
 
 from __future__ import annotations
 
@@ -58,7 +58,20 @@ def test_a_second_call_changes_nothing() -> None:
     softmax(torch.randn(1, 3))
     from triton.runtime import interpreter
 
-    first = interpreter._patch_builtin
-    assert first.remembers
+    def changed() -> list:
+        builder = interpreter.interpreter_builder
+        return [interpreter._patch_builtin, interpreter._patch_lang, builder.options]
+
+    first = changed()
+    assert first[0].remembers
+    assert first[1].looks_first
+    assert first[2].sanitize_overflow is False
     quicken()
-    assert interpreter._patch_builtin is first
+    assert [*map(id, changed())] == [*map(id, first)]
+
+
+def test_the_check_that_is_left_out_has_never_said_anything() -> None:
+    """The interpreter drops the result of its checks for overflow where debug is not set."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    assert interpreter.InterpreterOptions().debug is False
+    assert interpreter.interpreter_semantic.device_assert(False, "an overflow", None) is None

@@ -68,6 +68,7 @@ def test_a_class_of_ones_own_comes_before_the_registry(tmp_path: Path) -> None:
     assert type(LLM(tmp_path, **OPTIONS, model_cls=Mine).llm_engine.model_runner.model) is Mine
 
 
+@pytest.mark.slow
 def test_a_new_family_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seed-OSS without biases is Llama under another name: refused before its line, and
     transformers' tokens after it.

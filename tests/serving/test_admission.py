@@ -13,6 +13,8 @@ from minivllm.serving.admission import Admission
 from minivllm.serving.state import ServerOptions
 from support.servers import PATIENCE, server
 
+pytestmark = pytest.mark.slow
+
 
 class Clock:
     now = 100.0

@@ -65,6 +65,7 @@ def refusal(running: Running, path: str, body: Any, status: int = 400, **more: A
 # --- what it answers ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_completion_is_that_of_generate(running: Running, llm: LLM) -> None:
     params = SamplingParams(temperature=0.9, seed=5, max_tokens=20, top_k=40, top_p=0.95)
     (expected,) = llm.generate([STORY], params, use_tqdm=False)
@@ -128,6 +129,7 @@ def test_a_chat_that_continues_its_last_message(running: Running) -> None:
     assert answer["choices"][0]["message"]["content"] == same["choices"][0]["text"]
 
 
+@pytest.mark.slow
 def test_64_at_once_are_those_of_generate(running: Running, llm: LLM) -> None:
     """Half of them as streams; each with a seed of its own, and with the model's own top_p."""
     defaults = llm.get_default_sampling_params()

@@ -22,6 +22,8 @@ from minivllm.errors import (
 from minivllm.sampling_params import RequestOutputKind
 from minivllm.serving.async_llm import AsyncLLM
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = {"device": "cpu", "num_kv_blocks": 200}
 PROMPTS = [f"Tell me a story about fox number {n}." for n in range(8)]
 
@@ -95,7 +97,6 @@ def test_the_texts_are_those_of_generate(core: str, kind: str, texts: list[str])
     run(test, core)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("core", ["thread", "process"])
 def test_tensor_parallelism(core: str, texts: list[str]) -> None:
     async def one(llm: AsyncLLM, n: int) -> str:

@@ -13,6 +13,8 @@ from openai import OpenAI
 from minivllm.serving.state import ServerOptions
 from support.servers import Running, server
 
+pytestmark = pytest.mark.slow
+
 STORY = "Tell me a story about a fox."
 MESSAGES = [{"role": "user", "content": STORY}]
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 #: What only a server, or only a structured output, needs.
 OF_THE_SERVER = [
     *("fastapi", "httptools", "httpx", "llguidance", "prometheus_client", "pydantic"),

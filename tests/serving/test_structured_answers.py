@@ -18,6 +18,8 @@ from minivllm.serving.state import ServerState
 
 pytest.importorskip("llguidance")
 
+pytestmark = pytest.mark.slow
+
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 SCHEMA = {
     "type": "object",

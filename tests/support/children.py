@@ -13,6 +13,7 @@ import io
 import json
 import linecache
 import os
+import pickle
 import select
 import signal
 import subprocess
@@ -67,9 +68,9 @@ class Children:
         """
         return self._ask({"cells": cells, "limit": limit})
 
-    def warm(self, *cells: str) -> None:
-        """Execute cells in the process itself: each child then has the checks' cached results."""
-        self._ask({"warm": cells})
+    def warm(self, *cells: str) -> dict[str, Any]:
+        """`run`, but in the process itself: each child then has the checks' cached results."""
+        return self._ask({"warm": cells})
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         self.process.stdin.write(json.dumps(request) + "\n")
@@ -128,8 +129,10 @@ def run_forked(cells: list[str], limit: int, namespace: dict[str, Any]) -> dict[
         os.close(reading)
         sys.stdin, code = None, 1
         try:
-            with os.fdopen(writing, "w") as pipe:
-                json.dump(run_cells(cells, namespace), pipe)
+            known, before = set(diagnosing().suspected), set(diagnosing().given)
+            result = json.dumps(run_cells(cells, namespace)).encode()
+            with os.fdopen(writing, "wb") as pipe:
+                pipe.write(result + b"\n" + packed_runs(known, before))
             code = 0
         finally:
             os._exit(code)
@@ -151,7 +154,31 @@ def run_forked(cells: list[str], limit: int, namespace: dict[str, Any]) -> dict[
             "message": why,
             "printed": "",
         }
-    return json.loads(written)
+    result, _, packed = written.partition(b"\n")
+    for key, run in pickle.loads(packed).items():
+        diagnosing().given[key] = pickle.loads(run)
+    return json.loads(result)
+
+
+def packed_runs(known: set[int], before: set[tuple[int, bytes]]) -> bytes:
+    """What suspects have given in this child, for its parent. known: the parent's suspects.
+
+    before: of which runs the parent knows. See `minivllm.course.grading.diagnose.given`.
+    """
+    packed = {}
+    if known <= diagnosing().suspected.keys():
+        for key, run in diagnosing().given.items():
+            if key[0] in known and key not in before:
+                with contextlib.suppress(Exception):
+                    pickle.loads(text := pickle.dumps(run))
+                    packed[key] = text
+    return pickle.dumps(packed)
+
+
+def diagnosing() -> Any:
+    from minivllm.course.grading import diagnose
+
+    return diagnose
 
 
 def main() -> None:

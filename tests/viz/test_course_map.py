@@ -18,6 +18,8 @@ from minivllm.course.grading.exercise import check
 from minivllm.course.notebooks import ROAD, Chapter, Stop, as_committed, road
 from minivllm.viz.course_map import columns, direct, draw_course_map, places
 
+pytestmark = pytest.mark.slow
+
 STOPS = [
     Stop("00_tour", "begin", "", reading=5),
     Stop("01_one", "kernels", "", reading=50, exercises=40),

@@ -50,6 +50,7 @@ def trace() -> Trace:
     return trace
 
 
+@pytest.mark.slow
 def test_a_trace_remembers_prompts_and_texts(trace: Trace, tmp_path: Path) -> None:
     assert "What is a KV cache?" in trace.prompts["1"]
     trace.save(tmp_path / "trace.json")

@@ -216,6 +216,7 @@ def test_a_reservation_beyond_the_axis_is_said(shared: Trace) -> None:
     assert "▲ up to 12,288" in [text.get_text() for text in ax.texts]
 
 
+@pytest.mark.slow
 def test_a_saved_trace_draws_the_same(shared: Trace, tmp_path: Path) -> None:
     shared.save(tmp_path / "trace.json")
     loaded = Trace.load(tmp_path / "trace.json")
@@ -236,6 +237,7 @@ def displayed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict, dict]]:
     return outputs
 
 
+@pytest.mark.slow
 def test_a_figure_displays_picture_and_caption(shared: Trace, displayed: list) -> None:
     figure = draw_block_table(shared, 1)
     figure._ipython_display_()
@@ -286,6 +288,7 @@ def test_imports_are_lazy() -> None:
     assert result.stdout.strip() == "set()"
 
 
+@pytest.mark.slow
 def test_pictures_need_no_pyplot_and_no_main_thread(shared: Trace) -> None:
     pngs: list[bytes] = []
     thread = threading.Thread(target=lambda: pngs.append(draw_block_table(shared, 2).to_png()))

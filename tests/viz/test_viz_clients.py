@@ -28,6 +28,7 @@ PICTURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PICTURES)
 def test_pictures_are_small_and_bring_words(name: str) -> None:
     figure = PICTURES[name]()

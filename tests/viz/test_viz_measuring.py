@@ -48,6 +48,7 @@ def bars(ax) -> list[tuple[float, float]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PICTURES)
 def test_pictures_are_small_and_bring_words(name: str) -> None:
     figure = PICTURES[name]()

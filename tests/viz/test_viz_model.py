@@ -127,6 +127,7 @@ def test_pairings_name_their_pairs_and_refuse_others() -> None:
 # --- the block and its stream ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_block_says_what_each_box_makes(bundled: ModelConfig) -> None:
     alt = draw_block(bundled).alt
     for words in (
@@ -235,6 +236,7 @@ def test_bars_say_shares(bundled: ModelConfig) -> None:
     assert "40,000 tokens: " in figure.alt
 
 
+@pytest.mark.slow
 def test_pictures_are_small_and_say_what_they_are(bundled: ModelConfig) -> None:
     lens = {f"block {i}": [(f"word {j}", j / 12) for j in range(10)] for i in range(7)}
     figures = [
@@ -252,6 +254,7 @@ def test_pictures_are_small_and_say_what_they_are(bundled: ModelConfig) -> None:
         assert len(figure.caption) > 30
 
 
+@pytest.mark.slow
 def test_importing_it_needs_no_torch() -> None:
     code = "import sys, minivllm.viz.model; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

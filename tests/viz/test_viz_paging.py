@@ -198,6 +198,7 @@ def test_slots_of_a_request_without_blocks(trace: Trace) -> None:
         draw_slots(trace, step=999)
 
 
+@pytest.mark.slow
 def test_reads_are_sorted_into_right_missed_repeated_and_foreign() -> None:
     table, size = [3, 0, 5], 4
     wanted = [table[p // size] * size + p % size for p in range(10)]
@@ -229,6 +230,7 @@ def test_programs_fill_the_machine_and_keep_the_work() -> None:
     assert [stop - begin for _, begin, stop, _ in plan] == [2, 2, 1, 0]
 
 
+@pytest.mark.slow
 def test_the_split_picture_says_who_works() -> None:
     figure = draw_split_kv(
         [SplitCase("one", 1, 8, 4096), SplitCase("cut", 1, 8, 4096, splits=16)], 132

@@ -175,6 +175,7 @@ def test_columns_stack_their_parts_on_one_scale() -> None:
         draw_shares({}, "GB", "Memory")
 
 
+@pytest.mark.slow
 def test_pictures_are_small_and_say_what_they_are() -> None:
     config = shape_config("qwen3-8b")
     figures = [
@@ -190,6 +191,7 @@ def test_pictures_are_small_and_say_what_they_are() -> None:
         assert len(figure.caption) > 30
 
 
+@pytest.mark.slow
 def test_importing_it_needs_no_torch() -> None:
     code = "import sys, minivllm.viz.parallel; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -121,6 +121,7 @@ def test_a_tree_holds_every_prompt(seed: int) -> None:
     assert all(len(node.owners) == 1 for node in nodes if node.block_hash is None)
 
 
+@pytest.mark.slow
 def test_the_tree_is_drawn() -> None:
     figure = draw_prefix_tree(
         PROMPTS, 2, lambda tokens: f"{'-'.join(map(str, tokens))} $5<|im_end|>\n"
@@ -140,6 +141,7 @@ def test_the_tree_is_drawn() -> None:
     check_words_and_size(figure)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_boxes_of_a_tree_do_not_overlap(seed: int) -> None:
     prompts = random_prompts(seed)
@@ -174,6 +176,7 @@ def test_a_story_keeps_what_it_was_told() -> None:
     assert story.steps[-2].free[-3:] == (3, 1, 0)  # tails before heads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", range(6))
 def test_every_moment_is_drawn(step: int) -> None:
     story = told_story()

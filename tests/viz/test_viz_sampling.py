@@ -88,6 +88,7 @@ def test_words_take_the_place_of_ids() -> None:
     assert "␣fox" in texts(draw_flat_batch(step, 4, words=[" fox"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rows", [[BatchRow([1] * 90, 0, False)], [BatchRow([1], i, True) for i in range(40)]]
 )
@@ -218,6 +219,7 @@ def test_who_is_not_there_has_no_life(trace: Trace) -> None:
         life(unfinished, "0/0")
 
 
+@pytest.mark.slow
 def test_all_pictures_are_small_and_bring_words(trace: Trace) -> None:
     replay = SampledText((Draw((0.5, 0.2, 0.2, 0.1), 0.75, 2),), WORDS)
     figures = [

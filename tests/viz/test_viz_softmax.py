@@ -72,6 +72,7 @@ def test_what_cannot_be_replayed_is_refused() -> None:
             draw_merge(SCORES, cuts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [1, 5])
 def test_columns_are_made_of_the_pieces(block: int) -> None:
     replay = online_softmax(SCORES, block)
@@ -98,6 +99,7 @@ def test_words_and_sentence_say_the_numbers() -> None:
     assert "sum 0.00" in masked.alt
 
 
+@pytest.mark.slow
 def test_a_replay_does_not_jump_and_stays_small() -> None:
     replay = online_softmax(SCORES)
     figures = [draw_online_softmax(replay, step) for step in range(12)]
@@ -107,6 +109,7 @@ def test_a_replay_does_not_jump_and_stays_small() -> None:
     assert max(len(figure.to_png()) for figure in figures) < MAX_PNG_BYTES
 
 
+@pytest.mark.slow
 def test_another_function_s_sums_are_marked() -> None:
     replay = online_softmax(SCORES)
     right = [step.new_sum for step in replay.steps]
@@ -120,6 +123,7 @@ def test_another_function_s_sums_are_marked() -> None:
     assert draw_online_softmax(replay, found=[1000.0] * 12).axes[1].get_ylim()[1] > 1000
 
 
+@pytest.mark.slow
 def test_the_slider_shows_each_step() -> None:
     pytest.importorskip("ipywidgets")
     replay = online_softmax(SCORES)

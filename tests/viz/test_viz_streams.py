@@ -206,6 +206,7 @@ def test_a_slot_shows_where_its_step_writes() -> None:
     assert "slots 0 reads" in figure.caption
 
 
+@pytest.mark.slow
 def test_pictures_are_small_and_have_words(runs: dict[str, list[Span]]) -> None:
     for figure in (
         draw_streams(runs),

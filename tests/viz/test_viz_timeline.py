@@ -191,6 +191,7 @@ def test_gaps_are_those_of_the_requests() -> None:
 # --- the pictures ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", STEPWISE)
 def test_every_step_draws_small_with_words_and_one_size(draw, trace: Trace) -> None:
     sizes, captions = set(), set()
@@ -207,6 +208,7 @@ def test_every_step_draws_small_with_words_and_one_size(draw, trace: Trace) -> N
     assert figure.alt.encode() in figure.to_png()
 
 
+@pytest.mark.slow
 def test_the_caption_says_who_does_what(simulated: Trace) -> None:
     for step, record in list(enumerate(simulated.steps))[::3]:
         figure = draw_timeline(simulated, step)
@@ -255,6 +257,7 @@ def test_labels_stand_beside_their_rows_and_are_cut(simulated: Trace) -> None:
     assert ax.get_position().x0 > draw_timeline(simulated).axes[0].get_position().x0
 
 
+@pytest.mark.slow
 def test_pictures_of_several_traces(engine: Trace, simulated: Trace) -> None:
     traces = {"one": engine, "other": simulated}
     for draw in (draw_places, draw_token_gaps):
@@ -305,6 +308,7 @@ def test_many_requests_and_steps_stay_small() -> None:
         assert figure.get_size_inches()[1] < 8.5
 
 
+@pytest.mark.slow
 def test_a_saved_trace_draws_the_same(engine: Trace, tmp_path: Path) -> None:
     engine.save(tmp_path / "trace.json")
     loaded = Trace.load(tmp_path / "trace.json")

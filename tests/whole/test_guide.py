@@ -22,6 +22,8 @@ from minivllm.course.notebooks import as_committed
 from minivllm.engine.engine_core import EnginePieces
 from minivllm.sampling_params import SamplingParams
 
+pytestmark = pytest.mark.slow
+
 GUIDE = ROOT / "notebooks/11_using_minivllm.ipynb"
 ERRORS = {
     name: kind

@@ -27,13 +27,9 @@ from support.browser import Page, wait_until
 
 pytestmark = pytest.mark.slow
 
-CHAPTERS = ("03_paged_kv_cache", "08_cuda_graphs")
+CHAPTERS = ("08_cuda_graphs",)
 #: Pages that are opened and saved, and not run.
-UNTOUCHED = (
-    "notebooks/00_tour.ipynb",
-    "notebooks/06_qwen3.ipynb",
-    "exercises/05_scheduler.ipynb",
-)
+UNTOUCHED = ("notebooks/00_tour.ipynb", "exercises/05_scheduler.ipynb")
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,8 @@ from minivllm.course.authoring.tool import (
 from minivllm.course.notebooks import Chapter, as_committed, chapters
 from minivllm.course.stubs import make_exercises
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ALL = [
     path
@@ -69,7 +71,6 @@ def test_there_is_a_first_page() -> None:
     assert ROOT / "notebooks/00_tour.ipynb" in NOTEBOOKS
 
 
-@pytest.mark.slow
 def test_nbval(path: Path, pytestconfig: pytest.Config) -> None:
     arguments = [Path(argument).resolve() for argument in pytestconfig.args]
     if pytestconfig.getoption("nbval", False) and any(

@@ -3,8 +3,8 @@ model along.
 
 The wheel goes into a virtual environment that holds nothing but it; the dependencies are lent by a
 .pth file that points at this environment's site-packages, since installing torch once more takes
-minutes. That the wheel's own requirements suffice is shown by .ci/run, which installs it with them
-into an empty environment.
+minutes. That the wheel's own requirements suffice is shown by .ci/run: there, its environment has
+only what they lead to.
 """
 
 from __future__ import annotations

@@ -134,6 +134,7 @@ def test_one_at_a_time(model: Checkpoint, backend: str) -> None:
     assert llm.metrics().num_steps == 3 * NUM_TOKENS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_mixed_lengths(model: Checkpoint, backend: str) -> None:
     """More requests than may run at once, of different ends: prompts join while others decode."""
@@ -239,6 +240,7 @@ def test_cached_output(model: Checkpoint, backend: str) -> None:
     assert_same_greedy(model.reference, [first, *second])
 
 
+@pytest.mark.slow
 def test_hit_after_a_miss(model: Checkpoint) -> None:
     """A cached block whose predecessor was evicted is no prefix: it must be computed again."""
     llm = RecordedLLM(model.path, block_size=4, num_kv_blocks=20)
@@ -247,6 +249,7 @@ def test_hit_after_a_miss(model: Checkpoint) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_prefix_caching(model: Checkpoint, backend: str) -> None:
     llm = RecordedLLM(
@@ -288,6 +291,7 @@ def test_chunks(model: Checkpoint, backend: str, budget: int, block_size: int) -
     assert_same_greedy(model.reference, completions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_chunks_after_a_prefix(model: Checkpoint, backend: str) -> None:
     """Chunks of 7 that start inside a prompt, behind blocks of 16 that came from the cache."""
@@ -325,6 +329,7 @@ PREEMPTION = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", PREEMPTION)
 def test_preemption(model: Checkpoint, backend: str, options: dict[str, Any]) -> None:
@@ -339,6 +344,7 @@ def test_preemption(model: Checkpoint, backend: str, options: dict[str, Any]) ->
     assert llm.metrics().num_used_kv_blocks == 0
 
 
+@pytest.mark.slow
 def test_preemption_then_hits_on_ones_own_blocks(model: Checkpoint) -> None:
     llm = RecordedLLM(model.path, block_size=4, num_kv_blocks=34)
     completions = llm.complete(model.prompts(20, 33, 16))
@@ -351,6 +357,7 @@ def test_preemption_then_hits_on_ones_own_blocks(model: Checkpoint) -> None:
 # --- neighbours -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_abort_of_neighbours(model: Checkpoint, backend: str) -> None:
     """One is aborted while it decodes, one in the middle of its prompt; newcomers take over their
@@ -391,6 +398,7 @@ def test_abort_of_neighbours(model: Checkpoint, backend: str) -> None:
     assert [len(c.token_ids) == NUM_TOKENS for c in completions] == [True, False, False, True, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("pool", [64, 12])
 def test_several_completions(model: Checkpoint, backend: str, pool: int) -> None:
@@ -406,6 +414,7 @@ def test_several_completions(model: Checkpoint, backend: str, pool: int) -> None
     assert_same_greedy(model.reference, completions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_engines_in_one_process(model: Checkpoint, other: Checkpoint, backend: str) -> None:
     """Different models, options and pools, stepped in turns."""
@@ -435,6 +444,7 @@ def test_two_engines_in_one_process(model: Checkpoint, other: Checkpoint, backen
 # --- logprobs of the prompt -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "options",
@@ -479,6 +489,7 @@ def test_prompt_logprobs(model: Checkpoint, backend: str, options: dict[str, Any
 # --- one step ahead -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "options",
@@ -513,6 +524,7 @@ def test_results_one_step_late(model: Checkpoint, backend: str, options: dict[st
     assert stats.num_used_kv_blocks == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "options",
@@ -595,6 +607,7 @@ SPECULATION = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "options",

@@ -13,6 +13,8 @@ from minivllm.course.authoring import effort
 from minivllm.course.authoring.tool import PICTURES, ROOT, broken_links, picture_of
 from minivllm.course.notebooks import Stop, as_committed, road
 
+pytestmark = pytest.mark.slow
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PICTURE = ROOT / "notebooks/images/demo.svg"
 COMMITTED = [

@@ -310,13 +310,16 @@ def test_a_hint_and_a_folded_cell_open(page: Page, site: Path) -> None:
     assert page.evaluate(height) > 20
 
 
-@pytest.mark.parametrize("name", NARROW)
-def test_a_narrow_screen_does_not_scroll_sideways(page: Page, site: Path, name: str) -> None:
+def test_a_narrow_screen_does_not_scroll_sideways(page: Page, site: Path) -> None:
     size = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": True}
     page.send("Emulation.setDeviceMetricsOverride", **size)
-    go(page, site, name)
-    wide = page.evaluate(
-        "[...document.querySelectorAll('.bd-content *')].filter((e) => e.getBoundingClientRect()"
-        ".right > 401).slice(0, 3).map((e) => e.outerHTML.slice(0, 100))"
-    )
-    assert page.evaluate("document.documentElement.scrollWidth") <= 400, wide
+    wide = {}
+    for name in NARROW:
+        go(page, site, name)
+        if page.evaluate("document.documentElement.scrollWidth") > 400:
+            wide[name] = page.evaluate(
+                "[...document.querySelectorAll('.bd-content *')].filter((e) =>"
+                " e.getBoundingClientRect().right > 401).slice(0, 3)"
+                ".map((e) => e.outerHTML.slice(0, 100))"
+            )
+    assert wide == {}

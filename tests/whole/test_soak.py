@@ -1,4 +1,4 @@
-"""2,000 requests of random shapes and parameters, bad ones among them, through one engine with a
+"""1,000 requests of random shapes and parameters, bad ones among them, through one engine with a
 small pool.
 
 Every one is answered or refused with the right type; memory stays flat; all blocks come back.
@@ -26,9 +26,9 @@ from support.checkpoints import write_checkpoint
 
 pytestmark = pytest.mark.slow
 
-NUM_REQUESTS = 2000
-#: Python objects that request 500 and the end may differ by. A leak of one RequestOutput or
-#: Sequence a request, the smallest thing that could leak, would be above 1,500 kB.
+NUM_REQUESTS = 1000
+#: Python objects that request 250 and the end may differ by. A leak of one RequestOutput or
+#: Sequence a request, the smallest thing that could leak, would be above 750 kB.
 MEMORY_BOUND = 400 << 10
 VOCAB, MAX_LEN, NUM_BLOCKS, BLOCK_SIZE = 64, 96, 40, 4
 
@@ -169,7 +169,7 @@ class Soak:
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["at_once", "one_step_late"])
-def test_2000_requests(checkpoint, late):
+def test_1000_requests(checkpoint, late):
     engine = make_engine(checkpoint, async_scheduling=late)
     soak = Soak(engine)
     baseline = None
@@ -187,13 +187,13 @@ def test_2000_requests(checkpoint, late):
     finally:
         tracemalloc.stop()
     assert final - baseline < MEMORY_BOUND, (
-        f"memory grew by {(final - baseline) >> 10} kB over 1,500 requests"
+        f"memory grew by {(final - baseline) >> 10} kB over 750 requests"
     )
 
     assert sum(soak.met.values()) == NUM_REQUESTS
-    assert soak.met["refused"] > 100
-    assert soak.met["aborted"] > 50
-    assert soak.met["finished"] > 1500
+    assert soak.met["refused"] > 50
+    assert soak.met["aborted"] > 25
+    assert soak.met["finished"] > 750
     metrics = engine.metrics()
     assert metrics.num_finished_requests == soak.met["aborted"] + soak.met["finished"]
     for counter in ("num_preemptions", "prefix_cache_hits", "num_chunks", "num_mixed_steps"):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from minivllm.course.grading.compare import difference, is_tensor, shares_memory, show
 from minivllm.course.grading.copies import copied
+from minivllm.course.grading.digests import digest
 from minivllm.course.grading.errors import CheckError, Mistake, causes, raised
 from minivllm.course.grading.guard import BEYOND, intact, is_guarded
 from minivllm.course.grading.kept import Memory
@@ -40,6 +42,14 @@ class _Run:
         ignored = other.written and other.result is None
         found = None if ignored else difference(self.result, other.result, **tolerances)
         return found or difference(self.written, other.written, **tolerances)
+
+
+#: What suspects gave: they and the cases are the same for every answer, and some exercises have
+#: hundreds. (id of the suspect, digest of the case) -> its run.
+given: dict[tuple[int, bytes], _Run] = {}
+#: The suspects, by id, so that no id is given away again.
+suspected: dict[int, Callable] = {}
+_MOST_SUSPECTS = 5000
 
 
 def diagnose(
@@ -124,6 +134,7 @@ class _Comparison:
 
     def judge(self, answer: Callable, suspects: Suspects) -> None:
         """Raise the answer's fault, as `diagnose` describes it."""
+        _hold(suspects)
         memory = Memory.of(answer)
         calls = [_call(answer, case, self.writes, self.names) for case in self.cases]
         runs = [run for run, _ in calls]
@@ -189,12 +200,27 @@ class _Comparison:
         It must give the same as the answer in all cases, and must not be right in all of them.
         """
         wrong_somewhere = False
-        for case, mine, right in zip(self.cases, runs, self.expected, strict=True):
-            theirs = _call(wrong, case, self.writes, self.names)[0]
+        for number, (mine, right) in enumerate(zip(runs, self.expected, strict=True)):
+            theirs = self._given_by(wrong, number)
             if mine.differs(theirs, self.tolerances):
                 return False  # most suspects leave at the first case, and the others cost nothing
             wrong_somewhere |= theirs.differs(right, self.tolerances) is not None
         return wrong_somewhere
+
+    def _given_by(self, wrong: Callable, case: int) -> _Run:
+        """What a suspect gives in a case, from an earlier call where there was one."""
+        key = id(wrong), self._digests[case]
+        if (run := given.get(key)) is None:
+            run = _call(wrong, self.cases[case], self.writes, self.names)[0]
+            run = replace(run, returned=None)
+            if key[1] and suspected.get(key[0]) is wrong:
+                given[key] = run
+        return run
+
+    @cached_property
+    def _digests(self) -> list[bytes]:
+        """Of each case, with what is to be written; b"" where a case has none."""
+        return [digest((case, tuple(self.writes))) for case in self.cases]
 
     def _raise_error(self, error: Exception | None, case: int) -> None:
         """Raise what the answer raised in this case.
@@ -237,6 +263,15 @@ class _Comparison:
 
     def _described(self, case: int) -> str:
         return _described(self.cases[case], self.names, self.writes)
+
+
+def _hold(suspects: Suspects) -> None:
+    """Let what these suspects give be kept. What others gave goes where they are too many."""
+    if len(suspected) > _MOST_SUSPECTS:
+        suspected.clear()
+        given.clear()
+    for _, *implementations in suspects.values():
+        suspected.update({id(wrong): wrong for wrong in implementations})
 
 
 def _described(case: tuple, names: Sequence[str], writes: Sequence[int]) -> str:

@@ -151,8 +151,11 @@ class Watch:
     ) -> None:
         """Nobody may be missing afterwards, and nobody may be there twice."""
         scheduler = self.scheduler
-        after = Counter(seq.seq_id for seq in [*scheduler.running, *scheduler.waiting])
+        ids = [seq.seq_id for seq in [*scheduler.running, *scheduler.waiting]]
         before = {seq.seq_id for seq in [*running, *waiting]}
+        if len(ids) == len(before) and before == set(ids):
+            return
+        after = Counter(ids)
         if lost := sorted(before - set(after)):
             self.fail(
                 "lost-request",
@@ -203,18 +206,16 @@ class Watch:
         left, free = budget - batch.num_tokens, scheduler.block_manager.num_free_blocks
         if batch.preempted or not left or len(scheduler.running) >= places:
             return
-        needed = [
-            scheduler.block_manager.num_blocks_for(min(seq.num_tokens, left))
-            for seq in scheduler.waiting
-        ]
-        if needed and max(needed) <= free:
+        # A queue of hundreds, in each step: only its first one that does not fit is looked for.
+        blocks, waiting = scheduler.block_manager.num_blocks_for, scheduler.waiting
+        if waiting and all(blocks(min(seq.num_tokens, left)) <= free for seq in waiting):
             self.fail(
                 "holds-back",
                 f"{the_count(left, 'token')} of the budget, a place and blocks are free, and yet"
-                f" {the_count(len(needed), 'request')} must wait.",
+                f" {the_count(len(waiting), 'request')} must wait.",
                 f"A step that is not full costs the time of a full one. {ONLY_ORDER}",
             )
-        if not batch and (needed or scheduler.running):
+        if not batch and (waiting or scheduler.running):
             self.fail("stalled", "nothing is planned.")
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from minivllm.outputs import RequestOutput
 
 #: Seconds that anything may take that takes milliseconds on a quiet machine.
-PATIENCE = 8.0
+PATIENCE = 4.0
 
 
 def output_of(request_id: str, words: list[str], finish_reason: str | None) -> RequestOutput:

@@ -89,15 +89,15 @@ def _slow_piece(answers: dict[str, Any], alive: Callable[[], None]) -> tuple[str
 
     ("", 1.0) where no single replacement gains a tenth.
     """
-    whole = _Timed(answers)
-    gains = {}
+    engines = {"": _Timed(answers)}
     for name in answers:
-        without = _Timed({other: answer for other, answer in answers.items() if other != name})
-        pairs = []
-        for _ in range(2):
-            pairs.append((without.tokens_per_second(), whole.tokens_per_second()))
+        engines[name] = _Timed({n: answer for n, answer in answers.items() if n != name})
+    best = dict.fromkeys(engines, 0.0)
+    for _ in range(2):
+        for name, engine in engines.items():
+            best[name] = max(best[name], engine.tokens_per_second())
             alive()
-        gains[name] = max(one for one, _ in pairs) / max(two for _, two in pairs)
+    gains = {name: best[name] / best[""] for name in answers}
     slow = max(gains, key=gains.__getitem__)
     return (slow, gains[slow]) if gains[slow] > 1.1 else ("", 1.0)
 
