@@ -30,9 +30,7 @@ def _generate(**options: Any) -> tuple[list[RequestOutput], Any]:
             if "allowed" in more:
                 ids = tokenizer.encode(more.pop("allowed"))
                 more["allowed_token_ids"] = sorted(set(ids))
-            params.append(
-                SamplingParams(seed=seed, max_tokens=MAX_TOKENS, ignore_eos=True, **more)
-            )
+            params.append(SamplingParams(seed=seed, max_tokens=MAX_TOKENS, ignore_eos=True, **more))
         outputs = llm.generate([prompt for prompt, _ in REQUESTS], params, use_tqdm=False)
         for output in outputs:
             if output.error is not None:

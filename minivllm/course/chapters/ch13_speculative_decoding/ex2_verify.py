@@ -250,7 +250,7 @@ def _cases() -> Iterable[tuple[list[int], list[int], int, frozenset[int]]]:
         for _ in range(rng.choice((0, 0, 1, 1, 2, 3))):
             if k:
                 proposals[rng.randrange(k)] = rng.randrange(150_000)
-        stop_ids = rng.sample(samples, min(k + 1, rng.choice((0, 0, 1, 2)))) + [151_000]
+        stop_ids = [*rng.sample(samples, min(k + 1, rng.choice((0, 0, 1, 2)))), 151000]
         yield proposals, samples, rng.choice((1, 2, k, k + 1, k + 2, 500)) or 1, frozenset(stop_ids)
 
 
@@ -372,7 +372,7 @@ EXERCISE = Exercise(
         ),
         Known(
             "stops-elsewhere",
-            "You say \"stop\" for a stop token that the sequence does not get: one after the first"
+            'You say "stop" for a stop token that the sequence does not get: one after the first'
             " wrong proposal, or after the last token that has room.",
             hint=2,
             suspects=(_StopsInRejected(), _StopsInCut()),
@@ -408,7 +408,7 @@ EXERCISE = Exercise(
         Known(
             "other-room",
             "`room` is the most tokens that the sequence may get, whoever they come from. When it"
-            " has got so many, it ends with \"length\".",
+            ' has got so many, it ends with "length".',
             hint=2,
             suspects=(
                 _RoomForAccepted(),

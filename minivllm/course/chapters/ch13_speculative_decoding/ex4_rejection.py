@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from minivllm.course.grading.diagnose import diagnose
 from minivllm.course.grading.exercise import Exercise, Known
-from minivllm.course.grading.judges import seeded
+from minivllm.course.grading.judges import expect_nothing_kept, seeded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +32,7 @@ class _Reject:
         found: list[int] = []
         for i, token in enumerate(proposals):
             if not self.accepts(us[i], float(target[i, token]), float(draft[i, token])):
-                return self.rejected(found, token) + [self.replace(i, draft, target, u_pick)]
+                return [*self.rejected(found, token), self.replace(i, draft, target, u_pick)]
             found.append(token)
         return found + self.last(draft, target, u_pick)
 
@@ -204,7 +204,7 @@ class _NoReplacement(_Reject):
     """After a rejection nothing more."""
 
     def row(self, *args: Any) -> list[int]:
-        proposals, draft, target, us, u_pick = args
+        proposals, _draft, _target, _us, _u_pick = args
         found = super().row(*args)
         return found if len(found) > len(proposals) else found[:-1]
 
@@ -213,7 +213,7 @@ class _AndLast(_Reject):
     """The last token also after a rejection."""
 
     def row(self, *args: Any) -> list[int]:
-        proposals, draft, target, us, u_pick = args
+        proposals, draft, target, _us, u_pick = args
         found = super().row(*args)
         if len(found) > len(proposals) or not proposals:
             return found
@@ -288,6 +288,27 @@ class _FirstCoin(_Reject):
         proposals, draft, target, us, u_pick = args
         return super().row(proposals, draft, target, us[:1] * len(us), u_pick)
 
+
+def _or_first(made: type[_Reject]) -> _Reject:
+    """The same with the first token, not the last one, where no weight is left to draw from."""
+
+    class OrFirst(made):  # type: ignore[misc, valid-type]
+        def pick(self, weights: Tensor, u: Tensor) -> int:
+            return super().pick(weights, u) if weights.any() else 0
+
+    return OrFirst()
+
+
+_ACCEPTS = (
+    _UpsideDown,
+    _OtherSide,
+    _ByTarget,
+    _IfLikelier,
+    _ByDraft,
+    _Always,
+    _Joint,
+    _FirstCoin,
+)
 
 # --- how often ------------------------------------------------------------------------------------
 
@@ -406,7 +427,15 @@ def _hand_case() -> tuple:
 
 def _cases() -> list[tuple]:
     sizes = [(1, 0, 3), (1, 1, 2), (1, 1, 3), (2, 1, 4), (3, 2, 3), (1, 4, 5), (2, 3, 17)]
-    sizes += [(8, 4, 9), (16, 3, 64), (33, 2, 100), (5, 9, 7), (4, 17, 3), (200, 2, 6), (1, 1, 1000)]
+    sizes += [
+        (8, 4, 9),
+        (16, 3, 64),
+        (33, 2, 100),
+        (5, 9, 7),
+        (4, 17, 3),
+        (200, 2, 6),
+        (1, 1, 1000),
+    ]
     cases = [_hand_case()]
     for seed, (rows, k, width) in enumerate(sizes):
         for near in (0.0, 0.6, 1.0) if rows < 100 else (0.5,):
@@ -442,9 +471,16 @@ def check_rejection(reject: Callable, agreement: Callable) -> str:
         _agreement,
         _suspects(True),
         wording=wording,
+        twins=False,
         rtol=1e-7,
         atol=1e-9,
     )
+    pairs = [
+        (_reject_case(seed, 3, 2, 5, 0.3), _reject_case(seed + 1, 3, 2, 5, 0.3)) for seed in (7, 9)
+    ]
+    expect_nothing_kept(reject, pairs, _Reject().__call__, "the batch has changed")
+    both = [((a[1][:, 0], a[2][:, 0]), (b[1][:, 0], b[2][:, 0])) for a, b in pairs]
+    expect_nothing_kept(agreement, both, _agreement, "the distributions have changed", rtol=1e-7)
     rows = sum(len(case[0]) for case in cases)
     return f"{rows} rows of proposals, and both ways to agree"
 
@@ -534,16 +570,7 @@ EXERCISE = Exercise(
             "You accept other proposals than those with u_accept < p / q. With q = 0.75 and"
             " p = 0.25 that is one time in three; where p is larger than q, always.",
             hint=1,
-            suspects=(
-                _UpsideDown(),
-                _OtherSide(),
-                _ByTarget(),
-                _IfLikelier(),
-                _ByDraft(),
-                _Always(),
-                _Joint(),
-                _FirstCoin(),
-            ),
+            suspects=(*(made() for made in _ACCEPTS), *map(_or_first, _ACCEPTS)),
             answers=r"""
 # %% upside down
 @@
@@ -747,6 +774,24 @@ def agreement(draft: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 @@
 -    return torch.minimum(draft, target).sum(-1), same.sum(-1)
 +    return same.sum(-1), torch.minimum(draft, target).sum(-1)
+""",
+        ),
+        Known(
+            "keeps-state",
+            answers=r"""
+# %% remembers the distributions by their shape
+@@
+-def agreement(draft: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
++KNOWN = {}
++
++
++def agreement(draft: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+@@
+-    return torch.minimum(draft, target).sum(-1), same.sum(-1)
++    key = id(draft), id(target)
++    if key not in KNOWN:
++        KNOWN[key] = draft, target, torch.minimum(draft, target).sum(-1), same.sum(-1)
++    return KNOWN[key][2:]
 """,
         ),
         Known(
