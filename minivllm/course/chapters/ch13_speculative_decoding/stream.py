@@ -29,7 +29,7 @@ class Watched(list):
             self.num_read += 1
             yield item
 
-    def _read_all(name: str) -> Callable:  # type: ignore[misc]  # noqa: N805
+    def _read_all(name: str) -> Callable:  # type: ignore[misc]
         def method(self: Watched, *args: Any) -> Any:
             self.num_read += len(self)
             return getattr(list, name)(self, *args)
