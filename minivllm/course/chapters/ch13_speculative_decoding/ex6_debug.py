@@ -285,9 +285,10 @@ def _cases() -> list[_Case]:
         )
         if seed % 2:
             plain = case.plain()
-            # A token that comes late for the first time, and one that stands in the prompt.
-            late = max(plain, key=plain.index)
-            case = replace(case, stop_ids=frozenset({late, 99, prompt[0]} - {*plain[:-1]} | {late}))
+            # The token that comes latest for the first time; and one of the prompt, which ends
+            # nothing there.
+            stops = {max(plain, key=plain.index), *{prompt[0]}.difference(plain)}
+            case = replace(case, stop_ids=frozenset(stops))
         cases.append(case)
     return cases
 
