@@ -14,7 +14,12 @@ from minivllm.course.chapters.ch13_speculative_decoding.common import (
 )
 from minivllm.course.grading.diagnose import diagnose
 from minivllm.course.grading.exercise import Exercise, Known
-from minivllm.course.grading.judges import expect
+from minivllm.course.grading.judges import (
+    expect,
+    expect_new_result,
+    expect_nothing_kept,
+    one_by_one,
+)
 from minivllm.engine.speculation import Proposer
 
 
@@ -226,11 +231,17 @@ def _cases() -> list[tuple[list[int], int, int, int]]:
         shortest = rng.randint(1, 4)
         cases.append((text, rng.randint(1, 9), shortest + rng.randint(0, 5), shortest))
     # The only match is far back, and so is the end of what followed.
-    for length in (257, 600, 1300):
+    for length in (257, 600, 1300, 5000):
         text = [300 + i for i in range(length)]
         cases.append(([*text, 301, 302, 303], 40, 5, 2))
         cases.append(([1, 2, 3, *text, 1, 2, 3], 3, 3, 3))
         cases.append(([*text, *text[:80]], 5, 70, 66))
+    # The same tokens in another order.
+    for seed in range(6):
+        text = [rng.randrange(5) for _ in range(9 + seed)]
+        for _ in range(3):
+            cases.append((list(text), 4, 3, 1))
+            rng.shuffle(text)
     # Ids that are equal and not the same object, and k beyond the text.
     cases.append(([100_000 + i for i in range(9)] * 2 + [int("100000")], 70, 12, 1))
     return cases
@@ -251,6 +262,9 @@ class _Looking(Proposer):
 
 def check_look_up(answer: Callable) -> str:
     count = diagnose(answer, _cases(), partial(_LookUp()), EXERCISE.suspects)
+    pairs = one_by_one(([1, 2, 3, 1, 2], 2, 2, 1), ([3, 1, 2, 1, 3], 3, 1, 1))
+    expect_nothing_kept(answer, pairs, _LookUp().__call__, "the text or a number has changed")
+    expect_new_result(answer, ([1, 2, 3, 1, 2], 2, 2, 1))
     metrics = engine_with(_Looking(answer))
     expect(metrics.num_accepted_tokens > 10, "not-accepted", "The engine accepted next to nothing.")
     total = len(REQUESTS) * MAX_TOKENS
@@ -480,6 +494,22 @@ def look_up(
 @@
 -                return text[len(token_ids) :]
 +                return text[size:]
+""",
+        ),
+        Known(
+            "result-reused",
+            answers=r"""
+# %% one list for all calls
+@@
+-                return text[len(token_ids) :]
++                GUESSES[:] = text[len(token_ids) :]
++                return GUESSES
+@@
+-def look_up(
++GUESSES: list[int] = []
++
++
++def look_up(
 """,
         ),
         Known(

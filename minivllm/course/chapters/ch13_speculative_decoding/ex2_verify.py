@@ -9,6 +9,7 @@ from typing import Any
 
 from minivllm.course.grading.diagnose import diagnose
 from minivllm.course.grading.exercise import Exercise, Known
+from minivllm.course.grading.judges import expect_nothing_kept, one_by_one
 
 Verified = tuple[list[int], int, str | None]
 
@@ -155,6 +156,24 @@ class _LastStop(_Verify):
         return super().cut(new, samples, room, frozenset())
 
 
+class _StopsIf(_Verify):
+    """A stop token counts only among the accepted ones, or only as the target's own."""
+
+    def __init__(self, accepted: bool) -> None:
+        self.accepted = accepted
+
+    def __call__(
+        self, proposals: list[int], samples: list[int], room: int, stop_ids: frozenset[int]
+    ) -> Verified:
+        right = self.count(proposals, samples)
+        for i, token_id in enumerate(samples[: right + 1]):
+            if token_id in stop_ids and (i < right) == self.accepted:
+                return samples[: i + 1], right, "stop"
+            if i + 1 == room:
+                return samples[:room], right, "length"
+        return samples[: right + 1], right, None
+
+
 class _DropsStop(_Verify):
     def cut(
         self, new: list[int], samples: list[int], room: int, stop_ids: frozenset[int]
@@ -212,6 +231,31 @@ class _LengthFirst(_Verify):
         return found, "length" if len(found) == room else reason
 
 
+class _LengthAlone(_Verify):
+    """Where the room is used up, it does not look for a stop."""
+
+    def cut(
+        self, new: list[int], samples: list[int], room: int, stop_ids: frozenset[int]
+    ) -> tuple[list[int], str | None]:
+        if len(new) >= room:
+            return new[:room], "length"
+        return super().cut(new, samples, room, stop_ids)
+
+
+class _CutAt(_Verify):
+    """Proposals behind the end do not count, where it has ended for this reason.
+
+    own: tokens that are left out besides.
+    """
+
+    def __init__(self, at: str, own: int = 0) -> None:
+        self.at, self.own = at, own
+
+    def __call__(self, *args: Any) -> Verified:
+        new, right, reason = super().__call__(*args)
+        return new, min(right, len(new) - self.own) if reason == self.at else right, reason
+
+
 class _Delivered(_Verify):
     def reported(self, right: int, new: list[int]) -> int:
         return min(right, len(new))
@@ -243,7 +287,7 @@ def _cases() -> Iterable[tuple[list[int], list[int], int, frozenset[int]]]:
                 yield list(tokens[:k]), list(tokens[k:]), room, frozenset(stop_ids)
     rng = Random(132)
     for _ in range(150):
-        k = rng.choice((0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33, 70))
+        k = rng.choice((0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33, 70, 300))
         samples = [rng.choice((rng.randrange(4), rng.randrange(150_000))) for _ in range(k + 1)]
         # Equal numbers that are other objects.
         proposals = [int(str(token_id)) for token_id in samples[:-1]]
@@ -263,6 +307,9 @@ def check_verify(answer: Callable) -> str:
         "item 2: ": "the finish reason: ",
     }
     diagnose(answer, cases, _Verify().__call__, EXERCISE.suspects, wording=wording)
+    before = [5, 6, 7], [5, 6, 7, 8], 9, frozenset({1})
+    pairs = one_by_one(before, ([5, 9, 7], [5, 9, 2, 8], 2, frozenset({5})))
+    expect_nothing_kept(answer, pairs, _Verify().__call__, "the step is another one")
     return f"{len(cases)} steps, right, wrong, and over in the middle"
 
 
@@ -345,7 +392,13 @@ EXERCISE = Exercise(
             "The text ended at a stop token inside of the step, and you give it more. Look at each"
             " new token: the first one of `stop_ids` is the last.",
             hint=2,
-            suspects=(_StopsAtTheLast(), _NeverStops(), _LastStop()),
+            suspects=(
+                _StopsAtTheLast(),
+                _NeverStops(),
+                _LastStop(),
+                _StopsIf(accepted=True),
+                _StopsIf(accepted=False),
+            ),
             answers=r"""
 # %% looks at the last one
 @@
@@ -437,7 +490,7 @@ EXERCISE = Exercise(
             "The last permitted token is a stop token: the text has ended by itself, and that is"
             " what the client should hear.",
             hint=2,
-            suspects=(_LengthFirst(),),
+            suspects=(_LengthFirst(), _LengthAlone()),
             answers=r"""
 # %% room first
 @@
@@ -455,7 +508,13 @@ EXERCISE = Exercise(
             "other-count",
             "The number of accepted proposals is another one: how many are right in a row, from the"
             " first on, wherever the text ends. The target's own token is no proposal.",
-            suspects=(_Delivered(), _DeliveredButOne(), _CountsOwn(), _CountsNew()),
+            suspects=(
+                _Delivered(),
+                _DeliveredButOne(),
+                _CountsOwn(),
+                _CountsNew(),
+                *(_CutAt(at, own) for at in ("stop", "length") for own in (0, 1)),
+            ),
             answers=r"""
 # %% those that the sequence has room for
 @@
@@ -483,6 +542,22 @@ EXERCISE = Exercise(
 -    for token_id in samples[: num_accepted + 1]:
 +    del samples[num_accepted + 1 :]
 +    for token_id in samples:
+""",
+        ),
+        Known(
+            "result-reused",
+            answers=r"""
+# %% a list of the module
+@@
+-    new_token_ids = []
++    new_token_ids = NEW
++    new_token_ids.clear()
+@@
+-def verify(
++NEW: list[int] = []
++
++
++def verify(
 """,
         ),
         Known(

@@ -8,6 +8,7 @@ from typing import Any
 
 from minivllm.course.grading.diagnose import diagnose
 from minivllm.course.grading.exercise import Exercise, Known
+from minivllm.course.grading.judges import expect_nothing_kept, one_by_one
 
 Steps = list[tuple[int, int]]
 
@@ -59,6 +60,11 @@ def _whole_steps(steps: Steps) -> float:
     return sum(p == a for p, a in some) / len(some) if some else 0.0
 
 
+def _first_alone(steps: Steps) -> float:
+    some = [(p, a) for p, a in steps if p]
+    return sum(a > 0 for _, a in some) / len(some) if some else 0.0
+
+
 def _one_if_nothing(steps: Steps) -> float:
     return _rate(steps) if any(p for p, _ in steps) else 1.0
 
@@ -94,6 +100,11 @@ def _never_ends(rate: float, k: int) -> float:
 
 def _all_or_one(rate: float, k: int) -> float:
     return 1 + k * rate**k
+
+
+def _without_last(rate: float, k: int) -> float:
+    """The mean of a count that ends nowhere, cut at k."""
+    return sum((i + 1) * rate**i * (1 - rate) for i in range(k + 1))
 
 
 def _failures(rate: float, k: int) -> float:
@@ -167,6 +178,18 @@ class _PlusPlain(_Best):
 class _PerToken(_Best):
     def cost(self, draft: float, verify: list[float], k: int) -> float:
         return k * draft + verify[k] * (k + 1)
+
+
+class _VerifyOneFewer(_Best):
+    """Counts the tokens of the step, and takes the time of the one before."""
+
+    def cost(self, draft: float, verify: list[float], k: int) -> float:
+        return k * draft + verify[max(0, k - 1)]
+
+
+class _DraftOneFewer(_Best):
+    def cost(self, draft: float, verify: list[float], k: int) -> float:
+        return max(0, k - 1) * draft + verify[k]
 
 
 class _MostTokens(_Best):
@@ -245,7 +268,7 @@ def _rate_cases() -> list[tuple[Steps]]:
         ([(8, 1), (2, 2)],),
     ]
     rng = Random(1331)
-    for length in (1, 3, 7, 16, 40, 300):
+    for length in (1, 3, 7, 16, 40, 300, 2500):
         most = rng.randint(1, 9)
         proposed = [rng.randint(0, most) for _ in range(length)]
         cases.append(([(p, rng.randint(0, p)) for p in proposed],))
@@ -254,7 +277,7 @@ def _rate_cases() -> list[tuple[Steps]]:
 
 def _expected_cases() -> list[tuple[float, int]]:
     rates = (0.0, 0.1, 0.25, 0.5, 0.6, 0.8, 0.9, 0.99, 1.0)
-    return [(rate, k) for rate in rates for k in (0, 1, 2, 3, 4, 5, 8, 16, 33, 100)]
+    return [(rate, k) for rate in rates for k in (0, 1, 2, 3, 4, 5, 8, 16, 33, 100, 1000)]
 
 
 def _best_cases() -> list[tuple[float, float, list[float]]]:
@@ -269,6 +292,8 @@ def _best_cases() -> list[tuple[float, float, list[float]]]:
         # A kernel that takes tokens by fours: the fourth costs what the first did.
         (0.9, 0.0005, [0.02, 0.041, 0.042, 0.043, 0.044]),
         (0.95, 0.0, [0.01, 0.02, 0.021, 0.022, 0.04, 0.041]),
+        # Nine tokens fill a tile, and cost no more than three; a better kernel begins there.
+        (0.97, 0.0, [0.01, 0.012, 0.03, 0.04, 0.04, 0.04, 0.04, 0.04, 0.03, 0.05]),
         (1.0, 0.005, [0.02 + 0.0001 * k for k in range(40)]),
         (0.97, 0.0001, [0.02 + 0.00002 * k for k in range(70)]),
     ]
@@ -306,6 +331,7 @@ _RATES = (
     _own_counts,
     _whole_steps,
     _one_if_nothing,
+    _first_alone,
 )
 _EXPECTED = (
     _without_own,
@@ -316,6 +342,7 @@ _EXPECTED = (
     _never_ends,
     _all_or_one,
     _failures,
+    _without_last,
 )
 
 
@@ -327,7 +354,17 @@ def check_pays(acceptance_rate: Callable, expected_tokens: Callable, best_k: Cal
     machines = diagnose(
         best_k, _best_cases(), _Best().__call__, _suspects(_Best), wording=wording, **tight
     )
+    _expect_nothing_kept(acceptance_rate, expected_tokens, best_k)
     return f"{count} records, and {machines} machines with a draft"
+
+
+def _expect_nothing_kept(rate: Callable, expected: Callable, best: Callable) -> None:
+    changed = "the numbers have changed"
+    pairs = [(([(4, 2), (1, 1)],), ([(4, 1), (2, 0)],))]
+    expect_nothing_kept(rate, pairs, _rate, changed)
+    expect_nothing_kept(expected, one_by_one((0.5, 3), (0.25, 4)), _expected, changed)
+    times = (0.9, 0.1, [1.0, 1.1, 1.2, 1.3]), (0.5, 0.01, [1.0, 1.01, 1.9, 2.0])
+    expect_nothing_kept(best, one_by_one(*times), _Best().__call__, changed)
 
 
 EXERCISE = Exercise(
@@ -374,7 +411,7 @@ EXERCISE = Exercise(
             "Your rate weighs steps, not tries. Add up what was accepted, and add up what was"
             " tried; then divide once.",
             hint=1,
-            suspects=(_mean_of_rates, _whole_steps, _own_counts),
+            suspects=(_mean_of_rates, _whole_steps, _own_counts, _first_alone),
             answers=r"""
 # %% a mean of rates
 @@
@@ -429,7 +466,7 @@ EXERCISE = Exercise(
             "another-k",
             "That is the number for another k than the one given. With k = 1 it is 1 + rate.",
             hint=2,
-            suspects=(_one_more, _one_fewer, _never_ends),
+            suspects=(_one_more, _one_fewer, _never_ends, _without_last),
             answers=r"""
 # %% one fewer
 @@
@@ -467,6 +504,8 @@ EXERCISE = Exercise(
                 _PlainStep(),
                 _PlusPlain(),
                 _PerToken(),
+                _VerifyOneFewer(),
+                _DraftOneFewer(),
             ),
             answers=r"""
 # %% the draft is free

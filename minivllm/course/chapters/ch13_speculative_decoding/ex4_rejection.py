@@ -289,6 +289,66 @@ class _FirstCoin(_Reject):
         return super().row(proposals, draft, target, us[:1] * len(us), u_pick)
 
 
+class _OwnToken(_Reject):
+    """Accepts what the target itself takes: the token of a number, or the likeliest."""
+
+    def __init__(self, likeliest: bool, replaces: bool) -> None:
+        self.likeliest, self.replaces = likeliest, replaces
+
+    def row(
+        self, proposals: list[int], draft: Tensor, target: Tensor, us: list[float], u_pick: Tensor
+    ) -> list[int]:
+        found: list[int] = []
+        for i, token in enumerate(proposals):
+            own = int(target[i].argmax())
+            if not self.likeliest:
+                own = min(int((target[i].cumsum(0) <= us[i]).sum()), target.shape[1] - 1)
+            if token != own:
+                return [*found, own if self.replaces else self.replace(i, draft, target, u_pick)]
+            found.append(token)
+        return found + self.last(draft, target, u_pick)
+
+
+class _RatioOfNext(_Reject):
+    """The target's probability one place later."""
+
+    def row(
+        self, proposals: list[int], draft: Tensor, target: Tensor, us: list[float], u_pick: Tensor
+    ) -> list[int]:
+        found: list[int] = []
+        for i, token in enumerate(proposals):
+            if not self.accepts(us[i], float(target[i + 1, token]), float(draft[i, token])):
+                return [*found, self.replace(i, draft, target, u_pick)]
+            found.append(token)
+        return found + self.last(draft, target, u_pick)
+
+
+class _FromTheEnd(_Reject):
+    def pick(self, weights: Tensor, u: Tensor) -> int:
+        return super().pick(weights, 1 - u)
+
+
+class _OneBefore(_Reject):
+    def pick(self, weights: Tensor, u: Tensor) -> int:
+        return max(0, super().pick(weights, u) - 1)
+
+
+class _LikeliestFirst(_Reject):
+    """Sums in the order of the probabilities."""
+
+    def pick(self, weights: Tensor, u: Tensor) -> int:
+        ordered, order = weights.sort(descending=True)
+        return int(order[super().pick(ordered, u)])
+
+
+class _NumberOfFirstRow(_Reject):
+    def __call__(
+        self, proposals: Tensor, draft: Tensor, target: Tensor, u_accept: Tensor, u_pick: Tensor
+    ) -> list[list[int]]:
+        first = u_pick[:1].expand(len(u_pick))
+        return super().__call__(proposals, draft, target, u_accept, first)
+
+
 def _or_first(made: type[_Reject]) -> _Reject:
     """The same with the first token, not the last one, where no weight is left to draw from."""
 
@@ -374,7 +434,26 @@ def _product(draft: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return (draft * target).sum(-1), _by_coupling(draft, target)
 
 
+def _over_target(draft: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean over what the target would sample."""
+    ratio = (target / draft).clamp_max(1).nan_to_num(1.0)
+    return (target * ratio).sum(-1), _by_coupling(draft, target)
+
+
+def _same_likeliest(draft: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    same = (draft.argmax(-1) == target.argmax(-1)).double()
+    return same, _by_coupling(draft, target)
+
+
+def _largest_gap(draft: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    gaps = (draft.cumsum(-1) - target.cumsum(-1)).abs()
+    return _by_rejection(draft, target), 1 - gaps.amax(-1)
+
+
 _AGREEMENTS = (
+    _over_target,
+    _same_likeliest,
+    _largest_gap,
     _same_for_both,
     _coupling_for_both,
     _swapped,
@@ -462,8 +541,7 @@ def _suspects(of_agreement: bool) -> dict[str, tuple]:
 
 def check_rejection(reject: Callable, agreement: Callable) -> str:
     cases = _cases()
-    wording = {"item ": "row "}
-    diagnose(reject, cases, _Reject().__call__, _suspects(False), wording=wording, twins=False)
+    diagnose(reject, cases, _Reject().__call__, _suspects(False), twins=False)
     wording = {"item 0: ": "by rejection: ", "item 1: ": "by the same number: "}
     diagnose(
         agreement,
@@ -566,11 +644,43 @@ EXERCISE = Exercise(
 """,
         ),
         Known(
+            "draws-otherwise",
+            "You draw another token than asked for: the first one up to which the running sum, in"
+            " the order of the tokens, is above the row's own u_pick.",
+            hint=2,
+            suspects=(
+                _FromTheEnd(),
+                _OneBefore(),
+                _LikeliestFirst(),
+                _NumberOfFirstRow(),
+                *map(_or_first, (_FromTheEnd, _OneBefore, _LikeliestFirst, _NumberOfFirstRow)),
+            ),
+            answers=r"""
+# %% the place before
+@@
+-        row.append(int(above.int().argmax()))
++        row.append(max(0, int(above.int().argmax()) - 1))
+
+# %% the likeliest first
+@@
+-        running = weights.cumsum(0)
++        weights, order = weights.sort(descending=True)
++        running = weights.cumsum(0)
+@@
+-        row.append(int(above.int().argmax()))
++        row.append(int(order[int(above.int().argmax())]))
+""",
+        ),
+        Known(
             "accepts-otherwise",
             "You accept other proposals than those with u_accept < p / q. With q = 0.75 and"
             " p = 0.25 that is one time in three; where p is larger than q, always.",
             hint=1,
-            suspects=(*(made() for made in _ACCEPTS), *map(_or_first, _ACCEPTS)),
+            suspects=(
+                *(made() for made in _ACCEPTS),
+                *map(_or_first, _ACCEPTS),
+                *(_OwnToken(a, b) for a in (True, False) for b in (True, False)),
+            ),
             answers=r"""
 # %% upside down
 @@
@@ -591,6 +701,11 @@ EXERCISE = Exercise(
 @@
 -            if u_accept[b, i] >= ratio:
 +            if ratio < 1:
+
+# %% the likeliest only
+@@
+-            if u_accept[b, i] >= ratio:
++            if token != int(target[b, i].argmax()):
 
 # %% one random number for all
 @@
@@ -692,6 +807,8 @@ def agreement(draft: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
                 _ResidualOfFirst(),
                 _ResidualOfLast(),
                 _LastAlways(),
+                _RatioOfNext(),
+                _or_first(_RatioOfNext),
             ),
             answers=r"""
 # %% one later
@@ -728,7 +845,7 @@ def agreement(draft: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
             " of length 1, one above the other, each cut into the tokens' probabilities in order: a"
             " number is a place on both. Where do the same tokens lie above each other?",
             hint=3,
-            suspects=(_same_for_both, _independent, _not_clamped),
+            suspects=(_same_for_both, _independent, _not_clamped, _largest_gap),
             answers=r"""
 # %% the same for both
 @@
@@ -752,7 +869,15 @@ def agreement(draft: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
             "That is not the share that rejection sampling accepts. A token is proposed with"
             " probability q and then accepted with min(1, p / q): together min(q, p).",
             hint=3,
-            suspects=(_ratios, _distance, _whole_distance, _product, _coupling_for_both),
+            suspects=(
+                _ratios,
+                _distance,
+                _whole_distance,
+                _product,
+                _coupling_for_both,
+                _over_target,
+                _same_likeliest,
+            ),
             answers=r"""
 # %% the rejected share
 @@
