@@ -125,6 +125,11 @@ class _Softmax(_Reject):
         return self.pick(self.residual(target[i], draft[i]).softmax(0), u_pick)
 
 
+class _SoftmaxOfDifference(_Reject):
+    def replace(self, i: int, draft: Tensor, target: Tensor, u_pick: Tensor) -> int:
+        return self.pick((target[i] - draft[i]).softmax(0), u_pick)
+
+
 class _Likeliest(_Reject):
     def replace(self, i: int, draft: Tensor, target: Tensor, u_pick: Tensor) -> int:
         return int(self.residual(target[i], draft[i]).argmax())
@@ -349,14 +354,14 @@ class _NumberOfFirstRow(_Reject):
         return super().__call__(proposals, draft, target, u_accept, first)
 
 
-def _or_first(made: type[_Reject]) -> _Reject:
+def _or_first(made: type[_Reject], *args: Any) -> _Reject:
     """The same with the first token, not the last one, where no weight is left to draw from."""
 
     class OrFirst(made):  # type: ignore[misc, valid-type]
         def pick(self, weights: Tensor, u: Tensor) -> int:
             return super().pick(weights, u) if weights.any() else 0
 
-    return OrFirst()
+    return OrFirst(*args)
 
 
 _ACCEPTS = (
@@ -512,7 +517,7 @@ def _cases() -> list[tuple]:
         (33, 2, 100),
         (5, 9, 7),
         (4, 17, 3),
-        (200, 2, 6),
+        (300, 2, 6),
         (1, 1, 1000),
     ]
     cases = [_hand_case()]
@@ -583,6 +588,7 @@ EXERCISE = Exercise(
                 _FromDraft(),
                 _WithoutToken(),
                 _Softmax(),
+                _SoftmaxOfDifference(),
             ),
             answers=r"""
 # %% the target's distribution
@@ -680,6 +686,7 @@ EXERCISE = Exercise(
                 *(made() for made in _ACCEPTS),
                 *map(_or_first, _ACCEPTS),
                 *(_OwnToken(a, b) for a in (True, False) for b in (True, False)),
+                *(_or_first(_OwnToken, a, b) for a in (True, False) for b in (True, False)),
             ),
             answers=r"""
 # %% upside down

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from random import Random
 from typing import Any
 
@@ -14,6 +15,7 @@ from minivllm.course.chapters.ch13_speculative_decoding.common import (
 )
 from minivllm.course.chapters.ch13_speculative_decoding.stream import (
     LAST,
+    Asked,
     Played,
     Scene,
     Text,
@@ -23,7 +25,7 @@ from minivllm.course.chapters.ch13_speculative_decoding.stream import (
 from minivllm.course.grading.compare import show
 from minivllm.course.grading.errors import CheckError, Mistake
 from minivllm.course.grading.exercise import Exercise, Known
-from minivllm.course.grading.judges import expect, expect_no_growth
+from minivllm.course.grading.judges import expect, expect_no_growth, footprint
 from minivllm.engine.sequence import Sequence, SequenceStatus
 from minivllm.engine.speculation import NgramProposer, Proposer
 from minivllm.sampling_params import SamplingParams
@@ -102,6 +104,46 @@ def _stopping(text: list[int], k: int, sizes: tuple[int, ...]) -> list[int]:
     return []
 
 
+#: Lengths of the end of a text that somebody may look up.
+_SIZES = ((3, 2, 1), (4, 3, 2, 1), (2, 1), (3, 2), (1,), (2,), (3,))
+
+
+@dataclass(frozen=True)
+class _Way:
+    """A way to guess worse. sizes: see `_guess`. stops: where the text ends.
+
+    part: "all" of the text, its "prompt" or its "output".
+    """
+
+    sizes: tuple[int, ...] = (3, 2, 1)
+    stops: bool = False
+    part: str = "all"
+
+    def guesses(self, asked: Asked) -> list[int]:
+        text = asked.text[asked.num_prompt :] if self.part == "output" else asked.text
+        if self.part == "prompt":
+            # The text's end, looked up in the prompt.
+            return self._in_prompt(asked)
+        return (_stopping if self.stops else _guess)(text, asked.k, self.sizes)
+
+    def _in_prompt(self, asked: Asked) -> list[int]:
+        for n in self.sizes:
+            for start in _places(asked.text, n):
+                if start < asked.num_prompt:
+                    long = list(asked.text)
+                    for i in range(asked.k):
+                        long.append(long[start + i])
+                    return long[len(asked.text) :]
+        return []
+
+    def did(self, log: list[Asked]) -> bool:
+        """Whether this way explains all guesses, and no better way explains them, too."""
+        if any(self.guesses(asked) != asked.guesses for asked in log):
+            return False
+        better = _Way(self.sizes) if self.stops or self.part != "all" else _Way()
+        return any(better.guesses(asked) != asked.guesses for asked in log)
+
+
 # --- the texts ------------------------------------------------------------------------------------
 
 
@@ -151,6 +193,9 @@ def _scenes() -> list[Scene]:
         Scene("misses-tokens", "Alone, a text that repeats itself", [text])
         for text in _texts(100, loops)
     ]
+    scenes.append(
+        Scene("misses-tokens", "Up to 24 guesses in a loop", _texts(150, loops[1:2]), k=24)
+    )
     scenes += [
         Scene("guesses-kept", "Alone, a text that is often another one", [text])
         for text in _texts(200, alone)
@@ -177,6 +222,12 @@ def _expect_good(make: Callable[[], Proposer], scene: Scene) -> None:
     wrong: Exception | None = None
     try:
         mine = play(_Pair(make) if pair else make(), scene)
+    except Mistake as mistake:
+        if mistake.name != "too-many" or scene.at_once == 1:
+            raise
+        # Alone it keeps the limit: these are the guesses for another text.
+        seen = f"{scene.what}: {mistake.message.splitlines()[0]}"
+        raise EXERCISE.mistake(scene.name, seen) from None
     except (CheckError, NotImplementedError):
         raise
     except Exception as error:
@@ -194,27 +245,36 @@ def _expect_good(make: Callable[[], Proposer], scene: Scene) -> None:
     raise wrong or _guesses_badly(mine, seen)
 
 
+_WAYS = {
+    "stops-at-the-end": [_Way(sizes, stops=True) for sizes in _SIZES],
+    "half-of-the-text": [_Way(s, part=part) for s in _SIZES for part in ("prompt", "output")],
+    "looks-at-one-token": [_Way((1,)), _Way((1, 2, 3)), _Way((1, 2)), _Way((1, 2, 3, 4))],
+    "one-length": [_Way((n,)) for n in (2, 3, 4)],
+}
+
+
 def _guesses_badly(mine: Played, seen: str) -> Mistake:
-    longest = max((len(guesses) for _, _, guesses, _ in mine.log), default=0)
+    longest = max((len(asked.guesses) for asked in mine.log), default=0)
     if longest == 0:
         return EXERCISE.mistake("proposes-nothing", seen)
-    for known in EXERCISE.mistakes:
-        for suspect in known.suspects:
-            if all(suspect(text, k) == guesses for text, k, guesses, _ in mine.log):
-                return EXERCISE.mistake(known.name, seen)
-    if longest == 1:
-        return EXERCISE.mistake("one-at-a-time", seen)
+    for name, ways in _WAYS.items():
+        if any(way.did(mine.log) for way in ways):
+            return EXERCISE.mistake(name, seen)
+    short = [asked for asked in mine.log if asked.k > longest and asked.guesses]
+    if short and all(len(asked.guesses) == longest for asked in short):
+        return EXERCISE.mistake("fewer-than-asked", seen)
     return EXERCISE.mistake("too-few-accepted", seen)
 
 
 def _example(played: Played) -> str:
     """The shortest text after which prompt lookup would have been right, and the answer is not."""
-    for text, k, guesses, come in sorted(played.log, key=lambda entry: len(entry[0])):
-        best = _guess(text, k)
-        if best[: len(come)] == come and guesses[: len(come)] != come:
+    for asked in sorted(played.log, key=lambda asked: len(asked.text)):
+        come = asked.come
+        best = _guess(asked.text, asked.k)
+        if best[: len(come)] == come and asked.guesses[: len(come)] != come:
             return (
-                f"For example, after {len(text)} tokens that end with {text[-4:]} you guess"
-                f" {show(guesses)}, and {show(come)} come."
+                f"For example, after {len(asked.text)} tokens that end with {asked.text[-4:]} you"
+                f" guess {show(asked.guesses)}, and {show(come)} come."
             )
     return ""
 
@@ -222,19 +282,37 @@ def _example(played: Played) -> str:
 # --- what is kept ---------------------------------------------------------------------------------
 
 
-def _expect_little_reading(make: Callable[[], Proposer]) -> None:
+@functools.cache
+def _long() -> Scene:
     rng = Random(7)
-    made = [_passages(rng, 300, kinds=300, prompt=4000)]
-    scene = Scene("reads-again", "A long text", _texts(800, made))
+    made = [_passages(rng, 90, kinds=300, prompt=1600) for _ in range(6)]
+    return Scene("texts-mixed-up", "Long texts, four at once", _texts(800, made), 4)
+
+
+def _expect_little_reading(make: Callable[[], Proposer]) -> None:
+    scene = _long()
     played = play(make(), scene)
-    calls = len(played.log)
+    length = len(scene.texts[0].prompt)
     expect(
         played.num_read <= played.num_free,
         "reads-again",
-        f"A text has 4,000 tokens at first, and in {calls} calls you read {played.num_read:,}"
-        f" tokens of it.\nRead what is new since the last call, and up to {LAST} tokens at the end."
-        " All others you have seen: keep what you need to know of them.",
+        f"{len(scene.texts)} texts have {length:,} tokens at first, and for {len(played.log)}"
+        f" guesses you read {played.num_read:,} tokens of them.\nRead what is new since the last"
+        f" call, and up to {LAST} tokens at the end. The others you have seen: keep what you need.",
     )
+
+
+def _expect_forgets(make: Callable[[], Proposer]) -> None:
+    few, many = (footprint(_come_and_go(make, False, rounds)) for rounds in (2, 42))
+    expect(
+        many <= few + 100,
+        "grows",
+        f"After 2 texts that have come and ended your object holds {few:,} things, after 42 texts"
+        f" {many:,}.\nWhat belongs to a text that has ended is dropped in the next call.",
+    )
+    for ends_alone in (False, True):
+        what = "texts that come and end"
+        expect_no_growth(functools.partial(_come_and_go, make, ends_alone), what)
 
 
 def _come_and_go(make: Callable[[], Proposer], ends_alone: bool, rounds: int) -> Any:
@@ -260,12 +338,10 @@ def check_proposer(answer: type[Proposer]) -> str:
         "wrong-form",
         f"{show(answer)} is no class of proposers.\nHand in the class, a subclass of `Proposer`.",
     )
-    for scene in _scenes():
+    for scene in (*_scenes(), _long()):
         _expect_good(answer, scene)
     _expect_little_reading(answer)
-    for ends_alone in (False, True):
-        what = "texts that come and end"
-        expect_no_growth(functools.partial(_come_and_go, answer, ends_alone), what)
+    _expect_forgets(answer)
     accepted = engine_with(answer()).num_accepted_tokens
     least = int(FLOOR * _by_the_engine())
     if accepted < least:
@@ -427,14 +503,6 @@ EXERCISE = Exercise(
             "Your guesses end where the text ends. In a loop of two tokens that is one or two"
             " guesses; go on with those that you have made.",
             hint=3,
-            suspects=(
-                functools.partial(_stopping, sizes=(3, 2, 1)),
-                functools.partial(_stopping, sizes=(2, 1)),
-                functools.partial(_stopping, sizes=(1,)),
-                functools.partial(_stopping, sizes=(2,)),
-                functools.partial(_stopping, sizes=(3,)),
-                functools.partial(_stopping, sizes=(4, 3, 2, 1)),
-            ),
             answers=r"""
 # %% a slice
 @@
@@ -452,11 +520,6 @@ EXERCISE = Exercise(
             "You look at the last token only. Many others followed it somewhere; with two or three"
             " tokens the place is nearly always the right one. Try the longest first.",
             hint=3,
-            suspects=(
-                functools.partial(_guess, sizes=(1,)),
-                functools.partial(_guess, sizes=(1, 2, 3)),
-                functools.partial(_guess, sizes=(1, 2)),
-            ),
             answers=r"""
 # %% one token
 @@
@@ -467,6 +530,43 @@ EXERCISE = Exercise(
 @@
 -        for n in (3, 2, 1):
 +        for n in (1, 2, 3):
+""",
+        ),
+        Known(
+            "one-length",
+            "You look up the last tokens in one number only. Three are often new where two are not:"
+            " then two are tried, then one.",
+            hint=3,
+            answers=r"""
+# %% three
+@@
+-        for n in (3, 2, 1):
++        for n in (3,):
+
+# %% two
+@@
+-        for n in (3, 2, 1):
++        for n in (2,):
+""",
+        ),
+        Known(
+            "half-of-the-text",
+            "You look the text's end up in a part of the text only. A text is prompt and output,"
+            " and either may be repeated.",
+            hint=1,
+            answers=r"""
+# %% the output
+@@
+-        for token_id in seq.token_ids[len(tokens) :]:
++        for token_id in seq.token_ids[seq.num_prompt_tokens + len(tokens) :]:
+
+# %% the prompt
+@@
+-            for n in (1, 2, 3):
+-                ends[tuple(tokens[-n:])] = len(tokens)
++            if len(tokens) < seq.num_prompt_tokens:
++                for n in (1, 2, 3):
++                    ends[tuple(tokens[-n:])] = len(tokens)
 """,
         ),
         Known(
@@ -488,15 +588,20 @@ EXERCISE = Exercise(
 """,
         ),
         Known(
-            "one-at-a-time",
-            "You never make more than one guess, and the engine asked for more. With one guess a"
-            " step brings two tokens at most.",
+            "fewer-than-asked",
+            "You never make more than so many guesses, and the engine asked for more. With one"
+            " guess a step brings two tokens at most.",
             hint=3,
             answers=r"""
 # %% one guess
 @@
 -                for i in range(start, start + k):
 +                for i in range(start, start + 1):
+
+# %% five at most
+@@
+-                for i in range(start, start + k):
++                for i in range(start, start + min(k, 5)):
 """,
         ),
         Known(

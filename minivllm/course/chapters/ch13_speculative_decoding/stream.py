@@ -74,14 +74,25 @@ class Scene:
     k: int = 5
 
 
+@dataclass(frozen=True)
+class Asked:
+    """One sequence in a call: the known text, how many guesses were asked for, what came of it."""
+
+    text: list[int]
+    num_prompt: int
+    k: int
+    guesses: list[int]
+    come: list[int]
+
+
 @dataclass
 class Played:
-    """What a proposer did. log: (known text, tokens asked for, guesses, what came) per guess."""
+    """What a proposer did. log: an entry for each sequence of each call."""
 
     num_accepted: int = 0
     num_read: int = 0
     num_free: int = 0  # tokens that may be read
-    log: list[tuple[list[int], int, list[int], list[int]]] = field(default_factory=list)
+    log: list[Asked] = field(default_factory=list)
 
 
 _LOOKED_AT = (
@@ -168,14 +179,20 @@ def _call(proposer: Proposer, calling: list[_Live], k: int, rng: Random, played:
         return
     counts = [rng.randint(max(1, k - 2), k) for _ in calling]
     before = [one.snapshot() for one in calling]
-    sequences = [one.seq for one in calling]
-    found = proposer.propose(sequences, list(counts))
+    sequences, wanted = [one.seq for one in calling], list(counts)
+    found = proposer.propose(sequences, wanted)
+    if wanted != counts or any(a is not b.seq for a, b in zip(sequences, calling, strict=False)):
+        raise Mistake(
+            "changed-input",
+            "Your proposer changed the lists that `propose` got.\nThey belong to the engine, which"
+            " still needs them: work on a copy.",
+        )
     expect_form(found, counts)
     for one, then in zip(calling, before, strict=True):
         _expect_unchanged(one, then)
     for one, count, guesses in zip(calling, counts, found, strict=True):
         come = one.text.rest[one.num_out : one.num_out + count]
-        played.log.append((one.known, count, list(guesses), come))
+        played.log.append(Asked(one.known, len(one.text.prompt), count, list(guesses), come))
         accepted = num_equal(guesses, come)
         played.num_accepted += accepted
         one.num_free += LAST
