@@ -32,18 +32,23 @@ class CachedModel:
     """A model with a cache.
 
     seed: models with the same seed write the same, apart from noise: how much a draft's logits
-    differ from those of its target. cache: the tokens whose keys and values it holds, in order.
+    differ from those of its target.
     """
 
     seed: int
     noise: float = 0.0
     vocab_size: int = 12
-    cache: list[int] = field(default_factory=list)
+    _token_ids: list[int] = field(default_factory=list, repr=False)
     _states: list[int] = field(default_factory=list, repr=False)
 
     @property
+    def cache(self) -> list[int]:
+        """The tokens whose keys and values the cache holds, in order: a copy, to look at."""
+        return list(self._token_ids)
+
+    @property
     def num_computed(self) -> int:
-        return len(self.cache)
+        return len(self._token_ids)
 
     def compute(self, token_ids: Iterable[int]) -> list[list[float]]:
         """Compute tokens behind those in the cache. A row of logits [vocab_size] after each."""
@@ -51,16 +56,16 @@ class CachedModel:
         for token_id in token_ids:
             state = self._states[-1] if self._states else _mixed(self.seed)
             state = _mixed(state ^ (token_id + 1) * 0x2545F4914F6CDD1D & _WORD)
-            self.cache.append(token_id)
+            self._token_ids.append(token_id)
             self._states.append(state)
             rows.append([self._logit(state, i) for i in range(self.vocab_size)])
         return rows
 
     def rewind(self, count: int) -> None:
         """Keep the first `count` tokens in the cache. ValueError if it holds fewer."""
-        if not 0 <= count <= len(self.cache):
-            raise ValueError(f"the cache holds {len(self.cache)} tokens, so it cannot keep {count}")
-        del self.cache[count:], self._states[count:]
+        if not 0 <= count <= self.num_computed:
+            raise ValueError(f"the cache holds {self.num_computed} tokens; it cannot keep {count}")
+        del self._token_ids[count:], self._states[count:]
 
     def _logit(self, state: int, token_id: int) -> float:
         own = 5 * _share(state + token_id)

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from minivllm.course.grading.compare import show
-from minivllm.course.grading.errors import Mistake
+from minivllm.course.grading.errors import CheckError, Mistake
 from minivllm.course.grading.exercise import Exercise, Known
 from minivllm.course.grading.judges import expect_unchanged
+from minivllm.course.grading.kept import Memory
 from minivllm.course.sim.drafts import CachedModel, picker
 from minivllm.engine.sequence import num_equal
 
@@ -48,9 +49,13 @@ class _Case:
 
 @dataclass(frozen=True)
 class _Pick:
-    """A call of pick: whose row it was, and after which tokens; the position; what came."""
+    """A call of pick: the row's model, its call of `compute`, and the tokens before it.
+
+    Then the position, and the token that came.
+    """
 
     model: str
+    call: int
     context: tuple[int, ...]
     position: int
     token: int
@@ -62,8 +67,11 @@ class _Run:
 
     case: _Case
     picks: list[_Pick] = field(default_factory=list)
-    rows: dict[tuple[float, ...], tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    #: A row of logits -> its model, the number of the call, the tokens before it.
+    rows: dict[tuple[float, ...], tuple[str, int, tuple[int, ...]]] = field(default_factory=dict)
     num_computed: dict[str, int] = field(default_factory=lambda: {"target": 0, "draft": 0})
+    models: dict[str, CachedModel] = field(default_factory=dict)
+    num_calls: int = 0
 
     def model(self, name: str) -> CachedModel:
         run, case = self, self.case
@@ -71,7 +79,8 @@ class _Run:
         class Watched(CachedModel):
             def compute(self, token_ids: Any) -> list[list[float]]:
                 token_ids = list(token_ids)
-                before = list(self.cache)
+                before = self.cache
+                run.num_calls += 1
                 rows = super().compute(token_ids)
                 run.num_computed[name] += len(rows)
                 _expect_end(run.num_computed[name] < 40_000, case)
@@ -79,10 +88,11 @@ class _Run:
                     context = (*before, *token_ids[: i + 1])
                     # The draft's rows are told from the target's where it is the target itself.
                     row[:] = [logit + 1e-10 * (name == "draft") for logit in row]
-                    run.rows[tuple(row)] = name, context
+                    run.rows[tuple(row)] = name, run.num_calls, context
                 return rows
 
-        return Watched(case.seed, case.noise if name == "draft" else 0.0)
+        self.models[name] = Watched(case.seed, case.noise if name == "draft" else 0.0)
+        return self.models[name]
 
     def pick(self) -> Callable[[list[float], int], int]:
         plain = picker(self.case.seed, self.case.temperature)
@@ -94,9 +104,8 @@ class _Run:
                     f"{self.case.seen}: you call pick with logits that no model has computed:"
                     f" {show(logits)}.\nHand it one row of what `compute` returns, as it is.",
                 )
-            model, context = self.rows[tuple(logits)]
             token = plain(logits, position)
-            self.picks.append(_Pick(model, context, position, token))
+            self.picks.append(_Pick(*self.rows[tuple(logits)], position, token))
             _expect_end(len(self.picks) < 20_000, self.case)
             return token
 
@@ -134,101 +143,140 @@ def _steps(picks: list[_Pick]) -> list[_Step]:
     return steps
 
 
-def _judge(run: _Run, new: list[int], ks: list[int]) -> None:
-    """Raise the first thing that goes wrong, step by step."""
-    case = run.case
-    plain = case.plain()
-    right = [*case.prompt, *plain]
-    known, wanted = len(case.prompt), 1
-    rejected: list[int] = []
-    steps, sizes = _steps(run.picks), []
-    for number, step in enumerate(steps, start=1):
-        where = f"{case.seen}: step {number}, after {known - len(case.prompt)} new tokens"
-        if known >= len(right):
-            # The text has ended, and yours goes on.
-            break
+@dataclass
+class _Judge:
+    """Goes through an answer's steps, and raises the first thing that goes wrong.
+
+    new, ks: what the answer has returned.
+    """
+
+    run: _Run
+    new: list[int]
+    ks: list[int]
+    #: The right number of guesses, if there is room.
+    wanted: int = 1
+    accepted: int = 0
+    #: Of the step before: guesses that were rejected, and samples after the target's own token.
+    rejected: list[int] = field(default_factory=list)
+    behind: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.case = self.run.case
+        self.plain = self.case.plain()
+        self.right = [*self.case.prompt, *self.plain]
+        self.known = len(self.case.prompt)
+
+    @property
+    def where(self) -> str:
+        done = self.known - len(self.case.prompt)
+        return f"{self.case.seen}: step {len(self.sizes) + 1}, after {done} new tokens"
+
+    def judge(self) -> None:
+        for step in _steps(self.run.picks):
+            if self.known >= len(self.right):
+                # The text has ended, and the answer goes on.
+                break
+            self.step(step)
+        _judge_end(self.run, self.new, self.plain)
+        if self.ks != self.sizes:
+            raise Mistake(
+                "other-counts",
+                f"{self.case.seen}: you return {show(self.ks)} as the numbers of guesses, and they"
+                f" were {show(self.sizes)}.\nOne number per step, in order.",
+            )
+        _judge_work(self.run, len(self.right), sum(self.sizes))
+
+    def step(self, step: _Step) -> None:
         guesses = [pick.token for pick in step.guesses]
-        text = tuple(right[:known])
+        text = tuple(self.right[: self.known])
         for i, pick in enumerate(step.guesses):
-            _judge_pick(pick, (*text, *guesses[:i]), rejected, where)
+            self.pick(pick, (*text, *guesses[:i]), step)
         for i, pick in enumerate(step.samples[: len(guesses) + 1]):
-            _judge_pick(pick, (*text, *guesses[:i]), rejected, where)
-        _judge_k(run, len(guesses), wanted, known - len(case.prompt), where, len(new))
-        sizes.append(len(guesses))
+            self.pick(pick, (*text, *guesses[:i]), step)
+        self.size(len(guesses))
         samples = [pick.token for pick in step.samples]
         accepted = num_equal(guesses, samples)
-        if len(samples) <= accepted and known + accepted < len(right):
-            raise EXERCISE.mistake("own-token-lost", f"{where}: {len(samples)} samples of it.")
-        wanted = _next_k(len(guesses), accepted, case.most)
-        rejected = guesses[accepted:]
-        known += accepted + 1
-    _judge_end(run, new, plain, known - len(case.prompt))
-    if ks != sizes:
-        raise Mistake(
-            "other-counts",
-            f"{case.seen}: you return {show(ks)} as the numbers of guesses, and they were"
-            f" {show(sizes)}.\nOne number per step, in order.",
+        if len({pick.call for pick in step.samples}) > 1:
+            raise EXERCISE.mistake("one-by-one", f"{self.where}: {len(guesses)} guesses.")
+        if len(samples) <= len(guesses):
+            seen = f"{self.where}: {len(guesses)} guesses, {len(samples)} samples of the target."
+            raise EXERCISE.mistake("own-token-lost", seen)
+        k = len(guesses)
+        self.sizes.append(k)
+        self.wanted = min(k + 1, self.case.most) if accepted == k else max(1, accepted)
+        self.accepted, self.rejected = accepted, guesses[accepted:]
+        self.behind = samples[accepted + 1 :]
+        self.known += accepted + 1
+
+    def pick(self, pick: _Pick, text: tuple[int, ...], step: _Step) -> None:
+        """Judge the row that a token is picked from. text: what should be before it."""
+        if pick.context != text:
+            raise self.other_context(pick, text, step)
+        if pick.position != len(text):
+            raise EXERCISE.mistake(
+                "wrong-position",
+                f"{self.where}: the {pick.model} picks a token for position {len(text)} with the"
+                f" random number of position {pick.position}.",
+            )
+
+    def other_context(self, pick: _Pick, text: tuple[int, ...], step: _Step) -> Mistake:
+        """The mistake of a row that comes after something else than the text."""
+        context, known = pick.context, self.known
+        seen = (
+            f"{self.where}: the {pick.model}'s row comes after {_tail(context)}, and the text is"
+            f" {_tail(text)}."
         )
-    _judge_work(run, len(right), sum(sizes))
-
-
-def _next_k(k: int, accepted: int, most: int) -> int:
-    return min(k + 1, most) if accepted == k else max(1, accepted)
-
-
-def _judge_pick(pick: _Pick, text: tuple[int, ...], rejected: list[int], where: str) -> None:
-    """Judge the row that a token is picked from. text: what should be before it."""
-    whose = "draft" if pick.model == "draft" else "target"
-    seen = (
-        f"{where}: the {whose}'s row comes after {show(pick.context[-8:])}, and the text ends with"
-        f" {show(text[-8:])}."
-    )
-    if pick.context != text:
-        raise _other_context(pick, text, rejected, seen)
-    if pick.position != len(text):
-        raise EXERCISE.mistake(
-            "wrong-position",
-            f"{where}: the {whose} picks a token for position {len(text)} with the random number of"
-            f" position {pick.position}.",
+        if context[-1] != text[-1] and context[-1] in self.behind:
+            # The newest token of the answer's text is a sample behind the target's own.
+            return EXERCISE.mistake("keeps-too-much", seen)
+        # In the place of the target's own token there is the guess.
+        stale = list(context[known - 1 : known]) == self.rejected[:1] and bool(self.rejected)
+        if context[: known - 1] == text[: known - 1] and stale:
+            name = "not-taken-back" if len(context) > len(text) else ""
+            return EXERCISE.mistake(
+                f"{pick.model}-{name}" if name else "keeps-the-wrong-guess", seen
+            )
+        if len(context) < len(text):
+            short = context == text[: len(context)]
+            target = next(iter(step.samples), pick)
+            if short and len(target.context) < known:
+                return EXERCISE.mistake("own-token-lost", seen)
+            return EXERCISE.mistake(f"{pick.model}-misses-tokens", seen)
+        return Mistake(
+            "another-text",
+            f"{seen}\nBefore each step both models must hold the text, without its last token, and"
+            " nothing else.",
         )
 
-
-def _other_context(pick: _Pick, text: tuple[int, ...], rejected: list[int], seen: str) -> Mistake:
-    first = next(
-        (i for i, (a, b) in enumerate(zip(pick.context, text, strict=False)) if a != b),
-        min(len(text), len(pick.context)),
-    )
-    stale = pick.context[first : first + 1] == tuple(rejected[:1]) and rejected
-    if len(pick.context) > len(text) and stale:
-        return EXERCISE.mistake(f"{pick.model}-not-taken-back", seen)
-    if len(pick.context) < len(text):
-        return EXERCISE.mistake(f"{pick.model}-misses-tokens", seen)
-    if stale:
-        return EXERCISE.mistake("keeps-the-wrong-guess", seen)
-    return Mistake(
-        "another-text",
-        f"{seen}\nBefore each step both models must hold the text, without its last token, and"
-        " nothing else.",
-    )
-
-
-def _judge_k(run: _Run, k: int, wanted: int, known: int, where: str, num_new: int) -> None:
-    """Judge the number of guesses. known: new tokens so far. num_new: those of the whole text."""
-    most, room = run.case.most, run.case.max_tokens - known
-    right = min(wanted, room - 1)
-    if k == right:
-        return
-    seen = f"{where}: {k} guesses, expected {right}."
-    if right < k <= wanted:
-        long = num_new > run.case.max_tokens
-        name = "too-many-tokens" if long else "more-than-of-use"
-        raise EXERCISE.mistake(name, f"{seen[:-1]}: there is room for {room} tokens.")
-    if k > most:
-        raise EXERCISE.mistake("beyond-most", seen)
-    raise EXERCISE.mistake("other-k" if k else "never-guesses-again", seen)
+    def size(self, k: int) -> None:
+        """Judge the number of guesses."""
+        room = self.case.max_tokens - (self.known - len(self.case.prompt))
+        right = min(self.wanted, room - 1)
+        if k == right:
+            return
+        number = len(self.sizes)
+        seen = f"{self.where}: {k} guesses, expected {right}."
+        if k == 0 and number < len(self.ks) and self.ks[number]:
+            raise EXERCISE.mistake("not-picked", seen)
+        if right < k <= self.wanted:
+            name = "too-many-tokens"
+            if len(self.new) <= self.case.max_tokens:
+                name = "more-than-of-use"
+            raise EXERCISE.mistake(name, f"{seen[:-1]}: there is room for {room} tokens.")
+        if k > self.case.most:
+            raise EXERCISE.mistake("beyond-most", seen)
+        if k < right and len(self.new) < len(self.plain):
+            _judge_end(self.run, self.new, self.plain)
+        again = k == 0 and number > 0 and self.accepted == 0
+        raise EXERCISE.mistake("never-guesses-again" if again else "other-k", seen)
 
 
-def _judge_end(run: _Run, new: list[int], plain: list[int], written: int) -> None:
+def _tail(tokens: tuple[int, ...]) -> str:
+    return f"… {list(tokens[-6:])} ({len(tokens)} tokens)"
+
+
+def _judge_end(run: _Run, new: list[int], plain: list[int]) -> None:
     """Judge the text as a whole; what each step did was right."""
     case = run.case
     if new == plain:
@@ -271,6 +319,7 @@ def _cases() -> list[_Case]:
         _Case(5, (1, 2, 3), 1),
         _Case(6, (1, 2, 3), 2),
         _Case(7, (7, 7), 6, most=1),
+        _Case(9, (3, 1), 400, 1.0, most=26),
         _Case(8, (1, 9, 1), 60, noise=30.0),  # nearly never right
     ]
     for seed in range(18):
@@ -296,15 +345,13 @@ def _cases() -> list[_Case]:
 def _expect_text(answer: Callable, case: _Case) -> int:
     run = _Run(case)
     prompt = list(case.prompt)
-    found = answer(
-        run.model("target"),
-        run.model("draft"),
-        run.pick(),
-        prompt,
-        case.max_tokens,
-        case.stop_ids,
-        case.most,
-    )
+    models = run.model("target"), run.model("draft")
+    try:
+        found = answer(*models, run.pick(), prompt, case.max_tokens, case.stop_ids, case.most)
+    except (CheckError, NotImplementedError):
+        raise
+    except Exception as error:
+        raise _behind(run, error) from error
     expect_unchanged(prompt, list(case.prompt), "prompt")
     good = isinstance(found, tuple | list) and len(found) == 2
     if not good or not all(isinstance(part, list) for part in found):
@@ -313,13 +360,43 @@ def _expect_text(answer: Callable, case: _Case) -> int:
             f"{case.seen}: you return {show(found)}.\nReturn two lists: the new tokens, and the"
             " number of guesses of each step.",
         )
-    _judge(run, *found)
+    _Judge(run, *found).judge()
     return len(found[0])
+
+
+def _behind(run: _Run, error: Exception) -> Exception:
+    """The mistake behind an exception, if a cache holds what does not belong into it."""
+    right = [*run.case.prompt, *run.case.plain()]
+    for name, model in run.models.items():
+        same = num_equal(model.cache, right)
+        # The last pick of the target is the last token of the text; a guess has its place.
+        if run.picks and run.picks[-1].model == "target" and same < model.num_computed:
+            seen = (
+                f"{run.case.seen}: your code raised {type(error).__name__}: {error}. The {name}'s"
+                f" cache then is {_tail(tuple(model.cache))}, and the text begins with"
+                f" {_tail(tuple(right[: model.num_computed]))}."
+            )
+            return EXERCISE.mistake(f"{name}-not-taken-back", seen)
+    return error
+
+
+def _expect_texts(answer: Callable) -> int:
+    """Judge all cases. Mistake("keeps-state") where one fails only after the others."""
+    memory, total = Memory.of(answer), 0
+    for case in _cases():
+        try:
+            total += _expect_text(answer, case)
+        except Mistake:
+            if memory.forget():
+                _expect_text(answer, case)
+                raise EXERCISE.mistake("keeps-state", f"{case.seen}.") from None
+            raise
+    return total
 
 
 def check_debug(answer: Callable) -> str:
     cases = _cases()
-    total = sum(_expect_text(answer, case) for case in cases)
+    total = _expect_texts(answer)
     return f"{len(cases)} texts, {total} tokens, each as without speculation"
 
 
@@ -371,6 +448,11 @@ EXERCISE = Exercise(
             " next guesses are.",
             hint=1,
             answers=r"""
+# %% one token too few
+@@
+-            model.rewind(min(model.num_computed, len(tokens) - 1))
++            model.rewind(min(model.num_computed, len(tokens) - (model is target)))
+
 # %% the target alone
 @@
 -        for model in (target, draft):
@@ -464,10 +546,94 @@ EXERCISE = Exercise(
 """,
         ),
         Known(
-            "own-token-lost",
-            "A step without the target's own token: it samples after each guess, and once more.",
+            "keeps-too-much",
+            "Behind the target's own token stands one more: a sample that it made after the guess"
+            " that was wrong. Nothing after the first wrong guess counts, whether it is equal or"
+            " not.",
             hint=1,
             answers=r"""
+# %% counts all that are equal
+@@
+-        accepted = 0
+-        while accepted < len(guesses) and guesses[accepted] == samples[accepted]:
+-            accepted += 1
++        accepted = sum(g == s for g, s in zip(guesses, samples))
+
+# %% one more
+@@
+-        for token_id in samples[: accepted + 1]:
++        for token_id in samples[: accepted + 2]:
+""",
+        ),
+        Known(
+            "one-by-one",
+            "The target computes the guesses of a step one after the other: then it could as well"
+            " write by itself. All of them go into one call of `compute`.",
+            hint=1,
+            answers=r"""
+# %% a call for each guess
+@@
+-        rows = target.compute(tokens[target.num_computed :] + guesses)
+-        rows = rows[-len(guesses) - 1 :]
++        rows = target.compute(tokens[target.num_computed :])[-1:]
++        for guess in guesses:
++            rows += target.compute([guess])
+
+# %% until the first wrong one
+@@
+-        rows = target.compute(tokens[target.num_computed :] + guesses)
+-        rows = rows[-len(guesses) - 1 :]
+-        samples = [pick(row, len(tokens) + i) for i, row in enumerate(rows)]
+-        accepted = 0
+-        while accepted < len(guesses) and guesses[accepted] == samples[accepted]:
+-            accepted += 1
++        row = target.compute(tokens[target.num_computed :])[-1]
++        samples, accepted = [pick(row, len(tokens))], 0
++        while accepted < len(guesses) and guesses[accepted] == samples[accepted]:
++            row = target.compute([guesses[accepted]])[-1]
++            accepted += 1
++            samples.append(pick(row, len(tokens) + accepted))
+""",
+        ),
+        Known(
+            "not-picked",
+            "No guess was picked from a row of the draft. A guess is what `pick` samples from the"
+            " draft's row, with the random number that the target will use.",
+            hint=2,
+            answers=r"""
+# %% the likeliest
+@@
+-            guesses.append(pick(row, len(tokens) + len(guesses)))
++            guesses.append(row.index(max(row)))
+""",
+        ),
+        Known(
+            "keeps-state",
+            "By itself this text is right, and after other texts it is not: your code keeps"
+            " something between calls. Look for a global variable, a default that is changed, an"
+            " attribute.",
+            answers=r"""
+# %% goes on with the last k
+@@
+-    ks, k = [], 1
++    ks, k = [], getattr(speculate, "k", 1)
+@@
+-            k = max(1, accepted)
++            k = max(1, accepted)
++        speculate.k = k
+""",
+        ),
+        Known(
+            "own-token-lost",
+            "The target's own token is missing: it samples after each guess and once more, and the"
+            " first sample that is no accepted guess belongs to the text.",
+            hint=1,
+            answers=r"""
+# %% none where all are right
+@@
+-        for token_id in samples[: accepted + 1]:
++        for token_id in samples[: max(1, min(accepted + 1, len(guesses)))]:
+
 # %% as many samples as guesses
 @@
 -        samples = [pick(row, len(tokens) + i) for i, row in enumerate(rows)]
@@ -510,9 +676,15 @@ EXERCISE = Exercise(
         ),
         Known(
             "ends-early",
-            "The text ends before its end: tokens are missing that the last step has brought.",
+            "The text ends too early. It has max_tokens tokens besides the prompt, or ends with the"
+            " first token of stop_ids, which stays; a token of the prompt ends nothing.",
             hint=3,
             answers=r"""
+# %% counts the prompt
+@@
+-    tokens, end = list(prompt), len(prompt) + max_tokens
++    tokens, end = list(prompt), max(len(prompt) + 1, max_tokens)
+
 # %% drops the stop token
 @@
 -            tokens.append(token_id)
