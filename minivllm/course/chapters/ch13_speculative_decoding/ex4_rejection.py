@@ -601,11 +601,6 @@ EXERCISE = Exercise(
 -                weights = (target[b, i] - draft[b, i]).clamp_min(0)
 +                weights = (target[b, i] - draft[b, i]).abs()
 
-# %% the target's, where it has more
-@@
--                weights = (target[b, i] - draft[b, i]).clamp_min(0)
-+                weights = target[b, i] * (target[b, i] > draft[b, i])
-
 # %% the target's without this token
 @@
 -                weights = (target[b, i] - draft[b, i]).clamp_min(0)
@@ -626,13 +621,6 @@ EXERCISE = Exercise(
 -        row.append(int(above.int().argmax()))
 +        above = running > u_pick[b]
 +        row.append(int(above.int().argmax()))
-
-# %% the last token where none is above
-@@
--        above = running > u_pick[b] * running[-1]
--        row.append(int(above.int().argmax()))
-+        place = int((running <= u_pick[b]).sum())
-+        row.append(min(place, len(running) - 1))
 """,
         ),
         Known(
@@ -666,15 +654,6 @@ EXERCISE = Exercise(
 @@
 -        row.append(int(above.int().argmax()))
 +        row.append(max(0, int(above.int().argmax()) - 1))
-
-# %% the likeliest first
-@@
--        running = weights.cumsum(0)
-+        weights, order = weights.sort(descending=True)
-+        running = weights.cumsum(0)
-@@
--        row.append(int(above.int().argmax()))
-+        row.append(int(order[int(above.int().argmax())]))
 """,
         ),
         Known(
@@ -698,16 +677,6 @@ EXERCISE = Exercise(
 @@
 -            ratio = target[b, i, token] / draft[b, i, token]
 +            ratio = target[b, i, token]
-
-# %% the other side
-@@
--            if u_accept[b, i] >= ratio:
-+            if u_accept[b, i] < ratio:
-
-# %% never rejects what is likely enough
-@@
--            if u_accept[b, i] >= ratio:
-+            if ratio < 1:
 
 # %% the likeliest only
 @@
@@ -827,10 +796,6 @@ def agreement(draft: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 @@
 -        weights = target[b, -1]
 +        weights = target[b, proposals.shape[1] - 1]
-
-# %% the last one always
-@@
--                weights = (target[b, i] - draft[b, i]).clamp_min(0)
 """,
         ),
         Known(
@@ -859,11 +824,6 @@ def agreement(draft: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 -    return torch.minimum(draft, target).sum(-1), same.sum(-1)
 +    best = torch.minimum(draft, target).sum(-1)
 +    return best, best.clone()
-
-# %% as if they drew by themselves
-@@
--    return torch.minimum(draft, target).sum(-1), same.sum(-1)
-+    return torch.minimum(draft, target).sum(-1), (draft * target).sum(-1)
 
 # %% gaps count as less than nothing
 @@

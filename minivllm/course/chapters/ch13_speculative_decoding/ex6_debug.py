@@ -448,11 +448,6 @@ EXERCISE = Exercise(
             " next guesses are.",
             hint=1,
             answers=r"""
-# %% one token too few
-@@
--            model.rewind(min(model.num_computed, len(tokens) - 1))
-+            model.rewind(min(model.num_computed, len(tokens) - (model is target)))
-
 # %% the target alone
 @@
 -        for model in (target, draft):
@@ -517,11 +512,6 @@ EXERCISE = Exercise(
 -            guesses.append(pick(row, len(tokens) + len(guesses)))
 +            guesses.append(pick(row, len(tokens)))
 
-# %% one further
-@@
--            guesses.append(pick(row, len(tokens) + len(guesses)))
-+            guesses.append(pick(row, len(tokens) + len(guesses) + 1))
-
 # %% counts from the prompt's end
 @@
 -            guesses.append(pick(row, len(tokens) + len(guesses)))
@@ -558,11 +548,6 @@ EXERCISE = Exercise(
 -        while accepted < len(guesses) and guesses[accepted] == samples[accepted]:
 -            accepted += 1
 +        accepted = sum(g == s for g, s in zip(guesses, samples))
-
-# %% one more
-@@
--        for token_id in samples[: accepted + 1]:
-+        for token_id in samples[: accepted + 2]:
 """,
         ),
         Known(
@@ -578,21 +563,6 @@ EXERCISE = Exercise(
 +        rows = target.compute(tokens[target.num_computed :])[-1:]
 +        for guess in guesses:
 +            rows += target.compute([guess])
-
-# %% until the first wrong one
-@@
--        rows = target.compute(tokens[target.num_computed :] + guesses)
--        rows = rows[-len(guesses) - 1 :]
--        samples = [pick(row, len(tokens) + i) for i, row in enumerate(rows)]
--        accepted = 0
--        while accepted < len(guesses) and guesses[accepted] == samples[accepted]:
--            accepted += 1
-+        row = target.compute(tokens[target.num_computed :])[-1]
-+        samples, accepted = [pick(row, len(tokens))], 0
-+        while accepted < len(guesses) and guesses[accepted] == samples[accepted]:
-+            row = target.compute([guesses[accepted]])[-1]
-+            accepted += 1
-+            samples.append(pick(row, len(tokens) + accepted))
 """,
         ),
         Known(
@@ -629,11 +599,6 @@ EXERCISE = Exercise(
             " first sample that is no accepted guess belongs to the text.",
             hint=1,
             answers=r"""
-# %% none where all are right
-@@
--        for token_id in samples[: accepted + 1]:
-+        for token_id in samples[: max(1, min(accepted + 1, len(guesses)))]:
-
 # %% as many samples as guesses
 @@
 -        samples = [pick(row, len(tokens) + i) for i, row in enumerate(rows)]
@@ -680,11 +645,6 @@ EXERCISE = Exercise(
             " first token of stop_ids, which stays; a token of the prompt ends nothing.",
             hint=3,
             answers=r"""
-# %% counts the prompt
-@@
--    tokens, end = list(prompt), len(prompt) + max_tokens
-+    tokens, end = list(prompt), max(len(prompt) + 1, max_tokens)
-
 # %% drops the stop token
 @@
 -            tokens.append(token_id)
@@ -730,11 +690,6 @@ EXERCISE = Exercise(
 @@
 -        for _ in range(min(k, end - len(tokens) - 1)):
 +        for _ in range(k):
-
-# %% one too many
-@@
--        for _ in range(min(k, end - len(tokens) - 1)):
-+        for _ in range(min(k, end - len(tokens))):
 """,
         ),
         Known(
@@ -747,16 +702,6 @@ EXERCISE = Exercise(
 @@
 -        if accepted == len(guesses):
 +        if accepted:
-
-# %% by the number of tokens
-@@
--            k = max(1, accepted)
-+            k = accepted + 1
-
-# %% stays
-@@
--            k = max(1, accepted)
-+            k = max(1, k - 1)
 """,
         ),
         Known(
@@ -779,14 +724,6 @@ EXERCISE = Exercise(
 @@
 -        ks.append(len(guesses))
 +        ks.append(k)
-
-# %% notes what was right
-@@
--        ks.append(len(guesses))
-@@
--        for token_id in samples[: accepted + 1]:
-+        ks.append(accepted)
-+        for token_id in samples[: accepted + 1]:
 """,
         ),
         Known(

@@ -219,7 +219,8 @@ def expect_form(found: Any, counts: list[int]) -> None:
         )
     for guesses, count in zip(found, counts, strict=True):
         good = isinstance(guesses, list | tuple)
-        if not good or not all(type(g) is int and g >= 0 for g in guesses):
+        # NumPy's and torch's integers are numbers, too.
+        if not good or not all(hasattr(g, "__index__") and int(g) >= 0 for g in guesses):
             raise Mistake(
                 "wrong-form",
                 f"`propose` returned {show(guesses)} for a sequence.\nGuesses are a list of token"
