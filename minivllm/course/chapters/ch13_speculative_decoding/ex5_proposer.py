@@ -564,10 +564,10 @@ EXERCISE = Exercise(
             " guess a step brings two tokens at most.",
             hint=3,
             answers=r"""
-# %% five at most
+# %% four at most
 @@
 -                for i in range(start, start + k):
-+                for i in range(start, start + min(k, 5)):
++                for i in range(start, start + min(k, 4)):
 """,
         ),
         Known(
