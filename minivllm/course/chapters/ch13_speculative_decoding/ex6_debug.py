@@ -27,6 +27,11 @@ class _Case:
     most: int = 5
     stop_ids: frozenset[int] = frozenset({99})
 
+    @property
+    def size(self) -> int:
+        """The most tokens that the text may have."""
+        return len(self.prompt) + self.max_tokens
+
     def plain(self) -> list[int]:
         """The target's tokens, one per step."""
         model, pick = CachedModel(self.seed), picker(self.seed, self.temperature)
@@ -71,7 +76,8 @@ class _Run:
     rows: dict[tuple[float, ...], tuple[str, int, tuple[int, ...]]] = field(default_factory=dict)
     num_computed: dict[str, int] = field(default_factory=lambda: {"target": 0, "draft": 0})
     models: dict[str, CachedModel] = field(default_factory=dict)
-    num_calls: int = 0
+    #: What each call of `compute` left in the cache.
+    after: list[tuple[int, ...]] = field(default_factory=list)
 
     def model(self, name: str) -> CachedModel:
         run, case = self, self.case
@@ -80,15 +86,15 @@ class _Run:
             def compute(self, token_ids: Any) -> list[list[float]]:
                 token_ids = list(token_ids)
                 before = self.cache
-                run.num_calls += 1
+                run.after.append((*before, *token_ids))
                 rows = super().compute(token_ids)
                 run.num_computed[name] += len(rows)
-                _expect_end(run.num_computed[name] < 40_000, case)
+                _expect_end(run.num_computed[name] < 4 * case.size**2 + 500, case)
                 for i, row in enumerate(rows):
                     context = (*before, *token_ids[: i + 1])
                     # The draft's rows are told from the target's where it is the target itself.
                     row[:] = [logit + 1e-10 * (name == "draft") for logit in row]
-                    run.rows[tuple(row)] = name, run.num_calls, context
+                    run.rows[tuple(row)] = name, len(run.after) - 1, context
                 return rows
 
         self.models[name] = Watched(case.seed, case.noise if name == "draft" else 0.0)
@@ -106,7 +112,7 @@ class _Run:
                 )
             token = plain(logits, position)
             self.picks.append(_Pick(*self.rows[tuple(logits)], position, token))
-            _expect_end(len(self.picks) < 20_000, self.case)
+            _expect_end(len(self.picks) < 4 * self.case.size + 200, self.case)
             return token
 
         return pick
@@ -201,7 +207,7 @@ class _Judge:
             raise EXERCISE.mistake("one-by-one", f"{self.where}: {len(guesses)} guesses.")
         if len(samples) <= len(guesses):
             seen = f"{self.where}: {len(guesses)} guesses, {len(samples)} samples of the target."
-            raise EXERCISE.mistake("own-token-lost", seen)
+            raise EXERCISE.mistake("tokens-lost", seen)
         k = len(guesses)
         self.sizes.append(k)
         self.wanted = min(k + 1, self.case.most) if accepted == k else max(1, accepted)
@@ -229,7 +235,7 @@ class _Judge:
         )
         if context[-1] != text[-1] and context[-1] in self.behind:
             # The newest token of the answer's text is a sample behind the target's own.
-            return EXERCISE.mistake("keeps-too-much", seen)
+            return EXERCISE.mistake("keeps-a-later-sample", seen)
         # In the place of the target's own token there is the guess.
         stale = list(context[known - 1 : known]) == self.rejected[:1] and bool(self.rejected)
         if context[: known - 1] == text[: known - 1] and stale:
@@ -237,11 +243,13 @@ class _Judge:
             return EXERCISE.mistake(
                 f"{pick.model}-{name}" if name else "keeps-the-wrong-guess", seen
             )
+        if len(context) < len(text) and self.run.after[pick.call][: len(text)] == text:
+            return EXERCISE.mistake("wrong-row", seen)
         if len(context) < len(text):
             short = context == text[: len(context)]
             target = next(iter(step.samples), pick)
             if short and len(target.context) < known:
-                return EXERCISE.mistake("own-token-lost", seen)
+                return EXERCISE.mistake("tokens-lost", seen)
             return EXERCISE.mistake(f"{pick.model}-misses-tokens", seen)
         return Mistake(
             "another-text",
@@ -536,18 +544,39 @@ EXERCISE = Exercise(
 """,
         ),
         Known(
-            "keeps-too-much",
-            "Behind the target's own token stands one more: a sample that it made after the guess"
-            " that was wrong. Nothing after the first wrong guess counts, whether it is equal or"
-            " not.",
+            "keeps-a-later-sample",
+            "In your text stands a sample that the target made behind a guess that was wrong: after"
+            " its own token, or in its place. Nothing behind the first wrong guess counts, whether"
+            " it is equal or not.",
             hint=1,
             answers=r"""
+# %% the last sample, wherever the wrong guess is
+@@
+-        for token_id in samples[: accepted + 1]:
++        for token_id in guesses[:accepted] + samples[-1:]:
+
 # %% counts all that are equal
 @@
 -        accepted = 0
 -        while accepted < len(guesses) and guesses[accepted] == samples[accepted]:
 -            accepted += 1
 +        accepted = sum(g == s for g, s in zip(guesses, samples))
+""",
+        ),
+        Known(
+            "wrong-row",
+            "You pick from the row after an earlier token. `compute` returns a row after each of its"
+            " tokens: with more than one of them, which rows do you need?",
+            answers=r"""
+# %% the first rows
+@@
+-        rows = rows[-len(guesses) - 1 :]
++        rows = rows[: len(guesses) + 1]
+
+# %% the first row
+@@
+-            row = draft.compute(new)[-1]
++            row = draft.compute(new)[0]
 """,
         ),
         Known(
@@ -594,9 +623,10 @@ EXERCISE = Exercise(
 """,
         ),
         Known(
-            "own-token-lost",
-            "The target's own token is missing: it samples after each guess and once more, and the"
-            " first sample that is no accepted guess belongs to the text.",
+            "tokens-lost",
+            "Tokens are missing in your text. A step brings the guesses that equal the samples in"
+            " their own places, and after them the target's own sample, whether all were right or"
+            " not.",
             hint=1,
             answers=r"""
 # %% as many samples as guesses
