@@ -565,8 +565,8 @@ EXERCISE = Exercise(
         ),
         Known(
             "wrong-row",
-            "You pick from the row after an earlier token. `compute` returns a row after each of its"
-            " tokens: with more than one of them, which rows do you need?",
+            "You pick from the row after an earlier token. `compute` returns a row after each of"
+            " its tokens: with more than one of them, which rows do you need?",
             answers=r"""
 # %% the first rows
 @@
