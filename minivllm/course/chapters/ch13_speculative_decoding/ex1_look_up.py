@@ -505,11 +505,11 @@ def look_up(
 +                GUESSES[:] = text[len(token_ids) :]
 +                return GUESSES
 @@
--def look_up(
+-def look_up(token_ids: list[int], k: int, longest: int, shortest: int) -> list[int]:
 +GUESSES: list[int] = []
 +
 +
-+def look_up(
++def look_up(token_ids: list[int], k: int, longest: int, shortest: int) -> list[int]:
 """,
         ),
         Known(
