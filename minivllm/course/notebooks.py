@@ -273,6 +273,7 @@ ROAD = (
     Stop("10_measuring", "use", "how fast it is, and how fast it could be", ("07",), ("08",)),
     Stop("11_using_minivllm", "use", "every option, with an example", ("07",)),
     Stop("12_serving", "use", "many clients, one engine", ("05", "07")),
+    Stop("13_speculative_decoding", "use", "several tokens per step", ("07", "08")),
 )
 
 
@@ -327,6 +328,7 @@ MODULES = {
         "errors.py",
     ),
     "12": ("serving/async_llm.py", "serving/core_loop.py", "bench/loads.py", "bench/served.py"),
+    "13": ("engine/speculation.py", "engine/draft_model.py"),
 }
 
 

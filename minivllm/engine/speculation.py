@@ -18,7 +18,7 @@ counts, never by the clock. With tensor parallelism rank 0 proposes for all rank
 Steps do not run ahead of their results (`async_scheduling`) with speculation: a proposal follows
 known tokens, and a step with proposals gives an unknown number of tokens. Steps with proposals are
 not recorded as CUDA graphs: recordings of a fixed number of proposals have not been tried on a GPU
-yet. Steps without proposals are.
+yet. Steps without proposals are. Taught in notebooks/13_speculative_decoding.ipynb.
 """
 
 from __future__ import annotations
