@@ -101,15 +101,14 @@ def draw_written(steps: Sequence[Sequence[str]], title: str, width: int = 100) -
     """
     if not steps or not all(steps):
         raise ValueError("a step without a token")
-    lines: list[list[tuple[str, bool, bool]]] = [[]]
+    lines: list[list[tuple[str, bool]]] = [[]]
     used = 0
     for words in steps:
         for i, word in enumerate(words):
             if used + len(word) > width:
                 lines.append([])
                 used = 0
-            shown = word.replace("\n", "↵")
-            lines[-1].append((shown, i < len(words) - 1, i == 0))
+            lines[-1].append((word.replace("\n", "↵"), i < len(words) - 1))
             used += len(word)
     height = 1.0 + 0.32 * len(lines)
     figure = Figure(height)
@@ -119,14 +118,13 @@ def draw_written(steps: Sequence[Sequence[str]], title: str, width: int = 100) -
     size = 0.98 * WIDTH / (width + 1) / _LETTER
     for y, line in enumerate(lines):
         x = 0
-        for word, guessed, begins in line:
+        for word, guessed in line:
             color = _RIGHT if guessed else _OWN
-            face = {"facecolor": color, "linewidth": 0}
-            ax.add_patch(Rectangle((x, y + 0.1), len(word), 0.76, **face))
+            # A gap ends the step.
+            width_of = len(word) - (0 if guessed else 0.3)
+            ax.add_patch(Rectangle((x, y + 0.1), width_of, 0.76, facecolor=color, linewidth=0))
             style = {"color": palette.text_on(color), "fontsize": size, "family": "monospace"}
-            ax.text(x + len(word) / 2, y + 0.49, word, **style, **_MIDDLE)
-            if begins:
-                ax.plot([x, x], [y + 0.02, y + 0.94], color=palette.INK, linewidth=1.6)
+            ax.text(x + width_of / 2, y + 0.49, word, **style, **_MIDDLE)
             x += len(word)
     handles = [Patch(color=_RIGHT), Patch(color=_OWN)]
     names = ["guessed, and right", "the model's own token, the last of each step"]
@@ -140,7 +138,7 @@ def draw_written(steps: Sequence[Sequence[str]], title: str, width: int = 100) -
         figure,
         f"Picture: a text of {tokens} tokens that {len(steps)} steps wrote; {guessed} tokens were"
         f" guessed. The most that one step brought is {max(map(len, steps))}.",
-        f"{len(steps)} steps for {tokens} tokens; a line begins each step.",
+        f"{len(steps)} steps for {tokens} tokens; a gap ends each step.",
     )
     return figure
 
