@@ -24,6 +24,8 @@ _MIDDLE = {"ha": "center", "va": "center"}
 _RIGHT, _OWN, _WRONG = palette.REQUESTS[2], palette.REQUESTS[0], palette.REQUESTS[3]
 #: Inches per letter of the fixed-width font, per point of its size.
 _LETTER = 0.602 / 72
+#: What separates the steps of a text, in letters.
+_GAP = 0.4
 
 
 # --- one step -------------------------------------------------------------------------------------
@@ -102,14 +104,15 @@ def draw_written(steps: Sequence[Sequence[str]], title: str, width: int = 100) -
     if not steps or not all(steps):
         raise ValueError("a step without a token")
     lines: list[list[tuple[str, bool]]] = [[]]
-    used = 0
+    used = 0.0
     for words in steps:
         for i, word in enumerate(words):
             if used + len(word) > width:
                 lines.append([])
-                used = 0
+                used = 0.0
             lines[-1].append((word.replace("\n", "↵"), i < len(words) - 1))
             used += len(word)
+        used += _GAP
     height = 1.0 + 0.32 * len(lines)
     figure = Figure(height)
     ax = figure.add_axes((0.01, 0.1 / height, 0.98, 0.32 * len(lines) / height))
@@ -117,15 +120,14 @@ def draw_written(steps: Sequence[Sequence[str]], title: str, width: int = 100) -
     ax.set_axis_off()
     size = 0.98 * WIDTH / (width + 1) / _LETTER
     for y, line in enumerate(lines):
-        x = 0
+        x = 0.0
         for word, guessed in line:
             color = _RIGHT if guessed else _OWN
-            # A gap ends the step.
-            width_of = len(word) - (0 if guessed else 0.3)
-            ax.add_patch(Rectangle((x, y + 0.1), width_of, 0.76, facecolor=color, linewidth=0))
+            face = {"facecolor": color, "linewidth": 0}
+            ax.add_patch(Rectangle((x, y + 0.1), len(word), 0.76, **face))
             style = {"color": palette.text_on(color), "fontsize": size, "family": "monospace"}
-            ax.text(x + width_of / 2, y + 0.49, word, **style, **_MIDDLE)
-            x += len(word)
+            ax.text(x + len(word) / 2, y + 0.49, word, **style, **_MIDDLE)
+            x += len(word) + (0 if guessed else _GAP)
     handles = [Patch(color=_RIGHT), Patch(color=_OWN)]
     names = ["guessed, and right", "the model's own token, the last of each step"]
     place = {"loc": "upper left", "bbox_to_anchor": (0.0, 1 - 0.38 / height), "ncols": 2}
