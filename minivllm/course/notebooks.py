@@ -328,6 +328,7 @@ MODULES = {
         "errors.py",
     ),
     "12": ("serving/async_llm.py", "serving/core_loop.py", "bench/loads.py", "bench/served.py"),
+    "13": ("engine/speculation.py", "engine/draft_model.py"),
 }
 
 

@@ -12,7 +12,8 @@ What the draft has computed for wrong guesses is overwritten later: its count of
 goes back to the tokens that turned out right. Its blocks are its own `BlockManager`'s, with a
 prefix cache; only blocks of known tokens are registered. When slots or blocks run short, the
 sequences that were left alone longest lose theirs, and compute again when they come back. A
-sequence for which there is no room gets no proposals.
+sequence for which there is no room gets no proposals. Taught in
+notebooks/13_speculative_decoding.ipynb.
 """
 
 from __future__ import annotations

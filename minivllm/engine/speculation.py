@@ -18,6 +18,7 @@ counts, never by the clock. With tensor parallelism rank 0 proposes for all rank
 Steps do not run ahead of their results (`async_scheduling`) with speculation: a proposal follows
 known tokens, and a step with proposals gives an unknown number of tokens. Steps of decodes with
 proposals replay CUDA graphs that have room for the most proposals (`engine/cuda_graphs.py`).
+Taught in notebooks/13_speculative_decoding.ipynb.
 """
 
 from __future__ import annotations

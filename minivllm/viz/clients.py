@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
@@ -129,12 +130,13 @@ def draw_lines(
     axes: tuple[str, str],
     *,
     note: str = "",
-    logarithmic: bool = False,
+    logarithmic: bool | Literal["x"] = False,
 ) -> Figure:
     """Draw curves through their points, with a legend at the side.
 
     curves: name -> points (x, y), ascending in x. axes: what x and y are. note: what there is to
-    see, for the caption. logarithmic: both axes. ValueError where a curve has no point.
+    see, for the caption. logarithmic: both axes, or only "x". ValueError where a curve has no
+    point.
     """
     if not curves or not all(curves.values()):
         raise ValueError("a curve without points")
@@ -151,12 +153,14 @@ def draw_lines(
     ax.grid(color=palette.LINE, linewidth=0.5, alpha=0.6)
     if logarithmic:
         ax.set_xscale("log", base=2)
-        ax.set_yscale("log")
         ax.set_xticks([x for x, _ in next(iter(curves.values()))])
-        for axis in (ax.xaxis, ax.yaxis):
-            axis.set_major_formatter(lambda value, _: _number(value))
+        ax.xaxis.set_major_formatter(lambda value, _: _number(value))
     else:
         ax.set_xlim(left=0)
+    if logarithmic is True:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter(lambda value, _: _number(value))
+    else:
         ax.set_ylim(bottom=0)
     side_legend(ax, handles, list(curves), axes[1].capitalize())
     said = "; ".join(

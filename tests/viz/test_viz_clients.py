@@ -63,6 +63,9 @@ def test_curves_go_through_their_points() -> None:
     [other] = draw_lines(CURVES, "A load", ("rate", "seconds"), logarithmic=True).axes
     assert other.get_xscale() == other.get_yscale() == "log"
     assert list(other.get_xticks()) == [64, 1024]
+    [other] = draw_lines(CURVES, "A load", ("rate", "seconds"), logarithmic="x").axes
+    assert (other.get_xscale(), other.get_yscale()) == ("log", "linear")
+    assert list(other.get_xticks()) == [64, 1024]
     with pytest.raises(ValueError, match="without points"):
         draw_lines({"empty": []}, "A load", ("rate", "seconds"))
 

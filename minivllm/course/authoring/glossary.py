@@ -712,4 +712,46 @@ TERMS: tuple[Term, ...] = (
         "Telling senders early that there is no room. A full queue refuses with status 429,"
         " instead of growing.",
     ),
+    Term(
+        "speculative decoding",
+        "13",
+        "engine/speculation.py:Speculator",
+        "Guessing the next tokens of a sequence and checking all guesses in one step. Right guesses"
+        " save steps, and wrong ones change no text.",
+    ),
+    Term(
+        "proposer",
+        "13",
+        "engine/speculation.py:Proposer",
+        "What guesses tokens in speculative decoding: a lookup, a draft model, or a class of your"
+        " own.",
+    ),
+    Term(
+        "prompt lookup",
+        "13",
+        "engine/speculation.py:NgramProposer",
+        "Guessing what followed when the last tokens occurred before in the same text. It needs no"
+        " model; vLLM's method `ngram`.",
+    ),
+    Term(
+        "draft model",
+        "13",
+        "engine/draft_model.py:DraftModel",
+        "A smaller model with the same vocabulary, which guesses what the engine's model will"
+        " sample. Here it draws with the same random numbers.",
+    ),
+    Term(
+        "verification",
+        "13",
+        "engine/model_runner.py:ModelRunner._verify",
+        "Sampling after the known text and after each guess, in one step. The guesses that equal"
+        " the samples are accepted, up to the first wrong one.",
+    ),
+    Term(
+        "acceptance rate",
+        "13",
+        "engine/speculation.py:Pace",
+        "The share of guesses that are right, of those that the check comes to. With rate a, k"
+        " guesses bring 1 + a + … + a^k tokens per step.",
+    ),
 )
