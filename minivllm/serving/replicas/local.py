@@ -1,0 +1,133 @@
+"""A fleet on this machine: Ray is started for it, on loopback, and ended with it.
+
+Nothing of Ray that runs already is used or touched, and nothing is reported to anyone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from minivllm.errors import ConfigError, EngineEndedError
+
+# Ray reads this when it is imported: no figures about this use are sent.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from minivllm.serving.replicas.build import FRONT, NAME, Fleet, app
+
+logger = logging.getLogger("minivllm.serving")
+
+#: Bytes of Ray's store of objects. Messages are small and hardly touch it.
+OBJECT_STORE = 100 << 20
+
+
+def run(fleet: Fleet, host: str, port: int, tls: dict[str, Path | None]) -> int:
+    """Serve until SIGTERM or SIGINT, and let what runs finish. Returns the exit code.
+
+    port: 0 takes a free one. Raises `ConfigError` if the port is taken, and `EngineEndedError` if
+    the replicas do not start.
+    """
+    if not port:
+        port = free_port(host)
+    elif not is_free(host, port):
+        raise ConfigError(f"{host}:{port}: address already in use. Choose another --port.")
+    with started(fleet, host, port, tls):
+        end = threading.Event()
+        for sig in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(sig, lambda *_: end.set())
+        scheme = "https" if tls.get("ssl_certfile") else "http"
+        count = f"{fleet.min_replicas}" + (f" to {fleet.max_replicas}" if fleet.max_replicas else "")
+        logger.info("%s replicas, running on %s://%s:%d", count, scheme, host, port)
+        # Not for ever: Python handles a signal only between two steps of the main thread.
+        while not end.wait(0.5):
+            continue
+        drain(fleet.drain_seconds)
+    return 0
+
+
+@contextlib.contextmanager
+def started(
+    fleet: Fleet, host: str, port: int, tls: dict[str, Path | None] | None = None
+) -> Iterator[DeploymentHandle]:
+    """The fleet, and Ray, until the context ends. Yields the handle of the front."""
+    level = logging.WARNING
+    ray.init(
+        address="local",
+        num_cpus=max(1, round(fleet.most_replicas * fleet.cpus + fleet.fronts * fleet.front_cpus)),
+        object_store_memory=OBJECT_STORE,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=level,
+        configure_logging=False,
+        _node_ip_address="127.0.0.1",
+    )
+    try:
+        logging.getLogger("ray").setLevel(level)
+        files: dict[str, Any] = {name: str(path) for name, path in (tls or {}).items() if path}
+        serve.start(
+            proxy_location="HeadOnly", http_options={"host": host, "port": port, **files}
+        )
+        yield deploy(fleet)
+    finally:
+        with contextlib.suppress(RayError, RayServeException):
+            serve.shutdown()
+        ray.shutdown()
+
+
+def deploy(fleet: Fleet) -> DeploymentHandle:
+    """Start a fleet in the running Ray, or change the one that is there, replica by replica.
+
+    Returns when it is up. Raises `EngineEndedError` with what Ray says where it does not start.
+    """
+    try:
+        serve.run(app(fleet), name=NAME, route_prefix="/")
+    except RuntimeError as error:
+        raise EngineEndedError(f"The replicas did not start: {error}") from error
+    return serve.get_deployment_handle(FRONT, NAME)
+
+
+def drain(seconds: float) -> None:
+    """Take no more requests, let those that run finish for some seconds, and abort the rest."""
+    front = serve.get_deployment_handle(FRONT, NAME)
+    deadline = time.monotonic() + seconds
+    try:
+        while unfinished := sum(front.broadcast("drain").results(timeout_s=10)):
+            if time.monotonic() >= deadline:
+                logger.warning("%d requests are aborted: time is up", unfinished)
+                front.broadcast("abort_all").results(timeout_s=10)
+                # For the last events to be written.
+                time.sleep(1)
+                return
+            time.sleep(0.1)
+    except (RayError, RayServeException, TimeoutError) as error:
+        logger.warning("The front does not answer, and ends as it is: %s", error)
+
+
+def free_port(host: str) -> int:
+    """A port that is free now. Ray takes no 0."""
+    with socket.create_server((host, 0)) as found:
+        port: int = found.getsockname()[1]
+        return port
+
+
+def is_free(host: str, port: int) -> bool:
+    """Whether a server could listen there."""
+    try:
+        socket.create_server((host, port)).close()
+    except OSError:
+        return False
+    return True
