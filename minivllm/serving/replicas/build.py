@@ -185,6 +185,4 @@ def _router_config(args: Fleet) -> RequestRouterConfig:
     try:
         return RequestRouterConfig(**options)
     except ImportError as error:
-        raise ConfigError(
-            f"The router {args.router!r} needs another package: {error}."
-        ) from error
+        raise ConfigError(f"The router {args.router!r} needs another package: {error}.") from error

@@ -27,7 +27,8 @@ logger = logging.getLogger("minivllm.serving")
 class Front:
     """handle: of the replicas. model: as they got it. num_engines: how many there are at most."""
 
-    async def __init__(
+    # Ray awaits it, which Python itself would not.
+    async def __init__(  # type: ignore[misc]
         self,
         handle: DeploymentHandle,
         model: str | None,

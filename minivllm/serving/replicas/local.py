@@ -1,6 +1,8 @@
 """A fleet on this machine: Ray is started for it, on loopback, and ended with it.
 
-Nothing of Ray that runs already is used or touched, and nothing is reported to anyone.
+Nothing of Ray that runs already is used or touched, and nothing is reported to anyone. Ray's parts
+listen on loopback and ask for a secret that only they know. (A Serve replica opens one more port,
+on all addresses; it asks for the same secret.)
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import socket
 import threading
@@ -16,12 +19,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from minivllm.config import EngineConfig
 from minivllm.errors import ConfigError, EngineEndedError
+from minivllm.models.loader import resolve_model_path
 
-# Ray reads this when it is imported: no figures about this use are sent.
+# Ray reads these when it is imported. No figures about this use are sent.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Without a cluster, which Ray has on Linux unless told otherwise, a node's address is loopback.
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+# Otherwise Ray writes one into the home directory, for all that the user ever starts.
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 import ray
+import torch
+from pydantic import ValidationError
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -33,6 +44,31 @@ logger = logging.getLogger("minivllm.serving")
 
 #: Bytes of Ray's store of objects. Messages are small and hardly touch it.
 OBJECT_STORE = 100 << 20
+
+
+def checked(options: dict[str, Any]) -> Fleet:
+    """A fleet of this machine from the options of `Fleet`; GPUs are taken where there are some.
+
+    Raises `ConfigError` for what cannot work: found here, and not by each replica after a minute.
+    """
+    engine = options.get("engine", {})
+    if engine.get("device") != "cpu" and torch.cuda.is_available():
+        options = {**options, "gpus": engine.get("tensor_parallel_size", 1)}
+    try:
+        fleet = Fleet(**options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "".join(f"{part}: " for part in first["loc"])
+        raise ConfigError(f"{where}{first['msg'].removeprefix('Value error, ')}.") from None
+    EngineConfig(**fleet.engine)
+    needed, there = fleet.gpus * fleet.most_replicas, torch.cuda.device_count()
+    if needed > there:
+        raise ConfigError(
+            f"{fleet.most_replicas} replicas need {needed} GPUs, and this machine has {there}."
+        )
+    if fleet.model is not None:
+        resolve_model_path(fleet.model)
+    return fleet
 
 
 def run(fleet: Fleet, host: str, port: int, tls: dict[str, Path | None]) -> int:
@@ -50,8 +86,11 @@ def run(fleet: Fleet, host: str, port: int, tls: dict[str, Path | None]) -> int:
         for sig in (signal.SIGTERM, signal.SIGINT):
             signal.signal(sig, lambda *_: end.set())
         scheme = "https" if tls.get("ssl_certfile") else "http"
-        count = f"{fleet.min_replicas}" + (f" to {fleet.max_replicas}" if fleet.max_replicas else "")
+        count = f"{fleet.min_replicas}" + (
+            f" to {fleet.max_replicas}" if fleet.max_replicas else ""
+        )
         logger.info("%s replicas, running on %s://%s:%d", count, scheme, host, port)
+        logger.info("Ray is at %s", ray.get_runtime_context().gcs_address)
         # Not for ever: Python handles a signal only between two steps of the main thread.
         while not end.wait(0.5):
             continue
@@ -78,9 +117,7 @@ def started(
     try:
         logging.getLogger("ray").setLevel(level)
         files: dict[str, Any] = {name: str(path) for name, path in (tls or {}).items() if path}
-        serve.start(
-            proxy_location="HeadOnly", http_options={"host": host, "port": port, **files}
-        )
+        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port, **files})
         yield deploy(fleet)
     finally:
         with contextlib.suppress(RayError, RayServeException):

@@ -34,7 +34,8 @@ class Replica:
     of a request are gathered after its first token.
     """
 
-    async def __init__(
+    # Ray awaits it, which Python itself would not.
+    async def __init__(  # type: ignore[misc]
         self, model: str | None, core: str, engine: dict[str, Any], interval: float
     ) -> None:
         self.llm = await AsyncLLM.create(model, core=core, **engine)
