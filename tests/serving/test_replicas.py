@@ -11,6 +11,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,14 @@ import pytest
 from minivllm import LLM, SamplingParams
 from support.servers import wait_for
 
-ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'minivllm[ray]'")
-
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+# Not `importorskip`: what `local.py` sets must stand before Ray is imported.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(
+        find_spec("ray") is None, reason="Ray is not installed: pip install 'minivllm[ray]'"
+    ),
+]
 
 #: Seconds that anything here may take on a busy machine.
 PATIENCE = 90.0
@@ -127,6 +134,8 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         for child in [tree, *children]:
             with contextlib.suppress(psutil.Error):
                 child.kill()
+        for folder in re.findall(r"logs are in (\S+)/session_latest", log.read_text()):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +143,8 @@ def operator(fleet: Fleet) -> Iterator[Fleet]:
     """The fleet, with this process connected to its Ray."""
     log = fleet.log.read_text()
     assert "Traceback" not in log, log
-    environment = psutil.Process(fleet.process.pid).environ()
-    os.environ["RAY_AUTH_TOKEN"] = environment["RAY_AUTH_TOKEN"]
-    import minivllm.serving.replicas.local  # before Ray: sets what Ray reads  # noqa: F401
+    os.environ["RAY_AUTH_TOKEN"] = psutil.Process(fleet.process.pid).environ()["RAY_AUTH_TOKEN"]
+    from minivllm.serving.replicas.local import ray
 
     ray.init(fleet.ray, log_to_driver=False, logging_level="WARNING")
     try:

@@ -19,6 +19,7 @@ from minivllm.serving import wire
 from minivllm.serving.app import build_app
 from minivllm.serving.async_llm import AsyncLLM
 from minivllm.serving.replicas.fleet import FleetCore, local_path
+from minivllm.serving.replicas.replica import log_with_ray
 from minivllm.serving.state import ServerOptions, ServerState
 
 logger = logging.getLogger("minivllm.serving")
@@ -35,6 +36,7 @@ class Front:
         options: dict[str, Any],
         num_engines: int,
     ) -> None:
+        log_with_ray()
         # Waits until a replica is up.
         said: wire.Started = await handle.describe.remote()
         started = await asyncio.to_thread(local_path, said, model)

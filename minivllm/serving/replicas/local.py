@@ -13,6 +13,7 @@ import os
 import secrets
 import signal
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -27,7 +28,8 @@ from minivllm.models.loader import resolve_model_path
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Without a cluster, which Ray has on Linux unless told otherwise, a node's address is loopback.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-# Otherwise Ray writes one into the home directory, for all that the user ever starts.
+# Otherwise Ray writes a secret into the home directory, for all that the user ever starts.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 import ray
@@ -81,7 +83,9 @@ def run(fleet: Fleet, host: str, port: int, tls: dict[str, Path | None]) -> int:
         port = free_port(host)
     elif not is_free(host, port):
         raise ConfigError(f"{host}:{port}: address already in use. Choose another --port.")
-    with started(fleet, host, port, tls):
+    # Ray's own folder would be the place where other programs look for a Ray to join.
+    folder = tempfile.mkdtemp(prefix="minivllm-")
+    with started(fleet, host, port, tls, folder):
         end = threading.Event()
         for sig in (signal.SIGTERM, signal.SIGINT):
             signal.signal(sig, lambda *_: end.set())
@@ -91,6 +95,7 @@ def run(fleet: Fleet, host: str, port: int, tls: dict[str, Path | None]) -> int:
         )
         logger.info("%s replicas, running on %s://%s:%d", count, scheme, host, port)
         logger.info("Ray is at %s", ray.get_runtime_context().gcs_address)
+        logger.info("the replicas' logs are in %s/session_latest/logs/serve", folder)
         # Not for ever: Python handles a signal only between two steps of the main thread.
         while not end.wait(0.5):
             continue
@@ -100,9 +105,16 @@ def run(fleet: Fleet, host: str, port: int, tls: dict[str, Path | None]) -> int:
 
 @contextlib.contextmanager
 def started(
-    fleet: Fleet, host: str, port: int, tls: dict[str, Path | None] | None = None
+    fleet: Fleet,
+    host: str,
+    port: int,
+    tls: dict[str, Path | None] | None = None,
+    folder: str | None = None,
 ) -> Iterator[DeploymentHandle]:
-    """The fleet, and Ray, until the context ends. Yields the handle of the front."""
+    """The fleet, and Ray, until the context ends. Yields the handle of the front.
+
+    folder: for Ray's logs and sockets; its path must be short. None: Ray's own.
+    """
     level = logging.WARNING
     ray.init(
         address="local",
@@ -113,6 +125,7 @@ def started(
         logging_level=level,
         configure_logging=False,
         _node_ip_address="127.0.0.1",
+        _temp_dir=folder,
     )
     try:
         logging.getLogger("ray").setLevel(level)

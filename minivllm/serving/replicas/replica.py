@@ -38,6 +38,7 @@ class Replica:
     async def __init__(  # type: ignore[misc]
         self, model: str | None, core: str, engine: dict[str, Any], interval: float
     ) -> None:
+        log_with_ray()
         self.llm = await AsyncLLM.create(model, core=core, **engine)
         self.llm.on_death = _end
         self.name = str(serve.get_replica_context().replica_id.unique_id)
@@ -85,6 +86,13 @@ class Replica:
         if hasattr(self, "llm"):
             self.llm.on_death = None
             self.llm.shutdown()
+
+
+def log_with_ray() -> None:
+    """Write minivllm's log into the file that Ray keeps for a replica's."""
+    ours = logging.getLogger("minivllm")
+    ours.handlers, ours.propagate = logging.getLogger("ray.serve").handlers, False
+    ours.setLevel(logging.INFO)
 
 
 def _end(error: errors.MiniVLLMError) -> None:
