@@ -17,7 +17,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -99,31 +98,18 @@ class Fleet:
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     log = tmp_path_factory.mktemp("fleet") / "log"
-    token = secrets.token_hex(32)
-    flags = [f"-e{name}={value}" for name, value in ENGINE.items()]
-    command = [sys.executable, "-m", "minivllm", "serve", "--replicas=2", "--port=0", *flags]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*command, "--core=thread", "--drain-seconds=60"],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_TOKEN": token},
-        )
+    process, said = start(log)
+    if "Ray did not start" in said:
+        # Its processes have half a minute, which may be too little beside other tests.
+        process, said = start(log)
+    assert process.poll() is None, said
     tree = psutil.Process(process.pid)
-    children: list[psutil.Process] = []
+    children = tree.children(recursive=True)
+    (address,) = re.findall(r"running on (\S+)", said)
+    (gcs,) = re.findall(r"Ray is at (\S+)", said)
+    options = {"min_replicas": 2, "core": "thread", "engine": ENGINE, "drain_seconds": 60}
     try:
-        found: list[Any] = []
-
-        def is_up() -> bool:
-            said = log.read_text(errors="replace")
-            assert process.poll() is None, said
-            found[:] = re.findall(r"running on (\S+)|Ray is at (\S+)", said)
-            return len(found) == 2
-
-        wait_for(is_up, 180)
-        children = tree.children(recursive=True)
-        options = {"min_replicas": 2, "core": "thread", "engine": ENGINE, "drain_seconds": 60}
-        yield Fleet(process, found[0][0], found[1][1], log, options)
+        yield Fleet(process, address, gcs, log, options)
     finally:
         with contextlib.suppress(psutil.Error):
             children += tree.children(recursive=True)
@@ -134,8 +120,23 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         for child in [tree, *children]:
             with contextlib.suppress(psutil.Error):
                 child.kill()
-        for folder in re.findall(r"logs are in (\S+)/session_latest", log.read_text()):
+        for folder in re.findall(r"logs are in (\S+)/session_latest", said):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def start(log: Path) -> tuple[subprocess.Popen[bytes], str]:
+    """The command, once it is up or has ended, and what it has said."""
+    flags = [f"-e{name}={value}" for name, value in ENGINE.items()]
+    command = [sys.executable, "-m", "minivllm", "serve", "--replicas=2", "--port=0", *flags]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "--core=thread", "--drain-seconds=60"],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_TOKEN": secrets.token_hex(32)},
+        )
+    wait_for(lambda: process.poll() is not None or "logs are in" in log.read_text(), 180)
+    return process, log.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -158,9 +159,7 @@ def stream(fleet: Fleet, body: dict[str, Any], begun: threading.Event | None = N
     last = {}
     try:
         url = f"{fleet.address}/v1/completions"
-        with httpx.stream(
-            "POST", url, json={**body, "stream": True}, timeout=PATIENCE
-        ) as response:
+        with httpx.stream("POST", url, json={**body, "stream": True}, timeout=PATIENCE) as response:
             for line in response.iter_lines():
                 if line.startswith("data: {"):
                     last = json.loads(line[6:])
@@ -225,32 +224,35 @@ def test_the_turns_of_a_conversation_stay_together(fleet: Fleet) -> None:
 
 
 def test_a_client_that_goes_away_ends_its_request(fleet: Fleet) -> None:
+    name = 'vllm:request_success_total{engine="0",finished_reason="abort",model_name="bundled"} '
+
+    def aborted() -> float:
+        text = httpx.get(f"{fleet.address}/metrics", timeout=PATIENCE).text
+        return float(text.partition(name)[2].partition("\n")[0])
+
+    before = aborted()
     url = f"{fleet.address}/v1/completions"
     body = {**STORY, "max_tokens": 1900, "stream": True}
     with httpx.stream("POST", url, json=body, timeout=PATIENCE) as response:
         next(response.iter_lines())
-        wait_for(lambda: sum(fleet.metric("vllm:num_requests_running").values()) == 1)
+    wait_for(lambda: aborted() == before + 1)
     wait_for(lambda: sum(fleet.metric("vllm:num_requests_running").values()) == 0)
 
 
-def test_a_killed_replica_ends_only_what_it_had_begun(operator: Fleet) -> None:
-    fleet = operator
-    # A replica takes six requests and runs three at a time, so three wait in its engine.
-    fleet.deploy(max_ongoing_requests=6)
+def test_a_killed_replica_ends_only_what_it_had_begun(fleet: Fleet) -> None:
+    # A replica takes four requests and runs three at a time; four wait in the front.
     before = fleet.replicas()
     begun = [threading.Event() for _ in range(12)]
     with ThreadPoolExecutor(12) as pool:
         answers = [
-            pool.submit(stream, fleet, {**STORY, "prompt": f"Story {n}:", "max_tokens": 500}, event)
+            pool.submit(stream, fleet, {**STORY, "prompt": f"Story {n}:", "max_tokens": 400}, event)
             for n, event in enumerate(begun)
         ]
-        wait_for(lambda: fleet.metric("vllm:num_requests_waiting") == dict.fromkeys(before, 3.0))
+        wait_for(lambda: fleet.metric("vllm:num_requests_waiting") == dict.fromkeys(before, 1.0))
         had_begun = [event.is_set() for event in begun]
         fleet.processes("Replica")[0].kill()
-        killed = time.monotonic()
         ends = [answer.result() for answer in answers]
-    seconds = time.monotonic() - killed
-    print(f"{ends}, {seconds:.1f} s")
+    print(ends)
     assert ends.count("error") == 3, "those that it ran"
     assert all(had for had, end in zip(had_begun, ends, strict=True) if end == "error")
     assert ends.count("length") == 9, "those that it had not begun go elsewhere"
@@ -259,8 +261,7 @@ def test_a_killed_replica_ends_only_what_it_had_begun(operator: Fleet) -> None:
 
 
 @pytest.mark.parametrize("part", ["Front", "ProxyActor"])
-def test_a_killed_router_comes_back(operator: Fleet, part: str) -> None:
-    fleet = operator
+def test_a_killed_router_comes_back(fleet: Fleet, part: str) -> None:
     with ThreadPoolExecutor(2) as pool:
         event = threading.Event()
         answer = pool.submit(stream, fleet, {**STORY, "max_tokens": 900}, event)
@@ -302,22 +303,29 @@ def load(fleet: Fleet) -> Iterator[list[Future[int]]]:
 def test_a_rolling_update_loses_nothing(operator: Fleet) -> None:
     before = operator.replicas()
     with load(operator) as answers:
-        operator.deploy(engine={**ENGINE, "num_kv_blocks": 600})
-        wait_for(lambda: len(operator.replicas()) == 2 and not operator.replicas() & before)
+        # Beside another engine option, the number of replicas now follows the load.
+        operator.deploy(
+            engine={**ENGINE, "num_kv_blocks": 600},
+            min_replicas=1,
+            max_replicas=2,
+            target_ongoing_requests=3,
+            upscale_delay=1,
+            downscale_delay=2,
+        )
+        wait_for(lambda: operator.replicas() and not operator.replicas() & before, PATIENCE)
     assert len(answers) > 2
     assert {answer.result() for answer in answers} == {200}
 
 
-def test_a_downscale_lets_streams_finish(operator: Fleet) -> None:
-    begun = [threading.Event() for _ in range(6)]
-    with load(operator) as answers, ThreadPoolExecutor(6) as pool:
-        ends = [pool.submit(stream, operator, {**STORY, "max_tokens": 700}, e) for e in begun]
-        for event in begun:
-            assert event.wait(PATIENCE)
-        operator.deploy(min_replicas=1)
-        assert [end.result() for end in ends] == ["length"] * 6
-        wait_for(lambda: len(operator.processes("Replica")) == 1)
-    assert {answer.result() for answer in answers} == {200}
+def test_the_number_of_replicas_follows_the_load_and_no_stream_is_cut(operator: Fleet) -> None:
+    # Seven of them are more than one replica should have, and the last two of them are not.
+    lengths = [200, 200, 200, 200, 200, 1500, 1500]
+    with ThreadPoolExecutor(7) as pool:
+        ends = [pool.submit(stream, operator, {**STORY, "max_tokens": n}) for n in lengths]
+        wait_for(lambda: len(operator.processes("Replica")) == 2, PATIENCE)
+        assert [end.result() for end in ends] == ["length"] * 7
+    wait_for(lambda: len(operator.processes("Replica")) == 1, PATIENCE)
+    assert operator.is_well()
 
 
 def test_sigterm_lets_streams_finish_and_leaves_nothing(fleet: Fleet) -> None:

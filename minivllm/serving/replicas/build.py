@@ -25,6 +25,8 @@ from minivllm.serving.replicas.routing import BALANCE
 
 #: The names of the application and of its two deployments.
 NAME, FRONT, REPLICA = "minivllm", "Front", "Replica"
+#: Seconds between two looks at a process: so long may it take until Ray replaces one that died.
+HEALTH_PERIOD = 2.0
 
 
 class Fleet(BaseModel):
@@ -49,7 +51,8 @@ class Fleet(BaseModel):
     upscale_delay: float = Field(10.0, ge=0)
     downscale_delay: float = Field(300.0, ge=0)
     #: Requests that a replica takes; more wait in the front, from where they can still go anywhere.
-    #: None: as many as its engine runs at once (max_num_seqs).
+    #: None: a quarter more than its engine runs at once (max_num_seqs), so that the next one is
+    #: there when one ends.
     max_ongoing_requests: int | None = Field(None, ge=1)
     cpus: float = Field(1.0, ge=0)
     #: GPUs of a replica: none, or one for each rank (tensor_parallel_size).
@@ -106,9 +109,8 @@ class Fleet(BaseModel):
     @property
     def most_ongoing(self) -> int:
         """The requests that a replica takes."""
-        return self.max_ongoing_requests or int(
-            self.engine.get("max_num_seqs", EngineConfig().max_num_seqs)
-        )
+        at_once = int(self.engine.get("max_num_seqs", EngineConfig().max_num_seqs))
+        return self.max_ongoing_requests or at_once + max(1, at_once // 4)
 
     @property
     def server_options(self) -> dict[str, Any]:
@@ -136,6 +138,8 @@ def app(args: Fleet) -> Application:
         max_ongoing_requests=args.most_replicas * args.most_ongoing + args.max_queue + 64,
         ray_actor_options={"num_cpus": args.front_cpus},
         graceful_shutdown_timeout_s=args.drain_seconds,
+        graceful_shutdown_wait_loop_s=0.5,
+        health_check_period_s=HEALTH_PERIOD,
         max_constructor_retry_count=3,
     )
     engines = replicas.bind(args.model, args.core, args.engine, args.interval)
@@ -149,6 +153,7 @@ def replica_options(args: Fleet) -> dict[str, Any]:
         "ray_actor_options": {"num_cpus": args.cpus, "num_gpus": args.gpus},
         "graceful_shutdown_timeout_s": args.drain_seconds,
         "graceful_shutdown_wait_loop_s": 0.5,
+        "health_check_period_s": HEALTH_PERIOD,
         "health_check_timeout_s": HEALTH_TIMEOUT + 5,
         "max_constructor_retry_count": 3,
         "request_router_config": _router_config(args),

@@ -137,7 +137,9 @@ class FleetCore:
             error = await call.run()
         except asyncio.CancelledError:
             # With `AsyncLLM.abort`, somebody still reads.
-            pieces: list[wire.Piece] = [(i, "", [], None, None, "abort", None) for i in range(checked.params.n)]
+            pieces: list[wire.Piece] = [
+                (i, "", [], None, None, "abort", None) for i in range(checked.params.n)
+            ]
             self._receive(wire.News([(request_id, pieces, True, None, 0, None, None)], self._sum()))
             raise
         except Exception as bug:

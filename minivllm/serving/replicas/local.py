@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import secrets
 import signal
@@ -28,6 +29,8 @@ from minivllm.models.loader import resolve_model_path
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Without a cluster, which Ray has on Linux unless told otherwise, a node's address is loopback.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+# How often Ray looks after the HTTP proxy, in seconds: so long may one be missing that died.
+os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "2")
 # Otherwise Ray writes a secret into the home directory, for all that the user ever starts.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -116,17 +119,23 @@ def started(
     folder: for Ray's logs and sockets; its path must be short. None: Ray's own.
     """
     level = logging.WARNING
-    ray.init(
-        address="local",
-        num_cpus=max(1, round(fleet.most_replicas * fleet.cpus + fleet.fronts * fleet.front_cpus)),
-        object_store_memory=OBJECT_STORE,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=level,
-        configure_logging=False,
-        _node_ip_address="127.0.0.1",
-        _temp_dir=folder,
-    )
+    cpus = fleet.most_replicas * fleet.cpus + fleet.fronts * fleet.front_cpus
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(1, math.ceil(cpus)),
+            object_store_memory=OBJECT_STORE,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=level,
+            configure_logging=False,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=folder,
+        )
+    except Exception as error:
+        # Ray raises a bare one where its processes take too long on a busy machine.
+        ray.shutdown()
+        raise EngineEndedError(f"Ray did not start: {error}") from error
     try:
         logging.getLogger("ray").setLevel(level)
         files: dict[str, Any] = {name: str(path) for name, path in (tls or {}).items() if path}

@@ -5,9 +5,9 @@ and with the request's cache_salt in the first one. So a prompt's leading hashes
 knows are exactly the blocks that it need not compute. That takes token ids, and only the front has
 encoded the prompt when a replica is chosen; a hash of the text would guess where blocks end.
 
-On the way, a hash is its lowest 32 bits. A cache of 15,000 blocks is then 60 kB. A block that is not
-there looks as if it were with a chance of 15,000 / 2**32, which is 3.5e-6. That would cost a prompt
-its better place, and never a wrong text: the engine compares whole hashes, and the tokens.
+On the way, a hash is its lowest 32 bits. A cache of 15,000 blocks is then 60 kB. A block that is
+not there looks as if it were with a chance of 15,000 / 2**32, which is 3.5e-6. That would cost a
+prompt its better place, and never a wrong text: the engine compares whole hashes, and the tokens.
 """
 
 from __future__ import annotations
