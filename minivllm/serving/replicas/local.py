@@ -113,13 +113,16 @@ def started(
     port: int,
     tls: dict[str, Path | None] | None = None,
     folder: str | None = None,
+    cpus: float | None = None,
 ) -> Iterator[DeploymentHandle]:
     """The fleet, and Ray, until the context ends. Yields the handle of the front.
 
-    folder: for Ray's logs and sockets; its path must be short. None: Ray's own.
+    folder: for Ray's logs and sockets; its path must be short. None: Ray's own. cpus: how many Ray
+    may give out; None: what the fleet needs.
     """
     level = logging.WARNING
-    cpus = fleet.most_replicas * fleet.cpus + fleet.fronts * fleet.front_cpus
+    if cpus is None:
+        cpus = fleet.most_replicas * fleet.cpus + fleet.fronts * fleet.front_cpus
     try:
         ray.init(
             address="local",
