@@ -20,6 +20,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib import import_module, resources
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from support.servers import wait_for
 # Not `importorskip`: what `local.py` sets must stand before Ray is imported.
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(300),
     pytest.mark.skipif(
         find_spec("ray") is None, reason="Ray is not installed: pip install 'minivllm[ray]'"
     ),
@@ -98,18 +99,45 @@ class Fleet:
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     log = tmp_path_factory.mktemp("fleet") / "log"
-    process, said = start(log)
-    if "Ray did not start" in said:
-        # Its processes have half a minute, which may be too little beside other tests.
-        process, said = start(log)
-    assert process.poll() is None, said
-    tree = psutil.Process(process.pid)
-    children = tree.children(recursive=True)
+    options = {"min_replicas": 2, "core": "thread", "engine": ENGINE, "drain_seconds": 60}
+    with started(log) as process:
+        # Ray's own processes have half a minute, which may be too little beside other tests.
+        is_up = "Ray did not start" not in log.read_text()
+        if is_up:
+            yield Fleet(process, *found(log), log, options)
+    if not is_up:
+        with started(log) as process:
+            yield Fleet(process, *found(log), log, options)
+
+
+def found(log: Path) -> tuple[str, str]:
+    """The addresses of the server and of its Ray."""
+    said = log.read_text()
+    assert "logs are in" in said, said
     (address,) = re.findall(r"running on (\S+)", said)
     (gcs,) = re.findall(r"Ray is at (\S+)", said)
-    options = {"min_replicas": 2, "core": "thread", "engine": ENGINE, "drain_seconds": 60}
+    return address, gcs
+
+
+@contextlib.contextmanager
+def started(log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The command, once it is up or has ended. Whatever comes, nothing of it stays."""
+    flags = [f"-e{name}={value}" for name, value in ENGINE.items()]
+    command = [sys.executable, "-m", "minivllm", "serve", "--replicas=2", "--port=0", *flags]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "--core=thread", "--drain-seconds=60"],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_TOKEN": secrets.token_hex(32)},
+        )
+    tree = psutil.Process(process.pid)
+    children: list[psutil.Process] = []
     try:
-        yield Fleet(process, address, gcs, log, options)
+        wait_for(lambda: process.poll() is not None or "logs are in" in log.read_text(), 180)
+        with contextlib.suppress(psutil.Error):
+            children = tree.children(recursive=True)
+        yield process
     finally:
         with contextlib.suppress(psutil.Error):
             children += tree.children(recursive=True)
@@ -120,23 +148,9 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         for child in [tree, *children]:
             with contextlib.suppress(psutil.Error):
                 child.kill()
-        for folder in re.findall(r"logs are in (\S+)/session_latest", said):
+        process.wait(PATIENCE)
+        for folder in re.findall(r"Ray's folder is (\S+)", log.read_text()):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def start(log: Path) -> tuple[subprocess.Popen[bytes], str]:
-    """The command, once it is up or has ended, and what it has said."""
-    flags = [f"-e{name}={value}" for name, value in ENGINE.items()]
-    command = [sys.executable, "-m", "minivllm", "serve", "--replicas=2", "--port=0", *flags]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*command, "--core=thread", "--drain-seconds=60"],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_TOKEN": secrets.token_hex(32)},
-        )
-    wait_for(lambda: process.poll() is not None or "logs are in" in log.read_text(), 180)
-    return process, log.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +182,49 @@ def stream(fleet: Fleet, body: dict[str, Any], begun: threading.Event | None = N
     except httpx.HTTPError:
         return "broken"
     return "error" if "error" in last else last["choices"][0]["finish_reason"]
+
+
+@pytest.mark.parametrize("name", ["example.yaml", "kuberay.yaml"])
+def test_the_config_files_are_what_ray_and_the_fleet_take(name: str) -> None:
+    import yaml
+    from ray.serve.schema import ServeDeploySchema
+
+    from minivllm.serving.replicas.build import Fleet as Arguments
+    from minivllm.serving.replicas.build import app, replica_options
+
+    content = yaml.safe_load((resources.files("minivllm.serving.replicas") / name).read_text())
+    if "spec" in content:
+        assert content["kind"] == "RayService"
+        content = yaml.safe_load(content["spec"]["serveConfigV2"])
+    (application,) = ServeDeploySchema.model_validate(content).applications
+    module, _, attribute = application.import_path.partition(":")
+    assert getattr(import_module(module), attribute) is app
+    arguments = Arguments(**application.args)
+    app(arguments)
+    options = replica_options(arguments)
+    assert options["ray_actor_options"]["num_gpus"] == 1
+    assert options["autoscaling_config"].max_replicas == 4
+
+
+def test_the_gpus_of_an_engine_are_one_bundle() -> None:
+    from pydantic import ValidationError
+
+    from minivllm.serving.replicas.build import Fleet as Arguments
+    from minivllm.serving.replicas.build import replica_options
+
+    options = replica_options(Arguments(engine={"tensor_parallel_size": 4}, gpus=4, cpus=2))
+    assert options["placement_group_bundles"] == [{"CPU": 2, "GPU": 4}]
+    assert options["ray_actor_options"] == {"num_cpus": 2, "num_gpus": 4}
+    for wrong, said in (
+        ({"engine": {"tensor_parallel_size": 4}, "gpus": 2}, "4 ranks"),
+        ({"engine": {"blok_size": 16}}, "blok_size"),
+        ({"min_replicas": 3, "max_replicas": 2}, "less than"),
+        ({"router": "psychic"}, "router is one of"),
+        ({"api_key": ""}, "API key"),
+        ({"replicas": 2}, "replicas"),
+    ):
+        with pytest.raises(ValidationError, match=said):
+            Arguments(**wrong)
 
 
 def test_the_openai_client_sees_one_server(fleet: Fleet) -> None:
@@ -240,19 +297,24 @@ def test_a_client_that_goes_away_ends_its_request(fleet: Fleet) -> None:
 
 
 def test_a_killed_replica_ends_only_what_it_had_begun(fleet: Fleet) -> None:
-    # A replica takes four requests and runs three at a time; four wait in the front.
+    # A replica takes four requests and runs three at a time; the short ones wait in the front.
     before = fleet.replicas()
-    begun = [threading.Event() for _ in range(12)]
+    lengths, begun = [900] * 8 + [20] * 4, [threading.Event() for _ in range(12)]
     with ThreadPoolExecutor(12) as pool:
-        answers = [
-            pool.submit(stream, fleet, {**STORY, "prompt": f"Story {n}:", "max_tokens": 400}, event)
-            for n, event in enumerate(begun)
-        ]
-        wait_for(lambda: fleet.metric("vllm:num_requests_waiting") == dict.fromkeys(before, 1.0))
+
+        def ask(n: int) -> Future[str]:
+            body = {**STORY, "prompt": f"Story {n}:", "max_tokens": lengths[n]}
+            return pool.submit(stream, fleet, body, begun[n])
+
+        answers = [ask(n) for n in range(8)]
+        wait_for(lambda: sum(event.is_set() for event in begun) == 6)
+        wait_for(lambda: sum(fleet.metric("vllm:num_requests_waiting").values()) == 2)
+        answers += [ask(n) for n in range(8, 12)]
         had_begun = [event.is_set() for event in begun]
         fleet.processes("Replica")[0].kill()
         ends = [answer.result() for answer in answers]
-    print(ends)
+    print(had_begun, ends)
+    assert had_begun.count(True) == 6
     assert ends.count("error") == 3, "those that it ran"
     assert all(had for had, end in zip(had_begun, ends, strict=True) if end == "error")
     assert ends.count("length") == 9, "those that it had not begun go elsewhere"

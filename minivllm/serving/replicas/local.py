@@ -88,6 +88,7 @@ def run(fleet: Fleet, host: str, port: int, tls: dict[str, Path | None]) -> int:
         raise ConfigError(f"{host}:{port}: address already in use. Choose another --port.")
     # Ray's own folder would be the place where other programs look for a Ray to join.
     folder = tempfile.mkdtemp(prefix="minivllm-")
+    logger.info("Ray's folder is %s", folder)
     with started(fleet, host, port, tls, folder):
         end = threading.Event()
         for sig in (signal.SIGTERM, signal.SIGINT):
