@@ -62,15 +62,12 @@ def run(plan: Plan) -> dict[str, Any]:
     Raises `ConfigError` without Ray, and `EngineEndedError` where the replicas do not start.
     """
     try:
-        from minivllm.serving.replicas.build import Fleet
-        from minivllm.serving.replicas.local import free_port, started
+        from minivllm.serving.replicas.local import Fleet, free_port, started
     except ImportError as error:
         raise ConfigError(
             f"{error}. Install what replicas need: pip install 'minivllm[ray]'."
         ) from error
-    most = max([plan.replicas, *plan.scale])
-    # Room for the old replicas and the new ones, while one fleet replaces the other.
-    first = Fleet(min_replicas=most, **plan.fleet)
+    first = Fleet(**_fields(plan))
     report: dict[str, Any] = {
         "benchmark": "replicas",
         "environment": environment() | {"cores": os.cpu_count(), "ray": version("ray")},
@@ -82,9 +79,7 @@ def run(plan: Plan) -> dict[str, Any]:
     port = free_port("127.0.0.1")
     url = f"http://127.0.0.1:{port}"
     say("replicas: Ray starts")
-    with started(
-        first.model_copy(update={"min_replicas": 1}), "127.0.0.1", port, cpus=2 * most + 4
-    ):
+    with started(first, "127.0.0.1", port):
         for router in plan.routers:
             report["routers"][router] = _routed(url, router, plan)
         for count in plan.scale:
@@ -92,17 +87,21 @@ def run(plan: Plan) -> dict[str, Any]:
     return report
 
 
+def _fields(plan: Plan, **more: Any) -> dict[str, Any]:
+    """The fields of a `Fleet`, whose processes ask Ray for no CPUs: see `local.checked`."""
+    return {**plan.fleet, "cpus": 0, "front_cpus": 0, **more}
+
+
 # --- routers --------------------------------------------------------------------------------------
 
 
 def _routed(url: str, router: str, plan: Plan) -> dict[str, Any]:
-    from minivllm.serving.replicas.build import Fleet
-    from minivllm.serving.replicas.local import deploy
+    from minivllm.serving.replicas.local import Fleet, deploy
 
     say(f"replicas: {plan.replicas} behind the router {router!r}")
     try:
         # Replaces all replicas, so the caches are empty.
-        deploy(Fleet(min_replicas=plan.replicas, router=router, **plan.fleet))
+        deploy(Fleet(**_fields(plan, min_replicas=plan.replicas, router=router)))
     except ConfigError as error:
         return {"problem": str(error)}
     return asyncio.run(_play(Endpoint.parse(url), plan))
@@ -230,11 +229,10 @@ async def _wait_for_all(client: Client, count: int, seconds: float = 120.0) -> N
 
 def _scaled(url: str, count: int, plan: Plan) -> dict[str, Any]:
     """The throughput of so many replicas, for clients in a closed loop."""
-    from minivllm.serving.replicas.build import Fleet
-    from minivllm.serving.replicas.local import deploy
+    from minivllm.serving.replicas.local import Fleet, deploy
 
     say(f"replicas: {count}, {plan.clients} clients")
-    deploy(Fleet(min_replicas=count, **plan.fleet))
+    deploy(Fleet(**_fields(plan, min_replicas=count)))
     asyncio.run(_wait(url, count))
     settings = Settings(clients=(plan.clients,), requests=plan.requests, processes=1)
     measured = serving.run(url, settings)

@@ -100,6 +100,7 @@ class Fleet:
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     log = tmp_path_factory.mktemp("fleet") / "log"
     options = {"min_replicas": 2, "core": "thread", "engine": ENGINE, "drain_seconds": 60}
+    options |= {"cpus": 0, "front_cpus": 0}
     with started(log) as process:
         # Ray's own processes have half a minute, which may be too little beside other tests.
         is_up = "Ray did not start" not in log.read_text()

@@ -25,7 +25,8 @@ from minivllm.config import EngineConfig
 from minivllm.errors import ConfigError, EngineEndedError
 from minivllm.models.loader import resolve_model_path
 
-# Ray reads these when it is imported. No figures about this use are sent.
+# Ray reads these when it is imported, so a program that starts a fleet imports this module first.
+# No figures about this use are sent.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Without a cluster, which Ray has on Linux unless told otherwise, a node's address is loopback.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
@@ -54,9 +55,13 @@ OBJECT_STORE = 100 << 20
 def checked(options: dict[str, Any]) -> Fleet:
     """A fleet of this machine from the options of `Fleet`; GPUs are taken where there are some.
 
+    Its processes ask Ray for no CPUs: nobody else does, and for each CPU Ray would start a process
+    that waits for work.
+
     Raises `ConfigError` for what cannot work: found here, and not by each replica after a minute.
     """
     engine = options.get("engine", {})
+    options = {**options, "cpus": 0, "front_cpus": 0}
     if engine.get("device") != "cpu" and torch.cuda.is_available():
         options = {**options, "gpus": engine.get("tensor_parallel_size", 1)}
     try:
@@ -114,16 +119,13 @@ def started(
     port: int,
     tls: dict[str, Path | None] | None = None,
     folder: str | None = None,
-    cpus: float | None = None,
 ) -> Iterator[DeploymentHandle]:
     """The fleet, and Ray, until the context ends. Yields the handle of the front.
 
-    folder: for Ray's logs and sockets; its path must be short. None: Ray's own. cpus: how many Ray
-    may give out; None: what the fleet needs.
+    folder: for Ray's logs and sockets; its path must be short. None: Ray's own.
     """
     level = logging.WARNING
-    if cpus is None:
-        cpus = fleet.most_replicas * fleet.cpus + fleet.fronts * fleet.front_cpus
+    cpus = fleet.most_replicas * fleet.cpus + fleet.fronts * fleet.front_cpus
     try:
         ray.init(
             address="local",
