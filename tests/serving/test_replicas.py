@@ -102,13 +102,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     options = {"min_replicas": 2, "core": "thread", "engine": ENGINE, "drain_seconds": 60}
     options |= {"cpus": 0, "front_cpus": 0}
     with started(log) as process:
-        # Ray's own processes have half a minute, which may be too little beside other tests.
-        is_up = "Ray did not start" not in log.read_text()
-        if is_up:
-            yield Fleet(process, *found(log), log, options)
-    if not is_up:
-        with started(log) as process:
-            yield Fleet(process, *found(log), log, options)
+        yield Fleet(process, *found(log), log, options)
 
 
 def found(log: Path) -> tuple[str, str]:

@@ -50,6 +50,8 @@ logger = logging.getLogger("minivllm.serving")
 
 #: Bytes of Ray's store of objects. Messages are small and hardly touch it.
 OBJECT_STORE = 100 << 20
+#: How often Ray is started where it does not start in time. Its files are in memory after the first.
+RAY_TRIES = 3
 
 
 def checked(options: dict[str, Any]) -> Fleet:
@@ -124,26 +126,9 @@ def started(
 
     folder: for Ray's logs and sockets; its path must be short. None: Ray's own.
     """
-    level = logging.WARNING
-    cpus = fleet.most_replicas * fleet.cpus + fleet.fronts * fleet.front_cpus
+    _start_ray(fleet, folder)
     try:
-        ray.init(
-            address="local",
-            num_cpus=max(1, math.ceil(cpus)),
-            object_store_memory=OBJECT_STORE,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=level,
-            configure_logging=False,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=folder,
-        )
-    except Exception as error:
-        # Ray raises a bare one where its processes take too long on a busy machine.
-        ray.shutdown()
-        raise EngineEndedError(f"Ray did not start: {error}") from error
-    try:
-        logging.getLogger("ray").setLevel(level)
+        logging.getLogger("ray").setLevel(logging.WARNING)
         files: dict[str, Any] = {name: str(path) for name, path in (tls or {}).items() if path}
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port, **files})
         yield deploy(fleet)
@@ -151,6 +136,30 @@ def started(
         with contextlib.suppress(RayError, RayServeException):
             serve.shutdown()
         ray.shutdown()
+
+
+def _start_ray(fleet: Fleet, folder: str | None) -> None:
+    cpus = fleet.most_replicas * fleet.cpus + fleet.fronts * fleet.front_cpus
+    for number in range(RAY_TRIES):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(1, math.ceil(cpus)),
+                object_store_memory=OBJECT_STORE,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                configure_logging=False,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=folder,
+            )
+            return
+        except Exception as error:
+            # Ray raises a bare one where one of its processes takes more than 15 seconds.
+            ray.shutdown()
+            if number + 1 == RAY_TRIES:
+                raise EngineEndedError(f"Ray did not start: {error}") from error
+            logger.warning("Ray did not start, and is started again: %s", error)
 
 
 def deploy(fleet: Fleet) -> DeploymentHandle:
