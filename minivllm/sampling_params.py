@@ -102,7 +102,11 @@ class StructuredOutputsParams:
                 raise _wrong_structure(name, getattr(self, name), "it is a string.")
         if self.choice is not None:
             words = _list("choice", self.choice)
-            if not words or not all(isinstance(word, str) for word in words):
+            if not words:
+                raise SamplingParamsError(
+                    "structured_outputs: choice is empty; give at least one string."
+                )
+            if not all(isinstance(word, str) for word in words):
                 raise _wrong_structure("choice", self.choice, "it is a list of strings.")
             object.__setattr__(self, "choice", words)
 

@@ -397,7 +397,7 @@ def _step_parts(
     llm = LLM(model, skip_tokenizer_init=True, kernels=mine, **engine_options)
     runner, scheduler = llm.llm_engine.model_runner, llm.llm_engine.scheduler
     for owner, attribute, name in (
-        (runner, "_prepare", "build_batch"),
+        (runner, "_build", "build_batch"),
         (runner.model, "forward", "forward"),
         (runner.model, "compute_logits", "lm_head"),
         (scheduler, "schedule", "schedule"),

@@ -309,7 +309,7 @@ MODULES = {
         "engine/batch.py",
         "tokenizer.py",
     ),
-    "08": ("engine/cuda_graphs.py", "course/sim/streams.py"),
+    "08": ("engine/cuda_graphs.py", "engine/mixed_graphs.py", "course/sim/streams.py"),
     "09": (
         "parallel/group.py",
         "parallel/launch.py",

@@ -15,8 +15,10 @@ rows. Taught in notebooks/08_cuda_graphs.ipynb.
 from __future__ import annotations
 
 import bisect
+import functools
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +102,36 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 
+@contextmanager
+def recording() -> Iterator[Callable[[Callable[[], Any]], tuple[torch.cuda.CUDAGraph, Any]]]:
+    """A function that records what it is given as a graph, and returns the graph and the results.
+
+    The graphs share one pool of memory, so the largest should be recorded first: the smaller ones
+    reuse its memory. No two of them may be replayed at the same time.
+    """
+    pool = torch.cuda.graph_pool_handle()
+
+    def record(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+        # The first run compiles kernels, which is not allowed during a recording.
+        function()
+        graph = torch.cuda.CUDAGraph()
+        # "thread_local": other threads may use the GPU during the recording. NCCL's watchdog does.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            results = function()
+        return graph, results
+
+    # Collect garbage now: during a recording the collector might release another engine's memory,
+    # which would invalidate the recording.
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield record
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 class DecodeGraphs:
     """Recorded decode steps.
 
@@ -119,36 +151,17 @@ class DecodeGraphs:
         self._padded: list[int] = []  # the content of `_slots`
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
         before = torch.cuda.mem_get_info(device)[0]
-        pool = torch.cuda.graph_pool_handle()
-        # Collect garbage now: during a recording the collector might release another engine's
-        # memory, which would invalidate the recording.
-        gc.collect()
-        was_enabled = gc.isenabled()
-        gc.disable()
         try:
-            # The largest size first: the smaller ones reuse its memory in the pool.
-            for size in tqdm(sorted(sizes, reverse=True), desc="CUDA graphs", leave=False):
-                self._graphs[size] = self._record(step, size, pool)
+            with recording() as record:
+                for size in tqdm(sorted(sizes, reverse=True), desc="CUDA graphs", leave=False):
+                    graph, found = record(functools.partial(step, self._slots[:size]))
+                    self._graphs[size] = graph, *found
         except BaseException:
             self.release()
             raise
-        finally:
-            if was_enabled:
-                gc.enable()
         torch.cuda.synchronize(device)
         # GPU memory that the recordings take.
         self.memory_bytes = max(0, before - torch.cuda.mem_get_info(device)[0])
-
-    def _record(
-        self, step: Callable, size: int, pool: Any
-    ) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
-        # The first run compiles kernels, which is not allowed during a recording.
-        step(self._slots[:size])
-        graph = torch.cuda.CUDAGraph()
-        # "thread_local": other threads may use the GPU during the recording. NCCL's watchdog does.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            token_ids, hidden = step(self._slots[:size])
-        return graph, token_ids, hidden
 
     def release(self) -> None:
         """Destroy the recordings.

@@ -7,8 +7,9 @@ notebooks/07_engine.ipynb.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,9 @@ class EngineInput:
     max_num_tokens: int
     #: Two requests share cached blocks only if their salts are equal.
     cache_salt: str | None = None
+    #: When the request arrived, in seconds of `time.perf_counter`, whose zero is the same in all
+    #: processes of a machine. A server's queues come after this.
+    arrival_time: float = field(default_factory=time.perf_counter, compare=False)
 
 
 class InputProcessor:
@@ -83,6 +87,7 @@ class InputProcessor:
 
         Raises the subclass of `RequestError` that names what is wrong with the request.
         """
+        arrival_time = time.perf_counter()
         params = self.default_params if params is None else params
         check_params(params)
         parsed = parse_prompt(prompt)
@@ -111,6 +116,7 @@ class InputProcessor:
             bad_words,
             max_num_tokens,
             parsed.cache_salt,
+            arrival_time,
         )
 
     def chat_prompt(

@@ -202,7 +202,7 @@ class LLMEngine:
             checked.prompt_token_ids,
             checked.params,
             self.tokenizer,
-            RequestMetrics(arrival_time=time.perf_counter()),
+            RequestMetrics(arrival_time=checked.arrival_time),
             collector,
             functools.partial(self._new_sequence, checked),
         )

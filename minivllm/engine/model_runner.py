@@ -6,6 +6,7 @@ Taught in notebooks/07_engine.ipynb.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,14 +21,17 @@ from minivllm.config import ModelConfig, ResolvedConfig
 from minivllm.engine.batch import BatchInputs, BatchRow, build_batch, to_device
 from minivllm.engine.cuda_graphs import DecodeGraphs, DecodeState, graph_sizes
 from minivllm.engine.memory import check_memory, typed_start_errors
+from minivllm.engine.mixed_graphs import MixedGraphs, StepShape, step_shapes
 from minivllm.engine.sampler import Sampler, TokenLogprobs, token_logprobs
 from minivllm.engine.sequence import PENDING, ScheduledBatch, ScheduledSequence, slots_of
 from minivllm.engine.structured_outputs import GrammarCompiler
 from minivllm.errors import ConfigError, OutOfMemoryError
 from minivllm.kernels import Kernels
-from minivllm.layers.attention import KVCache
+from minivllm.layers.attention import AttentionMetadata, KVCache
 from minivllm.models.loader import LoadOptions, load_model
 from minivllm.parallel.group import SINGLE, TensorParallelGroup
+
+logger = logging.getLogger(__name__)
 
 #: On a CPU the cache has a modest fixed size; a share of the machine's memory would be too much.
 CPU_KV_CACHE_BYTES = 256 << 20
@@ -120,6 +124,8 @@ class ModelRunner:
         # KV heads of this rank.
         self.num_kv_heads = len(group.part(model_config.num_key_value_heads))
         self.graphs: DecodeGraphs | None = None
+        self.mixed_graphs: MixedGraphs | None = None
+        self._can_record_prompts = True
         self.kv_caches: list[KVCache] = []
         # An nn.Module with `compute_logits`; None after `release`.
         self.model: Any = None
@@ -150,11 +156,9 @@ class ModelRunner:
                 group.exchange(config.num_kv_blocks or self._default_num_kv_blocks())
             )
             self.kv_caches = self._allocate_kv_caches(self.num_kv_blocks)
-            self.graphs = (
-                None
-                if config.enforce_eager
-                else self._capture_graphs(graph_sizes(config.max_num_seqs))
-            )
+            if not config.enforce_eager:
+                self.graphs = self._capture_graphs(graph_sizes(config.max_num_seqs))
+                self.mixed_graphs = self._capture_mixed_graphs(self._step_shapes())
 
     @contextmanager
     def _released_on_failure(self) -> Iterator[None]:
@@ -166,9 +170,11 @@ class ModelRunner:
 
     def release_graphs(self) -> None:
         """Destroy the recorded graphs. Later steps launch their kernels one by one."""
-        graphs, self.graphs = self.graphs, None
-        if graphs is not None:
-            graphs.release()
+        recorded = (self.graphs, self.mixed_graphs)
+        self.graphs = self.mixed_graphs = None
+        for graphs in recorded:
+            if graphs is not None:
+                graphs.release()
 
     def release(self) -> None:
         """Free graphs, caches and model. No step can run afterwards. May be called twice."""
@@ -211,17 +217,16 @@ class ModelRunner:
             return self._replay(self.graphs, batch.items)
         # Rows of one token come first, so that decode and prefill attention each get one part.
         items = sorted(batch.items, key=_is_long)
-        inputs = self._prepare(items)
-        hidden = self.model(inputs.token_ids, inputs.positions, self.kv_caches, inputs.attention)
+        hidden, logits_indices = self._forward(items)
         to_sample = batch.sampled
         order = sorted(range(len(to_sample)), key=lambda place: _is_long(to_sample[place]))
         rows = [to_sample[place] for place in order]
-        sampled = Sampled(order, inputs.token_ids[:0])
+        sampled = Sampled(order, logits_indices[:0])
         if rows and batch.has_proposals:
             logits = self.model.compute_logits(hidden[self._verified_rows(items)])
             sampled = replace(self._verify(rows, logits), order=order)
         elif rows:
-            logits = self.model.compute_logits(hidden[inputs.logits_indices])
+            logits = self.model.compute_logits(hidden[logits_indices])
             sampled = Sampled(order, *self.sampler(logits, rows))
             self._note_sampled(rows, sampled.token_ids, [item.end for item in rows])
         return self._result(sampled, self._prompt_logprobs(items, hidden))
@@ -375,6 +380,33 @@ class ModelRunner:
                 f" ({error})"
             ) from error
 
+    @torch.inference_mode()
+    def _capture_mixed_graphs(self, shapes: list[StepShape]) -> MixedGraphs | None:
+        """Record steps with prompts, or None where a kernel of the user's cannot be recorded."""
+
+        def step(
+            token_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
+        ) -> torch.Tensor:
+            return self.model(token_ids, positions, self.kv_caches, metadata)
+
+        if not self._can_record_prompts:
+            return None
+        try:
+            return MixedGraphs(step, shapes, self._state, self.config.max_model_len)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            logger.warning(
+                "Steps with prompts could not be recorded as CUDA graphs, perhaps because a kernel"
+                " of your own waits for the GPU (.item(), .tolist()). They run without: %s",
+                error,
+            )
+            self._can_record_prompts = False
+            return None
+
+    def _step_shapes(self) -> list[StepShape]:
+        return step_shapes(self.config.max_num_seqs, self.config.max_num_batched_tokens)
+
     def _note_sampled(
         self, items: list[ScheduledSequence], token_ids: torch.Tensor, positions: list[int]
     ) -> None:
@@ -412,21 +444,29 @@ class ModelRunner:
     def _tensor(self, values: list) -> torch.Tensor:
         return to_device(torch.tensor(values), self.device)
 
-    def _prepare(self, items: list[ScheduledSequence]) -> BatchInputs:
+    def _build(self, items: list[ScheduledSequence]) -> BatchInputs:
+        """The inputs of a step, on the CPU."""
         rows = [
             BatchRow(item.token_ids, item.start, item.sample_position is not None) for item in items
         ]
-        slots = slots_of(items)
-        inputs = self.build_batch(rows, self._block_table[slots], self.config.block_size)
-        if self.device.type != "cpu":
-            inputs = self._to_device(inputs)
+        return self.build_batch(rows, self._block_table[slots_of(items)], self.config.block_size)
+
+    def _forward(self, items: list[ScheduledSequence]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the model: hidden states [T, hidden_size], and the rows whose logits are needed."""
+        inputs, slots = self._build(items), slots_of(items)
+        if self.mixed_graphs is not None and (shape := self.mixed_graphs.fitting(inputs.attention)):
+            hidden = self.mixed_graphs.replay(shape, inputs, slots)
+            return hidden, to_device(inputs.logits_indices, self.device)
         # A token that the CPU does not know yet is the last token of its slot, and the only token
         # of its row. Rows of one token come first, so row and token have the same index.
-        pending = [row for row, item in enumerate(items) if rows[row].token_ids[-1] == PENDING]
+        pending = (inputs.token_ids == PENDING).nonzero()[:, 0].tolist()
+        if self.device.type != "cpu":
+            inputs = self._to_device(inputs)
         if pending:
             values = self._state.last_token[self._tensor([slots[row] for row in pending])]
             inputs.token_ids[self._tensor(pending)] = values
-        return inputs
+        hidden = self.model(inputs.token_ids, inputs.positions, self.kv_caches, inputs.attention)
+        return hidden, inputs.logits_indices
 
     def _to_device(self, inputs: BatchInputs) -> BatchInputs:
         def move(obj: object) -> dict[str, Any]:
@@ -506,7 +546,9 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _measure_free_memory(self) -> float:
-        """Bytes left for the cache, measured after the largest step and one recorded graph."""
+        """Bytes left for the cache, measured after the largest step and one recorded graph of each
+        kind.
+        """
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
@@ -519,6 +561,9 @@ class ModelRunner:
             # (on an H200 104 MiB, for one size or nineteen).
             self.kv_caches = self._allocate_kv_caches(1)
             recorded = self._capture_graphs([self.config.max_num_seqs]).memory_bytes
+            largest = max(self._step_shapes(), key=lambda shape: shape.num_rows)
+            if (mixed := self._capture_mixed_graphs([largest])) is not None:
+                recorded += mixed.memory_bytes
             self.kv_caches = []
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)

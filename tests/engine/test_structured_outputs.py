@@ -403,7 +403,7 @@ def test_a_bad_grammar_is_refused_by_name(llm: LLM, wanted: dict, reason: str) -
         ({"json": 3}, "json has the wrong type"),
         ({"json": "[1]"}, "json has the wrong type"),
         ({"regex": 3}, "regex has the wrong type"),
-        ({"choice": []}, "choice has the wrong type"),
+        ({"choice": []}, "choice is empty; give at least one string"),
         ({"choice": "red"}, "choice has the wrong type"),
         ({"choice": [1]}, "choice has the wrong type"),
         ({"json_object": 1}, "json_object has the wrong type"),

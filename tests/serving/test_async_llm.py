@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -53,6 +54,24 @@ async def blocks_are_back(llm: AsyncLLM) -> bool:
             return True
         await asyncio.sleep(0.02)
     return False
+
+
+@pytest.mark.parametrize("core", ["thread", "process"])
+def test_a_request_arrives_when_it_is_checked(core: str) -> None:
+    """A server's queue comes between the check and the start; its time counts, in any process."""
+
+    async def test(llm: AsyncLLM) -> None:
+        before = time.perf_counter()
+        checked = await llm.check(PROMPTS[0], params(0, "FINAL_ONLY"))
+        after = time.perf_counter()
+        await asyncio.sleep(0.3)
+        stream = llm.start(checked)
+        times = (await stream.next()).metrics
+        llm.drop(stream)
+        assert before <= times.arrival_time <= after
+        assert times.time_to_first_token > 0.3
+
+    run(test, core)
 
 
 @pytest.mark.parametrize("core", ["thread", "process"])

@@ -545,7 +545,7 @@ TERMS: tuple[Term, ...] = (
     Term(
         "capture and replay",
         "08",
-        "engine/cuda_graphs.py:DecodeGraphs._record",
+        "engine/cuda_graphs.py:recording",
         "Making the recording, once for each size, and running it at every step.",
     ),
     Term(
@@ -561,6 +561,12 @@ TERMS: tuple[Term, ...] = (
         "engine/cuda_graphs.py:graph_sizes",
         "Filling a batch up to the next recorded size with rows that belong to no sequence. These"
         " rows must not write to the cache.",
+    ),
+    Term(
+        "mixed step",
+        "08",
+        "engine/mixed_graphs.py:MixedGraphs",
+        "A step that computes parts of prompts beside decodes. A server has few others.",
     ),
     Term(
         "async scheduling",

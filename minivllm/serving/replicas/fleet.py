@@ -177,7 +177,6 @@ class _Call:
 
     def __init__(self, fleet: FleetCore, request_id: str, checked: EngineInput) -> None:
         self.fleet, self.request_id, self.input = fleet, request_id, checked
-        self.sent_at = time.perf_counter()
         self.has_begun = self.is_finished = False
 
     async def run(self) -> errors.MiniVLLMError | None:
@@ -219,7 +218,7 @@ class _Call:
         if times is not None and times.finished_time is not None:
             # The clocks of two machines differ, so only durations count. What the engine has not
             # seen, the request spent on its way.
-            whole = time.perf_counter() - self.sent_at
+            whole = time.perf_counter() - self.input.arrival_time
             times = dataclasses.replace(times, arrival_time=times.finished_time - whole)
         return self.request_id, pieces, is_finished, logprobs, num_cached, times, error
 

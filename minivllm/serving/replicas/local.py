@@ -50,7 +50,7 @@ logger = logging.getLogger("minivllm.serving")
 
 #: Bytes of Ray's store of objects. Messages are small and hardly touch it.
 OBJECT_STORE = 100 << 20
-#: How often Ray is started where it does not start in time. Its files are in memory after the first.
+#: How often Ray is started where it is too slow. After the first time its files are in memory.
 RAY_TRIES = 3
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 from ray import serve
@@ -50,7 +52,9 @@ class Replica:
 
     async def generate(self, order: Order) -> AsyncGenerator[Part, None]:
         """Serve a request. Ends it when the caller goes away."""
-        stream = self.llm.start(order.input, order.request_id)
+        # The front's clock may be another host's; it puts its own arrival in again.
+        checked = replace(order.input, arrival_time=time.perf_counter())
+        stream = self.llm.start(checked, order.request_id)
         try:
             gains = await stream.next_gains()
             yield Part(self.name, gains, self.llm.stats)
