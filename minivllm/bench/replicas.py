@@ -62,7 +62,7 @@ def run(plan: Plan) -> dict[str, Any]:
     Raises `ConfigError` without Ray, and `EngineEndedError` where the replicas do not start.
     """
     try:
-        from minivllm.serving.replicas.local import Fleet, free_port, started
+        from minivllm.serving.replicas.local import Fleet, free_port, ray_here
     except ImportError as error:
         raise ConfigError(
             f"{error}. Install what replicas need: pip install 'minivllm[ray]'."
@@ -79,7 +79,7 @@ def run(plan: Plan) -> dict[str, Any]:
     port = free_port("127.0.0.1")
     url = f"http://127.0.0.1:{port}"
     say("replicas: Ray starts")
-    with started(first, "127.0.0.1", port):
+    with ray_here("127.0.0.1", port):
         for router in plan.routers:
             report["routers"][router] = _routed(url, router, plan)
         for count in plan.scale:

@@ -131,8 +131,9 @@ def app(args: Fleet) -> Application:
     Raises `pydantic.ValidationError` for wrong arguments, and `ConfigError` where a router's
     package is missing.
     """
-    replicas = serve.deployment(Replica, name=REPLICA).options(**replica_options(args))
-    fronts = serve.deployment(serve.ingress()(Front), name=FRONT).options(
+    replicas = serve.deployment(name=REPLICA, **replica_options(args))(Replica)
+    fronts = serve.deployment(
+        name=FRONT,
         num_replicas=args.fronts,
         # Ray's limit is 5; ours is `max_queue`, and a refused client hears when to come again.
         max_ongoing_requests=args.most_replicas * args.most_ongoing + args.max_queue + 64,
@@ -141,7 +142,7 @@ def app(args: Fleet) -> Application:
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=HEALTH_PERIOD,
         max_constructor_retry_count=3,
-    )
+    )(serve.ingress()(Front))
     engines = replicas.bind(args.model, args.core, args.engine, args.interval)
     return fronts.bind(engines, args.model, args.server_options, args.most_replicas)
 

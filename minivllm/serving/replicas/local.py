@@ -126,25 +126,38 @@ def started(
 
     folder: for Ray's logs and sockets; its path must be short. None: Ray's own.
     """
-    _start_ray(fleet, folder)
+    cpus = fleet.most_replicas * fleet.cpus + fleet.fronts * fleet.front_cpus
+    with ray_here(host, port, tls, folder, cpus):
+        yield deploy(fleet)
+
+
+@contextlib.contextmanager
+def ray_here(
+    host: str,
+    port: int,
+    tls: dict[str, Path | None] | None = None,
+    folder: str | None = None,
+    cpus: float = 0,
+) -> Iterator[None]:
+    """Ray and its HTTP proxy until the context ends, for fleets that `deploy` starts."""
+    _start_ray(folder, max(1, math.ceil(cpus)))
     try:
         logging.getLogger("ray").setLevel(logging.WARNING)
         files: dict[str, Any] = {name: str(path) for name, path in (tls or {}).items() if path}
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port, **files})
-        yield deploy(fleet)
+        yield
     finally:
         with contextlib.suppress(RayError, RayServeException):
             serve.shutdown()
         ray.shutdown()
 
 
-def _start_ray(fleet: Fleet, folder: str | None) -> None:
-    cpus = fleet.most_replicas * fleet.cpus + fleet.fronts * fleet.front_cpus
+def _start_ray(folder: str | None, cpus: int) -> None:
     for number in range(RAY_TRIES):
         try:
             ray.init(
                 address="local",
-                num_cpus=max(1, math.ceil(cpus)),
+                num_cpus=cpus,
                 object_store_memory=OBJECT_STORE,
                 include_dashboard=False,
                 log_to_driver=False,

@@ -35,10 +35,10 @@ ROUTERS = {
 class PrefixRouter(RequestRouter):
     """To the replica with most of the prompt's blocks, as `routing.rank` says."""
 
-    def initialize_state(self, balance: int = BALANCE, keep: float = 10.0) -> None:
-        """balance: of `rank`. keep: of `PrefixTable`, in seconds."""
-        self._balance = balance
-        self._table = PrefixTable(keep)
+    def initialize_state(self, **kwargs: Any) -> None:
+        """Of kwargs, balance: of `rank`; keep: of `PrefixTable`, in seconds."""
+        self._balance: int = kwargs.get("balance", BALANCE)
+        self._table = PrefixTable(kwargs.get("keep", 10.0))
         #: Requests that have a replica and are not sent yet: Ray does not count them so far.
         self._picked: list[tuple[PendingRequest, str]] = []
 
