@@ -233,6 +233,10 @@ def _scaled(url: str, count: int, plan: Plan) -> dict[str, Any]:
 
     say(f"replicas: {count}, {plan.clients} clients")
     deploy(Fleet(**_fields(plan, min_replicas=count)))
+    return _loaded(url, count, plan)
+
+
+def _loaded(url: str, count: int, plan: Plan) -> dict[str, Any]:
     asyncio.run(_wait(url, count))
     settings = Settings(clients=(plan.clients,), requests=plan.requests, processes=1)
     measured = serving.run(url, settings)

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from minivllm.bench.conversations import Trace
-from minivllm.bench.replicas import Plan, _play
+from minivllm.bench.replicas import Plan, _loaded, _play
 from minivllm.bench.report import environment
 from minivllm.bench.sse import Endpoint
 from minivllm.bench.tables import show
@@ -22,6 +22,9 @@ def test_conversations_against_a_server_hit_what_can_be_hit(
     trace = Trace(conversations=4, groups=2, turns=(2, 3), answer=(4, 8), rate=50, pause=0.05)
     with server(num_kv_blocks=512) as running:
         found = asyncio.run(_play(Endpoint.parse(running.address), Plan(replicas=1, trace=trace)))
+        scaled = _loaded(running.address, 1, Plan(clients=2, requests=4))
+    assert scaled["completed"] == 4
+    assert scaled["output_tokens_per_second"] > 0
     assert found["problem"] is None
     assert found["completed"] == found["requests"] >= 8
     assert found["imbalance"] == 1.0
@@ -35,14 +38,13 @@ def test_conversations_against_a_server_hit_what_can_be_hit(
     assert all(record["cached"] >= 128 for record in later)
     assert found["ttft_later_turns"]["count"] == len(later)
 
-    scale = {"replicas": 1, "problem": None, "output_tokens_per_second": 10.0}
     report = {
         "benchmark": "replicas",
         "environment": environment() | {"cores": 2},
         "model": "bundled",
         "settings": {"trace": {"conversations": 4}, "replicas": 1, "clients": 2},
         "routers": {"prefix": found, "ray-prefix": {"problem": "no package"}},
-        "scale": [{**scale, "ttft": found["ttft"], "tpot": None}],
+        "scale": [scaled],
     }
     show(report)
     said = capsys.readouterr().out
