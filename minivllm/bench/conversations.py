@@ -32,7 +32,7 @@ class Trace:
     conversations: int = 60
     groups: int = 4
     turns: Span = (3, 6)
-    system: int = 128
+    system: int = 64
     first: Span = (100, 300)
     later: Span = (20, 80)
     answer: Span = (16, 48)

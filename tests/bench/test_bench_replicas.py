@@ -35,7 +35,7 @@ def test_conversations_against_a_server_hit_what_can_be_hit(
     # the same time miss some that it counts.
     assert 0.8 * found["best_hit_rate"] < found["hit_rate"] < found["best_hit_rate"] + 0.2
     later = [record for record in found["records"] if record["turn"]]
-    assert all(record["cached"] >= 128 for record in later)
+    assert all(record["cached"] >= 64 for record in later)
     assert found["ttft_later_turns"]["count"] == len(later)
 
     report = {
