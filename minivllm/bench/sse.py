@@ -82,10 +82,12 @@ class Response:
     """An HTTP response, read piece by piece.
 
     arrivals: when each event with a choice arrived; events of one piece arrive together. usage and
-    error: from the events, or None. body: of an answer that is no stream of events.
+    error: from the events, or None. body: of an answer that is no stream of events. events: the
+    events with a choice themselves, if they are kept.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keeps_events: bool = False) -> None:
+        self.events: list[bytes] | None = [] if keeps_events else None
         self.status = 0
         self.headers: dict[str, str] = {}
         self.body = bytearray()
@@ -209,7 +211,10 @@ class Response:
     def _read_event(self, event: bytes, now: float) -> None:
         if event == b"[DONE]":
             self.is_done = True
-        elif b'"choices"' in event and not _USAGE.search(event):
+            return
+        if self.events is not None and b'"choices"' in event:
+            self.events.append(event)
+        if b'"choices"' in event and not _USAGE.search(event):
             self.arrivals.append(now)
         else:
             self._read_rare_event(event, now)
@@ -245,9 +250,9 @@ class Connection(asyncio.Protocol):
         self.is_open = False
         self._answer: asyncio.Future[Response] | None = None
 
-    async def ask(self, request: bytes) -> Response:
+    async def ask(self, request: bytes, keeps_events: bool = False) -> Response:
         """Send a request, and return the whole answer. Raises `HTTPError` or OSError."""
-        self.response = Response()
+        self.response = Response(keeps_events)
         self._answer = asyncio.get_running_loop().create_future()
         if not self.is_open:
             raise HTTPError("the server closed the connection without an answer")
@@ -301,8 +306,8 @@ class Client:
         self._idle: list[Connection] = []
         self._tls = ssl.create_default_context() if endpoint.is_tls else None
 
-    async def ask(self, request: bytes) -> Response:
-        """The answer to a request made by `Endpoint.request`.
+    async def ask(self, request: bytes, keeps_events: bool = False) -> Response:
+        """The answer to a request made by `Endpoint.request`. keeps_events: of `Response`.
 
         Raises `HTTPError` for a broken answer, and OSError where nobody can be connected to.
         """
@@ -313,20 +318,20 @@ class Client:
             if not connection.is_open:
                 continue
             try:
-                return await self._ask(connection, request)
+                return await self._ask(connection, request, keeps_events)
             except HTTPError:
                 if connection.response.is_begun:
                     raise
-        return await self._ask(await self._connect(), request)
+        return await self._ask(await self._connect(), request, keeps_events)
 
     async def _connect(self) -> Connection:
         loop, to = asyncio.get_running_loop(), self.endpoint
         _, connection = await loop.create_connection(Connection, to.host, to.port, ssl=self._tls)
         return connection
 
-    async def _ask(self, connection: Connection, request: bytes) -> Response:
+    async def _ask(self, connection: Connection, request: bytes, keeps_events: bool) -> Response:
         try:
-            response = await connection.ask(request)
+            response = await connection.ask(request, keeps_events)
         except BaseException:
             connection.close()
             raise

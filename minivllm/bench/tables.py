@@ -440,6 +440,49 @@ def _quality(report: dict[str, Any]) -> Iterable[Table]:
     yield table
 
 
+def _replicas(report: dict[str, Any]) -> Iterable[Table]:
+    trace = report["settings"]["trace"]
+    table = Table(
+        title=f"{report['model']}: {trace['conversations']} conversations,"
+        f" {report['settings']['replicas']} replicas, {report['environment']['cores']} cores"
+    )
+    columns = ("hit rate", "of at most", "TTFT ms", "90%", "later turns", "imbalance", "seconds")
+    for column in ("router", *columns, "requests"):
+        table.add_column(column, justify="left" if column == "router" else "right")
+    for name, found in report["routers"].items():
+        if found.get("ttft") is None:
+            table.add_row(name, Text(str(found["problem"])))
+            continue
+        later = found["ttft_later_turns"]
+        table.add_row(
+            name,
+            f"{found['hit_rate']:.3f}",
+            f"{found['best_hit_rate']:.3f}",
+            f"{1e3 * found['ttft']['median']:.0f}",
+            f"{1e3 * found['ttft']['p90']:.0f}",
+            "" if later is None else f"{1e3 * later['median']:.0f}",
+            f"{found['imbalance']:.2f}",
+            f"{found['seconds']:.1f}",
+            f"{found['completed']} of {found['requests']}",
+        )
+    yield table
+    if not report["scale"]:
+        return
+    table = Table(title=f"{report['settings']['clients']} clients in a closed loop")
+    for column in ("replicas", "output tokens/s", "of one", "TTFT ms", "TPOT ms"):
+        table.add_column(column, justify="right")
+    base = report["scale"][0]
+    for found in report["scale"]:
+        rate = found["output_tokens_per_second"]
+        ratio = rate / base["output_tokens_per_second"] if base["output_tokens_per_second"] else 0.0
+        times = [
+            "" if found[name] is None else f"{1e3 * found[name]['median']:.1f}"
+            for name in ("ttft", "tpot")
+        ]
+        table.add_row(str(found["replicas"]), f"{rate:,.0f}", f"{ratio:.2f} ×", *times)
+    yield table
+
+
 _TABLES = {
     "kernels": _kernels,
     "throughput": _throughput,
@@ -450,4 +493,5 @@ _TABLES = {
     "serve": _serve,
     "speculate": _speculate,
     "quality": _quality,
+    "replicas": _replicas,
 }

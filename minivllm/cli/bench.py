@@ -799,3 +799,67 @@ def _draw_served(report: dict[str, Any], picture: Path) -> None:
             f"The picture cannot be written to {picture}: {reason(error)}."
         ) from error
     typer.echo(printable(f"Drawn to {picture}."))
+
+
+@app.command()
+def replicas(
+    model: Annotated[
+        str | None, typer.Argument(help="A directory or hub id.", show_default="bundled model")
+    ] = None,
+    routers: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,NAME,…",
+            help="Ways to choose a replica: random, load (Ray's power of two), ray-prefix (Ray's"
+            " own by prefix), prefix.",
+        ),
+    ] = "random,load,ray-prefix,prefix",
+    count: Annotated[int, typer.Option("--replicas", min=1, help="Replicas behind a router.")] = 3,
+    conversations: Annotated[int, typer.Option(min=1, help="Conversations of the trace.")] = 60,
+    rate: Annotated[
+        float, typer.Option(callback=_rate, help="Conversations that begin per second.")
+    ] = 2.0,
+    pause: Annotated[
+        float, typer.Option(min=0.0, callback=_no_nan, help="Mean seconds between two turns.")
+    ] = 2.0,
+    balance: Annotated[
+        int,
+        typer.Option(min=0, help="For prefix: how much longer the chosen queue may be."),
+    ] = 4,
+    scale: Annotated[
+        str | None,
+        typer.Option(metavar="N,N,…", help="Throughput of so many replicas, one thread each."),
+    ] = None,
+    clients: Annotated[int, typer.Option(min=1, help="Clients that measure throughput.")] = 24,
+    requests: Annotated[int, typer.Option(min=1, help="Their requests.")] = 96,
+    seed: Annotated[int, typer.Option(help="Draws the conversations.")] = 0,
+    engine: Engine = None,
+    out: Out = None,
+) -> None:
+    """Several engines behind routers (needs the extra ray): hit rate, TTFT and load imbalance of
+    multi-turn conversations; throughput by number of replicas.
+    """
+    from minivllm.bench.conversations import Trace
+    from minivllm.bench.replicas import Plan, run
+
+    names = tuple(name for name in routers.split(",") if name)
+    known = ("random", "load", "ray-prefix", "prefix")
+    if unknown := set(names) - set(known):
+        raise typer.BadParameter(
+            f"{min(unknown)!r} is none of {', '.join(known)}", param_hint="--routers"
+        )
+    fleet = {"model": model, "engine": engine_options(engine), "balance": balance}
+    report = run(
+        Plan(
+            routers=names,
+            replicas=count,
+            scale=tuple(_numbers(scale, "--scale") or ()),
+            clients=clients,
+            requests=requests,
+            trace=Trace(conversations=conversations, rate=rate or 2.0, pause=pause, seed=seed),
+            fleet=fleet,
+        )
+    )
+    _finish(report, out)
+    if any(found["problem"] for found in (*report["routers"].values(), *report["scale"])):
+        raise typer.Exit(FAILED)

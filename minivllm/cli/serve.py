@@ -49,6 +49,33 @@ CertFile = Annotated[
     Path | None, typer.Option("--ssl-certfile", help="The certificate, for HTTPS.")
 ]
 KeyFile = Annotated[Path | None, typer.Option("--ssl-keyfile", help="The certificate's key.")]
+Replicas = Annotated[
+    int | None,
+    typer.Option(
+        help="Serve with so many engines, each a replica of Ray Serve's (needs the extra ray).",
+        min=1,
+        show_default="one engine, without Ray",
+    ),
+]
+MaxReplicas = Annotated[
+    int | None,
+    typer.Option(help="Let their number grow to this under load, and fall to --replicas.", min=1),
+]
+Router = Annotated[
+    str,
+    typer.Option(
+        help='Where a request goes: by "prefix" (most of its blocks are there), by "load", or at'
+        ' "random".'
+    ),
+]
+Balance = Annotated[
+    int,
+    typer.Option(
+        help="By prefix: how much longer than the shortest queue that of the chosen replica may"
+        " be, in requests.",
+        min=0,
+    ),
+]
 
 
 def serve(
@@ -73,6 +100,10 @@ def serve(
     core: Core = "process",
     ssl_certfile: CertFile = None,
     ssl_keyfile: KeyFile = None,
+    replicas: Replicas = None,
+    max_replicas: MaxReplicas = None,
+    router: Router = "prefix",
+    balance: Balance = 4,
     engine: options.Engine = None,
 ) -> None:
     """Serve a model to any OpenAI client, on loopback and port 8000 unless told otherwise."""
@@ -86,6 +117,30 @@ def serve(
     for file in (ssl_certfile, ssl_keyfile):
         if file is not None and not file.is_file():
             raise ConfigError(f"{file} is not a file.")
+    tls: dict[str, Any] = {"ssl_certfile": ssl_certfile, "ssl_keyfile": ssl_keyfile}
+    if replicas is not None:
+        if show_text or demo:
+            raise ConfigError("The live page shows one engine: leave out --demo and --show-text.")
+        fleet = {
+            "model": model or model_option,
+            "engine": options.engine_options(engine),
+            "core": core,
+            "min_replicas": replicas,
+            "max_replicas": max_replicas,
+            "router": router,
+            "balance": balance,
+            "served_model_name": served_model_name,
+            "api_key": api_key,
+            "max_queue": max_queue,
+            "max_body_bytes": max_body << 20,
+            "log_prompts": log_prompts,
+            "drain_seconds": drain_seconds,
+        }
+        raise typer.Exit(_serve_fleet(fleet, host, port, tls))
+    if max_replicas is not None:
+        raise ConfigError(
+            "--max-replicas needs --replicas, which says how many there are at least."
+        )
     try:
         from minivllm.serving.async_llm import AsyncLLM
         from minivllm.serving.server import serve as run
@@ -105,9 +160,21 @@ def serve(
         log_prompts=log_prompts,
         drain_seconds=drain_seconds,
     )
-    tls: dict[str, Any] = {"ssl_certfile": ssl_certfile, "ssl_keyfile": ssl_keyfile}
     llm = AsyncLLM(model or model_option, core=core, **options.engine_options(engine))
     raise typer.Exit(run(llm, chosen, host=host, port=port, **tls))
+
+
+def _serve_fleet(options: dict[str, Any], host: str, port: int, tls: dict[str, Any]) -> int:
+    """Serve with Ray. Returns the exit code. Raises `ConfigError` for wrong options."""
+    try:
+        from minivllm.serving.replicas.local import checked, run
+    except ImportError as error:
+        raise ConfigError(
+            f"{error}. Install what replicas need: pip install 'minivllm[ray]'."
+        ) from error
+    fleet = checked(options)
+    _log_to_stderr()
+    return run(fleet, host, port, tls)
 
 
 def _log_to_stderr() -> None:

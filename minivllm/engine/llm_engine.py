@@ -297,6 +297,13 @@ class LLMEngine:
         """
         return self.core.reset_prefix_cache()
 
+    def cached_hashes(self) -> list[int]:
+        """The hashes of all KV blocks in the prefix cache, in any order.
+
+        Empty if your own block manager has no `hash_to_block`.
+        """
+        return list(getattr(self.core.scheduler.block_manager, "hash_to_block", ()))
+
     def close(self) -> None:
         """Free model and cache, and end the other ranks. The engine cannot step afterwards."""
         self._is_closed = True

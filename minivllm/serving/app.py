@@ -87,8 +87,11 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def build_app(state: ServerState) -> FastAPI:
-    """The application. The caller closes the engine of `state`."""
+def build_app(state: ServerState, has_page: bool = True) -> FastAPI:
+    """The application. The caller closes the engine of `state`.
+
+    has_page: whether the live page is there, which shows the steps of one engine.
+    """
     app = FastAPI(
         title="minivllm",
         version=minivllm.__version__,
@@ -99,6 +102,8 @@ def build_app(state: ServerState) -> FastAPI:
     _add_generation(app, state)
     _add_tokens(app, state)
     _add_operations(app, state)
+    if has_page:
+        _add_page(app, state)
     app.add_middleware(Edge, key=state.options.api_key, max_body=state.options.max_body_bytes)
     return app
 
@@ -272,6 +277,19 @@ def _add_operations(app: FastAPI, state: ServerState) -> None:
         await state.llm.check_health()
         return Response(status_code=200)
 
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        """The version of minivllm."""
+        return {"version": minivllm.__version__}
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """For Prometheus."""
+        await state.llm.refresh()
+        return Response(state.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_page(app: FastAPI, state: ServerState) -> None:
     feed = LiveFeed(state)
 
     @app.get("/", include_in_schema=False)
@@ -283,16 +301,6 @@ def _add_operations(app: FastAPI, state: ServerState) -> None:
     async def events() -> Response:
         """The engine's steps, for the page."""
         return EventStream(feed.events())
-
-    @app.get("/version")
-    async def version() -> dict[str, str]:
-        """The version of minivllm."""
-        return {"version": minivllm.__version__}
-
-    @app.get("/metrics", response_class=PlainTextResponse)
-    async def metrics() -> Response:
-        """For Prometheus."""
-        return Response(state.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
 async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:

@@ -31,7 +31,7 @@ from minivllm.inputs import PromptType
 from minivllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
 from minivllm.serving import wire
-from minivllm.serving.core_client import Core, ProcessCore, ThreadCore, error_of
+from minivllm.serving.core_client import Core, ProcessCore, Receive, ThreadCore, error_of
 from minivllm.tokenizer import Tokenizer
 
 #: A prompt text of more characters is encoded in a thread, because that takes a millisecond.
@@ -44,8 +44,10 @@ class AsyncLLM:
     """An engine that serves many callers of one event loop at a time.
 
     model: None (the bundled one), a directory, or a Hugging Face hub id. core: "process" or
-    "thread", where the engine's steps run. config: how the engine runs; its fields may be given as
-    keyword arguments instead. pieces: your own parts, with core="thread".
+    "thread", where the engine's steps run; or a function that makes another `Core`, such as one
+    that passes requests on to engines elsewhere, and takes neither model nor config. config: how
+    the engine runs; its fields may be given as keyword arguments instead. pieces: your own parts,
+    with core="thread".
 
     The constructor waits until the model is loaded. In a running event loop, use ``await
     AsyncLLM.create(...)``.
@@ -55,36 +57,29 @@ class AsyncLLM:
         self,
         model: str | Path | None = None,
         *,
-        core: Literal["process", "thread"] = "process",
+        core: Literal["process", "thread"] | Callable[[Receive], Core] = "process",
         config: EngineConfig | None = None,
         pieces: EnginePieces | None = None,
         **options: Any,
     ) -> None:
-        config = EngineConfig.choose(config, options)
-        if core not in ("process", "thread"):
-            raise errors.ConfigError(f'core is "process" or "thread", not {core!r}.')
-        if pieces is not None and core == "process":
-            raise errors.ConfigError('Parts of your own need core="thread".')
         self._streams: dict[str, Stream] = {}
-        self._answers: dict[int, asyncio.Future[bool]] = {}
+        self._answers: dict[int, asyncio.Future[Any]] = {}
         self._numbers = itertools.count()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._error: errors.MiniVLLMError | None = None
         self._is_closed = False
         self._encoders = ThreadPoolExecutor(1, thread_name_prefix="encode")
-        #: The state after the latest step.
+        #: The state after the latest step; of all engines together, where there are several.
         self.stats = wire.Stats()
         self._on_step: Callable[[wire.Step], None] | None = None
         #: Called once, in the event loop, when the core has died.
         self.on_death: Callable[[errors.MiniVLLMError], None] | None = None
-        name = None if model is None else str(model)
-        self._core: Core
-        if core == "process":
-            process = ProcessCore(name, config, self._receive)
-            self._core, started = process, process.started
+        if callable(core):
+            self._core = core(self._receive)
         else:
-            thread = ThreadCore(name, config, pieces or EnginePieces(), self._receive)
-            self._core, started = thread, thread.started
+            config = EngineConfig.choose(config, options)
+            self._core = _make_core(model, core, config, pieces, self._receive)
+        started = self._core.started
         self.model_path = Path(started.model_path)
         self.model_config, self.config = started.model_config, started.config
         self.kv_bytes_per_token = started.kv_bytes_per_token
@@ -209,7 +204,30 @@ class AsyncLLM:
 
     async def reset_prefix_cache(self) -> bool:
         """Forget the content of all KV blocks. Returns False while requests are unfinished."""
-        return await self._ask(wire.ResetPrefixCache)
+        done: bool = await self._ask(wire.ResetPrefixCache)
+        return done
+
+    async def cached_hashes(self) -> list[int]:
+        """The hashes of all KV blocks in the prefix cache (`hash_block`: 128 bits), in any order.
+
+        Empty with a block manager of your own that has no `hash_to_block`.
+        """
+        hashes: list[int] = await self._ask(wire.ListCached)
+        return hashes
+
+    async def refresh(self) -> None:
+        """Bring `engines` up to date, where they are several and elsewhere."""
+        await self._core.refresh()
+
+    @property
+    def started(self) -> wire.Started:
+        """What the engine said of itself when it was ready."""
+        return self._core.started
+
+    @property
+    def engines(self) -> dict[str, wire.Stats]:
+        """The state of each engine by its name; here it is one, "0"."""
+        return self._core.engines or {"0": self.stats}
 
     def watch(self, on_step: Callable[[wire.Step], None] | None, with_text: bool = False) -> None:
         """Give a description of the engine's steps to a function, from now on; None ends this.
@@ -243,7 +261,7 @@ class AsyncLLM:
         if self._error is not None:
             raise self._error
 
-    async def _ask(self, question: Callable[[int], Any]) -> bool:
+    async def _ask(self, question: Callable[[int], Any]) -> Any:
         self._require_alive()
         self._loop = asyncio.get_running_loop()
         number = next(self._numbers)
@@ -297,6 +315,23 @@ class AsyncLLM:
                 answer.set_exception(error)
 
 
+def _make_core(
+    model: str | Path | None,
+    core: str,
+    config: EngineConfig,
+    pieces: EnginePieces | None,
+    receive: Receive,
+) -> Core:
+    name = None if model is None else str(model)
+    if core == "process":
+        if pieces is not None:
+            raise errors.ConfigError('Parts of your own need core="thread".')
+        return ProcessCore(name, config, receive)
+    if core == "thread":
+        return ThreadCore(name, config, pieces or EnginePieces(), receive)
+    raise errors.ConfigError(f'core is "process" or "thread", not {core!r}.')
+
+
 class Stream:
     """One request as its caller sees it."""
 
@@ -338,6 +373,21 @@ class Stream:
 
         For one caller at a time.
         """
+        await self._news_or_error()
+        return self._join()
+
+    async def next_gains(self) -> list[wire.Gain]:
+        """What has come since the last call, as the core sent it: for a caller that passes it on.
+
+        Instead of `next`, and with its errors.
+        """
+        await self._news_or_error()
+        gains, self._waiting = self._waiting, []
+        self.is_finished = any(is_finished for _, _, is_finished, *_ in gains)
+        return gains
+
+    async def _news_or_error(self) -> None:
+        """Wait until something has come. Raises the stream's error after the last news."""
         if not self._waiting and self._error is None:
             # Not an `asyncio.Event`, which costs three times as much: this runs for each token.
             self._news = asyncio.get_running_loop().create_future()
@@ -345,7 +395,6 @@ class Stream:
         if not self._waiting and self._error is not None:
             self.is_finished = True
             raise self._error
-        return self._join()
 
     def _join(self) -> RequestOutput:
         """Join what has come since the last output into one output."""

@@ -33,6 +33,17 @@ Receive = Callable[[Any], None]
 class Core(Protocol):
     """A running core. `receive`, given at its start, gets its messages in a thread of its own."""
 
+    @property
+    def started(self) -> wire.Started:
+        """What it said when it was ready."""
+
+    @property
+    def engines(self) -> dict[str, wire.Stats]:
+        """The state of each engine by its name, where there are several; else empty."""
+
+    async def refresh(self) -> None:
+        """Ask engines elsewhere for their state. A core with one engine has it from each step."""
+
     def send(self, message: Any) -> None:
         """Pass a message to the core. Never waits, and does nothing if the core has ended."""
 
@@ -63,6 +74,7 @@ class ThreadCore:
     def __init__(
         self, model: str | None, config: EngineConfig, pieces: EnginePieces, receive: Receive
     ) -> None:
+        self.engines: dict[str, wire.Stats] = {}
         self._inbox: SimpleQueue[Any] = SimpleQueue()
         self._engine = LLMEngine(model, config=config, pieces=pieces)
         loop = CoreLoop(self._engine, self._inbox, receive)
@@ -80,6 +92,9 @@ class ThreadCore:
         finally:
             self._engine.close()
 
+    async def refresh(self) -> None:
+        return
+
     def send(self, message: Any) -> None:
         self._inbox.put(message)
 
@@ -96,6 +111,7 @@ class ProcessCore:
     """
 
     def __init__(self, model: str | None, config: EngineConfig, receive: Receive) -> None:
+        self.engines: dict[str, wire.Stats] = {}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "minivllm.serving.core_process"],
             stdin=subprocess.PIPE,
@@ -119,6 +135,9 @@ class ProcessCore:
     def pid(self) -> int:
         """The id of the core's process."""
         return self._process.pid
+
+    async def refresh(self) -> None:
+        return
 
     def send(self, message: Any) -> None:
         self._outbox.put(message)

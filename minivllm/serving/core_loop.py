@@ -87,6 +87,8 @@ class CoreLoop:
                 self.send(wire.Pong(number))
             case wire.ResetPrefixCache(number):
                 self.send(wire.Pong(number, self.engine.reset_prefix_cache()))
+            case wire.ListCached(number):
+                self.send(wire.Pong(number, self.engine.cached_hashes()))
             case wire.Watch(is_on, with_text):
                 self._watch(is_on, with_text)
             case wire.Close():

@@ -5,7 +5,7 @@ Times of a request are observed when it has finished. The engine's state is read
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 
 from minivllm.metrics import ACCEPTED_PER_POS, COUNTERS, SPECULATION_COUNTERS, per_position
 from minivllm.outputs import RequestOutput
+from minivllm.serving import wire
 from minivllm.serving.async_llm import AsyncLLM
 
 #: Upper limits of the histograms, in seconds; vLLM's.
@@ -158,20 +159,26 @@ class ServerMetrics:
 class EngineCollector(Collector):
     """The engine's own gauges and counters, after its latest step."""
 
+    # `labels` has "engine", which becomes the name of each engine.
     def __init__(self, llm: AsyncLLM, labels: dict[str, str]) -> None:
         self.llm, self.labels = llm, labels
 
     def collect(self) -> Iterator[Metric]:
-        """The metrics of one scrape."""
-        stats, names, values = self.llm.stats, list(self.labels), list(self.labels.values())
-        gauges = {
-            "vllm:num_requests_running": ("Sequences in the batch.", stats.num_running),
-            "vllm:num_requests_waiting": ("Sequences that wait.", stats.num_waiting),
-            "vllm:kv_cache_usage_perc": ("Share of KV blocks in use.", stats.kv_cache_usage),
+        """The metrics of one scrape: a value for each engine, under its name."""
+        engines = {
+            tuple({**self.labels, "engine": name}.values()): stats
+            for name, stats in self.llm.engines.items()
         }
-        for name, (about, value) in gauges.items():
+        names = list(self.labels)
+        gauges: dict[str, tuple[str, Callable[[wire.Stats], float]]] = {
+            "vllm:num_requests_running": ("Sequences in the batch.", lambda s: s.num_running),
+            "vllm:num_requests_waiting": ("Sequences that wait.", lambda s: s.num_waiting),
+            "vllm:kv_cache_usage_perc": ("Share of KV blocks in use.", lambda s: s.kv_cache_usage),
+        }
+        for name, (about, read) in gauges.items():
             gauge = GaugeMetricFamily(name, about, labels=names)
-            gauge.add_metric(values, value)
+            for values, stats in engines.items():
+                gauge.add_metric(values, read(stats))
             yield gauge
         counters = {**COUNTERS, "vllm:prompt_tokens": "num_computed_tokens"}
         wanted = self.llm.config.speculative_config
@@ -181,13 +188,16 @@ class EngineCollector(Collector):
         counters.pop("vllm:request_success", None)
         for name, field in counters.items():
             counter = CounterMetricFamily(name, f"{field} of the engine.", labels=names)
-            counter.add_metric(values, getattr(stats.counters, field))
+            for values, stats in engines.items():
+                counter.add_metric(values, getattr(stats.counters, field))
             yield counter
         if wanted is not None:
             counter = CounterMetricFamily(
                 ACCEPTED_PER_POS, "Proposals that were right.", labels=[*names, "position"]
             )
-            counts, most = stats.counters.num_accepted_tokens_per_pos, wanted.num_speculative_tokens
-            for position, count in enumerate(per_position(counts, most or 0)):
-                counter.add_metric([*values, str(position)], count)
+            most = wanted.num_speculative_tokens or 0
+            for values, stats in engines.items():
+                counts = stats.counters.num_accepted_tokens_per_pos
+                for position, count in enumerate(per_position(counts, most)):
+                    counter.add_metric([*values, str(position)], count)
             yield counter

@@ -44,16 +44,21 @@ class ServerOptions:
 
 @dataclass
 class ServerState:
-    """One server. `is_draining`: it has been told to end, and takes no requests."""
+    """One server. `is_draining`: it has been told to end, and takes no requests.
+
+    num_engines: how many engines work behind `llm`, at most.
+    """
 
     llm: AsyncLLM
     options: ServerOptions = field(default_factory=ServerOptions)
     created: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False
+    num_engines: int = 1
 
     def __post_init__(self) -> None:
         self.metrics = ServerMetrics(self.llm, self.model_name)
-        self.admission = Admission(self.llm.config.max_num_seqs, self.options.max_queue)
+        slots = self.num_engines * self.llm.config.max_num_seqs
+        self.admission = Admission(slots, self.options.max_queue)
 
     @property
     def model_name(self) -> str:

@@ -61,6 +61,13 @@ class ResetPrefixCache:
 
 
 @dataclass(frozen=True)
+class ListCached:
+    """Answer with a `Pong` that holds the hashes of all blocks in the prefix cache."""
+
+    number: int
+
+
+@dataclass(frozen=True)
 class Close:
     """Free the engine, and end."""
 
@@ -86,10 +93,10 @@ class Failed:
 
 @dataclass(frozen=True)
 class Pong:
-    """The answer to a `Ping` or a `ResetPrefixCache`."""
+    """The answer to a question with this number."""
 
     number: int
-    result: bool = True
+    result: Any = True
 
 
 @dataclass(frozen=True)

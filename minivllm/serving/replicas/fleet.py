@@ -1,0 +1,245 @@
+"""`FleetCore`: what stands in the place of one engine's core, and speaks to many replicas.
+
+`AsyncLLM` and the OpenAI application above it do not know the difference. A request is a streaming
+call of a Ray handle, whose router chooses the replica. A replica that dies ends its own requests
+only: one of which nothing has come yet is sent to another replica, and one that has begun ends with
+an error. Its text is lost on purpose: another replica would go on from tokens that were sampled
+elsewhere, and only the client knows whether it wants that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from ray.exceptions import RayActorError, RayError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from minivllm import errors
+from minivllm.bundled import BUNDLED_MODEL_PATH
+from minivllm.engine.input_processor import EngineInput
+from minivllm.engine.llm_engine import EngineMetrics
+from minivllm.models.loader import resolve_model_path
+from minivllm.serving import wire
+from minivllm.serving.api_errors import APIError
+from minivllm.serving.replicas.messages import Order, Part
+from minivllm.serving.replicas.prefixes import prompt_hashes
+
+logger = logging.getLogger(__name__)
+
+#: How many replicas a request may lose before it ends with an error. It may be what kills them.
+TRIES = 3
+#: Seconds after which the state of a replica that says nothing is forgotten.
+SILENCE = 60.0
+#: Seconds that the replicas may take to tell their state.
+REFRESH_TIMEOUT = 2.0
+
+
+class FleetCore:
+    """A `Core` (core_client.py) over the replicas of a deployment. For use in an event loop.
+
+    handle: of the `Replica` deployment. started: what one of the replicas said, with the model's
+    path on this machine.
+    """
+
+    def __init__(
+        self, handle: DeploymentHandle, started: wire.Started, receive: Callable[[Any], None]
+    ) -> None:
+        self.started, self._receive, self._handle = started, receive, handle
+        self._generate = handle.options(method_name="generate", stream=True)
+        self._loop = asyncio.get_running_loop()
+        self._requests: dict[str, asyncio.Task[None]] = {}
+        self._others: set[asyncio.Task[None]] = set()
+        #: The replica's name -> its latest state, and when it came.
+        self._engines: dict[str, tuple[wire.Stats, float]] = {}
+
+    @property
+    def engines(self) -> dict[str, wire.Stats]:
+        """The replicas that have said something lately, and their state."""
+        oldest = time.monotonic() - SILENCE
+        self._engines = {n: pair for n, pair in self._engines.items() if pair[1] >= oldest}
+        return {name: stats for name, (stats, _) in sorted(self._engines.items())}
+
+    def send(self, message: Any) -> None:
+        """Take a message of `AsyncLLM`, in its event loop."""
+        match message:
+            case wire.Add(request_id, checked):
+                task = self._spawn(self._serve(request_id, checked))
+                self._requests[request_id] = task
+                task.add_done_callback(lambda _: self._requests.pop(request_id, None))
+            case wire.Abort(request_ids):
+                for request_id in request_ids:
+                    if request_id in self._requests:
+                        self._requests[request_id].cancel()
+            case wire.Ping(number):
+                self._ask(number, self._handle.describe.remote, lambda _: True)
+            case wire.ResetPrefixCache(number):
+                self._ask(number, lambda: self._broadcast("reset_prefix_cache"), all)
+            case wire.ListCached(number):
+                self._receive(wire.Pong(number, []))
+            case wire.Close():
+                for task in (*self._requests.values(), *self._others):
+                    task.cancel()
+
+    def close(self) -> None:
+        """End what runs. May be called in any thread."""
+        self._loop.call_soon_threadsafe(self.send, wire.Close())
+
+    async def refresh(self) -> None:
+        """Ask every replica for its state, and forget those that are gone.
+
+        What is known already stays where not all of them answer in time.
+        """
+        try:
+            answers = await asyncio.wait_for(self._broadcast("state"), REFRESH_TIMEOUT)
+        except (TimeoutError, RayError, RayServeException):
+            return
+        now = time.monotonic()
+        self._engines = {name: (stats, now) for name, stats in answers}
+
+    # --- calls ------------------------------------------------------------------------------------
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        # In a context of its own: Ray gives all calls that an HTTP request makes one id, and routes
+        # one call per id at a time; a request with two prompts makes two.
+        return self._loop.create_task(work, context=contextvars.Context())
+
+    def _ask(
+        self, number: int, call: Callable[[], Any], judge: Callable[[Any], Any] = lambda _: True
+    ) -> None:
+        async def ask() -> None:
+            try:
+                answer = judge(await call())
+            except (RayError, RayServeException) as error:
+                # Whoever asked waits with a time limit, and another replica may answer then.
+                logger.warning("No replica answers: %s", error)
+                return
+            self._receive(wire.Pong(number, answer))
+
+        task = self._spawn(ask())
+        self._others.add(task)
+        task.add_done_callback(self._others.discard)
+
+    async def _broadcast(self, method: str) -> list[Any]:
+        answers: list[Any] = await self._handle.broadcast(method).results_async()
+        return answers
+
+    async def _serve(self, request_id: str, checked: EngineInput) -> None:
+        """One request, from the first try to its last news."""
+        call = _Call(self, request_id, checked)
+        try:
+            error = await call.run()
+        except asyncio.CancelledError:
+            # With `AsyncLLM.abort`, somebody still reads.
+            pieces: list[wire.Piece] = [
+                (i, "", [], None, None, "abort", None) for i in range(checked.params.n)
+            ]
+            self._receive(wire.News([(request_id, pieces, True, None, 0, None, None)], self._sum()))
+            raise
+        except Exception as bug:
+            logger.exception("request %s failed", request_id)
+            error = errors.EngineEndedError(f"Internal error: {type(bug).__name__}.")
+        if error is not None:
+            self._receive(wire.News([(request_id, [], True, None, 0, None, error)], self._sum()))
+
+    def take(self, part: Part, gains: list[wire.Gain]) -> None:
+        """Pass on what a replica sent."""
+        before = self._engines.get(part.engine)
+        stats = part.stats or (before[0] if before else wire.Stats())
+        self._engines[part.engine] = stats, time.monotonic()
+        self._receive(wire.News(gains, self._sum()))
+
+    def _sum(self) -> wire.Stats:
+        return add_stats([stats for stats, _ in self._engines.values()])
+
+    def order(self, request_id: str, checked: EngineInput) -> Order:
+        """A request as it is sent to a replica."""
+        config, params = self.started.config, checked.params
+        # What the engine would not look up: see `BlockManager.find_cached_prefix`.
+        is_known = config.enable_prefix_caching and params.prompt_logprobs is None
+        ids, salt = checked.prompt_token_ids, checked.cache_salt
+        hashes = prompt_hashes(ids, config.block_size, salt) if is_known else []
+        return Order(request_id, checked, hashes)
+
+    def call(self, order: Order) -> Any:
+        """A try: the stream of a replica's parts."""
+        return self._generate.remote(order)
+
+
+class _Call:
+    """One request of a fleet, in as many tries as it needs."""
+
+    def __init__(self, fleet: FleetCore, request_id: str, checked: EngineInput) -> None:
+        self.fleet, self.request_id, self.input = fleet, request_id, checked
+        self.has_begun = self.is_finished = False
+
+    async def run(self) -> errors.MiniVLLMError | None:
+        """Serve it. Returns the error with which it ends, if there is one."""
+        for number in range(TRIES):
+            try:
+                # A replica that is asked twice has its own id for each try.
+                await self._try(self.fleet.order(f"{self.request_id}.{number}", self.input))
+                if self.is_finished:
+                    return None
+                cause = "it has ended the request without an end"
+            except BackPressureError as error:
+                return APIError(429, f"The queue is full: {error.message}")
+            except RayActorError as error:
+                cause = type(error).__name__
+            except (RayError, RayServeException) as error:
+                # An error of the replica's own code, such as of an engine that has just died.
+                cause = str(error).strip().rpartition("\n")[2]
+            logger.warning("request %s has lost its replica: %s", self.request_id, cause)
+            if self.has_begun:
+                break
+        what = "while it answered" if self.has_begun else f"{TRIES} times before the first token"
+        return errors.EngineEndedError(f"The replica of this request has died, {what} ({cause}).")
+
+    async def _try(self, order: Order) -> None:
+        response = self.fleet.call(order)
+        try:
+            async for part in response:
+                self.has_begun = True
+                self.fleet.take(part, [self._adopt(gain) for gain in part.gains])
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+
+    def _adopt(self, gain: wire.Gain) -> wire.Gain:
+        """A replica's gain under the request's own id, and with the times that its client sees."""
+        _, pieces, is_finished, logprobs, num_cached, times, error = gain
+        self.is_finished = self.is_finished or is_finished
+        if times is not None and times.finished_time is not None:
+            # The clocks of two machines differ, so only durations count. What the engine has not
+            # seen, the request spent on its way.
+            whole = time.perf_counter() - self.input.arrival_time
+            times = dataclasses.replace(times, arrival_time=times.finished_time - whole)
+        return self.request_id, pieces, is_finished, logprobs, num_cached, times, error
+
+
+def add_stats(parts: list[wire.Stats]) -> wire.Stats:
+    """The state of several engines as that of one."""
+    total = EngineMetrics()
+    for field in dataclasses.fields(EngineMetrics):
+        values = [getattr(part.counters, field.name) for part in parts]
+        if values and isinstance(values[0], int | float):
+            setattr(total, field.name, sum(values))
+        elif values:
+            longest = max(map(len, values))
+            padded = [[*value, *[0] * (longest - len(value))] for value in values]
+            setattr(total, field.name, [sum(column) for column in zip(*padded, strict=True)])
+    return wire.Stats(
+        sum(part.num_running for part in parts), sum(part.num_waiting for part in parts), total
+    )
+
+
+def local_path(started: wire.Started, model: str | None) -> wire.Started:
+    """The same with the model's path on this machine, which downloads it where it is not there."""
+    path = BUNDLED_MODEL_PATH if model is None else resolve_model_path(model)
+    return dataclasses.replace(started, model_path=str(path))
