@@ -329,6 +329,9 @@ class EngineConfig:
     skip_tokenizer_init: bool = False  # token ids in and out, no text
     #: Number of ranks that share the model. Under torchrun, the number of its processes.
     tensor_parallel_size: Count = 1
+    #: Add up over ranks by NCCL alone. False: through memory that the GPUs of one machine share,
+    #: where that is faster at the start; written and tested without GPUs, so it is off by default.
+    disable_custom_all_reduce: bool = True
     #: Seed of dummy weights, and of requests without a seed. The range is torch's.
     seed: Annotated[int, Range(-(2**63), 2**64 - 1)] = 0
     #: Sampling defaults for requests without parameters. "auto": the checkpoint's, from

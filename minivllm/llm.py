@@ -91,6 +91,8 @@ class LLM:
     - async_scheduling: plan a step while the previous one runs. None: True on a GPU, else False.
     - attention_backend: "auto" is "triton" on a GPU and "torch" on a CPU.
     - tensor_parallel_size: the number of ranks, one per GPU, that share the model.
+    - disable_custom_all_reduce: False lets GPUs add up through memory that they share, where that
+      is faster. It has not been run on GPUs yet, so NCCL alone is the default.
     - speculative_config: speculative decoding, which verifies several proposed tokens per step and
       gives the same text: a dict with vLLM's names, such as ``{"method": "ngram",
       "num_speculative_tokens": 4}``; see `SpeculativeConfig`. None: off.
@@ -138,6 +140,7 @@ class LLM:
         quantization: Literal["fp8", "int8"] | None = None,
         skip_tokenizer_init: bool = False,
         tensor_parallel_size: int = 1,
+        disable_custom_all_reduce: bool = True,
         seed: int = 0,
         generation_config: Literal["auto", "vllm"] = "auto",
         max_logprobs: int = MAX_LOGPROBS,
@@ -171,6 +174,7 @@ class LLM:
             quantization=quantization,
             skip_tokenizer_init=skip_tokenizer_init,
             tensor_parallel_size=tensor_parallel_size,
+            disable_custom_all_reduce=disable_custom_all_reduce,
             seed=seed,
             generation_config=generation_config,
             max_logprobs=max_logprobs,

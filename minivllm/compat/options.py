@@ -145,11 +145,6 @@ MISSING = (
     ),
     Missing("device_ids", "choose GPUs by the environment variable CUDA_VISIBLE_DEVICES"),
     Missing(
-        "disable_custom_all_reduce",
-        "ranks measure at start which all-reduce is the fastest",
-        (None, False, True),
-    ),
-    Missing(
         "num_gpu_blocks_override num_gpu_blocks num_cpu_blocks",
         "the number of KV blocks is the option num_kv_blocks",
     ),

@@ -155,7 +155,9 @@ class ModelRunner:
                 model_cls=model_cls,
             )
             self.model = load_model(path, model_config, kernels, options, group)
-            group.share_memory(config.max_num_batched_tokens, model_config.hidden_size, self.dtype)
+            if not config.disable_custom_all_reduce:
+                rows, width = config.max_num_batched_tokens, model_config.hidden_size
+                group.share_memory(rows, width, self.dtype)
             num_slots = config.max_num_seqs
             max_blocks = -(-config.max_model_len // config.block_size)
             #: Per slot: block ids; the number of them that the device has already (a step sends

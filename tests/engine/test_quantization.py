@@ -124,7 +124,9 @@ def test_modes(
     assert metrics.prefix_cache_hits > 0
     assert llm.max_batch > 1
     operation = "linear_w8a16" if quantization == "int8" else "linear_w8a8"
-    assert llm.launches[operation] > 3 * 4 * NUM_TOKENS
+    # A graph's launches are counted when it is recorded, not when it is replayed.
+    least = 3 * 4 * NUM_TOKENS if llm.num_replays == 0 else 1
+    assert llm.launches[operation] > least
     compare(references[quantization], completions, tolerance)
 
 

@@ -163,6 +163,7 @@ def test_two_ranks_give_the_tokens_of_one_and_close() -> None:
     for size in (1, 2):
         llm = LLM(
             tensor_parallel_size=size,
+            disable_custom_all_reduce=False,
             dtype="float32",
             max_num_seqs=8,
             max_num_batched_tokens=128,

@@ -445,6 +445,12 @@ def check_linear_w8a16(
                         slack += TOLERANCE[dtype] * expected.abs()
                         assert actual.dtype == dtype
                         assert ((actual.double() - expected).abs() <= slack).all()
+                    elif device.type == "cuda" and dtype != torch.float32:
+                        # Of many rows, W is rounded to the dtype of x before it is multiplied.
+                        slack = torch.finfo(dtype).eps * (x.double().abs() @ meant.abs().T)
+                        slack += TOLERANCE[dtype] * (1 + expected.abs())
+                        assert actual.dtype == dtype
+                        assert ((actual.double() - expected).abs() <= slack).all()
                     else:
                         assert_near(actual, expected, dtype)
 
