@@ -31,7 +31,7 @@ OFF: tuple[Any, ...] = (None, False, {}, [], "", 0, 0.0)
 MISSING = (
     Missing("trust_remote_code code_revision", "minivllm never runs code of a checkpoint"),
     Missing(
-        "quantization_config allow_deprecated_quantization calculate_kv_scales",
+        "quantization_config allow_deprecated_quantization",
         "quantization='fp8' or 'int8' quantizes the weights when they are loaded, and a quantized "
         "checkpoint says itself how it is stored",
     ),

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from minivllm import LLM, SamplingParams
+from minivllm.engine import collector
 from minivllm.engine.collector import CALM, calm_collector
 
 
@@ -15,7 +16,9 @@ class Engine:
 
 
 @pytest.fixture(autouse=True)
-def threshold() -> Iterator[None]:
+def threshold(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # Engines of other tests may be alive.
+    monkeypatch.setattr(collector, "_threshold", collector._Threshold())
     before = gc.get_threshold()
     gc.set_threshold(700, 10, 10)
     yield

@@ -381,7 +381,7 @@ def test_prometheus() -> None:
             num_drafts=4, num_draft_tokens=9, num_accepted_tokens=5, num_accepted_tokens_per_pos=[3]
         )
         llm: Any = SimpleNamespace(
-            config=SimpleNamespace(speculative_config=config), stats=Stats(0, 0, counters)
+            config=SimpleNamespace(speculative_config=config), engines={"0": Stats(0, 0, counters)}
         )
         return ServerMetrics(llm, "m").render().decode()
 
