@@ -11,13 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.quantized import (
-    FLOATS,
-    FORMATS,
-    INTEGERS,
-    compressed_tensors,
-    write_quantized,
-)
 
 from minivllm import LLM, Kernels
 from minivllm.config import QuantizedCheckpoint
@@ -28,6 +21,13 @@ from minivllm.models.hf_config import config_from_hf
 from minivllm.parallel.group import TensorParallelGroup
 from support.checkpoints import TransformersReference, random_prompt, write_checkpoint
 from support.parity import RecordedLLM, assert_same_greedy
+from support.quantized import (
+    FLOATS,
+    FORMATS,
+    INTEGERS,
+    compressed_tensors,
+    write_quantized,
+)
 from support.ranks import run_ranks
 
 #: Blocks of 128 that two ranks can share, and a hidden size that ends within a block.
