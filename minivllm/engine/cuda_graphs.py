@@ -194,6 +194,7 @@ class DecodeGraphs:
             (max(sizes), num_proposals), NO_PROPOSAL, dtype=torch.int64, device=device
         )
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
+        torch.cuda.empty_cache()  # a recording does it, too, which would hide what it takes
         before = torch.cuda.mem_get_info(device)[0]
         try:
             with recording() as record:

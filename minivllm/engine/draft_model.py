@@ -183,7 +183,8 @@ class DraftModel(Proposer):
             if batch:
                 results.append((batch, self.runner.execute(batch)))
         self._take_in(results)
-        return [self._guesses(seq) for seq in sequences]
+        served = {follower.target.seq_id for follower in following}
+        return [self._guesses(seq) if seq.seq_id in served else [] for seq in sequences]
 
     # --- one call ---------------------------------------------------------------------------------
 

@@ -40,6 +40,10 @@ CHUNK_TOKENS = (128, 256, 384, 512, 768, 1024, 1536, 2048)
 DECODES = (32, 128, 256, 512, 1024)
 
 
+#: (token ids [R], positions [R], metadata) -> hidden states [R, hidden_size]
+Step = Callable[[torch.Tensor, torch.Tensor, AttentionMetadata], torch.Tensor]
+
+
 @dataclass(frozen=True, order=True)
 class StepShape:
     """How many rows a recorded step has."""
@@ -132,18 +136,19 @@ class MixedGraphs:
 
     def __init__(
         self,
-        step: Callable[[torch.Tensor, torch.Tensor, AttentionMetadata], torch.Tensor],
+        step: Step,
         shapes: Sequence[StepShape],
         state: DecodeState,
         max_model_len: int,
     ) -> None:
         self.shapes = sorted(shapes)
-        self._step, self._state, self._max_model_len = step, state, max_model_len
+        self._state, self._max_model_len = state, max_model_len
         self._spare_slot = len(state.position) - 1
         device = state.position.device
         longest = max(sum(shape.sections) for shape in shapes)
         self._inputs = torch.zeros(longest, dtype=torch.int64, device=device)
         self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
+        torch.cuda.empty_cache()  # a recording does it, too, which would hide what it takes
         before = torch.cuda.mem_get_info(device)[0]
         #: Hidden states [rows of the largest shape, hidden_size]: the result of every graph.
         self._hidden: torch.Tensor | None = None
@@ -152,7 +157,8 @@ class MixedGraphs:
                 in_order = sorted(shapes, key=lambda shape: shape.num_rows, reverse=True)
                 for shape in tqdm(in_order, desc="CUDA graphs of prompts", leave=False):
                     self._send(shape, None, [])
-                    self._graphs[shape], _ = record(functools.partial(self._run, shape))
+                    # `step` is not kept: it is its runner's, and the runner keeps these graphs.
+                    self._graphs[shape], _ = record(functools.partial(self._run, step, shape))
         except BaseException:
             self.release()
             raise
@@ -169,7 +175,7 @@ class MixedGraphs:
     def fitting(self, metadata: AttentionMetadata) -> StepShape | None:
         """The smallest recorded shape that a step fits into. metadata: on the CPU."""
         decodes, num_seqs = metadata.num_decodes, len(metadata.seq_lens)
-        if metadata.max_seq_len > MAX_CONTEXT:
+        if num_seqs > decodes and int(metadata.seq_lens[decodes:].max()) > MAX_CONTEXT:
             return None
         tokens, chunks = len(metadata.slot_mapping) - decodes, num_seqs - decodes
         fits = (
@@ -206,7 +212,7 @@ class MixedGraphs:
             recorded.write(shape, inputs, slots)
         self._inputs[: len(host)].copy_(host, non_blocking=True)
 
-    def _run(self, shape: StepShape) -> None:
+    def _run(self, step: Step, shape: StepShape) -> None:
         """The step that a graph records."""
         inputs = RecordedInputs(*self._inputs[: sum(shape.sections)].split(shape.sections))
         metadata = AttentionMetadata(
@@ -224,7 +230,7 @@ class MixedGraphs:
         token_ids[:decodes] = torch.where(
             token_ids[:decodes] == PENDING, newest, token_ids[:decodes]
         )
-        hidden = self._step(token_ids, inputs.positions, metadata)
+        hidden = step(token_ids, inputs.positions, metadata)
         if self._hidden is None:  # the first shape is the largest
             self._hidden = torch.empty_like(hidden)
         self._hidden[: shape.num_rows].copy_(hidden)

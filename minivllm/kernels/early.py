@@ -13,7 +13,8 @@ import torch
 from minivllm.kernels._triton import tl, triton
 
 #: Rows up to which a kernel is launched early. Larger steps have no idle multiprocessors for it: on
-#: an H200 it made steps of one request 1.2 times as fast, and those of 256 requests 2 % slower.
+#: an H200 an earlier prototype made steps of one request 1.2 times as fast, and those of 256
+#: requests 2 % slower.
 EARLY_ROWS = 16
 
 

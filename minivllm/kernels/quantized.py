@@ -31,7 +31,7 @@ FP8 = torch.float8_e4m3fn
 #: T up to which every row reads W again, and the most output features if T is above 1; as in
 #: linear.py.
 MAX_ROWS, MAX_FEATURES = 4, 2048
-#: T from which W8A16 converts W once, for cuBLAS.
+#: Above so many rows W8A16 converts W once, for cuBLAS.
 MANY_ROWS = 256
 
 
@@ -289,7 +289,7 @@ def linear_w8a16(
     """As `linear_w8a16_reference`, summed in float32. Rows of x may be strided, everything else is
     contiguous; ValueError otherwise.
 
-    From `MANY_ROWS` rows on, the weights are rounded to x.dtype before the product.
+    Above `MANY_ROWS` rows, the weights are rounded to x.dtype before the product.
     """
     _check("linear_w8a16", x, weight, scale)
     rows, features = len(x), len(weight)

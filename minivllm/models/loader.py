@@ -380,7 +380,10 @@ def _are_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _untie(model: nn.Module, tensor: torch.Tensor) -> None:
     """Give the output head, which has been the embedding, a weight of its own with this content."""
-    if HEAD not in checkpoint_places(model):
+    # Of the head alone: linear layers that were quantized meanwhile have no places any more.
+    parent, _, name = HEAD.rpartition(".")
+    head = dict(model.named_modules()).get(parent)
+    if head is None or HEAD not in _places_of(parent, head):
         raise WeightLoadingError(
             f"The checkpoint ships a {HEAD} that differs from the embedding, and this model has no"
             " such parameter."
@@ -390,12 +393,10 @@ def _untie(model: nn.Module, tensor: torch.Tensor) -> None:
         " Set tie_word_embeddings to false there to say so.",
         HEAD,
     )
-    parent, _, name = HEAD.rpartition(".")
-    head = model.get_submodule(parent)
     # zeros: what fills up the vocabulary of a rank
     own = torch.zeros_like(head.get_parameter(name))
     setattr(head, name, nn.Parameter(own, requires_grad=False))
-    _copy(checkpoint_places(model)[HEAD], tensor, HEAD)
+    _copy(_places_of(parent, head)[HEAD], tensor, HEAD)
 
 
 def checkpoint_places(model: nn.Module) -> dict[str, Place]:

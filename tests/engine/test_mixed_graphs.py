@@ -13,7 +13,7 @@ import torch
 
 from minivllm import LLM, Kernels, SamplingParams
 from minivllm.engine.batch import BatchRow, build_batch
-from minivllm.engine.mixed_graphs import RecordedInputs, StepShape, step_shapes
+from minivllm.engine.mixed_graphs import MixedGraphs, RecordedInputs, StepShape, step_shapes
 from support.checkpoints import TransformersReference, random_prompt, write_checkpoint
 
 BLOCK_SIZE, SPARE = 16, 99
@@ -73,6 +73,26 @@ def test_what_the_gpu_reads_is_the_step(seed: int) -> None:
     assert (sizes[shape.num_decodes + chunks :] == 0).all()
 
 
+def test_a_step_takes_the_smallest_shape_that_it_fits_into() -> None:
+    graphs = object.__new__(MixedGraphs)
+    graphs.shapes = step_shapes(max_num_seqs=256, max_num_batched_tokens=8192)
+
+    def fitting(lengths: list[int], starts: list[int]) -> StepShape | None:
+        rows = [BatchRow([1] * n, start, True) for n, start in zip(lengths, starts, strict=True)]
+        table = np.zeros((len(rows), 2000), dtype=np.int32)
+        return graphs.fitting(build_batch(rows, table, BLOCK_SIZE).attention)
+
+    assert fitting([1] * 32 + [128], [9] * 32 + [0]) == StepShape(32, 128)
+    assert fitting([1] * 33 + [100], [9] * 33 + [0]) == StepShape(128, 128)
+    assert fitting([129], [0]) == StepShape(32, 256)
+    assert fitting([2] * 5, [0] * 5) == StepShape(32, 768), "five chunks"
+    assert fitting([2049], [0]) is None
+    assert fitting([1] * 257 + [5], [9] * 257 + [0]) is None
+    # A long context counts where a chunk has it; decodes have kernels for any.
+    assert fitting([1, 100], [20_000, 0]) == StepShape(32, 128)
+    assert fitting([1, 100], [9, 8_100]) is None
+
+
 # --- on a GPU -------------------------------------------------------------------------------------
 
 
@@ -129,7 +149,7 @@ def test_samples_logprobs_and_filters_are_those_without_graphs(path: Path) -> No
         )
         for i in range(24)
     ]
-    seen = []
+    seen, logprobs = [], []
     for eager in (False, True):
         with LLM(
             path,
@@ -143,8 +163,12 @@ def test_samples_logprobs_and_filters_are_those_without_graphs(path: Path) -> No
         seen.append([o.outputs[0].token_ids for o in outputs])
         asked = [output for output in outputs if output.prompt_logprobs]
         assert len(asked) == 5
-        assert all(len(o.prompt_logprobs) == len(o.prompt_token_ids) for o in asked)
+        of_prompts = [entry for o in asked for entry in o.prompt_logprobs if entry]
+        of_answers = [entry for o in outputs for entry in o.outputs[0].logprobs or ()]
+        logprobs.append([x.logprob for e in of_prompts + of_answers for x in e.values()])
     assert seen[0] == seen[1]
+    assert len(logprobs[0]) > 500
+    assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-3)
 
 
 @pytest.mark.gpu

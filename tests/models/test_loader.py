@@ -213,6 +213,15 @@ def test_a_rank_takes_its_part_of_such_a_head(tmp_path: Path, rank: int) -> None
         assert len(place.weight) == 33
 
 
+def test_another_head_beside_quantized_layers(tmp_path: Path) -> None:
+    """When the head is read, the linear layers have been quantized already."""
+    own_head(tmp_path)
+    llm = load(tmp_path, quantization="int8")
+    whole = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(parameters(llm)["lm_head.weight"], whole["lm_head.weight"])
+    assert llm.generate([[1, 2, 3]], greedy(4), use_tqdm=False)[0].outputs[0].token_ids
+
+
 def test_one_number_makes_another_head(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "qwen3", **TINY, tie_word_embeddings=True)
     edit_weights(

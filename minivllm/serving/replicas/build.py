@@ -83,6 +83,9 @@ class Fleet(BaseModel):
         known = [field.name for field in fields(EngineConfig)]
         if unknown := set(self.engine) - set(known):
             raise ValueError(f"engine has no option {min(unknown)!r}; there are {', '.join(known)}")
+        for name in ("tensor_parallel_size", "max_num_seqs"):
+            if self.engine.get(name, 1) is None:
+                raise ValueError(f"engine: {name} is null; leave it out for the default")
         if self.router not in ROUTERS:
             raise ValueError(f"router is one of {', '.join(ROUTERS)}, not {self.router!r}")
         if self.max_replicas is not None and self.max_replicas < self.min_replicas:

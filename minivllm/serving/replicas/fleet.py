@@ -10,11 +10,13 @@ elsewhere, and only the client knows whether it wants that.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import dataclasses
 import logging
 import time
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from ray.exceptions import RayActorError, RayError
@@ -72,7 +74,7 @@ class FleetCore:
             case wire.Add(request_id, checked):
                 task = self._spawn(self._serve(request_id, checked))
                 self._requests[request_id] = task
-                task.add_done_callback(lambda _: self._requests.pop(request_id, None))
+                task.add_done_callback(partial(self._forget, request_id, checked.params.n))
             case wire.Abort(request_ids):
                 for request_id in request_ids:
                     if request_id in self._requests:
@@ -89,7 +91,19 @@ class FleetCore:
 
     def close(self) -> None:
         """End what runs. May be called in any thread."""
-        self._loop.call_soon_threadsafe(self.send, wire.Close())
+        # The loop may have been closed.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self.send, wire.Close())
+
+    def _forget(self, request_id: str, num_completions: int, task: asyncio.Task[None]) -> None:
+        """A request has ended. One that was aborted says so here, even before its first step."""
+        self._requests.pop(request_id, None)
+        if task.cancelled():
+            # With `AsyncLLM.abort`, somebody still reads.
+            pieces: list[wire.Piece] = [
+                (i, "", [], None, None, "abort", None) for i in range(num_completions)
+            ]
+            self._receive(wire.News([(request_id, pieces, True, None, 0, None, None)], self._sum()))
 
     async def refresh(self) -> None:
         """Ask every replica for its state, and forget those that are gone.
@@ -135,13 +149,6 @@ class FleetCore:
         call = _Call(self, request_id, checked)
         try:
             error = await call.run()
-        except asyncio.CancelledError:
-            # With `AsyncLLM.abort`, somebody still reads.
-            pieces: list[wire.Piece] = [
-                (i, "", [], None, None, "abort", None) for i in range(checked.params.n)
-            ]
-            self._receive(wire.News([(request_id, pieces, True, None, 0, None, None)], self._sum()))
-            raise
         except Exception as bug:
             logger.exception("request %s failed", request_id)
             error = errors.EngineEndedError(f"Internal error: {type(bug).__name__}.")
@@ -195,6 +202,8 @@ class _Call:
             except (RayError, RayServeException) as error:
                 # An error of the replica's own code, such as of an engine that has just died.
                 cause = str(error).strip().rpartition("\n")[2]
+            if self.is_finished:  # the replica died after its last part
+                return None
             logger.warning("request %s has lost its replica: %s", self.request_id, cause)
             if self.has_begun:
                 break

@@ -41,11 +41,12 @@ class Front:
         said: wire.Started = await handle.describe.remote()
         started = await asyncio.to_thread(local_path, said, model)
         self.llm = AsyncLLM(core=lambda receive: FleetCore(handle, started, receive))
-        self.state = ServerState(self.llm, ServerOptions(**options), num_engines=num_engines)
-        if self.state.options.served_model_name is None and model is not None:
+        server = ServerOptions(**options)
+        if server.served_model_name is None and model is not None:
             # The directory of a model from the hub has a name that nobody would write.
             name = model.rstrip("/").rpartition("/")[2]
-            self.state.options = replace(self.state.options, served_model_name=name)
+            server = replace(server, served_model_name=name)
+        self.state = ServerState(self.llm, server, num_engines=num_engines)
         # As in `serve` (server.py).
         gc.collect()
         gc.freeze()
