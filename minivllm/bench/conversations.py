@@ -21,7 +21,7 @@ Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Trace:
+class TraceSettings:
     """What is drawn. Lengths are in tokens, times in seconds.
 
     groups: of conversations with the same system prompt. rate: conversations that begin per second
@@ -73,7 +73,7 @@ class Conversation:
         return len(self.system) + sum(len(t.message) + t.answer for t in self.turns)
 
 
-def draw_conversations(trace: Trace) -> list[Conversation]:
+def draw_conversations(trace: TraceSettings) -> list[Conversation]:
     """The conversations of a trace, in order of their start."""
     rng = random.Random(f"{trace.seed}:conversations")
 

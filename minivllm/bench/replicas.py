@@ -24,7 +24,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from minivllm.bench import serving
-from minivllm.bench.conversations import Conversation, Trace, cacheable, draw_conversations
+from minivllm.bench.conversations import Conversation, TraceSettings, cacheable, draw_conversations
 from minivllm.bench.loads import Settings
 from minivllm.bench.report import environment, percentiles, say
 from minivllm.bench.sse import Client, Endpoint, HTTPError
@@ -52,7 +52,7 @@ class Plan:
     scale: Sequence[int] = ()
     clients: int = 24
     requests: int = 96
-    trace: Trace = field(default_factory=Trace)
+    trace: TraceSettings = field(default_factory=TraceSettings)
     fleet: Mapping[str, Any] = field(default_factory=dict)
 
 

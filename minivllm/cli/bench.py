@@ -839,7 +839,7 @@ def replicas(
     """Several engines behind routers (needs the extra ray): hit rate, TTFT and load imbalance of
     multi-turn conversations; throughput by number of replicas.
     """
-    from minivllm.bench.conversations import Trace
+    from minivllm.bench.conversations import TraceSettings
     from minivllm.bench.replicas import Plan, run
 
     names = tuple(name for name in routers.split(",") if name)
@@ -856,7 +856,9 @@ def replicas(
             scale=tuple(_numbers(scale, "--scale") or ()),
             clients=clients,
             requests=requests,
-            trace=Trace(conversations=conversations, rate=rate or 2.0, pause=pause, seed=seed),
+            trace=TraceSettings(
+                conversations=conversations, rate=rate or 2.0, pause=pause, seed=seed
+            ),
             fleet=fleet,
         )
     )

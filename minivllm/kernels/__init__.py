@@ -47,8 +47,8 @@ class Kernels:
 
     Shapes: T tokens of the step, B sequences, H query heads, KH key/value heads, D head_dim, V
     vocabulary. Caches are ``[num_blocks, KH, block_size, D]``: tensors of the model's dtype or,
-    with the engine option kv_cache_dtype, `QuantizedCache`s. Prefill is attention of any number of
-    new tokens, decode of one.
+    with the engine option kv_cache_dtype, `QuantizedCache` objects. Prefill is attention of any
+    number of new tokens, decode of one.
 
     fused: what is done in fewer launches than operation by operation. `dataclasses.replace` drops
     it, so that the operation that you put in place of another is called. To keep it, where the

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from minivllm.bench.conversations import Trace
+from minivllm.bench.conversations import TraceSettings
 from minivllm.bench.replicas import Plan, _loaded, _play
 from minivllm.bench.report import environment
 from minivllm.bench.sse import Endpoint
@@ -19,7 +19,9 @@ pytestmark = pytest.mark.slow
 def test_conversations_against_a_server_hit_what_can_be_hit(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    trace = Trace(conversations=4, groups=2, turns=(2, 3), answer=(4, 8), rate=50, pause=0.05)
+    trace = TraceSettings(
+        conversations=4, groups=2, turns=(2, 3), answer=(4, 8), rate=50, pause=0.05
+    )
     with server(num_kv_blocks=512) as running:
         found = asyncio.run(_play(Endpoint.parse(running.address), Plan(replicas=1, trace=trace)))
         scaled = _loaded(running.address, 1, Plan(clients=2, requests=4))
@@ -54,7 +56,7 @@ def test_conversations_against_a_server_hit_what_can_be_hit(
 
 
 def test_a_conversation_ends_where_a_turn_fails() -> None:
-    trace = Trace(conversations=2, first=(3000, 3000), rate=50)
+    trace = TraceSettings(conversations=2, first=(3000, 3000), rate=50)
     with server() as running:
         found = asyncio.run(_play(Endpoint.parse(running.address), Plan(replicas=1, trace=trace)))
     assert found["completed"] == 0

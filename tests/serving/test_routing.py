@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minivllm.bench.conversations import Trace, cacheable, draw_conversations
+from minivllm.bench.conversations import TraceSettings, cacheable, draw_conversations
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.sequence import Sequence
 from minivllm.sampling_params import SamplingParams
@@ -106,10 +106,10 @@ def test_the_expected_blocks_are_bounded() -> None:
 
 
 def test_conversations_are_the_same_for_a_seed_and_grow_turn_by_turn() -> None:
-    trace = Trace(conversations=12, groups=2, seed=3)
+    trace = TraceSettings(conversations=12, groups=2, seed=3)
     talks = draw_conversations(trace)
     assert talks == draw_conversations(trace)
-    assert talks != draw_conversations(Trace(conversations=12, groups=2, seed=4))
+    assert talks != draw_conversations(TraceSettings(conversations=12, groups=2, seed=4))
     assert len({tuple(talk.system) for talk in talks}) == 2
     assert [talk.start for talk in talks] == sorted(talk.start for talk in talks)
     talk = talks[0]
@@ -135,7 +135,7 @@ def test_prefix_routing_hits_far_more_than_chance_with_real_block_managers() -> 
     def play(by_prefix: bool) -> float:
         managers = {name: BlockManager(900, 16) for name in "abc"}
         table, dice, hits, total = PrefixTable(), random.Random(0), 0, 0
-        for talk in draw_conversations(Trace(conversations=30)):
+        for talk in draw_conversations(TraceSettings(conversations=30)):
             answers: list[list[int]] = []
             for turn, (number, message) in enumerate(enumerate(talk.turns)):
                 ids = talk.prompt(turn, answers)
