@@ -146,7 +146,7 @@ def test_prompt_lookup_on_a_text_to_edit(path: Path) -> None:
     lookup["num_speculative_tokens"] = 8
     engines = [LLM(path, max_model_len=512, speculative_config=how) for how in (None, lookup)]
     rates: list[list[float]] = [[], []]
-    for _ in range(4):
+    for _ in range(3):
         said = []
         for llm, found in zip(engines, rates, strict=True):
             llm.reset_prefix_cache()
@@ -171,9 +171,9 @@ def test_perplexity_of_a_quantized_cache(path: Path) -> None:
     root = Path(__file__).parents[2]
     found = {}
     for kind in ("auto", "fp8", "int8"):
-        llm = LLM(path, kv_cache_dtype=kind, max_model_len=1024, num_kv_blocks=192, block_size=16)
+        llm = LLM(path, kv_cache_dtype=kind, max_model_len=512, num_kv_blocks=96, block_size=16)
         documents = [(root / name).read_text() for name in ("README.md", "ARCHITECTURE.md")]
-        prompts = [llm.get_tokenizer().encode(text)[:900] for text in documents]
+        prompts = [llm.get_tokenizer().encode(text)[:400] for text in documents]
         outputs = llm.generate(prompts, greedy(1, prompt_logprobs=0), use_tqdm=False)
         scored = [
             (output.prompt_logprobs[position][token].logprob)
