@@ -442,13 +442,14 @@ def _quality(report: dict[str, Any]) -> Iterable[Table]:
 
 def _replicas(report: dict[str, Any]) -> Iterable[Table]:
     trace = report["settings"]["trace"]
-    table = Table(
-        title=f"{report['model']}: {trace['conversations']} conversations,"
-        f" {report['settings']['replicas']} replicas, {report['environment']['cores']} cores"
-    )
     columns = ("hit rate", "of at most", "TTFT ms", "90%", "later turns", "imbalance", "seconds")
-    for column in ("router", *columns, "requests"):
-        table.add_column(column, justify="left" if column == "router" else "right")
+    table = _table(
+        f"{report['model']}: {trace['conversations']} conversations,"
+        f" {report['settings']['replicas']} replicas, {report['environment']['cores']} cores",
+        "router",
+        *columns,
+        "requests",
+    )
     for name, found in report["routers"].items():
         if found.get("ttft") is None:
             table.add_row(name, Text(str(found["problem"])))
@@ -468,9 +469,9 @@ def _replicas(report: dict[str, Any]) -> Iterable[Table]:
     yield table
     if not report["scale"]:
         return
-    table = Table(title=f"{report['settings']['clients']} clients in a closed loop")
-    for column in ("replicas", "output tokens/s", "of one", "TTFT ms", "TPOT ms"):
-        table.add_column(column, justify="right")
+    columns = ("output tokens/s", "of one", "TTFT ms", "TPOT ms")
+    title = f"{report['settings']['clients']} clients in a closed loop"
+    table = _table(title, "replicas", *columns)
     base = report["scale"][0]
     for found in report["scale"]:
         rate = found["output_tokens_per_second"]

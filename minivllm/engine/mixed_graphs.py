@@ -108,20 +108,17 @@ class RecordedInputs:
 
         inputs: on the CPU. slots: of its sequences, in its order.
         """
-        metadata = inputs.attention
-        decodes, num_seqs = metadata.num_decodes, len(slots)
-        num_rows, behind = len(inputs.token_ids), shape.num_decodes
+        metadata, behind = inputs.attention, shape.num_decodes
+        decodes = metadata.num_decodes
         for to, values in (
             (self.token_ids, inputs.token_ids),
             (self.positions, inputs.positions),
             (self.slot_mapping, metadata.slot_mapping),
+            (self.slots, torch.tensor(slots)),
+            (self.seq_lens, metadata.seq_lens),
         ):
             to[:decodes] = values[:decodes]
-            to[behind : behind + num_rows - decodes] = values[decodes:]
-        of_slots = torch.tensor(slots)
-        for to, values in ((self.slots, of_slots), (self.seq_lens, metadata.seq_lens)):
-            to[:decodes] = values[:decodes]
-            to[behind : behind + num_seqs - decodes] = values[decodes:]
+            to[behind : behind + len(values) - decodes] = values[decodes:]
         starts = metadata.query_start_loc[decodes:] + (behind - decodes)
         self.query_start_loc[behind : behind + len(starts)] = starts
         self.query_start_loc[behind + len(starts) :] = starts[-1]

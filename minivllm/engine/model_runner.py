@@ -577,16 +577,17 @@ class ModelRunner:
     def _tensor(self, values: list) -> torch.Tensor:
         return to_device(torch.tensor(values), self.device)
 
-    def _build(self, items: list[ScheduledSequence]) -> BatchInputs:
-        """The inputs of a step, on the CPU."""
+    def _build(self, items: list[ScheduledSequence], slots: list[int]) -> BatchInputs:
+        """The inputs of a step, on the CPU. slots: of the items, in their order."""
         rows = [
             BatchRow(item.token_ids, item.start, item.sample_position is not None) for item in items
         ]
-        return self.build_batch(rows, self._block_table[slots_of(items)], self.config.block_size)
+        return self.build_batch(rows, self._block_table[slots], self.config.block_size)
 
     def _forward(self, items: list[ScheduledSequence]) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the model: hidden states [T, hidden_size], and the rows whose logits are needed."""
-        inputs, slots = self._build(items), slots_of(items)
+        slots = slots_of(items)
+        inputs = self._build(items, slots)
         if self.mixed_graphs is not None and (shape := self.mixed_graphs.fitting(inputs.attention)):
             hidden = self.mixed_graphs.replay(shape, inputs, slots)
             return hidden, to_device(inputs.logits_indices, self.device)

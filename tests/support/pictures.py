@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from minivllm.viz import palette
+from minivllm.viz.figure import Figure
 
 MAX_PNG_BYTES = 60_000
 # Machado, Oliveira and Fernandes (2009), severity 1.0, on linear RGB.
@@ -43,3 +44,12 @@ def seen(color: str, kind: str | None) -> tuple[float, float, float]:
     ]
     f = [t ** (1 / 3) if t > 0.008856 else 7.787 * t + 16 / 116 for t in xyz]
     return 116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])
+
+
+def check_small_and_described(figure: Figure) -> None:
+    """A picture of a page is small, and says in words what it shows."""
+    data, metadata = figure.mimebundle()
+    assert len(figure.to_png()) < MAX_PNG_BYTES
+    assert len(figure.alt) > 30
+    assert figure.caption.endswith(".")
+    assert metadata["image/png"]["alt"] == data["text/plain"] == figure.alt

@@ -13,7 +13,7 @@ from minivllm.viz.clients import (
     draw_seen,
     draw_two_loops,
 )
-from support.pictures import MAX_PNG_BYTES
+from support.pictures import check_small_and_described
 
 TIMES = {"even": [0.5, 1.5, 2.5], "random": [0.1, 0.2, 0.3, 2.9, 7.0]}
 CURVES = {"kept": [(64, 2.0), (1024, 0.5)], "answered": [(64, 2.0), (1024, 1234.5)]}
@@ -31,12 +31,7 @@ PICTURES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PICTURES)
 def test_pictures_are_small_and_bring_words(name: str) -> None:
-    figure = PICTURES[name]()
-    data, metadata = figure.mimebundle()
-    assert len(figure.to_png()) < MAX_PNG_BYTES
-    assert len(figure.alt) > 30
-    assert figure.caption.endswith(".")
-    assert metadata["image/png"]["alt"] == data["text/plain"] == figure.alt
+    check_small_and_described(PICTURES[name]())
 
 
 def test_ticks_are_the_arrivals() -> None:

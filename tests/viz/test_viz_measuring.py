@@ -20,7 +20,7 @@ from minivllm.viz.measuring import (
     draw_samples,
     draw_tradeoff,
 )
-from support.pictures import MAX_PNG_BYTES
+from support.pictures import check_small_and_described
 
 BATCHES = [1, 2, 4, 8, 16]
 PARTS = {"weights": [1e-3] * 5, "K and V": [0.25e-3 * n for n in BATCHES]}
@@ -51,12 +51,7 @@ def bars(ax) -> list[tuple[float, float]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PICTURES)
 def test_pictures_are_small_and_bring_words(name: str) -> None:
-    figure = PICTURES[name]()
-    data, metadata = figure.mimebundle()
-    assert len(figure.to_png()) < MAX_PNG_BYTES
-    assert len(figure.alt) > 30
-    assert figure.caption.endswith(".")
-    assert metadata["image/png"]["alt"] == data["text/plain"] == figure.alt
+    check_small_and_described(PICTURES[name]())
 
 
 @pytest.mark.parametrize("name", PICTURES)

@@ -17,7 +17,7 @@ from minivllm.viz.speculation import (
     draw_written,
     proposals_of,
 )
-from support.pictures import MAX_PNG_BYTES
+from support.pictures import check_small_and_described
 
 WORDS = ["a", " fox", " owl", ".\n"]
 MODELS = {"model": [0.5, 0.3, 0.15, 0.05], "draft": [0.2, 0.5, 0.2, 0.1]}
@@ -69,12 +69,7 @@ def fills(ax) -> dict[tuple[float, float], str]:
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_pictures_are_small_and_bring_words(name: str) -> None:
-    figure = PICTURES[name]()
-    data, metadata = figure.mimebundle()
-    assert len(figure.to_png()) < MAX_PNG_BYTES
-    assert len(figure.alt) > 30
-    assert figure.caption.endswith(".")
-    assert metadata["image/png"]["alt"] == data["text/plain"] == figure.alt
+    check_small_and_described(PICTURES[name]())
 
 
 @pytest.mark.parametrize(
