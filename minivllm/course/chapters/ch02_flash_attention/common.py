@@ -237,8 +237,8 @@ _CATALOGUE = (
     (
         "exp-of-base-two-scores",
         "The scores are made for base two, with log2 e in them, and you take exp of "
-        "them: the softmax is too sharp.\n"
-        "exp2 for both, the weights and the rescaling; or leave log2 e out.",
+        "them, or multiply by log2 e once more: the softmax is too sharp.\n"
+        "exp2 for both, the weights and the rescaling, with log2 e once; or exp without it.",
         "log2e",
     ),
     (
@@ -332,6 +332,7 @@ _CATALOGUE = (
         "Divide once, after the walk.",
         "divide-at-once undivided",
         "divide-at-once",
+        "divide-at-once begin-the-sum-again undivided",
     ),
     (
         "not-divided",

@@ -86,6 +86,7 @@ def _steps() -> list[tuple]:
         _step((2, 4, 8), [], 9),
         _step((3, 12, 2), many.tolist(), 10, strided=True, num_blocks=40),
         _step((2, 4, 8), [1, -1, 17], 13, stale=True),
+        _step((2, 64, 3), [70, 5, -1, 127, 170, 20], 15),
         _step((1, 16, 2), [40_000, 5, 70_003, -1], 14, num_blocks=4_400),
     ]
 
