@@ -45,7 +45,6 @@ def steep(dim: int, seed: int) -> Head:
     """A prompt of 12 tokens whose scores lie far below 0, and far apart from row to row.
 
     Row 0: a little below -10¹². Rows 1 to 3: around -150. Rows 4 to 7: around 0, 60, 120 and 180.
-    Row 9: about -10¹² for all keys but key 2, which has half of that, and so all weight.
     """
     import torch
 
@@ -53,16 +52,22 @@ def steep(dim: int, seed: int) -> Head:
     levels = torch.tensor([-1.001e12, *[-150.0] * 3, 0.0, 60.0, 120.0, 180.0, *[0.0] * 4])
     query, key = head.query.clone(), head.key.clone()
     key[:, 0], query[:, 0] = 1.0, levels / head.scale
-    key[:, 1], key[2, 1], query[9, 1] = 1.0, 0.5, -1e12 / head.scale
     return Head(
         query,
         key,
         head.value,
         head.scale,
-        "the scores of query 0 are about -10¹², those of queries 1 to 3 about -150, those of"
-        " queries 4 to 7 about 0, 60, 120 and 180, and that of query 9 for key 2 is -5·10¹¹, for"
-        " all other keys -10¹²",
+        "the scores of query 0 are about -10¹², those of queries 1 to 3 about -150, and those of"
+        " queries 4 to 7 about 0, 60, 120 and 180",
     )
+
+
+def abyss(dim: int, seed: int) -> Head:
+    """A query after 19 keys whose scores are about -10¹², but for key 2, which has half of that."""
+    head = plain(1, 20, dim, seed)
+    query, key = head.query.clone(), head.key.clone()
+    key[:, 0], key[2, 0], query[:, 0] = 1.0, 0.5, -1e12 / head.scale
+    return Head(query, key, head.value, head.scale, "all scores are far below 0")
 
 
 def giants(dim: int, seed: int) -> Head:
