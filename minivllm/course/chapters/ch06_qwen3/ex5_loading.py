@@ -616,7 +616,7 @@ def load(
         for whole, parts in fused.items():
             for part, count in parts.items():
                 if f".{part}." in name:
-                    target, rows = name.replace(part, whole), count
+                    target, rows = name.replace(f".{part}.", f".{whole}."), count
                     break
                 start += count
             else:
