@@ -158,7 +158,7 @@ def draw_rounding(
             ax.plot([value], [y + 0.12], "X" if gone else "o", color=color, markersize=6)
     figure.text(0.01, 1 - 0.26 / height, title, **_BOLD)
     told = "; ".join(
-        f"{name}: {len(values)} values, {len(levels)} numbers, {lost[name]} values become 0"
+        f"{name}: {len(values)} values, {len(levels)} numbers; values that become 0: {lost[name]}"
         for name, (values, levels) in rows.items()
     )
     worst = max(lost, key=lambda name: lost[name])
