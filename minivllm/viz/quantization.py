@@ -193,8 +193,8 @@ def draw_sharing(shape: tuple[int, int], blocks: Mapping[str, tuple[int, int]]) 
         counts[name] = -(-rows // down) * along
         for y in range(rows):
             for x in range(columns):
-                # Diagonal neighbours, too, differ.
-                color = palette.REQUESTS[(y // down * 3 + x // across) % 7]
+                number = y // down * along + x // across
+                color = palette.REQUESTS[(number + number // 8) % 8]
                 face = {"facecolor": color, "edgecolor": palette.PAPER, "linewidth": 0.5}
                 ax.add_patch(Rectangle((x, y), 1, 1, **face))
         ax.text(columns / 2, -0.35, name, ha="center", va="bottom", color=palette.INK, fontsize=10)
@@ -262,12 +262,17 @@ def _stroke(count: int, width: float) -> float:
 
 
 def draw_amounts(
-    rows: Mapping[str, float], title: str, unit: str, *, logarithmic: bool = False
+    rows: Mapping[str, float],
+    title: str,
+    unit: str,
+    *,
+    group: int | None = None,
+    logarithmic: bool = False,
 ) -> Figure:
     """Draw one bar per row, in `unit`, with its amount.
 
-    logarithmic: bars then begin a little below the smallest. ValueError without a row, or for an
-    amount that is not above 0.
+    group: after so many rows, colours begin again. logarithmic: bars begin a little below the
+    smallest. ValueError without a row, or for an amount that is not above 0.
     """
     if not rows or min(rows.values()) <= 0:
         raise ValueError("amounts above 0 are drawn, at least one")
@@ -277,7 +282,7 @@ def draw_amounts(
     ax = figure.add_axes((left, 0.5 / height, 0.88 - left, 0.4 * len(rows) / height))
     plain_axes(ax)
     for y, amount in enumerate(rows.values()):
-        ax.barh(y, amount, height=0.64, color=palette.request_color(y))
+        ax.barh(y, amount, height=0.64, color=palette.request_color(y % (group or len(rows))))
         where = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
         ax.annotate(_number(amount), (amount, y), fontsize=9.5, color=palette.INK, **where)
     _style_amounts(ax, list(rows), unit)
@@ -291,7 +296,7 @@ def draw_amounts(
     describe(
         figure,
         f"Chart: {title[0].lower()}{title[1:]}, in {unit}. {said}.",
-        f"The least: {least}, {_number(rows[least])} {unit}.",
+        f"The least: {least}, with {_number(rows[least])}.",
     )
     return figure
 

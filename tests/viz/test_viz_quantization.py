@@ -119,6 +119,13 @@ def test_amounts_are_bars_with_their_number(logarithmic: bool) -> None:
     assert [text.get_text() for text in ax.texts] == ["1,234", "0.0281"]
     assert (ax.get_xscale() == "log") == logarithmic
     assert ax.get_xlim()[0] == (0.01 if logarithmic else 0)
-    assert figure.caption == "The least: b, 0.0281 bytes."
+    assert figure.caption == "The least: b, with 0.0281."
     with pytest.raises(ValueError, match="above 0"):
         draw_amounts({"a": 0.0}, "Amounts", "bytes")
+
+
+def test_groups_of_amounts_have_the_same_colours() -> None:
+    figure = draw_amounts(dict.fromkeys("abcd", 1.0), "Amounts", "bytes", group=2)
+    one, other, *rest = (to_hex(p.get_facecolor()) for p in figure.axes[0].patches)
+    assert one != other
+    assert rest == [one, other]
