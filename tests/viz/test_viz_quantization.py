@@ -78,7 +78,7 @@ def test_a_stroke_leads_from_a_value_to_the_nearest_number() -> None:
     ends = [tuple(line.get_xdata()) for line in ax.lines if line.get_ydata()[-1] in (0.52, 1.52)]
     assert ends == [*few, *many]
     assert figure.caption == "With “many”, 2 of 3 values become 0 (crosses)."
-    assert "few: 3 values, 5 numbers, values that become 0: 1" in figure.alt
+    assert "few: 3 values, 5 numbers; values that become 0: 1" in figure.alt
     crosses = [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "X"]
     assert crosses == [-0.2, 0.1, 0.2], "a zero that stays one is not lost"
     with pytest.raises(ValueError, match="without values"):
