@@ -459,6 +459,8 @@ def cheapest(
             hint=3,
             suspects=(
                 _Cheapest(order=lambda i, size, error, block: (error, i)),
+                _Cheapest(order=lambda i, size, error, block: (error, size, i)),
+                _Cheapest(order=lambda i, size, error, block: (error, block)),
                 _Cheapest(order=lambda i, size, error, block: (i,)),
                 _Cheapest(order=lambda i, size, error, block: (-i,)),
                 _Cheapest(order=lambda i, size, error, block: (-size, i)),

@@ -46,7 +46,9 @@ class _Decode:
         fraction = bits % whole
         step = 2.0 ** (exponent - self.bias - fraction_bits)
         size = (fraction + (whole if self.one else 0)) * step
-        if self.lowest != "normal":
+        if self.lowest == "normal, and 0":
+            size = size.masked_fill(bits & 127 == 0, 0.0)
+        elif self.lowest != "normal":
             times = {"subnormal": 2, "half": 1, "zero": 0}[self.lowest]
             size = torch.where(exponent == 0, fraction * step * times, size)
         sign = {
@@ -80,8 +82,11 @@ class _Encode:
     carries: bool = True
     top: float = FP8_MAX
     over: str = "clips"
+    #: The exponent that 0 is given.
+    zero: int = -6
     #: What becomes of nan, and of infinity.
     nan: int = NAN
+    nan_has_sign: bool = True
     infinite: str = "nan"
     sign: str = "of x"
 
@@ -94,10 +99,13 @@ class _Encode:
         beyond = size > self.top
         size = size.clamp(max=1e6 if self.over == "wraps" else self.top)
         exponent = (torch.frexp(size)[1] - 1).clamp(min=self.lowest)
+        exponent = exponent.masked_fill(size == 0, max(self.zero, self.lowest))
         steps = self.round(size / 2.0 ** (exponent - 3)).int()
         if not self.carries:
             steps = torch.where(steps == 16, 8, steps)
         bits = (exponent + self.bias) * 8 + steps - 8
+        if self.below == "not below 0":
+            bits = bits.clamp(min=0)
         if self.below == "zero":
             bits = bits.masked_fill(steps < 8, 0)
         if self.below == "zero, unrounded":
@@ -113,8 +121,10 @@ class _Encode:
             "none": torch.zeros_like(x, dtype=torch.bool),
             "of the result": torch.signbit(x) & (bits > 0),
         }[self.sign]
-        bits = bits + 128 * signs.int()
-        return bits.masked_fill(bad, self.nan).to(torch.uint8)
+        bits = bits.masked_fill(bad, self.nan) + 128 * signs.int()
+        if not self.nan_has_sign:
+            bits = bits.masked_fill(bad, self.nan)
+        return _one_nan(bits.to(torch.uint8))
 
 
 def _by_torch(x: torch.Tensor) -> torch.Tensor:
@@ -247,11 +257,13 @@ EXERCISE = Exercise(
             hint=1,
             suspects=(
                 _Decode(lowest="normal"),
+                _Decode(lowest="normal, and 0"),
                 _Decode(lowest="half"),
                 _Decode(lowest="zero"),
                 _Encode(below="zero"),
                 _Encode(below="zero, unrounded"),
                 _Encode(lowest=-7),
+                _Encode(lowest=-7, below="not below 0"),
             ),
             answers=r"""
 # %% a hidden 1 everywhere
@@ -269,11 +281,24 @@ EXERCISE = Exercise(
 +    bits = torch.where(x.isfinite(), bits, 0x7F)
 # %% one exponent too many
 @@
--    exponent = (torch.frexp(size)[1] - 1).clamp(min=-6)
-+    exponent = (torch.frexp(size)[1] - 1).clamp(min=-7)
+-    exponent = torch.frexp(size.clamp(min=2.0**-6))[1] - 1
++    exponent = torch.frexp(size.clamp(min=2.0**-7))[1] - 1
 @@
 -    bits = ((exponent + 7) * 8 + steps - 8).int()
 +    bits = ((exponent + 7) * 8 + steps - 8).clamp(min=0).int()
+""",
+        ),
+        Known(
+            "frexp-of-zero",
+            "0 becomes another number: frexp says that 0 is 0 · 2^0, and by its exponent it is then"
+            " a number near 1. Raise the size to 2^-6 before you ask for the exponent.",
+            hint=2,
+            suspects=(_Encode(zero=-1), _Encode(zero=0)),
+            answers=r"""
+# %% the exponent is raised, and not the size
+@@
+-    exponent = torch.frexp(size.clamp(min=2.0**-6))[1] - 1
++    exponent = (torch.frexp(size)[1] - 1).clamp(min=-6)
 """,
         ),
         Known(
@@ -344,8 +369,12 @@ EXERCISE = Exercise(
             suspects=(
                 _Decode(nan="none"),
                 _Decode(nan="first only"),
-                *(_Encode(nan=bits) for bits in (0x7E, 0x00, 0x78)),
-                *(_Encode(nan=bits, infinite="clips") for bits in (0x7E, 0x00)),
+                *(
+                    _Encode(nan=bits, infinite=infinite, nan_has_sign=sign)
+                    for bits in (0x7E, 0x00, 0x78)
+                    for infinite in ("nan", "clips")
+                    for sign in (True, False)
+                ),
             ),
             answers=r"""
 # %% 480
@@ -518,7 +547,7 @@ def encode(x: Tensor) -> Tensor:
         if not math.isfinite(value):
             return 255
         size = min(abs(value), 448.0)
-        exponent = max(math.frexp(size)[1] - 1, -6)
+        exponent = max(math.frexp(size)[1] - 1, -6) if size else -6
         steps = round(math.ldexp(size, 3 - exponent))
         sign = 128 if math.copysign(1, value) < 0 else 0
         return sign + (exponent + 6) * 8 + steps
@@ -529,7 +558,7 @@ def encode(x: Tensor) -> Tensor:
 # %% the nearest of a table
 @@
 -    size = x.abs().clamp(max=448)
--    exponent = (torch.frexp(size)[1] - 1).clamp(min=-6)
+-    exponent = torch.frexp(size.clamp(min=2.0**-6))[1] - 1
 -    steps = (size / 2.0 ** (exponent - 3)).round()
 -    bits = ((exponent + 7) * 8 + steps - 8).int()
 +    table = decode(torch.arange(127, dtype=torch.uint8)).double()

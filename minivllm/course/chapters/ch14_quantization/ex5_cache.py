@@ -54,6 +54,9 @@ class _Store:
     divisor: float = INT8_MAX
     round: Rounding = lambda steps: steps.round()
     zeros: str = "zero"
+    #: Whether a negative "scale" is replaced before the division, as 0 is.
+    positive: bool = False
+    clips: bool = False
     low: bool = False
     #: Whether scales are taken of all tokens, also of those that are not stored.
     scales_first: bool = False
@@ -80,8 +83,11 @@ class _Store:
             scale = self._divisors(scale)
         if self.zeros == "nan":
             scale = scale.masked_fill(scale == 0, math.nan)
-        numbers = wrapped(steps) if self.top != "magnitude" else wrapped(steps.clamp(-127, 127))
-        beside = 1 / self._divisors(scale) if self.beside == "inverse" else scale
+        numbers = wrapped(steps.clamp(-127, 127) if self.clips else steps)
+        beside = scale
+        if self.beside.startswith("inverse"):
+            beside = 1 / self._divisors(scale)
+            beside = beside.masked_fill(scale == 0, 0) if self.beside != "inverse" else beside
         for cache, part in ((values, numbers), (scales, beside)):
             if cache is values or self.beside != "nothing":
                 self._put(cache, slots, part)
@@ -103,7 +109,7 @@ class _Store:
     def _divisors(self, scale: torch.Tensor) -> torch.Tensor:
         import torch
 
-        return torch.where(scale == 0, 1.0, scale)
+        return torch.where((scale <= 0) if self.positive else (scale == 0), 1.0, scale)
 
     def _put(self, cache: torch.Tensor, slots: torch.Tensor, part: torch.Tensor) -> None:
         blocks, kv_heads, size = cache.shape[:3]
@@ -311,7 +317,9 @@ def _in_the_engine(store: Callable, read: Callable) -> str:
 
     used = counted(store_kv), counted(decode_attention)
     kernels = replace(Kernels.reference(), store_kv=used[0], decode_attention=used[1])
-    return engine_agrees(*used, max_tokens=12, kernels=kernels, kv_cache_dtype="int8")
+    # Without the long prompt: a loop over tokens is an answer, too.
+    both = (("kv_cache_dtype", "int8"), ("max_model_len", 128))
+    return engine_agrees(*used, max_tokens=12, like=both, kernels=kernels)
 
 
 def check_cache(store: Callable, read: Callable) -> str:
@@ -407,9 +415,18 @@ EXERCISE = Exercise(
             " divide by 127.",
             hint=2,
             suspects=(
-                _Store(top="signed"),
-                _Store(top="mean"),
-                *(_Store(divisor=d) for d in (127.5, 128.0, 255.0)),
+                *(
+                    _Store(top=top, divisor=divisor, positive=positive, clips=clips)
+                    for top, divisor, positive in (
+                        *(
+                            ("signed", 127.0, False),
+                            ("signed", 127.0, True),
+                            ("mean", 127.0, False),
+                        ),
+                        *(("magnitude", divisor, False) for divisor in (127.5, 128.0, 255.0)),
+                    )
+                    for clips in (False, True)
+                ),
             ),
             answers=r"""
 # %% signed
@@ -468,7 +485,11 @@ EXERCISE = Exercise(
             "scales-not-stored",
             "Numbers without their scales: what is in `scales` is still that of whoever had the"
             " slot before, or it is 1 / scale. Store the scale in the same slot.",
-            suspects=(_Store(beside="nothing"), _Store(beside="inverse")),
+            suspects=(
+                _Store(beside="nothing"),
+                _Store(beside="inverse"),
+                _Store(beside="inverse or 0"),
+            ),
             answers=r"""
 # %% forgotten
 @@

@@ -27,15 +27,20 @@ Stored = tuple["torch.Tensor", "torch.Tensor"]
 
 @dataclass(frozen=True)
 class _Quantize:
-    signed: bool = False
+    #: "magnitude", "signed", or the magnitude of the largest number.
+    top: str = "magnitude"
     #: How a row is cut: "split", "chunk", "whole" blocks only for the scales, or not at all.
     cut: str = "split"
     #: The smallest scale that is divided by; 0 where there is no limit; None: 0 / 0.
     floor: float | None = 0.0
     divisor: float = INT8_MAX
     rounds: bool = True
+    #: The stored scale of zeros.
+    zeros: float = 0.0
     #: Whether the floor is the stored scale, too.
     keeps: bool = True
+    #: Whether a negative "scale" is replaced before the division, as 0 is.
+    positive: bool = False
     #: What each scale is shared by: "rows" of a block, or all of its rows.
     shared: str = "row"
 
@@ -50,7 +55,8 @@ class _Quantize:
         }[self.cut]()
         stored, scales = [], []
         for part in parts:
-            scale = (part if self.signed else part.abs()).amax(1, keepdim=True) / self.divisor
+            top = (part.abs() if self.top == "magnitude" else part).amax(1, keepdim=True)
+            scale = (top if self.top == "signed" else top.abs()) / self.divisor
             if self.shared == "all":
                 scale = scale.amax(0, keepdim=True).expand(len(weight), 1)
             if self.floor is None:
@@ -58,9 +64,10 @@ class _Quantize:
             elif self.floor:
                 safe = scale.clamp(min=self.floor)
             else:
-                safe = torch.where(scale == 0, 1.0, scale)
+                safe = torch.where((scale <= 0) if self.positive else (scale == 0), 1.0, scale)
             steps = (part / safe).nan_to_num(0.0, posinf=0.0, neginf=0.0)
             stored.append(wrapped(steps.round() if self.rounds else steps.trunc()))
+            scale = scale.masked_fill(scale == 0, self.zeros)
             scales.append(safe if self.floor and self.keeps else scale)
         return torch.cat(stored, 1), torch.cat(scales, 1)
 
@@ -145,6 +152,7 @@ class _Columns:
             "rounded up": scale[:, rank * up : (rank + 1) * up],
             "all": scale,
             "first": scale[:, : end // block - begin // block],
+            "first, rounded up": scale[:, : -(-width // block)],
             "one more": scale[:, begin // block : end // block + 1],
         }[self.scales]
 
@@ -224,6 +232,8 @@ _RANKS = (
 _REFUSED = (
     *((2, 384, 128, 0, 2), (2, 384, 128, 1, 2), (2, 10, 4, 1, 2), (2, 8, 4, 3, 4), (2, 9, 1, 0, 2)),
     *((2, 9, 4, 0, 2), (2, 6, 4, 0, 3), (2, 10, 16, 0, 2), (4, 260, 64, 1, 2), (2, 7, 1, 2, 3)),
+    # As many blocks as ranks, or a multiple of that.
+    *((2, 6, 4, 0, 2), (2, 14, 4, 1, 2), (2, 7, 4, 0, 2)),
 )
 
 
@@ -256,13 +266,18 @@ def check_debug(
     return f"{number} layers are right, and {len(_REFUSED)} that cannot be split are refused"
 
 
-def _left(signed: bool, cut: str) -> tuple[_Quantize, ...]:
-    """All that have this slip, and perhaps those that are named after it."""
-    floors = (0.0, None, 1e-3, 1e-5, 1e-8, 1e-12)
-    cuts = ("split", "chunk") if signed else (cut,)
+_FLOORS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-10, 1e-12, 1e-20)
+
+
+def _left(tops: tuple[str, ...], cuts: tuple[str, ...]) -> tuple[_Quantize, ...]:
+    """All that have a slip, alone or with those that are named after it."""
+    floors = (0.0, None, *_FLOORS)
     return tuple(
-        _Quantize(signed, c, floor, keeps=keeps)
-        for c, floor, keeps in itertools.product(cuts, floors, (True, False))
+        _Quantize(top, cut, floor, keeps=keeps, positive=positive)
+        for top, cut, floor, keeps, positive in itertools.product(
+            tops, cuts, floors, (True, False), (True, False)
+        )
+        if floor == 0.0 or not positive
     )
 
 
@@ -276,7 +291,7 @@ EXERCISE = Exercise(
             "The scale is made of the largest number, not of the largest magnitude: a larger"
             " negative one has more than 127 steps, and an int8 begins again at the other end.",
             hint=1,
-            suspects=_left(True, ""),
+            suspects=_left(("signed", "magnitude of the largest"), ("split", "chunk")),
             answers=r"""
 # %% as it was
 @@
@@ -294,7 +309,7 @@ EXERCISE = Exercise(
             " into equal parts (of 100, for 300 columns in blocks of 128). A block has `block`"
             " columns, and the last one is shorter.",
             hint=2,
-            suspects=_left(False, "chunk"),
+            suspects=_left(("magnitude",), ("chunk",)),
             answers=r"""
 # %% as it was
 @@
@@ -309,9 +324,7 @@ EXERCISE = Exercise(
             " needed; the stored scale of zeros is 0.",
             hint=3,
             suspects=tuple(
-                _Quantize(floor=floor, keeps=keeps)
-                for floor in (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-10, 1e-12, 1e-20)
-                for keeps in (True, False)
+                _Quantize(floor=floor, keeps=keeps) for floor in _FLOORS for keeps in (True, False)
             ),
             answers=r"""
 # %% a smaller floor
@@ -331,6 +344,7 @@ EXERCISE = Exercise(
             "The scale of a block of zeros is 0, and nothing else: the largest magnitude / 127."
             " Divide by 1 there, and store 0.",
             hint=3,
+            suspects=(_Quantize(zeros=1.0), _Quantize(zeros=math.nan), _Quantize(zeros=1 / 127)),
             answers=r"""
 # %% stores what it divides by
 @@
@@ -436,6 +450,7 @@ EXERCISE = Exercise(
                     "rounded down",
                     "rounded up",
                     "whole only",
+                    "first, rounded up",
                     "all",
                     "first",
                     "one more",
