@@ -36,9 +36,9 @@ def engine_agrees(
 
     The model is the bundled one. options: of `LLM`; where they leave too little room for the long
     prompt, it is left out. like: pairs of a name and a value, options of both engines. used: pieces
-    wrapped by `counted`, each of which must have been called. Returns a line such as "the engine writes the same 70 tokens with
-    it". Raises Mistake where the tokens differ. For kernels: ``engine_agrees(mine,
-    kernels=replace(Kernels.reference(), silu_mul=mine))``.
+    wrapped by `counted`, each of which must have been called. Returns a line such as "the engine
+    writes the same 70 tokens with it". Raises Mistake where the tokens differ. For kernels:
+    ``engine_agrees(mine, kernels=replace(Kernels.reference(), silu_mul=mine))``.
     """
     options = {**dict(like), **options}
     prompts = PROMPTS if _has_room(options, max_tokens) else PROMPTS[:-1]
