@@ -371,6 +371,7 @@ EXERCISE = Exercise(
                 _Quantize(round=lambda steps: steps.trunc()),
                 _Quantize(round=lambda steps: steps.floor()),
                 _Quantize(round=lambda steps: steps.ceil()),
+                _Quantize(round=lambda steps: steps.abs().ceil() * steps.sign()),
             ),
             answers=r"""
 # %% no round
@@ -384,7 +385,11 @@ EXERCISE = Exercise(
             "A number in the middle between two steps goes to the even one: 0.5 to 0, 1.5 to 2, 2.5"
             " to 2. Yours always go the same way, so that a sum of many drifts.",
             hint=3,
-            suspects=(_Quantize(round=half_up), _Quantize(round=half_away)),
+            suspects=(
+                _Quantize(round=half_up),
+                _Quantize(round=half_away),
+                _Quantize(round=lambda steps: (steps - 0.5).ceil()),
+            ),
             answers=r"""
 # %% floor(x + 0.5)
 @@
@@ -406,6 +411,8 @@ EXERCISE = Exercise(
                 _Quantize(wraps=True),
                 _Quantize(low=-128.0, high=128.0),
                 _Quantize(low=-255.0, high=255.0),
+                _Quantize(high=1e9),
+                _Quantize(low=-1e9),
                 _Quantize(low=-INT8_MAX, high=128.0),
             ),
             answers=r"""
@@ -413,6 +420,10 @@ EXERCISE = Exercise(
 @@
 -    return steps.round().clamp(-127, 127).to(torch.int8)
 +    return steps.round().to(torch.int64).to(torch.int8)
+# %% one side only
+@@
+-    return steps.round().clamp(-127, 127).to(torch.int8)
++    return steps.round().clamp(min=-127).to(torch.int64).to(torch.int8)
 # %% up to 128
 @@
 -    return steps.round().clamp(-127, 127).to(torch.int8)

@@ -93,6 +93,8 @@ class _Error:
     #: How the scales become one per weight.
     spread: str = "repeated"
     zeros: bool = True
+    guard: float = 0.0
+    adds: bool = False
     back: bool = True
 
     def __call__(self, weight: torch.Tensor, block: Block) -> float:
@@ -100,6 +102,8 @@ class _Error:
 
         scales = self._each(weight, block)
         safe = torch.where(scales > 0, scales, 1.0) if self.zeros else scales
+        if self.guard:
+            safe = scales + self.guard if self.adds else scales.clamp(min=self.guard)
         steps = self.round(weight / safe)
         restored = steps * scales if self.back else steps
         lost, whole = restored - weight, weight
@@ -204,6 +208,7 @@ def _cases() -> list[tuple[torch.Tensor, Block]]:
         (_weight(140, 300, 13, loud="one"), (128, 128)),
         (_weight(129, 256, 14, loud="column"), (128, 128)),
         (_weight(64, 130, 15, loud="row") * 1e-3, (1, 130)),
+        (_weight(4, 6, 16) * 1e-9, (2, 4)),
     ]
 
 
@@ -222,6 +227,7 @@ def _choices() -> list[tuple[torch.Tensor, list[Block], float]]:
         (one, usual, 0.02),
         (one, usual, 0.03),
         (one, usual, 0.001),
+        (one, usual, 0.012),
         (one, [], 1.0),
         (plain, [(128, 128), (130, 65), (65, 65)], 0.02),
         (row, [(64, 96), (1, 96), (64, 1), (16, 16)], 0.012),
@@ -242,6 +248,7 @@ def check_outlier(scales: Callable, error: Callable, cheapest: Callable) -> str:
     return f"{cut} weights were cut into blocks, and {chosen} times the cheapest was found"
 
 
+_SMALL = (1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10, 1e-12)
 _TRANSPOSED = _Scales(block=lambda block, shape: (block[1], block[0]))
 
 EXERCISE = Exercise(
@@ -425,6 +432,31 @@ def cheapest(
 """,
         ),
         Known(
+            "guard-too-large",
+            "What keeps you from dividing by 0 changes small weights, too: added to the scale, or"
+            " as a least value. Divide by another number only where the scale is 0.",
+            hint=2,
+            suspects=(
+                *(_Scales(top=lambda part, n=n: part.abs().amax().clamp(min=n)) for n in _SMALL),
+                *(
+                    _Scales(top=lambda part, n=n: part.abs().amax().clamp(min=n * INT8_MAX))
+                    for n in _SMALL
+                ),
+                *(_Error(guard=n) for n in _SMALL),
+                *(_Error(guard=n, adds=True) for n in _SMALL),
+            ),
+            answers=r"""
+# %% a little more
+@@
+-    steps = weight / torch.where(scales > 0, scales, 1.0)
++    steps = weight / (scales + 1e-8)
+# %% no scale is smaller
+@@
+-    return torch.stack([torch.stack(strip) for strip in tops]) / 127
++    return (torch.stack([torch.stack(strip) for strip in tops]) / 127).clamp(min=1e-8)
+""",
+        ),
+        Known(
             "not-restored",
             "You compare steps with weights. Multiply by the scale again before you subtract.",
             suspects=(_Error(back=False),),
@@ -515,11 +547,22 @@ def cheapest(
         ),
         Known(
             "bound-ignored",
-            "You chose a block that is not good enough. Where none is, the result is None.",
+            "You chose a block that is not good enough. Where none is, the result is None; and an"
+            " error is compared as it is, not rounded.",
             suspects=(
                 _Cheapest(meets=lambda error, bound: True),
                 _Cheapest(meets=lambda error, bound: error >= bound),
+                *(
+                    _Cheapest(meets=lambda error, bound, n=n: round(error, n) <= bound)
+                    for n in (1, 2, 3)
+                ),
             ),
+            answers=r"""
+# %% of two digits
+@@
+-    good = [block for block in blocks if relative_error(weight, block) <= bound]
++    good = [block for block in blocks if round(relative_error(weight, block), 2) <= bound]
+""",
         ),
         Known(
             "changed-input",

@@ -79,7 +79,8 @@ class _Encode:
     #: The exponent of the smallest numbers, and what is done below it.
     lowest: int = -6
     below: str = "subnormal"
-    carries: bool = True
+    #: What rounding makes of 8 eighths: "carries", "falls back" to 0, or "stays" at 7.
+    carry: str = "carries"
     top: float = FP8_MAX
     over: str = "clips"
     #: The exponent that 0 is given.
@@ -101,8 +102,8 @@ class _Encode:
         exponent = (torch.frexp(size)[1] - 1).clamp(min=self.lowest)
         exponent = exponent.masked_fill(size == 0, max(self.zero, self.lowest))
         steps = self.round(size / 2.0 ** (exponent - 3)).int()
-        if not self.carries:
-            steps = torch.where(steps == 16, 8, steps)
+        if self.carry != "carries":
+            steps = torch.where(steps == 16, 8 if self.carry == "falls back" else 15, steps)
         bits = (exponent + self.bias) * 8 + steps - 8
         if self.below == "not below 0":
             bits = bits.clamp(min=0)
@@ -453,9 +454,13 @@ EXERCISE = Exercise(
         Known(
             "ties-not-to-even",
             "A number in the middle between two goes to the one whose last bit is 0. Yours always"
-            " goes up, or away from 0.",
+            " goes the same way.",
             hint=3,
-            suspects=(_Encode(round=half_up), _Encode(round=half_away)),
+            suspects=(
+                _Encode(round=half_up),
+                _Encode(round=half_away),
+                _Encode(round=lambda steps: (steps - 0.5).ceil()),
+            ),
             answers=r"""
 # %% floor(x + 0.5)
 @@
@@ -466,9 +471,9 @@ EXERCISE = Exercise(
         Known(
             "carry-lost",
             "Where rounding makes 8 eighths of a fraction, the exponent must grow by one: 1.97"
-            " becomes 2.0, and yours falls back to 1.0.",
+            " becomes 2.0, and yours falls back to 1.0, or stays where it is.",
             hint=3,
-            suspects=(_Encode(carries=False),),
+            suspects=(_Encode(carry="falls back"), _Encode(carry="stays")),
             answers=r"""
 # %% three bits are kept
 @@

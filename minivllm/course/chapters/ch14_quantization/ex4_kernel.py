@@ -556,7 +556,7 @@ EXERCISE = Exercise(
         Known(
             "out-of-bounds-write",
             "Where N is no multiple of BLOCK_N, the last program has lanes without a feature: the"
-            " store needs mask=features < N. Row t of out begins at t * N.",
+            " store needs mask=features < N. Row t of out begins at t * N, and t is program_id(1).",
             hint=2,
             answers=r"""
 # %% a store without a mask
@@ -567,8 +567,9 @@ EXERCISE = Exercise(
         ),
         Known(
             "load-without-mask",
-            "A load without a mask reads what is not its own: NaN here, anything on a GPU, or the"
-            " end of the process. Each load needs a mask for what it may not have.",
+            "A load reads what is not its own: NaN here, anything on a GPU, or the end of the"
+            " process. Each load needs a mask for lanes without a feature or a column, and its rows"
+            " have their own distance: x_stride in x, K in the weight.",
             hint=2,
             answers=r"""
 # %% the weights' columns

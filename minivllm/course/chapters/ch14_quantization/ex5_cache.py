@@ -11,6 +11,8 @@ from minivllm.course.chapters.ch14_quantization.common import (
     INT8_MAX,
     Rounding,
     clear_of_ties,
+    half_away,
+    half_up,
     suspects_of,
     wrapped,
 )
@@ -42,6 +44,13 @@ def _until_padding(x: torch.Tensor, slots: torch.Tensor) -> tuple:
 def _out_of_step(x: torch.Tensor, slots: torch.Tensor) -> tuple:
     slots = slots[slots >= 0]
     return x[: len(slots)], slots
+
+
+def _live(x: torch.Tensor, slots: torch.Tensor) -> tuple:
+    """Without tokens of zeros."""
+    x, slots = _wanted(x, slots)
+    live = x.abs().amax((1, 2)) > 0
+    return x[live], slots[live]
 
 
 @dataclass(frozen=True)
@@ -190,6 +199,16 @@ def _step(
     return x, guard(values), guard(scales), torch.tensor(slots, dtype=torch.int64)
 
 
+def _with_ties(step: tuple) -> tuple:
+    """The same, with numbers in the middle between two steps of 1/4."""
+    import torch
+
+    x = step[0]
+    x.copy_((torch.randint(-126, 126, x.shape, generator=seeded(51)) + 0.5) / 4)
+    x[..., 0] = INT8_MAX / 4
+    return step
+
+
 def _steps() -> list[tuple]:
     import torch
 
@@ -209,6 +228,8 @@ def _steps() -> list[tuple]:
         _step((3, 4, 6), [23, 0, -1, 6], 11, dtype="bfloat16", zero=0),
         _step((3, 12, 2), many.tolist(), 12, num_blocks=20),
         _step((4, 2, 16), [3, 8, 1], 13, zero=1, loud=0),
+        _step((1, 4, 8), [3, 17, 9], 16, zero=1),
+        _with_ties(_step((2, 4, 12), [6, 0], 17)),
     ]
 
 
@@ -319,7 +340,7 @@ def _in_the_engine(store: Callable, read: Callable) -> str:
     kernels = replace(Kernels.reference(), store_kv=used[0], decode_attention=used[1])
     # Without the long prompt: a loop over tokens is an answer, too.
     both = (("kv_cache_dtype", "int8"), ("max_model_len", 128))
-    return engine_agrees(*used, max_tokens=12, like=both, kernels=kernels)
+    return engine_agrees(*used, max_tokens=8, like=both, kernels=kernels)
 
 
 def check_cache(store: Callable, read: Callable) -> str:
@@ -454,6 +475,22 @@ EXERCISE = Exercise(
 """,
         ),
         Known(
+            "ties-not-to-even",
+            "A number in the middle between two steps goes to the even one. Yours always goes the"
+            " same way: torch.round does what is asked for.",
+            suspects=(
+                _Store(round=half_up),
+                _Store(round=half_away),
+                _Store(round=lambda steps: (steps - 0.5).ceil()),
+            ),
+            answers=r"""
+# %% half up
+@@
+-    numbers = (x / safe[..., None]).round().to(torch.int8)
++    numbers = (x / safe[..., None] + 0.5).floor().to(torch.int8)
+""",
+        ),
+        Known(
             "scale-in-low-precision",
             "The scale of a bfloat16 token was computed in bfloat16: eight bits of fraction, for"
             " all its numbers. Convert to float32 first.",
@@ -470,11 +507,17 @@ EXERCISE = Exercise(
         ),
         Known(
             "zero-head",
-            "A head of zeros has the scale 0, and its numbers are 0. Yours has another scale, or"
-            " nan: divide by 1 there, and store 0.",
+            "A head of zeros has the scale 0, and its numbers are 0, whatever was in the slot"
+            " before. Yours has another scale, or nan, or is not stored: divide by 1 there, and"
+            " store 0.",
             hint=2,
-            suspects=(_Store(zeros="one"), _Store(zeros="nan")),
+            suspects=(_Store(zeros="one"), _Store(zeros="nan"), _Store(choose=_live)),
             answers=r"""
+# %% stores nothing for zeros
+@@
+-    x = x[wanted].float()
++    live = x[wanted].abs().amax((1, 2)) > 0
++    slots, x = slots[live], x[wanted][live].float()
 # %% keeps what it divides by
 @@
 -    scales[slots // size, :, slots % size] = scale
@@ -569,11 +612,7 @@ EXERCISE = Exercise(
             "whole-blocks",
             "You read the last block to its end. Behind the context lies what is not the"
             " request's.",
-            suspects=(
-                _Read(count=lambda context, size: -(-context // size) * size),
-                _Read(count=lambda context, size: context // size * size),
-                _Read(count=lambda context, size: max(0, context - 1)),
-            ),
+            suspects=(_Read(count=lambda context, size: -(-context // size) * size),),
             answers=r"""
 # %% block by block
 def store_int8(
@@ -592,6 +631,22 @@ def read_int8(values: Tensor, scales: Tensor, table: Tensor, context: int) -> Te
     blocks = table[: -(-context // values.shape[2])].long()
     rows = values[blocks].float() * scales[blocks].unsqueeze(-1)
     return rows.transpose(1, 2).flatten(0, 1)
+""",
+        ),
+        Known(
+            "tokens-missing",
+            "Tokens at the end of the context are missing. The last block may hold fewer tokens"
+            " than the others, and they count.",
+            suspects=(
+                _Read(count=lambda context, size: context // size * size),
+                _Read(count=lambda context, size: max(0, context - 1)),
+            ),
+            answers=r"""
+# %% whole blocks only
+@@
+-    size, tokens = values.shape[2], torch.arange(context)
++    size = values.shape[2]
++    tokens = torch.arange(context // size * size)
 """,
         ),
         Known(

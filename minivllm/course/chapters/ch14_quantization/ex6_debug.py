@@ -35,6 +35,7 @@ class _Quantize:
     floor: float | None = 0.0
     divisor: float = INT8_MAX
     rounds: bool = True
+    clips: bool = False
     #: The stored scale of zeros.
     zeros: float = 0.0
     #: Whether the floor is the stored scale, too.
@@ -66,7 +67,8 @@ class _Quantize:
             else:
                 safe = torch.where((scale <= 0) if self.positive else (scale == 0), 1.0, scale)
             steps = (part / safe).nan_to_num(0.0, posinf=0.0, neginf=0.0)
-            stored.append(wrapped(steps.round() if self.rounds else steps.trunc()))
+            steps = steps.round() if self.rounds else steps.trunc()
+            stored.append(wrapped(steps.clamp(-127, 127) if self.clips else steps))
             scale = scale.masked_fill(scale == 0, self.zeros)
             scales.append(safe if self.floor and self.keeps else scale)
         return torch.cat(stored, 1), torch.cat(scales, 1)
@@ -114,6 +116,8 @@ class _Merge:
         elif self.scales == "first":
             first = parts[0][1]
             scale = first.repeat(-(-len(weight) // len(first)), 1)[: len(weight)]
+        elif self.scales == "largest of the first":
+            scale = parts[0][1].amax(0, keepdim=True).expand(scale.shape).clone()
         elif self.scales == "largest of each":
             tops = [s.amax(0, keepdim=True).expand(s.shape) for _, s in parts]
             scale = torch.cat(tops)
@@ -211,7 +215,7 @@ def _layers() -> list[tuple]:
 
 
 def _merges() -> list[tuple[list[Stored]]]:
-    rows = [(1,), (2, 2), (4, 2, 2), (3, 1, 2), (1, 5)]
+    rows = [(1,), (2, 2), (4, 2, 2), (3, 1, 2), (1, 5), (2, 1, 3, 2, 1)]
     return [
         ([_stored(n, 10, 4, 60 + 10 * i + j) for j, n in enumerate(part)],)
         for i, part in enumerate(rows)
@@ -271,13 +275,14 @@ _FLOORS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-10, 1e-12, 1e-20)
 
 def _left(tops: tuple[str, ...], cuts: tuple[str, ...]) -> tuple[_Quantize, ...]:
     """All that have a slip, alone or with those that are named after it."""
-    floors = (0.0, None, *_FLOORS)
+    floors = ((0.0, False), (0.0, True), (None, False), (1e-3, False), (1e-8, False))
+    both = (True, False)
     return tuple(
-        _Quantize(top, cut, floor, keeps=keeps, positive=positive)
-        for top, cut, floor, keeps, positive in itertools.product(
-            tops, cuts, floors, (True, False), (True, False)
+        _Quantize(top, cut, floor, keeps=keeps, positive=positive, clips=clips)
+        for top, cut, (floor, positive), keeps, clips in itertools.product(
+            tops, cuts, floors, both, both
         )
-        if floor == 0.0 or not positive
+        if floor or keeps
     )
 
 
@@ -297,7 +302,15 @@ EXERCISE = Exercise(
 @@
 -        scale = part.abs().amax(1, keepdim=True) / 127
 +        scale = part.amax(1, keepdim=True) / 127
-# %% a clip hides it
+# %% a clip in place of it
+@@
+-        scale = part.abs().amax(1, keepdim=True) / 127
+-        safe = torch.where(scale > 0, scale, 1.0)
+-        stored.append((part / safe).round().to(torch.int8))
++        scale = part.amax(1, keepdim=True) / 127
++        safe = torch.where(scale > 0, scale, 1.0)
++        stored.append((part / safe).round().clamp(-127, 127).to(torch.int8))
+# %% the magnitude of the largest number
 @@
 -        scale = part.abs().amax(1, keepdim=True) / 127
 +        scale = part.amax(1, keepdim=True).abs() / 127
@@ -417,6 +430,7 @@ EXERCISE = Exercise(
                 for scales in (
                     *("largest", "largest of all", "largest of each", "mean", "first", "reversed"),
                     "all reversed",
+                    "largest of the first",
                 )
             ),
             answers=r"""
