@@ -49,6 +49,7 @@ class _Scale:
     divisor: float = INT8_MAX
     dims: Dims = _asked
     low: str = ""
+    inverse: bool = False
 
     def __call__(self, x: torch.Tensor, axis: int | None) -> torch.Tensor:
         dims = self.dims(x.ndim, axis)
@@ -61,7 +62,7 @@ class _Scale:
             "magnitude of the smallest": least.abs(),
             "spread": most - least,
         }[self.top]
-        scale = top / self.divisor
+        scale = self.divisor / top if self.inverse else top / self.divisor
         return scale.float() if self.low == "computed" else scale
 
 
@@ -244,6 +245,9 @@ def check_round(scale: Callable, quantize: Callable, dequantize: Callable) -> st
     return f"{scales} tensors got scales, {rounded} were rounded, and {back} came back"
 
 
+#: A slip is named also where the limits are wrong, too.
+_LIMITS = ((-INT8_MAX, INT8_MAX), (-128.0, INT8_MAX), (-1e9, 1e9))
+
 EXERCISE = Exercise(
     id="14.1",
     title="Warm-up: round to a format",
@@ -290,6 +294,25 @@ EXERCISE = Exercise(
 +    wide = x.float()
 +    spread = wide.amax(dims, keepdim=True) - wide.amin(dims, keepdim=True)
 +    return spread / 255
+""",
+        ),
+        Known(
+            "inverse-scale",
+            "You return 127 / largest magnitude, which says how many steps make 1. A scale is the"
+            " size of a step: largest magnitude / 127. Zeros have a scale then, too.",
+            hint=1,
+            suspects=(_Scale(inverse=True), _Scale(inverse=True, top="largest")),
+            answers=r"""
+# %% the other way, everywhere
+@@
+-    return x.float().abs().amax(dims, keepdim=True) / 127
++    return 127 / x.float().abs().amax(dims, keepdim=True)
+@@
+-    steps = torch.where(scale == 0, 0.0, x.float() / scale)
++    steps = torch.where(scale == 0, 0.0, x.float() * scale)
+@@
+-    return q.float() * scale
++    return q.float() / scale
 """,
         ),
         Known(
@@ -367,11 +390,15 @@ EXERCISE = Exercise(
             "Your steps are cut off, not rounded: 0.9 of a step becomes 0, or always the lower one."
             " This doubles the largest error. Conversion to int8 cuts off: round before it.",
             hint=3,
-            suspects=(
-                _Quantize(round=lambda steps: steps.trunc()),
-                _Quantize(round=lambda steps: steps.floor()),
-                _Quantize(round=lambda steps: steps.ceil()),
-                _Quantize(round=lambda steps: steps.abs().ceil() * steps.sign()),
+            suspects=tuple(
+                _Quantize(round=wrong, low=low, high=high)
+                for wrong in (
+                    lambda steps: steps.trunc(),
+                    lambda steps: steps.floor(),
+                    lambda steps: steps.ceil(),
+                    lambda steps: steps.abs().ceil() * steps.sign(),
+                )
+                for low, high in _LIMITS
             ),
             answers=r"""
 # %% no round
@@ -385,10 +412,10 @@ EXERCISE = Exercise(
             "A number in the middle between two steps goes to the even one: 0.5 to 0, 1.5 to 2, 2.5"
             " to 2. Yours always go the same way, so that a sum of many drifts.",
             hint=3,
-            suspects=(
-                _Quantize(round=half_up),
-                _Quantize(round=half_away),
-                _Quantize(round=lambda steps: (steps - 0.5).ceil()),
+            suspects=tuple(
+                _Quantize(round=wrong, low=low, high=high)
+                for wrong in (half_up, half_away, lambda steps: (steps - 0.5).ceil())
+                for low, high in _LIMITS
             ),
             answers=r"""
 # %% floor(x + 0.5)

@@ -243,6 +243,11 @@ def _unsigned(x: Any, weight: Any, scale: Any, blocks: Any) -> Any:
     return x @ (weight % 256).T * scale
 
 
+def _whole(weight: Any, blocks: Any) -> int:
+    """How many features are in whole blocks."""
+    return len(weight) // blocks[0] * blocks[0]
+
+
 def _one_by_one(out: Any, x: Any, weight: Any, scale: Any, blocks: Any) -> None:
     """Each block of features computes the first one's."""
     first = (x @ weight.float().T * scale)[:, : blocks[0]]
@@ -490,6 +495,25 @@ EXERCISE = Exercise(
 """,
         ),
         Known(
+            "last-features-missing",
+            "Where N is no multiple of BLOCK_N, the features of the last program are not written,"
+            " or are wrong. It has some features, and lanes without one.",
+            hint=2,
+            suspects=(
+                _by(
+                    lambda x, weight, scale, blocks: (x @ weight.T * scale)[
+                        :, : _whole(weight, blocks)
+                    ]
+                ),
+            ),
+            answers=r"""
+# %% only programs that are full
+@@
+-    mine = features < N
++    mine = (features < N) & ((block + 1) * BLOCK_N <= N)
+""",
+        ),
+        Known(
             "x-stride-ignored",
             "Row t of x does not begin at t · K: here the rows lie further apart, and you read what"
             " is between them. Use x_stride.",
@@ -542,8 +566,8 @@ EXERCISE = Exercise(
         ),
         Known(
             "low-precision",
-            "All results are nearly right, and not exact: somewhere you compute or add up in less"
-            " than float32.",
+            "All results are nearly right, and not exact. Do you compute, or add up, in less than"
+            " float32 somewhere?",
             hint=3,
             answers=r"""
 # %% float16

@@ -197,6 +197,7 @@ def _weights() -> list[tuple[torch.Tensor, int]]:
         (_weight(3, 6, 3, 10, size=1e-9), 3),
         (holes, 4),
         (rising, 8),
+        (_weight(3, 8, 4, 22) * torch.tensor([[1.0], [1e-6], [1e-3]]), 4),
         (torch.zeros(2, 5), 2),
     ]
 
