@@ -274,6 +274,7 @@ ROAD = (
     Stop("11_using_minivllm", "use", "every option, with an example", ("07",)),
     Stop("12_serving", "use", "many clients, one engine", ("05", "07")),
     Stop("13_speculative_decoding", "use", "several tokens per step", ("07", "08")),
+    Stop("15_a_fleet", "use", "many engines, one service", ("04", "12")),
 )
 
 
