@@ -24,7 +24,6 @@ def _capacity(
     goal: float,
     *,
     asks: str = "both",
-    edge: bool = False,
     share: float = 0.95,
     choose: str = "below the first",
     empty: str = "zero",
@@ -32,15 +31,15 @@ def _capacity(
 ) -> float:
     """The right one; each option makes it a wrong one.
 
-    asks: what a point must keep. edge: whether the goal itself is too long. choose: which points
+    asks: what a point must keep; "below" is both, with a TTFT below the goal. choose: which points
     count. empty: what is said where no point is good. gives: the item of the point.
     """
 
     def is_bad(point: tuple[float, float, float]) -> bool:
         offered, served, ttft = point
-        late = ttft >= goal if edge else ttft > goal
+        late = ttft >= goal if asks == "below" else ttft > goal
         behind = served < share * offered
-        return {"both": late or behind, "ttft": late, "served": behind}[asks]
+        return {"ttft": late, "served": behind}.get(asks, late or behind)
 
     bad = [point for point in curve if is_bad(point)]
     first = min((point[0] for point in bad), default=math.inf)
@@ -319,9 +318,9 @@ EXERCISE = Exercise(
             "A TTFT of exactly the goal is in time, and so is an engine that serves exactly 95 % of"
             " what comes.",
             suspects=(
-                partial(_capacity, edge=True),
+                partial(_capacity, asks="below"),
                 partial(_capacity, share=0.9500001),
-                partial(_capacity, edge=True, share=0.9500001),
+                partial(_capacity, asks="below", share=0.9500001),
                 partial(_capacity, share=1.0),
             ),
             answers=r"""
@@ -338,7 +337,7 @@ EXERCISE = Exercise(
         ),
         Known(
             "order-of-the-list",
-            "The points stand in the order in which they were measured, not in that of their rates.",
+            "The points stand in the order in which they were measured, not by their rates.",
             hint=1,
             suspects=(
                 partial(_capacity, choose="as they come"),
@@ -480,7 +479,7 @@ EXERCISE = Exercise(
         Known(
             "too-late",
             "A replica that an hour needs must be asked for in the hour before, so that its weights"
-            " are there when the load is. And the day repeats: after the last hour comes the first.",
+            " are there in time. And the day repeats: after the last hour comes the first.",
             hint=3,
             suspects=(
                 partial(_replica_hours, ahead="no"),
