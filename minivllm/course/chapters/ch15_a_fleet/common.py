@@ -1,12 +1,17 @@
-"""What the exercises of chapter 15 share: suspects that are the right function, done otherwise."""
+"""What the exercises of chapter 15 share: suspects that are the right function, done otherwise, and
+what the objects of a class share.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import FunctionType
 
+from minivllm.course.grading.copies import copied
 from minivllm.course.grading.diagnose import Suspects
 from minivllm.course.grading.exercise import Exercise
+from minivllm.course.grading.kept import Memory
 
 
 def suspects_of(exercise: Exercise, right: Callable) -> Suspects:
@@ -21,3 +26,21 @@ def suspects_of(exercise: Exercise, right: Callable) -> Suspects:
         if mine:
             found[known.name] = (known.message, *mine)
     return found
+
+
+class ClassMemory:
+    """What a class and the globals that its methods use hold, beside its objects."""
+
+    def __init__(self, cls: type) -> None:
+        self.cls = cls
+        plain = (dict, list, set, int, float)
+        self.before = {n: copied(v) for n, v in vars(cls).items() if isinstance(v, plain)}
+        methods = [value for value in vars(cls).values() if isinstance(value, FunctionType)]
+        self.memories = [Memory.of(method) for method in methods]
+
+    def forget(self) -> bool:
+        """Put everything back. Whether anything had changed."""
+        changed = [name for name, old in self.before.items() if vars(self.cls)[name] != old]
+        for name in changed:
+            setattr(self.cls, name, copied(self.before[name]))
+        return any([memory.forget() for memory in self.memories] + [bool(changed)])
