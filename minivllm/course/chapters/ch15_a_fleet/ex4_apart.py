@@ -74,12 +74,9 @@ def _exposed(
         ready = step * (layer + 1)
         if way == "before it is computed":
             ready = step * layer
-        elif way == "waits for the arrival":
-            free += latency if layer else 0.0
         free = max(free, ready) + part
-        if way == "latency in line":
-            free += latency
-        elif way == "one part in flight" and layer + 1 < layers:
+        is_last = layer + 1 == layers
+        if way == "latency in line" or (way == "one part in flight" and not is_last):
             free += latency
     found = free - prefill
     if way == "from the beginning":
@@ -97,81 +94,58 @@ def _plan(
     exposed: float,
     goals: tuple[float, float],
     *,
-    pool: str = "",
-    apart: str = "",
-    first: str = "pool",
+    way: str = "",
 ) -> tuple[str, int]:
-    """The right one; pool, apart and first make it a wrong one."""
-    chunk = _chunk(num_tokens, decode, per_token, goals, pool)
+    """The right one; `way` makes it a wrong one."""
+    chunk = _chunk(num_tokens, decode, per_token, goals, way)
     ttft = num_tokens * per_token
     gap = exposed + decode
-    if apart == "ttft with the move":
+    if way == "ttft with the move":
         ttft += exposed
-    elif apart == "ttft with decodes":
+    elif way == "ttft with decodes":
         ttft += decode
-    elif apart == "gap of the move":
-        gap = exposed
-    elif apart == "gap of a step":
-        gap = decode
-    elif apart == "larger":
-        gap = max(exposed, decode)
-    meets = ttft <= goals[0] and gap <= goals[1]
-    if apart == "below":
-        meets = ttft < goals[0] and gap < goals[1]
-    elif apart == "no gap":
-        meets = ttft <= goals[0]
-    elif apart == "no ttft":
-        meets = gap <= goals[1]
-    elif apart == "always":
-        meets = True
-    elif apart == "never":
-        meets = False
-    if first == "apart" and meets:
+    gap = {"the move": exposed, "a step": decode, "the larger": max(exposed, decode)}.get(way, gap)
+    if way == "apart first" and _meets(ttft, gap, goals, ""):
         return "apart", 0
     if chunk:
         return "pool", chunk
-    if meets:
+    is_good = _meets(ttft, gap, goals, way.removeprefix("apart: "))
+    if way == "what is left" or (is_good and way != "pool only"):
         return "apart", 0
     return "neither", 0
 
 
+def _meets(ttft: float, gap: float, goals: tuple[float, float], which: str) -> bool:
+    """Whether both goals are met, or those that a wrong way looks at."""
+    if which == "below":
+        return ttft < goals[0] and gap < goals[1]
+    return (ttft <= goals[0] or which == "no ttft") and (gap <= goals[1] or which == "no gap")
+
+
 def _chunk(
-    num_tokens: int, decode: float, per_token: float, goals: tuple[float, float], how: str
+    num_tokens: int, decode: float, per_token: float, goals: tuple[float, float], way: str
 ) -> int:
     """The largest chunk with which one pool meets both goals; 0 where there is none."""
     good = []
     for chunk in range(1, num_tokens + 1):
-        steps = -(-num_tokens // chunk)
-        if how == "steps rounded down":
-            steps = num_tokens // chunk
-        elif how == "one step":
-            steps = 1
-        elif how == "a part of a step":
-            steps = num_tokens / chunk  # type: ignore[assignment]
-        elif how == "no decodes":
-            steps = 0
+        steps = {
+            "steps rounded down": num_tokens // chunk,
+            "one step": 1,
+            "a part of a step": num_tokens / chunk,
+            "no decodes": 0,
+        }.get(way, -(-num_tokens // chunk))
+        longest = {
+            "gap of the chunk": chunk * per_token,
+            "gap of the last chunk": (num_tokens % chunk or chunk) * per_token + decode,
+        }.get(way, chunk * per_token + decode)
         ttft = steps * decode + num_tokens * per_token
-        gap = chunk * per_token + decode
-        if how == "gap of the chunk":
-            gap = chunk * per_token
-        elif how == "gap of the last chunk":
-            gap = (num_tokens % chunk or chunk) * per_token + decode
-        meets = ttft <= goals[0] and gap <= goals[1]
-        if how == "below":
-            meets = ttft < goals[0] and gap < goals[1]
-        elif how == "no ttft":
-            meets = gap <= goals[1]
-        elif how == "no gap":
-            meets = ttft <= goals[0]
-        if meets:
+        if _meets(ttft, longest, goals, way.removeprefix("pool: ")):
             good.append(chunk)
-    if not good:
-        return 0
-    if how == "smallest":
-        return good[0]
-    if how == "power of two":
+    if way == "smallest":
+        return min(good, default=0)
+    if way == "power of two":
         return max((chunk for chunk in good if chunk.bit_count() == 1), default=0)
-    return good[-1]
+    return max(good, default=0)
 
 
 def _beyond(num_tokens: int, *args: object) -> tuple[str, int]:
@@ -276,11 +250,13 @@ EXERCISE = Exercise(
             "Your bytes are too few or too many by a factor: keys and values, of each layer, of"
             " each KV head, `head_dim` numbers of `itemsize` bytes, for each token.",
             hint=1,
-            suspects=tuple(
-                partial(_kv_bytes, leaves_out=what)
-                for what in ("both", "layers", "heads", "dim", "size", "bits")
-            )
-            + (partial(_kv_bytes, blocks="count"),),
+            suspects=(
+                *(
+                    partial(_kv_bytes, leaves_out=what)
+                    for what in ("both", "layers", "heads", "dim", "size", "bits")
+                ),
+                partial(_kv_bytes, blocks="count"),
+            ),
             answers=r"""
 # %% keys only
 @@
@@ -411,11 +387,11 @@ EXERCISE = Exercise(
             " others, too, and there are as many steps as chunks, the last one perhaps short.",
             hint=3,
             suspects=(
-                partial(_plan, pool="steps rounded down"),
-                partial(_plan, pool="one step"),
-                partial(_plan, pool="a part of a step"),
-                partial(_plan, pool="no decodes"),
-                partial(_plan, pool="no ttft"),
+                partial(_plan, way="steps rounded down"),
+                partial(_plan, way="one step"),
+                partial(_plan, way="a part of a step"),
+                partial(_plan, way="no decodes"),
+                partial(_plan, way="pool: no ttft"),
             ),
             answers=r"""
 # %% the gap alone
@@ -440,9 +416,9 @@ EXERCISE = Exercise(
             " in it and their decodes.",
             hint=3,
             suspects=(
-                partial(_plan, pool="gap of the chunk"),
-                partial(_plan, pool="gap of the last chunk"),
-                partial(_plan, pool="no gap"),
+                partial(_plan, way="gap of the chunk"),
+                partial(_plan, way="gap of the last chunk"),
+                partial(_plan, way="pool: no gap"),
             ),
             answers=r"""
 # %% without the decodes
@@ -456,8 +432,8 @@ EXERCISE = Exercise(
             "Several chunks are small enough. Take the largest: it needs the fewest steps.",
             hint=3,
             suspects=(
-                partial(_plan, pool="smallest"),
-                partial(_plan, pool="power of two"),
+                partial(_plan, way="smallest"),
+                partial(_plan, way="power of two"),
             ),
             answers=r"""
 # %% the smallest
@@ -483,8 +459,8 @@ EXERCISE = Exercise(
             " nothing of the move or of a decode is in the TTFT.",
             hint=4,
             suspects=(
-                partial(_plan, apart="ttft with the move"),
-                partial(_plan, apart="ttft with decodes"),
+                partial(_plan, way="ttft with the move"),
+                partial(_plan, way="ttft with decodes"),
             ),
             answers=r"""
 # %% with the move
@@ -499,10 +475,10 @@ EXERCISE = Exercise(
             " arrive, and then a step of the other engine computes the token.",
             hint=4,
             suspects=(
-                partial(_plan, apart="gap of the move"),
-                partial(_plan, apart="gap of a step"),
-                partial(_plan, apart="larger"),
-                partial(_plan, apart="no gap"),
+                partial(_plan, way="the move"),
+                partial(_plan, way="a step"),
+                partial(_plan, way="the larger"),
+                partial(_plan, way="apart: no gap"),
             ),
             answers=r"""
 # %% the move alone
@@ -521,9 +497,9 @@ EXERCISE = Exercise(
             'Both goals count for "apart", too; where it misses one, the answer is "neither".',
             hint=4,
             suspects=(
-                partial(_plan, apart="always"),
-                partial(_plan, apart="never"),
-                partial(_plan, apart="no ttft"),
+                partial(_plan, way="what is left"),
+                partial(_plan, way="pool only"),
+                partial(_plan, way="apart: no ttft"),
             ),
             answers=r"""
 # %% what is left
@@ -538,7 +514,7 @@ EXERCISE = Exercise(
             "moves-without-need",
             "One pool comes first: where it meets both goals, nothing need move.",
             hint=4,
-            suspects=(partial(_plan, first="apart"),),
+            suspects=(partial(_plan, way="apart first"),),
             answers=r"""
 # %% apart first
 def kv_bytes(num_tokens, block_size, shape):
@@ -566,9 +542,9 @@ def plan(num_tokens, decode, per_token, exposed, goals):
             "goal-edge",
             "A time that is exactly the goal meets it.",
             suspects=(
-                partial(_plan, pool="below"),
-                partial(_plan, apart="below"),
-                partial(_plan, pool="below", apart="below"),
+                partial(_plan, way="pool: below"),
+                partial(_plan, way="apart: below"),
+                partial(_plan, way="below"),
             ),
             answers=r"""
 # %% below
