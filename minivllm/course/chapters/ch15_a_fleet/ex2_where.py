@@ -24,11 +24,12 @@ def _summary(
     high: bool = False,
     endian: str = "little",
     twice: str = "once",
-    ordered: bool = True,
+    ordered: str = "cut",
 ) -> bytes:
     """The right one; each option makes it a wrong one.
 
-    twice: where equal ones are dropped: "once" they are short, when "whole", or "never".
+    twice: where equal ones are dropped: "once" they are short, when "whole", or "never". ordered:
+    by the "cut" or the "whole" hash.
     """
     found = list(hashes)
     if twice == "whole":
@@ -38,7 +39,7 @@ def _summary(
     found = [value >> (128 - 8 * size) if high else value & (1 << 8 * size) - 1 for value in found]
     if twice == "once":
         found = list(dict.fromkeys(found))
-    if ordered is True:
+    if ordered == "cut":
         found.sort()
     return b"".join(value.to_bytes(size, endian) for value in found)  # type: ignore[arg-type]
 
@@ -268,7 +269,7 @@ EXERCISE = Exercise(
             "The entries ascend. Then a summary of the same blocks is the same bytes, and who gets"
             " it twice sees at once that nothing is new.",
             hint=1,
-            suspects=(partial(_summary, ordered=False), partial(_summary, ordered="whole")),
+            suspects=(partial(_summary, ordered="no"), partial(_summary, ordered="whole")),
             answers=r"""
 # %% as they come
 @@

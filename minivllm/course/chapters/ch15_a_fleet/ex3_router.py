@@ -12,7 +12,7 @@ from typing import Any
 from minivllm.bench.conversations import TraceSettings, draw_conversations
 from minivllm.course.chapters.ch15_a_fleet.common import ClassMemory, suspects_of
 from minivllm.course.grading.compare import show
-from minivllm.course.grading.errors import CheckError, Mistake
+from minivllm.course.grading.errors import CheckError, Mistake, raised
 from minivllm.course.grading.exercise import Exercise, Known
 from minivllm.course.grading.judges import expect, expect_no_growth
 from minivllm.course.sim.fleet import Asked, Engine, Fleet
@@ -33,7 +33,7 @@ class _Ways:
     counts: str = "leading"
     expects: str = "sent"
     publishes: str = "replaces"
-    leaves: str = "all"
+    leaves: str = "held sent turns"
     key: str = "known load turn"
     ties: str = "longest ago"
 
@@ -61,14 +61,9 @@ class _Router:
             self.sent.pop(name, None)
 
     def leave(self, name: str) -> None:
-        left = self.ways.leaves
-        if left in ("all", "held", "known"):
-            self.held.pop(name, None)
-        if left in ("all", "sent", "known"):
-            self.sent.pop(name, None)
-        if left == "all":
-            self.turns.pop(name, None)
-            self.counts.pop(name, None)
+        for known in self.ways.leaves.split():
+            getattr(self, known).pop(name, None)
+        self.counts.pop(name, None)
 
     def known(self, name: str, hashes: list[int], now: float) -> int:
         found = [self.knows(name, value, now) for value in hashes]
@@ -369,7 +364,8 @@ def _random_scene(seed: int) -> _Scene:
     names = list("pqrstuvw")[: rng.randint(2, 8)]
     rng.shuffle(names)
     talks = [[rng.randrange(3), rng.randrange(4)] for _ in range(12)]
-    here, calls, now = names[: rng.randint(2, len(names))], [], 0.0
+    here, now = names[: rng.randint(2, len(names))], 0.0
+    calls: list[Call] = []
     for _ in range(60):
         now += rng.choice((0.0, 0.25, 0.5, 1.0, 4.0, 30.0))
         what = rng.random()
@@ -426,7 +422,16 @@ def _suspect(**ways: str) -> partial:
 
 
 def _choices(make: Callable[[int, float], Any], scene: _Scene) -> list[Any]:
-    return [chosen for _, chosen in _play(make(scene.balance, scene.keep), scene)]
+    found: list[Any] = []
+    try:
+        for _, chosen in _play(make(scene.balance, scene.keep), scene):
+            found.append(chosen)
+    except (CheckError, NotImplementedError):
+        raise
+    except Exception as error:
+        after = f"after {len(found)} choices" if found else "before its first choice was made"
+        raise raised(error, f"{scene.what}: {after}.") from error
+    return found
 
 
 def _expect_choices(make: type) -> None:
@@ -869,10 +874,13 @@ EXERCISE = Exercise(
             " later has an empty cache, and was never chosen.",
             hint=4,
             suspects=(
-                _suspect(leaves="nothing"),
+                _suspect(leaves=""),
                 _suspect(leaves="held"),
                 _suspect(leaves="sent"),
-                _suspect(leaves="known"),
+                _suspect(leaves="turns"),
+                _suspect(leaves="held sent"),
+                _suspect(leaves="held turns"),
+                _suspect(leaves="sent turns"),
             ),
             answers=r"""
 # %% what was sent stays
