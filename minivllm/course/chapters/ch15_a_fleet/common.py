@@ -4,6 +4,7 @@ what the objects of a class share.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import FunctionType
@@ -33,7 +34,7 @@ class ClassMemory:
 
     def __init__(self, cls: type) -> None:
         self.cls = cls
-        plain = (dict, list, set, int, float)
+        plain = (dict, list, set, deque, int, float)
         self.before = {n: copied(v) for n, v in vars(cls).items() if isinstance(v, plain)}
         methods = [value for value in vars(cls).values() if isinstance(value, FunctionType)]
         self.memories = [Memory.of(method) for method in methods]

@@ -193,7 +193,8 @@ def _small_scripts() -> list[_Script]:
         )),
         _Script("A replica with requests is drained", events=(
             *two, ("ask", "1"), ("ask", "2"), ("ask", "3"), ("drain", "a"),
-            ("token", "a", "1", "x"), ("ask", "4"), ("ask", "5"), ("end", "a", "1"), ("token", "a", "3", "y"),
+            ("token", "a", "1", "x"), ("ask", "4"), ("ask", "5"), ("end", "a", "1"),
+            ("token", "a", "3", "y"),
             ("end", "a", "3"), ("end", "b", "2"), ("ask", "6"),
         )),
         _Script("The only replica is drained, and another one comes", events=(
