@@ -37,15 +37,20 @@ def _capacity(
 
     def is_bad(point: tuple[float, float, float]) -> bool:
         offered, served, ttft = point
-        late = ttft >= goal if asks == "below" else ttft > goal
+        late = ttft >= goal if asks == "below" else ttft > goal * (1 + 0.1 * (asks == "later"))
         behind = served < share * offered
-        return {"ttft": late, "served": behind}.get(asks, late or behind)
+        return {"ttft": late, "served": behind, "and": late and behind}.get(asks, late or behind)
 
     bad = [point for point in curve if is_bad(point)]
     first = min((point[0] for point in bad), default=math.inf)
     good = [point for point in curve if point[0] < first]
     if choose == "any good":
         good = [point for point in curve if not is_bad(point)]
+    elif choose == "late is the border":
+        first = min((point[0] for point in bad if point[2] > goal), default=math.inf)
+        good = [point for point in curve if point[0] < first and not is_bad(point)]
+    elif choose == "throughput":
+        good = list(curve)
     elif choose == "as they come":
         good = curve[: curve.index(bad[0])] if bad else curve
     elif choose == "first of equal":
@@ -141,6 +146,8 @@ def _replica_hours(
         "no": sum(taken),
         "both": sum(taken) + sum(later),
         "one more": sum(taken) + len(taken),
+        "spare twice": sum(max(a, b) + spare for a, b in zip(taken, later, strict=False)),
+        "two": sum(map(max, taken, later, later[1:] + later[:1])),
         "average": sum(-(-(a + b) // 2) for a, b in zip(taken, later, strict=False)),
     }.get(ahead)
     if scaled is None:
@@ -163,6 +170,11 @@ def _curves() -> list[tuple[Curve, float]]:
         ([(8.0, 8.0, 0.25), (16.0, 12.0, 0.375)], 0.5),
         ([(20.0, 19.0, 0.25), (40.0, 38.0, 0.25), (80.0, 75.0, 0.25)], 0.5),  # exactly 95 %
         ([(20.0, 19.9, 0.25), (40.0, 37.9, 0.25)], 0.5),
+        # A little beyond: both are bad.
+        ([(1.0, 1.0, 0.25), (2.0, 2.0, 0.5078125)], 0.5),
+        ([(1.0, 1.0, 0.25), (2.0, 2.0, 0.5000001), (4.0, 4.0, 0.25)], 0.5),
+        ([(20.0, 20.0, 0.25), (40.0, 37.0, 0.25), (80.0, 80.0, 0.25)], 0.5),
+        ([(0.25, 0.25, 0.25), (0.5, 0.5, 0.25), (0.75, 0.5, 0.25)], 0.5),  # a slow engine
         # A lucky point behind an unlucky one.
         ([(1.0, 1.0, 0.25), (2.0, 2.0, 0.75), (3.0, 3.0, 0.25), (4.0, 4.0, 0.75)], 0.5),
         # In the order in which they were measured.
@@ -265,6 +277,7 @@ EXERCISE = Exercise(
             suspects=(
                 partial(_capacity, choose="any good"),
                 partial(_capacity, choose="first of equal"),
+                partial(_capacity, choose="late is the border"),
             ),
             answers=r"""
 # %% the highest good one
@@ -272,6 +285,13 @@ EXERCISE = Exercise(
 -    first = min((point[0] for point in curve if is_bad(point)), default=math.inf)
 -    return max((offered for offered, _, _ in curve if offered < first), default=0.0)
 +    return max((point[0] for point in curve if not is_bad(point)), default=0.0)
+
+# %% an overloaded rate is left out, and ends nothing
+@@
+-    first = min((point[0] for point in curve if is_bad(point)), default=math.inf)
+-    return max((offered for offered, _, _ in curve if offered < first), default=0.0)
++    first = min((point[0] for point in curve if point[2] > goal), default=math.inf)
++    return max((p[0] for p in curve if p[0] < first and not is_bad(p)), default=0.0)
 
 # %% sorted, up to the first bad one: of two at one rate the good one comes first
 @@
@@ -302,6 +322,19 @@ EXERCISE = Exercise(
 """,
         ),
         Known(
+            "one-is-enough",
+            "One of the two is enough to make a point bad: a TTFT above the goal, *or* too few"
+            " served.",
+            hint=1,
+            suspects=(partial(_capacity, asks="and"),),
+            answers=r"""
+# %% and
+@@
+-        return ttft > goal or served < 0.95 * offered
++        return ttft > goal and served < 0.95 * offered
+""",
+        ),
+        Known(
             "goal-unseen",
             "You look only at how many requests were served. That a request is served is not"
             " enough: its first token must come in time.",
@@ -315,19 +348,26 @@ EXERCISE = Exercise(
         ),
         Known(
             "edge",
-            "A TTFT of exactly the goal is in time, and so is an engine that serves exactly 95 % of"
-            " what comes.",
+            "The borders are not those of the statement. A TTFT of exactly the goal is in time, and"
+            " so is an engine that serves exactly 95 % of what comes; a little beyond is bad.",
             suspects=(
                 partial(_capacity, asks="below"),
                 partial(_capacity, share=0.9500001),
                 partial(_capacity, asks="below", share=0.9500001),
                 partial(_capacity, share=1.0),
+                partial(_capacity, share=0.9),
+                partial(_capacity, asks="later"),
             ),
             answers=r"""
 # %% less than the goal
 @@
 -        return ttft > goal or served < 0.95 * offered
 +        return ttft >= goal or served < 0.95 * offered
+
+# %% a tenth more is taken for the goal
+@@
+-        return ttft > goal or served < 0.95 * offered
++        return ttft > goal * 1.1 or served < 0.95 * offered
 
 # %% more than 95 %
 @@
@@ -367,6 +407,7 @@ EXERCISE = Exercise(
                 partial(_capacity, empty="least"),
                 partial(_capacity, empty="infinite"),
                 partial(_capacity, gives=1),
+                partial(_capacity, gives=1, choose="throughput"),
                 partial(_capacity, choose="quickest"),
             ),
             answers=r"""
@@ -506,6 +547,8 @@ EXERCISE = Exercise(
             suspects=(
                 partial(_replica_hours, ahead="both"),
                 partial(_replica_hours, ahead="one more"),
+                partial(_replica_hours, ahead="spare twice"),
+                partial(_replica_hours, ahead="two"),
                 partial(_replica_hours, ahead="average"),
                 partial(_replica_hours, spared=False),
             ),

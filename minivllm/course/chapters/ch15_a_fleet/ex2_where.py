@@ -44,19 +44,27 @@ def _summary(
     return b"".join(value.to_bytes(size, endian) for value in found)  # type: ignore[arg-type]
 
 
-def _hashes(token_ids: Sequence[int], size: int, *, chain: str = "whole", ends: str = "") -> list:
-    """The hashes of a prompt's blocks, of 32 bits.
+def _hashes(
+    token_ids: Sequence[int],
+    size: int,
+    *,
+    chain: str = "whole",
+    ends: str = "",
+    mask: int = _MASK,
+) -> list[int]:
+    """The hashes of a prompt's blocks, their lowest 32 bits.
 
-    chain: what the next block's hash gets: the "whole" hash, its "short" form, or "no" hash. ends:
+    chain: what the next block's hash gets: the "whole" hash, its "short" form, or "no" hash; "from
+    0" begins with 0, and "all" hashes all tokens up to the block's end. ends:
     "full" where the last block may hold the last token, "part" where it may be a part.
     """
     stop = {"": len(token_ids), "full": len(token_ids) + 1, "part": len(token_ids) + size}[ends]
     found: list[int] = []
-    previous: int | None = None
+    previous = 0 if chain == "from 0" else None
     for end in range(size, stop, size):
-        value = hash_block(previous, token_ids[end - size : end])
-        found.append(value & _MASK)
-        previous = {"whole": value, "short": value & _MASK, "no": None}[chain]
+        value = hash_block(previous, token_ids[0 if chain == "all" else end - size : end])
+        found.append(value & mask)
+        previous = {"short": value & _MASK, "no": None, "all": None}.get(chain, value)
     return found
 
 
@@ -74,6 +82,9 @@ def _num_cached(
         token_ids, block_size, chain=chain, ends=ends
     )]  # fmt: skip
     known = {summary[i : i + 4] for i in range(0, len(summary), 4)}
+    if reads == "high bits":
+        whole = _hashes(token_ids, block_size, chain=chain, ends=ends, mask=-1)
+        mine = [(value >> 96).to_bytes(4, "little") for value in whole]
     if reads == "anywhere":
         is_known = [value in summary for value in mine]
     elif reads == "backwards":
@@ -122,6 +133,26 @@ def _order(
 
 # --- the check ------------------------------------------------------------------------------------
 
+
+class _Held(bytes):
+    """A summary that says in a message what it is, for a prompt of so many blocks' hashes."""
+
+    wanted: Sequence[int] = ()
+
+    def __repr__(self) -> str:
+        known = {int.from_bytes(self[i : i + 4], "little") for i in range(0, len(self), 4)}
+        named = [place for place, value in enumerate(self.wanted) if value in known]
+        which = ", ".join(map(str, named[:8])) + ", …" * (len(named) > 8)
+        blocks = f"the prompt's {len(self.wanted)} blocks"
+        return f"<{len(known)} entries, of {blocks} {which or 'none'}>"
+
+
+def _told(prompt: Sequence[int], size: int, summary: bytes) -> _Held:
+    held = _Held(summary)
+    held.wanted = _hashes(prompt, size)
+    return held
+
+
 #: (tokens of a prompt, block size): one, exact multiples and their neighbours, and many blocks.
 _SIZES = ((1, 1), (2, 1), (4, 4), (5, 4), (9, 4), (12, 4), (13, 4), (48, 16), (49, 16), (403, 13))
 
@@ -158,17 +189,26 @@ def _cached_cases() -> list[tuple[list[int], int, bytes]]:
     same = [7] * 13
     cases.append((same, 4, _summary(_hashes(same, 4)[:1])))
     cases.append((same, 4, _summary([*_hashes(same, 4)[:2], hash_block(None, same[:4])])))
-    # The wanted bytes stand across two entries.
+    # The wanted bytes stand across two entries; and then also where they belong.
+    cases += [_across(rng, shift, ends) for shift in (1, 2, 3) for ends in (0, 1)]
     prompt = _prompt(rng, 9)
-    first, second = (value.to_bytes(4, "little") for value in _hashes(prompt, 4))
-    for shift in (1, 2, 3):
-        around = b"\x01" * (4 - shift) + first + b"\x02" * shift
-        assert len(around) == 8
-        cases.append((prompt, 4, around))
-    cases.append((prompt, 4, first + b"\x01\x01" + second + b"\x02\x02"))
     # Another prompt began in another way, and went on with the same tokens.
     cases.append((prompt, 4, _summary(_hashes([1, 2, 3, 4, *prompt], 4) + _hashes(prompt, 4)[:1])))
     return cases
+
+
+def _across(rng: Random, shift: int, num_real: int) -> tuple[list[int], int, bytes]:
+    """A prompt and a summary in which its first hash stands across two entries.
+
+    num_real: how many entries are that hash.
+    """
+    while True:
+        prompt = _prompt(rng, 9)
+        wanted = _hashes(prompt, 4)[0].to_bytes(4, "little")
+        held = b"\x01" * (4 - shift) + wanted + b"\x80" * shift + wanted * num_real
+        numbers = [int.from_bytes(held[i : i + 4], "little") for i in range(0, len(held), 4)]
+        if numbers == sorted(set(numbers)):
+            return prompt, 4, held
 
 
 def _order_cases() -> list[tuple[list[int], int, list[tuple[int, bytes]]]]:
@@ -200,8 +240,13 @@ def _order_cases() -> list[tuple[list[int], int, list[tuple[int, bytes]]]]:
 def check_where(summary: Callable, num_cached: Callable, order: Callable) -> str:
     caches = diagnose(summary, _summary_cases(), _summary, suspects_of(EXERCISE, _summary))
     suspects = suspects_of(EXERCISE, _num_cached)
-    prompts = diagnose(num_cached, _cached_cases(), _num_cached, suspects)
-    fleets = diagnose(order, _order_cases(), _order, suspects_of(EXERCISE, _order))
+    cases = [(prompt, size, _told(prompt, size, held)) for prompt, size, held in _cached_cases()]
+    prompts = diagnose(num_cached, cases, _num_cached, suspects)
+    choices = [
+        (prompt, size, [(load, _told(prompt, size, held)) for load, held in replicas])
+        for prompt, size, replicas in _order_cases()
+    ]
+    fleets = diagnose(order, choices, _order, suspects_of(EXERCISE, _order))
     changed = "the numbers have changed"
     pairs = one_by_one(([3, 1, 2],), ([9, 8, 3],))
     expect_nothing_kept(summary, pairs, _summary, changed)
@@ -297,11 +342,38 @@ EXERCISE = Exercise(
 """,
         ),
         Known(
+            "never-found",
+            "You find nothing, whatever the summary holds. What is looked up must be made as it was"
+            " made there: the first hash is `hash_block(None, …)`, and of each hash the lowest 32"
+            " bits, the lowest byte first.",
+            hint=2,
+            suspects=(
+                partial(_num_cached, reads="backwards"),
+                partial(_num_cached, reads="high bits"),
+                partial(_num_cached, chain="from 0"),
+            ),
+            answers=r"""
+# %% other bits are looked up
+@@
+-        if (previous & MASK).to_bytes(4, "little") not in known:
++        if (previous >> 96).to_bytes(4, "little") not in known:
+
+# %% the chain begins with 0
+@@
+-    count, previous = 0, None
++    count, previous = 0, 0
+""",
+        ),
+        Known(
             "wrong-chain",
             "The chain is not that of the block manager. Each hash gets the *whole* hash of the"
             " block before it, 128 bits; what is cut off is only missing in the summary.",
             hint=2,
-            suspects=(partial(_num_cached, chain="short"), partial(_num_cached, chain="no")),
+            suspects=(
+                partial(_num_cached, chain="short"),
+                partial(_num_cached, chain="no"),
+                partial(_num_cached, chain="all"),
+            ),
             answers=r"""
 # %% goes on from the short hash
 @@
@@ -351,7 +423,6 @@ EXERCISE = Exercise(
                 partial(_num_cached, counts="one more"),
                 partial(_num_cached, counts="all or none"),
                 partial(_num_cached, counts="shared"),
-                partial(_num_cached, reads="backwards"),
             ),
             answers=r"""
 # %% tokens
