@@ -27,6 +27,7 @@ class _Ways:
     limit: whose queue is short enough. counts: of a prompt's blocks. expects: which of the blocks
     that were sent. publishes: what a summary does to what is known. leaves: what is forgotten. key:
     what decides between those that are near, the most important first; ties: the last of it.
+    absent: what is thought of a replica that is not in `loads`.
     """
 
     limit: str = "near"
@@ -36,6 +37,7 @@ class _Ways:
     leaves: str = "held sent turns"
     key: str = "known load turn"
     ties: str = "longest ago"
+    absent: str = "is busy"
 
 
 class _Router:
@@ -55,10 +57,13 @@ class _Router:
             self.held[name] = hashes
         elif how == "adds":
             self.held[name] = {*self.held.get(name, ()), *hashes}
-        else:
+        elif hashes or how != "not empty":
             self.held[name] = set(hashes)
         if how == "forgets sent":
             self.sent.pop(name, None)
+        elif how == "confirms":
+            sent = self.sent.get(name, {})
+            self.sent[name] = {value: sent[value] for value in sent if value not in hashes}
 
     def leave(self, name: str) -> None:
         for known in self.ways.leaves.split():
@@ -106,6 +111,9 @@ class _Router:
         ]
 
     def choose(self, hashes: list[int], loads: dict[str, int], now: float) -> str:
+        if self.ways.absent == "has left":
+            for name in {*self.held, *self.sent, *self.turns}.difference(loads):
+                self.leave(name)
         known = {name: self.known(name, hashes, now) for name in loads}
         near = self.near(loads)
         if self.ways.limit == "gives up":
@@ -294,6 +302,42 @@ def _small_scenes() -> list[_Scene]:
                 ("publish", "y", set(a)),
                 ("publish", "y", set(none)),
                 ("choose", a, _loads(x=0, y=1, z=1), 0.0),
+            ),
+        ),
+        _Scene(
+            "A summary names what was sent, and the next one is empty",
+            (
+                ("choose", a, _loads(x=1, y=0, z=1), 0.0),
+                ("publish", "y", set(a)),
+                ("publish", "y", set()),
+                ("choose", a, _loads(x=0, y=1, z=1), 2.0),
+            ),
+        ),
+        _Scene(
+            "An empty summary after another one",
+            (
+                ("publish", "y", set(a)),
+                ("publish", "y", set()),
+                ("choose", a, _loads(x=0, y=1, z=1), 2.0),
+            ),
+        ),
+        _Scene(
+            "A replica that cannot be chosen for a while",
+            (
+                ("publish", "y", set(a)),
+                ("choose", a, _loads(x=0, z=1), 0.0),
+                ("choose", a, _loads(x=1, y=2, z=0), 20.0),
+                ("choose", none, even, 30.0),
+                ("choose", none[:1], _loads(x=0, z=0), 50.0),
+                ("choose", _tree(62), even, 70.0),
+            ),
+        ),
+        _Scene(
+            "Long prompts, many of them, and the first one again",
+            (
+                *(("choose", _tree(i, *range(150)), even, 0.1 * i) for i in range(40)),
+                ("choose", _tree(0, *range(150)), even, 5.0),
+                ("choose", _tree(1, *range(150)), even, 5.5),
             ),
         ),
         _Scene(
@@ -830,16 +874,23 @@ EXERCISE = Exercise(
         ),
         Known(
             "summary-forgets-sent",
-            "A summary was made before it came. What you sent in the last `keep` seconds may not be"
-            " in it yet, and will be there all the same.",
+            "A summary says nothing about what you sent: it was made before it came, perhaps before"
+            " the prompt did. What was sent in the last `keep` seconds counts all the same.",
             hint=3,
-            suspects=(_suspect(publishes="forgets sent"),),
+            suspects=(_suspect(publishes="forgets sent"), _suspect(publishes="confirms")),
             answers=r"""
 # %% the summary is all there is
 @@
 -        self.held[name] = set(hashes)
 +        self.held[name] = set(hashes)
 +        self.sent.pop(name, None)
+
+# %% what is named is no longer expected
+@@
+-        self.held[name] = set(hashes)
++        self.held[name] = set(hashes)
++        for value in hashes:
++            self.sent.get(name, {}).pop(value, None)
 """,
         ),
         Known(
@@ -847,12 +898,18 @@ EXERCISE = Exercise(
             "A summary names all that a replica holds. What the one before named and this one does"
             " not was evicted.",
             hint=3,
-            suspects=(_suspect(publishes="adds"),),
+            suspects=(_suspect(publishes="adds"), _suspect(publishes="not empty")),
             answers=r"""
 # %% adds up
 @@
 -        self.held[name] = set(hashes)
 +        self.held.setdefault(name, set()).update(hashes)
+
+# %% an empty one is no news
+@@
+-        self.held[name] = set(hashes)
++        if hashes:
++            self.held[name] = set(hashes)
 """,
         ),
         Known(
@@ -892,6 +949,21 @@ EXERCISE = Exercise(
 @@
 -        for known in (self.held, self.sent, self.turns):
 +        for known in (self.held, self.sent):
+""",
+        ),
+        Known(
+            "not-gone",
+            "A replica that is not in `loads` cannot be chosen now; perhaps it is full. It has not"
+            " left: only `leave` says that.",
+            hint=4,
+            suspects=(_suspect(absent="has left"),),
+            answers=r"""
+# %% who is not in loads has left
+@@
+-        least = min(loads.values())
++        for name in {*self.held, *self.sent, *self.turns}.difference(loads):
++            self.leave(name)
++        least = min(loads.values())
 """,
         ),
         Known(
