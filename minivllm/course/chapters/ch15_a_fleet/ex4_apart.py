@@ -65,6 +65,8 @@ def _exposed(
         return whole + layers * latency
     if way == "overlapped":
         return max(0.0, whole - prefill) + latency
+    if way == "overlapped, but the last part":
+        return max(whole / layers, whole - prefill) + latency
     if way == "overlapped, in all":
         return max(0.0, whole + latency - prefill)
     if way == "last part":
@@ -133,12 +135,16 @@ def _chunk(
             "one step": 1,
             "a part of a step": num_tokens / chunk,
             "no decodes": 0,
+            "one step more": -(-num_tokens // chunk) + 1,
+            "one step fewer": -(-num_tokens // chunk) - 1,
         }.get(way, -(-num_tokens // chunk))
         longest = {
             "gap of the chunk": chunk * per_token,
             "gap of the last chunk": (num_tokens % chunk or chunk) * per_token + decode,
         }.get(way, chunk * per_token + decode)
         ttft = steps * decode + num_tokens * per_token
+        if way == "full chunks":
+            ttft = steps * (decode + chunk * per_token)
         if _meets(ttft, longest, goals, way.removeprefix("pool: ")):
             good.append(chunk)
     if way == "smallest":
@@ -164,8 +170,10 @@ _QWEN = (28, 8, 128, 2)
 
 def _byte_cases() -> list[tuple[int, int, Shape]]:
     shapes: list[Shape] = [(1, 1, 1, 1), _QWEN, (3, 2, 5, 4), (80, 8, 128, 1)]
-    counts = (0, 1, 15, 16, 17, 32, 1000, 100_000)
-    return [(count, size, shape) for shape in shapes for count in counts for size in (16, 1, 7)]
+    counts = (0, 1, 15, 16, 17, 257, 1000, 100_000)
+    return [
+        (count, size, shape) for shape in shapes for count in counts for size in (16, 1, 7, 256)
+    ]
 
 
 def _move_cases() -> list[tuple[float, int, int, float, float]]:
@@ -227,7 +235,8 @@ def check_apart(kv_bytes: Callable, exposed: Callable, plan: Callable) -> str:
     suspects = suspects_of(EXERCISE, _plan)
     longer = next(known for known in EXERCISE.mistakes if known.name == "longer-than-the-prompt")
     suspects = {**suspects, longer.name: (longer.message, _beyond)}
-    machines = diagnose(plan, _plan_cases(), _plan, suspects)
+    wording = {"item 0: ": "the kind: ", "item 1: ": "the chunk: "}
+    machines = diagnose(plan, _plan_cases(), _plan, suspects, wording=wording)
     changed = "the numbers have changed"
     pairs = one_by_one((100, 16, _QWEN), (50, 8, (3, 2, 5, 4)))
     expect_nothing_kept(kv_bytes, pairs, _kv_bytes, changed)
@@ -318,12 +327,18 @@ EXERCISE = Exercise(
                 partial(_exposed, way="before it is computed"),
                 partial(_exposed, way="overlapped"),
                 partial(_exposed, way="overlapped, in all"),
+                partial(_exposed, way="overlapped, but the last part"),
             ),
             answers=r"""
 # %% layer 0 at time 0
 @@
 -    for layer in range(1, layers + 1):
 +    for layer in range(layers):
+
+# %% a formula without the time of the first layer
+@@
+-    return free + latency - prefill
++    return max(part, num_bytes / bandwidth - prefill) + latency
 
 # %% as if it overlapped completely
 @@
@@ -391,6 +406,9 @@ EXERCISE = Exercise(
                 partial(_plan, way="one step"),
                 partial(_plan, way="a part of a step"),
                 partial(_plan, way="no decodes"),
+                partial(_plan, way="one step more"),
+                partial(_plan, way="one step fewer"),
+                partial(_plan, way="full chunks"),
                 partial(_plan, way="pool: no ttft"),
             ),
             answers=r"""
@@ -398,6 +416,11 @@ EXERCISE = Exercise(
 @@
 -        is_quick = steps * decode + num_tokens * per_token <= ttft_goal
 +        is_quick = True
+
+# %% the last chunk is taken for full
+@@
+-        is_quick = steps * decode + num_tokens * per_token <= ttft_goal
++        is_quick = steps * (decode + chunk * per_token) <= ttft_goal
 
 # %% rounded down
 @@
