@@ -162,6 +162,13 @@ def _small_scripts() -> list[_Script]:
         _Script("Nobody is there yet", events=(
             ("ask", "1"), ("ask", "2"), ("ask", "3"), ("join", "a"), ("join", "b"), ("ask", "4"),
         )),
+        _Script("Equal ones, and their names are not in the order in which they joined", events=(
+            ("join", "z"), ("join", "a"), ("join", "m"), *(("ask", str(i)) for i in range(1, 6)),
+        )),
+        _Script("Waiting is not a try", events=(
+            ("ask", "1"), ("join", "a"), ("die", "a"), ("join", "b"), ("die", "b"), ("join", "c"),
+            ("ask", "2"),
+        )),
         _Script("The least load", events=(
             *two, ("ask", "1"), ("ask", "2"), ("ask", "3"), ("end", "b", "2"), ("ask", "4"),
             ("ask", "5"), ("end", "a", "1"), ("end", "a", "3"), ("ask", "6"), ("ask", "7"),
@@ -258,16 +265,21 @@ class _Moment:
     @property
     def seen(self) -> str:
         fleet = "; ".join(
-            f"{name}{' (draining)' if name in self.draining else ''}: "
-            + (", ".join(r + (" (begun)" if b else "") for r, b in requests.items()) or "nothing")
+            f"{name}{' (draining)' if name in self.draining else ''}: {_listed(requests)}"
             for name, requests in list(self.before.items())[:6]
         )
         call = f"{self.event[0]}({', '.join(map(repr, self.event[1:]))})"
         return (
             f"{self.script.what} (tries = {self.script.tries}): event {self.number + 1}, {call}."
-            f" Replicas before it: {fleet or 'none'}.\nYour front: {_told(self.mine)}."
-            f" Expected: {_told(self.right)}."
+            f" Replicas before it: {fleet or 'none'}.\n{self.did}"
         )
+
+    @property
+    def did(self) -> str:
+        """What the answer did, and what it should have done; of much, only what differs."""
+        if max(len(self.mine), len(self.right)) <= 5 or not (self.extra or self.missing):
+            return f"Your front: {_told(self.mine)}. Expected: {_told(self.right)}."
+        return f"Not expected: {_told(self.extra)}. Missing: {_told(self.missing)}."
 
     @property
     def extra(self) -> list[Action]:
@@ -346,6 +358,14 @@ class _Moment:
         if action[0] == "send":
             return {"die": "loses-the-queue", "join": "waits-for-ever"}.get(kind, "not-sent")
         return "no-error" if action[2] == "error" else "not-told"
+
+
+def _listed(requests: dict[str, bool]) -> str:
+    """A replica's requests, in words."""
+    names = [name + (" (begun)" if begun else "") for name, begun in requests.items()]
+    if len(names) > 8:
+        return f"{', '.join(names[:4])}, … ({len(names)} requests)"
+    return ", ".join(names) or "nothing"
 
 
 def _told(actions: list[Action]) -> str:
