@@ -356,8 +356,13 @@ class _Moment:
         if action[0] == "stop":
             return "never-stops"
         if action[0] == "send":
-            return {"die": "loses-the-queue", "join": "waits-for-ever"}.get(kind, "not-sent")
-        return "no-error" if action[2] == "error" else "not-told"
+            if self.handed[action[2]]:
+                return "loses-the-queue"
+            return "waits-for-ever" if kind == "join" else "not-sent"
+        if action[2] != "error":
+            return "not-told"
+        has_begun = self.before.get(self.event[1], {}).get(action[1], True)
+        return "no-error" if has_begun else "tries-for-ever"
 
 
 def _listed(requests: dict[str, bool]) -> str:
