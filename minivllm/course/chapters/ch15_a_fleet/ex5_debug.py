@@ -165,10 +165,6 @@ def _small_scripts() -> list[_Script]:
         _Script("Equal ones, and their names are not in the order in which they joined", events=(
             ("join", "z"), ("join", "a"), ("join", "m"), *(("ask", str(i)) for i in range(1, 6)),
         )),
-        _Script("Waiting is not a try", events=(
-            ("ask", "1"), ("join", "a"), ("die", "a"), ("join", "b"), ("die", "b"), ("join", "c"),
-            ("ask", "2"),
-        )),
         _Script("The least load", events=(
             *two, ("ask", "1"), ("ask", "2"), ("ask", "3"), ("end", "b", "2"), ("ask", "4"),
             ("ask", "5"), ("end", "a", "1"), ("end", "a", "3"), ("ask", "6"), ("ask", "7"),
@@ -225,6 +221,10 @@ def _small_scripts() -> list[_Script]:
         )),
         _Script("Dies twice", events=(
             *two, ("ask", "1"), ("die", "a"), ("die", "a"), ("die", "never there"),
+        )),
+        _Script("Waiting is not a try", events=(
+            ("ask", "1"), ("join", "a"), ("die", "a"), ("join", "b"), ("die", "b"), ("join", "c"),
+            ("ask", "2"),
         )),
     ]  # fmt: skip
 
@@ -356,7 +356,7 @@ class _Moment:
         if action[0] == "stop":
             return "never-stops"
         if action[0] == "send":
-            if self.handed[action[2]]:
+            if self.handed.get(action[2]):
                 return "loses-the-queue"
             return "waits-for-ever" if kind == "join" else "not-sent"
         if action[2] != "error":
