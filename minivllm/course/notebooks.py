@@ -274,6 +274,7 @@ ROAD = (
     Stop("11_using_minivllm", "use", "every option, with an example", ("07",)),
     Stop("12_serving", "use", "many clients, one engine", ("05", "07")),
     Stop("13_speculative_decoding", "use", "several tokens per step", ("07", "08")),
+    Stop("15_a_fleet", "use", "many engines, one service", ("04", "12")),
 )
 
 
@@ -329,6 +330,13 @@ MODULES = {
     ),
     "12": ("serving/async_llm.py", "serving/core_loop.py", "bench/loads.py", "bench/served.py"),
     "13": ("engine/speculation.py", "engine/draft_model.py"),
+    "15": (
+        "serving/replicas/routing.py",
+        "serving/replicas/prefixes.py",
+        "bench/conversations.py",
+        "course/sim/fleet.py",
+        "course/sim/apart.py",
+    ),
 }
 
 
