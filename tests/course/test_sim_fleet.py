@@ -13,6 +13,8 @@ TALKS = draw_conversations(TraceSettings(conversations=12, rate=4.0))
 SINGLE = draw_conversations(
     TraceSettings(conversations=40, turns=(1, 1), system=0, answer=(20, 60), rate=30.0)
 )
+#: Blocks enough for all of these, and quickly made.
+SMALL = {"num_blocks": 1500, "block_size": 16}
 
 
 def shortest(asked: Asked, engines: list[Engine]) -> Engine:
@@ -39,9 +41,9 @@ def check(fleet: Fleet) -> None:
 
 def test_one_engine_is_the_simulator_of_chapter_5() -> None:
     """Without equal prompts, a fleet of one takes the time that `simulate` takes."""
-    fleet = Fleet(1, shortest).play(SINGLE)
+    fleet = Fleet(1, shortest, **SMALL).play(SINGLE)
     arrivals = [Arrival(t.start, len(t.turns[0].message), t.turns[0].answer) for t in SINGLE]
-    run = simulate(arrivals, trace=False)
+    run = simulate(arrivals, trace=False, **SMALL)
     assert [asked.ttft for asked in fleet.requests] == pytest.approx(run.ttfts)
     assert fleet.hit_rate == 0
     assert fleet.imbalance == 1
@@ -49,7 +51,7 @@ def test_one_engine_is_the_simulator_of_chapter_5() -> None:
 
 
 def test_a_conversation_finds_its_last_turn_in_the_cache() -> None:
-    fleet = Fleet(1, shortest, block_size=16).play(TALKS)
+    fleet = Fleet(1, shortest, **SMALL).play(TALKS)
     last: dict[int, Asked] = {}
     for asked in fleet.requests:
         if before := last.get(asked.conversation):
@@ -66,26 +68,26 @@ def test_a_conversation_finds_its_last_turn_in_the_cache() -> None:
 
 
 def test_by_prefix_a_conversation_stays_and_hits_what_one_engine_would() -> None:
-    one, routed = (Fleet(n, by_prefix, block_size=16).play(TALKS) for n in (1, 3))
+    one, routed = (Fleet(n, by_prefix, **SMALL).play(TALKS) for n in (1, 3))
     engines: dict[int, set[int]] = {}
     for asked in routed.requests:
         engines.setdefault(asked.conversation, set()).add(asked.engine)
     assert all(len(used) == 1 for used in engines.values())
     assert routed.hit_rate == pytest.approx(one.hit_rate, abs=0.03)
-    by_load = Fleet(3, shortest, block_size=16).play(TALKS)
+    by_load = Fleet(3, shortest, **SMALL).play(TALKS)
     assert by_load.hit_rate < routed.hit_rate
     assert by_load.imbalance < routed.imbalance
     check(routed)
 
 
 def test_the_same_fleet_twice() -> None:
-    runs = [Fleet(3, shortest).play(TALKS).requests for _ in range(2)]
+    runs = [Fleet(3, shortest, **SMALL).play(TALKS).requests for _ in range(2)]
     times = [[(a.engine, a.token_times, a.num_cached) for a in run] for run in runs]
     assert times[0] == times[1]
 
 
 def test_a_death_ends_what_has_begun_and_moves_what_has_not() -> None:
-    fleet = Fleet(2, shortest, cost=STEPS, max_num_seqs=2)
+    fleet = Fleet(2, shortest, cost=STEPS, max_num_seqs=2, **SMALL)
     victim = fleet.engines[1]
     seen: list[list[Asked]] = []
 
@@ -111,7 +113,7 @@ def test_a_death_ends_what_has_begun_and_moves_what_has_not() -> None:
 
 
 def test_without_an_engine_requests_wait_for_one() -> None:
-    fleet = Fleet(1, shortest)
+    fleet = Fleet(1, shortest, **SMALL)
     fleet.at(0.0, lambda: fleet.kill(fleet.engines[0]))
     fleet.at(5.0, fleet.start)
     fleet.play(SINGLE)
@@ -120,7 +122,7 @@ def test_without_an_engine_requests_wait_for_one() -> None:
 
 
 def test_a_drained_engine_finishes_what_it_has() -> None:
-    fleet = Fleet(2, shortest)
+    fleet = Fleet(2, shortest, **SMALL)
     fleet.at(0.4, lambda: fleet.drain(fleet.engines[1]))
     fleet.play(SINGLE)
     ours = [asked for asked in fleet.requests if asked.engine == 1]
@@ -132,7 +134,7 @@ def test_a_drained_engine_finishes_what_it_has() -> None:
 
 def test_apart_the_caches_travel_and_decodes_are_left_alone() -> None:
     link = Link(kv_bytes=100_000, bandwidth=1e9)
-    fleet = Apart(1, 1, link, block_size=16)
+    fleet = Apart(1, 1, link, **SMALL)
     fleet.play(SINGLE)
     prompts = [len(asked.token_ids) for asked in fleet.requests]
     assert fleet.num_bytes == 100_000 * sum(prompts)
@@ -148,7 +150,7 @@ def test_apart_the_caches_travel_and_decodes_are_left_alone() -> None:
 
 
 def test_one_link_sends_one_cache_after_the_other() -> None:
-    slow = Apart(1, 1, Link(kv_bytes=100_000, bandwidth=1e8), block_size=16)
+    slow = Apart(1, 1, Link(kv_bytes=100_000, bandwidth=1e8), **SMALL)
     slow.play(SINGLE)
     arrived = sorted(asked.token_times[1] for asked in slow.requests)
     whole = slow.num_bytes / 1e8

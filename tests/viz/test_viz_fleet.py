@@ -27,7 +27,7 @@ RUNS = {
 WORK = {"at random": [(100, 300), (100, 100)], "by prefix": [(500, 200), (0, 200)]}
 STEPS = {
     "A": [(0.0, 0.01, 512, 0), (0.01, 0.02, 100, 3), (0.02, 0.025, 0, 4), (0.5, 0.6, 0, 1)],
-    "B": [(0.0, 0.005, 0, 9)],
+    "B": [(0.0, 0.006, 0, 9)],
 }
 ANSWERS = [
     Answer(0, 0.0, 0.5, 2.0),
@@ -86,7 +86,7 @@ def test_steps_are_those_of_the_window() -> None:
         (round(p.get_x(), 6), round(p.get_width(), 6), p.get_facecolor())
         for p in figure.axes[0].patches
     ]
-    assert [span[:2] for span in spans] == [(0, 5), (5, 10), (15, 5)], "the end of the first one"
+    assert [span[:2] for span in spans] == [(0, 5), (5, 10), (15, 5), (0, 1)], "cut at the start"
     assert len({color for _, _, color in spans}) == 3
     with pytest.raises(ValueError, match="no steps"):
         draw_steps(STEPS, (7.0, 8.0), "Steps")

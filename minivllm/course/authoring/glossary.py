@@ -786,8 +786,8 @@ TERMS: tuple[Term, ...] = (
         "power of two choices",
         "15",
         "serving/replicas/router.py:ROUTERS",
-        "Drawing two replicas at random and taking the one with the shorter queue. It does nearly as"
-        " well as knowing all queues.",
+        "Drawing two replicas at random and taking the one with the shorter queue. It does nearly"
+        " as well as knowing all queues.",
     ),
     Term(
         "load imbalance",
