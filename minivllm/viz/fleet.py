@@ -283,7 +283,7 @@ def draw_steps(
     figure.text(0.01, 1 - 0.25 / height, title, **_BOLD)
     longest = {name: 1e3 * max(end - begin for begin, end, _, _ in s) for name, s in shown.items()}
     told = "; ".join(
-        f"{name}: {len(steps)} steps, the longest {longest[name]:.1f} ms"
+        f"{name}: {len(steps)} steps, the longest {longest[name]:.1f} milliseconds"
         for name, steps in shown.items()
     )
     said = ", ".join(f"{name} {ms:.0f}" for name, ms in longest.items())
