@@ -330,6 +330,13 @@ MODULES = {
     ),
     "12": ("serving/async_llm.py", "serving/core_loop.py", "bench/loads.py", "bench/served.py"),
     "13": ("engine/speculation.py", "engine/draft_model.py"),
+    "15": (
+        "serving/replicas/routing.py",
+        "serving/replicas/prefixes.py",
+        "bench/conversations.py",
+        "course/sim/fleet.py",
+        "course/sim/apart.py",
+    ),
 }
 
 

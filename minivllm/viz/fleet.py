@@ -62,12 +62,12 @@ def draw_router() -> Figure:
         _arrow(ax, (68, y + 2.2), (55, 12.5 - i), dashed=True)
         _frame(ax, (68, y, 30, 8.5), _color(i))
         ax.text(70, y + 5.9, f"engine {palette.request_letter(i)}", va="center", **_BOLD)
-        ax.text(85, y + 6, "scheduler, KV cache", va="center", ha="center", **_SOFT)
+        ax.text(96, y + 5.9, "KV cache", va="center", ha="right", **_SOFT)
         for block in range(10):
             look = _CACHED if block < 7 - 2 * i else {"facecolor": "none", "edgecolor": _color(i)}
             ax.add_patch(Rectangle((70 + 2.6 * block, y + 1.2), 2.2, 2.2, **look))
     ax.text(61.5, 29.5, "a request", **_MIDDLE, **_SOFT)
-    ax.text(60, 3.4, "what it has cached,\nnow and then", **_MIDDLE, **_SOFT)
+    ax.text(57, 3.4, "what it has cached,\nnow and then", **_MIDDLE, **_SOFT)
     describe(
         figure,
         "Picture: people send requests to one front, a router chooses one of three engines for"
@@ -283,7 +283,7 @@ def draw_steps(
     figure.text(0.01, 1 - 0.25 / height, title, **_BOLD)
     longest = {name: 1e3 * max(end - begin for begin, end, _, _ in s) for name, s in shown.items()}
     told = "; ".join(
-        f"{name}: {len(steps)} steps, the longest {longest[name]:.1f} ms"
+        f"{name}: {len(steps)} steps, the longest {longest[name]:.1f} milliseconds"
         for name, steps in shown.items()
     )
     said = ", ".join(f"{name} {ms:.0f}" for name, ms in longest.items())

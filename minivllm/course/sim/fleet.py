@@ -87,12 +87,29 @@ class Step:
     decodes: int
 
 
+class _Table(dict[int, int]):
+    """A block manager's table of hashes, with their lowest 32 bits kept beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low: set[int] = set()
+
+    def __setitem__(self, block_hash: int, block_id: int) -> None:
+        super().__setitem__(block_hash, block_id)
+        self.low.add(block_hash & _MASK)
+
+    def __delitem__(self, block_hash: int) -> None:
+        super().__delitem__(block_hash)
+        self.low.discard(block_hash & _MASK)
+
+
 class Engine:
     """One engine of a fleet: a scheduler, a block manager, and what it has done so far."""
 
     def __init__(self, name: int, limits: Limits, cost: CostModel) -> None:
         self.name, self.cost = name, cost
         self.block_manager = BlockManager(limits.num_blocks, limits.block_size)
+        self.block_manager.hash_to_block = self._table = _Table()
         self.scheduler = Scheduler(
             self.block_manager, limits.max_num_seqs, limits.max_num_batched_tokens
         )
@@ -114,8 +131,7 @@ class Engine:
 
     def blocks_of(self, hashes: Sequence[int]) -> int:
         """How many leading blocks of a prompt it has in its cache now."""
-        known = {block_hash & _MASK for block_hash in self.block_manager.hash_to_block}
-        return num_leading(hashes, known)
+        return num_leading(hashes, self._table.low)
 
     def summary(self) -> bytes:
         """What it publishes about its cache: 4 bytes per block (`pack_hashes`)."""
