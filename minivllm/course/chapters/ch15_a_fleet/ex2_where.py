@@ -524,9 +524,11 @@ EXERCISE = Exercise(
 # %% arrays
 from array import array
 
+MASK = 2**32 - 1
+
 
 def summary(hashes):
-    return array("I", sorted({value % 2**32 for value in hashes})).tobytes()
+    return array("I", sorted({value & MASK for value in hashes})).tobytes()
 
 
 def num_cached(token_ids, block_size, summary):
@@ -535,7 +537,7 @@ def num_cached(token_ids, block_size, summary):
     for i in range(blocks):
         block = token_ids[i * block_size : (i + 1) * block_size]
         previous = hash_block(previous, block)
-        if previous % 2**32 not in known:
+        if previous & MASK not in known:
             return i
     return max(0, blocks)
 
