@@ -556,15 +556,19 @@ def _described(make: type, scene: _Scene, mine: list[Any], right: tuple[Any, ...
 
 
 def _come_and_go(make: Callable[[int, float], Any], kind: str, rounds: int) -> Any:
-    """A router after so many prompts, or after so many replicas. kind: "prompts" or "replicas"."""
+    """A router after so many prompts, or after so many replicas.
+
+    kind: "prompts"; "talks", prompts that begin with the same block; or "replicas".
+    """
     router = make(2, 5.0)
     for number in range(rounds):
         now = 3.0 * number
-        names = ["x", "y"] if kind == "prompts" else [f"r{number}", f"s{number}"]
+        names = [f"r{number}", f"s{number}"] if kind == "replicas" else ["x", "y"]
         if kind == "replicas":
             for name in names:
                 router.publish(name, set(_tree(number)))
-        router.choose(_tree(number, 1, 2), dict.fromkeys(names, 0), now)
+        prompt = _tree(0, number, 1) if kind == "talks" else _tree(number, 1, 2)
+        router.choose(prompt, dict.fromkeys(names, 0), now)
         if kind == "replicas":
             for name in names:
                 router.leave(name)
@@ -626,8 +630,11 @@ def check_router(answer: type) -> str:
             f"{answer.__name__} has no method `{method}`.\nThe statement names three.",
         )
     _expect_choices(answer)
-    for kind in ("prompts", "replicas"):
-        what = "new prompts" if kind == "prompts" else "replicas that come and leave"
+    for kind, what in (
+        ("prompts", "new prompts"),
+        ("talks", "new prompts that begin with the same block"),
+        ("replicas", "replicas that come and leave"),
+    ):
         expect_no_growth(partial(_come_and_go, answer, kind), what)
     router = answer(_BALANCE, _KEEP)
     try:
@@ -1035,6 +1042,11 @@ EXERCISE = Exercise(
 @@
 -        while sent and next(iter(sent.values())) < now - self.keep:
 -            del sent[next(iter(sent))]
+
+# %% a block that is sent again and again stays the oldest, and what is behind it is not looked at
+@@
+-            sent.pop(value, None)
+             sent[value] = now
 
 # %% the turns of those that left
 @@

@@ -189,7 +189,7 @@ def _move_cases() -> list[tuple[float, int, int, float, float]]:
     rng = Random(1541)
     for _ in range(40):
         layers = rng.choice((1, 2, 28, 64))
-        num_bytes = layers * rng.randrange(1, 1 << 20)
+        num_bytes = layers * rng.randrange(1, 1 << 20) + rng.choice((0, 1, 5))
         bandwidth = rng.choice((1e6, 1e7, 1e8, 5e10))
         cases.append((rng.uniform(0, 3), num_bytes, layers, bandwidth, rng.uniform(0, 0.05)))
     return cases

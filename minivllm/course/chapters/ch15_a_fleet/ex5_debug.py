@@ -204,6 +204,13 @@ def _small_scripts() -> list[_Script]:
             ("join", "a"), ("ask", "1"), ("drain", "a"), ("ask", "2"), ("join", "b"),
             ("end", "a", "1"), ("end", "b", "2"),
         )),
+        _Script("The only replica is drained, and stops while a request waits", events=(
+            ("join", "a"), ("ask", "1"), ("drain", "a"), ("ask", "2"), ("end", "a", "1"),
+            ("join", "b"),
+        )),
+        _Script("Very many requests", events=(
+            ("join", "a"), *(("ask", str(i)) for i in range(600)), ("join", "b"), ("die", "a"),
+        )),
         _Script("A drained replica dies", events=(
             *two, ("ask", "1"), ("ask", "2"), ("drain", "a"), ("die", "a"), ("end", "b", "2"),
             ("end", "b", "1"), ("drain", "b"),
@@ -447,10 +454,10 @@ def _come_and_go(make: Callable, kind: str, rounds: int) -> Any:
             held = [act[1:] for act in hands.done if act[0] == "send"]
             for name, request in held:
                 front.token(name, request, "x")
-            if kind == "deaths":
-                front.die(f"r{i}")
-            else:
+            if kind != "deaths":
                 front.drain(f"r{i}")
+            if kind != "drains":
+                front.die(f"r{i}")
             for name, request in held:
                 if name == "a" or kind == "drains":
                     front.end(name, request)
@@ -469,6 +476,7 @@ def check_debug(answer: type) -> str:
         ("requests", "requests that come and end"),
         ("deaths", "replicas that come and die"),
         ("drains", "replicas that come and are drained"),
+        ("both", "replicas that come, are drained, and die before they are idle"),
     ):
         expect_no_growth(partial(_come_and_go, answer, kind), what)
     return f"{len(_scripts())} scripts, {total} events: nobody waits for ever, nothing comes twice"
@@ -850,6 +858,12 @@ EXERCISE = Exercise(
 @@
 -        del self.handed[request]
 +        pass
+
+# %% remembers who drained when it died
+@@
+-        self.draining.discard(name)
+-        for request, has_begun in self.requests.pop(name, {}).items():
++        for request, has_begun in self.requests.pop(name, {}).items():
 
 # %% remembers who has died
 @@
