@@ -35,7 +35,9 @@ class ClassMemory:
     def __init__(self, cls: type) -> None:
         self.cls = cls
         plain = (dict, list, set, deque, int, float)
-        self.before = {n: copied(v) for n, v in vars(cls).items() if isinstance(v, plain)}
+        # What Python or a decorator put there (`__dataclass_fields__`) is nobody's memory.
+        mine = {name: value for name, value in vars(cls).items() if not name.startswith("__")}
+        self.before = {n: copied(v) for n, v in mine.items() if isinstance(v, plain)}
         methods = [value for value in vars(cls).values() if isinstance(value, FunctionType)]
         self.memories = [Memory.of(method) for method in methods]
 

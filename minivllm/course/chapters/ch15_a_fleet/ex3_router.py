@@ -1093,5 +1093,44 @@ class Router:
             self.order.remove(name)
         self.order.append(name)
         return name
+
+# %% a dataclass
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Router:
+    balance: int
+    keep: float
+    held: dict = field(default_factory=dict)
+    sent: dict = field(default_factory=dict)
+    turns: dict = field(default_factory=dict)
+    number: int = 0
+
+    def publish(self, name, hashes):
+        self.held[name] = frozenset(hashes)
+
+    def leave(self, name):
+        for known in (self.held, self.sent, self.turns):
+            known.pop(name, None)
+
+    def has(self, name, value, now):
+        when = self.sent.get(name, {}).get(value, -math.inf)
+        return value in self.held.get(name, ()) or now - when <= self.keep
+
+    def choose(self, hashes, loads, now):
+        most = min(loads.values()) + self.balance
+        places = []
+        for i, name in enumerate(loads):
+            found = [self.has(name, value, now) for value in hashes] + [False]
+            place = -found.index(False), loads[name], self.turns.get(name, -1), i, name
+            places += [place] if loads[name] <= most else []
+        best = min(places)[-1]
+        self.number += 1
+        self.turns[best] = self.number
+        old = self.sent.get(best, {}).items()
+        young = {value: when for value, when in old if now - when <= self.keep}
+        self.sent[best] = young | dict.fromkeys(hashes, now)
+        return best
 """,
 )

@@ -149,7 +149,8 @@ class _Script:
             case "join":
                 return "join", f"r{i}"
             case "late":
-                return rng.choice((("token", "gone", request, f"t{i}"), ("end", "gone", request)))
+                who = rng.choice([each for each in names if each != name] or ["gone"])
+                return rng.choice((("token", who, request, f"t{i}"), ("end", who, request)))
         return rng.choice((("die", "gone"), ("drain", "gone")))
 
 
@@ -225,6 +226,10 @@ def _small_scripts() -> list[_Script]:
         _Script("A dead replica's last words", events=(
             *two, ("ask", "1"), ("die", "a"), ("token", "a", "1", "x"), ("end", "a", "1"),
             ("token", "b", "1", "y"), ("end", "b", "1"), ("token", "b", "1", "z"),
+        )),
+        _Script("A replica speaks of a request that another one has", events=(
+            *two, ("ask", "1"), ("token", "b", "1", "x"), ("end", "b", "1"), ("die", "a"),
+            ("token", "b", "1", "y"), ("end", "b", "1"),
         )),
         _Script("Dies twice", events=(
             *two, ("ask", "1"), ("die", "a"), ("die", "a"), ("die", "never there"),
@@ -771,6 +776,16 @@ EXERCISE = Exercise(
 +        if request in self.handed:
 +            self.requests.get(name, {})[request] = True
 +            self.tell(request, text)
+
+# %% whoever is there may say it
+@@
+-        if request in self.requests.get(name, ()):
+-            self.requests[name][request] = True
+-            self.tell(request, text)
++        if name in self.requests and request in self.handed:
++            if request in self.requests[name]:
++                self.requests[name][request] = True
++            self.tell(request, text)
 """,
         ),
         Known(
@@ -939,5 +954,15 @@ class Front:
             self.leaving.remove(name)
             self.load.pop(name)
             self.stop(name)
+
+# %% counts deaths
+@@
+-        self.handed[request] += 1
+-        self.requests[name][request] = False
++        self.requests[name][request] = False
+@@
+-            if has_begun or self.handed[request] >= self.tries:
++            self.handed[request] += 1
++            if has_begun or self.handed[request] >= self.tries:
 """,
 )
