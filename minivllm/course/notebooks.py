@@ -275,6 +275,7 @@ ROAD = (
     Stop("12_serving", "use", "many clients, one engine", ("05", "07")),
     Stop("13_speculative_decoding", "use", "several tokens per step", ("07", "08")),
     Stop("14_quantization", "use", "fewer bits per number", ("03", "06")),
+    Stop("15_a_fleet", "use", "many engines, one service", ("04", "12")),
 )
 
 
@@ -335,6 +336,13 @@ MODULES = {
         "layers/quantization.py",
         "models/quantization_config.py",
         "bench/quality.py",
+    ),
+    "15": (
+        "serving/replicas/routing.py",
+        "serving/replicas/prefixes.py",
+        "bench/conversations.py",
+        "course/sim/fleet.py",
+        "course/sim/apart.py",
     ),
 }
 

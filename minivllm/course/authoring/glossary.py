@@ -817,4 +817,59 @@ TERMS: tuple[Term, ...] = (
         "The mean of Σ p · log(p / q): how far a distribution q of the next token is from p. It is"
         " 0 only where they are equal.",
     ),
+    Term(
+        "replica",
+        "15",
+        "serving/replicas/replica.py:Replica",
+        "One of several whole engines behind one address. Each has its own scheduler, KV cache and"
+        " queue.",
+    ),
+    Term(
+        "router",
+        "15",
+        "serving/replicas/routing.py:rank",
+        "What chooses the replica for a request: at random, by load, or by what the replicas have"
+        " cached.",
+    ),
+    Term(
+        "prefix-aware routing",
+        "15",
+        "serving/replicas/prefixes.py:num_leading",
+        "Sending a request to the replica that has most of its prompt's leading blocks cached. The"
+        " turns of a conversation stay together.",
+    ),
+    Term(
+        "balance",
+        "15",
+        "serving/replicas/routing.py:BALANCE",
+        "How much longer than the shortest queue the queue of the replica with the best prefix may"
+        " be, in requests. 0 looks at the load first, a large number at the prefix only.",
+    ),
+    Term(
+        "power of two choices",
+        "15",
+        "serving/replicas/router.py:ROUTERS",
+        "Drawing two replicas at random and taking the one with the shorter queue. It does nearly"
+        " as well as knowing all queues.",
+    ),
+    Term(
+        "load imbalance",
+        "15",
+        "course/sim/fleet.py:Fleet.imbalance",
+        "The work of the busiest replica divided by the mean. 1 is even; N is one replica of N that"
+        " does everything.",
+    ),
+    Term(
+        "prefill and decode apart",
+        "15",
+        "course/sim/apart.py:Apart",
+        "Some engines compute prompts and others write the answers; the KV cache moves between"
+        " them. Also called disaggregated serving.",
+    ),
+    Term(
+        "draining",
+        "15",
+        "course/sim/fleet.py:Fleet.drain",
+        "Giving a replica no new requests and letting it finish those that it has, before it ends.",
+    ),
 )
