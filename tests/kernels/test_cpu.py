@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from minivllm import LLM
 from minivllm.bundled import BUNDLED_MODEL_PATH
 from minivllm.kernels import Kernels, cpu
+from minivllm.kernels.kv_cache import untouched_zeros
 from minivllm.models.loader import LoadOptions, load_config, load_model, weight_shapes
 from minivllm.parallel.group import SINGLE, TensorParallelGroup
 from support import kernel_checks as checks
@@ -209,3 +211,20 @@ def test_an_engine_on_a_cpu_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"device": "cpu", "load_format": "dummy", "num_kv_blocks": 8, "kernels": mine}
     with LLM(skip_tokenizer_init=True, max_model_len=64, **options) as llm:
         assert llm.llm_engine.model_runner.sampler.kernels is mine
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_cache_begins_as_zeros_and_takes_memory_where_it_is_written(dtype: torch.dtype) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("this system does not tell how much memory is in use")
+    untouched_zeros((1, 2), dtype)
+    before = resident()
+    cache = untouched_zeros((64, 2, 1 << 18), dtype)
+    assert (cache.shape, cache.dtype, cache.is_contiguous()) == ((64, 2, 1 << 18), dtype, True)
+    assert cache.data_ptr() % 64 == 0
+    cache[3, 1, :100] = 1.0
+    assert resident() - before < cache.nbytes / 4
+    assert cache.sum().item() == 100.0
