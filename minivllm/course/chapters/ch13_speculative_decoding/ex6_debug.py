@@ -171,6 +171,7 @@ class _Judge:
     rejected: list[int] = field(default_factory=list)
     behind: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
+    ended: bool = True
 
     def __post_init__(self) -> None:
         self.case = self.run.case
@@ -199,7 +200,8 @@ class _Judge:
         _judge_work(self.run, self.right, sum(self.sizes))
 
     def judge_begun(self) -> None:
-        """Judge the steps of an answer that came to no end."""
+        """Judge the steps of an answer that came to no end: it has tokens that nobody computes."""
+        self.ended = False
         for step in _steps(self.run.picks)[:-1]:
             if self.known < len(self.right):
                 self.step(step)
@@ -244,6 +246,9 @@ class _Judge:
             f"{self.where}: the {pick.model}'s row comes after {_tail(context)}, and the text is"
             f" {_tail(text)}."
         )
+        if self.ended and context[-1] != text[-1] and context[-1] in self.behind:
+            # The newest token of the answer's text is a sample behind the target's own.
+            return EXERCISE.mistake("keeps-a-later-sample", seen)
         # In the place of the target's own token there is the guess.
         stale = list(context[known - 1 : known]) == self.rejected[:1] and bool(self.rejected)
         if context[: known - 1] == text[: known - 1] and stale:
@@ -251,9 +256,6 @@ class _Judge:
             return EXERCISE.mistake(
                 f"{pick.model}-{name}" if name else "keeps-the-wrong-guess", seen
             )
-        if context[-1] != text[-1] and context[-1] in self.behind:
-            # The newest token of the answer's text is a sample behind the target's own.
-            return EXERCISE.mistake("keeps-a-later-sample", seen)
         if len(context) < len(text) and self.run.after[pick.call][: len(text)] == text:
             return EXERCISE.mistake("wrong-row", seen)
         if len(context) < len(text):
