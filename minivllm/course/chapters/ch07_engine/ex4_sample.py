@@ -776,6 +776,21 @@ FILTER = (
 """,
     ),
     Known(
+        "min-p-overflow",
+        message=(
+            "Min-p takes exp of the logits as they are; from 89 on that is inf, and far below 0 it"
+            " is 0.\nSubtract the row's maximum first, or compare the logits themselves."
+        ),
+        suspects=(_wrong_filter("min-p-overflow"),),
+        answers=r"""
+# %% exp of the scores
+@@
+-            keep &= scaled >= scaled.max() + min_p[i].log()
++            weights = scaled.exp()
++            keep &= weights >= min_p[i] * weights.max()
+""",
+    ),
+    Known(
         "stops-short",
         message=(
             "Top-p stops *before* the sum reaches top_p: the token that crosses the line is"
@@ -1223,14 +1238,8 @@ SAMPLE = (
             "You take exp of the logits as they are; from 89 on that is inf, and inf / inf is"
             " nan.\nSubtract each row's maximum first, or use torch.softmax, which does."
         ),
-        suspects=(_wrong_sample("overflow"), _wrong_filter("min-p-overflow")),
+        suspects=(_wrong_sample("overflow"),),
         answers=r"""
-# %% in the filter
-@@
--            keep &= scaled >= scaled.max() + min_p[i].log()
-+            weights = scaled.exp()
-+            keep &= weights >= min_p[i] * weights.max()
-
 # %% exp of the scores as they are
 @@
 -    ruler = (logits / divisor[:, None]).softmax(dim=-1).cumsum(dim=-1)
