@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -36,14 +37,15 @@ from support.servers import wait_for
 # Not `importorskip`: what `local.py` sets must stand before Ray is imported.
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(START + 200),
     pytest.mark.skipif(
         find_spec("ray") is None, reason="Ray is not installed: pip install 'minivllm[ray]'"
     ),
 ]
 
-#: Seconds that anything here may take on a busy machine.
-PATIENCE = 90.0
+#: Seconds that anything here may take on a busy machine, and a start: some eight Pythons with torch
+#: and Ray, each of which takes 5 seconds of a core.
+PATIENCE, START = 90.0, 400.0
 STORY = {"prompt": "Tell me a story about a fox.", "temperature": 0, "ignore_eos": True}
 ENGINE = {"device": "cpu", "num_kv_blocks": 512, "max_num_seqs": 3}
 
@@ -101,7 +103,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     log = tmp_path_factory.mktemp("fleet") / "log"
     options = {"min_replicas": 2, "core": "thread", "engine": ENGINE, "drain_seconds": 60}
     options |= {"cpus": 0, "front_cpus": 0}
-    with started(log) as process:
+    with started(log, "--replicas=2", "--core=thread") as process:
         yield Fleet(process, *found(log), log, options)
 
 
@@ -115,13 +117,13 @@ def found(log: Path) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def started(log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def started(log: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
     """The command, once it is up or has ended. Whatever comes, nothing of it stays."""
     flags = [f"-e{name}={value}" for name, value in ENGINE.items()]
-    command = [sys.executable, "-m", "minivllm", "serve", "--replicas=2", "--port=0", *flags]
+    command = [sys.executable, "-m", "minivllm", "serve", "--port=0", *flags]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*command, "--core=thread", "--drain-seconds=60"],
+            [*command, "--drain-seconds=60", *options],
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_TOKEN": secrets.token_hex(32)},
@@ -129,7 +131,7 @@ def started(log: Path) -> Iterator[subprocess.Popen[bytes]]:
     tree = psutil.Process(process.pid)
     children: list[psutil.Process] = []
     try:
-        wait_for(lambda: process.poll() is not None or "logs are in" in log.read_text(), 180)
+        wait_for(lambda: process.poll() is not None or "logs are in" in log.read_text(), START)
         with contextlib.suppress(psutil.Error):
             children = tree.children(recursive=True)
         yield process
@@ -213,6 +215,8 @@ def test_the_gpus_of_an_engine_are_one_bundle() -> None:
     for wrong, said in (
         ({"engine": {"tensor_parallel_size": 4}, "gpus": 2}, "4 ranks"),
         ({"engine": {"blok_size": 16}}, "blok_size"),
+        ({"engine": {"max_num_seqs": None}}, "max_num_seqs is null"),
+        ({"engine": {"tensor_parallel_size": None}, "gpus": 1}, "tensor_parallel_size is null"),
         ({"min_replicas": 3, "max_replicas": 2}, "less than"),
         ({"router": "psychic"}, "router is one of"),
         ({"api_key": ""}, "API key"),
@@ -383,6 +387,38 @@ def test_the_number_of_replicas_follows_the_load_and_no_stream_is_cut(operator: 
         assert [end.result() for end in ends] == ["length"] * 7
     wait_for(lambda: len(operator.processes("Replica")) == 1, PATIENCE)
     assert operator.is_well()
+
+
+def test_kill_9_of_the_command_leaves_nothing(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    # As by default, each engine's core is a process of its own.
+    with started(log, "--replicas=1", "--core=process") as process:
+        address, _ = found(log)
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len([child for child in family if "ServeReplica" in child.cmdline()[0]]) == 2
+        url = f"{address}/v1/completions"
+        body = {**STORY, "max_tokens": 1900, "stream": True}
+        with httpx.stream("POST", url, json=body, timeout=PATIENCE) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.kill()
+            began = time.monotonic()
+            with pytest.raises(httpx.HTTPError):
+                list(lines)
+        wait_for(lambda: not alive(family), PATIENCE)
+        print(f"all had ended after {time.monotonic() - began:.1f} s")
+        port = int(address.rpartition(":")[2])
+        socket.create_server(("127.0.0.1", port)).close()
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that have not ended. An ended one that nobody has asked for is a zombie."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 def test_sigterm_lets_streams_finish_and_leaves_nothing(fleet: Fleet) -> None:

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds after which a replica whose engine does not answer is replaced.
 HEALTH_TIMEOUT = 20.0
+#: Seconds between two times that running streams tell the engine's state.
+STATE_PERIOD = 0.5
 
 
 class Replica:
@@ -45,6 +47,8 @@ class Replica:
         self.llm.on_death = _end
         self.name = str(serve.get_replica_context().replica_id.unique_id)
         self.interval = interval
+        #: When a stream last told the engine's state.
+        self.told = float("-inf")
 
     async def describe(self) -> wire.Started:
         """What the front must know of the engine to check requests."""
@@ -57,14 +61,22 @@ class Replica:
         stream = self.llm.start(checked, order.request_id)
         try:
             gains = await stream.next_gains()
-            yield Part(self.name, gains, self.llm.stats)
+            yield self._part(gains, with_state=True)
             while not stream.is_finished:
                 # A message costs more than a token of a small model does.
                 await asyncio.sleep(self.interval)
                 gains = await stream.next_gains()
-                yield Part(self.name, gains, self.llm.stats if stream.is_finished else None)
+                yield self._part(gains, with_state=stream.is_finished)
         finally:
             self.llm.drop(stream)
+
+    def _part(self, gains: list[wire.Gain], with_state: bool) -> Part:
+        """with_state: in any case; else where it is time for it again."""
+        now = time.monotonic()
+        if not with_state and now < self.told + STATE_PERIOD:
+            return Part(self.name, gains)
+        self.told = now
+        return Part(self.name, gains, self.llm.stats)
 
     async def reset_prefix_cache(self) -> bool:
         """Forget the content of all KV blocks. Returns False while requests are unfinished."""
