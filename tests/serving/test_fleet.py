@@ -15,7 +15,7 @@ import pytest
 
 from minivllm.bundled import BUNDLED_MODEL_PATH
 from minivllm.errors import EngineEndedError
-from minivllm.sampling_params import SamplingParams
+from minivllm.sampling_params import RequestOutputKind, SamplingParams
 from minivllm.serving.async_llm import AsyncLLM
 
 pytestmark = [
@@ -216,6 +216,26 @@ def test_a_full_fleet_is_well_and_tells_its_state_without_a_call() -> None:
         while front.engines["r1"].num_running:
             await front.refresh()
         assert set(handle.asked) == {"state"}
+
+    run(test)
+
+
+def test_whole_answers_of_a_full_fleet_tell_its_state_while_nobody_reads_a_token() -> None:
+    async def test(front: AsyncLLM, handle: Handle) -> None:
+        handle.is_full = True
+        kind = RequestOutputKind.FINAL_ONLY
+        params = SamplingParams(temperature=0, max_tokens=1900, ignore_eos=True, output_kind=kind)
+        streams = [front.start(await front.check(f"{n}", params)) for n in range(5)]
+        while "r1" not in front.engines or front.engines["r1"].num_waiting != 1:
+            await asyncio.sleep(0.05)
+        await front.check_health(2)
+        assert handle.asked == []
+        # A part without news is no beginning: the request may still go elsewhere.
+        handle.die = lambda sent, is_end: died() if len(handle.tries) == 5 else None
+        while len(handle.tries) == 5:
+            await asyncio.sleep(0.05)
+        for stream in streams:
+            front.drop(stream)
 
     run(test)
 

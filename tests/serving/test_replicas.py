@@ -34,6 +34,10 @@ import pytest
 from minivllm import LLM, SamplingParams
 from support.servers import wait_for
 
+#: Seconds that anything here may take on a busy machine, and a start: some eight Pythons with torch
+#: and Ray, each of which takes 5 seconds of a core.
+PATIENCE, START = 90.0, 400.0
+
 # Not `importorskip`: what `local.py` sets must stand before Ray is imported.
 pytestmark = [
     pytest.mark.slow,
@@ -43,9 +47,6 @@ pytestmark = [
     ),
 ]
 
-#: Seconds that anything here may take on a busy machine, and a start: some eight Pythons with torch
-#: and Ray, each of which takes 5 seconds of a core.
-PATIENCE, START = 90.0, 400.0
 STORY = {"prompt": "Tell me a story about a fox.", "temperature": 0, "ignore_eos": True}
 ENGINE = {"device": "cpu", "num_kv_blocks": 512, "max_num_seqs": 3}
 

@@ -118,7 +118,7 @@ class FleetCore:
         """Ask every replica for its state, and forget those that are gone.
 
         A replica that is full answers when it has a place again. Until then it is not asked a
-        second time, and what its streams bring stands (`Part.stats`).
+        second time, and what its requests' parts say stands (`Part.stats`).
         """
         if self._refresh is None or self._refresh[0].done():
             task = self._spawn(self._ask_all())
@@ -239,7 +239,7 @@ class _Call:
         response = self.fleet.call(order)
         try:
             async for part in response:
-                self.has_begun = True
+                self.has_begun = self.has_begun or bool(part.gains)
                 self.fleet.take(part, [self._adopt(gain) for gain in part.gains])
         except asyncio.CancelledError:
             response.cancel()

@@ -32,6 +32,9 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 # How often Ray looks after the HTTP proxy, in seconds: so long may one be missing that died.
 os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "2")
+# Seconds for which Ray's parts look for its head when that is gone. When this process is killed,
+# the head ends at once, and the last of the others after this time.
+os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
 # Otherwise Ray writes a secret into the home directory, for all that the user ever starts.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
