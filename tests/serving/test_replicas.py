@@ -318,7 +318,7 @@ def test_a_killed_replica_ends_only_what_it_had_begun(fleet: Fleet) -> None:
     assert ends.count("error") == 3, "those that it ran"
     assert all(had for had, end in zip(had_begun, ends, strict=True) if end == "error")
     assert ends.count("length") == 9, "those that it had not begun go elsewhere"
-    wait_for(lambda: len(fleet.replicas()) == 2, PATIENCE)
+    wait_for(lambda: len(fleet.replicas()) == 2, START)
     assert fleet.replicas() != before
 
 
@@ -331,15 +331,15 @@ def test_a_killed_router_comes_back(fleet: Fleet, part: str) -> None:
         (victim,) = fleet.processes(part)
         victim.kill()
         assert answer.result() in ("broken", "error")
-        wait_for(fleet.is_well, PATIENCE)
+        wait_for(fleet.is_well, START)
     assert len(fleet.processes("Replica")) == 2, "the engines go on"
     # What nobody reads any more has been ended.
     wait_for(lambda: sum(fleet.metric("vllm:num_requests_running").values()) == 0)
 
 
 @contextlib.contextmanager
-def load(fleet: Fleet) -> Iterator[list[Future[int]]]:
-    """Requests without a pause, two at a time, until the context ends: their statuses."""
+def load(fleet: Fleet, clients: int) -> Iterator[list[Future[int]]]:
+    """Requests without a pause, so many at a time, until the context ends: their statuses."""
     answers: list[Future[int]] = []
     end = threading.Event()
 
@@ -351,7 +351,7 @@ def load(fleet: Fleet) -> Iterator[list[Future[int]]]:
             except httpx.HTTPError as error:
                 future.set_exception(error)
 
-    threads = [threading.Thread(target=ask) for _ in range(2)]
+    threads = [threading.Thread(target=ask) for _ in range(clients)]
     for thread in threads:
         thread.start()
     try:
@@ -364,28 +364,49 @@ def load(fleet: Fleet) -> Iterator[list[Future[int]]]:
 
 def test_a_rolling_update_loses_nothing(operator: Fleet) -> None:
     before = operator.replicas()
-    with load(operator) as answers:
-        # Beside another engine option, the number of replicas now follows the load.
+    with load(operator, 2) as answers:
+        # Other engines, another name, and the number of replicas now follows the load.
         operator.deploy(
             engine={**ENGINE, "num_kv_blocks": 600},
+            served_model_name="fox",
             min_replicas=1,
             max_replicas=2,
-            target_ongoing_requests=3,
+            target_ongoing_requests=5,
             upscale_delay=1,
-            downscale_delay=2,
+            downscale_delay=1,
+            drain_seconds=START,
         )
-        wait_for(lambda: operator.replicas() and not operator.replicas() & before, PATIENCE)
+        wait_for(lambda: operator.replicas() and not operator.replicas() & before, START)
     assert len(answers) > 2
     assert {answer.result() for answer in answers} == {200}
+    models = httpx.get(f"{operator.address}/v1/models", timeout=PATIENCE).json()
+    assert [model["id"] for model in models["data"]] == ["fox"]
 
 
 def test_the_number_of_replicas_follows_the_load_and_no_stream_is_cut(operator: Fleet) -> None:
-    # Seven of them are more than one replica should have, and the last two of them are not.
-    lengths = [200, 200, 200, 200, 200, 1500, 1500]
-    with ThreadPoolExecutor(7) as pool:
-        ends = [pool.submit(stream, operator, {**STORY, "max_tokens": n}) for n in lengths]
-        wait_for(lambda: len(operator.processes("Replica")) == 2, PATIENCE)
-        assert [end.result() for end in ends] == ["length"] * 7
+    from ray import serve
+
+    def states() -> dict[str, int]:
+        status = serve.status().applications["minivllm"].deployments["Replica"]
+        return {state.name: count for state, count in status.replica_states.items()}
+
+    # A replica takes four. Seven are more than it should have only if those count that wait for it.
+    with load(operator, 7) as answers:
+        wait_for(lambda: states().get("RUNNING") == 2, START)
+        wait_for(lambda: len(operator.replicas()) == 2, PATIENCE)
+    assert {answer.result() for answer in answers} == {200}
+    # Four are fewer than two replicas should have, and each has some of them when one must end.
+    begun = [threading.Event() for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        ends = []
+        for n, event in enumerate(begun):
+            body = {**STORY, "prompt": f"Story {n}:", "max_tokens": 1900}
+            ends.append(pool.submit(stream, operator, body, event))
+            assert event.wait(PATIENCE)
+        wait_for(lambda: min(operator.metric("vllm:num_requests_running").values()) >= 1)
+        wait_for(lambda: "STOPPING" in states(), PATIENCE)
+        assert not any(end.done() for end in ends)
+        assert [end.result() for end in ends] == ["length"] * 4
     wait_for(lambda: len(operator.processes("Replica")) == 1, PATIENCE)
     assert operator.is_well()
 

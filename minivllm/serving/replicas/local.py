@@ -178,14 +178,18 @@ def _start_ray(folder: str | None, cpus: int) -> None:
             logger.warning("Ray did not start, and is started again: %s", error)
 
 
-def deploy(fleet: Fleet) -> DeploymentHandle:
+def deploy(fleet: Fleet, anew: bool = False) -> DeploymentHandle:
     """Start a fleet in the running Ray, or change the one that is there, replica by replica.
 
-    Returns when it is up. Raises `EngineEndedError` with what Ray says where it does not start.
+    anew: end the one that is there first. Then all replicas start at the same time, and until they
+    are up nobody is served. Returns when it is up. Raises `EngineEndedError` with what Ray says
+    where it does not start.
     """
     try:
+        if anew:
+            serve.delete(NAME)
         serve.run(app(fleet), name=NAME, route_prefix="/")
-    except RuntimeError as error:
+    except (RuntimeError, TimeoutError) as error:
         raise EngineEndedError(f"The replicas did not start: {error}") from error
     return serve.get_deployment_handle(FRONT, NAME)
 
