@@ -6,8 +6,10 @@ test_replicas.py has both with all that Ray starts.
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,6 +30,12 @@ pytestmark = [
 
 PROMPT = "Tell me a story about a fox."
 OPTIONS = {"device": "cpu", "num_kv_blocks": 200, "max_num_seqs": 4}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settings() -> None:
+    """Ray reads what local.py sets when it is imported, so that comes before any of its parts."""
+    import_module("minivllm.serving.replicas.local")
 
 
 class Handle:
@@ -274,3 +282,28 @@ def test_the_front_serves_the_model_under_the_name_that_it_was_given(
             await front.llm.close()
 
     run(test)
+
+
+def test_a_start_of_ray_that_fails_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    from minivllm.serving.replicas import local
+
+    parts: list[subprocess.Popen[bytes]] = []
+
+    def init(**_: Any) -> None:
+        parts.append(subprocess.Popen(["sleep", "600"]))
+        raise Exception("The current node timed out during startup.")
+
+    with subprocess.Popen(["sleep", "600"]) as other:
+        monkeypatch.setattr(local.ray, "init", init)
+        try:
+            with (
+                pytest.raises(EngineEndedError, match="timed out during startup"),
+                local.ray_here("127.0.0.1", 1),
+            ):
+                pass
+            assert len(parts) == local.RAY_TRIES
+            assert all(part.poll() is not None for part in parts)
+            assert other.poll() is None, "it was there before"
+        finally:
+            for process in (other, *parts):
+                process.kill()

@@ -38,7 +38,7 @@ from support.servers import wait_for
 #: and Ray, each of which takes 5 seconds of a core.
 PATIENCE, START = 90.0, 400.0
 
-# Not `importorskip`: what `local.py` sets must stand before Ray is imported.
+# Not `importorskip`, which would import Ray before `settings`.
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(START + 200),
@@ -49,6 +49,12 @@ pytestmark = [
 
 STORY = {"prompt": "Tell me a story about a fox.", "temperature": 0, "ignore_eos": True}
 ENGINE = {"device": "cpu", "num_kv_blocks": 512, "max_num_seqs": 3}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settings() -> None:
+    """Ray reads what local.py sets when it is imported, so that comes before any of its parts."""
+    import_module("minivllm.serving.replicas.local")
 
 
 @dataclass

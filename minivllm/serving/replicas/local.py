@@ -35,6 +35,8 @@ os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "2")
 # Seconds for which Ray's parts look for its head when that is gone. When this process is killed,
 # the head ends at once, and the last of the others after this time.
 os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
+# By how much Ray's workers give way to others: Ray's own 15 lets any other program come first.
+os.environ.setdefault("RAY_worker_niceness", "0")
 # Otherwise Ray writes a secret into the home directory, for all that the user ever starts.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -156,6 +158,7 @@ def ray_here(
 
 
 def _start_ray(folder: str | None, cpus: int) -> None:
+    before = _children()
     for number in range(RAY_TRIES):
         try:
             ray.init(
@@ -173,9 +176,27 @@ def _start_ray(folder: str | None, cpus: int) -> None:
         except Exception as error:
             # Ray raises a bare one where one of its processes takes more than 15 seconds.
             ray.shutdown()
+            _end(_children() - before)
             if number + 1 == RAY_TRIES:
                 raise EngineEndedError(f"Ray did not start: {error}") from error
             logger.warning("Ray did not start, and is started again: %s", error)
+
+
+def _children() -> set[Any]:
+    # Ray brings it along, and only then can it be imported.
+    import psutil
+
+    return set(psutil.Process().children(recursive=True))
+
+
+def _end(processes: set[Any]) -> None:
+    """End what a failed start has left, which Ray would keep until this program ends."""
+    import psutil
+
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(processes, timeout=10)
 
 
 def deploy(fleet: Fleet, anew: bool = False) -> DeploymentHandle:
