@@ -393,8 +393,7 @@ def test_the_number_of_replicas_follows_the_load_and_no_stream_is_cut(operator: 
     from ray import serve
 
     def states() -> dict[str, int]:
-        status = serve.status().applications["minivllm"].deployments["Replica"]
-        return {state.name: count for state, count in status.replica_states.items()}
+        return serve.status().applications["minivllm"].deployments["Replica"].replica_states
 
     # A replica takes four. Seven are more than it should have only if those count that wait for it.
     with load(operator, 7) as answers:
