@@ -298,7 +298,7 @@ async def _waits_long(whole: Callable, loop: VirtualLoop) -> _Engine:
         seen = (
             f"The client stays, and `whole` returned an output that is not the last: {found!r:.80}"
         )
-        raise EXERCISE.mistake("wrong-answer", f"{seen}.")
+        raise Mistake("wrong-answer", f"{seen}.")
     if found is None:
         seen = f"The client stayed, and `whole` returned None after {loop.time():g} seconds."
         raise EXERCISE.mistake("gives-up", seen)
