@@ -91,6 +91,7 @@ _STEPS: dict[str, tuple[list[_Spec], int]] = {
     "a chunk of one token": ([(7, 1, False), (9, 1, True), (0, 6, True)], 4),
     "blocks of 5": ([(14, 1, True), (15, 1, True), (10, 11, True), (3, 4, False)], 5),
     "blocks of 48": ([(100, 1, True), (47, 3, True), (0, 97, False)], 48),
+    "blocks of 2,048": ([(3000, 1, True), (0, 5, True)], 2048),
     "large block numbers": ([(70, 1, True), (0, 40, True)], 16),
     "a long past": ([(70_000, 1, True), (2**24 + 5, 1, True), (5, 300, True)], 16),
     "300 requests": (

@@ -117,6 +117,8 @@ def _kept_by_min_p(
 ) -> torch.Tensor:
     base = row if mistake == "min-p-before-temperature" else scaled
     weights = base.masked_fill(~keep, -INF).softmax(0)
+    if mistake == "min-p-overflow":
+        weights = base.masked_fill(~keep, -INF).exp()
     if mistake == "absolute-min-p":
         return weights >= least
     if mistake == "absolute-and-best":
@@ -193,6 +195,12 @@ def _filter_cases() -> list[tuple]:
         case(torch.tensor([[0.0, 10.0, 2.0, 5.0]]), {"m": 1e-4}, without="kp"),
         case(torch.tensor([[2.5]]), {"k": 1, "p": 0.4, "m": 0.5}),
         case(torch.tensor([[0.0, 500.0, 499.0, -1000.0]]), {"p": 0.9, "m": 0.1}),
+        case(
+            torch.tensor([[2000.0, 1999.0, 1990.0, 95.0], [-2001.0, -2000.0, -2009.0, -2900.0]]),
+            {"m": 0.1},
+            {"m": 0.2},
+            without="kp",
+        ),
         case(spread, {"k": 5}, {"p": 0.8}, {"m": 0.1}),
         case(spread, {"k": 50, "t": 2.0}, {"p": 0.01}, {"m": 1.0, "t": 0.7}),
         case(spread, {}, {"k": 12, "p": 0.7, "m": 0.05, "t": 1.7}, {"k": 1}),
@@ -765,6 +773,21 @@ FILTER = (
 -            keep &= scaled >= scaled.max() + min_p[i].log()
 +            row = logits[i].float()
 +            keep &= row >= row.max() + min_p[i].log()
+""",
+    ),
+    Known(
+        "min-p-overflow",
+        message=(
+            "Min-p takes exp of the logits as they are; from 89 on that is inf, and far below 0 it"
+            " is 0.\nSubtract the row's maximum first, or compare the logits themselves."
+        ),
+        suspects=(_wrong_filter("min-p-overflow"),),
+        answers=r"""
+# %% exp of the scores
+@@
+-            keep &= scaled >= scaled.max() + min_p[i].log()
++            weights = scaled.exp()
++            keep &= weights >= min_p[i] * weights.max()
 """,
     ),
     Known(

@@ -198,6 +198,8 @@ def _stream_cases() -> list[tuple]:
         ("pieces", [0, 16, 1, 1], ("END",)),
         ("pieces", [0, 14, 4, 12, 12, 2, 14], ("(x).", "..")),
         ("pieces", [0, 1, 13, 1, 14], ("x", "nowhere")),
+        # Broken bytes in a stop string.
+        ("pieces", [*_pieces("xE"), 17, *_pieces("xx")], ("E\ufffd\ufffdx",)),
         ("bundled", encode("One fish, two fish. The end. More."), (". The", "fish, t", "nowhere")),
         ("bundled", encode("The café is open.\n\nUser: hello"), ("\n\nUser:", "é is not")),
         ("bundled", encode("A: yes\nB: no"), ("\n",)),

@@ -475,6 +475,11 @@ def _check_completions_of(answer: Callable, n: int) -> None:
         f"A request with n={n} says {show(texts)}, expected {show(right)}.\nCompletion i is the"
         " sequence `request.new_sequence(request, i)`.",
     )
+    rig = _Rig()
+    rig.engine(answer).add(asked[0].prompt, asked[0].params)
+    queued = sorted(seq.index for seq in rig.sequences)
+    seen = f"Of a request with n={n}, `add` gave the core the sequences {show(queued)}."
+    expect(queued == list(range(n)), "completions-left-out", f"{seen}\n{message}")
 
 
 def _check_crowd(answer: Callable) -> None:
@@ -1164,6 +1169,14 @@ EXERCISE = Exercise(
 @@
 -        for index in range(checked.params.n):
 +        for index in range(min(checked.params.n, 4)):
+
+# %% in `run` only
+@@
+-        return self.queue(self.inputs.process(prompt, params))
++        request = self.new_request(self.inputs.process(prompt, params), self.collector)
++        self.outputs.add(request)
++        self.core.add(request.new_sequence(request, 0))
++        return request.request_id
 """,
         ),
         Known(

@@ -181,6 +181,13 @@ class _NotTheNext(_LookUp):
         return [i for i in super().starts(text, n) if i < len(text) - n - 1]
 
 
+class _RoomForTwo(_LookUp):
+    """Only lengths that stand in the text twice without an overlap."""
+
+    def sizes(self, longest: int, shortest: int, length: int) -> Iterable[int]:
+        return range(min(longest, length // 2), shortest - 1, -1)
+
+
 class _Everything(_LookUp):
     def followers(self, text: list[int], start: int, n: int, k: int) -> list[int]:
         return text[start + n :]
@@ -221,6 +228,10 @@ def _cases() -> list[tuple[list[int], int, int, int]]:
         # Only the shorter one is at the very beginning.
         ([1, 2, 3, 4, 2], 3, 2, 1),
         ([2, 3, 4, 2], 3, 2, 1),
+        # No length but one that is more than half of the text.
+        ([1, 2, 1, 2, 1], 3, 3, 3),
+        # Other numbers, and the same digits.
+        ([1, 23, 5, 12, 3], 2, 2, 2),
     ]
     rng = Random(13)
     for _ in range(60):
@@ -310,14 +321,29 @@ EXERCISE = Exercise(
         ),
         Known(
             "shortest-first",
-            "You try short ends of the text first. A long one says more about what comes: try"
-            " `longest` tokens first.",
+            "A short end of the text decides, where a longer one has a place, too. A long one says"
+            " more about what comes: look for `longest` tokens in the whole text first, and for"
+            " fewer only if they have no place.",
             suspects=(_ShortestFirst(),),
             answers=r"""
 # %% upwards
 @@
 -    for n in range(longest, shortest - 1, -1):
 +    for n in range(shortest, longest + 1):
+
+# %% a loop of places around the one of lengths
+def look_up(
+    token_ids: list[int], k: int, longest: int, shortest: int
+) -> list[int]:
+    size = len(token_ids)
+    for start in range(size - 2, -1, -1):
+        for n in range(min(longest, size - start - 1), shortest - 1, -1):
+            if token_ids[start : start + n] == token_ids[-n:]:
+                text = list(token_ids)
+                for i in range(k):
+                    text.append(text[start + n + i])
+                return text[size:]
+    return []
 """,
         ),
         Known(
@@ -408,7 +434,7 @@ EXERCISE = Exercise(
             "You leave out a place that overlaps with the last n tokens. It is an earlier place as"
             " well: in 7 7 7 7 the last three stood one token before.",
             hint=1,
-            suspects=(_NoOverlap(), _NoOverlapOrTouch(), _NotTheNext()),
+            suspects=(_NoOverlap(), _NoOverlapOrTouch(), _RoomForTwo()),
             answers=r"""
 # %% two n-grams apart
 @@
@@ -420,6 +446,26 @@ EXERCISE = Exercise(
 -        for start in range(len(token_ids) - n - 1, -1, -1):
 +        before = token_ids[:-n]
 +        for start in range(len(before) - n, -1, -1):
+
+# %% wants room for two of them
+@@
+-        for start in range(len(token_ids) - n - 1, -1, -1):
++        if 2 * n > len(token_ids):
++            continue
++        for start in range(len(token_ids) - n - 1, -1, -1):
+""",
+        ),
+        Known(
+            "not-the-nearest",
+            "You never try the place directly before: the newest one begins one token before the"
+            " last n do.",
+            hint=1,
+            suspects=(_NotTheNext(),),
+            answers=r"""
+# %% begins two tokens before
+@@
+-        for start in range(len(token_ids) - n - 1, -1, -1):
++        for start in range(len(token_ids) - n - 2, -1, -1):
 """,
         ),
         Known(

@@ -285,6 +285,7 @@ def _cases() -> Iterable[tuple[list[int], list[int], int, frozenset[int]]]:
         for tokens in itertools.product(kinds, repeat=2 * k + 1):
             for room, stop_ids in itertools.product((1, 2, 3, 9), ({9}, {2})):
                 yield list(tokens[:k]), list(tokens[k:]), room, frozenset(stop_ids)
+    yield [], [9], 9, frozenset(range(10))
     rng = Random(132)
     for _ in range(150):
         k = rng.choice((0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33, 70, 300))

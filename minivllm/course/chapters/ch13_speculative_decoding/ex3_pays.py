@@ -276,7 +276,7 @@ def _rate_cases() -> list[tuple[Steps]]:
 
 
 def _expected_cases() -> list[tuple[float, int]]:
-    rates = (0.0, 0.1, 0.25, 0.5, 0.6, 0.8, 0.9, 0.99, 1.0)
+    rates = (0.0, 0.1, 0.25, 0.5, 0.6, 0.8, 0.9, 0.99, 0.9995, 0.99999, 1.0)
     return [(rate, k) for rate in rates for k in (0, 1, 2, 3, 4, 5, 8, 16, 33, 100, 1000)]
 
 

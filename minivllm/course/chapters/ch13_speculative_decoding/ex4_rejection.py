@@ -145,6 +145,11 @@ class _LikeliestOfTarget(_Reject):
         return int(target[i].argmax())
 
 
+class _AtEquality(_Reject):
+    def accepts(self, u: float, p: float, q: float) -> bool:
+        return u * q <= p
+
+
 class _UpsideDown(_Reject):
     def accepts(self, u: float, p: float, q: float) -> bool:
         return u * p < q
@@ -338,6 +343,14 @@ class _OneBefore(_Reject):
         return max(0, super().pick(weights, u) - 1)
 
 
+class _AtLeast(_Reject):
+    """The first token up to which the sum is the number or more."""
+
+    def pick(self, weights: Tensor, u: Tensor) -> int:
+        running = weights.cumsum(0)
+        return int((running < u * running[-1]).sum())
+
+
 class _LikeliestFirst(_Reject):
     """Sums in the order of the probabilities."""
 
@@ -365,6 +378,7 @@ def _or_first(made: type[_Reject], *args: Any) -> _Reject:
 
 
 _ACCEPTS = (
+    _AtEquality,
     _UpsideDown,
     _OtherSide,
     _ByTarget,
@@ -509,6 +523,31 @@ def _hand_case() -> tuple:
     return torch.tensor([[1]]), draft, target, *u
 
 
+def _close_case() -> tuple:
+    """Numbers that are equal to a limit, or nearly. All are sums of few powers of two."""
+    import torch
+
+    tiny = 2.0**-32
+    even, half = (0.25, 0.25, 0.25, 0.25), (0.5, 0.25, 0.125, 0.125)
+    early, late = (0.125, 0.125, 0.25, 0.5), (0.25, 0.5 - 2 * tiny, 2 * tiny, 0.25)
+    rows = [
+        # The proposal; the draft, the target, and the target behind; the two numbers.
+        (0, half, even, even, 0.5, 0.75),  # accepted at less than 0.5
+        (0, half, even, even, 0.25, 0.25),
+        (0, half, even, even, 0.75, 0.5),  # what is left: 0, 0, 0.5, 0.5
+        (0, half, even, even, 0.75, tiny),
+        (3, early, half, even, 0.75, 1 - tiny),  # what is left: 0.75, 0.25, 0, 0
+        (0, half, even, even, 0.25, 0.5 - tiny),
+        (0, half, even, late, 0.25, 0.75 - tiny),
+        (2, late, late, even, 0.25, 0.9),  # both are hardly probable
+    ]
+    proposals = torch.tensor([row[:1] for row in rows])
+    wide = torch.tensor([row[1:4] for row in rows], dtype=torch.float64)
+    numbers = torch.tensor([row[4:] for row in rows], dtype=torch.float64)
+    u_accept, u_pick = numbers[:, :1].clone(), numbers[:, 1].clone()
+    return proposals, wide[:, :1].clone(), wide[:, 1:].clone(), u_accept, u_pick
+
+
 def _cases() -> list[tuple]:
     sizes = [(1, 0, 3), (1, 1, 2), (1, 1, 3), (2, 1, 4), (3, 2, 3), (1, 4, 5), (2, 3, 17)]
     sizes += [
@@ -520,7 +559,7 @@ def _cases() -> list[tuple]:
         (300, 2, 6),
         (1, 1, 1000),
     ]
-    cases = [_hand_case()]
+    cases = [_hand_case(), _close_case()]
     for seed, (rows, k, width) in enumerate(sizes):
         for near in (0.0, 0.6, 1.0) if rows < 100 else (0.5,):
             cases.append(_reject_case(1340 + 10 * seed + int(9 * near), rows, k, width, near))
@@ -647,6 +686,7 @@ EXERCISE = Exercise(
                 _OneBefore(),
                 _LikeliestFirst(),
                 _NumberOfFirstRow(),
+                _AtLeast(),
                 *map(_or_first, (_FromTheEnd, _OneBefore, _LikeliestFirst, _NumberOfFirstRow)),
             ),
             answers=r"""
@@ -654,6 +694,11 @@ EXERCISE = Exercise(
 @@
 -        row.append(int(above.int().argmax()))
 +        row.append(max(0, int(above.int().argmax()) - 1))
+
+# %% where the sum is equal, too
+@@
+-        row.append(int(above.int().argmax()))
++        row.append(int(torch.searchsorted(running, u_pick[b] * running[-1])))
 """,
         ),
         Known(
@@ -672,6 +717,11 @@ EXERCISE = Exercise(
 @@
 -            ratio = target[b, i, token] / draft[b, i, token]
 +            ratio = draft[b, i, token] / target[b, i, token]
+
+# %% also at equality
+@@
+-            if u_accept[b, i] >= ratio:
++            if u_accept[b, i] > ratio:
 
 # %% by the target alone
 @@

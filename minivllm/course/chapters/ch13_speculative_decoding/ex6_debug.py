@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -78,6 +79,8 @@ class _Run:
     models: dict[str, CachedModel] = field(default_factory=dict)
     #: What each call of `compute` left in the cache.
     after: list[tuple[int, ...]] = field(default_factory=list)
+    #: A model and the tokens up to one that it computed -> how often it did so.
+    times: Counter[tuple[str, tuple[int, ...]]] = field(default_factory=Counter)
 
     def model(self, name: str) -> CachedModel:
         run, case = self, self.case
@@ -87,6 +90,7 @@ class _Run:
                 token_ids = list(token_ids)
                 before = self.cache
                 run.after.append((*before, *token_ids))
+                _expect_end(len(run.after) < 8 * case.size + 400, case)
                 rows = super().compute(token_ids)
                 run.num_computed[name] += len(rows)
                 _expect_end(run.num_computed[name] < 4 * case.size**2 + 500, case)
@@ -95,6 +99,7 @@ class _Run:
                     # The draft's rows are told from the target's where it is the target itself.
                     row[:] = [logit + 1e-10 * (name == "draft") for logit in row]
                     run.rows[tuple(row)] = name, len(run.after) - 1, context
+                    run.times[name, context] += 1
                 return rows
 
         self.models[name] = Watched(case.seed, case.noise if name == "draft" else 0.0)
@@ -166,6 +171,7 @@ class _Judge:
     rejected: list[int] = field(default_factory=list)
     behind: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
+    ended: bool = True
 
     def __post_init__(self) -> None:
         self.case = self.run.case
@@ -191,7 +197,14 @@ class _Judge:
                 f"{self.case.seen}: you return {show(self.ks)} as the numbers of guesses, and they"
                 f" were {show(self.sizes)}.\nOne number per step, in order.",
             )
-        _judge_work(self.run, len(self.right), sum(self.sizes))
+        _judge_work(self.run, self.right, sum(self.sizes))
+
+    def judge_begun(self) -> None:
+        """Judge the steps of an answer that came to no end: it has tokens that nobody computes."""
+        self.ended = False
+        for step in _steps(self.run.picks)[:-1]:
+            if self.known < len(self.right):
+                self.step(step)
 
     def step(self, step: _Step) -> None:
         guesses = [pick.token for pick in step.guesses]
@@ -233,7 +246,7 @@ class _Judge:
             f"{self.where}: the {pick.model}'s row comes after {_tail(context)}, and the text is"
             f" {_tail(text)}."
         )
-        if context[-1] != text[-1] and context[-1] in self.behind:
+        if self.ended and context[-1] != text[-1] and context[-1] in self.behind:
             # The newest token of the answer's text is a sample behind the target's own.
             return EXERCISE.mistake("keeps-a-later-sample", seen)
         # In the place of the target's own token there is the guess.
@@ -304,7 +317,15 @@ def _judge_end(run: _Run, new: list[int], plain: list[int]) -> None:
     )
 
 
-def _judge_work(run: _Run, num_tokens: int, num_guesses: int) -> None:
+def _judge_work(run: _Run, right: list[int], num_guesses: int) -> None:
+    num_tokens = len(right)
+    for (name, context), times in run.times.items():
+        if times > 1 and tuple(right[: len(context)]) == context:
+            raise EXERCISE.mistake(
+                "computes-again",
+                f"{run.case.seen}: the {name} computed the text's token {len(context) - 1}"
+                f" {times} times.",
+            )
     for name, count in run.num_computed.items():
         if count > num_tokens + num_guesses:
             raise EXERCISE.mistake(
@@ -356,7 +377,10 @@ def _expect_text(answer: Callable, case: _Case) -> int:
     models = run.model("target"), run.model("draft")
     try:
         found = answer(*models, run.pick(), prompt, case.max_tokens, case.stop_ids, case.most)
-    except (CheckError, NotImplementedError):
+    except (CheckError, NotImplementedError) as error:
+        if isinstance(error, Mistake) and error.name == "never-ends":
+            # A wrong step may be why it does not end.
+            _Judge(run, case.plain(), []).judge_begun()
         raise
     except Exception as error:
         raise _behind(run, error) from error
@@ -432,6 +456,12 @@ EXERCISE = Exercise(
 -    ks, k = [], 1
 +    ks, k = [], 1
 +    target.compute(prompt[:-1])
+
+# %% not at all, and then nothing is left to compute
+@@
+-        for model in (target, draft):
+-            model.rewind(min(model.num_computed, len(tokens) - 1))
++        draft.rewind(min(draft.num_computed, len(tokens) - 1))
 
 # %% one token too few
 @@
@@ -745,6 +775,13 @@ EXERCISE = Exercise(
 -            model.rewind(min(model.num_computed, len(tokens) - 1))
 +            keep = 0 if model is draft else min(model.num_computed, len(tokens) - 1)
 +            model.rewind(keep)
+
+# %% the prompt's last token twice
+@@
+-    ks, k = [], 1
++    ks, k = [], 1
++    draft.compute(prompt)
++    draft.rewind(len(prompt) - 1)
 """,
         ),
         Known(

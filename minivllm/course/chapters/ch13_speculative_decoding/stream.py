@@ -227,8 +227,9 @@ def expect_form(found: Any, counts: list[int]) -> None:
                 " ids: integers, 0 or more.",
             )
         if len(guesses) > count:
+            sizes = zip(sorted(map(len, found)), sorted(counts), strict=True)
             raise Mistake(
-                "too-many",
+                "other-order" if all(size <= most for size, most in sizes) else "too-many",
                 f"At most {count} guesses were asked for a sequence, and {len(guesses)} came.\n"
                 "`num_tokens` has a number for each sequence, and it changes from call to call.",
             )
