@@ -179,7 +179,6 @@ class _Author:
             flat,
             self.files("tensors of 8 bits", change=lambda n, t: [(n, t.to(torch.float8_e5m2))]),
             huge,
-            self.files("101 layers", _Layout(layers=101)),
             *(
                 self.files(
                     "cross attention: parts called q_proj and cross_q_proj", _Layout(fused=f)
@@ -617,7 +616,7 @@ def load(
         for whole, parts in fused.items():
             for part, count in parts.items():
                 if f".{part}." in name:
-                    target, rows = name.replace(part, whole), count
+                    target, rows = name.replace(f".{part}.", f".{whole}."), count
                     break
                 start += count
             else:
