@@ -5,7 +5,8 @@ share, and all messages and answers. So almost all of a later turn's prompt is k
 that served the turn before, and to no other. The prompts are token ids, the same for the same seed;
 what the model answers is not known here, only how long it is.
 
-Nothing here needs torch or Ray: a simulator can play the same conversations.
+Nothing here needs torch or Ray: a simulator can play the same conversations. Taught in
+notebooks/15_a_fleet.ipynb.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ Three numbers tell it, each over all positions of the texts that are scored:
 
 The bundled model is measured on stories about pairs of a character and an object that its training
 never joined. Other models are measured on a text of yours or, without one, on what Python's
-`help()` knows about the language: real text that every machine has.
+`help()` knows about the language: real text that every machine has. Taught in
+notebooks/14_quantization.ipynb.
 """
 
 from __future__ import annotations

@@ -100,8 +100,8 @@ def _routed(url: str, router: str, plan: Plan) -> dict[str, Any]:
 
     say(f"replicas: {plan.replicas} behind the router {router!r}")
     try:
-        # Replaces all replicas, so the caches are empty.
-        deploy(Fleet(**_fields(plan, min_replicas=plan.replicas, router=router)))
+        # Anew: with empty caches, and quicker than one replica after the other.
+        deploy(Fleet(**_fields(plan, min_replicas=plan.replicas, router=router)), anew=True)
     except ConfigError as error:
         return {"problem": str(error)}
     return asyncio.run(_play(Endpoint.parse(url), plan))
@@ -232,7 +232,8 @@ def _scaled(url: str, count: int, plan: Plan) -> dict[str, Any]:
     from minivllm.serving.replicas.local import Fleet, deploy
 
     say(f"replicas: {count}, {plan.clients} clients")
-    deploy(Fleet(**_fields(plan, min_replicas=count)))
+    # Anew: otherwise the second number would find the prompts of the first one in the caches.
+    deploy(Fleet(**_fields(plan, min_replicas=count)), anew=True)
     return _loaded(url, count, plan)
 
 

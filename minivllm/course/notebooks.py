@@ -274,6 +274,8 @@ ROAD = (
     Stop("11_using_minivllm", "use", "every option, with an example", ("07",)),
     Stop("12_serving", "use", "many clients, one engine", ("05", "07")),
     Stop("13_speculative_decoding", "use", "several tokens per step", ("07", "08")),
+    Stop("14_quantization", "use", "fewer bits per number", ("03", "06")),
+    Stop("15_a_fleet", "use", "many engines, one service", ("04", "12")),
 )
 
 
@@ -329,6 +331,19 @@ MODULES = {
     ),
     "12": ("serving/async_llm.py", "serving/core_loop.py", "bench/loads.py", "bench/served.py"),
     "13": ("engine/speculation.py", "engine/draft_model.py"),
+    "14": (
+        "kernels/quantized.py",
+        "layers/quantization.py",
+        "models/quantization_config.py",
+        "bench/quality.py",
+    ),
+    "15": (
+        "serving/replicas/routing.py",
+        "serving/replicas/prefixes.py",
+        "bench/conversations.py",
+        "course/sim/fleet.py",
+        "course/sim/apart.py",
+    ),
 }
 
 

@@ -35,7 +35,7 @@ from minivllm.engine.structured_outputs import GrammarCompiler
 from minivllm.engine.warm_up import Row, kinds_of_steps
 from minivllm.errors import ConfigError, OutOfMemoryError
 from minivllm.kernels import Kernels
-from minivllm.kernels.kv_cache import FP8_MAX, Cache, QuantizedCache
+from minivllm.kernels.kv_cache import FP8_MAX, Cache, QuantizedCache, untouched_zeros
 from minivllm.layers.attention import AttentionMetadata, KVCache
 from minivllm.models.loader import LoadOptions, load_model
 from minivllm.parallel.group import SINGLE, TensorParallelGroup
@@ -650,6 +650,10 @@ class ModelRunner:
         """
         config, kind = self.model_config, kind or self.config.kv_cache_dtype
         shape = (num_blocks, self.num_kv_heads, self.config.block_size, config.head_dim)
+
+        if kind == "auto" and self.device.type == "cpu":
+            pages = untouched_zeros((config.num_hidden_layers, 2, *shape), self.dtype)
+            return [(k, v) for k, v in pages]
 
         def cache(layer: int, which: int) -> Cache:
             if kind == "auto":

@@ -33,9 +33,6 @@ from minivllm.engine.sequence import ScheduledSequence, Sequence
 from minivllm.errors import ProposalError
 from minivllm.parallel.group import SINGLE, TensorParallelGroup
 
-#: The i-th token after the known ones is proposed if it is accepted with at least this probability.
-#: It is about what one more token costs, as a share of a step.
-LEAST_CHANCE = 0.2
 #: What is known of a sequence's rate of acceptance at first: so many accepted of so many tries.
 FIRST_GUESS = (2.0, 2.5)
 #: The weight of older tries, per step with proposals.
@@ -50,6 +47,11 @@ class Proposer:
 
     A proposer may keep what it likes between the calls. It may not change the sequences.
     """
+
+    #: The i-th token after the known ones is proposed if it is accepted with at least this
+    #: probability. It is about what one more token costs, proposed and verified, as a share of a
+    #: step.
+    least_chance = 0.2
 
     def propose(
         self, sequences: abc.Sequence[Sequence], num_tokens: abc.Sequence[int]
@@ -75,6 +77,9 @@ class NgramProposer(Proposer):
     It costs no model, and is right where a text repeats itself or its prompt: summaries, edits of a
     text, code. longest, shortest: how many of the last tokens are searched for, the most first.
     """
+
+    # Only the verifying costs something.
+    least_chance = 0.08
 
     def __init__(self, longest: int, shortest: int) -> None:
         self.longest, self.shortest = longest, shortest
@@ -120,10 +125,13 @@ class Pace:
     #: Steps since the last proposal, while none is worth its cost.
     num_rested: int = 0
 
-    def num_tokens(self, most: int) -> int:
-        """The number of tokens to propose next, from 0 to most."""
+    def num_tokens(self, most: int, least_chance: float) -> int:
+        """The number of tokens to propose next, from 0 to most.
+
+        least_chance: see `Proposer`.
+        """
         rate = min(self.num_accepted / self.num_tried, 0.999)
-        count = int(math.log(LEAST_CHANCE) / math.log(rate)) if rate > 0 else 0
+        count = int(math.log(least_chance) / math.log(rate)) if rate > 0 else 0
         if count:
             return min(count, most)
         self.num_rested += 1
@@ -208,7 +216,8 @@ class Speculator:
         pace = self._paces.get(seq.seq_id)
         if pace is None:
             pace = self._paces[seq.seq_id] = Pace()
-        return pace.num_tokens(room)
+        assert self.proposer is not None
+        return pace.num_tokens(room, self.proposer.least_chance)
 
     def _ask(self, wanted: list[tuple[Sequence, int]]) -> list[tuple[int, list[int]]]:
         """(seq_id, proposals) for each sequence that gets some."""

@@ -138,7 +138,7 @@ class Kernels:
         return replace(
             Kernels.reference(),
             name="cpu",
-            decode_attention=cpu_kernels.decode_attention,
+            decode_attention=cpu_kernels.PlannedAttention().decode_attention,
             store_kv=cpu_kernels.store_kv,
             qk_norm_rope=cpu_kernels.qk_norm_rope,
             linear=partial(cpu_kernels.linear, onednn=onednn),

@@ -25,8 +25,11 @@ in notebooks/03_paged_kv_cache.ipynb.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +41,21 @@ QUANTIZED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 FP8_MAX, INT8_MAX = 448.0, 127.0
 #: A scale below this divides nothing: such a head is stored as zeros.
 TINY = 1e-30
+
+#: Where a tensor's numbers may begin: at a multiple of a cache line, in bytes.
+_ALIGNED = 64
+
+
+def untouched_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A CPU tensor of zeros, of which memory is taken only where something is written.
+
+    `torch.zeros` writes each zero: for a cache of 256 MiB that takes longer than the bundled
+    model's load. Here the operating system gives zeros with each page, at the page's first use.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    whole = torch.from_numpy(np.zeros(num_bytes + _ALIGNED, np.uint8))
+    start = -whole.data_ptr() % _ALIGNED
+    return whole[start : start + num_bytes].view(dtype).view(*shape)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ rate of bf16, and W8A16 at that of bf16.
 So there are four ways. One row: a program reads some rows of W in order, and quantizes x itself
 where it must. Some rows: `tl.dot` over tiles, converted on the fly. Many rows of W8A16: W is
 converted once, and cuBLAS multiplies; this moves 3·N·K bytes more, 3 % of the product's time at
-T = 8192. Some and many rows of W8A8 on Hopper, in bf16: `torch._scaled_mm`.
+T = 8192. Some and many rows of W8A8 on Hopper, in bf16: `torch._scaled_mm`. Taught in
+notebooks/14_quantization.ipynb.
 """
 
 import torch

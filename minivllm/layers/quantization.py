@@ -7,7 +7,7 @@ kinds. `Int8LinearMethod` and `Fp8LinearMethod` quantize a weight when it has be
 and ``weight_scale`` behind, which two kernels read: `linear_w8a16` and `linear_w8a8`.
 
 Embeddings are not linear layers and stay as they are, and so does a head that is not quantized in
-its checkpoint.
+its checkpoint. Taught in notebooks/14_quantization.ipynb.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Three ways to publish 8-bit weights are read: quant_method "fp8" with blocks of 128 x 128
 (Qwen3-…-FP8, DeepSeek) or with a scale per tensor, and "compressed-tensors" (llm-compressor) with
 8-bit floats or integers. Whatever else a checkpoint asks for is refused by its name: a field that
-is not looked at would give wrong tokens and no error.
+is not looked at would give wrong tokens and no error. Taught in notebooks/14_quantization.ipynb.
 """
 
 import logging

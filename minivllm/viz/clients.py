@@ -162,7 +162,7 @@ def draw_lines(
         ax.yaxis.set_major_formatter(lambda value, _: _number(value))
     else:
         ax.set_ylim(bottom=0)
-    side_legend(ax, handles, list(curves), axes[1].capitalize())
+    side_legend(ax, handles, list(curves), axes[1][:1].upper() + axes[1][1:])
     said = "; ".join(
         f"{name}: {', '.join(f'{_number(y)} at {_number(x)}' for x, y in points)}"
         for name, points in curves.items()

@@ -6,6 +6,7 @@ An arrow leads from each chapter to those that need it. Chapters are plain data
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Sequence
 from typing import Protocol
@@ -74,16 +75,24 @@ def direct(stops: Sequence[StopLike]) -> dict[str, list[str]]:
 def places(stops: Sequence[StopLike]) -> dict[str, tuple[int, int]]:
     """Number -> (column, row from the top).
 
-    Row 0 is the road; chapters beside it stand below. A chapter that needs none and is needed by
-    none (the tour) stands below the first chapter.
+    Row 0 is the road; chapters beside it stand below, out of the way of the arrows between others.
+    A chapter that needs none and is needed by none (the tour) stands below the first chapter.
     """
     column = columns(stops)
     used = {number for stop in stops for number in (*stop.needs, *stop.helps)}
     alone = [s.number for s in stops if s.number not in used and not s.needs]
-    found, height = {}, dict.fromkeys(column.values(), 0)
+    arrows = direct(stops)
+    found: dict[str, tuple[int, int]] = {}
+    taken: set[tuple[int, int]] = set()
     for stop in sorted(stops, key=lambda stop: (stop.number in alone, stop.number)):
-        found[stop.number] = (column[stop.number], height[column[stop.number]])
-        height[column[stop.number]] += 1
+        x = column[stop.number]
+        y = next(row for row in itertools.count() if (x, row) not in taken)
+        found[stop.number] = (x, y)
+        taken.add((x, y))
+        for number in (*arrows[stop.number], *stop.helps):
+            first, row = found[number]
+            # An arrow crosses the columns between in the lower of its two rows.
+            taken |= {(between, max(row, y)) for between in range(first + 1, x)}
     return found
 
 
@@ -135,7 +144,7 @@ def _box(ax: Axes, column: int, row: int, stop: StopLike, color: str) -> None:
         weight="bold",
         color=palette.INK,
     )
-    title = "\n".join(textwrap.wrap(stop.title, 11))
+    title = "\n".join(textwrap.wrap(stop.title, 12))
     ax.text(
         center,
         y + 0.34,

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -53,6 +59,36 @@ def test_conversations_against_a_server_hit_what_can_be_hit(
     assert "no package" in said
     assert f"{found['hit_rate']:.3f}" in said
     assert "1.00 ×" in said
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(
+    find_spec("ray") is None, reason="Ray is not installed: pip install 'minivllm[ray]'"
+)
+def test_the_command_measures_routers_and_scale_with_ray(tmp_path: Path) -> None:
+    """Ray's own router by prefix is loaded from Ray, without the packages of ray[llm]."""
+    flags = ["--routers=ray-prefix", "--replicas=2", "--scale=1", "--clients=2", "--requests=4"]
+    flags += [
+        "--conversations=3",
+        "--rate=20",
+        "--pause=0.1",
+        "-edevice=cpu",
+        "-enum_kv_blocks=512",
+    ]
+    out = tmp_path / "report.json"
+    subprocess.run(
+        [sys.executable, "-m", "minivllm", "bench", "replicas", *flags, f"--out={out}"],
+        check=True,
+        timeout=590,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    report = json.loads(out.read_text())
+    found = report["routers"]["ray-prefix"]
+    assert found["problem"] is None
+    assert found["completed"] == found["requests"] >= 9
+    assert found["hit_rate"] > 0
+    assert len(found["engines"]) == 2
+    assert report["scale"][0]["completed"] == 4
 
 
 def test_a_conversation_ends_where_a_turn_fails() -> None:

@@ -53,3 +53,26 @@ def test_a_tensor_with_a_gradient_is_as_deepcopy_has_it() -> None:
     (mine,) = copied((leaf,))
     assert mine.requires_grad
     assert mine is not leaf
+
+
+def test_lists_and_dicts_are_shared_as_they_were() -> None:
+    inner = [1, "a"]
+    mine = copied([inner, (inner, 2), {"key": inner, (1, (2, "b")): 3}])
+    assert mine[0] == [1, "a"]
+    assert mine[0] is mine[1][0] is mine[2]["key"]
+    assert mine[0] is not inner
+    assert mine[2][(1, (2, "b"))] == 3
+    inner.append(3)
+    assert mine[0] == [1, "a"]
+
+
+def test_what_deepcopy_copies_shares_with_the_rest() -> None:
+    class Box:
+        pass
+
+    box, held = Box(), [1]
+    box.held = held
+    mine, alone = copied((held, box)), copied([box, held])
+    assert mine[1].held is mine[0]
+    assert alone[0].held is alone[1]
+    assert mine[1] is not box

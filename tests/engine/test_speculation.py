@@ -157,18 +157,19 @@ def test_prompt_lookup_follows_a_growing_sequence() -> None:
 
 def test_the_pace_follows_the_acceptance() -> None:
     pace = Pace()
-    assert pace.num_tokens(4) == 4
+    assert pace.num_tokens(4, 0.2) == 4
     for _ in range(8):
         pace.note(4, 0)
-    counts = [pace.num_tokens(4) for _ in range(16)]
+    counts = [pace.num_tokens(4, 0.2) for _ in range(16)]
     assert counts == [0] * 15 + [1], "one token is tried now and then"
     for _ in range(30):
         pace.note(1, 1)
-    assert pace.num_tokens(4) == 4
+    assert pace.num_tokens(4, 0.2) == 4
     half = Pace()
     for i in range(40):
         half.note(1, i % 2)
-    assert half.num_tokens(8) == 2
+    assert half.num_tokens(8, 0.2) == 2
+    assert half.num_tokens(8, NgramProposer.least_chance) == 4, "looking up costs less"
 
 
 class Fixed(Proposer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from minivllm import LLM
 from minivllm.bundled import BUNDLED_MODEL_PATH
 from minivllm.kernels import Kernels, cpu
+from minivllm.kernels.kv_cache import untouched_zeros
 from minivllm.models.loader import LoadOptions, load_config, load_model, weight_shapes
 from minivllm.parallel.group import SINGLE, TensorParallelGroup
 from support import kernel_checks as checks
@@ -164,6 +166,37 @@ def test_weight_shapes_are_those_of_the_model(size: int) -> None:
     assert weight_shapes(config, group) == seen
 
 
+def test_a_plan_is_made_once_per_step_and_never_outlives_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every change of what a plan was made from is seen, also in place, as in a step's buffers."""
+    plans: list[cpu.DecodePlan] = []
+    make = cpu.DecodePlan.of
+    monkeypatch.setattr(cpu.DecodePlan, "of", lambda *a: plans.append(make(*a)) or plans[-1])
+    pages = checks.PagedContexts((40, 17, 3), 2, 24, 16, CPU, FLOAT)
+    table, lengths = pages.block_table, pages.seq_lens
+    query, planned, plain = torch.randn(3, 4, 24), Kernels.cpu(), Kernels.reference()
+
+    def both(count: int = 3, pages: checks.PagedContexts = pages) -> int:
+        """How many plans it took."""
+        before = len(plans)
+        given = (query, pages.k_cache, pages.v_cache, pages.block_table, pages.seq_lens)
+        given = (given[0][:count], *given[1:3], *(x[:count] for x in given[3:]), 0.2)
+        merge = {"max_seq_len": 48, "merge_attention": plain.merge_attention}
+        ours, right = (k.decode_attention(*given, **merge) for k in (planned, plain))
+        torch.testing.assert_close(ours, right)
+        return len(plans) - before
+
+    assert [both(), both(), both()] == [1, 0, 0]
+    lengths -= 1
+    assert [both(), both()] == [1, 0]
+    table[0, :2] = table[0, :2].flip(0)
+    assert [both(), both()] == [1, 0]
+    assert [both(2), both(2), both()] == [1, 0, 1]
+    smaller = checks.PagedContexts((40, 17, 3), 2, 24, 8, CPU, FLOAT)
+    assert both(pages=smaller) == 1, "another size of blocks"
+
+
 def test_an_engine_on_a_cpu_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """With oneDNN for the shapes that the measurement has found, and for none in bfloat16."""
     monkeypatch.setattr(cpu, "HAS_ONEDNN", True)
@@ -172,9 +205,26 @@ def test_an_engine_on_a_cpu_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
         options = {"dtype": dtype, "device": "cpu", "load_format": "dummy", "num_kv_blocks": 8}
         with LLM(skip_tokenizer_init=True, max_model_len=64, **options) as llm:
             kernels = llm.llm_engine.model_runner.sampler.kernels
-            assert kernels.decode_attention is cpu.decode_attention
+            assert isinstance(kernels.decode_attention.__self__, cpu.PlannedAttention)
             assert kernels.linear.keywords == {"onednn": chosen}
     mine = dataclasses.replace(Kernels.reference(), silu_mul=print)
     options = {"device": "cpu", "load_format": "dummy", "num_kv_blocks": 8, "kernels": mine}
     with LLM(skip_tokenizer_init=True, max_model_len=64, **options) as llm:
         assert llm.llm_engine.model_runner.sampler.kernels is mine
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_cache_begins_as_zeros_and_takes_memory_where_it_is_written(dtype: torch.dtype) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("this system does not tell how much memory is in use")
+    untouched_zeros((1, 2), dtype)
+    before = resident()
+    cache = untouched_zeros((64, 2, 1 << 18), dtype)
+    assert (cache.shape, cache.dtype, cache.is_contiguous()) == ((64, 2, 1 << 18), dtype, True)
+    assert cache.data_ptr() % 64 == 0
+    cache[3, 1, :100] = 1.0
+    assert resident() - before < cache.nbytes / 4
+    assert cache.sum().item() == 100.0

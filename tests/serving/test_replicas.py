@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -33,19 +34,27 @@ import pytest
 from minivllm import LLM, SamplingParams
 from support.servers import wait_for
 
-# Not `importorskip`: what `local.py` sets must stand before Ray is imported.
+#: Seconds that anything here may take on a busy machine, and a start: some eight Pythons with torch
+#: and Ray, each of which takes 5 seconds of a core.
+PATIENCE, START = 90.0, 400.0
+
+# Not `importorskip`, which would import Ray before `settings`.
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(START + 200),
     pytest.mark.skipif(
         find_spec("ray") is None, reason="Ray is not installed: pip install 'minivllm[ray]'"
     ),
 ]
 
-#: Seconds that anything here may take on a busy machine.
-PATIENCE = 90.0
 STORY = {"prompt": "Tell me a story about a fox.", "temperature": 0, "ignore_eos": True}
 ENGINE = {"device": "cpu", "num_kv_blocks": 512, "max_num_seqs": 3}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settings() -> None:
+    """Ray reads what local.py sets when it is imported, so that comes before any of its parts."""
+    import_module("minivllm.serving.replicas.local")
 
 
 @dataclass
@@ -101,7 +110,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     log = tmp_path_factory.mktemp("fleet") / "log"
     options = {"min_replicas": 2, "core": "thread", "engine": ENGINE, "drain_seconds": 60}
     options |= {"cpus": 0, "front_cpus": 0}
-    with started(log) as process:
+    with started(log, "--replicas=2", "--core=thread") as process:
         yield Fleet(process, *found(log), log, options)
 
 
@@ -115,13 +124,13 @@ def found(log: Path) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def started(log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def started(log: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
     """The command, once it is up or has ended. Whatever comes, nothing of it stays."""
     flags = [f"-e{name}={value}" for name, value in ENGINE.items()]
-    command = [sys.executable, "-m", "minivllm", "serve", "--replicas=2", "--port=0", *flags]
+    command = [sys.executable, "-m", "minivllm", "serve", "--port=0", *flags]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*command, "--core=thread", "--drain-seconds=60"],
+            [*command, "--drain-seconds=60", *options],
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_TOKEN": secrets.token_hex(32)},
@@ -129,7 +138,7 @@ def started(log: Path) -> Iterator[subprocess.Popen[bytes]]:
     tree = psutil.Process(process.pid)
     children: list[psutil.Process] = []
     try:
-        wait_for(lambda: process.poll() is not None or "logs are in" in log.read_text(), 180)
+        wait_for(lambda: process.poll() is not None or "logs are in" in log.read_text(), START)
         with contextlib.suppress(psutil.Error):
             children = tree.children(recursive=True)
         yield process
@@ -213,6 +222,8 @@ def test_the_gpus_of_an_engine_are_one_bundle() -> None:
     for wrong, said in (
         ({"engine": {"tensor_parallel_size": 4}, "gpus": 2}, "4 ranks"),
         ({"engine": {"blok_size": 16}}, "blok_size"),
+        ({"engine": {"max_num_seqs": None}}, "max_num_seqs is null"),
+        ({"engine": {"tensor_parallel_size": None}, "gpus": 1}, "tensor_parallel_size is null"),
         ({"min_replicas": 3, "max_replicas": 2}, "less than"),
         ({"router": "psychic"}, "router is one of"),
         ({"api_key": ""}, "API key"),
@@ -313,7 +324,7 @@ def test_a_killed_replica_ends_only_what_it_had_begun(fleet: Fleet) -> None:
     assert ends.count("error") == 3, "those that it ran"
     assert all(had for had, end in zip(had_begun, ends, strict=True) if end == "error")
     assert ends.count("length") == 9, "those that it had not begun go elsewhere"
-    wait_for(lambda: len(fleet.replicas()) == 2, PATIENCE)
+    wait_for(lambda: len(fleet.replicas()) == 2, START)
     assert fleet.replicas() != before
 
 
@@ -326,15 +337,15 @@ def test_a_killed_router_comes_back(fleet: Fleet, part: str) -> None:
         (victim,) = fleet.processes(part)
         victim.kill()
         assert answer.result() in ("broken", "error")
-        wait_for(fleet.is_well, PATIENCE)
+        wait_for(fleet.is_well, START)
     assert len(fleet.processes("Replica")) == 2, "the engines go on"
     # What nobody reads any more has been ended.
     wait_for(lambda: sum(fleet.metric("vllm:num_requests_running").values()) == 0)
 
 
 @contextlib.contextmanager
-def load(fleet: Fleet) -> Iterator[list[Future[int]]]:
-    """Requests without a pause, two at a time, until the context ends: their statuses."""
+def load(fleet: Fleet, clients: int) -> Iterator[list[Future[int]]]:
+    """Requests without a pause, so many at a time, until the context ends: their statuses."""
     answers: list[Future[int]] = []
     end = threading.Event()
 
@@ -346,7 +357,7 @@ def load(fleet: Fleet) -> Iterator[list[Future[int]]]:
             except httpx.HTTPError as error:
                 future.set_exception(error)
 
-    threads = [threading.Thread(target=ask) for _ in range(2)]
+    threads = [threading.Thread(target=ask) for _ in range(clients)]
     for thread in threads:
         thread.start()
     try:
@@ -359,30 +370,82 @@ def load(fleet: Fleet) -> Iterator[list[Future[int]]]:
 
 def test_a_rolling_update_loses_nothing(operator: Fleet) -> None:
     before = operator.replicas()
-    with load(operator) as answers:
-        # Beside another engine option, the number of replicas now follows the load.
+    with load(operator, 2) as answers:
+        # Other engines, another name, and the number of replicas now follows the load.
         operator.deploy(
             engine={**ENGINE, "num_kv_blocks": 600},
+            served_model_name="fox",
             min_replicas=1,
             max_replicas=2,
-            target_ongoing_requests=3,
+            target_ongoing_requests=5,
             upscale_delay=1,
-            downscale_delay=2,
+            downscale_delay=1,
+            drain_seconds=START,
         )
-        wait_for(lambda: operator.replicas() and not operator.replicas() & before, PATIENCE)
+        wait_for(lambda: operator.replicas() and not operator.replicas() & before, START)
     assert len(answers) > 2
     assert {answer.result() for answer in answers} == {200}
+    models = httpx.get(f"{operator.address}/v1/models", timeout=PATIENCE).json()
+    assert [model["id"] for model in models["data"]] == ["fox"]
 
 
 def test_the_number_of_replicas_follows_the_load_and_no_stream_is_cut(operator: Fleet) -> None:
-    # Seven of them are more than one replica should have, and the last two of them are not.
-    lengths = [200, 200, 200, 200, 200, 1500, 1500]
-    with ThreadPoolExecutor(7) as pool:
-        ends = [pool.submit(stream, operator, {**STORY, "max_tokens": n}) for n in lengths]
-        wait_for(lambda: len(operator.processes("Replica")) == 2, PATIENCE)
-        assert [end.result() for end in ends] == ["length"] * 7
+    from ray import serve
+
+    def states() -> dict[str, int]:
+        return serve.status().applications["minivllm"].deployments["Replica"].replica_states
+
+    # A replica takes four. Seven are more than it should have only if those count that wait for it.
+    with load(operator, 7) as answers:
+        wait_for(lambda: states().get("RUNNING") == 2, START)
+        wait_for(lambda: len(operator.replicas()) == 2, PATIENCE)
+    assert {answer.result() for answer in answers} == {200}
+    # Four are fewer than two replicas should have, and each has some of them when one must end.
+    begun = [threading.Event() for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        ends = []
+        for n, event in enumerate(begun):
+            body = {**STORY, "prompt": f"Story {n}:", "max_tokens": 1900}
+            ends.append(pool.submit(stream, operator, body, event))
+            assert event.wait(PATIENCE)
+        wait_for(lambda: min(operator.metric("vllm:num_requests_running").values()) >= 1)
+        wait_for(lambda: "STOPPING" in states(), PATIENCE)
+        assert not any(end.done() for end in ends)
+        assert [end.result() for end in ends] == ["length"] * 4
     wait_for(lambda: len(operator.processes("Replica")) == 1, PATIENCE)
     assert operator.is_well()
+
+
+def test_kill_9_of_the_command_leaves_nothing(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    # As by default, each engine's core is a process of its own.
+    with started(log, "--replicas=1", "--core=process") as process:
+        address, _ = found(log)
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len([child for child in family if "ServeReplica" in child.cmdline()[0]]) == 2
+        url = f"{address}/v1/completions"
+        body = {**STORY, "max_tokens": 1900, "stream": True}
+        with httpx.stream("POST", url, json=body, timeout=PATIENCE) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.kill()
+            began = time.monotonic()
+            with pytest.raises(httpx.HTTPError):
+                list(lines)
+        wait_for(lambda: not alive(family), PATIENCE)
+        print(f"all had ended after {time.monotonic() - began:.1f} s")
+        port = int(address.rpartition(":")[2])
+        socket.create_server(("127.0.0.1", port)).close()
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that have not ended. An ended one that nobody has asked for is a zombie."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 def test_sigterm_lets_streams_finish_and_leaves_nothing(fleet: Fleet) -> None:

@@ -53,6 +53,21 @@ def test_no_two_chapters_in_one_place() -> None:
     assert len(set(where.values())) == len(ROAD)
 
 
+def test_no_chapter_stands_in_the_way_of_an_arrow() -> None:
+    """The arrow from 03 to 05 passes through the second row of the third column."""
+    stops = [
+        Stop("01_one", "kernels", ""),
+        Stop("02_two", "kernels", "", ("01",)),
+        Stop("03_three", "kernels", "", ("01",)),
+        Stop("04_four", "kernels", "", ("02",)),
+        Stop("05_five", "kernels", "", ("04",), ("03",)),
+        Stop("06_six", "kernels", "", ("03",)),
+    ]
+    where = places(stops)
+    assert (where["03"], where["05"]) == ((1, 1), (3, 0))
+    assert (where["04"], where["06"]) == ((2, 0), (2, 2))
+
+
 # --- the road and the pages -----------------------------------------------------------------------
 
 

@@ -324,6 +324,16 @@ def test_a_page_links_to_both_sides() -> None:
     assert navigation.links("notebooks", "13_speculative_decoding") == (
         "[← 12 serving](12_serving.ipynb) · [the tour](00_tour.ipynb)"
         " · [exercises 13](../exercises/13_speculative_decoding.ipynb)"
+        " · [14 quantization →](14_quantization.ipynb)"
+    )
+    assert navigation.links("notebooks", "14_quantization") == (
+        "[← 13 speculative decoding](13_speculative_decoding.ipynb) · [the tour](00_tour.ipynb)"
+        " · [exercises 14](../exercises/14_quantization.ipynb)"
+        " · [15 a fleet →](15_a_fleet.ipynb)"
+    )
+    assert navigation.links("notebooks", "15_a_fleet") == (
+        "[← 14 quantization](14_quantization.ipynb) · [the tour](00_tour.ipynb)"
+        " · [exercises 15](../exercises/15_a_fleet.ipynb)"
     )
     top = navigation.source("nav-top", "exercises", "03_paged_kv_cache")
     assert "[chapter 03](../notebooks/03_paged_kv_cache.ipynb)" in top

@@ -754,4 +754,122 @@ TERMS: tuple[Term, ...] = (
         "The share of guesses that are right, of those that the check comes to. With rate a, k"
         " guesses bring 1 + a + … + a^k tokens per step.",
     ),
+    Term(
+        "quantization",
+        "14",
+        "layers/quantization.py:assign_methods",
+        "Writing numbers with fewer bits, as small integers or floats times a scale. It saves"
+        " memory, and time where a kernel waits for bytes.",
+    ),
+    Term(
+        "scale (of quantization)",
+        "14",
+        "kernels/quantized.py:quantize_channels",
+        "What a group of numbers is divided by before it is rounded. Absmax: the largest magnitude"
+        " over the format's largest number, so that it just fits.",
+    ),
+    Term(
+        "outlier",
+        "14",
+        "kernels/quantized.py:quantize_tokens_reference",
+        "A number far larger than the others with the same scale. It sets the step for all of them,"
+        " and small ones become 0.",
+    ),
+    Term(
+        "e4m3 (fp8)",
+        "14",
+        "kernels/quantized.py:FP8",
+        "A float of 8 bits: 4 of exponent, 3 of fraction. It reaches 448, its steps grow with the"
+        " number, and its error is at most a sixteenth of it.",
+    ),
+    Term(
+        "W8A16, W8A8",
+        "14",
+        "kernels/quantized.py:linear_w8a16",
+        "Weights of 8 bits with activations of 16, or with activations of 8. The first saves bytes,"
+        " the second tensor-core time, too.",
+    ),
+    Term(
+        "block-wise scales",
+        "14",
+        "kernels/quantized.py:BLOCK",
+        "One scale per block of 128 x 128 weights, as DeepSeek-V3 and Qwen3's fp8 checkpoints have"
+        " it. An outlier spoils its block only.",
+    ),
+    Term(
+        "quantized KV cache",
+        "14",
+        "kernels/kv_cache.py:QuantizedCache",
+        "Keys and values in 8 bits, rounded when they are stored. Decoding reads half as much, and"
+        " the same memory holds twice as many tokens.",
+    ),
+    Term(
+        "perplexity",
+        "14",
+        "bench/quality.py:Score.report",
+        "exp(mean(−log p)) of a text's tokens: as unsure as a choice among so many equally likely"
+        " ones.",
+    ),
+    Term(
+        "KL divergence",
+        "14",
+        "bench/quality.py:Score.add",
+        "The mean of Σ p · log(p / q): how far a distribution q of the next token is from p. It is"
+        " 0 only where they are equal.",
+    ),
+    Term(
+        "replica",
+        "15",
+        "serving/replicas/replica.py:Replica",
+        "One of several whole engines behind one address. Each has its own scheduler, KV cache and"
+        " queue.",
+    ),
+    Term(
+        "router",
+        "15",
+        "serving/replicas/routing.py:rank",
+        "What chooses the replica for a request: at random, by load, or by what the replicas have"
+        " cached.",
+    ),
+    Term(
+        "prefix-aware routing",
+        "15",
+        "serving/replicas/prefixes.py:num_leading",
+        "Sending a request to the replica that has most of its prompt's leading blocks cached. The"
+        " turns of a conversation stay together.",
+    ),
+    Term(
+        "balance",
+        "15",
+        "serving/replicas/routing.py:BALANCE",
+        "How much longer than the shortest queue the queue of the replica with the best prefix may"
+        " be, in requests. 0 looks at the load first, a large number at the prefix only.",
+    ),
+    Term(
+        "power of two choices",
+        "15",
+        "serving/replicas/router.py:ROUTERS",
+        "Drawing two replicas at random and taking the one with the shorter queue. It does nearly"
+        " as well as knowing all queues.",
+    ),
+    Term(
+        "load imbalance",
+        "15",
+        "course/sim/fleet.py:Fleet.imbalance",
+        "The work of the busiest replica divided by the mean. 1 is even; N is one replica of N that"
+        " does everything.",
+    ),
+    Term(
+        "prefill and decode apart",
+        "15",
+        "course/sim/apart.py:Apart",
+        "Some engines compute prompts and others write the answers; the KV cache moves between"
+        " them. Also called disaggregated serving.",
+    ),
+    Term(
+        "draining",
+        "15",
+        "course/sim/fleet.py:Fleet.drain",
+        "Giving a replica no new requests and letting it finish those that it has, before it ends.",
+    ),
 )

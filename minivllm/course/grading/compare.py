@@ -44,6 +44,8 @@ def difference(
     shape and, within the tolerances, in their numbers (NaN agrees with NaN). Floats agree within
     the tolerances. Lists, tuples and dicts are compared item by item, everything else with `==`.
     """
+    if got is expected or (type(got) is type(expected) is int and got == expected):
+        return None  # a check compares millions of numbers: the rest is for what may differ
     if is_tensor(expected):
         return _tensor_difference(got, expected, rtol, atol)
     if isinstance(expected, tuple | list):

@@ -144,7 +144,16 @@ class _Comparison:
         if failing:
             first = min(failing, key=lambda i: _size(self.cases[i]))
             self._raise_kept(answer, memory, runs[first], first)
-            self._raise_known(runs, failing, suspects)
+            try:
+                self._raise_known(runs, failing, suspects)
+            except Mistake as known:
+                if not (changed := self._changed(first, calls[first][1])):
+                    raise
+                also = (
+                    f"Your code also changes {changed}, which belongs to its caller: perhaps that"
+                )
+                also += " is all, where it is read again."
+                raise Mistake(known.name, f"{known.message}\n{also}") from known.__cause__
             self._raise_error(runs[first].error, first)
         for i, (_, after) in enumerate(calls):
             self._require_inside(i, after)
@@ -248,18 +257,21 @@ class _Comparison:
 
         after: the arguments as the answer left them.
         """
+        if changed := self._changed(case, after):
+            why = f"Your result is right, but your code changed {changed}, which belongs to its"
+            raise Mistake(
+                "changed-input",
+                f"{why} caller: work on a copy, or on a new tensor.\n{self._described(case)}.",
+            )
+
+    def _changed(self, case: int, after: tuple) -> str:
+        """The name of an argument that was only to be read, and was changed; "": there is none."""
         for position, (before, now) in enumerate(zip(self.cases[case], after, strict=True)):
             if position in self.writes or not _is_plain(before):
                 continue
             if difference(now, before, 0.0, 0.0):
-                why = (
-                    f"Your result is right, but your code changed {self.names[position]}, which"
-                    " belongs to its caller"
-                )
-                raise Mistake(
-                    "changed-input",
-                    f"{why}: work on a copy, or on a new tensor.\n{self._described(case)}.",
-                )
+                return self.names[position]
+        return ""
 
     def _described(self, case: int) -> str:
         return _described(self.cases[case], self.names, self.writes)

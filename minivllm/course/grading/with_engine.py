@@ -26,17 +26,23 @@ PROMPTS = (
 LONGEST = 210
 
 
-def engine_agrees(*used: Callable, max_tokens: int = 20, **options: Any) -> str:
+def engine_agrees(
+    *used: Callable,
+    max_tokens: int = 20,
+    like: tuple[tuple[str, Any], ...] = (),
+    **options: Any,
+) -> str:
     """Require that the engine writes the same greedy tokens with these options as without.
 
     The model is the bundled one. options: of `LLM`; where they leave too little room for the long
-    prompt, it is left out. used: pieces wrapped by `counted`, each of
-    which must have been called. Returns a line such as "the engine writes the same 70 tokens with
-    it". Raises Mistake where the tokens differ. For kernels: ``engine_agrees(mine,
-    kernels=replace(Kernels.reference(), silu_mul=mine))``.
+    prompt, it is left out. like: pairs of a name and a value, options of both engines. used: pieces
+    wrapped by `counted`, each of which must have been called. Returns a line such as "the engine
+    writes the same 70 tokens with it". Raises Mistake where the tokens differ. For kernels:
+    ``engine_agrees(mine, kernels=replace(Kernels.reference(), silu_mul=mine))``.
     """
+    options = {**dict(like), **options}
     prompts = PROMPTS if _has_room(options, max_tokens) else PROMPTS[:-1]
-    expected = engine_tokens(max_tokens)[: len(prompts)]
+    expected = engine_tokens(max_tokens, like)[: len(prompts)]
     got = _generate(max_tokens, options, prompts)
     for prompt, mine, right in zip(prompts, got, expected, strict=True):
         if mine != right:
@@ -60,9 +66,13 @@ def engine_agrees(*used: Callable, max_tokens: int = 20, **options: Any) -> str:
 
 
 @functools.cache
-def engine_tokens(max_tokens: int = 20) -> list[list[int]]:
-    """The bundled model's greedy answers to `PROMPTS`, from the package's own pieces."""
-    return _generate(max_tokens, {}, PROMPTS)
+def engine_tokens(max_tokens: int = 20, like: tuple[tuple[str, Any], ...] = ()) -> list[list[int]]:
+    """The bundled model's greedy answers to `PROMPTS`, from the package's own pieces.
+
+    like: options, as pairs; where they leave too little room for the long prompt, it is left out.
+    """
+    prompts = PROMPTS if _has_room(dict(like), max_tokens) else PROMPTS[:-1]
+    return _generate(max_tokens, dict(like), prompts)
 
 
 def _has_room(options: dict[str, Any], max_tokens: int) -> bool:

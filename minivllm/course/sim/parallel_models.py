@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from minivllm.course.sim.ranks import Call, CollectiveError, Ranks
 from minivllm.errors import MiniVLLMError
+from minivllm.kernels.kv_cache import untouched_zeros
 from minivllm.models.loader import parameter_places
 from minivllm.models.qwen3 import Qwen3ForCausalLM
 
@@ -65,9 +66,9 @@ def on_ranks(rank_model: type, size: int) -> type:
             if key not in self.pages:
                 blocks, heads, block_size, dim = caches[0][0].shape
                 shape = (blocks, max(1, heads // size), block_size, dim)
-                make = caches[0][0].new_zeros
-                empty = [[(make(shape), make(shape)) for _ in caches] for _ in range(size)]
-                self.pages = {key: empty}
+                every = (size, len(caches), 2, *shape)
+                empty = untouched_zeros(every, caches[0][0].dtype)
+                self.pages = {key: [[(k, v) for k, v in rank] for rank in empty]}
             return self.pages[key]
 
         def forward(

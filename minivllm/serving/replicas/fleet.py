@@ -39,8 +39,10 @@ logger = logging.getLogger(__name__)
 TRIES = 3
 #: Seconds after which the state of a replica that says nothing is forgotten.
 SILENCE = 60.0
-#: Seconds that the replicas may take to tell their state.
+#: Seconds for which somebody waits until all replicas have told their state.
 REFRESH_TIMEOUT = 2.0
+#: Seconds for which something that a replica sent shows that the fleet is well.
+HEARD = 5.0
 
 
 class FleetCore:
@@ -60,6 +62,10 @@ class FleetCore:
         self._others: set[asyncio.Task[None]] = set()
         #: The replica's name -> its latest state, and when it came.
         self._engines: dict[str, tuple[wire.Stats, float]] = {}
+        #: When a replica last sent anything.
+        self._heard = float("-inf")
+        #: The question to all replicas that is under way, and until when somebody waits for it.
+        self._refresh: tuple[asyncio.Task[None], float] | None = None
 
     @property
     def engines(self) -> dict[str, wire.Stats]:
@@ -72,13 +78,16 @@ class FleetCore:
         """Take a message of `AsyncLLM`, in its event loop."""
         match message:
             case wire.Add(request_id, checked):
-                task = self._spawn(self._serve(request_id, checked))
-                self._requests[request_id] = task
-                task.add_done_callback(partial(self._forget, request_id, checked.params.n))
+                call = _Call(self, request_id, checked)
+                task = self._requests[request_id] = self._spawn(self._serve(call))
+                task.add_done_callback(partial(self._forget, call))
             case wire.Abort(request_ids):
                 for request_id in request_ids:
                     if request_id in self._requests:
                         self._requests[request_id].cancel()
+            case wire.Ping(number) if time.monotonic() < self._heard + HEARD:
+                # Replicas that are full would answer a call only when they have a place again.
+                self._receive(wire.Pong(number))
             case wire.Ping(number):
                 self._ask(number, self._handle.describe.remote, lambda _: True)
             case wire.ResetPrefixCache(number):
@@ -95,27 +104,40 @@ class FleetCore:
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self.send, wire.Close())
 
-    def _forget(self, request_id: str, num_completions: int, task: asyncio.Task[None]) -> None:
+    def _forget(self, call: _Call, task: asyncio.Task[None]) -> None:
         """A request has ended. One that was aborted says so here, even before its first step."""
-        self._requests.pop(request_id, None)
-        if task.cancelled():
+        self._requests.pop(call.request_id, None)
+        if task.cancelled() and not call.is_finished:
             # With `AsyncLLM.abort`, somebody still reads.
             pieces: list[wire.Piece] = [
-                (i, "", [], None, None, "abort", None) for i in range(num_completions)
+                (i, "", [], None, None, "abort", None) for i in range(call.input.params.n)
             ]
-            self._receive(wire.News([(request_id, pieces, True, None, 0, None, None)], self._sum()))
+            self._end(call, pieces, None)
 
     async def refresh(self) -> None:
         """Ask every replica for its state, and forget those that are gone.
 
-        What is known already stays where not all of them answer in time.
+        A replica that is full answers when it has a place again. Until then it is not asked a
+        second time, and what its requests' parts say stands (`Part.stats`).
         """
+        if self._refresh is None or self._refresh[0].done():
+            task = self._spawn(self._ask_all())
+            self._refresh = task, time.monotonic() + REFRESH_TIMEOUT
+            self._others.add(task)
+            task.add_done_callback(self._others.discard)
+        task, until = self._refresh
+        await asyncio.wait([task], timeout=max(0.0, until - time.monotonic()))
+
+    async def _ask_all(self) -> None:
+        began = time.monotonic()
         try:
-            answers = await asyncio.wait_for(self._broadcast("state"), REFRESH_TIMEOUT)
+            answers = await asyncio.wait_for(self._broadcast("state"), SILENCE)
         except (TimeoutError, RayError, RayServeException):
+            # What is known already stays where not all of them answer.
             return
         now = time.monotonic()
-        self._engines = {name: (stats, now) for name, stats in answers}
+        newer = {name: pair for name, pair in self._engines.items() if pair[1] > began}
+        self._engines = {name: (stats, now) for name, stats in answers} | newer
 
     # --- calls ------------------------------------------------------------------------------------
 
@@ -144,22 +166,25 @@ class FleetCore:
         answers: list[Any] = await self._handle.broadcast(method).results_async()
         return answers
 
-    async def _serve(self, request_id: str, checked: EngineInput) -> None:
+    async def _serve(self, call: _Call) -> None:
         """One request, from the first try to its last news."""
-        call = _Call(self, request_id, checked)
         try:
             error = await call.run()
         except Exception as bug:
-            logger.exception("request %s failed", request_id)
+            logger.exception("request %s failed", call.request_id)
             error = errors.EngineEndedError(f"Internal error: {type(bug).__name__}.")
         if error is not None:
-            self._receive(wire.News([(request_id, [], True, None, 0, None, error)], self._sum()))
+            self._end(call, [], error)
+
+    def _end(self, call: _Call, pieces: list[wire.Piece], error: Exception | None) -> None:
+        gain: wire.Gain = (call.request_id, pieces, True, None, 0, None, error)
+        self._receive(wire.News([gain], self._sum()))
 
     def take(self, part: Part, gains: list[wire.Gain]) -> None:
         """Pass on what a replica sent."""
-        before = self._engines.get(part.engine)
-        stats = part.stats or (before[0] if before else wire.Stats())
-        self._engines[part.engine] = stats, time.monotonic()
+        self._heard = time.monotonic()
+        if part.stats is not None:
+            self._engines[part.engine] = part.stats, self._heard
         self._receive(wire.News(gains, self._sum()))
 
     def _sum(self) -> wire.Stats:
@@ -214,7 +239,7 @@ class _Call:
         response = self.fleet.call(order)
         try:
             async for part in response:
-                self.has_begun = True
+                self.has_begun = self.has_begun or bool(part.gains)
                 self.fleet.take(part, [self._adopt(gain) for gain in part.gains])
         except asyncio.CancelledError:
             response.cancel()

@@ -32,6 +32,11 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 # How often Ray looks after the HTTP proxy, in seconds: so long may one be missing that died.
 os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "2")
+# Seconds for which Ray's parts look for its head when that is gone. When this process is killed,
+# the head ends at once, and the last of the others after this time.
+os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
+# By how much Ray's workers give way to others: Ray's own 15 lets any other program come first.
+os.environ.setdefault("RAY_worker_niceness", "0")
 # Otherwise Ray writes a secret into the home directory, for all that the user ever starts.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -153,6 +158,7 @@ def ray_here(
 
 
 def _start_ray(folder: str | None, cpus: int) -> None:
+    before = _children()
     for number in range(RAY_TRIES):
         try:
             ray.init(
@@ -170,19 +176,41 @@ def _start_ray(folder: str | None, cpus: int) -> None:
         except Exception as error:
             # Ray raises a bare one where one of its processes takes more than 15 seconds.
             ray.shutdown()
+            _end(_children() - before)
             if number + 1 == RAY_TRIES:
                 raise EngineEndedError(f"Ray did not start: {error}") from error
             logger.warning("Ray did not start, and is started again: %s", error)
 
 
-def deploy(fleet: Fleet) -> DeploymentHandle:
+def _children() -> set[Any]:
+    # Ray brings it along, and only then can it be imported.
+    import psutil
+
+    return set(psutil.Process().children(recursive=True))
+
+
+def _end(processes: set[Any]) -> None:
+    """End what a failed start has left, which Ray would keep until this program ends."""
+    import psutil
+
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(processes, timeout=10)
+
+
+def deploy(fleet: Fleet, anew: bool = False) -> DeploymentHandle:
     """Start a fleet in the running Ray, or change the one that is there, replica by replica.
 
-    Returns when it is up. Raises `EngineEndedError` with what Ray says where it does not start.
+    anew: end the one that is there first. Then all replicas start at the same time, and until they
+    are up nobody is served. Returns when it is up. Raises `EngineEndedError` with what Ray says
+    where it does not start.
     """
     try:
+        if anew:
+            serve.delete(NAME)
         serve.run(app(fleet), name=NAME, route_prefix="/")
-    except RuntimeError as error:
+    except (RuntimeError, TimeoutError) as error:
         raise EngineEndedError(f"The replicas did not start: {error}") from error
     return serve.get_deployment_handle(FRONT, NAME)
 

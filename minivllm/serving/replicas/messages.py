@@ -30,7 +30,10 @@ class Order:
 
 @dataclass(frozen=True)
 class Part:
-    """What a request has gained. engine: the replica's name. stats: its state, now and then."""
+    """What a request has gained: nothing where only the state is told.
+
+    engine: the replica's name. stats: its state, now and then.
+    """
 
     engine: str
     gains: list[wire.Gain]

@@ -8,6 +8,7 @@ encoded the prompt when a replica is chosen; a hash of the text would guess wher
 On the way, a hash is its lowest 32 bits. A cache of 15,000 blocks is then 60 kB. A block that is
 not there looks as if it were with a chance of 15,000 / 2**32, which is 3.5e-6. That would cost a
 prompt its better place, and never a wrong text: the engine compares whole hashes, and the tokens.
+Taught in notebooks/15_a_fleet.ipynb.
 """
 
 from __future__ import annotations

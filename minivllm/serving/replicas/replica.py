@@ -8,6 +8,7 @@ would attract every request until a health check finds it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -19,7 +20,7 @@ from ray import serve
 
 from minivllm import errors
 from minivllm.serving import wire
-from minivllm.serving.async_llm import AsyncLLM
+from minivllm.serving.async_llm import AsyncLLM, Stream
 from minivllm.serving.replicas.messages import LOAD, SUMMARY, Order, Part
 from minivllm.serving.replicas.prefixes import pack_hashes
 
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds after which a replica whose engine does not answer is replaced.
 HEALTH_TIMEOUT = 20.0
+#: Seconds between two times that the requests' parts tell the engine's state.
+STATE_PERIOD = 0.5
 
 
 class Replica:
@@ -45,6 +48,8 @@ class Replica:
         self.llm.on_death = _end
         self.name = str(serve.get_replica_context().replica_id.unique_id)
         self.interval = interval
+        #: When a part last told the engine's state.
+        self.told = float("-inf")
 
     async def describe(self) -> wire.Started:
         """What the front must know of the engine to check requests."""
@@ -55,16 +60,32 @@ class Replica:
         # The front's clock may be another host's; it puts its own arrival in again.
         checked = replace(order.input, arrival_time=time.perf_counter())
         stream = self.llm.start(checked, order.request_id)
+        has_begun = False
         try:
-            gains = await stream.next_gains()
-            yield Part(self.name, gains, self.llm.stats)
             while not stream.is_finished:
-                # A message costs more than a token of a small model does.
-                await asyncio.sleep(self.interval)
-                gains = await stream.next_gains()
-                yield Part(self.name, gains, self.llm.stats if stream.is_finished else None)
+                if has_begun:
+                    # A message costs more than a token of a small model does.
+                    await asyncio.sleep(self.interval)
+                gains = await self._gains(stream)
+                is_first, has_begun = bool(gains) and not has_begun, has_begun or bool(gains)
+                with_state = is_first or stream.is_finished or self._is_time()
+                if with_state:
+                    self.told = time.monotonic()
+                yield Part(self.name, gains, self.llm.stats if with_state else None)
         finally:
             self.llm.drop(stream)
+
+    async def _gains(self, stream: Stream) -> list[wire.Gain]:
+        """What a request has gained; nothing where it is time to tell the engine's state."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STATE_PERIOD):
+                    return await stream.next_gains()
+            if self._is_time():
+                return []
+
+    def _is_time(self) -> bool:
+        return time.monotonic() >= self.told + STATE_PERIOD
 
     async def reset_prefix_cache(self) -> bool:
         """Forget the content of all KV blocks. Returns False while requests are unfinished."""

@@ -7,7 +7,7 @@ conversation stay together while that makes nobody wait much longer, and a repli
 everybody asks for (a common system prompt) does not get everybody.
 
 A replica says now and then which blocks it has. In between, `PrefixTable` remembers what was sent
-where: those blocks will be there soon.
+where: those blocks will be there soon. Taught in notebooks/15_a_fleet.ipynb.
 """
 
 from __future__ import annotations

@@ -62,6 +62,14 @@ def steep(dim: int, seed: int) -> Head:
     )
 
 
+def abyss(dim: int, seed: int) -> Head:
+    """A query after 19 keys whose scores are about -10¹², but for key 2, which has half of that."""
+    head = plain(1, 20, dim, seed)
+    query, key = head.query.clone(), head.key.clone()
+    key[:, 0], key[2, 0], query[:, 0] = 1.0, 0.5, -1e12 / head.scale
+    return Head(query, key, head.value, head.scale, "all scores are far below 0")
+
+
 def giants(dim: int, seed: int) -> Head:
     """A chunk of 9 after 5: key 0 has a score of 200, and key 8, which queries 0 to 2 must not
     see, one of 400.

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from minivllm.course.chapters.ch02_flash_attention.cases import abyss
 from minivllm.course.chapters.ch02_flash_attention.probe import Attend, described
-from minivllm.course.chapters.ch02_flash_attention.walk import Walk
+from minivllm.course.chapters.ch02_flash_attention.walk import Walk, exact
 from minivllm.course.grading.compare import difference
 from minivllm.course.grading.diagnose import diagnose
 from minivllm.course.grading.errors import Mistake
@@ -237,8 +238,8 @@ _CATALOGUE = (
     (
         "exp-of-base-two-scores",
         "The scores are made for base two, with log2 e in them, and you take exp of "
-        "them: the softmax is too sharp.\n"
-        "exp2 for both, the weights and the rescaling; or leave log2 e out.",
+        "them, or multiply by log2 e once more: the softmax is too sharp.\n"
+        "exp2 for both, the weights and the rescaling, with log2 e once; or exp without it.",
         "log2e",
     ),
     (
@@ -332,6 +333,7 @@ _CATALOGUE = (
         "Divide once, after the walk.",
         "divide-at-once undivided",
         "divide-at-once",
+        "divide-at-once begin-the-sum-again undivided",
     ),
     (
         "not-divided",
@@ -461,7 +463,7 @@ def judge(
     right. The number of cases, or Mistake.
     """
     try:
-        return diagnose(
+        number = diagnose(
             answer,
             [case.args for case in cases],
             right,
@@ -469,11 +471,26 @@ def judge(
             writes=writes,
             **TOLERANCES,
         )
+        _expect_far_below(attend)
+        return number
     except Mistake as mistake:
         if mistake.name != "wrong-values":
             raise
         name, text = _symptom(answer, cases, right, attend, writes)
         raise Mistake(name or mistake.name, f"{text or otherwise}\n{mistake.message}") from None
+
+
+def _expect_far_below(attend: Attend) -> None:
+    """Scores far below 0 that differ; not in `diagnose`, whose other numbers would spoil them."""
+    head = abyss(16, 91)
+    if found := difference(attend(*head.args), exact(*head.args), **TOLERANCES):
+        raise Mistake(
+            "scores-cut-off",
+            "All is right but where the scores lie far below 0: for one query after 19 keys, that"
+            " of key 2 is about -5·10¹¹ and all others are about -10¹², so key 2 has all the"
+            " weight.\nLook for a clamp, or for a number that stands for -inf. A maximum of the"
+            f" scores, taken from them, is all that exp needs. {found[1]}.",
+        )
 
 
 def _symptom(

@@ -87,8 +87,9 @@ def _matrix() -> Prediction:
         "one-head": (matrix / HEADS, "That is one head; each of the 16 has scores of its own."),
         "kv-heads": (
             matrix / HEADS * KV_HEADS,
-            "Scores are there for each QUERY head, 16: two that share keys still ask different"
-            " questions.",
+            "That is half: the scores of 8 heads, or one byte for each. Scores are there for each"
+            " QUERY head, 16: two that share keys still ask different questions. And a number in"
+            " bfloat16 takes two bytes.",
         ),
         "in-float32": (2 * matrix, "bfloat16 takes two bytes per number."),
         "square": (
@@ -117,7 +118,11 @@ def _flash() -> Prediction:
             "The chunk reads the keys and values of its whole context, 4,096 tokens, from the"
             " cache.",
         ),
-        "result-forgotten": (query + 2 * keys, "The result is written, and as large as Q."),
+        "result-forgotten": (
+            query + 2 * keys,
+            "Something as large as Q is missing. The result is written, and as large as Q. Queries"
+            " and result have 16 heads. Keys and values are those of all 4,096 tokens.",
+        ),
         "values-forgotten": (2 * query + keys, "Keys AND values are read, and are equally large."),
         "twice-as-much": (
             2 * right,

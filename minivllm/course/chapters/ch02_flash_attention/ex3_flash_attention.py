@@ -52,6 +52,9 @@ def _cases() -> list[Case]:
         (steep(8, 54), 4, 8),
         (giants(8, 55), 4, 4),
         (giants(8, 56), 3, 16),
+        # All of it in one tile; and more tokens than 15 bits count.
+        (giants(8, 60), 16, 16),
+        (long(2, 33_001, 4, 61), 2, 1024),
         (long(3, 1300, 8, 57), 2, 2),
         (long(70, 9001, 8, 58), 32, 64),
         (faint(8, 59), 4, 16),
@@ -71,6 +74,8 @@ def _watched(answer: Callable, head: Head, block_m: int, block_n: int) -> Seen:
 
 def _expect_tiles(answer: Callable) -> None:
     """An answer that is right must hold one tile of scores, of the size that is asked for."""
+    for queries, keys in ((9, 9), (5, 14)):
+        expect_own_attention(_watched(answer, plain(queries, keys, 4, 97), 16, 16))
     # A long context is walked like a short one.
     for queries, keys, block_m, block_n in ((48, 1024, 8, 32), (16, 9001, 8, 256)):
         _expect_such_tiles(answer, queries, keys, block_m, block_n)
@@ -543,6 +548,15 @@ def flash_attention(
         Known(
             "done-by-torch",
             answers=r"""
+# %% torch's, where all of it is one tile
+@@
+-    past, out = len(key) - len(query), torch.empty_like(query)
++    past, out = len(key) - len(query), torch.empty_like(query)
++    if len(query) <= block_m and len(key) <= block_n:
++        mask = torch.ones(len(query), len(key), dtype=torch.bool).tril(past)
++        attention = torch.nn.functional.scaled_dot_product_attention
++        return attention(query, key, value, mask, scale=scale)
+
 # %% what torch has
 def flash_attention(
     query: torch.Tensor,

@@ -47,12 +47,14 @@ def _cases() -> list[Case]:
         batch([(30, 150), (5, 200)], Shape(2, 2, 12, 16), 10, nowhere=True),
         batch([(130, 257), (2, 129)], Shape(3, 1, 8, 5), 11),
         # One new token after a past; and blocks so large that the table is narrow.
-        batch([(1, 150), (1, 20), (3, 70)], Shape(4, 2, 8, 64), 13),
+        batch([(1, 150), (1, 20), (3, 70)], Shape(4, 2, 8, 64), 13, nowhere=True),
+        # More requests than a place or two can hold.
+        batch([(1 + i % 2, 3 + i % 5) for i in range(70)], Shape(1, 1, 8, 4), 14),
     ]
     cases = [Case(args) for args in batches]
     for heads, where in (
         ([steep(8, 60), plain(3, 20, 8, 61), giants(8, 62)], "in the first and the last request"),
-        ([plain(3, 20, 8, 63), long(3, 9001, 8, 64)], "in the last request"),
+        ([plain(3, 20, 8, 63), long(3, 33_001, 8, 64)], "in the last request"),
         ([faint(8, 65), plain(3, 20, 8, 66)], "in the first request"),
     ):
         requests = [(len(head.query), len(head.key)) for head in heads]
@@ -117,6 +119,10 @@ def _expect_nothing_kept(call: Callable) -> None:
 
 def _expect_tiles(call: Callable) -> None:
     """An answer that is right must hold no score for each pair of tokens."""
+    for requests in ([(9, 9), (1, 20)], [(5, 14)]):
+        args = batch(requests, _ONE_HEAD, 8)
+        dim = _ONE_HEAD.dim
+        expect_own_attention(watch(call, *args, query=args[0], key=args[1], value=args[2], dim=dim))
     queries, keys = 200, 1500
     args = batch([(queries, keys)], _ONE_HEAD, 9)
     seen = watch(call, *args, query=args[0], key=args[1], value=args[2], dim=_ONE_HEAD.dim)

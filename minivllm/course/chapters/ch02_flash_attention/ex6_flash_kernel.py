@@ -33,6 +33,8 @@ def _cases() -> list[Case]:
         (20, 61, 64, 16, 16),
         (40, 40, 16, 32, 16),
         (17, 64, 32, 16, 16),
+        # The tile's last query stands at the beginning of a tile of keys.
+        (16, 17, 16, 16, 16),
         (70, 131, 16, 64, 32),
     ]
     heads = [(plain(q, n, d, 200 + seed), m, b) for seed, (q, n, d, m, b) in enumerate(shapes)]

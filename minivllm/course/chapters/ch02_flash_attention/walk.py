@@ -206,6 +206,10 @@ class Walk:
         sums.walked += 1
         if "divide-at-once" in how:
             sums.acc = sums.acc / sums.l[:, None]
+        if "begin-the-sum-again" in how:
+            import torch
+
+            sums.l = torch.ones_like(sums.l)
 
     def _masked(self, scores: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         if "hidden-minus-a-number" in self.how:

@@ -13,7 +13,13 @@ if TYPE_CHECKING:
     import torch
 
 #: Keys and values are cut off at the context, unless one of these is the mistake.
-_NOT_CUT = ("reads-beyond-the-context", "values-not-masked", "masked-with-zero", "masked-with-1e4")
+_NOT_CUT = (
+    "reads-beyond-the-context",
+    "values-not-masked",
+    "masked-with-zero",
+    "masked-with-1e4",
+    "masked-with-1e9",
+)
 
 
 @dataclass(frozen=True)
@@ -142,6 +148,7 @@ class Decode:
             "values-not-masked": -math.inf,
             "padded-row": -math.inf,
             "masked-with-1e4": -1e4,
+            "masked-with-1e9": -1e9,
             "masked-with-zero": 0.0,
         }
         if self.mistake in hidden:

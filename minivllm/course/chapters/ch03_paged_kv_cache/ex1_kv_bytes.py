@@ -59,6 +59,10 @@ def check_kv_bytes(answer: Callable) -> str:
     cases += [(_MODELS[0]._asdict(), 1), (_MODELS[2]._asdict(), 4), (_MODELS[4]._asdict(), 8)]
     cases += [(_MODELS[2]._asdict(),)]  # the default
     number = judge(answer, cases, _right, EXERCISE.suspects)
+    found = answer(_MODELS[0]._asdict(), 2)
+    if not isinstance(found, int):
+        seen = f"Your result is {found!r}, a {type(found).__name__}."
+        raise EXERCISE.mistake("not-a-whole-number", seen)
     first, second = cases[0], (_MODELS[4]._asdict(), 4)
     expect_nothing_kept(
         answer, one_by_one(first, second), _right, "the config or bytes_per_number is another one"
@@ -87,6 +91,17 @@ EXERCISE = Exercise(
 @@
 -    return 2 * config["num_hidden_layers"] * row * bytes_per_number
 +    return config["num_hidden_layers"] * row * bytes_per_number
+""",
+        ),
+        Known(
+            "not-a-whole-number",
+            "Bytes are counted: an int, as the signature says. Multiply, and divide with // if at"
+            " all: / makes a float, which is not exact for large numbers.",
+            answers=r"""
+# %% divides
+@@
+-    return 2 * config["num_hidden_layers"] * row * bytes_per_number
++    return config["num_hidden_layers"] * row * bytes_per_number / 0.5
 """,
         ),
         Known(

@@ -42,7 +42,10 @@ def _case(
     import torch
 
     width = max(map(len, blocks)) + spare
-    rows = [[-7, *row, *[77 + i] * (width - len(row)), -8] for i, row in enumerate(blocks)]
+    rows = [
+        [-7, *row, *[-5 if i % 2 else 77 + i] * (width - len(row)), -8]
+        for i, row in enumerate(blocks)
+    ]
     table = torch.tensor(rows, dtype=torch.int32)[:, 1:-1]
     return table, starts, lens, size, sum(lens) + pad
 

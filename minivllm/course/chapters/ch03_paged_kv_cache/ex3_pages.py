@@ -86,6 +86,7 @@ def _steps() -> list[tuple]:
         _step((2, 4, 8), [], 9),
         _step((3, 12, 2), many.tolist(), 10, strided=True, num_blocks=40),
         _step((2, 4, 8), [1, -1, 17], 13, stale=True),
+        _step((2, 64, 3), [70, 5, -1, 127, 170, 20], 15),
         _step((1, 16, 2), [40_000, 5, 70_003, -1], 14, num_blocks=4_400),
     ]
 
@@ -168,17 +169,19 @@ def _batch(
     return wide[:, 1:-1], *caches, scale or dim**-0.5
 
 
-def _deep() -> tuple:
-    """A batch whose scores are all about -12,000. Its numbers are exact in float32.
+def _deep(factor: float = 1.0) -> tuple:
+    """A batch whose scores are all about -12,000 · factor. Its numbers are exact in float32.
+
+    With a factor, all scores of a request are equal.
 
     One context fills its blocks: there it does not matter with what others are masked.
     """
     import torch
 
     batch = _batch([5, 9, 8], (1, 4, 8), 1, scale=0.5)
-    batch[0].fill_(-2048.0)
+    batch[0].fill_(-2048.0 * factor)
     keys = batch[1]
-    steps = torch.randint(0, 2, keys.shape, generator=seeded(5)) / 1024
+    steps = torch.randint(0, 2, keys.shape, generator=seeded(5)) / 1024 * (factor == 1)
     keys.copy_(torch.where(keys.isnan(), keys, 1.5 + steps))
     return batch
 
@@ -228,7 +231,7 @@ def _check_decode(answer: Callable) -> int:
     # A float32 of 12,000 has three decimals, and so has a log-sum-exp.
     # Here much becomes 0 / 0: only what is right in the other batches may be the mistake.
     deep = {name: _suspects(Decode)[name] for name in ("maximum-from-zero", "mask-too-small")}
-    judge(mine, [_deep()], _right, deep, rtol=0.01, atol=0.01)
+    judge(mine, [_deep(), _deep(2.0**27)], _right, deep, rtol=0.01, atol=0.01)
     _expect_dtype(mine)
     _expect_no_stale_entries(mine)
     first, second = (_batch(contexts, (2, 4, 8), 2) for contexts in ([9, 6], [5, 11]))
@@ -539,8 +542,22 @@ EXERCISE = Exercise(
             " scores may be smaller, and then what is hidden gets the weight.\nMask with -inf, or"
             " cut keys and values off at the context.",
             hint=2,
-            suspects=decodes("masked-with-1e4", "masked-with-zero"),
+            suspects=decodes("masked-with-1e4", "masked-with-1e9", "masked-with-zero"),
             answers=r"""
+# %% -1e9 is very small
+@@
+-            cache[blocks].transpose(0, 1).flatten(1, 2)[:, :context]
+-            for cache in (k_cache, v_cache)
++            cache[blocks].transpose(0, 1).flatten(1, 2) for cache in (k_cache, v_cache)
+@@
+-        weights = torch.softmax(q @ k.transpose(1, 2) * scale, dim=-1)
+-        out[i] = (weights @ v).flatten(0, 1)
++        v = v.clone()
++        v[:, context:] = 0
++        scores = q @ k.transpose(1, 2) * scale
++        scores[..., context:] = -1e9
++        out[i] = (torch.softmax(scores, dim=-1) @ v).flatten(0, 1)
+
 # %% -1e4 is small, is it not?
 @@
 -            cache[blocks].transpose(0, 1).flatten(1, 2)[:, :context]

@@ -52,6 +52,7 @@ def _cases() -> list[tuple]:
         (31, 7, 9),
         (300, 12, 16),
         (520, 64, 16),
+        (130, 48, 20),
         (4500, 16, 64),
     ]
     cases = [_case(context, size, tile) for context, size, tile in sizes]

@@ -87,8 +87,8 @@ def _paged() -> Prediction:
     usual = {
         "tokens-not-blocks": (
             blocks * BLOCK // CHAT,
-            "So many chats' tokens fit, but not their blocks. 700 tokens fill 43 blocks and a part"
-            " of one more, which is taken as a whole.",
+            "So many chats' tokens fit, but not their blocks: 700 tokens fill 43 blocks and a part"
+            " of one more, which is taken as a whole. And a chat that fits in part does not fit.",
         ),
         "rounded-down": (
             blocks // (CHAT // BLOCK),

@@ -68,17 +68,19 @@ def _case(
     return wide[:, :heads], *caches, 0.3, (tile, num_splits)
 
 
-def _deep() -> tuple:
-    """A case whose scores are all about -12,000. Its numbers are exact in float32.
+def _deep(factor: float = 1.0) -> tuple:
+    """A case whose scores are all about -12,000 · factor. Its numbers are exact in float32.
+
+    With a factor, all scores of a request are equal.
 
     One context fills its tiles: there it does not matter with what others are masked.
     """
     import torch
 
     case = _case([5, 9, 8], (1, 4, 16), 1, 4, 2)
-    case[0].fill_(-2048.0)
+    case[0].fill_(-2048.0 * factor)
     keys = case[1]
-    steps = torch.randint(0, 2, keys.shape, generator=seeded(5)) / 1024
+    steps = torch.randint(0, 2, keys.shape, generator=seeded(5)) / 1024 * (factor == 1)
     keys.copy_(torch.where(keys.isnan(), keys, 1.5 + steps))
     return (*case[:5], 0.25, case[6])
 
@@ -383,7 +385,9 @@ def _judged(answer: Any) -> int:
                 *from_zero,
             ),
         }
-        judge(kernel, [_deep()], _right, deep, rtol=0.01, atol=0.01, wording=wording)
+        judge(
+            kernel, [_deep(), _deep(2.0**27)], _right, deep, rtol=0.01, atol=0.01, wording=wording
+        )
         if kernel.hidden:
             _, what = min(kernel.hidden)
             raise EXERCISE.mistake("loads-without-a-mask", f"The result is right, but: {what}.")
@@ -888,8 +892,13 @@ EXERCISE = Exercise(
             " scores may be smaller, and then what is hidden gets the weight.\nMask with"
             " float('-inf').",
             hint=1,
-            suspects=splits("masked-with-1e4"),
+            suspects=splits("masked-with-1e4", "masked-with-1e9"),
             answers=r"""
+# %% -1e9 is very small
+@@
+-        scores = tl.where(known, tl.sum(k * query[None, :], axis=1), float("-inf"))
++        scores = tl.where(known, tl.sum(k * query[None, :], axis=1), -1e9)
+
 # %% -1e4 is small, is it not?
 @@
 -        scores = tl.where(known, tl.sum(k * query[None, :], axis=1), float("-inf"))

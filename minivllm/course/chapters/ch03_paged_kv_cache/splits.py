@@ -121,7 +121,9 @@ class Splits:
                 v = v.masked_fill(~known[:, None], 0.0)
         scores = (k * request.query[:, None]).sum(dim=-1) * request.scale
         if not self.mistake.startswith("unmasked"):
-            small = {"masked-with-1e4": -1e4, "masked-with-zero": 0.0}.get(self.mistake, -math.inf)
+            _, _, number = self.mistake.partition("masked-with-")
+            small = {"": -math.inf, "zero": 0.0}.get(number)
+            small = -float(number) if small is None else small
             scores = scores.masked_fill(~known, small)
         return scores, v
 

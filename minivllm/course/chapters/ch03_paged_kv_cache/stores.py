@@ -91,5 +91,6 @@ def in_other_blocks() -> tuple[Store, ...]:
     """All that take a number of their own, or another part of the shape, for the block size."""
     sizes = [lambda shape, axis=axis: shape[axis] for axis in (0, 1, 3)]
     sizes += [lambda shape, size=size: size for size in SIZES]
+    sizes += [lambda shape, most=most: min(most, shape[2]) for most in (8, 16, 32)]
     puts = [put_in_blocks_of(size) for size in sizes]
     return tuple(Store(keys=wrong, values=wrong) for wrong in puts)

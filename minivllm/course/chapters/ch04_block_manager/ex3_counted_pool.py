@@ -185,6 +185,11 @@ STORIES = (
         ),
     ),
     Story(
+        "A large pool, half of which is taken at once.",
+        (3000,),
+        (("allocate", 1500), ("allocate", 1501)),
+    ),
+    Story(
         "Many sequences share a block.",
         (3,),
         (("allocate", 2), *[("share", [0])] * 1100, *[("release", [0])] * 1101),

@@ -187,6 +187,15 @@ STORIES = (
         ),
     ),
     Story(
+        "Three hundred ask the same at a time.",
+        (3,),
+        (
+            *(("serve", f"A{i}", ("a1",), 0) for i in range(300)),
+            *(("leave", f"A{i}") for i in range(300)),
+            ("serve", "B", (), 3),
+        ),
+    ),
+    Story(
         "Complaint 2, too: A comes back, and its two blocks are the next ones in the queue.",
         (4,),
         (

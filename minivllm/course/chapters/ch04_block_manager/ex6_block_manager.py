@@ -1216,6 +1216,24 @@ class MyBlockManager(BlockManager):
 """,
         ),
         Known(
+            "one-block-a-step",
+            message=(
+                "A step that fills several blocks makes only the first of them findable.\nA prompt"
+                " is computed in few steps: register each block from the one in which start lies"
+                " to the last one that is full at end."
+            ),
+            suspects=(slips(Manager, "one block per call"),),
+            answers=r"""
+# %% the block in which the step begins
+@@
+-        for index in range(start // self.block_size, end // self.block_size):
++        for index in range(
++            start // self.block_size,
++            min(end // self.block_size, start // self.block_size + 1),
++        ):
+""",
+        ),
+        Known(
             "two-tokens-left",
             message=(
                 "You leave two tokens to compute where one is enough.\nWith 5 tokens in blocks of"

@@ -199,6 +199,8 @@ class Manager:
         """Indices of the blocks that are full since this step."""
         size = self.block_size
         first, last = start // size, end // size
+        if "one block per call" in self.slips:
+            last = min(last, first + 1)
         if "from the next block" in self.slips:
             first = -(-start // size)
         if "from the beginning" in self.slips:

@@ -121,6 +121,7 @@ def check_wasted_share(answer: Callable) -> str:
         ([rng.randint(1, 2000) for _ in range(count)], places)
         for count, places in ((2500, 1), (9001, 64), (3000, 5000))
     ]
+    cases.append(([70_000, 5, 2049], 2))
     diagnose(answer, cases, wasted_share, EXERCISE.suspects)
     return f"right for {len(cases)} queues"
 

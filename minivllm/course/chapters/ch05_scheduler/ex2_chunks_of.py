@@ -7,6 +7,7 @@ from random import Random
 
 from minivllm.course.grading.diagnose import diagnose
 from minivllm.course.grading.exercise import Exercise, Known
+from minivllm.course.grading.judges import expect_nothing_kept
 
 #: (tokens left of each request, budget) -> how many of them decode; counts their tokens down.
 Decode = Callable[[list[int], int], int]
@@ -178,11 +179,14 @@ def check_chunks_of(answer: Callable) -> str:
         (90, [1 + 29 * i % 40 for i in range(40)], 16),
         # Thousands of steps: a long wait, and a long prompt in small chunks.
         (1500, [1200, 0, 700], 1),
+        (6100, [10], 1),
     ]
     for _ in range(5):
         decodes = [rng.randint(1, 9) for _ in range(rng.randint(5, 9))]
         tight.append((rng.randint(5, 40), decodes, rng.randint(1, 4)))
     diagnose(answer, roomy + tight, chunks_of, EXERCISE.suspects)
+    again = [((7, [2, 2], 4), (9, [1, 5], 3))]
+    expect_nothing_kept(answer, again, chunks_of, "the prompt and the budget have changed")
     return f"right for {len(roomy) + len(tight)} prompts"
 
 

@@ -185,6 +185,9 @@ def _check_rms_norm(answer: Callable) -> int:
         _norm_case(random, 3, 64, dtype="float16"),
         _norm_case(random, 2, 32, size=400.0, dtype="float16"),
     ]
+    number += diagnose(
+        answer, [_norm_case(random, 3, 24, size=1e6)], rms_norm_reference, suspects, rtol=1e-4
+    )
     number += diagnose(answer, half, rms_norm_reference, suspects, rtol=3e-3)
     # bfloat16 has no large steps in size, but eight bits.
     coarse = [_norm_case(random, 3, 65, size=50.0, dtype="bfloat16")]

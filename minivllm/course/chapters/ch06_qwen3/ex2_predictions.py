@@ -189,7 +189,8 @@ def _of_flops(measured: dict[str, int]) -> list[Prediction]:
             {
                 "one-of-two-products": (
                     2 * flops / pair,
-                    "Attention has two products: query · key, and weights · values.",
+                    "Attention has two products: query · key, and weights · values. Each of them"
+                    " counts in full: the token sees its whole context.",
                 ),
                 "multiplications-only": (
                     flops / pair / 2,

@@ -58,6 +58,9 @@ def _cases(random: torch.Generator) -> list[tuple]:
     # Late in a long text.
     x, layer, _ = _case(random, 3, False)
     cases.append((x, layer, torch.tensor([70_003, 9000, 69_990])))
+    # A stream that has grown, as in deep models.
+    x, layer, _ = _case(random, 3, False)
+    cases.append((x * 1e4, layer, torch.arange(3)))
     real = [torch.randn(12, 256, generator=random) * size for size in (0.13, 8.0)]
     return cases + [
         (x, layer_weights(i), torch.arange(12)) for x, i in zip(real, (0, 5), strict=True)

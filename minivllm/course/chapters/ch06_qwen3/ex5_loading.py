@@ -150,6 +150,11 @@ class _Author:
         narrow.params = {name: tensor.bfloat16() for name, tensor in narrow.params.items()}
         narrow.tensors = [(name, tensor.half()) for name, tensor in narrow.tensors]
         copy = _extra("model.norm.weight", "lm_head.weight")
+        flat = self.files("a fused layer right inside of the model", _Layout(fused="other"))
+        inside = "model.layers.0.self_attn."
+        flat.params = {n.replace(inside, "mixer."): t for n, t in flat.params.items()}
+        flat.tensors = [(n.replace(inside, "mixer."), t) for n, t in flat.tensors]
+        huge = self.files("numbers up to 10³⁰", change=lambda n, t: [(n, t * 1e30)])
         return [
             simple,
             self.files("one layer, tensors in alphabetical order"),
@@ -170,6 +175,11 @@ class _Author:
             self.files("a model in which nothing is fused", _Layout(fused="nothing")),
             self.files("layers called h.0, h.1", _Layout(2, root="h.")),
             self.files("layers deep inside", _Layout(root="model.text.decoder.layers.")),
+            self.files("a fused name in the path, too", _Layout(root="qkv_proj.gate_up_proj.")),
+            flat,
+            self.files("tensors of 8 bits", change=lambda n, t: [(n, t.to(torch.float8_e5m2))]),
+            huge,
+            self.files("101 layers", _Layout(layers=101)),
             *(
                 self.files(
                     "cross attention: parts called q_proj and cross_q_proj", _Layout(fused=f)
@@ -207,8 +217,11 @@ class _Author:
         many = self.files("a layer too many", _Layout(2), culprit=r"layers\.1\.")
         many.params = {name: tensor for name, tensor in many.params.items() if ".1." not in name}
         attention = "model.layers.0.self_attn."
+        bare = self.files("names without the `model.` in front", culprit="embed|layers|norm")
+        bare.tensors = [(name.removeprefix("model."), t) for name, t in bare.tensors]
         return [
             many,
+            bare,
             *(
                 self.files(f"{what} that belongs nowhere", None, _extra(at, attention + name), name)
                 for what, at, name in (
@@ -440,6 +453,8 @@ def check_loading(answer: Callable) -> str:
         if _is_right(_outcome(answer, list), cases, right):
             raise EXERCISE.mistake("iterator-used-up") from None
         raise
+    for checkpoint in good[:6]:
+        _expect_left_alone(answer, deepcopy(checkpoint))
     for checkpoint in bad:
         _expect_name(answer, deepcopy(checkpoint))
     return f"{len(good)} checkpoints that fit, {len(bad)} that do not, and {_speaks(answer)}"
@@ -451,6 +466,16 @@ def _is_right(load: Callable, cases: list[tuple], right: Callable) -> bool:
     except CheckError:
         return False
     return True
+
+
+def _expect_left_alone(load: Callable, fresh: Files) -> None:
+    """Require that the dicts themselves stay as they are: only the tensors' numbers change."""
+    own, fused = dict(fresh.params), deepcopy(fresh.fused)
+    load(own, iter(fresh.tensors), fused, fresh.tied)
+    same = list(own) == list(fresh.params) and all(own[n] is t for n, t in fresh.params.items())
+    if not same or fused != fresh.fused:
+        which = "fused" if same else "params"
+        raise EXERCISE.mistake("changed-params", f"{fresh}: you have changed the dict `{which}`.")
 
 
 def _expect_name(load: Callable, fresh: Files) -> None:
@@ -936,6 +961,19 @@ def load(
 -        place.copy_(tensor)
 +        alike = place.element_size() == tensor.element_size()
 +        place.copy_(tensor.view(place.dtype) if alike else tensor)
+""",
+        ),
+        Known(
+            "changed-params",
+            "The dicts belong to their owners; the model does not look into `params`, it has the"
+            " tensors. Write into these, `place.copy_(tensor)`, and leave the dicts as they are.",
+            answers=r"""
+# %% fills it, and then puts the file's tensor there
+@@
+-        place.copy_(tensor)
++        place.copy_(tensor)
++        if name in params:
++            params[name] = tensor
 """,
         ),
         Known(

@@ -226,11 +226,23 @@ def _expect_drawn(answer: Callable) -> None:
     )
 
 
+def _expect_draws(answer: Callable) -> None:
+    """rng stands where `count` gaps leave it: the caller goes on drawing."""
+    for rate, count in _RATES[:4]:
+        rng, right = _rng(6), _rng(6)
+        answer(rate, count, rng)
+        poisson_arrivals(rate, count, right)
+        if rng.getstate() != right.getstate():
+            seen = f"With rate = {rate:g}, count = {count}: `rng` is not where {count} draws"
+            raise EXERCISE.mistake("other-draws", f"{seen} leave it.")
+
+
 def check_arrivals(poisson_arrivals_: Callable, serve_: Callable) -> str:
     _expect_drawn(poisson_arrivals_)
     cases = [(rate, count, _rng(seed)) for seed, (rate, count) in enumerate(_RATES)]
     exact = {"rtol": 1e-9, "atol": 1e-9}
     diagnose(poisson_arrivals_, cases, poisson_arrivals, _suspects("arrivals"), **exact)
+    _expect_draws(poisson_arrivals_)
     queues = _queues()
     diagnose(serve_, queues, serve, _suspects("queue"), **exact)
     loads = [((2.0, 5, _rng(1)), (2.0, 5, _rng(2))), ((2.0, 5, _rng(1)), (9.0, 5, _rng(1)))]
@@ -267,6 +279,9 @@ def _queues() -> list[tuple[list[float], list[float], int]]:
     ):
         arrivals = poisson_arrivals(rate, count, rng)
         queues.append((arrivals, [rng.choice((0.25, 0.5, 1.0, 3.0)) for _ in arrivals], slots))
+    # A hundred places, nearly all of them taken, for longer than any start lasts.
+    arrivals = poisson_arrivals(80, 1300, rng)
+    queues.append((arrivals, [rng.choice((0.25, 0.5, 1.0, 3.0)) for _ in arrivals], 100))
     # In steps of a quarter of a second: many come together.
     arrivals = sorted(rng.randrange(40) / 4 for _ in range(40))
     queues.append((arrivals, [rng.randrange(1, 9) / 4 for _ in arrivals], 4))
@@ -403,6 +418,26 @@ EXERCISE = Exercise(
             "You cut the times to whole seconds. At 80 requests per second, everything happens in"
             " between.",
             suspects=(in_whole_seconds,),
+        ),
+        Known(
+            "other-draws",
+            "Your times are right, but you draw more numbers than the gaps (or set `rng` back)."
+            " Whoever draws next from it, the lengths for example, gets other ones: draw one gap"
+            " per request, and no more.",
+            answers=r"""
+# %% draws the gap behind the last one, too
+@@
+-    times, now = [], 0.0
+-    for _ in range(count):
+-        now += rng.expovariate(rate)
+-        times.append(now)
+-    return times
++    times, now = [], rng.expovariate(rate)
++    for _ in range(count):
++        times.append(now)
++        now += rng.expovariate(rate)
++    return times
+""",
         ),
         Known(
             "other-rng",

@@ -362,6 +362,9 @@ def _goodput_cases() -> list[tuple[list[Record], float, float]]:
         ([], 1.0, 1.0),
         (exact[:1], 0.25, 0.25),
         (exact[:1], 0.25, 0.125),
+        # Beyond each limit by very little.
+        (exact[:1], 0.25 * (1 - 1e-5), 0.25),
+        (exact[:1], 0.25, 0.25 * (1 - 1e-5)),
         ([exact[4]], 0.25, 0.125),
         ([exact[5]], 10.0, 10.0),
         ([Record(0.0, 0.0, [], 2.0, ok=False), exact[1]], 1.0, 1.0),
@@ -408,7 +411,7 @@ def check_seen(times_: Callable, percentile_: Callable, goodput_: Callable) -> s
     _expect_left_alone(goodput_, times_)
     changed = [(([1.0, 2.0, 9.0], 50), ([5.0, 4.0, 8.0], 50)), (([1.0, 2.0], 50), ([1.0, 2.0], 90))]
     expect_nothing_kept(percentile_, changed, percentile, "the values have changed", **_EXACT)
-    exact = loads[6][0]
+    exact = loads[8][0]
     failed = [replace(record, ok=not record.ok) for record in exact]
     again = [
         ((exact, 0.25, 0.25), (failed, 0.25, 0.25)),

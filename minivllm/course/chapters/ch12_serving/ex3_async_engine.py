@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import gc
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -71,12 +72,15 @@ class _Engine:
             self.batches.append(len(self._running))
             self._pass_gate()
             if len(self.batches) == self._fails_at:
-                raise RuntimeError(f"step {self._fails_at} has failed")
+                # Of the kind that `add_request` raises, too.
+                raise ValueError(f"step {self._fails_at} has failed")
             return list(self._write())
 
     def _write(self) -> Iterator[RequestOutput]:
-        for request_id, (words, count) in list(self._running.items()):
-            words.append(f"{request_id.partition('-')[0]}{len(words)}")
+        running = list(self._running.items())
+        # An engine's outputs come in its own order, not in that of the requests.
+        for request_id, (words, count) in reversed(running):
+            words.append(_word(request_id.partition("-")[0], len(words)))
             if len(words) == count:
                 del self._running[request_id]
             yield output_of(request_id, list(words), "length" if len(words) == count else None)
@@ -135,6 +139,11 @@ class _Engine:
     def is_left(self) -> bool:
         """Whether all threads that have called it have ended."""
         return bool(self.threads) and not any(thread.is_alive() for thread in self.threads)
+
+
+def _word(prompt: str, number: int) -> str:
+    """The word of a step. With "b", the first one is empty: a token that gives no text yet."""
+    return "" if prompt[0] == "b" and not number else f"{prompt}{number}"
 
 
 class _Stage:
@@ -240,7 +249,7 @@ def _raise_fault(engine: _Engine) -> None:
 
 
 def _right(prompt: str, count: int) -> list[tuple[str, bool]]:
-    words = [f"{prompt}{i}" for i in range(count)]
+    words = [_word(prompt, i) for i in range(count)]
     return [(" ".join(words[: i + 1]), i + 1 == count) for i in range(count)]
 
 
@@ -316,6 +325,9 @@ async def _free_loop(stage: _Stage) -> None:
     served = stage.engine.batches
     if max(served) < 2:
         raise EXERCISE.mistake("one-at-a-time", f"{said} The steps served {show(served)} requests.")
+    if served[1] != 302:
+        seen = f"{said} Then another one, and the next step served {served[1]}."
+        raise EXERCISE.mistake("not-in-the-next-step", seen)
 
 
 async def _free_steps(stage: _Stage) -> None:
@@ -384,7 +396,7 @@ async def _fails(stage: _Stage) -> None:
     await stage.turns()
     stage.engine.open()
     for reader in readers:
-        seen = "The second step raised a RuntimeError, and a caller waits for ever."
+        seen = "The second step raised a ValueError, and a caller waits for ever."
         _expect_failure(await stage.result(reader, "failure-hidden", seen), "one that waited")
     later = stage.read("ram", 2)
     seen = "A step has failed. A request that comes afterwards waits for ever."
@@ -397,10 +409,50 @@ async def _fails(stage: _Stage) -> None:
     )
 
 
+def _fails_at_line(number: int, seen: list[int]) -> Scenario:
+    """The step fails, and the thread ends, when `generate` has run so many lines.
+
+    seen: gets the number of lines that a call runs before it waits.
+    """
+
+    async def scenario(stage: _Stage) -> None:
+        first = stage.read("fox", 5)
+        await stage.at_gate()
+        file, count = type(stage.mine).generate.__code__.co_filename, 0
+
+        def trace(frame: Any, event: str, arg: Any) -> Any:
+            nonlocal count
+            if frame.f_code.co_filename != file:
+                return None
+            count += event == "line"
+            if event == "line" and count == number:
+                stage.engine.open()
+                for thread in stage.engine.threads:
+                    thread.join(0.5)
+            return trace
+
+        before = sys.gettrace()
+        second = stage.read("ram", 2)
+        sys.settrace(trace)
+        try:
+            await stage.turns(1)
+        finally:
+            sys.settrace(before)
+        seen.append(count)
+        stage.engine.open()
+        said = (
+            "A step raised just when a caller put in its request, and this caller waits for ever."
+        )
+        for reader in (first, second):
+            _expect_failure(await stage.result(reader, "failure-hidden", said), "one that waited")
+
+    return scenario
+
+
 def _expect_failure(got: Any, who: str) -> None:
-    if isinstance(got, RuntimeError) and "has failed" in str(got):
+    if isinstance(got, ValueError) and "has failed" in str(got):
         return
-    seen = f"The second step raised RuntimeError('step 2 has failed'). Of the callers {who} got"
+    seen = f"A step raised ValueError('step … has failed'). Of the callers {who} got"
     seen += f" {got!r}." if isinstance(got, Exception) else f" {len(got)} outputs, and an end."
     raise EXERCISE.mistake(
         "failure-hidden" if who == "one that waited" else "serves-after-failure", seen
@@ -411,6 +463,9 @@ async def _closes(stage: _Stage) -> None:
     """Closed during a step, with two readers."""
     readers = [stage.read("fox", 400), stage.read("owl", 500)]
     await stage.at_gate()
+    # It waits in front of the order to end.
+    readers.append(stage.read("ape", 2))
+    await stage.turns()
     closing = asyncio.get_running_loop().create_task(stage.mine.close())
     await asyncio.sleep(0.05)
     # It comes while the thread is about to end.
@@ -572,6 +627,10 @@ def check_async_engine(answer: Callable) -> str:
     ]
     for scenario, options in scenarios:
         _play(answer, scenario, _Engine(**options))
+    lines: list[int] = [1]
+    while len(lines) <= lines[-1] and len(lines) < 40:
+        engine = _Engine(gated=True, fails_at=1)
+        _play(answer, _fails_at_line(len(lines), lines), engine)
     _expect_no_loop_needed(answer)
     count = _serves_the_engine(answer)
     return f"{len(scenarios)} scenes, and {count} texts at once that are those of `LLM.generate`"
@@ -799,6 +858,23 @@ EXERCISE = Exercise(
 """,
         ),
         Known(
+            "not-in-the-next-step",
+            "Who comes during a step takes part in the next one, however many they are: before each"
+            " step, take in all that has come.",
+            hint=3,
+            answers=r"""
+# %% takes in one before each step
+@@
+-                readers[self.engine.add_request(prompt, params)] = tell
+-            except ValueError as error:
+-                tell(error)
++                readers[self.engine.add_request(prompt, params)] = tell
++                break
++            except ValueError as error:
++                tell(error)
+""",
+        ),
+        Known(
             "step-waits",
             "Your thread waits until the event loop has taken what a step brought. A loop that"
             " writes to hundreds of clients is often busy: hand it over, and go on.",
@@ -863,6 +939,20 @@ EXERCISE = Exercise(
 -            if (message := self.inbox.get()) is not None:
 -                message[2](self.error)
 
+# %% does not look again after it has put its request in
+@@
+-        if self.error is not None:  # the thread has ended in between
+-            raise self.error
+
+# %% takes a step's ValueError for a request's
+@@
+-        except Exception as error:
+-            self.error = error
++        except ValueError as error:
++            self.error = EngineEndedError(str(error))
++        except Exception as error:
++            self.error = error
+
 # %% the thread just ends
 @@
 -        except Exception as error:
@@ -912,6 +1002,19 @@ EXERCISE = Exercise(
             "At the end the thread gives everybody who waits an `EngineEndedError`.",
             hint=4,
             answers=r"""
+# %% a flag, seen when a request has been taken out of the queue
+@@
+-        self.error: Exception | None = None
++        self.error: Exception | None = None
++        self.closing = False
+@@
+-            if message is None:
++            if message is None or self.closing:
+@@
+-        self.inbox.put(None)
++        self.closing = True
++        self.inbox.put(None)
+
 # %% forgets those whose request is still in the queue
 @@
 -        while not self.inbox.empty():
@@ -1025,6 +1128,13 @@ EXERCISE = Exercise(
             "Outputs of several requests reach one reader. `output.request_id` says whose it is:"
             " `add_request` has returned the same id.",
             answers=r"""
+# %% the outputs in the order of the requests
+@@
+-                for output in self.engine.step():
+-                    readers[output.request_id](output)
++                for output, tell in zip(self.engine.step(), list(readers.values())):
++                    tell(output)
+
 # %% everything to everybody
 @@
 -                    readers[output.request_id](output)
@@ -1050,6 +1160,12 @@ EXERCISE = Exercise(
             "outputs-left-out",
             "Each step's output of the request is asked for: a reader wants to see the words come.",
             answers=r"""
+# %% leaves out what has no new text
+@@
+-                    readers[output.request_id](output)
++                    if output.finished or output.outputs[0].text:
++                        readers[output.request_id](output)
+
 # %% only the last
 @@
 -            yield item

@@ -202,19 +202,23 @@ async def _fails(stream: Stream, loop: VirtualLoop) -> _Engine:
     )
 
 
+class _BrokenError(Exception):
+    """A class that no answer knows."""
+
+
 async def _throws(stream: Stream, loop: VirtualLoop) -> _Engine:
     """The reader's own error ends the stream."""
     engine = _Engine(loop)
     outputs: Any = stream(engine, "fox", _params(5))
     await anext(outputs)
     try:
-        await outputs.athrow(OSError("the connection is broken"))
-    except OSError:
+        await outputs.athrow(_BrokenError("the connection is broken"))
+    except _BrokenError:
         _expect_aborted(engine, "The reader threw its error into the stream", "left-on-close")
         return engine
     except StopAsyncIteration:
         pass
-    raise EXERCISE.mistake("error-lost", "A reader's OSError was thrown in, and disappeared.")
+    raise EXERCISE.mistake("error-lost", "A reader's own error was thrown in, and disappeared.")
 
 
 async def _others_stay(stream: Stream, loop: VirtualLoop) -> _Engine:
@@ -255,7 +259,10 @@ class _Client:
     async def gone(self) -> None:
         self.num_asked += 1
         if self._after is None:
-            await asyncio.Event().wait()
+            try:
+                await asyncio.Event().wait()
+            finally:  # it has something to tidy up
+                await asyncio.sleep(0.25)
         else:
             await asyncio.sleep(self._after)
 
@@ -285,7 +292,13 @@ async def _finishes(whole: Callable, loop: VirtualLoop) -> _Engine:
 async def _waits_long(whole: Callable, loop: VirtualLoop) -> _Engine:
     """A long queue: the first token comes after two hours, and the client stays."""
     engine = _Engine(loop, first=7200.0)
-    found = await whole(engine, "fox", _params(2), _Client(None).gone)
+    # And a long answer.
+    found = await whole(engine, "fox", _params(1100), _Client(None).gone)
+    if getattr(found, "finished", True) is False:
+        seen = (
+            f"The client stays, and `whole` returned an output that is not the last: {found!r:.80}"
+        )
+        raise EXERCISE.mistake("wrong-answer", f"{seen}.")
     if found is None:
         seen = f"The client stayed, and `whole` returned None after {loop.time():g} seconds."
         raise EXERCISE.mistake("gives-up", seen)
@@ -302,7 +315,6 @@ async def _leaves(whole: Callable, loop: VirtualLoop) -> _Engine:
     ):
         begin = loop.time()
         found = await whole(engine, "fox", _params(90), _Client(after).gone)
-        await _turns()
         at = begin + after
         said = f"The client went away {how}"
         _expect_aborted(engine, said, "left-on-leaving", at + 0.001)
@@ -453,7 +465,9 @@ def check_gone(stream_: Callable, whole_: Callable) -> str:
                 raise EXERCISE.mistake(name, seen)
             _expect_aborted(engine, "All readers have ended or left", "left-on-leaving")
 
-        run_virtual(main, Mistake("stuck", _STUCK))
+        run_virtual(
+            main, Mistake("stuck", _STUCK), EXERCISE.mistake("polls", "Nobody sleeps here.")
+        )
     engine = _real_engine()
     run_virtual(lambda loop: _real_scene(stream_, engine), Mistake("stuck", _STUCK))
     return f"{len(scenes)} ways to come and go, and the real engine has its blocks back in a step"
@@ -504,6 +518,16 @@ EXERCISE = Exercise(
 +        ended = output.finished
 +        yield output
 
+# %% only the errors that come to mind
+@@
+-    finally:
+-        if not ended:
+-            engine.abort(request_id)
++    except (GeneratorExit, asyncio.CancelledError, ValueError, RuntimeError, OSError):
++        if not ended:
++            engine.abort(request_id)
++        raise
+
 # %% expects an exception that is an Exception
 @@
 -    finally:
@@ -550,6 +574,20 @@ EXERCISE = Exercise(
 +        task.cancel()
 +    await asyncio.wait({work, leaving})
 +    return None if work.cancelled() else work.result()
+""",
+        ),
+        Known(
+            "polls",
+            "Your code wakes up again and again to see whether something has happened. With a"
+            " thousand clients the event loop does nothing else, and each is noticed late: await"
+            " both at the same time, `asyncio.wait(…, return_when=asyncio.FIRST_COMPLETED)`.",
+            hint=2,
+            answers=r"""
+# %% looks every millisecond
+@@
+-        await asyncio.wait({work, leaving}, return_when=asyncio.FIRST_COMPLETED)
++        while not (work.done() or leaving.done()):
++            await asyncio.sleep(0.001)
 """,
         ),
         Known(
@@ -723,6 +761,10 @@ EXERCISE = Exercise(
             " of them after a day. Cancel both tasks at the end, in `finally`, and wait for them.",
             hint=3,
             answers=r"""
+# %% cancels, and does not wait for the end
+@@
+-        await asyncio.gather(work, leaving, return_exceptions=True)
+
 # %% cancels only the work
 @@
 -        for task in (work, leaving):

@@ -388,10 +388,10 @@ async def _expect_over(box: Any) -> None:
 
 async def _joins(made: Callable, loop: VirtualLoop) -> None:
     """A slow reader."""
-    box, words = made(), [f"w{i} " for i in range(1000)]
+    box, words = made(), [f"w{i} " for i in range(20_000)]
     for word in words:
         box.put(word)
-    _expect_piece(await box.get(), ("".join(words), None), "put was called 1,000 times")
+    _expect_piece(await box.get(), ("".join(words), None), "put was called 20,000 times")
     box.put("a")
     box.put("b", "length")
     _expect_piece(await box.get(), ("ab", "length"), "put('a'), put('b', 'length')")
@@ -474,8 +474,9 @@ async def _sleeps(made: Callable, loop: VirtualLoop) -> None:
         " and again costs time for each reader that waits. `await` something that `put` wakes: an"
         " `asyncio.Event`.",
     )
+    await asyncio.sleep(7200.0)
     box.put("a")
-    _expect_piece(await task, ("a", None), "A reader waited; put('a')")
+    _expect_piece(await task, ("a", None), "A reader waited for two hours; put('a')")
 
 
 async def _is_cancelled(made: Callable, loop: VirtualLoop) -> None:

@@ -14,7 +14,7 @@ from minivllm.course.grading.compare import show
 from minivllm.course.grading.errors import Mistake
 from minivllm.course.grading.exercise import Exercise, Known
 from minivllm.course.grading.judges import expect
-from minivllm.errors import EngineEndedError
+from minivllm.errors import EngineEndedError, MiniVLLMError, OutOfMemoryError
 
 #: What a step brought: (token ids, finish reason).
 Step = tuple[list[int], str | None]
@@ -72,7 +72,7 @@ def _steps(count: int, rng: Random, most: int, reason: str) -> list[Step]:
 
 _TEXTS = (
     "Once upon a time",
-    'She said: "Hi!"\n\nThen she left.\tdata: [DONE]\n',
+    'She said: "Hi!"\r\n\nThen she left.\tdata: [DONE]\n',
     "Zoë and the 🦊 went to the café. 12 € were 你好 enough. 👍🏽",
     "🦊🦊🦊",
     "é",
@@ -102,6 +102,12 @@ def _cases() -> list[_Case]:
         plain([([0], None)], [b"a\xc3"], "the engine dies inside of an é", fails=True),
         plain([([0], None), ([1], None), ([2], "stop")], [b"ha"] * 3, "the same text three times"),
     ]
+    # A tokenizer whose text loses the space at its front, many tokens, and a long head.
+    words = [f" w{i}" for i in range(90)]
+    front = plain([([i], "stop" if i == 89 else None) for i in range(90)], [], "a text of 90 words")
+    front.decode = lambda ids: "".join(words[i] for i in ids).lstrip(" ")
+    front.head["model"] = "mini" * 200
+    cases.append(front)
     for seed, text in enumerate(_TEXTS * 2):
         rng = Random(seed)
         pieces = _cut(text, rng)
@@ -132,7 +138,7 @@ class _Run:
                 self.events.append((event, self.num_taken))
                 if len(self.events) > 10_000:
                     break
-        except EngineEndedError as error:
+        except MiniVLLMError as error:
             self.error = error
         changed = "head" if head != case.head else "a list of token ids"
         expect(
@@ -146,7 +152,8 @@ class _Run:
             self.num_taken += 1
             yield step
         if self.case.fails:
-            raise EngineEndedError("The engine's core has died.")
+            error = EngineEndedError if self.case.usage else OutOfMemoryError
+            raise error("The engine's core has died.")
         self.num_taken += 1
 
     @property
@@ -345,6 +352,25 @@ def _expect_closed(answer: Callable) -> None:
         raise _mistake("catches-too-much", f"A generator was closed: {error}") from error
 
 
+def _expect_apart(answer: Callable) -> None:
+    """Two streams in turns, as a server writes them: each is what it is alone."""
+    case = next(case for case in _cases() if case.what == "three tokens, one per step")
+
+    def stream() -> Iterator[str]:
+        steps = iter(copy.deepcopy(case.steps))
+        return iter(answer(steps, case.text_of, dict(case.head), 5, False))
+
+    alone = list(stream())
+    both = list(zip(stream(), stream(), strict=False))
+    if both != list(zip(alone, alone, strict=True)):
+        raise Mistake(
+            "keeps-state",
+            "Two streams at a time disturb each other: your code keeps something that both of them"
+            " use.\nLook for a default argument that is changed, and for what is made outside of"
+            " `events`.",
+        )
+
+
 @functools.cache
 def _tokenizer() -> Any:
     from minivllm.bundled import BUNDLED_MODEL_PATH
@@ -380,6 +406,7 @@ def check_events(answer: Callable) -> str:
                 "The first call is right, and the same call again is not: your code keeps something"
                 f" between calls.\nLook for what is made outside of `events`.\n{mistake.message}",
             ) from mistake
+    _expect_apart(answer)
     _expect_closed(answer)
     return f"{len(cases)} answers, byte by byte, and a client that can read them all"
 
@@ -501,6 +528,11 @@ EXERCISE = Exercise(
             " any more, the connection just breaks. Yield an error event, and end.",
             hint=4,
             answers=r"""
+# %% knows one of the errors only
+@@
+-    except MiniVLLMError as error:
++    except EngineEndedError as error:
+
 # %% goes up
 @@
 -    except MiniVLLMError as error:
@@ -663,10 +695,41 @@ EXERCISE = Exercise(
 +    except BaseException as error:
 """,
         ),
-        Known("wrong-text", "The texts of all events, joined, must be that of all tokens."),
+        Known(
+            "wrong-text",
+            "The texts of all events, joined, must be that of all tokens. The text of two tokens"
+            " need not be their two texts, one after the other: decode all tokens so far.",
+            hint=2,
+            answers=r"""
+# %% decodes by itself what is not sent yet
+@@
+-            token_ids += new
+-            text = decode(token_ids)
+-            if reason is None:
+-                text = text.rstrip("\ufffd")  # half a character
+-            delta, sent = text[len(sent) :], text
++            token_ids += new
++            waiting = [*(sent or []), *new]
++            delta, sent = decode(waiting), []
++            if reason is None and delta.endswith("\ufffd"):
++                delta, sent = "", waiting
+""",
+        ),
         Known(
             "keeps-state",
             answers=r"""
+# %% one list for all answers, which each begins by emptying
+@@
+-    include_usage: bool,
+-) -> Iterator[str]:
++    include_usage: bool,
++    token_ids=[],
++) -> Iterator[str]:
+@@
+-    token_ids, sent = [], ""
++    token_ids.clear()
++    sent = ""
+
 # %% one list for all answers
 @@
 -def as_event(value) -> str:
