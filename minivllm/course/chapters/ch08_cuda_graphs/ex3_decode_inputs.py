@@ -214,8 +214,8 @@ def _cases() -> list[_Case]:
     wide = state([0, 39, 8, 0], 5, seed=4)
     batches = [[2, 1, 3, 0], [1, 3, 3, 3, 3, 3], [3, 3, 3, 3, 2, 0], [3, 3, 3, 3, 3, 3, 3, 1]]
     found += [_Case(wide, torch.tensor(batch), 8) for batch in batches]
-    # Contexts beyond 16 bits, places beyond 32.
-    long = state([65_535, 65_536, 70_001, 69_999, 0, 0], 4400, seed=5, high=200_000_000)
+    # Contexts and places beyond 16 bits, places beyond what float32 counts exactly.
+    long = state([65_535, 65_536, 70_001, 69_999, 0, 0], 4400, seed=5, high=2_000_000)
     found += [_Case(long, torch.tensor(batch), 16) for batch in ([3, 5, 1], [0, 1, 2, 4, 5])]
     return found
 
