@@ -157,9 +157,9 @@ def started(log: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def operator(fleet: Fleet) -> Iterator[Fleet]:
-    """The fleet, with this process connected to its Ray."""
+    """The fleet, with this process connected to its Ray, which ends those that it leaves behind."""
     log = fleet.log.read_text()
     assert "Traceback" not in log, log
     os.environ["RAY_AUTH_TOKEN"] = psutil.Process(fleet.process.pid).environ()["RAY_AUTH_TOKEN"]

@@ -108,7 +108,7 @@ def _expect_one_walk(answer: Callable) -> None:
     import torch
 
     # So small tiles that one number of each would be far more than the last of them has.
-    block, length = 4, 1003
+    block, length = 3, 1003
     scores = torch.randn(length, generator=seeded(22)) * 4
     seen = watch(answer, (scores, block), {"scores": scores})
     widest = seen.widest("scores")

@@ -182,7 +182,7 @@ def _small_cases() -> list[_Case]:
 
 def _large_cases() -> list[_Case]:
     random, cases = Random(8), [({n: 1 + 30 * (n % 8 == 5) for n in range(1, 41)}, 48, 6)]
-    for top, many, graphs in ((32, 10, 3), (64, 20, 5), (128, 30, 6), (200, 50, 8)):
+    for top, many, graphs in ((32, 10, 3), (64, 20, 5), (128, 30, 13), (200, 50, 8)):
         for _ in range(3):
             counts = random.sample(range(1, top + 1), many)
             cases.append(({n: random.randint(1, 200) for n in counts}, top, graphs))

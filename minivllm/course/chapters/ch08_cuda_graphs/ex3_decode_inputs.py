@@ -206,7 +206,7 @@ def _cases() -> list[_Case]:
 
     found = []
     for size in (4, 16):
-        at_edges = [0, size - 1, size, 3 * size - 1, 5, 2 * size + 1, 0]
+        at_edges = [0, size - 1, size, 4 * size - 1, 5, 2 * size + 1, 0]
         small = state(at_edges, 4, seed=3)
         batches = [[0], [3, 1], [2, 5, 0, 4], [6], [1, 6], [5, 3, 2, 6, 6, 6], [4, 6, 6, 6]]
         found += [_Case(small, torch.tensor(batch), size) for batch in batches]
@@ -329,7 +329,9 @@ def _judge_advance(advance: Callable, case: _Case) -> None:
 
     gpu = SimulatedGPU()
     state, slots = case.on(gpu)
-    tensors, tokens = dict(vars(state)), [90_000 + i for i in range(len(case.slots))]
+    tensors = dict(vars(state))
+    # Token 0 is a token like others.
+    tokens = [0 if i == 1 else 90_000 + i for i in range(len(case.slots))]
     token_ids, waits = gpu.tensor(tokens), gpu.num_waits
     with cuda_errors("in advance, launched eagerly"):
         try:
@@ -358,8 +360,13 @@ def _judge_slots(state: _State, case: _Case, tokens: list[int]) -> None:
         now = f"After advance slot {slot} is at position {position[slot]}, was at {old}"
         if slot not in batch:
             if (position[slot], last[slot]) != (old, old_token):
+                if position[slot] == old:
+                    now = f"After advance, state.last_token of slot {slot} is {last[slot]}, was"
+                    now += f" {old_token}; slot {slot}"
+                else:
+                    now += ", and"
                 raise EXERCISE.mistake(
-                    "others-changed", f"{now}, and is not in the batch: {case.where}."
+                    "others-changed", f"{now} is not in the batch: {case.where}."
                 )
             continue
         if slot == case.spare:
