@@ -61,6 +61,7 @@ html_math_renderer = "mathml"
 html_context = {"default_mode": "auto"}
 html_theme_options: dict[str, Any] = {
     "show_navbar_depth": 2,
+    "max_navbar_depth": 3,
     "show_toc_level": 2,
     "use_download_button": False,
     "use_fullscreen_button": False,
