@@ -193,8 +193,14 @@ def measure_texts(load: Load, plain: LLM, other: LLM, repeats: int) -> dict[str,
 
 
 def _answer(llm: LLM, load: Load, asked: list) -> tuple[float, list[list[int]]]:
-    """(tokens per second, tokens of each answer)."""
+    """(tokens per second, tokens of each answer).
+
+    What was said before the last question is in the prefix cache, as when a conversation goes on.
+    """
     llm.reset_prefix_cache()
+    earlier = [chat[:-1] for chat in asked if len(chat) > 1]
+    if earlier:
+        llm.chat(earlier, SamplingParams(temperature=0.0, max_tokens=1), use_tqdm=False)
     params = [
         SamplingParams(temperature=load.temperature, max_tokens=ANSWER_TOKENS, seed=i)
         for i in range(len(asked))
