@@ -94,15 +94,19 @@ def draw_conversations(trace: TraceSettings) -> list[Conversation]:
     return found
 
 
-def cacheable(prompts: Sequence[Sequence[int]], block_size: int) -> int:
+def cacheable(
+    prompts: Sequence[Sequence[int]], block_size: int, answers: Sequence[Sequence[int]] = ()
+) -> int:
     """How many tokens of these prompts one endless cache would have known, asked in this order.
 
-    Only blocks of earlier prompts count, not those of answers beyond a prompt's end.
+    answers: to the prompts, whose blocks are then known, too. An answer's last token is not
+    computed, so its block is not full.
     """
     known: set[int] = set()
     total = 0
-    for prompt in prompts:
-        hashes = prompt_hashes(prompt, block_size)
-        total += block_size * num_leading(hashes, known)
-        known.update(hashes)
+    for number, prompt in enumerate(prompts):
+        total += block_size * num_leading(prompt_hashes(prompt, block_size), known)
+        # `prompt_hashes` leaves a prompt's last token out, and so an answer's.
+        written = [*prompt, *answers[number]] if answers else prompt
+        known.update(prompt_hashes(written, block_size))
     return total

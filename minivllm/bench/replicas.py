@@ -120,7 +120,7 @@ async def _play(endpoint: Endpoint, plan: Plan) -> dict[str, Any]:
     finally:
         client.close()
     records = sorted((r for talk in talks for r in talk.records), key=lambda r: r["sent"])
-    prompts = [record.pop("prompt") for record in records]
+    prompts, answers = ([record.pop(name) for record in records] for name in ("prompt", "answer"))
     good = [record for record in records if record["ttft"] is not None]
     engines = {
         name: {short: after[name][short] - before.get(name, {}).get(short, 0.0) for short in values}
@@ -135,7 +135,9 @@ async def _play(endpoint: Endpoint, plan: Plan) -> dict[str, Any]:
         "completed": len(good),
         "prompt_tokens": prompt_tokens,
         "hit_rate": sum(r["cached"] for r in good) / prompt_tokens if prompt_tokens else None,
-        "best_hit_rate": cacheable(prompts, plan.fleet.get("engine", {}).get("block_size", 16))
+        "best_hit_rate": cacheable(
+            prompts, plan.fleet.get("engine", {}).get("block_size", 16), answers
+        )
         / max(1, sum(map(len, prompts))),
         "ttft": _spread([r["ttft"] for r in good]),
         "ttft_later_turns": _spread([r["ttft"] for r in good if r["turn"]]),
@@ -165,7 +167,8 @@ class Talk:
             await asyncio.sleep(turn.pause)
             prompt = self.conversation.prompt(number, answers)
             record, answer = await self._ask(prompt, turn.answer)
-            self.records.append({"conversation": self.conversation.number, "turn": number} | record)
+            place = {"conversation": self.conversation.number, "turn": number, "answer": answer}
+            self.records.append(place | record)
             if record["ttft"] is None:
                 return
             answers.append(answer)

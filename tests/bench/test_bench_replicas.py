@@ -39,9 +39,8 @@ def test_conversations_against_a_server_hit_what_can_be_hit(
     (engine,) = found["engines"].values()
     assert engine["hits"] == sum(record["cached"] for record in found["records"])
     assert engine["queries"] == found["prompt_tokens"]
-    # Blocks that end in an answer are hits that `cacheable` does not count; requests that come at
-    # the same time miss some that it counts.
-    assert 0.8 * found["best_hit_rate"] < found["hit_rate"] < found["best_hit_rate"] + 0.2
+    # Requests that come at the same time miss some.
+    assert 0.8 * found["best_hit_rate"] < found["hit_rate"] <= found["best_hit_rate"]
     later = [record for record in found["records"] if record["turn"]]
     assert all(record["cached"] >= 64 for record in later)
     assert found["ttft_later_turns"]["count"] == len(later)

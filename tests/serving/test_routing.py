@@ -129,6 +129,15 @@ def test_cacheable_counts_blocks_of_earlier_prompts() -> None:
     assert cacheable([a, b, [5, *b]], 16) == 32
 
 
+def test_cacheable_counts_answers_without_their_last_token() -> None:
+    a = list(range(40))
+    for answer, known in ((7, 32), (8, 32), (9, 48), (25, 64)):
+        later = [*a, *range(100, 100 + answer), *range(30)]
+        asked = [a, later]
+        assert cacheable(asked, 16, [list(range(100, 100 + answer)), []]) == known
+        assert cacheable(asked, 16) == 32
+
+
 def test_prefix_routing_hits_far_more_than_chance_with_real_block_managers() -> None:
     """The whole of routing without Ray: three caches, a trace, and no load to speak of."""
 
