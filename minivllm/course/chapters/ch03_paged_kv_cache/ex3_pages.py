@@ -172,13 +172,16 @@ def _batch(
 def _deep(factor: float = 1.0) -> tuple:
     """A batch whose scores are all about -12,000 · factor. Its numbers are exact in float32.
 
-    With a factor, all scores of a request are equal.
+    With a factor, all scores of a request are equal, and each context has one block: a log-sum-exp
+    of that size has no room for the number of tokens, so blocks of unequal length could not be
+    merged.
 
     One context fills its blocks: there it does not matter with what others are masked.
     """
     import torch
 
-    batch = _batch([5, 9, 8], (1, 4, 8), 1, scale=0.5)
+    contexts = [5, 9, 8] if factor == 1 else [3, 2, 4]
+    batch = _batch(contexts, (1, 4, 8), 1, scale=0.5)
     batch[0].fill_(-2048.0 * factor)
     keys = batch[1]
     steps = torch.randint(0, 2, keys.shape, generator=seeded(5)) / 1024 * (factor == 1)
