@@ -46,7 +46,10 @@ PIECES = (
         "reading pages",
         "03",
         "decode_attention",
-        (*_pair("paged_attention", "decode_attention"), _on_cpu("decode_attention")),
+        (
+            *_pair("paged_attention", "decode_attention"),
+            _on_cpu("PlannedAttention.decode_attention"),
+        ),
     ),
     Piece(
         "block manager",
