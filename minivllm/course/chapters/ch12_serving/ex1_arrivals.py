@@ -242,11 +242,11 @@ def check_arrivals(poisson_arrivals_: Callable, serve_: Callable) -> str:
     cases = [(rate, count, _rng(seed)) for seed, (rate, count) in enumerate(_RATES)]
     exact = {"rtol": 1e-9, "atol": 1e-9}
     diagnose(poisson_arrivals_, cases, poisson_arrivals, _suspects("arrivals"), **exact)
-    _expect_draws(poisson_arrivals_)
     queues = _queues()
     diagnose(serve_, queues, serve, _suspects("queue"), **exact)
     loads = [((2.0, 5, _rng(1)), (2.0, 5, _rng(2))), ((2.0, 5, _rng(1)), (9.0, 5, _rng(1)))]
     expect_nothing_kept(poisson_arrivals_, loads, poisson_arrivals, "the load has changed")
+    _expect_draws(poisson_arrivals_)
     first, second = ([1.0, 1.5], [3.0, 2.0], 1), ([1.0, 4.0], [1.0, 2.0], 2)
     pairs = one_by_one(first, second)
     expect_nothing_kept(serve_, pairs, serve, "requests or places have changed")
