@@ -18,6 +18,8 @@ from minivllm.course.grading.errors import CheckError, Mistake, NotRunnableHere
 if TYPE_CHECKING:
     import torch
 
+    from minivllm.course.grading.exercise import Exercise
+
 
 def expect(condition: Any, name: str, message: str) -> None:
     """Raise ``Mistake(name, message)`` unless the condition holds."""
@@ -362,3 +364,20 @@ def expect_triton(instead: str) -> None:
         raise NotRunnableHere(
             "Triton's interpreter gives wrong numbers here, even for the package's own kernel."
         )
+
+
+def expect_inside(exercise: Exercise, written: list[tuple[str, str]]) -> None:
+    """Raise a kernel's "out-of-bounds-write". written: (place, case), in words, of such writes."""
+    if written:
+        raise exercise.mistake("out-of-bounds-write", _touched("writes to", written))
+
+
+def expect_own_reads(exercise: Exercise, read: list[tuple[str, str]]) -> None:
+    """Raise a kernel's "load-without-mask". read: (place, case), in words, of such reads."""
+    if read:
+        raise exercise.mistake("load-without-mask", _touched("reads", read))
+
+
+def _touched(does: str, noted: list[tuple[str, str]]) -> str:
+    place, sizes = noted[0]
+    return f"With {sizes}, your kernel {does} {place}: that is not its own."

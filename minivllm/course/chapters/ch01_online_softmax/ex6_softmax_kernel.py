@@ -18,7 +18,13 @@ from minivllm.course.grading.errors import Mistake
 from minivllm.course.grading.exercise import Exercise, Known
 from minivllm.course.grading.guard import BEYOND, guarded
 from minivllm.course.grading.isolated import isolated
-from minivllm.course.grading.judges import expect, expect_triton, seeded
+from minivllm.course.grading.judges import (
+    expect,
+    expect_inside,
+    expect_own_reads,
+    expect_triton,
+    seeded,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -282,12 +288,12 @@ def _judge(kernel: Any) -> int:
         except Mistake as mistake:
             # A place outside says more than numbers do.
             if mistake.name in ("wrong-values", "changed-input", "keeps-state", "first-row-only"):
-                _expect_inside(seen)
+                expect_inside(EXERCISE, seen.written)
             if mistake.name == "wrong-values":
-                _expect_own_reads(seen)
+                expect_own_reads(EXERCISE, seen.read)
             raise
-    _expect_inside(seen)
-    _expect_own_reads(seen)
+    expect_inside(EXERCISE, seen.written)
+    expect_own_reads(EXERCISE, seen.read)
     if seen.lanes:
         raise EXERCISE.mistake(
             "tile-too-large", f"The result is right, but a load of yours has {seen.lanes} lanes."
@@ -303,21 +309,6 @@ def _judge(kernel: Any) -> int:
             "three-passes", f"The result is right, but x was loaded {seen.passes:.1f} times."
         )
     return number
-
-
-def _touched(does: str, noted: list[tuple[str, str]]) -> str:
-    place, sizes = noted[0]
-    return f"With {sizes}, your kernel {does} {place}: that is not its own."
-
-
-def _expect_inside(seen: _Seen) -> None:
-    if seen.written:
-        raise EXERCISE.mistake("out-of-bounds-write", _touched("writes to", seen.written))
-
-
-def _expect_own_reads(seen: _Seen) -> None:
-    if seen.read:
-        raise EXERCISE.mistake("load-without-mask", _touched("reads", seen.read))
 
 
 _ANSWERS = {

@@ -18,7 +18,13 @@ from minivllm.course.grading.errors import Mistake
 from minivllm.course.grading.exercise import Exercise, Known
 from minivllm.course.grading.guard import guard, guarded
 from minivllm.course.grading.isolated import isolated
-from minivllm.course.grading.judges import expect, expect_triton, seeded
+from minivllm.course.grading.judges import (
+    expect,
+    expect_inside,
+    expect_own_reads,
+    expect_triton,
+    seeded,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -283,8 +289,8 @@ def _judge(kernel: Any) -> int:
         except Mistake as mistake:
             # A place outside says more than numbers do.
             if mistake.name in ("wrong-values", "changed-input", "keeps-state"):
-                _expect_inside(seen)
-                _expect_own_reads(seen)
+                expect_inside(EXERCISE, seen.written)
+                expect_own_reads(EXERCISE, seen.read)
             if mistake.name == "wrong-values" and _nan_in_tails(launch, cases):
                 last = mistake.message.rpartition("\n")[2]
                 raise EXERCISE.mistake("other-missing", last) from None
@@ -292,8 +298,8 @@ def _judge(kernel: Any) -> int:
                 last = mistake.message.rpartition("\n")[2]
                 raise EXERCISE.mistake("low-precision", last) from None
             raise
-    _expect_inside(seen)
-    _expect_own_reads(seen)
+    expect_inside(EXERCISE, seen.written)
+    expect_own_reads(EXERCISE, seen.read)
     if seen.twice:
         raise EXERCISE.mistake("stored-twice", f"With {seen.twice[0]} the result is right here.")
     if seen.lanes:
@@ -330,21 +336,6 @@ def _nearly(launch: Run, cases: list[Case]) -> bool:
         if difference(mine[0], right[0], rtol=0.03, atol=0.1):
             return False
     return True
-
-
-def _touched(does: str, noted: list[tuple[str, str]]) -> str:
-    place, sizes = noted[0]
-    return f"With {sizes}, your kernel {does} {place}: that is not its own."
-
-
-def _expect_inside(seen: _Seen) -> None:
-    if seen.written:
-        raise EXERCISE.mistake("out-of-bounds-write", _touched("writes to", seen.written))
-
-
-def _expect_own_reads(seen: _Seen) -> None:
-    if seen.read:
-        raise EXERCISE.mistake("load-without-mask", _touched("reads", seen.read))
 
 
 EXERCISE = Exercise(
